@@ -1,0 +1,3 @@
+"""Asynchronous actor-learner post-training by Strategy-Guided Policy Optimization (SGPO)."""
+
+__version__ = "0.1.0"

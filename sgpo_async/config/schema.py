@@ -1,0 +1,275 @@
+"""The whole configuration as frozen dataclasses: one knob per fact, everything else is derived.
+
+Each class is one section of the YAML file. A rule that concerns one section stands in its `__post_init__`
+(through `require`); rules across sections stand in `Run.__post_init__`. No other module validates configuration.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sgpo_async.errors import ConfigError
+
+CorrectionMode = Literal["none", "token", "token-mask", "prefix", "sequence", "sequence-geometric"]
+
+
+def require(holds: bool, path: str, rule: str, value: object) -> None:
+    """Raise `ConfigError` naming `path`, `rule` and `value` unless the rule holds."""
+    if not holds:
+        raise ConfigError(f"{path}: {rule}, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The policy."""
+
+    path: str = "builtin:cues"  # the shipped base policy, a Hugging Face folder, or a hub name
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights that travel to the engines
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tasks:
+    """Where problems come from and how a prompt is made of them."""
+
+    source: Literal["cues", "file"] = "cues"
+    path: str = ""  # source=file: JSONL, Parquet, or a Hugging Face dataset
+    held_out: int = 200  # problems set aside for evaluation
+    prompt: Literal["plain", "chat"] = "plain"
+
+    def __post_init__(self) -> None:
+        require(
+            self.source != "file" or bool(self.path),
+            "tasks.path",
+            "names the problems when tasks.source=file",
+            "",
+        )
+        require(self.held_out >= 1, "tasks.held_out", "is at least 1", self.held_out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """How a problem is rolled out: G1 times alone and G2 times with its strategy."""
+
+    autonomous: int = 8  # G1
+    guided: int = 4  # G2
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(self.autonomous >= 1, "rollout.autonomous", "is at least 1", self.autonomous)
+        require(self.guided >= 0, "rollout.guided", "is at least 0", self.guided)
+        require(self.max_new_tokens >= 1, "rollout.max_new_tokens", "is at least 1", self.max_new_tokens)
+        require(self.temperature > 0, "rollout.temperature", "is above 0", self.temperature)
+        require(
+            self.top_p == 1.0,
+            "rollout.top_p",
+            "is 1.0: engines report log-probabilities of the whole vocabulary, so a truncated sampler makes "
+            "every importance ratio wrong",
+            self.top_p,
+        )
+
+    @property
+    def size(self) -> int:
+        """Rollouts per problem, G1 + G2."""
+        return self.autonomous + self.guided
+
+
+@dataclass(frozen=True, kw_only=True)
+class Correction:
+    """Off-policy correction of one loss term (see `sgpo_async.algorithm.correction`)."""
+
+    mode: CorrectionMode = "token"
+    bound: float = 2.0
+
+    def __post_init__(self) -> None:
+        require(self.bound >= 1, "algorithm.*.bound", "is at least 1", self.bound)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Algorithm:
+    """SGPO's constants, with the paper's defaults (arXiv 2606.24064)."""
+
+    objective: Literal["sgpo", "grpo"] = "sgpo"
+    teacher: Literal["self", "frozen"] = "self"  # whose guided distribution is distilled (Eq. 3: self)
+    limiter: Literal["mask", "none"] = "mask"  # Eq. 5: tokens with d_t > delta are masked
+    delta: float = 1.0
+    alpha0: float = 0.5
+    gamma: float = 0.1
+    alpha_max: float = 0.8
+    eps_low: float = 0.2
+    eps_high: float = 0.28
+    grpo_correction: Correction = field(default_factory=Correction)
+    kl_correction: Correction = field(default_factory=lambda: Correction(mode="prefix"))
+
+    def __post_init__(self) -> None:
+        for name in ("delta", "gamma", "eps_low", "eps_high"):
+            require(getattr(self, name) > 0, f"algorithm.{name}", "is above 0", getattr(self, name))
+        for name in ("alpha0", "alpha_max"):
+            require(getattr(self, name) >= 0, f"algorithm.{name}", "is at least 0", getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """AdamW and its schedule."""
+
+    lr: float = 1e-6
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    warmup_steps: int = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, "optim.lr", "is above 0", self.lr)
+        require(self.grad_clip > 0, "optim.grad_clip", "is above 0", self.grad_clip)
+        require(self.warmup_steps >= 0, "optim.warmup_steps", "is at least 0", self.warmup_steps)
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"optim.{name}", "lies in [0, 1)", getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learner:
+    """The torchrun side."""
+
+    problems_per_step: int = 16  # the batch; every optimiser step trains exactly so many problems
+    row_tokens: int = 2048  # capacity of one packed row, the micro-batch of one rank
+    precision: Literal["auto", "float32", "bfloat16"] = (
+        "auto"  # of matrix products; auto: bfloat16 on GPUs that have it
+    )
+    checkpoint_every: int = 0  # steps; 0: only at the end
+    resume: bool = False  # continue from the newest checkpoint of this run, if there is one
+    batch_timeout_s: float = 600.0  # how long to wait for a batch before giving up
+
+    def __post_init__(self) -> None:
+        require(
+            self.problems_per_step >= 1, "learner.problems_per_step", "is at least 1", self.problems_per_step
+        )
+        require(self.row_tokens >= 1, "learner.row_tokens", "is at least 1", self.row_tokens)
+        require(
+            self.checkpoint_every >= 0, "learner.checkpoint_every", "is at least 0", self.checkpoint_every
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hub:
+    """The front door, and how stale a rollout may be."""
+
+    address: str = "tcp://127.0.0.1:5757"
+    keys: str = ""  # folder of CURVE keys (`sgpo-async keys DIR`); needed beyond loopback
+    max_lag: int = 2  # eta: a batch holds no token older than this many versions; 0 is synchronous
+    heartbeat_s: float = 1.0
+    lease_timeout_s: float = 120.0  # a lease without any news for so long is given to another actor
+    member_timeout_s: float = 10.0  # a member without a heartbeat for so long is gone
+    max_message_mb: int = 64
+
+    def __post_init__(self) -> None:
+        require(self.address.startswith("tcp://"), "hub.address", "looks like tcp://HOST:PORT", self.address)
+        host, _, port = self.address.removeprefix("tcp://").rpartition(":")
+        require(
+            bool(host) and port.isdigit() and int(port) < 65536,
+            "hub.address",
+            "looks like tcp://HOST:PORT",
+            self.address,
+        )
+        require(
+            bool(self.keys) or host in ("127.0.0.1", "localhost", "[::1]"),
+            "hub.keys",
+            f"names a folder of keys when the hub listens beyond loopback ({host}); make one: sgpo-async keys DIR",
+            self.keys,
+        )
+        require(self.max_lag >= 0, "hub.max_lag", "is at least 0", self.max_lag)
+        for name in ("heartbeat_s", "lease_timeout_s"):
+            require(getattr(self, name) > 0, f"hub.{name}", "is above 0", getattr(self, name))
+        require(
+            self.member_timeout_s >= 3 * self.heartbeat_s,
+            "hub.member_timeout_s",
+            "is at least three heartbeats",
+            self.member_timeout_s,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """The inference engine of each actor."""
+
+    kind: Literal["embedded"] = "embedded"
+    slots: int = 64  # sequences decoded together
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    deterministic: bool = False  # one slot: results do not depend on what else is running
+
+    def __post_init__(self) -> None:
+        require(self.slots >= 1, "engine.slots", "is at least 1", self.slots)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Pass rates on held-out problems, measured by the actors while training goes on."""
+
+    every: int = 10  # steps; version 0 and the last version are always evaluated
+    samples: int = 1  # rollouts per held-out problem and mode (autonomous, guided)
+
+    def __post_init__(self) -> None:
+        require(self.every >= 1, "evaluation.every", "is at least 1", self.every)
+        require(self.samples >= 1, "evaluation.samples", "is at least 1", self.samples)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Local:
+    """What `launch/local.py` starts on this machine."""
+
+    actors: int = 2
+    ranks: int = 2  # torchrun --nproc-per-node
+
+    def __post_init__(self) -> None:
+        require(self.actors >= 1, "local.actors", "is at least 1", self.actors)
+        require(self.ranks >= 1, "local.ranks", "is at least 1", self.ranks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training run."""
+
+    name: str = "run"
+    out: str = "runs"  # everything the run writes is below out/name
+    seed: int = 0
+    steps: int = 100
+    model: Model = field(default_factory=Model)
+    tasks: Tasks = field(default_factory=Tasks)
+    rollout: Rollout = field(default_factory=Rollout)
+    algorithm: Algorithm = field(default_factory=Algorithm)
+    optim: Optim = field(default_factory=Optim)
+    learner: Learner = field(default_factory=Learner)
+    hub: Hub = field(default_factory=Hub)
+    engine: Engine = field(default_factory=Engine)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    local: Local = field(default_factory=Local)
+
+    def __post_init__(self) -> None:
+        require(bool(self.name) and "/" not in self.name, "name", "is a folder's name", self.name)
+        require(self.steps >= 1, "steps", "is at least 1", self.steps)
+        require(
+            self.algorithm.objective != "sgpo" or self.rollout.guided >= 1,
+            "rollout.guided",
+            "is at least 1 when algorithm.objective=sgpo",
+            self.rollout.guided,
+        )
+        require(
+            self.learner.problems_per_step >= self.local.ranks,
+            "learner.problems_per_step",
+            f"gives every one of the {self.local.ranks} ranks at least one problem",
+            self.learner.problems_per_step,
+        )
+        require(
+            not (self.engine.deterministic and self.local.actors > 1),
+            "local.actors",
+            "is 1 when engine.deterministic=true",
+            self.local.actors,
+        )
+
+    @property
+    def folder(self) -> str:
+        """Where this run writes: `out/name`."""
+        return f"{self.out}/{self.name}"

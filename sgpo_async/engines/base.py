@@ -1,0 +1,96 @@
+"""What an actor asks of an inference engine, whichever it is.
+
+An engine is driven by one thread through `submit` and `step`; between two steps the actor may load new weights.
+An engine that lives elsewhere (a server) does its waiting inside `step`, within the time it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Sample a continuation of `prompt` at `temperature` from the full vocabulary."""
+
+    id: Hashable
+    prompt: np.ndarray  # [L] int32
+    max_new_tokens: int
+    temperature: float
+    seed: int  # the sample depends on this and the logits alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Log-probabilities of given `tokens` after `prompt` at `temperature` (Eq. 4)."""
+
+    id: Hashable
+    prompt: np.ndarray  # [L] int32
+    tokens: np.ndarray  # [T] int32
+    temperature: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generated:
+    """A finished continuation."""
+
+    id: Hashable
+    tokens: np.ndarray  # [T] int32, with the end token if it was sampled
+    logprobs: np.ndarray  # [T] float32, of the distribution that was sampled from
+    versions: np.ndarray  # [S] int32
+    ends: np.ndarray  # [S] int32, exclusive
+    finish: Literal["stop", "length"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """Answer to `Score`."""
+
+    id: Hashable
+    logprobs: np.ndarray  # [T] float32
+    version: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineLoad:
+    """How busy an engine is."""
+
+    running: int  # sequences in slots
+    waiting: int  # requests not yet admitted
+    slots: int
+    tokens: int  # generated since the start
+
+
+class Engine(Protocol):
+    """One inference engine."""
+
+    version: (
+        int | None
+    )  # the whole, verified version in service; None before the first load or after a failed one
+
+    def submit(self, request: Generate | Score) -> None:
+        """Queue a request. Raises EngineError if it can never be served (too long, token id out of range)."""
+
+    def step(self, timeout_s: float) -> list[Generated | Scored]:
+        """Do one unit of work, or wait up to `timeout_s` for a result; return what finished."""
+
+    def cancel(self, ids: Iterable[Hashable]) -> None:
+        """Forget these requests; unknown ids are ignored."""
+
+    def load(self, version: int, tensors: Mapping[str, torch.Tensor], digest: str) -> None:
+        """Replace the weights between two tokens; running sequences continue under the new version.
+
+        Raises WeightsError if names or shapes differ (weights untouched), or if the digest of the loaded weights is
+        not `digest` (then `version` is None and nothing is served until a good load).
+        """
+
+    def load_status(self) -> EngineLoad:
+        """Counters of the moment."""
+
+    def close(self) -> None:
+        """Free everything."""
