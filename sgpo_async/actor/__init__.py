@@ -4,7 +4,3 @@
     service.py   one session: the loop
     group.py     one lease: pure bookkeeping
 """
-
-from sgpo_async.actor.run import Actor, ActorOptions
-
-__all__ = ["Actor", "ActorOptions"]
