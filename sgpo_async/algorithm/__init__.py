@@ -4,7 +4,7 @@ Source: Shi et al., "Beyond Trajectory Imitation: Strategy-Guided Policy Optimiz
 https://arxiv.org/abs/2606.24064. Equation numbers are the paper's; sg[.] stops the gradient.
 
 For each of P problems q with a strategy s, the policy pi writes G1 autonomous rollouts o_i ~ pi(.|q) and G2
-guided rollouts o~_j ~ pi(.|q,s), each with a reward R in {0, 1}. Read the files in the order of the equations:
+guided rollouts o~_j ~ pi(.|q,s), each with a reward R in {0, 1}. Read the files in the equations' order:
 
     advantages.py   Eq. 1   A_i = (R_i - mean) / std, within the autonomous group
     kl.py           Eq. 3   d_t = KL( sg[pi(.|q,s,o~_<t)] || pi(.|q,o~_<t) )

@@ -1,8 +1,9 @@
 """Importance weights for rollouts that another policy sampled.
 
-A rollout came from the behaviour policy mu: an older version of the weights, in another engine. An expectation
-over a newer policy pi is one over mu when each sample weighs pi/mu. Over T tokens that is a product of T ratios
-rho_i = pi(o_i|.)/mu(o_i|.), whose variance grows with T. The modes trade variance for bias by a bound c >= 1:
+A rollout came from the behaviour policy mu: an older version of the weights, in another engine. An
+expectation over a newer policy pi is one over mu when each sample weighs pi/mu. Over T tokens that is a
+product of ratios rho_i = pi(o_i|.)/mu(o_i|.), whose variance grows with T. The modes trade variance for bias
+by a bound c >= 1:
 
     mode                 weight of token t                               exact, at c = infinity, for
     none                 1                                               pi = mu
@@ -13,8 +14,8 @@ rho_i = pi(o_i|.)/mu(o_i|.), whose variance grows with T. The modes trade varian
     sequence-geometric   g if 1/c <= g <= c, else 0,                     pi = mu
                          g = (prod_i rho_i)^(1/|o|)
 
-`token` is truncated importance sampling, `token-mask` is IcePop (https://arxiv.org/abs/2510.18855), and `prefix`
-truncates each factor as V-trace does its c_i (https://arxiv.org/abs/1802.01561).
+`token` is truncated importance sampling, `token-mask` is IcePop (https://arxiv.org/abs/2510.18855), and
+`prefix` truncates each factor as V-trace does its c_i (https://arxiv.org/abs/1802.01561).
 
 For the KL term (Eq. 3) pi is the teacher, from whose distribution o~ should have come: the policy with the
 strategy in its prompt, or a frozen copy of it. d_t sums over the whole vocabulary at t and depends on o~_<t
@@ -37,8 +38,8 @@ def correction_weights(log_pi: Tensor, log_mu: Tensor, mask: Tensor, *, mode: st
     Args:
         log_pi: [..., T], log-probability of each sampled token under the policy to correct towards.
         log_mu: [..., T], the same under the behaviour policy.
-        mask: [..., T], true on the tokens of the rollout. The other positions get weight 0 and have no part in
-            the weights of the rollout's own, whatever stands there (padding may be NaN).
+        mask: [..., T], true on the tokens of the rollout. The others get weight 0 and have no part in the
+            weights of these, whatever stands there (padding may be NaN).
         mode: a key of MODES.
         bound: c >= 1; math.inf for none.
 
@@ -66,7 +67,7 @@ def token_mask(log_rho: Tensor, _mask: Tensor, log_c: float) -> Tensor:
 
 def prefix(log_rho: Tensor, _mask: Tensor, log_c: float) -> Tensor:
     through_t = log_rho.clamp(max=log_c).cumsum(-1)
-    return _exp(torch.nn.functional.pad(through_t, (1, -1)))  # shifted by one: i < t
+    return _exp(torch.nn.functional.pad(through_t, (1, 0))[..., :-1])  # shifted by one: i < t
 
 
 def sequence(log_rho: Tensor, _mask: Tensor, log_c: float) -> Tensor:

@@ -1,7 +1,7 @@
-"""The loss of SGPO: GRPO on autonomous rollouts (Eq. 1) and distillation of guided ones (Eq. 5), summed (Eq. 7).
+"""The loss of SGPO: GRPO on autonomous rollouts (Eq. 1), distillation of guided ones (5), their sum (7).
 
-`grpo_loss` and `distillation_loss` give one number per sequence. The loss of a batch is the sum of those numbers
-times the constants of `loss_weights`, so it may be taken whole (`sgpo_loss`) or piece by piece, over
+`grpo_loss` and `distillation_loss` give one number per sequence. The loss of a batch is the sum of those
+numbers times the constants of `loss_weights`, so it may be taken whole (`sgpo_loss`) or piece by piece, over
 micro-batches and ranks, in any division.
 """
 
@@ -23,7 +23,7 @@ def grpo_loss(
 ) -> Tensor:
     """Clipped policy-gradient loss of each sequence: the negative of Eq. 1, in decoupled form.
 
-        -1/|o| sum_t sg[c_t] min( r_t A, clip(r_t, 1 - eps_low, 1 + eps_high) A ),    r_t = pi(o_t) / pi_prox(o_t)
+        -1/|o| sum_t sg[c_t] min( r_t A, clip(r_t, 1 - eps_low, 1 + eps_high) A ),    r_t = pi / pi_prox
 
     The proximal policy bounds the step, and c_t corrects from the behaviour policy mu to the proximal one
     (decoupled PPO, https://arxiv.org/abs/2110.00641). With mu = pi_prox, c_t = 1: Eq. 1 as it stands.
@@ -33,8 +33,8 @@ def grpo_loss(
         mask: [N, T] bool, true on the tokens of the rollout.
         advantages: [N].
         correction: [N, T], c_t = `correction_weights(log_prox, log_mu, ...)`.
-        log_prox: [N, T]; by default sg[log_pi], right for one optimiser step per batch: r_t is then 1 and only
-            its gradient counts.
+        log_prox: [N, T]; by default sg[log_pi], right for one optimiser step per batch: r_t is then 1 and
+            only its gradient counts.
         clip: (eps_low, eps_high).
 
     Returns:
@@ -54,8 +54,8 @@ def distillation_loss(
 ) -> Tensor:
     """L_KD = 1/|o+| sum_t sg[C_t] 1[d_t <= delta] d_t for each target o+ (Eq. 5).
 
-    The divisor is the length |o+|, not the number of tokens kept: masking a token does not raise the weight of
-    the others. No target found is a row without tokens: value and gradient exactly 0.
+    The divisor is the length |o+|, not the number of tokens kept: masking a token does not raise the weight
+    of the others. No target found is a row without tokens: value and gradient exactly 0.
 
     Args:
         d: [K, T], `forward_kl` along o+, with gradient.
