@@ -4,8 +4,8 @@
     frame 1..n   the raw little-endian buffers that array fields point to, in order
 
 The protocol version is compared before anything else is looked at. The header is then skimmed without
-building anything, so that a length it claims but does not hold costs nothing: memory stays proportional to the
-bytes received.
+building anything, so that a length it claims but does not hold costs nothing, and it is small (`MAX_HEADER`),
+so that what it does hold costs little.
 """
 
 from __future__ import annotations
@@ -22,10 +22,8 @@ from sgpo_async.wire.records import PROTOCOL, Message
 from sgpo_async.wire.rules import FAULTS
 
 PREFIX = msgpack.packb(PROTOCOL)
-BROKEN = (
-    ValueError,
-    msgpack.UnpackException,
-)  # raised for what is not MessagePack
+MAX_HEADER = 4 * 2**20  # bytes: a shard of some 20,000 rollouts; empty maps would grow 70-fold when built
+BROKEN = (ValueError, msgpack.UnpackException)  # what msgpack raises for bytes that are not MessagePack
 
 
 class RecordPlan:
@@ -47,8 +45,9 @@ class RecordPlan:
     def dump(self, message: Any, buffers: list[bytes]) -> dict[str, Any]:
         if type(message) is not self.record:
             raise misfit("record", self.name, message)
+        plain = {name: field.dump(getattr(message, name), buffers) for name, field in self.fields.items()}
         self.check(message)
-        return {name: field.dump(getattr(message, name), buffers) for name, field in self.fields.items()}
+        return plain
 
     def load(self, plain: Any, frames: Frames) -> Any:
         if type(plain) is not dict:
@@ -85,6 +84,8 @@ def encode(message: Message) -> list[bytes]:
         header = msgpack.packb({"kind": plan.name, **plain})
     except (ValueError, OverflowError) as error:  # a str with lone surrogates, an int beyond 64 bits
         raise WireError(f"{plan.name}: {error}") from error
+    if len(header) > MAX_HEADER:
+        raise WireError(f"{plan.name}: header of {len(header)} bytes, the limit is {MAX_HEADER}")
     return [PREFIX + header, *buffers]
 
 
@@ -115,12 +116,14 @@ def read_header(header: bytes) -> dict[Any, Any]:
     """The map of a header whose version is ours."""
     if not header.startswith(PREFIX):
         raise other_protocol(header)
+    if len(header) > MAX_HEADER + len(PREFIX):
+        raise WireError(f"header of {len(header)} bytes, the limit is {MAX_HEADER}")
     body = header[len(PREFIX) :]
     try:
         skim(body)
         plain = msgpack.unpackb(body, max_ext_len=0)
     except BROKEN as error:
-        raise WireError(f"header is not MessagePack: {error or type(error).__name__}") from error
+        raise WireError(f"header is not MessagePack: {str(error) or type(error).__name__}") from error
     if type(plain) is not dict:
         raise misfit("header", "map", plain)
     return plain

@@ -1,11 +1,12 @@
 """How one field of a record travels: derived from its annotation, checked on both sides.
 
     annotation               in the MessagePack header               in frames of its own
-    int float str bool bytes the value
+    int float str bool       the value
     Literal["a", "b"]        the value
     T | None                 nil or T
     dict[str, Any]           nested maps and lists of plain values
     Tokens Ints Floats       [frame index, dtype, [length]]          the little-endian buffer
+    bytes                    [frame index, "|u1", [length]]          the bytes
     tuple[Record, ...]       a list of maps                          their buffers, in order
 
 `dump` turns a value into what stands in the header and appends buffers; `load` is its inverse and trusts
@@ -56,7 +57,7 @@ def misfit(where: str, expected: str, value: object) -> WireError:
 
 @dataclass(frozen=True)
 class Scalar:
-    """bool, str or bytes, by exact type."""
+    """bool or str, by exact type."""
 
     where: str
     kind: type
@@ -162,7 +163,7 @@ class Array:
         buffers.append(value.tobytes())
         return [len(buffers), self.name, [len(value)]]
 
-    def load(self, plain: Any, frames: Frames) -> np.ndarray:
+    def load(self, plain: Any, frames: Frames) -> Any:
         if frames.taken == len(frames.buffers):
             raise WireError(f"{self.where}: its frame is missing")
         buffer = frames.take()
@@ -173,6 +174,21 @@ class Array:
         array = np.frombuffer(buffer, self.dtype)
         array.flags.writeable = False
         return array
+
+
+class Blob(Array):
+    """Bytes."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(where, "|u1")
+
+    def dump(self, value: Any, buffers: list[bytes]) -> Any:
+        if type(value) is not bytes:
+            raise misfit(self.where, "bytes", value)
+        return super().dump(np.frombuffer(value, self.dtype), buffers)
+
+    def load(self, plain: Any, frames: Frames) -> Any:
+        return super().load(plain, frames).tobytes()
 
 
 @dataclass(frozen=True)
@@ -213,5 +229,7 @@ def leaf_field(annotation: Any, where: str) -> Field:
         return Choice(where, arguments)
     if origin is dict:
         return Plain(where)
-    assert annotation in (int, float, bool, str, bytes), f"{where}: no way onto the wire for {annotation}"
-    return {int: Integer, float: Real}.get(annotation, Scalar)(where, annotation)
+    if annotation is bytes:
+        return Blob(where)
+    scalar = {int: Integer, float: Real, bool: Scalar, str: Scalar}[annotation]
+    return scalar(where, annotation)
