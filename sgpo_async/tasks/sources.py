@@ -7,6 +7,9 @@ from sgpo_async.tasks.base import ProblemSource
 from sgpo_async.tasks.cues import CuesSource
 from sgpo_async.tasks.files import FileSource
 
+VERIFIER_OF_SOURCE = {"cues": CuesSource.verifier, "file": FileSource.verifier}
+"""The verifier of each kind, for actors, which see single problems and never open the source."""
+
 
 def open_source(kind: str, *, path: str | None, held_out: float, seed: int) -> ProblemSource:
     """The source "cues" (`held_out` problems) or "file" (`held_out` as a fraction of those at `path`)."""
