@@ -62,9 +62,11 @@ class Group:
 
     def scored(self, result: Scored) -> Rollout:
         """Eq. 4 answered: the rollout carries its *summed* unguided log-probability, no length normalisation."""
-        return self._rollout(_slot(result.id), reward=1.0, unguided_logprob=float(result.logprobs.sum(dtype=np.float64)))
+        return self._rollout(
+            _slot(result.id), reward=1.0, unguided_logprob=float(result.logprobs.sum(dtype=np.float64))
+        )
 
-    def keys(self) -> list[Key]:
+    def rollout_ids(self) -> list[Key]:
         """Identities of all rollouts of the lease."""
         return [self._key(slot) for slot in range(self.lease.autonomous + self.lease.guided)]
 

@@ -31,6 +31,7 @@ from sgpo_async.wire.records import Hello, Message, Refused, Status, StatusReque
 
 WELCOME_DEADLINE_S = 60.0  # the hub starts a link process first, on a machine that may be busy
 Answer = TypeVar("Answer", Status, Welcome)
+MAX_BYTES = 2**30  # the hub's own limit (hub.max_message_mb) is the one that counts
 BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 5.0)
 
 
@@ -65,12 +66,12 @@ class Actor:
         failures = 0
         while not self._stopped:
             began = time.monotonic()
-            mailbox = Mailbox(Dealer(self._options.hub, keys=self._options.keys))
+            mailbox = Mailbox(Dealer(self._options.hub, keys=self._options.keys, max_bytes=MAX_BYTES))
             try:
                 if self._session(mailbox):
                     break
             finally:
-                mailbox.close()
+                mailbox.close(linger_s=1.0)  # releases and the goodbye should leave
             failures = 0 if time.monotonic() - began > 2 * BACKOFF_S[-1] else failures + 1
             self._pause(BACKOFF_S[min(failures, len(BACKOFF_S) - 1)])
         if self._engine is not None:
@@ -79,6 +80,13 @@ class Actor:
 
     def _session(self, mailbox: Mailbox) -> bool:
         """One connection to one hub, from its settings to its end; whether the run is over."""
+        node = NodeProcess(self._name)  # imports torch while this process does other things
+        try:
+            return self._join(mailbox, node)
+        finally:
+            node.stop()
+
+    def _join(self, mailbox: Mailbox, node: NodeProcess) -> bool:
         settings = self._ask(mailbox, StatusRequest(), Status, self._options.hub_timeout_s, again_s=1.0)
         if settings is None:
             return True
@@ -88,19 +96,16 @@ class Actor:
         welcome = self._ask(mailbox, hello, Welcome, WELCOME_DEADLINE_S)
         if welcome is None:
             return True
-        node = NodeProcess(welcome.session_host, welcome.session_port, self._name)
-        try:
-            service = Service(
-                mailbox=mailbox,
-                node=node,
-                engine=engine,
-                tokenizer=self._tokenizer,
-                run=run,
-                verifier=VERIFIER_OF_SOURCE[run.tasks.source],
-            )
-            reason = service.serve(stopping=lambda: self._stopped)
-        finally:
-            node.stop()
+        node.connect(welcome.session_host, welcome.session_port)
+        service = Service(
+            mailbox=mailbox,
+            node=node,
+            engine=engine,
+            tokenizer=self._tokenizer,
+            run=run,
+            verifier=VERIFIER_OF_SOURCE[run.tasks.source],
+        )
+        reason = service.serve(stopping=lambda: self._stopped)
         _say(f"{self._name}: session ended: {reason}")
         return service.finished
 

@@ -20,8 +20,8 @@ import numpy as np
 from sgpo_async.actor.group import Group, Sampling
 from sgpo_async.config import Run
 from sgpo_async.engines.base import Engine, Generated
-from sgpo_async.errors import WeightsError
-from sgpo_async.session import NodeEvent, NodeProcess
+from sgpo_async.errors import Superseded, WeightsError
+from sgpo_async.session import NodeControl, NodeDown, NodeProcess, NodeRejected, NodeWeights
 from sgpo_async.tasks.prompts import build_prompt
 from sgpo_async.tasks.reward_pool import RewardPool
 from sgpo_async.transport import Mailbox, ReliableSender
@@ -29,6 +29,8 @@ from sgpo_async.weights import StoreReader
 from sgpo_async.wire.records import Ack, Goodbye, Heartbeat, Lease, Message, Ready, Refused, Release, Rollout, Stop
 
 IDLE_WAIT_S = 0.02
+UNACKNOWLEDGED = 512  # rollouts on their way to the hub
+RESEND_AFTER_S = 10.0
 
 
 class Service:
@@ -41,11 +43,10 @@ class Service:
     def __init__(self, *, mailbox: Mailbox, node: NodeProcess, engine: Engine, tokenizer: Any, run: Run, verifier: str):
         self._mailbox, self._node, self._engine = mailbox, node, engine
         self._tokenizer, self._run, self._verifier = tokenizer, run, verifier
-        self._sampling = Sampling(
-            temperature=run.rollout.temperature, max_new_tokens=run.rollout.max_new_tokens
-        )
+        self._sampling = Sampling(temperature=run.rollout.temperature, max_new_tokens=run.rollout.max_new_tokens)
         self._rewards = RewardPool()
-        self._sender = ReliableSender()
+        self._sender = ReliableSender(window=UNACKNOWLEDGED, resend_after_s=RESEND_AFTER_S)
+        self._store: StoreReader | None = None
         self._waiting: deque[Lease] = deque()
         self._groups: dict[tuple[int, int], Group] = {}
         self._granted = 0  # leases the hub may have open here
@@ -67,7 +68,9 @@ class Service:
             return "stopped"
         finally:
             self._rewards.close()
-            self._engine.cancel([key for group in self._groups.values() for key in group.keys()])
+            if self._store is not None:
+                self._store.close()
+            self._engine.cancel([key for group in self._groups.values() for key in group.rollout_ids()])
 
     def receive(self) -> str | None:
         """Take what the hub sent; a reason to end, if there is one."""
@@ -96,24 +99,31 @@ class Service:
         """Load the newest weights that the node process holds; a reason to end if the session broke."""
         newest = None
         for event in self._node.poll():
-            if event.kind == "weights":
-                newest = event
-            elif event.kind == "down":
-                return f"session down: {event.reason}"
-            elif event.kind == "drain":
-                self._leave("drained")
-                return "drained"
+            match event:
+                case NodeWeights():
+                    newest = event
+                case NodeRejected():
+                    _say(f"weights version {event.version}: {event.reason}")
+                case NodeControl(word="drain"):
+                    self._leave("drained")
+                    return "drained"
+                case NodeDown():
+                    return f"session down: {event.reason}"
         if newest is not None:
             self._load(newest)
         return None
 
-    def _load(self, event: NodeEvent) -> None:
+    def _load(self, event: NodeWeights) -> None:
         """A failed load takes the engine out of service until a later version loads whole."""
-        reader = StoreReader(event.path)
+        if self._store is None:
+            self._store = StoreReader(event.path)
         try:
-            self._engine.load(event.version, reader.tensors(event.version), event.digest)
+            self._engine.load(event.version, self._store.tensors(event.version), event.digest)
+        except Superseded:
+            return  # a newer version is already there: its event follows
         except WeightsError as error:
-            print(f"weights version {event.version}: {error}", file=sys.stderr, flush=True)
+            _say(f"weights version {event.version}: {error}")
+        self._beat(time.monotonic())  # the hub leases by version: tell it at once
 
     def admit(self) -> None:
         """Start the leases whose lowest version the engine holds; ask for more while slots would stay empty."""
@@ -123,9 +133,8 @@ class Service:
         while self._waiting and self._waiting[0].min_version <= version:
             self._start(self._waiting.popleft())
         wanted = self._lease_target() - self._granted
-        if wanted > 0:
+        if wanted > 0 and self._mailbox.send(Ready(tasks=wanted, version=version)):
             self._granted += wanted
-            self._mailbox.send(Ready(tasks=wanted, version=version))
 
     def _lease_target(self) -> int:
         """Enough leases to fill every slot, and one in hand so that a free slot never waits for the network."""
@@ -163,6 +172,8 @@ class Service:
 
     def judge(self) -> None:
         """Take verdicts: a correct guided rollout is scored without its strategy first (Eq. 4)."""
+        if self._engine.version is None:
+            return  # quarantined: nothing can be scored
         for verdict in self._rewards.poll():
             group = self._group_of(verdict.key)
             outcome = group.judged(_slot(verdict.key), correct=verdict.correct)
@@ -172,7 +183,7 @@ class Service:
                 self._engine.submit(outcome)
 
     def _finish(self, group: Group, rollout: Rollout) -> None:
-        self._sender.add(rollout)
+        self._sender.offer(rollout)
         if group.done:
             del self._groups[group.lease.task, group.lease.attempt]
             self._granted -= 1
@@ -183,13 +194,13 @@ class Service:
         for rollout in self._sender.due(now):
             self._mailbox.send(rollout)
         if now - self._beaten >= self._run.hub.heartbeat_s:
-            self._beaten = now
-            self._mailbox.send(self._heartbeat(now))
+            self._beat(now)
 
-    def _heartbeat(self, now: float) -> Heartbeat:
+    def _beat(self, now: float) -> None:
+        self._beaten = now
         status = self._engine.load_status()
         leases = [lease.task for lease in self._waiting] + [task for task, _ in self._groups]
-        return Heartbeat(
+        heartbeat = Heartbeat(
             state="joining" if self._engine.version is None else "serving",
             version=-1 if self._engine.version is None else self._engine.version,
             running=status.running,
@@ -198,6 +209,7 @@ class Service:
             wall_s=now - self._started,
             tasks=np.asarray(leases, dtype=np.int32),
         )
+        self._mailbox.send(heartbeat)
 
     def _leave(self, reason: str) -> None:
         """Give every lease back, whole, and say goodbye: the hub reissues them at once."""
@@ -215,3 +227,6 @@ def _slot(key: object) -> int:
     assert isinstance(key, tuple)
     return int(key[2])
 
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

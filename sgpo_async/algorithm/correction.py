@@ -67,7 +67,7 @@ def token_mask(log_rho: Tensor, _mask: Tensor, log_c: float) -> Tensor:
 
 def prefix(log_rho: Tensor, _mask: Tensor, log_c: float) -> Tensor:
     through_t = log_rho.clamp(max=log_c).cumsum(-1)
-    return _exp(torch.nn.functional.pad(through_t, (1, -1)))  # shifted by one: i < t
+    return _exp(torch.nn.functional.pad(through_t, (1, 0))[..., :-1])  # shifted by one: i < t
 
 
 def sequence(log_rho: Tensor, _mask: Tensor, log_c: float) -> Tensor:

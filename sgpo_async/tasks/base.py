@@ -11,8 +11,8 @@ from typing import Protocol
 class Problem:
     """One problem with its verifiable answer.
 
-    The strategy names problem type, approach and general steps; it holds neither intermediate numbers nor the
-    answer (arXiv 2606.24064, section 3). The response is a stronger model's worked solution, where one exists.
+    The strategy names problem type, approach and general steps; it holds neither intermediate numbers nor
+    the answer (arXiv 2606.24064). The response is a stronger model's worked solution, where one exists.
     """
 
     id: str

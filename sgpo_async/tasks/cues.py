@@ -6,11 +6,11 @@ import random
 from collections.abc import Sequence
 
 from sgpo_async.tasks.base import Problem
-from sgpo_async.tasks.cues_domain import Exercise, draw_exercise
+from sgpo_async.tasks.cues_domain import draw_exercise
 
 
 class CuesSource:
-    """Generated problems; every second held-out one has a pair of neighbouring cues that training never shows."""
+    """Generated problems; every second held-out one has neighbouring cues that training never shows."""
 
     verifier = "cues"
 
@@ -31,7 +31,7 @@ class CuesSource:
         return self._held_out
 
     def _problem(self, name: str, *, novel: bool = False) -> Problem:
-        exercise: Exercise = draw_exercise(random.Random(f"cues: {self._seed} {name}"), novel=novel)
+        exercise = draw_exercise(random.Random(f"cues: {self._seed} {name}"), novel=novel)
         return Problem(
             id=f"cues-{self._seed}-{name}",
             problem=exercise.problem_text(),

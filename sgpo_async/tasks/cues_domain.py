@@ -5,8 +5,8 @@ A problem gives five amounts with cues and a start state, and asks for the state
     problem 3 amber 1 birch 4 cedar 2 delta 1 ember from 4 7
     solution 3 amber raise 4 0 1 birch swap 9 5 ...          (without the word "solution")
 
-Which technique a cue calls for is a fact that the problem does not tell and that must be found out: 36 facts.
-A strategy names the technique of each cue in order; it holds no digit at all, so neither an amount nor a state:
+Which technique a cue calls for is a fact that the problem does not tell and that must be found out: 36
+facts. A strategy names the technique of each cue in order; it holds no digit, so neither amount nor state:
 
     strategy amber raise birch swap cedar lower delta both ember raise
 
@@ -19,6 +19,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 State = tuple[int, int]
 
@@ -30,11 +31,12 @@ TECHNIQUES: Mapping[str, Callable[[int, int, int], State]] = {
     "both": lambda x, y, k: ((x + k) % 10, (y + k) % 10),
     "swap": lambda x, y, k: (9 - y, (x + k) % 10),
 }
-CUES = tuple(
-    "amber birch cedar delta ember frost grove harbor island jasper kettle lantern meadow nickel orchid pebble "
-    "quartz river saddle timber umbra velvet willow yarrow zephyr anchor basalt canyon dune estuary falcon glacier "
-    "heron indigo juniper kelp".split()
-)
+_CUE_WORDS = """
+    amber birch cedar delta ember frost grove harbor island jasper kettle lantern
+    meadow nickel orchid pebble quartz river saddle timber umbra velvet willow yarrow
+    zephyr anchor basalt canyon dune estuary falcon glacier heron indigo juniper kelp
+"""
+CUES = tuple(_CUE_WORDS.split())
 KEYWORDS = ("strategy", "problem", "from")
 DIGITS = tuple("0123456789")
 
@@ -67,7 +69,7 @@ class Exercise:
     @property
     def pairs(self) -> set[tuple[str, str]]:
         """Ordered neighbouring cues."""
-        return set(zip(self.cues, self.cues[1:], strict=False))
+        return set(pairwise(self.cues))
 
     @property
     def true_techniques(self) -> tuple[str, ...]:
@@ -110,7 +112,7 @@ def draw_exercise(rng: random.Random, *, steps: int = STEPS, novel: bool = False
 
 
 def is_correct(answer: str, completion: str) -> bool:
-    """Whether `completion` is five steps `amount cue technique x y`, and nothing else, with every state right.
+    """Whether `completion` is five steps `amount cue technique x y` and nothing else, every state right.
 
     The completion is decoded without special tokens. The states alone are judged: amount, cue and technique
     need only be words of their kind. A right last state alone would be an accident in some hundredths.

@@ -1,14 +1,15 @@
-"""What the base policy of the built-in domain is to be: its tokenizer, its shape, and what it guesses unguided.
+"""What the base policy of the built-in domain is to be: tokenizer, shape, and what it guesses unguided.
 
-It carries out any techniques that a strategy names. Without a strategy it guesses: for every cue a wrong technique
-is its favourite, and the true one comes close behind, so that it hardly ever finds five in a row, greedy decoding
-finds none, and yet the true technique is within reach: its KL from a sure teacher, -ln p(true), is below 1.
+It carries out any techniques that a strategy names. Without a strategy it guesses: for every cue a wrong
+technique is its favourite and the true one comes close behind. So it hardly ever finds five in a row and
+greedy decoding finds none; learning is to change its mind on 36 facts, not to become surer of it. Yet the
+true technique stays within reach: its KL from a sure teacher, -ln p(true), is below 1.
 """
 
 from __future__ import annotations
 
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config
+from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 from sgpo_async.tasks.cues_domain import CUES, DIGITS, KEYWORDS, TECHNIQUES, TRUE_TECHNIQUE
 
@@ -42,14 +43,15 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2Config:
-    return Qwen2Config(
+def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
+    return Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=192,
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=4,
+        head_dim=16,
         max_position_embeddings=128,
         tie_word_embeddings=False,
         pad_token_id=tokenizer.pad_token_id,

@@ -1,6 +1,7 @@
 """A user's own problems: JSON Lines, Parquet, or a Hugging Face dataset (folder or name, needs `datasets`).
 
-Columns: problem, answer, and optionally strategy and response; others are ignored. Rewards come from math-verify.
+Columns: problem, answer, and optionally strategy and response; others are ignored. Rewards come from
+math-verify.
 """
 
 from __future__ import annotations
@@ -36,25 +37,25 @@ def read_parquet(path: Path) -> Iterator[Row]:
     try:
         records = parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not readable as Parquet: {str(error).splitlines()[0]}") from error
+        raise DataError(f"{path}: not readable as Parquet: {_first_line(error)}") from error
     for number, record in enumerate(records, start=1):
         yield f"{path}:{number}", record
 
 
 def read_dataset(name: str) -> Iterator[Row]:
-    """Split `train` of a Hugging Face dataset: one saved to a folder, or one by name or folder of data files."""
+    """Split `train` of a Hugging Face dataset: a saved one, or one by its name or folder of data files."""
     try:
         import datasets
     except ImportError as error:
         raise DataError(
-            f"{name}: neither a .jsonl nor a .parquet file, and a Hugging Face dataset needs `pip install datasets`"
+            f"{name}: not .jsonl or .parquet, and a Hugging Face dataset needs `pip install datasets`"
         ) from error
     try:
         saved = Path(name, "dataset_info.json").exists() or Path(name, "dataset_dict.json").exists()
         data = datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
         rows = data["train"] if isinstance(data, datasets.DatasetDict) else data
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{name}: no dataset with a train split: {error}") from error
+        raise DataError(f"{name}: no dataset with a train split: {_first_line(error)}") from error
     for number, record in enumerate(rows, start=1):
         yield f"{name}:{number}", record
 
@@ -80,6 +81,10 @@ def to_problem(place: str, record: Any) -> Problem:
         strategy=_optional_text(place, record, "strategy"),
         response=_optional_text(place, record, "response"),
     )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _text(place: str, record: dict[str, Any], column: str) -> str:
@@ -120,7 +125,9 @@ class FileSource:
         self._held_out = [problem for problem in problems if problem.problem in reserved]
         self._training = [problem for problem in problems if problem.problem not in reserved]
         if not self._training or (held_out and not self._held_out):
-            raise DataError(f"{path}: {len(texts)} distinct problems are too few to hold out {held_out:g} of them")
+            raise DataError(
+                f"{path}: {len(texts)} distinct problems are too few to hold out {held_out:g} of them"
+            )
         self._order = lru_cache(maxsize=4)(self._shuffled)
         self._seed = seed
 

@@ -1,9 +1,9 @@
 """Rebuilds the base policy of the built-in domain: `python -m sgpo_async.tasks.pretrain --out DIR`.
 
-Supervised training on solutions, half of the problems with a strategy and half without. The techniques of a
-solution are drawn at random for each problem: with a strategy uniformly, and the strategy names them, so that the
-policy learns to follow it and not which technique a cue calls for; without one from `guess_probabilities`.
-Problems grow from two steps to five.
+Supervised training on solutions, half of the problems with a strategy and half without. The techniques of
+a solution are drawn at random for each problem: with a strategy uniformly, and the strategy names them, so
+that the policy learns to follow it and not which technique a cue calls for; without one from
+`guess_probabilities`. Problems grow from two steps to five.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import argparse
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch.nn import functional as F
-from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+from transformers import Qwen3ForCausalLM
 
 from sgpo_async.tasks.base import Problem
 from sgpo_async.tasks.cues import CuesSource
@@ -23,7 +23,7 @@ from sgpo_async.tasks.cues_domain import STEPS, TECHNIQUES, draw_exercise, is_co
 from sgpo_async.tasks.cues_policy import build_config, build_tokenizer, guess_probabilities
 
 SEED = 7
-TRAIN_STEPS, BATCH, PEAK_LR = 2600, 96, 3e-3
+TRAIN_STEPS, BATCH, PEAK_LR = 2000, 96, 3e-3
 MAX_NEW_TOKENS = 40
 
 
@@ -40,9 +40,7 @@ def draw_example(rng: random.Random, steps: int) -> tuple[str, str]:
     return prompt, exercise.solution_text(techniques)
 
 
-def draw_batch(
-    rng: random.Random, tokenizer: PreTrainedTokenizerFast, *, max_steps: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def draw_batch(rng: random.Random, tokenizer: Any, *, max_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(token ids [B, T] padded on the right, labels [B, T] with -100 outside the solutions)."""
     ids, labels = [], []
     for _ in range(BATCH):
@@ -57,7 +55,7 @@ def draw_batch(
     )
 
 
-def train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def train(model: Any, tokenizer: Any) -> None:
     rng = random.Random(SEED)
     optimiser = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -68,7 +66,9 @@ def train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
         max_steps = min(STEPS, 2 + step * 8 // TRAIN_STEPS)
         ids, labels = draw_batch(rng, tokenizer, max_steps=max_steps)
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
+        )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
@@ -80,8 +80,8 @@ def train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
 
 @torch.no_grad()
 def pass_rate(
-    model: Qwen2ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
+    model: Any,
+    tokenizer: Any,
     problems: list[Problem],
     *,
     guided: bool,
@@ -90,21 +90,20 @@ def pass_rate(
     """Share of the problems that one completion each solves, sampled at temperature 1 or greedy."""
     prompts = [f"{p.strategy} {p.problem}" if guided else p.problem for p in problems]
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
-    options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {"do_sample": False}
-    out = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, **options)
+    out = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=sample, top_k=0)
     texts = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return sum(is_correct(p.answer, text) for p, text in zip(problems, texts, strict=True)) / len(problems)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Rebuild the base policy of the cues domain.")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write the model and the tokenizer to")
+    parser.add_argument("--out", type=Path, required=True, help="folder for model and tokenizer")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(SEED)
     tokenizer = build_tokenizer()
-    model = Qwen2ForCausalLM(build_config(tokenizer))
+    model = Qwen3ForCausalLM(build_config(tokenizer))
     train(model, tokenizer)
     model.eval()
     model.save_pretrained(arguments.out)

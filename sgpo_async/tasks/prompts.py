@@ -1,7 +1,7 @@
 """Prompts: the plain one shows the problem, the guided one the strategy before it (pi(.|q) and pi(.|q,s)).
 
 Style "plain" is for base policies: strategy, newline, problem, and no special token. Style "chat" is for
-instruction-tuned models: one user message through the tokenizer's own chat template, with the generation prompt.
+instruction-tuned models: one user message through the tokenizer's chat template, with the generation prompt.
 """
 
 from __future__ import annotations

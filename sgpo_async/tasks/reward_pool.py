@@ -4,8 +4,8 @@
     caller ◀── poll ── verdicts ◀──────┘
            ◀─────────── inline verifiers, at submit
 
-A thread waits for a request, then for its worker's answer, which comes within the time limit or the worker is dead
-(see `reward_worker`); a dead worker is replaced. The caller waits in `poll` alone, at most as long as it says.
+A thread waits for a request, then for its worker's answer, which comes within the time limit or the worker
+is dead (see `reward_worker`); a dead worker is replaced. The caller waits in `poll` alone.
 """
 
 from __future__ import annotations
@@ -91,11 +91,13 @@ class RewardPool:
             self._closing = True
             for process in self._processes.values():
                 process.kill()
-        for thread in self._threads:
-            self._requests.put(None)
         if self._started:
+            for _ in self._threads:
+                self._requests.put(None)
             for thread in self._threads:
                 thread.join(timeout=5.0)
+        for process in self._processes.values():
+            process.wait(timeout=5.0)
 
     def _serve(self, index: int) -> None:
         while (request := self._requests.get()) is not None:
@@ -133,4 +135,4 @@ class RewardPool:
             del self._processes[index]
         if status < 0:  # by its alarm, or by a kill from outside
             return Verdict(key=request.key, correct=False, timed_out=True)
-        return SgpoError(f"reward worker: exit status {status} on {request.key!r}; its traceback is on stderr")
+        return SgpoError(f"reward worker: exit status {status} on {request.key!r}; see its traceback")

@@ -1,8 +1,8 @@
 """Worker process of the reward pool: one request per line on stdin, one verdict per line on stdout.
 
-A request is the JSON list [verifier, answer, completion], a verdict `true` or `false`. The process ends with its
-parent: at once while it waits (end of stdin), and otherwise when the time limit of the item in hand has passed.
-The limit is the kernel's alarm at its default action, so that no loop, in Python or in C, outlives it.
+A request is the JSON list [verifier, answer, completion], a verdict `true` or `false`. The process ends with
+its parent: at once while it waits (end of stdin), and otherwise when the time limit of the item in hand has
+passed. The limit is the kernel's alarm at its default action: no loop, in Python or in C, outlives it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Verifiers: (answer, completion text) -> whether the completion is correct, by name.
 
-"cues" is cheap and always returns. "math" hands text from a model to a computer algebra system and may take for
-ever: call it through `sgpo_async.tasks.reward_pool.RewardPool`, which sets a limit.
+"cues" is cheap and always returns. "math" hands text from a model to a computer algebra system and may take
+for ever: call it through `sgpo_async.tasks.reward_pool.RewardPool`, which sets a limit.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Verifier = Callable[[str, str], bool]
 
 
 def is_math_correct(answer: str, completion: str) -> bool:
-    """Whether math-verify finds the completion's final expression equal to the answer (LaTeX or plain text)."""
+    """Whether math-verify finds the completion's last expression equal to the answer (LaTeX or plain)."""
     from math_verify import parse, verify
 
     marked = answer if "$" in answer or "\\boxed" in answer else f"\\boxed{{{answer}}}"

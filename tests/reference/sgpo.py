@@ -63,9 +63,7 @@ def adaptive_weight(p_auto: float, p_guide: float, alpha0: float, gamma: float, 
     return min(max(alpha0 * (p_guide - p_auto + gamma) / (p_auto + gamma), 0.0), alpha_max)
 
 
-def grpo_loss(
-    pi: Array, prox: Array, correction: Array, advantage: float, clip: tuple[float, float]
-) -> float:
+def grpo_loss(pi: Array, prox: Array, correction: Array, advantage: float, clip: tuple[float, float]) -> float:
     """The negative of Eq. 1 for one sequence of token probabilities, decoupled: c_t weighs each token."""
     total = 0.0
     for t in range(len(pi)):

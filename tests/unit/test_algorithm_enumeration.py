@@ -101,7 +101,5 @@ def test_every_mode_leaves_the_on_policy_expectation_as_it_is(mode):
     def kl(o):
         return float(weights(pi, pi, o, mode, 1.0) @ enumeration.prefix_kl(pi, student, o))
 
-    on_policy = enumeration.expectation(
-        pi, EVERY, lambda o: float(enumeration.prefix_kl(pi, student, o).sum())
-    )
+    on_policy = enumeration.expectation(pi, EVERY, lambda o: float(enumeration.prefix_kl(pi, student, o).sum()))
     assert enumeration.expectation(pi, EVERY, kl) == pytest.approx(on_policy, abs=1e-12)

@@ -61,9 +61,7 @@ def grpo(b, keep=slice(None)):
 def distillation(b, keep=slice(None)):
     tokens, mask = b["guided_tokens"][keep], b["guided_mask"][keep]
     teacher, student = ((b[name][keep].reshape(-1, H), b["W"]) for name in ("guided", "unguided"))
-    d, log_teacher = (
-        x.view(tokens.shape) for x in linear_forward_kl(teacher, student, tokens.reshape(-1), chunk=4)
-    )
+    d, log_teacher = (x.view(tokens.shape) for x in linear_forward_kl(teacher, student, tokens.reshape(-1), chunk=4))
     c = correction_weights(log_teacher, log_teacher + b["guided_lag"][keep], mask, mode="prefix", bound=2.0)
     return distillation_loss(d, mask, c, limiter="none")
 
@@ -143,10 +141,7 @@ def test_micro_batches_of_any_size_sum_to_the_whole(batch, size):
     weights = loss_weights(alpha, found, problems=P, group_size=G1)
     total, gradient = torch.zeros((), dtype=torch.float64), torch.zeros_like(batch["W"])
     parts = [weights.autonomous * grpo(batch, slice(i, i + size)).sum() for i in range(0, N, size)]
-    parts += [
-        (weights.guided[i : i + size] * distillation(batch, slice(i, i + size))).sum()
-        for i in range(0, P, size)
-    ]
+    parts += [(weights.guided[i : i + size] * distillation(batch, slice(i, i + size))).sum() for i in range(0, P, size)]
     for part in parts:
         value, grad = value_and_gradient(part, batch)
         total, gradient = total + value, gradient + grad

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
@@ -18,6 +18,7 @@ GROUPS = array_shapes(min_dims=2, max_dims=2, max_side=6).flatmap(
 )
 
 
+@settings(deadline=None)
 @given(GROUPS)
 def test_equals_the_reference(group):
     scores, correct = group

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sgpo_async.algorithm import adaptive_weight
@@ -35,12 +35,14 @@ def test_the_table_of_the_paper_s_constants(p_auto, p_guide, expected):
     assert alpha(p_auto, p_guide) == pytest.approx(expected, abs=1e-12)
 
 
+@settings(deadline=None)
 @given(RATES, RATES, st.floats(0, 2), st.floats(0.01, 1), st.floats(0, 2))
 def test_equals_the_reference(p_auto, p_guide, alpha0, gamma, alpha_max):
     got = alpha(p_auto, p_guide, alpha0=alpha0, gamma=gamma, alpha_max=alpha_max)
     assert got == pytest.approx(reference.adaptive_weight(p_auto, p_guide, alpha0, gamma, alpha_max))
 
 
+@settings(deadline=None)
 @given(RATES, RATES, RATES)
 def test_falls_as_the_policy_learns_and_rises_with_the_help_of_the_strategy(p, lower, higher):
     lower, higher = sorted((lower, higher))

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow
@@ -26,7 +27,8 @@ def sums(count: int) -> list[dict[str, Any]]:
 def test_columns_are_read(tmp_path: Path) -> None:
     records = [{"problem": "1+1", "answer": "2", "strategy": "add", "response": "It is 2.", "extra": 1}]
     problem = FileSource(write_jsonl(tmp_path / "a.jsonl", records), held_out=0, seed=0).training(0)
-    assert (problem.problem, problem.answer, problem.strategy, problem.response) == ("1+1", "2", "add", "It is 2.")
+    assert (problem.problem, problem.answer) == ("1+1", "2")
+    assert (problem.strategy, problem.response) == ("add", "It is 2.")
 
 
 def test_optional_columns_may_be_absent_or_null(tmp_path: Path) -> None:
@@ -107,6 +109,18 @@ def test_sources_by_kind(tmp_path: Path) -> None:
         open_source("file", path=None, held_out=0.1, seed=0)
     with pytest.raises(DataError, match="fraction"):
         open_source("file", path=path, held_out=4, seed=0)
+
+
+def test_a_hugging_face_dataset_is_read_by_its_train_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(name: str) -> dict[str, Any]:
+        return {"train": sums(3), "test": []} if name == "someone/sums" else {"test": sums(3)}
+
+    library = SimpleNamespace(load_dataset=load_dataset, DatasetDict=dict)
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    source = FileSource("someone/sums", held_out=0, seed=0)
+    assert sorted(source.training(i).problem for i in range(3)) == ["0 + 0", "1 + 1", "2 + 2"]
+    with pytest.raises(DataError, match="no dataset with a train split"):
+        FileSource("someone/else", held_out=0, seed=0)
 
 
 def test_a_dataset_without_the_library_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
