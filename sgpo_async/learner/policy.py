@@ -39,16 +39,12 @@ class Policy(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model.eval()  # no dropout: pi_theta is the distribution that the engines sample from
+        self.nbytes = sum(p.numel() * p.element_size() for p in model.parameters())  # over all ranks
 
     @property
     def head(self) -> Tensor:
         """The output matrix [V, H]; whole only inside `forward`, or after it for a model without gradient."""
         return self.model.get_output_embeddings().weight
-
-    @property
-    def nbytes(self) -> int:
-        """Size of all parameters over all ranks, a shared one counted once."""
-        return sum(parameter.numel() * parameter.element_size() for parameter in self.parameters())
 
     def hidden(self, packed: Packed) -> Tensor:
         """The last hidden state at the position that predicts each completion token: [C, H]."""
