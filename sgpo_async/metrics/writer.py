@@ -1,8 +1,8 @@
 """What the learner's rank 0 writes while it trains.
 
-    runs/NAME/metrics.jsonl    one line per step, on disk as soon as the step ends
-    runs/NAME/tensorboard/     the same numbers as scalars and histograms
-    runs/NAME/summary.json     the closing figures, replaced as a whole
+runs/NAME/metrics.jsonl    one line per step, on disk as soon as the step ends
+runs/NAME/tensorboard/     the same numbers as scalars and histograms
+runs/NAME/summary.json     the closing figures, replaced as a whole
 """
 
 from __future__ import annotations

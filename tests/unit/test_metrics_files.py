@@ -96,7 +96,9 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(SgpoError, match=r"summary\.json: cannot be written \(No space left on device\); free") as caught:
+    with pytest.raises(
+        SgpoError, match=r"summary\.json: cannot be written \(No space left on device\); free"
+    ) as caught:
         write_whole(tmp_path / "summary.json", "{}")
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
