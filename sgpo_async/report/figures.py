@@ -25,8 +25,13 @@ def _significant(value: float, digits: int) -> str:
         return "0"
     if abs(value) < 1e-3:
         return f"{value:.{digits - 1}g}"
-    whole = max(1, math.floor(math.log10(abs(value))) + 1)
+    whole = math.floor(math.log10(abs(value))) + 1
     return f"{value:.{max(0, digits - whole)}f}"
+
+
+def short(value: float) -> str:
+    """Without trailing zeros, for the ticks of an axis."""
+    return number(value) if abs(value) >= 10_000 else f"{value:.4g}"
 
 
 def percent(value: Any) -> str:

@@ -92,7 +92,7 @@ class Printer:
     def __init__(self) -> None:
         self._notes = 0
 
-    def update(self, supervisor) -> None:  # noqa: ANN001
+    def update(self, supervisor) -> None:
         for note in supervisor.notes[self._notes :]:
             print("note:", note, flush=True)
         self._notes = len(supervisor.notes)
