@@ -57,7 +57,5 @@ def _dispatch(words: list[str]) -> int:
 def _usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {text}" for name, text in COMMANDS.items()]
-    return "\n".join(
-        ["usage: sgpo-async COMMAND ...", "", "Asynchronous post-training by SGPO.", "", "commands:", *lines]
-        + ["", "sgpo-async COMMAND --help tells more of one."]
-    )
+    head = ["usage: sgpo-async COMMAND ...", "", "Asynchronous post-training by SGPO.", "", "commands:"]
+    return "\n".join([*head, *lines, "", "sgpo-async COMMAND --help tells more of one."])
