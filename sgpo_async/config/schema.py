@@ -177,7 +177,7 @@ class Hub:
         require(
             bool(self.keys) or host in ("127.0.0.1", "localhost", "[::1]"),
             "hub.keys",
-            f"names a folder of keys when the hub listens beyond loopback ({host}); make one with 'sgpo-async keys DIR'",
+            f"names a folder of keys when the hub listens beyond loopback ({host}); make one: sgpo-async keys DIR",
             self.keys,
         )
         require(self.max_lag >= 0, "hub.max_lag", "is at least 0", self.max_lag)

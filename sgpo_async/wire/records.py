@@ -6,8 +6,8 @@
     hub ──▶ learner   Welcome | Refused  Shard  Committed  Evaluated  Snapshot  Restored
     observer ──▶ hub  StatusRequest          hub ──▶ observer  Status
 
-A record is a frozen dataclass. Its array fields (`Tokens`, `Floats`, `Ints`) travel as raw little-endian buffers
-in frames of their own; everything else travels in the MessagePack header. `None` means absent.
+A record is a frozen dataclass. Its array fields (`Tokens`, `Floats`, `Ints`) and `bytes` travel as raw
+little-endian buffers in frames of their own; everything else travels in the MessagePack header. `None` means absent.
 """
 
 from __future__ import annotations
