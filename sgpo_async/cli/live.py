@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -38,7 +37,7 @@ class LivePicture:
 def render(view: View, width: int) -> RenderableType:
     """The whole picture."""
     parts: list[RenderableType] = [_head(view, width), _bar(view), Text(), _rates(view, width), Text(), _facts(view)]
-    parts += [Text(), _actors(view)]
+    parts += [Text(), _actors(view, width)]
     parts += [Text(note, style="yellow", no_wrap=True, overflow="ellipsis") for note in view.notes[-NOTES:]]
     return Group(*parts)
 
@@ -94,12 +93,13 @@ def _buffered(view: View) -> str:
     return NONE if groups is None else f"{groups} groups"
 
 
-def _actors(view: View) -> RenderableType:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), expand=False, header_style="dim", show_edge=False)
-    table.add_column("actor", no_wrap=True)
-    table.add_column("state", no_wrap=True)
+def _actors(view: View, width: int) -> RenderableType:
+    gap = 1 if width < 100 else 3
+    table = Table(box=None, padding=(0, gap, 0, 0), header_style="dim")
+    table.add_column("actor", no_wrap=True, min_width=9)
+    table.add_column("state", no_wrap=True, min_width=10)
     for head in ("version", "running", "tokens", "tokens/s", "idle", "leases", "lag"):
-        table.add_column(head, justify="right", no_wrap=True)
+        table.add_column(head, justify="right", no_wrap=True, min_width=6)
     for row in view.rows():
         state = str(row.get("state") or NONE)
         figures = [number(row.get(key)) for key in ("version", "running", "tokens", "tokens_per_s")]

@@ -24,7 +24,9 @@ class Show:
         self._settings = settings
         self._console = Console()
         self._folder = Path(settings.folder)
-        self._watch = Watch(self._folder, keys=settings.hub.keys, since=time.time())
+        hub = settings.hub
+        max_bytes = hub.max_message_mb << 20
+        self._watch = Watch(self._folder, keys=hub.keys, max_bytes=max_bytes, since=time.time())
         self._display: Display = LivePicture(self._console) if self._console.is_terminal else Lines()
         self._started = time.monotonic()
 

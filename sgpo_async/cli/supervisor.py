@@ -32,7 +32,9 @@ class RunFailed(SgpoError):
 class Plan(Protocol):
     """The command lines of a run."""
 
-    actors: int
+    @property
+    def actors(self) -> int:
+        """How many actors are started."""
 
     def hub(self) -> Sequence[str]:
         """The hub's, which writes hub.json into the run's folder when it is ready."""

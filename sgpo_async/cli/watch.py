@@ -20,13 +20,13 @@ class Watch:
     `since` is when the run began (seconds since the epoch): a metrics.jsonl not written after it is an earlier run's.
     """
 
-    def __init__(self, folder: Path, *, keys: str = "", since: float = 0.0) -> None:
+    def __init__(self, folder: Path, *, keys: str = "", max_bytes: int, since: float = 0.0) -> None:
         self.status: dict[str, Any] = {}
         self.metrics: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []
         self._path, self._since = folder / METRICS, since
         self._tail = MetricsTail(folder)
-        self._keys = keys
+        self._keys, self._max_bytes = keys, max_bytes
         self._hub: Mailbox | None = None
         self._asked = 0.0
 
@@ -41,7 +41,7 @@ class Watch:
 
     def _ask(self, address: str) -> None:
         if self._hub is None:
-            self._hub = Mailbox(Dealer(address, keys=self._keys))
+            self._hub = Mailbox(Dealer(address, keys=self._keys, max_bytes=self._max_bytes))
         now = time.monotonic()
         if now - self._asked >= ASK_EVERY_S:
             self._asked = now

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from sgpo_async.report.lag import lag_chart, lag_names, lag_shares
+from sgpo_async.report.lag import lag_chart, lag_legend, lag_shares
 from sgpo_async.report.svg import Series, line_chart
 
 AUTO, GUIDED, THIRD = 1, 2, 3  # slots of the palette; a colour means the same thing on the whole page
@@ -137,9 +137,7 @@ def figures(lines: Sequence[Mapping[str, Any]]) -> list[str]:
             parts.append(_figure(chart.title, chart.says, _draw(chart, series), _legend(series)))
         if chart.title == LAG_AFTER and (shares := lag_shares(lines)):
             says = "How many weight versions lie between the policy that produced a token and the one it trains."
-            parts.append(
-                _figure("Lag", says, lag_chart(shares), [(css, f"lag {name}") for css, name in lag_names(shares)])
-            )
+            parts.append(_figure("Lag", says, lag_chart(shares), lag_legend(shares)))
     return parts
 
 

@@ -47,13 +47,12 @@ def lag_chart(shares: Sequence[tuple[float, Sequence[float]]]) -> str:
     return drawing([*parts, *tip_columns(frame, [(step, _tip(step, column)) for step, column in shares])], "Lag")
 
 
-def lag_names(shares: Sequence[tuple[float, Sequence[float]]]) -> list[tuple[str, str]]:
+def lag_legend(shares: Sequence[tuple[float, Sequence[float]]]) -> list[tuple[str, str]]:
     """(CSS class, name) of each lag class that occurs."""
     present = [lag for lag in range(CLASSES) if any(column[lag] > 0 for _, column in shares)]
-    return [(f"lag{lag}", f"{lag} or more" if lag == CLASSES - 1 else str(lag)) for lag in present]
+    return [(f"lag{lag}", f"lag {lag}" + (" or more" if lag == CLASSES - 1 else "")) for lag in present]
 
 
 def _tip(step: float, column: Sequence[float]) -> str:
-    return "\n".join(
-        [f"step {step:.0f}", *(f"lag {lag}: {percent(share)}" for lag, share in enumerate(column) if share)]
-    )
+    present = [f"lag {lag}: {percent(share)}" for lag, share in enumerate(column) if share]
+    return "\n".join([f"step {step:.0f}", *present])

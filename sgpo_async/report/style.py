@@ -27,7 +27,7 @@ figcaption p { margin: 2px 0 6px; color: var(--soft); font-size: 13px; }
 .key { display: inline-flex; align-items: center; gap: 6px; }
 .key i { width: 14px; height: 3px; border-radius: 2px; background: currentColor; }
 .key i.ring { width: 10px; height: 10px; border-radius: 50%; background: none; border: 2px solid currentColor; }
-.key i[class^="lag"] { height: 12px; border-radius: 3px; }
+.key i[class^="lag"] { height: 12px; border-radius: 3px; background: var(--own); }
 svg { width: 100%; height: auto; display: block; }
 .grid { stroke: var(--line); } .axis { stroke: var(--axis); }
 text { fill: var(--soft); font-size: 12px; font-variant-numeric: tabular-nums; }
@@ -37,9 +37,12 @@ text { fill: var(--soft); font-size: 12px; font-variant-numeric: tabular-nums; }
 svg rect[class^="lag"] { shape-rendering: crispEdges; }
 .tip { fill: var(--ink); opacity: 0; } .tip:hover { opacity: .07; }
 .c1 { color: var(--c1); } .c2 { color: var(--c2); } .c3 { color: var(--c3); }
-.lag0 { fill: var(--lag0); background: var(--lag0) !important; } .lag1 { fill: var(--lag1); background: var(--lag1) !important; }
-.lag2 { fill: var(--lag2); background: var(--lag2) !important; } .lag3 { fill: var(--lag3); background: var(--lag3) !important; }
-.lag4 { fill: var(--lag4); background: var(--lag4) !important; } .lag5 { fill: var(--lag5); background: var(--lag5) !important; }
+.lag0 { fill: var(--lag0); --own: var(--lag0); }
+.lag1 { fill: var(--lag1); --own: var(--lag1); }
+.lag2 { fill: var(--lag2); --own: var(--lag2); }
+.lag3 { fill: var(--lag3); --own: var(--lag3); }
+.lag4 { fill: var(--lag4); --own: var(--lag4); }
+.lag5 { fill: var(--lag5); --own: var(--lag5); }
 section { margin-top: 16px; padding: 16px; overflow-x: auto; }
 table { border-collapse: collapse; margin-top: 8px; font-variant-numeric: tabular-nums; }
 td { padding: 4px 24px 4px 0; border-top: 1px solid var(--line); vertical-align: top; }

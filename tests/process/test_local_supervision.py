@@ -96,7 +96,7 @@ def test_a_signal_ends_everything_even_what_ignores_it(start: Callable[..., Loca
 
 def test_a_signal_during_start_up_ends_everything(start: Callable[..., Local]) -> None:
     run = start("hub=silent")
-    until(lambda: (run.folder / "logs" / "hub.log").exists())
+    until((run.folder / "logs" / "hub.log").exists)
     run.process.send_signal(signal.SIGINT)
     assert run.finish()[0] == 130
     assert_no_trace(run)

@@ -109,9 +109,9 @@ def test_a_full_disk_during_a_step_is_one_line() -> None:
         pytest.skip("needs /dev/full")
     from sgpo_async.metrics.files import telling
 
-    with pytest.raises(SgpoError, match="/dev/full: cannot be written"), telling(Path("/dev/full")):
-        with Path("/dev/full").open("w") as file:
-            file.write("x")
+    full = Path("/dev/full")
+    with pytest.raises(SgpoError, match="/dev/full: cannot be written"), telling(full), full.open("w") as file:
+        file.write("x")
 
 
 def test_the_summary_replaces_the_old_one_whole(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The page and the closing figures, made from metrics of known content."""
 
+import itertools
 import json
 import re
 import subprocess
@@ -145,7 +146,7 @@ def test_ticks_are_round_even_and_enclose_the_data(low: float, span: float) -> N
     ticks = nice_ticks(low, low + span)
     assert ticks[0] <= low + 1e-6 * span
     assert ticks[-1] >= low + span * (1 - 1e-6)
-    gaps = [after - before for before, after in zip(ticks, ticks[1:], strict=False)]
+    gaps = [after - before for before, after in itertools.pairwise(ticks)]
     assert max(gaps) - min(gaps) <= 1e-6 * max(gaps) + 1e-9
     assert 2 <= len(ticks) <= 8
 
