@@ -42,7 +42,7 @@ def gather(policy: Policy, dtype: torch.dtype) -> NamedTensors:
     tensors = []
     for name, parameter in policy.model.named_parameters():
         assert isinstance(parameter, DTensor), f"{name} is not sharded at this time"
-        whole = parameter.detach().full_tensor()
+        whole = parameter.full_tensor().detach()
         if dist.get_rank() == 0:
             tensors.append((name, whole.to("cpu", dtype, copy=True)))
     return tensors

@@ -73,7 +73,6 @@ def reference_loss(
     parts: list[list[Rollout]],
     run: Run,
     *,
-    version: int = 5,
     teacher: PreTrainedModel | None = None,
 ) -> Tensor:
     """Eq. 7 with autograd: one sequence per forward, full logits, weights by plain loops."""
@@ -83,7 +82,9 @@ def reference_loss(
         guided = [r for r in group if r.guided]
         rewards = np.array([[r.reward for r in autonomous]])
         for rollout, advantage in zip(autonomous, sgpo.advantages(rewards)[0], strict=True):
-            log_pi = _rows(model, rollout.prompt, rollout.tokens)[range(len(rollout.tokens)), rollout.tokens.tolist()]
+            log_pi = log_probs(model, rollout.prompt, rollout.tokens)[
+                range(len(rollout.tokens)), rollout.tokens.tolist()
+            ]
             weights = _correction(log_pi, rollout, algorithm.grpo_correction)
             ratio = (log_pi - log_pi.detach()).exp()
             total = total - (weights * ratio * advantage).mean() / len(autonomous) / len(parts)
@@ -98,8 +99,8 @@ def reference_loss(
             algorithm.gamma,
             algorithm.alpha_max,
         )
-        log_p = _rows(teacher or model, target.prompt, target.tokens).detach()
-        log_q = _rows(model, autonomous[0].prompt, target.tokens)
+        log_p = log_probs(teacher or model, target.prompt, target.tokens).detach()
+        log_q = log_probs(model, autonomous[0].prompt, target.tokens)
         d = (log_p.exp() * (log_p - log_q)).sum(-1)
         chosen = log_p[range(len(target.tokens)), target.tokens.tolist()]
         weights = _correction(chosen, target, algorithm.kl_correction)
@@ -137,7 +138,7 @@ def _group(rng: np.random.Generator, task: int, version: int) -> list[Rollout]:
     return group
 
 
-def _rows(model: PreTrainedModel, prompt: np.ndarray, completion: np.ndarray) -> Tensor:
+def log_probs(model: PreTrainedModel, prompt: np.ndarray, completion: np.ndarray) -> Tensor:
     """log pi(.|prompt, completion so far) before each completion token: [T, V]."""
     ids = torch.from_numpy(np.concatenate((prompt, completion))).long()[None]
     log_probs = model(input_ids=ids).logits[0].log_softmax(-1)
