@@ -6,8 +6,8 @@
                       └─ authenticator thread: answers "is this client key known?" during handshakes
 
 Nothing here waits except `poll` (for a message) and `close` (for queued frames to leave), both within a given
-time. A member that connects again under its identity takes over its old connection: after a power loss the old
-one may live on for minutes on the hub's side, and without the handover the member would stay unheard so long.
+time. A member that connects again under its identity takes over its old connection: after a power loss the
+old one may live on for minutes on the hub's side, and the member would stay unheard for so long.
 """
 
 from __future__ import annotations

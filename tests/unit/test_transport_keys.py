@@ -45,9 +45,9 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 
 def test_missing_keys_tell_the_remedy(tmp_path: Path) -> None:
-    with pytest.raises(HubError, match=r"server\.key_secret is missing .* sgpo-async keys"):
+    with pytest.raises(HubError, match=r"server\.key_secret is missing .* 'sgpo-async keys DIR'"):
         Router("tcp://127.0.0.1:0", keys=tmp_path, max_bytes=1000)
-    with pytest.raises(HubError, match=r"client\.key_secret is missing .* sgpo-async keys"):
+    with pytest.raises(HubError, match=r"client\.key_secret is missing .* 'sgpo-async keys DIR'"):
         Dealer("tcp://127.0.0.1:1", keys=tmp_path, max_bytes=1000)
 
 
@@ -61,5 +61,5 @@ def test_a_secret_open_to_others_is_refused(tmp_path: Path) -> None:
 def test_a_broken_key_file_is_named(tmp_path: Path) -> None:
     create_keys(tmp_path)
     (tmp_path / "client.key").write_text("nonsense")
-    with pytest.raises(HubError, match=r"client\.key is missing or no key"):
+    with pytest.raises(HubError, match=r"client\.key is missing or holds no key"):
         public_key(tmp_path, "client")

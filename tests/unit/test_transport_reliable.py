@@ -41,7 +41,7 @@ def keys(items: list[Rollout]) -> list[tuple[int, int]]:
 
 
 class LossyLink(RuleBasedStateMachine):
-    """Hypothesis chooses what is offered, sent, lost, doubled, delayed and acknowledged, and how time passes."""
+    """Hypothesis chooses what is offered, sent, lost, doubled and delayed, and how time passes."""
 
     def __init__(self) -> None:
         super().__init__()

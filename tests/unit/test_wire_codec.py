@@ -1,4 +1,4 @@
-"""Round trips of every record, and hostile frames: nothing but WireError, no memory for what is only claimed."""
+"""Round trips of every record, and hostile frames: only WireError, no memory for mere claims."""
 
 import dataclasses
 import random
@@ -238,7 +238,7 @@ INCONSISTENT: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("changes", INCONSISTENT, ids=lambda changes: "+".join(changes))
+@pytest.mark.parametrize("changes", INCONSISTENT, ids="+".join)
 def test_an_inconsistent_rollout_is_refused_on_both_sides(changes: dict[str, Any]) -> None:
     rollout = one_rollout(**changes)
     with pytest.raises(WireError, match="Rollout"):
@@ -281,7 +281,14 @@ def test_the_sender_hears_of_its_own_fault(message: Message) -> None:
 
 def test_lost_doubled_swapped_and_trailing_frames() -> None:
     good = encode(one_rollout())
-    bad = [[], good[:1], good[:-1], [*good, b""], [good[0], *good[2:]], [good[0], good[2], good[1], *good[3:]]]
+    bad = [
+        [],
+        good[:1],
+        good[:-1],
+        [*good, b""],
+        [good[0], *good[2:]],
+        [good[0], good[2], good[1], *good[3:]],
+    ]
     for frames in bad:
         with pytest.raises(WireError):
             decode(frames, max_bytes=LIMIT)
@@ -388,7 +395,9 @@ def test_injured_frames_are_refused_or_still_a_message(
 
 @settings(max_examples=200, deadline=None)
 @given(message=messages, value=PLAIN | st.binary() | st.integers(2**63, 2**64 - 1), data=st.data())
-def test_any_value_in_any_field_is_refused_or_a_message(message: Message, value: Any, data: st.DataObject) -> None:
+def test_any_value_in_any_field_is_refused_or_a_message(
+    message: Message, value: Any, data: st.DataObject
+) -> None:
     frames = encode(message)
     field = data.draw(st.sampled_from(sorted(header(frames))))
     survives(with_header(frames, {field: value}))

@@ -1,6 +1,6 @@
-"""Every record as it stood on the wire when PROTOCOL was last raised: one file per record, one hex line per frame.
+"""Every record as it stood on the wire when PROTOCOL was last raised: a file per record, a hex line per frame.
 
-`python tests/unit/test_wire_golden.py` writes the files anew, and refuses while PROTOCOL is the one they hold.
+`python tests/unit/test_wire_golden.py` writes the files anew; it refuses while PROTOCOL is the one they hold.
 """
 
 import dataclasses
