@@ -66,8 +66,8 @@ def unknown_client(keys: Path) -> Path:
     ("way", "reason"),
     [
         ("unknown client key", "it does not know our key"),
-        ("wrong server key", "it broke the handshake off, as with a wrong server.key"),
-        ("no keys", "one side uses keys and the other none"),
+        ("wrong server key", "it broke the handshake off: a wrong server.key"),
+        ("no keys", ".*keys on one side only"),
     ],
 )
 def test_a_stranger_is_refused_and_told_why(router: Router, keys: Path, way: str, reason: str) -> None:
@@ -91,6 +91,6 @@ def test_a_stranger_is_refused_and_told_why(router: Router, keys: Path, way: str
 def test_keys_against_a_hub_without(keys: Path) -> None:
     router = Router("tcp://127.0.0.1:0", max_bytes=LIMIT)
     dealer = Dealer(router.address, keys=keys / "hub", max_bytes=LIMIT)
-    assert "one side uses keys and the other none" in refusal(dealer)
+    assert "keys on one side only" in refusal(dealer)
     dealer.close()
     router.close()

@@ -129,7 +129,7 @@ class LossyLink(RuleBasedStateMachine):
         assert sorted(self.trained) == sorted(keys([rollout(n) for n in range(self.offered)]))
 
 
-LossyLink.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+LossyLink.TestCase.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
 TestLossyLink = LossyLink.TestCase
 
 

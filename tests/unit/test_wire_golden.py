@@ -1,4 +1,4 @@
-"""Every record as it stood on the wire when PROTOCOL was last raised: a file per record, a hex line per frame.
+"""Every record as it stood on the wire when PROTOCOL was last raised: a file per kind, a hex line per frame.
 
 `python tests/unit/test_wire_golden.py` writes the files anew; it refuses while PROTOCOL is the one they hold.
 """
