@@ -6,8 +6,8 @@
     hub ──▶ learner   Welcome | Refused  Shard  Committed  Evaluated  Snapshot  Restored
     observer ──▶ hub  StatusRequest          hub ──▶ observer  Status
 
-A record is a frozen dataclass. Its array fields (`Tokens`, `Floats`, `Ints`) travel as raw little-endian buffers
-in frames of their own; everything else travels in the MessagePack header. `None` means absent.
+A record is a frozen dataclass. Its array fields (`Tokens`, `Floats`, `Ints`) and `bytes` travel as raw
+little-endian buffers in frames of their own; everything else travels in the MessagePack header. `None` means absent.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ class Hello:
 
     role: Literal["actor", "learner"]
     name: str  # unique among living members, e.g. "actor-3f2a", "learner-0"
-    tokenizer: str = ""  # fingerprint; the hub refuses a member that differs from the first learner's or actor's
+    tokenizer: str = (
+        ""  # fingerprint; the hub refuses a member that differs from the first learner's or actor's
+    )
     rank: int = 0  # learner only
     world_size: int = 1  # learner only
     step: int = 0  # learner only: optimiser steps its weights have behind them
@@ -100,7 +102,9 @@ class Rollout:
     ends: Ints  # [S] end (exclusive) of each span in `tokens`; the last is T
     reward: float
     finish: Literal["stop", "length"]
-    unguided_logprob: float | None = None  # Eq. 4: sum of log pi(token | plain prompt); correct guided rollouts only
+    unguided_logprob: float | None = (
+        None  # Eq. 4: sum of log pi(token | plain prompt); correct guided rollouts only
+    )
 
     @property
     def oldest_version(self) -> int:
@@ -140,7 +144,9 @@ class Heartbeat:
     tokens: int = 0  # generated
     busy_s: float = 0.0  # time in which the engine had work
     wall_s: float = 0.0
-    tasks: Ints = field(default_factory=lambda: np.empty(0, np.int32))  # leases it is working on: keeps them alive
+    tasks: Ints = field(
+        default_factory=lambda: np.empty(0, np.int32)
+    )  # leases it is working on: keeps them alive
 
 
 @dataclass(frozen=True, kw_only=True)
