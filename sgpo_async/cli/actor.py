@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until the run is over. Raises SgpoError."""
-    from sgpo_async.actor import Actor, ActorOptions
+    from sgpo_async.actor.run import Actor, ActorOptions
 
     options = ActorOptions(
         hub=args.hub, name=args.name, keys=args.keys, model=args.model, slots=args.slots, device=args.device

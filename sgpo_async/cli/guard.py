@@ -12,7 +12,7 @@ import signal
 import sys
 from pathlib import Path
 
-from sgpo_async.cli.leftovers import clear_leftovers
+from sgpo_async.cli.hub_file import forget_hub
 from sgpo_async.cli.sweep import end_run
 
 
@@ -23,7 +23,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.stdin.buffer.read()
     end_run(mark)
-    clear_leftovers(Path(folder))
+    forget_hub(Path(folder))
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def hub_beside(settings: Run, words: list[str]) -> Iterator[str]:
 
     Raises HubError if it ends at once (port taken, ...), DeadlineExceeded if it does not come up.
     """
-    from sgpo_async.cli.leftovers import claim, read_hub_file
+    from sgpo_async.cli.hub_file import claim, read_hub_file
     from sgpo_async.cli.processes import Processes, python, wait_for
 
     folder = Path(settings.folder)

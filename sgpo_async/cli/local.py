@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from sgpo_async.cli.leftovers import claim
+from sgpo_async.cli.hub_file import claim
 from sgpo_async.cli.options import add_config, config_words, load_run, print_dry_run, record_config
 from sgpo_async.cli.processes import Processes
 from sgpo_async.cli.signals import Signals

@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sgpo_async.cli.leftovers import clear_leftovers
+from sgpo_async.cli.hub_file import forget_hub
 from sgpo_async.cli.sweep import GRACE_S, MARK, end_run
 from sgpo_async.metrics.files import telling
 
+TORCHRUN_FAILURE = "torch/distributed/elastic/multiprocessing/api.py"  # what follows in a log says nothing new
 ROOT = Path(__file__).resolve().parents[2]  # where `import sgpo_async` works from, installed or not
 
 
@@ -34,10 +35,12 @@ class Child:
     def complaint(self, lines: int = 12) -> str:
         """Why it ended: the `error:` line of its log, or its last lines."""
         text = self.log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()
-        errors = [line for line in text[-200:] if line.startswith("error: ")]
-        if errors:
-            return errors[0].removeprefix("error: ")
-        return "\n".join(["its last lines:", *(f"    {line}" for line in text[-lines:])])
+        for line in text[-200:]:
+            if line.startswith("error: "):
+                return line.removeprefix("error: ")
+        torchruns = [number for number, line in enumerate(text) if TORCHRUN_FAILURE in line]
+        own = text[: torchruns[0]] if torchruns else text
+        return "\n".join([f"the end of {self.log}:", *(f"    {line}" for line in own[-lines:])])
 
     def ending(self) -> str:
         """How it ended, in words."""
@@ -84,7 +87,7 @@ class Processes:
         gentle = end_run(self.mark, grace_s=grace_s, hurry=hurry)
         for child in self._children:
             child.process.wait(timeout=10)
-        clear_leftovers(self.folder)
+        forget_hub(self.folder)
         self._guard.kill()
         self._guard.communicate()
         return gentle

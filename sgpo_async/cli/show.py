@@ -64,6 +64,7 @@ class Show:
         table.add_column()
         for row in closing_rows(self._folder):
             table.add_row(*row)
+        self._console.print()
         self._console.print(table)
         self._console.print(f"report: {write_report(self._folder)}", soft_wrap=True)
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from sgpo_async.cli.leftovers import read_hub_file
+from sgpo_async.cli.hub_file import read_hub_file
 from sgpo_async.cli.processes import Child, Processes
 from sgpo_async.errors import DeadlineExceeded, SgpoError
 
@@ -94,8 +94,12 @@ class Supervisor:
         if self._learner is None:
             self._await_hub()
             return
-        self._look_at_learner(self._learner)
-        self._look_at_hub()
+        if self._learner.code == 0 and self._leaving_until is None:
+            self.phase = "finishing"
+            self._leaving_until = time.monotonic() + LEAVING_S
+        if self._leaving_until is None:
+            self._look_at_hub()  # before the learner: without a hub the learner fails, too
+            self._look_at_learner(self._learner)
         for slot in self.slots:
             self._look_at_actor(slot)
         if self._leaving_until is None and all(slot.state in ("left", "failed") for slot in self.slots):
@@ -113,21 +117,15 @@ class Supervisor:
             raise DeadlineExceeded("local: the hub", "hub.json", HUB_START_S)
 
     def _look_at_learner(self, learner: Child) -> None:
-        if self._leaving_until is not None:
-            return
-        if learner.code == 0:
-            self.phase = "finishing"
-            self._leaving_until = time.monotonic() + LEAVING_S
-        elif learner.code is not None:
+        if learner.code is not None:
             raise RunFailed(f"the learner {learner.ending()}: {learner.complaint()}")
-        elif self._learner_deadline is not None and time.monotonic() > self._learner_deadline:
+        if self._learner_deadline is not None and time.monotonic() > self._learner_deadline:
             raise DeadlineExceeded("local: the learner", "end after the hub's", AFTER_HUB_S)
 
     def _look_at_hub(self) -> None:
-        code = self._hub.code
-        if code is None or self._leaving_until is not None:
+        if self._hub.code is None:
             return
-        if code != 0:
+        if self._hub.code != 0:
             raise RunFailed(f"the hub {self._hub.ending()}: {self._hub.complaint()}")
         if self._learner_deadline is None:
             self.phase = "finishing"
@@ -145,7 +143,7 @@ class Supervisor:
         child, slot.child = slot.child, None
         if code == 0 or self._finishing:
             slot.state = "left"
-            self.notes.append(f"{child.name} has left")
+            self.notes += [] if self._finishing else [f"{child.name} has left"]
         else:
             self._crashed(slot, child)
 

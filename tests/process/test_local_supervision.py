@@ -72,7 +72,6 @@ def all_up(run: Local) -> bool:
 
 def assert_no_trace(run: Local) -> None:
     until(lambda: run.everyone() == [])
-    assert not (run.folder / "store").exists()
     assert not (run.folder / "hub.json").exists()
 
 

@@ -1,8 +1,7 @@
-"""hub.json, by which a hub tells where it is, and what a hub that was killed leaves behind."""
+"""hub.json, by which a hub tells where it is; a hub that was killed leaves it behind."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -24,19 +23,15 @@ def read_hub_file(folder: Path) -> dict[str, Any]:
 
 
 def claim(folder: Path) -> None:
-    """Clear what an earlier hub left in `folder`. Raises HubError if that hub still runs."""
+    """Make sure that no run writes to `folder` already. Raises HubError if one does."""
     hub = read_hub_file(folder)
     if hub and _lives(hub["pid"], (folder / HUB_FILE).stat().st_mtime):
         raise HubError(f"{folder}: another run writes here (its hub is process {hub['pid']}); choose another name=NAME")
-    clear_leftovers(folder)
+    forget_hub(folder)
 
 
-def clear_leftovers(folder: Path) -> None:
-    """Once the hub is dead: remove its weight store and hub.json, if it could not do so itself."""
-    hub = read_hub_file(folder)
-    if store := hub.get("store"):
-        with contextlib.suppress(FileNotFoundError):
-            Path(store).unlink()
+def forget_hub(folder: Path) -> None:
+    """Remove hub.json, once the hub is dead, if it could not do so itself."""
     (folder / HUB_FILE).unlink(missing_ok=True)
 
 
