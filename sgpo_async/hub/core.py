@@ -12,10 +12,9 @@ events give the same effects.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from sgpo_async.config.schema import Run
+from sgpo_async.config import Run, to_plain
 from sgpo_async.errors import HubError
 from sgpo_async.hub import snapshot
 from sgpo_async.hub.actors import Actor, Actors
@@ -57,6 +56,8 @@ from sgpo_async.wire.records import (
     Restore,
     Restored,
     Rollout,
+    Settings,
+    SettingsRequest,
     Snapshot,
     SnapshotRequest,
     Status,
@@ -127,6 +128,8 @@ class HubCore:
         match message:
             case StatusRequest():
                 self._send(member, Status(status=self.status()))
+            case SettingsRequest():
+                self._send(member, Settings(settings=to_plain(self.run)))
             case Hello():
                 self._hello(member, message)
             case Rollout():
@@ -221,7 +224,7 @@ class HubCore:
             self._effects.append(CloseLink(member))
             return
         self.actors[member].welcomed = True
-        self._send(member, Welcome(settings=asdict(self.run), session_host=host, session_port=port))
+        self._send(member, Welcome(session_host=host, session_port=port))
 
     def _link_down(self, member: bytes, reason: str) -> None:
         actor = self.actors.get(member)
@@ -244,7 +247,7 @@ class HubCore:
                     self._send(old.member, Refused(reason=f"{hello.name} began a new learner world"))
         self.world.join(member, hello, now=self.now)
         self._send(
-            member, Welcome(settings=asdict(self.run), store=self.store, version=self.training.version)
+            member, Welcome(store=self.store, version=self.training.version)
         )
 
     def _lose_rank(self, rank: int) -> None:
