@@ -12,17 +12,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from sgpo_async.cli.hub_file import read_hub_file
 from sgpo_async.cli.processes import Child, Processes
+from sgpo_async.cli.signals import Signals
 from sgpo_async.errors import DeadlineExceeded, SgpoError
 
 HUB_START_S = 60.0
 LEAVING_S = 20.0  # after the learner's end, for actors and hub to end by themselves
 AFTER_HUB_S = 120.0  # the hub is finished: the learner may still write its last checkpoint
 RESTARTS = 5
+TICK_S = 0.25
 
 
 class RunFailed(SgpoError):
@@ -162,3 +166,30 @@ class Supervisor:
     @property
     def _finishing(self) -> bool:
         return self.phase == "finishing"
+
+
+class Onlooker(Protocol):
+    """Whoever shows the run (see `sgpo_async.cli.show`)."""
+
+    def update(self, supervisor: Supervisor) -> None:
+        """Something may have changed."""
+
+    def close(self, *, stopping: bool) -> None:
+        """The processes are about to be ended."""
+
+
+def supervise(plan: Plan, folder: Path, onlooker: Onlooker) -> int:
+    """Start everything, show it, end everything; returns 0, or 128 + the signal that ended it.
+
+    Raises RunFailed or DeadlineExceeded if the run cannot go on.
+    """
+    with Signals() as signals, ExitStack() as stack:
+        processes = Processes(folder)
+        stack.callback(processes.stop, hurry=lambda: signals.kill)
+        stack.callback(lambda: onlooker.close(stopping=signals.stop))
+        supervisor = Supervisor(plan, processes)
+        while not supervisor.done and not signals.stop:
+            supervisor.tick()
+            onlooker.update(supervisor)
+            signals.wait(TICK_S)
+    return signals.exit_code if signals.stop else 0

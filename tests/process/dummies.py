@@ -99,11 +99,13 @@ class Printer:
 
 
 def supervised(folder: Path, behaviours: dict[str, str]) -> int:
-    from sgpo_async.cli.local import supervise
+    from sgpo_async.cli.hub_file import claim
+    from sgpo_async.cli.supervisor import supervise
     from sgpo_async.errors import SgpoError
 
     print("ready", flush=True)
     try:
+        claim(folder)
         return supervise(Plan(folder, behaviours), folder, Printer())
     except SgpoError as error:
         print(f"error: {error}", flush=True)
