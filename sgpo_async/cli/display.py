@@ -38,7 +38,7 @@ class View:
         """Mean and largest lag of the last batch, in versions."""
         lag = self.status.get("lag") or {}
         mean, most = lag.get("mean", self.metrics.get("lag_mean")), lag.get("max", self.metrics.get("lag_max"))
-        return NONE if mean is None else f"{mean:.2f} (max {most:g})"
+        return NONE if mean is None else f"{mean:.2f} (max {number(most)})"
 
     def held_out(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         """First and last evaluation, empty if there was none."""
