@@ -33,6 +33,7 @@ class Chart:
     y_label: str
     curves: tuple[Curve, ...]
     share: bool = False  # the figures are shares: the axis goes from 0 to 100 %
+    around_one: bool = False  # small deviations from 1 matter: the axis does not include 0
 
 
 CHARTS = (
@@ -62,8 +63,9 @@ CHARTS = (
     ),
     Chart(
         title="Correction weights",
-        says="Mean of the weights in use; 1 where behaviour and policy agree. At lag 0 engines alone make a difference.",
+        says="Mean of the weights in use; 1 where behaviour and policy agree. Lag 0 shows the engines' part alone.",
         y_label="mean weight",
+        around_one=True,
         curves=(
             Curve(key="correction_mean_stale", name="GRPO, stale tokens"),
             Curve(key="kl_correction_mean_stale", name="distillation, stale tokens", colour=THIRD),
@@ -93,6 +95,7 @@ CHARTS = (
         title="Importance ratio",
         says="Mean of policy over behaviour probability, by the age of the tokens in versions.",
         y_label="mean ratio",
+        around_one=True,
         curves=(
             Curve(key="ratio_by_lag/0", name="lag 0"),
             Curve(key="ratio_by_lag/1", name="lag 1", colour=GUIDED),
@@ -180,7 +183,9 @@ def _value(line: Mapping[str, Any], key: str) -> Any:
 def _draw(chart: Chart, series: Sequence[Series]) -> str:
     if chart.share:
         return line_chart(series, y_label=chart.y_label, y_range=_share_range(series), show=_percent)
-    return line_chart(series, y_label=chart.y_label)
+    values = [y for one in series for _, y in one.points]
+    near = (min(1.0, *values), max(1.0, *values)) if chart.around_one else None
+    return line_chart(series, y_label=chart.y_label, y_range=near)
 
 
 def _share_range(series: Sequence[Series]) -> tuple[float, float]:
