@@ -21,7 +21,7 @@ class View:
     metrics: Mapping[str, Any]  # newest value of each
     history: list[dict[str, Any]]  # every line of metrics.jsonl
     status: Mapping[str, Any]  # the hub's
-    actors: Mapping[str, str]  # name and what its supervisor knows of it: running, restarting, ...
+    actors: Mapping[str, str]  # name and what its supervisor knows of it: started, restarting, ...
     notes: list[str] = field(default_factory=list)
 
     @property

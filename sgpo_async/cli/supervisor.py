@@ -58,7 +58,7 @@ class ActorSlot:
     child: Child | None = None
     crashes: int = 0
     start_at: float = 0.0  # when it is to be started (again)
-    state: str = "starting"  # starting, running, restarting, left, failed
+    state: str = "starting"  # starting, started, restarting, left, failed
 
     @property
     def name(self) -> str:
@@ -139,7 +139,7 @@ class Supervisor:
         if slot.child is None:
             if slot.state in ("starting", "restarting") and not self._finishing and time.monotonic() >= slot.start_at:
                 slot.child = self._processes.start(slot.name, self.plan.actor(slot.name, self.address))
-                slot.state = "running"
+                slot.state = "started"
             return
         code = slot.child.code
         if code is None:

@@ -100,7 +100,7 @@ def test_crashes_are_answered_by_doubling_pauses_and_an_end(stage: Stage) -> Non
         assert supervisor.slots[0].state == "restarting"
         stage.now += 0.2
         supervisor.tick()
-        assert supervisor.slots[0].state == "running"
+        assert supervisor.slots[0].state == "started"
     stage.child(f"actor-0.{RESTARTS}").code = 1
     supervisor.tick()
     assert supervisor.slots[0].state == "failed"
