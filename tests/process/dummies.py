@@ -59,8 +59,6 @@ def actor(behaviour: str, folder: Path) -> int:
     if behaviour == "crash-once" and not (folder / "crashed").exists():
         (folder / "crashed").touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    if behaviour == "leave":
-        return 0
     while not (folder / "finished").exists():
         time.sleep(0.02)
     return 0
