@@ -66,7 +66,7 @@ class Group:
             _slot(result.id), reward=1.0, unguided_logprob=float(result.logprobs.sum(dtype=np.float64))
         )
 
-    def keys(self) -> list[Key]:
+    def rollout_ids(self) -> list[Key]:
         """Identities of all rollouts of the lease."""
         return [self._key(slot) for slot in range(self.lease.autonomous + self.lease.guided)]
 

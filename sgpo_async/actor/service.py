@@ -70,7 +70,7 @@ class Service:
             self._rewards.close()
             if self._store is not None:
                 self._store.close()
-            self._engine.cancel([key for group in self._groups.values() for key in group.keys()])
+            self._engine.cancel([key for group in self._groups.values() for key in group.rollout_ids()])
 
     def receive(self) -> str | None:
         """Take what the hub sent; a reason to end, if there is one."""
@@ -133,9 +133,8 @@ class Service:
         while self._waiting and self._waiting[0].min_version <= version:
             self._start(self._waiting.popleft())
         wanted = self._lease_target() - self._granted
-        if wanted > 0:
+        if wanted > 0 and self._mailbox.send(Ready(tasks=wanted, version=version)):
             self._granted += wanted
-            self._mailbox.send(Ready(tasks=wanted, version=version))
 
     def _lease_target(self) -> int:
         """Enough leases to fill every slot, and one in hand so that a free slot never waits for the network."""

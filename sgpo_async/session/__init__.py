@@ -5,8 +5,9 @@
                               │ reads                          │ writes
                         the learner's store              the actor's local store
 
-Both processes are fresh for every session, because a Torch RPC world can neither lose a member nor begin anew in a
-living process. When one of them dies, the session is over and nobody else is touched. The two handles are torch-free.
+Both processes are fresh for every session, because a Torch RPC world can neither lose a member nor begin anew
+in a living process. When one of them dies, the session is over and nobody else is touched. The two handles
+are torch-free.
 """
 
 from sgpo_async.session.link_process import LinkDown, LinkEvent, LinkProcess, LinkUp

@@ -3,8 +3,8 @@
     node ──▶ link     manifest()  bucket(version, index)  beat(seconds)
     link ──▶ node     announce(version)  control(word)    beat(seconds)
 
-They find what they work on in this module, bound by `bind` before the world exists. None stands for "superseded":
-an expected answer, not an exception that would be printed on the way.
+They find what they work on in this module, set before the world exists. None stands for
+"superseded": an expected answer, not an exception that would be printed on the way.
 """
 
 from __future__ import annotations
@@ -48,10 +48,9 @@ def manifest() -> bytes | None:
     """Encoded manifest of the newest version."""
     assert callee.store is not None
     try:
-        newest = callee.store.manifest()
+        return callee.store.encoded_manifest()
     except Superseded:
         return None
-    return newest.to_bytes() if newest else None
 
 
 def bucket(version: int, index: int) -> torch.Tensor | None:
@@ -74,5 +73,5 @@ def control(word: str) -> None:
 
 
 def beat(seconds: float) -> None:
-    """Answer after `seconds`: so that a call is always under way, whose failure tells at once that the peer is gone."""
+    """Answer after `seconds`. So a call is always under way, and fails at once when the peer is gone."""
     time.sleep(seconds)

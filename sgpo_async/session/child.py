@@ -1,6 +1,6 @@
 """The parent's side of a child process: JSON lines out of it, JSON lines into it, and its end.
 
-Nothing here blocks but `stop`. The child's errors go to the parent's standard error.
+Only `stop` waits. The child's errors go to the parent's standard error.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import subprocess
 import sys
 from typing import Any
 
+from sgpo_async.errors import DeadlineExceeded
 from sgpo_async.session.settings import Settings
 
 _UNWANTED = ("TORCHELASTIC_", "MASTER_", "RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_")  # torchrun's
 
 
 class Child:
-    """One child process; reports its death once, whatever the cause, as an event {"event": "down", "reason": ...}."""
+    """One child process. Its last event is always {"event": "down", "reason": ...}, whatever ended it."""
 
     def __init__(self, module: str, settings: Settings) -> None:
         self._who = f"{module.rpartition('.')[2]} of {settings.name}"
@@ -70,16 +71,16 @@ class Child:
             events.append({"event": "down", "reason": f"{self._who}: {self._ending()}"})
         return events
 
-    def stop(self, deadline_s: float = 2.0) -> None:
-        """End the child: it ends by itself when its input closes; it is killed if it has not within `deadline_s`."""
+    def stop(self, deadline_s: float = 5.0) -> None:
+        """Kill the child, which has nothing to clean up. Raises DeadlineExceeded if that does not end it."""
         self._down = True
+        self._process.kill()
         self._in.close()
+        self._out.close()
         try:
             self._process.wait(deadline_s)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._out.close()
+            raise DeadlineExceeded(self._who, "end after SIGKILL", deadline_s) from None
 
     def _read(self) -> tuple[bytes, bool]:
         data = bytearray()

@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import os
 import queue
-import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
-from sgpo_async.errors import SgpoError
-from sgpo_async.session.guard import Guard
+from sgpo_async.session.guard import Guard, run_child
 from sgpo_async.session.interface import interface_towards
 from sgpo_async.session.settings import Settings
 from sgpo_async.weights.reader import StoreReader
@@ -26,17 +24,7 @@ if TYPE_CHECKING:
 _TICK_S = 0.02
 
 
-def main(argument: str) -> None:
-    """Run until the session is over."""
-    settings = Settings.decode(argument)
-    guard = Guard(f"link of {settings.name}", settings.parent)
-    try:
-        run(settings, guard)
-    except SgpoError as error:
-        guard.down(str(error))
-
-
-def run(settings: Settings, guard: Guard) -> None:
+def run(settings: Settings, guard: Guard) -> NoReturn:
     """Open the world, wait for the node, serve it. Ends by an error only."""
     deadlines = settings.deadlines
     with guard.phase("start", deadlines.start_s):
@@ -45,7 +33,7 @@ def run(settings: Settings, guard: Guard) -> None:
         from sgpo_async.session.world import World, listen
 
     with guard.phase(f"listen on {settings.host}", deadlines.start_s):
-        store, port = listen(settings.host, deadlines.join_s)
+        _rendezvous, port = listen(settings.host, deadlines.join_s)
     calls.callee.store = StoreReader(settings.store)
     world = World("link", guard.who, deadlines)
     guard.emit("up", port=port)
@@ -54,7 +42,7 @@ def run(settings: Settings, guard: Guard) -> None:
     serve(world, calls.callee.store, guard)
 
 
-def serve(world: World, store: StoreReader, guard: Guard) -> None:
+def serve(world: World, store: StoreReader, guard: Guard) -> NoReturn:
     """Announce what appears in `store` and pass the hub's words on, until the node is gone."""
     from sgpo_async.session import calls
 
@@ -72,4 +60,4 @@ def serve(world: World, store: StoreReader, guard: Guard) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    run_child("link", run)

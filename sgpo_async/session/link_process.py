@@ -1,4 +1,4 @@
-"""Handle of a link process, for the hub. Torch-free; nothing but `stop` blocks."""
+"""Handle of a link process, for the hub. Torch-free; only `stop` waits."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LinkEvent = LinkUp | LinkDown
 
 
 class LinkProcess:
-    """The hub's end of one session: serves the weights in `store` to the node of actor `name`, listening on `host`."""
+    """The hub's end of one session: listens on `host`, serves the weights in `store` to actor `name`."""
 
     def __init__(self, store: str, name: str, host: str, *, deadlines: Deadlines | None = None) -> None:
         settings = Settings(
@@ -49,8 +49,8 @@ class LinkProcess:
         """Pass a word, such as "drain", on to the actor, which gets it as `NodeControl`."""
         self._child.send({"control": word})
 
-    def stop(self, deadline_s: float = 2.0) -> None:
-        """End the session."""
+    def stop(self, deadline_s: float = 5.0) -> None:
+        """End the session at once. Raises DeadlineExceeded if the process does not go in `deadline_s`."""
         self._child.stop(deadline_s)
 
 

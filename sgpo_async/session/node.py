@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import os
 import queue
-import sys
 import tempfile
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
-from sgpo_async.errors import SgpoError, Superseded, WeightsError
-from sgpo_async.session.guard import Guard
+from sgpo_async.errors import Superseded, WeightsError
+from sgpo_async.session.guard import Guard, one_line, run_child
 from sgpo_async.session.interface import interface_towards
 from sgpo_async.session.pull import Answer, pull
 from sgpo_async.session.settings import Settings
@@ -32,23 +31,13 @@ if TYPE_CHECKING:
 _TICK_S = 0.02
 
 
-def main(argument: str) -> None:
-    """Run until the session is over."""
-    settings = Settings.decode(argument)
-    guard = Guard(f"node of {settings.name}", settings.parent)
-    try:
-        run(settings, guard)
-    except SgpoError as error:
-        guard.down(str(error))
-
-
-def run(settings: Settings, guard: Guard) -> None:
+def run(settings: Settings, guard: Guard) -> NoReturn:
     """Join the link's world and pull from it. Ends by an error only."""
     deadlines = settings.deadlines
     with guard.phase("start", deadlines.start_s):
         import torch.distributed.rpc  # noqa: F401  (while the actor is busy elsewhere)
 
-    address = guard.commands.get()  # the guard ends us if the actor dies meanwhile
+    address = guard.commands.get()  # as long as the actor lives: it may have to wait for its hub
     with guard.phase(f"rendezvous with the link at {address['host']}:{address['port']}", deadlines.join_s):
         os.environ["TP_SOCKET_IFNAME"] = os.environ["GLOO_SOCKET_IFNAME"] = interface_towards(address["host"])
         from sgpo_async.session.world import World
@@ -58,7 +47,7 @@ def run(settings: Settings, guard: Guard) -> None:
     serve(world, guard)
 
 
-def serve(world: World, guard: Guard) -> None:
+def serve(world: World, guard: Guard) -> NoReturn:
     """Pull what is announced and pass words on, until the link is gone."""
     from sgpo_async.session import calls
 
@@ -93,7 +82,7 @@ class Replica:
             except Superseded:
                 continue
             except WeightsError as error:
-                self._guard.emit("rejected", version=version, reason=str(error))
+                self._guard.emit("rejected", version=version, reason=one_line(str(error)))
                 return
 
     def _pull(self) -> None:
@@ -121,14 +110,14 @@ class Replica:
     def _ask(self, version: int, index: int) -> Answer:
         from sgpo_async.session import calls
 
-        wait = self._world.begin(calls.bucket, version, index)
+        call = self._world.begin(calls.bucket, version, index)
 
         def answer() -> memoryview | None:
-            tensor = wait()
+            tensor = call.wait()
             return None if tensor is None else memoryview(tensor.numpy())
 
         return answer
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    run_child("node", run)

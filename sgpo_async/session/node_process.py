@@ -1,4 +1,4 @@
-"""Handle of a node process, for the actor. Torch-free; nothing but `stop` blocks."""
+"""Handle of a node process, for the actor. Torch-free; only `stop` waits."""
 
 from __future__ import annotations
 
@@ -73,6 +73,6 @@ class NodeProcess:
         """Events since the last call."""
         return [_EVENTS[raw.pop("event")](**raw) for raw in self._child.poll()]
 
-    def stop(self, deadline_s: float = 2.0) -> None:
-        """End the session."""
+    def stop(self, deadline_s: float = 5.0) -> None:
+        """End the session at once. Raises DeadlineExceeded if the process does not go in `deadline_s`."""
         self._child.stop(deadline_s)

@@ -22,8 +22,9 @@ Ask = Callable[[int, int], Answer]  # (version, index): asks for a bucket
 def pull(manifest: Manifest, ask: Ask, writer: StoreWriter) -> None:
     """Make the version of `manifest` visible in `writer`'s store.
 
-    Raises Superseded if it is overwritten at the source meanwhile, WeightsError if a bucket is damaged in `ATTEMPTS`
-    attempts or the tensors differ from the earlier versions', and what `ask` raises. The store then keeps what it had.
+    Raises Superseded if it is overwritten at the source meanwhile, WeightsError if a bucket is damaged in
+    `ATTEMPTS` attempts or the tensors differ from the earlier versions', and what `ask` raises. The store
+    then keeps what it had.
     """
     incoming = writer.receive(manifest)
     under_way: deque[tuple[int, Answer]] = deque()
@@ -42,7 +43,8 @@ def _take(manifest: Manifest, ask: Ask, incoming: Incoming, index: int, answer: 
         if data is None:
             raise Superseded(f"weights version {manifest.version}: overwritten before it was pulled")
         try:
-            return incoming.put(index, data)
+            incoming.put(index, data)
+            return
         except WeightsError:
             if attempt == ATTEMPTS:
                 raise

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import socket
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 from torch.distributed import rpc
 
@@ -39,13 +41,45 @@ def listen(host: str, join_s: float) -> tuple[dist.TCPStore, int]:
     return store, port
 
 
+class Call:
+    """One call that is under way."""
+
+    def __init__(self, what: str, seconds: float, begin: Callable[[], torch.futures.Future[Any]]) -> None:
+        """`what` names caller, phase and callee."""
+        self._what, self._seconds = what, seconds
+        with self._named():
+            self._future = begin()
+
+    def done(self) -> bool:
+        """Whether `wait` returns or raises at once."""
+        return bool(self._future.done())
+
+    def wait(self) -> Any:
+        """The answer. Raises SessionError if the peer gives none in time, or is gone."""
+        with self._named():
+            return self._future.wait()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            late = "timeout" in str(error)
+            what = (
+                f"gave no answer within {self._seconds:g} s"
+                if late
+                else f"is gone ({str(error).splitlines()[0]})"
+            )
+            raise SessionError(f"{self._what} {what}") from error
+
+
 class World:
     """This process's membership in a world of two."""
 
     def __init__(self, role: Role, who: str, deadlines: Deadlines) -> None:
         self.peer: Role = "node" if role == "link" else "link"
         self._role, self._who, self._deadlines = role, who, deadlines
-        self._beat: Any = None
+        self._beat: Call | None = None
 
     def join(self, host: str, port: int) -> None:
         """Meet the peer; the caller sets the deadline."""
@@ -58,39 +92,24 @@ class World:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="You are using a Backend")  # init_rpc's own doing
             rpc.init_rpc(self._role, rank=_RANK[self._role], world_size=2, rpc_backend_options=options)
-        self._beat = self._start_beat()
 
-    def begin(self, function: Callable[..., Any], *args: Any, extra_s: float = 0.0) -> Callable[[], Any]:
-        """Call `function` on the peer; the result waits for the answer. It raises SessionError if there is none."""
-        name, seconds = function.__name__, self._deadlines.call_s + extra_s
-        try:
-            future = rpc.rpc_async(self.peer, function, args=args, timeout=seconds)
-        except RuntimeError as error:
-            raise self._lost(name, seconds, error) from error
-
-        def wait() -> Any:
-            try:
-                return future.wait()
-            except RuntimeError as error:
-                raise self._lost(name, seconds, error) from error
-
-        wait.done = future.done  # type: ignore[attr-defined]
-        return wait
+    def begin(self, function: Callable[..., Any], *args: Any) -> Call:
+        """Call `function` on the peer without waiting. Raises SessionError if the peer is gone already."""
+        return self._begin(self._deadlines.call_s, function, *args)
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call `function` on the peer and wait for the answer. Raises SessionError if there is none."""
-        return self.begin(function, *args)()
+        return self.begin(function, *args).wait()
 
     def check(self) -> None:
         """Raise SessionError if the peer shows no sign of life."""
-        if self._beat.done():
-            self._beat()
-            self._beat = self._start_beat()
+        if self._beat is not None and not self._beat.done():
+            return
+        if self._beat is not None:
+            self._beat.wait()
+        beat_s = self._deadlines.beat_s
+        self._beat = self._begin(beat_s + self._deadlines.call_s, calls.beat, beat_s)
 
-    def _start_beat(self) -> Any:
-        return self.begin(calls.beat, self._deadlines.beat_s, extra_s=self._deadlines.beat_s)
-
-    def _lost(self, phase: str, seconds: float, error: RuntimeError) -> SessionError:
-        text = str(error).splitlines()[0]
-        what = f"no answer within {seconds:g} s" if "timeout" in text else f"gone ({text})"
-        return SessionError(f"{self._who}: {phase}: the {self.peer} is {what}".replace("is no answer", "gave no answer"))
+    def _begin(self, seconds: float, function: Callable[..., Any], *args: Any) -> Call:
+        what = f"{self._who}: {function.__name__}: the {self.peer}"
+        return Call(what, seconds, lambda: rpc.rpc_async(self.peer, function, args=args, timeout=seconds))

@@ -27,8 +27,8 @@ from sgpo_async.transport.sockets import close_socket, drain, offer, open_socket
 RECONNECT_MS = (100, 2000)  # first and longest pause between two attempts
 REFUSALS: dict[int, str] = {
     zmq.EVENT_HANDSHAKE_FAILED_AUTH: "it does not know our key",
-    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "one side uses keys and the other none, or it is no hub",
-    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "it broke the handshake off, as with a wrong server.key",
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "keys on one side only, or it is no hub",
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "it broke the handshake off: a wrong server.key, or keys on one side only",
 }
 WATCHED = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | sum(REFUSALS)
 

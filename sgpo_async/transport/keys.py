@@ -57,7 +57,7 @@ def key_pair(folder: str | Path, name: str) -> tuple[bytes, bytes]:
     if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise HubError(f"hub.keys: {path} is open to other users; chmod 600 it")
     if secret is None:
-        raise HubError(f"hub.keys: {path} holds no secret key; make keys with 'sgpo-async keys DIR'")
+        raise no_key(path)
     return public, secret
 
 
@@ -65,7 +65,12 @@ def _load(path: Path) -> tuple[bytes, bytes | None]:
     try:
         return zmq.auth.load_certificate(path)
     except (OSError, ValueError) as error:
-        raise HubError(
-            f"hub.keys: {path} is missing or no key ({error}); make keys with 'sgpo-async keys DIR' "
-            "on the hub's node and copy server.key, client.key and client.key_secret to the actors"
-        ) from error
+        raise no_key(path) from error
+
+
+def no_key(path: Path) -> HubError:
+    """The error for a key file that is not there or holds nothing."""
+    return HubError(
+        f"hub.keys: {path} is missing or holds no key; make keys with 'sgpo-async keys DIR' "
+        "on the hub's node and copy server.key, client.key and client.key_secret to the other nodes"
+    )

@@ -7,7 +7,7 @@
 
 Nothing here waits except `poll` (for a message) and `close` (for queued frames to leave), both within a given
 time. A member that connects again under its identity takes over its old connection: after a power loss the
-hub's side of the old one may live on for minutes, and without the handover the member would stay unheard so long.
+old one may live on for minutes on the hub's side, and the member would stay unheard for so long.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """One short string that two sets of weights share exactly when they are the same, bit for bit.
 
-xxh3_128 over, in the order of names, each tensor's name, dtype, shape and the xxh3_128 of its row-major bytes. Hashing
-each tensor on its own lets a writer hash in the order of arrival while the result depends on the content alone.
-xxh3 finds accidents, not forgeries.
+xxh3_128 over, in the order of names, each tensor's name, dtype, shape and the xxh3_128 of its row-major
+bytes. Hashing each tensor on its own lets a writer hash in the order of arrival while the result depends on
+the content alone. xxh3 finds accidents, not forgeries.
 """
 
 from __future__ import annotations
@@ -43,4 +43,4 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     import torch
 
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data

@@ -3,11 +3,11 @@
     page 0      magic, stride │ record of slot 0 │ record of slot 1
     slot k      at PAGE + k * stride: data, then the encoded manifest
 
-A record says which version its slot holds whole, and where. Its writer erases it, writes data and manifest, and only
-then writes it anew: a sequence lock whose sequence is the version, since versions never repeat. A reader takes what
-it needs and then looks whether the record is still the same. Nobody ever waits for anybody, so whoever is killed,
-nobody hangs; a slot whose writer was killed simply holds nothing. A record carries its own checksum, so that half of
-one is none.
+A record says which version its slot holds whole, and where. Its writer erases it, writes data and manifest,
+and only then writes it anew: a sequence lock whose sequence is the version, since versions never repeat. A
+reader takes what it needs and then looks whether the record is still the same. Nobody ever waits for anybody,
+so whoever is killed, nobody hangs; a slot whose writer was killed simply holds nothing. A record carries its
+own checksum, so that half of one is none.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def write(fd: int, data: bytes | memoryview, offset: int) -> None:
     """Write all of `data`. Raises WeightsError if there is no room."""
     view = memoryview(data)
     with guarded("write"):
-        while len(view):
+        while view:
             written = os.pwrite(fd, view, offset)
             view, offset = view[written:], offset + written
 

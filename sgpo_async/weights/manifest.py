@@ -1,8 +1,8 @@
 """What one version of the weights consists of: tensors, where their bytes lie, and checksums.
 
-Offsets count from the start of the version's data. Tensors follow one another, each aligned to `ALIGNMENT` bytes with
-zeros between; buckets cut the same bytes into equal pieces, the units of transfer. Encoded form: the xxh3_64 of the
-rest (8 bytes, little-endian), then one MessagePack map.
+Offsets count from the start of the version's data. Tensors follow one another, each aligned to `ALIGNMENT`
+bytes with zeros between; buckets cut the same bytes into equal pieces, the units of transfer. Encoded form:
+the xxh3_64 of the rest (8 bytes, little-endian), then one MessagePack map.
 """
 
 from __future__ import annotations

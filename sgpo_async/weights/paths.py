@@ -1,12 +1,12 @@
 """Where a weight store lives: an anonymous file that exists only as long as somebody holds it.
 
-The file has no name in any directory. It is reached through its owner's descriptor, `/proc/PID/fd/N`, by any process
-of the same user on the same machine, and the kernel frees it with its last holder. So there is nothing to clean up,
-whoever is killed and in whichever order.
+The file has no name in any directory. It is reached through its owner's descriptor, `/proc/PID/fd/N`, by any
+process of the same user on the same machine, and the kernel frees it with its last holder. So there is
+nothing to clean up, whoever is killed and in whichever order.
 
-It lies in memory (`memfd_create`: not limited by the size of /dev/shm, which containers keep at 64 MB), unless its
-two buffers would take more than half of the memory that is available now; then it is an unnamed disk file, which the
-page cache keeps in memory as far as there is room.
+It lies in memory (`memfd_create`: not limited by the size of /dev/shm, which containers keep at 64 MB),
+unless its two buffers would take more than half of the memory that is available now; then it is an unnamed
+disk file, which the page cache keeps in memory as far as there is room.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Reading a weight store that somebody else writes, without a lock.
 
-Everything is copied out first and believed afterwards: only if the slot still holds the same version is the copy whole.
+Everything is copied out first and believed afterwards: a copy is whole if its slot still holds the version.
 """
 
 from __future__ import annotations
@@ -34,10 +34,15 @@ class StoreReader:
     def manifest(self) -> Manifest | None:
         """Manifest of the newest whole version; None if there is none.
 
-        Raises Superseded if versions come faster than a manifest can be read, and WeightsError if it is damaged.
+        Raises Superseded if it is overwritten while being read, and WeightsError if it is damaged.
         """
         records = self._records()
         return self._manifest(records[-1]) if records else None
+
+    def encoded_manifest(self) -> bytes | None:
+        """As `manifest`, but unread and unchecked: for `Manifest.from_bytes` at the far end."""
+        records = self._records()
+        return self._encoded(records[-1]) if records else None
 
     def bucket(self, version: int, index: int) -> bytearray:
         """Bytes of one bucket, unchecked (see `Manifest.check`). Raises Superseded if `version` is gone."""
@@ -48,13 +53,13 @@ class StoreReader:
         return data
 
     def tensors(self, version: int) -> dict[str, torch.Tensor]:
-        """A whole copy of `version` on the CPU. Raises Superseded if it is gone or goes while being copied."""
+        """A whole copy of `version` on the CPU. Raises Superseded if it is gone, or goes meanwhile."""
         import torch
 
         record = self._record(version)
         manifest = self._manifest(record)
         data = torch.empty(manifest.nbytes, dtype=torch.uint8)
-        layout.read_into(self._fd, memoryview(data.numpy()), record.data)
+        layout.read_into(self._fd, data.numpy().data, record.data)
         self._still(record)
         return {
             t.name: data[t.offset : t.offset + t.nbytes].view(getattr(torch, t.dtype)).reshape(t.shape)
@@ -69,10 +74,10 @@ class StoreReader:
 
     def _records(self) -> list[Record]:
         if self._fd < 0:
-            if not Path(self.path).exists():
-                return []
-            with layout.guarded(f"open {self.path}"):
+            try:
                 self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                return []
         return layout.read_header(self._fd)[1]
 
     def _record(self, version: int) -> Record:
@@ -89,7 +94,10 @@ class StoreReader:
         cached = self._cached
         if cached is not None and cached.version == record.version:
             return cached
+        self._cached = manifest = Manifest.from_bytes(self._encoded(record))
+        return manifest
+
+    def _encoded(self, record: Record) -> bytes:
         data = bytes(layout.read(self._fd, record.manifest_nbytes, record.manifest))
         self._still(record)
-        self._cached = manifest = Manifest.from_bytes(data)
-        return manifest
+        return data

@@ -3,8 +3,8 @@
     publish(version, tensors)     from tensors, one after another (the learner)
     receive(manifest)             from buckets, in any order (the copy on an inference node)
 
-A version becomes visible by one record, written after all else. A writer that is killed, or whose tensors end in an
-error, leaves the newest version untouched; the next writer continues in the other slot.
+A version becomes visible by one record, written after all else. A writer that is killed, or whose tensors end
+in an error, leaves the newest version untouched; the next writer continues in the other slot.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import xxhash
@@ -57,8 +56,9 @@ class StoreWriter:
     def publish(self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Manifest:
         """Copy `named_tensors` in, one at a time, and make them visible as `version`.
 
-        The first publication fixes names, dtypes, shapes and order. Raises WeightsError if a later one differs, if
-        `version` is not newer than the newest, or if there is no room; what was there before then stays.
+        The first publication fixes names, dtypes, shapes and order. Raises WeightsError if a later one
+        differs, if `version` is not newer than the newest, or if there is no room; what was there before then
+        stays.
         """
         self._check_version(version)
         self._begin()
@@ -104,12 +104,6 @@ class StoreWriter:
             os.close(self._fd)
             self._fd = -1
 
-    def __enter__(self) -> StoreWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
-
     def _start(self) -> int:
         return PAGE + self._slot * self._stride
 
@@ -132,28 +126,30 @@ class StoreWriter:
         self._slot = 1 - self._slot
 
     def _check_version(self, version: int) -> None:
-        if self._newest is not None and version <= self._newest.version:
-            raise WeightsError(f"weights version {version}: the store already holds version {self._newest.version}")
+        newest = self.version
+        if newest is not None and version <= newest:
+            raise WeightsError(f"weights version {version}: the store already holds version {newest}")
 
     def _check_entry(self, version: int, index: int, entry: TensorEntry) -> None:
         if self._newest is None:
             return
         known = self._newest.tensors
-        if index >= len(known) or known[index] != entry:
-            raise WeightsError(
-                f"weights version {version}: tensor {index} is {_describe(entry)}, but the store was made for "
-                f"{_describe(known[index]) if index < len(known) else f'{len(known)} tensors'}; "
-                "publish the same parameters in the same order"
-            )
+        if index < len(known) and known[index] == entry:
+            return
+        expected = _describe(known[index]) if index < len(known) else f"{len(known)} tensors"
+        raise WeightsError(
+            f"weights version {version}: tensor {index} is {_describe(entry)}, but the store was made for "
+            f"{expected}; publish the same parameters in the same order"
+        )
 
     def _check_names(self, version: int, names: list[str]) -> None:
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise WeightsError(f"weights version {version}: tensor {twice!r} is there twice")
-        if self._newest is not None and len(names) != len(self._newest.tensors):
-            raise WeightsError(
-                f"weights version {version}: {len(names)} tensors, but the store was made for {len(self._newest.tensors)}"
-            )
+        known = len(self._newest.tensors) if self._newest else len(names)
+        if len(names) != known:
+            count = f"{len(names)} tensors, but the store was made for {known}"
+            raise WeightsError(f"weights version {version}: {count}")
 
 
 class Incoming:
@@ -165,7 +161,7 @@ class Incoming:
         self._missing = set(range(len(manifest.buckets)))
 
     def put(self, index: int, data: bytes | bytearray | memoryview) -> None:
-        """Write bucket `index`. Raises WeightsError if the data does not fit its checksum; nothing is written then."""
+        """Write bucket `index`. Raises WeightsError, and writes nothing, if the checksum does not fit."""
         self._manifest.check(index, data)
         writer = self._writer
         layout.write(writer._fd, memoryview(data), writer._start() + self._manifest.buckets[index].offset)
@@ -188,7 +184,7 @@ class _Stream:
 
     def write(self, data: bytes | memoryview) -> None:
         view = memoryview(data)
-        while len(view):
+        while view:
             begin = len(self._buckets) * self._bucket_bytes
             piece = view[: begin + self._bucket_bytes - self.offset]
             layout.write(self._fd, piece, self._start + self.offset)

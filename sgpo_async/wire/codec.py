@@ -29,8 +29,9 @@ BROKEN = (ValueError, msgpack.UnpackException)  # what msgpack raises for bytes 
 class RecordPlan:
     """The fields of one record class, in the order of their definition."""
 
-    def __init__(self, record: type) -> None:
+    def __init__(self, record: type, where: str = "message") -> None:
         hints = get_type_hints(record, include_extras=True)
+        self.where = where
         self.record = record
         self.name = record.__name__
         self.fields: dict[str, Field] = {
@@ -44,14 +45,14 @@ class RecordPlan:
 
     def dump(self, message: Any, buffers: list[bytes]) -> dict[str, Any]:
         if type(message) is not self.record:
-            raise misfit("record", self.name, message)
+            raise misfit(self.where, self.name, message)
         plain = {name: field.dump(getattr(message, name), buffers) for name, field in self.fields.items()}
         self.check(message)
         return plain
 
     def load(self, plain: Any, frames: Frames) -> Any:
         if type(plain) is not dict:
-            raise misfit(self.name, "map", plain)
+            raise misfit(self.where, f"map of {self.name}", plain)
         if plain.keys() != self.fields.keys():
             odd = sorted(map(str, plain.keys() ^ self.fields.keys()))
             raise WireError(f"{self.name}: missing or unknown fields {', '.join(odd)[:80]}")
@@ -64,7 +65,7 @@ class RecordPlan:
 def plan_field(annotation: Any, where: str) -> Field:
     """The way of one field: a tuple of records, or something that holds no record."""
     if get_origin(annotation) is tuple:
-        return Many(where, RecordPlan(get_args(annotation)[0]))
+        return Many(where, RecordPlan(get_args(annotation)[0], where))
     return leaf_field(annotation, where)
 
 

@@ -26,7 +26,6 @@ def test_equals_the_reference(group):
     expected = reference.select_reachable(scores, correct)
     assert found.tolist() == [best is not None for best in expected]
     for got, best in zip(index.tolist(), expected, strict=True):
-        # Scores below the range of the type all rank last among the correct.
         assert best is None or got == best
 
 

@@ -91,4 +91,4 @@ def test_chat_prompt_goes_through_the_template() -> None:
     guided = build_prompt("problem amber", "strategy amber raise", style="chat", tokenizer=tokenizer)
     assert tokenizer.decode(plain) == "problem amber from"
     known = [word for word in tokenizer.decode(guided).split() if word != "<unk>"]
-    assert known == ["strategy", "amber", "raise", "problem", "amber", "from"]
+    assert known == ["problem", "strategy", "amber", "raise", "problem", "amber", "from"]

@@ -1,0 +1,61 @@
+"""Attention of one query per sequence over the slot cache, for a model that uses PyTorch's SDPA.
+
+`scaled_dot_product_attention` is built for many queries: on CPU, one query against a short cache costs it two to
+three times two batched matrix products, and grouped keys are copied out for every query head. Everything but the
+decode step in float32 goes to SDPA as before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+_NAME = "sgpo_slots"
+
+
+def use_decode_attention(model: PreTrainedModel) -> None:
+    """Make `model` decode by `decode_attention`; a model that does not use SDPA keeps its own."""
+    if model.config._attn_implementation == "sdpa":
+        AttentionInterface.register(_NAME, decode_attention)
+        AttentionMaskInterface.register(_NAME, sdpa_mask)
+        model.set_attn_implementation(_NAME)
+
+
+def decode_attention(  # noqa: PLR0913 (transformers' attention signature)
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """query [n, H, 1, d], key and value [n, h, L, d] with h dividing H, mask [n, 1, 1, L] added to the scores.
+
+    Returns [n, 1, H, d]. Query heads of one group are the rows of one matrix product.
+    """
+    plain = (
+        query.shape[2] == 1
+        and query.dtype == torch.float32
+        and dropout == 0.0
+        and kwargs.get("position_bias") is None
+        and (attention_mask is None or attention_mask.dtype == torch.float32)
+    )
+    if not plain:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    n, heads, _, width = query.shape
+    groups, length = key.shape[1:3]
+    grouped = (query * (width**-0.5 if scaling is None else scaling)).view(n * groups, heads // groups, width)
+    scores = torch.bmm(grouped, key.reshape(n * groups, length, width).transpose(1, 2)).view(n, heads, length)
+    if attention_mask is not None:
+        scores += attention_mask[:, 0]
+    weights = scores.softmax(-1).view(n * groups, heads // groups, length)
+    mixed = torch.bmm(weights, value.reshape(n * groups, length, -1))
+    return mixed.view(n, 1, heads, -1), None

@@ -1,0 +1,228 @@
+"""Any transformers causal language model as an engine in the actor's own process, on CPU or one GPU.
+
+    submit ──▶ waiting ──admit (prefill)──▶ running rows ──decode──▶ finished     step() does one round of this
+                  ▲                              │
+                  └────────── load ──────────────┘   new weights: everybody leaves its row, keeps its tokens, and is
+                                                     prefilled again
+
+A prefill covers all but a sequence's newest token; decoding starts by feeding that one, so every token of every
+sequence is sampled by the same code. Admission and scoring wait for a batch worth its fixed cost, but never longer
+than `_PATIENCE` steps. Nothing here waits for anything: `step` without work returns at once.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Hashable, Iterable, Mapping
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from sgpo_async.engines import parameters
+from sgpo_async.engines.base import EngineLoad, Generate, Generated, Score, Scored
+from sgpo_async.engines.decoder import Decoder
+from sgpo_async.engines.pretrained import end_tokens, load_model, longest
+from sgpo_async.engines.sampling import log_softmax, sample
+from sgpo_async.engines.sequences import Running, Sequence
+from sgpo_async.errors import EngineError, WeightsError
+
+_PATIENCE = 8  # steps that a request waits for company
+
+
+class EmbeddedEngine:
+    """Engine around `model`, which it owns from now on. Serves after its first `load`.
+
+    `digest` is computed over the loaded parameters (name, tensor). `end_ids` end a continuation; None: those that the
+    model's configuration names. `deterministic`: one sequence at a time, so that results are the same bits whatever
+    else is queued. Raises EngineError if the model cannot be decoded with a key-value cache.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        digest: parameters.Digest,
+        slots: int = 64,
+        end_ids: Collection[int] | None = None,
+        deterministic: bool = False,
+    ) -> None:
+        self.version: int | None = None
+        self._digest, self._slots = digest, 1 if deterministic else slots
+        self._batch = max(1, self._slots // 8)  # rows or requests worth a forward of their own
+        self._deterministic = deterministic
+        self._decoder = Decoder(model, self._slots)
+        self._decoder.check()
+        self._longest = longest(model)
+        self._ends = np.zeros(self._decoder.vocabulary, bool)
+        self._ends[list(end_tokens(model) if end_ids is None else end_ids)] = True
+        self._running = Running(self._slots, self._decoder.move)
+        self._waiting: deque[Sequence] = deque()
+        self._scores: list[Score] = []
+        self._admission_waited = self._scoring_waited = 0  # steps
+        self._tokens = 0
+
+    @classmethod
+    def from_pretrained(  # noqa: PLR0913 (one argument per fact of the configuration)
+        cls,
+        path: str,
+        *,
+        digest: parameters.Digest,
+        slots: int = 64,
+        device: str = "auto",
+        dtype: str = "float32",
+        deterministic: bool = False,
+    ) -> EmbeddedEngine:
+        """Engine of the model at `path`; see `pretrained.load_model` for arguments and errors."""
+        model = load_model(path, device=device, dtype=dtype)
+        return cls(model, digest=digest, slots=slots, deterministic=deterministic)
+
+    def submit(self, request: Generate | Score) -> None:
+        """Queue a request. Raises EngineError if it can never be served, or while no verified weights are loaded."""
+        if self.version is None:
+            raise EngineError(f"request {request.id}: the engine holds no verified weights; load a version first")
+        self._validate(request)
+        if isinstance(request, Score):
+            self._scores.append(request)
+        else:
+            self._waiting.append(Sequence.of(request))
+
+    @torch.inference_mode()
+    def step(self, timeout_s: float) -> list[Generated | Scored]:  # noqa: ARG002 (nothing to wait for in process)
+        """Score and admit what is due, then decode one token of every running sequence; returns what finished.
+
+        Raises EngineError, and holds no version any more, if the weights give logits that are not numbers.
+        """
+        if self.version is None:
+            return []
+        return [*self._score(self.version), *self._admit_and_decode(self.version)]
+
+    def cancel(self, ids: Iterable[Hashable]) -> None:
+        """Forget these requests and free their slots; unknown ids are ignored."""
+        gone = set(ids)
+        self._waiting = deque(s for s in self._waiting if s.request.id not in gone)
+        self._scores = [s for s in self._scores if s.id not in gone]
+        rows = [row for row, s in enumerate(self._running.sequences) if s.request.id in gone]
+        with torch.inference_mode():
+            self._running.remove(np.array(rows, np.int64))
+
+    @torch.inference_mode()
+    def load(self, version: int, tensors: Mapping[str, torch.Tensor], digest: str) -> None:
+        """Replace the weights between two tokens; see `Engine.load` for the errors.
+
+        Running sequences keep their tokens and are prefilled anew under the new weights, ahead of waiting ones.
+        """
+        parameters.check(self._decoder.model, tensors)
+        self._withdraw()
+        loaded = parameters.replace(self._decoder.model, tensors, self._digest)
+        if loaded != digest:
+            raise WeightsError(
+                f"version {version}: the loaded weights have digest {loaded}, announced was {digest}; "
+                f"the engine serves nothing until a good load"
+            )
+        self.version = version
+
+    def load_status(self) -> EngineLoad:
+        """Counters of the moment."""
+        waiting = len(self._waiting) + len(self._scores)
+        return EngineLoad(running=len(self._running), waiting=waiting, slots=self._slots, tokens=self._tokens)
+
+    def close(self) -> None:
+        """Forget all requests and free the cache; the engine serves nothing until a load."""
+        self._withdraw()
+        self._waiting.clear()
+        self._scores.clear()
+
+    def _validate(self, request: Generate | Score) -> None:
+        more = request.tokens.size if isinstance(request, Score) else request.max_new_tokens
+        total = request.prompt.size + more
+        ids = np.concatenate([request.prompt, request.tokens]) if isinstance(request, Score) else request.prompt
+        if request.prompt.size < 1 or more < 1:
+            raise EngineError(f"request {request.id}: a prompt and a continuation have at least one token each")
+        if total > self._longest:
+            raise EngineError(
+                f"request {request.id}: {request.prompt.size} prompt tokens and up to {more} more exceed the model's "
+                f"{self._longest} positions; shorten the prompt or lower rollout.max_new_tokens"
+            )
+        if ids.min() < 0 or ids.max() >= self._decoder.vocabulary:
+            raise EngineError(
+                f"request {request.id}: token ids {ids.min()} to {ids.max()}, the model has 0 to "
+                f"{self._decoder.vocabulary - 1}; tokenizer and model do not belong together"
+            )
+        if not request.temperature > 0:
+            raise EngineError(f"request {request.id}: temperature is above 0, got {request.temperature}")
+
+    def _admit_and_decode(self, version: int) -> list[Generated]:
+        free = self._slots - len(self._running)
+        self._admission_waited += bool(self._waiting and free)
+        if self._due(min(free, len(self._waiting)), self._admission_waited):
+            self._admit(free)
+        return self._decode(version) if self._running.sequences else []
+
+    def _due(self, ready: int, waited: int) -> bool:
+        return ready >= self._batch or waited >= _PATIENCE or not self._running.sequences
+
+    def _admit(self, free: int) -> None:
+        self._admission_waited = 0
+        first = len(self._running)
+        admitted = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+        self._decoder.prefill(first, [s.ids[:-1] for s in admitted])
+        for sequence in admitted:
+            self._running.append(sequence)
+
+    def _decode(self, version: int) -> list[Generated]:
+        running, tensor = self._running, self._decoder.tensor
+        logits = self._decoder.decode(running.newest(), running.positions())
+        sampled, chosen = sample(logits, tensor(running.temperatures()), tensor(running.uniforms()))
+        tokens, logprobs = sampled.cpu().numpy(), chosen.cpu().numpy()
+        self._require_numbers(logprobs)
+        stopped = self._ends[tokens]
+        done = np.flatnonzero(running.extend(tokens, logprobs) | stopped)
+        self._tokens += tokens.size
+        if not done.size:
+            return []
+        finished = running.remove(done)
+        for sequence in finished:
+            sequence.close_span(version)
+        return [s.result(stopped=bool(stop)) for s, stop in zip(finished, stopped[done], strict=True)]
+
+    def _score(self, version: int) -> list[Scored]:
+        self._scoring_waited += bool(self._scores)
+        if not self._scores or not self._due(len(self._scores), self._scoring_waited):
+            return []
+        self._scoring_waited = 0
+        scores, self._scores = self._scores, []
+        lengths = [s.prompt.size + s.tokens.size - 1 for s in scores]
+        parts = self._decoder.scoring_batches(lengths)
+        if self._deterministic:
+            parts = [(i, i + 1) for i in range(len(scores))]
+        return [result for start, stop in parts for result in self._score_batch(version, scores[start:stop])]
+
+    def _score_batch(self, version: int, scores: list[Score]) -> list[Scored]:
+        logits = self._decoder.logits([np.concatenate([s.prompt, s.tokens[:-1]]) for s in scores])
+        results = []
+        for row, score in enumerate(scores):
+            start = score.prompt.size - 1
+            steps = logits[row, start : start + score.tokens.size]
+            logprobs = log_softmax(steps, torch.tensor(score.temperature, device=steps.device))
+            tokens = self._decoder.tensor(score.tokens.astype(np.int64))
+            chosen = logprobs.gather(1, tokens[:, None])[:, 0].cpu().numpy()
+            self._require_numbers(chosen)
+            results.append(Scored(id=score.id, logprobs=chosen, version=version))
+        return results
+
+    def _require_numbers(self, logprobs: np.ndarray) -> None:
+        if np.isnan(logprobs).any():
+            version = self.version
+            self._withdraw()
+            raise EngineError(f"the weights of version {version} give logits that are not numbers; publish better ones")
+
+    def _withdraw(self) -> None:
+        """Hold no version; running sequences go back to the head of the queue with the tokens they have."""
+        sequences = self._running.remove(np.arange(len(self._running)))
+        for sequence in sequences:
+            assert self.version is not None, "sequences run under a version only"
+            sequence.close_span(self.version)
+        self._waiting.extendleft(reversed(sequences))
+        self._decoder.cache.forget()
+        self.version = None

@@ -1,0 +1,78 @@
+"""Load a causal language model from a folder or by name, with errors that say what is wrong and where."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from sgpo_async.errors import DataError, EngineError
+
+
+def load_model(path: str, *, device: str, dtype: str) -> PreTrainedModel:
+    """The model at `path` (a Hugging Face folder, else a name on the Hugging Face hub), in eval mode.
+
+    `device` is auto, cpu or cuda; `dtype` float32 or bfloat16. A folder is never looked up on the network.
+    Raises DataError if the model is missing, broken or incomplete, EngineError if there is no such device.
+    """
+    target = _device(device)
+    local = _is_folder(path)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, dtype), local_files_only=local, output_loading_info=True
+        )
+    except Exception as error:  # any of a dozen libraries' errors: all say that this model cannot be had
+        reason = next(iter(str(error).splitlines()), "")
+        raise DataError(
+            f"model.path: cannot load a causal language model from {path!r} ({type(error).__name__}: {reason}); "
+            + ("restore or export the folder anew" if local else "name an existing folder or a model on the hub")
+        ) from error
+    for fault in ("missing_keys", "mismatched_keys"):
+        if info[fault]:
+            names = sorted(str(key) for key in info[fault])
+            raise DataError(
+                f"model.path: the weights in {path!r} do not fit their config.json, {fault.replace('_', ' ')}: "
+                f"{', '.join(names[:3])} ({len(names)} in all); restore or export the folder anew"
+            )
+    return model.to(target).eval()
+
+
+def end_tokens(model: PreTrainedModel) -> frozenset[int]:
+    """Ids that end a continuation, as the model's generation config (else its config) names them."""
+    for config in (model.generation_config, model.config.get_text_config()):
+        ids = getattr(config, "eos_token_id", None)
+        if ids is not None:
+            return frozenset([ids] if isinstance(ids, int) else ids)
+    return frozenset()
+
+
+def longest(model: PreTrainedModel) -> int:
+    """Tokens of the longest sequence that the engine's plain causal mask is right for.
+
+    Layers with a sliding window see, up to the window's length, exactly what full attention sees.
+    """
+    config = model.config.get_text_config()
+    bounds = [
+        getattr(config, name, None)
+        for name in ("max_position_embeddings", "n_positions", "sliding_window", "attention_chunk_size")
+    ]
+    return min((bound for bound in bounds if bound), default=2**31)
+
+
+def _is_folder(path: str) -> bool:
+    if Path(path).is_dir():
+        if not (Path(path) / "config.json").is_file():
+            raise DataError(f"model.path: {path!r} has no config.json; name the folder of a Hugging Face model")
+        return True
+    if not path or path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise DataError(f"model.path: there is no folder {path!r}; name the folder of a Hugging Face model")
+    return False
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise EngineError("engine.device: this machine has no usable CUDA device; set engine.device=cpu")
+    return torch.device(name)

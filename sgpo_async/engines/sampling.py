@@ -1,0 +1,56 @@
+"""Per-request seeded sampling: token t of a request is a function of its seed, t and its logits alone.
+
+Each request owns a stream of uniforms, addressed by token index: u(seed, t) is SplitMix64 (Steele, Lea, Flood,
+"Fast splittable pseudorandom number generators", 2014) at a position that `t` names. Nothing is drawn in order, so
+neither the batch a token shares nor an interruption changes it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+_WEYL = np.uint64(0x9E3779B97F4A7C15)
+_MIX1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX2 = np.uint64(0x94D049BB133111EB)
+_SHIFT1, _SHIFT2, _SHIFT3, _DROP = np.uint64(30), np.uint64(27), np.uint64(31), np.uint64(14)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser, [n] uint64 -> [n] uint64; arithmetic is modulo 2^64."""
+    x = (x ^ (x >> _SHIFT1)) * _MIX1
+    x = (x ^ (x >> _SHIFT2)) * _MIX2
+    return x ^ (x >> _SHIFT3)
+
+
+def stream(seed: int) -> np.uint64:
+    """Where the stream of `seed` (any integer, taken modulo 2^64) starts."""
+    start = np.array([seed % 2**64], np.uint64)
+    return np.uint64(_mix(start + _WEYL)[0])
+
+
+def uniforms(streams: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """u in [0, 1 - 2^-50] for token `indices` [n] of `streams` [n] uint64, as [n] float64."""
+    bits = _mix(streams + indices.astype(np.uint64) * _WEYL)
+    return (bits >> _DROP).astype(np.float64) * 2.0**-50
+
+
+def sample(
+    logits: torch.Tensor, temperature: torch.Tensor, uniform: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Invert the cumulative distribution of softmax(z/T) at `uniform`.
+
+    logits [n, V], temperature [n] float32, uniform [n] float64 below 1. Returns tokens [n] int64 and their
+    log-probabilities [n] float32 under the very distribution they were drawn from. The sum runs in float64, so
+    rounding cannot make a token of probability 0 come out.
+    """
+    logprobs = log_softmax(logits, temperature[:, None])
+    cumulative = logprobs.double().exp_().cumsum(-1)
+    threshold = uniform * cumulative[:, -1]
+    tokens = (cumulative <= threshold[:, None]).sum(-1)
+    return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+
+
+def log_softmax(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+    """log softmax(z/T) over the last axis in float32; `temperature` broadcasts against `logits`."""
+    return torch.log_softmax(logits.float() / temperature, -1)

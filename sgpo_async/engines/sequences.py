@@ -1,0 +1,148 @@
+"""The sequences that an engine is working on: waiting ones as objects, running ones as rows of arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from sgpo_async.engines.base import Generate, Generated
+from sgpo_async.engines.sampling import stream, uniforms
+
+
+@dataclass
+class Sequence:
+    """One request and what has been generated for it so far; it outlives its stay in a row."""
+
+    request: Generate
+    ids: np.ndarray  # [length] int32: prompt and generated tokens
+    logprobs: np.ndarray  # [length] float32; the prompt's are unused
+    versions: list[int] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, request: Generate) -> Sequence:
+        """A sequence of which nothing is generated yet."""
+        ids = request.prompt.astype(np.int32)
+        return cls(request, ids, np.zeros(ids.size, np.float32))
+
+    @property
+    def generated(self) -> int:
+        """Tokens generated so far."""
+        return self.ids.size - self.request.prompt.size
+
+    def close_span(self, version: int) -> None:
+        """All tokens since the last span came from `version`. Spans are never empty."""
+        if self.generated == (self.ends[-1] if self.ends else 0):
+            return
+        if self.versions and self.versions[-1] == version:
+            self.ends[-1] = self.generated
+        else:
+            self.versions.append(version)
+            self.ends.append(self.generated)
+
+    def result(self, *, stopped: bool) -> Generated:
+        """The finished continuation; its last span is closed."""
+        start = self.request.prompt.size
+        return Generated(
+            id=self.request.id,
+            tokens=self.ids[start:],
+            logprobs=self.logprobs[start:],
+            versions=np.array(self.versions, np.int32),
+            ends=np.array(self.ends, np.int32),
+            finish="stop" if stopped else "length",
+        )
+
+
+class Running:
+    """Sequences in rows 0..n-1: arrays over rows, so that a decode step does no work per sequence in Python.
+
+    `move(sources, targets, length)` is called to move rows elsewhere (the key-value cache) along with these.
+    """
+
+    def __init__(self, slots: int, move: Callable[[np.ndarray, np.ndarray, int], None]) -> None:
+        self.sequences: list[Sequence] = []
+        self._move = move
+        self._ids = np.zeros((slots, 64), np.int32)
+        self._logprobs = np.zeros((slots, 64), np.float32)
+        self._length = np.zeros(slots, np.int64)
+        self._prompt = np.zeros(slots, np.int64)
+        self._limit = np.zeros(slots, np.int64)
+        self._stream = np.zeros(slots, np.uint64)
+        self._temperature = np.ones(slots, np.float32)
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def append(self, sequence: Sequence) -> None:
+        """Put `sequence` into the next row."""
+        row, length, request = len(self), sequence.ids.size, sequence.request
+        self._reserve(length + 1)
+        self._ids[row, :length] = sequence.ids
+        self._logprobs[row, :length] = sequence.logprobs
+        self._length[row], self._prompt[row] = length, request.prompt.size
+        self._limit[row] = request.prompt.size + request.max_new_tokens
+        self._stream[row], self._temperature[row] = stream(request.seed), request.temperature
+        self.sequences.append(sequence)
+
+    def positions(self) -> np.ndarray:
+        """Column of each row's newest token, [n] int64."""
+        return self._length[: len(self)] - 1
+
+    def newest(self) -> np.ndarray:
+        """Each row's newest token, the input of a decode step, [n] int32."""
+        return self._ids[np.arange(len(self)), self.positions()]
+
+    def temperatures(self) -> np.ndarray:
+        """[n] float32."""
+        return self._temperature[: len(self)]
+
+    def uniforms(self) -> np.ndarray:
+        """The uniform that samples each row's next token, [n] float64."""
+        n = len(self)
+        return uniforms(self._stream[:n], self._length[:n] - self._prompt[:n])
+
+    def extend(self, tokens: np.ndarray, logprobs: np.ndarray) -> np.ndarray:
+        """Add one token to each row; returns which rows are thereby at their limit, [n] bool."""
+        n = len(self)
+        rows, length = np.arange(n), self._length[:n]
+        self._reserve(int(length.max()) + 1)
+        self._ids[rows, length] = tokens
+        self._logprobs[rows, length] = logprobs
+        length += 1
+        return length >= self._limit[:n]
+
+    def remove(self, rows: np.ndarray) -> list[Sequence]:
+        """Take `rows` out, complete with what was generated; the last rows move into the holes."""
+        removed = [self._take(row) for row in rows.tolist()]
+        n = len(self)
+        kept = n - rows.size
+        stays = np.ones(n, bool)
+        stays[rows] = False
+        sources, targets = np.flatnonzero(stays[kept:]) + kept, np.flatnonzero(~stays[:kept])
+        if sources.size:
+            for array in self._arrays():
+                array[targets] = array[sources]
+            for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
+                self.sequences[target] = self.sequences[source]
+            self._move(sources, targets, int(self._length[targets].max()))
+        del self.sequences[kept:]
+        return removed
+
+    def _take(self, row: int) -> Sequence:
+        sequence, length = self.sequences[row], self._length[row]
+        sequence.ids = self._ids[row, :length].copy()
+        sequence.logprobs = self._logprobs[row, :length].copy()
+        return sequence
+
+    def _arrays(self) -> tuple[np.ndarray, ...]:
+        return (
+            self._ids, self._logprobs, self._length, self._prompt, self._limit, self._stream, self._temperature
+        )  # fmt: skip
+
+    def _reserve(self, length: int) -> None:
+        missing = length - self._ids.shape[1]
+        if missing > 0:
+            grow = ((0, 0), (0, max(missing, self._ids.shape[1])))
+            self._ids, self._logprobs = np.pad(self._ids, grow), np.pad(self._logprobs, grow)
