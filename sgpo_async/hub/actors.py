@@ -76,7 +76,7 @@ class Actors(dict[bytes, Actor]):
         self.left += 1
 
     def silent_since(self, moment: float) -> list[Actor]:
-        """Welcomed actors without a sign of life since `moment`. One that joins waits for the hub, not the hub for it."""
+        """Actors without a sign of life since `moment`. One that joins waits for the hub, not the hub for it."""
         return [actor for actor in self.values() if actor.welcomed and actor.seen < moment]
 
     def pick(self, min_version: int) -> Actor | None:
@@ -86,7 +86,7 @@ class Actors(dict[bytes, Actor]):
 
     def read(self, actor: Actor, heartbeat: Heartbeat) -> None:
         """Take in an actor's heartbeat."""
-        actor.state, actor.version = heartbeat.state, heartbeat.version
+        actor.state = heartbeat.state
         busy, wall = actor.meter.read(heartbeat)
         self.busy_s += busy
         self.wall_s += wall

@@ -31,8 +31,8 @@ from sgpo_async.wire import records as wire
 if TYPE_CHECKING:
     from sgpo_async.tasks.base import ProblemSource
 
-FINISH_GRACE_S = 10.0  # actors have so long to say goodbye when the run is over
-INTERRUPT_GRACE_S = 1.0  # ... and when the hub is told to end
+FINISH_GRACE_S = 5.0  # members have so long to say goodbye when the run is over
+INTERRUPT_GRACE_S = 0.5  # ... and when the hub is told to end
 
 
 class HubCore:
@@ -227,16 +227,21 @@ class HubCore:
     # ---- actors at work
 
     def _ready(self, actor: Actor, ready: wire.Ready) -> None:
-        if ready.tasks < 0 or ready.version > self.training.version:
-            self._reject(actor.member, "Ready that cannot be", detail=repr(ready))
+        if ready.tasks < 0:
+            self._reject(actor.member, "Ready for less than nothing", detail=str(ready.tasks))
             return
         actor.credit += ready.tasks
-        actor.version = ready.version
+        actor.version = self._known(ready.version)
 
     def _heartbeat(self, actor: Actor, heartbeat: wire.Heartbeat) -> None:
         self.actors.read(actor, heartbeat)
+        actor.version = self._known(heartbeat.version)
         for book in (self.training.book, self.evaluation.book):
             book.hear_of(actor.member, heartbeat.tasks, now=self.now)
+
+    def _known(self, version: int) -> int:
+        """-1 if it cannot be of this run: an engine may still be warm with the weights of another."""
+        return version if version <= self.training.version else -1
 
     def _release(self, actor: Actor, release: wire.Release) -> None:
         actor.credit = 0  # who gives work back takes no more until it is Ready again
@@ -358,7 +363,7 @@ class HubCore:
         self.closing = (reason, deadline)
 
     def _end(self, reason: str, deadline: float) -> None:
-        if self.actors and self.now < deadline:
+        if (self.actors or self.world.ranks) and self.now < deadline:
             return
         self._effects += [CloseLink(member) for member in self.actors]
         self._effects.append(Shutdown(reason))
