@@ -274,6 +274,21 @@ def test_a_learner_that_dies_before_the_commit_returns_the_batch(hub):
     assert [r.task for r in hub.only(b"new", wire.Shard).rollouts] == before
 
 
+def test_a_learner_may_come_back_with_another_number_of_ranks(hub):
+    hub.send(b"a", wire.Ready(tasks=2, version=0))
+    for lease in hub.leases(b"a"):
+        hub.serve(b"a", lease)
+    hub.send(b"r0", wire.BatchRequest(step=0))
+    whole = hub.only(b"r0", wire.Shard).rollouts
+    for rank, member in enumerate((b"n0", b"n1")):
+        hub.send(member, wire.Hello(role="learner", name=member.decode(), rank=rank, world_size=2))
+    hub.send(b"n0", wire.BatchRequest(step=0))
+    assert not hub.take(b"n0", wire.Shard), "the batch of the old world is not handed out again"
+    hub.send(b"n1", wire.BatchRequest(step=0))
+    halves = [hub.only(member, wire.Shard).rollouts for member in (b"n0", b"n1")]
+    assert [r.task for half in halves for r in half] == [r.task for r in whole]
+
+
 def test_other_ranks_may_leave_before_rank_zero_commits():
     driver = Driver(make_run(batch=2))
     driver.learner(ranks=2)
