@@ -21,7 +21,7 @@ class View:
     metrics: Mapping[str, Any]  # newest value of each
     history: list[dict[str, Any]]  # every line of metrics.jsonl
     status: Mapping[str, Any]  # the hub's
-    actors: Mapping[str, str]  # name and what its supervisor knows of it: running, restarting, ...
+    actors: Mapping[str, str]  # name and what its supervisor knows of it: started, restarting, ...
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -38,7 +38,7 @@ class View:
         """Mean and largest lag of the last batch, in versions."""
         lag = self.status.get("lag") or {}
         mean, most = lag.get("mean", self.metrics.get("lag_mean")), lag.get("max", self.metrics.get("lag_max"))
-        return NONE if mean is None else f"{mean:.2f} (max {most:g})"
+        return NONE if mean is None else f"{mean:.2f} (max {number(most)})"
 
     def held_out(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         """First and last evaluation, empty if there was none."""

@@ -15,10 +15,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sgpo_async.cli.options import add_config, config_words, load_run, print_dry_run, record_config
-from sgpo_async.config import Run
 from sgpo_async.errors import DeadlineExceeded, HubError
+
+if TYPE_CHECKING:
+    from sgpo_async.config import Run
 
 HUB_START_S = 60.0
 HUB_LEAVING_S = 10.0  # after the learner's Finish, to dismiss its actors

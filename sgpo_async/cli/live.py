@@ -15,7 +15,7 @@ from sgpo_async.report.figures import NONE, clock, number, percent
 
 BARS = "▁▂▃▄▅▆▇█"
 NOTES = 4  # lines
-STYLES = {"serving": "green", "running": "green", "restarting": "yellow", "failed": "red", "lost": "red"}
+STYLES = {"serving": "green", "restarting": "yellow", "failed": "red", "lost": "red"}
 
 
 class LivePicture:

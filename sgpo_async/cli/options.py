@@ -1,4 +1,4 @@
-"""What the commands that take a configuration have in common."""
+"""What the commands that take a configuration have in common. `--help` imports nothing of the configuration yet."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import argparse
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sgpo_async.config import Run, load, to_yaml
-from sgpo_async.metrics.files import write_whole
+if TYPE_CHECKING:
+    from sgpo_async.config import Run
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +21,8 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 
 def load_run(args: argparse.Namespace) -> Run:
     """The validated configuration. Raises ConfigError."""
+    from sgpo_async.config import load
+
     return load(args.config, args.overrides)
 
 
@@ -30,6 +33,8 @@ def config_words(args: argparse.Namespace, *more: str) -> list[str]:
 
 def print_dry_run(run: Run, commands: Iterable[Sequence[str]]) -> None:
     """The resolved YAML, and the command lines as comments, so that the output is a configuration itself."""
+    from sgpo_async.config import to_yaml
+
     print(to_yaml(run), end="")
     print("# would start:")
     for command in commands:
@@ -38,4 +43,7 @@ def print_dry_run(run: Run, commands: Iterable[Sequence[str]]) -> None:
 
 def record_config(run: Run) -> None:
     """Write config.yaml, the resolved configuration, into the run's folder. Raises SgpoError."""
+    from sgpo_async.config import to_yaml
+    from sgpo_async.metrics.files import write_whole
+
     write_whole(Path(run.folder) / "config.yaml", to_yaml(run))

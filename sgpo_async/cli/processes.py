@@ -82,15 +82,14 @@ class Processes:
         self._children.append(child)
         return child
 
-    def stop(self, *, grace_s: float = GRACE_S, hurry: Callable[[], bool] = lambda: False) -> bool:
-        """End everything within `grace_s` and a moment; returns whether nothing had to be killed."""
-        gentle = end_run(self.mark, grace_s=grace_s, hurry=hurry)
+    def stop(self, *, grace_s: float = GRACE_S, hurry: Callable[[], bool] = lambda: False) -> None:
+        """End everything within `grace_s` and a moment, at once when `hurry`."""
+        end_run(self.mark, grace_s=grace_s, hurry=hurry)
         for child in self._children:
             child.process.wait(timeout=10)
         forget_hub(self.folder)
         self._guard.kill()
         self._guard.communicate()
-        return gentle
 
 
 def wait_for(child: Child, seconds: float) -> bool:

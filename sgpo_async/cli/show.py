@@ -16,6 +16,8 @@ from sgpo_async.cli.watch import Watch
 from sgpo_async.config import Run
 from sgpo_async.report import closing_rows, write_report
 
+POLICY = "policy"  # the learner's export, a Hugging Face folder
+
 
 class Show:
     """Shows one run on standard output: live at a terminal, in lines elsewhere."""
@@ -66,6 +68,8 @@ class Show:
             table.add_row(*row)
         self._console.print()
         self._console.print(table)
+        if (policy := self._folder / POLICY).exists():
+            self._console.print(f"policy: {policy}", soft_wrap=True)
         self._console.print(f"report: {write_report(self._folder)}", soft_wrap=True)
 
 

@@ -3,7 +3,8 @@
     hub ──hub.json: address──▶ learner, actors          (started)
     learner ends with 0 ──▶ hub and actors have LEAVING_S to follow ──▶ done
     learner ends otherwise, or hub ends before it with an error ──▶ RunFailed, with the words of its log
-    actor crashes ──▶ started again after 1, 2, 4, ... s, RESTARTS times;  no actor left ──▶ RunFailed
+    actor crashes ──▶ started again after 1, 2, 4, ... s, RESTARTS times;  all have failed ──▶ RunFailed
+    hub ends with 0, or all actors have left with 0 ──▶ the learner has LAST_S to end, too
 
 `tick` looks and acts but never waits, so whoever calls it can be interrupted between any two ticks, start-up included.
 """
@@ -12,17 +13,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from sgpo_async.cli.hub_file import read_hub_file
 from sgpo_async.cli.processes import Child, Processes
+from sgpo_async.cli.signals import Signals
 from sgpo_async.errors import DeadlineExceeded, SgpoError
 
 HUB_START_S = 60.0
 LEAVING_S = 20.0  # after the learner's end, for actors and hub to end by themselves
-AFTER_HUB_S = 120.0  # the hub is finished: the learner may still write its last checkpoint
+LAST_S = 120.0  # hub or actors are finished: the learner may still write its last checkpoint
 RESTARTS = 5
+TICK_S = 0.25
 
 
 class RunFailed(SgpoError):
@@ -54,7 +59,7 @@ class ActorSlot:
     child: Child | None = None
     crashes: int = 0
     start_at: float = 0.0  # when it is to be started (again)
-    state: str = "starting"  # starting, running, restarting, left, failed
+    state: str = "starting"  # starting, started, restarting, left, failed
 
     @property
     def name(self) -> str:
@@ -102,8 +107,11 @@ class Supervisor:
             self._look_at_learner(self._learner)
         for slot in self.slots:
             self._look_at_actor(slot)
-        if self._leaving_until is None and all(slot.state in ("left", "failed") for slot in self.slots):
+        states = {slot.state for slot in self.slots}
+        if states == {"failed"} and self._leaving_until is None:
             raise RunFailed(f"no actor is left; the last news: {self.notes[-1]}")
+        if states <= {"left", "failed"}:
+            self._expect_end()
 
     def _await_hub(self) -> None:
         if self._hub.code is not None:
@@ -120,22 +128,26 @@ class Supervisor:
         if learner.code is not None:
             raise RunFailed(f"the learner {learner.ending()}: {learner.complaint()}")
         if self._learner_deadline is not None and time.monotonic() > self._learner_deadline:
-            raise DeadlineExceeded("local: the learner", "end after the hub's", AFTER_HUB_S)
+            raise DeadlineExceeded("local: the learner", "end after the hub's or the actors'", LAST_S)
 
     def _look_at_hub(self) -> None:
         if self._hub.code is None:
             return
         if self._hub.code != 0:
             raise RunFailed(f"the hub {self._hub.ending()}: {self._hub.complaint()}")
+        self._expect_end()
+
+    def _expect_end(self) -> None:
+        """The run is over for somebody: it must soon be for the learner."""
         if self._learner_deadline is None:
             self.phase = "finishing"
-            self._learner_deadline = time.monotonic() + AFTER_HUB_S
+            self._learner_deadline = time.monotonic() + LAST_S
 
     def _look_at_actor(self, slot: ActorSlot) -> None:
         if slot.child is None:
             if slot.state in ("starting", "restarting") and not self._finishing and time.monotonic() >= slot.start_at:
                 slot.child = self._processes.start(slot.name, self.plan.actor(slot.name, self.address))
-                slot.state = "running"
+                slot.state = "started"
             return
         code = slot.child.code
         if code is None:
@@ -162,3 +174,30 @@ class Supervisor:
     @property
     def _finishing(self) -> bool:
         return self.phase == "finishing"
+
+
+class Onlooker(Protocol):
+    """Whoever shows the run (see `sgpo_async.cli.show`)."""
+
+    def update(self, supervisor: Supervisor) -> None:
+        """Something may have changed."""
+
+    def close(self, *, stopping: bool) -> None:
+        """The processes are about to be ended."""
+
+
+def supervise(plan: Plan, folder: Path, onlooker: Onlooker) -> int:
+    """Start everything, show it, end everything; returns 0, or 128 + the signal that ended it.
+
+    Raises RunFailed or DeadlineExceeded if the run cannot go on.
+    """
+    with Signals() as signals, ExitStack() as stack:
+        processes = Processes(folder)
+        stack.callback(processes.stop, hurry=lambda: signals.kill)
+        stack.callback(lambda: onlooker.close(stopping=signals.stop))
+        supervisor = Supervisor(plan, processes)
+        while not supervisor.done and not signals.stop:
+            supervisor.tick()
+            onlooker.update(supervisor)
+            signals.wait(TICK_S)
+    return signals.exit_code if signals.stop else 0

@@ -29,10 +29,10 @@ def members(mark: str) -> list[psutil.Process]:
     return [process for process in found if process.pid != own]
 
 
-def end_run(mark: str, *, grace_s: float = GRACE_S, hurry: Callable[[], bool] = lambda: False) -> bool:
+def end_run(mark: str, *, grace_s: float = GRACE_S, hurry: Callable[[], bool] = lambda: False) -> None:
     """Ask the outermost processes to end, kill what is left after `grace_s` or when `hurry`, wait until all are gone.
 
-    Inner processes are their parents' to end, within the grace. Returns whether nothing had to be killed.
+    Inner processes are their parents' to end, within the grace.
     """
     present = members(mark)
     inner = {process.pid for process in present}
@@ -40,12 +40,10 @@ def end_run(mark: str, *, grace_s: float = GRACE_S, hurry: Callable[[], bool] = 
     deadline = time.monotonic() + grace_s
     while members(mark) and time.monotonic() < deadline and not hurry():
         time.sleep(0.05)
-    gentle = not members(mark)
     deadline = time.monotonic() + SWEEP_S
     while (rest := members(mark)) and time.monotonic() < deadline:  # again and again: they may be forking
         _signal_all(rest, kill=True)
         time.sleep(0.02)
-    return gentle
 
 
 def _parent(process: psutil.Process) -> int | None:

@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from sgpo_async.metrics.files import telling, to_json, write_whole
 from sgpo_async.metrics.reader import METRICS, SUMMARY, read_metrics
 
@@ -79,17 +77,16 @@ class MetricsWriter:
         """`counts` maps an integer (a lag) to how many tokens had it."""
         if not counts:
             return
-        values = np.array(sorted((int(value), float(count)) for value, count in counts.items()))
-        at, count = values[:, 0], values[:, 1]
+        pairs = sorted((int(value), float(count)) for value, count in counts.items())
         self._board.add_histogram_raw(
             key,
-            min=at.min(),
-            max=at.max(),
-            num=count.sum(),
-            sum=(at * count).sum(),
-            sum_squares=(at * at * count).sum(),
-            bucket_limits=(at + 0.5).tolist(),
-            bucket_counts=count.tolist(),
+            min=pairs[0][0],
+            max=pairs[-1][0],
+            num=sum(count for _, count in pairs),
+            sum=sum(value * count for value, count in pairs),
+            sum_squares=sum(value * value * count for value, count in pairs),
+            bucket_limits=[value + 0.5 for value, _ in pairs],
+            bucket_counts=[count for _, count in pairs],
             global_step=step,
         )
 

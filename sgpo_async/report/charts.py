@@ -15,7 +15,7 @@ AUTO, GUIDED, THIRD = 1, 2, 3  # slots of the palette; a colour means the same t
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """One key of metrics.jsonl."""
+    """One key of metrics.jsonl, or a/b for the entry b of key a."""
 
     key: str
     name: str
@@ -33,6 +33,7 @@ class Chart:
     y_label: str
     curves: tuple[Curve, ...]
     share: bool = False  # the figures are shares: the axis goes from 0 to 100 %
+    around_one: bool = False  # small deviations from 1 matter: the axis does not include 0
 
 
 CHARTS = (
@@ -62,19 +63,44 @@ CHARTS = (
     ),
     Chart(
         title="Correction weights",
-        says="Of stale tokens, after truncation: 1 where behaviour and policy agree.",
-        y_label="weight",
+        says="Mean of the weights in use; 1 where behaviour and policy agree. Lag 0 shows the engines' part alone.",
+        y_label="mean weight",
+        around_one=True,
         curves=(
-            Curve(key="correction_mean", name="mean"),
-            Curve(key="correction_min", name="smallest", colour=THIRD),
+            Curve(key="correction_mean_stale", name="GRPO, stale tokens"),
+            Curve(key="kl_correction_mean_stale", name="distillation, stale tokens", colour=THIRD),
+            Curve(key="correction_mean_lag0", name="GRPO, lag 0", colour=GUIDED),
         ),
     ),
     Chart(
         title="Truncated corrections",
-        says="Share of tokens whose correction stands at its bound.",
+        says="Share of tokens whose weight would be another without the bound.",
         y_label="share of tokens",
         share=True,
-        curves=(Curve(key="correction_clipped", name="at the bound"),),
+        curves=(
+            Curve(key="correction_clipped", name="GRPO"),
+            Curve(key="kl_correction_clipped", name="distillation", colour=THIRD),
+        ),
+    ),
+    Chart(
+        title="Smallest correction",
+        says="The least weight of any token in the batch: how little the most outdated one still counts.",
+        y_label="weight",
+        curves=(
+            Curve(key="correction_min", name="GRPO"),
+            Curve(key="kl_correction_min", name="distillation", colour=THIRD),
+        ),
+    ),
+    Chart(
+        title="Importance ratio",
+        says="Mean of policy over behaviour probability, by the age of the tokens in versions.",
+        y_label="mean ratio",
+        around_one=True,
+        curves=(
+            Curve(key="ratio_by_lag/0", name="lag 0"),
+            Curve(key="ratio_by_lag/1", name="lag 1", colour=GUIDED),
+            Curve(key="ratio_by_lag/2", name="lag 2", colour=THIRD),
+        ),
     ),
     Chart(
         title="Masked KL",
@@ -142,15 +168,24 @@ def figures(lines: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _series(curve: Curve, lines: Sequence[Mapping[str, Any]]) -> Series:
-    points = [(line["step"], line[curve.key]) for line in lines if isinstance(line.get(curve.key), int | float)]
+    found = [(line["step"], _value(line, curve.key)) for line in lines]
+    points = [(step, value) for step, value in found if isinstance(value, int | float)]
     smooth = curve.smooth and not curve.dots
     return Series(name=curve.name, points=points, colour=curve.colour, smooth=smooth, dots=curve.dots)
+
+
+def _value(line: Mapping[str, Any], key: str) -> Any:
+    outer, _, inner = key.partition("/")
+    value = line.get(outer)
+    return value.get(inner) if inner and isinstance(value, Mapping) else value
 
 
 def _draw(chart: Chart, series: Sequence[Series]) -> str:
     if chart.share:
         return line_chart(series, y_label=chart.y_label, y_range=_share_range(series), show=_percent)
-    return line_chart(series, y_label=chart.y_label)
+    values = [y for one in series for _, y in one.points]
+    near = (min(1.0, *values), max(1.0, *values)) if chart.around_one else None
+    return line_chart(series, y_label=chart.y_label, y_range=near)
 
 
 def _share_range(series: Sequence[Series]) -> tuple[float, float]:

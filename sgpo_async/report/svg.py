@@ -10,7 +10,7 @@ from html import escape
 from sgpo_async.report.figures import short
 
 WIDTH, HEIGHT = 560, 280
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 14, 40  # margins around the plotting area
+LEFT, RIGHT, TOP, BOTTOM = 66, 14, 14, 40  # margins around the plotting area
 TIPS = 160  # columns with a tooltip
 
 Point = tuple[float, float]
@@ -85,7 +85,7 @@ def axes(frame: Frame, ticks: Sequence[float], y_label: str, show: Callable[[flo
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text class="label" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">optimiser step</text>')
-    turned = f'transform="translate(13 {(TOP + base) / 2}) rotate(-90)"'
+    turned = f'transform="translate(12 {(TOP + base) / 2}) rotate(-90)"'
     parts.append(f'<text class="label" {turned} text-anchor="middle">{escape(y_label)}</text>')
     return parts
 

@@ -59,8 +59,6 @@ def actor(behaviour: str, folder: Path) -> int:
     if behaviour == "crash-once" and not (folder / "crashed").exists():
         (folder / "crashed").touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    if behaviour == "leave":
-        return 0
     while not (folder / "finished").exists():
         time.sleep(0.02)
     return 0
@@ -99,11 +97,13 @@ class Printer:
 
 
 def supervised(folder: Path, behaviours: dict[str, str]) -> int:
-    from sgpo_async.cli.local import supervise
+    from sgpo_async.cli.hub_file import claim
+    from sgpo_async.cli.supervisor import supervise
     from sgpo_async.errors import SgpoError
 
     print("ready", flush=True)
     try:
+        claim(folder)
         return supervise(Plan(folder, behaviours), folder, Printer())
     except SgpoError as error:
         print(f"error: {error}", flush=True)

@@ -135,7 +135,6 @@ def test_an_actor_that_crashes_is_started_again(start: Callable[..., Local]) -> 
     [
         ("learner=crash", "error: the learner ended with code 1: problems.jsonl:7: has no answer"),
         ("hub=port-taken", "error: the hub ended with code 2: hub.address: tcp://127.0.0.1:1 is in use"),
-        ("actor=leave", "error: no actor is left; the last news: actor-"),
     ],
 )
 def test_an_end_unasked_ends_the_run_with_its_words(start: Callable[..., Local], behaviour: str, expected: str) -> None:

@@ -33,7 +33,7 @@ def view_at(step: int, **changes: Any) -> View:
         "metrics": history[-1] if history else {},
         "history": history,
         "status": status_at(step) if step else {},
-        "actors": {"actor-0": "running", "actor-1.2": "restarting"},
+        "actors": {"actor-0": "started", "actor-1.2": "restarting"},
         "notes": ["actor-1.1 was killed by signal 9, starts again in 2 s (see runs/demo/logs/actor-1.1.log)"] * 9,
     }
     return View(**(about | changes))
@@ -73,7 +73,7 @@ def test_nothing_known_is_shown_as_nothing() -> None:
 
 
 def test_an_actor_from_elsewhere_is_listed() -> None:
-    view = view_at(5, actors={"actor-0": "running"})
+    view = view_at(5, actors={"actor-0": "started"})
     assert [row["name"] for row in view.rows()] == ["actor-0", "actor-1"]
 
 
@@ -84,7 +84,7 @@ def test_lines_come_with_phases_notes_and_time(capsys: pytest.CaptureFixture[str
     lines.show(view_at(67, notes=["actor-0 has left"]))
     lines.show(view_at(68, notes=["actor-0 has left"]))
     output = capsys.readouterr().out.splitlines()
-    assert output[0] == "[ 1:23] starting the hub; actor-0 running, actor-1.2 restarting"
+    assert output[0] == "[ 1:23] starting the hub; actor-0 started, actor-1.2 restarting"
     assert output[1] == "[ 1:23] actor-0 has left"
     assert output[2].startswith("[ 1:23] step 67/120  pass ")
     assert len(output) == 3

@@ -90,6 +90,7 @@ def test_a_hub_that_never_gets_ready_is_a_deadline(stage: Stage) -> None:
 
 
 def test_crashes_are_answered_by_doubling_pauses_and_an_end(stage: Stage) -> None:
+    stage.actors = 1
     supervisor = up(stage)
     for crash in range(RESTARTS):
         name = "actor-0" + (f".{crash}" if crash else "")
@@ -100,13 +101,32 @@ def test_crashes_are_answered_by_doubling_pauses_and_an_end(stage: Stage) -> Non
         assert supervisor.slots[0].state == "restarting"
         stage.now += 0.2
         supervisor.tick()
-        assert supervisor.slots[0].state == "running"
+        assert supervisor.slots[0].state == "started"
     stage.child(f"actor-0.{RESTARTS}").code = 1
+    with pytest.raises(RunFailed, match="no actor is left; .* not started again after 5 restarts: words of its log"):
+        supervisor.tick()
+
+
+def test_actors_may_leave_before_the_hub_and_the_learner_end(stage: Stage) -> None:
+    supervisor = up(stage)
+    stage.child("actor-0").code = stage.child("actor-1").code = 0
     supervisor.tick()
-    assert supervisor.slots[0].state == "failed"
-    assert "not started again" in supervisor.notes[-1]
-    stage.child("actor-1").code = 0
-    with pytest.raises(RunFailed, match="no actor is left"):
+    assert supervisor.phase == "finishing"
+    stage.now += 119
+    supervisor.tick()
+    stage.child("hub").code = 0
+    supervisor.tick()
+    stage.child("learner").code = 0
+    supervisor.tick()
+    assert supervisor.done
+
+
+def test_a_learner_that_goes_on_without_actors_has_a_deadline(stage: Stage) -> None:
+    supervisor = up(stage)
+    stage.child("actor-0").code = stage.child("actor-1").code = 0
+    supervisor.tick()
+    stage.now += 121
+    with pytest.raises(DeadlineExceeded, match="learner"):
         supervisor.tick()
 
 

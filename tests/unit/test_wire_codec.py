@@ -306,6 +306,7 @@ def test_a_message_beyond_the_limit_is_not_looked_at() -> None:
     "body",
     [
         b"\xdd\x00\x0f\xff\xff" * 1000,  # lists of a million elements, a thousand deep
+        b"\xdd\x00\x00\x12\x00" * 1000,  # of 4,608 each: less than the header's 5,000 bytes
         b"\xdd\xff\xff\xff\xff",
         b"\xdf\xff\xff\xff\xff",
         b"\xdb\xff\xff\xff\xff",
