@@ -90,6 +90,8 @@ class HubCore:
         match message:
             case wire.StatusRequest():
                 self._send(member, wire.Status(status=self.status()))
+            case wire.SettingsRequest():
+                self._send(member, wire.Settings(settings=to_plain(self.run)))
             case wire.Hello():
                 self._hello(member, message)
             case wire.Rollout():
@@ -185,7 +187,7 @@ class HubCore:
             return
         actor = self.actors[member]
         actor.welcomed, actor.seen = True, self.now
-        self._send(member, wire.Welcome(settings=to_plain(self.run), session_host=host, session_port=port))
+        self._send(member, wire.Welcome(session_host=host, session_port=port))
 
     def _link_down(self, member: bytes, reason: str) -> None:
         actor = self.actors.get(member)
@@ -207,7 +209,7 @@ class HubCore:
                 if old.member != member:
                     self._refuse(old.member, f"{hello.name} began a new learner world")
         self.world.join(member, hello, now=self.now)
-        self._send(member, wire.Welcome(settings=to_plain(self.run), store=self.store, version=self.training.version))
+        self._send(member, wire.Welcome(store=self.store, version=self.training.version))
 
     def _lose_rank(self, rank: int) -> None:
         self.world.leave(rank)
