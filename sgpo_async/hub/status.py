@@ -6,8 +6,6 @@ from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from sgpo_async.config import to_plain
-
 if TYPE_CHECKING:
     from sgpo_async.hub.core import HubCore
 
@@ -25,7 +23,6 @@ def status(core: HubCore) -> dict[str, Any]:
     books = (training.book, evaluation.book)
     leases = Counter(lease.member for book in books for lease in book.running.values())
     return {
-        "settings": to_plain(core.run),  # an actor reads them before it joins
         "step": training.step,
         "steps": core.run.steps,
         "version": training.version,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hub_support import Driver, Source, make_rollout, make_run
 
+from sgpo_async.config import from_plain
 from sgpo_async.hub import HubCore
 from sgpo_async.hub.events import CloseLink, Interrupted, LinkDown, LinkUp, OpenLink, Rejected, Shutdown
 from sgpo_async.hub.snapshot import dump, load
@@ -58,7 +59,6 @@ def test_an_actor_is_welcomed_when_its_link_stands():
     driver.handle(LinkUp(b"a", "10.0.0.1", 4000))
     welcome = driver.only(b"a", wire.Welcome)
     assert (welcome.session_host, welcome.session_port) == ("10.0.0.1", 4000)
-    assert welcome.settings["steps"] == driver.run.steps
     driver.advance(6)
     assert not driver.core.actors and driver.links_closed == [b"a"]
 
@@ -175,6 +175,8 @@ def test_nonsense_is_counted_and_strangers_are_told(hub):
     assert "Hello" in hub.only(b"x", wire.Refused).reason
     hub.send(b"x", wire.StatusRequest())
     assert hub.only(b"x", wire.Status).status["rejected"] == 4
+    hub.send(b"x", wire.SettingsRequest())
+    assert from_plain(hub.only(b"x", wire.Settings).settings) == hub.run
 
 
 def test_an_engine_that_is_warm_with_weights_of_another_run_gets_nothing_until_it_has_ours(hub):

@@ -146,10 +146,10 @@ def test_an_interrupt_stops_everybody(running):
 
 
 def test_a_message_too_large_for_its_member_becomes_a_refusal():
-    router = MemoryRouter(max_bytes=1000)  # the settings alone are larger
+    router = MemoryRouter(max_bytes=500)  # the settings alone are larger
     running = Running(router)
     member = Member(router.dealer(b"m"))
-    member.send(wire.StatusRequest())
+    member.send(wire.SettingsRequest())
     assert "hub.max_message_mb" in member.wait(wire.Refused).reason
     running.reason = "test is over"
     running.join()
