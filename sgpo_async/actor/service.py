@@ -20,7 +20,7 @@ import numpy as np
 from sgpo_async.actor.group import Group, Sampling
 from sgpo_async.config import Run
 from sgpo_async.engines.base import Engine, Generated
-from sgpo_async.errors import Superseded, WeightsError
+from sgpo_async.errors import EngineError, Superseded, WeightsError
 from sgpo_async.session import NodeControl, NodeDown, NodeProcess, NodeRejected, NodeWeights
 from sgpo_async.tasks.prompts import build_prompt
 from sgpo_async.tasks.reward_pool import RewardPool
@@ -47,6 +47,7 @@ class Service:
         self._rewards = RewardPool()
         self._sender = ReliableSender(window=UNACKNOWLEDGED, resend_after_s=RESEND_AFTER_S)
         self._store: StoreReader | None = None
+        self._version: int | None = None  # loaded in this session; what a warm engine held before is another past
         self._waiting: deque[Lease] = deque()
         self._groups: dict[tuple[int, int], Group] = {}
         self._granted = 0  # leases the hub may have open here
@@ -57,15 +58,17 @@ class Service:
     def serve(self, *, stopping: Callable[[], bool]) -> str:
         """Run the loop until it ends; return the reason."""
         try:
-            while not stopping():
+            reason = None
+            while reason is None and not stopping():
                 if reason := self.receive() or self.refresh():
-                    return reason
+                    break
                 self.admit()
                 self.generate()
                 self.judge()
                 self.publish()
-            self._leave("stopped")
-            return "stopped"
+            reason = reason or "stopped"
+            self._leave(reason)
+            return reason
         finally:
             self._rewards.close()
             if self._store is not None:
@@ -89,7 +92,6 @@ class Service:
                 self._sender.acknowledge(message)
             case Stop():
                 self.finished = True
-                self._leave(message.reason)
                 return message.reason
             case Refused():
                 return f"refused: {message.reason}"
@@ -105,7 +107,6 @@ class Service:
                 case NodeRejected():
                     _say(f"weights version {event.version}: {event.reason}")
                 case NodeControl(word="drain"):
-                    self._leave("drained")
                     return "drained"
                 case NodeDown():
                     return f"session down: {event.reason}"
@@ -119,15 +120,17 @@ class Service:
             self._store = StoreReader(event.path)
         try:
             self._engine.load(event.version, self._store.tensors(event.version), event.digest)
+            self._version = event.version
         except Superseded:
             return  # a newer version is already there: its event follows
         except WeightsError as error:
+            self._version = None if self._engine.version is None else self._version
             _say(f"weights version {event.version}: {error}")
         self._beat(time.monotonic())  # the hub leases by version: tell it at once
 
     def admit(self) -> None:
         """Start the leases whose lowest version the engine holds; ask for more while slots would stay empty."""
-        version = self._engine.version
+        version = self._version
         if version is None:
             return
         while self._waiting and self._waiting[0].min_version <= version:
@@ -141,15 +144,23 @@ class Service:
         return -(-self._run.engine.slots // self._run.rollout.size) + 1
 
     def _start(self, lease: Lease) -> None:
+        """A group that the engine cannot serve, such as one with too long a prompt, goes back for good."""
         group = Group(
             lease,
             plain=self._prompt(lease.problem, None),
             guided=self._prompt(lease.problem, lease.strategy) if lease.guided else None,
             sampling=self._sampling,
         )
-        self._groups[lease.task, lease.attempt] = group
-        for request in group.requests():
-            self._engine.submit(request)
+        try:
+            for request in group.requests():
+                self._engine.submit(request)
+        except EngineError as error:
+            _say(f"task {lease.task}: {error}")
+            self._engine.cancel(group.rollout_ids())
+            self._mailbox.send(Release(task=lease.task, attempt=lease.attempt, reason=str(error), servable=False))
+            self._granted -= 1
+        else:
+            self._groups[lease.task, lease.attempt] = group
 
     def _prompt(self, problem: str, strategy: str | None) -> np.ndarray:
         ids = build_prompt(problem, strategy, style=self._run.tasks.prompt, tokenizer=self._tokenizer)
@@ -172,7 +183,7 @@ class Service:
 
     def judge(self) -> None:
         """Take verdicts: a correct guided rollout is scored without its strategy first (Eq. 4)."""
-        if self._engine.version is None:
+        if self._version is None:
             return  # quarantined: nothing can be scored
         for verdict in self._rewards.poll():
             group = self._group_of(verdict.key)
@@ -201,8 +212,8 @@ class Service:
         status = self._engine.load_status()
         leases = [lease.task for lease in self._waiting] + [task for task, _ in self._groups]
         heartbeat = Heartbeat(
-            state="joining" if self._engine.version is None else "serving",
-            version=-1 if self._engine.version is None else self._engine.version,
+            state="joining" if self._version is None else "serving",
+            version=-1 if self._version is None else self._version,
             running=status.running,
             tokens=status.tokens,
             busy_s=self._busy_s,

@@ -246,11 +246,15 @@ class HubCore:
         return version if version <= self.training.version else -1
 
     def _release(self, actor: Actor, release: wire.Release) -> None:
-        actor.credit = 0  # who gives work back takes no more until it is Ready again
         book = self.training.book if release.task >= 0 else self.evaluation.book
         lease = book.running.get(release.task)
-        if lease and (lease.member, lease.attempt) == (actor.member, release.attempt):
+        if lease is None or (lease.member, lease.attempt) != (actor.member, release.attempt):
+            return
+        if release.servable:
+            actor.credit = 0  # who gives work back takes no more until it is Ready again
             book.revoke(release.task, "released")
+        else:
+            book.discard(release.task, "unservable")
 
     def _rollout(self, member: bytes, rollout: wire.Rollout) -> None:
         self._send(member, wire.Ack(task=rollout.task, attempt=rollout.attempt, slot=rollout.slot))

@@ -41,7 +41,7 @@ class Evaluation:
 
     def advance(self) -> Evaluated | None:
         """End the round that is complete and return its result; begin the next one if none runs."""
-        done = self.current is not None and len(self.book.complete) == self.problems
+        done = self.current is not None and not (self.book.waiting or self.book.running)
         result = self._end() if done else None
         if self.current is None and self.asked:
             self._begin(self.asked.popleft())

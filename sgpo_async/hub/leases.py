@@ -1,7 +1,7 @@
 """The way of tasks of one purpose: waiting, leased to an actor, complete, and then trained or dropped.
 
     add ──▶ waiting ── lease ──▶ running ── arrive (all slots) ──▶ complete ── train | drop ──▶ ledger
-               ▲                    │
+               ▲                    ├── discard ──▶ ledger   nobody can do it
                └───── revoke ───────┘   as a whole, under the next attempt, before younger tasks
 
 A revoked lease drops all its rollouts, the arrived ones too: keeping those that happened to be done would favour short
@@ -131,6 +131,12 @@ class Book:
         self.rollouts.drop(reason, lease.task.size)
         self.wait(lease.task, attempt=lease.attempt + 1)
         self.reissued += 1
+
+    def discard(self, number: int, reason: str) -> None:
+        """This task can never be done: drop it and the rollouts of its lease."""
+        lease = self.running.pop(number)
+        self.tasks.drop(reason, 1)
+        self.rollouts.drop(reason, lease.task.size)
 
     def train(self, numbers: Iterable[int]) -> list[Group]:
         """These complete groups have served their purpose."""

@@ -30,7 +30,7 @@ def serve(run: Run) -> int:
     Raises HubError if the address is taken or the keys are not usable, DataError for problems that cannot be read.
     """
     held_out = run.tasks.held_out
-    source = open_source(run.tasks.source, path=run.tasks.path or None, held_out=held_out, seed=run.seed)
+    source = open_source(run.tasks.source, path=run.tasks.path, held_out=held_out, seed=run.seed)
     folder = Path(run.folder)
     folder.mkdir(parents=True, exist_ok=True)
     router = Router(run.hub.address, keys=run.hub.keys, max_bytes=run.hub.max_message_mb * 2**20)

@@ -110,24 +110,21 @@ def _optional_text(place: str, record: dict[str, Any], column: str) -> str | Non
 class FileSource:
     """Problems of a file or dataset, reshuffled at every epoch; a fixed part of them is held out.
 
-    `held_out` is a fraction below 1. It is taken of the distinct problem texts, so that a problem that occurs
-    twice is not on both sides. Raises DataError for a bad line and where one side would be empty.
+    `held_out` problems are taken of the distinct problem texts, so that a problem that occurs twice is not on both
+    sides. Raises DataError for a bad line and where none would be left for training.
     """
 
     verifier = "math"
 
-    def __init__(self, path: str, *, held_out: float, seed: int) -> None:
-        assert 0 <= held_out < 1, held_out
+    def __init__(self, path: str, *, held_out: int, seed: int) -> None:
         problems = [to_problem(place, record) for place, record in read_rows(path)]
         texts = list(dict.fromkeys(problem.problem for problem in problems))
         random.Random(f"held-out {seed}").shuffle(texts)
-        reserved = set(texts[: round(held_out * len(texts))])
+        reserved = set(texts[:held_out])
         self._held_out = [problem for problem in problems if problem.problem in reserved]
         self._training = [problem for problem in problems if problem.problem not in reserved]
-        if not self._training or (held_out and not self._held_out):
-            raise DataError(
-                f"{path}: {len(texts)} distinct problems are too few to hold out {held_out:g} of them"
-            )
+        if not self._training:
+            raise DataError(f"{path}: {len(texts)} distinct problems leave none for training with tasks.held_out={held_out}")
         self._order = lru_cache(maxsize=4)(self._shuffled)
         self._seed = seed
 

@@ -126,11 +126,12 @@ class Ack:
 
 @dataclass(frozen=True, kw_only=True)
 class Release:
-    """The actor gives a lease back unfinished, because it drains or its engine failed."""
+    """The actor gives a lease back unfinished."""
 
     task: int
     attempt: int
     reason: str
+    servable: bool = True  # False: no actor ever can, e.g. the prompt is longer than the model's context
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -149,6 +149,30 @@ def test_a_released_lease_goes_elsewhere(hub):
     assert again.task in hub.core.training.book.running
 
 
+def test_a_task_that_nobody_can_serve_is_dropped_and_its_room_is_free_again(hub):
+    hub.send(b"a", wire.Ready(tasks=1, version=0))
+    (lease,) = hub.leases(b"a")
+    hub.send(b"a", wire.Release(task=lease.task, attempt=lease.attempt, reason="too long", servable=False))
+    ledger = hub.core.status()["ledger"]
+    assert ledger["dropped"] == {"unservable": 1}
+    assert ledger["rollouts"]["dropped"]["unservable"] == lease.autonomous + lease.guided
+    hub.send(b"a", wire.Ready(tasks=1, version=0))
+    (other,) = hub.leases(b"a")
+    assert other.task != lease.task
+
+
+def test_an_evaluation_round_ends_without_the_problems_that_nobody_can_serve():
+    hub = Driver(source=Source(held_out=2))
+    hub.learner()
+    hub.actor(b"a", credit=2)
+    long, other = hub.leases(b"a")
+    assert {long.purpose, other.purpose} == {"evaluate"}
+    hub.serve(b"a", other)
+    hub.send(b"a", wire.Release(task=long.task, attempt=long.attempt, reason="too long", servable=False))
+    (result,) = hub.core.status()["evaluations"]
+    assert (result["version"], result["problems"]) == (0, 1)
+
+
 def test_rollouts_that_do_not_belong_cost_a_rejection_each(hub):
     hub.send(b"a", wire.Ready(tasks=1, version=0))
     (lease,) = hub.leases(b"a")

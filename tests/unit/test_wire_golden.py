@@ -113,9 +113,9 @@ EXAMPLES: list[Message] = [
     Restored(version=7),
     Finish(reason="finished"),
     StatusRequest(),
+    Status(status={"actors": [{"name": "actor-1", "lag": 0.5}]}),
     SettingsRequest(),
     Settings(settings={"name": "run", "hub": {"max_lag": 2, "keys": ""}, "x": [1, 2.5, None, True]}),
-    Status(status={"actors": [{"name": "actor-1", "lag": 0.5}]}),
 ]
 
 
