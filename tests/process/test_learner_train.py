@@ -93,7 +93,7 @@ class ScriptedHub:
                 return [Refused(reason=self.refuses)]
             case Hello(rank=rank):
                 self._ranks[member] = rank
-                return [Welcome(settings={}, store=self.store.path, version=3)]
+                return [Welcome(store=self.store.path, version=3)]
             case BatchRequest(step=step):
                 parts = [cases.groups(seed=step, version=step + self._base)[i] for i in SPLIT[self._ranks[member]]]
                 return [cases.shard_of(parts, problems=4, step=step, version=step + self._base)]

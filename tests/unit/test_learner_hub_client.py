@@ -58,7 +58,7 @@ class FakeHub:
 def answers(message: Message) -> list[Message]:
     match message:
         case Hello():
-            return [Welcome(settings={}, store="s", version=3)]
+            return [Welcome(store="s", version=3)]
         case BatchRequest(step=step):
             late = Shard(step=step - 1, version=3, problems=1, rollouts=())
             return [late, Shard(step=step, version=4, problems=2, rollouts=())]
