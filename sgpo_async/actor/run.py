@@ -27,10 +27,10 @@ from sgpo_async.tasks.models import load_tokenizer, model_folder, tokenizer_fing
 from sgpo_async.tasks.sources import VERIFIER_OF_SOURCE
 from sgpo_async.transport import Dealer, Mailbox
 from sgpo_async.weights import digest
-from sgpo_async.wire.records import Hello, Message, Refused, Status, StatusRequest, Stop, Welcome
+from sgpo_async.wire.records import Hello, Message, Refused, Settings, SettingsRequest, Stop, Welcome
 
-WELCOME_DEADLINE_S = 60.0  # the hub starts a link process first, on a machine that may be busy
-Answer = TypeVar("Answer", Status, Welcome)
+WELCOME_DEADLINE_S = 180.0  # the hub starts a link process first, on a machine that may be busy
+Answer = TypeVar("Answer", Settings, Welcome)
 MAX_BYTES = 2**30  # the hub's own limit (hub.max_message_mb) is the one that counts
 BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 5.0)
 
@@ -87,10 +87,10 @@ class Actor:
             node.stop()
 
     def _join(self, mailbox: Mailbox, node: NodeProcess) -> bool:
-        settings = self._ask(mailbox, StatusRequest(), Status, self._options.hub_timeout_s, again_s=1.0)
+        settings = self._ask(mailbox, SettingsRequest(), Settings, self._options.hub_timeout_s, again_s=1.0)
         if settings is None:
             return True
-        run = self._with_own_options(from_plain(settings.status["settings"]))
+        run = self._with_own_options(from_plain(settings.settings))
         engine = self._warm(run)
         hello = Hello(role="actor", name=self._name, tokenizer=tokenizer_fingerprint(self._tokenizer))
         welcome = self._ask(mailbox, hello, Welcome, WELCOME_DEADLINE_S)

@@ -127,6 +127,7 @@ class EmbeddedEngine:
         waiting = len(self._waiting) + len(self._scores)
         return EngineLoad(running=len(self._running), waiting=waiting, slots=self._slots, tokens=self._tokens)
 
+    @torch.inference_mode()
     def close(self) -> None:
         """Forget all requests and free the cache; the engine serves nothing until a load."""
         self._withdraw()

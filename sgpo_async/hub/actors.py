@@ -75,6 +75,10 @@ class Actors(dict[bytes, Actor]):
         del self[member]
         self.left += 1
 
+    def silent_since(self, moment: float) -> list[Actor]:
+        """Actors without a sign of life since `moment`. One that joins waits for the hub, not the hub for it."""
+        return [actor for actor in self.values() if actor.welcomed and actor.seen < moment]
+
     def pick(self, min_version: int) -> Actor | None:
         """Of those that hold `min_version` or newer, the one with most credit left; the eldest of equals."""
         able = [actor for actor in self.values() if actor.credit > 0 and actor.version >= min_version]
@@ -82,7 +86,7 @@ class Actors(dict[bytes, Actor]):
 
     def read(self, actor: Actor, heartbeat: Heartbeat) -> None:
         """Take in an actor's heartbeat."""
-        actor.state, actor.version = heartbeat.state, heartbeat.version
+        actor.state = heartbeat.state
         busy, wall = actor.meter.read(heartbeat)
         self.busy_s += busy
         self.wall_s += wall

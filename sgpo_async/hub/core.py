@@ -12,64 +12,27 @@ events give the same effects.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from sgpo_async.config.schema import Run
+from sgpo_async.config import Run, to_plain
 from sgpo_async.errors import HubError
+from sgpo_async.hub import events as ev
 from sgpo_async.hub import snapshot
 from sgpo_async.hub.actors import Actor, Actors
 from sgpo_async.hub.door import refusal
 from sgpo_async.hub.evaluation import Evaluation
-from sgpo_async.hub.events import (
-    CloseLink,
-    Effect,
-    Event,
-    Interrupted,
-    LinkDown,
-    LinkUp,
-    OpenLink,
-    Received,
-    Rejected,
-    Send,
-    Shutdown,
-    Tick,
-)
+from sgpo_async.hub.events import CloseLink, Effect, Event, OpenLink, Send, Shutdown
 from sgpo_async.hub.status import status
 from sgpo_async.hub.training import Training
 from sgpo_async.hub.work import Curriculum
 from sgpo_async.hub.world import World
-from sgpo_async.wire.records import (
-    Ack,
-    BatchRequest,
-    Commit,
-    Committed,
-    Evaluate,
-    Finish,
-    Goodbye,
-    Heartbeat,
-    Hello,
-    Message,
-    Published,
-    Ready,
-    Refused,
-    Release,
-    Restore,
-    Restored,
-    Rollout,
-    Snapshot,
-    SnapshotRequest,
-    Status,
-    StatusRequest,
-    Stop,
-    Welcome,
-)
+from sgpo_async.wire import records as wire
 
 if TYPE_CHECKING:
     from sgpo_async.tasks.base import ProblemSource
 
-FINISH_GRACE_S = 10.0  # actors have so long to say goodbye when the run is over
-INTERRUPT_GRACE_S = 1.0  # ... and when the hub is told to end
+FINISH_GRACE_S = 5.0  # members have so long to say goodbye when the run is over
+INTERRUPT_GRACE_S = 0.5  # ... and when the hub is told to end
 
 
 class HubCore:
@@ -109,92 +72,94 @@ class HubCore:
 
     def _note(self, event: Event) -> None:
         match event:
-            case Received(member, message):
+            case ev.Received(member, message):
                 self._received(member, message)
-            case Rejected(member, reason):
+            case ev.Rejected(member, reason):
                 self._reject(member, "malformed message", detail=reason)
-            case LinkUp(member, host, port):
+            case ev.LinkUp(member, host, port):
                 self._link_up(member, host, port)
-            case LinkDown(member, reason):
+            case ev.LinkDown(member, reason):
                 self._link_down(member, reason)
-            case Tick():
+            case ev.Tick():
                 self._expire()
-            case Interrupted(reason):
+            case ev.Interrupted(reason):
                 self._close(reason, grace=INTERRUPT_GRACE_S)
 
-    def _received(self, member: bytes, message: Message) -> None:
+    def _received(self, member: bytes, message: wire.Message) -> None:
         rank = self.world.rank_of(member)
         match message:
-            case StatusRequest():
-                self._send(member, Status(status=self.status()))
-            case Hello():
+            case wire.StatusRequest():
+                self._send(member, wire.Status(status=self.status()))
+            case wire.SettingsRequest():
+                self._send(member, wire.Settings(settings=to_plain(self.run)))
+            case wire.Hello():
                 self._hello(member, message)
-            case Rollout():
+            case wire.Rollout():
                 self._rollout(member, message)
             case _ if member in self.actors:
                 self._from_actor(self.actors[member], message)
             case _ if rank is not None:
                 self._from_rank(rank, message)
-            case Goodbye():
+            case wire.Goodbye():
                 pass  # it was given up already
             case _:
-                self._send(member, Refused(reason="not a member, or not any more: say Hello"))
+                self._refuse(member, "not a member, or not any more: say Hello")
 
-    def _from_actor(self, actor: Actor, message: Message) -> None:
+    def _from_actor(self, actor: Actor, message: wire.Message) -> None:
         actor.seen = self.now
         match message:
-            case Ready():
+            case wire.Ready():
                 self._ready(actor, message)
-            case Heartbeat():
+            case wire.Heartbeat():
                 self._heartbeat(actor, message)
-            case Release():
+            case wire.Release():
                 self._release(actor, message)
-            case Goodbye():
+            case wire.Goodbye():
                 self._lose_actor(actor)
             case _:
                 self._reject(actor.member, f"{type(message).__name__} from an actor")
 
-    def _from_rank(self, rank: int, message: Message) -> None:
+    def _from_rank(self, rank: int, message: wire.Message) -> None:
         self.world.ranks[rank].seen = self.now
         match message:
-            case Heartbeat():
+            case wire.Heartbeat():
                 pass  # it has been seen
-            case BatchRequest(step=step):
+            case wire.BatchRequest(step=step):
                 self._batch_request(rank, step)
-            case Goodbye():
+            case wire.Goodbye():
                 self._lose_rank(rank)
             case _ if rank == 0:
                 self._from_first_rank(self.world.ranks[0].member, message)
             case _:
                 self._reject(self.world.ranks[rank].member, f"{type(message).__name__} from rank above 0")
 
-    def _from_first_rank(self, member: bytes, message: Message) -> None:
+    def _from_first_rank(self, member: bytes, message: wire.Message) -> None:
         match message:
-            case Commit(step=step):
+            case wire.Commit(step=step):
                 self._commit(member, step)
-            case Published(version=version):
+            case wire.Published(version=version):
                 self._publish(member, version)
-            case Evaluate(version=version):
+            case wire.Evaluate(version=version):
                 self._evaluate(member, version)
-            case SnapshotRequest(step=step):
+            case wire.SnapshotRequest(step=step):
                 self._snapshot(member, step)
-            case Restore(state=state):
+            case wire.Restore(state=state):
                 self._restore(member, state)
-            case Finish(reason=reason):
+            case wire.Finish(reason=reason):
                 self._close(reason, grace=FINISH_GRACE_S)
             case _:
                 self._reject(member, f"{type(message).__name__} from a learner")
 
     # ---- members come and go
 
-    def _hello(self, member: bytes, hello: Hello) -> None:
+    def _hello(self, member: bytes, hello: wire.Hello) -> None:
         opens = hello.role == "learner" and self.world.opens_new(member, hello)
         joined = self.world if hello.role == "learner" and not opens else None
         taken = self._names_besides(member, ranks=not opens)
         reason = refusal(hello, tokenizer=self.tokenizer, taken=taken, world=joined)
         if self.closing or reason:
             self.refused += 1
-            self._send(member, Refused(reason=reason or "the run is over"))
+            self._refuse(member, reason or "the run is over")
             return
         self.tokenizer = self.tokenizer or hello.tokenizer
         if hello.role == "learner":
@@ -207,7 +172,7 @@ class HubCore:
         held = self.world.ranks.values() if ranks else ()
         return actors | {rank.name for rank in held if rank.member != member}
 
-    def _actor_joins(self, member: bytes, hello: Hello) -> None:
+    def _actor_joins(self, member: bytes, hello: wire.Hello) -> None:
         known = self.actors.get(member)
         if known and not known.welcomed:
             return  # it repeats itself while its link is being made
@@ -220,13 +185,14 @@ class HubCore:
         if member not in self.actors:
             self._effects.append(CloseLink(member))
             return
-        self.actors[member].welcomed = True
-        self._send(member, Welcome(settings=asdict(self.run), session_host=host, session_port=port))
+        actor = self.actors[member]
+        actor.welcomed, actor.seen = True, self.now
+        self._send(member, wire.Welcome(session_host=host, session_port=port))
 
     def _link_down(self, member: bytes, reason: str) -> None:
         actor = self.actors.get(member)
         if actor:
-            self._send(member, Refused(reason=f"the session ended: {reason}"))
+            self._refuse(member, f"the session ended: {reason}")
             self._lose_actor(actor)
 
     def _lose_actor(self, actor: Actor) -> None:
@@ -236,16 +202,14 @@ class HubCore:
         self.actors.leave(actor.member)
         self._effects.append(CloseLink(actor.member))
 
-    def _rank_joins(self, member: bytes, hello: Hello, *, opens: bool) -> None:
+    def _rank_joins(self, member: bytes, hello: wire.Hello, *, opens: bool) -> None:
         if opens:
             self.training.batch = None  # its groups are in the buffer still
             for old in self.world.reopen(hello.world_size):
                 if old.member != member:
-                    self._send(old.member, Refused(reason=f"{hello.name} began a new learner world"))
+                    self._refuse(old.member, f"{hello.name} began a new learner world")
         self.world.join(member, hello, now=self.now)
-        self._send(
-            member, Welcome(settings=asdict(self.run), store=self.store, version=self.training.version)
-        )
+        self._send(member, wire.Welcome(store=self.store, version=self.training.version))
 
     def _lose_rank(self, rank: int) -> None:
         self.world.leave(rank)
@@ -254,7 +218,7 @@ class HubCore:
 
     def _expire(self) -> None:
         hub, oldest = self.run.hub, self.now - self.run.learner.batch_timeout_s
-        for actor in [a for a in self.actors.values() if a.seen < self.now - hub.member_timeout_s]:
+        for actor in self.actors.silent_since(self.now - hub.member_timeout_s):
             self._lose_actor(actor)
         for rank in [r for r, held in self.world.ranks.items() if held.seen < oldest]:
             self._lose_rank(rank)
@@ -264,27 +228,32 @@ class HubCore:
 
     # ---- actors at work
 
-    def _ready(self, actor: Actor, ready: Ready) -> None:
-        if ready.tasks < 0 or ready.version > self.training.version:
-            self._reject(actor.member, "Ready that cannot be", detail=repr(ready))
+    def _ready(self, actor: Actor, ready: wire.Ready) -> None:
+        if ready.tasks < 0:
+            self._reject(actor.member, "Ready for less than nothing", detail=str(ready.tasks))
             return
         actor.credit += ready.tasks
-        actor.version = ready.version
+        actor.version = self._known(ready.version)
 
-    def _heartbeat(self, actor: Actor, heartbeat: Heartbeat) -> None:
+    def _heartbeat(self, actor: Actor, heartbeat: wire.Heartbeat) -> None:
         self.actors.read(actor, heartbeat)
+        actor.version = self._known(heartbeat.version)
         for book in (self.training.book, self.evaluation.book):
             book.hear_of(actor.member, heartbeat.tasks, now=self.now)
 
-    def _release(self, actor: Actor, release: Release) -> None:
+    def _known(self, version: int) -> int:
+        """-1 if it cannot be of this run: an engine may still be warm with the weights of another."""
+        return version if version <= self.training.version else -1
+
+    def _release(self, actor: Actor, release: wire.Release) -> None:
         actor.credit = 0  # who gives work back takes no more until it is Ready again
         book = self.training.book if release.task >= 0 else self.evaluation.book
         lease = book.running.get(release.task)
         if lease and (lease.member, lease.attempt) == (actor.member, release.attempt):
             book.revoke(release.task, "released")
 
-    def _rollout(self, member: bytes, rollout: Rollout) -> None:
-        self._send(member, Ack(task=rollout.task, attempt=rollout.attempt, slot=rollout.slot))
+    def _rollout(self, member: bytes, rollout: wire.Rollout) -> None:
+        self._send(member, wire.Ack(task=rollout.task, attempt=rollout.attempt, slot=rollout.slot))
         if member in self.actors:
             self.actors[member].seen = self.now
         work = self.training if rollout.purpose == "train" else self.evaluation
@@ -297,7 +266,7 @@ class HubCore:
         else:
             work.book.arrive(rollout, now=self.now)
 
-    def _unawaited(self, member: bytes, rollout: Rollout) -> None:
+    def _unawaited(self, member: bytes, rollout: wire.Rollout) -> None:
         """A duplicate, or a late one of a lost lease or of a past before a Restore; or of no task at all."""
         work = self.training if rollout.purpose == "train" else self.evaluation
         if work.dispatched(rollout.task) or rollout.attempt < work.book.first_attempt:
@@ -317,11 +286,9 @@ class HubCore:
             self.training.commit()
             self.world.committed(step)
         if step == self.training.step - 1:  # now, or before: the answer may have been lost
-            self._send(member, Committed(step=step, status=self.status()))
+            self._send(member, wire.Committed(step=step, status=self.status()))
         else:
-            self._send(
-                member, Refused(reason=f"no batch of step {step} is out; the hub is at {self.training.step}")
-            )
+            self._refuse(member, f"no batch of step {step} is out; the hub is at {self.training.step}")
 
     def _publish(self, member: bytes, version: int) -> None:
         if not self.published <= version <= self.training.version:
@@ -340,18 +307,18 @@ class HubCore:
     def _snapshot(self, member: bytes, step: int) -> None:
         if step != self.training.step:
             reason = f"a snapshot of step {step} was asked for; the hub is at {self.training.step}"
-            self._send(member, Refused(reason=reason))
+            self._refuse(member, reason)
             return
-        self._send(member, Snapshot(step=step, state=snapshot.dump(self.training, self.evaluation)))
+        self._send(member, wire.Snapshot(step=step, state=snapshot.dump(self.training, self.evaluation)))
 
     def _restore(self, member: bytes, state: bytes) -> None:
         try:
             restored = snapshot.load(state, training=self.training, evaluation=self.evaluation)
         except HubError as error:
-            self._send(member, Refused(reason=str(error)))
+            self._refuse(member, str(error))
             return
         self.training, self.evaluation = restored
-        self._send(member, Restored(version=self.training.version))
+        self._send(member, wire.Restored(version=self.training.version))
 
     # ---- 2. what follows
 
@@ -379,10 +346,8 @@ class HubCore:
     def _refuse_step(self, rank: int, step: int) -> None:
         del self.world.asked[rank]
         here = self.training.step
-        reason = (
-            f"the learner asks for step {step} but the hub is at {here}: Restore the checkpoint's state first"
-        )
-        self._send(self.world.ranks[rank].member, Refused(reason=reason))
+        reason = f"the learner asks for step {step} but the hub is at {here}: Restore the checkpoint's state first"
+        self._refuse(self.world.ranks[rank].member, reason)
 
     def _lease(self) -> None:
         for work in (self.evaluation, self.training):
@@ -394,13 +359,13 @@ class HubCore:
         deadline = self.now + grace
         if self.closing is None:
             for actor in self.actors.values():
-                self._send(actor.member, Stop(reason=reason))
+                self._send(actor.member, wire.Stop(reason=reason))
         else:
             reason, deadline = self.closing[0], min(self.closing[1], deadline)
         self.closing = (reason, deadline)
 
     def _end(self, reason: str, deadline: float) -> None:
-        if self.actors and self.now < deadline:
+        if (self.actors or self.world.ranks) and self.now < deadline:
             return
         self._effects += [CloseLink(member) for member in self.actors]
         self._effects.append(Shutdown(reason))
@@ -408,8 +373,11 @@ class HubCore:
 
     # ---- words
 
-    def _send(self, member: bytes, message: Message) -> None:
+    def _send(self, member: bytes, message: wire.Message) -> None:
         self._effects.append(Send(member, message))
+
+    def _refuse(self, member: bytes, reason: str) -> None:
+        self._send(member, wire.Refused(reason=reason))
 
     def _reject(self, member: bytes, reason: str, *, detail: str = "") -> None:
         """Count a message that makes no sense; it costs nobody anything else."""

@@ -42,9 +42,7 @@ def adaptive_weight(p_auto: float, p_guide: float, algorithm: Algorithm) -> floa
 
 def lag(groups: Sequence[Group], *, version: int) -> dict[str, Any]:
     """Mean, maximum and histogram {lag: tokens} of how many versions older than `version` the tokens are."""
-    lags = np.concatenate(
-        [version - rollout.token_versions() for group in groups for rollout in group.rollouts]
-    )
+    lags = np.concatenate([version - rollout.token_versions() for group in groups for rollout in group.rollouts])
     values, counts = np.unique(lags, return_counts=True)
     histogram = {str(value): int(count) for value, count in zip(values, counts, strict=True)}
     return {"mean": float(lags.mean()), "max": int(lags.max()), "histogram": histogram}

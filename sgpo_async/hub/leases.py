@@ -167,6 +167,4 @@ class Book:
     def plain(self) -> dict[str, Any]:
         """The tasks' balance, with the rollouts' under "rollouts"."""
         balances = self.balances()
-        return self.tasks.plain(**balances["tasks"]) | {
-            "rollouts": self.rollouts.plain(**balances["rollouts"])
-        }
+        return self.tasks.plain(**balances["tasks"]) | {"rollouts": self.rollouts.plain(**balances["rollouts"])}

@@ -54,33 +54,34 @@ def load(state: bytes, *, training: Training, evaluation: Evaluation) -> tuple[T
     Raises HubError if it cannot be read or does not fit this run.
     """
     try:
-        saved = msgpack.unpackb(state, ext_hook=_unpack_array) if state else {"format": FORMAT}
-        if saved["format"] != FORMAT:
-            raise HubError(
-                f"hub state has format {saved['format']!r}, this hub reads {FORMAT}: use its own release"
-            )
-        return _load(saved, training=training, evaluation=evaluation)
+        saved = _read(state) if state else None
+        version, attempt = _next(saved, training=training, evaluation=evaluation)
+        new_training = Training(training.run, training.curriculum, version=version, first_attempt=attempt)
+        new_evaluation = Evaluation(training.curriculum, version=version, first_attempt=attempt)
+        if saved:
+            _fill_training(new_training, saved, shift=version - saved["version"])
+            _fill_evaluation(new_evaluation, saved)
+        new_training.book.check()
+        new_evaluation.book.check()
+        return new_training, new_evaluation
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, AssertionError) as error:
-        raise HubError(
-            f"hub state in the checkpoint is damaged ({error!r}): resume from an older one"
-        ) from error
+        raise HubError(f"hub state in the checkpoint is damaged ({error!r}): resume from an older one") from error
 
 
-def _load(
-    saved: dict[str, Any], *, training: Training, evaluation: Evaluation
-) -> tuple[Training, Evaluation]:
-    run, curriculum = training.run, training.curriculum
-    attempts = [training.book.last_attempt, evaluation.book.last_attempt]
-    attempts += [saved[part]["last_attempt"] for part in ("training", "evaluation") if part in saved]
-    version, attempt = max(training.version, saved.get("version", 0)) + 1, max(attempts) + 1
-    new_training = Training(run, curriculum, version=version, first_attempt=attempt)
-    new_evaluation = Evaluation(curriculum, version=version, first_attempt=attempt)
-    if "version" in saved:
-        _fill_training(new_training, saved, shift=version - saved["version"])
-        _fill_evaluation(new_evaluation, saved)
-    for book in (new_training.book, new_evaluation.book):
-        book.check()
-    return new_training, new_evaluation
+def _read(state: bytes) -> dict[str, Any]:
+    saved: dict[str, Any] = msgpack.unpackb(state, ext_hook=_unpack_array)
+    if saved["format"] != FORMAT:
+        raise HubError(f"hub state has format {saved['format']!r}, this hub reads {FORMAT}: use its own release")
+    return saved
+
+
+def _next(saved: dict[str, Any] | None, *, training: Training, evaluation: Evaluation) -> tuple[int, int]:
+    """A version and an attempt above all that ever were."""
+    version, attempts = training.version, [training.book.last_attempt, evaluation.book.last_attempt]
+    if saved:
+        version = max(version, saved["version"])
+        attempts += [saved["training"]["last_attempt"], saved["evaluation"]["last_attempt"]]
+    return version + 1, max(attempts) + 1
 
 
 def _fill_training(training: Training, saved: dict[str, Any], *, shift: int) -> None:
@@ -104,14 +105,13 @@ def _fill_evaluation(evaluation: Evaluation, saved: dict[str, Any]) -> None:
 
 def _dump_book(book: Book) -> dict[str, Any]:
     return {
-        "tasks": asdict(book.tasks),
-        "rollouts": asdict(book.rollouts),
+        "tasks": _plain(book.tasks),
+        "rollouts": _plain(book.rollouts),
         "last_attempt": book.last_attempt,
         "waiting": [task.number for _, _, task in book.waiting],
         "running": [(lease.task.number, lease.task.size) for lease in book.running.values()],
         "complete": [
-            (group.number, group.attempt, [_plain(r) for r in group.rollouts])
-            for group in book.complete.values()
+            (group.number, group.attempt, [_plain(r) for r in group.rollouts]) for group in book.complete.values()
         ],
         **{name: getattr(book, name) for name in BOOK_COUNTERS},
     }
@@ -139,8 +139,8 @@ def _shifted(rollout: Rollout, shift: int) -> Rollout:
     return replace(rollout, versions=rollout.versions + np.int32(shift))
 
 
-def _plain(rollout: Rollout) -> dict[str, Any]:
-    return {field.name: getattr(rollout, field.name) for field in fields(rollout)}
+def _plain(record: Rollout | Ledger) -> dict[str, Any]:
+    return {field.name: getattr(record, field.name) for field in fields(record)}
 
 
 def _pack_array(value: object) -> msgpack.ExtType:

@@ -57,10 +57,7 @@ class Training:
         """The lowest version that may serve the next lease; None if there is nothing to lease."""
         book, batch, max_lag = self.book, self.run.learner.problems_per_step, self.run.hub.max_lag
         steps_left = self.run.steps - self.step
-        if (
-            not book.waiting
-            and room(live=book.live, batch=batch, max_lag=max_lag, steps_left=steps_left) <= 0
-        ):
+        if not book.waiting and room(live=book.live, batch=batch, max_lag=max_lag, steps_left=steps_left) <= 0:
             return None
         ahead = len(book.running) + len(book.complete)
         lowest = lowest_version(version=self.version, ahead=ahead, batch=batch, max_lag=max_lag)

@@ -1,6 +1,6 @@
 """From sharded parameters to a version in the weight store.
 
-    every rank: gather parameter by parameter ──▶ rank 0: own copy ──▶ background thread: store, then `published`
+    every rank: gather bucket by bucket ──▶ rank 0: own copy ──▶ background thread: store, then `published`
 
 The gathers are collectives, in the same order on every rank and with nothing in between that waits for anything
 else. Writing, hashing and telling the hub need no other rank and overlap the next step. At most one publication is
@@ -9,18 +9,19 @@ under way: a failed one is raised by the next call.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
 
 from sgpo_async.errors import DeadlineExceeded
 from sgpo_async.learner.policy import Policy
 
+BUCKET_BYTES = 64 * 2**20  # of one gather, unless a single parameter is larger
 PUBLISH_S = 300.0  # for one version to be written
 
 NamedTensors = list[tuple[str, Tensor]]
@@ -39,13 +40,46 @@ def gather(policy: Policy, dtype: torch.dtype) -> NamedTensors:
 
     A shared parameter comes once, under its first name. A collective of all ranks. The copies are the caller's.
     """
-    tensors = []
-    for name, parameter in policy.model.named_parameters():
-        assert isinstance(parameter, DTensor), f"{name} is not sharded at this time"
-        whole = parameter.full_tensor().detach()
+    tensors: NamedTensors = []
+    for bucket in _buckets(policy.model.named_parameters()):
+        whole = _gather(list(bucket.values()))
         if dist.get_rank() == 0:
-            tensors.append((name, whole.to("cpu", dtype, copy=True)))
+            tensors += [(name, part.to("cpu", dtype, copy=True)) for name, part in zip(bucket, whole, strict=True)]
     return tensors
+
+
+def _buckets(parameters: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, DTensor]]:
+    """Consecutive parameters that are gathered by one collective: many are small, and each collective is a wait."""
+    bucket: dict[str, DTensor] = {}
+    size = 0
+    for name, parameter in parameters:
+        assert isinstance(parameter, DTensor), f"{name} is not sharded at this time"
+        assert parameter.placements == (Shard(0),)
+        if bucket and size + parameter.nbytes > BUCKET_BYTES:
+            yield bucket
+            bucket, size = {}, 0
+        bucket[name] = parameter
+        size += parameter.nbytes
+    yield bucket
+
+
+def _gather(parameters: list[DTensor]) -> list[Tensor]:
+    """The whole of each parameter, on every rank: what `full_tensor` gives one by one."""
+    ranks = dist.get_world_size()
+    sizes = [[_rows(len(p), rank, ranks) * (p.numel() // len(p)) for p in parameters] for rank in range(ranks)]
+    own = torch.cat([p.to_local().detach().flatten() for p in parameters])
+    padded = nn.functional.pad(own, (0, max(map(sum, sizes)) - len(own)))
+    gathered = own.new_empty(ranks * len(padded))
+    dist.all_gather_single(gathered, padded)
+    shares = gathered.view(ranks, -1)
+    parts = [shares[rank, : sum(sizes[rank])].split(sizes[rank]) for rank in range(ranks)]
+    return [torch.cat(pieces).view(p.shape) for p, pieces in zip(parameters, zip(*parts, strict=True), strict=True)]
+
+
+def _rows(rows: int, rank: int, ranks: int) -> int:
+    """How many of `rows` FSDP2 keeps on `rank`: those of its chunk, as torch.chunk divides."""
+    chunk = -(-rows // ranks)
+    return max(min(chunk, rows - rank * chunk), 0)
 
 
 class Publisher:

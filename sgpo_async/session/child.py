@@ -43,7 +43,7 @@ class Child:
         return self._process.pid
 
     def fileno(self) -> int:
-        """Readable whenever `poll` has something to say."""
+        """Readable whenever `poll` has something to say, and for ever after the last event."""
         return self._out.fileno()
 
     def send(self, command: dict[str, Any]) -> None:

@@ -40,7 +40,7 @@ def run_child(role: str, body: Callable[[Settings, Guard], NoReturn]) -> None:
         guard.down(str(error))
     except Exception as error:
         traceback.print_exc()
-        guard.down(f"{guard.who}: internal error: {error!r}")
+        guard.down(f"internal error: {error!r}")
 
 
 def one_line(text: str) -> str:
@@ -53,7 +53,7 @@ class Guard:
 
     def __init__(self, who: str, parent: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor decides when we stop
-        self.who = who
+        self._who = who
         self.commands: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._parent = parent
         self._phase: tuple[str, float, float] | None = None  # name, seconds, when it is over (monotonic)
@@ -70,8 +70,8 @@ class Guard:
             os._exit(0)
 
     def down(self, reason: str) -> NoReturn:
-        """Tell the parent why we end, and end."""
-        self.emit("down", reason=one_line(reason))
+        """Tell the parent who ends and why, and end."""
+        self.emit("down", reason=one_line(f"{self._who}: {reason}"))
         os._exit(1)
 
     @contextmanager
@@ -81,7 +81,7 @@ class Guard:
         try:
             yield
         except (RuntimeError, OSError, SgpoError) as error:
-            raise SessionError(f"{self.who}: {name}: {error}") from error
+            raise SessionError(f"{name}: {error}") from error
         finally:
             self._phase = None
 
@@ -90,7 +90,7 @@ class Guard:
         while os.getppid() == self._parent:
             phase = self._phase
             if phase and time.monotonic() > phase[2]:
-                self.down(f"{self.who}: {phase[0]}: not done within {phase[1]:g} s")
+                self.down(f"{phase[0]}: not done within {phase[1]:g} s")
             if not select.select([0], [], [], _TICK_S)[0]:
                 continue
             data = os.read(0, 65536)

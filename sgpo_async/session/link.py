@@ -35,7 +35,7 @@ def run(settings: Settings, guard: Guard) -> NoReturn:
     with guard.phase(f"listen on {settings.host}", deadlines.start_s):
         _rendezvous, port = listen(settings.host, deadlines.join_s)
     calls.callee.store = StoreReader(settings.store)
-    world = World("link", guard.who, deadlines)
+    world = World("link", deadlines)
     guard.emit("up", port=port)
     with guard.phase("rendezvous with the node", deadlines.join_s):
         world.join(settings.host, port)

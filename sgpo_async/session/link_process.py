@@ -38,7 +38,7 @@ class LinkProcess:
         self.name, self.host, self.pid = name, host, self._child.pid
 
     def fileno(self) -> int:
-        """Readable whenever `poll` has something to say."""
+        """Readable whenever `poll` has something to say, and for ever after the last event."""
         return self._child.fileno()
 
     def poll(self) -> list[LinkEvent]:

@@ -42,7 +42,7 @@ def run(settings: Settings, guard: Guard) -> NoReturn:
         os.environ["TP_SOCKET_IFNAME"] = os.environ["GLOO_SOCKET_IFNAME"] = interface_towards(address["host"])
         from sgpo_async.session.world import World
 
-        world = World("node", guard.who, deadlines)
+        world = World("node", deadlines)
         world.join(address["host"], address["port"])
     serve(world, guard)
 
@@ -75,15 +75,15 @@ class Replica:
 
     def catch_up(self, version: int) -> None:
         """Pull the newest version, unless the local store has `version` already."""
-        while self._writer is None or self._writer.version is None or self._writer.version < version:
-            try:
-                self._pull()
-                return
-            except Superseded:
-                continue
-            except WeightsError as error:
-                self._guard.emit("rejected", version=version, reason=one_line(str(error)))
-                return
+        held = self._writer.version if self._writer else None
+        if held is not None and held >= version:
+            return
+        try:
+            self._pull()
+        except Superseded:
+            return  # by a version whose announcement lies in the inbox or is on its way
+        except WeightsError as error:
+            self._guard.emit("rejected", version=version, reason=one_line(str(error)))
 
     def _pull(self) -> None:
         from sgpo_async.session import calls

@@ -66,7 +66,7 @@ class NodeProcess:
         self._child.send({"host": host, "port": port})
 
     def fileno(self) -> int:
-        """Readable whenever `poll` has something to say."""
+        """Readable whenever `poll` has something to say, and for ever after the last event."""
         return self._child.fileno()
 
     def poll(self) -> list[NodeEvent]:

@@ -1,4 +1,9 @@
-"""A Torch RPC world of two: meeting, calls with deadlines, signs of life."""
+"""A Torch RPC world of two: meeting, calls with deadlines, signs of life.
+
+Both sides ask each other for a sign of life that is answered a second later, so one call is always under way
+in each direction. When a process is killed, its sockets close and that call fails at once; when it is
+stopped, the call runs into its deadline.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +24,7 @@ from sgpo_async.session.settings import Deadlines
 
 Role = Literal["link", "node"]
 _RANK = {"link": 0, "node": 1}
+_TRANSPORTS = ["uv"]  # TCP. The others poll without rest: shared memory took 10 to 20 % of a core while idle
 _THREADS = 8  # of the callee: one is asleep in `beat`, four serve the buckets that are under way
 
 
@@ -45,7 +51,7 @@ class Call:
     """One call that is under way."""
 
     def __init__(self, what: str, seconds: float, begin: Callable[[], torch.futures.Future[Any]]) -> None:
-        """`what` names caller, phase and callee."""
+        """`what` names function and callee."""
         self._what, self._seconds = what, seconds
         with self._named():
             self._future = begin()
@@ -64,21 +70,17 @@ class Call:
         try:
             yield
         except RuntimeError as error:
-            late = "timeout" in str(error)
-            what = (
-                f"gave no answer within {self._seconds:g} s"
-                if late
-                else f"is gone ({str(error).splitlines()[0]})"
-            )
-            raise SessionError(f"{self._what} {what}") from error
+            late, first_line = "timeout" in str(error), str(error).partition("\n")[0]
+            fault = f"gave no answer within {self._seconds:g} s" if late else f"is gone ({first_line})"
+            raise SessionError(f"{self._what} {fault}") from error
 
 
 class World:
     """This process's membership in a world of two."""
 
-    def __init__(self, role: Role, who: str, deadlines: Deadlines) -> None:
+    def __init__(self, role: Role, deadlines: Deadlines) -> None:
         self.peer: Role = "node" if role == "link" else "link"
-        self._role, self._who, self._deadlines = role, who, deadlines
+        self._role, self._deadlines = role, deadlines
         self._beat: Call | None = None
 
     def join(self, host: str, port: int) -> None:
@@ -88,6 +90,7 @@ class World:
             num_worker_threads=_THREADS,
             rpc_timeout=self._deadlines.join_s,  # of the handshake; every call below has its own
             init_method=f"tcp://{address}:{port}",
+            _transports=_TRANSPORTS,
         )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="You are using a Backend")  # init_rpc's own doing
@@ -111,5 +114,5 @@ class World:
         self._beat = self._begin(beat_s + self._deadlines.call_s, calls.beat, beat_s)
 
     def _begin(self, seconds: float, function: Callable[..., Any], *args: Any) -> Call:
-        what = f"{self._who}: {function.__name__}: the {self.peer}"
+        what = f"{function.__name__}: the {self.peer}"
         return Call(what, seconds, lambda: rpc.rpc_async(self.peer, function, args=args, timeout=seconds))

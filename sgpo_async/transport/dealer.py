@@ -28,7 +28,7 @@ RECONNECT_MS = (100, 2000)  # first and longest pause between two attempts
 REFUSALS: dict[int, str] = {
     zmq.EVENT_HANDSHAKE_FAILED_AUTH: "it does not know our key",
     zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "keys on one side only, or it is no hub",
-    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "it broke the handshake off: a wrong server.key, or keys on one side only",
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "it broke off: wrong server.key, or keys on one side only",
 }
 WATCHED = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | sum(REFUSALS)
 

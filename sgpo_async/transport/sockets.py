@@ -18,7 +18,8 @@ def open_socket(kind: zmq.SocketType, *, address: str, max_bytes: int) -> zmq.So
     """A socket in a context of its own, with bounded queues; it forgets what is queued when it is closed.
 
     `max_bytes` is enforced by the codec, where it costs one counted rejection. ZeroMQ's own limit lies
-    higher, since all it can do is to drop the connection of the sender.
+    higher, since all it can do is to drop the connection of the sender. Neither bounds a peer that never ends
+    a multipart message: such a peer is kept out by keys only.
     """
     socket = zmq.Context(io_threads=1).socket(kind)
     socket.linger = 0

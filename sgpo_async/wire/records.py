@@ -4,7 +4,7 @@
     hub ──▶ actor     Welcome | Refused  Lease  Ack  Stop
     learner ──▶ hub   Hello  BatchRequest  Commit  Published  Evaluate  SnapshotRequest  Restore  Finish  Heartbeat
     hub ──▶ learner   Welcome | Refused  Shard  Committed  Evaluated  Snapshot  Restored
-    observer ──▶ hub  StatusRequest          hub ──▶ observer  Status
+    anyone ──▶ hub    StatusRequest  SettingsRequest      hub ──▶ anyone    Status  Settings
 
 A record is a frozen dataclass. Its array fields (`Tokens`, `Floats`, `Ints`) and `bytes` travel as raw
 little-endian buffers in frames of their own; everything else travels in the MessagePack header. `None` means absent.
@@ -44,7 +44,6 @@ class Hello:
 class Welcome:
     """The hub accepts a member and tells it what it needs to know."""
 
-    settings: dict[str, Any]  # the Run configuration as plain data (`config.to_plain`)
     session_host: str = ""  # actor: where its link process waits for the Torch RPC world of two
     session_port: int = 0
     store: str = ""  # learner: path of the shared-memory weight store to publish into
@@ -267,8 +266,20 @@ class Status:
     status: dict[str, Any]
 
 
+@dataclass(frozen=True, kw_only=True)
+class SettingsRequest:
+    """An actor asks what run it would join, before it says Hello: loading the model may take long."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The run's configuration as plain data (`config.to_plain`)."""
+
+    settings: dict[str, Any]
+
+
 Message = (
     Hello | Welcome | Refused | Ready | Lease | Rollout | Ack | Release | Heartbeat | Goodbye | Stop | BatchRequest
     | Shard | Commit | Committed | Published | Evaluate | Evaluated | SnapshotRequest | Snapshot | Restore | Restored
-    | Finish | StatusRequest | Status
+    | Finish | StatusRequest | Status | SettingsRequest | Settings
 )  # fmt: skip

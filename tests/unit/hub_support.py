@@ -111,8 +111,9 @@ class Driver:
         return found
 
     def only(self, member: bytes, kind: type):
-        (message,) = self.take(member, kind)
-        return message
+        found = self.take(member, kind)
+        assert len(found) == 1, (found, self.inbox[member])
+        return found[0]
 
     # what members do
 

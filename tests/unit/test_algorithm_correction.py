@@ -64,11 +64,10 @@ def test_is_exactly_1_on_policy(mode, dtype, mu, mask, bound):
 @settings(deadline=None)
 @given(pi=PROBABILITIES, mu=PROBABILITIES, mask=MASKS, garbage=st.sampled_from([math.nan, math.inf, -math.inf]))
 def test_what_stands_outside_the_mask_changes_nothing(mode, pi, mu, mask, garbage):
-    expected = weights(pi, mu, mask, mode, 2.0)
-    for spoiled in (pi, mu):
-        spoiled[~mask] = garbage
-    log_pi, log_mu = (torch.from_numpy(np.where(mask, np.log(np.abs(x)), x)) for x in (pi, mu))
-    got = correction_weights(log_pi, log_mu, torch.from_numpy(mask), mode=mode, bound=2.0)
+    log_pi, log_mu, mask = torch.from_numpy(pi).log(), torch.from_numpy(mu).log(), torch.from_numpy(mask)
+    expected = correction_weights(log_pi, log_mu, mask, mode=mode, bound=2.0)
+    spoiled_pi, spoiled_mu = (x.masked_fill(~mask, garbage) for x in (log_pi, log_mu))
+    got = correction_weights(spoiled_pi, spoiled_mu, mask, mode=mode, bound=2.0)
     assert torch.equal(got, expected)
 
 

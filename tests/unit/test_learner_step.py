@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sgpo_async.config.schema import Correction, Run
 from sgpo_async.errors import SgpoError
+from sgpo_async.learner import policy, step
 from sgpo_async.learner.batch import from_shard
 from sgpo_async.wire.records import Rollout
 from tests.reference import learner_cases as cases
@@ -42,7 +43,7 @@ def expected(
     model = cases.tiny_model(tied=tied)
     loss = cases.reference_loss(model, parts, run, teacher=cases.tiny_model(seed=1) if frozen else None)
     loss.backward()
-    return float(loss), {name: p.grad for name, p in model.named_parameters()}
+    return loss.item(), {name: p.grad for name, p in model.named_parameters()}
 
 
 def assert_equal(found: tuple[float, dict[str, Tensor]], right: tuple[float, dict[str, Tensor]]) -> None:
@@ -59,6 +60,15 @@ def test_packed_loss_and_gradient_equal_one_by_one(tied: bool, row_tokens: int) 
     right = expected(run, parts, tied=tied)
     assert max(float(g.abs().max()) for g in right[1].values()) > 1e-3
     assert_equal(gradients(run, parts, tied=tied), right)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_layer_groups_and_gradients_exchanged_each_time(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of large models: one FSDP group per decoder layer, no whole gradients between micro-batches."""
+    monkeypatch.setattr(policy, "GROUP_BYTES", 0)
+    monkeypatch.setattr(step, "LOCAL_GRADIENT_BYTES", 0)
+    run, parts = cases.settings(row_tokens=20, delta=2.0), cases.groups()
+    assert_equal(gradients(run, parts, tied=tied), expected(run, parts, tied=tied))
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sgpo_async.errors import ProtocolMismatch, WireError
 from sgpo_async.wire import PROTOCOL, decode, encode, records
 from sgpo_async.wire.codec import MAX_HEADER
-from sgpo_async.wire.records import Ack, Committed, Message, Restore, Rollout, Shard, StatusRequest, Welcome
+from sgpo_async.wire.records import Ack, Committed, Message, Restore, Rollout, Settings, Shard, StatusRequest
 
 LIMIT = 2**20
 VERSION = msgpack.packb(PROTOCOL)
@@ -260,11 +260,11 @@ def test_an_inconsistent_rollout_is_refused_on_both_sides(changes: dict[str, Any
     [
         Ack(task=np.int64(1), attempt=0, slot=0),
         Ack(task=2**63, attempt=0, slot=0),
-        Welcome(settings={"a": (1, 2)}),
-        Welcome(settings={"a": np.float32(1)}),
-        Welcome(settings={1: "a"}),
-        Welcome(settings={"a": 2**64}),
-        Welcome(settings={"a": "\ud800"}),
+        Settings(settings={"a": (1, 2)}),
+        Settings(settings={"a": np.float32(1)}),
+        Settings(settings={1: "a"}),
+        Settings(settings={"a": 2**64}),
+        Settings(settings={"a": "\ud800"}),
         Committed(step=1, status={"text": "x" * MAX_HEADER}),
         Restore(state=bytearray(b"x")),
         one_rollout(tokens=np.array([3, 4, 5], np.int64)),
@@ -306,6 +306,7 @@ def test_a_message_beyond_the_limit_is_not_looked_at() -> None:
     "body",
     [
         b"\xdd\x00\x0f\xff\xff" * 1000,  # lists of a million elements, a thousand deep
+        b"\xdd\x00\x00\x12\x00" * 1000,  # of 4,608 each: less than the header's 5,000 bytes
         b"\xdd\xff\xff\xff\xff",
         b"\xdf\xff\xff\xff\xff",
         b"\xdb\xff\xff\xff\xff",
@@ -339,8 +340,8 @@ def test_plain_data_nests_within_reason() -> None:
     for _ in range(200):
         nested = {"inner": nested}
     with pytest.raises(WireError, match="nested deeper"):
-        encode(Welcome(settings=nested))
-    hostile = with_header(encode(Welcome(settings={})), {"settings": nested})
+        encode(Settings(settings=nested))
+    hostile = with_header(encode(Settings(settings={})), {"settings": nested})
     with pytest.raises(WireError, match="nested deeper"):
         decode(hostile, max_bytes=LIMIT)
 

@@ -33,6 +33,8 @@ from sgpo_async.wire.records import (
     Restore,
     Restored,
     Rollout,
+    Settings,
+    SettingsRequest,
     Shard,
     Snapshot,
     SnapshotRequest,
@@ -65,7 +67,6 @@ GUIDED = dataclasses.replace(
 EXAMPLES: list[Message] = [
     Hello(role="learner", name="learner-0", tokenizer="9f2c", rank=1, world_size=2, step=40),
     Welcome(
-        settings={"name": "run", "hub": {"max_lag": 2, "keys": ""}, "x": [1, 2.5, None, True]},
         session_host="127.0.0.1",
         session_port=40001,
         store="/dev/shm/store",
@@ -112,6 +113,8 @@ EXAMPLES: list[Message] = [
     Restored(version=7),
     Finish(reason="finished"),
     StatusRequest(),
+    SettingsRequest(),
+    Settings(settings={"name": "run", "hub": {"max_lag": 2, "keys": ""}, "x": [1, 2.5, None, True]}),
     Status(status={"actors": [{"name": "actor-1", "lag": 0.5}]}),
 ]
 

@@ -1,0 +1,122 @@
+"""Runs the four settings one after another and puts their figures side by side."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from sgpo_async.config import Run, to_plain, to_yaml
+from sgpo_async.errors import DeadlineExceeded, SgpoError
+from sgpo_async.metrics import read_metrics, read_summary
+
+SETTINGS = ("generation", "learner", "synchronous", "asynchronous")
+START_S = 300.0  # for processes to import torch and load the model, on a busy machine
+
+
+def run_bench(run: Run, *, seconds: float = 20.0) -> int:
+    """Measure every setting for about `seconds` each; print a table, write <run.folder>/bench.json.
+
+    Raises SgpoError with the last lines of a process that failed, DeadlineExceeded for one that hangs.
+    """
+    folder = Path(run.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = folder / "bench.yaml"
+    config.write_text(to_yaml(run), encoding="utf-8")
+    results: dict[str, dict[str, Any]] = {}
+    for setting in SETTINGS:
+        print(f"measuring {setting} ...", file=sys.stderr, flush=True)
+        results[setting] = _SETTINGS[setting](run, config, seconds)
+    speedup = results["asynchronous"]["problems_per_s"] / results["synchronous"]["problems_per_s"]
+    report = {"config": to_plain(run), "seconds": seconds, "settings": results, "asynchronous_over_synchronous": speedup}
+    (folder / "bench.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    _print(results, speedup, folder / "bench.json")
+    return 0
+
+
+def _generation(run: Run, config: Path, seconds: float) -> dict[str, Any]:
+    words = [[sys.executable, "-m", "sgpo_async.bench.worker_generation", str(config), str(i), str(seconds)]
+             for i in range(run.local.actors)]  # fmt: skip
+    parts = _outputs(words, seconds)
+    return _rates(
+        tokens=sum(part["tokens"] / part["seconds"] for part in parts),
+        problems=sum(part["problems"] / part["seconds"] for part in parts),
+    )
+
+
+def _ranks(setting: str, run: Run, config: Path, seconds: float) -> dict[str, Any]:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={run.local.ranks}"]
+    worker = ["-m", "sgpo_async.bench.worker_learner", str(config), setting, str(seconds), "steps=1000000"]
+    (part,) = _outputs([[*torchrun, *worker]], seconds)
+    rates = _rates(tokens=part["tokens"] / part["seconds"], problems=part["problems"] / part["seconds"])
+    generating = part["generating"] if setting == "synchronous" else 0.0
+    return rates | {"learner_idle": generating, "engine_idle": 1 - generating}
+
+
+def _asynchronous(run: Run, config: Path, seconds: float) -> dict[str, Any]:
+    """The whole system; figures are taken between the first step and the last, so that start-up does not count."""
+    name = f"{run.name}-bench"
+    overrides = [f"name={name}", f"evaluation.every={run.steps}"]
+    _outputs([[sys.executable, "-m", "sgpo_async.cli", "local", str(config), *overrides]], 60 * seconds, reads=False)
+    folder = Path(run.out) / name
+    lines = read_metrics(folder)
+    if len(lines) < 3:
+        raise SgpoError(f"bench: steps={run.steps} are too few to measure; raise it to 10 or more")
+    first, last = lines[0], lines[-2]  # the last line waits for the final evaluation
+    wall = last["wall_s"] - first["wall_s"]
+    rates = _rates(
+        tokens=(last["tokens_trained"] - first["tokens_trained"]) / wall,
+        problems=run.learner.problems_per_step * (last["step"] - first["step"]) / wall,
+    )
+    idle = sum(line["learner_idle"] for line in lines[1:-1]) / len(lines[1:-1])
+    summary = read_summary(folder)
+    return rates | {"learner_idle": idle, "engine_idle": last["engine_idle"], "lag_mean": summary["lag_mean"]}
+
+
+_SETTINGS = {
+    "generation": _generation,
+    "learner": lambda run, config, seconds: _ranks("learner", run, config, seconds),
+    "synchronous": lambda run, config, seconds: _ranks("synchronous", run, config, seconds),
+    "asynchronous": _asynchronous,
+}
+
+
+def _rates(*, tokens: float, problems: float) -> dict[str, Any]:
+    return {"tokens_per_s": tokens, "problems_per_s": problems}
+
+
+def _outputs(commands: Sequence[Sequence[str]], seconds: float, *, reads: bool = True) -> list[dict[str, Any]]:
+    """Run these processes side by side; the last line that each printed, as JSON."""
+    processes = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands]
+    deadline = time.monotonic() + START_S + 3 * seconds
+    parts = []
+    try:
+        for process in processes:
+            try:
+                out, err = process.communicate(timeout=max(deadline - time.monotonic(), 1))
+            except subprocess.TimeoutExpired:
+                raise DeadlineExceeded("bench", f"end of {' '.join(process.args)}", START_S + 3 * seconds) from None  # type: ignore[arg-type]
+            if process.returncode:
+                raise SgpoError(f"bench: a process ended with code {process.returncode}:\n{(err or out)[-2000:]}")
+            parts.append(json.loads(out.strip().splitlines()[-1]) if reads else {})
+    finally:
+        for process in processes:
+            process.kill()
+    return parts
+
+
+def _print(results: dict[str, dict[str, Any]], speedup: float, path: Path) -> None:
+    table = Table("setting", "tokens/s", "problems/s", "trainer idle", "engine idle")
+    for setting, figures in results.items():
+        idle = [f"{100 * figures[key]:.0f} %" if key in figures else "" for key in ("learner_idle", "engine_idle")]
+        table.add_row(setting, f"{figures['tokens_per_s']:,.0f}", f"{figures['problems_per_s']:.1f}", *idle)
+    console = Console()
+    console.print(table)
+    console.print(f"asynchronous over synchronous: {speedup:.2f}x in problems a second; details in {path}")

@@ -1,0 +1,101 @@
+"""Groups of rollouts from one engine, without hub or network: what a synchronous system does.
+
+The bookkeeping is the actors' own (`sgpo_async.actor.group`), and so are tasks, seeds and verdicts: with one slot the
+rollouts are the same bits that an actor would send.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from sgpo_async.actor.group import Group, Sampling
+from sgpo_async.config import Run
+from sgpo_async.engines import EmbeddedEngine
+from sgpo_async.engines.base import Generated
+from sgpo_async.hub.work import Curriculum
+from sgpo_async.tasks.models import load_tokenizer, model_folder
+from sgpo_async.tasks.prompts import build_prompt
+from sgpo_async.tasks.sources import VERIFIER_OF_SOURCE, open_source
+from sgpo_async.tasks.verify import VERIFIERS
+from sgpo_async.weights import digest
+from sgpo_async.wire.records import Lease, Rollout
+
+
+class Roller:
+    """One engine and what it needs to make whole groups of training tasks."""
+
+    def __init__(self, run: Run) -> None:
+        folder = model_folder(run.model.path)
+        source = open_source(run.tasks.source, path=run.tasks.path, held_out=run.tasks.held_out, seed=run.seed)
+        self._run = run
+        self._curriculum = Curriculum(run, source)
+        self._tokenizer = load_tokenizer(folder)
+        self._verify = VERIFIERS[VERIFIER_OF_SOURCE[run.tasks.source]]
+        self._sampling = Sampling(temperature=run.rollout.temperature, max_new_tokens=run.rollout.max_new_tokens)
+        self.engine = EmbeddedEngine.from_pretrained(
+            folder,
+            digest=digest,
+            slots=run.engine.slots,
+            device=run.engine.device,
+            deterministic=run.engine.deterministic,
+        )
+
+    def load(self, version: int, tensors: dict[str, Any]) -> None:
+        """Put these weights in service."""
+        self.engine.load(version, tensors, digest(tensors.items()))
+
+    def roll_out(self, tasks: Sequence[int]) -> list[Rollout]:
+        """All rollouts of the training tasks with these numbers, ordered by task and slot."""
+        groups = {number: self._group(number) for number in tasks}
+        for group in groups.values():
+            for request in group.requests():
+                self.engine.submit(request)
+        rollouts: list[Rollout] = []
+        while not all(group.done for group in groups.values()):
+            for result in self.engine.step(0.0):
+                group = groups[_task(result.id)]
+                if not isinstance(result, Generated):
+                    rollouts.append(group.scored(result))
+                    continue
+                group.generated(result)
+                text = self._tokenizer.decode(result.tokens, skip_special_tokens=True)
+                outcome = group.judged(_slot(result.id), correct=self._verify(group.lease.answer, text))
+                if isinstance(outcome, Rollout):
+                    rollouts.append(outcome)
+                else:
+                    self.engine.submit(outcome)
+        return sorted(rollouts, key=lambda rollout: (rollout.task, rollout.slot))
+
+    def _group(self, number: int) -> Group:
+        task = self._curriculum.task(number)
+        lease = Lease(
+            task=number,
+            attempt=0,
+            purpose=task.purpose,
+            problem=task.problem.problem,
+            answer=task.problem.answer,
+            strategy=task.problem.strategy,
+            autonomous=task.autonomous,
+            guided=task.guided,
+            min_version=0,
+            seed=task.seed,
+        )
+        guided = self._prompt(lease.problem, lease.strategy) if lease.guided else None
+        return Group(lease, plain=self._prompt(lease.problem, None), guided=guided, sampling=self._sampling)
+
+    def _prompt(self, problem: str, strategy: str | None) -> np.ndarray:
+        ids = build_prompt(problem, strategy, style=self._run.tasks.prompt, tokenizer=self._tokenizer)
+        return np.asarray(ids, dtype=np.int32)
+
+
+def _task(key: object) -> int:
+    assert isinstance(key, tuple)
+    return int(key[0])
+
+
+def _slot(key: object) -> int:
+    assert isinstance(key, tuple)
+    return int(key[2])

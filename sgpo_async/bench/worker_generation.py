@@ -1,0 +1,32 @@
+"""Engine alone: `python -m sgpo_async.bench.worker_generation CONFIG INDEX SECONDS [key=value ...]`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+from sgpo_async.bench.rollouts import Roller
+from sgpo_async.config import load
+from sgpo_async.learner.folder import load_model
+from sgpo_async.tasks.models import model_folder
+
+
+def main(config: str, index: str, seconds: str, *words: str) -> None:
+    """Generate batches for about `seconds` after one to warm up; print tokens and seconds."""
+    run = load(config, words)
+    roller = Roller(run)
+    roller.load(0, dict(load_model(model_folder(run.model.path)).named_parameters()))
+    batch = run.learner.problems_per_step
+    first = int(index) * 10**6  # every engine has problems of its own
+    roller.roll_out(range(first, first + batch))
+    tokens, problems, began = 0, 0, time.monotonic()
+    while (elapsed := time.monotonic() - began) < float(seconds):
+        first += batch
+        tokens += sum(len(rollout.tokens) for rollout in roller.roll_out(range(first, first + batch)))
+        problems += batch
+    print(json.dumps({"tokens": tokens, "problems": problems, "seconds": elapsed}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

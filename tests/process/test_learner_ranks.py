@@ -1,0 +1,186 @@
+"""Two gloo ranks against one: loss, gradient, checkpoint and publication. One pair of processes does it all."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from sgpo_async.config.schema import Run
+from sgpo_async.errors import CheckpointError
+from sgpo_async.learner import checkpoint, policy, publish, step
+from sgpo_async.learner.batch import from_shard
+from sgpo_async.learner.checkpoint import Saved
+from sgpo_async.learner.publish import Publisher, gather
+from sgpo_async.learner.step import Stepper
+from tests.reference import learner_cases as cases
+
+pytestmark = pytest.mark.process
+
+SPLITS = {"even": ((0, 1), (2, 3)), "uneven": ((0, 1, 2), (3,)), "empty": ((0, 1, 2, 3), ())}
+RUN = cases.settings(ranks=2, row_tokens=20, delta=2.0)
+
+
+class Store:
+    """A weight store in memory."""
+
+    def __init__(self) -> None:
+        self.versions: dict[int, dict[str, Tensor]] = {}
+
+    def publish(self, version: int, named_tensors: list[tuple[str, Tensor]]) -> None:
+        self.versions[version] = dict(named_tensors)
+
+
+def worker(rank: int, folder: Path) -> None:
+    """Everything that needs two ranks; rank 0 leaves the results in a file."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    results = {f"gradient {name}": gradient(rank, split) for name, split in SPLITS.items()}
+    results["gradient tied"] = gradient(rank, SPLITS["uneven"], tied=True)
+    group, local = policy.GROUP_BYTES, step.LOCAL_GRADIENT_BYTES
+    policy.GROUP_BYTES = step.LOCAL_GRADIENT_BYTES = 0
+    results["gradient large"] = gradient(rank, SPLITS["uneven"])
+    policy.GROUP_BYTES, step.LOCAL_GRADIENT_BYTES = group, local
+    results["frozen"] = gradient(rank, SPLITS["even"], frozen=True)
+    results["resume"] = resume(rank, folder)
+    results["published"] = published(rank)
+    results["buckets"] = all(buckets(size) for size in (1, 3000, 2**20))
+    results["full disk"] = unwritable(rank, folder)
+    if rank == 0:
+        torch.save(results, folder / "results.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def gradient(
+    rank: int, split: tuple[tuple[int, ...], ...], *, tied: bool = False, frozen: bool = False
+) -> tuple[float, dict[str, Tensor]]:
+    run = replace(RUN, algorithm=replace(RUN.algorithm, teacher="frozen" if frozen else "self"))
+    parts = cases.groups()
+    stepper = cases.stepper(run, cases.tiny_model(tied=tied), cases.tiny_model(seed=1) if frozen else None)
+    shard = cases.shard_of([parts[i] for i in split[rank]], problems=4)
+    loss = stepper.accumulate(from_shard(shard, run.algorithm)).reduce()["loss"]
+    return loss, {name: p.grad.full_tensor() for name, p in stepper.policy.model.named_parameters()}
+
+
+def train(stepper: Stepper, rank: int, steps: range) -> list[dict[str, Any]]:
+    lines = []
+    for number in steps:
+        parts = [cases.groups(seed=number)[i] for i in SPLITS["even"][rank]]
+        lines.append(stepper.update(cases.shard_of(parts, problems=4, step=number)))
+    return lines
+
+
+def learner(run: Run = RUN) -> Stepper:
+    return cases.stepper(run, cases.tiny_model(dtype=torch.float32))
+
+
+def resume(rank: int, folder: Path) -> dict[str, Any]:
+    whole = train(learner(), rank, range(4))
+    first, place = learner(), folder / "checkpoints"
+    begun = train(first, rank, range(2))
+    saved = Saved({"step": 2}, b"the hub")
+    checkpoint.save(place, step=2, module=first.policy, optimiser=first.optimiser, saved=saved)
+    second, found = learner(), checkpoint.latest(place)
+    assert found is not None
+    again = checkpoint.restore(found, module=second.policy, optimiser=second.optimiser)
+    names = sorted(path.name for path in found.iterdir())
+    return {"whole": whole, "parts": begun + train(second, rank, range(2, 4)), "saved": again, "names": names}
+
+
+def published(rank: int) -> dict[str, Any]:
+    stepper, store, told = learner(), Store(), []
+    publisher = Publisher(stepper.policy, torch.bfloat16, store=store if rank == 0 else None, published=told.append)
+    publisher.publish(0)
+    train(stepper, rank, range(1))
+    publisher.publish(1)
+    publisher.wait()
+    now = {name: p.full_tensor().detach() for name, p in stepper.policy.model.named_parameters()}
+    return {"versions": store.versions, "told": told, "now": now}
+
+
+def buckets(size: int) -> bool:
+    """Whether gathers of this size give what `full_tensor` gives."""
+    whole, publish.BUCKET_BYTES = publish.BUCKET_BYTES, size
+    stepper = learner()
+    found = dict(gather(stepper.policy, torch.float32))
+    publish.BUCKET_BYTES = whole
+    expected = {name: p.full_tensor() for name, p in stepper.policy.model.named_parameters()}
+    return dist.get_rank() != 0 or all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def unwritable(rank: int, folder: Path) -> str:
+    """Rank 0 alone meets the fault; both must say so."""
+    if rank == 0:
+        (folder / "file").write_text("", encoding="utf-8")
+    dist.barrier()
+    stepper = learner()
+    try:
+        checkpoint.save(
+            folder / "file" / "checkpoints",
+            step=1,
+            module=stepper.policy,
+            optimiser=stepper.optimiser,
+            saved=Saved({}, b""),
+        )
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(worker, args=(folder,), nprocs=2)
+    return torch.load(folder / "results.pt", weights_only=False)
+
+
+@pytest.mark.parametrize("name", ["even", "uneven", "empty", "tied", "large"])
+def test_the_gradient_does_not_depend_on_the_ranks(results: dict[str, Any], name: str) -> None:
+    model = cases.tiny_model(tied=name == "tied")
+    loss = cases.reference_loss(model, cases.groups(), RUN)
+    loss.backward()
+    assert results[f"gradient {name}"][0] == pytest.approx(loss.item(), abs=1e-10)
+    for parameter_name, parameter in model.named_parameters():
+        found = results[f"gradient {name}"][1][parameter_name]
+        torch.testing.assert_close(found, parameter.grad, atol=1e-10, rtol=1e-9)
+
+
+def test_a_frozen_teacher_is_sharded_too(results: dict[str, Any]) -> None:
+    model = cases.tiny_model()
+    loss = cases.reference_loss(model, cases.groups(), RUN, teacher=cases.tiny_model(seed=1))
+    assert results["frozen"][0] == pytest.approx(loss.item(), abs=1e-10)
+
+
+def test_a_resumed_run_continues_bit_for_bit(results: dict[str, Any]) -> None:
+    found = results["resume"]
+    assert found["parts"] == found["whole"]
+    assert found["whole"][1] != found["whole"][2]
+    assert found["saved"] == Saved({"step": 2}, b"the hub")
+    assert {"progress.json", "hub.state", "random-0.pt", "random-1.pt", ".metadata"} <= set(found["names"])
+
+
+def test_what_is_published_are_the_weights_of_that_moment(results: dict[str, Any]) -> None:
+    found = results["published"]
+    initial = dict(cases.tiny_model(dtype=torch.float32).named_parameters())
+    assert found["told"] == [0, 1]
+    assert list(found["versions"][0]) == list(initial)
+    for name, parameter in initial.items():
+        assert torch.equal(found["versions"][0][name], parameter.detach().bfloat16())
+        assert torch.equal(found["versions"][1][name], found["now"][name].bfloat16())
+    assert not all(torch.equal(found["now"][name], parameter) for name, parameter in initial.items())
+
+
+def test_gathering_in_buckets_is_gathering_one_by_one(results: dict[str, Any]) -> None:
+    assert results["buckets"]
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line_on_every_rank(results: dict[str, Any]) -> None:
+    assert "the checkpoint cannot be written (rank 0: NotADirectoryError" in results["full disk"]
+    assert "\n" not in results["full disk"]

@@ -1,0 +1,188 @@
+"""A child process and its parent, without Torch: who ends, when, and what is said about it."""
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from sgpo_async.session.child import Child
+from sgpo_async.session.settings import Settings
+
+pytestmark = pytest.mark.process
+
+PATIENCE_S = 60.0
+Start = Callable[[str], Child]
+
+HANG = "import ctypes; ctypes.CDLL(None).pause()"  # inside a library call, as in a rendezvous
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+    """Starts a child whose body is the given code."""
+    children: list[Child] = []
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', Path.cwd())}")
+
+    def start(body: str) -> Child:
+        lines = textwrap.indent(textwrap.dedent(body).strip(), "    ")
+        (tmp_path / "odd_child.py").write_text(
+            "import os, time\n"
+            "from sgpo_async.errors import SessionError\n"
+            "from sgpo_async.session.guard import run_child\n"
+            f"def body(settings, guard):\n{lines}\n"
+            "run_child('odd', body)\n"
+        )
+        children.append(Child("odd_child", Settings("a-1", os.getpid())))
+        return children[-1]
+
+    yield start
+    for child in children:
+        child.stop()
+
+
+def next_events(child: Child) -> list[dict[str, Any]]:
+    """Wait until the child has something to say."""
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        select.select([child], [], [], deadline - time.monotonic())
+        events = child.poll()
+        if events:
+            return events
+    raise AssertionError(f"no event within {PATIENCE_S} s")
+
+
+def gone(pid: int) -> bool:
+    """Whether a process ends in time; a zombie has ended."""
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        try:
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_standard_output_carries_the_protocol_alone(start: Start) -> None:
+    child = start("""
+        print("stray")
+        os.system("echo stray")
+        os.write(1, b"stray")
+        guard.emit("hello", value=1)
+        guard.down("a\\nb")
+    """)
+    events = []
+    while not events or events[-1]["event"] != "down":
+        events += next_events(child)
+    assert events == [{"event": "hello", "value": 1}, {"event": "down", "reason": "odd of a-1: a b"}]
+    assert child.poll() == []
+
+
+def test_commands_arrive_in_order(start: Start) -> None:
+    child = start("""
+        for _ in range(3):
+            guard.emit("echo", **guard.commands.get())
+        guard.down("done")
+    """)
+    for n in range(3):
+        child.send({"n": n})
+    events = []
+    while not events or events[-1]["event"] != "down":
+        events += next_events(child)
+    assert [e.get("n") for e in events] == [0, 1, 2, None]
+    child.send({"n": 3})  # to a dead child: no error
+
+
+@pytest.mark.parametrize("how", ["exit", "error", "internal", "kill"])
+def test_every_end_is_reported_once_with_its_cause(start: Start, how: str) -> None:
+    body, reason = {
+        "exit": ("os._exit(3)", "odd_child of a-1: exited with code 3"),
+        "error": ("raise SessionError('listen: no')", "odd of a-1: listen: no"),
+        "internal": ("assert 1 == 2", "odd of a-1: internal error: AssertionError()"),
+        "kill": ("os.kill(os.getpid(), 9)", "odd_child of a-1: killed by SIGKILL"),
+    }[how]
+    child = start(body)
+    assert next_events(child) == [{"event": "down", "reason": reason}]
+    assert child.poll() == []
+
+
+def test_a_phase_that_hangs_in_a_library_is_ended(start: Start) -> None:
+    child = start(f"""
+        with guard.phase("rendezvous", 0.5):
+            {HANG}
+    """)
+    assert next_events(child) == [
+        {"event": "down", "reason": "odd of a-1: rendezvous: not done within 0.5 s"}
+    ]
+
+
+def test_a_failed_phase_is_named(start: Start) -> None:
+    child = start("""
+        with guard.phase("listen", 30):
+            raise RuntimeError("no\\nport")
+    """)
+    assert next_events(child) == [{"event": "down", "reason": "odd of a-1: listen: no port"}]
+
+
+def test_an_interrupt_is_ignored_and_termination_is_not(start: Start) -> None:
+    child = start("""
+        guard.emit("ready")
+        while True:
+            guard.emit("echo", **guard.commands.get())
+    """)
+    next_events(child)
+    os.kill(child.pid, signal.SIGINT)
+    child.send({"n": 1})
+    assert next_events(child) == [{"event": "echo", "n": 1}]
+    os.kill(child.pid, signal.SIGTERM)
+    assert next_events(child) == [{"event": "down", "reason": "odd_child of a-1: killed by SIGTERM"}]
+
+
+def test_stop_ends_even_a_stopped_child(start: Start) -> None:
+    child = start(f"guard.emit('ready'); {HANG}")
+    next_events(child)
+    os.kill(child.pid, signal.SIGSTOP)
+    child.stop()
+    assert gone(child.pid)
+    assert child.poll() == []
+    child.stop()
+
+
+PARENT = """
+import os, select, sys, time
+from sgpo_async.session.child import Child
+from sgpo_async.session.settings import Settings
+child = Child("odd_child", Settings("a-1", os.getpid()))
+select.select([child], [], [])
+assert child.poll() == [{"event": "ready"}]
+if sys.argv[1] == "fork" and os.fork() == 0:
+    time.sleep(600)  # keeps the pipes open when the parent is gone
+print(child.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("pipes", ["closed", "fork"])
+def test_a_child_does_not_outlive_its_parent(start: Start, pipes: str) -> None:
+    start(f"guard.emit('ready'); {HANG}").stop()  # leaves its module behind
+    command = [sys.executable, "-c", PARENT, pipes]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0) as parent:
+        assert parent.stdout
+        pid = int(parent.stdout.readline())
+        grandchildren = psutil.Process(parent.pid).children()
+        parent.kill()
+        try:
+            assert gone(pid)
+        finally:
+            for process in grandchildren:
+                if process.is_running():
+                    process.kill()

@@ -1,0 +1,461 @@
+"""Stories that the hub's core must tell right."""
+
+from __future__ import annotations
+
+import pytest
+from hub_support import Driver, Source, make_rollout, make_run
+
+from sgpo_async.config import from_plain
+from sgpo_async.hub import HubCore
+from sgpo_async.hub.events import CloseLink, Interrupted, LinkDown, LinkUp, OpenLink, Rejected, Shutdown
+from sgpo_async.hub.snapshot import dump, load
+from sgpo_async.wire import records as wire
+
+
+@pytest.fixture
+def hub() -> Driver:
+    """One rank that has published version 0, one actor `b"a"` without credit that has done the first evaluation."""
+    return begun()
+
+
+def begun(**shape: int) -> Driver:
+    driver = Driver(make_run(**shape))
+    driver.learner()
+    driver.actor(b"a", credit=1)
+    driver.serve_evaluation(b"a")
+    driver.core.actors[b"a"].credit = 0
+    assert not driver.leases(b"a", "evaluate")
+    for lease in driver.leases(b"a"):
+        driver.send(b"a", wire.Release(task=lease.task, attempt=lease.attempt, reason="test"))
+    return driver
+
+
+def train_one_step(driver: Driver, *, step: int = 0) -> wire.Committed:
+    batch = driver.run.learner.problems_per_step
+    driver.send(b"a", wire.Ready(tasks=batch, version=driver.core.training.version))
+    for lease in driver.leases(b"a"):
+        driver.serve(b"a", lease)
+    driver.send(b"r0", wire.BatchRequest(step=step))
+    driver.only(b"r0", wire.Shard)
+    driver.send(b"r0", wire.Commit(step=step))
+    committed = driver.only(b"r0", wire.Committed)
+    driver.send(b"r0", wire.Published(version=driver.core.training.version))
+    return committed
+
+
+def rollouts_in(driver: Driver) -> dict:
+    return driver.core.status()["ledger"]["rollouts"]
+
+
+# ---- actors
+
+
+def test_an_actor_is_welcomed_when_its_link_stands():
+    driver = Driver()
+    assert driver.send(b"a", wire.Hello(role="actor", name="a")) == [OpenLink(b"a", "a")]
+    assert driver.send(b"a", wire.Hello(role="actor", name="a")) == [], "it repeats itself"
+    driver.advance(100)
+    assert b"a" in driver.core.actors, "nobody is given up while it waits for the hub"
+    driver.handle(LinkUp(b"a", "10.0.0.1", 4000))
+    welcome = driver.only(b"a", wire.Welcome)
+    assert (welcome.session_host, welcome.session_port) == ("10.0.0.1", 4000)
+    driver.advance(6)
+    assert not driver.core.actors and driver.links_closed == [b"a"]
+
+
+def test_a_link_that_never_stands_refuses_its_actor():
+    driver = Driver()
+    driver.send(b"a", wire.Hello(role="actor", name="a"))
+    driver.handle(LinkDown(b"a", "no port"))
+    assert "no port" in driver.only(b"a", wire.Refused).reason
+    assert not driver.core.actors
+    assert driver.handle(LinkUp(b"a", "127.0.0.1", 1)) == [CloseLink(b"a")], "too late"
+
+
+def test_a_name_is_free_again_when_its_member_is_gone(hub):
+    hub.send(b"other", wire.Hello(role="actor", name="a"))
+    assert "'a'" in hub.only(b"other", wire.Refused).reason
+    hub.handle(LinkDown(b"a", "killed"))
+    hub.send(b"other", wire.Hello(role="actor", name="a"))
+    assert not hub.take(b"other", wire.Refused)
+
+
+def test_another_tokenizer_is_refused_with_both_fingerprints():
+    driver = Driver()
+    driver.send(b"r0", wire.Hello(role="learner", name="r0", tokenizer="aaaa"))
+    driver.send(b"a", wire.Hello(role="actor", name="a", tokenizer="bbbb"))
+    reason = driver.only(b"a", wire.Refused).reason
+    assert "aaaa" in reason and "bbbb" in reason
+    assert driver.core.status()["refused"] == 1
+
+
+@pytest.mark.parametrize("how", ["link", "silence", "goodbye"])
+def test_an_actor_lost_in_the_middle_of_a_group(hub, how):
+    """Its lease is reissued as a whole, at once, to whoever has credit; what it sends later changes nothing."""
+    hub.send(b"a", wire.Ready(tasks=1, version=0))
+    (lease,) = hub.leases(b"a")
+    hub.send(b"a", make_rollout(lease, 0))
+    hub.actor(b"b", credit=1)
+    hub.leases(b"b")
+    before = rollouts_in(hub)
+    hub.send(b"b", wire.Ready(tasks=1, version=0))
+    hub.core.actors[b"b"].credit = 0
+    for other in hub.leases(b"b"):
+        hub.serve(b"b", other)
+    if how == "link":
+        hub.handle(LinkDown(b"a", "killed"))
+    elif how == "goodbye":
+        hub.send(b"a", wire.Goodbye())
+    else:
+        hub.advance(4)
+        hub.send(b"b", wire.Heartbeat(version=0))
+        hub.advance(2)
+    assert b"a" in hub.links_closed and b"b" in hub.core.actors
+    hub.send(b"b", wire.Ready(tasks=1, version=0))
+    (again,) = hub.leases(b"b")
+    assert (again.task, again.attempt, again.seed) == (lease.task, lease.attempt + 1, lease.seed)
+    assert rollouts_in(hub)["dropped"]["lease_lost"] == before["dropped"].get("lease_lost", 0) + 3
+    hub.serve(b"b", again)
+    buffered = rollouts_in(hub)
+    hub.send(b"a", make_rollout(lease, 1))  # acknowledged, so that it may forget it
+    assert hub.take(b"a", wire.Ack)[-1].slot == 1
+    assert rollouts_in(hub) == buffered
+    assert hub.core.status()["duplicates"] == 1
+
+
+def test_a_lease_without_news_is_given_to_somebody_else_and_heartbeats_are_news(hub):
+    hub.send(b"a", wire.Ready(tasks=2, version=0))
+    kept, lost = hub.leases(b"a")
+    for _ in range(8):
+        hub.advance(3)
+        hub.send(b"a", wire.Heartbeat(version=0, tasks=[kept.task]))
+    assert list(hub.core.training.book.running) == [kept.task]
+    assert rollouts_in(hub)["dropped"]["lease_timeout"] == 3
+    hub.send(b"a", wire.Ready(tasks=1, version=0))
+    (again,) = hub.leases(b"a")
+    assert (again.task, again.attempt) == (lost.task, lost.attempt + 1)
+
+
+def test_a_released_lease_goes_elsewhere(hub):
+    hub.send(b"a", wire.Ready(tasks=3, version=0))
+    leases = hub.leases(b"a")
+    hub.actor(b"b")
+    hub.send(b"a", wire.Release(task=leases[0].task, attempt=leases[0].attempt, reason="drains"))
+    assert not hub.leases(b"a"), "its unused credit is void"
+    hub.send(b"b", wire.Ready(tasks=1, version=0))
+    (again,) = hub.leases(b"b")
+    assert (again.task, again.attempt) == (leases[0].task, leases[0].attempt + 1)
+    hub.send(b"a", wire.Release(task=again.task, attempt=again.attempt, reason="not mine"))
+    assert again.task in hub.core.training.book.running
+
+
+def test_rollouts_that_do_not_belong_cost_a_rejection_each(hub):
+    hub.send(b"a", wire.Ready(tasks=1, version=0))
+    (lease,) = hub.leases(b"a")
+    hub.send(b"a", make_rollout(lease, 0, task=4711))
+    hub.send(b"a", make_rollout(lease, 0, purpose="evaluate"))
+    assert lease.task in hub.core.training.book.running
+    hub.send(b"a", make_rollout(lease, 0, guided=True))
+    status = hub.core.status()
+    assert status["rejected_reasons"] == {
+        "rollout of an unknown task": 2,
+        "guided flag does not belong to this slot": 1,
+    }
+    assert (status["rejected"], len(hub.take(b"a", wire.Ack)) >= 3) == (3, True)
+    assert status["ledger"]["rollouts"]["dropped"]["rejected"] == 3, "the lease is reissued: a slot would stay empty"
+
+
+def test_nonsense_is_counted_and_strangers_are_told(hub):
+    hub.handle(Rejected(b"x", "protocol 9"))
+    hub.send(b"a", wire.Commit(step=0))
+    hub.send(b"r0", wire.Ready(tasks=1, version=0))
+    hub.send(b"a", wire.Ready(tasks=-1, version=0))
+    assert hub.core.status()["rejected"] == 4
+    hub.send(b"x", wire.Heartbeat())
+    assert "Hello" in hub.only(b"x", wire.Refused).reason
+    hub.send(b"x", wire.StatusRequest())
+    assert hub.only(b"x", wire.Status).status["rejected"] == 4
+    hub.send(b"x", wire.SettingsRequest())
+    assert from_plain(hub.only(b"x", wire.Settings).settings) == hub.run
+
+
+def test_an_engine_that_is_warm_with_weights_of_another_run_gets_nothing_until_it_has_ours(hub):
+    hub.send(b"a", wire.Ready(tasks=1, version=57))
+    hub.send(b"a", wire.Heartbeat(version=57))
+    assert not hub.leases(b"a")
+    hub.send(b"a", wire.Heartbeat(version=0))
+    assert len(hub.leases(b"a")) == 1
+
+
+# ---- batches
+
+
+def test_synchronous_setting_has_lag_zero_and_the_order_of_the_stream():
+    hub = begun(max_lag=0, batch=2, steps=4)
+    for step in range(4):
+        hub.send(b"a", wire.Ready(tasks=5, version=step))
+        hub.core.actors[b"a"].credit = 0
+        leases = hub.leases(b"a")
+        assert [lease.task for lease in leases] == [2 * step, 2 * step + 1]
+        assert {lease.min_version for lease in leases} == {step}
+        for lease in reversed(leases):
+            hub.serve(b"a", lease)
+        hub.send(b"r0", wire.BatchRequest(step=step))
+        shard = hub.only(b"r0", wire.Shard)
+        assert [r.task for r in shard.rollouts] == [2 * step] * 3 + [2 * step + 1] * 3
+        hub.send(b"r0", wire.Commit(step=step))
+        assert hub.only(b"r0", wire.Committed).status["lag"] == {"mean": 0.0, "max": 0, "histogram": {"0": 12}}
+        hub.send(b"a", wire.Ready(tasks=1, version=step))
+        assert not hub.leases(b"a"), "the next batch is of the next version"
+        hub.core.actors[b"a"].credit = 0
+        hub.send(b"r0", wire.Published(version=step + 1))
+    assert hub.core.training.position == 8, "nothing is rolled out beyond the last step"
+
+
+def test_a_batch_waits_for_every_rank_and_is_balanced_over_them():
+    driver = Driver(make_run(batch=3))
+    driver.learner(ranks=2)
+    driver.actor(b"a", credit=20)
+    driver.serve_evaluation(b"a")
+    sizes = {0: 1, 1: 4, 2: 2}  # spans of two tokens each
+    for lease in driver.leases(b"a"):
+        if lease.task in sizes:
+            driver.serve(b"a", lease, versions=(0,) * sizes[lease.task])
+    driver.send(b"r1", wire.BatchRequest(step=0))
+    assert not driver.take(b"r1", wire.Shard)
+    driver.send(b"r0", wire.BatchRequest(step=0))
+    first, second = driver.only(b"r0", wire.Shard), driver.only(b"r1", wire.Shard)
+    assert {r.task for r in first.rollouts} == {1} and {r.task for r in second.rollouts} == {0, 2}
+    assert (first.problems, second.problems) == (3, 3)
+    driver.send(b"r1", wire.BatchRequest(step=0))
+    assert repr(driver.only(b"r1", wire.Shard)) == repr(second), "asking again gives the same"
+    driver.send(b"r1", wire.BatchRequest(step=1))  # ahead of rank 0's Commit
+    driver.send(b"r0", wire.Commit(step=0))
+    driver.send(b"r0", wire.Commit(step=0))
+    assert [c.step for c in driver.take(b"r0", wire.Committed)] == [0, 0]
+    assert driver.core.status()["ledger"]["trained"] == 3
+    assert driver.core.world.asked == {1: 1}
+
+
+def test_stale_groups_are_dropped_and_their_room_is_free_again():
+    hub = begun(max_lag=1, batch=1, steps=9)
+    hub.send(b"a", wire.Ready(tasks=2, version=0))
+    slow, quick = hub.leases(b"a")
+    hub.serve(b"a", quick)
+    hub.send(b"r0", wire.BatchRequest(step=0))
+    hub.send(b"r0", wire.Commit(step=0))
+    hub.send(b"r0", wire.Published(version=1))
+    hub.send(b"a", wire.Ready(tasks=1, version=1))
+    (third,) = hub.leases(b"a")
+    hub.serve(b"a", third)
+    hub.send(b"r0", wire.BatchRequest(step=1))
+    hub.send(b"r0", wire.Commit(step=1))
+    assert hub.core.training.version == 2
+    hub.serve(b"a", slow, versions=(0,))
+    ledger = hub.core.status()["ledger"]
+    assert (ledger["dropped"], ledger["rollouts"]["dropped"]["stale"], ledger["buffered"]) == ({"stale": 1}, 3, 0)
+
+
+# ---- the learner
+
+
+def test_a_learner_that_dies_before_the_commit_returns_the_batch(hub):
+    hub.send(b"a", wire.Ready(tasks=2, version=0))
+    for lease in hub.leases(b"a"):
+        hub.serve(b"a", lease)
+    hub.send(b"r0", wire.BatchRequest(step=0))
+    before = [r.task for r in hub.only(b"r0", wire.Shard).rollouts]
+    hub.send(b"new", wire.Hello(role="learner", name="new", step=0))
+    assert "new learner world" in hub.only(b"r0", wire.Refused).reason
+    hub.send(b"r0", wire.Commit(step=0))
+    assert hub.core.status()["ledger"]["trained"] == 0
+    assert hub.only(b"new", wire.Welcome).version == 0
+    hub.send(b"new", wire.Commit(step=0))
+    assert "no batch" in hub.only(b"new", wire.Refused).reason
+    hub.send(b"new", wire.BatchRequest(step=0))
+    assert [r.task for r in hub.only(b"new", wire.Shard).rollouts] == before
+
+
+def test_a_learner_may_come_back_with_another_number_of_ranks(hub):
+    hub.send(b"a", wire.Ready(tasks=2, version=0))
+    for lease in hub.leases(b"a"):
+        hub.serve(b"a", lease)
+    hub.send(b"r0", wire.BatchRequest(step=0))
+    whole = hub.only(b"r0", wire.Shard).rollouts
+    for rank, member in enumerate((b"n0", b"n1")):
+        hub.send(member, wire.Hello(role="learner", name=member.decode(), rank=rank, world_size=2))
+    hub.send(b"n0", wire.BatchRequest(step=0))
+    assert not hub.take(b"n0", wire.Shard), "the batch of the old world is not handed out again"
+    hub.send(b"n1", wire.BatchRequest(step=0))
+    halves = [hub.only(member, wire.Shard).rollouts for member in (b"n0", b"n1")]
+    assert [r.task for half in halves for r in half] == [r.task for r in whole]
+
+
+def test_other_ranks_may_leave_before_rank_zero_commits():
+    driver = Driver(make_run(batch=2))
+    driver.learner(ranks=2)
+    driver.actor(b"a", credit=9)
+    driver.serve_evaluation(b"a")
+    for lease in driver.leases(b"a"):
+        driver.serve(b"a", lease)
+    for rank in (b"r0", b"r1"):
+        driver.send(rank, wire.BatchRequest(step=0))
+    driver.send(b"r1", wire.Goodbye())
+    driver.send(b"r0", wire.Commit(step=0))
+    assert driver.core.training.step == 1
+    driver.send(b"r0", wire.BatchRequest(step=1))
+    assert len(driver.take(b"r0", wire.Shard)) == 1, "a broken world gets no more batches"
+
+
+def test_a_learner_is_not_lost_by_a_long_step_but_by_a_very_long_silence(hub):
+    for _ in range(20):
+        hub.advance(2.9)
+        hub.send(b"a", wire.Heartbeat(version=0))
+    assert hub.core.world.complete
+    hub.advance(3)
+    assert not hub.core.world.ranks
+
+
+def test_a_learner_at_another_step_has_to_restore(hub):
+    train_one_step(hub)
+    hub.learner(publish=False, step=0)
+    hub.send(b"r0", wire.BatchRequest(step=0))
+    assert "step 0" in hub.only(b"r0", wire.Refused).reason
+    hub.send(b"r0", wire.Restore(state=b""))
+    assert hub.only(b"r0", wire.Restored).version == 2, "version 1 was used already"
+    assert (hub.core.training.step, hub.core.training.position) == (0, 0)
+
+
+def test_restore_takes_the_hub_back_and_versions_forward(hub):
+    train_one_step(hub)
+    hub.send(b"a", wire.Ready(tasks=4, version=1))
+    done, open_ = hub.leases(b"a")[:2]
+    hub.serve(b"a", done, versions=(1,))
+    hub.send(b"a", make_rollout(open_, 0, versions=(1,)))
+    hub.send(b"r0", wire.SnapshotRequest(step=1))
+    state = hub.only(b"r0", wire.Snapshot).state
+    at_snapshot = hub.core.status()["ledger"]
+    hub.serve(b"a", open_, versions=(1,))
+    hub.send(b"r0", wire.BatchRequest(step=1))
+    hub.send(b"r0", wire.Commit(step=1))
+    hub.learner(publish=False, step=1)
+    hub.send(b"r0", wire.Restore(state=state))
+    version = hub.only(b"r0", wire.Restored).version
+    assert version == 3 and hub.core.training.step == 1
+    ledger = hub.core.status()["ledger"]
+    assert (ledger["trained"], ledger["buffered"]) == (at_snapshot["trained"], at_snapshot["buffered"])
+    assert ledger["rollouts"]["dropped"]["resume"] == 3 * at_snapshot["in_flight"]
+    (kept,) = hub.core.training.book.complete.values()
+    assert version - kept.oldest_version == 0, "its lag in optimiser steps is what it was"
+    hub.send(b"r0", wire.Published(version=version))
+    hub.core.actors[b"a"].credit = 0
+    hub.send(b"a", wire.Ready(tasks=1, version=2))
+    assert not hub.leases(b"a"), "version 2 belongs to the abandoned past"
+    hub.send(b"a", wire.Heartbeat(version=3))
+    (again,) = hub.leases(b"a")
+    assert again.task == open_.task and again.attempt > open_.attempt
+    hub.send(b"a", make_rollout(open_, 1, versions=(1,)))
+    assert hub.core.status()["rejected"] == 0
+
+
+def test_a_snapshot_survives_the_hub(hub):
+    train_one_step(hub)
+    state = dump(hub.core.training, hub.core.evaluation)
+    fresh = Driver(hub.run)
+    fresh.learner(step=1, publish=False)
+    fresh.send(b"r0", wire.Restore(state=state))
+    assert fresh.only(b"r0", wire.Restored).version == 2
+    old, new = hub.core.status(), fresh.core.status()
+    for key in ("step", "evaluations", "tokens_trained", "tokens_generated"):
+        assert new[key] == old[key]
+    assert dump(fresh.core.training, fresh.core.evaluation) != b""
+
+
+@pytest.mark.parametrize("damage", [b"\x00", b"garbage", b"\x81\xa6format\x01", b"\x81\xa6format\x09", b"\x90"])
+def test_a_damaged_state_is_refused_and_changes_nothing(hub, damage):
+    before = hub.core.status()
+    hub.send(b"r0", wire.Restore(state=damage))
+    assert hub.only(b"r0", wire.Refused).reason
+    assert hub.core.status() == before
+
+
+def test_a_state_of_other_held_out_problems_is_refused(hub):
+    other = HubCore(hub.run, Source(held_out=5))
+    hub.send(b"r0", wire.Restore(state=dump(other.training, other.evaluation)))
+    assert "tasks.held_out" in hub.only(b"r0", wire.Refused).reason
+
+
+def test_truncated_states_never_pass_for_whole_ones(hub):
+    train_one_step(hub)
+    state = dump(hub.core.training, hub.core.evaluation)
+    for cut in range(1, len(state), 7):
+        hub.send(b"r0", wire.Restore(state=state[:cut]))
+        assert not hub.take(b"r0", wire.Restored)
+    assert load(state, training=hub.core.training, evaluation=hub.core.evaluation)
+
+
+# ---- evaluation
+
+
+def test_the_first_version_is_evaluated_unasked_and_others_on_request():
+    driver = Driver()
+    driver.learner()
+    driver.actor(b"a", credit=1)
+    (first,) = driver.leases(b"a", "evaluate")
+    assert (first.task, first.problem, first.autonomous, first.guided) == (-1, "held-out 0", 1, 1)
+    driver.serve(b"a", first, reward=0.0)
+    driver.send(b"a", wire.Ready(tasks=1, version=0))
+    (second,) = driver.leases(b"a", "evaluate")
+    driver.serve(b"a", second)
+    expected = wire.Evaluated(version=0, pass_auto=0.5, pass_guided=0.5, problems=2)
+    assert driver.only(b"r0", wire.Evaluated) == expected
+    driver.send(b"r0", wire.Evaluate(version=0))
+    assert driver.only(b"r0", wire.Evaluated) == expected, "known already"
+    train_one_step(driver)
+    driver.send(b"r0", wire.Evaluate(version=1))
+    driver.send(b"r0", wire.Evaluate(version=7))
+    driver.core.actors[b"a"].credit = 0
+    driver.send(b"a", wire.Ready(tasks=1, version=0))
+    assert [lease.purpose for lease in driver.take(b"a", wire.Lease)] == ["train"], "its weights are too old for it"
+    driver.send(b"a", wire.Ready(tasks=1, version=1))
+    driver.serve_evaluation(b"a")
+    assert driver.only(b"r0", wire.Evaluated).version == 1
+    status = driver.core.status()
+    assert [e["version"] for e in status["evaluations"]] == [0, 1]
+    assert status["evaluation_ledger"]["trained"] == 4
+    assert status["rejected_reasons"] == {"Evaluate of a version that does not exist": 1}
+
+
+# ---- the end
+
+
+def test_the_run_ends_when_all_have_said_goodbye(hub):
+    hub.send(b"r0", wire.Finish())
+    assert hub.only(b"a", wire.Stop).reason == "finished"
+    hub.send(b"late", wire.Hello(role="actor", name="late"))
+    assert "over" in hub.only(b"late", wire.Refused).reason
+    hub.send(b"a", wire.Ready(tasks=1, version=0))
+    assert not hub.take(b"a", wire.Lease)
+    hub.send(b"a", wire.Goodbye())
+    assert hub.shutdown is None
+    hub.send(b"r0", wire.Goodbye())
+    assert hub.shutdown == "finished"
+    assert hub.send(b"a", wire.StatusRequest()) == []
+
+
+def test_the_run_ends_without_those_who_do_not_answer(hub):
+    hub.send(b"r0", wire.Finish())
+    hub.advance(4.9)
+    assert hub.shutdown is None
+    hub.handle(Interrupted("SIGTERM"))
+    hub.advance(0.2)
+    assert hub.effects[-2:] == [CloseLink(b"a"), Shutdown("finished")]
+
+
+def test_the_ledger_balances_in_the_status_that_goes_with_a_commit(hub):
+    status = train_one_step(hub).status
+    for ledger in (status["ledger"], status["ledger"]["rollouts"]):
+        total = ledger["trained"] + sum(ledger["dropped"].values()) + ledger["in_flight"] + ledger["buffered"]
+        assert ledger["dispatched"] == total
+    assert (status["step"], status["version"], status["ledger"]["trained"]) == (1, 1, 2)
+    assert status["tokens_trained"] == 12

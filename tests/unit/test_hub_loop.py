@@ -1,0 +1,186 @@
+"""The loop around the core: on the in-memory transport, with links that are objects."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+
+import pytest
+from hub_support import Source, make_rollout, make_run
+
+from sgpo_async.errors import WireError
+from sgpo_async.hub import HubCore
+from sgpo_async.hub.loop import Loop
+from sgpo_async.hub.service import announced, weight_bytes
+from sgpo_async.session import LinkDown, LinkEvent, LinkUp
+from sgpo_async.transport import Mailbox, MemoryDealer, MemoryRouter, RouterMailbox
+from sgpo_async.wire import records as wire
+
+DEADLINE_S = 20.0
+
+
+class Link:
+    """A link process that stands at once."""
+
+    host = "127.0.0.1"
+
+    def __init__(self, name: str) -> None:
+        self.name, self.stopped = name, False
+        self.events: deque[LinkEvent] = deque([LinkUp(4000)])
+
+    def poll(self) -> list[LinkEvent]:
+        return [self.events.popleft() for _ in range(len(self.events))]
+
+    def stop(self, deadline_s: float) -> None:
+        assert deadline_s > 0
+        self.stopped = True
+
+
+class Running:
+    """A loop in a thread, and its members."""
+
+    def __init__(self, router: MemoryRouter) -> None:
+        self.router, self.links, self.reason, self.ended = router, [], "", ""
+        core = HubCore(make_run(batch=1, steps=1), Source(held_out=1), store="/store")
+        self.loop = Loop(core, mailbox=RouterMailbox(router), spawn_link=self.link)
+        self.thread = threading.Thread(target=self.run)
+        self.thread.start()
+
+    def link(self, name: str) -> Link:
+        self.links.append(Link(name))
+        return self.links[-1]
+
+    def run(self) -> None:
+        self.ended = self.loop.run(interrupted=lambda: self.reason)
+
+    def join(self) -> None:
+        self.thread.join(DEADLINE_S)
+        assert not self.thread.is_alive()
+
+
+class Member(Mailbox):
+    def __init__(self, dealer: MemoryDealer) -> None:
+        super().__init__(dealer)
+        self.got: list[wire.Message] = []
+
+    def wait(self, kind: type):
+        deadline = time.monotonic() + DEADLINE_S
+        while time.monotonic() < deadline:
+            for message in self.got:
+                if isinstance(message, kind):
+                    self.got.remove(message)
+                    return message
+            self.got += self.receive(0.1)
+        raise AssertionError(f"no {kind.__name__}; got {self.got}")
+
+
+@pytest.fixture
+def running() -> Iterator[Running]:
+    running = Running(MemoryRouter())
+    yield running
+    running.reason = running.reason or "test is over"
+    running.join()
+
+
+def eventually(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_whole_run_through_the_loop(running):
+    learner, actor = Member(running.router.dealer(b"l")), Member(running.router.dealer(b"a"))
+    learner.send(wire.Hello(role="learner", name="learner-0"))
+    assert learner.wait(wire.Welcome).store == "/store"
+    learner.send(wire.Published(version=0))
+    actor.send(wire.Hello(role="actor", name="a"))
+    assert actor.wait(wire.Welcome).session_port == 4000
+    actor.send(wire.Ready(tasks=2, version=0))
+    for _ in range(2):
+        lease = actor.wait(wire.Lease)
+        for slot in range(lease.autonomous + lease.guided):
+            actor.send(make_rollout(lease, slot))
+    learner.send(wire.BatchRequest(step=0))
+    assert len(learner.wait(wire.Shard).rollouts) == 3
+    learner.send(wire.Commit(step=0))
+    assert learner.wait(wire.Committed).status["ledger"]["trained"] == 1
+    assert learner.wait(wire.Evaluated).pass_auto == 1.0
+    learner.send(wire.Finish())
+    actor.wait(wire.Stop)
+    actor.send(wire.Goodbye())
+    learner.send(wire.Goodbye())
+    running.join()
+    assert running.ended == "finished" and all(link.stopped for link in running.links)
+
+
+def test_garbage_is_a_counted_rejection(running):
+    dealer = running.router.dealer(b"x")
+    for frames in ([b"garbage"], [], [b"\x01\x81"], [b"\x09" + b"\x80"]):
+        dealer.send(frames)
+    observer = Member(dealer)
+    observer.send(wire.StatusRequest())
+    assert observer.wait(wire.Status).status["rejected"] == 4
+
+
+def test_a_dead_link_ends_its_session_alone(running):
+    actor = Member(running.router.dealer(b"a"))
+    actor.send(wire.Hello(role="actor", name="a"))
+    actor.wait(wire.Welcome)
+    running.links[0].events.append(LinkDown("killed"))
+    assert "killed" in actor.wait(wire.Refused).reason
+    eventually(lambda: running.links[0].stopped)
+    assert running.thread.is_alive()
+
+
+def test_an_interrupt_stops_everybody(running):
+    actor = Member(running.router.dealer(b"a"))
+    actor.send(wire.Hello(role="actor", name="a"))
+    actor.wait(wire.Welcome)
+    running.reason = "SIGTERM"
+    assert actor.wait(wire.Stop).reason == "SIGTERM"
+    running.join()
+    assert running.ended == "SIGTERM" and running.links[0].stopped
+
+
+def test_a_message_too_large_for_its_member_becomes_a_refusal():
+    router = MemoryRouter(max_bytes=500)  # the settings alone are larger
+    running = Running(router)
+    member = Member(router.dealer(b"m"))
+    member.send(wire.SettingsRequest())
+    assert "hub.max_message_mb" in member.wait(wire.Refused).reason
+    running.reason = "test is over"
+    running.join()
+
+
+def test_a_link_that_cannot_be_stopped_is_an_error(running):
+    actor = Member(running.router.dealer(b"a"))
+    actor.send(wire.Hello(role="actor", name="a"))
+    actor.wait(wire.Welcome)
+
+    def fail(_deadline_s: float) -> None:
+        raise WireError("stuck")
+
+    running.links[0].stop = fail
+    raised: list[BaseException] = []
+    threading.excepthook, old = (lambda args: raised.append(args.exc_value)), threading.excepthook
+    try:
+        running.reason = "test is over"
+        running.join()
+    finally:
+        threading.excepthook = old
+    assert [str(error) for error in raised] == ["stuck"]
+
+
+def test_the_place_is_announced_whole_and_taken_back(tmp_path):
+    path = tmp_path / "hub.json"
+    with announced(path, {"address": "tcp://127.0.0.1:1"}):
+        assert path.read_text() == '{"address": "tcp://127.0.0.1:1"}'
+        assert [p.name for p in tmp_path.iterdir()] == ["hub.json"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_shipped_model_has_weights():
+    assert weight_bytes("builtin:cues") > 100_000

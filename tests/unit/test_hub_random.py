@@ -1,0 +1,337 @@
+"""The hub under random histories: joins, losses, duplicates, late rollouts, crashes, snapshots, restores.
+
+A model of the members runs beside the core and checks what the core must never do; the core itself asserts that both
+ledgers balance after every event.
+"""
+
+from __future__ import annotations
+
+from random import Random
+
+import hypothesis.strategies as st
+from hub_support import Driver, Source, make_rollout, make_run
+from hypothesis import given, settings
+
+from sgpo_async.hub import HubCore
+from sgpo_async.hub.events import LinkDown, LinkUp, Rejected
+from sgpo_async.wire import records as wire
+
+
+class World(Driver):
+    """Members that behave, in an order that `rng` draws, and a network that does not."""
+
+    def __init__(self, rng: Random, *, batch: int, max_lag: int, ranks: int, steps: int = 6) -> None:
+        super().__init__(make_run(batch=batch, max_lag=max_lag, steps=steps), Source(held_out=3, bare_every=4))
+        self.rng, self.ranks = rng, ranks
+        self.live: list[bytes] = []  # actors
+        self.born = self.worlds = 0
+        self.granted: dict[bytes, int] = {}
+        self.held: dict[bytes, dict[tuple[int, int], tuple[wire.Lease, list[int]]]] = {}
+        self.version_of: dict[bytes, int] = {}
+        self.issued: set[tuple[int, int]] = set()
+        self.sent: list[tuple[bytes, wire.Rollout]] = []
+        self.learner_step = 0
+        self.shards: dict[int, wire.Shard] = {}
+        self.trained: set[int] = set()
+        self.checkpoint: tuple[int, bytes, set[int]] = (0, b"", set())
+        self.newest = -1
+        self.first_version = 0  # of the present learner's past
+
+    # one random thing happens
+
+    ACTIONS = (
+        ("rollout", 60), ("ready", 12), ("new_actor", 3), ("lose_actor", 1), ("duplicate", 3), ("release", 2),
+        ("load", 10), ("nonsense", 0.5), ("tick", 4), ("silence", 0.5), ("ask", 20), ("commit", 12), ("crash", 0.7),
+        ("snapshot", 2), ("evaluate", 0.3), ("late_leaver", 0.5),
+    )  # fmt: skip
+
+    def act(self) -> None:
+        names, weights = zip(*self.ACTIONS, strict=True)
+        getattr(self, self.rng.choices(names, weights)[0])()
+        self.look()
+
+    def look(self) -> None:
+        """Read all inboxes and check what came."""
+        for member in self.live:
+            for lease in self.take(member, wire.Lease):
+                self.check_lease(member, lease)
+                slots = list(range(lease.autonomous + lease.guided))
+                self.rng.shuffle(slots)
+                self.held[member][lease.task, lease.attempt] = (lease, slots)
+        for rank in range(self.ranks):
+            for shard in self.take(self.rank(rank), wire.Shard):
+                self.check_shard(shard)
+                self.shards[rank] = shard
+        training = self.core.training
+        assert training.book.live <= (self.run.hub.max_lag + 1) * self.run.learner.problems_per_step
+        assert training.version >= self.newest
+        self.newest = training.version
+
+    def check_lease(self, member: bytes, lease: wire.Lease) -> None:
+        assert (lease.task, lease.attempt) not in self.issued, "an attempt was leased twice"
+        self.issued.add((lease.task, lease.attempt))
+        self.granted[member] -= 1
+        assert self.granted[member] >= 0, "more leases than credit"
+        assert self.version_of[member] >= lease.min_version
+        assert lease.min_version >= self.first_version, "tokens of an abandoned past are let in"
+        assert (lease.strategy is None) == (lease.guided == 0)
+
+    def check_shard(self, shard: wire.Shard) -> None:
+        assert shard.problems == self.run.learner.problems_per_step
+        assert shard.rollouts, "a rank without groups"
+        for rollout in shard.rollouts:
+            assert 0 <= shard.version - rollout.oldest_version <= self.run.hub.max_lag
+
+    # actors
+
+    def new_actor(self) -> None:
+        if len(self.live) == 4:
+            return
+        member = b"actor-%d" % self.born
+        self.born += 1
+        self.live.append(member)
+        self.held[member], self.granted[member] = {}, 0
+        self.send(member, wire.Hello(role="actor", name=member.decode()))
+        self.handle(LinkUp(member, "127.0.0.1", 4000))
+        self.version_of[member] = self.core.published
+        if self.core.published >= 0:
+            self.ready(member)
+
+    def ready(self, member: bytes | None = None) -> None:
+        member = member or self.some_actor()
+        if member and self.version_of[member] >= 0:
+            tasks = self.rng.randint(0, 4)
+            self.granted[member] += tasks
+            self.send(member, wire.Ready(tasks=tasks, version=self.version_of[member]))
+
+    def load(self) -> None:
+        """An actor takes up the newest weights."""
+        member = self.some_actor()
+        if member and self.core.published >= 0:
+            self.version_of[member] = self.core.published
+            self.beat(member)
+
+    def beat(self, member: bytes) -> None:
+        self.send(member, wire.Heartbeat(state="serving", version=self.version_of[member]))
+
+    def some_actor(self) -> bytes | None:
+        return self.rng.choice(self.live) if self.live else None
+
+    def rollout(self) -> None:
+        """An actor finishes some rollouts of its leases, or even of leases that it has lost."""
+        member = self.some_actor()
+        for _ in range(self.rng.randint(1, 5)):
+            if member and self.held[member]:
+                self.finish_rollout(member)
+
+    def finish_rollout(self, member: bytes) -> None:
+        key = self.rng.choice(list(self.held[member]))
+        lease, slots = self.held[member][key]
+        newest = self.version_of[member]
+        versions = sorted(self.rng.randint(lease.min_version, newest) for _ in range(self.rng.randint(1, 2)))
+        made = make_rollout(lease, slots.pop(), versions=tuple(versions), reward=float(self.rng.randint(0, 1)))
+        if not slots:
+            del self.held[member][key]
+        self.sent.append((member, made))
+        self.send(member, made)
+        assert self.take(member, wire.Ack)[-1].slot == made.slot
+
+    def duplicate(self) -> None:
+        """Anything that was ever sent comes again, perhaps by another member."""
+        if self.sent:
+            member, rollout = self.rng.choice(self.sent)
+            self.send(self.rng.choice([member, b"stranger"]), rollout)
+
+    def release(self) -> None:
+        member = self.some_actor()
+        if member and self.held[member]:
+            task, attempt = self.rng.choice(list(self.held[member]))
+            del self.held[member][task, attempt]
+            self.granted[member] = 0
+            self.send(member, wire.Release(task=task, attempt=attempt, reason="drains"))
+
+    def lose_actor(self) -> None:
+        member = self.some_actor()
+        if member:
+            self.live.remove(member)
+            self.handle(LinkDown(member, "killed")) if self.rng.random() < 0.5 else self.send(member, wire.Goodbye())
+
+    def silence(self) -> None:
+        """Time passes in which some actors say nothing, long enough to be given up."""
+        silent = [member for member in self.live if self.rng.random() < 0.3]
+        self.now += self.run.hub.member_timeout_s + 1
+        for member in self.live:
+            if member not in silent:
+                self.beat(member)
+        self.live = [member for member in self.live if member not in silent]
+        self.advance(0.1)
+        for member in silent:
+            assert member in self.links_closed
+
+    def nonsense(self) -> None:
+        self.handle(Rejected(b"stranger", "not MessagePack"))
+        self.send(b"stranger", wire.Commit(step=0))
+        if member := self.some_actor():
+            self.send(member, wire.Commit(step=self.core.training.step))
+            self.send(member, wire.Release(task=10**6, attempt=0, reason=""))
+            self.granted[member] = 0
+
+    def tick(self) -> None:
+        self.advance(self.rng.choice([0.1, 1.0, 3.0]))
+
+    # the learner
+
+    def rank(self, rank: int) -> bytes:
+        return b"rank-%d-of-world-%d" % (rank, self.worlds)
+
+    @property
+    def learning(self) -> bool:
+        return self.core.world.rank_of(self.rank(0)) == 0
+
+    def crash(self) -> None:
+        """The learner dies, says goodbye or not, and comes back from its last checkpoint."""
+        if self.learning and self.rng.random() < 0.5:
+            for rank in range(self.ranks):
+                self.send(self.rank(rank), wire.Goodbye())
+        self.start_learner()
+
+    def start_learner(self) -> None:
+        self.worlds += 1
+        self.shards = {}
+        self.learner_step, state, trained = self.checkpoint
+        for rank in self.rng.sample(range(self.ranks), self.ranks):
+            name = f"learner-{self.worlds}-{rank}"
+            hello = wire.Hello(role="learner", name=name, rank=rank, world_size=self.ranks, step=self.learner_step)
+            self.send(self.rank(rank), hello)
+        version = self.only(self.rank(0), wire.Welcome).version
+        if self.learner_step != self.core.training.step:
+            self.trained = set(trained)
+            before = self.core.training.version
+            self.send(self.rank(0), wire.Restore(state=state))
+            version = self.only(self.rank(0), wire.Restored).version
+            assert version > before
+            self.first_version = version
+        self.send(self.rank(0), wire.Published(version=version))
+
+    def ask(self) -> None:
+        """Some rank asks for its shard (again, perhaps)."""
+        if self.learning and self.core.training.step < self.run.steps:
+            self.send(self.rank(self.rng.randrange(self.ranks)), wire.BatchRequest(step=self.learner_step))
+
+    def late_leaver(self) -> None:
+        """A rank above 0 may end its last step before rank 0 commits it."""
+        if self.learning and self.ranks > 1 and len(self.shards) == self.ranks:
+            self.send(self.rank(1), wire.Goodbye())
+            self.commit()
+
+    def commit(self) -> None:
+        if not self.learning or len(self.shards) < self.ranks:
+            return
+        tasks = self.whole_groups()
+        assert not tasks & self.trained, "a task was trained twice"
+        self.send(self.rank(0), wire.Commit(step=self.learner_step))
+        committed = self.only(self.rank(0), wire.Committed)
+        assert committed.status["lag"]["max"] <= self.run.hub.max_lag
+        self.trained |= tasks
+        self.shards, self.learner_step = {}, self.learner_step + 1
+        self.send(self.rank(0), wire.Published(version=self.core.training.version))
+
+    def whole_groups(self) -> set[int]:
+        """Task numbers of the batch; every group is whole, of one attempt, and on one rank."""
+        seen: dict[int, int] = {}
+        for shard in self.shards.values():
+            numbers = [rollout.task for rollout in shard.rollouts]
+            assert numbers == sorted(numbers)
+            for number in dict.fromkeys(numbers):
+                group = [rollout for rollout in shard.rollouts if rollout.task == number]
+                assert number not in seen and len({rollout.attempt for rollout in group}) == 1
+                assert [rollout.slot for rollout in group] == list(range(2 if number % 4 == 0 else 3))
+                seen[number] = len(group)
+        assert len(seen) == self.run.learner.problems_per_step
+        return set(seen)
+
+    def snapshot(self) -> None:
+        if self.learning:
+            self.send(self.rank(0), wire.SnapshotRequest(step=self.learner_step))
+            state = self.only(self.rank(0), wire.Snapshot).state
+            self.checkpoint = (self.learner_step, state, set(self.trained))
+
+    def evaluate(self) -> None:
+        if self.learning:
+            self.send(self.rank(0), wire.Evaluate(version=self.core.training.version))
+
+    # and then everybody is kind
+
+    def finish(self) -> None:
+        """No more faults: one new actor, a new learner; everything gets done."""
+        for member in self.live:
+            self.send(member, wire.Goodbye())
+        self.live = []
+        self.start_learner()
+        self.new_actor()
+        (member,) = self.live
+        for _ in range(2000):
+            if self.core.training.step == self.run.steps and self.core.evaluation.current is None:
+                return
+            self.version_of[member] = self.core.published
+            self.granted[member] += 1
+            self.send(member, wire.Ready(tasks=1, version=self.core.published))
+            self.look()
+            while self.held[member]:
+                self.finish_rollout(member)
+            for rank in range(self.ranks):
+                if self.core.training.step < self.run.steps:
+                    self.send(self.rank(rank), wire.BatchRequest(step=self.learner_step))
+            self.look()
+            self.commit()
+        raise AssertionError(f"stuck: {self.core.status()}")
+
+
+CASES = {
+    "batch": st.integers(2, 4),
+    "max_lag": st.integers(0, 3),
+    "ranks": st.integers(1, 2),
+    "seed": st.integers(0, 2**32),
+    "length": st.integers(1, 400),
+}
+
+
+def history(seed: int, length: int, **shape: int) -> World:
+    world = World(Random(seed), **shape)
+    world.start_learner()
+    for _ in range(length):
+        world.act()
+    return world
+
+
+@settings(max_examples=120, deadline=None)
+@given(**CASES)
+def test_whatever_happens_the_books_balance_and_kindness_finishes_the_run(seed, length, **shape):
+    world = history(seed, length, **shape)
+    world.finish()
+    ledger = world.core.status()["ledger"]
+    batch = world.run.learner.problems_per_step
+    assert (ledger["trained"], ledger["in_flight"], ledger["buffered"]) == (world.run.steps * batch, 0, 0)
+    assert ledger["dispatched"] == ledger["trained"] + sum(ledger["dropped"].values())
+
+
+@settings(max_examples=30, deadline=None)
+@given(**CASES)
+def test_the_same_events_give_the_same_effects(seed, length, **shape):
+    world = history(seed, length, **shape)
+    again = HubCore(world.run, Source(held_out=3, bare_every=4), store="/store")
+    effects = [effect for event, now in world.log for effect in again.handle(event, now)]
+    assert repr(effects) == repr(world.effects)
+
+
+def test_histories_reach_every_kind_of_event():
+    """The random histories would be worth little if they never got anywhere."""
+    worlds = [history(seed, 200, batch=2, max_lag=seed % 3, ranks=1 + seed % 2) for seed in range(20)]
+    received = {type(event.message) for world in worlds for event, _ in world.log if hasattr(event, "message")}
+    sent = {type(effect.message) for world in worlds for effect in world.effects if hasattr(effect, "message")}
+    dropped = {reason for world in worlds for reason in world.core.training.book.rollouts.dropped}
+    assert {wire.Restore, wire.Commit, wire.Release, wire.SnapshotRequest, wire.Evaluate, wire.Goodbye} <= received
+    assert {wire.Restored, wire.Committed, wire.Snapshot, wire.Evaluated, wire.Refused, wire.Shard} <= sent
+    assert {"lease_lost", "released", "resume", "stale"} <= dropped
+    assert sum(world.core.training.book.duplicates for world in worlds) > 20
+    assert sum(world.core.training.step for world in worlds) > 20

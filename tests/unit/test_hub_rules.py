@@ -1,0 +1,246 @@
+"""The hub's rules one by one, without a hub."""
+
+from __future__ import annotations
+
+import itertools
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hub_support import Source, make_rollout, make_run
+from hypothesis import given
+
+from sgpo_async.config.schema import Algorithm
+from sgpo_async.hub.actors import Actors, Meter
+from sgpo_async.hub.admission import lowest_version, room
+from sgpo_async.hub.balance import balance
+from sgpo_async.hub.door import refusal
+from sgpo_async.hub.figures import adaptive_weight, figures
+from sgpo_async.hub.leases import Book
+from sgpo_async.hub.ledger import Ledger
+from sgpo_async.hub.work import Curriculum, Group
+from sgpo_async.hub.world import World
+from sgpo_async.wire import records as wire
+
+# ---- ledger
+
+
+def test_a_ledger_that_does_not_balance_is_a_programming_error():
+    ledger = Ledger(dispatched=5, trained=2)
+    ledger.drop("stale", 1)
+    ledger.check(in_flight=1, buffered=1)
+    with pytest.raises(AssertionError):
+        ledger.check(in_flight=1, buffered=0)
+
+
+# ---- admission
+
+
+@pytest.mark.parametrize(
+    ("live", "max_lag", "steps_left", "expected"),
+    [(0, 0, 9, 4), (4, 0, 9, 0), (4, 2, 9, 8), (12, 2, 9, 0), (0, 2, 1, 4), (3, 2, 1, 1), (0, 2, 0, 0)],
+)
+def test_room_is_what_lag_and_remaining_steps_leave(live, max_lag, steps_left, expected):
+    assert room(live=live, batch=4, max_lag=max_lag, steps_left=steps_left) == expected
+
+
+@given(steps=st.integers(0, 50), buffered=st.integers(0, 40), running=st.integers(0, 40), eta=st.integers(0, 5))
+def test_room_is_the_rule_of_areal(steps, buffered, running, eta):
+    batch, accepted = 4, steps * 4 + buffered
+    areal = accepted + running < (eta + steps + 1) * batch
+    assert (room(live=buffered + running, batch=batch, max_lag=eta, steps_left=100) > 0) == areal
+
+
+@given(version=st.integers(0, 9), batch=st.integers(1, 5), eta=st.integers(0, 4), data=st.data())
+def test_tokens_of_the_lowest_version_are_not_stale_where_the_task_lands(version, batch, eta, data):
+    ahead = data.draw(st.integers(0, (eta + 1) * batch - 1))
+    lowest = lowest_version(version=version, ahead=ahead, batch=batch, max_lag=eta)
+    lands_in = version + ahead // batch
+    assert lands_in - lowest == eta and lowest <= version
+
+
+# ---- balance
+
+
+@given(weights=st.lists(st.integers(1, 50), max_size=8), ranks=st.integers(1, 4))
+def test_balance_is_a_partition_within_grahams_bound(weights, ranks):
+    shares = balance(weights, ranks)
+    assert sorted(itertools.chain(*shares)) == list(range(len(weights)))
+    assert sum(1 for share in shares if share) == min(ranks, len(weights))
+    best = (
+        min(
+            max(sum(w for w, rank in zip(weights, chosen, strict=True) if rank == r) for r in range(ranks))
+            for chosen in itertools.product(range(min(ranks, 3)), repeat=min(len(weights), 6))
+            if len(chosen) == len(weights)
+        )
+        if len(weights) <= 6 and ranks <= 3
+        else None
+    )
+    if best is not None:
+        assert max(sum(weights[i] for i in share) for share in shares) <= best * (4 / 3 - 1 / (3 * ranks)) + 1e-9
+
+
+# ---- figures
+
+
+@pytest.mark.parametrize(
+    ("p_auto", "p_guide", "alpha"),
+    [(0, 0.25, 0.8), (0.25, 0.5, 0.5), (0.5, 0.75, 0.292), (0.5, 0.5, 0.083), (1, 1, 0.045), (0.5, 0.4, 0), (0, 0, 0)],
+)
+def test_adaptive_weight_at_the_papers_constants(p_auto, p_guide, alpha):
+    assert adaptive_weight(p_auto, p_guide, Algorithm()) == pytest.approx(alpha, abs=5e-4)
+
+
+def group(number: int, rewards: list[float], guided_rewards: list[float], versions: tuple[int, ...]) -> Group:
+    lease = wire.Lease(
+        task=number, attempt=0, purpose="train", problem="", answer="", strategy="", autonomous=len(rewards),
+        guided=len(guided_rewards), min_version=0, seed=0,
+    )  # fmt: skip
+    made = [
+        make_rollout(lease, slot, versions=versions, reward=reward)
+        for slot, reward in enumerate(rewards + guided_rewards)
+    ]
+    return Group(number=number, attempt=0, rollouts=tuple(made))
+
+
+def test_figures_of_a_batch():
+    groups = [group(0, [0, 0], [1], (3,)), group(1, [1, 0], [1], (2, 4)), group(2, [1, 1], [0], (4,))]
+    result = figures(groups, version=5, algorithm=Algorithm())
+    p_auto, p_guide = np.array([0, 0.5, 1]), np.array([1, 1, 0])
+    alpha = np.clip(0.5 * (p_guide - p_auto + 0.1) / (p_auto + 0.1), 0, 0.8) * (p_guide > 0)
+    assert result["alpha"] == pytest.approx(alpha.mean())
+    assert (result["pass_auto"], result["pass_guided"]) == (pytest.approx(0.5), pytest.approx(2 / 3))
+    assert result["lag"]["histogram"] == {"1": 6 + 6, "2": 6, "3": 6}
+    assert result["lag"]["max"] == 3 and result["lag"]["mean"] == pytest.approx((12 * 1 + 6 * 2 + 6 * 3) / 24)
+
+
+def test_figures_without_guided_rollouts_or_distillation():
+    bare = figures([group(0, [1, 0], [], (0,))], version=0, algorithm=Algorithm())
+    assert (bare["pass_guided"], bare["alpha"]) == (None, 0.0)
+    assert figures([group(0, [0], [1], (0,))], version=0, algorithm=Algorithm(objective="grpo"))["alpha"] == 0.0
+
+
+# ---- tasks and leases
+
+
+def test_tasks_are_functions_of_their_number():
+    curriculum = Curriculum(make_run(), Source(held_out=2, bare_every=3))
+    assert curriculum.task(4) == curriculum.task(4)
+    assert (curriculum.task(3).guided, curriculum.task(4).guided) == (0, 1)
+    assert [curriculum.task(n).problem.problem for n in (-1, -2, -3)] == ["held-out 0", "held-out 1", "held-out 0"]
+    assert curriculum.task(-1).seed == curriculum.task(-3).seed != curriculum.task(-2).seed
+    assert curriculum.task(0).seed != curriculum.task(1).seed != curriculum.task(-1).seed
+
+
+@pytest.fixture
+def book() -> Book:
+    curriculum, book = Curriculum(make_run(), Source()), Book()
+    for number in (0, 1, 2):
+        book.add(curriculum.task(number))
+    return book
+
+
+def test_a_lost_lease_goes_before_younger_tasks_under_the_next_attempt(book):
+    first, second = (book.lease(b"a", min_version=0, now=0.0) for _ in range(2))
+    book.arrive(make_rollout(first, 0), now=1.0)
+    for number in (1, 0):
+        book.revoke(number, "lease_lost")
+    again = [book.lease(b"b", min_version=0, now=2.0) for _ in range(3)]
+    assert [(lease.task, lease.attempt) for lease in again] == [(0, 1), (1, 1), (2, 0)]
+    assert again[0].seed == first.seed and again[1].seed == second.seed
+    assert book.rollouts.dropped == {"lease_lost": 6} and not book.tasks.dropped
+    book.check()
+
+
+def test_late_and_double_rollouts_are_not_awaited(book):
+    lease = book.lease(b"a", min_version=0, now=0.0)
+    rollout = make_rollout(lease, 1)
+    assert book.awaits(b"b", rollout) is None
+    assert book.awaits(b"a", rollout)
+    book.arrive(rollout, now=0.0)
+    assert book.awaits(b"a", rollout) is None
+    book.revoke(0, "lease_lost")
+    book.lease(b"a", min_version=0, now=0.0)
+    assert book.awaits(b"a", make_rollout(lease, 2)) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"slot": 3}, "slot"),
+        ({"slot": -1}, "slot"),
+        ({"guided": True}, "guided"),
+        ({"versions": (1, 2)}, "older"),
+        ({"versions": (2, 4)}, "does not exist"),
+        ({"versions": (2, 3)}, None),
+    ],
+)
+def test_misfits(book, changes, fault):
+    lease = book.lease(b"a", min_version=2, now=0.0)
+    rollout = make_rollout(lease, **{"slot": 0, "versions": (3,), "guided": False, **changes})
+    found = book.running[0].misfit(rollout, newest=3)
+    assert fault in found if fault else found is None
+
+
+# ---- members
+
+
+def test_meter_reads_differences_and_survives_a_restart_of_the_counters():
+    meter = Meter()
+    assert meter.read(wire.Heartbeat(tokens=1000, busy_s=5, wall_s=10)) == (0, 0)
+    assert meter.read(wire.Heartbeat(tokens=1300, busy_s=6, wall_s=14)) == (1, 4)
+    assert (meter.tokens_per_s, meter.idle) == (75, 0.75)
+    assert meter.read(wire.Heartbeat(tokens=5, busy_s=0, wall_s=1)) == (0, 0)
+    assert meter.read(wire.Heartbeat(tokens=5, busy_s=1, wall_s=2)) == (1, 1)
+    assert (meter.tokens_per_s, meter.idle) == (0, 0)
+
+
+def test_the_actor_with_most_credit_and_weights_new_enough_is_picked():
+    actors = Actors()
+    for name, credit, version in (("a", 1, 5), ("b", 3, 4), ("c", 3, 5), ("d", 3, 5), ("e", 0, 9)):
+        actors.join(name.encode(), name, now=0.0)
+        actors[name.encode()].credit, actors[name.encode()].version = credit, version
+    assert actors.pick(5).name == "c"
+    assert actors.pick(4).name == "b"
+    assert actors.pick(6) is None
+
+
+def hello(**changes) -> wire.Hello:
+    return wire.Hello(**{"role": "learner", "name": "learner-1", "rank": 1, "world_size": 2, **changes})
+
+
+def world_of(size: int) -> World:
+    world = World()
+    world.reopen(size)
+    world.join(b"m0", hello(name="learner-0", rank=0, world_size=size), now=0.0)
+    return world
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tokenizer": "f00"}, ["f00", "abc", "model.path"]),
+        ({"name": "taken"}, ["'taken'", "choose another"]),
+        ({"rank": 2}, ["rank 2", "torchrun"]),
+        ({"world_size": 4}, ["4 ranks", "world of 2"]),
+    ],
+)
+def test_refusals_say_what_and_how_to_mend_it(changes, words):
+    reason = refusal(hello(**changes), tokenizer="abc", taken={"taken"}, world=world_of(2))
+    assert reason and all(word in reason for word in words) and "\n" not in reason
+
+
+def test_a_fitting_hello_is_welcome():
+    assert refusal(hello(tokenizer="abc"), tokenizer="abc", taken={"other"}, world=world_of(2)) is None
+    assert refusal(hello(), tokenizer="", taken=set(), world=None) is None
+
+
+def test_a_hello_of_a_present_rank_opens_a_new_world_unless_it_is_a_repetition():
+    world = world_of(2)
+    assert not world.opens_new(b"m0", hello(rank=0))
+    assert world.opens_new(b"other", hello(rank=0))
+    assert not world.opens_new(b"other", hello(rank=1))
+    world.asked[0] = 7
+    assert world.opens_new(b"m0", hello(rank=0))
+    world.leave(0)
+    assert world.opens_new(b"other", hello(rank=1))

@@ -1,0 +1,80 @@
+"""Checkpoints on one rank: which one is taken, and what is said of a broken one."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from sgpo_async.errors import CheckpointError
+from sgpo_async.learner import checkpoint
+from sgpo_async.learner.checkpoint import Saved
+from sgpo_async.learner.step import Stepper
+from tests.reference import learner_cases as cases
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    file: Path = tmp_path_factory.mktemp("group") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def learner(*, tied: bool = False) -> Stepper:
+    return cases.stepper(cases.settings(), cases.tiny_model(tied=tied, dtype=torch.float32))
+
+
+def save(folder: Path, step: int, stepper: Stepper) -> Path:
+    saved = Saved({"step": step}, b"")
+    return checkpoint.save(folder, step=step, module=stepper.policy, optimiser=stepper.optimiser, saved=saved)
+
+
+def test_the_latest_whole_one_is_taken(tmp_path: Path) -> None:
+    assert checkpoint.latest(tmp_path) is None
+    stepper = learner()
+    for step in (9, 10):
+        save(tmp_path, step, stepper)
+    (tmp_path / ".step-00000011").mkdir()
+    (tmp_path / "step-of-mine").mkdir()
+    assert checkpoint.latest(tmp_path) == tmp_path / "step-00000010"
+
+
+def test_a_step_that_is_reached_again_is_written_anew(tmp_path: Path) -> None:
+    stepper = learner()
+    save(tmp_path, 1, stepper)
+    stepper.update(cases.shard_of(cases.groups(), problems=4))
+    place, second = save(tmp_path, 1, stepper), learner()
+    checkpoint.restore(place, module=second.policy, optimiser=second.optimiser)
+    for ours, theirs in zip(stepper.policy.parameters(), second.policy.parameters(), strict=True):
+        assert torch.equal(ours.full_tensor(), theirs.full_tensor())
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+@pytest.mark.parametrize("broken", ["progress.json", ".metadata", "__0_0.distcp", "hub.state"])
+def test_a_broken_checkpoint_is_one_line(tmp_path: Path, broken: str) -> None:
+    stepper = learner()
+    place = save(tmp_path, 1, stepper)
+    (place / broken).unlink()
+    with pytest.raises(CheckpointError, match="the checkpoint cannot be read") as caught:
+        checkpoint.restore(place, module=stepper.policy, optimiser=stepper.optimiser)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_cut_short_is_one_line(tmp_path: Path) -> None:
+    stepper = learner()
+    place = save(tmp_path, 1, stepper)
+    data = (place / "__0_0.distcp").read_bytes()
+    (place / "__0_0.distcp").write_bytes(data[: len(data) // 2])
+    with pytest.raises(CheckpointError, match="the checkpoint cannot be read"):
+        checkpoint.restore(place, module=stepper.policy, optimiser=stepper.optimiser)
+
+
+def test_tied_embeddings(tmp_path: Path) -> None:
+    stepper, second = learner(tied=True), learner(tied=True)
+    stepper.update(cases.shard_of(cases.groups(), problems=4))
+    place = save(tmp_path, 1, stepper)
+    checkpoint.restore(place, module=second.policy, optimiser=second.optimiser)
+    shard = cases.shard_of(cases.groups(seed=1), problems=4, step=1)
+    assert stepper.update(shard) == second.update(shard)

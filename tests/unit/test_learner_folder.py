@@ -1,0 +1,73 @@
+"""Models from folders and back, and what cannot be trained packed."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from sgpo_async.errors import CheckpointError, DataError
+from sgpo_async.learner.folder import export, load_model
+from sgpo_async.learner.policy import Policy, check_model
+from tests.reference import learner_cases as cases
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_exported_folder_loads_with_equal_logits(tmp_path: Path, tied: bool) -> None:
+    model = cases.tiny_model(tied=tied, dtype=torch.float32)
+    source = tmp_path / "source"
+    model.save_pretrained(source)
+    (source / "tokenizer.json").write_text("{}", encoding="utf-8")
+    tensors = {name: parameter.detach() + 0.1 for name, parameter in model.named_parameters()}
+    export(load_model(str(source)), tensors, tmp_path / "policy", source=str(source))
+    assert (tmp_path / "policy" / "tokenizer.json").read_text(encoding="utf-8") == "{}"
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1
+        ids = torch.arange(cases.VOCABULARY)[None]
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_a_folder_that_holds_no_model_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"model\.path: no causal LM can be loaded from") as caught:
+        load_model(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_export_to_a_place_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "policy").write_text("", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="cannot be exported"):
+        export(cases.tiny_model(), {}, tmp_path / "policy", source="")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_check_accepts_what_packs(tied: bool) -> None:
+    check_model(Policy(cases.tiny_model(tied=tied)))
+
+
+def test_check_accepts_learned_positions() -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=11, n_embd=16, n_layer=2, n_head=2, n_positions=32, initializer_range=0.3)
+    check_model(Policy(GPT2LMHeadModel(config)))
+
+
+def test_check_refuses_attention_across_packed_sequences() -> None:
+    """An explicit mask switches the block-diagonal one off: sequences then see each other."""
+    policy = Policy(cases.tiny_model())
+    backbone = policy.model.base_model
+    forward = backbone.forward
+
+    def leaking(**inputs: torch.Tensor) -> object:
+        return forward(**{**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])})
+
+    backbone.forward = leaking
+    with pytest.raises(DataError, match="when sequences are packed"):
+        check_model(policy)
+
+
+def test_check_refuses_logits_that_are_more_than_the_matrix() -> None:
+    policy = Policy(cases.tiny_model())
+    policy.model.lm_head.bias = torch.nn.Parameter(torch.arange(13.0).double())
+    with pytest.raises(DataError, match="hidden @ matrix"):
+        check_model(policy)

@@ -1,0 +1,124 @@
+"""The rank's side of the conversation, over the in-memory transport."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+from sgpo_async.errors import DeadlineExceeded, HubError
+from sgpo_async.learner.hub_client import HubClient
+from sgpo_async.transport import Mailbox, RouterMailbox, memory_pair
+from sgpo_async.wire.records import (
+    BatchRequest,
+    Commit,
+    Committed,
+    Evaluate,
+    Evaluated,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    Message,
+    Refused,
+    Shard,
+    Welcome,
+)
+
+PATIENCE_S = 20.0
+
+
+class FakeHub:
+    """Answers by a script, on a thread of its own; keeps what it heard."""
+
+    def __init__(self, answer: Callable[[Message], list[Message]]) -> None:
+        router, self.dealer = memory_pair()
+        self.mail, self.heard, self._answer, self._open = RouterMailbox(router), [], answer, True
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while self._open:
+            for member, message in self.mail.receive(0.01):
+                self.heard.append(message)
+                for reply in self._answer(message):
+                    self.mail.send(member, reply)
+
+    def close(self) -> None:
+        self._open = False
+        self._thread.join()
+
+    def wait_for(self, kind: type) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while not any(isinstance(message, kind) for message in self.heard):
+            assert time.monotonic() < deadline, f"no {kind.__name__}"
+            time.sleep(0.01)
+
+
+def answers(message: Message) -> list[Message]:
+    match message:
+        case Hello():
+            return [Welcome(settings={}, store="s", version=3)]
+        case BatchRequest(step=step):
+            late = Shard(step=step - 1, version=3, problems=1, rollouts=())
+            return [late, Shard(step=step, version=4, problems=2, rollouts=())]
+        case Commit(step=7):
+            return [Refused(reason="no batch of step 7 is out")]
+        case Commit(step=step):
+            return [
+                Evaluated(version=3, pass_auto=0.25, pass_guided=1.0, problems=4),
+                Committed(step=step, status={"a": 1}),
+            ]
+        case Evaluate(version=version):
+            return [Evaluated(version=version, pass_auto=0.5, pass_guided=0.75, problems=4)]
+    return []
+
+
+@pytest.fixture
+def hub() -> Iterator[FakeHub]:
+    hub = FakeHub(answers)
+    yield hub
+    hub.close()
+
+
+@pytest.fixture
+def client(hub: FakeHub) -> Iterator[HubClient]:
+    client = HubClient(Mailbox(hub.dealer), name="learner-0", heartbeat_s=0.01)
+    yield client
+    client.leave("test ends")
+
+
+def test_a_batch_of_another_step_is_not_taken(client: HubClient) -> None:
+    assert client.join(Hello(role="learner", name="learner-0")).version == 3
+    assert client.batch(5, timeout_s=PATIENCE_S).version == 4
+
+
+def test_an_evaluation_that_comes_in_between_is_kept(client: HubClient) -> None:
+    assert client.commit(1) == {"a": 1}
+    client.evaluate(9)
+    results = client.take_evaluations(until=9, timeout_s=PATIENCE_S)
+    assert [result.version for result in results] == [3, 9]
+    assert client.take_evaluations() == []
+
+
+def test_a_refusal_is_one_error(client: HubClient) -> None:
+    with pytest.raises(HubError, match="learner-0: the hub refuses: no batch of step 7"):
+        client.commit(7)
+
+
+def test_silence_ends_at_the_deadline(client: HubClient) -> None:
+    with pytest.raises(DeadlineExceeded, match=r"learner-0: no Snapshot from the hub within"):
+        client._ask(Goodbye(), Shard, "Snapshot", 0.05)
+
+
+def test_it_beats_while_the_main_thread_is_busy_and_says_goodbye(hub: FakeHub, client: HubClient) -> None:
+    client.join(Hello(role="learner", name="learner-0"))
+    hub.wait_for(Heartbeat)
+    client.leave("done")
+    hub.wait_for(Goodbye)
+
+
+def test_a_message_that_cannot_be_sent_is_raised_at_the_next_wait(client: HubClient) -> None:
+    client._outgoing.append(Heartbeat(tasks=np.zeros(2**25, np.int32)))
+    with pytest.raises(Exception, match="larger than"):
+        client.batch(0, timeout_s=PATIENCE_S)

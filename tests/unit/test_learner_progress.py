@@ -1,0 +1,58 @@
+"""Learning rate, progress and what becomes of it in the summary."""
+
+import math
+
+import pytest
+
+from sgpo_async.config.schema import Optim
+from sgpo_async.learner.optimiser import learning_rate
+from sgpo_async.learner.progress import Progress
+from sgpo_async.wire.records import Evaluated
+
+STATUS = {
+    "version": 9,
+    "actors": [{}, {}],
+    "tokens_generated": 100,
+    "engine_idle": 0.25,
+    "ledger": {"dispatched": 1},
+    "evaluations": [],
+    "leases_reissued": 0,
+    "rejected": 0,
+    "duplicates": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "shape"),
+    [
+        ("constant", lambda _: 1.0),
+        ("linear", lambda x: 1 - x),
+        ("cosine", lambda x: (1 + math.cos(math.pi * x)) / 2),
+    ],
+)
+def test_warm_up_then_schedule(schedule: str, shape: object) -> None:
+    optim = Optim(lr=0.5, warmup_steps=4, schedule=schedule)
+    rates = [learning_rate(optim, step=step, steps=12) for step in range(12)]
+    assert rates[:4] == [0.125, 0.25, 0.375, 0.5]
+    assert rates[4:] == pytest.approx([0.5 * shape(i / 8) for i in range(8)])
+
+
+def test_progress_adds_up_and_survives_a_checkpoint() -> None:
+    progress = Progress()
+    progress.trained({"tokens": 10, "lag_histogram": {"0": 6, "2": 4}, "lag_max": 2}, idle_s=1, wall_s=4)
+    assert progress.evaluated([]) == {}
+    assert progress.evaluated([Evaluated(version=0, pass_auto=0.1, pass_guided=0.9, problems=5)])["eval_version"] == 0
+    progress = Progress(**progress.plain())
+    progress.trained({"tokens": 30, "lag_histogram": {"1": 30}, "lag_max": 1}, idle_s=1, wall_s=4)
+    progress.evaluated([Evaluated(version=2, pass_auto=0.8, pass_guided=1.0, problems=5)])
+    summary = progress.summary(STATUS)
+    assert (summary["steps"], summary["tokens_trained"], summary["lag_max"]) == (2, 40, 2)
+    assert summary["lag_mean"] == (4 * 2 + 30) / 40
+    assert summary["learner_idle"] == 0.25
+    assert (summary["pass_auto_first"], summary["pass_auto_last"], summary["pass_guided_last"]) == (0.1, 0.8, 1.0)
+    assert (summary["actors"], summary["weight_version"]) == (2, 9)
+
+
+def test_a_run_that_trained_nothing_has_a_summary() -> None:
+    summary = Progress().summary(STATUS)
+    assert summary["lag_mean"] == summary["learner_idle"] == 0
