@@ -22,8 +22,9 @@ class Signals:
         os.set_blocking(self._in, False)
         os.set_blocking(self._out, False)
         self._old_wakeup = signal.set_wakeup_fd(self._in, warn_on_full_buffer=False)
-        heeded = [number for number in HANDLED if signal.getsignal(number) is not signal.SIG_IGN]  # nohup, and the like
-        self._old = {number: signal.signal(number, self._note) for number in heeded}
+        self._old = {number: signal.signal(number, self._note) for number in HANDLED}
+        if self._old[signal.SIGHUP] is signal.SIG_IGN:  # nohup
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
         return self
 
     def __exit__(self, *_: object) -> None:
