@@ -165,7 +165,7 @@ def test_an_evaluation_round_ends_without_the_problems_that_nobody_can_serve():
     hub = Driver(source=Source(held_out=2))
     hub.learner()
     hub.actor(b"a", credit=2)
-    long, other = hub.leases(b"a")
+    long, other = hub.leases(b"a", "evaluate")
     assert {long.purpose, other.purpose} == {"evaluate"}
     hub.serve(b"a", other)
     hub.send(b"a", wire.Release(task=long.task, attempt=long.attempt, reason="too long", servable=False))
