@@ -8,8 +8,9 @@ from sgpo_async.cli.options import add_config, load_run, print_dry_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """CONFIG [key=value ...] [--dry-run]."""
+    """CONFIG [key=value ...] [--seconds S] [--dry-run]."""
     add_config(parser)
+    parser.add_argument("--seconds", type=float, default=20.0, metavar="S", help="for each setting (default: 20)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -20,4 +21,4 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from sgpo_async.bench import run_bench
 
-    return run_bench(settings)
+    return run_bench(settings, seconds=args.seconds)
