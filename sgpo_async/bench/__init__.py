@@ -1,12 +1,12 @@
 """Throughput of one configuration in four settings, on the same machine, one after another.
 
-    generation     engines alone, one per actor, fed without pause: the ceiling of the actors
-    learner        ranks alone, updating on the same real batch again and again: the ceiling of the learner
-    synchronous    the colocated loop: every rank generates its part, then all update, then all load the weights
-    asynchronous   the whole system as `sgpo-async local` runs it
+generation     engines alone, one per actor, fed without pause: the ceiling of the actors
+learner        ranks alone, updating on the same real batch again and again: the ceiling of the learner
+synchronous    the colocated loop: every rank generates its part, then all update, then all load the weights
+asynchronous   the whole system as `sgpo-async local` runs it
 
-    measure.py starts each setting as processes of its own and reads one JSON line from each
-    worker_*.py are those processes; rollouts.py makes groups without a hub
+measure.py starts each setting as processes of its own and reads one JSON line from each
+worker_*.py are those processes; rollouts.py makes groups without a hub
 """
 
 from sgpo_async.bench.measure import run_bench

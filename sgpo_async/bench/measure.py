@@ -35,7 +35,12 @@ def run_bench(run: Run, *, seconds: float = 20.0) -> int:
         print(f"measuring {setting} ...", file=sys.stderr, flush=True)
         results[setting] = _SETTINGS[setting](run, config, seconds)
     speedup = results["asynchronous"]["problems_per_s"] / results["synchronous"]["problems_per_s"]
-    report = {"config": to_plain(run), "seconds": seconds, "settings": results, "asynchronous_over_synchronous": speedup}
+    report = {
+        "config": to_plain(run),
+        "seconds": seconds,
+        "settings": results,
+        "asynchronous_over_synchronous": speedup,
+    }
     (folder / "bench.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     _print(results, speedup, folder / "bench.json")
     return 0

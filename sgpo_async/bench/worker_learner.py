@@ -1,7 +1,7 @@
 """Ranks without actors, under torchrun: `... worker_learner CONFIG {learner,synchronous} SECONDS [key=value ...]`.
 
-    learner        update on one real batch, again and again
-    synchronous    generate, update, load: the colocated loop that the asynchronous system is compared with
+learner        update on one real batch, again and again
+synchronous    generate, update, load: the colocated loop that the asynchronous system is compared with
 """
 
 from __future__ import annotations

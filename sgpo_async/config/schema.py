@@ -144,13 +144,9 @@ class Learner:
     batch_timeout_s: float = 600.0  # how long to wait for a batch before giving up
 
     def __post_init__(self) -> None:
-        require(
-            self.problems_per_step >= 1, "learner.problems_per_step", "is at least 1", self.problems_per_step
-        )
+        require(self.problems_per_step >= 1, "learner.problems_per_step", "is at least 1", self.problems_per_step)
         require(self.row_tokens >= 1, "learner.row_tokens", "is at least 1", self.row_tokens)
-        require(
-            self.checkpoint_every >= 0, "learner.checkpoint_every", "is at least 0", self.checkpoint_every
-        )
+        require(self.checkpoint_every >= 0, "learner.checkpoint_every", "is at least 0", self.checkpoint_every)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,9 +31,7 @@ class LinkProcess:
     """The hub's end of one session: listens on `host`, serves the weights in `store` to actor `name`."""
 
     def __init__(self, store: str, name: str, host: str, *, deadlines: Deadlines | None = None) -> None:
-        settings = Settings(
-            name=name, parent=os.getpid(), store=store, host=host, deadlines=deadlines or Deadlines()
-        )
+        settings = Settings(name=name, parent=os.getpid(), store=store, host=host, deadlines=deadlines or Deadlines())
         self._child = Child("sgpo_async.session.link", settings)
         self.name, self.host, self.pid = name, host, self._child.pid
 

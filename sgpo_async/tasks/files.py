@@ -124,7 +124,9 @@ class FileSource:
         self._held_out = [problem for problem in problems if problem.problem in reserved]
         self._training = [problem for problem in problems if problem.problem not in reserved]
         if not self._training:
-            raise DataError(f"{path}: {len(texts)} distinct problems leave none for training with tasks.held_out={held_out}")
+            raise DataError(
+                f"{path}: {len(texts)} distinct problems leave none for training with tasks.held_out={held_out}"
+            )
         self._order = lru_cache(maxsize=4)(self._shuffled)
         self._seed = seed
 

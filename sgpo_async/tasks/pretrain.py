@@ -58,17 +58,13 @@ def draw_batch(rng: random.Random, tokenizer: Any, *, max_steps: int) -> tuple[t
 def train(model: Any, tokenizer: Any) -> None:
     rng = random.Random(SEED)
     optimiser = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, max_lr=PEAK_LR, total_steps=TRAIN_STEPS, pct_start=0.15
-    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=PEAK_LR, total_steps=TRAIN_STEPS, pct_start=0.15)
     started = time.monotonic()
     for step in range(TRAIN_STEPS):
         max_steps = min(STEPS, 2 + step * 8 // TRAIN_STEPS)
         ids, labels = draw_batch(rng, tokenizer, max_steps=max_steps)
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
-        )
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()

@@ -31,9 +31,7 @@ def build_prompt(problem: str, strategy: str | None, *, style: Style, tokenizer:
         text = problem if strategy is None else f"{strategy}\n{problem}"
         return list(tokenizer.encode(text, add_special_tokens=False))
     if not tokenizer.chat_template:
-        raise DataError(
-            f"prompt style: chat, but tokenizer {tokenizer.name_or_path} has no chat template; use plain"
-        )
+        raise DataError(f"prompt style: chat, but tokenizer {tokenizer.name_or_path} has no chat template; use plain")
     content = problem if strategy is None else GUIDED_MESSAGE.format(strategy=strategy, problem=problem)
     encoded = tokenizer.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True

@@ -114,9 +114,7 @@ class RewardPool:
             paths = [_PACKAGE_PARENT, os.environ.get("PYTHONPATH", "")]
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
             pipe = subprocess.PIPE
-            self._processes[index] = subprocess.Popen(
-                command, stdin=pipe, stdout=pipe, text=True, env=environment
-            )
+            self._processes[index] = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
             return self._processes[index]
 
     def _judge(self, process: subprocess.Popen[str], request: _Request, *, index: int) -> Verdict | SgpoError:

@@ -43,9 +43,7 @@ class Dealer:
         HubError: the keys cannot be read.
     """
 
-    def __init__(
-        self, address: str, *, identity: bytes | None = None, keys: str | Path = "", max_bytes: int
-    ) -> None:
+    def __init__(self, address: str, *, identity: bytes | None = None, keys: str | Path = "", max_bytes: int) -> None:
         self.address = address
         self.identity = identity or secrets.token_hex(8).encode()
         self.max_bytes = max_bytes

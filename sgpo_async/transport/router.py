@@ -89,8 +89,6 @@ def bind(socket: zmq.Socket, address: str) -> str:
         socket.bind(numeric(address))
     except zmq.ZMQError as error:
         if error.errno == zmq.EADDRINUSE:
-            raise HubError(
-                f"hub.address: {address} is in use; stop the other hub or choose another port"
-            ) from error
+            raise HubError(f"hub.address: {address} is in use; stop the other hub or choose another port") from error
         raise HubError(f"hub.address: cannot listen at {address}: {error.strerror}") from error
     return socket.get_string(zmq.LAST_ENDPOINT)

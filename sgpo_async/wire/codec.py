@@ -150,6 +150,5 @@ def other_protocol(header: bytes) -> WireError:
     if type(version) is not int or version == PROTOCOL:
         return WireError("message does not begin with a protocol version")
     return ProtocolMismatch(
-        f"protocol: the other side speaks version {version}, this side {PROTOCOL}; "
-        "install the same sgpo-async on both"
+        f"protocol: the other side speaks version {version}, this side {PROTOCOL}; install the same sgpo-async on both"
     )

@@ -32,9 +32,7 @@ class Hello:
 
     role: Literal["actor", "learner"]
     name: str  # unique among living members, e.g. "actor-3f2a", "learner-0"
-    tokenizer: str = (
-        ""  # fingerprint; the hub refuses a member that differs from the first learner's or actor's
-    )
+    tokenizer: str = ""  # fingerprint; the hub refuses a member that differs from the first learner's or actor's
     rank: int = 0  # learner only
     world_size: int = 1  # learner only
     step: int = 0  # learner only: optimiser steps its weights have behind them
@@ -101,9 +99,7 @@ class Rollout:
     ends: Ints  # [S] end (exclusive) of each span in `tokens`; the last is T
     reward: float
     finish: Literal["stop", "length"]
-    unguided_logprob: float | None = (
-        None  # Eq. 4: sum of log pi(token | plain prompt); correct guided rollouts only
-    )
+    unguided_logprob: float | None = None  # Eq. 4: sum of log pi(token | plain prompt); correct guided rollouts only
 
     @property
     def oldest_version(self) -> int:
@@ -144,9 +140,7 @@ class Heartbeat:
     tokens: int = 0  # generated
     busy_s: float = 0.0  # time in which the engine had work
     wall_s: float = 0.0
-    tasks: Ints = field(
-        default_factory=lambda: np.empty(0, np.int32)
-    )  # leases it is working on: keeps them alive
+    tasks: Ints = field(default_factory=lambda: np.empty(0, np.int32))  # leases it is working on: keeps them alive
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -120,9 +120,7 @@ def test_a_phase_that_hangs_in_a_library_is_ended(start: Start) -> None:
         with guard.phase("rendezvous", 0.5):
             {HANG}
     """)
-    assert next_events(child) == [
-        {"event": "down", "reason": "odd of a-1: rendezvous: not done within 0.5 s"}
-    ]
+    assert next_events(child) == [{"event": "down", "reason": "odd of a-1: rendezvous: not done within 0.5 s"}]
 
 
 def test_a_failed_phase_is_named(start: Start) -> None:

@@ -122,9 +122,7 @@ def test_a_damaged_version_is_rejected_and_the_next_one_arrives(make: Callable[.
     session.writer.publish(1, model(1))
     content = model(0)[0][1].numpy().tobytes()
     place = Path(session.file.path).read_bytes().index(content)
-    newest = (
-        place + Path(session.file.path).read_bytes()[place + 1 :].index(model(1)[0][1].numpy().tobytes()) + 1
-    )
+    newest = place + Path(session.file.path).read_bytes()[place + 1 :].index(model(1)[0][1].numpy().tobytes()) + 1
     with Path(session.file.path).open("r+b") as store:
         store.seek(newest + manifest.buckets[2].offset)
         store.write(b"\xff")

@@ -144,9 +144,7 @@ def test_a_member_killed_in_mid_stream_leaves_whole_messages_only(hub: RouterMai
         assert [message for sender, message in received if sender == b"good"] == [Goodbye()]
         rollouts = [message for sender, message in received if sender == b"victim"]
         assert all(isinstance(message, Rollout) for message in rollouts)
-        assert (
-            [r.slot for r in rollouts] == [int(r.tokens[-1]) for r in rollouts] == list(range(len(rollouts)))
-        )
+        assert [r.slot for r in rollouts] == [int(r.tokens[-1]) for r in rollouts] == list(range(len(rollouts)))
         assert hub.rejected == 0
 
 

@@ -32,9 +32,7 @@ def weights(version: int) -> list[tuple[str, torch.Tensor]]:
 
 
 def write_and_die(path: str, first: int, last: int) -> None:
-    result = subprocess.run(
-        [sys.executable, "-c", WRITER, path, str(first), str(last)], timeout=120, check=False
-    )
+    result = subprocess.run([sys.executable, "-c", WRITER, path, str(first), str(last)], timeout=120, check=False)
     assert result.returncode == -9
 
 

@@ -26,7 +26,9 @@ def sgpo(*words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("module", ["cli.main", "cli.local", "cli.show", "cli.learner", "report", "metrics", "config", "wire"])
+@pytest.mark.parametrize(
+    "module", ["cli.main", "cli.local", "cli.show", "cli.learner", "report", "metrics", "config", "wire"]
+)
 def test_importing_it_does_not_import_torch(module: str) -> None:
     program = f"import sys, sgpo_async.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], timeout=60, check=False, cwd=ROOT).returncode == 0
@@ -57,7 +59,9 @@ def test_a_dry_run_prints_a_configuration_that_can_be_loaded_again(command: str,
 
 
 def test_a_dry_run_of_local_names_every_process() -> None:
-    commands = [line for line in sgpo("local", DEMO, "--dry-run", "local.ranks=2").stdout.splitlines() if line[0] == "#"]
+    commands = [
+        line for line in sgpo("local", DEMO, "--dry-run", "local.ranks=2").stdout.splitlines() if line[0] == "#"
+    ]
     text = "\n".join(commands)
     assert text.count(" actor --hub ") == load(DEMO).local.actors
     assert "--nproc-per-node=2 -m sgpo_async.cli learner" in text

@@ -40,7 +40,9 @@ def view_at(step: int, **changes: Any) -> View:
 
 
 def picture(view: View, width: int) -> list[str]:
-    console = Console(width=width, height=50, record=True, color_system=None, force_terminal=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    console = Console(
+        width=width, height=50, record=True, color_system=None, force_terminal=True, file=open("/dev/null", "w")
+    )
     console.print(render(view, width))
     return console.export_text().splitlines()
 

@@ -71,9 +71,7 @@ def _write(folder: Path, text: str) -> Path:
         ("steps", ["key=value"]),
     ],
 )
-def test_what_is_wrong_is_one_line_that_names_path_rule_and_value(
-    empty: Path, word: str, parts: list[str]
-) -> None:
+def test_what_is_wrong_is_one_line_that_names_path_rule_and_value(empty: Path, word: str, parts: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         load(empty, [word])
     message = str(caught.value)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from sgpo_async.cli import supervisor as module
-from sgpo_async.cli.supervisor import RESTARTS, LEAVING_S, RunFailed, Supervisor
+from sgpo_async.cli.supervisor import LEAVING_S, RESTARTS, RunFailed, Supervisor
 from sgpo_async.errors import DeadlineExceeded
 
 

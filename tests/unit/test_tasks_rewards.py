@@ -94,9 +94,7 @@ def test_a_worker_killed_from_outside_is_replaced(pool: RewardPool) -> None:
 
 
 @pytest.mark.process
-def test_a_failing_worker_is_an_error_and_no_verdict(
-    pool: RewardPool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failing_worker_is_an_error_and_no_verdict(pool: RewardPool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONHOME", "/nonexistent")
     pool.submit("key", "math", "2", "\\boxed{2}")
     with pytest.raises(SgpoError, match="reward worker: exit status"):

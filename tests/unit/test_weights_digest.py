@@ -24,9 +24,7 @@ def test_it_is_what_its_description_says() -> None:
 def test_order_and_strides_do_not_matter() -> None:
     transposed = WEIGHTS[0][1].t().contiguous().t()
     assert not transposed.is_contiguous()
-    assert (
-        digest(reversed(WEIGHTS)) == digest(WEIGHTS) == digest([("layer.weight", transposed), *WEIGHTS[1:]])
-    )
+    assert digest(reversed(WEIGHTS)) == digest(WEIGHTS) == digest([("layer.weight", transposed), *WEIGHTS[1:]])
 
 
 def test_a_parameter_counts_as_its_data() -> None:

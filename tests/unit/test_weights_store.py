@@ -98,9 +98,7 @@ def test_a_version_stays_until_the_next_but_one_begins(path: str) -> None:
     assert same(reader.tensors(2), weights(2))
 
 
-def test_a_copy_that_was_overwritten_meanwhile_is_not_believed(
-    path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_copy_that_was_overwritten_meanwhile_is_not_believed(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     writer, reader = StoreWriter(path), StoreReader(path)
     writer.publish(1, weights(1))
     assert reader.manifest() is not None
@@ -205,9 +203,7 @@ dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.in
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.tuples(shapes, dtypes), min_size=1, max_size=6), st.integers(1, 300))
-def test_any_model_comes_out_as_it_went_in(
-    plan: list[tuple[list[int], torch.dtype]], bucket_bytes: int
-) -> None:
+def test_any_model_comes_out_as_it_went_in(plan: list[tuple[list[int], torch.dtype]], bucket_bytes: int) -> None:
     file = StoreFile("/nowhere")
     try:
         writer, reader = StoreWriter(file.path, bucket_bytes=bucket_bytes), StoreReader(file.path)

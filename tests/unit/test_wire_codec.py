@@ -31,9 +31,7 @@ PLAIN = st.recursive(
 def same(a: Any, b: Any) -> bool:
     """Equality of records, in type and value, with arrays."""
     if dataclasses.is_dataclass(a):
-        return type(a) is type(b) and all(
-            same(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a)
-        )
+        return type(a) is type(b) and all(same(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
     if isinstance(a, np.ndarray):
         return isinstance(b, np.ndarray) and a.dtype == b.dtype and np.array_equal(a, b)
     if isinstance(a, tuple):
@@ -385,9 +383,7 @@ def survives(frames: list[bytes]) -> None:
 
 @settings(max_examples=250, deadline=None)
 @given(message=messages, dice=st.randoms(use_true_random=False), injuries=st.integers(1, 4))
-def test_injured_frames_are_refused_or_still_a_message(
-    message: Message, dice: random.Random, injuries: int
-) -> None:
+def test_injured_frames_are_refused_or_still_a_message(message: Message, dice: random.Random, injuries: int) -> None:
     frames = encode(message)
     for _ in range(injuries):
         frames = mutate(frames, dice) or [b""]
@@ -396,9 +392,7 @@ def test_injured_frames_are_refused_or_still_a_message(
 
 @settings(max_examples=200, deadline=None)
 @given(message=messages, value=PLAIN | st.binary() | st.integers(2**63, 2**64 - 1), data=st.data())
-def test_any_value_in_any_field_is_refused_or_a_message(
-    message: Message, value: Any, data: st.DataObject
-) -> None:
+def test_any_value_in_any_field_is_refused_or_a_message(message: Message, value: Any, data: st.DataObject) -> None:
     frames = encode(message)
     field = data.draw(st.sampled_from(sorted(header(frames))))
     survives(with_header(frames, {field: value}))
