@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from sgpo_async.engines.attention import use_decode_attention
+from sgpo_async.engines.decode_step import DecodeStep, Step, traced
 from sgpo_async.engines.slots import SlotCache
 from sgpo_async.errors import EngineError
 
 _BATCH_TOKENS = 8192  # of one padded prefill or scoring batch
 _BATCH_LOGITS = 2**26  # float32 logits of one scoring batch: 256 MiB
+_FAULTS = (TypeError, ValueError, AttributeError, LookupError, RuntimeError)  # of a model's code that is asked too much
 
 
 class Decoder:
-    """Runs `model` over the rows of a SlotCache. All methods need `torch.inference_mode` around them."""
+    """Runs `model` over the rows of a SlotCache. All methods need `torch.inference_mode` around them.
+
+    Raises EngineError if the model cannot be decoded with a key-value cache.
+    """
 
     def __init__(self, model: PreTrainedModel, slots: int) -> None:
         use_decode_attention(model)
         self.model, self.slots = model.eval(), slots
         self.vocabulary: int = model.get_input_embeddings().weight.shape[0]
         self.cache = SlotCache(slots, model.device)
+        self._step = self._choose_step()
 
     def tensor(self, array: np.ndarray) -> torch.Tensor:
         """`array` on the model's device."""
@@ -40,16 +48,7 @@ class Decoder:
 
     def decode(self, tokens: np.ndarray, positions: np.ndarray) -> torch.Tensor:
         """Feed `tokens` [n] at `positions` [n] of rows 0..n-1; returns the logits after them, [n, V]."""
-        places = self.tensor(positions)
-        mask = self.cache.decode(places, int(positions.max()) + 1, self.model.dtype)
-        output = self.model(
-            input_ids=self.tensor(tokens)[:, None],
-            position_ids=places[:, None],
-            attention_mask=mask,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        return output.logits[:, -1]
+        return self._step(*self._step_inputs(tokens, positions))
 
     def logits(self, ids: list[np.ndarray]) -> torch.Tensor:
         """Teacher-forced logits of all positions, [n, longest, V], without the cache."""
@@ -64,30 +63,48 @@ class Decoder:
         self.cache.move(self.tensor(sources), self.tensor(targets), length)
 
     @torch.inference_mode()
-    def check(self) -> None:
-        """Raise EngineError unless this model, decoded in rows of different lengths, agrees with its plain forward.
+    def _choose_step(self) -> Step:
+        """The traced decode step if it agrees with the model's plain forward, else the untraced one if that does.
 
-        That fails for models that keep other state than keys and values, or ignore positions or masks given.
+        Neither does for models that keep other state than keys and values, or ignore given positions or masks.
         """
-        ids = [np.arange(length, dtype=np.int32) % self.vocabulary for length in (7, 4)[: self.slots]]
+        ids = [np.arange(length, dtype=np.int64) % self.vocabulary for length in (9, 4, 6)[: self.slots]]
+        step = DecodeStep(self.model, self.cache)
         try:
-            self.prefill(0, [row[:-2] for row in ids])
-            for back in (2, 1):
-                decoded = self.decode(
-                    np.array([row[-back] for row in ids], np.int32), np.array([row.size - back for row in ids])
-                )
             plain = torch.stack([self.logits([row])[0, -1] for row in ids])
-        except (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError) as error:
-            raise EngineError(f"{self._unsupported()} ({type(error).__name__}: {error})") from error
-        limit = (1e-3 if self.model.dtype == torch.float32 else 5e-2) * float(plain.abs().max())
-        difference = float((decoded - plain).abs().max())
-        if not difference <= limit:
-            raise EngineError(
-                f"{self._unsupported()} (cached and plain logits differ by {difference:.1e}, limit {limit:.1e})"
-            )
+            self.prefill(0, [row[:-1] for row in ids])
+            fault = ""
+            for candidate in (traced(step, *self._inputs([row[:3] for row in ids[:2]])), step):
+                fault = self._fault(candidate, ids, plain)
+                if not fault:
+                    return candidate
+        except _FAULTS as error:
+            fault = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise EngineError(
+            f"the embedded engine cannot decode {type(self.model).__name__} exactly with a key-value cache: {fault}"
+        )
 
-    def _unsupported(self) -> str:
-        return f"the embedded engine cannot decode {type(self.model).__name__} exactly with a key-value cache"
+    def _fault(self, step: Step, ids: list[np.ndarray], plain: torch.Tensor) -> str:
+        """What is wrong with `step`, decoding the last two tokens of `ids`, all rows or the first alone; "" if nothing."""
+        limit = (1e-3 if self.model.dtype == torch.float32 else 5e-2) * float(plain.abs().max())
+        for rows in (len(ids), 1):
+            try:
+                step(*self._inputs([row[:-1] for row in ids[:rows]]))
+                decoded = step(*self._inputs(ids[:rows]))
+            except _FAULTS as error:
+                return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            difference = float((decoded - plain[:rows]).abs().max())
+            if not difference <= limit:
+                return f"cached and plain logits differ by {difference:.1e}, limit {limit:.1e}"
+        return ""
+
+    def _inputs(self, ids: list[np.ndarray]) -> tuple[Any, ...]:
+        """Of the decode step that feeds the last token of each of `ids`."""
+        return self._step_inputs(np.array([row[-1] for row in ids]), np.array([row.size - 1 for row in ids]))
+
+    def _step_inputs(self, tokens: np.ndarray, positions: np.ndarray) -> tuple[Any, ...]:
+        places = self.cache.places(self.tensor(positions), int(positions.max()) + 1)
+        return self.tensor(tokens), *places
 
     def _padded(self, ids: list[np.ndarray]) -> torch.Tensor:
         return self.tensor(pad_sequence([torch.from_numpy(row) for row in ids], batch_first=True).numpy())

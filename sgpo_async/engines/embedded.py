@@ -52,7 +52,6 @@ class EmbeddedEngine:
         self._batch = max(1, self._slots // 8)  # rows or requests worth a forward of their own
         self._deterministic = deterministic
         self._decoder = Decoder(model, self._slots)
-        self._decoder.check()
         self._longest = longest(model)
         self._ends = np.zeros(self._decoder.vocabulary, bool)
         self._ends[list(end_tokens(model) if end_ids is None else end_ids)] = True
@@ -127,6 +126,7 @@ class EmbeddedEngine:
         waiting = len(self._waiting) + len(self._scores)
         return EngineLoad(running=len(self._running), waiting=waiting, slots=self._slots, tokens=self._tokens)
 
+    @torch.inference_mode()
     def close(self) -> None:
         """Forget all requests and free the cache; the engine serves nothing until a load."""
         self._withdraw()
