@@ -1,0 +1,36 @@
+"""Configuration: frozen dataclasses, read once, validated once."""
+
+from sgpo_async.config.load import from_plain, load, to_plain, to_yaml
+from sgpo_async.config.schema import (
+    Algorithm,
+    Correction,
+    Engine,
+    Evaluation,
+    Hub,
+    Learner,
+    Local,
+    Model,
+    Optim,
+    Rollout,
+    Run,
+    Tasks,
+)
+
+__all__ = [
+    "Algorithm",
+    "Correction",
+    "Engine",
+    "Evaluation",
+    "Hub",
+    "Learner",
+    "Local",
+    "Model",
+    "Optim",
+    "Rollout",
+    "Run",
+    "Tasks",
+    "from_plain",
+    "load",
+    "to_plain",
+    "to_yaml",
+]

@@ -38,7 +38,12 @@ class Tasks:
     prompt: Literal["plain", "chat"] = "plain"
 
     def __post_init__(self) -> None:
-        require(self.source != "file" or bool(self.path), "tasks.path", "names the problems when tasks.source=file", "")
+        require(
+            self.source != "file" or bool(self.path),
+            "tasks.path",
+            "names the problems when tasks.source=file",
+            "",
+        )
         require(self.held_out >= 1, "tasks.held_out", "is at least 1", self.held_out)
 
 
@@ -131,15 +136,21 @@ class Learner:
 
     problems_per_step: int = 16  # the batch; every optimiser step trains exactly so many problems
     row_tokens: int = 2048  # capacity of one packed row, the micro-batch of one rank
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 on GPUs that have it
+    precision: Literal["auto", "float32", "bfloat16"] = (
+        "auto"  # of matrix products; auto: bfloat16 on GPUs that have it
+    )
     checkpoint_every: int = 0  # steps; 0: only at the end
     resume: bool = False  # continue from the newest checkpoint of this run, if there is one
     batch_timeout_s: float = 600.0  # how long to wait for a batch before giving up
 
     def __post_init__(self) -> None:
-        require(self.problems_per_step >= 1, "learner.problems_per_step", "is at least 1", self.problems_per_step)
+        require(
+            self.problems_per_step >= 1, "learner.problems_per_step", "is at least 1", self.problems_per_step
+        )
         require(self.row_tokens >= 1, "learner.row_tokens", "is at least 1", self.row_tokens)
-        require(self.checkpoint_every >= 0, "learner.checkpoint_every", "is at least 0", self.checkpoint_every)
+        require(
+            self.checkpoint_every >= 0, "learner.checkpoint_every", "is at least 0", self.checkpoint_every
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,11 +168,16 @@ class Hub:
     def __post_init__(self) -> None:
         require(self.address.startswith("tcp://"), "hub.address", "looks like tcp://HOST:PORT", self.address)
         host, _, port = self.address.removeprefix("tcp://").rpartition(":")
-        require(bool(host) and port.isdigit() and int(port) < 65536, "hub.address", "looks like tcp://HOST:PORT", self.address)
+        require(
+            bool(host) and port.isdigit() and int(port) < 65536,
+            "hub.address",
+            "looks like tcp://HOST:PORT",
+            self.address,
+        )
         require(
             bool(self.keys) or host in ("127.0.0.1", "localhost", "[::1]"),
             "hub.keys",
-            f"names a folder of keys when the hub listens beyond loopback ({host}); make one with 'sgpo-async keys DIR'",
+            f"names a folder of keys when the hub listens beyond loopback ({host}); make one: sgpo-async keys DIR",
             self.keys,
         )
         require(self.max_lag >= 0, "hub.max_lag", "is at least 0", self.max_lag)

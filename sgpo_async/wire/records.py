@@ -4,10 +4,10 @@
     hub ──▶ actor     Welcome | Refused  Lease  Ack  Stop
     learner ──▶ hub   Hello  BatchRequest  Commit  Published  Evaluate  SnapshotRequest  Restore  Finish  Heartbeat
     hub ──▶ learner   Welcome | Refused  Shard  Committed  Evaluated  Snapshot  Restored
-    observer ──▶ hub  StatusRequest          hub ──▶ observer  Status
+    anyone ──▶ hub    StatusRequest  SettingsRequest      hub ──▶ anyone    Status  Settings
 
-A record is a frozen dataclass. Its array fields (`Tokens`, `Floats`, `Ints`) travel as raw little-endian buffers
-in frames of their own; everything else travels in the MessagePack header. `None` means absent.
+A record is a frozen dataclass. Its array fields (`Tokens`, `Floats`, `Ints`) and `bytes` travel as raw
+little-endian buffers in frames of their own; everything else travels in the MessagePack header. `None` means absent.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ class Hello:
 
     role: Literal["actor", "learner"]
     name: str  # unique among living members, e.g. "actor-3f2a", "learner-0"
-    tokenizer: str = ""  # fingerprint; the hub refuses a member that differs from the first learner's or actor's
+    tokenizer: str = (
+        ""  # fingerprint; the hub refuses a member that differs from the first learner's or actor's
+    )
     rank: int = 0  # learner only
     world_size: int = 1  # learner only
     step: int = 0  # learner only: optimiser steps its weights have behind them
@@ -42,7 +44,6 @@ class Hello:
 class Welcome:
     """The hub accepts a member and tells it what it needs to know."""
 
-    settings: dict[str, Any]  # the Run configuration as plain data (`config.to_plain`)
     session_host: str = ""  # actor: where its link process waits for the Torch RPC world of two
     session_port: int = 0
     store: str = ""  # learner: path of the shared-memory weight store to publish into
@@ -100,7 +101,9 @@ class Rollout:
     ends: Ints  # [S] end (exclusive) of each span in `tokens`; the last is T
     reward: float
     finish: Literal["stop", "length"]
-    unguided_logprob: float | None = None  # Eq. 4: sum of log pi(token | plain prompt); correct guided rollouts only
+    unguided_logprob: float | None = (
+        None  # Eq. 4: sum of log pi(token | plain prompt); correct guided rollouts only
+    )
 
     @property
     def oldest_version(self) -> int:
@@ -140,7 +143,9 @@ class Heartbeat:
     tokens: int = 0  # generated
     busy_s: float = 0.0  # time in which the engine had work
     wall_s: float = 0.0
-    tasks: Ints = field(default_factory=lambda: np.empty(0, np.int32))  # leases it is working on: keeps them alive
+    tasks: Ints = field(
+        default_factory=lambda: np.empty(0, np.int32)
+    )  # leases it is working on: keeps them alive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,8 +266,20 @@ class Status:
     status: dict[str, Any]
 
 
+@dataclass(frozen=True, kw_only=True)
+class SettingsRequest:
+    """An actor asks what run it would join, before it says Hello: loading the model may take long."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The run's configuration as plain data (`config.to_plain`)."""
+
+    settings: dict[str, Any]
+
+
 Message = (
     Hello | Welcome | Refused | Ready | Lease | Rollout | Ack | Release | Heartbeat | Goodbye | Stop | BatchRequest
     | Shard | Commit | Committed | Published | Evaluate | Evaluated | SnapshotRequest | Snapshot | Restore | Restored
-    | Finish | StatusRequest | Status
+    | Finish | StatusRequest | Status | SettingsRequest | Settings
 )  # fmt: skip

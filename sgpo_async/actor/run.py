@@ -1,0 +1,179 @@
+"""An actor's life: find the hub, warm the engine, serve session after session.
+
+    settings ─▶ engine (stays warm) ─▶ ┌ Hello ─▶ Welcome ─▶ node process ─▶ serve ┐
+        ▲                              └────────────── session ended ◀─────────────┘
+        └──────────────────────────────── backoff ◀──────────┘
+
+The configuration is asked for before the actor joins, so that loading a model, which may take minutes, is not
+mistaken for a dead member. The engine outlives sessions; a hub that went away is looked for until it is back.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+import uuid
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from sgpo_async.actor.service import Service
+from sgpo_async.config import Model, Run, from_plain
+from sgpo_async.engines import EmbeddedEngine
+from sgpo_async.engines.base import Engine
+from sgpo_async.errors import HubError
+from sgpo_async.session import NodeProcess
+from sgpo_async.tasks.models import load_tokenizer, model_folder, tokenizer_fingerprint
+from sgpo_async.tasks.sources import VERIFIER_OF_SOURCE
+from sgpo_async.transport import Dealer, Mailbox
+from sgpo_async.weights import digest
+from sgpo_async.wire.records import Hello, Message, Refused, Settings, SettingsRequest, Stop, Welcome
+
+WELCOME_DEADLINE_S = 180.0  # the hub starts a link process first, on a machine that may be busy
+Answer = TypeVar("Answer", Settings, Welcome)
+MAX_BYTES = 2**30  # the hub's own limit (hub.max_message_mb) is the one that counts
+BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 5.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActorOptions:
+    """What one node decides for itself; everything else comes from the hub."""
+
+    hub: str
+    name: str = ""
+    keys: str = ""
+    model: str = ""  # a local copy, where the run's model.path does not resolve on this node
+    slots: int = 0  # 0: as the run says
+    device: str = ""  # "": as the run says
+    hub_timeout_s: float = 120.0  # how long to look for the hub before giving up
+
+
+class Actor:
+    """One inference node. Raises HubError when no hub is found or it refuses; EngineError, DataError for the model."""
+
+    def __init__(self, options: ActorOptions) -> None:
+        self._options = options
+        self._name = options.name or f"actor-{uuid.uuid4().hex[:6]}"
+        self._stopped = False
+        self._warm_model: Model | None = None
+        self._engine: Engine | None = None
+        self._tokenizer: Any = None
+
+    def run(self) -> int:
+        """Serve until the run is over (exit status 0) or this process is told to stop."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+        failures = 0
+        while not self._stopped:
+            began = time.monotonic()
+            mailbox = Mailbox(Dealer(self._options.hub, keys=self._options.keys, max_bytes=MAX_BYTES))
+            try:
+                if self._session(mailbox):
+                    break
+            finally:
+                mailbox.close(linger_s=1.0)  # releases and the goodbye should leave
+            failures = 0 if time.monotonic() - began > 2 * BACKOFF_S[-1] else failures + 1
+            self._pause(BACKOFF_S[min(failures, len(BACKOFF_S) - 1)])
+        if self._engine is not None:
+            self._engine.close()
+        return 0
+
+    def _session(self, mailbox: Mailbox) -> bool:
+        """One connection to one hub, from its settings to its end; whether the run is over."""
+        node = NodeProcess(self._name)  # imports torch while this process does other things
+        try:
+            return self._join(mailbox, node)
+        finally:
+            node.stop()
+
+    def _join(self, mailbox: Mailbox, node: NodeProcess) -> bool:
+        settings = self._ask(mailbox, SettingsRequest(), Settings, self._options.hub_timeout_s, again_s=1.0)
+        if settings is None:
+            return True
+        run = self._with_own_options(from_plain(settings.settings))
+        engine = self._warm(run)
+        hello = Hello(role="actor", name=self._name, tokenizer=tokenizer_fingerprint(self._tokenizer))
+        welcome = self._ask(mailbox, hello, Welcome, WELCOME_DEADLINE_S)
+        if welcome is None:
+            return True
+        node.connect(welcome.session_host, welcome.session_port)
+        service = Service(
+            mailbox=mailbox,
+            node=node,
+            engine=engine,
+            tokenizer=self._tokenizer,
+            run=run,
+            verifier=VERIFIER_OF_SOURCE[run.tasks.source],
+        )
+        reason = service.serve(stopping=lambda: self._stopped)
+        _say(f"{self._name}: session ended: {reason}")
+        return service.finished
+
+    def _with_own_options(self, run: Run) -> Run:
+        own = self._options
+        return replace(
+            run,
+            model=replace(run.model, path=own.model or run.model.path),
+            engine=replace(
+                run.engine,
+                slots=own.slots or run.engine.slots,
+                device=own.device or run.engine.device,  # type: ignore[arg-type]
+            ),
+        )
+
+    def _warm(self, run: Run) -> Engine:
+        """The engine, loaded once for as long as the run's model stays the same."""
+        if self._engine is not None and self._warm_model == run.model:
+            return self._engine
+        if self._engine is not None:
+            self._engine.close()
+        began = time.monotonic()
+        folder = model_folder(run.model.path)
+        self._tokenizer = load_tokenizer(folder)
+        self._engine = EmbeddedEngine.from_pretrained(
+            folder,
+            slots=run.engine.slots,
+            device=run.engine.device,
+            deterministic=run.engine.deterministic,
+            digest=digest,
+        )
+        self._warm_model = run.model
+        _say(f"{self._name}: engine ready after {time.monotonic() - began:.1f} s")
+        return self._engine
+
+    def _ask(
+        self, mailbox: Mailbox, question: Message, answer: type[Answer], deadline_s: float, *, again_s: float = 0.0
+    ) -> Answer | None:
+        """Send `question` and wait for its answer; None if told to stop. Repeats it every `again_s` if that is set."""
+        began = asked = time.monotonic()
+        mailbox.send(question)
+        while not self._stopped:
+            for message in mailbox.receive(0.1):
+                if isinstance(message, answer):
+                    return message
+                if isinstance(message, Refused):
+                    raise HubError(f"hub {self._options.hub}: refused {self._name}: {message.reason}")
+                if isinstance(message, Stop):
+                    return None
+            now = time.monotonic()
+            if now - began > deadline_s:
+                raise HubError(
+                    f"hub {self._options.hub}: no {answer.__name__} within {deadline_s:g} s; "
+                    "check that the hub runs, the address and the keys"
+                )
+            if again_s and now - asked > again_s:
+                asked = now
+                mailbox.send(question)
+        return None
+
+    def _stop(self, *_: object) -> None:
+        self._stopped = True
+
+    def _pause(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while not self._stopped and time.monotonic() < until:
+            time.sleep(0.05)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,232 @@
+"""One session of an actor: leases in, rollouts out, weights in flight. One thread, one loop.
+
+    hub ──Lease, Ack, Stop──▶ receive ─▶ admit ─▶ engine.step ─▶ judge ─▶ publish ──Rollout, Ready, Heartbeat──▶ hub
+    link ──(Torch RPC)──▶ node process ──version, path──▶ refresh ─▶ engine.load
+
+The loop waits in one place: in `receive`, and only while the engine has nothing to do. A lease waits in `admit` until
+the engine holds a version that the lease admits; a rollout waits in the sender until the hub acknowledges it.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from sgpo_async.actor.group import Group, Sampling
+from sgpo_async.config import Run
+from sgpo_async.engines.base import Engine, Generated
+from sgpo_async.errors import Superseded, WeightsError
+from sgpo_async.session import NodeControl, NodeDown, NodeProcess, NodeRejected, NodeWeights
+from sgpo_async.tasks.prompts import build_prompt
+from sgpo_async.tasks.reward_pool import RewardPool
+from sgpo_async.transport import Mailbox, ReliableSender
+from sgpo_async.weights import StoreReader
+from sgpo_async.wire.records import Ack, Goodbye, Heartbeat, Lease, Message, Ready, Refused, Release, Rollout, Stop
+
+IDLE_WAIT_S = 0.02
+UNACKNOWLEDGED = 512  # rollouts on their way to the hub
+RESEND_AFTER_S = 10.0
+
+
+class Service:
+    """Serves one hub until told to stop, or until the hub or its link is gone.
+
+    Parameters: the typed connection to the hub; the node process that brings weights; a warm engine; the tokenizer;
+    the run's configuration; the verifier's name (see `sgpo_async.tasks.verify`).
+    """
+
+    def __init__(self, *, mailbox: Mailbox, node: NodeProcess, engine: Engine, tokenizer: Any, run: Run, verifier: str):
+        self._mailbox, self._node, self._engine = mailbox, node, engine
+        self._tokenizer, self._run, self._verifier = tokenizer, run, verifier
+        self._sampling = Sampling(temperature=run.rollout.temperature, max_new_tokens=run.rollout.max_new_tokens)
+        self._rewards = RewardPool()
+        self._sender = ReliableSender(window=UNACKNOWLEDGED, resend_after_s=RESEND_AFTER_S)
+        self._store: StoreReader | None = None
+        self._waiting: deque[Lease] = deque()
+        self._groups: dict[tuple[int, int], Group] = {}
+        self._granted = 0  # leases the hub may have open here
+        self._busy_s = 0.0
+        self._started = self._beaten = time.monotonic()
+        self.finished = False  # the run is over, not just this session
+
+    def serve(self, *, stopping: Callable[[], bool]) -> str:
+        """Run the loop until it ends; return the reason."""
+        try:
+            while not stopping():
+                if reason := self.receive() or self.refresh():
+                    return reason
+                self.admit()
+                self.generate()
+                self.judge()
+                self.publish()
+            self._leave("stopped")
+            return "stopped"
+        finally:
+            self._rewards.close()
+            if self._store is not None:
+                self._store.close()
+            self._engine.cancel([key for group in self._groups.values() for key in group.rollout_ids()])
+
+    def receive(self) -> str | None:
+        """Take what the hub sent; a reason to end, if there is one."""
+        status = self._engine.load_status()
+        idle = status.running + status.waiting == 0
+        for message in self._mailbox.receive(IDLE_WAIT_S if idle else 0.0):
+            if reason := self._take(message):
+                return reason
+        return None
+
+    def _take(self, message: Message) -> str | None:
+        match message:
+            case Lease():
+                self._waiting.append(message)
+            case Ack():
+                self._sender.acknowledge(message)
+            case Stop():
+                self.finished = True
+                self._leave(message.reason)
+                return message.reason
+            case Refused():
+                return f"refused: {message.reason}"
+        return None
+
+    def refresh(self) -> str | None:
+        """Load the newest weights that the node process holds; a reason to end if the session broke."""
+        newest = None
+        for event in self._node.poll():
+            match event:
+                case NodeWeights():
+                    newest = event
+                case NodeRejected():
+                    _say(f"weights version {event.version}: {event.reason}")
+                case NodeControl(word="drain"):
+                    self._leave("drained")
+                    return "drained"
+                case NodeDown():
+                    return f"session down: {event.reason}"
+        if newest is not None:
+            self._load(newest)
+        return None
+
+    def _load(self, event: NodeWeights) -> None:
+        """A failed load takes the engine out of service until a later version loads whole."""
+        if self._store is None:
+            self._store = StoreReader(event.path)
+        try:
+            self._engine.load(event.version, self._store.tensors(event.version), event.digest)
+        except Superseded:
+            return  # a newer version is already there: its event follows
+        except WeightsError as error:
+            _say(f"weights version {event.version}: {error}")
+        self._beat(time.monotonic())  # the hub leases by version: tell it at once
+
+    def admit(self) -> None:
+        """Start the leases whose lowest version the engine holds; ask for more while slots would stay empty."""
+        version = self._engine.version
+        if version is None:
+            return
+        while self._waiting and self._waiting[0].min_version <= version:
+            self._start(self._waiting.popleft())
+        wanted = self._lease_target() - self._granted
+        if wanted > 0 and self._mailbox.send(Ready(tasks=wanted, version=version)):
+            self._granted += wanted
+
+    def _lease_target(self) -> int:
+        """Enough leases to fill every slot, and one in hand so that a free slot never waits for the network."""
+        return -(-self._run.engine.slots // self._run.rollout.size) + 1
+
+    def _start(self, lease: Lease) -> None:
+        group = Group(
+            lease,
+            plain=self._prompt(lease.problem, None),
+            guided=self._prompt(lease.problem, lease.strategy) if lease.guided else None,
+            sampling=self._sampling,
+        )
+        self._groups[lease.task, lease.attempt] = group
+        for request in group.requests():
+            self._engine.submit(request)
+
+    def _prompt(self, problem: str, strategy: str | None) -> np.ndarray:
+        ids = build_prompt(problem, strategy, style=self._run.tasks.prompt, tokenizer=self._tokenizer)
+        return np.asarray(ids, dtype=np.int32)
+
+    def generate(self) -> None:
+        """One step of the engine; hand what finished to the verifier or straight on."""
+        began = time.monotonic()
+        status = self._engine.load_status()
+        for result in self._engine.step(0.0):
+            group = self._group_of(result.id)
+            if isinstance(result, Generated):
+                group.generated(result)
+                text = self._tokenizer.decode(result.tokens, skip_special_tokens=True)
+                self._rewards.submit(result.id, self._verifier, group.lease.answer, text)
+            else:
+                self._finish(group, group.scored(result))
+        if status.running + status.waiting:
+            self._busy_s += time.monotonic() - began
+
+    def judge(self) -> None:
+        """Take verdicts: a correct guided rollout is scored without its strategy first (Eq. 4)."""
+        if self._engine.version is None:
+            return  # quarantined: nothing can be scored
+        for verdict in self._rewards.poll():
+            group = self._group_of(verdict.key)
+            outcome = group.judged(_slot(verdict.key), correct=verdict.correct)
+            if isinstance(outcome, Rollout):
+                self._finish(group, outcome)
+            else:
+                self._engine.submit(outcome)
+
+    def _finish(self, group: Group, rollout: Rollout) -> None:
+        self._sender.offer(rollout)
+        if group.done:
+            del self._groups[group.lease.task, group.lease.attempt]
+            self._granted -= 1
+
+    def publish(self) -> None:
+        """Send rollouts that are due (new or unacknowledged), and a sign of life every heartbeat."""
+        now = time.monotonic()
+        for rollout in self._sender.due(now):
+            self._mailbox.send(rollout)
+        if now - self._beaten >= self._run.hub.heartbeat_s:
+            self._beat(now)
+
+    def _beat(self, now: float) -> None:
+        self._beaten = now
+        status = self._engine.load_status()
+        leases = [lease.task for lease in self._waiting] + [task for task, _ in self._groups]
+        heartbeat = Heartbeat(
+            state="joining" if self._engine.version is None else "serving",
+            version=-1 if self._engine.version is None else self._engine.version,
+            running=status.running,
+            tokens=status.tokens,
+            busy_s=self._busy_s,
+            wall_s=now - self._started,
+            tasks=np.asarray(leases, dtype=np.int32),
+        )
+        self._mailbox.send(heartbeat)
+
+    def _leave(self, reason: str) -> None:
+        """Give every lease back, whole, and say goodbye: the hub reissues them at once."""
+        leases = [*self._waiting, *(group.lease for group in self._groups.values())]
+        for lease in leases:
+            self._mailbox.send(Release(task=lease.task, attempt=lease.attempt, reason=reason))
+        self._mailbox.send(Goodbye(reason=reason))
+
+    def _group_of(self, key: object) -> Group:
+        assert isinstance(key, tuple)
+        return self._groups[key[0], key[1]]
+
+
+def _slot(key: object) -> int:
+    assert isinstance(key, tuple)
+    return int(key[2])
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,55 @@
+"""SGPO, Strategy-Guided Policy Optimization, as pure functions of tensors.
+
+Source: Shi et al., "Beyond Trajectory Imitation: Strategy-Guided Policy Optimization for LLM Reasoning",
+https://arxiv.org/abs/2606.24064. Equation numbers are the paper's; sg[.] stops the gradient.
+
+For each of P problems q with a strategy s, the policy pi writes G1 autonomous rollouts o_i ~ pi(.|q) and G2
+guided rollouts o~_j ~ pi(.|q,s), each with a reward R in {0, 1}. Read the files in the equations' order:
+
+    advantages.py   Eq. 1   A_i = (R_i - mean) / std, within the autonomous group
+    kl.py           Eq. 3   d_t = KL( sg[pi(.|q,s,o~_<t)] || pi(.|q,o~_<t) )
+    selection.py    Eq. 4   o+ = the correct o~_j that is likeliest without the strategy
+    weights.py      Eq. 6   alpha(q): how much to distil, given how much the strategy helps
+    losses.py       Eq. 1, 5, 7   L = L_GRPO + alpha(q) L_KD, averaged over problems
+    correction.py   importance weights, where the rollouts come from an older policy mu
+    linear.py       log-probabilities and Eq. 3 straight from hidden states, for large vocabularies
+
+Shapes: P problems, G rollouts of a group, N or K sequences, T tokens, V vocabulary, H hidden width.
+Every function computes in the floating-point type that it is given.
+"""
+
+from sgpo_async.algorithm.advantages import group_advantages
+from sgpo_async.algorithm.correction import MODES, correction_weights
+from sgpo_async.algorithm.kl import forward_kl
+from sgpo_async.algorithm.linear import linear_forward_kl, linear_logprobs
+from sgpo_async.algorithm.losses import (
+    LIMITERS,
+    KLMass,
+    LossWeights,
+    distillation_loss,
+    grpo_loss,
+    kl_mass,
+    loss_weights,
+    sgpo_loss,
+)
+from sgpo_async.algorithm.selection import select_reachable
+from sgpo_async.algorithm.weights import adaptive_weight
+
+__all__ = [
+    "LIMITERS",
+    "MODES",
+    "KLMass",
+    "LossWeights",
+    "adaptive_weight",
+    "correction_weights",
+    "distillation_loss",
+    "forward_kl",
+    "group_advantages",
+    "grpo_loss",
+    "kl_mass",
+    "linear_forward_kl",
+    "linear_logprobs",
+    "loss_weights",
+    "select_reachable",
+    "sgpo_loss",
+]

@@ -1,0 +1,151 @@
+"""Log-probabilities, entropy and forward KL straight from hidden states and the output matrix.
+
+Logits of T tokens over V words are the largest tensor of training (16K x 152K in float32: 10 GB). Here they
+exist for `chunk` rows at a time, and again in the backward pass, where their gradient has a closed form:
+
+    d log q(o_t) / d z = onehot(o_t) - q          d KL(p || q) / d z = q - p          q = softmax(z)
+
+Logits are multiplied out in the type given; softmax, and the sum of the weight's gradient over chunks, in
+float32 at least. Weights are plain tensors (of a sharded parameter: the gathered one).
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sgpo_async.algorithm.kl import kl_divergence
+
+Head = tuple[Tensor, Tensor]
+"""(hidden [T, H], weight [V, H]): logits hidden @ weight.T, not multiplied out."""
+
+
+def linear_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0, chunk: int = 1024
+) -> tuple[Tensor, Tensor]:
+    """log pi(o_t|.) of the sampled tokens, and the entropy of pi at each position.
+
+    Args:
+        hidden: [T, H], position t predicts o_t.
+        weight: [V, H].
+        targets: [T] int64, o_t.
+        temperature: that of the rollouts.
+        chunk: rows of logits held at a time.
+
+    Returns:
+        log-probability [T], differentiable in hidden and weight; entropy [T] in nats, without gradient.
+    """
+    logp, entropy = _LinearLogprobs.apply(hidden, weight, targets, temperature, chunk)
+    return logp, entropy
+
+
+def linear_forward_kl(
+    teacher: Head, student: Head, targets: Tensor, *, temperature: float = 1.0, chunk: int = 1024
+) -> tuple[Tensor, Tensor]:
+    """`forward_kl` (Eq. 3) without its logits, and the teacher's log pi(o~_t|q,s,o~_<t) from the same pass.
+
+    Args:
+        teacher: (hidden [T, H'], weight [V, H']) with the strategy in the prompt; no gradient reaches either.
+        student: (hidden [T, H], weight [V, H]) without it; the weight may be the teacher's own tensor.
+        targets: [T] int64, o~_t.
+        temperature: that of the rollouts.
+        chunk: rows of logits held at a time, on each side.
+
+    Returns:
+        d [T] in nats, differentiable in the student's hidden and weight; the teacher's log-probability [T] of
+        the targets, without gradient, for the prefix correction.
+    """
+    d, log_teacher = _LinearForwardKL.apply(*teacher, *student, targets, temperature, chunk)
+    return d, log_teacher
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        hidden, weight, targets, temperature, chunk = args
+        logp, entropy = _rows(hidden), _rows(hidden)
+        for rows in _chunks(hidden, chunk):
+            log_q = _log_softmax(hidden[rows], weight, temperature)
+            logp[rows] = _pick(log_q, targets[rows])
+            entropy[rows] = -(log_q.exp() * log_q).sum(-1)
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.mark_non_differentiable(entropy)
+        return logp, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets = ctx.saved_tensors
+
+        def grad_logits(rows: slice) -> Tensor:
+            grad = _log_softmax(hidden[rows], weight, ctx.temperature).exp().neg()
+            grad[torch.arange(len(grad), device=grad.device), targets[rows]] += 1
+            return grad * (grads[0][rows, None] / ctx.temperature)
+
+        return *_head_gradients(hidden, weight, grad_logits, ctx.chunk), None, None, None
+
+
+class _LinearForwardKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        *heads, targets, temperature, chunk = args
+        teacher_hidden, teacher_weight, hidden, weight = heads
+        d, log_teacher = _rows(hidden), _rows(teacher_hidden)
+        for rows in _chunks(hidden, chunk):
+            log_p = _log_softmax(teacher_hidden[rows], teacher_weight, temperature)
+            log_q = _log_softmax(hidden[rows], weight, temperature)
+            d[rows] = kl_divergence(log_p, log_q)
+            log_teacher[rows] = _pick(log_p, targets[rows])
+        ctx.save_for_backward(*heads)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.mark_non_differentiable(log_teacher)
+        return d, log_teacher
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        teacher_hidden, teacher_weight, hidden, weight = ctx.saved_tensors
+
+        def grad_logits(rows: slice) -> Tensor:
+            p = _log_softmax(teacher_hidden[rows], teacher_weight, ctx.temperature).exp()
+            q = _log_softmax(hidden[rows], weight, ctx.temperature).exp()
+            return (q - p) * (grads[0][rows, None] / ctx.temperature)
+
+        return None, None, *_head_gradients(hidden, weight, grad_logits, ctx.chunk), None, None, None
+
+
+def _head_gradients(
+    hidden: Tensor, weight: Tensor, grad_logits: Callable[[slice], Tensor], chunk: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of hidden and weight, given that of the logits of any rows."""
+    grad_hidden = torch.empty_like(hidden)
+    grad_weight = torch.zeros_like(weight, dtype=_at_least_float32(weight))
+    for rows in _chunks(hidden, chunk):
+        grad = grad_logits(rows).to(hidden.dtype)
+        grad_hidden[rows] = grad @ weight
+        grad_weight += grad.T @ hidden[rows]
+    return grad_hidden, grad_weight.to(weight.dtype)
+
+
+def _log_softmax(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    logits = hidden @ weight.T
+    return torch.log_softmax(logits.to(_at_least_float32(logits)) / temperature, dim=-1)
+
+
+def _pick(log_probs: Tensor, targets: Tensor) -> Tensor:
+    return log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+def _rows(hidden: Tensor) -> Tensor:
+    return hidden.new_empty(len(hidden), dtype=_at_least_float32(hidden))
+
+
+def _chunks(hidden: Tensor, chunk: int) -> Iterator[slice]:
+    return (slice(start, start + chunk) for start in range(0, len(hidden), chunk))
+
+
+def _at_least_float32(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)

@@ -1,0 +1,29 @@
+"""`sgpo-async actor`: an inference node that joins a hub; start and stop it at any time, on any node."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """--hub ADDRESS and what one node decides for itself; everything else comes from the hub."""
+    parser.add_argument("--hub", required=True, metavar="tcp://HOST:PORT", help="where the hub listens")
+    parser.add_argument("--name", default="", help="unique among the run's members (default: chosen at random)")
+    parser.add_argument("--keys", default="", metavar="DIR", help="keys, if the hub has them (see: sgpo-async keys)")
+    parser.add_argument(
+        "--model", default="", metavar="PATH", help="a local copy, where the run's model.path is absent"
+    )
+    parser.add_argument(
+        "--slots", type=int, default=0, metavar="N", help="sequences decoded together (default: the run's)"
+    )
+    parser.add_argument("--device", default="", choices=["auto", "cpu", "cuda"], help="default: the run's")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until the run is over. Raises SgpoError."""
+    from sgpo_async.actor.run import Actor, ActorOptions
+
+    options = ActorOptions(
+        hub=args.hub, name=args.name, keys=args.keys, model=args.model, slots=args.slots, device=args.device
+    )
+    return Actor(options).run()

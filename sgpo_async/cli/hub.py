@@ -1,0 +1,23 @@
+"""`sgpo-async hub`: the front door alone. Learners find it with --hub; it outlives their crashes."""
+
+from __future__ import annotations
+
+import argparse
+
+from sgpo_async.cli.options import add_config, load_run, print_dry_run
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """CONFIG [key=value ...] [--dry-run]."""
+    add_config(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until the run is finished. Raises SgpoError."""
+    settings = load_run(args)
+    if args.dry_run:
+        print_dry_run(settings, [["sgpo-async", "hub", args.config, *args.overrides]])
+        return 0
+    from sgpo_async.hub import serve
+
+    return serve(settings)

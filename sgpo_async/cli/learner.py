@@ -1,0 +1,84 @@
+"""`sgpo-async learner`: one rank of the learner, started by torchrun.
+
+    torchrun --nproc-per-node 2 launch/learner.py CONFIG [key=value ...] [--hub tcp://HOST:PORT]
+
+Without --hub, rank 0 starts the hub beside itself, listening where hub.address says, and ends it when it ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sgpo_async.cli.options import add_config, config_words, load_run, print_dry_run, record_config
+from sgpo_async.config import Run
+from sgpo_async.errors import DeadlineExceeded, HubError
+
+HUB_START_S = 60.0
+HUB_LEAVING_S = 10.0  # after the learner's Finish, to dismiss its actors
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """CONFIG [key=value ...] [--hub ADDRESS] [--dry-run]."""
+    add_config(parser)
+    parser.add_argument("--hub", default="", metavar="tcp://HOST:PORT", help="a hub that runs already")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train to the end. Raises SgpoError."""
+    settings = load_run(args)
+    words = config_words(args)
+    if args.dry_run:
+        hub = [] if args.hub else [["sgpo-async", "hub", *words]]
+        print_dry_run(settings, [*hub, ["torchrun", "launch/learner.py", *words, "--hub", _address(args, settings)]])
+        return 0
+    first = os.environ.get("RANK", "0") == "0"
+    if first:
+        record_config(settings)
+    if args.hub or not first:
+        return _train(settings, _address(args, settings))
+    with hub_beside(settings, words) as address:
+        return _train(settings, address)
+
+
+def _address(args: argparse.Namespace, settings: Run) -> str:
+    return args.hub or settings.hub.address
+
+
+def _train(settings: Run, address: str) -> int:
+    from sgpo_async.learner import train
+
+    return train(settings, address)
+
+
+@contextmanager
+def hub_beside(settings: Run, words: list[str]) -> Iterator[str]:
+    """A hub process that lives as long as this context; yields its address.
+
+    Raises HubError if it ends at once (port taken, ...), DeadlineExceeded if it does not come up.
+    """
+    from sgpo_async.cli.hub_file import claim, read_hub_file
+    from sgpo_async.cli.processes import Processes, python, wait_for
+
+    folder = Path(settings.folder)
+    claim(folder)
+    processes = Processes(folder)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # torchrun ends us so: end the hub too
+    try:
+        hub = processes.start("hub", python("sgpo_async.cli", "hub", *words))
+        deadline = time.monotonic() + HUB_START_S
+        while read_hub_file(folder).get("pid") != hub.process.pid:
+            if wait_for(hub, 0.1):
+                raise HubError(f"the hub {hub.ending()}: {hub.complaint()}")
+            if time.monotonic() > deadline:
+                raise DeadlineExceeded("learner rank 0: the hub", "hub.json", HUB_START_S)
+        yield str(read_hub_file(folder)["address"])
+        wait_for(hub, HUB_LEAVING_S)
+    finally:
+        processes.stop()

@@ -1,0 +1,111 @@
+"""`sgpo-async local`: a whole run on this machine, supervised, shown, and ended without a trace.
+
+    hub (torch-free)  ◀── learner: torchrun, local.ranks ranks
+         ▲
+         └── actor-0 ... actor-(local.actors - 1)
+
+The hub listens on a free loopback port, unless hub.address differs from its default: then exactly there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from sgpo_async.cli.hub_file import claim
+from sgpo_async.cli.options import add_config, config_words, load_run, print_dry_run, record_config
+from sgpo_async.cli.processes import Processes
+from sgpo_async.cli.signals import Signals
+from sgpo_async.cli.supervisor import Plan, Supervisor
+from sgpo_async.config import Hub, Run
+
+TICK_S = 0.25
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """CONFIG [key=value ...] [--dry-run]."""
+    add_config(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run to the end; returns 0, or 128 + the signal that ended it. Raises SgpoError."""
+    settings = load_run(args)
+    plan = LocalPlan(settings, config_words(args, f"hub.address={hub_address(settings)}"))
+    if args.dry_run:
+        address = hub_address(settings)
+        actors = [plan.actor(f"actor-{number}", address) for number in range(plan.actors)]
+        print_dry_run(settings, [plan.hub(), plan.learner(address), *actors])
+        return 0
+    from sgpo_async.cli.show import Show
+
+    record_config(settings)
+    show = Show(settings)
+    code = supervise(plan, Path(settings.folder), show)
+    show.closing()
+    return code
+
+
+def hub_address(settings: Run) -> str:
+    """Where the hub is to listen; port 0 lets the kernel choose, and hub.json tells its choice."""
+    return "tcp://127.0.0.1:0" if settings.hub.address == Hub().address else settings.hub.address
+
+
+class Onlooker(Protocol):
+    """Whoever shows the run (see `sgpo_async.cli.show`)."""
+
+    def update(self, supervisor: Supervisor) -> None:
+        """Something may have changed."""
+
+    def close(self, *, stopping: bool) -> None:
+        """The processes are about to be ended."""
+
+
+@dataclass(frozen=True)
+class LocalPlan:
+    """The command lines of the processes of one run; `words` is its configuration."""
+
+    settings: Run
+    words: Sequence[str]
+
+    @property
+    def actors(self) -> int:
+        """How many actors are started."""
+        return self.settings.local.actors
+
+    def hub(self) -> list[str]:
+        """The hub's command line."""
+        return [sys.executable, "-m", "sgpo_async.cli", "hub", *self.words]
+
+    def learner(self, address: str) -> list[str]:
+        """torchrun's command line; its rendezvous chooses a free loopback port itself."""
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+        ranks = f"--nproc-per-node={self.settings.local.ranks}"
+        return [*torchrun, ranks, "-m", "sgpo_async.cli", "learner", *self.words, "--hub", address]
+
+    def actor(self, name: str, address: str) -> list[str]:
+        """One actor's command line."""
+        command = [sys.executable, "-m", "sgpo_async.cli", "actor", "--hub", address, "--name", name]
+        return [*command, "--keys", self.settings.hub.keys] if self.settings.hub.keys else command
+
+
+def supervise(plan: Plan, folder: Path, onlooker: Onlooker) -> int:
+    """Start everything, show it, end everything; returns 0, or 128 + the signal that ended it.
+
+    Raises HubError if another run writes to `folder`, RunFailed or DeadlineExceeded if the run cannot go on.
+    """
+    claim(folder)
+    with Signals() as signals, ExitStack() as stack:
+        processes = Processes(folder)
+        stack.callback(processes.stop, hurry=lambda: signals.kill)
+        stack.callback(lambda: onlooker.close(stopping=signals.stop))
+        supervisor = Supervisor(plan, processes)
+        while not supervisor.done and not signals.stop:
+            supervisor.tick()
+            onlooker.update(supervisor)
+            signals.wait(TICK_S)
+    return signals.exit_code if signals.stop else 0

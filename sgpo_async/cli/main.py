@@ -1,0 +1,61 @@
+"""Entry of every command: find it, parse its words, run it, and turn errors into one line and an exit code.
+
+Exit codes: 0 done, 1 the program itself is wrong (traceback), 2 an error that the user can mend, 130 Ctrl-C,
+143 SIGTERM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from sgpo_async import __version__
+from sgpo_async.errors import SgpoError
+
+COMMANDS = {  # each a module of this package with `add_arguments(parser)` and `run(args) -> int`
+    "local": "a whole run on this machine: hub, learner under torchrun, actors",
+    "learner": "one rank of the learner; start it under torchrun",
+    "actor": "an inference node that joins a hub, at any time",
+    "hub": "the front door alone, for learners that name it with --hub",
+    "bench": "throughput: generation alone, learning alone, synchronous, asynchronous",
+    "report": "runs/NAME/report.html from a run's metrics",
+    "keys": "a folder of keys for a hub that listens beyond loopback",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `sgpo-async ARGV` and return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(words)
+    except SgpoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"sgpo-async {__version__}")
+        return 0
+    name = words[0]
+    if name not in COMMANDS:
+        raise SgpoError(f"{name!r} is no command; there are {', '.join(COMMANDS)}")
+    command = importlib.import_module(f"sgpo_async.cli.{name}")
+    parser = argparse.ArgumentParser(prog=f"sgpo-async {name}", description=COMMANDS[name].capitalize() + ".")
+    command.add_arguments(parser)
+    code: int = command.run(parser.parse_intermixed_args(words[1:]))
+    return code
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {text}" for name, text in COMMANDS.items()]
+    head = ["usage: sgpo-async COMMAND ...", "", "Asynchronous post-training by SGPO.", "", "commands:"]
+    return "\n".join([*head, *lines, "", "sgpo-async COMMAND --help tells more of one."])

@@ -1,0 +1,41 @@
+"""What the commands that take a configuration have in common."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from sgpo_async.config import Run, load, to_yaml
+from sgpo_async.metrics.files import write_whole
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """CONFIG [key=value ...] [--dry-run]."""
+    parser.add_argument("config", metavar="CONFIG", help="YAML file, e.g. configs/demo.yaml")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="laid over the file, e.g. optim.lr=3e-4")
+    parser.add_argument("--dry-run", action="store_true", help="print the whole configuration and what would start")
+
+
+def load_run(args: argparse.Namespace) -> Run:
+    """The validated configuration. Raises ConfigError."""
+    return load(args.config, args.overrides)
+
+
+def config_words(args: argparse.Namespace, *more: str) -> list[str]:
+    """The same configuration as words for a child process, with overrides of our own at the end."""
+    return [str(Path(args.config).resolve()), *args.overrides, *more]
+
+
+def print_dry_run(run: Run, commands: Iterable[Sequence[str]]) -> None:
+    """The resolved YAML, and the command lines as comments, so that the output is a configuration itself."""
+    print(to_yaml(run), end="")
+    print("# would start:")
+    for command in commands:
+        print(f"#   {shlex.join(command)}")
+
+
+def record_config(run: Run) -> None:
+    """Write config.yaml, the resolved configuration, into the run's folder. Raises SgpoError."""
+    write_whole(Path(run.folder) / "config.yaml", to_yaml(run))

@@ -1,0 +1,116 @@
+"""From a YAML file and `key=value` words to one frozen `Run`, or to one line that says what is wrong.
+
+Past this module no OmegaConf object exists: everybody else sees typed, validated dataclasses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sgpo_async.config.schema import Run
+from sgpo_async.errors import ConfigError
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
+    """Read the YAML file at `path`, lay `key=value` overrides over it, validate, return the run.
+
+    Raises ConfigError, one line: the place (file or word), the key path, the rule, the value, the nearest valid key.
+    """
+    layers = [(str(path), _read(Path(path)))]
+    for word in overrides:
+        layers.append((f"argument {word!r}", _parse_word(word)))
+    return _build(layers)
+
+
+def to_plain(run: Run) -> dict[str, Any]:
+    """The run as nested dicts of plain values: what is sent to members and written to config.yaml."""
+    return dataclasses.asdict(run)
+
+
+def from_plain(plain: Mapping[str, Any]) -> Run:
+    """The inverse of `to_plain`, with the same validation."""
+    return _build([("settings", dict(plain))])
+
+
+def to_yaml(run: Run) -> str:
+    """The whole resolved configuration as YAML."""
+    return yaml.safe_dump(to_plain(run), sort_keys=False)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); name an existing YAML file") from None
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f":{where.line + 1}" if where else ""
+        raise ConfigError(f"{path}{line}: is not YAML ({getattr(error, 'problem', error)})") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: holds a {type(content).__name__}, expected sections with keys")
+    return content
+
+
+def _parse_word(word: str) -> dict[str, Any]:
+    key, equals, _ = word.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"argument {word!r}: an override looks like key=value, e.g. optim.lr=3e-4")
+    plain = OmegaConf.to_container(OmegaConf.from_dotlist([word]))
+    assert isinstance(plain, dict)
+    return {str(name): value for name, value in plain.items()}
+
+
+def _build(layers: Sequence[tuple[str, dict[str, Any]]]) -> Run:
+    merged = OmegaConf.structured(Run)
+    for place, layer in layers:
+        _check_keys(place, layer, Run, "")
+        try:
+            merged = OmegaConf.merge(merged, _exponents_as_floats(layer))
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{place}: {error.full_key}: {str(error.msg).splitlines()[0]}") from None
+    try:
+        run = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {str(error.msg).splitlines()[0]}") from None
+    assert isinstance(run, Run)
+    return run
+
+
+def _check_keys(place: str, layer: Mapping[str, Any], section: type, prefix: str) -> None:
+    """Every key exists in its section; OmegaConf would say so too, but without the nearest valid key."""
+    hints = get_type_hints(section)
+    for key, value in layer.items():
+        path = f"{prefix}{key}"
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(sorted(hints))}"
+            raise ConfigError(f"{place}: {path}: unknown key; {hint}")
+        inner = hints[key]
+        if dataclasses.is_dataclass(inner):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{place}: {path}: is a section with keys, got {value!r}")
+            _check_keys(place, value, inner, f"{path}.")  # type: ignore[arg-type]
+
+
+def _exponents_as_floats(value: Any) -> Any:
+    """YAML 1.1 reads 1e-6 as a string; people mean a number."""
+    if isinstance(value, dict):
+        return {key: _exponents_as_floats(item) for key, item in value.items()}
+    if isinstance(value, str) and "e" in value.lower():
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value

@@ -1,0 +1,420 @@
+"""The hub's core: a deterministic state machine without I/O.
+
+    event ──▶ handle ── 1. note what happened (one handler per kind of event or message)
+                     ── 2. settle: let the rules act on what is now so
+                              evaluation rounds ▸ stale groups ▸ batch ▸ leases ▸ end of the run
+                     ── 3. check both ledgers ──▶ effects
+
+Time enters as an argument and nothing waits here; whatever depends on time is looked at when a Tick comes. The same
+events give the same effects.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from sgpo_async.config import Run, to_plain
+from sgpo_async.errors import HubError
+from sgpo_async.hub import snapshot
+from sgpo_async.hub.actors import Actor, Actors
+from sgpo_async.hub.door import refusal
+from sgpo_async.hub.evaluation import Evaluation
+from sgpo_async.hub.events import (
+    CloseLink,
+    Effect,
+    Event,
+    Interrupted,
+    LinkDown,
+    LinkUp,
+    OpenLink,
+    Received,
+    Rejected,
+    Send,
+    Shutdown,
+    Tick,
+)
+from sgpo_async.hub.status import status
+from sgpo_async.hub.training import Training
+from sgpo_async.hub.work import Curriculum
+from sgpo_async.hub.world import World
+from sgpo_async.wire.records import (
+    Ack,
+    BatchRequest,
+    Commit,
+    Committed,
+    Evaluate,
+    Finish,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    Message,
+    Published,
+    Ready,
+    Refused,
+    Release,
+    Restore,
+    Restored,
+    Rollout,
+    Settings,
+    SettingsRequest,
+    Snapshot,
+    SnapshotRequest,
+    Status,
+    StatusRequest,
+    Stop,
+    Welcome,
+)
+
+if TYPE_CHECKING:
+    from sgpo_async.tasks.base import ProblemSource
+
+FINISH_GRACE_S = 10.0  # actors have so long to say goodbye when the run is over
+INTERRUPT_GRACE_S = 1.0  # ... and when the hub is told to end
+
+
+class HubCore:
+    """Members, work and rules of one run."""
+
+    def __init__(self, run: Run, source: ProblemSource, *, store: str = "", now: float = 0.0) -> None:
+        """`store` is the path of the weight store that learners are told."""
+        self.run, self.store = run, store
+        self.now = self.started = now
+        curriculum = Curriculum(run, source)
+        self.training, self.evaluation = Training(run, curriculum), Evaluation(curriculum)
+        self.actors, self.world = Actors(), World()
+        self.published = -1  # newest version in the weight store
+        self.tokenizer = ""  # fingerprint that the run began with
+        self.rejected: Counter[str] = Counter()  # messages by reason
+        self.last_rejection = ""
+        self.refused = 0  # Hellos
+        self.closing: tuple[str, float] | None = None  # reason and deadline
+        self.closed = False
+        self._effects: list[Effect] = []
+
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        """Take in one event at `now` (monotonic seconds); return what is to be done, in order."""
+        self.now, self._effects = now, []
+        if not self.closed:
+            self._note(event)
+            self._settle()
+            self.training.book.check()
+            self.evaluation.book.check()
+        return self._effects
+
+    def status(self) -> dict[str, Any]:
+        """How the run stands; see `sgpo_async.hub.status` for the keys."""
+        return status(self)
+
+    # ---- 1. what happened
+
+    def _note(self, event: Event) -> None:
+        match event:
+            case Received(member, message):
+                self._received(member, message)
+            case Rejected(member, reason):
+                self._reject(member, "malformed message", detail=reason)
+            case LinkUp(member, host, port):
+                self._link_up(member, host, port)
+            case LinkDown(member, reason):
+                self._link_down(member, reason)
+            case Tick():
+                self._expire()
+            case Interrupted(reason):
+                self._close(reason, grace=INTERRUPT_GRACE_S)
+
+    def _received(self, member: bytes, message: Message) -> None:
+        rank = self.world.rank_of(member)
+        match message:
+            case StatusRequest():
+                self._send(member, Status(status=self.status()))
+            case SettingsRequest():
+                self._send(member, Settings(settings=to_plain(self.run)))
+            case Hello():
+                self._hello(member, message)
+            case Rollout():
+                self._rollout(member, message)
+            case _ if member in self.actors:
+                self._from_actor(self.actors[member], message)
+            case _ if rank is not None:
+                self._from_rank(rank, message)
+            case Goodbye():
+                pass  # it was given up already
+            case _:
+                self._send(member, Refused(reason="not a member, or not any more: say Hello"))
+
+    def _from_actor(self, actor: Actor, message: Message) -> None:
+        actor.seen = self.now
+        match message:
+            case Ready():
+                self._ready(actor, message)
+            case Heartbeat():
+                self._heartbeat(actor, message)
+            case Release():
+                self._release(actor, message)
+            case Goodbye():
+                self._lose_actor(actor)
+            case _:
+                self._reject(actor.member, f"{type(message).__name__} from an actor")
+
+    def _from_rank(self, rank: int, message: Message) -> None:
+        self.world.ranks[rank].seen = self.now
+        match message:
+            case Heartbeat():
+                pass  # it has been seen
+            case BatchRequest(step=step):
+                self._batch_request(rank, step)
+            case Goodbye():
+                self._lose_rank(rank)
+            case _ if rank == 0:
+                self._from_first_rank(self.world.ranks[0].member, message)
+            case _:
+                self._reject(self.world.ranks[rank].member, f"{type(message).__name__} from rank above 0")
+
+    def _from_first_rank(self, member: bytes, message: Message) -> None:
+        match message:
+            case Commit(step=step):
+                self._commit(member, step)
+            case Published(version=version):
+                self._publish(member, version)
+            case Evaluate(version=version):
+                self._evaluate(member, version)
+            case SnapshotRequest(step=step):
+                self._snapshot(member, step)
+            case Restore(state=state):
+                self._restore(member, state)
+            case Finish(reason=reason):
+                self._close(reason, grace=FINISH_GRACE_S)
+            case _:
+                self._reject(member, f"{type(message).__name__} from a learner")
+
+    # ---- members come and go
+
+    def _hello(self, member: bytes, hello: Hello) -> None:
+        opens = hello.role == "learner" and self.world.opens_new(member, hello)
+        joined = self.world if hello.role == "learner" and not opens else None
+        taken = self._names_besides(member, ranks=not opens)
+        reason = refusal(hello, tokenizer=self.tokenizer, taken=taken, world=joined)
+        if self.closing or reason:
+            self.refused += 1
+            self._send(member, Refused(reason=reason or "the run is over"))
+            return
+        self.tokenizer = self.tokenizer or hello.tokenizer
+        if hello.role == "learner":
+            self._rank_joins(member, hello, opens=opens)
+        else:
+            self._actor_joins(member, hello)
+
+    def _names_besides(self, member: bytes, *, ranks: bool) -> set[str]:
+        actors = {actor.name for actor in self.actors.values() if actor.member != member}
+        held = self.world.ranks.values() if ranks else ()
+        return actors | {rank.name for rank in held if rank.member != member}
+
+    def _actor_joins(self, member: bytes, hello: Hello) -> None:
+        known = self.actors.get(member)
+        if known and not known.welcomed:
+            return  # it repeats itself while its link is being made
+        if known:
+            self._lose_actor(known)
+        self.actors.join(member, hello.name, now=self.now)
+        self._effects.append(OpenLink(member, hello.name))
+
+    def _link_up(self, member: bytes, host: str, port: int) -> None:
+        if member not in self.actors:
+            self._effects.append(CloseLink(member))
+            return
+        self.actors[member].welcomed = True
+        self._send(member, Welcome(session_host=host, session_port=port))
+
+    def _link_down(self, member: bytes, reason: str) -> None:
+        actor = self.actors.get(member)
+        if actor:
+            self._send(member, Refused(reason=f"the session ended: {reason}"))
+            self._lose_actor(actor)
+
+    def _lose_actor(self, actor: Actor) -> None:
+        for book in (self.training.book, self.evaluation.book):
+            for number in book.held_by(actor.member):
+                book.revoke(number, "lease_lost")
+        self.actors.leave(actor.member)
+        self._effects.append(CloseLink(actor.member))
+
+    def _rank_joins(self, member: bytes, hello: Hello, *, opens: bool) -> None:
+        if opens:
+            self.training.batch = None  # its groups are in the buffer still
+            for old in self.world.reopen(hello.world_size):
+                if old.member != member:
+                    self._send(old.member, Refused(reason=f"{hello.name} began a new learner world"))
+        self.world.join(member, hello, now=self.now)
+        self._send(
+            member, Welcome(store=self.store, version=self.training.version)
+        )
+
+    def _lose_rank(self, rank: int) -> None:
+        self.world.leave(rank)
+        if rank == 0:  # only rank 0 can commit; the others may leave between their last step and its Commit
+            self.training.batch = None
+
+    def _expire(self) -> None:
+        hub, oldest = self.run.hub, self.now - self.run.learner.batch_timeout_s
+        for actor in [a for a in self.actors.values() if a.seen < self.now - hub.member_timeout_s]:
+            self._lose_actor(actor)
+        for rank in [r for r, held in self.world.ranks.items() if held.seen < oldest]:
+            self._lose_rank(rank)
+        for book in (self.training.book, self.evaluation.book):
+            for number in book.silent_since(self.now - hub.lease_timeout_s):
+                book.revoke(number, "lease_timeout")
+
+    # ---- actors at work
+
+    def _ready(self, actor: Actor, ready: Ready) -> None:
+        if ready.tasks < 0 or ready.version > self.training.version:
+            self._reject(actor.member, "Ready that cannot be", detail=repr(ready))
+            return
+        actor.credit += ready.tasks
+        actor.version = ready.version
+
+    def _heartbeat(self, actor: Actor, heartbeat: Heartbeat) -> None:
+        self.actors.read(actor, heartbeat)
+        for book in (self.training.book, self.evaluation.book):
+            book.hear_of(actor.member, heartbeat.tasks, now=self.now)
+
+    def _release(self, actor: Actor, release: Release) -> None:
+        actor.credit = 0  # who gives work back takes no more until it is Ready again
+        book = self.training.book if release.task >= 0 else self.evaluation.book
+        lease = book.running.get(release.task)
+        if lease and (lease.member, lease.attempt) == (actor.member, release.attempt):
+            book.revoke(release.task, "released")
+
+    def _rollout(self, member: bytes, rollout: Rollout) -> None:
+        self._send(member, Ack(task=rollout.task, attempt=rollout.attempt, slot=rollout.slot))
+        if member in self.actors:
+            self.actors[member].seen = self.now
+        work = self.training if rollout.purpose == "train" else self.evaluation
+        lease = work.book.awaits(member, rollout)
+        if lease is None:
+            self._unawaited(member, rollout)
+        elif fault := lease.misfit(rollout, newest=self.training.version):
+            self._reject(member, fault, detail=f"task {rollout.task}, slot {rollout.slot}")
+            work.book.revoke(rollout.task, "rejected")  # the slot would stay empty
+        else:
+            work.book.arrive(rollout, now=self.now)
+
+    def _unawaited(self, member: bytes, rollout: Rollout) -> None:
+        """A duplicate, or a late one of a lost lease or of a past before a Restore; or of no task at all."""
+        work = self.training if rollout.purpose == "train" else self.evaluation
+        if work.dispatched(rollout.task) or rollout.attempt < work.book.first_attempt:
+            work.book.duplicates += 1
+        else:
+            self._reject(member, "rollout of an unknown task", detail=f"{rollout.purpose} {rollout.task}")
+
+    # ---- the learner at work
+
+    def _batch_request(self, rank: int, step: int) -> None:
+        self.world.asked[rank] = step
+        if self.training.batch and step == self.training.step:
+            self._send(self.world.ranks[rank].member, self.training.shard(rank))  # it asks again
+
+    def _commit(self, member: bytes, step: int) -> None:
+        if self.training.batch and step == self.training.step:
+            self.training.commit()
+            self.world.committed(step)
+        if step == self.training.step - 1:  # now, or before: the answer may have been lost
+            self._send(member, Committed(step=step, status=self.status()))
+        else:
+            self._send(
+                member, Refused(reason=f"no batch of step {step} is out; the hub is at {self.training.step}")
+            )
+
+    def _publish(self, member: bytes, version: int) -> None:
+        if not self.published <= version <= self.training.version:
+            self._reject(member, "Published out of order", detail=f"{version} after {self.published}")
+            return
+        self.published = version
+        if not self.evaluation.begun:
+            self.evaluation.ask(version)  # where the run starts from
+
+    def _evaluate(self, member: bytes, version: int) -> None:
+        if version > self.training.version:
+            self._reject(member, "Evaluate of a version that does not exist", detail=str(version))
+        elif result := self.evaluation.ask(version):
+            self._send(member, result)
+
+    def _snapshot(self, member: bytes, step: int) -> None:
+        if step != self.training.step:
+            reason = f"a snapshot of step {step} was asked for; the hub is at {self.training.step}"
+            self._send(member, Refused(reason=reason))
+            return
+        self._send(member, Snapshot(step=step, state=snapshot.dump(self.training, self.evaluation)))
+
+    def _restore(self, member: bytes, state: bytes) -> None:
+        try:
+            restored = snapshot.load(state, training=self.training, evaluation=self.evaluation)
+        except HubError as error:
+            self._send(member, Refused(reason=str(error)))
+            return
+        self.training, self.evaluation = restored
+        self._send(member, Restored(version=self.training.version))
+
+    # ---- 2. what follows
+
+    def _settle(self) -> None:
+        result = self.evaluation.advance()
+        if result and 0 in self.world.ranks:
+            self._send(self.world.ranks[0].member, result)
+        self.training.drop_stale()
+        if self.closing is None:
+            self._form_batch()
+            self._lease()
+        else:
+            self._end(*self.closing)
+
+    def _form_batch(self) -> None:
+        if self.training.batch or not self.world.all_asked:
+            return
+        for rank, step in list(self.world.asked.items()):
+            if step != self.training.step:
+                self._refuse_step(rank, step)
+        if self.world.all_asked and self.training.form(self.world.size):
+            for rank, held in sorted(self.world.ranks.items()):
+                self._send(held.member, self.training.shard(rank))
+
+    def _refuse_step(self, rank: int, step: int) -> None:
+        del self.world.asked[rank]
+        here = self.training.step
+        reason = (
+            f"the learner asks for step {step} but the hub is at {here}: Restore the checkpoint's state first"
+        )
+        self._send(self.world.ranks[rank].member, Refused(reason=reason))
+
+    def _lease(self) -> None:
+        for work in (self.evaluation, self.training):
+            while (lowest := work.lowest_version()) is not None and (actor := self.actors.pick(lowest)):
+                actor.credit -= 1
+                self._send(actor.member, work.lease(actor.member, min_version=lowest, now=self.now))
+
+    def _close(self, reason: str, *, grace: float) -> None:
+        deadline = self.now + grace
+        if self.closing is None:
+            for actor in self.actors.values():
+                self._send(actor.member, Stop(reason=reason))
+        else:
+            reason, deadline = self.closing[0], min(self.closing[1], deadline)
+        self.closing = (reason, deadline)
+
+    def _end(self, reason: str, deadline: float) -> None:
+        if self.actors and self.now < deadline:
+            return
+        self._effects += [CloseLink(member) for member in self.actors]
+        self._effects.append(Shutdown(reason))
+        self.closed = True
+
+    # ---- words
+
+    def _send(self, member: bytes, message: Message) -> None:
+        self._effects.append(Send(member, message))
+
+    def _reject(self, member: bytes, reason: str, *, detail: str = "") -> None:
+        """Count a message that makes no sense; it costs nobody anything else."""
+        self.rejected[reason] += 1
+        self.last_rejection = f"{member.hex()}: {reason}" + (f" ({detail})" if detail else "")

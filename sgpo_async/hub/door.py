@@ -1,0 +1,31 @@
+"""Who is let in."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from sgpo_async.hub.world import World
+from sgpo_async.wire.records import Hello
+
+
+def refusal(hello: Hello, *, tokenizer: str, taken: Collection[str], world: World | None) -> str | None:
+    """Why this Hello is refused, with the remedy; None if it is welcome.
+
+    `tokenizer` is the fingerprint that the run began with, `taken` the names of living members, `world` the learner
+    world that this Hello would join (None: it opens a new one, or is an actor's).
+    """
+    if tokenizer and hello.tokenizer and hello.tokenizer != tokenizer:
+        return (
+            f"tokenizer of {hello.name} is {hello.tokenizer} but this run began with {tokenizer}: "
+            "give it the same model.path"
+        )
+    if hello.name in taken:
+        return f"name {hello.name!r} is taken by a living member: choose another, or wait until that one is given up"
+    if hello.role == "learner" and not 0 <= hello.rank < hello.world_size:
+        return f"rank {hello.rank} is outside its world of {hello.world_size}: start learners by torchrun"
+    if world is not None and hello.world_size != world.size:
+        return (
+            f"{hello.name} belongs to a world of {hello.world_size} ranks but a world of {world.size} is here: "
+            "stop that one first"
+        )
+    return None

@@ -1,0 +1,152 @@
+"""The hub's state as bytes, for a checkpoint: counters, data position, queue, buffer with its rollouts, results.
+
+What is in flight is not carried over. On load, the rollouts of leases are dropped ("resume") and their tasks wait for
+an attempt that no lease ever had, so whatever actors still send for the abandoned past is recognised as late.
+
+The resumed weights get a version above every earlier one, although their optimiser step is an old one. Versions of
+buffered tokens are shifted by the same amount: their lag, counted in optimiser steps, stays what it was.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from dataclasses import asdict, fields, replace
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from sgpo_async.errors import HubError
+from sgpo_async.hub.evaluation import Evaluation
+from sgpo_async.hub.leases import Book
+from sgpo_async.hub.ledger import Ledger
+from sgpo_async.hub.training import Training
+from sgpo_async.hub.work import Curriculum, Group
+from sgpo_async.wire.records import Evaluated, Rollout
+
+FORMAT = 1
+DTYPES = ("<i4", "<f4")  # by extension code
+BOOK_COUNTERS = ("reissued", "duplicates", "tokens")
+
+
+def dump(training: Training, evaluation: Evaluation) -> bytes:
+    """The state as MessagePack."""
+    state = {
+        "format": FORMAT,
+        "held_out": evaluation.problems,
+        "version": training.version,
+        "step": training.step,
+        "position": training.position,
+        "tokens_trained": training.tokens_trained,
+        "training": _dump_book(training.book),
+        "evaluation": _dump_book(evaluation.book),
+        "asked": list(evaluation.asked),
+        "current": evaluation.current,
+        "begun": evaluation.begun,
+        "results": [asdict(result) for result in evaluation.results],
+    }
+    return msgpack.packb(state, default=_pack_array)
+
+
+def load(state: bytes, *, training: Training, evaluation: Evaluation) -> tuple[Training, Evaluation]:
+    """The state that `dump` stored, as successor of the present one; an empty `state` is the beginning of the run.
+
+    Raises HubError if it cannot be read or does not fit this run.
+    """
+    try:
+        saved = msgpack.unpackb(state, ext_hook=_unpack_array) if state else {"format": FORMAT}
+        if saved["format"] != FORMAT:
+            raise HubError(
+                f"hub state has format {saved['format']!r}, this hub reads {FORMAT}: use its own release"
+            )
+        return _load(saved, training=training, evaluation=evaluation)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, AssertionError) as error:
+        raise HubError(
+            f"hub state in the checkpoint is damaged ({error!r}): resume from an older one"
+        ) from error
+
+
+def _load(
+    saved: dict[str, Any], *, training: Training, evaluation: Evaluation
+) -> tuple[Training, Evaluation]:
+    run, curriculum = training.run, training.curriculum
+    attempts = [training.book.last_attempt, evaluation.book.last_attempt]
+    attempts += [saved[part]["last_attempt"] for part in ("training", "evaluation") if part in saved]
+    version, attempt = max(training.version, saved.get("version", 0)) + 1, max(attempts) + 1
+    new_training = Training(run, curriculum, version=version, first_attempt=attempt)
+    new_evaluation = Evaluation(curriculum, version=version, first_attempt=attempt)
+    if "version" in saved:
+        _fill_training(new_training, saved, shift=version - saved["version"])
+        _fill_evaluation(new_evaluation, saved)
+    for book in (new_training.book, new_evaluation.book):
+        book.check()
+    return new_training, new_evaluation
+
+
+def _fill_training(training: Training, saved: dict[str, Any], *, shift: int) -> None:
+    training.step, training.position = saved["step"], saved["position"]
+    training.base -= training.step
+    training.tokens_trained = saved["tokens_trained"]
+    _fill_book(training.book, saved["training"], curriculum=training.curriculum, shift=shift)
+
+
+def _fill_evaluation(evaluation: Evaluation, saved: dict[str, Any]) -> None:
+    if saved["held_out"] != evaluation.problems:
+        raise HubError(
+            f"tasks.held_out: the checkpoint was made with {saved['held_out']} held-out problems, "
+            f"this run has {evaluation.problems}: use the same"
+        )
+    evaluation.asked, evaluation.current = deque(saved["asked"]), saved["current"]
+    evaluation.begun = saved["begun"]
+    evaluation.results = [Evaluated(**result) for result in saved["results"]]
+    _fill_book(evaluation.book, saved["evaluation"], curriculum=evaluation.curriculum, shift=0)
+
+
+def _dump_book(book: Book) -> dict[str, Any]:
+    return {
+        "tasks": asdict(book.tasks),
+        "rollouts": asdict(book.rollouts),
+        "last_attempt": book.last_attempt,
+        "waiting": [task.number for _, _, task in book.waiting],
+        "running": [(lease.task.number, lease.task.size) for lease in book.running.values()],
+        "complete": [
+            (group.number, group.attempt, [_plain(r) for r in group.rollouts])
+            for group in book.complete.values()
+        ],
+        **{name: getattr(book, name) for name in BOOK_COUNTERS},
+    }
+
+
+def _fill_book(book: Book, saved: dict[str, Any], *, curriculum: Curriculum, shift: int) -> None:
+    book.tasks, book.rollouts = _ledger(saved["tasks"]), _ledger(saved["rollouts"])
+    for number in saved["waiting"]:
+        book.wait(curriculum.task(number), attempt=book.first_attempt)
+    for number, size in saved["running"]:
+        book.rollouts.drop("resume", size)
+        book.wait(curriculum.task(number), attempt=book.first_attempt)
+    for number, attempt, rollouts in saved["complete"]:
+        shifted = tuple(_shifted(Rollout(**rollout), shift) for rollout in rollouts)
+        book.complete[number] = Group(number=number, attempt=attempt, rollouts=shifted)
+    for name in BOOK_COUNTERS:
+        setattr(book, name, saved[name])
+
+
+def _ledger(saved: dict[str, Any]) -> Ledger:
+    return Ledger(saved["dispatched"], saved["trained"], Counter(saved["dropped"]))
+
+
+def _shifted(rollout: Rollout, shift: int) -> Rollout:
+    return replace(rollout, versions=rollout.versions + np.int32(shift))
+
+
+def _plain(rollout: Rollout) -> dict[str, Any]:
+    return {field.name: getattr(rollout, field.name) for field in fields(rollout)}
+
+
+def _pack_array(value: object) -> msgpack.ExtType:
+    assert isinstance(value, np.ndarray), value
+    return msgpack.ExtType(DTYPES.index(value.dtype.str), value.tobytes())
+
+
+def _unpack_array(code: int, data: bytes) -> np.ndarray:
+    return np.frombuffer(data, DTYPES[code])

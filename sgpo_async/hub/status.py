@@ -1,0 +1,52 @@
+"""How the run stands, as plain data for displays, metrics and tests."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sgpo_async.hub.core import HubCore
+
+NO_BATCH_YET = {
+    "lag": {"mean": 0.0, "max": 0, "histogram": {}},
+    "pass_auto": None,
+    "pass_guided": None,
+    "alpha": None,
+}
+
+
+def status(core: HubCore) -> dict[str, Any]:
+    """Keys: see the literals below; times in seconds, shares in [0, 1], None where nothing is known yet."""
+    training, evaluation, actors = core.training, core.evaluation, core.actors
+    books = (training.book, evaluation.book)
+    leases = Counter(lease.member for book in books for lease in book.running.values())
+    return {
+        "step": training.step,
+        "steps": core.run.steps,
+        "version": training.version,
+        "published": core.published,  # the newest version that actors can have; -1: none
+        "actors": [a.plain(version=training.version, leases=leases[a.member]) for a in actors.values()],
+        "learner": {"ranks": len(core.world.ranks), "world_size": core.world.size},
+        "ledger": training.book.plain(),
+        "evaluation_ledger": evaluation.book.plain(),
+        "buffer": len(training.book.complete),  # groups
+        **NO_BATCH_YET,
+        **training.last,  # lag, pass_auto, pass_guided, alpha of the last batch
+        "tokens_generated": sum(book.tokens for book in books),
+        "tokens_trained": training.tokens_trained,
+        "tokens_per_s": sum(actor.meter.tokens_per_s for actor in actors.values()),
+        "engine_idle": actors.idle,
+        "rejected": core.rejected.total(),
+        "rejected_reasons": dict(core.rejected),
+        "last_rejection": core.last_rejection,
+        "duplicates": sum(book.duplicates for book in books),
+        "leases_reissued": sum(book.reissued for book in books),
+        "evaluations": [asdict(result) for result in evaluation.results],
+        "evaluating": evaluation.current,  # version of the round that runs
+        "joined": actors.joined,
+        "left": actors.left,
+        "refused": core.refused,
+        "uptime_s": core.now - core.started,
+    }

@@ -1,0 +1,103 @@
+"""Tasks, and the groups of rollouts that come of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sgpo_async.config.schema import Run
+from sgpo_async.wire.records import Purpose, Rollout
+
+if TYPE_CHECKING:
+    from sgpo_async.tasks.base import Problem, ProblemSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One problem to be rolled out, whoever does it and however often it takes.
+
+    Training tasks are numbered by their position in the stream of problems, 0, 1, 2, ...; evaluation tasks count
+    down, -1, -2, ..., so that a number alone names a task.
+    """
+
+    number: int
+    purpose: Purpose
+    problem: Problem
+    autonomous: int
+    guided: int
+    seed: int
+
+    @property
+    def size(self) -> int:
+        """Rollouts in the group."""
+        return self.autonomous + self.guided
+
+
+class Curriculum:
+    """Makes tasks of problems: a task is a function of its number and the configuration."""
+
+    def __init__(self, run: Run, source: ProblemSource) -> None:
+        self._run, self._source = run, source
+        self.held_out: Sequence[Problem] = source.held_out()
+
+    def task(self, number: int) -> Task:
+        """The training task at position `number` >= 0, or the evaluation task `number` < 0."""
+        return self._training(number) if number >= 0 else self._evaluation(number)
+
+    def _training(self, number: int) -> Task:
+        problem, sizes = self._source.training(number), self._run.rollout
+        return Task(
+            number=number,
+            purpose="train",
+            problem=problem,
+            autonomous=sizes.autonomous,
+            guided=sizes.guided if problem.strategy else 0,
+            seed=derived_seed(self._run.seed, "train", number),
+        )
+
+    def _evaluation(self, number: int) -> Task:
+        """Every round walks over all held-out problems, with the same seeds: rounds are paired comparisons."""
+        index = (-1 - number) % len(self.held_out)
+        problem, samples = self.held_out[index], self._run.evaluation.samples
+        return Task(
+            number=number,
+            purpose="evaluate",
+            problem=problem,
+            autonomous=samples,
+            guided=samples if problem.strategy else 0,
+            seed=derived_seed(self._run.seed, "evaluate", index),
+        )
+
+
+def derived_seed(*parts: int | str) -> int:
+    """A 56-bit seed. It does not depend on the attempt: a reissued task is the same experiment, not a second draw."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """All rollouts of one attempt at one task, ordered by slot."""
+
+    number: int
+    attempt: int
+    rollouts: tuple[Rollout, ...]
+
+    @cached_property
+    def tokens(self) -> int:
+        """Tokens that a learner has to process: prompts and responses."""
+        return sum(len(r.prompt) + len(r.tokens) for r in self.rollouts)
+
+    @cached_property
+    def oldest_version(self) -> int:
+        """The version of the stalest token in the group."""
+        return min(r.oldest_version for r in self.rollouts)
+
+    def pass_rate(self, *, guided: bool) -> float | None:
+        """Mean reward of the guided or of the autonomous rollouts; None if there are none."""
+        rewards = [r.reward for r in self.rollouts if r.guided == guided]
+        return float(np.mean(rewards)) if rewards else None

@@ -1,0 +1,109 @@
+"""Checkpoints: learner, optimiser, random numbers, progress and the hub's state at one step, whole or not at all.
+
+checkpoints/.step-00000040/      every rank writes its shards here
+checkpoints/step-00000040/       then rank 0 gives the folder its name: what has a name is whole
+    *.distcp, .metadata          parameters and optimiser (torch.distributed.checkpoint; any number of ranks)
+    progress.json  hub.state     rank 0
+    random-0.pt ...              each rank
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from sgpo_async.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint holds besides parameters and optimiser."""
+
+    progress: dict[str, Any]  # plain data
+    hub_state: bytes
+
+
+def save(folder: Path, *, step: int, module: nn.Module, optimiser: torch.optim.Optimizer, saved: Saved) -> Path:
+    """Write the checkpoint of `step` below `folder`; return its own folder. A collective of all ranks.
+
+    Raises:
+        CheckpointError: on every rank, if any of them cannot write. Older checkpoints stay as they are.
+    """
+    final, draft, rank = folder / f"step-{step:08d}", folder / f".step-{step:08d}", dist.get_rank()
+    what = f"{final}: the checkpoint cannot be written"
+    with _together(what):
+        if rank == 0:
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+            (draft / "progress.json").write_text(json.dumps(saved.progress), encoding="utf-8")
+            (draft / "hub.state").write_bytes(saved.hub_state)
+    with _together(what):
+        torch.save(torch.get_rng_state(), draft / f"random-{rank}.pt")
+    with _together(what):
+        dcp.save(_state(module, optimiser), checkpoint_id=draft)
+    with _together(what):
+        if rank == 0:
+            shutil.rmtree(final, ignore_errors=True)  # of an earlier life that got to this step
+            draft.rename(final)
+    return final
+
+
+def latest(folder: Path) -> Path | None:
+    """The checkpoint of the highest step below `folder`."""
+    whole = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return max(whole, key=lambda path: int(path.name.removeprefix("step-")), default=None)
+
+
+def restore(checkpoint: Path, *, module: nn.Module, optimiser: torch.optim.Optimizer) -> Saved:
+    """Load a checkpoint in place. A collective of all ranks, of which there may be more or fewer than before.
+
+    Raises:
+        CheckpointError: on every rank, if any of them cannot read it.
+    """
+    with _together(f"{checkpoint}: the checkpoint cannot be read; delete it to go on from the one before"):
+        progress = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
+        saved = Saved(progress, (checkpoint / "hub.state").read_bytes())
+        random = checkpoint / f"random-{dist.get_rank()}.pt"
+        if random.exists():
+            torch.set_rng_state(torch.load(random))
+    with _together(f"{checkpoint}: the checkpoint cannot be read, or is of another model"):
+        state = _state(module, optimiser)
+        dcp.load(state, checkpoint_id=checkpoint)
+        set_state_dict(module, optimiser, model_state_dict=state["model"], optim_state_dict=state["optimiser"])
+    return saved
+
+
+def _state(module: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Any]:
+    model, optim = get_state_dict(module, optimiser)
+    return {"model": model, "optimiser": optim}
+
+
+@contextmanager
+def _together(what: str) -> Iterator[None]:
+    """Fail on every rank if one fails, so that no rank goes on to a collective that another never reaches."""
+    failure = ""
+    try:
+        yield
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        failure = f"{type(cause).__name__}: {cause}"
+    except (OSError, RuntimeError, ValueError) as error:
+        failure = f"{type(error).__name__}: {error}"
+    failures = [""] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    for rank, reason in enumerate(failures):
+        if reason:
+            raise CheckpointError(f"{what} (rank {rank}: {reason.splitlines()[0]})")

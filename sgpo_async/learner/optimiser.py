@@ -1,0 +1,36 @@
+"""AdamW, its learning rate, and the bound on the gradient."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from sgpo_async.config.schema import Optim
+
+
+def build(module: nn.Module, optim: Optim) -> torch.optim.AdamW:
+    """AdamW over the trained parameters; as in common practice no decay on vectors (norms, biases)."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": optim.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), fused=True)
+
+
+def learning_rate(optim: Optim, *, step: int, steps: int) -> float:
+    """Of the update that follows `step` earlier ones, of `steps` in all: linear warm-up, then the schedule to 0."""
+    if step < optim.warmup_steps:
+        return optim.lr * (step + 1) / optim.warmup_steps
+    done = (step - optim.warmup_steps) / max(steps - optim.warmup_steps, 1)
+    shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+    return optim.lr * shape[optim.schedule]
+
+
+def clip_gradients(module: nn.Module, bound: float) -> float:
+    """Scale the gradient to norm `bound` if it is longer; return the norm before, over all ranks."""
+    norm = nn.utils.clip_grad_norm_(module.parameters(), bound)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)

@@ -1,0 +1,141 @@
+"""A Hugging Face causal LM as FSDP2 trains it: backbone, picked hidden states and fused losses in one forward.
+
+FSDP2 gathers the parameters of a module for the time of its forward. The output matrix belongs to the root, so what
+multiplies by it (log-probabilities, entropy, Eq. 3) happens inside the root's forward, whether the matrix is tied
+to the embedding or not; logits never exist whole.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from transformers import PreTrainedModel
+
+from sgpo_async.algorithm import linear_forward_kl, linear_logprobs
+from sgpo_async.errors import DataError
+from sgpo_async.learner.packing import Packed, Tokens, pack
+
+GROUP_BYTES = 32 * 2**20  # a smaller model is one FSDP group: its collectives would cost more than they overlap
+LOCAL_GRADIENT_BYTES = 2**30  # a smaller model keeps its gradients whole until the step's last micro-batch
+
+
+class Outputs(NamedTuple):
+    """Per completion token: A autonomous ones, then those of the targets (K)."""
+
+    log_pi: Tensor  # [A], with gradient
+    entropy: Tensor  # [A]
+    d: Tensor  # [K], Eq. 3, with gradient
+    log_teacher: Tensor  # [K]
+
+
+class Policy(nn.Module):
+    """The trained policy, or a frozen teacher."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model.eval()  # no dropout: pi_theta is the distribution that the engines sample from
+        self.nbytes = sum(p.numel() * p.element_size() for p in model.parameters())  # over all ranks
+
+    @property
+    def head(self) -> Tensor:
+        """The output matrix [V, H]; whole only inside `forward`, or after it for a model without gradient."""
+        return self.model.get_output_embeddings().weight
+
+    def hidden(self, packed: Packed) -> Tensor:
+        """The last hidden state at the position that predicts each completion token: [C, H]."""
+        states = self.model.base_model(
+            input_ids=self._tensor(packed.input_ids),
+            position_ids=self._tensor(packed.position_ids),
+            use_cache=False,
+        ).last_hidden_state
+        return states.flatten(0, 1).index_select(0, self._tensor(packed.picks))
+
+    def forward(
+        self,
+        packed: Packed,
+        autonomous: int,
+        teacher: tuple[Tensor, Tensor | None] | None,
+        temperature: float,
+    ) -> Outputs:
+        """What the losses need of a micro-batch.
+
+        Args:
+            packed: its C completion tokens are those of autonomous rollouts, then those of targets.
+            autonomous: A, how many of them belong to autonomous rollouts; K = C - A.
+            teacher: hidden states [K, H] of the targets' tokens after the guided prompt, and the teacher's output
+                matrix (None: this policy's own); None without targets.
+            temperature: that of the rollouts.
+        """
+        hidden, targets = self.hidden(packed), self._tensor(packed.targets)
+        log_pi, entropy = linear_logprobs(hidden[:autonomous], self.head, targets[:autonomous], temperature=temperature)
+        if teacher is None:
+            return Outputs(log_pi, entropy, log_pi.new_empty(0), log_pi.new_empty(0))
+        states, matrix = teacher
+        d, log_teacher = linear_forward_kl(
+            (states, self.head.detach() if matrix is None else matrix),
+            (hidden[autonomous:], self.head),
+            targets[autonomous:],
+            temperature=temperature,
+        )
+        return Outputs(log_pi, entropy, d, log_teacher)
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.head.device)
+
+
+def shard(policy: Policy, mesh: DeviceMesh, *, precision: str) -> Policy:
+    """Move the policy to the mesh's devices and shard it in place; every rank holds equal weights before.
+
+    Args:
+        precision: of matrix products: "float32", "bfloat16", or "auto", which is bfloat16 on GPUs that have it.
+    """
+    bfloat16 = precision == "bfloat16" or (
+        precision == "auto" and mesh.device_type == "cuda" and torch.cuda.is_bf16_supported()
+    )
+    mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bfloat16 else MixedPrecisionPolicy()
+    if policy.nbytes >= GROUP_BYTES:
+        for layer in decoder_layers(policy.model):
+            fully_shard(layer, mesh=mesh, mp_policy=mixed)
+    fully_shard(policy, mesh=mesh, mp_policy=mixed, reshard_after_forward=False)
+    register_fsdp_forward_method(policy, "hidden")
+    return policy
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The blocks that transformers declares indivisible."""
+    names = set(model._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def check_model(policy: Policy) -> None:
+    """Raise DataError unless packing and the fused output layer give this model's own log-probabilities.
+
+    That excludes models whose state leaks from one packed sequence into the next, whose positions cannot be given,
+    or whose logits are more than hidden @ matrix (a bias, a cap, a scale).
+    """
+    ids = np.array([1, 0, 1, 0, 1], np.int32)
+    tokens = [Tokens(ids[:2], ids[2:]), Tokens(ids[:1], ids[1:3])]
+    packed = pack(tokens, (tuple(range(len(tokens))),))
+    with torch.no_grad():
+        try:
+            found = policy(packed, len(packed.targets), None, 1.0).log_pi
+        except (TypeError, AttributeError) as error:
+            raise DataError(f"model.path: {type(policy.model).__name__} cannot be trained packed: {error}") from error
+        expected = torch.cat([_own_logprobs(policy.model, *sequence) for sequence in tokens])
+    if not torch.allclose(found, expected.to(found.dtype), rtol=1e-3, atol=1e-3):
+        raise DataError(
+            f"model.path: {type(policy.model).__name__} gives other log-probabilities when sequences are packed or "
+            f"its logits are not hidden @ matrix; such an architecture is not supported"
+        )
+
+
+def _own_logprobs(model: PreTrainedModel, prompt: np.ndarray, completion: np.ndarray) -> Tensor:
+    ids = torch.from_numpy(np.concatenate((prompt, completion))).long().to(model.device)
+    log_probs = model(input_ids=ids[None]).logits[0].log_softmax(-1)
+    at = torch.arange(len(prompt), len(ids), device=ids.device)
+    return log_probs[at - 1, ids[at]]

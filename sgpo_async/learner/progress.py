@@ -1,0 +1,81 @@
+"""How far a run is, across interruptions, and the figures that its metrics and its summary are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sgpo_async.wire.records import Evaluated
+
+
+@dataclass
+class Progress:
+    """Counts since the first step of the run. Stored in every checkpoint."""
+
+    step: int = 0  # optimiser steps done
+    tokens: int = 0  # trained
+    lagging: float = 0.0  # sum of lag over trained tokens
+    lag_max: int = 0
+    wall_s: float = 0.0  # spent in the training loop
+    idle_s: float = 0.0  # ... of which waiting for batches
+    pass_auto_first: float | None = None  # of the first evaluation
+    pass_auto_last: float | None = None
+    pass_guided_last: float | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """For a checkpoint; `Progress(**plain)` is the way back."""
+        return asdict(self)
+
+    def trained(self, metrics: Mapping[str, Any], *, idle_s: float, wall_s: float) -> None:
+        """Count one step."""
+        self.step += 1
+        self.tokens += metrics["tokens"]
+        self.lagging += sum(int(lag) * count for lag, count in metrics["lag_histogram"].items())
+        self.lag_max = max(self.lag_max, metrics["lag_max"] or 0)
+        self.idle_s += idle_s
+        self.wall_s += wall_s
+
+    def evaluated(self, results: Sequence[Evaluated]) -> dict[str, Any]:
+        """Take evaluations in; returns the metrics of the newest."""
+        for result in results:
+            if self.pass_auto_first is None:
+                self.pass_auto_first = result.pass_auto
+            self.pass_auto_last, self.pass_guided_last = result.pass_auto, result.pass_guided
+        if not results:
+            return {}
+        newest = results[-1]
+        return {
+            "eval_pass_auto": newest.pass_auto,
+            "eval_pass_guided": newest.pass_guided,
+            "eval_version": newest.version,
+        }
+
+    def summary(self, status: Mapping[str, Any]) -> dict[str, Any]:
+        """The learner's and the hub's part of summary.json."""
+        return {
+            "steps": self.step,
+            "wall_s": self.wall_s,
+            "pass_auto_first": self.pass_auto_first,
+            "pass_auto_last": self.pass_auto_last,
+            "pass_guided_last": self.pass_guided_last,
+            "lag_mean": self.lagging / max(self.tokens, 1),
+            "lag_max": self.lag_max,
+            "tokens_trained": self.tokens,
+            "learner_idle": self.idle_s / self.wall_s if self.wall_s else 0.0,
+            "weight_version": status["version"],
+            "actors": len(status["actors"]),
+            "tokens_generated": status["tokens_generated"],
+            "engine_idle": status["engine_idle"],
+            "ledger": status["ledger"],
+            "evaluations": status["evaluations"],
+            "leases_reissued": status["leases_reissued"],
+            "rejected": status["rejected"],
+            "duplicates": status["duplicates"],
+        }
+
+
+def hub_metrics(status: Mapping[str, Any]) -> dict[str, Any]:
+    """The hub's part of one line of metrics, from its status after a commit."""
+    keys = ("version", "pass_auto", "pass_guided", "alpha", "tokens_per_s", "tokens_generated", "engine_idle", "ledger")
+    return {key: status[key] for key in keys} | {"actors": len(status["actors"])}

@@ -1,0 +1,189 @@
+"""The learner's life, the same on every rank; what rank 0 alone does stands in `Lead`.
+
+    hub ── Shard ──▶ update ──▶ commit ──▶ publish ─ ─ ─ (background) ─ ─ ▶ weight store
+                       ▲                     │
+                       └──── next step ◀── record, evaluate, checkpoint
+
+The loop waits for the hub (a batch, an answer), for the other ranks (gradients, statistics, gathers), and for the
+publication before the present one; each wait has a deadline.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from sgpo_async.config.schema import Run
+from sgpo_async.learner import checkpoint, optimiser
+from sgpo_async.learner.checkpoint import Saved
+from sgpo_async.learner.folder import export, load_model
+from sgpo_async.learner.hub_client import HubClient
+from sgpo_async.learner.policy import Policy, check_model, shard
+from sgpo_async.learner.progress import Progress, hub_metrics
+from sgpo_async.learner.publish import Publisher, gather
+from sgpo_async.learner.step import Stepper
+from sgpo_async.learner.world import join_world
+from sgpo_async.metrics import MetricsWriter
+from sgpo_async.tasks.models import load_tokenizer, model_folder, tokenizer_fingerprint
+from sgpo_async.transport import Dealer, Mailbox
+from sgpo_async.weights import StoreWriter
+from sgpo_async.wire.records import Hello
+
+CONNECT_S = 120.0  # for the hub to be there
+COLLECTIVE_SLACK_S = 300.0
+
+
+def train(run: Run, hub_address: str) -> int:
+    """Train to the end of `run` as one rank of a torchrun world; returns the exit status.
+
+    Raises:
+        SgpoError: whatever went wrong, as one line.
+    """
+    mesh = join_world(timeout_s=run.learner.batch_timeout_s + COLLECTIVE_SLACK_S)
+    dealer = Dealer(hub_address, keys=run.hub.keys, max_bytes=run.hub.max_message_mb * 2**20)
+    try:
+        dealer.wait_connected(CONNECT_S)
+    except BaseException:
+        dealer.close()
+        raise
+    hub = HubClient(Mailbox(dealer), name=f"learner-{dist.get_rank()}", heartbeat_s=run.hub.heartbeat_s)
+    try:
+        trainer = Trainer.start(run, mesh, hub)
+        trainer.loop()
+        trainer.finish()
+    except BaseException as error:
+        hub.leave(f"{type(error).__name__}: {error}".partition("\n")[0])  # the hub takes the batch back
+        raise
+    dist.barrier()  # the others leave after rank 0's Finish
+    hub.leave("finished")
+    dist.destroy_process_group()
+    return 0
+
+
+@dataclass
+class Trainer:
+    """One rank, ready to train."""
+
+    run: Run
+    hub: HubClient
+    stepper: Stepper
+    publisher: Publisher
+    progress: Progress
+    base: int  # version of the weights - optimiser steps behind them
+    metrics: MetricsWriter | None  # rank 0
+
+    @classmethod
+    def start(cls, run: Run, mesh: DeviceMesh, hub: HubClient) -> Trainer:
+        """Load or resume, and become a member. A collective of all ranks."""
+        stepper, fingerprint = build(run, mesh)
+        rank, lead = dist.get_rank(), dist.get_rank() == 0
+        resumed = checkpoint.latest(Path(run.folder) / "checkpoints") if run.learner.resume else None
+        saved = (
+            checkpoint.restore(resumed, module=stepper.policy, optimiser=stepper.optimiser)
+            if resumed
+            else Saved(Progress().plain(), b"")
+        )
+        progress = Progress(**saved.progress)
+        welcome = hub.join(
+            Hello(
+                role="learner",
+                name=hub.name,
+                tokenizer=fingerprint,
+                rank=rank,
+                world_size=dist.get_world_size(),
+                step=progress.step,
+            )
+        )
+        version = hub.restore(saved.hub_state) if resumed and lead else welcome.version
+        publisher = Publisher(
+            stepper.policy,
+            getattr(torch, run.model.dtype),
+            store=StoreWriter(welcome.store) if lead else None,
+            published=hub.published,
+        )
+        metrics = MetricsWriter(run.folder, resume_from=progress.step) if lead else None
+        return cls(run, hub, stepper, publisher, progress, version - progress.step, metrics)
+
+    @property
+    def version(self) -> int:
+        """Of the present weights; known on rank 0."""
+        return self.base + self.progress.step
+
+    def loop(self) -> None:
+        """Train to the last step."""
+        self.publisher.publish(self.version)
+        if self.metrics and not self.progress.step:
+            self.hub.evaluate(self.version)
+        lap = time.monotonic()
+        while self.progress.step < self.run.steps:
+            waiting = time.monotonic()
+            shard = self.hub.batch(self.progress.step, timeout_s=self.run.learner.batch_timeout_s)
+            idle = time.monotonic() - waiting
+            line = self.stepper.update(shard)
+            status = self.hub.commit(shard.step) if self.metrics else {}
+            self.publisher.publish(self.version + 1)
+            lap, wall = time.monotonic(), time.monotonic() - lap
+            self.progress.trained(line, idle_s=idle, wall_s=wall)
+            if self.metrics:
+                self._record(self.metrics, line | hub_metrics(status) | {"learner_idle": idle / wall})
+            if self._due(self.run.learner.checkpoint_every):
+                self._checkpoint()
+
+    def finish(self) -> None:
+        """Export the policy, write the summary and end the run. A collective of all ranks."""
+        tensors = gather(self.stepper.policy, torch.float32)
+        self.publisher.wait()
+        if not self.metrics:
+            return
+        source = model_folder(self.run.model.path)
+        export(self.stepper.policy.model, dict(tensors), Path(self.run.folder) / "policy", source=source)
+        own = {"world_size": dist.get_world_size(), "objective": self.run.algorithm.objective}
+        self.metrics.summary(self.progress.summary(self.hub.status()) | own)
+        self.metrics.close()
+        self.hub.finish()
+
+    def _record(self, metrics: MetricsWriter, line: dict[str, Any]) -> None:
+        """Write the line of this step; that of the last step waits for the last evaluation."""
+        last = self.progress.step == self.run.steps
+        if self._due(self.run.evaluation.every):
+            self.hub.evaluate(self.version)
+        results = self.hub.take_evaluations(
+            until=self.version if last else None, timeout_s=self.run.learner.batch_timeout_s
+        )
+        line |= self.progress.evaluated(results)
+        metrics.step(
+            {"step": self.progress.step, "wall_s": self.progress.wall_s, "tokens_trained": self.progress.tokens} | line
+        )
+
+    def _due(self, every: int) -> bool:
+        """Whether something that happens every so many steps, and after the last, happens now. 0: only then."""
+        return self.progress.step == self.run.steps or (every > 0 and self.progress.step % every == 0)
+
+    def _checkpoint(self) -> None:
+        state = self.hub.snapshot(self.progress.step) if self.metrics else b""
+        checkpoint.save(
+            Path(self.run.folder) / "checkpoints",
+            step=self.progress.step,
+            module=self.stepper.policy,
+            optimiser=self.stepper.optimiser,
+            saved=Saved(self.progress.plain(), state),
+        )
+
+
+def build(run: Run, mesh: DeviceMesh) -> tuple[Stepper, str]:
+    """The sharded policy with its optimiser and teacher, and the fingerprint of its tokenizer."""
+    folder = model_folder(run.model.path)
+    fingerprint = tokenizer_fingerprint(load_tokenizer(folder))
+    policy = Policy(load_model(folder))
+    check_model(policy)
+    shard(policy, mesh, precision=run.learner.precision)
+    teacher = None
+    if run.algorithm.objective == "sgpo" and run.algorithm.teacher == "frozen":
+        teacher = shard(Policy(load_model(folder)).requires_grad_(False), mesh, precision=run.learner.precision)
+    return Stepper(run, policy, optimiser.build(policy, run.optim), teacher), fingerprint

@@ -1,0 +1,105 @@
+"""What the learner's rank 0 writes while it trains.
+
+runs/NAME/metrics.jsonl    one line per step, on disk as soon as the step ends
+runs/NAME/tensorboard/     the same numbers as scalars and histograms
+runs/NAME/summary.json     the closing figures, replaced as a whole
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sgpo_async.metrics.files import telling, to_json, write_whole
+from sgpo_async.metrics.reader import METRICS, SUMMARY, read_metrics
+
+TENSORBOARD = "tensorboard"
+
+
+class MetricsWriter:
+    """Writes the metrics of one run below `folder`.
+
+    `resume_from` is the step of the checkpoint that the run continues from: later lines, which the resumed run will
+    write anew, are dropped. At 0 the run begins afresh and earlier numbers in the folder go.
+    Every method raises SgpoError (one line: file, reason, remedy) when the disk is full or the folder not writable.
+    """
+
+    def __init__(self, folder: str | Path, *, resume_from: int = 0) -> None:
+        self.folder = Path(folder)
+        self._path = self.folder / METRICS
+        kept = [line for line in read_metrics(self.folder) if line["step"] <= resume_from] if resume_from else []
+        write_whole(self._path, "".join(to_json(line) + "\n" for line in kept))
+        with telling(self._path):
+            self._file = self._path.open("a", encoding="utf-8")
+            self._board = self._open_board(resume_from)
+
+    def step(self, values: Mapping[str, Any]) -> None:
+        """Record one optimiser step; `values` holds `step` and any of the keys in docs/design.md."""
+        with telling(self._path):
+            self._file.write(to_json(values) + "\n")
+            self._file.flush()
+            self._to_board(values)
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Replace summary.json."""
+        write_whole(self.folder / SUMMARY, to_json(values) + "\n")
+
+    def close(self) -> None:
+        """Flush and close."""
+        with telling(self._path):
+            self._file.close()
+            self._board.close()
+
+    def _open_board(self, resume_from: int) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        place = self.folder / TENSORBOARD
+        if not resume_from:
+            shutil.rmtree(place, ignore_errors=True)
+        return SummaryWriter(str(place), purge_step=resume_from + 1 if resume_from else None, flush_secs=10)
+
+    def _to_board(self, values: Mapping[str, Any]) -> None:
+        step = int(values["step"])
+        for key, value in values.items():
+            if key == "step":
+                continue
+            if key.endswith("_histogram"):
+                self._add_histogram(key, value, step)
+            elif isinstance(value, Mapping):
+                for name, number in _scalars(value, f"{key}/"):
+                    self._board.add_scalar(name, number, step)
+            elif isinstance(value, int | float):
+                self._board.add_scalar(key, value, step)
+
+    def _add_histogram(self, key: str, counts: Mapping[Any, Any], step: int) -> None:
+        """`counts` maps an integer (a lag) to how many tokens had it."""
+        if not counts:
+            return
+        values = np.array(sorted((int(value), float(count)) for value, count in counts.items()))
+        at, count = values[:, 0], values[:, 1]
+        self._board.add_histogram_raw(
+            key,
+            min=at.min(),
+            max=at.max(),
+            num=count.sum(),
+            sum=(at * count).sum(),
+            sum_squares=(at * at * count).sum(),
+            bucket_limits=(at + 0.5).tolist(),
+            bucket_counts=count.tolist(),
+            global_step=step,
+        )
+
+
+def _scalars(values: Mapping[str, Any], prefix: str) -> list[tuple[str, float]]:
+    """Nested counts as flat (name, number) pairs: ledger/dropped/stale."""
+    flat: list[tuple[str, float]] = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat += _scalars(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float):
+            flat.append((f"{prefix}{key}", value))
+    return flat

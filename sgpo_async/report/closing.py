@@ -1,0 +1,95 @@
+"""The closing figures of a run, from summary.json, and from its metrics where a run that was cut short has none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from sgpo_async.metrics import read_metrics, read_summary
+from sgpo_async.report.figures import NONE, clock, number, percent
+
+
+def closing_rows(folder: str | Path) -> list[tuple[str, str]]:
+    """(what, figure) pairs of the run in `folder`. Raises DataError for files that cannot be read."""
+    return summary_rows(read_summary(folder) or summarise(read_metrics(folder)))
+
+
+def summarise(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The keys of summary.json that follow from metrics alone. Shares and lag are means over steps."""
+    if not lines:
+        return {}
+    last = lines[-1]
+    auto, guided = _present(lines, "eval_pass_auto"), _present(lines, "eval_pass_guided")
+    return {
+        "steps": last["step"],
+        "wall_s": last.get("wall_s"),
+        "actors": last.get("actors"),
+        "pass_auto_first": auto[0] if auto else None,
+        "pass_auto_last": auto[-1] if auto else None,
+        "pass_guided_first": guided[0] if guided else None,
+        "pass_guided_last": guided[-1] if guided else None,
+        "weight_version": last.get("version"),
+        "lag_mean": _mean(_present(lines, "lag_mean")),
+        "lag_max": max(_present(lines, "lag_max"), default=None),
+        "tokens_generated": last.get("tokens_generated"),
+        "tokens_trained": last.get("tokens_trained"),
+        "learner_idle": _mean(_present(lines, "learner_idle")),
+        "engine_idle": _mean(_present(lines, "engine_idle")),
+        "ledger": last.get("ledger"),
+    }
+
+
+def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The summary's figures with their names and units."""
+    get = summary.get
+    wall, generated, trained = get("wall_s"), get("tokens_generated"), get("tokens_trained")
+    rate = generated / wall if generated is not None and wall else None
+    rows = [
+        ("held-out pass rate, autonomous", _change(get("pass_auto_first"), get("pass_auto_last"))),
+        ("held-out pass rate, guided", _change(get("pass_guided_first"), get("pass_guided_last"))),
+        ("steps", number(get("steps"))),
+        ("wall time", clock(wall)),
+        ("tokens generated", f"{number(generated)} ({number(rate)} a second)"),
+        ("tokens trained", number(trained)),
+        ("lag of trained tokens", f"mean {number(get('lag_mean'))}, at most {number(get('lag_max'))} versions"),
+        ("idle", f"trainer {percent(get('learner_idle'))}, engines {percent(get('engine_idle'))}"),
+    ]
+    return rows + ledger_rows(get("ledger") or {})
+
+
+def ledger_rows(ledger: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """dispatched = trained + dropped (by reason) + in flight + buffered, for tasks and for rollouts."""
+    if not ledger:
+        return []
+    counts = {"tasks": ledger.get("tasks", ledger), "rollouts": ledger.get("rollouts")}
+    return [(f"ledger of {name}", _balance(count)) for name, count in counts.items() if isinstance(count, Mapping)]
+
+
+def _balance(count: Mapping[str, Any]) -> str:
+    dropped = count.get("dropped", 0)
+    reasons = ""
+    if isinstance(dropped, Mapping):
+        named = [f"{reason} {amount}" for reason, amount in dropped.items() if amount]
+        reasons = f" ({', '.join(named)})" if named else ""
+        dropped = sum(dropped.values())
+    parts = [count.get("trained"), dropped, count.get("in_flight"), count.get("buffered")]
+    text = (
+        f"{count.get('dispatched', NONE)} dispatched = {parts[0]} trained + {dropped} dropped{reasons}"
+        f" + {parts[2]} in flight + {parts[3]} buffered"
+    )
+    balanced = all(isinstance(part, int) for part in parts) and count.get("dispatched") == sum(parts)
+    return text if balanced else f"{text}: NOT BALANCED"
+
+
+def _change(first: Any, last: Any) -> str:
+    return percent(last) if first is None else f"{percent(first)} → {percent(last)}"
+
+
+def _present(lines: Iterable[Mapping[str, Any]], key: str) -> list[Any]:
+    return [line[key] for line in lines if line.get(key) is not None]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return fmean(values) if values else None

@@ -1,0 +1,119 @@
+"""runs/NAME/report.html: one file, no network, no script; readable in light and dark."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sgpo_async.config import Run, to_plain
+from sgpo_async.errors import DataError
+from sgpo_async.metrics import read_metrics, read_summary
+from sgpo_async.metrics.files import write_whole
+from sgpo_async.report.charts import figures
+from sgpo_async.report.closing import summarise, summary_rows
+from sgpo_async.report.figures import clock, number, percent
+from sgpo_async.report.style import STYLE
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write report.html into the run's folder and return its path.
+
+    Reads metrics.jsonl, summary.json and config.yaml, of which only the first must exist. Raises DataError if it
+    does not or a file cannot be read, SgpoError if the page cannot be written.
+    """
+    folder = Path(folder)
+    lines = read_metrics(folder)
+    if not lines:
+        raise DataError(f"{folder}: no metrics.jsonl with a finished step; name the folder of a run, e.g. runs/demo")
+    summary = summarise(lines) | read_summary(folder)
+    path = folder / "report.html"
+    write_whole(path, _page(folder.resolve().name, lines, summary, _read_config(folder / "config.yaml")))
+    return path
+
+
+def _page(name: str, lines: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    changed = changed_settings(config)
+    body = [
+        f"<header><h1>{escape(name)}</h1><p>{escape(_subtitle(summary, config))}</p></header>",
+        f'<div class="tiles">{"".join(_tile(*tile) for tile in _tiles(summary))}</div>',
+        f'<div class="charts">{"".join(figures(lines))}</div>',
+        f"<section><h2>Closing figures</h2>{_table(summary_rows(summary))}</section>",
+    ]
+    if config:
+        own = _table(changed) if changed else "<p>All settings have their default values.</p>"
+        whole = escape(yaml.safe_dump(dict(config), sort_keys=False))
+        more = f"<details><summary>The whole configuration</summary><pre>{whole}</pre></details>"
+        body.append(f"<section><h2>Settings that differ from the defaults</h2>{own}{more}</section>")
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(name)}</title>'
+    return f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body><main>\n' + (
+        "\n".join(body) + "\n</main></body></html>\n"
+    )
+
+
+def _subtitle(summary: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    objective = summary.get("objective") or config.get("algorithm", {}).get("objective", "")
+    model = config.get("model", {}).get("path", "")
+    ranks, actors = summary.get("world_size"), summary.get("actors")
+    parts = [objective.upper(), model]
+    parts += [f"{ranks} learner ranks"] if ranks else []
+    parts += [f"{actors} actors"] if actors else []
+    parts += [f"{number(summary.get('steps'))} steps in {clock(summary.get('wall_s'))}"]
+    return " · ".join(part for part in parts if part)
+
+
+def _tiles(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    get = summary.get
+    first, last = percent(get("pass_auto_first")), percent(get("pass_auto_last"))
+    rate = (get("tokens_generated") or 0) / get("wall_s", 0) if get("wall_s") else None
+    return [
+        (f"{first} → {last}", "held-out pass rate, autonomous"),
+        (percent(get("pass_guided_last")), "held-out pass rate, guided"),
+        (number(get("lag_mean")), f"mean lag (at most {number(get('lag_max'))}) in versions"),
+        (number(rate), "tokens generated per second"),
+        (percent(get("learner_idle")), "trainer idle"),
+        (percent(get("engine_idle")), "engines idle"),
+    ]
+
+
+def _tile(figure: str, name: str) -> str:
+    return f'<div class="tile"><b>{escape(figure)}</b><span>{escape(name)}</span></div>'
+
+
+def _table(rows: Iterable[tuple[str, str]]) -> str:
+    cells = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in rows)
+    return f"<table>{cells}</table>"
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """As it was written: a run of an older schema can still be reported."""
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except yaml.YAMLError as error:
+        raise DataError(f"{path}: is not YAML ({error})".splitlines()[0]) from None
+    return config if isinstance(config, dict) else {}
+
+
+def changed_settings(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(key path, value, with the default in brackets) of each setting that differs from its default."""
+    defaults = dict(_flat(to_plain(Run())))
+    missing = object()
+    rows = []
+    for key, value in _flat(config):
+        default = defaults.get(key, missing)
+        if value != default:
+            rows.append((key, f"{value}" if default in (missing, "") else f"{value} (default {default})"))
+    return rows
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,77 @@
+"""The functions that the two members of a world call on each other; each runs in an RPC thread of the callee.
+
+    node ──▶ link     manifest()  bucket(version, index)  beat(seconds)
+    link ──▶ node     announce(version)  control(word)    beat(seconds)
+
+They find what they work on in this module, set before the world exists. None stands for
+"superseded": an expected answer, not an exception that would be printed on the way.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from sgpo_async.errors import Superseded
+from sgpo_async.weights.reader import StoreReader
+
+
+@dataclass
+class Announced:
+    """A version is there to be pulled."""
+
+    version: int
+
+
+@dataclass
+class Control:
+    """A word for the actor."""
+
+    word: str
+
+
+@dataclass
+class Callee:
+    """What the calls of this process work on."""
+
+    store: StoreReader | None = None  # link
+    inbox: queue.SimpleQueue[Announced | Control] = field(default_factory=queue.SimpleQueue)  # node
+
+
+callee = Callee()
+
+
+def manifest() -> bytes | None:
+    """Encoded manifest of the newest version."""
+    assert callee.store is not None
+    try:
+        return callee.store.encoded_manifest()
+    except Superseded:
+        return None
+
+
+def bucket(version: int, index: int) -> torch.Tensor | None:
+    """Bytes of one bucket, [nbytes] uint8."""
+    assert callee.store is not None
+    try:
+        return torch.frombuffer(callee.store.bucket(version, index), dtype=torch.uint8)
+    except Superseded:
+        return None
+
+
+def announce(version: int) -> None:
+    """A new version is there."""
+    callee.inbox.put(Announced(version))
+
+
+def control(word: str) -> None:
+    """A word for the actor."""
+    callee.inbox.put(Control(word))
+
+
+def beat(seconds: float) -> None:
+    """Answer after `seconds`. So a call is always under way, and fails at once when the peer is gone."""
+    time.sleep(seconds)

@@ -1,0 +1,110 @@
+"""The parent's side of a child process: JSON lines out of it, JSON lines into it, and its end.
+
+Only `stop` waits. The child's errors go to the parent's standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from typing import Any
+
+from sgpo_async.errors import DeadlineExceeded
+from sgpo_async.session.settings import Settings
+
+_UNWANTED = ("TORCHELASTIC_", "MASTER_", "RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_")  # torchrun's
+
+
+class Child:
+    """One child process. Its last event is always {"event": "down", "reason": ...}, whatever ended it."""
+
+    def __init__(self, module: str, settings: Settings) -> None:
+        self._who = f"{module.rpartition('.')[2]} of {settings.name}"
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module, settings.encode()],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=_environment(),
+            process_group=0,  # Ctrl-C in a terminal reaches the supervisor alone
+        )
+        assert self._process.stdin and self._process.stdout
+        self._in, self._out = self._process.stdin, self._process.stdout
+        os.set_blocking(self._in.fileno(), False)
+        os.set_blocking(self._out.fileno(), False)
+        self._partial = b""
+        self._down = False
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self._process.pid
+
+    def fileno(self) -> int:
+        """Readable whenever `poll` has something to say."""
+        return self._out.fileno()
+
+    def send(self, command: dict[str, Any]) -> None:
+        """Give the child a command. A dead child ignores it; `poll` tells of its death."""
+        try:
+            os.write(self._in.fileno(), json.dumps(command).encode() + b"\n")
+        except (BrokenPipeError, ValueError):
+            return
+
+    def poll(self) -> list[dict[str, Any]]:
+        """Events since the last call."""
+        if self._down:
+            return []
+        data, ended = self._read()
+        *lines, self._partial = (self._partial + data).split(b"\n")
+        events = []
+        for line in lines:
+            event = json.loads(line)
+            self._down = event["event"] == "down"
+            events.append(event)
+            if self._down:
+                return events
+        if ended:
+            self._down = True
+            events.append({"event": "down", "reason": f"{self._who}: {self._ending()}"})
+        return events
+
+    def stop(self, deadline_s: float = 5.0) -> None:
+        """Kill the child, which has nothing to clean up. Raises DeadlineExceeded if that does not end it."""
+        self._down = True
+        self._process.kill()
+        self._in.close()
+        self._out.close()
+        try:
+            self._process.wait(deadline_s)
+        except subprocess.TimeoutExpired:
+            raise DeadlineExceeded(self._who, "end after SIGKILL", deadline_s) from None
+
+    def _read(self) -> tuple[bytes, bool]:
+        data = bytearray()
+        while True:
+            try:
+                piece = os.read(self.fileno(), 65536)
+            except BlockingIOError:
+                return bytes(data), False
+            if not piece:
+                return bytes(data), True
+            data += piece
+
+    def _ending(self) -> str:
+        try:
+            code = self._process.wait(1.0)  # its output has ended, so it is all but gone
+        except subprocess.TimeoutExpired:
+            return "closed its output"
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+
+
+def _environment() -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(_UNWANTED)}
+    return kept | {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",  # weights travel through the CPU; no CUDA context per session
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # a peer that leaves is no news for the terminal
+    }

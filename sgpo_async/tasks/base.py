@@ -1,0 +1,35 @@
+"""What a task is made of: a problem, and a source that yields problems by position. Free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One problem with its verifiable answer.
+
+    The strategy names problem type, approach and general steps; it holds neither intermediate numbers nor
+    the answer (arXiv 2606.24064). The response is a stronger model's worked solution, where one exists.
+    """
+
+    id: str
+    problem: str
+    answer: str
+    strategy: str | None = None
+    response: str | None = None
+
+
+class ProblemSource(Protocol):
+    """An endless, reproducible stream of training problems and a fixed held-out set."""
+
+    verifier: str
+    """Name of the verifier in `sgpo_async.tasks.verify.VERIFIERS` that judges completions of this source."""
+
+    def training(self, position: int) -> Problem:
+        """The problem at `position` >= 0 of the training stream; the same one at every call."""
+
+    def held_out(self) -> Sequence[Problem]:
+        """Problems that the training stream never yields, in a fixed order."""

@@ -1,0 +1,23 @@
+"""ZeroMQ endpoints, their in-memory twin, typed mailboxes, CURVE keys and at-least-once delivery."""
+
+from sgpo_async.transport.base import DealerEnd, RouterEnd
+from sgpo_async.transport.dealer import Dealer
+from sgpo_async.transport.keys import create_keys
+from sgpo_async.transport.mailbox import Mailbox, RouterMailbox
+from sgpo_async.transport.memory import MemoryDealer, MemoryRouter, memory_pair
+from sgpo_async.transport.reliable import ReliableSender
+from sgpo_async.transport.router import Router
+
+__all__ = [
+    "Dealer",
+    "DealerEnd",
+    "Mailbox",
+    "MemoryDealer",
+    "MemoryRouter",
+    "ReliableSender",
+    "Router",
+    "RouterEnd",
+    "RouterMailbox",
+    "create_keys",
+    "memory_pair",
+]

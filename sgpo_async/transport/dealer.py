@@ -1,0 +1,114 @@
+"""A member's ZeroMQ endpoint.
+
+    send(frames) ─▶ queue ─▶ DEALER ─ TCP ─▶ the hub's Router
+    poll() ◀─ frames ◀────── DEALER
+      └─ reads the socket's monitor, too: connected, lost, refused
+
+ZeroMQ connects in the background and again after every loss, with short pauses. `connections` counts the
+handshakes that succeeded: when it grows, what was sent before may be lost (see `ReliableSender.reconnected`).
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from sgpo_async.errors import HubError
+from sgpo_async.transport.base import Frames
+from sgpo_async.transport.keys import key_pair, public_key
+from sgpo_async.transport.sockets import close_socket, drain, offer, open_socket
+
+RECONNECT_MS = (100, 2000)  # first and longest pause between two attempts
+REFUSALS: dict[int, str] = {
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH: "it does not know our key",
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "keys on one side only, or it is no hub",
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "it broke the handshake off: a wrong server.key, or keys on one side only",
+}
+WATCHED = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | sum(REFUSALS)
+
+
+class Dealer:
+    """DEALER socket connected to `address`. Implements `DealerEnd`.
+
+    `identity` is how the hub's Router knows this member, also after a reconnection; by default a random one.
+    `socket` is for a `zmq.Poller` that waits for other things, too.
+
+    Raises:
+        HubError: the keys cannot be read.
+    """
+
+    def __init__(
+        self, address: str, *, identity: bytes | None = None, keys: str | Path = "", max_bytes: int
+    ) -> None:
+        self.address = address
+        self.identity = identity or secrets.token_hex(8).encode()
+        self.max_bytes = max_bytes
+        self.connections = 0
+        self.connected = False
+        self._refusal = ""
+        self.socket = open_socket(zmq.DEALER, address=address, max_bytes=max_bytes)
+        self._monitor = self.socket.get_monitor_socket(WATCHED)
+        try:
+            self.socket.routing_id = self.identity
+            self.socket.reconnect_ivl, self.socket.reconnect_ivl_max = RECONNECT_MS
+            if keys:
+                self.socket.curve_publickey, self.socket.curve_secretkey = key_pair(keys, "client")
+                self.socket.curve_serverkey = public_key(keys, "server")
+            self.socket.connect(address)
+        except BaseException:
+            self.close()
+            raise
+
+    def poll(self, timeout_s: float) -> list[Frames]:
+        received = drain(self.socket, timeout_s, self.max_bytes)
+        self._watch()
+        return received
+
+    def send(self, frames: Sequence[bytes]) -> bool:
+        return offer(self.socket, frames)
+
+    def wait_connected(self, timeout_s: float) -> None:
+        """Return once the hub has accepted the connection.
+
+        Raises:
+            HubError: it has not within `timeout_s`; says whether it was silent or refused.
+        """
+        deadline = time.monotonic() + timeout_s
+        self._watch()
+        while not self.connected and (left := deadline - time.monotonic()) > 0:
+            self._monitor.poll(math.ceil(left * 1000))
+            self._watch()
+        if not self.connected:
+            raise HubError(self._trouble(timeout_s))
+
+    def close(self, linger_s: float = 0.0) -> None:
+        if self.socket.closed:
+            return
+        self.socket.disable_monitor()
+        self._monitor.close()
+        close_socket(self.socket, linger_s)
+
+    def _watch(self) -> None:
+        """Take note of what the monitor has seen since the last call."""
+        while self._monitor.poll(0):
+            event = recv_monitor_message(self._monitor)["event"]
+            self.connected = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            self.connections += self.connected
+            self._refusal = "" if self.connected else REFUSALS.get(event, self._refusal)
+
+    def _trouble(self, seconds: float) -> str:
+        if self._refusal:
+            return (
+                f"hub.address: {self.address} refused us for {seconds:g} s: {self._refusal}; "
+                "give the hub and all members the same hub.keys"
+            )
+        return (
+            f"hub.address: no hub answered at {self.address} within {seconds:g} s; "
+            "is it running, and does the network let the port through?"
+        )

@@ -1,0 +1,96 @@
+"""The hub's ZeroMQ endpoint.
+
+    Dealer ─┐                     ┌─ poll() ─▶ (member, frames)
+    Dealer ─┼─ TCP ─▶ ROUTER ─────┤
+    Dealer ─┘         ▲           └─ send(member, frames) ─▶ one member's queue, or False
+                      └─ authenticator thread: answers "is this client key known?" during handshakes
+
+Nothing here waits except `poll` (for a message) and `close` (for queued frames to leave), both within a given
+time. A member that connects again under its identity takes over its old connection: after a power loss the
+old one may live on for minutes on the hub's side, and the member would stay unheard for so long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import zmq
+from zmq.auth.thread import ThreadAuthenticator
+
+from sgpo_async.errors import HubError
+from sgpo_async.transport.base import Frames
+from sgpo_async.transport.keys import key_pair, public_key
+from sgpo_async.transport.sockets import close_socket, drain, numeric, offer, open_socket
+
+
+class Router:
+    """ROUTER socket bound to `address`; port 0 takes a free one. Implements `RouterEnd`.
+
+    `keys` is the folder that `create_keys` filled; without it anybody who reaches the address may talk.
+    `socket` is for a `zmq.Poller` that waits for other things, too.
+
+    Raises:
+        HubError: the address is taken or not ours, or the keys cannot be read.
+    """
+
+    def __init__(self, address: str, *, keys: str | Path = "", max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.socket = open_socket(zmq.ROUTER, address=address, max_bytes=max_bytes)
+        self._authenticator: ThreadAuthenticator | None = None
+        try:
+            self.socket.router_mandatory = True
+            self.socket.router_handover = True
+            if keys:
+                self._authenticator = authenticate(self.socket, keys)
+            self.address = bind(self.socket, address)
+        except BaseException:
+            self.close()
+            raise
+
+    def poll(self, timeout_s: float) -> list[tuple[bytes, Frames]]:
+        return [(member, frames) for member, *frames in drain(self.socket, timeout_s, self.max_bytes)]
+
+    def send(self, member: bytes, frames: Sequence[bytes]) -> bool:
+        return offer(self.socket, [member, *frames])
+
+    def close(self, linger_s: float = 0.0) -> None:
+        if self.socket.closed:
+            return
+        if self._authenticator:
+            self._authenticator.stop()
+        close_socket(self.socket, linger_s)
+
+
+class KnownKey:
+    """Credentials provider of the authenticator: exactly one client key is known."""
+
+    def __init__(self, public: bytes) -> None:
+        self.public = public
+
+    def callback(self, _domain: str, key: bytes) -> bool:
+        return key == self.public
+
+
+def authenticate(socket: zmq.Socket, keys: str | Path) -> ThreadAuthenticator:
+    """Let only clients in that hold the client's secret key."""
+    socket.curve_publickey, socket.curve_secretkey = key_pair(keys, "server")
+    socket.curve_server = True
+    known = KnownKey(public_key(keys, "client"))
+    authenticator = ThreadAuthenticator(socket.context)
+    authenticator.start()
+    authenticator.configure_curve_callback(domain="*", credentials_provider=known)
+    return authenticator
+
+
+def bind(socket: zmq.Socket, address: str) -> str:
+    """Bind; returns the address with the actual port."""
+    try:
+        socket.bind(numeric(address))
+    except zmq.ZMQError as error:
+        if error.errno == zmq.EADDRINUSE:
+            raise HubError(
+                f"hub.address: {address} is in use; stop the other hub or choose another port"
+            ) from error
+        raise HubError(f"hub.address: cannot listen at {address}: {error.strerror}") from error
+    return socket.get_string(zmq.LAST_ENDPOINT)

@@ -1,0 +1,78 @@
+"""What Router and Dealer share: socket options, addresses, receiving in bounded batches, closing."""
+
+from __future__ import annotations
+
+import math
+import socket as network
+from collections.abc import Sequence
+
+import zmq
+
+from sgpo_async.errors import HubError
+from sgpo_async.transport.base import BATCH, HIGH_WATER, Frames
+
+CUT_FACTOR = 4  # a frame beyond so many times max_bytes is not even received: ZeroMQ drops the connection
+
+
+def open_socket(kind: zmq.SocketType, *, address: str, max_bytes: int) -> zmq.Socket:
+    """A socket in a context of its own, with bounded queues; it forgets what is queued when it is closed.
+
+    `max_bytes` is enforced by the codec, where it costs one counted rejection. ZeroMQ's own limit lies
+    higher, since all it can do is to drop the connection of the sender.
+    """
+    socket = zmq.Context(io_threads=1).socket(kind)
+    socket.linger = 0
+    socket.sndhwm = socket.rcvhwm = HIGH_WATER
+    socket.maxmsgsize = CUT_FACTOR * max_bytes
+    socket.ipv6 = address.startswith("tcp://[")
+    return socket
+
+
+def numeric(address: str) -> str:
+    """`tcp://HOST:PORT` with the host as a number, since ZeroMQ binds to no name.
+
+    Raises:
+        HubError: the name cannot be resolved.
+    """
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    if host == "*" or host.startswith("["):
+        return address
+    try:
+        return f"tcp://{network.gethostbyname(host)}:{port}"
+    except OSError as error:
+        raise HubError(f"hub.address: host {host} in {address} is unknown: {error.strerror}") from error
+
+
+def drain(socket: zmq.Socket, timeout_s: float, max_bytes: int) -> list[Frames]:
+    """Messages that are there, at most `BATCH` and little more than `max_bytes`; waits for the first one."""
+    received: list[Frames] = []
+    if not socket.poll(math.ceil(timeout_s * 1000)):
+        return received
+    size = 0
+    while len(received) < BATCH and size <= max_bytes:
+        try:
+            frames = socket.recv_multipart(zmq.DONTWAIT)
+        except zmq.Again:
+            break
+        received.append(frames)
+        size += sum(map(len, frames))
+    return received
+
+
+def offer(socket: zmq.Socket, frames: Sequence[bytes]) -> bool:
+    """Queue a message without waiting; False if there is no peer for it or its queue is full."""
+    try:
+        socket.send_multipart(frames, zmq.DONTWAIT)
+    except zmq.Again:
+        return False
+    except zmq.ZMQError as error:
+        if error.errno == zmq.EHOSTUNREACH:
+            return False
+        raise
+    return True
+
+
+def close_socket(socket: zmq.Socket, linger_s: float) -> None:
+    """Close a socket and its context; returns when its queue is empty, or after `linger_s`."""
+    socket.close(linger=math.ceil(linger_s * 1000))
+    socket.context.term()

@@ -1,0 +1,12 @@
+"""Weights between processes: manifest, digest, and a double-buffered store in an anonymous shared file.
+
+Importing this package does not import torch: only touching a tensor does.
+"""
+
+from sgpo_async.weights.digest import digest
+from sgpo_async.weights.manifest import Bucket, Manifest, TensorEntry
+from sgpo_async.weights.paths import StoreFile
+from sgpo_async.weights.reader import StoreReader
+from sgpo_async.weights.writer import StoreWriter
+
+__all__ = ["Bucket", "Manifest", "StoreFile", "StoreReader", "StoreWriter", "TensorEntry", "digest"]

@@ -1,0 +1,103 @@
+"""Reading a weight store that somebody else writes, without a lock.
+
+Everything is copied out first and believed afterwards: a copy is whole if its slot still holds the version.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sgpo_async.errors import Superseded
+from sgpo_async.weights import layout
+from sgpo_async.weights.layout import Record
+from sgpo_async.weights.manifest import Manifest
+
+if TYPE_CHECKING:
+    import torch
+
+
+class StoreReader:
+    """Attaches to a store by path; the store need not exist yet. Methods may be called from any thread."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = str(path)
+        self._fd = -1
+        self._cached: Manifest | None = None
+
+    def version(self) -> int | None:
+        """The newest whole version; None if there is none."""
+        records = self._records()
+        return records[-1].version if records else None
+
+    def manifest(self) -> Manifest | None:
+        """Manifest of the newest whole version; None if there is none.
+
+        Raises Superseded if it is overwritten while being read, and WeightsError if it is damaged.
+        """
+        records = self._records()
+        return self._manifest(records[-1]) if records else None
+
+    def encoded_manifest(self) -> bytes | None:
+        """As `manifest`, but unread and unchecked: for `Manifest.from_bytes` at the far end."""
+        records = self._records()
+        return self._encoded(records[-1]) if records else None
+
+    def bucket(self, version: int, index: int) -> bytearray:
+        """Bytes of one bucket, unchecked (see `Manifest.check`). Raises Superseded if `version` is gone."""
+        record = self._record(version)
+        bucket = self._manifest(record).buckets[index]
+        data = layout.read(self._fd, bucket.nbytes, record.data + bucket.offset)
+        self._still(record)
+        return data
+
+    def tensors(self, version: int) -> dict[str, torch.Tensor]:
+        """A whole copy of `version` on the CPU. Raises Superseded if it is gone, or goes meanwhile."""
+        import torch
+
+        record = self._record(version)
+        manifest = self._manifest(record)
+        data = torch.empty(manifest.nbytes, dtype=torch.uint8)
+        layout.read_into(self._fd, data.numpy().data, record.data)
+        self._still(record)
+        return {
+            t.name: data[t.offset : t.offset + t.nbytes].view(getattr(torch, t.dtype)).reshape(t.shape)
+            for t in manifest.tensors
+        }
+
+    def close(self) -> None:
+        """Let go of the store."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _records(self) -> list[Record]:
+        if self._fd < 0:
+            try:
+                self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                return []
+        return layout.read_header(self._fd)[1]
+
+    def _record(self, version: int) -> Record:
+        for record in self._records():
+            if record.version == version:
+                return record
+        raise Superseded(f"weights version {version}: no longer in the store")
+
+    def _still(self, record: Record) -> None:
+        if record not in self._records():
+            raise Superseded(f"weights version {record.version}: overwritten while being read")
+
+    def _manifest(self, record: Record) -> Manifest:
+        cached = self._cached
+        if cached is not None and cached.version == record.version:
+            return cached
+        self._cached = manifest = Manifest.from_bytes(self._encoded(record))
+        return manifest
+
+    def _encoded(self, record: Record) -> bytes:
+        data = bytes(layout.read(self._fd, record.manifest_nbytes, record.manifest))
+        self._still(record)
+        return data

@@ -1,0 +1,209 @@
+"""Writing a weight store: one version at a time into the slot that does not hold the newest.
+
+    publish(version, tensors)     from tensors, one after another (the learner)
+    receive(manifest)             from buckets, in any order (the copy on an inference node)
+
+A version becomes visible by one record, written after all else. A writer that is killed, or whose tensors end
+in an error, leaves the newest version untouched; the next writer continues in the other slot.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import xxhash
+
+from sgpo_async.errors import WeightsError
+from sgpo_async.weights import layout
+from sgpo_async.weights.digest import combine, dtype_name, tensor_bytes
+from sgpo_async.weights.layout import PAGE, Record
+from sgpo_async.weights.manifest import Bucket, Manifest, TensorEntry, aligned
+
+if TYPE_CHECKING:
+    import torch
+
+BUCKET_BYTES = 16 * 2**20
+
+
+class StoreWriter:
+    """The one writer of a store; continues a store that an earlier writer left behind."""
+
+    def __init__(self, path: str | Path, *, bucket_bytes: int = BUCKET_BYTES) -> None:
+        assert bucket_bytes > 0
+        self.path = str(path)
+        self.bucket_bytes = bucket_bytes
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        with layout.guarded(f"open {path}"):
+            self._fd = os.open(self.path, flags, 0o600)
+        self._stride, records = layout.read_header(self._fd)
+        self._newest: Manifest | None = None
+        self._slot = 0
+        if records:
+            newest = records[-1]
+            data = layout.read(self._fd, newest.manifest_nbytes, newest.manifest)
+            self._newest = Manifest.from_bytes(bytes(data))
+            self._slot = 1 - newest.slot
+
+    @property
+    def version(self) -> int | None:
+        """The newest whole version."""
+        return self._newest.version if self._newest else None
+
+    def publish(self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Manifest:
+        """Copy `named_tensors` in, one at a time, and make them visible as `version`.
+
+        The first publication fixes names, dtypes, shapes and order. Raises WeightsError if a later one
+        differs, if `version` is not newer than the newest, or if there is no room; what was there before then
+        stays.
+        """
+        self._check_version(version)
+        self._begin()
+        start = self._start()
+        stream = _Stream(self._fd, start, self.bucket_bytes)
+        entries: list[TensorEntry] = []
+        hashes: list[bytes] = []
+        for name, tensor in named_tensors:
+            data = tensor_bytes(tensor)
+            entry = TensorEntry(name, dtype_name(tensor), tuple(tensor.shape), stream.offset, len(data))
+            self._check_entry(version, len(entries), entry)
+            entries.append(entry)
+            hashes.append(xxhash.xxh3_128_digest(data))
+            stream.write(data)
+            stream.write(bytes(aligned(len(data)) - len(data)))
+        self._check_names(version, [e.name for e in entries])
+        manifest = Manifest(
+            version=version,
+            digest=combine((e.name, e.dtype, e.shape, h) for e, h in zip(entries, hashes, strict=True)),
+            published_at=time.time(),
+            nbytes=stream.offset,
+            tensors=tuple(entries),
+            buckets=stream.buckets(),
+        )
+        self._finish(manifest)
+        return manifest
+
+    def receive(self, manifest: Manifest) -> Incoming:
+        """Begin to write the version that `manifest` describes, bucket by bucket.
+
+        Raises WeightsError as `publish` does.
+        """
+        self._check_version(manifest.version)
+        for index, entry in enumerate(manifest.tensors):
+            self._check_entry(manifest.version, index, entry)
+        self._check_names(manifest.version, [e.name for e in manifest.tensors])
+        self._begin()
+        return Incoming(self, manifest)
+
+    def close(self) -> None:
+        """Let go of the store; it stays readable."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _start(self) -> int:
+        return PAGE + self._slot * self._stride
+
+    def _begin(self) -> None:
+        if self._newest is None:
+            self._stride = 0  # nothing whole is in the file: its slots are laid out anew, the first at PAGE
+        layout.erase_record(self._fd, self._slot)
+
+    def _finish(self, manifest: Manifest) -> None:
+        encoded = manifest.to_bytes()
+        if self._newest is None:
+            self._stride = layout.stride_for(manifest.nbytes, len(encoded))
+            layout.write_header(self._fd, self._stride)
+        start = self._start()
+        place = start + aligned(manifest.nbytes)
+        assert place + len(encoded) <= start + self._stride
+        layout.write(self._fd, encoded, place)
+        layout.write_record(self._fd, Record(self._slot, manifest.version, start, place, len(encoded)))
+        self._newest = manifest
+        self._slot = 1 - self._slot
+
+    def _check_version(self, version: int) -> None:
+        newest = self.version
+        if newest is not None and version <= newest:
+            raise WeightsError(f"weights version {version}: the store already holds version {newest}")
+
+    def _check_entry(self, version: int, index: int, entry: TensorEntry) -> None:
+        if self._newest is None:
+            return
+        known = self._newest.tensors
+        if index < len(known) and known[index] == entry:
+            return
+        expected = _describe(known[index]) if index < len(known) else f"{len(known)} tensors"
+        raise WeightsError(
+            f"weights version {version}: tensor {index} is {_describe(entry)}, but the store was made for "
+            f"{expected}; publish the same parameters in the same order"
+        )
+
+    def _check_names(self, version: int, names: list[str]) -> None:
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise WeightsError(f"weights version {version}: tensor {twice!r} is there twice")
+        known = len(self._newest.tensors) if self._newest else len(names)
+        if len(names) != known:
+            count = f"{len(names)} tensors, but the store was made for {known}"
+            raise WeightsError(f"weights version {version}: {count}")
+
+
+class Incoming:
+    """A version that arrives in buckets; invisible until `commit`."""
+
+    def __init__(self, writer: StoreWriter, manifest: Manifest) -> None:
+        self._writer = writer
+        self._manifest = manifest
+        self._missing = set(range(len(manifest.buckets)))
+
+    def put(self, index: int, data: bytes | bytearray | memoryview) -> None:
+        """Write bucket `index`. Raises WeightsError, and writes nothing, if the checksum does not fit."""
+        self._manifest.check(index, data)
+        writer = self._writer
+        layout.write(writer._fd, memoryview(data), writer._start() + self._manifest.buckets[index].offset)
+        self._missing.discard(index)
+
+    def commit(self) -> None:
+        """Make the version visible; every bucket must have been put."""
+        assert not self._missing, f"buckets {sorted(self._missing)} are missing"
+        self._writer._finish(self._manifest)
+
+
+class _Stream:
+    """Writes bytes one after another and cuts them into checked buckets."""
+
+    def __init__(self, fd: int, start: int, bucket_bytes: int) -> None:
+        self.offset = 0
+        self._fd, self._start, self._bucket_bytes = fd, start, bucket_bytes
+        self._buckets: list[Bucket] = []
+        self._hash = xxhash.xxh3_64()
+
+    def write(self, data: bytes | memoryview) -> None:
+        view = memoryview(data)
+        while view:
+            begin = len(self._buckets) * self._bucket_bytes
+            piece = view[: begin + self._bucket_bytes - self.offset]
+            layout.write(self._fd, piece, self._start + self.offset)
+            self._hash.update(piece)
+            self.offset += len(piece)
+            view = view[len(piece) :]
+            if self.offset == begin + self._bucket_bytes:
+                self._cut()
+
+    def buckets(self) -> tuple[Bucket, ...]:
+        if self.offset > len(self._buckets) * self._bucket_bytes:
+            self._cut()
+        return tuple(self._buckets)
+
+    def _cut(self) -> None:
+        begin = len(self._buckets) * self._bucket_bytes
+        self._buckets.append(Bucket(begin, self.offset - begin, self._hash.intdigest()))
+        self._hash = xxhash.xxh3_64()
+
+
+def _describe(entry: TensorEntry) -> str:
+    return f"{entry.name!r} {entry.dtype} {list(entry.shape)}"

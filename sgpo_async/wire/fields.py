@@ -1,0 +1,235 @@
+"""How one field of a record travels: derived from its annotation, checked on both sides.
+
+    annotation               in the MessagePack header               in frames of its own
+    int float str bool       the value
+    Literal["a", "b"]        the value
+    T | None                 nil or T
+    dict[str, Any]           nested maps and lists of plain values
+    Tokens Ints Floats       [frame index, dtype, [length]]          the little-endian buffer
+    bytes                    [frame index, "|u1", [length]]          the bytes
+    tuple[Record, ...]       a list of maps                          their buffers, in order
+
+`dump` turns a value into what stands in the header and appends buffers; `load` is its inverse and trusts
+nothing. Both raise `WireError` naming record and field. Types are exact: no bool passes for an int.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Protocol, get_args, get_origin
+
+import numpy as np
+
+from sgpo_async.errors import WireError
+
+INT64 = 2**63
+MAX_DEPTH = 32  # of nested plain data
+LEAVES = frozenset({type(None), bool, int, float, str})
+
+
+class Frames:
+    """The buffer frames of a message that is being decoded; they are consumed in order, each exactly once."""
+
+    def __init__(self, buffers: Sequence[bytes | memoryview]) -> None:
+        self.buffers = buffers
+        self.taken = 0
+
+    def take(self) -> bytes | memoryview:
+        """The next buffer; the caller has checked that there is one."""
+        self.taken += 1
+        return self.buffers[self.taken - 1]
+
+
+class Field(Protocol):
+    """One field's way onto the wire and back."""
+
+    def dump(self, value: Any, buffers: list[bytes]) -> Any: ...
+
+    def load(self, plain: Any, frames: Frames) -> Any: ...
+
+
+def misfit(where: str, expected: str, value: object) -> WireError:
+    """The error for a value that does not fit; shows at most 60 characters of it."""
+    return WireError(f"{where}: expected {expected}, got {type(value).__name__} {str(value)[:60]!r}")
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """bool or str, by exact type."""
+
+    where: str
+    kind: type
+
+    def check(self, value: Any) -> Any:
+        if type(value) is not self.kind:
+            raise misfit(self.where, self.kind.__name__, value)
+        return value
+
+    def dump(self, value: Any, _buffers: list[bytes]) -> Any:
+        return self.check(value)
+
+    def load(self, plain: Any, _frames: Frames) -> Any:
+        return self.check(plain)
+
+
+class Integer(Scalar):
+    """A signed 64-bit integer."""
+
+    def check(self, value: Any) -> Any:
+        if type(value) is not int or not -INT64 <= value < INT64:
+            raise misfit(self.where, "a 64-bit int", value)
+        return value
+
+
+class Real(Scalar):
+    """A float; the sender may give an int or a NumPy float64."""
+
+    def dump(self, value: Any, _buffers: list[bytes]) -> Any:
+        return float(value) if isinstance(value, float) or type(value) is int else self.check(value)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of the values of a Literal."""
+
+    where: str
+    choices: tuple[str, ...]
+
+    def dump(self, value: Any, _buffers: list[bytes]) -> Any:
+        if type(value) is not str or value not in self.choices:
+            raise misfit(self.where, f"one of {', '.join(self.choices)}", value)
+        return value
+
+    def load(self, plain: Any, _frames: Frames) -> Any:
+        return self.dump(plain, [])
+
+
+@dataclass(frozen=True)
+class Optional:
+    """A field that may be absent."""
+
+    inner: Field
+
+    def dump(self, value: Any, buffers: list[bytes]) -> Any:
+        return None if value is None else self.inner.dump(value, buffers)
+
+    def load(self, plain: Any, frames: Frames) -> Any:
+        return None if plain is None else self.inner.load(plain, frames)
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A map with string keys of None, bool, int, float, str, and lists and maps of these."""
+
+    where: str
+
+    def check(self, value: Any, depth: int = 0) -> None:
+        if type(value) in LEAVES:
+            return
+        if depth > MAX_DEPTH:
+            raise WireError(f"{self.where}: nested deeper than {MAX_DEPTH} levels")
+        if type(value) is dict:
+            for key, item in value.items():
+                if type(key) is not str:
+                    raise misfit(self.where, "str as key", key)
+                self.check(item, depth + 1)
+        elif type(value) is list:
+            for item in value:
+                self.check(item, depth + 1)
+        else:
+            raise misfit(self.where, "plain data", value)
+
+    def dump(self, value: Any, _buffers: list[bytes]) -> Any:
+        if type(value) is not dict:
+            raise misfit(self.where, "dict", value)
+        self.check(value)
+        return value
+
+    def load(self, plain: Any, _frames: Frames) -> Any:
+        return self.dump(plain, [])
+
+
+class Array:
+    """A one-dimensional array; decoded as a read-only view of its frame."""
+
+    def __init__(self, where: str, dtype: str) -> None:
+        self.where, self.name, self.dtype = where, dtype, np.dtype(dtype)
+
+    def dump(self, value: Any, buffers: list[bytes]) -> Any:
+        if not isinstance(value, np.ndarray) or value.ndim != 1 or value.dtype != self.dtype:
+            raise misfit(self.where, f"1-d array of {self.name}", getattr(value, "dtype", value))
+        buffers.append(value.tobytes())
+        return [len(buffers), self.name, [len(value)]]
+
+    def load(self, plain: Any, frames: Frames) -> Any:
+        if frames.taken == len(frames.buffers):
+            raise WireError(f"{self.where}: its frame is missing")
+        buffer = frames.take()
+        length, rest = divmod(len(buffer), self.dtype.itemsize)
+        expected = [frames.taken, self.name, [length]]
+        if rest or plain != expected:
+            raise misfit(self.where, f"{expected} for a frame of {len(buffer)} bytes", plain)
+        array = np.frombuffer(buffer, self.dtype)
+        array.flags.writeable = False
+        return array
+
+
+class Blob(Array):
+    """Bytes."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(where, "|u1")
+
+    def dump(self, value: Any, buffers: list[bytes]) -> Any:
+        if type(value) is not bytes:
+            raise misfit(self.where, "bytes", value)
+        return super().dump(np.frombuffer(value, self.dtype), buffers)
+
+    def load(self, plain: Any, frames: Frames) -> Any:
+        return super().load(plain, frames).tobytes()
+
+
+@dataclass(frozen=True)
+class Many:
+    """A tuple of records of one class."""
+
+    where: str
+    inner: Field
+
+    def dump(self, value: Any, buffers: list[bytes]) -> Any:
+        if type(value) is not tuple:
+            raise misfit(self.where, "tuple", value)
+        return [self.inner.dump(item, buffers) for item in value]
+
+    def load(self, plain: Any, frames: Frames) -> Any:
+        if type(plain) is not list:
+            raise misfit(self.where, "list", plain)
+        return tuple(self.inner.load(item, frames) for item in plain)
+
+
+def optional_of(annotation: Any) -> Any:
+    """T if the annotation is `T | None`, else None."""
+    if get_origin(annotation) is not types.UnionType:
+        return None
+    inner = [argument for argument in get_args(annotation) if argument is not types.NoneType]
+    assert len(inner) == 1, f"only T | None travels, not {annotation}"
+    return inner[0]
+
+
+def leaf_field(annotation: Any, where: str) -> Field:
+    """The way of a field whose annotation holds no record."""
+    if inner := optional_of(annotation):
+        return Optional(leaf_field(inner, where))
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return Array(where, arguments[1])
+    if origin is Literal:
+        return Choice(where, arguments)
+    if origin is dict:
+        return Plain(where)
+    if annotation is bytes:
+        return Blob(where)
+    scalar = {int: Integer, float: Real, bool: Scalar, str: Scalar}[annotation]
+    return scalar(where, annotation)

@@ -1,0 +1,117 @@
+"""Small stand-ins for hub, learner and actor, and a run made of them: what is tested is the supervisor.
+
+`python dummies.py ROLE BEHAVIOUR FOLDER` is one process; `python dummies.py run FOLDER ROLE=BEHAVIOUR ...` supervises.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+def forever() -> None:
+    while True:
+        time.sleep(1)
+
+
+def hub(behaviour: str, folder: Path) -> int:
+    if behaviour == "port-taken":
+        print("error: hub.address: tcp://127.0.0.1:1 is in use; choose another")
+        return 2
+    if behaviour == "silent":
+        forever()
+    (folder / "hub.json").write_text(json.dumps({"address": "tcp://127.0.0.1:1", "pid": os.getpid()}))
+    while not (folder / "finished").exists():
+        time.sleep(0.02)
+    return 0
+
+
+def learner(behaviour: str, folder: Path) -> int:
+    if behaviour == "crash":
+        print("Traceback: something\nerror: problems.jsonl:7: has no answer")
+        return 1
+    if behaviour == "short":
+        while len(list(folder.glob("actor-*.pid"))) < 2:
+            time.sleep(0.02)
+        (folder / "finished").touch()
+        return 0
+    if behaviour == "stubborn":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    subprocess.Popen([sys.executable, __file__, "worker", "plain", str(folder)], start_new_session=True)
+    forever()
+    return 0
+
+
+def worker(_behaviour: str, folder: Path) -> int:
+    """As torchrun's: in a session of its own, deaf to TERM."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    (folder / "worker.pid").write_text(str(os.getpid()))
+    forever()
+    return 0
+
+
+def actor(behaviour: str, folder: Path) -> int:
+    (folder / f"actor-{os.getpid()}.pid").touch()
+    if behaviour == "crash-once" and not (folder / "crashed").exists():
+        (folder / "crashed").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    if behaviour == "leave":
+        return 0
+    while not (folder / "finished").exists():
+        time.sleep(0.02)
+    return 0
+
+
+class Plan:
+    actors = 2
+
+    def __init__(self, folder: Path, behaviours: dict[str, str]) -> None:
+        self._folder, self._behaviours = folder, behaviours
+
+    def _command(self, role: str) -> list[str]:
+        return [sys.executable, __file__, role, self._behaviours.get(role, "plain"), str(self._folder)]
+
+    def hub(self) -> list[str]:
+        return self._command("hub")
+
+    def learner(self, _address: str) -> list[str]:
+        return self._command("learner")
+
+    def actor(self, _name: str, _address: str) -> list[str]:
+        return self._command("actor")
+
+
+class Printer:
+    def __init__(self) -> None:
+        self._notes = 0
+
+    def update(self, supervisor) -> None:
+        for note in supervisor.notes[self._notes :]:
+            print("note:", note, flush=True)
+        self._notes = len(supervisor.notes)
+
+    def close(self, *, stopping: bool) -> None:
+        print("closing, stopping:", stopping, flush=True)
+
+
+def supervised(folder: Path, behaviours: dict[str, str]) -> int:
+    from sgpo_async.cli.local import supervise
+    from sgpo_async.errors import SgpoError
+
+    print("ready", flush=True)
+    try:
+        return supervise(Plan(folder, behaviours), folder, Printer())
+    except SgpoError as error:
+        print(f"error: {error}", flush=True)
+        return 2
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        if sys.argv[1] == "run":
+            raise SystemExit(supervised(Path(sys.argv[2]), dict(word.split("=") for word in sys.argv[3:])))
+        raise SystemExit(globals()[sys.argv[1]](sys.argv[2], Path(sys.argv[3])))

@@ -1,0 +1,170 @@
+"""The supervisor against real processes that crash, leave, hang or will not end; nothing may outlive it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+DUMMIES = Path(__file__).with_name("dummies.py")
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE_S = 60.0
+
+pytestmark = pytest.mark.process
+
+
+class Local:
+    """A supervised run of dummies, in a process of its own."""
+
+    def __init__(self, folder: Path, *behaviours: str) -> None:
+        self.folder = folder
+        folder.mkdir(exist_ok=True)
+        self.process = subprocess.Popen(
+            [sys.executable, str(DUMMIES), "run", str(folder), *behaviours],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
+
+    def finish(self) -> tuple[int, str]:
+        output, _ = self.process.communicate(timeout=PATIENCE_S)
+        return self.process.returncode, output
+
+    def everyone(self) -> list[int]:
+        """All living processes that name this run's folder: guard, hub, learner, worker, actors, supervisor."""
+        found = []
+        for process in psutil.process_iter(["cmdline", "status"]):
+            if str(self.folder) in (process.info["cmdline"] or []) and process.info["status"] != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+        return found
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Local]]:
+    runs: list[Local] = []
+
+    def begin(*behaviours: str) -> Local:
+        runs.append(Local(tmp_path / "run", *behaviours))
+        return runs[-1]
+
+    yield begin
+    for run in runs:
+        for pid in run.everyone():
+            os.kill(pid, signal.SIGKILL)
+
+
+def until(what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not what():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
+
+
+def all_up(run: Local) -> bool:
+    return (run.folder / "worker.pid").exists() and len(list(run.folder.glob("actor-*.pid"))) >= 2
+
+
+def assert_no_trace(run: Local) -> None:
+    until(lambda: run.everyone() == [])
+    assert not (run.folder / "hub.json").exists()
+
+
+def test_a_run_ends_by_itself(start: Callable[..., Local]) -> None:
+    run = start("learner=short")
+    code, output = run.finish()
+    assert code == 0, output
+    assert "stopping: False" in output
+    assert_no_trace(run)
+
+
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_everything_even_what_ignores_it(start: Callable[..., Local], number: int, expected: int) -> None:
+    run = start("learner=stubborn")
+    until(lambda: all_up(run))
+    run.process.send_signal(number)
+    code, output = run.finish()
+    assert code == expected, output
+    assert_no_trace(run)
+
+
+def test_a_signal_during_start_up_ends_everything(start: Callable[..., Local]) -> None:
+    run = start("hub=silent")
+    until((run.folder / "logs" / "hub.log").exists)
+    run.process.send_signal(signal.SIGINT)
+    assert run.finish()[0] == 130
+    assert_no_trace(run)
+
+
+def test_a_second_signal_does_not_wait(start: Callable[..., Local]) -> None:
+    run = start("learner=stubborn")
+    until(lambda: all_up(run))
+    run.process.send_signal(signal.SIGINT)
+    assert run.process.stdout is not None
+    for line in run.process.stdout:
+        if "stopping: True" in line:
+            break
+    run.process.send_signal(signal.SIGINT)
+    assert run.finish()[0] == 130
+    assert_no_trace(run)
+
+
+def test_kill_9_of_the_supervisor_leaves_no_orphan(start: Callable[..., Local]) -> None:
+    run = start("learner=stubborn")
+    until(lambda: all_up(run))
+    run.process.kill()
+    assert_no_trace(run)
+
+
+def test_an_actor_that_crashes_is_started_again(start: Callable[..., Local]) -> None:
+    run = start("actor=crash-once", "learner=plain")
+    until(lambda: len(list(run.folder.glob("actor-*.pid"))) >= 3)
+    run.process.send_signal(signal.SIGINT)
+    _, output = run.finish()
+    assert "was killed by signal 9, starts again in 1 s" in output
+    assert_no_trace(run)
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "expected"),
+    [
+        ("learner=crash", "error: the learner ended with code 1: problems.jsonl:7: has no answer"),
+        ("hub=port-taken", "error: the hub ended with code 2: hub.address: tcp://127.0.0.1:1 is in use"),
+        ("actor=leave", "error: no actor is left; the last news: actor-"),
+    ],
+)
+def test_an_end_unasked_ends_the_run_with_its_words(start: Callable[..., Local], behaviour: str, expected: str) -> None:
+    run = start(behaviour)
+    code, output = run.finish()
+    assert code == 2
+    assert expected in output
+    assert_no_trace(run)
+
+
+def test_a_hub_killed_from_outside_ends_the_run(start: Callable[..., Local]) -> None:
+    run = start()
+    until(lambda: all_up(run))
+    (hub,) = (pid for pid in run.everyone() if "hub" in psutil.Process(pid).cmdline())
+    os.kill(hub, signal.SIGKILL)
+    code, output = run.finish()
+    assert code == 2
+    assert "error: the hub was killed by signal 9" in output
+    assert_no_trace(run)
+
+
+def test_a_second_run_in_the_same_folder_is_refused(start: Callable[..., Local]) -> None:
+    first = start()
+    until(lambda: all_up(first))
+    second = start()
+    code, output = second.finish()
+    assert code == 2
+    assert "another run writes here" in output
+    assert first.process.poll() is None
+    first.process.send_signal(signal.SIGINT)
+    first.finish()
+    assert_no_trace(first)

@@ -1,0 +1,112 @@
+"""What both transports promise, tested on both: in memory, and ZeroMQ on loopback."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from sgpo_async.transport import Dealer, DealerEnd, MemoryRouter, Router, RouterEnd
+from sgpo_async.transport.base import Frames
+
+pytestmark = pytest.mark.process
+
+PATIENCE = 30.0
+LIMIT = 2**20
+Connect = Callable[[bytes], DealerEnd]
+
+
+@pytest.fixture(params=["memory", "zeromq"])
+def ends(request: pytest.FixtureRequest) -> Iterator[tuple[RouterEnd, Connect]]:
+    """A router, and what connects a dealer with a given identity to it."""
+    if request.param == "memory":
+        memory = MemoryRouter()
+        yield memory, memory.dealer
+        return
+    router = Router("tcp://127.0.0.1:0", max_bytes=LIMIT)
+    dealers: list[Dealer] = []
+
+    def connect(identity: bytes) -> Dealer:
+        dealers.append(Dealer(router.address, identity=identity, max_bytes=LIMIT))
+        dealers[-1].wait_connected(PATIENCE)
+        return dealers[-1]
+
+    yield router, connect
+    for end in (*dealers, router):
+        end.close()
+
+
+def exactly(count: int, poll: Callable[[float], list]) -> list:
+    """`count` items from an end, with patience."""
+    items: list = []
+    while len(items) < count:
+        news = poll(PATIENCE)
+        assert news, f"{len(items)} of {count} arrived"
+        items += news
+    return items
+
+
+def test_frames_arrive_whole_in_order_under_the_identity(ends: tuple[RouterEnd, Connect]) -> None:
+    router, connect = ends
+    a, b = connect(b"a"), connect(b"b")
+    sent: list[Frames] = [[bytes([n]), b"", b"x" * n] for n in range(200)]
+    assert all(a.send(frames) and b.send(frames) for frames in sent)
+    received = exactly(400, router.poll)
+    for name in (b"a", b"b"):
+        assert [frames for member, frames in received if member == name] == sent
+
+
+def test_replies_reach_their_member_only(ends: tuple[RouterEnd, Connect]) -> None:
+    router, connect = ends
+    a, b = connect(b"a"), connect(b"b")
+    a.send([b"hello"])
+    exactly(1, router.poll)
+    assert router.send(b"a", [b"for a", b""])
+    assert exactly(1, a.poll) == [[b"for a", b""]]
+    assert b.poll(0.05) == []
+
+
+def test_polls_of_nothing_return_in_time(ends: tuple[RouterEnd, Connect]) -> None:
+    router, connect = ends
+    assert router.poll(0.05) == [] == connect(b"a").poll(0.05)
+    assert router.poll(0) == []
+
+
+def test_an_unknown_member_is_unroutable(ends: tuple[RouterEnd, Connect]) -> None:
+    router, _ = ends
+    assert not router.send(b"nobody", [b"x"])
+
+
+def test_a_member_that_closed_becomes_unroutable(ends: tuple[RouterEnd, Connect]) -> None:
+    router, connect = ends
+    member = connect(b"a")
+    member.send([b"x"])
+    exactly(1, router.poll)
+    member.close()
+    until_refused(router, b"a", [b"y"])
+
+
+def test_a_member_that_does_not_read_blocks_nobody(ends: tuple[RouterEnd, Connect]) -> None:
+    router, connect = ends
+    member = connect(b"slow")
+    member.send([b"x"])
+    exactly(1, router.poll)
+    until_refused(router, b"slow", [b"y" * 10_000])
+    other = connect(b"other")
+    other.send([b"x"])
+    assert exactly(1, router.poll) == [(b"other", [b"x"])]
+    assert router.send(b"other", [b"z"])
+    assert exactly(1, other.poll) == [[b"z"]]
+
+
+def test_a_member_that_comes_back_takes_its_identity_over(ends: tuple[RouterEnd, Connect]) -> None:
+    router, connect = ends
+    for generation in (b"1", b"2", b"3"):
+        member = connect(b"a")
+        member.send([generation])
+        assert exactly(1, router.poll) == [(b"a", [generation])]
+        assert router.send(b"a", [b"to", generation])
+        assert exactly(1, member.poll) == [[b"to", generation]]
+
+
+def until_refused(router: RouterEnd, member: bytes, frames: Frames) -> None:
+    """Send until the router declines; the queues between hold far fewer messages than this."""
+    assert any(not router.send(member, frames) for _ in range(1_000_000))

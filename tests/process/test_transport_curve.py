@@ -1,0 +1,96 @@
+"""CURVE: the right key gets in, every other way in is closed and says why."""
+
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sgpo_async.errors import HubError
+from sgpo_async.transport import Dealer, Router, create_keys
+
+pytestmark = pytest.mark.process
+
+PATIENCE = 60.0
+LIMIT = 2**20
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    create_keys(tmp_path / "hub")
+    create_keys(tmp_path / "stranger")
+    return tmp_path
+
+
+@pytest.fixture
+def router(keys: Path) -> Iterator[Router]:
+    router = Router("tcp://127.0.0.1:0", keys=keys / "hub", max_bytes=LIMIT)
+    yield router
+    router.close()
+
+
+def refusal(dealer: Dealer) -> str:
+    """Why the dealer cannot connect, once it knows."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        with pytest.raises(HubError) as caught:
+            dealer.wait_connected(0.5)
+        if "refused" in str(caught.value):
+            return str(caught.value)
+    raise AssertionError("never refused")
+
+
+def test_a_member_needs_three_of_the_four_files(router: Router, keys: Path) -> None:
+    folder = keys / "copied"
+    folder.mkdir()
+    for name in ("server.key", "client.key", "client.key_secret"):
+        shutil.copy(keys / "hub" / name, folder)
+    dealer = Dealer(router.address, identity=b"good", keys=folder, max_bytes=LIMIT)
+    dealer.wait_connected(PATIENCE)
+    dealer.send([b"hello", b"x" * 100_000])
+    assert router.poll(PATIENCE) == [(b"good", [b"hello", b"x" * 100_000])]
+    assert router.send(b"good", [b"welcome"])
+    assert dealer.poll(PATIENCE) == [[b"welcome"]]
+    dealer.close()
+
+
+def unknown_client(keys: Path) -> Path:
+    """The hub's public key is public: a stranger has it, and a client key of its own."""
+    shutil.copy(keys / "hub" / "server.key", keys / "stranger")
+    return keys / "stranger"
+
+
+@pytest.mark.parametrize(
+    ("way", "reason"),
+    [
+        ("unknown client key", "it does not know our key"),
+        ("wrong server key", "it broke the handshake off: a wrong server.key"),
+        ("no keys", ".*keys on one side only"),
+    ],
+)
+def test_a_stranger_is_refused_and_told_why(router: Router, keys: Path, way: str, reason: str) -> None:
+    folder = {
+        "unknown client key": lambda: unknown_client(keys),
+        "wrong server key": lambda: keys / "stranger",
+        "no keys": lambda: "",
+    }[way]()
+    stranger = Dealer(router.address, identity=b"stranger", keys=folder, max_bytes=LIMIT)
+    stranger.send([b"let me in"])
+    told = refusal(stranger)
+    assert re.search(rf"hub.address: {router.address} refused us for 0.5 s: {reason}.*hub\.keys", told)
+    assert router.poll(0.2) == []
+    assert not router.send(b"stranger", [b"x"])
+    good = Dealer(router.address, keys=keys / "hub", max_bytes=LIMIT)
+    good.wait_connected(PATIENCE)
+    stranger.close()
+    good.close()
+
+
+def test_keys_against_a_hub_without(keys: Path) -> None:
+    router = Router("tcp://127.0.0.1:0", max_bytes=LIMIT)
+    dealer = Dealer(router.address, keys=keys / "hub", max_bytes=LIMIT)
+    assert "keys on one side only" in refusal(dealer)
+    dealer.close()
+    router.close()

@@ -1,0 +1,217 @@
+"""The hub's endpoint against hostile, dying and doubled peers, in processes of their own."""
+
+import socket as network
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from sgpo_async.errors import HubError, WireError
+from sgpo_async.transport import Dealer, Mailbox, Router, RouterMailbox
+from sgpo_async.wire.records import Ack, Goodbye, Message, Ready, Rollout
+
+pytestmark = pytest.mark.process
+
+PATIENCE = 60.0
+LIMIT = 2**20
+
+FLOOD = """
+import random, sys, zmq
+socket = zmq.Context().socket(zmq.DEALER)
+socket.connect(sys.argv[1])
+dice = random.Random(0)
+for _ in range(5000):
+    socket.send_multipart([dice.randbytes(dice.randint(0, 99)) for _ in range(dice.randint(1, 4))])
+socket.close(linger=60_000)
+socket.context.term()
+"""
+
+STREAM = """
+import itertools, sys
+import numpy as np
+from sgpo_async.transport import Dealer, Mailbox
+from sgpo_async.wire.records import Rollout
+
+n = 20_000
+dealer = Dealer(sys.argv[1], identity=b"victim", max_bytes=2**20)
+mailbox = Mailbox(dealer)
+for slot in itertools.count():
+    rollout = Rollout(
+        task=1, attempt=0, slot=slot, purpose="train", guided=False, prompt=np.ones(9, np.int32),
+        tokens=np.full(n, slot, np.int32), logprobs=np.zeros(n, np.float32),
+        versions=np.zeros(1, np.int32), ends=np.full(1, n, np.int32), reward=0.0, finish="stop",
+    )
+    while not mailbox.send(rollout):
+        dealer.socket.poll(10)
+"""
+
+
+@pytest.fixture
+def hub() -> Iterator[RouterMailbox]:
+    mailbox = RouterMailbox(Router("tcp://127.0.0.1:0", max_bytes=LIMIT))
+    yield mailbox
+    mailbox.close()
+
+
+@contextmanager
+def member(address: str, identity: bytes = b"good") -> Iterator[Mailbox]:
+    mailbox = Mailbox(Dealer(address, identity=identity, max_bytes=LIMIT))
+    yield mailbox
+    mailbox.close()
+
+
+@contextmanager
+def child(script: str, address: str) -> Iterator[subprocess.Popen]:
+    process = subprocess.Popen([sys.executable, "-c", script, address])
+    yield process
+    process.kill()
+    process.wait(PATIENCE)
+
+
+def until(
+    hub: RouterMailbox, enough: Callable[[list[tuple[bytes, Message | WireError]]], bool]
+) -> list[tuple[bytes, Message | WireError]]:
+    """Everything that the hub receives until it is enough."""
+    received: list[tuple[bytes, Message | WireError]] = []
+    deadline = time.monotonic() + PATIENCE
+    while not enough(received):
+        assert time.monotonic() < deadline, f"{len(received)} messages, then silence: {received[-1:]}"
+        received += hub.receive(1.0)
+    return received
+
+
+def test_a_malformed_flood_is_counted_and_a_good_member_served(hub: RouterMailbox) -> None:
+    address = hub.router.address
+    with child(FLOOD, address), member(address) as good:
+        for step in range(100):
+            assert good.send(Ready(tasks=1, version=step))
+        received = until(hub, lambda seen: len(seen) == 5100)
+        assert [m for sender, m in received if sender == b"good"] == [
+            Ready(tasks=1, version=step) for step in range(100)
+        ]
+        assert hub.rejected == 5000
+        assert hub.send(b"good", Ack(task=1, attempt=1, slot=1))
+        assert good.receive(PATIENCE) == [Ack(task=1, attempt=1, slot=1)]
+
+
+def test_bytes_that_are_not_zeromq_harm_nobody(hub: RouterMailbox) -> None:
+    host, port = hub.router.address.removeprefix("tcp://").split(":")
+    for noise in (b"GET / HTTP/1.1\r\n\r\n", bytes(range(256)) * 4000, b"\xff" + b"\0" * 8 + b"\x7f" * 999):
+        with network.create_connection((host, int(port)), timeout=PATIENCE) as stranger:
+            try:
+                stranger.sendall(noise)
+            except ConnectionError:
+                continue  # cut off while it was still talking
+    with member(hub.router.address) as good:
+        good.send(Goodbye())
+        assert until(hub, bool) == [(b"good", Goodbye())]
+
+
+def test_an_oversized_message_costs_one_rejection(hub: RouterMailbox) -> None:
+    with member(hub.router.address) as good:
+        good.dealer.send([b"x" * (LIMIT + 1)])
+        good.send(Goodbye())
+        (_, error), (_, message) = until(hub, lambda seen: len(seen) == 2)
+        assert isinstance(error, WireError) and "larger than" in str(error)
+        assert message == Goodbye()
+        assert hub.rejected == 1
+
+
+def test_a_monstrous_message_is_not_received_and_its_sender_comes_back(hub: RouterMailbox) -> None:
+    with member(hub.router.address) as good:
+        good.dealer.send([b"x" * (8 * LIMIT)])
+        good.send(Goodbye())
+        assert until(hub, bool) == [(b"good", Goodbye())]
+        good.receive(0)
+        assert good.dealer.connections == 2
+
+
+def test_a_member_killed_in_mid_stream_leaves_whole_messages_only(hub: RouterMailbox) -> None:
+    address = hub.router.address
+    with member(address) as good, child(STREAM, address) as victim:
+        received = until(hub, lambda seen: len(seen) >= 30)
+        victim.kill()
+        victim.wait(PATIENCE)
+        deadline = time.monotonic() + PATIENCE
+        while hub.send(b"victim", Ack(task=1, attempt=0, slot=0)):
+            assert time.monotonic() < deadline, "the hub never noticed the death"
+            received += hub.receive(0.01)
+        good.send(Goodbye())
+        received += until(hub, lambda seen: any(sender == b"good" for sender, _ in seen))
+        assert [message for sender, message in received if sender == b"good"] == [Goodbye()]
+        rollouts = [message for sender, message in received if sender == b"victim"]
+        assert all(isinstance(message, Rollout) for message in rollouts)
+        assert (
+            [r.slot for r in rollouts] == [int(r.tokens[-1]) for r in rollouts] == list(range(len(rollouts)))
+        )
+        assert hub.rejected == 0
+
+
+def test_two_hubs_on_one_port(hub: RouterMailbox) -> None:
+    with pytest.raises(HubError, match=f"{hub.router.address} is in use; stop the other hub or choose"):
+        Router(hub.router.address, max_bytes=LIMIT)
+    with member(hub.router.address) as good:
+        good.send(Goodbye())
+        assert until(hub, bool) == [(b"good", Goodbye())]
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [
+        ("tcp://192.0.2.1:5757", "cannot listen at"),  # a documentation address: never ours
+        ("tcp://no-such-host.invalid:5757", "host no-such-host.invalid in .* is unknown"),
+    ],
+)
+def test_an_address_that_is_not_ours(address: str, reason: str) -> None:
+    with pytest.raises(HubError, match=f"hub.address: {reason}"):
+        Router(address, max_bytes=LIMIT)
+
+
+def test_a_host_name_can_be_bound() -> None:
+    router = Router("tcp://localhost:0", max_bytes=LIMIT)
+    with member(router.address) as good:
+        good.send(Goodbye())
+        assert until(RouterMailbox(router), bool) == [(b"good", Goodbye())]
+    router.close()
+
+
+def test_a_hub_that_comes_back_is_found_again() -> None:
+    first = Router("tcp://127.0.0.1:0", max_bytes=LIMIT)
+    dealer = Dealer(first.address, identity=b"good", max_bytes=LIMIT)
+    dealer.wait_connected(PATIENCE)
+    first.close()
+    deadline = time.monotonic() + PATIENCE
+    while dealer.connected and time.monotonic() < deadline:
+        dealer.poll(0.01)
+    assert not dealer.connected
+    second = Router(first.address, max_bytes=LIMIT)
+    dealer.wait_connected(PATIENCE)
+    assert dealer.connections == 2
+    dealer.send([b"again"])
+    assert second.poll(PATIENCE) == [(b"good", [b"again"])]
+    dealer.close()
+    second.close()
+
+
+def test_no_hub_is_one_clear_line() -> None:
+    with network.socket() as free:
+        free.bind(("127.0.0.1", 0))  # taken, but nobody listens
+        dealer = Dealer(f"tcp://127.0.0.1:{free.getsockname()[1]}", max_bytes=LIMIT)
+        with pytest.raises(HubError, match=r"no hub answered at tcp://127.* within 0.2 s; is it running"):
+            dealer.wait_connected(0.2)
+        assert dealer.send([b"queued"])
+        dealer.close(linger_s=0.2)  # returns although the frame cannot leave
+        dealer.close()
+
+
+def test_last_messages_leave_before_a_lingering_close(hub: RouterMailbox) -> None:
+    with member(hub.router.address) as leaving:
+        for step in range(200):
+            leaving.send(Ready(tasks=1, version=step))
+        leaving.send(Goodbye(reason="drained"))
+        leaving.close(linger_s=PATIENCE)
+    received = until(hub, lambda seen: len(seen) == 201)
+    assert received[-1] == (b"good", Goodbye(reason="drained"))

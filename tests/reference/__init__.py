@@ -1,0 +1,1 @@
+"""Slow, plain transcriptions of the published equations: what the tests compare against."""

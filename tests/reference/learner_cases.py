@@ -1,0 +1,152 @@
+"""Shards to train on, tiny models, and the loss of Eq. 7 taken sequence by sequence, for the learner's tests."""
+
+import math
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+
+from sgpo_async.config.schema import Algorithm, Hub, Learner, Local, Optim, Run
+from sgpo_async.learner import optimiser
+from sgpo_async.learner.policy import Policy, shard
+from sgpo_async.learner.step import Stepper
+from sgpo_async.wire.records import Rollout, Shard
+from tests.reference import sgpo
+
+VOCABULARY = 13
+
+
+def tiny_model(*, tied: bool = False, seed: int = 0, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+    """A Qwen2 of two layers with weights large enough that its distributions are far from uniform."""
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        initializer_range=0.3,
+        use_cache=False,
+    )
+    return Qwen2ForCausalLM(config).to(dtype).eval()
+
+
+def settings(*, ranks: int = 1, row_tokens: int = 40, **algorithm: object) -> Run:
+    """A run of 4 problems per step."""
+    return Run(
+        steps=8,
+        algorithm=Algorithm(**algorithm),
+        optim=Optim(lr=1e-2, warmup_steps=2),
+        learner=Learner(problems_per_step=4, row_tokens=row_tokens),
+        hub=Hub(max_lag=2),
+        local=Local(ranks=ranks),
+    )
+
+
+def groups(*, seed: int = 0, problems: int = 4, version: int = 5) -> list[list[Rollout]]:
+    """Groups of 4 autonomous and 3 guided rollouts; the first has no correct guided one."""
+    rng = np.random.default_rng(seed)
+    return [_group(rng, task, version) for task in range(problems)]
+
+
+def shard_of(parts: list[list[Rollout]], *, problems: int, step: int = 0, version: int = 5) -> Shard:
+    rollouts = tuple(rollout for group in parts for rollout in group)
+    return Shard(step=step, version=version, problems=problems, rollouts=rollouts)
+
+
+def stepper(run: Run, model: PreTrainedModel, teacher: PreTrainedModel | None = None) -> Stepper:
+    """A sharded learner over all ranks of the present process group."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    policy = shard(Policy(model), mesh, precision="float32")
+    frozen = shard(Policy(teacher).requires_grad_(False), mesh, precision="float32") if teacher else None
+    return Stepper(run, policy, optimiser.build(policy, run.optim), frozen)
+
+
+def reference_loss(
+    model: PreTrainedModel,
+    parts: list[list[Rollout]],
+    run: Run,
+    *,
+    teacher: PreTrainedModel | None = None,
+) -> Tensor:
+    """Eq. 7 with autograd: one sequence per forward, full logits, weights by plain loops."""
+    algorithm, total = run.algorithm, torch.zeros((), dtype=torch.float64)
+    for group in parts:
+        autonomous = [r for r in group if not r.guided]
+        guided = [r for r in group if r.guided]
+        rewards = np.array([[r.reward for r in autonomous]])
+        for rollout, advantage in zip(autonomous, sgpo.advantages(rewards)[0], strict=True):
+            log_pi = log_probs(model, rollout.prompt, rollout.tokens)[
+                range(len(rollout.tokens)), rollout.tokens.tolist()
+            ]
+            weights = _correction(log_pi, rollout, algorithm.grpo_correction)
+            ratio = (log_pi - log_pi.detach()).exp()
+            total = total - (weights * ratio * advantage).mean() / len(autonomous) / len(parts)
+        correct = [r for r in guided if r.unguided_logprob is not None]
+        if not correct or algorithm.objective == "grpo":
+            continue
+        target = max(correct, key=lambda r: r.unguided_logprob)
+        alpha = sgpo.adaptive_weight(
+            float(rewards.mean()),
+            float(np.mean([r.reward for r in guided])),
+            algorithm.alpha0,
+            algorithm.gamma,
+            algorithm.alpha_max,
+        )
+        log_p = log_probs(teacher or model, target.prompt, target.tokens).detach()
+        log_q = log_probs(model, autonomous[0].prompt, target.tokens)
+        d = (log_p.exp() * (log_p - log_q)).sum(-1)
+        chosen = log_p[range(len(target.tokens)), target.tokens.tolist()]
+        weights = _correction(chosen, target, algorithm.kl_correction)
+        kept = d if algorithm.limiter == "none" else torch.where(d <= algorithm.delta, d, 0)
+        total = total + alpha * (weights * kept).mean() / len(parts)
+    return total
+
+
+def _group(rng: np.random.Generator, task: int, version: int) -> list[Rollout]:
+    plain = rng.integers(0, VOCABULARY, rng.integers(2, 8), dtype=np.int32)
+    strategy = rng.integers(0, VOCABULARY, rng.integers(2, 6), dtype=np.int32)
+    rewards = [task % 2, 1, 0, 0] if task != 3 else [0, 0, 0, 0]
+    group = []
+    for slot in range(7):
+        guided, length = slot >= 4, int(rng.integers(1, 12))
+        reward = (task > 0 and slot != 5) if guided else rewards[slot]
+        split = sorted({int(rng.integers(1, length + 1)), length})
+        group.append(
+            Rollout(
+                task=task,
+                attempt=0,
+                slot=slot,
+                purpose="train",
+                guided=guided,
+                prompt=np.concatenate((strategy, plain)) if guided else plain,
+                tokens=rng.integers(0, VOCABULARY, length, dtype=np.int32),
+                logprobs=rng.uniform(-4, -0.5, length).astype(np.float32),
+                versions=np.array([version - 1, version][-len(split) :], np.int32),
+                ends=np.array(split, np.int32),
+                reward=float(reward),
+                finish="stop",
+                unguided_logprob=float(rng.uniform(-30, -3)) if guided and reward else None,
+            )
+        )
+    return group
+
+
+def log_probs(model: PreTrainedModel, prompt: np.ndarray, completion: np.ndarray) -> Tensor:
+    """log pi(.|prompt, completion so far) before each completion token: [T, V]."""
+    ids = torch.from_numpy(np.concatenate((prompt, completion))).long()[None]
+    log_probs = model(input_ids=ids).logits[0].log_softmax(-1)
+    return log_probs[len(prompt) - 1 : -1]
+
+
+def _correction(log_pi: Tensor, rollout: Rollout, rule: object) -> Tensor:
+    mu = [math.exp(x) for x in rollout.logprobs.astype(np.float64)]
+    mask = np.ones(len(mu), bool)
+    pi = log_pi.detach().exp().numpy()
+    return torch.from_numpy(sgpo.correction_weights(pi, np.array(mu), mask, rule.mode, rule.bound))

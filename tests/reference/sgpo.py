@@ -1,0 +1,137 @@
+"""SGPO in float64 NumPy with plain loops, transcribed from the equations of https://arxiv.org/abs/2606.24064.
+
+Nothing here comes from the package under test. Everything is computed with probabilities, not in log space.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+Array = np.ndarray
+
+
+def softmax(logits: Array, temperature: float = 1.0) -> Array:
+    """One distribution from one row of logits."""
+    weights = [math.exp((z - max(logits)) / temperature) for z in logits]
+    return np.array([w / sum(weights) for w in weights])
+
+
+def advantages(rewards: Array) -> Array:
+    """Eq. 1: A_i = (R_i - mean) / std, with the population's std; 0 for equal rewards."""
+    result = np.zeros_like(rewards, dtype=np.float64)
+    for p, group in enumerate(rewards):
+        if len(set(group)) == 1:
+            continue
+        mean = sum(group) / len(group)
+        std = math.sqrt(sum((r - mean) ** 2 for r in group) / len(group))
+        for i, r in enumerate(group):
+            result[p, i] = (r - mean) / std
+    return result
+
+
+def forward_kl(teacher_logits: Array, student_logits: Array, temperature: float = 1.0) -> Array:
+    """Eq. 3: d_t = sum_v p_v log(p_v / q_v) for [T, V] logits."""
+    d = np.zeros(len(teacher_logits))
+    for t in range(len(d)):
+        p, q = softmax(teacher_logits[t], temperature), softmax(student_logits[t], temperature)
+        for v in range(len(p)):
+            if p[v] > 0:
+                d[t] += p[v] * math.log(p[v] / q[v])
+    return d
+
+
+def entropy(logits: Array, temperature: float = 1.0) -> Array:
+    """-sum_v q_v log q_v for [T, V] logits."""
+    return np.array([-sum(q * math.log(q) for q in softmax(row, temperature)) for row in logits])
+
+
+def select_reachable(logprob_sums: Array, correct: Array) -> list[int | None]:
+    """Eq. 4: the correct rollout of highest summed log-probability, None without a correct one."""
+    chosen: list[int | None] = []
+    for scores, flags in zip(logprob_sums, correct, strict=True):
+        best = None
+        for j, score in enumerate(scores):
+            if flags[j] and (best is None or score > scores[best]):
+                best = j
+        chosen.append(best)
+    return chosen
+
+
+def adaptive_weight(p_auto: float, p_guide: float, alpha0: float, gamma: float, alpha_max: float) -> float:
+    """Eq. 6."""
+    return min(max(alpha0 * (p_guide - p_auto + gamma) / (p_auto + gamma), 0.0), alpha_max)
+
+
+def grpo_loss(pi: Array, prox: Array, correction: Array, advantage: float, clip: tuple[float, float]) -> float:
+    """The negative of Eq. 1 for one sequence of token probabilities, decoupled: c_t weighs each token."""
+    total = 0.0
+    for t in range(len(pi)):
+        r = pi[t] / prox[t]
+        clipped = min(max(r, 1 - clip[0]), 1 + clip[1])
+        total += correction[t] * min(r * advantage, clipped * advantage)
+    return -total / len(pi)
+
+
+def distillation_loss(d: Array, correction: Array, delta: float) -> float:
+    """Eq. 5 for one target: tokens with d_t > delta are masked, the divisor stays |o+|."""
+    total = 0.0
+    for t in range(len(d)):
+        if d[t] <= delta:
+            total += correction[t] * d[t]
+    return total / len(d)
+
+
+def sgpo_loss(grpo: Array, distillation: Array, alpha: Array, found: Array) -> float:
+    """Eq. 7: mean over problems of the group's mean GRPO loss plus alpha(q) L_KD."""
+    total = 0.0
+    for p in range(len(grpo)):
+        total += sum(grpo[p]) / len(grpo[p])
+        if found[p]:
+            total += alpha[p] * distillation[p]
+    return total / len(grpo)
+
+
+def _none(rho: list[float], _c: float) -> list[float]:
+    return [1.0 for _ in rho]
+
+
+def _token(rho: list[float], c: float) -> list[float]:
+    return [min(r, c) for r in rho]
+
+
+def _token_mask(rho: list[float], c: float) -> list[float]:
+    return [r if 1 / c <= r <= c else 0.0 for r in rho]
+
+
+def _prefix(rho: list[float], c: float) -> list[float]:
+    return [math.prod(min(r, c) for r in rho[:t]) for t in range(len(rho))]
+
+
+def _sequence(rho: list[float], c: float) -> list[float]:
+    return [min(math.prod(rho), c) for _ in rho]
+
+
+def _sequence_geometric(rho: list[float], c: float) -> list[float]:
+    mean = math.prod(rho) ** (1 / len(rho))
+    return [mean if 1 / c <= mean <= c else 0.0 for _ in rho]
+
+
+CORRECTIONS: dict[str, Callable[[list[float], float], list[float]]] = {
+    "none": _none,
+    "token": _token,
+    "token-mask": _token_mask,
+    "prefix": _prefix,
+    "sequence": _sequence,
+    "sequence-geometric": _sequence_geometric,
+}
+
+
+def correction_weights(pi: Array, mu: Array, mask: Array, mode: str, bound: float) -> Array:
+    """Weights of one sequence: the masked tokens are taken out, the rest weighed, and put back among zeros."""
+    places = [t for t in range(len(mask)) if mask[t]]
+    weights = np.zeros(len(mask))
+    if places:
+        rho = [pi[t] / mu[t] for t in places]
+        weights[places] = CORRECTIONS[mode](rho, bound)
+    return weights

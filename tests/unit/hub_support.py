@@ -1,0 +1,157 @@
+"""Small real parts around a HubCore for its tests: problems, rollouts, and a driver that plays the network."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+
+from sgpo_async.config.schema import Evaluation, Hub, Learner, Local, Rollout, Run
+from sgpo_async.hub import HubCore
+from sgpo_async.hub.events import CloseLink, Effect, Event, LinkUp, OpenLink, Received, Send, Shutdown, Tick
+from sgpo_async.wire import records as wire
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    id: str
+    problem: str
+    answer: str
+    strategy: str | None = None
+    response: str | None = None
+
+
+class Source:
+    """Problems whose text is their position; those at multiples of `bare_every` have no strategy."""
+
+    verifier = "exact"
+
+    def __init__(self, held_out: int = 2, bare_every: int = 0) -> None:
+        self._held_out = [self._problem(f"held-out {i}", i) for i in range(held_out)]
+        self._bare_every = bare_every
+
+    def training(self, position: int) -> Problem:
+        bare = self._bare_every and position % self._bare_every == 0
+        return self._problem(f"training {position}", position, strategy=not bare)
+
+    def held_out(self) -> list[Problem]:
+        return self._held_out
+
+    def _problem(self, text: str, number: int, *, strategy: bool = True) -> Problem:
+        return Problem(id=text, problem=text, answer=str(number), strategy=f"how to {text}" if strategy else None)
+
+
+def make_run(*, batch: int = 2, max_lag: int = 1, steps: int = 5, autonomous: int = 2, guided: int = 1) -> Run:
+    return Run(
+        steps=steps,
+        rollout=Rollout(autonomous=autonomous, guided=guided),
+        learner=Learner(problems_per_step=batch, batch_timeout_s=60),
+        hub=Hub(max_lag=max_lag, heartbeat_s=1, member_timeout_s=5, lease_timeout_s=20),
+        evaluation=Evaluation(samples=1),
+        local=Local(ranks=1),
+    )
+
+
+def make_rollout(lease: wire.Lease, slot: int, *, versions: tuple[int, ...] = (0,), **changes) -> wire.Rollout:
+    """What an actor answers to `lease` in `slot`: two tokens per span of `versions`."""
+    spans = len(versions)
+    fields = {
+        "task": lease.task,
+        "attempt": lease.attempt,
+        "slot": slot,
+        "purpose": lease.purpose,
+        "guided": slot >= lease.autonomous,
+        "prompt": np.arange(3, dtype=np.int32),
+        "tokens": np.arange(2 * spans, dtype=np.int32),
+        "logprobs": np.full(2 * spans, -1.0, np.float32),
+        "versions": np.array(versions, np.int32),
+        "ends": np.arange(2, 2 * spans + 1, 2, dtype=np.int32),
+        "reward": 1.0,
+        "finish": "stop",
+    }
+    return wire.Rollout(**{**fields, **changes})
+
+
+class Driver:
+    """A hub core, its clock, and the inboxes of everybody it sends to."""
+
+    def __init__(self, run: Run | None = None, source: Source | None = None) -> None:
+        self.run = run or make_run()
+        self.core = HubCore(self.run, source or Source(), store="/store")
+        self.now = 0.0
+        self.inbox: dict[bytes, list[wire.Message]] = defaultdict(list)
+        self.log: list[tuple[Event, float]] = []
+        self.effects: list[Effect] = []
+        self.shutdown: str | None = None
+
+    def handle(self, event: Event) -> list[Effect]:
+        self.log.append((event, self.now))
+        effects = self.core.handle(event, self.now)
+        self.effects += effects
+        for effect in effects:
+            match effect:
+                case Send(member, message):
+                    self.inbox[member].append(message)
+                case Shutdown(reason):
+                    self.shutdown = reason
+        return effects
+
+    def send(self, member: bytes, message: wire.Message) -> list[Effect]:
+        return self.handle(Received(member, message))
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+        self.handle(Tick())
+
+    def take(self, member: bytes, kind: type) -> list:
+        """Messages of `kind` that `member` has got since the last time it looked."""
+        found = [message for message in self.inbox[member] if isinstance(message, kind)]
+        self.inbox[member] = [message for message in self.inbox[member] if not isinstance(message, kind)]
+        return found
+
+    def only(self, member: bytes, kind: type):
+        (message,) = self.take(member, kind)
+        return message
+
+    # what members do
+
+    def actor(self, member: bytes, *, credit: int = 0, version: int = 0) -> None:
+        """Join an actor that serves `version`."""
+        effects = self.send(member, wire.Hello(role="actor", name=member.decode()))
+        assert OpenLink(member, member.decode()) in effects
+        self.handle(LinkUp(member, "127.0.0.1", 4000))
+        self.send(member, wire.Ready(tasks=credit, version=version))
+
+    def learner(self, *, ranks: int = 1, step: int = 0, publish: bool = True) -> None:
+        """Join a world of learners `b"r0"`, `b"r1"`, ...; rank 0 publishes the version it is told."""
+        for rank in range(ranks):
+            name = f"r{rank}"
+            hello = wire.Hello(role="learner", name=name, rank=rank, world_size=ranks, step=step)
+            self.send(name.encode(), hello)
+        if publish:
+            welcome = self.take(b"r0", wire.Welcome)[-1]
+            self.send(b"r0", wire.Published(version=welcome.version))
+
+    def serve(self, member: bytes, lease: wire.Lease, *, versions: tuple[int, ...] | None = None, **changes) -> None:
+        """The actor answers a whole lease."""
+        for slot in range(lease.autonomous + lease.guided):
+            chosen = versions or (max(lease.min_version, 0),)
+            self.send(member, make_rollout(lease, slot, versions=chosen, **changes))
+
+    def serve_evaluation(self, member: bytes) -> None:
+        """The actor serves evaluation leases, each with a fresh credit, until there are none."""
+        while leases := self.leases(member, "evaluate"):
+            for lease in leases:
+                self.serve(member, lease, versions=(self.core.training.version,))
+                self.send(member, wire.Ready(tasks=1, version=self.core.training.version))
+
+    def leases(self, member: bytes, purpose: str = "train") -> list[wire.Lease]:
+        """New leases of `purpose`; those of the other stay in the inbox."""
+        leases = self.take(member, wire.Lease)
+        self.inbox[member] += [lease for lease in leases if lease.purpose != purpose]
+        return [lease for lease in leases if lease.purpose == purpose]
+
+    @property
+    def links_closed(self) -> list[bytes]:
+        return [effect.member for effect in self.effects if isinstance(effect, CloseLink)]

@@ -1,0 +1,70 @@
+"""Metrics such as a run of some length would have written."""
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+
+def synthetic_lines(steps: int = 120) -> list[dict[str, Any]]:
+    chance = random.Random(5)
+    lines = []
+    for step in range(1, steps + 1):
+        learned = 1 / (1 + math.exp(-(step - steps * 0.45) / (steps * 0.09)))
+        noise = chance.gauss(0, 0.03)
+        lags = {0: 200 if step < 4 else 30, 1: 3 * step, 2: 2 * step if step > 9 else 0, 3: max(0, step - 60)}
+        line = {
+            "step": step,
+            "version": step,
+            "wall_s": 1.7 * step + 6,
+            "pass_auto": min(1, max(0, 0.06 + 0.84 * learned + noise)),
+            "pass_guided": min(1, 0.93 + chance.gauss(0, 0.02)),
+            "alpha": max(0.05, 0.78 - 0.72 * learned + noise),
+            "lag_mean": 1.1 + 0.1 * noise,
+            "lag_max": 3 if step > 60 else 2,
+            "lag_histogram": {lag: count for lag, count in lags.items() if count},
+            "tokens_per_s": 4200 + 300 * chance.gauss(0, 1),
+            "learner_idle": 0.08 + abs(noise),
+            "engine_idle": 0.03 + abs(noise) / 2,
+            "loss": 0.4 - 0.3 * learned + noise,
+            "grpo_loss": noise,
+            "kd_loss": 0.4 - 0.3 * learned,
+            "kl_mean": 0.9 - 0.8 * learned + noise / 2,
+            "kl_masked_fraction": 0.12 - 0.1 * learned,
+            "kl_masked_mass": 0.62 - 0.4 * learned + noise,
+            "entropy": 0.8 - 0.5 * learned + noise / 3,
+            "correction_mean": 1 + noise / 5,
+            "correction_min": 0.6 + noise,
+            "correction_clipped": 0.02 + abs(noise) / 9,
+            "grad_norm": 0.7 + abs(noise) * (30 if step == 50 else 3),
+            "lr": 3e-4,
+            "tokens_generated": 7400 * step,
+            "tokens_trained": 7000 * step,
+            "actors": 2,
+            "ledger": {
+                "tasks": {
+                    "dispatched": 16 * step + 40,
+                    "trained": 16 * step,
+                    "dropped": {"stale": 3, "lease_lost": 0},
+                    "in_flight": 21,
+                    "buffered": 16,
+                },
+                "rollouts": {
+                    "dispatched": 192 * step + 480,
+                    "trained": 192 * step,
+                    "dropped": {"stale": 36, "lease_lost": 24},
+                    "in_flight": 228,
+                    "buffered": 192,
+                },
+            },
+        }
+        if step % 20 == 0 or step == 1:
+            line |= {"eval_pass_auto": 0.05 + 0.86 * learned, "eval_pass_guided": 0.94}
+        lines.append(line)
+    return lines
+
+
+def write_lines(folder: Path, lines: list[dict[str, Any]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

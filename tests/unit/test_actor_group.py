@@ -1,0 +1,113 @@
+"""One lease inside an actor: what is asked of the engine, what comes out, in any order of events."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sgpo_async.actor.group import Group, Sampling, rollout_seed
+from sgpo_async.engines.base import Generate, Generated, Score, Scored
+from sgpo_async.wire.records import Lease, Purpose, Rollout
+
+PLAIN, GUIDED = np.array([1, 2], np.int32), np.array([7, 1, 2], np.int32)
+SAMPLING = Sampling(temperature=0.7, max_new_tokens=5)
+
+
+def make_group(autonomous: int = 2, guided: int = 2, purpose: Purpose = "train") -> Group:
+    lease = Lease(
+        task=4,
+        attempt=1,
+        purpose=purpose,
+        problem="p",
+        answer="a",
+        strategy="s",
+        autonomous=autonomous,
+        guided=guided,
+        min_version=3,
+        seed=99,
+    )
+    return Group(lease, plain=PLAIN, guided=GUIDED if guided else None, sampling=SAMPLING)
+
+
+def answer(request: Generate) -> Generated:
+    return Generated(
+        id=request.id,
+        tokens=np.array([5, 6], np.int32),
+        logprobs=np.array([-0.5, -0.25], np.float32),
+        versions=np.array([3], np.int32),
+        ends=np.array([2], np.int32),
+        finish="stop",
+    )
+
+
+def test_autonomous_slots_come_first_and_see_the_plain_prompt() -> None:
+    requests = make_group().requests()
+    assert [request.id for request in requests] == [(4, 1, 0), (4, 1, 1), (4, 1, 2), (4, 1, 3)]
+    assert [list(request.prompt) for request in requests] == [[1, 2], [1, 2], [7, 1, 2], [7, 1, 2]]
+    assert {request.temperature for request in requests} == {0.7}
+    assert len({request.seed for request in requests}) == 4
+
+
+def test_a_rollout_carries_what_the_engine_measured() -> None:
+    group = make_group()
+    group.generated(answer(group.requests()[0]))
+    rollout = group.judged(0, correct=True)
+    assert isinstance(rollout, Rollout)
+    assert (rollout.task, rollout.attempt, rollout.slot, rollout.guided) == (4, 1, 0, False)
+    assert rollout.reward == 1.0
+    assert rollout.unguided_logprob is None
+    np.testing.assert_array_equal(rollout.logprobs, np.array([-0.5, -0.25], np.float32))
+
+
+def test_a_correct_guided_rollout_is_scored_on_the_plain_prompt_and_the_score_is_a_sum() -> None:
+    group = make_group()
+    group.generated(answer(group.requests()[2]))
+    score = group.judged(2, correct=True)
+    assert isinstance(score, Score)
+    assert list(score.prompt) == [1, 2]
+    assert list(score.tokens) == [5, 6]
+    assert score.temperature == 0.7
+    rollout = group.scored(Scored(id=score.id, logprobs=np.array([-3.0, -1.5], np.float32), version=3))
+    assert rollout.unguided_logprob == pytest.approx(-4.5)
+    assert rollout.guided
+    assert list(rollout.prompt) == [7, 1, 2]
+
+
+def test_a_wrong_guided_rollout_is_not_scored() -> None:
+    group = make_group()
+    group.generated(answer(group.requests()[3]))
+    rollout = group.judged(3, correct=False)
+    assert isinstance(rollout, Rollout)
+    assert (rollout.reward, rollout.unguided_logprob) == (0.0, None)
+
+
+def test_an_evaluation_asks_for_no_score() -> None:
+    group = make_group(1, 1, purpose="evaluate")
+    group.generated(answer(group.requests()[1]))
+    assert isinstance(group.judged(1, correct=True), Rollout)
+
+
+@given(st.permutations(range(5)), st.lists(st.booleans(), min_size=5, max_size=5))
+def test_whatever_the_order_every_slot_yields_one_rollout_and_then_the_group_is_done(
+    order: list[int], correct: list[bool]
+) -> None:
+    group = make_group(3, 2)
+    requests = group.requests()
+    rollouts = []
+    for slot in order:
+        assert not group.done
+        group.generated(answer(requests[slot]))
+        outcome = group.judged(slot, correct=correct[slot])
+        if isinstance(outcome, Score):
+            outcome = group.scored(Scored(id=outcome.id, logprobs=np.zeros(2, np.float32), version=3))
+        rollouts.append(outcome)
+    assert group.done
+    assert sorted(rollout.slot for rollout in rollouts) == list(range(5))
+    assert [bool(rollout.reward) for rollout in rollouts] == [correct[slot] for slot in order]
+
+
+def test_seeds_are_the_same_on_every_actor_and_differ_by_slot_and_lease() -> None:
+    assert rollout_seed(99, 0) == rollout_seed(99, 0)
+    seeds = {rollout_seed(lease, slot) for lease in range(50) for slot in range(12)}
+    assert len(seeds) == 600
+    assert all(0 <= seed < 2**63 for seed in seeds)

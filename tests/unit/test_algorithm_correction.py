@@ -1,0 +1,129 @@
+"""Importance weights: every mode against its transcription, and what all modes promise."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from sgpo_async.algorithm import MODES, correction_weights
+from tests.reference import sgpo as reference
+
+T = 6
+every_mode = pytest.mark.parametrize("mode", MODES)
+PROBABILITIES = arrays(np.float64, (2, T), elements=st.floats(0.01, 1))
+MASKS = arrays(np.bool_, (2, T))
+BOUNDS = st.sampled_from([1.0, 1.3, 2.0, 7.0, math.inf])
+
+
+def weights(pi, mu, mask, mode, bound):
+    log_pi, log_mu = torch.from_numpy(pi).log(), torch.from_numpy(mu).log()
+    return correction_weights(log_pi, log_mu, torch.from_numpy(mask), mode=mode, bound=bound)
+
+
+def clear_of_the_band_s_edge(pi, mu, mask, mode, bound):
+    """Whether no ratio that is compared with the band lies within rounding of its edge."""
+    for p, m, keep in zip(pi, mu, mask, strict=True):
+        ratios = (p / m)[keep]
+        if mode == "sequence-geometric" and len(ratios):
+            ratios = [math.prod(ratios) ** (1 / len(ratios))]
+        if any(math.isclose(abs(math.log(r)), math.log(bound), abs_tol=1e-9) for r in ratios):
+            return False
+    return True
+
+
+def test_every_mode_has_a_reference():
+    assert set(MODES) == set(reference.CORRECTIONS)
+
+
+@every_mode
+@settings(deadline=None)
+@given(pi=PROBABILITIES, mu=PROBABILITIES, mask=MASKS, bound=BOUNDS)
+def test_equals_the_reference(mode, pi, mu, mask, bound):
+    if mode in ("token-mask", "sequence-geometric") and not clear_of_the_band_s_edge(pi, mu, mask, mode, bound):
+        return
+    rows = zip(pi, mu, mask, strict=True)
+    expected = np.stack([reference.correction_weights(p, m, keep, mode, bound) for p, m, keep in rows])
+    np.testing.assert_allclose(weights(pi, mu, mask, mode, bound).numpy(), expected, rtol=1e-10)
+
+
+@every_mode
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@settings(deadline=None)
+@given(mu=PROBABILITIES, mask=MASKS, bound=BOUNDS)
+def test_is_exactly_1_on_policy(mode, dtype, mu, mask, bound):
+    log_mu, mask = torch.from_numpy(mu).log().to(dtype), torch.from_numpy(mask)
+    got = correction_weights(log_mu.clone(), log_mu, mask, mode=mode, bound=bound)
+    assert torch.equal(got, mask.to(dtype))
+
+
+@every_mode
+@settings(deadline=None)
+@given(pi=PROBABILITIES, mu=PROBABILITIES, mask=MASKS, garbage=st.sampled_from([math.nan, math.inf, -math.inf]))
+def test_what_stands_outside_the_mask_changes_nothing(mode, pi, mu, mask, garbage):
+    expected = weights(pi, mu, mask, mode, 2.0)
+    for spoiled in (pi, mu):
+        spoiled[~mask] = garbage
+    log_pi, log_mu = (torch.from_numpy(np.where(mask, np.log(np.abs(x)), x)) for x in (pi, mu))
+    got = correction_weights(log_pi, log_mu, torch.from_numpy(mask), mode=mode, bound=2.0)
+    assert torch.equal(got, expected)
+
+
+@every_mode
+def test_is_a_constant_to_autograd(mode):
+    log_pi = torch.zeros(2, T, requires_grad=True)
+    mask = torch.ones(2, T, dtype=torch.bool)
+    assert not correction_weights(log_pi * 2, log_pi, mask, mode=mode, bound=2.0).requires_grad
+
+
+@every_mode
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (5,), (2, 3, 4)])
+def test_keeps_any_shape(mode, shape):
+    log_pi = torch.zeros(shape)
+    assert correction_weights(log_pi, log_pi, torch.ones(shape), mode=mode, bound=2.0).shape == shape
+
+
+@every_mode
+def test_long_sequences_of_extreme_ratios_stay_finite(mode):
+    log_pi = torch.stack([torch.full((4096,), 3.0), torch.full((4096,), -3.0)])
+    mask = torch.ones_like(log_pi, dtype=torch.bool)
+    got = correction_weights(log_pi, torch.zeros_like(log_pi), mask, mode=mode, bound=math.inf)
+    assert got.isfinite().all()
+    assert (got >= 0).all()
+
+
+@settings(deadline=None)
+@given(PROBABILITIES, PROBABILITIES, st.integers(0, T - 1), st.floats(0.01, 1))
+def test_prefix_does_not_see_the_token_itself_nor_the_future(pi, mu, t, probability):
+    mask = np.ones((2, T), dtype=bool)
+    before = weights(pi, mu, mask, "prefix", 2.0)
+    pi[:, t] = probability
+    assert torch.equal(weights(pi, mu, mask, "prefix", 2.0)[:, : t + 1], before[:, : t + 1])
+    assert torch.equal(before[:, 0], torch.ones(2, dtype=torch.float64))
+
+
+def test_an_unknown_mode_and_a_bound_below_1_are_refused():
+    x = torch.zeros(1, T)
+    with pytest.raises(AssertionError, match="token-mask"):
+        correction_weights(x, x, x, mode="tokens", bound=2.0)
+    with pytest.raises(AssertionError, match="bound"):
+        correction_weights(x, x, x, mode="token", bound=0.5)
+
+
+def test_by_hand():
+    pi, mu = np.array([[0.4, 0.1, 0.6, 0.5]]), np.array([[0.1, 0.2, 0.2, 0.5]])  # ratios 4, 1/2, 3, 1
+    mask = np.array([[True, True, True, True]])
+    by_hand = {
+        "none": [1, 1, 1, 1],
+        "token": [2.5, 0.5, 2.5, 1],
+        "token-mask": [0, 0.5, 0, 1],
+        "prefix": [1, 2.5, 1.25, 3.125],
+        "sequence": [2.5, 2.5, 2.5, 2.5],
+        "sequence-geometric": [6**0.25] * 4,
+    }
+    assert set(by_hand) == set(MODES)
+    for mode, expected in by_hand.items():
+        np.testing.assert_allclose(weights(pi, mu, mask, mode, 2.5).numpy()[0], expected)

@@ -1,0 +1,201 @@
+"""GRPO, distillation and their sum (Eq. 1, 5, 7)."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sgpo_async.algorithm import (
+    LIMITERS,
+    MODES,
+    correction_weights,
+    distillation_loss,
+    grpo_loss,
+    kl_mass,
+    loss_weights,
+    sgpo_loss,
+)
+from tests.reference import sgpo as reference
+
+N, T = 5, 7
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def batch(seed):
+    """Log-probabilities under pi, prox and mu [N, T], advantages [N], and rollouts of 1 to T tokens."""
+    rng = np.random.default_rng(seed)
+    log_mu = np.log(rng.uniform(0.05, 1, (N, T)))
+    log_prox, log_pi = (log_mu + 0.4 * rng.standard_normal((N, T)) for _ in range(2))
+    mask = np.arange(T) < rng.integers(1, T + 1, (N, 1))
+    return [torch.from_numpy(x) for x in (log_pi, log_prox, log_mu, rng.standard_normal(N), mask)]
+
+
+def targets(seed):
+    """d [N, T] on both sides of delta = 1, corrections, and lengths of 1 to T tokens."""
+    rng = np.random.default_rng(seed)
+    mask = np.arange(T) < rng.integers(1, T + 1, (N, 1))
+    return [torch.from_numpy(x) for x in (rng.exponential(1, (N, T)), rng.uniform(0, 2, (N, T)), mask)]
+
+
+class TestGRPO:
+    @settings(deadline=None)
+    @given(SEEDS, st.sampled_from([(0.2, 0.28), (0.1, 0.1), (0.2, 5.0)]))
+    def test_equals_the_reference(self, seed, clip):
+        log_pi, log_prox, log_mu, advantages, mask = batch(seed)
+        c = correction_weights(log_prox, log_mu, mask, mode="token", bound=2.0)
+        got = grpo_loss(log_pi, mask, advantages, correction=c, log_prox=log_prox, clip=clip)
+        for n in range(N):
+            pi, prox, weights = (x[n, mask[n]].numpy() for x in (log_pi.exp(), log_prox.exp(), c))
+            expected = reference.grpo_loss(pi, prox, weights, advantages[n].item(), clip)
+            assert got[n].item() == pytest.approx(expected, abs=1e-12)
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_gradient_is_numerically_right(self, seed):
+        log_pi, log_prox, _, advantages, mask = batch(seed)
+        c = torch.rand(N, T, dtype=torch.float64)
+
+        def loss(x):
+            return grpo_loss(x, mask, advantages, correction=c, log_prox=log_prox)
+
+        assert torch.autograd.gradcheck(loss, log_pi.requires_grad_())
+
+    def test_by_default_the_gradient_is_the_corrected_policy_gradient(self):
+        log_pi, _, log_mu, advantages, mask = batch(0)
+        log_pi.requires_grad_()
+        c = correction_weights(log_pi, log_mu, mask, mode="token", bound=2.0)
+        grpo_loss(log_pi, mask, advantages, correction=c).sum().backward()
+        torch.testing.assert_close(log_pi.grad, -c * advantages[:, None] * mask / mask.sum(-1, keepdim=True))
+
+    @pytest.mark.parametrize(("advantage", "shift"), [(1.0, 0.3), (-1.0, -0.3)])
+    def test_beyond_the_clip_a_token_has_no_gradient(self, advantage, shift):
+        log_pi = torch.tensor([[shift, 0.0]], requires_grad=True)
+        one = torch.ones(1, 2)
+        loss = grpo_loss(log_pi, one.bool(), torch.tensor([advantage]), correction=one, log_prox=torch.zeros(1, 2))
+        loss.sum().backward()
+        assert log_pi.grad.tolist() == [[0.0, -advantage / 2]]
+
+    def test_correction_and_proximal_policy_are_constants(self):
+        log_pi, log_prox, log_mu, advantages, mask = (x.requires_grad_(x.is_floating_point()) for x in batch(1))
+        grpo_loss(log_pi, mask, advantages, correction=log_mu.exp(), log_prox=log_prox).sum().backward()
+        assert log_pi.grad is not None
+        assert log_prox.grad is log_mu.grad is advantages.grad is None
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_on_policy_every_correction_gives_the_uncorrected_loss_bit_for_bit(self, mode):
+        log_pi, _, _, advantages, mask = batch(2)
+        log_pi = log_pi.float().requires_grad_()
+        c = correction_weights(log_pi, log_pi.detach().clone(), mask, mode=mode, bound=2.0)
+        results = []
+        for correction in (c, torch.ones(N, T)):
+            loss = grpo_loss(log_pi, mask, advantages.float(), correction=correction)
+            results.append((loss, *torch.autograd.grad(loss.sum(), log_pi)))
+        for corrected, plain in zip(*results, strict=True):
+            assert torch.equal(corrected, plain)
+
+    def test_one_by_one_without_padding_is_the_same(self):
+        log_pi, log_prox, log_mu, advantages, mask = batch(3)
+        c = correction_weights(log_prox, log_mu, mask, mode="prefix", bound=2.0)
+        padded = grpo_loss(log_pi, mask, advantages, correction=c, log_prox=log_prox)
+        for n in range(N):
+            keep = slice(0, int(mask[n].sum()))
+            pi, prox, mu, m = (x[n : n + 1, keep] for x in (log_pi, log_prox, log_mu, mask))
+            c = correction_weights(prox, mu, m, mode="prefix", bound=2.0)
+            alone = grpo_loss(pi, m, advantages[n : n + 1], correction=c, log_prox=prox)
+            torch.testing.assert_close(alone[0], padded[n], rtol=0, atol=1e-12)
+
+    def test_nan_in_the_padding_reaches_neither_value_nor_gradient(self):
+        log_pi, _, _, advantages, mask = batch(4)
+        clean = grpo_loss(log_pi, mask, advantages, correction=torch.ones(N, T))
+        spoiled = log_pi.masked_fill(~mask, math.nan).requires_grad_()
+        loss = grpo_loss(spoiled, mask, advantages, correction=torch.ones(N, T))
+        assert torch.equal(loss, clean)
+        assert torch.autograd.grad(loss.sum(), spoiled)[0].isfinite().all()
+
+
+class TestDistillation:
+    @settings(deadline=None)
+    @given(SEEDS, st.floats(0.1, 3))
+    def test_equals_the_reference(self, seed, delta):
+        d, c, mask = targets(seed)
+        got = {name: distillation_loss(d, mask, c, delta=delta, limiter=name) for name in LIMITERS}
+        for n in range(N):
+            kl, weights = d[n, mask[n]].numpy(), c[n, mask[n]].numpy()
+            assert got["mask"][n].item() == pytest.approx(reference.distillation_loss(kl, weights, delta))
+            assert got["none"][n].item() == pytest.approx(reference.distillation_loss(kl, weights, math.inf))
+
+    def test_gradient_is_numerically_right(self):
+        d, c, mask = targets(0)
+        assert torch.autograd.gradcheck(lambda x: distillation_loss(x, mask, c), d.requires_grad_())
+
+    def test_delta_itself_is_kept_and_the_divisor_is_the_length(self):
+        d = torch.tensor([[1.0, 1.5, 0.5, 0.0]])
+        one = torch.ones(1, 4)
+        assert distillation_loss(d, one.bool(), one).item() == 1.5 / 4
+        assert distillation_loss(d, one.bool(), one, limiter="none").item() == 3.0 / 4
+
+    def test_no_target_is_exactly_0_in_value_and_gradient(self):
+        d, c, _ = targets(1)
+        d.requires_grad_()
+        loss = distillation_loss(d, torch.zeros(N, T, dtype=torch.bool), c)
+        assert torch.equal(loss, torch.zeros(N, dtype=torch.float64))
+        assert torch.equal(torch.autograd.grad(loss.sum(), d)[0], torch.zeros_like(d))
+
+    def test_the_correction_is_a_constant(self):
+        d, c, mask = targets(2)
+        distillation_loss(d.requires_grad_(), mask, c.requires_grad_()).sum().backward()
+        assert c.grad is None
+
+    @settings(deadline=None)
+    @given(SEEDS, st.floats(0.1, 3))
+    def test_the_mass_is_what_the_mask_takes(self, seed, delta):
+        d, _, mask = targets(seed)
+        mass = kl_mass(d, mask, delta=delta)
+        kept, whole = (
+            distillation_loss(d, mask, torch.ones(N, T), delta=delta, limiter=name) for name in ("mask", "none")
+        )
+        torch.testing.assert_close(mass.kl, whole * mass.tokens)
+        torch.testing.assert_close(mass.masked_kl, (whole - kept) * mass.tokens)
+        for n in range(N):
+            assert mass.tokens[n] == mask[n].sum()
+            assert mass.masked_tokens[n] == sum(x > delta for x in d[n, mask[n]].tolist())
+
+
+class TestSGPO:
+    P, G1 = 6, 4
+
+    def problems(self, seed=0):
+        g = torch.Generator().manual_seed(seed)
+        grpo = torch.randn(self.P, self.G1, dtype=torch.float64, generator=g)
+        distillation, alpha = torch.rand(2, self.P, dtype=torch.float64, generator=g)
+        return grpo, distillation, alpha, torch.tensor([True, False, True, True, False, True])
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_equals_the_reference(self, seed):
+        batch = self.problems(seed)
+        expected = reference.sgpo_loss(*(x.numpy() for x in batch))
+        assert sgpo_loss(*batch).item() == pytest.approx(expected, abs=1e-12)
+
+    def test_alpha_is_a_constant(self):
+        grpo, distillation, alpha, found = self.problems()
+        sgpo_loss(grpo.requires_grad_(), distillation, alpha.requires_grad_(), found).backward()
+        assert alpha.grad is None
+
+    def test_without_a_target_the_weight_is_0_whatever_alpha(self):
+        *_, alpha, found = self.problems()
+        weights = loss_weights(alpha, found, problems=self.P, group_size=self.G1)
+        assert torch.equal(weights.guided == 0, ~found)
+
+    @pytest.mark.parametrize("size", [1, 2, 4, 5, 6])
+    def test_micro_batches_of_problems_sum_to_the_whole(self, size):
+        grpo, distillation, alpha, found = self.problems()
+        total = torch.zeros((), dtype=torch.float64)
+        for i in range(0, self.P, size):
+            part = slice(i, i + size)
+            weights = loss_weights(alpha[part], found[part], problems=self.P, group_size=self.G1)
+            for loss in grpo[part].flatten():
+                total += weights.autonomous * loss
+            total += weights.guided @ distillation[part]
+        torch.testing.assert_close(total, sgpo_loss(grpo, distillation, alpha, found), rtol=0, atol=1e-12)

@@ -1,0 +1,103 @@
+"""What is shown: the picture fits its terminal, and tells what is known and no more."""
+
+from typing import Any
+
+import pytest
+from rich.console import Console
+from synthetic_metrics import synthetic_lines
+
+from sgpo_async.cli.display import Lines, View, line
+from sgpo_async.cli.live import render, sparkline
+
+
+def status_at(step: int) -> dict[str, Any]:
+    actor = {"state": "serving", "version": step, "running": 64, "tokens": 51_234_567, "tokens_per_s": 12_345.6}
+    return {
+        "step": step,
+        "actors": [actor | {"name": f"actor-{number}", "idle": 0.031, "leases": 9, "lag": 1.1} for number in range(2)],
+        "lag": {"mean": 1.084, "max": 3},
+        "alpha": 0.4123,
+        "engine_idle": 0.0431,
+        "buffer": 17,
+        "evaluations": [{"pass_auto": 0.055, "pass_guided": 0.94}, {"pass_auto": 0.613, "pass_guided": 0.951}],
+    }
+
+
+def view_at(step: int, **changes: Any) -> View:
+    history = synthetic_lines(120)[:step]
+    about: dict[str, Any] = {
+        "name": "demo",
+        "phase": "training",
+        "steps": 120,
+        "elapsed_s": 83.2,
+        "metrics": history[-1] if history else {},
+        "history": history,
+        "status": status_at(step) if step else {},
+        "actors": {"actor-0": "running", "actor-1.2": "restarting"},
+        "notes": ["actor-1.1 was killed by signal 9, starts again in 2 s (see runs/demo/logs/actor-1.1.log)"] * 9,
+    }
+    return View(**(about | changes))
+
+
+def picture(view: View, width: int) -> list[str]:
+    console = Console(width=width, height=50, record=True, color_system=None, force_terminal=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    console.print(render(view, width))
+    return console.export_text().splitlines()
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (140, 40)])
+@pytest.mark.parametrize("step", [0, 1, 67, 120])
+def test_the_picture_fits(width: int, height: int, step: int) -> None:
+    rows = picture(view_at(step), width)
+    assert len(rows) < height
+    assert max(map(len, rows)) <= width
+    table = [row for row in rows if row.startswith(("actor  ", "actor-0", "pass rate", "mean alpha"))]
+    assert len(table) == 4
+    assert not any("…" in row for row in table)
+
+
+def test_the_picture_shows_what_the_hub_and_the_learner_say() -> None:
+    text = "\n".join(picture(view_at(67), 80))
+    for expected in ("step 67/120", "1:23 elapsed", "61.3 %", "5.5 %", "95.1 %", "0.412", "1.08 (max 3)", "4.3 %"):
+        assert expected in text
+    for expected in ("17 groups", "51.2 M", "12.3 k", "actor-1.2 restarting"):
+        assert expected in text
+
+
+def test_nothing_known_is_shown_as_nothing() -> None:
+    text = "\n".join(picture(view_at(0, phase="starting the hub", notes=[]), 80))
+    assert "None" not in text
+    assert "nan" not in text
+    assert "starting the hub" in text
+    assert "step 0/120" in text
+
+
+def test_an_actor_from_elsewhere_is_listed() -> None:
+    view = view_at(5, actors={"actor-0": "running"})
+    assert [row["name"] for row in view.rows()] == ["actor-0", "actor-1"]
+
+
+def test_lines_come_with_phases_notes_and_time(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = Lines(every_s=1e9)
+    lines.show(view_at(0, phase="starting the hub", notes=[]))
+    lines.show(view_at(0, phase="starting the hub", notes=["actor-0 has left"]))
+    lines.show(view_at(67, notes=["actor-0 has left"]))
+    lines.show(view_at(68, notes=["actor-0 has left"]))
+    output = capsys.readouterr().out.splitlines()
+    assert output[0] == "[ 1:23] starting the hub; actor-0 running, actor-1.2 restarting"
+    assert output[1] == "[ 1:23] actor-0 has left"
+    assert output[2].startswith("[ 1:23] step 67/120  pass ")
+    assert len(output) == 3
+
+
+def test_the_line_has_all_figures() -> None:
+    text = line(view_at(67))
+    for expected in ("held-out 61.3 %, 95.1 %", "alpha 0.412", "lag 1.08 (max 3)", "tokens/s", "engines 4.3 %"):
+        assert expected in text
+
+
+def test_a_sparkline_rises_with_its_values() -> None:
+    assert sparkline([0.0, 0.5, None, 1.0], 10) == "▁▅█"
+    long = sparkline([step / 999 for step in range(1000)], 16)
+    assert long == "".join(sorted(long))
+    assert len(long) == 16

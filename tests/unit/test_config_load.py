@@ -1,0 +1,111 @@
+"""The loader: typed values in, one line out when something is wrong."""
+
+from pathlib import Path
+
+import pytest
+
+from sgpo_async.config import Run, from_plain, load, to_plain, to_yaml
+from sgpo_async.errors import ConfigError
+
+CONFIGS = sorted(Path("configs").rglob("*.yaml"))
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text("")
+    return path
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=str)
+def test_every_shipped_configuration_loads(path: Path) -> None:
+    run = load(path)
+    assert from_plain(to_plain(run)) == run
+
+
+def test_an_empty_file_is_the_paper_s_setting(empty: Path) -> None:
+    algorithm = load(empty).algorithm
+    assert (algorithm.delta, algorithm.alpha0, algorithm.gamma, algorithm.alpha_max) == (1.0, 0.5, 0.1, 0.8)
+    assert (algorithm.eps_low, algorithm.eps_high) == (0.2, 0.28)
+    assert (algorithm.teacher, algorithm.limiter) == ("self", "mask")
+
+
+def test_words_win_over_the_file_and_the_last_word_wins(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("optim:\n  lr: 1e-6\n  grad_clip: 0.5\n")
+    run = load(path, ["optim.lr=3e-4", "optim.lr=5e-4"])
+    assert run.optim.lr == 5e-4
+    assert run.optim.grad_clip == 0.5
+
+
+def test_the_resolved_yaml_loads_to_the_same_run(tmp_path: Path) -> None:
+    run = load(_write(tmp_path, "steps: 7\nalgorithm: {kl_correction: {mode: sequence, bound: .inf}}\n"))
+    assert load(_write(tmp_path, to_yaml(run))) == run
+
+
+def _write(folder: Path, text: str) -> Path:
+    path = folder / "again.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("word", "parts"),
+    [
+        ("optm.lr=3", ["optm", "unknown key", "did you mean optim?"]),
+        ("optim.lrr=3", ["optim.lrr", "unknown key", "did you mean optim.lr?"]),
+        ("qqqqq=3", ["qqqqq", "unknown key", "known here", "steps"]),
+        ("steps=abc", ["steps", "'abc'", "Integer"]),
+        ("steps=null", ["steps", "int"]),
+        ("hub.max_lag=1.5", ["hub.max_lag", "1.5"]),
+        ("algorithm.teacher=fozen", ["algorithm.teacher", "fozen", "self", "frozen"]),
+        ("optim=3", ["optim", "section", "3"]),
+        ("optim.lr=-1", ["optim.lr", "above 0", "-1"]),
+        ("hub.address=tcp://0.0.0.0:1", ["hub.keys", "sgpo-async keys"]),
+        ("hub.address=localhost", ["hub.address", "tcp://HOST:PORT", "localhost"]),
+        ("rollout.guided=0", ["rollout.guided", "objective=sgpo"]),
+        ("rollout.top_p=0.95", ["rollout.top_p", "1.0", "0.95"]),
+        ("learner.problems_per_step=1", ["learner.problems_per_step", "2 ranks", "1"]),
+        ("engine.deterministic=true", ["local.actors", "deterministic"]),
+        ("tasks.source=file", ["tasks.path", "source=file"]),
+        ("steps", ["key=value"]),
+    ],
+)
+def test_what_is_wrong_is_one_line_that_names_path_rule_and_value(
+    empty: Path, word: str, parts: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(empty, [word])
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("a: [1\n", ["run.yaml:2", "not YAML"]),
+        ("[1, 2]\n", ["list"]),
+        ("optim: {lrate: 1}\n", ["run.yaml", "optim.lrate"]),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path: Path, text: str, parts: list[str]) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.yaml: cannot be read"):
+        load(tmp_path / "absent.yaml")
+
+
+def test_plain_settings_are_validated_like_a_file() -> None:
+    plain = to_plain(Run())
+    plain["optim"]["lr"] = -1.0
+    with pytest.raises(ConfigError, match=r"optim\.lr"):
+        from_plain(plain)

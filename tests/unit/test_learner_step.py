@@ -1,0 +1,161 @@
+"""One step on one rank: packed loss and gradient against Eq. 7 taken sequence by sequence, in float64."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sgpo_async.config.schema import Correction, Run
+from sgpo_async.errors import SgpoError
+from sgpo_async.learner.batch import from_shard
+from sgpo_async.wire.records import Rollout
+from tests.reference import learner_cases as cases
+
+MODES = ("none", "token", "token-mask", "prefix", "sequence", "sequence-geometric")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    file: Path = tmp_path_factory.mktemp("group") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def gradients(
+    run: Run, parts: list[list[Rollout]], *, tied: bool = False, frozen: bool = False
+) -> tuple[float, dict[str, Tensor]]:
+    stepper = cases.stepper(run, cases.tiny_model(tied=tied), cases.tiny_model(seed=1) if frozen else None)
+    batch = from_shard(cases.shard_of(parts, problems=len(parts)), run.algorithm)
+    loss = stepper.accumulate(batch).reduce()["loss"]
+    return loss, {name: p.grad.full_tensor() for name, p in stepper.policy.model.named_parameters()}
+
+
+def expected(
+    run: Run, parts: list[list[Rollout]], *, tied: bool = False, frozen: bool = False
+) -> tuple[float, dict[str, Tensor]]:
+    model = cases.tiny_model(tied=tied)
+    loss = cases.reference_loss(model, parts, run, teacher=cases.tiny_model(seed=1) if frozen else None)
+    loss.backward()
+    return float(loss), {name: p.grad for name, p in model.named_parameters()}
+
+
+def assert_equal(found: tuple[float, dict[str, Tensor]], right: tuple[float, dict[str, Tensor]]) -> None:
+    assert found[0] == pytest.approx(right[0], abs=1e-10)
+    assert found[1].keys() == right[1].keys()
+    for name, gradient in right[1].items():
+        torch.testing.assert_close(found[1][name], gradient, atol=1e-10, rtol=1e-9)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("row_tokens", [1, 20, 40, 10_000])
+def test_packed_loss_and_gradient_equal_one_by_one(tied: bool, row_tokens: int) -> None:
+    run, parts = cases.settings(row_tokens=row_tokens, delta=2.0), cases.groups()
+    right = expected(run, parts, tied=tied)
+    assert max(float(g.abs().max()) for g in right[1].values()) > 1e-3
+    assert_equal(gradients(run, parts, tied=tied), right)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_correction(mode: str) -> None:
+    rule = Correction(mode=mode, bound=2.0)
+    run, parts = cases.settings(grpo_correction=rule, kl_correction=rule, delta=2.0), cases.groups(seed=3)
+    assert_equal(gradients(run, parts), expected(run, parts))
+
+
+@pytest.mark.parametrize("limiter", ["mask", "none"])
+def test_frozen_teacher(limiter: str) -> None:
+    run, parts = cases.settings(teacher="frozen", limiter=limiter), cases.groups(seed=1)
+    assert_equal(gradients(run, parts, frozen=True), expected(run, parts, frozen=True))
+
+
+def test_frozen_teacher_gets_no_gradient_and_does_not_move() -> None:
+    run = cases.settings(teacher="frozen")
+    stepper = cases.stepper(run, cases.tiny_model(), cases.tiny_model(seed=1))
+    stepper.update(cases.shard_of(cases.groups(), problems=4))
+    assert stepper.frozen_teacher is not None
+    stepper.frozen_teacher.reshard()
+    for name, parameter in cases.tiny_model(seed=1).named_parameters():
+        frozen = stepper.frozen_teacher.model.get_parameter(name)
+        assert frozen.grad is None
+        assert torch.equal(frozen.full_tensor(), parameter)
+
+
+def test_alpha_zero_is_grpo_exactly() -> None:
+    """Bit for bit, not nearly."""
+    parts = cases.groups()
+    sgpo = gradients(cases.settings(alpha0=0.0), parts)
+    grpo = gradients(cases.settings(objective="grpo"), parts)
+    assert sgpo[0] == grpo[0]
+    assert all(torch.equal(gradient, grpo[1][name]) for name, gradient in sgpo[1].items())
+
+
+def test_no_correct_guided_rollout_no_distillation() -> None:
+    """Autonomous rewards are equal, too: what is left of the gradient is the distillation's, and it is exactly 0."""
+    failed = [[replace(r, reward=0.0, unguided_logprob=None) for r in group] for group in cases.groups()]
+    loss, found = gradients(cases.settings(), failed)
+    assert loss == 0
+    assert all(torch.count_nonzero(gradient) == 0 for gradient in found.values())
+
+
+def test_uniform_rewards_still_distil() -> None:
+    group = cases.groups()[3]
+    assert {r.reward for r in group if not r.guided} == {0.0}
+    loss, found = gradients(cases.settings(delta=100.0), [group])
+    assert loss > 0
+    assert any(torch.count_nonzero(gradient) for gradient in found.values())
+
+
+def test_empty_strategy_has_nothing_to_distil() -> None:
+    """With the same prompt on both sides every d_t is 0."""
+    parts = cases.groups()
+    same = [[replace(r, prompt=group[0].prompt) for r in group] for group in parts]
+    run = cases.settings()
+    stepper = cases.stepper(run, cases.tiny_model())
+    metrics = stepper.accumulate(from_shard(cases.shard_of(same, problems=4), run.algorithm)).reduce()
+    assert metrics["kl_mean"] == pytest.approx(0, abs=1e-12)
+    assert metrics["kl_masked_fraction"] == 0
+
+
+def test_statistics_equal_plain_loops() -> None:
+    run, parts = cases.settings(grpo_correction=Correction(mode="token", bound=1.5)), cases.groups(seed=2)
+    stepper, model = cases.stepper(run, cases.tiny_model()), cases.tiny_model()
+    batch = from_shard(cases.shard_of(parts, problems=4), run.algorithm)
+    metrics = stepper.accumulate(batch).reduce()
+    own = [r for group in parts for r in group if not r.guided]
+    ratios: list[tuple[int, float]] = []
+    for rollout in own:
+        log_pi = cases.log_probs(model, rollout.prompt, rollout.tokens).detach().numpy()
+        for t, token in enumerate(rollout.tokens):
+            start = next(s for s, end in enumerate(rollout.ends) if t < end)
+            ratios.append((5 - int(rollout.versions[start]), float(np.exp(log_pi[t, token] - rollout.logprobs[t]))))
+    stale = [ratio for lag, ratio in ratios if lag == 1]
+    assert metrics["correction_mean"] == pytest.approx(np.mean([min(r, 1.5) for _, r in ratios]))
+    assert metrics["correction_mean_stale"] == pytest.approx(np.mean([min(r, 1.5) for r in stale]))
+    assert metrics["correction_min_stale"] == pytest.approx(min(stale))
+    assert metrics["correction_clipped_stale"] == pytest.approx(np.mean([r > 1.5 for r in stale]))
+    targets = sum(len(r.tokens) for r in batch.targets)
+    assert metrics["tokens"] == len(ratios) + targets == sum(metrics["lag_histogram"].values())
+    assert set(metrics["lag_histogram"]) == {"0", "1"}
+
+
+def test_update_moves_by_the_schedule_and_repeats_bit_for_bit() -> None:
+    run, shard = cases.settings(), cases.shard_of(cases.groups(), problems=4)
+    first, second = (cases.stepper(run, cases.tiny_model(dtype=torch.float32)) for _ in range(2))
+    lines = [first.update(replace(shard, step=step)) for step in range(3)]
+    assert [line["lr"] for line in lines] == [0.005, 0.01, 0.01]
+    assert lines == [second.update(replace(shard, step=step)) for step in range(3)]
+    assert lines[0]["loss"] != lines[1]["loss"]
+
+
+def test_a_gradient_that_is_no_number_stops_the_run() -> None:
+    run, parts = cases.settings(), cases.groups()
+    broken = [[replace(r, logprobs=np.full_like(r.logprobs, np.nan)) for r in group] for group in parts]
+    stepper = cases.stepper(run, cases.tiny_model())
+    with pytest.raises(SgpoError, match="gradient's norm is nan"):
+        stepper.update(cases.shard_of(broken, problems=4))

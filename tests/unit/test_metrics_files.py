@@ -1,0 +1,124 @@
+"""metrics.jsonl, summary.json and TensorBoard: written as the run goes, read back whatever happened to the writer."""
+
+import errno
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sgpo_async.errors import DataError, SgpoError
+from sgpo_async.metrics import MetricsTail, MetricsWriter, read_metrics, read_summary
+from sgpo_async.metrics.files import to_json, write_whole
+
+
+def test_a_step_is_on_disk_as_soon_as_it_is_written(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path)
+    writer.step({"step": 1, "loss": 0.5, "lag_histogram": {0: 3, 1: 2}, "ledger": {"dropped": {"stale": 1}}})
+    assert read_metrics(tmp_path) == [
+        {"step": 1, "loss": 0.5, "lag_histogram": {"0": 3, "1": 2}, "ledger": {"dropped": {"stale": 1}}}
+    ]
+    writer.close()
+
+
+def test_not_a_number_becomes_null_everywhere() -> None:
+    values = {"a": math.nan, "b": [math.inf, 1.0], "c": {"d": np.float32(math.nan), "e": np.int64(3)}, "f": np.ones(2)}
+    assert json.loads(to_json(values)) == {"a": None, "b": [None, 1.0], "c": {"d": None, "e": 3}, "f": [1.0, 1.0]}
+
+
+def test_a_torn_last_line_is_left_out_and_completed_later(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "lo')
+    tail = MetricsTail(tmp_path)
+    assert tail.poll() == [{"step": 1}]
+    assert tail.poll() == []
+    with path.open("a") as file:
+        file.write('ss": 3}\n')
+    assert tail.poll() == [{"step": 2, "loss": 3}]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
+@given(cut=st.integers(0, 200), steps=st.integers(0, 8))
+def test_a_file_cut_anywhere_yields_exactly_its_whole_lines(tmp_path: Path, cut: int, steps: int) -> None:
+    lines = [json.dumps({"step": step, "loss": step / 3}) + "\n" for step in range(steps)]
+    text = "".join(lines)[:cut]
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert [line["step"] for line in read_metrics(tmp_path)] == list(range(text.count("\n")))
+
+
+@pytest.mark.parametrize("line", ["{nonsense}", "[1, 2]", '{"loss": 1}'])
+def test_a_broken_line_is_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
+    with pytest.raises(DataError, match=r"metrics\.jsonl:2: is n"):
+        read_metrics(tmp_path)
+
+
+def test_the_tail_starts_over_when_the_file_does(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+    tail = MetricsTail(tmp_path)
+    tail.poll()
+    path.write_text('{"step": 1}\n')
+    assert tail.poll() == [{"step": 1}]
+
+
+def test_a_fresh_run_starts_empty_and_a_resumed_one_keeps_what_its_checkpoint_knew(tmp_path: Path) -> None:
+    first = MetricsWriter(tmp_path)
+    for step in (1, 2, 3):
+        first.step({"step": step})
+    first.close()
+    resumed = MetricsWriter(tmp_path, resume_from=2)
+    resumed.step({"step": 3, "again": True})
+    resumed.close()
+    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+    MetricsWriter(tmp_path).close()
+    assert read_metrics(tmp_path) == []
+
+
+def test_tensorboard_holds_the_scalars_and_the_lag_histogram(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path)
+    writer.step({"step": 7, "loss": 0.25, "lag_histogram": {0: 30, 2: 10}, "ledger": {"dropped": {"stale": 4}}})
+    writer.close()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(7, 0.25)]
+    assert events.Scalars("ledger/dropped/stale")[0].value == 4
+    histogram = events.Histograms("lag_histogram")[0].histogram_value
+    assert (histogram.num, histogram.sum, histogram.max) == (40, 20, 2)
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(
+        SgpoError, match=r"summary\.json: cannot be written \(No space left on device\); free"
+    ) as caught:
+        write_whole(tmp_path / "summary.json", "{}")
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_during_a_step_is_one_line() -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    from sgpo_async.metrics.files import telling
+
+    full = Path("/dev/full")
+    with pytest.raises(SgpoError, match="/dev/full: cannot be written"), telling(full), full.open("w") as file:
+        file.write("x")
+
+
+def test_the_summary_replaces_the_old_one_whole(tmp_path: Path) -> None:
+    assert read_summary(tmp_path) == {}
+    writer = MetricsWriter(tmp_path)
+    writer.summary({"steps": 1})
+    writer.summary({"steps": 2, "pass_auto_last": math.nan})
+    writer.close()
+    assert read_summary(tmp_path) == {"steps": 2, "pass_auto_last": None}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "summary.json", "tensorboard"]

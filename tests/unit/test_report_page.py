@@ -1,0 +1,194 @@
+"""The page and the closing figures, made from metrics of known content."""
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from synthetic_metrics import synthetic_lines, write_lines
+
+from sgpo_async.config import Run, Tasks, to_yaml
+from sgpo_async.errors import DataError
+from sgpo_async.report import closing_rows, write_report
+from sgpo_async.report.charts import CHARTS
+from sgpo_async.report.closing import ledger_rows, summarise
+from sgpo_async.report.figures import clock, number, percent, short
+from sgpo_async.report.lag import lag_shares
+from sgpo_async.report.svg import Frame, Series, line_chart, nice_ticks, running_mean
+
+
+class Balanced(HTMLParser):
+    """Collects headings, and fails on a tag closed out of order."""
+
+    VOID = ("meta",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.headings: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[Any]) -> None:
+        del attrs
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[Any]) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "h2":
+            self.headings.append(data)
+
+
+def page_of(folder: Path) -> tuple[str, list[str]]:
+    text = write_report(folder).read_text()
+    parser = Balanced()
+    parser.feed(text)
+    assert parser.open == []
+    return text, parser.headings
+
+
+def test_the_page_has_every_curve_the_lag_the_figures_and_the_settings(tmp_path: Path) -> None:
+    write_lines(tmp_path / "demo", synthetic_lines())
+    (tmp_path / "demo" / "config.yaml").write_text(to_yaml(Run(name="demo", steps=120, tasks=Tasks(held_out=7))))
+    text, headings = page_of(tmp_path / "demo")
+    assert set(headings) == {chart.title for chart in CHARTS} | {
+        "Lag",
+        "Closing figures",
+        "Settings that differ from the defaults",
+    }
+    assert "1960 dispatched = 1920 trained + 3 dropped (stale 3) + 21 in flight + 16 buffered" in text
+    assert "<td>tasks.held_out</td><td>7 (default 200)</td>" in text
+    assert "<td>optim.lr</td>" not in text
+
+
+def test_the_page_needs_no_network_and_no_script(tmp_path: Path) -> None:
+    write_lines(tmp_path, synthetic_lines())
+    text, _ = page_of(tmp_path)
+    assert not re.search(r"https?://|<script|<link|@import|url\(|src=", text)
+
+
+def test_one_step_with_hardly_any_figures_makes_a_page(tmp_path: Path) -> None:
+    write_lines(tmp_path, [{"step": 1, "loss": 0.5, "pass_auto": None}])
+    text, headings = page_of(tmp_path)
+    assert headings == ["Losses", "Closing figures"]
+    assert text.count('<circle class="dot') == 1
+
+
+def test_names_are_escaped(tmp_path: Path) -> None:
+    folder = tmp_path / "<b>&run"
+    write_lines(folder, [{"step": 1, "loss": 0.5}])
+    text, _ = page_of(folder)
+    assert "<b>&run" not in text
+    assert "<h1>&lt;b&gt;&amp;run</h1>" in text
+
+
+def test_a_folder_without_steps_is_told(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no metrics\.jsonl with a finished step"):
+        write_report(tmp_path)
+
+
+def test_the_module_is_a_command_with_exit_codes(tmp_path: Path) -> None:
+    write_lines(tmp_path, [{"step": 1, "loss": 0.5}])
+    command = [sys.executable, "-m", "sgpo_async.report"]
+    good = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False)
+    assert (good.returncode, good.stdout) == (0, f"{tmp_path / 'report.html'}\n")
+    bad = subprocess.run([*command, str(tmp_path / "no")], capture_output=True, text=True, timeout=60, check=False)
+    assert bad.returncode == 2
+    assert bad.stderr.startswith("error: ")
+    assert bad.stderr.count("\n") == 1
+
+
+def test_the_summary_follows_from_the_metrics() -> None:
+    lines = [
+        {"step": 1, "wall_s": 2.0, "lag_mean": 0.0, "lag_max": 0, "eval_pass_auto": 0.1, "learner_idle": 0.5},
+        {"step": 2, "wall_s": 4.0, "lag_mean": 1.0, "lag_max": 3, "tokens_generated": 800, "learner_idle": None},
+        {"step": 3, "wall_s": 8.0, "lag_mean": 2.0, "lag_max": 2, "tokens_generated": 1600, "eval_pass_auto": 0.8},
+    ]
+    summary = summarise(lines)
+    assert (summary["pass_auto_first"], summary["pass_auto_last"]) == (0.1, 0.8)
+    assert (summary["lag_mean"], summary["lag_max"], summary["learner_idle"]) == (1.0, 3, 0.5)
+    assert (summary["steps"], summary["wall_s"], summary["tokens_generated"]) == (3, 8.0, 1600)
+
+
+def test_the_closing_figures_prefer_the_summary_file(tmp_path: Path) -> None:
+    write_lines(tmp_path, synthetic_lines(3))
+    (tmp_path / "summary.json").write_text(
+        json.dumps({"steps": 3, "wall_s": 65, "pass_auto_first": 0.05, "pass_auto_last": 0.9, "tokens_generated": 6500})
+    )
+    rows = dict(closing_rows(tmp_path))
+    assert rows["held-out pass rate, autonomous"] == "5.0 % → 90.0 %"
+    assert rows["tokens generated"] == "6500 (100 a second)"
+    assert rows["wall time"] == "1:05"
+
+
+def test_a_ledger_that_does_not_balance_is_cried_out() -> None:
+    good = {"dispatched": 10, "trained": 5, "dropped": {"stale": 2}, "in_flight": 2, "buffered": 1}
+    assert ledger_rows(good) == [
+        ("ledger of tasks", "10 dispatched = 5 trained + 2 dropped (stale 2) + 2 in flight + 1 buffered")
+    ]
+    assert ledger_rows(good | {"trained": 6})[0][1].endswith("NOT BALANCED")
+    assert ledger_rows({}) == []
+
+
+@given(low=st.floats(-1e6, 1e6), span=st.floats(1e-3, 1e6))
+def test_ticks_are_round_even_and_enclose_the_data(low: float, span: float) -> None:
+    ticks = nice_ticks(low, low + span)
+    assert ticks[0] <= low + 1e-6 * span
+    assert ticks[-1] >= low + span * (1 - 1e-6)
+    gaps = [after - before for before, after in itertools.pairwise(ticks)]
+    assert max(gaps) - min(gaps) <= 1e-6 * max(gaps) + 1e-9
+    assert 2 <= len(ticks) <= 8
+
+
+@given(st.lists(st.tuples(st.integers(0, 10**6), st.floats(-1e9, 1e9)), min_size=1, max_size=50))
+def test_no_curve_leaves_its_drawing(points: list[tuple[int, float]]) -> None:
+    svg = line_chart([Series(name="x", points=sorted(points), colour=1, smooth=True)], y_label="y")
+    assert "nan" not in svg
+    for path in re.findall(r' d="M([^"]*)"', svg):
+        for pair in path.split("L"):
+            x, y = map(float, pair.split())
+            assert 0 <= x <= 560
+            assert 0 <= y <= 280
+
+
+def test_a_constant_curve_and_the_frame() -> None:
+    assert "<path" in line_chart([Series(name="x", points=[(1, 0.0), (2, 0.0)], colour=1)], y_label="y")
+    frame = Frame(0, 10, 0, 1)
+    assert frame.x(0) < frame.x(10)
+    assert frame.y(0) > frame.y(1)
+
+
+def test_the_running_mean_of_a_constant_is_the_constant() -> None:
+    points = [(float(x), 3.0) for x in range(20)]
+    assert running_mean(points, 5) == points
+
+
+def test_lag_shares_add_up_and_gather_the_oldest() -> None:
+    lines = [
+        {"step": 1, "lag_histogram": {"0": 3, "1": 1}},
+        {"step": 2},
+        {"step": 3, "lag_histogram": {"7": 2, "5": 2}},
+    ]
+    assert lag_shares(lines) == [(1.0, [0.75, 0.25, 0, 0, 0, 0]), (3.0, [0, 0, 0, 0, 0, 1.0])]
+    many = [{"step": step, "lag_histogram": {"0": 1}} for step in range(1000)]
+    assert len(lag_shares(many)) <= 120
+
+
+def test_figures_as_people_read_them() -> None:
+    values = (0, 37, 12_345, 1_234_567, 0.4123, 0.01234, 12.345, 3.0, None, float("nan"))
+    expected = ["0", "37", "12.3 k", "1.23 M", "0.412", "0.0123", "12.3", "3.00", "–", "–"]
+    assert [number(value) for value in values] == expected
+    assert [short(value) for value in (0.0, 0.2, -0.05, 2500.0, 25_000.0)] == ["0", "0.2", "-0.05", "2500", "25.0 k"]
+    assert [percent(value) for value in (0.1234, 1, None)] == ["12.3 %", "100.0 %", "–"]
+    assert [clock(value) for value in (65, 7384, None)] == ["1:05", "2:03:04", "–"]

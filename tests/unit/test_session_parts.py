@@ -1,0 +1,41 @@
+"""Small parts of a session: settings, interfaces, and what importing the handles costs."""
+
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from sgpo_async.errors import SessionError
+from sgpo_async.session.guard import one_line
+from sgpo_async.session.interface import interface_towards
+from sgpo_async.session.settings import Deadlines, Settings
+
+
+def test_settings_survive_the_command_line() -> None:
+    settings = Settings("actor-é", 17, store="/a b", host="::1", deadlines=Deadlines(call_s=0.5))
+    assert Settings.decode(settings.encode()) == settings
+
+
+def test_the_interface_towards_an_own_address_has_it() -> None:
+    own = {a.address for a in psutil.net_if_addrs()[interface_towards("127.0.0.1")]}
+    assert "127.0.0.1" in own
+    assert interface_towards("localhost") == interface_towards("127.0.0.1")
+
+
+def test_an_unknown_host_is_named() -> None:
+    with pytest.raises(SessionError, match=r"session host no-such-host\.invalid"):
+        interface_towards("no-such-host.invalid")
+
+
+def test_one_line_is_one_short_line() -> None:
+    assert one_line("a\n  b\n") == "a b"
+    assert len(one_line("x" * 10_000)) == 500
+
+
+def test_importing_the_handles_does_not_import_torch() -> None:
+    code = (
+        "import sys, sgpo_async.weights, sgpo_async.session.link, sgpo_async.session.node;"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0

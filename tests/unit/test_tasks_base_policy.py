@@ -1,0 +1,94 @@
+"""The base policy that the package ships, its tokenizer, and prompts."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import sgpo_async.tasks
+from sgpo_async.errors import DataError
+from sgpo_async.tasks.cues import CuesSource
+from sgpo_async.tasks.cues_domain import TRUE_TECHNIQUE
+from sgpo_async.tasks.cues_policy import build_tokenizer, guess_probabilities
+from sgpo_async.tasks.pretrain import pass_rate
+from sgpo_async.tasks.prompts import build_prompt
+
+FOLDER = Path(sgpo_async.tasks.__file__).parent / "cues_base"
+PROBLEMS = list(CuesSource(seed=11, held_out=200).held_out())
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(FOLDER)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return AutoModelForCausalLM.from_pretrained(FOLDER).eval()
+
+
+@pytest.fixture(autouse=True)
+def seed() -> Iterator[None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+def test_guided_it_solves_nearly_all(model: Any, tokenizer: Any) -> None:
+    assert pass_rate(model, tokenizer, PROBLEMS, guided=True) >= 0.95
+
+
+def test_unguided_it_solves_hardly_any(model: Any, tokenizer: Any) -> None:
+    assert pass_rate(model, tokenizer, PROBLEMS, guided=False) <= 0.06
+    assert pass_rate(model, tokenizer, PROBLEMS, guided=False, sample=False) <= 0.06
+
+
+def test_folder_is_small() -> None:
+    assert sum(file.stat().st_size for file in FOLDER.iterdir()) < 4e6
+
+
+def test_texts_are_unchanged_by_encoding_and_decoding(tokenizer: Any) -> None:
+    for problem in PROBLEMS:
+        for text in (problem.problem, problem.strategy, problem.response):
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            assert tokenizer.unk_token_id not in ids
+            assert tokenizer.decode(ids) == text
+            assert tokenizer.decode([*ids, tokenizer.eos_token_id], skip_special_tokens=True) == text
+
+
+def test_tokenizer_is_the_one_that_the_code_builds(tokenizer: Any) -> None:
+    assert tokenizer.get_vocab() == build_tokenizer().get_vocab()
+    assert tokenizer.eos_token_id is not None and tokenizer.pad_token_id is not None
+
+
+def test_guesses_prefer_a_wrong_technique_but_keep_the_true_one_within_reach() -> None:
+    for cue, true in TRUE_TECHNIQUE.items():
+        guess = guess_probabilities(cue)
+        assert sum(guess.values()) == pytest.approx(1.0)
+        assert max(guess, key=guess.__getitem__) != true
+        assert guess[true] > 0.37
+
+
+def test_plain_prompt_puts_the_strategy_before_the_problem(tokenizer: Any) -> None:
+    problem = PROBLEMS[0]
+    plain = build_prompt(problem.problem, None, style="plain", tokenizer=tokenizer)
+    guided = build_prompt(problem.problem, problem.strategy, style="plain", tokenizer=tokenizer)
+    assert tokenizer.decode(plain) == problem.problem
+    assert tokenizer.decode(guided) == f"{problem.strategy} {problem.problem}"
+
+
+def test_chat_prompt_goes_through_the_template() -> None:
+    tokenizer = build_tokenizer()
+    with pytest.raises(DataError, match="no chat template"):
+        build_prompt("problem", None, style="chat", tokenizer=tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %} from{% endif %}"
+    )
+    plain = build_prompt("problem amber", None, style="chat", tokenizer=tokenizer)
+    guided = build_prompt("problem amber", "strategy amber raise", style="chat", tokenizer=tokenizer)
+    assert tokenizer.decode(plain) == "problem amber from"
+    known = [word for word in tokenizer.decode(guided).split() if word != "<unk>"]
+    assert known == ["problem", "strategy", "amber", "raise", "problem", "amber", "from"]

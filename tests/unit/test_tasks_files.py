@@ -1,0 +1,129 @@
+"""A user's own problems: reading, errors by line, split and epochs."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from sgpo_async.errors import DataError
+from sgpo_async.tasks.files import FileSource
+from sgpo_async.tasks.sources import open_source
+
+
+def write_jsonl(path: Path, records: list[Any]) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return str(path)
+
+
+def sums(count: int) -> list[dict[str, Any]]:
+    return [{"problem": f"{i} + {i}", "answer": 2 * i, "strategy": "Double it."} for i in range(count)]
+
+
+def test_columns_are_read(tmp_path: Path) -> None:
+    records = [{"problem": "1+1", "answer": "2", "strategy": "add", "response": "It is 2.", "extra": 1}]
+    problem = FileSource(write_jsonl(tmp_path / "a.jsonl", records), held_out=0, seed=0).training(0)
+    assert (problem.problem, problem.answer) == ("1+1", "2")
+    assert (problem.strategy, problem.response) == ("add", "It is 2.")
+
+
+def test_optional_columns_may_be_absent_or_null(tmp_path: Path) -> None:
+    records = [{"problem": "1+1", "answer": 2, "strategy": None}]
+    problem = FileSource(write_jsonl(tmp_path / "a.jsonl", records), held_out=0, seed=0).training(0)
+    assert (problem.answer, problem.strategy, problem.response) == ("2", None, None)
+
+
+def test_parquet_and_jsonl_give_the_same_stream(tmp_path: Path) -> None:
+    parquet.write_table(pyarrow.Table.from_pylist(sums(10)), tmp_path / "a.parquet")
+    lines = FileSource(write_jsonl(tmp_path / "a.jsonl", sums(10)), held_out=0.2, seed=1)
+    table = FileSource(str(tmp_path / "a.parquet"), held_out=0.2, seed=1)
+    assert [lines.training(i).problem for i in range(20)] == [table.training(i).problem for i in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{broken", "not JSON"),
+        ("[1, 2]", "a record must be an object, not list"),
+        ('{"question": "1+1", "answer": "2"}', "no column 'problem'; there are 'question', 'answer'"),
+        ('{"problem": "1+1"}', "no column 'answer'"),
+        ('{"problem": " ", "answer": "2"}', "'problem' must be a text that is not empty"),
+        ('{"problem": "1+1", "answer": true}', "'answer' must be a text"),
+        ('{"problem": "1+1", "answer": "2", "strategy": 3}', "'strategy' must be a text"),
+        ("\xff", "not JSON"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: str, reason: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(b'{"problem": "1+1", "answer": "2"}\n\n' + line.encode("latin-1") + b"\n")
+    with pytest.raises(DataError) as caught:
+        FileSource(str(path), held_out=0, seed=0)
+    assert str(caught.value).startswith(f"{path}:3: {reason}")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_no_parquet(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"text")
+    with pytest.raises(DataError, match="not readable as Parquet"):
+        FileSource(str(tmp_path / "a.parquet"), held_out=0, seed=0)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such file"):
+        FileSource(str(tmp_path / "none.jsonl"), held_out=0, seed=0)
+
+
+def test_each_epoch_is_a_new_order_of_the_same_problems(tmp_path: Path) -> None:
+    source = FileSource(write_jsonl(tmp_path / "a.jsonl", sums(20)), held_out=0.25, seed=5)
+    first, second = ([source.training(e * 15 + i).problem for i in range(15)] for e in range(2))
+    assert sorted(first) == sorted(second)
+    assert first != second
+    again = FileSource(str(tmp_path / "a.jsonl"), held_out=0.25, seed=5)
+    assert [again.training(15 + i).problem for i in range(15)] == second
+
+
+def test_held_out_is_fixed_and_apart_even_for_a_problem_that_occurs_twice(tmp_path: Path) -> None:
+    source = FileSource(write_jsonl(tmp_path / "a.jsonl", sums(20) * 2), held_out=0.25, seed=5)
+    held = {problem.problem for problem in source.held_out()}
+    assert len(held) == 5
+    assert len(source.held_out()) == 10
+    assert held.isdisjoint(source.training(i).problem for i in range(30))
+
+
+def test_too_few_problems_to_hold_out(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="too few"):
+        FileSource(write_jsonl(tmp_path / "a.jsonl", sums(1)), held_out=0.1, seed=0)
+
+
+def test_sources_by_kind(tmp_path: Path) -> None:
+    assert open_source("cues", path=None, held_out=4, seed=0).verifier == "cues"
+    path = write_jsonl(tmp_path / "a.jsonl", sums(4))
+    assert open_source("file", path=path, held_out=0.5, seed=0).verifier == "math"
+    with pytest.raises(DataError, match="'cue' is neither"):
+        open_source("cue", path=None, held_out=4, seed=0)
+    with pytest.raises(DataError, match="needs a path"):
+        open_source("file", path=None, held_out=0.1, seed=0)
+    with pytest.raises(DataError, match="fraction"):
+        open_source("file", path=path, held_out=4, seed=0)
+
+
+def test_a_hugging_face_dataset_is_read_by_its_train_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(name: str) -> dict[str, Any]:
+        return {"train": sums(3), "test": []} if name == "someone/sums" else {"test": sums(3)}
+
+    library = SimpleNamespace(load_dataset=load_dataset, DatasetDict=dict)
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    source = FileSource("someone/sums", held_out=0, seed=0)
+    assert sorted(source.training(i).problem for i in range(3)) == ["0 + 0", "1 + 1", "2 + 2"]
+    with pytest.raises(DataError, match="no dataset with a train split"):
+        FileSource("someone/else", held_out=0, seed=0)
+
+
+def test_a_dataset_without_the_library_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match="pip install datasets"):
+        FileSource("someone/problems", held_out=0, seed=0)

@@ -1,0 +1,137 @@
+"""Rewards: math-verify's verdicts, and a pool that outlives hanging and dying workers."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from sgpo_async.errors import SgpoError
+from sgpo_async.tasks.cues import CuesSource
+from sgpo_async.tasks.reward_pool import RewardPool, Verdict
+from sgpo_async.tasks.verify import VERIFIERS
+
+HANGS = "\\boxed{(10^{10^{10}})! + 1}"
+DEADLINE_S = 120.0
+
+
+def collect(pool: RewardPool, count: int) -> dict[object, Verdict]:
+    verdicts: dict[object, Verdict] = {}
+    deadline = time.monotonic() + DEADLINE_S
+    while len(verdicts) < count and time.monotonic() < deadline:
+        verdicts.update({verdict.key: verdict for verdict in pool.poll(timeout_s=1.0)})
+    return verdicts
+
+
+def workers_of(pid: int) -> list[psutil.Process]:
+    return [p for p in psutil.Process(pid).children() if "sgpo_async.tasks.reward_worker" in p.cmdline()]
+
+
+@pytest.fixture
+def pool() -> Iterator[RewardPool]:
+    pool = RewardPool(workers=1, limit_s=2.0)
+    yield pool
+    pool.close()
+
+
+@pytest.mark.parametrize(
+    ("answer", "completion", "correct"),
+    [
+        ("1/2", "so it is \\boxed{0.5}", True),
+        ("\\frac{1}{2}", "\\boxed{\\frac12}", True),
+        ("$42$", "The answer is 42.", True),
+        ("x^2+1", "\\boxed{1 + x^2}", True),
+        ("1,234", "\\boxed{1234}", True),
+        ("42", "\\boxed{43}", False),
+        ("42", "", False),
+        ("B", "\\boxed{C}", False),
+    ],
+)
+def test_math(answer: str, completion: str, correct: bool) -> None:
+    assert VERIFIERS["math"](answer, completion) is correct
+
+
+def test_cues_are_judged_at_once_and_without_a_process(pool: RewardPool) -> None:
+    problem = CuesSource(seed=0, held_out=0).training(0)
+    pool.submit(("group", 1), "cues", problem.answer, problem.response or "")
+    pool.submit(("group", 2), "cues", problem.answer, "no")
+    assert pool.poll() == [Verdict(key=("group", 1), correct=True), Verdict(key=("group", 2), correct=False)]
+    assert pool.poll() == []
+    assert workers_of(os.getpid()) == []
+
+
+@pytest.mark.process
+def test_a_hanging_completion_is_incorrect_and_the_next_is_judged(pool: RewardPool) -> None:
+    pool.submit("right", "math", "2", "\\boxed{2}")
+    pool.submit("hangs", "math", "7", HANGS)
+    pool.submit("wrong", "math", "2", "\\boxed{3}")
+    pool.submit("right again", "math", "2", "\\boxed{\\frac{4}{2}}\nwith a line break")
+    verdicts = collect(pool, 4)
+    assert {key: (v.correct, v.timed_out) for key, v in verdicts.items()} == {
+        "right": (True, False),
+        "hangs": (False, True),
+        "wrong": (False, False),
+        "right again": (True, False),
+    }
+    assert pool.timeouts == 1
+
+
+@pytest.mark.process
+def test_a_worker_killed_from_outside_is_replaced(pool: RewardPool) -> None:
+    pool.submit("first", "math", "2", "\\boxed{2}")
+    assert collect(pool, 1)["first"].correct
+    [worker] = workers_of(os.getpid())
+    worker.kill()
+    pool.submit("lost", "math", "2", "\\boxed{2}")
+    pool.submit("next", "math", "2", "\\boxed{2}")
+    verdicts = collect(pool, 2)
+    assert (verdicts["lost"].correct, verdicts["lost"].timed_out) == (False, True)
+    assert verdicts["next"].correct
+
+
+@pytest.mark.process
+def test_a_failing_worker_is_an_error_and_no_verdict(
+    pool: RewardPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONHOME", "/nonexistent")
+    pool.submit("key", "math", "2", "\\boxed{2}")
+    with pytest.raises(SgpoError, match="reward worker: exit status"):
+        pool.poll(timeout_s=DEADLINE_S)
+
+
+@pytest.mark.process
+def test_close_ends_busy_workers() -> None:
+    pool = RewardPool(workers=2, limit_s=300.0)
+    for key in range(4):
+        pool.submit(key, "math", "7", HANGS if key else "7")
+    collect(pool, 1)
+    workers = workers_of(os.getpid())
+    assert workers
+    pool.close()
+    _, alive = psutil.wait_procs(workers, timeout=DEADLINE_S)
+    assert alive == []
+
+
+@pytest.mark.process
+def test_workers_end_with_a_parent_that_is_killed() -> None:
+    script = (
+        "from sgpo_async.tasks.reward_pool import RewardPool\n"
+        "pool = RewardPool(workers=2, limit_s=2.0)\n"
+        f"for key in range(4): pool.submit(key, 'math', '7', '7' if key < 2 else {HANGS!r})\n"
+        "print(len(pool.poll(timeout_s=100.0)), flush=True)\n"
+        "import time; time.sleep(300)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    assert parent.stdout.readline()
+    workers = workers_of(parent.pid)
+    assert workers
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait(timeout=DEADLINE_S)
+    parent.stdout.close()
+    _, alive = psutil.wait_procs(workers, timeout=DEADLINE_S)
+    assert alive == []

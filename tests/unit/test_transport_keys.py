@@ -1,0 +1,65 @@
+"""CURVE keys on disk: modes, refusals and their remedies."""
+
+import stat
+from pathlib import Path
+
+import pytest
+
+from sgpo_async.errors import HubError
+from sgpo_async.transport import Dealer, Router, create_keys
+from sgpo_async.transport.keys import key_pair, public_key
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_keys_are_created_for_their_owner_only(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "keys"
+    files = create_keys(folder)
+    assert sorted(path.name for path in files) == [
+        "client.key",
+        "client.key_secret",
+        "server.key",
+        "server.key_secret",
+    ]
+    assert mode(folder) == 0o700
+    assert {mode(path) for path in files if path.suffix == ".key_secret"} == {0o600}
+    for name in ("server", "client"):
+        public, secret = key_pair(folder, name)
+        assert public == public_key(folder, name) != secret
+
+
+def test_keys_are_never_overwritten(tmp_path: Path) -> None:
+    create_keys(tmp_path)
+    before = (tmp_path / "server.key_secret").read_bytes()
+    with pytest.raises(HubError, match="are not overwritten"):
+        create_keys(tmp_path)
+    assert (tmp_path / "server.key_secret").read_bytes() == before
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(HubError, match="cannot write"):
+        create_keys(tmp_path / "file" / "keys")
+
+
+def test_missing_keys_tell_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(HubError, match=r"server\.key_secret is missing .* 'sgpo-async keys DIR'"):
+        Router("tcp://127.0.0.1:0", keys=tmp_path, max_bytes=1000)
+    with pytest.raises(HubError, match=r"client\.key_secret is missing .* 'sgpo-async keys DIR'"):
+        Dealer("tcp://127.0.0.1:1", keys=tmp_path, max_bytes=1000)
+
+
+def test_a_secret_open_to_others_is_refused(tmp_path: Path) -> None:
+    create_keys(tmp_path)
+    (tmp_path / "client.key_secret").chmod(0o644)
+    with pytest.raises(HubError, match="chmod 600"):
+        key_pair(tmp_path, "client")
+
+
+def test_a_broken_key_file_is_named(tmp_path: Path) -> None:
+    create_keys(tmp_path)
+    (tmp_path / "client.key").write_text("nonsense")
+    with pytest.raises(HubError, match=r"client\.key is missing or holds no key"):
+        public_key(tmp_path, "client")

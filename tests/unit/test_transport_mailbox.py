@@ -1,0 +1,68 @@
+"""Typed mailboxes over the in-memory transport."""
+
+import threading
+
+import pytest
+
+from sgpo_async.errors import ProtocolMismatch, WireError
+from sgpo_async.transport import Mailbox, MemoryRouter, RouterMailbox, memory_pair
+from sgpo_async.transport.base import BATCH, HIGH_WATER
+from sgpo_async.wire.records import Ack, Goodbye, Ready, Stop
+
+
+def test_messages_both_ways() -> None:
+    router, dealer = memory_pair(b"actor")
+    hub, actor = RouterMailbox(router), Mailbox(dealer)
+    assert actor.send(Ready(tasks=2, version=1))
+    assert hub.receive(0) == [(b"actor", Ready(tasks=2, version=1))]
+    assert hub.send(b"actor", Stop())
+    assert actor.receive(0) == [Stop()]
+    assert hub.rejected == actor.rejected == 0
+
+
+def test_what_cannot_be_read_is_counted_and_the_rest_is_served() -> None:
+    router, dealer = memory_pair(b"actor")
+    hub, actor = RouterMailbox(router), Mailbox(dealer)
+    for frames in ([], [b"\xc1"], [b"\x63\x80"]):
+        dealer.send(frames)
+        router.send(b"actor", frames)
+    actor.send(Goodbye())
+    hub.send(b"actor", Stop())
+    read = [message for _, message in hub.receive(0)]
+    assert [type(message) for message in read] == [WireError, WireError, ProtocolMismatch, Goodbye]
+    assert actor.receive(0) == [Stop()]
+    assert hub.rejected == actor.rejected == 3
+    assert isinstance(actor.last_rejection, ProtocolMismatch)
+
+
+def test_a_message_too_large_is_the_senders_fault() -> None:
+    router = MemoryRouter(max_bytes=100)
+    actor = Mailbox(router.dealer(b"actor"))
+    with pytest.raises(WireError, match=r"Goodbye of \d+ bytes is larger than 100; raise hub.max_message_mb"):
+        actor.send(Goodbye(reason="x" * 100))
+    with pytest.raises(WireError, match="larger than 100"):
+        RouterMailbox(router).send(b"actor", Stop(reason="x" * 100))
+    assert router.poll(0) == []
+
+
+def test_memory_polls_hand_out_bounded_batches() -> None:
+    router, dealer = memory_pair()
+    for _ in range(BATCH + 1):
+        dealer.send([b"x"])
+    assert [len(router.poll(0)) for _ in range(3)] == [BATCH, 1, 0]
+
+
+def test_memory_queues_are_bounded() -> None:
+    router, dealer = memory_pair(b"member")
+    assert [dealer.send([b"x"]) for _ in range(HIGH_WATER + 1)] == [True] * HIGH_WATER + [False]
+    assert [router.send(b"member", [b"x"]) for _ in range(HIGH_WATER + 1)] == [True] * HIGH_WATER + [False]
+
+
+def test_a_memory_poll_wakes_up_for_another_thread() -> None:
+    router, dealer = memory_pair(b"member")
+    hub, actor = RouterMailbox(router), Mailbox(dealer)
+    echo = threading.Thread(target=lambda: [hub.send(*item) for item in hub.receive(60)])
+    echo.start()
+    actor.send(Ack(task=1, attempt=2, slot=3))
+    assert actor.receive(60) == [Ack(task=1, attempt=2, slot=3)]
+    echo.join()

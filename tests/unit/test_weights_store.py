@@ -1,0 +1,222 @@
+"""The double-buffered store: what readers see, whatever the writer does."""
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sgpo_async.errors import Superseded, WeightsError
+from sgpo_async.weights import StoreFile, StoreReader, StoreWriter, digest, layout
+
+Weights = list[tuple[str, torch.Tensor]]
+
+
+def weights(seed: int) -> Weights:
+    """A small model of several dtypes, with an empty tensor and a scalar."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        ("embed", torch.randn(50, 7, generator=generator)),
+        ("norm", torch.randn(7, generator=generator).bfloat16()),
+        ("none", torch.empty(0, 3)),
+        ("step", torch.tensor(seed)),
+        ("head", torch.randn(7, 50, generator=generator).t()),
+    ]
+
+
+def same(found: dict[str, torch.Tensor], expected: Weights) -> bool:
+    return list(found) == [n for n, _ in expected] and all(
+        found[n].dtype == t.dtype and torch.equal(found[n], t) for n, t in expected
+    )
+
+
+@pytest.fixture
+def path() -> Iterator[str]:
+    file = StoreFile("/nowhere")
+    yield file.path
+    file.close()
+
+
+def test_nothing_is_there_before_the_first_publication(path: str, tmp_path: Path) -> None:
+    for reader in (StoreReader(path), StoreReader(tmp_path / "absent")):
+        assert reader.version() is None
+        assert reader.manifest() is None
+        assert reader.encoded_manifest() is None
+        with pytest.raises(Superseded):
+            reader.bucket(0, 0)
+
+
+def test_a_reader_that_came_first_sees_every_version(path: str) -> None:
+    reader = StoreReader(path)
+    assert reader.manifest() is None
+    writer = StoreWriter(path, bucket_bytes=100)
+    for version in (0, 1, 2, 5, 9):
+        published = writer.publish(version, iter(weights(version)))
+        assert reader.version() == version
+        assert reader.manifest() == published
+        found = reader.tensors(version)
+        assert same(found, weights(version))
+        assert digest(found.items()) == published.digest == digest(weights(version))
+
+
+def test_buckets_cover_the_data_and_fit_their_checksums(path: str) -> None:
+    manifest = StoreWriter(path, bucket_bytes=100).publish(3, weights(3))
+    reader = StoreReader(path)
+    assert len(manifest.buckets) > 10
+    data = b""
+    for index, bucket in enumerate(manifest.buckets):
+        piece = reader.bucket(3, index)
+        manifest.check(index, piece)
+        assert bucket.offset == len(data)
+        assert bucket.nbytes == 100 or index == len(manifest.buckets) - 1
+        data += piece
+    assert len(data) == manifest.nbytes
+    embed = manifest.tensors[0]
+    assert data[embed.offset : embed.offset + embed.nbytes] == weights(3)[0][1].numpy().tobytes()
+
+
+def test_a_version_stays_until_the_next_but_one_begins(path: str) -> None:
+    writer, reader = StoreWriter(path), StoreReader(path)
+    writer.publish(1, weights(1))
+    writer.publish(2, weights(2))
+    assert same(reader.tensors(1), weights(1))
+
+    def slowly() -> Iterator[tuple[str, torch.Tensor]]:
+        for item in weights(3):
+            with pytest.raises(Superseded, match="version 1"):
+                reader.tensors(1)
+            assert reader.version() == 2
+            assert same(reader.tensors(2), weights(2))
+            yield item
+
+    writer.publish(3, slowly())
+    assert reader.version() == 3
+    assert same(reader.tensors(2), weights(2))
+
+
+def test_a_copy_that_was_overwritten_meanwhile_is_not_believed(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer, reader = StoreWriter(path), StoreReader(path)
+    writer.publish(1, weights(1))
+    assert reader.manifest() is not None
+    original = layout.read_into
+
+    def overtaken(fd: int, view: memoryview, offset: int) -> int:
+        monkeypatch.undo()
+        writer.publish(2, weights(2))
+        writer.publish(3, weights(3))
+        return original(fd, view, offset)
+
+    monkeypatch.setattr(layout, "read_into", overtaken)
+    with pytest.raises(Superseded, match="version 1"):
+        reader.tensors(1)
+
+
+def other_plans() -> list[Weights]:
+    known = weights(2)
+    return [
+        known[:-1],
+        [*known, ("more", torch.ones(1))],
+        [*known[1:], known[0]],
+        [("other", known[0][1]), *known[1:]],
+        [("embed", known[0][1].reshape(7, 50)), *known[1:]],
+        [("embed", known[0][1].double()), *known[1:]],
+    ]
+
+
+@pytest.mark.parametrize("other", other_plans())
+def test_other_tensors_are_refused_and_the_newest_version_stays(path: str, other: Weights) -> None:
+    writer, reader = StoreWriter(path), StoreReader(path)
+    writer.publish(1, weights(1))
+    with pytest.raises(WeightsError, match=r"version 2.*the store was made for"):
+        writer.publish(2, other)
+    assert same(reader.tensors(1), weights(1))
+    writer.publish(2, weights(2))
+    assert same(reader.tensors(2), weights(2))
+
+
+def test_a_tensor_named_twice_is_refused(path: str) -> None:
+    with pytest.raises(WeightsError, match="'a' is there twice"):
+        StoreWriter(path).publish(0, [("a", torch.ones(1)), ("a", torch.ones(1))])
+    assert StoreReader(path).version() is None
+
+
+@pytest.mark.parametrize("version", [3, 4])
+def test_versions_only_grow(path: str, version: int) -> None:
+    StoreWriter(path).publish(4, weights(4))
+    for writer in (StoreWriter(path),):
+        with pytest.raises(WeightsError, match="already holds version 4"):
+            writer.publish(version, weights(version))
+
+
+def test_an_error_while_publishing_leaves_what_was_there(path: str) -> None:
+    def broken() -> Iterator[tuple[str, torch.Tensor]]:
+        yield weights(2)[0]
+        raise RuntimeError("gather failed")
+
+    writer, reader = StoreWriter(path), StoreReader(path)
+    with pytest.raises(RuntimeError):
+        writer.publish(0, broken())
+    assert reader.version() is None
+    writer.publish(1, weights(1))
+    with pytest.raises(RuntimeError):
+        writer.publish(2, broken())
+    assert reader.version() == 1
+    writer.publish(2, weights(2))
+    assert same(reader.tensors(2), weights(2))
+
+
+def test_a_second_writer_continues_where_the_first_ended(path: str) -> None:
+    reader = StoreReader(path)
+    for version in range(5):
+        writer = StoreWriter(path)
+        writer.publish(version, weights(version))
+        writer.close()
+        assert same(reader.tensors(version), weights(version))
+        if version:
+            assert same(reader.tensors(version - 1), weights(version - 1))
+    with pytest.raises(WeightsError, match="the store was made for"):
+        StoreWriter(path).publish(9, [("other", torch.ones(3))])
+
+
+def test_a_full_disk_is_an_error_with_a_remedy(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(WeightsError, match=r"No space left.*free some"):
+        StoreWriter(path).publish(0, weights(0))
+    assert StoreReader(path).version() is None
+
+
+def test_a_store_that_cannot_be_opened_names_its_path(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="nowhere/store: No such file"):
+        StoreWriter(tmp_path / "nowhere" / "store")
+
+
+shapes = st.lists(st.integers(0, 5), max_size=3)
+dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool])
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.tuples(shapes, dtypes), min_size=1, max_size=6), st.integers(1, 300))
+def test_any_model_comes_out_as_it_went_in(
+    plan: list[tuple[list[int], torch.dtype]], bucket_bytes: int
+) -> None:
+    file = StoreFile("/nowhere")
+    try:
+        writer, reader = StoreWriter(file.path, bucket_bytes=bucket_bytes), StoreReader(file.path)
+        for version in range(3):
+            model = [(f"t{i}", (torch.rand(s) * 100).to(dtype)) for i, (s, dtype) in enumerate(plan)]
+            manifest = writer.publish(version, model)
+            assert same(reader.tensors(version), model)
+            assert manifest.digest == digest(model)
+            for index in range(len(manifest.buckets)):
+                manifest.check(index, reader.bucket(version, index))
+    finally:
+        file.close()

@@ -1,0 +1,415 @@
+"""Round trips of every record, and hostile frames: only WireError, no memory for mere claims."""
+
+import dataclasses
+import random
+import tracemalloc
+import types
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import msgpack
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sgpo_async.errors import ProtocolMismatch, WireError
+from sgpo_async.wire import PROTOCOL, decode, encode, records
+from sgpo_async.wire.codec import MAX_HEADER
+from sgpo_async.wire.records import Ack, Committed, Message, Restore, Rollout, Settings, Shard, StatusRequest
+
+LIMIT = 2**20
+VERSION = msgpack.packb(PROTOCOL)
+RECORDS = get_args(Message)
+INT64 = st.integers(-(2**63), 2**63 - 1)
+PLAIN = st.recursive(
+    st.none() | st.booleans() | INT64 | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equality of records, in type and value, with arrays."""
+    if dataclasses.is_dataclass(a):
+        return type(a) is type(b) and all(
+            same(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a)
+        )
+    if isinstance(a, np.ndarray):
+        return isinstance(b, np.ndarray) and a.dtype == b.dtype and np.array_equal(a, b)
+    if isinstance(a, tuple):
+        return isinstance(b, tuple) and len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b
+
+
+def array_of(dtype: str, elements: st.SearchStrategy, length: st.SearchStrategy) -> st.SearchStrategy:
+    return length.flatmap(lambda n: st.lists(elements, min_size=n, max_size=n)).map(
+        lambda values: np.array(values, dtype)
+    )
+
+
+def values(annotation: Any) -> st.SearchStrategy:
+    """Whatever the annotation of a field allows."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return array_of(arguments[1], st.integers(-(2**31), 2**31 - 1), st.integers(0, 9))
+    if origin is Literal:
+        return st.sampled_from(arguments)
+    if origin is dict:
+        return st.dictionaries(st.text(), PLAIN, max_size=4)
+    if origin is tuple:
+        return st.lists(rollouts(), max_size=3).map(tuple)
+    if origin is types.UnionType:
+        return st.one_of(*(st.none() if a is types.NoneType else values(a) for a in arguments))
+    return {
+        int: INT64,
+        float: st.floats(allow_nan=False),
+        str: st.text(),
+        bytes: st.binary(),
+        bool: st.booleans(),
+    }[annotation]
+
+
+@st.composite
+def rollouts(draw: st.DrawFn) -> Rollout:
+    spans = draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
+    length = sum(spans)
+    ids = st.integers(0, 2**31 - 1)
+    finite = st.floats(allow_nan=False, allow_infinity=False, width=32)
+    hints = get_type_hints(Rollout, include_extras=True)
+    scalars = ("task", "attempt", "slot", "purpose", "guided", "finish")
+    return Rollout(
+        **{name: draw(values(hints[name])) for name in scalars},
+        prompt=draw(array_of("<i4", ids, st.integers(1, 9))),
+        tokens=draw(array_of("<i4", ids, st.just(length))),
+        logprobs=draw(array_of("<f4", finite, st.just(length))),
+        versions=draw(array_of("<i4", ids, st.just(len(spans)))),
+        ends=np.cumsum(spans, dtype=np.int32),
+        reward=draw(finite),
+        unguided_logprob=draw(st.none() | finite),
+    )
+
+
+def records_of(record: type) -> st.SearchStrategy:
+    if record is Rollout:
+        return rollouts()
+    hints = get_type_hints(record, include_extras=True)
+    return st.fixed_dictionaries({name: values(hint) for name, hint in hints.items()}).map(
+        lambda fields: record(**fields)
+    )
+
+
+messages = st.sampled_from(RECORDS).flatmap(records_of)
+
+
+def one_rollout(**changes: Any) -> Rollout:
+    fields: dict[str, Any] = {
+        "task": 1,
+        "attempt": 0,
+        "slot": 2,
+        "purpose": "train",
+        "guided": False,
+        "prompt": np.array([1, 2], np.int32),
+        "tokens": np.array([3, 4, 5], np.int32),
+        "logprobs": np.array([-1, -2, -3], np.float32),
+        "versions": np.array([7, 8], np.int32),
+        "ends": np.array([1, 3], np.int32),
+        "reward": 1.0,
+        "finish": "stop",
+    }
+    return Rollout(**fields | changes)
+
+
+def header(frames: list[bytes]) -> dict[str, Any]:
+    return msgpack.unpackb(frames[0][len(VERSION) :])
+
+
+def with_header(frames: list[bytes], changes: dict[str, Any]) -> list[bytes]:
+    return [VERSION + msgpack.packb(header(frames) | changes), *frames[1:]]
+
+
+def test_every_record_is_a_message() -> None:
+    defined = {item for item in vars(records).values() if isinstance(item, type)}
+    assert set(RECORDS) == {item for item in defined if dataclasses.is_dataclass(item)}
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.__name__)
+def test_round_trip(record: type) -> None:
+    @settings(max_examples=30, deadline=None)
+    @given(message=records_of(record))
+    def check(message: Message) -> None:
+        assert same(decode(encode(message), max_bytes=LIMIT), message)
+
+    check()
+
+
+def test_arrays_are_read_only_views_of_the_frames() -> None:
+    frames = encode(one_rollout())
+    rollout = decode(frames, max_bytes=LIMIT)
+    assert isinstance(rollout, Rollout)
+    assert np.shares_memory(rollout.tokens, np.frombuffer(frames[2], "<i4"))
+    with pytest.raises(ValueError, match="read-only"):
+        rollout.tokens[0] = 9
+
+
+def test_memory_that_can_be_written_is_decoded_read_only() -> None:
+    frames = [memoryview(bytearray(frame)) for frame in encode(one_rollout())]
+    rollout = decode(frames, max_bytes=LIMIT)
+    assert isinstance(rollout, Rollout)
+    assert not rollout.tokens.flags.writeable
+
+
+@pytest.mark.parametrize("version", [0, PROTOCOL + 1, 127, 2**40, -5])
+@pytest.mark.parametrize("rest", [b"", b"\xc1 no MessagePack", b"\x80"])
+def test_another_version_is_seen_before_anything_else(version: int, rest: bytes) -> None:
+    with pytest.raises(ProtocolMismatch, match=f"version {version}, this side {PROTOCOL}"):
+        decode([msgpack.packb(version) + rest, b"frame"], max_bytes=LIMIT)
+
+
+@pytest.mark.parametrize(
+    "start", [b"", b"\xc0", b"\xc3", b"\xcc", b"\xa1x", b"\x90", b"\xcc\x01\x80", b"\xdd\xff\xff\xff\xff"]
+)
+def test_no_version_is_no_message(start: bytes) -> None:
+    with pytest.raises(WireError) as caught:
+        decode([start], max_bytes=LIMIT)
+    assert type(caught.value) is WireError
+
+
+CHANGES: list[tuple[str, Any]] = [
+    ("task", True),
+    ("task", 1.0),
+    ("task", "1"),
+    ("task", None),
+    ("task", 2**63),
+    ("guided", 1),
+    ("reward", 1),
+    ("reward", float("nan")),
+    ("unguided_logprob", float("inf")),
+    ("purpose", "play"),
+    ("finish", None),
+    ("tokens", [1, "<i4", [2]]),
+    ("tokens", [2, "<i4", [4]]),
+    ("tokens", [2, ">i4", [3]]),
+    ("tokens", [2, "<f4", [3]]),
+    ("tokens", [2, "<i4", [3, 1]]),
+    ("tokens", [2, "<i4", 3]),
+    ("tokens", [1, 2, 3]),
+    ("tokens", None),
+    ("surplus", 1),
+    ("kind", "Ack"),
+    ("kind", "Nothing"),
+    ("kind", 7),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), CHANGES)
+def test_a_field_that_does_not_fit_is_refused(field: str, value: Any) -> None:
+    frames = with_header(encode(one_rollout()), {field: value})
+    with pytest.raises(WireError):
+        decode(frames, max_bytes=LIMIT)
+
+
+def test_a_missing_field_is_refused_by_name() -> None:
+    plain = header(encode(Ack(task=1, attempt=2, slot=3)))
+    del plain["slot"]
+    with pytest.raises(WireError, match=r"Ack: missing or unknown fields slot"):
+        decode([VERSION + msgpack.packb(plain)], max_bytes=LIMIT)
+
+
+def i4(*numbers: int) -> np.ndarray:
+    return np.array(numbers, np.int32)
+
+
+INCONSISTENT: list[dict[str, Any]] = [
+    {"tokens": i4(), "logprobs": np.empty(0, np.float32), "ends": i4(0), "versions": i4(1)},
+    {"prompt": i4()},
+    {"logprobs": np.zeros(2, np.float32)},
+    {"logprobs": np.array([0, np.nan, 0], np.float32)},
+    {"versions": i4(1)},
+    {"versions": i4(), "ends": i4()},
+    {"ends": i4(1, 2)},
+    {"ends": i4(0, 3)},
+    {"ends": i4(3, 3)},
+    {"ends": i4(4, 3)},
+    {"ends": i4(-1, 3)},
+    {"tokens": i4(1, -1, 2)},
+    {"versions": i4(-1, 1)},
+    {"reward": float("inf")},
+    {"unguided_logprob": float("nan")},
+]
+
+
+@pytest.mark.parametrize("changes", INCONSISTENT, ids="+".join)
+def test_an_inconsistent_rollout_is_refused_on_both_sides(changes: dict[str, Any]) -> None:
+    rollout = one_rollout(**changes)
+    with pytest.raises(WireError, match="Rollout"):
+        encode(rollout)
+    frames = encode(one_rollout())
+    for name, value in changes.items():
+        if isinstance(value, np.ndarray):
+            index, dtype, _ = header(frames)[name]
+            frames[index] = value.tobytes()
+            frames = with_header(frames, {name: [index, dtype, [len(value)]]})
+        else:
+            frames = with_header(frames, {name: value})
+    with pytest.raises(WireError, match="Rollout"):
+        decode(frames, max_bytes=LIMIT)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Ack(task=np.int64(1), attempt=0, slot=0),
+        Ack(task=2**63, attempt=0, slot=0),
+        Settings(settings={"a": (1, 2)}),
+        Settings(settings={"a": np.float32(1)}),
+        Settings(settings={1: "a"}),
+        Settings(settings={"a": 2**64}),
+        Settings(settings={"a": "\ud800"}),
+        Committed(step=1, status={"text": "x" * MAX_HEADER}),
+        Restore(state=bytearray(b"x")),
+        one_rollout(tokens=np.array([3, 4, 5], np.int64)),
+        one_rollout(tokens=[3, 4, 5]),
+        Shard(step=1, version=1, problems=1, rollouts=[one_rollout()]),
+        Shard(step=1, version=1, problems=1, rollouts=(Ack(task=1, attempt=1, slot=1),)),
+    ],
+    ids=lambda message: type(message).__name__,
+)
+def test_the_sender_hears_of_its_own_fault(message: Message) -> None:
+    with pytest.raises(WireError, match=type(message).__name__):
+        encode(message)
+
+
+def test_lost_doubled_swapped_and_trailing_frames() -> None:
+    good = encode(one_rollout())
+    bad = [
+        [],
+        good[:1],
+        good[:-1],
+        [*good, b""],
+        [good[0], *good[2:]],
+        [good[0], good[2], good[1], *good[3:]],
+    ]
+    for frames in bad:
+        with pytest.raises(WireError):
+            decode(frames, max_bytes=LIMIT)
+
+
+def test_a_message_beyond_the_limit_is_not_looked_at() -> None:
+    frames = encode(one_rollout())
+    size = sum(map(len, frames))
+    assert decode(frames, max_bytes=size)
+    with pytest.raises(WireError, match=f"message of {size} bytes is larger than {size - 1}"):
+        decode(frames, max_bytes=size - 1)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"\xdd\x00\x0f\xff\xff" * 1000,  # lists of a million elements, a thousand deep
+        b"\xdd\xff\xff\xff\xff",
+        b"\xdf\xff\xff\xff\xff",
+        b"\xdb\xff\xff\xff\xff",
+        b"\xc6\xff\xff\xff\xff",
+        b"\xc9\xff\xff\xff\xff\x01",
+        b"\x91" * 100_000,
+        b"\x81\xa4kind" + b"\x91" * 900 + b"\xc0",
+        b"\xd6\xff\x00\x00\x00\x00",
+        b"\xc7\x00\x05",
+        b"\x81\x90\xc0",
+        b"\xa1\xff",
+    ],
+)
+def test_what_a_header_only_claims_costs_no_memory(body: bytes) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(WireError):
+            decode([VERSION + body], max_bytes=LIMIT)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_header_beyond_its_limit_is_not_built() -> None:
+    with pytest.raises(WireError, match="the limit is"):
+        decode([VERSION + b"\x80" * (MAX_HEADER + 1)], max_bytes=2 * MAX_HEADER)
+
+
+def test_plain_data_nests_within_reason() -> None:
+    nested: dict[str, Any] = {}
+    for _ in range(200):
+        nested = {"inner": nested}
+    with pytest.raises(WireError, match="nested deeper"):
+        encode(Settings(settings=nested))
+    hostile = with_header(encode(Settings(settings={})), {"settings": nested})
+    with pytest.raises(WireError, match="nested deeper"):
+        decode(hostile, max_bytes=LIMIT)
+
+
+def mutate(frames: list[bytes], dice: random.Random) -> list[bytes]:
+    """Frames after one random injury."""
+    frames = list(frames)
+    at = dice.randrange(len(frames))
+    frame = bytearray(frames[at])
+    match dice.randrange(7):
+        case 0 if frame:
+            frame[dice.randrange(len(frame))] ^= 1 << dice.randrange(8)
+        case 1:
+            del frame[dice.randint(0, len(frame)) :]
+        case 2:
+            frame += dice.randbytes(dice.randint(1, 9))
+        case 3 if frame:
+            start = dice.randrange(len(frame))
+            frame[start : start + 5] = dice.randbytes(5)
+        case 4:
+            del frames[at]
+            return frames
+        case 5:
+            frames.insert(at, dice.randbytes(dice.randint(0, 12)))
+            return frames
+        case _:
+            frames[at], frames[0] = frames[0], frames[at]
+            return frames
+    frames[at] = bytes(frame)
+    return frames
+
+
+def survives(frames: list[bytes]) -> None:
+    """Whatever is decoded is a proper message; whatever is not is a WireError."""
+    try:
+        message = decode(frames, max_bytes=LIMIT)
+    except WireError:
+        return
+    encode(message)
+
+
+@settings(max_examples=250, deadline=None)
+@given(message=messages, dice=st.randoms(use_true_random=False), injuries=st.integers(1, 4))
+def test_injured_frames_are_refused_or_still_a_message(
+    message: Message, dice: random.Random, injuries: int
+) -> None:
+    frames = encode(message)
+    for _ in range(injuries):
+        frames = mutate(frames, dice) or [b""]
+    survives(frames)
+
+
+@settings(max_examples=200, deadline=None)
+@given(message=messages, value=PLAIN | st.binary() | st.integers(2**63, 2**64 - 1), data=st.data())
+def test_any_value_in_any_field_is_refused_or_a_message(
+    message: Message, value: Any, data: st.DataObject
+) -> None:
+    frames = encode(message)
+    field = data.draw(st.sampled_from(sorted(header(frames))))
+    survives(with_header(frames, {field: value}))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.binary(max_size=80), max_size=4), st.booleans())
+def test_noise_is_no_message(noise: list[bytes], versioned: bool) -> None:
+    frames = [VERSION + noise[0], *noise[1:]] if versioned and noise else noise
+    with pytest.raises(WireError):
+        decode(frames, max_bytes=LIMIT)
+
+
+def test_a_message_without_fields_is_its_kind() -> None:
+    assert decode(encode(StatusRequest()), max_bytes=LIMIT) == StatusRequest()

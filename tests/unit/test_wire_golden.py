@@ -1,0 +1,169 @@
+"""Every record as it stood on the wire when PROTOCOL was last raised: a file per kind, a hex line per frame.
+
+`python tests/unit/test_wire_golden.py` writes the files anew; it refuses while PROTOCOL is the one they hold.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import get_args
+
+import msgpack
+import numpy as np
+import pytest
+
+from sgpo_async.wire import PROTOCOL, decode, encode
+from sgpo_async.wire.records import (
+    Ack,
+    BatchRequest,
+    Commit,
+    Committed,
+    Evaluate,
+    Evaluated,
+    Finish,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    Lease,
+    Message,
+    Published,
+    Ready,
+    Refused,
+    Release,
+    Restore,
+    Restored,
+    Rollout,
+    Settings,
+    SettingsRequest,
+    Shard,
+    Snapshot,
+    SnapshotRequest,
+    Status,
+    StatusRequest,
+    Stop,
+    Welcome,
+)
+
+FOLDER = Path(__file__).parents[1] / "golden" / "wire"
+
+AUTONOMOUS = Rollout(
+    task=17,
+    attempt=1,
+    slot=0,
+    purpose="train",
+    guided=False,
+    prompt=np.array([1, 260, 3], np.int32),
+    tokens=np.array([5, 70000, 2], np.int32),
+    logprobs=np.array([-0.5, -1.25, -0.0625], np.float32),
+    versions=np.array([3, 4], np.int32),
+    ends=np.array([2, 3], np.int32),
+    reward=0.0,
+    finish="length",
+)
+GUIDED = dataclasses.replace(
+    AUTONOMOUS, slot=8, guided=True, reward=1.0, finish="stop", unguided_logprob=-12.5, purpose="evaluate"
+)
+
+EXAMPLES: list[Message] = [
+    Hello(role="learner", name="learner-0", tokenizer="9f2c", rank=1, world_size=2, step=40),
+    Welcome(
+        session_host="127.0.0.1",
+        session_port=40001,
+        store="/dev/shm/store",
+        version=41,
+    ),
+    Refused(reason="name actor-1 is taken; choose another"),
+    Ready(tasks=4, version=3),
+    Lease(
+        task=17,
+        attempt=1,
+        purpose="train",
+        problem="2 + 2 = ? (naïve)",
+        answer="4",
+        strategy=None,
+        autonomous=8,
+        guided=4,
+        min_version=1,
+        seed=2**62,
+    ),
+    GUIDED,
+    Ack(task=17, attempt=1, slot=8),
+    Release(task=17, attempt=1, reason="drains"),
+    Heartbeat(
+        state="serving",
+        version=3,
+        running=12,
+        tokens=123456,
+        busy_s=9.5,
+        wall_s=10.25,
+        tasks=np.array([17, 18], np.int32),
+    ),
+    Goodbye(reason="drained"),
+    Stop(reason="finished"),
+    BatchRequest(step=3),
+    Shard(step=3, version=4, problems=16, rollouts=(AUTONOMOUS, GUIDED)),
+    Commit(step=3),
+    Committed(step=3, status={"step": 3, "ledger": {"trained": 16}}),
+    Published(version=4),
+    Evaluate(version=4),
+    Evaluated(version=4, pass_auto=0.125, pass_guided=0.9375, problems=200),
+    SnapshotRequest(step=3),
+    Snapshot(step=3, state=b"\x00\x01state"),
+    Restore(state=b"\x00\x01state"),
+    Restored(version=7),
+    Finish(reason="finished"),
+    StatusRequest(),
+    SettingsRequest(),
+    Settings(settings={"name": "run", "hub": {"max_lag": 2, "keys": ""}, "x": [1, 2.5, None, True]}),
+    Status(status={"actors": [{"name": "actor-1", "lag": 0.5}]}),
+]
+
+
+def text_of(message: Message) -> str:
+    return "".join(bytes(frame).hex() + "\n" for frame in encode(message))
+
+
+def frames_of(text: str) -> list[bytes]:
+    return [bytes.fromhex(line) for line in text.splitlines()]
+
+
+def path_of(message: Message) -> Path:
+    return FOLDER / f"{type(message).__name__}.hex"
+
+
+def test_every_record_has_its_golden_file() -> None:
+    assert [type(message) for message in EXAMPLES] == list(get_args(Message))
+    assert {path.name for path in FOLDER.iterdir()} == {path_of(message).name for message in EXAMPLES}
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
+def test_golden_file_is_decoded(message: Message) -> None:
+    decoded = decode(frames_of(path_of(message).read_text()), max_bytes=2**20)
+    assert type(decoded) is type(message)
+    np.testing.assert_equal(dataclasses.asdict(decoded), dataclasses.asdict(message))
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
+def test_bytes_on_the_wire_are_unchanged(message: Message) -> None:
+    assert text_of(message) == path_of(message).read_text(), (
+        "the wire has changed: raise PROTOCOL in sgpo_async/wire/records.py, "
+        "then run python tests/unit/test_wire_golden.py"
+    )
+
+
+def rebuild() -> None:
+    """Write the golden files, unless other bytes stand there under the same PROTOCOL."""
+    for message in EXAMPLES:
+        path = path_of(message)
+        if path.exists() and path.read_text() != text_of(message):
+            unpacker = msgpack.Unpacker()
+            unpacker.feed(frames_of(path.read_text())[0])
+            if unpacker.unpack() == PROTOCOL:
+                sys.exit(f"{path} holds other bytes of protocol {PROTOCOL}: raise PROTOCOL first")
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for message in EXAMPLES:
+        path_of(message).write_text(text_of(message))
+
+
+if __name__ == "__main__":
+    rebuild()
