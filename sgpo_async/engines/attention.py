@@ -25,7 +25,7 @@ def use_decode_attention(model: PreTrainedModel) -> None:
         model.set_attn_implementation(_NAME)
 
 
-def decode_attention(  # noqa: PLR0913 (transformers' attention signature)
+def decode_attention(  # noqa: PLR0913, PLR0917 (transformers' attention signature)
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -55,6 +55,4 @@ def decode_attention(  # noqa: PLR0913 (transformers' attention signature)
 
 def _is_decode_step(attention_mask: torch.Tensor | None, kwargs: dict[str, Any]) -> TypeGuard[torch.Tensor]:
     """Only a decode step brings an additive mask: prefill and scoring have none, transformers' own is boolean."""
-    return (
-        attention_mask is not None and attention_mask.dtype == torch.float32 and kwargs.get("position_bias") is None
-    )
+    return attention_mask is not None and attention_mask.dtype == torch.float32 and kwargs.get("position_bias") is None

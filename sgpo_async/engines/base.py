@@ -69,9 +69,7 @@ class EngineLoad:
 class Engine(Protocol):
     """One inference engine."""
 
-    version: (
-        int | None
-    )  # the whole, verified version in service; None before the first load or after a failed one
+    version: int | None  # the whole, verified version in service; None before the first load or after a failed one
 
     def submit(self, request: Generate | Score) -> None:
         """Queue a request. Raises EngineError if it can never be served (too long, token id out of range)."""

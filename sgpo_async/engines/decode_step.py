@@ -25,7 +25,7 @@ class DecodeStep(torch.nn.Module):
         super().__init__()
         self.model, self.cache = model, cache
 
-    def forward(  # noqa: PLR0913 (a trace takes tensors, not records)
+    def forward(  # a trace takes tensors, not records
         self,
         tokens: torch.Tensor,
         rows: torch.Tensor,

@@ -16,7 +16,6 @@ from sgpo_async.errors import EngineError
 
 _BATCH_TOKENS = 8192  # of one padded prefill or scoring batch
 _BATCH_LOGITS = 2**26  # float32 logits of one scoring batch: 256 MiB
-_FAULTS = (TypeError, ValueError, AttributeError, LookupError, RuntimeError)  # of a model's code that is asked too much
 
 
 class Decoder:
@@ -28,7 +27,7 @@ class Decoder:
     def __init__(self, model: PreTrainedModel, slots: int) -> None:
         use_decode_attention(model)
         self.model, self.slots = model.eval(), slots
-        self.vocabulary: int = model.get_input_embeddings().weight.shape[0]
+        self.vocabulary = _rows(model.get_input_embeddings())
         self.cache = SlotCache(slots, model.device)
         self._step = self._choose_step()
 
@@ -48,7 +47,7 @@ class Decoder:
 
     def decode(self, tokens: np.ndarray, positions: np.ndarray) -> torch.Tensor:
         """Feed `tokens` [n] at `positions` [n] of rows 0..n-1; returns the logits after them, [n, V]."""
-        return self._step(*self._step_inputs(tokens, positions))
+        return self._step(*self._inputs(tokens, positions))
 
     def logits(self, ids: list[np.ndarray]) -> torch.Tensor:
         """Teacher-forced logits of all positions, [n, longest, V], without the cache."""
@@ -64,54 +63,57 @@ class Decoder:
 
     @torch.inference_mode()
     def _choose_step(self) -> Step:
-        """The traced decode step if it agrees with the model's plain forward, else the untraced one if that does.
-
-        Neither does for models that keep other state than keys and values, or ignore given positions or masks.
-        """
-        ids = [np.arange(length, dtype=np.int64) % self.vocabulary for length in (9, 4, 6)[: self.slots]]
+        """The decode step, traced if the trace does what the step does."""
         step = DecodeStep(self.model, self.cache)
+        if fault := self._fault(step):
+            raise EngineError(
+                f"the embedded engine cannot decode {type(self.model).__name__} exactly with a key-value cache: {fault}"
+            )
+        trace = traced(step, *self._inputs_after([row[:3] for row in self._trial()[:2]]))
+        return step if self._fault(trace) else trace
+
+    def _fault(self, step: Step) -> str:
+        """How `step` fails to agree with the model's plain forward, all trial rows or one alone; "" if it agrees.
+
+        It fails for models that keep other state than keys and values, or ignore given positions or masks.
+        """
+        ids = self._trial()
         try:
             plain = torch.stack([self.logits([row])[0, -1] for row in ids])
-            self.prefill(0, [row[:-1] for row in ids])
-            fault = ""
-            for candidate in (traced(step, *self._inputs([row[:3] for row in ids[:2]])), step):
-                fault = self._fault(candidate, ids, plain)
-                if not fault:
-                    return candidate
-        except _FAULTS as error:
-            fault = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise EngineError(
-            f"the embedded engine cannot decode {type(self.model).__name__} exactly with a key-value cache: {fault}"
-        )
-
-    def _fault(self, step: Step, ids: list[np.ndarray], plain: torch.Tensor) -> str:
-        """What is wrong with `step`, decoding the last two tokens of `ids`, all rows or the first alone; "" if nothing."""
-        limit = (1e-3 if self.model.dtype == torch.float32 else 5e-2) * float(plain.abs().max())
-        for rows in (len(ids), 1):
-            try:
-                step(*self._inputs([row[:-1] for row in ids[:rows]]))
-                decoded = step(*self._inputs(ids[:rows]))
-            except _FAULTS as error:
-                return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            difference = float((decoded - plain[:rows]).abs().max())
-            if not difference <= limit:
-                return f"cached and plain logits differ by {difference:.1e}, limit {limit:.1e}"
+            self.prefill(0, [row[:-2] for row in ids])
+            limit = (1e-3 if self.model.dtype == torch.float32 else 5e-2) * float(plain.abs().max())
+            for rows in (len(ids), 1):
+                step(*self._inputs_after([row[:-1] for row in ids[:rows]]))
+                difference = float((step(*self._inputs_after(ids[:rows])) - plain[:rows]).abs().max())
+                if not difference <= limit:
+                    return f"cached and plain logits differ by {difference:.1e}, limit {limit:.1e}"
+        except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
+            return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         return ""
 
-    def _inputs(self, ids: list[np.ndarray]) -> tuple[Any, ...]:
-        """Of the decode step that feeds the last token of each of `ids`."""
-        return self._step_inputs(np.array([row[-1] for row in ids]), np.array([row.size - 1 for row in ids]))
+    def _trial(self) -> list[np.ndarray]:
+        return [np.arange(length, dtype=np.int64) % self.vocabulary for length in (9, 4, 6)[: self.slots]]
 
-    def _step_inputs(self, tokens: np.ndarray, positions: np.ndarray) -> tuple[Any, ...]:
+    def _inputs(self, tokens: np.ndarray, positions: np.ndarray) -> tuple[Any, ...]:
         places = self.cache.places(self.tensor(positions), int(positions.max()) + 1)
         return self.tensor(tokens), *places
+
+    def _inputs_after(self, ids: list[np.ndarray]) -> tuple[Any, ...]:
+        """Of the step that feeds the last token of each of `ids`."""
+        return self._inputs(np.array([row[-1] for row in ids]), np.array([row.size - 1 for row in ids]))
 
     def _padded(self, ids: list[np.ndarray]) -> torch.Tensor:
         return self.tensor(pad_sequence([torch.from_numpy(row) for row in ids], batch_first=True).numpy())
 
 
+def _rows(embedding: torch.nn.Module) -> int:
+    weight = embedding.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.shape[0]
+
+
 def batches(lengths: list[int], limit: int) -> list[tuple[int, int]]:
-    """Split 0..n-1 into consecutive [start, stop) whose padded size, rows x longest, is at most `limit` (or one row)."""
+    """Split 0..n-1 into consecutive [start, stop): one row, or a padded size (rows x longest) of at most `limit`."""
     parts: list[tuple[int, int]] = []
     start = longest = 0
     for i, length in enumerate(lengths):

@@ -62,7 +62,7 @@ class EmbeddedEngine:
         self._tokens = 0
 
     @classmethod
-    def from_pretrained(  # noqa: PLR0913 (one argument per fact of the configuration)
+    def from_pretrained(
         cls,
         path: str,
         *,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -19,7 +20,7 @@ def load_model(path: str, *, device: str, dtype: str) -> PreTrainedModel:
     target = _device(device)
     local = _is_folder(path)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, dtype), local_files_only=local, output_loading_info=True
         )
     except Exception as error:  # any of a dozen libraries' errors: all say that this model cannot be had
@@ -28,6 +29,7 @@ def load_model(path: str, *, device: str, dtype: str) -> PreTrainedModel:
             f"model.path: cannot load a causal language model from {path!r} ({type(error).__name__}: {reason}); "
             + ("restore or export the folder anew" if local else "name an existing folder or a model on the hub")
         ) from error
+    model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise DataError(
             f"model.path: {path!r} lacks {len(missing)} parameters that its config.json asks for "

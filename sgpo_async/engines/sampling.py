@@ -35,9 +35,7 @@ def uniforms(streams: np.ndarray, indices: np.ndarray) -> np.ndarray:
     return (bits >> _DROP).astype(np.float64) * 2.0**-50
 
 
-def sample(
-    logits: torch.Tensor, temperature: torch.Tensor, uniform: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def sample(logits: torch.Tensor, temperature: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Invert the cumulative distribution of softmax(z/T) at `uniform`.
 
     logits [n, V], temperature [n] float32, uniform [n] float64 below 1. Returns tokens [n] int64 and their

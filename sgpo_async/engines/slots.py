@@ -82,7 +82,7 @@ class SlotCache(Cache):
                 tensors[i][:, :, : old.shape[2]] = old
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Called by the model in each layer with [n, heads, tokens, width]; returns what to attend to."""
         if self._places is not None:
@@ -90,7 +90,7 @@ class SlotCache(Cache):
         if layer_idx == len(self.keys):
             self.keys.append(self._allocate(key_states))
             self.values.append(self._allocate(value_states))
-        n, _, length, _ = key_states.shape
+        n, length = key_states.shape[0], key_states.shape[2]
         self.keys[layer_idx][self._first : self._first + n, :, :length] = key_states
         self.values[layer_idx][self._first : self._first + n, :, :length] = value_states
         return key_states, value_states

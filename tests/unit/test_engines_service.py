@@ -3,26 +3,27 @@
 import numpy as np
 import pytest
 import torch
-from engines_models import digest, drain, engine_of, prompts_of, reference_logprobs, tiny
+from engines_models import MODELS, digest, drain, engine_of, prompts_of, reference_logprobs, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import MambaConfig, MambaForCausalLM
 
 from sgpo_async.engines import EmbeddedEngine, Generate, Generated, Score
-from sgpo_async.engines.decoder import batches
+from sgpo_async.engines.decode_step import DecodeStep
+from sgpo_async.engines.decoder import Decoder, batches
 from sgpo_async.engines.sampling import sample, stream, uniforms
 from sgpo_async.errors import DataError, EngineError
 
 
-def ask(id, *, prompt=4, tokens=10, **changes):
-    fields = dict(id=id, prompt=prompts_of([prompt])[0], max_new_tokens=tokens, temperature=1.0, seed=0)
-    return Generate(**(fields | changes))
+def ask(id, *, prompt=4, ids=None, tokens=10, seed=0):
+    prompt = prompts_of([prompt])[0] if ids is None else np.array(ids, np.int32)
+    return Generate(id=id, prompt=prompt, max_new_tokens=tokens, temperature=1.0, seed=seed)
 
 
-def score(id, *, prompt=4, tokens=5, **changes):
+def score(id, *, prompt=4, tokens=5, temperature=1.0):
     first, second = prompts_of([prompt, tokens], seed=id)
-    return Score(**(dict(id=id, prompt=first, tokens=second, temperature=1.0) | changes))
+    return Score(id=id, prompt=first, tokens=second, temperature=temperature)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
@@ -80,9 +81,7 @@ def test_cancelling_frees_slots_and_forgets_waiting_requests():
 
 
 def test_cancelling_a_row_does_not_touch_its_neighbours():
-    prompts = prompts_of([3, 8, 5, 12])
-    asked = [ask(i, prompt=1, tokens=20, seed=i) for i in range(4)]
-    asked = [Generate(**(vars(r) | {"prompt": p})) for r, p in zip(asked, prompts, strict=True)]
+    asked = [ask(i, prompt=length, tokens=20, seed=i) for i, length in enumerate([3, 8, 5, 12])]
     undisturbed = drain(engine_of(tiny("qwen2")), asked)
     engine = engine_of(tiny("qwen2"))
     for request in asked:
@@ -114,10 +113,11 @@ def test_load_status_counts():
     [
         (ask(0, prompt=100, tokens=157), "100 prompt tokens and up to 157 more exceed the model's 256 positions"),
         (score(0, prompt=250, tokens=7), "256 positions"),
-        (ask(0, prompt=np.array([1, 32], np.int32)[:0].size), "at least one token"),
+        (ask(0, prompt=0), "at least one token"),
         (ask(0, tokens=0), "at least one token"),
-        (Generate(id=0, prompt=np.array([1, 32], np.int32), max_new_tokens=1, temperature=1.0, seed=0), "token ids 1 to 32"),
-        (Generate(id=0, prompt=np.array([-1], np.int32), max_new_tokens=1, temperature=1.0, seed=0), "token ids -1"),
+        (ask(0, ids=[1, 32]), "token ids 1 to 32, the model has 0 to 31"),
+        (ask(0, ids=[-1]), "token ids -1"),
+        (score(0, tokens=1, prompt=1, temperature=float("nan")), "temperature is above 0"),
         (score(0, tokens=1, prompt=1, temperature=0.0), "temperature is above 0"),
     ],
 )  # fmt: skip
@@ -144,6 +144,25 @@ def test_a_model_without_a_key_value_cache_is_refused():
     config = MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4)
     with pytest.raises(EngineError, match="cannot decode MambaForCausalLM"):
         EmbeddedEngine(MambaForCausalLM(config), digest=digest)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_traced_step_gives_the_same_bits_for_any_number_of_rows_and_columns(kind):
+    decoder = Decoder(tiny(kind), 8)
+    plain = DecodeStep(decoder.model, decoder.cache)
+    assert not isinstance(decoder._step, DecodeStep)
+    with torch.inference_mode():
+        for rows, length in [(1, 1), (8, 3), (5, 100), (1, 130), (2, 2)]:
+            prompts = prompts_of([length] * rows)
+            decoder.prefill(0, [prompt[:-1] for prompt in prompts])
+            tokens, positions = np.array([prompt[-1] for prompt in prompts]), np.full(rows, length - 1)
+            traced = decoder.decode(tokens.astype(np.int64), positions)
+            assert torch.equal(traced, plain(*decoder._inputs(tokens.astype(np.int64), positions)))
+
+
+def test_a_trace_that_does_something_else_is_not_used(monkeypatch):
+    monkeypatch.setattr("sgpo_async.engines.decoder.traced", lambda step, *_: lambda *inputs: step(*inputs) + 1)
+    assert isinstance(Decoder(tiny("qwen2"), 4)._step, DecodeStep)
 
 
 def test_from_pretrained_serves_a_saved_model(tmp_path):
