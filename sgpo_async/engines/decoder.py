@@ -38,9 +38,10 @@ class Decoder:
     def prefill(self, first: int, prefixes: list[np.ndarray]) -> None:
         """Compute the cache of `prefixes` ([length] ids each, possibly empty) in the rows from `first` on."""
         for start, stop in batches([p.size for p in prefixes], _BATCH_TOKENS):
-            ids = self._padded(prefixes[start:stop])
+            distinct, copies = _distinct(prefixes[start:stop])
+            ids = self._padded(distinct)
             if ids.shape[1]:
-                self.cache.prefill(first + start, ids.shape[1])
+                self.cache.prefill(first + start, self.tensor(copies), ids.shape[1])
                 # Without the head: prefixes need no logits. Padding stands behind the tokens, so causal
                 # attention hides it without a mask.
                 self.model.base_model(input_ids=ids, past_key_values=self.cache, use_cache=True)
@@ -110,6 +111,13 @@ def _rows(embedding: torch.nn.Module) -> int:
     weight = embedding.weight
     assert isinstance(weight, torch.Tensor)
     return weight.shape[0]
+
+
+def _distinct(prefixes: list[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
+    """The different ones among `prefixes`, and for each of `prefixes` which it is: a group shares its prompt."""
+    distinct = {prefix.tobytes(): prefix for prefix in prefixes}
+    places = {key: i for i, key in enumerate(distinct)}
+    return list(distinct.values()), np.array([places[prefix.tobytes()] for prefix in prefixes])
 
 
 def batches(lengths: list[int], limit: int) -> list[tuple[int, int]]:

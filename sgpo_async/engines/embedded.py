@@ -49,7 +49,7 @@ class EmbeddedEngine:
     ) -> None:
         self.version: int | None = None
         self._digest, self._slots = digest, 1 if deterministic else slots
-        self._batch = max(1, self._slots // 8)  # rows or requests worth a forward of their own
+        self._batch = max(1, self._slots // 4)  # rows or requests worth a forward of their own
         self._deterministic = deterministic
         self._decoder = Decoder(model, self._slots)
         self._longest = longest(model)

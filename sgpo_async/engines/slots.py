@@ -1,7 +1,8 @@
 """The key-value cache: one row ("slot") per running sequence, token t of a sequence in column t.
 
     keys, values   [slots, heads, capacity, width] per layer
-    prefill        several new sequences, right-padded, into consecutive rows; attends to its own tokens only
+    prefill        several new prefixes, right-padded, into consecutive rows; each attends to its own tokens only;
+                   a prefix that several rows begin with is computed once
     decode         one token into each of the first n rows; attends to columns 0..position of its row
 
 Rows in use are always the first n, so a decode step reads views and copies nothing. What a prefill leaves behind
@@ -42,12 +43,12 @@ class SlotCache(Cache):
         self._columns = torch.arange(self._capacity, device=device)
         self._rows = torch.arange(slots, device=device)
         self._places: Places | None = None  # None while prefilling
-        self._first = 0
+        self._first, self._copies = 0, self._rows
 
-    def prefill(self, first: int, length: int) -> None:
-        """The next forward fills `length` columns of the rows from `first` on."""
+    def prefill(self, first: int, copies: torch.Tensor, length: int) -> None:
+        """The next forward computes `length` columns; row first + i takes what it computes in row copies[i]."""
         self.reserve(length)
-        self._first, self._places = first, None
+        self._first, self._copies, self._places = first, copies, None
 
     def places(self, positions: torch.Tensor, length: int) -> Places:
         """For a decode step at `positions` [n] of rows 0..n-1, all below `length`; makes room for them."""
@@ -90,9 +91,9 @@ class SlotCache(Cache):
         if layer_idx == len(self.keys):
             self.keys.append(self._allocate(key_states))
             self.values.append(self._allocate(value_states))
-        n, length = key_states.shape[0], key_states.shape[2]
-        self.keys[layer_idx][self._first : self._first + n, :, :length] = key_states
-        self.values[layer_idx][self._first : self._first + n, :, :length] = value_states
+        rows, length = slice(self._first, self._first + self._copies.shape[0]), key_states.shape[2]
+        self.keys[layer_idx][rows, :, :length] = key_states[self._copies]
+        self.values[layer_idx][rows, :, :length] = value_states[self._copies]
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 (all layers are alike)
