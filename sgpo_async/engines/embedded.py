@@ -54,7 +54,8 @@ class EmbeddedEngine:
         self._decoder = Decoder(model, self._slots)
         self._longest = longest(model)
         self._ends = np.zeros(self._decoder.vocabulary, bool)
-        self._ends[list(end_tokens(model) if end_ids is None else end_ids)] = True
+        ends = end_tokens(model) if end_ids is None else end_ids
+        self._ends[[i for i in ends if i < self._decoder.vocabulary]] = True
         self._running = Running(self._slots, self._decoder.move)
         self._waiting: deque[Sequence] = deque()
         self._scores: list[Score] = []
