@@ -176,6 +176,12 @@ class Hub:
             f"names a folder of keys when the hub listens beyond loopback ({host}); make one: sgpo-async keys DIR",
             self.keys,
         )
+        require(
+            host not in ("0.0.0.0", "*", "[::]"),
+            "hub.address",
+            "names the one address by which actors reach this machine: they are told it, and Torch RPC listens there",
+            self.address,
+        )
         require(self.max_lag >= 0, "hub.max_lag", "is at least 0", self.max_lag)
         for name in ("heartbeat_s", "lease_timeout_s"):
             require(getattr(self, name) > 0, f"hub.{name}", "is above 0", getattr(self, name))
