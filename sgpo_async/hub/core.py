@@ -157,6 +157,9 @@ class HubCore:
         joined = self.world if hello.role == "learner" and not opens else None
         taken = self._names_besides(member, ranks=not opens)
         reason = refusal(hello, tokenizer=self.tokenizer, taken=taken, world=joined)
+        if self.closing and hello.role == "actor":
+            self._send(member, wire.Stop(reason=self.closing[0]))  # it came too late, which is no fault of its own
+            return
         if self.closing or reason:
             self.refused += 1
             self._refuse(member, reason or "the run is over")
