@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from sgpo_async.actor.service import Service
+from sgpo_async.config import Engine as EngineSettings
 from sgpo_async.config import Model, Run, from_plain
 from sgpo_async.engines import EmbeddedEngine
 from sgpo_async.engines.base import Engine
@@ -55,7 +56,7 @@ class Actor:
         self._options = options
         self._name = options.name or f"actor-{uuid.uuid4().hex[:6]}"
         self._stopped = False
-        self._warm_model: Model | None = None
+        self._warm_for: tuple[Model, EngineSettings] | None = None
         self._engine: Engine | None = None
         self._tokenizer: Any = None
 
@@ -122,8 +123,8 @@ class Actor:
         )
 
     def _warm(self, run: Run) -> Engine:
-        """The engine, loaded once for as long as the run's model stays the same."""
-        if self._engine is not None and self._warm_model == run.model:
+        """The engine, loaded once for as long as the run's model and engine settings stay the same."""
+        if self._engine is not None and self._warm_for == (run.model, run.engine):
             return self._engine
         if self._engine is not None:
             self._engine.close()
@@ -137,7 +138,7 @@ class Actor:
             deterministic=run.engine.deterministic,
             digest=digest,
         )
-        self._warm_model = run.model
+        self._warm_for = run.model, run.engine
         _say(f"{self._name}: engine ready after {time.monotonic() - began:.1f} s")
         return self._engine
 

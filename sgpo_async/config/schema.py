@@ -83,9 +83,6 @@ class Correction:
     mode: CorrectionMode = "token"
     bound: float = 2.0
 
-    def __post_init__(self) -> None:
-        require(self.bound >= 1, "algorithm.*.bound", "is at least 1", self.bound)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Algorithm:
@@ -108,6 +105,9 @@ class Algorithm:
             require(getattr(self, name) > 0, f"algorithm.{name}", "is above 0", getattr(self, name))
         for name in ("alpha0", "alpha_max"):
             require(getattr(self, name) >= 0, f"algorithm.{name}", "is at least 0", getattr(self, name))
+        for name in ("grpo_correction", "kl_correction"):
+            bound = getattr(self, name).bound
+            require(bound >= 1, f"algorithm.{name}.bound", "is at least 1", bound)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +175,12 @@ class Hub:
             "hub.keys",
             f"names a folder of keys when the hub listens beyond loopback ({host}); make one: sgpo-async keys DIR",
             self.keys,
+        )
+        require(
+            host not in ("0.0.0.0", "*", "[::]"),
+            "hub.address",
+            "names the one address by which actors reach this machine: they are told it, and Torch RPC listens there",
+            self.address,
         )
         require(self.max_lag >= 0, "hub.max_lag", "is at least 0", self.max_lag)
         for name in ("heartbeat_s", "lease_timeout_s"):

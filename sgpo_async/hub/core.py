@@ -157,6 +157,9 @@ class HubCore:
         joined = self.world if hello.role == "learner" and not opens else None
         taken = self._names_besides(member, ranks=not opens)
         reason = refusal(hello, tokenizer=self.tokenizer, taken=taken, world=joined)
+        if self.closing and hello.role == "actor":
+            self._send(member, wire.Stop(reason=self.closing[0]))  # it came too late, which is no fault of its own
+            return
         if self.closing or reason:
             self.refused += 1
             self._refuse(member, reason or "the run is over")
@@ -246,12 +249,13 @@ class HubCore:
         return version if version <= self.training.version else -1
 
     def _release(self, actor: Actor, release: wire.Release) -> None:
+        if release.servable:
+            actor.credit = 0  # who gives work back takes no more until it is Ready again
         book = self.training.book if release.task >= 0 else self.evaluation.book
         lease = book.running.get(release.task)
         if lease is None or (lease.member, lease.attempt) != (actor.member, release.attempt):
             return
         if release.servable:
-            actor.credit = 0  # who gives work back takes no more until it is Ready again
             book.revoke(release.task, "released")
         else:
             book.discard(release.task, "unservable")

@@ -7,6 +7,8 @@ from collections.abc import Collection
 from sgpo_async.hub.world import World
 from sgpo_async.wire.records import Hello
 
+LONGEST_NAME = 64  # characters: it becomes a word of a command line, and stands in every message about its bearer
+
 
 def refusal(hello: Hello, *, tokenizer: str, taken: Collection[str], world: World | None) -> str | None:
     """Why this Hello is refused, with the remedy; None if it is welcome.
@@ -14,6 +16,8 @@ def refusal(hello: Hello, *, tokenizer: str, taken: Collection[str], world: Worl
     `tokenizer` is the fingerprint that the run began with, `taken` the names of living members, `world` the learner
     world that this Hello would join (None: it opens a new one, or is an actor's).
     """
+    if not 0 < len(hello.name) <= LONGEST_NAME:
+        return f"a name of {len(hello.name)} characters: choose one of 1 to {LONGEST_NAME}"
     if tokenizer and hello.tokenizer and hello.tokenizer != tokenizer:
         return (
             f"tokenizer of {hello.name} is {hello.tokenizer} but this run began with {tokenizer}: "

@@ -79,7 +79,7 @@ class Loop:
             case ev.Send(member, message):
                 self._send(member, message)
             case ev.OpenLink(member, name):
-                self._links[member] = self._spawn_link(name)
+                self._open_link(member, name)
             case ev.CloseLink(member):
                 self._stop_link(member)
             case ev.Shutdown(reason):
@@ -100,6 +100,13 @@ class Loop:
                         self._handle(ev.LinkUp(member, link.host, port))
                     case LinkDown(reason=reason):
                         self._handle(ev.LinkDown(member, reason))
+
+    def _open_link(self, member: bytes, name: str) -> None:
+        """A link that cannot be started (too many processes, no memory) costs one session, not the hub."""
+        try:
+            self._links[member] = self._spawn_link(name)
+        except OSError as error:
+            self._handle(ev.LinkDown(member, f"the hub cannot start a link process: {error}"))
 
     def _stop_link(self, member: bytes) -> None:
         link = self._links.pop(member, None)

@@ -14,6 +14,7 @@ from typing import Any
 from sgpo_async.config import Run
 from sgpo_async.hub.core import HubCore
 from sgpo_async.hub.loop import Loop
+from sgpo_async.metrics.files import telling
 from sgpo_async.session import LinkProcess
 from sgpo_async.tasks.models import model_folder
 from sgpo_async.tasks.sources import open_source
@@ -32,7 +33,8 @@ def serve(run: Run) -> int:
     held_out = run.tasks.held_out
     source = open_source(run.tasks.source, path=run.tasks.path, held_out=held_out, seed=run.seed)
     folder = Path(run.folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    with telling(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     router = Router(run.hub.address, keys=run.hub.keys, max_bytes=run.hub.max_message_mb * 2**20)
     host = router.address.removeprefix("tcp://").rpartition(":")[0].strip("[]")
     with contextlib.ExitStack() as stack:
@@ -58,8 +60,9 @@ def weight_bytes(path: str) -> int:
 def announced(path: Path, place: dict[str, Any]) -> Iterator[None]:
     """Within this context `path` tells where the hub is; nobody ever sees half of it."""
     draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(place))
-    draft.replace(path)
+    with telling(path):
+        draft.write_text(json.dumps(place))
+        draft.replace(path)
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Policies from and to Hugging Face folders."""
+"""The trained policy as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -6,29 +6,13 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import logging
+from transformers import PreTrainedModel
 
-from sgpo_async.errors import CheckpointError, DataError
+from sgpo_async.errors import CheckpointError
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
-
-
-def load_model(path: str) -> PreTrainedModel:
-    """The causal LM at `path` (a folder or a hub name) in float32, on the CPU.
-
-    Raises:
-        DataError: no such model, no causal LM, or unreadable weights.
-    """
-    logging.disable_progress_bar()
-    try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    except Exception as error:  # transformers raises whatever it met: OSError, ValueError, SafetensorError, ...
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise DataError(f"model.path: no causal LM can be loaded from {path}: {reason}") from error
 
 
 def export(model: PreTrainedModel, tensors: Mapping[str, Tensor], folder: Path, *, source: str) -> None:

@@ -62,6 +62,7 @@ def _write(folder: Path, text: str) -> Path:
         ("optim=3", ["optim", "section", "3"]),
         ("optim.lr=-1", ["optim.lr", "above 0", "-1"]),
         ("hub.address=tcp://0.0.0.0:1", ["hub.keys", "sgpo-async keys"]),
+        ("hub={address: 'tcp://0.0.0.0:1', keys: k}", ["hub.address", "actors reach", "0.0.0.0"]),
         ("hub.address=localhost", ["hub.address", "tcp://HOST:PORT", "localhost"]),
         ("rollout.guided=0", ["rollout.guided", "objective=sgpo"]),
         ("rollout.top_p=0.95", ["rollout.top_p", "1.0", "0.95"]),

@@ -457,7 +457,9 @@ def test_the_run_ends_when_all_have_said_goodbye(hub):
     hub.send(b"r0", wire.Finish())
     assert hub.only(b"a", wire.Stop).reason == "finished"
     hub.send(b"late", wire.Hello(role="actor", name="late"))
-    assert "over" in hub.only(b"late", wire.Refused).reason
+    assert hub.only(b"late", wire.Stop).reason == "finished"
+    hub.send(b"other", wire.Hello(role="learner", name="other"))
+    assert "over" in hub.only(b"other", wire.Refused).reason
     hub.send(b"a", wire.Ready(tasks=1, version=0))
     assert not hub.take(b"a", wire.Lease)
     hub.send(b"a", wire.Goodbye())

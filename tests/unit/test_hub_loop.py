@@ -49,6 +49,8 @@ class Running:
         self.thread.start()
 
     def link(self, name: str) -> Link:
+        if name == "too much":
+            raise OSError("no more processes")
         self.links.append(Link(name))
         return self.links[-1]
 
@@ -143,6 +145,14 @@ def test_an_interrupt_stops_everybody(running):
     assert actor.wait(wire.Stop).reason == "SIGTERM"
     running.join()
     assert running.ended == "SIGTERM" and running.links[0].stopped
+
+
+def test_a_link_that_cannot_be_started_costs_one_session(running):
+    unlucky, lucky = Member(running.router.dealer(b"u")), Member(running.router.dealer(b"l"))
+    unlucky.send(wire.Hello(role="actor", name="too much"))
+    assert "no more processes" in unlucky.wait(wire.Refused).reason
+    lucky.send(wire.Hello(role="actor", name="a"))
+    assert lucky.wait(wire.Welcome).session_port == 4000
 
 
 def test_a_message_too_large_for_its_member_becomes_a_refusal():

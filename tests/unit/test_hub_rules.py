@@ -221,6 +221,8 @@ def world_of(size: int) -> World:
     [
         ({"tokenizer": "f00"}, ["f00", "abc", "model.path"]),
         ({"name": "taken"}, ["'taken'", "choose another"]),
+        ({"name": "n" * 65}, ["65 characters", "1 to 64"]),
+        ({"name": ""}, ["0 characters", "1 to 64"]),
         ({"rank": 2}, ["rank 2", "torchrun"]),
         ({"world_size": 4}, ["4 ranks", "world of 2"]),
     ],
