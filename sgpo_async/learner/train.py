@@ -100,7 +100,9 @@ class Trainer:
                 step=progress.step,
             )
         )
-        version = hub.restore(saved.hub_state) if resumed and lead else welcome.version
+        # A learner that died before its first checkpoint leaves a hub that is further than we are: it starts over, too.
+        behind = resumed or welcome.version > 0
+        version = hub.restore(saved.hub_state) if behind and lead else welcome.version
         publisher = Publisher(
             stepper.policy,
             getattr(torch, run.model.dtype),
