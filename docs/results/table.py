@@ -4,8 +4,17 @@ import json
 from pathlib import Path
 
 HERE = Path(__file__).parent
-COLUMNS = ("run", "alone, first → last", "guided, last", "lag mean (max)", "wall", "tokens/s", "trainer idle", "engine idle",
-           "rollouts: dispatched = trained + dropped")  # fmt: skip
+COLUMNS = (
+    "run",
+    "alone, first → last",
+    "guided, last",
+    "lag mean (max)",
+    "wall",
+    "tokens/s",
+    "trainer idle",
+    "engine idle",
+    "rollouts: dispatched = trained + dropped",
+)
 
 
 def row(folder: Path) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ def read_hub_file(folder: Path) -> dict[str, Any]:
     """{address, pid, store, ...} of the hub that writes to `folder`; empty if there is none (yet)."""
     try:
         content: dict[str, Any] = json.loads((folder / HUB_FILE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):  # ValueError: it is being written at this moment
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: it is being written at this moment
         return {}
     return content
 
@@ -32,7 +33,8 @@ def claim(folder: Path) -> None:
 
 def forget_hub(folder: Path) -> None:
     """Remove hub.json, once the hub is dead, if it could not do so itself."""
-    (folder / HUB_FILE).unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        (folder / HUB_FILE).unlink()
 
 
 def _lives(pid: int, wrote: float) -> bool:

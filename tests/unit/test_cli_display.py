@@ -41,9 +41,7 @@ def view_at(step: int, **changes: Any) -> View:
 
 
 def picture(view: View, width: int) -> list[str]:
-    console = Console(
-        width=width, height=50, record=True, color_system=None, force_terminal=True, file=io.StringIO()
-    )
+    console = Console(width=width, height=50, record=True, color_system=None, force_terminal=True, file=io.StringIO())
     console.print(render(view, width))
     return console.export_text().splitlines()
 
