@@ -135,6 +135,7 @@ class Actor:
             folder,
             slots=run.engine.slots,
             device=run.engine.device,
+            dtype=run.model.dtype,
             deterministic=run.engine.deterministic,
             digest=digest,
         )

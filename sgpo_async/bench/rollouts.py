@@ -40,6 +40,7 @@ class Roller:
             digest=digest,
             slots=run.engine.slots,
             device=run.engine.device,
+            dtype=run.model.dtype,
             deterministic=run.engine.deterministic,
         )
 

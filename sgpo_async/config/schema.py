@@ -98,7 +98,8 @@ class Algorithm:
     eps_low: float = 0.2
     eps_high: float = 0.28
     grpo_correction: Correction = field(default_factory=Correction)
-    kl_correction: Correction = field(default_factory=lambda: Correction(mode="prefix"))
+    # A product of factors of up to c grows with c^T; with c = 1, as in V-trace, no prefix weighs more than 1.
+    kl_correction: Correction = field(default_factory=lambda: Correction(mode="prefix", bound=1.0))
 
     def __post_init__(self) -> None:
         for name in ("delta", "gamma", "eps_low", "eps_high"):

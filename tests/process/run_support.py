@@ -1,4 +1,4 @@
-"""Real runs: every process a command line as a user types it, all of them found again by a mark in their environment."""
+"""Real runs: every process a command line as a user types it, all found again by a mark in their environment."""
 
 import json
 import os
