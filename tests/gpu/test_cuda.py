@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sgpo_async.engines import EmbeddedEngine, Generate, Generated
-from sgpo_async.learner.folder import load_model
+from sgpo_async.engines.pretrained import load_model
 from sgpo_async.metrics import read_metrics
 from sgpo_async.tasks.cues import CuesSource
 from sgpo_async.tasks.models import load_tokenizer, model_folder
@@ -24,7 +24,7 @@ FOLDER = model_folder("builtin:cues")
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.1)])
 def test_the_engine_s_logprobs_are_those_of_the_model_on_the_cpu(dtype: str, tolerance: float) -> None:
-    model = load_model(FOLDER)
+    model = load_model(FOLDER, device="cpu", dtype="float32")
     tensors = {name: p.detach().to(getattr(torch, dtype)) for name, p in model.named_parameters()}
     engine = EmbeddedEngine.from_pretrained(FOLDER, digest=digest, slots=16, device="cuda", dtype=dtype)
     engine.load(0, tensors, digest(tensors.items()))
