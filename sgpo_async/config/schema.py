@@ -13,6 +13,8 @@ from sgpo_async.errors import ConfigError
 
 CorrectionMode = Literal["none", "token", "token-mask", "prefix", "sequence", "sequence-geometric"]
 
+BYTES_PER_TOKEN = 8  # of a rollout: the token and its log-probability
+
 
 def require(holds: bool, path: str, rule: str, value: object) -> None:
     """Raise `ConfigError` naming `path`, `rule` and `value` unless the rule holds."""
@@ -159,7 +161,7 @@ class Hub:
     heartbeat_s: float = 1.0
     lease_timeout_s: float = 120.0  # a lease without any news for so long is given to another actor
     member_timeout_s: float = 10.0  # a member without a heartbeat for so long is gone
-    max_message_mb: int = 64
+    max_message_mb: int = 512  # the largest message is the hub's state in a checkpoint
 
     def __post_init__(self) -> None:
         require(self.address.startswith("tcp://"), "hub.address", "looks like tcp://HOST:PORT", self.address)
@@ -270,6 +272,23 @@ class Run:
             "is 1 when engine.deterministic=true",
             self.local.actors,
         )
+        require(
+            self.state_mb <= self.hub.max_message_mb,
+            "hub.max_message_mb",
+            f"holds the hub's state, up to {self.state_mb} MB of completions in this run (raise it, or lower "
+            "learner.problems_per_step, rollout.max_new_tokens or hub.max_lag)",
+            self.hub.max_message_mb,
+        )
+
+    @property
+    def state_mb(self) -> int:
+        """How large the rollouts in the hub may become, in MB, rounded up: every completion at its full length.
+
+        It holds a batch for each version that the lag admits, the one in training and the one that is forming.
+        Prompts are not counted: their length is unknown here.
+        """
+        rollouts = self.learner.problems_per_step * self.rollout.size * (self.hub.max_lag + 2)
+        return -(-rollouts * self.rollout.max_new_tokens * BYTES_PER_TOKEN // 2**20)
 
     @property
     def folder(self) -> str:

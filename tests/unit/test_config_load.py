@@ -68,6 +68,8 @@ def _write(folder: Path, text: str) -> Path:
         ("rollout.top_p=0.95", ["rollout.top_p", "1.0", "0.95"]),
         ("learner.problems_per_step=1", ["learner.problems_per_step", "2 ranks", "1"]),
         ("engine.deterministic=true", ["local.actors", "deterministic"]),
+        ("hub.max_message_mb=0", ["hub.max_message_mb", "1 MB", "0"]),
+        ("rollout={max_new_tokens: 100000}", ["hub.max_message_mb", "586 MB", "512"]),
         ("tasks.source=file", ["tasks.path", "source=file"]),
         ("steps", ["key=value"]),
     ],
@@ -79,6 +81,12 @@ def test_what_is_wrong_is_one_line_that_names_path_rule_and_value(empty: Path, w
     assert "\n" not in message
     for part in parts:
         assert part in message
+
+
+def test_a_large_run_fits_the_default_message(empty: Path) -> None:
+    """128 problems of 12 rollouts of 4096 tokens, in the four batches that a lag of 2 admits: 8 bytes a token."""
+    run = load(empty, ["learner.problems_per_step=128", "rollout.max_new_tokens=4096"])
+    assert run.state_mb == 192
 
 
 @pytest.mark.parametrize(
