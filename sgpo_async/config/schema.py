@@ -142,6 +142,7 @@ class Learner:
         "auto"  # of matrix products; auto: bfloat16 on GPUs that have it
     )
     checkpoint_every: int = 0  # steps; 0: only at the end
+    keep_checkpoints: int = 2  # the newest so many; older ones are deleted
     resume: bool = False  # continue from the newest checkpoint of this run, if there is one
     batch_timeout_s: float = 600.0  # how long to wait for a batch before giving up
 
@@ -149,6 +150,7 @@ class Learner:
         require(self.problems_per_step >= 1, "learner.problems_per_step", "is at least 1", self.problems_per_step)
         require(self.row_tokens >= 1, "learner.row_tokens", "is at least 1", self.row_tokens)
         require(self.checkpoint_every >= 0, "learner.checkpoint_every", "is at least 0", self.checkpoint_every)
+        require(self.keep_checkpoints >= 1, "learner.keep_checkpoints", "is at least 1", self.keep_checkpoints)
 
 
 @dataclass(frozen=True, kw_only=True)

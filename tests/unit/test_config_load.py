@@ -70,6 +70,7 @@ def _write(folder: Path, text: str) -> Path:
         ("engine.deterministic=true", ["local.actors", "deterministic"]),
         ("hub.max_message_mb=0", ["hub.max_message_mb", "1 MB", "0"]),
         ("rollout={max_new_tokens: 100000}", ["hub.max_message_mb", "586 MB", "512"]),
+        ("learner.keep_checkpoints=0", ["learner.keep_checkpoints", "at least 1", "0"]),
         ("tasks.source=file", ["tasks.path", "source=file"]),
         ("steps", ["key=value"]),
     ],
