@@ -38,6 +38,8 @@ class Tasks:
     path: str = ""  # source=file: JSONL, Parquet, or a Hugging Face dataset
     held_out: int = 200  # problems set aside for evaluation
     prompt: Literal["plain", "chat"] = "plain"
+    reward_workers: int = 2  # processes of each actor that judge completions
+    reward_limit_s: float = 3.0  # a completion that takes longer to judge counts as incorrect
 
     def __post_init__(self) -> None:
         require(
@@ -47,6 +49,8 @@ class Tasks:
             "",
         )
         require(self.held_out >= 1, "tasks.held_out", "is at least 1", self.held_out)
+        require(self.reward_workers >= 1, "tasks.reward_workers", "is at least 1", self.reward_workers)
+        require(self.reward_limit_s > 0, "tasks.reward_limit_s", "is above 0", self.reward_limit_s)
 
 
 @dataclass(frozen=True, kw_only=True)
