@@ -74,6 +74,9 @@ def _write(folder: Path, text: str) -> Path:
         ("tasks.reward_workers=0", ["tasks.reward_workers", "at least 1", "0"]),
         ("tasks.reward_limit_s=0", ["tasks.reward_limit_s", "above 0", "0"]),
         ("tasks.source=file", ["tasks.path", "source=file"]),
+        ("optim.lr=fast", ["optim.lr", "fast"]),
+        ("steps=1e3", ["steps", "1e3", "Integer"]),
+        ("optim={lr: 1", ["optim={lr: 1", "not YAML"]),
         ("steps", ["key=value"]),
     ],
 )
@@ -84,6 +87,21 @@ def test_what_is_wrong_is_one_line_that_names_path_rule_and_value(empty: Path, w
     assert "\n" not in message
     for part in parts:
         assert part in message
+
+
+@pytest.mark.parametrize("name", ["1e5", "2026-07-01", "run-1e5"])
+def test_text_stays_text_and_a_number_is_one_where_the_field_is(tmp_path: Path, name: str) -> None:
+    for run in (
+        load(_write(tmp_path, f"name: {name}\noptim: {{lr: 2e-6, grad_clip: 3}}\n")),
+        load(_write(tmp_path, ""), [f"name={name}", "optim.lr=2e-6", "optim={grad_clip: 3}"]),
+    ):
+        assert run.name == name
+        assert (run.optim.lr, run.optim.grad_clip) == (2e-6, 3.0)
+
+
+def test_an_infinite_bound_and_an_empty_text(empty: Path) -> None:
+    run = load(empty, ["algorithm.kl_correction.bound=.inf", "tasks.path="])
+    assert (run.algorithm.kl_correction.bound, run.tasks.path) == (float("inf"), "")
 
 
 def test_a_large_run_fits_the_default_message(empty: Path) -> None:
