@@ -166,7 +166,9 @@ class Hub:
     max_lag: int = 2  # eta: a batch holds no token older than this many versions; 0 is synchronous
     heartbeat_s: float = 1.0
     lease_timeout_s: float = 120.0  # a lease without any news for so long is given to another actor
-    member_timeout_s: float = 10.0  # a member without a heartbeat for so long is gone
+    # An actor that joins, so that no link watches it yet, is gone after so long without a heartbeat. A welcomed one
+    # is given lease_timeout_s: its link notices death at once.
+    member_timeout_s: float = 10.0
     max_message_mb: int = 512  # the largest message is the hub's state in a checkpoint
 
     def __post_init__(self) -> None:
