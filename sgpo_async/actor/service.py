@@ -44,7 +44,7 @@ class Service:
         self._mailbox, self._node, self._engine = mailbox, node, engine
         self._tokenizer, self._run, self._verifier = tokenizer, run, verifier
         self._sampling = Sampling(temperature=run.rollout.temperature, max_new_tokens=run.rollout.max_new_tokens)
-        self._rewards = RewardPool()
+        self._rewards = RewardPool(workers=run.tasks.reward_workers, limit_s=run.tasks.reward_limit_s)
         self._sender = ReliableSender(window=UNACKNOWLEDGED, resend_after_s=RESEND_AFTER_S)
         self._store: StoreReader | None = None
         self._version: int | None = None  # loaded in this session; what a warm engine held before is another past

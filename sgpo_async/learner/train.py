@@ -167,13 +167,15 @@ class Trainer:
 
     def _checkpoint(self) -> None:
         state = self.hub.snapshot(self.progress.step) if self.metrics else b""
+        folder = Path(self.run.folder) / "checkpoints"
         checkpoint.save(
-            Path(self.run.folder) / "checkpoints",
+            folder,
             step=self.progress.step,
             module=self.stepper.policy,
             optimiser=self.stepper.optimiser,
             saved=Saved(self.progress.plain(), state),
         )
+        checkpoint.prune(folder, step=self.progress.step, keep=self.run.learner.keep_checkpoints)
 
 
 def build(run: Run, mesh: DeviceMesh) -> tuple[Stepper, str]:

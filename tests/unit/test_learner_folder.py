@@ -8,8 +8,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from sgpo_async.engines.pretrained import load_model
 from sgpo_async.errors import CheckpointError, DataError
+from sgpo_async.learner import folder
 from sgpo_async.learner.folder import export
 from sgpo_async.learner.policy import Policy, check_model
+from sgpo_async.tasks.models import load_tokenizer, model_folder, tokenizer_fingerprint
 from tests.reference import learner_cases as cases
 
 
@@ -28,6 +30,19 @@ def test_exported_folder_loads_with_equal_logits(tmp_path: Path, tied: bool) -> 
             parameter += 0.1
         ids = torch.arange(cases.VOCABULARY)[None]
         assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_a_model_of_the_hub_is_exported_with_its_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    builtin = model_folder("builtin:cues")
+    asked = []
+    monkeypatch.setattr(folder, "load_tokenizer", lambda name: asked.append(name) or load_tokenizer(builtin))
+    model = load_model(builtin, device="cpu", dtype="float32")
+    export(model, dict(model.named_parameters()), tmp_path, source="somebody/model")
+    assert asked == ["somebody/model"]
+    assert tokenizer_fingerprint(load_tokenizer(str(tmp_path))) == tokenizer_fingerprint(load_tokenizer(builtin))
+    ids = torch.arange(5)[None]
+    with torch.no_grad():
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
 
 
 def test_a_folder_that_holds_no_model_is_one_line(tmp_path: Path) -> None:
