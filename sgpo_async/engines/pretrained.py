@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 from sgpo_async.errors import DataError, EngineError
 
@@ -18,6 +19,7 @@ def load_model(path: str, *, device: str, dtype: str) -> PreTrainedModel:
     """
     target = _device(device)
     local = _is_folder(path)
+    logging.disable_progress_bar()
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, dtype), local_files_only=local, output_loading_info=True

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-
 from run_support import assert_all_trained, free_port, real_run
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(600)]

@@ -7,8 +7,8 @@ from pathlib import Path
 import msgpack
 import psutil
 import pytest
-
 from run_support import PATIENCE_S, RealRun, assert_all_trained, paused, real_run, until
+
 from sgpo_async.transport import Dealer
 from sgpo_async.wire import encode
 from sgpo_async.wire.records import PROTOCOL, Heartbeat
