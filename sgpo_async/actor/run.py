@@ -25,6 +25,7 @@ from sgpo_async.engines.base import Engine
 from sgpo_async.errors import HubError
 from sgpo_async.session import NodeProcess
 from sgpo_async.tasks.models import load_tokenizer, model_folder, tokenizer_fingerprint
+from sgpo_async.tasks.prompts import build_prompt
 from sgpo_async.tasks.sources import VERIFIER_OF_SOURCE
 from sgpo_async.transport import Dealer, Mailbox
 from sgpo_async.weights import digest
@@ -67,7 +68,8 @@ class Actor:
         failures = 0
         while not self._stopped:
             began = time.monotonic()
-            mailbox = Mailbox(Dealer(self._options.hub, keys=self._options.keys, max_bytes=MAX_BYTES))
+            self._dealer = Dealer(self._options.hub, keys=self._options.keys, max_bytes=MAX_BYTES)
+            mailbox = Mailbox(self._dealer)
             try:
                 if self._session(mailbox):
                     break
@@ -131,6 +133,7 @@ class Actor:
         began = time.monotonic()
         folder = model_folder(run.model.path)
         self._tokenizer = load_tokenizer(folder)
+        build_prompt("?", None, style=run.tasks.prompt, tokenizer=self._tokenizer)  # now, or never
         self._engine = EmbeddedEngine.from_pretrained(
             folder,
             slots=run.engine.slots,
@@ -157,11 +160,12 @@ class Actor:
                     raise HubError(f"hub {self._options.hub}: refused {self._name}: {message.reason}")
                 if isinstance(message, Stop):
                     return None
+            self._dealer.check_refused()
             now = time.monotonic()
             if now - began > deadline_s:
                 raise HubError(
                     f"hub {self._options.hub}: no {answer.__name__} within {deadline_s:g} s; "
-                    "check that the hub runs, the address and the keys"
+                    "check that the hub runs, and the address"
                 )
             if again_s and now - asked > again_s:
                 asked = now

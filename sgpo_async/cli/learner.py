@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sgpo_async.cli.options import add_config, config_words, load_run, print_dry_run, record_config
-from sgpo_async.errors import DeadlineExceeded, HubError
+from sgpo_async.errors import ConfigError, DeadlineExceeded, HubError
 
 if TYPE_CHECKING:
     from sgpo_async.config import Run
@@ -41,7 +41,9 @@ def run(args: argparse.Namespace) -> int:
         hub = [] if args.hub else [["sgpo-async", "hub", *words]]
         print_dry_run(settings, [*hub, ["torchrun", "launch/learner.py", *words, "--hub", _address(args, settings)]])
         return 0
-    first = os.environ.get("RANK", "0") == "0"
+    if "RANK" not in os.environ:
+        raise ConfigError(f"learner: RANK is not set; start it by torchrun launch/learner.py {args.config}")
+    first = os.environ["RANK"] == "0"
     if first:
         record_config(settings)
     if args.hub or not first:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sgpo_async.cli.hub_file import forget_hub
 from sgpo_async.cli.sweep import GRACE_S, MARK, end_run
-from sgpo_async.metrics.files import telling
+from sgpo_async.metrics.files import FREE_SOME, disk_full, telling
 
 TORCHRUN_FAILURE = "torch/distributed/elastic/multiprocessing/api.py"  # what follows in a log says nothing new
 ROOT = Path(__file__).resolve().parents[2]  # where `import sgpo_async` works from, installed or not
@@ -38,6 +38,8 @@ class Child:
         for line in text[-200:]:
             if line.startswith("error: "):
                 return line.removeprefix("error: ")
+        if disk_full(self.log):
+            return f"{self.log}: its disk is full; {FREE_SOME}"
         torchruns = [number for number, line in enumerate(text) if TORCHRUN_FAILURE in line]
         own = text[: torchruns[0]] if torchruns else text
         return "\n".join([f"the end of {self.log}:", *(f"    {line}" for line in own[-lines:])])

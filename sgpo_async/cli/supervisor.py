@@ -4,6 +4,7 @@
     learner ends with 0 ──▶ hub and actors have LEAVING_S to follow ──▶ done
     learner ends otherwise, or hub ends before it with an error ──▶ RunFailed, with the words of its log
     actor crashes ──▶ started again after 1, 2, 4, ... s, RESTARTS times;  all have failed ──▶ RunFailed
+    actor ends with an error of the user's (2) ──▶ once more, since a second try seldom mends it
     hub ends with 0, or all actors have left with 0 ──▶ the learner has LAST_S to end, too
 
 `tick` looks and acts but never waits, so whoever calls it can be interrupted between any two ticks, start-up included.
@@ -27,6 +28,7 @@ HUB_START_S = 60.0
 LEAVING_S = 20.0  # after the learner's end, for actors and hub to end by themselves
 LAST_S = 120.0  # hub or actors are finished: the learner may still write its last checkpoint
 RESTARTS = 5
+USERS_ERROR = 2  # exit code, see `sgpo_async.cli.main`
 TICK_S = 0.25
 
 
@@ -162,9 +164,10 @@ class Supervisor:
     def _crashed(self, slot: ActorSlot, child: Child) -> None:
         slot.crashes += 1
         what = f"{child.name} {child.ending()}"
-        if slot.crashes > RESTARTS:
+        restarts = 1 if child.code == USERS_ERROR else RESTARTS
+        if slot.crashes > restarts:
             slot.state = "failed"
-            self.notes.append(f"{what}, not started again after {RESTARTS} restarts: {child.complaint()}")
+            self.notes.append(f"{what}, not started again after {slot.crashes - 1} restarts: {child.complaint()}")
             return
         pause = 2.0 ** (slot.crashes - 1)
         slot.state = "restarting"

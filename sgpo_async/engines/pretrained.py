@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 from sgpo_async.errors import DataError, EngineError
 
@@ -19,6 +20,7 @@ def load_model(path: str, *, device: str, dtype: str) -> PreTrainedModel:
     """
     target = _device(device)
     local = _is_folder(path)
+    logging.disable_progress_bar()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, dtype), local_files_only=local, output_loading_info=True

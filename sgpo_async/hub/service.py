@@ -14,7 +14,7 @@ from typing import Any
 from sgpo_async.config import Run
 from sgpo_async.hub.core import HubCore
 from sgpo_async.hub.loop import Loop
-from sgpo_async.metrics.files import telling
+from sgpo_async.metrics.files import telling, write_whole
 from sgpo_async.session import LinkProcess
 from sgpo_async.tasks.models import model_folder
 from sgpo_async.tasks.sources import open_source
@@ -28,7 +28,8 @@ def serve(run: Run) -> int:
 
     Writes `<run.folder>/hub.json` while it can be reached, and leaves nothing behind.
 
-    Raises HubError if the address is taken or the keys are not usable, DataError for problems that cannot be read.
+    Raises HubError if the address is taken or the keys are not usable, DataError for problems that cannot be read,
+    SgpoError if the folder cannot be written.
     """
     held_out = run.tasks.held_out
     source = open_source(run.tasks.source, path=run.tasks.path, held_out=held_out, seed=run.seed)
@@ -59,10 +60,7 @@ def weight_bytes(path: str) -> int:
 @contextlib.contextmanager
 def announced(path: Path, place: dict[str, Any]) -> Iterator[None]:
     """Within this context `path` tells where the hub is; nobody ever sees half of it."""
-    draft = path.with_suffix(".tmp")
-    with telling(path):
-        draft.write_text(json.dumps(place))
-        draft.replace(path)
+    write_whole(path, json.dumps(place))
     try:
         yield
     finally:

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from sgpo_async.errors import CheckpointError
+from sgpo_async.metrics.files import FREE_SOME, disk_full
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,25 @@ def save(folder: Path, *, step: int, module: nn.Module, optimiser: torch.optim.O
     """
     final, draft, rank = folder / f"step-{step:08d}", folder / f".step-{step:08d}", dist.get_rank()
     what = f"{final}: the checkpoint cannot be written"
+    try:
+        _write(draft, what, state=_state(module, optimiser), saved=saved)
+    except CheckpointError as error:
+        full = disk_full(folder)
+        dist.barrier()  # all have looked, and nobody writes any more
+        if rank == 0:
+            shutil.rmtree(draft, ignore_errors=True)
+        raise CheckpointError(f"{what}: its disk is full; {FREE_SOME}") if full else error from None
+    with _together(what):
+        if rank == 0:
+            _sync(draft)
+            shutil.rmtree(final, ignore_errors=True)  # of an earlier life that got to this step
+            draft.rename(final)
+            _sync(folder)
+    return final
+
+
+def _write(draft: Path, what: str, *, state: dict[str, Any], saved: Saved) -> None:
+    rank = dist.get_rank()
     with _together(what):
         if rank == 0:
             shutil.rmtree(draft, ignore_errors=True)
@@ -54,17 +74,10 @@ def save(folder: Path, *, step: int, module: nn.Module, optimiser: torch.optim.O
     with _together(what):
         torch.save(torch.get_rng_state(), draft / f"random-{rank}.pt")
     with _together(what):
-        dcp.save(_state(module, optimiser), checkpoint_id=draft)
+        dcp.save(state, checkpoint_id=draft)
     with _together(what):
         for path in draft.iterdir():  # on every rank: on a network disk each host syncs what it wrote itself
             _sync(path)
-    with _together(what):
-        if rank == 0:
-            _sync(draft)
-            shutil.rmtree(final, ignore_errors=True)  # of an earlier life that got to this step
-            draft.rename(final)
-            _sync(folder)
-    return final
 
 
 def prune(folder: Path, *, step: int, keep: int) -> None:

@@ -10,20 +10,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from sgpo_async.errors import ConfigError
-
 
 def join_world(*, timeout_s: float) -> DeviceMesh:
     """Join the group of all ranks; returns its one-dimensional mesh, on this rank's device.
 
     Args:
         timeout_s: of every collective: longer than a rank may wait for its batch while the others have theirs.
-
-    Raises:
-        ConfigError: this process was not started by torchrun.
     """
-    if "RANK" not in os.environ:
-        raise ConfigError("learner: RANK is not set; start it with torchrun launch/learner.py CONFIG")
     device = device_for(gpus=torch.cuda.device_count(), ranks=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

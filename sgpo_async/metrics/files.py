@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from sgpo_async.errors import SgpoError
+
+FULL_BYTES = 2**16
+FREE_SOME = "free some space, or choose another place with out=DIR"
 
 
 def to_json(values: Mapping[str, Any]) -> str:
@@ -45,6 +49,12 @@ def write_whole(path: Path, text: str) -> None:
             new.unlink(missing_ok=True)
 
 
+def disk_full(path: Path) -> bool:
+    """Whether the disk of `path` is so full that what was written last may lack its end."""
+    existing = next(place for place in (path, *path.absolute().parents) if place.exists())
+    return shutil.disk_usage(existing).free < FULL_BYTES
+
+
 @contextmanager
 def telling(path: Path) -> Iterator[None]:
     """Turn an OSError into one line that names the file, the reason and the remedy."""
@@ -52,6 +62,4 @@ def telling(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise SgpoError(
-            f"{path}: cannot be written ({reason}); free some space, or choose another place with out=DIR"
-        ) from error
+        raise SgpoError(f"{path}: cannot be written ({reason}); {FREE_SOME}") from error

@@ -25,6 +25,7 @@ from sgpo_async.transport.keys import key_pair, public_key
 from sgpo_async.transport.sockets import close_socket, drain, offer, open_socket
 
 RECONNECT_MS = (100, 2000)  # first and longest pause between two attempts
+REFUSED_S = 5.0  # a refusal may be the end of a hub in the middle of a handshake; one that lasts so long is meant
 REFUSALS: dict[int, str] = {
     zmq.EVENT_HANDSHAKE_FAILED_AUTH: "it does not know our key",
     zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "keys on one side only, or it is no hub",
@@ -49,7 +50,7 @@ class Dealer:
         self.max_bytes = max_bytes
         self.connections = 0
         self.connected = False
-        self._refusal = ""
+        self._refusal, self._refused_at = "", 0.0
         self.socket = open_socket(zmq.DEALER, address=address, max_bytes=max_bytes)
         self._monitor = self.socket.get_monitor_socket(WATCHED)
         try:
@@ -75,15 +76,33 @@ class Dealer:
         """Return once the hub has accepted the connection.
 
         Raises:
-            HubError: it has not within `timeout_s`; says whether it was silent or refused.
+            HubError: it has not within `timeout_s`, or refuses us for `REFUSED_S`.
         """
         deadline = time.monotonic() + timeout_s
         self._watch()
         while not self.connected and (left := deadline - time.monotonic()) > 0:
-            self._monitor.poll(math.ceil(left * 1000))
+            self._monitor.poll(math.ceil(min(left, REFUSED_S) * 1000))
             self._watch()
+            self.check_refused()
         if not self.connected:
-            raise HubError(self._trouble(timeout_s))
+            raise (
+                self._refused()
+                if self._refusal
+                else HubError(
+                    f"hub.address: no hub answered at {self.address} within {timeout_s:g} s; "
+                    "is it running, and does the network let the port through?"
+                )
+            )
+
+    def check_refused(self) -> None:
+        """Raise HubError if the hub has refused our handshakes for `REFUSED_S`."""
+        if self._refusal and time.monotonic() - self._refused_at > REFUSED_S:
+            raise self._refused()
+
+    def _refused(self) -> HubError:
+        return HubError(
+            f"hub.address: {self.address} refuses us: {self._refusal}; give the hub and all members the same hub.keys"
+        )
 
     def close(self, linger_s: float = 0.0) -> None:
         if self.socket.closed:
@@ -98,15 +117,7 @@ class Dealer:
             event = recv_monitor_message(self._monitor)["event"]
             self.connected = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
             self.connections += self.connected
-            self._refusal = "" if self.connected else REFUSALS.get(event, self._refusal)
-
-    def _trouble(self, seconds: float) -> str:
-        if self._refusal:
-            return (
-                f"hub.address: {self.address} refused us for {seconds:g} s: {self._refusal}; "
-                "give the hub and all members the same hub.keys"
-            )
-        return (
-            f"hub.address: no hub answered at {self.address} within {seconds:g} s; "
-            "is it running, and does the network let the port through?"
-        )
+            refusal = "" if self.connected else REFUSALS.get(event, self._refusal)
+            if refusal and not self._refusal:
+                self._refused_at = time.monotonic()
+            self._refusal = refusal

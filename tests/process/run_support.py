@@ -1,7 +1,8 @@
-"""Real runs: every process a command line as a user types it, all found again by a mark in their environment."""
+"""Real runs: every process a command line as a user types it, found again by a mark in its environment."""
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 import psutil
 
 from sgpo_async.config import Run, load, to_yaml
+from sgpo_async.tasks.models import model_folder
 from sgpo_async.transport import Dealer, Mailbox
 from sgpo_async.wire.records import Status, StatusRequest
 
@@ -77,15 +79,16 @@ class RealRun:
         self.logs.mkdir()
         self._observer: Mailbox | None = None
 
-    def start(self, name: str, *command: str, cwd: Path = ROOT) -> Started:
+    def start(self, name: str, *command: str, before: Sequence[str] = ()) -> Started:
+        """Start a Python program in the checkout; `before` is put before the interpreter."""
         log = self.logs / f"{name}.txt"
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [sys.executable, *command],
+                [*before, sys.executable, *command],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                cwd=cwd,
+                cwd=ROOT,
                 env=os.environ | {MARK: self.mark, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
                 start_new_session=True,
             )
@@ -201,6 +204,13 @@ def paused(processes: Sequence[psutil.Process]) -> Iterator[None]:
     yield
     for process in processes:
         process.resume()
+
+
+def chat_model(place: Path) -> Path:
+    """A copy of the shipped policy, whose tokenizer differs by a chat template."""
+    shutil.copytree(model_folder("builtin:cues"), place)
+    (place / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    return place
 
 
 def assert_all_trained(ledger: dict[str, Any], *, tasks: int, size: int) -> None:

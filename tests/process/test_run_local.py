@@ -6,7 +6,9 @@ import time
 from pathlib import Path
 
 import pytest
-from run_support import real_run, until
+from run_support import chat_model, real_run, until
+
+from sgpo_async.tasks.models import load_tokenizer
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(600)]
 
@@ -25,22 +27,24 @@ def test_ctrl_c_ends_everything(tmp_path: Path) -> None:
 
 
 def test_own_problems(tmp_path: Path) -> None:
-    """The shipped policy does not know their words; the run works nevertheless."""
+    """Chat prompts of words that the policy does not know, and nothing is ever solved: the run works nevertheless."""
     problems = tmp_path / "sums.jsonl"
     with problems.open("w") as file:
         for number in range(24):
-            problem = {"problem": f"What is {number} + {number + 1}?", "answer": str(2 * number + 1)}
+            problem = {"problem": f"What is {number} + 777000?", "answer": str(777000 + number)}
             strategy = {"strategy": "Add the ones, then the tens."} if number % 2 else {}
             print(json.dumps(problem | strategy), file=file)
     words = ("steps=2", "local.actors=1", "local.ranks=1", "tasks.source=file", f"tasks.path={problems}")
-    with real_run(tmp_path, *words, "rollout.max_new_tokens=8") as run:
-        local = run.local()
+    with real_run(tmp_path, *words, "tasks.prompt=chat") as run:
+        model = chat_model(tmp_path / "model")
+        local = run.local(f"model.path={model}", "rollout.max_new_tokens=8")
         assert local.ended() == 0, local.output
         run.assert_no_trace()
         for line in run.lines():
-            assert line["pass_auto"] == 0
-            assert line["kd_loss"] == 0
+            figures = ("pass_auto", "pass_guided", "alpha", "loss", "grpo_loss", "kd_loss", "eval_pass_auto")
+            assert {name: line[name] for name in figures} == dict.fromkeys(figures, 0)
+            assert line["kl_mean"] is None  # nothing to distil
         ledger = run.summary()["ledger"]
         assert ledger["trained"] == 2 * 4
-        print(json.dumps(run.lines()[-1]))
-        print(local.output[-2000:])
+        assert ledger["rollouts"]["trained"] < 2 * 4 * 12  # a problem without a strategy has no guided rollouts
+        assert load_tokenizer(str(run.folder / "policy")).chat_template

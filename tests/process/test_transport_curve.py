@@ -37,7 +37,7 @@ def refusal(dealer: Dealer) -> str:
     while time.monotonic() < deadline:
         with pytest.raises(HubError) as caught:
             dealer.wait_connected(0.5)
-        if "refused" in str(caught.value):
+        if "refuses" in str(caught.value):
             return str(caught.value)
     raise AssertionError("never refused")
 
@@ -79,13 +79,24 @@ def test_a_stranger_is_refused_and_told_why(router: Router, keys: Path, way: str
     stranger = Dealer(router.address, identity=b"stranger", keys=folder, max_bytes=LIMIT)
     stranger.send([b"let me in"])
     told = refusal(stranger)
-    assert re.search(rf"hub.address: {router.address} refused us for 0.5 s: {reason}.*hub\.keys", told)
+    assert re.search(rf"hub.address: {router.address} refuses us: {reason}.*hub\.keys", told)
     assert router.poll(0.2) == []
     assert not router.send(b"stranger", [b"x"])
     good = Dealer(router.address, keys=keys / "hub", max_bytes=LIMIT)
     good.wait_connected(PATIENCE)
     stranger.close()
     good.close()
+
+
+def test_a_refusal_that_lasts_is_told_long_before_the_deadline(router: Router, keys: Path) -> None:
+    stranger = Dealer(router.address, keys=unknown_client(keys), max_bytes=LIMIT)
+    began = time.monotonic()
+    with pytest.raises(HubError, match="refuses us"):
+        stranger.wait_connected(10 * PATIENCE)
+    assert time.monotonic() - began < PATIENCE
+    with pytest.raises(HubError, match="refuses us"):
+        stranger.check_refused()
+    stranger.close()
 
 
 def test_keys_against_a_hub_without(keys: Path) -> None:

@@ -107,6 +107,18 @@ def test_crashes_are_answered_by_doubling_pauses_and_an_end(stage: Stage) -> Non
         supervisor.tick()
 
 
+def test_an_error_of_the_users_is_tried_once_more(stage: Stage) -> None:
+    stage.actors = 1
+    supervisor = up(stage)
+    stage.child("actor-0").code = 2
+    supervisor.tick()
+    stage.now += 1.1
+    supervisor.tick()
+    stage.child("actor-0.1").code = 2
+    with pytest.raises(RunFailed, match="actor-0.1 ended with code 2, not started again after 1 restarts: words of"):
+        supervisor.tick()
+
+
 def test_actors_may_leave_before_the_hub_and_the_learner_end(stage: Stage) -> None:
     supervisor = up(stage)
     stage.child("actor-0").code = stage.child("actor-1").code = 0
