@@ -220,13 +220,14 @@ class HubCore:
             self.training.batch = None
 
     def _expire(self) -> None:
-        hub, oldest = self.run.hub, self.now - self.run.learner.batch_timeout_s
-        for actor in self.actors.silent_since(self.now - hub.member_timeout_s):
+        """Silence is the slow sign of a death: an actor's one thread may be loading weights. Its link is the fast one."""
+        overdue, oldest = self.now - self.run.hub.lease_timeout_s, self.now - self.run.learner.batch_timeout_s
+        for actor in self.actors.silent_since(overdue):
             self._lose_actor(actor)
         for rank in [r for r, held in self.world.ranks.items() if held.seen < oldest]:
             self._lose_rank(rank)
         for book in (self.training.book, self.evaluation.book):
-            for number in book.silent_since(self.now - hub.lease_timeout_s):
+            for number in book.silent_since(overdue):
                 book.revoke(number, "lease_timeout")
 
     # ---- actors at work
