@@ -220,7 +220,7 @@ class HubCore:
             self.training.batch = None
 
     def _expire(self) -> None:
-        """Silence is the slow sign of a death: an actor's one thread may be loading weights. Its link is the fast one."""
+        """Silence is the slow sign of a death, since an actor's one thread may load weights; its link is the fast one."""
         overdue, oldest = self.now - self.run.hub.lease_timeout_s, self.now - self.run.learner.batch_timeout_s
         for actor in self.actors.silent_since(overdue):
             self._lose_actor(actor)
@@ -286,6 +286,8 @@ class HubCore:
     # ---- the learner at work
 
     def _batch_request(self, rank: int, step: int) -> None:
+        if step <= self.world.served:
+            return  # a repetition that was long on its way
         self.world.asked[rank] = step
         if self.training.batch and step == self.training.step:
             self._send(self.world.ranks[rank].member, self.training.shard(rank))  # it asks again

@@ -261,6 +261,8 @@ def test_a_batch_waits_for_every_rank_and_is_balanced_over_them():
     assert [c.step for c in driver.take(b"r0", wire.Committed)] == [0, 0]
     assert driver.core.status()["ledger"]["trained"] == 3
     assert driver.core.world.asked == {1: 1}
+    driver.send(b"r0", wire.BatchRequest(step=0))
+    assert driver.core.world.asked == {1: 1}, "a repetition that comes after the commit is no question"
 
 
 def test_stale_groups_are_dropped_and_their_room_is_free_again():
