@@ -86,9 +86,23 @@ def test_another_tokenizer_is_refused_with_both_fingerprints():
     driver = Driver()
     driver.send(b"r0", wire.Hello(role="learner", name="r0", tokenizer="aaaa"))
     driver.send(b"a", wire.Hello(role="actor", name="a", tokenizer="bbbb"))
-    reason = driver.only(b"a", wire.Refused).reason
-    assert "aaaa" in reason and "bbbb" in reason
+    refused = driver.only(b"a", wire.Refused)
+    assert "aaaa" in refused.reason and "bbbb" in refused.reason and refused.final
     assert driver.core.status()["refused"] == 1
+
+
+def test_the_learner_decides_on_the_tokenizer_even_if_another_came_first():
+    driver = Driver()
+    for name, fingerprint in (("wrong", "bbbb"), ("right", "aaaa"), ("silent", "")):
+        driver.send(name.encode(), wire.Hello(role="actor", name=name, tokenizer=fingerprint))
+    driver.handle(LinkUp(b"wrong", "127.0.0.1", 4000))
+    driver.send(b"r0", wire.Hello(role="learner", name="r0", tokenizer="aaaa"))
+    driver.only(b"r0", wire.Welcome)
+    refused = driver.only(b"wrong", wire.Refused)
+    assert "aaaa" in refused.reason and "bbbb" in refused.reason and refused.final
+    assert set(driver.core.actors) == {b"right", b"silent"} and driver.links_closed == [b"wrong"]
+    driver.send(b"late", wire.Hello(role="actor", name="late", tokenizer="cccc"))
+    assert driver.only(b"late", wire.Refused).final
 
 
 @pytest.mark.parametrize("how", ["link", "silence", "goodbye"])
