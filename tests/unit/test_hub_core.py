@@ -205,6 +205,20 @@ def test_rollouts_that_do_not_belong_cost_a_rejection_each(hub):
     assert status["ledger"]["rollouts"]["dropped"]["rejected"] == 3, "the lease is reissued: a slot would stay empty"
 
 
+def test_a_task_whose_rollouts_never_fit_is_dropped(hub):
+    attempts = []
+    for _ in range(3):
+        hub.send(b"a", wire.Ready(tasks=1, version=0))
+        (lease,) = hub.leases(b"a")
+        attempts.append((lease.task, lease.attempt))
+        hub.send(b"a", make_rollout(lease, 0, guided=True))
+    (task, first), *_ = attempts
+    assert attempts == [(task, first + i) for i in range(3)]
+    ledger = hub.core.status()["ledger"]
+    assert ledger["dropped"] == {"misfit": 1}
+    assert ledger["rollouts"]["dropped"] | {"released": 0} == {"released": 0, "rejected": 6, "misfit": 3}
+
+
 def test_nonsense_is_counted_and_strangers_are_told(hub):
     hub.handle(Rejected(b"x", "protocol 9"))
     hub.send(b"a", wire.Commit(step=0))
