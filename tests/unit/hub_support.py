@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -70,7 +70,9 @@ def make_rollout(lease: wire.Lease, slot: int, *, versions: tuple[int, ...] = (0
         "reward": 1.0,
         "finish": "stop",
     }
-    return wire.Rollout(**{**fields, **changes})
+    made = wire.Rollout(**{**fields, **changes})
+    needed = made.guided and made.reward == 1.0 and made.unguided_logprob is None
+    return replace(made, unguided_logprob=-1.0) if needed else made
 
 
 class Driver:
