@@ -8,6 +8,7 @@ Nothing here waits or sends: the actor's loop feeds events in and takes what com
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,8 +52,9 @@ class Group:
         """The engine finished a continuation; a verdict is awaited next."""
         self._generated[_slot(result.id)] = result
 
-    def judged(self, slot: int, *, correct: bool) -> Rollout | Score:
+    def judged(self, key: object, *, correct: bool) -> Rollout | Score:
         """The verifier spoke: the finished rollout, or the Eq. 4 question to ask the engine first."""
+        slot = _slot(key)
         result = self._generated[slot]
         if correct and self._is_guided(slot) and self.lease.purpose == "train":
             return Score(
@@ -108,6 +110,19 @@ class Group:
         prompt = self._prompts[guided]
         assert prompt is not None
         return prompt
+
+
+def group_of(lease: Lease, *, prompt: Callable[[str, str | None], Sequence[int]], sampling: Sampling) -> Group:
+    """The group of `lease`; `prompt(problem, strategy)` gives token ids (see `sgpo_async.tasks.prompts`)."""
+    plain = np.asarray(prompt(lease.problem, None), dtype=np.int32)
+    guided = np.asarray(prompt(lease.problem, lease.strategy), dtype=np.int32) if lease.guided else None
+    return Group(lease, plain=plain, guided=guided, sampling=sampling)
+
+
+def task_of(key: object) -> tuple[int, int]:
+    """(task, attempt) of a rollout's identity."""
+    assert isinstance(key, tuple)
+    return int(key[0]), int(key[1])
 
 
 def rollout_seed(lease_seed: int, slot: int) -> int:

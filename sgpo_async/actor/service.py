@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from sgpo_async.actor.group import Group, Sampling
+from sgpo_async.actor.group import Group, Sampling, group_of, task_of
 from sgpo_async.config import Run
 from sgpo_async.engines.base import Engine, Generated
 from sgpo_async.errors import EngineError, Superseded, WeightsError
@@ -150,12 +150,7 @@ class Service:
 
     def _start(self, lease: Lease) -> None:
         """A group that the engine cannot serve, such as one with too long a prompt, goes back for good."""
-        group = Group(
-            lease,
-            plain=self._prompt(lease.problem, None),
-            guided=self._prompt(lease.problem, lease.strategy) if lease.guided else None,
-            sampling=self._sampling,
-        )
+        group = group_of(lease, prompt=self._prompt, sampling=self._sampling)
         try:
             for request in group.requests():
                 self._engine.submit(request)
@@ -167,16 +162,15 @@ class Service:
         else:
             self._groups[lease.task, lease.attempt] = group
 
-    def _prompt(self, problem: str, strategy: str | None) -> np.ndarray:
-        ids = build_prompt(problem, strategy, style=self._run.tasks.prompt, tokenizer=self._tokenizer)
-        return np.asarray(ids, dtype=np.int32)
+    def _prompt(self, problem: str, strategy: str | None) -> list[int]:
+        return build_prompt(problem, strategy, style=self._run.tasks.prompt, tokenizer=self._tokenizer)
 
     def generate(self) -> None:
         """One step of the engine; hand what finished to the verifier or straight on."""
         began = time.monotonic()
         status = self._engine.load_status()
         for result in self._engine.step(0.0):
-            group = self._group_of(result.id)
+            group = self._groups[task_of(result.id)]
             if isinstance(result, Generated):
                 group.generated(result)
                 text = self._tokenizer.decode(result.tokens, skip_special_tokens=True)
@@ -191,8 +185,8 @@ class Service:
         if self._version is None:
             return  # quarantined: nothing can be scored
         for verdict in self._rewards.poll():
-            group = self._group_of(verdict.key)
-            outcome = group.judged(_slot(verdict.key), correct=verdict.correct)
+            group = self._groups[task_of(verdict.key)]
+            outcome = group.judged(verdict.key, correct=verdict.correct)
             if isinstance(outcome, Rollout):
                 self._finish(group, outcome)
             else:
@@ -233,15 +227,6 @@ class Service:
         for lease in leases:
             self._mailbox.send(Release(task=lease.task, attempt=lease.attempt, reason=reason))
         self._mailbox.send(Goodbye(reason=reason))
-
-    def _group_of(self, key: object) -> Group:
-        assert isinstance(key, tuple)
-        return self._groups[key[0], key[1]]
-
-
-def _slot(key: object) -> int:
-    assert isinstance(key, tuple)
-    return int(key[2])
 
 
 def _say(line: str) -> None:

@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
-from sgpo_async.actor.group import Group, Sampling
+from sgpo_async.actor.group import Group, Sampling, group_of, task_of
 from sgpo_async.config import Run
 from sgpo_async.engines import EmbeddedEngine
 from sgpo_async.engines.base import Generated
@@ -50,20 +48,20 @@ class Roller:
 
     def roll_out(self, tasks: Sequence[int]) -> list[Rollout]:
         """All rollouts of the training tasks with these numbers, ordered by task and slot."""
-        groups = {number: self._group(number) for number in tasks}
+        groups = {(number, 0): self._group(number) for number in tasks}
         for group in groups.values():
             for request in group.requests():
                 self.engine.submit(request)
         rollouts: list[Rollout] = []
         while not all(group.done for group in groups.values()):
             for result in self.engine.step(0.0):
-                group = groups[_task(result.id)]
+                group = groups[task_of(result.id)]
                 if not isinstance(result, Generated):
                     rollouts.append(group.scored(result))
                     continue
                 group.generated(result)
                 text = self._tokenizer.decode(result.tokens, skip_special_tokens=True)
-                outcome = group.judged(_slot(result.id), correct=self._verify(group.lease.answer, text))
+                outcome = group.judged(result.id, correct=self._verify(group.lease.answer, text))
                 if isinstance(outcome, Rollout):
                     rollouts.append(outcome)
                 else:
@@ -72,19 +70,7 @@ class Roller:
 
     def _group(self, number: int) -> Group:
         lease = self._curriculum.task(number).lease(attempt=0, min_version=0)
-        guided = self._prompt(lease.problem, lease.strategy) if lease.guided else None
-        return Group(lease, plain=self._prompt(lease.problem, None), guided=guided, sampling=self._sampling)
+        return group_of(lease, prompt=self._prompt, sampling=self._sampling)
 
-    def _prompt(self, problem: str, strategy: str | None) -> np.ndarray:
-        ids = build_prompt(problem, strategy, style=self._run.tasks.prompt, tokenizer=self._tokenizer)
-        return np.asarray(ids, dtype=np.int32)
-
-
-def _task(key: object) -> int:
-    assert isinstance(key, tuple)
-    return int(key[0])
-
-
-def _slot(key: object) -> int:
-    assert isinstance(key, tuple)
-    return int(key[2])
+    def _prompt(self, problem: str, strategy: str | None) -> list[int]:
+        return build_prompt(problem, strategy, style=self._run.tasks.prompt, tokenizer=self._tokenizer)

@@ -281,7 +281,7 @@ class HubCore:
             self._unawaited(member, rollout)
         elif fault := lease.misfit(rollout, newest=self.training.version):
             self._reject(member, fault, detail=f"task {rollout.task}, slot {rollout.slot}")
-            work.book.revoke(rollout.task, "rejected")  # the slot would stay empty
+            work.book.reject(rollout.task)
         else:
             work.book.arrive(rollout, now=self.now)
 

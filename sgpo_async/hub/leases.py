@@ -11,6 +11,7 @@ ones. So rollouts are dispatched anew with every attempt, while the task is disp
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,8 @@ from typing import Any
 from sgpo_async.hub.ledger import Ledger
 from sgpo_async.hub.work import Group, Task
 from sgpo_async.wire.records import Lease, Rollout
+
+MISFITS = 3  # leases of one task that may end by a rollout which cannot be what was asked for
 
 
 @dataclass(kw_only=True)
@@ -53,6 +56,7 @@ class Book:
         self.running: dict[int, Running] = {}  # by task number
         self.complete: dict[int, Group] = {}  # by task number; handed to a learner or not
         self.first_attempt = self.last_attempt = first_attempt  # of a new task; of any lease so far
+        self._misfits: Counter[int] = Counter()  # leases that were rejected, by task number
         self.reissued = 0  # leases that were revoked
         self.duplicates = 0  # rollouts that were not awaited any more
         self.tokens = 0  # sampled, in all rollouts taken in
@@ -120,6 +124,14 @@ class Book:
         self.rollouts.drop(reason, lease.task.size)
         self.wait(lease.task, attempt=lease.attempt + 1)
         self.reissued += 1
+
+    def reject(self, number: int) -> None:
+        """A rollout of this lease is a misfit, so its slot would stay empty: reissue it, but not for ever."""
+        self._misfits[number] += 1
+        if self._misfits[number] < MISFITS:
+            self.revoke(number, "rejected")
+        else:
+            self.discard(number, "misfit")
 
     def discard(self, number: int, reason: str) -> None:
         """This task can never be done: drop it and the rollouts of its lease."""

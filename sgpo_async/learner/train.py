@@ -99,7 +99,6 @@ class Trainer:
                 tokenizer=fingerprint,
                 rank=rank,
                 world_size=dist.get_world_size(),
-                step=progress.step,
             )
         )
         store = StoreWriter(welcome.store) if lead else None

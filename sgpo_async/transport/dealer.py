@@ -5,7 +5,7 @@
       └─ reads the socket's monitor, too: connected, lost, refused
 
 ZeroMQ connects in the background and again after every loss, with short pauses. `connections` counts the
-handshakes that succeeded: when it grows, what was sent before may be lost (see `ReliableSender.reconnected`).
+handshakes that succeeded: when it grows, what was sent before may be lost.
 """
 
 from __future__ import annotations

@@ -27,18 +27,12 @@ class ReliableSender:
         assert window >= 1 and resend_after_s > 0
         self.window = window
         self.resend_after_s = resend_after_s
-        self.resent = 0
         self._pending: dict[Key, Rollout] = {}  # all that is unacknowledged, oldest first
         self._due_at: dict[Key, float] = {}  # of those on their way: when to send again
 
     def __len__(self) -> int:
         """Rollouts that are not acknowledged, on their way or not."""
         return len(self._pending)
-
-    @property
-    def on_the_way(self) -> int:
-        """Rollouts sent and not acknowledged."""
-        return len(self._due_at)
 
     def offer(self, rollout: Rollout) -> None:
         """Take responsibility for a rollout."""
@@ -53,7 +47,6 @@ class ReliableSender:
                 break
             if self._due_at.get(key, now) > now:
                 continue
-            self.resent += sent_before
             self._due_at[key] = now + self.resend_after_s
             sending.append(rollout)
         return sending
@@ -62,19 +55,3 @@ class ReliableSender:
         """Forget a rollout that the hub has; False if it was forgotten before."""
         self._due_at.pop(key_of(ack), None)
         return self._pending.pop(key_of(ack), None) is not None
-
-    def withdraw(self, task: int, attempt: int) -> int:
-        """Forget a lease that is no longer ours: the hub has dropped its rollouts. Returns how many."""
-        keys = [key for key in self._pending if key[:2] == (task, attempt)]
-        for key in keys:
-            del self._pending[key]
-            self._due_at.pop(key, None)
-        return len(keys)
-
-    def reconnected(self, now: float) -> None:
-        """The connection was lost and is back: what was on its way is due again."""
-        self._due_at = dict.fromkeys(self._due_at, now)
-
-    def next_due(self) -> float | None:
-        """When `due` resends unless acknowledgements come first; None if nothing is on its way."""
-        return min(self._due_at.values(), default=None)

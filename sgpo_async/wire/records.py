@@ -35,7 +35,6 @@ class Hello:
     tokenizer: str = ""  # fingerprint; the hub refuses a member that differs from the learner
     rank: int = 0  # learner only
     world_size: int = 1  # learner only
-    step: int = 0  # learner only: optimiser steps its weights have behind them
 
 
 @dataclass(frozen=True, kw_only=True)

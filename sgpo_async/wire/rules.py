@@ -29,9 +29,20 @@ def rollout_fault(rollout: Rollout) -> str | None:
         return "a token id or a version is below 0"
     if not np.isfinite(rollout.logprobs).all():
         return "a log-probability is not finite"
-    if not math.isfinite(rollout.reward) or not math.isfinite(rollout.unguided_logprob or 0.0):
-        return "reward or unguided_logprob is not finite"
-    return None
+    if not 0.0 <= rollout.reward <= 1.0:
+        return f"reward {rollout.reward} is outside [0, 1]"
+    return unguided_fault(rollout)
+
+
+def unguided_fault(rollout: Rollout) -> str | None:
+    """What is wrong with the log-probability under the plain prompt, of which Eq. 4 chooses the target."""
+    value = rollout.unguided_logprob
+    if value is None:
+        needed = rollout.guided and rollout.purpose == "train" and rollout.reward == 1.0
+        return "a correct guided rollout lacks unguided_logprob" if needed else None
+    if not rollout.guided:
+        return "unguided_logprob on a rollout that is not guided"
+    return None if math.isfinite(value) else "unguided_logprob is not finite"
 
 
 def increasing(ends: np.ndarray) -> bool:

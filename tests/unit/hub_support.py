@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -70,7 +70,9 @@ def make_rollout(lease: wire.Lease, slot: int, *, versions: tuple[int, ...] = (0
         "reward": 1.0,
         "finish": "stop",
     }
-    return wire.Rollout(**{**fields, **changes})
+    made = wire.Rollout(**{**fields, **changes})
+    needed = made.guided and made.reward == 1.0 and made.unguided_logprob is None
+    return replace(made, unguided_logprob=-1.0) if needed else made
 
 
 class Driver:
@@ -124,11 +126,11 @@ class Driver:
         self.handle(LinkUp(member, "127.0.0.1", 4000))
         self.send(member, wire.Ready(tasks=credit, version=version))
 
-    def learner(self, *, ranks: int = 1, step: int = 0, publish: bool = True) -> None:
+    def learner(self, *, ranks: int = 1, publish: bool = True) -> None:
         """Join a world of learners `b"r0"`, `b"r1"`, ...; rank 0 publishes the version it is told."""
         for rank in range(ranks):
             name = f"r{rank}"
-            hello = wire.Hello(role="learner", name=name, rank=rank, world_size=ranks, step=step)
+            hello = wire.Hello(role="learner", name=name, rank=rank, world_size=ranks)
             self.send(name.encode(), hello)
         if publish:
             welcome = self.take(b"r0", wire.Welcome)[-1]

@@ -51,7 +51,7 @@ def test_autonomous_slots_come_first_and_see_the_plain_prompt() -> None:
 def test_a_rollout_carries_what_the_engine_measured() -> None:
     group = make_group()
     group.generated(answer(group.requests()[0]))
-    rollout = group.judged(0, correct=True)
+    rollout = group.judged((4, 1, 0), correct=True)
     assert isinstance(rollout, Rollout)
     assert (rollout.task, rollout.attempt, rollout.slot, rollout.guided) == (4, 1, 0, False)
     assert rollout.reward == 1.0
@@ -62,7 +62,7 @@ def test_a_rollout_carries_what_the_engine_measured() -> None:
 def test_a_correct_guided_rollout_is_scored_on_the_plain_prompt_and_the_score_is_a_sum() -> None:
     group = make_group()
     group.generated(answer(group.requests()[2]))
-    score = group.judged(2, correct=True)
+    score = group.judged((4, 1, 2), correct=True)
     assert isinstance(score, Score)
     assert list(score.prompt) == [1, 2]
     assert list(score.tokens) == [5, 6]
@@ -76,7 +76,7 @@ def test_a_correct_guided_rollout_is_scored_on_the_plain_prompt_and_the_score_is
 def test_a_wrong_guided_rollout_is_not_scored() -> None:
     group = make_group()
     group.generated(answer(group.requests()[3]))
-    rollout = group.judged(3, correct=False)
+    rollout = group.judged((4, 1, 3), correct=False)
     assert isinstance(rollout, Rollout)
     assert (rollout.reward, rollout.unguided_logprob) == (0.0, None)
 
@@ -84,7 +84,7 @@ def test_a_wrong_guided_rollout_is_not_scored() -> None:
 def test_an_evaluation_asks_for_no_score() -> None:
     group = make_group(1, 1, purpose="evaluate")
     group.generated(answer(group.requests()[1]))
-    assert isinstance(group.judged(1, correct=True), Rollout)
+    assert isinstance(group.judged((4, 1, 1), correct=True), Rollout)
 
 
 @given(st.permutations(range(5)), st.lists(st.booleans(), min_size=5, max_size=5))
@@ -97,7 +97,7 @@ def test_whatever_the_order_every_slot_yields_one_rollout_and_then_the_group_is_
     for slot in order:
         assert not group.done
         group.generated(answer(requests[slot]))
-        outcome = group.judged(slot, correct=correct[slot])
+        outcome = group.judged((4, 1, slot), correct=correct[slot])
         if isinstance(outcome, Score):
             outcome = group.scored(Scored(id=outcome.id, logprobs=np.zeros(2, np.float32), version=3))
         rollouts.append(outcome)

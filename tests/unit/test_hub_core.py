@@ -205,6 +205,20 @@ def test_rollouts_that_do_not_belong_cost_a_rejection_each(hub):
     assert status["ledger"]["rollouts"]["dropped"]["rejected"] == 3, "the lease is reissued: a slot would stay empty"
 
 
+def test_a_task_whose_rollouts_never_fit_is_dropped(hub):
+    attempts = []
+    for _ in range(3):
+        hub.send(b"a", wire.Ready(tasks=1, version=0))
+        (lease,) = hub.leases(b"a")
+        attempts.append((lease.task, lease.attempt))
+        hub.send(b"a", make_rollout(lease, 0, guided=True))
+    (task, first), *_ = attempts
+    assert attempts == [(task, first + i) for i in range(3)]
+    ledger = hub.core.status()["ledger"]
+    assert ledger["dropped"] == {"misfit": 1}
+    assert ledger["rollouts"]["dropped"] | {"released": 0} == {"released": 0, "rejected": 6, "misfit": 3}
+
+
 def test_nonsense_is_counted_and_strangers_are_told(hub):
     hub.handle(Rejected(b"x", "protocol 9"))
     hub.send(b"a", wire.Commit(step=0))
@@ -307,7 +321,7 @@ def test_a_learner_that_dies_before_the_commit_returns_the_batch(hub):
         hub.serve(b"a", lease)
     hub.send(b"r0", wire.BatchRequest(step=0))
     before = [r.task for r in hub.only(b"r0", wire.Shard).rollouts]
-    hub.send(b"new", wire.Hello(role="learner", name="new", step=0))
+    hub.send(b"new", wire.Hello(role="learner", name="new"))
     assert "new learner world" in hub.only(b"r0", wire.Refused).reason
     hub.send(b"r0", wire.Commit(step=0))
     assert hub.core.status()["ledger"]["trained"] == 0
@@ -360,7 +374,7 @@ def test_a_learner_is_not_lost_by_a_long_step_but_by_a_very_long_silence(hub):
 
 def test_a_learner_at_another_step_has_to_restore(hub):
     train_one_step(hub)
-    hub.learner(publish=False, step=0)
+    hub.learner(publish=False)
     hub.send(b"r0", wire.BatchRequest(step=0))
     assert "step 0" in hub.only(b"r0", wire.Refused).reason
     hub.send(b"r0", wire.Restore(state=b""))
@@ -380,7 +394,7 @@ def test_restore_takes_the_hub_back_and_versions_forward(hub):
     hub.serve(b"a", open_, versions=(1,))
     hub.send(b"r0", wire.BatchRequest(step=1))
     hub.send(b"r0", wire.Commit(step=1))
-    hub.learner(publish=False, step=1)
+    hub.learner(publish=False)
     hub.send(b"r0", wire.Restore(state=state))
     version = hub.only(b"r0", wire.Restored).version
     assert version == 3 and hub.core.training.step == 1
@@ -404,7 +418,7 @@ def test_a_snapshot_survives_the_hub(hub):
     train_one_step(hub)
     state = dump(hub.core.training, hub.core.evaluation)
     fresh = Driver(hub.run)
-    fresh.learner(step=1, publish=False)
+    fresh.learner(publish=False)
     fresh.send(b"r0", wire.Restore(state=state))
     assert fresh.only(b"r0", wire.Restored).version == 2
     old, new = hub.core.status(), fresh.core.status()

@@ -201,7 +201,7 @@ class World(Driver):
         self.learner_step, state, trained = self.checkpoint
         for rank in self.rng.sample(range(self.ranks), self.ranks):
             name = f"learner-{self.worlds}-{rank}"
-            hello = wire.Hello(role="learner", name=name, rank=rank, world_size=self.ranks, step=self.learner_step)
+            hello = wire.Hello(role="learner", name=name, rank=rank, world_size=self.ranks)
             self.send(self.rank(rank), hello)
         version = self.only(self.rank(0), wire.Welcome).version
         if self.learner_step != self.core.training.step:

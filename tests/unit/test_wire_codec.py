@@ -74,7 +74,8 @@ def rollouts(draw: st.DrawFn) -> Rollout:
     ids = st.integers(0, 2**31 - 1)
     finite = st.floats(allow_nan=False, allow_infinity=False, width=32)
     hints = get_type_hints(Rollout, include_extras=True)
-    scalars = ("task", "attempt", "slot", "purpose", "guided", "finish")
+    scalars = ("task", "attempt", "slot", "purpose", "finish")
+    guided = draw(st.booleans())
     return Rollout(
         **{name: draw(values(hints[name])) for name in scalars},
         prompt=draw(array_of("<i4", ids, st.integers(1, 9))),
@@ -82,8 +83,9 @@ def rollouts(draw: st.DrawFn) -> Rollout:
         logprobs=draw(array_of("<f4", finite, st.just(length))),
         versions=draw(array_of("<i4", ids, st.just(len(spans)))),
         ends=np.cumsum(spans, dtype=np.int32),
-        reward=draw(finite),
-        unguided_logprob=draw(st.none() | finite),
+        reward=draw(st.floats(0, 1)),
+        guided=guided,
+        unguided_logprob=draw(finite) if guided else None,
     )
 
 
@@ -232,7 +234,11 @@ INCONSISTENT: list[dict[str, Any]] = [
     {"tokens": i4(1, -1, 2)},
     {"versions": i4(-1, 1)},
     {"reward": float("inf")},
-    {"unguided_logprob": float("nan")},
+    {"reward": -0.5},
+    {"reward": 1.5},
+    {"guided": True},
+    {"unguided_logprob": -1.0},
+    {"guided": True, "unguided_logprob": float("nan")},
 ]
 
 

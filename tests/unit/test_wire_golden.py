@@ -65,7 +65,7 @@ GUIDED = dataclasses.replace(
 )
 
 EXAMPLES: list[Message] = [
-    Hello(role="learner", name="learner-0", tokenizer="9f2c", rank=1, world_size=2, step=40),
+    Hello(role="learner", name="learner-0", tokenizer="9f2c", rank=1, world_size=2),
     Welcome(
         session_host="127.0.0.1",
         session_port=40001,
