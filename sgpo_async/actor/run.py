@@ -6,6 +6,8 @@
 
 The configuration is asked for before the actor joins, so that loading a model, which may take minutes, is not
 mistaken for a dead member. The engine outlives sessions; a hub that went away is looked for until it is back.
+A refusal ends an actor that has not served yet. Later it may be a matter of time, as when the hub still takes the
+name for that of a living member after the network broke: then the actor tries on for `hub_timeout_s`.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from sgpo_async.actor.service import Service
+from sgpo_async.config import Engine as EngineSettings
 from sgpo_async.config import Model, Run, from_plain
 from sgpo_async.engines import EmbeddedEngine
 from sgpo_async.engines.base import Engine
@@ -49,6 +52,14 @@ class ActorOptions:
     hub_timeout_s: float = 120.0  # how long to look for the hub before giving up
 
 
+class Refusal(HubError):
+    """The hub does not take this actor."""
+
+    def __init__(self, message: str, *, final: bool) -> None:
+        super().__init__(message)
+        self.final = final
+
+
 class Actor:
     """One inference node. Raises HubError when no hub is found or it refuses; EngineError, DataError for the model."""
 
@@ -56,7 +67,8 @@ class Actor:
         self._options = options
         self._name = options.name or f"actor-{uuid.uuid4().hex[:6]}"
         self._stopped = False
-        self._warm_model: Model | None = None
+        self._served_until: float | None = None  # when the last session ended that began with a Welcome
+        self._warm_for: tuple[Model, EngineSettings] | None = None
         self._engine: Engine | None = None
         self._tokenizer: Any = None
 
@@ -72,6 +84,10 @@ class Actor:
             try:
                 if self._session(mailbox):
                     break
+            except Refusal as refusal:
+                if not self._may_pass(refusal):
+                    raise
+                _say(str(refusal))
             finally:
                 mailbox.close(linger_s=1.0)  # releases and the goodbye should leave
             failures = 0 if time.monotonic() - began > 2 * BACKOFF_S[-1] else failures + 1
@@ -79,6 +95,10 @@ class Actor:
         if self._engine is not None:
             self._engine.close()
         return 0
+
+    def _may_pass(self, refusal: Refusal) -> bool:
+        served = self._served_until
+        return not refusal.final and served is not None and time.monotonic() - served < self._options.hub_timeout_s
 
     def _session(self, mailbox: Mailbox) -> bool:
         """One connection to one hub, from its settings to its end; whether the run is over."""
@@ -108,6 +128,7 @@ class Actor:
             verifier=VERIFIER_OF_SOURCE[run.tasks.source],
         )
         reason = service.serve(stopping=lambda: self._stopped)
+        self._served_until = time.monotonic()
         _say(f"{self._name}: session ended: {reason}")
         return service.finished
 
@@ -124,8 +145,8 @@ class Actor:
         )
 
     def _warm(self, run: Run) -> Engine:
-        """The engine, loaded once for as long as the run's model stays the same."""
-        if self._engine is not None and self._warm_model == run.model:
+        """The engine, loaded once for as long as the run's model and engine settings stay the same."""
+        if self._engine is not None and self._warm_for == (run.model, run.engine):
             return self._engine
         if self._engine is not None:
             self._engine.close()
@@ -137,10 +158,11 @@ class Actor:
             folder,
             slots=run.engine.slots,
             device=run.engine.device,
+            dtype=run.model.dtype,
             deterministic=run.engine.deterministic,
             digest=digest,
         )
-        self._warm_model = run.model
+        self._warm_for = run.model, run.engine
         _say(f"{self._name}: engine ready after {time.monotonic() - began:.1f} s")
         return self._engine
 
@@ -155,7 +177,8 @@ class Actor:
                 if isinstance(message, answer):
                     return message
                 if isinstance(message, Refused):
-                    raise HubError(f"hub {self._options.hub}: refused {self._name}: {message.reason}")
+                    reason = f"hub {self._options.hub}: refused {self._name}: {message.reason}"
+                    raise Refusal(reason, final=message.final)
                 if isinstance(message, Stop):
                     return None
             self._dealer.check_refused()

@@ -44,7 +44,7 @@ class Service:
         self._mailbox, self._node, self._engine = mailbox, node, engine
         self._tokenizer, self._run, self._verifier = tokenizer, run, verifier
         self._sampling = Sampling(temperature=run.rollout.temperature, max_new_tokens=run.rollout.max_new_tokens)
-        self._rewards = RewardPool()
+        self._rewards = RewardPool(workers=run.tasks.reward_workers, limit_s=run.tasks.reward_limit_s)
         self._sender = ReliableSender(window=UNACKNOWLEDGED, resend_after_s=RESEND_AFTER_S)
         self._store: StoreReader | None = None
         self._version: int | None = None  # loaded in this session; what a warm engine held before is another past
@@ -52,6 +52,7 @@ class Service:
         self._groups: dict[tuple[int, int], Group] = {}
         self._granted = 0  # leases the hub may have open here
         self._busy_s = 0.0
+        self._connections = mailbox.dealer.connections
         self._started = self._beaten = time.monotonic()
         self.finished = False  # the run is over, not just this session
 
@@ -76,13 +77,17 @@ class Service:
             self._engine.cancel([key for group in self._groups.values() for key in group.rollout_ids()])
 
     def receive(self) -> str | None:
-        """Take what the hub sent; a reason to end, if there is one."""
+        """Take what the hub sent; a reason to end, if there is one.
+
+        A connection that was lost and is back may have cost leases or credit, which are not sent again.
+        """
         status = self._engine.load_status()
-        idle = status.running + status.waiting == 0
+        idle = self._version is None or status.running + status.waiting == 0
         for message in self._mailbox.receive(IDLE_WAIT_S if idle else 0.0):
             if reason := self._take(message):
                 return reason
-        return None
+        lost = self._mailbox.dealer.connections != self._connections
+        return "the connection to the hub was lost" if lost else None
 
     def _take(self, message: Message) -> str | None:
         match message:

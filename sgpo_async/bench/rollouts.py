@@ -21,7 +21,7 @@ from sgpo_async.tasks.prompts import build_prompt
 from sgpo_async.tasks.sources import VERIFIER_OF_SOURCE, open_source
 from sgpo_async.tasks.verify import VERIFIERS
 from sgpo_async.weights import digest
-from sgpo_async.wire.records import Lease, Rollout
+from sgpo_async.wire.records import Rollout
 
 
 class Roller:
@@ -40,6 +40,7 @@ class Roller:
             digest=digest,
             slots=run.engine.slots,
             device=run.engine.device,
+            dtype=run.model.dtype,
             deterministic=run.engine.deterministic,
         )
 
@@ -70,19 +71,7 @@ class Roller:
         return sorted(rollouts, key=lambda rollout: (rollout.task, rollout.slot))
 
     def _group(self, number: int) -> Group:
-        task = self._curriculum.task(number)
-        lease = Lease(
-            task=number,
-            attempt=0,
-            purpose=task.purpose,
-            problem=task.problem.problem,
-            answer=task.problem.answer,
-            strategy=task.problem.strategy,
-            autonomous=task.autonomous,
-            guided=task.guided,
-            min_version=0,
-            seed=task.seed,
-        )
+        lease = self._curriculum.task(number).lease(attempt=0, min_version=0)
         guided = self._prompt(lease.problem, lease.strategy) if lease.guided else None
         return Group(lease, plain=self._prompt(lease.problem, None), guided=guided, sampling=self._sampling)
 

@@ -8,7 +8,7 @@ import time
 
 from sgpo_async.bench.rollouts import Roller
 from sgpo_async.config import load
-from sgpo_async.learner.folder import load_model
+from sgpo_async.engines.pretrained import load_model
 from sgpo_async.tasks.models import model_folder
 
 
@@ -16,7 +16,7 @@ def main(config: str, index: str, seconds: str, *words: str) -> None:
     """Generate batches for about `seconds` after one to warm up; print tokens and seconds."""
     run = load(config, words)
     roller = Roller(run)
-    roller.load(0, dict(load_model(model_folder(run.model.path)).named_parameters()))
+    roller.load(0, dict(load_model(model_folder(run.model.path), device="cpu", dtype="float32").named_parameters()))
     batch = run.learner.problems_per_step
     first = int(index) * 10**6  # every engine has problems of its own
     roller.roll_out(range(first, first + batch))

@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, ClassVar, get_type_hints
 
 import yaml
 from omegaconf import OmegaConf
@@ -17,6 +17,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sgpo_async.config.schema import Run
 from sgpo_async.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 without dates. What it takes for text (1e-6), the type of the field makes a number, or leaves."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
@@ -51,7 +60,7 @@ def _read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); name an existing YAML file") from None
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f":{where.line + 1}" if where else ""
@@ -64,10 +73,16 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _parse_word(word: str) -> dict[str, Any]:
-    key, equals, _ = word.partition("=")
+    key, equals, text = word.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"argument {word!r}: an override looks like key=value, e.g. optim.lr=3e-4")
-    plain = OmegaConf.to_container(OmegaConf.from_dotlist([word]))
+    try:
+        value = yaml.load(text, Loader=_Loader) if text else ""
+    except yaml.YAMLError as error:
+        raise ConfigError(f"argument {word!r}: is not YAML ({getattr(error, 'problem', error)})") from None
+    nested = OmegaConf.create()
+    OmegaConf.update(nested, key.strip(), value)
+    plain = OmegaConf.to_container(nested)
     assert isinstance(plain, dict)
     return {str(name): value for name, value in plain.items()}
 
@@ -77,7 +92,7 @@ def _build(layers: Sequence[tuple[str, dict[str, Any]]]) -> Run:
     for place, layer in layers:
         _check_keys(place, layer, Run, "")
         try:
-            merged = OmegaConf.merge(merged, _exponents_as_floats(layer))
+            merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
             raise ConfigError(f"{place}: {error.full_key}: {str(error.msg).splitlines()[0]}") from None
     try:
@@ -102,15 +117,3 @@ def _check_keys(place: str, layer: Mapping[str, Any], section: type, prefix: str
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{place}: {path}: is a section with keys, got {value!r}")
             _check_keys(place, value, inner, f"{path}.")  # type: ignore[arg-type]
-
-
-def _exponents_as_floats(value: Any) -> Any:
-    """YAML 1.1 reads 1e-6 as a string; people mean a number."""
-    if isinstance(value, dict):
-        return {key: _exponents_as_floats(item) for key, item in value.items()}
-    if isinstance(value, str) and "e" in value.lower():
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value

@@ -13,6 +13,8 @@ from sgpo_async.errors import ConfigError
 
 CorrectionMode = Literal["none", "token", "token-mask", "prefix", "sequence", "sequence-geometric"]
 
+BYTES_PER_TOKEN = 8  # of a rollout: the token and its log-probability
+
 
 def require(holds: bool, path: str, rule: str, value: object) -> None:
     """Raise `ConfigError` naming `path`, `rule` and `value` unless the rule holds."""
@@ -36,6 +38,8 @@ class Tasks:
     path: str = ""  # source=file: JSONL, Parquet, or a Hugging Face dataset
     held_out: int = 200  # problems set aside for evaluation
     prompt: Literal["plain", "chat"] = "plain"
+    reward_workers: int = 2  # processes of each actor that judge completions
+    reward_limit_s: float = 3.0  # a completion that takes longer to judge counts as incorrect
 
     def __post_init__(self) -> None:
         require(
@@ -45,6 +49,8 @@ class Tasks:
             "",
         )
         require(self.held_out >= 1, "tasks.held_out", "is at least 1", self.held_out)
+        require(self.reward_workers >= 1, "tasks.reward_workers", "is at least 1", self.reward_workers)
+        require(self.reward_limit_s > 0, "tasks.reward_limit_s", "is above 0", self.reward_limit_s)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +89,6 @@ class Correction:
     mode: CorrectionMode = "token"
     bound: float = 2.0
 
-    def __post_init__(self) -> None:
-        require(self.bound >= 1, "algorithm.*.bound", "is at least 1", self.bound)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Algorithm:
@@ -101,13 +104,17 @@ class Algorithm:
     eps_low: float = 0.2
     eps_high: float = 0.28
     grpo_correction: Correction = field(default_factory=Correction)
-    kl_correction: Correction = field(default_factory=lambda: Correction(mode="prefix"))
+    # A product of factors of up to c grows with c^T; with c = 1, as in V-trace, no prefix weighs more than 1.
+    kl_correction: Correction = field(default_factory=lambda: Correction(mode="prefix", bound=1.0))
 
     def __post_init__(self) -> None:
         for name in ("delta", "gamma", "eps_low", "eps_high"):
             require(getattr(self, name) > 0, f"algorithm.{name}", "is above 0", getattr(self, name))
         for name in ("alpha0", "alpha_max"):
             require(getattr(self, name) >= 0, f"algorithm.{name}", "is at least 0", getattr(self, name))
+        for name in ("grpo_correction", "kl_correction"):
+            bound = getattr(self, name).bound
+            require(bound >= 1, f"algorithm.{name}.bound", "is at least 1", bound)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +147,7 @@ class Learner:
         "auto"  # of matrix products; auto: bfloat16 on GPUs that have it
     )
     checkpoint_every: int = 0  # steps; 0: only at the end
+    keep_checkpoints: int = 2  # the newest so many; older ones are deleted
     resume: bool = False  # continue from the newest checkpoint of this run, if there is one
     batch_timeout_s: float = 600.0  # how long to wait for a batch before giving up
 
@@ -147,6 +155,7 @@ class Learner:
         require(self.problems_per_step >= 1, "learner.problems_per_step", "is at least 1", self.problems_per_step)
         require(self.row_tokens >= 1, "learner.row_tokens", "is at least 1", self.row_tokens)
         require(self.checkpoint_every >= 0, "learner.checkpoint_every", "is at least 0", self.checkpoint_every)
+        require(self.keep_checkpoints >= 1, "learner.keep_checkpoints", "is at least 1", self.keep_checkpoints)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,8 +167,10 @@ class Hub:
     max_lag: int = 2  # eta: a batch holds no token older than this many versions; 0 is synchronous
     heartbeat_s: float = 1.0
     lease_timeout_s: float = 120.0  # a lease without any news for so long is given to another actor
-    member_timeout_s: float = 10.0  # a member without a heartbeat for so long is gone
-    max_message_mb: int = 64
+    # An actor that joins, so that no link watches it yet, is gone after so long without a heartbeat. A welcomed one
+    # is given lease_timeout_s: its link notices death at once.
+    member_timeout_s: float = 10.0
+    max_message_mb: int = 512  # the largest message is the hub's state in a checkpoint
 
     def __post_init__(self) -> None:
         require(self.address.startswith("tcp://"), "hub.address", "looks like tcp://HOST:PORT", self.address)
@@ -175,6 +186,12 @@ class Hub:
             "hub.keys",
             f"names a folder of keys when the hub listens beyond loopback ({host}); make one: sgpo-async keys DIR",
             self.keys,
+        )
+        require(
+            host not in ("0.0.0.0", "*", "[::]"),
+            "hub.address",
+            "names the one address by which actors reach this machine: they are told it, and Torch RPC listens there",
+            self.address,
         )
         require(self.max_lag >= 0, "hub.max_lag", "is at least 0", self.max_lag)
         for name in ("heartbeat_s", "lease_timeout_s"):
@@ -264,6 +281,23 @@ class Run:
             "is 1 when engine.deterministic=true",
             self.local.actors,
         )
+        require(
+            self.state_mb <= self.hub.max_message_mb,
+            "hub.max_message_mb",
+            f"holds the hub's state, up to {self.state_mb} MB of completions in this run (raise it, or lower "
+            "learner.problems_per_step, rollout.max_new_tokens or hub.max_lag)",
+            self.hub.max_message_mb,
+        )
+
+    @property
+    def state_mb(self) -> int:
+        """How large the rollouts in the hub may become, in MB, rounded up: every completion at its full length.
+
+        It holds a batch for each version that the lag admits, the one in training and the one that is forming.
+        Prompts are not counted: their length is unknown here.
+        """
+        rollouts = self.learner.problems_per_step * self.rollout.size * (self.hub.max_lag + 2)
+        return -(-rollouts * self.rollout.max_new_tokens * BYTES_PER_TOKEN // 2**20)
 
     @property
     def folder(self) -> str:

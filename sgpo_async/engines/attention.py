@@ -7,7 +7,7 @@ decode step in float32 goes to SDPA as before.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -25,7 +25,7 @@ def use_decode_attention(model: PreTrainedModel) -> None:
         model.set_attn_implementation(_NAME)
 
 
-def decode_attention(  # noqa: PLR0913 (transformers' attention signature)
+def decode_attention(  # noqa: PLR0913, PLR0917 (transformers' attention signature)
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -37,16 +37,10 @@ def decode_attention(  # noqa: PLR0913 (transformers' attention signature)
 ) -> tuple[torch.Tensor, None]:
     """query [n, H, 1, d], key and value [n, h, L, d] with h dividing H, mask [n, 1, 1, L] added to the scores.
 
-    Returns [n, 1, H, d]. Query heads of one group are the rows of one matrix product.
+    Returns [n, 1, H, d]. Query heads of one group are the rows of one matrix product. Branches on types alone, never
+    on sizes, so that a trace of it holds for all sizes.
     """
-    plain = (
-        query.shape[2] == 1
-        and query.dtype == torch.float32
-        and dropout == 0.0
-        and kwargs.get("position_bias") is None
-        and (attention_mask is None or attention_mask.dtype == torch.float32)
-    )
-    if not plain:
+    if not _is_decode_step(attention_mask, kwargs):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -54,8 +48,11 @@ def decode_attention(  # noqa: PLR0913 (transformers' attention signature)
     groups, length = key.shape[1:3]
     grouped = (query * (width**-0.5 if scaling is None else scaling)).view(n * groups, heads // groups, width)
     scores = torch.bmm(grouped, key.reshape(n * groups, length, width).transpose(1, 2)).view(n, heads, length)
-    if attention_mask is not None:
-        scores += attention_mask[:, 0]
-    weights = scores.softmax(-1).view(n * groups, heads // groups, length)
-    mixed = torch.bmm(weights, value.reshape(n * groups, length, -1))
-    return mixed.view(n, 1, heads, -1), None
+    weights = (scores + attention_mask[:, 0]).softmax(-1).view(n * groups, heads // groups, length)
+    mixed = torch.bmm(weights, value.reshape(n * groups, length, value.shape[-1]))
+    return mixed.view(n, 1, heads, value.shape[-1]), None
+
+
+def _is_decode_step(attention_mask: torch.Tensor | None, kwargs: dict[str, Any]) -> TypeGuard[torch.Tensor]:
+    """Only a decode step brings an additive mask: prefill and scoring have none, transformers' own is boolean."""
+    return attention_mask is not None and attention_mask.dtype == torch.float32 and kwargs.get("position_bias") is None

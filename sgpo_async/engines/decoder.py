@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from sgpo_async.engines.attention import use_decode_attention
+from sgpo_async.engines.decode_step import DecodeStep, Step, traced
 from sgpo_async.engines.slots import SlotCache
 from sgpo_async.errors import EngineError
 
@@ -16,13 +19,17 @@ _BATCH_LOGITS = 2**26  # float32 logits of one scoring batch: 256 MiB
 
 
 class Decoder:
-    """Runs `model` over the rows of a SlotCache. All methods need `torch.inference_mode` around them."""
+    """Runs `model` over the rows of a SlotCache. All methods need `torch.inference_mode` around them.
+
+    Raises EngineError if the model cannot be decoded with a key-value cache.
+    """
 
     def __init__(self, model: PreTrainedModel, slots: int) -> None:
         use_decode_attention(model)
         self.model, self.slots = model.eval(), slots
-        self.vocabulary: int = model.get_input_embeddings().weight.shape[0]
+        self.vocabulary = _rows(model.get_input_embeddings())
         self.cache = SlotCache(slots, model.device)
+        self._step = self._choose_step()
 
     def tensor(self, array: np.ndarray) -> torch.Tensor:
         """`array` on the model's device."""
@@ -31,25 +38,17 @@ class Decoder:
     def prefill(self, first: int, prefixes: list[np.ndarray]) -> None:
         """Compute the cache of `prefixes` ([length] ids each, possibly empty) in the rows from `first` on."""
         for start, stop in batches([p.size for p in prefixes], _BATCH_TOKENS):
-            ids = self._padded(prefixes[start:stop])
+            distinct, copies = _distinct(prefixes[start:stop])
+            ids = self._padded(distinct)
             if ids.shape[1]:
-                self.cache.prefill(first + start, ids.shape[1])
+                self.cache.prefill(first + start, self.tensor(copies), ids.shape[1])
                 # Without the head: prefixes need no logits. Padding stands behind the tokens, so causal
                 # attention hides it without a mask.
                 self.model.base_model(input_ids=ids, past_key_values=self.cache, use_cache=True)
 
     def decode(self, tokens: np.ndarray, positions: np.ndarray) -> torch.Tensor:
         """Feed `tokens` [n] at `positions` [n] of rows 0..n-1; returns the logits after them, [n, V]."""
-        places = self.tensor(positions)
-        mask = self.cache.decode(places, int(positions.max()) + 1, self.model.dtype)
-        output = self.model(
-            input_ids=self.tensor(tokens)[:, None],
-            position_ids=places[:, None],
-            attention_mask=mask,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        return output.logits[:, -1]
+        return self._step(*self._inputs(tokens, positions))
 
     def logits(self, ids: list[np.ndarray]) -> torch.Tensor:
         """Teacher-forced logits of all positions, [n, longest, V], without the cache."""
@@ -64,37 +63,65 @@ class Decoder:
         self.cache.move(self.tensor(sources), self.tensor(targets), length)
 
     @torch.inference_mode()
-    def check(self) -> None:
-        """Raise EngineError unless this model, decoded in rows of different lengths, agrees with its plain forward.
-
-        That fails for models that keep other state than keys and values, or ignore positions or masks given.
-        """
-        ids = [np.arange(length, dtype=np.int32) % self.vocabulary for length in (7, 4)[: self.slots]]
-        try:
-            self.prefill(0, [row[:-2] for row in ids])
-            for back in (2, 1):
-                decoded = self.decode(
-                    np.array([row[-back] for row in ids], np.int32), np.array([row.size - back for row in ids])
-                )
-            plain = torch.stack([self.logits([row])[0, -1] for row in ids])
-        except (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError) as error:
-            raise EngineError(f"{self._unsupported()} ({type(error).__name__}: {error})") from error
-        limit = (1e-3 if self.model.dtype == torch.float32 else 5e-2) * float(plain.abs().max())
-        difference = float((decoded - plain).abs().max())
-        if not difference <= limit:
+    def _choose_step(self) -> Step:
+        """The decode step, traced if the trace does what the step does."""
+        step = DecodeStep(self.model, self.cache)
+        if fault := self._fault(step):
             raise EngineError(
-                f"{self._unsupported()} (cached and plain logits differ by {difference:.1e}, limit {limit:.1e})"
+                f"the embedded engine cannot decode {type(self.model).__name__} exactly with a key-value cache: {fault}"
             )
+        trace = traced(step, *self._inputs_after([row[:3] for row in self._trial()[:2]]))
+        return step if self._fault(trace) else trace
 
-    def _unsupported(self) -> str:
-        return f"the embedded engine cannot decode {type(self.model).__name__} exactly with a key-value cache"
+    def _fault(self, step: Step) -> str:
+        """How `step` fails to agree with the model's plain forward, all trial rows or one alone; "" if it agrees.
+
+        It fails for models that keep other state than keys and values, or ignore given positions or masks.
+        """
+        ids = self._trial()
+        try:
+            plain = torch.stack([self.logits([row])[0, -1] for row in ids])
+            self.prefill(0, [row[:-2] for row in ids])
+            limit = (1e-3 if self.model.dtype == torch.float32 else 5e-2) * float(plain.abs().max())
+            for rows in (len(ids), 1):
+                step(*self._inputs_after([row[:-1] for row in ids[:rows]]))
+                difference = float((step(*self._inputs_after(ids[:rows])) - plain[:rows]).abs().max())
+                if not difference <= limit:
+                    return f"cached and plain logits differ by {difference:.1e}, limit {limit:.1e}"
+        except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
+            return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return ""
+
+    def _trial(self) -> list[np.ndarray]:
+        return [np.arange(length, dtype=np.int64) % self.vocabulary for length in (9, 4, 6)[: self.slots]]
+
+    def _inputs(self, tokens: np.ndarray, positions: np.ndarray) -> tuple[Any, ...]:
+        places = self.cache.places(self.tensor(positions), int(positions.max()) + 1)
+        return self.tensor(tokens), *places
+
+    def _inputs_after(self, ids: list[np.ndarray]) -> tuple[Any, ...]:
+        """Of the step that feeds the last token of each of `ids`."""
+        return self._inputs(np.array([row[-1] for row in ids]), np.array([row.size - 1 for row in ids]))
 
     def _padded(self, ids: list[np.ndarray]) -> torch.Tensor:
         return self.tensor(pad_sequence([torch.from_numpy(row) for row in ids], batch_first=True).numpy())
 
 
+def _rows(embedding: torch.nn.Module) -> int:
+    weight = embedding.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.shape[0]
+
+
+def _distinct(prefixes: list[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
+    """The different ones among `prefixes`, and for each of `prefixes` which it is: a group shares its prompt."""
+    distinct = {prefix.tobytes(): prefix for prefix in prefixes}
+    places = {key: i for i, key in enumerate(distinct)}
+    return list(distinct.values()), np.array([places[prefix.tobytes()] for prefix in prefixes])
+
+
 def batches(lengths: list[int], limit: int) -> list[tuple[int, int]]:
-    """Split 0..n-1 into consecutive [start, stop) whose padded size, rows x longest, is at most `limit` (or one row)."""
+    """Split 0..n-1 into consecutive [start, stop): one row, or a padded size (rows x longest) of at most `limit`."""
     parts: list[tuple[int, int]] = []
     start = longest = 0
     for i, length in enumerate(lengths):

@@ -49,13 +49,13 @@ class EmbeddedEngine:
     ) -> None:
         self.version: int | None = None
         self._digest, self._slots = digest, 1 if deterministic else slots
-        self._batch = max(1, self._slots // 8)  # rows or requests worth a forward of their own
+        self._batch = max(1, self._slots // 4)  # rows or requests worth a forward of their own
         self._deterministic = deterministic
         self._decoder = Decoder(model, self._slots)
-        self._decoder.check()
         self._longest = longest(model)
         self._ends = np.zeros(self._decoder.vocabulary, bool)
-        self._ends[list(end_tokens(model) if end_ids is None else end_ids)] = True
+        ends = end_tokens(model) if end_ids is None else end_ids
+        self._ends[[i for i in ends if i < self._decoder.vocabulary]] = True
         self._running = Running(self._slots, self._decoder.move)
         self._waiting: deque[Sequence] = deque()
         self._scores: list[Score] = []

@@ -29,7 +29,7 @@ def check(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
         tensor = tensors[name]
         if tensor.shape != parameter.shape:
             raise WeightsError(
-                f"parameter {name}: shape {tuple(tensor.shape)} arrived, the engine's model has {tuple(parameter.shape)}"
+                f"parameter {name}: shape {tuple(tensor.shape)} arrived, the engine has {tuple(parameter.shape)}"
             )
         if torch.promote_types(tensor.dtype, parameter.dtype) != parameter.dtype:
             raise WeightsError(

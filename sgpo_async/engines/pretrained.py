@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -21,22 +22,21 @@ def load_model(path: str, *, device: str, dtype: str) -> PreTrainedModel:
     local = _is_folder(path)
     logging.disable_progress_bar()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, dtype), local_files_only=local, output_loading_info=True
         )
     except Exception as error:  # any of a dozen libraries' errors: all say that this model cannot be had
-        reason = next(iter(str(error).splitlines()), "")
+        reason = " ".join(str(error).split())[:300]
         raise DataError(
             f"model.path: cannot load a causal language model from {path!r} ({type(error).__name__}: {reason}); "
             + ("restore or export the folder anew" if local else "name an existing folder or a model on the hub")
         ) from error
-    for fault in ("missing_keys", "mismatched_keys"):
-        if info[fault]:
-            names = sorted(str(key) for key in info[fault])
-            raise DataError(
-                f"model.path: the weights in {path!r} do not fit their config.json, {fault.replace('_', ' ')}: "
-                f"{', '.join(names[:3])} ({len(names)} in all); restore or export the folder anew"
-            )
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise DataError(
+            f"model.path: {path!r} lacks {len(missing)} parameters that its config.json asks for "
+            f"({', '.join(missing[:3])}); restore or export the folder anew"
+        )
     return model.to(target).eval()
 
 

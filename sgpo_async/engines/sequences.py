@@ -91,8 +91,8 @@ class Running:
         return self._length[: len(self)] - 1
 
     def newest(self) -> np.ndarray:
-        """Each row's newest token, the input of a decode step, [n] int32."""
-        return self._ids[np.arange(len(self)), self.positions()]
+        """Each row's newest token, the input of a decode step, [n] int64."""
+        return self._ids[np.arange(len(self)), self.positions()].astype(np.int64)
 
     def temperatures(self) -> np.ndarray:
         """[n] float32."""

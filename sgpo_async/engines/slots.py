@@ -1,7 +1,8 @@
 """The key-value cache: one row ("slot") per running sequence, token t of a sequence in column t.
 
     keys, values   [slots, heads, capacity, width] per layer
-    prefill        several new sequences, right-padded, into consecutive rows; attends to its own tokens only
+    prefill        several new prefixes, right-padded, into consecutive rows; each attends to its own tokens only;
+                   a prefix that several rows begin with is computed once
     decode         one token into each of the first n rows; attends to columns 0..position of its row
 
 Rows in use are always the first n, so a decode step reads views and copies nothing. What a prefill leaves behind
@@ -10,7 +11,7 @@ its sequence's end is hidden by the mask until a decode step overwrites it.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import Cache
@@ -20,45 +21,53 @@ from sgpo_async.errors import EngineError
 _FIRST_CAPACITY = 64
 
 
+class Places(NamedTuple):
+    """Where one decode step writes and reads."""
+
+    rows: torch.Tensor  # [n] int64: 0..n-1
+    positions: torch.Tensor  # [n] int64: column of each row's new token
+    columns: torch.Tensor  # [L] int64: 0..L-1, beyond the highest position
+    keys: list[torch.Tensor]  # per layer [slots, heads, capacity, width]
+    values: list[torch.Tensor]
+
+
 class SlotCache(Cache):
     """Cache of `slots` rows whose columns are allocated at first use and doubled when they run out."""
 
     def __init__(self, slots: int, device: torch.device) -> None:
         super().__init__(layers=[])
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
         self._slots, self._device = slots, device
-        self._keys: list[torch.Tensor] = []
-        self._values: list[torch.Tensor] = []
         self._capacity = _FIRST_CAPACITY
         self._columns = torch.arange(self._capacity, device=device)
         self._rows = torch.arange(slots, device=device)
-        self._first = 0
-        self._positions: torch.Tensor | None = None  # None while prefilling
-        self._length = 0
+        self._places: Places | None = None  # None while prefilling
+        self._first, self._copies = 0, self._rows
 
-    def prefill(self, first: int, length: int) -> None:
-        """The next forward fills `length` columns of the rows from `first` on."""
+    def prefill(self, first: int, copies: torch.Tensor, length: int) -> None:
+        """The next forward computes `length` columns; row first + i takes what it computes in row copies[i]."""
         self.reserve(length)
-        self._first, self._positions, self._length = first, None, length
+        self._first, self._copies, self._places = first, copies, None
 
-    def decode(self, positions: torch.Tensor, length: int, dtype: torch.dtype) -> torch.Tensor:
-        """The next forward writes row i at `positions`[i], [n] int64; `length` = their maximum + 1.
-
-        Returns the additive attention mask, [n, 1, 1, length].
-        """
+    def places(self, positions: torch.Tensor, length: int) -> Places:
+        """For a decode step at `positions` [n] of rows 0..n-1, all below `length`; makes room for them."""
         self.reserve(length)
-        self._positions, self._length = positions, length
-        hidden = self._columns[:length] > positions[:, None]
-        mask = torch.zeros(hidden.shape, dtype=dtype, device=self._device).masked_fill_(hidden, -torch.inf)
-        return mask[:, None, None]
+        rows, columns = self._rows[: positions.shape[0]], self._columns[:length]
+        return Places(rows, positions, columns, self.keys, self.values)
+
+    def decode(self, places: Places) -> None:
+        """The next forward adds one token per row at `places`."""
+        self._places = places
 
     def move(self, sources: torch.Tensor, targets: torch.Tensor, length: int) -> None:
         """Copy the first `length` columns of rows `sources` to rows `targets`."""
-        for tensor in (*self._keys, *self._values):
+        for tensor in (*self.keys, *self.values):
             tensor[targets, :, :length] = tensor[sources, :, :length]
 
     def forget(self) -> None:
         """Zero everything: what other weights left (it may be NaN) must not reach a sum, even with weight 0."""
-        for tensor in (*self._keys, *self._values):
+        for tensor in (*self.keys, *self.values):
             tensor.zero_()
 
     def reserve(self, length: int) -> None:
@@ -68,34 +77,30 @@ class SlotCache(Cache):
         while self._capacity < length:
             self._capacity *= 2
         self._columns = torch.arange(self._capacity, device=self._device)
-        for tensors in (self._keys, self._values):
+        for tensors in (self.keys, self.values):
             for i, old in enumerate(tensors):
                 tensors[i] = self._allocate(old)
                 tensors[i][:, :, : old.shape[2]] = old
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Called by the model in each layer with [n, heads, tokens, width]; returns what to attend to."""
-        if layer_idx == len(self._keys):
-            self._keys.append(self._allocate(key_states))
-            self._values.append(self._allocate(value_states))
-        keys, values, n = self._keys[layer_idx], self._values[layer_idx], key_states.shape[0]
-        if self._positions is None:
-            rows = slice(self._first, self._first + n)
-            keys[rows, :, : self._length] = key_states
-            values[rows, :, : self._length] = value_states
-            return key_states, value_states
-        rows = self._rows[:n]
-        keys[rows, :, self._positions] = key_states[:, :, 0]
-        values[rows, :, self._positions] = value_states[:, :, 0]
-        return keys[:n, :, : self._length], values[:n, :, : self._length]
+        if self._places is not None:
+            return _write_and_read(self._places, key_states, value_states, layer_idx)
+        if layer_idx == len(self.keys):
+            self.keys.append(self._allocate(key_states))
+            self.values.append(self._allocate(value_states))
+        rows, length = slice(self._first, self._first + self._copies.shape[0]), key_states.shape[2]
+        self.keys[layer_idx][rows, :, :length] = key_states[self._copies]
+        self.values[layer_idx][rows, :, :length] = value_states[self._copies]
+        return key_states, value_states
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 (all layers are alike)
         """Columns filled before the next forward."""
-        return 0 if self._positions is None else self._length - 1
+        return 0 if self._places is None else self._places.columns.shape[0] - 1
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:  # noqa: ARG002
         """Length and offset of the keys that the next forward sees."""
         return self.get_seq_length() + query_length, 0
 
@@ -108,3 +113,13 @@ class SlotCache(Cache):
                 f"no memory for a key-value cache of {self._slots} slots x {self._capacity} tokens on {self._device}: "
                 f"lower engine.slots"
             ) from error
+
+
+def _write_and_read(
+    places: Places, key_states: torch.Tensor, value_states: torch.Tensor, layer: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, positions, columns, keys, values = places
+    keys[layer][rows, :, positions] = key_states[:, :, 0]
+    values[layer][rows, :, positions] = value_states[:, :, 0]
+    n, length = rows.shape[0], columns.shape[0]
+    return keys[layer][:n, :, :length], values[layer][:n, :, :length]

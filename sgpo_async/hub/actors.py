@@ -35,6 +35,7 @@ class Actor:
     member: bytes
     name: str
     seen: float  # when it last gave a sign of life
+    tokenizer: str = ""  # fingerprint
     welcomed: bool = False  # its link stands
     state: str = "joining"
     version: int = -1  # that its engine serves; -1: none
@@ -65,9 +66,9 @@ class Actors(dict[bytes, Actor]):
         self.joined = self.left = 0
         self.busy_s = self.wall_s = 0.0  # of all engines, over the life of the hub
 
-    def join(self, member: bytes, name: str, *, now: float) -> None:
+    def join(self, member: bytes, name: str, *, now: float, tokenizer: str = "") -> None:
         """A new actor."""
-        self[member] = Actor(member=member, name=name, seen=now)
+        self[member] = Actor(member=member, name=name, seen=now, tokenizer=tokenizer)
         self.joined += 1
 
     def leave(self, member: bytes) -> None:

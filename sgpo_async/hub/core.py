@@ -19,7 +19,7 @@ from sgpo_async.errors import HubError
 from sgpo_async.hub import events as ev
 from sgpo_async.hub import snapshot
 from sgpo_async.hub.actors import Actor, Actors
-from sgpo_async.hub.door import refusal
+from sgpo_async.hub.door import other_tokenizer, refusal
 from sgpo_async.hub.evaluation import Evaluation
 from sgpo_async.hub.events import CloseLink, Effect, Event, OpenLink, Send, Shutdown
 from sgpo_async.hub.status import status
@@ -46,7 +46,7 @@ class HubCore:
         self.training, self.evaluation = Training(run, curriculum), Evaluation(curriculum)
         self.actors, self.world = Actors(), World()
         self.published = -1  # newest version in the weight store
-        self.tokenizer = ""  # fingerprint that the run began with
+        self.tokenizer = ""  # fingerprint of the first learner: it decides for all
         self.rejected: Counter[str] = Counter()  # messages by reason
         self.last_rejection = ""
         self.refused = 0  # Hellos
@@ -156,12 +156,15 @@ class HubCore:
         opens = hello.role == "learner" and self.world.opens_new(member, hello)
         joined = self.world if hello.role == "learner" and not opens else None
         taken = self._names_besides(member, ranks=not opens)
-        reason = refusal(hello, tokenizer=self.tokenizer, taken=taken, world=joined)
+        alien = other_tokenizer(hello.name, hello.tokenizer, learners=self.tokenizer)
+        reason = alien or refusal(hello, taken=taken, world=joined)
+        if self.closing and hello.role == "actor":
+            self._send(member, wire.Stop(reason=self.closing[0]))  # it came too late, which is no fault of its own
+            return
         if self.closing or reason:
             self.refused += 1
-            self._refuse(member, reason or "the run is over")
+            self._refuse(member, reason or "the run is over", final=bool(alien))
             return
-        self.tokenizer = self.tokenizer or hello.tokenizer
         if hello.role == "learner":
             self._rank_joins(member, hello, opens=opens)
         else:
@@ -178,7 +181,7 @@ class HubCore:
             return  # it repeats itself while its link is being made
         if known:
             self._lose_actor(known)
-        self.actors.join(member, hello.name, now=self.now)
+        self.actors.join(member, hello.name, now=self.now, tokenizer=hello.tokenizer)
         self._effects.append(OpenLink(member, hello.name))
 
     def _link_up(self, member: bytes, host: str, port: int) -> None:
@@ -203,6 +206,7 @@ class HubCore:
         self._effects.append(CloseLink(actor.member))
 
     def _rank_joins(self, member: bytes, hello: wire.Hello, *, opens: bool) -> None:
+        self._settle_tokenizer(hello.tokenizer)
         if opens:
             self.training.batch = None  # its groups are in the buffer still
             for old in self.world.reopen(hello.world_size):
@@ -211,19 +215,29 @@ class HubCore:
         self.world.join(member, hello, now=self.now)
         self._send(member, wire.Welcome(store=self.store, version=self.training.version))
 
+    def _settle_tokenizer(self, fingerprint: str) -> None:
+        """The first learner's decides; actors that came before it and differ have to go."""
+        self.tokenizer = self.tokenizer or fingerprint
+        for actor in list(self.actors.values()):
+            if alien := other_tokenizer(actor.name, actor.tokenizer, learners=self.tokenizer):
+                self.refused += 1
+                self._refuse(actor.member, alien, final=True)
+                self._lose_actor(actor)
+
     def _lose_rank(self, rank: int) -> None:
         self.world.leave(rank)
         if rank == 0:  # only rank 0 can commit; the others may leave between their last step and its Commit
             self.training.batch = None
 
     def _expire(self) -> None:
-        hub, oldest = self.run.hub, self.now - self.run.learner.batch_timeout_s
-        for actor in self.actors.silent_since(self.now - hub.member_timeout_s):
+        """Silence is a slow sign of death, since an actor's one thread may load weights; its link is the fast one."""
+        overdue, oldest = self.now - self.run.hub.lease_timeout_s, self.now - self.run.learner.batch_timeout_s
+        for actor in self.actors.silent_since(overdue):
             self._lose_actor(actor)
         for rank in [r for r, held in self.world.ranks.items() if held.seen < oldest]:
             self._lose_rank(rank)
         for book in (self.training.book, self.evaluation.book):
-            for number in book.silent_since(self.now - hub.lease_timeout_s):
+            for number in book.silent_since(overdue):
                 book.revoke(number, "lease_timeout")
 
     # ---- actors at work
@@ -246,12 +260,13 @@ class HubCore:
         return version if version <= self.training.version else -1
 
     def _release(self, actor: Actor, release: wire.Release) -> None:
+        if release.servable:
+            actor.credit = 0  # who gives work back takes no more until it is Ready again
         book = self.training.book if release.task >= 0 else self.evaluation.book
         lease = book.running.get(release.task)
         if lease is None or (lease.member, lease.attempt) != (actor.member, release.attempt):
             return
         if release.servable:
-            actor.credit = 0  # who gives work back takes no more until it is Ready again
             book.revoke(release.task, "released")
         else:
             book.discard(release.task, "unservable")
@@ -281,6 +296,8 @@ class HubCore:
     # ---- the learner at work
 
     def _batch_request(self, rank: int, step: int) -> None:
+        if step <= self.world.served:
+            return  # a repetition that was long on its way
         self.world.asked[rank] = step
         if self.training.batch and step == self.training.step:
             self._send(self.world.ranks[rank].member, self.training.shard(rank))  # it asks again
@@ -380,8 +397,8 @@ class HubCore:
     def _send(self, member: bytes, message: wire.Message) -> None:
         self._effects.append(Send(member, message))
 
-    def _refuse(self, member: bytes, reason: str) -> None:
-        self._send(member, wire.Refused(reason=reason))
+    def _refuse(self, member: bytes, reason: str, *, final: bool = False) -> None:
+        self._send(member, wire.Refused(reason=reason, final=final))
 
     def _reject(self, member: bytes, reason: str, *, detail: str = "") -> None:
         """Count a message that makes no sense; it costs nobody anything else."""

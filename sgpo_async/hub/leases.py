@@ -79,18 +79,7 @@ class Book:
         )
         self.last_attempt = max(self.last_attempt, attempt)
         self.rollouts.dispatched += task.size
-        return Lease(
-            task=task.number,
-            attempt=attempt,
-            purpose=task.purpose,
-            problem=task.problem.problem,
-            answer=task.problem.answer,
-            strategy=task.problem.strategy,
-            autonomous=task.autonomous,
-            guided=task.guided,
-            min_version=min_version,
-            seed=task.seed,
-        )
+        return task.lease(attempt=attempt, min_version=min_version)
 
     def awaits(self, member: bytes, rollout: Rollout) -> Running | None:
         """The lease of `member` that this rollout is a new part of; None if it is a duplicate or comes too late."""

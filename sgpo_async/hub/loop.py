@@ -11,12 +11,13 @@ threads, because a link process takes a moment to end.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
-from sgpo_async.errors import WireError
+from sgpo_async.errors import DeadlineExceeded, WireError
 from sgpo_async.hub import events as ev
 from sgpo_async.hub.core import HubCore
 from sgpo_async.session import LinkDown, LinkEvent, LinkUp
@@ -79,7 +80,7 @@ class Loop:
             case ev.Send(member, message):
                 self._send(member, message)
             case ev.OpenLink(member, name):
-                self._links[member] = self._spawn_link(name)
+                self._open_link(member, name)
             case ev.CloseLink(member):
                 self._stop_link(member)
             case ev.Shutdown(reason):
@@ -101,10 +102,20 @@ class Loop:
                     case LinkDown(reason=reason):
                         self._handle(ev.LinkDown(member, reason))
 
+    def _open_link(self, member: bytes, name: str) -> None:
+        """A link that cannot be started (too many processes, no memory) costs one session, not the hub."""
+        try:
+            self._links[member] = self._spawn_link(name)
+        except OSError as error:
+            self._handle(ev.LinkDown(member, f"the hub cannot start a link process: {error}"))
+
     def _stop_link(self, member: bytes) -> None:
         link = self._links.pop(member, None)
         if link:
             self._stopping.append(self._reaper.submit(link.stop, LINK_STOP_S))
+        for stop in [stop for stop in self._stopping if stop.done()]:
+            self._stopping.remove(stop)
+            _tell_of(stop)
 
     def _close(self) -> None:
         for member in list(self._links):
@@ -112,7 +123,15 @@ class Loop:
         self._mailbox.close(LINGER_S)
         self._reaper.shutdown()
         for stop in self._stopping:
-            stop.result()
+            _tell_of(stop)
+
+
+def _tell_of(stop: Future[None]) -> None:
+    """A link that is slow to die (the machine is busy) costs a line, not the run: it has had its SIGKILL."""
+    try:
+        stop.result()
+    except DeadlineExceeded as error:
+        print(f"hub: {error}", file=sys.stderr, flush=True)
 
 
 def _received(member: bytes, message: wire.Message | WireError) -> ev.Event:

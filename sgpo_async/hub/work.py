@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sgpo_async.config.schema import Run
-from sgpo_async.wire.records import Purpose, Rollout
+from sgpo_async.wire.records import Lease, Purpose, Rollout
 
 if TYPE_CHECKING:
     from sgpo_async.tasks.base import Problem, ProblemSource
@@ -36,6 +36,21 @@ class Task:
     def size(self) -> int:
         """Rollouts in the group."""
         return self.autonomous + self.guided
+
+    def lease(self, *, attempt: int, min_version: int) -> Lease:
+        """The task as an actor is told of it."""
+        return Lease(
+            task=self.number,
+            attempt=attempt,
+            purpose=self.purpose,
+            problem=self.problem.problem,
+            answer=self.problem.answer,
+            strategy=self.problem.strategy,
+            autonomous=self.autonomous,
+            guided=self.guided,
+            min_version=min_version,
+            seed=self.seed,
+        )
 
 
 class Curriculum:

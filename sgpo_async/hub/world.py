@@ -28,6 +28,7 @@ class World:
         self.size = 0
         self.ranks: dict[int, Rank] = {}
         self.asked: dict[int, int] = {}  # rank -> step, until that step commits
+        self.served = -1  # newest step that this world has committed
         self.broken = False  # a rank has left
 
     @property
@@ -47,17 +48,19 @@ class World:
     def opens_new(self, member: bytes, hello: Hello) -> bool:
         """Whether this Hello is of a world that replaces the present one, not just a repetition."""
         held = self.ranks.get(hello.rank)
-        repeated = held is not None and held.member == member and hello.rank not in self.asked
+        at_work = hello.rank in self.asked or self.served >= 0
+        repeated = held is not None and held.member == member and not at_work
         return self.broken or not self.ranks or (held is not None and not repeated)
 
     def reopen(self, size: int) -> list[Rank]:
         """Begin a new world; return the ranks of the old one."""
         old = list(self.ranks.values())
-        self.size, self.ranks, self.asked, self.broken = size, {}, {}, False
+        self.size, self.ranks, self.asked, self.served, self.broken = size, {}, {}, -1, False
         return old
 
     def committed(self, step: int) -> None:
         """Requests up to `step` are served."""
+        self.served = step
         self.asked = {rank: asked for rank, asked in self.asked.items() if asked > step}
 
     def join(self, member: bytes, hello: Hello, *, now: float) -> None:

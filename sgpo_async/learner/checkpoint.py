@@ -1,7 +1,7 @@
 """Checkpoints: learner, optimiser, random numbers, progress and the hub's state at one step, whole or not at all.
 
 checkpoints/.step-00000040/      every rank writes its shards here
-checkpoints/step-00000040/       then rank 0 gives the folder its name: what has a name is whole
+checkpoints/step-00000040/       then rank 0 gives the folder its name: what has a name is whole, and on the disk
     *.distcp, .metadata          parameters and optimiser (torch.distributed.checkpoint; any number of ranks)
     progress.json  hub.state     rank 0
     random-0.pt ...              each rank
@@ -10,6 +10,7 @@ checkpoints/step-00000040/       then rank 0 gives the folder its name: what has
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -55,8 +56,10 @@ def save(folder: Path, *, step: int, module: nn.Module, optimiser: torch.optim.O
         raise CheckpointError(f"{what}: its disk is full; {FREE_SOME}") if full else error from None
     with _together(what):
         if rank == 0:
+            _sync(draft)
             shutil.rmtree(final, ignore_errors=True)  # of an earlier life that got to this step
             draft.rename(final)
+            _sync(folder)
     return final
 
 
@@ -72,12 +75,30 @@ def _write(draft: Path, what: str, *, state: dict[str, Any], saved: Saved) -> No
         torch.save(torch.get_rng_state(), draft / f"random-{rank}.pt")
     with _together(what):
         dcp.save(state, checkpoint_id=draft)
+    with _together(what):
+        for path in draft.iterdir():  # on every rank: on a network disk each host syncs what it wrote itself
+            _sync(path)
+
+
+def prune(folder: Path, *, step: int, keep: int) -> None:
+    """Delete all but the `keep` newest checkpoints up to that of `step`, the one just saved. A collective of all ranks.
+
+    Those of later steps are of an earlier life that was not resumed: they are left to whoever wants them.
+
+    Raises:
+        CheckpointError: on every rank, if an old one cannot be deleted.
+    """
+    assert keep >= 1
+    with _together(f"{folder}: old checkpoints cannot be deleted"):
+        if dist.get_rank() == 0:
+            past = sorted((path for path in _whole(folder) if _step(path) <= step), key=_step)
+            for path in [*past[:-keep], *folder.glob(".step-*")]:  # the latter were never finished
+                shutil.rmtree(path)
 
 
 def latest(folder: Path) -> Path | None:
     """The checkpoint of the highest step below `folder`."""
-    whole = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return max(whole, key=lambda path: int(path.name.removeprefix("step-")), default=None)
+    return max(_whole(folder), key=_step, default=None)
 
 
 def restore(checkpoint: Path, *, module: nn.Module, optimiser: torch.optim.Optimizer) -> Saved:
@@ -97,6 +118,22 @@ def restore(checkpoint: Path, *, module: nn.Module, optimiser: torch.optim.Optim
         dcp.load(state, checkpoint_id=checkpoint)
         set_state_dict(module, optimiser, model_state_dict=state["model"], optim_state_dict=state["optimiser"])
     return saved
+
+
+def _whole(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _state(module: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Policies from and to Hugging Face folders."""
+"""The trained policy as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -6,40 +6,27 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import logging
+from transformers import PreTrainedModel
 
-from sgpo_async.errors import CheckpointError, DataError
+from sgpo_async.errors import CheckpointError
+from sgpo_async.tasks.models import load_tokenizer
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
 
-def load_model(path: str) -> PreTrainedModel:
-    """The causal LM at `path` (a folder or a hub name) in float32, on the CPU.
-
-    Raises:
-        DataError: no such model, no causal LM, or unreadable weights.
-    """
-    logging.disable_progress_bar()
-    try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    except Exception as error:  # transformers raises whatever it met: OSError, ValueError, SafetensorError, ...
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise DataError(f"model.path: no causal LM can be loaded from {path}: {reason}") from error
-
-
 def export(model: PreTrainedModel, tensors: Mapping[str, Tensor], folder: Path, *, source: str) -> None:
-    """Write `tensors` as a folder that AutoModelForCausalLM loads, beside the other files of the `source` folder.
+    """Write `tensors` as a folder that AutoModelForCausalLM and AutoTokenizer load.
 
     Args:
         model: whose architecture it is; its own parameters may be sharded, and are not read.
         tensors: whole parameters, named as the model names them.
+        source: folder whose other files are taken over, or a hub name, of which the tokenizer is.
 
     Raises:
         CheckpointError: the folder cannot be written.
+        DataError: the tokenizer of a hub name cannot be loaded any more; the weights are then written.
     """
     state = model.state_dict()
     buffers = {name: state[name] for name, _ in model.named_buffers() if name in state}
@@ -49,5 +36,7 @@ def export(model: PreTrainedModel, tensors: Mapping[str, Tensor], folder: Path, 
             if file.is_file() and not file.name.endswith(WEIGHTS):
                 shutil.copy(file, folder)
         model.save_pretrained(folder, state_dict={**buffers, **tensors})
+        if not Path(source).is_dir():
+            load_tokenizer(source).save_pretrained(folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: the policy cannot be exported: {error}") from error

@@ -6,6 +6,9 @@
 
 Only the hub thread touches the socket. It beats while the main thread is busy with a long step; the main thread
 waits on `incoming`, each time with a deadline. What it did not wait for (an evaluation's result) is kept.
+
+A question is repeated every AGAIN_S until it is answered, since a connection that broke takes messages with it. The
+hub answers repetitions alike, but for Restore: each would begin another past, so it is asked once.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ from sgpo_async.wire.records import (
 
 POLL_S = 0.005
 ANSWER_S = 60.0  # for what the hub answers at once
+AGAIN_S = 10.0
 CLOSE_S = 5.0
 
 Answer = TypeVar("Answer")
@@ -116,7 +120,8 @@ class HubClient:
         deadline = time.monotonic() + timeout_s
         self._drain()
         while until is not None and not any(result.version == until for result in self.evaluations):
-            self._receive(deadline, f"evaluation of version {until}", timeout_s)
+            if self._next(deadline) is None:
+                raise DeadlineExceeded(self.name, f"evaluation of version {until} from the hub", timeout_s)
         taken = list(self.evaluations)
         self.evaluations.clear()
         return taken
@@ -149,23 +154,26 @@ class HubClient:
         fits: Callable[[Answer], bool] = lambda _: True,
     ) -> Answer:
         deadline = time.monotonic() + timeout_s
+        again_s = timeout_s if isinstance(message, Restore) else AGAIN_S
         self._drain()
-        self._outgoing.append(message)
-        while True:
-            answer = self._receive(deadline, what, timeout_s)
-            if isinstance(answer, kind) and fits(answer):
-                return answer
+        while (now := time.monotonic()) < deadline:
+            self._outgoing.append(message)
+            while received := self._next(min(now + again_s, deadline)):
+                if isinstance(received, kind) and fits(received):
+                    return received
+        raise DeadlineExceeded(self.name, f"{what} from the hub", timeout_s)
 
     def _drain(self) -> None:
         """Answers to questions of the past are of no use; results and refusals are."""
         while not self._incoming.empty():
             self._take(self._incoming.get())
 
-    def _receive(self, deadline: float, what: str, timeout_s: float) -> Message:
+    def _next(self, deadline: float) -> Message | None:
+        """What comes next; None if nothing comes in time."""
         try:
             return self._take(self._incoming.get(timeout=max(deadline - time.monotonic(), 0)))
         except queue.Empty:
-            raise DeadlineExceeded(self.name, f"{what} from the hub", timeout_s) from None
+            return None
 
     def _take(self, message: Message | Exception) -> Message:
         if isinstance(message, Exception):

@@ -21,6 +21,7 @@ class Progress:
     idle_s: float = 0.0  # ... of which waiting for batches
     pass_auto_first: float | None = None  # of the first evaluation
     pass_auto_last: float | None = None
+    pass_guided_first: float | None = None
     pass_guided_last: float | None = None
 
     def plain(self) -> dict[str, Any]:
@@ -40,7 +41,7 @@ class Progress:
         """Take evaluations in; returns the metrics of the newest."""
         for result in results:
             if self.pass_auto_first is None:
-                self.pass_auto_first = result.pass_auto
+                self.pass_auto_first, self.pass_guided_first = result.pass_auto, result.pass_guided
             self.pass_auto_last, self.pass_guided_last = result.pass_auto, result.pass_guided
         if not results:
             return {}
@@ -58,6 +59,7 @@ class Progress:
             "wall_s": self.wall_s,
             "pass_auto_first": self.pass_auto_first,
             "pass_auto_last": self.pass_auto_last,
+            "pass_guided_first": self.pass_guided_first,
             "pass_guided_last": self.pass_guided_last,
             "lag_mean": self.lagging / max(self.tokens, 1),
             "lag_max": self.lag_max,

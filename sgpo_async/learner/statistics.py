@@ -1,8 +1,9 @@
 """What one step did, added up over micro-batches, and over ranks in one collective.
 
 A rank adds sums and minima of any number of micro-batches; `reduce` gathers every rank's vector once and divides.
-Correction weights are kept apart for lag 0, where they show the mismatch between engine and learner alone, and for
-stale tokens, where they also show how far the policy has moved.
+Correction weights are kept apart for lag 0, where those of GRPO show the mismatch between engine and learner alone, and
+for stale tokens, where they also show how far the policy has moved. Ratios by lag are GRPO's alone for that reason: a
+frozen teacher differs from the behaviour policy at any lag.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Statistics:
         self.device = device
         self.sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in SUMS}
         self.minima = {name: torch.full((), math.inf, dtype=torch.float64, device=device) for name in MINIMA}
-        self.by_lag = torch.zeros(2, max_lag + 1, dtype=torch.float64, device=device)  # tokens, sum of ratios
+        self.by_lag = torch.zeros(3, max_lag + 1, dtype=torch.float64, device=device)  # tokens; GRPO's: tokens, ratios
 
     def add(self, **values: Tensor) -> None:
         """Add numbers, or the sum of a tensor, to the named sums."""
@@ -61,7 +62,9 @@ class Statistics:
             torch.minimum(least, weights.masked_fill(~tokens, math.inf).amin().double(), out=least)
         bins = lags.clamp(0, self.by_lag.shape[1] - 1).flatten()
         self.by_lag[0].index_add_(0, bins, mask.double().flatten())
-        self.by_lag[1].index_add_(0, bins, log_rho.double().exp().masked_fill(~mask, 0).flatten())
+        if term == "correction":
+            self.by_lag[1].index_add_(0, bins, mask.double().flatten())
+            self.by_lag[2].index_add_(0, bins, log_rho.double().exp().masked_fill(~mask, 0).flatten())
 
     def add_kl(self, d: Tensor, mask: Tensor, *, delta: float) -> None:
         """Record d_t [K, T] of Eq. 3 and what the limiter of Eq. 5 takes from it."""
@@ -77,8 +80,9 @@ class Statistics:
         ranks = gathered.view(-1, len(own)).cpu()
         total = dict(zip(SUMS, ranks[:, : len(SUMS)].sum(0).tolist(), strict=True))
         lowest = dict(zip(MINIMA, ranks[:, len(sums) :].amin(0).tolist(), strict=True))
-        tokens, ratios = ranks[:, len(SUMS) : len(sums)].sum(0).view(2, -1).tolist()
-        return _loss_metrics(total) | _correction_metrics(total, lowest) | _lag_metrics(tokens, ratios)
+        tokens, own_tokens, ratios = ranks[:, len(SUMS) : len(sums)].sum(0).view(3, -1).tolist()
+        by_lag = _lag_metrics(tokens) | _ratio_metrics(own_tokens, ratios)
+        return _loss_metrics(total) | _correction_metrics(total, lowest) | by_lag
 
 
 def _loss_metrics(total: dict[str, float]) -> dict[str, Any]:
@@ -107,14 +111,19 @@ def _correction_metrics(total: dict[str, float], lowest: dict[str, float]) -> di
     return metrics
 
 
-def _lag_metrics(tokens: list[float], ratios: list[float]) -> dict[str, Any]:
+def _lag_metrics(tokens: list[float]) -> dict[str, Any]:
     seen = {lag: count for lag, count in enumerate(tokens) if count}
     return {
         "lag_histogram": {str(lag): int(count) for lag, count in seen.items()},
         "lag_mean": _ratio(sum(lag * count for lag, count in seen.items()), sum(tokens)),
         "lag_max": max(seen, default=None),
+    }
+
+
+def _ratio_metrics(tokens: list[float], ratios: list[float]) -> dict[str, Any]:
+    return {
         "ratio_mean": _ratio(sum(ratios), sum(tokens)),
-        "ratio_by_lag": {str(lag): ratios[lag] / count for lag, count in seen.items()},
+        "ratio_by_lag": {str(lag): ratios[lag] / count for lag, count in enumerate(tokens) if count},
     }
 
 

@@ -63,6 +63,7 @@ def _behaviour(batch: Batch, rollouts: list[Rollout], like: Tensor) -> tuple[Ten
     """log mu [N, T], and lags [N, T] with -1 in the padding."""
     log_mu, mask = pad([rollout.logprobs for rollout in rollouts])
     lags, _ = pad([batch.lags(rollout) for rollout in rollouts])
+    assert (lags >= 0).all(), "a token of weights that are newer than those that it trains"
     return _like(like, log_mu), torch.from_numpy(np.where(mask, lags, -1).astype(np.int64)).to(like.device)
 
 

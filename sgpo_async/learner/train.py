@@ -18,11 +18,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from transformers.utils import logging
 
 from sgpo_async.config.schema import Run
+from sgpo_async.engines.pretrained import load_model
 from sgpo_async.learner import checkpoint, optimiser
 from sgpo_async.learner.checkpoint import Saved
-from sgpo_async.learner.folder import export, load_model
+from sgpo_async.learner.folder import export
 from sgpo_async.learner.hub_client import HubClient
 from sgpo_async.learner.policy import Policy, check_model, shard
 from sgpo_async.learner.progress import Progress, hub_metrics
@@ -100,15 +102,11 @@ class Trainer:
                 step=progress.step,
             )
         )
-        # A learner that died before its first checkpoint leaves a hub that is further than we are: it starts over, too.
-        behind = resumed or welcome.version > 0
-        version = hub.restore(saved.hub_state) if behind and lead else welcome.version
-        publisher = Publisher(
-            stepper.policy,
-            getattr(torch, run.model.dtype),
-            store=StoreWriter(welcome.store) if lead else None,
-            published=hub.published,
-        )
+        store = StoreWriter(welcome.store) if lead else None
+        # A store that holds weights has had a learner before us: its tasks and versions are not ours to continue.
+        earlier = store is not None and store.version is not None
+        version = hub.restore(saved.hub_state) if lead and (resumed or earlier) else welcome.version
+        publisher = Publisher(stepper.policy, getattr(torch, run.model.dtype), store=store, published=hub.published)
         metrics = MetricsWriter(run.folder, resume_from=progress.step) if lead else None
         return cls(run, hub, stepper, publisher, progress, version - progress.step, metrics)
 
@@ -169,23 +167,30 @@ class Trainer:
 
     def _checkpoint(self) -> None:
         state = self.hub.snapshot(self.progress.step) if self.metrics else b""
+        folder = Path(self.run.folder) / "checkpoints"
         checkpoint.save(
-            Path(self.run.folder) / "checkpoints",
+            folder,
             step=self.progress.step,
             module=self.stepper.policy,
             optimiser=self.stepper.optimiser,
             saved=Saved(self.progress.plain(), state),
         )
+        checkpoint.prune(folder, step=self.progress.step, keep=self.run.learner.keep_checkpoints)
 
 
 def build(run: Run, mesh: DeviceMesh) -> tuple[Stepper, str]:
     """The sharded policy with its optimiser and teacher, and the fingerprint of its tokenizer."""
     folder = model_folder(run.model.path)
     fingerprint = tokenizer_fingerprint(load_tokenizer(folder))
-    policy = Policy(load_model(folder))
+    policy = _load(folder)
     check_model(policy)
     shard(policy, mesh, precision=run.learner.precision)
     teacher = None
     if run.algorithm.objective == "sgpo" and run.algorithm.teacher == "frozen":
-        teacher = shard(Policy(load_model(folder)).requires_grad_(False), mesh, precision=run.learner.precision)
+        teacher = shard(_load(folder).requires_grad_(False), mesh, precision=run.learner.precision)
     return Stepper(run, policy, optimiser.build(policy, run.optim), teacher), fingerprint
+
+
+def _load(folder: str) -> Policy:
+    logging.disable_progress_bar()
+    return Policy(load_model(folder, device="cpu", dtype="float32"))

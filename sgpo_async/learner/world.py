@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from datetime import timedelta
 
 import torch
@@ -16,8 +17,15 @@ def join_world(*, timeout_s: float) -> DeviceMesh:
     Args:
         timeout_s: of every collective: longer than a rank may wait for its batch while the others have theirs.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_for(gpus=torch.cuda.device_count(), ranks=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
     return init_device_mesh(device, (dist.get_world_size(),))
+
+
+def device_for(*, gpus: int, ranks: int) -> str:
+    """Cuda if each of a node's ranks can have a GPU of its own, which NCCL requires; else cpu, and says so."""
+    if 0 < gpus < ranks:
+        print(f"learner: {ranks} ranks on the CPU; start at most {gpus} for the GPUs of this node", file=sys.stderr)
+    return "cuda" if gpus >= ranks else "cpu"

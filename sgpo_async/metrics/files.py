@@ -62,6 +62,4 @@ def telling(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise SgpoError(
-            f"{path}: cannot be written ({reason}); {FREE_SOME}"
-        ) from error
+        raise SgpoError(f"{path}: cannot be written ({reason}); {FREE_SOME}") from error

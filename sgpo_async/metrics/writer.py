@@ -36,7 +36,7 @@ class MetricsWriter:
             self._board = self._open_board(resume_from)
 
     def step(self, values: Mapping[str, Any]) -> None:
-        """Record one optimiser step; `values` holds `step` and any of the keys in docs/design.md."""
+        """Record one optimiser step; `values` holds `step` and whatever else is to be seen later."""
         with telling(self._path):
             self._file.write(to_json(values) + "\n")
             self._file.flush()

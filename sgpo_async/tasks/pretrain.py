@@ -86,7 +86,7 @@ def pass_rate(
     """Share of the problems that one completion each solves, sampled at temperature 1 or greedy."""
     prompts = [f"{p.strategy} {p.problem}" if guided else p.problem for p in problems]
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
-    out = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=sample, top_k=0)
+    out = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=sample, top_k=0 if sample else None)
     texts = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return sum(is_correct(p.answer, text) for p, text in zip(problems, texts, strict=True)) / len(problems)
 

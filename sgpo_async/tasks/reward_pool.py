@@ -44,7 +44,7 @@ class _Request:
 class RewardPool:
     """Verifiers in worker processes (cheap ones inline), with a time limit in seconds for each completion."""
 
-    def __init__(self, *, workers: int = 1, limit_s: float = 3.0) -> None:
+    def __init__(self, *, workers: int, limit_s: float) -> None:
         assert workers >= 1 and limit_s > 0
         self.timeouts = 0
         self._limit_s = limit_s

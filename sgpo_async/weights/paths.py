@@ -5,7 +5,8 @@ process of the same user on the same machine, and the kernel frees it with its l
 nothing to clean up, whoever is killed and in whichever order.
 
 It lies in memory (`memfd_create`: not limited by the size of /dev/shm, which containers keep at 64 MB),
-unless its two buffers would take more than half of the memory that is available now; then it is an unnamed
+unless its two buffers would take more than half of the memory that is available now on this machine and to this
+container; then it is an unnamed
 disk file, which the page cache keeps in memory as far as there is room.
 """
 
@@ -19,6 +20,22 @@ import psutil
 
 from sgpo_async.errors import WeightsError
 
+CGROUP = Path("/sys/fs/cgroup")  # of this container (version 2)
+
+
+def available_memory(cgroup: Path = CGROUP) -> int:
+    """Bytes that can be taken without swapping, and within the limit of the cgroup, if it has one."""
+    available = psutil.virtual_memory().available
+    try:
+        limit = (cgroup / "memory.max").read_text().strip()
+        used = int((cgroup / "memory.current").read_text())
+        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+    except FileNotFoundError:  # the root of the machine, or version 1
+        return available
+    if limit == "max":
+        return available
+    return max(0, min(available, int(limit) - used + int(stat["inactive_file"])))  # cached files make room
+
 
 class StoreFile:
     """An empty anonymous file for one weight store; close it, or die, to free it."""
@@ -28,7 +45,7 @@ class StoreFile:
 
         Raises WeightsError if the file cannot be made.
         """
-        self.in_memory = 4 * expected_bytes <= psutil.virtual_memory().available
+        self.in_memory = 4 * expected_bytes <= available_memory()
         try:
             self._fd = os.memfd_create("sgpo-weights") if self.in_memory else _unnamed_file(folder)
         except OSError as error:

@@ -32,7 +32,7 @@ class Hello:
 
     role: Literal["actor", "learner"]
     name: str  # unique among living members, e.g. "actor-3f2a", "learner-0"
-    tokenizer: str = ""  # fingerprint; the hub refuses a member that differs from the first learner's or actor's
+    tokenizer: str = ""  # fingerprint; the hub refuses a member that differs from the learner
     rank: int = 0  # learner only
     world_size: int = 1  # learner only
     step: int = 0  # learner only: optimiser steps its weights have behind them
@@ -53,6 +53,7 @@ class Refused:
     """The hub does not take this member, and why (one line with remedy)."""
 
     reason: str
+    final: bool = False  # nothing that time brings can change it
 
 
 @dataclass(frozen=True, kw_only=True)

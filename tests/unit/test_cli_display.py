@@ -1,5 +1,6 @@
 """What is shown: the picture fits its terminal, and tells what is known and no more."""
 
+import io
 from typing import Any
 
 import pytest
@@ -40,9 +41,7 @@ def view_at(step: int, **changes: Any) -> View:
 
 
 def picture(view: View, width: int) -> list[str]:
-    console = Console(
-        width=width, height=50, record=True, color_system=None, force_terminal=True, file=open("/dev/null", "w")
-    )
+    console = Console(width=width, height=50, record=True, color_system=None, force_terminal=True, file=io.StringIO())
     console.print(render(view, width))
     return console.export_text().splitlines()
 

@@ -62,12 +62,21 @@ def _write(folder: Path, text: str) -> Path:
         ("optim=3", ["optim", "section", "3"]),
         ("optim.lr=-1", ["optim.lr", "above 0", "-1"]),
         ("hub.address=tcp://0.0.0.0:1", ["hub.keys", "sgpo-async keys"]),
+        ("hub={address: 'tcp://0.0.0.0:1', keys: k}", ["hub.address", "actors reach", "0.0.0.0"]),
         ("hub.address=localhost", ["hub.address", "tcp://HOST:PORT", "localhost"]),
         ("rollout.guided=0", ["rollout.guided", "objective=sgpo"]),
         ("rollout.top_p=0.95", ["rollout.top_p", "1.0", "0.95"]),
         ("learner.problems_per_step=1", ["learner.problems_per_step", "2 ranks", "1"]),
         ("engine.deterministic=true", ["local.actors", "deterministic"]),
+        ("hub.max_message_mb=0", ["hub.max_message_mb", "1 MB", "0"]),
+        ("rollout={max_new_tokens: 100000}", ["hub.max_message_mb", "586 MB", "512"]),
+        ("learner.keep_checkpoints=0", ["learner.keep_checkpoints", "at least 1", "0"]),
+        ("tasks.reward_workers=0", ["tasks.reward_workers", "at least 1", "0"]),
+        ("tasks.reward_limit_s=0", ["tasks.reward_limit_s", "above 0", "0"]),
         ("tasks.source=file", ["tasks.path", "source=file"]),
+        ("optim.lr=fast", ["optim.lr", "fast"]),
+        ("steps=1e3", ["steps", "1e3", "Integer"]),
+        ("optim={lr: 1", ["optim={lr: 1", "not YAML"]),
         ("steps", ["key=value"]),
     ],
 )
@@ -78,6 +87,27 @@ def test_what_is_wrong_is_one_line_that_names_path_rule_and_value(empty: Path, w
     assert "\n" not in message
     for part in parts:
         assert part in message
+
+
+@pytest.mark.parametrize("name", ["1e5", "2026-07-01", "run-1e5"])
+def test_text_stays_text_and_a_number_is_one_where_the_field_is(tmp_path: Path, name: str) -> None:
+    for run in (
+        load(_write(tmp_path, f"name: {name}\noptim: {{lr: 2e-6, grad_clip: 3}}\n")),
+        load(_write(tmp_path, ""), [f"name={name}", "optim.lr=2e-6", "optim={grad_clip: 3}"]),
+    ):
+        assert run.name == name
+        assert (run.optim.lr, run.optim.grad_clip) == (2e-6, 3.0)
+
+
+def test_an_infinite_bound_and_an_empty_text(empty: Path) -> None:
+    run = load(empty, ["algorithm.kl_correction.bound=.inf", "tasks.path="])
+    assert (run.algorithm.kl_correction.bound, run.tasks.path) == (float("inf"), "")
+
+
+def test_a_large_run_fits_the_default_message(empty: Path) -> None:
+    """128 problems of 12 rollouts of 4096 tokens, in the four batches that a lag of 2 admits: 8 bytes a token."""
+    run = load(empty, ["learner.problems_per_step=128", "rollout.max_new_tokens=4096"])
+    assert run.state_mb == 192
 
 
 @pytest.mark.parametrize(

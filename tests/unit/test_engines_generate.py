@@ -30,9 +30,9 @@ def test_near_temperature_zero_it_is_greedy_decoding(kind):
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_logprobs_are_those_of_a_teacher_forced_forward(kind, temperature):
-    """Mixed lengths and more requests than slots, so that rows are refilled while others run."""
+    """Mixed lengths, shared prompts, and more requests than slots, so that rows are refilled while others run."""
     model, plain = tiny(kind), tiny(kind)
-    prompts = prompts_of(range(1, 31))
+    prompts = [prompt for prompt in prompts_of([1, 2, 30, 7, 19, 3, 11, 2, 24, 5]) for _ in range(3)]
     asked = requests(prompts, tokens=7, temperature=temperature)
     asked = [Generate(**{**vars(r), "max_new_tokens": 3 + r.id % 11}) for r in asked]
     results = drain(engine_of(model, slots=8), asked)
@@ -55,9 +55,7 @@ def test_the_cache_grows_past_its_first_capacity():
 def test_a_sampled_end_token_ends_the_sequence_and_is_kept():
     model = tiny("qwen2")
     results = drain(engine_of(model, slots=8, end_ids=range(10)), requests(prompts_of([4] * 40), tokens=30))
-    assert {r.finish for r in results.values()} == {"stop", "length"} or all(
-        r.finish == "stop" for r in results.values()
-    )
+    assert "stop" in {r.finish for r in results.values()}
     for result in results.values():
         ends = np.flatnonzero(result.tokens < 10)
         if result.finish == "stop":
@@ -108,9 +106,9 @@ def test_a_request_is_its_seed():
 
 
 def test_deterministic_results_are_the_same_bits_under_any_load():
-    asked = requests(prompts_of([3, 17, 8, 1]), tokens=40)
+    asked = requests(prompts_of([3, 17, 8, 1]), tokens=20)
     alone = drain(engine_of(tiny("qwen2"), slots=64, deterministic=True), asked[:1])[0]
-    noise = [Generate(**{**vars(r), "id": f"noise {r.id}"}) for r in requests(prompts_of(range(5, 25)), tokens=70)]
+    noise = [Generate(**{**vars(r), "id": f"noise {r.id}"}) for r in requests(prompts_of(range(5, 13)), tokens=30)]
     busy = drain(engine_of(tiny("qwen2"), slots=64, deterministic=True), [*noise, *asked])[0]
     assert alone.tokens.tobytes() == busy.tokens.tobytes()
     assert alone.logprobs.tobytes() == busy.logprobs.tobytes()

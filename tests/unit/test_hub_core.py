@@ -59,7 +59,9 @@ def test_an_actor_is_welcomed_when_its_link_stands():
     driver.handle(LinkUp(b"a", "10.0.0.1", 4000))
     welcome = driver.only(b"a", wire.Welcome)
     assert (welcome.session_host, welcome.session_port) == ("10.0.0.1", 4000)
-    driver.advance(6)
+    driver.advance(19)
+    assert b"a" in driver.core.actors, "its one thread may be loading weights"
+    driver.advance(2)
     assert not driver.core.actors and driver.links_closed == [b"a"]
 
 
@@ -84,9 +86,23 @@ def test_another_tokenizer_is_refused_with_both_fingerprints():
     driver = Driver()
     driver.send(b"r0", wire.Hello(role="learner", name="r0", tokenizer="aaaa"))
     driver.send(b"a", wire.Hello(role="actor", name="a", tokenizer="bbbb"))
-    reason = driver.only(b"a", wire.Refused).reason
-    assert "aaaa" in reason and "bbbb" in reason
+    refused = driver.only(b"a", wire.Refused)
+    assert "aaaa" in refused.reason and "bbbb" in refused.reason and refused.final
     assert driver.core.status()["refused"] == 1
+
+
+def test_the_learner_decides_on_the_tokenizer_even_if_another_came_first():
+    driver = Driver()
+    for name, fingerprint in (("wrong", "bbbb"), ("right", "aaaa"), ("silent", "")):
+        driver.send(name.encode(), wire.Hello(role="actor", name=name, tokenizer=fingerprint))
+    driver.handle(LinkUp(b"wrong", "127.0.0.1", 4000))
+    driver.send(b"r0", wire.Hello(role="learner", name="r0", tokenizer="aaaa"))
+    driver.only(b"r0", wire.Welcome)
+    refused = driver.only(b"wrong", wire.Refused)
+    assert "aaaa" in refused.reason and "bbbb" in refused.reason and refused.final
+    assert set(driver.core.actors) == {b"right", b"silent"} and driver.links_closed == [b"wrong"]
+    driver.send(b"late", wire.Hello(role="actor", name="late", tokenizer="cccc"))
+    assert driver.only(b"late", wire.Refused).final
 
 
 @pytest.mark.parametrize("how", ["link", "silence", "goodbye"])
@@ -107,7 +123,7 @@ def test_an_actor_lost_in_the_middle_of_a_group(hub, how):
     elif how == "goodbye":
         hub.send(b"a", wire.Goodbye())
     else:
-        hub.advance(4)
+        hub.advance(19)
         hub.send(b"b", wire.Heartbeat(version=0))
         hub.advance(2)
     assert b"a" in hub.links_closed and b"b" in hub.core.actors
@@ -259,6 +275,8 @@ def test_a_batch_waits_for_every_rank_and_is_balanced_over_them():
     assert [c.step for c in driver.take(b"r0", wire.Committed)] == [0, 0]
     assert driver.core.status()["ledger"]["trained"] == 3
     assert driver.core.world.asked == {1: 1}
+    driver.send(b"r0", wire.BatchRequest(step=0))
+    assert driver.core.world.asked == {1: 1}, "a repetition that comes after the commit is no question"
 
 
 def test_stale_groups_are_dropped_and_their_room_is_free_again():
@@ -457,7 +475,9 @@ def test_the_run_ends_when_all_have_said_goodbye(hub):
     hub.send(b"r0", wire.Finish())
     assert hub.only(b"a", wire.Stop).reason == "finished"
     hub.send(b"late", wire.Hello(role="actor", name="late"))
-    assert "over" in hub.only(b"late", wire.Refused).reason
+    assert hub.only(b"late", wire.Stop).reason == "finished"
+    hub.send(b"other", wire.Hello(role="learner", name="other"))
+    assert "over" in hub.only(b"other", wire.Refused).reason
     hub.send(b"a", wire.Ready(tasks=1, version=0))
     assert not hub.take(b"a", wire.Lease)
     hub.send(b"a", wire.Goodbye())

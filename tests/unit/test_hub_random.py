@@ -159,7 +159,7 @@ class World(Driver):
     def silence(self) -> None:
         """Time passes in which some actors say nothing, long enough to be given up."""
         silent = [member for member in self.live if self.rng.random() < 0.3]
-        self.now += self.run.hub.member_timeout_s + 1
+        self.now += self.run.hub.lease_timeout_s + 1
         for member in self.live:
             if member not in silent:
                 self.beat(member)

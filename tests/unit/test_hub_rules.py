@@ -14,7 +14,7 @@ from sgpo_async.config.schema import Algorithm
 from sgpo_async.hub.actors import Actors, Meter
 from sgpo_async.hub.admission import lowest_version, room
 from sgpo_async.hub.balance import balance
-from sgpo_async.hub.door import refusal
+from sgpo_async.hub.door import other_tokenizer, refusal
 from sgpo_async.hub.figures import adaptive_weight, figures
 from sgpo_async.hub.leases import Book
 from sgpo_async.hub.ledger import Ledger
@@ -219,20 +219,27 @@ def world_of(size: int) -> World:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"tokenizer": "f00"}, ["f00", "abc", "model.path"]),
         ({"name": "taken"}, ["'taken'", "choose another"]),
+        ({"name": "n" * 65}, ["65 characters", "1 to 64"]),
+        ({"name": ""}, ["0 characters", "1 to 64"]),
         ({"rank": 2}, ["rank 2", "torchrun"]),
         ({"world_size": 4}, ["4 ranks", "world of 2"]),
     ],
 )
 def test_refusals_say_what_and_how_to_mend_it(changes, words):
-    reason = refusal(hello(**changes), tokenizer="abc", taken={"taken"}, world=world_of(2))
+    reason = refusal(hello(**changes), taken={"taken"}, world=world_of(2))
     assert reason and all(word in reason for word in words) and "\n" not in reason
 
 
 def test_a_fitting_hello_is_welcome():
-    assert refusal(hello(tokenizer="abc"), tokenizer="abc", taken={"other"}, world=world_of(2)) is None
-    assert refusal(hello(), tokenizer="", taken=set(), world=None) is None
+    assert refusal(hello(), taken={"other"}, world=world_of(2)) is None
+    assert refusal(hello(), taken=set(), world=None) is None
+
+
+@pytest.mark.parametrize(("fingerprint", "learners"), [("abc", "abc"), ("", "abc"), ("abc", "")])
+def test_a_tokenizer_fits_the_learners_or_is_not_known(fingerprint, learners):
+    assert other_tokenizer("a", fingerprint, learners=learners) is None
+    assert "model.path" in other_tokenizer("a", "f00", learners="abc")
 
 
 def test_a_hello_of_a_present_rank_opens_a_new_world_unless_it_is_a_repetition():

@@ -52,6 +52,34 @@ def test_a_step_that_is_reached_again_is_written_anew(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
+def test_only_the_newest_are_kept_and_those_of_an_earlier_life_that_got_further(tmp_path: Path) -> None:
+    for name in ("step-00000001", "step-00000002", "step-00000009", ".step-00000002", "step-of-mine"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    save(tmp_path, 3, learner())
+    checkpoint.prune(tmp_path, step=3, keep=2)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"step-00000002", "step-00000003", "step-00000009", "step-of-mine"}
+
+
+def test_all_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced, rename = [], Path.rename
+
+    def checked(old: Path, new: Path) -> Path:
+        if old.is_dir():  # torch renames files in it
+            assert {old, *old.iterdir()} <= set(synced)
+            synced.append(new)
+        return rename(old, new)
+
+    def sync(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink())
+
+    monkeypatch.setattr(checkpoint.os, "fsync", sync)
+    monkeypatch.setattr(Path, "rename", checked)
+    saved = save(tmp_path, 1, learner())
+    assert synced[-2:] == [saved, tmp_path]
+
+
 @pytest.mark.parametrize("broken", ["progress.json", ".metadata", "__0_0.distcp", "hub.state"])
 def test_a_broken_checkpoint_is_one_line(tmp_path: Path, broken: str) -> None:
     stepper = learner()

@@ -6,9 +6,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from sgpo_async.engines.pretrained import load_model
 from sgpo_async.errors import CheckpointError, DataError
-from sgpo_async.learner.folder import export, load_model
+from sgpo_async.learner import folder
+from sgpo_async.learner.folder import export
 from sgpo_async.learner.policy import Policy, check_model
+from sgpo_async.tasks.models import load_tokenizer, model_folder, tokenizer_fingerprint
 from tests.reference import learner_cases as cases
 
 
@@ -19,7 +22,7 @@ def test_exported_folder_loads_with_equal_logits(tmp_path: Path, tied: bool) -> 
     model.save_pretrained(source)
     (source / "tokenizer.json").write_text("{}", encoding="utf-8")
     tensors = {name: parameter.detach() + 0.1 for name, parameter in model.named_parameters()}
-    export(load_model(str(source)), tensors, tmp_path / "policy", source=str(source))
+    export(load_model(str(source), device="cpu", dtype="float32"), tensors, tmp_path / "policy", source=str(source))
     assert (tmp_path / "policy" / "tokenizer.json").read_text(encoding="utf-8") == "{}"
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
     with torch.no_grad():
@@ -29,9 +32,22 @@ def test_exported_folder_loads_with_equal_logits(tmp_path: Path, tied: bool) -> 
         assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
+def test_a_model_of_the_hub_is_exported_with_its_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    builtin = model_folder("builtin:cues")
+    asked = []
+    monkeypatch.setattr(folder, "load_tokenizer", lambda name: asked.append(name) or load_tokenizer(builtin))
+    model = load_model(builtin, device="cpu", dtype="float32")
+    export(model, dict(model.named_parameters()), tmp_path, source="somebody/model")
+    assert asked == ["somebody/model"]
+    assert tokenizer_fingerprint(load_tokenizer(str(tmp_path))) == tokenizer_fingerprint(load_tokenizer(builtin))
+    ids = torch.arange(5)[None]
+    with torch.no_grad():
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
+
+
 def test_a_folder_that_holds_no_model_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"model\.path: no causal LM can be loaded from") as caught:
-        load_model(str(tmp_path))
+    with pytest.raises(DataError, match=r"model\.path: .* has no config\.json") as caught:
+        load_model(str(tmp_path), device="cpu", dtype="float32")
     assert "\n" not in str(caught.value)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sgpo_async.errors import DeadlineExceeded, HubError
+from sgpo_async.learner import hub_client
 from sgpo_async.learner.hub_client import HubClient
 from sgpo_async.transport import Mailbox, RouterMailbox, memory_pair
 from sgpo_async.wire.records import (
@@ -21,7 +22,11 @@ from sgpo_async.wire.records import (
     Hello,
     Message,
     Refused,
+    Restore,
+    Restored,
     Shard,
+    Snapshot,
+    SnapshotRequest,
     Welcome,
 )
 
@@ -109,6 +114,24 @@ def test_a_refusal_is_one_error(client: HubClient) -> None:
 def test_silence_ends_at_the_deadline(client: HubClient) -> None:
     with pytest.raises(DeadlineExceeded, match=r"learner-0: no Snapshot from the hub within"):
         client._ask(Goodbye(), Shard, "Snapshot", 0.05)
+
+
+def test_a_lost_question_is_repeated_until_it_is_answered(client: HubClient, hub: FakeHub, monkeypatch) -> None:
+    monkeypatch.setattr(hub_client, "AGAIN_S", 0.05)
+
+    def deaf_at_first(message: Message) -> list[Message]:
+        asked = sum(isinstance(heard, SnapshotRequest) for heard in hub.heard)
+        return [Snapshot(step=4, state=b"s")] if asked == 3 else []
+
+    hub._answer = deaf_at_first
+    assert client.snapshot(4) == b"s"
+
+
+def test_a_restore_is_asked_once(client: HubClient, hub: FakeHub, monkeypatch) -> None:
+    monkeypatch.setattr(hub_client, "AGAIN_S", 0.05)
+    with pytest.raises(DeadlineExceeded):
+        client._ask(Restore(state=b""), Restored, "Restored", 0.5)
+    assert sum(isinstance(heard, Restore) for heard in hub.heard) == 1
 
 
 def test_it_beats_while_the_main_thread_is_busy_and_says_goodbye(hub: FakeHub, client: HubClient) -> None:

@@ -50,6 +50,7 @@ def test_progress_adds_up_and_survives_a_checkpoint() -> None:
     assert summary["lag_mean"] == (4 * 2 + 30) / 40
     assert summary["learner_idle"] == 0.25
     assert (summary["pass_auto_first"], summary["pass_auto_last"], summary["pass_guided_last"]) == (0.1, 0.8, 1.0)
+    assert summary["pass_guided_first"] == 0.9
     assert (summary["actors"], summary["weight_version"]) == (2, 9)
 
 

@@ -149,6 +149,8 @@ def test_statistics_equal_plain_loops() -> None:
     assert metrics["correction_mean_stale"] == pytest.approx(np.mean([min(r, 1.5) for r in stale]))
     assert metrics["correction_min_stale"] == pytest.approx(min(stale))
     assert metrics["correction_clipped_stale"] == pytest.approx(np.mean([r > 1.5 for r in stale]))
+    assert metrics["ratio_mean"] == pytest.approx(np.mean([r for _, r in ratios]))  # without the teacher's
+    assert metrics["ratio_by_lag"]["1"] == pytest.approx(np.mean(stale))
     targets = sum(len(r.tokens) for r in batch.targets)
     assert metrics["tokens"] == len(ratios) + targets == sum(metrics["lag_histogram"].values())
     assert set(metrics["lag_histogram"]) == {"0", "1"}

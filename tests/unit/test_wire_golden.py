@@ -72,7 +72,7 @@ EXAMPLES: list[Message] = [
         store="/dev/shm/store",
         version=41,
     ),
-    Refused(reason="name actor-1 is taken; choose another"),
+    Refused(reason="name actor-1 is taken; choose another", final=True),
     Ready(tasks=4, version=3),
     Lease(
         task=17,

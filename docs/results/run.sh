@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Makes the runs of docs/results/README.md anew, one after another, and keeps their summaries and configurations.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+run() { # NAME CONFIG [key=value ...]
+    local name=$1
+    .venv/bin/python launch/local.py "$2" name="$name" "${@:3}"
+    mkdir -p "docs/results/$name"
+    cp "runs/$name/summary.json" "runs/$name/config.yaml" "docs/results/$name/"
+}
+
+corrections() { # MODE, for both terms of the loss
+    run "demo-$1" configs/demo.yaml "algorithm.grpo_correction.mode=$1" "algorithm.kl_correction.mode=$1"
+}
+
+case "${1:-all}" in
+demo) run demo configs/demo.yaml ;;
+sync) run demo-sync configs/demo-sync.yaml ;;
+paper) run demo-paper configs/demo-paper.yaml ;;
+none | token | prefix) corrections "$1" ;;
+all) for which in demo sync paper none token prefix; do "$0" "$which"; done ;;
+*) echo "error: $1 is none of demo, sync, paper, none, token, prefix, all" >&2; exit 2 ;;
+esac

@@ -1,0 +1,58 @@
+"""The same system on a CUDA device. Nothing here runs where there is none: pytest -m gpu."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sgpo_async.engines import EmbeddedEngine, Generate, Generated
+from sgpo_async.engines.pretrained import load_model
+from sgpo_async.metrics import read_metrics
+from sgpo_async.tasks.cues import CuesSource
+from sgpo_async.tasks.models import load_tokenizer, model_folder
+from sgpo_async.tasks.prompts import build_prompt
+from sgpo_async.weights import digest
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+FOLDER = model_folder("builtin:cues")
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.1)])
+def test_the_engine_s_logprobs_are_those_of_the_model_on_the_cpu(dtype: str, tolerance: float) -> None:
+    model = load_model(FOLDER, device="cpu", dtype="float32")
+    tensors = {name: p.detach().to(getattr(torch, dtype)) for name, p in model.named_parameters()}
+    engine = EmbeddedEngine.from_pretrained(FOLDER, digest=digest, slots=16, device="cuda", dtype=dtype)
+    engine.load(0, tensors, digest(tensors.items()))
+    tokenizer = load_tokenizer(FOLDER)
+    prompts = {
+        i: np.asarray(build_prompt(p.problem, p.strategy, style="plain", tokenizer=tokenizer), np.int32)
+        for i, p in enumerate(CuesSource(seed=0, held_out=32).held_out())
+    }
+    for i, prompt in prompts.items():
+        engine.submit(Generate(id=i, prompt=prompt, max_new_tokens=40, temperature=1.0, seed=i))
+    results: list[Generated] = []
+    while len(results) < len(prompts):
+        results += [result for result in engine.step(0.0) if isinstance(result, Generated)]
+    for result in results:
+        prompt = prompts[result.id]  # type: ignore[index]
+        ids = torch.from_numpy(np.concatenate((prompt, result.tokens))).long()
+        with torch.no_grad():
+            logprobs = model(ids[None]).logits[0].log_softmax(-1)
+        at = torch.arange(len(prompt), len(ids))
+        expected = logprobs[at - 1, ids[at]].numpy()
+        assert abs(result.logprobs - expected).max() < tolerance
+
+
+def test_the_demo_trains_with_nccl(tmp_path: Path) -> None:
+    words = [f"out={tmp_path}", "name=cuda", "steps=6", "local.ranks=1", "local.actors=1", "evaluation.every=100"]
+    command = [sys.executable, "-m", "sgpo_async.cli", "local", "configs/demo.yaml", *words]
+    subprocess.run(command, check=True, timeout=500)
+    summary = json.loads((tmp_path / "cuda" / "summary.json").read_text())
+    assert summary["ledger"]["trained"] == 6 * 16
+    first = read_metrics(tmp_path / "cuda")[0]
+    assert first["ratio_by_lag"]["0"] == pytest.approx(1.0, abs=0.02)

@@ -1,0 +1,253 @@
+"""Queueing, cancelling, scoring, refusing: what surrounds the sampling of the embedded engine."""
+
+import numpy as np
+import pytest
+import torch
+from engines_models import MODELS, digest, drain, engine_of, prompts_of, reference_logprobs, tiny
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import MambaConfig, MambaForCausalLM
+
+from sgpo_async.engines import EmbeddedEngine, Generate, Generated, Score
+from sgpo_async.engines.decode_step import DecodeStep
+from sgpo_async.engines.decoder import Decoder, batches
+from sgpo_async.engines.sampling import sample, stream, uniforms
+from sgpo_async.errors import DataError, EngineError
+
+
+def ask(id, *, prompt=4, ids=None, tokens=10, seed=0):
+    prompt = prompts_of([prompt])[0] if ids is None else np.array(ids, np.int32)
+    return Generate(id=id, prompt=prompt, max_new_tokens=tokens, temperature=1.0, seed=seed)
+
+
+def score(id, *, prompt=4, tokens=5, temperature=1.0):
+    first, second = prompts_of([prompt, tokens], seed=id)
+    return Score(id=id, prompt=first, tokens=second, temperature=temperature)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
+def test_scores_equal_a_teacher_forced_forward(kind):
+    """Eq. 4 wants the sum; it must be exact for mixed lengths, while sequences are running."""
+    asked = [score(id, prompt=1 + id, tokens=1 + 2 * id, temperature=0.6 + 0.1 * id) for id in range(9)]
+    results = drain(engine_of(tiny(kind), version=3), [*[ask(f"g{i}") for i in range(9)], *asked])
+    for request in asked:
+        expected = reference_logprobs(tiny(kind), request.prompt, request.tokens, request.temperature)
+        np.testing.assert_allclose(results[request.id].logprobs, expected, atol=1e-5)
+        assert results[request.id].logprobs.sum() == pytest.approx(expected.sum(), abs=1e-4)
+        assert results[request.id].version == 3
+
+
+def test_scoring_what_was_generated_gives_the_behaviour_logprobs():
+    engine = engine_of(tiny("qwen2"))
+    got = drain(engine, [ask(0, tokens=30)])[0]
+    scored = drain(engine, [Score(id=1, prompt=ask(0).prompt, tokens=got.tokens, temperature=1.0)])[1]
+    np.testing.assert_allclose(scored.logprobs, got.logprobs, atol=1e-5)
+
+
+def test_deterministic_scores_are_the_same_bits_in_any_company():
+    engine = engine_of(tiny("qwen2"), deterministic=True)
+    alone = drain(engine, [score(1)])[1]
+    together = drain(engine, [score(2, tokens=9), score(1), score(3, prompt=17)])[1]
+    assert alone.logprobs.tobytes() == together.logprobs.tobytes()
+
+
+def test_a_finished_sequence_frees_its_slot_at_once():
+    """Two slots, one long request: the short ones pass through the other slot meanwhile."""
+    engine = engine_of(tiny("qwen2"), slots=2)
+    order = list(drain(engine, [ask("long", tokens=60), *[ask(i, tokens=5) for i in range(8)]]))
+    assert order[:8] == list(range(8)) and order[8] == "long"
+
+
+def test_no_request_waits_for_company_for_ever():
+    """One request beside a long one on 64 slots: far fewer than a batch, still served well before the long one ends."""
+    engine = engine_of(tiny("qwen2"), slots=64)
+    engine.submit(ask("long", tokens=100))
+    engine.step(0.0)
+    results = [r.id for r in drain(engine, [ask("late", tokens=5), score(7)]).values()]
+    assert results == [7, "late", "long"]
+
+
+def test_cancelling_frees_slots_and_forgets_waiting_requests():
+    engine = engine_of(tiny("qwen2"), slots=2)
+    for id in range(5):
+        engine.submit(ask(id))
+    engine.submit(score(9))
+    for _ in range(3):
+        engine.step(0.0)
+    engine.cancel([0, 3, "never heard of"])
+    assert engine.load_status().running == 1
+    assert sorted(drain(engine)) == [1, 2, 4]
+
+
+def test_cancelling_a_row_does_not_touch_its_neighbours():
+    asked = [ask(i, prompt=length, tokens=20, seed=i) for i, length in enumerate([3, 8, 5, 12])]
+    undisturbed = drain(engine_of(tiny("qwen2")), asked)
+    engine = engine_of(tiny("qwen2"))
+    for request in asked:
+        engine.submit(request)
+    for _ in range(6):
+        engine.step(0.0)
+    engine.cancel([0, 2])
+    results = drain(engine)
+    for id in (1, 3):
+        assert results[id].tokens.tolist() == undisturbed[id].tokens.tolist()
+
+
+def test_load_status_counts():
+    engine = engine_of(tiny("qwen2"), slots=4)
+    for id in range(6):
+        engine.submit(ask(id, tokens=10))
+    engine.submit(score(8))
+    engine.step(0.0)
+    status = engine.load_status()
+    assert (status.running, status.waiting, status.slots, status.tokens) == (4, 2, 4, 4)
+    drain(engine)
+    assert engine.load_status().tokens == 60
+    engine.close()
+    assert engine.load_status().running == engine.load_status().waiting == 0 and engine.version is None
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        (ask(0, prompt=100, tokens=157), "100 prompt tokens and up to 157 more exceed the model's 256 positions"),
+        (score(0, prompt=250, tokens=7), "256 positions"),
+        (ask(0, prompt=0), "at least one token"),
+        (ask(0, tokens=0), "at least one token"),
+        (ask(0, ids=[1, 32]), "token ids 1 to 32, the model has 0 to 31"),
+        (ask(0, ids=[-1]), "token ids -1"),
+        (score(0, tokens=1, prompt=1, temperature=float("nan")), "temperature is above 0"),
+        (score(0, tokens=1, prompt=1, temperature=0.0), "temperature is above 0"),
+    ],
+)  # fmt: skip
+def test_requests_that_can_never_be_served_are_refused(request_, words):
+    engine = engine_of(tiny("qwen2"))
+    with pytest.raises(EngineError, match=words):
+        engine.submit(request_)
+    assert engine.load_status().waiting == 0
+
+
+def test_the_longest_possible_request_is_served():
+    engine = engine_of(tiny("gpt2"))
+    assert drain(engine, [ask(0, prompt=200, tokens=56)])[0].tokens.size == 56
+
+
+def test_a_sliding_window_bounds_the_length():
+    model = tiny("qwen2")
+    model.config.sliding_window = 16
+    with pytest.raises(EngineError, match="16 positions"):
+        engine_of(model).submit(ask(0, prompt=10, tokens=7))
+
+
+def test_a_model_without_a_key_value_cache_is_refused():
+    config = MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4)
+    with pytest.raises(EngineError, match="cannot decode MambaForCausalLM"):
+        EmbeddedEngine(MambaForCausalLM(config), digest=digest)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_traced_step_gives_the_same_bits_for_any_number_of_rows_and_columns(kind):
+    decoder = Decoder(tiny(kind), 8)
+    plain = DecodeStep(decoder.model, decoder.cache)
+    assert not isinstance(decoder._step, DecodeStep)
+    with torch.inference_mode():
+        for rows, length in [(1, 1), (8, 3), (5, 100), (1, 130), (2, 2)]:
+            prompts = prompts_of([length] * rows)
+            decoder.prefill(0, [prompt[:-1] for prompt in prompts])
+            tokens, positions = np.array([prompt[-1] for prompt in prompts]), np.full(rows, length - 1)
+            traced = decoder.decode(tokens.astype(np.int64), positions)
+            assert torch.equal(traced, plain(*decoder._inputs(tokens.astype(np.int64), positions)))
+
+
+def test_a_trace_that_does_something_else_is_not_used(monkeypatch):
+    monkeypatch.setattr("sgpo_async.engines.decoder.traced", lambda step, *_: lambda *inputs: step(*inputs) + 1)
+    assert isinstance(Decoder(tiny("qwen2"), 4)._step, DecodeStep)
+
+
+def test_from_pretrained_serves_a_saved_model(tmp_path):
+    tiny("qwen3").save_pretrained(tmp_path)
+    engine = EmbeddedEngine.from_pretrained(str(tmp_path), digest=digest, slots=2, device="cpu")
+    named = dict(tiny("qwen3").named_parameters())
+    engine.load(0, named, digest(named.items()))
+    got = drain(engine, [ask(0)])[0]
+    expected = reference_logprobs(tiny("qwen3"), ask(0).prompt, got.tokens, 1.0)
+    np.testing.assert_allclose(got.logprobs, expected, atol=1e-5)
+
+
+def test_a_missing_or_broken_model_is_one_line(tmp_path):
+    def refused(path):
+        with pytest.raises(DataError) as error:
+            EmbeddedEngine.from_pretrained(str(path), digest=digest, device="cpu")
+        assert "\n" not in str(error.value) and str(path) in str(error.value)
+        return str(error.value)
+
+    assert "there is no folder" in refused(tmp_path / "absent")
+    assert "no config.json" in refused(tmp_path)
+    folder = tmp_path / "model"
+    tiny("qwen2").save_pretrained(folder)
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:1000])
+    assert "cannot load" in refused(folder)
+    file.unlink()
+    assert "cannot load" in refused(folder)
+    file.write_bytes(whole)
+    tensors = load_file(file)
+    del tensors["model.norm.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert "lacks 1 parameters that its config.json asks for (model.norm.weight)" in refused(folder)
+    file.write_bytes(whole)
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"vocab_size": 32', '"vocab_size": 33'))
+    assert "cannot load" in refused(folder)
+    (folder / "config.json").write_text("{")
+    assert "cannot load" in refused(folder)
+
+
+def test_a_device_that_is_not_there_is_an_engine_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    tiny("qwen2").save_pretrained(tmp_path)
+    with pytest.raises(EngineError, match=r"engine\.device"):
+        EmbeddedEngine.from_pretrained(str(tmp_path), digest=digest, device="cuda")
+
+
+@given(st.integers(-(2**70), 2**70), st.integers(0, 2**20))
+def test_uniforms_are_below_one_and_a_function_of_seed_and_index(seed, index):
+    streams = np.array([stream(0), stream(seed)])
+    got = uniforms(streams, np.array([3, index]))
+    assert (got >= 0).all() and (got <= 1 - 2.0**-50).all()
+    assert uniforms(streams[1:], np.array([index]))[0] == got[1]
+
+
+def test_uniforms_are_uniform_along_a_stream_and_across_neighbouring_seeds():
+    along = uniforms(np.full(20_000, stream(5)), np.arange(20_000))
+    across = uniforms(np.array([stream(seed) for seed in range(20_000)]), np.zeros(20_000, np.int64))
+    for values in (along, across):
+        counts = np.histogram(values, bins=50, range=(0, 1))[0]
+        assert ((counts - 400) ** 2 / 400).sum() < 85.4  # 0.999 quantile, 49 degrees of freedom
+        assert abs(np.corrcoef(values[:-1], values[1:])[0, 1]) < 0.03
+
+
+def test_a_token_of_probability_zero_is_never_sampled():
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(4, -1)
+    uniform = torch.tensor([0.0, 0.499999, 0.5, 1 - 2.0**-50], dtype=torch.float64)
+    tokens, logprobs = sample(logits, torch.ones(4), uniform)
+    assert tokens.tolist() == [1, 1, 3, 3]
+    assert torch.allclose(logprobs, torch.full((4,), -np.log(2.0), dtype=torch.float32))
+
+
+@given(st.lists(st.integers(0, 50), max_size=40), st.integers(1, 200))
+def test_batches_cover_everything_once_and_fit(lengths, limit):
+    parts = batches(lengths, limit)
+    assert [i for start, stop in parts for i in range(start, stop)] == list(range(len(lengths)))
+    for start, stop in parts:
+        assert stop == start + 1 or (stop - start) * max(lengths[start:stop]) <= limit
+
+
+def test_results_are_generated_records():
+    got = drain(engine_of(tiny("qwen2")), [ask(0)])[0]
+    assert isinstance(got, Generated)
+    assert (got.tokens.dtype, got.logprobs.dtype, got.versions.dtype, got.ends.dtype) == (
+        np.int32, np.float32, np.int32, np.int32
+    )  # fmt: skip

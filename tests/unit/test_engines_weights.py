@@ -1,0 +1,206 @@
+"""New weights between two tokens, and weights that must not be served."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from engines_models import VOCABULARY, digest, drain, engine_of, prompts_of, reference_logprobs, tiny, weights
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sgpo_async.engines import EmbeddedEngine, Generate, Score
+from sgpo_async.engines.sequences import Sequence
+from sgpo_async.errors import EngineError, WeightsError
+
+
+def load(engine, version, model):
+    tensors = weights(model)
+    engine.load(version, tensors, digest(tensors.items()))
+
+
+def ask(id, *, tokens=20, prompt=6):
+    return Generate(id=id, prompt=prompts_of([prompt], seed=id)[0], max_new_tokens=tokens, temperature=1.0, seed=id)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "gpt2"])
+def test_each_token_has_the_logprob_of_the_version_that_its_span_names(kind):
+    """Ten sequences on four slots; weights change after 5, 9 and 30 steps, in the middle of most sequences."""
+    policies = {version: tiny(kind, seed=version) for version in range(4)}
+    engine, results = engine_of(tiny(kind), slots=4), {}
+    for id in range(10):
+        engine.submit(ask(id, tokens=15 + id, prompt=2 + 3 * id))
+    for step in range(1, 200):
+        results |= {r.id: r for r in engine.step(0.0)}
+        if step in (5, 9, 30):
+            load(engine, {5: 1, 9: 2, 30: 3}[step], policies[{5: 1, 9: 2, 30: 3}[step]])
+    assert len(results) == 10
+    assert sum(r.versions.size for r in results.values()) > 14
+    for id, got in results.items():
+        assert got.tokens.size == 15 + id
+        prompt = ask(id, prompt=2 + 3 * id).prompt
+        for version, start, end in zip(got.versions, [0, *got.ends[:-1]], got.ends, strict=True):
+            expected = reference_logprobs(policies[int(version)], prompt, got.tokens[:end], 1.0)[start:]
+            np.testing.assert_allclose(got.logprobs[start:end], expected, atol=1e-5)
+
+
+def test_running_sequences_go_on_before_waiting_ones_start():
+    engine = engine_of(tiny("qwen2"), slots=2)
+    for id in range(6):
+        engine.submit(ask(id))
+    for _ in range(5):
+        engine.step(0.0)
+    load(engine, 1, tiny("qwen2", seed=1))
+    finished = [r.id for _ in range(20) for r in engine.step(0.0)]
+    assert finished == [0, 1]
+
+
+def test_loading_the_same_weights_changes_no_token():
+    model, asked = tiny("qwen2"), [ask(id) for id in range(3)]
+    undisturbed = drain(engine_of(tiny("qwen2")), asked)
+    engine = engine_of(model)
+    for request in asked:
+        engine.submit(request)
+    results = {}
+    for version in range(1, 30):
+        results |= {r.id: r for r in engine.step(0.0)}
+        load(engine, version, model)
+    for id, got in results.items():
+        assert got.tokens.tolist() == undisturbed[id].tokens.tolist()
+        assert got.versions.tolist() == list(range(20)) and got.ends.tolist() == list(range(1, 21))
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), max_size=12), st.integers(1, 3))
+def test_spans_tile_the_tokens_and_name_their_versions(history, last):
+    """`history`: (tokens generated, then version advance) pairs; every token must find its version again."""
+    sequence, version, truth = Sequence.of(ask(0, prompt=2)), 0, []
+
+    def generate(count):
+        truth.extend([version] * count)
+        sequence.ids = np.append(sequence.ids, np.zeros(count, np.int32))
+
+    for count, advance in history:
+        generate(count)
+        sequence.close_span(version)
+        version += advance
+    generate(last)
+    sequence.close_span(version)
+    got = sequence.result(stopped=False)
+    assert np.repeat(got.versions, np.diff(got.ends, prepend=0)).tolist() == truth
+    assert (np.diff(got.ends, prepend=0) > 0).all() and (np.diff(got.versions) > 0).all()
+
+
+@functools.cache
+def engine_with(slots):
+    return engine_of(tiny("qwen2"), slots=slots)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.data())
+def test_any_interleaving_of_steps_loads_and_cancels_answers_every_request_once(data):
+    engine = engine_with(data.draw(st.integers(1, 3)))
+    engine.cancel(range(8))  # a failed example may have left some
+    alive, results = {}, {}
+    for id in range(data.draw(st.integers(1, 8))):
+        alive[id] = ask(id, tokens=data.draw(st.integers(1, 6)), prompt=data.draw(st.integers(1, 5)))
+        engine.submit(alive[id])
+    for action in data.draw(st.lists(st.sampled_from(["step", "step", "load", "cancel"]), max_size=25)):
+        if action == "step":
+            results |= {r.id: r for r in engine.step(0.0)}
+        elif action == "load":
+            load(engine, engine.version + 1, tiny("qwen2", seed=engine.version % 2))
+        elif unfinished := sorted(alive.keys() - results.keys()):
+            gone = data.draw(st.sampled_from(unfinished))
+            engine.cancel([gone, "unknown"])
+            del alive[gone]
+    results |= drain(engine)
+    assert results.keys() == alive.keys()
+    for id, got in results.items():
+        assert got.tokens.size == alive[id].max_new_tokens == got.ends[-1] == got.logprobs.size
+
+
+def test_other_names_or_shapes_leave_the_engine_as_it_was():
+    engine = engine_of(tiny("qwen2"), version=4)
+    before = drain(engine, [ask(0)])[0]
+    good = weights(tiny("qwen2", seed=1))
+    missing = {k: v for k, v in good.items() if "lm_head" not in k}
+    extra = good | {"model.more": torch.zeros(1)}
+    reshaped = good | {"model.norm.weight": torch.zeros(33)}
+    for tensors, words in [(missing, "lm_head.weight"), (extra, "model.more"), (reshaped, r"\(33,\)")]:
+        with pytest.raises(WeightsError, match=words):
+            engine.load(5, tensors, digest(tensors.items()))
+        assert engine.version == 4
+    after = drain(engine, [ask(0)])[0]
+    assert after.logprobs.tobytes() == before.logprobs.tobytes()
+
+
+def test_a_wrong_digest_quarantines_until_a_good_load():
+    engine, results = engine_of(tiny("qwen2")), {}
+    engine.submit(ask(0))
+    for _ in range(5):
+        engine.step(0.0)
+    tensors = weights(tiny("qwen2", seed=1))
+    with pytest.raises(WeightsError, match="version 1: the loaded weights have digest"):
+        engine.load(1, tensors, "another")
+    assert engine.version is None and engine.step(0.0) == []
+    for request in (ask(1), Score(id=2, prompt=ask(1).prompt, tokens=ask(1).prompt, temperature=1.0)):
+        with pytest.raises(EngineError, match="no verified weights"):
+            engine.submit(request)
+    load(engine, 2, tiny("qwen2", seed=2))
+    results = drain(engine)
+    assert results[0].versions.tolist() == [0, 2] and results[0].ends.tolist() == [5, 20]
+
+
+def test_it_serves_nothing_before_its_first_load():
+    engine = EmbeddedEngine(tiny("qwen2"), digest=digest)
+    assert engine.version is None and engine.step(0.0) == []
+    with pytest.raises(EngineError, match="load a version first"):
+        engine.submit(ask(0))
+
+
+def test_weights_that_give_no_numbers_quarantine_and_leave_no_trace():
+    engine = engine_of(tiny("qwen2"), slots=4)
+    for id in range(3):
+        engine.submit(ask(id))
+    engine.step(0.0)
+    broken = tiny("qwen2")
+    with torch.no_grad():
+        broken.model.layers[0].self_attn.v_proj.weight.fill_(torch.nan)
+    load(engine, 1, broken)
+    with pytest.raises(EngineError, match="version 1 give logits that are not numbers"):
+        drain(engine)
+    assert engine.version is None
+    load(engine, 2, tiny("qwen2", seed=2))
+    for id, got in drain(engine).items():
+        expected = reference_logprobs(tiny("qwen2", seed=2), ask(id).prompt, got.tokens, 1.0)
+        np.testing.assert_allclose(got.logprobs[got.ends[0] :], expected[got.ends[0] :], atol=1e-5)
+
+
+def test_narrower_weights_are_verified_as_they_travelled():
+    engine, other = engine_of(tiny("qwen2")), tiny("qwen2", seed=1)
+    tensors = {name: tensor.bfloat16() for name, tensor in weights(other).items()}
+    engine.load(1, tensors, digest(tensors.items()))
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            parameter.copy_(tensors[name])
+    got = drain(engine, [ask(0)])[0]
+    np.testing.assert_allclose(got.logprobs, reference_logprobs(other, ask(0).prompt, got.tokens, 1.0), atol=1e-5)
+
+
+def test_weights_that_would_be_rounded_are_refused():
+    engine = engine_of(tiny("qwen2").bfloat16())
+    tensors = weights(tiny("qwen2"))
+    with pytest.raises(WeightsError, match="cannot hold exactly"):
+        engine.load(1, tensors, digest(tensors.items()))
+    assert engine.version == 0
+
+
+def test_tied_weights_are_one_parameter():
+    model = tiny("qwen3")
+    assert "lm_head.weight" not in weights(model)
+    engine = engine_of(model)
+    load(engine, 1, tiny("qwen3", seed=1))
+    got = drain(engine, [ask(0)])[0]
+    expected = reference_logprobs(tiny("qwen3", seed=1), ask(0).prompt, got.tokens, 1.0)
+    np.testing.assert_allclose(got.logprobs, expected, atol=1e-5)
+    assert got.tokens.max() < VOCABULARY
