@@ -166,10 +166,9 @@ class Hub:
     keys: str = ""  # folder of CURVE keys (`sgpo-async keys DIR`); needed beyond loopback
     max_lag: int = 2  # eta: a batch holds no token older than this many versions; 0 is synchronous
     heartbeat_s: float = 1.0
-    lease_timeout_s: float = 120.0  # a lease without any news for so long is given to another actor
-    # An actor that joins, so that no link watches it yet, is gone after so long without a heartbeat. A welcomed one
-    # is given lease_timeout_s: its link notices death at once.
-    member_timeout_s: float = 10.0
+    # A lease without news, or an actor without a heartbeat, is given up after so long: it may be loading weights. An
+    # actor that is dead is noticed at once, by its link.
+    lease_timeout_s: float = 120.0
     max_message_mb: int = 512  # the largest message is the hub's state in a checkpoint
 
     def __post_init__(self) -> None:
@@ -194,13 +193,12 @@ class Hub:
             self.address,
         )
         require(self.max_lag >= 0, "hub.max_lag", "is at least 0", self.max_lag)
-        for name in ("heartbeat_s", "lease_timeout_s"):
-            require(getattr(self, name) > 0, f"hub.{name}", "is above 0", getattr(self, name))
+        require(self.heartbeat_s > 0, "hub.heartbeat_s", "is above 0", self.heartbeat_s)
         require(
-            self.member_timeout_s >= 3 * self.heartbeat_s,
-            "hub.member_timeout_s",
+            self.lease_timeout_s >= 3 * self.heartbeat_s,
+            "hub.lease_timeout_s",
             "is at least three heartbeats",
-            self.member_timeout_s,
+            self.lease_timeout_s,
         )
 
 

@@ -27,7 +27,6 @@ SMALL = [
     "learner.problems_per_step=4",
     "tasks.held_out=8",
     "evaluation.every=100",
-    "hub.member_timeout_s=60",  # the machine may be busy: death is noticed by closed connections, not by silence
 ]
 
 Found = TypeVar("Found")

@@ -47,7 +47,7 @@ def make_run(*, batch: int = 2, max_lag: int = 1, steps: int = 5, autonomous: in
         steps=steps,
         rollout=Rollout(autonomous=autonomous, guided=guided),
         learner=Learner(problems_per_step=batch, batch_timeout_s=60),
-        hub=Hub(max_lag=max_lag, heartbeat_s=1, member_timeout_s=5, lease_timeout_s=20),
+        hub=Hub(max_lag=max_lag, heartbeat_s=1, lease_timeout_s=20),
         evaluation=Evaluation(samples=1),
         local=Local(ranks=1),
     )
