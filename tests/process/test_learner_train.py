@@ -93,7 +93,7 @@ class ScriptedHub:
                 return [Refused(reason=self.refuses)]
             case Hello(rank=rank):
                 self._ranks[member] = rank
-                return [Welcome(store=self.store.path, version=2)]  # another learner was here, and left no checkpoint
+                return [Welcome(store=self.store.path, version=3)]
             case BatchRequest(step=step):
                 parts = [cases.groups(seed=step, version=step + self._base)[i] for i in SPLIT[self._ranks[member]]]
                 return [cases.shard_of(parts, problems=4, step=step, version=step + self._base)]
@@ -103,8 +103,6 @@ class ScriptedHub:
                 return [Evaluated(version=version, pass_auto=version / 8, pass_guided=1.0, problems=4)]
             case SnapshotRequest(step=step):
                 return [Snapshot(step=step, state=f"hub at {step}".encode())]
-            case Restore(state=b""):
-                return [Restored(version=self._base)]
             case Restore():
                 self._base = 10
                 return [Restored(version=12)]
@@ -171,7 +169,6 @@ def test_it_says_what_the_protocol_asks_for(first: ScriptedHub) -> None:
     assert len({hello.tokenizer for hello in first.of(Hello)}) == 1
     assert sorted(request.step for request in first.of(BatchRequest)) == [0, 0, 1, 1]
     assert [commit.step for commit in first.of(Commit)] == [0, 1]
-    assert [restore.state for restore in first.of(Restore)] == [b""]
     assert [published.version for published in first.of(Published)] == [3, 4, 5]
     assert [evaluate.version for evaluate in first.of(Evaluate)] == [3, 5]
     assert len(first.of(Finish)) == 1

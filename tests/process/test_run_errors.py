@@ -85,7 +85,7 @@ def test_weights_that_are_damaged(run: RealRun, tmp_path: Path) -> None:
     broken = chat_model(tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"not weights")
     (line,) = errors(run.local(f"model.path={broken}", "local.actors=1", "local.ranks=1"))
-    assert line.startswith("error: the learner ended with code 1: model.path: no causal LM can be loaded")
+    assert line.startswith("error: the learner ended with code 1: model.path: cannot load a causal language model")
     run.assert_no_trace()
 
 
