@@ -215,7 +215,6 @@ def test_it_resumes_where_the_checkpoint_stands(folder: Path) -> None:
     try:
         status, errors = learn(folder, hub, "steps=3", "learner.resume=true")
         assert status == 0, errors
-        assert {hello.step for hello in hub.of(Hello)} == {2}
         assert [restore.state for restore in hub.of(Restore)] == [b"hub at 2"]
         assert [commit.step for commit in hub.of(Commit)] == [2]
         assert [published.version for published in hub.of(Published)] == [12, 13]
