@@ -1,8 +1,8 @@
 """The learner's ranks. They come and go together, as torchrun starts and ends them.
 
-A Hello of a rank that is here already, or after any rank has left, therefore opens a new world: all ranks of the old
-one are gone, whether or not they managed to say so. A rank's silence means little, since a training process sends
-nothing during a long step.
+A Hello of a rank that is here already, or after any rank has left, or of another number of ranks while all are here,
+therefore opens a new world: all ranks of the old one are gone, whether or not they managed to say so. A rank's silence
+means little, since a training process sends nothing during a long step.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class World:
         held = self.ranks.get(hello.rank)
         at_work = hello.rank in self.asked or self.served >= 0
         repeated = held is not None and held.member == member and not at_work
-        return self.broken or not self.ranks or (held is not None and not repeated)
+        other_size = self.complete and hello.world_size != self.size
+        return self.broken or not self.ranks or other_size or (held is not None and not repeated)
 
     def reopen(self, size: int) -> list[Rank]:
         """Begin a new world; return the ranks of the old one."""
