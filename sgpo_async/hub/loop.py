@@ -5,7 +5,7 @@
     clock ── every TICK_S ──▶ Tick ─────────┤                        └──▶ Shutdown: the loop ends
     signals ── interrupted() ──▶ Interrupted┘
 
-The loop waits for a message, TICK_S at most, and for nothing else: sends never block, and links are stopped by helper
+The loop waits for a message, TICK_S at most, and for nothing else: sends never block, and links are stopped by worker
 threads, because a link process takes a moment to end.
 """
 
