@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -99,7 +100,11 @@ def _rates(*, tokens: float, problems: float) -> dict[str, Any]:
 
 def _outputs(commands: Sequence[Sequence[str]], seconds: float, *, reads: bool = True) -> list[dict[str, Any]]:
     """Run these processes side by side; the last line that each printed, as JSON."""
-    processes = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands]
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}  # one thread per process, as everywhere in this system
+    processes = [
+        subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        for c in commands
+    ]
     deadline = time.monotonic() + START_S + 3 * seconds
     parts = []
     try:
