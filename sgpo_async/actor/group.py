@@ -15,9 +15,8 @@ import numpy as np
 import xxhash
 
 from sgpo_async.engines.base import Generate, Generated, Score, Scored
+from sgpo_async.transport.reliable import Key
 from sgpo_async.wire.records import Lease, Rollout
-
-Key = tuple[int, int, int]  # (task, attempt, slot): the identity of a rollout everywhere
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,13 +13,12 @@ name for that of a living member after the network broke: then the actor tries o
 from __future__ import annotations
 
 import signal
-import sys
 import time
 import uuid
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from sgpo_async.actor.service import Service
+from sgpo_async.actor.service import Service, say
 from sgpo_async.config import Engine as EngineSettings
 from sgpo_async.config import Model, Run, from_plain
 from sgpo_async.engines import EmbeddedEngine
@@ -87,7 +86,7 @@ class Actor:
             except Refusal as refusal:
                 if not self._may_pass(refusal):
                     raise
-                _say(str(refusal))
+                say(str(refusal))
             finally:
                 mailbox.close(linger_s=1.0)  # releases and the goodbye should leave
             failures = 0 if time.monotonic() - began > 2 * BACKOFF_S[-1] else failures + 1
@@ -129,7 +128,7 @@ class Actor:
         )
         reason = service.serve(stopping=lambda: self._stopped)
         self._served_until = time.monotonic()
-        _say(f"{self._name}: session ended: {reason}")
+        say(f"{self._name}: session ended: {reason}")
         return service.finished
 
     def _with_own_options(self, run: Run) -> Run:
@@ -163,7 +162,7 @@ class Actor:
             digest=digest,
         )
         self._warm_for = run.model, run.engine
-        _say(f"{self._name}: engine ready after {time.monotonic() - began:.1f} s")
+        say(f"{self._name}: engine ready after {time.monotonic() - began:.1f} s")
         return self._engine
 
     def _ask(
@@ -200,7 +199,3 @@ class Actor:
         until = time.monotonic() + seconds
         while not self._stopped and time.monotonic() < until:
             time.sleep(0.05)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -110,7 +110,7 @@ class Service:
                 case NodeWeights():
                     newest = event
                 case NodeRejected():
-                    _say(f"weights version {event.version}: {event.reason}")
+                    say(f"weights version {event.version}: {event.reason}")
                 case NodeControl(word="drain"):
                     return "drained"
                 case NodeDown():
@@ -130,7 +130,7 @@ class Service:
             return  # a newer version is already there: its event follows
         except WeightsError as error:
             self._version = None if self._engine.version is None else self._version
-            _say(f"weights version {event.version}: {error}")
+            say(f"weights version {event.version}: {error}")
         self._beat(time.monotonic())  # the hub leases by version: tell it at once
 
     def admit(self) -> None:
@@ -155,7 +155,7 @@ class Service:
             for request in group.requests():
                 self._engine.submit(request)
         except EngineError as error:
-            _say(f"task {lease.task}: {error}")
+            say(f"task {lease.task}: {error}")
             self._engine.cancel(group.rollout_ids())
             self._mailbox.send(Release(task=lease.task, attempt=lease.attempt, reason=str(error), servable=False))
             self._granted -= 1
@@ -229,5 +229,6 @@ class Service:
         self._mailbox.send(Goodbye(reason=reason))
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """One line for whoever reads the actor's log."""
     print(line, file=sys.stderr, flush=True)
