@@ -17,6 +17,7 @@ from rich.table import Table
 from sgpo_async.config import Run, to_plain, to_yaml
 from sgpo_async.errors import DeadlineExceeded, SgpoError
 from sgpo_async.metrics import read_metrics, read_summary
+from sgpo_async.metrics.files import write_whole
 
 SETTINGS = ("generation", "learner", "synchronous", "asynchronous")
 START_S = 300.0  # for processes to import torch and load the model, on a busy machine
@@ -28,9 +29,8 @@ def run_bench(run: Run, *, seconds: float = 20.0) -> int:
     Raises SgpoError with the last lines of a process that failed, DeadlineExceeded for one that hangs.
     """
     folder = Path(run.folder)
-    folder.mkdir(parents=True, exist_ok=True)
     config = folder / "bench.yaml"
-    config.write_text(to_yaml(run), encoding="utf-8")
+    write_whole(config, to_yaml(run))
     results: dict[str, dict[str, Any]] = {}
     for setting in SETTINGS:
         print(f"measuring {setting} ...", file=sys.stderr, flush=True)
@@ -42,7 +42,7 @@ def run_bench(run: Run, *, seconds: float = 20.0) -> int:
         "settings": results,
         "asynchronous_over_synchronous": speedup,
     }
-    (folder / "bench.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / "bench.json", json.dumps(report, indent=2) + "\n")
     _print(results, speedup, folder / "bench.json")
     return 0
 
