@@ -6,13 +6,14 @@ Everything is copied out first and believed afterwards: a copy is whole if its s
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sgpo_async.errors import Superseded
 from sgpo_async.weights import layout
 from sgpo_async.weights.layout import Record
-from sgpo_async.weights.manifest import Manifest
+from sgpo_async.weights.manifest import Manifest, TensorEntry
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +45,10 @@ class StoreReader:
         records = self._records()
         return self._encoded(records[-1]) if records else None
 
+    def manifest_of(self, version: int) -> Manifest:
+        """Manifest of one version. Raises Superseded if it is gone."""
+        return self._manifest(self._record(version))
+
     def bucket(self, version: int, index: int) -> bytearray:
         """Bytes of one bucket, unchecked (see `Manifest.check`). Raises Superseded if `version` is gone."""
         record = self._record(version)
@@ -51,6 +56,18 @@ class StoreReader:
         data = layout.read(self._fd, bucket.nbytes, record.data + bucket.offset)
         self._still(record)
         return data
+
+    def copy(self, version: int, tensors: Iterable[TensorEntry], into: memoryview) -> None:
+        """Write the bytes of some `tensors` of `version` into `into`, one after another without gaps.
+
+        Raises Superseded if the version is gone, or goes meanwhile.
+        """
+        record = self._record(version)
+        done = 0
+        for tensor in tensors:
+            layout.read_into(self._fd, into[done : done + tensor.nbytes], record.data + tensor.offset)
+            done += tensor.nbytes
+        self._still(record)
 
     def tensors(self, version: int) -> dict[str, torch.Tensor]:
         """A whole copy of `version` on the CPU. Raises Superseded if it is gone, or goes meanwhile."""
@@ -101,3 +118,27 @@ class StoreReader:
         data = bytes(layout.read(self._fd, record.manifest_nbytes, record.manifest))
         self._still(record)
         return data
+
+
+class LazyTensors(Mapping[str, "torch.Tensor"]):
+    """The tensors of one version, each copied when it is asked for: a model need not fit into memory twice."""
+
+    def __init__(self, reader: StoreReader, version: int) -> None:
+        """Raises Superseded if `version` is gone."""
+        self._reader, self._version = reader, version
+        self._entries = {t.name: t for t in reader.manifest_of(version).tensors}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """A copy on the CPU. Raises Superseded if the version is gone, or goes meanwhile."""
+        import torch
+
+        entry = self._entries[name]
+        data = torch.empty(entry.nbytes, dtype=torch.uint8)
+        self._reader.copy(self._version, [entry], data.numpy().data)
+        return data.view(getattr(torch, entry.dtype)).reshape(entry.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)

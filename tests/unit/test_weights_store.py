@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sgpo_async.errors import Superseded, WeightsError
-from sgpo_async.weights import StoreFile, StoreReader, StoreWriter, digest, layout
+from sgpo_async.weights import LazyTensors, StoreFile, StoreReader, StoreWriter, digest, layout
 
 Weights = list[tuple[str, torch.Tensor]]
 
@@ -216,3 +216,17 @@ def test_any_model_comes_out_as_it_went_in(plan: list[tuple[list[int], torch.dty
                 manifest.check(index, reader.bucket(version, index))
     finally:
         file.close()
+
+
+def test_tensors_can_be_read_one_by_one_while_the_version_is_there(path: str) -> None:
+    writer, reader = StoreWriter(path), StoreReader(path)
+    writer.publish(0, weights(0))
+    lazy = LazyTensors(reader, 0)
+    assert same(dict(lazy), weights(0))
+    assert len(lazy) == 5
+    for version in (1, 2):
+        writer.publish(version, weights(version))
+    with pytest.raises(Superseded):
+        lazy["embed"]
+    with pytest.raises(Superseded):
+        LazyTensors(reader, 0)
