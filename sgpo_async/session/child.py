@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from typing import Any
 
 from sgpo_async.errors import DeadlineExceeded
@@ -27,7 +28,7 @@ class Child:
             [sys.executable, "-m", module, settings.encode()],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=_environment(),
+            env=_environment(settings),
             process_group=0,  # Ctrl-C in a terminal reaches the supervisor alone
         )
         assert self._process.stdin and self._process.stdout
@@ -35,6 +36,8 @@ class Child:
         os.set_blocking(self._in.fileno(), False)
         os.set_blocking(self._out.fileno(), False)
         self._partial = b""
+        self._unsent = bytearray()
+        self._sending = threading.Lock()
         self._down = False
 
     @property
@@ -47,16 +50,20 @@ class Child:
         return self._out.fileno()
 
     def send(self, command: dict[str, Any]) -> None:
-        """Give the child a command. A dead child ignores it; `poll` tells of its death."""
-        try:
-            os.write(self._in.fileno(), json.dumps(command).encode() + b"\n")
-        except (BrokenPipeError, ValueError):
-            return
+        """Give the child a command, from any thread; what the pipe does not take yet leaves with the next `poll`.
+
+        A dead child ignores it; `poll` tells of its death.
+        """
+        with self._sending:
+            self._unsent += json.dumps(command).encode() + b"\n"
+            self._flush()
 
     def poll(self) -> list[dict[str, Any]]:
         """Events since the last call."""
         if self._down:
             return []
+        with self._sending:
+            self._flush()
         data, ended = self._read()
         *lines, self._partial = (self._partial + data).split(b"\n")
         events = []
@@ -75,12 +82,22 @@ class Child:
         """Kill the child, which has nothing to clean up. Raises DeadlineExceeded if that does not end it."""
         self._down = True
         self._process.kill()
-        self._in.close()
+        with self._sending:
+            self._in.close()
         self._out.close()
         try:
             self._process.wait(deadline_s)
         except subprocess.TimeoutExpired:
             raise DeadlineExceeded(self._who, "end after SIGKILL", deadline_s) from None
+
+    def _flush(self) -> None:
+        try:
+            while self._unsent:
+                del self._unsent[: os.write(self._in.fileno(), self._unsent)]
+        except BlockingIOError:
+            return
+        except (BrokenPipeError, ValueError):
+            self._unsent.clear()
 
     def _read(self) -> tuple[bytes, bool]:
         data = bytearray()
@@ -101,10 +118,12 @@ class Child:
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
 
 
-def _environment() -> dict[str, str]:
+def _environment(settings: Settings) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(_UNWANTED)}
-    return kept | {
+    added = {
         "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",  # weights travel through the CPU; no CUDA context per session
         "TORCH_CPP_LOG_LEVEL": "ERROR",  # a peer that leaves is no news for the terminal
     }
+    if not settings.cuda:
+        added["CUDA_VISIBLE_DEVICES"] = ""  # weights travel through the CPU; no CUDA context per session
+    return kept | added

@@ -54,7 +54,7 @@ class Guard:
     def __init__(self, who: str, parent: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor decides when we stop
         self._who = who
-        self.commands: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self.commands: queue.SimpleQueue[Any] = queue.SimpleQueue()  # the parent's, and what else the child puts in
         self._parent = parent
         self._phase: tuple[str, float, float] | None = None  # name, seconds, when it is over (monotonic)
         self._out = os.dup(1)

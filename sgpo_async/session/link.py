@@ -1,7 +1,8 @@
 """The link process (rank 0, beside the hub): announces new versions and serves them.
 
-    main thread    each 20 ms: is the node alive? a new version in the store? a command of the hub?
-    RPC threads    answer `calls.manifest`, `calls.bucket`, `calls.beat`
+    main thread    each 20 ms: is the node alive? a new version in the store? a command of the hub, an answer?
+    RPC threads    answer `calls.manifest`, `calls.bucket`, `calls.beat`; hand `calls.ask` to the desk
+    others         one per question of the actor, see `session.desk`
     guard thread   see `session.guard`
 
 Run as `python -m sgpo_async.session.link SETTINGS`.
@@ -19,31 +20,36 @@ from sgpo_async.session.settings import Settings
 from sgpo_async.weights.reader import StoreReader
 
 if TYPE_CHECKING:
+    from sgpo_async.session.desk import Desk
     from sgpo_async.session.world import World
 
 _TICK_S = 0.02
+# A wait raises its failure here instead of ending the process, and nobody else ends it either.
+_NCCL = {"TORCH_NCCL_BLOCKING_WAIT": "1", "TORCH_NCCL_ENABLE_MONITORING": "0"}
 
 
 def run(settings: Settings, guard: Guard) -> NoReturn:
     """Open the world, wait for the node, serve it. Ends by an error only."""
     deadlines = settings.deadlines
     with guard.phase("start", deadlines.start_s):
-        os.environ["TP_SOCKET_IFNAME"] = os.environ["GLOO_SOCKET_IFNAME"] = interface_towards(settings.host)
+        os.environ |= _on_interface(interface_towards(settings.host)) | _NCCL
         from sgpo_async.session import calls
+        from sgpo_async.session.desk import Desk
         from sgpo_async.session.world import World, listen
 
     with guard.phase(f"listen on {settings.host}", deadlines.start_s):
         _rendezvous, port = listen(settings.host, deadlines.join_s)
-    calls.callee.store = StoreReader(settings.store)
+    calls.callee.store = store = StoreReader(settings.store)
+    calls.callee.desk = desk = Desk(store, settings.host, guard.commands.put)
     world = World("link", deadlines)
     guard.emit("up", port=port)
     with guard.phase("rendezvous with the node", deadlines.join_s):
         world.join(settings.host, port)
-    serve(world, calls.callee.store, guard)
+    serve(world, store, desk, guard)
 
 
-def serve(world: World, store: StoreReader, guard: Guard) -> NoReturn:
-    """Announce what appears in `store` and pass the hub's words on, until the node is gone."""
+def serve(world: World, store: StoreReader, desk: Desk, guard: Guard) -> NoReturn:
+    """Announce what appears in `store`, pass on the hub's words and the desk's answers, until the node is gone."""
     from sgpo_async.session import calls
 
     announced: int | None = None
@@ -53,10 +59,19 @@ def serve(world: World, store: StoreReader, guard: Guard) -> NoReturn:
         if version is not None and version != announced:
             world.call(calls.announce, version)
             announced = version
+        desk.expire()
         try:
-            world.call(calls.control, guard.commands.get(timeout=_TICK_S)["control"])
+            message = guard.commands.get(timeout=_TICK_S)
         except queue.Empty:
             continue
+        if isinstance(message, calls.Answer):
+            world.call(calls.answer, message)
+        else:
+            world.call(calls.control, message["control"])
+
+
+def _on_interface(name: str) -> dict[str, str]:
+    return {"TP_SOCKET_IFNAME": name, "GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}"}
 
 
 if __name__ == "__main__":

@@ -28,10 +28,17 @@ LinkEvent = LinkUp | LinkDown
 
 
 class LinkProcess:
-    """The hub's end of one session: listens on `host`, serves the weights in `store` to actor `name`."""
+    """The hub's end of one session: listens on `host`, serves the weights in `store` to actor `name`.
 
-    def __init__(self, store: str, name: str, host: str, *, deadlines: Deadlines | None = None) -> None:
-        settings = Settings(name=name, parent=os.getpid(), store=store, host=host, deadlines=deadlines or Deadlines())
+    With `cuda` it may use this machine's GPUs, for weight-update groups over NCCL.
+    """
+
+    def __init__(
+        self, store: str, name: str, host: str, *, cuda: bool = False, deadlines: Deadlines | None = None
+    ) -> None:
+        settings = Settings(
+            name=name, parent=os.getpid(), store=store, host=host, cuda=cuda, deadlines=deadlines or Deadlines()
+        )
         self._child = Child("sgpo_async.session.link", settings)
         self.name, self.host, self.pid = name, host, self._child.pid
 

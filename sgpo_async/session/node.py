@@ -1,10 +1,14 @@
 """The node process (rank 1, child of an actor): pulls every announced version into a local store.
 
-    main thread    waits for an announcement or a word (in `calls.callee.inbox`), or 20 ms; is the link alive?
-    RPC threads    answer `calls.announce`, `calls.control`, `calls.beat`
+    main thread    waits for an announcement, a word, an answer or a question of the actor, or 20 ms; is the link alive?
+    RPC threads    answer `calls.announce`, `calls.control`, `calls.answer`, `calls.beat`
+    pull threads   one at a time, for versions that the actor asks for
     guard thread   see `session.guard`
 
-If versions come faster than they can be pulled, the ones between are skipped: it always asks for the newest.
+If versions come faster than they can be pulled, the ones between are skipped: it always asks for the newest. Where
+weights reach the engines by another road (`Settings.pulls` is false), an announcement is only passed on, and a version
+is pulled when the actor asks for it.
+
 Run as `python -m sgpo_async.session.node SETTINGS`; the address to connect to comes on standard input.
 """
 
@@ -13,10 +17,12 @@ from __future__ import annotations
 import os
 import queue
 import tempfile
+import threading
 import time
-from typing import TYPE_CHECKING, NoReturn
+import traceback
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from sgpo_async.errors import Superseded, WeightsError
+from sgpo_async.errors import SgpoError, Superseded, WeightsError
 from sgpo_async.session.guard import Guard, one_line, run_child
 from sgpo_async.session.interface import interface_towards
 from sgpo_async.session.pull import Answer, pull
@@ -26,6 +32,7 @@ from sgpo_async.weights.paths import StoreFile
 from sgpo_async.weights.writer import StoreWriter
 
 if TYPE_CHECKING:
+    from sgpo_async.session import calls
     from sgpo_async.session.world import World
 
 _TICK_S = 0.02
@@ -37,32 +44,53 @@ def run(settings: Settings, guard: Guard) -> NoReturn:
     with guard.phase("start", deadlines.start_s):
         import torch.distributed.rpc  # noqa: F401  (while the actor is busy elsewhere)
 
-    address = guard.commands.get()  # as long as the actor lives: it may have to wait for its hub
+    address = _address(guard)
     with guard.phase(f"rendezvous with the link at {address['host']}:{address['port']}", deadlines.join_s):
         os.environ["TP_SOCKET_IFNAME"] = os.environ["GLOO_SOCKET_IFNAME"] = interface_towards(address["host"])
+        from sgpo_async.session import calls
         from sgpo_async.session.world import World
 
+        calls.callee.inbox = guard.commands
         world = World("node", deadlines)
         world.join(address["host"], address["port"])
-    serve(world, guard)
+    serve(world, guard, pulls=settings.pulls)
 
 
-def serve(world: World, guard: Guard) -> NoReturn:
-    """Pull what is announced and pass words on, until the link is gone."""
+def _address(guard: Guard) -> dict[str, Any]:
+    """Where the link waits, once the actor knows; it may have to wait for its hub. Questions stay in the inbox."""
+    early = []
+    while "host" not in (command := guard.commands.get()):
+        early.append(command)
+    for question in early:
+        guard.commands.put(question)
+    return command
+
+
+def serve(world: World, guard: Guard, *, pulls: bool) -> NoReturn:
+    """Pull or pass on what is announced, carry questions, answers and words, until the link is gone."""
     from sgpo_async.session import calls
 
     replica = Replica(world, guard)
-    inbox = calls.callee.inbox
     while True:
         world.check()
         try:
-            message = inbox.get(timeout=_TICK_S)
+            message = guard.commands.get(timeout=_TICK_S)
         except queue.Empty:
             continue
-        if isinstance(message, calls.Control):
-            guard.emit("control", word=message.word)
-        else:
-            replica.catch_up(message.version)
+        match message:
+            case calls.Announced(version):
+                if pulls:
+                    replica.catch_up(version)
+                else:
+                    replica.pass_on(version)
+            case calls.Control(word):
+                guard.emit("control", word=word)
+            case calls.Answer():
+                guard.emit("answer", id=message.id, value=message.value, error=message.error)
+            case {"what": "pull"}:
+                replica.pull_for(calls.Ask(**message))
+            case _:
+                world.call(calls.ask, calls.Ask(**message))
 
 
 class Replica:
@@ -72,11 +100,12 @@ class Replica:
         self._world, self._guard = world, guard
         self._file: StoreFile | None = None
         self._writer: StoreWriter | None = None
+        self._passed_on = -1
+        self._pulling = threading.Lock()
 
     def catch_up(self, version: int) -> None:
         """Pull the newest version, unless the local store has `version` already."""
-        held = self._writer.version if self._writer else None
-        if held is not None and held >= version:
+        if self._held() >= version:
             return
         try:
             self._pull()
@@ -85,25 +114,80 @@ class Replica:
         except WeightsError as error:
             self._guard.emit("rejected", version=version, reason=one_line(str(error)))
 
-    def _pull(self) -> None:
+    def pass_on(self, version: int) -> None:
+        """Tell the actor of the newest version, unless it knows of `version` already."""
+        if self._passed_on >= version:
+            return
+        try:
+            manifest = self._newest()
+        except Superseded:
+            return
+        except WeightsError as error:
+            self._guard.emit("rejected", version=version, reason=one_line(str(error)))
+            return
+        self._passed_on = manifest.version
+        self._guard.emit(
+            "announced",
+            version=manifest.version,
+            digest=manifest.digest,
+            nbytes=manifest.nbytes,
+            published_at=manifest.published_at,
+        )
+
+    def pull_for(self, ask: calls.Ask) -> None:
+        """Have the version that the actor asks for in the local store; the answer is its path."""
+        threading.Thread(target=self._answer, args=(ask,), name="pull", daemon=True).start()
+
+    def _answer(self, ask: calls.Ask) -> None:
         from sgpo_async.session import calls
 
-        started = time.monotonic()
+        version = ask.arguments["version"]
+        try:
+            with self._pulling:
+                if self._held() != version:
+                    self._pull(version)
+                assert self._writer is not None
+                answer = calls.Answer(ask.id, self._writer.path)
+        except SgpoError as error:
+            answer = calls.Answer(ask.id, error=(type(error).__name__, one_line(f"pull: {error}")))
+        except Exception as error:
+            traceback.print_exc()
+            answer = calls.Answer(ask.id, error=("SessionError", one_line(f"pull: internal error: {error!r}")))
+        self._guard.commands.put(answer)
+
+    def _held(self) -> int:
+        held = self._writer.version if self._writer else None
+        return -1 if held is None else held
+
+    def _newest(self) -> Manifest:
+        from sgpo_async.session import calls
+
         encoded = self._world.call(calls.manifest)
         if encoded is None:
             raise Superseded("the manifest was overwritten")
-        manifest = Manifest.from_bytes(encoded)
+        return Manifest.from_bytes(encoded)
+
+    def _pull(self, version: int | None = None) -> None:
+        started = time.monotonic()
+        manifest = self._newest()
+        if version not in (None, manifest.version):
+            raise Superseded(f"weights version {version}: the newest is {manifest.version}")
         if self._writer is None:
             self._file = StoreFile(tempfile.gettempdir(), expected_bytes=manifest.nbytes)
             self._writer = StoreWriter(self._file.path)
         pull(manifest, self._ask, self._writer)
+        if version is None:
+            self._tell(manifest, time.monotonic() - started)
+
+    def _tell(self, manifest: Manifest, seconds: float) -> None:
+        assert self._writer is not None
         self._guard.emit(
             "weights",
             version=manifest.version,
             path=self._writer.path,
             digest=manifest.digest,
             nbytes=manifest.nbytes,
-            seconds=time.monotonic() - started,
+            seconds=seconds,
             published_at=manifest.published_at,
         )
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 from sgpo_async.session.child import Child
+from sgpo_async.session.questions import Questions
 from sgpo_async.session.settings import Deadlines, Settings
+from sgpo_async.session.weight_groups import WeightGroups
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,16 @@ class NodeWeights:
     digest: str
     nbytes: int
     seconds: float  # the transfer took
+    published_at: float  # by the learner's clock, seconds since 1970
+
+
+@dataclass(frozen=True)
+class NodeAnnounced:
+    """A version that the learner's store holds; with `pulls=False` in place of `NodeWeights`."""
+
+    version: int
+    digest: str
+    nbytes: int
     published_at: float  # by the learner's clock, seconds since 1970
 
 
@@ -44,9 +58,10 @@ class NodeDown:
     reason: str
 
 
-NodeEvent = NodeWeights | NodeRejected | NodeControl | NodeDown
+NodeEvent = NodeWeights | NodeAnnounced | NodeRejected | NodeControl | NodeDown
 _EVENTS: dict[str, type[Any]] = {
     "weights": NodeWeights,
+    "announced": NodeAnnounced,
     "rejected": NodeRejected,
     "control": NodeControl,
     "down": NodeDown,
@@ -54,11 +69,17 @@ _EVENTS: dict[str, type[Any]] = {
 
 
 class NodeProcess:
-    """The actor's end of one session. Start it early: it imports torch while the actor does other things."""
+    """The actor's end of one session. Start it early: it imports torch while the actor does other things.
 
-    def __init__(self, name: str, *, deadlines: Deadlines | None = None) -> None:
-        settings = Settings(name=name, parent=os.getpid(), deadlines=deadlines or Deadlines())
+    It pulls every version that is announced, unless `pulls` is false: then weights come through `groups`, or by `pull`.
+    """
+
+    def __init__(self, name: str, *, pulls: bool = True, deadlines: Deadlines | None = None) -> None:
+        deadlines = deadlines or Deadlines()
+        settings = Settings(name=name, parent=os.getpid(), pulls=pulls, deadlines=deadlines)
         self._child = Child("sgpo_async.session.node", settings)
+        self._questions = Questions(self._child.send)
+        self.groups = WeightGroups(self._questions, deadlines.group_s)
         self.name, self.pid = name, self._child.pid
 
     def connect(self, host: str, port: int) -> None:
@@ -70,9 +91,28 @@ class NodeProcess:
         return self._child.fileno()
 
     def poll(self) -> list[NodeEvent]:
-        """Events since the last call."""
-        return [_EVENTS[raw.pop("event")](**raw) for raw in self._child.poll()]
+        """Events since the last call; ends the futures of `groups` and `pull` that are due."""
+        events = []
+        for raw in self._child.poll():
+            kind = raw.pop("event")
+            if kind == "answer":
+                self._questions.settle(raw["id"], raw["value"], raw["error"])
+                continue
+            if kind == "down":
+                self._questions.end(raw["reason"])
+            events.append(_EVENTS[kind](**raw))
+        self._questions.expire()
+        return events
+
+    def pull(self, version: int) -> Future[str]:
+        """Have the newest version in the local store; done with its path. Without a deadline of its own.
+
+        Ends with Superseded if `version` is no longer the newest, WeightsError if it arrived damaged, SessionError
+        if the session ends. As with `groups`, some other thread has to `poll`.
+        """
+        return self._questions.ask("pull", seconds=math.inf, version=version)
 
     def stop(self, deadline_s: float = 5.0) -> None:
         """End the session at once. Raises DeadlineExceeded if the process does not go in `deadline_s`."""
+        self._questions.end("the session was ended")
         self._child.stop(deadline_s)
