@@ -1,5 +1,8 @@
-# make demo   a whole run on this machine, in minutes      make test   everything but what needs a GPU
+# make demo   a whole run on this machine, in minutes      make test   everything but what needs a GPU or SGLang
 # make setup  .venv with all that is needed (both call it)  make clean  forget .venv and caches
+#
+# With real SGLang servers, on a CPU (Python 3.11):
+# make sglang-cpu   .venv-sglang, SGLang's own environment    make demo-sglang, make test-sglang   demo and tests with it
 #
 # Variables: PYTHON (default python3), TORCH_INSTALL (how torch is installed; e.g. with --index-url of another build)
 
@@ -7,14 +10,23 @@ PYTHON ?= python3
 TORCH_INSTALL ?= torch==2.13.0
 BIN := .venv/bin
 STAMP := .venv/.installed
+SGLANG_BIN := .venv-sglang/bin
+SGLANG_STAMP := .venv-sglang/.installed
+SGLANG_PINS := sgpo_async/engines/sglang/cpu/requirements.txt
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint bench clean sglang-cpu demo-sglang test-sglang
 
 demo: $(STAMP)
 	$(BIN)/python launch/local.py configs/demo.yaml
 
 test: lint
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu and not sglang"
+
+demo-sglang: $(STAMP) $(SGLANG_STAMP)
+	$(BIN)/python launch/local.py configs/demo-sglang.yaml
+
+test-sglang: $(STAMP) $(SGLANG_STAMP)
+	$(BIN)/python -m pytest -m "sglang and not gpu"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -37,5 +49,18 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --editable '.[dev]'
 	@touch $@
 
+sglang-cpu: $(SGLANG_STAMP)
+
+# Without their dependencies, sglang and xgrammar leave the CPU build of torch alone; three packages that they import and
+# never call on this path have stand-ins beside the pins, which a server finds on its PYTHONPATH.
+$(SGLANG_STAMP): $(SGLANG_PINS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "error: $$($(PYTHON) --version), but the pins for SGLang on a CPU are for Python 3.11; name one: make PYTHON=python3.11 $@" >&2; exit 1; }
+	$(PYTHON) -m venv .venv-sglang
+	$(SGLANG_BIN)/python -m pip install --quiet --upgrade pip
+	$(SGLANG_BIN)/python -m pip install $(TORCH_INSTALL)
+	$(SGLANG_BIN)/python -m pip install --requirement $(SGLANG_PINS)
+	$(SGLANG_BIN)/python -m pip install --no-deps sglang==0.5.23 xgrammar==0.2.7
+	@touch $@
+
 clean:
-	rm -rf .venv .pytest_cache .hypothesis .ruff_cache .mypy_cache .import_linter_cache .grimp_cache build dist *.egg-info
+	rm -rf .venv .venv-sglang .pytest_cache .hypothesis .ruff_cache .mypy_cache .import_linter_cache .grimp_cache build dist *.egg-info

@@ -12,6 +12,7 @@ name for that of a living member after the network broke: then the actor tries o
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 import uuid
@@ -23,8 +24,10 @@ from sgpo_async.config import Engine as EngineSettings
 from sgpo_async.config import Model, Run, from_plain
 from sgpo_async.engines import EmbeddedEngine
 from sgpo_async.engines.base import Engine
+from sgpo_async.engines.sglang import SglangEngine
 from sgpo_async.errors import HubError
-from sgpo_async.session import NodeProcess
+from sgpo_async.session import Deadlines, NodeProcess
+from sgpo_async.session.interface import interface_towards
 from sgpo_async.tasks.models import load_tokenizer, model_folder, tokenizer_fingerprint
 from sgpo_async.tasks.prompts import build_prompt
 from sgpo_async.tasks.sources import VERIFIER_OF_SOURCE
@@ -48,6 +51,9 @@ class ActorOptions:
     model: str = ""  # a local copy, where the run's model.path does not resolve on this node
     slots: int = 0  # 0: as the run says
     device: str = ""  # "": as the run says
+    sglang_python: str = ""  # of SGLang's environment; "": as the run says
+    sglang_urls: tuple[str, ...] = ()  # servers to attach to; none: as the run says
+    logs: str = ""  # folder of the servers' logs; "": a temporary one
     hub_timeout_s: float = 120.0  # how long to look for the hub before giving up
 
 
@@ -75,24 +81,26 @@ class Actor:
         """Serve until the run is over (exit status 0) or this process is told to stop."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
-        failures = 0
-        while not self._stopped:
-            began = time.monotonic()
-            self._dealer = Dealer(self._options.hub, keys=self._options.keys, max_bytes=MAX_BYTES)
-            mailbox = Mailbox(self._dealer)
-            try:
-                if self._session(mailbox):
-                    break
-            except Refusal as refusal:
-                if not self._may_pass(refusal):
-                    raise
-                say(str(refusal))
-            finally:
-                mailbox.close(linger_s=1.0)  # releases and the goodbye should leave
-            failures = 0 if time.monotonic() - began > 2 * BACKOFF_S[-1] else failures + 1
-            self._pause(BACKOFF_S[min(failures, len(BACKOFF_S) - 1)])
-        if self._engine is not None:
-            self._engine.close()
+        try:
+            failures = 0
+            while not self._stopped:
+                began = time.monotonic()
+                self._dealer = Dealer(self._options.hub, keys=self._options.keys, max_bytes=MAX_BYTES)
+                mailbox = Mailbox(self._dealer)
+                try:
+                    if self._session(mailbox):
+                        break
+                except Refusal as refusal:
+                    if not self._may_pass(refusal):
+                        raise
+                    say(str(refusal))
+                finally:
+                    mailbox.close(linger_s=1.0)  # releases and the goodbye should leave
+                failures = 0 if time.monotonic() - began > 2 * BACKOFF_S[-1] else failures + 1
+                self._pause(BACKOFF_S[min(failures, len(BACKOFF_S) - 1)])
+        finally:
+            if self._engine is not None:
+                self._engine.close()
         return 0
 
     def _may_pass(self, refusal: Refusal) -> bool:
@@ -101,17 +109,22 @@ class Actor:
 
     def _session(self, mailbox: Mailbox) -> bool:
         """One connection to one hub, from its settings to its end; whether the run is over."""
-        node = NodeProcess(self._name)  # imports torch while this process does other things
-        try:
-            return self._join(mailbox, node)
-        finally:
-            node.stop()
-
-    def _join(self, mailbox: Mailbox, node: NodeProcess) -> bool:
         settings = self._ask(mailbox, SettingsRequest(), Settings, self._options.hub_timeout_s, again_s=1.0)
         if settings is None:
             return True
         run = self._with_own_options(from_plain(settings.settings))
+        node = self._node(run)
+        try:
+            return self._join(mailbox, node, run)
+        finally:
+            node.stop()
+
+    def _node(self, run: Run) -> NodeProcess:
+        """It imports torch while this process warms its engine."""
+        deadlines = Deadlines(group_s=run.engine.sglang.phase_timeout_s)
+        return NodeProcess(self._name, pulls=not run.engine.broadcasts, deadlines=deadlines)
+
+    def _join(self, mailbox: Mailbox, node: NodeProcess, run: Run) -> bool:
         engine = self._warm(run)
         hello = Hello(role="actor", name=self._name, tokenizer=tokenizer_fingerprint(self._tokenizer))
         welcome = self._ask(mailbox, hello, Welcome, WELCOME_DEADLINE_S)
@@ -140,6 +153,11 @@ class Actor:
                 run.engine,
                 slots=own.slots or run.engine.slots,
                 device=own.device or run.engine.device,  # type: ignore[arg-type]
+                sglang=replace(
+                    run.engine.sglang,
+                    python=own.sglang_python or run.engine.sglang.python,
+                    urls=list(own.sglang_urls) or run.engine.sglang.urls,
+                ),
             ),
         )
 
@@ -153,7 +171,23 @@ class Actor:
         folder = model_folder(run.model.path)
         self._tokenizer = load_tokenizer(folder)
         build_prompt("?", None, style=run.tasks.prompt, tokenizer=self._tokenizer)  # now, or never
-        self._engine = EmbeddedEngine.from_pretrained(
+        self._engine = self._open_engine(folder, run)
+        self._warm_for = run.model, run.engine
+        say(f"{self._name}: engine ready after {time.monotonic() - began:.1f} s")
+        return self._engine
+
+    def _open_engine(self, folder: str, run: Run) -> Engine:
+        if run.engine.kind == "sglang":
+            if run.engine.broadcasts:  # the servers inherit by which interface the learner is reached
+                host = self._options.hub.removeprefix("tcp://").rpartition(":")[0]
+                for backend in ("GLOO", "NCCL"):
+                    os.environ.setdefault(f"{backend}_SOCKET_IFNAME", interface_towards(host))
+            servers = SglangEngine(
+                folder, run.engine, dtype=run.model.dtype, digest=digest, logs=self._options.logs, name=self._name
+            )
+            servers.start(lambda: self._stopped)
+            return servers
+        return EmbeddedEngine.from_pretrained(
             folder,
             slots=run.engine.slots,
             device=run.engine.device,
@@ -161,9 +195,6 @@ class Actor:
             deterministic=run.engine.deterministic,
             digest=digest,
         )
-        self._warm_for = run.model, run.engine
-        say(f"{self._name}: engine ready after {time.monotonic() - began:.1f} s")
-        return self._engine
 
     def _ask(
         self, mailbox: Mailbox, question: Message, answer: type[Answer], deadline_s: float, *, again_s: float = 0.0

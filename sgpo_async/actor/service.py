@@ -3,7 +3,8 @@
     hub ──Lease, Ack, Stop──▶ receive ─▶ admit ─▶ engine.step ─▶ judge ─▶ publish ──Rollout, Ready, Heartbeat──▶ hub
     link ──(Torch RPC)──▶ node process ──version, path──▶ refresh ─▶ engine.load
 
-The loop waits in one place: in `receive`, and only while the engine has nothing to do. A lease waits in `admit` until
+The loop waits in `receive` while the engine has nothing to do, and in `engine.step` while an engine that lives
+elsewhere works; both briefly. A lease waits in `admit` until
 the engine holds a version that the lease admits; a rollout waits in the sender until the hub acknowledges it.
 """
 
@@ -13,24 +14,30 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sgpo_async.actor.group import Group, Sampling, group_of, task_of
 from sgpo_async.config import Run
-from sgpo_async.engines.base import Engine, Generated
-from sgpo_async.errors import EngineError, Superseded, WeightsError
-from sgpo_async.session import NodeControl, NodeDown, NodeProcess, NodeRejected, NodeWeights
+from sgpo_async.engines.base import Engine, Generated, Weights
+from sgpo_async.errors import EngineError, SessionError, Superseded, WeightsError
+from sgpo_async.session import NodeAnnounced, NodeControl, NodeDown, NodeProcess, NodeRejected, NodeWeights
 from sgpo_async.tasks.prompts import build_prompt
 from sgpo_async.tasks.reward_pool import RewardPool
 from sgpo_async.transport import Mailbox, ReliableSender
 from sgpo_async.weights import StoreReader
 from sgpo_async.wire.records import Ack, Goodbye, Heartbeat, Lease, Message, Ready, Refused, Release, Rollout, Stop
 
-IDLE_WAIT_S = 0.02
+if TYPE_CHECKING:
+    import torch
+
+IDLE_WAIT_S = 0.02  # for the hub
+ENGINE_WAIT_S = 0.01  # for a server's results; an engine in this process does its work instead
 UNACKNOWLEDGED = 512  # rollouts on their way to the hub
 RESEND_AFTER_S = 10.0
+PULL_S = 600.0  # for one version to reach the node when it is asked for
 
 
 class Service:
@@ -46,12 +53,12 @@ class Service:
         self._sampling = Sampling(temperature=run.rollout.temperature, max_new_tokens=run.rollout.max_new_tokens)
         self._rewards = RewardPool(workers=run.tasks.reward_workers, limit_s=run.tasks.reward_limit_s)
         self._sender = ReliableSender(window=UNACKNOWLEDGED, resend_after_s=RESEND_AFTER_S)
-        self._store: StoreReader | None = None
-        self._version: int | None = None  # loaded in this session; what a warm engine held before is another past
         self._waiting: deque[Lease] = deque()
         self._groups: dict[tuple[int, int], Group] = {}
         self._granted = 0  # leases the hub may have open here
         self._busy_s = 0.0
+        self._told: int | None = None  # the version that the hub knows of
+        engine.reset()  # what a warm engine held before is another past
         self._connections = mailbox.dealer.connections
         self._started = self._beaten = time.monotonic()
         self.finished = False  # the run is over, not just this session
@@ -72,9 +79,7 @@ class Service:
             return reason
         finally:
             self._rewards.close()
-            if self._store is not None:
-                self._store.close()
-            self._engine.cancel([key for group in self._groups.values() for key in group.rollout_ids()])
+            self._engine.reset()
 
     def receive(self) -> str | None:
         """Take what the hub sent; a reason to end, if there is one.
@@ -82,7 +87,7 @@ class Service:
         A connection that was lost and is back may have cost leases or credit, which are not sent again.
         """
         status = self._engine.load_status()
-        idle = self._version is None or status.running + status.waiting == 0
+        idle = self._engine.version is None or status.running + status.waiting == 0
         for message in self._mailbox.receive(IDLE_WAIT_S if idle else 0.0):
             if reason := self._take(message):
                 return reason
@@ -104,10 +109,10 @@ class Service:
 
     def refresh(self) -> str | None:
         """Load the newest weights that the node process holds; a reason to end if the session broke."""
-        newest = None
+        newest: NodeWeights | NodeAnnounced | None = None
         for event in self._node.poll():
             match event:
-                case NodeWeights():
+                case NodeWeights() | NodeAnnounced():
                     newest = event
                 case NodeRejected():
                     say(f"weights version {event.version}: {event.reason}")
@@ -119,23 +124,32 @@ class Service:
             self._load(newest)
         return None
 
-    def _load(self, event: NodeWeights) -> None:
+    def _load(self, event: NodeWeights | NodeAnnounced) -> None:
         """A failed load takes the engine out of service until a later version loads whole."""
-        if self._store is None:
-            self._store = StoreReader(event.path)
+        if isinstance(event, NodeWeights):
+            read = partial(_read, event.path, event.version)
+            weights = Weights(version=event.version, digest=event.digest, read=read)
+        else:
+            read, groups = partial(self._pull, event.version), self._node.groups
+            weights = Weights(version=event.version, digest=event.digest, read=read, groups=groups)
         try:
-            self._engine.load(event.version, self._store.tensors(event.version), event.digest)
-            self._version = event.version
+            self._engine.load(weights)
         except Superseded:
             return  # a newer version is already there: its event follows
         except WeightsError as error:
-            self._version = None if self._engine.version is None else self._version
             say(f"weights version {event.version}: {error}")
-        self._beat(time.monotonic())  # the hub leases by version: tell it at once
+
+    def _pull(self, version: int) -> dict[str, torch.Tensor]:
+        """A version that the node has not yet; a thread of an engine that lives elsewhere asks for it."""
+        try:
+            path = self._node.pull(version).result(PULL_S)
+        except TimeoutError:
+            raise SessionError(f"weights version {version}: not pulled within {PULL_S:g} s") from None
+        return _read(path, version)
 
     def admit(self) -> None:
         """Start the leases whose lowest version the engine holds; ask for more while slots would stay empty."""
-        version = self._version
+        version = self._engine.version
         if version is None:
             return
         while self._waiting and self._waiting[0].min_version <= version:
@@ -169,7 +183,7 @@ class Service:
         """One step of the engine; hand what finished to the verifier or straight on."""
         began = time.monotonic()
         status = self._engine.load_status()
-        for result in self._engine.step(0.0):
+        for result in self._engine.step(ENGINE_WAIT_S):
             group = self._groups[task_of(result.id)]
             if isinstance(result, Generated):
                 group.generated(result)
@@ -182,7 +196,7 @@ class Service:
 
     def judge(self) -> None:
         """Take verdicts: a correct guided rollout is scored without its strategy first (Eq. 4)."""
-        if self._version is None:
+        if self._engine.version is None:
             return  # quarantined: nothing can be scored
         for verdict in self._rewards.poll():
             group = self._groups[task_of(verdict.key)]
@@ -199,20 +213,25 @@ class Service:
             self._granted -= 1
 
     def publish(self) -> None:
-        """Send rollouts that are due (new or unacknowledged), and a sign of life every heartbeat."""
+        """Send rollouts that are due (new or unacknowledged), and a sign of life every heartbeat.
+
+        The hub leases by version: it is told at once of a new one.
+        """
+        for line in self._engine.news():
+            say(line)
         now = time.monotonic()
         for rollout in self._sender.due(now):
             self._mailbox.send(rollout)
-        if now - self._beaten >= self._run.hub.heartbeat_s:
+        if now - self._beaten >= self._run.hub.heartbeat_s or self._engine.version != self._told:
             self._beat(now)
 
     def _beat(self, now: float) -> None:
-        self._beaten = now
+        self._beaten, self._told = now, self._engine.version
         status = self._engine.load_status()
         leases = [lease.task for lease in self._waiting] + [task for task, _ in self._groups]
         heartbeat = Heartbeat(
-            state="joining" if self._version is None else "serving",
-            version=-1 if self._version is None else self._version,
+            state="joining" if self._told is None else "serving",
+            version=-1 if self._told is None else self._told,
             running=status.running,
             tokens=status.tokens,
             busy_s=self._busy_s,
@@ -227,6 +246,15 @@ class Service:
         for lease in leases:
             self._mailbox.send(Release(task=lease.task, attempt=lease.attempt, reason=reason))
         self._mailbox.send(Goodbye(reason=reason))
+
+
+def _read(path: str, version: int) -> dict[str, torch.Tensor]:
+    """A version in the node's store. By a reader of its own: a background load may outlast the session."""
+    reader = StoreReader(path)
+    try:
+        return reader.tensors(version)
+    finally:
+        reader.close()
 
 
 def say(line: str) -> None:

@@ -150,12 +150,16 @@ class Learner:
     keep_checkpoints: int = 2  # the newest so many; older ones are deleted
     resume: bool = False  # continue from the newest checkpoint of this run, if there is one
     batch_timeout_s: float = 600.0  # how long to wait for a batch before giving up
+    # Alarm when |log pi - log mu| at lag 0, where engine and learner hold the same weights, exceeds this in the mean of
+    # many tokens, in nats. 0: 1e-4 where both compute in float32, 0.05 where one of them does in bfloat16; .inf: never.
+    mismatch_bound: float = 0.0
 
     def __post_init__(self) -> None:
         require(self.problems_per_step >= 1, "learner.problems_per_step", "is at least 1", self.problems_per_step)
         require(self.row_tokens >= 1, "learner.row_tokens", "is at least 1", self.row_tokens)
         require(self.checkpoint_every >= 0, "learner.checkpoint_every", "is at least 0", self.checkpoint_every)
         require(self.keep_checkpoints >= 1, "learner.keep_checkpoints", "is at least 1", self.keep_checkpoints)
+        require(self.mismatch_bound >= 0, "learner.mismatch_bound", "is at least 0", self.mismatch_bound)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,16 +207,75 @@ class Hub:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sglang:
+    """SGLang servers of each actor, for engine.kind=sglang. They live in an environment of their own."""
+
+    python: str = ".venv-sglang/bin/python"  # of that environment (on a CPU: `make sglang-cpu`)
+    servers: int = 1  # that an actor launches: data parallel
+    tp: int = 1  # tensor parallel ranks of each
+    urls: list[str] = field(default_factory=list)  # servers to use instead of launching; one actor's alone
+    args: str = ""  # more words for the command line of `sglang.launch_server`
+    radix_cache: bool = True  # prompts are computed once for a group
+    stream_interval: int = 16  # tokens between two messages of a running generation
+    # How a new version reaches the servers: in HTTP requests, by a collective with the learner, or through a folder.
+    transport: Literal["tensor", "distributed", "disk"] = "tensor"
+    folder: str = ""  # transport=disk: where servers find versions; default: a temporary folder of this machine
+    # What becomes of running generations: they end and go on under the new version from the tokens that they have;
+    # SGLang keeps them and computes their keys and values anew; or it goes on with the old keys and values.
+    in_flight: Literal["abort-resume", "retract", "in-place"] = "abort-resume"
+    start_timeout_s: float = 600.0  # for a server to load the model
+    phase_timeout_s: float = 60.0  # for each phase of a weight update
+
+    def __post_init__(self) -> None:
+        for name in ("servers", "tp", "stream_interval"):
+            require(getattr(self, name) >= 1, f"engine.sglang.{name}", "is at least 1", getattr(self, name))
+        for name in ("start_timeout_s", "phase_timeout_s"):
+            require(getattr(self, name) > 0, f"engine.sglang.{name}", "is above 0", getattr(self, name))
+        for url in self.urls:
+            require(url.startswith("http://"), "engine.sglang.urls", "are like http://HOST:PORT", url)
+        require(
+            not self.urls or self.transport != "disk" or bool(self.folder),
+            "engine.sglang.folder",
+            "names a folder that servers attached by URL can read when engine.sglang.transport=disk",
+            self.folder,
+        )
+        require(
+            self.in_flight != "in-place" or not self.radix_cache,
+            "engine.sglang.in_flight",
+            "is in-place only with engine.sglang.radix_cache=false: old keys and values would stay in the prefix cache "
+            "and serve later requests",
+            self.in_flight,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Engine:
     """The inference engine of each actor."""
 
-    kind: Literal["embedded"] = "embedded"
+    kind: Literal["embedded", "sglang"] = "embedded"
     slots: int = 64  # sequences decoded together
     device: Literal["auto", "cpu", "cuda"] = "auto"
     deterministic: bool = False  # one slot: results do not depend on what else is running
+    sglang: Sglang = field(default_factory=Sglang)
 
     def __post_init__(self) -> None:
         require(self.slots >= 1, "engine.slots", "is at least 1", self.slots)
+        require(
+            not (self.deterministic and self.kind == "sglang"),
+            "engine.deterministic",
+            "is false with engine.kind=sglang, whose servers batch as they like and ignore sampling seeds on a CPU",
+            self.deterministic,
+        )
+
+    @property
+    def broadcasts(self) -> bool:
+        """Whether weights travel by collectives with the learner's end, and not by way of the node."""
+        return self.kind == "sglang" and self.sglang.transport == "distributed"
+
+    @property
+    def broadcasts_on_gpus(self) -> bool:
+        """Whether that may be by NCCL, so that a GPU beside the learner takes part."""
+        return self.broadcasts and self.device != "cpu"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,6 +341,13 @@ class Run:
             "local.actors",
             "is 1 when engine.deterministic=true",
             self.local.actors,
+        )
+        require(
+            self.engine.kind != "sglang" or self.rollout.temperature == 1.0 or self.rollout.guided == 0,
+            "rollout.temperature",
+            "is 1.0 with engine.kind=sglang and guided rollouts: SGLang scores given tokens (Eq. 4) at temperature 1 "
+            "alone",
+            self.rollout.temperature,
         )
         require(
             self.state_mb <= self.hub.max_message_mb,

@@ -1,14 +1,15 @@
 """What an actor asks of an inference engine, whichever it is.
 
 An engine is driven by one thread through `submit` and `step`; between two steps the actor may load new weights.
-An engine that lives elsewhere (a server) does its waiting inside `step`, within the time it is given.
+An engine that lives elsewhere (servers) does its waiting inside `step`, within the time it is given, and its loading
+in the background: `version` tells when a version is in service.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -57,6 +58,16 @@ class Scored:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Weights:
+    """One whole version of the weights, where it can be had."""
+
+    version: int
+    digest: str  # of its tensors, see `sgpo_async.weights.digest`
+    read: Callable[[], Mapping[str, torch.Tensor]]  # a whole copy on the CPU; raises Superseded if it is gone
+    groups: Any = None  # where the learner can broadcast it: `sgpo_async.session.WeightGroups`
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineLoad:
     """How busy an engine is."""
 
@@ -69,7 +80,9 @@ class EngineLoad:
 class Engine(Protocol):
     """One inference engine."""
 
-    version: int | None  # the whole, verified version in service; None before the first load or after a failed one
+    @property
+    def version(self) -> int | None:
+        """The whole, verified version in service; None before the first load or after a failed one."""
 
     def submit(self, request: Generate | Score) -> None:
         """Queue a request. Raises EngineError if it can never be served (too long, token id out of range)."""
@@ -80,15 +93,22 @@ class Engine(Protocol):
     def cancel(self, ids: Iterable[Hashable]) -> None:
         """Forget these requests; unknown ids are ignored."""
 
-    def load(self, version: int, tensors: Mapping[str, torch.Tensor], digest: str) -> None:
+    def load(self, weights: Weights) -> None:
         """Replace the weights between two tokens; running sequences continue under the new version.
 
         Raises WeightsError if names or shapes differ (weights untouched), or if the digest of the loaded weights is
-        not `digest` (then `version` is None and nothing is served until a good load).
+        not the announced one (then `version` is None and nothing is served until a good load). An engine that loads
+        in the background tells of failures by `news`.
         """
 
     def load_status(self) -> EngineLoad:
         """Counters of the moment."""
+
+    def news(self) -> list[str]:
+        """What a person should know, one line each, since the last call."""
+
+    def reset(self) -> None:
+        """Forget all requests, and the version: a new session may number other weights alike."""
 
     def close(self) -> None:
         """Free everything."""

@@ -13,16 +13,17 @@ than `_PATIENCE` steps. Nothing here waits for anything: `step` without work ret
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from sgpo_async.engines import parameters
-from sgpo_async.engines.base import EngineLoad, Generate, Generated, Score, Scored
+from sgpo_async.engines.base import EngineLoad, Generate, Generated, Score, Scored, Weights
 from sgpo_async.engines.decoder import Decoder
 from sgpo_async.engines.pretrained import end_tokens, load_model, longest
+from sgpo_async.engines.requests import validate
 from sgpo_async.engines.sampling import log_softmax, sample
 from sgpo_async.engines.sequences import Running, Sequence
 from sgpo_async.errors import EngineError, WeightsError
@@ -81,7 +82,7 @@ class EmbeddedEngine:
         """Queue a request. Raises EngineError if it can never be served, or while no verified weights are loaded."""
         if self.version is None:
             raise EngineError(f"request {request.id}: the engine holds no verified weights; load a version first")
-        self._validate(request)
+        validate(request, longest=self._longest, vocabulary=self._decoder.vocabulary)
         if isinstance(request, Score):
             self._scores.append(request)
         else:
@@ -107,51 +108,41 @@ class EmbeddedEngine:
             self._running.remove(np.array(rows, np.int64))
 
     @torch.inference_mode()
-    def load(self, version: int, tensors: Mapping[str, torch.Tensor], digest: str) -> None:
+    def load(self, weights: Weights) -> None:
         """Replace the weights between two tokens; see `Engine.load` for the errors.
 
         Running sequences keep their tokens and are prefilled anew under the new weights, ahead of waiting ones.
         """
+        tensors = weights.read()
         parameters.check(self._decoder.model, tensors)
         self._withdraw()
         loaded = parameters.replace(self._decoder.model, tensors, self._digest)
-        if loaded != digest:
+        if loaded != weights.digest:
             raise WeightsError(
-                f"version {version}: the loaded weights have digest {loaded}, announced was {digest}; "
+                f"version {weights.version}: the loaded weights have digest {loaded}, announced was {weights.digest}; "
                 f"the engine serves nothing until a good load"
             )
-        self.version = version
+        self.version = weights.version
 
     def load_status(self) -> EngineLoad:
         """Counters of the moment."""
         waiting = len(self._waiting) + len(self._scores)
         return EngineLoad(running=len(self._running), waiting=waiting, slots=self._slots, tokens=self._tokens)
 
-    @torch.inference_mode()
+    def news(self) -> list[str]:
+        """None: what goes wrong is raised."""
+        return []
+
     def close(self) -> None:
-        """Forget all requests and free the cache; the engine serves nothing until a load."""
+        """Free the cache; the engine serves nothing until a load."""
+        self.reset()
+
+    @torch.inference_mode()
+    def reset(self) -> None:
+        """Forget all requests, and the version; the engine serves nothing until a load."""
         self._withdraw()
         self._waiting.clear()
         self._scores.clear()
-
-    def _validate(self, request: Generate | Score) -> None:
-        more = request.tokens.size if isinstance(request, Score) else request.max_new_tokens
-        total = request.prompt.size + more
-        ids = np.concatenate([request.prompt, request.tokens]) if isinstance(request, Score) else request.prompt
-        if request.prompt.size < 1 or more < 1:
-            raise EngineError(f"request {request.id}: a prompt and a continuation have at least one token each")
-        if total > self._longest:
-            raise EngineError(
-                f"request {request.id}: {request.prompt.size} prompt tokens and up to {more} more exceed the model's "
-                f"{self._longest} positions; shorten the prompt or lower rollout.max_new_tokens"
-            )
-        if ids.min() < 0 or ids.max() >= self._decoder.vocabulary:
-            raise EngineError(
-                f"request {request.id}: token ids {ids.min()} to {ids.max()}, the model has 0 to "
-                f"{self._decoder.vocabulary - 1}; tokenizer and model do not belong together"
-            )
-        if not request.temperature > 0:
-            raise EngineError(f"request {request.id}: temperature is above 0, got {request.temperature}")
 
     def _admit_and_decode(self, version: int) -> list[Generated]:
         free = self._slots - len(self._running)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -72,9 +72,16 @@ def _is_folder(path: str) -> bool:
     return False
 
 
+def device_of(name: str) -> Literal["cpu", "cuda"]:
+    """What `engine.device` means on this machine; whether there is such a device is not asked."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cuda" if name == "cuda" else "cpu"
+
+
 def _device(name: str) -> torch.device:
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = device_of(name)
     if name == "cuda" and not torch.cuda.is_available():
         raise EngineError("engine.device: this machine has no usable CUDA device; set engine.device=cpu")
     return torch.device(name)

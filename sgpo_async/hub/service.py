@@ -8,6 +8,7 @@ import os
 import signal
 import types
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ def serve(run: Run) -> int:
         place = {"address": router.address, "pid": os.getpid(), "store": store.path, "public_key": key}
         stack.enter_context(announced(folder / "hub.json", place))
         core = HubCore(run, source, store=store.path)
-        loop = Loop(core, mailbox=RouterMailbox(router), spawn_link=lambda name: LinkProcess(store.path, name, host))
+        spawn_link = partial(LinkProcess, store.path, host=host, cuda=run.engine.broadcasts_on_gpus)
+        loop = Loop(core, mailbox=RouterMailbox(router), spawn_link=spawn_link)
         loop.run(interrupted=signals.reason)
     return signals.exit_code
 

@@ -15,7 +15,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from sgpo_async.engines import EmbeddedEngine, Generated, Scored
+from sgpo_async.engines import EmbeddedEngine, Generated, Scored, Weights
 
 VOCABULARY = 32
 MODELS = ("qwen2", "qwen3", "llama", "gpt2")
@@ -66,7 +66,7 @@ def engine_of(model, *, slots=4, end_ids=NO_END, deterministic=False, version=0)
     """An engine that serves `model` as it is."""
     engine = EmbeddedEngine(model, digest=digest, slots=slots, end_ids=end_ids, deterministic=deterministic)
     tensors = weights(model)
-    engine.load(version, tensors, digest(tensors.items()))
+    engine.load(Weights(version=version, digest=digest(tensors.items()), read=tensors.copy))
     return engine
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import MambaConfig, MambaForCausalLM
 
-from sgpo_async.engines import EmbeddedEngine, Generate, Generated, Score
+from sgpo_async.engines import EmbeddedEngine, Generate, Generated, Score, Weights
 from sgpo_async.engines.decode_step import DecodeStep
 from sgpo_async.engines.decoder import Decoder, batches
 from sgpo_async.engines.sampling import sample, stream, uniforms
@@ -169,7 +169,7 @@ def test_from_pretrained_serves_a_saved_model(tmp_path):
     tiny("qwen3").save_pretrained(tmp_path)
     engine = EmbeddedEngine.from_pretrained(str(tmp_path), digest=digest, slots=2, device="cpu")
     named = dict(tiny("qwen3").named_parameters())
-    engine.load(0, named, digest(named.items()))
+    engine.load(Weights(version=0, digest=digest(named.items()), read=named.copy))
     got = drain(engine, [ask(0)])[0]
     expected = reference_logprobs(tiny("qwen3"), ask(0).prompt, got.tokens, 1.0)
     np.testing.assert_allclose(got.logprobs, expected, atol=1e-5)

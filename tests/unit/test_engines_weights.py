@@ -9,14 +9,14 @@ from engines_models import VOCABULARY, digest, drain, engine_of, prompts_of, ref
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sgpo_async.engines import EmbeddedEngine, Generate, Score
+from sgpo_async.engines import EmbeddedEngine, Generate, Score, Weights
 from sgpo_async.engines.sequences import Sequence
 from sgpo_async.errors import EngineError, WeightsError
 
 
 def load(engine, version, model):
     tensors = weights(model)
-    engine.load(version, tensors, digest(tensors.items()))
+    engine.load(Weights(version=version, digest=digest(tensors.items()), read=tensors.copy))
 
 
 def ask(id, *, tokens=20, prompt=6):
@@ -128,7 +128,7 @@ def test_other_names_or_shapes_leave_the_engine_as_it_was():
     reshaped = good | {"model.norm.weight": torch.zeros(33)}
     for tensors, words in [(missing, "lm_head.weight"), (extra, "model.more"), (reshaped, r"\(33,\)")]:
         with pytest.raises(WeightsError, match=words):
-            engine.load(5, tensors, digest(tensors.items()))
+            engine.load(Weights(version=5, digest=digest(tensors.items()), read=tensors.copy))
         assert engine.version == 4
     after = drain(engine, [ask(0)])[0]
     assert after.logprobs.tobytes() == before.logprobs.tobytes()
@@ -141,7 +141,7 @@ def test_a_wrong_digest_quarantines_until_a_good_load():
         engine.step(0.0)
     tensors = weights(tiny("qwen2", seed=1))
     with pytest.raises(WeightsError, match="version 1: the loaded weights have digest"):
-        engine.load(1, tensors, "another")
+        engine.load(Weights(version=1, digest="another", read=tensors.copy))
     assert engine.version is None and engine.step(0.0) == []
     for request in (ask(1), Score(id=2, prompt=ask(1).prompt, tokens=ask(1).prompt, temperature=1.0)):
         with pytest.raises(EngineError, match="no verified weights"):
@@ -179,7 +179,7 @@ def test_weights_that_give_no_numbers_quarantine_and_leave_no_trace():
 def test_narrower_weights_are_verified_as_they_travelled():
     engine, other = engine_of(tiny("qwen2")), tiny("qwen2", seed=1)
     tensors = {name: tensor.bfloat16() for name, tensor in weights(other).items()}
-    engine.load(1, tensors, digest(tensors.items()))
+    engine.load(Weights(version=1, digest=digest(tensors.items()), read=tensors.copy))
     with torch.no_grad():
         for name, parameter in other.named_parameters():
             parameter.copy_(tensors[name])
@@ -191,7 +191,7 @@ def test_weights_that_would_be_rounded_are_refused():
     engine = engine_of(tiny("qwen2").bfloat16())
     tensors = weights(tiny("qwen2"))
     with pytest.raises(WeightsError, match="cannot hold exactly"):
-        engine.load(1, tensors, digest(tensors.items()))
+        engine.load(Weights(version=1, digest=digest(tensors.items()), read=tensors.copy))
     assert engine.version == 0
 
 

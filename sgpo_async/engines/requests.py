@@ -1,0 +1,29 @@
+"""What no engine is asked: requests that can never be served."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sgpo_async.engines.base import Generate, Score
+from sgpo_async.errors import EngineError
+
+
+def validate(request: Generate | Score, *, longest: int, vocabulary: int) -> None:
+    """Raise EngineError unless a model of `longest` positions and `vocabulary` token ids can serve `request`."""
+    more = request.tokens.size if isinstance(request, Score) else request.max_new_tokens
+    total = request.prompt.size + more
+    ids = np.concatenate([request.prompt, request.tokens]) if isinstance(request, Score) else request.prompt
+    if request.prompt.size < 1 or more < 1:
+        raise EngineError(f"request {request.id}: a prompt and a continuation have at least one token each")
+    if total > longest:
+        raise EngineError(
+            f"request {request.id}: {request.prompt.size} prompt tokens and up to {more} more exceed the model's "
+            f"{longest} positions; shorten the prompt or lower rollout.max_new_tokens"
+        )
+    if ids.min() < 0 or ids.max() >= vocabulary:
+        raise EngineError(
+            f"request {request.id}: token ids {ids.min()} to {ids.max()}, the model has 0 to {vocabulary - 1}; "
+            f"tokenizer and model do not belong together"
+        )
+    if not request.temperature > 0:
+        raise EngineError(f"request {request.id}: temperature is above 0, got {request.temperature}")

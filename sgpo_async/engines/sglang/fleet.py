@@ -1,0 +1,405 @@
+"""All servers of one actor, in one asyncio loop without locks.
+
+    submit ─▶ waiting ─dispatch─▶ server ─┬─ finished ─▶ results
+                 ▲                         └─ partial ──┐      (aborted for an update, or the server died)
+                 └──────────────────────────────────────┘
+    load ───▶ wanted ─▶ each server's keeper: prepare (once), shut, send, verify, open;
+                        failed? the next transport; all failed, or dead? start it anew
+
+Requests go to the open servers that hold the newest version that any open server holds. A keeper waits for one of:
+another version is wanted, its server ends, its next check is due.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import queue
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from sgpo_async.engines.base import EngineLoad, Generate, Generated, Score, Scored, Weights
+from sgpo_async.engines.sglang.api import Json, ServerApi, ServerGone, ServerRefused, http_session, settle, wait_ready
+from sgpo_async.engines.sglang.launch import Launch
+from sgpo_async.engines.sglang.partial import Partial
+from sgpo_async.engines.sglang.process import ServerProcess
+from sgpo_async.engines.sglang.server import Running, Server
+from sgpo_async.engines.sglang.transports import Prepared, Transport
+from sgpo_async.engines.sglang.update import InFlight, Updated, update
+from sgpo_async.errors import DeadlineExceeded, EngineError, SessionError, SgpoError, Superseded, WeightsError
+
+BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
+HOPELESS = 6  # failed starts in a row of every server
+REFUSALS = 5  # in a row of one request
+REFUSED_S = 0.5  # before a refused request is sent again
+LAST_WORDS_S = 1.0  # for a dying server to be seen dead
+CHECK_S = 5.0  # between two looks at a server that says nothing by itself
+ALIVE_S = 30.0  # for an answer to such a look
+
+Item = Partial | Score
+Result = Generated | Scored
+Examine = Callable[[Server], Awaitable[Sequence[str]]]  # before a server takes work; returns news, raises EngineError
+
+
+@dataclass(frozen=True, kw_only=True)
+class FleetSettings:
+    """What the servers of an actor have in common."""
+
+    slots: int  # of each server
+    ends: frozenset[int]  # token ids that end a continuation
+    in_flight: InFlight
+    start_s: float
+    phase_s: float
+
+
+@dataclass
+class Place:
+    """The place of one server: what is launched, or attached to, and what stands there now."""
+
+    launch: Launch | None  # None: attached by `url`
+    url: str
+    log: Path | None
+    process: ServerProcess | None = None
+    server: Server | None = None
+    failures: int = 0  # in a row
+
+
+class Fleet:
+    """Runs until closed. `submit`, `cancel`, `want` and `close` belong to the loop's thread; any may read figures."""
+
+    def __init__(
+        self, places: Sequence[Place], settings: FleetSettings, transports: Sequence[Transport], examine: Examine
+    ) -> None:
+        """`transports` in the order in which they are tried."""
+        self.results: queue.SimpleQueue[Result | SgpoError] = queue.SimpleQueue()
+        self.news: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.updates: deque[Updated] = deque(maxlen=1000)
+        self.tokens = 0
+        self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # every server has been up once
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # by a fault of this program
+        self._places, self._settings = list(places), settings
+        self._transports, self._examine = transports, examine
+        self._items: dict[Hashable, Item] = {}
+        self._waiting: deque[Item] = deque()
+        self._wanted: Weights | None = None
+        self._changed = asyncio.Event()  # another version is wanted; replaced by a new one each time
+        self._prepared: dict[tuple[int, str], asyncio.Task[Prepared]] = {}  # of the wanted version
+        self._session = 0  # versions of different sessions have nothing to do with each other
+        self._refusals: dict[Hashable, int] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closing = asyncio.Event()
+
+    # -- what the engine calls ------------------------------------------------------------------------------------
+
+    def submit(self, request: Generate | Score) -> None:
+        """Queue a valid request."""
+        item = Partial(request) if isinstance(request, Generate) else request
+        self._items[request.id] = item
+        self._waiting.append(item)
+        self._dispatch()
+
+    def cancel(self, ids: Iterable[Hashable]) -> None:
+        """Forget these requests; what running ones still bring is dropped."""
+        gone = set(ids)
+        for id in gone:
+            self._items.pop(id, None)
+            self._refusals.pop(id, None)
+        self._waiting = deque(item for item in self._waiting if _id(item) not in gone)
+        for server in self._servers():
+            for rid, running in server.running.items():
+                if _id(running.item) in gone:
+                    self._background(server.abort(rid))
+
+    def want(self, weights: Weights | None) -> None:
+        """The version that every server is to hold from now on; None: none, until another is wanted."""
+        self._wanted = weights
+        self._prepared.clear()
+        if weights is None:
+            self._session += 1
+            self.cancel(list(self._items))
+            for server in self._servers():
+                server.version, server.open = None, False
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def version(self) -> int | None:
+        """The newest version in service."""
+        return max((s.version for s in self._servers() if s.version is not None), default=None)
+
+    def load_status(self) -> EngineLoad:
+        """Counters of the moment."""
+        running = sum(len(server.running) for server in self._servers())
+        slots = self._settings.slots * len(self._places)
+        return EngineLoad(running=running, waiting=len(self._waiting), slots=slots, tokens=self.tokens)
+
+    async def run(self) -> None:
+        """Keep every place filled until `close`. Cleans up whatever happens."""
+        async with http_session() as http:
+            keepers = [asyncio.create_task(self._keep(place, http)) for place in self._places]
+            closing = asyncio.create_task(self._closing.wait())
+            try:
+                # A keeper ends by a fault of this program only.
+                ends: list[asyncio.Future[Any]] = [closing, self.failed, *keepers]
+                ended, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+                for one in ended:
+                    one.result()
+            finally:
+                for task in (closing, *keepers):
+                    task.cancel()
+                await asyncio.wait(keepers)
+                for place in self._places:
+                    await self._clear(place)
+
+    def close(self) -> None:
+        """End `run`."""
+        self._closing.set()
+
+    # -- requests ---------------------------------------------------------------------------------------------------
+
+    def _servers(self) -> list[Server]:
+        return [place.server for place in self._places if place.server is not None]
+
+    def _dispatch(self) -> None:
+        """Give waiting requests to the servers with most room that hold the newest version."""
+        ready = [server for server in self._servers() if server.open]
+        newest = max((server.version for server in ready if server.version is not None), default=None)
+        servers = [server for server in ready if server.version == newest and server.room > 0]
+        while self._waiting and servers:
+            server = max(servers, key=lambda server: server.room)
+            item = self._waiting.popleft()
+            rid = server.next_rid()
+            assert newest is not None  # its version now: a session may end before the task begins
+            task = asyncio.create_task(self._attempt(server, item, rid, newest))
+            server.running[rid] = Running(task, item)
+            task.add_done_callback(functools.partial(self._ended, server, item, rid))
+            servers = [server for server in servers if server.room > 0]
+
+    async def _attempt(self, server: Server, item: Item, rid: str, version: int) -> Result | None:
+        """One attempt at one request: its result, or None if somebody must go on with it."""
+        if isinstance(item, Score):
+            return await server.score(item, rid, version)
+        before = len(item.tokens)
+        if item.finish(self._settings.ends) is None:  # or its server died between the last token and its last word
+            try:
+                await server.extend(item, rid, version)
+            finally:
+                if (more := len(item.tokens) - before) > 0:
+                    self.tokens += more
+                    self._refusals.pop(_id(item), None)
+        return item.result(self._settings.ends) if item.finish(self._settings.ends) else None
+
+    def _ended(self, server: Server, item: Item, rid: str, task: asyncio.Task[Result | None]) -> None:
+        """Take the result; what has none waits again, first in the queue. Also for a task cut off before it began."""
+        del server.running[rid]
+        result: Result | None = None
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, ServerGone):
+            server.open, server.fault = False, server.fault or error
+        elif isinstance(error, ServerRefused):
+            self._refused(item, error)
+        elif error is not None and not self.failed.done():
+            self.failed.set_exception(error)
+        elif not task.cancelled():
+            result = task.result()
+        if self._items.get(_id(item)) is item:  # not cancelled by the actor
+            if isinstance(error, ServerRefused):
+                self._background(self._later(item))
+            elif result is None:
+                self._waiting.appendleft(item)
+            else:
+                self.results.put(result)
+                del self._items[_id(item)]
+                self._refusals.pop(_id(item), None)
+        self._dispatch()
+
+    async def _later(self, item: Item) -> None:
+        await asyncio.sleep(REFUSED_S)
+        if self._items.get(_id(item)) is item:
+            self._waiting.appendleft(item)
+            self._dispatch()
+
+    def _refused(self, item: Item, error: ServerRefused) -> None:
+        """Requests are valid when they come, so a refusal is tried again; but not for ever."""
+        count = self._refusals[_id(item)] = self._refusals.get(_id(item), 0) + 1
+        if count >= REFUSALS:
+            self.results.put(EngineError(f"request {_id(item)}: refused {count} times; the last time: {error}"))
+
+    # -- servers ----------------------------------------------------------------------------------------------------
+
+    async def _keep(self, place: Place, http: aiohttp.ClientSession) -> None:
+        """A server's life: start, serve, and again when it ends. Its end is news, and the end of hope an error."""
+        while True:
+            try:
+                await self._start(place, http)
+                await self._serve(place)
+            except (EngineError, WeightsError, DeadlineExceeded) as error:
+                self._report(place, await _explained(place, error))
+            finally:
+                await self._clear(place)
+            pause = BACKOFF_S[min(place.failures, len(BACKOFF_S)) - 1]
+            self.news.put(f"server {place.url}: starts again in {pause:g} s")
+            await asyncio.sleep(pause)
+
+    async def _start(self, place: Place, http: aiohttp.ClientSession) -> None:
+        """Launch or attach, wait until it answers, examine it. Raises EngineError with its last words if it dies."""
+        deadline = asyncio.get_running_loop().time() + self._settings.start_s
+        if place.launch is not None:
+            assert place.log is not None
+            place.process = await asyncio.to_thread(ServerProcess, place.launch, place.log)
+            place.url = place.process.url
+        api = ServerApi(http, place.url)
+        answers: asyncio.Task[Json] = asyncio.create_task(wait_ready(api, deadline=deadline))
+        try:
+            while not answers.done():
+                await asyncio.wait([answers], timeout=0.2)
+                _require_alive(place)
+        finally:
+            answers.cancel()
+        await answers
+        if place.launch is None:
+            await settle(api, timeout_s=self._settings.phase_s)
+        silence = 2 * self._settings.phase_s
+        server = Server(api, slots=self._settings.slots, ends=self._settings.ends, silence_s=silence)
+        for line in await self._examine(server):
+            self.news.put(line)
+        place.server = server
+        if all(other.server is not None for other in self._places) and not self.ready.done():
+            self.ready.set_result(None)
+
+    async def _serve(self, place: Place) -> None:
+        """Keep the server at the wanted version as long as it lives. Raises what ends it."""
+        server = place.server
+        assert server is not None
+        held: Weights | None = None
+        while True:
+            changed = self._changed
+            if self._wanted is not None and self._wanted is not held:
+                held = await self._bring(server, self._wanted)
+                place.failures = 0
+                self._dispatch()
+                continue
+            waiting = asyncio.create_task(changed.wait())
+            try:
+                await self._watch(place, server, waiting)
+            finally:
+                waiting.cancel()
+
+    async def _watch(self, place: Place, server: Server, waiting: asyncio.Task[bool]) -> None:
+        """Until another version is wanted. Raises EngineError if the server dies, or answers no longer."""
+        loop = asyncio.get_running_loop()
+        look = loop.time() + CHECK_S
+        while not waiting.done():
+            await asyncio.wait([waiting], timeout=0.1)
+            _require_alive(place)
+            if server.fault is not None:
+                raise server.fault
+            if loop.time() > look:
+                told = (await server.api.get("/model_info", timeout_s=ALIVE_S))["weight_version"]
+                if server.version is not None and told != str(server.version):
+                    raise WeightsError(f"{server.api.url}: holds version {told}, which is none of ours")
+                look = loop.time() + CHECK_S
+
+    async def _bring(self, server: Server, weights: Weights) -> Weights:
+        """Bring the server to `weights` by the first transport that succeeds; returns what it has been brought to.
+
+        A version that does not fit the model, or that is gone, leaves the server as it is, until the next.
+        """
+        faults: list[str] = []
+        touched = False
+        session = self._session
+        for transport in self._transports:
+            try:
+                prepared = await self._ready_to_send(weights, transport)
+            except Superseded:
+                return weights  # a newer one is announced
+            except WeightsError as error:
+                self.news.put(f"version {weights.version} is not loaded: {error}")
+                return weights
+            except (EngineError, SessionError) as error:
+                faults.append(f"by {transport.name}: {error}")
+                continue
+            if self._wanted is not weights:
+                return weights
+            touched = True
+            try:
+                figures = await update(
+                    server, prepared, transport, in_flight=self._settings.in_flight, phase_s=self._settings.phase_s
+                )
+            except (ServerRefused, SessionError, WeightsError, DeadlineExceeded) as error:
+                faults.append(f"by {transport.name}: {error}")
+                self.news.put(f"version {weights.version} by {transport.name}: {error}; the server is out of service")
+                continue
+            if self._session != session:
+                server.version, server.open = None, False
+            self.updates.append(figures)
+            if all(server.version == weights.version for server in self._servers()):
+                self._prepared.clear()
+            return weights
+        if self._wanted is not weights:
+            return weights
+        if not touched:  # the server is as good as it was
+            self.news.put(f"version {weights.version} is not loaded: {'; '.join(faults)}")
+            return weights
+        raise EngineError(f"{server.api.url}: version {weights.version} cannot be loaded: {'; '.join(faults)}")
+
+    async def _ready_to_send(self, weights: Weights, transport: Transport) -> Prepared:
+        """Prepared once for all servers."""
+        key = (weights.version, transport.name)
+        if key not in self._prepared:
+            self._prepared[key] = asyncio.create_task(asyncio.to_thread(transport.prepare, weights))
+        task = self._prepared[key]
+        try:
+            return await asyncio.shield(task)
+        except SgpoError:
+            if self._prepared.get(key) is task:
+                del self._prepared[key]
+            raise
+
+    def _background(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _report(self, place: Place, error: SgpoError) -> None:
+        place.failures += 1
+        if not self.ready.done():  # the first start: the user is waiting, and can mend it
+            self.ready.set_exception(error)
+        else:
+            self.news.put(str(error))
+        if min(place.failures for place in self._places) >= HOPELESS:
+            self.results.put(EngineError(f"no SGLang server can be kept in service; the last fault: {error}"))
+
+    async def _clear(self, place: Place) -> None:
+        """Whatever stands there ends; its streams wait again."""
+        server, place.server = place.server, None
+        if server is not None:
+            await server.cut()
+        if place.process is not None:
+            process, place.process = place.process, None
+            await asyncio.to_thread(process.stop)
+
+
+def _require_alive(place: Place) -> None:
+    if place.process is not None and not place.process.alive:
+        raise EngineError(f"server {place.url} has ended; {place.process.last_words()}")
+
+
+async def _explained(place: Place, error: SgpoError) -> SgpoError:
+    """Of a server that gave no answer because it died, its last words say more."""
+    if not isinstance(error, ServerGone):
+        return error
+    await asyncio.sleep(LAST_WORDS_S)
+    try:
+        _require_alive(place)
+    except EngineError as dead:
+        return dead
+    return error
+
+
+def _id(item: Item) -> Hashable:
+    return item.request.id if isinstance(item, Partial) else item.id

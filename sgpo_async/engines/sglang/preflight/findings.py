@@ -1,0 +1,106 @@
+"""Who is examined, against what, and what comes of it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from sgpo_async.config.schema import Engine as EngineSettings
+from sgpo_async.engines import parameters
+from sgpo_async.engines.base import Weights
+from sgpo_async.engines.pretrained import load_model
+from sgpo_async.engines.sglang.model import ModelFacts
+from sgpo_async.engines.sglang.server import Server
+from sgpo_async.engines.sglang.transports import Transport
+from sgpo_async.errors import EngineError, SgpoError
+
+Outcome = Literal["ok", "warning", "failed", "not run"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's table."""
+
+    check: str
+    outcome: Outcome
+    found: str
+    remedy: str = ""
+
+
+class CheckFailed(EngineError):
+    """Something that cannot work, and what to do about it."""
+
+    def __init__(self, found: str, remedy: str) -> None:
+        super().__init__(f"{found}; {remedy}")
+        self.found, self.remedy = found, remedy
+
+
+class CheckDoubtful(CheckFailed):
+    """Something that works, and that the user should know."""
+
+
+def finding_of(check: str, error: SgpoError, *, remedy: str) -> Finding:
+    """What an error says of a check; `remedy` for an error that names none apart."""
+    if isinstance(error, CheckFailed):
+        outcome: Outcome = "warning" if isinstance(error, CheckDoubtful) else "failed"
+        return Finding(check, outcome, error.found, error.remedy)
+    return Finding(check, "failed", str(error), remedy)
+
+
+class Reference:
+    """The model in a folder as the learner has it: weights of `dtype`, computed in float32 on the CPU.
+
+    Loaded once, by whichever thread asks first. `digest` is computed over (name, tensor), as an engine's.
+    """
+
+    def __init__(self, folder: str, *, dtype: str, digest: parameters.Digest) -> None:
+        self._folder, self._dtype, self._digest = folder, getattr(torch, dtype), digest
+        self._lock = threading.Lock()
+        self._model: PreTrainedModel | None = None
+
+    def model(self) -> PreTrainedModel:
+        """Raises DataError if it cannot be loaded."""
+        with self._lock:
+            if self._model is None:
+                model = load_model(self._folder, device="cpu", dtype="float32")
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        parameter.copy_(parameter.to(self._dtype))
+                self._model = model
+            return self._model
+
+    def weights(self, version: int, *, changed: str = "") -> Weights:
+        """Its parameters as a version; the first element of the parameter `changed` is the next larger number."""
+        tensors = {name: parameter.detach().to(self._dtype) for name, parameter in self.model().named_parameters()}
+        if changed:
+            tensors[changed] = tensors[changed].clone()
+            first = tensors[changed].view(-1)[:1]
+            first.copy_(torch.nextafter(first, torch.full_like(first, torch.inf)))
+        return Weights(version=version, digest=self._digest(tensors.items()), read=tensors.copy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A server that answers, and what it is to be."""
+
+    server: Server
+    model: ModelFacts
+    engine: EngineSettings
+    transports: Sequence[Transport]
+    tokens: int = 0  # of the longest completion
+    reference: Reference | None = None  # for the checks that need the learner's model
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
+    def device(self) -> str:
+        """cpu or cuda."""
+        return self.model.device

@@ -1,0 +1,73 @@
+"""Whether the server has the learner's model: by all that a server tells without being changed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from sgpo_async.engines.sglang.api import Json, ServerApi, ServerRefused
+from sgpo_async.engines.sglang.layout import Device, answered_checksums, layout_of
+from sgpo_async.engines.sglang.model import ModelFacts, model_facts
+from sgpo_async.engines.sglang.preflight.findings import CheckFailed, Subject
+from sgpo_async.errors import DataError
+
+BEYOND = 10**9  # no token id
+REMEDY = "start it with --model-path as model.path of the run, or set model.path"
+
+
+async def model(subject: Subject, told: Json) -> str:
+    """Raises CheckFailed with the first difference.
+
+    SGLang tells no shapes. They are compared where the folder that it has loaded can be read from here; a shape that
+    differs otherwise would show in the first update, which ends such a server.
+    """
+    facts, timeout_s = subject.model, subject.engine.sglang.phase_timeout_s
+    wanted = list(facts.config.get("architectures") or [])
+    if (has := list(told.get("architectures") or [])) != wanted:
+        raise CheckFailed(f"it has a {', '.join(has)}, the run a {', '.join(wanted)}", REMEDY)
+    size = await vocabulary(subject.server.api, timeout_s=timeout_s)
+    if size != facts.vocabulary:
+        raise CheckFailed(f"its vocabulary has {size} tokens, the model's {facts.vocabulary}", REMEDY)
+    device: Device = "cpu" if subject.device == "cpu" else "cuda"
+    expected = layout_of(facts.config, tp=subject.engine.sglang.tp, device=device)
+    answer = await subject.server.api.post("/weights_checker", {"action": "checksum"}, timeout_s=timeout_s)
+    for rank, held in enumerate(answered_checksums(answer)):
+        if differing := sorted(expected.keys() ^ held.keys()):
+            where = "only the run has" if differing[0] in expected else "only the server has"
+            raise CheckFailed(f"another model: {where} {differing[0]} (rank {rank})", REMEDY)
+    compared = _compare_shapes(facts, str(told.get("model_path")), subject.dtype)
+    return f"{wanted[0]}, {size} tokens, {len(expected)} parameters by name" + (" and shape" if compared else "")
+
+
+async def vocabulary(api: ServerApi, *, timeout_s: float) -> int:
+    """How many token ids the server has: it says so when it refuses a bias for one that it has not."""
+    sampling = {"max_new_tokens": 1, "logit_bias": {str(BEYOND): 0.0}}
+    try:
+        await api.post("/generate", {"input_ids": [0], "sampling_params": sampling}, timeout_s=timeout_s)
+    except ServerRefused as error:
+        if match := re.search(r"keys in \[0, (\d+)\]", str(error)):
+            return int(match[1]) + 1
+        raise CheckFailed(f"it does not say how large its vocabulary is ({error})", "look at its log") from None
+    raise CheckFailed(f"it took a bias for token {BEYOND}", "look at its log")
+
+
+def _compare_shapes(facts: ModelFacts, folder: str, dtype: str) -> bool:
+    """Whether they could be compared. Raises CheckFailed with the first that differs."""
+    if folder == facts.folder:
+        return True
+    if not (Path(folder) / "config.json").is_file():
+        return False
+    try:
+        other = model_facts(folder, dtype=dtype, tp=facts.tp, device=facts.device, digest=facts.digest)
+    except DataError:  # half a folder: not what the server has loaded
+        return False
+    own, theirs = _shapes(facts), _shapes(other)
+    for name, shape in own.items():
+        if theirs.get(name, shape) != shape:
+            raise CheckFailed(f"another model: its {name} has the shape {theirs[name]}, the run's {shape}", REMEDY)
+    return True
+
+
+def _shapes(facts: ModelFacts) -> Mapping[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in facts.skeleton.named_parameters()}

@@ -1,0 +1,270 @@
+"""Weight-update groups with real SGLang servers: what the docstring of `session.weight_groups` says, step by step."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+import sgpo_async
+from sgpo_async.errors import SessionError
+from sgpo_async.session import Deadlines, LinkProcess, LinkUp, NodeProcess
+from sgpo_async.tasks.models import model_folder
+from sgpo_async.weights import Plan, StoreFile, StoreWriter
+
+pytestmark = [pytest.mark.sglang, pytest.mark.process, pytest.mark.timeout(600)]
+
+ROOT = Path(sgpo_async.__file__).parent
+PYTHON = Path(".venv-sglang/bin/python").absolute()
+BASE = model_folder("builtin:cues")
+START_S = 240.0
+PATIENCE_S = 120.0
+PHASE_S = 20.0
+
+Weights = dict[str, torch.Tensor]
+
+
+class Server:
+    """A real SGLang server on the CPU, serving the base policy."""
+
+    def __init__(self, log: Path, tp: int) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.tp, self._log = tp, log
+        command = f"-m sglang.launch_server --host 127.0.0.1 --port {self.port} --tp {tp} --device cpu --dtype float32"
+        command += " --max-total-tokens 4096 --skip-tokenizer-init --sleep-on-idle"
+        env = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "TORCHDYNAMO_DISABLE": "1",
+            "SGLANG_USE_CPU_ENGINE": "1",
+            "PYTHONPATH": str(ROOT / "engines/sglang/cpu/stand_ins"),
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
+        if tp > 1:
+            env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(n) for n in range(tp))
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(
+                [str(PYTHON), *command.split(), "--model-path", BASE],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=env,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + START_S
+        while not self._answers():
+            assert self._process.poll() is None and time.monotonic() < deadline, self.tail()
+            time.sleep(0.2)
+
+    def tail(self) -> str:
+        return self._log.read_text(errors="replace")[-3000:]
+
+    def post(self, path: str, timeout_s: float = PATIENCE_S, **body: Any) -> dict[str, Any]:
+        """The answer to a request. Raises RuntimeError with the server's words if it refuses."""
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/{path}",
+            data=json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+                return json.loads(answer.read() or b"null")
+        except urllib.error.HTTPError as error:
+            raise RuntimeError(f"{path}: {error.code}: {error.read().decode()}") from None
+
+    def checksums(self) -> list[dict[str, str]]:
+        """Of every parameter, per rank."""
+        return [rank["checksums"] for rank in self.post("weights_checker", action="checksum")["ranks"]]
+
+    def close(self) -> None:
+        os.killpg(self._process.pid, 9)
+        self._process.wait()
+
+    def _answers(self) -> bool:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{self.port}/model_info", timeout=1).read()
+        except OSError:
+            return False
+        return True
+
+
+class Session:
+    """A store, a link and a node whose events are polled by a thread, as the actor's loop does."""
+
+    def __init__(self) -> None:
+        self.file = StoreFile("/nowhere")
+        self.writer = StoreWriter(self.file.path)
+        self.node = NodeProcess("a-1", pulls=False, deadlines=Deadlines(group_s=PHASE_S))
+        self.link = LinkProcess(self.file.path, "a-1", "127.0.0.1")
+        self.groups = self.node.groups
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._poll)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._over.set()
+        self._thread.join()
+        self.link.stop()
+        self.node.stop()
+        self.file.close()
+
+    def _poll(self) -> None:
+        while not self._over.wait(0.02):
+            for event in self.link.poll():
+                if isinstance(event, LinkUp):
+                    self.node.connect("127.0.0.1", event.port)
+            self.node.poll()
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("sglang") / "log", request.param)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def session() -> Iterator[Session]:
+    session = Session()
+    yield session
+    session.close()
+
+
+@pytest.fixture
+def aside() -> Iterator[Callable[..., Future[Any]]]:
+    """Runs a request at the same time as something else."""
+    with ThreadPoolExecutor() as pool:
+        yield pool.submit
+
+
+def base() -> Weights:
+    return safetensors.torch.load_file(Path(BASE) / "model.safetensors")
+
+
+def folder_of(weights: Weights, at: Path) -> str:
+    """A model folder with other weights."""
+    shutil.copytree(BASE, at)
+    safetensors.torch.save_file(weights, at / "model.safetensors", metadata={"format": "pt"})
+    return str(at)
+
+
+def form(session: Session, server: Server, group: str, aside: Callable[..., Future[Any]]) -> None:
+    world_size = 1 + server.tp
+    host, port = session.groups.open(group, backend="gloo", world_size=world_size).result(PATIENCE_S)
+    joining = session.groups.join(group)
+    aside(
+        server.post,
+        "init_weights_update_group",
+        **{"master_address": host, "master_port": port, "rank_offset": 1, "world_size": world_size},
+        group_name=group,
+        backend="gloo",
+    ).result(PATIENCE_S)
+    joining.result(PATIENCE_S)
+
+
+def post_plan(server: Server, group: str, plan: Plan) -> None:
+    for broadcast in plan.broadcasts:
+        server.post(
+            "update_weights_from_distributed",
+            **asdict(broadcast),
+            group_name=group,
+            load_format="flattened_bucket",
+            flush_cache=broadcast is plan.broadcasts[-1],
+        )
+
+
+def update(session: Session, server: Server, group: str, plan: Plan) -> None:
+    server.post("begin_weight_update")
+    sending = session.groups.broadcast(group, plan)
+    post_plan(server, group, plan)
+    sending.result(PATIENCE_S)
+    server.post("end_weight_update")
+
+
+def test_what_is_broadcast_is_what_the_disk_would_have_given(
+    session: Session, server: Server, aside: Callable[..., Future[Any]], tmp_path: Path
+) -> None:
+    took: dict[str, float] = {}
+
+    def timed(what: str, function: Callable[..., Any], *args: Any) -> Any:
+        began = time.monotonic()
+        result = function(*args)
+        took[what] = round(time.monotonic() - began, 3)
+        return result
+
+    session.writer.publish(0, base().items())
+    old = server.checksums()
+    timed("session", lambda: session.groups.plan(0).result(PATIENCE_S))
+    timed("form", form, session, server, "g", aside)
+    for version in (1, 2):
+        new = {name: t * (1.5 + version) for name, t in base().items()}
+        session.writer.publish(version, new.items())
+        plan = timed("plan", lambda v=version: session.groups.plan(v).result(PATIENCE_S))
+        timed(f"update {version}", update, session, server, "g", plan)
+        by_group = timed("checksums", server.checksums)
+        assert len(by_group) == server.tp
+        assert by_group != old
+        server.post("update_weights_from_disk", model_path=BASE)
+        assert server.checksums() == old
+        server.post("update_weights_from_disk", model_path=folder_of(new, tmp_path / str(version)))
+        assert server.checksums() == by_group
+    print(f"tp={server.tp}", took)
+    server.post("update_weights_from_disk", model_path=BASE)
+    session.groups.close("g")
+    server.post("destroy_weights_update_group", group_name="g")
+
+
+def test_a_server_is_freed_when_rank_0_leaves(
+    session: Session, server: Server, aside: Callable[..., Future[Any]]
+) -> None:
+    session.writer.publish(0, base().items())
+    plan = session.groups.plan(0).result(PATIENCE_S)
+    old = server.checksums()
+    form(session, server, "left", aside)
+    server.post("begin_weight_update")
+    receiving = aside(post_plan, server, "left", plan)
+    time.sleep(1.0)
+    assert not receiving.done()
+    session.groups.close("left")
+    with pytest.raises(RuntimeError, match="Failed to receive weights"):
+        receiving.result(PHASE_S)
+    server.post("end_weight_update")
+    assert server.checksums() == old
+    form(session, server, "after", aside)
+    update(session, server, "after", plan)
+    assert server.checksums() == old
+
+
+def test_a_server_is_freed_when_the_link_dies_before_the_join(
+    session: Session, server: Server, aside: Callable[..., Future[Any]]
+) -> None:
+    host, port = session.groups.open("dead", backend="gloo", world_size=1 + server.tp).result(PATIENCE_S)
+    joining = aside(
+        server.post,
+        "init_weights_update_group",
+        **{"master_address": host, "master_port": port, "rank_offset": 1, "world_size": 1 + server.tp},
+        group_name="dead",
+        backend="gloo",
+    )
+    time.sleep(1.0)
+    assert not joining.done()
+    session.link.stop()
+    with pytest.raises(RuntimeError, match="Failed to initialize custom process group"):
+        joining.result(PHASE_S)
+    with pytest.raises(SessionError, match="dead: join"):
+        session.groups.join("dead").result(PHASE_S)
+    assert server.checksums()  # it serves

@@ -1,0 +1,195 @@
+"""Engines of real servers, raw requests to one, and references by transformers' plain forward."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from sgpo_async.config.schema import Engine, Sglang
+from sgpo_async.engines import Generate, Generated, Score, Scored, Weights
+from sgpo_async.engines.sglang import SglangEngine
+from sgpo_async.engines.sglang.launch import Launch
+from sgpo_async.engines.sglang.process import ServerProcess
+from sgpo_async.weights import digest
+
+ROOT = Path(__file__).resolve().parents[2]
+PYTHON = str(ROOT / ".venv-sglang/bin/python")
+PATIENCE_S = 120.0
+VOCABULARY = 96
+POSITIONS = 512
+
+
+def saved(kind: str, folder: Path, *, seed: int) -> Path:
+    """A tiny random model of two layers in `folder`; it ends no continuation by itself."""
+    torch.manual_seed(seed)
+    common: dict[str, Any] = dict(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=POSITIONS, initializer_range=0.2, bos_token_id=None,
+        eos_token_id=None,
+    )  # fmt: skip
+    if kind == "qwen2":
+        model: Any = Qwen2ForCausalLM(Qwen2Config(**common, tie_word_embeddings=True))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**common, head_dim=8, tie_word_embeddings=False))
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases and norms start as zeros and ones, in which no mistake shows
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder
+
+
+def loaded(folder: Path) -> Any:
+    """The model in `folder`, float32, by transformers."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def version_of(folder: Path, version: int) -> Weights:
+    """The parameters of the model in `folder`, as the learner would publish them."""
+    tensors = {name: parameter.detach() for name, parameter in loaded(folder).named_parameters()}
+    return Weights(version=version, digest=digest(tensors.items()), read=tensors.copy)
+
+
+class Servers:
+    """An engine with launched servers, ready for the first load."""
+
+    def __init__(self, model: Path, logs: Path, *, slots: int = 64, **sglang: Any) -> None:
+        settings = Sglang(**{"python": PYTHON, "stream_interval": 4, "phase_timeout_s": 30.0} | sglang)
+        engine = Engine(kind="sglang", device="cpu", slots=slots, sglang=settings)
+        self.engine = SglangEngine(str(model), engine, dtype="float32", digest=digest, logs=str(logs))
+        self.told: list[str] = []
+
+    def __enter__(self) -> Servers:
+        self.engine.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.engine.close()
+
+    def news(self) -> list[str]:
+        """All news so far."""
+        self.told += self.engine.news()
+        return self.told
+
+    def load(self, folder: Path, version: int) -> None:
+        """Bring every server to the weights in `folder`."""
+        self.engine.load(version_of(folder, version))
+        self.until(lambda: self.versions() == {version}, f"version {version}")
+
+    def versions(self) -> set[int | None]:
+        """What the places hold that are in service."""
+        servers = [place.server for place in self.engine.places]
+        return {server.version if server is not None and server.open else None for server in servers}
+
+    def until(self, look: Callable[[], Any], what: str, *, seconds: float = PATIENCE_S) -> None:
+        deadline = time.monotonic() + seconds
+        while not look():
+            assert time.monotonic() < deadline, f"waited {seconds:g} s in vain for {what}: {self.news()}"
+            self.news()
+            time.sleep(0.01)
+
+    def results(self, count: int, *, seconds: float = PATIENCE_S) -> dict[Any, Generated | Scored]:
+        """The next `count` results by id; none may come twice."""
+        results: dict[Any, Generated | Scored] = {}
+        deadline = time.monotonic() + seconds
+        while len(results) < count:
+            assert time.monotonic() < deadline, f"{len(results)} of {count} results: {self.news()}"
+            for result in self.engine.step(0.05):
+                assert result.id not in results, f"{result.id} twice"
+                results[result.id] = result
+        return results
+
+    def processes(self, place: int) -> list[psutil.Process]:
+        """Keeper, server, scheduler and whatever else one server consists of."""
+        process = self.engine.places[place].process
+        assert process is not None
+        keeper = psutil.Process(process.group)
+        return [keeper, *keeper.children(recursive=True)]
+
+    def kill(self, place: int) -> None:
+        """kill -9 of one server's main process."""
+        self.processes(place)[1].kill()
+
+
+def ask(id: Any, *, length: int = 6, tokens: int = 40, temperature: float = 1.0, seed: int = 0) -> Generate:
+    """A request with a random prompt."""
+    prompt = np.random.default_rng([seed, length]).integers(0, VOCABULARY, length).astype(np.int32)
+    return Generate(id=id, prompt=prompt, max_new_tokens=tokens, temperature=temperature, seed=seed)
+
+
+def given(id: Any, prompt: np.ndarray, *, length: int) -> Score:
+    """A request to score `length` random tokens after `prompt`."""
+    return Score(id=id, prompt=prompt, tokens=ask(0, length=length, seed=9).prompt, temperature=1.0)
+
+
+@torch.no_grad()
+def logprobs(model: Any, prompt: np.ndarray, tokens: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    """log softmax(z/T) of `tokens` after `prompt`: one forward, float64 softmax."""
+    ids = torch.from_numpy(np.concatenate([prompt, tokens])).long()
+    logits = model(ids[None, :-1], use_cache=False).logits[0, prompt.size - 1 :].double()
+    return torch.log_softmax(logits / temperature, -1).gather(1, ids[prompt.size :, None])[:, 0].numpy()
+
+
+def assert_teacher_forced(
+    models: dict[int, Any], requests: Iterable[Generate], results: dict[Any, Any], atol: float = 1e-4
+) -> None:
+    """Every token's log-probability is that of the weights its span names."""
+    for request in requests:
+        result = results[request.id]
+        of_version = {
+            version: logprobs(models[version], request.prompt, result.tokens, request.temperature)
+            for version in set(result.versions.tolist())
+        }
+        start = 0
+        for version, end in zip(result.versions.tolist(), result.ends.tolist(), strict=True):
+            expected = of_version[version][start:end]
+            np.testing.assert_allclose(result.logprobs[start:end], expected, atol=atol, err_msg=f"{request.id}")
+            start = end
+        assert start == result.tokens.size
+
+
+def post(url: str, path: str, body: dict[str, Any], *, timeout_s: float = 30.0) -> tuple[int, dict[str, Any]]:
+    """A raw request: status and answer."""
+    data = json.dumps(body).encode()
+    request = urllib.request.Request(url + path, data=data, headers={"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=timeout_s) as response:
+            status, text = response.status, response.read()
+    except urllib.error.HTTPError as error:
+        status, text = error.code, error.read()
+    return status, json.loads(text) if text.startswith(b"{") else {}
+
+
+def get(url: str, path: str, *, timeout_s: float = 30.0) -> dict[str, Any]:
+    with urllib.request.urlopen(url + path, timeout=timeout_s) as response:
+        answer: dict[str, Any] = json.loads(response.read())
+        return answer
+
+
+def launch_of(model: Path) -> Launch:
+    settings = Sglang(python=PYTHON)
+    return Launch(settings=settings, model=str(model), dtype="float32", device="cpu", slots=16, longest=512)
+
+
+def start(model: Path, folder: Path) -> ServerProcess:
+    """A server as the engine launches it, without the engine."""
+    server = ServerProcess(launch_of(model), folder / "server.log")
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert server.alive, server.last_words()
+        try:
+            get(server.url, "/model_info")
+        except OSError:
+            time.sleep(0.2)
+        else:
+            return server
+    raise AssertionError(server.last_words())

@@ -1,0 +1,108 @@
+"""Weights by broadcast from a real link, through the engine: updates in flight, and whoever dies."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sglang_support import Servers, ask, assert_teacher_forced, loaded, version_of
+from test_sglang_groups import Session
+
+from sgpo_async.engines import Weights
+from sgpo_async.engines.sglang.api import ServerApi
+
+pytestmark = [pytest.mark.sglang, pytest.mark.process, pytest.mark.timeout(300)]
+REQUESTS = 32
+PHASES = ("/update_weights_from_distributed", "/end_weight_update", "/init_weights_update_group")
+
+
+class Broadcasting:
+    """Two servers, and a session whose link holds the learner's store."""
+
+    def __init__(self, servers: Servers, models: dict[str, Path]) -> None:
+        self.servers, self.models = servers, models
+        self.session = Session()
+        self.of_version: dict[int, Path] = {}
+        self._versions = itertools.count()
+
+    def publish(self, kind: str) -> int:
+        """Publish a model's weights, and have the servers load them."""
+        version = next(self._versions)
+        self.of_version[version] = self.models[kind]
+        tensors = dict(version_of(self.models[kind], version).read())
+        manifest = self.session.writer.publish(version, tensors.items())
+        groups = self.session.groups
+        self.servers.engine.load(Weights(version=version, digest=manifest.digest, read=tensors.copy, groups=groups))
+        return version
+
+    def settled(self, version: int) -> None:
+        self.servers.until(lambda: self.servers.versions() == {version}, f"version {version} on both")
+
+    def run_all(self) -> list[Any]:
+        requests = [ask(i, length=4 + i % 5, tokens=300, seed=i) for i in range(REQUESTS)]
+        for request in requests:
+            self.servers.engine.submit(request)
+        self.servers.until(lambda: self.servers.engine.load_status().running == REQUESTS, "all running")
+        return requests
+
+    def assert_right(self, requests: list[Any]) -> None:
+        results = self.servers.results(REQUESTS)
+        seen = {version for result in results.values() for version in result.versions.tolist()}
+        assert_teacher_forced({version: loaded(self.of_version[version]) for version in seen}, requests, results)
+
+
+@pytest.fixture(scope="module")
+def broadcasting(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broadcasting]:
+    with Servers(models["qwen3"], tmp_path_factory.mktemp("logs"), servers=2, transport="distributed") as servers:
+        broadcasting = Broadcasting(servers, models)
+        yield broadcasting
+        broadcasting.session.close()
+
+
+def test_running_generations_meet_a_broadcast(broadcasting: Broadcasting) -> None:
+    broadcasting.settled(broadcasting.publish("qwen3"))
+    requests = broadcasting.run_all()
+    version = broadcasting.publish("qwen3-other")
+    broadcasting.assert_right(requests)
+    broadcasting.settled(version)
+    assert {update.transport for update in broadcasting.servers.engine.updates} == {"distributed"}
+    assert not broadcasting.servers.news()
+
+
+@pytest.mark.parametrize(
+    "phase", ["/update_weights_from_distributed", "/end_weight_update", "/init_weights_update_group"]
+)
+def test_a_server_dies_in_a_broadcast(broadcasting: Broadcasting, phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes nobody along: the other has the version, and it comes back with a new group and the same."""
+    servers, call, killed = broadcasting.servers, ServerApi._call, []
+
+    async def deadly(api: ServerApi, method: str, path: str, body: Any, timeout_s: float) -> Any:
+        if path == phase and api.url == servers.engine.places[0].url and not killed:
+            killed.append(path)
+            servers.kill(0)
+        return await call(api, method, path, body, timeout_s)
+
+    broadcasting.settled(broadcasting.publish("qwen3"))
+    requests = broadcasting.run_all()
+    monkeypatch.setattr(ServerApi, "_call", deadly)
+    if phase == "/init_weights_update_group":
+        servers.kill(0)  # only a new server joins a group
+    version = broadcasting.publish("qwen3-other")
+    broadcasting.assert_right(requests)
+    broadcasting.settled(version)
+    assert killed
+    assert {update.transport for update in servers.engine.updates} == {"distributed"}
+
+
+def test_without_a_link_weights_come_another_way(broadcasting: Broadcasting) -> None:
+    """The link dies in the middle of a session: what the actor can still read is loaded by HTTP."""
+    broadcasting.settled(broadcasting.publish("qwen3"))
+    broadcasting.session.link.stop()
+    requests = broadcasting.run_all()
+    version = broadcasting.publish("qwen3-other")
+    broadcasting.assert_right(requests)
+    broadcasting.settled(version)
+    assert {update.transport for update in broadcasting.servers.engine.updates[-2:]} == {"tensor"}

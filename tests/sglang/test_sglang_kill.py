@@ -1,0 +1,132 @@
+"""Servers die at the worst moments: every request is answered once, and no token is of unknown weights."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from sglang_support import Servers, ask, assert_teacher_forced, loaded, version_of
+
+from sgpo_async.engines.sglang.api import ServerApi
+from sgpo_async.errors import EngineError
+
+pytestmark = [pytest.mark.sglang, pytest.mark.process, pytest.mark.timeout(300)]
+REQUESTS = 32
+PHASES = (
+    "/abort_request",
+    "/begin_weight_update",
+    "/update_weights_from_tensor",
+    "/end_weight_update",
+    "/weights_checker",
+    "/model_info",
+)
+LONG = ("/begin_weight_update", "/update_weights_from_tensor", "/weights_checker")  # longer than a few milliseconds
+MOMENTS = [(phase, 0.0) for phase in PHASES] + [(phase, 0.004) for phase in LONG]  # after so many seconds
+
+
+@pytest.fixture(scope="module")
+def _victims(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    with Servers(models["qwen3"], tmp_path_factory.mktemp("logs"), servers=2) as servers:
+        yield servers
+
+
+@pytest.fixture
+def victims(_victims: Servers, models: dict[str, Path]) -> Servers:
+    """Two servers that hold version 0 and have generations running; each test kills the first."""
+    _victims.engine.reset()
+    _victims.load(models["qwen3"], 0)
+    return _victims
+
+
+def run_all(servers: Servers) -> list[Any]:
+    requests = [ask(i, length=4 + i % 5, tokens=150, seed=i) for i in range(REQUESTS)]
+    for request in requests:
+        servers.engine.submit(request)
+    servers.until(lambda: servers.engine.load_status().running == REQUESTS, "all running")
+    return requests
+
+
+@pytest.mark.parametrize("whom", ["server", "scheduler"])
+def test_kill_during_generation(victims: Servers, models: dict[str, Path], whom: str) -> None:
+    """Tokens that had arrived are kept; the dead server's sequences go on elsewhere; it comes back by itself."""
+    requests = run_all(victims)
+    first = victims.engine.places[0]
+    lost = first.process
+    assert lost is not None and first.server is not None
+    victims.until(lambda: any(len(r.item.tokens) > 20 for r in first.server.running.values()), "tokens to keep")  # type: ignore[union-attr]
+    members = victims.processes(0)
+    scheduler = max(members, key=lambda process: process.memory_info().rss)
+    (scheduler if whom == "scheduler" else members[1]).kill()
+    results = victims.results(REQUESTS)
+    assert_teacher_forced({0: loaded(models["qwen3"])}, requests, results)
+    victims.until(lambda: victims.versions() == {0} and first.process is not lost, "its return")
+    assert not any(member.is_running() and member.status() != psutil.STATUS_ZOMBIE for member in members)
+    assert any("has ended; the end of" in line for line in victims.news())
+
+
+@pytest.mark.parametrize(("phase", "after_s"), MOMENTS)
+def test_kill_in_each_phase_of_an_update(
+    victims: Servers, models: dict[str, Path], phase: str, after_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a request is sent, or while the server works on it: the other server takes the new version and all
+    sequences; the dead one comes back with the new version."""
+    call, killed = ServerApi._call, []
+
+    async def deadly(api: ServerApi, method: str, path: str, body: Any, timeout_s: float) -> Any:
+        if path == phase and api.url == victims.engine.places[0].url and not killed:
+            killed.append(path)
+            under_way = asyncio.create_task(call(api, method, path, body, timeout_s)) if after_s else None
+            await asyncio.sleep(after_s)
+            victims.kill(0)
+            if under_way is not None:
+                return await under_way
+        return await call(api, method, path, body, timeout_s)
+
+    requests = run_all(victims)
+    lost = victims.engine.places[0].process
+    monkeypatch.setattr(ServerApi, "_call", deadly)
+    victims.engine.load(version_of(models["qwen3-other"], 1))
+    results = victims.results(REQUESTS)
+    assert killed
+    assert_teacher_forced({0: loaded(models["qwen3"]), 1: loaded(models["qwen3-other"])}, requests, results)
+    victims.until(lambda: victims.versions() == {1}, "version 1 on both")
+    assert victims.engine.places[0].process is not lost
+
+
+def test_a_stopped_server_is_given_up_within_the_deadline(models: dict[str, Path], tmp_path: Path) -> None:
+    """SIGSTOP: it keeps its connections and says nothing. Its sequences move, and it is started anew."""
+    with Servers(models["qwen3"], tmp_path, servers=2, phase_timeout_s=3.0) as servers:
+        servers.load(models["qwen3"], 0)
+        requests = run_all(servers)
+        for process in servers.processes(0)[1:]:
+            process.suspend()
+        servers.engine.load(version_of(models["qwen3-other"], 1))
+        results = servers.results(REQUESTS)
+        assert_teacher_forced({0: loaded(models["qwen3"]), 1: loaded(models["qwen3-other"])}, requests, results)
+        servers.until(lambda: servers.versions() == {1}, "version 1 on both")
+        assert any("no answer within 3 s" in line for line in servers.news()), servers.news()
+
+
+def test_a_server_that_cannot_start_says_why(models: dict[str, Path], tmp_path: Path) -> None:
+    with (
+        pytest.raises(EngineError, match="has ended; the end of") as error,
+        Servers(models["qwen3"], tmp_path, args="--no-such-word"),
+    ):
+        raise AssertionError("started")
+    assert "unrecognized arguments: --no-such-word" in str(error.value)
+
+
+def test_servers_do_not_outlive_their_actor(models: dict[str, Path], tmp_path: Path) -> None:
+    """The actor's end of the keeper's input closes, as it does when the actor is killed."""
+    servers = Servers(models["qwen3"], tmp_path)
+    with servers:
+        members = servers.processes(0)
+        process = servers.engine.places[0].process
+        assert process is not None and process._keeper.stdin is not None
+        process._keeper.stdin.close()
+        _, alive = psutil.wait_procs(members, timeout=10)
+        assert not alive, alive

@@ -1,0 +1,85 @@
+"""Whole runs with real servers: the commands of a user, and a kill in the middle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+from run_support import RealRun, assert_all_trained, real_run, until
+from sglang_support import PYTHON, start
+
+from sgpo_async.tasks.models import model_folder
+
+pytestmark = [pytest.mark.sglang, pytest.mark.process, pytest.mark.timeout(600)]
+STEPS = 12
+WORDS = (f"steps={STEPS}", f"engine.sglang.python={PYTHON}", "engine.slots=48", "engine.sglang.phase_timeout_s=20")
+
+
+def servers(run: RealRun) -> list[psutil.Process]:
+    """The servers' main processes."""
+    return [process for process in run.members() if "sglang.launch_server" in " ".join(words_of(process)[:3])]
+
+
+def words_of(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+@pytest.mark.parametrize("transport", ["tensor", "distributed"])
+def test_a_server_dies_and_the_run_goes_on(tmp_path: Path, transport: str) -> None:
+    """Nothing is lost or doubled: the ledger of every rollout is balanced, and every lease is kept."""
+    words = (*WORDS, f"engine.sglang.transport={transport}")
+    with real_run(tmp_path, *words, base="configs/demo-sglang.yaml") as run:
+        local = run.local()
+        until(lambda: len(run.lines()) >= 3, "the third step")
+        assert len(servers(run)) == 2
+        servers(run)[0].kill()
+        assert local.ended() == 0, local.output
+        run.assert_no_trace()
+        summary = run.summary()
+        assert_all_trained(summary["ledger"], tasks=STEPS * 4, size=12)
+        assert summary["leases_reissued"] == summary["duplicates"] == 0
+        assert summary["lag_max"] <= run.run.hub.max_lag
+        log = (run.folder / "logs" / "actor-0.log").read_text()
+        assert "has ended; the end of" in log and "starts again" in log
+        assert " by tensor: " not in log and " by distributed: " not in log  # no update failed
+        mismatch = [
+            line["mismatch_max_lag0_first"] for line in run.lines() if line["mismatch_max_lag0_first"] is not None
+        ]
+        assert mismatch and max(mismatch) < 1e-4
+
+
+def test_an_actor_that_is_killed_takes_its_servers_along(tmp_path: Path) -> None:
+    """kill -9 of the actor, without a supervisor; another actor goes on with the run."""
+    with real_run(tmp_path, *WORDS, "hub.address=tcp://127.0.0.1:0", base="configs/demo-sglang.yaml") as run:
+        hub = run.hub()
+        learner = run.learner("--hub", run.address())
+        first = run.actor("first")
+        until(lambda: len(run.lines()) >= 2, "the second step")
+        lost = servers(run)
+        assert len(lost) == 2
+        first.process.kill()
+        until(lambda: not any(process.is_running() for process in lost), "the end of its servers", seconds=10)
+        second = run.actor("second")
+        assert (learner.ended(), hub.ended(), second.ended()) == (0, 0, 0), second.output
+        run.assert_no_trace()
+        assert_all_trained(run.summary()["ledger"], tasks=STEPS * 4, size=12)
+        assert run.summary()["duplicates"] == 0
+
+
+def test_an_actor_attaches_to_servers(tmp_path: Path) -> None:
+    """Servers that somebody else started, by URL: they are still there afterwards."""
+    server = start(Path(model_folder("builtin:cues")), tmp_path)
+    words = (*WORDS, "steps=3", f"engine.sglang.urls=[{server.url}]")
+    try:
+        with real_run(tmp_path / "run", *words, base="configs/demo-sglang.yaml") as run:
+            local = run.local()
+            assert local.ended() == 0, local.output
+            assert_all_trained(run.summary()["ledger"], tasks=3 * 4, size=12)
+            assert not servers(run)
+        assert server.alive
+    finally:
+        server.stop()

@@ -1,0 +1,208 @@
+"""The rules by which servers are refused, and the mathematics of their log-probabilities."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import aiohttp
+import numpy as np
+import pytest
+
+from sgpo_async.config.schema import Engine, Sglang
+from sgpo_async.engines.sglang.api import ServerApi
+from sgpo_async.engines.sglang.model import model_facts
+from sgpo_async.engines.sglang.preflight import CheckDoubtful, CheckFailed, Reference, Subject
+from sgpo_async.engines.sglang.preflight.logprobs import _differences, _judge
+from sgpo_async.engines.sglang.preflight.settings import INTERFACE, RULES, missing, parsed, settings, version
+from sgpo_async.engines.sglang.server import Server
+from sgpo_async.engines.sglang.transports import TensorTransport
+from sgpo_async.tasks.models import model_folder
+from sgpo_async.weights import digest
+
+FOLDER = model_folder("builtin:cues")
+GOOD: dict[str, Any] = {
+    "version": "0.5.23", "incremental_streaming_output": True, "tp_size": 1, "dtype": "float32", "device": "cpu",
+    "disable_radix_cache": False, "dp_size": 1, "pp_size": 1, "tokenizer_worker_num": 1, "quantization": None,
+    "speculative_algorithm": None, "rl_on_policy_target": None, "enable_lora": None, "preferred_sampling_params": None,
+    "max_req_input_len": 122, "context_length": None,
+    "internal_states": [{"effective_max_running_requests_per_dp": 64}],
+}  # fmt: skip
+
+
+@pytest.fixture
+def subject() -> Iterator[Subject]:
+    """A server that nobody asks anything."""
+
+    async def session() -> aiohttp.ClientSession:
+        return aiohttp.ClientSession()
+
+    with asyncio.Runner() as runner:
+        http = runner.run(session())
+        engine = Engine(kind="sglang", device="cpu")
+        facts = model_facts(FOLDER, dtype="float32", tp=1, device="cpu", digest=digest)
+        server = Server(ServerApi(http, "http://127.0.0.1:9"), slots=64, ends=facts.ends, silence_s=1.0)
+        transports = [TensorTransport(facts, tp=1)]
+        yield Subject(server=server, model=facts, engine=engine, transports=transports)
+        runner.run(http.close())
+
+
+def with_sglang(subject: Subject, **own: Any) -> Subject:
+    return replace(subject, engine=replace(subject.engine, sglang=Sglang(**own)))
+
+
+def test_a_server_as_it_should_be(subject: Subject) -> None:
+    assert asyncio.run(settings(subject, GOOD)) == "cpu, float32, tp 1, prefix cache on"
+    assert asyncio.run(version(subject, GOOD)) == "SGLang 0.5.23"
+
+
+WRONG = {
+    "incremental_streaming_output": (False, "start it with --incremental-streaming-output"),
+    "tp_size": (2, "set engine.sglang.tp"),
+    "dtype": ("bfloat16", "--dtype equal to model.dtype"),
+    "device": ("cuda", "set engine.device"),
+    "dp_size": (2, "without --dp-size"),
+    "pp_size": (2, "without --pp-size"),
+    "tokenizer_worker_num": (2, "without --tokenizer-worker-num"),
+    "quantization": ("fp8", "without --quantization"),
+    "speculative_algorithm": ("EAGLE", "without --speculative-algorithm"),
+    "rl_on_policy_target": ("fsdp", "without --rl-on-policy-target"),
+    "enable_lora": (True, "without --enable-lora"),
+    "preferred_sampling_params": ({"repetition_penalty": 1.1}, "without --preferred-sampling-params"),
+}
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_every_rule_refuses_by_name(subject: Subject, key: str) -> None:
+    value, remedy = WRONG[key]
+    with pytest.raises(CheckFailed, match=f"{key} is .*: ") as failure:
+        asyncio.run(settings(subject, GOOD | {key: value}))
+    assert remedy in failure.value.remedy
+
+
+def test_no_rule_is_forgotten_above() -> None:
+    assert {rule.key for rule in RULES} == {*WRONG, "disable_radix_cache"}
+
+
+def test_all_that_is_wrong_is_told_at_once(subject: Subject) -> None:
+    with pytest.raises(CheckFailed, match="tp_size is 2, not 1: .*; pp_size is 4, not 1: "):
+        asyncio.run(settings(subject, GOOD | {"tp_size": 2, "pp_size": 4}))
+
+
+def test_what_is_not_told_is_named(subject: Subject) -> None:
+    told = {key: value for key, value in GOOD.items() if key not in ("tp_size", "quantization")}
+    with pytest.raises(CheckFailed, match="^/server_info does not tell tp_size; install sglang==0.5.23"):
+        asyncio.run(settings(subject, told))
+
+
+def test_in_place_needs_a_server_without_prefix_cache(subject: Subject) -> None:
+    in_place = with_sglang(subject, in_flight="in-place", radix_cache=False)
+    with pytest.raises(CheckFailed, match="disable_radix_cache is False, not True: .* old keys and values"):
+        asyncio.run(settings(in_place, GOOD))
+    assert "cache off" in asyncio.run(settings(in_place, GOOD | {"disable_radix_cache": True}))
+
+
+def test_no_room_for_a_prompt(subject: Subject) -> None:
+    with pytest.raises(
+        CheckFailed, match="takes 122 tokens at most, and rollout.max_new_tokens is 122: no prompt fits"
+    ):
+        asyncio.run(settings(replace(subject, tokens=122), GOOD))
+    asyncio.run(settings(replace(subject, tokens=121), GOOD))
+
+
+def test_fewer_sequences_or_shorter_ones_are_a_warning(subject: Subject) -> None:
+    told = GOOD | {"internal_states": [{"effective_max_running_requests_per_dp": 8}], "context_length": 100}
+    with pytest.raises(CheckDoubtful, match="decodes 8 sequences together, and is given 64.*context_length is 100"):
+        asyncio.run(settings(subject, told))
+
+
+@pytest.mark.parametrize(
+    ("number", "numbers"),
+    [("0.5.23", (0, 5, 23)), ("0.5.23.post1", (0, 5, 23)), ("0.6.0rc1+cu130", (0, 6, 0)), ("None", ()), ("main", ())],
+)
+def test_versions_are_parsed(number: str, numbers: tuple[int, ...]) -> None:
+    assert parsed(number) == numbers
+
+
+@pytest.mark.parametrize(
+    ("number", "in_flight", "words"),
+    [
+        ("0.5.20", "abort-resume", "SGLang 0.5.20, older than 0.5.21"),
+        ("None", "abort-resume", "SGLang None, older than"),
+        ("0.5.22", "retract", "SGLang 0.5.22 with engine.sglang.in_flight=retract: .*; use .*in_flight=abort-resume"),
+        ("0.5.21", "in-place", "SGLang 0.5.21 with engine.sglang.in_flight=in-place: .*; use .*in_flight=abort-resume"),
+    ],
+)
+def test_versions_that_get_it_wrong_are_refused(subject: Subject, number: str, in_flight: str, words: str) -> None:
+    subject = with_sglang(subject, in_flight=in_flight, radix_cache=in_flight != "in-place")
+    with pytest.raises(CheckFailed, match=words):
+        asyncio.run(version(subject, GOOD | {"version": number}))
+
+
+def described(interface: dict[str, tuple[str, ...]]) -> dict[str, Any]:
+    """As FastAPI describes it."""
+    paths, schemas = {}, {}
+    for path, fields in interface.items():
+        schema = {"$ref": f"#/components/schemas/{path[1:]}"}
+        paths[path] = {"post": {"requestBody": {"content": {"application/json": {"schema": schema}}}}}
+        schemas[path[1:]] = {"properties": {field: {} for field in fields}}
+    return {"paths": paths, "components": {"schemas": schemas}}
+
+
+def test_paths_and_fields_that_are_missing_are_named() -> None:
+    interface = dict(INTERFACE)
+    assert list(missing(described(interface))) == []
+    del interface["/end_weight_update"]
+    interface["/pause_generation"] = ()
+    assert list(missing(described(interface))) == ["/pause_generation mode", "/end_weight_update"]
+
+
+def answers(temperature: float, *, told: float) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A continuation at `temperature` whose log-probabilities are of the temperature `told`, and its scores."""
+    rng = np.random.default_rng(3)
+    logits = 3 * rng.normal(size=(10, 20))
+    generated: dict[str, list] = {"output_token_logprobs": [], "output_top_logprobs": []}
+    scored: dict[str, list] = {"input_token_logprobs": [[None, 0, None]], "input_top_logprobs": [None]}
+    for row in logits:
+        token = int(rng.choice(20, p=np.exp(log_softmax(row / temperature))))
+        for lists, values in ((generated, log_softmax(row / told)), (scored, log_softmax(row))):
+            mode = "output" if lists is generated else "input"
+            top = np.argsort(-values)[:2]
+            lists[f"{mode}_token_logprobs"].append([values[token], token, None])
+            lists[f"{mode}_top_logprobs"].append([[values[id], int(id), None] for id in top])
+    return generated, scored
+
+
+def log_softmax(z: np.ndarray) -> np.ndarray:
+    return z - np.log(np.exp(z).sum())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_temperatures_show_in_differences(temperature: float) -> None:
+    assert np.abs(_differences(*answers(temperature, told=temperature), temperature)).max() < 1e-12
+    for other in (1.0, 0.7, 1.3):
+        if other != temperature:
+            wrong = _differences(*answers(temperature, told=other), temperature)
+            for dtype in ("float32", "bfloat16"):
+                with pytest.raises(CheckFailed, match="off by .* on average.*SGLANG_RETURN_ORIGINAL_LOGPROB"):
+                    _judge(wrong, dtype, "")
+
+
+def test_bounds_refuse_what_is_no_number() -> None:
+    with pytest.raises(CheckFailed, match="off by nan"):
+        _judge(np.array([0.0, np.nan]), "bfloat16", "T = 1")
+    assert _judge(np.array([5e-5, -5e-5]), "float32", "T = 1") == "T = 1: 5e-05, at most 5e-05"
+    with pytest.raises(CheckFailed):
+        _judge(np.array([2e-4, 0, 0, 0]), "float32", "T = 1")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_reference_changes_one_element_by_the_least(dtype: str) -> None:
+    reference = Reference(FOLDER, dtype=dtype, digest=digest)
+    own, other = reference.weights(0), reference.weights(1, changed="model.norm.weight")
+    before, after = own.read()["model.norm.weight"], other.read()["model.norm.weight"]
+    assert str(before.dtype) == f"torch.{dtype}" and own.digest != other.digest
+    assert (before != after).nonzero().flatten().tolist() == [0] and 0 < after[0] - before[0] < 0.01 * abs(before[0])
+    assert reference.weights(2).digest == own.digest
