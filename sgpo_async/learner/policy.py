@@ -92,11 +92,9 @@ def shard(policy: Policy, mesh: DeviceMesh, *, precision: str) -> Policy:
     """Move the policy to the mesh's devices and shard it in place; every rank holds equal weights before.
 
     Args:
-        precision: of matrix products: "float32", "bfloat16", or "auto", which is bfloat16 on GPUs that have it.
+        precision: of matrix products, see `in_bfloat16`.
     """
-    bfloat16 = precision == "bfloat16" or (
-        precision == "auto" and mesh.device_type == "cuda" and torch.cuda.is_bf16_supported()
-    )
+    bfloat16 = in_bfloat16(precision, mesh)
     mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bfloat16 else MixedPrecisionPolicy()
     if policy.nbytes >= GROUP_BYTES:
         for layer in decoder_layers(policy.model):
@@ -104,6 +102,12 @@ def shard(policy: Policy, mesh: DeviceMesh, *, precision: str) -> Policy:
     fully_shard(policy, mesh=mesh, mp_policy=mixed, reshard_after_forward=False)
     register_fsdp_forward_method(policy, "hidden")
     return policy
+
+
+def in_bfloat16(precision: str, mesh: DeviceMesh) -> bool:
+    """Whether matrix products are; `precision` is "float32", "bfloat16", or "auto": bfloat16 on GPUs that have it."""
+    able = mesh.device_type == "cuda" and torch.cuda.is_bf16_supported()
+    return precision == "bfloat16" or (precision == "auto" and able)
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:

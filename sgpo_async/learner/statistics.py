@@ -1,9 +1,9 @@
 """What one step did, added up over micro-batches, and over ranks in one collective.
 
 A rank adds sums and minima of any number of micro-batches; `reduce` gathers every rank's vector once and divides.
-Correction weights are kept apart for lag 0, where those of GRPO show the mismatch between engine and learner alone, and
-for stale tokens, where they also show how far the policy has moved. Ratios by lag are GRPO's alone for that reason: a
-frozen teacher differs from the behaviour policy at any lag.
+Correction weights are kept apart for lag 0 and for stale tokens, where they also show how far the policy has moved.
+How engine and learner differ is measured on GRPO's tokens alone: a frozen teacher differs from the behaviour policy at
+any lag.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from sgpo_async.algorithm import correction_weights, kl_mass
 from sgpo_async.config.schema import Correction
+from sgpo_async.learner import mismatch
+from sgpo_async.learner.mismatch import AGES, Mismatch
 
-AGES = ("lag0", "stale")
 TERMS = ("correction", "kl_correction")
 SUMS = (
     *("grpo_loss", "kd_loss", "entropy", "tokens_auto", "tokens_kd", "kl", "masked_tokens", "masked_kl"),
@@ -34,7 +35,8 @@ class Statistics:
         self.device = device
         self.sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in SUMS}
         self.minima = {name: torch.full((), math.inf, dtype=torch.float64, device=device) for name in MINIMA}
-        self.by_lag = torch.zeros(3, max_lag + 1, dtype=torch.float64, device=device)  # tokens; GRPO's: tokens, ratios
+        self.tokens_by_lag = torch.zeros(max_lag + 1, dtype=torch.float64, device=device)
+        self.mismatch = Mismatch(max_lag=max_lag, device=device)
 
     def add(self, **values: Tensor) -> None:
         """Add numbers, or the sum of a tensor, to the named sums."""
@@ -60,11 +62,8 @@ class Statistics:
             self.sums[f"{term}_tokens_{age}"] += tokens.sum()
             least = self.minima[f"{term}_min_{age}"]
             torch.minimum(least, weights.masked_fill(~tokens, math.inf).amin().double(), out=least)
-        bins = lags.clamp(0, self.by_lag.shape[1] - 1).flatten()
-        self.by_lag[0].index_add_(0, bins, mask.double().flatten())
-        if term == "correction":
-            self.by_lag[1].index_add_(0, bins, mask.double().flatten())
-            self.by_lag[2].index_add_(0, bins, log_rho.double().exp().masked_fill(~mask, 0).flatten())
+        bins = lags.clamp(0, len(self.tokens_by_lag) - 1).flatten()
+        self.tokens_by_lag.index_add_(0, bins, mask.double().flatten())
 
     def add_kl(self, d: Tensor, mask: Tensor, *, delta: float) -> None:
         """Record d_t [K, T] of Eq. 3 and what the limiter of Eq. 5 takes from it."""
@@ -73,16 +72,23 @@ class Statistics:
 
     def reduce(self) -> dict[str, Any]:
         """The step's metrics, equal on every rank. A collective of all ranks."""
-        sums = torch.cat((torch.stack(list(self.sums.values())), self.by_lag.flatten()))
-        own = torch.cat((sums, torch.stack(list(self.minima.values()))))
+        sums = torch.cat((torch.stack(list(self.sums.values())), self.tokens_by_lag, self.mismatch.sums.flatten()))
+        minima = torch.cat((torch.stack(list(self.minima.values())), -self.mismatch.maxima.flatten()))
+        own = torch.cat((sums, minima))
         gathered = own.new_empty(dist.get_world_size() * len(own))
         dist.all_gather_single(gathered, own)
         ranks = gathered.view(-1, len(own)).cpu()
-        total = dict(zip(SUMS, ranks[:, : len(SUMS)].sum(0).tolist(), strict=True))
-        lowest = dict(zip(MINIMA, ranks[:, len(sums) :].amin(0).tolist(), strict=True))
-        tokens, own_tokens, ratios = ranks[:, len(SUMS) : len(sums)].sum(0).view(3, -1).tolist()
-        by_lag = _lag_metrics(tokens) | _ratio_metrics(own_tokens, ratios)
-        return _loss_metrics(total) | _correction_metrics(total, lowest) | by_lag
+        sizes = (len(SUMS), len(self.tokens_by_lag), self.mismatch.sums.numel())
+        named, by_lag, apart = ranks[:, : len(sums)].sum(0).split(sizes)
+        lowest, negated = ranks[:, len(sums) :].amin(0).split((len(MINIMA), self.mismatch.maxima.numel()))
+        total = dict(zip(SUMS, named.tolist(), strict=True))
+        least = dict(zip(MINIMA, lowest.tolist(), strict=True))
+        return (
+            _loss_metrics(total)
+            | _correction_metrics(total, least)
+            | _lag_metrics(by_lag.tolist())
+            | mismatch.metrics(apart.view_as(self.mismatch.sums), -negated.view_as(self.mismatch.maxima))
+        )
 
 
 def _loss_metrics(total: dict[str, float]) -> dict[str, Any]:
@@ -117,13 +123,6 @@ def _lag_metrics(tokens: list[float]) -> dict[str, Any]:
         "lag_histogram": {str(lag): int(count) for lag, count in seen.items()},
         "lag_mean": _ratio(sum(lag * count for lag, count in seen.items()), sum(tokens)),
         "lag_max": max(seen, default=None),
-    }
-
-
-def _ratio_metrics(tokens: list[float], ratios: list[float]) -> dict[str, Any]:
-    return {
-        "ratio_mean": _ratio(sum(ratios), sum(tokens)),
-        "ratio_by_lag": {str(lag): ratios[lag] / count for lag, count in enumerate(tokens) if count},
     }
 
 

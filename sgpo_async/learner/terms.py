@@ -23,7 +23,9 @@ def grpo_term(
     mask = lags >= 0
     log_pi = _unflatten(log_pi, mask)
     correction = correction_weights(log_pi, log_mu, mask, mode=rule.mode, bound=rule.bound)
-    statistics.add_correction("correction", correction, (log_pi - log_mu).detach(), lags, rule)
+    log_rho = (log_pi - log_mu).detach()
+    statistics.add_correction("correction", correction, log_rho, lags, rule)
+    statistics.mismatch.add(log_rho, lags, _later(batch, which, mask))
     losses = grpo_loss(
         log_pi,
         mask,
@@ -65,6 +67,12 @@ def _behaviour(batch: Batch, rollouts: list[Rollout], like: Tensor) -> tuple[Ten
     lags, _ = pad([batch.lags(rollout) for rollout in rollouts])
     assert (lags >= 0).all(), "a token of weights that are newer than those that it trains"
     return _like(like, log_mu), torch.from_numpy(np.where(mask, lags, -1).astype(np.int64)).to(like.device)
+
+
+def _later(batch: Batch, which: list[int], mask: Tensor) -> Tensor:
+    """Whether a token of the autonomous rollouts `which` lies beyond the first span of its rollout: [N, T] bool."""
+    first_ends = torch.tensor([[int(batch.autonomous[i].ends[0])] for i in which], device=mask.device)
+    return torch.arange(mask.shape[1], device=mask.device) >= first_ends
 
 
 def _unflatten(flat: Tensor, mask: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ publication before the present one; each wait has a deadline.
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +27,14 @@ from sgpo_async.learner import checkpoint, optimiser
 from sgpo_async.learner.checkpoint import Saved
 from sgpo_async.learner.folder import export
 from sgpo_async.learner.hub_client import HubClient
-from sgpo_async.learner.policy import Policy, check_model, shard
+from sgpo_async.learner.mismatch import Alarm, bound_for
+from sgpo_async.learner.policy import Policy, check_model, in_bfloat16, shard
 from sgpo_async.learner.progress import Progress, hub_metrics
 from sgpo_async.learner.publish import Publisher, gather
 from sgpo_async.learner.step import Stepper
 from sgpo_async.learner.world import join_world
-from sgpo_async.metrics import MetricsWriter
+from sgpo_async.metrics import MetricsWriter, read_metrics
+from sgpo_async.metrics.mismatch import excess, mismatch_summary
 from sgpo_async.tasks.models import load_tokenizer, model_folder, tokenizer_fingerprint
 from sgpo_async.transport import Dealer, Mailbox
 from sgpo_async.weights import StoreWriter
@@ -79,6 +82,7 @@ class Trainer:
     progress: Progress
     base: int  # version of the weights - optimiser steps behind them
     metrics: MetricsWriter | None  # rank 0
+    alarm: Alarm
 
     @classmethod
     def start(cls, run: Run, mesh: DeviceMesh, hub: HubClient) -> Trainer:
@@ -107,7 +111,8 @@ class Trainer:
         version = hub.restore(saved.hub_state) if lead and (resumed or earlier) else welcome.version
         publisher = Publisher(stepper.policy, getattr(torch, run.model.dtype), store=store, published=hub.published)
         metrics = MetricsWriter(run.folder, resume_from=progress.step) if lead else None
-        return cls(run, hub, stepper, publisher, progress, version - progress.step, metrics)
+        alarm = Alarm(bound_for(run, learner_bfloat16=in_bfloat16(run.learner.precision, mesh)))
+        return cls(run, hub, stepper, publisher, progress, version - progress.step, metrics, alarm)
 
     @property
     def version(self) -> int:
@@ -142,7 +147,8 @@ class Trainer:
             return
         source = model_folder(self.run.model.path)
         export(self.stepper.policy.model, dict(tensors), Path(self.run.folder) / "policy", source=source)
-        own = {"world_size": dist.get_world_size(), "objective": self.run.algorithm.objective}
+        own: dict[str, Any] = {"world_size": dist.get_world_size(), "objective": self.run.algorithm.objective}
+        own["mismatch"] = mismatch_summary(read_metrics(self.run.folder))  # also of the steps before an interruption
         self.metrics.summary(self.progress.summary(self.hub.status()) | own)
         self.metrics.close()
         self.hub.finish()
@@ -155,10 +161,11 @@ class Trainer:
         results = self.hub.take_evaluations(
             until=self.version if last else None, timeout_s=self.run.learner.batch_timeout_s
         )
-        line |= self.progress.evaluated(results)
-        metrics.step(
-            {"step": self.progress.step, "wall_s": self.progress.wall_s, "tokens_trained": self.progress.tokens} | line
-        )
+        head = {"step": self.progress.step, "wall_s": self.progress.wall_s, "tokens_trained": self.progress.tokens}
+        line = head | line | self.alarm.judge(line) | self.progress.evaluated(results)
+        if exceeded := excess(line):
+            print(f"learner: mismatch alarm: {exceeded.text}", file=sys.stderr, flush=True)
+        metrics.step(line)
 
     def _due(self, every: int) -> bool:
         """Whether something that happens every so many steps, and after the last, happens now. 0: only then."""

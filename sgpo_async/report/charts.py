@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from sgpo_async.report.figures import scientific
 from sgpo_async.report.lag import lag_chart, lag_legend, lag_shares
 from sgpo_async.report.svg import Series, line_chart
 
-AUTO, GUIDED, THIRD = 1, 2, 3  # slots of the palette; a colour means the same thing on the whole page
+AUTO, GUIDED, THIRD, FOURTH, BOUND = 1, 2, 3, 4, 5  # slots of the palette
+SPARSE = 0.25  # a figure that a smaller share of steps has is drawn as single measurements
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +24,7 @@ class Curve:
     colour: int = AUTO
     smooth: bool = True
     dots: bool = False
+    bound: bool = False  # not measured but set: dashed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,7 @@ class Chart:
     curves: tuple[Curve, ...]
     share: bool = False  # the figures are shares: the axis goes from 0 to 100 %
     around_one: bool = False  # small deviations from 1 matter: the axis does not include 0
+    log: bool = False  # the figures lie powers of ten apart
 
 
 CHARTS = (
@@ -100,6 +104,20 @@ CHARTS = (
             Curve(key="ratio_by_lag/0", name="lag 0"),
             Curve(key="ratio_by_lag/1", name="lag 1", colour=GUIDED),
             Curve(key="ratio_by_lag/2", name="lag 2", colour=THIRD),
+        ),
+    ),
+    Chart(
+        title="Engine against learner",
+        says="Mean |log pi − log mu|. At lag 0 both hold the same weights; stale tokens add what the policy has moved. "
+        "Later spans follow an update in flight.",
+        y_label="nats per token",
+        log=True,
+        curves=(
+            Curve(key="mismatch_mean_lag0_first", name="lag 0, first span"),
+            Curve(key="mismatch_mean_lag0_later", name="lag 0, later spans", colour=GUIDED),
+            Curve(key="mismatch_mean_stale_first", name="stale, first span", colour=THIRD),
+            Curve(key="mismatch_mean_stale_later", name="stale, later spans", colour=FOURTH),
+            Curve(key="mismatch_bound", name="bound at lag 0", colour=BOUND, bound=True),
         ),
     ),
     Chart(
@@ -170,8 +188,9 @@ def figures(lines: Sequence[Mapping[str, Any]]) -> list[str]:
 def _series(curve: Curve, lines: Sequence[Mapping[str, Any]]) -> Series:
     found = [(line["step"], _value(line, curve.key)) for line in lines]
     points = [(step, value) for step, value in found if isinstance(value, int | float)]
-    smooth = curve.smooth and not curve.dots
-    return Series(name=curve.name, points=points, colour=curve.colour, smooth=smooth, dots=curve.dots)
+    dots = curve.dots or len(points) < SPARSE * len(lines)
+    smooth = curve.smooth and not (dots or curve.bound)
+    return Series(name=curve.name, points=points, colour=curve.colour, smooth=smooth, dots=dots, bound=curve.bound)
 
 
 def _value(line: Mapping[str, Any], key: str) -> Any:
@@ -183,6 +202,8 @@ def _value(line: Mapping[str, Any], key: str) -> Any:
 def _draw(chart: Chart, series: Sequence[Series]) -> str:
     if chart.share:
         return line_chart(series, y_label=chart.y_label, y_range=_share_range(series), show=_percent)
+    if chart.log:
+        return line_chart(series, y_label=chart.y_label, show=scientific, log=True)
     values = [y for one in series for _, y in one.points]
     near = (min(1.0, *values), max(1.0, *values)) if chart.around_one else None
     return line_chart(series, y_label=chart.y_label, y_range=near)
@@ -201,7 +222,7 @@ def _legend(series: Sequence[Series]) -> list[tuple[str, str]]:
     shown = [one for one in series if one.points]
     if len(shown) < 2:
         return []
-    return [(f"c{one.colour}" + (" ring" if one.dots else ""), one.name) for one in shown]
+    return [(f"c{one.colour}" + (" ring" if one.dots else " dash" if one.bound else ""), one.name) for one in shown]
 
 
 def _figure(title: str, says: str, svg: str, legend: Sequence[tuple[str, str]]) -> str:

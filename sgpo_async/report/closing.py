@@ -8,7 +8,8 @@ from statistics import fmean
 from typing import Any
 
 from sgpo_async.metrics import read_metrics, read_summary
-from sgpo_async.report.figures import NONE, clock, number, percent
+from sgpo_async.metrics.mismatch import WHERE, mismatch_summary
+from sgpo_async.report.figures import NONE, clock, number, percent, scientific
 
 
 def closing_rows(folder: str | Path) -> list[tuple[str, str]]:
@@ -38,6 +39,7 @@ def summarise(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "learner_idle": _mean(_present(lines, "learner_idle")),
         "engine_idle": _mean(_present(lines, "engine_idle")),
         "ledger": last.get("ledger"),
+        "mismatch": mismatch_summary(lines),
     }
 
 
@@ -56,7 +58,29 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("lag of trained tokens", f"mean {number(get('lag_mean'))}, at most {number(get('lag_max'))} versions"),
         ("idle", f"trainer {percent(get('learner_idle'))}, engines {percent(get('engine_idle'))}"),
     ]
-    return rows + ledger_rows(get("ledger") or {})
+    return rows + mismatch_rows(get("mismatch") or {}) + ledger_rows(get("ledger") or {})
+
+
+def mismatch_rows(mismatch: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Engine against learner at lag 0 (see `metrics.mismatch.mismatch_summary`); none for runs that did not measure."""
+    if not mismatch:
+        return []
+    name = "mismatch at lag 0"
+    if not mismatch["judged"]:
+        return [(name, "not judged: hardly any token was that new")]
+    mean, most, bound = (scientific(mismatch[key]) for key in ("mean", "max", "bound"))
+    text = f"mean at most {mean} nats (bound {bound}), single token at most {most}"
+    return [(name, f"{text}, judged in {mismatch['judged']} steps"), *mismatch_alarm(mismatch)]
+
+
+def mismatch_alarm(mismatch: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The row that says in how many steps the bound was exceeded, if in any."""
+    if not mismatch.get("alarms"):
+        return []
+    mean, bound = (scientific(mismatch[key]) for key in ("mean", "bound"))
+    worst = f"{mean}, {WHERE[mismatch['worst_span']]}, in step {mismatch['worst_step']}"
+    steps = f"in {mismatch['alarms']} of {mismatch['judged']} judged steps"
+    return [("MISMATCH ALARM", f"{steps} engine and learner differ by more than {bound} nats; worst: {worst}")]
 
 
 def ledger_rows(ledger: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 NONE = "–"
+SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def number(value: Any, digits: int = 3) -> str:
@@ -32,6 +33,17 @@ def _significant(value: float, digits: int) -> str:
 def short(value: float) -> str:
     """Without trailing zeros, for the ticks of an axis."""
     return number(value) if abs(value) >= 10_000 else f"{value:.4g}"
+
+
+def scientific(value: Any) -> str:
+    """Two digits and a power of ten for the small: 3.2·10⁻⁶, 10⁻⁴, 0.05."""
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return NONE
+    if value == 0 or abs(value) >= 0.01:
+        return short(float(f"{value:.2g}"))
+    digits, _, power = f"{value:.1e}".partition("e")
+    raised = str(int(power)).translate(SUPERSCRIPT)
+    return f"10{raised}" if digits == "1.0" else f"{digits}·10{raised}"
 
 
 def percent(value: Any) -> str:

@@ -14,7 +14,7 @@ from sgpo_async.errors import DataError
 from sgpo_async.metrics import read_metrics, read_summary
 from sgpo_async.metrics.files import write_whole
 from sgpo_async.report.charts import figures
-from sgpo_async.report.closing import summarise, summary_rows
+from sgpo_async.report.closing import mismatch_alarm, summarise, summary_rows
 from sgpo_async.report.figures import clock, number, percent
 from sgpo_async.report.style import STYLE
 
@@ -39,6 +39,7 @@ def _page(name: str, lines: Sequence[Mapping[str, Any]], summary: Mapping[str, A
     changed = changed_settings(config)
     body = [
         f"<header><h1>{escape(name)}</h1><p>{escape(_subtitle(summary, config))}</p></header>",
+        *(_alarm(*row) for row in mismatch_alarm(summary["mismatch"])),
         f'<div class="tiles">{"".join(_tile(*tile) for tile in _tiles(summary))}</div>',
         f'<div class="charts">{"".join(figures(lines))}</div>',
         f"<section><h2>Closing figures</h2>{_table(summary_rows(summary))}</section>",
@@ -60,7 +61,7 @@ def _subtitle(summary: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     ranks, actors = summary.get("world_size"), summary.get("actors")
     parts = [objective.upper(), model]
     parts += [f"{ranks} learner ranks"] if ranks else []
-    parts += [f"{actors} actors"] if actors else []
+    parts += [f"{actors} actor" + ("s" if actors > 1 else "")] if actors else []
     parts += [f"{number(summary.get('steps'))} steps in {clock(summary.get('wall_s'))}"]
     return " · ".join(part for part in parts if part)
 
@@ -81,6 +82,10 @@ def _tiles(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _tile(figure: str, name: str) -> str:
     return f'<div class="tile"><b>{escape(figure)}</b><span>{escape(name)}</span></div>'
+
+
+def _alarm(name: str, text: str) -> str:
+    return f'<p class="alarm"><b>{escape(name)}</b> {escape(text)}</p>'
 
 
 def _table(rows: Iterable[tuple[str, str]]) -> str:

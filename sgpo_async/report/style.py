@@ -3,11 +3,11 @@
 STYLE = """
 :root { color-scheme: light dark;
   --page: #f7f7f5; --card: #ffffff; --ink: #1c1d1f; --soft: #5d6167; --line: #e3e4e2; --axis: #9a9da1;
-  --c1: #2468c8; --c2: #c8640a; --c3: #12826a;
+  --c1: #2468c8; --c2: #c8640a; --c3: #12826a; --c4: #8a4fc0; --alarm: #b3261e;
   --lag0: #d5e3f6; --lag1: #9cc0ec; --lag2: #5f97dc; --lag3: #2f6dbd; --lag4: #174a8c; --lag5: #0b2a55; }
 @media (prefers-color-scheme: dark) { :root {
   --page: #131416; --card: #1c1e21; --ink: #eceded; --soft: #a3a8ae; --line: #30343a; --axis: #6d7278;
-  --c1: #6aa5f5; --c2: #f2a04a; --c3: #4cc9a8;
+  --c1: #6aa5f5; --c2: #f2a04a; --c3: #4cc9a8; --c4: #c396f0; --alarm: #ff8a7d;
   --lag0: #203a5c; --lag1: #2b5b97; --lag2: #4584cf; --lag3: #77abe9; --lag4: #add0f7; --lag5: #e2effe; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, "Segoe UI", sans-serif; }
@@ -15,6 +15,8 @@ main { max-width: 1240px; margin: 0 auto; padding: 32px 24px 64px; }
 h1 { font-size: 28px; line-height: 1.2; margin: 0; font-weight: 650; }
 h2 { font-size: 16px; margin: 0; font-weight: 600; }
 header > p { color: var(--soft); margin: 4px 0 0; }
+.alarm { background: var(--card); border: 1px solid var(--alarm); border-left-width: 5px; border-radius: 10px;
+  padding: 12px 16px; margin: 24px 0 0; } .alarm b { color: var(--alarm); }
 .tiles { display: flex; flex-wrap: wrap; gap: 12px; margin: 24px 0; }
 .tile, figure, section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
 .tile { padding: 12px 16px; flex: 1 1 140px; }
@@ -27,16 +29,19 @@ figcaption p { margin: 2px 0 6px; color: var(--soft); font-size: 13px; }
 .key { display: inline-flex; align-items: center; gap: 6px; }
 .key i { width: 14px; height: 3px; border-radius: 2px; background: currentColor; }
 .key i.ring { width: 10px; height: 10px; border-radius: 50%; background: none; border: 2px solid currentColor; }
+.key i.dash { height: 0; border-top: 2px dashed; border-radius: 0; background: none; }
 .key i[class^="lag"] { height: 12px; border-radius: 3px; background: var(--own); }
 svg { width: 100%; height: auto; display: block; }
 .grid { stroke: var(--line); } .axis { stroke: var(--axis); }
 text { fill: var(--soft); font-size: 12px; font-variant-numeric: tabular-nums; }
 .line { fill: none; stroke: currentColor; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
 .faint { stroke-width: 1; opacity: .35; } .dashed { stroke-width: 1.2; stroke-dasharray: 3 4; opacity: .8; }
+.bound { stroke-width: 1.5; stroke-dasharray: 7 5; stroke-linecap: butt; }
 .dot { fill: var(--card); stroke: currentColor; stroke-width: 2; }
 svg rect[class^="lag"] { shape-rendering: crispEdges; }
 .tip { fill: var(--ink); opacity: 0; } .tip:hover { opacity: .07; }
 .c1 { color: var(--c1); } .c2 { color: var(--c2); } .c3 { color: var(--c3); }
+.c4 { color: var(--c4); } .c5 { color: var(--soft); }
 .lag0 { fill: var(--lag0); --own: var(--lag0); }
 .lag1 { fill: var(--lag1); --own: var(--lag1); }
 .lag2 { fill: var(--lag2); --own: var(--lag2); }

@@ -12,6 +12,8 @@ from sgpo_async.report.figures import short
 WIDTH, HEIGHT = 560, 280
 LEFT, RIGHT, TOP, BOTTOM = 66, 14, 14, 40  # margins around the plotting area
 TIPS = 160  # columns with a tooltip
+NEARLY_0 = 1e-16  # less is at the lower end of a logarithmic axis
+FLAT = 1e-10  # a smaller span is a rounding error's
 
 Point = tuple[float, float]
 
@@ -25,16 +27,18 @@ class Series:
     colour: int
     smooth: bool = False  # draw a running mean, and the points themselves faintly behind it
     dots: bool = False
+    bound: bool = False  # not measured but set: a plain dashed line
 
 
 @dataclass(frozen=True)
 class Frame:
-    """The plotting area: data coordinates to those of the drawing."""
+    """The plotting area: data coordinates to those of the drawing. `log`: powers of ten are equally far apart."""
 
     x0: float
     x1: float
     y0: float
     y1: float
+    log: bool = False
 
     def x(self, value: float) -> float:
         """Horizontal place of a step."""
@@ -42,7 +46,9 @@ class Frame:
 
     def y(self, value: float) -> float:
         """Vertical place of a figure; beyond the axis it stays at its end."""
-        share = (min(max(value, self.y0), self.y1) - self.y0) / ((self.y1 - self.y0) or 1)
+        scale = math.log10 if self.log else float
+        low, high, at = (scale(y) for y in (self.y0, self.y1, min(max(value, self.y0), self.y1)))
+        share = (at - low) / ((high - low) or 1)
         return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
 
 
@@ -52,13 +58,18 @@ def line_chart(
     y_label: str,
     y_range: tuple[float, float] | None = None,
     show: Callable[[float], str] = short,
+    log: bool = False,
 ) -> str:
-    """One chart over steps; `show` writes a figure of the y axis. Series without points are left out."""
+    """One chart over steps; `show` writes a figure of the y axis, which `log` makes logarithmic (0 is at its end).
+
+    Series without points are left out.
+    """
     series = [one for one in series if one.points]
     steps = [x for one in series for x, _ in one.points]
-    ticks = nice_ticks(*(y_range or _range([y for one in series for _, y in one.points])))
+    values = [y for one in series for _, y in one.points]
+    ticks = powers_of_ten(values) if log else nice_ticks(*(y_range or _range(values)))
     lone = 0.5 if min(steps) == max(steps) else 0.0
-    frame = Frame(min(steps) - lone, max(steps) + lone, ticks[0], ticks[-1])
+    frame = Frame(min(steps) - lone, max(steps) + lone, ticks[0], ticks[-1], log)
     curves = [part for one in series for part in _curve(one, frame)]
     return drawing([*axes(frame, ticks, y_label, show), *curves, *_tips(series, frame, show)], y_label)
 
@@ -92,13 +103,21 @@ def axes(frame: Frame, ticks: Sequence[float], y_label: str, show: Callable[[flo
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     """About `count` round numbers whose first and last enclose [low, high]."""
-    if high <= low:
-        low, high = (low - 0.5, high + 0.5) if low else (0.0, 1.0)
+    if high - low < FLAT:
+        low, high = (low - 0.5, high + 0.5) if abs(low) > FLAT else (0.0, 1.0)
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(index * step, 12) for index in range(first, last + 1)]
+
+
+def powers_of_ten(values: Sequence[float], count: int = 7) -> list[float]:
+    """At most `count` powers of ten, evenly spaced, whose first and last enclose the values above NEARLY_0."""
+    above = [value for value in values if value > NEARLY_0] or [1.0]
+    low, high = math.floor(math.log10(min(above)) + 1e-9), math.ceil(math.log10(max(above)) - 1e-9)
+    step = max(1, math.ceil((high - low) / (count - 1)))
+    return [10.0**power for power in range(low, max(high, low + 1) + step, step)]
 
 
 def running_mean(points: Sequence[Point], window: int) -> list[Point]:
@@ -124,6 +143,8 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
 def _curve(series: Series, frame: Frame) -> list[str]:
     colour = f"c{series.colour}"
     places = [(frame.x(x), frame.y(y)) for x, y in series.points]
+    if series.bound:
+        return [_path(places, f"line bound {colour}")]
     if series.dots or len(places) == 1:
         dots = [f'<circle class="dot {colour}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>' for x, y in places]
         return [_path(places, f"line dashed {colour}"), *dots]

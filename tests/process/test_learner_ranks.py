@@ -47,6 +47,7 @@ def worker(rank: int, folder: Path) -> None:
     policy.GROUP_BYTES = step.LOCAL_GRADIENT_BYTES = 0
     results["gradient large"] = gradient(rank, SPLITS["uneven"])
     policy.GROUP_BYTES, step.LOCAL_GRADIENT_BYTES = group, local
+    results["mismatch"] = {name: mismatch(rank, split) for name, split in SPLITS.items()}
     results["frozen"] = gradient(rank, SPLITS["even"], frozen=True)
     results["resume"] = resume(rank, folder)
     results["published"] = published(rank)
@@ -67,6 +68,13 @@ def gradient(
     shard = cases.shard_of([parts[i] for i in split[rank]], problems=4)
     loss = stepper.accumulate(from_shard(shard, run.algorithm)).reduce()["loss"]
     return loss, {name: p.grad.full_tensor() for name, p in stepper.policy.model.named_parameters()}
+
+
+def mismatch(rank: int, split: tuple[tuple[int, ...], ...]) -> dict[str, Any]:
+    parts = cases.spread(cases.groups())
+    shard = cases.shard_of([parts[i] for i in split[rank]], problems=4)
+    stepper = cases.stepper(RUN, cases.tiny_model())
+    return stepper.accumulate(from_shard(shard, RUN.algorithm)).reduce()
 
 
 def train(stepper: Stepper, rank: int, steps: range) -> list[dict[str, Any]]:
@@ -150,6 +158,13 @@ def test_the_gradient_does_not_depend_on_the_ranks(results: dict[str, Any], name
     for parameter_name, parameter in model.named_parameters():
         found = results[f"gradient {name}"][1][parameter_name]
         torch.testing.assert_close(found, parameter.grad, atol=1e-10, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_the_mismatch_is_that_of_all_ranks(results: dict[str, Any], name: str) -> None:
+    expected = cases.reference_mismatch(cases.tiny_model(), cases.spread(cases.groups()))
+    for key, value in expected.items():
+        assert results["mismatch"][name][key] == pytest.approx(value, rel=1e-9), key
 
 
 def test_a_frozen_teacher_is_sharded_too(results: dict[str, Any]) -> None:

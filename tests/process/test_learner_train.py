@@ -56,6 +56,7 @@ class ScriptedHub:
         self.store, self.refuses = StoreFile(folder), refuses
         self.heard: list[Message] = []
         self.beats = 0
+        self.errors = ""  # what the learner wrote to stderr
         self._ranks: dict[bytes, int] = {}
         self._base = 3
         self._router = Router("tcp://127.0.0.1:0", max_bytes=2**26)
@@ -160,6 +161,7 @@ def first(folder: Path) -> Iterator[ScriptedHub]:
     hub = ScriptedHub(folder)
     status, errors = learn(folder, hub, "steps=2")
     assert status == 0, errors
+    hub.errors = errors
     yield hub
     hub.close()
 
@@ -196,6 +198,17 @@ def test_it_leaves_metrics_and_a_summary(folder: Path) -> None:
     assert {"tokens_trained", "learner_idle", "engine_idle", "ledger"} <= summary.keys()
     assert summary["pass_auto_first"] == 3 / 8
     assert summary["world_size"] == 2
+
+
+def test_it_cries_out_when_engine_and_learner_differ(first: ScriptedHub, folder: Path) -> None:
+    """The log-probabilities of these rollouts are random numbers."""
+    mismatch = json.loads((folder / "runs/it/summary.json").read_text(encoding="utf-8"))["mismatch"]
+    assert mismatch["bound"] == 1e-4  # of float32
+    assert mismatch["judged"] == mismatch["alarms"] > 0
+    told = [line for line in first.errors.splitlines() if "mismatch alarm" in line]
+    assert len(told) == mismatch["alarms"]  # by rank 0 alone
+    assert any(f"learner: mismatch alarm: step {mismatch['worst_step']}: " in line for line in told)
+    assert lines(folder)[0]["mismatch_bound"] == 1e-4
 
 
 def test_store_and_exported_folder_hold_the_last_weights(first: ScriptedHub, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Shards to train on, tiny models, and the loss of Eq. 7 taken sequence by sequence, for the learner's tests."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -136,6 +137,44 @@ def _group(rng: np.random.Generator, task: int, version: int) -> list[Rollout]:
             )
         )
     return group
+
+
+def spread(parts: list[list[Rollout]], *, seed: int = 0, version: int = 5) -> list[list[Rollout]]:
+    """The same groups, each rollout in up to three spans of ascending versions, at most two behind."""
+    rng = np.random.default_rng(seed)
+    return [[_in_spans(rng, rollout, version) for rollout in group] for group in parts]
+
+
+def _in_spans(rng: np.random.Generator, rollout: Rollout, version: int) -> Rollout:
+    length = len(rollout.tokens)
+    spans = int(rng.integers(1, min(3, length) + 1))
+    cuts = np.sort(rng.choice(np.arange(1, length), spans - 1, replace=False))
+    versions = version - 2 + np.sort(rng.choice(3, spans, replace=False))
+    return replace(rollout, versions=versions.astype(np.int32), ends=np.append(cuts, length).astype(np.int32))
+
+
+def reference_mismatch(model: PreTrainedModel, parts: list[list[Rollout]], *, version: int = 5) -> dict[str, object]:
+    """Engine against learner over the autonomous rollouts, token by token: the metrics of `learner.mismatch`."""
+    cells: dict[str, list[float]] = {f"{a}_{s}": [] for a in ("lag0", "stale") for s in ("first", "later")}
+    by_lag: dict[str, list[float]] = {}
+    for rollout in (r for group in parts for r in group if not r.guided):
+        log_pi = log_probs(model, rollout.prompt, rollout.tokens).detach().numpy()
+        for t, token in enumerate(rollout.tokens):
+            span = next(s for s, end in enumerate(rollout.ends) if t < end)
+            lag = version - int(rollout.versions[span])
+            log_rho = float(log_pi[t, token]) - float(rollout.logprobs[t])
+            cells[f"{'stale' if lag else 'lag0'}_{'later' if span else 'first'}"].append(log_rho)
+            by_lag.setdefault(str(lag), []).append(log_rho)
+    found: dict[str, object] = {
+        "mismatch_by_lag": {lag: np.mean(np.abs(x)) for lag, x in by_lag.items()},
+        "ratio_by_lag": {lag: np.mean(np.exp(x)) for lag, x in by_lag.items()},
+    }
+    for cell, x in cells.items():
+        found[f"mismatch_tokens_{cell}"] = len(x)
+        found[f"mismatch_mean_{cell}"] = np.mean(np.abs(x)) if x else None
+        found[f"mismatch_max_{cell}"] = np.max(np.abs(x)) if x else None
+        found[f"mismatch_kl_{cell}"] = np.mean(np.exp(x) - 1 - np.array(x)) if x else None
+    return found
 
 
 def log_probs(model: PreTrainedModel, prompt: np.ndarray, completion: np.ndarray) -> Tensor:

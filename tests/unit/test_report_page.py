@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 import subprocess
 import sys
@@ -19,9 +20,9 @@ from sgpo_async.errors import DataError
 from sgpo_async.report import closing_rows, write_report
 from sgpo_async.report.charts import CHARTS
 from sgpo_async.report.closing import ledger_rows, summarise
-from sgpo_async.report.figures import clock, number, percent, short
+from sgpo_async.report.figures import clock, number, percent, scientific, short
 from sgpo_async.report.lag import lag_shares
-from sgpo_async.report.svg import Frame, Series, line_chart, nice_ticks, running_mean
+from sgpo_async.report.svg import Frame, Series, line_chart, nice_ticks, powers_of_ten, running_mean
 
 
 class Balanced(HTMLParser):
@@ -70,6 +71,39 @@ def test_the_page_has_every_curve_the_lag_the_figures_and_the_settings(tmp_path:
     assert "1960 dispatched = 1920 trained + 3 dropped (stale 3) + 21 in flight + 16 buffered" in text
     assert "<td>tasks.held_out</td><td>7 (default 200)</td>" in text
     assert "<td>optim.lr</td>" not in text
+
+
+def test_an_alarm_stands_on_top_and_among_the_closing_figures(tmp_path: Path) -> None:
+    lines = synthetic_lines()
+    write_lines(tmp_path, lines)
+    text, _ = page_of(tmp_path)
+    assert "ALARM" not in text
+    assert "mean at most 9.0·10⁻⁸ nats (bound 10⁻⁴), single token at most 1.5·10⁻⁵, judged in 6 steps" in text
+    lines[40]["mismatch_judged_later"] = 2e-3
+    write_lines(tmp_path, lines)
+    text, _ = page_of(tmp_path)
+    says = (
+        "in 1 of 6 judged steps engine and learner differ by more than 10⁻⁴ nats; "
+        "worst: 2.0·10⁻³, after an update in flight, in step 41"
+    )
+    assert f'<p class="alarm"><b>MISMATCH ALARM</b> {says}</p>' in text
+    assert dict(closing_rows(tmp_path))["MISMATCH ALARM"] == says
+
+
+def test_a_run_of_before_the_mismatch_was_measured_has_a_page(tmp_path: Path) -> None:
+    old = [{key: value for key, value in line.items() if "mismatch" not in key} for line in synthetic_lines()]
+    write_lines(tmp_path, old)
+    (tmp_path / "summary.json").write_text(json.dumps({"steps": 120, "wall_s": 65}))
+    text, headings = page_of(tmp_path)
+    assert "Engine against learner" not in headings
+    assert "mismatch" not in text.lower()
+
+
+def test_a_run_without_tokens_at_lag_0_says_so(tmp_path: Path) -> None:
+    write_lines(tmp_path, [{"step": 1, "mismatch_mean_stale_first": 0.02, "mismatch_bound": None}])
+    text, headings = page_of(tmp_path)
+    assert "Engine against learner" in headings
+    assert "not judged" in text
 
 
 def test_the_page_needs_no_network_and_no_script(tmp_path: Path) -> None:
@@ -151,9 +185,26 @@ def test_ticks_are_round_even_and_enclose_the_data(low: float, span: float) -> N
     assert 2 <= len(ticks) <= 8
 
 
+@given(st.lists(st.floats(0, 1e12) | st.floats(0, 1e-3), min_size=1))
+def test_powers_of_ten_enclose_what_is_above_0(values: list[float]) -> None:
+    ticks = powers_of_ten(values)
+    above = [value for value in values if value > 1e-16]
+    assert 2 <= len(ticks) <= 7
+    assert all(ticks[0] <= value * (1 + 1e-6) and value <= ticks[-1] * (1 + 1e-6) for value in above)
+    gaps = [math.log10(after / before) for before, after in itertools.pairwise(ticks)]
+    assert max(gaps) - min(gaps) < 1e-6
+
+
+def test_a_logarithmic_axis() -> None:
+    frame = Frame(0, 10, 1e-8, 1.0, log=True)
+    assert frame.y(1e-4) == pytest.approx((frame.y(1e-8) + frame.y(1.0)) / 2)
+    assert frame.y(0.0) == frame.y(1e-8)  # it has no place of its own
+
+
+@pytest.mark.parametrize("log", [False, True])
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.floats(-1e9, 1e9)), min_size=1, max_size=50))
-def test_no_curve_leaves_its_drawing(points: list[tuple[int, float]]) -> None:
-    svg = line_chart([Series(name="x", points=sorted(points), colour=1, smooth=True)], y_label="y")
+def test_no_curve_leaves_its_drawing(log: bool, points: list[tuple[int, float]]) -> None:
+    svg = line_chart([Series(name="x", points=sorted(points), colour=1, smooth=True)], y_label="y", log=log)
     assert "nan" not in svg
     for path in re.findall(r' d="M([^"]*)"', svg):
         for pair in path.split("L"):
@@ -190,5 +241,9 @@ def test_figures_as_people_read_them() -> None:
     expected = ["0", "37", "12.3 k", "1.23 M", "0.412", "0.0123", "12.3", "3.00", "–", "–"]
     assert [number(value) for value in values] == expected
     assert [short(value) for value in (0.0, 0.2, -0.05, 2500.0, 25_000.0)] == ["0", "0.2", "-0.05", "2500", "25.0 k"]
+    small = (0.0, 1e-4, 3.21e-6, -2e-9, 0.01, 0.0523, 123.0, None, float("nan"))
+    assert [scientific(value) for value in small] == [
+        "0", "10⁻⁴", "3.2·10⁻⁶", "-2.0·10⁻⁹", "0.01", "0.052", "120", "–", "–",
+    ]  # fmt: skip
     assert [percent(value) for value in (0.1234, 1, None)] == ["12.3 %", "100.0 %", "–"]
     assert [clock(value) for value in (65, 7384, None)] == ["1:05", "2:03:04", "–"]
