@@ -17,6 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--slots", type=int, default=0, metavar="N", help="sequences decoded together (default: the run's)"
     )
     parser.add_argument("--device", default="", choices=["auto", "cpu", "cuda"], help="default: the run's")
+    parser.add_argument("--sglang-python", default="", metavar="PATH", help="of SGLang's environment on this node")
+    parser.add_argument(
+        "--sglang-url", action="append", default=[], metavar="URL", help="attach to this server (may be repeated)"
+    )
+    parser.add_argument("--logs", default="", metavar="DIR", help="for the servers' logs (default: a temporary one)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -24,6 +29,14 @@ def run(args: argparse.Namespace) -> int:
     from sgpo_async.actor.run import Actor, ActorOptions
 
     options = ActorOptions(
-        hub=args.hub, name=args.name, keys=args.keys, model=args.model, slots=args.slots, device=args.device
+        hub=args.hub,
+        name=args.name,
+        keys=args.keys,
+        model=args.model,
+        slots=args.slots,
+        device=args.device,
+        sglang_python=args.sglang_python,
+        sglang_urls=tuple(args.sglang_url),
+        logs=args.logs,
     )
     return Actor(options).run()

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from sgpo_async.report.figures import NONE, clock, number, percent
+from sgpo_async.metrics.mismatch import SPANS, alarms
+from sgpo_async.report.figures import NONE, clock, number, percent, scientific
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,17 @@ class View:
         ours = [known.pop(name, {"name": name, "state": state}) for name, state in self.actors.items()]
         return ours + list(known.values())  # the rest have joined from elsewhere
 
+    def mismatch(self) -> str:
+        """Engine against learner where they were last measured at lag 0: the larger of both kinds of spans."""
+        means = [self.metrics.get(f"mismatch_mean_lag0_{span}") for span in SPANS]
+        known = [mean for mean in means if mean is not None]
+        return f"{scientific(max(known))} nats" if known else NONE
+
+    def alarm(self) -> str:
+        """In words, if the mismatch was above its bound in any step; empty otherwise."""
+        found = alarms(self.history)
+        return f"mismatch alarm no. {len(found)}: {found[-1].text}" if found else ""
+
     def remaining_s(self) -> float | None:
         """Estimate from the pace of the steps so far."""
         wall, step = self.metrics.get("wall_s"), self.metrics.get("step", 0)
@@ -72,20 +84,29 @@ class Display(Protocol):
 
 
 class Lines:
-    """For logs and pipes: a line when the phase changes, for each note, and every `every_s` seconds."""
+    """For logs and pipes: a line when the phase changes, for each note, and every `every_s` seconds.
+
+    An alarm has its line at once, and again with the next regular line after it has grown.
+    """
 
     def __init__(self, every_s: float = 5.0) -> None:
         self._every_s = every_s
         self._next = 0.0
         self._phase = ""
         self._notes = 0
+        self._alarm = ""
 
     def show(self, view: View) -> None:
         """Print what has become due."""
         for note in view.notes[self._notes :]:
             print(f"[{clock(view.elapsed_s):>5}] {note}", flush=True)
         self._notes = len(view.notes)
-        if view.phase != self._phase or time.monotonic() >= self._next:
+        due = view.phase != self._phase or time.monotonic() >= self._next
+        alarm = view.alarm()
+        if alarm != self._alarm and (due or not self._alarm):
+            self._alarm = alarm
+            print(f"[{clock(view.elapsed_s):>5}] {alarm}", flush=True)
+        if due:
             self._phase = view.phase
             self._next = time.monotonic() + self._every_s
             print(f"[{clock(view.elapsed_s):>5}] {line(view)}", flush=True)

@@ -38,6 +38,7 @@ def render(view: View, width: int) -> RenderableType:
     """The whole picture."""
     parts: list[RenderableType] = [_head(view, width), _bar(view), Text(), _rates(view, width), Text(), _facts(view)]
     parts += [Text(), _actors(view, width)]
+    parts += [Text(alarm, style="bold red")] if (alarm := view.alarm()) else []
     parts += [Text(note, style="yellow", no_wrap=True, overflow="ellipsis") for note in view.notes[-NOTES:]]
     return Group(*parts)
 
@@ -85,6 +86,7 @@ def _facts(view: View) -> RenderableType:
     grid.add_row("mean alpha", number(view.get("alpha")), "lag", view.lag(), "tokens/s", view.tokens_per_s())
     idle = percent(view.get("learner_idle")), percent(view.get("engine_idle"))
     grid.add_row("trainer idle", idle[0], "engine idle", idle[1], "buffered", _buffered(view))
+    grid.add_row("mismatch", view.mismatch(), "", "", "", "")
     return grid
 
 

@@ -81,4 +81,6 @@ class LocalPlan:
     def actor(self, name: str, address: str) -> list[str]:
         """One actor's command line."""
         command = [sys.executable, "-m", "sgpo_async.cli", "actor", "--hub", address, "--name", name]
+        if self.settings.engine.kind == "sglang":
+            command += ["--logs", str(Path(self.settings.folder, "logs"))]
         return [*command, "--keys", self.settings.hub.keys] if self.settings.hub.keys else command

@@ -19,6 +19,7 @@ COMMANDS = {  # each a module of this package with `add_arguments(parser)` and `
     "learner": "one rank of the learner; start it under torchrun",
     "actor": "an inference node that joins a hub, at any time",
     "hub": "the front door alone, for learners that name it with --hub",
+    "doctor": "whether a configuration can run here: servers, model, ports, memory, disk",
     "bench": "throughput: generation alone, learning alone, synchronous, asynchronous",
     "report": "runs/NAME/report.html from a run's metrics",
     "keys": "a folder of keys for a hub that listens beyond loopback",

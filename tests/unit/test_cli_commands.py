@@ -27,7 +27,7 @@ def sgpo(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "module", ["cli.main", "cli.local", "cli.show", "cli.learner", "report", "metrics", "config", "wire"]
+    "module", ["cli.main", "cli.local", "cli.show", "cli.learner", "cli.doctor", "report", "metrics", "config", "wire"]
 )
 def test_importing_it_does_not_import_torch(module: str) -> None:
     program = f"import sys, sgpo_async.{module}; sys.exit('torch' in sys.modules)"

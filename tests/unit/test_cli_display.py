@@ -1,6 +1,7 @@
 """What is shown: the picture fits its terminal, and tells what is known and no more."""
 
 import io
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -46,10 +47,16 @@ def picture(view: View, width: int) -> list[str]:
     return console.export_text().splitlines()
 
 
+def alarmed(view: View, *steps: int) -> View:
+    """The same view of a run whose engine was wrong after updates in flight in these steps."""
+    history = [line | {"mismatch_judged_later": 0.123} if line["step"] in steps else line for line in view.history]
+    return replace(view, history=history)
+
+
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (140, 40)])
 @pytest.mark.parametrize("step", [0, 1, 67, 120])
 def test_the_picture_fits(width: int, height: int, step: int) -> None:
-    rows = picture(view_at(step), width)
+    rows = picture(alarmed(view_at(step), 1), width)
     assert len(rows) < height
     assert max(map(len, rows)) <= width
     table = [row for row in rows if row.startswith(("actor  ", "actor-0", "pass rate", "mean alpha"))]
@@ -89,6 +96,24 @@ def test_lines_come_with_phases_notes_and_time(capsys: pytest.CaptureFixture[str
     assert output[1] == "[ 1:23] actor-0 has left"
     assert output[2].startswith("[ 1:23] step 67/120  pass ")
     assert len(output) == 3
+
+
+def test_a_mismatch_is_shown_and_stays(capsys: pytest.CaptureFixture[str]) -> None:
+    sound, wrong = view_at(41), alarmed(view_at(41), 30, 41)
+    assert "9.0·10⁻⁸ nats" in "\n".join(picture(sound, 140))
+    assert "alarm" not in "\n".join(picture(sound, 140))
+    text = " ".join(picture(wrong, 80))
+    assert "mismatch alarm no. 2: step 41: engine and learner differ by 0.12 nats" in text
+    lines = Lines(every_s=1e9)
+    for view in (
+        replace(view, notes=[]) for view in (sound, alarmed(sound, 30), wrong, replace(wrong, phase="finishing"))
+    ):
+        lines.show(view)
+    told = [line for line in capsys.readouterr().out.splitlines() if "alarm" in line]
+    assert [line.partition(": engine")[0] for line in told] == [
+        "[ 1:23] mismatch alarm no. 1: step 30",  # at once
+        "[ 1:23] mismatch alarm no. 2: step 41",  # with the next line
+    ]
 
 
 def test_the_line_has_all_figures() -> None:

@@ -1,0 +1,244 @@
+"""What a run needs of this machine, checked before anything starts. Each check returns what it found."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from sgpo_async.cli.watch import Watch
+from sgpo_async.config import Hub, Run
+from sgpo_async.engines.pretrained import device_of
+from sgpo_async.engines.sglang.layout import layout_of
+from sgpo_async.engines.sglang.model import ModelFacts, model_facts
+from sgpo_async.engines.sglang.preflight import CheckDoubtful, CheckFailed, Finding, finding_of
+from sgpo_async.errors import SgpoError
+from sgpo_async.tasks.models import load_tokenizer, model_folder, tokenizer_fingerprint
+from sgpo_async.weights import digest
+from sgpo_async.weights.paths import available_memory
+
+Check = Callable[[Run, ModelFacts], str]
+
+HUB_S = 3.0  # for a hub to answer
+SHARED_BYTES = 2**30  # that collectives of several ranks may need of /dev/shm
+SHARED = Path("/dev/shm")
+VERSION = "import importlib.metadata as m; print(m.version('sglang'))"
+VERSION_S = 30.0
+
+
+def examine_machine(run: Run) -> tuple[list[Finding], ModelFacts | None]:
+    """One finding for each check, and the facts of the model, without which most cannot be made."""
+    try:
+        facts = model_facts(
+            model_folder(run.model.path),
+            dtype=run.model.dtype,
+            tp=run.engine.sglang.tp,
+            device=device_of(run.engine.device),
+            digest=digest,
+        )
+    except SgpoError as error:
+        return [finding_of("model", error, remedy="set model.path to a model's folder")], None
+    findings = []
+    for name, check in MACHINE.items():
+        try:
+            findings.append(Finding(name, "ok", check(run, facts)))
+        except SgpoError as error:
+            findings.append(finding_of(name, error, remedy=REMEDIES[name]))
+    return findings, facts
+
+
+def model(run: Run, facts: ModelFacts) -> str:
+    """What is trained, and that its weights could be verified on a server."""
+    architecture = ", ".join(facts.config.get("architectures") or ["a model"])
+    if run.engine.kind == "sglang":
+        layout_of(facts.config, tp=run.engine.sglang.tp, device=facts.device)
+    return f"{architecture}, {parameters(facts) / 1e6:.3g} M parameters, {facts.longest} positions, {run.model.dtype}"
+
+
+def tokenizer(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
+    """Every id that a prompt may hold is one that the model has: one that is not kills an SGLang server."""
+    words = load_tokenizer(facts.folder)
+    largest = max(words.get_vocab().values())
+    if largest >= facts.vocabulary:
+        raise CheckFailed(
+            f"its largest id is {largest}, and the model has {facts.vocabulary} tokens",
+            "use the tokenizer that came with the model, or resize the model's embeddings",
+        )
+    return f"{tokenizer_fingerprint(words)}, ids to {largest} of {facts.vocabulary} tokens"
+
+
+def hub(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
+    """Its address is free on this machine, or a hub answers there."""
+    host, _, port = run.hub.address.removeprefix("tcp://").rpartition(":")
+    try:
+        family, kind, _, _, where = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as door:
+            door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            door.bind(where)
+        return f"{run.hub.address} is free"
+    except OSError as error:
+        reason = error
+    if _hub_answers(run):
+        return f"a hub answers at {run.hub.address}"
+    if reason.errno != errno.EADDRINUSE:
+        found = f"hub.address: {run.hub.address} is not of this machine ({reason.strerror}), and no hub answers there"
+        raise CheckFailed(found, "start the hub there, or correct the address")
+    found, remedy = f"hub.address: somebody else listens at {run.hub.address}", "choose another port: hub.address=..."
+    if run.hub.address == Hub().address:
+        raise CheckDoubtful(f"{found} (`local` chooses a free port by itself)", remedy)
+    raise CheckFailed(found, remedy)
+
+
+def memory(run: Run, facts: ModelFacts) -> str:
+    """Two copies of the weights stand in memory, or on the disk below the run's folder (see `weights.paths`)."""
+    copies, available = 2 * _weight_bytes(run, facts), available_memory()
+    if 2 * copies <= available:
+        return f"2 versions of the weights, {size(copies)}, of {size(available)}"
+    folder = existing(run.folder)
+    found = f"2 versions of the weights, {size(copies)}, are more than half of {size(available)} of memory"
+    if copies > free(folder):
+        raise CheckFailed(f"{found}, and {folder} has {size(free(folder))}", "use a machine with more memory")
+    raise CheckDoubtful(f"{found}: they stand in a file in {folder}", "expect slower updates, or free some memory")
+
+
+def shared_memory(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
+    """Collectives of several ranks on GPUs exchange data there; containers keep it at 64 MB."""
+    room = free(SHARED) if SHARED.exists() else 0
+    several = run.engine.sglang.tp > 1 or run.local.ranks > 1
+    if device_of(run.engine.device) == "cuda" and several and room < SHARED_BYTES:
+        found = f"/dev/shm has {size(room)}, and ranks on GPUs may need {size(SHARED_BYTES)}"
+        raise CheckDoubtful(found, "start the container with --shm-size=1g or more")
+    return f"/dev/shm has {size(room)}"
+
+
+def disk(run: Run, facts: ModelFacts) -> str:
+    """Room for checkpoints: float32 parameters and two moments of each, the kept ones and the one being written."""
+    one = 3 * 4 * parameters(facts)
+    count = run.learner.keep_checkpoints + 1 if run.learner.checkpoint_every else 1
+    folder = existing(run.folder)
+    _require_writable(folder, "out", "set out=DIR to a folder that can be written")
+    room = free(folder)
+    if room < count * one:
+        found = f"out: {folder} has {size(room)}, and {count} checkpoints need {size(count * one)}"
+        raise CheckFailed(found, "free some space, set out=DIR, or lower learner.keep_checkpoints")
+    return f"{size(room)}; checkpoints: {count} of {size(one)}"
+
+
+def devices(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
+    """As many GPUs as the servers of one actor need."""
+    count = torch.cuda.device_count()
+    if device_of(run.engine.device) == "cpu":
+        return f"CPU, {len(os.sched_getaffinity(0))} cores"
+    own = run.engine.sglang
+    needed = own.servers * own.tp if run.engine.kind == "sglang" and not own.urls else 1
+    if count < needed:
+        fewer = "lower engine.sglang.servers or engine.sglang.tp, or " if needed > 1 else ""
+        found = f"engine.device: GPUs: {count} visible, {needed} needed by an actor"
+        raise CheckFailed(found, f"{fewer}set engine.device=cpu")
+    return f"GPUs: {count} visible, {needed} needed by an actor"
+
+
+def sglang_python(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
+    """The environment of the servers, if they are launched here."""
+    own = run.engine.sglang
+    if run.engine.kind != "sglang":
+        return "not used: engine.kind=embedded"
+    if own.urls:
+        return "not used: servers are attached by URL"
+    try:
+        answer = subprocess.run(
+            [own.python, "-c", VERSION], capture_output=True, text=True, timeout=VERSION_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise CheckFailed(f"engine.sglang.python: {own.python} cannot be run ({error})", REMEDIES["sglang"]) from None
+    if answer.returncode:
+        raise CheckFailed(f"engine.sglang.python: {own.python} has no sglang", REMEDIES["sglang"])
+    return f"sglang {answer.stdout.strip()} in {own.python}"
+
+
+def weights_folder(run: Run, facts: ModelFacts) -> str:
+    """transport=disk: writable here, with room for two versions and the next."""
+    own = run.engine.sglang
+    if run.engine.kind != "sglang" or own.transport != "disk":
+        return "not used"
+    folder, needed = existing(own.folder or tempfile.gettempdir()), 3 * _weight_bytes(run, facts)
+    _require_writable(folder, "engine.sglang.folder", "set it to a folder that actor and servers share")
+    if free(folder) < needed:
+        found = f"engine.sglang.folder: {folder} has {size(free(folder))}, three versions need {size(needed)}"
+        raise CheckFailed(found, "free some space, or set another engine.sglang.folder")
+    return f"{folder}: {size(free(folder))} for 3 versions of {size(needed // 3)}"
+
+
+MACHINE: Mapping[str, Check] = {
+    "model": model,
+    "tokenizer": tokenizer,
+    "hub": hub,
+    "memory": memory,
+    "shared memory": shared_memory,
+    "disk": disk,
+    "devices": devices,
+    "sglang": sglang_python,
+    "weights folder": weights_folder,
+}
+REMEDIES = dict.fromkeys(MACHINE, "correct the configuration") | {
+    "model": "use a model that is known, or engine.kind=embedded",
+    "tokenizer": "add the tokenizer's files to model.path",
+    "hub": "make keys: sgpo-async keys DIR, and name them in hub.keys",
+    "sglang": "name the Python of an environment with sglang (on a CPU: make sglang-cpu)",
+}
+
+
+def parameters(facts: ModelFacts) -> int:
+    """How many numbers the model has; tied ones count once."""
+    return sum(parameter.numel() for parameter in facts.skeleton.parameters())
+
+
+def existing(folder: str | Path) -> Path:
+    """The folder, or the nearest above it that exists."""
+    path = Path(folder).absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def size(count: int) -> str:
+    """Bytes for people: 1.34 MB, 80.6 GB."""
+    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
+
+
+def free(folder: Path) -> int:
+    """Bytes that can still be written there."""
+    return shutil.disk_usage(folder).free
+
+
+def _weight_bytes(run: Run, facts: ModelFacts) -> int:
+    return parameters(facts) * getattr(torch, run.model.dtype).itemsize
+
+
+def _require_writable(folder: Path, key: str, remedy: str) -> None:
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\0" * 4096)
+    except OSError as error:
+        raise CheckFailed(f"{key}: {folder} cannot be written ({error.strerror})", remedy) from None
+
+
+def _hub_answers(run: Run) -> bool:
+    """Whether a hub tells its status within HUB_S. Raises HubError if the keys cannot be read."""
+    watch = Watch(Path(run.folder), keys=run.hub.keys, max_bytes=run.hub.max_message_mb << 20)
+    deadline = time.monotonic() + HUB_S
+    try:
+        while not watch.status and time.monotonic() < deadline:
+            watch.poll(run.hub.address)
+            time.sleep(0.05)
+        return bool(watch.status)
+    finally:
+        watch.close()

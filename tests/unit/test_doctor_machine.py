@@ -1,0 +1,154 @@
+"""What the doctor says of this machine, with things that are really wrong with it."""
+
+from __future__ import annotations
+
+import io
+import json
+import socket
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from sgpo_async.cli import machine
+from sgpo_async.cli.doctor import closing, render
+from sgpo_async.cli.main import main
+from sgpo_async.config import Run, load
+from sgpo_async.engines.sglang.model import ModelFacts, model_facts
+from sgpo_async.engines.sglang.preflight import CheckDoubtful, CheckFailed, Finding
+from sgpo_async.errors import EngineError
+from sgpo_async.tasks.models import model_folder
+from sgpo_async.weights import digest
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = ROOT / "configs" / "demo-sglang.yaml"
+
+
+def settings(*words: str) -> Run:
+    return load(DEMO, words)
+
+
+def facts_of(folder: str) -> ModelFacts:
+    return model_facts(folder, dtype="float32", tp=1, device="cpu", digest=digest)
+
+
+@pytest.fixture(scope="module")
+def cues() -> ModelFacts:
+    return facts_of(model_folder("builtin:cues"))
+
+
+@pytest.fixture(scope="module")
+def giant(tmp_path_factory: pytest.TempPathFactory) -> ModelFacts:
+    """Terabytes, of which only the configuration exists."""
+    folder = tmp_path_factory.mktemp("giant")
+    config: dict[str, Any] = {
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 40, "hidden_size": 65536,
+        "intermediate_size": 262144, "num_hidden_layers": 16, "num_attention_heads": 512, "num_key_value_heads": 512,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return facts_of(str(folder))
+
+
+def test_a_free_port_and_one_that_is_taken(cues: ModelFacts) -> None:
+    with socket.socket() as door:
+        door.bind(("127.0.0.1", 0))
+        door.listen()
+        address = f"tcp://127.0.0.1:{door.getsockname()[1]}"
+        with pytest.raises(CheckFailed, match=f"somebody else listens at {address}; choose another port") as failure:
+            machine.hub(settings(f"hub.address={address}"), cues)
+        assert not isinstance(failure.value, CheckDoubtful)
+    assert machine.hub(settings(f"hub.address={address}"), cues) == f"{address} is free"
+
+
+def test_an_address_of_another_machine(cues: ModelFacts, tmp_path: Path) -> None:
+    """192.0.2.0/24 is nobody's (RFC 5737)."""
+    assert main(["keys", str(tmp_path / "keys")]) == 0
+    run = settings("hub.address=tcp://192.0.2.1:5757", f"hub.keys={tmp_path / 'keys'}")
+    with pytest.raises(CheckFailed, match="is not of this machine .*, and no hub answers there; start the hub there"):
+        machine.hub(run, cues)
+
+
+def test_a_model_that_fits_nowhere(giant: ModelFacts, tmp_path: Path) -> None:
+    run = settings(f"out={tmp_path}", "learner.checkpoint_every=5", "learner.keep_checkpoints=3")
+    assert machine.parameters(giant) > 10**12
+    with pytest.raises(
+        CheckFailed, match=f"more than half of .* and {tmp_path} has .*; use a machine with more memory"
+    ):
+        machine.memory(run, giant)
+    with pytest.raises(CheckFailed, match=f"out: {tmp_path} has .*, and 4 checkpoints need .* GB; free some space"):
+        machine.disk(run, giant)
+    disk = settings("engine.sglang.transport=disk", f"engine.sglang.folder={tmp_path / 'weights'}")
+    with pytest.raises(CheckFailed, match=f"engine.sglang.folder: {tmp_path} has .* three versions need .*; free some"):
+        machine.weights_folder(disk, giant)
+    with pytest.raises(CheckFailed, match=r"largest id is 55, and the model has 40 tokens; use the tokenizer"):
+        machine.tokenizer(run, replace(giant, folder=model_folder("builtin:cues")))
+
+
+def test_a_model_whose_weights_could_not_be_verified(giant: ModelFacts) -> None:
+    run = settings("engine.sglang.tp=3")
+    with pytest.raises(EngineError, match="engine.sglang.tp: 3 ranks on a cpu cannot share 512 attention heads"):
+        machine.model(run, giant)
+
+
+def test_a_folder_that_cannot_be_written(cues: ModelFacts) -> None:
+    with pytest.raises(CheckFailed, match="out: /proc cannot be written .*; set out=DIR"):
+        machine.disk(settings("out=/proc/runs"), cues)
+
+
+@pytest.mark.parametrize(
+    ("python", "found"), [("/nowhere/python", "/nowhere/python cannot be run"), (sys.executable, "has no sglang")]
+)
+def test_a_python_without_sglang(cues: ModelFacts, python: str, found: str) -> None:
+    with pytest.raises(CheckFailed, match=f"engine.sglang.python: .*{found}.*; name the Python .*make sglang-cpu"):
+        machine.sglang_python(settings(f"engine.sglang.python={python}"), cues)
+
+
+def test_more_gpus_than_there_are(cues: ModelFacts) -> None:
+    count = torch.cuda.device_count()
+    run = settings("engine.device=cuda", f"engine.sglang.servers={count + 1}")
+    with pytest.raises(
+        CheckFailed, match=f"GPUs: {count} visible, {count + 1} needed by an actor; .*engine.device=cpu"
+    ):
+        machine.devices(run, cues)
+
+
+def test_the_embedded_demo_has_nothing_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["doctor", str(ROOT / "configs/demo.yaml"), f"out={tmp_path}", "hub.address=tcp://127.0.0.1:0"]
+    assert main(words) == 0
+    assert "nothing failed" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failures_end_with_code_2_and_their_remedies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", str(ROOT / "configs/demo.yaml"), "out=/proc/x", "hub.address=tcp://127.0.0.1:0"]) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert "failed: disk: set out=DIR to a folder that can be written" in lines
+    assert lines[-1] == "1 failed"
+    assert main(["doctor", str(ROOT / "configs/demo.yaml"), f"model.path={tmp_path}/none"]) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert any("no such folder" in line for line in lines) and "failed: model: set model.path" in "\n".join(lines)
+
+
+def test_the_table_fits_80_columns() -> None:
+    sections = {
+        "this machine": [Finding("shared memory", "ok", "x" * 200)],
+        "server http://127.0.0.1:30000": [
+            Finding("version", "warning", "SGLang 9", "go back"),
+            Finding("settings", "failed", "tp_size is 1, not 2 [bold]", "set it"),
+            Finding("log-probabilities", "not run", "after settings is mended"),
+        ],
+    }
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(render(sections))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 80
+    assert "tp_size is 1, not 2 [bold]" in text and text.count("x") >= 200
+    assert list(closing(sections)) == [
+        "failed: server http://127.0.0.1:30000: settings: set it",
+        "warning: server http://127.0.0.1:30000: version: go back",
+        "1 failed",
+    ]
