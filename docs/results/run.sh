@@ -19,6 +19,7 @@ demo) run demo configs/demo.yaml ;;
 sync) run demo-sync configs/demo-sync.yaml ;;
 paper) run demo-paper configs/demo-paper.yaml ;;
 none | token | prefix) corrections "$1" ;;
-all) for which in demo sync paper none token prefix; do "$0" "$which"; done ;;
-*) echo "error: $1 is none of demo, sync, paper, none, token, prefix, all" >&2; exit 2 ;;
+sglang) run demo-sglang configs/demo-sglang.yaml ;;
+all) for which in demo sync paper none token prefix sglang; do "$0" "$which"; done ;;
+*) echo "error: $1 is none of demo, sync, paper, none, token, prefix, sglang, all" >&2; exit 2 ;;
 esac

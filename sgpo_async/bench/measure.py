@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from sgpo_async.errors import DeadlineExceeded, SgpoError
 from sgpo_async.metrics import read_metrics, read_summary
 from sgpo_async.metrics.files import write_whole
 
-SETTINGS = ("generation", "learner", "synchronous", "asynchronous")
 START_S = 300.0  # for processes to import torch and load the model, on a busy machine
 
 
@@ -32,19 +31,26 @@ def run_bench(run: Run, *, seconds: float = 20.0) -> int:
     config = folder / "bench.yaml"
     write_whole(config, to_yaml(run))
     results: dict[str, dict[str, Any]] = {}
-    for setting in SETTINGS:
+    settings = _WITH_SERVERS if run.engine.kind == "sglang" else _EMBEDDED
+    for setting, measure in settings.items():
         print(f"measuring {setting} ...", file=sys.stderr, flush=True)
-        results[setting] = _SETTINGS[setting](run, config, seconds)
-    speedup = results["asynchronous"]["problems_per_s"] / results["synchronous"]["problems_per_s"]
-    report = {
-        "config": to_plain(run),
-        "seconds": seconds,
-        "settings": results,
-        "asynchronous_over_synchronous": speedup,
-    }
+        results[setting] = measure(run, config, seconds)
+    conclusions = _conclusions(results)
+    report = {"config": to_plain(run), "seconds": seconds, "settings": results, **conclusions}
     write_whole(folder / "bench.json", json.dumps(report, indent=2) + "\n")
-    _print(results, speedup, folder / "bench.json")
+    _print(results)
+    for name, figure in conclusions.items():
+        print(f"{name.replace('_', ' ')}: {figure:.2f}")
+    print(f"details in {folder / 'bench.json'}")
     return 0
+
+
+def _conclusions(results: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """What the settings say of each other."""
+    if "servers" in results:
+        return {name: results["servers"][name] for name in ("actor_over_bare", "pause_s_median", "pause_s_max")}
+    rates = [results[setting]["problems_per_s"] for setting in ("asynchronous", "synchronous")]
+    return {"asynchronous_over_synchronous": rates[0] / rates[1]}
 
 
 def _generation(run: Run, config: Path, seconds: float) -> dict[str, Any]:
@@ -86,10 +92,22 @@ def _asynchronous(run: Run, config: Path, seconds: float) -> dict[str, Any]:
     return rates | {"learner_idle": idle, "engine_idle": last["engine_idle"], "lag_mean": summary["lag_mean"]}
 
 
-_SETTINGS = {
+def _servers(_run: Run, config: Path, seconds: float) -> dict[str, Any]:
+    """The same servers under a bare load and under the actor; what an update's pause is (`worker_servers`)."""
+    (part,) = _outputs(
+        [[sys.executable, "-m", "sgpo_async.bench.worker_servers", str(config), str(seconds)]], 10 * seconds
+    )
+    return part | {"tokens_per_s": part["actor_tokens_per_s"]}
+
+
+_EMBEDDED: dict[str, Callable[[Run, Path, float], dict[str, Any]]] = {
     "generation": _generation,
     "learner": lambda run, config, seconds: _ranks("learner", run, config, seconds),
     "synchronous": lambda run, config, seconds: _ranks("synchronous", run, config, seconds),
+    "asynchronous": _asynchronous,
+}
+_WITH_SERVERS: dict[str, Callable[[Run, Path, float], dict[str, Any]]] = {
+    "servers": _servers,
     "asynchronous": _asynchronous,
 }
 
@@ -122,11 +140,10 @@ def _outputs(commands: Sequence[Sequence[str]], seconds: float, *, reads: bool =
     return parts
 
 
-def _print(results: dict[str, dict[str, Any]], speedup: float, path: Path) -> None:
+def _print(results: dict[str, dict[str, Any]]) -> None:
     table = Table("setting", "tokens/s", "problems/s", "trainer idle", "engine idle")
     for setting, figures in results.items():
         idle = [f"{100 * figures[key]:.0f} %" if key in figures else "" for key in ("learner_idle", "engine_idle")]
-        table.add_row(setting, f"{figures['tokens_per_s']:,.0f}", f"{figures['problems_per_s']:.1f}", *idle)
-    console = Console()
-    console.print(table)
-    console.print(f"asynchronous over synchronous: {speedup:.2f}x in problems a second; details in {path}")
+        problems = f"{figures['problems_per_s']:.1f}" if "problems_per_s" in figures else ""
+        table.add_row(setting, f"{figures['tokens_per_s']:,.0f}", problems, *idle)
+    Console().print(table)

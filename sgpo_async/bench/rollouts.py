@@ -11,7 +11,7 @@ from typing import Any
 
 from sgpo_async.actor.group import Group, Sampling, group_of, task_of
 from sgpo_async.config import Run
-from sgpo_async.engines import EmbeddedEngine
+from sgpo_async.engines import EmbeddedEngine, Weights
 from sgpo_async.engines.base import Generated
 from sgpo_async.hub.work import Curriculum
 from sgpo_async.tasks.models import load_tokenizer, model_folder
@@ -44,7 +44,7 @@ class Roller:
 
     def load(self, version: int, tensors: dict[str, Any]) -> None:
         """Put these weights in service."""
-        self.engine.load(version, tensors, digest(tensors.items()))
+        self.engine.load(Weights(version=version, digest=digest(tensors.items()), read=tensors.copy))
 
     def roll_out(self, tasks: Sequence[int]) -> list[Rollout]:
         """All rollouts of the training tasks with these numbers, ordered by task and slot."""
