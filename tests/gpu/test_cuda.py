@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from sgpo_async.engines import EmbeddedEngine, Generate, Generated
+from sgpo_async.engines import EmbeddedEngine, Generate, Generated, Weights
 from sgpo_async.engines.pretrained import load_model
 from sgpo_async.metrics import read_metrics
 from sgpo_async.tasks.cues import CuesSource
@@ -27,7 +27,7 @@ def test_the_engine_s_logprobs_are_those_of_the_model_on_the_cpu(dtype: str, tol
     model = load_model(FOLDER, device="cpu", dtype="float32")
     tensors = {name: p.detach().to(getattr(torch, dtype)) for name, p in model.named_parameters()}
     engine = EmbeddedEngine.from_pretrained(FOLDER, digest=digest, slots=16, device="cuda", dtype=dtype)
-    engine.load(0, tensors, digest(tensors.items()))
+    engine.load(Weights(version=0, digest=digest(tensors.items()), read=tensors.copy))
     tokenizer = load_tokenizer(FOLDER)
     prompts = {
         i: np.asarray(build_prompt(p.problem, p.strategy, style="plain", tokenizer=tokenizer), np.int32)

@@ -71,6 +71,7 @@ def _write(folder: Path, text: str) -> Path:
         ("hub.max_message_mb=0", ["hub.max_message_mb", "1 MB", "0"]),
         ("rollout={max_new_tokens: 100000}", ["hub.max_message_mb", "586 MB", "512"]),
         ("learner.keep_checkpoints=0", ["learner.keep_checkpoints", "at least 1", "0"]),
+        ("learner.mismatch_bound=-1", ["learner.mismatch_bound", "at least 0", "-1"]),
         ("tasks.reward_workers=0", ["tasks.reward_workers", "at least 1", "0"]),
         ("tasks.reward_limit_s=0", ["tasks.reward_limit_s", "above 0", "0"]),
         ("tasks.source=file", ["tasks.path", "source=file"]),

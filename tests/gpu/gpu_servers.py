@@ -1,0 +1,171 @@
+"""SGLang servers on random weights of a real model's shape, and a learner's end that publishes versions to them.
+
+Nothing here needs a GPU by itself: `tests/sglang/test_measure_rehearsal.py` runs it on a CPU with the shape "tiny".
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from sgpo_async.config.schema import Engine, Sglang
+from sgpo_async.engines import Generate, Generated, Weights
+from sgpo_async.engines.sglang import SglangEngine
+from sgpo_async.session import LinkProcess, LinkUp, NodeProcess
+from sgpo_async.weights import StoreFile, StoreReader, StoreWriter, digest
+
+ROOT = Path(__file__).resolve().parents[2]
+PYTHON = os.environ.get("SGPO_SGLANG_PYTHON", str(ROOT / ".venv-sglang/bin/python"))
+PATIENCE_S = 900.0  # for what is not measured: a server's start, a version of 15 GB
+
+# From the config.json of Qwen2.5-1.5B-Instruct and Qwen2.5-7B-Instruct.
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen2.5-1.5b": dict(
+        vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
+        num_key_value_heads=2, max_position_embeddings=32768, tie_word_embeddings=True,
+    ),
+    "qwen2.5-7b": dict(
+        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4, max_position_embeddings=32768, tie_word_embeddings=False,
+    ),
+    "tiny": dict(
+        vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.3,
+    ),
+}  # fmt: skip
+
+
+def save(shape: str, folder: Path, *, dtype: str) -> dict[str, torch.Tensor]:
+    """Random weights of `shape` as a Hugging Face folder without a tokenizer; returns them. No token ends a text."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        **SHAPES[shape], rope_parameters={"rope_type": "default", "rope_theta": 1e6}, bos_token_id=None,
+        eos_token_id=None, dtype=dtype,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM._from_config(config, dtype=getattr(torch, dtype))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # biases and norms start as zeros and ones, in which no mistake shows
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def devices() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
+
+
+@contextmanager
+def visible(names: Sequence[str]) -> Iterator[None]:
+    """Processes started meanwhile see these GPUs alone; this one keeps what CUDA has told it already."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+
+
+class Learner:
+    """A weight store and the session's two processes around it; close it.
+
+    With `cuda` its link may use the first visible GPU, which no server may have: NCCL refuses two ranks on one.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], folder: Path, *, cuda: bool) -> None:
+        self._tensors = tensors
+        self._file = StoreFile(folder, expected_bytes=sum(tensor.nbytes for tensor in tensors.values()))
+        self._writer = StoreWriter(self._file.path)
+        self._reader = StoreReader(self._file.path)
+        self._node = NodeProcess("measured", pulls=False)
+        self._link = LinkProcess(self._file.path, "measured", "127.0.0.1", cuda=cuda)
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._poll, daemon=True)
+        self._thread.start()
+
+    def tensors_of(self, version: int) -> dict[str, torch.Tensor]:
+        """Odd versions are scaled by 1 + 2^-6, which changes nearly every bfloat16."""
+        factor = 1 + 2**-6 * (version % 2)
+        return {name: tensor * factor for name, tensor in self._tensors.items()}
+
+    def publish(self, version: int) -> Weights:
+        """Put a version into the store, to be read there or broadcast from there."""
+        manifest = self._writer.publish(version, self.tensors_of(version).items())
+        read = partial(self._reader.tensors, version)
+        return Weights(version=version, digest=manifest.digest, read=read, groups=self._node.groups)
+
+    def close(self) -> None:
+        """End both processes."""
+        self._over.set()
+        self._thread.join()
+        self._link.stop()
+        self._node.stop()
+        self._reader.close()
+        self._file.close()
+
+    def _poll(self) -> None:
+        while not self._over.wait(0.01):
+            for event in self._link.poll():
+                if isinstance(event, LinkUp):
+                    self._node.connect("127.0.0.1", event.port)
+            self._node.poll()
+
+
+class Served:
+    """A started engine; close it."""
+
+    def __init__(self, folder: Path, logs: Path, *, device: str, dtype: str, slots: int, **sglang: Any) -> None:
+        if device == "cuda":  # beside a server there is a model of transformers on the same GPU
+            sglang["args"] = "--mem-fraction-static 0.6 " + sglang.get("args", "")
+        settings = Sglang(**{"python": PYTHON, "phase_timeout_s": 300.0, "start_timeout_s": PATIENCE_S} | sglang)
+        self.slots = slots
+        engine = Engine(kind="sglang", device=device, slots=slots, sglang=settings)  # type: ignore[arg-type]
+        self.engine = SglangEngine(str(folder), engine, dtype=dtype, digest=digest, logs=str(logs))
+        began = time.monotonic()
+        self.engine.start()
+        self.start_s = time.monotonic() - began
+
+    def close(self) -> None:
+        """End the servers."""
+        self.engine.close()
+
+    def load(self, weights: Weights) -> None:
+        """Bring all servers to this version, which each verifies by its checksums, and wait for it."""
+        self.engine.load(weights)
+        deadline = time.monotonic() + PATIENCE_S
+        while not all(place.server and place.server.version == weights.version for place in self.engine.places):
+            assert time.monotonic() < deadline, f"version {weights.version} is not there: {self.engine.news()}"
+            time.sleep(0.01)
+
+    def generate(self, count: int, *, tokens: int, vocabulary: int) -> tuple[list[Generate], dict[Any, Generated]]:
+        """`count` sequences of exactly `tokens` tokens at temperature 1, after random prompts."""
+        requests = [request(index, tokens=tokens, vocabulary=vocabulary) for index in range(count)]
+        for each in requests:
+            self.engine.submit(each)
+        results: dict[Any, Generated] = {}
+        deadline = time.monotonic() + PATIENCE_S
+        while len(results) < count:
+            assert time.monotonic() < deadline, f"{len(results)} of {count} results: {self.engine.news()}"
+            results |= {result.id: result for result in self.engine.step(0.05) if isinstance(result, Generated)}
+        return requests, results
+
+
+def request(number: int, *, tokens: int, vocabulary: int) -> Generate:
+    """A prompt of 32 tokens that are random, and others for every number."""
+    prompt = np.random.default_rng(number).integers(0, vocabulary, 32).astype(np.int32)
+    return Generate(id=number, prompt=prompt, max_new_tokens=tokens, temperature=1.0, seed=number)

@@ -1,0 +1,88 @@
+"""SGLang servers on a GPU, with random weights of Qwen2.5-1.5B's shape in bfloat16.
+
+Nothing here runs without a GPU and an environment for the servers: docs/gpu.md. Figures come from `measure_servers.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import pytest
+import torch
+from gpu_servers import PYTHON, SHAPES, Learner, Served, devices, save, visible
+from measure_servers import mismatch
+
+from sgpo_async.engines.sglang.layout import answered_checksums, compare, expected_checksums
+from sgpo_async.errors import WeightsError
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.sglang,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(not Path(PYTHON).exists(), reason=f"no environment for SGLang servers: {PYTHON} (docs/gpu.md)"),
+]
+
+SHAPE = "qwen2.5-1.5b"
+MISMATCH_BOUND = 0.05  # nats, the alarm's bound for bfloat16 (learner.mismatch_bound)
+
+Model = tuple[Path, dict[str, torch.Tensor]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    """Folder and weights."""
+    torch.cuda.init()  # before the servers' environment hides GPUs from us
+    folder = tmp_path_factory.mktemp("model")
+    yield folder, save(SHAPE, folder, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("transport", ["tensor", "distributed"])
+def test_a_gpu_holds_what_was_sent(model: Model, tmp_path: Path, transport: str, tp: int) -> None:
+    """The layout and the hash on a GPU, and weights over HTTP and NCCL: checksums as foretold, of each version."""
+    folder, tensors = model
+    nccl = transport == "distributed"
+    if len(devices()) < tp + nccl:
+        pytest.skip(f"needs {tp + nccl} GPUs, here are {len(devices())}")
+    config = json.loads((folder / "config.json").read_text())
+    with ExitStack() as stack:
+        learner = stack.enter_context(closing(Learner(tensors, tmp_path, cuda=nccl)))
+        stack.enter_context(visible(devices()[nccl:]))
+        served = Served(
+            folder, tmp_path / "server", device="cuda", dtype="bfloat16", slots=16, tp=tp, transport=transport
+        )
+        stack.enter_context(closing(served))
+        answers = []
+        for version in range(3):
+            served.load(learner.publish(version))
+            sent = learner.tensors_of(version)
+            expected = expected_checksums(sent, config, tp=tp, dtype=torch.bfloat16, device="cuda")
+            answers.append(checksums(served.engine.places[0].url))
+            compare(expected, answers[-1])
+        assert [update.transport for update in served.engine.updates] == [transport] * 3
+        with pytest.raises(WeightsError, match="differ from what was sent"):
+            compare(answers[0], answers[1])
+
+
+def test_bfloat16_logprobs_are_near_the_learners(model: Model, tmp_path: Path) -> None:
+    folder, tensors = model
+    with (
+        closing(Learner(tensors, tmp_path, cuda=False)) as learner,
+        closing(Served(folder, tmp_path / "server", device="cuda", dtype="bfloat16", slots=16)) as served,
+    ):
+        served.load(learner.publish(0))
+        figures = mismatch(served, folder, "cuda", vocabulary=SHAPES[SHAPE]["vocab_size"])
+    assert 0 < figures["bfloat16"]["mean"] < MISMATCH_BOUND, figures
+
+
+def checksums(url: str) -> list[dict[str, str]]:
+    """What a server says that it holds."""
+    body = json.dumps({"action": "checksum"}).encode()
+    request = urllib.request.Request(f"{url}/weights_checker", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        return answered_checksums(json.loads(answer.read()))
