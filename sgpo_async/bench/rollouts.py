@@ -13,7 +13,7 @@ from sgpo_async.actor.group import Group, Sampling, group_of, task_of
 from sgpo_async.config import Run
 from sgpo_async.engines import EmbeddedEngine, Weights
 from sgpo_async.engines.base import Generated
-from sgpo_async.hub.work import Curriculum
+from sgpo_async.hub.work import Curriculum, Task
 from sgpo_async.tasks.models import load_tokenizer, model_folder
 from sgpo_async.tasks.prompts import build_prompt
 from sgpo_async.tasks.sources import VERIFIER_OF_SOURCE, open_source
@@ -46,9 +46,13 @@ class Roller:
         """Put these weights in service."""
         self.engine.load(Weights(version=version, digest=digest(tensors.items()), read=tensors.copy))
 
-    def roll_out(self, tasks: Sequence[int]) -> list[Rollout]:
-        """All rollouts of the training tasks with these numbers, ordered by task and slot."""
-        groups = {(number, 0): self._group(number) for number in tasks}
+    def task(self, number: int) -> Task:
+        """The task of this number in the run's own stream of problems."""
+        return self._curriculum.task(number)
+
+    def roll_out(self, tasks: Sequence[Task]) -> list[Rollout]:
+        """All rollouts of these tasks, ordered by task and slot."""
+        groups = {(task.number, 0): self._group(task) for task in tasks}
         for group in groups.values():
             for request in group.requests():
                 self.engine.submit(request)
@@ -68,8 +72,8 @@ class Roller:
                     self.engine.submit(outcome)
         return sorted(rollouts, key=lambda rollout: (rollout.task, rollout.slot))
 
-    def _group(self, number: int) -> Group:
-        lease = self._curriculum.task(number).lease(attempt=0, min_version=0)
+    def _group(self, task: Task) -> Group:
+        lease = task.lease(attempt=0, min_version=0)
         return group_of(lease, prompt=self._prompt, sampling=self._sampling)
 
     def _prompt(self, problem: str, strategy: str | None) -> list[int]:

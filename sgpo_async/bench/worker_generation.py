@@ -19,11 +19,13 @@ def main(config: str, index: str, seconds: str, *words: str) -> None:
     roller.load(0, dict(load_model(model_folder(run.model.path), device="cpu", dtype="float32").named_parameters()))
     batch = run.learner.problems_per_step
     first = int(index) * 10**6  # every engine has problems of its own
-    roller.roll_out(range(first, first + batch))
+    roller.roll_out([roller.task(n) for n in range(first, first + batch)])
     tokens, problems, began = 0, 0, time.monotonic()
     while (elapsed := time.monotonic() - began) < float(seconds):
         first += batch
-        tokens += sum(len(rollout.tokens) for rollout in roller.roll_out(range(first, first + batch)))
+        tokens += sum(
+            len(rollout.tokens) for rollout in roller.roll_out([roller.task(n) for n in range(first, first + batch)])
+        )
         problems += batch
     print(json.dumps({"tokens": tokens, "problems": problems, "seconds": elapsed}))
 

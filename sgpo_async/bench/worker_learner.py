@@ -42,7 +42,7 @@ class Colocated:
         began = time.monotonic()
         batch = self.run.learner.problems_per_step
         own = range(step * batch + self.rank, (step + 1) * batch, self.ranks)
-        rollouts = tuple(self.roller.roll_out(own))
+        rollouts = tuple(self.roller.roll_out([self.roller.task(number) for number in own]))
         self.generating_s += time.monotonic() - began
         return Shard(step=step, version=step, problems=batch, rollouts=rollouts)
 

@@ -33,7 +33,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
 
     Raises ConfigError, one line: the place (file or word), the key path, the rule, the value, the nearest valid key.
     """
-    layers = [(str(path), _read(Path(path)))]
+    layers = [(str(path), read_yaml(Path(path)))]
     for word in overrides:
         layers.append((f"argument {word!r}", _parse_word(word)))
     return _build(layers)
@@ -54,7 +54,8 @@ def to_yaml(run: Run) -> str:
     return yaml.safe_dump(to_plain(run), sort_keys=False)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises ConfigError, one line with the place."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -90,7 +91,7 @@ def _parse_word(word: str) -> dict[str, Any]:
 def _build(layers: Sequence[tuple[str, dict[str, Any]]]) -> Run:
     merged = OmegaConf.structured(Run)
     for place, layer in layers:
-        _check_keys(place, layer, Run, "")
+        check_keys(place, layer, Run, "")
         try:
             merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
@@ -103,7 +104,7 @@ def _build(layers: Sequence[tuple[str, dict[str, Any]]]) -> Run:
     return run
 
 
-def _check_keys(place: str, layer: Mapping[str, Any], section: type, prefix: str) -> None:
+def check_keys(place: str, layer: Mapping[str, Any], section: type, prefix: str) -> None:
     """Every key exists in its section; OmegaConf would say so too, but without the nearest valid key."""
     hints = get_type_hints(section)
     for key, value in layer.items():
@@ -116,4 +117,4 @@ def _check_keys(place: str, layer: Mapping[str, Any], section: type, prefix: str
         if dataclasses.is_dataclass(inner):
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{place}: {path}: is a section with keys, got {value!r}")
-            _check_keys(place, value, inner, f"{path}.")  # type: ignore[arg-type]
+            check_keys(place, value, inner, f"{path}.")  # type: ignore[arg-type]

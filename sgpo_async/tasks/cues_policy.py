@@ -17,14 +17,17 @@ PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 P_TRUE, P_FAVOURITE = 0.44, 0.50
 
 
-def guess_probabilities(cue: str) -> dict[str, float]:
-    """Technique -> probability that the base policy guesses it unguided; the sum is 1."""
+def guess_probabilities(cue: str, *, p_true: float = P_TRUE, p_favourite: float = P_FAVOURITE) -> dict[str, float]:
+    """Technique -> probability that the base policy guesses it unguided; the sum is 1.
+
+    All five right by chance: p_true^5, 1.6 % by default.
+    """
     names = list(TECHNIQUES)
     true = TRUE_TECHNIQUE[cue]
     wrong = [name for name in names if name != true]
     favourite = wrong[CUES.index(cue) % len(wrong)]
-    rest = (1.0 - P_TRUE - P_FAVOURITE) / (len(names) - 2)
-    return {name: {true: P_TRUE, favourite: P_FAVOURITE}.get(name, rest) for name in names}
+    rest = (1.0 - p_true - p_favourite) / (len(names) - 2)
+    return {name: {true: p_true, favourite: p_favourite}.get(name, rest) for name in names}
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

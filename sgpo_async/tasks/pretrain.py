@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import random
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +21,47 @@ from transformers import Qwen3ForCausalLM
 from sgpo_async.tasks.base import Problem
 from sgpo_async.tasks.cues import CuesSource
 from sgpo_async.tasks.cues_domain import STEPS, TECHNIQUES, draw_exercise, is_correct
-from sgpo_async.tasks.cues_policy import build_config, build_tokenizer, guess_probabilities
+from sgpo_async.tasks.cues_policy import P_FAVOURITE, P_TRUE, build_config, build_tokenizer, guess_probabilities
 
-SEED = 7
-TRAIN_STEPS, BATCH, PEAK_LR = 1200, 96, 3e-3
+BATCH, PEAK_LR = 96, 3e-3
+CONTINUED_LR = 1e-3  # peak, for a policy that is trained already
 MAX_NEW_TOKENS = 40
 
 
-def draw_example(rng: random.Random, steps: int) -> tuple[str, str]:
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides what comes out; the defaults make the policy that the package ships."""
+
+    seed: int = 7
+    steps: int = 1200
+    p_true: float = P_TRUE
+    p_favourite: float = P_FAVOURITE
+
+    def guesses(self, cue: str) -> dict[str, float]:
+        """Technique -> probability, unguided."""
+        return guess_probabilities(cue, p_true=self.p_true, p_favourite=self.p_favourite)
+
+
+def draw_example(rng: random.Random, steps: int, recipe: Recipe) -> tuple[str, str]:
     """(prompt, solution) of a training problem; every second one guided."""
     exercise = draw_exercise(rng, steps=steps)
     if rng.random() < 0.5:
         techniques = tuple(rng.choices(list(TECHNIQUES), k=steps))
         prompt = f"{exercise.strategy_text(techniques)} {exercise.problem_text()}"
     else:
-        guesses = [guess_probabilities(cue) for cue in exercise.cues]
+        guesses = [recipe.guesses(cue) for cue in exercise.cues]
         techniques = tuple(rng.choices(list(guess), list(guess.values()))[0] for guess in guesses)
         prompt = exercise.problem_text()
     return prompt, exercise.solution_text(techniques)
 
 
-def draw_batch(rng: random.Random, tokenizer: Any, *, max_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+def draw_batch(
+    rng: random.Random, tokenizer: Any, recipe: Recipe, *, max_steps: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(token ids [B, T] padded on the right, labels [B, T] with -100 outside the solutions)."""
     ids, labels = [], []
     for _ in range(BATCH):
-        prompt, solution = draw_example(rng, rng.randint(2, max_steps))
+        prompt, solution = draw_example(rng, rng.randint(2, max_steps), recipe)
         head = tokenizer.convert_tokens_to_ids(prompt.split())
         tail = [*tokenizer.convert_tokens_to_ids(solution.split()), tokenizer.eos_token_id]
         ids.append(torch.tensor(head + tail))
@@ -55,14 +72,16 @@ def draw_batch(rng: random.Random, tokenizer: Any, *, max_steps: int) -> tuple[t
     )
 
 
-def train(model: Any, tokenizer: Any) -> None:
-    rng = random.Random(SEED)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=PEAK_LR, total_steps=TRAIN_STEPS, pct_start=0.15)
+def train(model: Any, tokenizer: Any, recipe: Recipe, *, continued: bool) -> None:
+    """Problems grow from two steps to five, unless the policy can do them already."""
+    rng = random.Random(recipe.seed)
+    peak = CONTINUED_LR if continued else PEAK_LR
+    optimiser = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=peak, total_steps=recipe.steps, pct_start=0.15)
     started = time.monotonic()
-    for step in range(TRAIN_STEPS):
-        max_steps = min(STEPS, 2 + step * 8 // TRAIN_STEPS)
-        ids, labels = draw_batch(rng, tokenizer, max_steps=max_steps)
+    for step in range(recipe.steps):
+        max_steps = STEPS if continued else min(STEPS, 2 + step * 8 // recipe.steps)
+        ids, labels = draw_batch(rng, tokenizer, recipe, max_steps=max_steps)
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
         loss.backward()
@@ -70,7 +89,7 @@ def train(model: Any, tokenizer: Any) -> None:
         optimiser.step()
         optimiser.zero_grad()
         schedule.step()
-        if step % 100 == 0 or step == TRAIN_STEPS - 1:
+        if step % 100 == 0 or step == recipe.steps - 1:
             print(f"step {step} loss {loss.item():.4f} {time.monotonic() - started:.0f} s", flush=True)
 
 
@@ -91,25 +110,34 @@ def pass_rate(
     return sum(is_correct(p.answer, text) for p, text in zip(problems, texts, strict=True)) / len(problems)
 
 
+def pretrain(recipe: Recipe, *, out: Path, start: str | None = None) -> dict[str, float]:
+    """Write model and tokenizer to `out`; returns pass rates at temperature 1, by name.
+
+    Args:
+        start: folder of a base policy to continue from, when only what it guesses unguided is to be another.
+    """
+    torch.manual_seed(recipe.seed)
+    tokenizer = build_tokenizer()
+    config = build_config(tokenizer)
+    model = Qwen3ForCausalLM.from_pretrained(start) if start else Qwen3ForCausalLM(config)
+    train(model, tokenizer, recipe, continued=start is not None)
+    model.eval()
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    problems = list(CuesSource(seed=0).held_out())
+    return {
+        "guided": pass_rate(model, tokenizer, problems, guided=True),
+        "auto": pass_rate(model, tokenizer, problems, guided=False),
+        "auto_greedy": pass_rate(model, tokenizer, problems, guided=False, sample=False),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Rebuild the base policy of the cues domain.")
     parser.add_argument("--out", type=Path, required=True, help="folder for model and tokenizer")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # the sums of several threads differ from run to run
-    torch.manual_seed(SEED)
-    tokenizer = build_tokenizer()
-    model = Qwen3ForCausalLM(build_config(tokenizer))
-    train(model, tokenizer)
-    model.eval()
-    model.save_pretrained(arguments.out)
-    tokenizer.save_pretrained(arguments.out)
-    problems = list(CuesSource(seed=0).held_out())
-    for name, guided, sample in (
-        ("guided", True, True),
-        ("unguided", False, True),
-        ("unguided greedy", False, False),
-    ):
-        rate = pass_rate(model, tokenizer, problems, guided=guided, sample=sample)
+    for name, rate in pretrain(Recipe(), out=arguments.out).items():
         print(f"{name} pass rate {rate:.3f}")
 
 

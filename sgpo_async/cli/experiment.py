@@ -1,0 +1,36 @@
+"""`sgpo-async experiment`: methods x settings x seeds, as tables and figures."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """FILE ... [--out DIR] [--workers N] [--minutes M] [--dry-run]."""
+    parser.add_argument("files", metavar="FILE", nargs="+", help="YAML, e.g. configs/experiments/methods.yaml")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/experiments"), metavar="DIR", help="default: %(default)s"
+    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="default: every core")
+    parser.add_argument("--minutes", type=float, metavar="M", help="begin no trial after so long; a later call goes on")
+    parser.add_argument("--dry-run", action="store_true", help="check the files and say what they hold")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the experiments one after another. Raises SgpoError."""
+    from sgpo_async.config.experiment import load_experiment
+    from sgpo_async.experiments.plan import cells, check_budget
+
+    for file in args.files:
+        experiment = load_experiment(file)
+        rollouts = check_budget(experiment)
+        count = len(cells(experiment)) * len(experiment.seeds)
+        print(f"{file}: {count} trials of {rollouts:,} rollouts each, {len(experiment.bases)} bases to make")
+    if args.dry_run:
+        return 0
+    from sgpo_async.experiments import run_experiment
+
+    limit_s = None if args.minutes is None else 60 * args.minutes
+    return max(run_experiment(file, out=args.out, workers=args.workers, limit_s=limit_s) for file in args.files)

@@ -1,0 +1,141 @@
+"""An experiment file: which methods are compared, in which settings, with which seeds.
+
+    name: methods
+    config: ../demo.yaml                      # what every trial begins with; relative to this file
+    common: {steps: 96}                       # laid over it, as are setting, method and learning rate, in this order
+    bases: {sparse: {p_true: 0.35, p_favourite: 0.57, start: builtin:cues, steps: 300}}
+    settings: {2 %: {}, 0.5 %: {model.path: base:sparse}}
+    methods: {GRPO: {algorithm.objective: grpo, rollout.autonomous: 12, rollout.guided: 0}}
+    seeds: [0, 1, 2]
+    tune: {rates: [3.0e-4, 6.0e-4], seeds: [100]}
+
+Keys of `common`, `settings` and `methods` are those of a run, written with dots. A method that names `optim.lr` itself
+is not tuned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sgpo_async.config.load import check_keys, load, read_yaml
+from sgpo_async.config.schema import Run, require
+from sgpo_async.errors import ConfigError
+
+BASE = "base:"  # how `model.path` names a base of the experiment
+
+Words = dict[str, Any]
+"""Keys of a run, with dots, and their values."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """A base policy that is made before the trials: of the built-in domain, or by training another one.
+
+    With `train` it is what a trial with these keys makes of `start`: a warm-up. Without, it is pretrained (see
+    `sgpo_async.tasks.pretrain`), anew or from `start`.
+    """
+
+    start: str = ""
+    train: Words = field(default_factory=dict)
+    seed: int = 7
+    steps: int = 1200
+    p_true: float = 0.44  # of the true technique, unguided
+    p_favourite: float = 0.50  # of a wrong one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tune:
+    """Learning rates, tried with seeds of their own and judged on validation problems."""
+
+    rates: list[float] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=lambda: [100])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Everything about one experiment."""
+
+    name: str
+    title: str = ""
+    config: str
+    common: Words = field(default_factory=dict)
+    bases: dict[str, Base] = field(default_factory=dict)
+    settings: dict[str, Words] = field(default_factory=dict)  # none: one, without a name
+    methods: dict[str, Words]
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    tune: Tune = field(default_factory=Tune)
+
+    def __post_init__(self) -> None:
+        require(bool(self.name) and "/" not in self.name, "name", "is a folder's name", self.name)
+        require(bool(self.methods), "methods", "names at least one", self.methods)
+        require(bool(self.seeds), "seeds", "names at least one", self.seeds)
+        for name, base in self.bases.items():
+            known = base.start.removeprefix(BASE)
+            require(
+                not base.start.startswith(BASE) or known in self.bases,
+                f"bases.{name}.start",
+                f"names another base ({', '.join(self.bases)})",
+                base.start,
+            )
+
+    def words(self, *layers: Mapping[str, Any]) -> tuple[str, ...]:
+        """`common` and further layers as `key=value`, later ones over earlier ones."""
+        merged = dict(self.common)
+        for layer in layers:
+            merged |= layer
+        return tuple(f"{key}={_in_line(value)}" for key, value in sorted(merged.items()))
+
+    def run(self, words: tuple[str, ...]) -> Run:
+        """The configuration of a trial. Raises ConfigError."""
+        return load(self.config, words)
+
+
+def load_experiment(path: str | Path) -> Experiment:
+    """Read and validate an experiment file, with every configuration that it leads to.
+
+    Raises ConfigError, one line: file, key path, rule, value.
+    """
+    path = Path(path)
+    content = read_yaml(path)
+    check_keys(str(path), content, Experiment, "")
+    try:
+        experiment = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Experiment), content))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {error.full_key}: {str(error.msg).splitlines()[0]}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    assert isinstance(experiment, Experiment)
+    experiment = replace(
+        experiment, config=str(path.parent / experiment.config), settings=experiment.settings or {"": {}}
+    )
+    for setting in experiment.settings.values():
+        for method in experiment.methods.values():
+            _check(path, experiment, experiment.words(setting, method))
+    for base in experiment.bases.values():
+        _check(path, experiment, experiment.words(base.train))
+    return experiment
+
+
+def _check(path: Path, experiment: Experiment, words: tuple[str, ...]) -> None:
+    try:
+        run = experiment.run(words)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    name = run.model.path.removeprefix(BASE)
+    require(
+        not run.model.path.startswith(BASE) or name in experiment.bases,
+        f"{path}: model.path",
+        f"names one of the bases ({', '.join(experiment.bases)})",
+        run.model.path,
+    )
+
+
+def _in_line(value: object) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n").removesuffix("\n...")

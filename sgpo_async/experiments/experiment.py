@@ -1,0 +1,116 @@
+"""Runs an experiment from its file to its tables: bases, tuning, trials. What is there already is not done again."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sgpo_async import __version__
+from sgpo_async.config.experiment import BASE, Experiment, load_experiment
+from sgpo_async.experiments.plan import Trial, bases_in_order, best_rates, check_budget, final, tuning
+from sgpo_async.experiments.pool import Pool
+from sgpo_async.experiments.tables import write_tables
+from sgpo_async.experiments.work import BaseJob, TrialJob, make_base, run_trial
+from sgpo_async.metrics.files import to_json, write_whole
+
+Say = Callable[[str], None]
+
+
+def run_experiment(path: str, *, out: Path, workers: int, limit_s: float | None = None) -> int:
+    """Do what is missing of the experiment at `path` and write its tables; returns the exit status.
+
+    Args:
+        out: folder of bases and results, which several experiments may share.
+        limit_s: start no trial after so many seconds; a later call does the rest.
+
+    Raises:
+        SgpoError: one line.
+    """
+    experiment = load_experiment(path)
+    check_budget(experiment)
+    began = time.monotonic()
+
+    def in_time() -> bool:
+        return limit_s is None or time.monotonic() - began < limit_s
+
+    runner = _Runner(experiment, out, in_time=in_time)
+    pool = Pool(workers)
+    try:
+        runner.make_bases(pool)
+        runner.do(pool, tuning(experiment), "tuning")
+        runner.do(pool, final(experiment, best_rates(experiment, runner.results)), "trials")
+    finally:
+        pool.close()
+        write_tables(experiment, runner.results, folder=runner.folder)
+    print(f"tables: {runner.folder / 'README.md'}")
+    return 0
+
+
+class _Runner:
+    """The files of one experiment."""
+
+    def __init__(self, experiment: Experiment, out: Path, *, in_time: Callable[[], bool]) -> None:
+        self.experiment, self.folder, self._in_time = experiment, out / experiment.name, in_time
+        self._bases = out / "bases"
+        self._files = self.folder / "results"
+        self._bases.mkdir(parents=True, exist_ok=True)
+        self._files.mkdir(parents=True, exist_ok=True)
+        self.results: dict[str, Mapping[str, Any]] = {
+            file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(self._files.glob("*.json"))
+        }
+
+    def make_bases(self, pool: Pool) -> None:
+        """Make the base policies that are not there, each after the one that it starts from."""
+        for name in bases_in_order(self.experiment):
+            folder = self._base(name)
+            if folder.exists():
+                continue
+            base = self.experiment.bases[name]
+            start = self._model(base.start)
+            words = self.experiment.words(base.train, {"model.path": start} if base.train else {})
+            job = BaseJob(name, base, start, str(folder), self.experiment.config, words)
+            for _, rates in pool.run(make_base, [job]):
+                write_whole(folder / "base.json", to_json({"recipe": asdict(base), "pass_rates": rates}))
+                _say(f"base {name}: {_percent(rates['auto'])} alone, {_percent(rates['guided'])} guided")
+
+    def do(self, pool: Pool, trials: Sequence[Trial], what: str) -> None:
+        """Run those of `trials` that have no result."""
+        missing = [trial for trial in trials if trial.id not in self.results]
+        _say(f"{self.experiment.name}: {what}: {len(trials) - len(missing)} of {len(trials)} there")
+        began, done = time.monotonic(), 0
+        by_id = {trial.id: trial for trial in missing}
+        for job, result in pool.run(run_trial, [self._job(trial) for trial in missing], while_=self._in_time):
+            trial = by_id[job.id]
+            record = {"version": __version__, **asdict(trial), **result}
+            write_whole(self._files / f"{job.id}.json", to_json(record) + "\n")
+            self.results[job.id] = record
+            done += 1
+            left = (time.monotonic() - began) / done * (len(missing) - done)
+            _say(f"{what} {done}/{len(missing)}, {left / 60:.0f} min left: {_line(trial, result)}")
+
+    def _job(self, trial: Trial) -> TrialJob:
+        path = self.experiment.run(trial.words).model.path
+        return TrialJob(trial.id, self.experiment.config, (*trial.words, f"model.path={self._model(path)}"))
+
+    def _model(self, path: str) -> str:
+        return str(self._base(path.removeprefix(BASE))) if path.startswith(BASE) else path
+
+    def _base(self, name: str) -> Path:
+        return self._bases / name
+
+
+def _line(trial: Trial, result: Mapping[str, Any]) -> str:
+    end = "diverged" if result["diverged"] is not None else f"{_percent(result['test']['auto'])} alone"
+    return f"{trial.setting} {trial.method}, lr {trial.rate:g}, seed {trial.seed}: {end} ({result['wall_s']:.0f} s)"
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f} %"
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)

@@ -1,0 +1,140 @@
+"""Which trials an experiment has: pure, no process, no file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from sgpo_async.config.experiment import BASE, Experiment
+from sgpo_async.config.schema import Run, require
+
+Result = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One run of one method in one setting. Its identity is what it computes: renaming a method repeats nothing."""
+
+    setting: str
+    method: str
+    rate: float
+    seed: int
+    words: tuple[str, ...]
+
+    @property
+    def id(self) -> str:
+        """Name of its result, readable and unique."""
+        digest = hashlib.blake2b(json.dumps(self.words).encode(), digest_size=4).hexdigest()
+        name = re.sub(r"[^a-z0-9.]+", "-", f"{self.setting} {self.method}".lower()).strip("-")
+        return f"{name}-{self.rate:g}-s{self.seed}-{digest}"
+
+
+def cells(experiment: Experiment) -> list[tuple[str, str]]:
+    """(setting, method) of every cell of the table."""
+    return [(setting, method) for setting in experiment.settings for method in experiment.methods]
+
+
+def trial(experiment: Experiment, cell: tuple[str, str], *, rate: float | None, seed: int) -> Trial:
+    """The trial of a cell; its learning rate is `rate`, or the one that its keys name."""
+    setting, method = cell
+    own = {"seed": seed} if rate is None else {"seed": seed, "optim.lr": rate}
+    words = experiment.words(experiment.settings[setting], experiment.methods[method], own)
+    return Trial(setting=setting, method=method, rate=experiment.run(words).optim.lr, seed=seed, words=words)
+
+
+def tuned(experiment: Experiment, cell: tuple[str, str]) -> bool:
+    """Whether the learning rate of a cell is to be found."""
+    setting, method = cell
+    given = experiment.common | experiment.settings[setting] | experiment.methods[method]
+    return bool(experiment.tune.rates) and "optim.lr" not in given
+
+
+def tuning(experiment: Experiment) -> list[Trial]:
+    """One trial per cell, rate and tuning seed."""
+    return [
+        trial(experiment, cell, rate=rate, seed=seed)
+        for cell in cells(experiment)
+        if tuned(experiment, cell)
+        for rate in experiment.tune.rates
+        for seed in experiment.tune.seeds
+    ]
+
+
+def best_rates(experiment: Experiment, results: Mapping[str, Result]) -> dict[tuple[str, str], float | None]:
+    """Each cell's learning rate of the highest last validation pass rate; the lower of equals. None: not tuned.
+
+    Cells whose tuning is not complete are left out.
+    """
+    chosen: dict[tuple[str, str], float | None] = {}
+    for cell in cells(experiment):
+        if not tuned(experiment, cell):
+            chosen[cell] = None
+            continue
+        tried = {
+            rate: [trial(experiment, cell, rate=rate, seed=seed).id for seed in experiment.tune.seeds]
+            for rate in experiment.tune.rates
+        }
+        if all(name in results for names in tried.values() for name in names):
+            scores = {rate: fmean(validation(results[name]) for name in names) for rate, names in tried.items()}
+            chosen[cell] = max(sorted(scores), key=lambda rate: scores[rate])
+    return chosen
+
+
+def final(experiment: Experiment, rates: Mapping[tuple[str, str], float | None]) -> list[Trial]:
+    """One trial per cell with a known rate and seed; seed by seed, so that a table fills evenly."""
+    return [trial(experiment, cell, rate=rates[cell], seed=seed) for seed in experiment.seeds for cell in rates]
+
+
+def validation(result: Result) -> float:
+    """Mean autonomous pass rate on validation problems over the last quarter of the curve; 0 if the run diverged.
+
+    The last quarter and not the last point: a rate that peaks and falls is not the best one.
+    """
+    if result["diverged"] is not None:
+        return 0.0
+    curve = result["curve"]
+    return fmean(point["auto"] for point in curve[-max(1, len(curve) // 4) :])
+
+
+def check_budget(experiment: Experiment) -> int:
+    """Rollouts that each trial is given to learn from; raises ConfigError unless it is the same for all.
+
+    Objectives that learn from demonstrations alone use none, and are left out.
+    """
+    budgets = {}
+    for setting, method in cells(experiment):
+        run = experiment.run(experiment.words(experiment.settings[setting], experiment.methods[method]))
+        if run.algorithm.objective != "sft":
+            budgets[method] = budget(run)
+    first = next(iter(budgets.values()), 0)
+    for method, rollouts in budgets.items():
+        require(
+            rollouts == first, f"methods.{method}", f"has the sample budget of the others, {first} rollouts", rollouts
+        )
+    return first
+
+
+def budget(run: Run) -> int:
+    """Rollouts of one run."""
+    return run.steps * run.learner.problems_per_step * run.rollout.size
+
+
+def bases_in_order(experiment: Experiment) -> Sequence[str]:
+    """Names of the bases, each after the one that it starts from."""
+    order: list[str] = []
+
+    def add(name: str) -> None:
+        start = experiment.bases[name].start
+        if start.startswith(BASE):
+            add(start.removeprefix(BASE))
+        if name not in order:
+            order.append(name)
+
+    for name in experiment.bases:
+        add(name)
+    return order

@@ -1,0 +1,56 @@
+"""Jobs over processes, one core each. A job that fails ends the experiment with its error; results so far are kept.
+
+jobs ─▶ worker 1 ... n (spawned once: importing torch costs seconds) ─▶ (job, result), as they come
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+from sgpo_async.errors import SgpoError
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+class Pool:
+    """`workers` processes that each run one job at a time."""
+
+    def __init__(self, workers: int) -> None:
+        os.environ["OMP_NUM_THREADS"] = "1"  # of the children; set before they load anything
+        context = multiprocessing.get_context("spawn")
+        self._workers = workers
+        self._executor = ProcessPoolExecutor(workers, mp_context=context)
+
+    def run(
+        self, work: Callable[[Job], Result], jobs: Sequence[Job], *, while_: Callable[[], bool] = lambda: True
+    ) -> Iterator[tuple[Job, Result]]:
+        """Yields each job with its result as it ends; begins no job when `while_` has become false.
+
+        Raises SgpoError if a worker died (by a kill, or for want of memory), and whatever a job raised.
+        """
+        waiting = deque(jobs)
+        running: dict[Future[Result], Job] = {}
+        try:
+            while running or (waiting and while_()):
+                while waiting and len(running) < self._workers and while_():
+                    job = waiting.popleft()
+                    running[self._executor.submit(work, job)] = job
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    yield running.pop(future), future.result()
+        except BrokenProcessPool:
+            raise SgpoError(
+                "experiment: a worker process died; free memory or use fewer --workers, then call again"
+            ) from None
+
+    def close(self) -> None:
+        """End the workers; running jobs are abandoned."""
+        for process in list(self._executor._processes.values()):
+            process.terminate()
+        self._executor.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,91 @@
+"""README.md of an experiment: final pass rates with intervals, the start of the curves, guided skill; and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from sgpo_async.config.experiment import Experiment
+from sgpo_async.experiments.figures import Curve, draw_curves
+from sgpo_async.experiments.plan import Result, best_rates, cells, check_budget, final
+from sgpo_async.experiments.statistics import Interval, interval
+from sgpo_async.metrics.files import write_whole
+
+Figure = Callable[[Result], float | None]
+
+
+def write_tables(experiment: Experiment, results: Mapping[str, Result], *, folder: Path) -> None:
+    """Write README.md and curves-*.svg into `folder`, of the trials that are there."""
+    rates = best_rates(experiment, results)
+    by_cell: dict[tuple[str, str], list[Result]] = {cell: [] for cell in cells(experiment)}
+    for trial in final(experiment, rates):
+        if trial.id in results:
+            by_cell[trial.setting, trial.method].append(results[trial.id])
+    parts = [f"# {experiment.title or experiment.name}", _budget(experiment)]
+    for setting in experiment.settings:
+        rows = [(method, by_cell[setting, method]) for method in experiment.methods]
+        parts += [f"## {setting}"] * bool(setting) + [_table(rows)]
+        name = "curves" + "".join(f"-{c}" for c in setting.replace(" ", "") if c.isalnum()) + ".svg"
+        if any(found for _, found in rows):
+            draw_curves([curve_of(method, found) for method, found in rows if found], folder / name)
+            parts.append(f"![pass rate over rollouts]({name})")
+    write_whole(folder / "README.md", "\n\n".join(parts) + "\n")
+
+
+def _budget(experiment: Experiment) -> str:
+    run = experiment.run(experiment.words(*[next(iter(experiment.methods.values()))]))
+    return (
+        f"{check_budget(experiment):,} rollouts for each trial ({run.steps} steps of {run.learner.problems_per_step} "
+        f"problems). Mean ± half of the 95 % interval (Student's t) over n seeds, in per cent of {run.tasks.held_out} test "
+        "problems, sampled at T = 1. Learning rates were chosen on other problems, with other seeds."
+    )
+
+
+def _table(rows: Sequence[tuple[str, Sequence[Result]]]) -> str:
+    columns: dict[str, Figure] = {
+        "alone, at the end": lambda result: result["test"]["auto"],
+        "alone, a third": third,
+        "alone, best": lambda result: max(point["auto"] for point in result["curve"]),
+        "guided, at the end": lambda result: result["test"]["guided"],
+    }
+    lines = [
+        f"| method | lr | n | {' | '.join(columns)} | diverged |",
+        f"|---|---|---|{'---|' * (len(columns) + 1)}",
+    ]
+    for method, results in rows:
+        figures = [_cell([figure(result) for result in results]) for figure in columns.values()]
+        lr = ", ".join(sorted({f"{result['rate']:g}" for result in results}))
+        diverged = sum(result["diverged"] is not None for result in results)
+        lines.append(f"| {method} | {lr} | {len(results)} | {' | '.join(figures)} | {diverged or ''} |")
+    return "\n".join(lines)
+
+
+def third(result: Result) -> float:
+    """Validation pass rate at a third of the rollouts, on the straight line between the points around it."""
+    curve = result["curve"]
+    at = result["steps"] / 3
+    before = max((point for point in curve if point["step"] <= at), key=lambda point: point["step"])
+    after = min((point for point in curve if point["step"] >= at), key=lambda point: point["step"], default=before)
+    span = after["step"] - before["step"]
+    share = (at - before["step"]) / span if span else 0.0
+    return float(before["auto"] + share * (after["auto"] - before["auto"]))
+
+
+def curve_of(method: str, results: Sequence[Result]) -> Curve:
+    """Mean and interval of the validation pass rate at each point that all results have."""
+    common = set.intersection(*({point["step"] for point in result["curve"]} for result in results))
+    points = []
+    for step in sorted(common):
+        at = [next(point for point in result["curve"] if point["step"] == step) for result in results]
+        points.append((at[0]["rollouts"], interval([point["auto"] for point in at])))
+    return Curve(method, points)
+
+
+def _cell(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return show(interval(known)) if known else "–"
+
+
+def show(found: Interval) -> str:
+    """In per cent."""
+    return f"{100 * found.mean:.1f}" + (f" ± {100 * found.half:.1f}" if found.half is not None else "")

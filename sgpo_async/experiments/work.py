@@ -1,0 +1,72 @@
+"""What a worker process does: make a base policy, run a trial. Imported in workers alone; the parent needs no torch."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers.utils import logging
+
+from sgpo_async.config import load
+from sgpo_async.config.experiment import Base
+from sgpo_async.experiments.trial import Trial, join_alone
+from sgpo_async.learner.folder import export
+from sgpo_async.learner.publish import gather
+from sgpo_async.tasks.models import model_folder
+from sgpo_async.tasks.pretrain import Recipe, pretrain
+
+
+class TrialJob(NamedTuple):
+    """One trial: the configuration, already complete, and its name."""
+
+    id: str
+    config: str
+    words: tuple[str, ...]
+
+
+class BaseJob(NamedTuple):
+    """One base policy to make in `folder`; `start` is a model's path or empty."""
+
+    name: str
+    base: Base
+    start: str
+    folder: str
+    config: str
+    words: tuple[str, ...]
+
+
+def run_trial(job: TrialJob) -> dict[str, Any]:
+    """Train and measure."""
+    _prepare()
+    return Trial(load(job.config, job.words)).train()
+
+
+def make_base(job: BaseJob) -> dict[str, Any]:
+    """Write the model's folder, whole or not at all; returns the pass rates of what was made."""
+    _prepare()
+    part = Path(f"{job.folder}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    if job.base.train:
+        trial = Trial(load(job.config, job.words))
+        rates = trial.train()["test"]
+        export(
+            trial.stepper.policy.model,
+            dict(gather(trial.stepper.policy, torch.float32)),
+            part,
+            source=model_folder(job.start),
+        )
+    else:
+        recipe = Recipe(
+            seed=job.base.seed, steps=job.base.steps, p_true=job.base.p_true, p_favourite=job.base.p_favourite
+        )
+        rates = pretrain(recipe, out=part, start=model_folder(job.start) if job.start else None)
+    part.rename(job.folder)
+    return rates
+
+
+def _prepare() -> None:
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    join_alone()
