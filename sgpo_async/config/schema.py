@@ -92,29 +92,80 @@ class Correction:
 
 @dataclass(frozen=True, kw_only=True)
 class Algorithm:
-    """SGPO's constants, with the paper's defaults (arXiv 2606.24064)."""
+    """What is trained, with the paper's SGPO (arXiv 2606.24064) as the default; docs/algorithm.md has every equation.
 
-    objective: Literal["sgpo", "grpo"] = "sgpo"
-    teacher: Literal["self", "frozen"] = "self"  # whose guided distribution is distilled (Eq. 3: self)
-    limiter: Literal["mask", "none"] = "mask"  # Eq. 5: tokens with d_t > delta are masked
-    delta: float = 1.0
-    alpha0: float = 0.5
-    gamma: float = 0.1
-    alpha_max: float = 0.8
+    A key of something that is not in use is not read: no distillation, no teacher; `divergence=sft`, no limiter.
+    """
+
+    objective: Literal["sgpo", "grpo", "sft", "luffy", "hpt"] = "sgpo"
+    policy_gradient: bool = True  # sgpo: whether autonomous rollouts are trained (Eq. 1), or distillation is all
     eps_low: float = 0.2
     eps_high: float = 0.28
     grpo_correction: Correction = field(default_factory=Correction)
+
+    # sgpo: what pulls the student to the target, and which target; sft is the plain likelihood of its tokens
+    divergence: Literal["forward", "reverse", "jensen-shannon", "sft"] = "forward"  # Eq. 3: forward
+    target: Literal["reachable", "all"] = "reachable"  # Eq. 4; all: the mean over all correct guided rollouts (Eq. 2)
+    limiter: Literal["mask", "clamp", "smooth", "quantile", "none"] = "mask"  # Eq. 5: d_t > delta is masked
+    delta: float = 1.0
+    quantile: float = 0.95  # limiter=quantile: larger d_t than this quantile of their own target are masked
     # A product of factors of up to c grows with c^T; with c = 1, as in V-trace, no prefix weighs more than 1.
     kl_correction: Correction = field(default_factory=lambda: Correction(mode="prefix", bound=1.0))
 
+    # sgpo: whose guided distribution is distilled. self: the present weights (Eq. 3); ema: their running average;
+    # snapshot: a copy of them that is renewed now and then; frozen: the weights that the run began with
+    teacher: Literal["self", "ema", "snapshot", "frozen"] = "self"
+    teacher_decay: float = 0.99  # ema: share of the average that a step keeps
+    teacher_every: int = 20  # snapshot: steps between two copies
+    teacher_dtype: Literal["float32", "bfloat16"] = "float32"  # of the copy; ema needs float32
+
+    # sgpo: alpha(q), how much is distilled
+    weight: Literal["adaptive", "fixed", "group-advantage"] = "adaptive"  # Eq. 6, `alpha` as it is, or Eq. 8
+    alpha: float = 1.0  # weight=fixed
+    alpha0: float = 0.5
+    gamma: float = 0.1
+    alpha_max: float = 0.8
+    # Of Eq. 6: means over the rollouts as they were sampled, or corrected to the present weights, for a forward more.
+    pass_rates: Literal["observed", "corrected"] = "observed"
+    guide_gate: float = 0.0  # a problem is distilled if its guided pass rate, as observed, is at least this
+
+    luffy_gamma: float = 0.1  # luffy: a token of the demonstration counts f(p) = p / (p + luffy_gamma)
+    hpt_gate: int = 0  # hpt: with at most so many correct autonomous rollouts, the demonstration is trained instead
+
     def __post_init__(self) -> None:
-        for name in ("delta", "gamma", "eps_low", "eps_high"):
+        for name in ("delta", "gamma", "eps_low", "eps_high", "luffy_gamma"):
             require(getattr(self, name) > 0, f"algorithm.{name}", "is above 0", getattr(self, name))
-        for name in ("alpha0", "alpha_max"):
+        for name in ("alpha", "alpha0", "alpha_max", "hpt_gate"):
             require(getattr(self, name) >= 0, f"algorithm.{name}", "is at least 0", getattr(self, name))
+        for name in ("guide_gate", "quantile", "teacher_decay"):
+            require(0 <= getattr(self, name) <= 1, f"algorithm.{name}", "lies in [0, 1]", getattr(self, name))
+        require(self.teacher_every >= 1, "algorithm.teacher_every", "is at least 1", self.teacher_every)
         for name in ("grpo_correction", "kl_correction"):
             bound = getattr(self, name).bound
             require(bound >= 1, f"algorithm.{name}.bound", "is at least 1", bound)
+        require(
+            self.policy_gradient or self.objective == "sgpo",
+            "algorithm.policy_gradient",
+            f"is true with algorithm.objective={self.objective}; sgpo alone can do without",
+            self.policy_gradient,
+        )
+        require(
+            self.pass_rates == "observed" or (self.objective == "sgpo" and self.weight == "adaptive"),
+            "algorithm.pass_rates",
+            "is observed unless algorithm.objective=sgpo and algorithm.weight=adaptive, where Eq. 6 uses them",
+            self.pass_rates,
+        )
+        require(
+            self.teacher != "ema" or self.teacher_dtype == "float32",
+            "algorithm.teacher_dtype",
+            "is float32 with algorithm.teacher=ema: bfloat16 would round away what a step adds to the average",
+            self.teacher_dtype,
+        )
+
+    @property
+    def demonstrated(self) -> bool:
+        """Whether the objective trains on the problems' own responses."""
+        return self.objective in ("sft", "luffy", "hpt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,6 +380,12 @@ class Run:
             "rollout.guided",
             "is at least 1 when algorithm.objective=sgpo",
             self.rollout.guided,
+        )
+        require(
+            self.algorithm.objective != "hpt" or self.algorithm.hpt_gate < self.rollout.autonomous,
+            "algorithm.hpt_gate",
+            f"is below rollout.autonomous={self.rollout.autonomous}; all of it would be algorithm.objective=sft",
+            self.algorithm.hpt_gate,
         )
         require(
             self.learner.problems_per_step >= self.local.ranks,

@@ -27,7 +27,9 @@ def test_an_empty_file_is_the_paper_s_setting(empty: Path) -> None:
     algorithm = load(empty).algorithm
     assert (algorithm.delta, algorithm.alpha0, algorithm.gamma, algorithm.alpha_max) == (1.0, 0.5, 0.1, 0.8)
     assert (algorithm.eps_low, algorithm.eps_high) == (0.2, 0.28)
-    assert (algorithm.teacher, algorithm.limiter) == ("self", "mask")
+    assert (algorithm.objective, algorithm.divergence, algorithm.target) == ("sgpo", "forward", "reachable")
+    assert (algorithm.teacher, algorithm.limiter, algorithm.weight) == ("self", "mask", "adaptive")
+    assert (algorithm.policy_gradient, algorithm.pass_rates, algorithm.guide_gate) == (True, "observed", 0.0)
 
 
 def test_words_win_over_the_file_and_the_last_word_wins(tmp_path: Path) -> None:
@@ -59,6 +61,13 @@ def _write(folder: Path, text: str) -> Path:
         ("steps=null", ["steps", "int"]),
         ("hub.max_lag=1.5", ["hub.max_lag", "1.5"]),
         ("algorithm.teacher=fozen", ["algorithm.teacher", "fozen", "self", "frozen"]),
+        ("algorithm.objective=ppo", ["algorithm.objective", "ppo", "luffy"]),
+        ("algorithm.quantile=1.5", ["algorithm.quantile", "[0, 1]", "1.5"]),
+        ("algorithm.teacher_every=0", ["algorithm.teacher_every", "at least 1", "0"]),
+        ("algorithm={teacher: ema, teacher_dtype: bfloat16}", ["algorithm.teacher_dtype", "teacher=ema", "bfloat16"]),
+        ("algorithm={objective: grpo, policy_gradient: false}", ["algorithm.policy_gradient", "objective=grpo"]),
+        ("algorithm={weight: fixed, pass_rates: corrected}", ["algorithm.pass_rates", "weight=adaptive", "corrected"]),
+        ("algorithm={objective: hpt, hpt_gate: 8}", ["algorithm.hpt_gate", "rollout.autonomous=8", "8"]),
         ("optim=3", ["optim", "section", "3"]),
         ("optim.lr=-1", ["optim.lr", "above 0", "-1"]),
         ("hub.address=tcp://0.0.0.0:1", ["hub.keys", "sgpo-async keys"]),
