@@ -9,14 +9,15 @@
     seeds: [0, 1, 2]
     tune: {rates: [3.0e-4, 6.0e-4], seeds: [100]}
 
-Keys of `common`, `settings` and `methods` are those of a run, written with dots. A method that names `optim.lr` itself
-is not tuned.
+Keys of `common`, `settings` and `methods` are those of a run, written with dots. A method's value that differs from
+setting to setting is a mapping of their names. A method that names `optim.lr` itself is not tuned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ class Base:
     `sgpo_async.tasks.pretrain`), anew or from `start`.
     """
 
-    start: str = ""
+    start: str = ""  # a model's path, or base:NAME
     train: Words = field(default_factory=dict)
     seed: int = 7
     steps: int = 1200
@@ -76,6 +77,15 @@ class Experiment:
         require(bool(self.name) and "/" not in self.name, "name", "is a folder's name", self.name)
         require(bool(self.methods), "methods", "names at least one", self.methods)
         require(bool(self.seeds), "seeds", "names at least one", self.seeds)
+        settings = set(self.settings) or {""}
+        for name, words in self.methods.items():
+            for key, value in words.items():
+                require(
+                    not isinstance(value, dict) or set(value) == settings,
+                    f"methods.{name}.{key}",
+                    f"has a value for each setting ({', '.join(sorted(settings))})",
+                    value,
+                )
         for name, base in self.bases.items():
             known = base.start.removeprefix(BASE)
             require(
@@ -84,6 +94,11 @@ class Experiment:
                 f"names another base ({', '.join(self.bases)})",
                 base.start,
             )
+
+    def keys(self, setting: str, method: str) -> Words:
+        """What a cell of the table says, without `common`."""
+        own = {key: value[setting] if isinstance(value, dict) else value for key, value in self.methods[method].items()}
+        return self.settings[setting] | own
 
     def words(self, *layers: Mapping[str, Any]) -> tuple[str, ...]:
         """`common` and further layers as `key=value`, later ones over earlier ones."""
@@ -94,7 +109,12 @@ class Experiment:
 
     def run(self, words: tuple[str, ...]) -> Run:
         """The configuration of a trial. Raises ConfigError."""
-        return load(self.config, words)
+        return _load(self.config, words)
+
+
+@cache  # plans ask for the same trial again and again
+def _load(config: str, words: tuple[str, ...]) -> Run:
+    return load(config, words)
 
 
 def load_experiment(path: str | Path) -> Experiment:
@@ -115,9 +135,9 @@ def load_experiment(path: str | Path) -> Experiment:
     experiment = replace(
         experiment, config=str(path.parent / experiment.config), settings=experiment.settings or {"": {}}
     )
-    for setting in experiment.settings.values():
-        for method in experiment.methods.values():
-            _check(path, experiment, experiment.words(setting, method))
+    for setting in experiment.settings:
+        for method in experiment.methods:
+            _check(path, experiment, experiment.words(experiment.keys(setting, method)))
     for base in experiment.bases.values():
         _check(path, experiment, experiment.words(base.train))
     return experiment

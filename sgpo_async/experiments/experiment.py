@@ -81,14 +81,14 @@ class _Runner:
         """Run those of `trials` that have no result."""
         missing = [trial for trial in trials if trial.id not in self.results]
         _say(f"{self.experiment.name}: {what}: {len(trials) - len(missing)} of {len(trials)} there")
-        began, done = time.monotonic(), 0
+        began = time.monotonic()
         by_id = {trial.id: trial for trial in missing}
-        for job, result in pool.run(run_trial, [self._job(trial) for trial in missing], while_=self._in_time):
+        results = pool.run(run_trial, [self._job(trial) for trial in missing], while_=self._in_time)
+        for done, (job, result) in enumerate(results, 1):
             trial = by_id[job.id]
             record = {"version": __version__, **asdict(trial), **result}
             write_whole(self._files / f"{job.id}.json", to_json(record) + "\n")
             self.results[job.id] = record
-            done += 1
             left = (time.monotonic() - began) / done * (len(missing) - done)
             _say(f"{what} {done}/{len(missing)}, {left / 60:.0f} min left: {_line(trial, result)}")
 

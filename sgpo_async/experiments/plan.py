@@ -30,8 +30,12 @@ class Trial:
     def id(self) -> str:
         """Name of its result, readable and unique."""
         digest = hashlib.blake2b(json.dumps(self.words).encode(), digest_size=4).hexdigest()
-        name = re.sub(r"[^a-z0-9.]+", "-", f"{self.setting} {self.method}".lower()).strip("-")
-        return f"{name}-{self.rate:g}-s{self.seed}-{digest}"
+        return f"{slug(f'{self.setting} {self.method}')}-{self.rate:g}-s{self.seed}-{digest}"
+
+
+def slug(name: str) -> str:
+    """A name as part of a file's name."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
 
 
 def cells(experiment: Experiment) -> list[tuple[str, str]]:
@@ -43,15 +47,13 @@ def trial(experiment: Experiment, cell: tuple[str, str], *, rate: float | None, 
     """The trial of a cell; its learning rate is `rate`, or the one that its keys name."""
     setting, method = cell
     own = {"seed": seed} if rate is None else {"seed": seed, "optim.lr": rate}
-    words = experiment.words(experiment.settings[setting], experiment.methods[method], own)
+    words = experiment.words(experiment.keys(setting, method), own)
     return Trial(setting=setting, method=method, rate=experiment.run(words).optim.lr, seed=seed, words=words)
 
 
 def tuned(experiment: Experiment, cell: tuple[str, str]) -> bool:
     """Whether the learning rate of a cell is to be found."""
-    setting, method = cell
-    given = experiment.common | experiment.settings[setting] | experiment.methods[method]
-    return bool(experiment.tune.rates) and "optim.lr" not in given
+    return bool(experiment.tune.rates) and "optim.lr" not in experiment.common | experiment.keys(*cell)
 
 
 def tuning(experiment: Experiment) -> list[Trial]:
@@ -107,10 +109,10 @@ def check_budget(experiment: Experiment) -> int:
     Objectives that learn from demonstrations alone use none, and are left out.
     """
     budgets = {}
-    for setting, method in cells(experiment):
-        run = experiment.run(experiment.words(experiment.settings[setting], experiment.methods[method]))
+    for cell in cells(experiment):
+        run = experiment.run(experiment.words(experiment.keys(*cell)))
         if run.algorithm.objective != "sft":
-            budgets[method] = budget(run)
+            budgets[cell[1]] = budget(run)
     first = next(iter(budgets.values()), 0)
     for method, rollouts in budgets.items():
         require(

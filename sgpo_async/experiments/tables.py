@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sgpo_async.config.experiment import Experiment
 from sgpo_async.experiments.figures import Curve, draw_curves
-from sgpo_async.experiments.plan import Result, best_rates, cells, check_budget, final
+from sgpo_async.experiments.plan import Result, best_rates, cells, check_budget, final, slug
 from sgpo_async.experiments.statistics import Interval, interval
 from sgpo_async.metrics.files import write_whole
 
@@ -16,6 +16,7 @@ Figure = Callable[[Result], float | None]
 
 def write_tables(experiment: Experiment, results: Mapping[str, Result], *, folder: Path) -> None:
     """Write README.md and curves-*.svg into `folder`, of the trials that are there."""
+    folder.mkdir(parents=True, exist_ok=True)
     rates = best_rates(experiment, results)
     by_cell: dict[tuple[str, str], list[Result]] = {cell: [] for cell in cells(experiment)}
     for trial in final(experiment, rates):
@@ -25,7 +26,7 @@ def write_tables(experiment: Experiment, results: Mapping[str, Result], *, folde
     for setting in experiment.settings:
         rows = [(method, by_cell[setting, method]) for method in experiment.methods]
         parts += [f"## {setting}"] * bool(setting) + [_table(rows)]
-        name = "curves" + "".join(f"-{c}" for c in setting.replace(" ", "") if c.isalnum()) + ".svg"
+        name = f"curves-{slug(setting)}.svg" if setting else "curves.svg"
         if any(found for _, found in rows):
             draw_curves([curve_of(method, found) for method, found in rows if found], folder / name)
             parts.append(f"![pass rate over rollouts]({name})")
@@ -33,11 +34,12 @@ def write_tables(experiment: Experiment, results: Mapping[str, Result], *, folde
 
 
 def _budget(experiment: Experiment) -> str:
-    run = experiment.run(experiment.words(*[next(iter(experiment.methods.values()))]))
+    run = experiment.run(experiment.words(experiment.keys(*cells(experiment)[0])))
     return (
         f"{check_budget(experiment):,} rollouts for each trial ({run.steps} steps of {run.learner.problems_per_step} "
-        f"problems). Mean ± half of the 95 % interval (Student's t) over n seeds, in per cent of {run.tasks.held_out} test "
-        "problems, sampled at T = 1. Learning rates were chosen on other problems, with other seeds."
+        "problems). Mean ± half of the 95 % interval (Student's t) over n seeds, in per cent of "
+        f"{run.tasks.held_out} test problems, sampled at T = 1. Learning rates were chosen on other problems, with "
+        "other seeds."
     )
 
 

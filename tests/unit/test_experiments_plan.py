@@ -1,0 +1,149 @@
+"""Experiment files, the trials they lead to, tuned rates, intervals and tables: all without a process."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sgpo_async.config.experiment import load_experiment
+from sgpo_async.errors import ConfigError
+from sgpo_async.experiments.plan import bases_in_order, best_rates, cells, check_budget, final, tuning, validation
+from sgpo_async.experiments.statistics import interval
+from sgpo_async.experiments.tables import third, write_tables
+
+SHIPPED = sorted(Path("configs/experiments").glob("*.yaml"))
+
+SMALL: dict[str, Any] = {
+    "name": "small",
+    "config": "run.yaml",
+    "common": {"steps": 6, "local.ranks": 1},
+    "settings": {"calm": {}, "stale": {"hub.max_lag": 4}},
+    "methods": {
+        "SGPO": {},
+        "GRPO": {"algorithm.objective": "grpo", "rollout.autonomous": 12, "rollout.guided": 0},
+        "fixed": {"optim.lr": {"calm": 1e-3, "stale": 2e-3}},
+    },
+    "seeds": [0, 1],
+    "tune": {"rates": [1e-4, 1e-3], "seeds": [7, 8]},
+}
+
+
+def write(folder: Path, content: dict[str, Any]) -> Path:
+    (folder / "run.yaml").write_text("optim: {lr: 5.0e-4}\n")
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def result(*rates: float, diverged: int | None = None) -> dict[str, Any]:
+    curve = [{"step": 2 * i, "rollouts": 24 * i, "auto": rate, "guided": 1.0} for i, rate in enumerate(rates)]
+    return {
+        "curve": curve,
+        "diverged": diverged,
+        "steps": 2 * (len(rates) - 1),
+        "rate": 1e-3,
+        "test": {"auto": rates[-1], "guided": 1.0},
+    }
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_experiment_is_whole_and_fair(path: Path) -> None:
+    experiment = load_experiment(path)
+    assert check_budget(experiment) > 0
+    assert len({trial.id for trial in tuning(experiment)}) == len(tuning(experiment))
+    assert set(bases_in_order(experiment)) == set(experiment.bases)
+
+
+def test_layers_lie_over_each_other_and_a_rate_of_its_own_is_not_tuned(tmp_path: Path) -> None:
+    experiment = load_experiment(write(tmp_path, SMALL))
+    assert len(cells(experiment)) == 6
+    tried = tuning(experiment)
+    assert len(tried) == 2 * 2 * 2 * 2  # methods to tune x settings x rates x seeds
+    assert {trial.method for trial in tried} == {"SGPO", "GRPO"}
+    stale = [trial for trial in tried if (trial.setting, trial.method) == ("stale", "GRPO")]
+    run = experiment.run(stale[0].words)
+    assert (run.hub.max_lag, run.algorithm.objective, run.rollout.size, run.steps) == (4, "grpo", 12, 6)
+    assert {(trial.rate, trial.seed) for trial in stale} == {(1e-4, 7), (1e-4, 8), (1e-3, 7), (1e-3, 8)}
+
+
+def test_the_best_rate_is_the_best_in_the_mean_and_needs_all_of_its_trials(tmp_path: Path) -> None:
+    experiment = load_experiment(write(tmp_path, SMALL))
+    tried = [t for t in tuning(experiment) if (t.setting, t.method) == ("calm", "SGPO")]
+    pass_rate = {(1e-4, 7): 0.5, (1e-4, 8): 0.5, (1e-3, 7): 0.9, (1e-3, 8): 0.3}
+    results = {trial.id: result(0.0, pass_rate[trial.rate, trial.seed]) for trial in tried}
+    assert best_rates(experiment, results)["calm", "SGPO"] == 1e-3
+    results[tried[-1].id] = result(0.0, 0.9, diverged=3)
+    assert best_rates(experiment, results)["calm", "SGPO"] == 1e-4
+    del results[tried[-1].id]
+    assert ("calm", "SGPO") not in best_rates(experiment, results)
+    assert {best_rates(experiment, results)[setting, "fixed"] for setting in ("calm", "stale")} == {None}
+
+
+def test_final_trials_use_the_rates_and_share_nothing_with_tuning(tmp_path: Path) -> None:
+    experiment = load_experiment(write(tmp_path, SMALL))
+    trials = final(experiment, {("calm", "SGPO"): 1e-4, ("stale", "fixed"): None})
+    assert [(t.method, t.rate, t.seed) for t in trials] == [
+        ("SGPO", 1e-4, 0),
+        ("fixed", 2e-3, 0),
+        ("SGPO", 1e-4, 1),
+        ("fixed", 2e-3, 1),
+    ]
+    assert not {t.id for t in trials} & {t.id for t in tuning(experiment)}
+
+
+def test_a_method_with_more_samples_is_refused(tmp_path: Path) -> None:
+    greedy = SMALL | {"methods": SMALL["methods"] | {"greedy": {"rollout.autonomous": 20}}}
+    with pytest.raises(ConfigError, match=r"methods\.greedy: has the sample budget of the others, 1152 rollouts"):
+        check_budget(load_experiment(write(tmp_path, greedy)))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"method": {}}, "method: unknown key; did you mean methods?"),
+        ({"methods": {"SGPO": {"algorithm.alfa": 1}}}, "algorithm.alfa: unknown key; did you mean algorithm.alpha"),
+        (
+            {"methods": {"SGPO": {"optim.lr": {"calm": 1e-3}}}},
+            r"methods\.SGPO\.optim\.lr: has a value for each setting",
+        ),
+        ({"methods": {"SGPO": {"model.path": "base:none"}}}, "model.path: names one of the bases"),
+        ({"bases": {"warm": {"start": "base:none"}}}, r"bases\.warm\.start: names another base"),
+        ({"seeds": []}, "seeds: names at least one"),
+    ],
+)
+def test_mistakes_are_one_line_with_the_place(tmp_path: Path, change: dict[str, Any], says: str) -> None:
+    path = write(tmp_path, SMALL | change)
+    with pytest.raises(ConfigError, match=says) as caught:
+        load_experiment(path)
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_rate_is_judged_by_the_end_of_its_curve() -> None:
+    assert validation(result(0.0, 0.9, 0.2, 0.1)) == pytest.approx(0.1)
+    assert validation(result(0.0, 0.9, 0.2, 0.1, 0.5, 0.5, 0.2, 0.4)) == pytest.approx(0.3)
+    assert validation(result(0.0, 0.9, diverged=1)) == 0.0
+
+
+def test_a_third_of_the_way_lies_between_points() -> None:
+    assert third(result(0.0, 0.3, 0.6, 0.9)) == pytest.approx(0.3)
+    assert third(result(0.0, 0.4, 0.8)) == pytest.approx(0.4 * 2 / 3)
+
+
+def test_interval_is_students() -> None:
+    # Worked by hand: mean 3, standard deviation sqrt(2.5), t(4) = 2.776.
+    assert interval([1, 2, 3, 4, 5]) == (3, pytest.approx(2.776 * math.sqrt(2.5) / math.sqrt(5)), 5)
+    assert interval([0.5]) == (0.5, None, 1)
+
+
+def test_tables_show_what_is_there(tmp_path: Path) -> None:
+    experiment = load_experiment(write(tmp_path, SMALL))
+    trials = [t for t in final(experiment, {("calm", "fixed"): None})]
+    write_tables(experiment, {t.id: result(0.0, 0.5, 0.6 + 0.1 * t.seed) for t in trials}, folder=tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "| fixed | 0.001 | 2 | 65.0 ± 63.5 |" in text  # t(1) = 12.706, deviation 0.0707
+    assert "| SGPO |  | 0 | – |" in text
+    assert (tmp_path / "out" / "curves-calm.svg").stat().st_size > 1000
+    assert not (tmp_path / "out" / "curves-stale.svg").exists()
