@@ -68,32 +68,33 @@ class Trial:
         self.test = Curriculum(run, Part(source, first, held_out[count:]))
         self.history: deque[Weights] = deque([self._weights()], maxlen=run.hub.max_lag + 1)
         self.curve: list[dict[str, Any]] = []
+        self.metrics: list[dict[str, Any]] = []  # of the steps since the last point of the curve
 
     def train(self) -> dict[str, Any]:
         """The whole run; its curve on validation problems and its result on test problems, as plain data.
 
-        A run whose gradient is no longer a number ends there: `diverged` says at which step.
+        A run whose gradient or logits are no longer numbers ends there: `diverged` says at which step and why, and what
+        is left solves nothing.
         """
-        began, diverged = time.monotonic(), None
-        metrics: list[dict[str, Any]] = []
-        self._measure(0, metrics)
+        began = time.monotonic()
+        result: dict[str, Any] = {"test": {"auto": 0.0, "guided": 0.0}, "diverged": None, "steps": self.run.steps}
+        self._measure(0, [])
         for step in range(self.run.steps):
             try:
-                metrics.append(self.stepper.update(self._shard(step)))
-            except SgpoError:
-                diverged = step
+                self._step(step)
+            except SgpoError as error:
+                result["diverged"] = {"step": step, "why": str(error)}
                 break
-            self.history.append(self._weights())
-            if (step + 1) % self.run.evaluation.every == 0 or step + 1 == self.run.steps:
-                self._measure(step + 1, metrics)
-                metrics = []
-        return {
-            "test": self._pass_rates(self.test, version=len(self.curve)),
-            "curve": self.curve,
-            "diverged": diverged,
-            "steps": self.run.steps,
-            "wall_s": round(time.monotonic() - began, 1),
-        }
+        else:
+            result["test"] = self._pass_rates(self.test, version=self.run.steps)
+        return result | {"curve": self.curve, "wall_s": round(time.monotonic() - began, 1)}
+
+    def _step(self, step: int) -> None:
+        self.metrics.append(self.stepper.update(self._shard(step)))
+        self.history.append(self._weights())
+        if (step + 1) % self.run.evaluation.every == 0 or step + 1 == self.run.steps:
+            self._measure(step + 1, self.metrics)
+            self.metrics = []
 
     def _shard(self, step: int) -> Shard:
         """The batch of `step`, from the oldest weights at hand."""
