@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from transformers import PreTrainedModel
 
-from sgpo_async.algorithm import linear_forward_kl, linear_logprobs
+from sgpo_async.algorithm import linear_divergence, linear_logprobs
 from sgpo_async.errors import DataError
 from sgpo_async.learner.packing import Packed, Tokens, pack
 
@@ -76,7 +76,7 @@ class Policy(nn.Module):
         if teacher is None:
             return Outputs(log_pi, entropy, log_pi.new_empty(0), log_pi.new_empty(0))
         states, matrix = teacher
-        d, log_teacher = linear_forward_kl(
+        d, log_teacher = linear_divergence(
             (states, self.head.detach() if matrix is None else matrix),
             (hidden[autonomous:], self.head),
             targets[autonomous:],
