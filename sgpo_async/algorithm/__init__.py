@@ -6,13 +6,16 @@ https://arxiv.org/abs/2606.24064. Equation numbers are the paper's; sg[.] stops 
 For each of P problems q with a strategy s, the policy pi writes G1 autonomous rollouts o_i ~ pi(.|q) and G2
 guided rollouts o~_j ~ pi(.|q,s), each with a reward R in {0, 1}. Read the files in the equations' order:
 
-    advantages.py   Eq. 1   A_i = (R_i - mean) / std, within the autonomous group
-    kl.py           Eq. 3   d_t = KL( sg[pi(.|q,s,o~_<t)] || pi(.|q,o~_<t) )
-    selection.py    Eq. 4   o+ = the correct o~_j that is likeliest without the strategy
-    weights.py      Eq. 6   alpha(q): how much to distil, given how much the strategy helps
-    losses.py       Eq. 1, 5, 7   L = L_GRPO + alpha(q) L_KD, averaged over problems
+    advantages.py   Eq. 1     A_i = (R_i - mean) / std, within the autonomous group
+    divergences.py  Eq. 3     d_t = KL( sg[pi(.|q,s,o~_<t)] || pi(.|q,o~_<t) ), and others in its place
+    selection.py    Eq. 4     o+ = the correct o~_j that is likeliest without the strategy
+    limiters.py     Eq. 5     what bounds the pull of a single token
+    weights.py      Eq. 6, 8  alpha(q): how much to distil, given how much the strategy helps
+    losses.py       Eq. 1, 5, 7   L = L_GRPO + alpha(q) L_KD, averaged over problems; likelihood of a given text
     correction.py   importance weights, where the rollouts come from an older policy mu
     linear.py       log-probabilities and Eq. 3 straight from hidden states, for large vocabularies
+
+docs/algorithm.md has every equation, and the key of the configuration that chooses it.
 
 Shapes: P problems, G rollouts of a group, N or K sequences, T tokens, V vocabulary, H hidden width.
 Every function computes in the floating-point type that it is given.
@@ -20,36 +23,45 @@ Every function computes in the floating-point type that it is given.
 
 from sgpo_async.algorithm.advantages import group_advantages
 from sgpo_async.algorithm.correction import MODES, correction_weights
-from sgpo_async.algorithm.kl import forward_kl
-from sgpo_async.algorithm.linear import linear_forward_kl, linear_logprobs
+from sgpo_async.algorithm.divergences import DIVERGENCES, divergence, forward_kl
+from sgpo_async.algorithm.limiters import LIMITERS, limit
+from sgpo_async.algorithm.linear import linear_divergence, linear_logprobs
 from sgpo_async.algorithm.losses import (
-    LIMITERS,
     KLMass,
     LossWeights,
     distillation_loss,
     grpo_loss,
     kl_mass,
     loss_weights,
+    nll_loss,
     sgpo_loss,
+    shaped_loss,
 )
 from sgpo_async.algorithm.selection import select_reachable
-from sgpo_async.algorithm.weights import adaptive_weight
+from sgpo_async.algorithm.weights import adaptive_weight, corrected_pass_rate, group_advantage_weight
 
 __all__ = [
+    "DIVERGENCES",
     "LIMITERS",
     "MODES",
     "KLMass",
     "LossWeights",
     "adaptive_weight",
+    "corrected_pass_rate",
     "correction_weights",
     "distillation_loss",
+    "divergence",
     "forward_kl",
+    "group_advantage_weight",
     "group_advantages",
     "grpo_loss",
     "kl_mass",
-    "linear_forward_kl",
+    "limit",
+    "linear_divergence",
     "linear_logprobs",
     "loss_weights",
+    "nll_loss",
     "select_reachable",
     "sgpo_loss",
+    "shaped_loss",
 ]

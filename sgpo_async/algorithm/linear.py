@@ -1,9 +1,9 @@
-"""Log-probabilities, entropy and forward KL straight from hidden states and the output matrix.
+"""Log-probabilities, entropy and divergences straight from hidden states and the output matrix.
 
 Logits of T tokens over V words are the largest tensor of training (16K x 152K in float32: 10 GB). Here they
 exist for `chunk` rows at a time, and again in the backward pass, where their gradient has a closed form:
 
-    d log q(o_t) / d z = onehot(o_t) - q          d KL(p || q) / d z = q - p          q = softmax(z)
+    d log q(o_t) / d z = onehot(o_t) - q,     q = softmax(z);     d d_t / d z as `divergences` says
 
 Logits are multiplied out in the type given; softmax, and the sum of the weight's gradient over chunks, in
 float32 at least. Weights are plain tensors (of a sharded parameter: the gathered one).
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sgpo_async.algorithm.kl import kl_divergence
+from sgpo_async.algorithm.divergences import DIVERGENCES
 
 Head = tuple[Tensor, Tensor]
 """(hidden [T, H], weight [V, H]): logits hidden @ weight.T, not multiplied out."""
@@ -41,15 +41,22 @@ def linear_logprobs(
     return logp, entropy
 
 
-def linear_forward_kl(
-    teacher: Head, student: Head, targets: Tensor, *, temperature: float = 1.0, chunk: int = 1024
+def linear_divergence(
+    teacher: Head,
+    student: Head,
+    targets: Tensor,
+    *,
+    kind: str = "forward",
+    temperature: float = 1.0,
+    chunk: int = 1024,
 ) -> tuple[Tensor, Tensor]:
-    """`forward_kl` (Eq. 3) without its logits, and the teacher's log pi(o~_t|q,s,o~_<t) from the same pass.
+    """`divergence` (Eq. 3) without its logits, and the teacher's log pi(o~_t|q,s,o~_<t) from the same pass.
 
     Args:
         teacher: (hidden [T, H'], weight [V, H']) with the strategy in the prompt; no gradient reaches either.
         student: (hidden [T, H], weight [V, H]) without it; the weight may be the teacher's own tensor.
         targets: [T] int64, o~_t.
+        kind: a key of DIVERGENCES.
         temperature: that of the rollouts.
         chunk: rows of logits held at a time, on each side.
 
@@ -57,7 +64,7 @@ def linear_forward_kl(
         d [T] in nats, differentiable in the student's hidden and weight; the teacher's log-probability [T] of
         the targets, without gradient, for the prefix correction.
     """
-    d, log_teacher = _LinearForwardKL.apply(*teacher, *student, targets, temperature, chunk)
+    d, log_teacher = _LinearDivergence.apply(*teacher, *student, targets, kind, temperature, chunk)
     return d, log_teacher
 
 
@@ -88,19 +95,19 @@ class _LinearLogprobs(torch.autograd.Function):
         return *_head_gradients(hidden, weight, grad_logits, ctx.chunk), None, None, None
 
 
-class _LinearForwardKL(torch.autograd.Function):
+class _LinearDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        *heads, targets, temperature, chunk = args
+        *heads, targets, kind, temperature, chunk = args
         teacher_hidden, teacher_weight, hidden, weight = heads
         d, log_teacher = _rows(hidden), _rows(teacher_hidden)
         for rows in _chunks(hidden, chunk):
             log_p = _log_softmax(teacher_hidden[rows], teacher_weight, temperature)
             log_q = _log_softmax(hidden[rows], weight, temperature)
-            d[rows] = kl_divergence(log_p, log_q)
+            d[rows] = DIVERGENCES[kind].value(log_p, log_q)
             log_teacher[rows] = _pick(log_p, targets[rows])
         ctx.save_for_backward(*heads)
-        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.kind, ctx.temperature, ctx.chunk = kind, temperature, chunk
         ctx.mark_non_differentiable(log_teacher)
         return d, log_teacher
 
@@ -110,11 +117,11 @@ class _LinearForwardKL(torch.autograd.Function):
         teacher_hidden, teacher_weight, hidden, weight = ctx.saved_tensors
 
         def grad_logits(rows: slice) -> Tensor:
-            p = _log_softmax(teacher_hidden[rows], teacher_weight, ctx.temperature).exp()
-            q = _log_softmax(hidden[rows], weight, ctx.temperature).exp()
-            return (q - p) * (grads[0][rows, None] / ctx.temperature)
+            log_p = _log_softmax(teacher_hidden[rows], teacher_weight, ctx.temperature)
+            log_q = _log_softmax(hidden[rows], weight, ctx.temperature)
+            return DIVERGENCES[ctx.kind].slope(log_p, log_q) * (grads[0][rows, None] / ctx.temperature)
 
-        return None, None, *_head_gradients(hidden, weight, grad_logits, ctx.chunk), None, None, None
+        return None, None, *_head_gradients(hidden, weight, grad_logits, ctx.chunk), None, None, None, None
 
 
 def _head_gradients(

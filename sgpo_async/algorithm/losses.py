@@ -1,15 +1,18 @@
 """The loss of SGPO: GRPO on autonomous rollouts (Eq. 1), distillation of guided ones (5), their sum (7).
 
-`grpo_loss` and `distillation_loss` give one number per sequence. The loss of a batch is the sum of those
-numbers times the constants of `loss_weights`, so it may be taken whole (`sgpo_loss`) or piece by piece, over
-micro-batches and ranks, in any division.
+Beside them stands what trains on a given text: plain likelihood, and LUFFY's shaping of it.
+
+Each gives one number per sequence. The loss of a batch is the sum of those numbers times constants that are fixed
+beforehand (SGPO's: `loss_weights`), so it may be taken whole (`sgpo_loss`) or piece by piece, over micro-batches and
+ranks, in any division.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from sgpo_async.algorithm.limiters import limit
 
 
 def grpo_loss(
@@ -50,34 +53,53 @@ def grpo_loss(
 
 
 def distillation_loss(
-    d: Tensor, mask: Tensor, correction: Tensor, *, delta: float = 1.0, limiter: str = "mask"
+    d: Tensor, mask: Tensor, correction: Tensor, *, delta: float = 1.0, limiter: str = "mask", quantile: float = 0.95
 ) -> Tensor:
-    """L_KD = 1/|o+| sum_t sg[C_t] 1[d_t <= delta] d_t for each target o+ (Eq. 5).
+    """L_KD = 1/|o+| sum_t sg[C_t] L_t for each target o+; L_t = 1[d_t <= delta] d_t (Eq. 5), or as `limiter` says.
 
     The divisor is the length |o+|, not the number of tokens kept: masking a token does not raise the weight
     of the others. No target found is a row without tokens: value and gradient exactly 0.
 
     Args:
-        d: [K, T], `forward_kl` along o+, with gradient.
+        d: [K, T], `divergence` along o+, with gradient.
         mask: [K, T] bool, true on the tokens of o+.
         correction: [K, T], C_t = `correction_weights(log_teacher, log_mu, ..., mode="prefix")`, or ones.
-        delta: in nats; larger d_t is masked, not capped.
+        delta: in nats.
         limiter: a key of LIMITERS.
+        quantile: in [0, 1], for the limiter of that name.
 
     Returns:
         [K].
     """
-    return _sequence_mean(correction.detach() * LIMITERS[limiter](d, delta), mask)
+    return _sequence_mean(correction.detach() * limit(d, mask, limiter=limiter, delta=delta, quantile=quantile), mask)
 
 
-LIMITERS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "mask": lambda d, delta: torch.where(d <= delta, d, 0),
-    "none": lambda d, _delta: d,
-}
+def nll_loss(log_pi: Tensor, mask: Tensor) -> Tensor:
+    """-1/|o| sum_t log pi(o_t|.) of each sequence, as in SFT: [N, T], [N, T] -> [N]."""
+    return -_sequence_mean(log_pi, mask)
+
+
+def shaped_loss(log_pi: Tensor, mask: Tensor, *, gamma: float = 0.1) -> Tensor:
+    """-1/|o| sum_t f(pi(o_t|.)), f(p) = p / (p + gamma), of each sequence: LUFFY's policy shaping.
+
+    The ratio to the demonstration's own policy, whose probabilities are unknown and taken as 1, is pi itself. f lifts
+    the small ones: the gradient of a token is gamma p / (p + gamma)^2 that of its log p, largest at p = gamma, where
+    that of the bare ratio is p. There is no clip. Source: https://arxiv.org/abs/2504.14945, section 3.3.
+
+    Args:
+        log_pi: [N, T], log-probability of each given token, with gradient.
+        mask: [N, T] bool, true on the tokens of the sequence.
+        gamma: above 0.
+
+    Returns:
+        [N], in [-1, 0].
+    """
+    p = log_pi.masked_fill(~mask, 0).exp()
+    return -_sequence_mean(p / (p + gamma), mask)
 
 
 class KLMass(NamedTuple):
-    """What the mask d_t <= delta takes from each target, all [K]. Sums, so that they add over targets."""
+    """What the mask d_t <= delta takes, or would take, from each target, all [K]. Sums, so that they add up."""
 
     tokens: Tensor
     masked_tokens: Tensor

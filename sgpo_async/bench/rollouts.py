@@ -13,7 +13,7 @@ from sgpo_async.actor.group import Group, Sampling, group_of, task_of
 from sgpo_async.config import Run
 from sgpo_async.engines import EmbeddedEngine, Weights
 from sgpo_async.engines.base import Generated
-from sgpo_async.hub.work import Curriculum, Task
+from sgpo_async.tasks.curriculum import Curriculum, Task
 from sgpo_async.tasks.models import load_tokenizer, model_folder
 from sgpo_async.tasks.prompts import build_prompt
 from sgpo_async.tasks.sources import VERIFIER_OF_SOURCE, open_source

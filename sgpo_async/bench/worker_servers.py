@@ -31,8 +31,8 @@ from sgpo_async.config import Run, load
 from sgpo_async.engines.pretrained import load_model
 from sgpo_async.engines.sglang import SglangEngine
 from sgpo_async.engines.sglang.api import http_session
-from sgpo_async.hub.work import Curriculum
 from sgpo_async.session import NodeEvent, NodeWeights
+from sgpo_async.tasks.curriculum import Curriculum
 from sgpo_async.tasks.models import load_tokenizer, model_folder
 from sgpo_async.tasks.prompts import build_prompt
 from sgpo_async.tasks.sources import VERIFIER_OF_SOURCE, open_source

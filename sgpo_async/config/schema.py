@@ -163,6 +163,11 @@ class Algorithm:
         )
 
     @property
+    def copies_teacher(self) -> bool:
+        """Whether a copy of the weights is kept to teach."""
+        return self.objective == "sgpo" and self.divergence != "sft" and self.teacher != "self"
+
+    @property
     def demonstrated(self) -> bool:
         """Whether the objective trains on the problems' own responses."""
         return self.objective in ("sft", "luffy", "hpt")

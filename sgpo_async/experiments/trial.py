@@ -21,11 +21,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from sgpo_async.bench.rollouts import Roller
 from sgpo_async.config import Run
 from sgpo_async.errors import SgpoError
-from sgpo_async.hub.work import Curriculum, Group
+from sgpo_async.hub.work import Group
 from sgpo_async.learner.publish import gather
 from sgpo_async.learner.step import Stepper
 from sgpo_async.learner.train import build
 from sgpo_async.tasks.base import Problem, ProblemSource
+from sgpo_async.tasks.curriculum import Curriculum
 from sgpo_async.tasks.sources import open_source
 from sgpo_async.wire.records import Shard
 

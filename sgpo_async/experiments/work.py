@@ -1,4 +1,4 @@
-"""What a worker process does: make a base policy, run a trial. Imported in workers alone; the parent needs no torch."""
+"""What a worker process does: make a base policy, run a trial. What needs torch is imported there and not before."""
 
 from __future__ import annotations
 
@@ -6,16 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from transformers.utils import logging
-
 from sgpo_async.config import load
 from sgpo_async.config.experiment import Base
-from sgpo_async.experiments.trial import Trial, join_alone
-from sgpo_async.learner.folder import export
-from sgpo_async.learner.publish import gather
 from sgpo_async.tasks.models import model_folder
-from sgpo_async.tasks.pretrain import Recipe, pretrain
 
 
 class TrialJob(NamedTuple):
@@ -40,12 +33,21 @@ class BaseJob(NamedTuple):
 def run_trial(job: TrialJob) -> dict[str, Any]:
     """Train and measure."""
     _prepare()
+    from sgpo_async.experiments.trial import Trial
+
     return Trial(load(job.config, job.words)).train()
 
 
 def make_base(job: BaseJob) -> dict[str, Any]:
     """Write the model's folder, whole or not at all; returns the pass rates of what was made."""
     _prepare()
+    import torch
+
+    from sgpo_async.experiments.trial import Trial
+    from sgpo_async.learner.folder import export
+    from sgpo_async.learner.publish import gather
+    from sgpo_async.tasks.pretrain import Recipe, pretrain
+
     part = Path(f"{job.folder}.part")
     shutil.rmtree(part, ignore_errors=True)
     if job.base.train:
@@ -67,6 +69,11 @@ def make_base(job: BaseJob) -> dict[str, Any]:
 
 
 def _prepare() -> None:
+    import torch
+    from transformers.utils import logging
+
+    from sgpo_async.experiments.trial import join_alone
+
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     join_alone()

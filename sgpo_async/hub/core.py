@@ -24,8 +24,8 @@ from sgpo_async.hub.evaluation import Evaluation
 from sgpo_async.hub.events import CloseLink, Effect, Event, OpenLink, Send, Shutdown
 from sgpo_async.hub.status import status
 from sgpo_async.hub.training import Training
-from sgpo_async.hub.work import Curriculum
 from sgpo_async.hub.world import World
+from sgpo_async.tasks.curriculum import Curriculum
 from sgpo_async.wire import records as wire
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 from sgpo_async.hub.figures import mean_of_known
 from sgpo_async.hub.leases import Book
-from sgpo_async.hub.work import Curriculum, Group
+from sgpo_async.hub.work import Group
+from sgpo_async.tasks.curriculum import Curriculum
 from sgpo_async.wire.records import Evaluated, Lease
 
 

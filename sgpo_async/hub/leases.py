@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sgpo_async.hub.ledger import Ledger
-from sgpo_async.hub.work import Group, Task
+from sgpo_async.hub.work import Group
+from sgpo_async.tasks.curriculum import Task
 from sgpo_async.wire.records import Lease, Rollout
 
 MISFITS = 3  # leases of one task that may end by a rollout which cannot be what was asked for

@@ -21,7 +21,8 @@ from sgpo_async.hub.evaluation import Evaluation
 from sgpo_async.hub.leases import Book
 from sgpo_async.hub.ledger import Ledger
 from sgpo_async.hub.training import Training
-from sgpo_async.hub.work import Curriculum, Group
+from sgpo_async.hub.work import Group
+from sgpo_async.tasks.curriculum import Curriculum
 from sgpo_async.wire.records import Evaluated, Rollout
 
 FORMAT = 1

@@ -15,7 +15,7 @@ from sgpo_async.hub.admission import lowest_version, room
 from sgpo_async.hub.balance import balance
 from sgpo_async.hub.figures import figures
 from sgpo_async.hub.leases import Book
-from sgpo_async.hub.work import Curriculum
+from sgpo_async.tasks.curriculum import Curriculum
 from sgpo_async.wire.records import Lease, Shard
 
 

@@ -1,106 +1,114 @@
-"""A rank's shard as the terms of Eq. 7: which sequences carry which loss, with which constant weight.
+"""A rank's shard as weighted sequences: which carries which loss, with which constant weight.
 
-    autonomous i:  plain prompt + o_i              GRPO, weight 1/(P G1)
-    target k:      plain prompt + o+  (student)    distillation, weight alpha(q)/P
-                   guided prompt + o+ (teacher)    no gradient
-
-The weights are fixed here, from the whole batch's P, before anything is packed: how sequences are then divided over
+The objective sets the weights, from the whole batch's P, before anything is packed: how sequences are then divided over
 micro-batches and ranks cannot change the loss.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
-import torch
 
-from sgpo_async.algorithm import adaptive_weight, group_advantages, loss_weights, select_reachable
 from sgpo_async.config.schema import Algorithm
+from sgpo_async.learner.objectives import OBJECTIVES
+from sgpo_async.learner.objectives.base import Distillation, Likelihood, PolicyGradient, TaskGroup
 from sgpo_async.learner.packing import Tokens
 from sgpo_async.wire.records import Rollout, Shard
+
+Responses = Callable[[int], np.ndarray | None]
+"""Task number -> the tokens of its problem's own response; None without one."""
+
+
+class Sequences(NamedTuple):
+    """Sequences with gradient, kind by kind. Any two parts of a batch together have the loss of both."""
+
+    policy_gradient: list[PolicyGradient]
+    distillation: list[Distillation]
+    likelihood: list[Likelihood]
+
+    @property
+    def students(self) -> list[Tokens]:
+        """All of them, in the order of the kinds."""
+        return [item.student for kind in self for item in kind]
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Completion tokens of each kind."""
+        a, k, n = (sum(len(item.student.completion) for item in kind) for kind in self)
+        return a, k, n
+
+    def part(self, order: Iterable[int]) -> Sequences:
+        """Those at these places, ascending, among `students`."""
+        first, second = len(self.policy_gradient), len(self.policy_gradient) + len(self.distillation)
+        order = list(order)
+        return Sequences(
+            [self.policy_gradient[i] for i in order if i < first],
+            [self.distillation[i - first] for i in order if first <= i < second],
+            [self.likelihood[i - second] for i in order if i >= second],
+        )
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one rank trains on in one step: N autonomous rollouts, and K targets of which o+ is distilled."""
+    """What one rank trains on in one step."""
 
     version: int  # of the weights that are trained; lag of a token = this - its own
-    autonomous: tuple[Rollout, ...]
-    advantages: np.ndarray  # [N]
-    weights: np.ndarray  # [N], 1/(P G1)
-    targets: tuple[Rollout, ...]  # o+ of each problem that has one and alpha > 0
-    plain_prompts: tuple[np.ndarray, ...]  # [K] of int32
-    target_weights: np.ndarray  # [K], alpha/P
+    sequences: Sequences
+    figures: tuple[Mapping[str, float], ...]  # of each task, some of FIGURES
 
-    @property
-    def students(self) -> list[Tokens]:
-        """All sequences with gradient: the N autonomous ones, then the K targets after the plain prompt."""
-        own = [Tokens(rollout.prompt, rollout.tokens) for rollout in self.autonomous]
-        return own + [Tokens(q, o.tokens) for q, o in zip(self.plain_prompts, self.targets, strict=True)]
+    forward_only: int  # tokens that run through a forward without gradient: the teacher's, corrected pass rates'
 
     @property
     def teachers(self) -> list[Tokens]:
         """The K targets after the guided prompt that they were sampled from."""
-        return [Tokens(rollout.prompt, rollout.tokens) for rollout in self.targets]
-
-    def lags(self, rollout: Rollout) -> np.ndarray:
-        """Versions behind, per token: [T]."""
-        return self.version - rollout.token_versions()
+        return [item.teacher for item in self.sequences.distillation]
 
 
-def from_shard(shard: Shard, algorithm: Algorithm) -> Batch:
-    """Advantages (Eq. 1), targets (Eq. 4) and weights (Eq. 6, 7) of a shard's groups."""
-    groups = [list(group) for _, group in groupby(shard.rollouts, key=lambda rollout: rollout.task)]
-    terms = [_terms(group, problems=shard.problems, algorithm=algorithm) for group in groups]
-    distilled = [term for term in terms if term.target is not None]
+def lags(rollout: Rollout, version: int) -> np.ndarray:
+    """Versions behind `version`, per token: [T]."""
+    return version - rollout.token_versions()
+
+
+def from_shard(
+    shard: Shard, algorithm: Algorithm, *, responses: Responses | None = None, log_rho: Iterable[float] | None = None
+) -> Batch:
+    """The sequences of a shard's groups, as `algorithm.objective` weighs them.
+
+    Args:
+        responses: of the problems, for objectives that train on them.
+        log_rho: log pi/mu of each whole rollout in the shard's order, for corrected pass rates.
+    """
+    objective = OBJECTIVES[algorithm.objective]
+    ratios = (
+        dict(zip(((r.task, r.slot) for r in shard.rollouts), log_rho, strict=True)) if log_rho is not None else None
+    )
+    trained = []
+    for task, group in groupby(shard.rollouts, key=lambda rollout: rollout.task):
+        rollouts = tuple(group)
+        autonomous = tuple(rollout for rollout in rollouts if not rollout.guided)
+        assert autonomous, f"task {task} has no autonomous rollout"
+        known = TaskGroup(
+            autonomous=autonomous,
+            guided=tuple(rollout for rollout in rollouts if rollout.guided),
+            demonstration=responses(task) if responses else None,
+            log_rho={rollout.slot: ratios[task, rollout.slot] for rollout in rollouts} if ratios else None,
+            problems=shard.problems,
+        )
+        trained.append(objective(known, algorithm))
+    targets = [item for task in trained for item in task.distillation]
+    forward_only = [item.teacher for item in targets]
+    forward_only += [Tokens(rollout.prompt, rollout.tokens) for rollout in shard.rollouts] if ratios else []
     return Batch(
         version=shard.version,
-        autonomous=tuple(rollout for term in terms for rollout in term.autonomous),
-        advantages=np.array([advantage for term in terms for advantage in term.advantages]),
-        weights=np.array([term.weight for term in terms for _ in term.autonomous]),
-        targets=tuple(term.target for term in distilled if term.target is not None),
-        plain_prompts=tuple(term.autonomous[0].prompt for term in distilled),
-        target_weights=np.array([term.target_weight for term in distilled]),
+        sequences=Sequences(
+            [item for task in trained for item in task.policy_gradient],
+            targets,
+            [item for task in trained for item in task.likelihood],
+        ),
+        figures=tuple(task.figures for task in trained),
+        forward_only=sum(tokens.length for tokens in forward_only),
     )
-
-
-@dataclass(frozen=True)
-class _Terms:
-    autonomous: list[Rollout]
-    advantages: list[float]
-    weight: float
-    target: Rollout | None
-    target_weight: float
-
-
-def _terms(group: list[Rollout], *, problems: int, algorithm: Algorithm) -> _Terms:
-    autonomous = [rollout for rollout in group if not rollout.guided]
-    guided = [rollout for rollout in group if rollout.guided]
-    assert autonomous, f"task {group[0].task} has no autonomous rollout"
-    rewards = torch.tensor([rollout.reward for rollout in autonomous], dtype=torch.float64)
-    target, alpha = _target(rewards, guided, algorithm)
-    weights = loss_weights(alpha, torch.tensor([target is not None]), problems=problems, group_size=len(autonomous))
-    weight = float(weights.guided)
-    return _Terms(
-        autonomous, group_advantages(rewards).tolist(), weights.autonomous, target if weight else None, weight
-    )
-
-
-def _target(rewards: torch.Tensor, guided: list[Rollout], algorithm: Algorithm) -> tuple[Rollout | None, torch.Tensor]:
-    """o+ (Eq. 4) and alpha(q) [1] (Eq. 6) of one problem; GRPO has neither."""
-    if algorithm.objective == "grpo" or not guided:
-        return None, torch.zeros(1, dtype=torch.float64)
-    correct = torch.tensor([[rollout.unguided_logprob is not None for rollout in guided]])
-    sums = torch.tensor([[rollout.unguided_logprob or 0.0 for rollout in guided]], dtype=torch.float64)
-    index, found = select_reachable(sums, correct)
-    p_guide = torch.tensor([rollout.reward for rollout in guided], dtype=torch.float64).mean()
-    alpha = adaptive_weight(
-        rewards.mean()[None],
-        p_guide[None],
-        alpha0=algorithm.alpha0,
-        gamma=algorithm.gamma,
-        alpha_max=algorithm.alpha_max,
-    )
-    return guided[int(index)] if found else None, alpha

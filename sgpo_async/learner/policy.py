@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from transformers import PreTrainedModel
 
-from sgpo_async.algorithm import linear_forward_kl, linear_logprobs
+from sgpo_async.algorithm import linear_divergence, linear_logprobs
 from sgpo_async.errors import DataError
 from sgpo_async.learner.packing import Packed, Tokens, pack
 
@@ -24,13 +24,22 @@ GROUP_BYTES = 32 * 2**20  # a smaller model is one FSDP group: its collectives w
 LOCAL_GRADIENT_BYTES = 2**30  # a smaller model keeps its gradients whole until the step's last micro-batch
 
 
+class Guide(NamedTuple):
+    """What the teacher makes of the targets' K tokens, and how the student is compared with it."""
+
+    states: Tensor  # [K, H'], its hidden states after the guided prompt
+    matrix: Tensor | None  # its output matrix [V, H']; None: the policy's own
+    kind: str  # a key of DIVERGENCES
+
+
 class Outputs(NamedTuple):
-    """Per completion token: A autonomous ones, then those of the targets (K)."""
+    """Per completion token of each kind: A of the policy gradient, then K of targets, then L of given texts."""
 
     log_pi: Tensor  # [A], with gradient
     entropy: Tensor  # [A]
     d: Tensor  # [K], Eq. 3, with gradient
     log_teacher: Tensor  # [K]
+    log_text: Tensor  # [L], with gradient
 
 
 class Policy(nn.Module):
@@ -55,34 +64,29 @@ class Policy(nn.Module):
         ).last_hidden_state
         return states.flatten(0, 1).index_select(0, self._tensor(packed.picks))
 
-    def forward(
-        self,
-        packed: Packed,
-        autonomous: int,
-        teacher: tuple[Tensor, Tensor | None] | None,
-        temperature: float,
-    ) -> Outputs:
+    def forward(self, packed: Packed, sizes: tuple[int, int, int], guide: Guide | None, temperature: float) -> Outputs:
         """What the losses need of a micro-batch.
 
         Args:
-            packed: its C completion tokens are those of autonomous rollouts, then those of targets.
-            autonomous: A, how many of them belong to autonomous rollouts; K = C - A.
-            teacher: hidden states [K, H] of the targets' tokens after the guided prompt, and the teacher's output
-                matrix (None: this policy's own); None without targets.
+            packed: its completion tokens are of the three kinds of `Outputs`, in that order.
+            sizes: A, K and L.
+            guide: of the targets; None without any.
             temperature: that of the rollouts.
         """
         hidden, targets = self.hidden(packed), self._tensor(packed.targets)
-        log_pi, entropy = linear_logprobs(hidden[:autonomous], self.head, targets[:autonomous], temperature=temperature)
-        if teacher is None:
-            return Outputs(log_pi, entropy, log_pi.new_empty(0), log_pi.new_empty(0))
-        states, matrix = teacher
-        d, log_teacher = linear_forward_kl(
-            (states, self.head.detach() if matrix is None else matrix),
-            (hidden[autonomous:], self.head),
-            targets[autonomous:],
-            temperature=temperature,
-        )
-        return Outputs(log_pi, entropy, d, log_teacher)
+        own, target, text = hidden.split(sizes)
+        own_tokens, target_tokens, text_tokens = targets.split(sizes)
+        log_pi, entropy = linear_logprobs(own, self.head, own_tokens, temperature=temperature)
+        d = log_teacher = log_text = log_pi.new_empty(0)
+        if guide is not None:
+            matrix = self.head.detach() if guide.matrix is None else guide.matrix
+            teacher, student = (guide.states, matrix), (target, self.head)
+            d, log_teacher = linear_divergence(
+                teacher, student, target_tokens, kind=guide.kind, temperature=temperature
+            )
+        if len(text):
+            log_text, _ = linear_logprobs(text, self.head, text_tokens, temperature=temperature)
+        return Outputs(log_pi, entropy, d, log_teacher, log_text)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.head.device)
@@ -94,8 +98,11 @@ def shard(policy: Policy, mesh: DeviceMesh, *, precision: str) -> Policy:
     Args:
         precision: of matrix products, see `in_bfloat16`.
     """
-    bfloat16 = in_bfloat16(precision, mesh)
-    mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bfloat16 else MixedPrecisionPolicy()
+    if in_bfloat16(precision, mesh):
+        mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    else:  # what is stored in bfloat16 is gathered as float32
+        narrow = next(policy.parameters()).dtype == torch.bfloat16
+        mixed = MixedPrecisionPolicy(torch.float32) if narrow else MixedPrecisionPolicy()
     if policy.nbytes >= GROUP_BYTES:
         for layer in decoder_layers(policy.model):
             fully_shard(layer, mesh=mesh, mp_policy=mixed)
@@ -127,7 +134,7 @@ def check_model(policy: Policy) -> None:
     packed = pack(tokens, (tuple(range(len(tokens))),))
     with torch.no_grad():
         try:
-            found = policy(packed, len(packed.targets), None, 1.0).log_pi
+            found = policy(packed, (len(packed.targets), 0, 0), None, 1.0).log_pi
         except (TypeError, AttributeError) as error:
             raise DataError(f"model.path: {type(policy.model).__name__} cannot be trained packed: {error}") from error
         expected = torch.cat([_own_logprobs(policy.model, *sequence) for sequence in tokens])

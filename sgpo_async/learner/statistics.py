@@ -15,14 +15,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sgpo_async.algorithm import correction_weights, kl_mass
+from sgpo_async.algorithm import correction_weights, kl_mass, limit
 from sgpo_async.config.schema import Correction
 from sgpo_async.learner import mismatch
+from sgpo_async.learner.batch import Batch
 from sgpo_async.learner.mismatch import AGES, Mismatch
+from sgpo_async.learner.objectives.base import FIGURES
 
 TERMS = ("correction", "kl_correction")
 SUMS = (
-    *("grpo_loss", "kd_loss", "entropy", "tokens_auto", "tokens_kd", "kl", "masked_tokens", "masked_kl"),
+    *("grpo_loss", "kd_loss", "likelihood_loss", "entropy", "tokens_auto", "tokens_kd", "tokens_likelihood"),
+    *("kl", "masked_tokens", "masked_kl", "limited_kl", "targets", "tokens_forward_only"),
+    *(f"{figure}_{part}" for figure in FIGURES for part in ("sum", "problems")),
     *(f"{term}_{part}_{age}" for term in TERMS for part in ("sum", "clipped", "tokens") for age in AGES),
 )
 MINIMA = tuple(f"{term}_min_{age}" for term in TERMS for age in AGES)
@@ -65,10 +69,20 @@ class Statistics:
         bins = lags.clamp(0, len(self.tokens_by_lag) - 1).flatten()
         self.tokens_by_lag.index_add_(0, bins, mask.double().flatten())
 
-    def add_kl(self, d: Tensor, mask: Tensor, *, delta: float) -> None:
-        """Record d_t [K, T] of Eq. 3 and what the limiter of Eq. 5 takes from it."""
+    def add_kl(self, d: Tensor, mask: Tensor, *, limiter: str, delta: float, quantile: float) -> None:
+        """Record d_t [K, T] of Eq. 3, what the mask of Eq. 5 takes or would take, and what this limiter takes."""
         mass = kl_mass(d, mask, delta=delta)
         self.add(tokens_kd=mass.tokens, kl=mass.kl, masked_tokens=mass.masked_tokens, masked_kl=mass.masked_kl)
+        kept = limit(d.detach(), mask, limiter=limiter, delta=delta, quantile=quantile)
+        self.add(limited_kl=mass.kl.sum() - kept.sum())
+
+    def add_batch(self, batch: Batch) -> None:
+        """Record what is known before anything is computed."""
+        for name, value in (item for figures in batch.figures for item in figures.items()):
+            self.sums[f"{name}_sum"] += value
+            self.sums[f"{name}_problems"] += 1
+        self.sums["targets"] += len(batch.teachers)
+        self.sums["tokens_forward_only"] += batch.forward_only
 
     def reduce(self) -> dict[str, Any]:
         """The step's metrics, equal on every rank. A collective of all ranks."""
@@ -85,6 +99,7 @@ class Statistics:
         least = dict(zip(MINIMA, lowest.tolist(), strict=True))
         return (
             _loss_metrics(total)
+            | {name: _ratio(total[f"{name}_sum"], total[f"{name}_problems"]) for name in FIGURES}
             | _correction_metrics(total, least)
             | _lag_metrics(by_lag.tolist())
             | mismatch.metrics(apart.view_as(self.mismatch.sums), -negated.view_as(self.mismatch.maxima))
@@ -93,14 +108,18 @@ class Statistics:
 
 def _loss_metrics(total: dict[str, float]) -> dict[str, Any]:
     return {
-        "loss": total["grpo_loss"] + total["kd_loss"],
+        "loss": total["grpo_loss"] + total["kd_loss"] + total["likelihood_loss"],
         "grpo_loss": total["grpo_loss"],
         "kd_loss": total["kd_loss"],
+        "likelihood_loss": total["likelihood_loss"],
         "entropy": _ratio(total["entropy"], total["tokens_auto"]),
         "kl_mean": _ratio(total["kl"], total["tokens_kd"]),
         "kl_masked_fraction": _ratio(total["masked_tokens"], total["tokens_kd"]),
         "kl_masked_mass": _ratio(total["masked_kl"], total["kl"]),
-        "tokens": int(total["tokens_auto"] + total["tokens_kd"]),
+        "kl_limited_mass": _ratio(total["limited_kl"], total["kl"]),
+        "targets": int(total["targets"]),
+        "tokens": int(total["tokens_auto"] + total["tokens_kd"] + total["tokens_likelihood"]),
+        "tokens_forward_only": int(total["tokens_forward_only"]),
     }
 
 

@@ -1,9 +1,10 @@
-"""One optimiser step from one rank's shard: the loss of Eq. 7 over packed micro-batches.
+"""One optimiser step from one rank's shard: the objective's sequences over packed micro-batches.
 
-    shard ─▶ Batch ─▶ teacher pass (no gradient): hidden states of each target after its guided prompt
-                  └─▶ per micro-batch: policy ─▶ GRPO + distillation, weighted ─▶ backward
+    shard ─▶ (corrected pass rates: log pi of every rollout, no gradient)
+          ─▶ Batch ─▶ teacher pass (no gradient): hidden states of each target after its guided prompt
+                  └─▶ per micro-batch: policy ─▶ the terms of its sequences, weighted ─▶ backward
                                                         last one: FSDP sums the gradients over ranks
-          ─▶ clip ─▶ AdamW ─▶ statistics
+          ─▶ clip ─▶ AdamW ─▶ the teacher follows ─▶ statistics
 
 Every rank runs the same number of forwards, since each is a collective of FSDP: ranks agree on the largest number of
 micro-batches, and who has fewer runs empty ones.
@@ -12,9 +13,11 @@ micro-batches, and who has fewer runs empty ones.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -22,15 +25,14 @@ from torch.distributed.fsdp import FSDPModule
 
 from sgpo_async.config.schema import Run
 from sgpo_async.errors import SgpoError
-from sgpo_async.learner.batch import Batch, from_shard
+from sgpo_async.learner.batch import Batch, Responses, from_shard
 from sgpo_async.learner.optimiser import clip_gradients, learning_rate
-from sgpo_async.learner.packing import MicroBatch, Tokens, pack, plan
-from sgpo_async.learner.policy import LOCAL_GRADIENT_BYTES, Policy
+from sgpo_async.learner.packing import MicroBatch, Packed, Tokens, pack, plan
+from sgpo_async.learner.policy import LOCAL_GRADIENT_BYTES, Guide, Policy
 from sgpo_async.learner.statistics import Statistics
-from sgpo_async.learner.terms import distillation_term, grpo_term
+from sgpo_async.learner.teacher import Teacher
+from sgpo_async.learner.terms import distillation_term, likelihood_term, policy_gradient_term
 from sgpo_async.wire.records import Shard
-
-Plans = tuple[list[MicroBatch], list[MicroBatch]]  # of the teacher and of the student
 
 
 @dataclass
@@ -40,11 +42,12 @@ class Stepper:
     run: Run
     policy: Policy
     optimiser: torch.optim.Optimizer
-    frozen_teacher: Policy | None  # None: the policy's current weights are the teacher
+    teacher: Teacher
+    responses: Responses | None = None  # of the problems, for objectives that train on them
 
     def update(self, shard: Shard) -> dict[str, Any]:
         """Train on `shard`; return the step's metrics, equal on every rank. A collective of all ranks."""
-        statistics = self.accumulate(from_shard(shard, self.run.algorithm))
+        statistics = self.accumulate(self.batch(shard))
         norm = clip_gradients(self.policy, self.run.optim.grad_clip)
         if not math.isfinite(norm):
             raise SgpoError(f"step {shard.step}: the gradient's norm is {norm}; lower optim.lr or optim.grad_clip")
@@ -53,69 +56,88 @@ class Stepper:
             group["lr"] = rate
         self.optimiser.step()
         self.optimiser.zero_grad()
+        self.teacher.follow(self.policy, steps=shard.step + 1)
         return statistics.reduce() | {"grad_norm": norm, "lr": rate}
 
+    def batch(self, shard: Shard) -> Batch:
+        """The weighted sequences of `shard`. A collective of all ranks with corrected pass rates."""
+        algorithm = self.run.algorithm
+        log_rho = self._log_rho(shard) if algorithm.pass_rates == "corrected" else None
+        return from_shard(shard, algorithm, responses=self.responses, log_rho=log_rho)
+
     def accumulate(self, batch: Batch) -> Statistics:
-        """Leave the gradient of Eq. 7, summed over ranks, in the policy's parameters."""
+        """Leave the gradient of the loss, summed over ranks, in the policy's parameters. A collective of all ranks."""
         statistics = Statistics(max_lag=self.run.hub.max_lag, device=self._device)
-        teacher_plan, student_plan = self._plans(batch)
-        states = self._teacher_states(batch.teachers, teacher_plan)
+        statistics.add_batch(batch)
+        students, teachers = batch.sequences.students, batch.teachers
+        student_plan, teacher_plan = self._plans(students, teachers)
+        states = self._teacher_states(batch, teachers, teacher_plan)
         ranks = dist.get_world_size()
-        for number, micro_batch in enumerate(student_plan, 1):
+        for number, (order, packed) in enumerate(_laid_out(students, student_plan), 1):
             self._synchronise(number == len(student_plan))
-            loss = self._loss(batch, micro_batch, states, statistics)
-            (loss * ranks).backward()  # FSDP takes the mean over ranks, where Eq. 7 has a sum
+            loss = self._loss(batch, order, packed, states, statistics)
+            (loss * ranks).backward()  # FSDP takes the mean over ranks, where the loss is a sum
         return statistics
 
-    def _plans(self, batch: Batch) -> Plans:
-        """Micro-batches of the teacher and of the student, as many on every rank."""
-        plans = tuple(
-            plan([tokens.length for tokens in sequences], self.run.learner.row_tokens)
-            for sequences in (batch.teachers, batch.students)
-        )
-        most = torch.tensor([len(micro_batches) for micro_batches in plans], device=self._device)
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        teacher, student = (own + [()] * (int(n) - len(own)) for own, n in zip(plans, most, strict=True))
-        return teacher, student
+    def _plans(self, *sequences: Sequence[Tokens]) -> list[list[MicroBatch]]:
+        """Micro-batches of each list of sequences, as many on every rank, and of the first at least one.
 
-    def _teacher_states(self, sequences: list[Tokens], micro_batches: list[MicroBatch]) -> dict[int, Tensor]:
-        """Hidden states [T, H] of each target k after its guided prompt."""
-        teacher = self.frozen_teacher or self.policy
+        Without any sequence there is a gradient all the same: 0.
+        """
+        row_tokens = self.run.learner.row_tokens
+        plans = [plan([tokens.length for tokens in part], row_tokens) for part in sequences]
+        most = torch.tensor([len(micro_batches) for micro_batches in plans], device=self._device)
+        most[0].clamp_(min=1)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return [own + [()] * (int(n) - len(own)) for own, n in zip(plans, most, strict=True)]
+
+    @torch.no_grad()
+    def _log_rho(self, shard: Shard) -> list[float]:
+        """log pi/mu of each whole rollout, after the prompt that it was sampled with."""
+        sequences = [Tokens(rollout.prompt, rollout.tokens) for rollout in shard.rollouts]
+        (micro_batches,) = self._plans(sequences)
+        sums: dict[int, float] = {}
+        for order, packed in _laid_out(sequences, micro_batches):
+            sizes = (len(packed.targets), 0, 0)
+            log_pi = self.policy(packed, sizes, None, self.run.rollout.temperature).log_pi
+            own = log_pi.split([len(sequences[i].completion) for i in order])
+            sums |= {i: float(part.double().sum()) for i, part in zip(order, own, strict=True)}
+        return [sums[i] - float(rollout.logprobs.sum(dtype=np.float64)) for i, rollout in enumerate(shard.rollouts)]
+
+    @torch.no_grad()
+    def _teacher_states(
+        self, batch: Batch, sequences: list[Tokens], micro_batches: list[MicroBatch]
+    ) -> dict[int, Tensor]:
+        """Hidden states [T, H] of each target after its guided prompt, by its place among the students."""
+        teacher, first = self.teacher.copy or self.policy, len(batch.sequences.policy_gradient)
         states: dict[int, Tensor] = {}
-        for micro_batch in micro_batches:
-            order = sorted(i for row in micro_batch for i in row)
-            with torch.no_grad():
-                hidden = teacher.hidden(pack(sequences, micro_batch))
-            states |= zip(order, hidden.split([len(sequences[i].completion) for i in order]), strict=True)
+        for order, packed in _laid_out(sequences, micro_batches):
+            own = teacher.hidden(packed).split([len(sequences[i].completion) for i in order])
+            states |= {first + i: part for i, part in zip(order, own, strict=True)}
         return states
 
-    def _loss(self, batch: Batch, micro_batch: MicroBatch, states: dict[int, Tensor], statistics: Statistics) -> Tensor:
-        """This micro-batch's part of Eq. 7."""
-        order = sorted(i for row in micro_batch for i in row)
-        own = [i for i in order if i < len(batch.autonomous)]
-        distilled = [i - len(batch.autonomous) for i in order[len(own) :]]
-        outputs = self.policy(
-            pack(batch.students, micro_batch),
-            sum(len(batch.autonomous[i].tokens) for i in own),
-            self._teacher(states, distilled),
-            self.run.rollout.temperature,
-        )
+    def _loss(
+        self, batch: Batch, order: list[int], packed: Packed, states: dict[int, Tensor], statistics: Statistics
+    ) -> Tensor:
+        """This micro-batch's part of the loss."""
+        part, algorithm = batch.sequences.part(order), self.run.algorithm
+        guided = [states[i] for i in order if i in states]
+        guide = Guide(torch.cat(guided), self.teacher.matrix, algorithm.divergence) if guided else None
+        outputs = self.policy(packed, part.sizes, guide, self.run.rollout.temperature)
         loss = outputs.log_pi.sum() * 0  # a micro-batch without sequences has a backward pass, too: a collective
-        if own:
+        if part.policy_gradient:
             statistics.add(entropy=outputs.entropy, tokens_auto=torch.ones_like(outputs.entropy))
-            loss = loss + grpo_term(batch, own, outputs.log_pi, algorithm=self.run.algorithm, statistics=statistics)
-        if distilled:
-            loss = loss + distillation_term(
-                batch, distilled, (outputs.d, outputs.log_teacher), algorithm=self.run.algorithm, statistics=statistics
+            loss = loss + policy_gradient_term(
+                part.policy_gradient, batch.version, outputs.log_pi, algorithm=algorithm, statistics=statistics
             )
+        if part.distillation:
+            distance = outputs.d, outputs.log_teacher
+            loss = loss + distillation_term(
+                part.distillation, batch.version, distance, algorithm=algorithm, statistics=statistics
+            )
+        if part.likelihood:
+            loss = loss + likelihood_term(part.likelihood, outputs.log_text, algorithm=algorithm, statistics=statistics)
         return loss
-
-    def _teacher(self, states: dict[int, Tensor], distilled: list[int]) -> tuple[Tensor, Tensor | None] | None:
-        """Hidden states of these targets' tokens, and the output matrix unless it is the policy's own."""
-        if not distilled:
-            return None
-        matrix = self.frozen_teacher.head if self.frozen_teacher else None
-        return torch.cat([states[k] for k in distilled]), matrix
 
     def _synchronise(self, last: bool) -> None:
         """Small models exchange gradients once per step; large ones each time, since whole gradients do not fit."""
@@ -127,3 +149,9 @@ class Stepper:
     @property
     def _device(self) -> torch.device:
         return next(self.policy.parameters()).device
+
+
+def _laid_out(sequences: Sequence[Tokens], micro_batches: list[MicroBatch]) -> Iterator[tuple[list[int], Packed]]:
+    """Each micro-batch: which sequences it holds, ascending, and how they lie in it."""
+    for micro_batch in micro_batches:
+        yield sorted(i for row in micro_batch for i in row), pack(sequences, micro_batch)

@@ -1,77 +1,101 @@
-"""The two terms of Eq. 7 for the sequences of one micro-batch, from the policy's flat outputs."""
+"""The three terms of the loss for the sequences of one micro-batch, from the policy's flat outputs."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sgpo_async.algorithm import correction_weights, distillation_loss, grpo_loss
+from sgpo_async.algorithm import correction_weights, distillation_loss, grpo_loss, nll_loss, shaped_loss
 from sgpo_async.config.schema import Algorithm
-from sgpo_async.learner.batch import Batch
+from sgpo_async.learner.batch import lags
+from sgpo_async.learner.objectives.base import Distillation, Likelihood, PolicyGradient
 from sgpo_async.learner.packing import pad
 from sgpo_async.learner.statistics import Statistics
 from sgpo_async.wire.records import Rollout
 
 
-def grpo_term(
-    batch: Batch, which: list[int], log_pi: Tensor, *, algorithm: Algorithm, statistics: Statistics
+def policy_gradient_term(
+    items: Sequence[PolicyGradient], version: int, log_pi: Tensor, *, algorithm: Algorithm, statistics: Statistics
 ) -> Tensor:
-    """sum of 1/(P G1) L_GRPO over the autonomous rollouts `which` (Eq. 1), from log_pi [A] of all their tokens."""
+    """sum of weight times the clipped loss (Eq. 1) over these rollouts, from log_pi [A] of all their tokens."""
     rule = algorithm.grpo_correction
-    log_mu, lags = _behaviour(batch, [batch.autonomous[i] for i in which], log_pi)
-    mask = lags >= 0
+    rollouts = [item.rollout for item in items]
+    log_mu, age = _behaviour(rollouts, version, log_pi)
+    mask = age >= 0
     log_pi = _unflatten(log_pi, mask)
     correction = correction_weights(log_pi, log_mu, mask, mode=rule.mode, bound=rule.bound)
     log_rho = (log_pi - log_mu).detach()
-    statistics.add_correction("correction", correction, log_rho, lags, rule)
-    statistics.mismatch.add(log_rho, lags, _later(batch, which, mask))
+    statistics.add_correction("correction", correction, log_rho, age, rule)
+    statistics.mismatch.add(log_rho, age, _later(rollouts, mask))
     losses = grpo_loss(
         log_pi,
         mask,
-        _like(log_pi, batch.advantages[which]),
+        _like(log_pi, [item.advantage for item in items]),
         correction=correction,
         clip=(algorithm.eps_low, algorithm.eps_high),
     )
-    term = (losses * _like(losses, batch.weights[which])).sum()
+    term = (losses * _like(losses, [item.weight for item in items])).sum()
     statistics.add(grpo_loss=term)
     return term
 
 
 def distillation_term(
-    batch: Batch, which: list[int], kl: tuple[Tensor, Tensor], *, algorithm: Algorithm, statistics: Statistics
+    items: Sequence[Distillation],
+    version: int,
+    distance: tuple[Tensor, Tensor],
+    *,
+    algorithm: Algorithm,
+    statistics: Statistics,
 ) -> Tensor:
-    """sum of alpha(q)/P L_KD over the targets `which` (Eq. 5).
+    """sum of weight times L_KD (Eq. 5) over these targets.
 
     The prefix is corrected towards the teacher's distribution, over which Eq. 3 takes its expectation.
 
     Args:
-        kl: d [K] and the teacher's log-probability [K] of all the targets' tokens.
+        distance: d [K] and the teacher's log-probability [K] of all the targets' tokens.
     """
     rule = algorithm.kl_correction
-    log_mu, lags = _behaviour(batch, [batch.targets[k] for k in which], kl[0])
-    mask = lags >= 0
-    d, log_teacher = (_unflatten(flat, mask) for flat in kl)
+    log_mu, age = _behaviour([item.rollout for item in items], version, distance[0])
+    mask = age >= 0
+    d, log_teacher = (_unflatten(flat, mask) for flat in distance)
     correction = correction_weights(log_teacher, log_mu, mask, mode=rule.mode, bound=rule.bound)
-    statistics.add_correction("kl_correction", correction, log_teacher - log_mu, lags, rule)
-    statistics.add_kl(d, mask, delta=algorithm.delta)
-    losses = distillation_loss(d, mask, correction, delta=algorithm.delta, limiter=algorithm.limiter)
-    term = (losses * _like(losses, batch.target_weights[which])).sum()
+    statistics.add_correction("kl_correction", correction, log_teacher - log_mu, age, rule)
+    limiter = {"limiter": algorithm.limiter, "delta": algorithm.delta, "quantile": algorithm.quantile}
+    statistics.add_kl(d, mask, **limiter)
+    losses = distillation_loss(d, mask, correction, **limiter)
+    term = (losses * _like(losses, [item.weight for item in items])).sum()
     statistics.add(kd_loss=term)
     return term
 
 
-def _behaviour(batch: Batch, rollouts: list[Rollout], like: Tensor) -> tuple[Tensor, Tensor]:
+def likelihood_term(
+    items: Sequence[Likelihood], log_pi: Tensor, *, algorithm: Algorithm, statistics: Statistics
+) -> Tensor:
+    """sum of weight times the plain or LUFFY's likelihood over these texts, from log_pi [C] of all their tokens."""
+    _, known = pad([item.student.completion for item in items])
+    mask = torch.from_numpy(known).to(log_pi.device)
+    log_pi = _unflatten(log_pi, mask)
+    shaped = torch.tensor([item.shaped for item in items], device=mask.device)
+    losses = torch.where(shaped, shaped_loss(log_pi, mask, gamma=algorithm.luffy_gamma), nll_loss(log_pi, mask))
+    term = (losses * _like(losses, [item.weight for item in items])).sum()
+    statistics.add(likelihood_loss=term, tokens_likelihood=mask)
+    return term
+
+
+def _behaviour(rollouts: Sequence[Rollout], version: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """log mu [N, T], and lags [N, T] with -1 in the padding."""
     log_mu, mask = pad([rollout.logprobs for rollout in rollouts])
-    lags, _ = pad([batch.lags(rollout) for rollout in rollouts])
-    assert (lags >= 0).all(), "a token of weights that are newer than those that it trains"
-    return _like(like, log_mu), torch.from_numpy(np.where(mask, lags, -1).astype(np.int64)).to(like.device)
+    age, _ = pad([lags(rollout, version) for rollout in rollouts])
+    assert (age >= 0).all(), "a token of weights that are newer than those that it trains"
+    return _like(like, log_mu), torch.from_numpy(np.where(mask, age, -1).astype(np.int64)).to(like.device)
 
 
-def _later(batch: Batch, which: list[int], mask: Tensor) -> Tensor:
-    """Whether a token of the autonomous rollouts `which` lies beyond the first span of its rollout: [N, T] bool."""
-    first_ends = torch.tensor([[int(batch.autonomous[i].ends[0])] for i in which], device=mask.device)
+def _later(rollouts: Sequence[Rollout], mask: Tensor) -> Tensor:
+    """Whether a token lies beyond the first span of its rollout: [N, T] bool."""
+    first_ends = torch.tensor([[int(rollout.ends[0])] for rollout in rollouts], device=mask.device)
     return torch.arange(mask.shape[1], device=mask.device) >= first_ends
 
 
@@ -80,5 +104,5 @@ def _unflatten(flat: Tensor, mask: Tensor) -> Tensor:
     return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
 
 
-def _like(tensor: Tensor, values: np.ndarray) -> Tensor:
-    return torch.from_numpy(values).to(tensor.device, tensor.dtype)
+def _like(tensor: Tensor, values: np.ndarray | list[float]) -> Tensor:
+    return torch.as_tensor(np.asarray(values)).to(tensor.device, tensor.dtype)

@@ -32,6 +32,7 @@ from sgpo_async.learner.policy import Policy, check_model, in_bfloat16, shard
 from sgpo_async.learner.progress import Progress, hub_metrics
 from sgpo_async.learner.publish import Publisher, gather
 from sgpo_async.learner.step import Stepper
+from sgpo_async.learner.teacher import Teacher
 from sgpo_async.learner.world import join_world
 from sgpo_async.metrics import MetricsWriter, read_metrics
 from sgpo_async.metrics.mismatch import excess, mismatch_summary
@@ -191,10 +192,16 @@ def build(run: Run, mesh: DeviceMesh) -> tuple[Stepper, str]:
     policy = _load(folder)
     check_model(policy)
     shard(policy, mesh, precision=run.learner.precision)
-    teacher = None
-    if run.algorithm.objective == "sgpo" and run.algorithm.teacher == "frozen":
-        teacher = shard(_load(folder).requires_grad_(False), mesh, precision=run.learner.precision)
+    teacher = Teacher(run.algorithm, _copy(folder, run, mesh) if run.algorithm.copies_teacher else None)
     return Stepper(run, policy, optimiser.build(policy, run.optim), teacher), fingerprint
+
+
+def _copy(folder: str, run: Run, mesh: DeviceMesh) -> Policy:
+    """The weights that the run begins with, sharded once more: what a teacher is before it follows the policy."""
+    policy = _load(folder).requires_grad_(False)
+    for parameter in policy.parameters():  # and not the buffers: positions are worked out in float32
+        parameter.data = parameter.data.to(getattr(torch, run.algorithm.teacher_dtype))
+    return shard(policy, mesh, precision=run.learner.precision)
 
 
 def _load(folder: str) -> Policy:

@@ -14,6 +14,7 @@ from sgpo_async.config.schema import Algorithm, Hub, Learner, Local, Optim, Run
 from sgpo_async.learner import optimiser
 from sgpo_async.learner.policy import Policy, shard
 from sgpo_async.learner.step import Stepper
+from sgpo_async.learner.teacher import Teacher
 from sgpo_async.wire.records import Rollout, Shard
 from tests.reference import sgpo
 
@@ -66,7 +67,7 @@ def stepper(run: Run, model: PreTrainedModel, teacher: PreTrainedModel | None = 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     policy = shard(Policy(model), mesh, precision="float32")
     frozen = shard(Policy(teacher).requires_grad_(False), mesh, precision="float32") if teacher else None
-    return Stepper(run, policy, optimiser.build(policy, run.optim), frozen)
+    return Stepper(run, policy, optimiser.build(policy, run.optim), Teacher(run.algorithm, frozen))
 
 
 def reference_loss(

@@ -41,6 +41,26 @@ def forward_kl(teacher_logits: Array, student_logits: Array, temperature: float 
     return d
 
 
+def reverse_kl(teacher_logits: Array, student_logits: Array, temperature: float = 1.0) -> Array:
+    """sum_v q_v log(q_v / p_v): the arguments of Eq. 3 exchanged."""
+    return forward_kl(student_logits, teacher_logits, temperature)
+
+
+def jensen_shannon(teacher_logits: Array, student_logits: Array, temperature: float = 1.0) -> Array:
+    """Half of KL(p || m) and half of KL(q || m), where m = (p + q)/2."""
+    d = np.zeros(len(teacher_logits))
+    for t in range(len(d)):
+        p, q = softmax(teacher_logits[t], temperature), softmax(student_logits[t], temperature)
+        for v in range(len(p)):
+            m = (p[v] + q[v]) / 2
+            d[t] += p[v] / 2 * math.log(p[v] / m) if p[v] > 0 else 0
+            d[t] += q[v] / 2 * math.log(q[v] / m) if q[v] > 0 else 0
+    return d
+
+
+DIVERGENCES = {"forward": forward_kl, "reverse": reverse_kl, "jensen-shannon": jensen_shannon}
+
+
 def entropy(logits: Array, temperature: float = 1.0) -> Array:
     """-sum_v q_v log q_v for [T, V] logits."""
     return np.array([-sum(q * math.log(q) for q in softmax(row, temperature)) for row in logits])
@@ -61,6 +81,52 @@ def select_reachable(logprob_sums: Array, correct: Array) -> list[int | None]:
 def adaptive_weight(p_auto: float, p_guide: float, alpha0: float, gamma: float, alpha_max: float) -> float:
     """Eq. 6."""
     return min(max(alpha0 * (p_guide - p_auto + gamma) / (p_auto + gamma), 0.0), alpha_max)
+
+
+def group_advantage_weight(rewards: Array, alpha_max: float, e: float = 0.0) -> float:
+    """Eq. 8: the advantage of o+, of reward 1, in {o_1, ..., o_G1, o+}; e is the paper's constant beside std."""
+    group = [*rewards, 1.0]
+    mean = sum(group) / len(group)
+    std = math.sqrt(sum((r - mean) ** 2 for r in group) / len(group))
+    return min(max((1.0 - mean) / (std + e), 0.0), alpha_max) if std + e > 0 else 0.0
+
+
+def corrected_mean(rewards: Array, rho: Array, bound: float) -> float:
+    """Self-normalised mean of rewards, each weighing min(rho, c)."""
+    weights = [min(r, bound) for r in rho]
+    return sum(w * r for w, r in zip(weights, rewards, strict=True)) / sum(weights)
+
+
+def limited(d: Array, limiter: str, delta: float, quantile: float) -> list[float]:
+    """What each token of one target counts: Eq. 5, or what stands in its place."""
+    ordered = sorted(d)
+    place = quantile * (len(d) - 1)  # between two ranks: interpolated
+    low, high = ordered[math.floor(place)], ordered[math.ceil(place)]
+    bound = low + (high - low) * (place - math.floor(place))
+    rules: dict[str, Callable[[float], float]] = {
+        "mask": lambda x: x if x <= delta else 0.0,
+        "clamp": lambda x: min(x, delta),
+        "smooth": lambda x: x * delta / (x + delta),
+        "quantile": lambda x: x if x <= bound else 0.0,
+        "none": lambda x: x,
+    }
+    return [rules[limiter](x) for x in d]
+
+
+def limited_pull(d: Array, limiter: str, delta: float, quantile: float) -> list[float]:
+    """The factor that each token's own gradient gets."""
+    values = limited(d, limiter, delta, quantile)
+    return [value / x if x else 1.0 for value, x in zip(values, d, strict=True)]
+
+
+def nll_loss(pi: Array) -> float:
+    """Mean of -log of the tokens' probabilities."""
+    return -sum(math.log(p) for p in pi) / len(pi)
+
+
+def shaped_loss(pi: Array, gamma: float) -> float:
+    """LUFFY (arXiv 2504.14945): mean of -f(p), f(p) = p / (p + gamma), where the demonstration's own policy has 1."""
+    return -sum(p / (p + gamma) for p in pi) / len(pi)
 
 
 def grpo_loss(pi: Array, prox: Array, correction: Array, advantage: float, clip: tuple[float, float]) -> float:

@@ -13,7 +13,7 @@ from sgpo_async.algorithm import (
     distillation_loss,
     group_advantages,
     grpo_loss,
-    linear_forward_kl,
+    linear_divergence,
     linear_logprobs,
     loss_weights,
     select_reachable,
@@ -61,7 +61,7 @@ def grpo(b, keep=slice(None)):
 def distillation(b, keep=slice(None)):
     tokens, mask = b["guided_tokens"][keep], b["guided_mask"][keep]
     teacher, student = ((b[name][keep].reshape(-1, H), b["W"]) for name in ("guided", "unguided"))
-    d, log_teacher = (x.view(tokens.shape) for x in linear_forward_kl(teacher, student, tokens.reshape(-1), chunk=4))
+    d, log_teacher = (x.view(tokens.shape) for x in linear_divergence(teacher, student, tokens.reshape(-1), chunk=4))
     c = correction_weights(log_teacher, log_teacher + b["guided_lag"][keep], mask, mode="prefix", bound=2.0)
     return distillation_loss(d, mask, c, limiter="none")
 
@@ -118,12 +118,12 @@ def test_gradient_equals_central_differences_with_teacher_and_weights_held_fixed
     gradient = torch.autograd.grad(distillation(batch).sum(), W)[0]
     tokens, mask = batch["guided_tokens"].reshape(-1), batch["guided_mask"]
     teacher = batch["guided"].reshape(-1, H), W.detach().clone()
-    _, log_teacher = linear_forward_kl(teacher, teacher, tokens)
+    _, log_teacher = linear_divergence(teacher, teacher, tokens)
     log_teacher = log_teacher.view(P, T)
     c = correction_weights(log_teacher, log_teacher + batch["guided_lag"], mask, mode="prefix", bound=2.0)
 
     def loss(weight):
-        d, _ = linear_forward_kl(teacher, (batch["unguided"].reshape(-1, H), weight), tokens)
+        d, _ = linear_divergence(teacher, (batch["unguided"].reshape(-1, H), weight), tokens)
         return distillation_loss(d.view(P, T), mask, c, limiter="none").sum()
 
     for v in range(V):

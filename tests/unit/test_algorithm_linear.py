@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sgpo_async.algorithm import forward_kl, linear_forward_kl, linear_logprobs
+from sgpo_async.algorithm import DIVERGENCES, divergence, forward_kl, linear_divergence, linear_logprobs
 from tests.reference import sgpo as reference
 
 T, H, H_TEACHER, V = 13, 5, 4, 11
@@ -44,15 +44,18 @@ def test_logprobs_and_entropy_equal_the_plain_ones(chunk):
 
 
 @chunks
-def test_forward_kl_equals_the_plain_one(chunk):
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_divergences_equal_the_plain_ones(chunk, kind):
     teacher_hidden, teacher_weight, hidden, weight, targets = inputs()
     hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
     teacher = teacher_hidden, teacher_weight
-    d, log_teacher = linear_forward_kl(teacher, (hidden, weight), targets, temperature=TEMPERATURE, chunk=chunk)
+    d, log_teacher = linear_divergence(
+        teacher, (hidden, weight), targets, kind=kind, temperature=TEMPERATURE, chunk=chunk
+    )
     teacher_logits, student_logits = teacher_hidden @ teacher_weight.T, hidden @ weight.T
-    plain = forward_kl(teacher_logits, student_logits, temperature=TEMPERATURE)
+    plain = divergence(teacher_logits, student_logits, kind=kind, temperature=TEMPERATURE)
     torch.testing.assert_close(d, plain, rtol=0, atol=1e-10)
-    expected = reference.forward_kl(teacher_logits.numpy(), student_logits.detach().numpy(), TEMPERATURE)
+    expected = reference.DIVERGENCES[kind](teacher_logits.numpy(), student_logits.detach().numpy(), TEMPERATURE)
     np.testing.assert_allclose(d.detach().numpy(), expected, atol=1e-10)
     p = [reference.softmax(row, TEMPERATURE)[o] for row, o in zip(teacher_logits.numpy(), targets, strict=True)]
     np.testing.assert_allclose(log_teacher.numpy(), np.log(p), atol=1e-10)
@@ -63,26 +66,27 @@ def test_forward_kl_equals_the_plain_one(chunk):
         torch.testing.assert_close(fused, naive, rtol=0, atol=1e-10)
 
 
-def test_gradients_are_numerically_right():
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_gradients_are_numerically_right(kind):
     teacher_hidden, teacher_weight, hidden, weight, targets = inputs()
     student = hidden.requires_grad_(), weight.requires_grad_()
 
     def logprobs(h, w):
         return linear_logprobs(h, w, targets, temperature=TEMPERATURE, chunk=4)[0]
 
-    def kl(h, w):
+    def distance(h, w):
         teacher = teacher_hidden, teacher_weight
-        return linear_forward_kl(teacher, (h, w), targets, temperature=TEMPERATURE, chunk=4)[0]
+        return linear_divergence(teacher, (h, w), targets, kind=kind, temperature=TEMPERATURE, chunk=4)[0]
 
     assert torch.autograd.gradcheck(logprobs, student)
-    assert torch.autograd.gradcheck(kl, student)
+    assert torch.autograd.gradcheck(distance, student)
 
 
 def test_no_gradient_reaches_the_teacher_through_a_shared_weight():
     _, _, hidden, weight, targets = inputs()
     guided = (hidden * 1.5).requires_grad_()
     hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
-    d, log_teacher = linear_forward_kl((guided, weight), (hidden, weight), targets, chunk=4)
+    d, log_teacher = linear_divergence((guided, weight), (hidden, weight), targets, chunk=4)
     assert not log_teacher.requires_grad
     d.sum().backward()
     assert guided.grad is None
@@ -94,7 +98,7 @@ def test_no_gradient_reaches_the_teacher_through_a_shared_weight():
 
 def test_identical_branches_give_exactly_0():
     _, _, hidden, weight, targets = inputs()
-    d, _ = linear_forward_kl((hidden, weight), (hidden.clone(), weight), targets, chunk=4)
+    d, _ = linear_divergence((hidden, weight), (hidden.clone(), weight), targets, chunk=4)
     assert torch.equal(d, torch.zeros(T, dtype=torch.float64))
 
 
@@ -116,7 +120,7 @@ def test_bfloat16_is_summed_in_float32():
 def test_no_rows_are_no_error():
     teacher_hidden, teacher_weight, hidden, weight, targets = inputs(rows=0)
     hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
-    d, log_teacher = linear_forward_kl((teacher_hidden, teacher_weight), (hidden, weight), targets)
+    d, log_teacher = linear_divergence((teacher_hidden, teacher_weight), (hidden, weight), targets)
     assert d.shape == log_teacher.shape == (0,)
     assert torch.equal(gradients(d.sum(), weight)[0], torch.zeros_like(weight))
 
@@ -143,7 +147,7 @@ def test_logits_of_all_rows_never_exist():
     with LargestTensor() as plain:
         forward_kl(teacher_hidden @ teacher_weight.T, hidden @ weight.T).sum().backward()
     with LargestTensor() as fused:
-        d, _ = linear_forward_kl((teacher_hidden, teacher_weight), (hidden, weight), targets, chunk=chunk)
+        d, _ = linear_divergence((teacher_hidden, teacher_weight), (hidden, weight), targets, chunk=chunk)
         logp, _ = linear_logprobs(hidden, weight, targets, chunk=chunk)
         (d + logp).sum().backward()
     assert plain.numel >= rows * V

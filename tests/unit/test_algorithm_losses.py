@@ -15,8 +15,11 @@ from sgpo_async.algorithm import (
     distillation_loss,
     grpo_loss,
     kl_mass,
+    limit,
     loss_weights,
+    nll_loss,
     sgpo_loss,
+    shaped_loss,
 )
 from tests.reference import sgpo as reference
 
@@ -117,14 +120,48 @@ class TestGRPO:
 
 class TestDistillation:
     @settings(deadline=None)
-    @given(SEEDS, st.floats(0.1, 3))
-    def test_equals_the_reference(self, seed, delta):
+    @given(SEEDS, st.floats(0.1, 3), st.floats(0, 1), st.sampled_from(list(LIMITERS)))
+    def test_equals_the_reference(self, seed, delta, quantile, limiter):
         d, c, mask = targets(seed)
-        got = {name: distillation_loss(d, mask, c, delta=delta, limiter=name) for name in LIMITERS}
+        d.requires_grad_()
+        got = distillation_loss(d, mask, c, delta=delta, limiter=limiter, quantile=quantile)
+        (pull,) = torch.autograd.grad(got.sum(), d)
+        assert torch.count_nonzero(pull[~mask]) == 0
         for n in range(N):
-            kl, weights = d[n, mask[n]].numpy(), c[n, mask[n]].numpy()
-            assert got["mask"][n].item() == pytest.approx(reference.distillation_loss(kl, weights, delta))
-            assert got["none"][n].item() == pytest.approx(reference.distillation_loss(kl, weights, math.inf))
+            kl, weights = d[n, mask[n]].detach().numpy(), c[n, mask[n]].numpy()
+            values = reference.limited(kl, limiter, delta, quantile)
+            assert got[n].item() == pytest.approx(sum(weights * values) / len(kl))
+            factors = reference.limited_pull(kl, limiter, delta, quantile)
+            np.testing.assert_allclose(pull[n, mask[n]], weights * factors / len(kl), atol=1e-14)
+            if limiter == "mask":
+                assert got[n].item() == pytest.approx(reference.distillation_loss(kl, weights, delta))
+
+    @pytest.mark.parametrize("limiter", LIMITERS)
+    def test_what_stands_in_the_padding_does_not_matter(self, limiter):
+        d, _, mask = targets(0)
+        clean = limit(d, mask, limiter=limiter, delta=1.0, quantile=0.8)
+        spoiled = d.masked_fill(~mask, math.nan).requires_grad_()
+        found = limit(spoiled, mask, limiter=limiter, delta=1.0, quantile=0.8)
+        assert torch.equal(found, clean)
+        assert torch.count_nonzero(found[~mask]) == 0
+        assert torch.autograd.grad(found.sum(), spoiled)[0].isfinite().all()
+
+    @pytest.mark.parametrize("limiter", LIMITERS)
+    def test_targets_are_limited_one_by_one(self, limiter):
+        d, c, mask = targets(3)
+        together = distillation_loss(d, mask, c, limiter=limiter, quantile=0.5)
+        for n in range(N):
+            own = mask[n : n + 1, : int(mask[n].sum())]
+            alone = distillation_loss(
+                d[n : n + 1, : own.shape[1]], own, c[n : n + 1, : own.shape[1]], limiter=limiter, quantile=0.5
+            )
+            torch.testing.assert_close(alone[0], together[n], rtol=0, atol=1e-14)
+
+    def test_clamp_pulls_where_a_minimum_would_not(self):
+        d = torch.tensor([[0.5, 1.0, 4.0, 0.0, -1e-9]], requires_grad=True)
+        found = limit(d, torch.ones(1, 5).bool(), limiter="clamp", delta=1.0, quantile=1.0)
+        assert torch.equal(found, torch.tensor([[0.5, 1.0, 1.0, 0.0, -1e-9]]))
+        assert torch.equal(torch.autograd.grad(found.sum(), d)[0], torch.tensor([[1.0, 1.0, 0.25, 1.0, 1.0]]))
 
     def test_gradient_is_numerically_right(self):
         d, c, mask = targets(0)
@@ -161,6 +198,40 @@ class TestDistillation:
         for n in range(N):
             assert mass.tokens[n] == mask[n].sum()
             assert mass.masked_tokens[n] == sum(x > delta for x in d[n, mask[n]].tolist())
+
+
+class TestLikelihood:
+    @settings(deadline=None)
+    @given(SEEDS, st.floats(0.01, 2))
+    def test_equals_the_reference(self, seed, gamma):
+        log_pi, *_, mask = batch(seed)
+        plain, shaped = nll_loss(log_pi, mask), shaped_loss(log_pi, mask, gamma=gamma)
+        for n in range(N):
+            pi = log_pi[n, mask[n]].exp().numpy()
+            assert plain[n].item() == pytest.approx(reference.nll_loss(pi))
+            assert shaped[n].item() == pytest.approx(reference.shaped_loss(pi, gamma))
+
+    def test_gradients_are_numerically_right(self):
+        log_pi, *_, mask = batch(0)
+        for loss in (nll_loss, shaped_loss):
+            assert torch.autograd.gradcheck(lambda x, loss=loss: loss(x, mask), log_pi.requires_grad_())
+
+    def test_shaping_learns_most_from_tokens_as_unlikely_as_gamma(self):
+        p = torch.linspace(0.01, 1, 100, dtype=torch.float64)
+        log_pi = p.log()[None].requires_grad_()
+        loss = shaped_loss(log_pi, torch.ones(1, 100).bool(), gamma=0.1)
+        pull = -100 * torch.autograd.grad(loss.sum(), log_pi)[0][0]
+        torch.testing.assert_close(pull, 0.1 * p / (p + 0.1) ** 2)
+        assert p[pull.argmax()].item() == pytest.approx(0.1)
+
+    def test_nan_in_the_padding_and_sequences_without_tokens_are_0(self):
+        log_pi, *_, mask = batch(1)
+        mask[0] = False
+        spoiled = log_pi.masked_fill(~mask, math.nan).requires_grad_()
+        for loss in (nll_loss, shaped_loss):
+            value = loss(spoiled, mask)
+            assert value[0] == 0
+            assert torch.autograd.grad(value.sum(), spoiled)[0].isfinite().all()
 
 
 class TestSGPO:

@@ -1,11 +1,13 @@
-"""The adaptive distillation weight (Eq. 6)."""
+"""The distillation weights (Eq. 6, 8), and the pass rates that one of them is made of."""
+
+import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sgpo_async.algorithm import adaptive_weight
+from sgpo_async.algorithm import adaptive_weight, corrected_pass_rate, group_advantage_weight
 from tests.reference import sgpo as reference
 
 RATES = st.floats(0, 1)
@@ -53,3 +55,35 @@ def test_falls_as_the_policy_learns_and_rises_with_the_help_of_the_strategy(p, l
 def test_is_a_constant_to_autograd():
     rates = torch.tensor([0.25, 0.5], dtype=torch.float64, requires_grad=True)
     assert not adaptive_weight(rates, rates * 0.9).requires_grad
+
+
+@given(st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=16), st.floats(0, 3))
+def test_group_advantage_weight_equals_the_reference(rewards, alpha_max):
+    got = group_advantage_weight(torch.tensor([rewards], dtype=torch.float64), alpha_max=alpha_max).item()
+    assert got == pytest.approx(reference.group_advantage_weight(rewards, alpha_max), abs=1e-12)
+    assert got == pytest.approx(reference.group_advantage_weight(rewards, alpha_max, e=1e-6), abs=1e-4)
+
+
+@given(st.lists(st.tuples(st.sampled_from([0.0, 1.0]), st.floats(0.01, 20)), min_size=1, max_size=8), st.floats(1, 5))
+def test_corrected_pass_rate_equals_the_reference(rollouts, bound):
+    rewards, rho = (torch.tensor([values], dtype=torch.float64) for values in zip(*rollouts, strict=True))
+    got = corrected_pass_rate(rewards, rho.log(), bound=bound).item()
+    assert got == pytest.approx(reference.corrected_mean(rewards[0].tolist(), rho[0].tolist(), bound), abs=1e-9)
+    assert 0 <= got <= 1
+
+
+def test_corrected_is_observed_where_all_ratios_are_equal():
+    rewards = torch.tensor([[1.0, 0, 1], [0, 0, 1]])
+    for log_rho in (0.0, -3000.0):  # so long a rollout that its ratio underflows
+        rates = corrected_pass_rate(rewards, torch.full((2, 3), log_rho), bound=2.0)
+        assert torch.equal(rates, rewards.mean(-1))
+
+
+def test_correction_goes_to_the_mean_under_pi_as_rollouts_grow():
+    """Two possible rollouts, of which pi likes the correct one better than mu does."""
+    mu, pi = torch.tensor([0.7, 0.3], dtype=torch.float64), torch.tensor([0.4, 0.6], dtype=torch.float64)
+    drawn = torch.multinomial(mu, 200_000, replacement=True, generator=torch.Generator().manual_seed(0))
+    log_rho = (pi / mu).log()[drawn][None]
+    rewards = (drawn == 1).double()[None]
+    assert corrected_pass_rate(rewards, log_rho, bound=math.inf).item() == pytest.approx(0.6, abs=0.01)
+    assert rewards.mean().item() == pytest.approx(0.3, abs=0.01)

@@ -18,8 +18,9 @@ from sgpo_async.hub.door import other_tokenizer, refusal
 from sgpo_async.hub.figures import adaptive_weight, figures
 from sgpo_async.hub.leases import Book
 from sgpo_async.hub.ledger import Ledger
-from sgpo_async.hub.work import Curriculum, Group
+from sgpo_async.hub.work import Group
 from sgpo_async.hub.world import World
+from sgpo_async.tasks.curriculum import Curriculum
 from sgpo_async.wire import records as wire
 
 # ---- ledger

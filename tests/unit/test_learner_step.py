@@ -88,10 +88,10 @@ def test_frozen_teacher_gets_no_gradient_and_does_not_move() -> None:
     run = cases.settings(teacher="frozen")
     stepper = cases.stepper(run, cases.tiny_model(), cases.tiny_model(seed=1))
     stepper.update(cases.shard_of(cases.groups(), problems=4))
-    assert stepper.frozen_teacher is not None
-    stepper.frozen_teacher.reshard()
+    assert stepper.teacher.copy is not None
+    stepper.teacher.copy.reshard()
     for name, parameter in cases.tiny_model(seed=1).named_parameters():
-        frozen = stepper.frozen_teacher.model.get_parameter(name)
+        frozen = stepper.teacher.copy.model.get_parameter(name)
         assert frozen.grad is None
         assert torch.equal(frozen.full_tensor(), parameter)
 
@@ -151,7 +151,7 @@ def test_statistics_equal_plain_loops() -> None:
     assert metrics["correction_clipped_stale"] == pytest.approx(np.mean([r > 1.5 for r in stale]))
     assert metrics["ratio_mean"] == pytest.approx(np.mean([r for _, r in ratios]))  # without the teacher's
     assert metrics["ratio_by_lag"]["1"] == pytest.approx(np.mean(stale))
-    targets = sum(len(r.tokens) for r in batch.targets)
+    targets = sum(len(item.rollout.tokens) for item in batch.sequences.distillation)
     assert metrics["tokens"] == len(ratios) + targets == sum(metrics["lag_histogram"].values())
     assert set(metrics["lag_histogram"]) == {"0", "1"}
 

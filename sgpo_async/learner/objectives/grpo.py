@@ -1,0 +1,15 @@
+"""GRPO on the autonomous rollouts (Eq. 1 of arXiv 2606.24064): the mean over tokens, rollouts and problems."""
+
+from __future__ import annotations
+
+from sgpo_async.algorithm import group_advantages
+from sgpo_async.config.schema import Algorithm
+from sgpo_async.learner.objectives.base import PolicyGradient, TaskGroup, Trained
+
+
+def grpo(group: TaskGroup, _algorithm: Algorithm) -> Trained:
+    """Every autonomous rollout with weight 1/(P G1). Guided ones never enter the group."""
+    advantages = group_advantages(group.rewards(guided=False))[0].tolist()
+    weight = 1 / (group.problems * len(group.autonomous))
+    rollouts = zip(group.autonomous, advantages, strict=True)
+    return Trained(policy_gradient=[PolicyGradient(rollout, advantage, weight) for rollout, advantage in rollouts])

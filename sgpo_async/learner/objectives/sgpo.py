@@ -1,0 +1,94 @@
+"""SGPO: GRPO on the autonomous rollouts, and guided successes distilled (Eq. 7 of arXiv 2606.24064).
+
+target k:   plain prompt + o+  (student)      weight alpha(q)/P, or alpha(q)/(P n) of each of n targets
+            guided prompt + o+ (teacher)      no gradient
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sgpo_async.algorithm import (
+    adaptive_weight,
+    corrected_pass_rate,
+    group_advantage_weight,
+    loss_weights,
+    select_reachable,
+)
+from sgpo_async.config.schema import Algorithm
+from sgpo_async.learner.objectives.base import Distillation, Likelihood, TaskGroup, Trained
+from sgpo_async.learner.objectives.grpo import grpo
+from sgpo_async.learner.packing import Tokens
+from sgpo_async.wire.records import Rollout
+
+
+def sgpo(group: TaskGroup, algorithm: Algorithm) -> Trained:
+    """Autonomous rollouts as in GRPO, unless they are left out, and the targets with their share of alpha(q)."""
+    targets = _targets(group, algorithm)
+    figures = _figures(group, algorithm, found=bool(targets)) if group.guided else {"alpha": 0.0}
+    weights = loss_weights(
+        torch.tensor([figures["alpha"]], dtype=torch.float64),
+        torch.tensor([bool(targets)]),
+        problems=group.problems,
+        group_size=len(group.autonomous),
+    )
+    weight = float(weights.guided) / max(len(targets), 1)
+    targets = targets if weight else []
+    plain = group.plain_prompt
+    as_text = algorithm.divergence == "sft"
+    return Trained(
+        policy_gradient=grpo(group, algorithm).policy_gradient if algorithm.policy_gradient else [],
+        distillation=[] if as_text else [Distillation(target, plain, weight) for target in targets],
+        likelihood=[Likelihood(Tokens(plain, target.tokens), weight) for target in targets] if as_text else [],
+        figures=figures,
+    )
+
+
+def _targets(group: TaskGroup, algorithm: Algorithm) -> list[Rollout]:
+    """The reachable o+ (Eq. 4), or all correct guided rollouts (Eq. 2); none below the gate, nor where none is correct."""
+    if not group.guided or group.rewards(guided=True).mean() < algorithm.guide_gate:
+        return []
+    if algorithm.target == "all":
+        return [rollout for rollout in group.guided if rollout.reward > 0]
+    correct = torch.tensor([[rollout.unguided_logprob is not None for rollout in group.guided]])
+    sums = torch.tensor([[rollout.unguided_logprob or 0.0 for rollout in group.guided]], dtype=torch.float64)
+    index, found = select_reachable(sums, correct)
+    return [group.guided[int(index)]] if found else []
+
+
+def _figures(group: TaskGroup, algorithm: Algorithm, *, found: bool) -> dict[str, float]:
+    """alpha(q), 0 unless a target was found; with corrected pass rates also these, and alpha(q) without them."""
+    figures = {"alpha": _alpha(group, algorithm) if found else 0.0}
+    if group.log_rho is None:
+        return figures
+    p_auto, p_guide = (_corrected(group, guided, algorithm) for guided in (False, True))
+    return {
+        "alpha": _adaptive(p_auto, p_guide, algorithm) if found else 0.0,
+        "alpha_observed": figures["alpha"],
+        "p_auto_corrected": float(p_auto),
+        "p_guide_corrected": float(p_guide),
+    }
+
+
+def _alpha(group: TaskGroup, algorithm: Algorithm) -> float:
+    """By the rule of `algorithm.weight`, from the rollouts as they were sampled."""
+    rewards = group.rewards(guided=False)
+    if algorithm.weight == "fixed":
+        return algorithm.alpha
+    if algorithm.weight == "group-advantage":
+        return float(group_advantage_weight(rewards, alpha_max=algorithm.alpha_max))
+    return _adaptive(rewards.mean(-1), group.rewards(guided=True).mean(-1), algorithm)
+
+
+def _adaptive(p_auto: Tensor, p_guide: Tensor, algorithm: Algorithm) -> float:
+    alpha0, gamma, alpha_max = algorithm.alpha0, algorithm.gamma, algorithm.alpha_max
+    return float(adaptive_weight(p_auto, p_guide, alpha0=alpha0, gamma=gamma, alpha_max=alpha_max))
+
+
+def _corrected(group: TaskGroup, guided: bool, algorithm: Algorithm) -> Tensor:
+    """[1], under the present weights, with the policy gradient's bound on the ratio of a whole rollout."""
+    assert group.log_rho is not None
+    rollouts = group.guided if guided else group.autonomous
+    log_rho = torch.tensor([[group.log_rho[rollout.slot] for rollout in rollouts]], dtype=torch.float64)
+    return corrected_pass_rate(group.rewards(guided=guided), log_rho, bound=algorithm.grpo_correction.bound)
