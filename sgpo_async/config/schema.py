@@ -202,6 +202,9 @@ class Learner:
     precision: Literal["auto", "float32", "bfloat16"] = (
         "auto"  # of matrix products; auto: bfloat16 on GPUs that have it
     )
+    # Leave rollouts of advantage 0 (all of their group solved the problem, or none did) out of the forward: the gradient
+    # is the same. Entropy, lag and mismatch are then those of the others alone.
+    skip_uniform: bool = False
     checkpoint_every: int = 0  # steps; 0: only at the end
     keep_checkpoints: int = 2  # the newest so many; older ones are deleted
     resume: bool = False  # continue from the newest checkpoint of this run, if there is one

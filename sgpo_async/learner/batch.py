@@ -74,13 +74,19 @@ def lags(rollout: Rollout, version: int) -> np.ndarray:
 
 
 def from_shard(
-    shard: Shard, algorithm: Algorithm, *, responses: Responses | None = None, log_rho: Iterable[float] | None = None
+    shard: Shard,
+    algorithm: Algorithm,
+    *,
+    responses: Responses | None = None,
+    log_rho: Iterable[float] | None = None,
+    skip_uniform: bool = False,
 ) -> Batch:
     """The sequences of a shard's groups, as `algorithm.objective` weighs them.
 
     Args:
         responses: of the problems, for objectives that train on them.
         log_rho: log pi/mu of each whole rollout in the shard's order, for corrected pass rates.
+        skip_uniform: leave rollouts of advantage 0 out, whose gradient is 0.
     """
     objective = OBJECTIVES[algorithm.objective]
     ratios = (
@@ -105,7 +111,7 @@ def from_shard(
     return Batch(
         version=shard.version,
         sequences=Sequences(
-            [item for task in trained for item in task.policy_gradient],
+            [item for task in trained for item in task.policy_gradient if item.advantage or not skip_uniform],
             targets,
             [item for task in trained for item in task.likelihood],
         ),

@@ -63,7 +63,13 @@ class Stepper:
         """The weighted sequences of `shard`. A collective of all ranks with corrected pass rates."""
         algorithm = self.run.algorithm
         log_rho = self._log_rho(shard) if algorithm.pass_rates == "corrected" else None
-        return from_shard(shard, algorithm, responses=self.responses, log_rho=log_rho)
+        return from_shard(
+            shard,
+            algorithm,
+            responses=self.responses,
+            log_rho=log_rho,
+            skip_uniform=self.run.learner.skip_uniform,
+        )
 
     def accumulate(self, batch: Batch) -> Statistics:
         """Leave the gradient of the loss, summed over ranks, in the policy's parameters. A collective of all ranks."""

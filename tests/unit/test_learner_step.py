@@ -121,6 +121,24 @@ def test_uniform_rewards_still_distil() -> None:
     assert any(torch.count_nonzero(gradient) for gradient in found.values())
 
 
+@pytest.mark.parametrize("everything_uniform", [False, True])
+def test_rollouts_of_advantage_0_may_be_left_out(everything_uniform: bool) -> None:
+    """The gradient is that of all, from fewer sequences: from none at all, if nothing is distilled."""
+    parts = cases.groups()
+    if everything_uniform:
+        parts = [[replace(r, reward=0.0, unguided_logprob=None) for r in group] for group in parts]
+    run, shard = cases.settings(delta=2.0), cases.shard_of(parts, problems=len(parts))
+    whole = from_shard(shard, run.algorithm)
+    stepper = cases.stepper(run, cases.tiny_model())
+    skipping = replace(run, learner=replace(run.learner, skip_uniform=True))
+    few = replace(stepper, run=skipping).batch(shard)
+    assert len(few.sequences.policy_gradient) < len(whole.sequences.policy_gradient)
+    assert bool(few.sequences.students) != everything_uniform
+    loss = stepper.accumulate(few).reduce()["loss"]
+    found = {name: p.grad.full_tensor() for name, p in stepper.policy.model.named_parameters()}
+    assert_equal((loss, found), gradients(run, parts))
+
+
 def test_empty_strategy_has_nothing_to_distil() -> None:
     """With the same prompt on both sides every d_t is 0."""
     parts = cases.groups()
