@@ -23,6 +23,8 @@ def write_tables(experiment: Experiment, results: Mapping[str, Result], *, folde
         if trial.id in results:
             by_cell[trial.setting, trial.method].append(results[trial.id])
     parts = [f"# {experiment.title or experiment.name}", _budget(experiment)]
+    if len(experiment.settings) > 1:
+        parts += ["Alone, at the end:", _overview(experiment, by_cell)]
     for setting in experiment.settings:
         rows = [(method, by_cell[setting, method]) for method in experiment.methods]
         parts += [f"## {setting}"] * bool(setting) + [_table(rows)]
@@ -43,9 +45,18 @@ def _budget(experiment: Experiment) -> str:
     )
 
 
+def _overview(experiment: Experiment, by_cell: Mapping[tuple[str, str], Sequence[Result]]) -> str:
+    """Methods against settings."""
+    lines = [f"| method | {' | '.join(experiment.settings)} |", f"|---|{'---|' * len(experiment.settings)}"]
+    for method in experiment.methods:
+        cells_of = [_cell([_at_the_end(r) for r in by_cell[setting, method]]) for setting in experiment.settings]
+        lines.append(f"| {method} | {' | '.join(cells_of)} |")
+    return "\n".join(lines)
+
+
 def _table(rows: Sequence[tuple[str, Sequence[Result]]]) -> str:
     columns: dict[str, Figure] = {
-        "alone, at the end": lambda result: result["test"]["auto"],
+        "alone, at the end": _at_the_end,
         "alone, a third": third,
         "alone, best": lambda result: max(point["auto"] for point in result["curve"]),
         "guided, at the end": lambda result: result["test"]["guided"],
@@ -60,6 +71,10 @@ def _table(rows: Sequence[tuple[str, Sequence[Result]]]) -> str:
         diverged = sum(result["diverged"] is not None for result in results)
         lines.append(f"| {method} | {lr} | {len(results)} | {' | '.join(figures)} | {diverged or ''} |")
     return "\n".join(lines)
+
+
+def _at_the_end(result: Result) -> float:
+    return float(result["test"]["auto"])
 
 
 def third(result: Result) -> float:

@@ -145,5 +145,7 @@ def test_tables_show_what_is_there(tmp_path: Path) -> None:
     text = (tmp_path / "out" / "README.md").read_text()
     assert "| fixed | 0.001 | 2 | 65.0 ± 63.5 |" in text  # t(1) = 12.706, deviation 0.0707
     assert "| SGPO |  | 0 | – |" in text
+    assert "| method | calm | stale |" in text
+    assert "| fixed | 65.0 ± 63.5 | – |" in text
     assert (tmp_path / "out" / "curves-calm.svg").stat().st_size > 1000
     assert not (tmp_path / "out" / "curves-stale.svg").exists()
