@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 def add_config(parser: argparse.ArgumentParser) -> None:
     """CONFIG [key=value ...] [--dry-run]."""
     parser.add_argument("config", metavar="CONFIG", help="YAML file, e.g. configs/demo.yaml")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="laid over the file, e.g. optim.lr=3e-4")
+    parser.add_argument(
+        "overrides", metavar="key=value", nargs="*", help="laid over it, e.g. optim.lr=3e-4, or a YAML file"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the whole configuration and what would start")
 
 
@@ -28,7 +30,8 @@ def load_run(args: argparse.Namespace) -> Run:
 
 def config_words(args: argparse.Namespace, *more: str) -> list[str]:
     """The same configuration as words for a child process, with overrides of our own at the end."""
-    return [str(Path(args.config).resolve()), *args.overrides, *more]
+    files = [word if "=" in word else str(Path(word).resolve()) for word in (args.config, *args.overrides)]
+    return [*files, *more]
 
 
 def print_dry_run(run: Run, commands: Iterable[Sequence[str]]) -> None:

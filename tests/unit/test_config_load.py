@@ -40,6 +40,19 @@ def test_words_win_over_the_file_and_the_last_word_wins(tmp_path: Path) -> None:
     assert run.optim.grad_clip == 0.5
 
 
+def test_a_second_file_lies_over_the_first_and_words_over_both(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("steps: 3\nalgorithm: {teacher: frozen, gamma: 0.3}\n")
+    second.write_text("algorithm: {teacher: self, alpha0: 0.7}\n")
+    run = load(first, [str(second), "algorithm.alpha0=0.9"])
+    assert (run.steps, run.algorithm.teacher, run.algorithm.gamma, run.algorithm.alpha0) == (3, "self", 0.3, 0.9)
+    second.write_text("algorithm: {teechar: self}\n")
+    with pytest.raises(ConfigError, match=r"second\.yaml: algorithm\.teechar: unknown key; did you mean"):
+        load(first, [str(second)])
+    with pytest.raises(ConfigError, match=r"none\.yaml: cannot be read"):
+        load(first, [str(tmp_path / "none.yaml")])
+
+
 def test_the_resolved_yaml_loads_to_the_same_run(tmp_path: Path) -> None:
     run = load(_write(tmp_path, "steps: 7\nalgorithm: {kl_correction: {mode: sequence, bound: .inf}}\n"))
     assert load(_write(tmp_path, to_yaml(run))) == run
