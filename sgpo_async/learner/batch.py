@@ -83,9 +83,8 @@ def from_shard(
         log_rho: log pi/mu of each whole rollout in the shard's order, for corrected pass rates.
     """
     objective = OBJECTIVES[algorithm.objective]
-    ratios = (
-        dict(zip(((r.task, r.slot) for r in shard.rollouts), log_rho, strict=True)) if log_rho is not None else None
-    )
+    places = [(rollout.task, rollout.slot) for rollout in shard.rollouts]
+    ratios = dict(zip(places, log_rho, strict=True)) if log_rho is not None else None
     trained = []
     for task, group in groupby(shard.rollouts, key=lambda rollout: rollout.task):
         rollouts = tuple(group)

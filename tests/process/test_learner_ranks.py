@@ -20,6 +20,7 @@ from sgpo_async.learner.checkpoint import Saved
 from sgpo_async.learner.publish import Publisher, gather
 from sgpo_async.learner.step import Stepper
 from tests.reference import learner_cases as cases
+from tests.reference.objectives import reference_loss
 
 pytestmark = pytest.mark.process
 
@@ -152,7 +153,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["even", "uneven", "empty", "tied", "large"])
 def test_the_gradient_does_not_depend_on_the_ranks(results: dict[str, Any], name: str) -> None:
     model = cases.tiny_model(tied=name == "tied")
-    loss = cases.reference_loss(model, cases.groups(), RUN)
+    loss = reference_loss(model, cases.groups(), RUN)
     loss.backward()
     assert results[f"gradient {name}"][0] == pytest.approx(loss.item(), abs=1e-10)
     for parameter_name, parameter in model.named_parameters():
@@ -169,7 +170,7 @@ def test_the_mismatch_is_that_of_all_ranks(results: dict[str, Any], name: str) -
 
 def test_a_frozen_teacher_is_sharded_too(results: dict[str, Any]) -> None:
     model = cases.tiny_model()
-    loss = cases.reference_loss(model, cases.groups(), RUN, teacher=cases.tiny_model(seed=1))
+    loss = reference_loss(model, cases.groups(), RUN, teacher=cases.tiny_model(seed=1))
     assert results["frozen"][0] == pytest.approx(loss.item(), abs=1e-10)
 
 
