@@ -1,4 +1,4 @@
-"""What a batch looked like: lag, pass rates, mean adaptive weight."""
+"""What a batch looked like: lag and pass rates. What was made of it, the learner tells in its metrics."""
 
 from __future__ import annotations
 
@@ -7,37 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from sgpo_async.config.schema import Algorithm
 from sgpo_async.hub.work import Group
 
 
-def figures(groups: Sequence[Group], *, version: int, algorithm: Algorithm) -> dict[str, Any]:
-    """Figures of a batch trained by `version`, as plain data.
-
-    `lag` counts sampled tokens; pass rates are means over groups; `alpha` is the mean weight (Eq. 6) over groups,
-    0 where the objective does not distil.
-    """
-    autonomous = [group.pass_rate(guided=False) for group in groups]
-    guided = [group.pass_rate(guided=True) for group in groups]
-    distils = algorithm.objective == "sgpo"
-    alphas = [
-        adaptive_weight(p_auto or 0.0, p_guide or 0.0, algorithm) if distils else 0.0
-        for p_auto, p_guide in zip(autonomous, guided, strict=True)
-    ]
+def figures(groups: Sequence[Group], *, version: int) -> dict[str, Any]:
+    """Figures of a batch trained by `version`: `lag` counts sampled tokens, pass rates are means over groups."""
     return {
         "lag": lag(groups, version=version),
-        "pass_auto": mean_of_known(autonomous),
-        "pass_guided": mean_of_known(guided),
-        "alpha": float(np.mean(alphas)),
+        "pass_auto": mean_of_known([group.pass_rate(guided=False) for group in groups]),
+        "pass_guided": mean_of_known([group.pass_rate(guided=True) for group in groups]),
     }
-
-
-def adaptive_weight(p_auto: float, p_guide: float, algorithm: Algorithm) -> float:
-    """SGPO's alpha (arXiv 2606.24064, Eq. 6); 0 without a correct guided rollout, as nothing is distilled then."""
-    if p_guide == 0:
-        return 0.0
-    alpha = algorithm.alpha0 * (p_guide - p_auto + algorithm.gamma) / (p_auto + algorithm.gamma)
-    return min(max(alpha, 0.0), algorithm.alpha_max)
 
 
 def lag(groups: Sequence[Group], *, version: int) -> dict[str, Any]:

@@ -13,7 +13,6 @@ NO_BATCH_YET = {
     "lag": {"mean": 0.0, "max": 0, "histogram": {}},
     "pass_auto": None,
     "pass_guided": None,
-    "alpha": None,
 }
 
 
@@ -33,7 +32,7 @@ def status(core: HubCore) -> dict[str, Any]:
         "evaluation_ledger": evaluation.book.plain(),
         "buffer": len(training.book.complete),  # groups
         **NO_BATCH_YET,
-        **training.last,  # lag, pass_auto, pass_guided, alpha of the last batch
+        **training.last,  # lag, pass_auto, pass_guided of the last batch
         "tokens_generated": sum(book.tokens for book in books),
         "tokens_trained": training.tokens_trained,
         "tokens_per_s": sum(actor.meter.tokens_per_s for actor in actors.values()),

@@ -106,6 +106,6 @@ class Training:
         """The step on the batch is done: its groups are trained, and there is a new version."""
         assert self.batch is not None
         groups = self.book.train(self.batch.numbers)
-        self.last = figures(groups, version=self.version, algorithm=self.run.algorithm)
+        self.last = figures(groups, version=self.version)
         self.tokens_trained += sum(len(rollout.tokens) for group in groups for rollout in group.rollouts)
         self.step, self.batch = self.step + 1, None

@@ -89,9 +89,8 @@ def from_shard(
         skip_uniform: leave rollouts of advantage 0 out, whose gradient is 0.
     """
     objective = OBJECTIVES[algorithm.objective]
-    ratios = (
-        dict(zip(((r.task, r.slot) for r in shard.rollouts), log_rho, strict=True)) if log_rho is not None else None
-    )
+    places = [(rollout.task, rollout.slot) for rollout in shard.rollouts]
+    ratios = dict(zip(places, log_rho, strict=True)) if log_rho is not None else None
     trained = []
     for task, group in groupby(shard.rollouts, key=lambda rollout: rollout.task):
         rollouts = tuple(group)

@@ -1,8 +1,9 @@
-"""Checkpoints: learner, optimiser, random numbers, progress and the hub's state at one step, whole or not at all.
+"""Checkpoints: learner, optimiser, teacher, random numbers, progress, the hub's state; whole or not at all.
 
 checkpoints/.step-00000040/      every rank writes its shards here
 checkpoints/step-00000040/       then rank 0 gives the folder its name: what has a name is whole, and on the disk
-    *.distcp, .metadata          parameters and optimiser (torch.distributed.checkpoint; any number of ranks)
+    *.distcp, .metadata          parameters, optimiser, a teacher that moves (torch.distributed.checkpoint; any
+                                 number of ranks)
     progress.json  hub.state     rank 0
     random-0.pt ...              each rank
 """
@@ -24,7 +25,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 
 from sgpo_async.errors import CheckpointError
 from sgpo_async.metrics.files import FREE_SOME, disk_full
@@ -38,8 +44,19 @@ class Saved:
     hub_state: bytes
 
 
-def save(folder: Path, *, step: int, module: nn.Module, optimiser: torch.optim.Optimizer, saved: Saved) -> Path:
+def save(
+    folder: Path,
+    *,
+    step: int,
+    module: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    saved: Saved,
+    teacher: nn.Module | None = None,
+) -> Path:
     """Write the checkpoint of `step` below `folder`; return its own folder. A collective of all ranks.
+
+    Args:
+        teacher: a copy of the module that is neither it nor the model that the run began with.
 
     Raises:
         CheckpointError: on every rank, if any of them cannot write. Older checkpoints stay as they are.
@@ -47,7 +64,7 @@ def save(folder: Path, *, step: int, module: nn.Module, optimiser: torch.optim.O
     final, draft, rank = folder / f"step-{step:08d}", folder / f".step-{step:08d}", dist.get_rank()
     what = f"{final}: the checkpoint cannot be written"
     try:
-        _write(draft, what, state=_state(module, optimiser), saved=saved)
+        _write(draft, what, state=_state(module, optimiser, teacher), saved=saved)
     except CheckpointError as error:
         full = disk_full(folder)
         dist.barrier()  # all have looked, and nobody writes any more
@@ -101,7 +118,9 @@ def latest(folder: Path) -> Path | None:
     return max(_whole(folder), key=_step, default=None)
 
 
-def restore(checkpoint: Path, *, module: nn.Module, optimiser: torch.optim.Optimizer) -> Saved:
+def restore(
+    checkpoint: Path, *, module: nn.Module, optimiser: torch.optim.Optimizer, teacher: nn.Module | None = None
+) -> Saved:
     """Load a checkpoint in place. A collective of all ranks, of which there may be more or fewer than before.
 
     Raises:
@@ -113,10 +132,12 @@ def restore(checkpoint: Path, *, module: nn.Module, optimiser: torch.optim.Optim
         random = checkpoint / f"random-{dist.get_rank()}.pt"
         if random.exists():
             torch.set_rng_state(torch.load(random))
-    with _together(f"{checkpoint}: the checkpoint cannot be read, or is of another model"):
-        state = _state(module, optimiser)
+    with _together(f"{checkpoint}: the checkpoint cannot be read, or is of another model or teacher"):
+        state = _state(module, optimiser, teacher)
         dcp.load(state, checkpoint_id=checkpoint)
         set_state_dict(module, optimiser, model_state_dict=state["model"], optim_state_dict=state["optimiser"])
+        if teacher:
+            set_model_state_dict(teacher, state["teacher"])
     return saved
 
 
@@ -136,9 +157,9 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _state(module: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Any]:
+def _state(module: nn.Module, optimiser: torch.optim.Optimizer, teacher: nn.Module | None) -> dict[str, Any]:
     model, optim = get_state_dict(module, optimiser)
-    return {"model": model, "optimiser": optim}
+    return {"model": model, "optimiser": optim} | ({"teacher": get_model_state_dict(teacher)} if teacher else {})
 
 
 @contextmanager

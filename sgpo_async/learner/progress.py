@@ -15,7 +15,8 @@ class Progress:
 
     step: int = 0  # optimiser steps done
     tokens: int = 0  # trained
-    lagging: float = 0.0  # sum of lag over trained tokens
+    sampled: int = 0  # ... of rollouts, which have a lag
+    lagging: float = 0.0  # sum of lag over these
     lag_max: int = 0
     wall_s: float = 0.0  # spent in the training loop
     idle_s: float = 0.0  # ... of which waiting for batches
@@ -32,6 +33,7 @@ class Progress:
         """Count one step."""
         self.step += 1
         self.tokens += metrics["tokens"]
+        self.sampled += sum(metrics["lag_histogram"].values())
         self.lagging += sum(int(lag) * count for lag, count in metrics["lag_histogram"].items())
         self.lag_max = max(self.lag_max, metrics["lag_max"] or 0)
         self.idle_s += idle_s
@@ -61,7 +63,7 @@ class Progress:
             "pass_auto_last": self.pass_auto_last,
             "pass_guided_first": self.pass_guided_first,
             "pass_guided_last": self.pass_guided_last,
-            "lag_mean": self.lagging / max(self.tokens, 1),
+            "lag_mean": self.lagging / max(self.sampled, 1),
             "lag_max": self.lag_max,
             "tokens_trained": self.tokens,
             "learner_idle": self.idle_s / self.wall_s if self.wall_s else 0.0,
@@ -79,5 +81,5 @@ class Progress:
 
 def hub_metrics(status: Mapping[str, Any]) -> dict[str, Any]:
     """The hub's part of one line of metrics, from its status after a commit."""
-    keys = ("version", "pass_auto", "pass_guided", "alpha", "tokens_per_s", "tokens_generated", "engine_idle", "ledger")
+    keys = ("version", "pass_auto", "pass_guided", "tokens_per_s", "tokens_generated", "engine_idle", "ledger")
     return {key: status[key] for key in keys} | {"actors": len(status["actors"])}

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sgpo_async.algorithm import correction_weights, kl_mass, limit
-from sgpo_async.config.schema import Correction
+from sgpo_async.config.schema import Algorithm, Correction
 from sgpo_async.learner import mismatch
 from sgpo_async.learner.batch import Batch
 from sgpo_async.learner.mismatch import AGES, Mismatch
@@ -69,11 +69,12 @@ class Statistics:
         bins = lags.clamp(0, len(self.tokens_by_lag) - 1).flatten()
         self.tokens_by_lag.index_add_(0, bins, mask.double().flatten())
 
-    def add_kl(self, d: Tensor, mask: Tensor, *, limiter: str, delta: float, quantile: float) -> None:
+    def add_kl(self, d: Tensor, mask: Tensor, algorithm: Algorithm) -> None:
         """Record d_t [K, T] of Eq. 3, what the mask of Eq. 5 takes or would take, and what this limiter takes."""
+        delta, limiter = algorithm.delta, algorithm.limiter
         mass = kl_mass(d, mask, delta=delta)
         self.add(tokens_kd=mass.tokens, kl=mass.kl, masked_tokens=mass.masked_tokens, masked_kl=mass.masked_kl)
-        kept = limit(d.detach(), mask, limiter=limiter, delta=delta, quantile=quantile)
+        kept = limit(d.detach(), mask, limiter=limiter, delta=delta, quantile=algorithm.quantile)
         self.add(limited_kl=mass.kl.sum() - kept.sum())
 
     def add_batch(self, batch: Batch) -> None:

@@ -34,9 +34,14 @@ class Teacher:
         self._algorithm, self.copy = algorithm, copy
 
     @property
-    def moves(self) -> bool:
-        """Whether the copy ever changes, so that a checkpoint has to hold it."""
-        return self.copy is not None and self._algorithm.teacher != "frozen"
+    def moving(self) -> Policy | None:
+        """The copy if it ever changes, so that a checkpoint has to hold it; `model.path` has the frozen one."""
+        return None if self._algorithm.teacher == "frozen" else self.copy
+
+    @property
+    def nbytes(self) -> int:
+        """Of the copy, over all ranks."""
+        return sum(p.numel() * p.element_size() for p in self.copy.parameters()) if self.copy else 0
 
     @property
     def matrix(self) -> Tensor | None:
@@ -45,7 +50,7 @@ class Teacher:
 
     @torch.no_grad()
     def follow(self, policy: Policy, *, steps: int) -> None:
-        """Take over what the teacher takes over of the policy after `steps` optimiser steps in all. No communication."""
+        """Take over of the policy what is due after `steps` optimiser steps in all. No communication."""
         share = self._share(steps)
         if self.copy is None or not share:
             return

@@ -63,9 +63,10 @@ def distillation_term(
     d, log_teacher = (_unflatten(flat, mask) for flat in distance)
     correction = correction_weights(log_teacher, log_mu, mask, mode=rule.mode, bound=rule.bound)
     statistics.add_correction("kl_correction", correction, log_teacher - log_mu, age, rule)
-    limiter = {"limiter": algorithm.limiter, "delta": algorithm.delta, "quantile": algorithm.quantile}
-    statistics.add_kl(d, mask, **limiter)
-    losses = distillation_loss(d, mask, correction, **limiter)
+    statistics.add_kl(d, mask, algorithm)
+    losses = distillation_loss(
+        d, mask, correction, delta=algorithm.delta, limiter=algorithm.limiter, quantile=algorithm.quantile
+    )
     term = (losses * _like(losses, [item.weight for item in items])).sum()
     statistics.add(kd_loss=term)
     return term

@@ -25,6 +25,7 @@ from sgpo_async.config.schema import Run
 from sgpo_async.engines.pretrained import load_model
 from sgpo_async.learner import checkpoint, optimiser
 from sgpo_async.learner.checkpoint import Saved
+from sgpo_async.learner.demonstrations import Demonstrations
 from sgpo_async.learner.folder import export
 from sgpo_async.learner.hub_client import HubClient
 from sgpo_async.learner.mismatch import Alarm, bound_for
@@ -92,7 +93,9 @@ class Trainer:
         rank, lead = dist.get_rank(), dist.get_rank() == 0
         resumed = checkpoint.latest(Path(run.folder) / "checkpoints") if run.learner.resume else None
         saved = (
-            checkpoint.restore(resumed, module=stepper.policy, optimiser=stepper.optimiser)
+            checkpoint.restore(
+                resumed, module=stepper.policy, optimiser=stepper.optimiser, teacher=stepper.teacher.moving
+            )
             if resumed
             else Saved(Progress().plain(), b"")
         )
@@ -149,6 +152,7 @@ class Trainer:
         source = model_folder(self.run.model.path)
         export(self.stepper.policy.model, dict(tensors), Path(self.run.folder) / "policy", source=source)
         own: dict[str, Any] = {"world_size": dist.get_world_size(), "objective": self.run.algorithm.objective}
+        own["teacher_mb"] = self.stepper.teacher.nbytes / 2**20
         own["mismatch"] = mismatch_summary(read_metrics(self.run.folder))  # also of the steps before an interruption
         self.metrics.summary(self.progress.summary(self.hub.status()) | own)
         self.metrics.close()
@@ -181,6 +185,7 @@ class Trainer:
             module=self.stepper.policy,
             optimiser=self.stepper.optimiser,
             saved=Saved(self.progress.plain(), state),
+            teacher=self.stepper.teacher.moving,
         )
         checkpoint.prune(folder, step=self.progress.step, keep=self.run.learner.keep_checkpoints)
 
@@ -188,12 +193,14 @@ class Trainer:
 def build(run: Run, mesh: DeviceMesh) -> tuple[Stepper, str]:
     """The sharded policy with its optimiser and teacher, and the fingerprint of its tokenizer."""
     folder = model_folder(run.model.path)
-    fingerprint = tokenizer_fingerprint(load_tokenizer(folder))
+    tokenizer = load_tokenizer(folder)
+    fingerprint = tokenizer_fingerprint(tokenizer)
     policy = _load(folder)
     check_model(policy)
     shard(policy, mesh, precision=run.learner.precision)
     teacher = Teacher(run.algorithm, _copy(folder, run, mesh) if run.algorithm.copies_teacher else None)
-    return Stepper(run, policy, optimiser.build(policy, run.optim), teacher), fingerprint
+    responses = Demonstrations(run, tokenizer).tokens if run.algorithm.demonstrated else None
+    return Stepper(run, policy, optimiser.build(policy, run.optim), teacher, responses), fingerprint
 
 
 def _copy(folder: str, run: Run, mesh: DeviceMesh) -> Policy:

@@ -28,6 +28,9 @@ class ProblemSource(Protocol):
     verifier: str
     """Name of the verifier in `sgpo_async.tasks.verify.VERIFIERS` that judges completions of this source."""
 
+    demonstrated: bool
+    """Whether any training problem has a response."""
+
     def training(self, position: int) -> Problem:
         """The problem at `position` >= 0 of the training stream; the same one at every call."""
 

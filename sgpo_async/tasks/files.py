@@ -127,6 +127,7 @@ class FileSource:
             raise DataError(
                 f"{path}: {len(texts)} distinct problems leave none for training with tasks.held_out={held_out}"
             )
+        self.demonstrated = any(problem.response is not None for problem in self._training)
         self._order = lru_cache(maxsize=4)(self._shuffled)
         self._seed = seed
 

@@ -20,6 +20,8 @@ from sgpo_async.learner.checkpoint import Saved
 from sgpo_async.learner.publish import Publisher, gather
 from sgpo_async.learner.step import Stepper
 from tests.reference import learner_cases as cases
+from tests.reference.objectives import reference_loss
+from tests.reference.variants import VARIANTS
 
 pytestmark = pytest.mark.process
 
@@ -47,6 +49,7 @@ def worker(rank: int, folder: Path) -> None:
     policy.GROUP_BYTES = step.LOCAL_GRADIENT_BYTES = 0
     results["gradient large"] = gradient(rank, SPLITS["uneven"])
     policy.GROUP_BYTES, step.LOCAL_GRADIENT_BYTES = group, local
+    results["objectives"] = {name: objective(rank, name) for name in VARIANTS}
     results["mismatch"] = {name: mismatch(rank, split) for name, split in SPLITS.items()}
     results["frozen"] = gradient(rank, SPLITS["even"], frozen=True)
     results["resume"] = resume(rank, folder)
@@ -68,6 +71,16 @@ def gradient(
     shard = cases.shard_of([parts[i] for i in split[rank]], problems=4)
     loss = stepper.accumulate(from_shard(shard, run.algorithm)).reduce()["loss"]
     return loss, {name: p.grad.full_tensor() for name, p in stepper.policy.model.named_parameters()}
+
+
+def objective(rank: int, name: str) -> tuple[float, dict[str, Tensor]]:
+    """One rank has three of the four problems, and so more micro-batches than the other."""
+    run, parts = cases.settings(ranks=2, row_tokens=20, **VARIANTS[name]), cases.groups(seed=4)
+    teacher = cases.tiny_model(seed=1) if run.algorithm.copies_teacher else None
+    stepper = cases.stepper(run, cases.tiny_model(), teacher)
+    shard = cases.shard_of([parts[i] for i in SPLITS["uneven"][rank]], problems=4)
+    metrics = stepper.accumulate(stepper.batch(shard)).reduce()
+    return metrics["loss"], {key: p.grad.full_tensor() for key, p in stepper.policy.model.named_parameters()}
 
 
 def mismatch(rank: int, split: tuple[tuple[int, ...], ...]) -> dict[str, Any]:
@@ -152,12 +165,25 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["even", "uneven", "empty", "tied", "large"])
 def test_the_gradient_does_not_depend_on_the_ranks(results: dict[str, Any], name: str) -> None:
     model = cases.tiny_model(tied=name == "tied")
-    loss = cases.reference_loss(model, cases.groups(), RUN)
+    loss = reference_loss(model, cases.groups(), RUN)
     loss.backward()
     assert results[f"gradient {name}"][0] == pytest.approx(loss.item(), abs=1e-10)
     for parameter_name, parameter in model.named_parameters():
         found = results[f"gradient {name}"][1][parameter_name]
         torch.testing.assert_close(found, parameter.grad, atol=1e-10, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_no_objective_depends_on_the_ranks(results: dict[str, Any], name: str) -> None:
+    run, model = cases.settings(**VARIANTS[name]), cases.tiny_model()
+    teacher = cases.tiny_model(seed=1) if run.algorithm.copies_teacher else None
+    responses = cases.demonstrations if run.algorithm.demonstrated else lambda _: None
+    loss = reference_loss(model, cases.groups(seed=4), run, teacher=teacher, responses=responses)
+    loss.backward()
+    found, gradient = results["objectives"][name]
+    assert found == pytest.approx(loss.item(), abs=1e-10)
+    for key, parameter in model.named_parameters():
+        torch.testing.assert_close(gradient[key], parameter.grad, atol=1e-10, rtol=1e-9)
 
 
 @pytest.mark.parametrize("name", SPLITS)
@@ -169,7 +195,7 @@ def test_the_mismatch_is_that_of_all_ranks(results: dict[str, Any], name: str) -
 
 def test_a_frozen_teacher_is_sharded_too(results: dict[str, Any]) -> None:
     model = cases.tiny_model()
-    loss = cases.reference_loss(model, cases.groups(), RUN, teacher=cases.tiny_model(seed=1))
+    loss = reference_loss(model, cases.groups(), RUN, teacher=cases.tiny_model(seed=1))
     assert results["frozen"][0] == pytest.approx(loss.item(), abs=1e-10)
 
 

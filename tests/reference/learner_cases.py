@@ -1,6 +1,5 @@
-"""Shards to train on, tiny models, and the loss of Eq. 7 taken sequence by sequence, for the learner's tests."""
+"""Shards to train on, tiny models and learners, for the learner's tests."""
 
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -11,12 +10,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from sgpo_async.config.schema import Algorithm, Hub, Learner, Local, Optim, Run
+from sgpo_async.config.schema import Rollout as Sizes
 from sgpo_async.learner import optimiser
 from sgpo_async.learner.policy import Policy, shard
 from sgpo_async.learner.step import Stepper
 from sgpo_async.learner.teacher import Teacher
 from sgpo_async.wire.records import Rollout, Shard
-from tests.reference import sgpo
 
 VOCABULARY = 13
 
@@ -39,10 +38,11 @@ def tiny_model(*, tied: bool = False, seed: int = 0, dtype: torch.dtype = torch.
     return Qwen2ForCausalLM(config).to(dtype).eval()
 
 
-def settings(*, ranks: int = 1, row_tokens: int = 40, **algorithm: object) -> Run:
+def settings(*, ranks: int = 1, row_tokens: int = 40, temperature: float = 1.0, **algorithm: object) -> Run:
     """A run of 4 problems per step."""
     return Run(
         steps=8,
+        rollout=Sizes(autonomous=4, guided=3, temperature=temperature),
         algorithm=Algorithm(**algorithm),
         optim=Optim(lr=1e-2, warmup_steps=2),
         learner=Learner(problems_per_step=4, row_tokens=row_tokens),
@@ -67,48 +67,14 @@ def stepper(run: Run, model: PreTrainedModel, teacher: PreTrainedModel | None = 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     policy = shard(Policy(model), mesh, precision="float32")
     frozen = shard(Policy(teacher).requires_grad_(False), mesh, precision="float32") if teacher else None
-    return Stepper(run, policy, optimiser.build(policy, run.optim), Teacher(run.algorithm, frozen))
+    responses = demonstrations if run.algorithm.demonstrated else None
+    return Stepper(run, policy, optimiser.build(policy, run.optim), Teacher(run.algorithm, frozen), responses)
 
 
-def reference_loss(
-    model: PreTrainedModel,
-    parts: list[list[Rollout]],
-    run: Run,
-    *,
-    teacher: PreTrainedModel | None = None,
-) -> Tensor:
-    """Eq. 7 with autograd: one sequence per forward, full logits, weights by plain loops."""
-    algorithm, total = run.algorithm, torch.zeros((), dtype=torch.float64)
-    for group in parts:
-        autonomous = [r for r in group if not r.guided]
-        guided = [r for r in group if r.guided]
-        rewards = np.array([[r.reward for r in autonomous]])
-        for rollout, advantage in zip(autonomous, sgpo.advantages(rewards)[0], strict=True):
-            log_pi = log_probs(model, rollout.prompt, rollout.tokens)[
-                range(len(rollout.tokens)), rollout.tokens.tolist()
-            ]
-            weights = _correction(log_pi, rollout, algorithm.grpo_correction)
-            ratio = (log_pi - log_pi.detach()).exp()
-            total = total - (weights * ratio * advantage).mean() / len(autonomous) / len(parts)
-        correct = [r for r in guided if r.unguided_logprob is not None]
-        if not correct or algorithm.objective == "grpo":
-            continue
-        target = max(correct, key=lambda r: r.unguided_logprob)
-        alpha = sgpo.adaptive_weight(
-            float(rewards.mean()),
-            float(np.mean([r.reward for r in guided])),
-            algorithm.alpha0,
-            algorithm.gamma,
-            algorithm.alpha_max,
-        )
-        log_p = log_probs(teacher or model, target.prompt, target.tokens).detach()
-        log_q = log_probs(model, autonomous[0].prompt, target.tokens)
-        d = (log_p.exp() * (log_p - log_q)).sum(-1)
-        chosen = log_p[range(len(target.tokens)), target.tokens.tolist()]
-        weights = _correction(chosen, target, algorithm.kl_correction)
-        kept = d if algorithm.limiter == "none" else torch.where(d <= algorithm.delta, d, 0)
-        total = total + alpha * (weights * kept).mean() / len(parts)
-    return total
+def demonstrations(task: int) -> np.ndarray | None:
+    """Responses of the tasks of `groups`; the second has none."""
+    rng = np.random.default_rng(1000 + task)
+    return None if task == 1 else rng.integers(0, VOCABULARY, rng.integers(3, 9), dtype=np.int32)
 
 
 def _group(rng: np.random.Generator, task: int, version: int) -> list[Rollout]:
@@ -178,15 +144,8 @@ def reference_mismatch(model: PreTrainedModel, parts: list[list[Rollout]], *, ve
     return found
 
 
-def log_probs(model: PreTrainedModel, prompt: np.ndarray, completion: np.ndarray) -> Tensor:
+def log_probs(model: PreTrainedModel, prompt: np.ndarray, completion: np.ndarray, temperature: float = 1.0) -> Tensor:
     """log pi(.|prompt, completion so far) before each completion token: [T, V]."""
     ids = torch.from_numpy(np.concatenate((prompt, completion))).long()[None]
-    log_probs = model(input_ids=ids).logits[0].log_softmax(-1)
+    log_probs = (model(input_ids=ids).logits[0] / temperature).log_softmax(-1)
     return log_probs[len(prompt) - 1 : -1]
-
-
-def _correction(log_pi: Tensor, rollout: Rollout, rule: object) -> Tensor:
-    mu = [math.exp(x) for x in rollout.logprobs.astype(np.float64)]
-    mask = np.ones(len(mu), bool)
-    pi = log_pi.detach().exp().numpy()
-    return torch.from_numpy(sgpo.correction_weights(pi, np.array(mu), mask, rule.mode, rule.bound))

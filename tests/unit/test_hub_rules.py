@@ -5,17 +5,15 @@ from __future__ import annotations
 import itertools
 
 import hypothesis.strategies as st
-import numpy as np
 import pytest
 from hub_support import Source, make_rollout, make_run
 from hypothesis import given
 
-from sgpo_async.config.schema import Algorithm
 from sgpo_async.hub.actors import Actors, Meter
 from sgpo_async.hub.admission import lowest_version, room
 from sgpo_async.hub.balance import balance
 from sgpo_async.hub.door import other_tokenizer, refusal
-from sgpo_async.hub.figures import adaptive_weight, figures
+from sgpo_async.hub.figures import figures
 from sgpo_async.hub.leases import Book
 from sgpo_async.hub.ledger import Ledger
 from sgpo_async.hub.work import Group
@@ -84,14 +82,6 @@ def test_balance_is_a_partition_within_grahams_bound(weights, ranks):
 # ---- figures
 
 
-@pytest.mark.parametrize(
-    ("p_auto", "p_guide", "alpha"),
-    [(0, 0.25, 0.8), (0.25, 0.5, 0.5), (0.5, 0.75, 0.292), (0.5, 0.5, 0.083), (1, 1, 0.045), (0.5, 0.4, 0), (0, 0, 0)],
-)
-def test_adaptive_weight_at_the_papers_constants(p_auto, p_guide, alpha):
-    assert adaptive_weight(p_auto, p_guide, Algorithm()) == pytest.approx(alpha, abs=5e-4)
-
-
 def group(number: int, rewards: list[float], guided_rewards: list[float], versions: tuple[int, ...]) -> Group:
     lease = wire.Lease(
         task=number, attempt=0, purpose="train", problem="", answer="", strategy="", autonomous=len(rewards),
@@ -106,19 +96,14 @@ def group(number: int, rewards: list[float], guided_rewards: list[float], versio
 
 def test_figures_of_a_batch():
     groups = [group(0, [0, 0], [1], (3,)), group(1, [1, 0], [1], (2, 4)), group(2, [1, 1], [0], (4,))]
-    result = figures(groups, version=5, algorithm=Algorithm())
-    p_auto, p_guide = np.array([0, 0.5, 1]), np.array([1, 1, 0])
-    alpha = np.clip(0.5 * (p_guide - p_auto + 0.1) / (p_auto + 0.1), 0, 0.8) * (p_guide > 0)
-    assert result["alpha"] == pytest.approx(alpha.mean())
+    result = figures(groups, version=5)
     assert (result["pass_auto"], result["pass_guided"]) == (pytest.approx(0.5), pytest.approx(2 / 3))
     assert result["lag"]["histogram"] == {"1": 6 + 6, "2": 6, "3": 6}
     assert result["lag"]["max"] == 3 and result["lag"]["mean"] == pytest.approx((12 * 1 + 6 * 2 + 6 * 3) / 24)
 
 
-def test_figures_without_guided_rollouts_or_distillation():
-    bare = figures([group(0, [1, 0], [], (0,))], version=0, algorithm=Algorithm())
-    assert (bare["pass_guided"], bare["alpha"]) == (None, 0.0)
-    assert figures([group(0, [0], [1], (0,))], version=0, algorithm=Algorithm(objective="grpo"))["alpha"] == 0.0
+def test_figures_without_guided_rollouts():
+    assert figures([group(0, [1, 0], [], (0,))], version=0)["pass_guided"] is None
 
 
 # ---- tasks and leases

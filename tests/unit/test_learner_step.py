@@ -16,6 +16,7 @@ from sgpo_async.learner import policy, step
 from sgpo_async.learner.batch import from_shard
 from sgpo_async.wire.records import Rollout
 from tests.reference import learner_cases as cases
+from tests.reference.objectives import reference_loss
 
 MODES = ("none", "token", "token-mask", "prefix", "sequence", "sequence-geometric")
 
@@ -41,7 +42,7 @@ def expected(
     run: Run, parts: list[list[Rollout]], *, tied: bool = False, frozen: bool = False
 ) -> tuple[float, dict[str, Tensor]]:
     model = cases.tiny_model(tied=tied)
-    loss = cases.reference_loss(model, parts, run, teacher=cases.tiny_model(seed=1) if frozen else None)
+    loss = reference_loss(model, parts, run, teacher=cases.tiny_model(seed=1) if frozen else None)
     loss.backward()
     return loss.item(), {name: p.grad for name, p in model.named_parameters()}
 

@@ -25,8 +25,8 @@ from sgpo_async.wire.records import Rollout
 FIGURES = ("alpha", "alpha_observed", "p_auto_corrected", "p_guide_corrected")
 """What an objective may tell of a problem besides; the step's metrics are means over the problems that have them.
 
-`alpha` is the weight in use, 0 where nothing is distilled. With corrected pass rates these are told, too, and what alpha
-would be with the observed ones.
+`alpha` is the weight in use, 0 where nothing is distilled. With corrected pass rates these are told, too, and what
+alpha would be with the observed ones.
 """
 
 

@@ -13,7 +13,7 @@ from sgpo_async.learner.objectives.sft import sft
 
 
 def hpt(group: TaskGroup, algorithm: Algorithm) -> Trained:
-    """SFT on the demonstration if at most `hpt_gate` autonomous rollouts are correct; otherwise, or without one, GRPO."""
+    """SFT on the demonstration, if there is one and at most `hpt_gate` autonomous rollouts are correct; else GRPO."""
     correct = int(group.rewards(guided=False).sum())
     supervised = group.demonstration is not None and correct <= algorithm.hpt_gate
     return sft(group, algorithm) if supervised else grpo(group, algorithm)

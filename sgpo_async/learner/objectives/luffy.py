@@ -3,7 +3,7 @@
 Source: Yan et al., "Learning to Reason under Off-Policy Guidance", https://arxiv.org/abs/2504.14945. Eq. 4 there, with
 the shaping of its section 3.3 in place of the off-policy clip, as a loss:
 
-    L = -1/Z ( sum_t f(pi(y_t)) A_y + sum_i sum_t clipped(r_it, A_i) ),    f(p) = p / (p + gamma),   Z = |y| + sum_i |o_i|
+    L = -1/Z ( sum_t f(pi(y_t)) A_y + sum_i sum_t clipped(r_it, A_i) )     f(p) = p/(p + gamma), Z = |y| + sum_i |o_i|
 
 Advantages are standardised over the rollouts and the demonstration y together, R(y) = 1; the behaviour probability of y
 is taken as 1. One Z divides all tokens of the group, so a long sequence weighs more than in GRPO: of a sequence whose

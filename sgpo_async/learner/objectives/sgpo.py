@@ -46,7 +46,7 @@ def sgpo(group: TaskGroup, algorithm: Algorithm) -> Trained:
 
 
 def _targets(group: TaskGroup, algorithm: Algorithm) -> list[Rollout]:
-    """The reachable o+ (Eq. 4), or all correct guided rollouts (Eq. 2); none below the gate, nor where none is correct."""
+    """The reachable o+ (Eq. 4), or all correct guided rollouts (Eq. 2); none below the gate."""
     if not group.guided or group.rewards(guided=True).mean() < algorithm.guide_gate:
         return []
     if algorithm.target == "all":

@@ -1,0 +1,187 @@
+"""The loss of every objective taken sequence by sequence: one forward each, full logits, weights by plain loops.
+
+Transcribed from the papers: SGPO https://arxiv.org/abs/2606.24064, LUFFY https://arxiv.org/abs/2504.14945 (Eq. 4 and
+section 3.3), HPT https://arxiv.org/abs/2509.04419. What the papers hold constant, sg[.], is taken of the model `at`, so
+that the loss may be differentiated by automatic means and by differences.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sgpo_async.config.schema import Algorithm, Correction, Run
+from sgpo_async.wire.records import Rollout
+from tests.reference import sgpo
+from tests.reference.learner_cases import log_probs
+
+Responses = Callable[[int], np.ndarray | None]
+
+
+def reference_loss(
+    model: PreTrainedModel,
+    parts: list[list[Rollout]],
+    run: Run,
+    *,
+    teacher: PreTrainedModel | None = None,
+    responses: Responses = lambda _: None,
+    at: PreTrainedModel | None = None,
+) -> Tensor:
+    """Mean over problems of the objective's loss."""
+    at = at or model
+    losses = []
+    for group in parts:
+        own, guided = ([r for r in group if r.guided == flag] for flag in (False, True))
+        problem = Problem(model, at, teacher or at, run, own, guided, responses(group[0].task))
+        losses.append(OBJECTIVES[run.algorithm.objective](problem))
+    return torch.stack(losses).sum() / len(parts)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem with its rollouts, and the three models that have a part in its loss."""
+
+    model: PreTrainedModel
+    at: PreTrainedModel
+    teacher: PreTrainedModel
+    run: Run
+    own: list[Rollout]
+    guided: list[Rollout]
+    response: np.ndarray | None
+
+    @property
+    def rule(self) -> Algorithm:
+        return self.run.algorithm
+
+    @property
+    def plain(self) -> np.ndarray:
+        return self.own[0].prompt
+
+    def all_log_probs(self, model: PreTrainedModel, prompt: np.ndarray, tokens: np.ndarray) -> Tensor:
+        return log_probs(model, prompt, tokens, self.run.rollout.temperature)
+
+    def log_pi(self, model: PreTrainedModel, prompt: np.ndarray, tokens: np.ndarray) -> Tensor:
+        return self.all_log_probs(model, prompt, tokens)[range(len(tokens)), tokens.tolist()]
+
+    def surrogate(self, rollout: Rollout, advantage: float) -> Tensor:
+        """[T], c_t times the clipped surrogate of Eq. 1."""
+        log_pi = self.log_pi(self.model, rollout.prompt, rollout.tokens)
+        log_prox = self.log_pi(self.at, rollout.prompt, rollout.tokens).detach()
+        ratio = (log_pi - log_prox).exp()
+        low, high = 1 - self.rule.eps_low, 1 + self.rule.eps_high
+        clipped = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+        return correction(log_prox, rollout, self.rule.grpo_correction) * clipped
+
+
+def grpo(problem: Problem) -> Tensor:
+    rewards = np.array([[r.reward for r in problem.own]])
+    total = torch.zeros((), dtype=torch.float64)
+    for rollout, advantage in zip(problem.own, sgpo.advantages(rewards)[0], strict=True):
+        total = total - problem.surrogate(rollout, float(advantage)).mean()
+    return total / len(problem.own)
+
+
+def sft(problem: Problem) -> Tensor:
+    if problem.response is None:
+        return torch.zeros((), dtype=torch.float64)
+    return -problem.log_pi(problem.model, problem.plain, problem.response).mean()
+
+
+def luffy(problem: Problem) -> Tensor:
+    if problem.response is None:
+        return grpo(problem)
+    rewards = np.array([[*(r.reward for r in problem.own), 1.0]])
+    *advantages, own = sgpo.advantages(rewards)[0]
+    p = problem.log_pi(problem.model, problem.plain, problem.response).exp()
+    total = (p / (p + problem.rule.luffy_gamma) * own).sum()
+    for rollout, advantage in zip(problem.own, advantages, strict=True):
+        total = total + problem.surrogate(rollout, float(advantage)).sum()
+    return -total / (len(problem.response) + sum(len(r.tokens) for r in problem.own))
+
+
+def hpt(problem: Problem) -> Tensor:
+    correct = sum(r.reward == 1 for r in problem.own)
+    return sft(problem) if problem.response is not None and correct <= problem.rule.hpt_gate else grpo(problem)
+
+
+def sgpo_(problem: Problem) -> Tensor:
+    rule = problem.rule
+    loss = grpo(problem) if rule.policy_gradient else torch.zeros((), dtype=torch.float64)
+    successes = [r for r in problem.guided if r.reward == 1]
+    if not successes or len(successes) / len(problem.guided) < rule.guide_gate:
+        return loss
+    if rule.target == "reachable":
+        successes = [max(successes, key=lambda r: r.unguided_logprob)]
+    pulls = [likelihood(problem, o) if rule.divergence == "sft" else distillation(problem, o) for o in successes]
+    return loss + alpha(problem) * torch.stack(pulls).mean()
+
+
+OBJECTIVES: dict[str, Callable[[Problem], Tensor]] = {
+    "sgpo": sgpo_,
+    "grpo": grpo,
+    "sft": sft,
+    "luffy": luffy,
+    "hpt": hpt,
+}
+
+
+def likelihood(problem: Problem, target: Rollout) -> Tensor:
+    return -problem.log_pi(problem.model, problem.plain, target.tokens).mean()
+
+
+def distillation(problem: Problem, target: Rollout) -> Tensor:
+    """Eq. 5, with the divergence and the limiter of the run."""
+    rule = problem.rule
+    log_p = problem.all_log_probs(problem.teacher, target.prompt, target.tokens).detach()
+    log_q, log_q_at = (problem.all_log_probs(m, problem.plain, target.tokens) for m in (problem.model, problem.at))
+    d = torch.stack([apart(p, q, rule.divergence) for p, q in zip(log_p, log_q, strict=True)])
+    now = np.array([apart(p, q, rule.divergence).item() for p, q in zip(log_p, log_q_at.detach(), strict=True)])
+    pull = torch.tensor(sgpo.limited_pull(now, rule.limiter, rule.delta, rule.quantile), dtype=torch.float64)
+    chosen = log_p[range(len(target.tokens)), target.tokens.tolist()]
+    return (correction(chosen, target, rule.kl_correction) * pull * d).mean()
+
+
+def apart(log_p: Tensor, log_q: Tensor, kind: str) -> Tensor:
+    """One divergence of two distributions over the vocabulary."""
+    p, q = log_p.exp(), log_q.exp()
+    log_m = ((p + q) / 2).log()
+    if kind == "forward":
+        return (p * (log_p - log_q)).sum()
+    if kind == "reverse":
+        return (q * (log_q - log_p)).sum()
+    return (p * (log_p - log_m)).sum() / 2 + (q * (log_q - log_m)).sum() / 2
+
+
+def alpha(problem: Problem) -> float:
+    """Eq. 6, Eq. 8 or a constant."""
+    rule, rewards = problem.rule, [[r.reward for r in part] for part in (problem.own, problem.guided)]
+    if rule.weight == "fixed":
+        return rule.alpha
+    if rule.weight == "group-advantage":
+        return sgpo.group_advantage_weight(np.array(rewards[0]), rule.alpha_max)
+    rates = [float(np.mean(part)) for part in rewards]
+    if rule.pass_rates == "corrected":
+        rates = corrected_rates(problem)
+    return sgpo.adaptive_weight(*rates, rule.alpha0, rule.gamma, rule.alpha_max)
+
+
+def corrected_rates(problem: Problem) -> list[float]:
+    """p_auto and p_guide under the model `at`."""
+    rates = []
+    for part in (problem.own, problem.guided):
+        log_pi = [problem.log_pi(problem.at, r.prompt, r.tokens).sum().item() for r in part]
+        rho = [math.exp(x - float(r.logprobs.astype(np.float64).sum())) for x, r in zip(log_pi, part, strict=True)]
+        rewards = np.array([r.reward for r in part])
+        rates.append(sgpo.corrected_mean(rewards, np.array(rho), problem.rule.grpo_correction.bound))
+    return rates
+
+
+def correction(log_pi: Tensor, rollout: Rollout, rule: Correction) -> Tensor:
+    mu = [math.exp(x) for x in rollout.logprobs.astype(np.float64)]
+    mask = np.ones(len(mu), bool)
+    pi = log_pi.detach().exp().numpy()
+    return torch.from_numpy(sgpo.correction_weights(pi, np.array(mu), mask, rule.mode, rule.bound))

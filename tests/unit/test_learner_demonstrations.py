@@ -1,0 +1,67 @@
+"""The learner's own look at the problems' responses."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sgpo_async.config.schema import Algorithm, Run, Tasks
+from sgpo_async.errors import DataError
+from sgpo_async.learner.demonstrations import Demonstrations
+from sgpo_async.tasks.curriculum import Curriculum
+from sgpo_async.tasks.models import load_tokenizer, model_folder
+from sgpo_async.tasks.sources import open_source
+from sgpo_async.tasks.verify import VERIFIERS
+
+LUFFY = Algorithm(objective="luffy")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> object:
+    return load_tokenizer(model_folder("builtin:cues"))
+
+
+def file_run(path: Path, responses: list[str | None]) -> Run:
+    rows = [{"problem": f"problem {i}", "answer": "1", "response": text} for i, text in enumerate(responses)]
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return Run(tasks=Tasks(source="file", path=str(path), held_out=1), algorithm=LUFFY)
+
+
+def test_a_demonstration_is_the_response_of_the_task_s_own_problem_and_is_correct(tokenizer: object) -> None:
+    run = Run(seed=3, algorithm=LUFFY)
+    source = open_source("cues", path="", held_out=run.tasks.held_out, seed=run.seed)
+    demonstrations, curriculum = Demonstrations(run, tokenizer), Curriculum(run, source)
+    for number in (0, 7, 1000):
+        tokens = demonstrations.tokens(number)
+        assert tokens is not None
+        assert (tokens.dtype, tokens[-1]) == ("int32", tokenizer.eos_token_id)
+        text, task = tokenizer.decode(tokens, skip_special_tokens=True), curriculum.task(number)
+        assert text == task.problem.response
+        assert VERIFIERS["cues"](task.problem.answer, text)
+
+
+def test_problems_without_a_response_are_told_apart(tmp_path: Path, tokenizer: object) -> None:
+    run = file_run(tmp_path / "some.jsonl", ["raise 1", None, "raise 2", None, None])
+    demonstrations = Demonstrations(run, tokenizer)
+    source = open_source("file", path=run.tasks.path, held_out=1, seed=run.seed)
+    curriculum = Curriculum(run, source)
+    found = [demonstrations.tokens(number) is not None for number in range(8)]
+    assert found == [curriculum.task(number).problem.response is not None for number in range(8)]
+    assert len(set(found)) == 2
+
+
+def test_a_source_without_any_response_is_refused_in_one_line(tmp_path: Path, tokenizer: object) -> None:
+    run = file_run(tmp_path / "none.jsonl", [None, None, None])
+    with pytest.raises(DataError, match=r"none\.jsonl: no training problem has a response.*objective=luffy") as caught:
+        Demonstrations(run, tokenizer)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_without_an_end_is_refused(tokenizer: object) -> None:
+    bare = load_tokenizer(model_folder("builtin:cues"))
+    bare.eos_token = None
+    with pytest.raises(DataError, match="no end token"):
+        Demonstrations(replace(Run(), algorithm=LUFFY), bare)

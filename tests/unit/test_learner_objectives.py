@@ -1,0 +1,204 @@
+"""Every objective and variant on one rank: packed loss and gradient against the papers' equations, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sgpo_async.config.schema import Correction, Run
+from sgpo_async.learner.objectives import OBJECTIVES
+from sgpo_async.wire.records import Rollout
+from tests.reference import learner_cases as cases
+from tests.reference import objectives as reference
+from tests.reference.variants import VARIANTS
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    file: Path = tmp_path_factory.mktemp("group") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+Found = tuple[dict[str, object], dict[str, Tensor]]
+
+
+def gradients(run: Run, parts: list[list[Rollout]]) -> Found:
+    """Metrics and gradient of one step."""
+    stepper = cases.stepper(run, cases.tiny_model(), _teacher(run))
+    metrics = stepper.accumulate(stepper.batch(cases.shard_of(parts, problems=len(parts)))).reduce()
+    return metrics, {name: p.grad.full_tensor() for name, p in stepper.policy.model.named_parameters()}
+
+
+def expected(run: Run, parts: list[list[Rollout]]) -> tuple[float, dict[str, Tensor]]:
+    model = cases.tiny_model()
+    loss = reference.reference_loss(model, parts, run, teacher=_teacher(run), responses=_responses(run))
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def _teacher(run: Run) -> object:
+    return cases.tiny_model(seed=1) if run.algorithm.copies_teacher else None
+
+
+def _responses(run: Run) -> reference.Responses:
+    return cases.demonstrations if run.algorithm.demonstrated else lambda _: None
+
+
+def assert_equal(found: Found, right: tuple[float, dict[str, Tensor]]) -> None:
+    assert found[0]["loss"] == pytest.approx(right[0], abs=1e-10)
+    for name, gradient in right[1].items():
+        torch.testing.assert_close(found[1][name], gradient, atol=1e-10, rtol=1e-9)
+
+
+def test_the_variants_cover_every_objective_and_differ_in_their_loss() -> None:
+    assert {words.get("objective", "sgpo") for words in VARIANTS.values()} == OBJECTIVES.keys()
+    losses = [expected(cases.settings(**words), cases.groups(seed=4))[0] for words in VARIANTS.values()]
+    assert len({round(loss, 6) for loss in losses}) == len(VARIANTS)
+
+
+@pytest.mark.parametrize("row_tokens", [1, 30, 10_000])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_packed_loss_and_gradient_equal_the_papers_one_by_one(name: str, row_tokens: int) -> None:
+    run, parts = cases.settings(row_tokens=row_tokens, **VARIANTS[name]), cases.groups(seed=4)
+    right = expected(run, parts)
+    assert max(float(g.abs().max()) for g in right[1].values()) > 1e-3
+    assert_equal(gradients(run, parts), right)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_gradient_is_the_slope_of_the_loss(name: str) -> None:
+    """By differences along a random direction, with the loss's constants held where they are."""
+    run, parts = cases.settings(**VARIANTS[name]), cases.groups(seed=4)
+    _, found = gradients(run, parts)
+    here, generator = cases.tiny_model(), torch.Generator().manual_seed(5)
+    shapes = {key: p.shape for key, p in here.named_parameters()}
+    direction = {key: torch.randn(shape, dtype=torch.float64, generator=generator) for key, shape in shapes.items()}
+    slope, width = 0.0, 5e-4
+    for step, weight in ((2, -1), (1, 8), (-1, -8), (-2, 1)):  # exact for polynomials of degree 4
+        model = cases.tiny_model()
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                parameter += step * width * direction[key]
+            loss = reference.reference_loss(
+                model, parts, run, teacher=_teacher(run), responses=_responses(run), at=here
+            )
+        slope += weight * loss.item() / (12 * width)
+    # The model's norms are taken in float32, so that the loss is known to about 1e-8.
+    assert slope == pytest.approx(sum(float((found[key] * direction[key]).sum()) for key in direction), abs=3e-4)
+
+
+@pytest.mark.parametrize("name", ["sgpo", "reverse", "luffy", "sft"])
+def test_the_temperature_is_that_of_the_rollouts(name: str) -> None:
+    run, parts = cases.settings(temperature=0.7, **VARIANTS[name]), cases.groups(seed=4)
+    assert_equal(gradients(run, parts), expected(run, parts))
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jensen-shannon", "sft"])
+@pytest.mark.parametrize("words", [{"alpha0": 0.0}, {"weight": "fixed", "alpha": 0.0}, {"guide_gate": 1.0}])
+def test_alpha_0_is_grpo_exactly(divergence: str, words: dict[str, object]) -> None:
+    """Bit for bit, not nearly."""
+    sgpo = gradients(cases.settings(divergence=divergence, **words), cases.groups())
+    grpo = gradients(cases.settings(objective="grpo"), cases.groups())
+    assert sgpo[0]["loss"] == grpo[0]["loss"]
+    assert (sgpo[0]["alpha"], sgpo[0]["targets"]) == (0, 0)
+    assert all(torch.equal(gradient, grpo[1][name]) for name, gradient in sgpo[1].items())
+
+
+@pytest.mark.parametrize("words", [{"divergence": "sft"}, {"target": "all"}, {"weight": "fixed"}, {}])
+def test_without_a_correct_guided_rollout_nothing_is_distilled(words: dict[str, object]) -> None:
+    failed = [[replace(r, reward=0.0, unguided_logprob=None) for r in group] for group in cases.groups()]
+    for alone in (True, False):
+        metrics, found = gradients(cases.settings(policy_gradient=alone, **words), failed)
+        assert (metrics["loss"], metrics["alpha"]) == (0, 0)
+        assert all(torch.count_nonzero(gradient) == 0 for gradient in found.values())
+
+
+@pytest.mark.parametrize("objective", ["luffy", "hpt"])
+def test_without_demonstrations_it_is_grpo_exactly(objective: str) -> None:
+    parts = [group for group in cases.groups() if cases.demonstrations(group[0].task) is None]
+    assert len(parts) == 1
+    found, grpo = (gradients(cases.settings(objective=name), parts) for name in (objective, "grpo"))
+    assert found[0]["loss"] == grpo[0]["loss"]
+    assert all(torch.equal(gradient, grpo[1][name]) for name, gradient in found[1].items())
+
+
+def test_sft_without_demonstrations_trains_nothing() -> None:
+    metrics, found = gradients(cases.settings(objective="sft"), cases.groups()[1:2])
+    assert (metrics["loss"], metrics["tokens"]) == (0, 0)
+    assert all(torch.count_nonzero(gradient) == 0 for gradient in found.values())
+
+
+def test_a_group_that_is_all_correct_learns_nothing_of_luffy_s_demonstration() -> None:
+    solved = [[replace(r, reward=1.0) for r in group if not r.guided] for group in cases.groups()]
+    metrics, found = gradients(cases.settings(objective="luffy"), solved)
+    assert metrics["likelihood_loss"] == 0
+    assert all(torch.count_nonzero(gradient) == 0 for gradient in found.values())
+
+
+def test_a_gate_on_the_guided_pass_rate() -> None:
+    """Two of three guided rollouts are correct wherever any is."""
+    targets = [gradients(cases.settings(guide_gate=gate), cases.groups())[0]["targets"] for gate in (0.0, 0.66, 0.67)]
+    assert targets == [3, 3, 0]
+
+
+def test_corrected_pass_rates_are_the_observed_ones_where_engine_and_learner_agree() -> None:
+    model, parts = cases.tiny_model(), cases.groups(seed=4)
+    with torch.no_grad():
+        exact = [
+            [
+                replace(
+                    r,
+                    logprobs=cases.log_probs(model, r.prompt, r.tokens)[range(len(r.tokens)), r.tokens.tolist()]
+                    .numpy()
+                    .astype(np.float32),
+                )
+                for r in group
+            ]
+            for group in parts
+        ]
+    observed, corrected = (gradients(cases.settings(pass_rates=form), exact)[0] for form in ("observed", "corrected"))
+    assert corrected["alpha"] == pytest.approx(observed["alpha"], abs=1e-6)
+    assert corrected["alpha_observed"] == observed["alpha"]
+    assert corrected["p_auto_corrected"] == pytest.approx(np.mean([0.25, 0.5, 0.25, 0.0]), abs=1e-6)
+    assert (observed["alpha_observed"], observed["p_auto_corrected"]) == (None, None)
+
+
+def test_what_is_told_of_corrected_pass_rates_equals_plain_loops() -> None:
+    rule = {"pass_rates": "corrected", "grpo_correction": Correction(mode="token", bound=4.0)}
+    run, parts = cases.settings(**rule), cases.groups(seed=4)
+    metrics, _ = gradients(run, parts)
+    model = cases.tiny_model()
+    rates, alphas, observed = [], [], []
+    for group in parts:
+        own, guided = ([r for r in group if r.guided == flag] for flag in (False, True))
+        problem = reference.Problem(model, model, model, run, own, guided, None)
+        rates.append(reference.corrected_rates(problem))
+        found = any(r.reward for r in guided)
+        alphas.append(reference.alpha(problem) * found)
+        plain = replace(run, algorithm=replace(run.algorithm, pass_rates="observed"))
+        observed.append(reference.alpha(replace(problem, run=plain)) * found)
+    assert metrics["alpha"] == pytest.approx(np.mean(alphas))
+    assert metrics["alpha_observed"] == pytest.approx(np.mean(observed))
+    assert np.mean(alphas) != pytest.approx(np.mean(observed), rel=1e-3)
+    assert [metrics["p_auto_corrected"], metrics["p_guide_corrected"]] == pytest.approx(np.mean(rates, axis=0))
+
+
+def test_forwards_without_gradient_are_counted() -> None:
+    parts = cases.groups()
+    everything = sum(len(r.prompt) + len(r.tokens) - 1 for group in parts for r in group)
+    guided = [r for group in parts for r in group if r.guided and r.reward]
+    own, corrected, grpo = (
+        gradients(cases.settings(target="all", delta=2.0, **words), parts)[0]["tokens_forward_only"]
+        for words in ({}, {"pass_rates": "corrected"}, {"objective": "grpo"})
+    )
+    assert own == sum(len(r.prompt) + len(r.tokens) - 1 for r in guided)
+    assert (corrected, grpo) == (own + everything, 0)

@@ -1,0 +1,147 @@
+"""Teachers on one rank: what each copy holds after some steps, what is distilled of it, and that it survives a stop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import PreTrainedModel
+
+from sgpo_async.config.schema import Run
+from sgpo_async.errors import CheckpointError
+from sgpo_async.learner import checkpoint, policy
+from sgpo_async.learner.checkpoint import Saved
+from sgpo_async.learner.step import Stepper
+from sgpo_async.learner.train import build
+from tests.reference import learner_cases as cases
+from tests.reference.objectives import reference_loss
+
+KINDS: dict[str, dict[str, Any]] = {
+    "self": {"teacher": "self"},
+    "ema": {"teacher": "ema", "teacher_decay": 0.7},
+    "snapshot": {"teacher": "snapshot", "teacher_every": 3},
+    "frozen": {"teacher": "frozen"},
+}
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    file: Path = tmp_path_factory.mktemp("group") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def settings(kind: str, **words: Any) -> Run:
+    return cases.settings(limiter="none", **KINDS[kind], **words)
+
+
+def learner(run: Run, dtype: torch.dtype = torch.float64) -> Stepper:
+    model = cases.tiny_model(dtype=dtype)
+    return cases.stepper(run, model, deepcopy(model) if run.algorithm.copies_teacher else None)
+
+
+def update(stepper: Stepper, step: int) -> dict[str, Any]:
+    return stepper.update(cases.shard_of(cases.groups(seed=step), problems=4, step=step))
+
+
+def whole(policy: Any) -> dict[str, Tensor]:
+    return {name: p.full_tensor().detach().clone() for name, p in policy.model.named_parameters()}
+
+
+def model_of(weights: dict[str, Tensor]) -> PreTrainedModel:
+    model = cases.tiny_model()
+    model.load_state_dict(weights)
+    return model
+
+
+@kinds
+@pytest.mark.parametrize("large", [False, True])
+def test_each_step_distils_what_the_copy_should_hold_then(
+    kind: str, large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against copies kept by plain arithmetic; also with one FSDP group per layer."""
+    monkeypatch.setattr(policy, "GROUP_BYTES", 0 if large else policy.GROUP_BYTES)
+    run = settings(kind)
+    stepper, student = learner(run), dict(cases.tiny_model().named_parameters())
+    copy = {name: p.detach().clone() for name, p in student.items()}
+    for step in range(5):
+        teacher = model_of(copy) if kind != "self" else None
+        loss = reference_loss(model_of(student), cases.groups(seed=step), run, teacher=teacher).item()
+        assert update(stepper, step)["loss"] == pytest.approx(loss, abs=1e-9)
+        student = whole(stepper.policy)
+        if kind == "ema":
+            copy = {name: 0.7 * copy[name] + 0.3 * student[name] for name in copy}
+        if kind == "snapshot" and step + 1 == 3:
+            copy = student
+        if stepper.teacher.copy:
+            stepper.teacher.copy.reshard()
+            for name, tensor in whole(stepper.teacher.copy).items():
+                torch.testing.assert_close(tensor, copy[name], atol=1e-14, rtol=0)
+
+
+@kinds
+def test_a_resumed_run_continues_bit_for_bit(kind: str, tmp_path: Path) -> None:
+    run = settings(kind)
+    one = learner(run, torch.float32)
+    lines = [update(one, step) for step in range(5)]
+    first = learner(run, torch.float32)
+    begun = [update(first, step) for step in range(2)]
+    place = checkpoint.save(
+        tmp_path,
+        step=2,
+        module=first.policy,
+        optimiser=first.optimiser,
+        saved=Saved({}, b""),
+        teacher=first.teacher.moving,
+    )
+    second = learner(run, torch.float32)
+    checkpoint.restore(place, module=second.policy, optimiser=second.optimiser, teacher=second.teacher.moving)
+    assert begun + [update(second, step) for step in range(2, 5)] == lines
+
+
+def test_a_checkpoint_without_the_teacher_is_refused(tmp_path: Path) -> None:
+    old, new = learner(settings("frozen"), torch.float32), learner(settings("ema"), torch.float32)
+    place = checkpoint.save(
+        tmp_path, step=1, module=old.policy, optimiser=old.optimiser, saved=Saved({}, b""), teacher=old.teacher.moving
+    )
+    with pytest.raises(CheckpointError, match="of another model or teacher"):
+        checkpoint.restore(place, module=new.policy, optimiser=new.optimiser, teacher=new.teacher.moving)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["snapshot", "frozen"])
+def test_what_a_run_builds_is_kept_in_the_dtype_asked_for(kind: str, dtype: str) -> None:
+    """On the shipped policy, whose copy in bfloat16 teaches nearly the same at half the memory."""
+    run = settings(kind, teacher_dtype=dtype)
+    mesh = init_device_mesh("cpu", (1,))
+    stepper, _ = build(run, mesh)
+    copy = stepper.teacher.copy
+    assert copy is not None
+    assert {p.dtype for p in copy.parameters()} == {getattr(torch, dtype)}
+    assert not any(p.requires_grad for p in copy.parameters())
+    size = {"float32": 4, "bfloat16": 2}[dtype]
+    assert stepper.teacher.nbytes == size * sum(p.numel() for p in stepper.policy.parameters())
+    lines = [update(stepper, step) for step in range(3)]
+    exact, _ = build(settings(kind), mesh)
+    for line, right in zip(lines, [update(exact, step) for step in range(3)], strict=True):
+        assert line["kd_loss"] == pytest.approx(right["kd_loss"], rel=0.05)
+        assert (line == right) == (dtype == "float32")
+    copy.reshard()
+    if kind == "snapshot":
+        for name, tensor in whole(stepper.policy).items():
+            assert torch.equal(copy.model.get_parameter(name).full_tensor(), tensor.to(getattr(torch, dtype)))
+
+
+def test_objectives_without_distillation_keep_no_copy() -> None:
+    for words in ({"objective": "grpo"}, {"divergence": "sft"}):
+        stepper, _ = build(settings("frozen", **words), init_device_mesh("cpu", (1,)))
+        assert (stepper.teacher.copy, stepper.teacher.nbytes) == (None, 0)
