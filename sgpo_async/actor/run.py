@@ -30,7 +30,6 @@ from sgpo_async.session import Deadlines, NodeProcess
 from sgpo_async.session.interface import interface_towards
 from sgpo_async.tasks.models import load_tokenizer, model_folder, tokenizer_fingerprint
 from sgpo_async.tasks.prompts import build_prompt
-from sgpo_async.tasks.sources import VERIFIER_OF_SOURCE
 from sgpo_async.transport import Dealer, Mailbox
 from sgpo_async.weights import digest
 from sgpo_async.wire.records import Hello, Message, Refused, Settings, SettingsRequest, Stop, Welcome
@@ -137,7 +136,6 @@ class Actor:
             engine=engine,
             tokenizer=self._tokenizer,
             run=run,
-            verifier=VERIFIER_OF_SOURCE[run.tasks.source],
         )
         reason = service.serve(stopping=lambda: self._stopped)
         self._served_until = time.monotonic()

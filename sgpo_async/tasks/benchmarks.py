@@ -21,6 +21,7 @@ from typing import Any
 
 import xxhash
 
+from sgpo_async.config.schema import Evaluation
 from sgpo_async.errors import DataError
 from sgpo_async.tasks.base import Problem
 from sgpo_async.tasks.files import read_rows
@@ -121,6 +122,14 @@ def open_benchmark(name: str, path: str, *, samples: int) -> Benchmark:
             raise DataError(f"{place}: the id {problem.id!r} occurs twice; remove one of the records")
         problems[problem.id] = problem
     return Benchmark(name=name, problems=tuple(problems.values()), samples=samples)
+
+
+def open_benchmarks(settings: Evaluation) -> list[Benchmark]:
+    """Those that a run evaluates while it trains. Raises DataError."""
+    return [
+        open_benchmark(name, file.path, samples=file.samples or settings.samples)
+        for name, file in settings.benchmarks.items()
+    ]
 
 
 def layout_of(place: str, record: Any) -> Layout:
