@@ -56,12 +56,13 @@ def comparison(a: Path, b: Path, found: Comparisons) -> Iterator[RenderableType]
     for name, one in found.benchmarks.items():
         paired = one.paired
         values = [f"{100 * one.avg_a:.1f}", f"{100 * one.avg_b:.1f}", _change(paired.difference)]
-        table.add_row(f"{name}, {paired.problems} problems", _avg(one), *values, _p(paired.p_value))
+        table.add_row(name, _avg(one), *values, _p(paired.p_value))
         values = [f"{100 * one.pass_a:.1f}", f"{100 * one.pass_b:.1f}", _change(one.pass_difference)]
-        table.add_row(f"  {paired.better} better, {paired.worse} worse", f"pass@{one.k}", *values, "")
+        table.add_row(f"  {paired.better} / {paired.worse} of {paired.problems}", f"pass@{one.k}", *values, "")
     yield table
     yield BOOTSTRAP
-    yield "p: two-sided exact sign-flip test on avg. Better, worse: problems that A solves more or less often."
+    yield "p: exact sign-flip test on avg@k, two-sided."
+    yield "x / y of n: of n problems A solves x more often than B, and y less often."
 
 
 def _table(*heads: str) -> Table:
