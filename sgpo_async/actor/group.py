@@ -9,7 +9,6 @@ Nothing here waits or sends: the actor's loop feeds events in and takes what com
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import xxhash
@@ -19,22 +18,16 @@ from sgpo_async.transport.reliable import Key
 from sgpo_async.wire.records import Lease, Rollout
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How rollouts are sampled: the same for every group of a run."""
-
-    temperature: float
-    max_new_tokens: int
-
-
 class Group:
     """One lease in hand: which rollouts are asked for, which are judged, which are done."""
 
-    def __init__(self, lease: Lease, *, plain: np.ndarray, guided: np.ndarray | None, sampling: Sampling) -> None:
+    def __init__(self, lease: Lease, *, plain: np.ndarray, guided: np.ndarray | None) -> None:
         assert guided is not None or lease.guided == 0, "a guided rollout needs a prompt with the strategy"
+        assert lease.purpose == "evaluate" or lease.top_p == 1, (
+            "training needs log-probabilities of the whole vocabulary"
+        )
         self.lease = lease
         self._prompts = {False: plain, True: guided}
-        self._sampling = sampling
         self._generated: dict[int, Generated] = {}
         self._open = lease.autonomous + lease.guided
 
@@ -57,7 +50,7 @@ class Group:
         result = self._generated[slot]
         if correct and self._is_guided(slot) and self.lease.purpose == "train":
             return Score(
-                id=result.id, prompt=self._prompt(False), tokens=result.tokens, temperature=self._sampling.temperature
+                id=result.id, prompt=self._prompt(False), tokens=result.tokens, temperature=self.lease.temperature
             )
         return self._rollout(slot, reward=float(correct), unguided_logprob=None)
 
@@ -75,9 +68,10 @@ class Group:
         return Generate(
             id=self._key(slot),
             prompt=self._prompt(self._is_guided(slot)),
-            max_new_tokens=self._sampling.max_new_tokens,
-            temperature=self._sampling.temperature,
+            max_new_tokens=self.lease.max_new_tokens,
+            temperature=self.lease.temperature,
             seed=rollout_seed(self.lease.seed, slot),
+            top_p=self.lease.top_p,
         )
 
     def _rollout(self, slot: int, *, reward: float, unguided_logprob: float | None) -> Rollout:
@@ -111,11 +105,11 @@ class Group:
         return prompt
 
 
-def group_of(lease: Lease, *, prompt: Callable[[str, str | None], Sequence[int]], sampling: Sampling) -> Group:
+def group_of(lease: Lease, *, prompt: Callable[[str, str | None], Sequence[int]]) -> Group:
     """The group of `lease`; `prompt(problem, strategy)` gives token ids (see `sgpo_async.tasks.prompts`)."""
     plain = np.asarray(prompt(lease.problem, None), dtype=np.int32)
     guided = np.asarray(prompt(lease.problem, lease.strategy), dtype=np.int32) if lease.guided else None
-    return Group(lease, plain=plain, guided=guided, sampling=sampling)
+    return Group(lease, plain=plain, guided=guided)
 
 
 def task_of(key: object) -> tuple[int, int]:

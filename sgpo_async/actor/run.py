@@ -19,20 +19,17 @@ import uuid
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from sgpo_async.actor.engines import open_engine
 from sgpo_async.actor.service import Service, say
 from sgpo_async.config import Engine as EngineSettings
 from sgpo_async.config import Model, Run, from_plain
-from sgpo_async.engines import EmbeddedEngine
 from sgpo_async.engines.base import Engine
-from sgpo_async.engines.sglang import SglangEngine
 from sgpo_async.errors import HubError
 from sgpo_async.session import Deadlines, NodeProcess
 from sgpo_async.session.interface import interface_towards
 from sgpo_async.tasks.models import load_tokenizer, model_folder, tokenizer_fingerprint
 from sgpo_async.tasks.prompts import build_prompt
-from sgpo_async.tasks.sources import VERIFIER_OF_SOURCE
 from sgpo_async.transport import Dealer, Mailbox
-from sgpo_async.weights import digest
 from sgpo_async.wire.records import Hello, Message, Refused, Settings, SettingsRequest, Stop, Welcome
 
 WELCOME_DEADLINE_S = 180.0  # the hub starts a link process first, on a machine that may be busy
@@ -137,7 +134,6 @@ class Actor:
             engine=engine,
             tokenizer=self._tokenizer,
             run=run,
-            verifier=VERIFIER_OF_SOURCE[run.tasks.source],
         )
         reason = service.serve(stopping=lambda: self._stopped)
         self._served_until = time.monotonic()
@@ -177,24 +173,11 @@ class Actor:
         return self._engine
 
     def _open_engine(self, folder: str, run: Run) -> Engine:
-        if run.engine.kind == "sglang":
-            if run.engine.broadcasts:  # the servers inherit by which interface the learner is reached
-                host = self._options.hub.removeprefix("tcp://").rpartition(":")[0]
-                for backend in ("GLOO", "NCCL"):
-                    os.environ.setdefault(f"{backend}_SOCKET_IFNAME", interface_towards(host))
-            servers = SglangEngine(
-                folder, run.engine, dtype=run.model.dtype, digest=digest, logs=self._options.logs, name=self._name
-            )
-            servers.start(lambda: self._stopped)
-            return servers
-        return EmbeddedEngine.from_pretrained(
-            folder,
-            slots=run.engine.slots,
-            device=run.engine.device,
-            dtype=run.model.dtype,
-            deterministic=run.engine.deterministic,
-            digest=digest,
-        )
+        if run.engine.broadcasts:  # the servers inherit by which interface the learner is reached
+            host = self._options.hub.removeprefix("tcp://").rpartition(":")[0]
+            for backend in ("GLOO", "NCCL"):
+                os.environ.setdefault(f"{backend}_SOCKET_IFNAME", interface_towards(host))
+        return open_engine(run, folder, logs=self._options.logs, name=self._name, stopping=lambda: self._stopped)
 
     def _ask(
         self, mailbox: Mailbox, question: Message, answer: type[Answer], deadline_s: float, *, again_s: float = 0.0

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sgpo_async.actor.group import Group, Sampling, group_of, task_of
+from sgpo_async.actor.group import Group, group_of, task_of
 from sgpo_async.config import Run
 from sgpo_async.engines.base import Engine, Generated, Weights
 from sgpo_async.errors import EngineError, SessionError, Superseded, WeightsError
@@ -44,13 +44,12 @@ class Service:
     """Serves one hub until told to stop, or until the hub or its link is gone.
 
     Parameters: the typed connection to the hub; the node process that brings weights; a warm engine; the tokenizer;
-    the run's configuration; the verifier's name (see `sgpo_async.tasks.verify`).
+    the run's configuration.
     """
 
-    def __init__(self, *, mailbox: Mailbox, node: NodeProcess, engine: Engine, tokenizer: Any, run: Run, verifier: str):
+    def __init__(self, *, mailbox: Mailbox, node: NodeProcess, engine: Engine, tokenizer: Any, run: Run):
         self._mailbox, self._node, self._engine = mailbox, node, engine
-        self._tokenizer, self._run, self._verifier = tokenizer, run, verifier
-        self._sampling = Sampling(temperature=run.rollout.temperature, max_new_tokens=run.rollout.max_new_tokens)
+        self._tokenizer, self._run = tokenizer, run
         self._rewards = RewardPool(workers=run.tasks.reward_workers, limit_s=run.tasks.reward_limit_s)
         self._sender = ReliableSender(window=UNACKNOWLEDGED, resend_after_s=RESEND_AFTER_S)
         self._waiting: deque[Lease] = deque()
@@ -164,7 +163,7 @@ class Service:
 
     def _start(self, lease: Lease) -> None:
         """A group that the engine cannot serve, such as one with too long a prompt, goes back for good."""
-        group = group_of(lease, prompt=self._prompt, sampling=self._sampling)
+        group = group_of(lease, prompt=self._prompt)
         try:
             for request in group.requests():
                 self._engine.submit(request)
@@ -188,7 +187,7 @@ class Service:
             if isinstance(result, Generated):
                 group.generated(result)
                 text = self._tokenizer.decode(result.tokens, skip_special_tokens=True)
-                self._rewards.submit(result.id, self._verifier, group.lease.answer, text)
+                self._rewards.submit(result.id, group.lease.verifier, group.lease.answer, text)
             else:
                 self._finish(group, group.scored(result))
         if status.running + status.waiting:

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sgpo_async.actor.group import Group, Sampling, group_of, task_of
+from sgpo_async.actor.group import Group, group_of, task_of
 from sgpo_async.config import Run
 from sgpo_async.engines import EmbeddedEngine, Weights
 from sgpo_async.engines.base import Generated
 from sgpo_async.tasks.curriculum import Curriculum, Task
 from sgpo_async.tasks.models import load_tokenizer, model_folder
 from sgpo_async.tasks.prompts import build_prompt
-from sgpo_async.tasks.sources import VERIFIER_OF_SOURCE, open_source
+from sgpo_async.tasks.sources import open_source
 from sgpo_async.tasks.verify import VERIFIERS
 from sgpo_async.weights import digest
 from sgpo_async.wire.records import Rollout
@@ -31,8 +31,6 @@ class Roller:
         self._run = run
         self._curriculum = Curriculum(run, source)
         self._tokenizer = load_tokenizer(folder)
-        self._verify = VERIFIERS[VERIFIER_OF_SOURCE[run.tasks.source]]
-        self._sampling = Sampling(temperature=run.rollout.temperature, max_new_tokens=run.rollout.max_new_tokens)
         self.engine = EmbeddedEngine.from_pretrained(
             folder,
             digest=digest,
@@ -65,7 +63,8 @@ class Roller:
                     continue
                 group.generated(result)
                 text = self._tokenizer.decode(result.tokens, skip_special_tokens=True)
-                outcome = group.judged(result.id, correct=self._verify(group.lease.answer, text))
+                verify = VERIFIERS[group.lease.verifier]
+                outcome = group.judged(result.id, correct=verify(group.lease.answer, text))
                 if isinstance(outcome, Rollout):
                     rollouts.append(outcome)
                 else:
@@ -74,7 +73,7 @@ class Roller:
 
     def _group(self, task: Task) -> Group:
         lease = task.lease(attempt=0, min_version=0)
-        return group_of(lease, prompt=self._prompt, sampling=self._sampling)
+        return group_of(lease, prompt=self._prompt)
 
     def _prompt(self, problem: str, strategy: str | None) -> list[int]:
         return build_prompt(problem, strategy, style=self._run.tasks.prompt, tokenizer=self._tokenizer)

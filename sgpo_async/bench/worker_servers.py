@@ -25,7 +25,7 @@ from typing import Any
 import aiohttp
 import torch
 
-from sgpo_async.actor.group import Sampling, group_of
+from sgpo_async.actor.group import group_of
 from sgpo_async.actor.service import Service
 from sgpo_async.config import Run, load
 from sgpo_async.engines.pretrained import load_model
@@ -35,7 +35,7 @@ from sgpo_async.session import NodeEvent, NodeWeights
 from sgpo_async.tasks.curriculum import Curriculum
 from sgpo_async.tasks.models import load_tokenizer, model_folder
 from sgpo_async.tasks.prompts import build_prompt
-from sgpo_async.tasks.sources import VERIFIER_OF_SOURCE, open_source
+from sgpo_async.tasks.sources import open_source
 from sgpo_async.transport import Mailbox, RouterMailbox, memory_pair
 from sgpo_async.weights import StoreFile, StoreWriter, digest
 from sgpo_async.wire.records import Ack, Lease, Ready, Rollout
@@ -107,7 +107,6 @@ class Bench:
         self.tokenizer = load_tokenizer(self.folder)
         source = open_source(run.tasks.source, path=run.tasks.path, held_out=run.tasks.held_out, seed=run.seed)
         self._curriculum = Curriculum(run, source)
-        self.sampling = Sampling(temperature=run.rollout.temperature, max_new_tokens=run.rollout.max_new_tokens)
         self.engine = SglangEngine(self.folder, run.engine, dtype=run.model.dtype, digest=digest)
         self.engine.start()
         self.model = load_model(self.folder, device="cpu", dtype=run.model.dtype)
@@ -120,7 +119,7 @@ class Bench:
     def bodies(self) -> Iterator[dict[str, Any]]:
         """The requests of the same leases, as they are sent to SGLang."""
         for lease in self.leases():
-            group = group_of(lease, prompt=self._prompt, sampling=self.sampling)
+            group = group_of(lease, prompt=self._prompt)
             for request in group.requests():
                 sampling = {"temperature": request.temperature, "max_new_tokens": request.max_new_tokens, "top_k": -1}
                 yield {"input_ids": request.prompt.tolist(), "sampling_params": sampling, "return_logprob": True}
@@ -160,7 +159,6 @@ class Bench:
             engine=self.engine,
             tokenizer=self.tokenizer,
             run=self.run,
-            verifier=VERIFIER_OF_SOURCE[self.run.tasks.source],
         )
         start, counted_from = time.monotonic() + WARM_S, None
         due = start

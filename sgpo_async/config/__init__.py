@@ -3,6 +3,7 @@
 from sgpo_async.config.load import from_plain, load, to_plain, to_yaml
 from sgpo_async.config.schema import (
     Algorithm,
+    BenchmarkFile,
     Correction,
     Engine,
     Evaluation,
@@ -18,6 +19,7 @@ from sgpo_async.config.schema import (
 
 __all__ = [
     "Algorithm",
+    "BenchmarkFile",
     "Correction",
     "Engine",
     "Evaluation",

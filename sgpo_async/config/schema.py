@@ -6,6 +6,7 @@ Each class is one section of the YAML file. A rule that concerns one section sta
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,6 +14,7 @@ from sgpo_async.errors import ConfigError
 
 CorrectionMode = Literal["none", "token", "token-mask", "prefix", "sequence", "sequence-geometric"]
 
+HELD_OUT = "held-out"  # the name of the run's own held-out problems among benchmarks
 BYTES_PER_TOKEN = 8  # of a rollout: the token and its log-probability
 
 
@@ -202,8 +204,8 @@ class Learner:
     precision: Literal["auto", "float32", "bfloat16"] = (
         "auto"  # of matrix products; auto: bfloat16 on GPUs that have it
     )
-    # Leave rollouts of advantage 0 (all of their group solved the problem, or none did) out of the forward: the gradient
-    # is the same. Entropy, lag and mismatch are then those of the others alone.
+    # Leave rollouts of advantage 0 (all of their group solved the problem, or none did) out of the forward: the same
+    # gradient for less work. Entropy, lag and mismatch are then those of the others alone.
     skip_uniform: bool = False
     checkpoint_every: int = 0  # steps; 0: only at the end
     keep_checkpoints: int = 2  # the newest so many; older ones are deleted
@@ -338,15 +340,38 @@ class Engine:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchmarkFile:
+    """A benchmark in a file; docs/evaluation.md has the layouts."""
+
+    path: str  # JSONL or Parquet
+    samples: int = 0  # completions of each problem, the k of avg@k; 0: evaluation.samples
+
+    def __post_init__(self) -> None:
+        require(self.samples >= 0, "evaluation.benchmarks: samples", "is at least 0", self.samples)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Pass rates on held-out problems, measured by the actors while training goes on."""
+    """Pass rates on held-out problems and benchmarks, measured by the actors while training goes on."""
 
     every: int = 10  # steps; version 0 and the last version are always evaluated
     samples: int = 1  # rollouts per held-out problem and mode (autonomous, guided)
+    temperature: float = 1.0  # the paper's benchmarks: 0.6
+    top_p: float = 1.0  # the paper's benchmarks: 0.95
+    benchmarks: dict[str, BenchmarkFile] = field(default_factory=dict)  # by name, e.g. {math500: {path: FILE}}
 
     def __post_init__(self) -> None:
         require(self.every >= 1, "evaluation.every", "is at least 1", self.every)
         require(self.samples >= 1, "evaluation.samples", "is at least 1", self.samples)
+        require(self.temperature > 0, "evaluation.temperature", "is above 0", self.temperature)
+        require(0 < self.top_p <= 1, "evaluation.top_p", "is above 0 and at most 1", self.top_p)
+        for name in self.benchmarks:
+            require(
+                bool(re.fullmatch(r"[\w.-]+", name)) and name != HELD_OUT,
+                "evaluation.benchmarks",
+                f"have names of letters, digits and . _ -, and none is {HELD_OUT}, which are the run's own",
+                name,
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

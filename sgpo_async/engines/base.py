@@ -17,13 +17,14 @@ import torch
 
 @dataclass(frozen=True, kw_only=True)
 class Generate:
-    """Sample a continuation of `prompt` at `temperature` from the full vocabulary."""
+    """Sample a continuation of `prompt` at `temperature`, from the full vocabulary unless `top_p` is below 1."""
 
     id: Hashable
     prompt: np.ndarray  # [L] int32
     max_new_tokens: int
     temperature: float
     seed: int  # the sample depends on this and the logits alone
+    top_p: float = 1.0  # below 1: from the nucleus alone; for evaluation, never for training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ class Generated:
 
     id: Hashable
     tokens: np.ndarray  # [T] int32, with the end token if it was sampled
-    logprobs: np.ndarray  # [T] float32, of the distribution that was sampled from
+    logprobs: np.ndarray  # [T] float32, of the distribution that was sampled from; SGLang's is that before top_p
     versions: np.ndarray  # [S] int32
     ends: np.ndarray  # [S] int32, exclusive
     finish: Literal["stop", "length"]

@@ -165,7 +165,7 @@ class EmbeddedEngine:
     def _decode(self, version: int) -> list[Generated]:
         running, tensor = self._running, self._decoder.tensor
         logits = self._decoder.decode(running.newest(), running.positions())
-        sampled, chosen = sample(logits, tensor(running.temperatures()), tensor(running.uniforms()))
+        sampled, chosen = sample(logits, tensor(running.temperatures()), running.top_p(), tensor(running.uniforms()))
         tokens, logprobs = sampled.cpu().numpy(), chosen.cpu().numpy()
         self._require_numbers(logprobs)
         stopped = self._ends[tokens]

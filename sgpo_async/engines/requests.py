@@ -27,3 +27,5 @@ def validate(request: Generate | Score, *, longest: int, vocabulary: int) -> Non
         )
     if not request.temperature > 0:
         raise EngineError(f"request {request.id}: temperature is above 0, got {request.temperature}")
+    if isinstance(request, Generate) and not 0 < request.top_p <= 1:
+        raise EngineError(f"request {request.id}: top_p is above 0 and at most 1, got {request.top_p}")

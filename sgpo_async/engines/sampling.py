@@ -35,18 +35,37 @@ def uniforms(streams: np.ndarray, indices: np.ndarray) -> np.ndarray:
     return (bits >> _DROP).astype(np.float64) * 2.0**-50
 
 
-def sample(logits: torch.Tensor, temperature: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Invert the cumulative distribution of softmax(z/T) at `uniform`.
+def sample(
+    logits: torch.Tensor, temperature: torch.Tensor, top_p: np.ndarray, uniform: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Invert the cumulative distribution of softmax(z/T), cut to its nucleus where top_p < 1, at `uniform`.
 
-    logits [n, V], temperature [n] float32, uniform [n] float64 below 1. Returns tokens [n] int64 and their
-    log-probabilities [n] float32 under the very distribution they were drawn from. The sum runs in float64, so
-    rounding cannot make a token of probability 0 come out.
+    logits [n, V], temperature [n] float32, top_p [n] float64 in (0, 1], uniform [n] float64 below 1. Returns tokens
+    [n] int64 and their log-probabilities [n] float32 under the very distribution they were drawn from. The sum runs
+    in float64, so rounding cannot make a token of probability 0 come out.
     """
     logprobs = log_softmax(logits, temperature[:, None])
+    if (cut := np.flatnonzero(top_p < 1)).size:  # the other rows keep their bits
+        rows = torch.from_numpy(cut).to(logits.device)
+        logprobs[rows] = nucleus(logprobs[rows], torch.from_numpy(top_p[cut]).to(logits.device))
     cumulative = logprobs.double().exp_().cumsum(-1)
     threshold = uniform * cumulative[:, -1]
     tokens = (cumulative <= threshold[:, None]).sum(-1)
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+
+
+def nucleus(logprobs: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """Cut distributions to the smallest set of most probable tokens that holds `top_p`, renormalised.
+
+    logprobs [n, V] normalised, top_p [n] float64 in (0, 1). Returns [n, V], -inf outside the nucleus (Holtzman et al.
+    2020, arXiv 1904.09751). Of equally probable tokens the lower id comes first.
+    """
+    ordered, ids = logprobs.sort(stable=True, dim=-1, descending=True)
+    mass = ordered.double().exp_().cumsum(-1)
+    beyond = torch.zeros_like(ordered, dtype=torch.bool)
+    beyond[:, 1:] = mass[:, :-1] >= top_p[:, None]  # the tokens before it hold top_p already
+    outside = torch.empty_like(beyond).scatter_(-1, ids, beyond)
+    return torch.log_softmax(logprobs.masked_fill(outside, -torch.inf), -1)
 
 
 def log_softmax(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:

@@ -71,6 +71,7 @@ class Running:
         self._limit = np.zeros(slots, np.int64)
         self._stream = np.zeros(slots, np.uint64)
         self._temperature = np.ones(slots, np.float32)
+        self._top_p = np.ones(slots, np.float64)
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -83,7 +84,8 @@ class Running:
         self._logprobs[row, :length] = sequence.logprobs
         self._length[row], self._prompt[row] = length, request.prompt.size
         self._limit[row] = request.prompt.size + request.max_new_tokens
-        self._stream[row], self._temperature[row] = stream(request.seed), request.temperature
+        self._stream[row] = stream(request.seed)
+        self._temperature[row], self._top_p[row] = request.temperature, request.top_p
         self.sequences.append(sequence)
 
     def positions(self) -> np.ndarray:
@@ -97,6 +99,10 @@ class Running:
     def temperatures(self) -> np.ndarray:
         """[n] float32."""
         return self._temperature[: len(self)]
+
+    def top_p(self) -> np.ndarray:
+        """[n] float64."""
+        return self._top_p[: len(self)]
 
     def uniforms(self) -> np.ndarray:
         """The uniform that samples each row's next token, [n] float64."""
@@ -138,7 +144,8 @@ class Running:
 
     def _arrays(self) -> tuple[np.ndarray, ...]:
         return (
-            self._ids, self._logprobs, self._length, self._prompt, self._limit, self._stream, self._temperature
+            self._ids, self._logprobs, self._length, self._prompt, self._limit, self._stream, self._temperature,
+            self._top_p,
         )  # fmt: skip
 
     def _reserve(self, length: int) -> None:

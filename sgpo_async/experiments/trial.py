@@ -41,7 +41,7 @@ class Part:
     """A part of a source: training from position `first` on, and some of its held-out problems."""
 
     def __init__(self, source: ProblemSource, first: int, problems: Sequence[Problem]) -> None:
-        self.verifier = source.verifier
+        self.verifier, self.demonstrated = source.verifier, source.demonstrated
         self.source, self.first, self.problems = source, first, problems
 
     def training(self, position: int) -> Problem:
@@ -59,13 +59,14 @@ class Trial:
     def __init__(self, run: Run) -> None:
         mesh = init_device_mesh("cpu", (1,))
         self.run = run
-        self.stepper: Stepper = build(run, mesh)[0]
-        self.roller = Roller(run)
         count = run.tasks.held_out
         source = open_source(run.tasks.source, path=run.tasks.path, held_out=2 * count, seed=SPLIT_SEED)
         held_out = source.held_out()
         first = (run.seed + 1) * STREAM
-        self.training = Curriculum(run, Part(source, first, held_out[:count]))
+        training = Part(source, first, held_out[:count])
+        self.stepper: Stepper = build(run, mesh, training)[0]
+        self.roller = Roller(run)
+        self.training = Curriculum(run, training)
         self.test = Curriculum(run, Part(source, first, held_out[count:]))
         self.history: deque[Weights] = deque([self._weights()], maxlen=run.hub.max_lag + 1)
         self.curve: list[dict[str, Any]] = []
@@ -114,7 +115,7 @@ class Trial:
     def _pass_rates(self, curriculum: Curriculum, *, version: int) -> dict[str, float | None]:
         """Of the newest weights on the held-out problems."""
         self.roller.load(version, self.history[-1])
-        rollouts = self.roller.roll_out([curriculum.task(-1 - index) for index in range(len(curriculum.held_out))])
+        rollouts = self.roller.roll_out([curriculum.task(-1 - index) for index in range(curriculum.round_size)])
         group = Group(number=0, attempt=0, rollouts=tuple(rollouts))
         return {"auto": group.pass_rate(guided=False), "guided": group.pass_rate(guided=True)}
 

@@ -12,6 +12,7 @@ events give the same effects.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from sgpo_async.config import Run, to_plain
@@ -30,6 +31,7 @@ from sgpo_async.wire import records as wire
 
 if TYPE_CHECKING:
     from sgpo_async.tasks.base import ProblemSource
+    from sgpo_async.tasks.benchmarks import Benchmark
 
 FINISH_GRACE_S = 5.0  # members have so long to say goodbye when the run is over
 INTERRUPT_GRACE_S = 0.5  # ... and when the hub is told to end
@@ -38,11 +40,19 @@ INTERRUPT_GRACE_S = 0.5  # ... and when the hub is told to end
 class HubCore:
     """Members, work and rules of one run."""
 
-    def __init__(self, run: Run, source: ProblemSource, *, store: str = "", now: float = 0.0) -> None:
+    def __init__(
+        self,
+        run: Run,
+        source: ProblemSource,
+        *,
+        benchmarks: Sequence[Benchmark] = (),
+        store: str = "",
+        now: float = 0.0,
+    ) -> None:
         """`store` is the path of the weight store that learners are told."""
         self.run, self.store = run, store
         self.now = self.started = now
-        curriculum = Curriculum(run, source)
+        curriculum = Curriculum(run, source, benchmarks)
         self.training, self.evaluation = Training(run, curriculum), Evaluation(curriculum)
         self.actors, self.world = Actors(), World()
         self.published = -1  # newest version in the weight store
@@ -344,7 +354,7 @@ class HubCore:
     # ---- 2. what follows
 
     def _settle(self) -> None:
-        result = self.evaluation.advance()
+        result = self.evaluation.advance(self.training.version)
         if result and 0 in self.world.ranks:
             self._send(self.world.ranks[0].member, result)
         self.training.drop_stale()

@@ -1,7 +1,7 @@
-"""Pass rates on held-out problems, measured by the actors while training goes on.
+"""Pass rates on held-out problems and benchmarks, measured by the actors while training goes on.
 
-One round is one task per held-out problem, all served by the version asked for or a newer one. Rounds run one after
-another, before training tasks wherever an actor holds a version that is new enough.
+One round is one task per problem, all served by the version asked for or a newer one. Rounds run one after another,
+before training tasks wherever an actor holds a version that is new enough.
 """
 
 from __future__ import annotations
@@ -9,11 +9,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from sgpo_async.hub.figures import mean_of_known
+import numpy as np
+
+from sgpo_async.hub.figures import lag, mean_of_known
 from sgpo_async.hub.leases import Book
 from sgpo_async.hub.work import Group
+from sgpo_async.metrics.pass_rates import interval
+from sgpo_async.tasks.benchmarks import Benchmark
 from sgpo_async.tasks.curriculum import Curriculum
-from sgpo_async.wire.records import Evaluated, Lease
+from sgpo_async.wire.records import BenchmarkScore, Evaluated, Lease
+
+RESAMPLES = 1000  # the hub's one thread does it
 
 
 class Evaluation:
@@ -31,7 +37,7 @@ class Evaluation:
     @property
     def problems(self) -> int:
         """Tasks of a round."""
-        return len(self.curriculum.held_out)
+        return self.curriculum.round_size
 
     def ask(self, version: int) -> Evaluated | None:
         """The result for `version`, if it is known; otherwise its round will run."""
@@ -40,10 +46,13 @@ class Evaluation:
             self.asked.append(version)
         return done[0] if done else None
 
-    def advance(self) -> Evaluated | None:
-        """End the round that is complete and return its result; begin the next one if none runs."""
+    def advance(self, version: int) -> Evaluated | None:
+        """End the round that is complete and return its result; begin the next one if none runs.
+
+        `version` is the learner's.
+        """
         done = self.current is not None and not (self.book.waiting or self.book.running)
-        result = self._end() if done else None
+        result = self._end(version) if done else None
         if self.current is None and self.asked:
             self._begin(self.asked.popleft())
         return result
@@ -70,21 +79,40 @@ class Evaluation:
         for number in range(first, first - self.problems, -1):
             self.book.add(self.curriculum.task(number))
 
-    def _end(self) -> Evaluated:
+    def _end(self, learner_version: int) -> Evaluated:
         assert self.current is not None
         groups = self.book.train(list(self.book.complete))
-        result = summarise(groups, version=self.current)
+        result = summarise(groups, asked=self.current, learner_version=learner_version, curriculum=self.curriculum)
         self.results.append(result)
         self.current = None
         return result
 
 
-def summarise(groups: Sequence[Group], *, version: int) -> Evaluated:
-    """Mean pass rates over problems; `pass_guided` over those that have a strategy, 0 if none has."""
-    guided = [group.pass_rate(guided=True) for group in groups]
+def summarise(groups: Sequence[Group], *, asked: int, learner_version: int, curriculum: Curriculum) -> Evaluated:
+    """Mean pass rates over problems; `pass_guided` over held-out ones that have a strategy, 0 if none has."""
+    of = [curriculum.benchmark(group.number) for group in groups]
+    held_out = [group for group, benchmark in zip(groups, of, strict=True) if benchmark is None]
+    versions = [rollout.versions for group in groups for rollout in group.rollouts] or [np.array([asked])]
     return Evaluated(
-        version=version,
-        pass_auto=mean_of_known([group.pass_rate(guided=False) for group in groups]) or 0.0,
-        pass_guided=mean_of_known(guided) or 0.0,
-        problems=len(groups),
+        version=asked,
+        pass_auto=mean_of_known([group.pass_rate(guided=False) for group in held_out]) or 0.0,
+        pass_guided=mean_of_known([group.pass_rate(guided=True) for group in held_out]) or 0.0,
+        problems=len(held_out),
+        served_oldest=int(min(spans.min() for spans in versions)),
+        served_newest=int(max(spans.max() for spans in versions)),
+        lag=lag(groups, version=learner_version)["mean"] if groups else 0.0,
+        benchmarks=tuple(
+            score(benchmark, [group for group, owner in zip(groups, of, strict=True) if owner is benchmark])
+            for benchmark in curriculum.benchmarks
+        ),
+    )
+
+
+def score(benchmark: Benchmark, groups: Sequence[Group]) -> BenchmarkScore:
+    """avg@k of a benchmark; `problems` are those that could be served."""
+    rates = [group.pass_rate(guided=False) or 0.0 for group in groups]
+    found = interval(np.array(rates), resamples=RESAMPLES)
+    avg, low, high = (found.mean, found.low, found.high) if found else (0.0, 0.0, 0.0)
+    return BenchmarkScore(
+        name=benchmark.name, avg=avg, low=low, high=high, samples=benchmark.samples, problems=len(groups)
     )

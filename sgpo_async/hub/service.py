@@ -17,6 +17,7 @@ from sgpo_async.hub.core import HubCore
 from sgpo_async.hub.loop import Loop
 from sgpo_async.metrics.files import telling, write_whole
 from sgpo_async.session import LinkProcess
+from sgpo_async.tasks.benchmarks import open_benchmarks
 from sgpo_async.tasks.models import model_folder
 from sgpo_async.tasks.sources import open_source
 from sgpo_async.transport import Router, RouterMailbox
@@ -34,6 +35,7 @@ def serve(run: Run) -> int:
     """
     held_out = run.tasks.held_out
     source = open_source(run.tasks.source, path=run.tasks.path, held_out=held_out, seed=run.seed)
+    benchmarks = open_benchmarks(run.evaluation)
     folder = Path(run.folder)
     with telling(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +49,7 @@ def serve(run: Run) -> int:
         key = public_key(run.hub.keys, "server").decode() if run.hub.keys else ""
         place = {"address": router.address, "pid": os.getpid(), "store": store.path, "public_key": key}
         stack.enter_context(announced(folder / "hub.json", place))
-        core = HubCore(run, source, store=store.path)
+        core = HubCore(run, source, benchmarks=benchmarks, store=store.path)
         spawn_link = partial(LinkProcess, store.path, host=host, cuda=run.engine.broadcasts_on_gpus)
         loop = Loop(core, mailbox=RouterMailbox(router), spawn_link=spawn_link)
         loop.run(interrupted=signals.reason)

@@ -23,9 +23,9 @@ from sgpo_async.hub.ledger import Ledger
 from sgpo_async.hub.training import Training
 from sgpo_async.hub.work import Group
 from sgpo_async.tasks.curriculum import Curriculum
-from sgpo_async.wire.records import Evaluated, Rollout
+from sgpo_async.wire.records import BenchmarkScore, Evaluated, Rollout
 
-FORMAT = 1
+FORMAT = 2
 DTYPES = ("<i4", "<f4")  # by extension code
 BOOK_COUNTERS = ("reissued", "duplicates", "tokens")
 
@@ -34,7 +34,7 @@ def dump(training: Training, evaluation: Evaluation) -> bytes:
     """The state as MessagePack."""
     state = {
         "format": FORMAT,
-        "held_out": evaluation.problems,
+        "round_size": evaluation.problems,
         "version": training.version,
         "step": training.step,
         "position": training.position,
@@ -93,14 +93,14 @@ def _fill_training(training: Training, saved: dict[str, Any], *, shift: int) -> 
 
 
 def _fill_evaluation(evaluation: Evaluation, saved: dict[str, Any]) -> None:
-    if saved["held_out"] != evaluation.problems:
+    if saved["round_size"] != evaluation.problems:
         raise HubError(
-            f"tasks.held_out: the checkpoint was made with {saved['held_out']} held-out problems, "
-            f"this run has {evaluation.problems}: use the same"
+            f"tasks.held_out, evaluation.benchmarks: the checkpoint was made with {saved['round_size']} problems to "
+            f"evaluate, this run has {evaluation.problems}: use the same"
         )
     evaluation.asked, evaluation.current = deque(saved["asked"]), saved["current"]
     evaluation.begun = saved["begun"]
-    evaluation.results = [Evaluated(**result) for result in saved["results"]]
+    evaluation.results = [_evaluated(result) for result in saved["results"]]
     _fill_book(evaluation.book, saved["evaluation"], curriculum=evaluation.curriculum, shift=0)
 
 
@@ -130,6 +130,10 @@ def _fill_book(book: Book, saved: dict[str, Any], *, curriculum: Curriculum, shi
         book.complete[number] = Group(number=number, attempt=attempt, rollouts=shifted)
     for name in BOOK_COUNTERS:
         setattr(book, name, saved[name])
+
+
+def _evaluated(saved: dict[str, Any]) -> Evaluated:
+    return Evaluated(**saved | {"benchmarks": tuple(BenchmarkScore(**score) for score in saved["benchmarks"])})
 
 
 def _ledger(saved: dict[str, Any]) -> Ledger:

@@ -6,6 +6,8 @@ from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from sgpo_async.wire.records import Evaluated
+
 if TYPE_CHECKING:
     from sgpo_async.hub.core import HubCore
 
@@ -42,10 +44,14 @@ def status(core: HubCore) -> dict[str, Any]:
         "last_rejection": core.last_rejection,
         "duplicates": sum(book.duplicates for book in books),
         "leases_reissued": sum(book.reissued for book in books),
-        "evaluations": [asdict(result) for result in evaluation.results],
+        "evaluations": [_evaluated(result) for result in evaluation.results],
         "evaluating": evaluation.current,  # version of the round that runs
         "joined": actors.joined,
         "left": actors.left,
         "refused": core.refused,
         "uptime_s": core.now - core.started,
     }
+
+
+def _evaluated(result: Evaluated) -> dict[str, Any]:
+    return asdict(result) | {"benchmarks": [asdict(score) for score in result.benchmarks]}

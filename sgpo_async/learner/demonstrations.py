@@ -12,24 +12,18 @@ import numpy as np
 
 from sgpo_async.config.schema import Run
 from sgpo_async.errors import DataError
+from sgpo_async.tasks.base import ProblemSource
 from sgpo_async.tasks.curriculum import Curriculum
-from sgpo_async.tasks.sources import open_source
 
 
 class Demonstrations:
     """Looks up the response of a training task: what an actor would have sampled had it written that."""
 
-    def __init__(self, run: Run, tokenizer: Any) -> None:
-        """Open the run's source.
-
-        Raises:
-            DataError: it cannot be read, none of its problems has a response, or the tokenizer has no end token.
-        """
-        tasks = run.tasks
-        source = open_source(tasks.source, path=tasks.path, held_out=tasks.held_out, seed=run.seed)
+    def __init__(self, run: Run, source: ProblemSource, tokenizer: Any) -> None:
+        """Raises DataError if none of the source's problems has a response, or the tokenizer has no end token."""
         if not source.demonstrated:
             raise DataError(
-                f"{tasks.path}: no training problem has a response, on which algorithm.objective="
+                f"{run.tasks.path}: no training problem has a response, on which algorithm.objective="
                 f"{run.algorithm.objective} trains; add the column 'response', or choose sgpo or grpo"
             )
         if tokenizer.eos_token_id is None:

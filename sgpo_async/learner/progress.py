@@ -52,6 +52,9 @@ class Progress:
             "eval_pass_auto": newest.pass_auto,
             "eval_pass_guided": newest.pass_guided,
             "eval_version": newest.version,
+            "eval_served": [newest.served_oldest, newest.served_newest],
+            "eval_lag": newest.lag,
+            "eval_benchmarks": {score.name: asdict(score) for score in newest.benchmarks},
         }
 
     def summary(self, status: Mapping[str, Any]) -> dict[str, Any]:

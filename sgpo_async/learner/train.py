@@ -37,7 +37,9 @@ from sgpo_async.learner.teacher import Teacher
 from sgpo_async.learner.world import join_world
 from sgpo_async.metrics import MetricsWriter, read_metrics
 from sgpo_async.metrics.mismatch import excess, mismatch_summary
+from sgpo_async.tasks.base import ProblemSource
 from sgpo_async.tasks.models import load_tokenizer, model_folder, tokenizer_fingerprint
+from sgpo_async.tasks.sources import open_source
 from sgpo_async.transport import Dealer, Mailbox
 from sgpo_async.weights import StoreWriter
 from sgpo_async.wire.records import Hello
@@ -190,8 +192,12 @@ class Trainer:
         checkpoint.prune(folder, step=self.progress.step, keep=self.run.learner.keep_checkpoints)
 
 
-def build(run: Run, mesh: DeviceMesh) -> tuple[Stepper, str]:
-    """The sharded policy with its optimiser and teacher, and the fingerprint of its tokenizer."""
+def build(run: Run, mesh: DeviceMesh, source: ProblemSource | None = None) -> tuple[Stepper, str]:
+    """The sharded policy with its optimiser and teacher, and the fingerprint of its tokenizer.
+
+    Args:
+        source: of the training problems, whose responses some objectives train on; by default the run's own.
+    """
     folder = model_folder(run.model.path)
     tokenizer = load_tokenizer(folder)
     fingerprint = tokenizer_fingerprint(tokenizer)
@@ -199,7 +205,11 @@ def build(run: Run, mesh: DeviceMesh) -> tuple[Stepper, str]:
     check_model(policy)
     shard(policy, mesh, precision=run.learner.precision)
     teacher = Teacher(run.algorithm, _copy(folder, run, mesh) if run.algorithm.copies_teacher else None)
-    responses = Demonstrations(run, tokenizer).tokens if run.algorithm.demonstrated else None
+    responses = None
+    if run.algorithm.demonstrated:
+        tasks = run.tasks
+        source = source or open_source(tasks.source, path=tasks.path, held_out=tasks.held_out, seed=run.seed)
+        responses = Demonstrations(run, source, tokenizer).tokens
     return Stepper(run, policy, optimiser.build(policy, run.optim), teacher, responses), fingerprint
 
 

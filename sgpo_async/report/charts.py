@@ -17,7 +17,7 @@ SPARSE = 0.25  # a figure that a smaller share of steps has is drawn as single m
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """One key of metrics.jsonl, or a/b for the entry b of key a."""
+    """One key of metrics.jsonl, or a/b for the entry b of key a, and so on."""
 
     key: str
     name: str
@@ -169,7 +169,8 @@ CHARTS = (
         curves=(Curve(key="grad_norm", name="gradient norm"),),
     ),
 )
-LAG_AFTER = "Entropy"  # where the lag histogram stands among them
+BENCHMARKS_AFTER = "Pass rate"  # where the benchmarks stand among them
+LAG_AFTER = "Entropy"  # ... and the lag histogram
 
 
 def figures(lines: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -179,10 +180,31 @@ def figures(lines: Sequence[Mapping[str, Any]]) -> list[str]:
         series = [_series(curve, lines) for curve in chart.curves]
         if any(one.points for one in series):
             parts.append(_figure(chart.title, chart.says, _draw(chart, series), _legend(series)))
+        if chart.title == BENCHMARKS_AFTER:
+            parts += _benchmarks(lines)
         if chart.title == LAG_AFTER and (shares := lag_shares(lines)):
             says = "How many weight versions lie between the policy that produced a token and the one it trains."
             parts.append(_figure("Lag", says, lag_chart(shares), lag_legend(shares)))
     return parts
+
+
+def _benchmarks(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One chart of all benchmarks that the run evaluates; none if it does not."""
+    names = dict.fromkeys(name for line in lines for name in line.get("eval_benchmarks") or {})
+    if not names:
+        return []
+    chart = Chart(
+        title="Benchmarks",
+        says="avg@k of the versions evaluated while training goes on.",
+        y_label="avg@k",
+        share=True,
+        curves=tuple(
+            Curve(key=f"eval_benchmarks/{name}/avg", name=name, colour=1 + number % BOUND, dots=True)
+            for number, name in enumerate(names)
+        ),
+    )
+    series = [_series(curve, lines) for curve in chart.curves]
+    return [_figure(chart.title, chart.says, _draw(chart, series), _legend(series))]
 
 
 def _series(curve: Curve, lines: Sequence[Mapping[str, Any]]) -> Series:
@@ -196,7 +218,7 @@ def _series(curve: Curve, lines: Sequence[Mapping[str, Any]]) -> Series:
 def _value(line: Mapping[str, Any], key: str) -> Any:
     outer, _, inner = key.partition("/")
     value = line.get(outer)
-    return value.get(inner) if inner and isinstance(value, Mapping) else value
+    return _value(value, inner) if inner and isinstance(value, Mapping) else value
 
 
 def _draw(chart: Chart, series: Sequence[Series]) -> str:

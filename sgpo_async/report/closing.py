@@ -40,6 +40,11 @@ def summarise(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "engine_idle": _mean(_present(lines, "engine_idle")),
         "ledger": last.get("ledger"),
         "mismatch": mismatch_summary(lines),
+        "evaluations": [
+            {"lag": line.get("eval_lag"), "benchmarks": list(line["eval_benchmarks"].values())}
+            for line in lines
+            if line.get("eval_benchmarks")
+        ],
     }
 
 
@@ -51,6 +56,7 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("held-out pass rate, autonomous", _change(get("pass_auto_first"), get("pass_auto_last"))),
         ("held-out pass rate, guided", _change(get("pass_guided_first"), get("pass_guided_last"))),
+        *benchmark_rows(get("evaluations") or []),
         ("steps", number(get("steps"))),
         ("wall time", clock(wall)),
         ("tokens generated", f"{number(generated)} ({number(rate)} a second)"),
@@ -59,6 +65,19 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("idle", f"trainer {percent(get('learner_idle'))}, engines {percent(get('engine_idle'))}"),
     ]
     return rows + mismatch_rows(get("mismatch") or {}) + ledger_rows(get("ledger") or {})
+
+
+def benchmark_rows(evaluations: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """avg@k of each benchmark, first and last, with the interval of the last and the lag at which it was known."""
+    rounds = [one for one in evaluations if one.get("benchmarks")]
+    if not rounds:
+        return []
+    rows = []
+    lag = number(rounds[-1].get("lag"))
+    for first, last in zip(rounds[0]["benchmarks"], rounds[-1]["benchmarks"], strict=True):
+        interval = f"[{percent(last['low'])}, {percent(last['high'])}], {last['problems']} problems, lag {lag}"
+        rows.append((f"{last['name']}, avg@{last['samples']}", f"{_change(first['avg'], last['avg'])} {interval}"))
+    return rows
 
 
 def mismatch_rows(mismatch: Mapping[str, Any]) -> list[tuple[str, str]]:

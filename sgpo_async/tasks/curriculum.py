@@ -8,7 +8,17 @@ from dataclasses import dataclass
 
 from sgpo_async.config.schema import Run
 from sgpo_async.tasks.base import Problem, ProblemSource
+from sgpo_async.tasks.benchmarks import Benchmark
 from sgpo_async.wire.records import Lease, Purpose
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How completions of a task are sampled."""
+
+    temperature: float
+    top_p: float
+    max_new_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +32,11 @@ class Task:
     number: int
     purpose: Purpose
     problem: Problem
+    verifier: str
     autonomous: int
     guided: int
     seed: int
+    sampling: Sampling
 
     @property
     def size(self) -> int:
@@ -39,20 +51,38 @@ class Task:
             purpose=self.purpose,
             problem=self.problem.problem,
             answer=self.problem.answer,
+            verifier=self.verifier,
             strategy=self.problem.strategy,
             autonomous=self.autonomous,
             guided=self.guided,
             min_version=min_version,
             seed=self.seed,
+            temperature=self.sampling.temperature,
+            top_p=self.sampling.top_p,
+            max_new_tokens=self.sampling.max_new_tokens,
         )
 
 
 class Curriculum:
-    """Makes tasks of problems: a task is a function of its number and the configuration."""
+    """Makes tasks of problems: a task is a function of its number and the configuration.
 
-    def __init__(self, run: Run, source: ProblemSource) -> None:
+    An evaluation round walks over all held-out problems, and then over those of each benchmark.
+    """
+
+    def __init__(self, run: Run, source: ProblemSource, benchmarks: Sequence[Benchmark] = ()) -> None:
         self._run, self._source = run, source
-        self.held_out: Sequence[Problem] = source.held_out()
+        self.benchmarks = benchmarks
+        self._round: list[tuple[Problem, Benchmark | None]] = [(problem, None) for problem in source.held_out()]
+        self._round += [(problem, benchmark) for benchmark in benchmarks for problem in benchmark.problems]
+
+    @property
+    def round_size(self) -> int:
+        """Tasks of one evaluation round."""
+        return len(self._round)
+
+    def benchmark(self, number: int) -> Benchmark | None:
+        """What the evaluation task `number` < 0 belongs to; None: the held-out problems."""
+        return self._round[(-1 - number) % self.round_size][1]
 
     def task(self, number: int) -> Task:
         """The training task at position `number` >= 0, or the evaluation task `number` < 0."""
@@ -64,23 +94,32 @@ class Curriculum:
             number=number,
             purpose="train",
             problem=problem,
+            verifier=self._source.verifier,
             autonomous=sizes.autonomous,
             guided=sizes.guided if problem.strategy else 0,
             seed=derived_seed(self._run.seed, "train", number),
+            sampling=self._sampling(temperature=sizes.temperature, top_p=sizes.top_p),
         )
 
     def _evaluation(self, number: int) -> Task:
-        """Every round walks over all held-out problems, with the same seeds: rounds are paired comparisons."""
-        index = (-1 - number) % len(self.held_out)
-        problem, samples = self.held_out[index], self._run.evaluation.samples
+        """Every round has the same problems and seeds: rounds are paired comparisons."""
+        index = (-1 - number) % self.round_size
+        problem, benchmark = self._round[index]
+        how = self._run.evaluation
+        samples = benchmark.samples if benchmark else how.samples
         return Task(
             number=number,
             purpose="evaluate",
             problem=problem,
+            verifier=benchmark.verifier if benchmark else self._source.verifier,
             autonomous=samples,
-            guided=samples if problem.strategy else 0,
+            guided=samples if problem.strategy and not benchmark else 0,
             seed=derived_seed(self._run.seed, "evaluate", index),
+            sampling=self._sampling(temperature=how.temperature, top_p=how.top_p),
         )
+
+    def _sampling(self, *, temperature: float, top_p: float) -> Sampling:
+        return Sampling(temperature=temperature, top_p=top_p, max_new_tokens=self._run.rollout.max_new_tokens)
 
 
 def derived_seed(*parts: int | str) -> int:

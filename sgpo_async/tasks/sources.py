@@ -6,9 +6,6 @@ from sgpo_async.tasks.base import ProblemSource
 from sgpo_async.tasks.cues import CuesSource
 from sgpo_async.tasks.files import FileSource
 
-VERIFIER_OF_SOURCE = {"cues": CuesSource.verifier, "file": FileSource.verifier}
-"""The verifier of each kind, for actors, which see single problems and never open the source."""
-
 
 def open_source(kind: str, *, path: str, held_out: int, seed: int) -> ProblemSource:
     """The source "cues" or "file" (at `path`), with `held_out` problems set aside for evaluation."""

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-PROTOCOL = 1  # raised by every change of a record
+PROTOCOL = 2  # raised by every change of a record
 
 Tokens = Annotated[np.ndarray, "<i4"]  # token ids, 1-d
 Ints = Annotated[np.ndarray, "<i4"]
@@ -67,6 +67,9 @@ class Ready:
 class Lease:
     """The hub asks for one whole group: `autonomous` rollouts of the plain prompt, `guided` of the strategy's.
 
+    It holds all that makes a rollout what it is, but the prompt's style and the model: training and benchmarks may be
+    sampled and judged differently.
+
     All or nothing: a lease that is lost is reissued as a whole under the next attempt, since keeping the rollouts
     that happened to finish would favour short ones.
     """
@@ -76,11 +79,15 @@ class Lease:
     purpose: Purpose
     problem: str
     answer: str
+    verifier: str  # name in `sgpo_async.tasks.verify.VERIFIERS`
     strategy: str | None
     autonomous: int
     guided: int
     min_version: int  # no token may be older
     seed: int
+    temperature: float
+    top_p: float  # 1 for training: a truncated sampler's log-probabilities fit no importance ratio
+    max_new_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,13 +211,29 @@ class Evaluate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluated:
-    """Pass rates on held-out problems."""
+class BenchmarkScore:
+    """One benchmark in one evaluation round: avg@k over `problems`, with its bootstrap interval."""
 
-    version: int
+    name: str
+    avg: float
+    low: float
+    high: float
+    samples: int  # k
+    problems: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """Pass rates on held-out problems, and scores on benchmarks."""
+
+    version: int  # asked for
     pass_auto: float
     pass_guided: float
-    problems: int
+    problems: int  # held out
+    served_oldest: int  # of the tokens' versions: that asked for, or newer ones
+    served_newest: int
+    lag: float  # mean over tokens: the learner's version when the round ended, minus the token's
+    benchmarks: tuple[BenchmarkScore, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

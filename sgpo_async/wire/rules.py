@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sgpo_async.wire.records import Rollout
+from sgpo_async.wire.records import Lease, Rollout, Shard
 
 
 def rollout_fault(rollout: Rollout) -> str | None:
@@ -50,4 +50,19 @@ def increasing(ends: np.ndarray) -> bool:
     return len(ends) == 1 or bool((ends[1:] > ends[:-1]).all())
 
 
-FAULTS: dict[type, Callable[[Any], str | None]] = {Rollout: rollout_fault}
+def lease_fault(lease: Lease) -> str | None:
+    """What keeps an actor from sampling as it is asked to."""
+    if not (lease.temperature > 0 and 0 < lease.top_p <= 1 and lease.max_new_tokens >= 1):
+        return f"temperature {lease.temperature}, top_p {lease.top_p}, max_new_tokens {lease.max_new_tokens}"
+    if lease.purpose == "train" and lease.top_p < 1:
+        return f"top_p {lease.top_p} for training, whose log-probabilities would be of another distribution"
+    return None
+
+
+def shard_fault(shard: Shard) -> str | None:
+    """Only what was sampled for training is trained: evaluation may truncate the distribution."""
+    strangers = [rollout.task for rollout in shard.rollouts if rollout.purpose != "train"]
+    return f"rollouts of task {strangers[0]}, which is no training task" if strangers else None
+
+
+FAULTS: dict[type, Callable[[Any], str | None]] = {Lease: lease_fault, Rollout: rollout_fault, Shard: shard_fault}

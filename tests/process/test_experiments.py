@@ -57,8 +57,9 @@ def test_a_trial_repeats_itself_and_measures_what_it_says() -> None:
     assert first["diverged"] is None
     other = Trial(load(DEMO, [*words, "seed=1"]))
     assert other.training.task(0).problem != Trial(load(DEMO, words)).training.task(0).problem
-    assert other.training.held_out == Trial(load(DEMO, words)).training.held_out
-    assert not set(other.training.held_out) & set(other.test.held_out)
+    validation, test = ([c.task(-1 - i).problem for i in range(c.round_size)] for c in (other.training, other.test))
+    assert validation == [Trial(load(DEMO, words)).training.task(-1 - i).problem for i in range(len(validation))]
+    assert not set(validation) & set(test)
 
 
 def test_a_run_that_diverges_is_a_result() -> None:

@@ -101,7 +101,17 @@ class ScriptedHub:
             case Commit(step=step):
                 return [Committed(step=step, status=self._status(step + 1))]
             case Evaluate(version=version):
-                return [Evaluated(version=version, pass_auto=version / 8, pass_guided=1.0, problems=4)]
+                return [
+                    Evaluated(
+                        version=version,
+                        pass_auto=version / 8,
+                        pass_guided=1.0,
+                        problems=4,
+                        served_oldest=version,
+                        served_newest=version,
+                        lag=0.0,
+                    )
+                ]
             case SnapshotRequest(step=step):
                 return [Snapshot(step=step, state=f"hub at {step}".encode())]
             case Restore():

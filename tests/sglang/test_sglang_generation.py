@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,27 @@ def test_samples_follow_the_distribution(pair: Servers, models: dict[str, Path])
     rng = np.random.default_rng(0)
     by_chance = [np.abs(rng.multinomial(600, p / p.sum()) / 600 - p).sum() / 2 for _ in range(200)]
     assert np.abs(q - p).sum() / 2 <= max(by_chance)
+
+
+def test_evaluation_draws_from_the_nucleus(pair: Servers, models: dict[str, Path]) -> None:
+    """At temperature 0.6 and top-p 0.8, first tokens lie in the nucleus, and beside them in full at top-p 1.
+
+    The log-probabilities are those before the cut: nothing that training could use.
+    """
+    pair.load(models["qwen3"], 0)
+    prompt = ask(0).prompt
+    cut = {i: replace(ask(i, tokens=1, temperature=0.6), top_p=0.8) for i in range(300)}
+    whole = {i: ask(i, tokens=1, temperature=0.6) for i in range(300, 600)}
+    for request in (cut | whole).values():
+        pair.engine.submit(request)
+    results = pair.results(600)
+    model, tokens = loaded(models["qwen3"]), np.arange(VOCABULARY, dtype=np.int32)
+    p = np.exp([logprobs(model, prompt, tokens[i : i + 1], 0.6)[0] for i in range(VOCABULARY)])
+    order = np.argsort(-p)
+    nucleus = set(order[: np.searchsorted(np.cumsum(p[order]), 0.8) + 1].tolist())
+    drawn = {kind: [int(results[i].tokens[0]) for i in asked] for kind, asked in (("cut", cut), ("whole", whole))}
+    assert set(drawn["cut"]) <= nucleus and not set(drawn["whole"]) <= nucleus
+    assert_teacher_forced({0: model}, list((cut | whole).values()), results)
 
 
 def test_scores_are_teacher_forced(pair: Servers, models: dict[str, Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from sgpo_async.config.schema import Evaluation, Hub, Learner, Local, Rollout, Run
 from sgpo_async.hub import HubCore
 from sgpo_async.hub.events import CloseLink, Effect, Event, LinkUp, OpenLink, Received, Send, Shutdown, Tick
+from sgpo_async.tasks.benchmarks import Benchmark
 from sgpo_async.wire import records as wire
 
 
@@ -78,9 +80,11 @@ def make_rollout(lease: wire.Lease, slot: int, *, versions: tuple[int, ...] = (0
 class Driver:
     """A hub core, its clock, and the inboxes of everybody it sends to."""
 
-    def __init__(self, run: Run | None = None, source: Source | None = None) -> None:
+    def __init__(
+        self, run: Run | None = None, source: Source | None = None, benchmarks: Sequence[Benchmark] = ()
+    ) -> None:
         self.run = run or make_run()
-        self.core = HubCore(self.run, source or Source(), store="/store")
+        self.core = HubCore(self.run, source or Source(), benchmarks=benchmarks, store="/store")
         self.now = 0.0
         self.inbox: dict[bytes, list[wire.Message]] = defaultdict(list)
         self.log: list[tuple[Event, float]] = []

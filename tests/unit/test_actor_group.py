@@ -5,28 +5,31 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sgpo_async.actor.group import Group, Sampling, rollout_seed
+from sgpo_async.actor.group import Group, rollout_seed
 from sgpo_async.engines.base import Generate, Generated, Score, Scored
 from sgpo_async.wire.records import Lease, Purpose, Rollout
 
 PLAIN, GUIDED = np.array([1, 2], np.int32), np.array([7, 1, 2], np.int32)
-SAMPLING = Sampling(temperature=0.7, max_new_tokens=5)
 
 
-def make_group(autonomous: int = 2, guided: int = 2, purpose: Purpose = "train") -> Group:
+def make_group(autonomous: int = 2, guided: int = 2, purpose: Purpose = "train", top_p: float = 1.0) -> Group:
     lease = Lease(
         task=4,
         attempt=1,
         purpose=purpose,
         problem="p",
         answer="a",
+        verifier="math",
         strategy="s",
         autonomous=autonomous,
         guided=guided,
         min_version=3,
         seed=99,
+        temperature=0.7,
+        top_p=top_p,
+        max_new_tokens=5,
     )
-    return Group(lease, plain=PLAIN, guided=GUIDED if guided else None, sampling=SAMPLING)
+    return Group(lease, plain=PLAIN, guided=GUIDED if guided else None)
 
 
 def answer(request: Generate) -> Generated:
@@ -46,6 +49,13 @@ def test_autonomous_slots_come_first_and_see_the_plain_prompt() -> None:
     assert [list(request.prompt) for request in requests] == [[1, 2], [1, 2], [7, 1, 2], [7, 1, 2]]
     assert {request.temperature for request in requests} == {0.7}
     assert len({request.seed for request in requests}) == 4
+
+
+def test_every_request_is_sampled_as_the_lease_says() -> None:
+    for request in make_group(purpose="evaluate", top_p=0.95).requests():
+        assert (request.temperature, request.top_p, request.max_new_tokens) == (0.7, 0.95, 5)
+    with pytest.raises(AssertionError, match="whole vocabulary"):
+        make_group(purpose="train", top_p=0.95)
 
 
 def test_a_rollout_carries_what_the_engine_measured() -> None:

@@ -9,6 +9,7 @@ from sgpo_async.config import from_plain
 from sgpo_async.hub import HubCore
 from sgpo_async.hub.events import CloseLink, Interrupted, LinkDown, LinkUp, OpenLink, Rejected, Shutdown
 from sgpo_async.hub.snapshot import dump, load
+from sgpo_async.tasks.benchmarks import Benchmark
 from sgpo_async.wire import records as wire
 
 
@@ -464,7 +465,9 @@ def test_the_first_version_is_evaluated_unasked_and_others_on_request():
     driver.send(b"a", wire.Ready(tasks=1, version=0))
     (second,) = driver.leases(b"a", "evaluate")
     driver.serve(b"a", second)
-    expected = wire.Evaluated(version=0, pass_auto=0.5, pass_guided=0.5, problems=2)
+    expected = wire.Evaluated(
+        version=0, pass_auto=0.5, pass_guided=0.5, problems=2, served_oldest=0, served_newest=0, lag=0.0
+    )
     assert driver.only(b"r0", wire.Evaluated) == expected
     driver.send(b"r0", wire.Evaluate(version=0))
     assert driver.only(b"r0", wire.Evaluated) == expected, "known already"
@@ -481,6 +484,45 @@ def test_the_first_version_is_evaluated_unasked_and_others_on_request():
     assert [e["version"] for e in status["evaluations"]] == [0, 1]
     assert status["evaluation_ledger"]["trained"] == 4
     assert status["rejected_reasons"] == {"Evaluate of a version that does not exist": 1}
+
+
+def test_benchmarks_are_part_of_every_round():
+    """A late round, half of it served by a newer version: its lag is counted from the learner's version."""
+    source = Source(held_out=1)
+    hard = Benchmark(name="hard", problems=[source.training(i) for i in (7, 8)], samples=2)
+    driver = Driver(source=source, benchmarks=[hard])
+    driver.learner()
+    driver.actor(b"a", credit=3)
+    held_out, first, second = driver.leases(b"a", "evaluate")
+    driver.serve(b"a", held_out)
+    driver.serve(b"a", first, reward=0.0)
+    driver.send(b"a", make_rollout(second, 0, reward=1.0))
+    driver.send(b"a", make_rollout(second, 1, reward=0.0))
+    result = driver.only(b"r0", wire.Evaluated)
+    assert (result.pass_auto, result.problems, result.served_oldest, result.served_newest) == (1.0, 1, 0, 0)
+    assert result.benchmarks == (wire.BenchmarkScore(name="hard", avg=0.25, low=0.0, high=0.5, samples=2, problems=2),)
+    train_one_step(driver)
+    train_one_step(driver, step=1)
+    driver.send(b"r0", wire.Evaluate(version=1))
+    driver.core.actors[b"a"].credit = 0
+    driver.send(b"a", wire.Ready(tasks=3, version=1))
+    leases = driver.leases(b"a", "evaluate")
+    for lease, versions in zip(leases, [(1,), (1, 2), (2,)], strict=True):
+        driver.serve(b"a", lease, versions=versions)
+    late = driver.only(b"r0", wire.Evaluated)
+    assert (late.version, late.served_oldest, late.served_newest) == (1, 1, 2)
+    # 2 rollouts of 2 tokens at version 1; 2 of 2 tokens at each version; 2 of 2 tokens at version 2; learner at 2
+    assert late.lag == pytest.approx((4 + 4) / (4 + 8 + 4))
+    assert driver.core.status()["evaluations"][-1]["benchmarks"][0]["avg"] == 1.0
+    state = driver.send(b"r0", wire.SnapshotRequest(step=2)) and driver.only(b"r0", wire.Snapshot).state
+    again = Driver(source=source, benchmarks=[hard])
+    again.learner()
+    again.send(b"r0", wire.Restore(state=state))
+    assert again.core.evaluation.results == [result, late]
+    other = Driver(source=source)
+    other.learner()
+    other.send(b"r0", wire.Restore(state=state))
+    assert "evaluation.benchmarks" in other.only(b"r0", wire.Refused).reason
 
 
 # ---- the end

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import hypothesis.strategies as st
 import pytest
 from hub_support import Source, make_rollout, make_run
 from hypothesis import given
 
+from sgpo_async.config.schema import Evaluation
 from sgpo_async.hub.actors import Actors, Meter
 from sgpo_async.hub.admission import lowest_version, room
 from sgpo_async.hub.balance import balance
@@ -18,6 +20,7 @@ from sgpo_async.hub.leases import Book
 from sgpo_async.hub.ledger import Ledger
 from sgpo_async.hub.work import Group
 from sgpo_async.hub.world import World
+from sgpo_async.tasks.benchmarks import Benchmark
 from sgpo_async.tasks.curriculum import Curriculum
 from sgpo_async.wire import records as wire
 
@@ -84,8 +87,9 @@ def test_balance_is_a_partition_within_grahams_bound(weights, ranks):
 
 def group(number: int, rewards: list[float], guided_rewards: list[float], versions: tuple[int, ...]) -> Group:
     lease = wire.Lease(
-        task=number, attempt=0, purpose="train", problem="", answer="", strategy="", autonomous=len(rewards),
-        guided=len(guided_rewards), min_version=0, seed=0,
+        task=number, attempt=0, purpose="train", problem="", answer="", verifier="", strategy="",
+        autonomous=len(rewards), guided=len(guided_rewards), min_version=0, seed=0, temperature=1.0, top_p=1.0,
+        max_new_tokens=8,
     )  # fmt: skip
     made = [
         make_rollout(lease, slot, versions=versions, reward=reward)
@@ -116,6 +120,24 @@ def test_tasks_are_functions_of_their_number():
     assert [curriculum.task(n).problem.problem for n in (-1, -2, -3)] == ["held-out 0", "held-out 1", "held-out 0"]
     assert curriculum.task(-1).seed == curriculum.task(-3).seed != curriculum.task(-2).seed
     assert curriculum.task(0).seed != curriculum.task(1).seed != curriculum.task(-1).seed
+
+
+def test_a_round_walks_over_held_out_problems_and_then_benchmarks():
+    run = replace(make_run(), evaluation=Evaluation(samples=2, temperature=0.6, top_p=0.95))
+    source = Source(held_out=2)
+    hard = Benchmark(name="hard", problems=[source.training(i) for i in (7, 8, 9)], samples=4)
+    curriculum = Curriculum(run, source, [hard])
+    assert curriculum.round_size == 5
+    problems = [curriculum.task(n).problem.problem for n in range(-1, -7, -1)]
+    assert problems == ["held-out 0", "held-out 1", "training 7", "training 8", "training 9", "held-out 0"]
+    held_out, task = curriculum.task(-2), curriculum.task(-3)
+    assert (held_out.autonomous, held_out.guided, held_out.verifier) == (2, 2, "exact")
+    assert (task.autonomous, task.guided, task.verifier) == (4, 0, "math")
+    assert [curriculum.benchmark(n) for n in (-2, -3, -5, -6, -8)] == [None, hard, hard, None, hard]
+    lease = task.lease(attempt=0, min_version=0)
+    assert (lease.temperature, lease.top_p, lease.max_new_tokens) == (0.6, 0.95, run.rollout.max_new_tokens)
+    assert (curriculum.task(0).sampling.temperature, curriculum.task(0).sampling.top_p) == (1.0, 1.0)
+    assert held_out.seed == Curriculum(run, source).task(-2).seed
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import pytest
 from sgpo_async.config.schema import Algorithm, Run, Tasks
 from sgpo_async.errors import DataError
 from sgpo_async.learner.demonstrations import Demonstrations
+from sgpo_async.tasks.base import ProblemSource
 from sgpo_async.tasks.curriculum import Curriculum
 from sgpo_async.tasks.models import load_tokenizer, model_folder
 from sgpo_async.tasks.sources import open_source
@@ -30,10 +31,15 @@ def file_run(path: Path, responses: list[str | None]) -> Run:
     return Run(tasks=Tasks(source="file", path=str(path), held_out=1), algorithm=LUFFY)
 
 
+def source_of(run: Run) -> ProblemSource:
+    tasks = run.tasks
+    return open_source(tasks.source, path=tasks.path, held_out=tasks.held_out, seed=run.seed)
+
+
 def test_a_demonstration_is_the_response_of_the_task_s_own_problem_and_is_correct(tokenizer: object) -> None:
     run = Run(seed=3, algorithm=LUFFY)
-    source = open_source("cues", path="", held_out=run.tasks.held_out, seed=run.seed)
-    demonstrations, curriculum = Demonstrations(run, tokenizer), Curriculum(run, source)
+    source = source_of(run)
+    demonstrations, curriculum = Demonstrations(run, source, tokenizer), Curriculum(run, source)
     for number in (0, 7, 1000):
         tokens = demonstrations.tokens(number)
         assert tokens is not None
@@ -45,9 +51,8 @@ def test_a_demonstration_is_the_response_of_the_task_s_own_problem_and_is_correc
 
 def test_problems_without_a_response_are_told_apart(tmp_path: Path, tokenizer: object) -> None:
     run = file_run(tmp_path / "some.jsonl", ["raise 1", None, "raise 2", None, None])
-    demonstrations = Demonstrations(run, tokenizer)
-    source = open_source("file", path=run.tasks.path, held_out=1, seed=run.seed)
-    curriculum = Curriculum(run, source)
+    source = source_of(run)
+    demonstrations, curriculum = Demonstrations(run, source, tokenizer), Curriculum(run, source)
     found = [demonstrations.tokens(number) is not None for number in range(8)]
     assert found == [curriculum.task(number).problem.response is not None for number in range(8)]
     assert len(set(found)) == 2
@@ -56,7 +61,7 @@ def test_problems_without_a_response_are_told_apart(tmp_path: Path, tokenizer: o
 def test_a_source_without_any_response_is_refused_in_one_line(tmp_path: Path, tokenizer: object) -> None:
     run = file_run(tmp_path / "none.jsonl", [None, None, None])
     with pytest.raises(DataError, match=r"none\.jsonl: no training problem has a response.*objective=luffy") as caught:
-        Demonstrations(run, tokenizer)
+        Demonstrations(run, source_of(run), tokenizer)
     assert "\n" not in str(caught.value)
 
 
@@ -64,4 +69,4 @@ def test_a_tokenizer_without_an_end_is_refused(tokenizer: object) -> None:
     bare = load_tokenizer(model_folder("builtin:cues"))
     bare.eos_token = None
     with pytest.raises(DataError, match="no end token"):
-        Demonstrations(replace(Run(), algorithm=LUFFY), bare)
+        Demonstrations(replace(Run(), algorithm=LUFFY), source_of(Run()), bare)

@@ -71,11 +71,23 @@ def answers(message: Message) -> list[Message]:
             return [Refused(reason="no batch of step 7 is out")]
         case Commit(step=step):
             return [
-                Evaluated(version=3, pass_auto=0.25, pass_guided=1.0, problems=4),
+                Evaluated(
+                    version=3, pass_auto=0.25, pass_guided=1.0, problems=4, served_oldest=3, served_newest=3, lag=0.0
+                ),
                 Committed(step=step, status={"a": 1}),
             ]
         case Evaluate(version=version):
-            return [Evaluated(version=version, pass_auto=0.5, pass_guided=0.75, problems=4)]
+            return [
+                Evaluated(
+                    version=version,
+                    pass_auto=0.5,
+                    pass_guided=0.75,
+                    problems=4,
+                    served_oldest=version,
+                    served_newest=version,
+                    lag=0.0,
+                )
+            ]
     return []
 
 

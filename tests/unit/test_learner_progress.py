@@ -41,10 +41,21 @@ def test_progress_adds_up_and_survives_a_checkpoint() -> None:
     progress = Progress()
     progress.trained({"tokens": 10, "lag_histogram": {"0": 6, "2": 4}, "lag_max": 2}, idle_s=1, wall_s=4)
     assert progress.evaluated([]) == {}
-    assert progress.evaluated([Evaluated(version=0, pass_auto=0.1, pass_guided=0.9, problems=5)])["eval_version"] == 0
+    assert (
+        progress.evaluated(
+            [
+                Evaluated(
+                    version=0, pass_auto=0.1, pass_guided=0.9, problems=5, served_oldest=0, served_newest=0, lag=0.0
+                )
+            ]
+        )["eval_version"]
+        == 0
+    )
     progress = Progress(**progress.plain())
     progress.trained({"tokens": 30, "lag_histogram": {"1": 30}, "lag_max": 1}, idle_s=1, wall_s=4)
-    progress.evaluated([Evaluated(version=2, pass_auto=0.8, pass_guided=1.0, problems=5)])
+    progress.evaluated(
+        [Evaluated(version=2, pass_auto=0.8, pass_guided=1.0, problems=5, served_oldest=2, served_newest=2, lag=0.0)]
+    )
     summary = progress.summary(STATUS)
     assert (summary["steps"], summary["tokens_trained"], summary["lag_max"]) == (2, 40, 2)
     assert summary["lag_mean"] == (4 * 2 + 30) / 40

@@ -90,6 +90,20 @@ def test_an_alarm_stands_on_top_and_among_the_closing_figures(tmp_path: Path) ->
     assert dict(closing_rows(tmp_path))["MISMATCH ALARM"] == says
 
 
+def test_benchmarks_have_a_chart_and_closing_figures(tmp_path: Path) -> None:
+    lines = synthetic_lines()
+    for line in lines:
+        if "eval_pass_auto" in line:
+            score = {"name": "aime24", "avg": 0.1 + line["step"] / 400, "low": 0.3, "high": 0.5, "samples": 32}
+            line |= {"eval_benchmarks": {"aime24": score | {"problems": 30}}, "eval_lag": 0.75}
+    write_lines(tmp_path, lines)
+    text, headings = page_of(tmp_path)
+    assert headings[1] == "Benchmarks"
+    says = "10.2 % → 40.0 % [30.0 %, 50.0 %], 30 problems, lag 0.750"
+    assert dict(closing_rows(tmp_path))["aime24, avg@32"] == says
+    assert f"<td>aime24, avg@32</td><td>{says}</td>" in text
+
+
 def test_a_run_of_before_the_mismatch_was_measured_has_a_page(tmp_path: Path) -> None:
     old = [{key: value for key, value in line.items() if "mismatch" not in key} for line in synthetic_lines()]
     write_lines(tmp_path, old)

@@ -15,11 +15,23 @@ from hypothesis import strategies as st
 from sgpo_async.errors import ProtocolMismatch, WireError
 from sgpo_async.wire import PROTOCOL, decode, encode, records
 from sgpo_async.wire.codec import MAX_HEADER
-from sgpo_async.wire.records import Ack, Committed, Message, Restore, Rollout, Settings, Shard, StatusRequest
+from sgpo_async.wire.records import (
+    Ack,
+    BenchmarkScore,
+    Committed,
+    Lease,
+    Message,
+    Restore,
+    Rollout,
+    Settings,
+    Shard,
+    StatusRequest,
+)
 
 LIMIT = 2**20
 VERSION = msgpack.packb(PROTOCOL)
 RECORDS = get_args(Message)
+PARTS = {BenchmarkScore}  # of messages
 INT64 = st.integers(-(2**63), 2**63 - 1)
 PLAIN = st.recursive(
     st.none() | st.booleans() | INT64 | st.floats(allow_nan=False) | st.text(),
@@ -55,7 +67,7 @@ def values(annotation: Any) -> st.SearchStrategy:
     if origin is dict:
         return st.dictionaries(st.text(), PLAIN, max_size=4)
     if origin is tuple:
-        return st.lists(rollouts(), max_size=3).map(tuple)
+        return st.lists(records_of(arguments[0]), max_size=3).map(tuple)
     if origin is types.UnionType:
         return st.one_of(*(st.none() if a is types.NoneType else values(a) for a in arguments))
     return {
@@ -93,9 +105,22 @@ def records_of(record: type) -> st.SearchStrategy:
     if record is Rollout:
         return rollouts()
     hints = get_type_hints(record, include_extras=True)
-    return st.fixed_dictionaries({name: values(hint) for name, hint in hints.items()}).map(
-        lambda fields: record(**fields)
-    )
+    fields = {name: values(hint) for name, hint in hints.items()}
+    if record is Lease:
+        share = st.floats(0, 1, exclude_min=True)
+        fields |= {"temperature": share, "max_new_tokens": st.integers(1, 2**40)}
+        fields["top_p"] = st.just(1.0) | share
+    if record is Shard:
+        fields["rollouts"] = st.lists(rollouts().map(for_training), max_size=3).map(tuple)
+    return st.fixed_dictionaries(fields).map(lambda fields: record(**fields)).filter(may_travel)
+
+
+def for_training(rollout: Rollout) -> Rollout:
+    return dataclasses.replace(rollout, purpose="train", reward=0.0)
+
+
+def may_travel(record: object) -> bool:
+    return not (isinstance(record, Lease) and record.purpose == "train" and record.top_p < 1)
 
 
 messages = st.sampled_from(RECORDS).flatmap(records_of)
@@ -129,7 +154,7 @@ def with_header(frames: list[bytes], changes: dict[str, Any]) -> list[bytes]:
 
 def test_every_record_is_a_message() -> None:
     defined = {item for item in vars(records).values() if isinstance(item, type)}
-    assert set(RECORDS) == {item for item in defined if dataclasses.is_dataclass(item)}
+    assert set(RECORDS) | PARTS == {item for item in defined if dataclasses.is_dataclass(item)}
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.__name__)
@@ -166,7 +191,7 @@ def test_another_version_is_seen_before_anything_else(version: int, rest: bytes)
 
 
 @pytest.mark.parametrize(
-    "start", [b"", b"\xc0", b"\xc3", b"\xcc", b"\xa1x", b"\x90", b"\xcc\x01\x80", b"\xdd\xff\xff\xff\xff"]
+    "start", [b"", b"\xc0", b"\xc3", b"\xcc", b"\xa1x", b"\x90", b"\xcc" + VERSION + b"\x80", b"\xdd\xff\xff\xff\xff"]
 )
 def test_no_version_is_no_message(start: bytes) -> None:
     with pytest.raises(WireError) as caught:
@@ -296,6 +321,33 @@ def test_lost_doubled_swapped_and_trailing_frames() -> None:
     for frames in bad:
         with pytest.raises(WireError):
             decode(frames, max_bytes=LIMIT)
+
+
+def lease(**changes: Any) -> Lease:
+    fields: dict[str, Any] = {"task": 1, "attempt": 0, "purpose": "train", "problem": "p", "answer": "a"}
+    fields |= {"verifier": "math", "strategy": None, "autonomous": 1, "guided": 0, "min_version": 0, "seed": 0}
+    return Lease(**fields | {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 8} | changes)
+
+
+def test_a_truncated_sampler_is_for_evaluation_alone() -> None:
+    assert encode(lease(purpose="evaluate", top_p=0.95))
+    with pytest.raises(WireError, match=r"top_p 0\.95 for training"):
+        encode(lease(top_p=0.95))
+    hostile = with_header(encode(lease(purpose="evaluate", top_p=0.95)), {"purpose": "train"})
+    with pytest.raises(WireError, match="for training"):
+        decode(hostile, max_bytes=LIMIT)
+
+
+@pytest.mark.parametrize("changes", [{"temperature": 0.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"max_new_tokens": 0}])
+def test_a_lease_that_nobody_could_sample(changes: dict[str, Any]) -> None:
+    with pytest.raises(WireError, match=next(iter(changes))):
+        encode(lease(purpose="evaluate", **changes))
+
+
+def test_what_was_sampled_for_evaluation_never_reaches_a_learner() -> None:
+    rollouts = (one_rollout(), one_rollout(task=7, purpose="evaluate"))
+    with pytest.raises(WireError, match="task 7, which is no training task"):
+        encode(Shard(step=1, version=8, problems=2, rollouts=rollouts))
 
 
 def test_a_message_beyond_the_limit_is_not_looked_at() -> None:

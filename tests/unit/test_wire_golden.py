@@ -16,6 +16,7 @@ from sgpo_async.wire import PROTOCOL, decode, encode
 from sgpo_async.wire.records import (
     Ack,
     BatchRequest,
+    BenchmarkScore,
     Commit,
     Committed,
     Evaluate,
@@ -60,9 +61,7 @@ AUTONOMOUS = Rollout(
     reward=0.0,
     finish="length",
 )
-GUIDED = dataclasses.replace(
-    AUTONOMOUS, slot=8, guided=True, reward=1.0, finish="stop", unguided_logprob=-12.5, purpose="evaluate"
-)
+GUIDED = dataclasses.replace(AUTONOMOUS, slot=8, guided=True, reward=1.0, finish="stop", unguided_logprob=-12.5)
 
 EXAMPLES: list[Message] = [
     Hello(role="learner", name="learner-0", tokenizer="9f2c", rank=1, world_size=2),
@@ -80,13 +79,17 @@ EXAMPLES: list[Message] = [
         purpose="train",
         problem="2 + 2 = ? (naïve)",
         answer="4",
+        verifier="math",
         strategy=None,
         autonomous=8,
         guided=4,
         min_version=1,
         seed=2**62,
+        temperature=0.75,
+        top_p=1.0,
+        max_new_tokens=16384,
     ),
-    GUIDED,
+    dataclasses.replace(GUIDED, purpose="evaluate"),
     Ack(task=17, attempt=1, slot=8),
     Release(task=17, attempt=1, reason="drains"),
     Heartbeat(
@@ -106,7 +109,16 @@ EXAMPLES: list[Message] = [
     Committed(step=3, status={"step": 3, "ledger": {"trained": 16}}),
     Published(version=4),
     Evaluate(version=4),
-    Evaluated(version=4, pass_auto=0.125, pass_guided=0.9375, problems=200),
+    Evaluated(
+        version=4,
+        pass_auto=0.125,
+        pass_guided=0.9375,
+        problems=200,
+        served_oldest=4,
+        served_newest=6,
+        lag=1.25,
+        benchmarks=(BenchmarkScore(name="aime24", avg=0.25, low=0.125, high=0.375, samples=32, problems=30),),
+    ),
     SnapshotRequest(step=3),
     Snapshot(step=3, state=b"\x00\x01state"),
     Restore(state=b"\x00\x01state"),

@@ -151,7 +151,7 @@ class Server:
         sampling = {
             "temperature": partial.request.temperature,
             "max_new_tokens": partial.remaining,
-            "top_p": 1.0,
+            "top_p": partial.request.top_p,
             "top_k": -1,
             "min_p": 0.0,
             "stop_token_ids": sorted(self._ends),

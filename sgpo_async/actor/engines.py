@@ -1,0 +1,33 @@
+"""Opens the engine that a configuration names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from sgpo_async.config import Run
+from sgpo_async.engines import EmbeddedEngine
+from sgpo_async.engines.base import Engine
+from sgpo_async.engines.sglang import SglangEngine
+from sgpo_async.weights import digest
+
+
+def open_engine(
+    run: Run, folder: str, *, logs: str = "", name: str = "sglang", stopping: Callable[[], bool] = lambda: False
+) -> Engine:
+    """The engine of `run` for the model in `folder`, warm; it serves after its first load.
+
+    `logs` and `name` are those of `SglangEngine`, which gives up starting when `stopping`. Raises EngineError,
+    DataError, DeadlineExceeded.
+    """
+    if run.engine.kind == "sglang":
+        servers = SglangEngine(folder, run.engine, dtype=run.model.dtype, digest=digest, logs=logs, name=name)
+        servers.start(stopping)
+        return servers
+    return EmbeddedEngine.from_pretrained(
+        folder,
+        digest=digest,
+        slots=run.engine.slots,
+        device=run.engine.device,
+        dtype=run.model.dtype,
+        deterministic=run.engine.deterministic,
+    )

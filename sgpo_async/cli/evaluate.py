@@ -1,0 +1,189 @@
+"""`sgpo-async evaluate`: avg@k and pass@k of a model on benchmarks, or two such evaluations compared.
+
+    sgpo-async evaluate CONFIG --model runs/demo/policy --benchmark math500=FILE --samples 4 --out FOLDER
+    sgpo-async evaluate --compare FOLDER FOLDER
+
+Called again after it was interrupted, it goes on with what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sgpo_async.cli.options import load_run, print_dry_run
+from sgpo_async.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+    from sgpo_async.config import Run
+    from sgpo_async.evaluation.plan import Plan
+    from sgpo_async.evaluation.run import Progress
+    from sgpo_async.tasks.benchmarks import Benchmark
+
+PAPER_TEMPERATURE, PAPER_TOP_P = 0.6, 0.95
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """CONFIG [key=value ...] and what to evaluate, or --compare A B."""
+    parser.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file, e.g. configs/demo.yaml")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="laid over the file, e.g. engine.slots=256")
+    parser.add_argument("--model", default="", metavar="FOLDER", help="e.g. runs/demo/policy (default: model.path)")
+    parser.add_argument(
+        "--benchmark",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="JSONL or Parquet, may be repeated; a NAME alone is one of evaluation.benchmarks, or held-out: the "
+        "configuration's own held-out problems (default)",
+    )
+    parser.add_argument(
+        "--samples",
+        action="append",
+        default=[],
+        metavar="K|NAME=K",
+        help="completions of each problem, of all benchmarks or of one; may be repeated (default: 1)",
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=PAPER_TEMPERATURE, metavar="T", help="default: 0.6, the paper's"
+    )
+    parser.add_argument("--top-p", type=float, default=PAPER_TOP_P, metavar="P", help="default: 0.95, the paper's")
+    parser.add_argument("--guided", action="store_true", help="with the strategies before the problems")
+    parser.add_argument("--texts", action="store_true", help="keep the completions")
+    parser.add_argument("--out", default="", metavar="FOLDER", help="of the results (default: out/name/evaluation)")
+    parser.add_argument("--compare", nargs=2, metavar="FOLDER", help="two evaluations, A and B: is A better?")
+    parser.add_argument("--dry-run", action="store_true", help="print the whole configuration and what would start")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate or compare, and print a table. Raises SgpoError."""
+    from rich.console import Console
+
+    console = Console()
+    if args.compare:
+        if args.config:
+            raise ConfigError("--compare: takes two folders and no configuration")
+        return _compare(console, *map(Path, args.compare))
+    if not args.config:
+        raise ConfigError("evaluate: name a configuration, e.g. configs/demo.yaml, or two folders with --compare")
+    settings = load_run(args)
+    if args.model:
+        settings = replace(settings, model=replace(settings.model, path=args.model))
+    if args.dry_run:
+        print_dry_run(settings, [["sgpo-async", "evaluate", args.config, *args.overrides]])
+        return 0
+    plan = _plan(settings, args)
+    out = Path(args.out or f"{settings.folder}/evaluation")
+    found = _evaluate(plan, out, texts=args.texts)
+    from sgpo_async.cli.evaluation_tables import summary
+
+    _print(console, [*summary(found), f"results: {out}"])
+    return 0
+
+
+def _plan(settings: Run, args: argparse.Namespace) -> Plan:
+    from sgpo_async.evaluation.plan import Plan
+
+    samples = parse_samples(args.samples)
+    benchmarks = [_open(settings, word, samples) for word in args.benchmark or ["held-out"]]
+    names = [benchmark.name for benchmark in benchmarks]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--benchmark: {', '.join(names)}: a name occurs twice")
+    if strangers := samples.keys() - {"", *names}:
+        raise ConfigError(f"--samples: {min(strangers)} is no benchmark here; there are {', '.join(names)}")
+    return Plan(
+        run=settings,
+        benchmarks=benchmarks,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        guided=args.guided,
+    )
+
+
+def parse_samples(words: Sequence[str]) -> dict[str, int]:
+    """{benchmark: k}, with "" for all others. Raises ConfigError."""
+    found = {"": 1}
+    for word in words:
+        name, _, number = word.rpartition("=")
+        if not number.isdecimal() or int(number) < 1:
+            raise ConfigError(f"--samples: looks like 4 or aime24=32, got {word!r}")
+        found[name] = int(number)
+    return found
+
+
+def _open(settings: Run, word: str, samples: Mapping[str, int]) -> Benchmark:
+    from sgpo_async.config import Evaluation
+    from sgpo_async.config.schema import HELD_OUT, BenchmarkFile
+    from sgpo_async.tasks.benchmarks import Benchmark, open_benchmark
+    from sgpo_async.tasks.sources import open_source
+
+    name, equals, path = word.partition("=")
+    k = samples.get(name, samples[""])
+    if name == HELD_OUT and not equals:
+        own = settings.tasks
+        source = open_source(own.source, path=own.path, held_out=own.held_out, seed=settings.seed)
+        return Benchmark(name=name, problems=source.held_out(), samples=k, verifier=source.verifier)
+    configured = settings.evaluation.benchmarks
+    if not equals and name not in configured:
+        known = ", ".join([HELD_OUT, *configured])
+        raise ConfigError(f"--benchmark: {word} names no file (NAME=FILE) and none of {known}")
+    Evaluation(benchmarks={name: BenchmarkFile(path=path)})  # the rule for names
+    return open_benchmark(name, path if equals else configured[name].path, samples=k)
+
+
+def _evaluate(plan: Plan, out: Path, *, texts: bool) -> dict[str, Any]:
+    from rich.console import Console
+
+    console = Console(stderr=True)
+
+    def tell(line: str) -> None:
+        console.print(line, markup=False, highlight=False)
+
+    with console.status("loading the model ...") if console.is_terminal else _nothing():
+        from sgpo_async.evaluation.run import evaluate  # torch, which takes seconds
+    with _progress(console) as progress:
+        return evaluate(plan, out, texts=texts, progress=progress, tell=tell)
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Progress]:
+    """A bar at a terminal; elsewhere a line at the beginning and at each tenth."""
+    if not console.is_terminal:
+        yield _tenths
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TextColumn("problems"))
+    with Bar(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _tenths(done: int, total: int) -> None:
+    if done * 10 // total > (done - 1) * 10 // total:
+        print(f"{done} of {total} problems", file=sys.stderr, flush=True)
+
+
+def _compare(console: Console, a: Path, b: Path) -> int:
+    from sgpo_async.cli.evaluation_tables import comparison
+    from sgpo_async.evaluation.compare import compare_folders
+
+    _print(console, comparison(a, b, compare_folders(a, b)))
+    return 0
+
+
+def _print(console: Console, lines: Iterable[RenderableType]) -> None:
+    for line in lines:
+        console.print(line, soft_wrap=isinstance(line, str), highlight=False, markup=False)

@@ -1,0 +1,129 @@
+"""The folder of one evaluation.
+
+settings.json       what it depends on; a call with other settings is refused
+BENCHMARK.jsonl     one line for each problem, on disk as soon as its last sample is judged
+summary.json        the figures, once every problem has its line
+
+A call that was killed leaves whole lines and perhaps a part of one, which the next call removes; it samples what has no
+line. One process at a time writes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TextIO
+
+from sgpo_async.errors import ConfigError, DataError
+from sgpo_async.evaluation.plan import differences
+from sgpo_async.metrics.files import telling, to_json, write_whole
+
+SETTINGS, SUMMARY = "settings.json", "summary.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProblemResult:
+    """All samples of one problem, in the order of their seeds."""
+
+    id: str
+    digest: str  # of problem and answer
+    correct: list[bool]
+    tokens: list[int]  # length of each completion
+    finish: list[str]  # stop, or length: cut off
+    timed_out: list[bool]  # the verifier took too long, which counts as incorrect
+    texts: list[str] | None = None
+
+
+class Results:
+    """Reads and writes one folder. Raises SgpoError if it cannot be written, DataError if it cannot be read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files: dict[str, TextIO] = {}
+
+    @contextmanager
+    def writing(self, settings: Mapping[str, Any]) -> Iterator[None]:
+        """Within this context `add` may be called; the folder is claimed.
+
+        Raises ConfigError if it holds an evaluation with other settings, or another process writes it.
+        """
+        path = self.folder / SETTINGS
+        if path.exists() and (other := differences(settings, self.settings())):
+            raise ConfigError(f"{self.folder}: holds another evaluation ({other[0]} there); choose another --out")
+        with ExitStack() as stack:
+            if not path.exists():
+                write_whole(path, json.dumps(settings, indent=2) + "\n")
+            with telling(path):
+                lock = stack.enter_context(path.open("a"))
+                names = settings["benchmarks"]
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(f"{self.folder}: another process evaluates here; choose another --out") from None
+            with telling(self.folder):
+                self._files = {name: stack.enter_context(self._open(name)) for name in names}
+            try:
+                yield
+            finally:
+                self._files = {}
+
+    def add(self, benchmark: str, result: ProblemResult) -> None:
+        """Append one line."""
+        with telling(self._path(benchmark)):
+            print(to_json(asdict(result)), file=self._files[benchmark], flush=True)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write the summary: the evaluation is complete."""
+        write_whole(self.folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
+
+    def settings(self) -> dict[str, Any]:
+        """What was evaluated."""
+        return _read_json(self.folder / SETTINGS)
+
+    def summary(self) -> dict[str, Any]:
+        """The figures. Raises DataError if the evaluation is not complete."""
+        return _read_json(self.folder / SUMMARY)
+
+    def problems(self, benchmark: str) -> list[ProblemResult]:
+        """Those with a whole line, in the order of completion."""
+        return [self._parse(benchmark, number, line) for number, line in enumerate(self._lines(benchmark), start=1)]
+
+    def _parse(self, benchmark: str, number: int, line: bytes) -> ProblemResult:
+        names = {field.name for field in fields(ProblemResult)}
+        try:
+            values = json.loads(line)
+            return ProblemResult(**{name: values[name] for name in names})
+        except (ValueError, TypeError, KeyError) as error:
+            where = f"{self._path(benchmark)}:{number}"
+            raise DataError(f"{where}: is no result of a problem ({error!r}); remove the line") from None
+
+    def _lines(self, benchmark: str) -> Sequence[bytes]:
+        """Whole lines."""
+        path = self._path(benchmark)
+        content = path.read_bytes() if path.exists() else b""
+        return content[: content.rfind(b"\n") + 1].splitlines()
+
+    def _open(self, benchmark: str) -> TextIO:
+        """For appending, behind the last whole line."""
+        whole = sum(len(line) + 1 for line in self._lines(benchmark))
+        file = self._path(benchmark).open("a", encoding="utf-8")
+        file.truncate(whole)
+        return file
+
+    def _path(self, benchmark: str) -> Path:
+        return self.folder / f"{benchmark}.jsonl"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        hint = "name the folder of an evaluation that is complete"
+        raise DataError(f"{path}: cannot be read ({error.strerror}); {hint}") from None
+    except ValueError as error:
+        raise DataError(f"{path}: is not JSON ({error})") from None
+    return content

@@ -1,0 +1,46 @@
+"""The figures of one benchmark, from the results of its problems."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from sgpo_async.evaluation.results import ProblemResult
+from sgpo_async.metrics.pass_rates import avg_at, interval, pass_at, powers_of_two
+
+
+def summarise(results: Sequence[ProblemResult]) -> dict[str, Any]:
+    """avg@k and pass@k with intervals over problems, and how long the completions are.
+
+    Keys: problems, samples (k), avg {mean, low, high}, pass {"1", "2", "4", ...: {mean, low, high}}, truncated (share
+    of samples that were cut off), tokens_mean, tokens (all), timed_out (samples that were not judged in time).
+    """
+    ordered = sorted(results, key=lambda result: result.id)  # the bootstrap draws by position
+    correct, samples = counts(ordered)
+    finish = [finish for result in ordered for finish in result.finish]
+    tokens = [tokens for result in ordered for tokens in result.tokens]
+    return {
+        "problems": len(ordered),
+        "samples": int(samples.min()),
+        "avg": _plain(avg_at(correct, samples)),
+        "pass": {str(k): _plain(pass_at(correct, samples, k)) for k in powers_of_two(int(samples.min()))},
+        "truncated": finish.count("length") / len(finish),
+        "tokens_mean": float(np.mean(tokens)),
+        "tokens": sum(tokens),
+        "timed_out": sum(sum(result.timed_out) for result in ordered),
+    }
+
+
+def counts(results: Sequence[ProblemResult]) -> tuple[np.ndarray, np.ndarray]:
+    """(correct samples, samples) of each problem, both [P]."""
+    correct = np.array([sum(result.correct) for result in results])
+    return correct, np.array([len(result.correct) for result in results])
+
+
+def _plain(values: np.ndarray) -> dict[str, float]:
+    found = interval(values)
+    assert found is not None
+    return asdict(found)

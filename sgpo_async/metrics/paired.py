@@ -1,0 +1,62 @@
+"""Two evaluations on the same problems, compared problem by problem.
+
+That both saw the same problems removes how hard these are from the comparison, which is most of the variance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from sgpo_async.metrics.pass_rates import Interval, avg_at, interval
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paired:
+    """a - b in avg@k."""
+
+    difference: Interval  # bootstrap over problems, each with its samples on both sides
+    p_value: float  # of the exact sign-flip test, two-sided
+    better: int  # problems that a solves more often than b
+    worse: int
+    problems: int
+
+
+def compare(correct_a: np.ndarray, samples_a: np.ndarray, correct_b: np.ndarray, samples_b: np.ndarray) -> Paired:
+    """Compare a with b on P >= 1 problems; all arguments are [P] integers, in the same order of problems."""
+    assert correct_a.shape == correct_b.shape and correct_a.size
+    scale = np.lcm(samples_a, samples_b)
+    differences = correct_a * (scale // samples_a) - correct_b * (scale // samples_b)
+    whole = int(np.lcm.reduce(scale))
+    change = interval(avg_at(correct_a, samples_a) - avg_at(correct_b, samples_b))
+    assert change is not None
+    return Paired(
+        difference=change,
+        p_value=sign_flip(differences * (whole // scale)),
+        better=int((differences > 0).sum()),
+        worse=int((differences < 0).sum()),
+        problems=correct_a.size,
+    )
+
+
+def sign_flip(differences: np.ndarray) -> float:
+    """Two-sided p-value of the exact sign-flip (permutation) test on integer `differences` [P].
+
+    If a and b do not differ, each problem's difference is as likely with the other sign. The null distribution of the
+    sum over all 2^P choices of signs is computed exactly, by P convolutions on the grid of integers; returned is the
+    probability of a sum at least as far from 0 as the one found. Where all differences are -1, 0 or 1, as with one
+    sample of each problem on both sides, this is McNemar's exact test.
+    """
+    sizes = np.abs(differences[differences != 0])
+    total = int(sizes.sum())
+    probability = np.zeros(2 * total + 1)  # of the sum s at index s + total
+    probability[total] = 1.0
+    for size in sizes.tolist():
+        flipped = np.zeros_like(probability)
+        flipped[size:] += probability[:-size] / 2
+        flipped[:-size] += probability[size:] / 2
+        probability = flipped
+    found = abs(int(differences.sum()))
+    sums = np.arange(-total, total + 1)
+    return float(min(1.0, probability[np.abs(sums) >= found].sum()))

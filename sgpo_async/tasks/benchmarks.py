@@ -1,0 +1,170 @@
+"""Benchmarks as their public datasets write them: files of a user's, in JSON Lines or Parquet.
+
+A layout is recognised by its columns, whatever the file is called:
+
+    MATH-500        problem   answer                  unique_id    (solution, subject, level)
+    AIME 2024       problem   answer                  id           (solution, url, year)
+                    Problem   Answer                  ID           (Solution)
+                    problem   solution: \\boxed{...}   id           (url)
+    AMC 2023        question  answer                  id           (url)
+    OlympiadBench   question  final_answer: a list    id           (is_multiple_answer, unit, answer_type, ...)
+    one's own       problem   answer                  -            (strategy, response)
+
+A column `strategy` is read in every layout. Answers are judged by math-verify.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import xxhash
+
+from sgpo_async.config.schema import Evaluation
+from sgpo_async.errors import DataError
+from sgpo_async.tasks.base import Problem
+from sgpo_async.tasks.files import read_rows
+
+VERIFIER = "math"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """Problems that are evaluated together, each with `samples` completions."""
+
+    name: str
+    problems: Sequence[Problem]
+    samples: int
+    verifier: str = VERIFIER  # name in `sgpo_async.tasks.verify.VERIFIERS`
+
+    @property
+    def digest(self) -> str:
+        """The same for the same problems, answers and strategies in the same order."""
+        texts = [text for p in self.problems for text in (p.id, p.problem, p.answer, p.strategy or "")]
+        return xxhash.xxh3_64_hexdigest("\0".join(texts).encode())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Which columns of a dataset hold what."""
+
+    name: str
+    problem: str
+    answer: str
+    id: str | None  # None: the record's place in the file
+    to_answer: Callable[[str, Any], str]  # (place, value of the answer's column) -> what the verifier compares with
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Those that a record must have."""
+        return tuple(column for column in (self.problem, self.answer, self.id) if column)
+
+
+def plain_answer(place: str, value: Any) -> str:
+    """A text, or a number: 27.0, as some write whole numbers, is 27."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    return _text(place, "the answer", value)
+
+
+def boxed_answer(place: str, value: Any) -> str:
+    r"""The last \boxed{...} of a solution, its braces balanced."""
+    text = _text(place, "the solution", value)
+    _, box, rest = text.rpartition("\\boxed{")
+    depth = 1
+    for end, letter in enumerate(rest):
+        depth += {"{": 1, "}": -1}.get(letter, 0)
+        if box and depth == 0:
+            return rest[:end]
+    raise DataError(f"{place}: there is no column of answers, and the solution has no \\boxed{{...}}")
+
+
+def listed_answers(place: str, value: Any) -> str:
+    """Every answer of a list, in any order: `3, 5`. A proof has none and cannot be judged."""
+    if not isinstance(value, list) or not value:
+        raise DataError(
+            f"{place}: 'final_answer' must be a list of answers, not {value!r:.60}; proofs cannot be judged: "
+            "use the open-ended problems, OE_TO_maths_en_COMP"
+        )
+    if len(value) == 1:
+        return _text(place, "the answer", value[0])
+    return ", ".join(_text(place, "the answer", one).strip().strip("$") for one in value)
+
+
+LAYOUTS = (  # the first whose columns are all there is taken
+    Layout(name="MATH-500", problem="problem", answer="answer", id="unique_id", to_answer=plain_answer),
+    Layout(name="OlympiadBench", problem="question", answer="final_answer", id="id", to_answer=listed_answers),
+    Layout(name="AMC 2023", problem="question", answer="answer", id="id", to_answer=plain_answer),
+    Layout(name="AIME 2024", problem="problem", answer="answer", id="id", to_answer=plain_answer),
+    Layout(name="AIME 2024", problem="Problem", answer="Answer", id="ID", to_answer=plain_answer),
+    Layout(name="one's own", problem="problem", answer="answer", id=None, to_answer=plain_answer),
+    Layout(name="AIME 2024", problem="problem", answer="solution", id="id", to_answer=boxed_answer),
+)
+
+
+def open_benchmark(name: str, path: str, *, samples: int) -> Benchmark:
+    """The benchmark in the file at `path`, whose layout is that of its first record.
+
+    Raises DataError, one line with file and line, for a file or record that cannot be read, a record that shows
+    pictures, and an id that occurs twice.
+    """
+    rows = list(read_rows(path))
+    if not rows:
+        raise DataError(f"{path}: holds no problems")
+    layout = layout_of(*rows[0])
+    problems: dict[str, Problem] = {}
+    for number, (place, record) in enumerate(rows, start=1):
+        problem = to_problem(place, record, layout=layout, number=number)
+        if problem.id in problems:
+            raise DataError(f"{place}: the id {problem.id!r} occurs twice; remove one of the records")
+        problems[problem.id] = problem
+    return Benchmark(name=name, problems=tuple(problems.values()), samples=samples)
+
+
+def open_benchmarks(settings: Evaluation) -> list[Benchmark]:
+    """Those that a run evaluates while it trains. Raises DataError."""
+    return [
+        open_benchmark(name, file.path, samples=file.samples or settings.samples)
+        for name, file in settings.benchmarks.items()
+    ]
+
+
+def layout_of(place: str, record: Any) -> Layout:
+    """The layout of a record. Raises DataError if it is none that is known."""
+    for layout in LAYOUTS:
+        if isinstance(record, dict) and all(column in record for column in layout.columns):
+            return layout
+    known = "; ".join(f"{', '.join(layout.columns)} ({layout.name})" for layout in LAYOUTS)
+    found = ", ".join(record) or "no columns" if isinstance(record, dict) else type(record).__name__
+    raise DataError(f"{place}: {found}: the columns of no layout that is known: {known}")
+
+
+def to_problem(place: str, record: Any, *, layout: Layout, number: int) -> Problem:
+    """The problem of one record, the `number`-th of its file. Raises DataError `FILE:LINE: reason`."""
+    missing = [column for column in layout.columns if not isinstance(record, dict) or column not in record]
+    if missing:
+        raise DataError(f"{place}: no column {missing[0]!r}, which the first record has")
+    if record.get("modality") == "Multimodal" or record.get("image_1") is not None:
+        raise DataError(f"{place}: shows pictures, which no prompt can hold; use problems of text alone")
+    strategy = record.get("strategy")
+    return Problem(
+        id=str(record[layout.id]) if layout.id else str(number),
+        problem=_with_context(record, _text(place, repr(layout.problem), record[layout.problem])),
+        answer=layout.to_answer(place, record[layout.answer]),
+        strategy=None if strategy is None else _text(place, "'strategy'", strategy),
+    )
+
+
+def _with_context(record: dict[str, Any], problem: str) -> str:
+    """OlympiadBench's `context` is what a series of problems have in common; it is put before each."""
+    context = record.get("context")
+    return f"{context}\n\n{problem}" if isinstance(context, str) and context.strip() else problem
+
+
+def _text(place: str, what: str, value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"{place}: {what} must be a text that is not empty, not {value!r:.60}")
+    return value

@@ -1,0 +1,113 @@
+"""`sgpo-async evaluate` as a user meets it: the shipped policy, another model, benchmarks, a kill in the middle."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from run_support import ROOT, RealRun, real_run, until
+from safetensors.torch import load_file, save_file
+
+from sgpo_async.tasks.models import model_folder
+
+pytestmark = [pytest.mark.process, pytest.mark.timeout(600)]
+
+EVALUATE = "launch/evaluate.py"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[RealRun]:
+    """Deterministic: a sample is the same bits whatever was made before it."""
+    with real_run(tmp_path, "tasks.held_out=10", "engine.deterministic=true", "local.actors=1") as run:
+        yield run
+
+
+def evaluate(run: RealRun, name: str, *words: str) -> dict[str, Any]:
+    out = run.folder / name
+    started = run.start(name, EVALUATE, str(run.config), "--out", str(out), *words)
+    assert started.ended() == 0, started.output
+    assert f"results: {out}" in started.output
+    return json.loads((out / "summary.json").read_text())
+
+
+def compare(a: Path, b: Path) -> str:
+    words = [sys.executable, EVALUATE, "--compare", str(a), str(b)]
+    return subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=120, check=True).stdout
+
+
+def other_model(place: Path) -> Path:
+    """The shipped policy with its head zeroed: every word is as probable as any other."""
+    shutil.copytree(model_folder("builtin:cues"), place)
+    tensors = load_file(place / "model.safetensors")
+    name = "lm_head.weight" if "lm_head.weight" in tensors else "model.embed_tokens.weight"
+    tensors[name] = torch.zeros_like(tensors[name])
+    save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+    return place
+
+
+def test_two_models_with_the_strategies(run: RealRun, tmp_path: Path) -> None:
+    """The shipped policy solves guided problems; one that knows nothing solves none: nobody doubts the difference."""
+    good = evaluate(run, "good", "--guided", "--samples", "4")["benchmarks"]["held-out"]
+    assert good["avg"]["mean"] > 0.9 and good["truncated"] == 0 and good["problems"] == 10
+    words = ("--model", str(other_model(tmp_path / "other")))
+    bad = evaluate(run, "bad", "--guided", "--samples", "4", *words, "--texts", "rollout.max_new_tokens=8")
+    assert bad["benchmarks"]["held-out"]["avg"]["mean"] == 0
+    lines = [json.loads(line) for line in (run.folder / "bad" / "held-out.jsonl").read_text().splitlines()]
+    assert all(len(text.split()) <= 8 for line in lines for text in line["texts"])
+    table = compare(run.folder / "good", run.folder / "bad")
+    assert "10 / 0 of 10" in table and "0.002" in table  # 2 / 2^10
+    assert "differ in model" in table and "differ in max_new_tokens: 40, 8" in table
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(run: RealRun) -> None:
+    """Killed with some problems done: the second call makes the others, and the whole is as if nothing had happened."""
+    whole = evaluate(run, "whole", "--samples", "8")
+    out = run.folder / "killed"
+    words = (EVALUATE, str(run.config), "--out", str(out), "--samples", "8")
+    first = run.start("first", *words)
+    path = out / "held-out.jsonl"
+    until(lambda: path.exists() and path.read_bytes().count(b"\n") >= 2, "two problems")
+    first.process.kill()
+    first.process.wait()
+    done = path.read_bytes()
+    kept = done[: done.rfind(b"\n") + 1]
+    problems = kept.count(b"\n")
+    assert 2 <= problems < 10 and not (out / "summary.json").exists()
+    with path.open("ab") as file:
+        file.write(b'{"id": "cues')  # what a kill in the middle of a line leaves
+    second = run.start("second", *words)
+    assert second.ended() == 0, second.output
+    assert second.output.startswith(f"{problems} of 10 problems")
+    assert path.read_bytes().startswith(kept)
+    assert sorted(path.read_text().splitlines()) == sorted(
+        (run.folder / "whole/held-out.jsonl").read_text().splitlines()
+    )
+    assert json.loads((out / "summary.json").read_text()) == whole
+    third = run.start("third", *words, "--temperature", "1")
+    assert third.ended() == 2 and "holds another evaluation (temperature: 1.0, 0.6 there)" in third.output
+
+
+def test_benchmarks_by_file_and_by_name(run: RealRun, tmp_path: Path) -> None:
+    """Sums that the policy cannot read, judged by math-verify in worker processes."""
+    sums = [{"id": i, "question": f"What is {i} + 777000?", "answer": float(777000 + i)} for i in range(5)]
+    (tmp_path / "amc23.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums))
+    configured = f"evaluation.benchmarks.own.path={tmp_path / 'own.jsonl'}"
+    (tmp_path / "own.jsonl").write_text('{"problem": "1 + 1", "answer": "2"}\n')
+    found = evaluate(
+        run, "files", "--benchmark", f"amc23={tmp_path / 'amc23.jsonl'}", "--benchmark", "own", "--benchmark",
+        "held-out", "--samples", "2", "--samples", "amc23=3", configured, "rollout.max_new_tokens=8",
+    )["benchmarks"]  # fmt: skip
+    assert {name: (one["problems"], one["samples"]) for name, one in found.items()} == {
+        "amc23": (5, 3),
+        "own": (1, 2),
+        "held-out": (10, 2),
+    }
+    assert found["amc23"]["avg"]["mean"] == 0
+    wrong = run.start("wrong", EVALUATE, str(run.config), "--benchmark", "math500")
+    assert wrong.ended() == 2
+    assert "--benchmark: math500 names no file (NAME=FILE) and none of held-out" in wrong.output

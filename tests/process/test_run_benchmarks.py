@@ -1,0 +1,44 @@
+"""Benchmarks on the fleet while training goes on: sampled and judged in their own way, reported with their lag."""
+
+import json
+from pathlib import Path
+
+import pytest
+from run_support import assert_all_trained, real_run
+
+pytestmark = [pytest.mark.process, pytest.mark.timeout(600)]
+
+
+def test_every_round_reports_every_benchmark(tmp_path: Path) -> None:
+    """Sums that the policy of cues cannot read, through math-verify; held-out cues beside them, through their own."""
+    sums = [{"unique_id": f"test/{i}", "problem": f"{i} + 777000", "answer": str(777000 + i)} for i in range(6)]
+    path = tmp_path / "math500.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in sums))
+    words = (
+        "steps=4",
+        "evaluation.every=2",
+        "evaluation.samples=2",
+        "evaluation.temperature=0.6",
+        "evaluation.top_p=0.95",
+        f"evaluation.benchmarks={{math500: {{path: {path}, samples: 3}}}}",
+    )
+    with real_run(tmp_path / "run", *words) as run:
+        local = run.local()
+        assert local.ended() == 0, local.output
+        run.assert_no_trace()
+        summary, lines = run.summary(), run.lines()
+        assert_all_trained(summary["ledger"], tasks=4 * 4, size=run.run.rollout.size)
+        rounds = summary["evaluations"]
+        assert [one["version"] for one in rounds] == [0, 2, 4]
+        for one in rounds:
+            (score,) = one["benchmarks"]
+            assert (score["name"], score["avg"], score["samples"], score["problems"]) == ("math500", 0.0, 3, 6)
+            assert one["problems"] == 8 and one["pass_guided"] > 0.5
+            assert one["version"] <= one["served_oldest"] <= one["served_newest"] <= 4
+            assert 0 <= one["lag"] <= 4 - one["version"]
+        assert rounds[-1]["lag"] == 0
+        last = lines[-1]
+        assert last["eval_version"] == 4 and last["eval_served"] == [4, 4] and last["eval_lag"] == 0
+        assert last["eval_benchmarks"]["math500"] == rounds[-1]["benchmarks"][0]
+        assert "math500, avg@3" in local.output
+        assert "Benchmarks" in (run.folder / "report.html").read_text()

@@ -1,0 +1,187 @@
+"""Evaluations on disk, their figures, and what is compared; without a model."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console, RenderableType
+
+from sgpo_async.cli.evaluate import parse_samples
+from sgpo_async.cli.evaluation_tables import comparison, summary
+from sgpo_async.config import Run
+from sgpo_async.errors import ConfigError, DataError
+from sgpo_async.evaluation.compare import compare_folders
+from sgpo_async.evaluation.plan import Plan
+from sgpo_async.evaluation.results import ProblemResult, Results
+from sgpo_async.evaluation.summary import summarise
+from sgpo_async.tasks.base import Problem
+from sgpo_async.tasks.benchmarks import Benchmark
+
+
+def result(id: str, correct: Sequence[int], *, tokens: int = 10, finish: str = "stop") -> ProblemResult:
+    n = len(correct)
+    return ProblemResult(
+        id=id,
+        digest=f"digest of {id}",
+        correct=[bool(c) for c in correct],
+        tokens=[tokens] * n,
+        finish=[finish] * n,
+        timed_out=[False] * n,
+    )
+
+
+def plan(samples: int = 4, *, guided: bool = False, temperature: float = 0.6, strategy: str | None = "s") -> Plan:
+    problems = [Problem(id=str(i), problem=f"{i}?", answer=str(i), strategy=strategy) for i in range(3)]
+    benchmark = Benchmark(name="sums", problems=problems, samples=samples)
+    return Plan(run=Run(), benchmarks=[benchmark], temperature=temperature, top_p=0.95, guided=guided)
+
+
+SETTINGS = plan().settings("d16e57")
+RESULTS = [
+    result("0", [1, 0, 0, 0]),
+    result("1", [1, 1, 0, 0], tokens=30),
+    result("2", [0, 0, 0, 0], tokens=64, finish="length"),
+]
+
+
+def complete(folder: Path, results: Sequence[ProblemResult]) -> Path:
+    found = Results(folder)
+    with found.writing(SETTINGS):
+        for one in results:
+            found.add("sums", one)
+        found.finish({"benchmarks": {"sums": summarise(results)}})
+    return folder
+
+
+def test_the_figures_by_hand() -> None:
+    """avg@4: (1/4 + 1/2 + 0) / 3; pass@2: (1/2 + 5/6 + 0) / 3; pass@4: (1 + 1 + 0) / 3."""
+    found = summarise(RESULTS)
+    assert found["avg"]["mean"] == pytest.approx(0.25)
+    assert {k: value["mean"] for k, value in found["pass"].items()} == pytest.approx(
+        {"1": 1 / 4, "2": 4 / 9, "4": 2 / 3}
+    )
+    assert found["avg"]["low"] == 0 and found["avg"]["high"] == 0.5  # of 27 resamples one in 27 each: all 2, all 1
+    assert (found["problems"], found["samples"], found["timed_out"]) == (3, 4, 0)
+    assert found["truncated"] == pytest.approx(1 / 3)
+    assert found["tokens"] == 4 * (10 + 30 + 64) and found["tokens_mean"] == pytest.approx(104 / 3)
+    assert summarise(RESULTS[::-1]) == found, "the order of completion does not matter"
+
+
+def test_an_evaluation_goes_on_behind_its_last_whole_line(tmp_path: Path) -> None:
+    first = Results(tmp_path)
+    with first.writing(SETTINGS):
+        first.add("sums", RESULTS[0])
+    with (tmp_path / "sums.jsonl").open("a") as file:
+        file.write('{"id": "1", "correct": [tr')
+    again = Results(tmp_path)
+    assert again.problems("sums") == RESULTS[:1]
+    with again.writing(SETTINGS):
+        again.add("sums", RESULTS[1])
+    assert Results(tmp_path).problems("sums") == RESULTS[:2]
+    assert Results(tmp_path).settings() == SETTINGS
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (plan(temperature=1.0).settings("d16e57"), "temperature: 1.0, 0.6 there"),
+        (plan(samples=8).settings("d16e57"), "benchmarks.sums.samples: 8, 4 there"),
+        (plan().settings("beef"), "model: beef, d16e57 there"),
+        (plan(guided=True).settings("d16e57"), "guided: True, False there"),
+    ],
+)
+def test_another_evaluation_is_refused(tmp_path: Path, other: dict, words: str) -> None:
+    complete(tmp_path, RESULTS)
+    with pytest.raises(ConfigError, match=words), Results(tmp_path).writing(other):
+        pass
+
+
+def test_a_folder_has_one_writer(tmp_path: Path) -> None:
+    with (
+        Results(tmp_path).writing(SETTINGS),
+        pytest.raises(ConfigError, match="another process evaluates here"),
+        Results(tmp_path).writing(SETTINGS),
+    ):
+        pass
+
+
+def test_a_broken_line_before_the_last_is_named(tmp_path: Path) -> None:
+    complete(tmp_path, RESULTS)
+    path = tmp_path / "sums.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], '{"id": "1"}', lines[2]]) + "\n")
+    with pytest.raises(DataError, match=r"sums\.jsonl:2: is no result of a problem"):
+        Results(tmp_path).problems("sums")
+
+
+def test_two_evaluations_are_compared_problem_by_problem(tmp_path: Path) -> None:
+    """a - b: 1/4 - 1/2, 1/2 - 0, 0 - 0; the sum 1 of -1, 2, 0 quarters is the least: p = 1."""
+    a = complete(tmp_path / "a", RESULTS)
+    others = [result("2", [0, 0]), result("0", [1, 0]), result("1", [0, 0])]  # another order, another k
+    found = compare_folders(a, complete(tmp_path / "b", others)).benchmarks["sums"]
+    assert (found.avg_a, found.avg_b) == (pytest.approx(0.25), pytest.approx(1 / 6))
+    assert found.paired.difference.mean == pytest.approx(1 / 12)
+    assert (found.paired.better, found.paired.worse, found.paired.p_value) == (1, 1, 1.0)
+    assert (found.k, found.samples_a, found.samples_b) == (2, 4, 2)
+    assert (found.pass_a, found.pass_b) == (pytest.approx(4 / 9), pytest.approx(1 / 3))
+    assert found.pass_difference.mean == pytest.approx(1 / 9)
+
+
+def test_what_cannot_be_compared(tmp_path: Path) -> None:
+    a = complete(tmp_path / "a", RESULTS)
+    with pytest.raises(DataError, match="summary.json: cannot be read"):
+        compare_folders(a, tmp_path / "none")
+    changed = [replace(RESULTS[0], digest="another"), *RESULTS[1:]]
+    for number, results in enumerate([changed, RESULTS[1:]]):
+        with pytest.raises(DataError, match="problem 0 is not the same in both"):
+            compare_folders(a, complete(tmp_path / str(number), results))
+    other = Results(tmp_path / "other")
+    with other.writing(SETTINGS):
+        other.finish({"benchmarks": {}})
+    with pytest.raises(DataError, match="no benchmark in common"):
+        compare_folders(a, tmp_path / "other")
+
+
+def test_a_plan_that_cannot_be_carried_out() -> None:
+    with pytest.raises(DataError, match="sums: problem 0 has no strategy; evaluate it without --guided"):
+        plan(guided=True, strategy=None)
+    with pytest.raises(ConfigError, match="--temperature: is above 0"):
+        plan(temperature=0.0)
+    with pytest.raises(ConfigError, match="--top-p"):
+        replace(plan(), top_p=1.5)
+
+
+def test_samples_of_all_benchmarks_and_of_one() -> None:
+    assert parse_samples([]) == {"": 1}
+    assert parse_samples(["4", "aime24=32"]) == {"": 4, "aime24": 32}
+    for word in ("0", "four", "aime24=", "-1"):
+        with pytest.raises(ConfigError, match="looks like 4 or aime24=32"):
+            parse_samples([word])
+
+
+def test_both_tables_fit_80_columns(tmp_path: Path) -> None:
+    """Even where every figure is as wide as it can be."""
+    name = "olympiadbench"
+    sure = summarise([result(str(i), [1] * 6) for i in range(674)])
+    figures = {
+        "model": {"path": "runs/demo/policy", "digest": "0123456789abcdef"},
+        "sampling": {"temperature": 0.6, "top_p": 0.95, "max_new_tokens": 16384, "guided": False},
+        "benchmarks": {name: sure | {"truncated": 1.0, "timed_out": 3}},
+    }
+    a = complete(tmp_path / "a", [result(str(i), [1] * 16) for i in range(674)])
+    b = complete(tmp_path / "b", [result(str(i), [0] * 16) for i in range(674)])
+    first, second = printed(summary(figures)), printed(comparison(Path("a"), Path("b"), compare_folders(a, b)))
+    assert "674 x 6   100.0 [100.0, 100.0]   100.0 [100.0, 100.0] @4" in first
+    assert "3 completions were not judged in time" in first
+    assert "avg@16    100.0    0.0   +100.0 [+100.0, +100.0]   < 0.0001" in second
+    assert "674 / 0 of 674   pass@16   100.0    0.0   +100.0 [+100.0, +100.0]" in second
+
+
+def printed(lines: Iterable[RenderableType]) -> str:
+    console = Console(width=80, file=StringIO())
+    for line in lines:
+        console.print(line)
+    assert isinstance(console.file, StringIO)
+    return console.file.getvalue()

@@ -1,0 +1,129 @@
+"""Benchmark files in the layouts of their public datasets; the problems are made up."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from sgpo_async.errors import DataError
+from sgpo_async.tasks.benchmarks import open_benchmark
+from sgpo_async.tasks.verify import is_math_correct
+
+MATH500 = {
+    "problem": "What is $1 + 1$?",
+    "solution": "It is $\\boxed{2}$.",
+    "answer": "2",
+    "subject": "Algebra",
+    "level": 1,
+    "unique_id": "test/algebra/1.json",
+}
+AIME_HF = {
+    "id": 60,
+    "problem": "Find $2^3$.",
+    "solution": "...",
+    "answer": "008",
+    "url": "https://example.org",
+    "year": "2024",
+}
+AIME_CAPITALS = {"ID": "2024-I-1", "Problem": "Find $2^3$.", "Solution": "...", "Answer": 8}
+AIME_BOXED = {"id": "60", "problem": "Find $2^3$.", "solution": "\\boxed{8}", "url": "https://example.org"}
+AMC23 = {"id": 0, "question": "What is $3^3$?", "answer": 27.0, "url": "https://example.org"}
+OLYMPIAD = {
+    "id": 1606,
+    "question": "Solve $x^2 - 8x + 15 = 0$.",
+    "solution": ["..."],
+    "final_answer": ["$3$", "$5$"],
+    "context": None,
+    "modality": "Text-only",
+    "is_multiple_answer": True,
+    "unit": None,
+    "answer_type": "Numerical",
+    "error": None,
+}
+OWN = {"problem": "What is $4 / 8$?", "answer": "\\frac{1}{2}", "strategy": "Reduce the fraction."}
+
+
+def write(path: Path, records: list[dict[str, Any]]) -> str:
+    if path.suffix == ".parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(records), path)
+    else:
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize(
+    ("record", "id", "problem", "verdicts"),
+    [
+        (MATH500, "test/algebra/1.json", "What is $1 + 1$?", ("$2$", "$3$")),
+        (AIME_HF, "60", "Find $2^3$.", ("\\boxed{8}", "\\boxed{80}")),
+        (AIME_CAPITALS, "2024-I-1", "Find $2^3$.", ("\\boxed{008}", "\\boxed{9}")),
+        (AIME_BOXED, "60", "Find $2^3$.", ("\\boxed{8}", "\\boxed{9}")),
+        (AMC23, "0", "What is $3^3$?", ("\\boxed{27}", "\\boxed{26}")),
+        (OLYMPIAD, "1606", "Solve $x^2 - 8x + 15 = 0$.", ("\\boxed{5, 3}", "\\boxed{3}")),
+        (OWN, "1", "What is $4 / 8$?", ("\\boxed{0.5}", "\\boxed{2}")),
+    ],
+)
+def test_a_record_of_every_layout(
+    tmp_path: Path, suffix: str, record: dict[str, Any], id: str, problem: str, verdicts: tuple[str, str]
+) -> None:
+    found = open_benchmark("any", write(tmp_path / f"a.{suffix}", [record]), samples=4)
+    (one,) = found.problems
+    assert (found.name, found.samples, found.verifier) == ("any", 4, "math")
+    assert (one.id, one.problem, one.strategy) == (id, problem, record.get("strategy"))
+    right, wrong = verdicts
+    assert is_math_correct(one.answer, right) and not is_math_correct(one.answer, wrong)
+
+
+def test_answers_as_the_verifier_gets_them(tmp_path: Path) -> None:
+    records = [AMC23, AMC23 | {"id": 1, "answer": "27"}, AMC23 | {"id": 2, "answer": 0.5}]
+    problems = open_benchmark("amc23", write(tmp_path / "a.jsonl", records), samples=1).problems
+    assert [problem.answer for problem in problems] == ["27", "27", "0.5"]
+    nested = AIME_BOXED | {"solution": "First \\boxed{1}, then \\boxed{\\frac{1}{2}} at last."}
+    (problem,) = open_benchmark("aime", write(tmp_path / "b.jsonl", [nested]), samples=1).problems
+    assert problem.answer == "\\frac{1}{2}"
+    single = OLYMPIAD | {"final_answer": ["$(1,2),(2,1)$"]}
+    (problem,) = open_benchmark("olympiad", write(tmp_path / "c.jsonl", [single]), samples=1).problems
+    assert is_math_correct(problem.answer, "\\boxed{(2,1),(1,2)}")
+
+
+def test_a_context_stands_before_its_problem(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [OLYMPIAD | {"context": "Let $x$ be real."}])
+    (problem,) = open_benchmark("olympiadbench", path, samples=1).problems
+    assert problem.problem == "Let $x$ be real.\n\nSolve $x^2 - 8x + 15 = 0$."
+
+
+@pytest.mark.parametrize(
+    ("records", "line", "reason"),
+    [
+        ([], "", "holds no problems"),
+        ([{"question": "?"}], ":1", "question: the columns of no layout that is known: problem, answer, unique_id"),
+        ([["?"]], ":1", "list: the columns of no layout"),
+        ([AMC23, {"id": 1, "question": "?"}], ":2", "no column 'answer', which the first record has"),
+        ([AMC23, AMC23], ":2", "the id '0' occurs twice"),
+        ([MATH500 | {"problem": " "}], ":1", "'problem' must be a text that is not empty"),
+        ([MATH500 | {"answer": True}], ":1", "the answer must be a text"),
+        ([AIME_BOXED | {"solution": "8"}], ":1", "the solution has no \\boxed{...}"),
+        ([OLYMPIAD | {"final_answer": None}], ":1", "proofs cannot be judged"),
+        ([OLYMPIAD | {"modality": "Multimodal"}], ":1", "shows pictures"),
+        ([OWN | {"strategy": ""}], ":1", "'strategy' must be a text"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_named(tmp_path: Path, records: list[Any], line: str, reason: str) -> None:
+    path = write(tmp_path / "a.jsonl", records)
+    with pytest.raises(DataError) as caught:
+        open_benchmark("any", path, samples=1)
+    assert str(caught.value).startswith(f"{path}{line}: ") and reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_digest_is_of_the_content(tmp_path: Path) -> None:
+    other = OWN | {"answer": "2"}
+    files = [
+        write(tmp_path / f"{i}.jsonl", records) for i, records in enumerate([[OWN], [OWN, other], [other, OWN], [OWN]])
+    ]
+    digests = [open_benchmark("any", path, samples=1).digest for path in files]
+    assert digests[0] == digests[3] and len(set(digests)) == 3
