@@ -27,7 +27,7 @@ class Evaluation:
 
     def __init__(self, curriculum: Curriculum, *, version: int = 0, first_attempt: int = 0) -> None:
         self.curriculum = curriculum
-        self.book = Book(first_attempt=first_attempt)
+        self.book = Book(first_attempt=first_attempt, keeps_tokens=False)  # a benchmark's would be a gigabyte
         self.first_version = version  # tokens of older weights belong to another past
         self.asked: deque[int] = deque()  # versions whose round has not begun
         self.current: int | None = None  # version of the round that runs
