@@ -13,28 +13,17 @@ import numpy as np
 from sgpo_async.config.schema import Run
 from sgpo_async.errors import DataError
 from sgpo_async.tasks.curriculum import Curriculum
-from sgpo_async.tasks.sources import open_source
+from sgpo_async.tasks.sources import source_of
 
 
 class Demonstrations:
     """Looks up the response of a training task: what an actor would have sampled had it written that."""
 
     def __init__(self, run: Run, tokenizer: Any) -> None:
-        """Open the run's source.
-
-        Raises:
-            DataError: it cannot be read, none of its problems has a response, or the tokenizer has no end token.
-        """
-        tasks = run.tasks
-        source = open_source(tasks.source, path=tasks.path, held_out=tasks.held_out, seed=run.seed)
-        if not source.demonstrated:
-            raise DataError(
-                f"{tasks.path}: no training problem has a response, on which algorithm.objective="
-                f"{run.algorithm.objective} trains; add the column 'response', or choose sgpo or grpo"
-            )
+        """Open the run's source. Raises DataError if it is not usable, or the tokenizer has no end token."""
         if tokenizer.eos_token_id is None:
             raise DataError(f"model.path: {run.model.path}: the tokenizer has no end token, with which a response ends")
-        self._curriculum, self._tokenizer = Curriculum(run, source), tokenizer
+        self._curriculum, self._tokenizer = Curriculum(run, source_of(run)), tokenizer
 
     def tokens(self, task: int) -> np.ndarray | None:
         """[T] int32, with the end token, to follow the plain prompt of this training task; None without a response."""
