@@ -39,15 +39,15 @@ def test_warm_up_then_schedule(schedule: str, shape: object) -> None:
 
 def test_progress_adds_up_and_survives_a_checkpoint() -> None:
     progress = Progress()
-    progress.trained({"tokens": 10, "lag_histogram": {"0": 6, "2": 4}, "lag_max": 2}, idle_s=1, wall_s=4)
+    progress.trained({"tokens": 12, "lag_histogram": {"0": 6, "2": 4}, "lag_max": 2}, idle_s=1, wall_s=4)
     assert progress.evaluated([]) == {}
     assert progress.evaluated([Evaluated(version=0, pass_auto=0.1, pass_guided=0.9, problems=5)])["eval_version"] == 0
     progress = Progress(**progress.plain())
     progress.trained({"tokens": 30, "lag_histogram": {"1": 30}, "lag_max": 1}, idle_s=1, wall_s=4)
     progress.evaluated([Evaluated(version=2, pass_auto=0.8, pass_guided=1.0, problems=5)])
     summary = progress.summary(STATUS)
-    assert (summary["steps"], summary["tokens_trained"], summary["lag_max"]) == (2, 40, 2)
-    assert summary["lag_mean"] == (4 * 2 + 30) / 40
+    assert (summary["steps"], summary["tokens_trained"], summary["lag_max"]) == (2, 42, 2)
+    assert summary["lag_mean"] == (4 * 2 + 30) / 40  # of sampled tokens: two were a demonstration's
     assert summary["learner_idle"] == 0.25
     assert (summary["pass_auto_first"], summary["pass_auto_last"], summary["pass_guided_last"]) == (0.1, 0.8, 1.0)
     assert summary["pass_guided_first"] == 0.9
