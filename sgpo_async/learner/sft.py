@@ -1,4 +1,4 @@
-"""Supervised warm-up, and the SFT baseline: the token mean of -log pi(y_t|q,y_<t) over responses, the same on every rank.
+"""Supervised warm-up, and the SFT baseline: the token mean of -log pi(y_t|q,y_<t) over responses.
 
     problems with responses ──▶ sequences ──┬─ training ──▶ batches, reshuffled each epoch ──▶ Stepper.train
                                             └─ validation ──▶ loss, now and then ──▶ lowest so far? export it
