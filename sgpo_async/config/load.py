@@ -31,7 +31,7 @@ class _Loader(yaml.SafeLoader):
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     """Read the YAML file at `path`, lay overrides over it in their order, validate, return the run.
 
-    Without a path (empty) all begins with the defaults. An override is `key=value`, or another YAML file, e.g. configs/paper.yaml.
+    An empty path stands for the defaults. An override is `key=value`, or another YAML file, e.g. configs/paper.yaml.
 
     Raises ConfigError, one line: the place (file or word), the key path, the rule, the value, the nearest valid key.
     """
