@@ -1,5 +1,6 @@
 """The loader: typed values in, one line out when something is wrong."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -23,13 +24,16 @@ def test_every_shipped_configuration_loads(path: Path) -> None:
     assert from_plain(to_plain(run)) == run
 
 
-def test_an_empty_file_is_the_paper_s_setting(empty: Path) -> None:
-    algorithm = load(empty).algorithm
-    assert (algorithm.delta, algorithm.alpha0, algorithm.gamma, algorithm.alpha_max) == (1.0, 0.5, 0.1, 0.8)
-    assert (algorithm.eps_low, algorithm.eps_high) == (0.2, 0.28)
-    assert (algorithm.objective, algorithm.divergence, algorithm.target) == ("sgpo", "forward", "reachable")
-    assert (algorithm.teacher, algorithm.limiter, algorithm.weight) == ("self", "mask", "adaptive")
-    assert (algorithm.policy_gradient, algorithm.pass_rates, algorithm.guide_gate) == (True, "observed", 0.0)
+def test_the_default_is_anchored_and_one_file_makes_it_the_paper_s(empty: Path) -> None:
+    default, paper = load(empty).algorithm, load(empty, ["configs/paper.yaml"]).algorithm
+    assert (default.teacher, default.limiter, default.alpha0, default.alpha_max) == ("frozen", "none", 1.0, 1.6)
+    assert (paper.delta, paper.alpha0, paper.gamma, paper.alpha_max) == (1.0, 0.5, 0.1, 0.8)
+    assert (paper.eps_low, paper.eps_high) == (0.2, 0.28)
+    assert (paper.objective, paper.divergence, paper.target) == ("sgpo", "forward", "reachable")
+    assert (paper.teacher, paper.limiter, paper.weight) == ("self", "mask", "adaptive")
+    assert (paper.policy_gradient, paper.pass_rates, paper.guide_gate) == (True, "observed", 0.0)
+    changed = {"teacher", "limiter", "alpha0", "alpha_max", "kl_correction"}
+    assert {key for key in asdict(default) if asdict(default)[key] != asdict(paper)[key]} == changed
 
 
 def test_words_win_over_the_file_and_the_last_word_wins(tmp_path: Path) -> None:
