@@ -16,7 +16,7 @@ from sgpo_async.engines.base import Generated
 from sgpo_async.tasks.curriculum import Curriculum, Task
 from sgpo_async.tasks.models import load_tokenizer, model_folder
 from sgpo_async.tasks.prompts import build_prompt
-from sgpo_async.tasks.sources import open_source
+from sgpo_async.tasks.sources import source_of
 from sgpo_async.tasks.verify import VERIFIERS
 from sgpo_async.weights import digest
 from sgpo_async.wire.records import Rollout
@@ -27,9 +27,8 @@ class Roller:
 
     def __init__(self, run: Run) -> None:
         folder = model_folder(run.model.path)
-        source = open_source(run.tasks.source, path=run.tasks.path, held_out=run.tasks.held_out, seed=run.seed)
         self._run = run
-        self._curriculum = Curriculum(run, source)
+        self._curriculum = Curriculum(run, source_of(run))
         self._tokenizer = load_tokenizer(folder)
         self.engine = EmbeddedEngine.from_pretrained(
             folder,

@@ -35,7 +35,7 @@ from sgpo_async.session import NodeEvent, NodeWeights
 from sgpo_async.tasks.curriculum import Curriculum
 from sgpo_async.tasks.models import load_tokenizer, model_folder
 from sgpo_async.tasks.prompts import build_prompt
-from sgpo_async.tasks.sources import open_source
+from sgpo_async.tasks.sources import source_of
 from sgpo_async.transport import Mailbox, RouterMailbox, memory_pair
 from sgpo_async.weights import StoreFile, StoreWriter, digest
 from sgpo_async.wire.records import Ack, Lease, Ready, Rollout
@@ -105,8 +105,7 @@ class Bench:
         self.run = run
         self.folder = model_folder(run.model.path)
         self.tokenizer = load_tokenizer(self.folder)
-        source = open_source(run.tasks.source, path=run.tasks.path, held_out=run.tasks.held_out, seed=run.seed)
-        self._curriculum = Curriculum(run, source)
+        self._curriculum = Curriculum(run, source_of(run))
         self.engine = SglangEngine(self.folder, run.engine, dtype=run.model.dtype, digest=digest)
         self.engine.start()
         self.model = load_model(self.folder, device="cpu", dtype=run.model.dtype)

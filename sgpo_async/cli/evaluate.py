@@ -124,12 +124,12 @@ def _open(settings: Run, word: str, samples: Mapping[str, int]) -> Benchmark:
     from sgpo_async.tasks.sources import open_source
 
     name, equals, path = word.partition("=")
-    k = samples.get(name, samples[""])
+    configured = settings.evaluation.benchmarks
+    k = samples.get(name) or (not equals and name in configured and configured[name].samples) or samples[""]
     if name == HELD_OUT and not equals:
         own = settings.tasks
         source = open_source(own.source, path=own.path, held_out=own.held_out, seed=settings.seed)
         return Benchmark(name=name, problems=source.held_out(), samples=k, verifier=source.verifier)
-    configured = settings.evaluation.benchmarks
     if not equals and name not in configured:
         known = ", ".join([HELD_OUT, *configured])
         raise ConfigError(f"--benchmark: {word} names no file (NAME=FILE) and none of {known}")

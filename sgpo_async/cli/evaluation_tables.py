@@ -55,9 +55,9 @@ def comparison(a: Path, b: Path, found: Comparisons) -> Iterator[RenderableType]
     table = _table("benchmark", "", "A, %", "B, %", "A - B, points", "p")
     for name, one in found.benchmarks.items():
         paired = one.paired
-        values = [f"{100 * one.avg_a:.1f}", f"{100 * one.avg_b:.1f}", _change(paired.difference)]
+        values = [_points(one.avg_a), _points(one.avg_b), _change(paired.difference)]
         table.add_row(name, _avg(one), *values, _p(paired.p_value))
-        values = [f"{100 * one.pass_a:.1f}", f"{100 * one.pass_b:.1f}", _change(one.pass_difference)]
+        values = [_points(one.pass_a), _points(one.pass_b), _change(one.pass_difference)]
         table.add_row(f"  {paired.better} / {paired.worse} of {paired.problems}", f"pass@{one.k}", *values, "")
     yield table
     yield BOOTSTRAP
@@ -66,9 +66,9 @@ def comparison(a: Path, b: Path, found: Comparisons) -> Iterator[RenderableType]
 
 
 def _table(*heads: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, header_style="dim", padding=(0, 1, 0, 0))
     for head in heads:
-        table.add_column(head, justify="left" if head in ("benchmark", "") else "right", no_wrap=head != "benchmark")
+        table.add_column(head, justify="left" if head in ("benchmark", "") else "right", no_wrap=True)
     return table
 
 
@@ -77,11 +77,16 @@ def _avg(one: Comparison) -> str:
 
 
 def _share(found: Interval) -> str:
-    return f"{100 * found.mean:.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
+    return f"{_points(found.mean)} [{_points(found.low)}, {_points(found.high)}]"
 
 
 def _change(found: Interval) -> str:
-    return f"{100 * found.mean:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
+    return f"{_points(found.mean, '+')} [{_points(found.low, '+')}, {_points(found.high, '+')}]"
+
+
+def _points(share: float, sign: str = "") -> str:
+    """A share as percentage points with one digit; 100 has none, which keeps columns narrow."""
+    return f"{100 * share:{sign}.{0 if abs(share) == 1 else 1}f}"
 
 
 def _p(value: float) -> str:

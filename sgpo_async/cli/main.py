@@ -17,6 +17,7 @@ from sgpo_async.errors import SgpoError
 COMMANDS = {  # each a module of this package with `add_arguments(parser)` and `run(args) -> int`
     "local": "a whole run on this machine: hub, learner under torchrun, actors",
     "learner": "one rank of the learner; start it under torchrun",
+    "sft": "one rank of a supervised warm-up; start it under torchrun",
     "actor": "an inference node that joins a hub, at any time",
     "hub": "the front door alone, for learners that name it with --hub",
     "doctor": "whether a configuration can run here: servers, model, ports, memory, disk",

@@ -224,6 +224,35 @@ class Learner:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sft:
+    """Supervised warm-up on the problems' own responses, before reinforcement: `sgpo-async sft`. The paper's constants.
+
+    The other sections say what they say everywhere: model, prompt style, AdamW's betas, row_tokens, precision.
+    """
+
+    path: str = ""  # problems with responses, as tasks.path; default: those of tasks.path
+    validation: str = ""  # a file of its own; default: a random part of `path`
+    validation_share: float = 0.1
+    problems: int = 1024  # tasks.source=cues: how many are generated
+    epochs: int = 10
+    batch: int = 64  # sequences per optimiser step
+    lr: float = 1e-5
+    warmup_ratio: float = 0.1  # of all steps
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"  # inferred: the paper names none
+    max_tokens: int = 16384  # of prompt and response; longer ones are left out, and counted
+    validate_every: int = 0  # steps; 0: at the end of each epoch
+
+    def __post_init__(self) -> None:
+        for name in ("problems", "epochs", "batch"):
+            require(getattr(self, name) >= 1, f"sft.{name}", "is at least 1", getattr(self, name))
+        require(self.lr > 0, "sft.lr", "is above 0", self.lr)
+        require(self.max_tokens >= 2, "sft.max_tokens", "is at least 2", self.max_tokens)
+        require(self.validate_every >= 0, "sft.validate_every", "is at least 0", self.validate_every)
+        require(0 <= self.warmup_ratio <= 1, "sft.warmup_ratio", "lies in [0, 1]", self.warmup_ratio)
+        require(0 < self.validation_share < 1, "sft.validation_share", "lies in (0, 1)", self.validation_share)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Hub:
     """The front door, and how stale a rollout may be."""
 
@@ -400,6 +429,7 @@ class Run:
     algorithm: Algorithm = field(default_factory=Algorithm)
     optim: Optim = field(default_factory=Optim)
     learner: Learner = field(default_factory=Learner)
+    sft: Sft = field(default_factory=Sft)
     hub: Hub = field(default_factory=Hub)
     engine: Engine = field(default_factory=Engine)
     evaluation: Evaluation = field(default_factory=Evaluation)

@@ -60,8 +60,8 @@ class Sampler:
     def results(self, items: Sequence[Item], *, texts: bool) -> Iterator[tuple[str, ProblemResult]]:
         """(benchmark, result) of each problem once its last sample is judged; with the completions if `texts`.
 
-        Raises EngineError for a problem that the model cannot take, DeadlineExceeded if nothing finishes for
-        learner.batch_timeout_s.
+        Raises EngineError for a problem that the model cannot take, DeadlineExceeded if for learner.batch_timeout_s
+        the engine runs nothing and no verdict comes. Of what it runs, the engine itself is in charge.
         """
         for number, item in enumerate(items):
             self._submit(number, item)
@@ -70,7 +70,9 @@ class Sampler:
         while self._open:
             for line in self._engine.news():
                 self._tell(line)
-            moved = time.monotonic() if self._generate() + self._judge() else moved
+            busy = self._generate()
+            judged = self._judge(0.0 if busy else WAIT_S)
+            moved = time.monotonic() if busy or judged else moved
             for key in [key for key, one in self._open.items() if one.group.done]:
                 one = self._open.pop(key)
                 yield one.item[0].name, _result(one, texts=texts)
@@ -109,25 +111,23 @@ class Sampler:
             max_new_tokens=plan.run.rollout.max_new_tokens,
         )
 
-    def _generate(self) -> int:
-        """One step of the engine; returns how many completions finished."""
-        finished = self._engine.step(WAIT_S)
-        for result in finished:
+    def _generate(self) -> bool:
+        """One step of the engine; whether it has anything to do."""
+        for result in self._engine.step(WAIT_S):
             assert isinstance(result, Generated), "nothing is scored in an evaluation"
             one = self._open[task_of(result.id)]
             one.group.generated(result)
             text = self._tokenizer.decode(result.tokens, skip_special_tokens=True)
             one.texts[_slot(result.id)] = text
             self._rewards.submit(result.id, one.group.lease.verifier, one.group.lease.answer, text)
-        return len(finished)
+        return self._engine.load_status().running > 0
 
-    def _judge(self) -> int:
-        """Take verdicts; returns how many there were."""
-        status = self._engine.load_status()
-        verdicts = self._rewards.poll(0.0 if status.running + status.waiting else WAIT_S)
+    def _judge(self, wait_s: float) -> bool:
+        """Take verdicts, after waiting at most `wait_s` seconds for the first; whether there were any."""
+        verdicts = self._rewards.poll(wait_s)
         for verdict in verdicts:
             self._judged(self._open[task_of(verdict.key)], verdict)
-        return len(verdicts)
+        return bool(verdicts)
 
     def _judged(self, one: _Open, verdict: Verdict) -> None:
         rollout = one.group.judged(verdict.key, correct=verdict.correct)

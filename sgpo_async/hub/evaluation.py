@@ -27,7 +27,7 @@ class Evaluation:
 
     def __init__(self, curriculum: Curriculum, *, version: int = 0, first_attempt: int = 0) -> None:
         self.curriculum = curriculum
-        self.book = Book(first_attempt=first_attempt)
+        self.book = Book(first_attempt=first_attempt, keeps_tokens=False)  # a benchmark's would be a gigabyte
         self.first_version = version  # tokens of older weights belong to another past
         self.asked: deque[int] = deque()  # versions whose round has not begun
         self.current: int | None = None  # version of the round that runs
@@ -109,10 +109,10 @@ def summarise(groups: Sequence[Group], *, asked: int, learner_version: int, curr
 
 
 def score(benchmark: Benchmark, groups: Sequence[Group]) -> BenchmarkScore:
-    """avg@k of a benchmark; `problems` are those that could be served."""
+    """avg@k of a benchmark over the problems that could be served."""
     rates = [group.pass_rate(guided=False) or 0.0 for group in groups]
     found = interval(np.array(rates), resamples=RESAMPLES)
-    avg, low, high = (found.mean, found.low, found.high) if found else (0.0, 0.0, 0.0)
+    avg, low, high = (found.mean, found.low, found.high) if found else (None, None, None)
     return BenchmarkScore(
         name=benchmark.name, avg=avg, low=low, high=high, samples=benchmark.samples, problems=len(groups)
     )

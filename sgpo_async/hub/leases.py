@@ -13,8 +13,10 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+import numpy as np
 
 from sgpo_async.hub.ledger import Ledger
 from sgpo_async.hub.work import Group
@@ -49,9 +51,13 @@ class Running:
 
 
 class Book:
-    """All tasks of one purpose, and their two ledgers."""
+    """All tasks of one purpose, and their two ledgers.
 
-    def __init__(self, *, first_attempt: int = 0) -> None:
+    Without `keeps_tokens`, only what a pass rate needs is kept of a rollout: reward and versions.
+    """
+
+    def __init__(self, *, first_attempt: int = 0, keeps_tokens: bool = True) -> None:
+        self._keeps_tokens = keeps_tokens
         self.tasks, self.rollouts = Ledger(), Ledger()
         self.waiting: list[tuple[int, int, Task]] = []  # a heap of (order, attempt, task)
         self.running: dict[int, Running] = {}  # by task number
@@ -97,8 +103,8 @@ class Book:
         """Take in an awaited rollout; with the last one the group is complete."""
         lease = self.running[rollout.task]
         lease.news = now
-        lease.rollouts[rollout.slot] = rollout
         self.tokens += len(rollout.tokens)
+        lease.rollouts[rollout.slot] = rollout if self._keeps_tokens else _without_tokens(rollout)
         if len(lease.rollouts) == lease.task.size:
             del self.running[rollout.task]
             ordered = tuple(lease.rollouts[slot] for slot in range(lease.task.size))
@@ -176,3 +182,9 @@ class Book:
         """The tasks' balance, with the rollouts' under "rollouts"."""
         balances = self.balances()
         return self.tasks.plain(**balances["tasks"]) | {"rollouts": self.rollouts.plain(**balances["rollouts"])}
+
+
+def _without_tokens(rollout: Rollout) -> Rollout:
+    return replace(
+        rollout, prompt=np.empty(0, np.int32), tokens=np.empty(0, np.int32), logprobs=np.empty(0, np.float32)
+    )

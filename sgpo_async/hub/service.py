@@ -19,7 +19,7 @@ from sgpo_async.metrics.files import telling, write_whole
 from sgpo_async.session import LinkProcess
 from sgpo_async.tasks.benchmarks import open_benchmarks
 from sgpo_async.tasks.models import model_folder
-from sgpo_async.tasks.sources import open_source
+from sgpo_async.tasks.sources import source_of
 from sgpo_async.transport import Router, RouterMailbox
 from sgpo_async.transport.keys import public_key
 from sgpo_async.weights.paths import StoreFile
@@ -33,8 +33,7 @@ def serve(run: Run) -> int:
     Raises HubError if the address is taken or the keys are not usable, DataError for problems that cannot be read,
     SgpoError if the folder cannot be written.
     """
-    held_out = run.tasks.held_out
-    source = open_source(run.tasks.source, path=run.tasks.path, held_out=held_out, seed=run.seed)
+    source = source_of(run)
     benchmarks = open_benchmarks(run.evaluation)
     folder = Path(run.folder)
     with telling(folder):

@@ -20,12 +20,7 @@ class Demonstrations:
     """Looks up the response of a training task: what an actor would have sampled had it written that."""
 
     def __init__(self, run: Run, source: ProblemSource, tokenizer: Any) -> None:
-        """Raises DataError if none of the source's problems has a response, or the tokenizer has no end token."""
-        if not source.demonstrated:
-            raise DataError(
-                f"{run.tasks.path}: no training problem has a response, on which algorithm.objective="
-                f"{run.algorithm.objective} trains; add the column 'response', or choose sgpo or grpo"
-            )
+        """Raises DataError if the tokenizer has no end token."""
         if tokenizer.eos_token_id is None:
             raise DataError(f"model.path: {run.model.path}: the tokenizer has no end token, with which a response ends")
         self._curriculum, self._tokenizer = Curriculum(run, source), tokenizer

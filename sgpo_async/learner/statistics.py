@@ -112,7 +112,7 @@ def _loss_metrics(total: dict[str, float]) -> dict[str, Any]:
         "loss": total["grpo_loss"] + total["kd_loss"] + total["likelihood_loss"],
         "grpo_loss": total["grpo_loss"],
         "kd_loss": total["kd_loss"],
-        "likelihood_loss": total["likelihood_loss"],
+        "likelihood_loss": total["likelihood_loss"] if total["tokens_likelihood"] else None,
         "entropy": _ratio(total["entropy"], total["tokens_auto"]),
         "kl_mean": _ratio(total["kl"], total["tokens_kd"]),
         "kl_masked_fraction": _ratio(total["masked_tokens"], total["tokens_kd"]),

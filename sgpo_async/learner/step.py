@@ -47,16 +47,20 @@ class Stepper:
 
     def update(self, shard: Shard) -> dict[str, Any]:
         """Train on `shard`; return the step's metrics, equal on every rank. A collective of all ranks."""
-        statistics = self.accumulate(self.batch(shard))
+        return self.train(self.batch(shard), step=shard.step)
+
+    def train(self, batch: Batch, *, step: int) -> dict[str, Any]:
+        """Step number `step` of `run.steps`, on `batch`; as `update`. Raises SgpoError if the gradient is no number."""
+        statistics = self.accumulate(batch)
         norm = clip_gradients(self.policy, self.run.optim.grad_clip)
         if not math.isfinite(norm):
-            raise SgpoError(f"step {shard.step}: the gradient's norm is {norm}; lower optim.lr or optim.grad_clip")
-        rate = learning_rate(self.run.optim, step=shard.step, steps=self.run.steps)
+            raise SgpoError(f"step {step}: the gradient's norm is {norm}; lower optim.lr or optim.grad_clip")
+        rate = learning_rate(self.run.optim, step=step, steps=self.run.steps)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         self.optimiser.step()
         self.optimiser.zero_grad()
-        self.teacher.follow(self.policy, steps=shard.step + 1)
+        self.teacher.follow(self.policy, steps=step + 1)
         return statistics.reduce() | {"grad_norm": norm, "lr": rate}
 
     def batch(self, shard: Shard) -> Batch:
@@ -97,10 +101,14 @@ class Stepper:
         dist.all_reduce(most, dist.ReduceOp.MAX)
         return [own + [()] * (int(n) - len(own)) for own, n in zip(plans, most, strict=True)]
 
-    @torch.no_grad()
     def _log_rho(self, shard: Shard) -> list[float]:
         """log pi/mu of each whole rollout, after the prompt that it was sampled with."""
-        sequences = [Tokens(rollout.prompt, rollout.tokens) for rollout in shard.rollouts]
+        sums = self.log_probabilities([Tokens(rollout.prompt, rollout.tokens) for rollout in shard.rollouts])
+        return [own - float(r.logprobs.sum(dtype=np.float64)) for own, r in zip(sums, shard.rollouts, strict=True)]
+
+    @torch.no_grad()
+    def log_probabilities(self, sequences: Sequence[Tokens]) -> list[float]:
+        """Of each whole completion after its prompt, at the rollouts' temperature. A collective of all ranks."""
         (micro_batches,) = self._plans(sequences)
         sums: dict[int, float] = {}
         for order, packed in _laid_out(sequences, micro_batches):
@@ -108,7 +116,7 @@ class Stepper:
             log_pi = self.policy(packed, sizes, None, self.run.rollout.temperature).log_pi
             own = log_pi.split([len(sequences[i].completion) for i in order])
             sums |= {i: float(part.double().sum()) for i, part in zip(order, own, strict=True)}
-        return [sums[i] - float(rollout.logprobs.sum(dtype=np.float64)) for i, rollout in enumerate(shard.rollouts)]
+        return [sums[i] for i in range(len(sequences))]
 
     @torch.no_grad()
     def _teacher_states(

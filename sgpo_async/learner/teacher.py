@@ -5,11 +5,13 @@
     snapshot   after every n-th   copy <- policy
     frozen     never: the weights that the run began with
 
-A copy is sharded like the policy, so it costs 1/ranks of its size on each rank, and while a step runs the gathered
-weights of one FSDP group (of a small model: of all). Every teacher costs one forward without gradient over the guided
-prompts and targets. An average is kept in float32: a step moves it by 1 - d of the distance to the policy, which is
-less than bfloat16's resolution of 2^-9 from the value wherever that distance is less than a fifth of it (d = 0.99), so
-that it would hardly move. A snapshot or a frozen copy loses nothing but the rounding of the weights themselves.
+A copy is sharded like the policy, so it costs 1/ranks of its size on each rank, and besides what FSDP keeps gathered:
+all of a small model, embedding and output matrix of a large one. Every teacher costs one forward without gradient over
+the guided prompts and targets.
+
+An average is kept in float32: a step moves it by 1 - d of its distance from the policy. With d = 0.99 that is less than
+2^-9 of the value, which bfloat16 rounds away, wherever the distance is below a fifth of it: it would stand still.
+A snapshot or a frozen copy in bfloat16 loses nothing but the rounding of the weights themselves.
 """
 
 from __future__ import annotations

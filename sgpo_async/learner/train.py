@@ -39,7 +39,7 @@ from sgpo_async.metrics import MetricsWriter, read_metrics
 from sgpo_async.metrics.mismatch import excess, mismatch_summary
 from sgpo_async.tasks.base import ProblemSource
 from sgpo_async.tasks.models import load_tokenizer, model_folder, tokenizer_fingerprint
-from sgpo_async.tasks.sources import open_source
+from sgpo_async.tasks.sources import source_of
 from sgpo_async.transport import Dealer, Mailbox
 from sgpo_async.weights import StoreWriter
 from sgpo_async.wire.records import Hello
@@ -207,9 +207,7 @@ def build(run: Run, mesh: DeviceMesh, source: ProblemSource | None = None) -> tu
     teacher = Teacher(run.algorithm, _copy(folder, run, mesh) if run.algorithm.copies_teacher else None)
     responses = None
     if run.algorithm.demonstrated:
-        tasks = run.tasks
-        source = source or open_source(tasks.source, path=tasks.path, held_out=tasks.held_out, seed=run.seed)
-        responses = Demonstrations(run, source, tokenizer).tokens
+        responses = Demonstrations(run, source or source_of(run), tokenizer).tokens
     return Stepper(run, policy, optimiser.build(policy, run.optim), teacher, responses), fingerprint
 
 

@@ -83,6 +83,11 @@ def to_problem(place: str, record: Any) -> Problem:
     )
 
 
+def read_problems(path: str) -> list[Problem]:
+    """All problems of a file or dataset; raises DataError for the first bad line."""
+    return [to_problem(place, record) for place, record in read_rows(path)]
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
@@ -121,7 +126,7 @@ class FileSource:
     verifier = "math"
 
     def __init__(self, path: str, *, held_out: int, seed: int) -> None:
-        problems = [to_problem(place, record) for place, record in read_rows(path)]
+        problems = read_problems(path)
         texts = list(dict.fromkeys(problem.problem for problem in problems))
         random.Random(f"held-out {seed}").shuffle(texts)
         reserved = set(texts[:held_out])

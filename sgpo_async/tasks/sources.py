@@ -1,7 +1,9 @@
-"""Opens a problem source by its kind."""
+"""Opens a problem source: that of a run, or one by its kind."""
 
 from __future__ import annotations
 
+from sgpo_async.config.schema import Run
+from sgpo_async.errors import DataError
 from sgpo_async.tasks.base import ProblemSource
 from sgpo_async.tasks.cues import CuesSource
 from sgpo_async.tasks.files import FileSource
@@ -13,3 +15,19 @@ def open_source(kind: str, *, path: str, held_out: int, seed: int) -> ProblemSou
         return CuesSource(seed=seed, held_out=held_out)
     assert kind == "file", kind
     return FileSource(path, held_out=held_out, seed=seed)
+
+
+def source_of(run: Run) -> ProblemSource:
+    """The source that `run` trains on.
+
+    Raises:
+        DataError: it cannot be read, or no training problem has a response and the objective trains on them.
+    """
+    tasks, objective = run.tasks, run.algorithm.objective
+    source = open_source(tasks.source, path=tasks.path, held_out=tasks.held_out, seed=run.seed)
+    if run.algorithm.demonstrated and not source.demonstrated:
+        raise DataError(
+            f"{tasks.path}: no training problem has a response, on which algorithm.objective={objective} trains; "
+            "add the column 'response', or choose sgpo or grpo"
+        )
+    return source

@@ -212,14 +212,14 @@ class Evaluate:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkScore:
-    """One benchmark in one evaluation round: avg@k over `problems`, with its bootstrap interval."""
+    """One benchmark in one evaluation round: avg@k with its bootstrap interval."""
 
     name: str
-    avg: float
-    low: float
-    high: float
+    avg: float | None  # None: no problem could be served
+    low: float | None
+    high: float | None
     samples: int  # k
-    problems: int
+    problems: int  # that could be served
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -100,11 +100,12 @@ def test_benchmarks_by_file_and_by_name(run: RealRun, tmp_path: Path) -> None:
     (tmp_path / "own.jsonl").write_text('{"problem": "1 + 1", "answer": "2"}\n')
     found = evaluate(
         run, "files", "--benchmark", f"amc23={tmp_path / 'amc23.jsonl'}", "--benchmark", "own", "--benchmark",
-        "held-out", "--samples", "2", "--samples", "amc23=3", configured, "rollout.max_new_tokens=8",
+        "held-out", "--samples", "2", "--samples", "amc23=3", configured, "evaluation.benchmarks.own.samples=4",
+        "rollout.max_new_tokens=8",
     )["benchmarks"]  # fmt: skip
     assert {name: (one["problems"], one["samples"]) for name, one in found.items()} == {
         "amc23": (5, 3),
-        "own": (1, 2),
+        "own": (1, 4),
         "held-out": (10, 2),
     }
     assert found["amc23"]["avg"]["mean"] == 0

@@ -27,7 +27,20 @@ def sgpo(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "module", ["cli.main", "cli.local", "cli.show", "cli.learner", "cli.doctor", "report", "metrics", "config", "wire"]
+    "module",
+    [
+        "cli.main",
+        "cli.local",
+        "cli.show",
+        "cli.learner",
+        "cli.doctor",
+        "cli.evaluate",
+        "evaluation.compare",
+        "report",
+        "metrics",
+        "config",
+        "wire",
+    ],
 )
 def test_importing_it_does_not_import_torch(module: str) -> None:
     program = f"import sys, sgpo_async.{module}; sys.exit('torch' in sys.modules)"
@@ -48,7 +61,7 @@ def test_the_commands_are_listed() -> None:
         assert f"  {command}" in answer.stdout
 
 
-@pytest.mark.parametrize("command", ["local", "learner", "hub", "bench"])
+@pytest.mark.parametrize("command", ["local", "learner", "hub", "bench", "evaluate"])
 def test_a_dry_run_prints_a_configuration_that_can_be_loaded_again(command: str, tmp_path: Path) -> None:
     answer = sgpo(command, DEMO, "--dry-run", "optim.lr=0.25", "local.actors=3")
     assert answer.returncode == 0, answer.stderr

@@ -525,6 +525,18 @@ def test_benchmarks_are_part_of_every_round():
     assert "evaluation.benchmarks" in other.only(b"r0", wire.Refused).reason
 
 
+def test_a_benchmark_that_nobody_can_serve_has_no_score():
+    source = Source(held_out=1)
+    driver = Driver(source=source, benchmarks=[Benchmark(name="long", problems=[source.training(7)], samples=2)])
+    driver.learner()
+    driver.actor(b"a", credit=2)
+    held_out, long = driver.leases(b"a", "evaluate")
+    driver.serve(b"a", held_out)
+    driver.send(b"a", wire.Release(task=long.task, attempt=0, reason="too long", servable=False))
+    (score,) = driver.only(b"r0", wire.Evaluated).benchmarks
+    assert score == wire.BenchmarkScore(name="long", avg=None, low=None, high=None, samples=2, problems=0)
+
+
 # ---- the end
 
 

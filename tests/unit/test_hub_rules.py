@@ -148,6 +148,17 @@ def book() -> Book:
     return book
 
 
+def test_a_book_without_tokens_still_counts_them_and_their_versions():
+    curriculum, book = Curriculum(make_run(autonomous=1, guided=1), Source()), Book(keeps_tokens=False)
+    book.add(curriculum.task(0))
+    lease = book.lease(b"a", min_version=0, now=0.0)
+    for slot in (0, 1):
+        book.arrive(make_rollout(lease, slot, versions=(1, 2)), now=1.0)
+    kept, _ = book.complete[0].rollouts
+    assert (book.tokens, len(kept.prompt), len(kept.tokens), len(kept.logprobs)) == (8, 0, 0, 0)
+    assert kept.token_versions().tolist() == [1, 1, 2, 2] and kept.reward == 1.0
+
+
 def test_a_lost_lease_goes_before_younger_tasks_under_the_next_attempt(book):
     first, second = (book.lease(b"a", min_version=0, now=0.0) for _ in range(2))
     book.arrive(make_rollout(first, 0), now=1.0)

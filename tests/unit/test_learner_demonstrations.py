@@ -11,10 +11,9 @@ import pytest
 from sgpo_async.config.schema import Algorithm, Run, Tasks
 from sgpo_async.errors import DataError
 from sgpo_async.learner.demonstrations import Demonstrations
-from sgpo_async.tasks.base import ProblemSource
 from sgpo_async.tasks.curriculum import Curriculum
 from sgpo_async.tasks.models import load_tokenizer, model_folder
-from sgpo_async.tasks.sources import open_source
+from sgpo_async.tasks.sources import source_of
 from sgpo_async.tasks.verify import VERIFIERS
 
 LUFFY = Algorithm(objective="luffy")
@@ -29,11 +28,6 @@ def file_run(path: Path, responses: list[str | None]) -> Run:
     rows = [{"problem": f"problem {i}", "answer": "1", "response": text} for i, text in enumerate(responses)]
     path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     return Run(tasks=Tasks(source="file", path=str(path), held_out=1), algorithm=LUFFY)
-
-
-def source_of(run: Run) -> ProblemSource:
-    tasks = run.tasks
-    return open_source(tasks.source, path=tasks.path, held_out=tasks.held_out, seed=run.seed)
 
 
 def test_a_demonstration_is_the_response_of_the_task_s_own_problem_and_is_correct(tokenizer: object) -> None:
@@ -61,7 +55,7 @@ def test_problems_without_a_response_are_told_apart(tmp_path: Path, tokenizer: o
 def test_a_source_without_any_response_is_refused_in_one_line(tmp_path: Path, tokenizer: object) -> None:
     run = file_run(tmp_path / "none.jsonl", [None, None, None])
     with pytest.raises(DataError, match=r"none\.jsonl: no training problem has a response.*objective=luffy") as caught:
-        Demonstrations(run, source_of(run), tokenizer)
+        source_of(run)
     assert "\n" not in str(caught.value)
 
 

@@ -17,6 +17,7 @@ from sgpo_async.learner.objectives import OBJECTIVES
 from sgpo_async.wire.records import Rollout
 from tests.reference import learner_cases as cases
 from tests.reference import objectives as reference
+from tests.reference import sgpo
 from tests.reference.variants import VARIANTS
 
 
@@ -140,7 +141,7 @@ def test_sft_without_demonstrations_trains_nothing() -> None:
 def test_a_group_that_is_all_correct_learns_nothing_of_luffy_s_demonstration() -> None:
     solved = [[replace(r, reward=1.0) for r in group if not r.guided] for group in cases.groups()]
     metrics, found = gradients(cases.settings(objective="luffy"), solved)
-    assert metrics["likelihood_loss"] == 0
+    assert metrics["likelihood_loss"] is None
     assert all(torch.count_nonzero(gradient) == 0 for gradient in found.values())
 
 
@@ -190,6 +191,27 @@ def test_what_is_told_of_corrected_pass_rates_equals_plain_loops() -> None:
     assert metrics["alpha_observed"] == pytest.approx(np.mean(observed))
     assert np.mean(alphas) != pytest.approx(np.mean(observed), rel=1e-3)
     assert [metrics["p_auto_corrected"], metrics["p_guide_corrected"]] == pytest.approx(np.mean(rates, axis=0))
+
+
+@pytest.mark.parametrize("limiter", ["mask", "clamp", "smooth", "quantile", "none"])
+def test_what_the_limiter_takes_is_told(limiter: str) -> None:
+    run, parts = cases.settings(limiter=limiter, delta=0.5, quantile=0.6), cases.groups(seed=4)
+    metrics, _ = gradients(run, parts)
+    model, everything, kept = cases.tiny_model(), [], []
+    for group in parts:
+        targets = [r for r in group if r.unguided_logprob is not None]
+        if not targets:
+            continue
+        target = max(targets, key=lambda r: r.unguided_logprob)
+        log_p, log_q = (cases.log_probs(model, p, target.tokens).detach() for p in (target.prompt, group[0].prompt))
+        d = (log_p.exp() * (log_p - log_q)).sum(-1).numpy()
+        everything += list(d)
+        kept += sgpo.limited(d, limiter, 0.5, 0.6)
+    above = [x for x in everything if x > 0.5]
+    assert metrics["kl_mean"] == pytest.approx(np.mean(everything))
+    assert metrics["kl_masked_fraction"] == pytest.approx(len(above) / len(everything))
+    assert metrics["kl_masked_mass"] == pytest.approx(sum(above) / sum(everything))
+    assert metrics["kl_limited_mass"] == pytest.approx(1 - sum(kept) / sum(everything), abs=1e-12)
 
 
 def test_forwards_without_gradient_are_counted() -> None:

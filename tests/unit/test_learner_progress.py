@@ -39,7 +39,7 @@ def test_warm_up_then_schedule(schedule: str, shape: object) -> None:
 
 def test_progress_adds_up_and_survives_a_checkpoint() -> None:
     progress = Progress()
-    progress.trained({"tokens": 10, "lag_histogram": {"0": 6, "2": 4}, "lag_max": 2}, idle_s=1, wall_s=4)
+    progress.trained({"tokens": 12, "lag_histogram": {"0": 6, "2": 4}, "lag_max": 2}, idle_s=1, wall_s=4)
     assert progress.evaluated([]) == {}
     assert (
         progress.evaluated(
@@ -57,8 +57,8 @@ def test_progress_adds_up_and_survives_a_checkpoint() -> None:
         [Evaluated(version=2, pass_auto=0.8, pass_guided=1.0, problems=5, served_oldest=2, served_newest=2, lag=0.0)]
     )
     summary = progress.summary(STATUS)
-    assert (summary["steps"], summary["tokens_trained"], summary["lag_max"]) == (2, 40, 2)
-    assert summary["lag_mean"] == (4 * 2 + 30) / 40
+    assert (summary["steps"], summary["tokens_trained"], summary["lag_max"]) == (2, 42, 2)
+    assert summary["lag_mean"] == (4 * 2 + 30) / 40  # of sampled tokens: two were a demonstration's
     assert summary["learner_idle"] == 0.25
     assert (summary["pass_auto_first"], summary["pass_auto_last"], summary["pass_guided_last"]) == (0.1, 0.8, 1.0)
     assert summary["pass_guided_first"] == 0.9

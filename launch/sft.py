@@ -1,0 +1,11 @@
+"""`sgpo-async sft` from a checkout: the same words, the same function."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sgpo_async.cli.main import main
+
+if __name__ == "__main__":
+    raise SystemExit(main(["sft", *sys.argv[1:]]))

@@ -1,0 +1,32 @@
+"""`sgpo-async sft`: one rank of a supervised warm-up, started by torchrun.
+
+torchrun --nproc-per-node 2 launch/sft.py CONFIG [key=value ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from sgpo_async.cli.options import add_config, config_words, load_run, print_dry_run, record_config
+from sgpo_async.errors import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """CONFIG [key=value ...] [--dry-run]."""
+    add_config(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train to the end. Raises SgpoError."""
+    settings = load_run(args)
+    if args.dry_run:
+        print_dry_run(settings, [["torchrun", "launch/sft.py", *config_words(args)]])
+        return 0
+    if "RANK" not in os.environ:
+        raise ConfigError(f"sft: RANK is not set; start it by torchrun launch/sft.py {args.config}")
+    if os.environ["RANK"] == "0":
+        record_config(settings)
+    from sgpo_async.learner.sft import warm_up
+
+    return warm_up(settings)

@@ -1,0 +1,206 @@
+"""Supervised warm-up, and the SFT baseline: the token mean of -log pi(y_t|q,y_<t) over responses.
+
+    problems with responses ──▶ sequences ──┬─ training ──▶ batches, reshuffled each epoch ──▶ Stepper.train
+                                            └─ validation ──▶ loss, now and then ──▶ lowest so far? export it
+
+The loss of a batch is the mean over all of its tokens, over all ranks: each sequence carries the weight |y|/Z for good
+(see `learner.batch`), so how sequences are divided cannot change it. What is exported is the policy of the lowest
+validation loss, as in the paper, not the last one.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from sgpo_async.config.schema import Run
+from sgpo_async.errors import DataError
+from sgpo_async.learner import checkpoint
+from sgpo_async.learner.batch import Batch, Sequences
+from sgpo_async.learner.checkpoint import Saved
+from sgpo_async.learner.folder import export
+from sgpo_async.learner.objectives.base import Likelihood
+from sgpo_async.learner.packing import Tokens
+from sgpo_async.learner.publish import gather
+from sgpo_async.learner.step import Stepper
+from sgpo_async.learner.train import build
+from sgpo_async.learner.world import join_world
+from sgpo_async.metrics import MetricsWriter
+from sgpo_async.tasks.base import Problem
+from sgpo_async.tasks.demonstrated import demonstrated
+from sgpo_async.tasks.models import load_tokenizer, model_folder
+from sgpo_async.tasks.prompts import build_prompt
+
+COLLECTIVE_S = 1800.0  # a validation or an export, which other ranks wait for
+
+
+@dataclass
+class Warmth:
+    """How far a warm-up is. Stored in every checkpoint."""
+
+    step: int = 0  # optimiser steps done
+    best_loss: float = math.inf  # on the validation problems
+    best_step: int = 0
+
+
+def warm_up(run: Run) -> int:
+    """Train by `run.sft` and export the best policy to `run.folder`/warmup, as one rank of a torchrun world.
+
+    Raises:
+        SgpoError: whatever went wrong, as one line.
+    """
+    mesh = join_world(timeout_s=COLLECTIVE_S)
+    examples = Examples.read(run)
+    WarmUp(run, mesh, examples).train()
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Prompts and responses as tokens, the same on every rank."""
+
+    training: Sequence[Tokens]
+    validation: Sequence[Tokens]
+    counts: dict[str, int]  # of what was read and left out
+
+    @classmethod
+    def read(cls, run: Run) -> Examples:
+        """Tokenise what `run.sft` names. Raises DataError if nothing is left of a part."""
+        problems = demonstrated(run)
+        tokenizer = load_tokenizer(model_folder(run.model.path))
+        if tokenizer.eos_token_id is None:
+            raise DataError(f"model.path: {run.model.path}: the tokenizer has no end token, with which a response ends")
+        parts = [[_tokens(run, problem, tokenizer) for problem in part] for part in problems[:2]]
+        fitting = [[own for own in part if own.length < run.sft.max_tokens] for part in parts]
+        if not all(fitting):
+            raise DataError(
+                f"sft.max_tokens: every problem of a part is longer than {run.sft.max_tokens} tokens with its response"
+            )
+        long = sum(map(len, parts)) - sum(map(len, fitting))
+        counts = {"training": len(fitting[0]), "validation": len(fitting[1])}
+        return cls(fitting[0], fitting[1], counts | {"too_long": long, "without_response": problems.without})
+
+
+def _tokens(run: Run, problem: Problem, tokenizer: Any) -> Tokens:
+    assert problem.response
+    prompt = build_prompt(problem.problem, None, style=run.tasks.prompt, tokenizer=tokenizer)
+    response = [*tokenizer.encode(problem.response, add_special_tokens=False), tokenizer.eos_token_id]
+    return Tokens(np.array(prompt, np.int32), np.array(response, np.int32))
+
+
+class WarmUp:
+    """One rank of a warm-up."""
+
+    def __init__(self, run: Run, mesh: DeviceMesh, examples: Examples) -> None:
+        self.examples, self.folder = examples, Path(run.folder)
+        self.per_epoch = math.ceil(len(examples.training) / run.sft.batch)
+        self.run = supervised(run, steps=run.sft.epochs * self.per_epoch)
+        self.stepper: Stepper = build(self.run, mesh)[0]
+        self.lead = dist.get_rank() == 0
+        self.state = Warmth()
+        self._resume()
+        self.metrics = MetricsWriter(run.folder, resume_from=self.state.step) if self.lead else None
+
+    def train(self) -> None:
+        """To the last step. A collective of all ranks."""
+        began = time.monotonic()
+        while self.state.step < self.run.steps:
+            step = self.state.step
+            line = self.stepper.train(self.batch(step), step=step)
+            self.state.step += 1
+            record = {"step": self.state.step, "epoch": self.state.step / self.per_epoch}
+            record |= {"wall_s": time.monotonic() - began, "train_loss": line["loss"]}
+            record |= {key: line[key] for key in ("grad_norm", "lr", "tokens")}
+            if self._due(self.run.sft.validate_every or self.per_epoch):
+                record["validation_loss"] = self._validate()
+            if self.metrics:
+                self.metrics.step(record)
+            if self._due(self.run.learner.checkpoint_every):
+                self._checkpoint()
+        if self.metrics:
+            self.metrics.summary(asdict(self.state) | self.examples.counts | {"world_size": dist.get_world_size()})
+            self.metrics.close()
+            print(f"warm-up: {self.folder / 'warmup'}, of step {self.state.best_step}", flush=True)
+
+    def batch(self, step: int) -> Batch:
+        """This rank's part of the batch of `step`, weighted by tokens of the whole one."""
+        whole = [self.examples.training[i] for i in self._order(step)]
+        tokens = sum(len(own.completion) for own in whole)
+        mine = whole[dist.get_rank() :: dist.get_world_size()]
+        likelihood = [Likelihood(own, len(own.completion) / tokens) for own in mine]
+        return Batch(version=0, sequences=Sequences([], [], likelihood), figures=(), forward_only=0)
+
+    def validation_loss(self) -> float:
+        """Token mean over all validation problems. A collective of all ranks."""
+        mine = self.examples.validation[dist.get_rank() :: dist.get_world_size()]
+        own = [sum(self.stepper.log_probabilities(mine)), float(sum(len(tokens.completion) for tokens in mine))]
+        total = torch.tensor(own, dtype=torch.float64, device=next(self.stepper.policy.parameters()).device)
+        dist.all_reduce(total)
+        return float(-total[0] / total[1])
+
+    def _order(self, step: int) -> Sequence[int]:
+        """Places of the training problems of `step`: each once in an epoch, in an order of its own."""
+        epoch, at = divmod(step, self.per_epoch)
+        order = list(range(len(self.examples.training)))
+        random.Random(f"sft {self.run.seed} {epoch}").shuffle(order)
+        return order[at * self.run.sft.batch : (at + 1) * self.run.sft.batch]
+
+    def _validate(self) -> float:
+        """The loss now; the policy is exported if no other had a lower one."""
+        loss = self.validation_loss()
+        best = loss < self.state.best_loss
+        if best:
+            self.state.best_loss, self.state.best_step = loss, self.state.step
+            tensors = gather(self.stepper.policy, torch.float32)
+            if self.lead:
+                source = model_folder(self.run.model.path)
+                export(self.stepper.policy.model, dict(tensors), self.folder / "warmup", source=source)
+        if self.lead:
+            note = ", the lowest so far" if best else ""
+            print(
+                f"step {self.state.step}/{self.run.steps}: validation loss {loss:.4f}{note}",
+                file=sys.stderr,
+                flush=True,
+            )
+        return loss
+
+    def _due(self, every: int) -> bool:
+        return self.state.step == self.run.steps or (every > 0 and self.state.step % every == 0)
+
+    def _checkpoint(self) -> None:
+        folder = self.folder / "checkpoints"
+        saved = Saved(asdict(self.state), b"")
+        module, optimiser = self.stepper.policy, self.stepper.optimiser
+        checkpoint.save(folder, step=self.state.step, module=module, optimiser=optimiser, saved=saved)
+        checkpoint.prune(folder, step=self.state.step, keep=self.run.learner.keep_checkpoints)
+
+    def _resume(self) -> None:
+        newest = checkpoint.latest(self.folder / "checkpoints") if self.run.learner.resume else None
+        if newest:
+            saved = checkpoint.restore(newest, module=self.stepper.policy, optimiser=self.stepper.optimiser)
+            self.state = Warmth(**saved.progress)
+
+
+def supervised(run: Run, *, steps: int) -> Run:
+    """`run` with the steps, learning rate and schedule of its warm-up, and no teacher."""
+    sft = run.sft
+    return replace(
+        run,
+        steps=steps,
+        optim=replace(run.optim, lr=sft.lr, schedule=sft.schedule, warmup_steps=math.ceil(sft.warmup_ratio * steps)),
+        algorithm=replace(run.algorithm, objective="grpo"),  # the learner then has neither teacher nor demonstrations
+        rollout=replace(run.rollout, temperature=1.0),
+    )

@@ -1,0 +1,53 @@
+"""Objectives and teachers in the whole system: demonstrations that no message carries, weights that a copy follows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from run_support import real_run
+
+pytestmark = [pytest.mark.process, pytest.mark.timeout(600)]
+
+SMALL = ("steps=2", "local.actors=1", "rollout.max_new_tokens=40")
+
+
+def test_luffy_learns_from_the_problems_own_responses(tmp_path: Path) -> None:
+    """The base policy solves next to nothing alone, so every demonstration has an advantage."""
+    with real_run(tmp_path, *SMALL, "algorithm.objective=luffy", "rollout.guided=0") as run:
+        local = run.local()
+        assert local.ended() == 0, local.output
+        run.assert_no_trace()
+        for line in run.lines():
+            assert line["likelihood_loss"] < 0  # -f(p) A
+            assert line["loss"] == pytest.approx(line["grpo_loss"] + line["likelihood_loss"])
+            assert (line["alpha"], line["pass_guided"]) == (0, None)
+            sampled = sum(line["lag_histogram"].values())
+            assert 4 * 26 >= line["tokens"] - sampled > 0  # five steps of five words and an end, of each problem
+
+
+def test_corrected_pass_rates_and_an_average_that_teaches(tmp_path: Path) -> None:
+    words = ("algorithm.teacher=ema", "algorithm.pass_rates=corrected", "algorithm.limiter=clamp")
+    with real_run(tmp_path, *SMALL, *words, "algorithm.divergence=jensen-shannon") as run:
+        local = run.local("learner.checkpoint_every=1")
+        assert local.ended() == 0, local.output
+        for line in run.lines():
+            assert 0 < line["alpha"] <= 0.8 and 0 < line["alpha_observed"] <= 0.8
+            assert 0 <= line["p_auto_corrected"] <= line["p_guide_corrected"] <= 1
+            assert line["targets"] > 0 and line["kd_loss"] > 0
+            assert line["tokens_forward_only"] > line["tokens"]
+        assert run.summary()["teacher_mb"] > 0.1
+        again = run.local("learner.resume=true", "steps=3")
+        assert again.ended() == 0, again.output
+        assert [line["step"] for line in run.lines()] == [1, 2, 3]
+
+
+def test_a_source_without_responses_is_refused_at_once(tmp_path: Path) -> None:
+    problems = tmp_path / "sums.jsonl"
+    problems.write_text("".join(f'{{"problem": "{n} + 1", "answer": "{n + 1}"}}\n' for n in range(20)))
+    with real_run(tmp_path, *SMALL, "algorithm.objective=hpt", "tasks.source=file", f"tasks.path={problems}") as run:
+        local = run.local()
+        assert local.ended() == 2, local.output
+        (line,) = [line for line in local.output.splitlines() if line.startswith("error: ")]
+        assert f"{problems}: no training problem has a response, on which algorithm.objective=hpt trains" in line
+        run.assert_no_trace()
