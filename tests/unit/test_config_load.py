@@ -1,10 +1,12 @@
 """The loader: typed values in, one line out when something is wrong."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
-from sgpo_async.config import Run, from_plain, load, to_plain, to_yaml
+from sgpo_async.config import Algorithm, Run, from_plain, load, to_plain, to_yaml
+from sgpo_async.config.load import read_yaml
 from sgpo_async.errors import ConfigError
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))  # those in experiments/ hold several
@@ -23,8 +25,24 @@ def test_every_shipped_configuration_loads(path: Path) -> None:
     assert from_plain(to_plain(run)) == run
 
 
-def test_an_empty_file_is_the_paper_s_setting(empty: Path) -> None:
-    algorithm = load(empty).algorithm
+IN_THE_PAPER = ["configs/demo-paper.yaml", *map(str, CONFIGS[0].parent.glob("paper-*.yaml"))]
+
+
+def test_the_paper_s_setting_is_named_key_by_key() -> None:
+    """So that another default changes nothing: every key of it but the corrections stands in the file."""
+    named = read_yaml(Path("configs/paper.yaml"))
+    assert list(named) == ["algorithm"]
+    unused = {"quantile", "teacher_decay", "teacher_every", "teacher_dtype", "alpha", "luffy_gamma", "hpt_gate"}
+    every = {field.name for field in dataclasses.fields(Algorithm)}
+    assert set(named["algorithm"]) == every - unused - {"grpo_correction", "kl_correction"}
+    for path in IN_THE_PAPER:
+        written = read_yaml(Path(path))["algorithm"]
+        assert {key: value for key, value in written.items() if "correction" not in key} == named["algorithm"]
+
+
+@pytest.mark.parametrize("words", [["configs/demo.yaml", "configs/paper.yaml"], *([path] for path in IN_THE_PAPER)])
+def test_the_paper_s_setting(words: list[str]) -> None:
+    algorithm = load(words[0], words[1:]).algorithm
     assert (algorithm.delta, algorithm.alpha0, algorithm.gamma, algorithm.alpha_max) == (1.0, 0.5, 0.1, 0.8)
     assert (algorithm.eps_low, algorithm.eps_high) == (0.2, 0.28)
     assert (algorithm.objective, algorithm.divergence, algorithm.target) == ("sgpo", "forward", "reachable")
