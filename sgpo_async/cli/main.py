@@ -24,6 +24,7 @@ COMMANDS = {  # each a module of this package with `add_arguments(parser)` and `
     "bench": "throughput: generation alone, learning alone, synchronous, asynchronous",
     "evaluate": "avg@k and pass@k of a model on benchmarks; compares two evaluations",
     "experiment": "methods x settings x seeds with an equal sample budget: tables and figures",
+    "data": "problems as sets for warm-up, its validation and RL: deduplicated, decontaminated, seeded",
     "report": "runs/NAME/report.html from a run's metrics",
     "keys": "a folder of keys for a hub that listens beyond loopback",
 }

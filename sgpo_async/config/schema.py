@@ -97,7 +97,8 @@ class Algorithm:
     """What is trained; docs/algorithm.md has every equation and explains the defaults.
 
     The default is anchored SGPO: the paper's (arXiv 2606.24064) with a frozen teacher, nothing masked, and twice its
-    alpha. configs/paper.yaml, laid over a configuration, makes it the paper's. A key of something that is not in use is not read: no distillation, no teacher; `divergence=sft`, no limiter.
+    alpha. configs/paper.yaml, laid over a configuration, makes it the paper's. A key of something that is not in use is
+    not read: no distillation, no teacher; `divergence=sft`, no limiter.
     """
 
     objective: Literal["sgpo", "grpo", "sft", "luffy", "hpt"] = "sgpo"

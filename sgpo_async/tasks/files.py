@@ -98,6 +98,10 @@ def _text(place: str, record: dict[str, Any], column: str) -> str:
     value = record[column]
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"{place}: {column!r} must be a text that is not empty, not {value!r:.60}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{place}: {column!r} is no Unicode text: half a surrogate pair at {error.start}") from error
     return value
 
 

@@ -4,21 +4,30 @@ from pathlib import Path
 
 import pytest
 
-from sgpo_async.config import Algorithm, Run, load
+from sgpo_async.config import Run, load
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(params=["qwen2.5-1.5b", "qwen2.5-7b"])
+@pytest.fixture(params=["paper-qwen2.5-1.5b", "paper-qwen2.5-7b", "paper-llama3.1-8b"])
 def run(request: pytest.FixtureRequest) -> Run:
-    return load(ROOT / "configs" / f"{request.param}.yaml")
+    run = load(ROOT / "configs" / f"{request.param}.yaml")
+    assert run.name == request.param
+    return run
 
 
 def test_the_constants_are_the_papers(run: Run) -> None:
-    assert run.algorithm == Algorithm()  # whose values are the paper's: test_config_load
+    sft = run.sft
+    assert (sft.epochs, sft.batch, sft.lr, sft.warmup_ratio, sft.validation_share) == (10, 64, 1e-5, 0.1, 0.1)
+    assert (run.evaluation.temperature, run.evaluation.top_p) == (0.6, 0.95)
     assert (run.rollout.autonomous, run.rollout.guided, run.rollout.temperature) == (8, 4, 1.0)
     assert (run.optim.lr, run.learner.problems_per_step, run.steps) == (1e-6, 128, 430)
     assert (run.model.dtype, run.rollout.top_p) == ("bfloat16", 1.0)
+
+
+def test_the_longest_completion_and_a_prompt_fit_a_row(run: Run) -> None:
+    assert run.learner.row_tokens >= run.rollout.max_new_tokens
+    assert run.learner.row_tokens >= run.sft.max_tokens
 
 
 def test_eight_gpus_are_enough_and_none_is_left_over(run: Run) -> None:

@@ -5,7 +5,7 @@ import torch
 from engines_models import weights
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sgpo_async.engines.sglang.layout import answered_checksums, compare, expected_checksums
+from sgpo_async.engines.sglang.layout import answered_checksums, compare, expected_checksums, layout_of
 from sgpo_async.engines.sglang.tensor_hash import cpu_hash, cuda_hash
 from sgpo_async.errors import EngineError, WeightsError
 
@@ -224,3 +224,30 @@ def test_an_answer_is_read_in_the_order_of_its_ranks():
     assert answered_checksums({"success": True, "ranks": ranks}) == [{"p": "0"}, {"p": "1"}]
     with pytest.raises(EngineError, match="gave no checksums: busy"):
         answered_checksums({"success": False, "message": "busy"})
+
+
+SHIPPED = {  # from the config.json of the models of configs/paper-*.yaml
+    "qwen2": dict(
+        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4, tie_word_embeddings=False,
+    ),
+    "llama": dict(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, tie_word_embeddings=False, attention_bias=False, mlp_bias=False,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "ranks", "billions"), [("qwen2", (1, 2, 4), 7.62), ("llama", (1, 2, 4, 8), 8.03)])
+def test_the_shipped_recipes_models_are_covered_to_the_last_parameter(kind, ranks, billions):
+    config = AutoConfig.for_model(kind, **SHIPPED[kind])
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    assert round(sum(shape.numel() for shape in shapes.values()) / 1e9, 2) == billions
+    config.architectures = [type(model).__name__]
+    for tp in ranks:
+        cuts = [cut for cuts in layout_of(config.to_dict(), tp=tp, device="cuda").values() for cut in cuts]
+        assert sorted(cut.source for cut in cuts) == sorted(shapes)
+        assert all(cut.dim is None or shapes[cut.source][cut.dim] == cut.size for cut in cuts)
+        assert all(cut.padded % cut.pieces == 0 for cut in cuts)

@@ -54,6 +54,7 @@ def test_parquet_and_jsonl_give_the_same_stream(tmp_path: Path) -> None:
         ('{"problem": " ", "answer": "2"}', "'problem' must be a text that is not empty"),
         ('{"problem": "1+1", "answer": true}', "'answer' must be a text"),
         ('{"problem": "1+1", "answer": "2", "strategy": 3}', "'strategy' must be a text"),
+        (r'{"problem": "1+1 \ud835", "answer": "2"}', "'problem' is no Unicode text: half a surrogate pair at 4"),
         ("\xff", "not JSON"),
     ],
 )

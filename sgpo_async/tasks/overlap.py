@@ -1,0 +1,127 @@
+"""When two problem texts are the same, nearly the same, or one within the other: by words and n-grams.
+
+The words of a text are its letters and digits between everything else, in lower case, so that `$x^2$` and `\\(x^{2}\\)`
+agree. Where a script writes no spaces (Chinese, Japanese), each character is a word.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Words = tuple[str, ...]
+Gram = tuple[str, ...]
+
+_UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_WORD = re.compile(f"[{_UNSPACED}]|[^\\W_{_UNSPACED}]+")
+
+
+def normalised(text: str) -> str:
+    """The text in one form of Unicode, lower case, with single spaces. Signs stay: 3 + 5 is not 3 - 5."""
+    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
+
+
+def words_of(text: str) -> Words:
+    """The words of `text`, in order."""
+    return tuple(_WORD.findall(normalised(text)))
+
+
+def grams_of(words: Words, size: int) -> set[Gram]:
+    """All runs of `size` words; a shorter text is one run by itself."""
+    if len(words) <= size:
+        return {words} if words else set()
+    return {words[start : start + size] for start in range(len(words) - size + 1)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Match:
+    """What a text was found to agree with."""
+
+    index: int  # of the other text
+    overlap: float  # in (0, 1]
+    shared: str  # a run of words that both have
+
+
+class Nearest:
+    """Texts that were kept, to be asked whether a further one is nearly one of them.
+
+    The measure is Jaccard's: of the n-grams that either text has, the share that both have. A text that reaches
+    `least` with another shares one of its rarest (1 - least) n-grams with it (prefix filter), so only those are looked
+    up; which are rare is counted over `every` text beforehand.
+    """
+
+    def __init__(self, every: Sequence[Words], *, size: int, least: float) -> None:
+        self._grams = [grams_of(words, size) for words in every]
+        self._least = least
+        self._count = Counter(gram for grams in self._grams for gram in grams)
+        self._kept: dict[Gram, list[int]] = defaultdict(list)
+
+    def keep(self, index: int) -> None:
+        """Let later texts be compared with this one."""
+        for gram in self._rarest(index):
+            self._kept[gram].append(index)
+
+    def matches(self, index: int) -> list[Match]:
+        """The kept texts that are nearly this one, the nearest first, then the earliest."""
+        mine = self._grams[index]
+        found = []
+        for other in sorted({other for gram in self._rarest(index) for other in self._kept.get(gram, [])}):
+            both = mine & self._grams[other]
+            overlap = len(both) / len(mine | self._grams[other])
+            if overlap >= self._least:
+                found.append(Match(index=other, overlap=overlap, shared=" ".join(min(both))))
+        return sorted(found, key=lambda match: -match.overlap)
+
+    def _rarest(self, index: int) -> list[Gram]:
+        grams = sorted(self._grams[index], key=lambda gram: (self._count[gram], gram))
+        # Of any (1 - least) share and one more, at least one is in common. Floor with a margin: rounding only adds.
+        return grams[: len(grams) - int(self._least * len(grams) - 1e-9)]
+
+
+class Contained:
+    """Texts of an evaluation set, to be asked whether a training text has a piece of one, or is one.
+
+    Two texts of at least `size` words agree in the share of n-grams that both have, of those of the one that has fewer.
+    A shorter text agrees, wholly, with one in which it stands.
+    """
+
+    def __init__(self, texts: Sequence[Words], *, size: int) -> None:
+        self._size = size
+        self._joined = [_joined(words) for words in texts]
+        self._short = [index for index, words in enumerate(texts) if 0 < len(words) < size]
+        self._grams = [grams_of(words, size) if len(words) >= size else set() for words in texts]
+        self._holders: dict[Gram, list[int]] = defaultdict(list)
+        for index, grams in enumerate(self._grams):
+            for gram in grams:
+                self._holders[gram].append(index)
+
+    def best(self, words: Words) -> Match | None:
+        """The evaluation text that `words` agree with most, the earliest of several; None if none."""
+        if not words:
+            return None
+        mine, joined = grams_of(words, self._size), _joined(words)
+        if len(words) < self._size:
+            whole = [index for index, text in enumerate(self._joined) if joined in text or self._within(index, joined)]
+            return Match(index=whole[0], overlap=1.0, shared=joined.strip()) if whole else None
+        for index in self._short:
+            if self._within(index, joined):
+                return Match(index=index, overlap=1.0, shared=self._joined[index].strip())
+        shared: dict[int, list[Gram]] = defaultdict(list)
+        for gram in mine:
+            for index in self._holders.get(gram, []):
+                shared[index].append(gram)
+        if not shared:
+            return None
+        overlap = {index: len(both) / min(len(mine), len(self._grams[index])) for index, both in shared.items()}
+        index = min(overlap, key=lambda index: (-overlap[index], index))
+        return Match(index=index, overlap=overlap[index], shared=" ".join(min(shared[index])))
+
+    def _within(self, index: int, joined: str) -> bool:
+        return self._joined[index] != "" and self._joined[index] in joined
+
+
+def _joined(words: Words) -> str:
+    return f" {' '.join(words)} " if words else ""

@@ -1,0 +1,63 @@
+"""Writes problems as JSON Lines or Parquet that `tasks.source=file` reads; a file is there whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from sgpo_async.metrics.files import telling, write_whole
+from sgpo_async.tasks.base import Problem
+
+Format = Literal["jsonl", "parquet"]
+COLUMNS = ("problem", "answer", "strategy", "response", "source")
+
+
+def problem_record(problem: Problem) -> dict[str, str | None]:
+    """One record; `source` is where the problem was read."""
+    values = (problem.problem, problem.answer, problem.strategy, problem.response, problem.id)
+    return dict(zip(COLUMNS, values, strict=True))
+
+
+def write_problems(path: Path, problems: Iterable[Problem]) -> None:
+    """Write them in the format that the suffix of `path` names. Raises SgpoError if it cannot be written."""
+    records = [problem_record(problem) for problem in problems]
+    if path.suffix == ".parquet":
+        _write_parquet(path, records)
+    else:
+        write_lines(path, records)
+
+
+def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """One JSON object per line; keys without a value are left out."""
+    present = ({key: value for key, value in record.items() if value is not None} for record in records)
+    write_whole(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in present))
+
+
+def sha256(path: str | Path, records: Iterable[Any] = ()) -> str:
+    """The digest of a file's bytes; of a dataset that is no file, that of its `records` as JSON, one per line."""
+    if Path(path).is_file():
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(json.dumps(record, sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _write_parquet(path: Path, records: Sequence[dict[str, str | None]]) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    table = pyarrow.Table.from_pylist(records, schema=pyarrow.schema([(name, pyarrow.string()) for name in COLUMNS]))
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    with telling(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            parquet.write_table(table, new)
+            new.replace(path)
+        finally:
+            new.unlink(missing_ok=True)

@@ -1,0 +1,256 @@
+"""`sgpo-async data prepare`: what is removed and why, the split, the files."""
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sgpo_async.cli.main import main
+from sgpo_async.errors import SgpoError
+from sgpo_async.tasks.base import Problem
+from sgpo_async.tasks.overlap import normalised, words_of
+from sgpo_async.tasks.prepare import Prepared, Rules, prepare
+from sgpo_async.tasks.sources import open_source
+
+LONG = "A farmer has many sheep and a dog, and every day he walks with all of them to the river and back; {}"
+
+
+def problem(text: str, answer: str = "1", *, response: str | None = "so", strategy: str | None = None) -> Problem:
+    return Problem(id=text, problem=text, answer=answer, response=response, strategy=strategy)
+
+
+def contents(problems: Any) -> list[tuple[Any, ...]]:
+    return [(one.problem, one.answer, one.response, one.strategy) for one in problems]
+
+
+def others(count: int) -> list[Problem]:
+    """Problems that nobody takes for each other."""
+    return [problem(f"{'abcdefghij'[i % 10]}{i} plus {i * i}", str(i)) for i in range(count)]
+
+
+TEXTS = st.lists(st.sampled_from(["sum", "of", "2", "3", "x", "+", "Find", "find", " "]), min_size=1, max_size=7).map(
+    lambda words: " ".join(["what", *words])
+)
+PROBLEMS = st.lists(
+    st.builds(problem, TEXTS, st.sampled_from("12"), response=st.sampled_from([None, "a", "b"])), max_size=25
+)
+EVALUATION = st.lists(TEXTS, max_size=2).map(lambda texts: [("set", problem(text)) for text in texts])
+RULES = st.builds(
+    Rules,
+    seed=st.integers(0, 3),
+    sft_share=st.sampled_from([0.0, 0.1, 0.2, 1 / 3]),
+    duplicate_words=st.integers(1, 3),
+    duplicate_overlap=st.sampled_from([0.5, 0.8, 1.0]),
+    contamination_words=st.integers(2, 5),
+    contamination_overlap=st.sampled_from([0.0, 0.5]),
+)
+
+
+def outcome(problems: list[Problem], evaluation: list, rules: Rules) -> Prepared | str:
+    try:
+        return prepare(problems, evaluation, rules)
+    except SgpoError as error:
+        return str(error)
+
+
+@settings(max_examples=200)
+@given(PROBLEMS, EVALUATION, RULES, st.randoms(use_true_random=False))
+def test_the_sets_are_a_partition_that_no_order_of_the_lines_changes(
+    problems: list[Problem], evaluation: list, rules: Rules, chance: random.Random
+) -> None:
+    prepared = outcome(problems, evaluation, rules)
+    again = outcome(chance.sample(problems, len(problems)), evaluation, rules)
+    if isinstance(prepared, str) or isinstance(again, str):
+        assert prepared == again
+        assert "\n" not in str(prepared)
+        return
+    sets = (prepared.sft, prepared.validation, prepared.rl)
+    everywhere = [*contents(one for part in sets for one in part), *contents(one.problem for one in prepared.removed)]
+    assert Counter(everywhere) == Counter(contents(problems))
+    texts = [normalised(one.problem) for part in sets for one in part]
+    assert len(texts) == len(set(texts))
+    assert [contents(part) for part in sets] == [contents(part) for part in (again.sft, again.validation, again.rl)]
+    assert Counter(one.reason for one in prepared.removed) == Counter(one.reason for one in again.removed)
+    kept = len(texts)
+    assert len(prepared.sft) + len(prepared.validation) == round(rules.sft_share * kept)
+    assert all(one.response for one in [*prepared.sft, *prepared.validation])
+
+
+def test_a_third_and_a_tenth_of_it_as_the_paper_has_them() -> None:
+    prepared = prepare(others(900), [], Rules())
+    assert (len(prepared.sft), len(prepared.validation), len(prepared.rl), prepared.removed) == (270, 30, 600, [])
+
+
+def test_another_seed_draws_others_and_each_set_is_drawn_without_regard_to_the_others() -> None:
+    first, second = (prepare(others(900), [], Rules(seed=seed)) for seed in (0, 1))
+    both = {one.id for one in (*first.sft, *first.validation)} & {one.id for one in (*second.sft, *second.validation)}
+    assert 70 <= len(both) <= 130  # a third of a third of 900 is expected; the standard deviation is 7
+
+
+def test_a_further_problem_moves_hardly_any_other() -> None:
+    before, after = prepare(others(300), [], Rules()), prepare(others(303), [], Rules())
+    assert len({one.id for one in before.rl} & {one.id for one in after.rl}) >= 197
+
+
+def test_the_warm_up_takes_problems_with_a_response_alone() -> None:
+    few = [*others(6), *(problem(f"bare {i} of {i}", str(i), response=None) for i in range(12))]
+    prepared = prepare(few, [], Rules())
+    assert sorted(one.id for one in (*prepared.sft, *prepared.validation)) == sorted(one.id for one in others(6))
+
+
+def test_of_duplicates_the_one_with_response_and_strategy_stays() -> None:
+    texts = ("What is it?", "what  IS it?", "What\nis it?")
+    variants = [problem(texts[0], response=None), problem(texts[1], strategy="s"), problem(texts[2])]
+    prepared = prepare([*variants, *others(9)], [], Rules())
+    assert sorted(one.problem.id for one in prepared.removed) == sorted([texts[0], texts[2]])
+    assert {one.like.id for one in prepared.removed} == {texts[1]}
+    assert {one.reason for one in prepared.removed} == {"duplicate"}
+
+
+def test_duplicates_with_different_answers_are_told_apart() -> None:
+    prepared = prepare([problem("What?", "1"), problem("what?", "2"), *others(9)], [], Rules())
+    assert [one.reason for one in prepared.removed] == ["duplicate with another answer"]
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "removed"),
+    [
+        (LONG.format("how far do they walk in 3 days in all?"), "1", True),
+        (LONG.format("how far do they walk in 4 days in total?"), "1", False),  # another number
+        (LONG.format("how far do they walk in 3 days in all?"), "2", False),  # another answer
+        ("Something else with 3", "1", False),
+    ],
+)
+def test_near_duplicates_have_the_same_numbers_and_answer(text: str, answer: str, removed: bool) -> None:
+    first = problem(LONG.format("how far do they walk in 3 days in total?"), response="so", strategy="s")
+    prepared = prepare([first, problem(text, answer), *others(9)], [], Rules())
+    found = [(one.problem.problem, one.reason, one.like) for one in prepared.removed]
+    assert found == ([(text, "near-duplicate", first)] if removed else [])
+
+
+def test_contamination_is_found_in_either_direction_and_the_share_is_an_option() -> None:
+    evaluation = [("aime", problem(LONG.format("how far in 3 days?"))), ("math", problem("Compute 3 to the power 7"))]
+    taken = [
+        problem(LONG.format("what is the name of the dog, if the name of the river is nowhere written down at all?")),
+        problem("Please compute: 3 to the power 7, and halve it."),
+        problem("in 3 days?"),
+    ]
+    strict = prepare([*taken, *others(9)], evaluation, Rules())
+    assert {(one.problem.id, one.evaluation) for one in strict.removed} == {
+        (taken[0].id, "aime"), (taken[1].id, "math"), (taken[2].id, "aime")
+    }  # fmt: skip
+    assert all(one.shared in " ".join(words_of(one.problem.problem)) for one in strict.removed)
+    lax = prepare([*taken, *others(9)], evaluation, Rules(contamination_overlap=0.95))
+    assert {one.problem.id for one in lax.removed} == {taken[1].id, taken[2].id}
+
+
+# the command
+
+
+def record(one: Problem) -> dict[str, Any]:
+    return {"problem": one.problem, "answer": one.answer, "response": one.response, "level": 3}
+
+
+def write(path: Path, problems: list[Problem]) -> str:
+    path.write_text("".join(json.dumps(record(one)) + "\n" for one in problems))
+    return str(path)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_the_files_are_sources_of_tasks(tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path / "mine.jsonl", [*others(30), others(1)[0]])
+    known = write(tmp_path / "known.jsonl", [others(30)[29]])
+    out = tmp_path / "out"
+    assert main(["data", "prepare", file, "--out", str(out), "--benchmark", f"k={known}", "--format", suffix]) == 0
+    told = capsys.readouterr().out
+    assert "read 31 problems, removed 2\n  1 contamination\n  1 duplicate\n" in told
+    assert "columns that are not kept: level" in told
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["removed"] == {"contamination": 1, "duplicate": 1}
+    assert manifest["sources"][0]["ignored_columns"] == ["level"]
+    assert {name: one["problems"] for name, one in manifest["sets"].items()} == {
+        "sft": 9,
+        "sft-validation": 1,
+        "rl": 19,
+    }
+    texts = set()
+    for name, facts in manifest["sets"].items():
+        source = open_source("file", path=str(out / f"{name}.{suffix}"), held_out=0, seed=0)
+        problems = [source.training(i) for i in range(facts["problems"])]
+        assert sum(one.response is not None for one in problems) == facts["with_response"]
+        texts |= {one.problem for one in problems}
+    assert texts == {one.problem for one in others(29)}
+    duplicate, contamination = read(out / "removed.jsonl")
+    assert (duplicate["reason"], duplicate["like"]) == ("duplicate", f"{file}:1")
+    assert (contamination["benchmark"], contamination["source"], contamination["overlap"]) == ("k", f"{file}:30", 1.0)
+
+
+def test_the_same_words_write_the_same_bytes(tmp_path: Path) -> None:
+    file = write(tmp_path / "mine.jsonl", others(30))
+    for name in ("one", "two"):
+        assert main(["data", "prepare", file, "--out", str(tmp_path / name), "--seed", "5"]) == 0
+    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert names == ["manifest.json", "removed.jsonl", "rl.jsonl", "sft-validation.jsonl", "sft.jsonl"]
+    assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in names)
+
+
+def test_without_a_warm_up_all_is_for_rl_and_a_dry_run_writes_nothing(tmp_path: Path) -> None:
+    file = write(tmp_path / "mine.jsonl", others(5))
+    words = ["data", "prepare", file, "--out", str(tmp_path / "out"), "--sft-share", "0"]
+    assert main([*words, "--dry-run"]) == 0
+    assert not (tmp_path / "out").exists()
+    assert main(words) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["manifest.json", "removed.jsonl", "rl.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("count", "words", "parts"),
+    [
+        (30, ["--sft-share", "1"], ["--sft-share", "below 1", "1.0"]),
+        (30, ["--validation-share", "0"], ["--validation-share", "(0, 1)", "0"]),
+        (30, ["--duplicate-overlap", "1.5"], ["--duplicate-overlap", "(0, 1]", "1.5"]),
+        (30, ["--duplicate-words", "0"], ["--duplicate-words", "at least 1", "0"]),
+        (30, ["--contamination-overlap", "1"], ["--contamination-overlap", "below 1", "1.0"]),
+        (30, ["--contamination-words", "0"], ["--contamination-words", "at least 1", "0"]),
+        (30, ["--benchmark", "math500"], ["--benchmark 'math500'", "NAME=FILE"]),
+        (30, ["--benchmark", "m=none.jsonl"], ["none.jsonl", "no such file"]),
+        (3, [], ["--sft-share 0.333", "1 for the warm-up", "--sft-share 0"]),
+        (0, [], ["0 problems"]),
+    ],
+)
+def test_a_mistake_is_one_line(
+    tmp_path: Path, count: int, words: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "mine.jsonl", others(count))
+    assert main(["data", "prepare", file, "--out", str(tmp_path / "out"), *words]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and told.count("\n") == 1
+    assert all(part in told for part in parts), told
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_few_responses_name_the_share_that_would_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bare = [problem(f"bare {i} of {i}", str(i), response=None) for i in range(20)]
+    file = write(tmp_path / "mine.jsonl", [*others(4), *bare])
+    words = ["data", "prepare", file, "--out", str(tmp_path / "out")]
+    assert main(words) == 2
+    told = capsys.readouterr().err
+    assert "8 of 24 problems are for the warm-up, but only 4 have a response" in told
+    share = told.rstrip().rpartition(" ")[2]
+    assert main([*words, "--sft-share", share]) == 0
+
+
+def test_results_are_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["data", "prepare", write(tmp_path / "mine.jsonl", others(30)), "--out", str(tmp_path / "out")]
+    assert main(words) == 0
+    assert main(words) == 2
+    assert "there are results already" in capsys.readouterr().err
