@@ -15,7 +15,8 @@ def given(**others: object) -> Assumptions:
     return Assumptions(
         **{  # type: ignore[arg-type]
             "generate_tokens_per_s": 100.0, "train_tokens_per_s": 50.0, "completion_tokens": 20.0,
-            "prompt_tokens": 10.0, "strategy_tokens": 30.0, "response_tokens": 50.0, "sft_problems": 7, "sft_validation": 3,
+            "prompt_tokens": 10.0, "strategy_tokens": 30.0, "response_tokens": 50.0,
+            "sft_problems": 7, "sft_validation": 3,
             "benchmarks": {"a": (4, 2), "b": (1, 5)},
         } | others
     )  # fmt: skip
