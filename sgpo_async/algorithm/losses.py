@@ -84,7 +84,7 @@ def shaped_loss(log_pi: Tensor, mask: Tensor, *, gamma: float = 0.1) -> Tensor:
 
     The ratio to the demonstration's own policy, whose probabilities are unknown and taken as 1, is pi itself. f lifts
     the small ones: the gradient of a token is gamma p / (p + gamma)^2 that of its log p, largest at p = gamma, where
-    that of the bare ratio is p. There is no clip. Source: https://arxiv.org/abs/2504.14945, section 3.3.
+    that of the bare ratio is p. There is no clip. Source: https://arxiv.org/abs/2504.14945v1, Eq. 5 to 8.
 
     Args:
         log_pi: [N, T], log-probability of each given token, with gradient.

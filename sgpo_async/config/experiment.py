@@ -1,7 +1,7 @@
 """An experiment file: which methods are compared, in which settings, with which seeds.
 
     name: methods
-    config: ../demo.yaml                      # what every trial begins with; relative to this file
+    config: run.yaml                          # what every trial begins with, beside this file; may be missing
     common: {steps: 96}                       # laid over it, as are setting, method and learning rate, in this order
     bases: {sparse: {p_true: 0.35, p_favourite: 0.57, start: builtin:cues, steps: 300}}
     settings: {2 %: {}, 0.5 %: {model.path: base:sparse}}
@@ -57,6 +57,7 @@ class Tune:
 
     rates: list[float] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [100])
+    setting: str = ""  # the one in which they are tried, for all settings; default: each has its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,7 @@ class Experiment:
 
     name: str
     title: str = ""
-    config: str
+    config: str = ""
     common: Words = field(default_factory=dict)
     bases: dict[str, Base] = field(default_factory=dict)
     settings: dict[str, Words] = field(default_factory=dict)  # none: one, without a name
@@ -78,6 +79,12 @@ class Experiment:
         require(bool(self.methods), "methods", "names at least one", self.methods)
         require(bool(self.seeds), "seeds", "names at least one", self.seeds)
         settings = set(self.settings) or {""}
+        require(
+            self.tune.setting in settings | {""},
+            "tune.setting",
+            f"is one of the settings ({', '.join(sorted(settings))})",
+            self.tune.setting,
+        )
         for name, words in self.methods.items():
             for key, value in words.items():
                 require(
@@ -133,7 +140,9 @@ def load_experiment(path: str | Path) -> Experiment:
         raise ConfigError(f"{path}: {error}") from None
     assert isinstance(experiment, Experiment)
     experiment = replace(
-        experiment, config=str(path.parent / experiment.config), settings=experiment.settings or {"": {}}
+        experiment,
+        config=experiment.config and str(path.parent / experiment.config),
+        settings=experiment.settings or {"": {}},
     )
     for setting in experiment.settings:
         for method in experiment.methods:

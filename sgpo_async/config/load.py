@@ -31,11 +31,11 @@ class _Loader(yaml.SafeLoader):
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     """Read the YAML file at `path`, lay overrides over it in their order, validate, return the run.
 
-    An override is `key=value`, or another YAML file, e.g. configs/paper.yaml.
+    An empty path stands for the defaults. An override is `key=value`, or another YAML file, e.g. configs/paper.yaml.
 
     Raises ConfigError, one line: the place (file or word), the key path, the rule, the value, the nearest valid key.
     """
-    layers = [(str(path), read_yaml(Path(path)))]
+    layers = [(str(path), read_yaml(Path(path)))] if path else []
     for word in overrides:
         if "=" not in word and word.endswith((".yaml", ".yml")):
             layers.append((word, read_yaml(Path(word))))

@@ -94,9 +94,10 @@ class Correction:
 
 @dataclass(frozen=True, kw_only=True)
 class Algorithm:
-    """What is trained, with the paper's SGPO (arXiv 2606.24064) as the default; docs/algorithm.md has every equation.
+    """What is trained; docs/algorithm.md has every equation and explains the defaults.
 
-    A key of something that is not in use is not read: no distillation, no teacher; `divergence=sft`, no limiter.
+    The default is anchored SGPO: the paper's (arXiv 2606.24064) with a frozen teacher, nothing masked, and twice its
+    alpha. configs/paper.yaml, laid over a configuration, makes it the paper's. A key of something that is not in use is not read: no distillation, no teacher; `divergence=sft`, no limiter.
     """
 
     objective: Literal["sgpo", "grpo", "sft", "luffy", "hpt"] = "sgpo"
@@ -108,15 +109,16 @@ class Algorithm:
     # sgpo: what pulls the student to the target, and which target; sft is the plain likelihood of its tokens
     divergence: Literal["forward", "reverse", "jensen-shannon", "sft"] = "forward"  # Eq. 3: forward
     target: Literal["reachable", "all"] = "reachable"  # Eq. 4; all: the mean over all correct guided rollouts (Eq. 2)
-    limiter: Literal["mask", "clamp", "smooth", "quantile", "none"] = "mask"  # Eq. 5: d_t > delta is masked
+    limiter: Literal["mask", "clamp", "smooth", "quantile", "none"] = "none"  # mask: Eq. 5, d_t > delta is masked
     delta: float = 1.0
     quantile: float = 0.95  # limiter=quantile: larger d_t than this quantile of their own target are masked
-    # A product of factors of up to c grows with c^T; with c = 1, as in V-trace, no prefix weighs more than 1.
-    kl_correction: Correction = field(default_factory=lambda: Correction(mode="prefix", bound=1.0))
+    # Towards the teacher's distribution of Eq. 3. In mode prefix a product of factors of up to c grows with c^T; with
+    # c = 1, as in V-trace, no prefix weighs more than 1.
+    kl_correction: Correction = field(default_factory=lambda: Correction(mode="none", bound=1.0))
 
     # sgpo: whose guided distribution is distilled. self: the present weights (Eq. 3); ema: their running average;
     # snapshot: a copy of them that is renewed now and then; frozen: the weights that the run began with
-    teacher: Literal["self", "ema", "snapshot", "frozen"] = "self"
+    teacher: Literal["self", "ema", "snapshot", "frozen"] = "frozen"
     teacher_decay: float = 0.99  # ema: share of the average that a step keeps
     teacher_every: int = 20  # snapshot: steps between two copies
     teacher_dtype: Literal["float32", "bfloat16"] = "float32"  # of the copy; ema needs float32
@@ -124,9 +126,9 @@ class Algorithm:
     # sgpo: alpha(q), how much is distilled
     weight: Literal["adaptive", "fixed", "group-advantage"] = "adaptive"  # Eq. 6, `alpha` as it is, or Eq. 8
     alpha: float = 1.0  # weight=fixed
-    alpha0: float = 0.5
+    alpha0: float = 1.0  # the paper: 0.5
     gamma: float = 0.1
-    alpha_max: float = 0.8
+    alpha_max: float = 1.6  # the paper: 0.8
     # Of Eq. 6: means over the rollouts as they were sampled, or corrected to the present weights, for a forward more.
     pass_rates: Literal["observed", "corrected"] = "observed"
     guide_gate: float = 0.0  # a problem is distilled if its guided pass rate, as observed, is at least this

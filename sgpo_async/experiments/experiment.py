@@ -11,7 +11,7 @@ from typing import Any
 
 from sgpo_async import __version__
 from sgpo_async.config.experiment import BASE, Experiment, load_experiment
-from sgpo_async.experiments.plan import Trial, bases_in_order, best_rates, check_budget, final, tuning
+from sgpo_async.experiments.plan import Trial, base_levels, best_rates, check_budget, final, tuning
 from sgpo_async.experiments.pool import Pool
 from sgpo_async.experiments.tables import write_tables
 from sgpo_async.experiments.work import BaseJob, TrialJob, make_base, run_trial
@@ -55,27 +55,27 @@ class _Runner:
 
     def __init__(self, experiment: Experiment, out: Path, *, in_time: Callable[[], bool]) -> None:
         self.experiment, self.folder, self._in_time = experiment, out / experiment.name, in_time
-        self._bases = out / "bases"
-        self._files = self.folder / "results"
-        self._bases.mkdir(parents=True, exist_ok=True)
-        self._files.mkdir(parents=True, exist_ok=True)
+        self._bases, self._files = out / "bases", out / "results"
+        for place in (self.folder, self._bases, self._files):
+            place.mkdir(parents=True, exist_ok=True)
         self.results: dict[str, Mapping[str, Any]] = {
             file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(self._files.glob("*.json"))
         }
 
     def make_bases(self, pool: Pool) -> None:
         """Make the base policies that are not there, each after the one that it starts from."""
-        for name in bases_in_order(self.experiment):
-            folder = self._base(name)
-            if folder.exists():
-                continue
-            base = self.experiment.bases[name]
-            start = self._model(base.start)
-            words = self.experiment.words(base.train, {"model.path": start} if base.train else {})
-            job = BaseJob(name, base, start, str(folder), self.experiment.config, words)
-            for _, rates in pool.run(make_base, [job]):
-                write_whole(folder / "base.json", to_json({"recipe": asdict(base), "pass_rates": rates}))
-                _say(f"base {name}: {_percent(rates['auto'])} alone, {_percent(rates['guided'])} guided")
+        for names in base_levels(self.experiment):
+            jobs = [self._base_job(name) for name in names if not self._base(name).exists()]
+            for job, rates in pool.run(make_base, jobs):
+                recipe = asdict(self.experiment.bases[job.name])
+                write_whole(self._base(job.name) / "base.json", to_json({"recipe": recipe, "pass_rates": rates}))
+                _say(f"base {job.name}: {_percent(rates['auto'])} alone, {_percent(rates['guided'])} guided")
+
+    def _base_job(self, name: str) -> BaseJob:
+        base = self.experiment.bases[name]
+        start = self._model(base.start)
+        words = self.experiment.words(base.train, {"model.path": start} if base.train else {})
+        return BaseJob(name, base, start, str(self._base(name)), self.experiment.config, words)
 
     def do(self, pool: Pool, trials: Sequence[Trial], what: str) -> None:
         """Run those of `trials` that have no result."""
@@ -86,7 +86,7 @@ class _Runner:
         results = pool.run(run_trial, [self._job(trial) for trial in missing], while_=self._in_time)
         for done, (job, result) in enumerate(results, 1):
             trial = by_id[job.id]
-            record = {"version": __version__, **asdict(trial), **result}
+            record = {"version": __version__, "words": trial.words, "rate": trial.rate, **result}
             write_whole(self._files / f"{job.id}.json", to_json(record) + "\n")
             self.results[job.id] = record
             left = (time.monotonic() - began) / done * (len(missing) - done)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from sgpo_async.config.experiment import BASE, Experiment
+from sgpo_async.config.experiment import BASE, Base, Experiment
+from sgpo_async.config.load import read_yaml
 from sgpo_async.config.schema import Run, require
 
 Result = Mapping[str, Any]
@@ -18,19 +21,20 @@ Result = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One run of one method in one setting. Its identity is what it computes: renaming a method repeats nothing."""
+    """One run of one method in one setting."""
 
     setting: str
     method: str
     rate: float
     seed: int
+    config: str  # the file that the words are laid over, or empty
     words: tuple[str, ...]
 
-    @property
+    @cached_property
     def id(self) -> str:
-        """Name of its result, readable and unique."""
-        digest = hashlib.blake2b(json.dumps(self.words).encode(), digest_size=4).hexdigest()
-        return f"{slug(f'{self.setting} {self.method}')}-{self.rate:g}-s{self.seed}-{digest}"
+        """Name of its result: a digest of what is computed. Another name, or another experiment, repeats nothing."""
+        beneath = read_yaml(Path(self.config)) if self.config else {}
+        return hashlib.blake2b(json.dumps([beneath, self.words]).encode(), digest_size=8).hexdigest()
 
 
 def slug(name: str) -> str:
@@ -48,7 +52,14 @@ def trial(experiment: Experiment, cell: tuple[str, str], *, rate: float | None, 
     setting, method = cell
     own = {"seed": seed} if rate is None else {"seed": seed, "optim.lr": rate}
     words = experiment.words(experiment.keys(setting, method), own)
-    return Trial(setting=setting, method=method, rate=experiment.run(words).optim.lr, seed=seed, words=words)
+    return Trial(
+        setting=setting,
+        method=method,
+        rate=experiment.run(words).optim.lr,
+        seed=seed,
+        config=experiment.config,
+        words=words,
+    )
 
 
 def tuned(experiment: Experiment, cell: tuple[str, str]) -> bool:
@@ -59,16 +70,16 @@ def tuned(experiment: Experiment, cell: tuple[str, str]) -> bool:
 def tuning(experiment: Experiment) -> list[Trial]:
     """One trial per cell, rate and tuning seed."""
     return [
-        trial(experiment, cell, rate=rate, seed=seed)
-        for cell in cells(experiment)
+        trial
+        for cell in dict.fromkeys(_tuning_cell(experiment, cell) for cell in cells(experiment))
         if tuned(experiment, cell)
-        for rate in experiment.tune.rates
-        for seed in experiment.tune.seeds
+        for trials in _tried(experiment, cell).values()
+        for trial in trials
     ]
 
 
 def best_rates(experiment: Experiment, results: Mapping[str, Result]) -> dict[tuple[str, str], float | None]:
-    """Each cell's learning rate of the highest last validation pass rate; the lower of equals. None: not tuned.
+    """Each cell's learning rate of the highest validation pass rate; the lower of equals. None: not tuned.
 
     Cells whose tuning is not complete are left out.
     """
@@ -77,14 +88,21 @@ def best_rates(experiment: Experiment, results: Mapping[str, Result]) -> dict[tu
         if not tuned(experiment, cell):
             chosen[cell] = None
             continue
-        tried = {
-            rate: [trial(experiment, cell, rate=rate, seed=seed).id for seed in experiment.tune.seeds]
-            for rate in experiment.tune.rates
-        }
-        if all(name in results for names in tried.values() for name in names):
-            scores = {rate: fmean(validation(results[name]) for name in names) for rate, names in tried.items()}
+        tried = _tried(experiment, _tuning_cell(experiment, cell))
+        if all(trial.id in results for trials in tried.values() for trial in trials):
+            scores = {rate: fmean(validation(results[trial.id]) for trial in trials) for rate, trials in tried.items()}
             chosen[cell] = max(sorted(scores), key=lambda rate: scores[rate])
     return chosen
+
+
+def _tuning_cell(experiment: Experiment, cell: tuple[str, str]) -> tuple[str, str]:
+    """Where the learning rate of `cell` is found."""
+    return experiment.tune.setting or cell[0], cell[1]
+
+
+def _tried(experiment: Experiment, cell: tuple[str, str]) -> dict[float, list[Trial]]:
+    tune = experiment.tune
+    return {rate: [trial(experiment, cell, rate=rate, seed=seed) for seed in tune.seeds] for rate in tune.rates}
 
 
 def final(experiment: Experiment, rates: Mapping[tuple[str, str], float | None]) -> list[Trial]:
@@ -126,17 +144,18 @@ def budget(run: Run) -> int:
     return run.steps * run.learner.problems_per_step * run.rollout.size
 
 
-def bases_in_order(experiment: Experiment) -> Sequence[str]:
-    """Names of the bases, each after the one that it starts from."""
-    order: list[str] = []
+def base_levels(experiment: Experiment) -> list[list[str]]:
+    """Names of the bases, level by level: each starts from one of an earlier level, or from none."""
+    levels: list[list[str]] = []
+    left, made = dict(experiment.bases), set[str]()
+    while left:
+        level = [name for name, base in left.items() if _start(base) not in experiment.bases or _start(base) in made]
+        require(bool(level), "bases", "do not start from each other in a circle", ", ".join(left))
+        levels.append(level)
+        made |= set(level)
+        left = {name: base for name, base in left.items() if name not in made}
+    return levels
 
-    def add(name: str) -> None:
-        start = experiment.bases[name].start
-        if start.startswith(BASE):
-            add(start.removeprefix(BASE))
-        if name not in order:
-            order.append(name)
 
-    for name in experiment.bases:
-        add(name)
-    return order
+def _start(base: Base) -> str:
+    return base.start.removeprefix(BASE) if base.start.startswith(BASE) else ""

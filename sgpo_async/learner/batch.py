@@ -59,7 +59,6 @@ class Batch:
     version: int  # of the weights that are trained; lag of a token = this - its own
     sequences: Sequences
     figures: tuple[Mapping[str, float], ...]  # of each task, some of FIGURES
-
     forward_only: int  # tokens that run through a forward without gradient: the teacher's, corrected pass rates'
 
     @property

@@ -10,8 +10,8 @@ all of a small model, embedding and output matrix of a large one. Every teacher 
 the guided prompts and targets.
 
 An average is kept in float32: a step moves it by 1 - d of its distance from the policy. With d = 0.99 that is less than
-2^-9 of the value, which bfloat16 rounds away, wherever the distance is below a fifth of it: it would stand still.
-A snapshot or a frozen copy in bfloat16 loses nothing but the rounding of the weights themselves.
+2^-9 of the value, which bfloat16 rounds away, wherever the distance is below a fifth of the value, so that it would
+stand still. A snapshot or a frozen copy in bfloat16 loses nothing but the rounding of the weights themselves.
 """
 
 from __future__ import annotations

@@ -95,18 +95,18 @@ def test_an_experiment_killed_in_the_middle_goes_on_and_repeats_nothing(tmp_path
     folder, command = experiment(tmp_path)
     with subprocess.Popen(command, start_new_session=True) as process:
         deadline = time.monotonic() + 400
-        while len(list(folder.glob("results/*.json"))) < 3 and time.monotonic() < deadline:
+        while len(list(tmp_path.glob("results/*.json"))) < 3 and time.monotonic() < deadline:
             assert process.poll() is None
             time.sleep(0.2)
         os.killpg(process.pid, signal.SIGKILL)
-    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("results/*.json")}
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("results/*.json")}
     assert 3 <= len(before) < 16
 
     subprocess.run(command, check=True, timeout=400)
-    after = {path.name: path.stat().st_mtime_ns for path in folder.glob("results/*.json")}
+    after = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("results/*.json")}
     assert len(after) == 8 + 8  # tuning: 4 cells x 2 rates; trials: 4 cells x 2 seeds
     assert {name: after[name] for name in before} == before
-    assert not list(folder.glob("results/.*"))
+    assert not list(tmp_path.glob("results/.*"))
     assert json.loads((tmp_path / "bases" / "warm" / "base.json").read_text())["pass_rates"].keys() == {
         "auto",
         "guided",

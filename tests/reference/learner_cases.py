@@ -1,6 +1,7 @@
 """Shards to train on, tiny models and learners, for the learner's tests."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from sgpo_async.config.schema import Algorithm, Hub, Learner, Local, Optim, Run
+from sgpo_async.config.schema import Algorithm, Correction, Hub, Learner, Local, Optim, Run
 from sgpo_async.config.schema import Rollout as Sizes
 from sgpo_async.learner import optimiser
 from sgpo_async.learner.policy import Policy, shard
@@ -18,6 +19,13 @@ from sgpo_async.learner.teacher import Teacher
 from sgpo_async.wire.records import Rollout, Shard
 
 VOCABULARY = 13
+PAPER: dict[str, Any] = {  # the paper's setting, and the correction of a prefix towards its self-teacher
+    "teacher": "self",
+    "limiter": "mask",
+    "alpha0": 0.5,
+    "alpha_max": 0.8,
+    "kl_correction": Correction(mode="prefix", bound=1.0),
+}
 
 
 def tiny_model(*, tied: bool = False, seed: int = 0, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
@@ -43,7 +51,7 @@ def settings(*, ranks: int = 1, row_tokens: int = 40, temperature: float = 1.0, 
     return Run(
         steps=8,
         rollout=Sizes(autonomous=4, guided=3, temperature=temperature),
-        algorithm=Algorithm(**algorithm),
+        algorithm=Algorithm(**(PAPER | algorithm)),
         optim=Optim(lr=1e-2, warmup_steps=2),
         learner=Learner(problems_per_step=4, row_tokens=row_tokens),
         hub=Hub(max_lag=2),

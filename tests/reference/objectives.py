@@ -1,8 +1,8 @@
 """The loss of every objective taken sequence by sequence: one forward each, full logits, weights by plain loops.
 
-Transcribed from the papers: SGPO https://arxiv.org/abs/2606.24064, LUFFY https://arxiv.org/abs/2504.14945 (Eq. 4 and
-section 3.3), HPT https://arxiv.org/abs/2509.04419. What the papers hold constant, sg[.], is taken of the model `at`, so
-that the loss may be differentiated by automatic means and by differences.
+Transcribed from the papers: SGPO https://arxiv.org/abs/2606.24064, LUFFY https://arxiv.org/abs/2504.14945v1 (Eq. 4, 5),
+HPT https://arxiv.org/abs/2509.04419. What the papers hold constant, sg[.], is taken of the model `at`, so that the loss
+may be differentiated by automatic means and by differences.
 """
 
 import math

@@ -9,7 +9,7 @@ import yaml
 
 from sgpo_async.config.experiment import load_experiment
 from sgpo_async.errors import ConfigError
-from sgpo_async.experiments.plan import bases_in_order, best_rates, cells, check_budget, final, tuning, validation
+from sgpo_async.experiments.plan import base_levels, best_rates, cells, check_budget, final, tuning, validation
 from sgpo_async.experiments.statistics import interval
 from sgpo_async.experiments.tables import third, write_tables
 
@@ -53,7 +53,7 @@ def test_every_shipped_experiment_is_whole_and_fair(path: Path) -> None:
     experiment = load_experiment(path)
     assert check_budget(experiment) > 0
     assert len({trial.id for trial in tuning(experiment)}) == len(tuning(experiment))
-    assert set(bases_in_order(experiment)) == set(experiment.bases)
+    assert {name for level in base_levels(experiment) for name in level} == set(experiment.bases)
 
 
 def test_layers_lie_over_each_other_and_a_rate_of_its_own_is_not_tuned(tmp_path: Path) -> None:
@@ -79,6 +79,22 @@ def test_the_best_rate_is_the_best_in_the_mean_and_needs_all_of_its_trials(tmp_p
     del results[tried[-1].id]
     assert ("calm", "SGPO") not in best_rates(experiment, results)
     assert {best_rates(experiment, results)[setting, "fixed"] for setting in ("calm", "stale")} == {None}
+
+
+def test_rates_may_be_found_in_one_setting_for_all(tmp_path: Path) -> None:
+    experiment = load_experiment(write(tmp_path, SMALL | {"tune": SMALL["tune"] | {"setting": "calm"}}))
+    tried = tuning(experiment)
+    assert {trial.setting for trial in tried} == {"calm"}
+    assert len(tried) == 2 * 2 * 2  # methods to tune x rates x seeds
+    found = best_rates(experiment, {trial.id: result(0.0, trial.rate) for trial in tried})
+    assert found["calm", "SGPO"] == found["stale", "SGPO"] == 1e-3
+
+
+def test_what_two_experiments_have_in_common_is_one_trial(tmp_path: Path) -> None:
+    one = load_experiment(write(tmp_path, SMALL))
+    moved = SMALL | {"common": {"local.ranks": 1}, "settings": {"quiet": {"steps": 6}}, "methods": {"ours": {}}}
+    other = load_experiment(write(tmp_path, moved))
+    assert {t.id for t in tuning(other)} < {t.id for t in tuning(one)}
 
 
 def test_final_trials_use_the_rates_and_share_nothing_with_tuning(tmp_path: Path) -> None:
@@ -111,6 +127,7 @@ def test_a_method_with_more_samples_is_refused(tmp_path: Path) -> None:
         ({"methods": {"SGPO": {"model.path": "base:none"}}}, "model.path: names one of the bases"),
         ({"bases": {"warm": {"start": "base:none"}}}, r"bases\.warm\.start: names another base"),
         ({"seeds": []}, "seeds: names at least one"),
+        ({"tune": {"setting": "cold"}}, r"tune\.setting: is one of the settings \(calm, stale\)"),
     ],
 )
 def test_mistakes_are_one_line_with_the_place(tmp_path: Path, change: dict[str, Any], says: str) -> None:
@@ -119,6 +136,18 @@ def test_mistakes_are_one_line_with_the_place(tmp_path: Path, change: dict[str, 
         load_experiment(path)
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
+
+
+def test_bases_come_after_what_they_start_from(tmp_path: Path) -> None:
+    bases = {"last": {"start": "base:middle"}, "middle": {"start": "base:first"}, "first": {}, "other": {}}
+    assert base_levels(load_experiment(write(tmp_path, SMALL | {"bases": bases}))) == [
+        ["first", "other"],
+        ["middle"],
+        ["last"],
+    ]
+    circle = {"a": {"start": "base:b"}, "b": {"start": "base:a"}}
+    with pytest.raises(ConfigError, match="in a circle"):
+        base_levels(load_experiment(write(tmp_path, SMALL | {"bases": circle})))
 
 
 def test_a_rate_is_judged_by_the_end_of_its_curve() -> None:

@@ -1,14 +1,15 @@
 """LUFFY: the demonstration as one more member of the group, its policy gradient shaped.
 
-Source: Yan et al., "Learning to Reason under Off-Policy Guidance", https://arxiv.org/abs/2504.14945. Eq. 4 there, with
-the shaping of its section 3.3 in place of the off-policy clip, as a loss:
+Source: Yan et al., "Learning to Reason under Off-Policy Guidance", https://arxiv.org/abs/2504.14945v1. Its mixed-policy
+GRPO (Eq. 4) with policy shaping (Eq. 5), as a loss:
 
     L = -1/Z ( sum_t f(pi(y_t)) A_y + sum_i sum_t clipped(r_it, A_i) )     f(p) = p/(p + gamma), Z = |y| + sum_i |o_i|
 
 Advantages are standardised over the rollouts and the demonstration y together, R(y) = 1; the behaviour probability of y
-is taken as 1. One Z divides all tokens of the group, so a long sequence weighs more than in GRPO: of a sequence whose
-loss is a mean over its tokens the weight is |o|/Z. The authors' own runs drop std and Z, as Dr. GRPO does; this is the
-paper's equation.
+is taken as 1, and its ratio is not clipped. One Z divides all tokens of the group, so a long sequence weighs more than
+in GRPO: of a sequence whose loss is a mean over its tokens the weight is |o|/Z. The authors' training script drops std
+and Z, as Dr. GRPO does, and the clip of rollouts, which one optimiser step per batch never reaches; this is the paper's
+equation.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """SGPO: GRPO on the autonomous rollouts, and guided successes distilled (Eq. 7 of arXiv 2606.24064).
 
-target k:   plain prompt + o+  (student)      weight alpha(q)/P, or alpha(q)/(P n) of each of n targets
-            guided prompt + o+ (teacher)      no gradient
+    target k:   plain prompt + o+  (student)      weight alpha(q)/P, or alpha(q)/(P n) of each of n targets
+                guided prompt + o+ (teacher)      no gradient
+
+With alpha(q) = 0 it is GRPO, exactly.
 """
 
 from __future__ import annotations
