@@ -9,6 +9,7 @@ servers        engine.kind=sglang, in place of the first three: a bare load on t
 
 measure.py starts each setting as processes of its own and reads one JSON line from each
 worker_*.py are those processes; rollouts.py makes groups without a hub
+cost.py tells a whole run's GPU-hours from such figures, by arithmetic
 """
 
 from sgpo_async.bench.measure import run_bench
