@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -26,7 +27,7 @@ class Pool:
         os.environ["OMP_NUM_THREADS"] = "1"  # of the children; set before they load anything
         context = multiprocessing.get_context("spawn")
         self._workers = workers
-        self._executor = ProcessPoolExecutor(workers, mp_context=context)
+        self._executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_leave_interrupts_to_the_parent)
 
     def run(
         self, work: Callable[[Job], Result], jobs: Sequence[Job], *, while_: Callable[[], bool] = lambda: True
@@ -51,6 +52,10 @@ class Pool:
 
     def close(self) -> None:
         """End the workers; running jobs are abandoned."""
-        for process in list(self._executor._processes.values()):
+        for process in list(self._executor._processes.values()):  # Python 3.14 has terminate_workers
             process.terminate()
         self._executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _leave_interrupts_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
