@@ -81,6 +81,11 @@ def prepare(problems: Sequence[Problem], evaluation: Sequence[tuple[str, Problem
     kept, same = without_duplicates(problems)
     kept, near = without_near_duplicates(kept, rules)
     kept, known = without_contamination(kept, evaluation, rules)
+    if not kept:
+        raise DataError(
+            f"of {len(problems)} problems none is left: {len(same) + len(near)} repeat others, {len(known)} are of "
+            "--benchmark; give more problems"
+        )
     sft, validation, rl = split(kept, rules)
     return Prepared(sft=sft, validation=validation, rl=rl, removed=[*same, *near, *known])
 

@@ -224,7 +224,7 @@ def test_without_a_warm_up_all_is_for_rl_and_a_dry_run_writes_nothing(tmp_path: 
         (30, ["--benchmark", "math500"], ["--benchmark 'math500'", "NAME=FILE"]),
         (30, ["--benchmark", "m=none.jsonl"], ["none.jsonl", "no such file"]),
         (3, [], ["--sft-share 0.333", "1 for the warm-up", "--sft-share 0"]),
-        (0, [], ["0 problems"]),
+        (0, [], ["of 0 problems none is left"]),
     ],
 )
 def test_a_mistake_is_one_line(
