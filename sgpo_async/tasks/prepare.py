@@ -54,7 +54,7 @@ class Removed:
 
     problem: Problem
     reason: Reason
-    like: Problem  # which it repeats: one that was kept, or one of an evaluation set
+    like: Problem  # which it repeats: one that this rule kept (a later one may not), or one of an evaluation set
     evaluation: str = ""  # the name of that set
     overlap: float = 1.0
     shared: str = ""  # a run of words that both have
@@ -81,6 +81,11 @@ def prepare(problems: Sequence[Problem], evaluation: Sequence[tuple[str, Problem
     kept, same = without_duplicates(problems)
     kept, near = without_near_duplicates(kept, rules)
     kept, known = without_contamination(kept, evaluation, rules)
+    if not kept:
+        raise DataError(
+            f"of {len(problems)} problems none is left: {len(same) + len(near)} repeat others, {len(known)} are of "
+            "--benchmark; give more problems"
+        )
     sft, validation, rl = split(kept, rules)
     return Prepared(sft=sft, validation=validation, rl=rl, removed=[*same, *near, *known])
 
@@ -148,7 +153,7 @@ def without_contamination(
 def split(problems: Sequence[Problem], rules: Rules) -> tuple[list[Problem], list[Problem], list[Problem]]:
     """Warm-up without its validation, validation, and RL, each in its own order. Raises DataError if one were empty.
 
-    The warm-up's are drawn from the problems with a response; without a response or a share, there is no warm-up.
+    The warm-up's are drawn from the problems with a response. A share of 0 is no warm-up.
     """
     answered = sorted((one for one in problems if one.response), key=_chance(rules.seed, "sft"))
     count = round(rules.sft_share * len(problems))

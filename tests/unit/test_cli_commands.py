@@ -61,6 +61,18 @@ def test_the_commands_are_listed() -> None:
         assert f"  {command}" in answer.stdout
 
 
+def test_data_are_prepared_without_torch(tmp_path: Path) -> None:
+    file = tmp_path / "problems.jsonl"
+    file.write_text("".join(f'{{"problem": "{word}", "answer": "1", "response": "so"}}\n' for word in "abcdefghi"))
+    words = ["data", "prepare", str(file), "--out", str(tmp_path / "out")]
+    answer = sgpo(*words, "--benchmark", f"own={file}")
+    assert (answer.returncode, answer.stdout) == (2, "")
+    assert "of 9 problems none is left: 0 repeat others, 9 are of --benchmark" in answer.stderr
+    answer = sgpo(*words)
+    assert answer.returncode == 0, answer.stderr
+    assert "rl: 6 problems" in answer.stdout
+
+
 @pytest.mark.parametrize("command", ["local", "learner", "hub", "bench", "evaluate"])
 def test_a_dry_run_prints_a_configuration_that_can_be_loaded_again(command: str, tmp_path: Path) -> None:
     answer = sgpo(command, DEMO, "--dry-run", "optim.lr=0.25", "local.actors=3")
@@ -139,6 +151,9 @@ def test_launch_files_call_the_same_commands(name: str, tmp_path: Path) -> None:
     assert answer.stdout.startswith(f"usage: sgpo-async {name}")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+WHOLE = sorted({*(ROOT / "configs").glob("*.yaml")} - {ROOT / "configs" / "paper.yaml"})  # that one lies over others
+
+
+@pytest.mark.parametrize("path", WHOLE, ids=lambda path: path.stem)
 def test_every_shipped_configuration_is_whole(path: Path) -> None:
     assert load(path).name == yaml.safe_load(path.read_text())["name"]

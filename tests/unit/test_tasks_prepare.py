@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sgpo_async.cli.main import main
+from sgpo_async.config import load
 from sgpo_async.errors import SgpoError
 from sgpo_async.tasks.base import Problem
+from sgpo_async.tasks.demonstrated import demonstrated
 from sgpo_async.tasks.overlap import normalised, words_of
 from sgpo_async.tasks.prepare import Prepared, Rules, prepare
 from sgpo_async.tasks.sources import open_source
@@ -33,20 +35,22 @@ def others(count: int) -> list[Problem]:
     return [problem(f"{'abcdefghij'[i % 10]}{i} plus {i * i}", str(i)) for i in range(count)]
 
 
-TEXTS = st.lists(st.sampled_from(["sum", "of", "2", "3", "x", "+", "Find", "find", " "]), min_size=1, max_size=7).map(
-    lambda words: " ".join(["what", *words])
-)
+TEXTS = st.lists(
+    st.sampled_from(["sum", "of", "2", "3", "4", "x", "y", "+", "Find", "find", " "]), min_size=2, max_size=8
+).map(lambda words: " ".join(["what", *words]))
 PROBLEMS = st.lists(
-    st.builds(problem, TEXTS, st.sampled_from("12"), response=st.sampled_from([None, "a", "b"])), max_size=25
+    st.builds(problem, TEXTS, st.sampled_from("12"), response=st.sampled_from(["a", "a", "b", None])),
+    min_size=3,
+    max_size=25,
 )
-EVALUATION = st.lists(TEXTS, max_size=2).map(lambda texts: [("set", problem(text)) for text in texts])
+EVALUATION = st.lists(TEXTS, max_size=1).map(lambda texts: [("set", problem(text)) for text in texts])
 RULES = st.builds(
     Rules,
     seed=st.integers(0, 3),
     sft_share=st.sampled_from([0.0, 0.1, 0.2, 1 / 3]),
     duplicate_words=st.integers(1, 3),
     duplicate_overlap=st.sampled_from([0.5, 0.8, 1.0]),
-    contamination_words=st.integers(2, 5),
+    contamination_words=st.integers(3, 6),
     contamination_overlap=st.sampled_from([0.0, 0.5]),
 )
 
@@ -189,6 +193,9 @@ def test_the_files_are_sources_of_tasks(tmp_path: Path, suffix: str, capsys: pyt
         assert sum(one.response is not None for one in problems) == facts["with_response"]
         texts |= {one.problem for one in problems}
     assert texts == {one.problem for one in others(29)}
+    sets = [f"sft.path={out}/sft.{suffix}", f"sft.validation={out}/sft-validation.{suffix}"]
+    warm_up = demonstrated(load("configs/paper-qwen2.5-7b.yaml", sets))
+    assert (len(warm_up.training), len(warm_up.validation), warm_up.without) == (9, 1, 0)
     duplicate, contamination = read(out / "removed.jsonl")
     assert (duplicate["reason"], duplicate["like"]) == ("duplicate", f"{file}:1")
     assert (contamination["benchmark"], contamination["source"], contamination["overlap"]) == ("k", f"{file}:30", 1.0)
@@ -224,7 +231,7 @@ def test_without_a_warm_up_all_is_for_rl_and_a_dry_run_writes_nothing(tmp_path: 
         (30, ["--benchmark", "math500"], ["--benchmark 'math500'", "NAME=FILE"]),
         (30, ["--benchmark", "m=none.jsonl"], ["none.jsonl", "no such file"]),
         (3, [], ["--sft-share 0.333", "1 for the warm-up", "--sft-share 0"]),
-        (0, [], ["0 problems"]),
+        (0, [], ["of 0 problems none is left"]),
     ],
 )
 def test_a_mistake_is_one_line(
