@@ -100,11 +100,12 @@ def test_an_experiment_killed_in_the_middle_goes_on_and_repeats_nothing(tmp_path
             time.sleep(0.2)
         os.killpg(process.pid, signal.SIGKILL)
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("results/*.json")}
-    assert 3 <= len(before) < 16
+    assert 3 <= len(before) < 12
 
     subprocess.run(command, check=True, timeout=400)
     after = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("results/*.json")}
-    assert len(after) == 8 + 8  # tuning: 4 cells x 2 rates; trials: 4 cells x 2 seeds
+    # `again` names its own model, so it is the same in both settings: 3 cells x (2 rates to tune + 2 seeds).
+    assert len(after) == 3 * (2 + 2)
     assert {name: after[name] for name in before} == before
     assert not list(tmp_path.glob("results/.*"))
     assert json.loads((tmp_path / "bases" / "warm" / "base.json").read_text())["pass_rates"].keys() == {
