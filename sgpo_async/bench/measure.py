@@ -18,6 +18,7 @@ from sgpo_async.config import Run, to_plain, to_yaml
 from sgpo_async.errors import DeadlineExceeded, SgpoError
 from sgpo_async.metrics import read_metrics, read_summary
 from sgpo_async.metrics.files import write_whole
+from sgpo_async.session.torchrun import torchrun
 
 START_S = 300.0  # for processes to import torch and load the model, on a busy machine
 
@@ -64,9 +65,8 @@ def _generation(run: Run, config: Path, seconds: float) -> dict[str, Any]:
 
 
 def _ranks(setting: str, run: Run, config: Path, seconds: float) -> dict[str, Any]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={run.local.ranks}"]
     worker = ["-m", "sgpo_async.bench.worker_learner", str(config), setting, str(seconds), "steps=1000000"]
-    (part,) = _outputs([[*torchrun, *worker]], seconds)
+    (part,) = _outputs([[*torchrun(run.local.ranks), *worker]], seconds)
     rates = _rates(tokens=part["tokens"] / part["seconds"], problems=part["problems"] / part["seconds"])
     generating = part["generating"] if setting == "synchronous" else 0.0
     return rates | {"learner_idle": generating, "engine_idle": 1 - generating}

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from sgpo_async.bench.rollouts import Roller
 from sgpo_async.config import Run, load
@@ -29,8 +30,7 @@ COLLECTIVE_S = 600.0
 class Colocated:
     """One rank that is engine and learner in turn."""
 
-    def __init__(self, run: Run) -> None:
-        mesh = join_world(timeout_s=COLLECTIVE_S)
+    def __init__(self, run: Run, mesh: DeviceMesh) -> None:
         self.run, self.rank, self.ranks = run, dist.get_rank(), dist.get_world_size()
         self.stepper: Stepper = build(run, mesh)[0]
         self.roller = Roller(run)
@@ -64,7 +64,7 @@ class Colocated:
 
 def main(config: str, setting: str, seconds: str, *words: str) -> None:
     """Run one setting for about `seconds` after one step to warm up; rank 0 prints what it did."""
-    colocated = Colocated(load(config, words))
+    colocated = Colocated(load(config, words), join_world(timeout_s=COLLECTIVE_S))
     lap = _learner(colocated) if setting == "learner" else _synchronous(colocated)
     problems, tokens = 0, 0
     next(lap)

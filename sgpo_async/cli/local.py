@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sgpo_async.cli.options import add_config, config_words, load_run, print_dry_run, record_config
+from sgpo_async.session.torchrun import torchrun
 
 if TYPE_CHECKING:
     from sgpo_async.config import Run
@@ -74,9 +75,8 @@ class LocalPlan:
 
     def learner(self, address: str) -> list[str]:
         """torchrun's command line; its rendezvous chooses a free loopback port itself."""
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-        ranks = f"--nproc-per-node={self.settings.local.ranks}"
-        return [*torchrun, ranks, "-m", "sgpo_async.cli", "learner", *self.words, "--hub", address]
+        ranks = torchrun(self.settings.local.ranks)
+        return [*ranks, "-m", "sgpo_async.cli", "learner", *self.words, "--hub", address]
 
     def actor(self, name: str, address: str) -> list[str]:
         """One actor's command line."""

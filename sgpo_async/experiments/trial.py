@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from sgpo_async.bench.rollouts import Roller
@@ -121,12 +120,6 @@ class Trial:
 
     def _weights(self) -> Weights:
         return dict(gather(self.stepper.policy, torch.float32))
-
-
-def join_alone() -> None:
-    """Make this process a world of one: what FSDP needs, without a socket."""
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -72,7 +72,7 @@ def _prepare() -> None:
     import torch
     from transformers.utils import logging
 
-    from sgpo_async.experiments.trial import join_alone
+    from sgpo_async.learner.world import join_alone
 
     torch.set_num_threads(1)
     logging.disable_progress_bar()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from datetime import timedelta
 
@@ -20,8 +21,23 @@ def join_world(*, timeout_s: float) -> DeviceMesh:
     device = device_for(gpus=torch.cuda.device_count(), ranks=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if os.environ.get("WORLD_SIZE") == os.environ.get("LOCAL_WORLD_SIZE"):
+        # gloo would listen where this machine's own name leads, which may be elsewhere or nowhere.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
     return init_device_mesh(device, (dist.get_world_size(),))
+
+
+def join_alone() -> DeviceMesh:
+    """Make this process a world of one on the CPU, without torchrun and without a socket; again does nothing."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return init_device_mesh("cpu", (1,))
+
+
+def _loopback() -> str:
+    """Name of the loopback interface."""
+    return next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), "lo")
 
 
 def device_for(*, gpus: int, ranks: int) -> str:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import psutil
 
 from sgpo_async.config import Run, load, to_yaml
+from sgpo_async.session.torchrun import torchrun
 from sgpo_async.tasks.models import model_folder
 from sgpo_async.transport import Dealer, Mailbox
 from sgpo_async.wire.records import Status, StatusRequest
@@ -100,8 +101,7 @@ class RealRun:
         return self.start("hub", "-m", "sgpo_async.cli", "hub", str(self.config), *words)
 
     def learner(self, *words: str, name: str = "learner", ranks: int = 2) -> Started:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-        return self.start(name, *torchrun, f"--nproc-per-node={ranks}", "launch/learner.py", str(self.config), *words)
+        return self.start(name, *torchrun(ranks)[1:], "launch/learner.py", str(self.config), *words)
 
     def actor(self, name: str, *words: str, hub: str = "") -> Started:
         return self.start(name, "launch/actor.py", "--hub", hub or self.address(), "--name", name, *words)

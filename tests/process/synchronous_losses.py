@@ -1,14 +1,17 @@
-"""The synchronous loop under torchrun, a JSON line per step: python -m torch.distributed.run ... CONFIG."""
+"""The synchronous loop in a world of one, a JSON line per step: synchronous_losses.py CONFIG."""
 
 import json
 import sys
 
+import torch
 import torch.distributed as dist
 
 from sgpo_async.bench.worker_learner import Colocated
 from sgpo_async.config import load
+from sgpo_async.learner.world import join_alone
 
 if __name__ == "__main__":
-    for _, metrics in Colocated(load(sys.argv[1])).steps():
+    torch.set_num_threads(1)
+    for _, metrics in Colocated(load(sys.argv[1]), join_alone()).steps():
         print(json.dumps({key: metrics[key] for key in ("loss", "grpo_loss", "kd_loss", "entropy", "grad_norm")}))
     dist.destroy_process_group()

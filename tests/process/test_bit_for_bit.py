@@ -34,9 +34,9 @@ def test_the_loss_curves_are_equal_bit_for_bit(tmp_path: Path, config: str) -> N
     subprocess.run([sys.executable, "-m", "sgpo_async.cli", "local", str(path)], check=True, timeout=500)
     asynchronous = read_metrics(run.folder)
 
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
-    script = str(Path(__file__).with_name("synchronous_losses.py"))
-    output = subprocess.run([*torchrun, script, str(path)], check=True, timeout=300, capture_output=True, text=True)
+    command = [sys.executable, str(Path(__file__).with_name("synchronous_losses.py")), str(path)]
+    output = subprocess.run(command, check=False, timeout=300, capture_output=True, text=True)
+    assert output.returncode == 0, output.stderr
     synchronous = [json.loads(line) for line in output.stdout.splitlines() if line.startswith("{")]
 
     assert len(synchronous) == len(asynchronous) == 3

@@ -17,7 +17,8 @@ import torch.distributed as dist
 import yaml
 
 from sgpo_async.config import load
-from sgpo_async.experiments.trial import Trial, join_alone
+from sgpo_async.experiments.trial import Trial
+from sgpo_async.learner.world import join_alone
 
 pytestmark = pytest.mark.process
 

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,6 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sgpo_async.session.torchrun import torchrun
 from sgpo_async.transport import Router, RouterMailbox
 from sgpo_async.weights import StoreFile, StoreReader
 from sgpo_async.wire.records import (
@@ -132,7 +132,6 @@ class ScriptedHub:
 def learn(folder: Path, hub: ScriptedHub, *words: str) -> tuple[int, str]:
     """Run two ranks to their end; exit status and stderr."""
     (folder / "run.yaml").write_text(f"name: it\nout: {folder}/runs\n", encoding="utf-8")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = ["-m", "sgpo_async.cli", "learner", str(folder / "run.yaml"), "--hub", hub.address]
     settings = [
         "learner.batch_timeout_s=60",
@@ -145,7 +144,11 @@ def learn(folder: Path, hub: ScriptedHub, *words: str) -> tuple[int, str]:
     errors = folder / "stderr.txt"
     with errors.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
-            [*torchrun, *command, *settings, *words], env=environment, cwd=folder, stderr=file, start_new_session=True
+            [*torchrun(2), *command, *settings, *words],
+            env=environment,
+            cwd=folder,
+            stderr=file,
+            start_new_session=True,
         )
         try:
             status = process.wait(DEADLINE_S)
