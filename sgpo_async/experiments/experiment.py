@@ -79,13 +79,13 @@ class _Runner:
 
     def do(self, pool: Pool, trials: Sequence[Trial], what: str) -> None:
         """Run those of `trials` that have no result."""
-        missing = [trial for trial in trials if trial.id not in self.results]
-        _say(f"{self.experiment.name}: {what}: {len(trials) - len(missing)} of {len(trials)} there")
+        all_of_them = {trial.id: trial for trial in trials}  # cells may have trials in common
+        missing = [trial for trial in all_of_them.values() if trial.id not in self.results]
+        _say(f"{self.experiment.name}: {what}: {len(all_of_them) - len(missing)} of {len(all_of_them)} there")
         began = time.monotonic()
-        by_id = {trial.id: trial for trial in missing}
         results = pool.run(run_trial, [self._job(trial) for trial in missing], while_=self._in_time)
         for done, (job, result) in enumerate(results, 1):
-            trial = by_id[job.id]
+            trial = all_of_them[job.id]
             record = {"version": __version__, "words": trial.words, "rate": trial.rate, **result}
             write_whole(self._files / f"{job.id}.json", to_json(record) + "\n")
             self.results[job.id] = record
