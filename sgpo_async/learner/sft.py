@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import random
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -42,6 +43,7 @@ from sgpo_async.tasks.demonstrated import demonstrated
 from sgpo_async.tasks.models import load_tokenizer, model_folder
 from sgpo_async.tasks.prompts import build_prompt
 
+CHECKPOINTS = "warmup-checkpoints"  # not `checkpoints`, which are those of the run that starts from the warm-up
 COLLECTIVE_S = 1800.0  # a validation or an export, which other ranks wait for
 
 
@@ -166,8 +168,7 @@ class WarmUp:
             self.state.best_loss, self.state.best_step = loss, self.state.step
             tensors = gather(self.stepper.policy, torch.float32)
             if self.lead:
-                source = model_folder(self.run.model.path)
-                export(self.stepper.policy.model, dict(tensors), self.folder / "warmup", source=source)
+                self._export(dict(tensors))
         if self.lead:
             note = ", the lowest so far" if best else ""
             print(
@@ -177,18 +178,26 @@ class WarmUp:
             )
         return loss
 
+    def _export(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Replace the policy in warmup/: a kill leaves the old one, the new one, or for a moment none."""
+        final, draft = self.folder / "warmup", self.folder / ".warmup"
+        shutil.rmtree(draft, ignore_errors=True)
+        export(self.stepper.policy.model, tensors, draft, source=model_folder(self.run.model.path))
+        shutil.rmtree(final, ignore_errors=True)
+        draft.rename(final)
+
     def _due(self, every: int) -> bool:
         return self.state.step == self.run.steps or (every > 0 and self.state.step % every == 0)
 
     def _checkpoint(self) -> None:
-        folder = self.folder / "checkpoints"
+        folder = self.folder / CHECKPOINTS
         saved = Saved(asdict(self.state), b"")
         module, optimiser = self.stepper.policy, self.stepper.optimiser
         checkpoint.save(folder, step=self.state.step, module=module, optimiser=optimiser, saved=saved)
         checkpoint.prune(folder, step=self.state.step, keep=self.run.learner.keep_checkpoints)
 
     def _resume(self) -> None:
-        newest = checkpoint.latest(self.folder / "checkpoints") if self.run.learner.resume else None
+        newest = checkpoint.latest(self.folder / CHECKPOINTS) if self.run.learner.resume else None
         if newest:
             saved = checkpoint.restore(newest, module=self.stepper.policy, optimiser=self.stepper.optimiser)
             self.state = Warmth(**saved.progress)

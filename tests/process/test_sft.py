@@ -1,0 +1,104 @@
+"""The warm-up under real torchrun: ranks, a kill in the middle, what is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sgpo_async.cli.processes import ROOT
+from sgpo_async.session.torchrun import torchrun
+
+pytestmark = [pytest.mark.process, pytest.mark.timeout(600)]
+
+WORDS = ["sft.problems=96", "sft.batch=16", "sft.epochs=3", "sft.lr=1e-3", "sft.validate_every=3"]
+DEADLINE_S = 240.0
+
+
+def command(folder: Path, name: str, *words: str, ranks: int = 1) -> list[str]:
+    config = ["configs/demo.yaml", f"out={folder}", f"name={name}", *WORDS, *words]
+    return [*torchrun(ranks), "launch/sft.py", *config]
+
+
+def warm_up(folder: Path, name: str, *words: str, ranks: int = 1) -> list[dict[str, Any]]:
+    """Run to the end; the lines of its metrics."""
+    done = subprocess.run(
+        command(folder, name, *words, ranks=ranks),
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return lines(folder / name)
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(found: list[dict[str, Any]]) -> list[tuple[float, float | None]]:
+    return [(line["train_loss"], line.get("validation_loss")) for line in found]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sft")
+
+
+@pytest.fixture(scope="module")
+def one(folder: Path) -> list[dict[str, Any]]:
+    return warm_up(folder, "one")
+
+
+def test_the_loss_falls_and_the_folder_is_a_model(folder: Path, one: list[dict[str, Any]]) -> None:
+    summary = json.loads((folder / "one" / "summary.json").read_text())
+    validated = {line["step"]: line["validation_loss"] for line in one if "validation_loss" in line}
+    assert list(validated) == [3, 6, 9, 12, 15, 18]  # 86 training problems: 6 steps an epoch
+    assert summary["best_loss"] == min(validated.values())
+    assert validated[summary["best_step"]] == summary["best_loss"] < validated[3]
+    assert one[-1]["train_loss"] < one[0]["train_loss"]
+    assert (summary["training"], summary["validation"], summary["too_long"]) == (86, 10, 0)
+    model = AutoModelForCausalLM.from_pretrained(folder / "one" / "warmup")
+    assert model.num_parameters() > 100_000
+    assert len(AutoTokenizer.from_pretrained(folder / "one" / "warmup")) == model.config.vocab_size
+
+
+def test_two_ranks_learn_the_same(folder: Path, one: list[dict[str, Any]]) -> None:
+    two = warm_up(folder, "two", ranks=2)
+    for key in ("train_loss", "validation_loss"):
+        found, expected = ([line[key] for line in run if key in line] for run in (two, one))
+        assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_killed_and_resumed_it_ends_as_if_it_had_not_been(folder: Path, one: list[dict[str, Any]]) -> None:
+    words = ["learner.checkpoint_every=2", "sft.epochs=30"]
+    process = subprocess.Popen(
+        command(folder, "killed", *words),
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    checkpoints, deadline = folder / "killed" / "warmup-checkpoints", time.monotonic() + DEADLINE_S
+    while not list(checkpoints.glob("step-*6")) and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(30)
+
+    whole = warm_up(folder, "whole", "sft.epochs=30")
+    resumed = warm_up(folder, "killed", *words, "learner.resume=true")
+    assert [line["step"] for line in resumed] == list(range(1, 181))
+    assert losses(resumed) == losses(whole)
+    best = [json.loads((folder / name / "summary.json").read_text())["best_loss"] for name in ("killed", "whole")]
+    assert best[0] == best[1]

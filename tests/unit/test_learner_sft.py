@@ -1,0 +1,163 @@
+"""Supervised warm-up on one rank: its loss against the formula, its order, its counts, its parts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from sgpo_async.config.schema import Learner, Model, Run, Sft, Tasks
+from sgpo_async.errors import DataError
+from sgpo_async.learner import sft as sft_module
+from sgpo_async.learner.packing import Tokens
+from sgpo_async.learner.sft import Examples, WarmUp, supervised
+from sgpo_async.learner.world import join_alone
+from sgpo_async.tasks.demonstrated import demonstrated
+from tests.reference import learner_cases as cases
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank() -> Iterator[None]:
+    join_alone()
+    yield
+    dist.destroy_process_group()
+
+
+def examples(count: int, seed: int = 0) -> list[Tokens]:
+    rng = np.random.default_rng(seed)
+
+    def draw() -> np.ndarray:
+        return rng.integers(0, cases.VOCABULARY, rng.integers(1, 9)).astype(np.int32)
+
+    return [Tokens(draw(), draw()) for _ in range(count)]
+
+
+def warm_up(monkeypatch: pytest.MonkeyPatch, folder: Path, *, row_tokens: int = 40, **sft: Any) -> WarmUp:
+    """A warm-up of the tiny float64 model on made-up examples."""
+    monkeypatch.setattr(sft_module, "build", lambda run, _mesh: (cases.stepper(run, cases.tiny_model()), ""))
+    run = Run(
+        out=str(folder),
+        learner=Learner(row_tokens=row_tokens),
+        sft=Sft(**({"batch": 5, "epochs": 3, "lr": 1e-2} | sft)),
+    )
+    own = Examples(examples(12), examples(4, seed=1), {})
+    return WarmUp(run, join_alone(), own)
+
+
+def reference_loss(model: Any, sequences: list[Tokens]) -> torch.Tensor:
+    """-1/Z sum over sequences and tokens of log pi(y_t|q,y_<t), Z all tokens: one sequence per forward."""
+    picked = [
+        cases.log_probs(model, prompt, response)[range(len(response)), response.tolist()]
+        for prompt, response in sequences
+    ]
+    return -torch.cat(picked).sum() / sum(len(response) for _, response in sequences)
+
+
+@pytest.mark.parametrize("row_tokens", [1, 12, 40, 10_000])
+def test_loss_and_gradient_of_a_batch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, row_tokens: int) -> None:
+    own = warm_up(monkeypatch, tmp_path, row_tokens=row_tokens)
+    loss = own.stepper.accumulate(own.batch(0)).reduce()["loss"]
+    model = cases.tiny_model()
+    expected = reference_loss(model, [own.examples.training[i] for i in own._order(0)])
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), abs=1e-10)
+    for name, parameter in own.stepper.policy.model.named_parameters():
+        torch.testing.assert_close(parameter.grad.full_tensor(), model.get_parameter(name).grad, atol=1e-10, rtol=1e-9)
+
+
+def test_validation_loss_is_the_same_mean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    own = warm_up(monkeypatch, tmp_path, row_tokens=12)
+    with torch.no_grad():
+        expected = reference_loss(cases.tiny_model(), list(own.examples.validation)).item()
+    assert own.validation_loss() == pytest.approx(expected, abs=1e-10)
+
+
+def test_each_problem_once_in_an_epoch_in_an_order_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    own = warm_up(monkeypatch, tmp_path)
+    assert (own.per_epoch, own.run.steps) == (3, 9)
+    epochs = [[i for step in range(3 * epoch, 3 * epoch + 3) for i in own._order(step)] for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert [len(own._order(step)) for step in range(3)] == [5, 5, 2]  # the last batch of an epoch is what is left
+
+
+def test_the_best_policy_is_exported_and_not_the_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    exported: list[int] = []
+
+    def export(_model: Any, tensors: dict[str, torch.Tensor], folder: Path, **_: Any) -> None:
+        exported.append(len(tensors))
+        folder.mkdir()
+        (folder / str(len(exported))).touch()
+
+    monkeypatch.setattr(sft_module, "export", export)
+    own = warm_up(monkeypatch, tmp_path)
+    losses = iter([0.5, 0.3, 0.4])
+    monkeypatch.setattr(own, "validation_loss", lambda: next(losses))
+    own.train()
+    assert (own.state.best_loss, own.state.best_step) == (0.3, 6)
+    assert len(exported) == 2
+    assert [file.name for file in (tmp_path / "run" / "warmup").iterdir()] == ["2"]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line.get("validation_loss") for line in lines] == [None, None, 0.5, None, None, 0.3, None, None, 0.4]
+    assert lines[-1]["train_loss"] < lines[0]["train_loss"]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["best_step"] == 6
+
+
+def test_the_schedule_is_the_warm_up_s(tmp_path: Path) -> None:
+    run = supervised(Run(out=str(tmp_path), sft=Sft(lr=2e-3, warmup_ratio=0.25, schedule="linear")), steps=30)
+    assert (run.steps, run.optim.lr, run.optim.warmup_steps, run.optim.schedule) == (30, 2e-3, 8, "linear")
+    assert not run.algorithm.copies_teacher
+
+
+def file_run(path: Path, rows: list[dict[str, Any]], **sft: Any) -> Run:
+    path.write_text("\n".join(json.dumps({"answer": "1"} | row) for row in rows), encoding="utf-8")
+    return Run(model=Model(path="builtin:cues"), tasks=Tasks(source="file", path=str(path)), sft=Sft(**sft))
+
+
+def test_problems_without_a_response_and_too_long_ones_are_counted(tmp_path: Path) -> None:
+    rows = [{"problem": f"problem 1 amber from {i} 0", "response": "1 amber raise 0 1"} for i in range(10)]
+    rows += [{"problem": "problem 2 amber from 0 0"}, {"problem": "x", "response": "1 amber " * 30}]
+    found = Examples.read(file_run(tmp_path / "p.jsonl", rows, max_tokens=20, validation_share=0.2))
+    assert found.counts["training"] + found.counts["validation"] == 10
+    assert (found.counts["too_long"], found.counts["without_response"]) == (1, 1)
+    assert {len(tokens.completion) for tokens in found.training} == {6}  # five words and the end token
+
+
+def test_the_parts_share_no_text_whatever_repeats(tmp_path: Path) -> None:
+    rows = [{"problem": f"problem {i % 7}", "response": f"response {i}"} for i in range(28)]
+    run = file_run(tmp_path / "p.jsonl", rows, validation_share=0.3)
+    found = demonstrated(run)
+    assert not {p.problem for p in found.training} & {p.problem for p in found.validation}
+    assert len(found.training) + len(found.validation) == 28
+    assert demonstrated(run) == found
+    assert demonstrated(replace(run, seed=5)) != found
+
+
+def test_a_validation_file_of_its_own_is_never_trained_on(tmp_path: Path) -> None:
+    rows = [{"problem": f"problem {i}", "response": "r"} for i in range(6)]
+    aside = tmp_path / "validation.jsonl"
+    file_run(aside, rows[:2])
+    found = demonstrated(file_run(tmp_path / "p.jsonl", rows, validation=str(aside)))
+    assert [p.problem for p in found.validation] == ["problem 0", "problem 1"]
+    assert [p.problem for p in found.training] == [f"problem {i}" for i in range(2, 6)]
+
+
+@pytest.mark.parametrize("rows", [[{"problem": "a"}, {"problem": "b"}], [{"problem": "a", "response": "r"}]])
+def test_nothing_to_train_on_is_one_line(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    with pytest.raises(DataError, match="at least one of each") as caught:
+        demonstrated(file_run(tmp_path / "p.jsonl", rows))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_built_in_domain_s_problems_are_not_those_of_reinforcement() -> None:
+    run = Run(sft=Sft(problems=50))
+    found = demonstrated(run)
+    assert len(found.training) + len(found.validation) == 50
+    assert all(p.response for p in [*found.training, *found.validation])
