@@ -22,6 +22,7 @@ COMMANDS = {  # each a module of this package with `add_arguments(parser)` and `
     "hub": "the front door alone, for learners that name it with --hub",
     "doctor": "whether a configuration can run here: servers, model, ports, memory, disk",
     "bench": "throughput: generation alone, learning alone, synchronous, asynchronous",
+    "strategies": "strategies from a stronger model's responses: extract, rank, check, stats",
     "evaluate": "avg@k and pass@k of a model on benchmarks; compares two evaluations",
     "experiment": "methods x settings x seeds with an equal sample budget: tables and figures",
     "data": "problems as sets for warm-up, its validation and RL: deduplicated, decontaminated, seeded",

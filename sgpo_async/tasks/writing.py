@@ -24,9 +24,17 @@ def problem_record(problem: Problem) -> dict[str, str | None]:
 
 def write_problems(path: Path, problems: Iterable[Problem]) -> None:
     """Write them in the format that the suffix of `path` names. Raises SgpoError if it cannot be written."""
-    records = [problem_record(problem) for problem in problems]
+    write_records(path, [problem_record(problem) for problem in problems], columns=COLUMNS)
+
+
+def write_records(path: Path, records: Sequence[Mapping[str, Any]], *, columns: Sequence[str]) -> None:
+    """Write records in the format that the suffix of `path` names. Raises SgpoError if it cannot be written.
+
+    Args:
+        columns: of a Parquet file, which has them whether they have values or not.
+    """
     if path.suffix == ".parquet":
-        _write_parquet(path, records)
+        _write_parquet(path, records, columns)
     else:
         write_lines(path, records)
 
@@ -48,11 +56,13 @@ def sha256(path: str | Path, records: Iterable[Any] = ()) -> str:
     return digest.hexdigest()
 
 
-def _write_parquet(path: Path, records: Sequence[dict[str, str | None]]) -> None:
+def _write_parquet(path: Path, records: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
     import pyarrow
     from pyarrow import parquet
 
-    table = pyarrow.Table.from_pylist(records, schema=pyarrow.schema([(name, pyarrow.string()) for name in COLUMNS]))
+    arrays = [pyarrow.array([record.get(name) for record in records]) for name in columns]
+    arrays = [array.cast(pyarrow.string()) if pyarrow.types.is_null(array.type) else array for array in arrays]
+    table = pyarrow.Table.from_arrays(arrays, names=list(columns))
     new = path.with_name(f".{path.name}.{os.getpid()}")
     with telling(path):
         try:

@@ -1,0 +1,180 @@
+"""`sgpo-async strategies`: a library of strategies from a stronger model's responses.
+
+sgpo-async strategies extract FILE ... --work WORK.jsonl --library LIBRARY --url URL --model MODEL
+sgpo-async strategies rank WORK.jsonl --library LIBRARY --url URL --model MODEL
+sgpo-async strategies check LIBRARY ...
+sgpo-async strategies stats WORK.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sgpo_async.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from sgpo_async.strategies import Journal, Pipeline, Server
+    from sgpo_async.strategies.journal import Record
+    from sgpo_async.tasks.base import Problem
+
+LEAKS = 1  # exit code of `check`
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """{extract,rank,check,stats} FILE ... [...]."""
+    parser.add_argument(
+        "action",
+        choices=["extract", "rank", "check", "stats"],
+        help="make a library; judge a work file's candidates anew; find leaks in libraries; figures of a work file",
+    )
+    parser.add_argument("files", metavar="FILE", nargs="+", help="problems with responses; a work file; libraries")
+    parser.add_argument("--work", type=Path, metavar="WORK.jsonl", help="extract: every finished item; goes on from it")
+    parser.add_argument("--library", type=Path, metavar="LIBRARY", help="extract, rank: result, .jsonl or .parquet")
+    parser.add_argument("--url", metavar="URL", help="of an OpenAI-compatible server, up to /v1")
+    parser.add_argument("--model", metavar="MODEL", help="as the server names it")
+    parser.add_argument("--key-env", default="OPENAI_API_KEY", metavar="NAME", help="variable that holds the API key")
+    parser.add_argument("--candidates", type=int, default=5, metavar="N", help="for each response (default: 5)")
+    parser.add_argument("--concurrency", type=int, default=8, metavar="N", help="items at a time (default: 8)")
+    parser.add_argument("--timeout", type=float, default=120.0, metavar="S", help="of one request (default: 120)")
+    parser.add_argument("--prompt-price", type=float, default=0.0, metavar="P", help="of a million tokens sent")
+    parser.add_argument("--completion-price", type=float, default=0.0, metavar="P", help="of a million tokens received")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do it. Raises SgpoError."""
+    return {"extract": _extract, "rank": _rank, "check": _check, "stats": _stats}[args.action](args)
+
+
+def _extract(args: argparse.Namespace) -> int:
+    from sgpo_async.strategies import Journal
+
+    _need(args, "work", "library", "url", "model")
+    problems = _with_responses(args.files)
+    journal = Journal(args.work)
+
+    async def work(pipeline: Pipeline) -> None:
+        await pipeline.extract(problems)
+
+    return _with_endpoint(args, journal, work, total=len(problems))
+
+
+def _rank(args: argparse.Namespace) -> int:
+    from sgpo_async.strategies import Journal
+
+    _need(args, "library", "url", "model")
+    journal = Journal(_work_file(args))
+
+    async def work(pipeline: Pipeline) -> None:
+        await pipeline.rank()
+
+    return _with_endpoint(args, journal, work, total=sum(bool(r["candidates"]) for r in journal.records.values()))
+
+
+def _check(args: argparse.Namespace) -> int:
+    from sgpo_async.strategies import check
+    from sgpo_async.tasks.files import read_problems
+
+    problems = [problem for file in args.files for problem in read_problems(file)]
+    found = list(check(problems))
+    for place, leak in found:
+        print(f"{place}: {leak}")
+    with_strategy = sum(problem.strategy is not None for problem in problems)
+    print(f"{len(problems):,} problems, {with_strategy:,} with a strategy, {len(found):,} of which leak")
+    return LEAKS if found else 0
+
+
+def _stats(args: argparse.Namespace) -> int:
+    from sgpo_async.strategies import Journal
+
+    journal = Journal(_work_file(args))
+    journal.close()
+    _show(list(journal.records.values()), args)
+    return 0
+
+
+def _with_endpoint(args: argparse.Namespace, journal: Journal, work: Any, *, total: int) -> int:
+    """Run `work` with a progress bar, write the library, say what came of it."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from sgpo_async.strategies import Endpoint, Pipeline, write_library
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    done = sum(not record["failed"] for record in journal.records.values()) if args.action == "extract" else 0
+
+    async def run_all() -> None:
+        with Progress(*columns) as progress:
+            bar = progress.add_task("strategies", total=total, completed=done)
+            failed = 0
+
+            def told(record: Record) -> None:
+                nonlocal failed
+                failed += bool(record["failed"])
+                progress.update(bar, advance=1, description=f"strategies ({failed} failed)" if failed else "strategies")
+
+            async with Endpoint(_server(args)) as endpoint:
+                await work(
+                    Pipeline(endpoint, journal, candidates=args.candidates, concurrency=args.concurrency, told=told)
+                )
+
+    try:
+        asyncio.run(run_all())
+    finally:
+        journal.close()
+    records = list(journal.records.values())
+    written = write_library(args.library, records)
+    _show(records, args)
+    print(f"library: {args.library}, {written:,} problems")
+    return 0
+
+
+def _server(args: argparse.Namespace) -> Server:
+    from sgpo_async.strategies import Server
+
+    key = os.environ.get(args.key_env, "")
+    return Server(url=args.url, model=args.model, key=key, timeout_s=args.timeout)
+
+
+def _with_responses(files: Sequence[str]) -> list[Problem]:
+    from sgpo_async.strategies.journal import key_of
+    from sgpo_async.tasks.files import read_problems
+
+    problems = {key_of(problem): problem for file in files for problem in read_problems(file) if problem.response}
+    if not problems:
+        raise DataError(f"{', '.join(files)}: no problem has a response, from which strategies are made")
+    return list(problems.values())
+
+
+def _work_file(args: argparse.Namespace) -> Path:
+    path = Path(args.files[0])
+    if len(args.files) > 1 or not path.is_file():
+        raise DataError(f"{' '.join(args.files)}: name one work file that `extract` wrote")
+    return path
+
+
+def _need(args: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        if getattr(args, name) is None:
+            raise ConfigError(f"strategies {args.action}: --{name} is missing; see sgpo-async strategies --help")
+
+
+def _show(records: Sequence[Record], args: argparse.Namespace) -> None:
+    """What was made, rejected and paid, and how good it is."""
+    from sgpo_async.strategies.library import figures
+
+    found = figures(records, prompt_price=args.prompt_price, completion_price=args.completion_price)
+    print(f"{found['items']:,} problems: {found['finished']:,} with a strategy")
+    for reason, count in sorted(found["failed"].items()):
+        print(f"  {count:,} failed: {reason}; a second run tries again")
+    print(f"{found['candidates']:,} candidates kept", end="")
+    print("".join(f", {count:,} rejected ({reason})" for reason, count in sorted(found["rejected"].items())))
+    print(f"{found['prompt_tokens']:,} tokens sent, {found['completion_tokens']:,} received", end="")
+    print(f", cost {found['cost']:,.2f}" if args.prompt_price or args.completion_price else "")
+    print("mean score of the best candidate (1 to 5):")
+    most = max(found["scores"].values()) or 1
+    for score, count in found["scores"].items():
+        print(f"  {score}  {'█' * round(40 * count / most):<40} {count:,}")

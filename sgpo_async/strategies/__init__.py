@@ -1,0 +1,16 @@
+"""Strategies from a stronger model's responses: problem type, approach, general steps, and nothing that gives it away.
+
+    problem + response ─▶ 5 candidates ─▶ parse ─▶ leak check ─▶ no duplicates ─▶ ranking ─▶ the best, into the library
+                          prompts.py      parse.py  leaks.py                      prompts.py   library.py
+                          endpoint.py (any OpenAI-compatible server)           journal.py: every finished item, at once
+
+Pure rules: parse.py, leaks.py, candidates.py. I/O: endpoint.py, journal.py. pipeline.py joins them.
+"""
+
+from sgpo_async.strategies.endpoint import Endpoint, Server
+from sgpo_async.strategies.journal import Journal
+from sgpo_async.strategies.leaks import leaks
+from sgpo_async.strategies.library import check, write_library
+from sgpo_async.strategies.pipeline import Pipeline
+
+__all__ = ["Endpoint", "Journal", "Pipeline", "Server", "check", "leaks", "write_library"]

@@ -1,0 +1,152 @@
+"""Chat completions of any OpenAI-compatible server: each failure is retried, or ends the run, or ends the item.
+
+429, 500 to 599, a cut connection, no answer in time, a body that is no completion     again, later (Retry-After)
+401, 403, 404                                                                           EndpointError: ends the run
+another status of 400 to 499                                                            Declined: ends the item
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import aiohttp
+
+from sgpo_async.errors import SgpoError
+
+BACKOFF_S, LONGEST_PAUSE_S = 1.0, 60.0
+FATAL = (401, 403, 404)
+
+
+class EndpointError(SgpoError):
+    """The endpoint can serve nothing at all: a wrong key, model or address."""
+
+
+class Declined(Exception):
+    """This request cannot be served, and no repetition will change it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """Whom to ask. The key is never shown or stored."""
+
+    url: str  # up to /v1
+    model: str
+    key: str = ""
+    timeout_s: float = 120.0  # of one request
+    tries: int = 8
+    max_tokens: int = 1024  # of a reply
+    extra: Mapping[str, Any] | None = None  # more fields of the request, e.g. response_format
+
+    @property
+    def host(self) -> str:
+        """For provenance."""
+        return urlsplit(self.url).netloc
+
+    def __repr__(self) -> str:
+        return f"Server({self.host}, {self.model})"
+
+
+class Reply(NamedTuple):
+    """One completion and what it cost."""
+
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Endpoint:
+    """Requests to one server; an async context."""
+
+    def __init__(self, server: Server, *, backoff_s: float = BACKOFF_S) -> None:
+        self.server, self._backoff_s = server, backoff_s
+        self.retries = 0
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Endpoint:
+        headers = {"Authorization": f"Bearer {self.server.key}"} if self.server.key else {}
+        timeout = aiohttp.ClientTimeout(total=self.server.timeout_s)
+        self._session = aiohttp.ClientSession(headers=headers, timeout=timeout)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._session is not None
+        await self._session.close()
+
+    async def chat(self, prompt: str, *, temperature: float, seed: int) -> Reply:
+        """The reply to one user message.
+
+        Raises:
+            EndpointError: nothing can be had here; one line.
+            Declined: not this one, or not after `tries` tries.
+        """
+        request = {
+            "model": self.server.model,
+            "messages": [{"role": "user", "content": prompt}],
+            "temperature": temperature,
+            "max_tokens": self.server.max_tokens,
+            "seed": seed,
+            **(self.server.extra or {}),
+        }
+        reason = ""
+        for attempt in range(self.server.tries):
+            if attempt:
+                self.retries += 1
+            try:
+                return await self._ask(request)
+            except _Later as later:
+                reason = later.reason
+                await asyncio.sleep(self._pause(attempt, later.after_s))
+        raise Declined(f"after {self.server.tries} tries: {reason}")
+
+    def _pause(self, attempt: int, after_s: float | None) -> float:
+        """What the server asks for, or twice as long each time with some chance, so that clients spread."""
+        if after_s is not None:
+            return min(after_s, LONGEST_PAUSE_S)
+        return min(self._backoff_s * 2**attempt, LONGEST_PAUSE_S) * random.uniform(0.5, 1.0)
+
+    async def _ask(self, request: Mapping[str, Any]) -> Reply:
+        assert self._session is not None
+        try:
+            url = f"{self.server.url.rstrip('/')}/chat/completions"
+            async with self._session.post(url, json=request) as answer:
+                body = await answer.text()
+                self._judge(answer.status, body, answer.headers.get("Retry-After"))
+        except (aiohttp.ClientError, TimeoutError, UnicodeDecodeError) as error:
+            raise _Later(f"{type(error).__name__}: {error}".strip(": ")) from None
+        return _read(body)
+
+    def _judge(self, status: int, body: str, after: str | None) -> None:
+        said = f"status {status}: {' '.join(body.split())[:200]}"
+        if status in FATAL:
+            remedy = {401: "check the API key", 403: "check the API key", 404: "check --url and --model"}[status]
+            raise EndpointError(f"{self.server.url}: {self.server.model}: {said}; {remedy}")
+        if status == 429 or status >= 500:
+            raise _Later(said, float(after) if after and after.replace(".", "", 1).isdigit() else None)
+        if status >= 400:
+            raise Declined(said)
+
+
+class _Later(Exception):
+    def __init__(self, reason: str, after_s: float | None = None) -> None:
+        super().__init__(reason)
+        self.reason, self.after_s = reason, after_s
+
+
+def _read(body: str) -> Reply:
+    try:
+        found = json.loads(body)
+        text, usage = found["choices"][0]["message"]["content"], found.get("usage") or {}
+        if not isinstance(text, str):
+            raise TypeError("the content is no text")
+        return Reply(text, int(usage.get("prompt_tokens", 0)), int(usage.get("completion_tokens", 0)))
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise _Later(f"a body that is no completion ({type(error).__name__})") from None

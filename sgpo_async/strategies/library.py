@@ -1,0 +1,85 @@
+"""The finished library, what it is worth, and whether anything in it leaks."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from sgpo_async.errors import DataError
+from sgpo_async.strategies.journal import Record
+from sgpo_async.strategies.leaks import leaks
+from sgpo_async.tasks.base import Problem
+from sgpo_async.tasks.overlap import normalised
+from sgpo_async.tasks.writing import write_records
+
+COLUMNS = (
+    *("problem", "answer", "strategy", "response", "source", "model", "endpoint", "prompts", "version"),
+    *("candidates", "score", "time"),
+)
+
+
+def write_library(path: Path, records: Iterable[Record]) -> int:
+    """Write the best strategy of each problem, each problem once, as .jsonl or .parquet. Returns how many.
+
+    Raises SgpoError if it cannot be written.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    for record in sorted(records, key=lambda record: record["key"]):
+        if not record["failed"]:
+            rows.setdefault(normalised(record["problem"]), _row(record))
+    write_records(path, list(rows.values()), columns=COLUMNS)
+    return len(rows)
+
+
+def check(problems: Iterable[Problem]) -> Iterator[tuple[str, str]]:
+    """(place, what leaks) of every strategy that gives something away.
+
+    Raises DataError if a problem with a strategy has no response to compare with.
+    """
+    for problem in problems:
+        if problem.strategy is None:
+            continue
+        if problem.response is None:
+            raise DataError(f"{problem.id}: a strategy without a response, with which it is to be compared")
+        found = leaks(problem.strategy, problem=problem.problem, answer=problem.answer, response=problem.response)
+        if found:
+            yield problem.id, "; ".join(found)
+
+
+def figures(records: Iterable[Record], *, prompt_price: float = 0.0, completion_price: float = 0.0) -> dict[str, Any]:
+    """Counts, cost in the currency of the prices (each for a million tokens), and how many have which mean score."""
+    records = list(records)
+    rejected = Counter(one["reason"] for record in records for one in record["rejected"])
+    tokens = {name: sum(record[name] for record in records) for name in ("prompt_tokens", "completion_tokens")}
+    cost = (tokens["prompt_tokens"] * prompt_price + tokens["completion_tokens"] * completion_price) / 1e6
+    scores = Counter(round(_score(record)) for record in records if not record["failed"])
+    return {
+        "items": len(records),
+        "finished": sum(not record["failed"] for record in records),
+        "failed": dict(Counter(_kind(record["failed"]) for record in records if record["failed"])),
+        "candidates": sum(len(record["candidates"]) for record in records),
+        "rejected": dict(rejected),
+        **tokens,
+        "cost": cost,
+        "scores": {score: scores.get(score, 0) for score in range(1, 6)},
+    }
+
+
+def _kind(reason: str) -> str:
+    """Without what differs from item to item."""
+    return re.split(r"[:(]", reason, maxsplit=1)[0].strip()
+
+
+def _row(record: Record) -> dict[str, Any]:
+    kept = {name: record[name] for name in COLUMNS if name in record}
+    own = {"strategy": record["candidates"][record["best"]], "score": _score(record)}
+    return kept | own | {"candidates": len(record["candidates"])}
+
+
+def _score(record: Record) -> float:
+    """Mean of the four criteria of the best candidate."""
+    scores = record["scores"][record["best"]].values()
+    return float(sum(scores) / len(scores))

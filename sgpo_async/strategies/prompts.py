@@ -1,0 +1,61 @@
+"""What the models are asked. Our own words; the paper names the content and the four criteria (arXiv 2606.24064)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+EXTRACT = """You are given a problem and a correct solution of it. Describe the strategy of the solution, so that a
+student who has not seen it could solve this problem, and others of its kind, alone.
+
+Write three things:
+- "type": what type of problem this is, as specific as a textbook would put it.
+- "strategy": the approach, in one or two sentences: the key idea and why it fits.
+- "steps": two to eight general steps in order, each one sentence.
+
+Rules:
+- Never state the answer, nor any result that is computed on the way.
+- No number that is not in the problem itself. Name quantities instead of giving their values.
+- General enough for other problems of this type, specific enough to be a help with this one.
+
+Reply with one JSON object and nothing else:
+{{"type": "...", "strategy": "...", "steps": ["...", "..."]}}
+
+Problem:
+{problem}
+
+Solution:
+{response}"""
+
+RANK = """Below are a problem, a correct solution, and {count} candidate strategies for a student who will not see the
+solution. Judge each candidate by four criteria, each with a whole number from 1 (bad) to 5 (very good):
+- "type": the type of problem is named correctly and specifically.
+- "approach": the approach is appropriate to the problem and not trivial.
+- "abstraction": the level is right: neither a solution in disguise nor empty advice.
+- "clean": no intermediate result and no answer is given away.
+
+Reply with one JSON object and nothing else, one entry for each candidate, in order:
+{{"scores": [{{"type": 3, "approach": 3, "abstraction": 3, "clean": 3}}]}}
+
+Problem:
+{problem}
+
+Solution:
+{response}
+
+{candidates}"""
+
+CRITERIA = ("type", "approach", "abstraction", "clean")
+DIGEST = hashlib.blake2b((EXTRACT + RANK).encode(), digest_size=6).hexdigest()
+"""Which prompts made a strategy: part of its provenance."""
+
+
+def extract_prompt(problem: str, response: str) -> str:
+    """Asks for one candidate."""
+    return EXTRACT.format(problem=problem, response=response)
+
+
+def rank_prompt(problem: str, response: str, candidates: Sequence[str]) -> str:
+    """Asks for the scores of all candidates."""
+    numbered = "\n\n".join(f"Candidate {i}:\n{text}" for i, text in enumerate(candidates, 1))
+    return RANK.format(problem=problem, response=response, count=len(candidates), candidates=numbered)

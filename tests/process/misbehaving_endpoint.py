@@ -1,0 +1,85 @@
+"""An OpenAI-compatible endpoint on loopback that often fails first: misbehaving_endpoint.py PORT_FILE LOG_FILE.
+
+What it does follows from a digest of the request, so that it does the same in every run: the first time a request comes
+it may answer 429 with Retry-After, 500, cut the connection, or send what is no completion; the second time it answers.
+Its candidates say what the solution tells it to say: `SAY [...] YAS` in the response of a problem. LOG_FILE gets a line
+for each answered request: a digest of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import re
+import sys
+from pathlib import Path
+
+from aiohttp import web
+
+SEEN: set[str] = set()
+FAULTS = ("429", "500", "cut", "nonsense", "none", "slow", "none", "none")
+APPROACHES = ("Isolate the unknown quantity", "Draw a picture of all relations", "Work backwards from the goal")
+
+
+def candidate(prompt: str, seed: int) -> str:
+    said = json.loads(re.search(r"SAY (\[.*?\]) YAS", prompt)[1])
+    text = said[seed % len(said)]
+    if text == "nonsense":
+        return "I cannot do that, but here is a poem."
+    steps = ["Name what is asked for.", f"{text}."]
+    kind = f"Type {seed % 1000} of {APPROACHES[seed % 3]}"
+    kind = re.sub(r"\d+", lambda m: "".join(chr(97 + int(c)) for c in m[0]), kind)
+    return json.dumps({"type": kind, "strategy": f"{APPROACHES[seed % 3]}, {kind} {kind[::-1]}.", "steps": steps})
+
+
+def scores(prompt: str) -> str:
+    count = int(re.search(r"solution, and (\d+) candidate", prompt)[1])
+    return json.dumps(
+        {"scores": [dict.fromkeys(("type", "approach", "abstraction", "clean"), 1 + i % 5) for i in range(count)]}
+    )
+
+
+async def chat(request: web.Request) -> web.StreamResponse:
+    body = await request.json()
+    if request.headers.get("Authorization") != "Bearer secret":
+        return web.json_response({"error": "no such key"}, status=401)
+    if body["model"] != "strong":
+        return web.json_response({"error": "no such model"}, status=404)
+    prompt, seed = body["messages"][0]["content"], body["seed"]
+    digest = hashlib.blake2b(f"{seed} {prompt}".encode(), digest_size=8).hexdigest()
+    first, fault = digest not in SEEN, FAULTS[int(digest, 16) % len(FAULTS)]
+    SEEN.add(digest)
+    if first and fault == "429":
+        return web.Response(status=429, headers={"Retry-After": "0.05"})
+    if first and fault == "500":
+        return web.Response(status=500, text="overloaded\nsorry")
+    if first and fault == "nonsense":
+        return web.Response(text='{"choices": []}')
+    if first and fault == "cut":
+        answer = web.StreamResponse(headers={"Content-Length": "1000"})
+        await answer.prepare(request)
+        await answer.write(b'{"choices": [{"mess')
+        request.transport.close()
+        return answer
+    await asyncio.sleep(0.2 if fault == "slow" else 0.005)
+    text = scores(prompt) if "candidate strategies" in prompt else candidate(prompt, seed)
+    usage = {"prompt_tokens": len(prompt) // 4, "completion_tokens": len(text) // 4}
+    with Path(sys.argv[2]).open("a") as log:
+        log.write(digest + "\n")
+    return web.json_response({"choices": [{"message": {"role": "assistant", "content": text}}], "usage": usage})
+
+
+async def main() -> None:
+    app = web.Application()
+    app.router.add_post("/v1/chat/completions", chat)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    Path(sys.argv[1]).write_text(str(site._server.sockets[0].getsockname()[1]))
+    await asyncio.sleep(3600)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

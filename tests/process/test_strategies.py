@@ -1,0 +1,204 @@
+"""The whole extraction against an endpoint that misbehaves: planted leaks, kill and resume, one-line errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sgpo_async.cli.processes import ROOT
+from sgpo_async.tasks.files import read_problems
+from sgpo_async.tasks.sources import open_source
+
+pytestmark = [pytest.mark.process, pytest.mark.timeout(400)]
+
+ITEMS = 200
+CLEAN = ("Isolate the unknown", "Divide both sides in 2 cases", "Compare with the 12 given", "First do the 2nd part")
+LEAKS = (  # of the answer 37 and of the intermediate results 111 and 74; the problem has 12
+    *("The result is 37", "It comes to \\boxed{37}", "So x equals 37.0", "Thirty-seven remain", "Note the 111 there"),
+    *("Take 74/2 of them", "Subtract to get 111", "The share is 3700 %", "There are \\frac{74}{2}", "Compute 111/3"),
+)
+
+
+def write_problems(path: Path) -> tuple[set[str], set[str]]:
+    """Of 200 problems every second one has a leak among its candidates, every tenth nothing else: (clean, hopeless)."""
+    rows, clean, hopeless = [], set(), set()
+    for i in range(ITEMS):
+        says = [CLEAN[(i + j) % len(CLEAN)] for j in range(5)]
+        if i % 2:
+            says[i % 5] = LEAKS[i % len(LEAKS)]
+        if i % 10 == 0:
+            says = ["nonsense", *[LEAKS[(i // 10 + j) % len(LEAKS)] for j in range(4)]]
+        problem = f"There are 12 apples, case {'abcdefghij'[i % 10] * (1 + i // 10)}. How many are left?"
+        (hopeless if i % 10 == 0 else clean).add(problem)
+        rows.append({"problem": problem, "answer": "37", "response": f"111 - 74 = 37. SAY {json.dumps(says)} YAS"})
+    rows.append({"problem": "without a response", "answer": "1"})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return clean, hopeless
+
+
+class Place:
+    """One endpoint, and commands that ask it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.log = folder, folder / "asked.log"
+        self.clean, self.hopeless = write_problems(folder / "problems.jsonl")
+        port = folder / "port"
+        script = str(Path(__file__).with_name("misbehaving_endpoint.py"))
+        self.process = subprocess.Popen([sys.executable, script, str(port), str(self.log)])
+        deadline = time.monotonic() + 60
+        while not (port.exists() and port.read_text()):
+            assert self.process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        self.url = f"http://127.0.0.1:{port.read_text()}/v1"
+
+    def command(self, *words: str, model: str = "strong") -> list[str]:
+        server = ["--url", self.url, "--model", model, "--key-env", "TEST_KEY"]
+        return [sys.executable, "-m", "sgpo_async.cli", "strategies", *words, *server]
+
+    def run(self, *words: str, key: str = "secret", model: str = "strong") -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"TEST_KEY": key, "PYTHONPATH": str(ROOT)}
+        return subprocess.run(
+            self.command(*words, model=model), capture_output=True, text=True, env=environment, timeout=200, check=False
+        )
+
+    def extract(self, name: str, library: str, **how: str) -> subprocess.CompletedProcess[str]:
+        return self.run(*self.words(name, library), **how)
+
+    def words(self, name: str, library: str) -> list[str]:
+        files = ["extract", str(self.folder / "problems.jsonl")]
+        return [*files, "--work", str(self.folder / name), "--library", str(self.folder / library)]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    place = Place(tmp_path_factory.mktemp("strategies"))
+    yield place
+    place.process.kill()
+    place.process.wait(10)
+
+
+@pytest.fixture(scope="module")
+def extracted(place: Place) -> str:
+    done = place.extract("work.jsonl", "library.jsonl")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_planted_leak_is_caught_and_nothing_clean_is_lost(place: Place, extracted: str) -> None:
+    records = [json.loads(line) for line in (place.folder / "work.jsonl").read_text().splitlines()]
+    assert len(records) == ITEMS
+    kept = [text for record in records for text in record["candidates"]]
+    assert not [text for text in kept for leak in LEAKS if leak in text]
+    rejected = [one for record in records for one in record["rejected"]]
+    assert not [one for one in rejected if one["reason"] == "leak" and not any(leak in one["text"] for leak in LEAKS)]
+    assert Counter(one["reason"] for one in rejected)["leak"] > ITEMS / 2
+    assert {leak for leak in LEAKS for one in rejected if leak in one["text"]} == set(LEAKS)
+    library = read_problems(str(place.folder / "library.jsonl"))
+    assert {problem.problem for problem in library} == place.clean
+    failed = {record["problem"]: record["failed"] for record in records if record["failed"]}
+    assert failed.keys() == place.hopeless
+    assert {reason.partition(" (")[0] for reason in failed.values()} == {"no candidate is left"}
+    assert "180 with a strategy" in extracted
+    assert "20 failed: no candidate is left" in extracted
+
+
+def test_the_library_trains(place: Place, extracted: str) -> None:
+    path = str(place.folder / "library.jsonl")
+    source = open_source("file", path=path, held_out=10, seed=0)
+    problem = source.training(0)
+    assert problem.strategy is not None
+    assert problem.strategy.startswith("Problem type: ")
+    row = json.loads(Path(path).read_text().splitlines()[0])
+    assert (row["model"], row["endpoint"]) == ("strong", place.url.removeprefix("http://").removesuffix("/v1"))
+    assert row["prompts"]
+    assert "secret" not in Path(path).read_text() + (place.folder / "work.jsonl").read_text()
+
+
+def test_killed_and_resumed_it_is_the_same_library_and_nothing_is_paid_twice(place: Place, extracted: str) -> None:
+    work = place.folder / "killed.jsonl"
+    environment = os.environ | {"TEST_KEY": "secret", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        place.command(*place.words("killed.jsonl", "again.parquet")), env=environment, stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not (work.exists() and work.read_bytes().count(b"\n") > 60) and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait(10)
+    with work.open("ab") as file:
+        file.write(b'{"key": "half a li')
+    whole = [json.loads(line) for line in work.read_bytes().splitlines()[:-1]]
+    finished = {record["key"] for record in whole if not record["failed"]}
+    assert finished
+    asked = len(place.log.read_text().splitlines())
+
+    done = place.extract("killed.jsonl", "again.parquet")
+    assert done.returncode == 0, done.stderr
+    strategy = {problem.problem: problem.strategy for problem in read_problems(str(place.folder / "again.parquet"))}
+    assert strategy == {p.problem: p.strategy for p in read_problems(str(place.folder / "library.jsonl"))}
+    # An item costs five candidates, and a ranking if one is left; those that failed are tried once more.
+    most = 6 * (ITEMS - len(finished))
+    assert len(place.log.read_text().splitlines()) - asked <= most
+
+
+def test_a_second_run_asks_only_for_what_failed(place: Place, extracted: str) -> None:
+    asked = len(place.log.read_text().splitlines())
+    assert place.extract("work.jsonl", "library.jsonl").returncode == 0
+    assert len(place.log.read_text().splitlines()) - asked == 5 * len(place.hopeless)
+
+
+def test_ranking_anew_extracts_nothing(place: Place, extracted: str) -> None:
+    asked = len(place.log.read_text().splitlines())
+    done = place.run("rank", str(place.folder / "work.jsonl"), "--library", str(place.folder / "ranked.jsonl"))
+    assert done.returncode == 0, done.stderr
+    assert len(place.log.read_text().splitlines()) - asked == len(place.clean)
+
+
+def test_check_finds_a_leak_that_came_in_later(place: Place, extracted: str) -> None:
+    library = place.folder / "library.jsonl"
+    assert place.run("check", str(library)).returncode == 0
+    rows = [json.loads(line) for line in library.read_text().splitlines()]
+    rows[3]["strategy"] += "\nIt is 37."
+    spoilt = place.folder / "spoilt.jsonl"
+    spoilt.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = place.run("check", str(spoilt))
+    assert done.returncode == 1
+    assert f"{spoilt}:4: the answer's number 37" in done.stdout
+
+
+def test_stats_tell_what_it_cost(place: Place, extracted: str) -> None:
+    prices = ["--prompt-price", "3", "--completion-price", "15"]
+    done = place.run("stats", str(place.folder / "work.jsonl"), *prices)
+    records = {(r := json.loads(line))["key"]: r for line in (place.folder / "work.jsonl").read_text().splitlines()}
+    cost = sum(3e-6 * r["prompt_tokens"] + 15e-6 * r["completion_tokens"] for r in records.values())
+    assert f"cost {cost:,.2f}" in done.stdout
+    assert "rejected (leak)" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ({"key": "wrong"}, "status 401: .*; check the API key"),
+        ({"model": "weak"}, "status 404: .*; check --url and --model"),
+    ],
+)
+def test_what_no_patience_mends_ends_the_run_in_one_line(place: Place, how: dict[str, str], says: str) -> None:
+    done = place.extract("wrong.jsonl", "wrong-library.jsonl", **how)
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert re.search(says, lines[0])
+    assert "Traceback" not in done.stderr
+    assert not (place.folder / "wrong-library.jsonl").exists()

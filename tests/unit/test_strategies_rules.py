@@ -1,0 +1,180 @@
+"""Reading replies, finding leaks, dropping repetitions, choosing the best: all pure."""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from sgpo_async.strategies.candidates import alike, best_of, sift
+from sgpo_async.strategies.leaks import leaks, numbers
+from sgpo_async.strategies.parse import Unreadable, parse_scores, parse_strategy
+from sgpo_async.tasks.base import Problem
+
+GOOD = {"type": "Linear equations", "strategy": "Isolate the unknown.", "steps": ["Collect terms.", "Divide."]}
+SCORE = {"type": 3, "approach": 4, "abstraction": 5, "clean": 5}
+
+
+def test_a_strategy_reads_as_it_will_stand_before_a_problem() -> None:
+    text = parse_strategy(json.dumps(GOOD)).text()
+    assert text == (
+        "Problem type: Linear equations\nStrategy: Isolate the unknown.\nSteps:\n1. Collect terms.\n2. Divide."
+    )
+    assert parse_strategy(f"```json\n{json.dumps(GOOD)}\n```").text() == text
+    numbered = GOOD | {"steps": ["1. Collect terms.", "Step 2: Divide."]}
+    assert parse_strategy(json.dumps(numbered)).text() == text
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        ("", "not one JSON object"),
+        ("Sure! " + json.dumps(GOOD), "not one JSON object"),
+        (json.dumps(GOOD) + json.dumps(GOOD), "not one JSON object"),
+        ("[" * 100_000, "not one JSON object"),
+        ("[1, 2]", "not one JSON object"),
+        (json.dumps({"type": "a", "steps": ["a", "b"]}), "the keys are not steps, strategy, type"),
+        (json.dumps(GOOD | {"answer": "7"}), "the keys are not"),
+        (json.dumps(GOOD | {"steps": ["only one"]}), "steps is no list of 2 to 8"),
+        (json.dumps(GOOD | {"steps": "a, b"}), "steps is no list"),
+        (json.dumps(GOOD | {"steps": ["a", 3]}), "a step is no text"),
+        (json.dumps(GOOD | {"type": "  "}), "type is no text"),
+        (json.dumps(GOOD | {"strategy": "x" * 601}), "strategy is longer than 600"),
+        ('{"type": "\\ud800", "strategy": "b", "steps": ["a", "b"]}', "type is no Unicode text"),
+    ],
+)
+def test_what_is_not_as_asked_for_is_refused_with_the_reason(reply: str, reason: str) -> None:
+    with pytest.raises(Unreadable, match=reason):
+        parse_strategy(reply)
+
+
+@pytest.mark.parametrize(
+    ("scores", "reason"),
+    [
+        ([SCORE], "no list of 2"),
+        ([SCORE, {"type": 1}], "has not the keys"),
+        ([SCORE, SCORE | {"clean": 6}], "clean is no whole number from 1 to 5"),
+        ([SCORE, SCORE | {"clean": 4.5}], "clean is no whole number"),
+        ([SCORE, SCORE | {"clean": True}], "clean is no whole number"),
+        ("5, 5", "no list of 2"),
+    ],
+)
+def test_scores_are_read_strictly(scores: object, reason: str) -> None:
+    with pytest.raises(Unreadable, match=reason):
+        parse_scores(json.dumps({"scores": scores}), 2)
+    assert parse_scores(json.dumps({"scores": [SCORE, SCORE]}), 2) == [SCORE, SCORE]
+
+
+@given(st.text(max_size=60) | st.recursive(st.none() | st.integers() | st.text(), st.lists).map(json.dumps))
+def test_no_reply_breaks_the_reader(reply: str) -> None:
+    for read in (parse_strategy, lambda text: parse_scores(text, 3)):
+        with pytest.raises(Unreadable):
+            read(reply)
+
+
+def test_the_best_has_the_highest_sum_then_the_better_worst_then_comes_first() -> None:
+    low, high = dict.fromkeys(SCORE, 2), dict.fromkeys(SCORE, 5)
+    assert best_of([low, high, high]) == 1
+    uneven, even = {"type": 5, "approach": 1, "abstraction": 3, "clean": 3}, dict.fromkeys(SCORE, 3)
+    assert best_of([uneven, even]) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("1,200 people, 1\\,200, 1{,}200", {1200}),
+        ("3.50 and .5", {Fraction(7, 2), Fraction(1, 2)}),
+        ("\\frac{3}{4} or \\dfrac34", {Fraction(3, 4)}),
+        ("2/3 of it", {Fraction(2, 3)}),
+        ("25% or 25\\%", {25, Fraction(1, 4)}),
+        ("twelve, twenty-five and thirty", {12, 25, 30}),
+        ("a half, three quarters", {Fraction(1, 2), 3, Fraction(1, 4)}),
+        ("a dozen; one hundred", {12, 100}),
+        ("1. First\n2) then\n(3) last\nStep 4: done", set()),
+        ("the 2nd and 3rd, the one", set()),
+        ("x1, x_2 and a_{12}", set()),
+        ("in 2024.", {2024}),
+        ("x^2 + 5x", {2, 5}),
+        ("-7", {7}),
+        ("no number", set()),
+    ],
+)
+def test_numbers_by_value(text: str, values: set[Fraction | int]) -> None:
+    assert numbers(text) == {Fraction(value) for value in values}
+
+
+@given(st.integers(min_value=4, max_value=10**7), st.sampled_from(["{}", "{:,}", "{}.0", "\\boxed{{{}}}", "${}$"]))
+def test_an_answer_is_found_in_whatever_form(value: int, form: str) -> None:
+    strategy = f"Show that the sum is {form.format(value)} by symmetry."
+    assert leaks(strategy, problem="Find the sum.", answer=str(value), response="...")
+    assert leaks("Use symmetry.", problem="Find the sum.", answer=form.format(value), response="...") == []
+
+
+PROBLEM = "A train covers 120 km in 2 hours. How far does it go in 5 hours?"
+RESPONSE = "Its speed is 120/2 = 60 km/h. In 5 hours it goes 60 * 5 = 300 km. So the answer is \\boxed{300}."
+
+
+@pytest.mark.parametrize(
+    ("strategy", "leak"),
+    [
+        ("Find the speed first; it is 60 km/h.", "the response's number 60"),
+        ("The distance is three hundred, no: 300 km.", "the answer's number 300"),
+        ("Sixty kilometres an hour, times the time.", "the response's number 60"),
+        ("Divide 120 by 2, then multiply by 5.", ""),
+        ("Find the unit rate, then scale it.\n1. Divide.\n2. Multiply.", ""),
+        ("Consider two cases, the 2nd is trivial.", ""),
+    ],
+)
+def test_leaks_of_a_worked_example(strategy: str, leak: str) -> None:
+    found = leaks(strategy, problem=PROBLEM, answer="300", response=RESPONSE)
+    assert (leak in found) if leak else found == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "strategy", "leaky"),
+    [
+        ("\\frac{1}{2}", "The probability is 0.5 by symmetry.", True),
+        ("\\frac{1}{2}", "The probability is one half.", True),
+        ("0.25", "Take 25 % of it.", True),
+        ("25\\%", "A quarter of it.", True),
+        ("\\frac{1}{2}", "Count favourable and possible cases.", False),
+        ("(3, 5)", "The point has first coordinate 5.", True),
+        ("x+1", "It factors as x + 1 times something.", True),
+        ("x+1", "Factor the polynomial.", False),
+        ("\\sqrt{3}", "The height is \\sqrt{3}.", True),
+        ("3\\sqrt{2}", "The diagonal is 3√2.", True),  # by its numbers
+        ("C", "The correct option is C.", True),
+        ("C", "Consider the circle C.", False),
+        ("Paris", "Recall that Paris is the capital.", True),
+        ("Paris", "Recall the capital.", False),
+        ("even", "Show that seven divides it.", False),
+        ("4", "Four of them remain.", True),
+        ("1", "Only one of them remains.", False),  # "one" is no number here: the price of ordinary English
+    ],
+)
+def test_answers_of_every_kind(answer: str, strategy: str, leaky: bool) -> None:
+    found = leaks(strategy, problem="Find it.", answer=answer, response=f"So it is {answer}.")
+    assert bool(found) == leaky, found
+
+
+def test_what_the_problem_says_is_no_secret() -> None:
+    found = leaks("Start from 36 and halve it.", problem="Halve 36 until 9 is left.", answer="9", response="36, 18, 9")
+    assert found == []
+    assert leaks("Pass 18 on the way.", problem="Halve 36 until 9 is left.", answer="9", response="36, 18, 9")
+
+
+def test_replies_are_sifted_in_order() -> None:
+    problem = Problem(id="p", problem=PROBLEM, answer="300", response=RESPONSE)
+    good = json.dumps({"type": "Rates", "strategy": "Find the unit rate, then scale.", "steps": ["Divide.", "Scale."]})
+    leaky = json.dumps({"type": "Rates", "strategy": "The speed is 60.", "steps": ["Divide.", "Scale."]})
+    other = json.dumps({"type": "Proportion", "strategy": "Set two ratios equal.", "steps": ["Write both.", "Solve."]})
+    sifted = sift([leaky, good, "nonsense", good, other], problem)
+    assert len(sifted.kept) == 2
+    assert sifted.kept[0].startswith("Problem type: Rates")
+    assert [one["reason"] for one in sifted.rejected] == ["leak", "unreadable", "duplicate"]
+    assert "the response's number 60" in sifted.rejected[0]["detail"]
+    assert alike("one two three four five six", "One two, three four five six!")
+    assert not alike("find the rate and scale it", "set two ratios equal and solve")
