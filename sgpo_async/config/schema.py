@@ -207,6 +207,7 @@ class Learner:
     precision: Literal["auto", "float32", "bfloat16"] = (
         "auto"  # of matrix products; auto: bfloat16 on GPUs that have it
     )
+    recompute: bool = False  # activations, layer by layer: a third more work, memory for much longer sequences
     # Leave rollouts of advantage 0 (all of their group solved the problem, or none did) out of the forward: the same
     # gradient for less work. Entropy, lag and mismatch are then those of the others alone.
     skip_uniform: bool = False

@@ -7,6 +7,7 @@ to the embedding or not; logits never exist whole.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from sgpo_async.algorithm import linear_divergence, linear_logprobs
@@ -109,6 +111,15 @@ def shard(policy: Policy, mesh: DeviceMesh, *, precision: str) -> Policy:
     fully_shard(policy, mesh=mesh, mp_policy=mixed, reshard_after_forward=False)
     register_fsdp_forward_method(policy, "hidden")
     return policy
+
+
+def recompute(policy: Policy) -> None:
+    """Keep of each decoder layer only what goes into it, and compute the rest again in the backward pass.
+
+    Call it before `shard`. It costs one more forward; the gradients are the same.
+    """
+    for layer in decoder_layers(policy.model):
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def in_bfloat16(precision: str, mesh: DeviceMesh) -> bool:

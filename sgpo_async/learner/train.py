@@ -29,7 +29,7 @@ from sgpo_async.learner.demonstrations import Demonstrations
 from sgpo_async.learner.folder import export
 from sgpo_async.learner.hub_client import HubClient
 from sgpo_async.learner.mismatch import Alarm, bound_for
-from sgpo_async.learner.policy import Policy, check_model, in_bfloat16, shard
+from sgpo_async.learner.policy import Policy, check_model, in_bfloat16, recompute, shard
 from sgpo_async.learner.progress import Progress, hub_metrics
 from sgpo_async.learner.publish import Publisher, gather
 from sgpo_async.learner.step import Stepper
@@ -203,6 +203,8 @@ def build(run: Run, mesh: DeviceMesh, source: ProblemSource | None = None) -> tu
     fingerprint = tokenizer_fingerprint(tokenizer)
     policy = _load(folder)
     check_model(policy)
+    if run.learner.recompute:
+        recompute(policy)
     shard(policy, mesh, precision=run.learner.precision)
     teacher = Teacher(run.algorithm, _copy(folder, run, mesh) if run.algorithm.copies_teacher else None)
     responses = None

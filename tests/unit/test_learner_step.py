@@ -72,6 +72,35 @@ def test_layer_groups_and_gradients_exchanged_each_time(tied: bool, monkeypatch:
     assert_equal(gradients(run, parts, tied=tied), expected(run, parts, tied=tied))
 
 
+@pytest.mark.parametrize("layers", [False, True])
+def test_recomputed_activations_give_the_same_gradient_from_less_memory(
+    layers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if layers:  # one FSDP group per decoder layer, as of large models
+        monkeypatch.setattr(policy, "GROUP_BYTES", 0)
+        monkeypatch.setattr(step, "LOCAL_GRADIENT_BYTES", 0)
+    run, parts = cases.settings(row_tokens=20, delta=2.0), cases.groups()
+    right = expected(run, parts)
+    kept = []
+    for again in (False, True):
+        model = cases.tiny_model()
+        if again:
+            policy.recompute(policy.Policy(model))
+        stepper = cases.stepper(run, model)
+        sizes: list[int] = []
+
+        def count(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss = stepper.accumulate(from_shard(cases.shard_of(parts, problems=len(parts)), run.algorithm)).reduce()
+        found = {name: p.grad.full_tensor() for name, p in stepper.policy.model.named_parameters()}
+        assert_equal((loss["loss"], found), right)
+        kept.append(sum(sizes))
+    assert kept[1] < 0.7 * kept[0]
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_every_correction(mode: str) -> None:
     rule = Correction(mode=mode, bound=2.0)
