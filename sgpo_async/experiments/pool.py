@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -27,7 +28,7 @@ class Pool:
         os.environ["OMP_NUM_THREADS"] = "1"  # of the children; set before they load anything
         context = multiprocessing.get_context("spawn")
         self._workers = workers
-        self._executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_leave_interrupts_to_the_parent)
+        self._executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_the_parent)
 
     def run(
         self, work: Callable[[Job], Result], jobs: Sequence[Job], *, while_: Callable[[], bool] = lambda: True
@@ -57,5 +58,14 @@ class Pool:
         self._executor.shutdown(wait=True, cancel_futures=True)
 
 
-def _leave_interrupts_to_the_parent() -> None:
+def _follow_the_parent() -> None:
+    """Of a worker: Ctrl-C is the parent's to handle; and when the parent is gone, however it went, so is the worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()

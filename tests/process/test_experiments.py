@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch.distributed as dist
 import yaml
@@ -94,12 +94,15 @@ def experiment(folder: Path) -> tuple[Path, list[str]]:
 @pytest.mark.timeout(900)
 def test_an_experiment_killed_in_the_middle_goes_on_and_repeats_nothing(tmp_path: Path) -> None:
     folder, command = experiment(tmp_path)
-    with subprocess.Popen(command, start_new_session=True) as process:
+    with subprocess.Popen(command) as process:
         deadline = time.monotonic() + 400
         while len(list(tmp_path.glob("results/*.json"))) < 3 and time.monotonic() < deadline:
             assert process.poll() is None
             time.sleep(0.2)
-        os.killpg(process.pid, signal.SIGKILL)
+        workers = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGKILL)
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert not alive
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("results/*.json")}
     assert 3 <= len(before) < 12
 
