@@ -16,10 +16,11 @@ corrections() { # MODE, for both terms of the loss
 
 case "${1:-all}" in
 demo) run demo configs/demo.yaml ;;
+lag8) run demo-lag8 configs/demo.yaml hub.max_lag=8 ;;
 sync) run demo-sync configs/demo-sync.yaml ;;
 paper) run demo-paper configs/demo-paper.yaml ;;
 none | token | prefix) corrections "$1" ;;
 sglang) run demo-sglang configs/demo-sglang.yaml ;;
-all) for which in demo sync paper none token prefix sglang; do "$0" "$which"; done ;;
-*) echo "error: $1 is none of demo, sync, paper, none, token, prefix, sglang, all" >&2; exit 2 ;;
+all) for which in demo lag8 sync paper none token prefix sglang; do "$0" "$which"; done ;;
+*) echo "error: $1 is none of demo, lag8, sync, paper, none, token, prefix, sglang, all" >&2; exit 2 ;;
 esac
