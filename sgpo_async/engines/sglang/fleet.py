@@ -387,6 +387,8 @@ class Fleet:
 def _require_alive(place: Place) -> None:
     if place.process is not None and not place.process.alive:
         raise EngineError(f"server {place.url} has ended; {place.process.last_words()}")
+    if place.process is not None and place.server is None and place.process.port_taken:
+        raise EngineError(f"server {place.url} found its port taken; {place.process.last_words()}")
 
 
 async def _explained(place: Place, error: SgpoError) -> SgpoError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -15,6 +16,8 @@ from sgpo_async.errors import DeadlineExceeded, EngineError
 
 KEEPER = Path(__file__).with_name("keeper.py")
 STOP_S = 10.0
+PORTS = 12_000  # that servers are given to choose from
+EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 class ServerProcess:
@@ -32,6 +35,7 @@ class ServerProcess:
                 "(on a CPU: make sglang-cpu)"
             )
         with log.open("ab") as output:
+            self._begun_at = output.tell()
             self._keeper = subprocess.Popen(
                 [sys.executable, "-I", str(KEEPER), *command],
                 stdin=subprocess.PIPE,
@@ -45,6 +49,13 @@ class ServerProcess:
     def alive(self) -> bool:
         """Whether the server's main process runs."""
         return self._keeper.poll() is None
+
+    @property
+    def port_taken(self) -> bool:
+        """Whether it could not bind its port. SGLang says so, serves nothing, and does not end."""
+        with self.log.open("rb") as log:
+            log.seek(self._begun_at)
+            return b"address already in use" in log.read()
 
     @property
     def group(self) -> int:
@@ -69,6 +80,21 @@ class ServerProcess:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that is free now, and stays so: below those that the system gives to connections.
+
+    A server binds its port only when it has loaded, seconds later. One of the system's own choice may meanwhile have
+    become the near end of anybody's connection.
+    """
+    below = _first_ephemeral()
+    for _ in range(100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", random.randrange(below - PORTS, below)))
+            return int(probe.getsockname()[1])
+    raise EngineError(f"of the ports from {below - PORTS} to {below - 1} hardly any is free; stop what uses them")
+
+
+def _first_ephemeral() -> int:
+    try:
+        return int(EPHEMERAL.read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return 32768  # Linux's default

@@ -1,0 +1,27 @@
+"""Ports of servers: none that the system may give to a connection, and a server that lost its own is told."""
+
+import socket
+from pathlib import Path
+
+from sgpo_async.engines.sglang import process
+from sgpo_async.engines.sglang.process import ServerProcess, _free_port
+
+
+def test_ports_are_free_and_below_those_of_connections() -> None:
+    below = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    ports = {_free_port() for _ in range(50)}
+    assert len(ports) > 40
+    assert all(below - process.PORTS <= port < below for port in ports)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", ports.pop()))
+
+
+def test_a_port_taken_meanwhile_is_read_from_this_start_s_log(tmp_path: Path) -> None:
+    server = object.__new__(ServerProcess)
+    server.log = tmp_path / "server.log"
+    server.log.write_bytes(b"of a start before: address already in use\n")
+    server._begun_at = server.log.stat().st_size
+    assert not server.port_taken
+    with server.log.open("ab") as log:
+        log.write(b"[Errno 98] error while attempting to bind on address ('127.0.0.1', 1): address already in use\n")
+    assert server.port_taken
