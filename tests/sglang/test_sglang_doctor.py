@@ -137,15 +137,8 @@ def test_all_is_well_with_an_attached_server(
     assert f"{transport}, thrice: prepare" in out and f"{in_flight}: " in out
 
 
-def test_joining_takes_well_below_a_second(url: str) -> None:
-    """The best of three, on a machine that may be busy."""
-    assert min(on(url, lambda subject: _timed(join(subject))) for _ in range(3)) < 0.8
-
-
-async def _timed(work: Any) -> float:
-    began = time.monotonic()
-    assert await work == []
-    return time.monotonic() - began
+def test_joining_finds_nothing_wrong(url: str) -> None:
+    assert on(url, join) == []
 
 
 def test_another_vocabulary(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
