@@ -72,6 +72,7 @@ class Group:
             temperature=self.lease.temperature,
             seed=rollout_seed(self.lease.seed, slot),
             top_p=self.lease.top_p,
+            top_logprobs_num=self.lease.top_logprobs_num if self._is_guided(slot) else 0,
         )
 
     def _rollout(self, slot: int, *, reward: float, unguided_logprob: float | None) -> Rollout:
@@ -91,6 +92,8 @@ class Group:
             reward=reward,
             finish=result.finish,
             unguided_logprob=unguided_logprob,
+            top_tokens=result.top_tokens if unguided_logprob is not None else None,
+            top_logprobs=result.top_logprobs if unguided_logprob is not None else None,
         )
 
     def _is_guided(self, slot: int) -> bool:

@@ -23,9 +23,9 @@ Every function computes in the floating-point type that it is given.
 
 from sgpo_async.algorithm.advantages import group_advantages
 from sgpo_async.algorithm.correction import MODES, correction_weights
-from sgpo_async.algorithm.divergences import DIVERGENCES, divergence, forward_kl
+from sgpo_async.algorithm.divergences import DIVERGENCES, divergence, forward_kl, top_divergence
 from sgpo_async.algorithm.limiters import LIMITERS, limit
-from sgpo_async.algorithm.linear import linear_divergence, linear_logprobs
+from sgpo_async.algorithm.linear import linear_divergence, linear_logprobs, linear_top_logprobs
 from sgpo_async.algorithm.losses import (
     KLMass,
     LossWeights,
@@ -59,9 +59,11 @@ __all__ = [
     "limit",
     "linear_divergence",
     "linear_logprobs",
+    "linear_top_logprobs",
     "loss_weights",
     "nll_loss",
     "select_reachable",
     "sgpo_loss",
     "shaped_loss",
+    "top_divergence",
 ]

@@ -53,6 +53,30 @@ def forward_kl(teacher_logits: Tensor, student_logits: Tensor, *, temperature: f
     return divergence(teacher_logits, student_logits, kind="forward", temperature=temperature)
 
 
+def top_divergence(log_p: Tensor, log_q: Tensor, *, kind: str = "forward") -> Tensor:
+    """d_t where of the teacher only its k likeliest tokens are known; all others count as one outcome.
+
+    Merging outcomes never raises a divergence of this kind (data processing), so it is at most the exact one; they are
+    equal for k = V - 1, and where both sides divide the rest alike. The gradient of the forward KL is that towards a
+    teacher whose rest is divided as the student's own is.
+
+    Args:
+        log_p: [..., k], the teacher's log-probabilities of its likeliest tokens, k below V. No gradient reaches them.
+        log_q: [..., k + 1], the student's of the same tokens and of the rest (`linear_top_logprobs`), with gradient.
+        kind: a key of DIVERGENCES.
+
+    Returns:
+        [...], in nats.
+    """
+    return DIVERGENCES[kind].value(_with_rest(log_p.detach()), log_q)
+
+
+def _with_rest(log_p: Tensor) -> Tensor:
+    """[..., k] -> [..., k + 1]. The rest is what is left of 1, and not less than the least that rounding leaves."""
+    rest = 1 - log_p.double().exp().sum(-1, keepdim=True)
+    return torch.cat((log_p, rest.clamp(min=torch.finfo(log_p.dtype).eps).log().to(log_p.dtype)), -1)
+
+
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) = sum_v p_v (log p_v - log q_v), with 0 log 0 = 0: [..., V], [..., V] -> [...]."""
     p = log_p.exp()

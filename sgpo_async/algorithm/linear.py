@@ -4,6 +4,7 @@ Logits of T tokens over V words are the largest tensor of training (16K x 152K i
 exist for `chunk` rows at a time, and again in the backward pass, where their gradient has a closed form:
 
     d log q(o_t) / d z = onehot(o_t) - q,     q = softmax(z);     d d_t / d z as `divergences` says
+    d log q(rest) / d z_v = [v in rest] q_v / q(rest) - q_v
 
 Logits are multiplied out in the type given; softmax, and the sum of the weight's gradient over chunks, in
 float32 at least. Weights are plain tensors (of a sharded parameter: the gathered one).
@@ -68,6 +69,24 @@ def linear_divergence(
     return d, log_teacher
 
 
+def linear_top_logprobs(
+    hidden: Tensor, weight: Tensor, tokens: Tensor, *, temperature: float = 1.0, chunk: int = 1024
+) -> Tensor:
+    """log pi of k listed tokens at each position, and of all others together: k + 1 outcomes in place of V.
+
+    Args:
+        hidden: [T, H].
+        weight: [V, H].
+        tokens: [T, k] int64, k below V, no token twice in a row.
+        temperature: that of the rollouts.
+        chunk: rows of logits held at a time.
+
+    Returns:
+        [T, k + 1], the last column that of the rest; differentiable in hidden and weight.
+    """
+    return _LinearTopLogprobs.apply(hidden, weight, tokens, temperature, chunk)
+
+
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
@@ -122,6 +141,33 @@ class _LinearDivergence(torch.autograd.Function):
             return DIVERGENCES[ctx.kind].slope(log_p, log_q) * (grads[0][rows, None] / ctx.temperature)
 
         return None, None, *_head_gradients(hidden, weight, grad_logits, ctx.chunk), None, None, None, None
+
+
+class _LinearTopLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        hidden, weight, tokens, temperature, chunk = args
+        log_top = hidden.new_empty(len(hidden), tokens.shape[1] + 1, dtype=_at_least_float32(hidden))
+        for rows in _chunks(hidden, chunk):
+            log_q = _log_softmax(hidden[rows], weight, temperature)
+            log_top[rows, :-1] = log_q.gather(-1, tokens[rows])
+            log_top[rows, -1] = log_q.scatter_(-1, tokens[rows], -torch.inf).logsumexp(-1)
+        ctx.save_for_backward(hidden, weight, tokens, log_top[:, -1])
+        ctx.temperature, ctx.chunk = temperature, chunk
+        return log_top
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, tokens, log_rest = ctx.saved_tensors
+
+        def grad_logits(rows: slice) -> Tensor:
+            log_q, grad = _log_softmax(hidden[rows], weight, ctx.temperature), grads[0][rows]
+            within_rest = (log_q - log_rest[rows, None]).exp_().scatter_(-1, tokens[rows], 0)
+            slope = within_rest * grad[:, -1:] - log_q.exp_() * grad.sum(-1, keepdim=True)
+            return slope.scatter_add_(-1, tokens[rows], grad[:, :-1]) / ctx.temperature
+
+        return *_head_gradients(hidden, weight, grad_logits, ctx.chunk), None, None, None
 
 
 def _head_gradients(

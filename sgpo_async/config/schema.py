@@ -15,7 +15,7 @@ from sgpo_async.errors import ConfigError
 CorrectionMode = Literal["none", "token", "token-mask", "prefix", "sequence", "sequence-geometric"]
 
 HELD_OUT = "held-out"  # the name of the run's own held-out problems among benchmarks
-BYTES_PER_TOKEN = 8  # of a rollout: the token and its log-probability
+BYTES_PER_TOKEN = 8  # of a rollout: the token and its log-probability; as much again for each likely token beside it
 
 
 def require(holds: bool, path: str, rule: str, value: object) -> None:
@@ -118,11 +118,13 @@ class Algorithm:
     kl_correction: Correction = field(default_factory=lambda: Correction(mode="none", bound=1.0))
 
     # sgpo: whose guided distribution is distilled. self: the present weights (Eq. 3); ema: their running average;
-    # snapshot: a copy of them that is renewed now and then; frozen: the weights that the run began with
-    teacher: Literal["self", "ema", "snapshot", "frozen"] = "frozen"
+    # snapshot: a copy of them that is renewed now and then; frozen: the weights that the run began with; behaviour:
+    # those that sampled, by what the engine told of its likeliest tokens, without a copy or a forward
+    teacher: Literal["self", "ema", "snapshot", "frozen", "behaviour"] = "frozen"
     teacher_decay: float = 0.99  # ema: share of the average that a step keeps
     teacher_every: int = 20  # snapshot: steps between two copies
     teacher_dtype: Literal["float32", "bfloat16"] = "float32"  # of the copy; ema needs float32
+    teacher_top_k: int = 16  # behaviour: likeliest tokens that are known one by one; all others are one outcome
 
     # sgpo: alpha(q), how much is distilled
     weight: Literal["adaptive", "fixed", "group-advantage"] = "adaptive"  # Eq. 6, `alpha` as it is, or Eq. 8
@@ -144,7 +146,8 @@ class Algorithm:
             require(getattr(self, name) >= 0, f"algorithm.{name}", "is at least 0", getattr(self, name))
         for name in ("guide_gate", "quantile", "teacher_decay"):
             require(0 <= getattr(self, name) <= 1, f"algorithm.{name}", "lies in [0, 1]", getattr(self, name))
-        require(self.teacher_every >= 1, "algorithm.teacher_every", "is at least 1", self.teacher_every)
+        for name in ("teacher_every", "teacher_top_k"):
+            require(getattr(self, name) >= 1, f"algorithm.{name}", "is at least 1", getattr(self, name))
         for name in ("grpo_correction", "kl_correction"):
             bound = getattr(self, name).bound
             require(bound >= 1, f"algorithm.{name}.bound", "is at least 1", bound)
@@ -170,7 +173,17 @@ class Algorithm:
     @property
     def copies_teacher(self) -> bool:
         """Whether a copy of the weights is kept to teach."""
-        return self.objective == "sgpo" and self.divergence != "sft" and self.teacher != "self"
+        return self._compares and self.teacher not in ("self", "behaviour")
+
+    @property
+    def top_logprobs_num(self) -> int:
+        """How many likely tokens are asked for beside each one of a guided rollout."""
+        return self.teacher_top_k if self._compares and self.teacher == "behaviour" else 0
+
+    @property
+    def _compares(self) -> bool:
+        """Whether the student is compared with a teacher's distributions."""
+        return self.objective == "sgpo" and self.divergence != "sft"
 
     @property
     def demonstrated(self) -> bool:
@@ -488,8 +501,10 @@ class Run:
         It holds a batch for each version that the lag admits, the one in training and the one that is forming.
         Prompts are not counted: their length is unknown here.
         """
-        rollouts = self.learner.problems_per_step * self.rollout.size * (self.hub.max_lag + 2)
-        return -(-rollouts * self.rollout.max_new_tokens * BYTES_PER_TOKEN // 2**20)
+        batches = self.hub.max_lag + 2
+        per_token = self.rollout.size + self.rollout.guided * self.algorithm.top_logprobs_num
+        tokens = batches * self.learner.problems_per_step * self.rollout.max_new_tokens
+        return -(-tokens * per_token * BYTES_PER_TOKEN // 2**20)
 
     @property
     def folder(self) -> str:

@@ -25,6 +25,7 @@ class Generate:
     temperature: float
     seed: int  # the sample depends on this and the logits alone
     top_p: float = 1.0  # below 1: from the nucleus alone; for evaluation, never for training
+    top_logprobs_num: int = 0  # how many of the likeliest tokens are told at each position
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,8 @@ class Generated:
     versions: np.ndarray  # [S] int32
     ends: np.ndarray  # [S] int32, exclusive
     finish: Literal["stop", "length"]
+    top_tokens: np.ndarray | None = None  # [T * k] int32, the k likeliest at each position, the likeliest first
+    top_logprobs: np.ndarray | None = None  # [T * k] float32, of the distribution before top_p
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from sgpo_async.engines.base import EngineLoad, Generate, Generated, Score, Scor
 from sgpo_async.engines.decoder import Decoder
 from sgpo_async.engines.pretrained import end_tokens, load_model, longest
 from sgpo_async.engines.requests import validate
-from sgpo_async.engines.sampling import log_softmax, sample
+from sgpo_async.engines.sampling import likeliest, log_softmax, sample
 from sgpo_async.engines.sequences import Running, Sequence
 from sgpo_async.errors import EngineError, WeightsError
 
@@ -168,6 +168,7 @@ class EmbeddedEngine:
         sampled, chosen = sample(logits, tensor(running.temperatures()), running.top_p(), tensor(running.uniforms()))
         tokens, logprobs = sampled.cpu().numpy(), chosen.cpu().numpy()
         self._require_numbers(logprobs)
+        self._note_likeliest(logits)
         stopped = self._ends[tokens]
         done = np.flatnonzero(running.extend(tokens, logprobs) | stopped)
         self._tokens += tokens.size
@@ -177,6 +178,15 @@ class EmbeddedEngine:
         for sequence in finished:
             sequence.close_span(version)
         return [s.result(stopped=bool(stop)) for s, stop in zip(finished, stopped[done], strict=True)]
+
+    def _note_likeliest(self, logits: torch.Tensor) -> None:
+        """For rows that ask for them; the others cost nothing."""
+        running, tensor = self._running, self._decoder.tensor
+        rows = np.flatnonzero(running.top_logprobs_num())
+        if rows.size:
+            places, k = tensor(rows), int(running.top_logprobs_num().max())
+            tokens, logprobs = likeliest(logits[places], tensor(running.temperatures()[rows]), k)
+            running.note_likeliest(rows, tokens.cpu().numpy(), logprobs.cpu().numpy())
 
     def _score(self, version: int) -> list[Scored]:
         self._scoring_waited += bool(self._scores)

@@ -27,5 +27,10 @@ def validate(request: Generate | Score, *, longest: int, vocabulary: int) -> Non
         )
     if not request.temperature > 0:
         raise EngineError(f"request {request.id}: temperature is above 0, got {request.temperature}")
+    if isinstance(request, Generate) and not 0 <= request.top_logprobs_num < vocabulary:
+        raise EngineError(
+            f"request {request.id}: {request.top_logprobs_num} likeliest tokens of a vocabulary of {vocabulary}; "
+            f"algorithm.teacher_top_k is below that"
+        )
     if isinstance(request, Generate) and not 0 < request.top_p <= 1:
         raise EngineError(f"request {request.id}: top_p is above 0 and at most 1, got {request.top_p}")

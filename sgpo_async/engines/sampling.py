@@ -54,6 +54,15 @@ def sample(
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
 
 
+def likeliest(logits: torch.Tensor, temperature: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k most probable tokens of softmax(z/T), the likeliest first, and their log-probabilities.
+
+    logits [n, V], temperature [n] float32. Returns [n, k] int64, [n, k] float32.
+    """
+    top = log_softmax(logits, temperature[:, None]).topk(k, -1)
+    return top.indices, top.values
+
+
 def nucleus(logprobs: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     """Cut distributions to the smallest set of most probable tokens that holds `top_p`, renormalised.
 

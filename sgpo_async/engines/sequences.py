@@ -18,6 +18,8 @@ class Sequence:
     request: Generate
     ids: np.ndarray  # [length] int32: prompt and generated tokens
     logprobs: np.ndarray  # [length] float32; the prompt's are unused
+    top_tokens: np.ndarray  # [length, k] int32, k = request.top_logprobs_num; the prompt's are unused
+    top_logprobs: np.ndarray  # [length, k] float32
     versions: list[int] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
 
@@ -25,7 +27,8 @@ class Sequence:
     def of(cls, request: Generate) -> Sequence:
         """A sequence of which nothing is generated yet."""
         ids = request.prompt.astype(np.int32)
-        return cls(request, ids, np.zeros(ids.size, np.float32))
+        shape = ids.size, request.top_logprobs_num
+        return cls(request, ids, np.zeros(ids.size, np.float32), np.zeros(shape, np.int32), np.zeros(shape, np.float32))
 
     @property
     def generated(self) -> int:
@@ -44,7 +47,7 @@ class Sequence:
 
     def result(self, *, stopped: bool) -> Generated:
         """The finished continuation; its last span is closed."""
-        start = self.request.prompt.size
+        start, asked = self.request.prompt.size, self.request.top_logprobs_num > 0
         return Generated(
             id=self.request.id,
             tokens=self.ids[start:],
@@ -52,6 +55,8 @@ class Sequence:
             versions=np.array(self.versions, np.int32),
             ends=np.array(self.ends, np.int32),
             finish="stop" if stopped else "length",
+            top_tokens=self.top_tokens[start:].reshape(-1) if asked else None,
+            top_logprobs=self.top_logprobs[start:].reshape(-1) if asked else None,
         )
 
 
@@ -66,12 +71,15 @@ class Running:
         self._move = move
         self._ids = np.zeros((slots, 64), np.int32)
         self._logprobs = np.zeros((slots, 64), np.float32)
+        self._top_tokens = np.zeros((slots, 64, 0), np.int32)  # as wide as any request has asked for
+        self._top_logprobs = np.zeros((slots, 64, 0), np.float32)
         self._length = np.zeros(slots, np.int64)
         self._prompt = np.zeros(slots, np.int64)
         self._limit = np.zeros(slots, np.int64)
         self._stream = np.zeros(slots, np.uint64)
         self._temperature = np.ones(slots, np.float32)
         self._top_p = np.ones(slots, np.float64)
+        self._top_num = np.zeros(slots, np.int64)
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -79,13 +87,16 @@ class Running:
     def append(self, sequence: Sequence) -> None:
         """Put `sequence` into the next row."""
         row, length, request = len(self), sequence.ids.size, sequence.request
-        self._reserve(length + 1)
+        self._reserve(length + 1, request.top_logprobs_num)
         self._ids[row, :length] = sequence.ids
         self._logprobs[row, :length] = sequence.logprobs
+        self._top_tokens[row, :length, : request.top_logprobs_num] = sequence.top_tokens
+        self._top_logprobs[row, :length, : request.top_logprobs_num] = sequence.top_logprobs
         self._length[row], self._prompt[row] = length, request.prompt.size
         self._limit[row] = request.prompt.size + request.max_new_tokens
         self._stream[row] = stream(request.seed)
         self._temperature[row], self._top_p[row] = request.temperature, request.top_p
+        self._top_num[row] = request.top_logprobs_num
         self.sequences.append(sequence)
 
     def positions(self) -> np.ndarray:
@@ -104,10 +115,20 @@ class Running:
         """[n] float64."""
         return self._top_p[: len(self)]
 
+    def top_logprobs_num(self) -> np.ndarray:
+        """How many likeliest tokens each row asks for, [n] int64."""
+        return self._top_num[: len(self)]
+
     def uniforms(self) -> np.ndarray:
         """The uniform that samples each row's next token, [n] float64."""
         n = len(self)
         return uniforms(self._stream[:n], self._length[:n] - self._prompt[:n])
+
+    def note_likeliest(self, rows: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray) -> None:
+        """The likeliest tokens [r, k] at the place of these rows' next token, and their log-probabilities."""
+        self._reserve(int(self._length[rows].max()) + 1, tokens.shape[1])
+        self._top_tokens[rows, self._length[rows], : tokens.shape[1]] = tokens
+        self._top_logprobs[rows, self._length[rows], : tokens.shape[1]] = logprobs
 
     def extend(self, tokens: np.ndarray, logprobs: np.ndarray) -> np.ndarray:
         """Add one token to each row; returns which rows are thereby at their limit, [n] bool."""
@@ -140,16 +161,26 @@ class Running:
         sequence, length = self.sequences[row], self._length[row]
         sequence.ids = self._ids[row, :length].copy()
         sequence.logprobs = self._logprobs[row, :length].copy()
+        width = sequence.request.top_logprobs_num
+        sequence.top_tokens = self._top_tokens[row, :length, :width].copy()
+        sequence.top_logprobs = self._top_logprobs[row, :length, :width].copy()
         return sequence
 
     def _arrays(self) -> tuple[np.ndarray, ...]:
         return (
-            self._ids, self._logprobs, self._length, self._prompt, self._limit, self._stream, self._temperature,
-            self._top_p,
+            self._ids, self._logprobs, self._top_tokens, self._top_logprobs, self._length, self._prompt, self._limit,
+            self._stream, self._temperature, self._top_p, self._top_num,
         )  # fmt: skip
 
-    def _reserve(self, length: int) -> None:
+    def _reserve(self, length: int, width: int = 0) -> None:
+        """Make room for `length` tokens a row, and `width` likeliest ones at each place."""
         missing = length - self._ids.shape[1]
+        longer = (0, max(missing, self._ids.shape[1])) if missing > 0 else (0, 0)
+        wider = (0, max(width - self._top_tokens.shape[2], 0))
         if missing > 0:
-            grow = ((0, 0), (0, max(missing, self._ids.shape[1])))
+            grow = ((0, 0), longer)
             self._ids, self._logprobs = np.pad(self._ids, grow), np.pad(self._logprobs, grow)
+        if missing > 0 or wider[1]:
+            grow_top = ((0, 0), longer, wider)
+            self._top_tokens = np.pad(self._top_tokens, grow_top)
+            self._top_logprobs = np.pad(self._top_logprobs, grow_top)

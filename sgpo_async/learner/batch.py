@@ -59,12 +59,8 @@ class Batch:
     version: int  # of the weights that are trained; lag of a token = this - its own
     sequences: Sequences
     figures: tuple[Mapping[str, float], ...]  # of each task, some of FIGURES
+    teachers: list[Tokens]  # the targets after their guided prompts; none if the behaviour policy teaches
     forward_only: int  # tokens that run through a forward without gradient: the teacher's, corrected pass rates'
-
-    @property
-    def teachers(self) -> list[Tokens]:
-        """The K targets after the guided prompt that they were sampled from."""
-        return [item.teacher for item in self.sequences.distillation]
 
 
 def lags(rollout: Rollout, version: int) -> np.ndarray:
@@ -104,8 +100,8 @@ def from_shard(
         )
         trained.append(objective(known, algorithm))
     targets = [item for task in trained for item in task.distillation]
-    forward_only = [item.teacher for item in targets]
-    forward_only += [Tokens(rollout.prompt, rollout.tokens) for rollout in shard.rollouts] if ratios else []
+    teachers = [] if algorithm.teacher == "behaviour" else [item.teacher for item in targets]
+    rated = [Tokens(rollout.prompt, rollout.tokens) for rollout in shard.rollouts] if ratios else []
     return Batch(
         version=shard.version,
         sequences=Sequences(
@@ -114,5 +110,6 @@ def from_shard(
             [item for task in trained for item in task.likelihood],
         ),
         figures=tuple(task.figures for task in trained),
-        forward_only=sum(tokens.length for tokens in forward_only),
+        teachers=teachers,
+        forward_only=sum(tokens.length for tokens in teachers + rated),
     )

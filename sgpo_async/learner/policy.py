@@ -18,20 +18,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from sgpo_async.algorithm import linear_divergence, linear_logprobs
+from sgpo_async.algorithm import linear_logprobs
 from sgpo_async.errors import DataError
+from sgpo_async.learner.guides import Guide
 from sgpo_async.learner.packing import Packed, Tokens, pack
 
 GROUP_BYTES = 32 * 2**20  # a smaller model is one FSDP group: its collectives would cost more than they overlap
 LOCAL_GRADIENT_BYTES = 2**30  # a smaller model keeps its gradients whole until the step's last micro-batch
-
-
-class Guide(NamedTuple):
-    """What the teacher makes of the targets' K tokens, and how the student is compared with it."""
-
-    states: Tensor  # [K, H'], its hidden states after the guided prompt
-    matrix: Tensor | None  # its output matrix [V, H']; None: the policy's own
-    kind: str  # a key of DIVERGENCES
 
 
 class Outputs(NamedTuple):
@@ -81,11 +74,7 @@ class Policy(nn.Module):
         log_pi, entropy = linear_logprobs(own, self.head, own_tokens, temperature=temperature)
         d = log_teacher = log_text = log_pi.new_empty(0)
         if guide is not None:
-            matrix = self.head.detach() if guide.matrix is None else guide.matrix
-            teacher, student = (guide.states, matrix), (target, self.head)
-            d, log_teacher = linear_divergence(
-                teacher, student, target_tokens, kind=guide.kind, temperature=temperature
-            )
+            d, log_teacher = guide.compare(target, self.head, target_tokens, temperature=temperature)
         if len(text):
             log_text, _ = linear_logprobs(text, self.head, text_tokens, temperature=temperature)
         return Outputs(log_pi, entropy, d, log_teacher, log_text)

@@ -143,7 +143,7 @@ class WarmUp:
         tokens = sum(len(own.completion) for own in whole)
         mine = whole[dist.get_rank() :: dist.get_world_size()]
         likelihood = [Likelihood(own, len(own.completion) / tokens) for own in mine]
-        return Batch(version=0, sequences=Sequences([], [], likelihood), figures=(), forward_only=0)
+        return Batch(version=0, sequences=Sequences([], [], likelihood), figures=(), teachers=[], forward_only=0)
 
     def validation_loss(self) -> float:
         """Token mean over all validation problems. A collective of all ranks."""

@@ -82,7 +82,7 @@ class Statistics:
         for name, value in (item for figures in batch.figures for item in figures.items()):
             self.sums[f"{name}_sum"] += value
             self.sums[f"{name}_problems"] += 1
-        self.sums["targets"] += len(batch.teachers)
+        self.sums["targets"] += len(batch.sequences.distillation)
         self.sums["tokens_forward_only"] += batch.forward_only
 
     def reduce(self) -> dict[str, Any]:

@@ -26,9 +26,11 @@ from torch.distributed.fsdp import FSDPModule
 from sgpo_async.config.schema import Run
 from sgpo_async.errors import SgpoError
 from sgpo_async.learner.batch import Batch, Responses, from_shard
+from sgpo_async.learner.guides import Guide, HiddenGuide, top_guide
+from sgpo_async.learner.objectives.base import Distillation
 from sgpo_async.learner.optimiser import clip_gradients, learning_rate
 from sgpo_async.learner.packing import MicroBatch, Packed, Tokens, pack, plan
-from sgpo_async.learner.policy import LOCAL_GRADIENT_BYTES, Guide, Policy
+from sgpo_async.learner.policy import LOCAL_GRADIENT_BYTES, Policy
 from sgpo_async.learner.statistics import Statistics
 from sgpo_async.learner.teacher import Teacher
 from sgpo_async.learner.terms import distillation_term, likelihood_term, policy_gradient_term
@@ -135,8 +137,7 @@ class Stepper:
     ) -> Tensor:
         """This micro-batch's part of the loss."""
         part, algorithm = batch.sequences.part(order), self.run.algorithm
-        guided = [states[i] for i in order if i in states]
-        guide = Guide(torch.cat(guided), self.teacher.matrix, algorithm.divergence) if guided else None
+        guide = self._guide(part.distillation, [states[i] for i in order if i in states])
         outputs = self.policy(packed, part.sizes, guide, self.run.rollout.temperature)
         loss = outputs.log_pi.sum() * 0  # a micro-batch without sequences has a backward pass, too: a collective
         if part.policy_gradient:
@@ -152,6 +153,15 @@ class Stepper:
         if part.likelihood:
             loss = loss + likelihood_term(part.likelihood, outputs.log_text, algorithm=algorithm, statistics=statistics)
         return loss
+
+    def _guide(self, targets: list[Distillation], states: list[Tensor]) -> Guide | None:
+        """Of these targets; None without any."""
+        algorithm = self.run.algorithm
+        if not targets:
+            return None
+        if algorithm.teacher == "behaviour":
+            return top_guide([item.rollout for item in targets], kind=algorithm.divergence, device=self._device)
+        return HiddenGuide(torch.cat(states), self.teacher.matrix, algorithm.divergence)
 
     def _synchronise(self, last: bool) -> None:
         """Small models exchange gradients once per step; large ones each time, since whole gradients do not fit."""

@@ -19,6 +19,7 @@ class Sampling:
     temperature: float
     top_p: float
     max_new_tokens: int
+    top_logprobs_num: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,7 @@ class Task:
             temperature=self.sampling.temperature,
             top_p=self.sampling.top_p,
             max_new_tokens=self.sampling.max_new_tokens,
+            top_logprobs_num=self.sampling.top_logprobs_num,
         )
 
 
@@ -98,7 +100,12 @@ class Curriculum:
             autonomous=sizes.autonomous,
             guided=sizes.guided if problem.strategy else 0,
             seed=derived_seed(self._run.seed, "train", number),
-            sampling=self._sampling(temperature=sizes.temperature, top_p=sizes.top_p),
+            sampling=Sampling(
+                temperature=sizes.temperature,
+                top_p=sizes.top_p,
+                max_new_tokens=sizes.max_new_tokens,
+                top_logprobs_num=self._run.algorithm.top_logprobs_num,
+            ),
         )
 
     def _evaluation(self, number: int) -> Task:
@@ -115,11 +122,12 @@ class Curriculum:
             autonomous=samples,
             guided=samples if problem.strategy and not benchmark else 0,
             seed=derived_seed(self._run.seed, "evaluate", index),
-            sampling=self._sampling(temperature=how.temperature, top_p=how.top_p),
+            sampling=Sampling(
+                temperature=how.temperature,
+                top_p=how.top_p,
+                max_new_tokens=self._run.rollout.max_new_tokens,
+            ),
         )
-
-    def _sampling(self, *, temperature: float, top_p: float) -> Sampling:
-        return Sampling(temperature=temperature, top_p=top_p, max_new_tokens=self._run.rollout.max_new_tokens)
 
 
 def derived_seed(*parts: int | str) -> int:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol, get_args, get_origin
+from typing import Annotated, Any, Literal, Protocol, Union, get_args, get_origin
 
 import numpy as np
 
@@ -211,7 +211,7 @@ class Many:
 
 def optional_of(annotation: Any) -> Any:
     """T if the annotation is `T | None`, else None."""
-    if get_origin(annotation) is not types.UnionType:
+    if get_origin(annotation) not in (types.UnionType, Union):  # an Annotated type makes the second of `T | None`
         return None
     inner = [argument for argument in get_args(annotation) if argument is not types.NoneType]
     assert len(inner) == 1, f"only T | None travels, not {annotation}"

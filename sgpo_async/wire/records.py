@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-PROTOCOL = 2  # raised by every change of a record
+PROTOCOL = 3  # raised by every change of a record
 
 Tokens = Annotated[np.ndarray, "<i4"]  # token ids, 1-d
 Ints = Annotated[np.ndarray, "<i4"]
@@ -88,6 +88,7 @@ class Lease:
     temperature: float
     top_p: float  # 1 for training: a truncated sampler's log-probabilities fit no importance ratio
     max_new_tokens: int
+    top_logprobs_num: int = 0  # likeliest tokens told beside each token of a correct guided rollout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +107,11 @@ class Rollout:
     ends: Ints  # [S] end (exclusive) of each span in `tokens`; the last is T
     reward: float
     finish: Literal["stop", "length"]
-    unguided_logprob: float | None = None  # Eq. 4: sum of log pi(token | plain prompt); correct guided rollouts only
+    # Of correct guided rollouts only: Eq. 4, the sum of log pi(token | plain prompt); and, if the lease asks for them,
+    # the k likeliest tokens at each place with their log-probabilities, place by place, the likeliest first.
+    unguided_logprob: float | None = None
+    top_tokens: Tokens | None = None  # [T * k]
+    top_logprobs: Floats | None = None  # [T * k]
 
     @property
     def oldest_version(self) -> int:

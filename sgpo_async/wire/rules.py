@@ -31,7 +31,7 @@ def rollout_fault(rollout: Rollout) -> str | None:
         return "a log-probability is not finite"
     if not 0.0 <= rollout.reward <= 1.0:
         return f"reward {rollout.reward} is outside [0, 1]"
-    return unguided_fault(rollout)
+    return unguided_fault(rollout) or top_fault(rollout)
 
 
 def unguided_fault(rollout: Rollout) -> str | None:
@@ -45,6 +45,18 @@ def unguided_fault(rollout: Rollout) -> str | None:
     return None if math.isfinite(value) else "unguided_logprob is not finite"
 
 
+def top_fault(rollout: Rollout) -> str | None:
+    """What is wrong with the likeliest tokens, from which a behaviour policy teaches."""
+    tokens, logprobs = rollout.top_tokens, rollout.top_logprobs
+    if tokens is None and logprobs is None:
+        return None
+    if tokens is None or logprobs is None or rollout.unguided_logprob is None:
+        return "top_tokens and top_logprobs belong together, on a correct guided rollout"
+    if not len(tokens) or len(tokens) != len(logprobs) or len(tokens) % len(rollout.tokens):
+        return f"{len(tokens)} top_tokens and {len(logprobs)} top_logprobs for {len(rollout.tokens)} tokens"
+    return None if tokens.min() >= 0 and np.isfinite(logprobs).all() else "a top token is below 0 or not finite"
+
+
 def increasing(ends: np.ndarray) -> bool:
     """Whether every element is larger than the one before."""
     return len(ends) == 1 or bool((ends[1:] > ends[:-1]).all())
@@ -54,6 +66,8 @@ def lease_fault(lease: Lease) -> str | None:
     """What keeps an actor from sampling as it is asked to."""
     if not (lease.temperature > 0 and 0 < lease.top_p <= 1 and lease.max_new_tokens >= 1):
         return f"temperature {lease.temperature}, top_p {lease.top_p}, max_new_tokens {lease.max_new_tokens}"
+    if lease.top_logprobs_num < 0:
+        return f"top_logprobs_num {lease.top_logprobs_num}"
     if lease.purpose == "train" and lease.top_p < 1:
         return f"top_p {lease.top_p} for training, whose log-probabilities would be of another distribution"
     return None

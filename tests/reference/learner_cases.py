@@ -19,6 +19,7 @@ from sgpo_async.learner.teacher import Teacher
 from sgpo_async.wire.records import Rollout, Shard
 
 VOCABULARY = 13
+TOP = 3  # likeliest tokens told beside each token of a correct guided rollout
 PAPER: dict[str, Any] = {  # the paper's setting, and the correction of a prefix towards its self-teacher
     "teacher": "self",
     "limiter": "mask",
@@ -109,9 +110,22 @@ def _group(rng: np.random.Generator, task: int, version: int) -> list[Rollout]:
                 reward=float(reward),
                 finish="stop",
                 unguided_logprob=float(rng.uniform(-30, -3)) if guided and reward else None,
+                **(_likeliest(length, seed=[task, slot, length]) if guided and reward else {}),
             )
         )
     return group
+
+
+def _likeliest(length: int, *, seed: list[int]) -> dict[str, np.ndarray]:
+    """Some engine's likeliest tokens at each of `length` places."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(scale=2.0, size=(length, VOCABULARY))
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    order = np.argsort(-log_p, axis=-1)[:, :TOP]
+    return {
+        "top_tokens": order.astype(np.int32).reshape(-1),
+        "top_logprobs": np.take_along_axis(log_p, order, -1).astype(np.float32).reshape(-1),
+    }
 
 
 def spread(parts: list[list[Rollout]], *, seed: int = 0, version: int = 5) -> list[list[Rollout]]:

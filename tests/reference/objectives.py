@@ -138,11 +138,31 @@ def distillation(problem: Problem, target: Rollout) -> Tensor:
     rule = problem.rule
     log_p = problem.all_log_probs(problem.teacher, target.prompt, target.tokens).detach()
     log_q, log_q_at = (problem.all_log_probs(m, problem.plain, target.tokens) for m in (problem.model, problem.at))
+    chosen = log_p[range(len(target.tokens)), target.tokens.tolist()]
+    if rule.teacher == "behaviour":
+        listed = target.top_tokens.reshape(len(target.tokens), -1).tolist()
+        log_p = torch.from_numpy(told(target))
+        log_q, log_q_at = (merged(q, listed) for q in (log_q, log_q_at))
+        chosen = torch.from_numpy(target.logprobs.astype(np.float64))
     d = torch.stack([apart(p, q, rule.divergence) for p, q in zip(log_p, log_q, strict=True)])
     now = np.array([apart(p, q, rule.divergence).item() for p, q in zip(log_p, log_q_at.detach(), strict=True)])
     pull = torch.tensor(sgpo.limited_pull(now, rule.limiter, rule.delta, rule.quantile), dtype=torch.float64)
-    chosen = log_p[range(len(target.tokens)), target.tokens.tolist()]
     return (correction(chosen, target, rule.kl_correction) * pull * d).mean()
+
+
+def told(target: Rollout) -> np.ndarray:
+    """[T, k + 1], what the engine told of its distribution at each token, and what is left for all other tokens."""
+    known = [[math.exp(x) for x in row] for row in target.top_logprobs.reshape(len(target.tokens), -1).tolist()]
+    return np.log(np.array([[*row, 1 - sum(row)] for row in known]))
+
+
+def merged(log_q: Tensor, listed: list[list[int]]) -> Tensor:
+    """[T, k + 1], the student's distribution over the listed tokens and all others together."""
+    rows = []
+    for row, tokens in zip(log_q.exp(), listed, strict=True):
+        others = sum(q for v, q in enumerate(row) if v not in tokens)
+        rows.append(torch.stack([*(row[v] for v in tokens), others]).log())
+    return torch.stack(rows)
 
 
 def apart(log_p: Tensor, log_q: Tensor, kind: str) -> Tensor:

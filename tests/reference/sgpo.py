@@ -61,6 +61,18 @@ def jensen_shannon(teacher_logits: Array, student_logits: Array, temperature: fl
 DIVERGENCES = {"forward": forward_kl, "reverse": reverse_kl, "jensen-shannon": jensen_shannon}
 
 
+def merged(distribution: Array, listed: list[int]) -> Array:
+    """The probabilities of the listed tokens, and that of all others together."""
+    rest = sum(p for v, p in enumerate(distribution) if v not in listed)
+    return np.array([*(distribution[v] for v in listed), rest])
+
+
+def top_divergence(p: list[Array], q: list[Array], kind: str) -> Array:
+    """Of merged distributions: [T] from T rows of probabilities each."""
+    logits = (np.log(np.array(rows)) for rows in (p, q))  # softmax undoes the logarithm
+    return DIVERGENCES[kind](*logits)
+
+
 def entropy(logits: Array, temperature: float = 1.0) -> Array:
     """-sum_v q_v log q_v for [T, V] logits."""
     return np.array([-sum(q * math.log(q) for q in softmax(row, temperature)) for row in logits])

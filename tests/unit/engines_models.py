@@ -90,10 +90,15 @@ def prompts_of(lengths, *, vocabulary=VOCABULARY, seed=1):
     return [rng.integers(0, vocabulary, length).astype(np.int32) for length in lengths]
 
 
-@torch.no_grad()
 def reference_logprobs(model, prompt, tokens, temperature):
     """log softmax(z/T) of `tokens` after `prompt`, one uncached forward in float64."""
+    logprobs = reference_distributions(model, prompt, tokens, temperature)
+    return logprobs[range(tokens.size), tokens]
+
+
+@torch.no_grad()
+def reference_distributions(model, prompt, tokens, temperature):
+    """log softmax(z/T) over the vocabulary before each of `tokens`: [T, V]."""
     ids = torch.from_numpy(np.concatenate([prompt, tokens])).long()
     logits = model(ids[None, :-1], use_cache=False).logits[0, prompt.size - 1 :].double()
-    logprobs = torch.log_softmax(logits / temperature, -1)
-    return logprobs.gather(1, ids[prompt.size :, None])[:, 0].numpy()
+    return torch.log_softmax(logits / temperature, -1).numpy()

@@ -1,5 +1,7 @@
 """One lease inside an actor: what is asked of the engine, what comes out, in any order of events."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -12,7 +14,9 @@ from sgpo_async.wire.records import Lease, Purpose, Rollout
 PLAIN, GUIDED = np.array([1, 2], np.int32), np.array([7, 1, 2], np.int32)
 
 
-def make_group(autonomous: int = 2, guided: int = 2, purpose: Purpose = "train", top_p: float = 1.0) -> Group:
+def make_group(
+    autonomous: int = 2, guided: int = 2, purpose: Purpose = "train", top_p: float = 1.0, top_logprobs_num: int = 0
+) -> Group:
     lease = Lease(
         task=4,
         attempt=1,
@@ -28,6 +32,7 @@ def make_group(autonomous: int = 2, guided: int = 2, purpose: Purpose = "train",
         temperature=0.7,
         top_p=top_p,
         max_new_tokens=5,
+        top_logprobs_num=top_logprobs_num,
     )
     return Group(lease, plain=PLAIN, guided=GUIDED if guided else None)
 
@@ -81,6 +86,20 @@ def test_a_correct_guided_rollout_is_scored_on_the_plain_prompt_and_the_score_is
     assert rollout.unguided_logprob == pytest.approx(-4.5)
     assert rollout.guided
     assert list(rollout.prompt) == [7, 1, 2]
+
+
+def test_likely_tokens_are_asked_of_guided_rollouts_and_travel_with_correct_ones() -> None:
+    group = make_group(1, 2, top_logprobs_num=2)
+    requests = group.requests()
+    assert [request.top_logprobs_num for request in requests] == [0, 2, 2]
+    likely = {"top_tokens": np.arange(4, dtype=np.int32), "top_logprobs": -np.ones(4, np.float32)}
+    for slot, correct in ((1, True), (2, False)):
+        group.generated(replace(answer(requests[slot]), **likely))
+        outcome = group.judged((4, 1, slot), correct=correct)
+        if isinstance(outcome, Score):
+            outcome = group.scored(Scored(id=outcome.id, logprobs=np.zeros(2, np.float32), version=3))
+        found = (outcome.top_tokens, outcome.top_logprobs)
+        assert found == (likely["top_tokens"], likely["top_logprobs"]) if correct else found == (None, None)
 
 
 def test_a_wrong_guided_rollout_is_not_scored() -> None:

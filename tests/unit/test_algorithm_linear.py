@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sgpo_async.algorithm import DIVERGENCES, divergence, forward_kl, linear_divergence, linear_logprobs
+from sgpo_async.algorithm import (
+    DIVERGENCES,
+    divergence,
+    forward_kl,
+    linear_divergence,
+    linear_logprobs,
+    linear_top_logprobs,
+    top_divergence,
+)
 from tests.reference import sgpo as reference
 
 T, H, H_TEACHER, V = 13, 5, 4, 11
@@ -66,10 +74,78 @@ def test_divergences_equal_the_plain_ones(chunk, kind):
         torch.testing.assert_close(fused, naive, rtol=0, atol=1e-10)
 
 
+def likeliest(teacher_hidden, teacher_weight, k):
+    """The teacher's k likeliest tokens and their log-probabilities: [T, k], [T, k]."""
+    log_p = (teacher_hidden @ teacher_weight.T / TEMPERATURE).log_softmax(-1)
+    top = log_p.topk(k, -1)
+    return top.indices, top.values
+
+
+@chunks
+@pytest.mark.parametrize("k", [1, 3, V - 1])
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_a_teacher_of_k_tokens_equals_plain_loops_over_k_and_the_rest(chunk, k, kind):
+    teacher_hidden, teacher_weight, hidden, weight, _ = inputs()
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    tokens, log_p = likeliest(teacher_hidden, teacher_weight, k)
+    log_q = linear_top_logprobs(hidden, weight, tokens, temperature=TEMPERATURE, chunk=chunk)
+    teacher_logits, student_logits = teacher_hidden @ teacher_weight.T, hidden @ weight.T
+    q = [reference.softmax(row, TEMPERATURE) for row in student_logits.detach().numpy()]
+    p = [reference.softmax(row, TEMPERATURE) for row in teacher_logits.numpy()]
+    lists = tokens.tolist()
+    q, p = ([reference.merged(row, listed) for row, listed in zip(rows, lists, strict=True)] for rows in (q, p))
+    np.testing.assert_allclose(log_q.detach().numpy(), np.log(np.array(q)), atol=1e-10)
+    d = top_divergence(log_p, log_q, kind=kind)
+    np.testing.assert_allclose(d.detach().numpy(), reference.top_divergence(p, q, kind), atol=1e-10)
+    exact = divergence(teacher_logits, student_logits, kind=kind, temperature=TEMPERATURE)
+    assert (d <= exact + 1e-10).all()
+    upstream = torch.linspace(-1, 2, T, dtype=torch.float64)
+    if k == V - 1:  # the rest is one token: nothing is merged
+        torch.testing.assert_close(d, exact, rtol=0, atol=1e-10)
+        pairs = gradients(d @ upstream, hidden, weight), gradients(exact @ upstream, hidden, weight)
+        for fused, naive in zip(*pairs, strict=True):
+            torch.testing.assert_close(fused, naive, rtol=0, atol=1e-10)
+    elif k == 1:
+        assert (d < exact - 1e-6).any()
+
+
+def test_the_rest_of_a_teacher_of_k_tokens_is_divided_as_the_student_s_own():
+    """The forward KL's gradient is q - p, with that p."""
+    teacher_hidden, teacher_weight, hidden, weight, _ = inputs()
+    tokens, log_p = likeliest(teacher_hidden, teacher_weight, 3)
+    logits = (hidden @ weight.T).requires_grad_()
+    log_q = linear_top_logprobs(logits, torch.eye(V, dtype=torch.float64), tokens, temperature=TEMPERATURE)
+    (found,) = gradients(top_divergence(log_p, log_q).sum(), logits)
+    for row, listed, log_known, gradient in zip(logits.detach().numpy(), tokens.tolist(), log_p, found, strict=True):
+        q = reference.softmax(row, TEMPERATURE)
+        p, rest = np.array(q), 1 - float(log_known.exp().sum())
+        p *= rest / sum(x for v, x in enumerate(q) if v not in listed)
+        p[listed] = log_known.exp().numpy()
+        np.testing.assert_allclose(gradient.numpy(), (q - p) / TEMPERATURE, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.parametrize("gap", [60.0, 2000.0])
+def test_a_teacher_or_a_student_that_is_certain_gives_numbers(kind, gap):
+    """In float32 the rest of either may round to 0; exactly 0 it is for a gap of 2000 nats."""
+    logits = torch.zeros(2, V)
+    logits[0, 2], logits[1, 5] = gap, gap
+    student = logits.clone().requires_grad_()
+    tokens, log_p = torch.tensor([[2, 3], [2, 3]]), torch.tensor([[0.0, -gap], [0.0, -gap]])
+    d = top_divergence(log_p, linear_top_logprobs(student, torch.eye(V), tokens), kind=kind)
+    (gradient,) = gradients(d.sum(), student)
+    assert d.isfinite().all() and gradient.isfinite().all()
+    assert abs(d[0]) < 1e-3 < d[1]
+
+
 @pytest.mark.parametrize("kind", DIVERGENCES)
 def test_gradients_are_numerically_right(kind):
     teacher_hidden, teacher_weight, hidden, weight, targets = inputs()
     student = hidden.requires_grad_(), weight.requires_grad_()
+    tokens, log_p = likeliest(teacher_hidden, teacher_weight, 3)
+
+    def top_distance(h, w):
+        return top_divergence(log_p, linear_top_logprobs(h, w, tokens, temperature=TEMPERATURE, chunk=4), kind=kind)
 
     def logprobs(h, w):
         return linear_logprobs(h, w, targets, temperature=TEMPERATURE, chunk=4)[0]
@@ -80,6 +156,7 @@ def test_gradients_are_numerically_right(kind):
 
     assert torch.autograd.gradcheck(logprobs, student)
     assert torch.autograd.gradcheck(distance, student)
+    assert torch.autograd.gradcheck(top_distance, student)
 
 
 def test_no_gradient_reaches_the_teacher_through_a_shared_weight():
@@ -149,6 +226,7 @@ def test_logits_of_all_rows_never_exist():
     with LargestTensor() as fused:
         d, _ = linear_divergence((teacher_hidden, teacher_weight), (hidden, weight), targets, chunk=chunk)
         logp, _ = linear_logprobs(hidden, weight, targets, chunk=chunk)
-        (d + logp).sum().backward()
+        log_top = linear_top_logprobs(hidden, weight, targets[:, None], chunk=chunk)
+        (d + logp + log_top[:, 1]).sum().backward()
     assert plain.numel >= rows * V
     assert fused.numel <= max(chunk * V, rows * H, V * H) < rows * V

@@ -44,7 +44,16 @@ def test_the_paper_s_setting_is_named_key_by_key(empty: Path) -> None:
     """So that no default is a part of it: only keys that it does not read are absent."""
     named = read_yaml(Path("configs/paper.yaml"))
     assert list(named) == ["algorithm"]
-    unread = {"quantile", "teacher_decay", "teacher_every", "teacher_dtype", "alpha", "luffy_gamma", "hpt_gate"}
+    unread = {
+        "quantile",
+        "teacher_decay",
+        "teacher_every",
+        "teacher_dtype",
+        "teacher_top_k",
+        "alpha",
+        "luffy_gamma",
+        "hpt_gate",
+    }
     assert named["algorithm"].keys() == asdict(load(empty).algorithm).keys() - unread
     for path in IN_THE_PAPER:
         assert read_yaml(Path(path))["algorithm"] == named["algorithm"]
@@ -154,6 +163,15 @@ def test_a_large_run_fits_the_default_message(empty: Path) -> None:
     """128 problems of 12 rollouts of 4096 tokens, in the four batches that a lag of 2 admits: 8 bytes a token."""
     run = load(empty, ["learner.problems_per_step=128", "rollout.max_new_tokens=4096"])
     assert run.state_mb == 192
+
+
+def test_likely_tokens_of_guided_rollouts_count_in_the_hubs_state(empty: Path) -> None:
+    words = ["learner.problems_per_step=128", "rollout.max_new_tokens=4096", "algorithm.teacher=behaviour"]
+    with pytest.raises(ConfigError, match="up to 1216 MB of completions"):  # 4 of 12 rollouts with 16 more each
+        load(empty, words)
+    assert load(empty, [*words, "hub.max_message_mb=1216"]).algorithm.top_logprobs_num == 16
+    alone = [*words, "algorithm.objective=grpo"]  # nothing is distilled: nothing is asked for
+    assert (load(empty, alone).state_mb, load(empty, alone).algorithm.top_logprobs_num) == (192, 0)
 
 
 @pytest.mark.parametrize(

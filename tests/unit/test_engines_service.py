@@ -1,5 +1,7 @@
 """Queueing, cancelling, scoring, refusing: what surrounds the sampling of the embedded engine."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -115,6 +117,7 @@ def test_load_status_counts():
         (score(0, prompt=250, tokens=7), "256 positions"),
         (ask(0, prompt=0), "at least one token"),
         (ask(0, tokens=0), "at least one token"),
+        (replace(ask(0), top_logprobs_num=32), "32 likeliest tokens of a vocabulary of 32; algorithm.teacher_top_k"),
         (ask(0, ids=[1, 32]), "token ids 1 to 32, the model has 0 to 31"),
         (ask(0, ids=[-1]), "token ids -1"),
         (score(0, tokens=1, prompt=1, temperature=float("nan")), "temperature is above 0"),

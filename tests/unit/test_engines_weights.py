@@ -1,11 +1,22 @@
 """New weights between two tokens, and weights that must not be served."""
 
 import functools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from engines_models import VOCABULARY, digest, drain, engine_of, prompts_of, reference_logprobs, tiny, weights
+from engines_models import (
+    VOCABULARY,
+    digest,
+    drain,
+    engine_of,
+    prompts_of,
+    reference_distributions,
+    reference_logprobs,
+    tiny,
+    weights,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -42,6 +53,44 @@ def test_each_token_has_the_logprob_of_the_version_that_its_span_names(kind):
         for version, start, end in zip(got.versions, [0, *got.ends[:-1]], got.ends, strict=True):
             expected = reference_logprobs(policies[int(version)], prompt, got.tokens[:end], 1.0)[start:]
             np.testing.assert_allclose(got.logprobs[start:end], expected, atol=1e-5)
+
+
+def test_likely_tokens_are_those_of_the_version_that_each_span_names():
+    """On three slots, beside requests for none and for another number; weights change in the middle of sequences."""
+    policies = {version: tiny("qwen3", seed=version) for version in range(3)}
+    engine, results = engine_of(tiny("qwen3"), slots=3), {}
+    numbers = [0, 5, 2, 31, 0, 4, 5]
+    asked = [
+        replace(ask(id, tokens=60 + id, prompt=4), top_logprobs_num=k, temperature=0.8) for id, k in enumerate(numbers)
+    ]
+    for request in asked:
+        engine.submit(request)
+    for step in range(1, 600):
+        results |= {r.id: r for r in engine.step(0.0)}
+        if step in (20, 50):
+            load(engine, {20: 1, 50: 2}[step], policies[{20: 1, 50: 2}[step]])
+    assert len(results) == len(numbers)
+    assert max(r.versions.size for r in results.values()) == 3
+    for request, k in zip(asked, numbers, strict=True):
+        got = results[request.id]
+        if not k:
+            assert (got.top_tokens, got.top_logprobs) == (None, None)
+            continue
+        tokens, logprobs = (array.reshape(got.tokens.size, k) for array in (got.top_tokens, got.top_logprobs))
+        for version, start, end in zip(got.versions, [0, *got.ends[:-1]], got.ends, strict=True):
+            model = policies[int(version)]
+            expected = reference_distributions(model, request.prompt, got.tokens[:end], 0.8)[start:]
+            np.testing.assert_allclose(logprobs[start:end], -np.sort(-expected)[:, :k], atol=1e-5)
+            chosen = np.take_along_axis(expected, tokens[start:end].astype(np.int64), -1)
+            np.testing.assert_allclose(logprobs[start:end], chosen, atol=1e-5)
+        assert all(len(set(row)) == k for row in tokens.tolist())
+
+
+def test_likely_tokens_change_no_bit_of_what_is_sampled():
+    plain = drain(engine_of(tiny("qwen2")), [ask(id) for id in range(4)])
+    asked = drain(engine_of(tiny("qwen2")), [replace(ask(id), top_logprobs_num=id) for id in range(4)])
+    for id, got in asked.items():
+        assert np.array_equal(got.tokens, plain[id].tokens) and np.array_equal(got.logprobs, plain[id].logprobs)
 
 
 def test_running_sequences_go_on_before_waiting_ones_start():

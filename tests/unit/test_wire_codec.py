@@ -4,7 +4,7 @@ import dataclasses
 import random
 import tracemalloc
 import types
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import msgpack
 import numpy as np
@@ -68,7 +68,7 @@ def values(annotation: Any) -> st.SearchStrategy:
         return st.dictionaries(st.text(), PLAIN, max_size=4)
     if origin is tuple:
         return st.lists(records_of(arguments[0]), max_size=3).map(tuple)
-    if origin is types.UnionType:
+    if origin in (types.UnionType, Union):
         return st.one_of(*(st.none() if a is types.NoneType else values(a) for a in arguments))
     return {
         int: INT64,
@@ -88,6 +88,7 @@ def rollouts(draw: st.DrawFn) -> Rollout:
     hints = get_type_hints(Rollout, include_extras=True)
     scalars = ("task", "attempt", "slot", "purpose", "finish")
     guided = draw(st.booleans())
+    top = draw(st.just(0) | st.integers(1, 3)) * length if guided else 0
     return Rollout(
         **{name: draw(values(hints[name])) for name in scalars},
         prompt=draw(array_of("<i4", ids, st.integers(1, 9))),
@@ -98,6 +99,8 @@ def rollouts(draw: st.DrawFn) -> Rollout:
         reward=draw(st.floats(0, 1)),
         guided=guided,
         unguided_logprob=draw(finite) if guided else None,
+        top_tokens=draw(array_of("<i4", ids, st.just(top))) if top else None,
+        top_logprobs=draw(array_of("<f4", finite, st.just(top))) if top else None,
     )
 
 
@@ -109,6 +112,7 @@ def records_of(record: type) -> st.SearchStrategy:
     if record is Lease:
         share = st.floats(0, 1, exclude_min=True)
         fields |= {"temperature": share, "max_new_tokens": st.integers(1, 2**40)}
+        fields["top_logprobs_num"] = st.integers(0, 2**20)
         fields["top_p"] = st.just(1.0) | share
     if record is Shard:
         fields["rollouts"] = st.lists(rollouts().map(for_training), max_size=3).map(tuple)
@@ -265,6 +269,32 @@ INCONSISTENT: list[dict[str, Any]] = [
     {"unguided_logprob": -1.0},
     {"guided": True, "unguided_logprob": float("nan")},
 ]
+TOP = {"guided": True, "unguided_logprob": -1.0, "top_tokens": i4(*range(6)), "top_logprobs": np.zeros(6, np.float32)}
+
+
+def test_likely_tokens_travel_token_by_token() -> None:
+    rollout = one_rollout(**TOP)
+    assert same(decode(encode(rollout), max_bytes=LIMIT), rollout)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"top_logprobs": None},
+        {"top_tokens": None},
+        {"guided": False, "unguided_logprob": None},
+        {"reward": 0.0, "unguided_logprob": None},
+        {"top_tokens": i4(1, 2, 3, 4), "top_logprobs": np.zeros(4, np.float32)},
+        {"top_tokens": i4(1, 2, 3)},
+        {"top_tokens": i4(), "top_logprobs": np.empty(0, np.float32)},
+        {"top_tokens": i4(0, 1, 2, 3, 4, -1)},
+        {"top_logprobs": np.array([0, 0, 0, 0, 0, -np.inf], np.float32)},
+    ],
+    ids="+".join,
+)
+def test_inconsistent_likely_tokens_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(WireError, match="top"):
+        encode(one_rollout(**TOP | changes))
 
 
 @pytest.mark.parametrize("changes", INCONSISTENT, ids="+".join)
@@ -338,7 +368,9 @@ def test_a_truncated_sampler_is_for_evaluation_alone() -> None:
         decode(hostile, max_bytes=LIMIT)
 
 
-@pytest.mark.parametrize("changes", [{"temperature": 0.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"max_new_tokens": 0}])
+@pytest.mark.parametrize(
+    "changes", [{"temperature": 0.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"max_new_tokens": 0}, {"top_logprobs_num": -1}]
+)
 def test_a_lease_that_nobody_could_sample(changes: dict[str, Any]) -> None:
     with pytest.raises(WireError, match=next(iter(changes))):
         encode(lease(purpose="evaluate", **changes))

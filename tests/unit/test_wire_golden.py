@@ -61,7 +61,16 @@ AUTONOMOUS = Rollout(
     reward=0.0,
     finish="length",
 )
-GUIDED = dataclasses.replace(AUTONOMOUS, slot=8, guided=True, reward=1.0, finish="stop", unguided_logprob=-12.5)
+GUIDED = dataclasses.replace(
+    AUTONOMOUS,
+    slot=8,
+    guided=True,
+    reward=1.0,
+    finish="stop",
+    unguided_logprob=-12.5,
+    top_tokens=np.array([5, 6, 70000, 5, 2, 9], np.int32),
+    top_logprobs=np.array([-0.5, -1, -1.25, -1.5, -0.0625, -3], np.float32),
+)
 
 EXAMPLES: list[Message] = [
     Hello(role="learner", name="learner-0", tokenizer="9f2c", rank=1, world_size=2),
@@ -88,6 +97,7 @@ EXAMPLES: list[Message] = [
         temperature=0.75,
         top_p=1.0,
         max_new_tokens=16384,
+        top_logprobs_num=2,
     ),
     dataclasses.replace(GUIDED, purpose="evaluate"),
     Ack(task=17, attempt=1, slot=8),
