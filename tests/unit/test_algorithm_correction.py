@@ -126,3 +126,20 @@ def test_by_hand():
     assert set(by_hand) == set(MODES)
     for mode, expected in by_hand.items():
         np.testing.assert_allclose(weights(pi, mu, mask, mode, 2.5).numpy()[0], expected)
+
+
+def test_a_product_over_a_long_prefix_drowns_in_the_noise_of_an_engine():
+    """The trap of `prefix`: engine and learner hold equal weights, and differ by 0.01 nats in the mean, as in bfloat16.
+
+    Truncated at 1 every error of one sign is kept and of the other is lost, so that the weights vanish; at 2 their mean
+    stays near 1, but single ones are far from it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    scale = 0.01 * math.sqrt(math.pi / 2)  # of a Gaussian whose absolute value has this mean
+    log_rho = scale * torch.randn(64, 4000, generator=generator, dtype=torch.float64) - scale**2 / 2  # E[rho] = 1
+    log_mu, mask = torch.zeros_like(log_rho), torch.ones(log_rho.shape, dtype=torch.bool)
+    at_1, at_2 = (correction_weights(log_rho, log_mu, mask, mode="prefix", bound=bound) for bound in (1.0, 2.0))
+    assert at_1[:, 1000].max() < 0.02 and at_1[:, :1000].mean() < 0.25
+    assert at_2.mean() == pytest.approx(1, abs=0.2) and at_2[:, -1].std() > 0.5
+    token = correction_weights(log_rho, log_mu, mask, mode="token", bound=2.0)
+    assert token.mean() == pytest.approx(1, abs=1e-3) and token.min() > 0.9

@@ -33,7 +33,7 @@ def test_the_default_is_anchored_and_one_file_makes_it_the_paper_s(empty: Path) 
     assert (paper.objective, paper.divergence, paper.target) == ("sgpo", "forward", "reachable")
     assert (paper.teacher, paper.limiter, paper.weight) == ("self", "mask", "adaptive")
     assert (paper.policy_gradient, paper.pass_rates, paper.guide_gate) == (True, "observed", 0.0)
-    changed = {"teacher", "limiter", "alpha0", "alpha_max", "kl_correction"}
+    changed = {"teacher", "limiter", "alpha0", "alpha_max"}
     assert {key for key in asdict(default) if asdict(default)[key] != asdict(paper)[key]} == changed
 
 
