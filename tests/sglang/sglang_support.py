@@ -131,20 +131,27 @@ def given(id: Any, prompt: np.ndarray, *, length: int) -> Score:
     return Score(id=id, prompt=prompt, tokens=ask(0, length=length, seed=9).prompt, temperature=1.0)
 
 
-@torch.no_grad()
 def logprobs(model: Any, prompt: np.ndarray, tokens: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     """log softmax(z/T) of `tokens` after `prompt`: one forward, float64 softmax."""
+    return distributions(model, prompt, tokens, temperature)[range(tokens.size), tokens]
+
+
+@torch.no_grad()
+def distributions(model: Any, prompt: np.ndarray, tokens: np.ndarray, temperature: float) -> np.ndarray:
+    """The same of the whole vocabulary before each token: [T, V]."""
     ids = torch.from_numpy(np.concatenate([prompt, tokens])).long()
     logits = model(ids[None, :-1], use_cache=False).logits[0, prompt.size - 1 :].double()
-    return torch.log_softmax(logits / temperature, -1).gather(1, ids[prompt.size :, None])[:, 0].numpy()
+    found: np.ndarray = torch.log_softmax(logits / temperature, -1).numpy()
+    return found
 
 
 def assert_teacher_forced(
     models: dict[int, Any], requests: Iterable[Generate], results: dict[Any, Any], atol: float = 1e-4
 ) -> None:
-    """Every token's log-probability is that of the weights its span names."""
+    """Every token's log-probability is that of the weights its span names, and so are those of likely tokens."""
     for request in requests:
         result = results[request.id]
+        assert_likeliest(models, request, result, atol)
         of_version = {
             version: logprobs(models[version], request.prompt, result.tokens, request.temperature)
             for version in set(result.versions.tolist())
@@ -155,6 +162,20 @@ def assert_teacher_forced(
             np.testing.assert_allclose(result.logprobs[start:end], expected, atol=atol, err_msg=f"{request.id}")
             start = end
         assert start == result.tokens.size
+
+
+def assert_likeliest(models: dict[int, Any], request: Generate, result: Generated, atol: float = 1e-4) -> None:
+    """The k likeliest tokens at every place, by the weights that its span names."""
+    k = request.top_logprobs_num
+    if not k:
+        assert (result.top_tokens, result.top_logprobs) == (None, None)
+        return
+    tokens, found = (array.reshape(result.tokens.size, k) for array in (result.top_tokens, result.top_logprobs))
+    for version, start, end in zip(result.versions.tolist(), [0, *result.ends[:-1]], result.ends, strict=True):
+        expected = distributions(models[version], request.prompt, result.tokens[:end], request.temperature)[start:]
+        np.testing.assert_allclose(found[start:end], -np.sort(-expected, -1)[:, :k], atol=atol)
+        told = np.take_along_axis(expected, tokens[start:end].astype(np.int64), -1)
+        np.testing.assert_allclose(found[start:end], told, atol=atol)
 
 
 def post(url: str, path: str, body: dict[str, Any], *, timeout_s: float = 30.0) -> tuple[int, dict[str, Any]]:

@@ -8,7 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sglang_support import VOCABULARY, Servers, ask, assert_teacher_forced, given, loaded, logprobs, post
+from sglang_support import (
+    VOCABULARY,
+    Servers,
+    ask,
+    assert_teacher_forced,
+    given,
+    loaded,
+    logprobs,
+    post,
+)
 
 from sgpo_async.engines import Generate, Score
 from sgpo_async.errors import EngineError
@@ -59,6 +68,22 @@ def test_behaviour_logprobs_are_those_of_the_sampled_distribution(
     assert_teacher_forced({0: loaded(models["qwen3"])}, requests, results)
     assert all(result.tokens.size == 40 and result.finish == "length" for result in results.values())
     assert len({result.tokens.tobytes() for result in results.values()}) == 48
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_likely_tokens_are_those_of_the_sampled_distribution(
+    pair: Servers, models: dict[str, Path], temperature: float
+) -> None:
+    """Different numbers of them beside each other, and none."""
+    pair.load(models["qwen3"], 0)
+    numbers = [0, 1, 5, 16, 3, 0, 64, 2] * 4
+    requests = [
+        replace(ask(i, length=3 + i % 9, seed=i, temperature=temperature), top_logprobs_num=k)
+        for i, k in enumerate(numbers)
+    ]
+    for request in requests:
+        pair.engine.submit(request)
+    assert_teacher_forced({0: loaded(models["qwen3"])}, requests, pair.results(len(requests)))
 
 
 def test_samples_follow_the_distribution(pair: Servers, models: dict[str, Path]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ TOKENS = 400
 def interrupted(servers: Servers, new: Path, *, count: int = 32, tokens: int = TOKENS) -> tuple[list, dict]:
     """`count` generations that an update to version 1 meets half-way: requests and results."""
     weights = version_of(new, 1)  # made before anything runs: the update is to meet the beginning of long sequences
-    requests = [ask(i, length=4 + i % 5, tokens=tokens, seed=i) for i in range(count)]
+    requests = [replace(ask(i, length=4 + i % 5, tokens=tokens, seed=i), top_logprobs_num=i % 4) for i in range(count)]
     for request in requests:
         servers.engine.submit(request)
     servers.until(lambda: _streamed(servers) > 4 * count, "some tokens")

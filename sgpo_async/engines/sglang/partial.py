@@ -17,6 +17,7 @@ class Partial:
         self.request = request
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
+        self.top: list[list[Sequence[Any]]] = []  # at each token SGLang's pairs of the likeliest ones, if asked for
         self._versions: list[int] = []
         self._ends: list[int] = []
 
@@ -29,10 +30,11 @@ class Partial:
         """Prompt and tokens so far: what the next attempt continues."""
         return [*self.request.prompt.tolist(), *self.tokens]
 
-    def extend(self, pairs: Sequence[Sequence[Any]]) -> None:
-        """Add SGLang's [[logprob, token, text], ...]."""
+    def extend(self, pairs: Sequence[Sequence[Any]], top: Sequence[list[Sequence[Any]]] = ()) -> None:
+        """Add SGLang's [[logprob, token, text], ...], and the likeliest ones at each of these places, in its form."""
         self.tokens += [pair[1] for pair in pairs]
         self.logprobs += [pair[0] for pair in pairs]
+        self.top += top
 
     def close_span(self, version: int, end: int) -> None:
         """Tokens since the last span, up to `end`, came from `version`. Spans are never empty."""
@@ -49,7 +51,7 @@ class Partial:
     def forget_open(self) -> None:
         """Drop tokens that have no version: nobody can say any more which weights they came from."""
         end = self._ends[-1] if self._ends else 0
-        del self.tokens[end:], self.logprobs[end:]
+        del self.tokens[end:], self.logprobs[end:], self.top[end:]
 
     def finish(self, ends: Collection[int]) -> Literal["stop", "length"] | None:
         """Whether, and how, the continuation is complete."""
@@ -69,4 +71,12 @@ class Partial:
             versions=np.array(self._versions, np.int32),
             ends=np.array(self._ends, np.int32),
             finish=finish,
+            top_tokens=self._likeliest(1, np.int32),
+            top_logprobs=self._likeliest(0, np.float32),
         )
+
+    def _likeliest(self, item: int, dtype: type) -> np.ndarray | None:
+        """[T * k], one item of every pair, place by place."""
+        if not self.request.top_logprobs_num:
+            return None
+        return np.array([pair[item] for pairs in self.top for pair in pairs], dtype)

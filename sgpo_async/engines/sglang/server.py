@@ -68,7 +68,7 @@ class Server:
                 # The word of an abort may hold everything once more: only what is new counts.
                 new = meta["completion_tokens"] - (len(partial.tokens) - start)
                 pairs = meta["output_token_logprobs"]
-                partial.extend(pairs[max(len(pairs) - new, 0) :])
+                partial.extend(pairs[max(len(pairs) - new, 0) :], _likeliest(self.api.url, meta, partial, new))
                 if (finish := meta["finish_reason"]) is not None:
                     _check_finish(self.api.url, finish)
                     spans = meta["weight_versions"]
@@ -158,7 +158,8 @@ class Server:
             "sampling_seed": partial.request.seed % 2**31,  # a CPU server ignores it
         }
         ids = partial.input_ids()
-        return {"rid": rid, "input_ids": ids, "sampling_params": sampling, "return_logprob": True, "stream": True}
+        asked = {"return_logprob": True, "top_logprobs_num": partial.request.top_logprobs_num}
+        return {"rid": rid, "input_ids": ids, "sampling_params": sampling, "stream": True} | asked
 
     def next_rid(self) -> str:
         """Of fixed length: SGLang aborts every request whose rid begins with the one it is given."""
@@ -173,6 +174,17 @@ class Server:
             raise ServerRefused(f"{self.api.url}: weight versions {spans} of {len(partial.tokens) - start} tokens")
         for span in spans:
             partial.close_span(int(span["version"]), start + span["end"])
+
+
+def _likeliest(url: str, meta: Json, partial: Partial, new: int) -> list[list[Any]]:
+    """The k likeliest pairs at each of the newest places. Raises ServerRefused if they are not there."""
+    k = partial.request.top_logprobs_num
+    if not k:
+        return []
+    places = (meta.get("output_top_logprobs") or [])[-new:] if new else []
+    if len(places) != new or any(not pairs or len(pairs) != k for pairs in places):
+        raise ServerRefused(f"{url}/generate: {k} likeliest tokens asked for at {new} places, got {len(places)}")
+    return places
 
 
 def _check_finish(url: str, finish: Json) -> None:
