@@ -276,7 +276,7 @@ def test_the_commit_is_that_of_the_checkout(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "file").write_text("one")
     git(tmp_path, "add", "file")
     git(tmp_path, "commit", "--quiet", "--message=first")
-    git(tmp_path, "tag", "v1")
+    git(tmp_path, "tag", "--annotate", "--message=a name is not a commit", "v1")
     head = git(tmp_path, "rev-parse", "HEAD")
     assert code_version.commit(tmp_path) == head
     (tmp_path / "file").write_text("two")
@@ -286,7 +286,7 @@ def test_the_commit_is_that_of_the_checkout(tmp_path: Path, monkeypatch: pytest.
 
     slow = tmp_path / "bin" / "git"
     slow.parent.mkdir()
-    slow.write_text("#!/bin/sh\nexec sleep 60\n")
+    slow.write_text("#!/bin/sh\nsleep 5\necho late\n")
     slow.chmod(0o755)
     monkeypatch.setenv("PATH", f"{slow.parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setattr(code_version, "DEADLINE_S", 0.2)
