@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sgpo_async import __version__
 from sgpo_async.config.experiment import BASE, Experiment, load_experiment
-from sgpo_async.experiments.plan import Trial, base_levels, best_rates, check_budget, final, tuning
+from sgpo_async.errors import SgpoError
+from sgpo_async.experiments.code_version import code_version
+from sgpo_async.experiments.identity import recipe, same_recipe
+from sgpo_async.experiments.plan import Result, Trial, base_levels, best_rates, check_budget, final, tuning
 from sgpo_async.experiments.pool import Pool
+from sgpo_async.experiments.results import read_results
 from sgpo_async.experiments.tables import write_tables
 from sgpo_async.experiments.work import BaseJob, TrialJob, make_base, run_trial
 from sgpo_async.metrics.files import to_json, write_whole
@@ -58,24 +60,34 @@ class _Runner:
         self._bases, self._files = out / "bases", out / "results"
         for place in (self.folder, self._bases, self._files):
             place.mkdir(parents=True, exist_ok=True)
-        self.results: dict[str, Mapping[str, Any]] = {
-            file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(self._files.glob("*.json"))
-        }
+        self._levels = base_levels(experiment)
+        self._code = code_version()  # asked now: a checkout may move on while trials run
+        self.results: dict[str, Result] = read_results(self._files, _say)
 
     def make_bases(self, pool: Pool) -> None:
         """Make the base policies that are not there, each after the one that it starts from."""
-        for names in base_levels(self.experiment):
+        for name in self.experiment.bases:
+            self._check_base(name)
+        for names in self._levels:
             jobs = [self._base_job(name) for name in names if not self._base(name).exists()]
             for job, rates in pool.run(make_base, jobs):
-                recipe = asdict(self.experiment.bases[job.name])
-                write_whole(self._base(job.name) / "base.json", to_json({"recipe": recipe, "pass_rates": rates}))
                 _say(f"base {job.name}: {_percent(rates['auto'])} alone, {_percent(rates['guided'])} guided")
 
     def _base_job(self, name: str) -> BaseJob:
         base = self.experiment.bases[name]
         start = self._model(base.start)
         words = self.experiment.words(base.train, {"model.path": start} if base.train else {})
-        return BaseJob(name, base, start, str(self._base(name)), self.experiment.config, words)
+        made_by = recipe(self.experiment, name)
+        return BaseJob(name, base, start, str(self._base(name)), self.experiment.config, words, made_by)
+
+    def _check_base(self, name: str) -> None:
+        """A base that is there was made by the recipe of today: results will say that they begin with it."""
+        folder = self._base(name)
+        if folder.exists() and not same_recipe(_recipe_in(folder), recipe(self.experiment, name)):
+            raise SgpoError(
+                f"{folder}: its base.json does not hold the recipe of bases.{name}; move the folder away, and the base "
+                "is made anew, or give the base another name"
+            )
 
     def do(self, pool: Pool, trials: Sequence[Trial], what: str) -> None:
         """Run those of `trials` that have no result."""
@@ -86,7 +98,7 @@ class _Runner:
         results = pool.run(run_trial, [self._job(trial) for trial in missing], while_=self._in_time)
         for done, (job, result) in enumerate(results, 1):
             trial = all_of_them[job.id]
-            record = {"version": __version__, "words": trial.words, "rate": trial.rate, **result}
+            record = {**self._code, "config": trial.config, "rate": trial.rate, **result}
             write_whole(self._files / f"{job.id}.json", to_json(record) + "\n")
             self.results[job.id] = record
             left = (time.monotonic() - began) / done * (len(missing) - done)
@@ -101,6 +113,14 @@ class _Runner:
 
     def _base(self, name: str) -> Path:
         return self._bases / name
+
+
+def _recipe_in(folder: Path) -> object:
+    """What the base in `folder` says that it was made by; None if it says nothing."""
+    try:
+        return json.loads((folder / "base.json").read_text(encoding="utf-8")).get("recipe")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def _line(trial: Trial, result: Mapping[str, Any]) -> str:

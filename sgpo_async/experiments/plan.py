@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from sgpo_async.config.experiment import BASE, Base, Experiment
-from sgpo_async.config.load import read_yaml
 from sgpo_async.config.schema import Run, require
+from sgpo_async.experiments.identity import Plain, configuration, identity
 
 Result = Mapping[str, Any]
 
@@ -27,14 +24,13 @@ class Trial:
     method: str
     rate: float
     seed: int
-    config: str  # the file that the words are laid over, or empty
-    words: tuple[str, ...]
+    words: tuple[str, ...]  # what it is started with
+    config: Plain  # what they come to, and what its result is known by
 
     @cached_property
     def id(self) -> str:
-        """Name of its result: a digest of what is computed. Another name, or another experiment, repeats nothing."""
-        beneath = read_yaml(Path(self.config)) if self.config else {}
-        return hashlib.blake2b(json.dumps([beneath, self.words]).encode(), digest_size=8).hexdigest()
+        """Name of its result. Another name, other words or another experiment repeat nothing."""
+        return identity(self.config)
 
 
 def slug(name: str) -> str:
@@ -57,8 +53,8 @@ def trial(experiment: Experiment, cell: tuple[str, str], *, rate: float | None, 
         method=method,
         rate=experiment.run(words).optim.lr,
         seed=seed,
-        config=experiment.config,
         words=words,
+        config=configuration(experiment, words),
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from sgpo_async.config.experiment import Experiment
+from sgpo_async.experiments.code_version import codes
 from sgpo_async.experiments.figures import Curve, draw_curves
 from sgpo_async.experiments.plan import Result, best_rates, cells, check_budget, final, slug
 from sgpo_async.experiments.statistics import Interval, interval
@@ -32,6 +33,8 @@ def write_tables(experiment: Experiment, results: Mapping[str, Result], *, folde
         if any(found for _, found in rows):
             draw_curves([curve_of(method, found) for method, found in rows if found], folder / name)
             parts.append(f"![pass rate over rollouts]({name})")
+    shown = [result for found in by_cell.values() for result in found]
+    parts += [f"Code: {codes(shown)}."] * bool(shown)
     write_whole(folder / "README.md", "\n\n".join(parts) + "\n")
 
 

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from sgpo_async.config import load
 from sgpo_async.config.experiment import Base
+from sgpo_async.experiments.identity import Plain
+from sgpo_async.metrics.files import to_json, write_whole
 from sgpo_async.tasks.models import model_folder
 
 
@@ -20,7 +22,7 @@ class TrialJob(NamedTuple):
 
 
 class BaseJob(NamedTuple):
-    """One base policy to make in `folder`; `start` is a model's path or empty."""
+    """One base policy to make in `folder`; `start` is a model's path or empty, `recipe` what is kept beside it."""
 
     name: str
     base: Base
@@ -28,6 +30,7 @@ class BaseJob(NamedTuple):
     folder: str
     config: str
     words: tuple[str, ...]
+    recipe: Plain
 
 
 def run_trial(job: TrialJob) -> dict[str, Any]:
@@ -64,6 +67,7 @@ def make_base(job: BaseJob) -> dict[str, Any]:
             seed=job.base.seed, steps=job.base.steps, p_true=job.base.p_true, p_favourite=job.base.p_favourite
         )
         rates = pretrain(recipe, out=part, start=model_folder(job.start) if job.start else None)
+    write_whole(part / "base.json", to_json({"recipe": job.recipe, "pass_rates": rates}))
     part.rename(job.folder)
     return rates
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 import yaml
 
 from sgpo_async.config import load
+from sgpo_async.experiments.identity import identity
 from sgpo_async.experiments.trial import Trial
 from sgpo_async.learner.world import join_alone
 
@@ -111,11 +112,14 @@ def test_an_experiment_killed_in_the_middle_goes_on_and_repeats_nothing(tmp_path
     # `again` names its own model, so it is the same in both settings: 3 cells x (2 rates to tune + 2 seeds).
     assert len(after) == 3 * (2 + 2)
     assert {name: after[name] for name in before} == before
+    for path in tmp_path.glob("results/*.json"):
+        record = json.loads(path.read_text())
+        assert {"version", "commit"} <= record.keys()
+        assert identity(record["config"]) == path.stem
     assert not list(tmp_path.glob("results/.*"))
-    assert json.loads((tmp_path / "bases" / "warm" / "base.json").read_text())["pass_rates"].keys() == {
-        "auto",
-        "guided",
-    }
+    warm = json.loads((tmp_path / "bases" / "warm" / "base.json").read_text())
+    assert warm["pass_rates"].keys() == {"auto", "guided"}
+    assert warm["recipe"]["trained"]["steps"] == 1
     table = (folder / "README.md").read_text()
     assert table.count("| SGPO |") == 3  # the overview, and a table for each setting
     assert table.count("| 2 |") == 4

@@ -44,6 +44,8 @@ def result(*rates: float, diverged: int | None = None) -> dict[str, Any]:
         "diverged": diverged,
         "steps": 2 * (len(rates) - 1),
         "rate": 1e-3,
+        "version": "0.1.0",
+        "commit": None,
         "test": {"auto": rates[-1], "guided": 1.0},
     }
 
@@ -174,6 +176,7 @@ def test_tables_show_what_is_there(tmp_path: Path) -> None:
     text = (tmp_path / "out" / "README.md").read_text()
     assert "| fixed | 0.001 | 2 | 65.0 ± 63.5 |" in text  # t(1) = 12.706, deviation 0.0707
     assert "| SGPO |  | 0 | – |" in text
+    assert text.endswith("\n\nCode: 0.1.0, commit unknown.\n")
     assert "| method | calm | stale |" in text
     assert "| fixed | 65.0 ± 63.5 | – |" in text
     assert (tmp_path / "out" / "curves-calm.svg").stat().st_size > 1000
