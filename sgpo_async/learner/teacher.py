@@ -4,10 +4,11 @@
     ema        after every step   copy <- d copy + (1 - d) policy
     snapshot   after every n-th   copy <- policy
     frozen     never: the weights that the run began with
+    behaviour  no copy: what the engine told as it sampled (`guides.TopGuide`)
 
 A copy is sharded like the policy, so it costs 1/ranks of its size on each rank, and besides what FSDP keeps gathered:
-all of a small model, embedding and output matrix of a large one. Every teacher costs one forward without gradient over
-the guided prompts and targets.
+all of a small model, embedding and output matrix of a large one. Every teacher but the last costs one forward without
+gradient over the guided prompts and targets.
 
 An average is kept in float32: a step moves it by 1 - d of its distance from the policy. With d = 0.99 that is less than
 2^-9 of the value, which bfloat16 rounds away, wherever the distance is below a fifth of the value, so that it would
@@ -29,7 +30,7 @@ class Teacher:
     """The teacher of one rank.
 
     Attributes:
-        copy: sharded, without gradient; None for `self`.
+        copy: sharded, without gradient; None for `self` and `behaviour`.
     """
 
     def __init__(self, algorithm: Algorithm, copy: Policy | None) -> None:
@@ -47,7 +48,7 @@ class Teacher:
 
     @property
     def matrix(self) -> Tensor | None:
-        """The copy's output matrix, whole after its forward; None for `self`."""
+        """The copy's output matrix, whole after its forward; None without a copy."""
         return self.copy.head if self.copy else None
 
     @torch.no_grad()

@@ -42,6 +42,22 @@ def test_corrected_pass_rates_and_an_average_that_teaches(tmp_path: Path) -> Non
         assert [line["step"] for line in run.lines()] == [1, 2, 3]
 
 
+def test_the_behaviour_policy_teaches_without_a_copy_or_a_forward(tmp_path: Path) -> None:
+    """What its engine told crosses the wire, and the hub's state in a checkpoint."""
+    words = ("algorithm.teacher=behaviour", "algorithm.teacher_top_k=5", "algorithm.limiter=none")
+    with real_run(tmp_path, *SMALL, "algorithm.kl_correction.mode=prefix") as run:
+        local = run.local(*words, "learner.checkpoint_every=1")
+        assert local.ended() == 0, local.output
+        for line in run.lines():
+            assert line["targets"] > 0 and line["kd_loss"] > 0 and line["alpha"] > 0
+            assert line["tokens_forward_only"] == 0
+            assert line["kl_correction_mean"] == 1  # the policy that sampled is the one that teaches
+        assert run.summary()["teacher_mb"] == 0
+        again = run.local(*words, "learner.resume=true", "steps=3")
+        assert again.ended() == 0, again.output
+        assert [line["step"] for line in run.lines()] == [1, 2, 3]
+
+
 def test_a_source_without_responses_is_refused_at_once(tmp_path: Path) -> None:
     problems = tmp_path / "sums.jsonl"
     problems.write_text("".join(f'{{"problem": "{n} + 1", "answer": "{n + 1}"}}\n' for n in range(20)))

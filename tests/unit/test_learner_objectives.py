@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sgpo_async.config.schema import Correction, Run
+from sgpo_async.errors import DataError
 from sgpo_async.learner.objectives import OBJECTIVES
 from sgpo_async.wire.records import Rollout
 from tests.reference import learner_cases as cases
@@ -149,6 +150,18 @@ def test_a_gate_on_the_guided_pass_rate() -> None:
     """Two of three guided rollouts are correct wherever any is."""
     targets = [gradients(cases.settings(guide_gate=gate), cases.groups())[0]["targets"] for gate in (0.0, 0.66, 0.67)]
     assert targets == [3, 3, 0]
+
+
+def test_a_behaviour_policy_that_told_nothing_cannot_teach() -> None:
+    """Rollouts of a checkpoint that was made under another teacher."""
+    bare = [[replace(r, top_tokens=None, top_logprobs=None) for r in group] for group in cases.groups()]
+    with pytest.raises(DataError, match=r"task 1: .* algorithm\.teacher=behaviour cannot be taken up"):
+        gradients(cases.settings(teacher="behaviour"), bare)
+
+
+def test_a_behaviour_policy_teaches_without_a_forward() -> None:
+    metrics, _ = gradients(cases.settings(teacher="behaviour"), cases.groups())
+    assert (metrics["targets"], metrics["tokens_forward_only"], metrics["kl_correction_mean"]) == (3, 0, 1)
 
 
 def test_corrected_pass_rates_are_the_observed_ones_where_engine_and_learner_agree() -> None:
