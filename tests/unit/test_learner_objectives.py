@@ -155,7 +155,7 @@ def test_a_gate_on_the_guided_pass_rate() -> None:
 def test_a_behaviour_policy_that_told_nothing_cannot_teach() -> None:
     """Rollouts of a checkpoint that was made under another teacher."""
     bare = [[replace(r, top_tokens=None, top_logprobs=None) for r in group] for group in cases.groups()]
-    with pytest.raises(DataError, match=r"task 1: .* algorithm\.teacher=behaviour cannot be taken up"):
+    with pytest.raises(DataError, match=r"task \d: .* algorithm\.teacher=behaviour cannot be taken up"):
         gradients(cases.settings(teacher="behaviour"), bare)
 
 
