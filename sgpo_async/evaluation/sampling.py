@@ -100,7 +100,7 @@ class Sampler:
             purpose="evaluate",
             problem=problem.problem,
             answer=problem.answer,
-            verifier=benchmark.verifier,
+            verifier=problem.verifier or benchmark.verifier,
             strategy=problem.strategy,
             autonomous=0 if plan.guided else benchmark.samples,
             guided=benchmark.samples if plan.guided else 0,
