@@ -42,8 +42,8 @@ class PlayedEngine:
 
 def lease(task: int) -> Lease:
     return Lease(
-        task=task, attempt=0, purpose="train", problem="1 + 1?", answer="2", verifier="cues", strategy=None, autonomous=2,
-        guided=0, min_version=0, seed=0, temperature=1.0, top_p=1.0, max_new_tokens=4,
+        task=task, attempt=0, purpose="train", problem="1 + 1?", answer="2", verifier="cues", strategy=None,
+        autonomous=2, guided=0, min_version=0, seed=0, temperature=1.0, top_p=1.0, max_new_tokens=4,
     )  # fmt: skip
 
 
