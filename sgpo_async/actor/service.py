@@ -21,7 +21,7 @@ import numpy as np
 
 from sgpo_async.actor.group import Group, group_of, task_of
 from sgpo_async.config import Run
-from sgpo_async.engines.base import Engine, Generated, Weights
+from sgpo_async.engines.base import Engine, Failed, Generated, Weights
 from sgpo_async.errors import EngineError, SessionError, Superseded, WeightsError
 from sgpo_async.session import NodeAnnounced, NodeControl, NodeDown, NodeProcess, NodeRejected, NodeWeights
 from sgpo_async.tasks.prompts import build_prompt
@@ -168,12 +168,18 @@ class Service:
             for request in group.requests():
                 self._engine.submit(request)
         except EngineError as error:
-            say(f"task {lease.task}: {error}")
-            self._engine.cancel(group.rollout_ids())
-            self._mailbox.send(Release(task=lease.task, attempt=lease.attempt, reason=str(error), servable=False))
-            self._granted -= 1
+            self._give_back(group, error)
         else:
             self._groups[lease.task, lease.attempt] = group
+
+    def _give_back(self, group: Group, error: EngineError) -> None:
+        """For good: no actor can make all its rollouts."""
+        lease = group.lease
+        say(f"task {lease.task}: {error}")
+        self._engine.cancel(group.rollout_ids())
+        self._mailbox.send(Release(task=lease.task, attempt=lease.attempt, reason=str(error), servable=False))
+        self._groups.pop((lease.task, lease.attempt), None)
+        self._granted -= 1
 
     def _prompt(self, problem: str, strategy: str | None) -> list[int]:
         return build_prompt(problem, strategy, style=self._run.tasks.prompt, tokenizer=self._tokenizer)
@@ -183,8 +189,12 @@ class Service:
         began = time.monotonic()
         status = self._engine.load_status()
         for result in self._engine.step(ENGINE_WAIT_S):
-            group = self._groups[task_of(result.id)]
-            if isinstance(result, Generated):
+            group = self._groups.get(task_of(result.id))
+            if group is None:
+                continue  # its lease was given back meanwhile
+            if isinstance(result, Failed):
+                self._give_back(group, result.error)
+            elif isinstance(result, Generated):
                 group.generated(result)
                 text = self._tokenizer.decode(result.tokens, skip_special_tokens=True)
                 self._rewards.submit(result.id, group.lease.verifier, group.lease.answer, text)
@@ -198,7 +208,9 @@ class Service:
         if self._engine.version is None:
             return  # quarantined: nothing can be scored
         for verdict in self._rewards.poll():
-            group = self._groups[task_of(verdict.key)]
+            group = self._groups.get(task_of(verdict.key))
+            if group is None:
+                continue
             outcome = group.judged(verdict.key, correct=verdict.correct)
             if isinstance(outcome, Rollout):
                 self._finish(group, outcome)

@@ -46,6 +46,15 @@ class View:
         rounds = self.status.get("evaluations") or []
         return (rounds[0], rounds[-1]) if rounds else ({}, {})
 
+    def benchmarks(self) -> list[Mapping[str, Any]]:
+        """The newest score of each, as `BenchmarkScore`; empty before the first, and for a run that has none."""
+        newest = dict(self.metrics.get("eval_benchmarks") or {})
+        for evaluation in self.status.get("evaluations") or []:
+            for score in evaluation.get("benchmarks") or []:
+                if score["avg"] is not None or score["name"] not in newest:  # None: no problem could be served
+                    newest[score["name"]] = score
+        return list(newest.values())
+
     def tokens_per_s(self) -> str:
         """Tokens that all engines generate per second."""
         return number(self.metrics.get("tokens_per_s") or sum(row.get("tokens_per_s") or 0 for row in self.rows()))

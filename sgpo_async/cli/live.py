@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -14,7 +15,8 @@ from sgpo_async.cli.display import View
 from sgpo_async.report.figures import NONE, clock, number, percent
 
 BARS = "▁▂▃▄▅▆▇█"
-NOTES = 4  # lines
+NOTES = 4  # lines, less those of benchmarks
+BENCHMARK = 40  # columns that a benchmark's score may take
 STYLES = {"serving": "green", "restarting": "yellow", "failed": "red", "lost": "red"}
 
 
@@ -36,10 +38,12 @@ class LivePicture:
 
 def render(view: View, width: int) -> RenderableType:
     """The whole picture."""
-    parts: list[RenderableType] = [_head(view, width), _bar(view), Text(), _rates(view, width), Text(), _facts(view)]
-    parts += [Text(), _actors(view, width)]
+    parts: list[RenderableType] = [_head(view, width), _bar(view), Text(), _rates(view, width)]
+    parts += [Text(), _benchmarks(scores, width)] if (scores := view.benchmarks()) else []
+    parts += [Text(), _facts(view), Text(), _actors(view, width)]
     parts += [Text(alarm, style="bold red")] if (alarm := view.alarm()) else []
-    parts += [Text(note, style="yellow", no_wrap=True, overflow="ellipsis") for note in view.notes[-NOTES:]]
+    notes = view.notes[-max(1, NOTES - _lines(scores, width)) :]
+    parts += [Text(note, style="yellow", no_wrap=True, overflow="ellipsis") for note in notes]
     return Group(*parts)
 
 
@@ -76,6 +80,33 @@ def _rates(view: View, width: int) -> RenderableType:
         cells = [name, percent(view.get(key)), percent(last.get(key)), percent(first.get(key))]
         table.add_row(*cells, *([sparkline([line.get(key) for line in view.history], room)] if room >= 10 else []))
     return table
+
+
+def _benchmarks(scores: Sequence[Mapping[str, Any]], width: int) -> RenderableType:
+    """avg@k as `math500@4  61.3 % [57.0, 65.4]`, as many side by side as have room. In brackets: 95 % intervals."""
+    grid = Table.grid(padding=(0, 2, 0, 0), expand=False)
+    beside = _beside(width)
+    for _ in range(beside):
+        grid.add_column(style="dim", no_wrap=True, overflow="ellipsis", max_width=BENCHMARK - 24)
+        grid.add_column(no_wrap=True)
+    cells = [cell for score in scores for cell in (f"{score['name']}@{score['samples']}", _estimate(score))]
+    for first in range(0, len(cells), 2 * beside):
+        grid.add_row(*cells[first : first + 2 * beside])
+    return grid
+
+
+def _beside(width: int) -> int:
+    return max(1, width // BENCHMARK)
+
+
+def _lines(scores: Sequence[Mapping[str, Any]], width: int) -> int:
+    return -(-len(scores) // _beside(width))
+
+
+def _estimate(score: Mapping[str, Any]) -> str:
+    if score["avg"] is None:
+        return NONE
+    return f"{percent(score['avg']):>7} [{100 * score['low']:.1f}, {100 * score['high']:.1f}]"
 
 
 def _facts(view: View) -> RenderableType:

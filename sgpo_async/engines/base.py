@@ -7,12 +7,14 @@ in the background: `version` tells when a version is in service.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+
+from sgpo_async.errors import EngineError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,17 @@ class Scored:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Failed:
+    """The end of a request of which only serving could show that it cannot be served; the engine goes on."""
+
+    id: Hashable
+    error: EngineError  # names the request
+
+
+Result = Generated | Scored | Failed
+
+
+@dataclass(frozen=True, kw_only=True)
 class Weights:
     """One whole version of the weights, where it can be had."""
 
@@ -91,8 +104,8 @@ class Engine(Protocol):
     def submit(self, request: Generate | Score) -> None:
         """Queue a request. Raises EngineError if it can never be served (too long, token id out of range)."""
 
-    def step(self, timeout_s: float) -> list[Generated | Scored]:
-        """Do one unit of work, or wait up to `timeout_s` for a result; return what finished."""
+    def step(self, timeout_s: float) -> Sequence[Result]:
+        """Do one unit of work, or wait up to `timeout_s` for a result; return what finished, or failed for good."""
 
     def cancel(self, ids: Iterable[Hashable]) -> None:
         """Forget these requests; unknown ids are ignored."""

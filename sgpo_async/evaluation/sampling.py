@@ -17,7 +17,7 @@ from typing import Any
 import xxhash
 
 from sgpo_async.actor.group import Group, group_of, task_of
-from sgpo_async.engines.base import Engine, Generated
+from sgpo_async.engines.base import Engine, Failed, Generated
 from sgpo_async.errors import DeadlineExceeded, EngineError
 from sgpo_async.evaluation.plan import Plan
 from sgpo_async.evaluation.results import ProblemResult
@@ -100,7 +100,7 @@ class Sampler:
             purpose="evaluate",
             problem=problem.problem,
             answer=problem.answer,
-            verifier=benchmark.verifier,
+            verifier=problem.verifier or benchmark.verifier,
             strategy=problem.strategy,
             autonomous=0 if plan.guided else benchmark.samples,
             guided=benchmark.samples if plan.guided else 0,
@@ -114,8 +114,10 @@ class Sampler:
     def _generate(self) -> bool:
         """One step of the engine; whether it has anything to do."""
         for result in self._engine.step(WAIT_S):
-            assert isinstance(result, Generated), "nothing is scored in an evaluation"
             one = self._open[task_of(result.id)]
+            if isinstance(result, Failed):
+                raise EngineError(f"{one.item[0].name}: problem {one.item[1].id}: {result.error}")
+            assert isinstance(result, Generated), "nothing is scored in an evaluation"
             one.group.generated(result)
             text = self._tokenizer.decode(result.tokens, skip_special_tokens=True)
             one.texts[_slot(result.id)] = text

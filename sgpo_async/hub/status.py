@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+from sgpo_async.config import Run
+from sgpo_async.hub.actors import Actors
+from sgpo_async.hub.evaluation import Evaluation
+from sgpo_async.hub.training import Training
+from sgpo_async.hub.world import World
 from sgpo_async.wire.records import Evaluated
-
-if TYPE_CHECKING:
-    from sgpo_async.hub.core import HubCore
 
 NO_BATCH_YET = {
     "lag": {"mean": 0.0, "max": 0, "histogram": {}},
@@ -18,7 +20,23 @@ NO_BATCH_YET = {
 }
 
 
-def status(core: HubCore) -> dict[str, Any]:
+class Standing(Protocol):
+    """What the status tells of; `hub.core` says what each is."""
+
+    run: Run
+    training: Training
+    evaluation: Evaluation
+    actors: Actors
+    world: World
+    published: int
+    rejected: Counter[str]
+    last_rejection: str
+    refused: int
+    started: float
+    now: float
+
+
+def status(core: Standing) -> dict[str, Any]:
     """Keys: see the literals below; times in seconds, shares in [0, 1], None where nothing is known yet."""
     training, evaluation, actors = core.training, core.evaluation, core.actors
     books = (training.book, evaluation.book)

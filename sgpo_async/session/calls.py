@@ -1,59 +1,27 @@
 """The functions that the two members of a world call on each other; each runs in an RPC thread of the callee.
 
-    node ──▶ link     manifest()  bucket(version, index)  beat(seconds)  ask(question)
-    link ──▶ node     announce(version)  control(word)    beat(seconds)  answer(reply)
+    node ──▶ link     manifest()  bucket(version, index)  ask(question)
+    link ──▶ node     announce(version)  control(word)    answer(reply)
 
 They find what they work on in this module, set before the world exists, and return at once. None stands for
-"superseded": an expected answer, not an exception that would be printed on the way.
+"superseded": an expected answer, not an exception that would be printed on the way. Signs of life are the world's own,
+`session.world.beat`.
 """
 
 from __future__ import annotations
 
 import queue
-import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sgpo_async.errors import Superseded
+from sgpo_async.session.messages import Announced, Answer, Ask, Control
 from sgpo_async.weights.reader import StoreReader
 
 if TYPE_CHECKING:
     from sgpo_async.session.desk import Desk
-
-
-@dataclass
-class Announced:
-    """A version is there to be pulled."""
-
-    version: int
-
-
-@dataclass
-class Control:
-    """A word for the actor."""
-
-    word: str
-
-
-@dataclass
-class Ask:
-    """Something that the actor asks of its link and that may take a while (see `session.desk`)."""
-
-    id: int
-    what: str
-    seconds: float  # until it fails
-    arguments: dict[str, Any]
-
-
-@dataclass
-class Answer:
-    """What came of an `Ask`: a value of JSON types, or an error as (class in `sgpo_async.errors`, message)."""
-
-    id: int
-    value: Any = None
-    error: tuple[str, str] | None = None
 
 
 @dataclass
@@ -105,8 +73,3 @@ def control(word: str) -> None:
 def answer(reply: Answer) -> None:
     """What came of something that was asked."""
     callee.inbox.put(reply)
-
-
-def beat(seconds: float) -> None:
-    """Answer after `seconds`. So a call is always under way, and fails at once when the peer is gone."""
-    time.sleep(seconds)

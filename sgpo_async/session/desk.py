@@ -25,9 +25,9 @@ from collections.abc import Callable
 from typing import Any
 
 from sgpo_async.errors import SessionError, SgpoError, WeightsError
-from sgpo_async.session.calls import Answer, Ask
 from sgpo_async.session.group import Backend, Group
 from sgpo_async.session.guard import one_line
+from sgpo_async.session.messages import Answer, Ask
 from sgpo_async.weights.plan import plan_of
 from sgpo_async.weights.reader import LazyTensors, StoreReader
 

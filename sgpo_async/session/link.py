@@ -1,7 +1,7 @@
 """The link process (rank 0, beside the hub): announces new versions and serves them.
 
     main thread    each 20 ms: is the node alive? a new version in the store? a command of the hub, an answer?
-    RPC threads    answer `calls.manifest`, `calls.bucket`, `calls.beat`; hand `calls.ask` to the desk
+    RPC threads    answer `calls.manifest`, `calls.bucket`, `world.beat`; hand `calls.ask` to the desk
     others         one per question of the actor, see `session.desk`
     guard thread   see `session.guard`
 
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from sgpo_async.session.guard import Guard, run_child
 from sgpo_async.session.interface import interface_towards
+from sgpo_async.session.messages import Answer
 from sgpo_async.session.settings import Settings
 from sgpo_async.weights.reader import StoreReader
 
@@ -64,7 +65,7 @@ def serve(world: World, store: StoreReader, desk: Desk, guard: Guard) -> NoRetur
             message = guard.commands.get(timeout=_TICK_S)
         except queue.Empty:
             continue
-        if isinstance(message, calls.Answer):
+        if isinstance(message, Answer):
             world.call(calls.answer, message)
         else:
             world.call(calls.control, message["control"])

@@ -1,7 +1,7 @@
 """The node process (rank 1, child of an actor): pulls every announced version into a local store.
 
     main thread    waits for an announcement, a word, an answer or a question of the actor, or 20 ms; is the link alive?
-    RPC threads    answer `calls.announce`, `calls.control`, `calls.answer`, `calls.beat`
+    RPC threads    answer `calls.announce`, `calls.control`, `calls.answer`, `world.beat`
     pull threads   one at a time, for versions that the actor asks for
     guard thread   see `session.guard`
 
@@ -23,6 +23,7 @@ import traceback
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from sgpo_async.errors import SgpoError, Superseded, WeightsError
+from sgpo_async.session import messages
 from sgpo_async.session.guard import Guard, one_line, run_child
 from sgpo_async.session.interface import interface_towards
 from sgpo_async.session.pull import Answer, pull
@@ -32,7 +33,6 @@ from sgpo_async.weights.paths import StoreFile
 from sgpo_async.weights.writer import StoreWriter
 
 if TYPE_CHECKING:
-    from sgpo_async.session import calls
     from sgpo_async.session.world import World
 
 _TICK_S = 0.02
@@ -78,19 +78,19 @@ def serve(world: World, guard: Guard, *, pulls: bool) -> NoReturn:
         except queue.Empty:
             continue
         match message:
-            case calls.Announced(version):
+            case messages.Announced(version):
                 if pulls:
                     replica.catch_up(version)
                 else:
                     replica.pass_on(version)
-            case calls.Control(word):
+            case messages.Control(word):
                 guard.emit("control", word=word)
-            case calls.Answer():
+            case messages.Answer():
                 guard.emit("answer", id=message.id, value=message.value, error=message.error)
             case {"what": "pull"}:
-                replica.pull_for(calls.Ask(**message))
+                replica.pull_for(messages.Ask(**message))
             case _:
-                world.call(calls.ask, calls.Ask(**message))
+                world.call(calls.ask, messages.Ask(**message))
 
 
 class Replica:
@@ -134,25 +134,23 @@ class Replica:
             published_at=manifest.published_at,
         )
 
-    def pull_for(self, ask: calls.Ask) -> None:
+    def pull_for(self, ask: messages.Ask) -> None:
         """Have the version that the actor asks for in the local store; the answer is its path."""
         threading.Thread(target=self._answer, args=(ask,), name="pull", daemon=True).start()
 
-    def _answer(self, ask: calls.Ask) -> None:
-        from sgpo_async.session import calls
-
+    def _answer(self, ask: messages.Ask) -> None:
         version = ask.arguments["version"]
         try:
             with self._pulling:
                 if self._held() != version:
                     self._pull(version)
                 assert self._writer is not None
-                answer = calls.Answer(ask.id, self._writer.path)
+                answer = messages.Answer(ask.id, self._writer.path)
         except SgpoError as error:
-            answer = calls.Answer(ask.id, error=(type(error).__name__, one_line(f"pull: {error}")))
+            answer = messages.Answer(ask.id, error=(type(error).__name__, one_line(f"pull: {error}")))
         except Exception as error:
             traceback.print_exc()
-            answer = calls.Answer(ask.id, error=("SessionError", one_line(f"pull: internal error: {error!r}")))
+            answer = messages.Answer(ask.id, error=("SessionError", one_line(f"pull: internal error: {error!r}")))
         self._guard.commands.put(answer)
 
     def _held(self) -> int:

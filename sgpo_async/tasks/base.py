@@ -20,6 +20,7 @@ class Problem:
     answer: str
     strategy: str | None = None
     response: str | None = None
+    verifier: str | None = None  # None: that of its source, or benchmark
 
 
 class ProblemSource(Protocol):

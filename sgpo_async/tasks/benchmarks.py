@@ -7,14 +7,17 @@ A layout is recognised by its columns, whatever the file is called:
                     Problem   Answer                  ID           (Solution)
                     problem   solution: \\boxed{...}   id           (url)
     AMC 2023        question  answer                  id           (url)
-    OlympiadBench   question  final_answer: a list    id           (is_multiple_answer, unit, answer_type, ...)
+    OlympiadBench   question  final_answer: a list    id           (error, context, unit, answer_type, ...)
     one's own       problem   answer                  -            (strategy, response)
 
-A column `strategy` is read in every layout. Answers are judged by math-verify.
+A column `strategy` is read in every layout. Answers are judged by math-verify, those of OlympiadBench that have a
+tolerance, `error`, within it.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +28,11 @@ from sgpo_async.config.schema import Evaluation
 from sgpo_async.errors import DataError
 from sgpo_async.tasks.base import Problem
 from sgpo_async.tasks.files import read_rows
+from sgpo_async.tasks.tolerance import Tolerant
 
 VERIFIER = "math"
+TOLERANT = "math-tolerance"
+THOUSANDS = re.compile(r"\d,\d{3}(?!\d)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +60,7 @@ class Layout:
     answer: str
     id: str | None  # None: the record's place in the file
     to_answer: Callable[[str, Any], str]  # (place, value of the answer's column) -> what the verifier compares with
+    tolerance: str | None = None  # column that some records have, and others hold null in
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -94,9 +101,45 @@ def listed_answers(place: str, value: Any) -> str:
     return ", ".join(_text(place, "the answer", one).strip().strip("$") for one in value)
 
 
+def tolerances(place: str, value: Any, *, answers: int) -> list[float | None]:
+    """OlympiadBench's `error`: one tolerance for all answers, or one for each: `1e-1,,5`, where nothing means exactly.
+
+    Raises DataError for what is no such number, or for another number of them than there are answers.
+    """
+    try:
+        given = [float(one) if one.strip() else None for one in str(value).split(",")]
+        right = all(one is None or (one >= 0 and math.isfinite(one)) for one in given)
+    except ValueError:
+        given, right = [], False
+    if isinstance(value, bool) or not right or len(given) not in (1, answers):
+        raise DataError(
+            f"{place}: 'error' must be a number that is not negative, or one for each answer, here {answers}, between "
+            f"commas, not {value!r:.60}"
+        )
+    return given * answers if len(given) == 1 else given
+
+
+def separated(answer: str) -> list[str]:
+    """The answers that a text lists: cut at commas outside of brackets, but not in 1,234, which is one number."""
+    cuts, depth = [-1], 0
+    for place, letter in enumerate(answer):
+        depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(letter, 0)
+        if letter == "," and depth == 0 and not THOUSANDS.match(answer, max(place - 1, 0)):
+            cuts.append(place)
+    parts = [answer[start + 1 : end] for start, end in zip(cuts, [*cuts[1:], len(answer)], strict=True)]
+    return [part.strip().strip("$") for part in parts]
+
+
 LAYOUTS = (  # the first whose columns are all there is taken
     Layout(name="MATH-500", problem="problem", answer="answer", id="unique_id", to_answer=plain_answer),
-    Layout(name="OlympiadBench", problem="question", answer="final_answer", id="id", to_answer=listed_answers),
+    Layout(
+        name="OlympiadBench",
+        problem="question",
+        answer="final_answer",
+        id="id",
+        to_answer=listed_answers,
+        tolerance="error",
+    ),
     Layout(name="AMC 2023", problem="question", answer="answer", id="id", to_answer=plain_answer),
     Layout(name="AIME 2024", problem="problem", answer="answer", id="id", to_answer=plain_answer),
     Layout(name="AIME 2024", problem="Problem", answer="Answer", id="ID", to_answer=plain_answer),
@@ -150,12 +193,23 @@ def to_problem(place: str, record: Any, *, layout: Layout, number: int) -> Probl
     if record.get("modality") == "Multimodal" or record.get("image_1") is not None:
         raise DataError(f"{place}: shows pictures, which no prompt can hold; use problems of text alone")
     strategy = record.get("strategy")
+    answer = layout.to_answer(place, record[layout.answer])
+    tolerance = record.get(layout.tolerance) if layout.tolerance else None
+    tolerant = tolerance not in (None, "")
     return Problem(
         id=str(record[layout.id]) if layout.id else str(number),
         problem=_with_context(record, _text(place, repr(layout.problem), record[layout.problem])),
-        answer=layout.to_answer(place, record[layout.answer]),
+        answer=_with_tolerance(place, answer, tolerance) if tolerant else answer,
         strategy=None if strategy is None else _text(place, "'strategy'", strategy),
+        verifier=TOLERANT if tolerant else None,
     )
+
+
+def _with_tolerance(place: str, answer: str, tolerance: Any) -> str:
+    """The answer and the tolerance of each that it lists, as the tolerant verifier takes them."""
+    parts = separated(answer)
+    given = tolerances(place, tolerance, answers=len(parts))
+    return Tolerant(answer=answer, parts=tuple(zip(parts, given, strict=True))).to_text()
 
 
 def _with_context(record: dict[str, Any], problem: str) -> str:

@@ -1,29 +1,57 @@
 """Verifiers: (answer, completion text) -> whether the completion is correct, by name.
 
-"cues" is cheap and always returns. "math" hands text from a model to a computer algebra system and may take
-for ever: call it through `sgpo_async.tasks.reward_pool.RewardPool`, which sets a limit.
+"cues" is cheap and always returns. "math" and "math-tolerance" hand text from a model to a computer algebra system and
+may take for ever: call them through `sgpo_async.tasks.reward_pool.RewardPool`, which sets a limit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from sgpo_async.tasks import cues_domain
+from sgpo_async.tasks.tolerance import Tolerant, all_within, elements
 
 Verifier = Callable[[str, str], bool]
 
 
 def is_math_correct(answer: str, completion: str) -> bool:
     """Whether math-verify finds the completion's last expression equal to the answer (LaTeX or plain)."""
-    from math_verify import parse, verify
+    from math_verify import verify
 
-    marked = answer if "$" in answer or "\\boxed" in answer else f"\\boxed{{{answer}}}"
+    return bool(verify(_parsed(_marked(answer)), _parsed(completion), timeout_seconds=None))
+
+
+def is_math_correct_within(answer: str, completion: str) -> bool:
+    """The same of a `Tolerant` answer's text, whose numbers need be met within their tolerances only."""
+    wanted = Tolerant.from_text(answer)
+    if is_math_correct(wanted.answer, completion):
+        return True
+    answers = [(one, tolerance) for part, tolerance in wanted.parts for one in _listed(_marked(part))]
+    return bool(answers) and all_within(answers, _listed(completion))
+
+
+def _marked(answer: str) -> str:
+    return answer if "$" in answer or "\\boxed" in answer else f"\\boxed{{{answer}}}"
+
+
+def _parsed(text: str) -> list[Any]:
+    """What math-verify reads: an expression and its text, the text alone, or nothing."""
+    from math_verify import parse
+
     # math-verify's own limits are set by an alarm, which a busy C loop outlives and threads forbid.
-    gold = parse(marked, parsing_timeout=None)
-    found = parse(completion, parsing_timeout=None)
-    return bool(verify(gold, found, timeout_seconds=None))
+    return parse(text, parsing_timeout=None)
 
 
-VERIFIERS: Mapping[str, Verifier] = {"cues": cues_domain.is_correct, "math": is_math_correct}
+def _listed(text: str) -> list[Any]:
+    expressions = [one for one in _parsed(text) if not isinstance(one, str)]
+    return elements(expressions[0]) if expressions else []
+
+
+VERIFIERS: Mapping[str, Verifier] = {
+    "cues": cues_domain.is_correct,
+    "math": is_math_correct,
+    "math-tolerance": is_math_correct_within,
+}
 INLINE = frozenset({"cues"})
 """Verifiers that need neither a process of their own nor a time limit."""

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 from sglang_support import Servers, ask, assert_teacher_forced, loaded, version_of
 
+from sgpo_async.engines.base import Failed
 from sgpo_async.engines.sglang.api import ServerApi
+from sgpo_async.engines.sglang.fleet import Fleet
 from sgpo_async.errors import EngineError
 
 pytestmark = [pytest.mark.sglang, pytest.mark.process, pytest.mark.timeout(300)]
@@ -95,6 +99,23 @@ def test_kill_in_each_phase_of_an_update(
     assert_teacher_forced({0: loaded(models["qwen3"]), 1: loaded(models["qwen3-other"])}, requests, results)
     victims.until(lambda: victims.versions() == {1}, "version 1 on both")
     assert victims.engine.places[0].process is not lost
+
+
+def test_a_request_that_kills_servers_is_failed_and_its_neighbours_finish(
+    victims: Servers, models: dict[str, Path]
+) -> None:
+    """A token id beyond the vocabulary kills a server. Nothing of the kind gets past `submit`; this one is let in."""
+    requests = run_all(victims)
+    killer = replace(ask("killer"), prompt=np.array([10**6], np.int32))
+    victims.engine._call(Fleet.submit, killer)
+    results = victims.results(REQUESTS + 1, seconds=240.0)
+    failed = results.pop("killer")
+    assert isinstance(failed, Failed)
+    assert str(failed.error).startswith(
+        "request killer: 3 servers died while it ran on them, the last one with nothing"
+    )
+    assert_teacher_forced({0: loaded(models["qwen3"])}, requests, results)
+    victims.until(lambda: victims.versions() == {0}, "their return")
 
 
 def test_a_stopped_server_is_given_up_within_the_deadline(models: dict[str, Path], tmp_path: Path) -> None:

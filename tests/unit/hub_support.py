@@ -22,6 +22,7 @@ class Problem:
     answer: str
     strategy: str | None = None
     response: str | None = None
+    verifier: str | None = None
 
 
 class Source:

@@ -1,6 +1,7 @@
 """What is shown: the picture fits its terminal, and tells what is known and no more."""
 
 import io
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -41,6 +42,24 @@ def view_at(step: int, **changes: Any) -> View:
     return View(**(about | changes))
 
 
+def score_of(name: str, avg: float | None, low: float | None, high: float | None, samples: int = 4) -> dict[str, Any]:
+    return {"name": name, "avg": avg, "low": low, "high": high, "samples": samples, "problems": 30 if avg else 0}
+
+
+PAPER = (
+    score_of("math500", 0.613, 0.57, 0.654),
+    score_of("olympiadbench", 0.231, 0.199, 0.263),
+    score_of("amc23", 0.4, 0.251, 0.549, samples=32),
+    score_of("aime24", 1.0, 1.0, 1.0, samples=32),
+)
+
+
+def benchmarked(view: View, *rounds: Sequence[dict[str, Any]]) -> View:
+    """The same view of a run that evaluates benchmarks, with these rounds so far."""
+    done = [{"pass_auto": 0.5, "pass_guided": 0.9, "benchmarks": list(scores)} for scores in rounds]
+    return replace(view, status=dict(view.status) | {"evaluations": done})
+
+
 def picture(view: View, width: int) -> list[str]:
     console = Console(width=width, height=50, record=True, color_system=None, force_terminal=True, file=io.StringIO())
     console.print(render(view, width))
@@ -70,6 +89,40 @@ def test_the_picture_shows_what_the_hub_and_the_learner_say() -> None:
         assert expected in text
     for expected in ("17 groups", "51.2 M", "12.3 k", "actor-1.2 restarting"):
         assert expected in text
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (120, 40)])
+def test_the_picture_fits_with_the_papers_benchmarks(width: int, height: int) -> None:
+    rows = picture(benchmarked(alarmed(view_at(67), 1), PAPER), width)
+    assert len(rows) < height and max(map(len, rows)) <= width
+    scores = [row for row in rows if "@" in row]
+    assert len(scores) == 2 and not any("…" in row for row in scores)
+    for expected in ("math500@4", "61.3 % [57.0, 65.4]", "olympiadbench@4", "aime24@32", "[100.0, 100.0]"):
+        assert expected in "\n".join(scores)
+
+
+def test_the_newest_score_of_each_benchmark_is_shown() -> None:
+    first, unserved = PAPER, [score_of("math500", None, None, None), score_of("new", None, None, None)]
+    second = [score_of("math500", 0.7, 0.65, 0.75)]
+    shown = "\n".join(picture(benchmarked(view_at(67), first, second, unserved), 80))
+    assert "70.0 % [65.0, 75.0]" in shown and "61.3 % [57" not in shown  # a round that told nothing hides nothing
+    assert "40.0 % [25.1, 54.9]" in shown and "new@4" in shown
+    without_hub = replace(view_at(67), status={}, metrics={"eval_benchmarks": {"math500": PAPER[0]}})
+    assert "61.3 % [57.0, 65.4]" in "\n".join(picture(without_hub, 80))
+
+
+def test_a_run_without_benchmarks_has_no_room_for_them() -> None:
+    view = view_at(67)
+    assert picture(benchmarked(view, (), ()), 80) == picture(benchmarked(view, ()), 80)
+    assert "@" not in "\n".join(picture(view, 80))
+    assert len(picture(benchmarked(view, PAPER), 80)) == len(picture(view, 80)) + 1  # three, and two notes less
+
+
+def test_a_long_name_of_a_benchmark_is_cut() -> None:
+    scores = [score_of("a-benchmark-with-a-very-long-name-of-its-own", 0.5, 0.4, 0.6), PAPER[0]]
+    rows = picture(benchmarked(view_at(67), scores), 80)
+    [row] = [row for row in rows if "a-benchmark" in row]
+    assert "…" in row and "50.0 % [40.0, 60.0]" in row and "61.3 % [57.0, 65.4]" in row
 
 
 def test_nothing_known_is_shown_as_nothing() -> None:

@@ -8,9 +8,13 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from sgpo_async.config import Run
 from sgpo_async.errors import DataError
-from sgpo_async.tasks.benchmarks import open_benchmark
-from sgpo_async.tasks.verify import is_math_correct
+from sgpo_async.tasks.benchmarks import open_benchmark, separated
+from sgpo_async.tasks.cues import CuesSource
+from sgpo_async.tasks.curriculum import Curriculum
+from sgpo_async.tasks.tolerance import Tolerant
+from sgpo_async.tasks.verify import VERIFIERS, is_math_correct
 
 MATH500 = {
     "problem": "What is $1 + 1$?",
@@ -97,6 +101,41 @@ def test_a_context_stands_before_its_problem(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("error", "answers", "parts"),
+    [
+        ("1e-1", ["$3.5$"], (("3.5", 0.1),)),
+        ("0.5", ["$3$", "$5$"], (("3", 0.5), ("5", 0.5))),  # one for all
+        ("1e-1,1e-2", ["$3.5$", "$5$"], (("3.5", 0.1), ("5", 0.01))),
+        ("1e-1,", ["$3.5, 5$"], (("3.5", 0.1), ("5", None))),  # answers in one text; the second is exact
+        ("1e-1, 2", ["$(1, 2.5)$, $7$"], (("(1, 2.5)", 0.1), ("7", 2.0))),
+        (0.25, ["3"], (("3", 0.25),)),
+    ],
+)
+def test_tolerances_travel_with_the_answer(tmp_path: Path, error: Any, answers: list[str], parts: Any) -> None:
+    records = [OLYMPIAD | {"error": error, "final_answer": answers}, OLYMPIAD | {"id": 2}]
+    tolerant, exact = open_benchmark("olympiad", write(tmp_path / "a.jsonl", records), samples=1).problems
+    assert tolerant.verifier == "math-tolerance" and Tolerant.from_text(tolerant.answer).parts == parts
+    assert VERIFIERS["math-tolerance"](tolerant.answer, f"\\boxed{{{', '.join(answers).replace('$', '')}}}")
+    assert exact.verifier is None and exact.answer == "3, 5"
+
+
+def test_a_tolerance_reaches_the_lease_of_its_problem_alone(tmp_path: Path) -> None:
+    records = [OLYMPIAD | {"error": "1e-1", "final_answer": ["3.5"]}, OLYMPIAD | {"id": 2}]
+    benchmark = open_benchmark("olympiad", write(tmp_path / "a.jsonl", records), samples=1)
+    curriculum = Curriculum(Run(), CuesSource(seed=0, held_out=0), [benchmark])
+    leases = [curriculum.task(number).lease(attempt=0, min_version=0) for number in (-1, -2)]
+    assert [lease.verifier for lease in leases] == ["math-tolerance", "math"]
+    assert [VERIFIERS[lease.verifier](lease.answer, "\\boxed{3.45}") for lease in leases] == [True, False]
+
+
+def test_answers_are_cut_at_commas_that_separate_them() -> None:
+    assert separated("$3$, $5$") == ["3", "5"]
+    assert separated("1,234,567") == ["1,234,567"]
+    assert separated("(1,2), [3,4), \\frac{1}{2}") == ["(1,2)", "[3,4)", "\\frac{1}{2}"]
+    assert separated("1,2345") == ["1", "2345"]
+
+
+@pytest.mark.parametrize(
     ("records", "line", "reason"),
     [
         ([], "", "holds no problems"),
@@ -109,6 +148,11 @@ def test_a_context_stands_before_its_problem(tmp_path: Path) -> None:
         ([AIME_BOXED | {"solution": "8"}], ":1", "the solution has no \\boxed{...}"),
         ([OLYMPIAD | {"final_answer": None}], ":1", "proofs cannot be judged"),
         ([OLYMPIAD | {"modality": "Multimodal"}], ":1", "shows pictures"),
+        ([OLYMPIAD, OLYMPIAD | {"id": 2, "error": "small"}], ":2", "'error' must be a number that is not negative, or"),
+        ([OLYMPIAD | {"error": "-1e-1"}], ":1", "not '-1e-1'"),
+        ([OLYMPIAD | {"error": "nan"}], ":1", "not 'nan'"),
+        ([OLYMPIAD | {"error": True}], ":1", "not True"),
+        ([OLYMPIAD | {"error": "1,2,3"}], ":1", "one for each answer, here 2, between commas, not '1,2,3'"),
         ([OWN | {"strategy": ""}], ":1", "'strategy' must be a text"),
     ],
 )

@@ -20,13 +20,14 @@ from typing import Any
 from sgpo_async.config.schema import Engine as EngineSettings
 from sgpo_async.config.schema import Sglang
 from sgpo_async.engines import parameters
-from sgpo_async.engines.base import EngineLoad, Generate, Generated, Score, Scored, Weights
+from sgpo_async.engines.base import EngineLoad, Generate, Result, Score, Weights
 from sgpo_async.engines.pretrained import device_of
 from sgpo_async.engines.requests import validate
-from sgpo_async.engines.sglang.fleet import Fleet, FleetSettings, Place
+from sgpo_async.engines.sglang.fleet import Fleet, FleetSettings
 from sgpo_async.engines.sglang.launch import Launch
 from sgpo_async.engines.sglang.layout import layout_of
 from sgpo_async.engines.sglang.model import ModelFacts, model_facts
+from sgpo_async.engines.sglang.place import Place
 from sgpo_async.engines.sglang.preflight import Subject, join
 from sgpo_async.engines.sglang.server import Server
 from sgpo_async.engines.sglang.transports import DiskTransport, DistributedTransport, TensorTransport, Transport
@@ -121,12 +122,12 @@ class SglangEngine:
             )
         self._call(Fleet.submit, request)
 
-    def step(self, timeout_s: float) -> list[Generated | Scored]:
+    def step(self, timeout_s: float) -> list[Result]:
         """What finished; waits up to `timeout_s` for the first. Raises EngineError when there is no hope."""
         self._check()
         if self._fleet is None:
             return []
-        results: list[Generated | Scored] = []
+        results: list[Result] = []
         try:
             item = self._fleet.results.get(timeout=timeout_s) if timeout_s > 0 else self._fleet.results.get_nowait()
             while True:

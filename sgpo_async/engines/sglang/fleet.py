@@ -1,48 +1,36 @@
-"""All servers of one actor, in one asyncio loop without locks.
+"""All servers of one actor, in one asyncio loop without locks; `requests` says what runs on them.
 
-    submit ─▶ waiting ─dispatch─▶ server ─┬─ finished ─▶ results
-                 ▲                         └─ partial ──┐      (aborted for an update, or the server died)
-                 └──────────────────────────────────────┘
     load ───▶ wanted ─▶ each server's keeper: prepare (once), shut, send, verify, open;
                         failed? the next transport; all failed, or dead? start it anew
 
-Requests go to the open servers that hold the newest version that any open server holds. A keeper waits for one of:
-another version is wanted, its server ends, its next check is due.
+A keeper waits for one of: another version is wanted, its server ends, its next check is due.
 """
 
 from __future__ import annotations
 
 import asyncio
-import functools
-import queue
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import aiohttp
 
-from sgpo_async.engines.base import EngineLoad, Generate, Generated, Score, Scored, Weights
+from sgpo_async.engines.base import EngineLoad, Generate, Score, Weights
 from sgpo_async.engines.sglang.api import Json, ServerApi, ServerGone, ServerRefused, http_session, settle, wait_ready
-from sgpo_async.engines.sglang.launch import Launch
-from sgpo_async.engines.sglang.partial import Partial
+from sgpo_async.engines.sglang.place import Place, alive, explained, require_alive
 from sgpo_async.engines.sglang.process import ServerProcess
-from sgpo_async.engines.sglang.server import Running, Server
+from sgpo_async.engines.sglang.requests import Requests
+from sgpo_async.engines.sglang.server import Server
 from sgpo_async.engines.sglang.transports import Prepared, Transport
 from sgpo_async.engines.sglang.update import InFlight, Updated, update
 from sgpo_async.errors import DeadlineExceeded, EngineError, SessionError, SgpoError, Superseded, WeightsError
 
 BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 HOPELESS = 6  # failed starts in a row of every server
-REFUSALS = 5  # in a row of one request
-REFUSED_S = 0.5  # before a refused request is sent again
-LAST_WORDS_S = 1.0  # for a dying server to be seen dead
 CHECK_S = 5.0  # between two looks at a server that says nothing by itself
 ALIVE_S = 30.0  # for an answer to such a look
 
-Item = Partial | Score
-Result = Generated | Scored
 Examine = Callable[[Server], Awaitable[Sequence[str]]]  # before a server takes work; returns news, raises EngineError
 
 
@@ -57,18 +45,6 @@ class FleetSettings:
     phase_s: float
 
 
-@dataclass
-class Place:
-    """The place of one server: what is launched, or attached to, and what stands there now."""
-
-    launch: Launch | None  # None: attached by `url`
-    url: str
-    log: Path | None
-    process: ServerProcess | None = None
-    server: Server | None = None
-    failures: int = 0  # in a row
-
-
 class Fleet:
     """Runs until closed. `submit`, `cancel`, `want` and `close` belong to the loop's thread; any may read figures."""
 
@@ -76,44 +52,27 @@ class Fleet:
         self, places: Sequence[Place], settings: FleetSettings, transports: Sequence[Transport], examine: Examine
     ) -> None:
         """`transports` in the order in which they are tried."""
-        self.results: queue.SimpleQueue[Result | SgpoError] = queue.SimpleQueue()
-        self.news: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._requests = Requests(self._servers, settings.ends)
+        self.results, self.news = self._requests.results, self._requests.news
         self.updates: deque[Updated] = deque(maxlen=1000)
-        self.tokens = 0
         self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # every server has been up once
-        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # by a fault of this program
         self._places, self._settings = list(places), settings
         self._transports, self._examine = transports, examine
-        self._items: dict[Hashable, Item] = {}
-        self._waiting: deque[Item] = deque()
         self._wanted: Weights | None = None
         self._changed = asyncio.Event()  # another version is wanted; replaced by a new one each time
         self._prepared: dict[tuple[int, str], asyncio.Task[Prepared]] = {}  # of the wanted version
         self._session = 0  # versions of different sessions have nothing to do with each other
-        self._refusals: dict[Hashable, int] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
         self._closing = asyncio.Event()
 
     # -- what the engine calls ------------------------------------------------------------------------------------
 
     def submit(self, request: Generate | Score) -> None:
         """Queue a valid request."""
-        item = Partial(request) if isinstance(request, Generate) else request
-        self._items[request.id] = item
-        self._waiting.append(item)
-        self._dispatch()
+        self._requests.submit(request)
 
     def cancel(self, ids: Iterable[Hashable]) -> None:
         """Forget these requests; what running ones still bring is dropped."""
-        gone = set(ids)
-        for id in gone:
-            self._items.pop(id, None)
-            self._refusals.pop(id, None)
-        self._waiting = deque(item for item in self._waiting if _id(item) not in gone)
-        for server in self._servers():
-            for rid, running in server.running.items():
-                if _id(running.item) in gone:
-                    self._background(server.abort(rid))
+        self._requests.cancel(ids)
 
     def want(self, weights: Weights | None) -> None:
         """The version that every server is to hold from now on; None: none, until another is wanted."""
@@ -121,7 +80,7 @@ class Fleet:
         self._prepared.clear()
         if weights is None:
             self._session += 1
-            self.cancel(list(self._items))
+            self._requests.cancel_all()
             for server in self._servers():
                 server.version, server.open = None, False
         self._changed.set()
@@ -135,7 +94,7 @@ class Fleet:
         """Counters of the moment."""
         running = sum(len(server.running) for server in self._servers())
         slots = self._settings.slots * len(self._places)
-        return EngineLoad(running=running, waiting=len(self._waiting), slots=slots, tokens=self.tokens)
+        return EngineLoad(running=running, waiting=self._requests.waiting, slots=slots, tokens=self._requests.tokens)
 
     async def run(self) -> None:
         """Keep every place filled until `close`. Cleans up whatever happens."""
@@ -144,7 +103,7 @@ class Fleet:
             closing = asyncio.create_task(self._closing.wait())
             try:
                 # A keeper ends by a fault of this program only.
-                ends: list[asyncio.Future[Any]] = [closing, self.failed, *keepers]
+                ends: list[asyncio.Future[Any]] = [closing, self._requests.failed, *keepers]
                 ended, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
                 for one in ended:
                     one.result()
@@ -159,77 +118,10 @@ class Fleet:
         """End `run`."""
         self._closing.set()
 
-    # -- requests ---------------------------------------------------------------------------------------------------
+    # -- servers ----------------------------------------------------------------------------------------------------
 
     def _servers(self) -> list[Server]:
         return [place.server for place in self._places if place.server is not None]
-
-    def _dispatch(self) -> None:
-        """Give waiting requests to the servers with most room that hold the newest version."""
-        ready = [server for server in self._servers() if server.open]
-        newest = max((server.version for server in ready if server.version is not None), default=None)
-        servers = [server for server in ready if server.version == newest and server.room > 0]
-        while self._waiting and servers:
-            server = max(servers, key=lambda server: server.room)
-            item = self._waiting.popleft()
-            rid = server.next_rid()
-            assert newest is not None  # its version now: a session may end before the task begins
-            task = asyncio.create_task(self._attempt(server, item, rid, newest))
-            server.running[rid] = Running(task, item)
-            task.add_done_callback(functools.partial(self._ended, server, item, rid))
-            servers = [server for server in servers if server.room > 0]
-
-    async def _attempt(self, server: Server, item: Item, rid: str, version: int) -> Result | None:
-        """One attempt at one request: its result, or None if somebody must go on with it."""
-        if isinstance(item, Score):
-            return await server.score(item, rid, version)
-        before = len(item.tokens)
-        if item.finish(self._settings.ends) is None:  # or its server died between the last token and its last word
-            try:
-                await server.extend(item, rid, version)
-            finally:
-                if (more := len(item.tokens) - before) > 0:
-                    self.tokens += more
-                    self._refusals.pop(_id(item), None)
-        return item.result(self._settings.ends) if item.finish(self._settings.ends) else None
-
-    def _ended(self, server: Server, item: Item, rid: str, task: asyncio.Task[Result | None]) -> None:
-        """Take the result; what has none waits again, first in the queue. Also for a task cut off before it began."""
-        del server.running[rid]
-        result: Result | None = None
-        error = None if task.cancelled() else task.exception()
-        if isinstance(error, ServerGone):
-            server.open, server.fault = False, server.fault or error
-        elif isinstance(error, ServerRefused):
-            self._refused(item, error)
-        elif error is not None and not self.failed.done():
-            self.failed.set_exception(error)
-        elif not task.cancelled():
-            result = task.result()
-        if self._items.get(_id(item)) is item:  # not cancelled by the actor
-            if isinstance(error, ServerRefused):
-                self._background(self._later(item))
-            elif result is None:
-                self._waiting.appendleft(item)
-            else:
-                self.results.put(result)
-                del self._items[_id(item)]
-                self._refusals.pop(_id(item), None)
-        self._dispatch()
-
-    async def _later(self, item: Item) -> None:
-        await asyncio.sleep(REFUSED_S)
-        if self._items.get(_id(item)) is item:
-            self._waiting.appendleft(item)
-            self._dispatch()
-
-    def _refused(self, item: Item, error: ServerRefused) -> None:
-        """Requests are valid when they come, so a refusal is tried again; but not for ever."""
-        count = self._refusals[_id(item)] = self._refusals.get(_id(item), 0) + 1
-        if count >= REFUSALS:
-            self.results.put(EngineError(f"request {_id(item)}: refused {count} times; the last time: {error}"))
-
-    # -- servers ----------------------------------------------------------------------------------------------------
 
     async def _keep(self, place: Place, http: aiohttp.ClientSession) -> None:
         """A server's life: start, serve, and again when it ends. Its end is news, and the end of hope an error."""
@@ -238,7 +130,9 @@ class Fleet:
                 await self._start(place, http)
                 await self._serve(place)
             except (EngineError, WeightsError, DeadlineExceeded) as error:
-                self._report(place, await _explained(place, error))
+                if place.server is not None and (isinstance(error, ServerGone) or not alive(place)):
+                    self._requests.lost(place.server)
+                self._report(place, await explained(place, error))
             finally:
                 await self._clear(place)
             pause = BACKOFF_S[min(place.failures, len(BACKOFF_S)) - 1]
@@ -257,7 +151,7 @@ class Fleet:
         try:
             while not answers.done():
                 await asyncio.wait([answers], timeout=0.2)
-                _require_alive(place)
+                require_alive(place)
         finally:
             answers.cancel()
         await answers
@@ -281,7 +175,7 @@ class Fleet:
             if self._wanted is not None and self._wanted is not held:
                 held = await self._bring(server, self._wanted)
                 place.failures = 0
-                self._dispatch()
+                self._requests.dispatch()
                 continue
             waiting = asyncio.create_task(changed.wait())
             try:
@@ -295,7 +189,7 @@ class Fleet:
         look = loop.time() + CHECK_S
         while not waiting.done():
             await asyncio.wait([waiting], timeout=0.1)
-            _require_alive(place)
+            require_alive(place)
             if server.fault is not None:
                 raise server.fault
             if loop.time() > look:
@@ -360,11 +254,6 @@ class Fleet:
                 del self._prepared[key]
             raise
 
-    def _background(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
     def _report(self, place: Place, error: SgpoError) -> None:
         place.failures += 1
         if not self.ready.done():  # the first start: the user is waiting, and can mend it
@@ -382,26 +271,3 @@ class Fleet:
         if place.process is not None:
             process, place.process = place.process, None
             await asyncio.to_thread(process.stop)
-
-
-def _require_alive(place: Place) -> None:
-    if place.process is not None and not place.process.alive:
-        raise EngineError(f"server {place.url} has ended; {place.process.last_words()}")
-    if place.process is not None and place.server is None and place.process.port_taken:
-        raise EngineError(f"server {place.url} found its port taken; {place.process.last_words()}")
-
-
-async def _explained(place: Place, error: SgpoError) -> SgpoError:
-    """Of a server that gave no answer because it died, its last words say more."""
-    if not isinstance(error, ServerGone):
-        return error
-    await asyncio.sleep(LAST_WORDS_S)
-    try:
-        _require_alive(place)
-    except EngineError as dead:
-        return dead
-    return error
-
-
-def _id(item: Item) -> Hashable:
-    return item.request.id if isinstance(item, Partial) else item.id

@@ -44,6 +44,7 @@ class Server:
         self.version: int | None = None  # whole and verified; while the gate is shut, the one before
         self.open = False
         self.fault: ServerGone | None = None  # why it must be looked at
+        self.lost = False  # it died, or gave no answer, and those who ran on it have been noted
         self.running: dict[str, Running] = {}  # by rid: ids of requests may come again in another session
         self.changes = 0  # how often weights began to change
         self._ends, self._silence_s = ends, silence_s

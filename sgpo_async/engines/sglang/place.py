@@ -1,0 +1,51 @@
+"""The place of one server of an actor: what is launched there or attached to, and how it can be seen to have ended."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+
+from sgpo_async.engines.sglang.api import ServerGone
+from sgpo_async.engines.sglang.launch import Launch
+from sgpo_async.engines.sglang.process import ServerProcess
+from sgpo_async.engines.sglang.server import Server
+from sgpo_async.errors import EngineError, SgpoError
+
+LAST_WORDS_S = 1.0  # for a dying server to be seen dead
+
+
+@dataclass
+class Place:
+    """The place of one server: what is launched, or attached to, and what stands there now."""
+
+    launch: Launch | None  # None: attached by `url`
+    url: str
+    log: Path | None
+    process: ServerProcess | None = None
+    server: Server | None = None
+    failures: int = 0  # in a row
+
+
+def alive(place: Place) -> bool:
+    """Whether its process, if we launched it, has not ended."""
+    return place.process is None or place.process.alive
+
+
+def require_alive(place: Place) -> None:
+    if place.process is not None and not place.process.alive:
+        raise EngineError(f"server {place.url} has ended; {place.process.last_words()}")
+    if place.process is not None and place.server is None and place.process.port_taken:
+        raise EngineError(f"server {place.url} found its port taken; {place.process.last_words()}")
+
+
+async def explained(place: Place, error: SgpoError) -> SgpoError:
+    """Of a server that gave no answer because it died, its last words say more."""
+    if not isinstance(error, ServerGone):
+        return error
+    await asyncio.sleep(LAST_WORDS_S)
+    try:
+        require_alive(place)
+    except EngineError as dead:
+        return dead
+    return error

@@ -1,0 +1,129 @@
+"""Answers that are right within a tolerance, as some of OlympiadBench's are.
+
+An answer is within its tolerance t if |answer - found| <= 1.01 t, which is the rule of OlympiadBench's own judge: the
+hundredth takes up what floating point adds. Of tuples and intervals that is asked element by element. Whatever is not
+a real number is compared as math-verify compares it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sympy import Basic, Expr
+
+SLACK = 1.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerant:
+    """An answer as the verifier `math-tolerance` takes it. A lease has one text for it: `to_text`."""
+
+    answer: str  # the whole, as the verifier `math` takes it
+    parts: tuple[tuple[str, float | None], ...]  # (one of the answers, its tolerance; None: exactly), in any order
+
+    def to_text(self) -> str:
+        """JSON: [answer, [[part, tolerance], ...]]."""
+        return json.dumps([self.answer, self.parts])
+
+    @staticmethod
+    def from_text(text: str) -> Tolerant:
+        """The inverse of `to_text`."""
+        answer, parts = json.loads(text)
+        return Tolerant(answer=answer, parts=tuple((part, tolerance) for part, tolerance in parts))
+
+
+def elements(expression: Basic) -> list[Basic]:
+    """What an expression lists: the elements of {3, 5}, which is also how `3, 5` is read; else itself alone."""
+    from sympy import FiniteSet
+
+    return list(expression.args) if isinstance(expression, FiniteSet) else [expression]
+
+
+def all_within(answers: Sequence[tuple[Basic, float | None]], found: Sequence[Basic]) -> bool:
+    """Whether each of the (answer, tolerance) has a found expression of its own, and none is left over."""
+    if len(found) == 1 and len(answers) > 1 and (listed := _parts(found[0])) and not listed[0]:
+        found = listed[1]  # all answers in one pair of parentheses
+    return len(found) == len(answers) and _paired(answers, found)
+
+
+def _paired(answers: Sequence[tuple[Basic, float | None]], found: Sequence[Basic]) -> bool:
+    """Tolerances may overlap, so the first that is near enough need not be the right one."""
+    if not answers:
+        return True
+    (answer, tolerance), *rest = answers
+    return any(
+        is_within(answer, one, tolerance) and _paired(rest, [*found[:i], *found[i + 1 :]])
+        for i, one in enumerate(found)
+    )
+
+
+def is_within(answer: Basic, found: Basic, tolerance: float | None) -> bool:
+    """Whether one expression is the other, within the tolerance where both have numbers."""
+    from math_verify import verify
+
+    if verify([answer], [found], timeout_seconds=None):
+        return True
+    if tolerance is None:
+        return False
+    answer, found = _unassigned(answer, found)
+    mine, theirs = _parts(answer), _parts(found)
+    if mine and theirs:
+        return (
+            mine[0] == theirs[0]
+            and len(mine[1]) == len(theirs[1])
+            and all(is_within(a, b, tolerance) for a, b in zip(mine[1], theirs[1], strict=True))
+        )
+    return any(_near(a, b, tolerance) for a, b in _readings(answer, found))
+
+
+def _near(answer: Basic, found: Basic, tolerance: float) -> bool:
+    a, b = _real(answer), _real(found)
+    return a is not None and b is not None and bool(abs(a - b) <= tolerance * SLACK)
+
+
+def _real(expression: Basic) -> Expr | None:
+    """Its value, if it is a finite real number."""
+    from sympy import Expr
+
+    if not isinstance(expression, Expr):
+        return None
+    value = expression.doit().evalf()
+    return value if value.is_Number and value.is_finite else None
+
+
+def _readings(answer: Basic, found: Basic) -> list[tuple[Basic, Basic]]:
+    """Pairs of numbers to compare, on the scale of the answer as it is written: 9 % may stand for 9 and for 0.09."""
+    from math_verify.grader import get_pct_val
+
+    a, b = get_pct_val(answer), get_pct_val(found)
+    if a is not None and b is not None:
+        return [(a, b)]
+    if a is not None:
+        return [(a, found), (a, 100 * found)] if _real(found) is not None else []
+    return [(answer, found)] if b is None else [(answer, b), (answer, b / 100)]
+
+
+def _parts(expression: Basic) -> tuple[str, list[Basic]] | None:
+    """(closed ends, elements) of a tuple or interval; None for others. math-verify reads the pair (3, 5) as open."""
+    from sympy import Interval, Tuple
+
+    if isinstance(expression, Tuple):
+        return "", list(expression.args)
+    if not isinstance(expression, Interval):
+        return None
+    closed = ("" if expression.left_open else "[") + ("" if expression.right_open else "]")
+    return closed, [expression.start, expression.end]
+
+
+def _unassigned(answer: Basic, found: Basic) -> tuple[Basic, Basic]:
+    """Right-hand sides of `x = 3`, unless both are assignments, to different names."""
+    from math_verify.grader import is_assignment_relation, take_first_relation, unwrap_eq
+
+    both = is_assignment_relation(answer) and is_assignment_relation(found)
+    if both and take_first_relation(answer).lhs != take_first_relation(found).lhs:
+        return answer, found
+    return unwrap_eq(answer), unwrap_eq(found)

@@ -1,0 +1,158 @@
+"""A request that kills servers is found, and nobody else is condemned for it."""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sgpo_async.engines.sglang.quarantine import COMPANY, Quarantine, Seats, seat, seat_for_suspect
+
+
+def server(running: int = 0, *, room: int = 4, suspect: bool = False) -> Seats:
+    return Seats(running=running, room=room, suspect=suspect)
+
+
+def test_company_makes_suspects_and_condemns_nobody() -> None:
+    quarantine = Quarantine()
+    for deaths in range(1, 6):
+        assert quarantine.died(["a", "b"]) is None
+        assert quarantine.deaths("a") == deaths
+        assert quarantine.is_suspect("a") == (deaths >= COMPANY)
+
+
+def test_a_suspect_is_condemned_by_a_death_while_it_is_alone() -> None:
+    quarantine = Quarantine()
+    assert quarantine.died(["a"]) is None  # alone, but the first: servers die by themselves too
+    assert quarantine.died(["a", "b"]) is None
+    assert quarantine.died(["a"]) == "a"
+    assert quarantine.deaths("a") == 3 and quarantine.deaths("b") == 1
+
+
+def test_a_cancelled_request_that_still_runs_is_company() -> None:
+    quarantine = Quarantine()
+    for _ in range(COMPANY):
+        quarantine.died(["a"])
+    assert quarantine.died(["a"], others=1) is None and quarantine.died(["a"]) == "a"
+
+
+def test_what_is_finished_is_forgotten() -> None:
+    quarantine = Quarantine()
+    for _ in range(COMPANY):
+        quarantine.died(["a", "b"])
+    quarantine.forget("a")
+    assert not quarantine.is_suspect("a") and quarantine.is_suspect("b")
+    quarantine.forget("never heard of")
+    assert quarantine.died([]) is None
+
+
+def test_a_suspect_waits_for_an_empty_server_and_for_other_suspects() -> None:
+    assert seat_for_suspect([server(3), server(0)]) == 1
+    assert seat_for_suspect([server(3), server(1)]) is None
+    assert seat_for_suspect([server(0, room=0), server(2)]) is None  # shut
+    assert seat_for_suspect([server(1, suspect=True), server(0)]) is None
+
+
+def test_others_go_where_most_room_is_but_not_beside_a_suspect() -> None:
+    assert seat([server(3, room=1), server(1, room=3)], suspect_waits=False) == 1
+    assert seat([server(3, room=1), server(1, room=3, suspect=True)], suspect_waits=False) == 0
+    assert seat([server(1, suspect=True)], suspect_waits=True) is None
+    assert seat([server(4, room=0)], suspect_waits=False) is None
+
+
+def test_the_emptiest_server_is_kept_for_a_suspect_that_waits() -> None:
+    assert seat([server(3, room=1), server(1, room=3)], suspect_waits=True) == 0
+    assert seat([server(1, room=3)], suspect_waits=True) is None
+    assert seat([server(3, room=1), server(1, room=3, suspect=True)], suspect_waits=True) == 0  # its turn comes later
+
+
+@dataclass
+class Sim:
+    """Servers that die at once when a killer has its turn, and now and then by themselves."""
+
+    killers: frozenset[int]
+    slots: int
+    servers: list[list[int]]
+    waiting: deque[int]
+    suspects: deque[int] = field(default_factory=deque)
+    quarantine: Quarantine = field(default_factory=Quarantine)
+    finished: set[int] = field(default_factory=set)
+    condemned: set[int] = field(default_factory=set)
+    alone_at_death: set[int] = field(default_factory=set)
+
+    def dispatch(self) -> None:
+        while self.suspects and (i := seat_for_suspect(self.seats())) is not None:
+            self.servers[i].append(self.suspects.popleft())
+        while self.waiting and (i := seat(self.seats(), suspect_waits=bool(self.suspects))) is not None:
+            self.servers[i].append(self.waiting.popleft())
+        for running in self.servers:
+            assert len(running) <= self.slots
+            assert len(running) == 1 or not any(map(self.quarantine.is_suspect, running))
+
+    def seats(self) -> list[Seats]:
+        return [
+            Seats(
+                running=len(running),
+                room=self.slots - len(running),
+                suspect=any(map(self.quarantine.is_suspect, running)),
+            )
+            for running in self.servers
+        ]
+
+    def turn(self, i: int, place: int) -> None:
+        """One of the requests on server i comes to its end, which for a killer is the server's."""
+        if not (running := self.servers[i]):
+            return
+        id = running[place % len(running)]
+        if id in self.killers:
+            self.die(i)
+        else:
+            running.remove(id)
+            self.finished.add(id)
+            self.quarantine.forget(id)
+
+    def die(self, i: int) -> None:
+        aboard, self.servers[i] = self.servers[i], []
+        if len(aboard) == 1:
+            self.alone_at_death.add(aboard[0])
+        if (guilty := self.quarantine.died(aboard)) is not None:
+            self.condemned.add(guilty)
+            aboard = [id for id in aboard if id != guilty]
+        for id in reversed(aboard):
+            (self.suspects if self.quarantine.is_suspect(id) else self.waiting).appendleft(id)
+
+
+@given(
+    requests=st.integers(1, 24),
+    killers=st.sets(st.integers(0, 23), max_size=4),
+    slots=st.integers(1, 8),
+    servers=st.integers(1, 3),
+    accidents=st.integers(0, 6),
+    data=st.data(),
+)
+def test_killers_are_condemned_and_everybody_else_finishes(
+    requests: int, killers: set[int], slots: int, servers: int, accidents: int, data: st.DataObject
+) -> None:
+    sim = Sim(
+        killers=frozenset(killers & set(range(requests))),
+        slots=slots,
+        servers=[[] for _ in range(servers)],
+        waiting=deque(range(requests)),
+    )
+    turns = 0
+    while len(sim.finished) + len(sim.condemned) < requests:
+        sim.dispatch()
+        busy = [i for i, running in enumerate(sim.servers) if running]
+        assert busy, "somebody waits, and nobody runs"
+        i = data.draw(st.sampled_from(busy))
+        if accidents and data.draw(st.integers(0, 9)) == 0:
+            accidents -= 1
+            sim.die(i)
+        else:
+            sim.turn(i, data.draw(st.integers(0, slots - 1)))
+        turns += 1
+        assert turns < requests * 4 + 50
+    for id in sim.condemned - sim.killers:  # only by an accident while it was alone
+        assert id in sim.alone_at_death and sim.quarantine.deaths(id) == COMPANY + 1
+    assert sim.killers <= sim.condemned
+    assert all(sim.quarantine.deaths(id) == COMPANY + 1 for id in sim.killers)

@@ -1,0 +1,174 @@
+"""Requests on servers that are played: a killer is failed by name, and its neighbours finish."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from sgpo_async.engines.base import Failed, Generate, Generated, Score
+from sgpo_async.engines.sglang.api import ServerGone
+from sgpo_async.engines.sglang.partial import Partial
+from sgpo_async.engines.sglang.requests import Requests
+from sgpo_async.engines.sglang.server import Server
+
+TOKENS = 6
+SLOTS = 4
+
+
+class PlayedServer(Server):
+    """Gives one token a turn; `kills` says whether a request's next token is its death."""
+
+    def __init__(self, name: str, kills: Callable[[Any], bool]) -> None:
+        super().__init__(SimpleNamespace(url=name), slots=SLOTS, ends=(), silence_s=1.0)  # type: ignore[arg-type]
+        self.kills, self.deaths = kills, 0
+        self.gone = asyncio.Event()
+        self.aborted: set[str] = set()
+        self.ran: list[set[Any]] = []  # who ran together, at each token
+        self.version, self.open = 0, True
+
+    async def extend(self, partial: Partial, rid: str, version: int) -> None:
+        gone = self.gone
+        while partial.remaining and rid not in self.aborted:
+            self.ran.append({running.item.request.id for running in self.running.values()})  # type: ignore[union-attr]
+            await asyncio.sleep(0)
+            if gone.is_set() or self.kills(partial):
+                gone.set()
+                raise ServerGone(f"{self.api.url}: played dead")
+            partial.extend([[-1.0, 7, None]])
+            partial.close_span(version, len(partial.tokens))
+
+    async def abort(self, rid: str) -> None:
+        self.aborted.add(rid)
+
+    def rise(self) -> None:
+        """What the fleet's keeper does: end what still runs, and put a new server there."""
+        self.deaths += 1
+        self.gone, self.fault, self.lost, self.open = asyncio.Event(), None, False, True
+
+
+def ask(id: Any) -> Generate:
+    return Generate(id=id, prompt=np.arange(3, dtype=np.int32), max_new_tokens=TOKENS, temperature=1.0, seed=0)
+
+
+async def serve(servers: list[PlayedServer], asked: Iterable[Generate]) -> tuple[Requests, dict[Any, Any]]:
+    requests = Requests(lambda: list(servers), ends=())
+    wanted = [requests.submit(request) for request in asked]
+    results: dict[Any, Any] = {}
+    for _ in range(5000):
+        await asyncio.sleep(0)
+        for server in servers:
+            if server.fault is not None and not server.running:
+                server.rise()
+                requests.dispatch()
+        while not requests.results.empty():
+            result = requests.results.get()
+            assert isinstance(result, Generated | Failed) and result.id not in results
+            results[result.id] = result
+        if len(results) == len(wanted):
+            break
+    return requests, results
+
+
+def killer(*ids: Any, at: int = 2) -> Callable[[Partial], bool]:
+    return lambda partial: partial.request.id in ids and len(partial.tokens) >= at
+
+
+def test_a_killer_is_failed_by_name_and_its_neighbours_finish() -> None:
+    async def play() -> None:
+        servers = [PlayedServer(f"server-{i}", killer(5)) for i in range(2)]
+        requests, results = await serve(servers, [ask(i) for i in range(20)])
+        assert sorted(results) == list(range(20))
+        failed = [result for result in results.values() if isinstance(result, Failed)]
+        assert [one.id for one in failed] == [5]
+        assert str(failed[0].error) == (
+            "request 5: 3 servers died while it ran on them, the last one with nothing else on it"
+        )
+        assert sum(server.deaths for server in servers) == 3
+        assert all(len(result.tokens) == TOKENS for result in results.values() if isinstance(result, Generated))
+        assert requests.waiting == 0 and "run alone from now on" in requests.news.get()
+
+    asyncio.run(play())
+
+
+def test_two_killers_and_one_server() -> None:
+    async def play() -> None:
+        server = PlayedServer("server", killer(0, 3))
+        _, results = await serve([server], [ask(i) for i in range(9)])
+        assert sorted(id for id, result in results.items() if isinstance(result, Failed)) == [0, 3]
+        assert server.deaths == 4  # two with both aboard, and one for each of them alone
+
+    asyncio.run(play())
+
+
+def test_deaths_that_nobody_causes_condemn_nobody() -> None:
+    """The first server dies twice with all aboard; then those run alone, one after another."""
+
+    async def play() -> None:
+        deaths = iter([True, True])
+        server = PlayedServer("server", lambda partial: partial.request.id == 1 and next(deaths, False))
+        _, results = await serve([server], [ask(i) for i in range(8)])
+        assert sorted(results) == list(range(8))
+        assert all(isinstance(result, Generated) for result in results.values())
+        assert {1} in server.ran and server.deaths == 2
+
+    asyncio.run(play())
+
+
+def test_an_abort_is_no_death() -> None:
+    async def play() -> None:
+        server = PlayedServer("server", lambda partial: False)
+        requests = Requests(lambda: [server], ends=())
+        requests.submit(ask(0))
+        for _ in range(4):  # updates
+            await asyncio.sleep(0)
+            server.open = False
+            server.aborted |= set(server.running)
+            while server.running:
+                await asyncio.sleep(0)
+            server.open = True
+            requests.dispatch()
+        while requests.results.empty():
+            await asyncio.sleep(0)
+        assert isinstance(requests.results.get(), Generated) and requests.news.empty()
+
+    asyncio.run(play())
+
+
+def test_a_complete_continuation_is_no_killer() -> None:
+    """Its server died between the last token and its last word, three times alone."""
+
+    async def play() -> None:
+        server = PlayedServer("server", lambda partial: False)
+        requests = Requests(lambda: [server], ends=())
+        requests.submit(ask(0))
+        while not (server.running and len(next(iter(server.running.values())).item.tokens) == TOKENS):  # type: ignore[union-attr]
+            await asyncio.sleep(0)
+        for _ in range(3):
+            server.lost = False
+            requests.lost(server)
+        while requests.results.empty():
+            await asyncio.sleep(0)
+        assert isinstance(requests.results.get(), Generated)
+
+    asyncio.run(play())
+
+
+def test_what_is_cancelled_is_forgotten() -> None:
+    async def play() -> None:
+        server = PlayedServer("server", lambda partial: False)
+        server.open = False
+        requests = Requests(lambda: [server], ends=())
+        prompt = np.arange(3, dtype=np.int32)
+        requests.submit(ask(0))
+        requests.submit(Score(id=1, prompt=prompt, tokens=prompt, temperature=1.0))
+        assert requests.waiting == 2
+        requests.cancel_all()
+        server.open = True
+        requests.dispatch()
+        assert requests.waiting == 0 and not server.running
+
+    asyncio.run(play())
