@@ -234,7 +234,7 @@ class Sft:
     The other sections say what they say everywhere: model, prompt style, AdamW's betas, row_tokens, precision.
     """
 
-    path: str = ""  # problems with responses, as tasks.path; default: those of tasks.path
+    path: str = ""  # problems with responses, as tasks.path; default: those of tasks.path that are not held out
     validation: str = ""  # a file of its own; default: a random part of `path`
     validation_share: float = 0.1
     problems: int = 1024  # tasks.source=cues: how many are generated

@@ -93,7 +93,8 @@ class Examples:
             )
         long = sum(map(len, parts)) - sum(map(len, fitting))
         counts = {"training": len(fitting[0]), "validation": len(fitting[1])}
-        return cls(fitting[0], fitting[1], counts | {"too_long": long, "without_response": problems.without})
+        counts |= {"too_long": long, "without_response": problems.without, "held_out": problems.held_out}
+        return cls(fitting[0], fitting[1], counts)
 
 
 def _tokens(run: Run, problem: Problem, tokenizer: Any) -> Tokens:
