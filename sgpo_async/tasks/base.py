@@ -6,6 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+SPLIT_SEED = 0
+"""Draws what is held out: never the run's seed, or runs of two seeds would be measured on different problems, and each
+would have trained on most of the other's."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:

@@ -51,7 +51,7 @@ def _read(run: Run) -> Split:
     """
     path, tasks = run.sft.path or run.tasks.path, run.tasks
     if tasks.source == "file" and Path(path).resolve() == Path(tasks.path).resolve():
-        return read_split(path, held_out=tasks.held_out, seed=run.seed)
+        return read_split(path, held_out=tasks.held_out)
     return Split(read_problems(path), [])
 
 

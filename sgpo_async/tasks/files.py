@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sgpo_async.errors import DataError
-from sgpo_async.tasks.base import Problem
+from sgpo_async.tasks.base import SPLIT_SEED, Problem
 
 Row = tuple[str, Any]
 """(place as FILE:LINE, record)"""
@@ -95,14 +95,16 @@ class Split(NamedTuple):
     held_out: list[Problem]
 
 
-def read_split(path: str, *, held_out: int, seed: int) -> Split:
+def read_split(path: str, *, held_out: int) -> Split:
     """Hold out `held_out` of the distinct problem texts, so that a problem that occurs twice is not on both sides.
+
+    Which ones depends on nothing but the texts in their order: every run on this file has the same.
 
     Raises DataError for a bad line and where none would be left for training.
     """
     problems = read_problems(path)
     texts = list(dict.fromkeys(problem.problem for problem in problems))
-    random.Random(f"held-out {seed}").shuffle(texts)
+    random.Random(f"held-out {SPLIT_SEED}").shuffle(texts)
     reserved = set(texts[:held_out])
     training = [problem for problem in problems if problem.problem not in reserved]
     if not training:
@@ -147,7 +149,7 @@ class FileSource:
 
     def __init__(self, path: str, *, held_out: int, seed: int) -> None:
         """Raises DataError, as `read_split` does."""
-        self._training, self._held_out = read_split(path, held_out=held_out, seed=seed)
+        self._training, self._held_out = read_split(path, held_out=held_out)
         self.demonstrated = any(problem.response is not None for problem in self._training)
         self._order = lru_cache(maxsize=4)(self._shuffled)
         self._seed = seed

@@ -95,6 +95,14 @@ def test_held_out_is_fixed_and_apart_even_for_a_problem_that_occurs_twice(tmp_pa
     assert held.isdisjoint(source.training(i).problem for i in range(30))
 
 
+def test_what_is_held_out_does_not_depend_on_the_seed_of_the_run(tmp_path: Path) -> None:
+    """Or seeds could not be compared, and one would train on what measures the other."""
+    path = write_jsonl(tmp_path / "a.jsonl", sums(40))
+    one, other = (FileSource(path, held_out=10, seed=seed) for seed in (0, 1))
+    assert one.held_out() == other.held_out()
+    assert [one.training(i) for i in range(30)] != [other.training(i) for i in range(30)]
+
+
 def test_too_few_problems_to_hold_out(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="none for training"):
         FileSource(write_jsonl(tmp_path / "a.jsonl", sums(1)), held_out=1, seed=0)
