@@ -98,20 +98,22 @@ class Split(NamedTuple):
 def read_split(path: str, *, held_out: int) -> Split:
     """Hold out `held_out` of the distinct problem texts, so that a problem that occurs twice is not on both sides.
 
-    Which ones depends on nothing but the texts in their order: every run on this file has the same.
+    Which ones depends on nothing but the texts in their order: every run on this file has the same. They come in the
+    order of that draw, so that any part of them is a random one, however the file is sorted.
 
     Raises DataError for a bad line and where none would be left for training.
     """
     problems = read_problems(path)
     texts = list(dict.fromkeys(problem.problem for problem in problems))
     random.Random(f"held-out {SPLIT_SEED}").shuffle(texts)
-    reserved = set(texts[:held_out])
+    reserved = {text: place for place, text in enumerate(texts[:held_out])}
     training = [problem for problem in problems if problem.problem not in reserved]
     if not training:
         raise DataError(
             f"{path}: {len(texts)} distinct problems leave none for training with tasks.held_out={held_out}"
         )
-    return Split(training, [problem for problem in problems if problem.problem in reserved])
+    aside = [problem for problem in problems if problem.problem in reserved]
+    return Split(training, sorted(aside, key=lambda problem: reserved[problem.problem]))
 
 
 def _first_line(error: Exception) -> str:
