@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from sgpo_async.config.schema import Run
+from sgpo_async.config.schema import Algorithm, Run
 from sgpo_async.errors import DataError
 from sgpo_async.learner import checkpoint
 from sgpo_async.learner.batch import Batch, Sequences
@@ -211,6 +211,6 @@ def supervised(run: Run, *, steps: int) -> Run:
         run,
         steps=steps,
         optim=replace(run.optim, lr=sft.lr, schedule=sft.schedule, warmup_steps=math.ceil(sft.warmup_ratio * steps)),
-        algorithm=replace(run.algorithm, objective="grpo"),  # the learner then has neither teacher nor demonstrations
+        algorithm=Algorithm(objective="grpo"),  # no teacher, no demonstrations; the run's own keys need not go with it
         rollout=replace(run.rollout, temperature=1.0),
     )

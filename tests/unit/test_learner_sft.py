@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sgpo_async.config.schema import Learner, Model, Run, Sft, Tasks
+from sgpo_async.config.schema import Algorithm, Learner, Model, Run, Sft, Tasks
 from sgpo_async.errors import DataError
 from sgpo_async.learner import sft as sft_module
 from sgpo_async.learner.packing import Tokens
@@ -115,6 +115,12 @@ def test_the_schedule_is_the_warm_up_s(tmp_path: Path) -> None:
     run = supervised(Run(out=str(tmp_path), sft=Sft(lr=2e-3, warmup_ratio=0.25, schedule="linear")), steps=30)
     assert (run.steps, run.optim.lr, run.optim.warmup_steps, run.optim.schedule) == (30, 2e-3, 8, "linear")
     assert not run.algorithm.copies_teacher
+
+
+@pytest.mark.parametrize("own", [{"policy_gradient": False}, {"pass_rates": "corrected"}, {"objective": "luffy"}])
+def test_a_file_of_any_objective_drives_its_warm_up(own: dict[str, Any]) -> None:
+    run = Run(algorithm=Algorithm(**own))
+    assert not supervised(run, steps=3).algorithm.demonstrated
 
 
 def file_run(path: Path, rows: list[dict[str, Any]], **sft: Any) -> Run:
