@@ -13,6 +13,7 @@ from typing import Literal
 from sgpo_async.errors import ConfigError
 
 CorrectionMode = Literal["none", "token", "token-mask", "prefix", "sequence", "sequence-geometric"]
+BANDS = ("token-mask", "sequence-geometric")  # modes that mask what lies outside of [1/bound, bound]
 
 HELD_OUT = "held-out"  # the name of the run's own held-out problems among benchmarks
 BYTES_PER_TOKEN = 8  # of a rollout: the token and its log-probability
@@ -146,8 +147,14 @@ class Algorithm:
             require(0 <= getattr(self, name) <= 1, f"algorithm.{name}", "lies in [0, 1]", getattr(self, name))
         require(self.teacher_every >= 1, "algorithm.teacher_every", "is at least 1", self.teacher_every)
         for name in ("grpo_correction", "kl_correction"):
-            bound = getattr(self, name).bound
-            require(bound >= 1, f"algorithm.{name}.bound", "is at least 1", bound)
+            rule: Correction = getattr(self, name)
+            require(rule.bound >= 1, f"algorithm.{name}.bound", "is at least 1", rule.bound)
+            require(
+                rule.mode not in BANDS or rule.bound > 1,
+                f"algorithm.{name}.bound",
+                f"is above 1 with mode {rule.mode}, which masks all ratios outside [1/bound, bound]: at 1, nearly all",
+                rule.bound,
+            )
         require(
             self.policy_gradient or self.objective == "sgpo",
             "algorithm.policy_gradient",
