@@ -128,6 +128,7 @@ def _write(folder: Path, text: str) -> Path:
         ("steps=1e3", ["steps", "1e3", "Integer"]),
         ("optim={lr: 1", ["optim={lr: 1", "not YAML"]),
         ("steps", ["key=value"]),
+        ("optim={lr: 1, lr: 2}", ["argument 'optim={lr: 1, lr: 2}'", "lr: occurs twice"]),
     ],
 )
 def test_what_is_wrong_is_one_line_that_names_path_rule_and_value(empty: Path, word: str, parts: list[str]) -> None:
@@ -165,6 +166,8 @@ def test_a_large_run_fits_the_default_message(empty: Path) -> None:
     [
         ("a: [1\n", ["run.yaml:2", "not YAML"]),
         ("[1, 2]\n", ["list"]),
+        ("steps: 3\noptim:\n  lr: 1\n  beta1: 0.5\n  lr: 2\n", ["run.yaml:5: lr: occurs twice in its section"]),
+        ("steps: 3\nsteps: 3\n", ["run.yaml:2: steps: occurs twice"]),
         ("optim: {lrate: 1}\n", ["run.yaml", "optim.lrate"]),
     ],
 )
