@@ -104,6 +104,8 @@ class Algorithm:
 
     objective: Literal["sgpo", "grpo", "sft", "luffy", "hpt"] = "sgpo"
     policy_gradient: bool = True  # sgpo: whether autonomous rollouts are trained (Eq. 1), or distillation is all
+    # Eq. 1's clip. The learner takes one optimiser step per batch, so that r_t is 1 and these bound nothing, nor touch
+    # the gradient: under lag it is grpo_correction that bounds what a stale token counts.
     eps_low: float = 0.2
     eps_high: float = 0.28
     grpo_correction: Correction = field(default_factory=Correction)
