@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import xxhash
+
 SPLIT_SEED = 0
 """Draws what is held out: never the run's seed, or runs of two seeds would be measured on different problems, and each
 would have trained on most of the other's."""
@@ -24,6 +26,11 @@ class Problem:
     answer: str
     strategy: str | None = None
     response: str | None = None
+
+    @property
+    def digest(self) -> str:
+        """By which two evaluations of a problem know that it is the same one."""
+        return xxhash.xxh3_64_hexdigest(f"{self.problem}\0{self.answer}".encode())
 
 
 class ProblemSource(Protocol):
