@@ -20,7 +20,7 @@ class ProblemResult:
     correct: list[bool]
     tokens: list[int]  # length of each completion
     finish: list[str]  # stop, or length: cut off
-    timed_out: list[bool]  # the verifier took too long, which counts as incorrect
+    timed_out: list[bool]  # the verifier took too long, which counts as incorrect; empty: the fleet does not tell
     texts: list[str] | None = None
 
 
