@@ -49,7 +49,10 @@ def divergence(
 
 
 def forward_kl(teacher_logits: Tensor, student_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """d_t = KL( sg[pi(.|q,s,o~_<t)] || pi(.|q,o~_<t) ) (Eq. 3): `divergence` of kind "forward"."""
+    """d_t = KL( sg[pi(.|q,s,o~_<t)] || pi(.|q,o~_<t) ) (Eq. 3): `divergence` of kind "forward".
+
+    From whole logits, for tests to compare with; the learner has `linear_divergence`, which never holds them all.
+    """
     return divergence(teacher_logits, student_logits, kind="forward", temperature=temperature)
 
 

@@ -36,8 +36,9 @@ def grpo_loss(
         mask: [N, T] bool, true on the tokens of the rollout.
         advantages: [N].
         correction: [N, T], c_t = `correction_weights(log_prox, log_mu, ...)`.
-        log_prox: [N, T]; by default sg[log_pi], right for one optimiser step per batch: r_t is then 1 and
-            only its gradient counts.
+        log_prox: [N, T]; by default sg[log_pi], right for one optimiser step per batch: r_t is then 1, only
+            its gradient counts, and the clip bounds nothing. The learner takes one step and never passes it;
+            tests do, for Eq. 1 as it stands.
         clip: (eps_low, eps_high).
 
     Returns:
@@ -135,6 +136,8 @@ def loss_weights(alpha: Tensor, found: Tensor, *, problems: int, group_size: int
 
 def sgpo_loss(grpo: Tensor, distillation: Tensor, alpha: Tensor, found: Tensor) -> Tensor:
     """L = mean over q of ( L_GRPO + alpha(q) L_KD ), for a whole batch (Eq. 7). alpha = 0 is GRPO, exactly.
+
+    The equation as it stands: tests compare with it. The learner sums weighted sequences, in whatever division.
 
     Args:
         grpo: [P, G1], of `grpo_loss`.

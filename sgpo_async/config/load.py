@@ -19,13 +19,30 @@ from sgpo_async.config.schema import Run
 from sgpo_async.errors import ConfigError
 
 
+class Twice(yaml.MarkedYAMLError):
+    """A key occurs twice in its section."""
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 without dates. What it takes for text (1e-6), the type of the field makes a number, or leaves."""
+    """YAML 1.1 without dates, and without a key that occurs twice in a section: YAML would silently take the last.
+
+    What it takes for text (1e-6), the type of the field makes a number, or leaves.
+    """
 
     yaml_implicit_resolvers: ClassVar = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Raises Twice at the second place of a key."""
+        known: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            name = (key.tag, str(key.value))
+            if name in known:
+                raise Twice(problem=f"{key.value}: occurs twice in its section", problem_mark=key.start_mark)
+            known.add(name)
+        return super().construct_mapping(node, deep)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
@@ -70,7 +87,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f":{where.line + 1}" if where else ""
-        raise ConfigError(f"{path}{line}: is not YAML ({getattr(error, 'problem', error)})") from None
+        raise ConfigError(f"{path}{line}: {_reason(error)}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -85,12 +102,17 @@ def _parse_word(word: str) -> dict[str, Any]:
     try:
         value = yaml.load(text, Loader=_Loader) if text else ""
     except yaml.YAMLError as error:
-        raise ConfigError(f"argument {word!r}: is not YAML ({getattr(error, 'problem', error)})") from None
+        raise ConfigError(f"argument {word!r}: {_reason(error)}") from None
     nested = OmegaConf.create()
     OmegaConf.update(nested, key.strip(), value)
     plain = OmegaConf.to_container(nested)
     assert isinstance(plain, dict)
     return {str(name): value for name, value in plain.items()}
+
+
+def _reason(error: yaml.YAMLError) -> str:
+    problem = str(getattr(error, "problem", None) or error)
+    return f"{problem}; keep one" if isinstance(error, Twice) else f"is not YAML ({problem})"
 
 
 def _build(layers: Sequence[tuple[str, dict[str, Any]]]) -> Run:

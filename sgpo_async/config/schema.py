@@ -13,6 +13,7 @@ from typing import Literal
 from sgpo_async.errors import ConfigError
 
 CorrectionMode = Literal["none", "token", "token-mask", "prefix", "sequence", "sequence-geometric"]
+BANDS = ("token-mask", "sequence-geometric")  # modes that mask what lies outside of [1/bound, bound]
 
 HELD_OUT = "held-out"  # the name of the run's own held-out problems among benchmarks
 BYTES_PER_TOKEN = 8  # of a rollout: the token and its log-probability; as much again for each likely token beside it
@@ -103,6 +104,8 @@ class Algorithm:
 
     objective: Literal["sgpo", "grpo", "sft", "luffy", "hpt"] = "sgpo"
     policy_gradient: bool = True  # sgpo: whether autonomous rollouts are trained (Eq. 1), or distillation is all
+    # Eq. 1's clip. The learner takes one optimiser step per batch, so that r_t is 1 and these bound nothing, nor touch
+    # the gradient: under lag it is grpo_correction that bounds what a stale token counts.
     eps_low: float = 0.2
     eps_high: float = 0.28
     grpo_correction: Correction = field(default_factory=Correction)
@@ -149,8 +152,14 @@ class Algorithm:
         for name in ("teacher_every", "teacher_top_k"):
             require(getattr(self, name) >= 1, f"algorithm.{name}", "is at least 1", getattr(self, name))
         for name in ("grpo_correction", "kl_correction"):
-            bound = getattr(self, name).bound
-            require(bound >= 1, f"algorithm.{name}.bound", "is at least 1", bound)
+            rule: Correction = getattr(self, name)
+            require(rule.bound >= 1, f"algorithm.{name}.bound", "is at least 1", rule.bound)
+            require(
+                rule.mode not in BANDS or rule.bound > 1,
+                f"algorithm.{name}.bound",
+                f"is above 1 with mode {rule.mode}, which masks all ratios outside [1/bound, bound]: at 1, nearly all",
+                rule.bound,
+            )
         require(
             self.policy_gradient or self.objective == "sgpo",
             "algorithm.policy_gradient",
@@ -247,7 +256,7 @@ class Sft:
     The other sections say what they say everywhere: model, prompt style, AdamW's betas, row_tokens, precision.
     """
 
-    path: str = ""  # problems with responses, as tasks.path; default: those of tasks.path
+    path: str = ""  # problems with responses, as tasks.path; default: those of tasks.path that are not held out
     validation: str = ""  # a file of its own; default: a random part of `path`
     validation_share: float = 0.1
     problems: int = 1024  # tasks.source=cues: how many are generated

@@ -3,7 +3,6 @@
 plan.py      what is evaluated and how: all that two calls must agree on to be one evaluation
 sampling.py  groups from an engine, by the bookkeeping of the actors
 results.py   one folder: settings, a line for each problem, a summary
-summary.py   the figures of a summary
 compare.py   two folders, problem by problem
 run.py       the whole
 """

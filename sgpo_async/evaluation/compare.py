@@ -10,10 +10,10 @@ import numpy as np
 
 from sgpo_async.errors import DataError
 from sgpo_async.evaluation.plan import differences
-from sgpo_async.evaluation.results import ProblemResult, Results
-from sgpo_async.evaluation.summary import counts
+from sgpo_async.evaluation.results import Results
 from sgpo_async.metrics.paired import Paired, compare
 from sgpo_async.metrics.pass_rates import Interval, avg_at, interval, pass_at, powers_of_two
+from sgpo_async.metrics.problems import ProblemResult, counts
 
 
 @dataclass(frozen=True, kw_only=True)

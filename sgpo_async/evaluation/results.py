@@ -14,28 +14,16 @@ import fcntl
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TextIO
 
 from sgpo_async.errors import ConfigError, DataError
 from sgpo_async.evaluation.plan import differences
 from sgpo_async.metrics.files import telling, to_json, write_whole
+from sgpo_async.metrics.problems import ProblemResult
 
 SETTINGS, SUMMARY = "settings.json", "summary.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProblemResult:
-    """All samples of one problem, in the order of their seeds."""
-
-    id: str
-    digest: str  # of problem and answer
-    correct: list[bool]
-    tokens: list[int]  # length of each completion
-    finish: list[str]  # stop, or length: cut off
-    timed_out: list[bool]  # the verifier took too long, which counts as incorrect
-    texts: list[str] | None = None
 
 
 class Results:

@@ -18,7 +18,7 @@ from sgpo_async.engines.pretrained import load_model
 from sgpo_async.evaluation.plan import Plan
 from sgpo_async.evaluation.results import Results
 from sgpo_async.evaluation.sampling import Item, Sampler
-from sgpo_async.evaluation.summary import summarise
+from sgpo_async.metrics.problems import summarise
 from sgpo_async.tasks.models import load_tokenizer, model_folder
 from sgpo_async.weights import digest
 

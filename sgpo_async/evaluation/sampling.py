@@ -14,13 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import xxhash
-
 from sgpo_async.actor.group import Group, group_of, task_of
 from sgpo_async.engines.base import Engine, Failed, Generated
 from sgpo_async.errors import DeadlineExceeded, EngineError
 from sgpo_async.evaluation.plan import Plan
-from sgpo_async.evaluation.results import ProblemResult
+from sgpo_async.metrics.problems import ProblemResult
 from sgpo_async.tasks.base import Problem
 from sgpo_async.tasks.benchmarks import Benchmark
 from sgpo_async.tasks.curriculum import derived_seed
@@ -147,7 +145,7 @@ def _result(one: _Open, *, texts: bool) -> ProblemResult:
     rollouts = [one.rollouts[slot] for slot in sorted(one.rollouts)]
     return ProblemResult(
         id=problem.id,
-        digest=xxhash.xxh3_64_hexdigest(f"{problem.problem}\0{problem.answer}".encode()),
+        digest=problem.digest,
         correct=[rollout.reward == 1.0 for rollout in rollouts],
         tokens=[len(rollout.tokens) for rollout in rollouts],
         finish=[rollout.finish for rollout in rollouts],

@@ -29,7 +29,7 @@ from sgpo_async.tasks.curriculum import Curriculum
 from sgpo_async.tasks.sources import open_source
 from sgpo_async.wire.records import Shard
 
-SPLIT_SEED = 0  # validation and test problems are the same in every trial
+STREAM_SEED = 0  # of the one stream of training problems that all trials share
 STREAM = 2**20  # problems between the beginnings of two seeds' streams
 KEPT = ("loss", "grpo_loss", "kd_loss", "entropy", "alpha", "kl_masked_mass", "correction_clipped", "grad_norm")
 
@@ -59,7 +59,7 @@ class Trial:
         mesh = init_device_mesh("cpu", (1,))
         self.run = run
         count = run.tasks.held_out
-        source = open_source(run.tasks.source, path=run.tasks.path, held_out=2 * count, seed=SPLIT_SEED)
+        source = open_source(run.tasks.source, path=run.tasks.path, held_out=2 * count, seed=STREAM_SEED)
         held_out = source.held_out()
         first = (run.seed + 1) * STREAM
         training = Part(source, first, held_out[:count])

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import numpy as np
 
 from sgpo_async.hub.figures import lag, mean_of_known
 from sgpo_async.hub.leases import Book
 from sgpo_async.hub.work import Group
-from sgpo_async.metrics.pass_rates import interval
+from sgpo_async.metrics.problems import ProblemResult
+from sgpo_async.metrics.problems import summarise as summarise_problems
+from sgpo_async.tasks.base import Problem
 from sgpo_async.tasks.benchmarks import Benchmark
 from sgpo_async.tasks.curriculum import Curriculum
 from sgpo_async.wire.records import BenchmarkScore, Evaluated, Lease
@@ -102,17 +105,36 @@ def summarise(groups: Sequence[Group], *, asked: int, learner_version: int, curr
         served_newest=int(max(spans.max() for spans in versions)),
         lag=lag(groups, version=learner_version)["mean"] if groups else 0.0,
         benchmarks=tuple(
-            score(benchmark, [group for group, owner in zip(groups, of, strict=True) if owner is benchmark])
+            score(benchmark, [group for group, owner in zip(groups, of, strict=True) if owner is benchmark], curriculum)
             for benchmark in curriculum.benchmarks
         ),
     )
 
 
-def score(benchmark: Benchmark, groups: Sequence[Group]) -> BenchmarkScore:
-    """avg@k of a benchmark over the problems that could be served."""
-    rates = [group.pass_rate(guided=False) or 0.0 for group in groups]
-    found = interval(np.array(rates), resamples=RESAMPLES)
-    avg, low, high = (found.mean, found.low, found.high) if found else (None, None, None)
+def score(benchmark: Benchmark, groups: Sequence[Group], curriculum: Curriculum) -> BenchmarkScore:
+    """The figures of a benchmark over the problems that could be served, as `sgpo-async evaluate` works them out."""
+    results = [_result(curriculum.task(group.number).problem, group) for group in groups]
+    found = summarise_problems(results, resamples=RESAMPLES) if results else {}
+    avg = found.get("avg") or dict.fromkeys(("mean", "low", "high"))
     return BenchmarkScore(
-        name=benchmark.name, avg=avg, low=low, high=high, samples=benchmark.samples, problems=len(groups)
+        name=benchmark.name,
+        avg=avg["mean"],
+        low=avg["low"],
+        high=avg["high"],
+        samples=benchmark.samples,
+        problems=len(groups),
+        pass_at=found.get("pass", {}),
+        results={result.id: asdict(result) for result in results},
+    )
+
+
+def _result(problem: Problem, group: Group) -> ProblemResult:
+    rollouts = [rollout for rollout in group.rollouts if not rollout.guided]
+    return ProblemResult(
+        id=problem.id,
+        digest=problem.digest,
+        correct=[rollout.reward == 1.0 for rollout in rollouts],
+        tokens=[int(rollout.ends[-1]) for rollout in rollouts],
+        finish=[rollout.finish for rollout in rollouts],
+        timed_out=[],
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import fields
 from typing import Any, Protocol
 
 from sgpo_async.config import Run
@@ -72,4 +72,5 @@ def status(core: Standing) -> dict[str, Any]:
 
 
 def _evaluated(result: Evaluated) -> dict[str, Any]:
-    return asdict(result) | {"benchmarks": [asdict(score) for score in result.benchmarks]}
+    own = {one.name: getattr(result, one.name) for one in fields(result)}
+    return own | {"benchmarks": [score.figures() for score in result.benchmarks]}

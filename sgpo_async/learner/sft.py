@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from sgpo_async.config.schema import Run
+from sgpo_async.config.schema import Algorithm, Run
 from sgpo_async.errors import DataError
 from sgpo_async.learner import checkpoint
 from sgpo_async.learner.batch import Batch, Sequences
@@ -93,7 +93,8 @@ class Examples:
             )
         long = sum(map(len, parts)) - sum(map(len, fitting))
         counts = {"training": len(fitting[0]), "validation": len(fitting[1])}
-        return cls(fitting[0], fitting[1], counts | {"too_long": long, "without_response": problems.without})
+        counts |= {"too_long": long, "without_response": problems.without, "held_out": problems.held_out}
+        return cls(fitting[0], fitting[1], counts)
 
 
 def _tokens(run: Run, problem: Problem, tokenizer: Any) -> Tokens:
@@ -210,6 +211,6 @@ def supervised(run: Run, *, steps: int) -> Run:
         run,
         steps=steps,
         optim=replace(run.optim, lr=sft.lr, schedule=sft.schedule, warmup_steps=math.ceil(sft.warmup_ratio * steps)),
-        algorithm=replace(run.algorithm, objective="grpo"),  # the learner then has neither teacher nor demonstrations
+        algorithm=Algorithm(objective="grpo"),  # no teacher, no demonstrations; the run's own keys need not go with it
         rollout=replace(run.rollout, temperature=1.0),
     )

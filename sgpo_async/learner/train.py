@@ -32,6 +32,7 @@ from sgpo_async.learner.mismatch import Alarm, bound_for
 from sgpo_async.learner.policy import Policy, check_model, in_bfloat16, recompute, shard
 from sgpo_async.learner.progress import Progress, hub_metrics
 from sgpo_async.learner.publish import Publisher, gather
+from sgpo_async.learner.rounds import forget_rounds, write_round
 from sgpo_async.learner.step import Stepper
 from sgpo_async.learner.teacher import Teacher
 from sgpo_async.learner.world import join_world
@@ -117,6 +118,8 @@ class Trainer:
         version = hub.restore(saved.hub_state) if lead and (resumed or earlier) else welcome.version
         publisher = Publisher(stepper.policy, getattr(torch, run.model.dtype), store=store, published=hub.published)
         metrics = MetricsWriter(run.folder, resume_from=progress.step) if lead else None
+        if lead and not progress.step:
+            forget_rounds(run)
         alarm = Alarm(bound_for(run, learner_bfloat16=in_bfloat16(run.learner.precision, mesh)))
         return cls(run, hub, stepper, publisher, progress, version - progress.step, metrics, alarm)
 
@@ -168,6 +171,8 @@ class Trainer:
         results = self.hub.take_evaluations(
             until=self.version if last else None, timeout_s=self.run.learner.batch_timeout_s
         )
+        for result in results:
+            write_round(self.run, result)
         head = {"step": self.progress.step, "wall_s": self.progress.wall_s, "tokens_trained": self.progress.tokens}
         line = head | line | self.alarm.judge(line) | self.progress.evaluated(results)
         if exceeded := excess(line):

@@ -6,6 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import xxhash
+
+SPLIT_SEED = 0
+"""Draws what is held out: never the run's seed, or runs of two seeds would be measured on different problems, and each
+would have trained on most of the other's."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
@@ -21,6 +27,11 @@ class Problem:
     strategy: str | None = None
     response: str | None = None
     verifier: str | None = None  # None: that of its source, or benchmark
+
+    @property
+    def digest(self) -> str:
+        """By which two evaluations of a problem know that it is the same one."""
+        return xxhash.xxh3_64_hexdigest(f"{self.problem}\0{self.answer}".encode())
 
 
 class ProblemSource(Protocol):

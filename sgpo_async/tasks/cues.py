@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from sgpo_async.tasks.base import Problem
+from sgpo_async.tasks.base import SPLIT_SEED, Problem
 from sgpo_async.tasks.cues_domain import draw_exercise
 
 
@@ -17,26 +17,27 @@ class CuesSource:
 
     def __init__(self, *, seed: int, held_out: int = 400) -> None:
         self._seed = seed
-        self._held_out = [self._problem(f"held-out-{i}", novel=i % 2 == 1) for i in range(held_out)]
+        self._held_out = [_problem(f"held-out-{i}", seed=SPLIT_SEED, novel=i % 2 == 1) for i in range(held_out)]
         self._reserved = {problem.problem for problem in self._held_out}
 
     def training(self, position: int) -> Problem:
         """The training problem at `position`: without novel pairs, and none of the held-out problems."""
-        problem, attempt = self._problem(f"train-{position}"), 0
+        problem, attempt = _problem(f"train-{position}", seed=self._seed), 0
         while problem.problem in self._reserved:
             attempt += 1
-            problem = self._problem(f"train-{position}-{attempt}")
+            problem = _problem(f"train-{position}-{attempt}", seed=self._seed)
         return problem
 
     def held_out(self) -> Sequence[Problem]:
         return self._held_out
 
-    def _problem(self, name: str, *, novel: bool = False) -> Problem:
-        exercise = draw_exercise(random.Random(f"cues: {self._seed} {name}"), novel=novel)
-        return Problem(
-            id=f"cues-{self._seed}-{name}",
-            problem=exercise.problem_text(),
-            answer=exercise.answer_text(),
-            strategy=exercise.strategy_text(exercise.true_techniques),
-            response=exercise.solution_text(exercise.true_techniques),
-        )
+
+def _problem(name: str, *, seed: int, novel: bool = False) -> Problem:
+    exercise = draw_exercise(random.Random(f"cues: {seed} {name}"), novel=novel)
+    return Problem(
+        id=f"cues-{seed}-{name}",
+        problem=exercise.problem_text(),
+        answer=exercise.answer_text(),
+        strategy=exercise.strategy_text(exercise.true_techniques),
+        response=exercise.solution_text(exercise.true_techniques),
+    )

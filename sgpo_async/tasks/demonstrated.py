@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from sgpo_async.config.schema import Run
 from sgpo_async.errors import DataError
 from sgpo_async.tasks.base import Problem
-from sgpo_async.tasks.files import read_problems
+from sgpo_async.tasks.files import Split, read_problems, read_split
 from sgpo_async.tasks.sources import open_source
 
 FAR = 2**40  # where the built-in domain's supervised problems begin: no reinforcement gets there
@@ -21,6 +22,7 @@ class Demonstrated(NamedTuple):
     training: Sequence[Problem]
     validation: Sequence[Problem]
     without: int  # problems of the files that have no response, and are left out
+    held_out: int = 0  # problems that the run evaluates with, and are left out
 
 
 def demonstrated(run: Run) -> Demonstrated:
@@ -33,12 +35,24 @@ def demonstrated(run: Run) -> Demonstrated:
     if tasks.source == "cues" and not sft.path:
         source = open_source("cues", path="", held_out=tasks.held_out, seed=run.seed)
         return _parted([source.training(FAR + i) for i in range(sft.problems)], run)
-    path = sft.path or tasks.path
+    problems, held_out = _read(run)
     if not sft.validation:
-        return _parted(read_problems(path), run)
-    training, validation = read_problems(path), read_problems(sft.validation)
+        return _parted(problems, run)._replace(held_out=len(held_out))
+    validation = read_problems(sft.validation)
     seen = {problem.problem for problem in validation}
-    return _checked([p for p in training if p.problem not in seen], validation, path)
+    found = _checked([p for p in problems if p.problem not in seen], validation, sft.path or tasks.path)
+    return found._replace(held_out=len(held_out))
+
+
+def _read(run: Run) -> Split:
+    """The problems of `sft.path`; of the file that reinforcement trains on, only those it trains on.
+
+    Held-out problems measure both: a warm-up that had seen their solutions would flatter all that starts from it.
+    """
+    path, tasks = run.sft.path or run.tasks.path, run.tasks
+    if tasks.source == "file" and Path(path).resolve() == Path(tasks.path).resolve():
+        return read_split(path, held_out=tasks.held_out)
+    return Split(read_problems(path), [])
 
 
 def _parted(problems: Sequence[Problem], run: Run) -> Demonstrated:

@@ -11,10 +11,10 @@ import random
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sgpo_async.errors import DataError
-from sgpo_async.tasks.base import Problem
+from sgpo_async.tasks.base import SPLIT_SEED, Problem
 
 Row = tuple[str, Any]
 """(place as FILE:LINE, record)"""
@@ -88,6 +88,34 @@ def read_problems(path: str) -> list[Problem]:
     return [to_problem(place, record) for place, record in read_rows(path)]
 
 
+class Split(NamedTuple):
+    """The problems of a file in two parts that have no text in common."""
+
+    training: list[Problem]
+    held_out: list[Problem]
+
+
+def read_split(path: str, *, held_out: int) -> Split:
+    """Hold out `held_out` of the distinct problem texts, so that a problem that occurs twice is not on both sides.
+
+    Which ones depends on nothing but the texts in their order: every run on this file has the same. They come in the
+    order of that draw, so that any part of them is a random one, however the file is sorted.
+
+    Raises DataError for a bad line and where none would be left for training.
+    """
+    problems = read_problems(path)
+    texts = list(dict.fromkeys(problem.problem for problem in problems))
+    random.Random(f"held-out {SPLIT_SEED}").shuffle(texts)
+    reserved = {text: place for place, text in enumerate(texts[:held_out])}
+    training = [problem for problem in problems if problem.problem not in reserved]
+    if not training:
+        raise DataError(
+            f"{path}: {len(texts)} distinct problems leave none for training with tasks.held_out={held_out}"
+        )
+    aside = [problem for problem in problems if problem.problem in reserved]
+    return Split(training, sorted(aside, key=lambda problem: reserved[problem.problem]))
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
@@ -117,25 +145,13 @@ def _optional_text(place: str, record: dict[str, Any], column: str) -> str | Non
 
 
 class FileSource:
-    """Problems of a file or dataset, reshuffled at every epoch; a fixed part of them is held out.
-
-    `held_out` problems are taken of the distinct problem texts, so that a problem that occurs twice is not on both
-    sides. Raises DataError for a bad line and where none would be left for training.
-    """
+    """Problems of a file or dataset, reshuffled at every epoch; a fixed part of them is held out (`read_split`)."""
 
     verifier = "math"
 
     def __init__(self, path: str, *, held_out: int, seed: int) -> None:
-        problems = read_problems(path)
-        texts = list(dict.fromkeys(problem.problem for problem in problems))
-        random.Random(f"held-out {seed}").shuffle(texts)
-        reserved = set(texts[:held_out])
-        self._held_out = [problem for problem in problems if problem.problem in reserved]
-        self._training = [problem for problem in problems if problem.problem not in reserved]
-        if not self._training:
-            raise DataError(
-                f"{path}: {len(texts)} distinct problems leave none for training with tasks.held_out={held_out}"
-            )
+        """Raises DataError, as `read_split` does."""
+        self._training, self._held_out = read_split(path, held_out=held_out)
         self.demonstrated = any(problem.response is not None for problem in self._training)
         self._order = lru_cache(maxsize=4)(self._shuffled)
         self._seed = seed

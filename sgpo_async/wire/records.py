@@ -12,7 +12,7 @@ little-endian buffers in frames of their own; everything else travels in the Mes
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -217,7 +217,7 @@ class Evaluate:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkScore:
-    """One benchmark in one evaluation round: avg@k with its bootstrap interval."""
+    """One benchmark in one evaluation round: avg@k and pass@k with bootstrap intervals, and what they are made of."""
 
     name: str
     avg: float | None  # None: no problem could be served
@@ -225,6 +225,12 @@ class BenchmarkScore:
     high: float | None
     samples: int  # k
     problems: int  # that could be served
+    pass_at: dict[str, Any] = field(default_factory=dict)  # {"1", "2", "4", ...: {mean, low, high}}
+    results: dict[str, Any] = field(default_factory=dict)  # by problem: id -> `metrics.problems.ProblemResult`, plain
+
+    def figures(self) -> dict[str, Any]:
+        """All but the problems, as plain data."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "results"}
 
 
 @dataclass(frozen=True, kw_only=True)

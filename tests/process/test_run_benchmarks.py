@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 from run_support import assert_all_trained, real_run
 
+from sgpo_async.evaluation.compare import compare_folders
+from sgpo_async.evaluation.results import Results
+
 pytestmark = [pytest.mark.process, pytest.mark.timeout(600)]
 
 
@@ -33,6 +36,7 @@ def test_every_round_reports_every_benchmark(tmp_path: Path) -> None:
         for one in rounds:
             (score,) = one["benchmarks"]
             assert (score["name"], score["avg"], score["samples"], score["problems"]) == ("math500", 0.0, 3, 6)
+            assert {k: found["mean"] for k, found in score["pass_at"].items()} == {"1": 0.0, "2": 0.0}
             assert one["problems"] == 8 and one["pass_guided"] > 0.5
             assert one["version"] <= one["served_oldest"] <= one["served_newest"] <= 4
             assert 0 <= one["lag"] <= 4 - one["version"]
@@ -41,4 +45,9 @@ def test_every_round_reports_every_benchmark(tmp_path: Path) -> None:
         assert last["eval_version"] == 4 and last["eval_served"] == [4, 4] and last["eval_lag"] == 0
         assert last["eval_benchmarks"]["math500"] == rounds[-1]["benchmarks"][0]
         assert "math500, avg@3" in local.output
+        results = Results(run.folder / "benchmarks" / "4").problems("math500")
+        assert [result.id for result in results] == [f"test/{i}" for i in range(6)]
+        assert all(len(result.tokens) == 3 and not any(result.correct) for result in results)
+        compared = compare_folders(run.folder / "benchmarks" / "4", run.folder / "benchmarks" / "0")
+        assert compared.benchmarks["math500"].paired.difference.mean == 0
         assert "Benchmarks" in (run.folder / "report.html").read_text()

@@ -4,25 +4,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from sgpo_async.config.schema import Evaluation, Hub, Learner, Local, Rollout, Run
 from sgpo_async.hub import HubCore
 from sgpo_async.hub.events import CloseLink, Effect, Event, LinkUp, OpenLink, Received, Send, Shutdown, Tick
+from sgpo_async.tasks.base import Problem
 from sgpo_async.tasks.benchmarks import Benchmark
 from sgpo_async.wire import records as wire
-
-
-@dataclass(frozen=True, kw_only=True)
-class Problem:
-    id: str
-    problem: str
-    answer: str
-    strategy: str | None = None
-    response: str | None = None
-    verifier: str | None = None
 
 
 class Source:

@@ -112,6 +112,10 @@ def _write(folder: Path, text: str) -> Path:
         ("algorithm={teacher: ema, teacher_dtype: bfloat16}", ["algorithm.teacher_dtype", "teacher=ema", "bfloat16"]),
         ("algorithm={objective: grpo, policy_gradient: false}", ["algorithm.policy_gradient", "objective=grpo"]),
         ("algorithm={weight: fixed, pass_rates: corrected}", ["algorithm.pass_rates", "weight=adaptive", "corrected"]),
+        ("algorithm.kl_correction.mode=token-mask", ["algorithm.kl_correction.bound", "above 1", "token-mask", "1.0"]),
+        ("algorithm.kl_correction.mode=sequence-geometric", ["algorithm.kl_correction.bound", "sequence-geometric"]),
+        ("algorithm.grpo_correction={mode: token-mask, bound: 1}", ["algorithm.grpo_correction.bound", "above 1"]),
+        ("algorithm.grpo_correction.bound=0.5", ["algorithm.grpo_correction.bound", "at least 1", "0.5"]),
         ("algorithm={objective: hpt, hpt_gate: 8}", ["algorithm.hpt_gate", "rollout.autonomous=8", "8"]),
         ("optim=3", ["optim", "section", "3"]),
         ("optim.lr=-1", ["optim.lr", "above 0", "-1"]),
@@ -133,6 +137,7 @@ def _write(folder: Path, text: str) -> Path:
         ("steps=1e3", ["steps", "1e3", "Integer"]),
         ("optim={lr: 1", ["optim={lr: 1", "not YAML"]),
         ("steps", ["key=value"]),
+        ("optim={lr: 1, lr: 2}", ["argument 'optim={lr: 1, lr: 2}'", "lr: occurs twice"]),
     ],
 )
 def test_what_is_wrong_is_one_line_that_names_path_rule_and_value(empty: Path, word: str, parts: list[str]) -> None:
@@ -179,6 +184,8 @@ def test_likely_tokens_of_guided_rollouts_count_in_the_hubs_state(empty: Path) -
     [
         ("a: [1\n", ["run.yaml:2", "not YAML"]),
         ("[1, 2]\n", ["list"]),
+        ("steps: 3\noptim:\n  lr: 1\n  beta1: 0.5\n  lr: 2\n", ["run.yaml:5: lr: occurs twice in its section"]),
+        ("steps: 3\nsteps: 3\n", ["run.yaml:2: steps: occurs twice"]),
         ("optim: {lrate: 1}\n", ["run.yaml", "optim.lrate"]),
     ],
 )

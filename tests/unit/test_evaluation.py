@@ -14,8 +14,8 @@ from sgpo_async.config import Run
 from sgpo_async.errors import ConfigError, DataError
 from sgpo_async.evaluation.compare import compare_folders
 from sgpo_async.evaluation.plan import Plan
-from sgpo_async.evaluation.results import ProblemResult, Results
-from sgpo_async.evaluation.summary import summarise
+from sgpo_async.evaluation.results import Results
+from sgpo_async.metrics.problems import ProblemResult, summarise
 from sgpo_async.tasks.base import Problem
 from sgpo_async.tasks.benchmarks import Benchmark
 

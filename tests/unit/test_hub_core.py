@@ -500,7 +500,13 @@ def test_benchmarks_are_part_of_every_round():
     driver.send(b"a", make_rollout(second, 1, reward=0.0))
     result = driver.only(b"r0", wire.Evaluated)
     assert (result.pass_auto, result.problems, result.served_oldest, result.served_newest) == (1.0, 1, 0, 0)
-    assert result.benchmarks == (wire.BenchmarkScore(name="hard", avg=0.25, low=0.0, high=0.5, samples=2, problems=2),)
+    (score,) = result.benchmarks
+    assert (score.name, score.avg, score.low, score.high, score.samples, score.problems) == ("hard", 0.25, 0, 0.5, 2, 2)
+    assert {k: one["mean"] for k, one in score.pass_at.items()} == {"1": 0.25, "2": 0.5}
+    assert score.results.keys() == {"training 7", "training 8"}
+    own = {"id": "training 8", "digest": hard.problems[1].digest, "timed_out": [], "texts": None}
+    of_samples = {"correct": [True, False], "tokens": [2, 2], "finish": ["stop", "stop"]}
+    assert score.results["training 8"] == own | of_samples
     train_one_step(driver)
     train_one_step(driver, step=1)
     driver.send(b"r0", wire.Evaluate(version=1))
@@ -513,7 +519,9 @@ def test_benchmarks_are_part_of_every_round():
     assert (late.version, late.served_oldest, late.served_newest) == (1, 1, 2)
     # 2 rollouts of 2 tokens at version 1; 2 of 2 tokens at each version; 2 of 2 tokens at version 2; learner at 2
     assert late.lag == pytest.approx((4 + 4) / (4 + 8 + 4))
-    assert driver.core.status()["evaluations"][-1]["benchmarks"][0]["avg"] == 1.0
+    (figures,) = driver.core.status()["evaluations"][-1]["benchmarks"]
+    assert (figures["avg"], figures["pass_at"]["2"]["mean"]) == (1.0, 1.0)
+    assert "results" not in figures, "displays ask for it every second"
     state = driver.send(b"r0", wire.SnapshotRequest(step=2)) and driver.only(b"r0", wire.Snapshot).state
     again = Driver(source=source, benchmarks=[hard])
     again.learner()

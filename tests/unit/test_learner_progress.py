@@ -1,13 +1,18 @@
 """Learning rate, progress and what becomes of it in the summary."""
 
 import math
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
-from sgpo_async.config.schema import Optim
+from sgpo_async.config.schema import Optim, Run
+from sgpo_async.evaluation.compare import compare_folders
 from sgpo_async.learner.optimiser import learning_rate
 from sgpo_async.learner.progress import Progress
-from sgpo_async.wire.records import Evaluated
+from sgpo_async.learner.rounds import forget_rounds, write_round
+from sgpo_async.metrics.problems import ProblemResult, summarise
+from sgpo_async.wire.records import BenchmarkScore, Evaluated
 
 STATUS = {
     "version": 9,
@@ -68,3 +73,55 @@ def test_progress_adds_up_and_survives_a_checkpoint() -> None:
 def test_a_run_that_trained_nothing_has_a_summary() -> None:
     summary = Progress().summary(STATUS)
     assert summary["lag_mean"] == summary["learner_idle"] == 0
+
+
+def round_of(version: int, *solved: int) -> Evaluated:
+    """A round of one benchmark, four samples a problem, and one that nobody could serve."""
+    results = [
+        ProblemResult(
+            id=str(number),
+            digest=f"d{number}",
+            correct=[sample < right for sample in range(4)],
+            tokens=[7] * 4,
+            finish=["stop"] * 4,
+            timed_out=[],
+        )
+        for number, right in enumerate(solved)
+    ]
+    found = summarise(results)
+    own = {"name": "sums", "samples": 4, "problems": len(results), "pass_at": found["pass"]}
+    none = BenchmarkScore(name="long", avg=None, low=None, high=None, samples=4, problems=0)
+    avg = {"avg": found["avg"]["mean"], "low": found["avg"]["low"], "high": found["avg"]["high"]}
+    score = BenchmarkScore(**own, **avg, results={one.id: asdict(one) for one in results})
+    return Evaluated(
+        version=version,
+        pass_auto=0.0,
+        pass_guided=0.0,
+        problems=1,
+        served_oldest=version,
+        served_newest=version + 1,
+        lag=0.0,
+        benchmarks=(score, none),
+    )
+
+
+def test_metrics_have_pass_at_k_and_leave_the_problems_to_files() -> None:
+    own = Progress().evaluated([round_of(0, 0, 2, 4)])["eval_benchmarks"]["sums"]
+    assert own["avg"] == 0.5
+    assert {k: one["mean"] for k, one in own["pass_at"].items()} == pytest.approx({"1": 0.5, "2": 11 / 18, "4": 2 / 3})
+    assert "results" not in own
+
+
+def test_rounds_are_compared_as_evaluations_are(tmp_path: Path) -> None:
+    run = Run(out=str(tmp_path))
+    for one in (round_of(0, 0, 2, 4), round_of(8, 2, 4, 4)):
+        write_round(run, one)
+    rounds = tmp_path / "run" / "benchmarks"
+    found = compare_folders(rounds / "8", rounds / "0")
+    assert found.differences == [f"model: {run.folder}, versions 8 to 9, {run.folder}, versions 0 to 1"]
+    assert list(found.benchmarks) == ["sums"]
+    sums = found.benchmarks["sums"]
+    assert (sums.avg_a, sums.avg_b, sums.paired.better, sums.paired.worse) == (pytest.approx(10 / 12), 0.5, 2, 0)
+    assert (sums.k, sums.pass_a, sums.pass_b) == (4, 1.0, pytest.approx(2 / 3))
+    forget_rounds(run)
+    assert not rounds.exists()

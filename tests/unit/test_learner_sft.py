@@ -13,13 +13,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sgpo_async.config.schema import Learner, Model, Run, Sft, Tasks
+from sgpo_async.config.schema import Algorithm, Learner, Model, Run, Sft, Tasks
 from sgpo_async.errors import DataError
 from sgpo_async.learner import sft as sft_module
 from sgpo_async.learner.packing import Tokens
 from sgpo_async.learner.sft import Examples, WarmUp, supervised
 from sgpo_async.learner.world import join_alone
 from sgpo_async.tasks.demonstrated import demonstrated
+from sgpo_async.tasks.sources import source_of
 from tests.reference import learner_cases as cases
 
 
@@ -116,9 +117,17 @@ def test_the_schedule_is_the_warm_up_s(tmp_path: Path) -> None:
     assert not run.algorithm.copies_teacher
 
 
+@pytest.mark.parametrize("own", [{"policy_gradient": False}, {"pass_rates": "corrected"}, {"objective": "luffy"}])
+def test_a_file_of_any_objective_drives_its_warm_up(own: dict[str, Any]) -> None:
+    run = Run(algorithm=Algorithm(**own))
+    assert not supervised(run, steps=3).algorithm.demonstrated
+
+
 def file_run(path: Path, rows: list[dict[str, Any]], **sft: Any) -> Run:
+    """A run whose warm-up has the file at `path` of its own."""
     path.write_text("\n".join(json.dumps({"answer": "1"} | row) for row in rows), encoding="utf-8")
-    return Run(model=Model(path="builtin:cues"), tasks=Tasks(source="file", path=str(path)), sft=Sft(**sft))
+    tasks = Tasks(source="file", path=str(path.with_name("rl.jsonl")))
+    return Run(model=Model(path="builtin:cues"), tasks=tasks, sft=Sft(path=str(path), **sft))
 
 
 def test_problems_without_a_response_and_too_long_ones_are_counted(tmp_path: Path) -> None:
@@ -154,6 +163,30 @@ def test_nothing_to_train_on_is_one_line(tmp_path: Path, rows: list[dict[str, An
     with pytest.raises(DataError, match="at least one of each") as caught:
         demonstrated(file_run(tmp_path / "p.jsonl", rows))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("own", ["", "p.jsonl", "../data/p.jsonl"])
+def test_the_held_out_problems_of_the_run_are_no_part_of_its_warm_up(tmp_path: Path, own: str) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = [{"problem": f"problem {i} amber from 0 0", "response": "1 amber raise 0 1"} for i in range(50)]
+    run = file_run(folder / "p.jsonl", rows * 2)
+    tasks = replace(run.tasks, path=str(folder / "p.jsonl"), held_out=20)
+    run = replace(run, tasks=tasks, sft=Sft(path=own and str(folder / own)))
+    found = demonstrated(run)
+    texts = {p.problem for part in found[:2] for p in part}
+    assert len(texts) == 30
+    assert not texts & {p.problem for p in source_of(run).held_out()}
+    assert found.held_out == Examples.read(run).counts["held_out"] == 40
+
+
+def test_a_warm_up_s_own_file_is_taken_whole(tmp_path: Path) -> None:
+    rows = [{"problem": f"problem {i}", "response": "r"} for i in range(10)]
+    run = file_run(tmp_path / "sft.jsonl", rows)
+    file_run(tmp_path / "rl.jsonl", rows)
+    found = demonstrated(replace(run, tasks=replace(run.tasks, held_out=5)))
+    assert len(found.training) + len(found.validation) == 10
+    assert found.held_out == 0
 
 
 def test_the_built_in_domain_s_problems_are_not_those_of_reinforcement() -> None:

@@ -83,6 +83,10 @@ def test_sources_of_other_seeds_differ() -> None:
     assert SOURCE.training(0).problem != CuesSource(seed=4, held_out=0).training(0).problem
 
 
+def test_sources_of_all_seeds_hold_out_the_same_problems() -> None:
+    assert SOURCE.held_out() == CuesSource(seed=4, held_out=40).held_out()
+
+
 @given(positions)
 def test_the_response_is_correct(position: int) -> None:
     problem = SOURCE.training(position)

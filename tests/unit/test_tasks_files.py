@@ -95,6 +95,28 @@ def test_held_out_is_fixed_and_apart_even_for_a_problem_that_occurs_twice(tmp_pa
     assert held.isdisjoint(source.training(i).problem for i in range(30))
 
 
+def test_what_is_held_out_does_not_depend_on_the_seed_of_the_run(tmp_path: Path) -> None:
+    """Or seeds could not be compared, and one would train on what measures the other."""
+    path = write_jsonl(tmp_path / "a.jsonl", sums(40))
+    one, other = (FileSource(path, held_out=10, seed=seed) for seed in (0, 1))
+    assert one.held_out() == other.held_out()
+    assert [one.training(i) for i in range(30)] != [other.training(i) for i in range(30)]
+
+
+def test_halves_of_what_is_held_out_are_alike_in_a_sorted_file(tmp_path: Path) -> None:
+    """Experiments validate with the first half and test with the second."""
+    source = FileSource(write_jsonl(tmp_path / "a.jsonl", sums(2000)), held_out=400, seed=0)
+    answers = [int(problem.answer) / 2 for problem in source.held_out()]
+    first, second = (sum(half) / 200 for half in (answers[:200], answers[200:]))
+    assert abs(first - second) < 3 * 58  # the standard error of this difference is 58; in the file's order it is 1000
+
+
+def test_repetitions_of_a_held_out_problem_stand_together(tmp_path: Path) -> None:
+    source = FileSource(write_jsonl(tmp_path / "a.jsonl", sums(20) * 2), held_out=5, seed=0)
+    texts = [problem.problem for problem in source.held_out()]
+    assert texts[0::2] == texts[1::2]
+
+
 def test_too_few_problems_to_hold_out(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="none for training"):
         FileSource(write_jsonl(tmp_path / "a.jsonl", sums(1)), held_out=1, seed=0)

@@ -1,19 +1,31 @@
-"""The figures of one benchmark, from the results of its problems."""
+"""What became of the problems of a benchmark, and its figures: of one model, or on the fleet while it trains."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from sgpo_async.evaluation.results import ProblemResult
-from sgpo_async.metrics.pass_rates import avg_at, interval, pass_at, powers_of_two
+from sgpo_async.metrics.pass_rates import RESAMPLES, avg_at, interval, pass_at, powers_of_two
 
 
-def summarise(results: Sequence[ProblemResult]) -> dict[str, Any]:
-    """avg@k and pass@k with intervals over problems, and how long the completions are.
+@dataclass(frozen=True, kw_only=True)
+class ProblemResult:
+    """All samples of one problem, in the order of their seeds."""
+
+    id: str
+    digest: str  # of problem and answer
+    correct: list[bool]
+    tokens: list[int]  # length of each completion
+    finish: list[str]  # stop, or length: cut off
+    timed_out: list[bool]  # the verifier took too long, which counts as incorrect; empty: the fleet does not tell
+    texts: list[str] | None = None
+
+
+def summarise(results: Sequence[ProblemResult], *, resamples: int = RESAMPLES) -> dict[str, Any]:
+    """avg@k and pass@k with intervals over problems, and how long the completions are. There is at least one problem.
 
     Keys: problems, samples (k), avg {mean, low, high}, pass {"1", "2", "4", ...: {mean, low, high}}, truncated (share
     of samples that were cut off), tokens_mean, tokens (all), timed_out (samples that were not judged in time).
@@ -25,8 +37,8 @@ def summarise(results: Sequence[ProblemResult]) -> dict[str, Any]:
     return {
         "problems": len(ordered),
         "samples": int(samples.min()),
-        "avg": _plain(avg_at(correct, samples)),
-        "pass": {str(k): _plain(pass_at(correct, samples, k)) for k in powers_of_two(int(samples.min()))},
+        "avg": _plain(avg_at(correct, samples), resamples),
+        "pass": {str(k): _plain(pass_at(correct, samples, k), resamples) for k in powers_of_two(int(samples.min()))},
         "truncated": finish.count("length") / len(finish),
         "tokens_mean": float(np.mean(tokens)),
         "tokens": sum(tokens),
@@ -40,7 +52,7 @@ def counts(results: Sequence[ProblemResult]) -> tuple[np.ndarray, np.ndarray]:
     return correct, np.array([len(result.correct) for result in results])
 
 
-def _plain(values: np.ndarray) -> dict[str, float]:
-    found = interval(values)
+def _plain(values: np.ndarray, resamples: int) -> dict[str, float]:
+    found = interval(values, resamples=resamples)
     assert found is not None
     return asdict(found)
