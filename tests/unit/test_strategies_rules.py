@@ -30,6 +30,20 @@ def test_a_strategy_reads_as_it_will_stand_before_a_problem() -> None:
 
 
 @pytest.mark.parametrize(
+    ("step", "read"),
+    [
+        ("3.5 times the base area is the volume", "3.5 times the base area is the volume"),
+        ("12:30 is when they meet", "12:30 is when they meet"),
+        ("2) Divide.", "Divide."),
+        ("(2) Divide.", "Divide."),
+        ("3. 5 is subtracted", "5 is subtracted"),
+    ],
+)
+def test_only_the_numbering_of_a_step_is_dropped(step: str, read: str) -> None:
+    assert parse_strategy(json.dumps(GOOD | {"steps": [step, "Last."]})).steps == (read, "Last.")
+
+
+@pytest.mark.parametrize(
     ("reply", "reason"),
     [
         ("", "not one JSON object"),
