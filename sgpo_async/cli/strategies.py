@@ -93,7 +93,7 @@ def _stats(args: argparse.Namespace) -> int:
 
     journal = Journal(_work_file(args))
     journal.close()
-    _show(list(journal.records.values()), args)
+    _show(journal, args)
     return 0
 
 
@@ -104,11 +104,10 @@ def _with_endpoint(args: argparse.Namespace, journal: Journal, work: Any, *, tot
     from sgpo_async.strategies import Endpoint, Pipeline, write_library
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    done = sum(not record["failed"] for record in journal.records.values()) if args.action == "extract" else 0
 
     async def run_all() -> None:
         with Progress(*columns) as progress:
-            bar = progress.add_task("strategies", total=total, completed=done)
+            bar = progress.add_task("strategies", total=total)
             failed = 0
 
             def told(record: Record) -> None:
@@ -125,9 +124,8 @@ def _with_endpoint(args: argparse.Namespace, journal: Journal, work: Any, *, tot
         asyncio.run(run_all())
     finally:
         journal.close()
-    records = list(journal.records.values())
-    written = write_library(args.library, records)
-    _show(records, args)
+    written = write_library(args.library, journal.records.values())
+    _show(journal, args)
     print(f"library: {args.library}, {written:,} problems")
     return 0
 
@@ -162,14 +160,18 @@ def _need(args: argparse.Namespace, *names: str) -> None:
             raise ConfigError(f"strategies {args.action}: --{name} is missing; see sgpo-async strategies --help")
 
 
-def _show(records: Sequence[Record], args: argparse.Namespace) -> None:
+def _show(journal: Journal, args: argparse.Namespace) -> None:
     """What was made, rejected and paid, and how good it is."""
     from sgpo_async.strategies.library import figures
 
-    found = figures(records, prompt_price=args.prompt_price, completion_price=args.completion_price)
+    found = figures(journal, prompt_price=args.prompt_price, completion_price=args.completion_price)
     print(f"{found['items']:,} problems: {found['finished']:,} with a strategy")
     for reason, count in sorted(found["failed"].items()):
         print(f"  {count:,} failed: {reason}; a second run tries again")
+    if found["interrupted"]:
+        print(f"  {found['interrupted']:,} interrupted; a second run goes on")
+    if found["old_scores"]:
+        print(f"  {found['old_scores']:,} keep their old scores: the new judge's could not be had; rank tries again")
     print(f"{found['candidates']:,} candidates kept", end="")
     print("".join(f", {count:,} rejected ({reason})" for reason, count in sorted(found["rejected"].items())))
     print(f"{found['prompt_tokens']:,} tokens sent, {found['completion_tokens']:,} received", end="")

@@ -145,8 +145,9 @@ def _read(body: str) -> Reply:
     try:
         found = json.loads(body)
         text, usage = found["choices"][0]["message"]["content"], found.get("usage") or {}
-        if not isinstance(text, str):
+        if text is not None and not isinstance(text, str):
             raise TypeError("the content is no text")
-        return Reply(text, int(usage.get("prompt_tokens", 0)), int(usage.get("completion_tokens", 0)))
+        # Without text: refused, or all tokens spent on thinking. It is paid for, and would be so at every repetition.
+        return Reply(text or "", int(usage.get("prompt_tokens", 0)), int(usage.get("completion_tokens", 0)))
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise _Later(f"a body that is no completion ({type(error).__name__})") from None
