@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from sgpo_async.cli.main import main
 from sgpo_async.cli.processes import ROOT
 from sgpo_async.tasks.files import read_problems
 from sgpo_async.tasks.sources import open_source
@@ -202,6 +203,62 @@ def test_stats_tell_what_the_endpoint_charged(place: Place) -> None:
     done = place.run("stats", work, "--prompt-price", "3", "--completion-price", "15")
     assert f"{sent:,} tokens sent, {received:,} received, cost {3e-6 * sent + 15e-6 * received:,.2f}" in done.stdout
     assert "rejected (leak)" in done.stdout
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_cut_short_writes_the_library_of_what_is_finished(place: Place, number: int, code: int) -> None:
+    work, library = place.folder / f"cut-{code}.jsonl", place.folder / f"cut-{code}-library.jsonl"
+    environment = os.environ | {"TEST_KEY": "secret", "PYTHONPATH": str(ROOT)}
+    command = place.command(*place.words(work.name, library.name))
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (work.exists() and len(records_of(work)) > 20):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == code
+    finished = [record["problem"] for record in records_of(work) if not record["failed"]]
+    assert 0 < len(finished) < len(place.clean)
+    assert {problem.problem for problem in read_problems(str(library))} == set(finished)
+    assert f"library: {library}, {len(finished)} problems" in said.replace("\n", " ")
+
+
+def test_an_endpoint_that_fails_leaves_the_library_of_what_is_finished(place: Place, extracted: str) -> None:
+    (place.folder / "refused.jsonl").write_bytes((place.folder / "work.jsonl").read_bytes())
+    done = place.extract("refused.jsonl", "refused-library.parquet", key="wrong")
+    assert done.returncode == 2
+    assert "status 401" in done.stderr
+    assert len(read_problems(str(place.folder / "refused-library.parquet"))) == len(place.clean)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--concurrency", "0"], "--concurrency: at least 1, not 0"),
+        (["--candidates", "0"], "--candidates: at least 1, not 0"),
+        (["--max-tokens", "-1"], "--max-tokens: at least 1, not -1"),
+        (["--timeout", "nan"], "--timeout: more than 0 seconds, not nan"),
+        (["--extra", "{top_p"], "--extra: not JSON"),
+        (["--extra", "[1]"], "--extra: an object such as"),
+        (["--extra", '{"model": "other", "stream": true}'], "--extra: model, stream cannot be set there"),
+        (["--library", "x.csv"], "--library: x.csv: its name has to end in .jsonl or .parquet"),
+        (["--library", "FOLDER/problems.jsonl"], "is read as well, and would be overwritten"),
+    ],
+)
+def test_options_are_examined_before_anything_is_paid_for(
+    place: Place, words: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = place.log.read_text() if place.log.exists() else ""
+    words = [word.replace("FOLDER", str(place.folder)) for word in words]
+    command = place.command(*place.words("examined.jsonl", "examined-library.jsonl"), *words)
+    assert main(command[3:]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert says in lines[0]
+    assert (place.log.read_text() if place.log.exists() else "") == asked
+    assert not (place.folder / "examined.jsonl").exists()
 
 
 @pytest.mark.parametrize(

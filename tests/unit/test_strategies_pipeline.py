@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 from collections.abc import Callable
@@ -9,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from sgpo_async.cli import strategies as command
 from sgpo_async.errors import DataError
-from sgpo_async.strategies.endpoint import Declined, EndpointError, Reply, Server, _read
+from sgpo_async.strategies.endpoint import Declined, Endpoint, EndpointError, Reply, Server, _read
 from sgpo_async.strategies.journal import Journal
 from sgpo_async.strategies.library import figures, write_library
 from sgpo_async.strategies.pipeline import Pipeline
@@ -200,6 +202,21 @@ def test_all_that_was_ever_paid_is_counted(work: Path) -> None:
 def test_a_reply_without_text_is_paid_for_once() -> None:
     body = {"choices": [{"message": {"content": None}}], "usage": {"prompt_tokens": 9, "completion_tokens": 1024}}
     assert _read(json.dumps(body)) == Reply("", 9, 1024)
+
+
+def test_a_request_has_the_fields_that_the_command_names() -> None:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    extra = '{"max_tokens": null, "max_completion_tokens": 4096, "reasoning_effort": "low"}'
+    words = ["extract", "x.jsonl", "--url", "http://host/v1", "--model", "m"]
+    endpoint = Endpoint(command._server(parser.parse_args([*words, "--max-tokens", "2048"])))
+    assert endpoint._request("p", 1.0, 3)["max_tokens"] == 2048
+    endpoint = Endpoint(command._server(parser.parse_args([*words, "--extra", extra])))
+    messages = [{"role": "user", "content": "p"}]
+    assert endpoint._request("p", 1.0, 3) == {
+        **{"model": "m", "messages": messages, "temperature": 1.0, "seed": 3},
+        **{"max_completion_tokens": 4096, "reasoning_effort": "low"},
+    }
 
 
 def test_a_work_file_of_old_is_read(work: Path, tmp_path: Path) -> None:
