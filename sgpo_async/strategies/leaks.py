@@ -31,7 +31,7 @@ _CLAIM = re.compile(  # up to where the answer would begin
     re.IGNORECASE,
 )
 _CALLED = re.compile(  # after the answer
-    r"[)\]}*\"' \t]*\b(?:is|as|for|be)\s+(?:the|our|your)\s+(?:\w+\s+)?(?:answer|result|solution)\b", re.IGNORECASE
+    r"""(?i:[)\]}*"' \t]*\b(?:is|as|for|be)\s+(?:the|our|your)\s+(?:\w+\s+)?(?:answer|result|solution)\b)"""
 )
 _LETTER = re.compile(r"\A\(?([A-Za-z])\)?\Z")
 
@@ -69,10 +69,19 @@ def _claims(strategy: str, answer: str, values: set[Value]) -> bool:
     wanted = plain(answer).strip().strip(".")
     letter = _LETTER.match(wanted)
     if letter:
-        return any(re.match(rf"{letter[1]}\b", text[end:]) for end in claims)
+        named = re.compile(rf"\b{letter[1]}\b")
+        return _is_called(named, text) or any(named.match(text, end) for end in claims)
     wanted = wanted.lstrip("([{")
+    if not wanted:
+        return False
+    if _is_called(_shape(wanted, before=r"(?<!\w)"), _tight(text)):
+        return True
     shape = _shape(wanted)
-    return bool(wanted) and any(shape.match(_tight(text[end:])) for end in claims)
+    return any(shape.match(_tight(text[end:])) for end in claims)
+
+
+def _is_called(shape: re.Pattern[str], text: str) -> bool:
+    return re.search(shape.pattern + _CALLED.pattern, text) is not None
 
 
 def _is_number(answer: str) -> bool:

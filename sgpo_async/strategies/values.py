@@ -31,6 +31,7 @@ _MANY = {"dozen": Fraction(12), "hundred": Fraction(100), "thousand": Fraction(1
 
 _NUMBERING = re.compile(r"^[ \t]*(?:[-*][ \t]*)?(?:step[ \t]+)?\(?\d{1,2}[.):](?=\s)", re.IGNORECASE | re.MULTILINE)
 _ORDINAL = re.compile(r"\b\d+(?:st|nd|rd|th)\b", re.IGNORECASE)
+_ENDLESS = re.compile(r"\d{400,}")  # no number that anyone compares; Python refuses to read much longer ones
 _NAMED = re.compile(r"(?<!\w)[A-Za-z]_?\{?\d+\}?")  # x1, a_2, a_{12}
 _BELOW = r"(?:\s*/\s*(?P<below>\d+)(?!\d|\.\d))?"  # a full stop may follow
 _NUMBER = re.compile(
@@ -98,7 +99,7 @@ def sizes(values: Iterable[Value]) -> set[Value]:
 
 def find(text: str) -> list[Found]:
     """The numbers of a text in plain signs."""
-    for nothing, filler in ((_NUMBERING, " "), (_ORDINAL, " "), (_NAMED, "x")):
+    for nothing, filler in ((_ENDLESS, "x"), (_NUMBERING, " "), (_ORDINAL, " "), (_NAMED, "x")):
         text = _without(nothing, text, filler)
     found = [_signed(text, match, _root(match)) for match in _ROOT.finditer(text)]
     text = _without(_ROOT, text, "x")

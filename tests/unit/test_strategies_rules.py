@@ -123,6 +123,7 @@ def test_the_best_has_the_highest_sum_then_the_better_worst_then_comes_first() -
         ("3/4. Then 1/2, 3/4.5", {Fraction(3, 4), Fraction(1, 2), 3, Fraction(9, 2)}),
         ("\\sqrt{49}, \\frac{\\sqrt{16}}{2}", {7, 2}),
         ("no number", set()),
+        (f"{'9' * 5000}, 5 and 1/{'7' * 5000}", {5, 1}),
     ],
 )
 def test_numbers_by_value(text: str, values: set[Fraction | int]) -> None:
@@ -231,7 +232,9 @@ def test_answers_of_every_kind(answer: str, strategy: str, leaky: bool) -> None:
         ("Take 3 and 5.", "(3, 5)", "Take 3 first, then 5.", False),
         ("Is it Paris or Rome?", "Paris", "The answer is Paris.", True),
         ("Is it Paris or Rome?", "Paris", "Compare Paris with Rome.", False),
+        ("Is it Paris or Rome?", "Paris", "We find Paris as the answer.", True),
         ("Which one?", "C", "Answer: (C)", True),
+        ("Which one?", "C", "This leaves (C) as the answer.", True),
         ("Which one?", "A", "The answer is a number.", False),
     ],
 )
