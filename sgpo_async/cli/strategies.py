@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import os
+import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
     from sgpo_async.tasks.base import Problem
 
 LEAKS = 1  # exit code of `check`
+FORMATS = (".jsonl", ".parquet")
+FIXED = ("model", "messages", "stream", "n")  # what a request says whatever --extra wishes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--key-env", default="OPENAI_API_KEY", metavar="NAME", help="variable that holds the API key")
     parser.add_argument("--candidates", type=int, default=5, metavar="N", help="for each response (default: 5)")
     parser.add_argument("--concurrency", type=int, default=8, metavar="N", help="items at a time (default: 8)")
+    parser.add_argument("--max-tokens", type=int, default=1024, metavar="N", help="of a reply (default: 1024)")
+    parser.add_argument(
+        "--extra", default="{}", metavar="JSON", help="more fields of each request, as an object; null leaves one out"
+    )
     parser.add_argument("--timeout", type=float, default=120.0, metavar="S", help="of one request (default: 120)")
     parser.add_argument("--prompt-price", type=float, default=0.0, metavar="P", help="of a million tokens sent")
     parser.add_argument("--completion-price", type=float, default=0.0, metavar="P", help="of a million tokens received")
@@ -54,6 +63,7 @@ def _extract(args: argparse.Namespace) -> int:
     from sgpo_async.strategies import Journal
 
     _need(args, "work", "library", "url", "model")
+    _examine(args)
     problems = _with_responses(args.files)
     journal = Journal(args.work)
 
@@ -67,6 +77,7 @@ def _rank(args: argparse.Namespace) -> int:
     from sgpo_async.strategies import Journal
 
     _need(args, "library", "url", "model")
+    _examine(args)
     journal = Journal(_work_file(args))
 
     async def work(pipeline: Pipeline) -> None:
@@ -93,7 +104,7 @@ def _stats(args: argparse.Namespace) -> int:
 
     journal = Journal(_work_file(args))
     journal.close()
-    _show(list(journal.records.values()), args)
+    _show(journal, args)
     return 0
 
 
@@ -101,14 +112,13 @@ def _with_endpoint(args: argparse.Namespace, journal: Journal, work: Any, *, tot
     """Run `work` with a progress bar, write the library, say what came of it."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from sgpo_async.strategies import Endpoint, Pipeline, write_library
+    from sgpo_async.strategies import Endpoint, Pipeline
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    done = sum(not record["failed"] for record in journal.records.values()) if args.action == "extract" else 0
 
     async def run_all() -> None:
         with Progress(*columns) as progress:
-            bar = progress.add_task("strategies", total=total, completed=done)
+            bar = progress.add_task("strategies", total=total)
             failed = 0
 
             def told(record: Record) -> None:
@@ -121,22 +131,67 @@ def _with_endpoint(args: argparse.Namespace, journal: Journal, work: Any, *, tot
                     Pipeline(endpoint, journal, candidates=args.candidates, concurrency=args.concurrency, told=told)
                 )
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as Ctrl-C: the library comes first
+    whole = False
     try:
         asyncio.run(run_all())
+        whole = True
     finally:
         journal.close()
-    records = list(journal.records.values())
-    written = write_library(args.library, records)
-    _show(records, args)
-    print(f"library: {args.library}, {written:,} problems")
+        _conclude(args, journal, whole=whole)
     return 0
+
+
+def _conclude(args: argparse.Namespace, journal: Journal, *, whole: bool) -> None:
+    """Write the library of what is finished, whatever ended the run; a run cut short before that writes none."""
+    from sgpo_async.strategies import write_library
+
+    if whole or any(not record["failed"] for record in journal.records.values()):
+        written = write_library(args.library, journal.records.values())
+        _show(journal, args)
+        print(f"library: {args.library}, {written:,} problems")
 
 
 def _server(args: argparse.Namespace) -> Server:
     from sgpo_async.strategies import Server
 
     key = os.environ.get(args.key_env, "")
-    return Server(url=args.url, model=args.model, key=key, timeout_s=args.timeout)
+    return Server(
+        url=args.url,
+        model=args.model,
+        key=key,
+        timeout_s=args.timeout,
+        max_tokens=args.max_tokens,
+        extra=_extra(args.extra),
+    )
+
+
+def _extra(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"--extra: not JSON ({error}): {text!r:.80}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f'--extra: an object such as {{"top_p": 0.9}}, not {text!r:.80}')
+    fixed = [name for name in FIXED if name in found]
+    if fixed:
+        raise ConfigError(f"--extra: {', '.join(fixed)} cannot be set there")
+    return found
+
+
+def _examine(args: argparse.Namespace) -> None:
+    """Whether the options can be used, before anything is paid for. Raises ConfigError."""
+    for name in ("candidates", "concurrency", "max_tokens"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')}: at least 1, not {getattr(args, name)}")
+    if not args.timeout > 0:
+        raise ConfigError(f"--timeout: more than 0 seconds, not {args.timeout:g}")
+    _extra(args.extra)
+    if args.library.suffix not in FORMATS:
+        raise ConfigError(f"--library: {args.library}: its name has to end in {' or '.join(FORMATS)}")
+    read = [Path(name).resolve() for name in (*args.files, args.work) if name]
+    if args.library.resolve() in read:
+        raise ConfigError(f"--library: {args.library}: is read as well, and would be overwritten; name another file")
 
 
 def _with_responses(files: Sequence[str]) -> list[Problem]:
@@ -162,14 +217,18 @@ def _need(args: argparse.Namespace, *names: str) -> None:
             raise ConfigError(f"strategies {args.action}: --{name} is missing; see sgpo-async strategies --help")
 
 
-def _show(records: Sequence[Record], args: argparse.Namespace) -> None:
+def _show(journal: Journal, args: argparse.Namespace) -> None:
     """What was made, rejected and paid, and how good it is."""
     from sgpo_async.strategies.library import figures
 
-    found = figures(records, prompt_price=args.prompt_price, completion_price=args.completion_price)
+    found = figures(journal, prompt_price=args.prompt_price, completion_price=args.completion_price)
     print(f"{found['items']:,} problems: {found['finished']:,} with a strategy")
     for reason, count in sorted(found["failed"].items()):
         print(f"  {count:,} failed: {reason}; a second run tries again")
+    if found["interrupted"]:
+        print(f"  {found['interrupted']:,} interrupted; a second run goes on")
+    if found["old_scores"]:
+        print(f"  {found['old_scores']:,} keep their old scores: the new judge's could not be had; rank tries again")
     print(f"{found['candidates']:,} candidates kept", end="")
     print("".join(f", {count:,} rejected ({reason})" for reason, count in sorted(found["rejected"].items())))
     print(f"{found['prompt_tokens']:,} tokens sent, {found['completion_tokens']:,} received", end="")

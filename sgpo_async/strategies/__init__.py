@@ -4,7 +4,7 @@
                           prompts.py      parse.py  leaks.py                      prompts.py   library.py
                           endpoint.py (any OpenAI-compatible server)           journal.py: every finished item, at once
 
-Pure rules: parse.py, leaks.py, candidates.py. I/O: endpoint.py, journal.py. pipeline.py joins them.
+Pure rules: parse.py, leaks.py, values.py, candidates.py. I/O: endpoint.py, journal.py. pipeline.py joins them.
 """
 
 from sgpo_async.strategies.endpoint import Endpoint, Server

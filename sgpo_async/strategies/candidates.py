@@ -19,13 +19,14 @@ class Sifted:
     """What became of the replies of one problem."""
 
     kept: list[str] = field(default_factory=list)  # texts, in order
+    places: list[int] = field(default_factory=list)  # of the replies that they are
     rejected: list[dict[str, str]] = field(default_factory=list)  # reason ("unreadable", "leak", "duplicate"), detail
 
 
 def sift(replies: Sequence[str], problem: Problem) -> Sifted:
     """Read each reply, and drop what leaks and what an earlier one said already."""
     sifted = Sifted()
-    for reply in replies:
+    for place, reply in enumerate(replies):
         try:
             text = parse_strategy(reply).text()
         except Unreadable as reason:
@@ -38,6 +39,7 @@ def sift(replies: Sequence[str], problem: Problem) -> Sifted:
             sifted.rejected.append({"reason": "duplicate", "detail": "says what an earlier one says", "text": text})
         else:
             sifted.kept.append(text)
+            sifted.places.append(place)
     return sifted
 
 

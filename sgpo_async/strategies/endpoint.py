@@ -1,8 +1,8 @@
-"""Chat completions of any OpenAI-compatible server: each failure is retried, or ends the run, or ends the item.
+"""Chat completions of any OpenAI-compatible server: each failure is retried, or ends the run, or ends the request.
 
 429, 500 to 599, a cut connection, no answer in time, a body that is no completion     again, later (Retry-After)
 401, 403, 404                                                                           EndpointError: ends the run
-another status of 400 to 499                                                            Declined: ends the item
+another status of 400 to 499                                                            Declined: ends the request
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Server:
     timeout_s: float = 120.0  # of one request
     tries: int = 8
     max_tokens: int = 1024  # of a reply
-    extra: Mapping[str, Any] | None = None  # more fields of the request, e.g. response_format
+    extra: Mapping[str, Any] | None = None  # more fields of the request, e.g. response_format; None leaves one out
 
     @property
     def host(self) -> str:
@@ -88,14 +88,7 @@ class Endpoint:
             EndpointError: nothing can be had here; one line.
             Declined: not this one, or not after `tries` tries.
         """
-        request = {
-            "model": self.server.model,
-            "messages": [{"role": "user", "content": prompt}],
-            "temperature": temperature,
-            "max_tokens": self.server.max_tokens,
-            "seed": seed,
-            **(self.server.extra or {}),
-        }
+        request = self._request(prompt, temperature, seed)
         reason = ""
         for attempt in range(self.server.tries):
             if attempt:
@@ -106,6 +99,17 @@ class Endpoint:
                 reason = later.reason
                 await asyncio.sleep(self._pause(attempt, later.after_s))
         raise Declined(f"after {self.server.tries} tries: {reason}")
+
+    def _request(self, prompt: str, temperature: float, seed: int) -> dict[str, Any]:
+        fields = {
+            "model": self.server.model,
+            "messages": [{"role": "user", "content": prompt}],
+            "temperature": temperature,
+            "max_tokens": self.server.max_tokens,
+            "seed": seed,
+            **(self.server.extra or {}),
+        }
+        return {name: value for name, value in fields.items() if value is not None}
 
     def _pause(self, attempt: int, after_s: float | None) -> float:
         """What the server asks for, or twice as long each time with some chance, so that clients spread."""
@@ -145,8 +149,9 @@ def _read(body: str) -> Reply:
     try:
         found = json.loads(body)
         text, usage = found["choices"][0]["message"]["content"], found.get("usage") or {}
-        if not isinstance(text, str):
+        if text is not None and not isinstance(text, str):
             raise TypeError("the content is no text")
-        return Reply(text, int(usage.get("prompt_tokens", 0)), int(usage.get("completion_tokens", 0)))
+        # Without text: refused, or all tokens spent on thinking. It is paid for, and would be so at every repetition.
+        return Reply(text or "", int(usage.get("prompt_tokens", 0)), int(usage.get("completion_tokens", 0)))
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise _Later(f"a body that is no completion ({type(error).__name__})") from None

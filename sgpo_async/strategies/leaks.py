@@ -1,15 +1,16 @@
 """What a strategy gives away: the answer, or a number of the response that is not in the problem.
 
-The rule. Numbers are compared by value, whatever their form: 1,200 and 1200; 1/2, \\frac{1}{2}, 0.5, 50 % and "half";
-12 and "twelve". A number in a strategy is a leak if
+The rule. Numbers are compared by value, whatever their form (values.py). A number in a strategy is a leak if
 
-    - it is the answer's value, or a part of the answer (of (3, 5) both), and the problem does not have it; or
-    - the response has it and the problem does not, unless it is 0, 1, 2 or 3 ("two cases", x^2, "the third root").
+    - it is the answer's value, or a part of the answer (of (3, 5) both), and the problem does not have it, with this
+      sign; or
+    - the response has it and the problem does not, with any sign, unless it is 0, 1, 2, 3 or the root of one of them
+      ("two cases", x^2, "the third root"); or
+    - the strategy calls it the answer ("the answer is 12", "12 as the result"), and it is, whatever the problem has.
 
-Not numbers: the numbering of steps ("2." or "(2)" at the beginning of a line), ordinals (2nd, "second"), "one", and
-what is part of a name (x1, a_2). An answer that is no number is a leak if it stands in the strategy as a whole, both
-brought into one form (LaTeX dropped, \\sqrt{3} as sqrt(3), no spaces), and the problem does not have it. An answer of a
-single letter, as of a multiple choice, leaks only where the strategy says "answer", "option" or "choice" before it.
+An answer that is more than one number leaks also if it stands in the strategy as a whole, both brought into one form
+(LaTeX dropped, \\sqrt{3} as sqrt(3), no spaces), and the problem does not have it, or the strategy calls it the answer.
+An answer of a single letter, as of a multiple choice, leaks only where it is called that ("option C").
 
 It errs on the side of rejecting: another candidate costs little, and a policy that is told answers learns to be told.
 """
@@ -19,108 +20,83 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-STRUCTURAL = frozenset(map(Fraction, range(4)))
-_UP_TO_TWENTY = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty"
+from sgpo_async.strategies.values import Root, Value, find, numbers, plain, sizes
+
+STRUCTURAL: frozenset[Value] = frozenset({*map(Fraction, range(4)), Root(Fraction(2)), Root(Fraction(3))})
+
+_CLAIM = re.compile(  # up to where the answer would begin
+    r"\b(?:answer|result|solution|option|choice)s?\b"
+    r"(?:[ \t]*(?:(?:is|are|equals?|be|must|will|should|comes?|to|as|therefore|thus|then|just)\b|[:=,*\"'(\[{]))*"
+    r"[ \t]*",
+    re.IGNORECASE,
 )
-_WORDS = {word: Fraction(value) for value, word in enumerate(_UP_TO_TWENTY.split()) if word != "one"}
-_TENS = {
-    word: Fraction(10 * value)
-    for value, word in enumerate(["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"], 2)
-}
-_PARTS = {"half": Fraction(1, 2), "halves": Fraction(1, 2), "quarter": Fraction(1, 4), "quarters": Fraction(1, 4)}
-_MANY = {"dozen": Fraction(12), "hundred": Fraction(100), "thousand": Fraction(1000), "million": Fraction(10**6)}
-
-_NUMBERING = re.compile(r"^[ \t]*(?:[-*][ \t]*)?(?:step[ \t]+)?\(?\d{1,2}[.):](?=\s)", re.IGNORECASE | re.MULTILINE)
-_ORDINAL = re.compile(r"\b\d+(?:st|nd|rd|th)\b", re.IGNORECASE)
-_NAMED = re.compile(r"(?<![\\\w])[A-Za-z]_?\{?\d+\}?")  # x1, a_2, a_{12}
-_FRAC = re.compile(r"\\[dt]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}|\\[dt]?frac\s*(\d)\s*(\d)")
-_NUMBER = re.compile(
-    r"(?<![\w.])(?:(?P<whole>\d{1,3}(?:(?:,|\\,|\{,\}|\u202f|\u00a0)\d{3})+|\d+)(?P<part>\.\d+)?|(?P<bare>\.\d+))"
-    r"(?:\s*/\s*(?P<below>\d+)(?![\d.]))?(?P<percent>\s*\\?%|\s+per\s?cent\b)?"
+_CALLED = re.compile(  # after the answer
+    r"""(?i:[)\]}*"' \t]*\b(?:is|as|for|be)\s+(?:the|our|your)\s+(?:\w+\s+)?(?:answer|result|solution)\b)"""
 )
-_WORD = re.compile(r"[A-Za-z]+(?:-[A-Za-z]+)?")
-_LETTER = re.compile(r"\A[A-Za-z]\Z")
-
-
-def numbers(text: str) -> set[Fraction]:
-    """The values that stand in `text`, without signs; a percentage counts as 50 and as 1/2."""
-    text = _ORDINAL.sub(" ", _NUMBERING.sub(" ", text))
-    found: set[Fraction] = set()
-
-    def fraction(match: re.Match[str]) -> str:
-        above, below = (match[1], match[2]) if match[1] is not None else (match[3], match[4])
-        if int(below):
-            found.add(abs(Fraction(int(above), int(below))))
-        return " "
-
-    text = _NAMED.sub(" ", _FRAC.sub(fraction, text))
-    for match in _NUMBER.finditer(text):
-        found |= _values(match)
-    return found | _spelled(text)
+_LETTER = re.compile(r"\A\(?([A-Za-z])\)?\Z")
 
 
 def leaks(strategy: str, *, problem: str, answer: str, response: str) -> list[str]:
     """What `strategy` gives away, in words; empty if nothing."""
-    given, told = numbers(problem), numbers(strategy)
-    of_answer = numbers(plain(answer))
-    found = [f"the answer's number {_show(value)}" for value in sorted((told & of_answer) - given)]
-    hidden = numbers(response) - given - STRUCTURAL - of_answer
-    found += [f"the response's number {_show(value)}" for value in sorted(told & hidden)]
-    if _says(strategy, problem, answer, numeric=_is_number(answer)):
+    answer = re.sub(r"\A\s*([-−])\s+", r"\1", answer)  # a sign, no list
+    given, told, of_answer = numbers(problem), numbers(strategy), numbers(answer)
+    shown = (told & of_answer) - given
+    shown |= (sizes(told) & sizes(of_answer)) - sizes(given) - sizes(shown)
+    found = [f"the answer's number {value}" for value in sorted(shown, key=str)]
+    hidden = sizes(numbers(response)) - sizes(given) - STRUCTURAL - sizes(of_answer)
+    found += [f"the response's number {value}" for value in sorted(sizes(told) & hidden, key=str)]
+    if _says(strategy, problem, answer) or _claims(strategy, answer, of_answer - shown):
         found.append(f"the answer {answer.strip()!r:.60}")
     return found
 
 
-def plain(text: str) -> str:
-    """LaTeX as plain signs: what wraps and spaces is dropped, fractions and roots are written out."""
-    text = re.sub(r"\\(?:boxed|text|textbf|mathrm|mbox|mathbf)\s*\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"(\1)/(\2)", text)
-    text = re.sub(r"\\sqrt\s*\{([^{}]*)\}", r"sqrt(\1)", text).replace("√", "sqrt")
-    text = re.sub(r"\\(?:left|right|displaystyle|!|,|;|:|quad|qquad)(?![a-zA-Z])", "", text)
-    return text.replace("\\", "").replace("$", "").replace("π", "pi")
+def _says(strategy: str, problem: str, answer: str) -> bool:
+    """Whether an answer that is more than a number or a letter stands in the strategy, and not in the problem."""
+    wanted = plain(answer).strip().strip(".")
+    if not wanted or _LETTER.match(wanted) or _is_number(wanted):
+        return False
+    shape = _shape(wanted, before=r"(?<!\w)")
+    return bool(shape.search(_tight(plain(strategy)))) and not shape.search(_tight(plain(problem)))
 
 
-def _values(match: re.Match[str]) -> set[Fraction]:
-    whole = re.sub(r"\D", "", match["whole"] or "")
-    value = Fraction((whole or "0") + (match["part"] or match["bare"] or ""))
-    if match["below"] and int(match["below"]):
-        value /= int(match["below"])
-    return {value, value / 100} if match["percent"] else {value}
+def _claims(strategy: str, answer: str, values: set[Value]) -> bool:
+    """Whether the strategy calls the answer, or one of its `values`, the answer."""
+    text = plain(re.sub(r"\\boxed\b", " answer ", strategy))
+    claims = [match.end() for match in _CLAIM.finditer(text)]
+    for found in find(text):
+        if found.values & values and (found.start in claims or _CALLED.match(text, found.end)):
+            return True
+    wanted = plain(answer).strip().strip(".")
+    letter = _LETTER.match(wanted)
+    if letter:
+        named = re.compile(rf"\b{letter[1]}\b")
+        return _is_called(named, text) or any(named.match(text, end) for end in claims)
+    wanted = wanted.lstrip("([{")
+    if not wanted:
+        return False
+    if _is_called(_shape(wanted, before=r"(?<!\w)"), _tight(text)):
+        return True
+    shape = _shape(wanted)
+    return any(shape.match(_tight(text[end:])) for end in claims)
 
 
-def _spelled(text: str) -> set[Fraction]:
-    found: set[Fraction] = set()
-    for match in _WORD.finditer(text.lower()):
-        head, _, tail = match[0].partition("-")
-        if head in _TENS and tail in {*_WORDS, "one"}:
-            found.add(_TENS[head] + _WORDS.get(tail, Fraction(1)))
-            continue
-        found |= {table[match[0]] for table in (_WORDS, _TENS, _PARTS, _MANY) if match[0] in table}
-    return found
+def _is_called(shape: re.Pattern[str], text: str) -> bool:
+    return re.search(shape.pattern + _CALLED.pattern, text) is not None
 
 
 def _is_number(answer: str) -> bool:
-    return re.sub(r"[-+\s\d.,/%()]|sqrt", "", plain(answer)) == ""
+    """Whether one number is all there is."""
+    found = find(answer)
+    return len(found) == 1 and not re.search(r"[^\s()+]", answer[: found[0].start] + answer[found[0].end :])
 
 
-def _says(strategy: str, problem: str, answer: str, *, numeric: bool) -> bool:
-    """Whether an answer that is no number stands in the strategy."""
-    wanted = plain(answer).strip().strip(".")
-    if numeric or not wanted:
-        return False
-    if _LETTER.match(wanted.strip("()")):
-        letter = wanted.strip("()")
-        return bool(re.search(rf"\b(?:answer|option|choice)\W+(?:is\W+)?\(?{letter}\b", strategy))
-    shape = re.compile(rf"(?<!\w){re.escape(_tight(wanted))}(?!\w)")
-    return bool(shape.search(_tight(plain(strategy)))) and not shape.search(_tight(plain(problem)))
+def _shape(wanted: str, *, before: str = "") -> re.Pattern[str]:
+    """Of a tight text, as a whole; next to a sign there are no words to end."""
+    tight = _tight(wanted)
+    ends = (before if tight[:1].isalnum() else "", r"(?!\w)" if tight[-1:].isalnum() else "")
+    return re.compile(ends[0] + re.escape(tight) + ends[1])
 
 
 def _tight(text: str) -> str:
     """Without the spaces around signs; between words one stays."""
     return re.sub(r"\s*([^\w\s])\s*", r"\1", " ".join(text.casefold().split()))
-
-
-def _show(value: Fraction) -> str:
-    return str(value.numerator) if value.denominator == 1 else f"{value.numerator}/{value.denominator}"

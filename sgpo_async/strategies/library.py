@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sgpo_async.errors import DataError
-from sgpo_async.strategies.journal import Record
+from sgpo_async.strategies.journal import BY, TOKENS, Journal, Record
 from sgpo_async.strategies.leaks import leaks
 from sgpo_async.tasks.base import Problem
 from sgpo_async.tasks.overlap import normalised
@@ -17,7 +17,7 @@ from sgpo_async.tasks.writing import write_records
 
 COLUMNS = (
     *("problem", "answer", "strategy", "response", "source", "model", "endpoint", "prompts", "version"),
-    *("candidates", "score", "time"),
+    *("time", "judge", "judge_endpoint", "judge_prompts", "candidates", "score"),
 )
 
 
@@ -49,17 +49,19 @@ def check(problems: Iterable[Problem]) -> Iterator[tuple[str, str]]:
             yield problem.id, "; ".join(found)
 
 
-def figures(records: Iterable[Record], *, prompt_price: float = 0.0, completion_price: float = 0.0) -> dict[str, Any]:
+def figures(journal: Journal, *, prompt_price: float = 0.0, completion_price: float = 0.0) -> dict[str, Any]:
     """Counts, cost in the currency of the prices (each for a million tokens), and how many have which mean score."""
-    records = list(records)
+    records = list(journal.records.values())
     rejected = Counter(one["reason"] for record in records for one in record["rejected"])
-    tokens = {name: sum(record[name] for record in records) for name in ("prompt_tokens", "completion_tokens")}
+    tokens = {name: sum(spent[name] for spent in journal.spent.values()) for name in TOKENS}
     cost = (tokens["prompt_tokens"] * prompt_price + tokens["completion_tokens"] * completion_price) / 1e6
     scores = Counter(round(_score(record)) for record in records if not record["failed"])
     return {
-        "items": len(records),
+        "items": len(journal.spent.keys() | journal.records.keys()),
         "finished": sum(not record["failed"] for record in records),
         "failed": dict(Counter(_kind(record["failed"]) for record in records if record["failed"])),
+        "interrupted": len(journal.spent.keys() - journal.records.keys()),
+        "old_scores": sum("rerank_failed" in record for record in records if not record["failed"]),
         "candidates": sum(len(record["candidates"]) for record in records),
         "rejected": dict(rejected),
         **tokens,
@@ -74,7 +76,10 @@ def _kind(reason: str) -> str:
 
 
 def _row(record: Record) -> dict[str, Any]:
-    kept = {name: record[name] for name in COLUMNS if name in record}
+    kept = {name: record[name] for name in ("problem", "answer", "response", "source")}
+    made, judge = record["extractors"][record["best"]], record["judge"]
+    kept |= {name: made[name] for name in BY}
+    kept |= {"judge": judge["model"], "judge_endpoint": judge["endpoint"], "judge_prompts": judge["prompts"]}
     own = {"strategy": record["candidates"][record["best"]], "score": _score(record)}
     return kept | own | {"candidates": len(record["candidates"])}
 

@@ -13,7 +13,7 @@ from sgpo_async.strategies.prompts import CRITERIA
 STEPS = range(2, 9)
 LONGEST = 600  # characters of one part: a strategy is no solution
 _FENCE = re.compile(r"\A```(?:json)?\s*\n(.*?)\n?```\Z", re.DOTALL)
-_NUMBERING = re.compile(r"\A\s*(?:step\s+)?\(?\d{1,2}[.):]\s*", re.IGNORECASE)
+_NUMBERING = re.compile(r"\A\s*(?:step\s+)?\(?\d{1,2}[.):]\s+", re.IGNORECASE)  # not 3.5
 
 
 class Unreadable(Exception):

@@ -46,8 +46,8 @@ Solution:
 {candidates}"""
 
 CRITERIA = ("type", "approach", "abstraction", "clean")
-DIGEST = hashlib.blake2b((EXTRACT + RANK).encode(), digest_size=6).hexdigest()
-"""Which prompts made a strategy: part of its provenance."""
+EXTRACT_DIGEST, RANK_DIGEST = (hashlib.blake2b(p.encode(), digest_size=6).hexdigest() for p in (EXTRACT, RANK))
+"""Which prompts made and judged a strategy: part of its provenance."""
 
 
 def extract_prompt(problem: str, response: str) -> str:

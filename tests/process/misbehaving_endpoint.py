@@ -3,7 +3,7 @@
 What it does follows from a digest of the request, so that it does the same in every run: the first time a request comes
 it may answer 429 with Retry-After, 500, cut the connection, or send what is no completion; the second time it answers.
 Its candidates say what the solution tells it to say: `SAY [...] YAS` in the response of a problem. LOG_FILE gets a line
-for each answered request: a digest of it.
+for each answered request: a digest of it, and the tokens that it is charged for.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ async def chat(request: web.Request) -> web.StreamResponse:
     body = await request.json()
     if request.headers.get("Authorization") != "Bearer secret":
         return web.json_response({"error": "no such key"}, status=401)
-    if body["model"] != "strong":
+    if body["model"] not in ("strong", "judge"):
         return web.json_response({"error": "no such model"}, status=404)
     prompt, seed = body["messages"][0]["content"], body["seed"]
     digest = hashlib.blake2b(f"{seed} {prompt}".encode(), digest_size=8).hexdigest()
@@ -66,7 +66,7 @@ async def chat(request: web.Request) -> web.StreamResponse:
     text = scores(prompt) if "candidate strategies" in prompt else candidate(prompt, seed)
     usage = {"prompt_tokens": len(prompt) // 4, "completion_tokens": len(text) // 4}
     with Path(sys.argv[2]).open("a") as log:
-        log.write(digest + "\n")
+        log.write(f"{digest} {usage['prompt_tokens']} {usage['completion_tokens']}\n")
     return web.json_response({"choices": [{"message": {"role": "assistant", "content": text}}], "usage": usage})
 
 

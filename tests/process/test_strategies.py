@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from sgpo_async.cli.main import main
 from sgpo_async.cli.processes import ROOT
 from sgpo_async.tasks.files import read_problems
 from sgpo_async.tasks.sources import open_source
@@ -75,9 +76,15 @@ class Place:
     def extract(self, name: str, library: str, **how: str) -> subprocess.CompletedProcess[str]:
         return self.run(*self.words(name, library), **how)
 
-    def words(self, name: str, library: str) -> list[str]:
-        files = ["extract", str(self.folder / "problems.jsonl")]
+    def words(self, name: str, library: str, problems: str = "problems.jsonl") -> list[str]:
+        files = ["extract", str(self.folder / problems)]
         return [*files, "--work", str(self.folder / name), "--library", str(self.folder / library)]
+
+
+def records_of(work: Path) -> list[dict]:
+    """The finished items of a work file, in which each reply has a line too."""
+    lines = [json.loads(line) for line in work.read_bytes().split(b"\n")[:-1]]
+    return [line for line in lines if "reply" not in line]
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +103,7 @@ def extracted(place: Place) -> str:
 
 
 def test_every_planted_leak_is_caught_and_nothing_clean_is_lost(place: Place, extracted: str) -> None:
-    records = [json.loads(line) for line in (place.folder / "work.jsonl").read_text().splitlines()]
+    records = records_of(place.folder / "work.jsonl")
     assert len(records) == ITEMS
     kept = [text for record in records for text in record["candidates"]]
     assert not [text for text in kept for leak in LEAKS if leak in text]
@@ -131,26 +138,26 @@ def test_killed_and_resumed_it_is_the_same_library_and_nothing_is_paid_twice(pla
     process = subprocess.Popen(
         place.command(*place.words("killed.jsonl", "again.parquet")), env=environment, stdout=subprocess.DEVNULL
     )
+    asked = len(place.log.read_text().splitlines())
     deadline = time.monotonic() + 120
-    while not (work.exists() and work.read_bytes().count(b"\n") > 60) and time.monotonic() < deadline:
+    while not (work.exists() and len(records_of(work)) > 60) and time.monotonic() < deadline:
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait(10)
     with work.open("ab") as file:
         file.write(b'{"key": "half a li')
-    whole = [json.loads(line) for line in work.read_bytes().splitlines()[:-1]]
-    finished = {record["key"] for record in whole if not record["failed"]}
-    assert finished
-    asked = len(place.log.read_text().splitlines())
+    hopeless = sum(bool(record["failed"]) for record in records_of(work))
+    assert len(records_of(work)) - hopeless > 0
 
     done = place.extract("killed.jsonl", "again.parquet")
     assert done.returncode == 0, done.stderr
     strategy = {problem.problem: problem.strategy for problem in read_problems(str(place.folder / "again.parquet"))}
     assert strategy == {p.problem: p.strategy for p in read_problems(str(place.folder / "library.jsonl"))}
-    # An item costs five candidates, and a ranking if one is left; those that failed are tried once more.
-    most = 6 * (ITEMS - len(finished))
-    assert len(place.log.read_text().splitlines()) - asked <= most
+    # Five candidates each, a ranking if one is left, and for those that failed before the kill five others: beyond that
+    # only what was on its way when the kill came, to eight problems at a time.
+    needed = 5 * ITEMS + len(place.clean) + 5 * hopeless
+    assert needed <= len(place.log.read_text().splitlines()) - asked <= needed + 8 * 5
 
 
 def test_a_second_run_asks_only_for_what_failed(place: Place, extracted: str) -> None:
@@ -160,10 +167,14 @@ def test_a_second_run_asks_only_for_what_failed(place: Place, extracted: str) ->
 
 
 def test_ranking_anew_extracts_nothing(place: Place, extracted: str) -> None:
-    asked = len(place.log.read_text().splitlines())
-    done = place.run("rank", str(place.folder / "work.jsonl"), "--library", str(place.folder / "ranked.jsonl"))
-    assert done.returncode == 0, done.stderr
-    assert len(place.log.read_text().splitlines()) - asked == len(place.clean)
+    rank = ("rank", str(place.folder / "work.jsonl"), "--library", str(place.folder / "ranked.jsonl"))
+    for requests in (len(place.clean), 0):  # a second time there is nothing to do
+        asked = len(place.log.read_text().splitlines())
+        done = place.run(*rank, model="judge")
+        assert done.returncode == 0, done.stderr
+        assert len(place.log.read_text().splitlines()) - asked == requests
+    rows = [json.loads(line) for line in (place.folder / "ranked.jsonl").read_text().splitlines()]
+    assert {(row["model"], row["judge"]) for row in rows} == {("strong", "judge")}
 
 
 def test_check_finds_a_leak_that_came_in_later(place: Place, extracted: str) -> None:
@@ -178,13 +189,76 @@ def test_check_finds_a_leak_that_came_in_later(place: Place, extracted: str) -> 
     assert f"{spoilt}:4: the answer's number 37" in done.stdout
 
 
-def test_stats_tell_what_it_cost(place: Place, extracted: str) -> None:
-    prices = ["--prompt-price", "3", "--completion-price", "15"]
-    done = place.run("stats", str(place.folder / "work.jsonl"), *prices)
-    records = {(r := json.loads(line))["key"]: r for line in (place.folder / "work.jsonl").read_text().splitlines()}
-    cost = sum(3e-6 * r["prompt_tokens"] + 15e-6 * r["completion_tokens"] for r in records.values())
-    assert f"cost {cost:,.2f}" in done.stdout
+def test_stats_tell_what_the_endpoint_charged(place: Place) -> None:
+    few = (place.folder / "problems.jsonl").read_text().splitlines(keepends=True)[:30]
+    (place.folder / "few.jsonl").write_text("".join(few))
+    work, library = str(place.folder / "paid.jsonl"), str(place.folder / "paid-library.jsonl")
+    before = len(place.log.read_text().splitlines())
+    for _ in range(2):  # the second time for the three hopeless ones
+        assert place.run(*place.words("paid.jsonl", "paid-library.jsonl", "few.jsonl")).returncode == 0
+    assert place.run("rank", work, "--library", library, model="judge").returncode == 0
+    charged = [line.split()[1:] for line in place.log.read_text().splitlines()[before:]]
+    assert len(charged) == 5 * 30 + 27 + 5 * 3 + 27
+    sent, received = (sum(int(line[place]) for line in charged) for place in (0, 1))
+    done = place.run("stats", work, "--prompt-price", "3", "--completion-price", "15")
+    assert f"{sent:,} tokens sent, {received:,} received, cost {3e-6 * sent + 15e-6 * received:,.2f}" in done.stdout
     assert "rejected (leak)" in done.stdout
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_cut_short_writes_the_library_of_what_is_finished(place: Place, number: int, code: int) -> None:
+    work, library = place.folder / f"cut-{code}.jsonl", place.folder / f"cut-{code}-library.jsonl"
+    environment = os.environ | {"TEST_KEY": "secret", "PYTHONPATH": str(ROOT)}
+    command = place.command(*place.words(work.name, library.name))
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (work.exists() and len(records_of(work)) > 20):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == code
+    finished = [record["problem"] for record in records_of(work) if not record["failed"]]
+    assert 0 < len(finished) < len(place.clean)
+    assert {problem.problem for problem in read_problems(str(library))} == set(finished)
+    assert f"library: {library}, {len(finished)} problems" in said.replace("\n", " ")
+
+
+def test_an_endpoint_that_fails_leaves_the_library_of_what_is_finished(place: Place, extracted: str) -> None:
+    (place.folder / "refused.jsonl").write_bytes((place.folder / "work.jsonl").read_bytes())
+    done = place.extract("refused.jsonl", "refused-library.parquet", key="wrong")
+    assert done.returncode == 2
+    assert "status 401" in done.stderr
+    assert len(read_problems(str(place.folder / "refused-library.parquet"))) == len(place.clean)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--concurrency", "0"], "--concurrency: at least 1, not 0"),
+        (["--candidates", "0"], "--candidates: at least 1, not 0"),
+        (["--max-tokens", "-1"], "--max-tokens: at least 1, not -1"),
+        (["--timeout", "nan"], "--timeout: more than 0 seconds, not nan"),
+        (["--extra", "{top_p"], "--extra: not JSON"),
+        (["--extra", "[1]"], "--extra: an object such as"),
+        (["--extra", '{"model": "other", "stream": true}'], "--extra: model, stream cannot be set there"),
+        (["--library", "x.csv"], "--library: x.csv: its name has to end in .jsonl or .parquet"),
+        (["--library", "FOLDER/problems.jsonl"], "is read as well, and would be overwritten"),
+    ],
+)
+def test_options_are_examined_before_anything_is_paid_for(
+    place: Place, words: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = place.log.read_text() if place.log.exists() else ""
+    words = [word.replace("FOLDER", str(place.folder)) for word in words]
+    command = place.command(*place.words("examined.jsonl", "examined-library.jsonl"), *words)
+    assert main(command[3:]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert says in lines[0]
+    assert (place.log.read_text() if place.log.exists() else "") == asked
+    assert not (place.folder / "examined.jsonl").exists()
 
 
 @pytest.mark.parametrize(

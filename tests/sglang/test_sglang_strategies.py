@@ -105,7 +105,8 @@ def extract(url: str, path: Path, *, tokens: int, extra: dict[str, Any] | None =
 
     asyncio.run(run())
     journal.close()
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [line for line in lines if "reply" not in line]
 
 
 def test_nonsense_is_refused_paid_for_and_tried_again(url: str, tmp_path: Path) -> None:

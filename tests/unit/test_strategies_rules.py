@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 
 from sgpo_async.strategies.candidates import alike, best_of, sift
-from sgpo_async.strategies.leaks import leaks, numbers
+from sgpo_async.strategies.leaks import leaks
 from sgpo_async.strategies.parse import Unreadable, parse_scores, parse_strategy
+from sgpo_async.strategies.values import Root, numbers
 from sgpo_async.tasks.base import Problem
 
 GOOD = {"type": "Linear equations", "strategy": "Isolate the unknown.", "steps": ["Collect terms.", "Divide."]}
@@ -26,6 +27,20 @@ def test_a_strategy_reads_as_it_will_stand_before_a_problem() -> None:
     assert parse_strategy(f"```json\n{json.dumps(GOOD)}\n```").text() == text
     numbered = GOOD | {"steps": ["1. Collect terms.", "Step 2: Divide."]}
     assert parse_strategy(json.dumps(numbered)).text() == text
+
+
+@pytest.mark.parametrize(
+    ("step", "read"),
+    [
+        ("3.5 times the base area is the volume", "3.5 times the base area is the volume"),
+        ("12:30 is when they meet", "12:30 is when they meet"),
+        ("2) Divide.", "Divide."),
+        ("(2) Divide.", "Divide."),
+        ("3. 5 is subtracted", "5 is subtracted"),
+    ],
+)
+def test_only_the_numbering_of_a_step_is_dropped(step: str, read: str) -> None:
+    assert parse_strategy(json.dumps(GOOD | {"steps": [step, "Last."]})).steps == (read, "Last.")
 
 
 @pytest.mark.parametrize(
@@ -98,12 +113,35 @@ def test_the_best_has_the_highest_sum_then_the_better_worst_then_comes_first() -
         ("x1, x_2 and a_{12}", set()),
         ("in 2024.", {2024}),
         ("x^2 + 5x", {2, 5}),
-        ("-7", {7}),
+        ("-7", {-7}),
+        ("x = -5, y=−5, f(-5), $-5$, is -5, is negative five", {-5}),
+        ("x = - 5", {-5}),
+        ("±5", {5, -5}),
+        ("2-5, x-5, x - 5, (a)-5, a degree-5 polynomial, 2--5", {2, 5}),
+        ("- 5 apples\n- step 5", {5}),
+        ("-\\frac{1}{2}, \\frac{-1}{2}", {Fraction(-1, 2)}),
+        ("3/4. Then 1/2, 3/4.5", {Fraction(3, 4), Fraction(1, 2), 3, Fraction(9, 2)}),
+        ("\\sqrt{49}, \\frac{\\sqrt{16}}{2}", {7, 2}),
         ("no number", set()),
+        (f"{'9' * 5000}, 5 and 1/{'7' * 5000}", {5, 1}),
     ],
 )
 def test_numbers_by_value(text: str, values: set[Fraction | int]) -> None:
     assert numbers(text) == {Fraction(value) for value in values}
+
+
+@pytest.mark.parametrize(
+    ("text", "square"),
+    [
+        *[(form, 3) for form in ("\\sqrt{3}", "\\sqrt3", "√3", "sqrt(3)", "the square root of 3", "3/\\sqrt{3}")],
+        *[(form, 75) for form in ("5\\sqrt{3}", "5√3", "5 \\cdot \\sqrt 3", "5 times the square root of 3", "√75")],
+        *[(form, Fraction(3, 4)) for form in ("\\frac{\\sqrt{3}}{2}", "\\frac12\\sqrt{3}", "\\sqrt{\\frac{3}{4}}")],
+    ],
+)
+def test_a_root_is_a_value_of_its_own(text: str, square: int | Fraction) -> None:
+    assert Root(Fraction(square)) in numbers(text)
+    assert Root(Fraction(square), negative=True) in numbers(f"x = -{text.removeprefix('the ')}")
+    assert 3 not in numbers(text) or text.startswith("3")
 
 
 @given(st.integers(min_value=4, max_value=10**7), st.sampled_from(["{}", "{:,}", "{}.0", "\\boxed{{{}}}", "${}$"]))
@@ -145,7 +183,10 @@ def test_leaks_of_a_worked_example(strategy: str, leak: str) -> None:
         ("x+1", "It factors as x + 1 times something.", True),
         ("x+1", "Factor the polynomial.", False),
         ("\\sqrt{3}", "The height is \\sqrt{3}.", True),
-        ("3\\sqrt{2}", "The diagonal is 3√2.", True),  # by its numbers
+        ("3\\sqrt{2}", "The diagonal is 3√2.", True),
+        ("\\sqrt{3}", "There are 3 of them.", False),
+        ("\\frac{1}{2}", "Split into two cases.", False),
+        ("\\frac{3}{4}", "Compare the 3 sides with each other.", False),
         ("C", "The correct option is C.", True),
         ("C", "Consider the circle C.", False),
         ("Paris", "Recall that Paris is the capital.", True),
@@ -157,6 +198,48 @@ def test_leaks_of_a_worked_example(strategy: str, leak: str) -> None:
 )
 def test_answers_of_every_kind(answer: str, strategy: str, leaky: bool) -> None:
     found = leaks(strategy, problem="Find it.", answer=answer, response=f"So it is {answer}.")
+    assert bool(found) == leaky, found
+
+
+@pytest.mark.parametrize(
+    ("problem", "answer", "strategy", "leaky"),
+    [
+        ("Solve x + 5 = 0.", "-5", "Then x = -5.", True),
+        ("Solve x + 5 = 0.", "- 5", "Then x = −5.", True),
+        ("Solve x + 5 = 0.", "-5", "It is negative five.", True),
+        ("Solve x + 5 = 0.", "-5", "Subtract 5 from both sides.", False),
+        ("Solve x - 5 = 0.", "5", "Add 5 to both sides.", False),
+        ("Solve |x| + x = -10.", "-5", "Use 5 for the absolute value.", True),  # whatever its sign, it is not given
+        ("Solve x + 5 = 0.", "-5", "Count from 2-5.\n- 5 is on the left", False),
+        ("A prism has sides 3 and 5.", "5\\sqrt{3}", "The height is 5\\sqrt{3}.", True),
+        ("A prism has sides 3 and 5.", "5\\sqrt{3}", "The height is \\sqrt{75}.", True),
+        ("A prism has sides 3 and 5.", "5\\sqrt{3}", "Halve the side 5, then use Pythagoras with 3.", False),
+        ("A triangle with sides 3.", "\\sqrt{3}", "It comes to √3.", True),
+        ("A triangle with sides 3.", "\\sqrt{3}", "Halve the side of 3.", False),
+        ("A side is 5\\sqrt{3}, another 3.", "5\\sqrt{3}", "Start from the side 5\\sqrt{3}.", False),
+        ("Draw 3 of 4 balls.", "0.75", "In the end the chance is 3/4.", True),
+        ("Draw 3 of 4 balls.", "0.75", "Compare 3 with 4.", False),
+        ("A box holds 12.", "12", "So the answer is 12.", True),
+        ("A box holds 12.", "12", "The final answer: **12.0**", True),
+        ("A box holds 12.", "12", "The result must be twelve.", True),
+        ("A box holds 12.", "12", "Write \\boxed{12}.", True),
+        ("A box holds 12.", "12", "This leaves 12 as the final result.", True),
+        ("A box holds 12.", "12", "Start from the 12 in the box; the answer is what is left.", False),
+        ("A box holds 12.", "12", "Write down the result.\n12. Go on", False),
+        ("Solve x + 5 = 0 or x = -5.", "-5", "The solution is x, and the answer is -5.", True),
+        ("Is it (3, 5) or (5, 3)?", "(3, 5)", "The answer is (3, 5).", True),
+        ("Take 3 and 5.", "(3, 5)", "The point is (3, 5).", True),
+        ("Take 3 and 5.", "(3, 5)", "Take 3 first, then 5.", False),
+        ("Is it Paris or Rome?", "Paris", "The answer is Paris.", True),
+        ("Is it Paris or Rome?", "Paris", "Compare Paris with Rome.", False),
+        ("Is it Paris or Rome?", "Paris", "We find Paris as the answer.", True),
+        ("Which one?", "C", "Answer: (C)", True),
+        ("Which one?", "C", "This leaves (C) as the answer.", True),
+        ("Which one?", "A", "The answer is a number.", False),
+    ],
+)
+def test_answers_whose_digits_the_problem_has(problem: str, answer: str, strategy: str, leaky: bool) -> None:
+    found = leaks(strategy, problem=problem, answer=answer, response=f"So it is {answer}.")
     assert bool(found) == leaky, found
 
 

@@ -1,0 +1,233 @@
+"""Items through a scripted endpoint: what a failure costs, what the next run asks for, who is named for what."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sgpo_async.cli import strategies as command
+from sgpo_async.errors import DataError
+from sgpo_async.strategies.endpoint import Declined, Endpoint, EndpointError, Reply, Server, _read
+from sgpo_async.strategies.journal import Journal
+from sgpo_async.strategies.library import figures, write_library
+from sgpo_async.strategies.pipeline import Pipeline
+from sgpo_async.tasks.base import Problem
+
+PROBLEMS = [
+    Problem(id=f"p{i}", problem=f"How many of {'abc'[i]}?", answer="37", response="111 - 74 = 37.") for i in range(3)
+]
+KINDS = ("Isolate the unknown", "Draw a picture", "Work backwards", "Look for symmetry", "Count in two ways")
+HIGH, LOW = (dict.fromkeys(("type", "approach", "abstraction", "clean"), value) for value in (5, 2))
+
+
+def candidate(text: str) -> str:
+    return json.dumps({"type": text, "strategy": f"{text}, then finish.", "steps": ["Begin.", f"{text} again."]})
+
+
+def scores(first: dict[str, int], rest: dict[str, int]) -> Callable[[int], str]:
+    return lambda count: json.dumps({"scores": [first, *[rest] * (count - 1)]})
+
+
+class Scripted:
+    """An endpoint of one model. `extract` and `rank` are called with how many such requests came before."""
+
+    def __init__(self, model: str = "EXTRACTOR", *, extract: object = None, rank: object = None) -> None:
+        self.server = Server(url="http://host/v1", model=model)
+        self.extract = extract or (lambda place: candidate(KINDS[place % 5]))
+        self.rank = rank or (lambda place: scores(HIGH, LOW))
+        self.extracted: list[int] = []  # seeds
+        self.ranked: list[tuple[float, int]] = []  # temperatures and seeds
+        self.paid = [0, 0]
+
+    async def chat(self, prompt: str, *, temperature: float, seed: int) -> Reply:
+        await asyncio.sleep(0)
+        if "candidate strategies" in prompt:
+            self.ranked.append((temperature, seed))
+            text = self.rank(len(self.ranked) - 1)
+            text = text(prompt.count("Candidate ")) if callable(text) else text
+        else:
+            self.extracted.append(seed)
+            text = self.extract(len(self.extracted) - 1)
+        if isinstance(text, Exception):
+            raise text
+        reply = Reply(text, len(prompt), len(text))
+        self.paid[0] += reply.prompt_tokens
+        self.paid[1] += reply.completion_tokens
+        return reply
+
+
+def run(path: Path, endpoint: Scripted, action: str = "extract", problems: list[Problem] = PROBLEMS[:1]) -> Journal:
+    """The journal afterwards, as the next command reads it."""
+    journal = Journal(path)
+    pipeline = Pipeline(endpoint, journal, concurrency=1)
+    try:
+        asyncio.run(pipeline.extract(problems) if action == "extract" else pipeline.rank())
+    finally:
+        journal.close()
+    journal = Journal(path)
+    journal.close()
+    return journal
+
+
+def only(journal: Journal) -> dict:
+    (record,) = journal.records.values()
+    return record
+
+
+def row(journal: Journal, path: Path) -> dict:
+    assert write_library(path, journal.records.values()) == 1
+    return json.loads(path.read_text())
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    return tmp_path / "work.jsonl"
+
+
+def test_extractor_and_judge_are_named_for_what_they_did(work: Path, tmp_path: Path) -> None:
+    before = row(run(work, Scripted()), tmp_path / "before.jsonl")
+    assert (before["model"], before["judge"]) == ("EXTRACTOR", "EXTRACTOR")
+    judge = Scripted("JUDGE", rank=lambda place: scores(LOW, HIGH))
+    after = row(run(work, judge, "rank"), tmp_path / "after.jsonl")
+    assert (after["model"], after["judge"]) == ("EXTRACTOR", "JUDGE")
+    assert after["strategy"] != before["strategy"]
+    same = ("model", "endpoint", "prompts", "version", "time", "response", "candidates")
+    assert [after[name] for name in same] == [before[name] for name in same]
+    assert before["prompts"] != before["judge_prompts"] == after["judge_prompts"]
+
+
+def test_a_reranking_that_fails_leaves_what_was(work: Path, tmp_path: Path) -> None:
+    before = row(run(work, Scripted()), tmp_path / "before.jsonl")
+    journal = run(work, Scripted("JUDGE", rank=lambda place: "nonsense"), "rank")
+    assert row(journal, tmp_path / "after.jsonl") == before
+    assert only(journal)["rerank_failed"]["model"] == "JUDGE"
+    assert "cannot be read: not one JSON object" in only(journal)["rerank_failed"]["reason"]
+    assert figures(journal)["old_scores"] == 1
+    journal = run(work, Scripted("JUDGE"), "rank")
+    assert "rerank_failed" not in only(journal)
+    assert row(journal, tmp_path / "after.jsonl")["judge"] == "JUDGE"
+
+
+def test_an_interrupted_ranking_goes_on_where_it_was(work: Path) -> None:
+    run(work, Scripted(), problems=PROBLEMS)
+    first = Scripted("JUDGE", rank=lambda place: scores(LOW, HIGH) if place < 2 else EndpointError("gone"))
+    with pytest.raises(EndpointError):
+        run(work, first, "rank")
+    second = Scripted("JUDGE")
+    journal = run(work, second, "rank")
+    assert len(second.ranked) == 1
+    assert {record["judge"]["model"] for record in journal.records.values()} == {"JUDGE"}
+    third = Scripted("JUDGE")
+    run(work, third, "rank")
+    assert third.ranked == []
+
+
+def test_one_refused_candidate_is_all_that_is_lost(work: Path) -> None:
+    endpoint = Scripted(extract=lambda place: Declined("status 400") if place == 2 else candidate(KINDS[place]))
+    record = only(run(work, endpoint))
+    assert record["failed"] is None
+    assert len(record["candidates"]) == 4
+    assert len(endpoint.ranked) == 1
+
+
+def test_only_the_candidates_that_did_not_come_are_asked_for_again(work: Path) -> None:
+    replies = ["nonsense", Declined("status 400"), "nonsense", "nonsense", Declined("status 400")]
+    first = Scripted(extract=lambda place: replies[place])
+    assert only(run(work, first))["failed"] == "extraction: status 400"
+    second = Scripted()
+    record = only(run(work, second))
+    assert second.extracted == [first.extracted[1], first.extracted[4]]
+    assert len(record["candidates"]) == 2
+    assert [one["reason"] for one in record["rejected"]] == ["unreadable"] * 3
+
+
+def test_where_all_were_rejected_others_are_asked_for(work: Path) -> None:
+    first, second = Scripted(extract=lambda place: "nonsense"), Scripted()
+    assert only(run(work, first))["failed"] == "no candidate is left (unreadable)"
+    assert len(only(run(work, second))["candidates"]) == 5
+    assert len(second.extracted) == 5
+    assert not set(second.extracted) & set(first.extracted)  # the same seeds may have the same replies
+
+
+def test_a_failed_ranking_does_not_pay_for_candidates_again(work: Path) -> None:
+    assert only(run(work, Scripted(rank=lambda place: Declined("too long"))))["failed"] == "ranking: too long"
+    second = Scripted()
+    assert only(run(work, second))["failed"] is None
+    assert (len(second.extracted), len(second.ranked)) == (0, 1)
+
+
+def test_an_unreadable_ranking_is_not_asked_for_greedily_again(work: Path) -> None:
+    first, second = Scripted(rank=lambda place: "nonsense"), Scripted()
+    assert only(run(work, first))["failed"].startswith("ranking: the scores cannot be read")
+    run(work, second)
+    temperatures, seeds = zip(*first.ranked, *second.ranked, strict=True)
+    assert temperatures[0] == 0
+    assert min(temperatures[1:]) > 0
+    assert len(set(seeds)) == len(temperatures) == 4
+
+
+def test_what_came_before_an_interruption_is_used_and_counted(work: Path) -> None:
+    first = Scripted(extract=lambda place: EndpointError("gone") if place == 3 else candidate(KINDS[place]))
+    with pytest.raises(EndpointError):
+        run(work, first)
+    journal = Journal(work)
+    journal.close()
+    assert figures(journal)["interrupted"] == 1
+    assert [figures(journal)[name] for name in ("prompt_tokens", "completion_tokens")] == first.paid
+    second = Scripted(extract=lambda place: candidate(KINDS[3]))
+    assert len(only(run(work, second))["candidates"]) == 5
+    assert second.extracted == [first.extracted[3]]
+
+
+def test_all_that_was_ever_paid_is_counted(work: Path) -> None:
+    runs = [
+        (Scripted(extract=lambda place: "nonsense"), "extract"),
+        (Scripted(extract=lambda place: Declined("no") if place % 2 else candidate(KINDS[place % 5])), "extract"),
+        (Scripted("JUDGE", rank=lambda place: "nonsense"), "rank"),
+        (Scripted("JUDGE"), "rank"),
+    ]
+    for endpoint, action in runs:
+        journal = run(work, endpoint, action, PROBLEMS)
+    found = figures(journal, prompt_price=1e6, completion_price=1e6)
+    paid = [sum(endpoint.paid[place] for endpoint, _ in runs) for place in (0, 1)]
+    assert [found["prompt_tokens"], found["completion_tokens"]] == paid
+    assert found["cost"] == sum(paid)
+
+
+def test_a_reply_without_text_is_paid_for_once() -> None:
+    body = {"choices": [{"message": {"content": None}}], "usage": {"prompt_tokens": 9, "completion_tokens": 1024}}
+    assert _read(json.dumps(body)) == Reply("", 9, 1024)
+
+
+def test_a_request_has_the_fields_that_the_command_names() -> None:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    extra = '{"max_tokens": null, "max_completion_tokens": 4096, "reasoning_effort": "low"}'
+    words = ["extract", "x.jsonl", "--url", "http://host/v1", "--model", "m"]
+    endpoint = Endpoint(command._server(parser.parse_args([*words, "--max-tokens", "2048"])))
+    assert endpoint._request("p", 1.0, 3)["max_tokens"] == 2048
+    endpoint = Endpoint(command._server(parser.parse_args([*words, "--extra", extra])))
+    messages = [{"role": "user", "content": "p"}]
+    assert endpoint._request("p", 1.0, 3) == {
+        **{"model": "m", "messages": messages, "temperature": 1.0, "seed": 3},
+        **{"max_completion_tokens": 4096, "reasoning_effort": "low"},
+    }
+
+
+def test_a_work_file_of_old_is_read(work: Path, tmp_path: Path) -> None:
+    record = only(run(work, Scripted()))
+    by = record.pop("judge")
+    del record["extractors"]
+    work.write_text(json.dumps(record | by) + "\n")
+    second = Scripted()
+    journal = run(work, second)
+    assert second.extracted == []
+    assert row(journal, tmp_path / "library.jsonl")["model"] == "EXTRACTOR"
+    work.write_text('{"key": "k"}\n')
+    with pytest.raises(DataError, match="1: no record of this command"):
+        Journal(work)
