@@ -117,22 +117,29 @@ def validation(result: Result) -> float:
     return fmean(point["auto"] for point in curve[-max(1, len(curve) // 4) :])
 
 
-def check_budget(experiment: Experiment) -> int:
-    """Rollouts that each trial is given to learn from; raises ConfigError unless it is the same for all.
+def check_budget(experiment: Experiment) -> dict[str, int]:
+    """Setting -> rollouts that each of its trials is given to learn from; raises ConfigError unless its methods agree.
 
-    Objectives that learn from demonstrations alone use none, and are left out.
+    Settings may differ: methods are compared within each. Objectives that learn from demonstrations alone use no
+    rollouts, and are left out.
     """
-    budgets = {}
-    for cell in cells(experiment):
-        run = experiment.run(experiment.words(experiment.keys(*cell)))
-        if run.algorithm.objective != "sft":
-            budgets[cell[1]] = budget(run)
+    return {setting: _budget_in(experiment, setting) for setting in experiment.settings}
+
+
+def _budget_in(experiment: Experiment, setting: str) -> int:
+    runs = {method: cell_run(experiment, (setting, method)) for method in experiment.methods}
+    budgets = {method: budget(run) for method, run in runs.items() if run.algorithm.objective != "sft"}
     first = next(iter(budgets.values()), 0)
+    there = f" in {setting}" if setting else ""
     for method, rollouts in budgets.items():
-        require(
-            rollouts == first, f"methods.{method}", f"has the sample budget of the others, {first} rollouts", rollouts
-        )
+        rule = f"has the sample budget of the others{there}, {first} rollouts"
+        require(rollouts == first, f"methods.{method}", rule, rollouts)
     return first
+
+
+def cell_run(experiment: Experiment, cell: tuple[str, str]) -> Run:
+    """The configuration of a cell, before a learning rate and a seed are chosen."""
+    return experiment.run(experiment.words(experiment.keys(*cell)))
 
 
 def budget(run: Run) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from sgpo_async.config.experiment import Experiment
 from sgpo_async.experiments.code_version import codes
 from sgpo_async.experiments.figures import Curve, draw_curves
-from sgpo_async.experiments.plan import Result, best_rates, cells, check_budget, final, slug
+from sgpo_async.experiments.plan import Result, best_rates, cell_run, cells, check_budget, final, slug
 from sgpo_async.experiments.statistics import Interval, interval
 from sgpo_async.metrics.files import write_whole
 
@@ -39,9 +39,10 @@ def write_tables(experiment: Experiment, results: Mapping[str, Result], *, folde
 
 
 def _budget(experiment: Experiment) -> str:
-    run = experiment.run(experiment.words(experiment.keys(*cells(experiment)[0])))
+    first = cells(experiment)[0]
+    run = cell_run(experiment, first)
     return (
-        f"{check_budget(experiment):,} rollouts for each trial ({run.steps} steps of {run.learner.problems_per_step} "
+        f"{check_budget(experiment)[first[0]]:,} rollouts for each trial ({run.steps} steps of {run.learner.problems_per_step} "
         "problems). Mean ± half of the 95 % interval (Student's t) over n seeds, in per cent of "
         f"{run.tasks.held_out} test problems, sampled at T = 1. Learning rates were chosen on other problems, with "
         "other seeds."

@@ -53,7 +53,7 @@ def result(*rates: float, diverged: int | None = None) -> dict[str, Any]:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_experiment_is_whole_and_fair(path: Path) -> None:
     experiment = load_experiment(path)
-    assert check_budget(experiment) > 0
+    assert min(check_budget(experiment).values()) > 0
     assert len({trial.id for trial in tuning(experiment)}) == len(tuning(experiment))
     assert {name for level in base_levels(experiment) for name in level} == set(experiment.bases)
 
@@ -113,8 +113,27 @@ def test_final_trials_use_the_rates_and_share_nothing_with_tuning(tmp_path: Path
 
 def test_a_method_with_more_samples_is_refused(tmp_path: Path) -> None:
     greedy = SMALL | {"methods": SMALL["methods"] | {"greedy": {"rollout.autonomous": 20}}}
-    with pytest.raises(ConfigError, match=r"methods\.greedy: has the sample budget of the others, 1152 rollouts"):
+    with pytest.raises(ConfigError, match=r"methods\.greedy: has the .* of the others in calm, 1152 rollouts"):
         check_budget(load_experiment(write(tmp_path, greedy)))
+    alone = greedy | {"settings": {}, "methods": {"SGPO": {}, "greedy": {"rollout.autonomous": 20}}}
+    with pytest.raises(ConfigError, match=r"methods\.greedy: has the sample budget of the others, 1152 rollouts"):
+        check_budget(load_experiment(write(tmp_path, alone)))
+
+
+@pytest.mark.parametrize("greedy_in", ["calm", "stale"])
+def test_more_samples_in_one_setting_alone_are_refused(tmp_path: Path, greedy_in: str) -> None:
+    autonomous = {"calm": 12, "stale": 12} | {greedy_in: 96}
+    greedy = SMALL | {
+        "methods": SMALL["methods"] | {"GRPO": SMALL["methods"]["GRPO"] | {"rollout.autonomous": autonomous}}
+    }
+    rule = rf"methods\.SGPO: has the sample budget of the others in {greedy_in}, 9216 rollouts, got 1152"
+    with pytest.raises(ConfigError, match=rule):
+        check_budget(load_experiment(write(tmp_path, greedy)))
+
+
+def test_settings_may_have_budgets_of_their_own(tmp_path: Path) -> None:
+    longer = SMALL | {"settings": {"calm": {}, "stale": {"steps": 12}}}
+    assert check_budget(load_experiment(write(tmp_path, longer))) == {"calm": 1152, "stale": 2304}
 
 
 @pytest.mark.parametrize(
