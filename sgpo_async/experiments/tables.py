@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sgpo_async.config.experiment import Experiment
 from sgpo_async.experiments.code_version import codes
+from sgpo_async.experiments.curves import best, completed, over_seeds, third
 from sgpo_async.experiments.figures import Curve, draw_curves
 from sgpo_async.experiments.plan import Result, best_rates, cell_run, cells, check_budget, final, slug
 from sgpo_async.experiments.statistics import Interval, interval
@@ -22,7 +23,8 @@ def write_tables(experiment: Experiment, results: Mapping[str, Result], *, folde
     by_cell: dict[tuple[str, str], list[Result]] = {cell: [] for cell in cells(experiment)}
     for trial in final(experiment, rates):
         if trial.id in results:
-            by_cell[trial.setting, trial.method].append(results[trial.id])
+            found = completed(results[trial.id], experiment.run(trial.words))
+            by_cell[trial.setting, trial.method].append(found)
     parts = [f"# {experiment.title or experiment.name}", _budget(experiment)]
     if len(experiment.settings) > 1:
         parts += ["Alone, at the end:", _overview(experiment, by_cell)]
@@ -31,7 +33,7 @@ def write_tables(experiment: Experiment, results: Mapping[str, Result], *, folde
         parts += [f"## {setting}"] * bool(setting) + [_table(rows)]
         name = f"curves-{slug(setting)}.svg" if setting else "curves.svg"
         if any(found for _, found in rows):
-            draw_curves([curve_of(method, found) for method, found in rows if found], folder / name)
+            draw_curves([Curve(method, over_seeds(found, "auto")) for method, found in rows if found], folder / name)
             parts.append(f"![pass rate over rollouts]({name})")
     shown = [result for found in by_cell.values() for result in found]
     parts += [f"Code: {codes(shown)}."] * bool(shown)
@@ -42,8 +44,9 @@ def _budget(experiment: Experiment) -> str:
     first = cells(experiment)[0]
     run = cell_run(experiment, first)
     return (
-        f"{check_budget(experiment)[first[0]]:,} rollouts for each trial ({run.steps} steps of {run.learner.problems_per_step} "
-        "problems). Mean ± half of the 95 % interval (Student's t) over n seeds, in per cent of "
+        f"{check_budget(experiment)[first[0]]:,} rollouts for each trial "
+        f"({run.steps} steps of {run.learner.problems_per_step} problems). "
+        "Mean ± half of the 95 % interval (Student's t) over n seeds, in per cent of "
         f"{run.tasks.held_out} test problems, sampled at T = 1. Learning rates were chosen on other problems, with "
         "other seeds."
     )
@@ -62,7 +65,7 @@ def _table(rows: Sequence[tuple[str, Sequence[Result]]]) -> str:
     columns: dict[str, Figure] = {
         "alone, at the end": _at_the_end,
         "alone, a third": third,
-        "alone, best": lambda result: max(point["auto"] for point in result["curve"]),
+        "alone, best": best,
         "guided, at the end": lambda result: result["test"]["guided"],
     }
     lines = [
@@ -79,27 +82,6 @@ def _table(rows: Sequence[tuple[str, Sequence[Result]]]) -> str:
 
 def _at_the_end(result: Result) -> float:
     return float(result["test"]["auto"])
-
-
-def third(result: Result) -> float:
-    """Validation pass rate at a third of the rollouts, on the straight line between the points around it."""
-    curve = result["curve"]
-    at = result["steps"] / 3
-    before = max((point for point in curve if point["step"] <= at), key=lambda point: point["step"])
-    after = min((point for point in curve if point["step"] >= at), key=lambda point: point["step"], default=before)
-    span = after["step"] - before["step"]
-    share = (at - before["step"]) / span if span else 0.0
-    return float(before["auto"] + share * (after["auto"] - before["auto"]))
-
-
-def curve_of(method: str, results: Sequence[Result]) -> Curve:
-    """Mean and interval of the validation pass rate at each point that all results have."""
-    common = set.intersection(*({point["step"] for point in result["curve"]} for result in results))
-    points = []
-    for step in sorted(common):
-        at = [next(point for point in result["curve"] if point["step"] == step) for result in results]
-        points.append((at[0]["rollouts"], interval([point["auto"] for point in at])))
-    return Curve(method, points)
 
 
 def _cell(values: Sequence[float | None]) -> str:

@@ -1,0 +1,75 @@
+"""From results to curves and README.md, without a process."""
+
+import math
+from pathlib import Path
+
+import pytest
+from experiment_support import SMALL, result, write
+
+from sgpo_async.config import load
+from sgpo_async.config.experiment import load_experiment
+from sgpo_async.config.schema import Run
+from sgpo_async.experiments.curves import completed, over_seeds, third
+from sgpo_async.experiments.plan import final
+from sgpo_async.experiments.statistics import interval
+from sgpo_async.experiments.tables import write_tables
+
+RUN: Run = load("", ["steps=6", "evaluation.every=2", "local.ranks=1"])
+
+
+def test_a_third_of_the_way_lies_between_points() -> None:
+    assert third(result(0.0, 0.3, 0.6, 0.9)) == pytest.approx(0.3)
+    assert third(result(0.0, 0.4, 0.8)) == pytest.approx(0.4 * 2 / 3)
+
+
+def test_interval_is_students() -> None:
+    # Worked by hand: mean 3, standard deviation sqrt(2.5), t(4) = 2.776.
+    assert interval([1, 2, 3, 4, 5]) == (3, pytest.approx(2.776 * math.sqrt(2.5) / math.sqrt(5)), 5)
+    assert interval([0.5]) == (0.5, None, 1)
+
+
+def test_a_run_that_diverged_counts_0_from_then_on_and_hides_no_other() -> None:
+    runs = [completed(one, RUN) for one in (result(0.0, 0.3, 0.6, 0.9), result(0.3, 0.6, diverged=3))]
+    assert [point["step"] for point in runs[1]["curve"]] == [0, 2, 4, 6]
+    assert [(at, found.mean, found.n) for at, found in over_seeds(runs, "auto")] == [
+        (0, pytest.approx(0.15), 2),
+        (384, pytest.approx(0.45), 2),
+        (768, pytest.approx(0.3), 2),
+        (1152, pytest.approx(0.45), 2),
+    ]
+    assert runs[0] == result(0.0, 0.3, 0.6, 0.9)
+
+
+@pytest.mark.parametrize(("diverged", "at_a_third"), [(0, 0.0), (1, 0.0), (2, 0.6), (5, 0.6)])
+def test_a_third_of_the_way_a_run_that_has_diverged_solves_nothing(diverged: int, at_a_third: float) -> None:
+    measured = [0.4, 0.6, 0.8][: diverged // 2 + 1]
+    assert third(completed(result(*measured, diverged=diverged), RUN)) == at_a_third
+
+
+def test_what_only_some_seeds_have_is_the_mean_of_those() -> None:
+    runs = [completed(one, RUN) for one in (result(0.1, 0.2, 0.3, 0.4, entropy=0.5), result(0.3, diverged=1))]
+    assert over_seeds(runs, "entropy") == [(at, (0.5, None, 1)) for at in (384, 768, 1152)]
+
+
+def test_tables_show_what_is_there(tmp_path: Path) -> None:
+    experiment = load_experiment(write(tmp_path, SMALL))
+    trials = [t for t in final(experiment, {("calm", "fixed"): None})]
+    write_tables(experiment, {t.id: result(0.0, 0.5, 0.6 + 0.1 * t.seed) for t in trials}, folder=tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "| fixed | 0.001 | 2 | 65.0 ± 63.5 |" in text  # t(1) = 12.706, deviation 0.0707
+    assert "| SGPO |  | 0 | – |" in text
+    assert text.endswith("\n\nCode: 0.1.0, commit unknown.\n")
+    assert "| method | calm | stale |" in text
+    assert "| fixed | 65.0 ± 63.5 | – |" in text
+    assert (tmp_path / "out" / "curves-calm.svg").stat().st_size > 1000
+    assert not (tmp_path / "out" / "curves-stale.svg").exists()
+
+
+def test_a_table_counts_a_run_that_diverged_in_every_column(tmp_path: Path) -> None:
+    experiment = load_experiment(write(tmp_path, SMALL))
+    trials = final(experiment, {("calm", "fixed"): None})
+    runs = {0: result(0.2, 0.4, 0.6, 0.8), 1: result(0.2, diverged=1)}
+    write_tables(experiment, {t.id: runs[t.seed] for t in trials}, folder=tmp_path / "out")
+    row = next(line for line in (tmp_path / "out" / "README.md").read_text().splitlines() if "| fixed | 0.001" in line)
+    means = [cell.split(" ±")[0].strip() for cell in row.split("|")[3:]]
+    assert means == ["2", "40.0", "20.0", "50.0", "50.0", "1", ""]
