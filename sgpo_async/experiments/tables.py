@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from sgpo_async.config.experiment import Experiment
+from sgpo_async.experiments.captions import FIGURES, conditions, learning_rates
 from sgpo_async.experiments.code_version import codes
 from sgpo_async.experiments.curves import best, completed, over_seeds, third
 from sgpo_async.experiments.figures import Curve, draw_curves
-from sgpo_async.experiments.plan import Result, best_rates, cell_run, cells, check_budget, final, slug
+from sgpo_async.experiments.plan import Result, best_rates, cells, final, slug
 from sgpo_async.experiments.statistics import Interval, interval
 from sgpo_async.metrics.files import write_whole
 
@@ -25,12 +26,15 @@ def write_tables(experiment: Experiment, results: Mapping[str, Result], *, folde
         if trial.id in results:
             found = completed(results[trial.id], experiment.run(trial.words))
             by_cell[trial.setting, trial.method].append(found)
-    parts = [f"# {experiment.title or experiment.name}", _budget(experiment)]
+    said = {setting: conditions(experiment, setting) for setting in experiment.settings}
+    common = len(set(said.values())) == 1
+    parts = [f"# {experiment.title or experiment.name}", *[*said.values()][:common]]
+    parts.append(f"{FIGURES} {learning_rates(experiment)}")
     if len(experiment.settings) > 1:
-        parts += ["Alone, at the end:", _overview(experiment, by_cell)]
+        parts += ["Alone, at the end (test problems):", _overview(experiment, by_cell)]
     for setting in experiment.settings:
         rows = [(method, by_cell[setting, method]) for method in experiment.methods]
-        parts += [f"## {setting}"] * bool(setting) + [_table(rows)]
+        parts += [f"## {setting}"] * bool(setting) + [said[setting]] * (not common) + [_table(rows)]
         name = f"curves-{slug(setting)}.svg" if setting else "curves.svg"
         if any(found for _, found in rows):
             draw_curves([Curve(method, over_seeds(found, "auto")) for method, found in rows if found], folder / name)
@@ -38,18 +42,6 @@ def write_tables(experiment: Experiment, results: Mapping[str, Result], *, folde
     shown = [result for found in by_cell.values() for result in found]
     parts += [f"Code: {codes(shown)}."] * bool(shown)
     write_whole(folder / "README.md", "\n\n".join(parts) + "\n")
-
-
-def _budget(experiment: Experiment) -> str:
-    first = cells(experiment)[0]
-    run = cell_run(experiment, first)
-    return (
-        f"{check_budget(experiment)[first[0]]:,} rollouts for each trial "
-        f"({run.steps} steps of {run.learner.problems_per_step} problems). "
-        "Mean ± half of the 95 % interval (Student's t) over n seeds, in per cent of "
-        f"{run.tasks.held_out} test problems, sampled at T = 1. Learning rates were chosen on other problems, with "
-        "other seeds."
-    )
 
 
 def _overview(experiment: Experiment, by_cell: Mapping[tuple[str, str], Sequence[Result]]) -> str:
@@ -63,10 +55,10 @@ def _overview(experiment: Experiment, by_cell: Mapping[tuple[str, str], Sequence
 
 def _table(rows: Sequence[tuple[str, Sequence[Result]]]) -> str:
     columns: dict[str, Figure] = {
-        "alone, at the end": _at_the_end,
-        "alone, a third": third,
-        "alone, best": best,
-        "guided, at the end": lambda result: result["test"]["guided"],
+        "alone, at the end (test)": _at_the_end,
+        "alone, a third of the way (validation)": third,
+        "alone, best (validation)": best,
+        "guided, at the end (test)": lambda result: result["test"]["guided"],
     }
     lines = [
         f"| method | lr | n | {' | '.join(columns)} | diverged |",

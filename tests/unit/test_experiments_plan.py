@@ -115,6 +115,8 @@ def test_settings_may_have_budgets_of_their_own(tmp_path: Path) -> None:
         ({"methods": {"SGPO": {"model.path": "base:none"}}}, "model.path: names one of the bases"),
         ({"bases": {"warm": {"start": "base:none"}}}, r"bases\.warm\.start: names another base"),
         ({"seeds": []}, "seeds: names at least one"),
+        ({"tune": {"rates": [1e-3], "seeds": [1, 7]}}, r"tune\.seeds: has none of seeds \(0, 1\), .*, got \[1, 7\]"),
+        ({"tune": {"rates": [1e-3], "seeds": []}}, r"tune\.seeds: names at least one"),
         ({"tune": {"setting": "cold"}}, r"tune\.setting: is one of the settings \(calm, stale\)"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from experiment_support import SMALL, result, write
@@ -73,3 +74,40 @@ def test_a_table_counts_a_run_that_diverged_in_every_column(tmp_path: Path) -> N
     row = next(line for line in (tmp_path / "out" / "README.md").read_text().splitlines() if "| fixed | 0.001" in line)
     means = [cell.split(" ±")[0].strip() for cell in row.split("|")[3:]]
     assert means == ["2", "40.0", "20.0", "50.0", "50.0", "1", ""]
+
+
+def text_of(tmp_path: Path, **changes: Any) -> str:
+    write_tables(load_experiment(write(tmp_path, SMALL | changes)), {}, folder=tmp_path / "out")
+    return (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_caption_says_what_the_file_says(tmp_path: Path) -> None:
+    text = text_of(tmp_path)
+    assert text.count("Rollouts for each trial: 1,152 (6 steps of 16 problems).") == 1
+    assert (
+        "of 200 test problems at the end, of 200 others for validation along the way, one sample of each at T = 1."
+        in text
+    )
+    assert "in trials with other seeds (7, 8); given: fixed." in text
+    assert "| alone, at the end (test) | alone, a third of the way (validation) | alone, best (validation) |" in text
+
+
+def test_a_caption_claims_no_tuning_that_there_was_not(tmp_path: Path) -> None:
+    text = text_of(tmp_path, tune={})
+    assert "Learning rates were given; none was tuned." in text
+    assert "seeds (" not in text
+
+
+def test_a_caption_follows_sampling_settings_and_demonstrations(tmp_path: Path) -> None:
+    common = SMALL["common"] | {"tasks.held_out": 50, "evaluation.samples": 4, "evaluation.temperature": 0.6}
+    settings = {"calm": {}, "long": {"steps": 12, "evaluation.top_p": 0.9}}
+    methods = {"SGPO": {}, "SFT": {"algorithm.objective": "sft", "optim.lr": 1e-3}}
+    tune = SMALL["tune"] | {"setting": "calm"}
+    text = text_of(tmp_path, common=common, settings=settings, methods=methods, tune=tune)
+    assert "chosen by the validation problems, in calm for all settings, in trials" in text
+    calm, long = text.split("## calm")[1].split("## long")
+    assert "Rollouts for each trial: 1,152 (6 steps of 16 problems); none for SFT: demonstrations alone." in calm
+    assert "Pass rates: of 50 test problems at the end, of 50 others" in calm
+    assert "4 samples of each at T = 0.6." in calm
+    assert "Rollouts for each trial: 2,304 (12 steps of 16 problems); none for SFT: demonstrations alone." in long
+    assert "4 samples of each at T = 0.6 and top-p 0.9." in long
