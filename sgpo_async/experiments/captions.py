@@ -13,6 +13,8 @@ FIGURES = (
     "Mean ± half of the 95 % interval (Student's t) over n seeds, in per cent."
 )
 
+EDGE = "(edge)"  # behind a learning rate that the grid did not enclose
+
 
 def conditions(experiment: Experiment, setting: str) -> str:
     """The budget of each trial in this setting, and on what it is measured."""

@@ -67,7 +67,7 @@ def tuning(experiment: Experiment) -> list[Trial]:
     """One trial per cell, rate and tuning seed."""
     return [
         trial
-        for cell in dict.fromkeys(_tuning_cell(experiment, cell) for cell in cells(experiment))
+        for cell in dict.fromkeys(tuning_cell(experiment, cell) for cell in cells(experiment))
         if tuned(experiment, cell)
         for trials in _tried(experiment, cell).values()
         for trial in trials
@@ -84,14 +84,27 @@ def best_rates(experiment: Experiment, results: Mapping[str, Result]) -> dict[tu
         if not tuned(experiment, cell):
             chosen[cell] = None
             continue
-        tried = _tried(experiment, _tuning_cell(experiment, cell))
-        if all(trial.id in results for trials in tried.values() for trial in trials):
-            scores = {rate: fmean(validation(results[trial.id]) for trial in trials) for rate, trials in tried.items()}
-            chosen[cell] = max(sorted(scores), key=lambda rate: scores[rate])
+        scores = tuning_scores(experiment, cell, results)
+        if all(len(found) == len(experiment.tune.seeds) for found in scores.values()):
+            chosen[cell] = max(sorted(scores), key=lambda rate: fmean(scores[rate]))
     return chosen
 
 
-def _tuning_cell(experiment: Experiment, cell: tuple[str, str]) -> tuple[str, str]:
+def tuning_scores(
+    experiment: Experiment, cell: tuple[str, str], results: Mapping[str, Result]
+) -> dict[float, list[float]]:
+    """Rate -> validation pass rate of each tuning trial that is there, by which the rate of `cell` is chosen."""
+    tried = _tried(experiment, tuning_cell(experiment, cell))
+    return {rate: [validation(results[t.id]) for t in trials if t.id in results] for rate, trials in tried.items()}
+
+
+def at_the_edge(experiment: Experiment, rate: float | None) -> bool:
+    """Whether a chosen rate is the lowest or highest of several that were tried: a better one may lie beyond."""
+    rates = set(experiment.tune.rates)
+    return len(rates) > 1 and rate in (min(rates), max(rates))
+
+
+def tuning_cell(experiment: Experiment, cell: tuple[str, str]) -> tuple[str, str]:
     """Where the learning rate of `cell` is found."""
     return experiment.tune.setting or cell[0], cell[1]
 

@@ -11,7 +11,7 @@ from sgpo_async.config import load
 from sgpo_async.config.experiment import load_experiment
 from sgpo_async.config.schema import Run
 from sgpo_async.experiments.curves import completed, over_seeds, third
-from sgpo_async.experiments.plan import final
+from sgpo_async.experiments.plan import final, trial
 from sgpo_async.experiments.statistics import interval
 from sgpo_async.experiments.tables import write_tables
 
@@ -111,3 +111,52 @@ def test_a_caption_follows_sampling_settings_and_demonstrations(tmp_path: Path) 
     assert "4 samples of each at T = 0.6." in calm
     assert "Rollouts for each trial: 2,304 (12 steps of 16 problems); none for SFT: demonstrations alone." in long
     assert "4 samples of each at T = 0.6 and top-p 0.9." in long
+
+
+def tuned_text(tmp_path: Path, scores: dict[float, list[float]], **changes: Any) -> str:
+    """The tables when `scores` are those of SGPO's rates, seed by seed, in the setting calm."""
+    content = SMALL | {"tune": {"rates": list(scores), "seeds": [7, 8]}} | changes
+    experiment = load_experiment(write(tmp_path, content))
+    results = {
+        trial(experiment, ("calm", "SGPO"), rate=rate, seed=seed).id: result(0.0, score)
+        for rate, found in scores.items()
+        for seed, score in zip((7, 8), found, strict=False)
+    }
+    write_tables(experiment, results, folder=tmp_path / "out")
+    return (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("scores", "shown"),
+    [
+        ({1e-4: [0.1, 0.1], 1e-3: [0.5, 0.7], 1e-2: [0.3, 0.3]}, "0.001"),
+        ({1e-4: [0.1, 0.1], 1e-3: [0.2, 0.4], 1e-2: [0.5, 0.7]}, "0.01 (edge)"),
+        ({1e-3: [0.5, 0.5], 1e-4: [0.5, 0.5]}, "0.0001 (edge)"),
+        ({1e-3: [0.5, 0.5]}, "0.001"),
+    ],
+)
+def test_a_rate_at_the_edge_of_the_grid_is_marked(tmp_path: Path, scores: dict[float, list[float]], shown: str) -> None:
+    text = tuned_text(tmp_path, scores)
+    assert f"| SGPO | {shown} | 0 |" in text
+    assert ("(edge): the lowest or highest of the rates" in text) == ("edge" in shown)
+    assert "| fixed | 0.002 | 0 |" in text  # never tried, so at no edge, whatever the grid
+
+
+def test_tuning_is_shown_rate_by_rate(tmp_path: Path) -> None:
+    text = tuned_text(tmp_path, {1e-4: [0.1, 0.2], 1e-3: [0.5, 0.7], 1e-2: [0.3, 0.3]}).split("## Tuning")[1]
+    assert "mean of 2 seeds (7, 8), in per cent; a run that diverged counts 0." in text
+    calm, stale = text.split("Tried in calm:")[1].split("Tried in stale:")
+    assert "| method | 0.0001 | 0.001 | 0.01 |" in calm
+    assert "| SGPO | 15.0 | **60.0** | 30.0 |" in calm
+    assert "| GRPO | – | – | – |" in calm
+    assert "| SGPO | – | – | – |" in stale
+    assert "fixed" not in text
+
+
+def test_tuning_that_is_not_complete_chooses_nothing_and_says_so(tmp_path: Path) -> None:
+    once = {"tune": {"rates": [1e-4, 1e-3], "seeds": [7, 8], "setting": "calm"}}
+    text = tuned_text(tmp_path, {1e-4: [0.1, 0.2], 1e-3: [0.5]}, **once)
+    assert "| SGPO |  | 0 |" in text
+    assert "| SGPO | 15.0 | 50.0 (1 of 2) |" in text.split("Tried in calm:")[1]
+    assert "Tried in stale" not in text
+    assert "## Tuning" not in text_of(tmp_path, tune={})
