@@ -52,6 +52,18 @@ def learning_rates(experiment: Experiment) -> str:
     )
 
 
+def curves_say(experiment: Experiment) -> str:
+    """What the figures show."""
+    thinned = any(cell_run(experiment, cell).learner.skip_uniform for cell in cells(experiment))
+    entropy = "entropy leaves out rollouts whose advantage is 0 (`learner.skip_uniform`)"
+    return (
+        "In the figures bands are the same intervals. Alpha is the weight of the distillation, in the mean over the "
+        "batch; methods in which it is 0 throughout are not in its figure. Alpha and entropy at a point are means over "
+        f"the steps since the point before{f'; {entropy}' * thinned}. A run that diverged goes on with a pass rate of "
+        "0, and has no alpha or entropy from there."
+    )
+
+
 def _name(experiment: Experiment, cell: tuple[str, str]) -> str:
     """A method; with the setting if its learning rate is found in another."""
     setting, method = cell

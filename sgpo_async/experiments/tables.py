@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sgpo_async.config.experiment import Experiment
-from sgpo_async.experiments.captions import EDGE, FIGURES, conditions, learning_rates
+from sgpo_async.experiments.captions import EDGE, FIGURES, conditions, curves_say, learning_rates
 from sgpo_async.experiments.code_version import codes
-from sgpo_async.experiments.curves import best, completed, over_seeds, third
-from sgpo_async.experiments.figures import Curve, draw_curves
-from sgpo_async.experiments.plan import Result, at_the_edge, best_rates, cells, final, slug
+from sgpo_async.experiments.curves import best, completed, third
+from sgpo_async.experiments.drawings import draw_setting, remove_others
+from sgpo_async.experiments.plan import Result, at_the_edge, best_rates, cells, final
 from sgpo_async.experiments.statistics import Interval, interval
 from sgpo_async.experiments.tuning_table import tuning_tables
 from sgpo_async.metrics.files import write_whole
@@ -28,32 +28,34 @@ class Row(NamedTuple):
 
 
 def write_tables(experiment: Experiment, results: Mapping[str, Result], *, folder: Path) -> None:
-    """Write README.md and curves-*.svg into `folder`, of the trials that are there."""
+    """Write README.md and its figures into `folder`, of the trials that are there."""
     folder.mkdir(parents=True, exist_ok=True)
-    tables = _rows(experiment, results)
+    rates = best_rates(experiment, results)
+    tables = _rows(experiment, results, rates)
+    shown = [result for rows in tables.values() for row in rows for result in row.results]
     said = {setting: conditions(experiment, setting) for setting in experiment.settings}
     common = len(set(said.values())) == 1
     parts = [f"# {experiment.title or experiment.name}", *[*said.values()][:common]]
     parts.append(f"{FIGURES} {learning_rates(experiment)}")
+    parts += [curves_say(experiment)] * bool(shown)
     if len(experiment.settings) > 1:
         parts += ["Alone, at the end (test problems):", _overview(tables)]
+    drawn: dict[str, str] = {}
     for setting, rows in tables.items():
         parts += [f"## {setting}"] * bool(setting) + [said[setting]] * (not common) + [_table(rows)]
-        name = f"curves-{slug(setting)}.svg" if setting else "curves.svg"
-        if any(row.results for row in rows):
-            draw_curves(
-                [Curve(row.method, over_seeds(row.results, "auto")) for row in rows if row.results], folder / name
-            )
-            parts.append(f"![pass rate over rollouts]({name})")
-    parts += tuning_tables(experiment, results)
-    shown = [result for rows in tables.values() for row in rows for result in row.results]
+        figures = draw_setting(setting, {row.method: row.results for row in rows}, folder)
+        parts += [f"![{title}]({file})" for file, title in figures.items()]
+        drawn |= figures
+    parts += tuning_tables(experiment, results, rates)
     parts += [f"Code: {codes(shown)}."] * bool(shown)
     write_whole(folder / "README.md", "\n\n".join(parts) + "\n")
+    remove_others(drawn, folder)
 
 
-def _rows(experiment: Experiment, results: Mapping[str, Result]) -> dict[str, list[Row]]:
+def _rows(
+    experiment: Experiment, results: Mapping[str, Result], rates: Mapping[tuple[str, str], float | None]
+) -> dict[str, list[Row]]:
     """Setting -> a row for each method, in the order of the file."""
-    rates = best_rates(experiment, results)
     rows = {cell: Row(cell[1], "", []) for cell in cells(experiment)}
     for trial in final(experiment, rates):
         cell = trial.setting, trial.method

@@ -6,17 +6,26 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from sgpo_async.config.experiment import Experiment
-from sgpo_async.experiments.plan import Result, best_rates, cells, tuned, tuning_cell, tuning_scores
+from sgpo_async.experiments.plan import Result, cells, tuned, tuning_cell, tuning_scores
+
+Cell = tuple[str, str]
 
 
-def tuning_tables(experiment: Experiment, results: Mapping[str, Result]) -> list[str]:
-    """Its paragraphs and tables, one for each setting in which rates are tried; none if nothing is tuned."""
+def tuning_tables(
+    experiment: Experiment, results: Mapping[str, Result], rates: Mapping[Cell, float | None]
+) -> list[str]:
+    """Its paragraphs and tables, one for each setting in which rates are tried; none if nothing is tuned.
+
+    Args:
+        rates: the chosen ones, as of `best_rates`.
+    """
     tried = dict.fromkeys(tuning_cell(experiment, cell) for cell in cells(experiment) if tuned(experiment, cell))
     settings = dict.fromkeys(setting for setting, _ in tried)
     parts = ["## Tuning", _caption(experiment)] * bool(tried)
     for setting in settings:
         parts += [f"Tried in {setting}:"] * bool(setting)
-        parts.append(_table(experiment, results, [cell for cell in tried if cell[0] == setting]))
+        chosen = {cell: rates.get(cell) for cell in tried if cell[0] == setting}
+        parts.append(_table(experiment, results, chosen))
     return parts
 
 
@@ -30,12 +39,12 @@ def _caption(experiment: Experiment) -> str:
     )
 
 
-def _table(experiment: Experiment, results: Mapping[str, Result], tried: Sequence[tuple[str, str]]) -> str:
-    rates, best = sorted(set(experiment.tune.rates)), best_rates(experiment, results)
+def _table(experiment: Experiment, results: Mapping[str, Result], chosen: Mapping[Cell, float | None]) -> str:
+    rates = sorted(set(experiment.tune.rates))
     lines = [f"| method | {' | '.join(f'{rate:g}' for rate in rates)} |", f"|---|{'---|' * len(rates)}"]
-    for cell in tried:
+    for cell, best in chosen.items():
         scores = tuning_scores(experiment, cell, results)
-        shown = [_score(scores[rate], len(experiment.tune.seeds), chosen=rate == best.get(cell)) for rate in rates]
+        shown = [_score(scores[rate], len(experiment.tune.seeds), chosen=rate == best) for rate in rates]
         lines.append(f"| {cell[1]} | {' | '.join(shown)} |")
     return "\n".join(lines)
 

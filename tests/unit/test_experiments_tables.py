@@ -63,7 +63,21 @@ def test_tables_show_what_is_there(tmp_path: Path) -> None:
     assert "| method | calm | stale |" in text
     assert "| fixed | 65.0 ± 63.5 | – |" in text
     assert (tmp_path / "out" / "curves-calm.svg").stat().st_size > 1000
-    assert not (tmp_path / "out" / "curves-stale.svg").exists()
+    assert [path.name for path in (tmp_path / "out").glob("*.svg")] == ["curves-calm.svg"]  # no point has an entropy
+
+
+def test_tables_name_the_figures_that_are_there_and_leave_no_older_ones(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("curves-gone.svg", "alpha.svg", "own.svg"):
+        (out / name).write_text("<svg/>")
+    experiment = load_experiment(write(tmp_path, SMALL | {"settings": {}, "methods": {"SGPO": {"optim.lr": 1e-3}}}))
+    trials = final(experiment, {("", "SGPO"): None})
+    write_tables(experiment, {t.id: result(0.1, 0.2, alpha=0.0, entropy=0.3) for t in trials}, folder=out)
+    text = (out / "README.md").read_text()
+    assert "![pass rate over rollouts](curves.svg)\n\n![entropy over rollouts](entropy.svg)" in text
+    assert {path.name for path in out.glob("*.svg")} == {"curves.svg", "entropy.svg", "own.svg"}
+    assert "entropy leaves out" not in text
 
 
 def test_a_table_counts_a_run_that_diverged_in_every_column(tmp_path: Path) -> None:
