@@ -49,4 +49,5 @@ def test_a_folder_without_results_changes_nothing(docs: Path) -> None:
     assert done.stderr.endswith("out: has no results/*.json; nothing was changed\n")
     assert files_in(docs) == before
     assert collect(docs, "misspelt").returncode != 0
+    assert collect(docs, "docs").returncode != 0  # itself
     assert files_in(docs) == before

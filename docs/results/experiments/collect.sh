@@ -4,6 +4,7 @@
 set -euo pipefail
 out=$(realpath -- "${1:?collect.sh OUT}")
 cd "$(dirname "$0")"
+[ "$out" != "$(pwd -P)" ] || { echo "$out: is where this script collects; name the experiments' OUT" >&2; exit 1; }
 compgen -G "$out/results/*.json" >/dev/null || { echo "$out: has no results/*.json; nothing was changed" >&2; exit 1; }
 for name in methods density long staleness ablations; do
     rm -rf "$name"
