@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -25,12 +26,19 @@ def run(args: argparse.Namespace) -> int:
 
     for file in args.files:
         experiment = load_experiment(file)
-        rollouts = check_budget(experiment)
+        budgets = check_budget(experiment)
         count = len(cells(experiment)) * len(experiment.seeds)
-        print(f"{file}: {count} trials of {rollouts:,} rollouts each, {len(experiment.bases)} bases to make")
+        print(f"{file}: {count} trials of {_rollouts(budgets)}, {len(experiment.bases)} bases to make")
     if args.dry_run:
         return 0
     from sgpo_async.experiments import run_experiment
 
     limit_s = None if args.minutes is None else 60 * args.minutes
     return max(run_experiment(file, out=args.out, workers=args.workers, limit_s=limit_s) for file in args.files)
+
+
+def _rollouts(budgets: Mapping[str, int]) -> str:
+    """Of each trial; setting by setting where they differ."""
+    if len(set(budgets.values())) == 1:
+        return f"{next(iter(budgets.values())):,} rollouts each"
+    return ", ".join(f"{rollouts:,} rollouts each in {setting}" for setting, rollouts in budgets.items())

@@ -85,6 +85,14 @@ class Experiment:
             f"is one of the settings ({', '.join(sorted(settings))})",
             self.tune.setting,
         )
+        if self.tune.rates:
+            require(bool(self.tune.seeds), "tune.seeds", "names at least one", self.tune.seeds)
+            require(
+                not set(self.tune.seeds) & set(self.seeds),
+                "tune.seeds",
+                f"has none of seeds ({', '.join(map(str, self.seeds))}), which would judge a rate that they chose",
+                self.tune.seeds,
+            )
         for name, words in self.methods.items():
             for key, value in words.items():
                 require(

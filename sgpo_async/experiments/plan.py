@@ -67,7 +67,7 @@ def tuning(experiment: Experiment) -> list[Trial]:
     """One trial per cell, rate and tuning seed."""
     return [
         trial
-        for cell in dict.fromkeys(_tuning_cell(experiment, cell) for cell in cells(experiment))
+        for cell in dict.fromkeys(tuning_cell(experiment, cell) for cell in cells(experiment))
         if tuned(experiment, cell)
         for trials in _tried(experiment, cell).values()
         for trial in trials
@@ -84,14 +84,27 @@ def best_rates(experiment: Experiment, results: Mapping[str, Result]) -> dict[tu
         if not tuned(experiment, cell):
             chosen[cell] = None
             continue
-        tried = _tried(experiment, _tuning_cell(experiment, cell))
-        if all(trial.id in results for trials in tried.values() for trial in trials):
-            scores = {rate: fmean(validation(results[trial.id]) for trial in trials) for rate, trials in tried.items()}
-            chosen[cell] = max(sorted(scores), key=lambda rate: scores[rate])
+        scores = tuning_scores(experiment, cell, results)
+        if all(len(found) == len(experiment.tune.seeds) for found in scores.values()):
+            chosen[cell] = max(sorted(scores), key=lambda rate: fmean(scores[rate]))
     return chosen
 
 
-def _tuning_cell(experiment: Experiment, cell: tuple[str, str]) -> tuple[str, str]:
+def tuning_scores(
+    experiment: Experiment, cell: tuple[str, str], results: Mapping[str, Result]
+) -> dict[float, list[float]]:
+    """Rate -> validation pass rate of each tuning trial that is there, by which the rate of `cell` is chosen."""
+    tried = _tried(experiment, tuning_cell(experiment, cell))
+    return {rate: [validation(results[t.id]) for t in trials if t.id in results] for rate, trials in tried.items()}
+
+
+def at_the_edge(experiment: Experiment, rate: float | None) -> bool:
+    """Whether a chosen rate is the lowest or highest of several that were tried: a better one may lie beyond."""
+    rates = set(experiment.tune.rates)
+    return len(rates) > 1 and rate in (min(rates), max(rates))
+
+
+def tuning_cell(experiment: Experiment, cell: tuple[str, str]) -> tuple[str, str]:
     """Where the learning rate of `cell` is found."""
     return experiment.tune.setting or cell[0], cell[1]
 
@@ -117,22 +130,29 @@ def validation(result: Result) -> float:
     return fmean(point["auto"] for point in curve[-max(1, len(curve) // 4) :])
 
 
-def check_budget(experiment: Experiment) -> int:
-    """Rollouts that each trial is given to learn from; raises ConfigError unless it is the same for all.
+def check_budget(experiment: Experiment) -> dict[str, int]:
+    """Setting -> rollouts that each of its trials is given to learn from; raises ConfigError unless its methods agree.
 
-    Objectives that learn from demonstrations alone use none, and are left out.
+    Settings may differ: methods are compared within each. Objectives that learn from demonstrations alone use no
+    rollouts, and are left out.
     """
-    budgets = {}
-    for cell in cells(experiment):
-        run = experiment.run(experiment.words(experiment.keys(*cell)))
-        if run.algorithm.objective != "sft":
-            budgets[cell[1]] = budget(run)
+    return {setting: _budget_in(experiment, setting) for setting in experiment.settings}
+
+
+def _budget_in(experiment: Experiment, setting: str) -> int:
+    runs = {method: cell_run(experiment, (setting, method)) for method in experiment.methods}
+    budgets = {method: budget(run) for method, run in runs.items() if run.algorithm.objective != "sft"}
     first = next(iter(budgets.values()), 0)
+    there = f" in {setting}" if setting else ""
     for method, rollouts in budgets.items():
-        require(
-            rollouts == first, f"methods.{method}", f"has the sample budget of the others, {first} rollouts", rollouts
-        )
+        rule = f"has the sample budget of the others{there}, {first} rollouts"
+        require(rollouts == first, f"methods.{method}", rule, rollouts)
     return first
+
+
+def cell_run(experiment: Experiment, cell: tuple[str, str]) -> Run:
+    """The configuration of a cell, before a learning rate and a seed are chosen."""
+    return experiment.run(experiment.words(experiment.keys(*cell)))
 
 
 def budget(run: Run) -> int:

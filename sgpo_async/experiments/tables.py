@@ -4,101 +4,99 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from sgpo_async.config.experiment import Experiment
+from sgpo_async.experiments.captions import EDGE, FIGURES, conditions, curves_say, learning_rates
 from sgpo_async.experiments.code_version import codes
-from sgpo_async.experiments.figures import Curve, draw_curves
-from sgpo_async.experiments.plan import Result, best_rates, cells, check_budget, final, slug
+from sgpo_async.experiments.curves import best, completed, third
+from sgpo_async.experiments.drawings import draw_setting, remove_others
+from sgpo_async.experiments.plan import Result, at_the_edge, best_rates, cells, final
 from sgpo_async.experiments.statistics import Interval, interval
+from sgpo_async.experiments.tuning_table import tuning_tables
 from sgpo_async.metrics.files import write_whole
 
 Figure = Callable[[Result], float | None]
 
 
+class Row(NamedTuple):
+    """What a table says of one method."""
+
+    method: str
+    rate: str  # empty while it is not known
+    results: list[Result]
+
+
 def write_tables(experiment: Experiment, results: Mapping[str, Result], *, folder: Path) -> None:
-    """Write README.md and curves-*.svg into `folder`, of the trials that are there."""
+    """Write README.md and its figures into `folder`, of the trials that are there."""
     folder.mkdir(parents=True, exist_ok=True)
     rates = best_rates(experiment, results)
-    by_cell: dict[tuple[str, str], list[Result]] = {cell: [] for cell in cells(experiment)}
-    for trial in final(experiment, rates):
-        if trial.id in results:
-            by_cell[trial.setting, trial.method].append(results[trial.id])
-    parts = [f"# {experiment.title or experiment.name}", _budget(experiment)]
+    tables = _rows(experiment, results, rates)
+    shown = [result for rows in tables.values() for row in rows for result in row.results]
+    said = {setting: conditions(experiment, setting) for setting in experiment.settings}
+    common = len(set(said.values())) == 1
+    parts = [f"# {experiment.title or experiment.name}", *[*said.values()][:common]]
+    parts.append(f"{FIGURES} {learning_rates(experiment)}")
+    parts += [curves_say(experiment)] * bool(shown)
     if len(experiment.settings) > 1:
-        parts += ["Alone, at the end:", _overview(experiment, by_cell)]
-    for setting in experiment.settings:
-        rows = [(method, by_cell[setting, method]) for method in experiment.methods]
-        parts += [f"## {setting}"] * bool(setting) + [_table(rows)]
-        name = f"curves-{slug(setting)}.svg" if setting else "curves.svg"
-        if any(found for _, found in rows):
-            draw_curves([curve_of(method, found) for method, found in rows if found], folder / name)
-            parts.append(f"![pass rate over rollouts]({name})")
-    shown = [result for found in by_cell.values() for result in found]
+        parts += ["Alone, at the end (test problems):", _overview(tables)]
+    drawn: dict[str, str] = {}
+    for setting, rows in tables.items():
+        parts += [f"## {setting}"] * bool(setting) + [said[setting]] * (not common) + [_table(rows)]
+        figures = draw_setting(setting, {row.method: row.results for row in rows}, folder)
+        parts += [f"![{title}]({file})" for file, title in figures.items()]
+        drawn |= figures
+    parts += tuning_tables(experiment, results, rates)
     parts += [f"Code: {codes(shown)}."] * bool(shown)
     write_whole(folder / "README.md", "\n\n".join(parts) + "\n")
+    remove_others(drawn, folder)
 
 
-def _budget(experiment: Experiment) -> str:
-    run = experiment.run(experiment.words(experiment.keys(*cells(experiment)[0])))
-    return (
-        f"{check_budget(experiment):,} rollouts for each trial ({run.steps} steps of {run.learner.problems_per_step} "
-        "problems). Mean ± half of the 95 % interval (Student's t) over n seeds, in per cent of "
-        f"{run.tasks.held_out} test problems, sampled at T = 1. Learning rates were chosen on other problems, with "
-        "other seeds."
-    )
+def _rows(
+    experiment: Experiment, results: Mapping[str, Result], rates: Mapping[tuple[str, str], float | None]
+) -> dict[str, list[Row]]:
+    """Setting -> a row for each method, in the order of the file."""
+    rows = {cell: Row(cell[1], "", []) for cell in cells(experiment)}
+    for trial in final(experiment, rates):
+        cell = trial.setting, trial.method
+        mark = f" {EDGE}" if at_the_edge(experiment, rates[cell]) else ""
+        rows[cell] = rows[cell]._replace(rate=f"{trial.rate:g}{mark}")
+        if trial.id in results:
+            rows[cell].results.append(completed(results[trial.id], experiment.run(trial.words)))
+    return {setting: [rows[setting, method] for method in experiment.methods] for setting in experiment.settings}
 
 
-def _overview(experiment: Experiment, by_cell: Mapping[tuple[str, str], Sequence[Result]]) -> str:
+def _overview(tables: Mapping[str, Sequence[Row]]) -> str:
     """Methods against settings."""
-    lines = [f"| method | {' | '.join(experiment.settings)} |", f"|---|{'---|' * len(experiment.settings)}"]
-    for method in experiment.methods:
-        cells_of = [_cell([_at_the_end(r) for r in by_cell[setting, method]]) for setting in experiment.settings]
-        lines.append(f"| {method} | {' | '.join(cells_of)} |")
+    lines = [f"| method | {' | '.join(tables)} |", f"|---|{'---|' * len(tables)}"]
+    for rows in zip(*tables.values(), strict=True):
+        figures = [_cell([_at_the_end(result) for result in row.results]) for row in rows]
+        lines.append(f"| {rows[0].method} | {' | '.join(figures)} |")
     return "\n".join(lines)
 
 
-def _table(rows: Sequence[tuple[str, Sequence[Result]]]) -> str:
+def _table(rows: Sequence[Row]) -> str:
     columns: dict[str, Figure] = {
-        "alone, at the end": _at_the_end,
-        "alone, a third": third,
-        "alone, best": lambda result: max(point["auto"] for point in result["curve"]),
-        "guided, at the end": lambda result: result["test"]["guided"],
+        "alone, at the end (test)": _at_the_end,
+        "alone, a third of the way (validation)": third,
+        "alone, best (validation)": best,
+        "guided, at the end (test)": lambda result: result["test"]["guided"],
     }
     lines = [
         f"| method | lr | n | {' | '.join(columns)} | diverged |",
         f"|---|---|---|{'---|' * (len(columns) + 1)}",
     ]
-    for method, results in rows:
+    for method, rate, results in rows:
         figures = [_cell([figure(result) for result in results]) for figure in columns.values()]
-        lr = ", ".join(sorted({f"{result['rate']:g}" for result in results}))
         diverged = sum(result["diverged"] is not None for result in results)
-        lines.append(f"| {method} | {lr} | {len(results)} | {' | '.join(figures)} | {diverged or ''} |")
+        lines.append(f"| {method} | {rate} | {len(results)} | {' | '.join(figures)} | {diverged or ''} |")
+    if any(EDGE in row.rate for row in rows):
+        lines += ["", f"{EDGE}: the lowest or highest of the rates that were tried; a better one may lie beyond."]
     return "\n".join(lines)
 
 
 def _at_the_end(result: Result) -> float:
     return float(result["test"]["auto"])
-
-
-def third(result: Result) -> float:
-    """Validation pass rate at a third of the rollouts, on the straight line between the points around it."""
-    curve = result["curve"]
-    at = result["steps"] / 3
-    before = max((point for point in curve if point["step"] <= at), key=lambda point: point["step"])
-    after = min((point for point in curve if point["step"] >= at), key=lambda point: point["step"], default=before)
-    span = after["step"] - before["step"]
-    share = (at - before["step"]) / span if span else 0.0
-    return float(before["auto"] + share * (after["auto"] - before["auto"]))
-
-
-def curve_of(method: str, results: Sequence[Result]) -> Curve:
-    """Mean and interval of the validation pass rate at each point that all results have."""
-    common = set.intersection(*({point["step"] for point in result["curve"]} for result in results))
-    points = []
-    for step in sorted(common):
-        at = [next(point for point in result["curve"] if point["step"] == step) for result in results]
-        points.append((at[0]["rollouts"], interval([point["auto"] for point in at])))
-    return Curve(method, points)
 
 
 def _cell(values: Sequence[float | None]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -121,6 +122,8 @@ def test_an_experiment_killed_in_the_middle_goes_on_and_repeats_nothing(tmp_path
     assert warm["pass_rates"].keys() == {"auto", "guided"}
     assert warm["recipe"]["trained"]["steps"] == 1
     table = (folder / "README.md").read_text()
-    assert table.count("| SGPO |") == 3  # the overview, and a table for each setting
+    assert table.count("| SGPO |") == 5  # the overview, and for each setting a table and what its rates scored
     assert table.count("| 2 |") == 4
-    assert {path.name for path in folder.glob("*.svg")} == {"curves-plain.svg", "curves-sparse.svg"}
+    figures = {path.name for path in folder.glob("*.svg")}
+    assert figures == set(re.findall(r"\]\((.*?\.svg)\)", table))
+    assert figures >= {f"{kind}-{setting}.svg" for kind in ("curves", "entropy") for setting in ("plain", "sparse")}

@@ -1,59 +1,22 @@
-"""Experiment files, the trials they lead to, tuned rates, intervals and tables: all without a process."""
+"""Experiment files, the trials they lead to and tuned rates: all without a process."""
 
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from experiment_support import SMALL, result, write
 
 from sgpo_async.config.experiment import load_experiment
 from sgpo_async.errors import ConfigError
 from sgpo_async.experiments.plan import base_levels, best_rates, cells, check_budget, final, tuning, validation
-from sgpo_async.experiments.statistics import interval
-from sgpo_async.experiments.tables import third, write_tables
 
 SHIPPED = sorted(Path("configs/experiments").glob("*.yaml"))
-
-SMALL: dict[str, Any] = {
-    "name": "small",
-    "config": "run.yaml",
-    "common": {"steps": 6, "local.ranks": 1},
-    "settings": {"calm": {}, "stale": {"hub.max_lag": 4}},
-    "methods": {
-        "SGPO": {},
-        "GRPO": {"algorithm.objective": "grpo", "rollout.autonomous": 12, "rollout.guided": 0},
-        "fixed": {"optim.lr": {"calm": 1e-3, "stale": 2e-3}},
-    },
-    "seeds": [0, 1],
-    "tune": {"rates": [1e-4, 1e-3], "seeds": [7, 8]},
-}
-
-
-def write(folder: Path, content: dict[str, Any]) -> Path:
-    (folder / "run.yaml").write_text("optim: {lr: 5.0e-4}\n")
-    path = folder / "small.yaml"
-    path.write_text(yaml.safe_dump(content))
-    return path
-
-
-def result(*rates: float, diverged: int | None = None) -> dict[str, Any]:
-    curve = [{"step": 2 * i, "rollouts": 24 * i, "auto": rate, "guided": 1.0} for i, rate in enumerate(rates)]
-    return {
-        "curve": curve,
-        "diverged": diverged,
-        "steps": 2 * (len(rates) - 1),
-        "rate": 1e-3,
-        "version": "0.1.0",
-        "commit": None,
-        "test": {"auto": rates[-1], "guided": 1.0},
-    }
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_experiment_is_whole_and_fair(path: Path) -> None:
     experiment = load_experiment(path)
-    assert check_budget(experiment) > 0
+    assert min(check_budget(experiment).values()) > 0
     assert len({trial.id for trial in tuning(experiment)}) == len(tuning(experiment))
     assert {name for level in base_levels(experiment) for name in level} == set(experiment.bases)
 
@@ -94,7 +57,11 @@ def test_rates_may_be_found_in_one_setting_for_all(tmp_path: Path) -> None:
 
 def test_what_two_experiments_have_in_common_is_one_trial(tmp_path: Path) -> None:
     one = load_experiment(write(tmp_path, SMALL))
-    moved = SMALL | {"common": {"local.ranks": 1}, "settings": {"quiet": {"steps": 6}}, "methods": {"ours": {}}}
+    moved = SMALL | {
+        "common": {"local.ranks": 1, "evaluation.every": 2},
+        "settings": {"quiet": {"steps": 6}},
+        "methods": {"ours": {}},
+    }
     other = load_experiment(write(tmp_path, moved))
     assert {t.id for t in tuning(other)} < {t.id for t in tuning(one)}
 
@@ -113,8 +80,27 @@ def test_final_trials_use_the_rates_and_share_nothing_with_tuning(tmp_path: Path
 
 def test_a_method_with_more_samples_is_refused(tmp_path: Path) -> None:
     greedy = SMALL | {"methods": SMALL["methods"] | {"greedy": {"rollout.autonomous": 20}}}
-    with pytest.raises(ConfigError, match=r"methods\.greedy: has the sample budget of the others, 1152 rollouts"):
+    with pytest.raises(ConfigError, match=r"methods\.greedy: has the .* of the others in calm, 1152 rollouts"):
         check_budget(load_experiment(write(tmp_path, greedy)))
+    alone = greedy | {"settings": {}, "methods": {"SGPO": {}, "greedy": {"rollout.autonomous": 20}}}
+    with pytest.raises(ConfigError, match=r"methods\.greedy: has the sample budget of the others, 1152 rollouts"):
+        check_budget(load_experiment(write(tmp_path, alone)))
+
+
+@pytest.mark.parametrize("greedy_in", ["calm", "stale"])
+def test_more_samples_in_one_setting_alone_are_refused(tmp_path: Path, greedy_in: str) -> None:
+    autonomous = {"calm": 12, "stale": 12} | {greedy_in: 96}
+    greedy = SMALL | {
+        "methods": SMALL["methods"] | {"GRPO": SMALL["methods"]["GRPO"] | {"rollout.autonomous": autonomous}}
+    }
+    rule = rf"methods\.GRPO: has the sample budget of the others in {greedy_in}, 1152 rollouts, got 9216"
+    with pytest.raises(ConfigError, match=rule):
+        check_budget(load_experiment(write(tmp_path, greedy)))
+
+
+def test_settings_may_have_budgets_of_their_own(tmp_path: Path) -> None:
+    longer = SMALL | {"settings": {"calm": {}, "stale": {"steps": 12}}}
+    assert check_budget(load_experiment(write(tmp_path, longer))) == {"calm": 1152, "stale": 2304}
 
 
 @pytest.mark.parametrize(
@@ -129,6 +115,8 @@ def test_a_method_with_more_samples_is_refused(tmp_path: Path) -> None:
         ({"methods": {"SGPO": {"model.path": "base:none"}}}, "model.path: names one of the bases"),
         ({"bases": {"warm": {"start": "base:none"}}}, r"bases\.warm\.start: names another base"),
         ({"seeds": []}, "seeds: names at least one"),
+        ({"tune": {"rates": [1e-3], "seeds": [1, 7]}}, r"tune\.seeds: has none of seeds \(0, 1\), .*, got \[1, 7\]"),
+        ({"tune": {"rates": [1e-3], "seeds": []}}, r"tune\.seeds: names at least one"),
         ({"tune": {"setting": "cold"}}, r"tune\.setting: is one of the settings \(calm, stale\)"),
     ],
 )
@@ -156,28 +144,3 @@ def test_a_rate_is_judged_by_the_end_of_its_curve() -> None:
     assert validation(result(0.0, 0.9, 0.2, 0.1)) == pytest.approx(0.1)
     assert validation(result(0.0, 0.9, 0.2, 0.1, 0.5, 0.5, 0.2, 0.4)) == pytest.approx(0.3)
     assert validation(result(0.0, 0.9, diverged=1)) == 0.0
-
-
-def test_a_third_of_the_way_lies_between_points() -> None:
-    assert third(result(0.0, 0.3, 0.6, 0.9)) == pytest.approx(0.3)
-    assert third(result(0.0, 0.4, 0.8)) == pytest.approx(0.4 * 2 / 3)
-
-
-def test_interval_is_students() -> None:
-    # Worked by hand: mean 3, standard deviation sqrt(2.5), t(4) = 2.776.
-    assert interval([1, 2, 3, 4, 5]) == (3, pytest.approx(2.776 * math.sqrt(2.5) / math.sqrt(5)), 5)
-    assert interval([0.5]) == (0.5, None, 1)
-
-
-def test_tables_show_what_is_there(tmp_path: Path) -> None:
-    experiment = load_experiment(write(tmp_path, SMALL))
-    trials = [t for t in final(experiment, {("calm", "fixed"): None})]
-    write_tables(experiment, {t.id: result(0.0, 0.5, 0.6 + 0.1 * t.seed) for t in trials}, folder=tmp_path / "out")
-    text = (tmp_path / "out" / "README.md").read_text()
-    assert "| fixed | 0.001 | 2 | 65.0 ± 63.5 |" in text  # t(1) = 12.706, deviation 0.0707
-    assert "| SGPO |  | 0 | – |" in text
-    assert text.endswith("\n\nCode: 0.1.0, commit unknown.\n")
-    assert "| method | calm | stale |" in text
-    assert "| fixed | 65.0 ± 63.5 | – |" in text
-    assert (tmp_path / "out" / "curves-calm.svg").stat().st_size > 1000
-    assert not (tmp_path / "out" / "curves-stale.svg").exists()

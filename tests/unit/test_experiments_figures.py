@@ -1,0 +1,82 @@
+"""Which curves share a figure, in which colours, and that figures are drawn."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from experiment_support import result
+
+from sgpo_async.experiments import drawings
+from sgpo_async.experiments.drawings import draw_setting
+from sgpo_async.experiments.figures import COLOURS, MOST, Panel, parts
+
+TWO_SEEDS = [result(0.1, 0.4, 0.9, alpha=0.5, entropy=0.2), result(0.2, 0.5, 0.7, alpha=0.3, entropy=0.1)]
+WITHOUT_ALPHA = [result(0.1, 0.2, alpha=0.0, entropy=0.2)]
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Panel]]:
+    """File -> its panels; nothing is drawn."""
+    figures: dict[str, list[Panel]] = {}
+    monkeypatch.setattr(drawings, "draw", lambda panels, path: figures.update({path.name: panels}))
+    return figures
+
+
+def test_at_most_twelve_methods_share_a_figure_and_none_is_lost() -> None:
+    assert len(set(COLOURS)) == MOST == 12
+    for count in (1, 12, 13, 23, 24, 25, 40):
+        methods = [f"method {number}" for number in range(count)]
+        groups = parts(methods)
+        assert [name for group in groups for name in group] == methods
+        assert len(groups) == -(-count // 12)
+        assert max(map(len, groups)) <= 12
+    assert [len(group) for group in parts([""] * 13)] == [7, 6]
+
+
+def test_many_methods_are_split_in_order_and_keep_their_colours(drawn: dict[str, list[Panel]], tmp_path: Path) -> None:
+    methods: dict[str, Any] = {f"m{n}": TWO_SEEDS if n % 2 else WITHOUT_ALPHA for n in range(24)}
+    written = draw_setting("At 2 %", methods, tmp_path)
+    kinds = ("curves", "alpha", "entropy")
+    assert [*written] == [*drawn] == [f"{kind}-at-2-{part}.svg" for kind in kinds for part in (1, 2)]
+    for file, panels in drawn.items():
+        first = 12 if file.endswith("-2.svg") else 0
+        step = 2 if file.startswith("alpha") else 1
+        for panel in panels:
+            expected = [(f"m{n}", n - first) for n in range(first + step - 1, first + 12, step)]
+            assert [(curve.name, curve.place) for curve in panel.curves] == expected
+
+
+def test_alpha_stands_beside_the_pass_rate_of_the_same_methods(drawn: dict[str, list[Panel]], tmp_path: Path) -> None:
+    draw_setting("", {"SGPO": TWO_SEEDS, "GRPO": WITHOUT_ALPHA, "later": []}, tmp_path)
+    assert [*drawn] == ["curves.svg", "alpha.svg", "entropy.svg"]
+    rate, alpha = drawn["alpha.svg"]
+    assert (rate.label, alpha.label) == ("validation pass rate alone, %", "mean alpha")
+    assert [[curve.name for curve in panel.curves] for panel in (rate, alpha)] == [["SGPO"], ["SGPO"]]
+    assert [(at, found.mean) for at, found in alpha.curves[0].points] == [(384, 0.4), (768, 0.4)]
+    assert [[curve.name for curve in panel.curves] for panel in drawn["curves.svg"]] == [["SGPO", "GRPO"]]
+    assert drawn["entropy.svg"][0].label == "entropy, nats per token"
+
+
+def test_pass_rates_of_0_are_drawn_and_alphas_of_0_are_not(drawn: dict[str, list[Panel]], tmp_path: Path) -> None:
+    draw_setting("", {"lost": [result(0.0, 0.0, alpha=0.0)]}, tmp_path)
+    assert [*drawn] == ["curves.svg"]
+
+
+def test_figures_say_what_they_show_and_repeat_themselves(tmp_path: Path) -> None:
+    text, again = ({}, {})
+    for found in (text, again):
+        draw_setting("", {"SGPO": TWO_SEEDS, "GRPO": WITHOUT_ALPHA}, tmp_path)
+        found |= {path.name: path.read_text() for path in tmp_path.glob("*.svg")}
+    assert text == again
+    # Matplotlib writes letters as outlines, with the text itself in a comment.
+    assert {"validation pass rate alone, %", "mean alpha", "rollouts generated", "SGPO"} <= comments(text["alpha.svg"])
+    assert "GRPO" not in comments(text["alpha.svg"])
+    assert {"entropy, nats per token", "SGPO", "GRPO"} <= comments(text["entropy.svg"])
+    for file, place in {("curves.svg", 0), ("curves.svg", 1), ("alpha.svg", 0), ("entropy.svg", 0), ("entropy.svg", 1)}:
+        assert COLOURS[place] in text[file]
+    assert COLOURS[1] not in text["alpha.svg"]
+
+
+def comments(svg: str) -> set[str]:
+    return set(re.findall(r"<!-- (.*?) -->", svg))
