@@ -63,20 +63,23 @@ class TopGuide(NamedTuple):
         return d, self.log_targets.to(d.dtype)
 
 
-def top_guide(rollouts: Sequence[Rollout], *, kind: str, device: torch.device) -> TopGuide:
+def top_guide(rollouts: Sequence[Rollout], *, k: int, kind: str, device: torch.device) -> TopGuide:
     """The guide of these targets, one after another. Raises DataError if they were sampled for another teacher."""
-    tokens, log_p = [], []
     for rollout in rollouts:
-        if rollout.top_tokens is None or rollout.top_logprobs is None:
+        told = 0 if rollout.top_tokens is None else len(rollout.top_tokens) // len(rollout.tokens)
+        if told != k:
             raise DataError(
-                f"task {rollout.task}: its guided rollouts came without likely tokens, so that algorithm.teacher="
-                f"behaviour cannot be taken up in the middle of a run; go on with the teacher that it began with"
+                f"task {rollout.task}: its guided rollouts came with {told} likely tokens at each place, and {k} "
+                f"teach; go on with the algorithm.teacher and teacher_top_k that the run began with"
             )
-        tokens.append(rollout.top_tokens.reshape(len(rollout.tokens), -1))
-        log_p.append(rollout.top_logprobs.reshape(len(rollout.tokens), -1))
-    return TopGuide(
-        torch.from_numpy(np.concatenate(tokens)).to(device, torch.int64),
-        torch.from_numpy(np.concatenate(log_p)).to(device),
-        torch.from_numpy(np.concatenate([rollout.logprobs for rollout in rollouts])).to(device),
-        kind,
+    tokens, log_p = (
+        _joined([getattr(rollout, name) for rollout in rollouts]) for name in ("top_tokens", "top_logprobs")
     )
+    log_targets = _joined([rollout.logprobs for rollout in rollouts])
+    return TopGuide(
+        tokens.view(-1, k).to(device, torch.int64), log_p.view(-1, k).to(device), log_targets.to(device), kind
+    )
+
+
+def _joined(arrays: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(arrays))

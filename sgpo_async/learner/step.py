@@ -160,7 +160,8 @@ class Stepper:
         if not targets:
             return None
         if algorithm.teacher == "behaviour":
-            return top_guide([item.rollout for item in targets], kind=algorithm.divergence, device=self._device)
+            rollouts, k = [item.rollout for item in targets], algorithm.top_logprobs_num
+            return top_guide(rollouts, k=k, kind=algorithm.divergence, device=self._device)
         return HiddenGuide(torch.cat(states), self.teacher.matrix, algorithm.divergence)
 
     def _synchronise(self, last: bool) -> None:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from transformers.utils import logging
 
-from sgpo_async.config.schema import Run
+from sgpo_async.config.schema import Run, require
 from sgpo_async.engines.pretrained import load_model
 from sgpo_async.learner import checkpoint, optimiser
 from sgpo_async.learner.checkpoint import Saved
@@ -200,6 +200,8 @@ class Trainer:
 def build(run: Run, mesh: DeviceMesh, source: ProblemSource | None = None) -> tuple[Stepper, str]:
     """The sharded policy with its optimiser and teacher, and the fingerprint of its tokenizer.
 
+    Raises ConfigError or DataError if the model cannot be trained as `run` says.
+
     Args:
         source: of the training problems, whose responses some objectives train on; by default the run's own.
     """
@@ -208,6 +210,8 @@ def build(run: Run, mesh: DeviceMesh, source: ProblemSource | None = None) -> tu
     fingerprint = tokenizer_fingerprint(tokenizer)
     policy = _load(folder)
     check_model(policy)
+    words, asked = policy.head.shape[0], run.algorithm.top_logprobs_num
+    require(asked < words, "algorithm.teacher_top_k", f"is below the {words} tokens of the vocabulary", asked)
     if run.learner.recompute:
         recompute(policy)
     shard(policy, mesh, precision=run.learner.precision)

@@ -52,7 +52,7 @@ def settings(*, ranks: int = 1, row_tokens: int = 40, temperature: float = 1.0, 
     return Run(
         steps=8,
         rollout=Sizes(autonomous=4, guided=3, temperature=temperature),
-        algorithm=Algorithm(**(PAPER | algorithm)),
+        algorithm=Algorithm(**(PAPER | {"teacher_top_k": TOP} | algorithm)),
         optim=Optim(lr=1e-2, warmup_steps=2),
         learner=Learner(problems_per_step=4, row_tokens=row_tokens),
         hub=Hub(max_lag=2),

@@ -11,10 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 from sgpo_async.config.schema import Correction, Run
-from sgpo_async.errors import DataError
+from sgpo_async.errors import ConfigError, DataError
 from sgpo_async.learner.objectives import OBJECTIVES
+from sgpo_async.learner.train import build
 from sgpo_async.wire.records import Rollout
 from tests.reference import learner_cases as cases
 from tests.reference import objectives as reference
@@ -155,8 +157,18 @@ def test_a_gate_on_the_guided_pass_rate() -> None:
 def test_a_behaviour_policy_that_told_nothing_cannot_teach() -> None:
     """Rollouts of a checkpoint that was made under another teacher."""
     bare = [[replace(r, top_tokens=None, top_logprobs=None) for r in group] for group in cases.groups()]
-    with pytest.raises(DataError, match=r"task \d: .* algorithm\.teacher=behaviour cannot be taken up"):
+    with pytest.raises(DataError, match=r"task \d: .* 0 likely tokens at each place, and 3 teach; go on with the"):
         gradients(cases.settings(teacher="behaviour"), bare)
+    with pytest.raises(DataError, match=r"task \d: .* 3 likely tokens at each place, and 4 teach"):
+        gradients(cases.settings(teacher="behaviour", teacher_top_k=4), cases.groups())
+
+
+def test_more_likely_tokens_than_there_are_are_refused_at_the_start() -> None:
+    run = cases.settings(teacher="behaviour", teacher_top_k=5000)
+    with pytest.raises(
+        ConfigError, match=r"algorithm\.teacher_top_k: is below the \d+ tokens of the vocabulary, got 5000"
+    ):
+        build(run, init_device_mesh("cpu", (1,)))
 
 
 def test_a_behaviour_policy_teaches_without_a_forward() -> None:
