@@ -15,8 +15,7 @@ import numpy as np
 from sgpo_async.hub.figures import lag, mean_of_known
 from sgpo_async.hub.leases import Book
 from sgpo_async.hub.work import Group
-from sgpo_async.metrics.problems import ProblemResult
-from sgpo_async.metrics.problems import summarise as summarise_problems
+from sgpo_async.metrics.problems import ProblemResult, summarise
 from sgpo_async.tasks.base import Problem
 from sgpo_async.tasks.benchmarks import Benchmark
 from sgpo_async.tasks.curriculum import Curriculum
@@ -85,13 +84,13 @@ class Evaluation:
     def _end(self, learner_version: int) -> Evaluated:
         assert self.current is not None
         groups = self.book.train(list(self.book.complete))
-        result = summarise(groups, asked=self.current, learner_version=learner_version, curriculum=self.curriculum)
+        result = evaluated(groups, asked=self.current, learner_version=learner_version, curriculum=self.curriculum)
         self.results.append(result)
         self.current = None
         return result
 
 
-def summarise(groups: Sequence[Group], *, asked: int, learner_version: int, curriculum: Curriculum) -> Evaluated:
+def evaluated(groups: Sequence[Group], *, asked: int, learner_version: int, curriculum: Curriculum) -> Evaluated:
     """Mean pass rates over problems; `pass_guided` over held-out ones that have a strategy, 0 if none has."""
     of = [curriculum.benchmark(group.number) for group in groups]
     held_out = [group for group, benchmark in zip(groups, of, strict=True) if benchmark is None]
@@ -114,7 +113,7 @@ def summarise(groups: Sequence[Group], *, asked: int, learner_version: int, curr
 def score(benchmark: Benchmark, groups: Sequence[Group], curriculum: Curriculum) -> BenchmarkScore:
     """The figures of a benchmark over the problems that could be served, as `sgpo-async evaluate` works them out."""
     results = [_result(curriculum.task(group.number).problem, group) for group in groups]
-    found = summarise_problems(results, resamples=RESAMPLES) if results else {}
+    found = summarise(results, resamples=RESAMPLES) if results else {}
     avg = found.get("avg") or dict.fromkeys(("mean", "low", "high"))
     return BenchmarkScore(
         name=benchmark.name,
