@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 
@@ -34,7 +34,7 @@ class Evaluation:
         self.asked: deque[int] = deque()  # versions whose round has not begun
         self.current: int | None = None  # version of the round that runs
         self.begun = 0  # rounds
-        self.results: list[Evaluated] = []
+        self.results: list[Evaluated] = []  # once delivered, without problems
 
     @property
     def problems(self) -> int:
@@ -47,6 +47,10 @@ class Evaluation:
         if not done and version != self.current and version not in self.asked:
             self.asked.append(version)
         return done[0] if done else None
+
+    def delivered(self, version: int) -> None:
+        """Keep the figures of this round alone: the learner has its problems, which checkpoints need not carry."""
+        self.results = [without_problems(one) if one.version == version else one for one in self.results]
 
     def advance(self, version: int) -> Evaluated | None:
         """End the round that is complete and return its result; begin the next one if none runs.
@@ -108,6 +112,11 @@ def evaluated(groups: Sequence[Group], *, asked: int, learner_version: int, curr
             for benchmark in curriculum.benchmarks
         ),
     )
+
+
+def without_problems(result: Evaluated) -> Evaluated:
+    """All but what became of each problem of its benchmarks."""
+    return replace(result, benchmarks=tuple(replace(score, results={}) for score in result.benchmarks))
 
 
 def score(benchmark: Benchmark, groups: Sequence[Group], curriculum: Curriculum) -> BenchmarkScore:

@@ -1,8 +1,11 @@
 """Learning rate, progress and what becomes of it in the summary."""
 
 import math
+from collections import deque
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -11,6 +14,7 @@ from sgpo_async.evaluation.compare import compare_folders
 from sgpo_async.learner.optimiser import learning_rate
 from sgpo_async.learner.progress import Progress
 from sgpo_async.learner.rounds import forget_rounds, write_round
+from sgpo_async.learner.train import Trainer
 from sgpo_async.metrics.problems import ProblemResult, summarise
 from sgpo_async.wire.records import BenchmarkScore, Evaluated
 
@@ -125,3 +129,20 @@ def test_rounds_are_compared_as_evaluations_are(tmp_path: Path) -> None:
     assert (sums.k, sums.pass_a, sums.pass_b) == (4, 1.0, pytest.approx(2 / 3))
     forget_rounds(run)
     assert not rounds.exists()
+
+
+def test_a_round_that_comes_before_the_state_is_on_disk_before_the_checkpoint(tmp_path: Path) -> None:
+    """The hub has sent it and keeps its problems no longer: a learner that dies now would have lost them."""
+    evaluations: deque[Evaluated] = deque()
+
+    def snapshot(step: int) -> bytes:
+        evaluations.append(round_of(8, 0, 2, 4))
+        return f"at {step}".encode()
+
+    hub: Any = SimpleNamespace(evaluations=evaluations, snapshot=snapshot)
+    nothing: Any = None
+    run = Run(out=str(tmp_path))
+    trainer = Trainer(run, hub, nothing, nothing, Progress(step=9), base=0, metrics=None, alarm=nothing)
+    assert trainer._hub_state() == b"at 9"
+    assert (tmp_path / "run" / "benchmarks" / "8" / "summary.json").exists()
+    assert len(evaluations) == 1, "the next line of the metrics takes it"
