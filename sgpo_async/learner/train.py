@@ -120,6 +120,8 @@ class Trainer:
         metrics = MetricsWriter(run.folder, resume_from=progress.step) if lead else None
         if lead and not progress.step:
             forget_rounds(run)
+        elif lead and progress.version is not None:
+            forget_rounds(run, above=progress.version)
         alarm = Alarm(bound_for(run, learner_bfloat16=in_bfloat16(run.learner.precision, mesh)))
         return cls(run, hub, stepper, publisher, progress, version - progress.step, metrics, alarm)
 
@@ -185,6 +187,7 @@ class Trainer:
 
     def _checkpoint(self) -> None:
         state = self._hub_state() if self.metrics else b""
+        self.progress.version = self.version
         folder = Path(self.run.folder) / "checkpoints"
         checkpoint.save(
             folder,

@@ -128,7 +128,17 @@ def test_rounds_are_compared_as_evaluations_are(tmp_path: Path) -> None:
     assert (sums.avg_a, sums.avg_b, sums.paired.better, sums.paired.worse) == (pytest.approx(10 / 12), 0.5, 2, 0)
     assert (sums.k, sums.pass_a, sums.pass_b) == (4, 1.0, pytest.approx(2 / 3))
     forget_rounds(run)
-    assert not rounds.exists()
+    assert not list(rounds.iterdir())
+
+
+def test_rounds_of_a_life_that_was_given_up_are_removed(tmp_path: Path) -> None:
+    """Versions by number: 12 is above 9."""
+    run = Run(out=str(tmp_path))
+    forget_rounds(run, above=9)  # there is no folder yet
+    for version in (0, 8, 9, 12, 100):
+        write_round(run, round_of(version, 0, 2, 4))
+    forget_rounds(run, above=9)
+    assert {folder.name for folder in (tmp_path / "run" / "benchmarks").iterdir()} == {"0", "8", "9"}
 
 
 def test_a_round_that_comes_before_the_state_is_on_disk_before_the_checkpoint(tmp_path: Path) -> None:
