@@ -60,6 +60,9 @@ def comparison(a: Path, b: Path, found: Comparisons) -> Iterator[RenderableType]
         values = [_points(one.pass_a), _points(one.pass_b), _change(one.pass_difference)]
         table.add_row(f"  {paired.better} / {paired.worse} of {paired.problems}", f"pass@{one.k}", *values, "")
     yield table
+    for name, one in found.benchmarks.items():
+        if one.left_out_a or one.left_out_b:
+            yield f"{name}: left out, for the other lacks them: {one.left_out_a} problems of A, {one.left_out_b} of B."
     yield BOOTSTRAP
     yield "p: exact sign-flip test on avg@k, two-sided."
     yield "x / y of n: of n problems A solves x more often than B, and y less often."

@@ -17,6 +17,7 @@ from sgpo_async.report.figures import NONE, clock, number, percent
 BARS = "▁▂▃▄▅▆▇█"
 NOTES = 4  # lines, less those of benchmarks
 BENCHMARK = 40  # columns that a benchmark's score may take
+ESTIMATE = 24  # ... of which its figures at their widest, "100.0 % [100.0, 100.0]", with the gap before them
 STYLES = {"serving": "green", "restarting": "yellow", "failed": "red", "lost": "red"}
 
 
@@ -87,7 +88,7 @@ def _benchmarks(scores: Sequence[Mapping[str, Any]], width: int) -> RenderableTy
     grid = Table.grid(padding=(0, 2, 0, 0), expand=False)
     beside = _beside(width)
     for _ in range(beside):
-        grid.add_column(style="dim", no_wrap=True, overflow="ellipsis", max_width=BENCHMARK - 24)
+        grid.add_column(style="dim", no_wrap=True, overflow="ellipsis", max_width=BENCHMARK - ESTIMATE)
         grid.add_column(no_wrap=True)
     cells = [cell for score in scores for cell in (f"{score['name']}@{score['samples']}", _estimate(score))]
     for first in range(0, len(cells), 2 * beside):

@@ -1,4 +1,7 @@
-"""Two evaluations of the same problems: a - b, problem by problem."""
+"""Two evaluations of the same problems: a - b, problem by problem.
+
+What only one of them has is left out and counted: a fleet leaves out problems that no actor could serve.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,8 @@ class Comparison:
     pass_a: float
     pass_b: float
     pass_difference: Interval
+    left_out_a: int  # problems that A alone has
+    left_out_b: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +47,7 @@ class Comparisons:
 def compare_folders(a: Path, b: Path) -> Comparisons:
     """Compare the benchmarks that both have.
 
-    Raises DataError if one is not complete, if they share none, or if a benchmark's problems are not the same.
+    Raises DataError if one is not complete, if they share none, or if an id is not the same problem in both.
     """
     left, right = Results(a), Results(b)
     names = [name for name in left.summary()["benchmarks"] if name in right.summary()["benchmarks"]]
@@ -55,8 +60,9 @@ def compare_folders(a: Path, b: Path) -> Comparisons:
 
 
 def _compare(name: str, left: Results, right: Results) -> Comparison:
-    pairs = _matched(name, left, right)
-    (correct_a, samples_a), (correct_b, samples_b) = counts([a for a, _ in pairs]), counts([b for _, b in pairs])
+    a, b = ({result.id: result for result in side.problems(name)} for side in (left, right))
+    common = _common(a, b, f"{left.folder}, {right.folder}: {name}")
+    (correct_a, samples_a), (correct_b, samples_b) = (counts([side[id] for id in common]) for side in (a, b))
     k = powers_of_two(int(min(samples_a.min(), samples_b.min())))[-1]
     pass_a, pass_b = pass_at(correct_a, samples_a, k), pass_at(correct_b, samples_b, k)
     change = interval(pass_a - pass_b)
@@ -71,15 +77,17 @@ def _compare(name: str, left: Results, right: Results) -> Comparison:
         pass_a=float(pass_a.mean()),
         pass_b=float(pass_b.mean()),
         pass_difference=change,
+        left_out_a=len(a) - len(common),
+        left_out_b=len(b) - len(common),
     )
 
 
-def _matched(name: str, left: Results, right: Results) -> list[tuple[ProblemResult, ProblemResult]]:
-    """The results of each problem on both sides, ordered by id."""
-    a, b = ({result.id: result for result in side.problems(name)} for side in (left, right))
-    for id in sorted(a.keys() | b.keys()):
-        if id not in a or id not in b or a[id].digest != b[id].digest:
-            raise DataError(
-                f"{left.folder}, {right.folder}: {name}: problem {id} is not the same in both; evaluate the same file"
-            )
-    return [(a[id], b[id]) for id in sorted(a)]
+def _common(a: Mapping[str, ProblemResult], b: Mapping[str, ProblemResult], where: str) -> list[str]:
+    """The ids of the problems that both sides have, in order."""
+    common = sorted(a.keys() & b.keys())
+    if not common:
+        raise DataError(f"{where}: no problem is the same in both; evaluate the same file")
+    for id in common:
+        if a[id].digest != b[id].digest:
+            raise DataError(f"{where}: problem {id} is not the same in both; evaluate the same file")
+    return common

@@ -53,20 +53,20 @@ class Part:
 
 
 class Trial:
-    """Policy, optimiser and engine of one run with `tasks.held_out` validation and as many test problems."""
+    """Policy, optimiser and engine of one run; `tasks.held_out` texts are for validation and as many for the test."""
 
     def __init__(self, run: Run) -> None:
         mesh = init_device_mesh("cpu", (1,))
         self.run = run
         count = run.tasks.held_out
         source = open_source(run.tasks.source, path=run.tasks.path, held_out=2 * count, seed=STREAM_SEED)
-        held_out = source.held_out()
+        validation, test = parted(source.held_out(), count)
         first = (run.seed + 1) * STREAM
-        training = Part(source, first, held_out[:count])
+        training = Part(source, first, validation)
         self.stepper: Stepper = build(run, mesh, training)[0]
         self.roller = Roller(run)
         self.training = Curriculum(run, training)
-        self.test = Curriculum(run, Part(source, first, held_out[count:]))
+        self.test = Curriculum(run, Part(source, first, test))
         self.history: deque[Weights] = deque([self._weights()], maxlen=run.hub.max_lag + 1)
         self.curve: list[dict[str, Any]] = []
         self.metrics: list[dict[str, Any]] = []  # of the steps since the last point of the curve
@@ -120,6 +120,14 @@ class Trial:
 
     def _weights(self) -> Weights:
         return dict(gather(self.stepper.policy, torch.float32))
+
+
+def parted(problems: Sequence[Problem], count: int) -> tuple[list[Problem], list[Problem]]:
+    """Those of the first `count` distinct texts, and the others: a text that occurs twice is in one part only."""
+    distinct = dict.fromkeys(problem.problem for problem in problems)
+    texts = set(list(distinct)[:count])
+    first = [problem for problem in problems if problem.problem in texts]
+    return first, [problem for problem in problems if problem.problem not in texts]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

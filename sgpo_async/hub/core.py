@@ -333,7 +333,11 @@ class HubCore:
         if version > self.training.version:
             self._reject(member, "Evaluate of a version that does not exist", detail=str(version))
         elif result := self.evaluation.ask(version):
-            self._send(member, result)
+            self._deliver(member, result)
+
+    def _deliver(self, member: bytes, result: wire.Evaluated) -> None:
+        self._send(member, result)
+        self.evaluation.delivered(result.version)
 
     def _snapshot(self, member: bytes, step: int) -> None:
         if step != self.training.step:
@@ -356,7 +360,7 @@ class HubCore:
     def _settle(self) -> None:
         result = self.evaluation.advance(self.training.version)
         if result and 0 in self.world.ranks:
-            self._send(self.world.ranks[0].member, result)
+            self._deliver(self.world.ranks[0].member, result)
         self.training.drop_stale()
         if self.closing is None:
             self._form_batch()

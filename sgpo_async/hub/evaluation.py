@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 
 from sgpo_async.hub.figures import lag, mean_of_known
 from sgpo_async.hub.leases import Book
 from sgpo_async.hub.work import Group
-from sgpo_async.metrics.problems import ProblemResult
-from sgpo_async.metrics.problems import summarise as summarise_problems
+from sgpo_async.metrics.problems import ProblemResult, summarise
 from sgpo_async.tasks.base import Problem
 from sgpo_async.tasks.benchmarks import Benchmark
 from sgpo_async.tasks.curriculum import Curriculum
@@ -35,7 +34,7 @@ class Evaluation:
         self.asked: deque[int] = deque()  # versions whose round has not begun
         self.current: int | None = None  # version of the round that runs
         self.begun = 0  # rounds
-        self.results: list[Evaluated] = []
+        self.results: list[Evaluated] = []  # once delivered, without problems
 
     @property
     def problems(self) -> int:
@@ -48,6 +47,10 @@ class Evaluation:
         if not done and version != self.current and version not in self.asked:
             self.asked.append(version)
         return done[0] if done else None
+
+    def delivered(self, version: int) -> None:
+        """Keep the figures of this round alone: the learner has its problems, which checkpoints need not carry."""
+        self.results = [without_problems(one) if one.version == version else one for one in self.results]
 
     def advance(self, version: int) -> Evaluated | None:
         """End the round that is complete and return its result; begin the next one if none runs.
@@ -85,13 +88,13 @@ class Evaluation:
     def _end(self, learner_version: int) -> Evaluated:
         assert self.current is not None
         groups = self.book.train(list(self.book.complete))
-        result = summarise(groups, asked=self.current, learner_version=learner_version, curriculum=self.curriculum)
+        result = evaluated(groups, asked=self.current, learner_version=learner_version, curriculum=self.curriculum)
         self.results.append(result)
         self.current = None
         return result
 
 
-def summarise(groups: Sequence[Group], *, asked: int, learner_version: int, curriculum: Curriculum) -> Evaluated:
+def evaluated(groups: Sequence[Group], *, asked: int, learner_version: int, curriculum: Curriculum) -> Evaluated:
     """Mean pass rates over problems; `pass_guided` over held-out ones that have a strategy, 0 if none has."""
     of = [curriculum.benchmark(group.number) for group in groups]
     held_out = [group for group, benchmark in zip(groups, of, strict=True) if benchmark is None]
@@ -111,10 +114,15 @@ def summarise(groups: Sequence[Group], *, asked: int, learner_version: int, curr
     )
 
 
+def without_problems(result: Evaluated) -> Evaluated:
+    """All but what became of each problem of its benchmarks."""
+    return replace(result, benchmarks=tuple(replace(score, results={}) for score in result.benchmarks))
+
+
 def score(benchmark: Benchmark, groups: Sequence[Group], curriculum: Curriculum) -> BenchmarkScore:
     """The figures of a benchmark over the problems that could be served, as `sgpo-async evaluate` works them out."""
     results = [_result(curriculum.task(group.number).problem, group) for group in groups]
-    found = summarise_problems(results, resamples=RESAMPLES) if results else {}
+    found = summarise(results, resamples=RESAMPLES) if results else {}
     avg = found.get("avg") or dict.fromkeys(("mean", "low", "high"))
     return BenchmarkScore(
         name=benchmark.name,

@@ -1,4 +1,4 @@
-"""The hub's state as bytes, for a checkpoint: counters, data position, queue, buffer with its rollouts, results.
+"""The hub's state as bytes, for a checkpoint: counters, data position, queue, buffer with its rollouts, figures.
 
 What is in flight is not carried over. On load, the rollouts of leases are dropped ("resume") and their tasks wait for
 an attempt that no lease ever had, so whatever actors still send for the abandoned past is recognised as late.
@@ -17,7 +17,7 @@ import msgpack
 import numpy as np
 
 from sgpo_async.errors import HubError
-from sgpo_async.hub.evaluation import Evaluation
+from sgpo_async.hub.evaluation import Evaluation, without_problems
 from sgpo_async.hub.leases import Book
 from sgpo_async.hub.ledger import Ledger
 from sgpo_async.hub.training import Training
@@ -133,7 +133,9 @@ def _fill_book(book: Book, saved: dict[str, Any], *, curriculum: Curriculum, shi
 
 
 def _evaluated(saved: dict[str, Any]) -> Evaluated:
-    return Evaluated(**saved | {"benchmarks": tuple(BenchmarkScore(**score) for score in saved["benchmarks"])})
+    """Without its problems, which states of older releases hold: the learner had them before it asked for the state."""
+    scores = tuple(BenchmarkScore(**score) for score in saved["benchmarks"])
+    return without_problems(Evaluated(**saved | {"benchmarks": scores}))
 
 
 def _ledger(saved: dict[str, Any]) -> Ledger:

@@ -24,6 +24,7 @@ class Progress:
     pass_auto_last: float | None = None
     pass_guided_first: float | None = None
     pass_guided_last: float | None = None
+    version: int | None = None  # of the weights in the checkpoint, when it was made; older releases did not say
 
     def plain(self) -> dict[str, Any]:
         """For a checkpoint; `Progress(**plain)` is the way back."""

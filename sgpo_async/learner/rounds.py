@@ -19,9 +19,14 @@ from sgpo_async.wire.records import BenchmarkScore, Evaluated
 FOLDER = "benchmarks"
 
 
-def forget_rounds(run: Run) -> None:
-    """A run that begins afresh has none."""
-    shutil.rmtree(Path(run.folder) / FOLDER, ignore_errors=True)
+def forget_rounds(run: Run, *, above: int = -1) -> None:
+    """Remove the rounds of versions above `above`: they are of a life that was given up.
+
+    Versions jump past those of such a life, so nothing would ever take their place.
+    """
+    for folder in (Path(run.folder) / FOLDER).glob("*"):
+        if folder.name.isdecimal() and int(folder.name) > above:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_round(run: Run, result: Evaluated) -> None:

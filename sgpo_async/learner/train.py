@@ -120,6 +120,8 @@ class Trainer:
         metrics = MetricsWriter(run.folder, resume_from=progress.step) if lead else None
         if lead and not progress.step:
             forget_rounds(run)
+        elif lead and progress.version is not None:
+            forget_rounds(run, above=progress.version)
         alarm = Alarm(bound_for(run, learner_bfloat16=in_bfloat16(run.learner.precision, mesh)))
         return cls(run, hub, stepper, publisher, progress, version - progress.step, metrics, alarm)
 
@@ -184,7 +186,8 @@ class Trainer:
         return self.progress.step == self.run.steps or (every > 0 and self.progress.step % every == 0)
 
     def _checkpoint(self) -> None:
-        state = self.hub.snapshot(self.progress.step) if self.metrics else b""
+        state = self._hub_state() if self.metrics else b""
+        self.progress.version = self.version
         folder = Path(self.run.folder) / "checkpoints"
         checkpoint.save(
             folder,
@@ -195,6 +198,13 @@ class Trainer:
             teacher=self.stepper.teacher.moving,
         )
         checkpoint.prune(folder, step=self.progress.step, keep=self.run.learner.keep_checkpoints)
+
+    def _hub_state(self) -> bytes:
+        """The hub's state. The rounds that it sent before, and keeps no problems of, are on disk when this returns."""
+        state = self.hub.snapshot(self.progress.step)
+        for result in self.hub.evaluations:  # since this step's line; the next line takes them
+            write_round(self.run, result)
+        return state
 
 
 def build(run: Run, mesh: DeviceMesh, source: ProblemSource | None = None) -> tuple[Stepper, str]:

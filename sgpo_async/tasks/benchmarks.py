@@ -32,7 +32,7 @@ from sgpo_async.tasks.tolerance import Tolerant
 
 VERIFIER = "math"
 TOLERANT = "math-tolerance"
-THOUSANDS = re.compile(r"\d,\d{3}(?!\d)")
+THOUSANDS = re.compile(r"(?<![\d.])\d{1,3}(?=,\d{3}(?!\d))")  # up to a comma that separates nothing: not in 0.5,100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,10 +121,11 @@ def tolerances(place: str, value: Any, *, answers: int) -> list[float | None]:
 
 def separated(answer: str) -> list[str]:
     """The answers that a text lists: cut at commas outside of brackets, but not in 1,234, which is one number."""
+    within = {match.end() for match in THOUSANDS.finditer(answer)}  # commas of a number
     cuts, depth = [-1], 0
     for place, letter in enumerate(answer):
         depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(letter, 0)
-        if letter == "," and depth == 0 and not THOUSANDS.match(answer, max(place - 1, 0)):
+        if letter == "," and depth == 0 and place not in within:
             cuts.append(place)
     parts = [answer[start + 1 : end] for start, end in zip(cuts, [*cuts[1:], len(answer)], strict=True)]
     return [part.strip().strip("$") for part in parts]

@@ -237,6 +237,9 @@ def test_store_and_exported_folder_hold_the_last_weights(first: ScriptedHub, fol
 def test_it_resumes_where_the_checkpoint_stands(folder: Path) -> None:
     assert (folder / "runs/it/checkpoints/step-00000002").is_dir()
     before = lines(folder)
+    rounds = folder / "runs/it/benchmarks"
+    for version in (3, 5, 6, 11):  # the checkpoint is of version 5
+        (rounds / str(version)).mkdir(parents=True)
     hub = ScriptedHub(folder)
     try:
         status, errors = learn(folder, hub, "steps=3", "learner.resume=true")
@@ -248,6 +251,7 @@ def test_it_resumes_where_the_checkpoint_stands(folder: Path) -> None:
         assert after[:2] == before[:2]
         assert (after[2]["step"], after[2]["version"]) == (3, 13)
         assert after[2]["tokens_trained"] > before[1]["tokens_trained"]
+        assert {one.name for one in rounds.iterdir()} == {"3", "5"}, "the others are of a life that was given up"
     finally:
         hub.close()
 

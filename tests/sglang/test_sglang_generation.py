@@ -8,16 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sglang_support import (
-    VOCABULARY,
-    Servers,
-    ask,
-    assert_teacher_forced,
-    given,
-    loaded,
-    logprobs,
-    post,
-)
+from sglang_support import VOCABULARY, Servers, ask, assert_teacher_forced, given, loaded, logprobs, post
 
 from sgpo_async.engines import Generate, Score
 from sgpo_async.errors import EngineError

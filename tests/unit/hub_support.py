@@ -154,3 +154,17 @@ class Driver:
     @property
     def links_closed(self) -> list[bytes]:
         return [effect.member for effect in self.effects if isinstance(effect, CloseLink)]
+
+
+def train_one_step(driver: Driver, *, step: int = 0) -> wire.Committed:
+    """The actor `b"a"` serves a batch, and rank 0 trains on it."""
+    batch = driver.run.learner.problems_per_step
+    driver.send(b"a", wire.Ready(tasks=batch, version=driver.core.training.version))
+    for lease in driver.leases(b"a"):
+        driver.serve(b"a", lease)
+    driver.send(b"r0", wire.BatchRequest(step=step))
+    driver.only(b"r0", wire.Shard)
+    driver.send(b"r0", wire.Commit(step=step))
+    committed = driver.only(b"r0", wire.Committed)
+    driver.send(b"r0", wire.Published(version=driver.core.training.version))
+    return committed

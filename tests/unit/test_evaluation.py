@@ -129,13 +129,27 @@ def test_two_evaluations_are_compared_problem_by_problem(tmp_path: Path) -> None
     assert found.pass_difference.mean == pytest.approx(1 / 9)
 
 
+def test_problems_that_one_side_alone_has_are_left_out_and_counted(tmp_path: Path) -> None:
+    """What the fleet could not serve has no line: problem 0 on one side, 1 and 3 on the other."""
+    first, second = [RESULTS[1], RESULTS[2], result("3", [1, 1])], [RESULTS[0], RESULTS[2]]
+    a, b = complete(tmp_path / "a", first), complete(tmp_path / "b", second)
+    found = compare_folders(a, b)
+    sums = found.benchmarks["sums"]
+    assert (sums.left_out_a, sums.left_out_b, sums.paired.problems) == (2, 1, 1)
+    assert (sums.avg_a, sums.avg_b, sums.k) == (0, 0, 4)
+    told = "sums: left out, for the other lacks them: 2 problems of A, 1 of B."
+    assert told in printed(comparison(a, b, found)).splitlines()
+    whole = compare_folders(a, a)
+    assert "left out" not in printed(comparison(a, a, whole))
+
+
 def test_what_cannot_be_compared(tmp_path: Path) -> None:
     a = complete(tmp_path / "a", RESULTS)
     with pytest.raises(DataError, match="summary.json: cannot be read"):
         compare_folders(a, tmp_path / "none")
     changed = [replace(RESULTS[0], digest="another"), *RESULTS[1:]]
-    for number, results in enumerate([changed, RESULTS[1:]]):
-        with pytest.raises(DataError, match="problem 0 is not the same in both"):
+    for number, (results, which) in enumerate([(changed, "problem 0 is not"), ([result("9", [1])], "no problem is")]):
+        with pytest.raises(DataError, match=f"sums: {which} the same in both; evaluate the same file"):
             compare_folders(a, complete(tmp_path / str(number), results))
     other = Results(tmp_path / "other")
     with other.writing(SETTINGS):

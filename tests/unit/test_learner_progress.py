@@ -1,8 +1,11 @@
 """Learning rate, progress and what becomes of it in the summary."""
 
 import math
+from collections import deque
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -11,6 +14,7 @@ from sgpo_async.evaluation.compare import compare_folders
 from sgpo_async.learner.optimiser import learning_rate
 from sgpo_async.learner.progress import Progress
 from sgpo_async.learner.rounds import forget_rounds, write_round
+from sgpo_async.learner.train import Trainer
 from sgpo_async.metrics.problems import ProblemResult, summarise
 from sgpo_async.wire.records import BenchmarkScore, Evaluated
 
@@ -124,4 +128,31 @@ def test_rounds_are_compared_as_evaluations_are(tmp_path: Path) -> None:
     assert (sums.avg_a, sums.avg_b, sums.paired.better, sums.paired.worse) == (pytest.approx(10 / 12), 0.5, 2, 0)
     assert (sums.k, sums.pass_a, sums.pass_b) == (4, 1.0, pytest.approx(2 / 3))
     forget_rounds(run)
-    assert not rounds.exists()
+    assert not list(rounds.iterdir())
+
+
+def test_rounds_of_a_life_that_was_given_up_are_removed(tmp_path: Path) -> None:
+    """Versions by number: 12 is above 9."""
+    run = Run(out=str(tmp_path))
+    forget_rounds(run, above=9)  # there is no folder yet
+    for version in (0, 8, 9, 12, 100):
+        write_round(run, round_of(version, 0, 2, 4))
+    forget_rounds(run, above=9)
+    assert {folder.name for folder in (tmp_path / "run" / "benchmarks").iterdir()} == {"0", "8", "9"}
+
+
+def test_a_round_that_comes_before_the_state_is_on_disk_before_the_checkpoint(tmp_path: Path) -> None:
+    """The hub has sent it and keeps its problems no longer: a learner that dies now would have lost them."""
+    evaluations: deque[Evaluated] = deque()
+
+    def snapshot(step: int) -> bytes:
+        evaluations.append(round_of(8, 0, 2, 4))
+        return f"at {step}".encode()
+
+    hub: Any = SimpleNamespace(evaluations=evaluations, snapshot=snapshot)
+    nothing: Any = None
+    run = Run(out=str(tmp_path))
+    trainer = Trainer(run, hub, nothing, nothing, Progress(step=9), base=0, metrics=None, alarm=nothing)
+    assert trainer._hub_state() == b"at 9"
+    assert (tmp_path / "run" / "benchmarks" / "8" / "summary.json").exists()
+    assert len(evaluations) == 1, "the next line of the metrics takes it"

@@ -133,6 +133,9 @@ def test_answers_are_cut_at_commas_that_separate_them() -> None:
     assert separated("1,234,567") == ["1,234,567"]
     assert separated("(1,2), [3,4), \\frac{1}{2}") == ["(1,2)", "[3,4)", "\\frac{1}{2}"]
     assert separated("1,2345") == ["1", "2345"]
+    assert separated("0.5,100") == ["0.5", "100"]
+    assert separated("1234,567") == ["1234", "567"]
+    assert separated("-12,345, 1,000.5") == ["-12,345", "1,000.5"]
 
 
 @pytest.mark.parametrize(
