@@ -19,6 +19,10 @@ SLOTS = 4
 Does = Callable[[Partial], bool]
 
 
+def never(_: Partial) -> bool:
+    return False
+
+
 class PlayedApi:
     """`answer` plays what the server answers to a POST; an abort ends the streams that are not stuck."""
 
@@ -36,13 +40,14 @@ class PlayedApi:
 
 
 class PlayedServer(Server):
-    """`kills` says whether a request's next token is its death, `hangs` whether it never comes, whatever is aborted."""
+    """`kills` says whether a request's next token is its death, `hangs` whether it never comes and no abort helps,
+    `slow` whether nothing comes before an abort."""
 
-    def __init__(self, name: str, kills: Does = lambda partial: False, hangs: Does = lambda partial: False) -> None:
+    def __init__(self, name: str, kills: Does = never, hangs: Does = never, slow: Does = never) -> None:
         self.played = PlayedApi(name)
         super().__init__(self.played, slots=SLOTS, ends=(), silence_s=1.0)  # type: ignore[arg-type]
         self.played.abort_all = lambda: self.aborted.update(self.running)
-        self.kills, self.hangs, self.deaths = kills, hangs, 0
+        self.kills, self.hangs, self.slow, self.deaths = kills, hangs, slow, 0
         self.gone = asyncio.Event()
         self.aborted: set[str] = set()
         self.ran: list[set[Any]] = []  # who ran together, at each token
@@ -59,6 +64,8 @@ class PlayedServer(Server):
                 raise ServerGone(f"{self.api.url}: played dead")
             if self.hangs(partial):
                 await asyncio.Event().wait()
+            if self.slow(partial):
+                continue
             partial.extend([[-1.0, 7, None]])
             partial.close_span(version, len(partial.tokens))
 
