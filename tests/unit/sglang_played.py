@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from sgpo_async.engines.base import Generate
+from sgpo_async.engines.base import Generate, Weights
 from sgpo_async.engines.sglang.api import Json, ServerGone
 from sgpo_async.engines.sglang.partial import Partial
 from sgpo_async.engines.sglang.server import Server
 
 TOKENS = 6
 SLOTS = 4
+PHASE_S = 0.1  # of an update
 
 Does = Callable[[Partial], bool]
 
@@ -86,3 +88,23 @@ def ask(id: Any) -> Generate:
 def at(*ids: Any, tokens: int = 2) -> Does:
     """These requests, from so many tokens on."""
     return lambda partial: partial.request.id in ids and len(partial.tokens) >= tokens
+
+
+class PlayedTransport:
+    """Sends nothing; `does` plays what happens meanwhile, and may raise."""
+
+    name = "played"
+
+    def __init__(self, does: Callable[[], None] = lambda: None) -> None:
+        self.does = does
+
+    def prepare(self, weights: Weights) -> Any:
+        return SimpleNamespace(version=weights.version)
+
+    async def send(self, api: Any, prepared: Any, *, flush: bool, timeout_s: float) -> None:
+        await asyncio.sleep(0)
+        self.does()
+
+
+async def verify_nothing(api: Any, prepared: Any, *, timeout_s: float) -> None:
+    """In place of an update's look at the checksums."""
