@@ -3,55 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
-from types import SimpleNamespace
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from sglang_played import TOKENS, PlayedServer, ask, at
 
 from sgpo_async.engines.base import Failed, Generate, Generated, Score
-from sgpo_async.engines.sglang.api import ServerGone
-from sgpo_async.engines.sglang.partial import Partial
 from sgpo_async.engines.sglang.requests import Requests
-from sgpo_async.engines.sglang.server import Server
-
-TOKENS = 6
-SLOTS = 4
-
-
-class PlayedServer(Server):
-    """Gives one token a turn; `kills` says whether a request's next token is its death."""
-
-    def __init__(self, name: str, kills: Callable[[Any], bool]) -> None:
-        super().__init__(SimpleNamespace(url=name), slots=SLOTS, ends=(), silence_s=1.0)  # type: ignore[arg-type]
-        self.kills, self.deaths = kills, 0
-        self.gone = asyncio.Event()
-        self.aborted: set[str] = set()
-        self.ran: list[set[Any]] = []  # who ran together, at each token
-        self.version, self.open = 0, True
-
-    async def extend(self, partial: Partial, rid: str, version: int) -> None:
-        gone = self.gone
-        while partial.remaining and rid not in self.aborted:
-            self.ran.append({running.item.request.id for running in self.running.values()})  # type: ignore[union-attr]
-            await asyncio.sleep(0)
-            if gone.is_set() or self.kills(partial):
-                gone.set()
-                raise ServerGone(f"{self.api.url}: played dead")
-            partial.extend([[-1.0, 7, None]])
-            partial.close_span(version, len(partial.tokens))
-
-    async def abort(self, rid: str) -> None:
-        self.aborted.add(rid)
-
-    def rise(self) -> None:
-        """What the fleet's keeper does: end what still runs, and put a new server there."""
-        self.deaths += 1
-        self.gone, self.fault, self.lost, self.open = asyncio.Event(), None, False, True
-
-
-def ask(id: Any) -> Generate:
-    return Generate(id=id, prompt=np.arange(3, dtype=np.int32), max_new_tokens=TOKENS, temperature=1.0, seed=0)
 
 
 async def serve(servers: list[PlayedServer], asked: Iterable[Generate]) -> tuple[Requests, dict[Any, Any]]:
@@ -73,13 +32,9 @@ async def serve(servers: list[PlayedServer], asked: Iterable[Generate]) -> tuple
     return requests, results
 
 
-def killer(*ids: Any, at: int = 2) -> Callable[[Partial], bool]:
-    return lambda partial: partial.request.id in ids and len(partial.tokens) >= at
-
-
 def test_a_killer_is_failed_by_name_and_its_neighbours_finish() -> None:
     async def play() -> None:
-        servers = [PlayedServer(f"server-{i}", killer(5)) for i in range(2)]
+        servers = [PlayedServer(f"server-{i}", at(5)) for i in range(2)]
         requests, results = await serve(servers, [ask(i) for i in range(20)])
         assert sorted(results) == list(range(20))
         failed = [result for result in results.values() if isinstance(result, Failed)]
@@ -96,7 +51,7 @@ def test_a_killer_is_failed_by_name_and_its_neighbours_finish() -> None:
 
 def test_two_killers_and_one_server() -> None:
     async def play() -> None:
-        server = PlayedServer("server", killer(0, 3))
+        server = PlayedServer("server", at(0, 3))
         _, results = await serve([server], [ask(i) for i in range(9)])
         assert sorted(id for id, result in results.items() if isinstance(result, Failed)) == [0, 3]
         assert server.deaths == 4  # two with both aboard, and one for each of them alone

@@ -130,8 +130,9 @@ class Fleet:
                 await self._start(place, http)
                 await self._serve(place)
             except (EngineError, WeightsError, DeadlineExceeded) as error:
-                if place.server is not None and (isinstance(error, ServerGone) or not alive(place)):
-                    self._requests.lost(place.server)
+                server = place.server
+                if server is not None and (server.fault or isinstance(error, ServerGone) or not alive(place)):
+                    self._requests.lost(server)
                 self._report(place, await explained(place, error))
             finally:
                 await self._clear(place)
@@ -225,6 +226,8 @@ class Fleet:
                     server, prepared, transport, in_flight=self._settings.in_flight, phase_s=self._settings.phase_s
                 )
             except (ServerRefused, SessionError, WeightsError, DeadlineExceeded) as error:
+                if server.fault is not None:  # it has not ended, or not answered, a stream: no transport mends that
+                    raise server.fault from None
                 faults.append(f"by {transport.name}: {error}")
                 self.news.put(f"version {weights.version} by {transport.name}: {error}; the server is out of service")
                 continue
@@ -268,6 +271,7 @@ class Fleet:
         server, place.server = place.server, None
         if server is not None:
             await server.cut()
+            self._requests.dispatch()  # a suspect's turn may have come, and nobody else ends where nobody runs
         if place.process is not None:
             process, place.process = place.process, None
             await asyncio.to_thread(process.stop)

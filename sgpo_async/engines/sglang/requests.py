@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Hashable, Iterable
 
 from sgpo_async.engines.base import Failed, Generate, Generated, Result, Score, Scored
-from sgpo_async.engines.sglang.api import ServerGone, ServerRefused
+from sgpo_async.engines.sglang.api import ServerGone, ServerRefused, ServerUnreached
 from sgpo_async.engines.sglang.partial import Partial
 from sgpo_async.engines.sglang.quarantine import COMPANY, Quarantine, Seats, seat, seat_for_suspect
 from sgpo_async.engines.sglang.server import Running, Server
@@ -68,7 +68,7 @@ class Requests:
         self._suspects = deque(item for item in self._suspects if _id(item) not in gone)
         for server in self._servers():
             for rid, running in server.running.items():
-                if _id(running.item) in gone:
+                if _id(running.item) in gone and not server.lost:
                     self._background(server.abort(rid))
 
     def cancel_all(self) -> None:
@@ -90,11 +90,15 @@ class Requests:
             self._begin(servers[place], self._waiting.popleft(), newest)
 
     def lost(self, server: Server) -> None:
-        """The server is dead, or gives no answer: whoever was on it at its first sign of that may be the reason."""
+        """The server is dead, or gives no answer: whoever was on it at its first sign of that may be the reason.
+
+        Also those that a failed update has cut off, who wait again or run elsewhere by now; not those that never got
+        a connection.
+        """
         if server.lost:
             return
-        server.lost = True
-        aboard = [running.item for running in server.running.values()]
+        server.lost, server.open = True, False
+        aboard = [running.item for running in (server.aboard | server.running).values() if running.reached]
         known = [item for item in aboard if self._items.get(_id(item)) is item]
         condemned = self._quarantine.died([_id(item) for item in known], others=len(aboard) - len(known))
         if new := sum(self._quarantine.deaths(_id(item)) == COMPANY for item in known):
@@ -103,6 +107,14 @@ class Requests:
         for item in known:
             if _id(item) == condemned and not self._complete(item):
                 self._fail(item)
+        self._set_apart()
+
+    def _set_apart(self) -> None:
+        """Who has become a suspect while it waited."""
+        apart = [item for item in self._waiting if self._quarantine.is_suspect(_id(item))]
+        if apart:
+            self._waiting = deque(item for item in self._waiting if not self._quarantine.is_suspect(_id(item)))
+            self._suspects.extendleft(reversed(apart))
 
     def _seats(self, servers: list[Server], version: int) -> list[Seats]:
         return [
@@ -140,13 +152,17 @@ class Requests:
         result: Result | None = None
         error = None if task.cancelled() else task.exception()
         if isinstance(error, ServerGone):
+            server.running[rid].reached = not isinstance(error, ServerUnreached)
             server.open, server.fault = False, server.fault or error
             self.lost(server)
+        elif task.cancelled():
+            if server.fault is not None:  # an update has met it first, and cuts everybody off
+                self.lost(server)
         elif isinstance(error, ServerRefused):
             self._refused(item, error)
         elif error is not None and not self.failed.done():
             self.failed.set_exception(error)
-        elif not task.cancelled():
+        elif error is None:
             result = task.result()
         del server.running[rid]
         if self._items.get(_id(item)) is item:  # not cancelled by the actor
@@ -179,7 +195,7 @@ class Requests:
         deaths = self._quarantine.deaths(_id(item))
         reason = f"{deaths} servers died while it ran on them, the last one with nothing else on it"
         self.results.put(Failed(id=_id(item), error=EngineError(f"request {_id(item)}: {reason}")))
-        self._forget(_id(item))
+        self.cancel([_id(item)])  # it may wait again, or run elsewhere
 
     def _forget(self, id: Hashable) -> None:
         self._items.pop(id, None)

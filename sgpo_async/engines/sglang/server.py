@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ import numpy as np
 from sgpo_async.engines.base import Generated, Score, Scored
 from sgpo_async.engines.sglang.api import Json, ServerApi, ServerGone, ServerRefused
 from sgpo_async.engines.sglang.partial import Partial
-from sgpo_async.errors import DeadlineExceeded
+from sgpo_async.errors import DeadlineExceeded, SgpoError
 
 ABORT_AGAIN_S = 0.05  # an abort does not reach requests that are still on their way to the scheduler
 
@@ -31,6 +32,7 @@ class Running:
 
     task: asyncio.Task[Generated | Scored | None]
     item: Partial | Score
+    reached: bool = False  # the server has been connected to for it: before that it can do no harm
 
 
 class Server:
@@ -43,9 +45,10 @@ class Server:
         self.api, self.slots = api, slots
         self.version: int | None = None  # whole and verified; while the gate is shut, the one before
         self.open = False
-        self.fault: ServerGone | None = None  # why it must be looked at
+        self.fault: SgpoError | None = None  # why it must be given up
         self.lost = False  # it died, or gave no answer, and those who ran on it have been noted
         self.running: dict[str, Running] = {}  # by rid: ids of requests may come again in another session
+        self.aboard: dict[str, Running] = {}  # who was cut off and had not ended, until the server is in service again
         self.changes = 0  # how often weights began to change
         self._ends, self._silence_s = ends, silence_s
         self._sent = 0
@@ -64,7 +67,8 @@ class Server:
         changes, start = self.changes, len(partial.tokens)
         spans: list[Json] = []
         try:
-            async for message in self.api.stream(self._body(partial, rid), silence_s=self._silence_s):
+            reached = functools.partial(self._reached, rid)
+            async for message in self.api.stream(self._body(partial, rid), silence_s=self._silence_s, reached=reached):
                 meta = message["meta_info"]
                 # The word of an abort may hold everything once more: only what is new counts.
                 new = meta["completion_tokens"] - (len(partial.tokens) - start)
@@ -95,7 +99,8 @@ class Server:
             "return_logprob": True,
             "logprob_start_len": request.prompt.size - 1,
         }
-        answer = await self.api.post("/generate", body, timeout_s=self._silence_s)
+        reached = functools.partial(self._reached, rid)
+        answer = await self.api.post("/generate", body, timeout_s=self._silence_s, reached=reached)
         meta = answer["meta_info"]
         _check_finish(self.api.url, meta["finish_reason"])
         if meta["finish_reason"]["type"] == "abort" or changes != self.changes:
@@ -110,7 +115,8 @@ class Server:
     async def shut(self, *, deadline_s: float) -> None:
         """Take no more requests and end the streams; partial outputs are kept.
 
-        Raises DeadlineExceeded if a stream does not end; it is then cut off.
+        Raises DeadlineExceeded if a stream does not end; it is then cut off. A server that does not end its streams is
+        given up, and whoever is cut off may be the reason.
         """
         self.open = False
         until = asyncio.get_running_loop().time() + deadline_s
@@ -121,6 +127,9 @@ class Server:
                     await asyncio.wait(tasks, timeout=ABORT_AGAIN_S)
                 if self.running and asyncio.get_running_loop().time() > until:
                     raise DeadlineExceeded(f"server {self.api.url}", "end of its streams after an abort", deadline_s)
+        except SgpoError as error:
+            self.fault = self.fault or error  # before anybody is cut off, and goes to another server
+            raise
         finally:
             await self.cut()
 
@@ -130,8 +139,9 @@ class Server:
             await self.api.post("/abort_request", {"rid": rid}, timeout_s=self._silence_s)
 
     async def cut(self) -> None:
-        """Take no more requests and leave the streams where they are, without asking the server."""
+        """Take no more requests and leave the streams where they are, without asking the server. `aboard` has them."""
         self.open = False
+        self.aboard |= {rid: running for rid, running in self.running.items() if not running.task.done()}
         tasks = self._tasks()
         for task in tasks:
             task.cancel()
@@ -143,6 +153,10 @@ class Server:
         for running in self.running.values():
             if isinstance(running.item, Partial):
                 running.item.close_span(version, len(running.item.tokens))
+
+    def _reached(self, rid: str) -> None:
+        if (running := self.running.get(rid)) is not None:
+            running.reached = True
 
     def _tasks(self) -> list[asyncio.Task[Generated | Scored | None]]:
         return [running.task for running in self.running.values()]

@@ -44,10 +44,11 @@ class Updated:
 async def update(
     server: Server, prepared: Prepared, transport: Transport, *, in_flight: InFlight, phase_s: float
 ) -> Updated:
-    """Bring `server` to a version, and leave it open.
+    """Bring `server` to a version, and leave it open, unless a stream has met a fault meanwhile.
 
     Raises ServerRefused, ServerGone, SessionError, WeightsError or DeadlineExceeded; the server then stays shut and
-    holds no version.
+    holds no version. `server.fault` then says whether it must be given up, and `server.aboard` whose streams had not
+    ended. Nobody is aboard after a success: a server that takes weights and shows them is alive.
     """
     began = time.monotonic()
     before = server.version
@@ -68,14 +69,17 @@ async def update(
         verified = time.monotonic()
         if pauses:
             await server.api.post("/continue_generation", {}, timeout_s=phase_s)
-    except BaseException:
+    except BaseException as error:
         server.version = None
+        if isinstance(error, ServerGone):
+            server.fault = server.fault or error
         await server.cut()
         if pauses:
             await _unpause(server.api, timeout_s=phase_s)
         raise
+    server.aboard.clear()
     server.version = prepared.version
-    server.open = True
+    server.open = server.fault is None
     return Updated(server.api.url, prepared.version, transport.name, shut - began, sent - shut, verified - sent)
 
 

@@ -1,0 +1,144 @@
+"""Servers of a fleet that die or hang while versions follow each other, as in training."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+from collections.abc import Callable, Collection
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from sglang_played import PHASE_S, TOKENS, PlayedServer, PlayedTransport, ask, at, verify_nothing
+
+from sgpo_async.engines.base import Failed, Generated, Weights
+from sgpo_async.engines.sglang import fleet as fleet_module
+from sgpo_async.engines.sglang import place as place_module
+from sgpo_async.engines.sglang import update as update_module
+from sgpo_async.engines.sglang.api import ServerGone
+from sgpo_async.engines.sglang.fleet import Fleet, FleetSettings
+from sgpo_async.engines.sglang.place import Place
+from sgpo_async.engines.sglang.quarantine import Quarantine
+from sgpo_async.engines.sglang.transports import Transport
+from sgpo_async.engines.sglang.update import InFlight
+from sgpo_async.errors import SessionError
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(update_module, "verify", verify_nothing)
+    monkeypatch.setattr(fleet_module, "BACKOFF_S", (0.01,))
+    monkeypatch.setattr(place_module, "LAST_WORDS_S", 0.01)
+
+
+class PlayedFleet(Fleet):
+    """Starts played servers; `made` has all that ever stood."""
+
+    def __init__(self, make: Callable[[Place], PlayedServer], in_flight: InFlight, transport: PlayedTransport) -> None:
+        settings = FleetSettings(slots=4, ends=frozenset(), in_flight=in_flight, start_s=1.0, phase_s=PHASE_S)
+        places = [Place(launch=None, url="played", log=None)]
+        super().__init__(places, settings, [cast(Transport, transport)], cast(Any, None))
+        self.make, self.made, self.place = make, list[PlayedServer](), places[0]
+
+    async def _start(self, place: Place, http: Any) -> None:
+        server = self.make(place)
+        server.version, server.open = None, False
+        place.server = server
+        self.made.append(server)
+        if not self.ready.done():
+            self.ready.set_result(None)
+
+
+async def updated_all_the_time(fleet: PlayedFleet, asked: int) -> dict[Any, Any]:
+    """Versions follow each other while requests run, as in training, until everybody has a result."""
+    running = asyncio.create_task(fleet.run())
+    results: dict[Any, Any] = {}
+    fleet.want(cast(Weights, SimpleNamespace(version=1)))
+    for id in range(asked):
+        fleet.submit(ask(id))
+    version = 1
+    async with asyncio.timeout(60):
+        while len(results) < asked:
+            await asyncio.sleep(0.05)
+            server = fleet.place.server
+            if server is not None and server.open:
+                version += 1
+                fleet.want(cast(Weights, SimpleNamespace(version=version)))
+            while not fleet.results.empty():
+                result = fleet.results.get()
+                assert isinstance(result, Generated | Failed)
+                results[result.id] = result
+    fleet.close()
+    await running
+    return results
+
+
+def news(fleet: Fleet) -> list[str]:
+    lines = []
+    while True:
+        try:
+            lines.append(fleet.news.get_nowait())
+        except queue.Empty:
+            return lines
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_fleet_that_is_updated_finds_who_hangs_its_servers(answers: bool) -> None:
+    async def play() -> None:
+        def make(place: Place) -> PlayedServer:
+            server = PlayedServer("server", hangs=at(1))
+            if not answers:
+                server.played.answer = lambda path: stuck(server)
+            return server
+
+        def stuck(server: PlayedServer) -> None:
+            if any(cast(Any, one.item).request.id == 1 for one in server.running.values()):
+                raise ServerGone("no answer")
+
+        fleet = PlayedFleet(make, "abort-resume", PlayedTransport())
+        results = await updated_all_the_time(fleet, 3)
+        assert [id for id, result in results.items() if isinstance(result, Failed)] == [1]
+        assert all(len(result.tokens) == TOKENS for result in results.values() if isinstance(result, Generated))
+        assert 3 <= len(fleet.made) <= 4, news(fleet)  # the last one may have been replaced by now
+
+    asyncio.run(play())
+
+
+class Counted(Quarantine):
+    """Remembers how many were aboard at each death."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.aboard: list[int] = []
+
+    def died(self, aboard: Collection[Any], *, others: int = 0) -> Any:
+        self.aboard.append(len(aboard) + others)
+        return super().died(aboard, others=others)
+
+
+@pytest.mark.parametrize("paused", [True, False])
+def test_a_process_that_ends_during_an_update(paused: bool) -> None:
+    """Who was paused on it may be the reason, and nobody whose stream had been ended before."""
+
+    async def play() -> None:
+        dies = iter([True])
+        process = SimpleNamespace(alive=True, last_words=lambda: "its last words", stop=lambda: None)
+
+        def make(place: Place) -> PlayedServer:
+            process.alive = True
+            place.process = cast(Any, process)
+            return PlayedServer("server", slow=lambda partial: len(fleet.made) == 1 and len(partial.tokens) >= 2)
+
+        def end() -> None:
+            if fleet.made[-1].changes > 1 and next(dies, False):
+                process.alive = False
+                raise SessionError("the group is broken")
+
+        fleet = PlayedFleet(make, "retract" if paused else "abort-resume", PlayedTransport(end))
+        counted = Counted()
+        fleet._requests._quarantine = counted
+        results = await updated_all_the_time(fleet, 3)
+        assert all(isinstance(result, Generated) for result in results.values())
+        assert counted.aboard == [3 if paused else 0] and len(fleet.made) == 2, news(fleet)
+
+    asyncio.run(play())
