@@ -209,7 +209,8 @@ def test_stats_tell_what_the_endpoint_charged(place: Place) -> None:
 def test_a_run_cut_short_writes_the_library_of_what_is_finished(place: Place, number: int, code: int) -> None:
     work, library = place.folder / f"cut-{code}.jsonl", place.folder / f"cut-{code}-library.jsonl"
     environment = os.environ | {"TEST_KEY": "secret", "PYTHONPATH": str(ROOT)}
-    command = place.command(*place.words(work.name, library.name))
+    # A shell starts what it runs in the background deaf to Ctrl-C, and tests may be run so.
+    command = ["env", "--default-signal=INT", *place.command(*place.words(work.name, library.name))]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not (work.exists() and len(records_of(work)) > 20):
