@@ -79,11 +79,11 @@ def test_a_server_dies_in_a_broadcast(broadcasting: Broadcasting, phase: str, mo
     """It takes nobody along: the other has the version, and it comes back with a new group and the same."""
     servers, call, killed = broadcasting.servers, ServerApi._call, []
 
-    async def deadly(api: ServerApi, method: str, path: str, body: Any, timeout_s: float) -> Any:
+    async def deadly(api: ServerApi, method: str, path: str, body: Any, timeout_s: float, *rest: Any) -> Any:
         if path == phase and api.url == servers.engine.places[0].url and not killed:
             killed.append(path)
             servers.kill(0)
-        return await call(api, method, path, body, timeout_s)
+        return await call(api, method, path, body, timeout_s, *rest)
 
     broadcasting.settled(broadcasting.publish("qwen3"))
     requests = broadcasting.run_all()

@@ -80,7 +80,7 @@ def test_kill_in_each_phase_of_an_update(
     sequences; the dead one comes back with the new version."""
     call, killed = ServerApi._call, []
 
-    async def deadly(api: ServerApi, method: str, path: str, body: Any, timeout_s: float) -> Any:
+    async def deadly(api: ServerApi, method: str, path: str, body: Any, timeout_s: float, *rest: Any) -> Any:
         if path == phase and api.url == victims.engine.places[0].url and not killed:
             killed.append(path)
             under_way = asyncio.create_task(call(api, method, path, body, timeout_s)) if after_s else None
@@ -88,7 +88,7 @@ def test_kill_in_each_phase_of_an_update(
             victims.kill(0)
             if under_way is not None:
                 return await under_way
-        return await call(api, method, path, body, timeout_s)
+        return await call(api, method, path, body, timeout_s, *rest)
 
     requests = run_all(victims)
     lost = victims.engine.places[0].process

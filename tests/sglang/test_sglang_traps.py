@@ -140,9 +140,9 @@ def test_every_update_of_ours_flushes_and_none_asks_for_health(
     calls: list[tuple[str, Any]] = []
     call = ServerApi._call
 
-    async def recorded(api: ServerApi, method: str, path: str, body: Any, timeout_s: float) -> Any:
+    async def recorded(api: ServerApi, method: str, path: str, body: Any, timeout_s: float, *rest: Any) -> Any:
         calls.append((path, body))
-        return await call(api, method, path, body, timeout_s)
+        return await call(api, method, path, body, timeout_s, *rest)
 
     monkeypatch.setattr(ServerApi, "_call", recorded)
     pair.load(models["qwen3"], 0)
