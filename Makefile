@@ -48,6 +48,7 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install $(TORCH_INSTALL)
 	$(BIN)/python -m pip install --editable '.[dev]'
 	@touch $@
+	@echo "installed in .venv; to use its commands: . .venv/bin/activate"
 
 sglang-cpu: $(SGLANG_STAMP)
 

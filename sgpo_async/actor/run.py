@@ -202,6 +202,8 @@ class Actor:
                     "check that the hub runs, and the address"
                 )
             if again_s and now - asked > again_s:
+                if asked == began:
+                    say(f"{self._name}: no answer from {self._options.hub} yet; waiting up to {deadline_s:g} s")
                 asked = now
                 mailbox.send(question)
         return None

@@ -22,13 +22,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the experiments one after another. Raises SgpoError."""
     from sgpo_async.config.experiment import load_experiment
-    from sgpo_async.experiments.plan import cells, check_budget
+    from sgpo_async.experiments.plan import cells, check_budget, tuning
 
     for file in args.files:
         experiment = load_experiment(file)
         budgets = check_budget(experiment)
         count = len(cells(experiment)) * len(experiment.seeds)
-        print(f"{file}: {count} trials of {_rollouts(budgets)}, {len(experiment.bases)} bases to make")
+        to_tune, bases = len(tuning(experiment)), len(experiment.bases)
+        print(f"{file}: {count} trials of {_rollouts(budgets)}, {to_tune} more to tune, {bases} bases to make")
     if args.dry_run:
         return 0
     from sgpo_async.experiments import run_experiment

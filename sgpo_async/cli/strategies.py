@@ -143,12 +143,14 @@ def _with_endpoint(args: argparse.Namespace, journal: Journal, work: Any, *, tot
 
 
 def _conclude(args: argparse.Namespace, journal: Journal, *, whole: bool) -> None:
-    """Write the library of what is finished, whatever ended the run; a run cut short before that writes none."""
+    """Tell how it stands, and write the library of what is finished, whatever ended the run; of nothing, none."""
     from sgpo_async.strategies import write_library
 
-    if whole or any(not record["failed"] for record in journal.records.values()):
-        written = write_library(args.library, journal.records.values())
+    finished = any(not record["failed"] for record in journal.records.values())
+    if whole or finished:
         _show(journal, args)
+    if finished:
+        written = write_library(args.library, journal.records.values())
         print(f"library: {args.library}, {written:,} problems")
 
 

@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,19 @@ def prune(folder: Path, *, step: int, keep: int) -> None:
             past = sorted((path for path in _whole(folder) if _step(path) <= step), key=_step)
             for path in [*past[:-keep], *folder.glob(".step-*")]:  # the latter were never finished
                 shutil.rmtree(path)
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Move the checkpoints of an earlier run of this name out of the way of one that begins afresh; returns where to.
+
+    Resuming takes up the highest step there is, and that would be the other's. Nothing is deleted.
+    """
+    if not _whole(folder):
+        return None
+    free = next(
+        place for number in count(1) if not (place := folder.with_name(f"{folder.name}.earlier-{number}")).exists()
+    )
+    return folder.rename(free)
 
 
 def latest(folder: Path) -> Path | None:

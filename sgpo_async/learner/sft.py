@@ -198,7 +198,10 @@ class WarmUp:
         checkpoint.prune(folder, step=self.state.step, keep=self.run.learner.keep_checkpoints)
 
     def _resume(self) -> None:
-        newest = checkpoint.latest(self.folder / CHECKPOINTS) if self.run.learner.resume else None
+        folder = self.folder / CHECKPOINTS
+        if self.lead and not self.run.learner.resume:
+            checkpoint.set_aside(folder)
+        newest = checkpoint.latest(folder) if self.run.learner.resume else None
         if newest:
             saved = checkpoint.restore(newest, module=self.stepper.policy, optimiser=self.stepper.optimiser)
             self.state = Warmth(**saved.progress)

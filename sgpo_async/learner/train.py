@@ -45,6 +45,7 @@ from sgpo_async.transport import Dealer, Mailbox
 from sgpo_async.weights import StoreWriter
 from sgpo_async.wire.records import Hello
 
+CHECKPOINTS = "checkpoints"
 CONNECT_S = 120.0  # for the hub to be there
 COLLECTIVE_SLACK_S = 300.0
 
@@ -94,7 +95,10 @@ class Trainer:
         """Load or resume, and become a member. A collective of all ranks."""
         stepper, fingerprint = build(run, mesh)
         rank, lead = dist.get_rank(), dist.get_rank() == 0
-        resumed = checkpoint.latest(Path(run.folder) / "checkpoints") if run.learner.resume else None
+        folder = Path(run.folder) / CHECKPOINTS
+        if lead and not run.learner.resume and (place := checkpoint.set_aside(folder)):
+            print(f"{folder}: of an earlier run of this name; now {place}", flush=True)
+        resumed = checkpoint.latest(folder) if run.learner.resume else None
         saved = (
             checkpoint.restore(
                 resumed, module=stepper.policy, optimiser=stepper.optimiser, teacher=stepper.teacher.moving
@@ -188,7 +192,7 @@ class Trainer:
     def _checkpoint(self) -> None:
         state = self._hub_state() if self.metrics else b""
         self.progress.version = self.version
-        folder = Path(self.run.folder) / "checkpoints"
+        folder = Path(self.run.folder) / CHECKPOINTS
         checkpoint.save(
             folder,
             step=self.progress.step,

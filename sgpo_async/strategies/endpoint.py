@@ -67,6 +67,7 @@ class Endpoint:
     def __init__(self, server: Server, *, backoff_s: float = BACKOFF_S) -> None:
         self.server, self._backoff_s = server, backoff_s
         self.retries = 0
+        self._answered = False  # at all, by now
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Endpoint:
@@ -122,8 +123,13 @@ class Endpoint:
         try:
             url = f"{self.server.url.rstrip('/')}/chat/completions"
             async with self._session.post(url, json=request) as answer:
+                self._answered = True
                 body = await answer.text()
                 self._judge(answer.status, body, answer.headers.get("Retry-After"))
+        except (aiohttp.ClientConnectorError, aiohttp.InvalidURL) as error:
+            if not self._answered:  # a server that restarts is waited for, one that never was there is not
+                raise EndpointError(f"{self.server.url}: nothing answers there ({error}); check --url") from None
+            raise _Later(f"{type(error).__name__}: {error}") from None
         except (aiohttp.ClientError, TimeoutError, UnicodeDecodeError) as error:
             raise _Later(f"{type(error).__name__}: {error}".strip(": ")) from None
         return _read(body)

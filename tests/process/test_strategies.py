@@ -277,3 +277,14 @@ def test_what_no_patience_mends_ends_the_run_in_one_line(place: Place, how: dict
     assert re.search(says, lines[0])
     assert "Traceback" not in done.stderr
     assert not (place.folder / "wrong-library.jsonl").exists()
+
+
+def test_where_nothing_answers_the_run_ends_at_once_and_writes_no_library(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(place, "url", "http://127.0.0.1:9/v1")
+    done = place.extract("nowhere.jsonl", "nowhere-library.jsonl")
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "http://127.0.0.1:9/v1: nothing answers there (" in line and line.endswith("; check --url")
+    assert not (place.folder / "nowhere-library.jsonl").exists()

@@ -157,3 +157,8 @@ WHOLE = sorted({*(ROOT / "configs").glob("*.yaml")} - {ROOT / "configs" / "paper
 @pytest.mark.parametrize("path", WHOLE, ids=lambda path: path.stem)
 def test_every_shipped_configuration_is_whole(path: Path) -> None:
     assert load(path).name == yaml.safe_load(path.read_text())["name"]
+
+
+def test_an_actor_is_told_what_an_address_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["actor", "--hub", "foo"]) == 2
+    assert "looks like tcp://HOST:PORT, got 'foo'" in capsys.readouterr().err

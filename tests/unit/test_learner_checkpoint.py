@@ -106,3 +106,17 @@ def test_tied_embeddings(tmp_path: Path) -> None:
     checkpoint.restore(place, module=second.policy, optimiser=second.optimiser)
     shard = cases.shard_of(cases.groups(seed=1), problems=4, step=1)
     assert stepper.update(shard) == second.update(shard)
+
+
+def test_a_run_that_begins_afresh_is_never_resumed_from_another_s(tmp_path: Path) -> None:
+    """Twice, and nothing is lost."""
+    folder, stepper = tmp_path / "checkpoints", learner()
+    assert checkpoint.set_aside(folder) is None
+    for step, number in ((7, 1), (5, 2)):
+        save(folder, step, stepper)
+        place = checkpoint.set_aside(folder)
+        assert place == tmp_path / f"checkpoints.earlier-{number}"
+        assert [path.name for path in place.iterdir()] == [f"step-{step:08d}"]
+        assert checkpoint.latest(folder) is None
+    save(folder, 3, stepper)
+    assert checkpoint.latest(folder) == folder / "step-00000003"
