@@ -95,7 +95,7 @@ def test_kill_in_each_phase_of_an_update(
     monkeypatch.setattr(ServerApi, "_call", deadly)
     victims.engine.load(version_of(models["qwen3-other"], 1))
     results = victims.results(REQUESTS)
-    assert killed
+    victims.until(lambda: killed, "the phase: on a busy machine the other server may be done with everything before")
     assert_teacher_forced({0: loaded(models["qwen3"]), 1: loaded(models["qwen3-other"])}, requests, results)
     victims.until(lambda: victims.versions() == {1}, "version 1 on both")
     assert victims.engine.places[0].process is not lost
