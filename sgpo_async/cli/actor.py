@@ -27,9 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until the run is over. Raises SgpoError."""
     from sgpo_async.actor.run import Actor, ActorOptions
-    from sgpo_async.config.schema import Hub
+    from sgpo_async.config.schema import host_of
 
-    Hub(address=args.hub, keys=args.keys or "the hub's affair")  # raises ConfigError unless it is an address
+    host_of("--hub", args.hub)
     options = ActorOptions(
         hub=args.hub,
         name=args.name,

@@ -75,11 +75,14 @@ def run(args: argparse.Namespace) -> int:
     settings = load_run(args)
     if args.model:
         settings = replace(settings, model=replace(settings.model, path=args.model))
-    if args.dry_run:
-        print_dry_run(settings, [["sgpo-async", "evaluate", args.config, *args.overrides]])
-        return 0
     plan = _plan(settings, args)
     out = Path(args.out or f"{settings.folder}/evaluation")
+    if args.dry_run:
+        print_dry_run(settings, [["sgpo-async", "evaluate", args.config, *args.overrides]])
+        print(f"# at temperature {plan.temperature:g}, top-p {plan.top_p:g}; into {out}:")
+        for benchmark in plan.benchmarks:
+            print(f"#   {benchmark.name}: {len(benchmark.problems)} problems x {benchmark.samples}")
+        return 0
     found = _evaluate(plan, out, texts=args.texts)
     from sgpo_async.cli.evaluation_tables import summary
 

@@ -46,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
     record_config(settings)
     show = Show(settings)
     code = supervise(plan, folder, show)
+    if code:
+        show.stopped()
     show.closing()
     return code
 

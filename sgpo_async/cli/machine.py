@@ -21,7 +21,9 @@ from sgpo_async.engines.sglang.layout import layout_of
 from sgpo_async.engines.sglang.model import ModelFacts, model_facts
 from sgpo_async.engines.sglang.preflight import CheckDoubtful, CheckFailed, Finding, finding_of
 from sgpo_async.errors import SgpoError
+from sgpo_async.tasks.benchmarks import open_benchmark
 from sgpo_async.tasks.models import load_tokenizer, model_folder, tokenizer_fingerprint
+from sgpo_async.tasks.sources import source_of
 from sgpo_async.weights import digest
 from sgpo_async.weights.paths import available_memory
 
@@ -73,6 +75,16 @@ def tokenizer(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
             "use the tokenizer that came with the model, or resize the model's embeddings",
         )
     return f"{tokenizer_fingerprint(words)}, ids to {largest} of {facts.vocabulary} tokens"
+
+
+def problems(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
+    """The problems of the run and of its benchmarks can be read, and are as many as it holds out."""
+    held_out = len(source_of(run).held_out())
+    names = [
+        f"{name} {len(open_benchmark(name, one.path, samples=one.samples).problems)}"
+        for name, one in run.evaluation.benchmarks.items()
+    ]
+    return ", ".join([f"{run.tasks.path or run.tasks.source}: {held_out} held out", *names])
 
 
 def hub(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
@@ -180,6 +192,7 @@ def weights_folder(run: Run, facts: ModelFacts) -> str:
 MACHINE: Mapping[str, Check] = {
     "model": model,
     "tokenizer": tokenizer,
+    "problems": problems,
     "hub": hub,
     "memory": memory,
     "shared memory": shared_memory,
@@ -191,6 +204,7 @@ MACHINE: Mapping[str, Check] = {
 REMEDIES = dict.fromkeys(MACHINE, "correct the configuration") | {
     "model": "use a model that is known, or engine.kind=embedded",
     "tokenizer": "add the tokenizer's files to model.path",
+    "problems": "correct the file, or tasks.path, tasks.held_out, evaluation.benchmarks",
     "hub": "make keys: sgpo-async keys DIR, and name them in hub.keys",
     "sglang": "name the Python of an environment with sglang (on a CPU: make sglang-cpu)",
 }

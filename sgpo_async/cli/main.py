@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
 from sgpo_async import __version__
-from sgpo_async.errors import SgpoError
+from sgpo_async.errors import ConfigError, SgpoError
 
 COMMANDS = {  # each a module of this package with `add_arguments(parser)` and `run(args) -> int`
     "local": "a whole run on this machine: hub, learner under torchrun, actors",
@@ -20,7 +21,7 @@ COMMANDS = {  # each a module of this package with `add_arguments(parser)` and `
     "sft": "one rank of a supervised warm-up; start it under torchrun",
     "actor": "an inference node that joins a hub, at any time",
     "hub": "the front door alone, for learners that name it with --hub",
-    "doctor": "whether a configuration can run here: servers, model, ports, memory, disk",
+    "doctor": "whether a configuration can run here: servers, model, problems, ports, memory, disk",
     "bench": "throughput: generation alone, learning alone, synchronous, asynchronous",
     "strategies": "strategies from a stronger model's responses: extract, rank, check, stats",
     "evaluate": "avg@k and pass@k of a model on benchmarks; compares two evaluations",
@@ -37,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(words)
     except SgpoError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not (isinstance(error, ConfigError) and os.environ.get("LOCAL_RANK", "0") != "0"):  # rank 0 says the same
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,8 +46,15 @@ def print_dry_run(run: Run, commands: Iterable[Sequence[str]]) -> None:
 
 
 def record_config(run: Run) -> None:
-    """Write config.yaml, the resolved configuration, into the run's folder. Raises SgpoError."""
+    """Write config.yaml, the resolved configuration, into the run's folder. Raises SgpoError.
+
+    Says so where an earlier run of this name is about to be overwritten.
+    """
     from sgpo_async.config import to_yaml
     from sgpo_async.metrics.files import write_whole
+    from sgpo_async.metrics.reader import METRICS
 
-    write_whole(Path(run.folder) / "config.yaml", to_yaml(run))
+    folder = Path(run.folder)
+    if (folder / METRICS).exists() and not run.learner.resume:
+        print(f"{run.folder}: overwrites an earlier run of this name; name=OTHER would keep it", file=sys.stderr)
+    write_whole(folder / "config.yaml", to_yaml(run))

@@ -56,6 +56,13 @@ class Show:
         if stopping:
             self._console.print("stopping ... (again Ctrl-C: at once)")
 
+    def stopped(self) -> None:
+        """Say whether a run that was stopped can go on."""
+        if self._settings.learner.checkpoint_every:
+            self._console.print("stopped; the same command with learner.resume=true goes on from the last checkpoint")
+        else:
+            self._console.print("stopped; nothing to go on from, for learner.checkpoint_every=0")
+
     def closing(self) -> None:
         """Print the closing table and where the report is, if the run came far enough to have figures."""
         self._watch.poll("")

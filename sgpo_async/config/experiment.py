@@ -15,9 +15,11 @@ setting to setting is a mapping of their names. A method that names `optim.lr` i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,11 @@ BASE = "base:"  # how `model.path` names a base of the experiment
 
 Words = dict[str, Any]
 """Keys of a run, with dots, and their values."""
+
+
+def slug(name: str) -> str:
+    """A name as part of a file's name."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +92,12 @@ class Experiment:
             f"is one of the settings ({', '.join(sorted(settings))})",
             self.tune.setting,
         )
+        for one, other in combinations(self.settings, 2):
+            require(slug(one) != slug(other), "settings", "have names that differ as names of files", f"{one}, {other}")
         if self.tune.rates:
+            require(
+                "optim.lr" not in self.common, "common.optim.lr", "is left to tune.rates", self.common.get("optim.lr")
+            )
             require(bool(self.tune.seeds), "tune.seeds", "names at least one", self.tune.seeds)
             require(
                 not set(self.tune.seeds) & set(self.seeds),

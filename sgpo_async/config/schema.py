@@ -25,6 +25,14 @@ def require(holds: bool, path: str, rule: str, value: object) -> None:
         raise ConfigError(f"{path}: {rule}, got {value!r}")
 
 
+def host_of(path: str, address: str) -> str:
+    """HOST of tcp://HOST:PORT. Raises ConfigError, naming `path`, for what is no such address."""
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    whole = address.startswith("tcp://") and bool(host) and port.isdigit() and int(port) < 65536
+    require(whole, path, "looks like tcp://HOST:PORT", address)
+    return host
+
+
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """The policy."""
@@ -292,14 +300,7 @@ class Hub:
     max_message_mb: int = 512  # the largest message is the hub's state in a checkpoint
 
     def __post_init__(self) -> None:
-        require(self.address.startswith("tcp://"), "hub.address", "looks like tcp://HOST:PORT", self.address)
-        host, _, port = self.address.removeprefix("tcp://").rpartition(":")
-        require(
-            bool(host) and port.isdigit() and int(port) < 65536,
-            "hub.address",
-            "looks like tcp://HOST:PORT",
-            self.address,
-        )
+        host = host_of("hub.address", self.address)
         require(
             bool(self.keys) or host in ("127.0.0.1", "localhost", "[::1]"),
             "hub.keys",

@@ -6,9 +6,10 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from sgpo_async.config.experiment import slug
 from sgpo_async.experiments.curves import over_seeds
 from sgpo_async.experiments.figures import Curve, Panel, draw, parts
-from sgpo_async.experiments.plan import Result, slug
+from sgpo_async.experiments.plan import Result
 
 
 class Measure(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,11 +32,6 @@ class Trial:
         return identity(self.config)
 
 
-def slug(name: str) -> str:
-    """A name as part of a file's name."""
-    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
-
-
 def cells(experiment: Experiment) -> list[tuple[str, str]]:
     """(setting, method) of every cell of the table."""
     return [(setting, method) for setting in experiment.settings for method in experiment.methods]
@@ -60,7 +54,7 @@ def trial(experiment: Experiment, cell: tuple[str, str], *, rate: float | None, 
 
 def tuned(experiment: Experiment, cell: tuple[str, str]) -> bool:
     """Whether the learning rate of a cell is to be found."""
-    return bool(experiment.tune.rates) and "optim.lr" not in experiment.common | experiment.keys(*cell)
+    return bool(experiment.tune.rates) and "optim.lr" not in experiment.keys(*cell)
 
 
 def tuning(experiment: Experiment) -> list[Trial]:

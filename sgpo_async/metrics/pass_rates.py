@@ -7,7 +7,7 @@ population, and samples of one problem are far from independent of each other.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import comb
 
 import numpy as np
@@ -66,6 +66,19 @@ def interval(
     means = np.concatenate([values[drawn].mean(1) for drawn in _draws(values.size, resamples, seed)])
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(mean=float(values.mean()), low=float(low), high=float(high))
+
+
+def share_interval(values: np.ndarray, *, resamples: int = RESAMPLES) -> Interval:
+    """`interval` of P >= 1 shares, and of the exact binomial at LEVEL (Clopper and Pearson 1934) if all are 0 or all 1.
+
+    There every resample is the same, and 0 of 30 would seem to be known without doubt: it is [0, 0.116].
+    """
+    found = interval(values, resamples=resamples)
+    assert found is not None
+    far = 1 - ((1 - LEVEL) / 2) ** (1 / values.size)
+    if not values.any():
+        return replace(found, high=far)
+    return replace(found, low=1 - far) if (values == 1).all() else found
 
 
 def _draws(problems: int, resamples: int, seed: int) -> Iterator[np.ndarray]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sgpo_async.metrics.pass_rates import RESAMPLES, avg_at, interval, pass_at, powers_of_two
+from sgpo_async.metrics.pass_rates import RESAMPLES, avg_at, pass_at, powers_of_two, share_interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,4 @@ def counts(results: Sequence[ProblemResult]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _plain(values: np.ndarray, resamples: int) -> dict[str, float]:
-    found = interval(values, resamples=resamples)
-    assert found is not None
-    return asdict(found)
+    return asdict(share_interval(values, resamples=resamples))

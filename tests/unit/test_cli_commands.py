@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from sgpo_async.cli import main as cli
+from sgpo_async.cli.options import record_config
 from sgpo_async.config import load
 from sgpo_async.errors import SgpoError
 
@@ -81,6 +82,37 @@ def test_a_dry_run_prints_a_configuration_that_can_be_loaded_again(command: str,
     again = tmp_path / "again.yaml"
     again.write_text(answer.stdout)
     assert load(again) == load(DEMO, ["optim.lr=0.25", "local.actors=3"])
+
+
+def test_a_dry_run_of_evaluate_reads_the_problems(tmp_path: Path) -> None:
+    file = tmp_path / "aime.jsonl"
+    file.write_text('{"problem": "1 + 1", "answer": "2"}\n')
+    words = ["evaluate", DEMO, "--dry-run", "--benchmark", f"own={file}", "--samples", "32", "--benchmark", "held-out"]
+    answer = sgpo(*words)
+    assert "#   own: 1 problems x 32\n#   held-out: 200 problems x 32\n" in answer.stdout
+    file.write_text("{}")
+    answer = sgpo(*words)
+    assert (answer.returncode, answer.stdout) == (2, "")
+
+
+def test_of_several_ranks_one_tells_a_mistake(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank, told in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert cli.main(["learner", DEMO, "steps=0"]) == 2
+        assert capsys.readouterr().err.count("error: ") == told
+
+
+def test_a_name_that_is_taken_is_said_to_be_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = load(DEMO, [f"out={tmp_path}"])
+    record_config(run)
+    assert capsys.readouterr().err == ""
+    (tmp_path / "demo" / "metrics.jsonl").touch()
+    record_config(run)
+    assert f"{tmp_path}/demo: overwrites an earlier run of this name" in capsys.readouterr().err
+    record_config(load(DEMO, [f"out={tmp_path}", "learner.resume=true"]))
+    assert capsys.readouterr().err == ""
 
 
 def test_a_dry_run_of_local_names_every_process() -> None:

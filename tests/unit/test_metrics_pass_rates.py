@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sgpo_async.metrics.paired import compare, sign_flip
-from sgpo_async.metrics.pass_rates import avg_at, interval, pass_at, powers_of_two
+from sgpo_async.metrics.pass_rates import avg_at, interval, pass_at, powers_of_two, share_interval
 
 
 def array(*values: int) -> np.ndarray:
@@ -58,6 +58,15 @@ def test_the_interval_of_two_problems_is_that_of_all_four_resamples() -> None:
     assert found is not None and (found.mean, found.low, found.high) == (0.5, 0.0, 1.0)
     narrow = interval(np.array([0.0, 1.0]), level=0.4)
     assert narrow is not None and (narrow.low, narrow.high) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize(("correct", "low", "high"), [(0, 0.0, 0.1157), (30, 0.8843, 1.0)])
+def test_nothing_is_known_without_doubt(correct: int, low: float, high: float) -> None:
+    """0 of 30 at 95 %: (1 - 0.1157)^30 = 0.025, as in tables of the binomial."""
+    found = share_interval(np.full(30, correct / 30))
+    assert (found.mean, round(found.low, 4), round(found.high, 4)) == (correct / 30, low, high)
+    half = np.array([0.0, 1.0])
+    assert share_interval(half) == interval(half)
 
 
 def test_an_interval_depends_on_its_seed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
