@@ -78,8 +78,9 @@ def run(args: argparse.Namespace) -> int:
     plan = _plan(settings, args)
     out = Path(args.out or f"{settings.folder}/evaluation")
     if args.dry_run:
-        print_dry_run(settings, [["sgpo-async", "evaluate", args.config, *args.overrides]])
-        print(f"# at temperature {plan.temperature:g}, top-p {plan.top_p:g}; into {out}:")
+        print_dry_run(settings, [_command(args)])
+        guided = "with strategies, " if plan.guided else ""
+        print(f"# {guided}at temperature {plan.temperature:g}, top-p {plan.top_p:g}, into {out}:")
         for benchmark in plan.benchmarks:
             print(f"#   {benchmark.name}: {len(benchmark.problems)} problems x {benchmark.samples}")
         return 0
@@ -88,6 +89,17 @@ def run(args: argparse.Namespace) -> int:
 
     _print(console, [*summary(found), f"results: {out}"])
     return 0
+
+
+def _command(args: argparse.Namespace) -> list[str]:
+    """The call that `args` came from, without --dry-run."""
+    words = ["sgpo-async", "evaluate", args.config, *args.overrides, *(["--model", args.model] if args.model else [])]
+    for name in ("benchmark", "samples"):
+        words += [word for value in getattr(args, name) for word in (f"--{name}", value)]
+    words += ["--temperature", f"{args.temperature:g}"] * (args.temperature != PAPER_TEMPERATURE)
+    words += ["--top-p", f"{args.top_p:g}"] * (args.top_p != PAPER_TOP_P)
+    words += [f"--{name}" for name in ("guided", "texts") if getattr(args, name)]
+    return [*words, "--out", args.out] if args.out else words
 
 
 def _plan(settings: Run, args: argparse.Namespace) -> Plan:

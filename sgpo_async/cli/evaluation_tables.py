@@ -43,7 +43,7 @@ def summary(found: Mapping[str, Any]) -> Iterator[RenderableType]:
     for name, one in found["benchmarks"].items():
         if one["timed_out"]:
             yield f"{name}: {one['timed_out']} completions were not judged in time and count as incorrect."
-    yield f"{BOOTSTRAP} Where no or every sample is correct, exact binomial ones. Tokens: mean length."
+    yield f"{BOOTSTRAP} Of 0 and 100, exact binomial ones. Tokens: mean length."
 
 
 def comparison(a: Path, b: Path, found: Comparisons) -> Iterator[RenderableType]:

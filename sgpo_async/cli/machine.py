@@ -21,7 +21,7 @@ from sgpo_async.engines.sglang.layout import layout_of
 from sgpo_async.engines.sglang.model import ModelFacts, model_facts
 from sgpo_async.engines.sglang.preflight import CheckDoubtful, CheckFailed, Finding, finding_of
 from sgpo_async.errors import SgpoError
-from sgpo_async.tasks.benchmarks import open_benchmark
+from sgpo_async.tasks.benchmarks import open_benchmarks
 from sgpo_async.tasks.models import load_tokenizer, model_folder, tokenizer_fingerprint
 from sgpo_async.tasks.sources import source_of
 from sgpo_async.weights import digest
@@ -78,13 +78,10 @@ def tokenizer(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
 
 
 def problems(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
-    """The problems of the run and of its benchmarks can be read, and are as many as it holds out."""
+    """The problems of the run and of its benchmarks can be read, and some are left to train on."""
+    benchmarks = [f"{one.name} {len(one.problems)}" for one in open_benchmarks(run.evaluation)]
     held_out = len(source_of(run).held_out())
-    names = [
-        f"{name} {len(open_benchmark(name, one.path, samples=one.samples).problems)}"
-        for name, one in run.evaluation.benchmarks.items()
-    ]
-    return ", ".join([f"{run.tasks.path or run.tasks.source}: {held_out} held out", *names])
+    return ", ".join([f"{run.tasks.path or run.tasks.source}: {held_out} held out", *benchmarks])
 
 
 def hub(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001

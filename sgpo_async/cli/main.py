@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 
 from sgpo_async import __version__
-from sgpo_async.errors import ConfigError, SgpoError
+from sgpo_async.errors import SgpoError
 
 COMMANDS = {  # each a module of this package with `add_arguments(parser)` and `run(args) -> int`
     "local": "a whole run on this machine: hub, learner under torchrun, actors",
@@ -38,8 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(words)
     except SgpoError as error:
-        if not (isinstance(error, ConfigError) and os.environ.get("LOCAL_RANK", "0") != "0"):  # rank 0 says the same
-            print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -45,6 +45,11 @@ def print_dry_run(run: Run, commands: Iterable[Sequence[str]]) -> None:
         print(f"#   {shlex.join(command)}")
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run in `folder` has a checkpoint to go on from."""
+    return any((folder / "checkpoints").glob("step-*"))
+
+
 def record_config(run: Run) -> None:
     """Write config.yaml, the resolved configuration, into the run's folder. Raises SgpoError.
 
@@ -55,6 +60,6 @@ def record_config(run: Run) -> None:
     from sgpo_async.metrics.reader import METRICS
 
     folder = Path(run.folder)
-    if (folder / METRICS).exists() and not run.learner.resume:
+    if (folder / METRICS).exists() and not (run.learner.resume and has_checkpoint(folder)):
         print(f"{run.folder}: overwrites an earlier run of this name; name=OTHER would keep it", file=sys.stderr)
     write_whole(folder / "config.yaml", to_yaml(run))

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from sgpo_async.cli.display import Display, Lines, View
 from sgpo_async.cli.live import LivePicture
+from sgpo_async.cli.options import has_checkpoint
 from sgpo_async.cli.supervisor import Supervisor
 from sgpo_async.cli.watch import Watch
 from sgpo_async.config import Run
@@ -58,10 +59,10 @@ class Show:
 
     def stopped(self) -> None:
         """Say whether a run that was stopped can go on."""
-        if self._settings.learner.checkpoint_every:
-            self._console.print("stopped; the same command with learner.resume=true goes on from the last checkpoint")
+        if has_checkpoint(self._folder):
+            self._console.print("the same command with learner.resume=true goes on from the last checkpoint")
         else:
-            self._console.print("stopped; nothing to go on from, for learner.checkpoint_every=0")
+            self._console.print("nothing to go on from: no checkpoint (learner.checkpoint_every=STEPS makes them)")
 
     def closing(self) -> None:
         """Print the closing table and where the report is, if the run came far enough to have figures."""

@@ -10,7 +10,7 @@
     tune: {rates: [3.0e-4, 6.0e-4], seeds: [100]}
 
 Keys of `common`, `settings` and `methods` are those of a run, written with dots. A method's value that differs from
-setting to setting is a mapping of their names. A method that names `optim.lr` itself is not tuned.
+setting to setting is a mapping of their names. A method or a setting that names `optim.lr` itself is not tuned.
 """
 
 from __future__ import annotations
@@ -95,9 +95,9 @@ class Experiment:
         for one, other in combinations(self.settings, 2):
             require(slug(one) != slug(other), "settings", "have names that differ as names of files", f"{one}, {other}")
         if self.tune.rates:
-            require(
-                "optim.lr" not in self.common, "common.optim.lr", "is left to tune.rates", self.common.get("optim.lr")
-            )
+            layers = {"common": self.common, f"settings.{self.tune.setting}": self.settings.get(self.tune.setting, {})}
+            for place, words in layers.items():
+                require("optim.lr" not in words, f"{place}.optim.lr", "is left to tune.rates", words.get("optim.lr"))
             require(bool(self.tune.seeds), "tune.seeds", "names at least one", self.tune.seeds)
             require(
                 not set(self.tune.seeds) & set(self.seeds),

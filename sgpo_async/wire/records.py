@@ -217,7 +217,7 @@ class Evaluate:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkScore:
-    """One benchmark in one evaluation round: avg@k and pass@k with bootstrap intervals, and what they are made of."""
+    """One benchmark in one evaluation round: avg@k and pass@k with intervals, and what they are made of."""
 
     name: str
     avg: float | None  # None: no problem could be served

@@ -20,7 +20,7 @@ from sgpo_async.cli.main import main
 from sgpo_async.config import Run, load
 from sgpo_async.engines.sglang.model import ModelFacts, model_facts
 from sgpo_async.engines.sglang.preflight import CheckDoubtful, CheckFailed, Finding
-from sgpo_async.errors import EngineError
+from sgpo_async.errors import DataError, EngineError
 from sgpo_async.tasks.models import model_folder
 from sgpo_async.weights import digest
 
@@ -133,18 +133,27 @@ def test_failures_end_with_code_2_and_their_remedies(tmp_path: Path, capsys: pyt
     assert any("no such folder" in line for line in lines) and "failed: model: set model.path" in "\n".join(lines)
 
 
-def test_a_problem_that_cannot_be_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_problem_that_cannot_be_read_is_named(
+    cues: ModelFacts, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """In the run's file, in a benchmark's, and where all would be held out."""
     good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
     good.write_text("".join(f'{{"problem": "{word}", "answer": "1"}}\n' for word in "abc"))
     bad.write_text('{"problem": "a"}\n')
-    words = ["doctor", str(ROOT / "configs/demo.yaml"), f"out={tmp_path}", "hub.address=tcp://127.0.0.1:0"]
     own = ["tasks.source=file", f"tasks.path={good}", "tasks.held_out=2"]
-    assert main([*words, *own]) == 0
-    assert "2 held out" in capsys.readouterr().out
-    for more in ([f"tasks.path={bad}"], ["tasks.held_out=3"], [f"evaluation.benchmarks.math500.path={bad}"]):
-        assert main([*words, *own, *more]) == 2
-        assert "failed: problems: correct the file" in capsys.readouterr().out
+    benchmark = f"evaluation.benchmarks.own.path={good}"
+    assert machine.problems(settings(*own, benchmark), cues) == f"{good}: 2 held out, own 3"
+    wrong = {
+        f"tasks.path={bad}": "bad.jsonl:1: no column 'answer'",
+        "tasks.held_out=3": "none for training with tasks.held_out=3",
+        f"evaluation.benchmarks.own.path={bad}": "bad.jsonl:1: .* layout",
+    }
+    for word, found in wrong.items():
+        with pytest.raises(DataError, match=found):
+            machine.problems(settings(*own, word), cues)
+    words = [f"out={tmp_path}", "hub.address=tcp://127.0.0.1:0", *own, "tasks.held_out=3"]
+    assert main(["doctor", str(ROOT / "configs/demo.yaml"), *words]) == 2
+    assert "failed: problems: correct the file" in capsys.readouterr().out
 
 
 def test_the_table_fits_80_columns() -> None:

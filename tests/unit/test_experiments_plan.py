@@ -118,6 +118,10 @@ def test_settings_may_have_budgets_of_their_own(tmp_path: Path) -> None:
         ({"tune": {"rates": [1e-3], "seeds": [1, 7]}}, r"tune\.seeds: has none of seeds \(0, 1\), .*, got \[1, 7\]"),
         ({"tune": {"rates": [1e-3], "seeds": []}}, r"tune\.seeds: names at least one"),
         ({"common": {"optim.lr": 1e-3}}, r"common\.optim\.lr: is left to tune\.rates, got 0\.001"),
+        (
+            {"settings": {"calm": {"optim.lr": 1e-3}, "stale": {}}, "tune": {"rates": [1e-4], "setting": "calm"}},
+            r"settings\.calm\.optim\.lr: is left to tune\.rates, got 0\.001",
+        ),
         ({"settings": {"a b": {}, "A-b": {}}}, "settings: have names that differ as names of files, got 'a b, A-b'"),
         ({"tune": {"setting": "cold"}}, r"tune\.setting: is one of the settings \(calm, stale\)"),
     ],

@@ -65,6 +65,8 @@ def test_nothing_is_known_without_doubt(correct: int, low: float, high: float) -
     """0 of 30 at 95 %: (1 - 0.1157)^30 = 0.025, as in tables of the binomial."""
     found = share_interval(np.full(30, correct / 30))
     assert (found.mean, round(found.low, 4), round(found.high, 4)) == (correct / 30, low, high)
+    surely = pass_at(np.array([1, 3]), np.array([4, 4]), k=4)  # of 100 %, though samples are wrong
+    assert share_interval(surely).low == pytest.approx(1 - 0.8419, abs=1e-4)
     half = np.array([0.0, 1.0])
     assert share_interval(half) == interval(half)
 
