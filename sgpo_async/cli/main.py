@@ -54,7 +54,12 @@ def _dispatch(words: list[str]) -> int:
     if name not in COMMANDS:
         raise SgpoError(f"{name!r} is no command; there are {', '.join(COMMANDS)}")
     command = importlib.import_module(f"sgpo_async.cli.{name}")
-    parser = argparse.ArgumentParser(prog=f"sgpo-async {name}", description=COMMANDS[name].capitalize() + ".")
+    parser = argparse.ArgumentParser(
+        prog=f"sgpo-async {name}",
+        description=COMMANDS[name].capitalize() + ".",
+        epilog=(command.__doc__ or "").partition("\n\n")[2],  # its calls, as the module shows them
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     command.add_arguments(parser)
     code: int = command.run(parser.parse_intermixed_args(words[1:]))
     return code

@@ -55,6 +55,10 @@ def test_help_of_every_command(command: str) -> None:
     assert answer.stdout.startswith(f"usage: sgpo-async {command}")
 
 
+def test_help_shows_the_calls_of_a_command_with_several() -> None:
+    assert "\nsgpo-async strategies check LIBRARY ...\n" in sgpo("strategies", "--help").stdout
+
+
 def test_the_commands_are_listed() -> None:
     answer = sgpo("--help")
     assert answer.returncode == 0
