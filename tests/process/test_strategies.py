@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,10 +23,30 @@ pytestmark = [pytest.mark.process, pytest.mark.timeout(400)]
 
 ITEMS = 200
 CLEAN = ("Isolate the unknown", "Divide both sides in 2 cases", "Compare with the 12 given", "First do the 2nd part")
-LEAKS = (  # of the answer 37 and of the intermediate results 111 and 74; the problem has 12
-    *("The result is 37", "It comes to \\boxed{37}", "So x equals 37.0", "Thirty-seven remain", "Note the 111 there"),
-    *("Take 74/2 of them", "Subtract to get 111", "The share is 3700 %", "There are \\frac{74}{2}", "Compute 111/3"),
-)
+WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def numbers(item: int) -> tuple[int, int, int]:
+    """Answer and intermediate results of an item, all its own: 31 + 74 = 105, so 105 - 74 = 31, and so on."""
+    answer, taken = 31 + item % 9, 74 + 2 * item
+    return answer, taken, answer + taken
+
+
+def leaks(item: int) -> tuple[str, ...]:
+    """Of the answer, as a figure, by value and in words, and of the intermediate results; the problem has 12."""
+    answer, taken, whole = numbers(item)
+    return (
+        *(f"The result is {answer}", f"It comes to \\boxed{{{answer}}}", f"So x equals {answer}.0"),
+        *(f"Thirty-{WORDS[answer - 31]} remain", f"Note the {whole} there", f"Take {2 * answer}/2 of them"),
+        *(f"Subtract to get {whole}", f"The share is {answer}00 %", f"There are \\frac{{{2 * answer}}}{{2}}"),
+        f"Divide {taken} by 3",
+    )
+
+
+def leak_in(record: dict, text: str) -> int | None:
+    """The kind of leak that was planted in this text, if one was."""
+    planted = leaks(record["item"])
+    return next((kind for kind, leak in enumerate(planted) if leak in text), None)
 
 
 def write_problems(path: Path) -> tuple[set[str], set[str]]:
@@ -36,12 +55,14 @@ def write_problems(path: Path) -> tuple[set[str], set[str]]:
     for i in range(ITEMS):
         says = [CLEAN[(i + j) % len(CLEAN)] for j in range(5)]
         if i % 2:
-            says[i % 5] = LEAKS[i % len(LEAKS)]
+            says[i % 5] = leaks(i)[i // 2 % 10]
         if i % 10 == 0:
-            says = ["nonsense", *[LEAKS[(i // 10 + j) % len(LEAKS)] for j in range(4)]]
+            says = ["nonsense", *[leaks(i)[(i // 10 + j) % 10] for j in range(4)]]
         problem = f"There are 12 apples, case {'abcdefghij'[i % 10] * (1 + i // 10)}. How many are left?"
         (hopeless if i % 10 == 0 else clean).add(problem)
-        rows.append({"problem": problem, "answer": "37", "response": f"111 - 74 = 37. SAY {json.dumps(says)} YAS"})
+        answer, taken, whole = numbers(i)
+        response = f"{whole} - {taken} = {answer}. SAY {json.dumps(says)} YAS"
+        rows.append({"problem": problem, "answer": str(answer), "response": response})
     rows.append({"problem": "without a response", "answer": "1"})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return clean, hopeless
@@ -81,6 +102,10 @@ class Place:
         return [*files, "--work", str(self.folder / name), "--library", str(self.folder / library)]
 
 
+def rows_of(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
 def records_of(work: Path) -> list[dict]:
     """The finished items of a work file, in which each reply has a line too."""
     lines = [json.loads(line) for line in work.read_bytes().split(b"\n")[:-1]]
@@ -105,12 +130,15 @@ def extracted(place: Place) -> str:
 def test_every_planted_leak_is_caught_and_nothing_clean_is_lost(place: Place, extracted: str) -> None:
     records = records_of(place.folder / "work.jsonl")
     assert len(records) == ITEMS
-    kept = [text for record in records for text in record["candidates"]]
-    assert not [text for text in kept for leak in LEAKS if leak in text]
-    rejected = [one for record in records for one in record["rejected"]]
-    assert not [one for one in rejected if one["reason"] == "leak" and not any(leak in one["text"] for leak in LEAKS)]
-    assert Counter(one["reason"] for one in rejected)["leak"] > ITEMS / 2
-    assert {leak for leak in LEAKS for one in rejected if leak in one["text"]} == set(LEAKS)
+    place_of = {row["problem"]: i for i, row in enumerate(rows_of(place.folder / "problems.jsonl"))}
+    records = [record | {"item": place_of[record["problem"]]} for record in records]
+    assert not [text for record in records for text in record["candidates"] if leak_in(record, text) is not None]
+    called = [
+        leak_in(record, one["text"]) for record in records for one in record["rejected"] if one["reason"] == "leak"
+    ]
+    assert None not in called
+    assert len(called) > ITEMS / 2
+    assert set(called) == set(range(10))
     library = read_problems(str(place.folder / "library.jsonl"))
     assert {problem.problem for problem in library} == place.clean
     failed = {record["problem"]: record["failed"] for record in records if record["failed"]}
@@ -181,12 +209,12 @@ def test_check_finds_a_leak_that_came_in_later(place: Place, extracted: str) -> 
     library = place.folder / "library.jsonl"
     assert place.run("check", str(library)).returncode == 0
     rows = [json.loads(line) for line in library.read_text().splitlines()]
-    rows[3]["strategy"] += "\nIt is 37."
+    rows[3]["strategy"] += f"\nIt is {rows[3]['answer']}."
     spoilt = place.folder / "spoilt.jsonl"
     spoilt.write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = place.run("check", str(spoilt))
     assert done.returncode == 1
-    assert f"{spoilt}:4: the answer's number 37" in done.stdout
+    assert f"{spoilt}:4: the answer's number {rows[3]['answer']}" in done.stdout
 
 
 def test_stats_tell_what_the_endpoint_charged(place: Place) -> None:
@@ -203,6 +231,8 @@ def test_stats_tell_what_the_endpoint_charged(place: Place) -> None:
     done = place.run("stats", work, "--prompt-price", "3", "--completion-price", "15")
     assert f"{sent:,} tokens sent, {received:,} received, cost {3e-6 * sent + 15e-6 * received:,.2f}" in done.stdout
     assert "rejected (leak)" in done.stdout
+    histogram = done.stdout.partition("mean score of the best candidate (1 to 5):\n")[2]
+    assert sum(int(count) for count in re.findall(r"(\d+)$", histogram, re.MULTILINE)) == 27  # a bar for each score
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
