@@ -46,20 +46,22 @@ def print_dry_run(run: Run, commands: Iterable[Sequence[str]]) -> None:
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Whether a run in `folder` has a checkpoint to go on from."""
-    return any((folder / "checkpoints").glob("step-*"))
+    """Whether `folder`, of a run's or its warm-up's checkpoints, has one to go on from."""
+    return any(folder.glob("step-*"))
 
 
-def record_config(run: Run) -> None:
+def record_config(run: Run, *, warmup: bool = False) -> None:
     """Write config.yaml, the resolved configuration, into the run's folder. Raises SgpoError.
 
     Says so where an earlier run of this name is about to be overwritten.
     """
     from sgpo_async.config import to_yaml
+    from sgpo_async.config.schema import CHECKPOINTS, WARMUP_CHECKPOINTS
     from sgpo_async.metrics.files import write_whole
     from sgpo_async.metrics.reader import METRICS
 
     folder = Path(run.folder)
-    if (folder / METRICS).exists() and not (run.learner.resume and has_checkpoint(folder)):
+    checkpoints = folder / (WARMUP_CHECKPOINTS if warmup else CHECKPOINTS)
+    if (folder / METRICS).exists() and not (run.learner.resume and has_checkpoint(checkpoints)):
         print(f"{run.folder}: overwrites an earlier run of this name; name=OTHER would keep it", file=sys.stderr)
     write_whole(folder / "config.yaml", to_yaml(run))

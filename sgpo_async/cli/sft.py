@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     if "RANK" not in os.environ:
         raise ConfigError(f"sft: RANK is not set; start it by torchrun launch/sft.py {args.config}")
     if os.environ["RANK"] == "0":
-        record_config(settings)
+        record_config(settings, warmup=True)
     from sgpo_async.learner.sft import warm_up
 
     return warm_up(settings)

@@ -15,6 +15,7 @@ from sgpo_async.cli.options import has_checkpoint
 from sgpo_async.cli.supervisor import Supervisor
 from sgpo_async.cli.watch import Watch
 from sgpo_async.config import Run
+from sgpo_async.config.schema import CHECKPOINTS
 from sgpo_async.report import closing_rows, write_report
 
 POLICY = "policy"  # the learner's export, a Hugging Face folder
@@ -59,7 +60,7 @@ class Show:
 
     def stopped(self) -> None:
         """Say whether a run that was stopped can go on."""
-        if has_checkpoint(self._folder):
+        if has_checkpoint(self._folder / CHECKPOINTS):
             self._console.print("the same command with learner.resume=true goes on from the last checkpoint")
         else:
             self._console.print("nothing to go on from: no checkpoint (learner.checkpoint_every=STEPS makes them)")

@@ -15,6 +15,8 @@ from sgpo_async.errors import ConfigError
 CorrectionMode = Literal["none", "token", "token-mask", "prefix", "sequence", "sequence-geometric"]
 BANDS = ("token-mask", "sequence-geometric")  # modes that mask what lies outside of [1/bound, bound]
 
+CHECKPOINTS = "checkpoints"  # below the run's folder
+WARMUP_CHECKPOINTS = "warmup-checkpoints"  # not those of the run that starts from the warm-up
 HELD_OUT = "held-out"  # the name of the run's own held-out problems among benchmarks
 BYTES_PER_TOKEN = 8  # of a rollout: the token and its log-probability; as much again for each likely token beside it
 

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from sgpo_async.config.schema import Algorithm, Run
+from sgpo_async.config.schema import WARMUP_CHECKPOINTS, Algorithm, Run
 from sgpo_async.errors import DataError
 from sgpo_async.learner import checkpoint
 from sgpo_async.learner.batch import Batch, Sequences
@@ -43,7 +43,6 @@ from sgpo_async.tasks.demonstrated import demonstrated
 from sgpo_async.tasks.models import load_tokenizer, model_folder
 from sgpo_async.tasks.prompts import build_prompt
 
-CHECKPOINTS = "warmup-checkpoints"  # not `checkpoints`, which are those of the run that starts from the warm-up
 COLLECTIVE_S = 1800.0  # a validation or an export, which other ranks wait for
 
 
@@ -191,14 +190,14 @@ class WarmUp:
         return self.state.step == self.run.steps or (every > 0 and self.state.step % every == 0)
 
     def _checkpoint(self) -> None:
-        folder = self.folder / CHECKPOINTS
+        folder = self.folder / WARMUP_CHECKPOINTS
         saved = Saved(asdict(self.state), b"")
         module, optimiser = self.stepper.policy, self.stepper.optimiser
         checkpoint.save(folder, step=self.state.step, module=module, optimiser=optimiser, saved=saved)
         checkpoint.prune(folder, step=self.state.step, keep=self.run.learner.keep_checkpoints)
 
     def _resume(self) -> None:
-        folder = self.folder / CHECKPOINTS
+        folder = self.folder / WARMUP_CHECKPOINTS
         if self.lead and not self.run.learner.resume:
             checkpoint.set_aside(folder)
         newest = checkpoint.latest(folder) if self.run.learner.resume else None

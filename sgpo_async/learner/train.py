@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from transformers.utils import logging
 
-from sgpo_async.config.schema import Run, require
+from sgpo_async.config.schema import CHECKPOINTS, Run, require
 from sgpo_async.engines.pretrained import load_model
 from sgpo_async.learner import checkpoint, optimiser
 from sgpo_async.learner.checkpoint import Saved
@@ -45,7 +45,6 @@ from sgpo_async.transport import Dealer, Mailbox
 from sgpo_async.weights import StoreWriter
 from sgpo_async.wire.records import Hello
 
-CHECKPOINTS = "checkpoints"
 CONNECT_S = 120.0  # for the hub to be there
 COLLECTIVE_SLACK_S = 300.0
 

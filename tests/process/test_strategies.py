@@ -201,14 +201,14 @@ def test_ranking_anew_extracts_nothing(place: Place, extracted: str) -> None:
         done = place.run(*rank, model="judge")
         assert done.returncode == 0, done.stderr
         assert len(place.log.read_text().splitlines()) - asked == requests
-    rows = [json.loads(line) for line in (place.folder / "ranked.jsonl").read_text().splitlines()]
+    rows = rows_of(place.folder / "ranked.jsonl")
     assert {(row["model"], row["judge"]) for row in rows} == {("strong", "judge")}
 
 
 def test_check_finds_a_leak_that_came_in_later(place: Place, extracted: str) -> None:
     library = place.folder / "library.jsonl"
     assert place.run("check", str(library)).returncode == 0
-    rows = [json.loads(line) for line in library.read_text().splitlines()]
+    rows = rows_of(library)
     rows[3]["strategy"] += f"\nIt is {rows[3]['answer']}."
     spoilt = place.folder / "spoilt.jsonl"
     spoilt.write_text("".join(json.dumps(row) + "\n" for row in rows))

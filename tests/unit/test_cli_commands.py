@@ -113,6 +113,11 @@ def test_a_name_that_is_taken_is_said_to_be_overwritten(tmp_path: Path, capsys: 
     (tmp_path / "demo" / "checkpoints" / "step-3").mkdir(parents=True)
     record_config(resuming)
     assert capsys.readouterr().err == ""
+    record_config(resuming, warmup=True)  # whose checkpoints are others
+    assert "overwrites" in capsys.readouterr().err
+    (tmp_path / "demo" / "warmup-checkpoints" / "step-3").mkdir(parents=True)
+    record_config(resuming, warmup=True)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_dry_run_of_local_names_every_process() -> None:
