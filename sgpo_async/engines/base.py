@@ -108,7 +108,7 @@ class Engine(Protocol):
         """Do one unit of work, or wait up to `timeout_s` for a result; return what finished, or failed for good."""
 
     def cancel(self, ids: Iterable[Hashable]) -> None:
-        """Forget these requests; unknown ids are ignored."""
+        """Forget these requests: no result of theirs comes from now on; unknown ids are ignored."""
 
     def load(self, weights: Weights) -> None:
         """Replace the weights between two tokens; running sequences continue under the new version.

@@ -237,3 +237,15 @@ def test_cancelled_requests_give_no_result_and_hold_no_update_up(pair: Servers, 
     pair.load(models["qwen3-other"], 1)
     assert pair.news()[told:] == []
     assert list(pair.results(1)) == [31]
+
+
+def test_cancelled_requests_give_no_result_even_if_they_have_finished(pair: Servers, models: dict[str, Path]) -> None:
+    """Their ids may come again at once: a result of before would be taken for the new request's."""
+    pair.load(models["qwen3"], 0)
+    before = pair.engine.load_status().tokens
+    for i in range(4):
+        pair.engine.submit(ask(i, tokens=5))
+    pair.until(lambda: pair.engine.load_status().tokens == before + 4 * 5, "the last tokens")
+    pair.until(lambda: pair.engine.load_status().running == 0, "the end of all")
+    pair.engine.cancel(range(3))
+    assert list(pair.results(1)) == [3]

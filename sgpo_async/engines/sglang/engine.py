@@ -7,6 +7,7 @@ actor's thread ── submit, cancel, load ──▶ loop (Fleet) ── HTTP �
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import shutil
 import tempfile
@@ -139,8 +140,13 @@ class SglangEngine:
             return results
 
     def cancel(self, ids: Iterable[Hashable]) -> None:
-        """Forget these requests; unknown ids are ignored."""
-        self._call(Fleet.cancel, list(ids))
+        """Forget these requests, and what they have brought that `step` has not returned; unknown ids are ignored."""
+        gone = set(ids)
+        self._call_and_wait(Fleet.cancel, gone)
+        assert self._fleet is not None
+        for item in self._finished():
+            if isinstance(item, SgpoError) or item.id not in gone:
+                self._fleet.results.put(item)
 
     def load(self, weights: Weights) -> None:
         """Have every server brought to `weights`, in the background."""
@@ -161,13 +167,8 @@ class SglangEngine:
         """Forget all requests and versions, and what is already finished; the servers stay."""
         if self._loop is None or self._fleet is None or self._failed is not None:
             return
-        done = asyncio.run_coroutine_threadsafe(_done(self._fleet.want, None), self._loop)
-        try:
-            done.result(SLACK_S)
-        except TimeoutError:
-            raise DeadlineExceeded("the SGLang servers' loop", "answer", SLACK_S) from None
-        while not self._fleet.results.empty():
-            self._fleet.results.get_nowait()
+        self._call_and_wait(Fleet.want, None)
+        self._finished()
 
     def close(self) -> None:
         """End the servers that were launched."""
@@ -208,6 +209,24 @@ class SglangEngine:
         self._check()
         assert self._loop is not None, "start comes first"
         self._loop.call_soon_threadsafe(method, self._fleet, *args)
+
+    def _call_and_wait(self, method: Callable[..., None], *args: Any) -> None:
+        self._check()
+        assert self._loop is not None, "start comes first"
+        done = asyncio.run_coroutine_threadsafe(_done(method, self._fleet, *args), self._loop)
+        try:
+            done.result(SLACK_S)
+        except TimeoutError:
+            raise DeadlineExceeded("the SGLang servers' loop", "answer", SLACK_S) from None
+
+    def _finished(self) -> list[Result | SgpoError]:
+        """Take all that `step` has not returned."""
+        assert self._fleet is not None
+        items = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                items.append(self._fleet.results.get_nowait())
+        return items
 
     def _check(self) -> None:
         if self._failed is not None:
