@@ -4,6 +4,8 @@ sgpo-async strategies extract FILE ... --work WORK.jsonl --library LIBRARY --url
 sgpo-async strategies rank WORK.jsonl --library LIBRARY --url URL --model MODEL
 sgpo-async strategies check LIBRARY ...
 sgpo-async strategies stats WORK.jsonl
+
+Instead of --url, --serve launches SGLang here, as an actor launches its own, with the model that --model names.
 """
 
 from __future__ import annotations
@@ -14,19 +16,24 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sgpo_async.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from sgpo_async.config import Run
+    from sgpo_async.engines.sglang.texts import TextServer
     from sgpo_async.strategies import Journal, Pipeline, Server
     from sgpo_async.strategies.journal import Record
     from sgpo_async.tasks.base import Problem
 
 LEAKS = 1  # exit code of `check`
 FORMATS = (".jsonl", ".parquet")
+OWN = "own SGLang"  # in provenance; its port is another one each time
 FIXED = ("model", "messages", "stream", "n")  # what a request says whatever --extra wishes
 
 
@@ -41,10 +48,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work", type=Path, metavar="WORK.jsonl", help="extract: every finished item; goes on from it")
     parser.add_argument("--library", type=Path, metavar="LIBRARY", help="extract, rank: result, .jsonl or .parquet")
     parser.add_argument("--url", metavar="URL", help="of an OpenAI-compatible server, up to /v1")
+    parser.add_argument(
+        "--serve",
+        metavar="key=value",
+        nargs="*",
+        help="launch SGLang here instead of asking --url, as an actor launches its own: engine settings, e.g. "
+        "engine.sglang.tp=8, or a configuration; --model is then a model's folder or hub name",
+    )
     parser.add_argument("--model", metavar="MODEL", help="as the server names it")
     parser.add_argument("--key-env", default="OPENAI_API_KEY", metavar="NAME", help="variable that holds the API key")
     parser.add_argument("--candidates", type=int, default=5, metavar="N", help="for each response (default: 5)")
     parser.add_argument("--concurrency", type=int, default=8, metavar="N", help="items at a time (default: 8)")
+    parser.add_argument(
+        "--structured", action="store_true", help="have the server hold replies to their form, by a JSON schema"
+    )
     parser.add_argument("--max-tokens", type=int, default=1024, metavar="N", help="of a reply (default: 1024)")
     parser.add_argument(
         "--extra", default="{}", metavar="JSON", help="more fields of each request, as an object; null leaves one out"
@@ -62,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
 def _extract(args: argparse.Namespace) -> int:
     from sgpo_async.strategies import Journal
 
-    _need(args, "work", "library", "url", "model")
+    _need(args, "work", "library", "model")
     _examine(args)
     problems = _with_responses(args.files)
     journal = Journal(args.work)
@@ -76,7 +93,7 @@ def _extract(args: argparse.Namespace) -> int:
 def _rank(args: argparse.Namespace) -> int:
     from sgpo_async.strategies import Journal
 
-    _need(args, "library", "url", "model")
+    _need(args, "library", "model")
     _examine(args)
     journal = Journal(_work_file(args))
 
@@ -116,7 +133,7 @@ def _with_endpoint(args: argparse.Namespace, journal: Journal, work: Any, *, tot
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 
-    async def run_all() -> None:
+    async def ask(server: Server) -> None:
         with Progress(*columns) as progress:
             bar = progress.add_task("strategies", total=total)
             failed = 0
@@ -126,10 +143,17 @@ def _with_endpoint(args: argparse.Namespace, journal: Journal, work: Any, *, tot
                 failed += bool(record["failed"])
                 progress.update(bar, advance=1, description=f"strategies ({failed} failed)" if failed else "strategies")
 
-            async with Endpoint(_server(args)) as endpoint:
+            async with Endpoint(server) as endpoint:
                 await work(
                     Pipeline(endpoint, journal, candidates=args.candidates, concurrency=args.concurrency, told=told)
                 )
+
+    async def run_all() -> None:
+        if args.serve is None:
+            await ask(_server(args))
+            return
+        async with _launched(args, journal) as own:
+            await own.during(ask(replace(_server(args), url=own.url, name=OWN)))
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as Ctrl-C: the library comes first
     whole = False
@@ -154,16 +178,48 @@ def _conclude(args: argparse.Namespace, journal: Journal, *, whole: bool) -> Non
         print(f"library: {args.library}, {written:,} problems")
 
 
+@asynccontextmanager
+async def _launched(args: argparse.Namespace, journal: Journal) -> AsyncIterator[TextServer]:
+    """Raises ConfigError, DataError, EngineError, DeadlineExceeded."""
+    from sgpo_async.engines.sglang.texts import text_server
+    from sgpo_async.tasks.models import model_folder
+
+    run, folder = _engine(args.serve), model_folder(args.model)
+    log = journal.path.with_suffix(".sglang.log")
+    print(f"SGLang starts with {args.model}; its log: {log}", file=sys.stderr, flush=True)
+    async with text_server(folder, run.engine, dtype=run.model.dtype, log=log) as server:
+        yield server
+
+
+def _engine(words: Sequence[str]) -> Run:
+    """The settings that --serve names. Raises ConfigError."""
+    from sgpo_async.config import load
+
+    run = load("", words)
+    own = run.engine.sglang
+    if own.urls:
+        raise ConfigError(
+            f"--serve: engine.sglang.urls names servers that stand already; --url {own.urls[0]}/v1 asks one"
+        )
+    if own.servers > 1:
+        raise ConfigError(
+            f"--serve: launches one server, engine.sglang.servers is {own.servers}; engine.sglang.servers=1, and "
+            "engine.sglang.tp for more GPUs"
+        )
+    return run
+
+
 def _server(args: argparse.Namespace) -> Server:
     from sgpo_async.strategies import Server
 
     key = os.environ.get(args.key_env, "")
     return Server(
-        url=args.url,
+        url=args.url or "",
         model=args.model,
         key=key,
         timeout_s=args.timeout,
         max_tokens=args.max_tokens,
+        structured=args.structured,
         extra=_extra(args.extra),
     )
 
@@ -189,6 +245,10 @@ def _examine(args: argparse.Namespace) -> None:
     if not args.timeout > 0:
         raise ConfigError(f"--timeout: more than 0 seconds, not {args.timeout:g}")
     _extra(args.extra)
+    if (args.url is None) == (args.serve is None):
+        raise ConfigError(f"strategies {args.action}: one of --url and --serve is needed: whom to ask")
+    if args.serve is not None:
+        _engine(args.serve)
     if args.library.suffix not in FORMATS:
         raise ConfigError(f"--library: {args.library}: its name has to end in {' or '.join(FORMATS)}")
     read = [Path(name).resolve() for name in (*args.files, args.work) if name]

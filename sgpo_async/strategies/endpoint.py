@@ -1,6 +1,6 @@
 """Chat completions of any OpenAI-compatible server: each failure is retried, or ends the run, or ends the request.
 
-429, 500 to 599, a cut connection, no answer in time, a body that is no completion     again, later (Retry-After)
+429, 500 to 599, a cut connection, no answer in time, a body that is no whole reply    again, later (Retry-After)
 401, 403, 404                                                                           EndpointError: ends the run
 another status of 400 to 499                                                            Declined: ends the request
 """
@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from sgpo_async.errors import SgpoError
+from sgpo_async.strategies.prompts import Prompt
 
 BACKOFF_S, LONGEST_PAUSE_S = 1.0, 60.0
 FATAL = (401, 403, 404)
@@ -38,19 +39,21 @@ class Server:
 
     url: str  # up to /v1
     model: str
+    name: str = ""  # for provenance; "": host and port of its URL
     key: str = ""
     timeout_s: float = 120.0  # of one request
     tries: int = 8
     max_tokens: int = 1024  # of a reply
+    structured: bool = False  # replies are held to their form by a JSON schema
     extra: Mapping[str, Any] | None = None  # more fields of the request, e.g. response_format; None leaves one out
 
     @property
-    def host(self) -> str:
+    def known_as(self) -> str:
         """For provenance."""
-        return urlsplit(self.url).netloc
+        return self.name or urlsplit(self.url).netloc
 
     def __repr__(self) -> str:
-        return f"Server({self.host}, {self.model})"
+        return f"Server({self.known_as}, {self.model})"
 
 
 class Reply(NamedTuple):
@@ -82,7 +85,7 @@ class Endpoint:
         assert self._session is not None
         await self._session.close()
 
-    async def chat(self, prompt: str, *, temperature: float, seed: int) -> Reply:
+    async def chat(self, prompt: Prompt, *, temperature: float, seed: int) -> Reply:
         """The reply to one user message.
 
         Raises:
@@ -101,13 +104,16 @@ class Endpoint:
                 await asyncio.sleep(self._pause(attempt, later.after_s))
         raise Declined(f"after {self.server.tries} tries: {reason}")
 
-    def _request(self, prompt: str, temperature: float, seed: int) -> dict[str, Any]:
+    def _request(self, prompt: Prompt, temperature: float, seed: int) -> dict[str, Any]:
+        schema = {"name": "reply", "strict": True, "schema": prompt.form}
+        held = {"response_format": {"type": "json_schema", "json_schema": schema}} if self.server.structured else {}
         fields = {
             "model": self.server.model,
-            "messages": [{"role": "user", "content": prompt}],
+            "messages": [{"role": "user", "content": prompt.text}],
             "temperature": temperature,
             "max_tokens": self.server.max_tokens,
             "seed": seed,
+            **held,
             **(self.server.extra or {}),
         }
         return {name: value for name, value in fields.items() if value is not None}
@@ -154,9 +160,12 @@ class _Later(Exception):
 def _read(body: str) -> Reply:
     try:
         found = json.loads(body)
-        text, usage = found["choices"][0]["message"]["content"], found.get("usage") or {}
+        choice, usage = found["choices"][0], found.get("usage") or {}
+        text = choice["message"]["content"]
         if text is not None and not isinstance(text, str):
             raise TypeError("the content is no text")
+        if choice.get("finish_reason") == "abort":  # SGLang, when an actor that shares it changes the weights
+            raise _Later("cut short by the server")
         # Without text: refused, or all tokens spent on thinking. It is paid for, and would be so at every repetition.
         return Reply(text or "", int(usage.get("prompt_tokens", 0)), int(usage.get("completion_tokens", 0)))
     except (ValueError, TypeError, LookupError, AttributeError) as error:

@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sgpo_async.strategies.prompts import CRITERIA
+from sgpo_async.strategies.prompts import CRITERIA, SCORES, STEPS
 
-STEPS = range(2, 9)
 LONGEST = 600  # characters of one part: a strategy is no solution
 _FENCE = re.compile(r"\A```(?:json)?\s*\n(.*?)\n?```\Z", re.DOTALL)
 _NUMBERING = re.compile(r"\A\s*(?:step\s+)?\(?\d{1,2}[.):]\s+", re.IGNORECASE)  # not 3.5
@@ -56,7 +55,7 @@ def parse_scores(reply: str, candidates: int) -> list[dict[str, int]]:
         if not isinstance(one, dict) or set(one) != set(CRITERIA):
             raise Unreadable(f"a score has not the keys {', '.join(CRITERIA)}")
         for name, value in one.items():
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 5:
+            if isinstance(value, bool) or not isinstance(value, int) or value not in SCORES:
                 raise Unreadable(f"the score {name} is no whole number from 1 to 5")
     return scores
 

@@ -22,7 +22,7 @@ from sgpo_async.strategies.candidates import Sifted, best_of, sift
 from sgpo_async.strategies.endpoint import Declined, Endpoint
 from sgpo_async.strategies.journal import BY, Journal, Record, key_of, same
 from sgpo_async.strategies.parse import Unreadable, parse_scores
-from sgpo_async.strategies.prompts import EXTRACT_DIGEST, RANK_DIGEST, extract_prompt, rank_prompt
+from sgpo_async.strategies.prompts import EXTRACT_DIGEST, RANK_DIGEST, Prompt, extract_prompt, rank_prompt
 from sgpo_async.tasks.base import Problem
 
 RANKINGS = 3  # tries to get scores that can be read
@@ -159,7 +159,7 @@ class Pipeline:
         else:
             record["failed"] = f"ranking: {reason}"
 
-    async def _paid(self, key: str, of: str, number: int, prompt: str, *, temperature: float) -> str:
+    async def _paid(self, key: str, of: str, number: int, prompt: Prompt, *, temperature: float) -> str:
         """The text of one reply, which is journalled before anything is made of it."""
         seed = _seed(key, number if of == CANDIDATE else -1 - number)
         reply = await self._endpoint.chat(prompt, temperature=temperature, seed=seed)
@@ -169,7 +169,7 @@ class Pipeline:
 
     def _by(self, prompts: str) -> Record:
         server = self._endpoint.server
-        values = (server.model, server.host, prompts, __version__, round(time.time()))
+        values = (server.model, server.known_as, prompts, __version__, round(time.time()))
         return dict(zip(BY, values, strict=True))
 
     def _finish(self, record: Record, began: float) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 EXTRACT = """You are given a problem and a correct solution of it. Describe the strategy of the solution, so that a
 student who has not seen it could solve this problem, and others of its kind, alone.
@@ -45,17 +46,41 @@ Solution:
 
 {candidates}"""
 
+SCORES = [1, 2, 3, 4, 5]
+STEPS = range(2, 9)
 CRITERIA = ("type", "approach", "abstraction", "clean")
 EXTRACT_DIGEST, RANK_DIGEST = (hashlib.blake2b(p.encode(), digest_size=6).hexdigest() for p in (EXTRACT, RANK))
 """Which prompts made and judged a strategy: part of its provenance."""
 
 
-def extract_prompt(problem: str, response: str) -> str:
+class Prompt(NamedTuple):
+    """What is asked, and the form of the reply as a JSON schema."""
+
+    text: str
+    form: Mapping[str, Any]
+
+
+def extract_prompt(problem: str, response: str) -> Prompt:
     """Asks for one candidate."""
-    return EXTRACT.format(problem=problem, response=response)
+    text = {"type": "string"}
+    steps = _list(text, STEPS.start, STEPS.stop - 1)
+    form = _object({"type": text, "strategy": text, "steps": steps})
+    return Prompt(EXTRACT.format(problem=problem, response=response), form)
 
 
-def rank_prompt(problem: str, response: str, candidates: Sequence[str]) -> str:
+def rank_prompt(problem: str, response: str, candidates: Sequence[str]) -> Prompt:
     """Asks for the scores of all candidates."""
+    count = len(candidates)
     numbered = "\n\n".join(f"Candidate {i}:\n{text}" for i, text in enumerate(candidates, 1))
-    return RANK.format(problem=problem, response=response, count=len(candidates), candidates=numbered)
+    score = _object({name: {"type": "integer", "enum": SCORES} for name in CRITERIA})
+    form = _object({"scores": _list(score, count, count)})
+    return Prompt(RANK.format(problem=problem, response=response, count=count, candidates=numbered), form)
+
+
+def _object(properties: dict[str, Any]) -> dict[str, Any]:
+    """All of them and no others: what servers demand of a strict schema."""
+    return {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
+
+
+def _list(items: dict[str, Any], least: int, most: int) -> dict[str, Any]:
+    return {"type": "array", "items": items, "minItems": least, "maxItems": most}

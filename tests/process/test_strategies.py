@@ -274,6 +274,7 @@ def test_an_endpoint_that_fails_leaves_the_library_of_what_is_finished(place: Pl
         (["--extra", "{top_p"], "--extra: not JSON"),
         (["--extra", "[1]"], "--extra: an object such as"),
         (["--extra", '{"model": "other", "stream": true}'], "--extra: model, stream cannot be set there"),
+        (["--serve"], "strategies extract: one of --url and --serve is needed"),
         (["--library", "x.csv"], "--library: x.csv: its name has to end in .jsonl or .parquet"),
         (["--library", "FOLDER/problems.jsonl"], "is read as well, and would be overwritten"),
     ],
@@ -290,6 +291,26 @@ def test_options_are_examined_before_anything_is_paid_for(
     assert says in lines[0]
     assert (place.log.read_text() if place.log.exists() else "") == asked
     assert not (place.folder / "examined.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "strategies extract: one of --url and --serve is needed"),
+        (["--serve", "engine.sglang.servers=2"], "engine.sglang.servers=1, and engine.sglang.tp for more GPUs"),
+        (["--serve", "engine.sglang.urls=[http://h:1]"], "names servers that stand already; --url http://h:1/v1 asks one"),
+        (["--serve", "engine.slot=2"], "did you mean engine.slots?"),
+        (["--serve", "engine.sglang.python=/nowhere/python"], "there is no '/nowhere/python'"),
+        (["--serve", "--model", "./nowhere"], "./nowhere: no such folder"),
+    ],
+)
+def test_an_own_server_that_cannot_be_launched_is_told_in_one_line(
+    place: Place, words: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["strategies", *place.words("own.jsonl", "own-library.jsonl"), "--model", "builtin:cues", *words]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and says in error
+    assert not (place.folder / "own-library.jsonl").exists()
 
 
 @pytest.mark.parametrize(

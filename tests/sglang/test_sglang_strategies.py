@@ -1,54 +1,45 @@
-"""Strategy extraction through a real SGLang server's OpenAI interface: a tiny model of bytes that knows nothing.
+"""Strategies from a real SGLang server: a tiny model of bytes that knows nothing, and the whole command with it.
 
-Free to write, it writes nonsense, which is refused with its reason and paid for. Held to the form by SGLang's grammar,
-it writes what can be read.
+Free to write, it writes nonsense, which is refused with its reason and paid for. Held to the forms by SGLang's grammar,
+it writes letters where texts belong and figures where scores belong, and the pipeline ends in a library.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
-from sglang_support import PYTHON
+from sglang_support import PYTHON, Servers, ask, assert_teacher_forced, loaded
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from sgpo_async.config.schema import Sglang
-from sgpo_async.engines.sglang.launch import Launch
-from sgpo_async.engines.sglang.process import ServerProcess
-from sgpo_async.strategies import Endpoint, Journal, Pipeline, Server
-from sgpo_async.tasks.base import Problem
+from sgpo_async.cli.main import main
+from sgpo_async.cli.processes import ROOT
+from sgpo_async.config.schema import Engine, Sglang
+from sgpo_async.engines.sglang.texts import text_server
+from sgpo_async.strategies import Endpoint, Server
+from sgpo_async.strategies.prompts import Prompt
+from sgpo_async.tasks.files import read_problems
 
-pytestmark = pytest.mark.sglang
+pytestmark = [pytest.mark.sglang, pytest.mark.process, pytest.mark.timeout(400)]
 
-START_S = 180.0
-PROBLEMS = [Problem(id=f"p{i}", problem=f"What is {i} + 4?", answer=str(i + 4), response="Add.") for i in range(3)]
-WORDS = {"type": "string", "enum": ["sums", "parts", "rates"]}
-STEPS = {"type": "array", "items": WORDS, "minItems": 2, "maxItems": 2}
-FORM = {
-    "type": "object",
-    "properties": {
-        "type": WORDS,
-        "strategy": WORDS,
-        "steps": {"type": "array", "items": WORDS, "minItems": 2, "maxItems": 2},
-    },
-    "required": ["type", "strategy", "steps"],
-    "additionalProperties": False,
-}
-
-
-class WithTokenizer(Launch):
-    """A server that reads and writes text."""
-
-    def command(self, port: int) -> list[str]:
-        return [word for word in super().command(port) if word != "--skip-tokenizer-init"]
+ITEMS = 4
+SERVE = ["--serve", f"engine.sglang.python={PYTHON}", "engine.device=cpu", "engine.slots=16"]
+TASTE = dict.fromkeys("etaoinshrdlu", 5.7) | {'"': 3.8, "<eos>": -8.0} | dict.fromkeys("0123456789\\ĠĊĉč", -12.0)
+"""How much more than other bytes the model likes these, as logits: texts of letters, about 80 of them, then a quote.
+Of what it avoids, figures might leak, and Ġ, Ċ, ĉ, č stand for white space in a tokenizer's alphabet."""
 
 
 @pytest.fixture(scope="module")
@@ -64,68 +55,147 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=len(vocabulary), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=4096, tie_word_embeddings=False,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=8192, tie_word_embeddings=False,
         bos_token_id=None, eos_token_id=vocabulary["<eos>"],
     )  # fmt: skip
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    network = Qwen3ForCausalLM(config)
+    with torch.no_grad():  # of one dimension, the same for every token, the head makes a bias
+        network.model.embed_tokens.weight[:, 0] = 1.0
+        network.lm_head.weight[:, 0] = 0.0
+        for symbol, logit in TASTE.items():
+            network.lm_head.weight[vocabulary[symbol], 0] = logit / config.hidden_size**0.5
+    network.save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
+def problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("problems") / "problems.jsonl"
+    rows = [{"problem": f"What is {i} + 40?", "answer": str(i + 40), "response": "Add."} for i in range(ITEMS)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
 def url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    launch = WithTokenizer(
-        settings=Sglang(python=PYTHON), model=str(model), dtype="float32", device="cpu", slots=16, longest=4096
-    )
+    """A server of texts that somebody else has started."""
+    settings = Engine(kind="sglang", device="cpu", slots=16, sglang=Sglang(python=PYTHON))
     log = tmp_path_factory.mktemp("log") / "server.log"
-    process = ServerProcess(launch, log)
-    try:
-        deadline = time.monotonic() + START_S
-        while not up(process.url):
-            assert time.monotonic() < deadline, log.read_text()[-2000:]
-            time.sleep(0.3)
-        yield f"{process.url}/v1"
-    finally:
-        process.stop()
+    with asyncio.Runner() as runner:
+        server = text_server(str(model), settings, dtype="float32", log=log)
+        yield runner.run(server.__aenter__()).url
+        runner.run(server.__aexit__(None, None, None))
 
 
-def up(url: str) -> bool:
-    try:
-        return urllib.request.urlopen(f"{url}/model_info", timeout=5).status == 200
-    except OSError:
-        return False
+def strategies(*words: Any) -> int:
+    return main(["strategies", *map(str, words), "--max-tokens", "3000"])
 
 
-def extract(url: str, path: Path, *, tokens: int, extra: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-    journal = Journal(path)
-
-    async def run() -> None:
-        server = Server(url=url, model="bytes", max_tokens=tokens, extra=extra)
-        async with Endpoint(server) as endpoint:
-            await Pipeline(endpoint, journal, candidates=2, concurrency=2).extract(PROBLEMS)
-
-    asyncio.run(run())
-    journal.close()
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+def records_of(work: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in work.read_text().splitlines()]
     return [line for line in lines if "reply" not in line]
 
 
-def test_nonsense_is_refused_paid_for_and_tried_again(url: str, tmp_path: Path) -> None:
-    records = extract(url, tmp_path / "work.jsonl", tokens=80)
-    assert len(records) == len(PROBLEMS)
+def test_nonsense_is_refused_paid_for_and_tried_again(url: str, problems: Path, tmp_path: Path) -> None:
+    work, library = tmp_path / "work.jsonl", tmp_path / "library.jsonl"
+    words = ["extract", problems, "--work", work, "--library", library, "--url", url, "--model", "bytes"]
+    for _ in range(2):
+        main(["strategies", *map(str, words), "--candidates", "2", "--max-tokens", "80"])
+    records = records_of(work)
+    assert len(records) == 2 * ITEMS
     assert {record["failed"] for record in records} == {"no candidate is left (unreadable)"}
     assert {one["detail"] for record in records for one in record["rejected"]} == {"not one JSON object"}
-    assert all(0 < record["completion_tokens"] <= 2 * 80 for record in records)
-    assert all(record["prompt_tokens"] > 2 * 800 for record in records)  # a byte is a token
-    again = extract(url, tmp_path / "work.jsonl", tokens=80)
-    assert [record["key"] for record in again[3:]] == [record["key"] for record in again[:3]]
+    assert all(0 < record["completion_tokens"] <= 2 * 80 for record in records[:ITEMS])
+    assert all(record["prompt_tokens"] > 2 * 800 for record in records[:ITEMS])  # a byte is a token
+    assert {record["key"] for record in records[ITEMS:]} == {record["key"] for record in records[:ITEMS]}
+    assert not library.exists()
 
 
-def test_held_to_the_form_it_is_read(url: str, tmp_path: Path) -> None:
-    extra = {"response_format": {"type": "json_schema", "json_schema": {"name": "strategy", "schema": FORM}}}
-    records = extract(url, tmp_path / "work.jsonl", tokens=1000, extra=extra)  # most of them spaces
-    kept = [text for record in records for text in record["candidates"]]
-    assert kept, json.dumps(records[0])
-    assert all(text.startswith("Problem type: ") for text in kept)
-    # The ranking is held to the same form, so that its scores cannot be read.
-    ranked = [record for record in records if record["candidates"]]
-    assert all(record["failed"].startswith("ranking: the scores cannot be read") for record in ranked)
+def test_the_whole_by_an_own_server_and_judged_anew_by_another(
+    url: str, model: Path, problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work, library, ranked = tmp_path / "work.jsonl", tmp_path / "library.jsonl", tmp_path / "ranked.parquet"
+    own = ["--model", model, "--structured", *SERVE]
+    assert strategies("extract", problems, "--work", work, "--library", library, *own) == 0
+    assert f"{ITEMS} problems: {ITEMS} with a strategy" in capsys.readouterr().out
+    assert_nobody_left()
+    rows = [json.loads(line) for line in library.read_text().splitlines()]
+    assert {row["problem"] for row in rows} == {f"What is {i} + 40?" for i in range(ITEMS)}
+    records = {record["problem"]: record for record in records_of(work)}
+    for row in rows:
+        record = records[row["problem"]]
+        assert row["strategy"] in record["candidates"]
+        assert re.match(r"Problem type: .+\nStrategy: .+\nSteps:\n1\. .+\n2\. ", row["strategy"])
+        assert (row["model"], row["endpoint"], row["judge_endpoint"]) == (str(model), "own SGLang", "own SGLang")
+        assert len(record["scores"]) == len(record["candidates"])
+
+    other = ["--model", "bytes", "--structured", "--url", url]
+    assert strategies("rank", work, "--library", ranked, *other) == 0
+    capsys.readouterr()
+    assert strategies("check", library, ranked) == 0
+    assert f"{2 * ITEMS} problems, {2 * ITEMS} with a strategy, 0 of which leak" in capsys.readouterr().out
+    assert [p.problem for p in read_problems(str(ranked))] == [row["problem"] for row in rows]
+    assert {record["judge"]["model"] for record in records_of(work)[ITEMS:]} == {"bytes"}
+    assert strategies("stats", work) == 0
+    replies = [json.loads(line)["reply"] for line in work.read_text().splitlines() if '"reply"' in line]
+    sent, received = (sum(reply[name] for reply in replies) for name in ("prompt_tokens", "completion_tokens"))
+    assert f"{sent:,} tokens sent, {received:,} received" in capsys.readouterr().out
+
+
+def test_an_actor_may_use_the_same_server(url: str, model: Path, tmp_path: Path) -> None:
+    """Its updates cut replies short, which come as completions like others, but for their reason to end."""
+    with Servers(model, tmp_path, urls=[url.removesuffix("/v1")]) as actor:
+        actor.load(model, 0)
+        requests = [ask(i, tokens=300, seed=i) for i in range(4)]
+
+        async def reply() -> tuple[str, int]:
+            server = Server(url=url, model="bytes", max_tokens=3000)
+            async with Endpoint(server, backoff_s=0.1) as endpoint:
+                chat = asyncio.create_task(endpoint.chat(Prompt("abc", {}), temperature=1.0, seed=0))
+                await asyncio.sleep(0.5)
+                assert not chat.done()
+                for request in requests:
+                    actor.engine.submit(request)
+                await asyncio.to_thread(actor.load, model, 1)
+                return (await chat).text, endpoint.retries
+
+        text, retries = asyncio.run(reply())
+        assert len(text) > 500 and retries == 1
+        assert_teacher_forced(dict.fromkeys((0, 1), loaded(model)), requests, actor.results(4))
+
+
+@pytest.mark.parametrize("whom", ["server", "command"])
+def test_command_and_own_server_end_together(whom: str, model: Path, problems: Path, tmp_path: Path) -> None:
+    work, library = tmp_path / "work.jsonl", tmp_path / "library.jsonl"
+    words = ["extract", problems, "--work", work, "--library", library, "--model", model, "--structured", *SERVE]
+    command = [sys.executable, "-m", "sgpo_async.cli", "strategies", *map(str, words), "--concurrency", "1"]
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not (work.exists() and records_of(work)):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        processes = psutil.Process(process.pid).children(recursive=True)
+        assert len(processes) > 2
+        if whom == "server":
+            next(p for p in processes if p.cmdline()[1:3] == ["-m", "sglang.launch_server"]).kill()
+        else:
+            process.send_signal(signal.SIGTERM)
+        _, told = process.communicate(timeout=60)
+    assert psutil.wait_procs(processes, timeout=10)[1] == []
+    if whom == "server":
+        assert process.returncode == 2, told
+        assert "has ended; the end of" in told
+        assert "the server's main process ended: killed by SIGKILL" in told
+        assert "Traceback" not in told
+    else:
+        assert process.returncode == 128 + signal.SIGTERM, told
+    finished = [record for record in records_of(work) if not record["failed"]]
+    assert len(read_problems(str(library))) == len(finished) > 0
+
+
+def assert_nobody_left() -> None:
+    """Of an own server; the module's other one is this process's child too."""
+    left = [p for p in psutil.Process().children(recursive=True) if "sglang.launch_server" in " ".join(p.cmdline())]
+    assert len(left) <= 2, left  # keeper and server of the fixture

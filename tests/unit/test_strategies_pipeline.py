@@ -12,10 +12,11 @@ import pytest
 
 from sgpo_async.cli import strategies as command
 from sgpo_async.errors import DataError
-from sgpo_async.strategies.endpoint import Declined, Endpoint, EndpointError, Reply, Server, _read
+from sgpo_async.strategies.endpoint import Declined, Endpoint, EndpointError, Reply, Server, _Later, _read
 from sgpo_async.strategies.journal import Journal
 from sgpo_async.strategies.library import figures, write_library
 from sgpo_async.strategies.pipeline import Pipeline
+from sgpo_async.strategies.prompts import Prompt
 from sgpo_async.tasks.base import Problem
 
 PROBLEMS = [
@@ -44,8 +45,9 @@ class Scripted:
         self.ranked: list[tuple[float, int]] = []  # temperatures and seeds
         self.paid = [0, 0]
 
-    async def chat(self, prompt: str, *, temperature: float, seed: int) -> Reply:
+    async def chat(self, asked: Prompt, *, temperature: float, seed: int) -> Reply:
         await asyncio.sleep(0)
+        prompt = asked.text
         if "candidate strategies" in prompt:
             self.ranked.append((temperature, seed))
             text = self.rank(len(self.ranked) - 1)
@@ -204,19 +206,31 @@ def test_a_reply_without_text_is_paid_for_once() -> None:
     assert _read(json.dumps(body)) == Reply("", 9, 1024)
 
 
+def test_a_reply_that_the_server_cut_short_is_asked_for_again() -> None:
+    choice = {"message": {"content": "{"}, "finish_reason": "abort"}
+    with pytest.raises(_Later, match="cut short by the server"):
+        _read(json.dumps({"choices": [choice]}))
+    assert _read(json.dumps({"choices": [choice | {"finish_reason": "length"}]})).text == "{"
+
+
 def test_a_request_has_the_fields_that_the_command_names() -> None:
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     extra = '{"max_tokens": null, "max_completion_tokens": 4096, "reasoning_effort": "low"}'
     words = ["extract", "x.jsonl", "--url", "http://host/v1", "--model", "m"]
     endpoint = Endpoint(command._server(parser.parse_args([*words, "--max-tokens", "2048"])))
-    assert endpoint._request("p", 1.0, 3)["max_tokens"] == 2048
+    asked = Prompt("p", {"type": "object"})
+    assert endpoint._request(asked, 1.0, 3)["max_tokens"] == 2048
     endpoint = Endpoint(command._server(parser.parse_args([*words, "--extra", extra])))
     messages = [{"role": "user", "content": "p"}]
-    assert endpoint._request("p", 1.0, 3) == {
+    assert endpoint._request(asked, 1.0, 3) == {
         **{"model": "m", "messages": messages, "temperature": 1.0, "seed": 3},
         **{"max_completion_tokens": 4096, "reasoning_effort": "low"},
     }
+    endpoint = Endpoint(command._server(parser.parse_args([*words, "--structured"])))
+    schema = {"name": "reply", "strict": True, "schema": {"type": "object"}}
+    held = endpoint._request(asked, 1.0, 3)["response_format"]
+    assert held == {"type": "json_schema", "json_schema": schema}
 
 
 def test_a_work_file_of_old_is_read(work: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@
     update.py     one weight update, verified                 transports.py, layout.py   how weights travel; what a
                                                               server must then hold
     api.py        HTTP                                        launch.py, process.py, keeper.py   a server's processes
-    model.py      facts of the model
+    model.py      facts of the model                      texts.py   one server of texts, for as long as work lasts
 
 No module imports sglang: servers live in an environment of their own (cpu/ has what it needs on a CPU).
 """

@@ -24,14 +24,17 @@ class Launch:
     slots: int  # sequences that it decodes together
     longest: int  # tokens of a sequence
     index: int = 0  # which of the actor's servers: it has GPUs index * tp onwards
+    texts: bool = False  # it takes and gives texts as well
 
     def command(self, port: int) -> list[str]:
-        """The command line. The token ids are ours, so the server needs no tokenizer and decodes no text."""
+        """The command line. An actor's token ids are its own, so the server needs no tokenizer and decodes no text."""
         own = self.settings
         words = [own.python, "-m", "sglang.launch_server", "--model-path", self.model, "--host", "127.0.0.1"]
-        words += ["--port", str(port), "--device", self.device, "--dtype", self.dtype, "--skip-tokenizer-init"]
+        words += ["--port", str(port), "--device", self.device, "--dtype", self.dtype]
         words += ["--max-running-requests", str(self.slots), "--tp-size", str(own.tp), "--log-level", "warning"]
         words += ["--incremental-streaming-output", "--stream-interval", str(own.stream_interval)]
+        if not self.texts:
+            words += ["--skip-tokenizer-init"]
         if self.device == "cpu":
             # Memory and cores are shared with everybody: no pool that fills it, no idle spinning.
             words += ["--sleep-on-idle", "--max-total-tokens", str(min(self.slots * self.longest, CPU_TOKENS))]

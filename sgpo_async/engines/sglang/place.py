@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass
 from pathlib import Path
 
-from sgpo_async.engines.sglang.api import ServerGone
+from sgpo_async.engines.sglang.api import Json, ServerApi, ServerGone, wait_ready
 from sgpo_async.engines.sglang.launch import Launch
 from sgpo_async.engines.sglang.process import ServerProcess
 from sgpo_async.engines.sglang.server import Server
@@ -37,6 +37,21 @@ def require_alive(place: Place) -> None:
         raise EngineError(f"server {place.url} has ended; {place.process.last_words()}")
     if place.process is not None and place.server is None and place.process.port_taken:
         raise EngineError(f"server {place.url} found its port taken; {place.process.last_words()}")
+
+
+async def answers(place: Place, api: ServerApi, *, deadline: float) -> None:
+    """Wait until the server there answers, to `deadline` (the loop's clock).
+
+    Raises EngineError with its last words if it ends before, ServerGone or ServerRefused if it takes too long.
+    """
+    asked: asyncio.Task[Json] = asyncio.create_task(wait_ready(api, deadline=deadline))
+    try:
+        while not asked.done():
+            await asyncio.wait([asked], timeout=0.2)
+            require_alive(place)
+    finally:
+        asked.cancel()
+    await asked
 
 
 async def explained(place: Place, error: SgpoError) -> SgpoError:
