@@ -6,7 +6,7 @@ out=$(realpath -- "${1:?collect.sh OUT}")
 cd "$(dirname "$0")"
 [ "$out" != "$(pwd -P)" ] || { echo "$out: is where this script collects; name the experiments' OUT" >&2; exit 1; }
 compgen -G "$out/results/*.json" >/dev/null || { echo "$out: has no results/*.json; nothing was changed" >&2; exit 1; }
-for name in methods warm density long staleness ablations around; do
+for name in methods warm density long staleness staleness-warm ablations around; do
     rm -rf "$name"
     [ -f "$out/$name/README.md" ] || continue
     mkdir "$name"
