@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, get_type_hints
 
@@ -103,11 +104,11 @@ def _parse_word(word: str) -> dict[str, Any]:
         value = yaml.load(text, Loader=_Loader) if text else ""
     except yaml.YAMLError as error:
         raise ConfigError(f"argument {word!r}: {_reason(error)}") from None
-    nested = OmegaConf.create()
-    OmegaConf.update(nested, key.strip(), value)
-    plain = OmegaConf.to_container(nested)
-    assert isinstance(plain, dict)
-    return {str(name): value for name, value in plain.items()}
+    *sections, last = key.strip().split(".")
+    layer: dict[str, Any] = {last: value}
+    for section in reversed(sections):
+        layer = {section: layer}
+    return layer
 
 
 def _reason(error: yaml.YAMLError) -> str:
@@ -116,19 +117,33 @@ def _reason(error: yaml.YAMLError) -> str:
 
 
 def _build(layers: Sequence[tuple[str, dict[str, Any]]]) -> Run:
-    merged = OmegaConf.structured(Run)
     for place, layer in layers:
         check_keys(place, layer, Run, "")
-        try:
-            merged = OmegaConf.merge(merged, layer)
-        except OmegaConfBaseException as error:
-            raise ConfigError(f"{place}: {error.full_key}: {str(error.msg).splitlines()[0]}") from None
     try:
-        run = OmegaConf.to_object(merged)
+        run = OmegaConf.to_object(_merge(layers))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error.msg).splitlines()[0]}") from None
     assert isinstance(run, Run)
     return run
+
+
+def _merge(layers: Sequence[tuple[str, dict[str, Any]]]) -> Any:
+    """The layers over the defaults. Raises ConfigError that names the place of a value of a wrong type."""
+    merged = _defaults()
+    try:  # together: each call copies everything
+        return OmegaConf.merge(merged, *(layer for _, layer in layers))
+    except OmegaConfBaseException:
+        for place, layer in layers:
+            try:
+                merged = OmegaConf.merge(merged, layer)
+            except OmegaConfBaseException as error:
+                raise ConfigError(f"{place}: {error.full_key}: {str(error.msg).splitlines()[0]}") from None
+        raise
+
+
+@cache
+def _defaults() -> Any:
+    return OmegaConf.structured(Run)
 
 
 def check_keys(place: str, layer: Mapping[str, Any], section: type, prefix: str) -> None:
