@@ -16,8 +16,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _extract(args: argparse.Namespace) -> int:
     from sgpo_async.strategies import Journal
+    from sgpo_async.strategies.journal import key_of
 
     _need(args, "work", "library", "model")
     _examine(args)
@@ -87,7 +88,8 @@ def _extract(args: argparse.Namespace) -> int:
     async def work(pipeline: Pipeline) -> None:
         await pipeline.extract(problems)
 
-    return _with_endpoint(args, journal, work, total=len(problems))
+    missing = not all(journal.done(key_of(problem)) for problem in problems)
+    return _with_endpoint(args, journal, work, total=len(problems), missing=missing)
 
 
 def _rank(args: argparse.Namespace) -> int:
@@ -125,8 +127,11 @@ def _stats(args: argparse.Namespace) -> int:
     return 0
 
 
-def _with_endpoint(args: argparse.Namespace, journal: Journal, work: Any, *, total: int) -> int:
-    """Run `work` with a progress bar, write the library, say what came of it."""
+def _with_endpoint(args: argparse.Namespace, journal: Journal, work: Any, *, total: int, missing: bool = True) -> int:
+    """Run `work` with a progress bar, write the library, say what came of it.
+
+    No server of our own is launched if nothing is `missing`.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from sgpo_async.strategies import Endpoint, Pipeline
@@ -149,12 +154,14 @@ def _with_endpoint(args: argparse.Namespace, journal: Journal, work: Any, *, tot
                 )
 
     async def run_all() -> None:
-        if args.serve is None:
+        if own is None:
             await ask(_server(args))
             return
-        async with _launched(args, journal) as own:
-            await own.during(ask(replace(_server(args), url=own.url, name=OWN)))
+        print(f"SGLang starts with {args.model}; its log: {_server_log(args)}", file=sys.stderr, flush=True)
+        async with own as server:
+            await server.during(ask(replace(_server(args), url=server.url, name=OWN)))
 
+    own = _own_server(args) if args.serve is not None and missing else None
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as Ctrl-C: the library comes first
     whole = False
     try:
@@ -178,20 +185,24 @@ def _conclude(args: argparse.Namespace, journal: Journal, *, whole: bool) -> Non
         print(f"library: {args.library}, {written:,} problems")
 
 
-@asynccontextmanager
-async def _launched(args: argparse.Namespace, journal: Journal) -> AsyncIterator[TextServer]:
-    """Raises ConfigError, DataError, EngineError, DeadlineExceeded."""
+def _own_server(args: argparse.Namespace) -> AbstractAsyncContextManager[TextServer]:
+    """The one that --serve describes; it is launched on entering. Raises ConfigError, DataError."""
     from sgpo_async.engines.sglang.texts import text_server
     from sgpo_async.tasks.models import model_folder
 
-    run, folder = _engine(args.serve), model_folder(args.model)
-    log = journal.path.with_suffix(".sglang.log")
-    print(f"SGLang starts with {args.model}; its log: {log}", file=sys.stderr, flush=True)
-    async with text_server(folder, run.engine, dtype=run.model.dtype, log=log) as server:
-        yield server
+    try:
+        folder = model_folder(args.model)
+    except DataError as error:
+        raise DataError(str(error).replace("model.path", "--model", 1)) from None
+    run = _served_run(args.serve)
+    return text_server(folder, run.engine, dtype=run.model.dtype, known_as=args.model, log=_server_log(args))
 
 
-def _engine(words: Sequence[str]) -> Run:
+def _server_log(args: argparse.Namespace) -> Path:
+    return Path(args.work or args.files[0]).with_suffix(".sglang.log")
+
+
+def _served_run(words: Sequence[str]) -> Run:
     """The settings that --serve names. Raises ConfigError."""
     from sgpo_async.config import load
 
@@ -245,10 +256,12 @@ def _examine(args: argparse.Namespace) -> None:
     if not args.timeout > 0:
         raise ConfigError(f"--timeout: more than 0 seconds, not {args.timeout:g}")
     _extra(args.extra)
-    if (args.url is None) == (args.serve is None):
-        raise ConfigError(f"strategies {args.action}: one of --url and --serve is needed: whom to ask")
+    if args.url is None and args.serve is None:
+        raise ConfigError("neither --url nor --serve: name whom to ask, or launch one")
+    if args.url is not None and args.serve is not None:
+        raise ConfigError(f"both --url {args.url} and --serve; leave one of them out")
     if args.serve is not None:
-        _engine(args.serve)
+        _own_server(args)
     if args.library.suffix not in FORMATS:
         raise ConfigError(f"--library: {args.library}: its name has to end in {' or '.join(FORMATS)}")
     read = [Path(name).resolve() for name in (*args.files, args.work) if name]

@@ -45,7 +45,7 @@ class Server:
     tries: int = 8
     max_tokens: int = 1024  # of a reply
     structured: bool = False  # replies are held to their form by a JSON schema
-    extra: Mapping[str, Any] | None = None  # more fields of the request, e.g. response_format; None leaves one out
+    extra: Mapping[str, Any] | None = None  # more fields of the request, e.g. reasoning_effort; None leaves one out
 
     @property
     def known_as(self) -> str:
@@ -105,7 +105,7 @@ class Endpoint:
         raise Declined(f"after {self.server.tries} tries: {reason}")
 
     def _request(self, prompt: Prompt, temperature: float, seed: int) -> dict[str, Any]:
-        schema = {"name": "reply", "strict": True, "schema": prompt.form}
+        schema = {"name": "reply", "strict": True, "schema": prompt.schema}
         held = {"response_format": {"type": "json_schema", "json_schema": schema}} if self.server.structured else {}
         fields = {
             "model": self.server.model,
@@ -164,7 +164,7 @@ def _read(body: str) -> Reply:
         text = choice["message"]["content"]
         if text is not None and not isinstance(text, str):
             raise TypeError("the content is no text")
-        if choice.get("finish_reason") == "abort":  # SGLang, when an actor that shares it changes the weights
+        if choice.get("finish_reason") == "abort":  # SGLang's word for whom /abort_request met
             raise _Later("cut short by the server")
         # Without text: refused, or all tokens spent on thinking. It is paid for, and would be so at every repetition.
         return Reply(text or "", int(usage.get("prompt_tokens", 0)), int(usage.get("completion_tokens", 0)))

@@ -54,18 +54,18 @@ EXTRACT_DIGEST, RANK_DIGEST = (hashlib.blake2b(p.encode(), digest_size=6).hexdig
 
 
 class Prompt(NamedTuple):
-    """What is asked, and the form of the reply as a JSON schema."""
+    """What is asked, and the form of the reply."""
 
     text: str
-    form: Mapping[str, Any]
+    schema: Mapping[str, Any]  # JSON schema
 
 
 def extract_prompt(problem: str, response: str) -> Prompt:
     """Asks for one candidate."""
     text = {"type": "string"}
     steps = _list(text, STEPS.start, STEPS.stop - 1)
-    form = _object({"type": text, "strategy": text, "steps": steps})
-    return Prompt(EXTRACT.format(problem=problem, response=response), form)
+    schema = _object({"type": text, "strategy": text, "steps": steps})
+    return Prompt(EXTRACT.format(problem=problem, response=response), schema)
 
 
 def rank_prompt(problem: str, response: str, candidates: Sequence[str]) -> Prompt:
@@ -73,8 +73,8 @@ def rank_prompt(problem: str, response: str, candidates: Sequence[str]) -> Promp
     count = len(candidates)
     numbered = "\n\n".join(f"Candidate {i}:\n{text}" for i, text in enumerate(candidates, 1))
     score = _object({name: {"type": "integer", "enum": SCORES} for name in CRITERIA})
-    form = _object({"scores": _list(score, count, count)})
-    return Prompt(RANK.format(problem=problem, response=response, count=count, candidates=numbered), form)
+    schema = _object({"scores": _list(score, count, count)})
+    return Prompt(RANK.format(problem=problem, response=response, count=count, candidates=numbered), schema)
 
 
 def _object(properties: dict[str, Any]) -> dict[str, Any]:

@@ -274,7 +274,7 @@ def test_an_endpoint_that_fails_leaves_the_library_of_what_is_finished(place: Pl
         (["--extra", "{top_p"], "--extra: not JSON"),
         (["--extra", "[1]"], "--extra: an object such as"),
         (["--extra", '{"model": "other", "stream": true}'], "--extra: model, stream cannot be set there"),
-        (["--serve"], "strategies extract: one of --url and --serve is needed"),
+        (["--serve"], "and --serve; leave one of them out"),
         (["--library", "x.csv"], "--library: x.csv: its name has to end in .jsonl or .parquet"),
         (["--library", "FOLDER/problems.jsonl"], "is read as well, and would be overwritten"),
     ],
@@ -296,12 +296,15 @@ def test_options_are_examined_before_anything_is_paid_for(
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ([], "strategies extract: one of --url and --serve is needed"),
+        ([], "neither --url nor --serve: name whom to ask, or launch one"),
         (["--serve", "engine.sglang.servers=2"], "engine.sglang.servers=1, and engine.sglang.tp for more GPUs"),
-        (["--serve", "engine.sglang.urls=[http://h:1]"], "names servers that stand already; --url http://h:1/v1 asks one"),
+        (
+            ["--serve", "engine.sglang.urls=[http://h:1]"],
+            "stand already; --url http://h:1/v1 asks one",
+        ),
         (["--serve", "engine.slot=2"], "did you mean engine.slots?"),
         (["--serve", "engine.sglang.python=/nowhere/python"], "there is no '/nowhere/python'"),
-        (["--serve", "--model", "./nowhere"], "./nowhere: no such folder"),
+        (["--serve", "--model", "./nowhere"], "--model: ./nowhere: no such folder"),
     ],
 )
 def test_an_own_server_that_cannot_be_launched_is_told_in_one_line(

@@ -217,6 +217,7 @@ class SglangEngine:
         try:
             done.result(SLACK_S)
         except TimeoutError:
+            self._check()
             raise DeadlineExceeded("the SGLang servers' loop", "answer", SLACK_S) from None
 
     def _finished(self) -> list[Result | SgpoError]:

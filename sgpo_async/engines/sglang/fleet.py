@@ -18,7 +18,7 @@ import aiohttp
 
 from sgpo_async.engines.base import EngineLoad, Generate, Score, Weights
 from sgpo_async.engines.sglang.api import ServerApi, ServerGone, ServerRefused, http_session, settle
-from sgpo_async.engines.sglang.place import Place, alive, answers, explained, require_alive
+from sgpo_async.engines.sglang.place import Place, alive, explained, require_alive, until_it_answers
 from sgpo_async.engines.sglang.process import ServerProcess
 from sgpo_async.engines.sglang.requests import Requests
 from sgpo_async.engines.sglang.server import Server
@@ -148,7 +148,7 @@ class Fleet:
             place.process = await asyncio.to_thread(ServerProcess, place.launch, place.log)
             place.url = place.process.url
         api = ServerApi(http, place.url)
-        await answers(place, api, deadline=deadline)
+        await until_it_answers(place, api, deadline=deadline)
         if place.launch is None:
             await settle(api, timeout_s=self._settings.phase_s)
         silence = 2 * self._settings.phase_s

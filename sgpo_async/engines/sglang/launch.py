@@ -15,7 +15,7 @@ CPU_TOKENS = 2**17  # of keys and values, at most
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """One server of an actor."""
+    """One server, of an actor or of texts."""
 
     settings: Sglang
     model: str  # folder
@@ -24,7 +24,7 @@ class Launch:
     slots: int  # sequences that it decodes together
     longest: int  # tokens of a sequence
     index: int = 0  # which of the actor's servers: it has GPUs index * tp onwards
-    texts: bool = False  # it takes and gives texts as well
+    known_as: str = ""  # under this name it takes and gives texts as well; "": token ids only
 
     def command(self, port: int) -> list[str]:
         """The command line. An actor's token ids are its own, so the server needs no tokenizer and decodes no text."""
@@ -33,8 +33,7 @@ class Launch:
         words += ["--port", str(port), "--device", self.device, "--dtype", self.dtype]
         words += ["--max-running-requests", str(self.slots), "--tp-size", str(own.tp), "--log-level", "warning"]
         words += ["--incremental-streaming-output", "--stream-interval", str(own.stream_interval)]
-        if not self.texts:
-            words += ["--skip-tokenizer-init"]
+        words += ["--served-model-name", self.known_as] if self.known_as else ["--skip-tokenizer-init"]
         if self.device == "cpu":
             # Memory and cores are shared with everybody: no pool that fills it, no idle spinning.
             words += ["--sleep-on-idle", "--max-total-tokens", str(min(self.slots * self.longest, CPU_TOKENS))]

@@ -1,4 +1,4 @@
-"""The place of one server of an actor: what is launched there or attached to, and how it can be seen to have ended."""
+"""The place of one server: what is launched there or attached to, and how it can be seen to have ended."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def require_alive(place: Place) -> None:
         raise EngineError(f"server {place.url} found its port taken; {place.process.last_words()}")
 
 
-async def answers(place: Place, api: ServerApi, *, deadline: float) -> None:
+async def until_it_answers(place: Place, api: ServerApi, *, deadline: float) -> None:
     """Wait until the server there answers, to `deadline` (the loop's clock).
 
     Raises EngineError with its last words if it ends before, ServerGone or ServerRefused if it takes too long.
