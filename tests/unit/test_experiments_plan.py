@@ -8,6 +8,7 @@ from experiment_support import SMALL, result, write
 
 from sgpo_async.config.experiment import load_experiment
 from sgpo_async.errors import ConfigError
+from sgpo_async.experiments.identity import recipe, same_recipe
 from sgpo_async.experiments.plan import base_levels, best_rates, cells, check_budget, final, tuning, validation
 
 SHIPPED = sorted(Path("configs/experiments").glob("*.yaml"))
@@ -19,6 +20,15 @@ def test_every_shipped_experiment_is_whole_and_fair(path: Path) -> None:
     assert min(check_budget(experiment).values()) > 0
     assert len({trial.id for trial in tuning(experiment)}) == len(tuning(experiment))
     assert {name for level in base_levels(experiment) for name in level} == set(experiment.bases)
+
+
+def test_bases_of_one_name_are_one_base() -> None:
+    """Shipped experiments write to one place, where a base of another recipe is refused."""
+    recipes: dict[str, Any] = {}
+    for experiment in map(load_experiment, SHIPPED):
+        for name in experiment.bases:
+            assert same_recipe(recipes.setdefault(name, recipe(experiment, name)), recipe(experiment, name)), name
+    assert len(recipes) > 4
 
 
 def test_layers_lie_over_each_other_and_a_rate_of_its_own_is_not_tuned(tmp_path: Path) -> None:

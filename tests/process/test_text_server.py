@@ -1,0 +1,145 @@
+"""A server of texts around somebody's work: a stub in SGLang's place lives, dies and is silent as it is told."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from sgpo_async.config.schema import Engine, Sglang
+from sgpo_async.engines.sglang.texts import TextServer, text_server
+from sgpo_async.errors import DataError, EngineError, SgpoError
+
+pytestmark = pytest.mark.process
+
+STUB = """
+import http.server, os, pathlib, sys, threading, time
+port, fate = int(sys.argv[sys.argv.index("--port") + 1]), pathlib.Path({fate!r})
+def live():
+    while fate.read_text() != "die":
+        time.sleep(0.02)
+    print("out of memory", flush=True)
+    os._exit(3)
+threading.Thread(target=live, daemon=True).start()
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        answer = b"{{}}"
+        self.send_response(503 if fate.read_text() == "be busy" else 200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+if fate.read_text() == "be silent":
+    time.sleep(60)
+http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+class Place:
+    """A stub whose fate a file decides, and a client."""
+
+    def __init__(self, folder: Path, fate: str = "live") -> None:
+        self.fate, self.log = folder / "fate", folder / "server.log"
+        self.fate.write_text(fate)
+        (folder / "stub.py").write_text(STUB.format(fate=str(self.fate)))
+        self.python = folder / "python"
+        self.python.write_text(f'#!/bin/sh\nexec {sys.executable} {folder / "stub.py"} "$@"\n')
+        self.python.chmod(0o755)
+
+    def during(self, work: Coroutine[Any, Any, None], *, start_s: float = 30.0) -> None:
+        own = Sglang(python=str(self.python), start_timeout_s=start_s)
+        engine = Engine(kind="sglang", device="cpu", slots=4, sglang=own)
+
+        async def run() -> None:
+            server = text_server("model", engine, dtype="float32", known_as="model", log=self.log)
+            async with server as server:
+                assert isinstance(server, TextServer) and server.url.endswith("/v1")
+                await server.during(work)
+
+        try:
+            asyncio.run(run())
+        finally:
+            work.close()
+            stubs = [
+                p for p in psutil.Process().children(recursive=True) if str(self.python.parent) in str(p.cmdline())
+            ]
+            assert stubs == []
+
+
+async def nothing() -> None:
+    pass
+
+
+async def fail(error: SgpoError) -> None:
+    raise error
+
+
+def test_work_is_done_and_the_server_ends_with_it(tmp_path: Path) -> None:
+    done = []
+
+    async def work() -> None:
+        await asyncio.sleep(0.3)
+        done.append(True)
+
+    Place(tmp_path).during(work())
+    assert done == [True]
+
+
+def test_what_work_raises_is_raised(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such problem"):
+        Place(tmp_path).during(fail(DataError("no such problem")))
+
+
+def test_a_server_that_dies_ends_the_work_with_its_last_words(tmp_path: Path) -> None:
+    place, ended = Place(tmp_path), []
+
+    async def work() -> None:
+        place.fate.write_text("die")
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            ended.append(time.monotonic())
+            raise
+
+    with pytest.raises(EngineError, match=r"has ended; the end of .*server.log:\n(.*\n)*.*out of memory"):
+        place.during(work())
+    assert len(ended) == 1
+
+
+def test_work_that_fails_because_the_server_died_tells_the_server_s_last_words(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+
+    async def work() -> None:
+        place.fate.write_text("die")
+        raise EngineError("nothing answers there")
+
+    with pytest.raises(EngineError, match=r"has ended; (.*\n)*.*out of memory"):
+        place.during(work())
+
+
+def test_a_server_that_dies_when_the_work_is_done_is_no_fault(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+
+    async def work() -> None:
+        place.fate.write_text("die")
+        time.sleep(0.5)  # nobody looks meanwhile
+
+    place.during(work())
+
+
+@pytest.mark.parametrize(
+    ("fate", "says"),
+    [
+        ("die", r"has ended; the end of .*server.log:\n(.*\n)*.*out of memory"),
+        ("be silent", r"not ready within 2 s \(.*\); see .*server.log, or raise engine.sglang.start_timeout_s"),
+        ("be busy", r"not ready within 2 s \(http://127.0.0.1:\d+/model_info: \{\}\); see .*server.log"),
+    ],
+)
+def test_a_server_that_does_not_start_is_told(tmp_path: Path, fate: str, says: str) -> None:
+    with pytest.raises(EngineError, match=says):
+        Place(tmp_path, fate).during(nothing(), start_s=2.0 if fate != "die" else 30.0)
