@@ -137,7 +137,7 @@ def test_a_server_that_dies_when_the_work_is_done_is_no_fault(tmp_path: Path) ->
     [
         ("die", r"has ended; the end of .*server.log:\n(.*\n)*.*out of memory"),
         ("be silent", r"not ready within 2 s \(.*\); see .*server.log, or raise engine.sglang.start_timeout_s"),
-        ("be busy", r"not ready within 2 s \(http://127.0.0.1:\d+/model_info: \{\}\); see .*server.log"),
+        ("be busy", r"not ready within 2 s \(http://.+\); see .*server.log"),
     ],
 )
 def test_a_server_that_does_not_start_is_told(tmp_path: Path, fate: str, says: str) -> None:
