@@ -26,6 +26,7 @@ from tests.reference.variants import VARIANTS
 pytestmark = pytest.mark.process
 
 SPLITS = {"even": ((0, 1), (2, 3)), "uneven": ((0, 1, 2), (3,)), "empty": ((0, 1, 2, 3), ())}
+COPIES: dict[str, dict[str, Any]] = {"frozen": {}, "ema": {"teacher_decay": 0.7}, "snapshot": {"teacher_every": 3}}
 RUN = cases.settings(ranks=2, row_tokens=20, delta=2.0)
 
 
@@ -52,6 +53,7 @@ def worker(rank: int, folder: Path) -> None:
     results["objectives"] = {name: objective(rank, name) for name in VARIANTS}
     results["mismatch"] = {name: mismatch(rank, split) for name, split in SPLITS.items()}
     results["frozen"] = gradient(rank, SPLITS["even"], frozen=True)
+    results["teachers"] = {kind: followed(rank, kind) for kind in COPIES}
     results["resume"] = resume(rank, folder)
     results["published"] = published(rank)
     results["buckets"] = all(buckets(size) for size in (1, 3000, 2**20))
@@ -96,6 +98,23 @@ def train(stepper: Stepper, rank: int, steps: range) -> list[dict[str, Any]]:
         parts = [cases.groups(seed=number)[i] for i in SPLITS["even"][rank]]
         lines.append(stepper.update(cases.shard_of(parts, problems=4, step=number)))
     return lines
+
+
+def followed(rank: int, kind: str) -> dict[str, Any]:
+    """After each of four updates: policy and copy, whole; and how much of the copy each rank holds."""
+    run = replace(RUN, algorithm=replace(RUN.algorithm, teacher=kind, **COPIES[kind]))
+    stepper = cases.stepper(run, cases.tiny_model(), cases.tiny_model())
+    copy = stepper.teacher.copy
+    assert copy is not None
+    found: dict[str, Any] = {"policy": [], "copy": []}
+    for number in range(4):
+        train(stepper, rank, range(number, number + 1))
+        copy.reshard()
+        found["policy"].append({name: p.full_tensor().detach() for name, p in stepper.policy.model.named_parameters()})
+        found["copy"].append({name: p.full_tensor() for name, p in copy.model.named_parameters()})
+    held: list[Any] = [None, None]
+    dist.all_gather_object(held, {name: p.to_local().numel() for name, p in copy.model.named_parameters()})
+    return found | {"held": held}
 
 
 def learner(run: Run = RUN) -> Stepper:
@@ -193,10 +212,31 @@ def test_the_mismatch_is_that_of_all_ranks(results: dict[str, Any], name: str) -
         assert results["mismatch"][name][key] == pytest.approx(value, rel=1e-9), key
 
 
-def test_a_frozen_teacher_is_sharded_too(results: dict[str, Any]) -> None:
+def test_a_frozen_teacher_teaches_the_same_on_two_ranks(results: dict[str, Any]) -> None:
     model = cases.tiny_model()
     loss = reference_loss(model, cases.groups(), RUN, teacher=cases.tiny_model(seed=1))
     assert results["frozen"][0] == pytest.approx(loss.item(), abs=1e-10)
+
+
+@pytest.mark.parametrize("kind", COPIES)
+def test_a_copy_is_sharded_like_the_model_and_follows_it_on_every_rank(results: dict[str, Any], kind: str) -> None:
+    found = results["teachers"][kind]
+    expected = dict(cases.tiny_model().named_parameters())
+    for step, (policy_, copy) in enumerate(zip(found["policy"], found["copy"], strict=True), 1):
+        if kind == "ema":
+            expected = {name: 0.7 * tensor + 0.3 * policy_[name] for name, tensor in expected.items()}
+        if kind == "snapshot" and step == 3:
+            expected = policy_
+        for name, tensor in expected.items():
+            torch.testing.assert_close(copy[name], tensor.detach(), atol=1e-14, rtol=0)
+        assert not torch.equal(copy["model.norm.weight"], policy_["model.norm.weight"]) or (kind, step) == (
+            "snapshot",
+            3,
+        )
+    first, second = found["held"]
+    for name, tensor in expected.items():
+        assert first[name] + second[name] == tensor.numel()
+        assert max(first[name], second[name]) < tensor.numel()
 
 
 def test_a_resumed_run_continues_bit_for_bit(results: dict[str, Any]) -> None:
