@@ -222,17 +222,15 @@ def test_a_frozen_teacher_teaches_the_same_on_two_ranks(results: dict[str, Any])
 def test_a_copy_is_sharded_like_the_model_and_follows_it_on_every_rank(results: dict[str, Any], kind: str) -> None:
     found = results["teachers"][kind]
     expected = dict(cases.tiny_model().named_parameters())
-    for step, (policy_, copy) in enumerate(zip(found["policy"], found["copy"], strict=True), 1):
+    for steps, (student, copy) in enumerate(zip(found["policy"], found["copy"], strict=True), 1):
+        renewed = kind == "snapshot" and steps == 3
         if kind == "ema":
-            expected = {name: 0.7 * tensor + 0.3 * policy_[name] for name, tensor in expected.items()}
-        if kind == "snapshot" and step == 3:
-            expected = policy_
+            expected = {name: 0.7 * tensor + 0.3 * student[name] for name, tensor in expected.items()}
+        if renewed:
+            expected = student
         for name, tensor in expected.items():
             torch.testing.assert_close(copy[name], tensor.detach(), atol=1e-14, rtol=0)
-        assert not torch.equal(copy["model.norm.weight"], policy_["model.norm.weight"]) or (kind, step) == (
-            "snapshot",
-            3,
-        )
+        assert torch.equal(copy["model.norm.weight"], student["model.norm.weight"]) == renewed
     first, second = found["held"]
     for name, tensor in expected.items():
         assert first[name] + second[name] == tensor.numel()
