@@ -3,7 +3,7 @@
 What it does follows from a digest of the request, so that it does the same in every run: the first time a request comes
 it may answer 429 with Retry-After, 500, cut the connection, or send what is no completion; the second time it answers.
 Its candidates say what the solution tells it to say: `SAY [...] YAS` in the response of a problem. LOG_FILE gets a line
-for each answered request: a digest of it, and the tokens that it is charged for.
+for each answered request: a digest of it, and the tokens that it is charged for; LOG_FILE.faults one for each fault.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from pathlib import Path
 from aiohttp import web
 
 SEEN: set[str] = set()
-FAULTS = ("429", "500", "cut", "nonsense", "none", "slow", "none", "none")
+MISDEEDS = ("429", "500", "cut", "nonsense")
+FAULTS = (*MISDEEDS, "none", "slow", "none", "none")
 APPROACHES = ("Isolate the unknown quantity", "Draw a picture of all relations", "Work backwards from the goal")
 
 
@@ -50,6 +51,9 @@ async def chat(request: web.Request) -> web.StreamResponse:
     digest = hashlib.blake2b(f"{seed} {prompt}".encode(), digest_size=8).hexdigest()
     first, fault = digest not in SEEN, FAULTS[int(digest, 16) % len(FAULTS)]
     SEEN.add(digest)
+    if first and fault in MISDEEDS:
+        with Path(f"{sys.argv[2]}.faults").open("a") as log:
+            log.write(f"{fault}\n")
     if first and fault == "429":
         return web.Response(status=429, headers={"Retry-After": "0.05"})
     if first and fault == "500":

@@ -148,6 +148,14 @@ def test_every_planted_leak_is_caught_and_nothing_clean_is_lost(place: Place, ex
     assert "20 failed: no candidate is left" in extracted
 
 
+def test_the_endpoint_misbehaved_in_every_way(place: Place, extracted: str) -> None:
+    """And nobody paid for it: what is failed above failed for its leaks alone."""
+    faults = Path(f"{place.log}.faults").read_text().split()
+    assert {fault: faults.count(fault) > ITEMS / 10 for fault in faults} == dict.fromkeys(
+        ("429", "500", "cut", "nonsense"), True
+    )
+
+
 def test_the_library_trains(place: Place, extracted: str) -> None:
     path = str(place.folder / "library.jsonl")
     source = open_source("file", path=path, held_out=10, seed=0)
