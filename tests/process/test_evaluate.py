@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from run_support import ROOT, RealRun, real_run, until
 from safetensors.torch import load_file, save_file
 
 from sgpo_async.tasks.models import model_folder
+from sgpo_async.tasks.sources import open_source
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(600)]
 
@@ -62,6 +64,30 @@ def test_two_models_with_the_strategies(run: RealRun, tmp_path: Path) -> None:
     table = compare(run.folder / "good", run.folder / "bad")
     assert "10 / 0 of 10" in table and "0.002" in table  # 2 / 2^10
     assert "differ in model" in table and "differ in max_new_tokens: 40, 8" in table
+
+
+def solved(text: str, answer: str) -> bool:
+    """Five steps of five words, `figure word word figure figure`, the last two of each being the answer's."""
+    words = text.split()
+    form = [word.isdigit() for word in words] == [True, False, False, True, True] * 5
+    return form and [word for i, word in enumerate(words) if i % 5 > 2] == answer.split()
+
+
+def test_the_figures_are_those_of_the_texts(run: RealRun) -> None:
+    """So hot that the policy solves a part: judged again here, and counted by going through all choices of k samples."""
+    words = ("--guided", "--temperature", "1.6", "--top-p", "1", "--samples", "6", "--texts")
+    found = evaluate(run, "hot", *words)["benchmarks"]["held-out"]
+    problems = {problem.id: problem for problem in open_source("cues", path="", held_out=10, seed=0).held_out()}
+    lines = [json.loads(line) for line in (run.folder / "hot/held-out.jsonl").read_text().splitlines()]
+    assert {line["id"] for line in lines} == problems.keys()
+    verdicts = [[solved(text, problems[line["id"]].answer) for text in line["texts"]] for line in lines]
+    assert [line["correct"] for line in lines] == verdicts
+    assert found["avg"]["mean"] == pytest.approx(sum(map(sum, verdicts)) / 60)
+    assert 0.05 < found["avg"]["mean"] < 0.95
+    for k, passed in found["pass"].items():
+        choices = [any(chosen) for verdict in verdicts for chosen in combinations(verdict, int(k))]
+        assert passed["mean"] == pytest.approx(sum(choices) / len(choices)), k
+    assert list(found["pass"]) == ["1", "2", "4"]
 
 
 def test_a_killed_evaluation_goes_on_where_it_was(run: RealRun) -> None:
