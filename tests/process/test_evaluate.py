@@ -74,7 +74,7 @@ def solved(text: str, answer: str) -> bool:
 
 
 def test_the_figures_are_those_of_the_texts(run: RealRun) -> None:
-    """So hot that the policy solves a part: judged again here, and counted by going through all choices of k samples."""
+    """So hot that the policy solves a part: judged again here, and counted over all choices of k samples."""
     words = ("--guided", "--temperature", "1.6", "--top-p", "1", "--samples", "6", "--texts")
     found = evaluate(run, "hot", *words)["benchmarks"]["held-out"]
     problems = {problem.id: problem for problem in open_source("cues", path="", held_out=10, seed=0).held_out()}
