@@ -8,6 +8,7 @@
     methods: {GRPO: {algorithm.objective: grpo, rollout.autonomous: 12, rollout.guided: 0}}
     seeds: [0, 1, 2]
     tune: {rates: [3.0e-4, 6.0e-4], seeds: [100]}
+    reference: GRPO                           # with whom the others are compared, seed by seed; may be missing
 
 Keys of `common`, `settings` and `methods` are those of a run, written with dots. A method's value that differs from
 setting to setting is a mapping of their names. A method or a setting that names `optim.lr` itself is not tuned.
@@ -80,11 +81,14 @@ class Experiment:
     methods: dict[str, Words]
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     tune: Tune = field(default_factory=Tune)
+    reference: str = ""  # the method with which the others are compared, seed by seed
 
     def __post_init__(self) -> None:
         require(bool(self.name) and "/" not in self.name, "name", "is a folder's name", self.name)
         require(bool(self.methods), "methods", "names at least one", self.methods)
         require(bool(self.seeds), "seeds", "names at least one", self.seeds)
+        known = ", ".join(self.methods)
+        require(self.reference in {*self.methods, ""}, "reference", f"is one of the methods ({known})", self.reference)
         settings = set(self.settings) or {""}
         require(
             self.tune.setting in settings | {""},

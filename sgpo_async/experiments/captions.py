@@ -58,9 +58,9 @@ def curves_say(experiment: Experiment) -> str:
     entropy = "entropy leaves out rollouts whose advantage is 0 (`learner.skip_uniform`)"
     return (
         "In the figures bands are the same intervals. Alpha is the weight of the distillation, in the mean over the "
-        "batch; methods in which it is 0 throughout are not in its figure. Alpha and entropy at a point are means over "
-        f"the steps since the point before{f'; {entropy}' * thinned}. A run that diverged goes on with a pass rate of "
-        "0, and has no alpha or entropy from there."
+        "batch; methods in which it is 0 throughout are not in its figure. What is no pass rate is at each point the "
+        f"mean over the steps since the point before{f'; {entropy}' * thinned}. A run that diverged goes on with a "
+        "pass rate of 0, and has nothing else from there."
     )
 
 

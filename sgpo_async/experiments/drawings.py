@@ -1,4 +1,4 @@
-"""Which figures a setting gets: pass rates, mean alpha beside the pass rates of the same methods, entropy."""
+"""Which figures a setting gets: pass rates, beside them mean alpha and what the mask takes; entropy."""
 
 from __future__ import annotations
 
@@ -34,6 +34,12 @@ PASS_RATE = Measure("auto", "validation pass rate alone, %", 100, 100)
 KINDS = (
     Kind("curves", "pass rate over rollouts", (PASS_RATE,)),
     Kind("alpha", "pass rate and mean alpha over rollouts", (PASS_RATE, Measure("alpha", "mean alpha")), "alpha"),
+    Kind(
+        "masked",
+        "pass rate, and the share of the KL that the mask takes or would take, over rollouts",
+        (PASS_RATE, Measure("kl_masked_mass", "share of the KL where d > delta, %", 100, 100)),
+        "kl_masked_mass",
+    ),
     Kind("entropy", "entropy over rollouts", (Measure("entropy", "entropy, nats per token"),)),
 )
 

@@ -43,6 +43,7 @@ def write_tables(experiment: Experiment, results: Mapping[str, Result], *, folde
     drawn: dict[str, str] = {}
     for setting, rows in tables.items():
         parts += [f"## {setting}"] * bool(setting) + [said[setting]] * (not common) + [_table(rows)]
+        parts += _compared(rows, experiment.reference) if experiment.reference else []
         figures = draw_setting(setting, {row.method: row.results for row in rows}, folder)
         parts += [f"![{title}]({file})" for file, title in figures.items()]
         drawn |= figures
@@ -93,6 +94,30 @@ def _table(rows: Sequence[Row]) -> str:
     if any(EDGE in row.rate for row in rows):
         lines += ["", f"{EDGE}: the lowest or highest of the rates that were tried; a better one may lie beyond."]
     return "\n".join(lines)
+
+
+def _compared(rows: Sequence[Row], reference: str) -> list[str]:
+    """Differences from the reference, in points: of the same seeds, which have their problems in common."""
+    own = {row.method: {result["config"]["seed"]: result for result in row.results} for row in rows}
+    of_reference = own.pop(reference, {})
+    lines = []
+    for method, results in own.items():
+        seeds = results.keys() & of_reference.keys()
+        differences = (
+            [100 * (figure(results[seed]) - figure(of_reference[seed])) for seed in sorted(seeds)]
+            for figure in (_at_the_end, third)
+        )
+        if seeds:
+            cells = " | ".join(_difference(interval(points)) for points in differences)
+            lines.append(f"| {method} | {len(seeds)} | {cells} |")
+    if not lines:
+        return []
+    head = ["| method | n | at the end (test) | a third of the way (validation) |", "|---|---|---|---|"]
+    return [f"Against {reference}, seed by seed, in points:", "\n".join(head + lines)]
+
+
+def _difference(found: Interval) -> str:
+    return f"{found.mean:+.1f}" + (f" ± {found.half:.1f}" if found.half is not None else "")
 
 
 def _at_the_end(result: Result) -> float:

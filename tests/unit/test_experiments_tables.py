@@ -10,6 +10,7 @@ from experiment_support import SMALL, result, write
 from sgpo_async.config import load
 from sgpo_async.config.experiment import load_experiment
 from sgpo_async.config.schema import Run
+from sgpo_async.errors import ConfigError
 from sgpo_async.experiments.curves import completed, over_seeds, third
 from sgpo_async.experiments.plan import final, trial
 from sgpo_async.experiments.statistics import interval
@@ -64,6 +65,27 @@ def test_tables_show_what_is_there(tmp_path: Path) -> None:
     assert "| fixed | 65.0 ± 63.5 | – |" in text
     assert (tmp_path / "out" / "curves-calm.svg").stat().st_size > 1000
     assert [path.name for path in (tmp_path / "out").glob("*.svg")] == ["curves-calm.svg"]  # no point has an entropy
+
+
+def test_methods_are_compared_seed_by_seed(tmp_path: Path) -> None:
+    """Differences of 10, 20 and -, the third seed of one being missing: 15 ± 12.706 * 7.07 / sqrt(2)."""
+    methods = {
+        name: {"optim.lr": 1e-3, "algorithm.alpha0": 0.1 * i} for i, name in enumerate(("ours", "theirs", "new"), 1)
+    }
+    content = SMALL | {"settings": {}, "methods": methods, "seeds": [0, 1, 2], "reference": "ours"}
+    experiment = load_experiment(write(tmp_path, content))
+    ends = {"ours": (0.5, 0.6, 0.9), "theirs": (0.6, 0.8)}
+    results = {
+        trial.id: result(0.0, ends[trial.method][trial.seed]) | {"config": {"seed": trial.seed}}
+        for trial in final(experiment, {("", name): None for name in ends})
+        if trial.seed < len(ends[trial.method])
+    }
+    write_tables(experiment, results, folder=tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    table = text.partition("Against ours, seed by seed, in points:\n\n")[2].partition("\n\n")[0].splitlines()
+    assert table[2:] == ["| theirs | 2 | +15.0 ± 63.5 | +5.0 ± 21.2 |"]
+    with pytest.raises(ConfigError, match="reference: is one of the methods"):
+        load_experiment(write(tmp_path, content | {"reference": "nobody"}))
 
 
 def test_tables_name_the_figures_that_are_there_and_leave_no_older_ones(tmp_path: Path) -> None:
