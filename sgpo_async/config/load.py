@@ -129,7 +129,7 @@ def _build(layers: Sequence[tuple[str, dict[str, Any]]]) -> Run:
 
 def _merge(layers: Sequence[tuple[str, dict[str, Any]]]) -> Any:
     """The layers over the defaults. Raises ConfigError that names the place of a value of a wrong type."""
-    merged = _defaults()
+    merged = _structured(Run)
     try:  # together: each call copies everything
         return OmegaConf.merge(merged, *(layer for _, layer in layers))
     except OmegaConfBaseException:
@@ -141,9 +141,9 @@ def _merge(layers: Sequence[tuple[str, dict[str, Any]]]) -> Any:
         raise
 
 
-@cache
-def _defaults() -> Any:
-    return OmegaConf.structured(Run)
+@cache  # a merge leaves it as it is
+def _structured(schema: type[Run]) -> Any:
+    return OmegaConf.structured(schema)
 
 
 def check_keys(place: str, layer: Mapping[str, Any], section: type, prefix: str) -> None:
