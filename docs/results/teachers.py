@@ -32,7 +32,7 @@ COLUMNS = ("teacher", "its copy, MB", "tokens trained", "tokens forward only", "
 def measure(teacher: str) -> list[float]:
     """The columns: of counts the mean over a run's steps, of times the median."""
     name = f"teacher-{teacher}"
-    words = [f"name={name}", f"steps={STEPS}", "evaluation.every=0", *TEACHERS[teacher]]
+    words = [f"name={name}", f"steps={STEPS}", f"evaluation.every={STEPS}", *TEACHERS[teacher]]
     subprocess.run(
         [sys.executable, "launch/local.py", "configs/demo-sync.yaml", *words], cwd=ROOT, check=True, timeout=900
     )
