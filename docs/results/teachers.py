@@ -1,7 +1,7 @@
 """What each teacher costs: `python docs/results/teachers.py` runs the synchronous demo with each and prints a table.
 
-The runs are short, of one seed, and say nothing of what is learned; what is counted does not depend on the machine. Writes
-teachers.json beside this file.
+The runs are short, of one seed, and say nothing of what is learned; what is counted does not depend on the machine.
+Writes teachers.json beside this file.
 """
 
 import json
