@@ -31,20 +31,18 @@ class Teacher:
 
     Attributes:
         copy: sharded, without gradient; None for `self` and `behaviour`.
+        nbytes: of the copy, over all ranks.
     """
 
     def __init__(self, algorithm: Algorithm, copy: Policy | None) -> None:
         self._algorithm, self.copy = algorithm, copy
+        # Now: what a forward has gathered is in the dtype that is computed in.
+        self.nbytes = sum(p.numel() * p.element_size() for p in copy.parameters()) if copy else 0
 
     @property
     def moving(self) -> Policy | None:
         """The copy if it ever changes, so that a checkpoint has to hold it; `model.path` has the frozen one."""
         return None if self._algorithm.teacher == "frozen" else self.copy
-
-    @property
-    def nbytes(self) -> int:
-        """Of the copy, over all ranks."""
-        return sum(p.numel() * p.element_size() for p in self.copy.parameters()) if self.copy else 0
 
     @property
     def matrix(self) -> Tensor | None:
