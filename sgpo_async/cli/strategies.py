@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from sgpo_async.strategies.journal import Record
     from sgpo_async.tasks.base import Problem
 
+    OwnServer = AbstractAsyncContextManager[TextServer]
+
 LEAKS = 1  # exit code of `check`
 FORMATS = (".jsonl", ".parquet")
 OWN = "own SGLang"  # in provenance; its port is another one each time
@@ -81,28 +83,29 @@ def _extract(args: argparse.Namespace) -> int:
     from sgpo_async.strategies.journal import key_of
 
     _need(args, "work", "library", "model")
-    _examine(args)
+    own = _examine(args)
     problems = _with_responses(args.files)
     journal = Journal(args.work)
 
     async def work(pipeline: Pipeline) -> None:
         await pipeline.extract(problems)
 
-    missing = not all(journal.done(key_of(problem)) for problem in problems)
-    return _with_endpoint(args, journal, work, total=len(problems), missing=missing)
+    if all(journal.done(key_of(problem)) for problem in problems):
+        own = None  # nobody will be asked
+    return _with_endpoint(args, journal, work, own, total=len(problems))
 
 
 def _rank(args: argparse.Namespace) -> int:
     from sgpo_async.strategies import Journal
 
     _need(args, "library", "model")
-    _examine(args)
+    own = _examine(args)
     journal = Journal(_work_file(args))
 
     async def work(pipeline: Pipeline) -> None:
         await pipeline.rank()
 
-    return _with_endpoint(args, journal, work, total=sum(bool(r["candidates"]) for r in journal.records.values()))
+    return _with_endpoint(args, journal, work, own, total=sum(bool(r["candidates"]) for r in journal.records.values()))
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -127,11 +130,8 @@ def _stats(args: argparse.Namespace) -> int:
     return 0
 
 
-def _with_endpoint(args: argparse.Namespace, journal: Journal, work: Any, *, total: int, missing: bool = True) -> int:
-    """Run `work` with a progress bar, write the library, say what came of it.
-
-    No server of our own is launched if nothing is `missing`.
-    """
+def _with_endpoint(args: argparse.Namespace, journal: Journal, work: Any, own: OwnServer | None, *, total: int) -> int:
+    """Run `work` with a progress bar, write the library, say what came of it. `own`: launched and asked for --url."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from sgpo_async.strategies import Endpoint, Pipeline
@@ -161,7 +161,6 @@ def _with_endpoint(args: argparse.Namespace, journal: Journal, work: Any, *, tot
         async with own as server:
             await server.during(ask(replace(_server(args), url=server.url, name=OWN)))
 
-    own = _own_server(args) if args.serve is not None and missing else None
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as Ctrl-C: the library comes first
     whole = False
     try:
@@ -185,7 +184,7 @@ def _conclude(args: argparse.Namespace, journal: Journal, *, whole: bool) -> Non
         print(f"library: {args.library}, {written:,} problems")
 
 
-def _own_server(args: argparse.Namespace) -> AbstractAsyncContextManager[TextServer]:
+def _own_server(args: argparse.Namespace) -> OwnServer:
     """The one that --serve describes; it is launched on entering. Raises ConfigError, DataError."""
     from sgpo_async.engines.sglang.texts import text_server
     from sgpo_async.tasks.models import model_folder
@@ -248,8 +247,8 @@ def _extra(text: str) -> dict[str, Any]:
     return found
 
 
-def _examine(args: argparse.Namespace) -> None:
-    """Whether the options can be used, before anything is paid for. Raises ConfigError."""
+def _examine(args: argparse.Namespace) -> OwnServer | None:
+    """Whether the options can be used, before anything is paid for; the server of --serve. Raises ConfigError."""
     for name in ("candidates", "concurrency", "max_tokens"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')}: at least 1, not {getattr(args, name)}")
@@ -260,13 +259,12 @@ def _examine(args: argparse.Namespace) -> None:
         raise ConfigError("neither --url nor --serve: name whom to ask, or launch one")
     if args.url is not None and args.serve is not None:
         raise ConfigError(f"both --url {args.url} and --serve; leave one of them out")
-    if args.serve is not None:
-        _own_server(args)
     if args.library.suffix not in FORMATS:
         raise ConfigError(f"--library: {args.library}: its name has to end in {' or '.join(FORMATS)}")
     read = [Path(name).resolve() for name in (*args.files, args.work) if name]
     if args.library.resolve() in read:
         raise ConfigError(f"--library: {args.library}: is read as well, and would be overwritten; name another file")
+    return None if args.serve is None else _own_server(args)
 
 
 def _with_responses(files: Sequence[str]) -> list[Problem]:

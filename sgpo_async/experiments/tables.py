@@ -104,20 +104,16 @@ def _compared(rows: Sequence[Row], reference: str) -> list[str]:
     for method, results in own.items():
         seeds = results.keys() & of_reference.keys()
         differences = (
-            [100 * (figure(results[seed]) - figure(of_reference[seed])) for seed in sorted(seeds)]
+            [figure(results[seed]) - figure(of_reference[seed]) for seed in sorted(seeds)]
             for figure in (_at_the_end, third)
         )
         if seeds:
-            cells = " | ".join(_difference(interval(points)) for points in differences)
+            cells = " | ".join(show(interval(values), sign="+") for values in differences)
             lines.append(f"| {method} | {len(seeds)} | {cells} |")
     if not lines:
         return []
     head = ["| method | n | at the end (test) | a third of the way (validation) |", "|---|---|---|---|"]
     return [f"Against {reference}, seed by seed, in points:", "\n".join(head + lines)]
-
-
-def _difference(found: Interval) -> str:
-    return f"{found.mean:+.1f}" + (f" ± {found.half:.1f}" if found.half is not None else "")
 
 
 def _at_the_end(result: Result) -> float:
@@ -129,6 +125,6 @@ def _cell(values: Sequence[float | None]) -> str:
     return show(interval(known)) if known else "–"
 
 
-def show(found: Interval) -> str:
-    """In per cent."""
-    return f"{100 * found.mean:.1f}" + (f" ± {100 * found.half:.1f}" if found.half is not None else "")
+def show(found: Interval, *, sign: str = "") -> str:
+    """In per cent; differences with a `sign` of "+"."""
+    return f"{100 * found.mean:{sign}.1f}" + (f" ± {100 * found.half:.1f}" if found.half is not None else "")
