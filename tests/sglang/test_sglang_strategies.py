@@ -196,8 +196,9 @@ def of_sglang() -> set[psutil.Process]:
     """Processes of any server on this machine: keepers, servers and their children."""
     found = set()
     for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if any("sglang" in word for word in process.cmdline()[:5]):
+        with contextlib.suppress(psutil.Error, IndexError):  # a kernel's thread has no words
+            words = process.cmdline()
+            if "sglang" in words[0] or "sglang.launch_server" in words:  # not somebody's `pytest -m "not sglang"`
                 found.add(process)
     return found
 
