@@ -4,6 +4,9 @@
 # With real SGLang servers, on a CPU (Python 3.11):
 # make sglang-cpu   .venv-sglang, SGLang's own environment    make demo-sglang, make test-sglang   demo and tests with it
 #
+# On a machine with a GPU: docs/gpu.md
+# make gpu-wheels   what such a machine may lack, as wheels in .gpu-wheels      make gpu-check   all that one GPU can prove
+#
 # Variables: PYTHON (default python3), TORCH_INSTALL (how torch is installed; e.g. with --index-url of another build)
 
 PYTHON ?= python3
@@ -14,7 +17,7 @@ SGLANG_BIN := .venv-sglang/bin
 SGLANG_STAMP := .venv-sglang/.installed
 SGLANG_PINS := sgpo_async/engines/sglang/cpu/requirements.txt
 
-.PHONY: setup demo test lint bench clean sglang-cpu demo-sglang test-sglang
+.PHONY: setup demo test lint bench clean sglang-cpu demo-sglang test-sglang gpu-wheels gpu-check
 
 demo: $(STAMP)
 	$(BIN)/python launch/local.py configs/demo.yaml
@@ -36,6 +39,23 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python launch/bench.py configs/demo.yaml
+
+# For a GPU machine without a network that has torch, transformers and the usual scientific packages: pure Python
+# packages, and pyzmq for its Python. None of them brings a torch.
+GPU_PYTHON ?= 3.12
+GPU_PACKAGES := pyzmq omegaconf math-verify latex2sympy2-extended antlr4-python3-runtime liger-kernel
+gpu-wheels: $(STAMP)
+	rm -rf .gpu-wheels
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) \
+	    --implementation cp --platform manylinux_2_28_x86_64 --platform manylinux_2_26_x86_64 --platform manylinux2014_x86_64 \
+	    --dest .gpu-wheels --constraint requirements.lock $(GPU_PACKAGES)
+	@du -sh .gpu-wheels
+
+# With the machine's own Python (GPU_RUN), which has the torch that fits its driver; the wheels if they are there.
+GPU_RUN ?= python3
+GPU_OUT ?= runs/gpu-check
+gpu-check:
+	$(GPU_RUN) tests/gpu/check.py --out $(GPU_OUT)
 
 setup: $(STAMP)
 

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+
 
 def join_world(*, timeout_s: float) -> DeviceMesh:
     """Join the group of all ranks; returns its one-dimensional mesh, on this rank's device.
@@ -24,15 +26,15 @@ def join_world(*, timeout_s: float) -> DeviceMesh:
     if os.environ.get("WORLD_SIZE") == os.environ.get("LOCAL_WORLD_SIZE"):
         # gloo would listen where this machine's own name leads, which may be elsewhere or nowhere.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
+    dist.init_process_group(BACKENDS[device], timeout=timedelta(seconds=timeout_s))
     return init_device_mesh(device, (dist.get_world_size(),))
 
 
-def join_alone() -> DeviceMesh:
-    """Make this process a world of one on the CPU, without torchrun and without a socket; again does nothing."""
+def join_alone(device: str = "cpu") -> DeviceMesh:
+    """Make this process a world of one on `device`, without torchrun and without a socket; again does nothing."""
     if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    return init_device_mesh("cpu", (1,))
+        dist.init_process_group(BACKENDS[device], store=dist.HashStore(), rank=0, world_size=1)
+    return init_device_mesh(device, (1,))
 
 
 def _loopback() -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from shapes import random_model
 
 from sgpo_async.config.schema import Engine, Sglang
 from sgpo_async.engines import Generate, Generated, Weights
@@ -28,35 +28,10 @@ ROOT = Path(__file__).resolve().parents[2]
 PYTHON = os.environ.get("SGPO_SGLANG_PYTHON", str(ROOT / ".venv-sglang/bin/python"))
 PATIENCE_S = 900.0  # for what is not measured: a server's start, a version of 15 GB
 
-# From the config.json of Qwen2.5-1.5B-Instruct and Qwen2.5-7B-Instruct.
-SHAPES: dict[str, dict[str, Any]] = {
-    "qwen2.5-1.5b": dict(
-        vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
-        num_key_value_heads=2, max_position_embeddings=32768, tie_word_embeddings=True,
-    ),
-    "qwen2.5-7b": dict(
-        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-        num_key_value_heads=4, max_position_embeddings=32768, tie_word_embeddings=False,
-    ),
-    "tiny": dict(
-        vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.3,
-    ),
-}  # fmt: skip
-
 
 def save(shape: str, folder: Path, *, dtype: str) -> dict[str, torch.Tensor]:
     """Random weights of `shape` as a Hugging Face folder without a tokenizer; returns them. No token ends a text."""
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        **SHAPES[shape], rope_parameters={"rope_type": "default", "rope_theta": 1e6}, bos_token_id=None,
-        eos_token_id=None, dtype=dtype,
-    )  # fmt: skip
-    model = Qwen2ForCausalLM._from_config(config, dtype=getattr(torch, dtype))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:  # biases and norms start as zeros and ones, in which no mistake shows
-                parameter.add_(0.02 * torch.randn_like(parameter))
+    model = random_model(shape, dtype=dtype)
     model.save_pretrained(folder)
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 

@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu_servers import PYTHON, SHAPES, Learner, Served, devices, request, save, visible
+from gpu_servers import PYTHON, Learner, Served, devices, request, save, visible
+from shapes import SHAPES
 
 from sgpo_async.engines import Generate, Generated
 from sgpo_async.engines.pretrained import load_model

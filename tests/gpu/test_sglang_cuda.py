@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu_servers import PYTHON, SHAPES, Learner, Served, devices, save, visible
+from gpu_servers import PYTHON, Learner, Served, devices, save, visible
 from measure_servers import mismatch
+from shapes import SHAPES
 
 from sgpo_async.engines.sglang.layout import answered_checksums, compare, expected_checksums
 from sgpo_async.errors import WeightsError

@@ -1,0 +1,65 @@
+"""What `make gpu-check` runs on a GPU, here on a CPU with tiny shapes: the same code, whatever the figures are."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = [pytest.mark.process, pytest.mark.timeout(900)]
+
+
+def check(out: Path, *words: str) -> tuple[int, dict[str, Any]]:
+    """Exit status and report."""
+    command = [sys.executable, str(ROOT / "tests/gpu/check.py"), "--out", str(out), "--wheels", str(out / "none")]
+    tiny = ["--device", "cpu", "--size", "tiny"]
+    done = subprocess.run([*command, *tiny, *words], capture_output=True, text=True, timeout=800, check=False)
+    assert done.stdout.strip().endswith(str(out / "gpu-check.json")), done.stderr
+    report: dict[str, Any] = json.loads((out / "gpu-check.json").read_text())
+    return done.returncode, report
+
+
+def test_every_part_that_measures_runs_on_a_cpu(tmp_path: Path) -> None:
+    status, report = check(tmp_path, "--parts", "mismatch", "losses", "step", "weights")
+    parts = report["parts"]
+    assert [part["status"] for part in parts.values()] == ["passed"] * 4, parts
+    assert status == 0
+    assert report["versions"]["torch"] and report["date"] and report["commit"]
+
+    mismatch = parts["mismatch"]["figures"]
+    assert 0 < mismatch["tiny float32"]["mean"] < 1e-4 < mismatch["tiny bfloat16"]["mean"]
+    losses = parts["losses"]["figures"]
+    assert {name for name in losses if name[-5:] in ("naive", "fused")} == {
+        f"{loss} {way}" for loss in ("logprobs", "forward_kl") for way in ("naive", "fused")
+    }
+    steps = parts["step"]["figures"]
+    assert len(steps) == 4
+    for row in steps.values():
+        assert row["tokens_per_s"] > 0 and row["micro_batches"] == 3
+        assert any("scaled_dot_product" in operator for operator in row["attention"])
+    weights = parts["weights"]["figures"]
+    assert all(weights[f"version {v}"]["load_s"] > 0 for v in range(3))
+
+
+@pytest.mark.slow
+def test_the_demo_and_the_tests_run_on_a_cpu(tmp_path: Path) -> None:
+    status, report = check(tmp_path, "--parts", "demo", "tests")
+    assert status == 0, report
+    summary = report["parts"]["demo"]["figures"]["summary"]
+    assert summary["steps"] == 2 and summary["ledger"]["trained"] == 4
+    assert "skipped" in report["parts"]["tests"]["figures"]["pytest"]
+
+
+def test_a_part_that_fails_or_has_no_time_leaves_the_others_figures(tmp_path: Path) -> None:
+    """Without a GPU a part for CUDA fails; the report says why, and that nothing else was begun."""
+    status, report = check(tmp_path, "--device", "cuda", "--parts", "losses")
+    assert status == 1
+    assert report["parts"]["losses"]["status"] == "failed" and "CUDA" in report["parts"]["losses"]["output"]
+
+    status, report = check(tmp_path, "--minutes", "0.1", "--parts", "step")
+    assert status == 1
+    assert report["parts"] == {"step": {"status": "skipped", "reason": "no time left"}}
