@@ -103,7 +103,7 @@ def test_an_experiment_killed_in_the_middle_goes_on_and_repeats_nothing(tmp_path
             time.sleep(0.2)
         workers = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGKILL)
-    _, alive = psutil.wait_procs(workers, timeout=30)
+    _, alive = psutil.wait_procs(workers, timeout=120)
     assert not alive
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("results/*.json")}
     assert 3 <= len(before) < 12

@@ -19,7 +19,7 @@ from sgpo_async.session.settings import Settings
 
 pytestmark = pytest.mark.process
 
-PATIENCE_S = 60.0
+PATIENCE_S = 150.0
 Start = Callable[[str], Child]
 
 HANG = "import ctypes; ctypes.CDLL(None).pause()"  # inside a library call, as in a rendezvous

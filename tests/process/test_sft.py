@@ -94,7 +94,7 @@ def test_killed_and_resumed_it_ends_as_if_it_had_not_been(folder: Path, one: lis
         assert process.poll() is None
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait(30)
+    process.wait(120)
 
     whole = warm_up(folder, "whole", "sft.epochs=30")
     resumed = warm_up(folder, "killed", *words, "learner.resume=true")

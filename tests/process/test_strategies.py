@@ -117,7 +117,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     place = Place(tmp_path_factory.mktemp("strategies"))
     yield place
     place.process.kill()
-    place.process.wait(10)
+    place.process.wait(120)
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,7 @@ def test_killed_and_resumed_it_is_the_same_library_and_nothing_is_paid_twice(pla
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.wait(10)
+    process.wait(120)
     with work.open("ab") as file:
         file.write(b'{"key": "half a li')
     hopeless = sum(bool(record["failed"]) for record in records_of(work))
@@ -256,7 +256,7 @@ def test_a_run_cut_short_writes_the_library_of_what_is_finished(place: Place, nu
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(number)
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=240)
     assert process.returncode == code
     finished = [record["problem"] for record in records_of(work) if not record["failed"]]
     assert 0 < len(finished) < len(place.clean)

@@ -9,7 +9,7 @@ from sgpo_async.transport.base import Frames
 
 pytestmark = pytest.mark.process
 
-PATIENCE = 30.0
+PATIENCE = 120.0
 LIMIT = 2**20
 Connect = Callable[[bytes], DealerEnd]
 

@@ -13,7 +13,7 @@ from sgpo_async.transport import Dealer, Router, create_keys
 
 pytestmark = pytest.mark.process
 
-PATIENCE = 60.0
+PATIENCE = 120.0
 LIMIT = 2**20
 
 

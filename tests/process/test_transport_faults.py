@@ -15,7 +15,7 @@ from sgpo_async.wire.records import Ack, Goodbye, Message, Ready, Rollout
 
 pytestmark = pytest.mark.process
 
-PATIENCE = 60.0
+PATIENCE = 120.0
 LIMIT = 2**20
 
 FLOOD = """

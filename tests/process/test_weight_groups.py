@@ -1,6 +1,7 @@
 """Weight-update groups over real links, nodes and members: bits arrive, and every loss is noticed, named and survived.
 
-The deadline of a phase is PHASE_S; what a lost member must not cost is a wait beyond it.
+A phase that must end by its deadline has SHORT_S. Every other one has LONG_S, more than a test waits for anything: what
+ends before is noticed by itself.
 """
 
 import json
@@ -27,7 +28,8 @@ from sgpo_async.weights import Plan, StoreFile, StoreReader, StoreWriter, digest
 pytestmark = pytest.mark.process
 
 PATIENCE_S = 120.0
-PHASE_S = 4.0
+SHORT_S = 5.0
+LONG_S = 2 * PATIENCE_S
 HERE = Path(__file__).parent
 
 
@@ -97,8 +99,8 @@ class Member:
 class Session:
     """A store with a writer, a link, a node that does not pull by itself, and members."""
 
-    def __init__(self, tensors: list[tuple[str, torch.Tensor]]) -> None:
-        deadlines = Deadlines(group_s=PHASE_S)
+    def __init__(self, tensors: list[tuple[str, torch.Tensor]], phase_s: float) -> None:
+        deadlines = Deadlines(group_s=phase_s)
         self.file = StoreFile("/nowhere")
         self.writer = StoreWriter(self.file.path)
         self.manifest = self.writer.publish(0, tensors)
@@ -188,8 +190,8 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Session]]:
     sessions = []
     monkeypatch.setenv("PYTHONPATH", f"{HERE}{os.pathsep}{Path.cwd()}")  # `compute` names a function of this file
 
-    def start(tensors: list[tuple[str, torch.Tensor]]) -> Session:
-        sessions.append(Session(tensors))
+    def start(tensors: list[tuple[str, torch.Tensor]], phase_s: float = LONG_S) -> Session:
+        sessions.append(Session(tensors, phase_s))
         sessions[-1].connect()
         return sessions[-1]
 
@@ -222,23 +224,21 @@ def test_every_version_arrives_bit_for_bit_in_every_group(start: Callable[..., S
 
 
 def test_nobody_comes_to_join(start: Callable[..., Session]) -> None:
-    session = start(model(0))
+    session = start(model(0), SHORT_S)
     (member,) = session.opened("g")
     member.signal(signal.SIGKILL)
-    began = time.monotonic()
     with pytest.raises(SessionError, match="group g: join: "):
         session.result(session.groups.join("g"))
-    assert PHASE_S - 1 < time.monotonic() - began < PHASE_S + 2
     session.serves("h")
 
 
 def test_one_of_two_ranks_comes_and_is_freed_when_the_join_fails(start: Callable[..., Session]) -> None:
-    session = start(model(0))
+    session = start(model(0), SHORT_S)
     first, second = session.opened("g", ranks=2)
     second.signal(signal.SIGSTOP)
     first.say("join")
     with pytest.raises(SessionError, match="group g: join: "):
-        session.result(session.groups.join("g"), PHASE_S + 2)
+        session.result(session.groups.join("g"))
     assert first.line().startswith("failed ")
     session.serves("h")
 
@@ -251,12 +251,12 @@ def test_closing_ends_a_join_at_both_ends(start: Callable[..., Session]) -> None
     session.poll(1.0)
     session.groups.close("g")
     with pytest.raises(SessionError, match="group g: join: "):
-        session.result(future, PHASE_S / 2)
+        session.result(future)
     assert first.line().startswith("failed ")
 
 
 def test_the_other_rank_is_freed_when_one_stops_during_the_broadcast(start: Callable[..., Session]) -> None:
-    session = start(large(0))
+    session = start(large(0), SHORT_S)
     first, second = session.joined("g", ranks=2)
     plan = session.result(session.groups.plan(0))
     first.say(json.dumps(plan.to_plain()))
@@ -265,7 +265,7 @@ def test_the_other_rank_is_freed_when_one_stops_during_the_broadcast(start: Call
     assert second.line() == "received part0 odd0"
     second.signal(signal.SIGSTOP)
     with pytest.raises(SessionError, match="group g: broadcast: "):
-        session.result(future, PHASE_S + 2)
+        session.result(future)
     while (line := first.line()).startswith("received"):
         pass
     assert line.startswith("failed ")
@@ -273,7 +273,8 @@ def test_the_other_rank_is_freed_when_one_stops_during_the_broadcast(start: Call
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_member_is_lost_during_the_broadcast(start: Callable[..., Session], number: signal.Signals) -> None:
-    session = start(large(0))
+    """A connection that breaks is noticed at once, a member that stands still by the deadline."""
+    session = start(large(0), LONG_S if number == signal.SIGKILL else SHORT_S)
     (member,) = session.joined("g")
     (other,) = session.joined("other")
     plan = session.result(session.groups.plan(0))
@@ -281,15 +282,12 @@ def test_a_member_is_lost_during_the_broadcast(start: Callable[..., Session], nu
     some = Plan(plan.version, plan.digest, plan.broadcasts[:1])  # it reads the first broadcast and no more
     member.say(json.dumps(some.to_plain()))
     future = session.groups.broadcast("g", plan)
-    began = time.monotonic()
     assert member.line() == "received part0 odd0"
     session.poll(0.5)
     assert not future.done()
     member.signal(number)
     with pytest.raises(SessionError, match="group g: broadcast: "):
-        session.result(future, PHASE_S + 2)
-    took = time.monotonic() - began
-    assert took < PHASE_S / 2 if number == signal.SIGKILL else took > PHASE_S - 1
+        session.result(future)
     other.say(json.dumps(plan.to_plain()))
     session.result(session.groups.broadcast("other", plan))
     assert received(other, plan) == plan.digest
@@ -328,7 +326,7 @@ def test_closing_ends_a_broadcast(start: Callable[..., Session]) -> None:
     assert not future.done()
     session.groups.close("g")
     with pytest.raises(SessionError, match="group g: broadcast: the group was left"):
-        session.result(future, PHASE_S / 2)
+        session.result(future)
     session.serves("h")
 
 
@@ -384,7 +382,7 @@ def test_futures_end_with_the_session(start: Callable[..., Session]) -> None:
     assert isinstance(session.events[-1], NodeDown)
     with pytest.raises(SessionError, match="the link is gone"):
         session.groups.plan(0).result(0)
-    assert wait([session.groups.join("g")], 1.0).not_done == set()
+    assert wait([session.groups.join("g")], PATIENCE_S).not_done == set()
 
 
 def test_a_gpu_that_is_not_there_is_named(start: Callable[..., Session]) -> None:

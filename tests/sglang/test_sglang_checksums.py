@@ -120,7 +120,7 @@ def server(folder, *, tp=1, dtype="float32"):
         yield post
     finally:
         os.killpg(process.pid, 9)
-        process.wait(30)
+        process.wait(120)
 
 
 @pytest.mark.parametrize(

@@ -149,5 +149,5 @@ def test_servers_do_not_outlive_their_actor(models: dict[str, Path], tmp_path: P
         process = servers.engine.places[0].process
         assert process is not None and process._keeper.stdin is not None
         process._keeper.stdin.close()
-        _, alive = psutil.wait_procs(members, timeout=10)
+        _, alive = psutil.wait_procs(members, timeout=120)
         assert not alive, alive

@@ -62,7 +62,7 @@ def test_an_actor_that_is_killed_takes_its_servers_along(tmp_path: Path) -> None
         lost = servers(run)
         assert len(lost) == 2
         first.process.kill()
-        until(lambda: not any(process.is_running() for process in lost), "the end of its servers", seconds=10)
+        until(lambda: not any(process.is_running() for process in lost), "the end of its servers", seconds=120)
         second = run.actor("second")
         assert (learner.ended(), hub.ended(), second.ended()) == (0, 0, 0), second.output
         run.assert_no_trace()

@@ -15,7 +15,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sglang_support import VOCABULARY, Servers, ask, get, given, launch_of, loaded, logprobs, post, start, version_of
+from sglang_support import (
+    PATIENCE_S,
+    VOCABULARY,
+    Servers,
+    ask,
+    get,
+    given,
+    launch_of,
+    loaded,
+    logprobs,
+    post,
+    start,
+    version_of,
+)
 
 from sgpo_async.engines.sglang.api import ServerApi
 from sgpo_async.engines.sglang.process import ServerProcess
@@ -155,9 +168,7 @@ def test_every_update_of_ours_flushes_and_none_asks_for_health(
 def test_model_info_answers_while_paused(raw: ServerProcess) -> None:
     assert post(raw.url, "/pause_generation", {"mode": "retract"})[0] == 200
     try:
-        began = time.monotonic()
-        assert get(raw.url, "/model_info", timeout_s=5.0)["weight_version"]
-        assert time.monotonic() - began < 5
+        assert get(raw.url, "/model_info", timeout_s=PATIENCE_S)["weight_version"]
     finally:
         assert post(raw.url, "/continue_generation", {})[0] == 200
 

@@ -23,7 +23,7 @@ def sgpo(*words: str) -> subprocess.CompletedProcess[str]:
         "sys.exit(77 if {'torch', 'transformers', 'tensorboard'} & sys.modules.keys() else code)"
     )
     return subprocess.run(
-        [sys.executable, "-c", program, *words], capture_output=True, text=True, timeout=60, check=False, cwd=ROOT
+        [sys.executable, "-c", program, *words], capture_output=True, text=True, timeout=240, check=False, cwd=ROOT
     )
 
 
@@ -45,7 +45,7 @@ def sgpo(*words: str) -> subprocess.CompletedProcess[str]:
 )
 def test_importing_it_does_not_import_torch(module: str) -> None:
     program = f"import sys, sgpo_async.{module}; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], timeout=60, check=False, cwd=ROOT).returncode == 0
+    assert subprocess.run([sys.executable, "-c", program], timeout=240, check=False, cwd=ROOT).returncode == 0
 
 
 @pytest.mark.parametrize("command", list(cli.COMMANDS))
@@ -179,7 +179,7 @@ def test_launch_files_call_the_same_commands(name: str, tmp_path: Path) -> None:
         [sys.executable, str(ROOT / "launch" / f"{name}.py"), "--help"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
         cwd=tmp_path,
         env={"PATH": ""},

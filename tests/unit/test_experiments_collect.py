@@ -30,7 +30,7 @@ def files_in(folder: Path) -> set[str]:
 
 def collect(docs: Path, out: str) -> subprocess.CompletedProcess[str]:
     words = ["bash", str(docs / SCRIPT.name), out]
-    return subprocess.run(words, cwd=docs.parent, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(words, cwd=docs.parent, capture_output=True, text=True, timeout=240, check=False)
 
 
 def test_what_is_collected_replaces_what_was_there(docs: Path) -> None:

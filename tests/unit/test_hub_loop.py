@@ -18,7 +18,7 @@ from sgpo_async.session import LinkDown, LinkEvent, LinkUp
 from sgpo_async.transport import Mailbox, MemoryDealer, MemoryRouter, RouterMailbox
 from sgpo_async.wire import records as wire
 
-DEADLINE_S = 20.0
+DEADLINE_S = 120.0
 
 
 class Link:

@@ -1,11 +1,9 @@
 """Checkpoints on one rank: which one is taken, and what is said of a broken one."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from sgpo_async.errors import CheckpointError
 from sgpo_async.learner import checkpoint
@@ -13,13 +11,7 @@ from sgpo_async.learner.checkpoint import Saved
 from sgpo_async.learner.step import Stepper
 from tests.reference import learner_cases as cases
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    file: Path = tmp_path_factory.mktemp("group") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 def learner(*, tied: bool = False) -> Stepper:

@@ -30,7 +30,7 @@ from sgpo_async.wire.records import (
     Welcome,
 )
 
-PATIENCE_S = 20.0
+PATIENCE_S = 120.0
 
 
 class FakeHub:

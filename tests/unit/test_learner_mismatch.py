@@ -1,15 +1,12 @@
 """Engine against learner: figures against plain loops, when they are an alarm, and a faulty engine that causes one."""
 
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import engines_models as models
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from sgpo_async.config.schema import Learner, Model, Run
 from sgpo_async.engines import EmbeddedEngine, Generate, Generated, Weights
@@ -19,15 +16,9 @@ from sgpo_async.metrics.mismatch import excess, mismatch_summary
 from sgpo_async.wire.records import Rollout
 from tests.reference import learner_cases as cases
 
+pytestmark = pytest.mark.usefixtures("one_rank")
+
 FLOAT32 = bound_for(Run(), learner_bfloat16=False)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    file: Path = tmp_path_factory.mktemp("group") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def measured(parts: list[list[Rollout]], *, row_tokens: int = 40) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from sgpo_async.config.schema import Algorithm, Learner, Model, Run, Sft, Tasks
 from sgpo_async.errors import DataError
@@ -23,12 +21,7 @@ from sgpo_async.tasks.demonstrated import demonstrated
 from sgpo_async.tasks.sources import source_of
 from tests.reference import learner_cases as cases
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank() -> Iterator[None]:
-    join_alone()
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 def examples(count: int, seed: int = 0) -> list[Tokens]:

@@ -1,13 +1,10 @@
 """One step on one rank: packed loss and gradient against Eq. 7 taken sequence by sequence, in float64."""
 
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sgpo_async.config.schema import Correction, Run
@@ -18,15 +15,9 @@ from sgpo_async.wire.records import Rollout
 from tests.reference import learner_cases as cases
 from tests.reference.objectives import reference_loss
 
+pytestmark = pytest.mark.usefixtures("one_rank")
+
 MODES = ("none", "token", "token-mask", "prefix", "sequence", "sequence-geometric")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    file: Path = tmp_path_factory.mktemp("group") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def gradients(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel
@@ -23,6 +21,8 @@ from sgpo_async.learner.train import build
 from tests.reference import learner_cases as cases
 from tests.reference.objectives import reference_loss
 
+pytestmark = pytest.mark.usefixtures("one_rank")
+
 KINDS: dict[str, dict[str, Any]] = {
     "self": {"teacher": "self"},
     "ema": {"teacher": "ema", "teacher_decay": 0.7},
@@ -30,14 +30,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "frozen": {"teacher": "frozen"},
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    file: Path = tmp_path_factory.mktemp("group") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def settings(kind: str, **words: Any) -> Run:

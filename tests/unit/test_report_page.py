@@ -149,9 +149,9 @@ def test_a_folder_without_steps_is_told(tmp_path: Path) -> None:
 def test_the_module_is_a_command_with_exit_codes(tmp_path: Path) -> None:
     write_lines(tmp_path, [{"step": 1, "loss": 0.5}])
     command = [sys.executable, "-m", "sgpo_async.report"]
-    good = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False)
+    good = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=240, check=False)
     assert (good.returncode, good.stdout) == (0, f"{tmp_path / 'report.html'}\n")
-    bad = subprocess.run([*command, str(tmp_path / "no")], capture_output=True, text=True, timeout=60, check=False)
+    bad = subprocess.run([*command, str(tmp_path / "no")], capture_output=True, text=True, timeout=240, check=False)
     assert bad.returncode == 2
     assert bad.stderr.startswith("error: ")
     assert bad.stderr.count("\n") == 1

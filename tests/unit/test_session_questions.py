@@ -61,7 +61,7 @@ def test_any_thread_may_ask() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10)
+        thread.join(120)
     assert len({command["id"] for command in sent}) == 20
     for command in sent:
         asked.settle(command["id"], command["id"], None)
