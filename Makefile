@@ -1,5 +1,6 @@
-# make demo   a whole run on this machine, in minutes      make test   everything but what needs a GPU or SGLang
+# make demo   a whole run on this machine, in minutes      make test   lint and tests, without GPU, SGLang or slow ones
 # make setup  .venv with all that is needed (both call it)  make clean  forget .venv and caches
+# make test-all   every test that needs no GPU: test, test-sglang and what is marked slow
 #
 # With real SGLang servers, on a CPU (Python 3.11):
 # make sglang-cpu   .venv-sglang, SGLang's own environment    make demo-sglang, make test-sglang   demo and tests with it
@@ -7,7 +8,8 @@
 # On a machine with a GPU: docs/gpu.md
 # make gpu-wheels   what such a machine may lack, as wheels in .gpu-wheels      make gpu-check   all that one GPU can prove
 #
-# Variables: PYTHON (default python3), TORCH_INSTALL (how torch is installed; e.g. with --index-url of another build)
+# Variables: PYTHON (default python3), TORCH_INSTALL (how torch is installed; e.g. with --index-url of another build),
+# JOBS (how many tests run side by side; default: as many as there are cores, at most 8)
 
 PYTHON ?= python3
 TORCH_INSTALL ?= torch==2.13.0
@@ -15,21 +17,27 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 SGLANG_BIN := .venv-sglang/bin
 SGLANG_STAMP := .venv-sglang/.installed
+JOBS ?= logical
+# A file's tests share what they start, so a file is never divided. The slowest 40 are printed.
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile --durations 40
 SGLANG_PINS := sgpo_async/engines/sglang/cpu/requirements.txt
 
-.PHONY: setup demo test lint bench clean sglang-cpu demo-sglang test-sglang gpu-wheels gpu-check
+.PHONY: setup demo test test-all lint bench clean sglang-cpu demo-sglang test-sglang gpu-wheels gpu-check
 
 demo: $(STAMP)
 	$(BIN)/python launch/local.py configs/demo.yaml
 
 test: lint
-	$(BIN)/python -m pytest -m "not gpu and not sglang"
+	$(PYTEST) -m "not gpu and not sglang and not slow"
 
 demo-sglang: $(STAMP) $(SGLANG_STAMP)
 	$(BIN)/python launch/local.py configs/demo-sglang.yaml
 
 test-sglang: $(STAMP) $(SGLANG_STAMP)
-	$(BIN)/python -m pytest -m "sglang and not gpu"
+	$(PYTEST) -m "sglang and not gpu and not slow"
+
+test-all: lint $(SGLANG_STAMP)
+	$(PYTEST) -m "not gpu"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -24,7 +24,6 @@ WORDS = [
 
 
 @pytest.mark.process
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("config", ["configs/demo.yaml", "configs/demo-paper.yaml"])
 def test_the_loss_curves_are_equal_bit_for_bit(tmp_path: Path, config: str) -> None:
     run = load(config, [*WORDS, f"out={tmp_path}"])

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from sgpo_async.tasks.models import model_folder
 from sgpo_async.tasks.sources import open_source
 
-pytestmark = [pytest.mark.process, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.process
 
 EVALUATE = "launch/evaluate.py"
 

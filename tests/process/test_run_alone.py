@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from run_support import assert_all_trained, free_port, real_run
 
-pytestmark = [pytest.mark.process, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.process
 
 
 def test_the_learner_brings_the_hub_and_lag_zero_is_synchronous(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from sgpo_async.evaluation.compare import compare_folders
 from sgpo_async.evaluation.results import Results
 from sgpo_async.tasks.sources import open_source
 
-pytestmark = [pytest.mark.process, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.process
 
 
 def test_every_round_reports_every_benchmark(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from sgpo_async.tasks.models import load_tokenizer, tokenizer_fingerprint
 from sgpo_async.transport import Dealer, Mailbox, create_keys
 from sgpo_async.wire.records import Hello, Welcome
 
-pytestmark = [pytest.mark.process, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.process
 
 
 def errors(started: Started) -> list[str]:

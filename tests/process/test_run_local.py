@@ -10,7 +10,7 @@ from run_support import chat_model, real_run, until
 
 from sgpo_async.tasks.models import load_tokenizer
 
-pytestmark = [pytest.mark.process, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.process
 
 
 def test_ctrl_c_ends_everything(tmp_path: Path) -> None:

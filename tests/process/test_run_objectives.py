@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from run_support import real_run
 
-pytestmark = [pytest.mark.process, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.process
 
 SMALL = ("steps=2", "local.actors=1", "rollout.max_new_tokens=40")
 

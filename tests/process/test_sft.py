@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sgpo_async.cli.processes import ROOT
 from sgpo_async.session.torchrun import torchrun
 
-pytestmark = [pytest.mark.process, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.process
 
 WORDS = ["sft.problems=96", "sft.batch=16", "sft.epochs=3", "sft.lr=1e-3", "sft.validate_every=3"]
 DEADLINE_S = 240.0

@@ -19,15 +19,14 @@ import pytest
 import safetensors.torch
 import torch
 
-import sgpo_async
+from sgpo_async.engines.sglang.launch import CPU_LAUNCHER, STAND_INS
 from sgpo_async.errors import SessionError
 from sgpo_async.session import Deadlines, LinkProcess, LinkUp, NodeProcess
 from sgpo_async.tasks.models import model_folder
 from sgpo_async.weights import Plan, StoreFile, StoreWriter
 
-pytestmark = [pytest.mark.sglang, pytest.mark.process, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.sglang, pytest.mark.process]
 
-ROOT = Path(sgpo_async.__file__).parent
 PYTHON = Path(".venv-sglang/bin/python").absolute()
 BASE = model_folder("builtin:cues")
 START_S = 240.0
@@ -45,14 +44,14 @@ class Server:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.tp, self._log = tp, log
-        command = f"-m sglang.launch_server --host 127.0.0.1 --port {self.port} --tp {tp} --device cpu --dtype float32"
+        command = f"{CPU_LAUNCHER} --host 127.0.0.1 --port {self.port} --tp {tp} --device cpu --dtype float32"
         command += " --max-total-tokens 4096 --skip-tokenizer-init --sleep-on-idle"
         env = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
             "TORCHDYNAMO_DISABLE": "1",
             "SGLANG_USE_CPU_ENGINE": "1",
-            "PYTHONPATH": str(ROOT / "engines/sglang/cpu/stand_ins"),
+            "PYTHONPATH": str(STAND_INS),
             "GLOO_SOCKET_IFNAME": "lo",
         }
         if tp > 1:

@@ -19,7 +19,7 @@ from sgpo_async.cli.processes import ROOT
 from sgpo_async.tasks.files import read_problems
 from sgpo_async.tasks.sources import open_source
 
-pytestmark = [pytest.mark.process, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.process
 
 ITEMS = 200
 CLEAN = ("Isolate the unknown", "Divide both sides in 2 cases", "Compare with the 12 given", "First do the 2nd part")

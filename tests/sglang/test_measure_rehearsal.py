@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-pytestmark = [pytest.mark.sglang, pytest.mark.process, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.sglang, pytest.mark.process]
 
 
 def test_the_measurement_for_gpus_runs(tmp_path: Path) -> None:

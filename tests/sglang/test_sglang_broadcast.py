@@ -14,7 +14,7 @@ from test_sglang_groups import Session
 from sgpo_async.engines import Weights
 from sgpo_async.engines.sglang.api import ServerApi
 
-pytestmark = [pytest.mark.sglang, pytest.mark.process, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.sglang, pytest.mark.process]
 REQUESTS = 32
 PHASES = ("/update_weights_from_distributed", "/end_weight_update", "/init_weights_update_group")
 

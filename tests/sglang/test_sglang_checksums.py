@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from sgpo_async.engines.sglang import layout
+from sgpo_async.engines.sglang.launch import CPU_LAUNCHER, STAND_INS
 from sgpo_async.engines.sglang.layout import answered_checksums, compare, expected_checksums
 from sgpo_async.engines.sglang.tensor_hash import cpu_hash
 from sgpo_async.errors import WeightsError
@@ -36,12 +37,11 @@ ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
     "TORCHDYNAMO_DISABLE": "1",
     "SGLANG_USE_CPU_ENGINE": "1",
-    "PYTHONPATH": str(ROOT / "sgpo_async/engines/sglang/cpu/stand_ins"),
+    "PYTHONPATH": str(STAND_INS),
 }
 
 pytestmark = [
     pytest.mark.sglang,
-    pytest.mark.timeout(2 * START_S),
     pytest.mark.skipif(not PYTHON.exists(), reason="no SGLang environment here: make sglang-cpu"),
 ]
 
@@ -78,7 +78,7 @@ def server(folder, *, tp=1, dtype="float32"):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     words = [
-        *(PYTHON, "-m", "sglang.launch_server", "--model-path", folder, "--host", "127.0.0.1", "--port", port),
+        *(PYTHON, CPU_LAUNCHER, "--model-path", folder, "--host", "127.0.0.1", "--port", port),
         *(
             "--device",
             "cpu",

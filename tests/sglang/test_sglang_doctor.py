@@ -35,7 +35,7 @@ from sgpo_async.errors import EngineError
 from sgpo_async.tasks.models import model_folder
 from sgpo_async.weights import digest
 
-pytestmark = [pytest.mark.sglang, pytest.mark.process, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.sglang, pytest.mark.process]
 
 CUES = model_folder("builtin:cues")
 DEMO = str(ROOT / "configs" / "demo-sglang.yaml")

@@ -13,7 +13,7 @@ from sglang_support import VOCABULARY, Servers, ask, assert_teacher_forced, give
 from sgpo_async.engines import Generate, Score
 from sgpo_async.errors import EngineError
 
-pytestmark = [pytest.mark.sglang, pytest.mark.process, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.sglang, pytest.mark.process]
 
 
 def assert_greedy(url: str, model: object) -> None:

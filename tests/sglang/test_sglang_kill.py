@@ -18,7 +18,7 @@ from sgpo_async.engines.sglang.api import ServerApi
 from sgpo_async.engines.sglang.fleet import Fleet
 from sgpo_async.errors import EngineError
 
-pytestmark = [pytest.mark.sglang, pytest.mark.process, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.sglang, pytest.mark.process]
 REQUESTS = 32
 PHASES = (
     "/abort_request",

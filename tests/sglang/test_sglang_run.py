@@ -9,16 +9,17 @@ import pytest
 from run_support import RealRun, assert_all_trained, real_run, until
 from sglang_support import PYTHON, start
 
+from sgpo_async.engines.sglang.launch import CPU_LAUNCHER
 from sgpo_async.tasks.models import model_folder
 
-pytestmark = [pytest.mark.sglang, pytest.mark.process, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.sglang, pytest.mark.process]
 STEPS = 12
 WORDS = (f"steps={STEPS}", f"engine.sglang.python={PYTHON}", "engine.slots=48", "engine.sglang.phase_timeout_s=20")
 
 
 def servers(run: RealRun) -> list[psutil.Process]:
     """The servers' main processes."""
-    return [process for process in run.members() if "sglang.launch_server" in " ".join(words_of(process)[:3])]
+    return [process for process in run.members() if str(CPU_LAUNCHER) in words_of(process)[:2]]
 
 
 def words_of(process: psutil.Process) -> list[str]:

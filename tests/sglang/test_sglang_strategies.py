@@ -29,12 +29,13 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from sgpo_async.cli.main import main
 from sgpo_async.cli.processes import ROOT
 from sgpo_async.config.schema import Engine, Sglang
+from sgpo_async.engines.sglang.launch import CPU_LAUNCHER
 from sgpo_async.engines.sglang.texts import text_server
 from sgpo_async.strategies import Endpoint, Server
 from sgpo_async.strategies.prompts import Prompt
 from sgpo_async.tasks.files import read_problems
 
-pytestmark = [pytest.mark.sglang, pytest.mark.process, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.sglang, pytest.mark.process]
 
 ITEMS = 4
 SERVE = ["--serve", f"engine.sglang.python={PYTHON}", "engine.device=cpu", "engine.slots=16"]
@@ -164,18 +165,16 @@ def test_command_and_own_server_end_together(
     work, library = tmp_path / "work.jsonl", tmp_path / "library.jsonl"
     words = ["extract", problems, "--work", work, "--library", library, "--model", model, "--structured", *SERVE]
     command = [sys.executable, "-m", "sgpo_async.cli", "strategies", *map(str, words), "--concurrency", "1"]
-    before = of_sglang()
-    with subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}
-    ) as process:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment) as process:
         deadline = time.monotonic() + 300
         while not (work.exists() and records_of(work)):
             assert process.poll() is None and time.monotonic() < deadline, last_words(work)
             time.sleep(0.1)
-        own = of_sglang() - before
+        own = of_sglang(process.pid)
         assert len(own) > 2  # keeper, server, scheduler
         if isinstance(end, str):
-            next(p for p in own if p.cmdline()[1:3] == ["-m", "sglang.launch_server"]).kill()
+            next(p for p in own if p.cmdline()[1:2] == [str(CPU_LAUNCHER)]).kill()
         else:
             process.send_signal(end)
         _, told = process.communicate(timeout=240)
@@ -192,13 +191,13 @@ def test_command_and_own_server_end_together(
         assert len(read_problems(str(library))) == len(finished) > 0
 
 
-def of_sglang() -> set[psutil.Process]:
-    """Processes of any server on this machine: keepers, servers and their children."""
+def of_sglang(command: int) -> set[psutil.Process]:
+    """The processes of a command's server: keeper, server and its children."""
     found = set()
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, IndexError):  # a kernel's thread has no words
+    for process in psutil.Process(command).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
             words = process.cmdline()
-            if "sglang" in words[0] or "sglang.launch_server" in words:  # not somebody's `pytest -m "not sglang"`
+            if str(CPU_LAUNCHER) in words or any("sglang::" in word for word in words):
                 found.add(process)
     return found
 

@@ -35,7 +35,7 @@ from sgpo_async.engines.sglang.process import ServerProcess
 from sgpo_async.engines.sglang.transports import TensorTransport
 from sgpo_async.errors import EngineError
 
-pytestmark = [pytest.mark.sglang, pytest.mark.process, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.sglang, pytest.mark.process]
 
 
 @pytest.fixture(scope="module")

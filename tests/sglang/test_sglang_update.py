@@ -17,7 +17,7 @@ from sgpo_async.engines.sglang.transports import TensorTransport
 from sgpo_async.errors import Superseded
 from sgpo_async.weights import digest
 
-pytestmark = [pytest.mark.sglang, pytest.mark.process, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.sglang, pytest.mark.process]
 TOKENS = 400
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from sgpo_async.config.schema import Sglang
 
 STAND_INS = Path(__file__).parent / "cpu" / "stand_ins"
+CPU_LAUNCHER = Path(__file__).parent / "cpu" / "launch_server.py"
 CPU_TOKENS = 2**17  # of keys and values, at most
 
 
@@ -29,7 +30,8 @@ class Launch:
     def command(self, port: int) -> list[str]:
         """The command line. An actor's token ids are its own, so the server needs no tokenizer and decodes no text."""
         own = self.settings
-        words = [own.python, "-m", "sglang.launch_server", "--model-path", self.model, "--host", "127.0.0.1"]
+        program = [str(CPU_LAUNCHER)] if self.device == "cpu" else ["-m", "sglang.launch_server"]
+        words = [own.python, *program, "--model-path", self.model, "--host", "127.0.0.1"]
         words += ["--port", str(port), "--device", self.device, "--dtype", self.dtype]
         words += ["--max-running-requests", str(self.slots), "--tp-size", str(own.tp), "--log-level", "warning"]
         words += ["--incremental-streaming-output", "--stream-interval", str(own.stream_interval)]

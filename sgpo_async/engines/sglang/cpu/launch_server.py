@@ -1,0 +1,21 @@
+"""`sglang.launch_server` with forked processes: `python launch_server.py ARGUMENTS OF SGLANG`.
+
+SGLang spawns its scheduler and its detokenizer, and each imports torch, transformers and SGLang again: 13 of the 19
+seconds that a core works until a server answers. CUDA forbids a fork; on a CPU the main process has imported all of it
+by then and has no threads yet. Run by path, in SGLang's own environment.
+"""
+
+import multiprocessing
+import runpy
+
+_set_start_method = multiprocessing.set_start_method
+
+
+def _fork(_method: str | None, force: bool = False) -> None:
+    """In place of `multiprocessing.set_start_method`, which SGLang calls with "spawn"."""
+    _set_start_method("fork", force)
+
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method = _fork
+    runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
