@@ -34,7 +34,7 @@ def test_the_loss_curve_is_the_one_on_record(tmp_path: Path) -> None:
     found, expected = curve(tmp_path), [json.loads(line) for line in GOLDEN.read_text().splitlines()]
     assert len(found) == len(expected) == 6
     for ours, theirs in zip(found, expected, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4)
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
 
 
 if __name__ == "__main__":
