@@ -19,7 +19,7 @@ def one_rank() -> Iterator[None]:
     """This process as a learner's world of one rank, on the CPU."""
     import torch.distributed as dist
 
-    from sgpo_async.learner.world import join_alone
+    from sgpo_async.learner.process_group import join_alone
 
     join_alone()
     yield

@@ -19,15 +19,15 @@ import uuid
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from sgpo_async.actor.engines import open_engine
 from sgpo_async.actor.service import Service, say
 from sgpo_async.config import Engine as EngineSettings
 from sgpo_async.config import Model, Run, from_plain
 from sgpo_async.engines.base import Engine
+from sgpo_async.engines.open import open_engine
 from sgpo_async.errors import HubError
-from sgpo_async.session import Deadlines, NodeProcess
+from sgpo_async.model.folder import load_tokenizer, model_folder, tokenizer_fingerprint
+from sgpo_async.session import Deadlines, WeightReceiver
 from sgpo_async.session.interface import interface_towards
-from sgpo_async.tasks.models import load_tokenizer, model_folder, tokenizer_fingerprint
 from sgpo_async.tasks.prompts import build_prompt
 from sgpo_async.transport import Dealer, Mailbox
 from sgpo_async.wire.records import Hello, Message, Refused, Settings, SettingsRequest, Stop, Welcome
@@ -116,12 +116,12 @@ class Actor:
         finally:
             node.stop()
 
-    def _node(self, run: Run) -> NodeProcess:
+    def _node(self, run: Run) -> WeightReceiver:
         """It imports torch while this process warms its engine."""
         deadlines = Deadlines(group_s=run.engine.sglang.phase_timeout_s)
-        return NodeProcess(self._name, pulls=not run.engine.broadcasts, deadlines=deadlines)
+        return WeightReceiver(self._name, pulls=not run.engine.broadcasts, deadlines=deadlines)
 
-    def _join(self, mailbox: Mailbox, node: NodeProcess, run: Run) -> bool:
+    def _join(self, mailbox: Mailbox, node: WeightReceiver, run: Run) -> bool:
         engine = self._warm(run)
         hello = Hello(role="actor", name=self._name, tokenizer=tokenizer_fingerprint(self._tokenizer))
         welcome = self._ask(mailbox, hello, Welcome, WELCOME_DEADLINE_S)

@@ -19,11 +19,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sgpo_async.actor.group import Group, group_of, task_of
 from sgpo_async.config import Run
 from sgpo_async.engines.base import Engine, Failed, Generated, Weights
 from sgpo_async.errors import EngineError, SessionError, Superseded, WeightsError
-from sgpo_async.session import NodeAnnounced, NodeControl, NodeDown, NodeProcess, NodeRejected, NodeWeights
+from sgpo_async.rollout.group import RolloutGroup, group_of, task_of
+from sgpo_async.session import (
+    NodeControl,
+    ReceiverDown,
+    VersionAnnounced,
+    VersionReceived,
+    VersionRejected,
+    WeightReceiver,
+)
 from sgpo_async.tasks.prompts import build_prompt
 from sgpo_async.tasks.reward_pool import RewardPool
 from sgpo_async.transport import Mailbox, ReliableSender
@@ -47,13 +54,13 @@ class Service:
     the run's configuration.
     """
 
-    def __init__(self, *, mailbox: Mailbox, node: NodeProcess, engine: Engine, tokenizer: Any, run: Run):
+    def __init__(self, *, mailbox: Mailbox, node: WeightReceiver, engine: Engine, tokenizer: Any, run: Run):
         self._mailbox, self._node, self._engine = mailbox, node, engine
         self._tokenizer, self._run = tokenizer, run
         self._rewards = RewardPool(workers=run.tasks.reward_workers, limit_s=run.tasks.reward_limit_s)
         self._sender = ReliableSender(window=UNACKNOWLEDGED, resend_after_s=RESEND_AFTER_S)
         self._waiting: deque[Lease] = deque()
-        self._groups: dict[tuple[int, int], Group] = {}
+        self._groups: dict[tuple[int, int], RolloutGroup] = {}
         self._granted = 0  # leases the hub may have open here
         self._busy_s = 0.0
         self._told: int | None = None  # the version that the hub knows of
@@ -108,24 +115,24 @@ class Service:
 
     def refresh(self) -> str | None:
         """Load the newest weights that the node process holds; a reason to end if the session broke."""
-        newest: NodeWeights | NodeAnnounced | None = None
+        newest: VersionReceived | VersionAnnounced | None = None
         for event in self._node.poll():
             match event:
-                case NodeWeights() | NodeAnnounced():
+                case VersionReceived() | VersionAnnounced():
                     newest = event
-                case NodeRejected():
+                case VersionRejected():
                     say(f"weights version {event.version}: {event.reason}")
                 case NodeControl(word="drain"):
                     return "drained"
-                case NodeDown():
+                case ReceiverDown():
                     return f"session down: {event.reason}"
         if newest is not None:
             self._load(newest)
         return None
 
-    def _load(self, event: NodeWeights | NodeAnnounced) -> None:
+    def _load(self, event: VersionReceived | VersionAnnounced) -> None:
         """A failed load takes the engine out of service until a later version loads whole."""
-        if isinstance(event, NodeWeights):
+        if isinstance(event, VersionReceived):
             read = partial(_read, event.path, event.version)
             weights = Weights(version=event.version, digest=event.digest, read=read)
         else:
@@ -172,7 +179,7 @@ class Service:
         else:
             self._groups[lease.task, lease.attempt] = group
 
-    def _give_back(self, group: Group, error: EngineError) -> None:
+    def _give_back(self, group: RolloutGroup, error: EngineError) -> None:
         """For good: no actor can make all its rollouts."""
         lease = group.lease
         say(f"task {lease.task}: {error}")
@@ -217,7 +224,7 @@ class Service:
             else:
                 self._engine.submit(outcome)
 
-    def _finish(self, group: Group, rollout: Rollout) -> None:
+    def _finish(self, group: RolloutGroup, rollout: Rollout) -> None:
         self._sender.offer(rollout)
         if group.done:
             del self._groups[group.lease.task, group.lease.attempt]

@@ -16,9 +16,9 @@ from rich.table import Table
 
 from sgpo_async.config import Run, to_plain, to_yaml
 from sgpo_async.errors import DeadlineExceeded, SgpoError
+from sgpo_async.files import write_whole
 from sgpo_async.metrics import read_metrics, read_summary
-from sgpo_async.metrics.files import write_whole
-from sgpo_async.session.torchrun import torchrun
+from sgpo_async.processes.torchrun import torchrun
 
 START_S = 300.0  # for processes to import torch and load the model, on a busy machine
 

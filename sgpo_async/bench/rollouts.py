@@ -1,6 +1,6 @@
 """Groups of rollouts from one engine, without hub or network: what a synchronous system does.
 
-The bookkeeping is the actors' own (`sgpo_async.actor.group`), and so are tasks, seeds and verdicts: with one slot the
+The bookkeeping is the actors' own (`sgpo_async.rollout.group`), and so are tasks, seeds and verdicts: with one slot the
 rollouts are the same bits that an actor would send.
 """
 
@@ -9,26 +9,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sgpo_async.actor.group import Group, group_of, task_of
 from sgpo_async.config import Run
 from sgpo_async.engines import EmbeddedEngine, Weights
 from sgpo_async.engines.base import Generated
-from sgpo_async.tasks.curriculum import Curriculum, Task
-from sgpo_async.tasks.models import load_tokenizer, model_folder
+from sgpo_async.model.folder import load_tokenizer, model_folder
+from sgpo_async.rollout.group import RolloutGroup, group_of, task_of
 from sgpo_async.tasks.prompts import build_prompt
 from sgpo_async.tasks.sources import source_of
+from sgpo_async.tasks.task_sampler import Task, TaskSampler
 from sgpo_async.tasks.verify import VERIFIERS
 from sgpo_async.weights import digest
 from sgpo_async.wire.records import Rollout
 
 
-class Roller:
+class RolloutSampler:
     """One engine and what it needs to make whole groups of training tasks."""
 
     def __init__(self, run: Run) -> None:
         folder = model_folder(run.model.path)
         self._run = run
-        self._curriculum = Curriculum(run, source_of(run))
+        self._task_sampler = TaskSampler(run, source_of(run))
         self._tokenizer = load_tokenizer(folder)
         self.engine = EmbeddedEngine.from_pretrained(
             folder,
@@ -45,7 +45,7 @@ class Roller:
 
     def task(self, number: int) -> Task:
         """The task of this number in the run's own stream of problems."""
-        return self._curriculum.task(number)
+        return self._task_sampler.task(number)
 
     def roll_out(self, tasks: Sequence[Task]) -> list[Rollout]:
         """All rollouts of these tasks, ordered by task and slot."""
@@ -70,7 +70,7 @@ class Roller:
                     self.engine.submit(outcome)
         return sorted(rollouts, key=lambda rollout: (rollout.task, rollout.slot))
 
-    def _group(self, task: Task) -> Group:
+    def _group(self, task: Task) -> RolloutGroup:
         lease = task.lease(attempt=0, min_version=0)
         return group_of(lease, prompt=self._prompt)
 

@@ -6,25 +6,25 @@ import json
 import sys
 import time
 
-from sgpo_async.bench.rollouts import Roller
+from sgpo_async.bench.rollouts import RolloutSampler
 from sgpo_async.config import load
-from sgpo_async.engines.pretrained import load_model
-from sgpo_async.tasks.models import model_folder
+from sgpo_async.model.folder import model_folder
+from sgpo_async.model.load import load_model
 
 
 def main(config: str, index: str, seconds: str, *words: str) -> None:
     """Generate batches for about `seconds` after one to warm up; print tokens and seconds."""
     run = load(config, words)
-    roller = Roller(run)
-    roller.load(0, dict(load_model(model_folder(run.model.path), device="cpu", dtype="float32").named_parameters()))
+    sampler = RolloutSampler(run)
+    sampler.load(0, dict(load_model(model_folder(run.model.path), device="cpu", dtype="float32").named_parameters()))
     batch = run.learner.problems_per_step
     first = int(index) * 10**6  # every engine has problems of its own
-    roller.roll_out([roller.task(n) for n in range(first, first + batch)])
+    sampler.roll_out([sampler.task(n) for n in range(first, first + batch)])
     tokens, problems, began = 0, 0, time.monotonic()
     while (elapsed := time.monotonic() - began) < float(seconds):
         first += batch
         tokens += sum(
-            len(rollout.tokens) for rollout in roller.roll_out([roller.task(n) for n in range(first, first + batch)])
+            len(rollout.tokens) for rollout in sampler.roll_out([sampler.task(n) for n in range(first, first + batch)])
         )
         problems += batch
     print(json.dumps({"tokens": tokens, "problems": problems, "seconds": elapsed}))

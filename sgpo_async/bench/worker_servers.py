@@ -25,17 +25,17 @@ from typing import Any
 import aiohttp
 import torch
 
-from sgpo_async.actor.group import group_of
 from sgpo_async.actor.service import Service
 from sgpo_async.config import Run, load
-from sgpo_async.engines.pretrained import load_model
 from sgpo_async.engines.sglang import SglangEngine
-from sgpo_async.engines.sglang.api import http_session
-from sgpo_async.session import NodeEvent, NodeWeights
-from sgpo_async.tasks.curriculum import Curriculum
-from sgpo_async.tasks.models import load_tokenizer, model_folder
+from sgpo_async.engines.sglang.processes.api import http_session
+from sgpo_async.model.folder import load_tokenizer, model_folder
+from sgpo_async.model.load import load_model
+from sgpo_async.rollout.group import group_of
+from sgpo_async.session import ReceiverEvent, VersionReceived
 from sgpo_async.tasks.prompts import build_prompt
 from sgpo_async.tasks.sources import source_of
+from sgpo_async.tasks.task_sampler import TaskSampler
 from sgpo_async.transport import Mailbox, RouterMailbox, memory_pair
 from sgpo_async.weights import StoreFile, StoreWriter, digest
 from sgpo_async.wire.records import Ack, Lease, Ready, Rollout
@@ -52,7 +52,7 @@ class Publications:
         self._tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
         self._file = StoreFile(tempfile.gettempdir())
         self._writer = StoreWriter(self._file.path)
-        self._events: list[NodeEvent] = []
+        self._events: list[ReceiverEvent] = []
         self._version = -1
 
     def publish(self) -> None:
@@ -63,10 +63,12 @@ class Publications:
         named = [(name, tensor * factor) for name, tensor in self._tensors.items()]
         manifest = self._writer.publish(self._version, named)
         self._events.append(
-            NodeWeights(self._version, self._file.path, manifest.digest, manifest.nbytes, time.time() - began, began)
+            VersionReceived(
+                self._version, self._file.path, manifest.digest, manifest.nbytes, time.time() - began, began
+            )
         )
 
-    def poll(self) -> list[NodeEvent]:
+    def poll(self) -> list[ReceiverEvent]:
         """Events since the last call."""
         events, self._events = self._events, []
         return events
@@ -105,7 +107,7 @@ class Bench:
         self.run = run
         self.folder = model_folder(run.model.path)
         self.tokenizer = load_tokenizer(self.folder)
-        self._curriculum = Curriculum(run, source_of(run))
+        self._task_sampler = TaskSampler(run, source_of(run))
         self.engine = SglangEngine(self.folder, run.engine, dtype=run.model.dtype, digest=digest)
         self.engine.start()
         self.model = load_model(self.folder, device="cpu", dtype=run.model.dtype)
@@ -113,7 +115,7 @@ class Bench:
     def leases(self) -> Iterator[Lease]:
         """Training problems, leased for evaluation."""
         for number in itertools.count():
-            yield replace(self._curriculum.task(number).lease(attempt=0, min_version=0), purpose="evaluate")
+            yield replace(self._task_sampler.task(number).lease(attempt=0, min_version=0), purpose="evaluate")
 
     def bodies(self) -> Iterator[dict[str, Any]]:
         """The requests of the same leases, as they are sent to SGLang."""
@@ -129,7 +131,7 @@ class Bench:
 
     async def _bare(self, seconds: float) -> float:
         bodies = self.bodies()
-        urls = [place.url for place in self.engine.places]
+        urls = [place.url for place in self.engine.server_slots]
         counted = 0
         start = time.monotonic() + WARM_S
 
@@ -188,13 +190,15 @@ def main(config: str, seconds: str, *words: str) -> None:
         turns = [(bench.bare(float(seconds)), bench.actor(float(seconds))) for _ in range(TURNS)]
         before = len(bench.engine.updates)
         updating = bench.actor(float(seconds), update_every_s=UPDATE_EVERY_S)
-        updates = bench.engine.updates[before + len(bench.engine.places) :]  # the first of a session meets no load
+        updates = bench.engine.updates[
+            before + len(bench.engine.server_slots) :
+        ]  # the first of a session meets no load
     finally:
         bench.engine.close()
     pauses = sorted(update.pause_s for update in updates)
     bare, actor = (statistics.median(rates) for rates in zip(*turns, strict=True))
     figures = {
-        "servers": len(bench.engine.places),
+        "servers": len(bench.engine.server_slots),
         "bare_tokens_per_s": bare,
         "actor_tokens_per_s": actor,
         "actor_over_bare": statistics.median(actor / bare for bare, actor in turns),

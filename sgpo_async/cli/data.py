@@ -149,7 +149,7 @@ def facts_of(sources: Sequence[Source], benchmarks: Sequence[Source], rules: Rul
 
 def write(folder: Path, prepared: Prepared, *, suffix: str, facts: dict[str, Any]) -> None:
     """All files, the manifest last. Raises SgpoError."""
-    from sgpo_async.metrics.files import write_whole
+    from sgpo_async.files import write_whole
     from sgpo_async.tasks.writing import sha256, write_lines, write_problems
 
     sets: dict[str, Any] = {}

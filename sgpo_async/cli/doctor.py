@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sgpo_async.cli.options import add_config, load_run, print_dry_run
-from sgpo_async.cli.signals import Signals
+from sgpo_async.processes.signals import Signals
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from sgpo_async.config import Run
-    from sgpo_async.evaluation.plan import Plan
+    from sgpo_async.evaluation.evaluation_plan import EvaluationPlan
     from sgpo_async.evaluation.run import Progress
     from sgpo_async.tasks.benchmarks import Benchmark
 
@@ -102,8 +102,8 @@ def _command(args: argparse.Namespace) -> list[str]:
     return [*words, "--out", args.out] if args.out else words
 
 
-def _plan(settings: Run, args: argparse.Namespace) -> Plan:
-    from sgpo_async.evaluation.plan import Plan
+def _plan(settings: Run, args: argparse.Namespace) -> EvaluationPlan:
+    from sgpo_async.evaluation.evaluation_plan import EvaluationPlan
 
     samples = parse_samples(args.samples)
     benchmarks = [_open(settings, word, samples) for word in args.benchmark or ["held-out"]]
@@ -112,7 +112,7 @@ def _plan(settings: Run, args: argparse.Namespace) -> Plan:
         raise ConfigError(f"--benchmark: {', '.join(names)}: a name occurs twice")
     if strangers := samples.keys() - {"", *names}:
         raise ConfigError(f"--samples: {min(strangers)} is no benchmark here; there are {', '.join(names)}")
-    return Plan(
+    return EvaluationPlan(
         run=settings,
         benchmarks=benchmarks,
         temperature=args.temperature,
@@ -152,7 +152,7 @@ def _open(settings: Run, word: str, samples: Mapping[str, int]) -> Benchmark:
     return open_benchmark(name, path if equals else configured[name].path, samples=k)
 
 
-def _evaluate(plan: Plan, out: Path, *, texts: bool) -> dict[str, Any]:
+def _evaluate(plan: EvaluationPlan, out: Path, *, texts: bool) -> dict[str, Any]:
     from rich.console import Console
 
     console = Console(stderr=True)

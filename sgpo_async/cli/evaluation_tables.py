@@ -12,7 +12,7 @@ from rich.table import Table
 
 from sgpo_async.evaluation.compare import Comparison, Comparisons
 from sgpo_async.metrics.pass_rates import Interval
-from sgpo_async.report.figures import number, percent
+from sgpo_async.report.numbers import number, percent
 
 SMALLEST_P = 1e-4
 BOOTSTRAP = "In brackets: 95 % bootstrap intervals over problems."

@@ -68,8 +68,8 @@ def hub_beside(settings: Run, words: list[str]) -> Iterator[str]:
 
     Raises HubError if it ends at once (port taken, ...), DeadlineExceeded if it does not come up.
     """
-    from sgpo_async.cli.hub_file import claim, read_hub_file
-    from sgpo_async.cli.processes import Processes, python, wait_for
+    from sgpo_async.local.children import Processes, python, wait_for
+    from sgpo_async.local.run_folder import claim, read_hub_file
 
     folder = Path(settings.folder)
     claim(folder)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sgpo_async.cli.options import add_config, config_words, load_run, print_dry_run, record_config
-from sgpo_async.session.torchrun import torchrun
+from sgpo_async.processes.torchrun import torchrun
 
 if TYPE_CHECKING:
     from sgpo_async.config import Run
@@ -31,15 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run to the end; returns 0, or 128 + the signal that ended it. Raises SgpoError."""
     settings = load_run(args)
-    plan = LocalPlan(settings, config_words(args, f"hub.address={hub_address(settings)}"))
+    plan = LocalCommandLines(settings, config_words(args, f"hub.address={hub_address(settings)}"))
     if args.dry_run:
         address = hub_address(settings)
         actors = [plan.actor(f"actor-{number}", address) for number in range(plan.actors)]
         print_dry_run(settings, [plan.hub(), plan.learner(address), *actors])
         return 0
-    from sgpo_async.cli.hub_file import claim
-    from sgpo_async.cli.show import Show
-    from sgpo_async.cli.supervisor import supervise
+    from sgpo_async.local.run_folder import claim
+    from sgpo_async.local.show import Show
+    from sgpo_async.local.supervisor import supervise
 
     folder = Path(settings.folder)
     claim(folder)
@@ -60,7 +60,7 @@ def hub_address(settings: Run) -> str:
 
 
 @dataclass(frozen=True)
-class LocalPlan:
+class LocalCommandLines:
     """The command lines of the processes of one run; `words` is its configuration."""
 
     settings: Run

@@ -14,18 +14,18 @@ from pathlib import Path
 
 import torch
 
-from sgpo_async.cli.watch import Watch
 from sgpo_async.config import Hub, Run
-from sgpo_async.engines.pretrained import device_of
-from sgpo_async.engines.sglang.layout import layout_of
-from sgpo_async.engines.sglang.model import ModelFacts, model_facts
 from sgpo_async.engines.sglang.preflight import CheckDoubtful, CheckFailed, Finding, finding_of
+from sgpo_async.engines.sglang.weight_sync.layout import layout_of
+from sgpo_async.engines.sglang.weight_sync.model_facts import ModelFacts, model_facts
 from sgpo_async.errors import SgpoError
+from sgpo_async.local.watch import Watch
+from sgpo_async.model.folder import load_tokenizer, model_folder, tokenizer_fingerprint
+from sgpo_async.model.load import device_of
 from sgpo_async.tasks.benchmarks import open_benchmarks
-from sgpo_async.tasks.models import load_tokenizer, model_folder, tokenizer_fingerprint
 from sgpo_async.tasks.sources import source_of
 from sgpo_async.weights import digest
-from sgpo_async.weights.paths import available_memory
+from sgpo_async.weights.store_file import available_memory
 
 Check = Callable[[Run, ModelFacts], str]
 
@@ -107,7 +107,7 @@ def hub(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
 
 
 def memory(run: Run, facts: ModelFacts) -> str:
-    """Two copies of the weights stand in memory, or on the disk below the run's folder (see `weights.paths`)."""
+    """Two copies of the weights stand in memory, or on the disk below the run's folder (see `weights.store_file`)."""
     copies, available = 2 * _weight_bytes(run, facts), available_memory()
     if 2 * copies <= available:
         return f"2 versions of the weights, {size(copies)}, of {size(available)}"

@@ -45,11 +45,6 @@ def print_dry_run(run: Run, commands: Iterable[Sequence[str]]) -> None:
         print(f"#   {shlex.join(command)}")
 
 
-def has_checkpoint(folder: Path) -> bool:
-    """Whether `folder`, of a run's or its warm-up's checkpoints, has one to go on from."""
-    return any(folder.glob("step-*"))
-
-
 def record_config(run: Run, *, warmup: bool = False) -> None:
     """Write config.yaml, the resolved configuration, into the run's folder. Raises SgpoError.
 
@@ -57,7 +52,8 @@ def record_config(run: Run, *, warmup: bool = False) -> None:
     """
     from sgpo_async.config import to_yaml
     from sgpo_async.config.schema import CHECKPOINTS, WARMUP_CHECKPOINTS
-    from sgpo_async.metrics.files import write_whole
+    from sgpo_async.files import write_whole
+    from sgpo_async.local.run_folder import has_checkpoint
     from sgpo_async.metrics.reader import METRICS
 
     folder = Path(run.folder)

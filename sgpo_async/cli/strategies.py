@@ -26,7 +26,7 @@ from sgpo_async.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from sgpo_async.config import Run
-    from sgpo_async.engines.sglang.texts import TextServer
+    from sgpo_async.engines.sglang.serving.texts import TextServer
     from sgpo_async.strategies import Journal, Pipeline, Server
     from sgpo_async.strategies.journal import Record
     from sgpo_async.tasks.base import Problem
@@ -186,8 +186,8 @@ def _conclude(args: argparse.Namespace, journal: Journal, *, whole: bool) -> Non
 
 def _own_server(args: argparse.Namespace) -> OwnServer:
     """The one that --serve describes; it is launched on entering. Raises ConfigError, DataError."""
-    from sgpo_async.engines.sglang.texts import text_server
-    from sgpo_async.tasks.models import model_folder
+    from sgpo_async.engines.sglang.serving.texts import text_server
+    from sgpo_async.model.folder import model_folder
 
     try:
         folder = model_folder(args.model)

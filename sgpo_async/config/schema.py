@@ -205,7 +205,7 @@ class Algorithm:
         return self.objective == "sgpo" and self.divergence != "sft"
 
     @property
-    def demonstrated(self) -> bool:
+    def needs_responses(self) -> bool:
         """Whether the objective trains on the problems' own responses."""
         return self.objective in ("sft", "luffy", "hpt")
 

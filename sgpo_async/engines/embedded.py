@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from sgpo_async.engines import parameters
 from sgpo_async.engines.base import EngineLoad, Generate, Generated, Score, Scored, Weights
 from sgpo_async.engines.decoder import Decoder
-from sgpo_async.engines.pretrained import end_tokens, load_model, longest
-from sgpo_async.engines.requests import validate
 from sgpo_async.engines.sampling import likeliest, log_softmax, sample
 from sgpo_async.engines.sequences import Running, Sequence
+from sgpo_async.engines.validation import validate
 from sgpo_async.errors import EngineError, WeightsError
+from sgpo_async.model import parameters
+from sgpo_async.model.load import end_tokens, load_model, longest
 
 _PATIENCE = 8  # steps that a request waits for company
 

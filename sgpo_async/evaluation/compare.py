@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from sgpo_async.errors import DataError
-from sgpo_async.evaluation.plan import differences
+from sgpo_async.evaluation.evaluation_plan import differences
 from sgpo_async.evaluation.results import Results
 from sgpo_async.metrics.paired import Paired, compare
 from sgpo_async.metrics.pass_rates import Interval, avg_at, interval, pass_at, powers_of_two

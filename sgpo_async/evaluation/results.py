@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from sgpo_async.errors import ConfigError, DataError
-from sgpo_async.evaluation.plan import differences
-from sgpo_async.metrics.files import telling, to_json, write_whole
+from sgpo_async.evaluation.evaluation_plan import differences
+from sgpo_async.files import telling, to_json, write_whole
 from sgpo_async.metrics.problems import ProblemResult
 
 SETTINGS, SUMMARY = "settings.json", "summary.json"

@@ -11,15 +11,15 @@ from typing import Any
 from transformers.utils import logging
 
 from sgpo_async import __version__
-from sgpo_async.actor.engines import open_engine
 from sgpo_async.config import Run
 from sgpo_async.engines.base import Engine, Weights
-from sgpo_async.engines.pretrained import load_model
-from sgpo_async.evaluation.plan import Plan
+from sgpo_async.engines.open import open_engine
+from sgpo_async.evaluation.evaluation_plan import EvaluationPlan
 from sgpo_async.evaluation.results import Results
 from sgpo_async.evaluation.sampling import Item, Sampler
 from sgpo_async.metrics.problems import summarise
-from sgpo_async.tasks.models import load_tokenizer, model_folder
+from sgpo_async.model.folder import load_tokenizer, model_folder
+from sgpo_async.model.load import load_model
 from sgpo_async.weights import digest
 
 LIBRARIES = ("torch", "transformers", "math-verify")
@@ -28,7 +28,9 @@ Progress = Callable[[int, int], None]
 """Called with (problems done, problems in all)."""
 
 
-def evaluate(plan: Plan, out: Path, *, texts: bool, progress: Progress, tell: Callable[[str], None]) -> dict[str, Any]:
+def evaluate(
+    plan: EvaluationPlan, out: Path, *, texts: bool, progress: Progress, tell: Callable[[str], None]
+) -> dict[str, Any]:
     """Sample and judge what `out` does not hold yet; write and return the summary.
 
     Raises ConfigError if `out` holds another evaluation, DataError, EngineError, DeadlineExceeded, SgpoError.
@@ -61,7 +63,7 @@ def evaluate(plan: Plan, out: Path, *, texts: bool, progress: Progress, tell: Ca
     return summary
 
 
-def _missing(plan: Plan, results: Results) -> list[Item]:
+def _missing(plan: EvaluationPlan, results: Results) -> list[Item]:
     done = {benchmark.name: {one.id for one in results.problems(benchmark.name)} for benchmark in plan.benchmarks}
     return [
         (benchmark, problem)
@@ -84,7 +86,7 @@ def _open(run: Run, folder: str) -> Engine:
     return open_engine(run, folder)
 
 
-def _summary(plan: Plan, settings: Mapping[str, Any], results: Results) -> dict[str, Any]:
+def _summary(plan: EvaluationPlan, settings: Mapping[str, Any], results: Results) -> dict[str, Any]:
     sampling = ("temperature", "top_p", "max_new_tokens", "prompt", "guided", "seed")
     return {
         "model": {"path": plan.run.model.path, "digest": settings["model"], "dtype": settings["dtype"]},

@@ -1,4 +1,4 @@
-"""Completions of problems from one engine, judged. The bookkeeping is the actors' own (`sgpo_async.actor.group`).
+"""Completions of problems from one engine, judged. The bookkeeping is the actors' own (`sgpo_async.rollout.group`).
 
     problems ─▶ leases ─▶ requests ─▶ engine.step ─▶ verifier ─▶ ProblemResult, as problems become complete
 
@@ -14,16 +14,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sgpo_async.actor.group import Group, group_of, task_of
 from sgpo_async.engines.base import Engine, Failed, Generated
 from sgpo_async.errors import DeadlineExceeded, EngineError
-from sgpo_async.evaluation.plan import Plan
+from sgpo_async.evaluation.evaluation_plan import EvaluationPlan
 from sgpo_async.metrics.problems import ProblemResult
+from sgpo_async.rollout.group import RolloutGroup, group_of, task_of
 from sgpo_async.tasks.base import Problem
 from sgpo_async.tasks.benchmarks import Benchmark
-from sgpo_async.tasks.curriculum import derived_seed
 from sgpo_async.tasks.prompts import build_prompt
 from sgpo_async.tasks.reward_pool import RewardPool, Verdict
+from sgpo_async.tasks.task_sampler import derived_seed
 from sgpo_async.wire.records import Lease, Rollout
 
 WAIT_S = 0.05  # for a result of the engine, or a verdict
@@ -36,7 +36,7 @@ class _Open:
     """A problem whose samples are not all judged."""
 
     item: Item
-    group: Group
+    group: RolloutGroup
     texts: dict[int, str] = field(default_factory=dict)  # by slot, as everything here
     rollouts: dict[int, Rollout] = field(default_factory=dict)
     timed_out: set[int] = field(default_factory=set)
@@ -45,7 +45,7 @@ class _Open:
 class Sampler:
     """Samples and judges problems as `plan` says; `tell` gets the engine's news, a line each."""
 
-    def __init__(self, plan: Plan, engine: Engine, tokenizer: Any, *, tell: Callable[[str], None]) -> None:
+    def __init__(self, plan: EvaluationPlan, engine: Engine, tokenizer: Any, *, tell: Callable[[str], None]) -> None:
         self._plan, self._engine, self._tokenizer, self._tell = plan, engine, tokenizer, tell
         tasks = plan.run.tasks
         self._rewards = RewardPool(workers=tasks.reward_workers, limit_s=tasks.reward_limit_s)

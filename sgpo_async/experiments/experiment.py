@@ -17,7 +17,7 @@ from sgpo_async.experiments.pool import Pool
 from sgpo_async.experiments.results import read_results
 from sgpo_async.experiments.tables import write_tables
 from sgpo_async.experiments.work import BaseJob, TrialJob, make_base, run_trial
-from sgpo_async.metrics.files import to_json, write_whole
+from sgpo_async.files import to_json, write_whole
 
 Say = Callable[[str], None]
 

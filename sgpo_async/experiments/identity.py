@@ -20,7 +20,7 @@ from typing import Any
 
 from sgpo_async.config import load, to_plain
 from sgpo_async.config.experiment import BASE, Base, Experiment
-from sgpo_async.metrics.files import to_json
+from sgpo_async.files import to_json
 
 Plain = dict[str, Any]
 """A configuration, or a part of one, as it stands in a file."""

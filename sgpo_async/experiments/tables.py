@@ -14,7 +14,7 @@ from sgpo_async.experiments.drawings import draw_setting, remove_others
 from sgpo_async.experiments.plan import Result, at_the_edge, best_rates, cells, final
 from sgpo_async.experiments.statistics import Interval, interval
 from sgpo_async.experiments.tuning_table import tuning_tables
-from sgpo_async.metrics.files import write_whole
+from sgpo_async.files import write_whole
 
 Figure = Callable[[Result], float | None]
 

@@ -17,16 +17,16 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
-from sgpo_async.bench.rollouts import Roller
+from sgpo_async.bench.rollouts import RolloutSampler
 from sgpo_async.config import Run
 from sgpo_async.errors import SgpoError
-from sgpo_async.hub.work import Group
 from sgpo_async.learner.publish import gather
 from sgpo_async.learner.step import Stepper
 from sgpo_async.learner.train import build
+from sgpo_async.rollout.completed import CompletedGroup
 from sgpo_async.tasks.base import Problem, ProblemSource
-from sgpo_async.tasks.curriculum import Curriculum
 from sgpo_async.tasks.sources import open_source
+from sgpo_async.tasks.task_sampler import TaskSampler
 from sgpo_async.wire.records import Shard
 
 STREAM_SEED = 0  # of the one stream of training problems that all trials share
@@ -40,7 +40,7 @@ class Part:
     """A part of a source: training from position `first` on, and some of its held-out problems."""
 
     def __init__(self, source: ProblemSource, first: int, problems: Sequence[Problem]) -> None:
-        self.verifier, self.demonstrated = source.verifier, source.demonstrated
+        self.verifier, self.has_responses = source.verifier, source.has_responses
         self.source, self.first, self.problems = source, first, problems
 
     def training(self, position: int) -> Problem:
@@ -60,13 +60,13 @@ class Trial:
         self.run = run
         count = run.tasks.held_out
         source = open_source(run.tasks.source, path=run.tasks.path, held_out=2 * count, seed=STREAM_SEED)
-        validation, test = parted(source.held_out(), count)
+        validation, test = split_rollouts(source.held_out(), count)
         first = (run.seed + 1) * STREAM
         training = Part(source, first, validation)
         self.stepper: Stepper = build(run, mesh, training)[0]
-        self.roller = Roller(run)
-        self.training = Curriculum(run, training)
-        self.test = Curriculum(run, Part(source, first, test))
+        self.sampler = RolloutSampler(run)
+        self.training = TaskSampler(run, training)
+        self.test = TaskSampler(run, Part(source, first, test))
         self.history: deque[Weights] = deque([self._weights()], maxlen=run.hub.max_lag + 1)
         self.curve: list[dict[str, Any]] = []
         self.metrics: list[dict[str, Any]] = []  # of the steps since the last point of the curve
@@ -100,9 +100,9 @@ class Trial:
     def _shard(self, step: int) -> Shard:
         """The batch of `step`, from the oldest weights at hand."""
         batch = self.run.learner.problems_per_step
-        self.roller.load(max(step - self.run.hub.max_lag, 0), self.history[0])
+        self.sampler.load(max(step - self.run.hub.max_lag, 0), self.history[0])
         tasks = [self.training.task(number) for number in range(step * batch, (step + 1) * batch)]
-        return Shard(step=step, version=step, problems=batch, rollouts=tuple(self.roller.roll_out(tasks)))
+        return Shard(step=step, version=step, problems=batch, rollouts=tuple(self.sampler.roll_out(tasks)))
 
     def _measure(self, step: int, metrics: Sequence[dict[str, Any]]) -> None:
         """One point of the curve: pass rates now, and the means of what the steps since the last point measured."""
@@ -111,18 +111,18 @@ class Trial:
         point = {"step": step, "rollouts": step * size} | self._pass_rates(self.training, version=step)
         self.curve.append(point | {key: value for key, value in means.items() if value is not None})
 
-    def _pass_rates(self, curriculum: Curriculum, *, version: int) -> dict[str, float | None]:
+    def _pass_rates(self, task_sampler: TaskSampler, *, version: int) -> dict[str, float | None]:
         """Of the newest weights on the held-out problems."""
-        self.roller.load(version, self.history[-1])
-        rollouts = self.roller.roll_out([curriculum.task(-1 - index) for index in range(curriculum.round_size)])
-        group = Group(number=0, attempt=0, rollouts=tuple(rollouts))
+        self.sampler.load(version, self.history[-1])
+        rollouts = self.sampler.roll_out([task_sampler.task(-1 - index) for index in range(task_sampler.round_size)])
+        group = CompletedGroup(number=0, attempt=0, rollouts=tuple(rollouts))
         return {"auto": group.pass_rate(guided=False), "guided": group.pass_rate(guided=True)}
 
     def _weights(self) -> Weights:
         return dict(gather(self.stepper.policy, torch.float32))
 
 
-def parted(problems: Sequence[Problem], count: int) -> tuple[list[Problem], list[Problem]]:
+def split_rollouts(problems: Sequence[Problem], count: int) -> tuple[list[Problem], list[Problem]]:
     """Those of the first `count` distinct texts, and the others: a text that occurs twice is in one part only."""
     distinct = dict.fromkeys(problem.problem for problem in problems)
     texts = set(list(distinct)[:count])

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from sgpo_async.config import load
 from sgpo_async.config.experiment import Base
 from sgpo_async.experiments.identity import Plain
-from sgpo_async.metrics.files import to_json, write_whole
-from sgpo_async.tasks.models import model_folder
+from sgpo_async.files import to_json, write_whole
+from sgpo_async.model.folder import model_folder
 
 
 class TrialJob(NamedTuple):
@@ -47,8 +47,8 @@ def make_base(job: BaseJob) -> dict[str, Any]:
     import torch
 
     from sgpo_async.experiments.trial import Trial
-    from sgpo_async.learner.folder import export
     from sgpo_async.learner.publish import gather
+    from sgpo_async.model.export import export
     from sgpo_async.tasks.pretrain import Recipe, pretrain
 
     part = Path(f"{job.folder}.part")
@@ -76,7 +76,7 @@ def _prepare() -> None:
     import torch
     from transformers.utils import logging
 
-    from sgpo_async.learner.world import join_alone
+    from sgpo_async.learner.process_group import join_alone
 
     torch.set_num_threads(1)
     logging.disable_progress_bar()

@@ -20,13 +20,13 @@ from sgpo_async.errors import HubError
 from sgpo_async.hub import events as ev
 from sgpo_async.hub import snapshot
 from sgpo_async.hub.actors import Actor, Actors
-from sgpo_async.hub.door import other_tokenizer, refusal
 from sgpo_async.hub.evaluation import Evaluation
-from sgpo_async.hub.events import CloseLink, Effect, Event, OpenLink, Send, Shutdown
+from sgpo_async.hub.events import CloseSender, Effect, Event, OpenSender, Send, Shutdown
+from sgpo_async.hub.learner_ranks import LearnerRanks
 from sgpo_async.hub.status import status
 from sgpo_async.hub.training import Training
-from sgpo_async.hub.world import World
-from sgpo_async.tasks.curriculum import Curriculum
+from sgpo_async.hub.validation import other_tokenizer, refusal
+from sgpo_async.tasks.task_sampler import TaskSampler
 from sgpo_async.wire import records as wire
 
 if TYPE_CHECKING:
@@ -52,9 +52,9 @@ class HubCore:
         """`store` is the path of the weight store that learners are told."""
         self.run, self.store = run, store
         self.now = self.started = now
-        curriculum = Curriculum(run, source, benchmarks)
-        self.training, self.evaluation = Training(run, curriculum), Evaluation(curriculum)
-        self.actors, self.world = Actors(), World()
+        task_sampler = TaskSampler(run, source, benchmarks)
+        self.training, self.evaluation = Training(run, task_sampler), Evaluation(task_sampler)
+        self.actors, self.learner_ranks = Actors(), LearnerRanks()
         self.published = -1  # newest version in the weight store
         self.tokenizer = ""  # fingerprint of the first learner: it decides for all
         self.rejected: Counter[str] = Counter()  # messages by reason
@@ -70,8 +70,8 @@ class HubCore:
         if not self.closed:
             self._note(event)
             self._settle()
-            self.training.book.check()
-            self.evaluation.book.check()
+            self.training.leases.check()
+            self.evaluation.leases.check()
         return self._effects
 
     def status(self) -> dict[str, Any]:
@@ -86,9 +86,9 @@ class HubCore:
                 self._received(member, message)
             case ev.Rejected(member, reason):
                 self._reject(member, "malformed message", detail=reason)
-            case ev.LinkUp(member, host, port):
+            case ev.SenderUp(member, host, port):
                 self._link_up(member, host, port)
-            case ev.LinkDown(member, reason):
+            case ev.SenderDown(member, reason):
                 self._link_down(member, reason)
             case ev.Tick():
                 self._expire()
@@ -96,7 +96,7 @@ class HubCore:
                 self._close(reason, grace=INTERRUPT_GRACE_S)
 
     def _received(self, member: bytes, message: wire.Message) -> None:
-        rank = self.world.rank_of(member)
+        rank = self.learner_ranks.rank_of(member)
         match message:
             case wire.StatusRequest():
                 self._send(member, wire.Status(status=self.status()))
@@ -130,7 +130,7 @@ class HubCore:
                 self._reject(actor.member, f"{type(message).__name__} from an actor")
 
     def _from_rank(self, rank: int, message: wire.Message) -> None:
-        self.world.ranks[rank].seen = self.now
+        self.learner_ranks.ranks[rank].seen = self.now
         match message:
             case wire.Heartbeat():
                 pass  # it has been seen
@@ -139,9 +139,9 @@ class HubCore:
             case wire.Goodbye():
                 self._lose_rank(rank)
             case _ if rank == 0:
-                self._from_first_rank(self.world.ranks[0].member, message)
+                self._from_first_rank(self.learner_ranks.ranks[0].member, message)
             case _:
-                self._reject(self.world.ranks[rank].member, f"{type(message).__name__} from rank above 0")
+                self._reject(self.learner_ranks.ranks[rank].member, f"{type(message).__name__} from rank above 0")
 
     def _from_first_rank(self, member: bytes, message: wire.Message) -> None:
         match message:
@@ -163,8 +163,8 @@ class HubCore:
     # ---- members come and go
 
     def _hello(self, member: bytes, hello: wire.Hello) -> None:
-        opens = hello.role == "learner" and self.world.opens_new(member, hello)
-        joined = self.world if hello.role == "learner" and not opens else None
+        opens = hello.role == "learner" and self.learner_ranks.opens_new(member, hello)
+        joined = self.learner_ranks if hello.role == "learner" and not opens else None
         taken = self._names_besides(member, ranks=not opens)
         alien = other_tokenizer(hello.name, hello.tokenizer, learners=self.tokenizer)
         reason = alien or refusal(hello, taken=taken, world=joined)
@@ -182,7 +182,7 @@ class HubCore:
 
     def _names_besides(self, member: bytes, *, ranks: bool) -> set[str]:
         actors = {actor.name for actor in self.actors.values() if actor.member != member}
-        held = self.world.ranks.values() if ranks else ()
+        held = self.learner_ranks.ranks.values() if ranks else ()
         return actors | {rank.name for rank in held if rank.member != member}
 
     def _actor_joins(self, member: bytes, hello: wire.Hello) -> None:
@@ -192,11 +192,11 @@ class HubCore:
         if known:
             self._lose_actor(known)
         self.actors.join(member, hello.name, now=self.now, tokenizer=hello.tokenizer)
-        self._effects.append(OpenLink(member, hello.name))
+        self._effects.append(OpenSender(member, hello.name))
 
     def _link_up(self, member: bytes, host: str, port: int) -> None:
         if member not in self.actors:
-            self._effects.append(CloseLink(member))
+            self._effects.append(CloseSender(member))
             return
         actor = self.actors[member]
         actor.welcomed, actor.seen = True, self.now
@@ -209,20 +209,20 @@ class HubCore:
             self._lose_actor(actor)
 
     def _lose_actor(self, actor: Actor) -> None:
-        for book in (self.training.book, self.evaluation.book):
-            for number in book.held_by(actor.member):
-                book.revoke(number, "lease_lost")
+        for leases in (self.training.leases, self.evaluation.leases):
+            for number in leases.held_by(actor.member):
+                leases.revoke(number, "lease_lost")
         self.actors.leave(actor.member)
-        self._effects.append(CloseLink(actor.member))
+        self._effects.append(CloseSender(actor.member))
 
     def _rank_joins(self, member: bytes, hello: wire.Hello, *, opens: bool) -> None:
         self._settle_tokenizer(hello.tokenizer)
         if opens:
             self.training.batch = None  # its groups are in the buffer still
-            for old in self.world.reopen(hello.world_size):
+            for old in self.learner_ranks.reopen(hello.world_size):
                 if old.member != member:
                     self._refuse(old.member, f"{hello.name} began a new learner world")
-        self.world.join(member, hello, now=self.now)
+        self.learner_ranks.join(member, hello, now=self.now)
         self._send(member, wire.Welcome(store=self.store, version=self.training.version))
 
     def _settle_tokenizer(self, fingerprint: str) -> None:
@@ -235,7 +235,7 @@ class HubCore:
                 self._lose_actor(actor)
 
     def _lose_rank(self, rank: int) -> None:
-        self.world.leave(rank)
+        self.learner_ranks.leave(rank)
         if rank == 0:  # only rank 0 can commit; the others may leave between their last step and its Commit
             self.training.batch = None
 
@@ -244,11 +244,11 @@ class HubCore:
         overdue, oldest = self.now - self.run.hub.lease_timeout_s, self.now - self.run.learner.batch_timeout_s
         for actor in self.actors.silent_since(overdue):
             self._lose_actor(actor)
-        for rank in [r for r, held in self.world.ranks.items() if held.seen < oldest]:
+        for rank in [r for r, held in self.learner_ranks.ranks.items() if held.seen < oldest]:
             self._lose_rank(rank)
-        for book in (self.training.book, self.evaluation.book):
-            for number in book.silent_since(overdue):
-                book.revoke(number, "lease_timeout")
+        for leases in (self.training.leases, self.evaluation.leases):
+            for number in leases.silent_since(overdue):
+                leases.revoke(number, "lease_timeout")
 
     # ---- actors at work
 
@@ -262,8 +262,8 @@ class HubCore:
     def _heartbeat(self, actor: Actor, heartbeat: wire.Heartbeat) -> None:
         self.actors.read(actor, heartbeat)
         actor.version = self._known(heartbeat.version)
-        for book in (self.training.book, self.evaluation.book):
-            book.hear_of(actor.member, heartbeat.tasks, now=self.now)
+        for leases in (self.training.leases, self.evaluation.leases):
+            leases.hear_of(actor.member, heartbeat.tasks, now=self.now)
 
     def _known(self, version: int) -> int:
         """-1 if it cannot be of this run: an engine may still be warm with the weights of another."""
@@ -272,50 +272,50 @@ class HubCore:
     def _release(self, actor: Actor, release: wire.Release) -> None:
         if release.servable:
             actor.credit = 0  # who gives work back takes no more until it is Ready again
-        book = self.training.book if release.task >= 0 else self.evaluation.book
-        lease = book.running.get(release.task)
+        leases = self.training.leases if release.task >= 0 else self.evaluation.leases
+        lease = leases.running.get(release.task)
         if lease is None or (lease.member, lease.attempt) != (actor.member, release.attempt):
             return
         if release.servable:
-            book.revoke(release.task, "released")
+            leases.revoke(release.task, "released")
         else:
-            book.discard(release.task, "unservable")
+            leases.discard(release.task, "unservable")
 
     def _rollout(self, member: bytes, rollout: wire.Rollout) -> None:
         self._send(member, wire.Ack(task=rollout.task, attempt=rollout.attempt, slot=rollout.slot))
         if member in self.actors:
             self.actors[member].seen = self.now
         work = self.training if rollout.purpose == "train" else self.evaluation
-        lease = work.book.awaits(member, rollout)
+        lease = work.leases.awaits(member, rollout)
         if lease is None:
             self._unawaited(member, rollout)
         elif fault := lease.misfit(rollout, newest=self.training.version):
             self._reject(member, fault, detail=f"task {rollout.task}, slot {rollout.slot}")
-            work.book.reject(rollout.task)
+            work.leases.reject(rollout.task)
         else:
-            work.book.arrive(rollout, now=self.now)
+            work.leases.arrive(rollout, now=self.now)
 
     def _unawaited(self, member: bytes, rollout: wire.Rollout) -> None:
         """A duplicate, or a late one of a lost lease or of a past before a Restore; or of no task at all."""
         work = self.training if rollout.purpose == "train" else self.evaluation
-        if work.dispatched(rollout.task) or rollout.attempt < work.book.first_attempt:
-            work.book.duplicates += 1
+        if work.dispatched(rollout.task) or rollout.attempt < work.leases.first_attempt:
+            work.leases.duplicates += 1
         else:
             self._reject(member, "rollout of an unknown task", detail=f"{rollout.purpose} {rollout.task}")
 
     # ---- the learner at work
 
     def _batch_request(self, rank: int, step: int) -> None:
-        if step <= self.world.served:
+        if step <= self.learner_ranks.served:
             return  # a repetition that was long on its way
-        self.world.asked[rank] = step
+        self.learner_ranks.asked[rank] = step
         if self.training.batch and step == self.training.step:
-            self._send(self.world.ranks[rank].member, self.training.shard(rank))  # it asks again
+            self._send(self.learner_ranks.ranks[rank].member, self.training.shard(rank))  # it asks again
 
     def _commit(self, member: bytes, step: int) -> None:
         if self.training.batch and step == self.training.step:
             self.training.commit()
-            self.world.committed(step)
+            self.learner_ranks.committed(step)
         if step == self.training.step - 1:  # now, or before: the answer may have been lost
             self._send(member, wire.Committed(step=step, status=self.status()))
         else:
@@ -359,8 +359,8 @@ class HubCore:
 
     def _settle(self) -> None:
         result = self.evaluation.advance(self.training.version)
-        if result and 0 in self.world.ranks:
-            self._deliver(self.world.ranks[0].member, result)
+        if result and 0 in self.learner_ranks.ranks:
+            self._deliver(self.learner_ranks.ranks[0].member, result)
         self.training.drop_stale()
         if self.closing is None:
             self._form_batch()
@@ -369,20 +369,20 @@ class HubCore:
             self._end(*self.closing)
 
     def _form_batch(self) -> None:
-        if self.training.batch or not self.world.all_asked:
+        if self.training.batch or not self.learner_ranks.all_asked:
             return
-        for rank, step in list(self.world.asked.items()):
+        for rank, step in list(self.learner_ranks.asked.items()):
             if step != self.training.step:
                 self._refuse_step(rank, step)
-        if self.world.all_asked and self.training.form(self.world.size):
-            for rank, held in sorted(self.world.ranks.items()):
+        if self.learner_ranks.all_asked and self.training.form(self.learner_ranks.size):
+            for rank, held in sorted(self.learner_ranks.ranks.items()):
                 self._send(held.member, self.training.shard(rank))
 
     def _refuse_step(self, rank: int, step: int) -> None:
-        del self.world.asked[rank]
+        del self.learner_ranks.asked[rank]
         here = self.training.step
         reason = f"the learner asks for step {step} but the hub is at {here}: Restore the checkpoint's state first"
-        self._refuse(self.world.ranks[rank].member, reason)
+        self._refuse(self.learner_ranks.ranks[rank].member, reason)
 
     def _lease(self) -> None:
         for work in (self.evaluation, self.training):
@@ -400,9 +400,9 @@ class HubCore:
         self.closing = (reason, deadline)
 
     def _end(self, reason: str, deadline: float) -> None:
-        if (self.actors or self.world.ranks) and self.now < deadline:
+        if (self.actors or self.learner_ranks.ranks) and self.now < deadline:
             return
-        self._effects += [CloseLink(member) for member in self.actors]
+        self._effects += [CloseSender(member) for member in self.actors]
         self._effects.append(Shutdown(reason))
         self.closed = True
 

@@ -12,13 +12,13 @@ from dataclasses import asdict, replace
 
 import numpy as np
 
-from sgpo_async.hub.figures import lag, mean_of_known
-from sgpo_async.hub.leases import Book
-from sgpo_async.hub.work import Group
+from sgpo_async.hub.batch_metrics import lag, mean_of_known
+from sgpo_async.hub.leases import LeaseTable
 from sgpo_async.metrics.problems import ProblemResult, summarise
+from sgpo_async.rollout.completed import CompletedGroup
 from sgpo_async.tasks.base import Problem
 from sgpo_async.tasks.benchmarks import Benchmark
-from sgpo_async.tasks.curriculum import Curriculum
+from sgpo_async.tasks.task_sampler import TaskSampler
 from sgpo_async.wire.records import BenchmarkScore, Evaluated, Lease
 
 RESAMPLES = 1000  # the hub's one thread does it
@@ -27,9 +27,9 @@ RESAMPLES = 1000  # the hub's one thread does it
 class Evaluation:
     """Rounds asked for, the one that runs, and results so far."""
 
-    def __init__(self, curriculum: Curriculum, *, version: int = 0, first_attempt: int = 0) -> None:
-        self.curriculum = curriculum
-        self.book = Book(first_attempt=first_attempt, keeps_tokens=False)  # a benchmark's would be a gigabyte
+    def __init__(self, task_sampler: TaskSampler, *, version: int = 0, first_attempt: int = 0) -> None:
+        self.task_sampler = task_sampler
+        self.leases = LeaseTable(first_attempt=first_attempt, keeps_tokens=False)  # a benchmark's would be a gigabyte
         self.first_version = version  # tokens of older weights belong to another past
         self.asked: deque[int] = deque()  # versions whose round has not begun
         self.current: int | None = None  # version of the round that runs
@@ -39,7 +39,7 @@ class Evaluation:
     @property
     def problems(self) -> int:
         """Tasks of a round."""
-        return self.curriculum.round_size
+        return self.task_sampler.round_size
 
     def ask(self, version: int) -> Evaluated | None:
         """The result for `version`, if it is known; otherwise its round will run."""
@@ -57,7 +57,7 @@ class Evaluation:
 
         `version` is the learner's.
         """
-        done = self.current is not None and not (self.book.waiting or self.book.running)
+        done = self.current is not None and not (self.leases.waiting or self.leases.running)
         result = self._end(version) if done else None
         if self.current is None and self.asked:
             self._begin(self.asked.popleft())
@@ -69,34 +69,36 @@ class Evaluation:
 
     def lowest_version(self) -> int | None:
         """The lowest version that may serve the next lease; None if there is nothing to lease."""
-        if not self.book.waiting:
+        if not self.leases.waiting:
             return None
         assert self.current is not None
         return max(self.current, self.first_version)
 
     def lease(self, member: bytes, *, min_version: int, now: float) -> Lease:
         """Lease the next task of the round to `member`."""
-        return self.book.lease(member, min_version=min_version, now=now)
+        return self.leases.lease(member, min_version=min_version, now=now)
 
     def _begin(self, version: int) -> None:
         self.current = version
         first = -1 - self.begun * self.problems
         self.begun += 1
         for number in range(first, first - self.problems, -1):
-            self.book.add(self.curriculum.task(number))
+            self.leases.add(self.task_sampler.task(number))
 
     def _end(self, learner_version: int) -> Evaluated:
         assert self.current is not None
-        groups = self.book.train(list(self.book.complete))
-        result = evaluated(groups, asked=self.current, learner_version=learner_version, curriculum=self.curriculum)
+        groups = self.leases.train(list(self.leases.complete))
+        result = evaluated(groups, asked=self.current, learner_version=learner_version, task_sampler=self.task_sampler)
         self.results.append(result)
         self.current = None
         return result
 
 
-def evaluated(groups: Sequence[Group], *, asked: int, learner_version: int, curriculum: Curriculum) -> Evaluated:
+def evaluated(
+    groups: Sequence[CompletedGroup], *, asked: int, learner_version: int, task_sampler: TaskSampler
+) -> Evaluated:
     """Mean pass rates over problems; `pass_guided` over held-out ones that have a strategy, 0 if none has."""
-    of = [curriculum.benchmark(group.number) for group in groups]
+    of = [task_sampler.benchmark(group.number) for group in groups]
     held_out = [group for group, benchmark in zip(groups, of, strict=True) if benchmark is None]
     versions = [rollout.versions for group in groups for rollout in group.rollouts] or [np.array([asked])]
     return Evaluated(
@@ -108,8 +110,10 @@ def evaluated(groups: Sequence[Group], *, asked: int, learner_version: int, curr
         served_newest=int(max(spans.max() for spans in versions)),
         lag=lag(groups, version=learner_version)["mean"] if groups else 0.0,
         benchmarks=tuple(
-            score(benchmark, [group for group, owner in zip(groups, of, strict=True) if owner is benchmark], curriculum)
-            for benchmark in curriculum.benchmarks
+            score(
+                benchmark, [group for group, owner in zip(groups, of, strict=True) if owner is benchmark], task_sampler
+            )
+            for benchmark in task_sampler.benchmarks
         ),
     )
 
@@ -119,9 +123,9 @@ def without_problems(result: Evaluated) -> Evaluated:
     return replace(result, benchmarks=tuple(replace(score, results={}) for score in result.benchmarks))
 
 
-def score(benchmark: Benchmark, groups: Sequence[Group], curriculum: Curriculum) -> BenchmarkScore:
+def score(benchmark: Benchmark, groups: Sequence[CompletedGroup], task_sampler: TaskSampler) -> BenchmarkScore:
     """The figures of a benchmark over the problems that could be served, as `sgpo-async evaluate` works them out."""
-    results = [_result(curriculum.task(group.number).problem, group) for group in groups]
+    results = [_result(task_sampler.task(group.number).problem, group) for group in groups]
     found = summarise(results, resamples=RESAMPLES) if results else {}
     avg = found.get("avg") or dict.fromkeys(("mean", "low", "high"))
     return BenchmarkScore(
@@ -136,7 +140,7 @@ def score(benchmark: Benchmark, groups: Sequence[Group], curriculum: Curriculum)
     )
 
 
-def _result(problem: Problem, group: Group) -> ProblemResult:
+def _result(problem: Problem, group: CompletedGroup) -> ProblemResult:
     rollouts = [rollout for rollout in group.rollouts if not rollout.guided]
     return ProblemResult(
         id=problem.id,

@@ -29,7 +29,7 @@ class Rejected:
 
 
 @dataclass(frozen=True)
-class LinkUp:
+class SenderUp:
     """The link process of this actor waits for it at `host`:`port`."""
 
     member: bytes
@@ -38,7 +38,7 @@ class LinkUp:
 
 
 @dataclass(frozen=True)
-class LinkDown:
+class SenderDown:
     """The link process of this actor ended: its session is over."""
 
     member: bytes
@@ -57,7 +57,7 @@ class Interrupted:
     reason: str
 
 
-Event = Received | Rejected | LinkUp | LinkDown | Tick | Interrupted
+Event = Received | Rejected | SenderUp | SenderDown | Tick | Interrupted
 
 
 @dataclass(frozen=True)
@@ -69,16 +69,16 @@ class Send:
 
 
 @dataclass(frozen=True)
-class OpenLink:
-    """Start a link process for this actor; LinkUp or LinkDown follows."""
+class OpenSender:
+    """Start a link process for this actor; SenderUp or SenderDown follows."""
 
     member: bytes
     name: str
 
 
 @dataclass(frozen=True)
-class CloseLink:
-    """Stop this actor's link process, if it has one; no LinkDown follows."""
+class CloseSender:
+    """Stop this actor's link process, if it has one; no SenderDown follows."""
 
     member: bytes
 
@@ -90,4 +90,4 @@ class Shutdown:
     reason: str
 
 
-Effect = Send | OpenLink | CloseLink | Shutdown
+Effect = Send | OpenSender | CloseSender | Shutdown

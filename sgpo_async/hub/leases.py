@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from sgpo_async.hub.ledger import Ledger
-from sgpo_async.hub.work import Group
-from sgpo_async.tasks.curriculum import Task
+from sgpo_async.rollout.completed import CompletedGroup
+from sgpo_async.tasks.task_sampler import Task
 from sgpo_async.wire.records import Lease, Rollout
 
 MISFITS = 3  # leases of one task that may end by a rollout which cannot be what was asked for
@@ -50,7 +50,7 @@ class Running:
         return None
 
 
-class Book:
+class LeaseTable:
     """All tasks of one purpose, and their two ledgers.
 
     Without `keeps_tokens`, only what a pass rate needs is kept of a rollout: reward and versions.
@@ -61,7 +61,7 @@ class Book:
         self.tasks, self.rollouts = Ledger(), Ledger()
         self.waiting: list[tuple[int, int, Task]] = []  # a heap of (order, attempt, task)
         self.running: dict[int, Running] = {}  # by task number
-        self.complete: dict[int, Group] = {}  # by task number; handed to a learner or not
+        self.complete: dict[int, CompletedGroup] = {}  # by task number; handed to a learner or not
         self.first_attempt = self.last_attempt = first_attempt  # of a new task; of any lease so far
         self._misfits: Counter[int] = Counter()  # leases that were rejected, by task number
         self.reissued = 0  # leases that were revoked
@@ -108,7 +108,7 @@ class Book:
         if len(lease.rollouts) == lease.task.size:
             del self.running[rollout.task]
             ordered = tuple(lease.rollouts[slot] for slot in range(lease.task.size))
-            self.complete[rollout.task] = Group(number=rollout.task, attempt=lease.attempt, rollouts=ordered)
+            self.complete[rollout.task] = CompletedGroup(number=rollout.task, attempt=lease.attempt, rollouts=ordered)
 
     def hear_of(self, member: bytes, numbers: Iterable[int], *, now: float) -> None:
         """`member` says that it is at work on these."""
@@ -146,7 +146,7 @@ class Book:
         self.tasks.drop(reason, 1)
         self.rollouts.drop(reason, lease.task.size)
 
-    def train(self, numbers: Iterable[int]) -> list[Group]:
+    def train(self, numbers: Iterable[int]) -> list[CompletedGroup]:
         """These complete groups have served their purpose."""
         groups = [self.complete.pop(number) for number in numbers]
         self.tasks.trained += len(groups)

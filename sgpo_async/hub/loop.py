@@ -20,7 +20,7 @@ from typing import Protocol
 from sgpo_async.errors import DeadlineExceeded, WireError
 from sgpo_async.hub import events as ev
 from sgpo_async.hub.core import HubCore
-from sgpo_async.session import LinkDown, LinkEvent, LinkUp
+from sgpo_async.session import SenderDown, SenderEvent, SenderUp
 from sgpo_async.transport import RouterMailbox
 from sgpo_async.wire import records as wire
 
@@ -29,12 +29,12 @@ LINK_STOP_S = 1.0  # a link process that has not ended by then is killed
 LINGER_S = 0.3  # for the last messages to leave
 
 
-class LinkHandle(Protocol):
-    """What is needed of `session.LinkProcess`."""
+class SenderHandle(Protocol):
+    """What is needed of `session.WeightSender`."""
 
     host: str
 
-    def poll(self) -> Sequence[LinkEvent]:
+    def poll(self) -> Sequence[SenderEvent]:
         """Events since the last call."""
         ...
 
@@ -46,10 +46,10 @@ class LinkHandle(Protocol):
 class Loop:
     """Carries events into a core and its effects out, until it shuts down."""
 
-    def __init__(self, core: HubCore, *, mailbox: RouterMailbox, spawn_link: Callable[[str], LinkHandle]) -> None:
-        """`spawn_link(name)` starts the link process of the actor `name`."""
-        self._core, self._mailbox, self._spawn_link = core, mailbox, spawn_link
-        self._links: dict[bytes, LinkHandle] = {}
+    def __init__(self, core: HubCore, *, mailbox: RouterMailbox, spawn_sender: Callable[[str], SenderHandle]) -> None:
+        """`spawn_sender(name)` starts the link process of the actor `name`."""
+        self._core, self._mailbox, self._spawn_sender = core, mailbox, spawn_sender
+        self._links: dict[bytes, SenderHandle] = {}
         self._reaper = ThreadPoolExecutor(max_workers=16, thread_name_prefix="stop-link")
         self._stopping: list[Future[None]] = []
         self._ended = ""  # the reason, once it is over
@@ -79,9 +79,9 @@ class Loop:
         match effect:
             case ev.Send(member, message):
                 self._send(member, message)
-            case ev.OpenLink(member, name):
+            case ev.OpenSender(member, name):
                 self._open_link(member, name)
-            case ev.CloseLink(member):
+            case ev.CloseSender(member):
                 self._stop_link(member)
             case ev.Shutdown(reason):
                 self._ended = reason
@@ -97,17 +97,17 @@ class Loop:
         for member, link in list(self._links.items()):
             for event in link.poll():
                 match event:
-                    case LinkUp(port=port):
-                        self._handle(ev.LinkUp(member, link.host, port))
-                    case LinkDown(reason=reason):
-                        self._handle(ev.LinkDown(member, reason))
+                    case SenderUp(port=port):
+                        self._handle(ev.SenderUp(member, link.host, port))
+                    case SenderDown(reason=reason):
+                        self._handle(ev.SenderDown(member, reason))
 
     def _open_link(self, member: bytes, name: str) -> None:
         """A link that cannot be started (too many processes, no memory) costs one session, not the hub."""
         try:
-            self._links[member] = self._spawn_link(name)
+            self._links[member] = self._spawn_sender(name)
         except OSError as error:
-            self._handle(ev.LinkDown(member, f"the hub cannot start a link process: {error}"))
+            self._handle(ev.SenderDown(member, f"the hub cannot start a link process: {error}"))
 
     def _stop_link(self, member: bytes) -> None:
         link = self._links.pop(member, None)

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from sgpo_async.config import Run
+from sgpo_async.files import telling, write_whole
 from sgpo_async.hub.core import HubCore
 from sgpo_async.hub.loop import Loop
-from sgpo_async.metrics.files import telling, write_whole
-from sgpo_async.session import LinkProcess
+from sgpo_async.model.folder import model_folder
+from sgpo_async.session import WeightSender
 from sgpo_async.tasks.benchmarks import open_benchmarks
-from sgpo_async.tasks.models import model_folder
 from sgpo_async.tasks.sources import source_of
 from sgpo_async.transport import Router, RouterMailbox
 from sgpo_async.transport.keys import public_key
-from sgpo_async.weights.paths import StoreFile
+from sgpo_async.weights.store_file import StoreFile
 
 
 def serve(run: Run) -> int:
@@ -49,8 +49,8 @@ def serve(run: Run) -> int:
         place = {"address": router.address, "pid": os.getpid(), "store": store.path, "public_key": key}
         stack.enter_context(announced(folder / "hub.json", place))
         core = HubCore(run, source, benchmarks=benchmarks, store=store.path)
-        spawn_link = partial(LinkProcess, store.path, host=host, cuda=run.engine.broadcasts_on_gpus)
-        loop = Loop(core, mailbox=RouterMailbox(router), spawn_link=spawn_link)
+        spawn_sender = partial(WeightSender, store.path, host=host, cuda=run.engine.broadcasts_on_gpus)
+        loop = Loop(core, mailbox=RouterMailbox(router), spawn_sender=spawn_sender)
         loop.run(interrupted=signals.reason)
     return signals.exit_code
 

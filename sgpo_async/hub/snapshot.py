@@ -18,11 +18,11 @@ import numpy as np
 
 from sgpo_async.errors import HubError
 from sgpo_async.hub.evaluation import Evaluation, without_problems
-from sgpo_async.hub.leases import Book
+from sgpo_async.hub.leases import LeaseTable
 from sgpo_async.hub.ledger import Ledger
 from sgpo_async.hub.training import Training
-from sgpo_async.hub.work import Group
-from sgpo_async.tasks.curriculum import Curriculum
+from sgpo_async.rollout.completed import CompletedGroup
+from sgpo_async.tasks.task_sampler import TaskSampler
 from sgpo_async.wire.records import BenchmarkScore, Evaluated, Rollout
 
 FORMAT = 2
@@ -39,8 +39,8 @@ def dump(training: Training, evaluation: Evaluation) -> bytes:
         "step": training.step,
         "position": training.position,
         "tokens_trained": training.tokens_trained,
-        "training": _dump_book(training.book),
-        "evaluation": _dump_book(evaluation.book),
+        "training": _dump_book(training.leases),
+        "evaluation": _dump_book(evaluation.leases),
         "asked": list(evaluation.asked),
         "current": evaluation.current,
         "begun": evaluation.begun,
@@ -57,13 +57,13 @@ def load(state: bytes, *, training: Training, evaluation: Evaluation) -> tuple[T
     try:
         saved = _read(state) if state else None
         version, attempt = _next(saved, training=training, evaluation=evaluation)
-        new_training = Training(training.run, training.curriculum, version=version, first_attempt=attempt)
-        new_evaluation = Evaluation(training.curriculum, version=version, first_attempt=attempt)
+        new_training = Training(training.run, training.task_sampler, version=version, first_attempt=attempt)
+        new_evaluation = Evaluation(training.task_sampler, version=version, first_attempt=attempt)
         if saved:
             _fill_training(new_training, saved, shift=version - saved["version"])
             _fill_evaluation(new_evaluation, saved)
-        new_training.book.check()
-        new_evaluation.book.check()
+        new_training.leases.check()
+        new_evaluation.leases.check()
         return new_training, new_evaluation
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, AssertionError) as error:
         raise HubError(f"hub state in the checkpoint is damaged ({error!r}): resume from an older one") from error
@@ -78,7 +78,7 @@ def _read(state: bytes) -> dict[str, Any]:
 
 def _next(saved: dict[str, Any] | None, *, training: Training, evaluation: Evaluation) -> tuple[int, int]:
     """A version and an attempt above all that ever were."""
-    version, attempts = training.version, [training.book.last_attempt, evaluation.book.last_attempt]
+    version, attempts = training.version, [training.leases.last_attempt, evaluation.leases.last_attempt]
     if saved:
         version = max(version, saved["version"])
         attempts += [saved["training"]["last_attempt"], saved["evaluation"]["last_attempt"]]
@@ -89,7 +89,7 @@ def _fill_training(training: Training, saved: dict[str, Any], *, shift: int) -> 
     training.step, training.position = saved["step"], saved["position"]
     training.base -= training.step
     training.tokens_trained = saved["tokens_trained"]
-    _fill_book(training.book, saved["training"], curriculum=training.curriculum, shift=shift)
+    _fill_book(training.leases, saved["training"], task_sampler=training.task_sampler, shift=shift)
 
 
 def _fill_evaluation(evaluation: Evaluation, saved: dict[str, Any]) -> None:
@@ -101,35 +101,35 @@ def _fill_evaluation(evaluation: Evaluation, saved: dict[str, Any]) -> None:
     evaluation.asked, evaluation.current = deque(saved["asked"]), saved["current"]
     evaluation.begun = saved["begun"]
     evaluation.results = [_evaluated(result) for result in saved["results"]]
-    _fill_book(evaluation.book, saved["evaluation"], curriculum=evaluation.curriculum, shift=0)
+    _fill_book(evaluation.leases, saved["evaluation"], task_sampler=evaluation.task_sampler, shift=0)
 
 
-def _dump_book(book: Book) -> dict[str, Any]:
+def _dump_book(leases: LeaseTable) -> dict[str, Any]:
     return {
-        "tasks": _plain(book.tasks),
-        "rollouts": _plain(book.rollouts),
-        "last_attempt": book.last_attempt,
-        "waiting": [task.number for _, _, task in book.waiting],
-        "running": [(lease.task.number, lease.task.size) for lease in book.running.values()],
+        "tasks": _plain(leases.tasks),
+        "rollouts": _plain(leases.rollouts),
+        "last_attempt": leases.last_attempt,
+        "waiting": [task.number for _, _, task in leases.waiting],
+        "running": [(lease.task.number, lease.task.size) for lease in leases.running.values()],
         "complete": [
-            (group.number, group.attempt, [_plain(r) for r in group.rollouts]) for group in book.complete.values()
+            (group.number, group.attempt, [_plain(r) for r in group.rollouts]) for group in leases.complete.values()
         ],
-        **{name: getattr(book, name) for name in BOOK_COUNTERS},
+        **{name: getattr(leases, name) for name in BOOK_COUNTERS},
     }
 
 
-def _fill_book(book: Book, saved: dict[str, Any], *, curriculum: Curriculum, shift: int) -> None:
-    book.tasks, book.rollouts = _ledger(saved["tasks"]), _ledger(saved["rollouts"])
+def _fill_book(leases: LeaseTable, saved: dict[str, Any], *, task_sampler: TaskSampler, shift: int) -> None:
+    leases.tasks, leases.rollouts = _ledger(saved["tasks"]), _ledger(saved["rollouts"])
     for number in saved["waiting"]:
-        book.wait(curriculum.task(number), attempt=book.first_attempt)
+        leases.wait(task_sampler.task(number), attempt=leases.first_attempt)
     for number, size in saved["running"]:
-        book.rollouts.drop("resume", size)
-        book.wait(curriculum.task(number), attempt=book.first_attempt)
+        leases.rollouts.drop("resume", size)
+        leases.wait(task_sampler.task(number), attempt=leases.first_attempt)
     for number, attempt, rollouts in saved["complete"]:
         shifted = tuple(_shifted(Rollout(**rollout), shift) for rollout in rollouts)
-        book.complete[number] = Group(number=number, attempt=attempt, rollouts=shifted)
+        leases.complete[number] = CompletedGroup(number=number, attempt=attempt, rollouts=shifted)
     for name in BOOK_COUNTERS:
-        setattr(book, name, saved[name])
+        setattr(leases, name, saved[name])
 
 
 def _evaluated(saved: dict[str, Any]) -> Evaluated:

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 from sgpo_async.config import Run
 from sgpo_async.hub.actors import Actors
 from sgpo_async.hub.evaluation import Evaluation
+from sgpo_async.hub.learner_ranks import LearnerRanks
 from sgpo_async.hub.training import Training
-from sgpo_async.hub.world import World
 from sgpo_async.wire.records import Evaluated
 
 NO_BATCH_YET = {
@@ -27,7 +27,7 @@ class Standing(Protocol):
     training: Training
     evaluation: Evaluation
     actors: Actors
-    world: World
+    learner_ranks: LearnerRanks
     published: int
     rejected: Counter[str]
     last_rejection: str
@@ -39,29 +39,29 @@ class Standing(Protocol):
 def status(core: Standing) -> dict[str, Any]:
     """Keys: see the literals below; times in seconds, shares in [0, 1], None where nothing is known yet."""
     training, evaluation, actors = core.training, core.evaluation, core.actors
-    books = (training.book, evaluation.book)
-    leases = Counter(lease.member for book in books for lease in book.running.values())
+    books = (training.leases, evaluation.leases)
+    leases = Counter(lease.member for leases in books for lease in leases.running.values())
     return {
         "step": training.step,
         "steps": core.run.steps,
         "version": training.version,
         "published": core.published,  # the newest version that actors can have; -1: none
         "actors": [a.plain(version=training.version, leases=leases[a.member]) for a in actors.values()],
-        "learner": {"ranks": len(core.world.ranks), "world_size": core.world.size},
-        "ledger": training.book.plain(),
-        "evaluation_ledger": evaluation.book.plain(),
-        "buffer": len(training.book.complete),  # groups
+        "learner": {"ranks": len(core.learner_ranks.ranks), "world_size": core.learner_ranks.size},
+        "ledger": training.leases.plain(),
+        "evaluation_ledger": evaluation.leases.plain(),
+        "buffer": len(training.leases.complete),  # groups
         **NO_BATCH_YET,
         **training.last,  # lag, pass_auto, pass_guided of the last batch
-        "tokens_generated": sum(book.tokens for book in books),
+        "tokens_generated": sum(leases.tokens for leases in books),
         "tokens_trained": training.tokens_trained,
         "tokens_per_s": sum(actor.meter.tokens_per_s for actor in actors.values()),
         "engine_idle": actors.idle,
         "rejected": core.rejected.total(),
         "rejected_reasons": dict(core.rejected),
         "last_rejection": core.last_rejection,
-        "duplicates": sum(book.duplicates for book in books),
-        "leases_reissued": sum(book.reissued for book in books),
+        "duplicates": sum(leases.duplicates for leases in books),
+        "leases_reissued": sum(leases.reissued for leases in books),
         "evaluations": [_evaluated(result) for result in evaluation.results],
         "evaluating": evaluation.current,  # version of the round that runs
         "joined": actors.joined,

@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from sgpo_async.errors import CheckpointError
-from sgpo_async.metrics.files import FREE_SOME, disk_full
+from sgpo_async.files import FREE_SOME, disk_full
 
 
 @dataclass(frozen=True)

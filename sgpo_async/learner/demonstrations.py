@@ -13,7 +13,7 @@ import numpy as np
 from sgpo_async.config.schema import Run
 from sgpo_async.errors import DataError
 from sgpo_async.tasks.base import ProblemSource
-from sgpo_async.tasks.curriculum import Curriculum
+from sgpo_async.tasks.task_sampler import TaskSampler
 
 
 class Demonstrations:
@@ -23,11 +23,11 @@ class Demonstrations:
         """Raises DataError if the tokenizer has no end token."""
         if tokenizer.eos_token_id is None:
             raise DataError(f"model.path: {run.model.path}: the tokenizer has no end token, with which a response ends")
-        self._curriculum, self._tokenizer = Curriculum(run, source), tokenizer
+        self._task_sampler, self._tokenizer = TaskSampler(run, source), tokenizer
 
     def tokens(self, task: int) -> np.ndarray | None:
         """[T] int32, with the end token, to follow the plain prompt of this training task; None without a response."""
-        response = self._curriculum.task(task).problem.response
+        response = self._task_sampler.task(task).problem.response
         if response is None:
             return None
         own = self._tokenizer.encode(response, add_special_tokens=False)

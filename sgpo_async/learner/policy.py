@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 
 from sgpo_async.algorithm import linear_logprobs
 from sgpo_async.errors import DataError
-from sgpo_async.learner.guides import Guide
 from sgpo_async.learner.packing import Packed, Tokens, pack
+from sgpo_async.learner.teacher_targets import TeacherTargets
 
 GROUP_BYTES = 32 * 2**20  # a smaller model is one FSDP group: its collectives would cost more than they overlap
 LOCAL_GRADIENT_BYTES = 2**30  # a smaller model keeps its gradients whole until the step's last micro-batch
@@ -59,13 +59,15 @@ class Policy(nn.Module):
         ).last_hidden_state
         return states.flatten(0, 1).index_select(0, self._tensor(packed.picks))
 
-    def forward(self, packed: Packed, sizes: tuple[int, int, int], guide: Guide | None, temperature: float) -> Outputs:
+    def forward(
+        self, packed: Packed, sizes: tuple[int, int, int], teacher_targets: TeacherTargets | None, temperature: float
+    ) -> Outputs:
         """What the losses need of a micro-batch.
 
         Args:
             packed: its completion tokens are of the three kinds of `Outputs`, in that order.
             sizes: A, K and L.
-            guide: of the targets; None without any.
+            teacher_targets: of the targets; None without any.
             temperature: that of the rollouts.
         """
         hidden, targets = self.hidden(packed), self._tensor(packed.targets)
@@ -73,8 +75,8 @@ class Policy(nn.Module):
         own_tokens, target_tokens, text_tokens = targets.split(sizes)
         log_pi, entropy = linear_logprobs(own, self.head, own_tokens, temperature=temperature)
         d = log_teacher = log_text = log_pi.new_empty(0)
-        if guide is not None:
-            d, log_teacher = guide.compare(target, self.head, target_tokens, temperature=temperature)
+        if teacher_targets is not None:
+            d, log_teacher = teacher_targets.compare(target, self.head, target_tokens, temperature=temperature)
         if len(text):
             log_text, _ = linear_logprobs(text, self.head, text_tokens, temperature=temperature)
         return Outputs(log_pi, entropy, d, log_teacher, log_text)

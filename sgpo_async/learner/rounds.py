@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sgpo_async.config.schema import Run
-from sgpo_async.metrics.files import to_json, write_whole
+from sgpo_async.files import to_json, write_whole
 from sgpo_async.wire.records import BenchmarkScore, Evaluated
 
 FOLDER = "benchmarks"

@@ -30,18 +30,18 @@ from sgpo_async.errors import DataError
 from sgpo_async.learner import checkpoint
 from sgpo_async.learner.batch import Batch, Sequences
 from sgpo_async.learner.checkpoint import Saved
-from sgpo_async.learner.folder import export
 from sgpo_async.learner.objectives.base import Likelihood
 from sgpo_async.learner.packing import Tokens
+from sgpo_async.learner.process_group import join_world
 from sgpo_async.learner.publish import gather
 from sgpo_async.learner.step import Stepper
 from sgpo_async.learner.train import build
-from sgpo_async.learner.world import join_world
 from sgpo_async.metrics import MetricsWriter
+from sgpo_async.model.export import export
+from sgpo_async.model.folder import load_tokenizer, model_folder
 from sgpo_async.tasks.base import Problem
-from sgpo_async.tasks.demonstrated import demonstrated
-from sgpo_async.tasks.models import load_tokenizer, model_folder
 from sgpo_async.tasks.prompts import build_prompt
+from sgpo_async.tasks.sft_data import sft_data
 
 COLLECTIVE_S = 1800.0  # a validation or an export, which other ranks wait for
 
@@ -80,7 +80,7 @@ class Examples:
     @classmethod
     def read(cls, run: Run) -> Examples:
         """Tokenise what `run.sft` names. Raises DataError if nothing is left of a part."""
-        problems = demonstrated(run)
+        problems = sft_data(run)
         tokenizer = load_tokenizer(model_folder(run.model.path))
         if tokenizer.eos_token_id is None:
             raise DataError(f"model.path: {run.model.path}: the tokenizer has no end token, with which a response ends")

@@ -26,13 +26,13 @@ from torch.distributed.fsdp import FSDPModule
 from sgpo_async.config.schema import Run
 from sgpo_async.errors import SgpoError
 from sgpo_async.learner.batch import Batch, Responses, from_shard
-from sgpo_async.learner.guides import Guide, HiddenGuide, top_guide
 from sgpo_async.learner.objectives.base import Distillation
 from sgpo_async.learner.optimiser import clip_gradients, learning_rate
 from sgpo_async.learner.packing import MicroBatch, Packed, Tokens, pack, plan
 from sgpo_async.learner.policy import LOCAL_GRADIENT_BYTES, Policy
-from sgpo_async.learner.statistics import Statistics
+from sgpo_async.learner.step_metrics import StepMetrics
 from sgpo_async.learner.teacher import Teacher
+from sgpo_async.learner.teacher_targets import HiddenStateTargets, TeacherTargets, top_k_targets
 from sgpo_async.learner.terms import distillation_term, likelihood_term, policy_gradient_term
 from sgpo_async.wire.records import Shard
 
@@ -77,9 +77,9 @@ class Stepper:
             skip_uniform=self.run.learner.skip_uniform,
         )
 
-    def accumulate(self, batch: Batch) -> Statistics:
+    def accumulate(self, batch: Batch) -> StepMetrics:
         """Leave the gradient of the loss, summed over ranks, in the policy's parameters. A collective of all ranks."""
-        statistics = Statistics(max_lag=self.run.hub.max_lag, device=self._device)
+        statistics = StepMetrics(max_lag=self.run.hub.max_lag, device=self._device)
         statistics.add_batch(batch)
         students, teachers = batch.sequences.students, batch.teachers
         student_plan, teacher_plan = self._plans(students, teachers)
@@ -133,12 +133,12 @@ class Stepper:
         return states
 
     def _loss(
-        self, batch: Batch, order: list[int], packed: Packed, states: dict[int, Tensor], statistics: Statistics
+        self, batch: Batch, order: list[int], packed: Packed, states: dict[int, Tensor], statistics: StepMetrics
     ) -> Tensor:
         """This micro-batch's part of the loss."""
         part, algorithm = batch.sequences.part(order), self.run.algorithm
-        guide = self._guide(part.distillation, [states[i] for i in order if i in states])
-        outputs = self.policy(packed, part.sizes, guide, self.run.rollout.temperature)
+        teacher_targets = self._teacher_targets(part.distillation, [states[i] for i in order if i in states])
+        outputs = self.policy(packed, part.sizes, teacher_targets, self.run.rollout.temperature)
         loss = outputs.log_pi.sum() * 0  # a micro-batch without sequences has a backward pass, too: a collective
         if part.policy_gradient:
             statistics.add(entropy=outputs.entropy, tokens_auto=torch.ones_like(outputs.entropy))
@@ -154,15 +154,15 @@ class Stepper:
             loss = loss + likelihood_term(part.likelihood, outputs.log_text, algorithm=algorithm, statistics=statistics)
         return loss
 
-    def _guide(self, targets: list[Distillation], states: list[Tensor]) -> Guide | None:
+    def _teacher_targets(self, targets: list[Distillation], states: list[Tensor]) -> TeacherTargets | None:
         """Of these targets; None without any."""
         algorithm = self.run.algorithm
         if not targets:
             return None
         if algorithm.teacher == "behaviour":
             rollouts, k = [item.rollout for item in targets], algorithm.top_logprobs_num
-            return top_guide(rollouts, k=k, kind=algorithm.divergence, device=self._device)
-        return HiddenGuide(torch.cat(states), self.teacher.matrix, algorithm.divergence)
+            return top_k_targets(rollouts, k=k, kind=algorithm.divergence, device=self._device)
+        return HiddenStateTargets(torch.cat(states), self.teacher.matrix, algorithm.divergence)
 
     def _synchronise(self, last: bool) -> None:
         """Small models exchange gradients once per step; large ones each time, since whole gradients do not fit."""

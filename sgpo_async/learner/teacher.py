@@ -4,7 +4,7 @@
     ema        after every step   copy <- d copy + (1 - d) policy
     snapshot   after every n-th   copy <- policy
     frozen     never: the weights that the run began with
-    behaviour  no copy: what the engine told as it sampled (`guides.TopGuide`)
+    behaviour  no copy: what the engine told as it sampled (`guides.TopKTargets`)
 
 A copy is sharded like the policy, so it costs 1/ranks of its size on each rank, and besides what FSDP keeps gathered:
 all of a small model, embedding and output matrix of a large one. Every teacher but the last costs one forward without

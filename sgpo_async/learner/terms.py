@@ -13,12 +13,12 @@ from sgpo_async.config.schema import Algorithm
 from sgpo_async.learner.batch import lags
 from sgpo_async.learner.objectives.base import Distillation, Likelihood, PolicyGradient
 from sgpo_async.learner.packing import pad
-from sgpo_async.learner.statistics import Statistics
+from sgpo_async.learner.step_metrics import StepMetrics
 from sgpo_async.wire.records import Rollout
 
 
 def policy_gradient_term(
-    items: Sequence[PolicyGradient], version: int, log_pi: Tensor, *, algorithm: Algorithm, statistics: Statistics
+    items: Sequence[PolicyGradient], version: int, log_pi: Tensor, *, algorithm: Algorithm, statistics: StepMetrics
 ) -> Tensor:
     """sum of weight times the clipped loss (Eq. 1) over these rollouts, from log_pi [A] of all their tokens."""
     rule = algorithm.grpo_correction
@@ -48,7 +48,7 @@ def distillation_term(
     distance: tuple[Tensor, Tensor],
     *,
     algorithm: Algorithm,
-    statistics: Statistics,
+    statistics: StepMetrics,
 ) -> Tensor:
     """sum of weight times L_KD (Eq. 5) over these targets.
 
@@ -73,7 +73,7 @@ def distillation_term(
 
 
 def likelihood_term(
-    items: Sequence[Likelihood], log_pi: Tensor, *, algorithm: Algorithm, statistics: Statistics
+    items: Sequence[Likelihood], log_pi: Tensor, *, algorithm: Algorithm, statistics: StepMetrics
 ) -> Tensor:
     """sum of weight times the plain or LUFFY's likelihood over these texts, from log_pi [C] of all their tokens."""
     _, known = pad([item.student.completion for item in items])

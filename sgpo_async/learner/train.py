@@ -22,24 +22,24 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers.utils import logging
 
 from sgpo_async.config.schema import CHECKPOINTS, Run, require
-from sgpo_async.engines.pretrained import load_model
 from sgpo_async.learner import checkpoint, optimiser
 from sgpo_async.learner.checkpoint import Saved
 from sgpo_async.learner.demonstrations import Demonstrations
-from sgpo_async.learner.folder import export
 from sgpo_async.learner.hub_client import HubClient
 from sgpo_async.learner.mismatch import Alarm, bound_for
 from sgpo_async.learner.policy import Policy, check_model, in_bfloat16, recompute, shard
+from sgpo_async.learner.process_group import join_world
 from sgpo_async.learner.progress import Progress, hub_metrics
 from sgpo_async.learner.publish import Publisher, gather
 from sgpo_async.learner.rounds import forget_rounds, write_round
 from sgpo_async.learner.step import Stepper
 from sgpo_async.learner.teacher import Teacher
-from sgpo_async.learner.world import join_world
 from sgpo_async.metrics import MetricsWriter, read_metrics
 from sgpo_async.metrics.mismatch import excess, mismatch_summary
+from sgpo_async.model.export import export
+from sgpo_async.model.folder import load_tokenizer, model_folder, tokenizer_fingerprint
+from sgpo_async.model.load import load_model
 from sgpo_async.tasks.base import ProblemSource
-from sgpo_async.tasks.models import load_tokenizer, model_folder, tokenizer_fingerprint
 from sgpo_async.tasks.sources import source_of
 from sgpo_async.transport import Dealer, Mailbox
 from sgpo_async.weights import StoreWriter
@@ -230,7 +230,7 @@ def build(run: Run, mesh: DeviceMesh, source: ProblemSource | None = None) -> tu
     shard(policy, mesh, precision=run.learner.precision)
     teacher = Teacher(run.algorithm, _copy(folder, run, mesh) if run.algorithm.copies_teacher else None)
     responses = None
-    if run.algorithm.demonstrated:
+    if run.algorithm.needs_responses:
         responses = Demonstrations(run, source or source_of(run), tokenizer).tokens
     return Stepper(run, policy, optimiser.build(policy, run.optim), teacher, responses), fingerprint
 

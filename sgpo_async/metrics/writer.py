@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sgpo_async.metrics.files import telling, to_json, write_whole
+from sgpo_async.files import telling, to_json, write_whole
 from sgpo_async.metrics.reader import METRICS, SUMMARY, read_metrics
 
 TENSORBOARD = "tensorboard"

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from sgpo_async.report.figures import scientific
 from sgpo_async.report.lag import lag_chart, lag_legend, lag_shares
+from sgpo_async.report.numbers import scientific
 from sgpo_async.report.svg import Series, line_chart
 
 AUTO, GUIDED, THIRD, FOURTH, BOUND = 1, 2, 3, 4, 5  # slots of the palette

@@ -9,7 +9,7 @@ from typing import Any
 
 from sgpo_async.metrics import read_metrics, read_summary
 from sgpo_async.metrics.mismatch import WHERE, mismatch_summary
-from sgpo_async.report.figures import NONE, clock, number, percent, scientific
+from sgpo_async.report.numbers import NONE, clock, number, percent, scientific
 
 
 def closing_rows(folder: str | Path) -> list[tuple[str, str]]:

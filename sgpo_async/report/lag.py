@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sgpo_async.report.figures import percent
+from sgpo_async.report.numbers import percent
 from sgpo_async.report.svg import LEFT, RIGHT, WIDTH, Frame, axes, drawing, tip_columns
 
 CLASSES = 6  # lags 0 to 4 by themselves, and all beyond together

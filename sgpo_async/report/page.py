@@ -11,11 +11,11 @@ import yaml
 
 from sgpo_async.config import Run, to_plain
 from sgpo_async.errors import DataError
+from sgpo_async.files import write_whole
 from sgpo_async.metrics import read_metrics, read_summary
-from sgpo_async.metrics.files import write_whole
 from sgpo_async.report.charts import figures
 from sgpo_async.report.closing import mismatch_alarm, summarise, summary_rows
-from sgpo_async.report.figures import clock, number, percent
+from sgpo_async.report.numbers import clock, number, percent
 from sgpo_async.report.style import STYLE
 
 

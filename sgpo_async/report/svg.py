@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from sgpo_async.report.figures import short
+from sgpo_async.report.numbers import short
 
 WIDTH, HEIGHT = 560, 280
 LEFT, RIGHT, TOP, BOTTOM = 66, 14, 14, 40  # margins around the plotting area

@@ -1,7 +1,7 @@
 """A session connects one inference node to one learner: a Torch RPC world of two processes.
 
       beside the hub                                         on the inference node
-    hub ── LinkProcess ──▶ link (rank 0) ◀── Torch RPC ──▶ node (rank 1) ◀── NodeProcess ── actor
+    hub ── WeightSender ──▶ link (rank 0) ◀── Torch RPC ──▶ node (rank 1) ◀── WeightReceiver ── actor
                               │ reads                          │ writes
                         the learner's store              the actor's local store
 
@@ -12,31 +12,31 @@ are torch-free.
 On another road weights go from the link straight to SGLang servers, by broadcast: see `session.weight_groups`.
 """
 
-from sgpo_async.session.link_process import LinkDown, LinkEvent, LinkProcess, LinkUp
-from sgpo_async.session.node_process import (
-    NodeAnnounced,
+from sgpo_async.session.receiver_process import (
     NodeControl,
-    NodeDown,
-    NodeEvent,
-    NodeProcess,
-    NodeRejected,
-    NodeWeights,
+    ReceiverDown,
+    ReceiverEvent,
+    VersionAnnounced,
+    VersionReceived,
+    VersionRejected,
+    WeightReceiver,
 )
+from sgpo_async.session.sender_process import SenderDown, SenderEvent, SenderUp, WeightSender
 from sgpo_async.session.settings import Deadlines
 from sgpo_async.session.weight_groups import WeightGroups
 
 __all__ = [
     "Deadlines",
-    "LinkDown",
-    "LinkEvent",
-    "LinkProcess",
-    "LinkUp",
-    "NodeAnnounced",
     "NodeControl",
-    "NodeDown",
-    "NodeEvent",
-    "NodeProcess",
-    "NodeRejected",
-    "NodeWeights",
+    "ReceiverDown",
+    "ReceiverEvent",
+    "SenderDown",
+    "SenderEvent",
+    "SenderUp",
+    "VersionAnnounced",
+    "VersionReceived",
+    "VersionRejected",
     "WeightGroups",
+    "WeightReceiver",
+    "WeightSender",
 ]

@@ -5,7 +5,7 @@
 
 They find what they work on in this module, set before the world exists, and return at once. None stands for
 "superseded": an expected answer, not an exception that would be printed on the way. Signs of life are the world's own,
-`session.world.beat`.
+`session.rpc_world.beat`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sgpo_async.session.messages import Announced, Answer, Ask, Control
 from sgpo_async.weights.reader import StoreReader
 
 if TYPE_CHECKING:
-    from sgpo_async.session.desk import Desk
+    from sgpo_async.session.rpc_server import RpcServer
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Callee:
     """What the calls of this process work on."""
 
     store: StoreReader | None = None  # link
-    desk: Desk | None = None  # link
+    server: RpcServer | None = None  # link
     inbox: queue.SimpleQueue[Any] = field(default_factory=queue.SimpleQueue)  # node: of its main thread
 
 
@@ -56,8 +56,8 @@ def bucket(version: int, index: int) -> torch.Tensor | None:
 
 def ask(question: Ask) -> None:
     """Begin with `question`; the answer is a call of its own."""
-    assert callee.desk is not None
-    callee.desk.take(question)
+    assert callee.server is not None
+    callee.server.take(question)
 
 
 def announce(version: int) -> None:

@@ -22,7 +22,7 @@ class Control:
 
 @dataclass
 class Ask:
-    """Something that the actor asks of its link and that may take a while (see `session.desk`)."""
+    """Something that the actor asks of its link and that may take a while (see `session.rpc_server`)."""
 
     id: int
     what: str

@@ -9,7 +9,7 @@ To give a server, once, a group of its own (NAME new each time: SGLang never for
 
 For each version:
 
-    plan(version)                            -> Plan, the same for all servers
+    plan(version)                            -> BroadcastPlan, the same for all servers
     POST /pause_generation, POST /begin_weight_update {}
   ┌ broadcast(NAME, plan)                    both at the same time
   └ for b in plan.broadcasts, one after another:
@@ -23,7 +23,7 @@ and in the end close(NAME), POST /destroy_weights_update_group.
 
 When a future of `join` or `broadcast` fails, rank 0 has left the group already. With gloo this ends the server's own
 wait by an error: its POST answers 400 (then POST /end_weight_update, if begun) and the server holds either the old
-weights or a mixture: out of service until a whole version is loaded, by a new group or after `NodeProcess.pull`. With
+weights or a mixture: out of service until a whole version is loaded, by a new group or after `WeightReceiver.pull`. With
 nccl a server that waits for a dead rank 0 stays in its kernel until its own watchdog ends it: restart it. When
 a POST fails or runs into its deadline instead, close(NAME): the future then fails at once.
 
@@ -42,8 +42,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from sgpo_async.session.questions import Questions
-from sgpo_async.weights.plan import Plan
+from sgpo_async.session.rpc_client import RpcClient
+from sgpo_async.weights.broadcast_plan import BroadcastPlan
 
 Result = TypeVar("Result")
 
@@ -55,7 +55,7 @@ class WeightGroups:
     has been overwritten) or WeightsError; the message names group and phase.
     """
 
-    def __init__(self, questions: Questions, group_s: float) -> None:
+    def __init__(self, questions: RpcClient, group_s: float) -> None:
         """`group_s` seconds for each phase."""
         self._questions, self._seconds = questions, group_s
 
@@ -69,11 +69,11 @@ class WeightGroups:
         """Have rank 0 join; done when the group stands (nccl connects only with the first broadcast)."""
         return self._questions.ask("join", seconds=self._seconds, group=group)
 
-    def plan(self, version: int) -> Future[Plan]:
+    def plan(self, version: int) -> Future[BroadcastPlan]:
         """What the broadcasts of a version consist of."""
-        return self._questions.ask("plan", seconds=self._seconds, read=Plan.from_plain, version=version)
+        return self._questions.ask("plan", seconds=self._seconds, read=BroadcastPlan.from_plain, version=version)
 
-    def broadcast(self, group: str, plan: Plan) -> Future[None]:
+    def broadcast(self, group: str, plan: BroadcastPlan) -> Future[None]:
         """Have rank 0 send the version of `plan`; done when it has sent everything.
 
         Nothing is sent if the version has other tensors than `plan` says (WeightsError).

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sgpo_async.errors import DataError
-from sgpo_async.metrics.files import telling
+from sgpo_async.files import telling
 from sgpo_async.tasks.base import Problem
 
 Record = dict[str, Any]

@@ -40,7 +40,7 @@ class ProblemSource(Protocol):
     verifier: str
     """Name of the verifier in `sgpo_async.tasks.verify.VERIFIERS` that judges completions of this source."""
 
-    demonstrated: bool
+    has_responses: bool
     """Whether any training problem has a response."""
 
     def training(self, position: int) -> Problem:

@@ -13,7 +13,7 @@ class CuesSource:
     """Generated problems; every second held-out one has neighbouring cues that training never shows."""
 
     verifier = "cues"
-    demonstrated = True
+    has_responses = True
 
     def __init__(self, *, seed: int, held_out: int = 400) -> None:
         self._seed = seed

@@ -152,7 +152,7 @@ class FileSource:
     def __init__(self, path: str, *, held_out: int, seed: int) -> None:
         """Raises DataError, as `read_split` does."""
         self._training, self._held_out = read_split(path, held_out=held_out)
-        self.demonstrated = any(problem.response is not None for problem in self._training)
+        self.has_responses = any(problem.response is not None for problem in self._training)
         self._order = lru_cache(maxsize=4)(self._shuffled)
         self._seed = seed
 

@@ -25,7 +25,7 @@ def source_of(run: Run) -> ProblemSource:
     """
     tasks, objective = run.tasks, run.algorithm.objective
     source = open_source(tasks.source, path=tasks.path, held_out=tasks.held_out, seed=run.seed)
-    if run.algorithm.demonstrated and not source.demonstrated:
+    if run.algorithm.needs_responses and not source.has_responses:
         raise DataError(
             f"{tasks.path}: no training problem has a response, on which algorithm.objective={objective} trains; "
             "add the column 'response', or choose sgpo or grpo"

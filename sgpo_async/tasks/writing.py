@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from sgpo_async.metrics.files import telling, write_whole
+from sgpo_async.files import telling, write_whole
 from sgpo_async.tasks.base import Problem
 
 Format = Literal["jsonl", "parquet"]

@@ -3,19 +3,19 @@
 Importing this package does not import torch: only touching a tensor does.
 """
 
+from sgpo_async.weights.broadcast_plan import Broadcast, BroadcastPlan, plan_of
 from sgpo_async.weights.digest import digest
 from sgpo_async.weights.manifest import Bucket, Manifest, TensorEntry
-from sgpo_async.weights.paths import StoreFile
-from sgpo_async.weights.plan import Broadcast, Plan, plan_of
 from sgpo_async.weights.reader import LazyTensors, StoreReader
+from sgpo_async.weights.store_file import StoreFile
 from sgpo_async.weights.writer import StoreWriter
 
 __all__ = [
     "Broadcast",
+    "BroadcastPlan",
     "Bucket",
     "LazyTensors",
     "Manifest",
-    "Plan",
     "StoreFile",
     "StoreReader",
     "StoreWriter",

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sgpo_async.errors import Superseded
-from sgpo_async.weights import layout
-from sgpo_async.weights.layout import Record
+from sgpo_async.weights import store_layout
 from sgpo_async.weights.manifest import Manifest, TensorEntry
+from sgpo_async.weights.store_layout import Record
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +53,7 @@ class StoreReader:
         """Bytes of one bucket, unchecked (see `Manifest.check`). Raises Superseded if `version` is gone."""
         record = self._record(version)
         bucket = self._manifest(record).buckets[index]
-        data = layout.read(self._fd, bucket.nbytes, record.data + bucket.offset)
+        data = store_layout.read(self._fd, bucket.nbytes, record.data + bucket.offset)
         self._still(record)
         return data
 
@@ -65,7 +65,7 @@ class StoreReader:
         record = self._record(version)
         done = 0
         for tensor in tensors:
-            layout.read_into(self._fd, into[done : done + tensor.nbytes], record.data + tensor.offset)
+            store_layout.read_into(self._fd, into[done : done + tensor.nbytes], record.data + tensor.offset)
             done += tensor.nbytes
         self._still(record)
 
@@ -76,7 +76,7 @@ class StoreReader:
         record = self._record(version)
         manifest = self._manifest(record)
         data = torch.empty(manifest.nbytes, dtype=torch.uint8)
-        layout.read_into(self._fd, data.numpy().data, record.data)
+        store_layout.read_into(self._fd, data.numpy().data, record.data)
         self._still(record)
         return {
             t.name: data[t.offset : t.offset + t.nbytes].view(getattr(torch, t.dtype)).reshape(t.shape)
@@ -95,7 +95,7 @@ class StoreReader:
                 self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:
                 return []
-        return layout.read_header(self._fd)[1]
+        return store_layout.read_header(self._fd)[1]
 
     def _record(self, version: int) -> Record:
         for record in self._records():
@@ -115,7 +115,7 @@ class StoreReader:
         return manifest
 
     def _encoded(self, record: Record) -> bytes:
-        data = bytes(layout.read(self._fd, record.manifest_nbytes, record.manifest))
+        data = bytes(store_layout.read(self._fd, record.manifest_nbytes, record.manifest))
         self._still(record)
         return data
 

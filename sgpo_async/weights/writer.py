@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 import xxhash
 
 from sgpo_async.errors import WeightsError
-from sgpo_async.weights import layout
+from sgpo_async.weights import store_layout
 from sgpo_async.weights.digest import combine, dtype_name, tensor_bytes
-from sgpo_async.weights.layout import PAGE, Record
 from sgpo_async.weights.manifest import Bucket, Manifest, TensorEntry, aligned
+from sgpo_async.weights.store_layout import PAGE, Record
 
 if TYPE_CHECKING:
     import torch
@@ -37,14 +37,14 @@ class StoreWriter:
         self.path = str(path)
         self.bucket_bytes = bucket_bytes
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-        with layout.guarded(f"open {path}"):
+        with store_layout.guarded(f"open {path}"):
             self._fd = os.open(self.path, flags, 0o600)
-        self._stride, records = layout.read_header(self._fd)
+        self._stride, records = store_layout.read_header(self._fd)
         self._newest: Manifest | None = None
         self._slot = 0
         if records:
             newest = records[-1]
-            data = layout.read(self._fd, newest.manifest_nbytes, newest.manifest)
+            data = store_layout.read(self._fd, newest.manifest_nbytes, newest.manifest)
             self._newest = Manifest.from_bytes(bytes(data))
             self._slot = 1 - newest.slot
 
@@ -110,18 +110,18 @@ class StoreWriter:
     def _begin(self) -> None:
         if self._newest is None:
             self._stride = 0  # nothing whole is in the file: its slots are laid out anew, the first at PAGE
-        layout.erase_record(self._fd, self._slot)
+        store_layout.erase_record(self._fd, self._slot)
 
     def _finish(self, manifest: Manifest) -> None:
         encoded = manifest.to_bytes()
         if self._newest is None:
-            self._stride = layout.stride_for(manifest.nbytes, len(encoded))
-            layout.write_header(self._fd, self._stride)
+            self._stride = store_layout.stride_for(manifest.nbytes, len(encoded))
+            store_layout.write_header(self._fd, self._stride)
         start = self._start()
         place = start + aligned(manifest.nbytes)
         assert place + len(encoded) <= start + self._stride
-        layout.write(self._fd, encoded, place)
-        layout.write_record(self._fd, Record(self._slot, manifest.version, start, place, len(encoded)))
+        store_layout.write(self._fd, encoded, place)
+        store_layout.write_record(self._fd, Record(self._slot, manifest.version, start, place, len(encoded)))
         self._newest = manifest
         self._slot = 1 - self._slot
 
@@ -164,7 +164,7 @@ class Incoming:
         """Write bucket `index`. Raises WeightsError, and writes nothing, if the checksum does not fit."""
         self._manifest.check(index, data)
         writer = self._writer
-        layout.write(writer._fd, memoryview(data), writer._start() + self._manifest.buckets[index].offset)
+        store_layout.write(writer._fd, memoryview(data), writer._start() + self._manifest.buckets[index].offset)
         self._missing.discard(index)
 
     def commit(self) -> None:
@@ -187,7 +187,7 @@ class _Stream:
         while view:
             begin = len(self._buckets) * self._bucket_bytes
             piece = view[: begin + self._bucket_bytes - self.offset]
-            layout.write(self._fd, piece, self._start + self.offset)
+            store_layout.write(self._fd, piece, self._start + self.offset)
             self._hash.update(piece)
             self.offset += len(piece)
             view = view[len(piece) :]

@@ -21,7 +21,7 @@ from shapes import random_model
 from sgpo_async.config.schema import Engine, Sglang
 from sgpo_async.engines import Generate, Generated, Weights
 from sgpo_async.engines.sglang import SglangEngine
-from sgpo_async.session import LinkProcess, LinkUp, NodeProcess
+from sgpo_async.session import SenderUp, WeightReceiver, WeightSender
 from sgpo_async.weights import StoreFile, StoreReader, StoreWriter, digest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,8 +67,8 @@ class Learner:
         self._file = StoreFile(folder, expected_bytes=sum(tensor.nbytes for tensor in tensors.values()))
         self._writer = StoreWriter(self._file.path)
         self._reader = StoreReader(self._file.path)
-        self._node = NodeProcess("measured", pulls=False)
-        self._link = LinkProcess(self._file.path, "measured", "127.0.0.1", cuda=cuda)
+        self._node = WeightReceiver("measured", pulls=False)
+        self._link = WeightSender(self._file.path, "measured", "127.0.0.1", cuda=cuda)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._poll, daemon=True)
         self._thread.start()
@@ -96,7 +96,7 @@ class Learner:
     def _poll(self) -> None:
         while not self._over.wait(0.01):
             for event in self._link.poll():
-                if isinstance(event, LinkUp):
+                if isinstance(event, SenderUp):
                     self._node.connect("127.0.0.1", event.port)
             self._node.poll()
 
@@ -123,7 +123,7 @@ class Served:
         """Bring all servers to this version, which each verifies by its checksums, and wait for it."""
         self.engine.load(weights)
         deadline = time.monotonic() + PATIENCE_S
-        while not all(place.server and place.server.version == weights.version for place in self.engine.places):
+        while not all(place.server and place.server.version == weights.version for place in self.engine.server_slots):
             assert time.monotonic() < deadline, f"version {weights.version} is not there: {self.engine.news()}"
             time.sleep(0.01)
 

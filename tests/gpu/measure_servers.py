@@ -28,7 +28,7 @@ from gpu_servers import PYTHON, Learner, Served, devices, request, save, visible
 from shapes import SHAPES
 
 from sgpo_async.engines import Generate, Generated
-from sgpo_async.engines.pretrained import load_model
+from sgpo_async.model.load import load_model
 
 UPDATES = 5  # of each transport, the first of which makes the group and is not counted
 # Not torch.cuda.nccl.version(): it tells what torch was built with, and not what it loads.

@@ -40,18 +40,18 @@ from sgpo_async.algorithm import DIVERGENCES, linear_divergence, linear_logprobs
 from sgpo_async.config.schema import Algorithm, Learner, Local, Optim, Run
 from sgpo_async.config.schema import Rollout as Sizes
 from sgpo_async.engines import EmbeddedEngine, Generate, Generated, Weights
-from sgpo_async.engines.pretrained import load_model
 from sgpo_async.errors import SgpoError
 from sgpo_async.learner import optimiser
 from sgpo_async.learner.packing import Tokens, pack, plan
 from sgpo_async.learner.policy import Policy, check_model, recompute, shard
+from sgpo_async.learner.process_group import join_alone
 from sgpo_async.learner.publish import Publisher
 from sgpo_async.learner.step import Stepper
 from sgpo_async.learner.teacher import Teacher
-from sgpo_async.learner.world import join_alone
 from sgpo_async.metrics import read_metrics, read_summary
-from sgpo_async.session import LinkProcess, LinkUp, NodeProcess, NodeWeights
-from sgpo_async.tasks.models import model_folder
+from sgpo_async.model.folder import model_folder
+from sgpo_async.model.load import load_model
+from sgpo_async.session import SenderUp, VersionReceived, WeightReceiver, WeightSender
 from sgpo_async.weights import StoreFile, StoreReader, StoreWriter, digest
 from sgpo_async.wire.records import Rollout, Shard
 
@@ -367,8 +367,8 @@ class Session:
     """Link and node of one actor around a store."""
 
     def __init__(self, store: StoreFile) -> None:
-        self._link = LinkProcess(store.path, "checked", "127.0.0.1")
-        self._node = NodeProcess("checked")
+        self._link = WeightSender(store.path, "checked", "127.0.0.1")
+        self._node = WeightReceiver("checked")
 
     def __enter__(self) -> Session:
         return self
@@ -377,15 +377,15 @@ class Session:
         self._link.stop()
         self._node.stop()
 
-    def wait(self, version: int) -> NodeWeights:
+    def wait(self, version: int) -> VersionReceived:
         """Until this version stands at the node."""
         deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
             for event in self._link.poll():
-                assert isinstance(event, LinkUp), event
+                assert isinstance(event, SenderUp), event
                 self._node.connect("127.0.0.1", event.port)
             for event in self._node.poll():
-                if isinstance(event, NodeWeights) and event.version == version:
+                if isinstance(event, VersionReceived) and event.version == version:
                     return event
             time.sleep(0.002)
         raise AssertionError(f"version {version} did not reach the node within {PATIENCE_S:g} s")

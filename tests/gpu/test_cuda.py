@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from sgpo_async.engines import EmbeddedEngine, Generate, Generated, Weights
-from sgpo_async.engines.pretrained import load_model
 from sgpo_async.metrics import read_metrics
+from sgpo_async.model.folder import load_tokenizer, model_folder
+from sgpo_async.model.load import load_model
 from sgpo_async.tasks.cues import CuesSource
-from sgpo_async.tasks.models import load_tokenizer, model_folder
 from sgpo_async.tasks.prompts import build_prompt
 from sgpo_async.weights import digest
 

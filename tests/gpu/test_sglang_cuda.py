@@ -17,7 +17,7 @@ from gpu_servers import PYTHON, Learner, Served, devices, save, visible
 from measure_servers import mismatch
 from shapes import SHAPES
 
-from sgpo_async.engines.sglang.layout import answered_checksums, compare, expected_checksums
+from sgpo_async.engines.sglang.weight_sync.layout import answered_checksums, compare, expected_checksums
 from sgpo_async.errors import WeightsError
 
 pytestmark = [
@@ -63,7 +63,7 @@ def test_a_gpu_holds_what_was_sent(model: Model, tmp_path: Path, transport: str,
             served.load(learner.publish(version))
             sent = learner.tensors_of(version)
             expected = expected_checksums(sent, config, tp=tp, dtype=torch.bfloat16, device="cuda")
-            answers.append(checksums(served.engine.places[0].url))
+            answers.append(checksums(served.engine.server_slots[0].url))
             compare(expected, answers[-1])
         assert [update.transport for update in served.engine.updates] == [transport] * 3
         with pytest.raises(WeightsError, match="differ from what was sent"):

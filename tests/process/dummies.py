@@ -97,9 +97,9 @@ class Printer:
 
 
 def supervised(folder: Path, behaviours: dict[str, str]) -> int:
-    from sgpo_async.cli.hub_file import claim
-    from sgpo_async.cli.supervisor import supervise
     from sgpo_async.errors import SgpoError
+    from sgpo_async.local.run_folder import claim
+    from sgpo_async.local.supervisor import supervise
 
     print("ready", flush=True)
     try:

@@ -1,6 +1,6 @@
 """Another member of a weight-update group, as a process: does what SGLang's ranks do, and prints what it holds.
 
-    python group_member.py RANK ADDRESS PORT WORLD_SIZE GROUP, then one Plan (JSON) per line on standard input
+    python group_member.py RANK ADDRESS PORT WORLD_SIZE GROUP, then one BroadcastPlan (JSON) per line on standard input
 
 The calls are those of SGLang 0.5.23 (`init_custom_process_group` in srt/utils/common.py, `WeightUpdater` in
 srt/model_executor/model_runner_components/weight_updater.py, `FlattenedTensorBucket` in srt/weight_sync).

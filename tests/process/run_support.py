@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import psutil
 
 from sgpo_async.config import Run, load, to_yaml
-from sgpo_async.session.torchrun import torchrun
-from sgpo_async.tasks.models import model_folder
+from sgpo_async.model.folder import model_folder
+from sgpo_async.processes.torchrun import torchrun
 from sgpo_async.transport import Dealer, Mailbox
 from sgpo_async.wire.records import Status, StatusRequest
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from sgpo_async.bench.worker_learner import Colocated
 from sgpo_async.config import load
-from sgpo_async.learner.world import join_alone
+from sgpo_async.learner.process_group import join_alone
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -14,7 +14,7 @@ import torch
 from run_support import ROOT, RealRun, real_run, until
 from safetensors.torch import load_file, save_file
 
-from sgpo_async.tasks.models import model_folder
+from sgpo_async.model.folder import model_folder
 from sgpo_async.tasks.sources import open_source
 
 pytestmark = pytest.mark.process

@@ -20,7 +20,7 @@ import yaml
 from sgpo_async.config import load
 from sgpo_async.experiments.identity import identity
 from sgpo_async.experiments.trial import Trial
-from sgpo_async.learner.world import join_alone
+from sgpo_async.learner.process_group import join_alone
 
 pytestmark = pytest.mark.process
 

@@ -196,7 +196,7 @@ def test_the_gradient_does_not_depend_on_the_ranks(results: dict[str, Any], name
 def test_no_objective_depends_on_the_ranks(results: dict[str, Any], name: str) -> None:
     run, model = cases.settings(**VARIANTS[name]), cases.tiny_model()
     teacher = cases.tiny_model(seed=1) if run.algorithm.copies_teacher else None
-    responses = cases.demonstrations if run.algorithm.demonstrated else lambda _: None
+    responses = cases.demonstrations if run.algorithm.needs_responses else lambda _: None
     loss = reference_loss(model, cases.groups(seed=4), run, teacher=teacher, responses=responses)
     loss.backward()
     found, gradient = results["objectives"][name]

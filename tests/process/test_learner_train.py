@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sgpo_async.session.torchrun import torchrun
+from sgpo_async.processes.torchrun import torchrun
 from sgpo_async.transport import Router, RouterMailbox
 from sgpo_async.weights import StoreFile, StoreReader
 from sgpo_async.wire.records import (

@@ -63,7 +63,7 @@ def test_an_actor_dies_and_another_comes(tmp_path: Path) -> None:
         until(lambda: run.lines() and run.actor_row("first"), "the first step")
 
         orphans = psutil.Process(first.process.pid).children(recursive=True)
-        assert any("sgpo_async.session.node" in child.cmdline() for child in orphans)
+        assert any("sgpo_async.session.receiver" in child.cmdline() for child in orphans)
         die_with_a_lease(run, "first", psutil.Process(first.process.pid))
         with paused(run.with_words("launch/learner.py", "-u")):
             psutil.wait_procs(orphans, PATIENCE_S)

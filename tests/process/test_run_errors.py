@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from run_support import RealRun, Started, chat_model, real_run, until
 
-from sgpo_async.tasks.models import load_tokenizer, tokenizer_fingerprint
+from sgpo_async.model.folder import load_tokenizer, tokenizer_fingerprint
 from sgpo_async.transport import Dealer, Mailbox, create_keys
 from sgpo_async.wire.records import Hello, Welcome
 

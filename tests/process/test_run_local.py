@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from run_support import chat_model, real_run, until
 
-from sgpo_async.tasks.models import load_tokenizer
+from sgpo_async.model.folder import load_tokenizer
 
 pytestmark = pytest.mark.process
 

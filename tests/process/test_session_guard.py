@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from sgpo_async.session.child import Child
+from sgpo_async.session.parent_side import Child
 from sgpo_async.session.settings import Settings
 
 pytestmark = pytest.mark.process
@@ -36,7 +36,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
         (tmp_path / "odd_child.py").write_text(
             "import os, time\n"
             "from sgpo_async.errors import SessionError\n"
-            "from sgpo_async.session.guard import run_child\n"
+            "from sgpo_async.session.child_side import run_child\n"
             f"def body(settings, guard):\n{lines}\n"
             "run_child('odd', body)\n"
         )
@@ -157,7 +157,7 @@ def test_stop_ends_even_a_stopped_child(start: Start) -> None:
 
 PARENT = """
 import os, select, sys, time
-from sgpo_async.session.child import Child
+from sgpo_async.session.parent_side import Child
 from sgpo_async.session.settings import Settings
 child = Child("odd_child", Settings("a-1", os.getpid()))
 select.select([child], [], [])

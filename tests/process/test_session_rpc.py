@@ -17,21 +17,21 @@ import torch
 
 from sgpo_async.session import (
     Deadlines,
-    LinkDown,
-    LinkProcess,
-    LinkUp,
     NodeControl,
-    NodeDown,
-    NodeProcess,
-    NodeRejected,
-    NodeWeights,
+    ReceiverDown,
+    SenderDown,
+    SenderUp,
+    VersionReceived,
+    VersionRejected,
+    WeightReceiver,
+    WeightSender,
 )
 from sgpo_async.weights import StoreFile, StoreReader, StoreWriter, digest
 
 pytestmark = pytest.mark.process
 
 PATIENCE_S = 120.0
-Handle = LinkProcess | NodeProcess
+Handle = WeightSender | WeightReceiver
 
 
 def wait_for(handle: Handle, kind: type[Any], accept: Callable[[Any], bool] = lambda _: True) -> Any:
@@ -42,7 +42,7 @@ def wait_for(handle: Handle, kind: type[Any], accept: Callable[[Any], bool] = la
         for event in handle.poll():
             if isinstance(event, kind) and accept(event):
                 return event
-            assert not isinstance(event, LinkDown | NodeDown), event
+            assert not isinstance(event, SenderDown | ReceiverDown), event
     raise AssertionError(f"no {kind.__name__} within {PATIENCE_S} s")
 
 
@@ -66,14 +66,14 @@ class Session:
     def __init__(self, deadlines: Deadlines) -> None:
         self.file = StoreFile("/nowhere")
         self.writer = StoreWriter(self.file.path, bucket_bytes=10_000)
-        self.node = NodeProcess("a-1", deadlines=deadlines)
-        self.link = LinkProcess(self.file.path, "a-1", "127.0.0.1", deadlines=deadlines)
+        self.node = WeightReceiver("a-1", deadlines=deadlines)
+        self.link = WeightSender(self.file.path, "a-1", "127.0.0.1", deadlines=deadlines)
 
     def connect(self) -> None:
-        self.node.connect("127.0.0.1", wait_for(self.link, LinkUp).port)
+        self.node.connect("127.0.0.1", wait_for(self.link, SenderUp).port)
 
-    def arrives(self, version: int) -> NodeWeights:
-        event = wait_for(self.node, NodeWeights, lambda e: e.version >= version)
+    def arrives(self, version: int) -> VersionReceived:
+        event = wait_for(self.node, VersionReceived, lambda e: e.version >= version)
         assert event.version == version
         found = StoreReader(event.path).tensors(version)
         assert digest(found.items()) == event.digest == digest(model(version))
@@ -109,7 +109,7 @@ def test_versions_arrive_whole_and_words_are_passed_on(make: Callable[..., Sessi
         assert event.published_at == published.published_at
     for version in range(8, 40):  # faster than they can be pulled
         session.writer.publish(version, model(version))
-    wait_for(session.node, NodeWeights, lambda e: e.version == 39)
+    wait_for(session.node, VersionReceived, lambda e: e.version == 39)
     session.link.control("drain")
     assert wait_for(session.node, NodeControl) == NodeControl("drain")
     assert listening(session.link.pid) == {"127.0.0.1"}
@@ -127,7 +127,7 @@ def test_a_damaged_version_is_rejected_and_the_next_one_arrives(make: Callable[.
         store.seek(newest + manifest.buckets[2].offset)
         store.write(b"\xff")
     session.connect()
-    rejected = wait_for(session.node, NodeRejected)
+    rejected = wait_for(session.node, VersionRejected)
     assert rejected.version == 1
     assert "bucket 2 does not fit its checksum" in rejected.reason
     session.writer.publish(2, model(2))
@@ -144,16 +144,16 @@ def test_a_killed_peer_ends_the_session_with_a_reason(make: Callable[..., Sessio
     assert reader.version() == 0
     if victim == "node":
         os.kill(session.node.pid, signal.SIGKILL)
-        assert "a-1" in (reason := wait_for(session.link, LinkDown).reason)
+        assert "a-1" in (reason := wait_for(session.link, SenderDown).reason)
         assert "the node is gone" in reason
-        assert "SIGKILL" in wait_for(session.node, NodeDown).reason
+        assert "SIGKILL" in wait_for(session.node, ReceiverDown).reason
         assert not Path(event.path).exists()
         assert digest(reader.tensors(0).items()) == event.digest  # who holds it keeps it
     else:
         os.kill(session.link.pid, signal.SIGKILL)
-        assert "a-1" in (reason := wait_for(session.node, NodeDown).reason)
+        assert "a-1" in (reason := wait_for(session.node, ReceiverDown).reason)
         assert "the link is gone" in reason
-        assert "SIGKILL" in wait_for(session.link, LinkDown).reason
+        assert "SIGKILL" in wait_for(session.link, SenderDown).reason
 
 
 @pytest.mark.parametrize("victim", ["link", "node"])
@@ -164,10 +164,10 @@ def test_a_stopped_peer_is_given_up_by_the_deadline(make: Callable[..., Session]
     session.arrives(0)
     if victim == "node":
         os.kill(session.node.pid, signal.SIGSTOP)
-        assert "the node gave no answer within" in wait_for(session.link, LinkDown).reason
+        assert "the node gave no answer within" in wait_for(session.link, SenderDown).reason
     else:
         os.kill(session.link.pid, signal.SIGSTOP)
-        assert "the link gave no answer within" in wait_for(session.node, NodeDown).reason
+        assert "the link gave no answer within" in wait_for(session.node, ReceiverDown).reason
 
 
 def test_nobody_comes_to_the_rendezvous(make: Callable[..., Session]) -> None:
@@ -176,25 +176,25 @@ def test_nobody_comes_to_the_rendezvous(make: Callable[..., Session]) -> None:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         session.node.connect("127.0.0.1", silent.getsockname()[1])
-        wait_for(session.link, LinkUp)
-        assert "link of a-1: rendezvous with the node" in wait_for(session.link, LinkDown).reason
-        assert "node of a-1: rendezvous with the link at 127.0.0.1" in wait_for(session.node, NodeDown).reason
+        wait_for(session.link, SenderUp)
+        assert "link of a-1: rendezvous with the node" in wait_for(session.link, SenderDown).reason
+        assert "node of a-1: rendezvous with the link at 127.0.0.1" in wait_for(session.node, ReceiverDown).reason
 
 
 def test_a_host_that_is_not_ours_is_named() -> None:
-    link = LinkProcess("/nowhere", "a-1", "no-such-host.invalid")
+    link = WeightSender("/nowhere", "a-1", "no-such-host.invalid")
     try:
-        assert "no-such-host.invalid" in wait_for(link, LinkDown).reason
+        assert "no-such-host.invalid" in wait_for(link, SenderDown).reason
     finally:
         link.stop()
 
 
 PARENT = """
 import select, time
-from sgpo_async.session import LinkProcess, NodeProcess
-link = LinkProcess("/nowhere", "a-1", "127.0.0.1")
-lonely = LinkProcess("/nowhere", "a-2", "127.0.0.1")  # stays inside its rendezvous
-node = NodeProcess("a-1")
+from sgpo_async.session import WeightSender, WeightReceiver
+link = WeightSender("/nowhere", "a-1", "127.0.0.1")
+lonely = WeightSender("/nowhere", "a-2", "127.0.0.1")  # stays inside its rendezvous
+node = WeightReceiver("a-1")
 def wait(handle):
     select.select([handle], [], [])
     return handle.poll()[0]

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sgpo_async.cli.processes import ROOT
-from sgpo_async.session.torchrun import torchrun
+from sgpo_async.local.children import ROOT
+from sgpo_async.processes.torchrun import torchrun
 
 pytestmark = pytest.mark.process
 

@@ -19,11 +19,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from sgpo_async.engines.sglang.launch import CPU_LAUNCHER, STAND_INS
+from sgpo_async.engines.sglang.processes.launch import CPU_LAUNCHER, STAND_INS
 from sgpo_async.errors import SessionError
-from sgpo_async.session import Deadlines, LinkProcess, LinkUp, NodeProcess
-from sgpo_async.tasks.models import model_folder
-from sgpo_async.weights import Plan, StoreFile, StoreWriter
+from sgpo_async.model.folder import model_folder
+from sgpo_async.session import Deadlines, SenderUp, WeightReceiver, WeightSender
+from sgpo_async.weights import BroadcastPlan, StoreFile, StoreWriter
 
 pytestmark = [pytest.mark.sglang, pytest.mark.process]
 
@@ -107,8 +107,8 @@ class Session:
     def __init__(self) -> None:
         self.file = StoreFile("/nowhere")
         self.writer = StoreWriter(self.file.path)
-        self.node = NodeProcess("a-1", pulls=False, deadlines=Deadlines(group_s=PHASE_S))
-        self.link = LinkProcess(self.file.path, "a-1", "127.0.0.1")
+        self.node = WeightReceiver("a-1", pulls=False, deadlines=Deadlines(group_s=PHASE_S))
+        self.link = WeightSender(self.file.path, "a-1", "127.0.0.1")
         self.groups = self.node.groups
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._poll)
@@ -124,7 +124,7 @@ class Session:
     def _poll(self) -> None:
         while not self._over.wait(0.02):
             for event in self.link.poll():
-                if isinstance(event, LinkUp):
+                if isinstance(event, SenderUp):
                     self.node.connect("127.0.0.1", event.port)
             self.node.poll()
 
@@ -175,7 +175,7 @@ def form(session: Session, server: Server, group: str, aside: Callable[..., Futu
     joining.result(PATIENCE_S)
 
 
-def post_plan(server: Server, group: str, plan: Plan) -> None:
+def post_plan(server: Server, group: str, plan: BroadcastPlan) -> None:
     for broadcast in plan.broadcasts:
         server.post(
             "update_weights_from_distributed",
@@ -186,7 +186,7 @@ def post_plan(server: Server, group: str, plan: Plan) -> None:
         )
 
 
-def update(session: Session, server: Server, group: str, plan: Plan) -> None:
+def update(session: Session, server: Server, group: str, plan: BroadcastPlan) -> None:
     server.post("begin_weight_update")
     sending = session.groups.broadcast(group, plan)
     post_plan(server, group, plan)

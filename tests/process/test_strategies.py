@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from sgpo_async.cli.main import main
-from sgpo_async.cli.processes import ROOT
+from sgpo_async.local.children import ROOT
 from sgpo_async.tasks.files import read_problems
 from sgpo_async.tasks.sources import open_source
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from sgpo_async.config.schema import Engine, Sglang
-from sgpo_async.engines.sglang.texts import TextServer, text_server
+from sgpo_async.engines.sglang.serving.texts import TextServer, text_server
 from sgpo_async.errors import DataError, EngineError, SgpoError
 
 pytestmark = pytest.mark.process

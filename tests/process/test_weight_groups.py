@@ -22,8 +22,16 @@ import pytest
 import torch
 
 from sgpo_async.errors import SessionError, Superseded, WeightsError
-from sgpo_async.session import Deadlines, LinkDown, LinkProcess, LinkUp, NodeAnnounced, NodeDown, NodeProcess
-from sgpo_async.weights import Plan, StoreFile, StoreReader, StoreWriter, digest
+from sgpo_async.session import (
+    Deadlines,
+    ReceiverDown,
+    SenderDown,
+    SenderUp,
+    VersionAnnounced,
+    WeightReceiver,
+    WeightSender,
+)
+from sgpo_async.weights import BroadcastPlan, StoreFile, StoreReader, StoreWriter, digest
 
 pytestmark = pytest.mark.process
 
@@ -104,8 +112,8 @@ class Session:
         self.file = StoreFile("/nowhere")
         self.writer = StoreWriter(self.file.path)
         self.manifest = self.writer.publish(0, tensors)
-        self.node = NodeProcess("a-1", pulls=False, deadlines=deadlines)
-        self.link = LinkProcess(self.file.path, "a-1", "127.0.0.1")
+        self.node = WeightReceiver("a-1", pulls=False, deadlines=deadlines)
+        self.link = WeightSender(self.file.path, "a-1", "127.0.0.1")
         self.members: list[Member] = []
         self.events: list[Any] = []
         self.groups = self.node.groups
@@ -115,14 +123,14 @@ class Session:
         while time.monotonic() < deadline:
             select.select([self.link], [], [], PATIENCE_S)
             for event in self.link.poll():
-                assert isinstance(event, LinkUp), event
+                assert isinstance(event, SenderUp), event
                 self.node.connect("127.0.0.1", event.port)
                 return
 
     def poll(self, seconds: float = 0.02) -> None:
         select.select([self.node], [], [], seconds)
         self.events += self.node.poll()
-        assert not [e for e in self.link.poll() if isinstance(e, LinkDown)]
+        assert not [e for e in self.link.poll() if isinstance(e, SenderDown)]
 
     def until(self, done: Callable[[], bool], seconds: float = PATIENCE_S) -> None:
         deadline = time.monotonic() + seconds
@@ -134,11 +142,11 @@ class Session:
         self.until(future.done, seconds)
         return future.result()
 
-    def announced(self, version: int) -> NodeAnnounced:
+    def announced(self, version: int) -> VersionAnnounced:
         found = []
 
         def there() -> bool:
-            found[:] = [e for e in self.events if isinstance(e, NodeAnnounced) and e.version == version]
+            found[:] = [e for e in self.events if isinstance(e, VersionAnnounced) and e.version == version]
             return bool(found)
 
         self.until(there)
@@ -176,7 +184,7 @@ class Session:
         self.file.close()
 
 
-def received(member: Member, plan: Plan) -> str:
+def received(member: Member, plan: BroadcastPlan) -> str:
     for broadcast in plan.broadcasts:
         assert member.line() == " ".join(("received", *broadcast.names))
     word, value = member.line().split()
@@ -260,7 +268,7 @@ def test_the_other_rank_is_freed_when_one_stops_during_the_broadcast(start: Call
     first, second = session.joined("g", ranks=2)
     plan = session.result(session.groups.plan(0))
     first.say(json.dumps(plan.to_plain()))
-    second.say(json.dumps(Plan(plan.version, plan.digest, plan.broadcasts[:1]).to_plain()))
+    second.say(json.dumps(BroadcastPlan(plan.version, plan.digest, plan.broadcasts[:1]).to_plain()))
     future = session.groups.broadcast("g", plan)
     assert second.line() == "received part0 odd0"
     second.signal(signal.SIGSTOP)
@@ -279,7 +287,7 @@ def test_a_member_is_lost_during_the_broadcast(start: Callable[..., Session], nu
     (other,) = session.joined("other")
     plan = session.result(session.groups.plan(0))
     assert len(plan.broadcasts) > 2
-    some = Plan(plan.version, plan.digest, plan.broadcasts[:1])  # it reads the first broadcast and no more
+    some = BroadcastPlan(plan.version, plan.digest, plan.broadcasts[:1])  # it reads the first broadcast and no more
     member.say(json.dumps(some.to_plain()))
     future = session.groups.broadcast("g", plan)
     assert member.line() == "received part0 odd0"
@@ -299,7 +307,7 @@ def test_a_member_is_freed_when_rank_0_stops_sending(start: Callable[..., Sessio
     (member,) = session.joined("g")
     plan = session.result(session.groups.plan(0))
     member.say(json.dumps(plan.to_plain()))
-    other = Plan(0, "0" * 32, plan.broadcasts)
+    other = BroadcastPlan(0, "0" * 32, plan.broadcasts)
     with pytest.raises(WeightsError, match="group g: broadcast: weights version 0 has other tensors"):
         session.result(session.groups.broadcast("g", other))
     assert member.line().startswith("failed ")  # without a byte of it
@@ -334,12 +342,12 @@ def test_a_version_that_goes_during_its_broadcast_is_not_mixed(start: Callable[.
     session = start(large(0))
     (member,) = session.joined("g")
     plan = session.result(session.groups.plan(0))
-    member.say(json.dumps(Plan(plan.version, plan.digest, plan.broadcasts[:1]).to_plain()))
+    member.say(json.dumps(BroadcastPlan(plan.version, plan.digest, plan.broadcasts[:1]).to_plain()))
     future = session.groups.broadcast("g", plan)
     assert member.line() == "received part0 odd0"
     for version in (1, 2):  # rank 0 has read one broadcast ahead, and waits for the member
         session.writer.publish(version, large(version))
-    member.say(json.dumps(Plan(plan.version, plan.digest, plan.broadcasts[1:]).to_plain()))
+    member.say(json.dumps(BroadcastPlan(plan.version, plan.digest, plan.broadcasts[1:]).to_plain()))
     with pytest.raises(Superseded, match="group g: broadcast: weights version 0"):
         session.result(future)
     while not (line := member.line()).startswith("failed "):
@@ -364,7 +372,7 @@ def test_the_link_computes_and_the_node_pulls_on_demand(start: Callable[..., Ses
         assert digest(StoreReader(path).tensors(1).items()) == digest(model(1))
     with pytest.raises(Superseded, match="the newest is 1"):
         session.result(session.node.pull(0))
-    assert [type(e) for e in session.events] == [NodeAnnounced] * len(session.events)
+    assert [type(e) for e in session.events] == [VersionAnnounced] * len(session.events)
 
 
 def test_futures_end_with_the_session(start: Callable[..., Session]) -> None:
@@ -379,7 +387,7 @@ def test_futures_end_with_the_session(start: Callable[..., Session]) -> None:
         time.sleep(0.02)
     with pytest.raises(SessionError, match="g: join: node of a-1"):
         waiting.result(0)
-    assert isinstance(session.events[-1], NodeDown)
+    assert isinstance(session.events[-1], ReceiverDown)
     with pytest.raises(SessionError, match="the link is gone"):
         session.groups.plan(0).result(0)
     assert wait([session.groups.join("g")], PATIENCE_S).not_done == set()

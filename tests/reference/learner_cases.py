@@ -76,7 +76,7 @@ def stepper(run: Run, model: PreTrainedModel, teacher: PreTrainedModel | None = 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     policy = shard(Policy(model), mesh, precision="float32")
     frozen = shard(Policy(teacher).requires_grad_(False), mesh, precision="float32") if teacher else None
-    responses = demonstrations if run.algorithm.demonstrated else None
+    responses = demonstrations if run.algorithm.needs_responses else None
     return Stepper(run, policy, optimiser.build(policy, run.optim), Teacher(run.algorithm, frozen), responses)
 
 

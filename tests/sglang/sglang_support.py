@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qw
 from sgpo_async.config.schema import Engine, Sglang
 from sgpo_async.engines import Generate, Generated, Score, Scored, Weights
 from sgpo_async.engines.sglang import SglangEngine
-from sgpo_async.engines.sglang.launch import Launch
-from sgpo_async.engines.sglang.process import ServerProcess
+from sgpo_async.engines.sglang.processes.launch import Launch
+from sgpo_async.engines.sglang.processes.process import ServerProcess
 from sgpo_async.weights import digest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,7 +87,7 @@ class Servers:
 
     def versions(self) -> set[int | None]:
         """What the places hold that are in service."""
-        servers = [place.server for place in self.engine.places]
+        servers = [place.server for place in self.engine.server_slots]
         return {server.version if server is not None and server.open else None for server in servers}
 
     def until(self, look: Callable[[], Any], what: str, *, seconds: float = PATIENCE_S) -> None:
@@ -110,7 +110,7 @@ class Servers:
 
     def processes(self, place: int) -> list[psutil.Process]:
         """Keeper, server, scheduler and whatever else one server consists of."""
-        process = self.engine.places[place].process
+        process = self.engine.server_slots[place].process
         assert process is not None
         keeper = psutil.Process(process.group)
         return [keeper, *keeper.children(recursive=True)]

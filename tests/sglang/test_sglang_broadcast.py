@@ -12,7 +12,7 @@ from sglang_support import Servers, ask, assert_teacher_forced, loaded, version_
 from test_sglang_groups import Session
 
 from sgpo_async.engines import Weights
-from sgpo_async.engines.sglang.api import ServerApi
+from sgpo_async.engines.sglang.processes.api import ServerApi
 
 pytestmark = [pytest.mark.sglang, pytest.mark.process]
 REQUESTS = 32
@@ -80,7 +80,7 @@ def test_a_server_dies_in_a_broadcast(broadcasting: Broadcasting, phase: str, mo
     servers, call, killed = broadcasting.servers, ServerApi._call, []
 
     async def deadly(api: ServerApi, method: str, path: str, body: Any, timeout_s: float, *rest: Any) -> Any:
-        if path == phase and api.url == servers.engine.places[0].url and not killed:
+        if path == phase and api.url == servers.engine.server_slots[0].url and not killed:
             killed.append(path)
             servers.kill(0)
         return await call(api, method, path, body, timeout_s, *rest)

@@ -1,4 +1,4 @@
-"""The checksums that real SGLang servers answer, against those that `engines.sglang.layout` expects."""
+"""The checksums that real SGLang servers answer, against those that `engines.sglang.weight_sync.layout` expects."""
 
 import base64
 import json
@@ -24,10 +24,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from sgpo_async.engines.sglang import layout
-from sgpo_async.engines.sglang.launch import CPU_LAUNCHER, STAND_INS
-from sgpo_async.engines.sglang.layout import answered_checksums, compare, expected_checksums
-from sgpo_async.engines.sglang.tensor_hash import cpu_hash
+from sgpo_async.engines.sglang.processes.launch import CPU_LAUNCHER, STAND_INS
+from sgpo_async.engines.sglang.weight_sync import layout
+from sgpo_async.engines.sglang.weight_sync.layout import answered_checksums, compare, expected_checksums
+from sgpo_async.engines.sglang.weight_sync.tensor_hash import cpu_hash
 from sgpo_async.errors import WeightsError
 
 ROOT = Path(__file__).parents[2]

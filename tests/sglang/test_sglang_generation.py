@@ -33,14 +33,14 @@ def assert_greedy(url: str, model: object) -> None:
 
 def test_greedy_equals_transformers_qwen3(pair: Servers, models: dict[str, Path]) -> None:
     pair.load(models["qwen3"], 0)
-    assert_greedy(pair.engine.places[0].url, loaded(models["qwen3"]))
+    assert_greedy(pair.engine.server_slots[0].url, loaded(models["qwen3"]))
 
 
 def test_greedy_equals_transformers_qwen2(models: dict[str, Path], tmp_path: Path) -> None:
     """Qwen2 has biases, and here tied embeddings; the weights come by an update, not from the folder."""
     with Servers(models["qwen2-other"], tmp_path) as servers:
         servers.load(models["qwen2"], 3)
-        assert_greedy(servers.engine.places[0].url, loaded(models["qwen2"]))
+        assert_greedy(servers.engine.server_slots[0].url, loaded(models["qwen2"]))
         requests = [ask(i, length=4 + i, seed=i) for i in range(8)]
         for request in requests:
             servers.engine.submit(request)

@@ -14,8 +14,8 @@ import pytest
 from sglang_support import Servers, ask, assert_teacher_forced, loaded, version_of
 
 from sgpo_async.engines.base import Failed
-from sgpo_async.engines.sglang.api import ServerApi
-from sgpo_async.engines.sglang.fleet import Fleet
+from sgpo_async.engines.sglang.processes.api import ServerApi
+from sgpo_async.engines.sglang.serving.fleet import Fleet
 from sgpo_async.errors import EngineError
 
 pytestmark = [pytest.mark.sglang, pytest.mark.process]
@@ -58,7 +58,7 @@ def run_all(servers: Servers) -> list[Any]:
 def test_kill_during_generation(victims: Servers, models: dict[str, Path], whom: str) -> None:
     """Tokens that had arrived are kept; the dead server's sequences go on elsewhere; it comes back by itself."""
     requests = run_all(victims)
-    first = victims.engine.places[0]
+    first = victims.engine.server_slots[0]
     lost = first.process
     assert lost is not None and first.server is not None
     victims.until(lambda: any(len(r.item.tokens) > 20 for r in first.server.running.values()), "tokens to keep")  # type: ignore[union-attr]
@@ -81,7 +81,7 @@ def test_kill_in_each_phase_of_an_update(
     call, killed = ServerApi._call, []
 
     async def deadly(api: ServerApi, method: str, path: str, body: Any, timeout_s: float, *rest: Any) -> Any:
-        if path == phase and api.url == victims.engine.places[0].url and not killed:
+        if path == phase and api.url == victims.engine.server_slots[0].url and not killed:
             killed.append(path)
             under_way = asyncio.create_task(call(api, method, path, body, timeout_s)) if after_s else None
             await asyncio.sleep(after_s)
@@ -91,14 +91,14 @@ def test_kill_in_each_phase_of_an_update(
         return await call(api, method, path, body, timeout_s, *rest)
 
     requests = run_all(victims)
-    lost = victims.engine.places[0].process
+    lost = victims.engine.server_slots[0].process
     monkeypatch.setattr(ServerApi, "_call", deadly)
     victims.engine.load(version_of(models["qwen3-other"], 1))
     results = victims.results(REQUESTS)
     victims.until(lambda: killed, "the phase: on a busy machine the other server may be done with everything before")
     assert_teacher_forced({0: loaded(models["qwen3"]), 1: loaded(models["qwen3-other"])}, requests, results)
     victims.until(lambda: victims.versions() == {1}, "version 1 on both")
-    assert victims.engine.places[0].process is not lost
+    assert victims.engine.server_slots[0].process is not lost
 
 
 def test_a_request_that_kills_servers_is_failed_and_its_neighbours_finish(
@@ -146,7 +146,7 @@ def test_servers_do_not_outlive_their_actor(models: dict[str, Path], tmp_path: P
     servers = Servers(models["qwen3"], tmp_path)
     with servers:
         members = servers.processes(0)
-        process = servers.engine.places[0].process
+        process = servers.engine.server_slots[0].process
         assert process is not None and process._keeper.stdin is not None
         process._keeper.stdin.close()
         _, alive = psutil.wait_procs(members, timeout=120)

@@ -9,8 +9,8 @@ import pytest
 from run_support import RealRun, assert_all_trained, real_run, until
 from sglang_support import PYTHON, start
 
-from sgpo_async.engines.sglang.launch import CPU_LAUNCHER
-from sgpo_async.tasks.models import model_folder
+from sgpo_async.engines.sglang.processes.launch import CPU_LAUNCHER
+from sgpo_async.model.folder import model_folder
 
 pytestmark = [pytest.mark.sglang, pytest.mark.process]
 STEPS = 12

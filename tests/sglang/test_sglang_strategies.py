@@ -27,10 +27,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from sgpo_async.cli.main import main
-from sgpo_async.cli.processes import ROOT
 from sgpo_async.config.schema import Engine, Sglang
-from sgpo_async.engines.sglang.launch import CPU_LAUNCHER
-from sgpo_async.engines.sglang.texts import text_server
+from sgpo_async.engines.sglang.processes.launch import CPU_LAUNCHER
+from sgpo_async.engines.sglang.serving.texts import text_server
+from sgpo_async.local.children import ROOT
 from sgpo_async.strategies import Endpoint, Server
 from sgpo_async.strategies.prompts import Prompt
 from sgpo_async.tasks.files import read_problems

@@ -30,9 +30,9 @@ from sglang_support import (
     version_of,
 )
 
-from sgpo_async.engines.sglang.api import ServerApi
-from sgpo_async.engines.sglang.process import ServerProcess
-from sgpo_async.engines.sglang.transports import TensorTransport
+from sgpo_async.engines.sglang.processes.api import ServerApi
+from sgpo_async.engines.sglang.processes.process import ServerProcess
+from sgpo_async.engines.sglang.weight_sync.transports import TensorTransport
 from sgpo_async.errors import EngineError
 
 pytestmark = [pytest.mark.sglang, pytest.mark.process]
@@ -214,7 +214,7 @@ def test_one_thread_per_server(models: dict[str, Path]) -> None:
 def test_aborts_match_by_prefix(raw: ServerProcess, models: dict[str, Path], pair: Servers) -> None:
     """SGLang aborts every request whose id begins with the one it is given: ours have one length."""
     pair.load(models["qwen3"], 0)
-    server = pair.engine.places[0].server
+    server = pair.engine.server_slots[0].server
     assert server is not None
     ids = [server.next_rid() for _ in range(2000)]
     assert len({len(rid) for rid in ids}) == 1 and len(set(ids)) == 2000

@@ -13,7 +13,7 @@ import torch
 from sglang_support import Servers, ask, assert_teacher_forced, given, loaded, logprobs, version_of
 
 from sgpo_async.engines import Weights
-from sgpo_async.engines.sglang.transports import TensorTransport
+from sgpo_async.engines.sglang.weight_sync.transports import TensorTransport
 from sgpo_async.errors import Superseded
 from sgpo_async.weights import digest
 
@@ -36,7 +36,7 @@ def interrupted(servers: Servers, new: Path, *, count: int = 32, tokens: int = T
 
 def _streamed(servers: Servers) -> int:
     """Tokens that running generations have by now."""
-    running = [r for place in servers.engine.places if place.server for r in list(place.server.running.values())]
+    running = [r for place in servers.engine.server_slots if place.server for r in list(place.server.running.values())]
     return sum(len(r.item.tokens) for r in running)
 
 

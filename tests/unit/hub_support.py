@@ -10,7 +10,7 @@ import numpy as np
 
 from sgpo_async.config.schema import Evaluation, Hub, Learner, Local, Rollout, Run
 from sgpo_async.hub import HubCore
-from sgpo_async.hub.events import CloseLink, Effect, Event, LinkUp, OpenLink, Received, Send, Shutdown, Tick
+from sgpo_async.hub.events import CloseSender, Effect, Event, OpenSender, Received, Send, SenderUp, Shutdown, Tick
 from sgpo_async.tasks.base import Problem
 from sgpo_async.tasks.benchmarks import Benchmark
 from sgpo_async.wire import records as wire
@@ -118,8 +118,8 @@ class Driver:
     def actor(self, member: bytes, *, credit: int = 0, version: int = 0) -> None:
         """Join an actor that serves `version`."""
         effects = self.send(member, wire.Hello(role="actor", name=member.decode()))
-        assert OpenLink(member, member.decode()) in effects
-        self.handle(LinkUp(member, "127.0.0.1", 4000))
+        assert OpenSender(member, member.decode()) in effects
+        self.handle(SenderUp(member, "127.0.0.1", 4000))
         self.send(member, wire.Ready(tasks=credit, version=version))
 
     def learner(self, *, ranks: int = 1, publish: bool = True) -> None:
@@ -153,7 +153,7 @@ class Driver:
 
     @property
     def links_closed(self) -> list[bytes]:
-        return [effect.member for effect in self.effects if isinstance(effect, CloseLink)]
+        return [effect.member for effect in self.effects if isinstance(effect, CloseSender)]
 
 
 def train_one_step(driver: Driver, *, step: int = 0) -> wire.Committed:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from sgpo_async.engines.base import Generate, Weights
-from sgpo_async.engines.sglang.api import Json, ServerGone
-from sgpo_async.engines.sglang.partial import Partial
-from sgpo_async.engines.sglang.server import Server
+from sgpo_async.engines.sglang.processes.api import Json, ServerGone
+from sgpo_async.engines.sglang.serving.partial import Partial
+from sgpo_async.engines.sglang.serving.server import Server
 
 TOKENS = 6
 SLOTS = 4

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sgpo_async.actor.group import Group, rollout_seed
 from sgpo_async.engines.base import Generate, Generated, Score, Scored
+from sgpo_async.rollout.group import RolloutGroup, rollout_seed
 from sgpo_async.wire.records import Lease, Purpose, Rollout
 
 PLAIN, GUIDED = np.array([1, 2], np.int32), np.array([7, 1, 2], np.int32)
@@ -16,7 +16,7 @@ PLAIN, GUIDED = np.array([1, 2], np.int32), np.array([7, 1, 2], np.int32)
 
 def make_group(
     autonomous: int = 2, guided: int = 2, purpose: Purpose = "train", top_p: float = 1.0, top_logprobs_num: int = 0
-) -> Group:
+) -> RolloutGroup:
     lease = Lease(
         task=4,
         attempt=1,
@@ -34,7 +34,7 @@ def make_group(
         max_new_tokens=5,
         top_logprobs_num=top_logprobs_num,
     )
-    return Group(lease, plain=PLAIN, guided=GUIDED if guided else None)
+    return RolloutGroup(lease, plain=PLAIN, guided=GUIDED if guided else None)
 
 
 def answer(request: Generate) -> Generated:

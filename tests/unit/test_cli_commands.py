@@ -32,7 +32,7 @@ def sgpo(*words: str) -> subprocess.CompletedProcess[str]:
     [
         "cli.main",
         "cli.local",
-        "cli.show",
+        "local.show",
         "cli.learner",
         "cli.doctor",
         "cli.evaluate",

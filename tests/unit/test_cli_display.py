@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 from synthetic_metrics import synthetic_lines
 
-from sgpo_async.cli.display import Lines, View, line
-from sgpo_async.cli.live import render, sparkline
+from sgpo_async.local.display import Lines, View, line
+from sgpo_async.local.live import render, sparkline
 
 
 def status_at(step: int) -> dict[str, Any]:

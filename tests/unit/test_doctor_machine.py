@@ -18,10 +18,10 @@ from sgpo_async.cli import machine
 from sgpo_async.cli.doctor import closing, render
 from sgpo_async.cli.main import main
 from sgpo_async.config import Run, load
-from sgpo_async.engines.sglang.model import ModelFacts, model_facts
 from sgpo_async.engines.sglang.preflight import CheckDoubtful, CheckFailed, Finding
+from sgpo_async.engines.sglang.weight_sync.model_facts import ModelFacts, model_facts
 from sgpo_async.errors import DataError, EngineError
-from sgpo_async.tasks.models import model_folder
+from sgpo_async.model.folder import model_folder
 from sgpo_async.weights import digest
 
 ROOT = Path(__file__).resolve().parents[2]

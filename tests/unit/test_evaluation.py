@@ -13,7 +13,7 @@ from sgpo_async.cli.evaluation_tables import comparison, summary
 from sgpo_async.config import Run
 from sgpo_async.errors import ConfigError, DataError
 from sgpo_async.evaluation.compare import compare_folders
-from sgpo_async.evaluation.plan import Plan
+from sgpo_async.evaluation.evaluation_plan import EvaluationPlan
 from sgpo_async.evaluation.results import Results
 from sgpo_async.metrics.problems import ProblemResult, summarise
 from sgpo_async.tasks.base import Problem
@@ -32,10 +32,12 @@ def result(id: str, correct: Sequence[int], *, tokens: int = 10, finish: str = "
     )
 
 
-def plan(samples: int = 4, *, guided: bool = False, temperature: float = 0.6, strategy: str | None = "s") -> Plan:
+def plan(
+    samples: int = 4, *, guided: bool = False, temperature: float = 0.6, strategy: str | None = "s"
+) -> EvaluationPlan:
     problems = [Problem(id=str(i), problem=f"{i}?", answer=str(i), strategy=strategy) for i in range(3)]
     benchmark = Benchmark(name="sums", problems=problems, samples=samples)
-    return Plan(run=Run(), benchmarks=[benchmark], temperature=temperature, top_p=0.95, guided=guided)
+    return EvaluationPlan(run=Run(), benchmarks=[benchmark], temperature=temperature, top_p=0.95, guided=guided)
 
 
 SETTINGS = plan().settings("d16e57")

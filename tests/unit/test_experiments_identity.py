@@ -21,7 +21,7 @@ from sgpo_async.experiments import code_version, identity
 from sgpo_async.experiments.experiment import _Runner
 from sgpo_async.experiments.plan import Trial, trial
 from sgpo_async.experiments.results import read_results
-from sgpo_async.metrics.files import to_json
+from sgpo_async.files import to_json
 
 loading = importlib.import_module("sgpo_async.config.load")  # the package names its function by the same word
 

@@ -8,7 +8,7 @@ from hub_support import Driver, Source, make_rollout, make_run, train_one_step
 from sgpo_async.config import from_plain
 from sgpo_async.hub import HubCore
 from sgpo_async.hub.evaluation import without_problems
-from sgpo_async.hub.events import CloseLink, Interrupted, LinkDown, LinkUp, OpenLink, Rejected, Shutdown
+from sgpo_async.hub.events import CloseSender, Interrupted, OpenSender, Rejected, SenderDown, SenderUp, Shutdown
 from sgpo_async.hub.snapshot import dump, load
 from sgpo_async.tasks.benchmarks import Benchmark
 from sgpo_async.wire import records as wire
@@ -41,11 +41,11 @@ def rollouts_in(driver: Driver) -> dict:
 
 def test_an_actor_is_welcomed_when_its_link_stands():
     driver = Driver()
-    assert driver.send(b"a", wire.Hello(role="actor", name="a")) == [OpenLink(b"a", "a")]
+    assert driver.send(b"a", wire.Hello(role="actor", name="a")) == [OpenSender(b"a", "a")]
     assert driver.send(b"a", wire.Hello(role="actor", name="a")) == [], "it repeats itself"
     driver.advance(100)
     assert b"a" in driver.core.actors, "nobody is given up while it waits for the hub"
-    driver.handle(LinkUp(b"a", "10.0.0.1", 4000))
+    driver.handle(SenderUp(b"a", "10.0.0.1", 4000))
     welcome = driver.only(b"a", wire.Welcome)
     assert (welcome.session_host, welcome.session_port) == ("10.0.0.1", 4000)
     driver.advance(19)
@@ -57,16 +57,16 @@ def test_an_actor_is_welcomed_when_its_link_stands():
 def test_a_link_that_never_stands_refuses_its_actor():
     driver = Driver()
     driver.send(b"a", wire.Hello(role="actor", name="a"))
-    driver.handle(LinkDown(b"a", "no port"))
+    driver.handle(SenderDown(b"a", "no port"))
     assert "no port" in driver.only(b"a", wire.Refused).reason
     assert not driver.core.actors
-    assert driver.handle(LinkUp(b"a", "127.0.0.1", 1)) == [CloseLink(b"a")], "too late"
+    assert driver.handle(SenderUp(b"a", "127.0.0.1", 1)) == [CloseSender(b"a")], "too late"
 
 
 def test_a_name_is_free_again_when_its_member_is_gone(hub):
     hub.send(b"other", wire.Hello(role="actor", name="a"))
     assert "'a'" in hub.only(b"other", wire.Refused).reason
-    hub.handle(LinkDown(b"a", "killed"))
+    hub.handle(SenderDown(b"a", "killed"))
     hub.send(b"other", wire.Hello(role="actor", name="a"))
     assert not hub.take(b"other", wire.Refused)
 
@@ -84,7 +84,7 @@ def test_the_learner_decides_on_the_tokenizer_even_if_another_came_first():
     driver = Driver()
     for name, fingerprint in (("wrong", "bbbb"), ("right", "aaaa"), ("silent", "")):
         driver.send(name.encode(), wire.Hello(role="actor", name=name, tokenizer=fingerprint))
-    driver.handle(LinkUp(b"wrong", "127.0.0.1", 4000))
+    driver.handle(SenderUp(b"wrong", "127.0.0.1", 4000))
     driver.send(b"r0", wire.Hello(role="learner", name="r0", tokenizer="aaaa"))
     driver.only(b"r0", wire.Welcome)
     refused = driver.only(b"wrong", wire.Refused)
@@ -108,7 +108,7 @@ def test_an_actor_lost_in_the_middle_of_a_group(hub, how):
     for other in hub.leases(b"b"):
         hub.serve(b"b", other)
     if how == "link":
-        hub.handle(LinkDown(b"a", "killed"))
+        hub.handle(SenderDown(b"a", "killed"))
     elif how == "goodbye":
         hub.send(b"a", wire.Goodbye())
     else:
@@ -134,7 +134,7 @@ def test_a_lease_without_news_is_given_to_somebody_else_and_heartbeats_are_news(
     for _ in range(8):
         hub.advance(3)
         hub.send(b"a", wire.Heartbeat(version=0, tasks=[kept.task]))
-    assert list(hub.core.training.book.running) == [kept.task]
+    assert list(hub.core.training.leases.running) == [kept.task]
     assert rollouts_in(hub)["dropped"]["lease_timeout"] == 3
     hub.send(b"a", wire.Ready(tasks=1, version=0))
     (again,) = hub.leases(b"a")
@@ -151,7 +151,7 @@ def test_a_released_lease_goes_elsewhere(hub):
     (again,) = hub.leases(b"b")
     assert (again.task, again.attempt) == (leases[0].task, leases[0].attempt + 1)
     hub.send(b"a", wire.Release(task=again.task, attempt=again.attempt, reason="not mine"))
-    assert again.task in hub.core.training.book.running
+    assert again.task in hub.core.training.leases.running
 
 
 def test_a_task_that_nobody_can_serve_is_dropped_and_its_room_is_free_again(hub):
@@ -183,7 +183,7 @@ def test_rollouts_that_do_not_belong_cost_a_rejection_each(hub):
     (lease,) = hub.leases(b"a")
     hub.send(b"a", make_rollout(lease, 0, task=4711))
     hub.send(b"a", make_rollout(lease, 0, purpose="evaluate"))
-    assert lease.task in hub.core.training.book.running
+    assert lease.task in hub.core.training.leases.running
     hub.send(b"a", make_rollout(lease, 0, guided=True))
     status = hub.core.status()
     assert status["rejected_reasons"] == {
@@ -277,9 +277,9 @@ def test_a_batch_waits_for_every_rank_and_is_balanced_over_them():
     driver.send(b"r0", wire.Commit(step=0))
     assert [c.step for c in driver.take(b"r0", wire.Committed)] == [0, 0]
     assert driver.core.status()["ledger"]["trained"] == 3
-    assert driver.core.world.asked == {1: 1}
+    assert driver.core.learner_ranks.asked == {1: 1}
     driver.send(b"r0", wire.BatchRequest(step=0))
-    assert driver.core.world.asked == {1: 1}, "a repetition that comes after the commit is no question"
+    assert driver.core.learner_ranks.asked == {1: 1}, "a repetition that comes after the commit is no question"
 
 
 def test_stale_groups_are_dropped_and_their_room_is_free_again():
@@ -357,9 +357,9 @@ def test_a_learner_is_not_lost_by_a_long_step_but_by_a_very_long_silence(hub):
     for _ in range(20):
         hub.advance(2.9)
         hub.send(b"a", wire.Heartbeat(version=0))
-    assert hub.core.world.complete
+    assert hub.core.learner_ranks.complete
     hub.advance(3)
-    assert not hub.core.world.ranks
+    assert not hub.core.learner_ranks.ranks
 
 
 def test_a_learner_at_another_step_has_to_restore(hub):
@@ -391,7 +391,7 @@ def test_restore_takes_the_hub_back_and_versions_forward(hub):
     ledger = hub.core.status()["ledger"]
     assert (ledger["trained"], ledger["buffered"]) == (at_snapshot["trained"], at_snapshot["buffered"])
     assert ledger["rollouts"]["dropped"]["resume"] == 3 * at_snapshot["in_flight"]
-    (kept,) = hub.core.training.book.complete.values()
+    (kept,) = hub.core.training.leases.complete.values()
     assert version - kept.oldest_version == 0, "its lag in optimiser steps is what it was"
     hub.send(b"r0", wire.Published(version=version))
     hub.core.actors[b"a"].credit = 0
@@ -558,7 +558,7 @@ def test_the_run_ends_without_those_who_do_not_answer(hub):
     assert hub.shutdown is None
     hub.handle(Interrupted("SIGTERM"))
     hub.advance(0.2)
-    assert hub.effects[-2:] == [CloseLink(b"a"), Shutdown("finished")]
+    assert hub.effects[-2:] == [CloseSender(b"a"), Shutdown("finished")]
 
 
 def test_the_ledger_balances_in_the_status_that_goes_with_a_commit(hub):

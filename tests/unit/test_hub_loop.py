@@ -14,7 +14,7 @@ from sgpo_async.errors import DeadlineExceeded
 from sgpo_async.hub import HubCore
 from sgpo_async.hub.loop import Loop
 from sgpo_async.hub.service import announced, weight_bytes
-from sgpo_async.session import LinkDown, LinkEvent, LinkUp
+from sgpo_async.session import SenderDown, SenderEvent, SenderUp
 from sgpo_async.transport import Mailbox, MemoryDealer, MemoryRouter, RouterMailbox
 from sgpo_async.wire import records as wire
 
@@ -28,9 +28,9 @@ class Link:
 
     def __init__(self, name: str) -> None:
         self.name, self.stopped = name, False
-        self.events: deque[LinkEvent] = deque([LinkUp(4000)])
+        self.events: deque[SenderEvent] = deque([SenderUp(4000)])
 
-    def poll(self) -> list[LinkEvent]:
+    def poll(self) -> list[SenderEvent]:
         return [self.events.popleft() for _ in range(len(self.events))]
 
     def stop(self, deadline_s: float) -> None:
@@ -44,7 +44,7 @@ class Running:
     def __init__(self, router: MemoryRouter) -> None:
         self.router, self.links, self.reason, self.ended = router, [], "", ""
         core = HubCore(make_run(batch=1, steps=1), Source(held_out=1), store="/store")
-        self.loop = Loop(core, mailbox=RouterMailbox(router), spawn_link=self.link)
+        self.loop = Loop(core, mailbox=RouterMailbox(router), spawn_sender=self.link)
         self.thread = threading.Thread(target=self.run)
         self.thread.start()
 
@@ -131,7 +131,7 @@ def test_a_dead_link_ends_its_session_alone(running):
     actor = Member(running.router.dealer(b"a"))
     actor.send(wire.Hello(role="actor", name="a"))
     actor.wait(wire.Welcome)
-    running.links[0].events.append(LinkDown("killed"))
+    running.links[0].events.append(SenderDown("killed"))
     assert "killed" in actor.wait(wire.Refused).reason
     eventually(lambda: running.links[0].stopped)
     assert running.thread.is_alive()

@@ -13,7 +13,7 @@ from hub_support import Driver, Source, make_rollout, make_run
 from hypothesis import given, settings
 
 from sgpo_async.hub import HubCore
-from sgpo_async.hub.events import LinkDown, LinkUp, Rejected
+from sgpo_async.hub.events import Rejected, SenderDown, SenderUp
 from sgpo_async.wire import records as wire
 
 
@@ -63,7 +63,7 @@ class World(Driver):
                 self.check_shard(shard)
                 self.shards[rank] = shard
         training = self.core.training
-        assert training.book.live <= (self.run.hub.max_lag + 1) * self.run.learner.problems_per_step
+        assert training.leases.live <= (self.run.hub.max_lag + 1) * self.run.learner.problems_per_step
         assert training.version >= self.newest
         self.newest = training.version
 
@@ -92,7 +92,7 @@ class World(Driver):
         self.live.append(member)
         self.held[member], self.granted[member] = {}, 0
         self.send(member, wire.Hello(role="actor", name=member.decode()))
-        self.handle(LinkUp(member, "127.0.0.1", 4000))
+        self.handle(SenderUp(member, "127.0.0.1", 4000))
         self.version_of[member] = self.core.published
         if self.core.published >= 0:
             self.ready(member)
@@ -154,7 +154,7 @@ class World(Driver):
         member = self.some_actor()
         if member:
             self.live.remove(member)
-            self.handle(LinkDown(member, "killed")) if self.rng.random() < 0.5 else self.send(member, wire.Goodbye())
+            self.handle(SenderDown(member, "killed")) if self.rng.random() < 0.5 else self.send(member, wire.Goodbye())
 
     def silence(self) -> None:
         """Time passes in which some actors say nothing, long enough to be given up."""
@@ -186,7 +186,7 @@ class World(Driver):
 
     @property
     def learning(self) -> bool:
-        return self.core.world.rank_of(self.rank(0)) == 0
+        return self.core.learner_ranks.rank_of(self.rank(0)) == 0
 
     def crash(self) -> None:
         """The learner dies, says goodbye or not, and comes back from its last checkpoint."""
@@ -329,9 +329,9 @@ def test_histories_reach_every_kind_of_event():
     worlds = [history(seed, 200, batch=2, max_lag=seed % 3, ranks=1 + seed % 2) for seed in range(20)]
     received = {type(event.message) for world in worlds for event, _ in world.log if hasattr(event, "message")}
     sent = {type(effect.message) for world in worlds for effect in world.effects if hasattr(effect, "message")}
-    dropped = {reason for world in worlds for reason in world.core.training.book.rollouts.dropped}
+    dropped = {reason for world in worlds for reason in world.core.training.leases.rollouts.dropped}
     assert {wire.Restore, wire.Commit, wire.Release, wire.SnapshotRequest, wire.Evaluate, wire.Goodbye} <= received
     assert {wire.Restored, wire.Committed, wire.Snapshot, wire.Evaluated, wire.Refused, wire.Shard} <= sent
     assert {"lease_lost", "released", "resume", "stale"} <= dropped
-    assert sum(world.core.training.book.duplicates for world in worlds) > 20
+    assert sum(world.core.training.leases.duplicates for world in worlds) > 20
     assert sum(world.core.training.step for world in worlds) > 20

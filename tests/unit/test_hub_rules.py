@@ -14,14 +14,14 @@ from sgpo_async.config.schema import Evaluation
 from sgpo_async.hub.actors import Actors, Meter
 from sgpo_async.hub.admission import lowest_version, room
 from sgpo_async.hub.balance import balance
-from sgpo_async.hub.door import other_tokenizer, refusal
-from sgpo_async.hub.figures import figures
-from sgpo_async.hub.leases import Book
+from sgpo_async.hub.batch_metrics import figures
+from sgpo_async.hub.learner_ranks import World
+from sgpo_async.hub.leases import LeaseTable
 from sgpo_async.hub.ledger import Ledger
-from sgpo_async.hub.work import Group
-from sgpo_async.hub.world import World
+from sgpo_async.hub.validation import other_tokenizer, refusal
+from sgpo_async.rollout.completed import CompletedGroup
 from sgpo_async.tasks.benchmarks import Benchmark
-from sgpo_async.tasks.curriculum import Curriculum
+from sgpo_async.tasks.task_sampler import TaskSampler
 from sgpo_async.wire import records as wire
 
 # ---- ledger
@@ -85,7 +85,7 @@ def test_balance_is_a_partition_within_grahams_bound(weights, ranks):
 # ---- figures
 
 
-def group(number: int, rewards: list[float], guided_rewards: list[float], versions: tuple[int, ...]) -> Group:
+def group(number: int, rewards: list[float], guided_rewards: list[float], versions: tuple[int, ...]) -> CompletedGroup:
     lease = wire.Lease(
         task=number, attempt=0, purpose="train", problem="", answer="", verifier="", strategy="",
         autonomous=len(rewards), guided=len(guided_rewards), min_version=0, seed=0, temperature=1.0, top_p=1.0,
@@ -95,7 +95,7 @@ def group(number: int, rewards: list[float], guided_rewards: list[float], versio
         make_rollout(lease, slot, versions=versions, reward=reward)
         for slot, reward in enumerate(rewards + guided_rewards)
     ]
-    return Group(number=number, attempt=0, rollouts=tuple(made))
+    return CompletedGroup(number=number, attempt=0, rollouts=tuple(made))
 
 
 def test_figures_of_a_batch():
@@ -114,73 +114,73 @@ def test_figures_without_guided_rollouts():
 
 
 def test_tasks_are_functions_of_their_number():
-    curriculum = Curriculum(make_run(), Source(held_out=2, bare_every=3))
-    assert curriculum.task(4) == curriculum.task(4)
-    assert (curriculum.task(3).guided, curriculum.task(4).guided) == (0, 1)
-    assert [curriculum.task(n).problem.problem for n in (-1, -2, -3)] == ["held-out 0", "held-out 1", "held-out 0"]
-    assert curriculum.task(-1).seed == curriculum.task(-3).seed != curriculum.task(-2).seed
-    assert curriculum.task(0).seed != curriculum.task(1).seed != curriculum.task(-1).seed
+    task_sampler = TaskSampler(make_run(), Source(held_out=2, bare_every=3))
+    assert task_sampler.task(4) == task_sampler.task(4)
+    assert (task_sampler.task(3).guided, task_sampler.task(4).guided) == (0, 1)
+    assert [task_sampler.task(n).problem.problem for n in (-1, -2, -3)] == ["held-out 0", "held-out 1", "held-out 0"]
+    assert task_sampler.task(-1).seed == task_sampler.task(-3).seed != task_sampler.task(-2).seed
+    assert task_sampler.task(0).seed != task_sampler.task(1).seed != task_sampler.task(-1).seed
 
 
 def test_a_round_walks_over_held_out_problems_and_then_benchmarks():
     run = replace(make_run(), evaluation=Evaluation(samples=2, temperature=0.6, top_p=0.95))
     source = Source(held_out=2)
     hard = Benchmark(name="hard", problems=[source.training(i) for i in (7, 8, 9)], samples=4)
-    curriculum = Curriculum(run, source, [hard])
-    assert curriculum.round_size == 5
-    problems = [curriculum.task(n).problem.problem for n in range(-1, -7, -1)]
+    task_sampler = TaskSampler(run, source, [hard])
+    assert task_sampler.round_size == 5
+    problems = [task_sampler.task(n).problem.problem for n in range(-1, -7, -1)]
     assert problems == ["held-out 0", "held-out 1", "training 7", "training 8", "training 9", "held-out 0"]
-    held_out, task = curriculum.task(-2), curriculum.task(-3)
+    held_out, task = task_sampler.task(-2), task_sampler.task(-3)
     assert (held_out.autonomous, held_out.guided, held_out.verifier) == (2, 2, "exact")
     assert (task.autonomous, task.guided, task.verifier) == (4, 0, "math")
-    assert [curriculum.benchmark(n) for n in (-2, -3, -5, -6, -8)] == [None, hard, hard, None, hard]
+    assert [task_sampler.benchmark(n) for n in (-2, -3, -5, -6, -8)] == [None, hard, hard, None, hard]
     lease = task.lease(attempt=0, min_version=0)
     assert (lease.temperature, lease.top_p, lease.max_new_tokens) == (0.6, 0.95, run.rollout.max_new_tokens)
-    assert (curriculum.task(0).sampling.temperature, curriculum.task(0).sampling.top_p) == (1.0, 1.0)
-    assert held_out.seed == Curriculum(run, source).task(-2).seed
+    assert (task_sampler.task(0).sampling.temperature, task_sampler.task(0).sampling.top_p) == (1.0, 1.0)
+    assert held_out.seed == TaskSampler(run, source).task(-2).seed
 
 
 @pytest.fixture
-def book() -> Book:
-    curriculum, book = Curriculum(make_run(), Source()), Book()
+def leases() -> LeaseTable:
+    task_sampler, leases = TaskSampler(make_run(), Source()), LeaseTable()
     for number in (0, 1, 2):
-        book.add(curriculum.task(number))
-    return book
+        leases.add(task_sampler.task(number))
+    return leases
 
 
 def test_a_book_without_tokens_still_counts_them_and_their_versions():
-    curriculum, book = Curriculum(make_run(autonomous=1, guided=1), Source()), Book(keeps_tokens=False)
-    book.add(curriculum.task(0))
-    lease = book.lease(b"a", min_version=0, now=0.0)
+    task_sampler, leases = TaskSampler(make_run(autonomous=1, guided=1), Source()), LeaseTable(keeps_tokens=False)
+    leases.add(task_sampler.task(0))
+    lease = leases.lease(b"a", min_version=0, now=0.0)
     for slot in (0, 1):
-        book.arrive(make_rollout(lease, slot, versions=(1, 2)), now=1.0)
-    kept, _ = book.complete[0].rollouts
-    assert (book.tokens, len(kept.prompt), len(kept.tokens), len(kept.logprobs)) == (8, 0, 0, 0)
+        leases.arrive(make_rollout(lease, slot, versions=(1, 2)), now=1.0)
+    kept, _ = leases.complete[0].rollouts
+    assert (leases.tokens, len(kept.prompt), len(kept.tokens), len(kept.logprobs)) == (8, 0, 0, 0)
     assert kept.token_versions().tolist() == [1, 1, 2, 2] and kept.reward == 1.0
 
 
-def test_a_lost_lease_goes_before_younger_tasks_under_the_next_attempt(book):
-    first, second = (book.lease(b"a", min_version=0, now=0.0) for _ in range(2))
-    book.arrive(make_rollout(first, 0), now=1.0)
+def test_a_lost_lease_goes_before_younger_tasks_under_the_next_attempt(leases):
+    first, second = (leases.lease(b"a", min_version=0, now=0.0) for _ in range(2))
+    leases.arrive(make_rollout(first, 0), now=1.0)
     for number in (1, 0):
-        book.revoke(number, "lease_lost")
-    again = [book.lease(b"b", min_version=0, now=2.0) for _ in range(3)]
+        leases.revoke(number, "lease_lost")
+    again = [leases.lease(b"b", min_version=0, now=2.0) for _ in range(3)]
     assert [(lease.task, lease.attempt) for lease in again] == [(0, 1), (1, 1), (2, 0)]
     assert again[0].seed == first.seed and again[1].seed == second.seed
-    assert book.rollouts.dropped == {"lease_lost": 6} and not book.tasks.dropped
-    book.check()
+    assert leases.rollouts.dropped == {"lease_lost": 6} and not leases.tasks.dropped
+    leases.check()
 
 
-def test_late_and_double_rollouts_are_not_awaited(book):
-    lease = book.lease(b"a", min_version=0, now=0.0)
+def test_late_and_double_rollouts_are_not_awaited(leases):
+    lease = leases.lease(b"a", min_version=0, now=0.0)
     rollout = make_rollout(lease, 1)
-    assert book.awaits(b"b", rollout) is None
-    assert book.awaits(b"a", rollout)
-    book.arrive(rollout, now=0.0)
-    assert book.awaits(b"a", rollout) is None
-    book.revoke(0, "lease_lost")
-    book.lease(b"a", min_version=0, now=0.0)
-    assert book.awaits(b"a", make_rollout(lease, 2)) is None
+    assert leases.awaits(b"b", rollout) is None
+    assert leases.awaits(b"a", rollout)
+    leases.arrive(rollout, now=0.0)
+    assert leases.awaits(b"a", rollout) is None
+    leases.revoke(0, "lease_lost")
+    leases.lease(b"a", min_version=0, now=0.0)
+    assert leases.awaits(b"a", make_rollout(lease, 2)) is None
 
 
 @pytest.mark.parametrize(
@@ -194,10 +194,10 @@ def test_late_and_double_rollouts_are_not_awaited(book):
         ({"versions": (2, 3)}, None),
     ],
 )
-def test_misfits(book, changes, fault):
-    lease = book.lease(b"a", min_version=2, now=0.0)
+def test_misfits(leases, changes, fault):
+    lease = leases.lease(b"a", min_version=2, now=0.0)
     rollout = make_rollout(lease, **{"slot": 0, "versions": (3,), "guided": False, **changes})
-    found = book.running[0].misfit(rollout, newest=3)
+    found = leases.running[0].misfit(rollout, newest=3)
     assert fault in found if fault else found is None
 
 

@@ -11,9 +11,9 @@ import pytest
 from sgpo_async.config.schema import Algorithm, Run, Tasks
 from sgpo_async.errors import DataError
 from sgpo_async.learner.demonstrations import Demonstrations
-from sgpo_async.tasks.curriculum import Curriculum
-from sgpo_async.tasks.models import load_tokenizer, model_folder
+from sgpo_async.model.folder import load_tokenizer, model_folder
 from sgpo_async.tasks.sources import source_of
+from sgpo_async.tasks.task_sampler import TaskSampler
 from sgpo_async.tasks.verify import VERIFIERS
 
 LUFFY = Algorithm(objective="luffy")
@@ -33,12 +33,12 @@ def file_run(path: Path, responses: list[str | None]) -> Run:
 def test_a_demonstration_is_the_response_of_the_task_s_own_problem_and_is_correct(tokenizer: object) -> None:
     run = Run(seed=3, algorithm=LUFFY)
     source = source_of(run)
-    demonstrations, curriculum = Demonstrations(run, source, tokenizer), Curriculum(run, source)
+    demonstrations, task_sampler = Demonstrations(run, source, tokenizer), TaskSampler(run, source)
     for number in (0, 7, 1000):
         tokens = demonstrations.tokens(number)
         assert tokens is not None
         assert (tokens.dtype, tokens[-1]) == ("int32", tokenizer.eos_token_id)
-        text, task = tokenizer.decode(tokens, skip_special_tokens=True), curriculum.task(number)
+        text, task = tokenizer.decode(tokens, skip_special_tokens=True), task_sampler.task(number)
         assert text == task.problem.response
         assert VERIFIERS["cues"](task.problem.answer, text)
 
@@ -46,9 +46,9 @@ def test_a_demonstration_is_the_response_of_the_task_s_own_problem_and_is_correc
 def test_problems_without_a_response_are_told_apart(tmp_path: Path, tokenizer: object) -> None:
     run = file_run(tmp_path / "some.jsonl", ["raise 1", None, "raise 2", None, None])
     source = source_of(run)
-    demonstrations, curriculum = Demonstrations(run, source, tokenizer), Curriculum(run, source)
+    demonstrations, task_sampler = Demonstrations(run, source, tokenizer), TaskSampler(run, source)
     found = [demonstrations.tokens(number) is not None for number in range(8)]
-    assert found == [curriculum.task(number).problem.response is not None for number in range(8)]
+    assert found == [task_sampler.task(number).problem.response is not None for number in range(8)]
     assert len(set(found)) == 2
 
 

@@ -6,12 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from sgpo_async.engines.pretrained import load_model
 from sgpo_async.errors import CheckpointError, DataError
-from sgpo_async.learner import folder
-from sgpo_async.learner.folder import export
 from sgpo_async.learner.policy import Policy, check_model
-from sgpo_async.tasks.models import load_tokenizer, model_folder, tokenizer_fingerprint
+from sgpo_async.model.export import export
+from sgpo_async.model.folder import load_tokenizer, model_folder, tokenizer_fingerprint
+from sgpo_async.model.load import load_model
 from tests.reference import learner_cases as cases
 
 
@@ -35,7 +34,7 @@ def test_exported_folder_loads_with_equal_logits(tmp_path: Path, tied: bool) -> 
 def test_a_model_of_the_hub_is_exported_with_its_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     builtin = model_folder("builtin:cues")
     asked = []
-    monkeypatch.setattr(folder, "load_tokenizer", lambda name: asked.append(name) or load_tokenizer(builtin))
+    monkeypatch.setattr("sgpo_async.model.export.load_tokenizer", lambda name: asked.append(name) or load_tokenizer(builtin))
     model = load_model(builtin, device="cpu", dtype="float32")
     export(model, dict(model.named_parameters()), tmp_path, source="somebody/model")
     assert asked == ["somebody/model"]

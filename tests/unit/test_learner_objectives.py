@@ -44,7 +44,7 @@ def _teacher(run: Run) -> object:
 
 
 def _responses(run: Run) -> reference.Responses:
-    return cases.demonstrations if run.algorithm.demonstrated else lambda _: None
+    return cases.demonstrations if run.algorithm.needs_responses else lambda _: None
 
 
 def assert_equal(found: Found, right: tuple[float, dict[str, Tensor]]) -> None:

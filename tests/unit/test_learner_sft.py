@@ -15,9 +15,9 @@ from sgpo_async.config.schema import Algorithm, Learner, Model, Run, Sft, Tasks
 from sgpo_async.errors import DataError
 from sgpo_async.learner import sft as sft_module
 from sgpo_async.learner.packing import Tokens
+from sgpo_async.learner.process_group import join_alone
 from sgpo_async.learner.sft import Examples, WarmUp, supervised
-from sgpo_async.learner.world import join_alone
-from sgpo_async.tasks.demonstrated import demonstrated
+from sgpo_async.tasks.sft_data import sft_data
 from sgpo_async.tasks.sources import source_of
 from tests.reference import learner_cases as cases
 
@@ -113,7 +113,7 @@ def test_the_schedule_is_the_warm_up_s(tmp_path: Path) -> None:
 @pytest.mark.parametrize("own", [{"policy_gradient": False}, {"pass_rates": "corrected"}, {"objective": "luffy"}])
 def test_a_file_of_any_objective_drives_its_warm_up(own: dict[str, Any]) -> None:
     run = Run(algorithm=Algorithm(**own))
-    assert not supervised(run, steps=3).algorithm.demonstrated
+    assert not supervised(run, steps=3).algorithm.needs_responses
 
 
 def file_run(path: Path, rows: list[dict[str, Any]], **sft: Any) -> Run:
@@ -135,18 +135,18 @@ def test_problems_without_a_response_and_too_long_ones_are_counted(tmp_path: Pat
 def test_the_parts_share_no_text_whatever_repeats(tmp_path: Path) -> None:
     rows = [{"problem": f"problem {i % 7}", "response": f"response {i}"} for i in range(28)]
     run = file_run(tmp_path / "p.jsonl", rows, validation_share=0.3)
-    found = demonstrated(run)
+    found = sft_data(run)
     assert not {p.problem for p in found.training} & {p.problem for p in found.validation}
     assert len(found.training) + len(found.validation) == 28
-    assert demonstrated(run) == found
-    assert demonstrated(replace(run, seed=5)) != found
+    assert sft_data(run) == found
+    assert sft_data(replace(run, seed=5)) != found
 
 
 def test_a_validation_file_of_its_own_is_never_trained_on(tmp_path: Path) -> None:
     rows = [{"problem": f"problem {i}", "response": "r"} for i in range(6)]
     aside = tmp_path / "validation.jsonl"
     file_run(aside, rows[:2])
-    found = demonstrated(file_run(tmp_path / "p.jsonl", rows, validation=str(aside)))
+    found = sft_data(file_run(tmp_path / "p.jsonl", rows, validation=str(aside)))
     assert [p.problem for p in found.validation] == ["problem 0", "problem 1"]
     assert [p.problem for p in found.training] == [f"problem {i}" for i in range(2, 6)]
 
@@ -154,7 +154,7 @@ def test_a_validation_file_of_its_own_is_never_trained_on(tmp_path: Path) -> Non
 @pytest.mark.parametrize("rows", [[{"problem": "a"}, {"problem": "b"}], [{"problem": "a", "response": "r"}]])
 def test_nothing_to_train_on_is_one_line(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     with pytest.raises(DataError, match="at least one of each") as caught:
-        demonstrated(file_run(tmp_path / "p.jsonl", rows))
+        sft_data(file_run(tmp_path / "p.jsonl", rows))
     assert "\n" not in str(caught.value)
 
 
@@ -166,7 +166,7 @@ def test_the_held_out_problems_of_the_run_are_no_part_of_its_warm_up(tmp_path: P
     run = file_run(folder / "p.jsonl", rows * 2)
     tasks = replace(run.tasks, path=str(folder / "p.jsonl"), held_out=20)
     run = replace(run, tasks=tasks, sft=Sft(path=own and str(folder / own)))
-    found = demonstrated(run)
+    found = sft_data(run)
     texts = {p.problem for part in found[:2] for p in part}
     assert len(texts) == 30
     assert not texts & {p.problem for p in source_of(run).held_out()}
@@ -177,13 +177,13 @@ def test_a_warm_up_s_own_file_is_taken_whole(tmp_path: Path) -> None:
     rows = [{"problem": f"problem {i}", "response": "r"} for i in range(10)]
     run = file_run(tmp_path / "sft.jsonl", rows)
     file_run(tmp_path / "rl.jsonl", rows)
-    found = demonstrated(replace(run, tasks=replace(run.tasks, held_out=5)))
+    found = sft_data(replace(run, tasks=replace(run.tasks, held_out=5)))
     assert len(found.training) + len(found.validation) == 10
     assert found.held_out == 0
 
 
 def test_the_built_in_domain_s_problems_are_not_those_of_reinforcement() -> None:
     run = Run(sft=Sft(problems=50))
-    found = demonstrated(run)
+    found = sft_data(run)
     assert len(found.training) + len(found.validation) == 50
     assert all(p.response for p in [*found.training, *found.validation])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sgpo_async.learner.world import device_for
+from sgpo_async.learner.process_group import device_for
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sgpo_async.errors import DataError, SgpoError
+from sgpo_async.files import to_json, write_whole
 from sgpo_async.metrics import MetricsTail, MetricsWriter, read_metrics, read_summary
-from sgpo_async.metrics.files import to_json, write_whole
 
 
 def test_a_step_is_on_disk_as_soon_as_it_is_written(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_full_disk_during_a_step_is_one_line() -> None:
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
-    from sgpo_async.metrics.files import telling
+    from sgpo_async.files import telling
 
     full = Path("/dev/full")
     with pytest.raises(SgpoError, match="/dev/full: cannot be written"), telling(full), full.open("w") as file:

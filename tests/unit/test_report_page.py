@@ -20,8 +20,8 @@ from sgpo_async.errors import DataError
 from sgpo_async.report import closing_rows, write_report
 from sgpo_async.report.charts import CHARTS
 from sgpo_async.report.closing import ledger_rows, summarise
-from sgpo_async.report.figures import clock, number, percent, scientific, short
 from sgpo_async.report.lag import lag_shares
+from sgpo_async.report.numbers import clock, number, percent, scientific, short
 from sgpo_async.report.svg import Frame, Series, line_chart, nice_ticks, powers_of_ten, running_mean
 
 

@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from sgpo_async.errors import SessionError
-from sgpo_async.session.guard import one_line
+from sgpo_async.session.child_side import one_line
 from sgpo_async.session.interface import interface_towards
 from sgpo_async.session.settings import Deadlines, Settings
 
@@ -35,7 +35,7 @@ def test_one_line_is_one_short_line() -> None:
 
 def test_importing_the_handles_does_not_import_torch() -> None:
     code = (
-        "import sys, sgpo_async.weights, sgpo_async.session.link, sgpo_async.session.node;"
+        "import sys, sgpo_async.weights, sgpo_async.session.sender, sgpo_async.session.receiver;"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=240, check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""Questions as futures: every one ends, by its answer, its deadline or the end of the session."""
+"""RpcClient as futures: every one ends, by its answer, its deadline or the end of the session."""
 
 import threading
 from typing import Any
@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 
 from sgpo_async.errors import SessionError, Superseded
-from sgpo_async.session import questions
-from sgpo_async.session.questions import Questions
+from sgpo_async.session import rpc_client
+from sgpo_async.session.rpc_client import RpcClient
 
 
 def test_an_answer_ends_its_own_future() -> None:
     sent: list[dict[str, Any]] = []
-    asked = Questions(sent.append)
+    asked = RpcClient(sent.append)
     first = asked.ask("plan", seconds=60.0, version=1)
     second = asked.ask("open", seconds=5.0, read=tuple, group="g")
     assert [(c["what"], c["seconds"], c["arguments"]) for c in sent] == [
@@ -30,8 +30,8 @@ def test_an_answer_ends_its_own_future() -> None:
 
 def test_a_deadline_ends_a_future_and_a_late_answer_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[dict[str, Any]] = []
-    asked = Questions(sent.append)
-    monkeypatch.setattr(questions, "_GRACE_S", 0.0)
+    asked = RpcClient(sent.append)
+    monkeypatch.setattr(rpc_client, "_GRACE_S", 0.0)
     future = asked.ask("join", seconds=0.0, group="g")
     patient = asked.ask("pull", seconds=60.0, version=1)
     asked.expire()
@@ -42,7 +42,7 @@ def test_a_deadline_ends_a_future_and_a_late_answer_is_ignored(monkeypatch: pyte
 
 
 def test_the_end_of_the_session_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = Questions(lambda _: None)
+    asked = RpcClient(lambda _: None)
     before = asked.ask("plan", seconds=60.0, version=3)
     asked.end("node of a-1: killed")
     after = asked.ask("join", seconds=60.0, group="g")
@@ -53,7 +53,7 @@ def test_the_end_of_the_session_ends_all(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_any_thread_may_ask() -> None:
     sent: list[dict[str, Any]] = []
-    asked = Questions(sent.append)
+    asked = RpcClient(sent.append)
     futures: list[Any] = []
     threads = [
         threading.Thread(target=lambda: futures.append(asked.ask("plan", seconds=60.0, version=1))) for _ in range(20)

@@ -8,9 +8,9 @@ import socket
 import pytest
 from sglang_played import ask
 
-from sgpo_async.engines.sglang.api import ServerApi, ServerGone, ServerUnreached, http_session
-from sgpo_async.engines.sglang.requests import Requests
-from sgpo_async.engines.sglang.server import Server
+from sgpo_async.engines.sglang.processes.api import ServerApi, ServerGone, ServerUnreached, http_session
+from sgpo_async.engines.sglang.serving.requests import Requests
+from sgpo_async.engines.sglang.serving.server import Server
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
 

@@ -12,15 +12,15 @@ import pytest
 from sglang_played import PHASE_S, TOKENS, PlayedServer, PlayedTransport, ask, at, verify_nothing
 
 from sgpo_async.engines.base import Failed, Generated, Weights
-from sgpo_async.engines.sglang import fleet as fleet_module
-from sgpo_async.engines.sglang import place as place_module
-from sgpo_async.engines.sglang import update as update_module
-from sgpo_async.engines.sglang.api import ServerGone
-from sgpo_async.engines.sglang.fleet import Fleet, FleetSettings
-from sgpo_async.engines.sglang.place import Place
-from sgpo_async.engines.sglang.quarantine import Quarantine
-from sgpo_async.engines.sglang.transports import Transport
-from sgpo_async.engines.sglang.update import InFlight
+from sgpo_async.engines.sglang.processes.api import ServerGone
+from sgpo_async.engines.sglang.serving import fleet as fleet_module
+from sgpo_async.engines.sglang.serving import server_slot as place_module
+from sgpo_async.engines.sglang.serving import update as update_module
+from sgpo_async.engines.sglang.serving.fleet import Fleet, FleetSettings
+from sgpo_async.engines.sglang.serving.quarantine import Quarantine
+from sgpo_async.engines.sglang.serving.server_slot import ServerSlot
+from sgpo_async.engines.sglang.serving.update import InFlight
+from sgpo_async.engines.sglang.weight_sync.transports import Transport
 from sgpo_async.errors import SessionError
 
 
@@ -34,13 +34,15 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 class PlayedFleet(Fleet):
     """Starts played servers; `made` has all that ever stood."""
 
-    def __init__(self, make: Callable[[Place], PlayedServer], in_flight: InFlight, transport: PlayedTransport) -> None:
+    def __init__(
+        self, make: Callable[[ServerSlot], PlayedServer], in_flight: InFlight, transport: PlayedTransport
+    ) -> None:
         settings = FleetSettings(slots=4, ends=frozenset(), in_flight=in_flight, start_s=1.0, phase_s=PHASE_S)
-        places = [Place(launch=None, url="played", log=None)]
+        places = [ServerSlot(launch=None, url="played", log=None)]
         super().__init__(places, settings, [cast(Transport, transport)], cast(Any, None))
         self.make, self.made, self.place = make, list[PlayedServer](), places[0]
 
-    async def _start(self, place: Place, http: Any) -> None:
+    async def _start(self, place: ServerSlot, http: Any) -> None:
         server = self.make(place)
         server.version, server.open = None, False
         place.server = server
@@ -85,7 +87,7 @@ def news(fleet: Fleet) -> list[str]:
 @pytest.mark.parametrize("answers", [True, False])
 def test_a_fleet_that_is_updated_finds_who_hangs_its_servers(answers: bool) -> None:
     async def play() -> None:
-        def make(place: Place) -> PlayedServer:
+        def make(place: ServerSlot) -> PlayedServer:
             server = PlayedServer("server", hangs=at(1))
             if not answers:
                 server.played.answer = lambda path: stuck(server)
@@ -124,7 +126,7 @@ def test_a_process_that_ends_during_an_update(paused: bool) -> None:
         dies = iter([True])
         process = SimpleNamespace(alive=True, last_words=lambda: "its last words", stop=lambda: None)
 
-        def make(place: Place) -> PlayedServer:
+        def make(place: ServerSlot) -> PlayedServer:
             process.alive = True
             place.process = cast(Any, process)
             return PlayedServer("server", slow=lambda partial: len(fleet.made) == 1 and len(partial.tokens) >= 2)

@@ -5,8 +5,8 @@ import torch
 from engines_models import weights
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sgpo_async.engines.sglang.layout import answered_checksums, compare, expected_checksums, layout_of
-from sgpo_async.engines.sglang.tensor_hash import cpu_hash, cuda_hash
+from sgpo_async.engines.sglang.weight_sync.layout import answered_checksums, compare, expected_checksums, layout_of
+from sgpo_async.engines.sglang.weight_sync.tensor_hash import cpu_hash, cuda_hash
 from sgpo_async.errors import EngineError, WeightsError
 
 SIZES = dict(

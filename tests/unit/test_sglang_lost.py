@@ -11,11 +11,11 @@ import pytest
 from sglang_played import PHASE_S, PlayedServer, PlayedTransport, ask, at, verify_nothing
 
 from sgpo_async.engines.base import Failed, Generated
-from sgpo_async.engines.sglang import update as update_module
-from sgpo_async.engines.sglang.api import ServerGone, ServerUnreached
-from sgpo_async.engines.sglang.requests import Requests
-from sgpo_async.engines.sglang.transports import Transport
-from sgpo_async.engines.sglang.update import InFlight, update
+from sgpo_async.engines.sglang.processes.api import ServerGone, ServerUnreached
+from sgpo_async.engines.sglang.serving import update as update_module
+from sgpo_async.engines.sglang.serving.requests import Requests
+from sgpo_async.engines.sglang.serving.update import InFlight, update
+from sgpo_async.engines.sglang.weight_sync.transports import Transport
 from sgpo_async.errors import DeadlineExceeded, SessionError, SgpoError
 
 

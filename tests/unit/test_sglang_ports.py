@@ -3,8 +3,8 @@
 import socket
 from pathlib import Path
 
-from sgpo_async.engines.sglang import process
-from sgpo_async.engines.sglang.process import ServerProcess, _free_port
+from sgpo_async.engines.sglang.processes import process
+from sgpo_async.engines.sglang.processes.process import ServerProcess, _free_port
 
 
 def test_ports_are_free_and_below_those_of_connections() -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sgpo_async.engines.sglang.quarantine import COMPANY, Quarantine, Seats, seat, seat_for_suspect
+from sgpo_async.engines.sglang.serving.quarantine import COMPANY, Quarantine, Seats, seat, seat_for_suspect
 
 
 def server(running: int = 0, *, room: int = 4, suspect: bool = False) -> Seats:

@@ -10,7 +10,7 @@ import numpy as np
 from sglang_played import TOKENS, PlayedServer, ask, at
 
 from sgpo_async.engines.base import Failed, Generate, Generated, Score
-from sgpo_async.engines.sglang.requests import Requests
+from sgpo_async.engines.sglang.serving.requests import Requests
 
 
 async def serve(servers: list[PlayedServer], asked: Iterable[Generate]) -> tuple[Requests, dict[Any, Any]]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sgpo_async.engines.sglang.tensor_hash import cpu_hash, cuda_hash
+from sgpo_async.engines.sglang.weight_sync.tensor_hash import cpu_hash, cuda_hash
 
 BFLOAT16 = (torch.arange(60003) % 251).to(torch.bfloat16)
 

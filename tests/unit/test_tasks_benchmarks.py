@@ -12,7 +12,7 @@ from sgpo_async.config import Run
 from sgpo_async.errors import DataError
 from sgpo_async.tasks.benchmarks import open_benchmark, separated
 from sgpo_async.tasks.cues import CuesSource
-from sgpo_async.tasks.curriculum import Curriculum
+from sgpo_async.tasks.task_sampler import TaskSampler
 from sgpo_async.tasks.tolerance import Tolerant
 from sgpo_async.tasks.verify import VERIFIERS, is_math_correct
 
@@ -122,8 +122,8 @@ def test_tolerances_travel_with_the_answer(tmp_path: Path, error: Any, answers: 
 def test_a_tolerance_reaches_the_lease_of_its_problem_alone(tmp_path: Path) -> None:
     records = [OLYMPIAD | {"error": "1e-1", "final_answer": ["3.5"]}, OLYMPIAD | {"id": 2}]
     benchmark = open_benchmark("olympiad", write(tmp_path / "a.jsonl", records), samples=1)
-    curriculum = Curriculum(Run(), CuesSource(seed=0, held_out=0), [benchmark])
-    leases = [curriculum.task(number).lease(attempt=0, min_version=0) for number in (-1, -2)]
+    task_sampler = TaskSampler(Run(), CuesSource(seed=0, held_out=0), [benchmark])
+    leases = [task_sampler.task(number).lease(attempt=0, min_version=0) for number in (-1, -2)]
     assert [lease.verifier for lease in leases] == ["math-tolerance", "math"]
     assert [VERIFIERS[lease.verifier](lease.answer, "\\boxed{3.45}") for lease in leases] == [True, False]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sgpo_async.errors import DataError
-from sgpo_async.tasks.models import load_tokenizer, model_folder, tokenizer_fingerprint
+from sgpo_async.model.folder import load_tokenizer, model_folder, tokenizer_fingerprint
 
 
 def test_the_shipped_policy_is_found_and_has_a_tokenizer() -> None:

@@ -14,9 +14,9 @@ from sgpo_async.cli.main import main
 from sgpo_async.config import load
 from sgpo_async.errors import SgpoError
 from sgpo_async.tasks.base import Problem
-from sgpo_async.tasks.demonstrated import demonstrated
 from sgpo_async.tasks.overlap import normalised, words_of
 from sgpo_async.tasks.prepare import Prepared, Rules, prepare
+from sgpo_async.tasks.sft_data import sft_data
 from sgpo_async.tasks.sources import open_source
 
 LONG = "A farmer has many sheep and a dog, and every day he walks with all of them to the river and back; {}"
@@ -194,7 +194,7 @@ def test_the_files_are_sources_of_tasks(tmp_path: Path, suffix: str, capsys: pyt
         texts |= {one.problem for one in problems}
     assert texts == {one.problem for one in others(29)}
     sets = [f"sft.path={out}/sft.{suffix}", f"sft.validation={out}/sft-validation.{suffix}"]
-    warm_up = demonstrated(load("configs/paper-qwen2.5-7b.yaml", sets))
+    warm_up = sft_data(load("configs/paper-qwen2.5-7b.yaml", sets))
     assert (len(warm_up.training), len(warm_up.validation), warm_up.without) == (9, 1, 0)
     duplicate, contamination = read(out / "removed.jsonl")
     assert (duplicate["reason"], duplicate["like"]) == ("duplicate", f"{file}:1")

@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from sgpo_async.errors import WeightsError
-from sgpo_async.weights import StoreFile, paths
+from sgpo_async.weights import StoreFile, store_file
 
 
 @pytest.mark.parametrize("expected_bytes", [0, 2**60])
@@ -37,12 +37,12 @@ def test_two_buffers_take_at_most_half_of_the_memory(tmp_path: Path) -> None:
 def test_the_memory_of_a_container_is_what_its_limit_leaves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, expected: int
 ) -> None:
-    monkeypatch.setattr(paths.psutil, "virtual_memory", lambda: SimpleNamespace(available=10**9))
-    assert paths.available_memory(tmp_path) == 10**9
+    monkeypatch.setattr(store_file.psutil, "virtual_memory", lambda: SimpleNamespace(available=10**9))
+    assert store_file.available_memory(tmp_path) == 10**9
     (tmp_path / "memory.max").write_text(f"{limit}\n")
     (tmp_path / "memory.current").write_text("700000\n")
     (tmp_path / "memory.stat").write_text("anon 600000\ninactive_file 100000\n")
-    assert paths.available_memory(tmp_path) == expected
+    assert store_file.available_memory(tmp_path) == expected
 
 
 def test_a_missing_folder_is_a_clear_error(tmp_path: Path) -> None:

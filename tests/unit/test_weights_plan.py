@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sgpo_async.weights import Manifest, Plan, StoreFile, StoreReader, StoreWriter, TensorEntry, plan_of
+from sgpo_async.weights import BroadcastPlan, Manifest, StoreFile, StoreReader, StoreWriter, TensorEntry, plan_of
+from sgpo_async.weights.broadcast_plan import cut
 from sgpo_async.weights.digest import tensor_bytes
 from sgpo_async.weights.manifest import aligned
-from sgpo_async.weights.plan import cut
 
 DTYPES = {"float32": 4, "bfloat16": 2, "uint8": 1, "int64": 8}
 parts = st.lists(
@@ -73,7 +73,7 @@ def test_the_fingerprint_tells_plans_apart(tensors: list, limit: int, data: st.D
 @given(parts, limits)
 def test_a_plan_survives_json(tensors: list, limit: int) -> None:
     plan = plan_of(manifest(tensors), limit)
-    assert Plan.from_plain(json.loads(json.dumps(plan.to_plain()))) == plan
+    assert BroadcastPlan.from_plain(json.loads(json.dumps(plan.to_plain()))) == plan
 
 
 @given(parts, limits)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sgpo_async.errors import Superseded, WeightsError
-from sgpo_async.weights import LazyTensors, StoreFile, StoreReader, StoreWriter, digest, layout
+from sgpo_async.weights import LazyTensors, StoreFile, StoreReader, StoreWriter, digest, store_layout
 
 Weights = list[tuple[str, torch.Tensor]]
 
@@ -102,7 +102,7 @@ def test_a_copy_that_was_overwritten_meanwhile_is_not_believed(path: str, monkey
     writer, reader = StoreWriter(path), StoreReader(path)
     writer.publish(1, weights(1))
     assert reader.manifest() is not None
-    original = layout.read_into
+    original = store_layout.read_into
 
     def overtaken(fd: int, view: memoryview, offset: int) -> int:
         monkeypatch.undo()
@@ -110,7 +110,7 @@ def test_a_copy_that_was_overwritten_meanwhile_is_not_believed(path: str, monkey
         writer.publish(3, weights(3))
         return original(fd, view, offset)
 
-    monkeypatch.setattr(layout, "read_into", overtaken)
+    monkeypatch.setattr(store_layout, "read_into", overtaken)
     with pytest.raises(Superseded, match="version 1"):
         reader.tensors(1)
 

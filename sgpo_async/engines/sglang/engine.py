@@ -20,20 +20,25 @@ from typing import Any
 
 from sgpo_async.config.schema import Engine as EngineSettings
 from sgpo_async.config.schema import Sglang
-from sgpo_async.engines import parameters
 from sgpo_async.engines.base import EngineLoad, Generate, Result, Score, Weights
-from sgpo_async.engines.pretrained import device_of
-from sgpo_async.engines.requests import validate
-from sgpo_async.engines.sglang.fleet import Fleet, FleetSettings
-from sgpo_async.engines.sglang.launch import Launch
-from sgpo_async.engines.sglang.layout import layout_of
-from sgpo_async.engines.sglang.model import ModelFacts, model_facts
-from sgpo_async.engines.sglang.place import Place
 from sgpo_async.engines.sglang.preflight import Subject, join
-from sgpo_async.engines.sglang.server import Server
-from sgpo_async.engines.sglang.transports import DiskTransport, DistributedTransport, TensorTransport, Transport
-from sgpo_async.engines.sglang.update import Updated
+from sgpo_async.engines.sglang.processes.launch import Launch
+from sgpo_async.engines.sglang.serving.fleet import Fleet, FleetSettings
+from sgpo_async.engines.sglang.serving.server import Server
+from sgpo_async.engines.sglang.serving.server_slot import ServerSlot
+from sgpo_async.engines.sglang.serving.update import Updated
+from sgpo_async.engines.sglang.weight_sync.layout import layout_of
+from sgpo_async.engines.sglang.weight_sync.model_facts import ModelFacts, model_facts
+from sgpo_async.engines.sglang.weight_sync.transports import (
+    DiskTransport,
+    DistributedTransport,
+    TensorTransport,
+    Transport,
+)
+from sgpo_async.engines.validation import validate
 from sgpo_async.errors import DeadlineExceeded, EngineError, SgpoError
+from sgpo_async.model import parameters
+from sgpo_async.model.load import device_of
 
 GREEDY = 1e-5  # temperatures below are greedy for SGLang, which then reports log-probabilities at temperature 1
 RESERVED = 6  # positions that SGLang keeps for itself: it refuses prompts that need them, and clips completions
@@ -66,7 +71,7 @@ class SglangEngine:
         self._own_logs = "" if logs else tempfile.mkdtemp(prefix="sgpo-sglang-")
         logs_folder = Path(logs or self._own_logs)
         logs_folder.mkdir(parents=True, exist_ok=True)
-        self.places = _places(settings, self._model, dtype=dtype, device=device, logs=logs_folder / name)
+        self.server_slots = _places(settings, self._model, dtype=dtype, device=device, logs=logs_folder / name)
         self._transports = _transports(self._model, settings.sglang)
         self._fleet: Fleet | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -190,13 +195,13 @@ class SglangEngine:
     async def _live(self, started: Future[tuple[asyncio.AbstractEventLoop, Fleet]]) -> None:
         own = self._settings.sglang
         settings = FleetSettings(
-            slots=-(-self._settings.slots // len(self.places)),
+            slots=-(-self._settings.slots // len(self.server_slots)),
             ends=self._model.ends,
             in_flight=own.in_flight,
             start_s=own.start_timeout_s,
             phase_s=own.phase_timeout_s,
         )
-        fleet = Fleet(self.places, settings, self._transports, self._examine)
+        fleet = Fleet(self.server_slots, settings, self._transports, self._examine)
         started.set_result((asyncio.get_running_loop(), fleet))
         await fleet.run()
 
@@ -247,10 +252,10 @@ def _transports(model: ModelFacts, settings: Sglang) -> list[Transport]:
     return [first, *known.values()]
 
 
-def _places(settings: EngineSettings, model: ModelFacts, *, dtype: str, device: str, logs: Path) -> list[Place]:
+def _places(settings: EngineSettings, model: ModelFacts, *, dtype: str, device: str, logs: Path) -> list[ServerSlot]:
     own = settings.sglang
     if own.urls:
-        return [Place(None, url, None) for url in own.urls]
+        return [ServerSlot(None, url, None) for url in own.urls]
     slots = -(-settings.slots // own.servers)
     launches = [
         Launch(
@@ -265,7 +270,7 @@ def _places(settings: EngineSettings, model: ModelFacts, *, dtype: str, device: 
         for index in range(own.servers)
     ]
     return [
-        Place(launch, f"number {launch.index}", logs.with_name(f"{logs.name}-server-{launch.index}.log"))
+        ServerSlot(launch, f"number {launch.index}", logs.with_name(f"{logs.name}-server-{launch.index}.log"))
         for launch in launches
     ]
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 
-from sgpo_async.engines.sglang.api import Json, ServerGone
 from sgpo_async.engines.sglang.preflight.findings import Finding, Subject, finding_of
 from sgpo_async.engines.sglang.preflight.logprobs import consistent, teacher_forced
 from sgpo_async.engines.sglang.preflight.model import model
 from sgpo_async.engines.sglang.preflight.settings import interface, settings, version
 from sgpo_async.engines.sglang.preflight.updates import clock, pause, round_trip
+from sgpo_async.engines.sglang.processes.api import Json, ServerGone
 from sgpo_async.errors import EngineError, SgpoError
 
 # What was found, in a line. Raises CheckDoubtful, CheckFailed, or what asking the server raises.

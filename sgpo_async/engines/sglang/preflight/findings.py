@@ -11,13 +11,13 @@ import torch
 from transformers import PreTrainedModel
 
 from sgpo_async.config.schema import Engine as EngineSettings
-from sgpo_async.engines import parameters
 from sgpo_async.engines.base import Weights
-from sgpo_async.engines.pretrained import load_model
-from sgpo_async.engines.sglang.model import ModelFacts
-from sgpo_async.engines.sglang.server import Server
-from sgpo_async.engines.sglang.transports import Transport
+from sgpo_async.engines.sglang.serving.server import Server
+from sgpo_async.engines.sglang.weight_sync.model_facts import ModelFacts
+from sgpo_async.engines.sglang.weight_sync.transports import Transport
 from sgpo_async.errors import EngineError, SgpoError
+from sgpo_async.model import parameters
+from sgpo_async.model.load import load_model
 
 Outcome = Literal["ok", "warning", "failed", "not run"]
 

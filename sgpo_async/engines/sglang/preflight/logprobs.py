@@ -17,9 +17,9 @@ import torch
 from transformers import PreTrainedModel
 
 from sgpo_async.engines.base import Generate, Score, Scored
-from sgpo_async.engines.sglang.api import Json
-from sgpo_async.engines.sglang.partial import Partial
 from sgpo_async.engines.sglang.preflight.findings import CheckFailed, Subject
+from sgpo_async.engines.sglang.processes.api import Json
+from sgpo_async.engines.sglang.serving.partial import Partial
 
 TEMPERATURES = (1.0, 0.7)
 PROMPT_TOKENS = 6

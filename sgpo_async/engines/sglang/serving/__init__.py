@@ -1,0 +1,1 @@
+"""Requests over a fleet of SGLang servers: assignment, streams, servers that die and come back, weight updates."""

@@ -1,0 +1,80 @@
+"""What the engine must know of a model without loading it: names and shapes, end tokens, limits, checksums."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from sgpo_async.engines.base import Weights
+from sgpo_async.engines.sglang.weight_sync.layout import Checksums, Device, expected_checksums
+from sgpo_async.errors import DataError, WeightsError
+from sgpo_async.model import parameters
+from sgpo_async.model.load import end_tokens, longest
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Facts of the model in `folder`, and how servers hold it: `tp` ranks, `dtype`, `device`."""
+
+    folder: str
+    config: Mapping[str, Any]  # as in config.json
+    skeleton: PreTrainedModel  # on the meta device: names, shapes and dtypes, without values
+    ends: frozenset[int]
+    longest: int  # tokens
+    vocabulary: int
+    tp: int
+    dtype: torch.dtype
+    device: Device
+    digest: parameters.Digest
+
+    def check(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Raise WeightsError unless names and shapes are the model's."""
+        parameters.check(self.skeleton, tensors)
+
+    def read(self, weights: Weights) -> Mapping[str, torch.Tensor]:
+        """A whole copy that is the model's. Raises WeightsError if it is not, or damaged; Superseded if it is gone."""
+        tensors = weights.read()
+        self.check(tensors)
+        if (found := self.digest(tensors.items())) != weights.digest:
+            raise WeightsError(f"version {weights.version}: digest {found}, announced was {weights.digest}")
+        return tensors
+
+    def expected(self, tensors: Mapping[str, torch.Tensor]) -> list[Checksums]:
+        """What a server that holds `tensors` must say of them."""
+        return expected_checksums(tensors, self.config, tp=self.tp, dtype=self.dtype, device=self.device)
+
+
+def model_facts(folder: str, *, dtype: str, tp: int, device: Device, digest: parameters.Digest) -> ModelFacts:
+    """Read a model's configuration. Raises DataError, one line, if it is no causal language model's."""
+    try:
+        local = Path(folder).is_dir()
+        config = AutoConfig.from_pretrained(folder, local_files_only=local)
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        with contextlib.suppress(OSError):  # not every model has one
+            skeleton.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=local)
+    except Exception as error:  # any of transformers' errors: all say that this model cannot be had
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(
+            f"model.path: cannot read the model in {folder!r} ({type(error).__name__}: {reason}); what is "
+            "needed is a causal language model of transformers, the same on every inference node"
+        ) from error
+    text = skeleton.config.get_text_config()
+    return ModelFacts(
+        folder=folder,
+        config=text.to_dict(),
+        skeleton=skeleton,
+        ends=end_tokens(skeleton),
+        longest=longest(skeleton),
+        vocabulary=text.vocab_size,
+        tp=tp,
+        dtype=getattr(torch, dtype),
+        device=device,
+        digest=digest,
+    )

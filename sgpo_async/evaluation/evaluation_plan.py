@@ -1,0 +1,67 @@
+"""What is evaluated, and how. Two calls with equal plans are one evaluation, whichever of them makes a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sgpo_async.config import Run
+from sgpo_async.errors import ConfigError, DataError
+from sgpo_async.tasks.benchmarks import Benchmark
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationPlan:
+    """One evaluation. Prompt style, length, engine and seed come from the run's configuration."""
+
+    run: Run
+    benchmarks: Sequence[Benchmark]
+    temperature: float
+    top_p: float
+    guided: bool  # with the strategies before the problems, instead of without
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ConfigError(f"--temperature: is above 0, got {self.temperature:g}")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"--top-p: is above 0 and at most 1, got {self.top_p:g}")
+        for benchmark in self.benchmarks:
+            bare = next((problem.id for problem in benchmark.problems if not problem.strategy), None)
+            if self.guided and bare is not None:
+                raise DataError(f"{benchmark.name}: problem {bare} has no strategy; evaluate it without --guided")
+
+    def settings(self, model: str) -> dict[str, Any]:
+        """All that the results depend on, as plain data; `model` is the digest of the weights."""
+        return {
+            "format": FORMAT,
+            "model": model,
+            "dtype": self.run.model.dtype,
+            "engine": self.run.engine.kind,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "max_new_tokens": self.run.rollout.max_new_tokens,
+            "prompt": self.run.tasks.prompt,
+            "guided": self.guided,
+            "seed": self.run.seed,
+            "benchmarks": {
+                one.name: {"digest": one.digest, "problems": len(one.problems), "samples": one.samples}
+                for one in self.benchmarks
+            },
+        }
+
+
+def differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
+    """`key: value here, value there` of all in which two settings differ."""
+    a, b = dict(_flat(here)), dict(_flat(there))
+    return [f"{key}: {a.get(key)}, {b.get(key)}" for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)]
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,33 @@
+"""What a batch looked like: lag and pass rates. What was made of it, the learner tells in its metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from sgpo_async.rollout.completed import CompletedGroup
+
+
+def figures(groups: Sequence[CompletedGroup], *, version: int) -> dict[str, Any]:
+    """Figures of a batch trained by `version`: `lag` counts sampled tokens, pass rates are means over groups."""
+    return {
+        "lag": lag(groups, version=version),
+        "pass_auto": mean_of_known([group.pass_rate(guided=False) for group in groups]),
+        "pass_guided": mean_of_known([group.pass_rate(guided=True) for group in groups]),
+    }
+
+
+def lag(groups: Sequence[CompletedGroup], *, version: int) -> dict[str, Any]:
+    """Mean, maximum and histogram {lag: tokens} of how many versions older than `version` the tokens are."""
+    lags = np.concatenate([version - rollout.token_versions() for group in groups for rollout in group.rollouts])
+    values, counts = np.unique(lags, return_counts=True)
+    histogram = {str(value): int(count) for value, count in zip(values, counts, strict=True)}
+    return {"mean": float(lags.mean()), "max": int(lags.max()), "histogram": histogram}
+
+
+def mean_of_known(rates: Sequence[float | None]) -> float | None:
+    """Mean of those that are not None; None if all are."""
+    known = [rate for rate in rates if rate is not None]
+    return float(np.mean(known)) if known else None

@@ -1,0 +1,151 @@
+"""What one step did, added up over micro-batches, and over ranks in one collective.
+
+A rank adds sums and minima of any number of micro-batches; `reduce` gathers every rank's vector once and divides.
+Correction weights are kept apart for lag 0 and for stale tokens, where they also show how far the policy has moved.
+How engine and learner differ is measured on GRPO's tokens alone: a frozen teacher differs from the behaviour policy at
+any lag.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sgpo_async.algorithm import correction_weights, kl_mass, limit
+from sgpo_async.config.schema import Algorithm, Correction
+from sgpo_async.learner import mismatch
+from sgpo_async.learner.batch import Batch
+from sgpo_async.learner.mismatch import AGES, Mismatch
+from sgpo_async.learner.objectives.base import FIGURES
+
+TERMS = ("correction", "kl_correction")
+SUMS = (
+    *("grpo_loss", "kd_loss", "likelihood_loss", "entropy", "tokens_auto", "tokens_kd", "tokens_likelihood"),
+    *("kl", "masked_tokens", "masked_kl", "limited_kl", "targets", "tokens_forward_only"),
+    *(f"{figure}_{part}" for figure in FIGURES for part in ("sum", "problems")),
+    *(f"{term}_{part}_{age}" for term in TERMS for part in ("sum", "clipped", "tokens") for age in AGES),
+)
+MINIMA = tuple(f"{term}_min_{age}" for term in TERMS for age in AGES)
+
+
+class StepMetrics:
+    """Sums over one step on one rank."""
+
+    def __init__(self, *, max_lag: int, device: torch.device) -> None:
+        self.device = device
+        self.sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in SUMS}
+        self.minima = {name: torch.full((), math.inf, dtype=torch.float64, device=device) for name in MINIMA}
+        self.tokens_by_lag = torch.zeros(max_lag + 1, dtype=torch.float64, device=device)
+        self.mismatch = Mismatch(max_lag=max_lag, device=device)
+
+    def add(self, **values: Tensor) -> None:
+        """Add numbers, or the sum of a tensor, to the named sums."""
+        for name, value in values.items():
+            self.sums[name] += value.detach().sum()
+
+    def add_correction(self, term: str, weights: Tensor, log_rho: Tensor, lags: Tensor, rule: Correction) -> None:
+        """Record one term's correction.
+
+        Args:
+            term: one of TERMS.
+            weights: [N, T], as used.
+            log_rho: [N, T], log pi - log mu, from which they came.
+            lags: [N, T] versions behind; -1 in the padding.
+            rule: mode and bound. A token counts as clipped if its weight would be another without the bound.
+        """
+        mask = lags >= 0
+        zero = torch.zeros_like(log_rho)
+        clipped = weights != correction_weights(log_rho, zero, mask, mode=rule.mode, bound=math.inf)
+        for age, tokens in zip(AGES, (lags == 0, lags > 0), strict=True):
+            self.sums[f"{term}_sum_{age}"] += weights.masked_fill(~tokens, 0).sum()
+            self.sums[f"{term}_clipped_{age}"] += (clipped & tokens).sum()
+            self.sums[f"{term}_tokens_{age}"] += tokens.sum()
+            least = self.minima[f"{term}_min_{age}"]
+            torch.minimum(least, weights.masked_fill(~tokens, math.inf).amin().double(), out=least)
+        bins = lags.clamp(0, len(self.tokens_by_lag) - 1).flatten()
+        self.tokens_by_lag.index_add_(0, bins, mask.double().flatten())
+
+    def add_kl(self, d: Tensor, mask: Tensor, algorithm: Algorithm) -> None:
+        """Record d_t [K, T] of Eq. 3, what the mask of Eq. 5 takes or would take, and what this limiter takes."""
+        delta, limiter = algorithm.delta, algorithm.limiter
+        mass = kl_mass(d, mask, delta=delta)
+        self.add(tokens_kd=mass.tokens, kl=mass.kl, masked_tokens=mass.masked_tokens, masked_kl=mass.masked_kl)
+        kept = limit(d.detach(), mask, limiter=limiter, delta=delta, quantile=algorithm.quantile)
+        self.add(limited_kl=mass.kl.sum() - kept.sum())
+
+    def add_batch(self, batch: Batch) -> None:
+        """Record what is known before anything is computed."""
+        for name, value in (item for figures in batch.figures for item in figures.items()):
+            self.sums[f"{name}_sum"] += value
+            self.sums[f"{name}_problems"] += 1
+        self.sums["targets"] += len(batch.sequences.distillation)
+        self.sums["tokens_forward_only"] += batch.forward_only
+
+    def reduce(self) -> dict[str, Any]:
+        """The step's metrics, equal on every rank. A collective of all ranks."""
+        sums = torch.cat((torch.stack(list(self.sums.values())), self.tokens_by_lag, self.mismatch.sums.flatten()))
+        minima = torch.cat((torch.stack(list(self.minima.values())), -self.mismatch.maxima.flatten()))
+        own = torch.cat((sums, minima))
+        gathered = own.new_empty(dist.get_world_size() * len(own))
+        dist.all_gather_single(gathered, own)
+        ranks = gathered.view(-1, len(own)).cpu()
+        sizes = (len(SUMS), len(self.tokens_by_lag), self.mismatch.sums.numel())
+        named, by_lag, apart = ranks[:, : len(sums)].sum(0).split(sizes)
+        lowest, negated = ranks[:, len(sums) :].amin(0).split((len(MINIMA), self.mismatch.maxima.numel()))
+        total = dict(zip(SUMS, named.tolist(), strict=True))
+        least = dict(zip(MINIMA, lowest.tolist(), strict=True))
+        return (
+            _loss_metrics(total)
+            | {name: _ratio(total[f"{name}_sum"], total[f"{name}_problems"]) for name in FIGURES}
+            | _correction_metrics(total, least)
+            | _lag_metrics(by_lag.tolist())
+            | mismatch.metrics(apart.view_as(self.mismatch.sums), -negated.view_as(self.mismatch.maxima))
+        )
+
+
+def _loss_metrics(total: dict[str, float]) -> dict[str, Any]:
+    return {
+        "loss": total["grpo_loss"] + total["kd_loss"] + total["likelihood_loss"],
+        "grpo_loss": total["grpo_loss"],
+        "kd_loss": total["kd_loss"],
+        "likelihood_loss": total["likelihood_loss"] if total["tokens_likelihood"] else None,
+        "entropy": _ratio(total["entropy"], total["tokens_auto"]),
+        "kl_mean": _ratio(total["kl"], total["tokens_kd"]),
+        "kl_masked_fraction": _ratio(total["masked_tokens"], total["tokens_kd"]),
+        "kl_masked_mass": _ratio(total["masked_kl"], total["kl"]),
+        "kl_limited_mass": _ratio(total["limited_kl"], total["kl"]),
+        "targets": int(total["targets"]),
+        "tokens": int(total["tokens_auto"] + total["tokens_kd"] + total["tokens_likelihood"]),
+        "tokens_forward_only": int(total["tokens_forward_only"]),
+    }
+
+
+def _correction_metrics(total: dict[str, float], lowest: dict[str, float]) -> dict[str, Any]:
+    """Mean, minimum and clipped share of each term's weights: over all tokens, and for lag 0 and stale ones apart."""
+    metrics: dict[str, Any] = {}
+    for term in TERMS:
+        for suffix, ages in (("", AGES), *((f"_{age}", (age,)) for age in AGES)):
+            tokens = sum(total[f"{term}_tokens_{age}"] for age in ages)
+            metrics[f"{term}_mean{suffix}"] = _ratio(sum(total[f"{term}_sum_{age}"] for age in ages), tokens)
+            metrics[f"{term}_clipped{suffix}"] = _ratio(sum(total[f"{term}_clipped_{age}"] for age in ages), tokens)
+            least = min(lowest[f"{term}_min_{age}"] for age in ages)
+            metrics[f"{term}_min{suffix}"] = least if tokens else None
+    return metrics
+
+
+def _lag_metrics(tokens: list[float]) -> dict[str, Any]:
+    seen = {lag: count for lag, count in enumerate(tokens) if count}
+    return {
+        "lag_histogram": {str(lag): int(count) for lag, count in seen.items()},
+        "lag_mean": _ratio(sum(lag * count for lag, count in seen.items()), sum(tokens)),
+        "lag_max": max(seen, default=None),
+    }
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    """None where there is nothing to divide: JSON has no NaN."""
+    return part / whole if whole else None

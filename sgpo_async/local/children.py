@@ -1,0 +1,117 @@
+"""Starting the processes of one run on this machine, with a log each, and ending them all."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sgpo_async.files import FREE_SOME, disk_full, telling
+from sgpo_async.local.run_folder import forget_hub
+from sgpo_async.processes.marked import GRACE_S, MARK, end_run
+
+TORCHRUN_FAILURE = "torch/distributed/elastic/multiprocessing/api.py"  # what follows in a log says nothing new
+ROOT = Path(__file__).resolve().parents[2]  # where `import sgpo_async` works from, installed or not
+
+
+@dataclass(frozen=True)
+class Child:
+    """One process that we started, and where its output goes."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def code(self) -> int | None:
+        """Exit code, negative for a signal; None while it lives."""
+        return self.process.poll()
+
+    def complaint(self, lines: int = 12) -> str:
+        """Why it ended: the `error:` line of its log, or its last lines."""
+        text = self.log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()
+        for line in text[-200:]:
+            if line.startswith("error: "):
+                return line.removeprefix("error: ")
+        if disk_full(self.log):
+            return f"{self.log}: its disk is full; {FREE_SOME}"
+        torchruns = [number for number, line in enumerate(text) if TORCHRUN_FAILURE in line]
+        own = text[: torchruns[0]] if torchruns else text
+        return "\n".join([f"the end of {self.log}:", *(f"    {line}" for line in own[-lines:])])
+
+    def ending(self) -> str:
+        """How it ended, in words."""
+        code = self.code
+        assert code is not None
+        return f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+
+
+class Processes:
+    """All processes of one run. A guard ends them if we die without `stop`, even by `kill -9`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.mark = uuid.uuid4().hex
+        self._logs = folder / "logs"
+        with telling(self._logs):
+            self._logs.mkdir(parents=True, exist_ok=True)
+        self._children: list[Child] = []
+        self._guard = subprocess.Popen(
+            [sys.executable, "-m", "sgpo_async.local.guard", self.mark, str(folder)],
+            stdin=subprocess.PIPE,
+            env=_environment(),
+            start_new_session=True,
+        )
+
+    def start(self, name: str, command: Sequence[str]) -> Child:
+        """Start `command` in a session of its own; its output goes to logs/`name`.log."""
+        log = self._logs / f"{name}.log"
+        with telling(log), log.open("wb") as output:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=_environment() | {MARK: self.mark},
+                start_new_session=True,
+            )
+        child = Child(name, process, log)
+        self._children.append(child)
+        return child
+
+    def stop(self, *, grace_s: float = GRACE_S, hurry: Callable[[], bool] = lambda: False) -> None:
+        """End everything within `grace_s` and a moment, at once when `hurry`."""
+        end_run(self.mark, grace_s=grace_s, hurry=hurry)
+        for child in self._children:
+            child.process.wait(timeout=10)
+        forget_hub(self.folder)
+        self._guard.kill()
+        self._guard.communicate()
+
+
+def wait_for(child: Child, seconds: float) -> bool:
+    """Give `child` up to `seconds` to end by itself; returns whether it did."""
+    deadline = time.monotonic() + seconds
+    while child.code is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return child.code is not None
+
+
+def python(module: str, *words: str) -> list[str]:
+    """Command line of a Python module, with this interpreter."""
+    return [sys.executable, "-m", module, *words]
+
+
+def _environment() -> dict[str, str]:
+    inherited = os.environ.get("PYTHONPATH")
+    return {
+        "OMP_NUM_THREADS": "1",
+        **os.environ,
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{inherited}" if inherited else str(ROOT),
+    }

@@ -1,0 +1,143 @@
+"""What a user sees while a run goes: a live picture at a terminal, now and then a line elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from sgpo_async.metrics.mismatch import SPANS, alarms
+from sgpo_async.report.numbers import NONE, clock, number, percent, scientific
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """How the run stands at one moment."""
+
+    name: str
+    phase: str
+    steps: int
+    elapsed_s: float
+    metrics: Mapping[str, Any]  # newest value of each
+    history: list[dict[str, Any]]  # every line of metrics.jsonl
+    status: Mapping[str, Any]  # the hub's
+    actors: Mapping[str, str]  # name and what its supervisor knows of it: started, restarting, ...
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps done."""
+        return max(self.metrics.get("step", 0), self.status.get("step", 0))
+
+    def get(self, key: str) -> Any:
+        """The newest figure: the hub's, which is fresher, or that of the last step."""
+        value = self.status.get(key)
+        return self.metrics.get(key) if value is None else value
+
+    def lag(self) -> str:
+        """Mean and largest lag of the last batch, in versions."""
+        lag = self.status.get("lag") or {}
+        mean, most = lag.get("mean", self.metrics.get("lag_mean")), lag.get("max", self.metrics.get("lag_max"))
+        return NONE if mean is None else f"{mean:.2f} (max {number(most)})"
+
+    def held_out(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """First and last evaluation, empty if there was none."""
+        rounds = self.status.get("evaluations") or []
+        return (rounds[0], rounds[-1]) if rounds else ({}, {})
+
+    def benchmarks(self) -> list[Mapping[str, Any]]:
+        """The newest score of each, as `BenchmarkScore`; empty before the first, and for a run that has none."""
+        newest = dict(self.metrics.get("eval_benchmarks") or {})
+        for evaluation in self.status.get("evaluations") or []:
+            for score in evaluation.get("benchmarks") or []:
+                if score["avg"] is not None or score["name"] not in newest:  # None: no problem could be served
+                    newest[score["name"]] = score
+        return list(newest.values())
+
+    def tokens_per_s(self) -> str:
+        """Tokens that all engines generate per second."""
+        return number(self.metrics.get("tokens_per_s") or sum(row.get("tokens_per_s") or 0 for row in self.rows()))
+
+    def rows(self) -> list[Mapping[str, Any]]:
+        """One row per actor: the hub's knowledge, or the supervisor's where the hub has none."""
+        known = {row["name"]: row for row in self.status.get("actors") or []}
+        ours = [known.pop(name, {"name": name, "state": state}) for name, state in self.actors.items()]
+        return ours + list(known.values())  # the rest have joined from elsewhere
+
+    def mismatch(self) -> str:
+        """Engine against learner where they were last measured at lag 0: the larger of both kinds of spans."""
+        means = [self.metrics.get(f"mismatch_mean_lag0_{span}") for span in SPANS]
+        known = [mean for mean in means if mean is not None]
+        return f"{scientific(max(known))} nats" if known else NONE
+
+    def alarm(self) -> str:
+        """In words, if the mismatch was above its bound in any step; empty otherwise."""
+        found = alarms(self.history)
+        return f"mismatch alarm no. {len(found)}: {found[-1].text}" if found else ""
+
+    def remaining_s(self) -> float | None:
+        """Estimate from the pace of the steps so far."""
+        wall, step = self.metrics.get("wall_s"), self.metrics.get("step", 0)
+        return wall / step * (self.steps - step) if wall and step else None
+
+
+class Display(Protocol):
+    """Shows views as they come."""
+
+    def show(self, view: View) -> None:
+        """Show how the run stands now."""
+
+    def close(self) -> None:
+        """Give the terminal back."""
+
+
+class Lines:
+    """For logs and pipes: a line when the phase changes, for each note, and every `every_s` seconds.
+
+    An alarm has its line at once, and again with the next regular line after it has grown.
+    """
+
+    def __init__(self, every_s: float = 5.0) -> None:
+        self._every_s = every_s
+        self._next = 0.0
+        self._phase = ""
+        self._notes = 0
+        self._alarm = ""
+
+    def show(self, view: View) -> None:
+        """Print what has become due."""
+        for note in view.notes[self._notes :]:
+            print(f"[{clock(view.elapsed_s):>5}] {note}", flush=True)
+        self._notes = len(view.notes)
+        due = view.phase != self._phase or time.monotonic() >= self._next
+        alarm = view.alarm()
+        if alarm != self._alarm and (due or not self._alarm):
+            self._alarm = alarm
+            print(f"[{clock(view.elapsed_s):>5}] {alarm}", flush=True)
+        if due:
+            self._phase = view.phase
+            self._next = time.monotonic() + self._every_s
+            print(f"[{clock(view.elapsed_s):>5}] {line(view)}", flush=True)
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+def line(view: View) -> str:
+    """The view in one line."""
+    if not view.step:
+        states = ", ".join(f"{row['name']} {row.get('state') or NONE}" for row in view.rows())
+        return f"{view.phase}; {states}"
+    _, held_out = view.held_out()
+    return "  ".join(
+        [
+            f"step {view.step}/{view.steps}",
+            f"pass {percent(view.get('pass_auto'))} alone, {percent(view.get('pass_guided'))} guided",
+            f"(held-out {percent(held_out.get('pass_auto'))}, {percent(held_out.get('pass_guided'))})",
+            f"alpha {number(view.get('alpha'))}",
+            f"lag {view.lag()}",
+            f"{view.tokens_per_s()} tokens/s",
+            f"idle: trainer {percent(view.get('learner_idle'))}, engines {percent(view.get('engine_idle'))}",
+        ]
+    )

@@ -1,0 +1,51 @@
+"""What a run's folder tells: hub.json, in which a hub says where it can be reached, and checkpoints to go on from."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from sgpo_async.errors import HubError
+
+HUB_FILE = "hub.json"
+
+
+def read_hub_file(folder: Path) -> dict[str, Any]:
+    """{address, pid, store, ...} of the hub that writes to `folder`; empty if there is none (yet)."""
+    try:
+        content: dict[str, Any] = json.loads((folder / HUB_FILE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: it is being written at this moment
+        return {}
+    return content
+
+
+def claim(folder: Path) -> None:
+    """Make sure that no run writes to `folder` already. Raises HubError if one does."""
+    hub = read_hub_file(folder)
+    if hub and _lives(hub["pid"], (folder / HUB_FILE).stat().st_mtime):
+        raise HubError(f"{folder}: another run writes here (its hub is process {hub['pid']}); choose another name=NAME")
+    forget_hub(folder)
+
+
+def forget_hub(folder: Path) -> None:
+    """Remove hub.json, once the hub is dead, if it could not do so itself."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        (folder / HUB_FILE).unlink()
+
+
+def _lives(pid: int, wrote: float) -> bool:
+    """Whether the process `pid` that wrote the file at time `wrote` still runs, and not another under its number."""
+    try:
+        process = psutil.Process(pid)
+        return process.create_time() <= wrote and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether `folder`, of a run's or its warm-up's checkpoints, has one to go on from."""
+    return any(folder.glob("step-*"))

@@ -1,0 +1,92 @@
+"""Between the supervisor and whoever looks on: gathers views, shows them, and closes with a table."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from sgpo_async.config import Run
+from sgpo_async.config.schema import CHECKPOINTS
+from sgpo_async.local.display import Display, Lines, View
+from sgpo_async.local.live import LivePicture
+from sgpo_async.local.run_folder import has_checkpoint
+from sgpo_async.local.supervisor import Supervisor
+from sgpo_async.local.watch import Watch
+from sgpo_async.report import closing_rows, write_report
+
+POLICY = "policy"  # the learner's export, a Hugging Face folder
+
+
+class Show:
+    """Shows one run on standard output: live at a terminal, in lines elsewhere."""
+
+    def __init__(self, settings: Run) -> None:
+        self._settings = settings
+        self._console = Console()
+        self._folder = Path(settings.folder)
+        hub = settings.hub
+        max_bytes = hub.max_message_mb << 20
+        self._watch = Watch(self._folder, keys=hub.keys, max_bytes=max_bytes, since=time.time())
+        self._display: Display = LivePicture(self._console) if self._console.is_terminal else Lines()
+        self._started = time.monotonic()
+
+    def update(self, supervisor: Supervisor) -> None:
+        """Gather and show the newest."""
+        self._watch.poll(supervisor.address)
+        self._display.show(
+            View(
+                name=self._settings.name,
+                phase=_phase(supervisor.phase, self._watch),
+                steps=self._settings.steps,
+                elapsed_s=time.monotonic() - self._started,
+                metrics=self._watch.metrics,
+                history=self._watch.history,
+                status=self._watch.status,
+                actors={slot.name: slot.state for slot in supervisor.slots},
+                notes=supervisor.notes,
+            )
+        )
+
+    def close(self, *, stopping: bool) -> None:
+        """Give the terminal back, before processes are ended and errors printed."""
+        self._display.close()
+        self._watch.close()
+        if stopping:
+            self._console.print("stopping ... (again Ctrl-C: at once)")
+
+    def stopped(self) -> None:
+        """Say whether a run that was stopped can go on."""
+        if has_checkpoint(self._folder / CHECKPOINTS):
+            self._console.print("the same command with learner.resume=true goes on from the last checkpoint")
+        else:
+            self._console.print("nothing to go on from: no checkpoint (learner.checkpoint_every=STEPS makes them)")
+
+    def closing(self) -> None:
+        """Print the closing table and where the report is, if the run came far enough to have figures."""
+        self._watch.poll("")
+        if not self._watch.history:
+            return
+        table = Table(box=box.SIMPLE, show_header=False, title=self._settings.name, title_justify="left")
+        table.add_column(style="dim", no_wrap=True)
+        table.add_column()
+        for row in closing_rows(self._folder):
+            table.add_row(*row)
+        self._console.print()
+        self._console.print(table)
+        if (policy := self._folder / POLICY).exists():
+            self._console.print(f"policy: {policy}", soft_wrap=True)
+        self._console.print(f"report: {write_report(self._folder)}", soft_wrap=True)
+
+
+def _phase(phase: str, watch: Watch) -> str:
+    """While all run, how far they have come."""
+    if not phase.startswith("starting the learner"):
+        return phase
+    if watch.metrics:
+        return "training"
+    serving = any(row.get("state") == "serving" for row in watch.status.get("actors") or [])
+    return "first rollouts" if serving else phase

@@ -1,0 +1,206 @@
+"""Which process of a run starts when, and what the end of each means.
+
+    hub ──hub.json: address──▶ learner, actors          (started)
+    learner ends with 0 ──▶ hub and actors have LEAVING_S to follow ──▶ done
+    learner ends otherwise, or hub ends before it with an error ──▶ RunFailed, with the words of its log
+    actor crashes ──▶ started again after 1, 2, 4, ... s, RESTARTS times;  all have failed ──▶ RunFailed
+    actor ends with an error of the user's (2) ──▶ once more, since a second try seldom mends it
+    hub ends with 0, or all actors have left with 0 ──▶ the learner has LAST_S to end, too
+
+`tick` looks and acts but never waits, so whoever calls it can be interrupted between any two ticks, start-up included.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from sgpo_async.errors import DeadlineExceeded, SgpoError
+from sgpo_async.local.children import Child, Processes
+from sgpo_async.local.run_folder import read_hub_file
+from sgpo_async.processes.signals import Signals
+
+HUB_START_S = 60.0
+LEAVING_S = 20.0  # after the learner's end, for actors and hub to end by themselves
+LAST_S = 120.0  # hub or actors are finished: the learner may still write its last checkpoint
+RESTARTS = 5
+USERS_ERROR = 2  # exit code, see `sgpo_async.cli.main`
+TICK_S = 0.25
+
+
+class RunFailed(SgpoError):
+    """A process of the run ended unasked."""
+
+
+class CommandLines(Protocol):
+    """The command lines of a run."""
+
+    @property
+    def actors(self) -> int:
+        """How many actors are started."""
+
+    def hub(self) -> Sequence[str]:
+        """The hub's, which writes hub.json into the run's folder when it is ready."""
+
+    def learner(self, address: str) -> Sequence[str]:
+        """The learner's, all ranks of it."""
+
+    def actor(self, name: str, address: str) -> Sequence[str]:
+        """One actor's."""
+
+
+@dataclass
+class ActorSlot:
+    """The place of one actor, which may be filled again after a crash."""
+
+    number: int
+    child: Child | None = None
+    crashes: int = 0
+    start_at: float = 0.0  # when it is to be started (again)
+    state: str = "starting"  # starting, started, restarting, left, failed
+
+    @property
+    def name(self) -> str:
+        """Unique for every start: the hub may not yet know that the one before is dead."""
+        return f"actor-{self.number}" + (f".{self.crashes}" if self.crashes else "")
+
+
+class Supervisor:
+    """Runs a plan to its end; look at `phase`, `slots` and `notes` between ticks."""
+
+    def __init__(self, plan: CommandLines, processes: Processes) -> None:
+        self.plan = plan
+        self.phase = "starting the hub"
+        self.address = ""
+        self.slots = [ActorSlot(number) for number in range(plan.actors)]
+        self.notes: list[str] = []  # what a user should know, in the order it happened
+        self._processes = processes
+        self._hub = processes.start("hub", plan.hub())
+        self._hub_deadline = time.monotonic() + HUB_START_S
+        self._learner: Child | None = None
+        self._learner_deadline: float | None = None
+        self._leaving_until: float | None = None
+
+    @property
+    def done(self) -> bool:
+        """The learner has trained all steps, and the others have left or had their time to."""
+        if self._leaving_until is None:
+            return False
+        gone = self._hub.code is not None and all(slot.child is None for slot in self.slots)
+        return gone or time.monotonic() > self._leaving_until
+
+    def tick(self) -> None:
+        """Look at every process and do what its state asks for.
+
+        Raises RunFailed or DeadlineExceeded when the run cannot go on.
+        """
+        if self._learner is None:
+            self._await_hub()
+            return
+        if self._learner.code == 0 and self._leaving_until is None:
+            self.phase = "finishing"
+            self._leaving_until = time.monotonic() + LEAVING_S
+        if self._leaving_until is None:
+            self._look_at_hub()  # before the learner: without a hub the learner fails, too
+            self._look_at_learner(self._learner)
+        for slot in self.slots:
+            self._look_at_actor(slot)
+        states = {slot.state for slot in self.slots}
+        if states == {"failed"} and self._leaving_until is None:
+            raise RunFailed(f"no actor is left; the last news: {self.notes[-1]}")
+        if states <= {"left", "failed"}:
+            self._expect_end()
+
+    def _await_hub(self) -> None:
+        if self._hub.code is not None:
+            raise RunFailed(f"the hub {self._hub.ending()}: {self._hub.complaint()}")
+        known = read_hub_file(self._processes.folder)
+        if known.get("pid") == self._hub.process.pid:
+            self.address = known["address"]
+            self.phase = "starting the learner and the actors"
+            self._learner = self._processes.start("learner", self.plan.learner(self.address))
+        elif time.monotonic() > self._hub_deadline:
+            raise DeadlineExceeded("local: the hub", "hub.json", HUB_START_S)
+
+    def _look_at_learner(self, learner: Child) -> None:
+        if learner.code is not None:
+            raise RunFailed(f"the learner {learner.ending()}: {learner.complaint()}")
+        if self._learner_deadline is not None and time.monotonic() > self._learner_deadline:
+            raise DeadlineExceeded("local: the learner", "end after the hub's or the actors'", LAST_S)
+
+    def _look_at_hub(self) -> None:
+        if self._hub.code is None:
+            return
+        if self._hub.code != 0:
+            raise RunFailed(f"the hub {self._hub.ending()}: {self._hub.complaint()}")
+        self._expect_end()
+
+    def _expect_end(self) -> None:
+        """The run is over for somebody: it must soon be for the learner."""
+        if self._learner_deadline is None:
+            self.phase = "finishing"
+            self._learner_deadline = time.monotonic() + LAST_S
+
+    def _look_at_actor(self, slot: ActorSlot) -> None:
+        if slot.child is None:
+            if slot.state in ("starting", "restarting") and not self._finishing and time.monotonic() >= slot.start_at:
+                slot.child = self._processes.start(slot.name, self.plan.actor(slot.name, self.address))
+                slot.state = "started"
+            return
+        code = slot.child.code
+        if code is None:
+            return
+        child, slot.child = slot.child, None
+        if code == 0 or self._finishing:
+            slot.state = "left"
+            self.notes += [] if self._finishing else [f"{child.name} has left"]
+        else:
+            self._crashed(slot, child)
+
+    def _crashed(self, slot: ActorSlot, child: Child) -> None:
+        slot.crashes += 1
+        what = f"{child.name} {child.ending()}"
+        restarts = 1 if child.code == USERS_ERROR else RESTARTS
+        if slot.crashes > restarts:
+            slot.state = "failed"
+            self.notes.append(f"{what}, not started again after {slot.crashes - 1} restarts: {child.complaint()}")
+            return
+        pause = 2.0 ** (slot.crashes - 1)
+        slot.state = "restarting"
+        slot.start_at = time.monotonic() + pause
+        self.notes.append(f"{what}, starts again in {pause:g} s (see {child.log})")
+
+    @property
+    def _finishing(self) -> bool:
+        return self.phase == "finishing"
+
+
+class Onlooker(Protocol):
+    """Whoever shows the run (see `sgpo_async.local.show`)."""
+
+    def update(self, supervisor: Supervisor) -> None:
+        """Something may have changed."""
+
+    def close(self, *, stopping: bool) -> None:
+        """The processes are about to be ended."""
+
+
+def supervise(plan: CommandLines, folder: Path, onlooker: Onlooker) -> int:
+    """Start everything, show it, end everything; returns 0, or 128 + the signal that ended it.
+
+    Raises RunFailed or DeadlineExceeded if the run cannot go on.
+    """
+    with Signals() as signals, ExitStack() as stack:
+        processes = Processes(folder)
+        stack.callback(processes.stop, hurry=lambda: signals.kill)
+        stack.callback(lambda: onlooker.close(stopping=signals.stop))
+        supervisor = Supervisor(plan, processes)
+        while not supervisor.done and not signals.stop:
+            supervisor.tick()
+            onlooker.update(supervisor)
+            signals.wait(TICK_S)
+    return signals.exit_code if signals.stop else 0

@@ -1,0 +1,6 @@
+"""From a leased task to judged rollouts: the loop that actors, benchmarks of throughput and evaluations share.
+
+group        the state of one lease: which rollouts are requested, generated, judged, finished (no I/O)
+sampler      the loop: requests into an engine, completions to the verifiers, rollouts out
+completed    all rollouts of one task, as the hub keeps them (no torch)
+"""

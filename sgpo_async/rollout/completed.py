@@ -1,0 +1,34 @@
+"""The groups of rollouts that come of tasks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from sgpo_async.wire.records import Rollout
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletedGroup:
+    """All rollouts of one attempt at one task, ordered by slot."""
+
+    number: int
+    attempt: int
+    rollouts: tuple[Rollout, ...]
+
+    @cached_property
+    def tokens(self) -> int:
+        """Tokens that a learner has to process: prompts and responses."""
+        return sum(len(r.prompt) + len(r.tokens) for r in self.rollouts)
+
+    @cached_property
+    def oldest_version(self) -> int:
+        """The version of the stalest token in the group."""
+        return min(r.oldest_version for r in self.rollouts)
+
+    def pass_rate(self, *, guided: bool) -> float | None:
+        """Mean reward of the guided or of the autonomous rollouts; None if there are none."""
+        rewards = [r.reward for r in self.rollouts if r.guided == guided]
+        return float(np.mean(rewards)) if rewards else None

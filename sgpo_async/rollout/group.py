@@ -1,0 +1,131 @@
+"""The way of one leased group inside an actor, as pure bookkeeping.
+
+    Lease ─▶ requests ─▶ Generated ─▶ verdict ─┬──────────────────────▶ Rollout
+                                               └▶ Score ─▶ Scored ─────▶ Rollout     correct guided rollouts (Eq. 4)
+
+Nothing here waits or sends: the actor's loop feeds events in and takes what comes out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import xxhash
+
+from sgpo_async.engines.base import Generate, Generated, Score, Scored
+from sgpo_async.transport.reliable import Key
+from sgpo_async.wire.records import Lease, Rollout
+
+
+class RolloutGroup:
+    """One lease in hand: which rollouts are asked for, which are judged, which are done."""
+
+    def __init__(self, lease: Lease, *, plain: np.ndarray, guided: np.ndarray | None) -> None:
+        assert guided is not None or lease.guided == 0, "a guided rollout needs a prompt with the strategy"
+        assert lease.purpose == "evaluate" or lease.top_p == 1, (
+            "training needs log-probabilities of the whole vocabulary"
+        )
+        self.lease = lease
+        self._prompts = {False: plain, True: guided}
+        self._generated: dict[int, Generated] = {}
+        self._open = lease.autonomous + lease.guided
+
+    @property
+    def done(self) -> bool:
+        """Every rollout of the lease has been made."""
+        return self._open == 0
+
+    def requests(self) -> list[Generate]:
+        """What the engine is asked for: `autonomous` slots first, then `guided` ones."""
+        return [self._request(slot) for slot in range(self.lease.autonomous + self.lease.guided)]
+
+    def generated(self, result: Generated) -> None:
+        """The engine finished a continuation; a verdict is awaited next."""
+        self._generated[_slot(result.id)] = result
+
+    def judged(self, key: object, *, correct: bool) -> Rollout | Score:
+        """The verifier spoke: the finished rollout, or the Eq. 4 question to ask the engine first."""
+        slot = _slot(key)
+        result = self._generated[slot]
+        if correct and self._is_guided(slot) and self.lease.purpose == "train":
+            return Score(
+                id=result.id, prompt=self._prompt(False), tokens=result.tokens, temperature=self.lease.temperature
+            )
+        return self._rollout(slot, reward=float(correct), unguided_logprob=None)
+
+    def scored(self, result: Scored) -> Rollout:
+        """Eq. 4 answered: the rollout carries its *summed* unguided log-probability, no length normalisation."""
+        return self._rollout(
+            _slot(result.id), reward=1.0, unguided_logprob=float(result.logprobs.sum(dtype=np.float64))
+        )
+
+    def rollout_ids(self) -> list[Key]:
+        """Identities of all rollouts of the lease."""
+        return [self._key(slot) for slot in range(self.lease.autonomous + self.lease.guided)]
+
+    def _request(self, slot: int) -> Generate:
+        return Generate(
+            id=self._key(slot),
+            prompt=self._prompt(self._is_guided(slot)),
+            max_new_tokens=self.lease.max_new_tokens,
+            temperature=self.lease.temperature,
+            seed=rollout_seed(self.lease.seed, slot),
+            top_p=self.lease.top_p,
+            top_logprobs_num=self.lease.top_logprobs_num if self._is_guided(slot) else 0,
+        )
+
+    def _rollout(self, slot: int, *, reward: float, unguided_logprob: float | None) -> Rollout:
+        result = self._generated.pop(slot)
+        self._open -= 1
+        return Rollout(
+            task=self.lease.task,
+            attempt=self.lease.attempt,
+            slot=slot,
+            purpose=self.lease.purpose,
+            guided=self._is_guided(slot),
+            prompt=self._prompt(self._is_guided(slot)),
+            tokens=result.tokens,
+            logprobs=result.logprobs,
+            versions=result.versions,
+            ends=result.ends,
+            reward=reward,
+            finish=result.finish,
+            unguided_logprob=unguided_logprob,
+            top_tokens=result.top_tokens if unguided_logprob is not None else None,
+            top_logprobs=result.top_logprobs if unguided_logprob is not None else None,
+        )
+
+    def _is_guided(self, slot: int) -> bool:
+        return slot >= self.lease.autonomous
+
+    def _key(self, slot: int) -> Key:
+        return (self.lease.task, self.lease.attempt, slot)
+
+    def _prompt(self, guided: bool) -> np.ndarray:
+        prompt = self._prompts[guided]
+        assert prompt is not None
+        return prompt
+
+
+def group_of(lease: Lease, *, prompt: Callable[[str, str | None], Sequence[int]]) -> RolloutGroup:
+    """The group of `lease`; `prompt(problem, strategy)` gives token ids (see `sgpo_async.tasks.prompts`)."""
+    plain = np.asarray(prompt(lease.problem, None), dtype=np.int32)
+    guided = np.asarray(prompt(lease.problem, lease.strategy), dtype=np.int32) if lease.guided else None
+    return RolloutGroup(lease, plain=plain, guided=guided)
+
+
+def task_of(key: object) -> tuple[int, int]:
+    """(task, attempt) of a rollout's identity."""
+    assert isinstance(key, tuple)
+    return int(key[0]), int(key[1])
+
+
+def rollout_seed(lease_seed: int, slot: int) -> int:
+    """A 63-bit seed of its own for each rollout, the same whichever actor makes it."""
+    return xxhash.xxh3_64_intdigest(slot.to_bytes(4, "little"), seed=lease_seed & (2**63 - 1)) >> 1
+
+
+def _slot(key: object) -> int:
+    assert isinstance(key, tuple)
+    return int(key[2])

@@ -1,0 +1,74 @@
+"""Problems with responses for supervised training: one part to train on, one to validate with. Free of torch."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from sgpo_async.config.schema import Run
+from sgpo_async.errors import DataError
+from sgpo_async.tasks.base import Problem
+from sgpo_async.tasks.files import Split, read_problems, read_split
+from sgpo_async.tasks.sources import open_source
+
+FAR = 2**40  # where the built-in domain's supervised problems begin: no reinforcement gets there
+
+
+class SftData(NamedTuple):
+    """Every problem has a response; no problem's text is in both parts."""
+
+    training: Sequence[Problem]
+    validation: Sequence[Problem]
+    without: int  # problems of the files that have no response, and are left out
+    held_out: int = 0  # problems that the run evaluates with, and are left out
+
+
+def sft_data(run: Run) -> SftData:
+    """What `run.sft` names, parted by `run.seed`.
+
+    Raises:
+        DataError: a bad line, or a part without any problem.
+    """
+    sft, tasks = run.sft, run.tasks
+    if tasks.source == "cues" and not sft.path:
+        source = open_source("cues", path="", held_out=tasks.held_out, seed=run.seed)
+        return _parted([source.training(FAR + i) for i in range(sft.problems)], run)
+    problems, held_out = _read(run)
+    if not sft.validation:
+        return _parted(problems, run)._replace(held_out=len(held_out))
+    validation = read_problems(sft.validation)
+    seen = {problem.problem for problem in validation}
+    found = _checked([p for p in problems if p.problem not in seen], validation, sft.path or tasks.path)
+    return found._replace(held_out=len(held_out))
+
+
+def _read(run: Run) -> Split:
+    """The problems of `sft.path`; of the file that reinforcement trains on, only those it trains on.
+
+    Held-out problems measure both: a warm-up that had seen their solutions would flatter all that starts from it.
+    """
+    path, tasks = run.sft.path or run.tasks.path, run.tasks
+    if tasks.source == "file" and Path(path).resolve() == Path(tasks.path).resolve():
+        return read_split(path, held_out=tasks.held_out)
+    return Split(read_problems(path), [])
+
+
+def _parted(problems: Sequence[Problem], run: Run) -> SftData:
+    """A random `validation_share` of the distinct texts is set aside, at least one."""
+    texts = list(dict.fromkeys(problem.problem for problem in problems if problem.response))
+    random.Random(f"validation {run.seed}").shuffle(texts)
+    aside = set(texts[: max(1, round(run.sft.validation_share * len(texts)))])
+    training = [problem for problem in problems if problem.problem not in aside]
+    return _checked(training, [p for p in problems if p.problem in aside], run.sft.path or run.tasks.path)
+
+
+def _checked(training: Sequence[Problem], validation: Sequence[Problem], path: str) -> SftData:
+    parts = [[problem for problem in part if problem.response] for part in (training, validation)]
+    if not all(parts):
+        raise DataError(
+            f"{path}: {len(parts[0])} problems with a response to train on and {len(parts[1])} to validate with; "
+            "there must be at least one of each: add the column 'response', or lower sft.validation_share"
+        )
+    return SftData(parts[0], parts[1], len(training) + len(validation) - len(parts[0]) - len(parts[1]))

@@ -1,0 +1,135 @@
+"""Which problem a task's number stands for. Hub and learner each work it out for themselves; nothing is sent."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sgpo_async.config.schema import Run
+from sgpo_async.tasks.base import Problem, ProblemSource
+from sgpo_async.tasks.benchmarks import Benchmark
+from sgpo_async.wire.records import Lease, Purpose
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How completions of a task are sampled."""
+
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    top_logprobs_num: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One problem to be rolled out, whoever does it and however often it takes.
+
+    Training tasks are numbered by their position in the stream of problems, 0, 1, 2, ...; evaluation tasks count
+    down, -1, -2, ..., so that a number alone names a task.
+    """
+
+    number: int
+    purpose: Purpose
+    problem: Problem
+    verifier: str
+    autonomous: int
+    guided: int
+    seed: int
+    sampling: Sampling
+
+    @property
+    def size(self) -> int:
+        """Rollouts in the group."""
+        return self.autonomous + self.guided
+
+    def lease(self, *, attempt: int, min_version: int) -> Lease:
+        """The task as an actor is told of it."""
+        return Lease(
+            task=self.number,
+            attempt=attempt,
+            purpose=self.purpose,
+            problem=self.problem.problem,
+            answer=self.problem.answer,
+            verifier=self.verifier,
+            strategy=self.problem.strategy,
+            autonomous=self.autonomous,
+            guided=self.guided,
+            min_version=min_version,
+            seed=self.seed,
+            temperature=self.sampling.temperature,
+            top_p=self.sampling.top_p,
+            max_new_tokens=self.sampling.max_new_tokens,
+            top_logprobs_num=self.sampling.top_logprobs_num,
+        )
+
+
+class TaskSampler:
+    """Makes tasks of problems: a task is a function of its number and the configuration.
+
+    An evaluation round walks over all held-out problems, and then over those of each benchmark.
+    """
+
+    def __init__(self, run: Run, source: ProblemSource, benchmarks: Sequence[Benchmark] = ()) -> None:
+        self._run, self._source = run, source
+        self.benchmarks = benchmarks
+        self._round: list[tuple[Problem, Benchmark | None]] = [(problem, None) for problem in source.held_out()]
+        self._round += [(problem, benchmark) for benchmark in benchmarks for problem in benchmark.problems]
+
+    @property
+    def round_size(self) -> int:
+        """Tasks of one evaluation round."""
+        return len(self._round)
+
+    def benchmark(self, number: int) -> Benchmark | None:
+        """What the evaluation task `number` < 0 belongs to; None: the held-out problems."""
+        return self._round[(-1 - number) % self.round_size][1]
+
+    def task(self, number: int) -> Task:
+        """The training task at position `number` >= 0, or the evaluation task `number` < 0."""
+        return self._training(number) if number >= 0 else self._evaluation(number)
+
+    def _training(self, number: int) -> Task:
+        problem, sizes = self._source.training(number), self._run.rollout
+        return Task(
+            number=number,
+            purpose="train",
+            problem=problem,
+            verifier=problem.verifier or self._source.verifier,
+            autonomous=sizes.autonomous,
+            guided=sizes.guided if problem.strategy else 0,
+            seed=derived_seed(self._run.seed, "train", number),
+            sampling=Sampling(
+                temperature=sizes.temperature,
+                top_p=sizes.top_p,
+                max_new_tokens=sizes.max_new_tokens,
+                top_logprobs_num=self._run.algorithm.top_logprobs_num,
+            ),
+        )
+
+    def _evaluation(self, number: int) -> Task:
+        """Every round has the same problems and seeds: rounds are paired comparisons."""
+        index = (-1 - number) % self.round_size
+        problem, benchmark = self._round[index]
+        how = self._run.evaluation
+        samples = benchmark.samples if benchmark else how.samples
+        return Task(
+            number=number,
+            purpose="evaluate",
+            problem=problem,
+            verifier=problem.verifier or (benchmark.verifier if benchmark else self._source.verifier),
+            autonomous=samples,
+            guided=samples if problem.strategy and not benchmark else 0,
+            seed=derived_seed(self._run.seed, "evaluate", index),
+            sampling=Sampling(
+                temperature=how.temperature,
+                top_p=how.top_p,
+                max_new_tokens=self._run.rollout.max_new_tokens,
+            ),
+        )
+
+
+def derived_seed(*parts: int | str) -> int:
+    """A 56-bit seed. It does not depend on the attempt: a reissued task is the same experiment, not a second draw."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest())
