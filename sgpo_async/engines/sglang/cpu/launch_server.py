@@ -17,5 +17,5 @@ def _fork(_method: str | None, force: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    multiprocessing.set_start_method = _fork
+    multiprocessing.set_start_method = _fork  # type: ignore[assignment]
     runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
