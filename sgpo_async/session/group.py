@@ -91,7 +91,8 @@ class Group:
                     contents += _contents(piece, data.numpy().data)
                 _finish(under_way, ends)
             finally:
-                del under_way  # its connections stay open as long as anything holds it, and a traceback holds this frame
+                # Its connections stay open as long as anything holds it, and a traceback holds this frame.
+                del under_way
             if combine(contents) != manifest.digest:
                 raise WeightsError(f"weights version {manifest.version}: what was sent does not have its digest")
 
