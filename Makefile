@@ -1,6 +1,7 @@
 # make demo   a whole run on this machine, in minutes      make test   lint and tests, without GPU, SGLang or slow ones
 # make setup  .venv with all that is needed (both call it)  make clean  forget .venv and caches
 # make test-all   every test that needs no GPU: test, test-sglang and what is marked slow
+# make lock   requirements.lock from the versions that are in .venv now: after an upgrade, and after its tests
 #
 # With real SGLang servers, on a CPU (Python 3.11):
 # make sglang-cpu   .venv-sglang, SGLang's own environment    make demo-sglang, make test-sglang   demo and tests with it
@@ -15,6 +16,7 @@ PYTHON ?= python3
 TORCH_INSTALL ?= torch==2.13.0
 BIN := .venv/bin
 STAMP := .venv/.installed
+LOCK := requirements.lock
 SGLANG_BIN := .venv-sglang/bin
 SGLANG_STAMP := .venv-sglang/.installed
 JOBS ?= logical
@@ -22,7 +24,7 @@ JOBS ?= logical
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile --durations 40
 SGLANG_PINS := sgpo_async/engines/sglang/cpu/requirements.txt
 
-.PHONY: setup demo test test-all lint bench clean sglang-cpu demo-sglang test-sglang gpu-wheels gpu-check
+.PHONY: setup lock demo test test-all lint bench clean sglang-cpu demo-sglang test-sglang gpu-wheels gpu-check
 
 demo: $(STAMP)
 	$(BIN)/python launch/local.py configs/demo.yaml
@@ -56,7 +58,7 @@ gpu-wheels: $(STAMP)
 	rm -rf .gpu-wheels
 	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) \
 	    --implementation cp --platform manylinux_2_28_x86_64 --platform manylinux_2_26_x86_64 --platform manylinux2014_x86_64 \
-	    --dest .gpu-wheels --constraint requirements.lock $(GPU_PACKAGES)
+	    --dest .gpu-wheels --constraint $(LOCK) $(GPU_PACKAGES)
 	@du -sh .gpu-wheels
 
 # With the machine's own Python (GPU_RUN), which has the torch that fits its driver; the wheels if they are there.
@@ -67,14 +69,23 @@ gpu-check:
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml
+# Torch, and what only its CUDA build brings, is TORCH_INSTALL's choice and stays out. The new file is as old as .venv.
+lock:
+	@test -x $(BIN)/python || { echo "error: no .venv to take the versions from; make setup first" >&2; exit 1; }
+	@{ echo "# The exact versions that were tested together, as constraints for pip; pyproject.toml has the ranges."; \
+	   echo "# Rewritten from .venv by: make lock"; \
+	   $(BIN)/python -m pip freeze --exclude-editable | grep -viE '^(torch|triton|nvidia[-_].*|cuda[-_].*)(==| @)'; } > $(LOCK).new
+	@mv $(LOCK).new $(LOCK)
+	@touch $(STAMP)
+
+$(STAMP): pyproject.toml $(LOCK)
 	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON) here; install it (apt install python3 python3-venv) or name one: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { echo "error: $$($(PYTHON) --version) is not 3.11, 3.12 or 3.13; name one that is: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "error: $(PYTHON) cannot make environments; apt install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install $(TORCH_INSTALL)
-	$(BIN)/python -m pip install --editable '.[dev]'
+	$(BIN)/python -m pip install --constraint $(LOCK) --editable '.[dev]'
 	@touch $@
 	@echo "installed in .venv; to use its commands: . .venv/bin/activate"
 

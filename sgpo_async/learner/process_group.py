@@ -13,6 +13,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
+# Newer torch has this name, and warns at each call of the older one.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""Gather equal shares of all ranks into one tensor: `all_gather_single(output, input)`, a collective of all ranks."""
+
 
 def join_world(*, timeout_s: float) -> DeviceMesh:
     """Join the group of all ranks; returns its one-dimensional mesh, on this rank's device.

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from sgpo_async.errors import DeadlineExceeded
 from sgpo_async.learner.policy import Policy
+from sgpo_async.learner.world import all_gather_single
 
 BUCKET_BYTES = 64 * 2**20  # of one gather, unless a single parameter is larger
 PUBLISH_S = 300.0  # for one version to be written
@@ -70,7 +71,7 @@ def _gather(parameters: list[DTensor]) -> list[Tensor]:
     own = torch.cat([p.to_local().detach().flatten() for p in parameters])
     padded = nn.functional.pad(own, (0, max(map(sum, sizes)) - len(own)))
     gathered = own.new_empty(ranks * len(padded))
-    dist.all_gather_single(gathered, padded)
+    all_gather_single(gathered, padded)
     shares = gathered.view(ranks, -1)
     parts = [shares[rank, : sum(sizes[rank])].split(sizes[rank]) for rank in range(ranks)]
     return [torch.cat(pieces).view(p.shape) for p, pieces in zip(parameters, zip(*parts, strict=True), strict=True)]

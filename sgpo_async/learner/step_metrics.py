@@ -21,6 +21,7 @@ from sgpo_async.learner import mismatch
 from sgpo_async.learner.batch import Batch
 from sgpo_async.learner.mismatch import AGES, Mismatch
 from sgpo_async.learner.objectives.base import FIGURES
+from sgpo_async.learner.world import all_gather_single
 
 TERMS = ("correction", "kl_correction")
 SUMS = (
@@ -91,7 +92,7 @@ class StepMetrics:
         minima = torch.cat((torch.stack(list(self.minima.values())), -self.mismatch.maxima.flatten()))
         own = torch.cat((sums, minima))
         gathered = own.new_empty(dist.get_world_size() * len(own))
-        dist.all_gather_single(gathered, own)
+        all_gather_single(gathered, own)
         ranks = gathered.view(-1, len(own)).cpu()
         sizes = (len(SUMS), len(self.tokens_by_lag), self.mismatch.sums.numel())
         named, by_lag, apart = ranks[:, : len(sums)].sum(0).split(sizes)

@@ -81,14 +81,18 @@ class BroadcastGroup:
             buffers = cycle([torch.empty(largest, dtype=torch.uint8) for _ in pieces[:2]])
             contents: list[Content] = []
             under_way = None
-            for piece, buffer in zip(pieces, buffers, strict=False):
-                data = buffer[: sum(t.nbytes for t in piece)]
-                store.copy(manifest.version, piece, data.numpy().data)
-                if under_way is not None:
-                    _finish(under_way, ends)
-                under_way = self._send(data)
-                contents += _contents(piece, data.numpy().data)
-            _finish(under_way, ends)
+            try:
+                for piece, buffer in zip(pieces, buffers, strict=False):
+                    data = buffer[: sum(t.nbytes for t in piece)]
+                    store.copy(manifest.version, piece, data.numpy().data)
+                    if under_way is not None:
+                        _finish(under_way, ends)
+                    under_way = self._send(data)
+                    contents += _contents(piece, data.numpy().data)
+                _finish(under_way, ends)
+            finally:
+                # Its connections stay open as long as anything holds it, and a traceback holds this frame.
+                del under_way
             if combine(contents) != manifest.digest:
                 raise WeightsError(f"weights version {manifest.version}: what was sent does not have its digest")
 

@@ -195,18 +195,21 @@ def losses(device: Device, tiny: bool, figures: Figures) -> None:
         for way, function in by_way.items():
             row = _timed_loss(function, hidden, weight, device, reference)
             figures.note(f"{loss} {way}", row)
-            assert way == "liger" or row["off"]["loss"] < 2e-3, row  # Liger's value is reported, not required
+            assert row["off"]["loss"] < 2e-3, row
 
 
 def _add_liger(ways: dict[str, Any], teacher: Tensor, targets: Tensor, device: Device) -> None:
-    """Liger's counterparts. Raises ImportError where it is not installed, or there is no GPU for its kernels."""
-    if not device.cuda:
+    """Liger's counterparts. Raises ImportError where it is not installed.
+
+    Its kernels need a GPU, or TRITON_INTERPRET=1 for a rehearsal.
+    """
+    if not device.cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ImportError("Liger's kernels need a GPU")
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss, LigerFusedLinearJSD
 
     cross_entropy, jsd = LigerFusedLinearCrossEntropyLoss(), LigerFusedLinearJSD(jsd_beta=0.0)  # beta 0: forward KL
     ways["logprobs"]["liger"] = lambda h, w: cross_entropy(w, h, targets)
-    ways["forward_kl"]["liger"] = lambda h, w: jsd(h, w, teacher, w.detach())
+    ways["forward_kl"]["liger"] = lambda h, w: jsd(h, w, teacher, w.detach(), None)
 
 
 def _timed_loss(

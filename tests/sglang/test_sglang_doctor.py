@@ -219,13 +219,15 @@ def test_weights_that_are_not_the_learners(url: str, tmp_path: Path) -> None:
 
 def test_a_server_that_somebody_uses_is_left_alone(url: str) -> None:
     async def used(subject: Subject) -> list[Finding]:
-        body = {"input_ids": [1], "sampling_params": {"max_new_tokens": 120, "ignore_eos": True}, "rid": "somebody"}
-        uses = [
-            asyncio.create_task(subject.server.api.post("/generate", body | {"rid": f"x{i}"}, timeout_s=60))
-            for i in range(32)
-        ]
+        async def use(name: str) -> None:
+            while not over.is_set():
+                await subject.server.api.post("/generate", body | {"rid": name}, timeout_s=120)
+
+        body, over = {"input_ids": [1], "sampling_params": {"max_new_tokens": 120, "ignore_eos": True}}, asyncio.Event()
+        uses = [asyncio.create_task(use(f"x{i}")) for i in range(4)]
         await asyncio.sleep(0.1)
         findings = await examine(subject, {"weight update": FULL["weight update"]})
+        over.set()
         await asyncio.gather(*uses)
         return findings
 

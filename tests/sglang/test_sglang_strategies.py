@@ -117,10 +117,10 @@ def test_the_whole_by_an_own_server_and_judged_anew_by_another(
     url: str, model: Path, problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     work, library, ranked = tmp_path / "work.jsonl", tmp_path / "library.jsonl", tmp_path / "ranked.parquet"
-    own, others = ["--model", model, "--structured", *SERVE], of_sglang()
+    own, others = ["--model", model, "--structured", *SERVE], of_sglang(os.getpid())
     assert strategies("extract", problems, "--work", work, "--library", library, *own) == 0
     assert f"{ITEMS} problems: {ITEMS} with a strategy" in capsys.readouterr().out
-    assert of_sglang() == others
+    assert of_sglang(os.getpid()) == others
     rows = [json.loads(line) for line in library.read_text().splitlines()]
     assert {row["problem"] for row in rows} == {f"What is {i} + 40?" for i in range(ITEMS)}
     records = {record["problem"]: record for record in records_of(work)}

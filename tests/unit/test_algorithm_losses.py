@@ -25,6 +25,8 @@ from tests.reference import sgpo as reference
 
 N, T = 5, 7
 SEEDS = st.integers(0, 2**32 - 1)
+# Rounded: within a rounding error of a token's own rank, as at 1 - 1e-16, the token may fall on either side.
+QUANTILES = st.floats(0, 1).map(lambda share: round(share, 6))
 
 
 def batch(seed):
@@ -120,7 +122,7 @@ class TestGRPO:
 
 class TestDistillation:
     @settings(deadline=None)
-    @given(SEEDS, st.floats(0.1, 3), st.floats(0, 1), st.sampled_from(list(LIMITERS)))
+    @given(SEEDS, st.floats(0.1, 3), QUANTILES, st.sampled_from(list(LIMITERS)))
     def test_equals_the_reference(self, seed, delta, quantile, limiter):
         d, c, mask = targets(seed)
         d.requires_grad_()

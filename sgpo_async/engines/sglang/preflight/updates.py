@@ -12,6 +12,7 @@ from sgpo_async.engines.sglang.serving.update import PAUSE_MODES, Updated, updat
 
 CHANGED = "model.norm.weight"
 SKEW_S = 1.0
+SETTLE_S = 5.0  # for requests that have ended to leave the counts of a server
 STILL_S = 0.5  # how long a paused server is watched
 PROMPT = (0, 1, 2, 3)
 LONG = 512  # tokens of a generation that is to be running still when it is interrupted
@@ -146,7 +147,18 @@ class _Stream:
 
 
 async def _require_idle(api: ServerApi, *, timeout_s: float) -> None:
-    """Nobody else's generations may meet the weights of a check."""
-    loads = (await api.get("/v1/loads", timeout_s=timeout_s))["loads"]
-    if busy := sum(load["num_running_reqs"] + load["num_waiting_reqs"] for load in loads):
-        raise CheckFailed(f"{busy} requests of somebody else run on it", "end the actor that uses it, and try again")
+    """Nobody else's generations may meet the weights of a check.
+
+    A server on a busy machine still counts requests of our own for a moment after their last token.
+    """
+    deadline = time.monotonic() + SETTLE_S
+    while True:
+        loads = (await api.get("/v1/loads", timeout_s=timeout_s))["loads"]
+        busy = sum(load["num_running_reqs"] + load["num_waiting_reqs"] for load in loads)
+        if not busy:
+            return
+        if time.monotonic() > deadline:
+            raise CheckFailed(
+                f"{busy} requests of somebody else run on it", "end the actor that uses it, and try again"
+            )
+        await asyncio.sleep(0.1)
