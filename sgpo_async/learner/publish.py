@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from sgpo_async.errors import DeadlineExceeded
 from sgpo_async.learner.policy import Policy
-from sgpo_async.learner.world import all_gather_single
+from sgpo_async.learner.process_group import all_gather_single
 
 BUCKET_BYTES = 64 * 2**20  # of one gather, unless a single parameter is larger
 PUBLISH_S = 300.0  # for one version to be written

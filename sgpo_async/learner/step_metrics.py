@@ -21,7 +21,7 @@ from sgpo_async.learner import mismatch
 from sgpo_async.learner.batch import Batch
 from sgpo_async.learner.mismatch import AGES, Mismatch
 from sgpo_async.learner.objectives.base import FIGURES
-from sgpo_async.learner.world import all_gather_single
+from sgpo_async.learner.process_group import all_gather_single
 
 TERMS = ("correction", "kl_correction")
 SUMS = (

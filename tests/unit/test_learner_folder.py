@@ -34,7 +34,9 @@ def test_exported_folder_loads_with_equal_logits(tmp_path: Path, tied: bool) -> 
 def test_a_model_of_the_hub_is_exported_with_its_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     builtin = model_folder("builtin:cues")
     asked = []
-    monkeypatch.setattr("sgpo_async.model.export.load_tokenizer", lambda name: asked.append(name) or load_tokenizer(builtin))
+    monkeypatch.setattr(
+        "sgpo_async.model.export.load_tokenizer", lambda name: asked.append(name) or load_tokenizer(builtin)
+    )
     model = load_model(builtin, device="cpu", dtype="float32")
     export(model, dict(model.named_parameters()), tmp_path, source="somebody/model")
     assert asked == ["somebody/model"]
