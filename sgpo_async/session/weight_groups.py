@@ -23,7 +23,7 @@ and in the end close(NAME), POST /destroy_weights_update_group.
 
 When a future of `join` or `broadcast` fails, rank 0 has left the group already. With gloo this ends the server's own
 wait by an error: its POST answers 400 (then POST /end_weight_update, if begun) and the server holds either the old
-weights or a mixture: out of service until a whole version is loaded, by a new group or after `WeightReceiver.pull`. With
+weights or a mixture: out of service until a whole version is loaded, by a new group or a pull by the receiver. With
 nccl a server that waits for a dead rank 0 stays in its kernel until its own watchdog ends it: restart it. When
 a POST fails or runs into its deadline instead, close(NAME): the future then fails at once.
 
