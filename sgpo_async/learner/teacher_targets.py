@@ -64,7 +64,7 @@ class TopKTargets(NamedTuple):
 
 
 def top_k_targets(rollouts: Sequence[Rollout], *, k: int, kind: str, device: torch.device) -> TopKTargets:
-    """What the engine reported for these targets, one after another. Raises DataError if it was asked for another teacher."""
+    """What the engine reported for these targets. Raises DataError if it was asked for another teacher."""
     for rollout in rollouts:
         told = 0 if rollout.top_tokens is None else len(rollout.top_tokens) // len(rollout.tokens)
         if told != k:
