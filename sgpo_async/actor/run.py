@@ -12,6 +12,7 @@ name for that of a living member after the network broke: then the actor tries o
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import time
@@ -19,7 +20,7 @@ import uuid
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from sgpo_async.actor.service import Service, say
+from sgpo_async.actor.service import Service
 from sgpo_async.config import Engine as EngineSettings
 from sgpo_async.config import Model, Run, from_plain
 from sgpo_async.engines.base import Engine
@@ -31,6 +32,8 @@ from sgpo_async.session.interface import interface_towards
 from sgpo_async.tasks.prompts import build_prompt
 from sgpo_async.transport import Dealer, Mailbox
 from sgpo_async.wire.records import Hello, Message, Refused, Settings, SettingsRequest, Stop, Welcome
+
+log = logging.getLogger(__name__)
 
 WELCOME_DEADLINE_S = 180.0  # the hub starts a link process first, on a machine that may be busy
 Answer = TypeVar("Answer", Settings, Welcome)
@@ -90,7 +93,7 @@ class Actor:
                 except Refusal as refusal:
                     if not self._may_pass(refusal):
                         raise
-                    say(str(refusal))
+                    log.warning("%s", refusal)
                 finally:
                     mailbox.close(linger_s=1.0)  # releases and the goodbye should leave
                 failures = 0 if time.monotonic() - began > 2 * BACKOFF_S[-1] else failures + 1
@@ -137,7 +140,7 @@ class Actor:
         )
         reason = service.serve(stopping=lambda: self._stopped)
         self._served_until = time.monotonic()
-        say(f"{self._name}: session ended: {reason}")
+        log.info("%s: session ended: %s", self._name, reason)
         return service.finished
 
     def _with_own_options(self, run: Run) -> Run:
@@ -169,7 +172,7 @@ class Actor:
         build_prompt("?", None, style=run.tasks.prompt, tokenizer=self._tokenizer)  # now, or never
         self._engine = self._open_engine(folder, run)
         self._warm_for = run.model, run.engine
-        say(f"{self._name}: engine ready after {time.monotonic() - began:.1f} s")
+        log.info("%s: engine ready after %.1f s", self._name, time.monotonic() - began)
         return self._engine
 
     def _open_engine(self, folder: str, run: Run) -> Engine:
@@ -203,7 +206,7 @@ class Actor:
                 )
             if again_s and now - asked > again_s:
                 if asked == began:
-                    say(f"{self._name}: no answer from {self._options.hub} yet; waiting up to {deadline_s:g} s")
+                    log.info("%s: no answer from %s yet; waiting up to %g s", self._name, self._options.hub, deadline_s)
                 asked = now
                 mailbox.send(question)
         return None

@@ -10,7 +10,7 @@ the engine holds a version that the lease admits; a rollout waits in the sender 
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -39,6 +39,8 @@ from sgpo_async.wire.records import Ack, Goodbye, Heartbeat, Lease, Message, Rea
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 0.02  # for the hub
 ENGINE_WAIT_S = 0.01  # for a server's results; an engine in this process does its work instead
@@ -121,7 +123,7 @@ class Service:
                 case VersionReceived() | VersionAnnounced():
                     newest = event
                 case VersionRejected():
-                    say(f"weights version {event.version}: {event.reason}")
+                    log.warning("weights version %d: %s", event.version, event.reason)
                 case NodeControl(word="drain"):
                     return "drained"
                 case ReceiverDown():
@@ -143,7 +145,7 @@ class Service:
         except Superseded:
             return  # a newer version is already there: its event follows
         except WeightsError as error:
-            say(f"weights version {event.version}: {error}")
+            log.warning("weights version %d: %s", event.version, error)
 
     def _pull(self, version: int) -> dict[str, torch.Tensor]:
         """A version that the node has not yet; a thread of an engine that lives elsewhere asks for it."""
@@ -182,7 +184,7 @@ class Service:
     def _give_back(self, group: RolloutGroup, error: EngineError) -> None:
         """For good: no actor can make all its rollouts."""
         lease = group.lease
-        say(f"task {lease.task}: {error}")
+        log.warning("task %d: %s", lease.task, error)
         self._engine.cancel(group.rollout_ids())
         self._mailbox.send(Release(task=lease.task, attempt=lease.attempt, reason=str(error), servable=False))
         self._groups.pop((lease.task, lease.attempt), None)
@@ -236,7 +238,7 @@ class Service:
         The hub leases by version: it is told at once of a new one.
         """
         for line in self._engine.news():
-            say(line)
+            log.info("%s", line)
         now = time.monotonic()
         for rollout in self._sender.due(now):
             self._mailbox.send(rollout)
@@ -273,8 +275,3 @@ def _read(path: str, version: int) -> dict[str, torch.Tensor]:
         return reader.tensors(version)
     finally:
         reader.close()
-
-
-def say(line: str) -> None:
-    """One line for whoever reads the actor's log."""
-    print(line, file=sys.stderr, flush=True)

@@ -52,7 +52,7 @@ def generated(key: tuple[int, int, int]) -> Generated:
     return Generated(id=key, tokens=ones, logprobs=-np.ones(1, np.float32), versions=0 * ones, ends=ones, finish="stop")
 
 
-def test_a_failed_request_gives_its_lease_back_and_no_other(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_request_gives_its_lease_back_and_no_other(caplog: pytest.LogCaptureFixture) -> None:
     sent: list[Any] = []
     mailbox = SimpleNamespace(
         dealer=SimpleNamespace(connections=1),
@@ -79,4 +79,4 @@ def test_a_failed_request_gives_its_lease_back_and_no_other(capsys: pytest.Captu
     assert (release.task, release.servable) == (7, False) and "3 servers died" in release.reason
     assert engine.cancelled == [(7, 0, 0), (7, 0, 1)]
     assert list(service._groups) == [(8, 0)] and service._granted == granted - 1
-    assert "task 7: request (7, 0, 1): 3 servers died" in capsys.readouterr().err
+    assert "task 7: request (7, 0, 1): 3 servers died" in caplog.text
