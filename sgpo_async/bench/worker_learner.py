@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from sgpo_async.bench.rollouts import RolloutSampler
+from sgpo_async.bench.synchronous_actor import SynchronousActor
 from sgpo_async.config import Run, load
 from sgpo_async.learner.process_group import join_world
 from sgpo_async.learner.publish import gather
@@ -33,7 +33,7 @@ class Colocated:
     def __init__(self, run: Run, mesh: DeviceMesh) -> None:
         self.run, self.rank, self.ranks = run, dist.get_rank(), dist.get_world_size()
         self.stepper: Stepper = build(run, mesh)[0]
-        self.sampler = RolloutSampler(run)
+        self.actor = SynchronousActor(run)
         self.generating_s = 0.0
         self._load(0)
 
@@ -42,7 +42,7 @@ class Colocated:
         began = time.monotonic()
         batch = self.run.learner.problems_per_step
         own = range(step * batch + self.rank, (step + 1) * batch, self.ranks)
-        rollouts = tuple(self.sampler.roll_out([self.sampler.task(number) for number in own]))
+        rollouts = tuple(self.actor.roll_out([self.actor.task(number) for number in own]))
         self.generating_s += time.monotonic() - began
         return Shard(step=step, version=step, problems=batch, rollouts=rollouts)
 
@@ -59,7 +59,7 @@ class Colocated:
         named = dict(gather(self.stepper.policy, torch.float32))
         received = [named]
         dist.broadcast_object_list(received, src=0)
-        self.sampler.load(version, received[0])
+        self.actor.load(version, received[0])
 
 
 def main(config: str, setting: str, seconds: str, *words: str) -> None:

@@ -16,7 +16,7 @@ from sgpo_async.engines.base import Engine, Weights
 from sgpo_async.engines.open import open_engine
 from sgpo_async.evaluation.evaluation_plan import EvaluationPlan
 from sgpo_async.evaluation.results import Results
-from sgpo_async.evaluation.sampling import Item, Sampler
+from sgpo_async.evaluation.sampling import Evaluator, Item
 from sgpo_async.metrics.problems import summarise
 from sgpo_async.model.folder import load_tokenizer, model_folder
 from sgpo_async.model.load import load_model
@@ -49,13 +49,13 @@ def evaluate(
             engine = _open(plan.run, folder)
             try:
                 engine.load(weights)
-                sampler = Sampler(plan, engine, tokenizer, tell=tell)
+                evaluator = Evaluator(plan, engine, tokenizer, report=tell)
                 try:
-                    for done, (name, result) in enumerate(sampler.results(missing, texts=texts), start=1):
+                    for done, (name, result) in enumerate(evaluator.results(missing, texts=texts), start=1):
                         results.add(name, result)
                         progress(total - len(missing) + done, total)
                 finally:
-                    sampler.close()
+                    evaluator.close()
             finally:
                 engine.close()
         summary = _summary(plan, settings, results)
