@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import sys
-from typing import Literal
+from typing import Literal, TextIO
 
 Format = Literal["human", "json"]
 
@@ -29,7 +29,7 @@ def set_up(role: str, *, name: str = "") -> None:
         role: what this process is, e.g. "actor".
         name: which one, e.g. "actor-0". A learner's rank is taken from torchrun's RANK.
     """
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Stderr()
     machine = os.environ.get(FORMAT) == "json"
     handler.setFormatter(_Json(role, name) if machine else _Human(role, name))
     package = logging.getLogger("sgpo_async")
@@ -41,6 +41,19 @@ def _rank() -> int | None:
     """Of a process that torchrun started."""
     rank = os.environ.get("RANK")
     return int(rank) if rank is not None else None
+
+
+class _Stderr(logging.StreamHandler[TextIO]):
+    """Writes to what `sys.stderr` is at the moment of each record, not to what it was at `set_up`."""
+
+    @property
+    def stream(self) -> TextIO:
+        """Where records go."""
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _value: object) -> None:
+        """The base class sets it once; nothing is kept."""
 
 
 class _Human(logging.Formatter):
