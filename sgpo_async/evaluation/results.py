@@ -35,7 +35,7 @@ class Results:
 
     @contextmanager
     def writing(self, settings: Mapping[str, Any]) -> Iterator[None]:
-        """Within this context `add` may be called; the folder is claimed.
+        """Claim the folder; within this context `add` may be called.
 
         Raises ConfigError if it holds an evaluation with other settings, or another process writes it.
         """
@@ -61,7 +61,7 @@ class Results:
                 self._files = {}
 
     def add(self, benchmark: str, result: ProblemResult) -> None:
-        """Append one line."""
+        """Append the result of one problem."""
         self._files[benchmark].append(asdict(result))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
@@ -69,15 +69,15 @@ class Results:
         write_whole(self.folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
 
     def settings(self) -> dict[str, Any]:
-        """What was evaluated."""
+        """The settings of the evaluation in this folder."""
         return _read_json(self.folder / SETTINGS)
 
     def summary(self) -> dict[str, Any]:
-        """The figures. Raises DataError if the evaluation is not complete."""
+        """The summary. Raises DataError if the evaluation is not complete."""
         return _read_json(self.folder / SUMMARY)
 
     def problems(self, benchmark: str) -> list[ProblemResult]:
-        """Those with a whole line, in the order of completion."""
+        """The problems that have a whole line, in the order in which they were completed."""
         lines = JsonLinesReader(self._path(benchmark)).poll()
         return [self._checked(benchmark, number, values) for number, values in lines]
 
