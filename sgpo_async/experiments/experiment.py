@@ -105,8 +105,8 @@ class _Runner:
             _say(f"{what} {done}/{len(missing)}, {left / 60:.0f} min left: {_line(trial, result)}")
 
     def _job(self, trial: Trial) -> TrialJob:
-        path = self.experiment.run(trial.words).model.path
-        return TrialJob(trial.id, self.experiment.config, (*trial.words, f"model.path={self._model(path)}"))
+        model = self._model(trial.run.model.path)
+        return TrialJob(trial.id, self.experiment.config, (*trial.words, f"model.path={model}"))
 
     def _model(self, path: str) -> str:
         return str(self._base(path.removeprefix(BASE))) if path.startswith(BASE) else path

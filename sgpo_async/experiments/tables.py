@@ -63,7 +63,7 @@ def _rows(
         mark = f" {EDGE}" if at_the_edge(experiment, rates[cell]) else ""
         rows[cell] = rows[cell]._replace(rate=f"{trial.rate:g}{mark}")
         if trial.id in results:
-            rows[cell].results.append(completed(results[trial.id], experiment.run(trial.words)))
+            rows[cell].results.append(completed(results[trial.id], trial.run))
     return {setting: [rows[setting, method] for method in experiment.methods] for setting in experiment.settings}
 
 
