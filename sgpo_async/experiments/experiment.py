@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sgpo_async.config.experiment import BASE, Experiment, load_experiment
+from sgpo_async.config.experiment import BASE, Experiment
 from sgpo_async.errors import SgpoError
 from sgpo_async.experiments.code_version import code_version
 from sgpo_async.experiments.identity import recipe, same_recipe
@@ -22,8 +22,8 @@ from sgpo_async.files import to_json, write_whole
 Say = Callable[[str], None]
 
 
-def run_experiment(path: str, *, out: Path, workers: int, limit_s: float | None = None) -> int:
-    """Do what is missing of the experiment at `path` and write its tables; returns the exit status.
+def run_experiment(experiment: Experiment, *, out: Path, workers: int, limit_s: float | None = None) -> int:
+    """Do what is missing of the experiment and write its tables; returns the exit status.
 
     Args:
         out: folder of bases and results, which several experiments may share.
@@ -32,7 +32,6 @@ def run_experiment(path: str, *, out: Path, workers: int, limit_s: float | None 
     Raises:
         SgpoError: one line.
     """
-    experiment = load_experiment(path)
     check_budget(experiment)
     began = time.monotonic()
 

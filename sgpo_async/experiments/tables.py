@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 from sgpo_async.config.experiment import Experiment
+from sgpo_async.errors import SgpoError
 from sgpo_async.experiments.captions import EDGE, FIGURES, conditions, curves_say, learning_rates
 from sgpo_async.experiments.code_version import codes
 from sgpo_async.experiments.curves import best, completed, third
@@ -25,6 +27,16 @@ class Row(NamedTuple):
     method: str
     rate: str  # empty while it is not known
     results: list[Result]
+
+
+def check_packages() -> None:
+    """Raise SgpoError, one line, if a package is missing that `write_tables` needs."""
+    for name in ("matplotlib", "scipy"):
+        if find_spec(name) is None:
+            raise SgpoError(
+                f"experiment: tables and figures need {name}, which is not installed; run: "
+                "pip install 'sgpo-async[experiments]'"
+            )
 
 
 def write_tables(experiment: Experiment, results: Mapping[str, Result], *, folder: Path) -> None:
