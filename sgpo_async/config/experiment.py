@@ -147,20 +147,20 @@ class Experiment:
             )
 
     def _check_figures(self) -> None:
-        settings = [*self.settings] or [""]
-        for place, figure in enumerate(self.figures or []):
+        figures = self.figures or []
+        kinds, settings, methods = ", ".join(FIGURE_KINDS), [*self.settings] or [""], ", ".join(self.methods)
+        for place, figure in enumerate(figures):
             where = f"figures[{place}]"
-            kinds = ", ".join(FIGURE_KINDS)
             require(figure.kind in FIGURE_KINDS, f"{where}.kind", f"must be one of {kinds}", figure.kind)
-            known = ", ".join(settings)
-            require(figure.setting in settings, f"{where}.setting", f"must be one of the settings ({known})", figure.setting)
+            rule = f"must be one of the settings ({', '.join(settings)})"
+            require(figure.setting in settings, f"{where}.setting", rule, figure.setting)
             for name in figure.methods:
-                known = ", ".join(self.methods)
-                require(name in self.methods, f"{where}.methods", f"must name methods of this file ({known})", name)
+                require(name in self.methods, f"{where}.methods", f"must name methods of this file ({methods})", name)
             count = len(figure.methods or self.methods)
             require(count <= MOST_CURVES, f"{where}.methods", f"must have at most {MOST_CURVES} methods", count)
-        stems = [figure.stem for figure in self.figures or []]
-        require(len(set(stems)) == len(stems), "figures", "must have names that differ as names of files", ", ".join(stems))
+        stems = [figure.stem for figure in figures]
+        rule = "must have names that differ as names of files"
+        require(len(set(stems)) == len(stems), "figures", rule, ", ".join(stems))
 
     def keys(self, setting: str, method: str) -> Words:
         """What a cell of the table says, without `common`."""

@@ -1,7 +1,7 @@
 """Pages and the table of trials from results that are there: no trial is run.
 
-    trials.parquet ─▶ OUT/results/ID.json ─▶ FOLDER/NAME/README.md with its figures, FOLDER/trials.parquet
-                      OUT/bases/NAME/base.json ─▶ FOLDER/bases/NAME.json
+trials.parquet ─▶ OUT/results/ID.json ─▶ FOLDER/NAME/README.md with its figures, FOLDER/trials.parquet
+                  OUT/bases/NAME/base.json ─▶ FOLDER/bases/NAME.json
 """
 
 from __future__ import annotations

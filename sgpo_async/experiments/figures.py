@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sgpo_async.config.experiment import MOST_CURVES
 from sgpo_async.experiments.curves import Points
@@ -19,7 +19,7 @@ COLOURS = (
     *("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#111111"),
     *("#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#b5a100", "#0b3d91"),
 )
-STYLE = {
+STYLE: Any = {  # of matplotlib
     "svg.hashsalt": "sgpo",  # the same figures give the same file
     "svg.fonttype": "none",  # text stays text: its letters as outlines would be most of a file
     "font.family": "sans-serif",

@@ -1,10 +1,10 @@
-"""All trials of a folder as one Parquet file: a row for each trial, and once what their configurations have in common.
+"""All results as one Parquet file, a row for each trial. What their configurations have in common is stored once.
 
-    results/ID.json, ... ─▶ write_trials ─▶ trials.parquet ─▶ read_trials ─▶ the same results, each with its whole configuration
+    results/ID.json, ... ─▶ write_trials ─▶ trials.parquet ─▶ read_trials ─▶ the same results, whole
 
-Columns: `id`; `cells`, the places of the trial in experiments' tables; `base`, `seed`, `lag`, `learning_rate`; `config`,
-as JSON, the part of the configuration that is not the same in all trials; and all else that a result has, such as
-`commit`, `test` and `curve`. The common part of the configuration is in the file's metadata, as JSON.
+Columns: `id`; `cells`, the places of the trial in experiments' tables; `base`, the model that it begins with; `seed`;
+`lag`; `learning_rate`; `config`, as JSON: the keys whose values are not the same in all trials; and all else that a
+result has, such as `commit`, `test` and `curve`. The file's metadata has the common keys and their values, as JSON.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sgpo_async.config.experiment import Experiment
 from sgpo_async.errors import SgpoError
 from sgpo_async.experiments.identity import Plain, filled, identity, recipe
 from sgpo_async.experiments.plan import Result, best_rates, final, tuning
-from sgpo_async.files import to_json, write_whole
+from sgpo_async.files import write_whole
 
 COMMON = b"common_configuration"  # key of the file's metadata
 LEVEL = 19  # of zstd: slow to write, and as fast to read as any other
@@ -37,7 +37,7 @@ def write_trials(path: Path, results: Mapping[str, Result], experiments: Sequenc
         experiments: they give the names in the columns `cells` and `base`, which `read_trials` does not need.
     """
     cells = _cells(experiments, results)
-    names = {to_json(recipe(one, name)): name for one in experiments for name in one.bases}
+    names = {_sorted(recipe(one, name)): name for one in experiments for name in one.bases}
     common = reduce(_common, (result["config"] for result in results.values()))
     in_order = [one for one in cells if one in results] + sorted(results.keys() - cells.keys())
     rows = [
@@ -82,7 +82,7 @@ def _cells(experiments: Sequence[Experiment], results: Mapping[str, Result]) -> 
 def _base(config: Plain, names: Mapping[str, str]) -> str:
     """The path of the model that the trial begins with, or the name of the base that is made by this recipe."""
     path = config["model"]["path"]
-    return path if isinstance(path, str) else names.get(to_json(path), "")
+    return path if isinstance(path, str) else names.get(_sorted(path), "")
 
 
 def _row(result: Result, common: Plain) -> dict[str, Any]:

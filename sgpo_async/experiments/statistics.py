@@ -27,7 +27,7 @@ def interval(values: Sequence[float]) -> Interval:
 
 @cache
 def _t_95(degrees: int) -> float:
-    """Student's t, two-sided 95 %, to three decimals as in printed tables: committed results were computed with those."""
+    """Student's t, two-sided 95 %, to three decimals: printed tables have as many, and the first results used one."""
     from scipy.stats import t
 
     return round(float(t.ppf(0.975, degrees)), 3)
