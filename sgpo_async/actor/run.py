@@ -1,17 +1,20 @@
-"""An actor's life: find the hub, warm the engine, serve session after session.
+"""An actor from start to end: find the hub, load the engine, serve one session after another.
 
     settings ─▶ engine (stays warm) ─▶ ┌ Hello ─▶ Welcome ─▶ node process ─▶ serve ┐
         ▲                              └────────────── session ended ◀─────────────┘
         └──────────────────────────────── backoff ◀──────────┘
 
-The configuration is asked for before the actor joins, so that loading a model, which may take minutes, is not
-mistaken for a dead member. The engine outlives sessions; a hub that went away is looked for until it is back.
-A refusal ends an actor that has not served yet. Later it may be a matter of time, as when the hub still takes the
-name for that of a living member after the network broke: then the actor tries on for `hub_timeout_s`.
+The actor asks for the configuration before it joins: loading a model may take minutes, and the hub would take a member
+that is silent for so long for dead. The engine outlives sessions. When the hub goes away, the actor looks for it until
+it is back.
+
+A refusal ends an actor that has never served. After a session it may be temporary (the network broke, and the hub still
+counts the actor's name as a living member): then the actor retries for `hub_timeout_s`.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import time
@@ -19,7 +22,7 @@ import uuid
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from sgpo_async.actor.service import Service, say
+from sgpo_async.actor.service import Service
 from sgpo_async.config import Engine as EngineSettings
 from sgpo_async.config import Model, Run, from_plain
 from sgpo_async.engines.base import Engine
@@ -32,15 +35,17 @@ from sgpo_async.tasks.prompts import build_prompt
 from sgpo_async.transport import Dealer, Mailbox
 from sgpo_async.wire.records import Hello, Message, Refused, Settings, SettingsRequest, Stop, Welcome
 
-WELCOME_DEADLINE_S = 180.0  # the hub starts a link process first, on a machine that may be busy
+log = logging.getLogger(__name__)
+
+WELCOME_DEADLINE_S = 180.0  # the hub starts a weight sender first, on a machine that may be busy
 Answer = TypeVar("Answer", Settings, Welcome)
-MAX_BYTES = 2**30  # the hub's own limit (hub.max_message_mb) is the one that counts
+MAX_BYTES = 2**30  # the hub's limit, hub.max_message_mb, is smaller
 BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 5.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ActorOptions:
-    """What one node decides for itself; everything else comes from the hub."""
+    """What an inference node decides for itself; everything else comes from the hub."""
 
     hub: str
     name: str = ""
@@ -55,7 +60,7 @@ class ActorOptions:
 
 
 class Refusal(HubError):
-    """The hub does not take this actor."""
+    """The hub refuses this actor."""
 
     def __init__(self, message: str, *, final: bool) -> None:
         super().__init__(message)
@@ -63,19 +68,22 @@ class Refusal(HubError):
 
 
 class Actor:
-    """One inference node. Raises HubError when no hub is found or it refuses; EngineError, DataError for the model."""
+    """One inference node.
+
+    Raises HubError if no hub is found or it refuses the actor; EngineError or DataError if the model cannot be served.
+    """
 
     def __init__(self, options: ActorOptions) -> None:
         self._options = options
         self._name = options.name or f"actor-{uuid.uuid4().hex[:6]}"
         self._stopped = False
-        self._served_until: float | None = None  # when the last session ended that began with a Welcome
+        self._served_until: float | None = None  # when the last session ended, if there has been one
         self._warm_for: tuple[Model, EngineSettings] | None = None
         self._engine: Engine | None = None
         self._tokenizer: Any = None
 
     def run(self) -> int:
-        """Serve until the run is over (exit status 0) or this process is told to stop."""
+        """Serve until the run is over or a signal arrives; returns the exit status, 0."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         try:
@@ -90,9 +98,9 @@ class Actor:
                 except Refusal as refusal:
                     if not self._may_pass(refusal):
                         raise
-                    say(str(refusal))
+                    log.warning("%s", refusal)
                 finally:
-                    mailbox.close(linger_s=1.0)  # releases and the goodbye should leave
+                    mailbox.close(linger_s=1.0)  # the last releases and the goodbye are still to be sent
                 failures = 0 if time.monotonic() - began > 2 * BACKOFF_S[-1] else failures + 1
                 self._pause(BACKOFF_S[min(failures, len(BACKOFF_S) - 1)])
         finally:
@@ -105,7 +113,7 @@ class Actor:
         return not refusal.final and served is not None and time.monotonic() - served < self._options.hub_timeout_s
 
     def _session(self, mailbox: Mailbox) -> bool:
-        """One connection to one hub, from its settings to its end; whether the run is over."""
+        """One connection to one hub, from its settings to its end; returns whether the run is over."""
         settings = self._ask(mailbox, SettingsRequest(), Settings, self._options.hub_timeout_s, again_s=1.0)
         if settings is None:
             return True
@@ -117,7 +125,7 @@ class Actor:
             node.stop()
 
     def _node(self, run: Run) -> WeightReceiver:
-        """It imports torch while this process warms its engine."""
+        """Start the weight receiver now: it imports torch while this process loads the engine."""
         deadlines = Deadlines(group_s=run.engine.sglang.phase_timeout_s)
         return WeightReceiver(self._name, pulls=not run.engine.broadcasts, deadlines=deadlines)
 
@@ -137,7 +145,7 @@ class Actor:
         )
         reason = service.serve(stopping=lambda: self._stopped)
         self._served_until = time.monotonic()
-        say(f"{self._name}: session ended: {reason}")
+        log.info("%s: session ended: %s", self._name, reason)
         return service.finished
 
     def _with_own_options(self, run: Run) -> Run:
@@ -158,7 +166,7 @@ class Actor:
         )
 
     def _warm(self, run: Run) -> Engine:
-        """The engine, loaded once for as long as the run's model and engine settings stay the same."""
+        """The engine; it is loaded again only if the run's model or engine settings have changed."""
         if self._engine is not None and self._warm_for == (run.model, run.engine):
             return self._engine
         if self._engine is not None:
@@ -166,14 +174,14 @@ class Actor:
         began = time.monotonic()
         folder = model_folder(run.model.path)
         self._tokenizer = load_tokenizer(folder)
-        build_prompt("?", None, style=run.tasks.prompt, tokenizer=self._tokenizer)  # now, or never
+        build_prompt("?", None, style=run.tasks.prompt, tokenizer=self._tokenizer)  # fail early
         self._engine = self._open_engine(folder, run)
         self._warm_for = run.model, run.engine
-        say(f"{self._name}: engine ready after {time.monotonic() - began:.1f} s")
+        log.info("%s: engine ready after %.1f s", self._name, time.monotonic() - began)
         return self._engine
 
     def _open_engine(self, folder: str, run: Run) -> Engine:
-        if run.engine.broadcasts:  # the servers inherit by which interface the learner is reached
+        if run.engine.broadcasts:  # servers inherit the name of the interface towards the learner
             host = self._options.hub.removeprefix("tcp://").rpartition(":")[0]
             for backend in ("GLOO", "NCCL"):
                 os.environ.setdefault(f"{backend}_SOCKET_IFNAME", interface_towards(host))
@@ -182,7 +190,10 @@ class Actor:
     def _ask(
         self, mailbox: Mailbox, question: Message, answer: type[Answer], deadline_s: float, *, again_s: float = 0.0
     ) -> Answer | None:
-        """Send `question` and wait for its answer; None if told to stop. Repeats it every `again_s` if that is set."""
+        """Send `question`, wait for its answer and return it; None if the actor is told to stop.
+
+        With `again_s` the question is repeated every so many seconds.
+        """
         began = asked = time.monotonic()
         mailbox.send(question)
         while not self._stopped:
@@ -203,7 +214,7 @@ class Actor:
                 )
             if again_s and now - asked > again_s:
                 if asked == began:
-                    say(f"{self._name}: no answer from {self._options.hub} yet; waiting up to {deadline_s:g} s")
+                    log.info("%s: no answer from %s yet; waiting up to %g s", self._name, self._options.hub, deadline_s)
                 asked = now
                 mailbox.send(question)
         return None

@@ -1,16 +1,16 @@
 """One session of an actor: leases in, rollouts out, weights in flight. One thread, one loop.
 
-    hub ──Lease, Ack, Stop──▶ receive ─▶ admit ─▶ engine.step ─▶ judge ─▶ publish ──Rollout, Ready, Heartbeat──▶ hub
-    link ──(Torch RPC)──▶ node process ──version, path──▶ refresh ─▶ engine.load
+    hub ── Lease, Ack, Stop ──▶ receive ─▶ admit ─▶ generate ─▶ publish ── Rollout, Ready, Heartbeat ──▶ hub
+    weight sender ── Torch RPC ──▶ weight receiver ── version, path ──▶ refresh ─▶ engine.load
 
-The loop waits in `receive` while the engine has nothing to do, and in `engine.step` while an engine that lives
-elsewhere works; both briefly. A lease waits in `admit` until
-the engine holds a version that the lease admits; a rollout waits in the sender until the hub acknowledges it.
+The loop waits in `receive` while the engine is idle, and in `generate` while an engine that lives elsewhere works; both
+waits are short. A lease waits in `admit` until the engine holds a version that the lease admits. A rollout waits in the
+sender until the hub acknowledges it.
 """
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sgpo_async.config import Run
-from sgpo_async.engines.base import Engine, Failed, Generated, Weights
+from sgpo_async.engines.base import Engine, Weights
 from sgpo_async.errors import EngineError, SessionError, Superseded, WeightsError
-from sgpo_async.rollout.group import RolloutGroup, group_of, task_of
+from sgpo_async.rollout.sampler import RolloutSampler, Unservable
 from sgpo_async.session import (
     NodeControl,
     ReceiverDown,
@@ -31,40 +31,43 @@ from sgpo_async.session import (
     VersionRejected,
     WeightReceiver,
 )
-from sgpo_async.tasks.prompts import build_prompt
-from sgpo_async.tasks.reward_pool import RewardPool
 from sgpo_async.transport import Mailbox, ReliableSender
 from sgpo_async.weights import StoreReader
-from sgpo_async.wire.records import Ack, Goodbye, Heartbeat, Lease, Message, Ready, Refused, Release, Rollout, Stop
+from sgpo_async.wire.records import Ack, Goodbye, Heartbeat, Lease, Message, Ready, Refused, Release, Stop
 
 if TYPE_CHECKING:
     import torch
 
-IDLE_WAIT_S = 0.02  # for the hub
-ENGINE_WAIT_S = 0.01  # for a server's results; an engine in this process does its work instead
-UNACKNOWLEDGED = 512  # rollouts on their way to the hub
+log = logging.getLogger(__name__)
+
+IDLE_WAIT_S = 0.02  # for a message of the hub, while the engine is idle
+ENGINE_WAIT_S = 0.01  # for results of servers; an engine in this process computes instead of waiting
+UNACKNOWLEDGED = 512  # rollouts that may be on their way to the hub at one time
 RESEND_AFTER_S = 10.0
-PULL_S = 600.0  # for one version to reach the node when it is asked for
+PULL_S = 600.0  # for the weight receiver to pull one version
 
 
 class Service:
-    """Serves one hub until told to stop, or until the hub or its link is gone.
+    """Serves one hub until it is told to stop, or until the hub or the weight sender is gone.
 
-    Parameters: the typed connection to the hub; the node process that brings weights; a warm engine; the tokenizer;
-    the run's configuration.
+    Args:
+        mailbox: the connection to the hub.
+        node: the weight receiver of this session.
+        engine: a warm engine.
+        tokenizer: of the model.
+        run: the configuration of the run.
     """
 
     def __init__(self, *, mailbox: Mailbox, node: WeightReceiver, engine: Engine, tokenizer: Any, run: Run):
         self._mailbox, self._node, self._engine = mailbox, node, engine
-        self._tokenizer, self._run = tokenizer, run
-        self._rewards = RewardPool(workers=run.tasks.reward_workers, limit_s=run.tasks.reward_limit_s)
+        self._run = run
+        self._sampler = RolloutSampler(engine, tokenizer, run.tasks)
         self._sender = ReliableSender(window=UNACKNOWLEDGED, resend_after_s=RESEND_AFTER_S)
         self._waiting: deque[Lease] = deque()
-        self._groups: dict[tuple[int, int], RolloutGroup] = {}
-        self._granted = 0  # leases the hub may have open here
+        self._granted = 0  # leases that were asked for and are not finished
         self._busy_s = 0.0
-        self._told: int | None = None  # the version that the hub knows of
-        engine.reset()  # what a warm engine held before is another past
+        self._reported: int | None = None  # the version in the last heartbeat
+        engine.reset()  # a warm engine may hold weights of an earlier session under the same version numbers
         self._connections = mailbox.dealer.connections
         self._started = self._beaten = time.monotonic()
         self.finished = False  # the run is over, not just this session
@@ -78,17 +81,16 @@ class Service:
                     break
                 self.admit()
                 self.generate()
-                self.judge()
                 self.publish()
             reason = reason or "stopped"
             self._leave(reason)
             return reason
         finally:
-            self._rewards.close()
+            self._sampler.close()
             self._engine.reset()
 
     def receive(self) -> str | None:
-        """Take what the hub sent; a reason to end, if there is one.
+        """Take the hub's messages; returns a reason to end the session, if there is one.
 
         A connection that was lost and is back may have cost leases or credit, which are not sent again.
         """
@@ -114,14 +116,14 @@ class Service:
         return None
 
     def refresh(self) -> str | None:
-        """Load the newest weights that the node process holds; a reason to end if the session broke."""
+        """Load the newest version that the weight receiver holds; returns a reason to end if the session is over."""
         newest: VersionReceived | VersionAnnounced | None = None
         for event in self._node.poll():
             match event:
                 case VersionReceived() | VersionAnnounced():
                     newest = event
                 case VersionRejected():
-                    say(f"weights version {event.version}: {event.reason}")
+                    log.warning("weights version %d: %s", event.version, event.reason)
                 case NodeControl(word="drain"):
                     return "drained"
                 case ReceiverDown():
@@ -131,7 +133,7 @@ class Service:
         return None
 
     def _load(self, event: VersionReceived | VersionAnnounced) -> None:
-        """A failed load takes the engine out of service until a later version loads whole."""
+        """Load a version. After a failed load the engine is out of service until a later version is loaded whole."""
         if isinstance(event, VersionReceived):
             read = partial(_read, event.path, event.version)
             weights = Weights(version=event.version, digest=event.digest, read=read)
@@ -143,10 +145,10 @@ class Service:
         except Superseded:
             return  # a newer version is already there: its event follows
         except WeightsError as error:
-            say(f"weights version {event.version}: {error}")
+            log.warning("weights version %d: %s", event.version, error)
 
     def _pull(self, version: int) -> dict[str, torch.Tensor]:
-        """A version that the node has not yet; a thread of an engine that lives elsewhere asks for it."""
+        """Have the weight receiver pull a version and read it; called by a thread of an engine that lives elsewhere."""
         try:
             path = self._node.pull(version).result(PULL_S)
         except TimeoutError:
@@ -154,7 +156,7 @@ class Service:
         return _read(path, version)
 
     def admit(self) -> None:
-        """Start the leases whose lowest version the engine holds; ask for more while slots would stay empty."""
+        """Start the leases that admit the engine's version; ask for more leases while slots would stay empty."""
         version = self._engine.version
         if version is None:
             return
@@ -165,91 +167,54 @@ class Service:
             self._granted += wanted
 
     def _lease_target(self) -> int:
-        """Enough leases to fill every slot, and one in hand so that a free slot never waits for the network."""
+        """Enough leases to fill every slot, and one more, so that a free slot never waits for the network."""
         return -(-self._run.engine.slots // self._run.rollout.size) + 1
 
     def _start(self, lease: Lease) -> None:
-        """A group that the engine cannot serve, such as one with too long a prompt, goes back for good."""
-        group = group_of(lease, prompt=self._prompt)
         try:
-            for request in group.requests():
-                self._engine.submit(request)
+            self._sampler.add(lease)
         except EngineError as error:
-            self._give_back(group, error)
-        else:
-            self._groups[lease.task, lease.attempt] = group
+            self._give_back(lease, error)
 
-    def _give_back(self, group: RolloutGroup, error: EngineError) -> None:
-        """For good: no actor can make all its rollouts."""
-        lease = group.lease
-        say(f"task {lease.task}: {error}")
-        self._engine.cancel(group.rollout_ids())
+    def _give_back(self, lease: Lease, error: EngineError) -> None:
+        """Return a lease that no actor can serve, such as one with too long a prompt."""
+        log.warning("task %d: %s", lease.task, error)
         self._mailbox.send(Release(task=lease.task, attempt=lease.attempt, reason=str(error), servable=False))
-        self._groups.pop((lease.task, lease.attempt), None)
         self._granted -= 1
 
-    def _prompt(self, problem: str, strategy: str | None) -> list[int]:
-        return build_prompt(problem, strategy, style=self._run.tasks.prompt, tokenizer=self._tokenizer)
-
     def generate(self) -> None:
-        """One step of the engine; hand what finished to the verifier or straight on."""
+        """One step of engine and verifiers; finished rollouts go to the sender."""
         began = time.monotonic()
         status = self._engine.load_status()
-        for result in self._engine.step(ENGINE_WAIT_S):
-            group = self._groups.get(task_of(result.id))
-            if group is None:
-                continue  # its lease was given back meanwhile
-            if isinstance(result, Failed):
-                self._give_back(group, result.error)
-            elif isinstance(result, Generated):
-                group.generated(result)
-                text = self._tokenizer.decode(result.tokens, skip_special_tokens=True)
-                self._rewards.submit(result.id, group.lease.verifier, group.lease.answer, text)
-            else:
-                self._finish(group, group.scored(result))
+        for outcome in self._sampler.step(ENGINE_WAIT_S):
+            if isinstance(outcome, Unservable):
+                self._give_back(outcome.lease, outcome.error)
+                continue
+            self._sender.offer(outcome.rollout)
+            self._granted -= outcome.last
         if status.running + status.waiting:
             self._busy_s += time.monotonic() - began
 
-    def judge(self) -> None:
-        """Take verdicts: a correct guided rollout is scored without its strategy first (Eq. 4)."""
-        if self._engine.version is None:
-            return  # quarantined: nothing can be scored
-        for verdict in self._rewards.poll():
-            group = self._groups.get(task_of(verdict.key))
-            if group is None:
-                continue
-            outcome = group.judged(verdict.key, correct=verdict.correct)
-            if isinstance(outcome, Rollout):
-                self._finish(group, outcome)
-            else:
-                self._engine.submit(outcome)
-
-    def _finish(self, group: RolloutGroup, rollout: Rollout) -> None:
-        self._sender.offer(rollout)
-        if group.done:
-            del self._groups[group.lease.task, group.lease.attempt]
-            self._granted -= 1
-
     def publish(self) -> None:
-        """Send rollouts that are due (new or unacknowledged), and a sign of life every heartbeat.
+        """Send the rollouts that are new or overdue for acknowledgement, and a heartbeat when it is due.
 
         The hub leases by version: it is told at once of a new one.
         """
         for line in self._engine.news():
-            say(line)
+            log.info("%s", line)
         now = time.monotonic()
         for rollout in self._sender.due(now):
             self._mailbox.send(rollout)
-        if now - self._beaten >= self._run.hub.heartbeat_s or self._engine.version != self._told:
+        if now - self._beaten >= self._run.hub.heartbeat_s or self._engine.version != self._reported:
             self._beat(now)
 
     def _beat(self, now: float) -> None:
-        self._beaten, self._told = now, self._engine.version
+        self._beaten, self._reported = now, self._engine.version
         status = self._engine.load_status()
-        leases = [lease.task for lease in self._waiting] + [task for task, _ in self._groups]
+        leases = [lease.task for lease in (*self._waiting, *self._sampler.leases)]
         heartbeat = Heartbeat(
-            state="joining" if self._told is None else "serving",
-            version=-1 if self._told is None else self._told,
+            state="joining" if self._reported is None else "serving",
+            version=-1 if self._reported is None else self._reported,
             running=status.running,
             tokens=status.tokens,
             busy_s=self._busy_s,
@@ -259,22 +224,16 @@ class Service:
         self._mailbox.send(heartbeat)
 
     def _leave(self, reason: str) -> None:
-        """Give every lease back, whole, and say goodbye: the hub reissues them at once."""
-        leases = [*self._waiting, *(group.lease for group in self._groups.values())]
-        for lease in leases:
+        """Give every lease back and say goodbye; the hub issues them again at once."""
+        for lease in (*self._waiting, *self._sampler.leases):
             self._mailbox.send(Release(task=lease.task, attempt=lease.attempt, reason=reason))
         self._mailbox.send(Goodbye(reason=reason))
 
 
 def _read(path: str, version: int) -> dict[str, torch.Tensor]:
-    """A version in the node's store. By a reader of its own: a background load may outlast the session."""
+    """Read a version from the local store, with a new reader: a background load may outlast the session."""
     reader = StoreReader(path)
     try:
         return reader.tensors(version)
     finally:
         reader.close()
-
-
-def say(line: str) -> None:
-    """One line for whoever reads the actor's log."""
-    print(line, file=sys.stderr, flush=True)

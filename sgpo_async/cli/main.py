@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
-from sgpo_async import __version__
+from sgpo_async import __version__, logs
 from sgpo_async.errors import SgpoError
 
 COMMANDS = {  # each a module of this package with `add_arguments(parser)` and `run(args) -> int`
@@ -61,8 +62,20 @@ def _dispatch(words: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_arguments(parser)
-    code: int = command.run(parser.parse_intermixed_args(words[1:]))
+    _add_log_options(parser)
+    args = parser.parse_intermixed_args(words[1:])
+    os.environ[logs.FORMAT], os.environ[logs.LEVEL] = args.log_format, args.log_level
+    logs.set_up(name, name=getattr(args, "name", None) or "")
+    code: int = command.run(args)
     return code
+
+
+def _add_log_options(parser: argparse.ArgumentParser) -> None:
+    """Their defaults are those of the parent process."""
+    group = parser.add_argument_group("logging, on standard error")
+    form, level = os.environ.get(logs.FORMAT, "human"), os.environ.get(logs.LEVEL, "info")
+    group.add_argument("--log-format", choices=("human", "json"), default=form, help="default: %(default)s")
+    group.add_argument("--log-level", choices=logs.LEVELS, default=level, help="default: %(default)s")
 
 
 def _usage() -> str:

@@ -1,4 +1,4 @@
-"""One evaluation from its plan to its summary; what an earlier call has done already is kept."""
+"""One evaluation, from its plan to its summary. Problems that an earlier call has finished are not sampled again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sgpo_async.engines.base import Engine, Weights
 from sgpo_async.engines.open import open_engine
 from sgpo_async.evaluation.evaluation_plan import EvaluationPlan
 from sgpo_async.evaluation.results import Results
-from sgpo_async.evaluation.sampling import Item, Sampler
+from sgpo_async.evaluation.sampling import Evaluator, Item
 from sgpo_async.metrics.problems import summarise
 from sgpo_async.model.folder import load_tokenizer, model_folder
 from sgpo_async.model.load import load_model
@@ -31,7 +31,7 @@ Progress = Callable[[int, int], None]
 def evaluate(
     plan: EvaluationPlan, out: Path, *, texts: bool, progress: Progress, tell: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Sample and judge what `out` does not hold yet; write and return the summary.
+    """Sample and judge the problems that `out` has no result of; write and return the summary.
 
     Raises ConfigError if `out` holds another evaluation, DataError, EngineError, DeadlineExceeded, SgpoError.
     """
@@ -49,13 +49,13 @@ def evaluate(
             engine = _open(plan.run, folder)
             try:
                 engine.load(weights)
-                sampler = Sampler(plan, engine, tokenizer, tell=tell)
+                evaluator = Evaluator(plan, engine, tokenizer, report=tell)
                 try:
-                    for done, (name, result) in enumerate(sampler.results(missing, texts=texts), start=1):
+                    for done, (name, result) in enumerate(evaluator.results(missing, texts=texts), start=1):
                         results.add(name, result)
                         progress(total - len(missing) + done, total)
                 finally:
-                    sampler.close()
+                    evaluator.close()
             finally:
                 engine.close()
         summary = _summary(plan, settings, results)
@@ -74,13 +74,13 @@ def _missing(plan: EvaluationPlan, results: Results) -> list[Item]:
 
 
 def _weights(run: Run, folder: str) -> Weights:
-    """The model's own weights, as a version: engines serve nothing else, and verify it."""
+    """The weights of the model as version 0: engines serve verified versions only."""
     tensors = dict(load_model(folder, device="cpu", dtype=run.model.dtype).named_parameters())
     return Weights(version=0, digest=digest(tensors.items()), read=lambda: tensors)
 
 
 def _open(run: Run, folder: str) -> Engine:
-    """Without a learner there is nobody to broadcast weights: servers get them by HTTP then."""
+    """Open the engine. There is no learner to broadcast weights, so servers get them by HTTP."""
     if run.engine.broadcasts:
         run = replace(run, engine=replace(run.engine, sglang=replace(run.engine.sglang, transport="tensor")))
     return open_engine(run, folder)

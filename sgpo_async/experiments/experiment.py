@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from sgpo_async.experiments.work import BaseJob, TrialJob, make_base, run_trial
 from sgpo_async.files import to_json, write_whole
 
 Say = Callable[[str], None]
+
+log = logging.getLogger(__name__)
 
 
 def run_experiment(experiment: Experiment, *, out: Path, workers: int, limit_s: float | None = None) -> int:
@@ -61,7 +64,7 @@ class _Runner:
             place.mkdir(parents=True, exist_ok=True)
         self._levels = base_levels(experiment)
         self._code = code_version()  # asked now: a checkout may move on while trials run
-        self.results: dict[str, Result] = read_results(self._files, _say)
+        self.results: dict[str, Result] = read_results(self._files)
 
     def make_bases(self, pool: Pool) -> None:
         """Make the base policies that are not there, each after the one that it starts from."""
@@ -70,7 +73,7 @@ class _Runner:
         for names in self._levels:
             jobs = [self._base_job(name) for name in names if not self._base(name).exists()]
             for job, rates in pool.run(make_base, jobs):
-                _say(f"base {job.name}: {_percent(rates['auto'])} alone, {_percent(rates['guided'])} guided")
+                log.info(f"base {job.name}: {_percent(rates['auto'])} alone, {_percent(rates['guided'])} guided")
 
     def _base_job(self, name: str) -> BaseJob:
         base = self.experiment.bases[name]
@@ -92,7 +95,7 @@ class _Runner:
         """Run those of `trials` that have no result."""
         all_of_them = {trial.id: trial for trial in trials}  # cells may have trials in common
         missing = [trial for trial in all_of_them.values() if trial.id not in self.results]
-        _say(f"{self.experiment.name}: {what}: {len(all_of_them) - len(missing)} of {len(all_of_them)} there")
+        log.info(f"{self.experiment.name}: {what}: {len(all_of_them) - len(missing)} of {len(all_of_them)} there")
         began = time.monotonic()
         results = pool.run(run_trial, [self._job(trial) for trial in missing], while_=self._in_time)
         for done, (job, result) in enumerate(results, 1):
@@ -101,7 +104,7 @@ class _Runner:
             write_whole(self._files / f"{job.id}.json", to_json(record) + "\n")
             self.results[job.id] = record
             left = (time.monotonic() - began) / done * (len(missing) - done)
-            _say(f"{what} {done}/{len(missing)}, {left / 60:.0f} min left: {_line(trial, result)}")
+            log.info(f"{what} {done}/{len(missing)}, {left / 60:.0f} min left: {_line(trial, result)}")
 
     def _job(self, trial: Trial) -> TrialJob:
         model = self._model(trial.run.model.path)
@@ -129,7 +132,3 @@ def _line(trial: Trial, result: Mapping[str, Any]) -> str:
 
 def _percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f} %"
-
-
-def _say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)

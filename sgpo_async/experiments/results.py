@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import logging
 from pathlib import Path
 from typing import Any
 
 from sgpo_async.experiments.identity import identity
 from sgpo_async.experiments.plan import Result
 
+log = logging.getLogger(__name__)
 
-def read_results(folder: Path, say: Callable[[str], None]) -> dict[str, Result]:
+
+def read_results(folder: Path) -> dict[str, Result]:
     """Identity -> result, of all files in `folder`; what holds no configuration is told in one line and left alone.
 
     A file's name was right when it was written. The identity may have changed since, by a key that has come.
@@ -27,7 +29,9 @@ def read_results(folder: Path, say: Callable[[str], None]) -> dict[str, Result]:
     if unknown:
         first, more = unknown[0], len(unknown) - 1
         holds = f"{first} and {more} more hold" if more else f"{first}: holds"
-        say(f"{holds} no configuration; not counted, so the trial is run again: move such files out of {folder}")
+        log.warning(
+            "%s no configuration; not counted, so the trial is run again: move such files out of %s", holds, folder
+        )
     return results
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
-from sgpo_async.bench.rollouts import RolloutSampler
+from sgpo_async.bench.synchronous_actor import SynchronousActor
 from sgpo_async.config import Run
 from sgpo_async.errors import SgpoError
 from sgpo_async.learner.publish import gather
@@ -64,7 +64,7 @@ class Trial:
         first = (run.seed + 1) * STREAM
         training = Part(source, first, validation)
         self.stepper: Stepper = build(run, mesh, training)[0]
-        self.sampler = RolloutSampler(run)
+        self.actor = SynchronousActor(run)
         self.training = TaskSampler(run, training)
         self.test = TaskSampler(run, Part(source, first, test))
         self.history: deque[Weights] = deque([self._weights()], maxlen=run.hub.max_lag + 1)
@@ -100,9 +100,9 @@ class Trial:
     def _shard(self, step: int) -> Shard:
         """The batch of `step`, from the oldest weights at hand."""
         batch = self.run.learner.problems_per_step
-        self.sampler.load(max(step - self.run.hub.max_lag, 0), self.history[0])
+        self.actor.load(max(step - self.run.hub.max_lag, 0), self.history[0])
         tasks = [self.training.task(number) for number in range(step * batch, (step + 1) * batch)]
-        return Shard(step=step, version=step, problems=batch, rollouts=tuple(self.sampler.roll_out(tasks)))
+        return Shard(step=step, version=step, problems=batch, rollouts=tuple(self.actor.roll_out(tasks)))
 
     def _measure(self, step: int, metrics: Sequence[dict[str, Any]]) -> None:
         """One point of the curve: pass rates now, and the means of what the steps since the last point measured."""
@@ -113,8 +113,8 @@ class Trial:
 
     def _pass_rates(self, task_sampler: TaskSampler, *, version: int) -> dict[str, float | None]:
         """Of the newest weights on the held-out problems."""
-        self.sampler.load(version, self.history[-1])
-        rollouts = self.sampler.roll_out([task_sampler.task(-1 - index) for index in range(task_sampler.round_size)])
+        self.actor.load(version, self.history[-1])
+        rollouts = self.actor.roll_out([task_sampler.task(-1 - index) for index in range(task_sampler.round_size)])
         group = CompletedGroup(number=0, attempt=0, rollouts=tuple(rollouts))
         return {"auto": group.pass_rate(guided=False), "guided": group.pass_rate(guided=True)}
 

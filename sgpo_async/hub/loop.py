@@ -11,7 +11,7 @@ threads, because a link process takes a moment to end.
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +23,8 @@ from sgpo_async.hub.core import HubCore
 from sgpo_async.session import SenderDown, SenderEvent, SenderUp
 from sgpo_async.transport import RouterMailbox
 from sgpo_async.wire import records as wire
+
+log = logging.getLogger(__name__)
 
 TICK_S = 0.1
 LINK_STOP_S = 1.0  # a link process that has not ended by then is killed
@@ -131,7 +133,7 @@ def _tell_of(stop: Future[None]) -> None:
     try:
         stop.result()
     except DeadlineExceeded as error:
-        print(f"hub: {error}", file=sys.stderr, flush=True)
+        log.warning("%s", error)
 
 
 def _received(member: bytes, message: wire.Message | WireError) -> ev.Event:

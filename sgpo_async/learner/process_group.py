@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
-import sys
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+log = logging.getLogger(__name__)
 
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
@@ -49,5 +51,5 @@ def _loopback() -> str:
 def device_for(*, gpus: int, ranks: int) -> str:
     """Cuda if each of a node's ranks can have a GPU of its own, which NCCL requires; else cpu, and says so."""
     if 0 < gpus < ranks:
-        print(f"learner: {ranks} ranks on the CPU; start at most {gpus} for the GPUs of this node", file=sys.stderr)
+        log.warning("%d ranks on the CPU; start at most %d for the GPUs of this node", ranks, gpus)
     return "cuda" if gpus >= ranks else "cpu"

@@ -10,10 +10,10 @@ validation loss, as in the paper, not the last one.
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -42,6 +42,8 @@ from sgpo_async.model.folder import load_tokenizer, model_folder
 from sgpo_async.tasks.base import Problem
 from sgpo_async.tasks.prompts import build_prompt
 from sgpo_async.tasks.sft_data import sft_data
+
+log = logging.getLogger(__name__)
 
 COLLECTIVE_S = 1800.0  # a validation or an export, which other ranks wait for
 
@@ -135,7 +137,7 @@ class WarmUp:
         if self.metrics:
             self.metrics.summary(asdict(self.state) | self.examples.counts | {"world_size": dist.get_world_size()})
             self.metrics.close()
-            print(f"warm-up: {self.folder / 'warmup'}, of step {self.state.best_step}", flush=True)
+            log.info("warm-up: %s, of step %d", self.folder / "warmup", self.state.best_step)
 
     def batch(self, step: int) -> Batch:
         """This rank's part of the batch of `step`, weighted by tokens of the whole one."""
@@ -171,11 +173,7 @@ class WarmUp:
                 self._export(dict(tensors))
         if self.lead:
             note = ", the lowest so far" if best else ""
-            print(
-                f"step {self.state.step}/{self.run.steps}: validation loss {loss:.4f}{note}",
-                file=sys.stderr,
-                flush=True,
-            )
+            log.info("step %d/%d: validation loss %.4f%s", self.state.step, self.run.steps, loss, note)
         return loss
 
     def _export(self, tensors: dict[str, torch.Tensor]) -> None:

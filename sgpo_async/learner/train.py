@@ -10,7 +10,7 @@ publication before the present one; each wait has a deadline.
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar
 
 from sgpo_async.config.schema import CHECKPOINTS, Run, require
 from sgpo_async.learner import checkpoint, optimiser
@@ -44,6 +44,8 @@ from sgpo_async.tasks.sources import source_of
 from sgpo_async.transport import Dealer, Mailbox
 from sgpo_async.weights import StoreWriter
 from sgpo_async.wire.records import Hello
+
+log = logging.getLogger(__name__)
 
 CONNECT_S = 120.0  # for the hub to be there
 COLLECTIVE_SLACK_S = 300.0
@@ -96,7 +98,7 @@ class Trainer:
         rank, lead = dist.get_rank(), dist.get_rank() == 0
         folder = Path(run.folder) / CHECKPOINTS
         if lead and not run.learner.resume and (place := checkpoint.set_aside(folder)):
-            print(f"{folder}: of an earlier run of this name; now {place}", flush=True)
+            log.info("%s: of an earlier run of this name; now %s", folder, place)
         resumed = checkpoint.latest(folder) if run.learner.resume else None
         saved = (
             checkpoint.restore(
@@ -181,7 +183,7 @@ class Trainer:
         head = {"step": self.progress.step, "wall_s": self.progress.wall_s, "tokens_trained": self.progress.tokens}
         line = head | line | self.alarm.judge(line) | self.progress.evaluated(results)
         if exceeded := excess(line):
-            print(f"learner: mismatch alarm: {exceeded.text}", file=sys.stderr, flush=True)
+            log.warning("mismatch alarm: %s", exceeded.text)
         metrics.step(line)
 
     def _due(self, every: int) -> bool:
@@ -244,5 +246,5 @@ def _copy(folder: str, run: Run, mesh: DeviceMesh) -> Policy:
 
 
 def _load(folder: str) -> Policy:
-    logging.disable_progress_bar()
+    disable_progress_bar()
     return Policy(load_model(folder, device="cpu", dtype="float32"))

@@ -24,7 +24,9 @@ WORDS = [
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("config", ["configs/demo.yaml", "configs/demo-paper.yaml"])
+@pytest.mark.parametrize(
+    "config", ["configs/demo.yaml", pytest.param("configs/demo-paper.yaml", marks=pytest.mark.slow)]
+)
 def test_the_loss_curves_are_equal_bit_for_bit(tmp_path: Path, config: str) -> None:
     run = load(config, [*WORDS, f"out={tmp_path}"])
     path = tmp_path / "run.yaml"

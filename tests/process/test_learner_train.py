@@ -220,7 +220,7 @@ def test_it_cries_out_when_engine_and_learner_differ(first: ScriptedHub, folder:
     assert mismatch["judged"] == mismatch["alarms"] > 0
     told = [line for line in first.errors.splitlines() if "mismatch alarm" in line]
     assert len(told) == mismatch["alarms"]  # by rank 0 alone
-    assert any(f"learner: mismatch alarm: step {mismatch['worst_step']}: " in line for line in told)
+    assert any(f" learner-0    warning: mismatch alarm: step {mismatch['worst_step']}: " in line for line in told)
     assert lines(folder)[0]["mismatch_bound"] == 1e-4
 
 

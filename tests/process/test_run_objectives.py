@@ -12,6 +12,7 @@ pytestmark = pytest.mark.process
 SMALL = ("steps=2", "local.actors=1", "rollout.max_new_tokens=40")
 
 
+@pytest.mark.slow
 def test_luffy_learns_from_the_problems_own_responses(tmp_path: Path) -> None:
     """The base policy solves next to nothing alone, so every demonstration has an advantage."""
     with real_run(tmp_path, *SMALL, "algorithm.objective=luffy", "rollout.guided=0") as run:
@@ -26,6 +27,7 @@ def test_luffy_learns_from_the_problems_own_responses(tmp_path: Path) -> None:
             assert 4 * 26 >= line["tokens"] - sampled > 0  # five steps of five words and an end, of each problem
 
 
+@pytest.mark.slow
 def test_corrected_pass_rates_and_an_average_that_teaches(tmp_path: Path) -> None:
     words = ("algorithm.teacher=ema", "algorithm.pass_rates=corrected", "algorithm.limiter=clamp")
     with real_run(tmp_path, *SMALL, *words, "algorithm.divergence=jensen-shannon") as run:

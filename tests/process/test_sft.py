@@ -81,7 +81,7 @@ def test_two_ranks_learn_the_same(folder: Path, one: list[dict[str, Any]]) -> No
 
 
 def test_killed_and_resumed_it_ends_as_if_it_had_not_been(folder: Path, one: list[dict[str, Any]]) -> None:
-    words = ["learner.checkpoint_every=2", "sft.epochs=30"]
+    words = ["learner.checkpoint_every=2", "sft.epochs=10"]
     process = subprocess.Popen(
         command(folder, "killed", *words),
         cwd=ROOT,
@@ -96,9 +96,9 @@ def test_killed_and_resumed_it_ends_as_if_it_had_not_been(folder: Path, one: lis
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(120)
 
-    whole = warm_up(folder, "whole", "sft.epochs=30")
+    whole = warm_up(folder, "whole", "sft.epochs=10")
     resumed = warm_up(folder, "killed", *words, "learner.resume=true")
-    assert [line["step"] for line in resumed] == list(range(1, 181))
+    assert [line["step"] for line in resumed] == list(range(1, 61))
     assert losses(resumed) == losses(whole)
     best = [json.loads((folder / name / "summary.json").read_text())["best_loss"] for name in ("killed", "whole")]
     assert best[0] == best[1]

@@ -109,11 +109,11 @@ class Servers:
         return results
 
     def processes(self, place: int) -> list[psutil.Process]:
-        """Keeper, server, scheduler and whatever else one server consists of."""
+        """Watchdog, server, scheduler and whatever else one server consists of."""
         process = self.engine.server_slots[place].process
         assert process is not None
-        keeper = psutil.Process(process.group)
-        return [keeper, *keeper.children(recursive=True)]
+        watchdog = psutil.Process(process.group)
+        return [watchdog, *watchdog.children(recursive=True)]
 
     def kill(self, place: int) -> None:
         """kill -9 of one server's main process."""

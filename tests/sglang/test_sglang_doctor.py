@@ -122,7 +122,7 @@ def test_all_is_well_with_servers_that_are_launched(tmp_path: Path, capsys: pyte
     assert out.rstrip().endswith("nothing failed") and "warning" not in out and "not run" not in out
     for check in FULL:
         assert out.count(f"  {check} ") >= 2, check
-    assert not [p for p in psutil.Process().children(recursive=True) if "keeper" in " ".join(p.cmdline())]
+    assert not [p for p in psutil.Process().children(recursive=True) if "watchdog" in " ".join(p.cmdline())]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -142,12 +142,12 @@ def test_a_server_that_cannot_start_says_why(models: dict[str, Path], tmp_path: 
 
 
 def test_servers_do_not_outlive_their_actor(models: dict[str, Path], tmp_path: Path) -> None:
-    """The actor's end of the keeper's input closes, as it does when the actor is killed."""
+    """The actor's end of the watchdog's input closes, as it does when the actor is killed."""
     servers = Servers(models["qwen3"], tmp_path)
     with servers:
         members = servers.processes(0)
         process = servers.engine.server_slots[0].process
-        assert process is not None and process._keeper.stdin is not None
-        process._keeper.stdin.close()
+        assert process is not None and process._watchdog.stdin is not None
+        process._watchdog.stdin.close()
         _, alive = psutil.wait_procs(members, timeout=120)
         assert not alive, alive

@@ -172,7 +172,7 @@ def test_command_and_own_server_end_together(
             assert process.poll() is None and time.monotonic() < deadline, last_words(work)
             time.sleep(0.1)
         own = of_sglang(process.pid)
-        assert len(own) > 2  # keeper, server, scheduler
+        assert len(own) > 2  # watchdog, server, scheduler
         if isinstance(end, str):
             next(p for p in own if p.cmdline()[1:2] == [str(CPU_LAUNCHER)]).kill()
         else:
@@ -192,7 +192,7 @@ def test_command_and_own_server_end_together(
 
 
 def of_sglang(command: int) -> set[psutil.Process]:
-    """The processes of a command's server: keeper, server and its children."""
+    """The processes of a command's server: watchdog, server and its children."""
     found = set()
     for process in psutil.Process(command).children(recursive=True):
         with contextlib.suppress(psutil.Error):

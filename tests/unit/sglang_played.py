@@ -75,7 +75,7 @@ class PlayedServer(Server):
         self.aborted.add(rid)
 
     def rise(self) -> None:
-        """What the fleet's keeper does: end what still runs, and put a new server there."""
+        """What the fleet's watchdog does: end what still runs, and put a new server there."""
         self.deaths += 1
         self.gone, self.fault, self.lost, self.open = asyncio.Event(), None, False, True
         self.aboard.clear()

@@ -15,7 +15,7 @@ from sgpo_async.hub.actors import Actors, Meter
 from sgpo_async.hub.admission import lowest_version, room
 from sgpo_async.hub.balance import balance
 from sgpo_async.hub.batch_metrics import figures
-from sgpo_async.hub.learner_ranks import World
+from sgpo_async.hub.learner_ranks import LearnerRanks
 from sgpo_async.hub.leases import LeaseTable
 from sgpo_async.hub.ledger import Ledger
 from sgpo_async.hub.validation import other_tokenizer, refusal
@@ -228,8 +228,8 @@ def hello(**changes) -> wire.Hello:
     return wire.Hello(**{"role": "learner", "name": "learner-1", "rank": 1, "world_size": 2, **changes})
 
 
-def world_of(size: int) -> World:
-    world = World()
+def world_of(size: int) -> LearnerRanks:
+    world = LearnerRanks()
     world.reopen(size)
     world.join(b"m0", hello(name="learner-0", rank=0, world_size=size), now=0.0)
     return world

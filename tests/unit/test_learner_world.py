@@ -12,6 +12,6 @@ def test_ranks_share_no_gpu(gpus: int, ranks: int, device: str) -> None:
     assert device_for(gpus=gpus, ranks=ranks) == device
 
 
-def test_idle_gpus_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_idle_gpus_are_told(caplog: pytest.LogCaptureFixture) -> None:
     device_for(gpus=1, ranks=2)
-    assert "start at most 1" in capsys.readouterr().err
+    assert "start at most 1" in caplog.text

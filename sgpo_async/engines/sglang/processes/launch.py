@@ -9,8 +9,9 @@ from pathlib import Path
 
 from sgpo_async.config.schema import Sglang
 
-STAND_INS = Path(__file__).parent / "cpu" / "stand_ins"
-CPU_LAUNCHER = Path(__file__).parent / "cpu" / "launch_server.py"
+CPU = Path(__file__).parents[1] / "cpu"
+STAND_INS = CPU / "stand_ins"
+CPU_LAUNCHER = CPU / "launch_server.py"
 CPU_TOKENS = 2**17  # of keys and values, at most
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from sgpo_async.engines.sglang.processes.launch import Launch
 from sgpo_async.errors import DeadlineExceeded, EngineError
+from sgpo_async.processes import watchdog
 
-KEEPER = Path(__file__).with_name("keeper.py")
+WATCHDOG = Path(watchdog.__file__)
 STOP_S = 10.0
 PORTS = 12_000  # that servers are given to choose from
 EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
@@ -36,8 +37,8 @@ class ServerProcess:
             )
         with log.open("ab") as output:
             self._begun_at = output.tell()
-            self._keeper = subprocess.Popen(
-                [sys.executable, "-I", str(KEEPER), *command],
+            self._watchdog = subprocess.Popen(
+                [sys.executable, "-I", str(WATCHDOG), *command],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -48,7 +49,7 @@ class ServerProcess:
     @property
     def alive(self) -> bool:
         """Whether the server's main process runs."""
-        return self._keeper.poll() is None
+        return self._watchdog.poll() is None
 
     @property
     def port_taken(self) -> bool:
@@ -60,7 +61,7 @@ class ServerProcess:
     @property
     def group(self) -> int:
         """Id of the process group."""
-        return self._keeper.pid
+        return self._watchdog.pid
 
     def last_words(self, lines: int = 8) -> str:
         """The end of its log, one line a line, indented."""
@@ -72,11 +73,11 @@ class ServerProcess:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.group, signal.SIGKILL)
         try:
-            self._keeper.wait(STOP_S)
+            self._watchdog.wait(STOP_S)
         except subprocess.TimeoutExpired:
             raise DeadlineExceeded(f"server {self.url}", "end after SIGKILL", STOP_S) from None
-        assert self._keeper.stdin is not None
-        self._keeper.stdin.close()
+        assert self._watchdog.stdin is not None
+        self._watchdog.stdin.close()
 
 
 def _free_port() -> int:

@@ -1,0 +1,140 @@
+"""The rollout loop: leases in, judged rollouts out. Actors, evaluations and benchmarks of throughput share it.
+
+    add(lease) ─▶ requests ─▶ engine ─▶ completion ─▶ verifier ─▶ verdict ─┬──────────────────────────▶ Sampled
+                                ▲                                          └▶ Score (Eq. 4) ─▶ engine ─▶ Sampled
+                                └── correct guided rollouts of training ──────────┘
+
+`step` waits inside the engine, and for a verdict if it is asked to; nothing else here waits. Which leases there are and
+what becomes of the rollouts is the caller's affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sgpo_async.config.schema import Tasks
+from sgpo_async.engines.base import Engine, Failed, Generated
+from sgpo_async.errors import EngineError
+from sgpo_async.rollout.group import RolloutGroup, group_of, task_of
+from sgpo_async.tasks.prompts import build_prompt
+from sgpo_async.tasks.reward_pool import RewardPool
+from sgpo_async.wire.records import Lease, Rollout
+
+LeaseKey = tuple[int, int]
+"""(task, attempt)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """A finished rollout."""
+
+    rollout: Rollout
+    text: str  # the completion, decoded
+    timed_out: bool  # the verifier ran into its time limit; the rollout counts as incorrect
+    last: bool  # every rollout of its lease is finished now
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unservable:
+    """A lease that the engine could not serve to the end. Its other requests are cancelled."""
+
+    lease: Lease
+    error: EngineError
+
+
+class RolloutSampler:
+    """Samples and judges the rollouts of leases with one engine. Close it to end the verifiers.
+
+    Args:
+        engine: holds a version of the weights whenever `add` is called.
+        tokenizer: of the model; it encodes prompts and decodes completions.
+        tasks: style of the prompts, number of verifier processes and their time limit.
+    """
+
+    def __init__(self, engine: Engine, tokenizer: Any, tasks: Tasks) -> None:
+        self._engine, self._tokenizer = engine, tokenizer
+        self._prompt: Callable[[str, str | None], Sequence[int]] = lambda problem, strategy: build_prompt(
+            problem, strategy, style=tasks.prompt, tokenizer=tokenizer
+        )
+        self._rewards = RewardPool(workers=tasks.reward_workers, limit_s=tasks.reward_limit_s)
+        self._groups: dict[LeaseKey, RolloutGroup] = {}
+        self._texts: dict[object, tuple[str, bool]] = {}  # by rollout: the completion, whether its verdict timed out
+
+    @property
+    def leases(self) -> list[Lease]:
+        """Those that have unfinished rollouts."""
+        return [group.lease for group in self._groups.values()]
+
+    def add(self, lease: Lease) -> None:
+        """Submit all requests of `lease`. Raises EngineError, and submits none, if the engine can never serve one."""
+        group = group_of(lease, prompt=self._prompt)
+        try:
+            for request in group.requests():
+                self._engine.submit(request)
+        except EngineError:
+            self._engine.cancel(group.rollout_ids())
+            raise
+        self._groups[lease.task, lease.attempt] = group
+
+    def step(self, engine_wait_s: float, verdict_wait_s: float = 0.0) -> list[Sampled | Unservable]:
+        """One step of the engine, then the verdicts that are there; returns what is finished or failed.
+
+        Args:
+            engine_wait_s: how long an engine that lives elsewhere may wait for a result.
+            verdict_wait_s: how long to wait for the first verdict.
+        """
+        return [*self._generate(engine_wait_s), *self._judge(verdict_wait_s)]
+
+    def close(self) -> None:
+        """End the verifiers; what is unfinished stays so."""
+        self._rewards.close()
+
+    def _generate(self, wait_s: float) -> list[Sampled | Unservable]:
+        finished: list[Sampled | Unservable] = []
+        for result in self._engine.step(wait_s):
+            group = self._groups.get(task_of(result.id))
+            if group is None:
+                continue  # its lease failed meanwhile
+            if isinstance(result, Failed):
+                finished.append(self._fail(group, result.error))
+            elif isinstance(result, Generated):
+                group.generated(result)
+                text = self._tokenizer.decode(result.tokens, skip_special_tokens=True)
+                self._texts[result.id] = text, False
+                self._rewards.submit(result.id, group.lease.verifier, group.lease.answer, text)
+            else:
+                finished.append(self._finish(group, group.scored(result)))
+        return finished
+
+    def _judge(self, wait_s: float) -> list[Sampled | Unservable]:
+        """Take verdicts. A correct guided rollout is scored without its strategy before it is finished (Eq. 4)."""
+        if self._engine.version is None:
+            return []  # the engine is out of service and can score nothing: verdicts wait
+        finished: list[Sampled | Unservable] = []
+        for verdict in self._rewards.poll(wait_s):
+            group = self._groups.get(task_of(verdict.key))
+            if group is None:
+                continue
+            self._texts[verdict.key] = self._texts[verdict.key][0], verdict.timed_out
+            outcome = group.judged(verdict.key, correct=verdict.correct)
+            if isinstance(outcome, Rollout):
+                finished.append(self._finish(group, outcome))
+            else:
+                self._engine.submit(outcome)
+        return finished
+
+    def _finish(self, group: RolloutGroup, rollout: Rollout) -> Sampled:
+        text, timed_out = self._texts.pop((rollout.task, rollout.attempt, rollout.slot))
+        if group.done:
+            del self._groups[rollout.task, rollout.attempt]
+        return Sampled(rollout=rollout, text=text, timed_out=timed_out, last=group.done)
+
+    def _fail(self, group: RolloutGroup, error: EngineError) -> Unservable:
+        ids = group.rollout_ids()
+        self._engine.cancel(ids)
+        for id in ids:
+            self._texts.pop(id, None)
+        del self._groups[group.lease.task, group.lease.attempt]
+        return Unservable(lease=group.lease, error=error)

@@ -1,0 +1,70 @@
+"""An engine that answers as a test says, and leases for it."""
+
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from sgpo_async.engines.base import EngineLoad, Generated, Scored
+from sgpo_async.errors import EngineError
+from sgpo_async.tasks.cues_domain import draw_exercise
+from sgpo_async.wire.records import Lease
+
+TOKENIZER = SimpleNamespace(
+    decode=lambda tokens, **_: "".join(chr(t) for t in tokens), encode=lambda text, **_: [ord(c) for c in text]
+)
+
+
+_EXERCISE = draw_exercise(random.Random(0))
+ANSWER, RIGHT = _EXERCISE.answer_text(), _EXERCISE.solution_text(_EXERCISE.true_techniques)
+
+
+class ScriptedEngine:
+    """Keeps what is submitted and cancelled; `step` returns `answers`."""
+
+    def __init__(self) -> None:
+        self.version: int | None = 0
+        self.submitted: list[Any] = []
+        self.cancelled: list[Any] = []
+        self.answers: list[Any] = []
+        self.refuses: Any = None  # the id of a request that can never be served
+
+    def submit(self, request: Any) -> None:
+        if request.id == self.refuses:
+            raise EngineError(f"request {request.id}: too long")
+        self.submitted.append(request)
+
+    def cancel(self, ids: Any) -> None:
+        self.cancelled += ids
+
+    def step(self, timeout_s: float) -> list[Any]:
+        answers, self.answers = self.answers, []
+        return answers
+
+    def load_status(self) -> EngineLoad:
+        return EngineLoad(running=0, waiting=0, slots=8, tokens=0)
+
+    def reset(self) -> None:
+        pass
+
+
+def lease(task: int, *, autonomous: int = 2, guided: int = 0, purpose: Any = "train") -> Lease:
+    """A task of the built-in domain; `RIGHT` is its one correct completion."""
+    return Lease(
+        task=task, attempt=0, purpose=purpose, problem="a problem", answer=ANSWER, verifier="cues", strategy="add",
+        autonomous=autonomous, guided=guided, min_version=0, seed=0, temperature=1.0, top_p=1.0, max_new_tokens=4,
+    )  # fmt: skip
+
+
+def generated(key: tuple[int, int, int], text: str = "no") -> Generated:
+    """A completion of this text, one token a character."""
+    tokens = np.array([ord(c) for c in text], np.int32)
+    ends = np.array([tokens.size], np.int32)
+    return Generated(
+        id=key, tokens=tokens, logprobs=-np.ones(tokens.size, np.float32), versions=0 * ends, ends=ends, finish="stop"
+    )
+
+
+def scored(key: tuple[int, int, int], *logprobs: float) -> Scored:
+    return Scored(id=key, logprobs=np.array(logprobs, np.float32), version=0)

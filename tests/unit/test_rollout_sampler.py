@@ -1,0 +1,102 @@
+"""The rollout loop, with an engine that answers as the test says."""
+
+from collections.abc import Iterator
+
+import pytest
+from rollout_support import RIGHT, TOKENIZER, ScriptedEngine, generated, lease, scored
+
+from sgpo_async.config.schema import Tasks
+from sgpo_async.engines.base import Failed, Score
+from sgpo_async.errors import EngineError
+from sgpo_async.rollout.sampler import RolloutSampler, Sampled, Unservable
+
+
+@pytest.fixture
+def engine() -> ScriptedEngine:
+    return ScriptedEngine()
+
+
+@pytest.fixture
+def sampler(engine: ScriptedEngine) -> Iterator[RolloutSampler]:
+    sampler = RolloutSampler(engine, TOKENIZER, Tasks())  # type: ignore[arg-type]
+    yield sampler
+    sampler.close()
+
+
+def test_every_rollout_of_a_lease_is_requested_and_the_last_one_ends_it(
+    engine: ScriptedEngine, sampler: RolloutSampler
+) -> None:
+    sampler.add(lease(7))
+    assert [request.id for request in engine.submitted] == [(7, 0, 0), (7, 0, 1)]
+    engine.answers = [generated((7, 0, 1), RIGHT)]
+    (first,) = sampler.step(0.0)
+    assert isinstance(first, Sampled)
+    assert (first.rollout.slot, first.rollout.reward, first.text, first.timed_out, first.last) == (
+        1, 1.0, RIGHT, False, False,
+    )  # fmt: skip
+    assert [one.task for one in sampler.leases] == [7]
+    engine.answers = [generated((7, 0, 0), "wrong")]
+    (second,) = sampler.step(0.0)
+    assert isinstance(second, Sampled)
+    assert (second.rollout.slot, second.rollout.reward, second.last) == (0, 0.0, True)
+    assert sampler.leases == []
+
+
+def test_a_correct_guided_rollout_is_scored_without_its_strategy_first(
+    engine: ScriptedEngine, sampler: RolloutSampler
+) -> None:
+    sampler.add(lease(7, autonomous=1, guided=2))
+    engine.answers = [generated((7, 0, 1), RIGHT), generated((7, 0, 2), "wrong"), generated((7, 0, 0), RIGHT)]
+    outcomes = sampler.step(0.0)
+    assert [one.rollout.slot for one in outcomes if isinstance(one, Sampled)] == [2, 0]
+    question = engine.submitted[-1]
+    assert isinstance(question, Score) and question.id == (7, 0, 1)
+    assert question.prompt.tolist() == [ord(c) for c in "a problem"]
+    engine.answers = [scored((7, 0, 1), -0.5, -1.0)]
+    (last,) = sampler.step(0.0)
+    assert isinstance(last, Sampled)
+    assert (last.rollout.unguided_logprob, last.rollout.reward, last.text, last.last) == (-1.5, 1.0, RIGHT, True)
+
+
+def test_nothing_is_scored_in_an_evaluation(engine: ScriptedEngine, sampler: RolloutSampler) -> None:
+    sampler.add(lease(7, autonomous=0, guided=1, purpose="evaluate"))
+    engine.answers = [generated((7, 0, 0), RIGHT)]
+    (only,) = sampler.step(0.0)
+    assert isinstance(only, Sampled) and only.rollout.unguided_logprob is None and only.last
+
+
+def test_a_lease_that_the_engine_refuses_leaves_no_request_behind(
+    engine: ScriptedEngine, sampler: RolloutSampler
+) -> None:
+    engine.refuses = (7, 0, 1)
+    with pytest.raises(EngineError, match="too long"):
+        sampler.add(lease(7))
+    assert engine.cancelled == [(7, 0, 0), (7, 0, 1)]
+    assert sampler.leases == []
+
+
+def test_a_request_that_fails_ends_its_lease_and_no_other(engine: ScriptedEngine, sampler: RolloutSampler) -> None:
+    sampler.add(lease(7))
+    sampler.add(lease(8))
+    engine.answers = [
+        generated((7, 0, 0)),  # its verdict comes after the lease has ended
+        Failed(id=(7, 0, 1), error=EngineError("request (7, 0, 1): 3 servers died while it ran on them")),
+        generated((8, 0, 0)),
+    ]
+    failed, other = sampler.step(0.0)
+    assert isinstance(failed, Unservable) and failed.lease.task == 7 and "3 servers died" in str(failed.error)
+    assert isinstance(other, Sampled) and other.rollout.task == 8
+    assert engine.cancelled == [(7, 0, 0), (7, 0, 1)]
+    engine.answers = [generated((7, 0, 1))]  # it was under way when it was cancelled
+    assert sampler.step(0.0) == []
+    assert [one.task for one in sampler.leases] == [8]
+
+
+def test_verdicts_wait_while_the_engine_is_out_of_service(engine: ScriptedEngine, sampler: RolloutSampler) -> None:
+    """A correct guided rollout has to be scored next, which an engine without a version cannot do."""
+    sampler.add(lease(7, autonomous=1, guided=1))
+    engine.answers = [generated((7, 0, 1), RIGHT)]
+    engine.version = None
+    assert sampler.step(0.0) == [] and not isinstance(engine.submitted[-1], Score)
+    engine.version = 1
+    assert sampler.step(0.0) == [] and isinstance(engine.submitted[-1], Score)
