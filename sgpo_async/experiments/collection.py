@@ -23,7 +23,7 @@ TRIALS = "trials.parquet"
 def add_trials(table: Path, out: Path) -> None:
     """Write a result file into `out` for each trial in `table` that has none there."""
     trials = read_trials(table)
-    there = read_results(out / "results", print)
+    there = read_results(out / "results")
     for name in trials.keys() - there.keys():
         write_whole(out / "results" / f"{name}.json", to_json(trials[name]) + "\n")
     print(f"{table}: {len(trials):,} trials, {len(trials.keys() - there.keys()):,} of them new in {out / 'results'}")
@@ -53,7 +53,7 @@ def collect(experiments: Sequence[Experiment], *, out: Path, folder: Path) -> No
 
 
 def _results(out: Path) -> dict[str, Result]:
-    results = read_results(out / "results", print)
+    results = read_results(out / "results")
     if not results:
         raise SgpoError(
             f"{out / 'results'}: must hold results of trials, got none; run the experiments with --out {out} or take "
