@@ -2,11 +2,12 @@
 
 Therefore a Hello starts a new world, which replaces all ranks of the old one, if
 
-- its rank is already present (unless the same process repeats its Hello before it has asked for a batch),
+- no rank is present,
+- its own rank is already present (unless the same process repeats its Hello before any work was done),
 - a rank of the present world has left, or
 - the present world is complete and the Hello has another world size.
 
-The ranks of the old world count as gone even if they never said Goodbye. A silent rank is not taken for dead early,
+The ranks of the old world count as gone even if they never said Goodbye. Silence is a weak sign that a rank has died,
 because a training process sends nothing during a long step.
 """
 

@@ -1,4 +1,7 @@
-"""The hub as a process: puts its parts together, says where it is, and tidies up behind itself."""
+"""The hub as a process: assembles its parts, writes its address to a file, and removes its files at the end.
+
+    serve ─▶ Router, StoreFile, Signals, hub.json ─▶ Loop(HubCore) ─▶ exit code
+"""
 
 from __future__ import annotations
 
@@ -26,12 +29,13 @@ from sgpo_async.weights.store_file import StoreFile
 
 
 def serve(run: Run) -> int:
-    """Be the hub of `run` until its learner finishes (0) or a signal comes (128 + its number).
+    """Run the hub until the learner finishes or a signal arrives; return the exit code.
 
-    Writes `<run.folder>/hub.json` while it can be reached, and leaves nothing behind.
+    The exit code is 0 after the learner has finished, and 128 plus the signal number after a signal. While the hub can
+    be reached, `<run.folder>/hub.json` contains its address; at the end the hub removes it and the weight store.
 
-    Raises HubError if the address is taken or the keys are not usable, DataError for problems that cannot be read,
-    SgpoError if the folder cannot be written.
+    Raises HubError if the address is in use or the keys are not usable, DataError if problems cannot be read, and
+    SgpoError if the folder is not writable.
     """
     source = source_of(run)
     benchmarks = open_benchmarks(run.evaluation)
@@ -46,8 +50,8 @@ def serve(run: Run) -> int:
         stack.callback(store.close)
         signals = stack.enter_context(Signals())
         key = public_key(run.hub.keys, "server").decode() if run.hub.keys else ""
-        place = {"address": router.address, "pid": os.getpid(), "store": store.path, "public_key": key}
-        stack.enter_context(announced(folder / "hub.json", place))
+        contact = {"address": router.address, "pid": os.getpid(), "store": store.path, "public_key": key}
+        stack.enter_context(contact_file(folder / "hub.json", contact))
         core = HubCore(run, source, benchmarks=benchmarks, store=store.path)
         spawn_sender = partial(WeightSender, store.path, host=host, cuda=run.engine.broadcasts_on_gpus)
         loop = Loop(core, mailbox=RouterMailbox(router), spawn_sender=spawn_sender)
@@ -56,14 +60,14 @@ def serve(run: Run) -> int:
 
 
 def weight_bytes(path: str) -> int:
-    """Size of a model's weight files; 0 if they are not in a local folder."""
+    """Total size of a model's weight files in bytes; 0 if they are not in a local folder."""
     return sum(file.stat().st_size for file in Path(model_folder(path)).glob("*.safetensors"))
 
 
 @contextlib.contextmanager
-def announced(path: Path, place: dict[str, Any]) -> Iterator[None]:
-    """Within this context `path` tells where the hub is; nobody ever sees half of it."""
-    write_whole(path, json.dumps(place))
+def contact_file(path: Path, contact: dict[str, Any]) -> Iterator[None]:
+    """Within this context, the file `path` contains `contact` as JSON. It is written atomically and removed at the end."""
+    write_whole(path, json.dumps(contact))
     try:
         yield
     finally:
@@ -71,27 +75,27 @@ def announced(path: Path, place: dict[str, Any]) -> Iterator[None]:
 
 
 class Signals:
-    """Within this context SIGTERM and SIGINT are noted instead of raised."""
+    """Within this context, SIGTERM and SIGINT are recorded and do not interrupt the program."""
 
     def __init__(self) -> None:
-        self.received: int = 0
+        self.received: int = 0  # number of the first signal; 0: none
 
     def __enter__(self) -> Signals:
-        self._old = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._old = {number: signal.signal(number, self._record) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, _frame: types.FrameType | None) -> None:
+    def _record(self, number: int, _frame: types.FrameType | None) -> None:
         self.received = self.received or number
 
     def reason(self) -> str:
-        """Why to end; empty while there is no reason."""
-        return f"the hub got {signal.Signals(self.received).name}" if self.received else ""
+        """Why the hub has to stop; empty if no signal has arrived."""
+        return f"the hub received {signal.Signals(self.received).name}" if self.received else ""
 
     @property
     def exit_code(self) -> int:
-        """0, or by convention 128 and the number of the signal that ended us."""
+        """128 plus the signal number, which is the convention for an interrupted process; 0 without a signal."""
         return 128 + self.received if self.received else 0
