@@ -30,7 +30,7 @@ class Evaluation:
     """The requested rounds, the running round, and the results so far."""
 
     def __init__(self, task_sampler: TaskSampler, *, version: int = 0, first_attempt: int = 0) -> None:
-        """`version` is the oldest weight version that may serve tasks; `first_attempt` numbers the first lease of a task."""
+        """`version` is the oldest version that may serve tasks; `first_attempt` numbers the first lease of a task."""
         self.task_sampler = task_sampler
         # Without tokens, because those of a benchmark can take a gigabyte.
         self.leases = LeaseTable(first_attempt=first_attempt, keeps_tokens=False)

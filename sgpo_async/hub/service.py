@@ -1,6 +1,6 @@
 """The hub as a process: assembles its parts, writes its address to a file, and removes its files at the end.
 
-    serve ─▶ Router, StoreFile, Signals, hub.json ─▶ Loop(HubCore) ─▶ exit code
+serve ─▶ Router, StoreFile, Signals, hub.json ─▶ Loop(HubCore) ─▶ exit code
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def weight_bytes(path: str) -> int:
 
 @contextlib.contextmanager
 def contact_file(path: Path, contact: dict[str, Any]) -> Iterator[None]:
-    """Within this context, the file `path` contains `contact` as JSON. It is written atomically and removed at the end."""
+    """Within this context, the file `path` contains `contact` as JSON; it is written atomically, removed at the end."""
     write_whole(path, json.dumps(contact))
     try:
         yield

@@ -106,8 +106,8 @@ def _fill_training(training: Training, saved: dict[str, Any], *, shift: int) -> 
 def _fill_evaluation(evaluation: Evaluation, saved: dict[str, Any]) -> None:
     if saved["round_size"] != evaluation.round_size:
         raise HubError(
-            "tasks.held_out and evaluation.benchmarks must have as many problems as in the run that wrote the "
-            f"checkpoint: {saved['round_size']}, got {evaluation.round_size}: use the same settings"
+            f"tasks.held_out and evaluation.benchmarks must have {saved['round_size']} problems together, as in the "
+            f"run that wrote the checkpoint, got {evaluation.round_size}: use the same settings"
         )
     evaluation.requested, evaluation.current = deque(saved["asked"]), saved["current"]
     evaluation.begun = saved["begun"]
