@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import signal
-import types
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from sgpo_async.files import telling, write_whole
 from sgpo_async.hub.core import HubCore
 from sgpo_async.hub.loop import Loop
 from sgpo_async.model.folder import model_folder
+from sgpo_async.processes.signals import Signals
 from sgpo_async.session import WeightSender
 from sgpo_async.tasks.benchmarks import open_benchmarks
 from sgpo_async.tasks.sources import source_of
@@ -55,8 +55,13 @@ def serve(run: Run) -> int:
         core = HubCore(run, source, benchmarks=benchmarks, store=store.path)
         spawn_sender = partial(WeightSender, store.path, host=host, cuda=run.engine.broadcasts_on_gpus)
         loop = Loop(core, mailbox=RouterMailbox(router), spawn_sender=spawn_sender)
-        loop.run(interrupted=signals.reason)
-    return signals.exit_code
+        loop.run(interrupted=lambda: _stop_reason(signals))
+    return signals.exit_code if signals.stop else 0
+
+
+def _stop_reason(signals: Signals) -> str:
+    """Why the hub has to stop; empty if no signal has arrived."""
+    return f"the hub received {signal.Signals(signals.received[0]).name}" if signals.stop else ""
 
 
 def weight_bytes(path: str) -> int:
@@ -72,30 +77,3 @@ def contact_file(path: Path, contact: dict[str, Any]) -> Iterator[None]:
         yield
     finally:
         path.unlink(missing_ok=True)
-
-
-class Signals:
-    """Within this context, SIGTERM and SIGINT are recorded and do not interrupt the program."""
-
-    def __init__(self) -> None:
-        self.received: int = 0  # number of the first signal; 0: none
-
-    def __enter__(self) -> Signals:
-        self._old = {number: signal.signal(number, self._record) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _record(self, number: int, _frame: types.FrameType | None) -> None:
-        self.received = self.received or number
-
-    def reason(self) -> str:
-        """Why the hub has to stop; empty if no signal has arrived."""
-        return f"the hub received {signal.Signals(self.received).name}" if self.received else ""
-
-    @property
-    def exit_code(self) -> int:
-        """128 plus the signal number, which is the convention for an interrupted process; 0 without a signal."""
-        return 128 + self.received if self.received else 0

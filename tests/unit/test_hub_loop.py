@@ -165,7 +165,7 @@ def test_a_message_too_large_for_its_member_becomes_a_refusal():
     running.join()
 
 
-def test_a_weight_sender_that_ends_late_is_logged_and_the_run_continues(running, capsys):
+def test_a_weight_sender_that_ends_late_is_logged_and_the_run_continues(running, caplog):
     actor = Member(running.router.dealer(b"a"))
     actor.send(wire.Hello(role="actor", name="a"))
     actor.wait(wire.Welcome)
@@ -177,7 +177,7 @@ def test_a_weight_sender_that_ends_late_is_logged_and_the_run_continues(running,
     running.reason = "the test is over"
     running.join()
     assert running.ended == "the test is over"
-    assert "weight sender of a" in capsys.readouterr().err
+    assert "weight sender of a" in caplog.text
 
 
 def test_the_contact_file_is_written_atomically_and_removed(tmp_path):
