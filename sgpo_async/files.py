@@ -34,14 +34,15 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replace `path` by `text` atomically: a reader sees the old file or the new one, never a part."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Replace `path` by `content` atomically: a reader sees the old file or the new one, never a part."""
+    content = content.encode() if isinstance(content, str) else content
     new = path.with_name(f".{path.name}.{os.getpid()}")
     with telling(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with new.open("w", encoding="utf-8") as file:
-                file.write(text)
+            with new.open("wb") as file:
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             new.replace(path)
