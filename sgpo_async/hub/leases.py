@@ -144,7 +144,7 @@ class LeaseTable:
         if self._invalid_leases[number] < MAX_INVALID_LEASES:
             self.revoke(number, "rejected")
         else:
-            self.discard(number, "misfit")
+            self.discard(number, "misfit")  # this key stands in metrics.jsonl for tasks with invalid rollouts
 
     def discard(self, number: int, reason: str) -> None:
         """Drop this task, which can never be completed, and the rollouts of its lease."""
