@@ -1,4 +1,7 @@
-"""The hub as a process: puts its parts together, says where it is, and tidies up behind itself."""
+"""The hub as a process: assembles its parts, writes its address to a file, and removes its files at the end.
+
+serve ─▶ Router, StoreFile, Signals, hub.json ─▶ Loop(HubCore) ─▶ exit code
+"""
 
 from __future__ import annotations
 
@@ -26,12 +29,13 @@ from sgpo_async.weights.store_file import StoreFile
 
 
 def serve(run: Run) -> int:
-    """Be the hub of `run` until its learner finishes (0) or a signal comes (128 + its number).
+    """Run the hub until the learner finishes or a signal arrives; return the exit code.
 
-    Writes `<run.folder>/hub.json` while it can be reached, and leaves nothing behind.
+    The exit code is 0 after the learner has finished, and 128 plus the signal number after a signal. While the hub can
+    be reached, `<run.folder>/hub.json` contains its address; at the end the hub removes it and the weight store.
 
-    Raises HubError if the address is taken or the keys are not usable, DataError for problems that cannot be read,
-    SgpoError if the folder cannot be written.
+    Raises HubError if the address is in use or the keys are not usable, DataError if problems cannot be read, and
+    SgpoError if the folder is not writable.
     """
     source = source_of(run)
     benchmarks = open_benchmarks(run.evaluation)
@@ -46,24 +50,29 @@ def serve(run: Run) -> int:
         stack.callback(store.close)
         signals = stack.enter_context(Signals())
         key = public_key(run.hub.keys, "server").decode() if run.hub.keys else ""
-        place = {"address": router.address, "pid": os.getpid(), "store": store.path, "public_key": key}
-        stack.enter_context(announced(folder / "hub.json", place))
+        contact = {"address": router.address, "pid": os.getpid(), "store": store.path, "public_key": key}
+        stack.enter_context(contact_file(folder / "hub.json", contact))
         core = HubCore(run, source, benchmarks=benchmarks, store=store.path)
         spawn_sender = partial(WeightSender, store.path, host=host, cuda=run.engine.broadcasts_on_gpus)
         loop = Loop(core, mailbox=RouterMailbox(router), spawn_sender=spawn_sender)
-        loop.run(interrupted=lambda: f"the hub got {signal.Signals(signals.received[0]).name}" if signals.stop else "")
+        loop.run(interrupted=lambda: _stop_reason(signals))
     return signals.exit_code if signals.stop else 0
 
 
+def _stop_reason(signals: Signals) -> str:
+    """Why the hub has to stop; empty if no signal has arrived."""
+    return f"the hub received {signal.Signals(signals.received[0]).name}" if signals.stop else ""
+
+
 def weight_bytes(path: str) -> int:
-    """Size of a model's weight files; 0 if they are not in a local folder."""
+    """Total size of a model's weight files in bytes; 0 if they are not in a local folder."""
     return sum(file.stat().st_size for file in Path(model_folder(path)).glob("*.safetensors"))
 
 
 @contextlib.contextmanager
-def announced(path: Path, place: dict[str, Any]) -> Iterator[None]:
-    """Within this context `path` tells where the hub is; nobody ever sees half of it."""
-    write_whole(path, json.dumps(place))
+def contact_file(path: Path, contact: dict[str, Any]) -> Iterator[None]:
+    """Within this context, the file `path` contains `contact` as JSON; it is written atomically, removed at the end."""
+    write_whole(path, json.dumps(contact))
     try:
         yield
     finally:
