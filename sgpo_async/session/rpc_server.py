@@ -7,7 +7,7 @@
     open(group, backend, world_size) -> (host, port)       rank 0 listens; see `session.broadcast_group`
     join(group)                                            rank 0 has joined the group
     plan(version) -> BroadcastPlan                         see `weights.broadcast_plan`
-    broadcast(group, version, fingerprint)                 rank 0 has sent the version, by the plan with this fingerprint
+    broadcast(group, version, fingerprint)                 rank 0 has sent the version (fingerprint: of the plan)
     compute(version, job) -> JSON types                    result of a pickled function of the tensors
     close(group)
 

@@ -120,6 +120,4 @@ class RpcWorld:
 
     def _begin(self, seconds: float, function: Callable[..., Any], *args: Any) -> Call:
         description = f"{function.__name__}: the {self.peer.replace('_', ' ')}"
-        return Call(
-            description, seconds, lambda: rpc.rpc_async(self.peer, function, args=args, timeout=seconds)
-        )
+        return Call(description, seconds, lambda: rpc.rpc_async(self.peer, function, args=args, timeout=seconds))

@@ -21,10 +21,10 @@ For each version:
 
 At the end: close(NAME), POST /destroy_weights_update_group.
 
-When a future of `join` or `broadcast` fails, rank 0 has already left the group. With gloo this ends the server's wait by
-an error: its POST answers 400 (then POST /end_weight_update, if the update had begun). The server then holds the old
-weights or a mixture of old and new ones, and must stay out of service until it has loaded a whole version, through a new
-group or from the weight receiver. With nccl a server that waits for a dead rank 0 stays in its kernel until its own
+When a future of `join` or `broadcast` fails, rank 0 has already left the group. With gloo this ends the server's wait
+by an error: its POST answers 400 (then POST /end_weight_update, if the update had begun). The server then holds the old
+weights or a mixture of old and new ones, and must stay out of service until it has loaded a whole version, through a
+new group or from the weight receiver. With nccl a server that waits for a dead rank 0 stays in its kernel until its own
 watchdog ends it: restart it. When a POST fails or times out instead, call close(NAME): the future then fails at once.
 
 A broadcast that has been sent may not have arrived: small tensors fit into the socket buffer of a dead server. Only the
@@ -60,7 +60,7 @@ class WeightGroups:
         self._rpc, self._seconds = rpc, group_s
 
     def open(self, group: str, *, backend: str, world_size: int) -> Future[tuple[str, int]]:
-        """Open a group; the result is host and port of the rendezvous, where rank 0 listens. `backend`: gloo or nccl."""
+        """Open a group; the result is host and port of rank 0's rendezvous. `backend` is gloo or nccl."""
         return self._rpc.request(
             "open", seconds=self._seconds, read=_address, group=group, backend=backend, world_size=world_size
         )
