@@ -49,9 +49,7 @@ def receive(broadcast: dict[str, list], members: dist.ProcessGroup) -> dict[str,
 
 def main() -> None:
     rank, address, port, world_size, group = sys.argv[1:]
-    dist.init_process_group(
-        "gloo", store=dist.HashStore(), rank=0, world_size=1
-    )  # a server has its own default group too
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # a server has a default group too
     print("started", flush=True)
     sys.stdin.readline()
     members = join(int(rank), address, int(port), world_size=int(world_size), group=group)

@@ -55,10 +55,11 @@ def test_any_thread_may_send_requests() -> None:
     sent: list[dict[str, Any]] = []
     client = RpcClient(sent.append)
     futures: list[Any] = []
-    threads = [
-        threading.Thread(target=lambda: futures.append(client.request("plan", seconds=60.0, version=1)))
-        for _ in range(20)
-    ]
+
+    def send() -> None:
+        futures.append(client.request("plan", seconds=60.0, version=1))
+
+    threads = [threading.Thread(target=send) for _ in range(20)]
     for thread in threads:
         thread.start()
     for thread in threads:
