@@ -67,7 +67,7 @@ CHARTS = (
     ),
     Chart(
         title="Correction weights",
-        caption="Mean of the applied weights; 1 if behaviour policy and policy agree. Lag 0 shows the engines' error alone.",
+        caption="Mean of the weights; 1 if behaviour policy and policy agree. Lag 0 shows only the engines' error.",
         y_label="mean weight",
         around_one=True,
         curves=(
@@ -108,7 +108,7 @@ CHARTS = (
     ),
     Chart(
         title="Engine against learner",
-        caption="Mean |log pi − log mu|. At lag 0 both have the same weights; stale tokens include the change of the policy. "
+        caption="Mean |log pi − log mu|. At lag 0 both have the same weights; stale tokens include the policy's change. "
         "Later spans follow an update in flight.",
         y_label="nats per token",
         log=True,
