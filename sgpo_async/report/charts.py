@@ -108,7 +108,7 @@ CHARTS = (
     ),
     Chart(
         title="Engine against learner",
-        caption="Mean |log pi − log mu|. At lag 0 both have the same weights; stale tokens include the policy's change. "
+        caption="Mean |log pi − log mu|. At lag 0 both use equal weights; stale tokens include the policy's change. "
         "Later spans follow an update in flight.",
         y_label="nats per token",
         log=True,

@@ -43,7 +43,7 @@ class RpcServer:
         self._pending: dict[int, tuple[Request, float]] = {}  # by id, with the deadline (monotonic)
         self._groups: dict[str, BroadcastGroup] = {}
         self._computing = threading.Lock()
-        self._computed: tuple[int, str, Any] = (-1, "", None)  # the last result; each server of a node requests it
+        self._computed: tuple[int, str, Any] = (-1, "", None)  # last result; several servers request the same one
         self._methods: dict[str, Callable[..., Any]] = {
             "open": self._open,
             "join": self._join,
