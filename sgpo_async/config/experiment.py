@@ -9,6 +9,7 @@
     seeds: [0, 1, 2]
     tune: {rates: [3.0e-4, 6.0e-4], seeds: [100]}
     reference: GRPO                           # with whom the others are compared, seed by seed; may be missing
+    figures: [{kind: curves, setting: 2 %}]   # which figures the page has; default: every kind, in every setting
 
 Keys of `common`, `settings` and `methods` are those of a run, written with dots. A method's value that differs from
 setting to setting is a mapping of their names. A method or a setting that names `optim.lr` itself is not tuned.
@@ -33,6 +34,8 @@ from sgpo_async.config.schema import Run, require
 from sgpo_async.errors import ConfigError
 
 BASE = "base:"  # how `model.path` names a base of the experiment
+FIGURE_KINDS = ("curves", "alpha", "masked", "entropy")
+MOST_CURVES = 12  # in one figure: as many as can be told apart by colour and dashes
 
 Words = dict[str, Any]
 """Keys of a run, with dots, and their values."""
@@ -69,6 +72,21 @@ class Tune:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One figure of the experiment's page."""
+
+    kind: str  # one of FIGURE_KINDS
+    setting: str = ""
+    methods: list[str] = field(default_factory=list)  # whose curves it has; default: all
+    name: str = ""  # what its file's name has behind kind and setting
+
+    @property
+    def stem(self) -> str:
+        """Its file's name without the ending."""
+        return "-".join(word for word in (self.kind, slug(self.setting), slug(self.name)) if word)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Experiment:
     """Everything about one experiment."""
 
@@ -82,6 +100,7 @@ class Experiment:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     tune: Tune = field(default_factory=Tune)
     reference: str = ""  # the method with which the others are compared, seed by seed
+    figures: list[Figure] | None = None  # default: every kind of figure in every setting, of all methods
 
     def __post_init__(self) -> None:
         require(bool(self.name) and "/" not in self.name, "name", "is a folder's name", self.name)
@@ -117,6 +136,7 @@ class Experiment:
                     f"has a value for each setting ({', '.join(sorted(settings))})",
                     value,
                 )
+        self._check_figures()
         for name, base in self.bases.items():
             known = base.start.removeprefix(BASE)
             require(
@@ -125,6 +145,22 @@ class Experiment:
                 f"names another base ({', '.join(self.bases)})",
                 base.start,
             )
+
+    def _check_figures(self) -> None:
+        figures = self.figures or []
+        kinds, settings, methods = ", ".join(FIGURE_KINDS), [*self.settings] or [""], ", ".join(self.methods)
+        for place, figure in enumerate(figures):
+            where = f"figures[{place}]"
+            require(figure.kind in FIGURE_KINDS, f"{where}.kind", f"must be one of {kinds}", figure.kind)
+            rule = f"must be one of the settings ({', '.join(settings)})"
+            require(figure.setting in settings, f"{where}.setting", rule, figure.setting)
+            for name in figure.methods:
+                require(name in self.methods, f"{where}.methods", f"must name methods of this file ({methods})", name)
+            count = len(figure.methods or self.methods)
+            require(count <= MOST_CURVES, f"{where}.methods", f"must have at most {MOST_CURVES} methods", count)
+        stems = [figure.stem for figure in figures]
+        rule = "must have names that differ as names of files"
+        require(len(set(stems)) == len(stems), "figures", rule, ", ".join(stems))
 
     def keys(self, setting: str, method: str) -> Words:
         """What a cell of the table says, without `common`."""

@@ -20,6 +20,7 @@ from typing import Any
 
 from sgpo_async.config import load, to_plain
 from sgpo_async.config.experiment import BASE, Base, Experiment
+from sgpo_async.config.schema import Run
 from sgpo_async.files import to_json
 
 Plain = dict[str, Any]
@@ -30,9 +31,9 @@ Plain = dict[str, Any]
 NOT_LEARNED = ("name", "out", "local", "hub.max_message_mb")
 
 
-def configuration(experiment: Experiment, words: tuple[str, ...]) -> Plain:
-    """Every key of the trial with these words; in place of a base's name stands its recipe. Raises ConfigError."""
-    plain = to_plain(experiment.run(words))
+def configuration(experiment: Experiment, run: Run) -> Plain:
+    """Every key of a trial's configuration; in place of a base's name stands its recipe."""
+    plain = to_plain(run)
     path = plain["model"]["path"]
     plain["model"]["path"] = recipe(experiment, path.removeprefix(BASE)) if path.startswith(BASE) else path
     return plain
@@ -42,7 +43,8 @@ def recipe(experiment: Experiment, name: str) -> Plain:
     """How the base of this name is made, with the recipes of the bases that it starts from."""
     base = experiment.bases[name]
     if base.train:
-        return {"trained": configuration(experiment, experiment.words(base.train, {"model.path": base.start}))}
+        words = experiment.words(base.train, {"model.path": base.start})
+        return {"trained": configuration(experiment, experiment.run(words))}
     start = recipe(experiment, base.start.removeprefix(BASE)) if base.start.startswith(BASE) else base.start
     return {"pretrained": _pretraining(base) | {"start": start}}
 
@@ -61,7 +63,7 @@ def same_recipe(one: object, other: object) -> bool:
 def _decisive(config: Plain) -> Plain:
     """The whole configuration without the keys that decide nothing."""
     # As JSON holds it, where infinity is null: what is made just now must equal what was read.
-    whole: Plain = json.loads(to_json(_filled(config, _defaults())))
+    whole: Plain = json.loads(to_json(filled(config, _defaults())))
     for key in NOT_LEARNED:
         section, _, last = key.rpartition(".")
         (whole[section] if section else whole).pop(last, None)
@@ -75,15 +77,15 @@ def _decisive_model(origin: object) -> object:
         case {"trained": dict(config)}:
             return {"trained": _decisive(config)}
         case {"pretrained": dict(made)}:
-            whole = _filled(made, _pretraining(Base()))
+            whole = filled(made, _pretraining(Base()))
             return {"pretrained": whole | {"start": _decisive_model(whole.get("start"))}}
     return origin
 
 
-def _filled(stored: Plain, defaults: Plain) -> Plain:
+def filled(stored: Plain, defaults: Plain) -> Plain:
     """`stored` with the defaults of the keys that it lacks, section by section."""
     return defaults | {
-        key: _filled(value, defaults[key]) if isinstance(value, dict) and isinstance(defaults.get(key), dict) else value
+        key: filled(value, defaults[key]) if isinstance(value, dict) and isinstance(defaults.get(key), dict) else value
         for key, value in stored.items()
     }
 

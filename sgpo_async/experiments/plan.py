@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import fmean
 from typing import Any
@@ -24,7 +24,8 @@ class Trial:
     rate: float
     seed: int
     words: tuple[str, ...]  # what it is started with
-    config: Plain  # what they come to, and what its result is known by
+    run: Run  # what they come to
+    config: Plain  # the same as plain data, by which its result is known
 
     @cached_property
     def id(self) -> str:
@@ -41,14 +42,16 @@ def trial(experiment: Experiment, cell: tuple[str, str], *, rate: float | None, 
     """The trial of a cell; its learning rate is `rate`, or the one that its keys name."""
     setting, method = cell
     own = {"seed": seed} if rate is None else {"seed": seed, "optim.lr": rate}
-    words = experiment.words(experiment.keys(setting, method), own)
+    run = replace(cell_run(experiment, cell), seed=seed)  # reading all words anew for each trial takes far longer
+    run = run if rate is None else replace(run, optim=replace(run.optim, lr=rate))
     return Trial(
         setting=setting,
         method=method,
-        rate=experiment.run(words).optim.lr,
+        rate=run.optim.lr,
         seed=seed,
-        words=words,
-        config=configuration(experiment, words),
+        words=experiment.words(experiment.keys(setting, method), own),
+        run=run,
+        config=configuration(experiment, run),
     )
 
 

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import types
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from sgpo_async.files import telling, write_whole
 from sgpo_async.hub.core import HubCore
 from sgpo_async.hub.loop import Loop
 from sgpo_async.model.folder import model_folder
+from sgpo_async.processes.signals import Signals
 from sgpo_async.session import WeightSender
 from sgpo_async.tasks.benchmarks import open_benchmarks
 from sgpo_async.tasks.sources import source_of
@@ -51,8 +51,8 @@ def serve(run: Run) -> int:
         core = HubCore(run, source, benchmarks=benchmarks, store=store.path)
         spawn_sender = partial(WeightSender, store.path, host=host, cuda=run.engine.broadcasts_on_gpus)
         loop = Loop(core, mailbox=RouterMailbox(router), spawn_sender=spawn_sender)
-        loop.run(interrupted=signals.reason)
-    return signals.exit_code
+        loop.run(interrupted=lambda: f"the hub got {signal.Signals(signals.received[0]).name}" if signals.stop else "")
+    return signals.exit_code if signals.stop else 0
 
 
 def weight_bytes(path: str) -> int:
@@ -68,30 +68,3 @@ def announced(path: Path, place: dict[str, Any]) -> Iterator[None]:
         yield
     finally:
         path.unlink(missing_ok=True)
-
-
-class Signals:
-    """Within this context SIGTERM and SIGINT are noted instead of raised."""
-
-    def __init__(self) -> None:
-        self.received: int = 0
-
-    def __enter__(self) -> Signals:
-        self._old = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _frame: types.FrameType | None) -> None:
-        self.received = self.received or number
-
-    def reason(self) -> str:
-        """Why to end; empty while there is no reason."""
-        return f"the hub got {signal.Signals(self.received).name}" if self.received else ""
-
-    @property
-    def exit_code(self) -> int:
-        """0, or by convention 128 and the number of the signal that ended us."""
-        return 128 + self.received if self.received else 0

@@ -52,7 +52,7 @@ class Child:
 
 
 class Processes:
-    """All processes of one run. A guard ends them if we die without `stop`, even by `kill -9`."""
+    """All processes of one run. A watchdog ends them if we die without `stop`, even by `kill -9`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -61,8 +61,8 @@ class Processes:
         with telling(self._logs):
             self._logs.mkdir(parents=True, exist_ok=True)
         self._children: list[Child] = []
-        self._guard = subprocess.Popen(
-            [sys.executable, "-m", "sgpo_async.local.guard", self.mark, str(folder)],
+        self._watchdog = subprocess.Popen(
+            [sys.executable, "-m", "sgpo_async.local.watchdog", self.mark, str(folder)],
             stdin=subprocess.PIPE,
             env=_environment(),
             start_new_session=True,
@@ -90,8 +90,8 @@ class Processes:
         for child in self._children:
             child.process.wait(timeout=10)
         forget_hub(self.folder)
-        self._guard.kill()
-        self._guard.communicate()
+        self._watchdog.kill()
+        self._watchdog.communicate()
 
 
 def wait_for(child: Child, seconds: float) -> bool:

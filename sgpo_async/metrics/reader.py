@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sgpo_async.errors import DataError
+from sgpo_async.files import JsonLinesReader
 
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
@@ -36,30 +37,13 @@ class MetricsTail:
     """Follows metrics.jsonl: each `poll` returns the lines that were completed since the last one."""
 
     def __init__(self, folder: str | Path) -> None:
-        self._path = Path(folder) / METRICS
-        self._offset = 0
-        self._line = 0
+        self._lines = JsonLinesReader(Path(folder) / METRICS)
 
     def poll(self) -> list[dict[str, Any]]:
-        """Return new complete lines. Start over if the file is shorter than before: a new run has replaced it."""
-        try:
-            with self._path.open("rb") as file:
-                if file.seek(0, 2) < self._offset:
-                    self._offset = self._line = 0
-                file.seek(self._offset)
-                new = file.read()
-        except FileNotFoundError:
-            return []
-        complete = new[: new.rfind(b"\n") + 1]
-        self._offset += len(complete)
-        return [self._parse(text) for text in complete.splitlines()]
+        """Return new complete lines; all lines if a new run has replaced the file. Raises DataError for invalid ones."""
+        return [self._checked(number, values) for number, values in self._lines.poll()]
 
-    def _parse(self, text: bytes) -> dict[str, Any]:
-        self._line += 1
-        try:
-            values = json.loads(text)
-        except ValueError as error:
-            raise DataError(f"{self._path}:{self._line}: is not JSON ({error}); remove the line") from None
+    def _checked(self, number: int, values: Any) -> dict[str, Any]:
         if not isinstance(values, dict) or not isinstance(values.get("step"), int):
-            raise DataError(f"{self._path}:{self._line}: must be an object with an integer 'step'; remove the line")
+            raise DataError(f"{self._lines.path}:{number}: must be an object with an integer 'step'; remove the line")
         return values

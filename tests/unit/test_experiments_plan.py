@@ -22,6 +22,14 @@ def test_every_shipped_experiment_is_whole_and_fair(path: Path) -> None:
     assert {name for level in base_levels(experiment) for name in level} == set(experiment.bases)
 
 
+def test_a_trial_is_started_with_the_words_of_its_configuration(tmp_path: Path) -> None:
+    experiment = load_experiment(write(tmp_path, SMALL))
+    trials = tuning(experiment) + final(experiment, dict.fromkeys(cells(experiment), 2e-4))
+    for trial in trials + final(experiment, dict.fromkeys(cells(experiment))):
+        assert trial.run == experiment.run(trial.words)
+        assert (trial.run.seed, trial.run.optim.lr) == (trial.seed, trial.rate)
+
+
 def test_bases_of_one_name_are_one_base() -> None:
     """Shipped experiments write to one place, where a base of another recipe is refused."""
     recipes: dict[str, Any] = {}

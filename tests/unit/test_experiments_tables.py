@@ -28,6 +28,8 @@ def test_interval_is_students() -> None:
     # Worked by hand: mean 3, standard deviation sqrt(2.5), t(4) = 2.776.
     assert interval([1, 2, 3, 4, 5]) == (3, pytest.approx(2.776 * math.sqrt(2.5) / math.sqrt(5)), 5)
     assert interval([0.5]) == (0.5, None, 1)
+    values = [0.0, 1.0] * 10  # t(19) = 2.093
+    assert interval(values).half == pytest.approx(2.093 * math.sqrt(5 / 19) / math.sqrt(20))
 
 
 def test_a_run_that_diverged_counts_0_from_then_on_and_hides_no_other() -> None:

@@ -165,7 +165,7 @@ def test_a_message_too_large_for_its_member_becomes_a_refusal():
     running.join()
 
 
-def test_a_link_that_is_slow_to_die_costs_a_line_and_not_the_run(running, capsys):
+def test_a_link_that_is_slow_to_die_costs_a_line_and_not_the_run(running, caplog):
     actor = Member(running.router.dealer(b"a"))
     actor.send(wire.Hello(role="actor", name="a"))
     actor.wait(wire.Welcome)
@@ -177,7 +177,7 @@ def test_a_link_that_is_slow_to_die_costs_a_line_and_not_the_run(running, capsys
     running.reason = "test is over"
     running.join()
     assert running.ended == "test is over"
-    assert "link of a" in capsys.readouterr().err
+    assert "link of a" in caplog.text
 
 
 def test_the_place_is_announced_whole_and_taken_back(tmp_path):

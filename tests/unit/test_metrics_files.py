@@ -3,7 +3,9 @@
 import errno
 import json
 import math
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sgpo_async.errors import DataError, SgpoError
-from sgpo_async.files import to_json, write_whole
+from sgpo_async.files import JsonLinesReader, JsonLinesWriter, to_json, write_whole
 from sgpo_async.metrics import MetricsTail, MetricsWriter, read_metrics, read_summary
 
 
@@ -129,3 +131,40 @@ def test_a_new_summary_replaces_the_old_one(tmp_path: Path) -> None:
     writer.close()
     assert read_summary(tmp_path) == {"steps": 2, "pass_auto_last": None}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "summary.json", "tensorboard"]
+
+
+@given(
+    st.lists(st.dictionaries(st.text(max_size=3), st.integers() | st.text(max_size=5), max_size=3), max_size=6),
+    st.integers(0, 400),
+)
+def test_json_lines_survive_a_cut_at_any_byte(lines: list[dict[str, Any]], cut: int) -> None:
+    """What a kill leaves is read as its whole lines, and the next writer goes on behind them."""
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place, "lines.jsonl")
+        writer = JsonLinesWriter(path)
+        for line in lines:
+            writer.append(line)
+        writer.close()
+        whole = path.read_bytes()
+        path.write_bytes(whole[:cut])
+        kept = [json.loads(line) for line in whole[:cut].split(b"\n")[:-1]]
+        assert JsonLinesReader(path).poll() == list(enumerate(kept, 1))
+        writer = JsonLinesWriter(path)
+        writer.append({"next": 1})
+        writer.close()
+        assert [values for _, values in JsonLinesReader(path).poll()] == [*kept, {"next": 1}]
+
+
+def test_a_reader_of_json_lines_follows_a_file_and_starts_over_when_it_begins_anew(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    reader = JsonLinesReader(path)
+    assert reader.poll() == []
+    path.write_text('{"a": 1}\n{"a": 2')
+    assert reader.poll() == [(1, {"a": 1})]
+    path.write_text('{"a": 1}\n{"a": 2}\n')
+    assert reader.poll() == [(2, {"a": 2})]
+    path.write_text("[3]\n")
+    assert reader.poll() == [(1, [3])]
+    path.write_text("[3]\nno\n")
+    with pytest.raises(DataError, match=r"lines\.jsonl:2: is not JSON"):
+        reader.poll()
