@@ -40,7 +40,7 @@ class MetricsTail:
         self._lines = JsonLinesReader(Path(folder) / METRICS)
 
     def poll(self) -> list[dict[str, Any]]:
-        """Return new complete lines; all lines if a new run has replaced the file. Raises DataError for invalid ones."""
+        """Return new complete lines; all if a new run has replaced the file. Raises DataError if one is invalid."""
         return [self._checked(number, values) for number, values in self._lines.poll()]
 
     def _checked(self, number: int, values: Any) -> dict[str, Any]:
