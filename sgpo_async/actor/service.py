@@ -24,7 +24,6 @@ from sgpo_async.engines.base import Engine, Weights
 from sgpo_async.errors import EngineError, SessionError, Superseded, WeightsError
 from sgpo_async.rollout.sampler import RolloutSampler, Unservable
 from sgpo_async.session import (
-    NodeControl,
     ReceiverDown,
     VersionAnnounced,
     VersionReceived,
@@ -124,8 +123,6 @@ class Service:
                     newest = event
                 case VersionRejected():
                     log.warning("weights version %d: %s", event.version, event.reason)
-                case NodeControl(word="drain"):
-                    return "drained"
                 case ReceiverDown():
                     return f"session down: {event.reason}"
         if newest is not None:

@@ -1,8 +1,8 @@
-"""What the learner's rank 0 writes while it trains.
+"""Write the metrics of a run; the learner's rank 0 does this during training.
 
 runs/NAME/metrics.jsonl    one line per step, on disk as soon as the step ends
-runs/NAME/tensorboard/     the same numbers as scalars and histograms
-runs/NAME/summary.json     the closing figures, replaced as a whole
+runs/NAME/tensorboard/     the same metrics as scalars and histograms
+runs/NAME/summary.json     the final metrics, replaced atomically
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ TENSORBOARD = "tensorboard"
 class MetricsWriter:
     """Writes the metrics of one run below `folder`.
 
-    `resume_from` is the step of the checkpoint that the run continues from: later lines, which the resumed run will
-    write anew, are dropped. At 0 the run begins afresh and earlier numbers in the folder go.
-    Every method raises SgpoError (one line: file, reason, remedy) when the disk is full or the folder not writable.
+    `resume_from` is the step of the checkpoint that the run continues from: lines of later steps are deleted, because
+    the resumed run writes them again. With 0 the run starts from the beginning and all earlier metrics are deleted.
+    Every method raises SgpoError (one line: file, reason, remedy) if the disk is full or the folder is not writable.
     """
 
     def __init__(self, folder: str | Path, *, resume_from: int = 0) -> None:
@@ -36,7 +36,7 @@ class MetricsWriter:
             self._board = self._open_board(resume_from)
 
     def step(self, values: Mapping[str, Any]) -> None:
-        """Record one optimiser step; `values` holds `step` and whatever else is to be seen later."""
+        """Write the metrics of one optimiser step; `values` must contain `step`."""
         self._lines.append(values)
         with telling(self._path):
             self._to_board(values)
@@ -46,7 +46,7 @@ class MetricsWriter:
         write_whole(self.folder / SUMMARY, to_json(values) + "\n")
 
     def close(self) -> None:
-        """Flush and close."""
+        """Flush and close the files."""
         self._lines.close()
         with telling(self._path):
             self._board.close()
@@ -54,10 +54,10 @@ class MetricsWriter:
     def _open_board(self, resume_from: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
 
-        place = self.folder / TENSORBOARD
+        folder = self.folder / TENSORBOARD
         if not resume_from:
-            shutil.rmtree(place, ignore_errors=True)
-        return SummaryWriter(str(place), purge_step=resume_from + 1 if resume_from else None, flush_secs=10)
+            shutil.rmtree(folder, ignore_errors=True)
+        return SummaryWriter(str(folder), purge_step=resume_from + 1 if resume_from else None, flush_secs=10)
 
     def _to_board(self, values: Mapping[str, Any]) -> None:
         step = int(values["step"])
@@ -73,7 +73,7 @@ class MetricsWriter:
                 self._board.add_scalar(key, value, step)
 
     def _add_histogram(self, key: str, counts: Mapping[Any, Any], step: int) -> None:
-        """`counts` maps an integer (a lag) to how many tokens had it."""
+        """Add a histogram; `counts` maps an integer (a lag) to the number of tokens with it."""
         if not counts:
             return
         pairs = sorted((int(value), float(count)) for value, count in counts.items())
@@ -91,7 +91,7 @@ class MetricsWriter:
 
 
 def _scalars(values: Mapping[str, Any], prefix: str) -> list[tuple[str, float]]:
-    """Nested counts as flat (name, number) pairs: ledger/dropped/stale."""
+    """Flatten nested counts to (name, number) pairs, with names like ledger/dropped/stale."""
     flat: list[tuple[str, float]] = []
     for key, value in values.items():
         if isinstance(value, Mapping):
