@@ -42,7 +42,7 @@ def recipe(experiment: Experiment, name: str) -> Plain:
     """How the base of this name is made, with the recipes of the bases that it starts from."""
     base = experiment.bases[name]
     if base.train:
-        return {"trained": configuration(experiment, experiment.words(base.train, {"model.path": base.start}))}
+        return {"trained": configuration(experiment, experiment.overrides(base.train, {"model.path": base.start}))}
     start = recipe(experiment, base.start.removeprefix(BASE)) if base.start.startswith(BASE) else base.start
     return {"pretrained": _pretraining(base) | {"start": start}}
 
