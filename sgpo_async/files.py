@@ -1,4 +1,4 @@
-"""Writing to the run folder: values made plain, whole files or nothing, a full disk told in one line."""
+"""Writing to the run folder: strict JSON, atomic replacement of files, errors of one line when a disk is full."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from typing import Any
 
 from sgpo_async.errors import SgpoError
 
-FULL_BYTES = 2**16
-FREE_SOME = "free some space, or choose another place with out=DIR"
+FULL_BYTES = 2**16  # a disk with less free space than this counts as full
+FREE_SOME = "free some space, or choose another folder with out=DIR"
 
 
 def to_json(values: Mapping[str, Any]) -> str:
-    """One line of strict JSON; NaN and infinities, which JSON does not have, become null."""
+    """One line of strict JSON; NaN and infinities, which JSON lacks, become null."""
     return json.dumps(_plain(values), allow_nan=False)
 
 
 def _plain(value: Any) -> Any:
-    if hasattr(value, "tolist"):  # NumPy and torch, scalars and arrays, without importing either
+    if hasattr(value, "tolist"):  # scalars and arrays of NumPy and torch, without importing either
         value = value.tolist()
     if isinstance(value, float):
         return value if math.isfinite(value) else None
@@ -35,9 +35,9 @@ def _plain(value: Any) -> Any:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replace `path` by `text` atomically: a reader sees the old file or the new one, never a part."""
+    """Write `text` to `path` atomically: a reader sees the old file or the new one, never a part of it."""
     new = path.with_name(f".{path.name}.{os.getpid()}")
-    with telling(path):
+    with reporting_write_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with new.open("w", encoding="utf-8") as file:
@@ -50,14 +50,14 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def disk_full(path: Path) -> bool:
-    """Whether the disk of `path` is so full that what was written last may lack its end."""
-    existing = next(place for place in (path, *path.absolute().parents) if place.exists())
+    """Whether the disk of `path` is so full that the end of the last file written may be missing."""
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     return shutil.disk_usage(existing).free < FULL_BYTES
 
 
 @contextmanager
-def telling(path: Path) -> Iterator[None]:
-    """Turn an OSError into one line that names the file, the reason and the remedy."""
+def reporting_write_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError into a SgpoError of one line that names the file, the reason and the remedy."""
     try:
         yield
     except OSError as error:

@@ -20,7 +20,7 @@ from typing import Any, TextIO
 
 from sgpo_async.errors import ConfigError, DataError
 from sgpo_async.evaluation.evaluation_plan import differences
-from sgpo_async.files import telling, to_json, write_whole
+from sgpo_async.files import reporting_write_errors, to_json, write_whole
 from sgpo_async.metrics.problems import ProblemResult
 
 SETTINGS, SUMMARY = "settings.json", "summary.json"
@@ -45,14 +45,14 @@ class Results:
         with ExitStack() as stack:
             if not path.exists():
                 write_whole(path, json.dumps(settings, indent=2) + "\n")
-            with telling(path):
+            with reporting_write_errors(path):
                 lock = stack.enter_context(path.open("a"))
                 names = settings["benchmarks"]
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ConfigError(f"{self.folder}: another process evaluates here; choose another --out") from None
-            with telling(self.folder):
+            with reporting_write_errors(self.folder):
                 self._files = {name: stack.enter_context(self._open(name)) for name in names}
             try:
                 yield
@@ -61,7 +61,7 @@ class Results:
 
     def add(self, benchmark: str, result: ProblemResult) -> None:
         """Append one line."""
-        with telling(self._path(benchmark)):
+        with reporting_write_errors(self._path(benchmark)):
             print(to_json(asdict(result)), file=self._files[benchmark], flush=True)
 
     def finish(self, summary: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sgpo_async.files import telling, to_json, write_whole
+from sgpo_async.files import reporting_write_errors, to_json, write_whole
 from sgpo_async.metrics.reader import METRICS, SUMMARY, read_metrics
 
 TENSORBOARD = "tensorboard"
@@ -31,13 +31,13 @@ class MetricsWriter:
         self._path = self.folder / METRICS
         kept = [line for line in read_metrics(self.folder) if line["step"] <= resume_from] if resume_from else []
         write_whole(self._path, "".join(to_json(line) + "\n" for line in kept))
-        with telling(self._path):
+        with reporting_write_errors(self._path):
             self._file = self._path.open("a", encoding="utf-8")
             self._board = self._open_board(resume_from)
 
     def step(self, values: Mapping[str, Any]) -> None:
         """Record one optimiser step; `values` holds `step` and whatever else is to be seen later."""
-        with telling(self._path):
+        with reporting_write_errors(self._path):
             self._file.write(to_json(values) + "\n")
             self._file.flush()
             self._to_board(values)
@@ -48,7 +48,7 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flush and close."""
-        with telling(self._path):
+        with reporting_write_errors(self._path):
             self._file.close()
             self._board.close()
 

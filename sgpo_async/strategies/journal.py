@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sgpo_async.errors import DataError
-from sgpo_async.files import telling
+from sgpo_async.files import reporting_write_errors
 from sgpo_async.tasks.base import Problem
 
 Record = dict[str, Any]
@@ -45,7 +45,7 @@ class Journal:
         self.records: dict[str, Record] = {}
         self.spent: dict[str, Counter[str]] = defaultdict(Counter)  # tokens of each item, finished or not
         self._replies: dict[str, list[Record]] = defaultdict(list)
-        with telling(path):
+        with reporting_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             whole = path.read_bytes() if path.exists() else b""
             end = whole.rfind(b"\n") + 1
@@ -78,7 +78,7 @@ class Journal:
         self._file.close()
 
     def _write(self, line: Record) -> None:
-        with telling(self.path):
+        with reporting_write_errors(self.path):
             self._file.write(json.dumps(line, ensure_ascii=True).encode() + b"\n")
             self._file.flush()
             os.fsync(self._file.fileno())
