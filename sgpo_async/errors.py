@@ -16,7 +16,7 @@
     ├── EndpointError           a server of chat completions cannot serve any request
     ├── CheckpointError         a checkpoint cannot be written or read
     ├── RunFailed               the hub, the learner or all actors of a local run ended unexpectedly
-    └── DeadlineExceeded        a wait timed out: which process waited, and for what
+    └── DeadlineExceeded        a wait timed out: in which process, and for which event
 
 Some modules subclass these to handle one case apart, e.g. ServerGone(EngineError) of the SGLang client.
 
@@ -97,8 +97,13 @@ class RunFailed(SgpoError):
 
 
 class DeadlineExceeded(SgpoError):
-    """A wait timed out: `who` received no `what` within `seconds`."""
+    """A wait timed out.
 
-    def __init__(self, who: str, what: str, seconds: float) -> None:
-        super().__init__(f"{who}: no {what} within {seconds:g} s")
-        self.who, self.what, self.seconds = who, what, seconds
+    Args:
+        subject: the process that waited, or the server or process that it waited for.
+        expected: the answer or event that did not come.
+        seconds: how long the process waited.
+    """
+
+    def __init__(self, subject: str, expected: str, seconds: float) -> None:
+        super().__init__(f"{subject}: no {expected} within {seconds:g} s")

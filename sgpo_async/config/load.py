@@ -41,7 +41,7 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             name = (key.tag, str(key.value))
             if name in known:
-                raise DuplicateKey(problem=f"{key.value}: occurs twice in its section", problem_mark=key.start_mark)
+                raise DuplicateKey(problem=f"{key.value} occurs twice in its section", problem_mark=key.start_mark)
             known.add(name)
         return super().construct_mapping(node, deep)
 

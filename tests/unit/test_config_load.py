@@ -171,7 +171,7 @@ def _write(folder: Path, text: str) -> Path:
         ("steps", ["argument 'steps': an override must look like key=value"]),
         (
             "optim={lr: 1, lr: 2}",
-            ["argument 'optim={lr: 1, lr: 2}'", "lr: occurs twice in its section; keep one of them"],
+            ["argument 'optim={lr: 1, lr: 2}'", "lr occurs twice in its section; keep one of them"],
         ),
     ],
 )
@@ -221,9 +221,9 @@ def test_the_hub_s_state_includes_the_likely_tokens_of_guided_rollouts(empty: Pa
         ("[1, 2]\n", ["must hold sections with keys, got a list"]),
         (
             "steps: 3\noptim:\n  lr: 1\n  beta1: 0.5\n  lr: 2\n",
-            ["run.yaml:5: lr: occurs twice in its section; keep one of them"],
+            ["run.yaml:5: lr occurs twice in its section; keep one of them"],
         ),
-        ("steps: 3\nsteps: 3\n", ["run.yaml:2: steps: occurs twice"]),
+        ("steps: 3\nsteps: 3\n", ["run.yaml:2: steps occurs twice in its section; keep one of them"]),
         ("optim: {lrate: 1}\n", ["run.yaml", "optim.lrate"]),
     ],
 )
