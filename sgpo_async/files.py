@@ -1,4 +1,4 @@
-"""Files of a run: values made plain, JSON lines, whole files or nothing, a full disk told in one line."""
+"""Files of a run: strict JSON, JSON lines, atomic replacement, errors of one line when a disk is full."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from typing import Any
 
 from sgpo_async.errors import DataError, SgpoError
 
-FULL_BYTES = 2**16
-FREE_SOME = "free some space, or choose another place with out=DIR"
+FULL_BYTES = 2**16  # a disk with less free space than this counts as full
+FREE_SOME = "free some space, or choose another folder with out=DIR"
 
 
 def to_json(values: Mapping[str, Any]) -> str:
-    """One line of strict JSON; NaN and infinities, which JSON does not have, become null."""
+    """One line of strict JSON; NaN and infinities, which JSON lacks, become null."""
     return json.dumps(_plain(values), allow_nan=False)
 
 
 def _plain(value: Any) -> Any:
-    if hasattr(value, "tolist"):  # NumPy and torch, scalars and arrays, without importing either
+    if hasattr(value, "tolist"):  # scalars and arrays of NumPy and torch, without importing either
         value = value.tolist()
     if isinstance(value, float):
         return value if math.isfinite(value) else None
@@ -35,10 +35,10 @@ def _plain(value: Any) -> Any:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Replace `path` by `content` atomically: a reader sees the old file or the new one, never a part."""
+    """Write `content` to `path` atomically: a reader sees the old file or the new one, never a part of it."""
     content = content.encode() if isinstance(content, str) else content
     new = path.with_name(f".{path.name}.{os.getpid()}")
-    with telling(path):
+    with reporting_write_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with new.open("wb") as file:
@@ -96,7 +96,7 @@ class JsonLinesWriter:
     def __init__(self, path: Path, *, durable: bool = False) -> None:
         """With `durable` a line is on the disk when `append` returns, and survives a crash of the machine."""
         self._path, self._durable = path, durable
-        with telling(path):
+        with reporting_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a+b")
             self._file.seek(0)
@@ -104,7 +104,7 @@ class JsonLinesWriter:
 
     def append(self, values: Mapping[str, Any]) -> None:
         """Add one line; readers see it when this returns."""
-        with telling(self._path):
+        with reporting_write_errors(self._path):
             self._file.write(to_json(values).encode() + b"\n")
             self._file.flush()
             if self._durable:
@@ -112,19 +112,19 @@ class JsonLinesWriter:
 
     def close(self) -> None:
         """No further lines."""
-        with telling(self._path):
+        with reporting_write_errors(self._path):
             self._file.close()
 
 
 def disk_full(path: Path) -> bool:
-    """Whether the disk of `path` is so full that what was written last may lack its end."""
-    existing = next(place for place in (path, *path.absolute().parents) if place.exists())
+    """Whether the disk of `path` is so full that the end of the last file written may be missing."""
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     return shutil.disk_usage(existing).free < FULL_BYTES
 
 
 @contextmanager
-def telling(path: Path) -> Iterator[None]:
-    """Turn an OSError into one line that names the file, the reason and the remedy."""
+def reporting_write_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError into a SgpoError of one line that names the file, the reason and the remedy."""
     try:
         yield
     except OSError as error:

@@ -27,7 +27,7 @@ from sgpo_async.config import Engine as EngineSettings
 from sgpo_async.config import Model, Run, from_plain
 from sgpo_async.engines.base import Engine
 from sgpo_async.engines.open import open_engine
-from sgpo_async.errors import HubError
+from sgpo_async.errors import HubError, Refusal
 from sgpo_async.model.folder import load_tokenizer, model_folder, tokenizer_fingerprint
 from sgpo_async.session import Deadlines, WeightReceiver
 from sgpo_async.session.interface import interface_towards
@@ -57,14 +57,6 @@ class ActorOptions:
     sglang_urls: tuple[str, ...] = ()  # servers to attach to; none: as the run says
     logs: str = ""  # folder of the servers' logs; "": a temporary one
     hub_timeout_s: float = 120.0  # how long to look for the hub before giving up
-
-
-class Refusal(HubError):
-    """The hub refuses this actor."""
-
-    def __init__(self, message: str, *, final: bool) -> None:
-        super().__init__(message)
-        self.final = final
 
 
 class Actor:

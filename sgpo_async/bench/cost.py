@@ -52,10 +52,10 @@ class Assumptions:
 
     def __post_init__(self) -> None:
         for name in ("generate_tokens_per_s", "train_tokens_per_s", "completion_tokens"):
-            require(getattr(self, name) > 0, _option(name), "is above 0", getattr(self, name))
+            require(getattr(self, name) > 0, _option(name), "must be > 0", getattr(self, name))
         for name in ("prompt_tokens", "strategy_tokens", "response_tokens", "sft_problems", "sft_validation"):
-            require(getattr(self, name) >= 0, _option(name), "is at least 0", getattr(self, name))
-        require(0 <= self.target_share <= 1, "--target-share", "lies in [0, 1]", self.target_share)
+            require(getattr(self, name) >= 0, _option(name), "must be >= 0", getattr(self, name))
+        require(0 <= self.target_share <= 1, "--target-share", "must be in [0, 1]", self.target_share)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ def estimate(run: Run, given: Assumptions) -> list[Stage]:
     require(
         run.algorithm.objective in ("sgpo", "grpo"),
         "algorithm.objective",
-        "is sgpo or grpo: of others the cost is not modelled",
+        "must be sgpo or grpo: the cost of other objectives is not modelled",
         run.algorithm.objective,
     )
     engines = run.local.actors * (

@@ -20,7 +20,7 @@ from typing import Any
 
 from sgpo_async.errors import ConfigError, DataError
 from sgpo_async.evaluation.evaluation_plan import differences
-from sgpo_async.files import JsonLinesReader, JsonLinesWriter, telling, write_whole
+from sgpo_async.files import JsonLinesReader, JsonLinesWriter, reporting_write_errors, write_whole
 from sgpo_async.metrics.problems import ProblemResult
 
 SETTINGS, SUMMARY = "settings.json", "summary.json"
@@ -45,7 +45,7 @@ class Results:
         with ExitStack() as stack:
             if not path.exists():
                 write_whole(path, json.dumps(settings, indent=2) + "\n")
-            with telling(path):
+            with reporting_write_errors(path):
                 lock = stack.enter_context(path.open("a"))
                 names = settings["benchmarks"]
             try:

@@ -78,7 +78,7 @@ class _Runner:
     def _base_job(self, name: str) -> BaseJob:
         base = self.experiment.bases[name]
         start = self._model(base.start)
-        words = self.experiment.words(base.train, {"model.path": start} if base.train else {})
+        words = self.experiment.overrides(base.train, {"model.path": start} if base.train else {})
         made_by = recipe(self.experiment, name)
         return BaseJob(name, base, start, str(self._base(name)), self.experiment.config, words, made_by)
 

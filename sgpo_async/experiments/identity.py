@@ -4,10 +4,10 @@
                                         │                                      ▲
                                         └── recorded in the result's file ─────┘  read again, years later
 
-Words are not enough: what they leave unsaid comes from defaults, which change, and a base's name says nothing of how it
-is made. So a result keeps all values, and is compared by them. Keys that it lacks are filled in from the present
-defaults: a key that a later feature brought, off by default, makes no result worthless. A default that changed does,
-since the result holds the old value; and so does a key that is gone.
+The overrides of a trial are not enough to identify it: the rest comes from defaults, which change, and the name of a base
+does not say how the base was made. So a result keeps all values and is compared by them. Keys that a result lacks are
+filled in from the present defaults: a key that a later feature brought, off by default, leaves old results valid. A
+default that changed makes the results stale that were made with the old one.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def recipe(experiment: Experiment, name: str) -> Plain:
     """How the base of this name is made, with the recipes of the bases that it starts from."""
     base = experiment.bases[name]
     if base.train:
-        words = experiment.words(base.train, {"model.path": base.start})
-        return {"trained": configuration(experiment, experiment.run(words))}
+        overrides = experiment.overrides(base.train, {"model.path": base.start})
+        return {"trained": configuration(experiment, experiment.run(overrides))}
     start = recipe(experiment, base.start.removeprefix(BASE)) if base.start.startswith(BASE) else base.start
     return {"pretrained": _pretraining(base) | {"start": start}}
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sgpo_async.config import Run
-from sgpo_async.files import telling, write_whole
+from sgpo_async.files import reporting_write_errors, write_whole
 from sgpo_async.hub.core import HubCore
 from sgpo_async.hub.loop import Loop
 from sgpo_async.model.folder import model_folder
@@ -40,7 +40,7 @@ def serve(run: Run) -> int:
     source = source_of(run)
     benchmarks = open_benchmarks(run.evaluation)
     folder = Path(run.folder)
-    with telling(folder):
+    with reporting_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     router = Router(run.hub.address, keys=run.hub.keys, max_bytes=run.hub.max_message_mb * 2**20)
     host = router.address.removeprefix("tcp://").rpartition(":")[0].strip("[]")

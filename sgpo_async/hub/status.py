@@ -73,4 +73,4 @@ def status(core: CoreState) -> dict[str, Any]:
 
 def _without_problem_results(result: Evaluated) -> dict[str, Any]:
     own = {one.name: getattr(result, one.name) for one in fields(result)}
-    return own | {"benchmarks": [score.figures() for score in result.benchmarks]}
+    return own | {"benchmarks": [score.metrics() for score in result.benchmarks]}

@@ -226,7 +226,7 @@ def build(run: Run, mesh: DeviceMesh, source: ProblemSource | None = None) -> tu
     policy = _load(folder)
     check_model(policy)
     words, asked = policy.head.shape[0], run.algorithm.top_logprobs_num
-    require(asked < words, "algorithm.teacher_top_k", f"is below the {words} tokens of the vocabulary", asked)
+    require(asked < words, "algorithm.teacher_top_k", f"must be < {words}, the size of the vocabulary", asked)
     if run.learner.recompute:
         recompute(policy)
     shard(policy, mesh, precision=run.learner.precision)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sgpo_async.files import FREE_SOME, disk_full, telling
+from sgpo_async.files import FREE_SOME, disk_full, reporting_write_errors
 from sgpo_async.local.run_folder import forget_hub
 from sgpo_async.processes.marked import GRACE_S, MARK, end_run
 
@@ -58,7 +58,7 @@ class Processes:
         self.folder = folder
         self.mark = uuid.uuid4().hex
         self._logs = folder / "logs"
-        with telling(self._logs):
+        with reporting_write_errors(self._logs):
             self._logs.mkdir(parents=True, exist_ok=True)
         self._children: list[Child] = []
         self._watchdog = subprocess.Popen(
@@ -71,7 +71,7 @@ class Processes:
     def start(self, name: str, command: Sequence[str]) -> Child:
         """Start `command` in a session of its own; its output goes to logs/`name`.log."""
         log = self._logs / f"{name}.log"
-        with telling(log), log.open("wb") as output:
+        with reporting_write_errors(log), log.open("wb") as output:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sgpo_async.files import JsonLinesWriter, telling, to_json, write_whole
+from sgpo_async.files import JsonLinesWriter, reporting_write_errors, to_json, write_whole
 from sgpo_async.metrics.reader import METRICS, SUMMARY, read_metrics
 
 TENSORBOARD = "tensorboard"
@@ -32,13 +32,13 @@ class MetricsWriter:
         kept = [line for line in read_metrics(self.folder) if line["step"] <= resume_from] if resume_from else []
         write_whole(self._path, "".join(to_json(line) + "\n" for line in kept))
         self._lines = JsonLinesWriter(self._path)
-        with telling(self._path):
+        with reporting_write_errors(self._path):
             self._board = self._open_board(resume_from)
 
     def step(self, values: Mapping[str, Any]) -> None:
         """Write the metrics of one optimiser step; `values` must contain `step`."""
         self._lines.append(values)
-        with telling(self._path):
+        with reporting_write_errors(self._path):
             self._to_board(values)
 
     def summary(self, values: Mapping[str, Any]) -> None:
@@ -48,7 +48,7 @@ class MetricsWriter:
     def close(self) -> None:
         """Flush and close the files."""
         self._lines.close()
-        with telling(self._path):
+        with reporting_write_errors(self._path):
             self._board.close()
 
     def _open_board(self, resume_from: int) -> Any:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sgpo_async.errors import DataError
-from sgpo_async.files import JsonLinesReader, JsonLinesWriter, telling
+from sgpo_async.files import JsonLinesReader, JsonLinesWriter, reporting_write_errors
 from sgpo_async.tasks.base import Problem
 
 Record = dict[str, Any]
@@ -44,7 +44,7 @@ class Journal:
         self.records: dict[str, Record] = {}
         self.spent: dict[str, Counter[str]] = defaultdict(Counter)  # tokens of each item, finished or not
         self._replies: dict[str, list[Record]] = defaultdict(list)
-        with telling(path):
+        with reporting_write_errors(path):
             for number, line in JsonLinesReader(path).poll():
                 self._read(number, line)
         self._lines = JsonLinesWriter(path, durable=True)

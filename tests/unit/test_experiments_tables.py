@@ -86,7 +86,7 @@ def test_methods_are_compared_seed_by_seed(tmp_path: Path) -> None:
     text = (tmp_path / "out" / "README.md").read_text()
     table = text.partition("Against ours, seed by seed, in points:\n\n")[2].partition("\n\n")[0].splitlines()
     assert table[2:] == ["| theirs | 2 | +15.0 ± 63.5 | +5.0 ± 21.2 |"]
-    with pytest.raises(ConfigError, match="reference: is one of the methods"):
+    with pytest.raises(ConfigError, match="reference must be one of the methods"):
         load_experiment(write(tmp_path, content | {"reference": "nobody"}))
 
 

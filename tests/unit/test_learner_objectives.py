@@ -156,7 +156,7 @@ def test_a_behaviour_policy_that_told_nothing_cannot_teach() -> None:
 def test_more_likely_tokens_than_there_are_are_refused_at_the_start() -> None:
     run = cases.settings(teacher="behaviour", teacher_top_k=5000)
     with pytest.raises(
-        ConfigError, match=r"algorithm\.teacher_top_k: is below the \d+ tokens of the vocabulary, got 5000"
+        ConfigError, match=r"algorithm\.teacher_top_k must be < \d+, the size of the vocabulary, got 5000"
     ):
         build(run, init_device_mesh("cpu", (1,)))
 

@@ -116,10 +116,14 @@ def test_a_full_disk_gives_a_one_line_error(tmp_path: Path, monkeypatch: pytest.
 def test_a_full_disk_during_a_step_gives_a_one_line_error() -> None:
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
-    from sgpo_async.files import telling
+    from sgpo_async.files import reporting_write_errors
 
     full = Path("/dev/full")
-    with pytest.raises(SgpoError, match="/dev/full: cannot be written"), telling(full), full.open("w") as file:
+    with (
+        pytest.raises(SgpoError, match="/dev/full: cannot be written"),
+        reporting_write_errors(full),
+        full.open("w") as file,
+    ):
         file.write("x")
 
 
