@@ -91,7 +91,7 @@ def _within_band(log_rho: Tensor, log_c: float) -> Tensor:
 
 
 def _exp(log_weight: Tensor) -> Tensor:
-    """Exponentiate, limited to the largest finite number, so that an overflowing weight times a loss of 0 is not NaN."""
+    """Exponentiate and limit to the largest finite number: an infinite weight times a loss of 0 would be NaN."""
     return log_weight.exp().clamp(max=torch.finfo(log_weight.dtype).max)
 
 

@@ -79,7 +79,7 @@ def top_divergence(log_p: Tensor, log_q: Tensor, *, kind: str = "forward") -> Te
 
 
 def _with_rest(log_p: Tensor) -> Tensor:
-    """Append the log-probability of the rest, 1 minus the sum and at least one rounding unit: [..., k] -> [..., k + 1]."""
+    """Append the log-probability of the rest, whose probability is at least eps: [..., k] -> [..., k + 1]."""
     rest = 1 - log_p.double().exp().sum(-1, keepdim=True)
     return torch.cat((log_p, rest.clamp(min=torch.finfo(log_p.dtype).eps).log().to(log_p.dtype)), -1)
 

@@ -55,7 +55,7 @@ def linear_divergence(
 
     Args:
         teacher: (hidden [T, H'], weight [V, H']) with the strategy in the prompt; no gradient reaches either.
-        student: (hidden [T, H], weight [V, H]) without the strategy; the weight may be the same tensor as the teacher's.
+        student: (hidden [T, H], weight [V, H]) without the strategy; both weights may be one tensor.
         targets: [T] int64, o~_t.
         kind: a key of DIVERGENCES.
         temperature: the sampling temperature of the rollouts.
