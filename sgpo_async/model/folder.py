@@ -41,7 +41,8 @@ def load_tokenizer(folder: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=Path(folder).is_dir())
     except (OSError, ValueError) as error:
         raise DataError(f"model.path: {folder}: cannot load the tokenizer ({str(error).splitlines()[0]})") from None
-    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers returns an empty tokenizer if the files are missing
+    # If the files are missing, transformers returns a tokenizer without a vocabulary.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise DataError(f"model.path: {folder}: the tokenizer has no vocabulary; add its tokenizer.json")
     return tokenizer
 

@@ -25,7 +25,7 @@ def load_model(path: str, *, device: str, dtype: str) -> PreTrainedModel:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, dtype), local_files_only=local, output_loading_info=True
         )
-    except Exception as error:  # many libraries can fail here, each with its own errors; all mean that the model cannot be loaded
+    except Exception as error:  # many libraries can fail here, each with its own exception types
         reason = " ".join(str(error).split())[:300]
         raise DataError(
             f"model.path: cannot load a causal language model from {path!r} ({type(error).__name__}: {reason}); "

@@ -1,8 +1,8 @@
 """Replace a model's parameters by tensors of the same names and shapes, and verify the result by a digest.
 
 The dtype of the received tensors may be narrower than the model's (bfloat16 weights in a float32 engine). Casting to
-the wider dtype and back is then exact, so the digest is computed from the model's own parameters, cast back. A cast that
-would round is rejected, because a digest could not distinguish rounding from damage.
+the wider dtype and back is then exact, so the digest is computed from the model's own parameters, cast back. A cast
+that would round is rejected, because a digest could not distinguish rounding from damage.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def check(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
         tensor = tensors[name]
         if tensor.shape != parameter.shape:
             raise WeightsError(
-                f"parameter {name}: shape must be {tuple(parameter.shape)} as in the engine, got {tuple(tensor.shape)}; "
+                f"parameter {name}: shape must be {tuple(parameter.shape)}, the engine's, got {tuple(tensor.shape)}; "
                 f"learner and engine need the same model.path"
             )
         if torch.promote_types(tensor.dtype, parameter.dtype) != parameter.dtype:

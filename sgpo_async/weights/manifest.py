@@ -61,7 +61,7 @@ class Manifest:
         """Decode a manifest. Raises WeightsError if the checksum does not match."""
         checksum, body = int.from_bytes(data[:_CHECKSUM_BYTES], "little"), data[_CHECKSUM_BYTES:]
         if xxhash.xxh3_64_intdigest(body) != checksum:
-            raise WeightsError(f"manifest: the checksum does not match its {len(data)} bytes; transfer the weights again")
+            raise WeightsError(f"manifest: the checksum does not match its {len(data)} bytes; send it again")
         fields: dict[str, Any] = msgpack.unpackb(body)
         fields["tensors"] = tuple(TensorEntry(**{**t, "shape": tuple(t["shape"])}) for t in fields["tensors"])
         fields["buckets"] = tuple(Bucket(**b) for b in fields["buckets"])

@@ -108,7 +108,7 @@ class StoreReader:
 
     def _check_unchanged(self, record: Record) -> None:
         if record not in self._records():
-            raise Superseded(f"weights version {record.version}: overwritten while it was read; read the newest version")
+            raise Superseded(f"weights version {record.version}: overwritten while it was read; read the newest one")
 
     def _manifest(self, record: Record) -> Manifest:
         cached = self._cached

@@ -4,9 +4,9 @@ The file has no name in any directory. Any process of the same user on the same 
 descriptor of its owner, `/proc/PID/fd/N`. The kernel frees the file when the last process closes it, so nothing needs
 cleaning up, whichever processes are killed and in whichever order.
 
-The file is in memory (`memfd_create`, which is not limited by the size of /dev/shm, in containers usually 64 MB). If its
-two buffers would take more than half of the memory that is currently available on this machine and to this container,
-it is an unnamed disk file instead, which the page cache keeps in memory as far as there is room.
+The file is in memory (`memfd_create`, which is not limited by the size of /dev/shm, in containers usually 64 MB). If
+its two buffers would take more than half of the memory that is currently available on this machine and to this
+container, it is an unnamed disk file instead, which the page cache keeps in memory as far as there is room.
 """
 
 from __future__ import annotations

@@ -52,7 +52,8 @@ def read_header(fd: int) -> tuple[int, list[Record]]:
     magic, stride = _HEADER.unpack_from(page)
     if magic != MAGIC:
         return 0, []
-    records = [_unpack(slot, page[_record_offset(slot) : _record_offset(slot) + _RECORD_BYTES]) for slot in range(SLOTS)]
+    offsets = [_record_offset(slot) for slot in range(SLOTS)]
+    records = [_unpack(slot, page[offset : offset + _RECORD_BYTES]) for slot, offset in enumerate(offsets)]
     return stride, sorted((r for r in records if r is not None), key=lambda r: r.version)
 
 

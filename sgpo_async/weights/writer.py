@@ -3,8 +3,8 @@
     publish(version, tensors)     from tensors, one after another (in the learner)
     receive(manifest)             from buckets, in any order (in the weight receiver on an inference node)
 
-A version becomes visible through its record, which is written last. If the writer is killed or fails, the newest version
-is unchanged, and the next writer continues in the other slot.
+A version becomes visible through its record, which is written last. If the writer is killed or fails, the newest
+version is unchanged, and the next writer continues in the other slot.
 """
 
 from __future__ import annotations
