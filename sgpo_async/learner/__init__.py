@@ -1,4 +1,4 @@
-"""The torchrun side: FSDP2, packed micro-batches, one step of SGPO at a time, weights published after each."""
+"""The learner, started by torchrun: FSDP2, packed micro-batches, one SGPO step per batch, weights published each step."""
 
 from sgpo_async.learner.train import train
 
