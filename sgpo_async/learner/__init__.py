@@ -1,4 +1,4 @@
-"""The learner, started by torchrun: FSDP2, packed micro-batches, one SGPO step per batch, weights published each step."""
+"""The learner, started by torchrun: it trains with FSDP2 on packed micro-batches and publishes each step's weights."""
 
 from sgpo_async.learner.train import train
 

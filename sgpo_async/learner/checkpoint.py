@@ -72,7 +72,7 @@ def save(
         if rank == 0:
             shutil.rmtree(draft, ignore_errors=True)
         raise CheckpointError(f"{what}: the disk is full; {FREE_SOME}") if full else error from None
-    with _together(what):
+    with _fail_on_all_ranks(what):
         if rank == 0:
             _sync(draft)
             shutil.rmtree(final, ignore_errors=True)  # left by an earlier attempt of the run that reached this step
@@ -83,17 +83,17 @@ def save(
 
 def _write(draft: Path, what: str, *, state: dict[str, Any], saved: Saved) -> None:
     rank = dist.get_rank()
-    with _together(what):
+    with _fail_on_all_ranks(what):
         if rank == 0:
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir(parents=True)
             (draft / "progress.json").write_text(json.dumps(saved.progress), encoding="utf-8")
             (draft / "hub.state").write_bytes(saved.hub_state)
-    with _together(what):
+    with _fail_on_all_ranks(what):
         torch.save(torch.get_rng_state(), draft / f"random-{rank}.pt")
-    with _together(what):
+    with _fail_on_all_ranks(what):
         dcp.save(state, checkpoint_id=draft)
-    with _together(what):
+    with _fail_on_all_ranks(what):
         for path in draft.iterdir():  # on every rank: on a network disk each host syncs only its own writes
             _sync(path)
 
@@ -107,9 +107,9 @@ def prune(folder: Path, *, step: int, keep: int) -> None:
         CheckpointError: on every rank, if an old checkpoint cannot be deleted.
     """
     assert keep >= 1, f"keep must be >= 1, got {keep}"
-    with _together(f"{folder}: cannot delete old checkpoints"):
+    with _fail_on_all_ranks(f"{folder}: cannot delete old checkpoints"):
         if dist.get_rank() == 0:
-            past = sorted((path for path in _whole(folder) if _step(path) <= step), key=_step)
+            past = sorted((path for path in _complete(folder) if _step(path) <= step), key=_step)
             for path in [*past[:-keep], *folder.glob(".step-*")]:  # a name with a dot marks an incomplete checkpoint
                 shutil.rmtree(path)
 
@@ -120,7 +120,7 @@ def set_aside(folder: Path) -> Path | None:
     Resuming loads the checkpoint of the highest step, which could otherwise be one of the earlier run. Nothing is
     deleted.
     """
-    if not _whole(folder):
+    if not _complete(folder):
         return None
     names = (folder.with_name(f"{folder.name}.earlier-{number}") for number in count(1))
     return folder.rename(next(path for path in names if not path.exists()))
@@ -128,7 +128,7 @@ def set_aside(folder: Path) -> Path | None:
 
 def latest(folder: Path) -> Path | None:
     """Return the checkpoint of the highest step below `folder`, or None if there is none."""
-    return max(_whole(folder), key=_step, default=None)
+    return max(_complete(folder), key=_step, default=None)
 
 
 def restore(
@@ -141,13 +141,13 @@ def restore(
     Raises:
         CheckpointError: on every rank, if any rank cannot read the checkpoint.
     """
-    with _together(f"{checkpoint}: cannot read the checkpoint; delete it to resume from the one before"):
+    with _fail_on_all_ranks(f"{checkpoint}: cannot read the checkpoint; delete it to resume from the one before"):
         progress = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
         saved = Saved(progress, (checkpoint / "hub.state").read_bytes())
         random = checkpoint / f"random-{dist.get_rank()}.pt"
         if random.exists():
             torch.set_rng_state(torch.load(random))
-    with _together(f"{checkpoint}: cannot read the checkpoint, or it belongs to another model or teacher"):
+    with _fail_on_all_ranks(f"{checkpoint}: cannot read the checkpoint, or it belongs to another model or teacher"):
         state = _state(module, optimiser, teacher)
         dcp.load(state, checkpoint_id=checkpoint)
         set_state_dict(module, optimiser, model_state_dict=state["model"], optim_state_dict=state["optimiser"])
@@ -156,7 +156,7 @@ def restore(
     return saved
 
 
-def _whole(folder: Path) -> list[Path]:
+def _complete(folder: Path) -> list[Path]:
     return [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
 
 
@@ -178,7 +178,7 @@ def _state(module: nn.Module, optimiser: torch.optim.Optimizer, teacher: nn.Modu
 
 
 @contextmanager
-def _together(what: str) -> Iterator[None]:
+def _fail_on_all_ranks(what: str) -> Iterator[None]:
     """Raise CheckpointError on every rank if one rank fails; otherwise a rank could wait forever in a collective."""
     failure = ""
     try:

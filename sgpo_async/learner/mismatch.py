@@ -25,7 +25,8 @@ from sgpo_async.config.schema import Run
 from sgpo_async.metrics.mismatch import SPANS
 
 AGES = ("lag0", "stale")
-MIN_TOKENS = 64  # the alarm compares the mean of at least this many tokens; in bfloat16 one token may differ by 0.2 nats
+# The alarm uses the mean of at least this many tokens, because in bfloat16 a single token may differ by 0.2 nats.
+MIN_TOKENS = 64
 # A correct engine differs by at most 3e-5 nats per token in float32, and by about 1e-2 nats on average in bfloat16.
 FLOAT32_BOUND, BFLOAT16_BOUND = 1e-4, 0.05
 
@@ -96,8 +97,8 @@ class Alarm:
     """Computes the means at lag 0 that `sgpo_async.metrics.mismatch` compares with the bound.
 
     In an asynchronous run few tokens may have lag 0. The alarm accumulates them over steps until it has MIN_TOKENS of a
-    kind, computes their mean, and starts again. So every token at lag 0 is compared once. The accumulated tokens are not
-    part of checkpoints: a resumed run starts from zero.
+    kind, computes their mean, and starts again, so every token at lag 0 is compared once. The accumulated tokens are
+    not part of checkpoints: a resumed run starts from zero.
     """
 
     bound: float

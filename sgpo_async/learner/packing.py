@@ -54,7 +54,7 @@ def plan(lengths: Sequence[int], row_tokens: int) -> list[MicroBatch]:
 
 
 def first_fit_decreasing(lengths: Sequence[int], items: Sequence[int], *, capacity: int) -> list[Row]:
-    """Put each item, longest first, into the first row with space for it; needs at most 11/9 of the optimum + 1 rows."""
+    """Put each item, longest first, into the first row with space; needs at most 11/9 of the fewest rows, plus one."""
     rows: list[list[int]] = []
     free_space: list[int] = []
     for item in sorted(items, key=lambda i: -lengths[i]):

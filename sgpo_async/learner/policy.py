@@ -1,8 +1,8 @@
 """A Hugging Face causal LM, trained with FSDP2: backbone, selected hidden states and fused losses in one forward.
 
 FSDP2 gathers the parameters of a module only during its forward. The output matrix belongs to the root module.
-Therefore everything that multiplies by this matrix (log-probabilities, entropy, Eq. 3) is computed inside the forward of
-the root, whether or not the matrix is tied to the embedding. All logits are never held at once.
+Therefore everything that multiplies by this matrix (log-probabilities, entropy, Eq. 3) is computed inside the forward
+of the root, whether or not the matrix is tied to the embedding. All logits are never held at once.
 """
 
 from __future__ import annotations
@@ -138,7 +138,8 @@ def check_model(policy: Policy) -> None:
         try:
             found = policy(packed, (len(packed.targets), 0, 0), None, 1.0).log_pi
         except (TypeError, AttributeError) as error:
-            raise DataError(f"model.path: {type(policy.model).__name__} cannot be trained on packed sequences: {error}") from error
+            name = type(policy.model).__name__
+            raise DataError(f"model.path: {name} cannot be trained on packed sequences: {error}") from error
         expected = torch.cat([_own_logprobs(policy.model, *sequence) for sequence in tokens])
     if not torch.allclose(found, expected.to(found.dtype), rtol=1e-3, atol=1e-3):
         raise DataError(

@@ -17,7 +17,7 @@ BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
 # Newer versions of torch have this name, and warn at each call of the older name.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-"""Gather tensors of equal size from all ranks into one tensor: `all_gather_single(output, input)`, a collective of all ranks."""
+"""`all_gather_single(output, input)`: gather tensors of equal size into one tensor. A collective of all ranks."""
 
 
 def join_world(*, timeout_s: float) -> DeviceMesh:

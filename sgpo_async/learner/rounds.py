@@ -19,7 +19,7 @@ from sgpo_async.wire.records import BenchmarkScore, Evaluated
 FOLDER = "benchmarks"
 
 
-def forget_rounds(run: Run, *, above: int = -1) -> None:
+def remove_rounds(run: Run, *, above: int = -1) -> None:
     """Delete the rounds of versions above `above`, which an earlier attempt of the run left.
 
     The run never reuses these version numbers, so it would never overwrite these rounds.

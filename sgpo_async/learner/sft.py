@@ -1,7 +1,7 @@
 """Supervised warm-up, also the SFT baseline: minimise the token mean of -log pi(y_t|q,y_<t) over responses.
 
     problems with responses ──▶ sequences ──┬─ training ──▶ batches, reshuffled each epoch ──▶ Stepper.train
-                                            └─ validation ──▶ loss, periodically ──▶ export the policy if the loss is the lowest so far
+                                            └─ validation ──▶ loss, periodically ──▶ export the policy if it is the lowest so far
 
 The loss of a batch is the mean over all of its tokens on all ranks: each sequence has the constant weight |y|/Z (see
 `learner.batch`), so the division over micro-batches and ranks cannot change the loss. As in the paper, the exported
@@ -212,6 +212,6 @@ def supervised(run: Run, *, steps: int) -> Run:
         run,
         steps=steps,
         optim=replace(run.optim, lr=sft.lr, schedule=sft.schedule, warmup_steps=math.ceil(sft.warmup_ratio * steps)),
-        algorithm=Algorithm(objective="grpo"),  # no teacher and no demonstrations; the other keys of the run's algorithm are unused
+        algorithm=Algorithm(objective="grpo"),  # no teacher, no demonstrations; the run's own keys are not used
         rollout=replace(run.rollout, temperature=1.0),
     )

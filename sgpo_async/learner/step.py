@@ -59,7 +59,8 @@ class Stepper:
         statistics = self.accumulate(batch)
         norm = clip_gradients(self.policy, self.run.optim.grad_clip)
         if not math.isfinite(norm):
-            raise SgpoError(f"step {step}: the norm of the gradient must be finite, got {norm}; lower optim.lr or optim.grad_clip")
+            remedy = "lower optim.lr or optim.grad_clip"
+            raise SgpoError(f"step {step}: the norm of the gradient must be finite, got {norm}; {remedy}")
         rate = learning_rate(self.run.optim, step=step, steps=self.run.steps)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
@@ -127,7 +128,7 @@ class Stepper:
     def _teacher_states(
         self, batch: Batch, sequences: list[Tokens], micro_batches: list[MicroBatch]
     ) -> dict[int, Tensor]:
-        """Compute the hidden states [T, H] of each target after its guided prompt, keyed by its index in the students."""
+        """Compute the hidden states [T, H] of each target after its guided prompt, by its index in the students."""
         teacher, first = self.teacher.copy or self.policy, len(batch.sequences.policy_gradient)
         states: dict[int, Tensor] = {}
         for order, packed in _packed(sequences, micro_batches):

@@ -71,7 +71,7 @@ class StepMetrics:
         self.tokens_by_lag.index_add_(0, bins, mask.double().flatten())
 
     def add_kl(self, d: Tensor, mask: Tensor, algorithm: Algorithm) -> None:
-        """Add d_t [K, T] of Eq. 3, the part that the mask of Eq. 5 would remove, and the part that the limiter removes."""
+        """Add d_t [K, T] of Eq. 3, what the mask of Eq. 5 would remove, and what the limiter removes."""
         delta, limiter = algorithm.delta, algorithm.limiter
         mass = kl_mass(d, mask, delta=delta)
         self.add(tokens_kd=mass.tokens, kl=mass.kl, masked_tokens=mass.masked_tokens, masked_kl=mass.masked_kl)

@@ -31,7 +31,7 @@ from sgpo_async.learner.policy import Policy, check_model, in_bfloat16, recomput
 from sgpo_async.learner.process_group import join_world
 from sgpo_async.learner.progress import Progress, hub_metrics
 from sgpo_async.learner.publish import Publisher, gather
-from sgpo_async.learner.rounds import forget_rounds, write_round
+from sgpo_async.learner.rounds import remove_rounds, write_round
 from sgpo_async.learner.step import Stepper
 from sgpo_async.learner.teacher import Teacher
 from sgpo_async.metrics import MetricsWriter, read_metrics
@@ -124,9 +124,9 @@ class Trainer:
         publisher = Publisher(stepper.policy, getattr(torch, run.model.dtype), store=store, published=hub.published)
         metrics = MetricsWriter(run.folder, resume_from=progress.step) if lead else None
         if lead and not progress.step:
-            forget_rounds(run)
+            remove_rounds(run)
         elif lead and progress.version is not None:
-            forget_rounds(run, above=progress.version)
+            remove_rounds(run, above=progress.version)
         alarm = Alarm(bound_for(run, learner_bfloat16=in_bfloat16(run.learner.precision, mesh)))
         return cls(run, hub, stepper, publisher, progress, version - progress.step, metrics, alarm)
 

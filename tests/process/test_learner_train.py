@@ -261,7 +261,7 @@ def test_a_refused_learner_ends_with_one_line(tmp_path: Path) -> None:
     try:
         status, errors = learn(tmp_path, hub)
         assert status != 0
-        assert "the hub refuses: another tokenizer; use the same model.path" in errors
+        assert "the hub refused the request: another tokenizer; use the same model.path" in errors
         assert "sgpo_async/learner/train.py" not in errors
     finally:
         hub.close()

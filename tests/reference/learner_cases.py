@@ -129,7 +129,7 @@ def _most_likely(length: int, *, seed: list[int]) -> dict[str, np.ndarray]:
 
 
 def spread(parts: list[list[Rollout]], *, seed: int = 0, version: int = 5) -> list[list[Rollout]]:
-    """The same groups, with each rollout divided into up to three spans of ascending versions and a lag of at most 2."""
+    """The same groups, with each rollout divided into up to three spans of ascending versions, at lag 2 or less."""
     rng = np.random.default_rng(seed)
     return [[_in_spans(rng, rollout, version) for rollout in group] for group in parts]
 

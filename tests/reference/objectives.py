@@ -146,8 +146,8 @@ def distillation(problem: Problem, target: Rollout) -> Tensor:
         chosen = torch.from_numpy(target.logprobs.astype(np.float64))
     d = torch.stack([divergence(p, q, rule.divergence) for p, q in zip(log_p, log_q, strict=True)])
     values = np.array([divergence(p, q, rule.divergence).item() for p, q in zip(log_p, log_q_at.detach(), strict=True)])
-    factors = torch.tensor(sgpo.limited_gradient_factors(values, rule.limiter, rule.delta, rule.quantile), dtype=torch.float64)
-    return (correction(chosen, target, rule.kl_correction) * factors * d).mean()
+    factors = sgpo.limited_gradient_factors(values, rule.limiter, rule.delta, rule.quantile)
+    return (correction(chosen, target, rule.kl_correction) * torch.tensor(factors, dtype=torch.float64) * d).mean()
 
 
 def reported(target: Rollout) -> np.ndarray:

@@ -96,7 +96,7 @@ def adaptive_weight(p_auto: float, p_guide: float, alpha0: float, gamma: float, 
 
 
 def group_advantage_weight(rewards: Array, alpha_max: float, e: float = 0.0) -> float:
-    """Eq. 8: the advantage of o+, with reward 1, in {o_1, ..., o_G1, o+}; e is the constant that the paper adds to std."""
+    """Eq. 8: the advantage of o+, with reward 1, in {o_1, ..., o_G1, o+}; the paper adds the constant e to std."""
     group = [*rewards, 1.0]
     mean = sum(group) / len(group)
     std = math.sqrt(sum((r - mean) ** 2 for r in group) / len(group))

@@ -106,9 +106,11 @@ def test_prefix_weights_depend_only_on_earlier_tokens(pi, mu, t, probability):
 
 def test_an_unknown_mode_and_a_bound_below_1_are_rejected():
     x = torch.zeros(1, T)
-    with pytest.raises(AssertionError, match="^mode must be one of none, token, token-mask, prefix, sequence, sequence-geometric, got 'tokens'"):
+    modes = "none, token, token-mask, prefix, sequence, sequence-geometric"
+    with pytest.raises(AssertionError, match=f"^mode must be one of {modes}, got 'tokens'"):
         correction_weights(x, x, x, mode="tokens", bound=2.0)
-    with pytest.raises(AssertionError, match="^bound must be >= 1, got 0.5: a lower bound would change the weights of on-policy rollouts"):
+    reason = "a lower bound would change the weights of on-policy rollouts"
+    with pytest.raises(AssertionError, match=f"^bound must be >= 1, got 0.5: {reason}"):
         correction_weights(x, x, x, mode="token", bound=0.5)
 
 
@@ -129,7 +131,7 @@ def test_every_mode_equals_values_computed_by_hand():
 
 
 def test_engine_noise_makes_the_prefix_weights_of_long_sequences_unusable():
-    """A limitation of `prefix`: engine and learner hold equal weights but differ by 0.01 nats on average, as in bfloat16.
+    """A limit of `prefix`: engine and learner hold equal weights but differ by 0.01 nats on average, as in bfloat16.
 
     With bound 1, truncation keeps the errors of one sign and removes those of the other, so the weights go to 0. With
     bound 2 their mean stays near 1, but single weights are far from 1.

@@ -43,7 +43,7 @@ def test_a_parameter_and_its_data_have_the_same_digest() -> None:
         [],
     ],
 )
-def test_the_digest_depends_on_names_shapes_dtypes_bits_and_number_of_tensors(other: list[tuple[str, torch.Tensor]]) -> None:
+def test_the_digest_depends_on_every_name_shape_dtype_and_bit(other: list[tuple[str, torch.Tensor]]) -> None:
     assert digest(other) != digest(WEIGHTS[:1])
 
 

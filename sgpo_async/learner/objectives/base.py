@@ -25,8 +25,8 @@ from sgpo_async.wire.records import Rollout
 PROBLEM_METRICS = ("alpha", "alpha_observed", "p_auto_corrected", "p_guide_corrected")
 """Metrics that an objective may report for a problem; the step's metric is the mean over the problems that report it.
 
-`alpha` is the weight in use, 0 if nothing is distilled. The others are reported with corrected pass rates: the corrected
-pass rates themselves, and `alpha_observed`, the weight that the observed pass rates would give.
+`alpha` is the weight in use, 0 if nothing is distilled. The others are reported only with corrected pass rates: these
+rates themselves, and `alpha_observed`, the weight that the observed pass rates would give.
 """
 
 
@@ -36,7 +36,7 @@ class TaskGroup:
 
     autonomous: tuple[Rollout, ...]  # at least one
     guided: tuple[Rollout, ...]
-    demonstration: np.ndarray | None = None  # the response, [T] int32, with the end token; None if unavailable or not needed
+    demonstration: np.ndarray | None = None  # response with end token, [T] int32; None if unavailable or not needed
     log_rho: Mapping[int, float] | None = None  # log pi/mu of the whole rollout, by slot; None if not computed
     problems: int  # P, number of problems in the whole batch over all ranks
 

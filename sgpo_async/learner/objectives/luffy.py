@@ -7,9 +7,9 @@ GRPO (Eq. 4) with policy shaping (Eq. 5), as a loss:
 
 Advantages are standardised over the rollouts and the demonstration y together, with R(y) = 1. The behaviour probability
 of y is taken as 1, and its ratio is not clipped. The sum over all tokens of the group is divided by one Z, so a long
-sequence has a larger weight than in GRPO: the weight of a sequence, whose loss is a mean over its tokens, is |o|/Z. This
-module implements the equation of the paper. The authors' training script instead drops std and Z, like Dr. GRPO, and
-the clip of rollouts, which has no effect with one optimiser step per batch.
+sequence has a larger weight than in GRPO: the weight of a sequence, whose loss is a mean over its tokens, is |o|/Z.
+This module implements the equation of the paper. The authors' training script instead drops std and Z, like Dr. GRPO,
+and the clip of rollouts, which has no effect with one optimiser step per batch.
 """
 
 from __future__ import annotations
