@@ -119,9 +119,7 @@ def test_too_few_tokens_are_accumulated_over_steps() -> None:
         (float("inf"), "float32", False, float("inf")),
     ],
 )
-def test_the_default_bound_depends_on_the_precision(
-    bound: float, dtype: Any, learner_bfloat16: bool, expected: float
-) -> None:
+def test_the_bound_depends_on_the_precision(bound: float, dtype: Any, learner_bfloat16: bool, expected: float) -> None:
     run = Run(model=Model(dtype=dtype), learner=Learner(mismatch_bound=bound))
     assert bound_for(run, learner_bfloat16=learner_bfloat16) == expected
 

@@ -54,7 +54,7 @@ def reference_loss(model: Any, sequences: list[Tokens]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("row_tokens", [1, 12, 40, 10_000])
-def test_loss_and_gradient_of_a_batch_equal_the_reference(
+def test_batch_loss_and_gradient_equal_the_reference(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, row_tokens: int
 ) -> None:
     warm = warm_up(monkeypatch, tmp_path, row_tokens=row_tokens)
