@@ -1,7 +1,7 @@
 """Supervised warm-up, also the SFT baseline: minimise the token mean of -log pi(y_t|q,y_<t) over responses.
 
     problems with responses ──▶ sequences ──┬─ training ──▶ batches, reshuffled each epoch ──▶ Stepper.train
-                                            └─ validation ──▶ loss, periodically ──▶ export the policy if it is the lowest so far
+                                            └─ validation ──▶ loss, periodically ──▶ export if lowest so far
 
 The loss of a batch is the mean over all of its tokens on all ranks: each sequence has the constant weight |y|/Z (see
 `learner.batch`), so the division over micro-batches and ranks cannot change the loss. As in the paper, the exported
