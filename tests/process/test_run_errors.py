@@ -100,5 +100,5 @@ def test_a_full_disk(run: RealRun, tmp_path: Path) -> None:
     small = (*private, "sh", "-c", f'{mount} && exec "$@"', "sh")
     local = run.start("local", "launch/local.py", str(run.config), f"out={disk}", "local.actors=1", before=small)
     (line,) = errors(local)
-    assert f"{disk}/run/checkpoints/step-00000001: the checkpoint cannot be written: its disk is full" in line
+    assert f"{disk}/run/checkpoints/step-00000001: cannot write the checkpoint: the disk is full" in line
     run.assert_no_trace()

@@ -126,7 +126,7 @@ def test_a_damaged_version_is_rejected_and_the_next_one_arrives(make: Callable[.
     session.connect()
     rejected = wait_for(session.receiver, VersionRejected)
     assert rejected.version == 1
-    assert "bucket 2 does not fit its checksum" in rejected.reason
+    assert "bucket 2 does not match its checksum" in rejected.reason
     session.writer.publish(2, model(2))
     session.arrives(2)
 
