@@ -5,8 +5,8 @@
                                         └── recorded in the result's file ─────┘  read again, years later
 
 The overrides of a trial are not enough to identify it: the rest comes from defaults, which change, and the name of a
-base does not say how the base was made. So a result keeps all values and is compared by them. Keys that a result lacks are
-filled in from the present defaults: a key that a later feature brought, off by default, leaves old results valid. A
+base does not say how the base was made. So a result keeps all values and is compared by them. Keys that a result lacks
+are filled in from the present defaults: a key that a later feature brought, off by default, leaves old results valid. A
 default that changed makes the results stale that were made with the old one.
 """
 
