@@ -123,8 +123,8 @@ class Served:
         """Bring all servers to this version, which each verifies by its checksums, and wait for it."""
         self.engine.load(weights)
         deadline = time.monotonic() + PATIENCE_S
-        while not all(place.server and place.server.version == weights.version for place in self.engine.server_slots):
-            assert time.monotonic() < deadline, f"version {weights.version} is not there: {self.engine.news()}"
+        while not all(server_slot.server and server_slot.server.version == weights.version for server_slot in self.engine.server_slots):
+            assert time.monotonic() < deadline, f"version {weights.version} is not there: {self.engine.events()}"
             time.sleep(0.01)
 
     def generate(self, count: int, *, tokens: int, vocabulary: int) -> tuple[list[Generate], dict[Any, Generated]]:
@@ -135,7 +135,7 @@ class Served:
         results: dict[Any, Generated] = {}
         deadline = time.monotonic() + PATIENCE_S
         while len(results) < count:
-            assert time.monotonic() < deadline, f"{len(results)} of {count} results: {self.engine.news()}"
+            assert time.monotonic() < deadline, f"{len(results)} of {count} results: {self.engine.events()}"
             results |= {result.id: result for result in self.engine.step(0.05) if isinstance(result, Generated)}
         return requests, results
 

@@ -56,7 +56,7 @@ class Place:
         engine = Engine(kind="sglang", device="cpu", slots=4, sglang=own)
 
         async def run() -> None:
-            server = text_server("model", engine, dtype="float32", known_as="model", log=self.log)
+            server = text_server("model", engine, dtype="float32", served_name="model", log=self.log)
             async with server as server:
                 assert isinstance(server, TextServer) and server.url.endswith("/v1")
                 await server.during(work)

@@ -75,9 +75,9 @@ class Servers:
     def __exit__(self, *_: object) -> None:
         self.engine.close()
 
-    def news(self) -> list[str]:
+    def events(self) -> list[str]:
         """All news so far."""
-        self.told += self.engine.news()
+        self.told += self.engine.events()
         return self.told
 
     def load(self, folder: Path, version: int) -> None:
@@ -87,14 +87,14 @@ class Servers:
 
     def versions(self) -> set[int | None]:
         """What the places hold that are in service."""
-        servers = [place.server for place in self.engine.server_slots]
+        servers = [server_slot.server for server_slot in self.engine.server_slots]
         return {server.version if server is not None and server.open else None for server in servers}
 
     def until(self, look: Callable[[], Any], what: str, *, seconds: float = PATIENCE_S) -> None:
         deadline = time.monotonic() + seconds
         while not look():
-            assert time.monotonic() < deadline, f"waited {seconds:g} s in vain for {what}: {self.news()}"
-            self.news()
+            assert time.monotonic() < deadline, f"waited {seconds:g} s in vain for {what}: {self.events()}"
+            self.events()
             time.sleep(0.01)
 
     def results(self, count: int, *, seconds: float = PATIENCE_S) -> dict[Any, Generated | Scored]:
@@ -102,7 +102,7 @@ class Servers:
         results: dict[Any, Generated | Scored] = {}
         deadline = time.monotonic() + seconds
         while len(results) < count:
-            assert time.monotonic() < deadline, f"{len(results)} of {count} results: {self.news()}"
+            assert time.monotonic() < deadline, f"{len(results)} of {count} results: {self.events()}"
             for result in self.engine.step(0.05):
                 assert result.id not in results, f"{result.id} twice"
                 results[result.id] = result
@@ -206,11 +206,11 @@ def start(model: Path, folder: Path) -> ServerProcess:
     server = ServerProcess(launch_of(model), folder / "server.log")
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        assert server.alive, server.last_words()
+        assert server.alive, server.log_tail()
         try:
             get(server.url, "/model_info")
         except OSError:
             time.sleep(0.2)
         else:
             return server
-    raise AssertionError(server.last_words())
+    raise AssertionError(server.log_tail())

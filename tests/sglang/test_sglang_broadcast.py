@@ -69,7 +69,7 @@ def test_running_generations_meet_a_broadcast(broadcasting: Broadcasting) -> Non
     broadcasting.assert_right(requests)
     broadcasting.settled(version)
     assert {update.transport for update in broadcasting.servers.engine.updates} == {"distributed"}
-    assert not broadcasting.servers.news()
+    assert not broadcasting.servers.events()
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,8 @@ def started(kind: type[Launch], folder: Path) -> ServerProcess:
     server = ServerProcess(launch, folder / "server.log")
     deadline = time.monotonic() + START_S
     while True:
-        assert server.alive, server.last_words()
-        assert time.monotonic() < deadline, server.last_words()
+        assert server.alive, server.log_tail()
+        assert time.monotonic() < deadline, server.log_tail()
         try:
             get(server.url, "/model_info", timeout_s=5.0)
             return server
@@ -95,7 +95,7 @@ def on(url: str, ask: Callable[[Subject], Any], *, model: str = CUES, dtype: str
 
     async def asked() -> Any:
         async with aiohttp.ClientSession() as http:
-            server = Server(ServerApi(http, url), slots=64, ends=(), silence_s=30.0)
+            server = Server(ServerApi(http, url), slots=64, ends=(), idle_timeout_s=30.0)
             subject = Subject(server=server, model=sglang._model, engine=engine, transports=sglang._transports)
             return await ask(replace(subject, reference=Reference(model, dtype=dtype, digest=digest)))
 

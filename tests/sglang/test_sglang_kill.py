@@ -69,7 +69,7 @@ def test_kill_during_generation(victims: Servers, models: dict[str, Path], whom:
     assert_teacher_forced({0: loaded(models["qwen3"])}, requests, results)
     victims.until(lambda: victims.versions() == {0} and first.process is not lost, "its return")
     assert not any(member.is_running() and member.status() != psutil.STATUS_ZOMBIE for member in members)
-    assert any("has ended; the end of" in line for line in victims.news())
+    assert any("has ended; the end of" in line for line in victims.events())
 
 
 @pytest.mark.parametrize(("phase", "after_s"), MOMENTS)
@@ -129,7 +129,7 @@ def test_a_stopped_server_is_given_up_within_the_deadline(models: dict[str, Path
         results = servers.results(REQUESTS)
         assert_teacher_forced({0: loaded(models["qwen3"]), 1: loaded(models["qwen3-other"])}, requests, results)
         servers.until(lambda: servers.versions() == {1}, "version 1 on both")
-        assert any("no answer within 3 s" in line for line in servers.news()), servers.news()
+        assert any("no answer within 3 s" in line for line in servers.events()), servers.events()
 
 
 def test_a_server_that_cannot_start_says_why(models: dict[str, Path], tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     settings = Engine(kind="sglang", device="cpu", slots=16, sglang=Sglang(python=PYTHON))
     log = tmp_path_factory.mktemp("log") / "server.log"
     with asyncio.Runner() as runner:
-        server = text_server(str(model), settings, dtype="float32", known_as="bytes", log=log)
+        server = text_server(str(model), settings, dtype="float32", served_name="bytes", log=log)
         yield runner.run(server.__aenter__()).url
         runner.run(server.__aexit__(None, None, None))
 
@@ -169,7 +169,7 @@ def test_command_and_own_server_end_together(
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment) as process:
         deadline = time.monotonic() + 300
         while not (work.exists() and records_of(work)):
-            assert process.poll() is None and time.monotonic() < deadline, last_words(work)
+            assert process.poll() is None and time.monotonic() < deadline, log_tail(work)
             time.sleep(0.1)
         own = of_sglang(process.pid)
         assert len(own) > 2  # watchdog, server, scheduler
@@ -202,6 +202,6 @@ def of_sglang(command: int) -> set[psutil.Process]:
     return found
 
 
-def last_words(work: Path) -> str:
+def log_tail(work: Path) -> str:
     log = work.with_suffix(".sglang.log")
     return log.read_text()[-2000:] if log.exists() else "no server was launched"

@@ -36,7 +36,7 @@ def interrupted(servers: Servers, new: Path, *, count: int = 32, tokens: int = T
 
 def _streamed(servers: Servers) -> int:
     """Tokens that running generations have by now."""
-    running = [r for place in servers.engine.server_slots if place.server for r in list(place.server.running.values())]
+    running = [r for server_slot in servers.engine.server_slots if server_slot.server for r in list(server_slot.server.running.values())]
     return sum(len(r.item.tokens) for r in running)
 
 
@@ -75,7 +75,7 @@ def test_retract(models: dict[str, Path], tmp_path: Path) -> None:
     """The server itself keeps the sequences and recomputes their keys and values."""
     with Servers(models["qwen3"], tmp_path, slots=32, in_flight="retract") as servers:
         _abort_resume(servers, models)
-        assert not servers.news()
+        assert not servers.events()
 
 
 def test_in_place(models: dict[str, Path], tmp_path: Path) -> None:
@@ -148,12 +148,12 @@ def test_weights_that_do_not_fit_never_reach_a_server(
     pair: Servers, models: dict[str, Path], damage: object, words: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     pair.load(models["qwen3"], 0)
-    updates, told = len(pair.engine.updates), len(pair.news())
+    updates, told = len(pair.engine.updates), len(pair.events())
     pair.engine.load(damaged(models["qwen3-other"], 1, damage))
-    pair.until(lambda: len(pair.news()) > told, "news")
+    pair.until(lambda: len(pair.events()) > told, "news")
     import re
 
-    assert any(re.search(words, line) for line in pair.news()[told:]), pair.news()[told:]
+    assert any(re.search(words, line) for line in pair.events()[told:]), pair.events()[told:]
     time.sleep(0.2)
     assert len(pair.engine.updates) == updates and pair.versions() == {0}
     pair.engine.submit(ask(0))
@@ -187,11 +187,11 @@ def test_damage_on_the_way_is_noticed_and_mended(pair: Servers, models: dict[str
 
     transport.payloads = careless  # type: ignore[method-assign]
     try:
-        told = len(pair.news())
+        told = len(pair.events())
         pair.load(models["qwen3-other"], 1)
     finally:
         transport.payloads = payloads  # type: ignore[method-assign]
-    news = pair.news()[told:]
+    news = pair.events()[told:]
     assert len([line for line in news if "model.norm.weight" in line and "out of service" in line]) == 2, news
     assert [update.transport for update in pair.engine.updates[-2:]] == ["disk", "disk"]
     pair.engine.submit(ask(0))
@@ -233,9 +233,9 @@ def test_cancelled_requests_give_no_result_and_hold_no_update_up(pair: Servers, 
         pair.engine.submit(ask(i, tokens=400, seed=i))
     pair.until(lambda: _streamed(pair) > 64, "some tokens")
     pair.engine.cancel(range(31))
-    told = len(pair.news())
+    told = len(pair.events())
     pair.load(models["qwen3-other"], 1)
-    assert pair.news()[told:] == []
+    assert pair.events()[told:] == []
     assert list(pair.results(1)) == [31]
 
 

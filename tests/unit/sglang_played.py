@@ -25,7 +25,7 @@ def never(_: Partial) -> bool:
     return False
 
 
-class PlayedApi:
+class FakeApi:
     """`answer` plays what the server answers to a POST; an abort ends the streams that are not stuck."""
 
     def __init__(self, url: str) -> None:
@@ -41,14 +41,14 @@ class PlayedApi:
         return {}
 
 
-class PlayedServer(Server):
+class FakeServer(Server):
     """`kills` says whether a request's next token is its death, `hangs` whether it never comes and no abort helps,
     `slow` whether nothing comes before an abort."""
 
     def __init__(self, name: str, kills: Does = never, hangs: Does = never, slow: Does = never) -> None:
-        self.played = PlayedApi(name)
-        super().__init__(self.played, slots=SLOTS, ends=(), silence_s=1.0)  # type: ignore[arg-type]
-        self.played.abort_all = lambda: self.aborted.update(self.running)
+        self.fake_api = FakeApi(name)
+        super().__init__(self.fake_api, slots=SLOTS, ends=(), idle_timeout_s=1.0)  # type: ignore[arg-type]
+        self.fake_api.abort_all = lambda: self.aborted.update(self.running)
         self.kills, self.hangs, self.slow, self.deaths = kills, hangs, slow, 0
         self.gone = asyncio.Event()
         self.aborted: set[str] = set()
@@ -74,11 +74,11 @@ class PlayedServer(Server):
     async def abort(self, rid: str) -> None:
         self.aborted.add(rid)
 
-    def rise(self) -> None:
+    def restart(self) -> None:
         """What the fleet's watchdog does: end what still runs, and put a new server there."""
         self.deaths += 1
-        self.gone, self.fault, self.lost, self.open = asyncio.Event(), None, False, True
-        self.aboard.clear()
+        self.gone, self.fault, self.death_recorded, self.open = asyncio.Event(), None, False, True
+        self.interrupted.clear()
 
 
 def ask(id: Any) -> Generate:
@@ -90,7 +90,7 @@ def at(*ids: Any, tokens: int = 2) -> Does:
     return lambda partial: partial.request.id in ids and len(partial.tokens) >= tokens
 
 
-class PlayedTransport:
+class FakeTransport:
     """Sends nothing; `does` plays what happens meanwhile, and may raise."""
 
     name = "played"

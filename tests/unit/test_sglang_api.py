@@ -32,27 +32,27 @@ async def fault_of(api: ServerApi, kind: str, reached: list[str]) -> ServerGone:
         if kind == "post":
             await api.post("/generate", {"rid": "a"}, timeout_s=0.3, reached=lambda: reached.append(kind))
         else:
-            async for _ in api.stream({"rid": "a"}, silence_s=0.3, reached=lambda: reached.append(kind)):
+            async for _ in api.stream({"rid": "a"}, idle_timeout_s=0.3, reached=lambda: reached.append(kind)):
                 pass
     return caught.value
 
 
 @pytest.mark.parametrize("kind", ["post", "stream"])
 def test_a_refused_connection_is_none(kind: str) -> None:
-    async def play() -> None:
+    async def scenario() -> None:
         reached: list[str] = []
         async with http_session() as http:
             fault = await fault_of(ServerApi(http, f"http://127.0.0.1:{free_port()}"), kind, reached)
         assert isinstance(fault, ServerUnreached) and not reached
 
-    asyncio.run(play())
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("kind", ["post", "stream"])
 def test_a_connection_that_does_not_come_about_in_time_is_none(kind: str) -> None:
     """A full queue of connections that nobody takes, as of a machine that is gone."""
 
-    async def play() -> None:
+    async def scenario() -> None:
         reached: list[str] = []
         with socket.socket() as deaf:
             deaf.bind(("127.0.0.1", 0))
@@ -67,7 +67,7 @@ def test_a_connection_that_does_not_come_about_in_time_is_none(kind: str) -> Non
                 one.close()
         assert isinstance(fault, ServerUnreached) and "no answer within 0.3 s" in str(fault) and not reached
 
-    asyncio.run(play())
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("kind", ["post", "stream"])
@@ -83,7 +83,7 @@ def test_who_breaks_off_or_says_nothing_was_reached(kind: str, silent: bool) -> 
             await asyncio.sleep(1.0)
         writer.close()
 
-    async def play() -> None:
+    async def scenario() -> None:
         reached: list[str] = []
         async with await asyncio.start_server(talk, "127.0.0.1", 0) as served, http_session() as http:
             api = ServerApi(http, f"http://127.0.0.1:{served.sockets[0].getsockname()[1]}")
@@ -91,25 +91,25 @@ def test_who_breaks_off_or_says_nothing_was_reached(kind: str, silent: bool) -> 
             fault = await fault_of(api, kind, reached)
         assert not isinstance(fault, ServerUnreached) and reached == ["new", kind]
 
-    asyncio.run(play())
+    asyncio.run(scenario())
 
 
 def test_a_suspect_is_not_condemned_by_a_server_that_was_dead_before() -> None:
     """Two deaths by accident; then it is sent, alone, to a server that has died while nobody was on it."""
 
-    async def play() -> None:
+    async def scenario() -> None:
         async with http_session() as http:
-            server = Server(ServerApi(http, f"http://127.0.0.1:{free_port()}"), slots=2, ends=(), silence_s=1.0)
+            server = Server(ServerApi(http, f"http://127.0.0.1:{free_port()}"), slots=2, ends=(), idle_timeout_s=1.0)
             server.version, server.open = 0, True
             requests = Requests(lambda: [server], ends=())
             for _ in range(2):
-                requests._quarantine.died(["it"])
+                requests._quarantine.record_death(["it"])
             requests.submit(ask("it"))
             while server.running:
                 await asyncio.sleep(0.01)
-            requests.lost(server)
+            requests.server_died(server)
             assert isinstance(server.fault, ServerUnreached)
             assert requests._quarantine.deaths("it") == 2 and requests.waiting == 1
             assert requests.results.empty()
 
-    asyncio.run(play())
+    asyncio.run(scenario())

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from sglang_played import PHASE_S, TOKENS, PlayedServer, PlayedTransport, ask, at, verify_nothing
+from sglang_played import PHASE_S, TOKENS, FakeServer, FakeTransport, ask, at, verify_nothing
 
 from sgpo_async.engines.base import Failed, Generated, Weights
 from sgpo_async.engines.sglang.processes.api import ServerGone
@@ -28,30 +28,30 @@ from sgpo_async.errors import SessionError
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(update_module, "verify", verify_nothing)
     monkeypatch.setattr(fleet_module, "BACKOFF_S", (0.01,))
-    monkeypatch.setattr(place_module, "LAST_WORDS_S", 0.01)
+    monkeypatch.setattr(place_module, "EXIT_GRACE_S", 0.01)
 
 
-class PlayedFleet(Fleet):
+class FakeFleet(Fleet):
     """Starts played servers; `made` has all that ever stood."""
 
     def __init__(
-        self, make: Callable[[ServerSlot], PlayedServer], in_flight: InFlight, transport: PlayedTransport
+        self, make: Callable[[ServerSlot], FakeServer], in_flight: InFlight, transport: FakeTransport
     ) -> None:
         settings = FleetSettings(slots=4, ends=frozenset(), in_flight=in_flight, start_s=1.0, phase_s=PHASE_S)
         places = [ServerSlot(launch=None, url="played", log=None)]
         super().__init__(places, settings, [cast(Transport, transport)], cast(Any, None))
-        self.make, self.made, self.place = make, list[PlayedServer](), places[0]
+        self.make, self.made, self.place = make, list[FakeServer](), places[0]
 
-    async def _start(self, place: ServerSlot, http: Any) -> None:
-        server = self.make(place)
+    async def _start(self, server_slot: ServerSlot, http: Any) -> None:
+        server = self.make(server_slot)
         server.version, server.open = None, False
-        place.server = server
+        server_slot.server = server
         self.made.append(server)
         if not self.ready.done():
             self.ready.set_result(None)
 
 
-async def updated_all_the_time(fleet: PlayedFleet, asked: int) -> dict[Any, Any]:
+async def updated_all_the_time(fleet: FakeFleet, asked: int) -> dict[Any, Any]:
     """Versions follow each other while requests run, as in training, until everybody has a result."""
     running = asyncio.create_task(fleet.run())
     results: dict[Any, Any] = {}
@@ -62,7 +62,7 @@ async def updated_all_the_time(fleet: PlayedFleet, asked: int) -> dict[Any, Any]
     async with asyncio.timeout(60):
         while len(results) < asked:
             await asyncio.sleep(0.05)
-            server = fleet.place.server
+            server = fleet.server_slot.server
             if server is not None and server.open:
                 version += 1
                 fleet.want(cast(Weights, SimpleNamespace(version=version)))
@@ -75,35 +75,35 @@ async def updated_all_the_time(fleet: PlayedFleet, asked: int) -> dict[Any, Any]
     return results
 
 
-def news(fleet: Fleet) -> list[str]:
+def events(fleet: Fleet) -> list[str]:
     lines = []
     while True:
         try:
-            lines.append(fleet.news.get_nowait())
+            lines.append(fleet.events.get_nowait())
         except queue.Empty:
             return lines
 
 
 @pytest.mark.parametrize("answers", [True, False])
 def test_a_fleet_that_is_updated_finds_who_hangs_its_servers(answers: bool) -> None:
-    async def play() -> None:
-        def make(place: ServerSlot) -> PlayedServer:
-            server = PlayedServer("server", hangs=at(1))
+    async def scenario() -> None:
+        def make(server_slot: ServerSlot) -> FakeServer:
+            server = FakeServer("server", hangs=at(1))
             if not answers:
-                server.played.answer = lambda path: stuck(server)
+                server.fake_api.answer = lambda path: stuck(server)
             return server
 
-        def stuck(server: PlayedServer) -> None:
+        def stuck(server: FakeServer) -> None:
             if any(cast(Any, one.item).request.id == 1 for one in server.running.values()):
                 raise ServerGone("no answer")
 
-        fleet = PlayedFleet(make, "abort-resume", PlayedTransport())
+        fleet = FakeFleet(make, "abort-resume", FakeTransport())
         results = await updated_all_the_time(fleet, 3)
         assert [id for id, result in results.items() if isinstance(result, Failed)] == [1]
         assert all(len(result.tokens) == TOKENS for result in results.values() if isinstance(result, Generated))
         assert 3 <= len(fleet.made) <= 4, news(fleet)  # the last one may have been replaced by now
 
-    asyncio.run(play())
+    asyncio.run(scenario())
 
 
 class Counted(Quarantine):
@@ -111,36 +111,36 @@ class Counted(Quarantine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.aboard: list[int] = []
+        self.interrupted: list[int] = []
 
-    def died(self, aboard: Collection[Any], *, others: int = 0) -> Any:
-        self.aboard.append(len(aboard) + others)
-        return super().died(aboard, others=others)
+    def record_death(self, aboard: Collection[Any], *, others: int = 0) -> Any:
+        self.interrupted.append(len(aboard) + others)
+        return super().record_death(aboard, others=others)
 
 
 @pytest.mark.parametrize("paused", [True, False])
 def test_a_process_that_ends_during_an_update(paused: bool) -> None:
     """Who was paused on it may be the reason, and nobody whose stream had been ended before."""
 
-    async def play() -> None:
+    async def scenario() -> None:
         dies = iter([True])
-        process = SimpleNamespace(alive=True, last_words=lambda: "its last words", stop=lambda: None)
+        process = SimpleNamespace(alive=True, log_tail=lambda: "its last words", stop=lambda: None)
 
-        def make(place: ServerSlot) -> PlayedServer:
+        def make(server_slot: ServerSlot) -> FakeServer:
             process.alive = True
-            place.process = cast(Any, process)
-            return PlayedServer("server", slow=lambda partial: len(fleet.made) == 1 and len(partial.tokens) >= 2)
+            server_slot.process = cast(Any, process)
+            return FakeServer("server", slow=lambda partial: len(fleet.made) == 1 and len(partial.tokens) >= 2)
 
         def end() -> None:
             if fleet.made[-1].changes > 1 and next(dies, False):
                 process.alive = False
                 raise SessionError("the group is broken")
 
-        fleet = PlayedFleet(make, "retract" if paused else "abort-resume", PlayedTransport(end))
+        fleet = FakeFleet(make, "retract" if paused else "abort-resume", FakeTransport(end))
         counted = Counted()
         fleet._requests._quarantine = counted
         results = await updated_all_the_time(fleet, 3)
         assert all(isinstance(result, Generated) for result in results.values())
         assert counted.aboard == [3 if paused else 0] and len(fleet.made) == 2, news(fleet)
 
-    asyncio.run(play())
+    asyncio.run(scenario())

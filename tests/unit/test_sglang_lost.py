@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from sglang_played import PHASE_S, PlayedServer, PlayedTransport, ask, at, verify_nothing
+from sglang_played import PHASE_S, FakeServer, FakeTransport, ask, at, verify_nothing
 
 from sgpo_async.engines.base import Failed, Generated
 from sgpo_async.engines.sglang.processes.api import ServerGone, ServerUnreached
@@ -37,7 +37,7 @@ async def until(holds: Callable[[], object]) -> None:
             await asyncio.sleep(0)
 
 
-def waiting_for_ever(server: PlayedServer, *ids: Any) -> Callable[[], bool]:
+def waiting_for_ever(server: FakeServer, *ids: Any) -> Callable[[], bool]:
     return lambda: (
         {cast(Any, one.item).request.id for one in server.running.values() if one.reached} == set(ids)
         and (all(len(cast(Any, one.item).tokens) >= 2 for one in server.running.values()))
@@ -45,9 +45,9 @@ def waiting_for_ever(server: PlayedServer, *ids: Any) -> Callable[[], bool]:
 
 
 async def renew(
-    server: PlayedServer, does: Callable[[], None] = lambda: None, *, in_flight: InFlight = "abort-resume"
+    server: FakeServer, does: Callable[[], None] = lambda: None, *, in_flight: InFlight = "abort-resume"
 ) -> None:
-    transport = cast(Transport, PlayedTransport(does))
+    transport = cast(Transport, FakeTransport(does))
     await update(server, cast(Any, SimpleNamespace(version=1)), transport, in_flight=in_flight, phase_s=PHASE_S)
 
 
@@ -55,21 +55,21 @@ async def renew(
 def test_a_request_that_hangs_a_server_is_met_by_an_update(answers: bool) -> None:
     """The server takes the abort and does not end the stream, or takes nothing at all."""
 
-    async def play() -> None:
-        server = PlayedServer("server", hangs=at("hangs"))
+    async def scenario() -> None:
+        server = FakeServer("server", hangs=at("hangs"))
         requests = Requests(lambda: [server], ends=())
         requests.submit(ask("hangs"))
         requests.submit(ask("neighbour"))
         await until(lambda: requests.results.qsize() == 1 and waiting_for_ever(server, "hangs")())
         if not answers:
-            server.played.answer = raises(ServerGone("no answer"))
+            server.fake_api.answer = raises(ServerGone("no answer"))
         for deaths in (1, 2):
             with pytest.raises(DeadlineExceeded if answers else ServerGone):
                 await renew(server)
             assert server.fault is not None and requests._quarantine.deaths("hangs") == deaths
-            requests.lost(server)  # as the keeper does: it counts once
+            requests.server_died(server)  # as the keeper does: it counts once
             assert requests._quarantine.deaths("hangs") == deaths and requests.waiting == 1
-            server.rise()
+            server.restart()
             server.version = 0
             requests.dispatch()
             await until(waiting_for_ever(server, "hangs"))
@@ -80,45 +80,45 @@ def test_a_request_that_hangs_a_server_is_met_by_an_update(answers: bool) -> Non
         assert isinstance(failed, Failed) and "request hangs: 3 servers died" in str(failed.error)
         assert requests.waiting == 0
 
-    asyncio.run(play())
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("in_flight", ["abort-resume", "retract", "in-place"])
 def test_an_update_that_succeeds_is_no_death(in_flight: InFlight) -> None:
-    async def play() -> None:
-        server = PlayedServer("server", slow=at("slow"))
+    async def scenario() -> None:
+        server = FakeServer("server", slow=at("slow"))
         requests = Requests(lambda: [server], ends=())
         requests.submit(ask("slow"))
         await until(waiting_for_ever(server, "slow"))
         for _ in range(3):
             server.version = 0
             await renew(server, in_flight=in_flight)
-            assert server.open and server.version == 1 and not server.aboard and server.fault is None
+            assert server.open and server.version == 1 and not server.interrupted and server.fault is None
             requests.dispatch()
             await until(waiting_for_ever(server, "slow"))
         assert requests._quarantine.deaths("slow") == 0
-        await server.cut()
+        await server.cancel_streams()
 
-    asyncio.run(play())
+    asyncio.run(scenario())
 
 
 def test_a_failed_update_whose_streams_had_ended_is_no_death() -> None:
-    async def play() -> None:
-        server = PlayedServer("server")
+    async def scenario() -> None:
+        server = FakeServer("server")
         requests = Requests(lambda: [server], ends=())
         requests.submit(ask(0))
         await until(lambda: server.ran)
         with pytest.raises(ServerGone):
             await renew(server, raises(ServerGone("no answer")))
-        requests.lost(server)
+        requests.server_died(server)
         assert requests._quarantine.deaths(0) == 0 and requests.waiting == 1
 
-    asyncio.run(play())
+    asyncio.run(scenario())
 
 
 def test_who_was_paused_when_an_update_failed_is_noted_if_the_server_is_found_dead() -> None:
-    async def play() -> None:
-        server = PlayedServer("server", hangs=at(0, 1))
+    async def scenario() -> None:
+        server = FakeServer("server", hangs=at(0, 1))
         requests = Requests(lambda: [server], ends=())
         for id in (0, 1):
             requests.submit(ask(id))
@@ -126,9 +126,9 @@ def test_who_was_paused_when_an_update_failed_is_noted_if_the_server_is_found_de
         for _ in range(2):
             with pytest.raises(SessionError):
                 await renew(server, raises(SessionError("broken")), in_flight="retract")
-            assert server.fault is None and len(server.aboard) == 2 and requests.waiting == 2
-            requests.lost(server)
-            server.rise()
+            assert server.fault is None and len(server.interrupted) == 2 and requests.waiting == 2
+            requests.server_died(server)
+            server.restart()
             server.version = 0
             requests.dispatch()
             await until(lambda: len(server.running) + requests.waiting == 2)
@@ -136,36 +136,36 @@ def test_who_was_paused_when_an_update_failed_is_noted_if_the_server_is_found_de
                 await until(waiting_for_ever(server, 0, 1))
         assert [requests._quarantine.deaths(id) for id in (0, 1)] == [2, 2]
         assert len(requests._suspects) == 1 and len(server.running) == 1  # they run alone, though they waited already
-        await server.cut()
+        await server.cancel_streams()
 
-    asyncio.run(play())
+    asyncio.run(scenario())
 
 
 def test_a_condemned_request_that_waits_again_or_runs_elsewhere_is_ended_there() -> None:
-    async def play() -> None:
-        servers = [PlayedServer(f"server-{i}", hangs=at("it")) for i in range(2)]
+    async def scenario() -> None:
+        servers = [FakeServer(f"server-{i}", hangs=at("it")) for i in range(2)]
         requests = Requests(lambda: list(servers), ends=())
         requests.submit(ask("it"))
         await until(waiting_for_ever(servers[0], "it"))
         for _ in range(2):
-            requests._quarantine.died(["it"])
+            requests._quarantine.record_death(["it"])
         with pytest.raises(SessionError):
             await renew(servers[0], raises(SessionError("broken")), in_flight="retract")
         await until(waiting_for_ever(servers[1], "it"))
-        requests.lost(servers[0])
+        requests.server_died(servers[0])
         assert isinstance(requests.results.get_nowait(), Failed)
         await asyncio.sleep(0.01)
         assert servers[1].aborted
-        await servers[1].cut()
+        await servers[1].cancel_streams()
         assert requests.waiting == 0 and requests.results.empty()
 
-    asyncio.run(play())
+    asyncio.run(scenario())
 
 
 def test_who_got_no_connection_is_not_counted() -> None:
     """One is still on its way when another finds nobody there."""
 
-    class Unreached(PlayedServer):
+    class Unreached(FakeServer):
         async def extend(self, partial: Any, rid: str, version: int) -> None:
             if partial.request.id == "on its way":
                 await asyncio.Event().wait()
@@ -175,15 +175,15 @@ def test_who_got_no_connection_is_not_counted() -> None:
             await asyncio.sleep(0)
             raise ServerUnreached("nobody there")
 
-    async def play() -> None:
+    async def scenario() -> None:
         server = Unreached("server")
         requests = Requests(lambda: [server], ends=())
         for id in ("refused", "on its way", "on board"):
             requests.submit(ask(id))
         await until(lambda: server.fault is not None)
-        await server.cut()
-        requests.lost(server)
+        await server.cancel_streams()
+        requests.server_died(server)
         deaths = [requests._quarantine.deaths(id) for id in ("refused", "on its way", "on board")]
         assert deaths == [0, 0, 1] and requests.waiting == 3
 
-    asyncio.run(play())
+    asyncio.run(scenario())

@@ -20,7 +20,7 @@ def test_a_port_taken_meanwhile_is_read_from_this_start_s_log(tmp_path: Path) ->
     server = object.__new__(ServerProcess)
     server.log = tmp_path / "server.log"
     server.log.write_bytes(b"of a start before: address already in use\n")
-    server._begun_at = server.log.stat().st_size
+    server._log_start = server.log.stat().st_size
     assert not server.port_taken
     with server.log.open("ab") as log:
         log.write(b"[Errno 98] error while attempting to bind on address ('127.0.0.1', 1): address already in use\n")

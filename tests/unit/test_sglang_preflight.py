@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from sgpo_async.config.schema import Engine, Sglang
-from sgpo_async.engines.sglang.preflight import CheckDoubtful, CheckFailed, Reference, Subject
+from sgpo_async.engines.sglang.preflight import CheckWarning, CheckFailed, Reference, Subject
 from sgpo_async.engines.sglang.preflight.logprobs import _differences, _judge
 from sgpo_async.engines.sglang.preflight.settings import INTERFACE, RULES, missing, parsed, settings, version
 from sgpo_async.engines.sglang.processes.api import ServerApi
@@ -43,7 +43,7 @@ def subject() -> Iterator[Subject]:
         http = runner.run(session())
         engine = Engine(kind="sglang", device="cpu")
         facts = model_facts(FOLDER, dtype="float32", tp=1, device="cpu", digest=digest)
-        server = Server(ServerApi(http, "http://127.0.0.1:9"), slots=64, ends=facts.ends, silence_s=1.0)
+        server = Server(ServerApi(http, "http://127.0.0.1:9"), slots=64, ends=facts.ends, idle_timeout_s=1.0)
         transports = [TensorTransport(facts, tp=1)]
         yield Subject(server=server, model=facts, engine=engine, transports=transports)
         runner.run(http.close())
@@ -114,7 +114,7 @@ def test_no_room_for_a_prompt(subject: Subject) -> None:
 
 def test_fewer_sequences_or_shorter_ones_are_a_warning(subject: Subject) -> None:
     told = GOOD | {"internal_states": [{"effective_max_running_requests_per_dp": 8}], "context_length": 100}
-    with pytest.raises(CheckDoubtful, match="decodes 8 sequences together, and is given 64.*context_length is 100"):
+    with pytest.raises(CheckWarning, match="decodes 8 sequences together, and is given 64.*context_length is 100"):
         asyncio.run(settings(subject, told))
 
 

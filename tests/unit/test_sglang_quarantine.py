@@ -1,4 +1,4 @@
-"""A request that kills servers is found, and nobody else is condemned for it."""
+"""A request that kills servers is found, and nobody else is blamed for it."""
 
 from collections import deque
 from dataclasses import dataclass, field
@@ -6,64 +6,64 @@ from dataclasses import dataclass, field
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sgpo_async.engines.sglang.serving.quarantine import COMPANY, Quarantine, Seats, seat, seat_for_suspect
+from sgpo_async.engines.sglang.serving.quarantine import ISOLATE_AFTER, Quarantine, ServerLoad, server_for_request, server_for_suspect
 
 
-def server(running: int = 0, *, room: int = 4, suspect: bool = False) -> Seats:
-    return Seats(running=running, room=room, suspect=suspect)
+def server(running: int = 0, *, room: int = 4, suspect: bool = False) -> ServerLoad:
+    return ServerLoad(running=running, room=room, suspect=suspect)
 
 
 def test_company_makes_suspects_and_condemns_nobody() -> None:
     quarantine = Quarantine()
     for deaths in range(1, 6):
-        assert quarantine.died(["a", "b"]) is None
+        assert quarantine.record_death(["a", "b"]) is None
         assert quarantine.deaths("a") == deaths
-        assert quarantine.is_suspect("a") == (deaths >= COMPANY)
+        assert quarantine.is_suspect("a") == (deaths >= ISOLATE_AFTER)
 
 
 def test_a_suspect_is_condemned_by_a_death_while_it_is_alone() -> None:
     quarantine = Quarantine()
-    assert quarantine.died(["a"]) is None  # alone, but the first: servers die by themselves too
-    assert quarantine.died(["a", "b"]) is None
-    assert quarantine.died(["a"]) == "a"
+    assert quarantine.record_death(["a"]) is None  # alone, but the first: servers die by themselves too
+    assert quarantine.record_death(["a", "b"]) is None
+    assert quarantine.record_death(["a"]) == "a"
     assert quarantine.deaths("a") == 3 and quarantine.deaths("b") == 1
 
 
 def test_a_cancelled_request_that_still_runs_is_company() -> None:
     quarantine = Quarantine()
-    for _ in range(COMPANY):
-        quarantine.died(["a"])
-    assert quarantine.died(["a"], others=1) is None and quarantine.died(["a"]) == "a"
+    for _ in range(ISOLATE_AFTER):
+        quarantine.record_death(["a"])
+    assert quarantine.record_death(["a"], others=1) is None and quarantine.record_death(["a"]) == "a"
 
 
 def test_what_is_finished_is_forgotten() -> None:
     quarantine = Quarantine()
-    for _ in range(COMPANY):
-        quarantine.died(["a", "b"])
+    for _ in range(ISOLATE_AFTER):
+        quarantine.record_death(["a", "b"])
     quarantine.forget("a")
     assert not quarantine.is_suspect("a") and quarantine.is_suspect("b")
     quarantine.forget("never heard of")
-    assert quarantine.died([]) is None
+    assert quarantine.record_death([]) is None
 
 
 def test_a_suspect_waits_for_an_empty_server_and_for_other_suspects() -> None:
-    assert seat_for_suspect([server(3), server(0)]) == 1
-    assert seat_for_suspect([server(3), server(1)]) is None
-    assert seat_for_suspect([server(0, room=0), server(2)]) is None  # shut
-    assert seat_for_suspect([server(1, suspect=True), server(0)]) is None
+    assert server_for_suspect([server(3), server(0)]) == 1
+    assert server_for_suspect([server(3), server(1)]) is None
+    assert server_for_suspect([server(0, room=0), server(2)]) is None  # shut
+    assert server_for_suspect([server(1, suspect=True), server(0)]) is None
 
 
 def test_others_go_where_most_room_is_but_not_beside_a_suspect() -> None:
-    assert seat([server(3, room=1), server(1, room=3)], suspect_waits=False) == 1
-    assert seat([server(3, room=1), server(1, room=3, suspect=True)], suspect_waits=False) == 0
-    assert seat([server(1, suspect=True)], suspect_waits=True) is None
-    assert seat([server(4, room=0)], suspect_waits=False) is None
+    assert server_for_request([server(3, room=1), server(1, room=3)], suspect_waits=False) == 1
+    assert server_for_request([server(3, room=1), server(1, room=3, suspect=True)], suspect_waits=False) == 0
+    assert server_for_request([server(1, suspect=True)], suspect_waits=True) is None
+    assert server_for_request([server(4, room=0)], suspect_waits=False) is None
 
 
 def test_the_emptiest_server_is_kept_for_a_suspect_that_waits() -> None:
-    assert seat([server(3, room=1), server(1, room=3)], suspect_waits=True) == 0
-    assert seat([server(1, room=3)], suspect_waits=True) is None
-    assert seat([server(3, room=1), server(1, room=3, suspect=True)], suspect_waits=True) == 0  # its turn comes later
+    assert server_for_request([server(3, room=1), server(1, room=3)], suspect_waits=True) == 0
+    assert server_for_request([server(1, room=3)], suspect_waits=True) is None
+    assert server_for_request([server(3, room=1), server(1, room=3, suspect=True)], suspect_waits=True) == 0  # its turn comes later
 
 
 @dataclass
@@ -77,21 +77,21 @@ class Sim:
     suspects: deque[int] = field(default_factory=deque)
     quarantine: Quarantine = field(default_factory=Quarantine)
     finished: set[int] = field(default_factory=set)
-    condemned: set[int] = field(default_factory=set)
+    blamed: set[int] = field(default_factory=set)
     alone_at_death: set[int] = field(default_factory=set)
 
     def dispatch(self) -> None:
-        while self.suspects and (i := seat_for_suspect(self.seats())) is not None:
+        while self.suspects and (i := server_for_suspect(self.seats())) is not None:
             self.servers[i].append(self.suspects.popleft())
-        while self.waiting and (i := seat(self.seats(), suspect_waits=bool(self.suspects))) is not None:
+        while self.waiting and (i := server_for_request(self.seats(), suspect_waits=bool(self.suspects))) is not None:
             self.servers[i].append(self.waiting.popleft())
         for running in self.servers:
             assert len(running) <= self.slots
             assert len(running) == 1 or not any(map(self.quarantine.is_suspect, running))
 
-    def seats(self) -> list[Seats]:
+    def seats(self) -> list[ServerLoad]:
         return [
-            Seats(
+            ServerLoad(
                 running=len(running),
                 room=self.slots - len(running),
                 suspect=any(map(self.quarantine.is_suspect, running)),
@@ -115,8 +115,8 @@ class Sim:
         aboard, self.servers[i] = self.servers[i], []
         if len(aboard) == 1:
             self.alone_at_death.add(aboard[0])
-        if (guilty := self.quarantine.died(aboard)) is not None:
-            self.condemned.add(guilty)
+        if (guilty := self.quarantine.record_death(aboard)) is not None:
+            self.blamed.add(guilty)
             aboard = [id for id in aboard if id != guilty]
         for id in reversed(aboard):
             (self.suspects if self.quarantine.is_suspect(id) else self.waiting).appendleft(id)
@@ -140,7 +140,7 @@ def test_killers_are_condemned_and_everybody_else_finishes(
         waiting=deque(range(requests)),
     )
     turns = 0
-    while len(sim.finished) + len(sim.condemned) < requests:
+    while len(sim.finished) + len(sim.blamed) < requests:
         sim.dispatch()
         busy = [i for i, running in enumerate(sim.servers) if running]
         assert busy, "somebody waits, and nobody runs"
@@ -152,7 +152,7 @@ def test_killers_are_condemned_and_everybody_else_finishes(
             sim.turn(i, data.draw(st.integers(0, slots - 1)))
         turns += 1
         assert turns < requests * 4 + 50
-    for id in sim.condemned - sim.killers:  # only by an accident while it was alone
-        assert id in sim.alone_at_death and sim.quarantine.deaths(id) == COMPANY + 1
-    assert sim.killers <= sim.condemned
-    assert all(sim.quarantine.deaths(id) == COMPANY + 1 for id in sim.killers)
+    for id in sim.blamed - sim.killers:  # only by an accident while it was alone
+        assert id in sim.alone_at_death and sim.quarantine.deaths(id) == ISOLATE_AFTER + 1
+    assert sim.killers <= sim.blamed
+    assert all(sim.quarantine.deaths(id) == ISOLATE_AFTER + 1 for id in sim.killers)

@@ -10,7 +10,7 @@ examine.py     the tables of checks; `join`, `examine`
 
 from sgpo_async.engines.sglang.preflight.examine import FULL, JOIN, examine, join
 from sgpo_async.engines.sglang.preflight.findings import (
-    CheckDoubtful,
+    CheckWarning,
     CheckFailed,
     Finding,
     Reference,
@@ -21,7 +21,7 @@ from sgpo_async.engines.sglang.preflight.findings import (
 __all__ = [
     "FULL",
     "JOIN",
-    "CheckDoubtful",
+    "CheckWarning",
     "CheckFailed",
     "Finding",
     "Reference",

@@ -12,12 +12,12 @@ from sgpo_async.engines.sglang.preflight.updates import clock, pause, round_trip
 from sgpo_async.engines.sglang.processes.api import Json, ServerGone
 from sgpo_async.errors import EngineError, SgpoError
 
-# What was found, in a line. Raises CheckDoubtful, CheckFailed, or what asking the server raises.
+# What was found, in a line. Raises CheckWarning, CheckFailed, or what asking the server raises.
 Check = Callable[[Subject, Json], Awaitable[str]]
 
-LOOK: dict[str, Check] = {"version": version, "settings": settings}
-JOIN: dict[str, Check] = LOOK | {"model": model, "log-probabilities": consistent, "clock": clock}
-FULL: dict[str, Check] = LOOK | {
+READ_ONLY: dict[str, Check] = {"version": version, "settings": settings}
+JOIN: dict[str, Check] = READ_ONLY | {"model": model, "log-probabilities": consistent, "clock": clock}
+FULL: dict[str, Check] = READ_ONLY | {
     "interface": interface,
     "model": model,
     "clock": clock,
@@ -50,7 +50,7 @@ async def examine(subject: Subject, checks: Mapping[str, Check] = FULL) -> list[
     except SgpoError as error:
         return [finding_of("version", error, remedy=_remedy("version", error))]
     for name, check in checks.items():
-        if name not in LOOK and (failed := next((f for f in findings if f.outcome == "failed"), None)):
+        if name not in READ_ONLY and (failed := next((f for f in findings if f.outcome == "failed"), None)):
             findings.append(Finding(name, "not run", f"after {failed.check} is mended"))
             continue
         try:

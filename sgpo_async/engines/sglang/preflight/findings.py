@@ -40,14 +40,14 @@ class CheckFailed(EngineError):
         self.found, self.remedy = found, remedy
 
 
-class CheckDoubtful(CheckFailed):
+class CheckWarning(CheckFailed):
     """Something that works, and that the user should know."""
 
 
 def finding_of(check: str, error: SgpoError, *, remedy: str) -> Finding:
     """What an error says of a check; `remedy` for an error that names none apart."""
     if isinstance(error, CheckFailed):
-        outcome: Outcome = "warning" if isinstance(error, CheckDoubtful) else "failed"
+        outcome: Outcome = "warning" if isinstance(error, CheckWarning) else "failed"
         return Finding(check, outcome, error.found, error.remedy)
     return Finding(check, "failed", str(error), remedy)
 

@@ -1,6 +1,6 @@
 """Which SGLang answers, whether it has what is asked of it, and whether it was started so that it can be used.
 
-Two literal tables say what is refused: FIRST_RIGHT by version, RULES by what /server_info tells.
+Two literal tables say what is refused: FIRST_CORRECT by version, RULES by what /server_info tells.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sgpo_async.engines.sglang.preflight.findings import CheckDoubtful, CheckFailed, Subject
+from sgpo_async.engines.sglang.preflight.findings import CheckWarning, CheckFailed, Subject
 from sgpo_async.engines.sglang.processes.api import Json
 
 TESTED = "0.5.23"
 OLDEST = (0, 5, 21)  # before, updates did not stand between begin and end
 
 # In-flight policy -> the first version that is known to get it right, and what happens before.
-FIRST_RIGHT: Mapping[str, tuple[tuple[int, ...], str]] = {
+FIRST_CORRECT: Mapping[str, tuple[tuple[int, ...], str]] = {
     "abort-resume": (OLDEST, ""),
     "retract": ((0, 5, 23), "flushing the cache while retracted requests wait kills the server (sglang #32153)"),
     "in-place": ((0, 5, 23), "an update that flushes kills the server instead of being refused"),
@@ -148,7 +148,7 @@ async def version(subject: Subject, told: Json) -> str:
         oldest = ".".join(map(str, OLDEST))
         raise CheckFailed(f"{found}, older than {oldest}, which first had /begin_weight_update", install)
     in_flight = subject.engine.sglang.in_flight
-    first, before = FIRST_RIGHT[in_flight]
+    first, before = FIRST_CORRECT[in_flight]
     if parsed(number) < first:
         raise CheckFailed(
             f"{found} with engine.sglang.in_flight={in_flight}: {before}",
@@ -156,7 +156,7 @@ async def version(subject: Subject, told: Json) -> str:
         )
     if number != TESTED:
         await interface(subject, told)
-        raise CheckDoubtful(f"{found}; tested is {TESTED}; it has all that is asked of it", f"in doubt, {install}")
+        raise CheckWarning(f"{found}; tested is {TESTED}; it has all that is asked of it", f"in doubt, {install}")
     return found
 
 
@@ -176,7 +176,7 @@ async def settings(subject: Subject, told: Json) -> str:
     if faults := list(_faults(subject, told)):
         raise CheckFailed("; ".join(found for found, _ in faults), "; ".join(remedy for _, remedy in faults))
     if doubts := list(_doubts(subject, told)):
-        raise CheckDoubtful("; ".join(found for found, _ in doubts), "; ".join(remedy for _, remedy in doubts))
+        raise CheckWarning("; ".join(found for found, _ in doubts), "; ".join(remedy for _, remedy in doubts))
     cache = "off" if told.get("disable_radix_cache") else "on"
     return f"{told['device']}, {told['dtype']}, tp {told['tp_size']}, prefix cache {cache}"
 

@@ -6,9 +6,9 @@ import asyncio
 import time
 from typing import Any
 
-from sgpo_async.engines.sglang.preflight.findings import CheckDoubtful, CheckFailed, Subject
+from sgpo_async.engines.sglang.preflight.findings import CheckWarning, CheckFailed, Subject
 from sgpo_async.engines.sglang.processes.api import Json, ServerApi
-from sgpo_async.engines.sglang.serving.update import PAUSE_MODES, Updated, update
+from sgpo_async.engines.sglang.serving.update import PAUSE_MODES, UpdateTimings, update
 
 CHANGED = "model.norm.weight"
 SKEW_S = 1.0
@@ -27,7 +27,7 @@ async def round_trip(subject: Subject, told: Json) -> str:  # noqa: ARG001
     own = subject.engine.sglang
     await _require_idle(subject.server.api, timeout_s=own.phase_timeout_s)
     transport = next(way for way in subject.transports if way.name != "distributed")  # which needs the learner
-    updates: list[Updated] = []
+    updates: list[UpdateTimings] = []
     expected = []
     began = time.monotonic()
     for version, changed in enumerate(("", CHANGED, "")):
@@ -46,7 +46,7 @@ async def round_trip(subject: Subject, told: Json) -> str:  # noqa: ARG001
         f"{transport.name}, thrice: prepare {prepared_s:.2f} s, send {last.send_s:.2f} s, verify {last.verify_s:.2f} s"
     )
     if transport.name != own.transport:
-        raise CheckDoubtful(f"{found}; {own.transport} was not tried: it needs the learner", "see the actor's log")
+        raise CheckWarning(f"{found}; {own.transport} was not tried: it needs the learner", "see the actor's log")
     return found
 
 
@@ -71,10 +71,10 @@ async def clock(subject: Subject, told: Json) -> str:  # noqa: ARG001
     after = time.time()
     told_at = answer["meta_info"].get("response_sent_to_client_ts")
     if told_at is None:
-        raise CheckDoubtful("it does not tell its time", "compare the clocks of the machines yourself")
+        raise CheckWarning("it does not tell its time", "compare the clocks of the machines yourself")
     skew = max(before - told_at, told_at - after, 0.0)
     if skew > SKEW_S:
-        raise CheckDoubtful(f"{skew:.1f} s apart: times in logs do not fit together", "synchronise by NTP")
+        raise CheckWarning(f"{skew:.1f} s apart: times in logs do not fit together", "synchronise by NTP")
     return f"less than {skew + after - before:.2g} s apart"
 
 
@@ -142,7 +142,7 @@ class _Stream:
         await self._task
 
     async def _read(self, api: ServerApi, body: dict[str, Any]) -> None:
-        async for message in api.stream(body, silence_s=self._timeout_s):
+        async for message in api.stream(body, idle_timeout_s=self._timeout_s):
             self.tokens += message["output_ids"]
 
 

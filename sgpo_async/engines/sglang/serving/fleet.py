@@ -21,13 +21,13 @@ from sgpo_async.engines.sglang.processes.api import ServerApi, ServerGone, Serve
 from sgpo_async.engines.sglang.processes.process import ServerProcess
 from sgpo_async.engines.sglang.serving.requests import Requests
 from sgpo_async.engines.sglang.serving.server import Server
-from sgpo_async.engines.sglang.serving.server_slot import ServerSlot, alive, explained, require_alive, until_it_answers
-from sgpo_async.engines.sglang.serving.update import InFlight, Updated, update
+from sgpo_async.engines.sglang.serving.server_slot import ServerSlot, alive, with_log_tail, require_alive, wait_until_ready
+from sgpo_async.engines.sglang.serving.update import InFlight, UpdateTimings, update
 from sgpo_async.engines.sglang.weight_sync.transports import Prepared, Transport
 from sgpo_async.errors import DeadlineExceeded, EngineError, SessionError, SgpoError, Superseded, WeightsError
 
 BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
-HOPELESS = 6  # failed starts in a row of every server
+MAX_FAILED_STARTS = 6  # failed starts in a row of every server
 CHECK_S = 5.0  # between two looks at a server that says nothing by itself
 ALIVE_S = 30.0  # for an answer to such a look
 
@@ -53,10 +53,10 @@ class Fleet:
     ) -> None:
         """`transports` in the order in which they are tried."""
         self._requests = Requests(self._servers, settings.ends)
-        self.results, self.news = self._requests.results, self._requests.news
-        self.updates: deque[Updated] = deque(maxlen=1000)
+        self.results, self.events = self._requests.results, self._requests.events
+        self.updates: deque[UpdateTimings] = deque(maxlen=1000)
         self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # every server has been up once
-        self._places, self._settings = list(places), settings
+        self._server_slots, self._settings = list(places), settings
         self._transports, self._examine = transports, examine
         self._wanted: Weights | None = None
         self._changed = asyncio.Event()  # another version is wanted; replaced by a new one each time
@@ -93,13 +93,13 @@ class Fleet:
     def load_status(self) -> EngineLoad:
         """Counters of the moment."""
         running = sum(len(server.running) for server in self._servers())
-        slots = self._settings.slots * len(self._places)
+        slots = self._settings.slots * len(self._server_slots)
         return EngineLoad(running=running, waiting=self._requests.waiting, slots=slots, tokens=self._requests.tokens)
 
     async def run(self) -> None:
         """Keep every place filled until `close`. Cleans up whatever happens."""
         async with http_session() as http:
-            keepers = [asyncio.create_task(self._keep(place, http)) for place in self._places]
+            keepers = [asyncio.create_task(self._keep(server_slot, http)) for server_slot in self._server_slots]
             closing = asyncio.create_task(self._closing.wait())
             try:
                 # A keeper ends by a fault of this program only.
@@ -111,8 +111,8 @@ class Fleet:
                 for task in (closing, *keepers):
                     task.cancel()
                 await asyncio.wait(keepers)
-                for place in self._places:
-                    await self._clear(place)
+                for server_slot in self._server_slots:
+                    await self._clear(server_slot)
 
     def close(self) -> None:
         """End `run`."""
@@ -121,69 +121,69 @@ class Fleet:
     # -- servers ----------------------------------------------------------------------------------------------------
 
     def _servers(self) -> list[Server]:
-        return [place.server for place in self._places if place.server is not None]
+        return [server_slot.server for server_slot in self._server_slots if server_slot.server is not None]
 
-    async def _keep(self, place: ServerSlot, http: aiohttp.ClientSession) -> None:
+    async def _keep(self, server_slot: ServerSlot, http: aiohttp.ClientSession) -> None:
         """A server's life: start, serve, and again when it ends. Its end is news, and the end of hope an error."""
         while True:
             try:
-                await self._start(place, http)
-                await self._serve(place)
+                await self._start(server_slot, http)
+                await self._serve(server_slot)
             except (EngineError, WeightsError, DeadlineExceeded) as error:
-                server = place.server
-                if server is not None and (server.fault or isinstance(error, ServerGone) or not alive(place)):
-                    self._requests.lost(server)
-                self._report(place, await explained(place, error))
+                server = server_slot.server
+                if server is not None and (server.fault or isinstance(error, ServerGone) or not alive(server_slot)):
+                    self._requests.server_died(server)
+                self._report(server_slot, await with_log_tail(server_slot, error))
             finally:
-                await self._clear(place)
-            pause = BACKOFF_S[min(place.failures, len(BACKOFF_S)) - 1]
-            self.news.put(f"server {place.url}: starts again in {pause:g} s")
+                await self._clear(server_slot)
+            pause = BACKOFF_S[min(server_slot.failures, len(BACKOFF_S)) - 1]
+            self.events.put(f"server {server_slot.url}: starts again in {pause:g} s")
             await asyncio.sleep(pause)
 
-    async def _start(self, place: ServerSlot, http: aiohttp.ClientSession) -> None:
+    async def _start(self, server_slot: ServerSlot, http: aiohttp.ClientSession) -> None:
         """Launch or attach, wait until it answers, examine it. Raises EngineError with its last words if it dies."""
         deadline = asyncio.get_running_loop().time() + self._settings.start_s
-        if place.launch is not None:
-            assert place.log is not None
-            place.process = await asyncio.to_thread(ServerProcess, place.launch, place.log)
-            place.url = place.process.url
-        api = ServerApi(http, place.url)
-        await until_it_answers(place, api, deadline=deadline)
-        if place.launch is None:
+        if server_slot.launch is not None:
+            assert server_slot.log is not None
+            server_slot.process = await asyncio.to_thread(ServerProcess, server_slot.launch, server_slot.log)
+            server_slot.url = server_slot.process.url
+        api = ServerApi(http, server_slot.url)
+        await wait_until_ready(server_slot, api, deadline=deadline)
+        if server_slot.launch is None:
             await settle(api, timeout_s=self._settings.phase_s)
         silence = 2 * self._settings.phase_s
-        server = Server(api, slots=self._settings.slots, ends=self._settings.ends, silence_s=silence)
+        server = Server(api, slots=self._settings.slots, ends=self._settings.ends, idle_timeout_s=silence)
         for line in await self._examine(server):
-            self.news.put(line)
-        place.server = server
-        if all(other.server is not None for other in self._places) and not self.ready.done():
+            self.events.put(line)
+        server_slot.server = server
+        if all(other.server is not None for other in self._server_slots) and not self.ready.done():
             self.ready.set_result(None)
 
-    async def _serve(self, place: ServerSlot) -> None:
+    async def _serve(self, server_slot: ServerSlot) -> None:
         """Keep the server at the wanted version as long as it lives. Raises what ends it."""
-        server = place.server
+        server = server_slot.server
         assert server is not None
         held: Weights | None = None
         while True:
             changed = self._changed
             if self._wanted is not None and self._wanted is not held:
                 held = await self._bring(server, self._wanted)
-                place.failures = 0
+                server_slot.failures = 0
                 self._requests.dispatch()
                 continue
             waiting = asyncio.create_task(changed.wait())
             try:
-                await self._watch(place, server, waiting)
+                await self._watch(server_slot, server, waiting)
             finally:
                 waiting.cancel()
 
-    async def _watch(self, place: ServerSlot, server: Server, waiting: asyncio.Task[bool]) -> None:
+    async def _watch(self, server_slot: ServerSlot, server: Server, waiting: asyncio.Task[bool]) -> None:
         """Until another version is wanted. Raises EngineError if the server dies, or answers no longer."""
         loop = asyncio.get_running_loop()
         look = loop.time() + CHECK_S
         while not waiting.done():
             await asyncio.wait([waiting], timeout=0.1)
-            require_alive(place)
+            require_alive(server_slot)
             if server.fault is not None:
                 raise server.fault
             if loop.time() > look:
@@ -206,7 +206,7 @@ class Fleet:
             except Superseded:
                 return weights  # a newer one is announced
             except WeightsError as error:
-                self.news.put(f"version {weights.version} is not loaded: {error}")
+                self.events.put(f"version {weights.version} is not loaded: {error}")
                 return weights
             except (EngineError, SessionError) as error:
                 faults.append(f"by {transport.name}: {error}")
@@ -222,7 +222,7 @@ class Fleet:
                 if server.fault is not None:  # it has not ended, or not answered, a stream: no transport mends that
                     raise server.fault from None
                 faults.append(f"by {transport.name}: {error}")
-                self.news.put(f"version {weights.version} by {transport.name}: {error}; the server is out of service")
+                self.events.put(f"version {weights.version} by {transport.name}: {error}; the server is out of service")
                 continue
             if self._session != session:
                 server.version, server.open = None, False
@@ -233,7 +233,7 @@ class Fleet:
         if self._wanted is not weights:
             return weights
         if not touched:  # the server is as good as it was
-            self.news.put(f"version {weights.version} is not loaded: {'; '.join(faults)}")
+            self.events.put(f"version {weights.version} is not loaded: {'; '.join(faults)}")
             return weights
         raise EngineError(f"{server.api.url}: version {weights.version} cannot be loaded: {'; '.join(faults)}")
 
@@ -250,21 +250,21 @@ class Fleet:
                 del self._prepared[key]
             raise
 
-    def _report(self, place: ServerSlot, error: SgpoError) -> None:
-        place.failures += 1
+    def _report(self, server_slot: ServerSlot, error: SgpoError) -> None:
+        server_slot.failures += 1
         if not self.ready.done():  # the first start: the user is waiting, and can mend it
             self.ready.set_exception(error)
         else:
-            self.news.put(str(error))
-        if min(place.failures for place in self._places) >= HOPELESS:
+            self.events.put(str(error))
+        if min(server_slot.failures for server_slot in self._server_slots) >= MAX_FAILED_STARTS:
             self.results.put(EngineError(f"no SGLang server can be kept in service; the last fault: {error}"))
 
-    async def _clear(self, place: ServerSlot) -> None:
+    async def _clear(self, server_slot: ServerSlot) -> None:
         """Whatever stands there ends; its streams wait again."""
-        server, place.server = place.server, None
+        server, server_slot.server = server_slot.server, None
         if server is not None:
-            await server.cut()
+            await server.cancel_streams()
             self._requests.dispatch()  # a suspect's turn may have come, and nobody else ends where nobody runs
-        if place.process is not None:
-            process, place.process = place.process, None
+        if server_slot.process is not None:
+            process, server_slot.process = server_slot.process, None
             await asyncio.to_thread(process.stop)

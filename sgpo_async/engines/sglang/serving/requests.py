@@ -3,7 +3,7 @@
     submit ─▶ waiting ─dispatch─▶ server ─┬─ finished ─▶ results
                  ▲                         ├─ partial ──┐      (aborted for an update, or the server died)
                  └─────────────────────────┼────────────┘
-                                           └─ condemned ─▶ Failed: it kills servers (see `quarantine`)
+                                           └─ blamed ─▶ Failed: it kills servers (see `quarantine`)
 
 Requests go to the open servers that hold the newest version that any open server holds. Everything here belongs to one
 asyncio loop.
@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Coroutine, Hashable, Iterable
 from sgpo_async.engines.base import Failed, Generate, Generated, Result, Score, Scored
 from sgpo_async.engines.sglang.processes.api import ServerGone, ServerRefused, ServerUnreached
 from sgpo_async.engines.sglang.serving.partial import Partial
-from sgpo_async.engines.sglang.serving.quarantine import COMPANY, Quarantine, Seats, seat, seat_for_suspect
+from sgpo_async.engines.sglang.serving.quarantine import ISOLATE_AFTER, Quarantine, ServerLoad, server_for_request, server_for_suspect
 from sgpo_async.engines.sglang.serving.server import Running, Server
 from sgpo_async.errors import EngineError, SgpoError
 
@@ -36,7 +36,7 @@ class Requests:
     def __init__(self, servers: Callable[[], list[Server]], ends: Collection[int]) -> None:
         """`ends` are the token ids that end a continuation."""
         self.results: queue.SimpleQueue[Result | SgpoError] = queue.SimpleQueue()
-        self.news: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.events: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # by a fault of this program
         self.tokens = 0
         self._servers, self._ends = servers, ends
@@ -68,7 +68,7 @@ class Requests:
         self._suspects = deque(item for item in self._suspects if _id(item) not in gone)
         for server in self._servers():
             for rid, running in server.running.items():
-                if _id(running.item) in gone and not server.lost:
+                if _id(running.item) in gone and not server.death_recorded:
                     self._background(server.abort(rid))
 
     def cancel_all(self) -> None:
@@ -81,31 +81,31 @@ class Requests:
         newest = max((s.version for s in servers if s.open and s.version is not None), default=None)
         if newest is None:
             return
-        while self._suspects and (place := seat_for_suspect(self._seats(servers, newest))) is not None:
+        while self._suspects and (place := server_for_suspect(self._seats(servers, newest))) is not None:
             self._begin(servers[place], self._suspects.popleft(), newest)
         while self._waiting:
-            place = seat(self._seats(servers, newest), suspect_waits=bool(self._suspects))
+            place = server_for_request(self._seats(servers, newest), suspect_waits=bool(self._suspects))
             if place is None:
                 return
             self._begin(servers[place], self._waiting.popleft(), newest)
 
-    def lost(self, server: Server) -> None:
+    def server_died(self, server: Server) -> None:
         """The server is dead, or gives no answer: whoever was on it at its first sign of that may be the reason.
 
         Also those that a failed update has cut off, who wait again or run elsewhere by now; not those that never got
         a connection.
         """
-        if server.lost:
+        if server.death_recorded:
             return
-        server.lost, server.open = True, False
-        aboard = [running.item for running in (server.aboard | server.running).values() if running.reached]
+        server.death_recorded, server.open = True, False
+        aboard = [running.item for running in (server.interrupted | server.running).values() if running.reached]
         known = [item for item in aboard if self._items.get(_id(item)) is item]
-        condemned = self._quarantine.died([_id(item) for item in known], others=len(aboard) - len(known))
-        if new := sum(self._quarantine.deaths(_id(item)) == COMPANY for item in known):
-            told = f"{new} of its requests have seen {COMPANY} servers die, and run alone from now on"
-            self.news.put(f"server {server.api.url}: {told}")
+        blamed = self._quarantine.record_death([_id(item) for item in known], others=len(aboard) - len(known))
+        if new := sum(self._quarantine.deaths(_id(item)) == ISOLATE_AFTER for item in known):
+            told = f"{new} of its requests have seen {ISOLATE_AFTER} servers die, and run alone from now on"
+            self.events.put(f"server {server.api.url}: {told}")
         for item in known:
-            if _id(item) == condemned and not self._complete(item):
+            if _id(item) == blamed and not self._complete(item):
                 self._fail(item)
         self._set_apart()
 
@@ -116,9 +116,9 @@ class Requests:
             self._waiting = deque(item for item in self._waiting if not self._quarantine.is_suspect(_id(item)))
             self._suspects.extendleft(reversed(apart))
 
-    def _seats(self, servers: list[Server], version: int) -> list[Seats]:
+    def _seats(self, servers: list[Server], version: int) -> list[ServerLoad]:
         return [
-            Seats(
+            ServerLoad(
                 running=len(server.running),
                 room=server.room if server.version == version else 0,
                 suspect=any(self._quarantine.is_suspect(_id(running.item)) for running in server.running.values()),
@@ -154,10 +154,10 @@ class Requests:
         if isinstance(error, ServerGone):
             server.running[rid].reached = not isinstance(error, ServerUnreached)
             server.open, server.fault = False, server.fault or error
-            self.lost(server)
+            self.server_died(server)
         elif task.cancelled():
             if server.fault is not None:  # an update has met it first, and cuts everybody off
-                self.lost(server)
+                self.server_died(server)
         elif isinstance(error, ServerRefused):
             self._refused(item, error)
         elif error is not None and not self.failed.done():

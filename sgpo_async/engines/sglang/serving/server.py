@@ -38,19 +38,19 @@ class Running:
 class Server:
     """The engine's view of one living server.
 
-    `ends` are the token ids that end a continuation; `silence_s` is how long a stream may say nothing.
+    `ends` are the token ids that end a continuation; `idle_timeout_s` is how long a stream may say nothing.
     """
 
-    def __init__(self, api: ServerApi, *, slots: int, ends: Collection[int], silence_s: float) -> None:
+    def __init__(self, api: ServerApi, *, slots: int, ends: Collection[int], idle_timeout_s: float) -> None:
         self.api, self.slots = api, slots
         self.version: int | None = None  # whole and verified; while the gate is shut, the one before
         self.open = False
         self.fault: SgpoError | None = None  # why it must be given up
-        self.lost = False  # it died, or gave no answer, and those who ran on it have been noted
+        self.death_recorded = False  # it died, or gave no answer, and those who ran on it have been noted
         self.running: dict[str, Running] = {}  # by rid: ids of requests may come again in another session
-        self.aboard: dict[str, Running] = {}  # who was cut off and had not ended, until the server is in service again
+        self.interrupted: dict[str, Running] = {}  # who was cut off and had not ended, until the server is in service again
         self.changes = 0  # how often weights began to change
-        self._ends, self._silence_s = ends, silence_s
+        self._ends, self._silence_s = ends, idle_timeout_s
         self._sent = 0
 
     @property
@@ -68,7 +68,7 @@ class Server:
         spans: list[Json] = []
         try:
             reached = functools.partial(self._reached, rid)
-            async for message in self.api.stream(self._body(partial, rid), silence_s=self._silence_s, reached=reached):
+            async for message in self.api.stream(self._body(partial, rid), idle_timeout_s=self._silence_s, reached=reached):
                 meta = message["meta_info"]
                 # The word of an abort may hold everything once more: only what is new counts.
                 new = meta["completion_tokens"] - (len(partial.tokens) - start)
@@ -131,17 +131,17 @@ class Server:
             self.fault = self.fault or error  # before anybody is cut off, and goes to another server
             raise
         finally:
-            await self.cut()
+            await self.cancel_streams()
 
     async def abort(self, rid: str) -> None:
         """End one stream: a mere disconnection would leave the request running for seconds."""
         with contextlib.suppress(ServerRefused, ServerGone):  # a server that is gone has no stream either
             await self.api.post("/abort_request", {"rid": rid}, timeout_s=self._silence_s)
 
-    async def cut(self) -> None:
+    async def cancel_streams(self) -> None:
         """Take no more requests and leave the streams where they are, without asking the server. `aboard` has them."""
         self.open = False
-        self.aboard |= {rid: running for rid, running in self.running.items() if not running.task.done()}
+        self.interrupted |= {rid: running for rid, running in self.running.items() if not running.task.done()}
         tasks = self._tasks()
         for task in tasks:
             task.cancel()

@@ -12,7 +12,7 @@ from sgpo_async.engines.sglang.processes.process import ServerProcess
 from sgpo_async.engines.sglang.serving.server import Server
 from sgpo_async.errors import EngineError, SgpoError
 
-LAST_WORDS_S = 1.0  # for a dying server to be seen dead
+EXIT_GRACE_S = 1.0  # for a dying server to be seen dead
 
 
 @dataclass
@@ -27,19 +27,19 @@ class ServerSlot:
     failures: int = 0  # in a row
 
 
-def alive(place: ServerSlot) -> bool:
+def alive(server_slot: ServerSlot) -> bool:
     """Whether its process, if we launched it, has not ended."""
-    return place.process is None or place.process.alive
+    return server_slot.process is None or server_slot.process.alive
 
 
-def require_alive(place: ServerSlot) -> None:
-    if place.process is not None and not place.process.alive:
-        raise EngineError(f"server {place.url} has ended; {place.process.last_words()}")
-    if place.process is not None and place.server is None and place.process.port_taken:
-        raise EngineError(f"server {place.url} found its port taken; {place.process.last_words()}")
+def require_alive(server_slot: ServerSlot) -> None:
+    if server_slot.process is not None and not server_slot.process.alive:
+        raise EngineError(f"server {server_slot.url} has ended; {server_slot.process.log_tail()}")
+    if server_slot.process is not None and server_slot.server is None and server_slot.process.port_taken:
+        raise EngineError(f"server {server_slot.url} found its port taken; {server_slot.process.log_tail()}")
 
 
-async def until_it_answers(place: ServerSlot, api: ServerApi, *, deadline: float) -> None:
+async def wait_until_ready(server_slot: ServerSlot, api: ServerApi, *, deadline: float) -> None:
     """Wait until the server there answers, to `deadline` (the loop's clock).
 
     Raises EngineError with its last words if it ends before, ServerGone or ServerRefused if it takes too long.
@@ -48,19 +48,19 @@ async def until_it_answers(place: ServerSlot, api: ServerApi, *, deadline: float
     try:
         while not asked.done():
             await asyncio.wait([asked], timeout=0.2)
-            require_alive(place)
+            require_alive(server_slot)
     finally:
         asked.cancel()
     await asked
 
 
-async def explained(place: ServerSlot, error: SgpoError) -> SgpoError:
+async def with_log_tail(server_slot: ServerSlot, error: SgpoError) -> SgpoError:
     """Of a server that gave no answer because it died, its last words say more."""
     if not isinstance(error, ServerGone):
         return error
-    await asyncio.sleep(LAST_WORDS_S)
+    await asyncio.sleep(EXIT_GRACE_S)
     try:
-        require_alive(place)
+        require_alive(server_slot)
     except EngineError as dead:
         return dead
     return error

@@ -15,7 +15,7 @@ from sgpo_async.config.schema import Engine
 from sgpo_async.engines.sglang.processes.api import ServerApi, ServerGone, ServerRefused, http_session
 from sgpo_async.engines.sglang.processes.launch import CPU_TOKENS, Launch
 from sgpo_async.engines.sglang.processes.process import ServerProcess
-from sgpo_async.engines.sglang.serving.server_slot import LAST_WORDS_S, ServerSlot, until_it_answers
+from sgpo_async.engines.sglang.serving.server_slot import EXIT_GRACE_S, ServerSlot, wait_until_ready
 from sgpo_async.errors import EngineError, SgpoError
 from sgpo_async.model.load import device_of
 
@@ -41,20 +41,20 @@ class TextServer:
         try:
             task.result()
         except SgpoError:
-            await asyncio.sleep(LAST_WORDS_S)  # of a server that gave no answer because it died they say more
+            await asyncio.sleep(EXIT_GRACE_S)  # of a server that gave no answer because it died they say more
             self._require_alive()
             raise
 
     def _require_alive(self) -> None:
         if not self._process.alive:
-            raise EngineError(f"server {self._process.url} has ended; {self._process.last_words()}")
+            raise EngineError(f"server {self._process.url} has ended; {self._process.log_tail()}")
 
 
 @asynccontextmanager
-async def text_server(model: str, engine: Engine, *, dtype: str, known_as: str, log: Path) -> AsyncIterator[TextServer]:
+async def text_server(model: str, engine: Engine, *, dtype: str, served_name: str, log: Path) -> AsyncIterator[TextServer]:
     """Launch one and wait until it answers; it ends with the context.
 
-    `model` is a folder, or a hub's name; requests call it `known_as`. Of `engine` count the device, the slots, and of
+    `model` is a folder, or a hub's name; requests call it `served_name`. Of `engine` count the device, the slots, and of
     `sglang` how a server is launched. Raises EngineError if it ends, with its last words, or takes too long.
     """
     launch = Launch(
@@ -64,16 +64,16 @@ async def text_server(model: str, engine: Engine, *, dtype: str, known_as: str, 
         device=device_of(engine.device),
         slots=engine.slots,
         longest=CPU_TOKENS // engine.slots,
-        known_as=known_as,
+        served_name=served_name,
     )
     process = await asyncio.to_thread(ServerProcess, launch, log)
-    place = ServerSlot(launch, process.url, log, process)
+    server_slot = ServerSlot(launch, process.url, log, process)
     start_s = engine.sglang.start_timeout_s
     try:
         async with http_session() as http:
             deadline = asyncio.get_running_loop().time() + start_s
             try:
-                await until_it_answers(place, ServerApi(http, place.url), deadline=deadline)
+                await wait_until_ready(server_slot, ServerApi(http, server_slot.url), deadline=deadline)
             except (ServerGone, ServerRefused) as error:
                 remedy = f"see {log}, or raise engine.sglang.start_timeout_s"
                 raise EngineError(f"server not ready within {start_s:g} s ({error}); {remedy}") from None

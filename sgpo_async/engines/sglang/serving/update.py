@@ -25,7 +25,7 @@ PAUSE_MODES = {"retract": "retract", "in-place": "in_place"}
 
 
 @dataclass(frozen=True)
-class Updated:
+class UpdateTimings:
     """What one update took, in seconds."""
 
     url: str
@@ -43,11 +43,11 @@ class Updated:
 
 async def update(
     server: Server, prepared: Prepared, transport: Transport, *, in_flight: InFlight, phase_s: float
-) -> Updated:
+) -> UpdateTimings:
     """Bring `server` to a version, and leave it open, unless a stream has met a fault meanwhile.
 
     Raises ServerRefused, ServerGone, SessionError, WeightsError or DeadlineExceeded; the server then stays shut and
-    holds no version. `server.fault` then says whether it must be given up, and `server.aboard` whose streams had not
+    holds no version. `server.fault` then says whether it must be given up, and `server.interrupted` whose streams had not
     ended. Nobody is aboard after a success: a server that takes weights and shows them is alive.
     """
     began = time.monotonic()
@@ -73,14 +73,14 @@ async def update(
         server.version = None
         if isinstance(error, ServerGone):
             server.fault = server.fault or error
-        await server.cut()
+        await server.cancel_streams()
         if pauses:
             await _unpause(server.api, timeout_s=phase_s)
         raise
-    server.aboard.clear()
+    server.interrupted.clear()
     server.version = prepared.version
     server.open = server.fault is None
-    return Updated(server.api.url, prepared.version, transport.name, shut - began, sent - shut, verified - sent)
+    return UpdateTimings(server.api.url, prepared.version, transport.name, shut - began, sent - shut, verified - sent)
 
 
 async def verify(api: ServerApi, prepared: Prepared, *, timeout_s: float) -> None:

@@ -34,8 +34,8 @@ from sgpo_async.engines.sglang.weight_sync.model_facts import ModelFacts
 from sgpo_async.errors import EngineError, SessionError, SgpoError, WeightsError
 
 BUCKET_BYTES = 64 * 2**20  # of tensors in one request
-LINK_S = 600.0  # beyond the link's own deadlines
-KEPT = 2  # version folders: servers may still be reading the one before
+SENDER_TIMEOUT_S = 600.0  # beyond the link's own deadlines
+KEPT_VERSIONS = 2  # version folders: servers may still be reading the one before
 COPIED = ("config.json", "generation_config.json")
 
 
@@ -239,9 +239,9 @@ class DiskTransport:
         except OSError as error:
             raise EngineError(f"engine.sglang.folder: cannot write {target}: {error.strerror}") from None
         self._written = [path for path in self._written if path != target] + [target]
-        for path in self._written[:-KEPT]:
+        for path in self._written[:-KEPT_VERSIONS]:
             shutil.rmtree(path, ignore_errors=True)
-        self._written = self._written[-KEPT:]
+        self._written = self._written[-KEPT_VERSIONS:]
         return str(target)
 
     async def send(self, api: ServerApi, prepared: Prepared, *, flush: bool, timeout_s: float) -> None:
@@ -260,9 +260,9 @@ class DiskTransport:
 def _answer(future: Any) -> Any:
     """What the link says; it has deadlines of its own. Raises SessionError if it says nothing."""
     try:
-        return future.result(LINK_S)
+        return future.result(SENDER_TIMEOUT_S)
     except TimeoutError:
-        raise SessionError(f"the learner's link: no answer within {LINK_S:g} s") from None
+        raise SessionError(f"the learner's link: no answer within {SENDER_TIMEOUT_S:g} s") from None
 
 
 @asynccontextmanager
