@@ -57,7 +57,7 @@ class SlotCache(Cache):
         return DecodeView(rows, positions, columns, self.keys, self.values)
 
     def decode(self, view: DecodeView) -> None:
-        """The next forward adds one token per row at `places`."""
+        """Prepare the next forward, which adds one token to each row of `view`."""
         self._view = view
 
     def move(self, sources: torch.Tensor, targets: torch.Tensor, length: int) -> None:

@@ -45,7 +45,7 @@ def test_a_server_dies_and_the_run_goes_on(tmp_path: Path, transport: str) -> No
         assert summary["leases_reissued"] == summary["duplicates"] == 0
         assert summary["lag_max"] <= run.run.hub.max_lag
         log = (run.folder / "logs" / "actor-0.log").read_text()
-        assert "has ended; the end of" in log and "starts again" in log
+        assert "has ended; the end of" in log and "restarts in" in log
         assert " by tensor: " not in log and " by distributed: " not in log  # no update failed
         mismatch = [
             line["mismatch_max_lag0_first"] for line in run.lines() if line["mismatch_max_lag0_first"] is not None

@@ -1,4 +1,4 @@
-"""Who is examined, against what, and what comes of it."""
+"""The server under test, the learner's model as the reference, and the findings of checks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Finding:
 
 
 class CheckFailed(EngineError):
-    """Something that cannot work, and what to do about it."""
+    """A server that cannot work with this run, and the remedy."""
 
     def __init__(self, found: str, remedy: str) -> None:
         super().__init__(f"{found}; {remedy}")
@@ -41,11 +41,11 @@ class CheckFailed(EngineError):
 
 
 class CheckWarning(CheckFailed):
-    """Something that works, and that the user should know."""
+    """A server that works, but with a limitation that the user should know."""
 
 
 def finding_of(check: str, error: SgpoError, *, remedy: str) -> Finding:
-    """What an error says of a check; `remedy` for an error that names none apart."""
+    """The finding of a check that raised `error`; `remedy` is used if the error has no remedy of its own."""
     if isinstance(error, CheckFailed):
         outcome: Outcome = "warning" if isinstance(error, CheckWarning) else "failed"
         return Finding(check, outcome, error.found, error.remedy)
@@ -53,9 +53,9 @@ def finding_of(check: str, error: SgpoError, *, remedy: str) -> Finding:
 
 
 class Reference:
-    """The model in a folder as the learner has it: weights of `dtype`, computed in float32 on the CPU.
+    """The learner's model: weights from a folder, rounded to `dtype`; forward passes in float32 on the CPU.
 
-    Loaded once, by whichever thread asks first. `digest` is computed over (name, tensor), as an engine's.
+    It is loaded once, on first use, by any thread. `digest` is computed over (name, tensor), as an engine's.
     """
 
     def __init__(self, folder: str, *, dtype: str, digest: parameters.Digest) -> None:
@@ -64,7 +64,7 @@ class Reference:
         self._model: PreTrainedModel | None = None
 
     def model(self) -> PreTrainedModel:
-        """Raises DataError if it cannot be loaded."""
+        """The model. Raises DataError if it cannot be loaded."""
         with self._lock:
             if self._model is None:
                 model = load_model(self._folder, device="cpu", dtype="float32")
@@ -75,7 +75,7 @@ class Reference:
             return self._model
 
     def weights(self, version: int, *, changed: str = "") -> Weights:
-        """Its parameters as a version; the first element of the parameter `changed` is the next larger number."""
+        """Its parameters as a weight version. The first element of the parameter `changed` is increased minimally."""
         tensors = {name: parameter.detach().to(self._dtype) for name, parameter in self.model().named_parameters()}
         if changed:
             tensors[changed] = tensors[changed].clone()
@@ -86,18 +86,18 @@ class Reference:
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A server that answers, and what it is to be."""
+    """The server under test, and the model and settings that it must match."""
 
     server: Server
     model: ModelFacts
     engine: EngineSettings
     transports: Sequence[Transport]
-    tokens: int = 0  # of the longest completion
+    tokens: int = 0  # length of the longest completion
     reference: Reference | None = None  # for the checks that need the learner's model
 
     @property
     def dtype(self) -> str:
-        """Of the weights."""
+        """The dtype of the weights."""
         return str(self.model.dtype).removeprefix("torch.")
 
     @property

@@ -1,6 +1,6 @@
-"""A server of texts, for as long as a caller's work lasts: launched as an actor launches its own, with its tokenizer.
+"""A server that takes and returns text, for the duration of a caller's work.
 
-What is asked of it goes to SGLang's OpenAI-compatible interface, below `url`.
+It is launched like an actor's server, but with a tokenizer. Requests go to SGLang's OpenAI-compatible API below `url`.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from sgpo_async.engines.sglang.serving.server_slot import EXIT_GRACE_S, ServerSl
 from sgpo_async.errors import EngineError, SgpoError
 from sgpo_async.model.load import device_of
 
-LOOK_S = 0.2  # between two looks at whether it lives
+CHECK_INTERVAL_S = 0.2  # between two checks that the server is alive
 
 
 class TextServer:
-    """A server that answers."""
+    """A running server that is ready for requests."""
 
     def __init__(self, process: ServerProcess) -> None:
         self._process = process
         self.url = f"{process.url}/v1"
 
     async def during(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do `work`. Raises what it raises, or EngineError with the server's last words as soon as that has ended."""
+        """Run `work`. Raises its errors, or EngineError with the end of the server's log as soon as the server ends."""
         task = asyncio.create_task(work)
         try:
-            while not (await asyncio.wait([task], timeout=LOOK_S))[0]:
+            while not (await asyncio.wait([task], timeout=CHECK_INTERVAL_S))[0]:
                 self._require_alive()
         finally:
             task.cancel()
@@ -41,7 +41,7 @@ class TextServer:
         try:
             task.result()
         except SgpoError:
-            await asyncio.sleep(EXIT_GRACE_S)  # of a server that gave no answer because it died they say more
+            await asyncio.sleep(EXIT_GRACE_S)  # if the server died, the end of its log explains the error better
             self._require_alive()
             raise
 
@@ -52,10 +52,11 @@ class TextServer:
 
 @asynccontextmanager
 async def text_server(model: str, engine: Engine, *, dtype: str, served_name: str, log: Path) -> AsyncIterator[TextServer]:
-    """Launch one and wait until it answers; it ends with the context.
+    """Launch a server and wait until it is ready; it is stopped at the end of the context.
 
-    `model` is a folder, or a hub's name; requests call it `served_name`. Of `engine` count the device, the slots, and of
-    `sglang` how a server is launched. Raises EngineError if it ends, with its last words, or takes too long.
+    `model` is a folder or a name on the Hugging Face hub; requests use the model name `served_name`. Of `engine`, the
+    device, the slots and the launch settings in `sglang` are used. Raises EngineError if the server ends (with the
+    end of its log) or takes too long to start.
     """
     launch = Launch(
         settings=engine.sglang,
