@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from sgpo_async.config import Hub, Run
-from sgpo_async.engines.sglang.preflight import CheckWarning, CheckFailed, Finding, finding_of
+from sgpo_async.engines.sglang.preflight import CheckFailed, CheckWarning, Finding, finding_of
 from sgpo_async.engines.sglang.weight_sync.layout import layout_of
 from sgpo_async.engines.sglang.weight_sync.model_facts import ModelFacts, model_facts
 from sgpo_async.errors import SgpoError

@@ -54,5 +54,5 @@ def decode_attention(  # noqa: PLR0913, PLR0917 (transformers' attention signatu
 
 
 def _is_decode_step(attention_mask: torch.Tensor | None, kwargs: dict[str, Any]) -> TypeGuard[torch.Tensor]:
-    """Only a decode step passes an additive mask: prefill and scoring pass none, and transformers' masks are boolean."""
+    """Only a decode step passes an additive mask: prefill and scoring pass none; transformers' are boolean."""
     return attention_mask is not None and attention_mask.dtype == torch.float32 and kwargs.get("position_bias") is None

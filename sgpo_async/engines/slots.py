@@ -51,7 +51,7 @@ class SlotCache(Cache):
         self._first, self._copies, self._view = first, copies, None
 
     def decode_view(self, positions: torch.Tensor, length: int) -> DecodeView:
-        """The view of a decode step at `positions` [n] of rows 0..n-1, all below `length`; allocates missing columns."""
+        """The view of a decode step at `positions` [n] < `length` of rows 0..n-1; allocates missing columns."""
         self.reserve(length)
         rows, columns = self._rows[: positions.shape[0]], self._columns[:length]
         return DecodeView(rows, positions, columns, self.keys, self.values)
@@ -85,7 +85,7 @@ class SlotCache(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Called by the model in each layer with [n, heads, tokens, width]; returns the keys and values to attend to."""
+        """Called by the model in each layer with [n, heads, tokens, width]; returns keys and values to attend to."""
         if self._view is not None:
             return _write_and_read(self._view, key_states, value_states, layer_idx)
         if layer_idx == len(self.keys):

@@ -123,7 +123,10 @@ class Served:
         """Bring all servers to this version, which each verifies by its checksums, and wait for it."""
         self.engine.load(weights)
         deadline = time.monotonic() + PATIENCE_S
-        while not all(server_slot.server and server_slot.server.version == weights.version for server_slot in self.engine.server_slots):
+        while not all(
+            server_slot.server and server_slot.server.version == weights.version
+            for server_slot in self.engine.server_slots
+        ):
             assert time.monotonic() < deadline, f"version {weights.version} is not there: {self.engine.events()}"
             time.sleep(0.01)
 

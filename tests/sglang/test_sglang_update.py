@@ -36,7 +36,12 @@ def interrupted(servers: Servers, new: Path, *, count: int = 32, tokens: int = T
 
 def _streamed(servers: Servers) -> int:
     """Tokens that running generations have by now."""
-    running = [r for server_slot in servers.engine.server_slots if server_slot.server for r in list(server_slot.server.running.values())]
+    running = [
+        r
+        for server_slot in servers.engine.server_slots
+        if server_slot.server
+        for r in list(server_slot.server.running.values())
+    ]
     return sum(len(r.item.tokens) for r in running)
 
 

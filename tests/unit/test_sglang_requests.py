@@ -1,4 +1,4 @@
-"""Requests on servers that are played: a killer is failed by name, and its neighbours finish."""
+"""Requests on fake servers: a request that kills servers fails by name, and the other requests finish."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ async def serve(servers: list[FakeServer], asked: Iterable[Generate]) -> tuple[R
     return requests, results
 
 
-def test_a_killer_is_failed_by_name_and_its_neighbours_finish() -> None:
+def test_a_request_that_kills_servers_fails_by_name_and_the_others_finish() -> None:
     async def scenario() -> None:
         servers = [FakeServer(f"server-{i}", at(5)) for i in range(2)]
         requests, results = await serve(servers, [ask(i) for i in range(20)])
@@ -49,18 +49,18 @@ def test_a_killer_is_failed_by_name_and_its_neighbours_finish() -> None:
     asyncio.run(scenario())
 
 
-def test_two_killers_and_one_server() -> None:
+def test_two_requests_that_kill_the_only_server_are_both_found() -> None:
     async def scenario() -> None:
         server = FakeServer("server", at(0, 3))
         _, results = await serve([server], [ask(i) for i in range(9)])
         assert sorted(id for id, result in results.items() if isinstance(result, Failed)) == [0, 3]
-        assert server.deaths == 4  # two with both aboard, and one for each of them alone
+        assert server.deaths == 4  # two while both ran, and one while each ran alone
 
     asyncio.run(scenario())
 
 
-def test_deaths_that_nobody_causes_condemn_nobody() -> None:
-    """The first server dies twice with all aboard; then those run alone, one after another."""
+def test_no_request_is_blamed_for_deaths_that_no_request_causes() -> None:
+    """The server dies twice while all requests run on it; after that they run alone, one after another."""
 
     async def scenario() -> None:
         deaths = iter([True, True])
@@ -73,7 +73,7 @@ def test_deaths_that_nobody_causes_condemn_nobody() -> None:
     asyncio.run(scenario())
 
 
-def test_an_abort_is_no_death() -> None:
+def test_an_abort_counts_no_death() -> None:
     async def scenario() -> None:
         server = FakeServer("server", lambda partial: False)
         requests = Requests(lambda: [server], ends=())
@@ -93,8 +93,8 @@ def test_an_abort_is_no_death() -> None:
     asyncio.run(scenario())
 
 
-def test_a_complete_continuation_is_no_killer() -> None:
-    """Its server died between the last token and its last word, three times alone."""
+def test_a_complete_completion_is_never_blamed() -> None:
+    """Its server died after the last token and before the end of the stream, three times while it ran alone."""
 
     async def scenario() -> None:
         server = FakeServer("server", lambda partial: False)
@@ -112,7 +112,7 @@ def test_a_complete_continuation_is_no_killer() -> None:
     asyncio.run(scenario())
 
 
-def test_what_is_cancelled_is_forgotten() -> None:
+def test_a_cancelled_request_is_not_sent() -> None:
     async def scenario() -> None:
         server = FakeServer("server", lambda partial: False)
         server.open = False

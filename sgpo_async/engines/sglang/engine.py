@@ -132,7 +132,7 @@ class SglangEngine:
         self._call(Fleet.submit, request)
 
     def step(self, timeout_s: float) -> list[Result]:
-        """Finished and failed requests; waits up to `timeout_s` for the first. Raises EngineError if no server works."""
+        """Finished and failed requests; waits up to `timeout_s` for one. Raises EngineError if no server works."""
         self._check()
         if self._fleet is None:
             return []

@@ -10,8 +10,8 @@ examine.py     the tables of checks; `join` and `examine` run them
 
 from sgpo_async.engines.sglang.preflight.examine import FULL, JOIN, examine, join
 from sgpo_async.engines.sglang.preflight.findings import (
-    CheckWarning,
     CheckFailed,
+    CheckWarning,
     Finding,
     Reference,
     Subject,
@@ -21,8 +21,8 @@ from sgpo_async.engines.sglang.preflight.findings import (
 __all__ = [
     "FULL",
     "JOIN",
-    "CheckWarning",
     "CheckFailed",
+    "CheckWarning",
     "Finding",
     "Reference",
     "Subject",

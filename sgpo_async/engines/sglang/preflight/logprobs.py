@@ -48,7 +48,9 @@ async def consistent(subject: Subject, server_info: Json) -> str:  # noqa: ARG00
     """Check completions that are generated and then scored, at both temperatures."""
     found = []
     for temperature in TEMPERATURES:
-        pairs = await asyncio.gather(*(_generated_and_scored(subject, prompt, temperature) for prompt in _prompts(subject, 4)))
+        pairs = await asyncio.gather(
+            *(_generated_and_scored(subject, prompt, temperature) for prompt in _prompts(subject, 4))
+        )
         errors = np.concatenate([_differences(*pair, temperature) for pair in pairs])
         found.append(_judge(errors, subject.dtype, f"T = {temperature:g}"))
     return "; ".join(found)

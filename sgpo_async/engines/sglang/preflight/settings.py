@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sgpo_async.engines.sglang.preflight.findings import CheckWarning, CheckFailed, Subject
+from sgpo_async.engines.sglang.preflight.findings import CheckFailed, CheckWarning, Subject
 from sgpo_async.engines.sglang.processes.api import Json
 
 TESTED = "0.5.23"
@@ -228,7 +228,8 @@ def _faults(subject: Subject, server_info: Json) -> Iterator[tuple[str, str]]:
 def _doubts(subject: Subject, server_info: Json) -> Iterator[tuple[str, str]]:
     """(found, remedy) of settings that limit throughput or the length of sequences."""
     running = min(
-        (s.get("effective_max_running_requests_per_dp", 2**31) for s in server_info.get("internal_states", [])), default=2**31
+        (s.get("effective_max_running_requests_per_dp", 2**31) for s in server_info.get("internal_states", [])),
+        default=2**31,
     )
     if running < subject.server.slots:
         found = f"it decodes at most {running} sequences at a time, but gets {subject.server.slots}: the rest wait"

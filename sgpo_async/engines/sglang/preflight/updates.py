@@ -6,7 +6,7 @@ import asyncio
 import time
 from typing import Any
 
-from sgpo_async.engines.sglang.preflight.findings import CheckWarning, CheckFailed, Subject
+from sgpo_async.engines.sglang.preflight.findings import CheckFailed, CheckWarning, Subject
 from sgpo_async.engines.sglang.processes.api import Json, ServerApi
 from sgpo_async.engines.sglang.serving.update import PAUSE_MODES, UpdateTimings, update
 

@@ -18,11 +18,23 @@ from typing import Any
 import aiohttp
 
 from sgpo_async.engines.base import EngineLoad, Generate, Score, Weights
-from sgpo_async.engines.sglang.processes.api import ServerApi, ServerGone, ServerRefused, http_session, clean_up_attached
+from sgpo_async.engines.sglang.processes.api import (
+    ServerApi,
+    ServerGone,
+    ServerRefused,
+    clean_up_attached,
+    http_session,
+)
 from sgpo_async.engines.sglang.processes.process import ServerProcess
 from sgpo_async.engines.sglang.serving.requests import Requests
 from sgpo_async.engines.sglang.serving.server import Server
-from sgpo_async.engines.sglang.serving.server_slot import ServerSlot, alive, with_log_tail, require_alive, wait_until_ready
+from sgpo_async.engines.sglang.serving.server_slot import (
+    ServerSlot,
+    alive,
+    require_alive,
+    wait_until_ready,
+    with_log_tail,
+)
 from sgpo_async.engines.sglang.serving.update import InFlight, UpdateTimings, update
 from sgpo_async.engines.sglang.weight_sync.transports import Prepared, Transport
 from sgpo_async.errors import DeadlineExceeded, EngineError, SessionError, SgpoError, Superseded, WeightsError
@@ -55,7 +67,11 @@ class Fleet:
     """
 
     def __init__(
-        self, server_slots: Sequence[ServerSlot], settings: FleetSettings, transports: Sequence[Transport], examine: Examine
+        self,
+        server_slots: Sequence[ServerSlot],
+        settings: FleetSettings,
+        transports: Sequence[Transport],
+        examine: Examine,
     ) -> None:
         """`transports` are in the order in which an update tries them."""
         self._requests = Requests(self._servers, settings.ends)
@@ -106,7 +122,7 @@ class Fleet:
         return EngineLoad(running=running, waiting=self._requests.waiting, slots=slots, tokens=self._requests.tokens)
 
     async def run(self) -> None:
-        """Keep a server running in every server slot until `close`. Stops all servers at the end, also after an error."""
+        """Keep a server running in every server slot until `close`. Stops all servers before it returns or raises."""
         async with http_session() as http:
             watchdogs = [asyncio.create_task(self._supervise(server_slot, http)) for server_slot in self._server_slots]
             closing = asyncio.create_task(self._closing.wait())

@@ -19,7 +19,13 @@ from collections.abc import Callable, Collection, Coroutine, Hashable, Iterable
 from sgpo_async.engines.base import Failed, Generate, Generated, Result, Score, Scored
 from sgpo_async.engines.sglang.processes.api import ServerGone, ServerRefused, ServerUnreached
 from sgpo_async.engines.sglang.serving.partial import Partial
-from sgpo_async.engines.sglang.serving.quarantine import ISOLATE_AFTER, Quarantine, ServerLoad, server_for_request, server_for_suspect
+from sgpo_async.engines.sglang.serving.quarantine import (
+    ISOLATE_AFTER,
+    Quarantine,
+    ServerLoad,
+    server_for_request,
+    server_for_suspect,
+)
 from sgpo_async.engines.sglang.serving.server import Running, Server
 from sgpo_async.errors import EngineError, SgpoError
 
@@ -101,7 +107,9 @@ class Requests:
         known = [item for item in in_flight if self._items.get(_id(item)) is item]
         blamed = self._quarantine.record_death([_id(item) for item in known], others=len(in_flight) - len(known))
         if new := sum(self._quarantine.deaths(_id(item)) == ISOLATE_AFTER for item in known):
-            isolated = f"{new} of its requests were running on {ISOLATE_AFTER} servers that died; they run alone from now on"
+            isolated = (
+                f"{new} of its requests were running on {ISOLATE_AFTER} servers that died; they run alone from now on"
+            )
             self.events.put(f"server {server.api.url}: {isolated}")
         for item in known:
             if _id(item) == blamed and not self._complete(item):

@@ -68,7 +68,9 @@ class Server:
         spans: list[Json] = []
         try:
             on_connected = functools.partial(self._mark_connected, rid)
-            async for message in self.api.stream(self._body(partial, rid), idle_timeout_s=self._silence_s, on_connected=on_connected):
+            async for message in self.api.stream(
+                self._body(partial, rid), idle_timeout_s=self._silence_s, on_connected=on_connected
+            ):
                 meta = message["meta_info"]
                 # The last message after an abort may repeat all tokens: only the new ones count.
                 new = meta["completion_tokens"] - (len(partial.tokens) - start)

@@ -36,9 +36,7 @@ def require_alive(server_slot: ServerSlot) -> None:
     if server_slot.process is not None and not server_slot.process.alive:
         raise EngineError(f"server {server_slot.url} has ended; {server_slot.process.log_tail()}")
     if server_slot.process is not None and server_slot.server is None and server_slot.process.port_taken:
-        raise EngineError(
-            f"server {server_slot.url}: another process took its port; {server_slot.process.log_tail()}"
-        )
+        raise EngineError(f"server {server_slot.url}: another process took its port; {server_slot.process.log_tail()}")
 
 
 async def wait_until_ready(server_slot: ServerSlot, api: ServerApi, *, deadline: float) -> None:

@@ -51,7 +51,9 @@ class TextServer:
 
 
 @asynccontextmanager
-async def text_server(model: str, engine: Engine, *, dtype: str, served_name: str, log: Path) -> AsyncIterator[TextServer]:
+async def text_server(
+    model: str, engine: Engine, *, dtype: str, served_name: str, log: Path
+) -> AsyncIterator[TextServer]:
     """Launch a server and wait until it is ready; it is stopped at the end of the context.
 
     `model` is a folder or a name on the Hugging Face hub; requests use the model name `served_name`. Of `engine`, the

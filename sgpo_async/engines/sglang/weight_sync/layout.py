@@ -48,7 +48,7 @@ FAMILIES = {
 class Cut:
     """How one tensor is split over the ranks: padded with zeros from `size` to `padded` along `dim`, cut in `pieces`.
 
-    With fewer pieces than ranks, neighbouring ranks have the same piece. Without `dim`, every rank has the whole tensor.
+    With fewer pieces than ranks, neighbouring ranks share a piece. Without `dim`, every rank has the whole tensor.
     """
 
     source: str  # the Hugging Face name
