@@ -18,13 +18,13 @@ def test_the_measurement_for_gpus_runs(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tests/gpu/measure_servers.py"), *arguments.split()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=550, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    figures = json.loads(out.read_text())
-    assert figures["mismatch"]["float32"]["max"] < 1e-4 < figures["mismatch"]["bfloat16"]["max"]
+    measured = json.loads(out.read_text())
+    assert measured["mismatch"]["float32"]["max"] < 1e-4 < measured["mismatch"]["bfloat16"]["max"]
     for transport in ("tensor", "distributed"):
-        updates = figures[f"updates_{transport}"]
+        updates = measured[f"updates_{transport}"]
         assert updates["counted"] == updates["of"] == 4 and 0 < updates["pause_s_max"] < 10
-    assert figures["generation"]["all_slots_tokens_per_s"] > 0
-    assert figures["versions"]["server"]["sglang"] and figures["date"]
+    assert measured["generation"]["all_slots_tokens_per_s"] > 0
+    assert measured["versions"]["server"]["sglang"] and measured["date"]
 
 
 def test_the_measurement_reports_missing_gpus(tmp_path: Path) -> None:

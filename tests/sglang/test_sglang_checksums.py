@@ -73,11 +73,11 @@ def saved(name, folder):
 
 @contextmanager
 def server(folder, *, tp=1, dtype="float32"):
-    """Run a CPU server of the model in `folder`; yields a function that posts a body to a path and returns the answer."""
+    """Run a CPU server of the model in `folder`; yields a function (path, body) that posts and returns the answer."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = [
+    command = [
         *(PYTHON, CPU_LAUNCHER, "--model-path", folder, "--host", "127.0.0.1", "--port", port),
         *(
             "--device",
@@ -104,7 +104,7 @@ def server(folder, *, tp=1, dtype="float32"):
 
     with (folder / "server.log").open("wb") as log:
         process = subprocess.Popen(
-            list(map(str, words)), env=environment, stdout=log, stderr=log, start_new_session=True
+            list(map(str, command)), env=environment, stdout=log, stderr=log, start_new_session=True
         )
     try:
         deadline = time.monotonic() + START_S
@@ -159,8 +159,8 @@ def test_a_server_answers_the_expected_checksums_until_one_element_changes(tmp_p
 def test_the_layout_on_a_gpu_is_that_of_sglangs_own_models(tmp_path, monkeypatch, tp):
     monkeypatch.setitem(layout.HASHES, "cuda", cpu_hash)  # gpu_layout.py hashes tensors on a CPU
     models = {str(tmp_path / name): saved(name, tmp_path / name) for name in MODELS}
-    words = [PYTHON, Path(__file__).with_name("gpu_layout.py"), str(tp), *models]
-    done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=START_S, check=False)
+    command = [PYTHON, Path(__file__).with_name("gpu_layout.py"), str(tp), *models]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=START_S, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     held = json.loads(done.stdout.splitlines()[-1])
     for folder, (tensors, config) in models.items():

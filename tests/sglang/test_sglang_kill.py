@@ -104,9 +104,7 @@ def test_kill_in_each_phase_of_an_update(
     assert victims.engine.server_slots[0].process is not lost
 
 
-def test_a_request_that_kills_servers_fails_and_the_others_finish(
-    victims: Servers, models: dict[str, Path]
-) -> None:
+def test_a_request_that_kills_servers_fails_and_the_others_finish(victims: Servers, models: dict[str, Path]) -> None:
     """A token id beyond the vocabulary kills a server. `submit` would refuse it, so the test bypasses `submit`."""
     requests = run_all(victims)
     killer = replace(ask("killer"), prompt=np.array([10**6], np.int32))
@@ -135,7 +133,9 @@ def test_a_suspended_server_is_restarted_after_the_timeout(models: dict[str, Pat
         assert any("no answer within 3 s" in line for line in servers.events()), servers.events()
 
 
-def test_the_error_of_a_server_that_cannot_start_contains_the_end_of_its_log(models: dict[str, Path], tmp_path: Path) -> None:
+def test_the_error_of_a_server_that_cannot_start_contains_the_end_of_its_log(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
     with (
         pytest.raises(EngineError, match="has ended; the end of") as error,
         Servers(models["qwen3"], tmp_path, args="--no-such-word"),
