@@ -12,7 +12,7 @@
     │   └── Superseded              a newer weight version has overwritten the requested one
     ├── EngineError             an inference engine cannot start or cannot serve
     │   └── CheckFailed             a check of `sgpo-async doctor`, or of a server that joins, failed: the remedy
-    │       └── CheckDoubtful           ... as a warning: it works, but the user should know
+    │       └── CheckWarning           ... as a warning: it works, but the user should know
     ├── EndpointError           a server of chat completions cannot serve any request
     ├── CheckpointError         a checkpoint cannot be written or read
     ├── RunFailed               the hub, the learner or all actors of a local run ended unexpectedly
@@ -80,7 +80,7 @@ class CheckFailed(EngineError):
         self.found, self.remedy = found, remedy
 
 
-class CheckDoubtful(CheckFailed):
+class CheckWarning(CheckFailed):
     """A check found something that works but that the user should know about."""
 
 

@@ -197,7 +197,7 @@ class Service:
 
         The hub leases by version: it is told at once of a new one.
         """
-        for line in self._engine.news():
+        for line in self._engine.events():
             log.info("%s", line)
         now = time.monotonic()
         for rollout in self._sender.due(now):

@@ -131,7 +131,7 @@ class Bench:
 
     async def _bare(self, seconds: float) -> float:
         bodies = self.bodies()
-        urls = [place.url for place in self.engine.server_slots]
+        urls = [server_slot.url for server_slot in self.engine.server_slots]
         counted = 0
         start = time.monotonic() + WARM_S
 

@@ -18,7 +18,7 @@ from sgpo_async.config import Hub, Run
 from sgpo_async.engines.sglang.preflight import Finding, finding_of
 from sgpo_async.engines.sglang.weight_sync.layout import layout_of
 from sgpo_async.engines.sglang.weight_sync.model_facts import ModelFacts, model_facts
-from sgpo_async.errors import CheckDoubtful, CheckFailed, SgpoError
+from sgpo_async.errors import CheckFailed, CheckWarning, SgpoError
 from sgpo_async.local.watch import Watch
 from sgpo_async.model.folder import load_tokenizer, model_folder, tokenizer_fingerprint
 from sgpo_async.model.load import device_of
@@ -102,7 +102,7 @@ def hub(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
         raise CheckFailed(found, "start the hub there, or correct the address")
     found, remedy = f"hub.address: somebody else listens at {run.hub.address}", "choose another port: hub.address=..."
     if run.hub.address == Hub().address:
-        raise CheckDoubtful(f"{found} (`local` chooses a free port by itself)", remedy)
+        raise CheckWarning(f"{found} (`local` chooses a free port by itself)", remedy)
     raise CheckFailed(found, remedy)
 
 
@@ -115,7 +115,7 @@ def memory(run: Run, facts: ModelFacts) -> str:
     found = f"2 versions of the weights, {size(copies)}, are more than half of {size(available)} of memory"
     if copies > free(folder):
         raise CheckFailed(f"{found}, and {folder} has {size(free(folder))}", "use a machine with more memory")
-    raise CheckDoubtful(f"{found}: they stand in a file in {folder}", "expect slower updates, or free some memory")
+    raise CheckWarning(f"{found}: they stand in a file in {folder}", "expect slower updates, or free some memory")
 
 
 def shared_memory(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
@@ -124,7 +124,7 @@ def shared_memory(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
     several = run.engine.sglang.tp > 1 or run.local.ranks > 1
     if device_of(run.engine.device) == "cuda" and several and room < SHARED_BYTES:
         found = f"/dev/shm has {size(room)}, and ranks on GPUs may need {size(SHARED_BYTES)}"
-        raise CheckDoubtful(found, "start the container with --shm-size=1g or more")
+        raise CheckWarning(found, "start the container with --shm-size=1g or more")
     return f"/dev/shm has {size(room)}"
 
 

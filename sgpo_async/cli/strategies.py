@@ -194,7 +194,7 @@ def _own_server(args: argparse.Namespace) -> OwnServer:
     except DataError as error:
         raise DataError(str(error).replace("model.path", "--model", 1)) from None
     run = _served_run(args.serve)
-    return text_server(folder, run.engine, dtype=run.model.dtype, known_as=args.model, log=_server_log(args))
+    return text_server(folder, run.engine, dtype=run.model.dtype, served_name=args.model, log=_server_log(args))
 
 
 def _server_log(args: argparse.Namespace) -> Path:

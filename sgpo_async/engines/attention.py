@@ -1,8 +1,8 @@
-"""Attention of one query per sequence over the slot cache, for a model that uses PyTorch's SDPA.
+"""Attention of one query per sequence over the slot cache, for models that use PyTorch's SDPA.
 
-`scaled_dot_product_attention` is built for many queries: on CPU, one query against a short cache costs it two to
-three times two batched matrix products, and grouped keys are copied out for every query head. Everything but the
-decode step in float32 goes to SDPA as before.
+`scaled_dot_product_attention` is made for many queries. On a CPU, for one query and a short cache, it takes two to
+three times as long as two batched matrix products, and it copies grouped keys for every query head. So a decode step
+in float32 uses two matrix products; everything else uses SDPA.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _NAME = "sgpo_slots"
 
 
 def use_decode_attention(model: PreTrainedModel) -> None:
-    """Make `model` decode by `decode_attention`; a model that does not use SDPA keeps its own."""
+    """Let `model` decode with `decode_attention`; a model that does not use SDPA keeps its own attention."""
     if model.config._attn_implementation == "sdpa":
         AttentionInterface.register(_NAME, decode_attention)
         AttentionMaskInterface.register(_NAME, sdpa_mask)
@@ -37,8 +37,8 @@ def decode_attention(  # noqa: PLR0913, PLR0917 (transformers' attention signatu
 ) -> tuple[torch.Tensor, None]:
     """query [n, H, 1, d], key and value [n, h, L, d] with h dividing H, mask [n, 1, 1, L] added to the scores.
 
-    Returns [n, 1, H, d]. Query heads of one group are the rows of one matrix product. Branches on types alone, never
-    on sizes, so that a trace of it holds for all sizes.
+    Returns [n, 1, H, d]. Query heads of one group are the rows of one matrix product. The code branches on types only
+    and never on sizes, so a trace is valid for all sizes.
     """
     if not _is_decode_step(attention_mask, kwargs):
         return sdpa_attention_forward(
@@ -54,5 +54,5 @@ def decode_attention(  # noqa: PLR0913, PLR0917 (transformers' attention signatu
 
 
 def _is_decode_step(attention_mask: torch.Tensor | None, kwargs: dict[str, Any]) -> TypeGuard[torch.Tensor]:
-    """Only a decode step brings an additive mask: prefill and scoring have none, transformers' own is boolean."""
+    """Only a decode step passes an additive mask: prefill and scoring pass none; transformers' are boolean."""
     return attention_mask is not None and attention_mask.dtype == torch.float32 and kwargs.get("position_bias") is None

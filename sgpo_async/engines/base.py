@@ -1,13 +1,14 @@
-"""What an actor asks of an inference engine, whichever it is.
+"""The interface between an actor and an inference engine.
 
-An engine is driven by one thread through `submit` and `step`; between two steps the actor may load new weights.
-An engine that lives elsewhere (servers) does its waiting inside `step`, within the time it is given, and its loading
-in the background: `version` tells when a version is in service.
+One thread drives an engine through `submit` and `step`; between two steps the actor may load new weights. An engine
+that runs in other processes (servers) waits for results inside `step`, at most as long as its timeout, and loads
+weights in the background: `version` names the version that it serves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -15,24 +16,25 @@ import numpy as np
 import torch
 
 from sgpo_async.errors import EngineError
+from sgpo_async.weights.broadcast_plan import BroadcastPlan
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generate:
-    """Sample a continuation of `prompt` at `temperature`, from the full vocabulary unless `top_p` is below 1."""
+    """Request for a completion of `prompt`, sampled at `temperature` from the full vocabulary unless `top_p` < 1."""
 
     id: Hashable
     prompt: np.ndarray  # [L] int32
     max_new_tokens: int
     temperature: float
-    seed: int  # the sample depends on this and the logits alone
-    top_p: float = 1.0  # below 1: from the nucleus alone; for evaluation, never for training
-    top_logprobs_num: int = 0  # how many of the likeliest tokens are told at each position
+    seed: int  # the seed and the logits determine the completion
+    top_p: float = 1.0  # below 1: sample from the nucleus only; used by evaluation, never by training
+    top_logprobs_num: int = 0  # how many of the likeliest tokens to report at each position
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """Log-probabilities of given `tokens` after `prompt` at `temperature` (Eq. 4)."""
+    """Request for the log-probabilities of given `tokens` after `prompt` at `temperature` (Eq. 4)."""
 
     id: Hashable
     prompt: np.ndarray  # [L] int32
@@ -42,21 +44,21 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Generated:
-    """A finished continuation."""
+    """A finished completion. Its tokens form S spans; one weight version sampled all tokens of a span."""
 
     id: Hashable
-    tokens: np.ndarray  # [T] int32, with the end token if it was sampled
-    logprobs: np.ndarray  # [T] float32, of the distribution that was sampled from; SGLang's is that before top_p
-    versions: np.ndarray  # [S] int32
-    ends: np.ndarray  # [S] int32, exclusive
+    tokens: np.ndarray  # [T] int32, including the end token if it was sampled
+    logprobs: np.ndarray  # [T] float32, under the distribution that was sampled from; SGLang: the one before top_p
+    versions: np.ndarray  # [S] int32, weight version of each span
+    ends: np.ndarray  # [S] int32, exclusive end of each span
     finish: Literal["stop", "length"]
     top_tokens: np.ndarray | None = None  # [T * k] int32, the k likeliest at each position, the likeliest first
-    top_logprobs: np.ndarray | None = None  # [T * k] float32, of the distribution before top_p
+    top_logprobs: np.ndarray | None = None  # [T * k] float32, under the distribution before top_p
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """Answer to `Score`."""
+    """The result of a `Score` request."""
 
     id: Hashable
     logprobs: np.ndarray  # [T] float32
@@ -65,33 +67,59 @@ class Scored:
 
 @dataclass(frozen=True, kw_only=True)
 class Failed:
-    """The end of a request of which only serving could show that it cannot be served; the engine goes on."""
+    """A valid request that failed permanently while the engine served it. The engine continues to work."""
 
     id: Hashable
-    error: EngineError  # names the request
+    error: EngineError  # its message names the request
 
 
 Result = Generated | Scored | Failed
 
 
+class BroadcastGroups(Protocol):
+    """Process groups in which the weight sender broadcasts weights to servers; `sgpo_async.session.WeightGroups`.
+
+    The methods return at once and may be called from any thread. Futures fail with SessionError, Superseded or
+    WeightsError.
+    """
+
+    def open(self, group: str, *, backend: str, world_size: int) -> Future[tuple[str, int]]:
+        """Open the rendezvous of a new group; the result is its host and port. `backend` is gloo or nccl."""
+
+    def join(self, group: str) -> Future[None]:
+        """Let the weight sender join as rank 0; done when all ranks have joined."""
+
+    def plan(self, version: int) -> Future[BroadcastPlan]:
+        """Get the list of broadcasts that a version consists of."""
+
+    def broadcast(self, group: str, plan: BroadcastPlan) -> Future[None]:
+        """Let the weight sender broadcast the version of `plan`; done when it has sent everything."""
+
+    def compute(self, version: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
+        """Let the weight sender compute `function(tensors, *args, **kwargs)` on the tensors of a version."""
+
+    def close(self, group: str) -> None:
+        """Let the weight sender leave the group; calls in progress in the group fail. Unknown groups are ignored."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """One whole version of the weights, where it can be had."""
+    """One complete version of the weights, and how to get it."""
 
     version: int
     digest: str  # of its tensors, see `sgpo_async.weights.digest`
-    read: Callable[[], Mapping[str, torch.Tensor]]  # a whole copy on the CPU; raises Superseded if it is gone
-    groups: Any = None  # where the learner can broadcast it: `sgpo_async.session.WeightGroups`
+    read: Callable[[], Mapping[str, torch.Tensor]]  # returns a complete CPU copy; raises Superseded if overwritten
+    groups: BroadcastGroups | None = None  # None: the learner cannot broadcast this version
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineLoad:
-    """How busy an engine is."""
+    """The current load of an engine."""
 
-    running: int  # sequences in slots
-    waiting: int  # requests not yet admitted
+    running: int  # sequences that occupy a slot
+    waiting: int  # requests that are not yet admitted
     slots: int
-    tokens: int  # generated since the start
+    tokens: int  # tokens generated since the start
 
 
 class Engine(Protocol):
@@ -99,33 +127,33 @@ class Engine(Protocol):
 
     @property
     def version(self) -> int | None:
-        """The whole, verified version in service; None before the first load or after a failed one."""
+        """The complete, verified version that is served; None before the first load and after a failed load."""
 
     def submit(self, request: Generate | Score) -> None:
-        """Queue a request. Raises EngineError if it can never be served (too long, token id out of range)."""
+        """Queue a request. Raises EngineError if the request is invalid (too long, token id out of range)."""
 
     def step(self, timeout_s: float) -> Sequence[Result]:
-        """Do one unit of work, or wait up to `timeout_s` for a result; return what finished, or failed for good."""
+        """Do one unit of work, or wait up to `timeout_s` for a result; return finished and failed requests."""
 
     def cancel(self, ids: Iterable[Hashable]) -> None:
-        """Forget these requests: no result of theirs comes from now on; unknown ids are ignored."""
+        """Cancel these requests: `step` returns no result for them from now on. Unknown ids are ignored."""
 
     def load(self, weights: Weights) -> None:
         """Replace the weights between two tokens; running sequences continue under the new version.
 
-        Raises WeightsError if names or shapes differ (weights untouched), or if the digest of the loaded weights is
-        not the announced one (then `version` is None and nothing is served until a good load). An engine that loads
-        in the background tells of failures by `news`.
+        Raises WeightsError if names or shapes differ (the weights stay as they are), or if the digest of the loaded
+        weights is not the announced one (then `version` is None and the engine serves nothing until a load succeeds).
+        An engine that loads in the background reports failures through `events`.
         """
 
     def load_status(self) -> EngineLoad:
-        """Counters of the moment."""
+        """The current load."""
 
-    def news(self) -> list[str]:
-        """What a person should know, one line each, since the last call."""
+    def events(self) -> list[str]:
+        """Messages for the log since the last call, one line each."""
 
     def reset(self) -> None:
-        """Forget all requests, and the version: a new session may number other weights alike."""
+        """Drop all requests and the version, because a new session may use the same version number again."""
 
     def close(self) -> None:
-        """Free everything."""
+        """Free all resources."""

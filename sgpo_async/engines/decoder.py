@@ -1,4 +1,4 @@
-"""A causal language model with its slot cache: numpy token ids in, logits out. No architecture is named here."""
+"""A causal language model with its slot cache: numpy token ids in, logits out. Works for any architecture."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from sgpo_async.engines.decode_step import DecodeStep, Step, traced
 from sgpo_async.engines.slots import SlotCache
 from sgpo_async.errors import EngineError
 
-_BATCH_TOKENS = 8192  # of one padded prefill or scoring batch
+_BATCH_TOKENS = 8192  # padded tokens of one prefill or scoring batch
 _BATCH_LOGITS = 2**26  # float32 logits of one scoring batch: 256 MiB
 
 
 class Decoder:
-    """Runs `model` over the rows of a SlotCache. All methods need `torch.inference_mode` around them.
+    """Runs `model` over the rows of a SlotCache. Call all methods under `torch.inference_mode`.
 
     Raises EngineError if the model cannot be decoded with a key-value cache.
     """
@@ -36,26 +36,26 @@ class Decoder:
         return torch.from_numpy(array).to(self.model.device)
 
     def prefill(self, first: int, prefixes: list[np.ndarray]) -> None:
-        """Compute the cache of `prefixes` ([length] ids each, possibly empty) in the rows from `first` on."""
+        """Fill the cache rows from `first` on with `prefixes` ([length] ids each, possibly empty)."""
         for start, stop in batches([p.size for p in prefixes], _BATCH_TOKENS):
             distinct, copies = _distinct(prefixes[start:stop])
             ids = self._padded(distinct)
             if ids.shape[1]:
                 self.cache.prefill(first + start, self.tensor(copies), ids.shape[1])
-                # Without the head: prefixes need no logits. Padding stands behind the tokens, so causal
-                # attention hides it without a mask.
+                # base_model has no output head, because prefixes need no logits. Padding follows the tokens, so
+                # causal attention hides it without a mask.
                 self.model.base_model(input_ids=ids, past_key_values=self.cache, use_cache=True)
 
     def decode(self, tokens: np.ndarray, positions: np.ndarray) -> torch.Tensor:
-        """Feed `tokens` [n] at `positions` [n] of rows 0..n-1; returns the logits after them, [n, V]."""
+        """Feed `tokens` [n] at `positions` [n] of rows 0..n-1; returns the logits of the next token, [n, V]."""
         return self._step(*self._inputs(tokens, positions))
 
     def logits(self, ids: list[np.ndarray]) -> torch.Tensor:
-        """Teacher-forced logits of all positions, [n, longest, V], without the cache."""
+        """Logits of all positions of given sequences, [n, longest, V], computed without the cache."""
         return self.model(input_ids=self._padded(ids), use_cache=False).logits
 
     def scoring_batches(self, lengths: list[int]) -> list[tuple[int, int]]:
-        """How to split sequences of these lengths so that their logits fit in memory."""
+        """Split sequences of these lengths into ranges whose logits fit in memory."""
         return batches(lengths, min(_BATCH_TOKENS, _BATCH_LOGITS // self.vocabulary))
 
     def move(self, sources: np.ndarray, targets: np.ndarray, length: int) -> None:
@@ -64,21 +64,22 @@ class Decoder:
 
     @torch.inference_mode()
     def _choose_step(self) -> Step:
-        """The decode step, traced if the trace does what the step does."""
+        """The decode step: its trace if the trace agrees with the plain forward, else the untraced step."""
         step = DecodeStep(self.model, self.cache)
-        if fault := self._fault(step):
+        if disagreement := self._disagreement(step):
             raise EngineError(
-                f"the embedded engine cannot decode {type(self.model).__name__} exactly with a key-value cache: {fault}"
+                f"the embedded engine cannot decode {type(self.model).__name__} exactly with a key-value cache: "
+                f"{disagreement}"
             )
-        trace = traced(step, *self._inputs_after([row[:3] for row in self._trial()[:2]]))
-        return step if self._fault(trace) else trace
+        trace = traced(step, *self._inputs_after([row[:3] for row in self._trial_rows()[:2]]))
+        return step if self._disagreement(trace) else trace
 
-    def _fault(self, step: Step) -> str:
-        """How `step` fails to agree with the model's plain forward, all trial rows or one alone; "" if it agrees.
+    def _disagreement(self, step: Step) -> str:
+        """How `step` differs from the model's plain forward, on all trial rows and on one row; "" if it agrees.
 
-        It fails for models that keep other state than keys and values, or ignore given positions or masks.
+        Models that keep other state than keys and values, or ignore the given positions or masks, disagree.
         """
-        ids = self._trial()
+        ids = self._trial_rows()
         try:
             plain = torch.stack([self.logits([row])[0, -1] for row in ids])
             self.prefill(0, [row[:-2] for row in ids])
@@ -92,15 +93,15 @@ class Decoder:
             return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         return ""
 
-    def _trial(self) -> list[np.ndarray]:
+    def _trial_rows(self) -> list[np.ndarray]:
         return [np.arange(length, dtype=np.int64) % self.vocabulary for length in (9, 4, 6)[: self.slots]]
 
     def _inputs(self, tokens: np.ndarray, positions: np.ndarray) -> tuple[Any, ...]:
-        places = self.cache.places(self.tensor(positions), int(positions.max()) + 1)
-        return self.tensor(tokens), *places
+        view = self.cache.decode_view(self.tensor(positions), int(positions.max()) + 1)
+        return self.tensor(tokens), *view
 
     def _inputs_after(self, ids: list[np.ndarray]) -> tuple[Any, ...]:
-        """Of the step that feeds the last token of each of `ids`."""
+        """The inputs of the step that feeds the last token of each of `ids`."""
         return self._inputs(np.array([row[-1] for row in ids]), np.array([row.size - 1 for row in ids]))
 
     def _padded(self, ids: list[np.ndarray]) -> torch.Tensor:
@@ -114,14 +115,17 @@ def _rows(embedding: torch.nn.Module) -> int:
 
 
 def _distinct(prefixes: list[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
-    """The different ones among `prefixes`, and for each of `prefixes` which it is: a group shares its prompt."""
+    """The distinct prefixes, and the index of each prefix among them. Rollouts of a group share their prompt."""
     distinct = {prefix.tobytes(): prefix for prefix in prefixes}
-    places = {key: i for i, key in enumerate(distinct)}
-    return list(distinct.values()), np.array([places[prefix.tobytes()] for prefix in prefixes])
+    indices = {key: i for i, key in enumerate(distinct)}
+    return list(distinct.values()), np.array([indices[prefix.tobytes()] for prefix in prefixes])
 
 
 def batches(lengths: list[int], limit: int) -> list[tuple[int, int]]:
-    """Split 0..n-1 into consecutive [start, stop): one row, or a padded size (rows x longest) of at most `limit`."""
+    """Split 0..n-1 into consecutive ranges [start, stop) with a padded size (rows x longest) of at most `limit`.
+
+    A single row that exceeds `limit` gets a range of its own.
+    """
     parts: list[tuple[int, int]] = []
     start = longest = 0
     for i, length in enumerate(lengths):

@@ -2,12 +2,12 @@
 
     submit ──▶ waiting ──admit (prefill)──▶ running rows ──decode──▶ finished     step() does one round of this
                   ▲                              │
-                  └────────── load ──────────────┘   new weights: everybody leaves its row, keeps its tokens, and is
-                                                     prefilled again
+                  └────────── load ──────────────┘   new weights: each running sequence leaves its row, keeps its
+                                                     tokens, and is prefilled again
 
-A prefill covers all but a sequence's newest token; decoding starts by feeding that one, so every token of every
-sequence is sampled by the same code. Admission and scoring wait for a batch worth its fixed cost, but never longer
-than `_PATIENCE` steps. Nothing here waits for anything: `step` without work returns at once.
+A prefill covers all tokens of a sequence but the newest one. Decoding starts by feeding the newest token, so the same
+code samples every token. Admission and scoring wait until the batch is large enough to be worth a forward pass of its
+own, but at most `_MAX_WAIT_STEPS` steps. `step` never blocks: without work it returns at once.
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ from sgpo_async.errors import EngineError, WeightsError
 from sgpo_async.model import parameters
 from sgpo_async.model.load import end_tokens, load_model, longest
 
-_PATIENCE = 8  # steps that a request waits for company
+_MAX_WAIT_STEPS = 8  # steps that a request waits for others to fill a batch
 
 
 class EmbeddedEngine:
-    """Engine around `model`, which it owns from now on. Serves after its first `load`.
+    """Engine that takes ownership of `model`. It serves requests after its first `load`.
 
-    `digest` is computed over the loaded parameters (name, tensor). `end_ids` end a continuation; None: those that the
-    model's configuration names. `deterministic`: one sequence at a time, so that results are the same bits whatever
-    else is queued. Raises EngineError if the model cannot be decoded with a key-value cache.
+    `digest` is computed over the loaded parameters (name, tensor). The token ids `end_ids` end a completion; None
+    means the end tokens of the model's configuration. With `deterministic` the engine processes one sequence at a
+    time, so results are bit-identical whatever else is queued. Raises EngineError if the model cannot be decoded with
+    a key-value cache.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class EmbeddedEngine:
     ) -> None:
         self.version: int | None = None
         self._digest, self._slots = digest, 1 if deterministic else slots
-        self._batch = max(1, self._slots // 4)  # rows or requests worth a forward of their own
+        self._batch = max(1, self._slots // 4)  # this many rows or requests are worth a forward pass of their own
         self._deterministic = deterministic
         self._decoder = Decoder(model, self._slots)
         self._longest = longest(model)
@@ -74,14 +75,14 @@ class EmbeddedEngine:
         dtype: str = "float32",
         deterministic: bool = False,
     ) -> EmbeddedEngine:
-        """Engine of the model at `path`; see `pretrained.load_model` for arguments and errors."""
+        """Engine of the model at `path`; see `model.load.load_model` for arguments and errors."""
         model = load_model(path, device=device, dtype=dtype)
         return cls(model, digest=digest, slots=slots, deterministic=deterministic)
 
     def submit(self, request: Generate | Score) -> None:
-        """Queue a request. Raises EngineError if it can never be served, or while no verified weights are loaded."""
+        """Queue a request. Raises EngineError if it is invalid, or while no verified weights are loaded."""
         if self.version is None:
-            raise EngineError(f"request {request.id}: the engine holds no verified weights; load a version first")
+            raise EngineError(f"request {request.id}: the engine has no verified weights; load a version first")
         validate(request, longest=self._longest, vocabulary=self._decoder.vocabulary)
         if isinstance(request, Score):
             self._scores.append(request)
@@ -90,20 +91,20 @@ class EmbeddedEngine:
 
     @torch.inference_mode()
     def step(self, timeout_s: float) -> list[Generated | Scored]:  # noqa: ARG002 (nothing to wait for in process)
-        """Score and admit what is due, then decode one token of every running sequence; returns what finished.
+        """Score and admit requests that are due, then decode one token of each running sequence.
 
-        Raises EngineError, and holds no version any more, if the weights give logits that are not numbers.
+        Returns finished requests. Raises EngineError if the weights give NaN logits; `version` is then None.
         """
         if self.version is None:
             return []
         return [*self._score(self.version), *self._admit_and_decode(self.version)]
 
     def cancel(self, ids: Iterable[Hashable]) -> None:
-        """Forget these requests and free their slots; unknown ids are ignored."""
-        gone = set(ids)
-        self._waiting = deque(s for s in self._waiting if s.request.id not in gone)
-        self._scores = [s for s in self._scores if s.id not in gone]
-        rows = [row for row, s in enumerate(self._running.sequences) if s.request.id in gone]
+        """Cancel these requests and free their slots; unknown ids are ignored."""
+        cancelled = set(ids)
+        self._waiting = deque(s for s in self._waiting if s.request.id not in cancelled)
+        self._scores = [s for s in self._scores if s.id not in cancelled]
+        rows = [row for row, s in enumerate(self._running.sequences) if s.request.id in cancelled]
         with torch.inference_mode():
             self._running.remove(np.array(rows, np.int64))
 
@@ -111,7 +112,7 @@ class EmbeddedEngine:
     def load(self, weights: Weights) -> None:
         """Replace the weights between two tokens; see `Engine.load` for the errors.
 
-        Running sequences keep their tokens and are prefilled anew under the new weights, ahead of waiting ones.
+        Running sequences keep their tokens. They are prefilled again under the new weights, before waiting requests.
         """
         tensors = weights.read()
         parameters.check(self._decoder.model, tensors)
@@ -119,27 +120,27 @@ class EmbeddedEngine:
         loaded = parameters.replace(self._decoder.model, tensors, self._digest)
         if loaded != weights.digest:
             raise WeightsError(
-                f"version {weights.version}: the loaded weights have digest {loaded}, announced was {weights.digest}; "
-                f"the engine serves nothing until a good load"
+                f"version {weights.version}: the loaded weights have digest {loaded}, but {weights.digest} was "
+                f"announced; the engine serves nothing until a load succeeds"
             )
         self.version = weights.version
 
     def load_status(self) -> EngineLoad:
-        """Counters of the moment."""
+        """The current load."""
         waiting = len(self._waiting) + len(self._scores)
         return EngineLoad(running=len(self._running), waiting=waiting, slots=self._slots, tokens=self._tokens)
 
-    def news(self) -> list[str]:
-        """None: what goes wrong is raised."""
+    def events(self) -> list[str]:
+        """Always empty: this engine raises its errors."""
         return []
 
     def close(self) -> None:
-        """Free the cache; the engine serves nothing until a load."""
+        """Drop all requests and the version; the engine serves nothing until a load."""
         self.reset()
 
     @torch.inference_mode()
     def reset(self) -> None:
-        """Forget all requests, and the version; the engine serves nothing until a load."""
+        """Drop all requests and the version; the engine serves nothing until a load."""
         self._withdraw()
         self._waiting.clear()
         self._scores.clear()
@@ -152,7 +153,8 @@ class EmbeddedEngine:
         return self._decode(version) if self._running.sequences else []
 
     def _due(self, ready: int, waited: int) -> bool:
-        return ready >= self._batch or waited >= _PATIENCE or not self._running.sequences
+        """Whether a batch of `ready` requests that has waited `waited` steps gets its forward pass now."""
+        return ready >= self._batch or waited >= _MAX_WAIT_STEPS or not self._running.sequences
 
     def _admit(self, free: int) -> None:
         self._admission_waited = 0
@@ -167,8 +169,8 @@ class EmbeddedEngine:
         logits = self._decoder.decode(running.newest(), running.positions())
         sampled, chosen = sample(logits, tensor(running.temperatures()), running.top_p(), tensor(running.uniforms()))
         tokens, logprobs = sampled.cpu().numpy(), chosen.cpu().numpy()
-        self._require_numbers(logprobs)
-        self._note_likeliest(logits)
+        self._reject_nan(logprobs)
+        self._record_likeliest(logits)
         stopped = self._ends[tokens]
         done = np.flatnonzero(running.extend(tokens, logprobs) | stopped)
         self._tokens += tokens.size
@@ -179,14 +181,14 @@ class EmbeddedEngine:
             sequence.close_span(version)
         return [s.result(stopped=bool(stop)) for s, stop in zip(finished, stopped[done], strict=True)]
 
-    def _note_likeliest(self, logits: torch.Tensor) -> None:
-        """For rows that ask for them; the others cost nothing."""
+    def _record_likeliest(self, logits: torch.Tensor) -> None:
+        """Record the likeliest tokens of the rows whose requests ask for them."""
         running, tensor = self._running, self._decoder.tensor
         rows = np.flatnonzero(running.top_logprobs_num())
         if rows.size:
-            places, k = tensor(rows), int(running.top_logprobs_num().max())
-            tokens, logprobs = likeliest(logits[places], tensor(running.temperatures()[rows]), k)
-            running.note_likeliest(rows, tokens.cpu().numpy(), logprobs.cpu().numpy())
+            k = int(running.top_logprobs_num().max())
+            tokens, logprobs = likeliest(logits[tensor(rows)], tensor(running.temperatures()[rows]), k)
+            running.record_likeliest(rows, tokens.cpu().numpy(), logprobs.cpu().numpy())
 
     def _score(self, version: int) -> list[Scored]:
         self._scoring_waited += bool(self._scores)
@@ -209,21 +211,22 @@ class EmbeddedEngine:
             logprobs = log_softmax(steps, torch.tensor(score.temperature, device=steps.device))
             tokens = self._decoder.tensor(score.tokens.astype(np.int64))
             chosen = logprobs.gather(1, tokens[:, None])[:, 0].cpu().numpy()
-            self._require_numbers(chosen)
+            self._reject_nan(chosen)
             results.append(Scored(id=score.id, logprobs=chosen, version=version))
         return results
 
-    def _require_numbers(self, logprobs: np.ndarray) -> None:
+    def _reject_nan(self, logprobs: np.ndarray) -> None:
+        """Raise EngineError and serve the version no longer if a log-probability is NaN."""
         if np.isnan(logprobs).any():
             version = self.version
             self._withdraw()
-            raise EngineError(f"the weights of version {version} give logits that are not numbers; publish better ones")
+            raise EngineError(f"the weights of version {version} give NaN logits; publish a version without NaN")
 
     def _withdraw(self) -> None:
-        """Hold no version; running sequences go back to the head of the queue with the tokens they have."""
+        """Set `version` to None; running sequences return to the head of the queue and keep their tokens."""
         sequences = self._running.remove(np.arange(len(self._running)))
         for sequence in sequences:
-            assert self.version is not None, "sequences run under a version only"
+            assert self.version is not None, "a sequence runs only while there is a version"
             sequence.close_span(self.version)
         self._waiting.extendleft(reversed(sequences))
         self._decoder.cache.forget()

@@ -1,4 +1,4 @@
-"""Opens the engine that a configuration names."""
+"""Creates the engine that a configuration asks for."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from sgpo_async.weights import digest
 def open_engine(
     run: Run, folder: str, *, logs: str = "", name: str = "sglang", stopping: Callable[[], bool] = lambda: False
 ) -> Engine:
-    """The engine of `run` for the model in `folder`, warm; it serves after its first load.
+    """Create and start the engine of `run` for the model in `folder`; it serves requests after its first load.
 
-    `logs` and `name` are those of `SglangEngine`, which gives up starting when `stopping`. Raises EngineError,
-    DataError, DeadlineExceeded.
+    `logs` and `name` are passed to `SglangEngine`, whose start ends early when `stopping()` is true. Raises
+    EngineError, DataError, DeadlineExceeded.
     """
     if run.engine.kind == "sglang":
         servers = SglangEngine(folder, run.engine, dtype=run.model.dtype, digest=digest, logs=logs, name=name)

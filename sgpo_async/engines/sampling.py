@@ -1,8 +1,8 @@
-"""Per-request seeded sampling: token t of a request is a function of its seed, t and its logits alone.
+"""Sampling with one seed per request: token t of a request depends only on the seed, on t and on the logits.
 
-Each request owns a stream of uniforms, addressed by token index: u(seed, t) is SplitMix64 (Steele, Lea, Flood,
-"Fast splittable pseudorandom number generators", 2014) at a position that `t` names. Nothing is drawn in order, so
-neither the batch a token shares nor an interruption changes it.
+Each request has its own stream of uniform random numbers, indexed by token: u(seed, t) is output t of SplitMix64
+(Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014). Numbers are computed from the index and
+not drawn in order, so a token changes neither with the other sequences of its batch nor with an interruption.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def stream(seed: int) -> np.uint64:
-    """Where the stream of `seed` (any integer, taken modulo 2^64) starts."""
+    """The start state of the stream of `seed` (any integer, taken modulo 2^64)."""
     start = np.array([seed % 2**64], np.uint64)
     return np.uint64(_mix(start + _WEYL)[0])
 
@@ -38,14 +38,14 @@ def uniforms(streams: np.ndarray, indices: np.ndarray) -> np.ndarray:
 def sample(
     logits: torch.Tensor, temperature: torch.Tensor, top_p: np.ndarray, uniform: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Invert the cumulative distribution of softmax(z/T), cut to its nucleus where top_p < 1, at `uniform`.
+    """Sample from softmax(z/T), restricted to its nucleus where top_p < 1, by inverting its CDF at `uniform`.
 
     logits [n, V], temperature [n] float32, top_p [n] float64 in (0, 1], uniform [n] float64 below 1. Returns tokens
-    [n] int64 and their log-probabilities [n] float32 under the very distribution they were drawn from. The sum runs
-    in float64, so rounding cannot make a token of probability 0 come out.
+    [n] int64 and their log-probabilities [n] float32 under the distribution they were sampled from. The cumulative
+    sum is in float64, so rounding cannot select a token of probability 0.
     """
     logprobs = log_softmax(logits, temperature[:, None])
-    if (cut := np.flatnonzero(top_p < 1)).size:  # the other rows keep their bits
+    if (cut := np.flatnonzero(top_p < 1)).size:  # rows with top_p = 1 stay bit-identical
         rows = torch.from_numpy(cut).to(logits.device)
         logprobs[rows] = nucleus(logprobs[rows], torch.from_numpy(top_p[cut]).to(logits.device))
     cumulative = logprobs.double().exp_().cumsum(-1)
@@ -64,15 +64,15 @@ def likeliest(logits: torch.Tensor, temperature: torch.Tensor, k: int) -> tuple[
 
 
 def nucleus(logprobs: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """Cut distributions to the smallest set of most probable tokens that holds `top_p`, renormalised.
+    """Restrict distributions to the smallest set of most probable tokens with total probability >= `top_p`.
 
-    logprobs [n, V] normalised, top_p [n] float64 in (0, 1). Returns [n, V], -inf outside the nucleus (Holtzman et al.
-    2020, arXiv 1904.09751). Of equally probable tokens the lower id comes first.
+    logprobs [n, V] normalised, top_p [n] float64 in (0, 1). Returns renormalised log-probabilities [n, V], -inf
+    outside the nucleus (Holtzman et al. 2020, arXiv 1904.09751). Of equally probable tokens the lower id comes first.
     """
     ordered, ids = logprobs.sort(stable=True, dim=-1, descending=True)
     mass = ordered.double().exp_().cumsum(-1)
     beyond = torch.zeros_like(ordered, dtype=torch.bool)
-    beyond[:, 1:] = mass[:, :-1] >= top_p[:, None]  # the tokens before it hold top_p already
+    beyond[:, 1:] = mass[:, :-1] >= top_p[:, None]  # the tokens before it already reach top_p
     outside = torch.empty_like(beyond).scatter_(-1, ids, beyond)
     return torch.log_softmax(logprobs.masked_fill(outside, -torch.inf), -1)
 

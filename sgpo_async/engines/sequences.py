@@ -1,4 +1,4 @@
-"""The sequences that an engine is working on: waiting ones as objects, running ones as rows of arrays."""
+"""The sequences of an engine: waiting ones are objects, running ones are rows of arrays."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sgpo_async.engines.sampling import stream, uniforms
 
 @dataclass
 class Sequence:
-    """One request and what has been generated for it so far; it outlives its stay in a row."""
+    """One request and the tokens generated for it so far. It survives when the sequence leaves its row."""
 
     request: Generate
     ids: np.ndarray  # [length] int32: prompt and generated tokens
@@ -25,7 +25,7 @@ class Sequence:
 
     @classmethod
     def of(cls, request: Generate) -> Sequence:
-        """A sequence of which nothing is generated yet."""
+        """A sequence without generated tokens."""
         ids = request.prompt.astype(np.int32)
         shape = ids.size, request.top_logprobs_num
         return cls(request, ids, np.zeros(ids.size, np.float32), np.zeros(shape, np.int32), np.zeros(shape, np.float32))
@@ -36,7 +36,7 @@ class Sequence:
         return self.ids.size - self.request.prompt.size
 
     def close_span(self, version: int) -> None:
-        """All tokens since the last span came from `version`. Spans are never empty."""
+        """Record that `version` sampled all tokens since the last span. Spans are never empty."""
         if self.generated == (self.ends[-1] if self.ends else 0):
             return
         if self.versions and self.versions[-1] == version:
@@ -46,7 +46,7 @@ class Sequence:
             self.ends.append(self.generated)
 
     def result(self, *, stopped: bool) -> Generated:
-        """The finished continuation; its last span is closed."""
+        """The finished completion; the caller has closed its last span."""
         start, asked = self.request.prompt.size, self.request.top_logprobs_num > 0
         return Generated(
             id=self.request.id,
@@ -61,9 +61,9 @@ class Sequence:
 
 
 class Running:
-    """Sequences in rows 0..n-1: arrays over rows, so that a decode step does no work per sequence in Python.
+    """Sequences in rows 0..n-1. All state is in arrays over rows, so a decode step needs no Python loop over sequences.
 
-    `move(sources, targets, length)` is called to move rows elsewhere (the key-value cache) along with these.
+    When rows move, `move(sources, targets, length)` is called so that the key-value cache moves the same rows.
     """
 
     def __init__(self, slots: int, move: Callable[[np.ndarray, np.ndarray, int], None]) -> None:
@@ -71,7 +71,7 @@ class Running:
         self._move = move
         self._ids = np.zeros((slots, 64), np.int32)
         self._logprobs = np.zeros((slots, 64), np.float32)
-        self._top_tokens = np.zeros((slots, 64, 0), np.int32)  # as wide as any request has asked for
+        self._top_tokens = np.zeros((slots, 64, 0), np.int32)  # last axis: the largest top_logprobs_num so far
         self._top_logprobs = np.zeros((slots, 64, 0), np.float32)
         self._length = np.zeros(slots, np.int64)
         self._prompt = np.zeros(slots, np.int64)
@@ -116,22 +116,22 @@ class Running:
         return self._top_p[: len(self)]
 
     def top_logprobs_num(self) -> np.ndarray:
-        """How many likeliest tokens each row asks for, [n] int64."""
+        """The number of likeliest tokens that each row asks for, [n] int64."""
         return self._top_num[: len(self)]
 
     def uniforms(self) -> np.ndarray:
-        """The uniform that samples each row's next token, [n] float64."""
+        """The uniform random number that samples each row's next token, [n] float64."""
         n = len(self)
         return uniforms(self._stream[:n], self._length[:n] - self._prompt[:n])
 
-    def note_likeliest(self, rows: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray) -> None:
-        """The likeliest tokens [r, k] at the place of these rows' next token, and their log-probabilities."""
+    def record_likeliest(self, rows: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray) -> None:
+        """Store the likeliest tokens [r, k] and their log-probabilities at the position of these rows' next token."""
         self._reserve(int(self._length[rows].max()) + 1, tokens.shape[1])
         self._top_tokens[rows, self._length[rows], : tokens.shape[1]] = tokens
         self._top_logprobs[rows, self._length[rows], : tokens.shape[1]] = logprobs
 
     def extend(self, tokens: np.ndarray, logprobs: np.ndarray) -> np.ndarray:
-        """Add one token to each row; returns which rows are thereby at their limit, [n] bool."""
+        """Add one token to each row; returns which rows have reached their limit, [n] bool."""
         n = len(self)
         rows, length = np.arange(n), self._length[:n]
         self._reserve(int(length.max()) + 1)
@@ -141,7 +141,7 @@ class Running:
         return length >= self._limit[:n]
 
     def remove(self, rows: np.ndarray) -> list[Sequence]:
-        """Take `rows` out, complete with what was generated; the last rows move into the holes."""
+        """Remove `rows` and return their sequences with all generated tokens; the last rows move into the gaps."""
         removed = [self._take(row) for row in rows.tolist()]
         n = len(self)
         kept = n - rows.size
@@ -173,7 +173,7 @@ class Running:
         )  # fmt: skip
 
     def _reserve(self, length: int, width: int = 0) -> None:
-        """Make room for `length` tokens a row, and `width` likeliest ones at each place."""
+        """Allocate at least `length` tokens per row and `width` likeliest tokens per position."""
         missing = length - self._ids.shape[1]
         longer = (0, max(missing, self._ids.shape[1])) if missing > 0 else (0, 0)
         wider = (0, max(width - self._top_tokens.shape[2], 0))

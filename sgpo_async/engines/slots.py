@@ -1,12 +1,12 @@
 """The key-value cache: one row ("slot") per running sequence, token t of a sequence in column t.
 
     keys, values   [slots, heads, capacity, width] per layer
-    prefill        several new prefixes, right-padded, into consecutive rows; each attends to its own tokens only;
-                   a prefix that several rows begin with is computed once
-    decode         one token into each of the first n rows; attends to columns 0..position of its row
+    prefill        writes several new prefixes, right-padded, into consecutive rows; each attends to its own tokens
+                   only; a prefix that several rows share is computed once
+    decode         writes one token into each of the first n rows; it attends to columns 0..position of its row
 
-Rows in use are always the first n, so a decode step reads views and copies nothing. What a prefill leaves behind
-its sequence's end is hidden by the mask until a decode step overwrites it.
+Rows in use are always the first n, so a decode step reads views and copies nothing. The mask hides the padding that a
+prefill leaves behind the end of a sequence, until a decode step overwrites it.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from sgpo_async.errors import EngineError
 _FIRST_CAPACITY = 64
 
 
-class Places(NamedTuple):
-    """Where one decode step writes and reads."""
+class DecodeView(NamedTuple):
+    """The part of the cache that one decode step writes and reads."""
 
     rows: torch.Tensor  # [n] int64: 0..n-1
     positions: torch.Tensor  # [n] int64: column of each row's new token
-    columns: torch.Tensor  # [L] int64: 0..L-1, beyond the highest position
+    columns: torch.Tensor  # [L] int64: 0..L-1; L is above the highest position
     keys: list[torch.Tensor]  # per layer [slots, heads, capacity, width]
     values: list[torch.Tensor]
 
 
 class SlotCache(Cache):
-    """Cache of `slots` rows whose columns are allocated at first use and doubled when they run out."""
+    """Cache of `slots` rows. Columns are allocated at first use; their number doubles when they run out."""
 
     def __init__(self, slots: int, device: torch.device) -> None:
         super().__init__(layers=[])
@@ -42,23 +42,23 @@ class SlotCache(Cache):
         self._capacity = _FIRST_CAPACITY
         self._columns = torch.arange(self._capacity, device=device)
         self._rows = torch.arange(slots, device=device)
-        self._places: Places | None = None  # None while prefilling
+        self._view: DecodeView | None = None  # None while prefilling
         self._first, self._copies = 0, self._rows
 
     def prefill(self, first: int, copies: torch.Tensor, length: int) -> None:
-        """The next forward computes `length` columns; row first + i takes what it computes in row copies[i]."""
+        """Prepare the next forward, which computes `length` columns; row first + i stores its row copies[i]."""
         self.reserve(length)
-        self._first, self._copies, self._places = first, copies, None
+        self._first, self._copies, self._view = first, copies, None
 
-    def places(self, positions: torch.Tensor, length: int) -> Places:
-        """For a decode step at `positions` [n] of rows 0..n-1, all below `length`; makes room for them."""
+    def decode_view(self, positions: torch.Tensor, length: int) -> DecodeView:
+        """The view of a decode step at `positions` [n] < `length` of rows 0..n-1; allocates missing columns."""
         self.reserve(length)
         rows, columns = self._rows[: positions.shape[0]], self._columns[:length]
-        return Places(rows, positions, columns, self.keys, self.values)
+        return DecodeView(rows, positions, columns, self.keys, self.values)
 
-    def decode(self, places: Places) -> None:
-        """The next forward adds one token per row at `places`."""
-        self._places = places
+    def decode(self, view: DecodeView) -> None:
+        """Prepare the next forward, which adds one token to each row of `view`."""
+        self._view = view
 
     def move(self, sources: torch.Tensor, targets: torch.Tensor, length: int) -> None:
         """Copy the first `length` columns of rows `sources` to rows `targets`."""
@@ -66,12 +66,12 @@ class SlotCache(Cache):
             tensor[targets, :, :length] = tensor[sources, :, :length]
 
     def forget(self) -> None:
-        """Zero everything: what other weights left (it may be NaN) must not reach a sum, even with weight 0."""
+        """Set all entries to zero: a NaN that earlier weights left would spread even with attention weight 0."""
         for tensor in (*self.keys, *self.values):
             tensor.zero_()
 
     def reserve(self, length: int) -> None:
-        """Make room for `length` columns. Raises EngineError if memory does not suffice."""
+        """Allocate at least `length` columns. Raises EngineError if memory does not suffice."""
         if length <= self._capacity:
             return
         while self._capacity < length:
@@ -85,9 +85,9 @@ class SlotCache(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Called by the model in each layer with [n, heads, tokens, width]; returns what to attend to."""
-        if self._places is not None:
-            return _write_and_read(self._places, key_states, value_states, layer_idx)
+        """Called by the model in each layer with [n, heads, tokens, width]; returns keys and values to attend to."""
+        if self._view is not None:
+            return _write_and_read(self._view, key_states, value_states, layer_idx)
         if layer_idx == len(self.keys):
             self.keys.append(self._allocate(key_states))
             self.values.append(self._allocate(value_states))
@@ -97,8 +97,8 @@ class SlotCache(Cache):
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 (all layers are alike)
-        """Columns filled before the next forward."""
-        return 0 if self._places is None else self._places.columns.shape[0] - 1
+        """Number of columns that are filled before the next forward."""
+        return 0 if self._view is None else self._view.columns.shape[0] - 1
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:  # noqa: ARG002
         """Length and offset of the keys that the next forward sees."""
@@ -116,9 +116,9 @@ class SlotCache(Cache):
 
 
 def _write_and_read(
-    places: Places, key_states: torch.Tensor, value_states: torch.Tensor, layer: int
+    view: DecodeView, key_states: torch.Tensor, value_states: torch.Tensor, layer: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    rows, positions, columns, keys, values = places
+    rows, positions, columns, keys, values = view
     keys[layer][rows, :, positions] = key_states[:, :, 0]
     values[layer][rows, :, positions] = value_states[:, :, 0]
     n, length = rows.shape[0], columns.shape[0]

@@ -1,4 +1,4 @@
-"""What no engine is asked: requests that can never be served."""
+"""Validation of requests, the same for all engines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ def validate(request: Generate | Score, *, longest: int, vocabulary: int) -> Non
     total = request.prompt.size + more
     ids = np.concatenate([request.prompt, request.tokens]) if isinstance(request, Score) else request.prompt
     if request.prompt.size < 1 or more < 1:
-        raise EngineError(f"request {request.id}: a prompt and a continuation have at least one token each")
+        raise EngineError(
+            f"request {request.id}: prompt and completion must have at least one token each, "
+            f"got {request.prompt.size} and {more}"
+        )
     if total > longest:
         raise EngineError(
             f"request {request.id}: {request.prompt.size} prompt tokens and up to {more} more exceed the model's "
@@ -22,15 +25,15 @@ def validate(request: Generate | Score, *, longest: int, vocabulary: int) -> Non
         )
     if ids.min() < 0 or ids.max() >= vocabulary:
         raise EngineError(
-            f"request {request.id}: token ids {ids.min()} to {ids.max()}, the model has 0 to {vocabulary - 1}; "
-            f"tokenizer and model do not belong together"
+            f"request {request.id}: token ids must be in [0, {vocabulary - 1}], got {ids.min()} to {ids.max()}; "
+            f"use the tokenizer of this model"
         )
     if not request.temperature > 0:
-        raise EngineError(f"request {request.id}: temperature is above 0, got {request.temperature}")
+        raise EngineError(f"request {request.id}: temperature must be > 0, got {request.temperature}")
     if isinstance(request, Generate) and not 0 <= request.top_logprobs_num < vocabulary:
         raise EngineError(
-            f"request {request.id}: {request.top_logprobs_num} likeliest tokens of a vocabulary of {vocabulary}; "
-            f"algorithm.teacher_top_k is below that"
+            f"request {request.id}: top_logprobs_num must be in [0, {vocabulary - 1}], got "
+            f"{request.top_logprobs_num}; lower algorithm.teacher_top_k"
         )
     if isinstance(request, Generate) and not 0 < request.top_p <= 1:
-        raise EngineError(f"request {request.id}: top_p is above 0 and at most 1, got {request.top_p}")
+        raise EngineError(f"request {request.id}: top_p must be in (0, 1], got {request.top_p}")

@@ -60,7 +60,7 @@ class Evaluator:
         patience = self._plan.run.learner.batch_timeout_s
         progress = time.monotonic()
         while self._open:
-            for line in self._engine.news():
+            for line in self._engine.events():
                 self._report(line)
             busy = self._engine.load_status().running > 0
             outcomes = self._sampler.step(WAIT_S, 0.0 if busy else WAIT_S)

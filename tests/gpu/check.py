@@ -1,13 +1,13 @@
-"""All that one GPU can prove, in one call: `python tests/gpu/check.py --out FOLDER` (or `make gpu-check`).
+"""All checks that need one GPU, in one call: `python tests/gpu/check.py --out FOLDER` (or `make gpu-check`).
 
     wheels ──▶ one part after another, each a process with a time limit ──▶ FOLDER/gpu-check.json
 
-The file is written anew whenever a part has measured something, so a run that is cut off keeps what it had. Parts
-that no time is left for are marked "skipped". Packages that the machine lacks are installed from --wheels (`make
-gpu-wheels` gathers them), below FOLDER and for these processes alone. Exit status: 0 if every part passed.
+The file is rewritten whenever a part has a new measurement, so an interrupted run keeps its results. Parts for which no
+time is left are marked "skipped". Packages that the machine lacks are installed from --wheels (`make gpu-wheels`
+downloads them) to FOLDER, for these processes only. The exit status is 0 if every part passed.
 
-`--device cpu --size tiny` runs the same code on a CPU: `tests/process/test_gpu_check.py` does, so that no minute of
-a GPU is lost to a slip. This file needs nothing but Python's own library.
+`--device cpu --size tiny` runs the same code on a CPU. `tests/process/test_gpu_check.py` does so to find errors without
+using GPU time. This file needs only Python's standard library.
 """
 
 from __future__ import annotations
@@ -26,25 +26,27 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# The most valuable first. Seconds that each may take; what one leaves over, a later one may use.
+# Parts in the order of their importance, with their limits in seconds. Later parts may use time that is left over.
 LIMITS_S = {"demo": 210, "mismatch": 60, "losses": 60, "step": 150, "weights": 60, "tests": 120}
-LEAST_S = 10.0  # a part is not begun with less
+LEAST_S = 10.0  # a part is skipped if less time is left
 PACKAGES = (
     "torch", "transformers", "safetensors", "tokenizers", "numpy", "pyzmq", "msgpack", "omegaconf", "triton",
     "nvidia-nccl-cu12", "nvidia-nccl-cu13", "liger-kernel",
 )  # fmt: skip
 
 
-def main(words: list[str]) -> int:
-    """Run the parts; print one line for each and, last, the path of the JSON file."""
+def main(arguments: list[str]) -> int:
+    """Run the parts; print one line per part, then the path of the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the JSON file and of each part's output")
     parser.add_argument("--wheels", type=Path, default=ROOT / ".gpu-wheels", help="default: %(default)s, if it exists")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--size", choices=("full", "tiny"), default="full", help="tiny: a rehearsal")
-    parser.add_argument("--minutes", type=float, default=8.0, help="for everything (default: %(default)g)")
+    parser.add_argument("--size", choices=("full", "tiny"), default="full", help="tiny: for a test run")
+    parser.add_argument(
+        "--minutes", type=float, default=8.0, help="time limit of all parts together (default: %(default)g)"
+    )
     parser.add_argument("--parts", nargs="+", choices=LIMITS_S, default=list(LIMITS_S))
-    options = parser.parse_args(words)
+    options = parser.parse_args(arguments)
     check = Check(options)
     for part in options.parts:
         check.run(part)
@@ -54,7 +56,7 @@ def main(words: list[str]) -> int:
 
 
 class Check:
-    """The report, and what every part needs to run."""
+    """Runs the parts and writes the report."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self._options = options
@@ -76,15 +78,15 @@ class Check:
         self.save()
 
     def run(self, part: str) -> None:
-        """Run one part to its end or its limit and put what it measured into the report."""
+        """Run one part until its end or its time limit, and add its measurements to the report."""
         left = self._deadline - time.monotonic()
         if left < LEAST_S:
             self._note(part, {"status": "skipped", "reason": "no time left"})
             return
-        figures = self._folder / f"{part}.json"
-        figures.unlink(missing_ok=True)
+        measured = self._folder / f"{part}.json"
+        measured.unlink(missing_ok=True)
         log = self._folder / f"{part}.log"
-        options = [f"--device={self._options.device}", f"--size={self._options.size}", f"--to={figures}"]
+        options = [f"--device={self._options.device}", f"--size={self._options.size}", f"--to={measured}"]
         limit_s, began = min(LIMITS_S[part], left), time.monotonic()
         with log.open("wb") as output:
             process = subprocess.Popen(
@@ -95,7 +97,7 @@ class Check:
         result: dict[str, Any] = {"status": "running"}
         while process.poll() is None and time.monotonic() - began < limit_s:
             time.sleep(0.2)
-            if (found := _read(figures)) != result.get("figures"):
+            if (found := _read(measured)) != result.get("figures"):
                 result["figures"] = found
                 self._note(part, result, quiet=True)
         if process.poll() is None:
@@ -104,13 +106,13 @@ class Check:
             process.wait()
         else:
             result["status"] = "failed" if process.returncode else "passed"
-        result |= {"seconds": round(time.monotonic() - began, 1), "figures": _read(figures)}
+        result |= {"seconds": round(time.monotonic() - began, 1), "figures": _read(measured)}
         if result["status"] != "passed":
             result["output"] = log.read_text(errors="replace")[-4000:]
         self._note(part, result)
 
     def save(self) -> None:
-        """Replace the JSON file at once, so that a reader never meets half of one."""
+        """Replace the JSON file atomically, so that readers never see an incomplete file."""
         draft = self.path.with_suffix(".part")
         draft.write_text(json.dumps(self.report, indent=2) + "\n", encoding="utf-8")
         draft.replace(self.path)
@@ -122,7 +124,7 @@ class Check:
             print(f"{part:10}{result['status']:10}{result.get('seconds', 0):7.1f} s", flush=True)
 
     def _install(self, wheels: Path) -> None:
-        """Put the wheels into a folder of their own, before all else on the path."""
+        """Install the wheels into a folder of their own, which comes first on the Python path."""
         found = sorted(wheels.glob("*.whl")) if wheels.is_dir() else []
         self.report["wheels"] = [wheel.name for wheel in found]
         if not found:
@@ -134,7 +136,7 @@ class Check:
             capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
         if done.returncode:
-            raise SystemExit(f"error: {wheels}: cannot be installed:\n{done.stderr[-2000:]}")
+            raise SystemExit(f"error: --wheels: cannot install the wheels in {wheels}:\n{done.stderr[-2000:]}")
         self._environment["PYTHONPATH"] = os.pathsep.join((str(site), str(ROOT)))
 
     def _versions(self) -> dict[str, str]:
@@ -154,7 +156,7 @@ class Check:
 
 
 def _output(*command: str) -> list[str] | None:
-    """The lines that a command prints; None if it cannot be run or fails."""
+    """The output lines of a command; None if it cannot be run or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -163,7 +165,7 @@ def _output(*command: str) -> list[str] | None:
 
 
 def _read(path: Path) -> Any:
-    """What a part has measured so far."""
+    """The measurements of a part so far; None if there are none."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 

@@ -1,8 +1,9 @@
 """Measures SGLang servers on a GPU: `python tests/gpu/measure_servers.py OUT.json [--shape S] [--transport T ...]`.
 
-On random weights of a real model's shape: start, generation, what a weight update stops, and how far the servers'
-log-probabilities are from transformers' (with weights that know nothing, whose tokens are far from certain). Writes
-one JSON file with versions, devices and date. `--device cpu --dtype float32 --shape tiny` tries it anywhere.
+Uses random weights in the shape of a real model. Measures the start, the generation rate, the pause of a weight update,
+and the difference between the servers' log-probabilities and those of transformers (random weights give high-entropy
+distributions). Writes one JSON file with versions, devices and date. `--device cpu --dtype float32 --shape tiny` runs
+it on any machine.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ from shapes import SHAPES
 from sgpo_async.engines import Generate, Generated
 from sgpo_async.model.load import load_model
 
-UPDATES = 5  # of each transport, the first of which makes the group and is not counted
-# Not torch.cuda.nccl.version(): it tells what torch was built with, and not what it loads.
+UPDATES = 5  # per transport; the first one creates the process group and is not counted
+# torch.cuda.nccl.version() is not used: it is the version that torch was built with, not the one that it loads.
 PACKAGES = ("torch", "transformers", "nvidia-nccl-cu13", "triton", "sglang", "sglang-kernel", "flashinfer-python")
 
 
-def main(words: list[str]) -> None:
-    """Measure and write; the last line on standard output is the path."""
+def main(arguments: list[str]) -> None:
+    """Measure, and write the JSON file; the last line of standard output is its path."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-1.5b")
@@ -46,19 +47,19 @@ def main(words: list[str]) -> None:
     parser.add_argument("--slots", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=512, help="of each sequence")
     parser.add_argument("--transport", nargs="+", default=["tensor"], help="tensor, distributed (needs tp + 1 GPUs)")
-    options = parser.parse_args(words)
+    options = parser.parse_args(arguments)
     needed = options.tp + ("distributed" in options.transport)
     if options.device == "cuda" and len(devices()) < needed:
-        parser.error(f"needs {needed} GPUs, here are {len(devices())}")
-    figures = measure(options)
+        parser.error(f"number of GPUs must be >= {needed}, got {len(devices())}")
+    measurements = measure(options)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    options.out.write_text(json.dumps(measurements, indent=2) + "\n", encoding="utf-8")
     print(options.out)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """All figures of one shape."""
-    figures: dict[str, Any] = {
+    """All measurements of one shape."""
+    measurements: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
         "machine": machine(options.device),
@@ -68,10 +69,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="sgpo-measure-") as name, ExitStack() as stack:
         folder = Path(name, "model")
         tensors = save(options.shape, folder, dtype=options.dtype)
-        figures["bytes_of_weights"] = sum(tensor.nbytes for tensor in tensors.values())
+        measurements["bytes_of_weights"] = sum(tensor.nbytes for tensor in tensors.values())
         gpu, cuda = options.device == "cuda", "distributed" in options.transport and options.device == "cuda"
         if gpu:
-            torch.cuda.init()  # before the servers' environment hides GPUs from us
+            torch.cuda.init()  # before CUDA_VISIBLE_DEVICES is changed for the servers
         learner = stack.enter_context(closing(Learner(tensors, Path(name), cuda=cuda)))
         if gpu:
             stack.enter_context(visible(devices()[1:] if cuda else devices()))
@@ -83,18 +84,18 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             )  # fmt: skip
             with closing(served):
                 served.load(learner.publish(2 * UPDATES * options.transport.index(transport)))
-                if "generation" not in figures:
-                    figures["start_s"] = served.start_s
-                    figures["generation"] = generation(served, tokens=options.tokens, vocabulary=vocabulary)
-                    figures["mismatch"] = mismatch(served, folder, options.device, vocabulary=vocabulary)
-                figures[f"updates_{transport}"] = updates(
+                if "generation" not in measurements:
+                    measurements["start_s"] = served.start_s
+                    measurements["generation"] = generation(served, tokens=options.tokens, vocabulary=vocabulary)
+                    measurements["mismatch"] = mismatch(served, folder, options.device, vocabulary=vocabulary)
+                measurements[f"updates_{transport}"] = updates(
                     served, learner, transport, tokens=options.tokens, vocabulary=vocabulary
                 )
-    return figures
+    return measurements
 
 
 def generation(served: Served, *, tokens: int, vocabulary: int) -> dict[str, float]:
-    """Tokens a second with all slots taken, after a first round to warm up, and of one stream."""
+    """Tokens per second with all slots in use, and with one stream; each after one round of warm-up."""
     rates = {}
     for name, count in (("all_slots", served.slots), ("one_stream", 1)):
         served.generate(count, tokens=min(tokens, 32), vocabulary=vocabulary)
@@ -105,7 +106,7 @@ def generation(served: Served, *, tokens: int, vocabulary: int) -> dict[str, flo
 
 
 def updates(served: Served, learner: Learner, transport: str, *, tokens: int, vocabulary: int) -> dict[str, Any]:
-    """How long servers serve nobody while versions are loaded into running generations by `transport`."""
+    """The pauses of servers while `transport` loads new versions during generation."""
     over, before = threading.Event(), len(served.engine.updates)
     first = served.engine.version
     assert first is not None
@@ -136,20 +137,20 @@ def updates(served: Served, learner: Learner, transport: str, *, tokens: int, vo
 
 
 def mismatch(served: Served, folder: Path, device: str, *, vocabulary: int) -> dict[str, dict[str, float]]:
-    """|log pi - log mu| of sampled tokens, in nats: pi by transformers in this precision, mu by the server."""
+    """|log pi - log mu| of sampled tokens in nats; pi from transformers in each precision, mu from the server."""
     requests, results = served.generate(16, tokens=128, vocabulary=vocabulary)
-    figures = {}
+    measurements = {}
     for precision in ("bfloat16", "float32"):
         model = load_model(str(folder), device=device, dtype=precision)
         off = np.concatenate([np.abs(logprobs(model, r, results[r.id]) - results[r.id].logprobs) for r in requests])
-        figures[precision] = {"mean": float(off.mean()), "max": float(off.max()), "tokens": off.size}
+        measurements[precision] = {"mean": float(off.mean()), "max": float(off.max()), "tokens": off.size}
         del model
-    return figures
+    return measurements
 
 
 @torch.no_grad()
 def logprobs(model: Any, asked: Generate, result: Generated) -> np.ndarray:
-    """log softmax(z) of the result's tokens, teacher-forced; softmax in float32."""
+    """log softmax(z) of the result's tokens, from one forward pass; softmax in float32."""
     ids = torch.from_numpy(np.concatenate([asked.prompt, result.tokens])).long().to(model.device)
     logits = model(ids[None, :-1], use_cache=False).logits[0, asked.prompt.size - 1 :].float()
     values: np.ndarray = logits.log_softmax(-1).gather(1, ids[asked.prompt.size :, None])[:, 0].cpu().numpy()
@@ -157,7 +158,7 @@ def logprobs(model: Any, asked: Generate, result: Generated) -> np.ndarray:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What it was measured on."""
+    """The processor or the GPUs of this machine."""
     if device == "cpu":
         return {"device": platform.processor() or platform.machine()}
     fields = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
@@ -166,7 +167,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def versions_of(python: str) -> dict[str, str]:
-    """Of Python and those of PACKAGES that its environment has."""
+    """The versions of Python and of the installed PACKAGES in its environment."""
     code = (
         "import json, platform, sys\nfrom importlib.metadata import distributions\n"
         "found = {d.metadata['Name']: d.version for d in distributions()} | {'python': platform.python_version()}\n"

@@ -1,13 +1,13 @@
 """The parts of `check.py`: `python tests/gpu/parts.py PART --device cuda|cpu --size full|tiny --to FILE`.
 
-Each is a function that measures on one device and notes every figure as soon as it stands. It raises AssertionError
-where a bound is missed, after noting what was found.
+Each part is a function that measures on one device and records every measurement at once. If a measurement exceeds its
+bound, the part records it and raises AssertionError.
 
-    demo       configs/demo.yaml as a user runs it, one rank and one actor: does the policy learn?
-    mismatch   |log pi - log mu| of the learner against the embedded engine on the same weights
-    losses     fused losses against logits that are multiplied out, and against Liger where it is installed
-    step       one training step of models of real size: peak memory, tokens/s, MFU, which attention ran
-    weights    a version from the learner's parameters to the engine: gather, store, Torch RPC, load
+    demo       configs/demo.yaml as a user runs it, with one rank and one actor: does the policy learn?
+    mismatch   |log pi - log mu| between the learner and the embedded engine on the same weights
+    losses     fused losses compared with losses from full logits, and with Liger's if it is installed
+    step       one training step of models of real size: peak memory, tokens/s, MFU, the attention kernels
+    weights    one version from the learner's parameters to the engine: gather, store, Torch RPC, load
     tests      the tests marked gpu that need one GPU
 """
 
@@ -56,21 +56,21 @@ from sgpo_async.weights import StoreFile, StoreReader, StoreWriter, digest
 from sgpo_async.wire.records import Rollout, Shard
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE_S = 120.0  # for another process; `check.py` sets a part's own limit
-LEARNED = 0.9  # of the held-out problems, alone, at the end of the demo
-BFLOAT16_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense, a second, of the SXM cards
-MISMATCH_BOUND = {"float32": 1e-3, "bfloat16": 0.05}  # nats, in the mean
+PATIENCE_S = 120.0  # timeout for another process; `check.py` limits the time of a part
+LEARNED = 0.9  # required pass rate without strategies on held-out problems at the end of the demo
+BFLOAT16_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense FLOP/s of the SXM cards
+MISMATCH_BOUND = {"float32": 1e-3, "bfloat16": 0.05}  # nats, mean over tokens
 
 
-class Figures:
-    """What a part has measured so far, in a file that is whole at any time."""
+class Measurements:
+    """The measurements of a part so far, in a JSON file that is always complete."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self.found: dict[str, Any] = {}
 
-    def note(self, name: str, value: Any) -> None:
-        """Keep one figure, or a row of them."""
+    def record(self, name: str, value: Any) -> None:
+        """Record one measurement, or a row of them."""
         self.found[name] = value
         draft = self._path.with_suffix(".part")
         draft.write_text(json.dumps(self.found, indent=2), encoding="utf-8")
@@ -78,28 +78,28 @@ class Figures:
 
 
 class Device:
-    """Clock and memory of the device that is measured."""
+    """The device under test: time and memory measurements."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.cuda = name == "cuda"
 
     def wait(self) -> None:
-        """Until everything that was asked of the device is done."""
+        """Wait until the device has finished all its work."""
         if self.cuda:
             torch.cuda.synchronize()
 
     def seconds(self, work: Callable[[], Any]) -> float:
-        """How long `work` takes."""
+        """The duration of `work`."""
         self.wait()
         began = time.perf_counter()
         work()
         self.wait()
         return time.perf_counter() - began
 
-    def forget_peak(self) -> None:
-        """Peak memory counts from here; on a CPU it is that of the whole process."""
-        gc.collect()  # modules that FSDP wrapped refer to each other in circles
+    def reset_peak(self) -> None:
+        """Reset the peak memory. On a CPU it cannot be reset and is that of the whole process."""
+        gc.collect()  # modules that FSDP wrapped form reference cycles
         if self.cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -113,40 +113,42 @@ class Device:
 
     @property
     def peak_flops(self) -> float | None:
-        """Of bfloat16 matrix products, a second; None for a device that is not listed."""
+        """Peak FLOP/s of bfloat16 matrix products; None for a device that is not listed."""
         name = torch.cuda.get_device_name() if self.cuda else ""
         return next((flops for known, flops in BFLOAT16_FLOPS.items() if known in name), None)
 
 
-def demo(device: Device, tiny: bool, figures: Figures) -> None:
-    """The whole system, the processes and commands of `launch/local.py`."""
-    with tempfile.TemporaryDirectory(prefix="sgpo-gpu-demo-") as place:
-        words = [f"out={place}", "name=demo", "local.ranks=1", "local.actors=1", f"engine.device={device.name}"]
+def demo(device: Device, tiny: bool, measurements: Measurements) -> None:
+    """The whole system, with the processes and commands of `launch/local.py`."""
+    with tempfile.TemporaryDirectory(prefix="sgpo-gpu-demo-") as out:
+        overrides = [f"out={out}", "name=demo", "local.ranks=1", "local.actors=1", f"engine.device={device.name}"]
         if tiny:
-            words += ["steps=2", "learner.problems_per_step=2", "tasks.held_out=4", "rollout.max_new_tokens=24"]
-        command = [sys.executable, "launch/local.py", "configs/demo.yaml", *words]
+            overrides += ["steps=2", "learner.problems_per_step=2", "tasks.held_out=4", "rollout.max_new_tokens=24"]
+        command = [sys.executable, "launch/local.py", "configs/demo.yaml", *overrides]
         began = time.monotonic()
         process = subprocess.Popen(command, cwd=ROOT)
-        folder = Path(place, "demo")
+        folder = Path(out, "demo")
         while process.poll() is None:
             time.sleep(1.0)
             if (folder / "metrics.jsonl").exists() and (lines := read_metrics(folder)):
                 evaluated = {line["step"]: line["eval_pass_auto"] for line in lines if "eval_pass_auto" in line}
-                figures.note("progress", {"step": lines[-1]["step"], "eval_pass_auto": evaluated})
-        figures.note("command_s", time.monotonic() - began)
+                measurements.record("progress", {"step": lines[-1]["step"], "eval_pass_auto": evaluated})
+        measurements.record("command_s", time.monotonic() - began)
         assert process.returncode == 0, f"the demo ended with code {process.returncode}"
         summary, lines = read_summary(folder), read_metrics(folder)
         kept = ("steps", "wall_s", "pass_auto_first", "pass_auto_last", "pass_guided_last", "lag_mean", "lag_max",
                 "tokens_trained", "tokens_generated", "learner_idle", "engine_idle", "ledger", "mismatch")  # fmt: skip
-        figures.note("summary", {name: summary[name] for name in kept})
-        figures.note("ratio_by_lag_first_step", lines[0]["ratio_by_lag"])
+        measurements.record("summary", {name: summary[name] for name in kept})
+        measurements.record("ratio_by_lag_first_step", lines[0]["ratio_by_lag"])
         ledger = summary["ledger"]["rollouts"]
         assert ledger["dispatched"] == ledger["trained"] + sum(ledger["dropped"].values())
-        assert tiny or summary["pass_auto_last"] >= LEARNED, f"solved alone: {summary['pass_auto_last']}"
+        assert tiny or summary["pass_auto_last"] >= LEARNED, (
+            f"pass rate without strategies must be >= {LEARNED}, got {summary['pass_auto_last']}"
+        )
 
 
-def mismatch(device: Device, tiny: bool, figures: Figures) -> None:
-    """The engine samples, the learner's packed forward scores the same tokens: equal weights, other kernels."""
+def mismatch(device: Device, tiny: bool, measurements: Measurements) -> None:
+    """The engine samples tokens and the learner's packed forward scores them: equal weights, different kernels."""
     mesh = join_alone(device.name)
     shapes = ["builtin:cues", "tiny" if tiny else "qwen2.5-0.5b"]
     count, tokens = (4, 12) if tiny else (64, 192)
@@ -162,19 +164,19 @@ def mismatch(device: Device, tiny: bool, figures: Figures) -> None:
             ])  # fmt: skip
             row = {"mean": float(off.mean()), "p99": float(np.quantile(off, 0.99)), "max": float(off.max()),
                    "tokens": off.size, "bound": MISMATCH_BOUND[dtype]}  # fmt: skip
-            figures.note(f"{shape} {dtype}", row)
+            measurements.record(f"{shape} {dtype}", row)
             assert row["mean"] < row["bound"], row
 
 
-def losses(device: Device, tiny: bool, figures: Figures) -> None:
-    """Value, both gradients, seconds and peak memory of each way, forward and backward, in bfloat16."""
-    rows, words, width = (32, 96, 16) if tiny else (8192, 151_936, 3584)
+def losses(device: Device, tiny: bool, measurements: Measurements) -> None:
+    """Value, both gradients, seconds and peak memory of each implementation, forward and backward, in bfloat16."""
+    rows, vocabulary, width = (32, 96, 16) if tiny else (8192, 151_936, 3584)
     torch.manual_seed(0)
     hidden, teacher = (torch.randn(rows, width, device=device.name).bfloat16() for _ in range(2))
-    weight = (torch.randn(words, width, device=device.name) * width**-0.5).bfloat16()
-    targets = torch.randint(words, (rows,), device=device.name)
-    figures.note("size", {"T": rows, "V": words, "H": width})
-    ways: dict[str, dict[str, Callable[[Tensor, Tensor], Tensor]]] = {
+    weight = (torch.randn(vocabulary, width, device=device.name) * width**-0.5).bfloat16()
+    targets = torch.randint(vocabulary, (rows,), device=device.name)
+    measurements.record("size", {"T": rows, "V": vocabulary, "H": width})
+    implementations: dict[str, dict[str, Callable[[Tensor, Tensor], Tensor]]] = {
         "logprobs": {
             "naive": lambda h, w: -(h @ w.T).float().log_softmax(-1).gather(1, targets[:, None]).mean(),
             "fused": lambda h, w: -linear_logprobs(h, w, targets)[0].mean(),
@@ -187,36 +189,39 @@ def losses(device: Device, tiny: bool, figures: Figures) -> None:
         },
     }  # fmt: skip
     try:
-        _add_liger(ways, teacher, targets, device)
+        _add_liger(implementations, teacher, targets, device)
     except ImportError as error:
-        figures.note("liger", f"not measured: {error}")
-    for loss, by_way in ways.items():
+        measurements.record("liger", f"not measured: {error}")
+    for loss, by_name in implementations.items():
         reference: dict[str, Tensor] = {}
-        for way, function in by_way.items():
+        for name, function in by_name.items():
             row = _timed_loss(function, hidden, weight, device, reference)
-            figures.note(f"{loss} {way}", row)
+            measurements.record(f"{loss} {name}", row)
             assert row["off"]["loss"] < 2e-3, row
 
 
-def _add_liger(ways: dict[str, Any], teacher: Tensor, targets: Tensor, device: Device) -> None:
-    """Liger's counterparts. Raises ImportError where it is not installed.
+def _add_liger(implementations: dict[str, Any], teacher: Tensor, targets: Tensor, device: Device) -> None:
+    """Add Liger's implementations. Raises ImportError if it is not installed.
 
-    Its kernels need a GPU, or TRITON_INTERPRET=1 for a rehearsal.
+    Its kernels need a GPU, or TRITON_INTERPRET=1 for a test run on a CPU.
     """
     if not device.cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ImportError("Liger's kernels need a GPU")
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss, LigerFusedLinearJSD
 
     cross_entropy, jsd = LigerFusedLinearCrossEntropyLoss(), LigerFusedLinearJSD(jsd_beta=0.0)  # beta 0: forward KL
-    ways["logprobs"]["liger"] = lambda h, w: cross_entropy(w, h, targets)
-    ways["forward_kl"]["liger"] = lambda h, w: jsd(h, w, teacher, w.detach(), None)
+    implementations["logprobs"]["liger"] = lambda h, w: cross_entropy(w, h, targets)
+    implementations["forward_kl"]["liger"] = lambda h, w: jsd(h, w, teacher, w.detach(), None)
 
 
 def _timed_loss(
     function: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, weight: Tensor, device: Device,
     reference: dict[str, Tensor],
 ) -> dict[str, Any]:  # fmt: skip
-    """Median of three after one to warm up; how far value and gradients are from the first way's, relative."""
+    """Median time of three runs after one warm-up; relative errors of value and gradients against the first function.
+
+    The first call stores its value and gradients in `reference`.
+    """
     h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
 
     def once() -> Tensor:
@@ -233,14 +238,14 @@ def _timed_loss(
         reference.setdefault(name, value)
     off = {name: float((value - reference[name]).norm() / reference[name].norm()) for name, value in found.items()}
     del found
-    device.forget_peak()
+    device.reset_peak()
     before = torch.cuda.memory_allocated() if device.cuda else 0
     seconds = statistics.median(device.seconds(once) for _ in range(3))
     return {"seconds": seconds, "extra_gb": device.peak_gb - before / 1e9, "loss": float(loss), "off": off}
 
 
-def step(device: Device, tiny: bool, figures: Figures) -> None:
-    """SGPO without a teacher's copy, on rows of W tokens: one sequence of W, and others of W/4 packed together."""
+def step(device: Device, tiny: bool, measurements: Measurements) -> None:
+    """SGPO without a copy of the teacher, on rows of W tokens: one sequence of W tokens, and packed ones of W/4."""
     mesh = join_alone(device.name)
     shapes = ["tiny"] if tiny else ["qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-7b-4-layers"]
     widths = [64, 128] if tiny else [2048, 8192, 17408]
@@ -249,10 +254,10 @@ def step(device: Device, tiny: bool, figures: Figures) -> None:
             for saves_memory in (False, True):
                 name = f"{shape} W={width}{' recompute' if saves_memory else ''}"
                 try:
-                    figures.note(name, _step(shape, width, mesh, device, saves_memory))
+                    measurements.record(name, _step(shape, width, mesh, device, saves_memory))
                 except torch.OutOfMemoryError as error:
-                    figures.note(name, {"out_of_memory": str(error).partition(". GPU")[0]})
-                device.forget_peak()
+                    measurements.record(name, {"out_of_memory": str(error).partition(". GPU")[0]})
+                device.reset_peak()
 
 
 def _step(shape: str, width: int, mesh: DeviceMesh, device: Device, saves_memory: bool) -> dict[str, Any]:
@@ -271,7 +276,7 @@ def _step(shape: str, width: int, mesh: DeviceMesh, device: Device, saves_memory
     stepper = Stepper(run, policy, optimiser.build(policy, run.optim), Teacher(run.algorithm, None))
     batch = stepper.batch(_shard(width, vocabulary=SHAPES[shape]["vocab_size"]))
     stepper.train(batch, step=0)
-    device.forget_peak()
+    device.reset_peak()
     seconds = statistics.median(device.seconds(lambda: stepper.train(batch, step=1)) for _ in range(2))
     peak_gb = device.peak_gb
     students, teachers = batch.sequences.students, batch.teachers
@@ -285,13 +290,13 @@ def _step(shape: str, width: int, mesh: DeviceMesh, device: Device, saves_memory
         "tokens_per_s": trained / seconds,
         "micro_batches": len(rows),
         "tflops_per_s": flops / seconds / 1e12,
-        "mfu": flops / seconds / device.peak_flops if device.peak_flops else None,  # recomputation is not counted
+        "mfu": flops / seconds / device.peak_flops if device.peak_flops else None,  # without recomputation
         "attention": _attention(lambda: stepper.train(batch, step=2), device),
     }
 
 
 def _shard(width: int, *, vocabulary: int) -> Shard:
-    """One problem: an autonomous rollout that takes W tokens, eleven others that take W/4; every second is correct."""
+    """One problem: an autonomous rollout of W tokens and eleven rollouts of W/4 tokens; every second is correct."""
     rng = np.random.default_rng(0)
     prompt = width // 16
     rollouts = []
@@ -316,33 +321,35 @@ def _forward_flops(policy: Policy, sequences: Sequence[Tokens]) -> float:
     config = policy.model.config
     lookup = policy.model.get_input_embeddings().weight
     matrices = sum(p.numel() for p in policy.parameters() if p.dim() == 2)
-    if not config.tie_word_embeddings:  # a look-up multiplies nothing; a shared matrix is multiplied by as the head
+    if not config.tie_word_embeddings:  # an embedding lookup needs no FLOPs; a tied matrix is also the head
         matrices -= lookup.numel()
     width = config.hidden_size  # heads x head size
     return sum(2.0 * matrices * s.length + 2.0 * config.num_hidden_layers * width * s.length**2 for s in sequences)
 
 
 def _attention(work: Callable[[], Any], device: Device) -> dict[str, int]:
-    """Operators and, on a GPU, kernels of attention that `work` called, and how often."""
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * device.cuda
+    """The attention operators (on a GPU also the kernels) that `work` called, with the number of calls."""
+    activities = [ProfilerActivity.CPU]
+    if device.cuda:
+        activities.append(ProfilerActivity.CUDA)
     with profile(activities=activities) as profiled:
         work()
         device.wait()
-    words = ("attention", "attn", "fmha", "flash")
-    return {event.key: event.count for event in profiled.key_averages() if any(w in event.key.lower() for w in words)}
+    parts = ("attention", "attn", "fmha", "flash")  # of the names of attention operators
+    return {event.key: event.count for event in profiled.key_averages() if any(p in event.key.lower() for p in parts)}
 
 
-def weights(device: Device, tiny: bool, figures: Figures) -> None:
-    """Three versions from FSDP's shards through the store and a Torch RPC world of two into a running engine."""
+def weights(device: Device, tiny: bool, measurements: Measurements) -> None:
+    """Three versions travel from FSDP's shards through the store and a Torch RPC world of two into an engine."""
     shape, mesh = "tiny" if tiny else "qwen2.5-1.5b", join_alone(device.name)
     policy = shard(Policy(random_model(shape, device=device.name)), mesh, precision="bfloat16")
     engine = EmbeddedEngine(random_model(shape, dtype="bfloat16", device=device.name), digest=digest, slots=8)
     sent = sum(p.numel() * 2 for p in policy.parameters())
-    figures.note("bytes", sent)
+    measurements.record("bytes", sent)
     written: list[float] = []
     with (
-        tempfile.TemporaryDirectory(prefix="sgpo-gpu-weights-") as place,
-        closing(StoreFile(place, expected_bytes=sent)) as file,
+        tempfile.TemporaryDirectory(prefix="sgpo-gpu-weights-") as folder,
+        closing(StoreFile(folder, expected_bytes=sent)) as file,
         Session(file) as session,
     ):
         store, note = StoreWriter(file.path), lambda _: written.append(time.perf_counter())
@@ -359,7 +366,7 @@ def weights(device: Device, tiny: bool, figures: Figures) -> None:
                 read = partial(reader.tensors, version)
                 loaded = device.seconds(partial(engine.load, Weights(version=version, digest=event.digest, read=read)))
             assert engine.version == version
-            figures.note(
+            measurements.record(
                 f"version {version}",
                 {"learner_waits_s": waited, "in_store_s": written[-1] - began, "pull_s": event.seconds,
                  "at_the_node_s": pulled - began, "load_s": loaded, "gb_per_s_pull": sent / event.seconds / 1e9},
@@ -367,43 +374,43 @@ def weights(device: Device, tiny: bool, figures: Figures) -> None:
 
 
 class Session:
-    """Link and node of one actor around a store."""
+    """The weight sender and the weight receiver of one actor for a store."""
 
     def __init__(self, store: StoreFile) -> None:
-        self._link = WeightSender(store.path, "checked", "127.0.0.1")
-        self._node = WeightReceiver("checked")
+        self._sender = WeightSender(store.path, "checked", "127.0.0.1")
+        self._receiver = WeightReceiver("checked")
 
     def __enter__(self) -> Session:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._link.stop()
-        self._node.stop()
+        self._sender.stop()
+        self._receiver.stop()
 
     def wait(self, version: int) -> VersionReceived:
-        """Until this version stands at the node."""
+        """Wait until the weight receiver has this version."""
         deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
-            for event in self._link.poll():
+            for event in self._sender.poll():
                 assert isinstance(event, SenderUp), event
-                self._node.connect("127.0.0.1", event.port)
-            for event in self._node.poll():
+                self._receiver.connect("127.0.0.1", event.port)
+            for event in self._receiver.poll():
                 if isinstance(event, VersionReceived) and event.version == version:
                     return event
             time.sleep(0.002)
-        raise AssertionError(f"version {version} did not reach the node within {PATIENCE_S:g} s")
+        raise AssertionError(f"version {version} did not reach the weight receiver within {PATIENCE_S:g} s")
 
 
-def tests(device: Device, tiny: bool, figures: Figures) -> None:
-    """pytest -m gpu; on a CPU all of them are skipped."""
+def tests(device: Device, tiny: bool, measurements: Measurements) -> None:
+    """Run pytest -m gpu; on a CPU all tests are skipped."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu and not sglang", "tests/gpu"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     lines = done.stdout.strip().splitlines()
-    figures.note("pytest", lines[-1] if lines else done.stderr[-2000:])
+    measurements.record("pytest", lines[-1] if lines else done.stderr[-2000:])
     if done.returncode:
-        figures.note("output", done.stdout[-4000:])
+        measurements.record("output", done.stdout[-4000:])
     assert done.returncode == 0, "tests fail"
-    assert not device.cuda or " passed" in figures.found["pytest"], "every test was skipped"
+    assert not device.cuda or " passed" in measurements.found["pytest"], "every test was skipped"
 
 
 def _model(shape: str, device: Device) -> Any:
@@ -421,7 +428,7 @@ def _engine(shape: str, device: Device, dtype: str, weights: dict[str, Tensor]) 
 
 
 def _generated(engine: EmbeddedEngine, count: int, tokens: int) -> list[tuple[np.ndarray, Generated]]:
-    """Prompts of random tokens and what the engine made of them."""
+    """Random prompts with the engine's completions."""
     prompts = [np.random.default_rng(i).integers(1, 30, 16 + i % 7).astype(np.int32) for i in range(count)]
     for i, prompt in enumerate(prompts):
         engine.submit(Generate(id=i, prompt=prompt, max_new_tokens=tokens, temperature=1.0, seed=i))
@@ -433,7 +440,7 @@ def _generated(engine: EmbeddedEngine, count: int, tokens: int) -> list[tuple[np
 
 @torch.no_grad()
 def _token_logprobs(policy: Policy, results: list[tuple[np.ndarray, Generated]]) -> list[np.ndarray]:
-    """log pi of each sampled token, by the packed forward that trains."""
+    """log pi of each sampled token, from the packed forward that training uses."""
     sequences = [Tokens(prompt, result.tokens) for prompt, result in results]
     found: dict[int, np.ndarray] = {}
     for micro_batch in plan([tokens.length for tokens in sequences], 2048):
@@ -447,17 +454,17 @@ def _token_logprobs(policy: Policy, results: list[tuple[np.ndarray, Generated]])
 PARTS = {"demo": demo, "mismatch": mismatch, "losses": losses, "step": step, "weights": weights, "tests": tests}
 
 
-def main(words: list[str]) -> None:
-    """Measure one part."""
+def main(arguments: list[str]) -> None:
+    """Run one part."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
     parser.add_argument("--size", choices=("full", "tiny"), required=True)
     parser.add_argument("--to", type=Path, required=True, help="JSON file")
-    options = parser.parse_args(words)
+    options = parser.parse_args(arguments)
     if options.device == "cpu":
         os.environ["OMP_NUM_THREADS"] = "1"
-    PARTS[options.part](Device(options.device), options.size == "tiny", Figures(options.to))
+    PARTS[options.part](Device(options.device), options.size == "tiny", Measurements(options.to))
 
 
 if __name__ == "__main__":

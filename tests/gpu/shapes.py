@@ -1,4 +1,4 @@
-"""Shapes of real models for random weights: nothing is downloaded."""
+"""Random models in the shapes of real models; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ SHAPES["qwen2.5-7b-4-layers"] = SHAPES["qwen2.5-7b"] | {"num_hidden_layers": 4}
 
 
 def config_of(shape: str, *, dtype: str) -> Qwen2Config:
-    """The configuration of `shape`. No token ends a text."""
+    """The configuration of `shape`, without an end token."""
     rope = {"rope_type": "default", "rope_theta": 1e6}
     return Qwen2Config(**SHAPES[shape], rope_parameters=rope, bos_token_id=None, eos_token_id=None, dtype=dtype)
 
 
 def random_model(shape: str, *, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
-    """A model of `shape`, drawn on `device`."""
+    """A random model of `shape`, created on `device`."""
     torch.manual_seed(0)
     with torch.device(device):
         model = Qwen2ForCausalLM._from_config(config_of(shape, dtype=dtype), dtype=getattr(torch, dtype))

@@ -1,4 +1,4 @@
-"""The same system on a CUDA device. Nothing here runs where there is none: pytest -m gpu."""
+"""The same system on a CUDA device: pytest -m gpu. The tests are skipped without one."""
 
 import json
 import subprocess
@@ -49,8 +49,8 @@ def test_the_engine_s_logprobs_are_those_of_the_model_on_the_cpu(dtype: str, tol
 
 
 def test_the_demo_trains_with_nccl(tmp_path: Path) -> None:
-    words = [f"out={tmp_path}", "name=cuda", "steps=6", "local.ranks=1", "local.actors=1", "evaluation.every=100"]
-    command = [sys.executable, "-m", "sgpo_async.cli", "local", "configs/demo.yaml", *words]
+    overrides = [f"out={tmp_path}", "name=cuda", "steps=6", "local.ranks=1", "local.actors=1", "evaluation.every=100"]
+    command = [sys.executable, "-m", "sgpo_async.cli", "local", "configs/demo.yaml", *overrides]
     subprocess.run(command, check=True, timeout=500)
     summary = json.loads((tmp_path / "cuda" / "summary.json").read_text())
     assert summary["ledger"]["trained"] == 6 * 16

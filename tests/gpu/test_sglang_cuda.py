@@ -1,6 +1,7 @@
-"""SGLang servers on a GPU, with random weights of Qwen2.5-1.5B's shape in bfloat16.
+"""SGLang servers on a GPU, with random weights in the shape of Qwen2.5-1.5B in bfloat16.
 
-Nothing here runs without a GPU and an environment for the servers: docs/gpu.md. Figures come from `measure_servers.py`.
+The tests are skipped without a GPU or without a Python environment for the servers: docs/gpu.md. For figures run
+`measure_servers.py`.
 """
 
 from __future__ import annotations
@@ -29,27 +30,27 @@ pytestmark = [
 ]
 
 SHAPE = "qwen2.5-1.5b"
-MISMATCH_BOUND = 0.05  # nats, the alarm's bound for bfloat16 (learner.mismatch_bound)
+MISMATCH_BOUND = 0.05  # nats, the bound of the mismatch alarm for bfloat16 (learner.mismatch_bound)
 
 Model = tuple[Path, dict[str, torch.Tensor]]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
-    """Folder and weights."""
-    torch.cuda.init()  # before the servers' environment hides GPUs from us
+    """The folder and the weights of the model."""
+    torch.cuda.init()  # before CUDA_VISIBLE_DEVICES is changed for the servers
     folder = tmp_path_factory.mktemp("model")
     yield folder, save(SHAPE, folder, dtype="bfloat16")
 
 
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("transport", ["tensor", "distributed"])
-def test_a_gpu_holds_what_was_sent(model: Model, tmp_path: Path, transport: str, tp: int) -> None:
-    """The layout and the hash on a GPU, and weights over HTTP and NCCL: checksums as foretold, of each version."""
+def test_a_gpu_server_has_the_weights_that_were_sent(model: Model, tmp_path: Path, transport: str, tp: int) -> None:
+    """Layout and hash on a GPU, with weights sent over HTTP and NCCL: each version has the expected checksums."""
     folder, tensors = model
     nccl = transport == "distributed"
     if len(devices()) < tp + nccl:
-        pytest.skip(f"needs {tp + nccl} GPUs, here are {len(devices())}")
+        pytest.skip(f"needs {tp + nccl} GPUs, this machine has {len(devices())}")
     config = json.loads((folder / "config.json").read_text())
     with ExitStack() as stack:
         learner = stack.enter_context(closing(Learner(tensors, tmp_path, cuda=nccl)))
@@ -70,19 +71,19 @@ def test_a_gpu_holds_what_was_sent(model: Model, tmp_path: Path, transport: str,
             compare(answers[0], answers[1])
 
 
-def test_bfloat16_logprobs_are_near_the_learners(model: Model, tmp_path: Path) -> None:
+def test_bfloat16_logprobs_are_close_to_the_learners(model: Model, tmp_path: Path) -> None:
     folder, tensors = model
     with (
         closing(Learner(tensors, tmp_path, cuda=False)) as learner,
         closing(Served(folder, tmp_path / "server", device="cuda", dtype="bfloat16", slots=16)) as served,
     ):
         served.load(learner.publish(0))
-        figures = mismatch(served, folder, "cuda", vocabulary=SHAPES[SHAPE]["vocab_size"])
-    assert 0 < figures["bfloat16"]["mean"] < MISMATCH_BOUND, figures
+        measured = mismatch(served, folder, "cuda", vocabulary=SHAPES[SHAPE]["vocab_size"])
+    assert 0 < measured["bfloat16"]["mean"] < MISMATCH_BOUND, measured
 
 
 def checksums(url: str) -> list[dict[str, str]]:
-    """What a server says that it holds."""
+    """The checksums that a server reports."""
     body = json.dumps({"action": "checksum"}).encode()
     request = urllib.request.Request(f"{url}/weights_checker", body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=120) as answer:

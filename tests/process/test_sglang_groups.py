@@ -1,4 +1,4 @@
-"""Weight-update groups with real SGLang servers: what the docstring of `session.weight_groups` says, step by step."""
+"""Weight-update groups with real SGLang servers: the steps that the docstring of `session.weight_groups` describes."""
 
 import json
 import os
@@ -73,7 +73,7 @@ class Server:
         return self._log.read_text(errors="replace")[-3000:]
 
     def post(self, path: str, timeout_s: float = PATIENCE_S, **body: Any) -> dict[str, Any]:
-        """The answer to a request. Raises RuntimeError with the server's words if it refuses."""
+        """The answer to a POST request. Raises RuntimeError with the server's message if it refuses."""
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}/{path}",
             data=json.dumps(body).encode(),
@@ -86,7 +86,7 @@ class Server:
             raise RuntimeError(f"{path}: {error.code}: {error.read().decode()}") from None
 
     def checksums(self) -> list[dict[str, str]]:
-        """Of every parameter, per rank."""
+        """The checksums of all parameters, per rank."""
         return [rank["checksums"] for rank in self.post("weights_checker", action="checksum")["ranks"]]
 
     def close(self) -> None:
@@ -102,14 +102,14 @@ class Server:
 
 
 class Session:
-    """A store, a link and a node whose events are polled by a thread, as the actor's loop does."""
+    """A store, a weight sender and a weight receiver; a thread polls their events, as the actor's loop does."""
 
     def __init__(self) -> None:
         self.file = StoreFile("/nowhere")
         self.writer = StoreWriter(self.file.path)
-        self.node = WeightReceiver("a-1", pulls=False, deadlines=Deadlines(group_s=PHASE_S))
-        self.link = WeightSender(self.file.path, "a-1", "127.0.0.1")
-        self.groups = self.node.groups
+        self.receiver = WeightReceiver("a-1", pulls=False, deadlines=Deadlines(group_s=PHASE_S))
+        self.sender = WeightSender(self.file.path, "a-1", "127.0.0.1")
+        self.groups = self.receiver.groups
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._poll)
         self._thread.start()
@@ -117,16 +117,16 @@ class Session:
     def close(self) -> None:
         self._over.set()
         self._thread.join()
-        self.link.stop()
-        self.node.stop()
+        self.sender.stop()
+        self.receiver.stop()
         self.file.close()
 
     def _poll(self) -> None:
         while not self._over.wait(0.02):
-            for event in self.link.poll():
+            for event in self.sender.poll():
                 if isinstance(event, SenderUp):
-                    self.node.connect("127.0.0.1", event.port)
-            self.node.poll()
+                    self.receiver.connect("127.0.0.1", event.port)
+            self.receiver.poll()
 
 
 @pytest.fixture(scope="module", params=[1, 2])
@@ -144,8 +144,8 @@ def session() -> Iterator[Session]:
 
 
 @pytest.fixture
-def aside() -> Iterator[Callable[..., Future[Any]]]:
-    """Runs a request at the same time as something else."""
+def in_background() -> Iterator[Callable[..., Future[Any]]]:
+    """Runs a request in a thread."""
     with ThreadPoolExecutor() as pool:
         yield pool.submit
 
@@ -155,17 +155,17 @@ def base() -> Weights:
 
 
 def folder_of(weights: Weights, at: Path) -> str:
-    """A model folder with other weights."""
+    """A copy of the model folder with other weights."""
     shutil.copytree(BASE, at)
     safetensors.torch.save_file(weights, at / "model.safetensors", metadata={"format": "pt"})
     return str(at)
 
 
-def form(session: Session, server: Server, group: str, aside: Callable[..., Future[Any]]) -> None:
+def form(session: Session, server: Server, group: str, in_background: Callable[..., Future[Any]]) -> None:
     world_size = 1 + server.tp
     host, port = session.groups.open(group, backend="gloo", world_size=world_size).result(PATIENCE_S)
     joining = session.groups.join(group)
-    aside(
+    in_background(
         server.post,
         "init_weights_update_group",
         **{"master_address": host, "master_port": port, "rank_offset": 1, "world_size": world_size},
@@ -194,21 +194,21 @@ def update(session: Session, server: Server, group: str, plan: BroadcastPlan) ->
     server.post("end_weight_update")
 
 
-def test_what_is_broadcast_is_what_the_disk_would_have_given(
-    session: Session, server: Server, aside: Callable[..., Future[Any]], tmp_path: Path
+def test_a_broadcast_gives_the_same_weights_as_loading_from_disk(
+    session: Session, server: Server, in_background: Callable[..., Future[Any]], tmp_path: Path
 ) -> None:
-    took: dict[str, float] = {}
+    seconds: dict[str, float] = {}
 
     def timed(what: str, function: Callable[..., Any], *args: Any) -> Any:
         began = time.monotonic()
         result = function(*args)
-        took[what] = round(time.monotonic() - began, 3)
+        seconds[what] = round(time.monotonic() - began, 3)
         return result
 
     session.writer.publish(0, base().items())
     old = server.checksums()
     timed("session", lambda: session.groups.plan(0).result(PATIENCE_S))
-    timed("form", form, session, server, "g", aside)
+    timed("form", form, session, server, "g", in_background)
     for version in (1, 2):
         new = {name: t * (1.5 + version) for name, t in base().items()}
         session.writer.publish(version, new.items())
@@ -221,21 +221,21 @@ def test_what_is_broadcast_is_what_the_disk_would_have_given(
         assert server.checksums() == old
         server.post("update_weights_from_disk", model_path=folder_of(new, tmp_path / str(version)))
         assert server.checksums() == by_group
-    print(f"tp={server.tp}", took)
+    print(f"tp={server.tp}", seconds)
     server.post("update_weights_from_disk", model_path=BASE)
     session.groups.close("g")
     server.post("destroy_weights_update_group", group_name="g")
 
 
-def test_a_server_is_freed_when_rank_0_leaves(
-    session: Session, server: Server, aside: Callable[..., Future[Any]]
+def test_a_waiting_server_gets_an_error_when_rank_0_leaves(
+    session: Session, server: Server, in_background: Callable[..., Future[Any]]
 ) -> None:
     session.writer.publish(0, base().items())
     plan = session.groups.plan(0).result(PATIENCE_S)
     old = server.checksums()
-    form(session, server, "left", aside)
+    form(session, server, "left", in_background)
     server.post("begin_weight_update")
-    receiving = aside(post_plan, server, "left", plan)
+    receiving = in_background(post_plan, server, "left", plan)
     time.sleep(1.0)
     assert not receiving.done()
     session.groups.close("left")
@@ -243,16 +243,16 @@ def test_a_server_is_freed_when_rank_0_leaves(
         receiving.result(PHASE_S)
     server.post("end_weight_update")
     assert server.checksums() == old
-    form(session, server, "after", aside)
+    form(session, server, "after", in_background)
     update(session, server, "after", plan)
     assert server.checksums() == old
 
 
-def test_a_server_is_freed_when_the_link_dies_before_the_join(
-    session: Session, server: Server, aside: Callable[..., Future[Any]]
+def test_a_waiting_server_gets_an_error_when_the_weight_sender_dies_before_the_join(
+    session: Session, server: Server, in_background: Callable[..., Future[Any]]
 ) -> None:
     host, port = session.groups.open("dead", backend="gloo", world_size=1 + server.tp).result(PATIENCE_S)
-    joining = aside(
+    joining = in_background(
         server.post,
         "init_weights_update_group",
         **{"master_address": host, "master_port": port, "rank_offset": 1, "world_size": 1 + server.tp},
@@ -261,9 +261,9 @@ def test_a_server_is_freed_when_the_link_dies_before_the_join(
     )
     time.sleep(1.0)
     assert not joining.done()
-    session.link.stop()
+    session.sender.stop()
     with pytest.raises(RuntimeError, match="Failed to initialize custom process group"):
         joining.result(PHASE_S)
     with pytest.raises(SessionError, match="dead: join"):
         session.groups.join("dead").result(PHASE_S)
-    assert server.checksums()  # it serves
+    assert server.checksums()  # it still answers

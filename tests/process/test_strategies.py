@@ -311,7 +311,7 @@ def test_options_are_examined_before_anything_is_paid_for(
             "stand already; --url http://h:1/v1 asks one",
         ),
         (["--serve", "engine.slot=2"], "did you mean engine.slots?"),
-        (["--serve", "engine.sglang.python=/nowhere/python"], "there is no '/nowhere/python'"),
+        (["--serve", "engine.sglang.python=/nowhere/python"], "'/nowhere/python' does not exist"),
         (["--serve", "--model", "./nowhere"], "--model: ./nowhere: no such folder"),
     ],
 )

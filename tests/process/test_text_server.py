@@ -1,4 +1,4 @@
-"""A server of texts around somebody's work: a stub in SGLang's place lives, dies and is silent as it is told."""
+"""A text server for the duration of some work: a stub replaces SGLang, and runs, dies or stays silent on demand."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ pytestmark = pytest.mark.process
 
 STUB = """
 import http.server, os, pathlib, sys, threading, time
-port, fate = int(sys.argv[sys.argv.index("--port") + 1]), pathlib.Path({fate!r})
+port, behaviour = int(sys.argv[sys.argv.index("--port") + 1]), pathlib.Path({behaviour!r})
 def live():
-    while fate.read_text() != "die":
+    while behaviour.read_text() != "die":
         time.sleep(0.02)
     print("out of memory", flush=True)
     os._exit(3)
@@ -30,23 +30,23 @@ threading.Thread(target=live, daemon=True).start()
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         answer = b"{{}}"
-        self.send_response(503 if fate.read_text() == "be busy" else 200)
+        self.send_response(503 if behaviour.read_text() == "be busy" else 200)
         self.send_header("Content-Length", str(len(answer)))
         self.end_headers()
         self.wfile.write(answer)
-if fate.read_text() == "be silent":
+if behaviour.read_text() == "be silent":
     time.sleep(60)
 http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
 
 
-class Place:
-    """A stub whose fate a file decides, and a client."""
+class Stub:
+    """A stub server, and the file that controls its behaviour."""
 
-    def __init__(self, folder: Path, fate: str = "live") -> None:
-        self.fate, self.log = folder / "fate", folder / "server.log"
-        self.fate.write_text(fate)
-        (folder / "stub.py").write_text(STUB.format(fate=str(self.fate)))
+    def __init__(self, folder: Path, behaviour: str = "live") -> None:
+        self.behaviour, self.log = folder / "behaviour", folder / "server.log"
+        self.behaviour.write_text(behaviour)
+        (folder / "stub.py").write_text(STUB.format(behaviour=str(self.behaviour)))
         self.python = folder / "python"
         self.python.write_text(f'#!/bin/sh\nexec {sys.executable} {folder / "stub.py"} "$@"\n')
         self.python.chmod(0o755)
@@ -56,7 +56,7 @@ class Place:
         engine = Engine(kind="sglang", device="cpu", slots=4, sglang=own)
 
         async def run() -> None:
-            server = text_server("model", engine, dtype="float32", known_as="model", log=self.log)
+            server = text_server("model", engine, dtype="float32", served_name="model", log=self.log)
             async with server as server:
                 assert isinstance(server, TextServer) and server.url.endswith("/v1")
                 await server.during(work)
@@ -79,27 +79,27 @@ async def fail(error: SgpoError) -> None:
     raise error
 
 
-def test_work_is_done_and_the_server_ends_with_it(tmp_path: Path) -> None:
+def test_the_work_is_done_and_then_the_server_is_stopped(tmp_path: Path) -> None:
     done = []
 
     async def work() -> None:
         await asyncio.sleep(0.3)
         done.append(True)
 
-    Place(tmp_path).during(work())
+    Stub(tmp_path).during(work())
     assert done == [True]
 
 
-def test_what_work_raises_is_raised(tmp_path: Path) -> None:
+def test_an_error_of_the_work_is_raised(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such problem"):
-        Place(tmp_path).during(fail(DataError("no such problem")))
+        Stub(tmp_path).during(fail(DataError("no such problem")))
 
 
 def test_a_server_that_dies_ends_the_work_with_its_last_words(tmp_path: Path) -> None:
-    place, ended = Place(tmp_path), []
+    stub, ended = Stub(tmp_path), []
 
     async def work() -> None:
-        place.fate.write_text("die")
+        stub.behaviour.write_text("die")
         try:
             await asyncio.sleep(60)
         except asyncio.CancelledError:
@@ -107,39 +107,39 @@ def test_a_server_that_dies_ends_the_work_with_its_last_words(tmp_path: Path) ->
             raise
 
     with pytest.raises(EngineError, match=r"has ended; the end of .*server.log:\n(.*\n)*.*out of memory"):
-        place.during(work())
+        stub.during(work())
     assert len(ended) == 1
 
 
 def test_work_that_fails_because_the_server_died_tells_the_server_s_last_words(tmp_path: Path) -> None:
-    place = Place(tmp_path)
+    stub = Stub(tmp_path)
 
     async def work() -> None:
-        place.fate.write_text("die")
-        raise EngineError("nothing answers there")
+        stub.behaviour.write_text("die")
+        raise EngineError("the server does not answer")
 
     with pytest.raises(EngineError, match=r"has ended; (.*\n)*.*out of memory"):
-        place.during(work())
+        stub.during(work())
 
 
-def test_a_server_that_dies_when_the_work_is_done_is_no_fault(tmp_path: Path) -> None:
-    place = Place(tmp_path)
+def test_a_server_that_dies_when_the_work_is_done_is_no_error(tmp_path: Path) -> None:
+    stub = Stub(tmp_path)
 
     async def work() -> None:
-        place.fate.write_text("die")
-        time.sleep(0.5)  # nobody looks meanwhile
+        stub.behaviour.write_text("die")
+        time.sleep(0.5)  # blocks the event loop, so the server is not checked meanwhile
 
-    place.during(work())
+    stub.during(work())
 
 
 @pytest.mark.parametrize(
-    ("fate", "says"),
+    ("behaviour", "message"),
     [
         ("die", r"has ended; the end of .*server.log:\n(.*\n)*.*out of memory"),
         ("be silent", r"not ready within 2 s \(.*\); see .*server.log, or raise engine.sglang.start_timeout_s"),
         ("be busy", r"not ready within 2 s \(http://.+\); see .*server.log"),
     ],
 )
-def test_a_server_that_does_not_start_is_told(tmp_path: Path, fate: str, says: str) -> None:
-    with pytest.raises(EngineError, match=says):
-        Place(tmp_path, fate).during(nothing(), start_s=2.0 if fate != "die" else 30.0)
+def test_a_server_that_does_not_start_is_reported(tmp_path: Path, behaviour: str, message: str) -> None:
+    with pytest.raises(EngineError, match=message):
+        Stub(tmp_path, behaviour).during(nothing(), start_s=2.0 if behaviour != "die" else 30.0)

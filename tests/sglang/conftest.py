@@ -1,4 +1,4 @@
-"""Real SGLang servers on the CPU, shared by the tests of a module where their state allows."""
+"""Real SGLang servers on the CPU. The tests of a module share them if their state allows it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "process"))  # run_sup
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of tiny random models, and of others of the same shapes ("qwen3-other")."""
+    """Folders of tiny random models, and of models with the same shapes but other weights ("qwen3-other")."""
     root = tmp_path_factory.mktemp("models")
     return {f"{kind}{tail}": saved(kind, root / f"{kind}{tail}", seed=seed) for kind in ("qwen2", "qwen3")
             for tail, seed in (("", 0), ("-other", 7))}  # fmt: skip
@@ -28,6 +28,6 @@ def _pair(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture
 def pair(_pair: Servers) -> Servers:
-    """An engine of two servers on the tiny Qwen3, as in a new session."""
+    """An engine with two servers of the tiny Qwen3, in the state of a new session."""
     _pair.engine.reset()
     return _pair

@@ -1,7 +1,8 @@
-"""Runs in SGLang's environment: what the ranks of a GPU server hold, by its own classes and checker, without a GPU.
+"""Computes the checksums of a GPU server's ranks without a GPU, with SGLang's own model classes and weight checker.
 
-python gpu_layout.py TP FOLDER... prints {FOLDER: [checksums of rank 0, ...]}. The model of each rank is built in turn
-in this one process and loaded as on a GPU; it computes nothing. The checksums are SHA-256, as the tensors lie on a CPU.
+Run it in SGLang's environment: python gpu_layout.py TP FOLDER... prints {FOLDER: [checksums of rank 0, ...]}. This one
+process builds the model of each rank in turn and loads the weights as on a GPU; it runs no forward pass. The checksums
+are SHA-256, because the tensors are on a CPU.
 """
 
 import json
@@ -23,7 +24,7 @@ MODELS = {
 }
 
 
-def held(folder: str, tp: int, rank: int) -> dict[str, str]:
+def checksums_of(folder: str, tp: int, rank: int) -> dict[str, str]:
     """The checksums of the parameters of `rank`."""
     config = AutoConfig.from_pretrained(folder)
     args = ServerArgs(model_path=folder, device="cpu", tp_size=tp, skip_tokenizer_init=True, dtype="float32")
@@ -40,8 +41,8 @@ def held(folder: str, tp: int, rank: int) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    linear._is_cpu = False  # else its loaders are those of a CPU
+    linear._is_cpu = False  # otherwise its loaders are those for a CPU
     for module in (llama, qwen2, qwen3):
-        module.LogitsProcessor = lambda config: torch.nn.Identity()  # it asks for real process groups
+        module.LogitsProcessor = lambda config: torch.nn.Identity()  # the original needs real process groups
     size, folders = int(sys.argv[1]), sys.argv[2:]
-    print(json.dumps({folder: [held(folder, size, rank) for rank in range(size)] for folder in folders}))
+    print(json.dumps({folder: [checksums_of(folder, size, rank) for rank in range(size)] for folder in folders}))

@@ -1,4 +1,4 @@
-"""Engines of real servers, raw requests to one, and references by transformers' plain forward."""
+"""Engines with real servers, raw requests to a server, and reference values from transformers' plain forward pass."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ POSITIONS = 512
 
 
 def saved(kind: str, folder: Path, *, seed: int) -> Path:
-    """A tiny random model of two layers in `folder`; it ends no continuation by itself."""
+    """Save a tiny random model of two layers to `folder`; it has no end token."""
     torch.manual_seed(seed)
     common: dict[str, Any] = dict(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -42,14 +42,14 @@ def saved(kind: str, folder: Path, *, seed: int) -> Path:
     else:
         model = Qwen3ForCausalLM(Qwen3Config(**common, head_dim=8, tie_word_embeddings=False))
     with torch.no_grad():
-        for parameter in model.parameters():  # biases and norms start as zeros and ones, in which no mistake shows
+        for parameter in model.parameters():  # biases start as zeros and norms as ones, which would hide errors
             parameter.add_(0.05 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     return folder
 
 
 def loaded(folder: Path) -> Any:
-    """The model in `folder`, float32, by transformers."""
+    """The model in `folder`, loaded by transformers in float32."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
@@ -66,7 +66,7 @@ class Servers:
         settings = Sglang(**{"python": PYTHON, "stream_interval": 4, "phase_timeout_s": 30.0} | sglang)
         engine = Engine(kind="sglang", device="cpu", slots=slots, sglang=settings)
         self.engine = SglangEngine(str(model), engine, dtype="float32", digest=digest, logs=str(logs))
-        self.told: list[str] = []
+        self.all_events: list[str] = []
 
     def __enter__(self) -> Servers:
         self.engine.start()
@@ -75,49 +75,50 @@ class Servers:
     def __exit__(self, *_: object) -> None:
         self.engine.close()
 
-    def news(self) -> list[str]:
-        """All news so far."""
-        self.told += self.engine.news()
-        return self.told
+    def events(self) -> list[str]:
+        """All events of the engine so far."""
+        self.all_events += self.engine.events()
+        return self.all_events
 
     def load(self, folder: Path, version: int) -> None:
-        """Bring every server to the weights in `folder`."""
+        """Load the weights in `folder` into every server, and wait until all have them."""
         self.engine.load(version_of(folder, version))
         self.until(lambda: self.versions() == {version}, f"version {version}")
 
     def versions(self) -> set[int | None]:
-        """What the places hold that are in service."""
-        servers = [place.server for place in self.engine.server_slots]
+        """The versions of the servers; None for a server that is not in service."""
+        servers = [server_slot.server for server_slot in self.engine.server_slots]
         return {server.version if server is not None and server.open else None for server in servers}
 
-    def until(self, look: Callable[[], Any], what: str, *, seconds: float = PATIENCE_S) -> None:
+    def until(self, condition: Callable[[], Any], what: str, *, seconds: float = PATIENCE_S) -> None:
+        """Wait until `condition` holds; `what` describes it in the error."""
         deadline = time.monotonic() + seconds
-        while not look():
-            assert time.monotonic() < deadline, f"waited {seconds:g} s in vain for {what}: {self.news()}"
-            self.news()
+        while not condition():
+            assert time.monotonic() < deadline, f"timed out after {seconds:g} s: no {what}: {self.events()}"
+            self.events()
             time.sleep(0.01)
 
     def results(self, count: int, *, seconds: float = PATIENCE_S) -> dict[Any, Generated | Scored]:
-        """The next `count` results by id; none may come twice."""
+        """The next `count` results by id; no request may have two results."""
         results: dict[Any, Generated | Scored] = {}
         deadline = time.monotonic() + seconds
         while len(results) < count:
-            assert time.monotonic() < deadline, f"{len(results)} of {count} results: {self.news()}"
+            assert time.monotonic() < deadline, f"{len(results)} of {count} results: {self.events()}"
             for result in self.engine.step(0.05):
                 assert result.id not in results, f"{result.id} twice"
                 results[result.id] = result
         return results
 
-    def processes(self, place: int) -> list[psutil.Process]:
-        """Watchdog, server, scheduler and whatever else one server consists of."""
-        process = self.engine.server_slots[place].process
+    def processes(self, index: int) -> list[psutil.Process]:
+        """All processes of one server: watchdog, main process, scheduler and others."""
+        process = self.engine.server_slots[index].process
         assert process is not None
         watchdog = psutil.Process(process.group)
         return [watchdog, *watchdog.children(recursive=True)]
 
-    def kill(self, place: int) -> None:
-        """kill -9 of one server's main process."""
-        self.processes(place)[1].kill()
+    def kill(self, index: int) -> None:
+        """Send SIGKILL to one server's main process."""
+        self.processes(index)[1].kill()
 
 
 def ask(id: Any, *, length: int = 6, tokens: int = 40, temperature: float = 1.0, seed: int = 0) -> Generate:
@@ -132,13 +133,13 @@ def given(id: Any, prompt: np.ndarray, *, length: int) -> Score:
 
 
 def logprobs(model: Any, prompt: np.ndarray, tokens: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """log softmax(z/T) of `tokens` after `prompt`: one forward, float64 softmax."""
+    """log softmax(z/T) of `tokens` after `prompt`: one forward pass, softmax in float64."""
     return distributions(model, prompt, tokens, temperature)[range(tokens.size), tokens]
 
 
 @torch.no_grad()
 def distributions(model: Any, prompt: np.ndarray, tokens: np.ndarray, temperature: float) -> np.ndarray:
-    """The same of the whole vocabulary before each token: [T, V]."""
+    """log softmax(z/T) of the whole vocabulary at each token: [T, V]."""
     ids = torch.from_numpy(np.concatenate([prompt, tokens])).long()
     logits = model(ids[None, :-1], use_cache=False).logits[0, prompt.size - 1 :].double()
     found: np.ndarray = torch.log_softmax(logits / temperature, -1).numpy()
@@ -148,7 +149,7 @@ def distributions(model: Any, prompt: np.ndarray, tokens: np.ndarray, temperatur
 def assert_teacher_forced(
     models: dict[int, Any], requests: Iterable[Generate], results: dict[Any, Any], atol: float = 1e-4
 ) -> None:
-    """Every token's log-probability is that of the weights its span names, and so are those of likely tokens."""
+    """The log-probabilities of sampled and of likely tokens are those of the weights that their spans name."""
     for request in requests:
         result = results[request.id]
         assert_likeliest(models, request, result, atol)
@@ -165,7 +166,7 @@ def assert_teacher_forced(
 
 
 def assert_likeliest(models: dict[int, Any], request: Generate, result: Generated, atol: float = 1e-4) -> None:
-    """The k likeliest tokens at every place, by the weights that its span names."""
+    """The k likeliest tokens at every position are those of the weights that its span names."""
     k = request.top_logprobs_num
     if not k:
         assert (result.top_tokens, result.top_logprobs) == (None, None)
@@ -174,12 +175,12 @@ def assert_likeliest(models: dict[int, Any], request: Generate, result: Generate
     for version, start, end in zip(result.versions.tolist(), [0, *result.ends[:-1]], result.ends, strict=True):
         expected = distributions(models[version], request.prompt, result.tokens[:end], request.temperature)[start:]
         np.testing.assert_allclose(found[start:end], -np.sort(-expected, -1)[:, :k], atol=atol)
-        told = np.take_along_axis(expected, tokens[start:end].astype(np.int64), -1)
-        np.testing.assert_allclose(found[start:end], told, atol=atol)
+        chosen = np.take_along_axis(expected, tokens[start:end].astype(np.int64), -1)
+        np.testing.assert_allclose(found[start:end], chosen, atol=atol)
 
 
 def post(url: str, path: str, body: dict[str, Any], *, timeout_s: float = 30.0) -> tuple[int, dict[str, Any]]:
-    """A raw request: status and answer."""
+    """Send a raw request; returns status and answer."""
     data = json.dumps(body).encode()
     request = urllib.request.Request(url + path, data=data, headers={"Content-Type": "application/json"})
     try:
@@ -202,15 +203,15 @@ def launch_of(model: Path) -> Launch:
 
 
 def start(model: Path, folder: Path) -> ServerProcess:
-    """A server as the engine launches it, without the engine."""
+    """Launch a server like the engine does, without an engine, and wait until it is ready."""
     server = ServerProcess(launch_of(model), folder / "server.log")
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        assert server.alive, server.last_words()
+        assert server.alive, server.log_tail()
         try:
             get(server.url, "/model_info")
         except OSError:
             time.sleep(0.2)
         else:
             return server
-    raise AssertionError(server.last_words())
+    raise AssertionError(server.log_tail())

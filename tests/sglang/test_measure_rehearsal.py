@@ -1,4 +1,4 @@
-"""What tests/gpu runs on a GPU, here on a CPU with a tiny model: the programs work, whatever the figures are."""
+"""The programs of tests/gpu run on a CPU with a tiny model: they work; their measurements are not checked."""
 
 import json
 import subprocess
@@ -14,21 +14,21 @@ pytestmark = [pytest.mark.sglang, pytest.mark.process]
 
 def test_the_measurement_for_gpus_runs(tmp_path: Path) -> None:
     out = tmp_path / "measured.json"
-    words = f"{out} --device cpu --dtype float32 --shape tiny --slots 8 --tokens 48 --transport tensor distributed"
-    command = [sys.executable, str(ROOT / "tests/gpu/measure_servers.py"), *words.split()]
+    arguments = f"{out} --device cpu --dtype float32 --shape tiny --slots 8 --tokens 48 --transport tensor distributed"
+    command = [sys.executable, str(ROOT / "tests/gpu/measure_servers.py"), *arguments.split()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=550, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    figures = json.loads(out.read_text())
-    assert figures["mismatch"]["float32"]["max"] < 1e-4 < figures["mismatch"]["bfloat16"]["max"]
+    measured = json.loads(out.read_text())
+    assert measured["mismatch"]["float32"]["max"] < 1e-4 < measured["mismatch"]["bfloat16"]["max"]
     for transport in ("tensor", "distributed"):
-        updates = figures[f"updates_{transport}"]
+        updates = measured[f"updates_{transport}"]
         assert updates["counted"] == updates["of"] == 4 and 0 < updates["pause_s_max"] < 10
-    assert figures["generation"]["all_slots_tokens_per_s"] > 0
-    assert figures["versions"]["server"]["sglang"] and figures["date"]
+    assert measured["generation"]["all_slots_tokens_per_s"] > 0
+    assert measured["versions"]["server"]["sglang"] and measured["date"]
 
 
-def test_without_enough_gpus_it_says_so(tmp_path: Path) -> None:
+def test_the_measurement_reports_missing_gpus(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tests/gpu/measure_servers.py"), str(tmp_path / "out.json")]
     environment = {"CUDA_VISIBLE_DEVICES": "", "PATH": "", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 2 and "needs 1 GPUs, here are 0" in done.stderr
+    assert done.returncode == 2 and "number of GPUs must be >= 1, got 0" in done.stderr

@@ -1,4 +1,4 @@
-"""Weights by broadcast from a real link, through the engine: updates in flight, and whoever dies."""
+"""Broadcasts from a real weight sender through the engine: updates in flight, and deaths of servers and sender."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PHASES = ("/update_weights_from_distributed", "/end_weight_update", "/init_weigh
 
 
 class Broadcasting:
-    """Two servers, and a session whose link holds the learner's store."""
+    """Two servers, and a session whose weight sender reads the learner's store."""
 
     def __init__(self, servers: Servers, models: dict[str, Path]) -> None:
         self.servers, self.models = servers, models
@@ -29,7 +29,7 @@ class Broadcasting:
         self._versions = itertools.count()
 
     def publish(self, kind: str) -> int:
-        """Publish a model's weights, and have the servers load them."""
+        """Publish a model's weights, and let the servers load them."""
         version = next(self._versions)
         self.of_version[version] = self.models[kind]
         tensors = dict(version_of(self.models[kind], version).read())
@@ -62,21 +62,23 @@ def broadcasting(models: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
         broadcasting.session.close()
 
 
-def test_running_generations_meet_a_broadcast(broadcasting: Broadcasting) -> None:
+def test_running_completions_continue_across_a_broadcast(broadcasting: Broadcasting) -> None:
     broadcasting.settled(broadcasting.publish("qwen3"))
     requests = broadcasting.run_all()
     version = broadcasting.publish("qwen3-other")
     broadcasting.assert_right(requests)
     broadcasting.settled(version)
     assert {update.transport for update in broadcasting.servers.engine.updates} == {"distributed"}
-    assert not broadcasting.servers.news()
+    assert not broadcasting.servers.events()
 
 
 @pytest.mark.parametrize(
     "phase", ["/update_weights_from_distributed", "/end_weight_update", "/init_weights_update_group"]
 )
-def test_a_server_dies_in_a_broadcast(broadcasting: Broadcasting, phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes nobody along: the other has the version, and it comes back with a new group and the same."""
+def test_a_server_that_dies_in_a_broadcast_does_not_affect_the_other(
+    broadcasting: Broadcasting, phase: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other server gets the version; the dead one restarts and gets the same version in a new group."""
     servers, call, killed = broadcasting.servers, ServerApi._call, []
 
     async def deadly(api: ServerApi, method: str, path: str, body: Any, timeout_s: float, *rest: Any) -> Any:
@@ -89,7 +91,7 @@ def test_a_server_dies_in_a_broadcast(broadcasting: Broadcasting, phase: str, mo
     requests = broadcasting.run_all()
     monkeypatch.setattr(ServerApi, "_call", deadly)
     if phase == "/init_weights_update_group":
-        servers.kill(0)  # only a new server joins a group
+        servers.kill(0)  # only a restarted server joins a new group
     version = broadcasting.publish("qwen3-other")
     broadcasting.assert_right(requests)
     broadcasting.settled(version)
@@ -97,10 +99,10 @@ def test_a_server_dies_in_a_broadcast(broadcasting: Broadcasting, phase: str, mo
     assert {update.transport for update in servers.engine.updates} == {"distributed"}
 
 
-def test_without_a_link_weights_come_another_way(broadcasting: Broadcasting) -> None:
-    """The link dies in the middle of a session: what the actor can still read is loaded by HTTP."""
+def test_without_a_weight_sender_weights_are_sent_by_another_transport(broadcasting: Broadcasting) -> None:
+    """The weight sender dies during a session: the actor loads the versions that it can still read over HTTP."""
     broadcasting.settled(broadcasting.publish("qwen3"))
-    broadcasting.session.link.stop()
+    broadcasting.session.sender.stop()
     requests = broadcasting.run_all()
     version = broadcasting.publish("qwen3-other")
     broadcasting.assert_right(requests)

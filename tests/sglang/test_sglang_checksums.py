@@ -1,4 +1,4 @@
-"""The checksums that real SGLang servers answer, against those that `engines.sglang.weight_sync.layout` expects."""
+"""Checksums of real SGLang servers, compared with those that `engines.sglang.weight_sync.layout` expects."""
 
 import base64
 import json
@@ -60,7 +60,7 @@ MODELS = {
 
 
 def saved(name, folder):
-    """A random model, biases and norms included, saved to `folder`; its tensors and its config.json."""
+    """Save a model with random weights, biases and norms to `folder`; returns its tensors and its config.json."""
     torch.manual_seed(0)
     model = MODELS[name]()
     with torch.no_grad():
@@ -73,11 +73,11 @@ def saved(name, folder):
 
 @contextmanager
 def server(folder, *, tp=1, dtype="float32"):
-    """A CPU server of the model in `folder`; gives a function that posts a body to a path and returns the answer."""
+    """Run a CPU server of the model in `folder`; yields a function (path, body) that posts and returns the answer."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = [
+    command = [
         *(PYTHON, CPU_LAUNCHER, "--model-path", folder, "--host", "127.0.0.1", "--port", port),
         *(
             "--device",
@@ -104,7 +104,7 @@ def server(folder, *, tp=1, dtype="float32"):
 
     with (folder / "server.log").open("wb") as log:
         process = subprocess.Popen(
-            list(map(str, words)), env=environment, stdout=log, stderr=log, start_new_session=True
+            list(map(str, command)), env=environment, stdout=log, stderr=log, start_new_session=True
         )
     try:
         deadline = time.monotonic() + START_S
@@ -133,7 +133,7 @@ def server(folder, *, tp=1, dtype="float32"):
         ("llama-bias", 1, "float32"),
     ],
 )
-def test_a_server_answers_what_is_expected_until_one_element_changes(tmp_path, name, tp, dtype):
+def test_a_server_answers_the_expected_checksums_until_one_element_changes(tmp_path, name, tp, dtype):
     tensors, config = saved(name, tmp_path)
     options = dict(tp=tp, dtype=getattr(torch, dtype), device="cpu")
     with server(tmp_path, tp=tp, dtype=dtype) as post:
@@ -156,11 +156,11 @@ def test_a_server_answers_what_is_expected_until_one_element_changes(tmp_path, n
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
-def test_the_layout_on_a_gpu_is_what_sglangs_own_models_load(tmp_path, monkeypatch, tp):
-    monkeypatch.setitem(layout.HASHES, "cuda", cpu_hash)  # there the tensors lie on a CPU
+def test_the_layout_on_a_gpu_is_that_of_sglangs_own_models(tmp_path, monkeypatch, tp):
+    monkeypatch.setitem(layout.HASHES, "cuda", cpu_hash)  # gpu_layout.py hashes tensors on a CPU
     models = {str(tmp_path / name): saved(name, tmp_path / name) for name in MODELS}
-    words = [PYTHON, Path(__file__).with_name("gpu_layout.py"), str(tp), *models]
-    done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=START_S, check=False)
+    command = [PYTHON, Path(__file__).with_name("gpu_layout.py"), str(tp), *models]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=START_S, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     held = json.loads(done.stdout.splitlines()[-1])
     for folder, (tensors, config) in models.items():

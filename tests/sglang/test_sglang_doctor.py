@@ -1,4 +1,4 @@
-"""The doctor on real servers: all well on one as it should be, and each fault named with its remedy."""
+"""The doctor on real servers: a correct server passes all checks, and each fault is named with its remedy."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ DEMO = str(ROOT / "configs" / "demo-sglang.yaml")
 START_S = 120.0
 
 
-class Backward(Launch):
+class RepeatingLaunch(Launch):
     """A server that repeats all tokens in every message."""
 
     def command(self, port: int) -> list[str]:
-        return [word for word in super().command(port) if word != "--incremental-streaming-output"]
+        return [argument for argument in super().command(port) if argument != "--incremental-streaming-output"]
 
 
 def started(kind: type[Launch], folder: Path) -> ServerProcess:
@@ -55,8 +55,8 @@ def started(kind: type[Launch], folder: Path) -> ServerProcess:
     server = ServerProcess(launch, folder / "server.log")
     deadline = time.monotonic() + START_S
     while True:
-        assert server.alive, server.last_words()
-        assert time.monotonic() < deadline, server.last_words()
+        assert server.alive, server.log_tail()
+        assert time.monotonic() < deadline, server.log_tail()
         try:
             get(server.url, "/model_info", timeout_s=5.0)
             return server
@@ -66,7 +66,7 @@ def started(kind: type[Launch], folder: Path) -> ServerProcess:
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server as it should be."""
+    """A correctly launched server."""
     server = started(Launch, tmp_path_factory.mktemp("good"))
     yield server.url
     server.stop()
@@ -74,28 +74,28 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def wrong(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server that repeats tokens, and whose log-probabilities are those of temperature 1 at any temperature."""
+    """A server that repeats tokens, and whose log-probabilities are always those of temperature 1."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SGLANG_RETURN_ORIGINAL_LOGPROB", "1")
-        server = started(Backward, tmp_path_factory.mktemp("wrong"))
+        server = started(RepeatingLaunch, tmp_path_factory.mktemp("wrong"))
     yield server.url
     server.stop()
 
 
-def doctor(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
+def doctor(capsys: pytest.CaptureFixture[str], *overrides: str) -> tuple[int, str]:
     """Exit code and output of `sgpo-async doctor` with the demo's configuration."""
-    code = main(["doctor", DEMO, "hub.address=tcp://127.0.0.1:0", f"engine.sglang.python={PYTHON}", *words])
-    return code, " ".join(capsys.readouterr().out.split())  # as one line, however it was folded
+    code = main(["doctor", DEMO, "hub.address=tcp://127.0.0.1:0", f"engine.sglang.python={PYTHON}", *overrides])
+    return code, " ".join(capsys.readouterr().out.split())  # as one line, without the line breaks of the table
 
 
 def on(url: str, ask: Callable[[Subject], Any], *, model: str = CUES, dtype: str = "float32", **own: Any) -> Any:
-    """The answer of `ask` about the server, as the engine would ask it."""
+    """The result of `ask` for the server, with the subject that the engine would use."""
     engine = Engine(kind="sglang", device="cpu", sglang=Sglang(urls=[url], phase_timeout_s=30.0, **own))
     sglang = SglangEngine(model, engine, dtype=dtype, digest=digest)
 
     async def asked() -> Any:
         async with aiohttp.ClientSession() as http:
-            server = Server(ServerApi(http, url), slots=64, ends=(), silence_s=30.0)
+            server = Server(ServerApi(http, url), slots=64, ends=(), idle_timeout_s=30.0)
             subject = Subject(server=server, model=sglang._model, engine=engine, transports=sglang._transports)
             return await ask(replace(subject, reference=Reference(model, dtype=dtype, digest=digest)))
 
@@ -107,14 +107,14 @@ def failed(findings: Sequence[Finding]) -> list[str]:
 
 
 def with_tokenizer(folder: Path, kind: str = "qwen3") -> str:
-    """A tiny model of another vocabulary."""
+    """A tiny model with another vocabulary."""
     saved(kind, folder, seed=0)
     AutoTokenizer.from_pretrained(CUES).save_pretrained(folder)
     return str(folder)
 
 
-def test_all_is_well_with_servers_that_are_launched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The demo's configuration, in a terminal of 80 columns; nothing is left."""
+def test_launched_servers_pass_every_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The demo's configuration, in a terminal of 80 columns; no process and no file is left."""
     code = main(["doctor", DEMO, "hub.address=tcp://127.0.0.1:0", f"engine.sglang.python={PYTHON}", f"out={tmp_path}"])
     out = capsys.readouterr().out
     assert code == 0, out
@@ -128,30 +128,30 @@ def test_all_is_well_with_servers_that_are_launched(tmp_path: Path, capsys: pyte
 
 @pytest.mark.parametrize("in_flight", ["abort-resume", "retract"])
 @pytest.mark.parametrize("transport", ["tensor", "disk"])
-def test_all_is_well_with_an_attached_server(
+def test_an_attached_server_passes_every_check(
     url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], in_flight: str, transport: str
 ) -> None:
     own = [f"urls=[{url}]", f"in_flight={in_flight}", f"transport={transport}", f"folder={tmp_path}/w"]
-    code, out = doctor(capsys, *(f"engine.sglang.{word}" for word in own))
+    code, out = doctor(capsys, *(f"engine.sglang.{override}" for override in own))
     assert code == 0, out
-    assert f"{transport}, thrice: prepare" in out and f"{in_flight}: " in out
+    assert f"3 updates by {transport}: prepare" in out and f"{in_flight}: " in out
 
 
-def test_joining_finds_nothing_wrong(url: str) -> None:
+def test_a_correct_server_passes_the_checks_at_join(url: str) -> None:
     assert on(url, join) == []
 
 
-def test_another_vocabulary(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_vocabulary_is_refused(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = with_tokenizer(tmp_path / "other")
     code, out = doctor(capsys, f"engine.sglang.urls=[{url}]", f"model.path={model}")
     assert code == 2
     assert "its vocabulary has 56 tokens, the model's 96" in out
-    assert f"failed: server {url}: model: start it with --model-path as model.path of the run" in out
-    assert out.count("not run after model is mended") >= 4
+    assert f"failed: server {url}: model: start it with --model-path equal to model.path of the run" in out
+    assert out.count("not run correct model first") >= 4
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ({"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4}, "only the run has model.layers.3.input_"),
         (
@@ -164,42 +164,43 @@ def test_another_vocabulary(url: str, tmp_path: Path, capsys: pytest.CaptureFixt
     ids=["layers", "shape", "tied", "architecture"],
 )
 def test_another_model_is_refused_by_the_first_difference(
-    url: str, tmp_path: Path, change: dict[str, Any], words: str
+    url: str, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     config = json.loads(Path(CUES, "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     faults = failed(on(url, lambda subject: examine(subject, JOIN), model=str(tmp_path)))
-    assert len(faults) == 1 and re.search(f"^model: .*{words}.*; start it with --model-path", faults[0]), faults
+    assert len(faults) == 1 and re.search(f"^model: .*{message}.*; start it with --model-path", faults[0]), faults
 
 
-def test_the_server_tells_its_vocabulary_and_lives_on(url: str) -> None:
+def test_the_server_reports_its_vocabulary_and_keeps_running(url: str) -> None:
     assert on(url, lambda subject: vocabulary(subject.server.api, timeout_s=30.0)) == 56
     assert get(url, "/model_info")
 
 
-def test_wrong_ranks_and_wrong_dtype(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_ranks_and_a_wrong_dtype_are_reported(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out = doctor(capsys, f"engine.sglang.urls=[{url}]", "engine.sglang.tp=2", "model.dtype=bfloat16")
     assert code == 2
-    assert "tp_size is 1, not 2: weights are sent and verified rank by rank" in out
-    assert "dtype is 'float32', not 'bfloat16'" in out
+    assert "tp_size must be 2, got 1: weights are sent and verified rank by rank" in out
+    assert "dtype must be 'bfloat16', got 'float32'" in out
     assert "settings: set engine.sglang.tp to the server's --tp-size; start it with --dtype equal to model.dtype" in out
 
 
-def test_a_server_without_incremental_streaming(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_server_without_incremental_streaming_is_refused(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out = doctor(capsys, f"engine.sglang.urls=[{wrong}]")
     assert code == 2
-    assert "incremental_streaming_output is False, not True: every message would repeat all tokens" in out
+    assert "incremental_streaming_output must be True, got False: every message would repeat all tokens" in out
     assert f"failed: server {wrong}: settings: start it with --incremental-streaming-output" in out
 
 
-def test_log_probabilities_of_another_temperature(wrong: str) -> None:
-    """Found without the learner's model, as at join."""
-    with pytest.raises(CheckFailed, match=r"T = 0.7: log-probabilities are off by .*; look for .*ORIGINAL_LOGPROB"):
+def test_log_probabilities_of_another_temperature_are_detected(wrong: str) -> None:
+    """This check does not need the learner's model, so it also runs at join."""
+    message = r"T = 0.7: log-probabilities are off by .*; check what changes logits .*ORIGINAL_LOGPROB"
+    with pytest.raises(CheckFailed, match=message):
         on(wrong, lambda subject: consistent(subject, {}))
 
 
-def test_weights_that_are_not_the_learners(url: str, tmp_path: Path) -> None:
-    """The server holds the weights of its folder; the learner others of the same names and shapes."""
+def test_weights_that_differ_from_the_learners_are_detected(url: str, tmp_path: Path) -> None:
+    """The server has the weights of its folder; the learner has others with the same names and shapes."""
     from transformers import AutoModelForCausalLM
 
     other = AutoModelForCausalLM.from_pretrained(CUES)
@@ -217,7 +218,7 @@ def test_weights_that_are_not_the_learners(url: str, tmp_path: Path) -> None:
         on(url, compared)
 
 
-def test_a_server_that_somebody_uses_is_left_alone(url: str) -> None:
+def test_a_server_that_another_client_uses_gets_no_weight_update(url: str) -> None:
     async def used(subject: Subject) -> list[Finding]:
         async def use(name: str) -> None:
             while not over.is_set():
@@ -232,40 +233,41 @@ def test_a_server_that_somebody_uses_is_left_alone(url: str) -> None:
         return findings
 
     (fault,) = failed(on(url, used))
-    assert "requests of somebody else run on it; end the actor that uses it" in fault
+    assert "requests of another client run on it; stop the actor that uses it, and try again" in fault
 
 
-def test_nobody_listens(url: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """One of two: the other is examined."""
+def test_a_url_without_a_server_fails(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One of two URLs; the server at the other URL is examined."""
     code, out = doctor(capsys, f"engine.sglang.urls=[http://127.0.0.1:9,{url}]", "--light")
     assert code == 2
     assert "failed: server http://127.0.0.1:9: answers: start the server there, or correct the URL" in out
     assert f"server {url} version ok" in out and "1 failed" in out
 
 
-def test_a_server_that_cannot_start(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_server_that_cannot_start_fails(capsys: pytest.CaptureFixture[str]) -> None:
     code, out = doctor(capsys, "engine.sglang.args=--no-such-word", "engine.sglang.servers=1")
     assert code == 2
     assert "start failed server" in out and "unrecognized arguments: --no-such-word" in out
 
 
 def test_an_actor_refuses_a_server_that_fails(url: str) -> None:
-    """At its first start, in one line."""
+    """It fails at its start, with an error in one line."""
     own = Sglang(urls=[url], tp=2, phase_timeout_s=30.0)
     engine = SglangEngine(CUES, Engine(kind="sglang", device="cpu", sglang=own), dtype="float32", digest=digest)
-    with pytest.raises(EngineError, match=rf"^{url}: settings: tp_size is 1, not 2: .*; set engine.sglang.tp") as error:
+    message = rf"^{url}: settings: tp_size must be 2, got 1: .*; set engine.sglang.tp"
+    with pytest.raises(EngineError, match=message) as error:
         engine.start()
     assert "\n" not in str(error.value)
 
 
-def test_ctrl_c_ends_the_servers() -> None:
-    words = [sys.executable, "-m", "sgpo_async.cli", "doctor", DEMO, f"engine.sglang.python={PYTHON}"]
+def test_ctrl_c_stops_the_servers() -> None:
+    command = [sys.executable, "-m", "sgpo_async.cli", "doctor", DEMO, f"engine.sglang.python={PYTHON}"]
     process = subprocess.Popen(
-        [*words, "hub.address=tcp://127.0.0.1:0"], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        [*command, "hub.address=tcp://127.0.0.1:0"], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
     )
     try:
-        deadline, us = time.monotonic() + 60, psutil.Process(process.pid)
-        while len(members := us.children(recursive=True)) < 4:  # two keepers, two servers
+        deadline, parent = time.monotonic() + 60, psutil.Process(process.pid)
+        while len(members := parent.children(recursive=True)) < 4:  # two watchdogs, two servers
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""What servers generate and score is what the learner's model says."""
+"""The completions and scores of servers agree with the learner's model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.sglang, pytest.mark.process]
 
 
 def assert_greedy(url: str, model: object) -> None:
-    """Greedy tokens equal transformers', where its best two logits are not as good as equal."""
+    """The server's greedy tokens equal those of transformers."""
     for seed in range(8):
         prompt = ask(0, length=5 + seed, seed=seed).prompt.tolist()
         body = {"input_ids": prompt, "sampling_params": {"temperature": 0, "max_new_tokens": 48, "ignore_eos": True}}
@@ -25,9 +25,9 @@ def assert_greedy(url: str, model: object) -> None:
         assert status == 200
         with torch.no_grad():
             ids = torch.tensor([prompt])
-            everywhere = torch.ones_like(ids)  # without it, transformers takes token 0 for padding
-            words = {"do_sample": False, "max_new_tokens": 48, "eos_token_id": None}
-            expected = model.generate(ids, attention_mask=everywhere, **words)  # type: ignore[attr-defined]
+            mask = torch.ones_like(ids)  # without it, transformers takes token 0 for padding
+            options = {"do_sample": False, "max_new_tokens": 48, "eos_token_id": None}
+            expected = model.generate(ids, attention_mask=mask, **options)  # type: ignore[attr-defined]
         assert answer["output_ids"] == expected[0, len(prompt) :].tolist()
 
 
@@ -37,7 +37,7 @@ def test_greedy_equals_transformers_qwen3(pair: Servers, models: dict[str, Path]
 
 
 def test_greedy_equals_transformers_qwen2(models: dict[str, Path], tmp_path: Path) -> None:
-    """Qwen2 has biases, and here tied embeddings; the weights come by an update, not from the folder."""
+    """Qwen2 has biases, and here tied embeddings; the weights come from an update, not from the server's folder."""
     with Servers(models["qwen2-other"], tmp_path) as servers:
         servers.load(models["qwen2"], 3)
         assert_greedy(servers.engine.server_slots[0].url, loaded(models["qwen2"]))
@@ -65,7 +65,7 @@ def test_behaviour_logprobs_are_those_of_the_sampled_distribution(
 def test_likely_tokens_are_those_of_the_sampled_distribution(
     pair: Servers, models: dict[str, Path], temperature: float
 ) -> None:
-    """Different numbers of them beside each other, and none."""
+    """Co-running requests ask for different numbers of likely tokens, or for none."""
     pair.load(models["qwen3"], 0)
     numbers = [0, 1, 5, 16, 3, 0, 64, 2] * 4
     requests = [
@@ -78,7 +78,7 @@ def test_likely_tokens_are_those_of_the_sampled_distribution(
 
 
 def test_samples_follow_the_distribution(pair: Servers, models: dict[str, Path]) -> None:
-    """600 first tokens of one prompt: total variation from softmax(z) no larger than chance makes it."""
+    """600 first tokens of one prompt: their total variation distance from softmax(z) is within sampling error."""
     pair.load(models["qwen3"], 0)
     prompt = ask(0).prompt
     for i in range(600):
@@ -92,10 +92,10 @@ def test_samples_follow_the_distribution(pair: Servers, models: dict[str, Path])
     assert np.abs(q - p).sum() / 2 <= max(by_chance)
 
 
-def test_evaluation_draws_from_the_nucleus(pair: Servers, models: dict[str, Path]) -> None:
-    """At temperature 0.6 and top-p 0.8, first tokens lie in the nucleus, and beside them in full at top-p 1.
+def test_evaluation_samples_from_the_nucleus(pair: Servers, models: dict[str, Path]) -> None:
+    """At temperature 0.6, first tokens are in the nucleus with top-p 0.8, but not all of them with top-p 1.
 
-    The log-probabilities are those before the cut: nothing that training could use.
+    The log-probabilities are those before the restriction to the nucleus, so training cannot use them.
     """
     pair.load(models["qwen3"], 0)
     prompt = ask(0).prompt
@@ -114,7 +114,7 @@ def test_evaluation_draws_from_the_nucleus(pair: Servers, models: dict[str, Path
 
 
 def test_scores_are_teacher_forced(pair: Servers, models: dict[str, Path]) -> None:
-    """Eq. 4, with prompts in the prefix cache and not, beside running generations."""
+    """Eq. 4, with prompts that are in the prefix cache and prompts that are not, beside running completions."""
     pair.load(models["qwen3"], 0)
     model = loaded(models["qwen3"])
     scores = [given(("s", i), ask(0, length=1 + i, seed=i % 3).prompt, length=1 + 2 * i) for i in range(12)]
@@ -128,8 +128,8 @@ def test_scores_are_teacher_forced(pair: Servers, models: dict[str, Path]) -> No
         assert results[score.id].version == 0
 
 
-def test_an_end_token_ends_a_continuation(models: dict[str, Path], tmp_path: Path) -> None:
-    """The end token that the model's configuration names is part of the continuation, and the last of it."""
+def test_an_end_token_ends_a_completion(models: dict[str, Path], tmp_path: Path) -> None:
+    """An end token of the model's configuration is the last token of the completion."""
     folder = tmp_path / "ends"
     model = loaded(models["qwen3"])
     model.config.eos_token_id = model.generation_config.eos_token_id = [5, 6, 7, 8, 9, 10, 11, 12]
@@ -148,16 +148,19 @@ def test_an_end_token_ends_a_continuation(models: dict[str, Path], tmp_path: Pat
     assert_teacher_forced({0: model}, [ask(i, seed=i, tokens=100) for i in range(32)], results)
 
 
-def test_what_can_never_be_served_is_refused_before_it_is_sent(pair: Servers) -> None:
-    for request, words in [
+def test_invalid_requests_are_refused_before_they_are_sent(pair: Servers) -> None:
+    for request, message in [
         (
             Generate(id=1, prompt=np.array([VOCABULARY], np.int32), max_new_tokens=1, temperature=1.0, seed=0),
-            "token ids",
+            r"token ids must be in \[0, 95\], got 96 to 96; use the tokenizer of this model",
         ),
         (ask(1, length=500, tokens=13), "exceed the model's 506 positions"),
-        (ask(1, temperature=0.0), "temperature"),
-        (ask(1, temperature=1e-7), "greedy"),
-        (Score(id=1, prompt=ask(1).prompt, tokens=ask(1).prompt, temperature=0.7), "at temperature 1 alone"),
+        (ask(1, temperature=0.0), "temperature must be > 0, got 0.0"),
+        (ask(1, temperature=1e-7), "temperature must be >= 1e-05, below which SGLang decodes greedily, got 1e-07"),
+        (
+            Score(id=1, prompt=ask(1).prompt, tokens=ask(1).prompt, temperature=0.7),
+            "temperature of a score must be 1, the only one SGLang supports, got 0.7",
+        ),
     ]:
-        with pytest.raises(EngineError, match=words):
+        with pytest.raises(EngineError, match=message):
             pair.engine.submit(request)

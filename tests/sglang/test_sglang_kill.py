@@ -1,4 +1,4 @@
-"""Servers die at the worst moments: every request is answered once, and no token is of unknown weights."""
+"""Servers that are killed at any moment: every request has one result, and every token has a known version."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _victims(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture
 def victims(_victims: Servers, models: dict[str, Path]) -> Servers:
-    """Two servers that hold version 0 and have generations running; each test kills the first."""
+    """Two servers with version 0; each test kills the first one."""
     _victims.engine.reset()
     _victims.load(models["qwen3"], 0)
     return _victims
@@ -54,9 +54,9 @@ def run_all(servers: Servers) -> list[Any]:
     return requests
 
 
-@pytest.mark.parametrize("whom", ["server", "scheduler"])
-def test_kill_during_generation(victims: Servers, models: dict[str, Path], whom: str) -> None:
-    """Tokens that had arrived are kept; the dead server's sequences go on elsewhere; it comes back by itself."""
+@pytest.mark.parametrize("killed", ["server", "scheduler"])
+def test_kill_during_generation(victims: Servers, models: dict[str, Path], killed: str) -> None:
+    """Tokens that had arrived are kept; the dead server's requests continue elsewhere; the server restarts."""
     requests = run_all(victims)
     first = victims.engine.server_slots[0]
     lost = first.process
@@ -64,30 +64,32 @@ def test_kill_during_generation(victims: Servers, models: dict[str, Path], whom:
     victims.until(lambda: any(len(r.item.tokens) > 20 for r in first.server.running.values()), "tokens to keep")  # type: ignore[union-attr]
     members = victims.processes(0)
     scheduler = max(members, key=lambda process: process.memory_info().rss)
-    (scheduler if whom == "scheduler" else members[1]).kill()
+    (scheduler if killed == "scheduler" else members[1]).kill()
     results = victims.results(REQUESTS)
     assert_teacher_forced({0: loaded(models["qwen3"])}, requests, results)
-    victims.until(lambda: victims.versions() == {0} and first.process is not lost, "its return")
+    victims.until(lambda: victims.versions() == {0} and first.process is not lost, "restarted server")
     assert not any(member.is_running() and member.status() != psutil.STATUS_ZOMBIE for member in members)
-    assert any("has ended; the end of" in line for line in victims.news())
+    assert any("has ended; the end of" in line for line in victims.events())
 
 
 @pytest.mark.parametrize(("phase", "after_s"), MOMENTS)
 def test_kill_in_each_phase_of_an_update(
     victims: Servers, models: dict[str, Path], phase: str, after_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before a request is sent, or while the server works on it: the other server takes the new version and all
-    sequences; the dead one comes back with the new version."""
+    """The server dies before an HTTP request is sent, or while it works on it.
+
+    The other server gets the new version and all requests; the dead one restarts with the new version.
+    """
     call, killed = ServerApi._call, []
 
     async def deadly(api: ServerApi, method: str, path: str, body: Any, timeout_s: float, *rest: Any) -> Any:
         if path == phase and api.url == victims.engine.server_slots[0].url and not killed:
             killed.append(path)
-            under_way = asyncio.create_task(call(api, method, path, body, timeout_s)) if after_s else None
+            pending = asyncio.create_task(call(api, method, path, body, timeout_s)) if after_s else None
             await asyncio.sleep(after_s)
             victims.kill(0)
-            if under_way is not None:
-                return await under_way
+            if pending is not None:
+                return await pending
         return await call(api, method, path, body, timeout_s, *rest)
 
     requests = run_all(victims)
@@ -95,16 +97,15 @@ def test_kill_in_each_phase_of_an_update(
     monkeypatch.setattr(ServerApi, "_call", deadly)
     victims.engine.load(version_of(models["qwen3-other"], 1))
     results = victims.results(REQUESTS)
-    victims.until(lambda: killed, "the phase: on a busy machine the other server may be done with everything before")
+    # On a busy machine, the other server may finish everything before the first one reaches the phase.
+    victims.until(lambda: killed, "kill")
     assert_teacher_forced({0: loaded(models["qwen3"]), 1: loaded(models["qwen3-other"])}, requests, results)
     victims.until(lambda: victims.versions() == {1}, "version 1 on both")
     assert victims.engine.server_slots[0].process is not lost
 
 
-def test_a_request_that_kills_servers_is_failed_and_its_neighbours_finish(
-    victims: Servers, models: dict[str, Path]
-) -> None:
-    """A token id beyond the vocabulary kills a server. Nothing of the kind gets past `submit`; this one is let in."""
+def test_a_request_that_kills_servers_fails_and_the_others_finish(victims: Servers, models: dict[str, Path]) -> None:
+    """A token id beyond the vocabulary kills a server. `submit` would refuse it, so the test bypasses `submit`."""
     requests = run_all(victims)
     killer = replace(ask("killer"), prompt=np.array([10**6], np.int32))
     victims.engine._call(Fleet.submit, killer)
@@ -115,11 +116,11 @@ def test_a_request_that_kills_servers_is_failed_and_its_neighbours_finish(
         "request killer: 3 servers died while it ran on them, the last one with nothing"
     )
     assert_teacher_forced({0: loaded(models["qwen3"])}, requests, results)
-    victims.until(lambda: victims.versions() == {0}, "their return")
+    victims.until(lambda: victims.versions() == {0}, "restarted servers")
 
 
-def test_a_stopped_server_is_given_up_within_the_deadline(models: dict[str, Path], tmp_path: Path) -> None:
-    """SIGSTOP: it keeps its connections and says nothing. Its sequences move, and it is started anew."""
+def test_a_suspended_server_is_restarted_after_the_timeout(models: dict[str, Path], tmp_path: Path) -> None:
+    """After SIGSTOP it keeps its connections but sends nothing. Its requests move to the other server."""
     with Servers(models["qwen3"], tmp_path, servers=2, phase_timeout_s=3.0) as servers:
         servers.load(models["qwen3"], 0)
         requests = run_all(servers)
@@ -129,10 +130,12 @@ def test_a_stopped_server_is_given_up_within_the_deadline(models: dict[str, Path
         results = servers.results(REQUESTS)
         assert_teacher_forced({0: loaded(models["qwen3"]), 1: loaded(models["qwen3-other"])}, requests, results)
         servers.until(lambda: servers.versions() == {1}, "version 1 on both")
-        assert any("no answer within 3 s" in line for line in servers.news()), servers.news()
+        assert any("no answer within 3 s" in line for line in servers.events()), servers.events()
 
 
-def test_a_server_that_cannot_start_says_why(models: dict[str, Path], tmp_path: Path) -> None:
+def test_the_error_of_a_server_that_cannot_start_contains_the_end_of_its_log(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
     with (
         pytest.raises(EngineError, match="has ended; the end of") as error,
         Servers(models["qwen3"], tmp_path, args="--no-such-word"),
@@ -142,7 +145,7 @@ def test_a_server_that_cannot_start_says_why(models: dict[str, Path], tmp_path: 
 
 
 def test_servers_do_not_outlive_their_actor(models: dict[str, Path], tmp_path: Path) -> None:
-    """The actor's end of the watchdog's input closes, as it does when the actor is killed."""
+    """The actor's end of the pipe to the watchdog closes, as happens when the actor is killed."""
     servers = Servers(models["qwen3"], tmp_path)
     with servers:
         members = servers.processes(0)

@@ -1,4 +1,4 @@
-"""Whole runs with real servers: the commands of a user, and a kill in the middle."""
+"""Complete runs with real servers, started by the commands of a user, with a kill in the middle."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def words_of(process: psutil.Process) -> list[str]:
 
 
 @pytest.mark.parametrize("transport", ["tensor", "distributed"])
-def test_a_server_dies_and_the_run_goes_on(tmp_path: Path, transport: str) -> None:
-    """Nothing is lost or doubled: the ledger of every rollout is balanced, and every lease is kept."""
+def test_a_run_continues_when_a_server_dies(tmp_path: Path, transport: str) -> None:
+    """No rollout is lost or duplicated: the ledger of rollouts is balanced, and no lease is issued again."""
     words = (*WORDS, f"engine.sglang.transport={transport}")
     with real_run(tmp_path, *words, base="configs/demo-sglang.yaml") as run:
         local = run.local()
@@ -45,7 +45,7 @@ def test_a_server_dies_and_the_run_goes_on(tmp_path: Path, transport: str) -> No
         assert summary["leases_reissued"] == summary["duplicates"] == 0
         assert summary["lag_max"] <= run.run.hub.max_lag
         log = (run.folder / "logs" / "actor-0.log").read_text()
-        assert "has ended; the end of" in log and "starts again" in log
+        assert "has ended; the end of" in log and "restarts in" in log
         assert " by tensor: " not in log and " by distributed: " not in log  # no update failed
         mismatch = [
             line["mismatch_max_lag0_first"] for line in run.lines() if line["mismatch_max_lag0_first"] is not None
@@ -53,8 +53,8 @@ def test_a_server_dies_and_the_run_goes_on(tmp_path: Path, transport: str) -> No
         assert mismatch and max(mismatch) < 1e-4
 
 
-def test_an_actor_that_is_killed_takes_its_servers_along(tmp_path: Path) -> None:
-    """kill -9 of the actor, without a supervisor; another actor goes on with the run."""
+def test_the_servers_of_a_killed_actor_end_too(tmp_path: Path) -> None:
+    """SIGKILL of the actor, without a supervisor; another actor continues the run."""
     with real_run(tmp_path, *WORDS, "hub.address=tcp://127.0.0.1:0", base="configs/demo-sglang.yaml") as run:
         hub = run.hub()
         learner = run.learner("--hub", run.address())
@@ -71,8 +71,8 @@ def test_an_actor_that_is_killed_takes_its_servers_along(tmp_path: Path) -> None
         assert run.summary()["duplicates"] == 0
 
 
-def test_an_actor_attaches_to_servers(tmp_path: Path) -> None:
-    """Servers that somebody else started, by URL: they are still there afterwards."""
+def test_an_actor_attaches_to_running_servers(tmp_path: Path) -> None:
+    """Servers given by URL, which the actor did not start, are still running after the run."""
     server = start(Path(model_folder("builtin:cues")), tmp_path)
     words = (*WORDS, "steps=3", f"engine.sglang.urls=[{server.url}]")
     try:

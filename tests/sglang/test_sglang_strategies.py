@@ -1,7 +1,8 @@
-"""Strategies from a real SGLang server: a tiny model of bytes that knows nothing, and the whole command with it.
+"""The strategies command with a real SGLang server and a tiny random model whose tokens are bytes.
 
-Free to write, it writes nonsense, which is refused with its reason and paid for. Held to the forms by SGLang's grammar,
-it writes letters where texts belong and figures where scores belong, and the pipeline ends in a library.
+Without constraints the model writes nonsense: the replies are refused with a reason, and their tokens are counted. With
+SGLang's grammar for the reply formats it writes letters in text fields and digits in score fields, and the pipeline
+writes a library.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ pytestmark = [pytest.mark.sglang, pytest.mark.process]
 ITEMS = 4
 SERVE = ["--serve", f"engine.sglang.python={PYTHON}", "engine.device=cpu", "engine.slots=16"]
 TASTE = dict.fromkeys("etaoinshrdlu", 5.7) | {'"': 3.8, "<eos>": -8.0} | dict.fromkeys("0123456789\\ĠĊĉč", -12.0)
-"""How much more than other bytes the model likes these, as logits: texts of letters, about 80 of them, then a quote.
-Of what it avoids, figures might leak, and Ġ, Ċ, ĉ, č stand for white space in a tokenizer's alphabet."""
+"""Logits of these bytes relative to all others: they give texts of about 80 letters, then a quote.
+Digits are avoided because they might count as a leak; Ġ, Ċ, ĉ, č are white space in the tokenizer's alphabet."""
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         bos_token_id=None, eos_token_id=vocabulary["<eos>"],
     )  # fmt: skip
     network = Qwen3ForCausalLM(config)
-    with torch.no_grad():  # of one dimension, the same for every token, the head makes a bias
+    with torch.no_grad():  # dimension 0 is 1 for every token, so the head uses it as a bias
         network.model.embed_tokens.weight[:, 0] = 1.0
         network.lm_head.weight[:, 0] = 0.0
         for symbol, logit in TASTE.items():
@@ -80,29 +81,29 @@ def problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server of texts that somebody else has started."""
+    """A text server that the command did not start."""
     settings = Engine(kind="sglang", device="cpu", slots=16, sglang=Sglang(python=PYTHON))
     log = tmp_path_factory.mktemp("log") / "server.log"
     with asyncio.Runner() as runner:
-        server = text_server(str(model), settings, dtype="float32", known_as="bytes", log=log)
+        server = text_server(str(model), settings, dtype="float32", served_name="bytes", log=log)
         yield runner.run(server.__aenter__()).url
         runner.run(server.__aexit__(None, None, None))
 
 
-def strategies(*words: Any) -> int:
-    return main(["strategies", *map(str, words), "--max-tokens", "3000"])
+def strategies(*arguments: Any) -> int:
+    return main(["strategies", *map(str, arguments), "--max-tokens", "3000"])
 
 
 def records_of(work: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in work.read_bytes().split(b"\n")[:-1]]  # the last one may be half written
+    lines = [json.loads(line) for line in work.read_bytes().split(b"\n")[:-1]]  # the last line may be incomplete
     return [line for line in lines if "reply" not in line]
 
 
-def test_nonsense_is_refused_paid_for_and_tried_again(url: str, problems: Path, tmp_path: Path) -> None:
+def test_nonsense_is_refused_its_tokens_are_counted_and_it_is_retried(url: str, problems: Path, tmp_path: Path) -> None:
     work, library = tmp_path / "work.jsonl", tmp_path / "library.jsonl"
-    words = ["extract", problems, "--work", work, "--library", library, "--url", url, "--model", "bytes"]
+    arguments = ["extract", problems, "--work", work, "--library", library, "--url", url, "--model", "bytes"]
     for _ in range(2):
-        main(["strategies", *map(str, words), "--candidates", "2", "--max-tokens", "80"])
+        main(["strategies", *map(str, arguments), "--candidates", "2", "--max-tokens", "80"])
     records = records_of(work)
     assert len(records) == 2 * ITEMS
     assert {record["failed"] for record in records} == {"no candidate is left (unreadable)"}
@@ -113,7 +114,7 @@ def test_nonsense_is_refused_paid_for_and_tried_again(url: str, problems: Path, 
     assert not library.exists()
 
 
-def test_the_whole_by_an_own_server_and_judged_anew_by_another(
+def test_the_pipeline_runs_on_its_own_server_and_another_server_ranks_the_result(
     url: str, model: Path, problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     work, library, ranked = tmp_path / "work.jsonl", tmp_path / "library.jsonl", tmp_path / "ranked.parquet"
@@ -144,8 +145,8 @@ def test_the_whole_by_an_own_server_and_judged_anew_by_another(
     assert f"{sent:,} tokens sent, {received:,} received" in capsys.readouterr().out
 
 
-def test_a_reply_that_is_aborted_is_asked_for_again(url: str) -> None:
-    """It comes as a completion like others, but for its reason to end."""
+def test_an_aborted_reply_is_requested_again(url: str) -> None:
+    """The server returns it like a finished completion, but with another finish reason."""
 
     async def reply() -> str:
         async with Endpoint(Server(url=url, model="bytes", max_tokens=3000), backoff_s=0.1) as endpoint:
@@ -163,13 +164,13 @@ def test_command_and_own_server_end_together(
     end: str | signal.Signals, model: Path, problems: Path, tmp_path: Path
 ) -> None:
     work, library = tmp_path / "work.jsonl", tmp_path / "library.jsonl"
-    words = ["extract", problems, "--work", work, "--library", library, "--model", model, "--structured", *SERVE]
-    command = [sys.executable, "-m", "sgpo_async.cli", "strategies", *map(str, words), "--concurrency", "1"]
+    arguments = ["extract", problems, "--work", work, "--library", library, "--model", model, "--structured", *SERVE]
+    command = [sys.executable, "-m", "sgpo_async.cli", "strategies", *map(str, arguments), "--concurrency", "1"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment) as process:
         deadline = time.monotonic() + 300
         while not (work.exists() and records_of(work)):
-            assert process.poll() is None and time.monotonic() < deadline, last_words(work)
+            assert process.poll() is None and time.monotonic() < deadline, log_tail(work)
             time.sleep(0.1)
         own = of_sglang(process.pid)
         assert len(own) > 2  # watchdog, server, scheduler
@@ -177,15 +178,15 @@ def test_command_and_own_server_end_together(
             next(p for p in own if p.cmdline()[1:2] == [str(CPU_LAUNCHER)]).kill()
         else:
             process.send_signal(end)
-        _, told = process.communicate(timeout=240)
+        _, errors = process.communicate(timeout=240)
     assert psutil.wait_procs(own, timeout=120)[1] == []
     if isinstance(end, str):
-        assert process.returncode == 2, told
-        assert "has ended; the end of" in told
-        assert "the server's main process ended: killed by SIGKILL" in told
-        assert "Traceback" not in told and "never retrieved" not in told
+        assert process.returncode == 2, errors
+        assert "has ended; the end of" in errors
+        assert "the server's main process ended: killed by SIGKILL" in errors
+        assert "Traceback" not in errors and "never retrieved" not in errors
     else:
-        assert process.returncode == (128 + end if end == signal.SIGTERM else -end), told
+        assert process.returncode == (128 + end if end == signal.SIGTERM else -end), errors
     if end != signal.SIGKILL:
         finished = [record for record in records_of(work) if not record["failed"]]
         assert len(read_problems(str(library))) == len(finished) > 0
@@ -196,12 +197,12 @@ def of_sglang(command: int) -> set[psutil.Process]:
     found = set()
     for process in psutil.Process(command).children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            words = process.cmdline()
-            if str(CPU_LAUNCHER) in words or any("sglang::" in word for word in words):
+            arguments = process.cmdline()
+            if str(CPU_LAUNCHER) in arguments or any("sglang::" in argument for argument in arguments):
                 found.add(process)
     return found
 
 
-def last_words(work: Path) -> str:
+def log_tail(work: Path) -> str:
     log = work.with_suffix(".sglang.log")
     return log.read_text()[-2000:] if log.exists() else "no server was launched"

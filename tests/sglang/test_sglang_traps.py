@@ -1,4 +1,4 @@
-"""Traps of SGLang 0.5.23: each is shown where it is cheap to show, and so is what keeps us out of it."""
+"""Traps of SGLang 0.5.23: the tests reproduce each trap if that is cheap, and check the code that avoids it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def payload(named: list[tuple[str, torch.Tensor]]) -> str:
 
 
 def by_file_descriptor() -> str:
-    """As torch.multiprocessing would send it: with the name of a descriptor of this process."""
+    """A payload as torch.multiprocessing sends it, with the name of a file descriptor of this process."""
     import torch.multiprocessing.reductions
 
     buffer = io.BytesIO()
@@ -81,9 +81,9 @@ def deadly(what: str) -> tuple[str, dict[str, Any]]:
         "a descriptor of another process",
     ],
 )
-def test_what_kills_a_server(models: dict[str, Path], tmp_path: Path, what: str) -> None:
-    """The trap itself. That none of these is ever sent: test_what_can_never_be_served_is_refused_before_it_is_sent,
-    test_weights_that_do_not_fit_never_reach_a_server, test_the_payload_is_plain."""
+def test_these_requests_kill_a_server(models: dict[str, Path], tmp_path: Path, what: str) -> None:
+    """The trap. The engine never sends any of these: test_invalid_requests_are_refused_before_they_are_sent,
+    test_weights_that_do_not_fit_are_not_sent, test_the_payload_is_a_plain_pickle."""
     server = start(models["qwen3"], tmp_path)
     try:
         path, body = deadly(what)
@@ -96,13 +96,13 @@ def test_what_kills_a_server(models: dict[str, Path], tmp_path: Path, what: str)
         deadline = time.monotonic() + 60
         while server.alive and time.monotonic() < deadline:
             time.sleep(0.1)
-        assert not server.alive, f"the server lives and answered {status}: this trap is gone in its version"
+        assert not server.alive, f"the server is alive and answered {status}: its version does not have this trap"
     finally:
         server.stop()
 
 
-def test_the_payload_is_plain() -> None:
-    """No file descriptor, no shared memory, no more than the tensor itself of a larger storage."""
+def test_the_payload_is_a_plain_pickle() -> None:
+    """It contains no file descriptor and no shared memory, and only the tensor's part of a larger storage."""
     view = torch.arange(1000.0)[10:20]
     (encoded,) = TensorTransport.payloads(None, {"a": view})  # type: ignore[arg-type]
     data = base64.b64decode(encoded)
@@ -112,8 +112,9 @@ def test_the_payload_is_plain() -> None:
     assert torch.equal(pickle.loads(data)[0][1], view)
 
 
-def test_unknown_names_are_ignored_in_silence(raw: ServerProcess) -> None:
-    """The trap: success for a tensor that exists nowhere. Guards: names are compared before, checksums afterwards."""
+def test_unknown_names_are_silently_ignored(raw: ServerProcess) -> None:
+    """The trap: the server reports success for an unknown tensor. Protection: the engine compares names before an
+    update, and checksums after it."""
     before = post(raw.url, "/weights_checker", {"action": "checksum"})[1]["ranks"]
     assert post(raw.url, "/begin_weight_update", {})[0] == 200
     body = {"serialized_named_tensors": [payload([("model.layers.0.no_such.weight", torch.ones(3))])]}
@@ -123,7 +124,7 @@ def test_unknown_names_are_ignored_in_silence(raw: ServerProcess) -> None:
 
 
 def test_a_prefix_cache_that_is_not_flushed_serves_old_keys(raw: ServerProcess, models: dict[str, Path]) -> None:
-    """The trap. Guard: every update of ours flushes; see test_nothing_of_the_old_weights_serves_later_prompts."""
+    """The trap. Protection: every update flushes; see test_keys_of_old_weights_are_not_used_for_later_prompts."""
     prompt = ask(0, length=40).prompt
     other = loaded(models["qwen3-other"])
     sampling = {"temperature": 1.0, "max_new_tokens": 8}
@@ -146,7 +147,7 @@ def test_a_prefix_cache_that_is_not_flushed_serves_old_keys(raw: ServerProcess, 
     assert error_after(flush=True) < 1e-4
 
 
-def test_every_update_of_ours_flushes_and_none_asks_for_health(
+def test_every_update_flushes_the_cache_and_none_calls_health(
     pair: Servers, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """/health generates a token, and answers 503 after 20 s while the server is paused."""
@@ -174,7 +175,7 @@ def test_model_info_answers_while_paused(raw: ServerProcess) -> None:
 
 
 def test_prompt_logprobs_ignore_the_temperature(raw: ServerProcess, models: dict[str, Path], pair: Servers) -> None:
-    """The trap. Guards: the configuration refuses it, and so does the engine."""
+    """The trap. Protection: the configuration and the engine refuse other temperatures."""
     score = given(0, ask(0).prompt, length=8)
     ids = [*score.prompt.tolist(), *score.tokens.tolist()]
 
@@ -184,13 +185,13 @@ def test_prompt_logprobs_ignore_the_temperature(raw: ServerProcess, models: dict
         return [pair[0] for pair in post(raw.url, "/generate", body)[1]["meta_info"]["input_token_logprobs"][1:]]
 
     np.testing.assert_allclose(at(0.7), at(1.0), atol=1e-6)
-    with pytest.raises(EngineError, match="scores at temperature 1 alone"):
+    with pytest.raises(EngineError, match="temperature of a score must be 1, the only one SGLang supports, got 0.7"):
         pair.engine.submit(type(score)(id=0, prompt=score.prompt, tokens=score.tokens, temperature=0.7))
 
 
 def test_top_p_does_not_show_in_logprobs(raw: ServerProcess, models: dict[str, Path]) -> None:
-    """The trap: the distribution is truncated, its log-probabilities are not. Guard: rollout.top_p is 1.0 or refused,
-    and every request says so (a server may have defaults of its own)."""
+    """The trap: sampling is restricted to the nucleus, but the log-probabilities are not. Protection: rollout.top_p
+    must be 1.0, and every request sets it, because a server may have another default."""
     body = {"input_ids": ask(0).prompt.tolist(), "return_logprob": True,
             "sampling_params": {"temperature": 1.0, "max_new_tokens": 30, "top_p": 0.3}}  # fmt: skip
     pairs = post(raw.url, "/generate", body)[1]["meta_info"]["output_token_logprobs"]
@@ -198,21 +199,21 @@ def test_top_p_does_not_show_in_logprobs(raw: ServerProcess, models: dict[str, P
 
 
 def test_seeds_are_ignored_on_a_cpu(raw: ServerProcess) -> None:
-    """The trap. Guard: engine.deterministic is refused with engine.kind=sglang."""
+    """The trap. Protection: engine.deterministic is refused with engine.kind=sglang."""
     sampling = {"temperature": 1.0, "max_new_tokens": 30, "sampling_seed": 5}
     body = {"input_ids": ask(0).prompt.tolist(), "sampling_params": sampling}
     assert len({tuple(post(raw.url, "/generate", body)[1]["output_ids"]) for _ in range(4)}) > 1
 
 
 def test_one_thread_per_server(models: dict[str, Path]) -> None:
-    """Whatever the actor's own environment says."""
+    """The actor's own environment does not matter."""
     environment = launch_of(models["qwen3"]).environment({"OMP_NUM_THREADS": "2", "PYTHONPATH": "/ours", "HOME": "/h"})
     assert environment["OMP_NUM_THREADS"] == "1" and environment["HOME"] == "/h"
     assert "/ours" not in environment["PYTHONPATH"]
 
 
 def test_aborts_match_by_prefix(raw: ServerProcess, models: dict[str, Path], pair: Servers) -> None:
-    """SGLang aborts every request whose id begins with the one it is given: ours have one length."""
+    """SGLang aborts every request whose id starts with the given one, so all our ids have the same length."""
     pair.load(models["qwen3"], 0)
     server = pair.engine.server_slots[0].server
     assert server is not None

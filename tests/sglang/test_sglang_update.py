@@ -1,4 +1,4 @@
-"""Weights change while sequences run: no token is of weights that its span does not name."""
+"""Weight updates while sequences run: every token was sampled by the weights that its span names."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ TOKENS = 400
 
 
 def interrupted(servers: Servers, new: Path, *, count: int = 32, tokens: int = TOKENS) -> tuple[list, dict]:
-    """`count` generations that an update to version 1 meets half-way: requests and results."""
-    weights = version_of(new, 1)  # made before anything runs: the update is to meet the beginning of long sequences
+    """Run `count` completions and update to version 1 in the middle; returns requests and results."""
+    weights = version_of(new, 1)  # prepared before the requests, so that the update starts early in the sequences
     requests = [replace(ask(i, length=4 + i % 5, tokens=tokens, seed=i), top_logprobs_num=i % 4) for i in range(count)]
     for request in requests:
         servers.engine.submit(request)
@@ -35,19 +35,24 @@ def interrupted(servers: Servers, new: Path, *, count: int = 32, tokens: int = T
 
 
 def _streamed(servers: Servers) -> int:
-    """Tokens that running generations have by now."""
-    running = [r for place in servers.engine.server_slots if place.server for r in list(place.server.running.values())]
+    """The number of tokens that running completions have now."""
+    running = [
+        r
+        for server_slot in servers.engine.server_slots
+        if server_slot.server
+        for r in list(server_slot.server.running.values())
+    ]
     return sum(len(r.item.tokens) for r in running)
 
 
-def assert_cut(results: dict, count: int) -> None:
-    """Most of the generations have tokens of both versions."""
+def assert_both_versions(results: dict, count: int) -> None:
+    """At least half of the completions have tokens of both versions."""
     both = [result for result in results.values() if result.versions.tolist() == [0, 1]]
     assert len(both) >= count // 2, [result.versions.tolist() for result in results.values()]
 
 
 @pytest.mark.parametrize("transport", ["tensor", "disk"])
-def test_running_generations_go_on_under_the_new_weights(
+def test_running_completions_continue_under_the_new_weights(
     models: dict[str, Path], tmp_path: Path, transport: str, pair: Servers
 ) -> None:
     if transport == "disk":
@@ -55,7 +60,7 @@ def test_running_generations_go_on_under_the_new_weights(
             models["qwen3"], tmp_path, servers=1, slots=32, transport="disk", folder=str(tmp_path / "w")
         ) as servers:
             _abort_resume(servers, models)
-            assert len(list((tmp_path / "w").iterdir())) == 2  # the newest two versions, no draft
+            assert len(list((tmp_path / "w").iterdir())) == 2  # the newest two versions, no temporary folder
             assert {update.transport for update in servers.engine.updates} == {"disk"}
         assert list((tmp_path / "w").iterdir()) == []
     else:
@@ -65,25 +70,25 @@ def test_running_generations_go_on_under_the_new_weights(
 def _abort_resume(servers: Servers, models: dict[str, Path]) -> None:
     servers.load(models["qwen3"], 0)
     requests, results = interrupted(servers, models["qwen3-other"])
-    assert_cut(results, 32)
+    assert_both_versions(results, 32)
     both = {0: loaded(models["qwen3"]), 1: loaded(models["qwen3-other"])}
     assert_teacher_forced(both, requests, results)
     assert all(result.tokens.size == TOKENS for result in results.values())
 
 
-def test_retract(models: dict[str, Path], tmp_path: Path) -> None:
-    """The server itself keeps the sequences and recomputes their keys and values."""
+def test_retract_keeps_sequences_and_recomputes_their_keys(models: dict[str, Path], tmp_path: Path) -> None:
+    """The server itself keeps the sequences and recomputes keys and values under the new weights."""
     with Servers(models["qwen3"], tmp_path, slots=32, in_flight="retract") as servers:
         _abort_resume(servers, models)
-        assert not servers.news()
+        assert not servers.events()
 
 
-def test_in_place(models: dict[str, Path], tmp_path: Path) -> None:
-    """Tokens before the cut are of the old weights, new requests of the new ones; what runs on keeps its old keys."""
+def test_in_place_keeps_sequences_with_their_old_keys(models: dict[str, Path], tmp_path: Path) -> None:
+    """Tokens before the update are of the old weights, new requests of the new ones; running ones keep old keys."""
     with Servers(models["qwen3"], tmp_path, slots=32, in_flight="in-place", radix_cache=False) as servers:
         servers.load(models["qwen3"], 0)
         requests, results = interrupted(servers, models["qwen3-other"])
-        assert_cut(results, 32)
+        assert_both_versions(results, 32)
         old, new = loaded(models["qwen3"]), loaded(models["qwen3-other"])
         after = 0.0
         for request in requests:
@@ -93,15 +98,15 @@ def test_in_place(models: dict[str, Path], tmp_path: Path) -> None:
                 result.logprobs[:cut], logprobs(old, request.prompt, result.tokens)[:cut], atol=1e-4
             )
             after = max(after, *np.abs(result.logprobs - logprobs(new, request.prompt, result.tokens))[cut:], 0.0)
-        assert after > 1e-2  # the old keys show: this is what in-place means
-        fresh = [ask(("new", i), length=4 + i % 5, seed=i) for i in range(8)]  # prompts that old weights have seen
+        assert after > 1e-2  # the old keys change the log-probabilities: this is what in-place means
+        fresh = [ask(("new", i), length=4 + i % 5, seed=i) for i in range(8)]  # prompts that old weights processed
         for request in fresh:
             servers.engine.submit(request)
         assert_teacher_forced({1: new}, fresh, servers.results(8))
 
 
-def test_nothing_of_the_old_weights_serves_later_prompts(pair: Servers, models: dict[str, Path]) -> None:
-    """SGLang's prefix cache would match prompts that old weights have seen."""
+def test_keys_of_old_weights_are_not_used_for_later_prompts(pair: Servers, models: dict[str, Path]) -> None:
+    """Without a flush, SGLang's prefix cache would match prompts that old weights processed."""
     pair.load(models["qwen3"], 0)
     prompts = [ask(i, length=40, tokens=4, seed=i) for i in range(4)]
     for version, folder in enumerate(["qwen3", "qwen3-other", "qwen3"], 1):
@@ -136,7 +141,7 @@ def damaged(folder: Path, version: int, damage: object) -> Weights:
 
 
 @pytest.mark.parametrize(
-    ("damage", "words"),
+    ("damage", "message"),
     [
         (lambda t: t.update({"model.more.weight": torch.zeros(2)}), "1 unknown .model.more.weight"),
         (lambda t: t.pop("model.norm.weight"), "1 parameters missing .model.norm.weight"),
@@ -144,36 +149,36 @@ def damaged(folder: Path, version: int, damage: object) -> Weights:
     ],
     ids=["unknown name", "missing name", "wrong shape"],
 )
-def test_weights_that_do_not_fit_never_reach_a_server(
-    pair: Servers, models: dict[str, Path], damage: object, words: str, caplog: pytest.LogCaptureFixture
+def test_weights_that_do_not_fit_are_not_sent(
+    pair: Servers, models: dict[str, Path], damage: object, message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     pair.load(models["qwen3"], 0)
-    updates, told = len(pair.engine.updates), len(pair.news())
+    updates, before = len(pair.engine.updates), len(pair.events())
     pair.engine.load(damaged(models["qwen3-other"], 1, damage))
-    pair.until(lambda: len(pair.news()) > told, "news")
+    pair.until(lambda: len(pair.events()) > before, "event")
     import re
 
-    assert any(re.search(words, line) for line in pair.news()[told:]), pair.news()[told:]
+    assert any(re.search(message, line) for line in pair.events()[before:]), pair.events()[before:]
     time.sleep(0.2)
     assert len(pair.engine.updates) == updates and pair.versions() == {0}
     pair.engine.submit(ask(0))
     assert_teacher_forced({0: loaded(models["qwen3"])}, [ask(0)], pair.results(1))
-    pair.load(models["qwen3-other"], 2)  # the next good version is taken
+    pair.load(models["qwen3-other"], 2)  # the next valid version is loaded
 
 
-def test_a_version_that_is_gone_is_left_for_the_next(pair: Servers, models: dict[str, Path]) -> None:
-    def gone() -> dict:
+def test_an_overwritten_version_is_skipped(pair: Servers, models: dict[str, Path]) -> None:
+    def overwritten() -> dict:
         raise Superseded("overwritten")
 
     pair.load(models["qwen3"], 0)
-    pair.engine.load(Weights(version=1, digest="", read=gone))
+    pair.engine.load(Weights(version=1, digest="", read=overwritten))
     time.sleep(0.2)
     assert pair.versions() == {0}
     pair.load(models["qwen3-other"], 2)
 
 
-def test_damage_on_the_way_is_noticed_and_mended(pair: Servers, models: dict[str, Path]) -> None:
-    """A tensor changes after it was hashed: the checksum differs, and another transport brings it whole."""
+def test_a_tensor_damaged_in_transit_is_detected_and_sent_again(pair: Servers, models: dict[str, Path]) -> None:
+    """A tensor changes after it was hashed: the checksum differs, and another transport sends it correctly."""
     pair.load(models["qwen3"], 0)
     transport = pair.engine._transports[0]
     assert isinstance(transport, TensorTransport)
@@ -187,19 +192,19 @@ def test_damage_on_the_way_is_noticed_and_mended(pair: Servers, models: dict[str
 
     transport.payloads = careless  # type: ignore[method-assign]
     try:
-        told = len(pair.news())
+        before = len(pair.events())
         pair.load(models["qwen3-other"], 1)
     finally:
         transport.payloads = payloads  # type: ignore[method-assign]
-    news = pair.news()[told:]
-    assert len([line for line in news if "model.norm.weight" in line and "out of service" in line]) == 2, news
+    events = pair.events()[before:]
+    assert len([line for line in events if "model.norm.weight" in line and "out of service" in line]) == 2, events
     assert [update.transport for update in pair.engine.updates[-2:]] == ["disk", "disk"]
     pair.engine.submit(ask(0))
     assert_teacher_forced({1: loaded(models["qwen3-other"])}, [ask(0)], pair.results(1))
 
 
-def test_a_new_session_forgets_requests_and_versions(pair: Servers, models: dict[str, Path]) -> None:
-    """Version 0 of another run is other weights."""
+def test_a_new_session_drops_requests_and_versions(pair: Servers, models: dict[str, Path]) -> None:
+    """Version 0 of another run has other weights."""
     pair.load(models["qwen3"], 0)
     for i in range(8):
         pair.engine.submit(ask(i, tokens=300))
@@ -212,8 +217,8 @@ def test_a_new_session_forgets_requests_and_versions(pair: Servers, models: dict
     assert_teacher_forced({0: loaded(models["qwen3-other"])}, [ask("new")], results)
 
 
-def test_ids_may_come_again_at_once(pair: Servers, models: dict[str, Path]) -> None:
-    """A new session numbers its requests anew, while streams of the last one are still ending."""
+def test_request_ids_can_be_reused_immediately(pair: Servers, models: dict[str, Path]) -> None:
+    """A new session uses the same request ids while streams of the previous session are still ending."""
     pair.load(models["qwen3"], 0)
     for _ in range(3):
         for i in range(16):
@@ -226,21 +231,21 @@ def test_ids_may_come_again_at_once(pair: Servers, models: dict[str, Path]) -> N
     assert_teacher_forced({0: loaded(models["qwen3"])}, requests, pair.results(16))
 
 
-def test_cancelled_requests_give_no_result_and_hold_no_update_up(pair: Servers, models: dict[str, Path]) -> None:
-    """After a mere disconnection SGLang goes on for seconds, and refuses to flush: requests are aborted by name."""
+def test_cancelled_requests_give_no_result_and_delay_no_update(pair: Servers, models: dict[str, Path]) -> None:
+    """After a mere disconnection SGLang would run them for seconds and refuse to flush, so they are aborted by id."""
     pair.load(models["qwen3"], 0)
     for i in range(32):
         pair.engine.submit(ask(i, tokens=400, seed=i))
     pair.until(lambda: _streamed(pair) > 64, "some tokens")
     pair.engine.cancel(range(31))
-    told = len(pair.news())
+    before = len(pair.events())
     pair.load(models["qwen3-other"], 1)
-    assert pair.news()[told:] == []
+    assert pair.events()[before:] == []
     assert list(pair.results(1)) == [31]
 
 
 def test_cancelled_requests_give_no_result_even_if_they_have_finished(pair: Servers, models: dict[str, Path]) -> None:
-    """Their ids may come again at once: a result of before would be taken for the new request's."""
+    """Their ids can be reused immediately, so an old result could be mistaken for that of the new request."""
     pair.load(models["qwen3"], 0)
     before = pair.engine.load_status().tokens
     for i in range(4):

@@ -1,4 +1,4 @@
-"""Tiny random models, and references computed by their plain forward, for the tests of the engines."""
+"""Tiny random models, and reference values from their plain forward pass, for the tests of the engines."""
 
 import hashlib
 
@@ -49,7 +49,7 @@ def tiny(kind, *, vocabulary=VOCABULARY, seed=0, spread=1.0, positions=256):
 
 
 def digest(named):
-    """Stands for the weights package's digest: any function of names, dtypes and bytes."""
+    """A substitute for the digest of the weights package: any function of names, dtypes and bytes will do."""
     total = hashlib.sha256()
     for name, tensor in sorted(named, key=lambda pair: pair[0]):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -58,12 +58,12 @@ def digest(named):
 
 
 def weights(model):
-    """A copy of the parameters as they travel."""
+    """A copy of the parameters, as the learner publishes them."""
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
 def engine_of(model, *, slots=4, end_ids=NO_END, deterministic=False, version=0):
-    """An engine that serves `model` as it is."""
+    """An engine that serves the weights of `model`."""
     engine = EmbeddedEngine(model, digest=digest, slots=slots, end_ids=end_ids, deterministic=deterministic)
     tensors = weights(model)
     engine.load(Weights(version=version, digest=digest(tensors.items()), read=tensors.copy))
@@ -71,7 +71,7 @@ def engine_of(model, *, slots=4, end_ids=NO_END, deterministic=False, version=0)
 
 
 def drain(engine, requests=(), *, steps=10_000) -> dict:
-    """Submit, step until nothing is left, return results by id."""
+    """Submit requests, step until all are finished, and return results by id."""
     for request in requests:
         engine.submit(request)
     results: dict[object, Generated | Scored] = {}

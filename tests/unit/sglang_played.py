@@ -1,4 +1,4 @@
-"""SGLang servers that are played: they give one token a turn, and die or hang when they are told to."""
+"""Fake SGLang servers for unit tests: they generate one token per step, and die or hang on demand."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from sgpo_async.engines.sglang.serving.server import Server
 
 TOKENS = 6
 SLOTS = 4
-PHASE_S = 0.1  # of an update
+PHASE_S = 0.1  # timeout of the phases of an update
 
-Does = Callable[[Partial], bool]
+Condition = Callable[[Partial], bool]
 
 
 def never(_: Partial) -> bool:
     return False
 
 
-class PlayedApi:
-    """`answer` plays what the server answers to a POST; an abort ends the streams that are not stuck."""
+class FakeApi:
+    """A fake HTTP API. `answer` is called for each POST and may raise; an abort ends the streams that do not hang."""
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self.answer: Callable[[str], None] = lambda path: None  # may raise
+        self.answer: Callable[[str], None] = lambda path: None
         self.abort_all = lambda: None
 
     async def post(self, path: str, body: Mapping[str, Any], *, timeout_s: float) -> Json:
@@ -41,29 +41,32 @@ class PlayedApi:
         return {}
 
 
-class PlayedServer(Server):
-    """`kills` says whether a request's next token is its death, `hangs` whether it never comes and no abort helps,
-    `slow` whether nothing comes before an abort."""
+class FakeServer(Server):
+    """A fake server.
 
-    def __init__(self, name: str, kills: Does = never, hangs: Does = never, slow: Does = never) -> None:
-        self.played = PlayedApi(name)
-        super().__init__(self.played, slots=SLOTS, ends=(), silence_s=1.0)  # type: ignore[arg-type]
-        self.played.abort_all = lambda: self.aborted.update(self.running)
+    If `kills` holds for a request, its next token kills the server. If `hangs` holds, its next token never arrives,
+    and aborts are ignored. If `slow` holds, no token arrives before an abort.
+    """
+
+    def __init__(self, name: str, kills: Condition = never, hangs: Condition = never, slow: Condition = never) -> None:
+        self.fake_api = FakeApi(name)
+        super().__init__(self.fake_api, slots=SLOTS, ends=(), idle_timeout_s=1.0)  # type: ignore[arg-type]
+        self.fake_api.abort_all = lambda: self.aborted.update(self.running)
         self.kills, self.hangs, self.slow, self.deaths = kills, hangs, slow, 0
         self.gone = asyncio.Event()
         self.aborted: set[str] = set()
-        self.ran: list[set[Any]] = []  # who ran together, at each token
+        self.ran: list[set[Any]] = []  # the ids of co-running requests, at each token
         self.version, self.open = 0, True
 
     async def extend(self, partial: Partial, rid: str, version: int) -> None:
         gone = self.gone
-        self.running[rid].reached = True
+        self.running[rid].connected = True
         while partial.remaining and rid not in self.aborted:
             self.ran.append({running.item.request.id for running in self.running.values()})  # type: ignore[union-attr]
             await asyncio.sleep(0)
             if gone.is_set() or self.kills(partial):
                 gone.set()
-                raise ServerGone(f"{self.api.url}: played dead")
+                raise ServerGone(f"{self.api.url}: simulated death")
             if self.hangs(partial):
                 await asyncio.Event().wait()
             if self.slow(partial):
@@ -74,37 +77,37 @@ class PlayedServer(Server):
     async def abort(self, rid: str) -> None:
         self.aborted.add(rid)
 
-    def rise(self) -> None:
-        """What the fleet's watchdog does: end what still runs, and put a new server there."""
+    def restart(self) -> None:
+        """Simulate the fleet's watchdog: replace the dead server with a new one."""
         self.deaths += 1
-        self.gone, self.fault, self.lost, self.open = asyncio.Event(), None, False, True
-        self.aboard.clear()
+        self.gone, self.fault, self.death_recorded, self.open = asyncio.Event(), None, False, True
+        self.interrupted.clear()
 
 
 def ask(id: Any) -> Generate:
     return Generate(id=id, prompt=np.arange(3, dtype=np.int32), max_new_tokens=TOKENS, temperature=1.0, seed=0)
 
 
-def at(*ids: Any, tokens: int = 2) -> Does:
-    """These requests, from so many tokens on."""
+def at(*ids: Any, tokens: int = 2) -> Condition:
+    """A condition that holds for these requests once they have `tokens` tokens."""
     return lambda partial: partial.request.id in ids and len(partial.tokens) >= tokens
 
 
-class PlayedTransport:
-    """Sends nothing; `does` plays what happens meanwhile, and may raise."""
+class FakeTransport:
+    """A transport that sends nothing. `on_send` is called for each update and may raise."""
 
-    name = "played"
+    name = "fake"
 
-    def __init__(self, does: Callable[[], None] = lambda: None) -> None:
-        self.does = does
+    def __init__(self, on_send: Callable[[], None] = lambda: None) -> None:
+        self.on_send = on_send
 
     def prepare(self, weights: Weights) -> Any:
         return SimpleNamespace(version=weights.version)
 
     async def send(self, api: Any, prepared: Any, *, flush: bool, timeout_s: float) -> None:
         await asyncio.sleep(0)
-        self.does()
+        self.on_send()
 
 
 async def verify_nothing(api: Any, prepared: Any, *, timeout_s: float) -> None:
-    """In place of an update's look at the checksums."""
+    """Replaces the verification of an update by checksums."""

@@ -48,7 +48,7 @@ def round_of(service: Service) -> None:
 
 def test_a_failed_request_gives_its_lease_back_and_no_other(caplog: pytest.LogCaptureFixture) -> None:
     hub, engine = ScriptedHub(lease(7), lease(8)), ScriptedEngine()
-    engine.news = list  # type: ignore[attr-defined]
+    engine.events = list  # type: ignore[attr-defined]
     service = service_of(engine, hub)
     round_of(service)
     (asked,) = hub.of(Ready)
@@ -69,7 +69,7 @@ def test_a_failed_request_gives_its_lease_back_and_no_other(caplog: pytest.LogCa
 
 def test_a_lease_that_can_never_be_served_is_given_back_at_once() -> None:
     hub, engine = ScriptedHub(lease(7), lease(8)), ScriptedEngine()
-    engine.news, engine.refuses = list, (7, 0, 1)  # type: ignore[attr-defined]
+    engine.events, engine.refuses = list, (7, 0, 1)  # type: ignore[attr-defined]
     round_of(service_of(engine, hub))
     [release] = hub.of(Release)
     assert (release.task, release.servable) == (7, False) and "too long" in release.reason

@@ -20,7 +20,7 @@ from sgpo_async.cli.main import main
 from sgpo_async.config import Run, load
 from sgpo_async.engines.sglang.preflight import Finding
 from sgpo_async.engines.sglang.weight_sync.model_facts import ModelFacts, model_facts
-from sgpo_async.errors import CheckDoubtful, CheckFailed, DataError, EngineError
+from sgpo_async.errors import CheckFailed, CheckWarning, DataError, EngineError
 from sgpo_async.model.folder import model_folder
 from sgpo_async.weights import digest
 
@@ -60,7 +60,7 @@ def test_a_free_port_and_one_that_is_taken(cues: ModelFacts) -> None:
         address = f"tcp://127.0.0.1:{door.getsockname()[1]}"
         with pytest.raises(CheckFailed, match=f"somebody else listens at {address}; choose another port") as failure:
             machine.hub(settings(f"hub.address={address}"), cues)
-        assert not isinstance(failure.value, CheckDoubtful)
+        assert not isinstance(failure.value, CheckWarning)
     assert machine.hub(settings(f"hub.address={address}"), cues) == f"{address} is free"
 
 

@@ -1,4 +1,4 @@
-"""What the embedded engine samples, and with which log-probabilities, against transformers' own forward."""
+"""The embedded engine's samples and log-probabilities, compared with transformers' own forward pass."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def requests(prompts, *, tokens=12, temperature=1.0, seed=0):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_near_temperature_zero_it_is_greedy_decoding(kind):
+def test_sampling_near_temperature_zero_is_greedy_decoding(kind):
     model = tiny(kind)
     prompts = prompts_of([3, 9, 1, 14, 5])
     results = drain(engine_of(model, slots=2), requests(prompts, temperature=1e-4))
@@ -30,7 +30,7 @@ def test_near_temperature_zero_it_is_greedy_decoding(kind):
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_logprobs_are_those_of_a_teacher_forced_forward(kind, temperature):
-    """Mixed lengths, shared prompts, and more requests than slots, so that rows are refilled while others run."""
+    """Mixed lengths, shared prompts, and more requests than slots, so that rows are reused while others run."""
     model, plain = tiny(kind), tiny(kind)
     prompts = [prompt for prompt in prompts_of([1, 2, 30, 7, 19, 3, 11, 2, 24, 5]) for _ in range(3)]
     asked = requests(prompts, tokens=7, temperature=temperature)
@@ -98,14 +98,14 @@ def test_results_do_not_depend_on_the_batch():
         np.testing.assert_allclose(alone.logprobs, together[request.id].logprobs, atol=1e-5)
 
 
-def test_a_request_is_its_seed():
+def test_equal_seeds_give_equal_tokens_and_other_seeds_give_others():
     prompt = prompts_of([6])[0]
     asked = [Generate(id=i, prompt=prompt, max_new_tokens=16, temperature=1.0, seed=s) for i, s in enumerate([7, 7, 8])]
     first, second, other = drain(engine_of(tiny("qwen2"), slots=4), asked).values()
     assert first.tokens.tolist() == second.tokens.tolist() != other.tokens.tolist()
 
 
-def test_deterministic_results_are_the_same_bits_under_any_load():
+def test_deterministic_results_are_bit_identical_under_any_load():
     asked = requests(prompts_of([3, 17, 8, 1]), tokens=20)
     alone = drain(engine_of(tiny("qwen2"), slots=64, deterministic=True), asked[:1])[0]
     noise = [Generate(**{**vars(r), "id": f"noise {r.id}"}) for r in requests(prompts_of(range(5, 13)), tokens=30)]

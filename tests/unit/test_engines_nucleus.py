@@ -1,4 +1,4 @@
-"""Nucleus sampling for evaluation, against a naive reference; full-vocabulary sampling beside it keeps its bits."""
+"""Nucleus sampling compared with a naive reference; full-vocabulary sampling in the same batch stays bit-identical."""
 
 import numpy as np
 import pytest
@@ -11,13 +11,13 @@ from sgpo_async.errors import EngineError
 
 
 def naive_nucleus(probabilities, top_p):
-    """Take tokens from the most probable down until they hold `top_p`; renormalise what was taken."""
+    """Take the most probable tokens until their total probability reaches `top_p`, and renormalise them."""
     order = sorted(range(len(probabilities)), key=lambda token: (-probabilities[token], token))
-    taken, held = [], 0.0
+    taken, total = [], 0.0
     for token in order:
         taken.append(token)
-        held += probabilities[token]
-        if held >= top_p:
+        total += probabilities[token]
+        if total >= top_p:
             break
     result = np.zeros(len(probabilities))
     result[taken] = probabilities[taken] / probabilities[taken].sum()
@@ -33,14 +33,14 @@ def test_the_nucleus_equals_the_naive_one(top_p):
     np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
-def test_of_equals_the_lower_id_comes_first_and_the_most_probable_always_stays():
+def test_ties_prefer_the_lower_id_and_the_most_probable_token_always_stays():
     quarter = torch.full((1, 4), 0.25, dtype=torch.float64).log()
     assert nucleus(quarter, torch.tensor([0.4], dtype=torch.float64)).exp().tolist() == [[0.5, 0.5, 0, 0]]
     peaked = torch.tensor([[0.1, 0.9]]).log()
     assert nucleus(peaked, torch.tensor([1e-9], dtype=torch.float64)).exp().tolist() == [[0, 1]]
 
 
-def test_rows_at_top_p_one_keep_their_bits_beside_others():
+def test_rows_with_top_p_one_are_bit_identical_beside_rows_with_another_top_p():
     rng = np.random.default_rng(1)
     logits, uniform = torch.from_numpy(rng.normal(size=(6, 32)).astype(np.float32)), torch.from_numpy(rng.random(6))
     temperature = torch.full((6,), 0.6)
@@ -52,8 +52,8 @@ def test_rows_at_top_p_one_keep_their_bits_beside_others():
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_an_engine_draws_from_the_nucleus_with_its_logprobs(deterministic):
-    """Every token lies in the nucleus of the plain forward at this temperature, and its log-probability is right."""
+def test_an_engine_samples_from_the_nucleus_with_its_logprobs(deterministic):
+    """Every token is in the nucleus of the plain forward at this temperature, and its log-probability is correct."""
     model, plain = tiny("qwen2", spread=2.0), tiny("qwen2", spread=2.0)
     prompts = prompts_of([3, 9, 1, 14])
     asked = [
@@ -75,7 +75,7 @@ def test_an_engine_draws_from_the_nucleus_with_its_logprobs(deterministic):
 
 
 def test_next_tokens_are_distributed_as_the_nucleus():
-    """Chi-square over the nucleus, 4,000 draws, against its 0.999 quantile by Wilson and Hilferty."""
+    """Chi-square over the nucleus with 4,000 samples, bounded by its 0.999 quantile after Wilson and Hilferty."""
     model, plain = tiny("qwen2", spread=2.0), tiny("qwen2", spread=2.0)
     prompt, draws = prompts_of([6])[0], 4000
     asked = [Generate(id=i, prompt=prompt, max_new_tokens=1, temperature=1.0, seed=i, top_p=0.9) for i in range(draws)]
@@ -91,7 +91,7 @@ def test_next_tokens_are_distributed_as_the_nucleus():
 
 
 @pytest.mark.parametrize("top_p", [0.0, -0.5, 1.5])
-def test_a_top_p_that_is_no_share_is_refused(top_p):
+def test_a_top_p_outside_of_zero_to_one_is_refused(top_p):
     request = Generate(id=0, prompt=prompts_of([3])[0], max_new_tokens=1, temperature=1.0, seed=0, top_p=top_p)
-    with pytest.raises(EngineError, match="top_p is above 0 and at most 1"):
+    with pytest.raises(EngineError, match=rf"top_p must be in \(0, 1\], got {top_p}"):
         engine_of(tiny("qwen2")).submit(request)

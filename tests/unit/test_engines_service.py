@@ -1,4 +1,4 @@
-"""Queueing, cancelling, scoring, refusing: what surrounds the sampling of the embedded engine."""
+"""Queueing, cancelling, scoring, validation and other services of the embedded engine around sampling."""
 
 from dataclasses import replace
 
@@ -30,7 +30,7 @@ def score(id, *, prompt=4, tokens=5, temperature=1.0):
 
 @pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
 def test_scores_equal_a_teacher_forced_forward(kind):
-    """Eq. 4 wants the sum; it must be exact for mixed lengths, while sequences are running."""
+    """Eq. 4 needs the sum. It must be exact for mixed lengths, also while sequences are running."""
     asked = [score(id, prompt=1 + id, tokens=1 + 2 * id, temperature=0.6 + 0.1 * id) for id in range(9)]
     results = drain(engine_of(tiny(kind), version=3), [*[ask(f"g{i}") for i in range(9)], *asked])
     for request in asked:
@@ -47,7 +47,7 @@ def test_scoring_what_was_generated_gives_the_behaviour_logprobs():
     np.testing.assert_allclose(scored.logprobs, got.logprobs, atol=1e-5)
 
 
-def test_deterministic_scores_are_the_same_bits_in_any_company():
+def test_deterministic_scores_are_bit_identical_beside_any_other_requests():
     engine = engine_of(tiny("qwen2"), deterministic=True)
     alone = drain(engine, [score(1)])[1]
     together = drain(engine, [score(2, tokens=9), score(1), score(3, prompt=17)])[1]
@@ -55,14 +55,14 @@ def test_deterministic_scores_are_the_same_bits_in_any_company():
 
 
 def test_a_finished_sequence_frees_its_slot_at_once():
-    """Two slots, one long request: the short ones pass through the other slot meanwhile."""
+    """Two slots and one long request: the short requests use the other slot one after another."""
     engine = engine_of(tiny("qwen2"), slots=2)
     order = list(drain(engine, [ask("long", tokens=60), *[ask(i, tokens=5) for i in range(8)]]))
     assert order[:8] == list(range(8)) and order[8] == "long"
 
 
-def test_no_request_waits_for_company_for_ever():
-    """One request beside a long one on 64 slots: far fewer than a batch, still served well before the long one ends."""
+def test_no_request_waits_indefinitely_for_a_full_batch():
+    """One request beside a long one on 64 slots: far less than a batch, but it finishes before the long one."""
     engine = engine_of(tiny("qwen2"), slots=64)
     engine.submit(ask("long", tokens=100))
     engine.step(0.0)
@@ -77,7 +77,7 @@ def test_cancelling_frees_slots_and_forgets_waiting_requests():
     engine.submit(score(9))
     for _ in range(3):
         engine.step(0.0)
-    engine.cancel([0, 3, "never heard of"])
+    engine.cancel([0, 3, "unknown"])
     assert engine.load_status().running == 1
     assert sorted(drain(engine)) == [1, 2, 4]
 
@@ -111,22 +111,23 @@ def test_load_status_counts():
 
 
 @pytest.mark.parametrize(
-    ("request_", "words"),
+    ("request_", "message"),
     [
         (ask(0, prompt=100, tokens=157), "100 prompt tokens and up to 157 more exceed the model's 256 positions"),
         (score(0, prompt=250, tokens=7), "256 positions"),
-        (ask(0, prompt=0), "at least one token"),
-        (ask(0, tokens=0), "at least one token"),
-        (replace(ask(0), top_logprobs_num=32), "32 likeliest tokens of a vocabulary of 32; algorithm.teacher_top_k"),
-        (ask(0, ids=[1, 32]), "token ids 1 to 32, the model has 0 to 31"),
-        (ask(0, ids=[-1]), "token ids -1"),
-        (score(0, tokens=1, prompt=1, temperature=float("nan")), "temperature is above 0"),
-        (score(0, tokens=1, prompt=1, temperature=0.0), "temperature is above 0"),
+        (ask(0, prompt=0), "prompt and completion must have at least one token each, got 0 and 10"),
+        (ask(0, tokens=0), "prompt and completion must have at least one token each, got 4 and 0"),
+        (replace(ask(0), top_logprobs_num=32),
+         r"top_logprobs_num must be in \[0, 31\], got 32; lower algorithm.teacher_top_k"),
+        (ask(0, ids=[1, 32]), r"token ids must be in \[0, 31\], got 1 to 32; use the tokenizer of this model"),
+        (ask(0, ids=[-1]), r"token ids must be in \[0, 31\], got -1 to -1; use the tokenizer of this model"),
+        (score(0, tokens=1, prompt=1, temperature=float("nan")), "temperature must be > 0, got nan"),
+        (score(0, tokens=1, prompt=1, temperature=0.0), "temperature must be > 0, got 0.0"),
     ],
 )  # fmt: skip
-def test_requests_that_can_never_be_served_are_refused(request_, words):
+def test_invalid_requests_are_refused(request_, message):
     engine = engine_of(tiny("qwen2"))
-    with pytest.raises(EngineError, match=words):
+    with pytest.raises(EngineError, match=message):
         engine.submit(request_)
     assert engine.load_status().waiting == 0
 
@@ -150,7 +151,7 @@ def test_a_model_without_a_key_value_cache_is_refused():
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_the_traced_step_gives_the_same_bits_for_any_number_of_rows_and_columns(kind):
+def test_the_traced_step_is_bit_identical_for_any_number_of_rows_and_columns(kind):
     decoder = Decoder(tiny(kind), 8)
     plain = DecodeStep(decoder.model, decoder.cache)
     assert not isinstance(decoder._step, DecodeStep)
@@ -163,7 +164,7 @@ def test_the_traced_step_gives_the_same_bits_for_any_number_of_rows_and_columns(
             assert torch.equal(traced, plain(*decoder._inputs(tokens.astype(np.int64), positions)))
 
 
-def test_a_trace_that_does_something_else_is_not_used(monkeypatch):
+def test_a_trace_that_gives_other_logits_is_not_used(monkeypatch):
     monkeypatch.setattr("sgpo_async.engines.decoder.traced", lambda step, *_: lambda *inputs: step(*inputs) + 1)
     assert isinstance(Decoder(tiny("qwen2"), 4)._step, DecodeStep)
 
@@ -178,7 +179,7 @@ def test_from_pretrained_serves_a_saved_model(tmp_path):
     np.testing.assert_allclose(got.logprobs, expected, atol=1e-5)
 
 
-def test_a_missing_or_broken_model_is_one_line(tmp_path):
+def test_a_missing_or_broken_model_is_reported_in_one_line(tmp_path):
     def refused(path):
         with pytest.raises(DataError) as error:
             EmbeddedEngine.from_pretrained(str(path), digest=digest, device="cpu")
@@ -208,7 +209,7 @@ def test_a_missing_or_broken_model_is_one_line(tmp_path):
     assert "cannot load" in refused(folder)
 
 
-def test_a_device_that_is_not_there_is_an_engine_error(tmp_path, monkeypatch):
+def test_an_unavailable_device_is_an_engine_error(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     tiny("qwen2").save_pretrained(tmp_path)
     with pytest.raises(EngineError, match=r"engine\.device"):

@@ -1,4 +1,4 @@
-"""New weights between two tokens, and weights that must not be served."""
+"""Weight updates between two tokens, and weights that the embedded engine must not serve."""
 
 import functools
 from dataclasses import replace
@@ -56,7 +56,7 @@ def test_each_token_has_the_logprob_of_the_version_that_its_span_names(kind):
 
 
 def test_likely_tokens_are_those_of_the_version_that_each_span_names():
-    """On three slots, beside requests for none and for another number; weights change in the middle of sequences."""
+    """Three slots; requests ask for different numbers of tokens, or none; weights change in the middle of sequences."""
     policies = {version: tiny("qwen3", seed=version) for version in range(3)}
     engine, results = engine_of(tiny("qwen3"), slots=3), {}
     numbers = [0, 5, 2, 31, 0, 4, 5]
@@ -86,14 +86,14 @@ def test_likely_tokens_are_those_of_the_version_that_each_span_names():
         assert all(len(set(row)) == k for row in tokens.tolist())
 
 
-def test_likely_tokens_change_no_bit_of_what_is_sampled():
+def test_asking_for_likely_tokens_does_not_change_the_sample():
     plain = drain(engine_of(tiny("qwen2")), [ask(id) for id in range(4)])
     asked = drain(engine_of(tiny("qwen2")), [replace(ask(id), top_logprobs_num=id) for id in range(4)])
     for id, got in asked.items():
         assert np.array_equal(got.tokens, plain[id].tokens) and np.array_equal(got.logprobs, plain[id].logprobs)
 
 
-def test_running_sequences_go_on_before_waiting_ones_start():
+def test_running_sequences_continue_before_waiting_ones_start():
     engine = engine_of(tiny("qwen2"), slots=2)
     for id in range(6):
         engine.submit(ask(id))
@@ -121,7 +121,7 @@ def test_loading_the_same_weights_changes_no_token():
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), max_size=12), st.integers(1, 3))
 def test_spans_tile_the_tokens_and_name_their_versions(history, last):
-    """`history`: (tokens generated, then version advance) pairs; every token must find its version again."""
+    """`history`: pairs (tokens generated, then version increment). The spans must give every token its version."""
     sequence, version, truth = Sequence.of(ask(0, prompt=2)), 0, []
 
     def generate(count):
@@ -148,7 +148,7 @@ def engine_with(slots):
 @given(st.data())
 def test_any_interleaving_of_steps_loads_and_cancels_answers_every_request_once(data):
     engine = engine_with(data.draw(st.integers(1, 3)))
-    engine.cancel(range(8))  # a failed example may have left some
+    engine.cancel(range(8))  # a failed example may have left requests
     alive, results = {}, {}
     for id in range(data.draw(st.integers(1, 8))):
         alive[id] = ask(id, tokens=data.draw(st.integers(1, 6)), prompt=data.draw(st.integers(1, 5)))
@@ -159,37 +159,38 @@ def test_any_interleaving_of_steps_loads_and_cancels_answers_every_request_once(
         elif action == "load":
             load(engine, engine.version + 1, tiny("qwen2", seed=engine.version % 2))
         elif unfinished := sorted(alive.keys() - results.keys()):
-            gone = data.draw(st.sampled_from(unfinished))
-            engine.cancel([gone, "unknown"])
-            del alive[gone]
+            cancelled = data.draw(st.sampled_from(unfinished))
+            engine.cancel([cancelled, "unknown"])
+            del alive[cancelled]
     results |= drain(engine)
     assert results.keys() == alive.keys()
     for id, got in results.items():
         assert got.tokens.size == alive[id].max_new_tokens == got.ends[-1] == got.logprobs.size
 
 
-def test_other_names_or_shapes_leave_the_engine_as_it_was():
+def test_weights_with_other_names_or_shapes_leave_the_engine_unchanged():
     engine = engine_of(tiny("qwen2"), version=4)
     before = drain(engine, [ask(0)])[0]
     good = weights(tiny("qwen2", seed=1))
     missing = {k: v for k, v in good.items() if "lm_head" not in k}
     extra = good | {"model.more": torch.zeros(1)}
     reshaped = good | {"model.norm.weight": torch.zeros(33)}
-    for tensors, words in [(missing, "lm_head.weight"), (extra, "model.more"), (reshaped, r"\(33,\)")]:
-        with pytest.raises(WeightsError, match=words):
+    for tensors, message in [(missing, "lm_head.weight"), (extra, "model.more"), (reshaped, r"\(33,\)")]:
+        with pytest.raises(WeightsError, match=message):
             engine.load(Weights(version=5, digest=digest(tensors.items()), read=tensors.copy))
         assert engine.version == 4
     after = drain(engine, [ask(0)])[0]
     assert after.logprobs.tobytes() == before.logprobs.tobytes()
 
 
-def test_a_wrong_digest_quarantines_until_a_good_load():
+def test_after_a_wrong_digest_the_engine_serves_nothing_until_a_load_succeeds():
     engine, results = engine_of(tiny("qwen2")), {}
     engine.submit(ask(0))
     for _ in range(5):
         engine.step(0.0)
     tensors = weights(tiny("qwen2", seed=1))
-    with pytest.raises(WeightsError, match="version 1: the loaded weights have digest"):
+    message = "version 1: the loaded weights have digest .*, but another was announced; the engine serves nothing"
+    with pytest.raises(WeightsError, match=message):
         engine.load(Weights(version=1, digest="another", read=tensors.copy))
     assert engine.version is None and engine.step(0.0) == []
     for request in (ask(1), Score(id=2, prompt=ask(1).prompt, tokens=ask(1).prompt, temperature=1.0)):
@@ -200,14 +201,14 @@ def test_a_wrong_digest_quarantines_until_a_good_load():
     assert results[0].versions.tolist() == [0, 2] and results[0].ends.tolist() == [5, 20]
 
 
-def test_it_serves_nothing_before_its_first_load():
+def test_an_engine_serves_nothing_before_its_first_load():
     engine = EmbeddedEngine(tiny("qwen2"), digest=digest)
     assert engine.version is None and engine.step(0.0) == []
     with pytest.raises(EngineError, match="load a version first"):
         engine.submit(ask(0))
 
 
-def test_weights_that_give_no_numbers_quarantine_and_leave_no_trace():
+def test_after_weights_with_nan_the_engine_serves_nothing_until_a_load_that_removes_every_nan():
     engine = engine_of(tiny("qwen2"), slots=4)
     for id in range(3):
         engine.submit(ask(id))
@@ -216,7 +217,7 @@ def test_weights_that_give_no_numbers_quarantine_and_leave_no_trace():
     with torch.no_grad():
         broken.model.layers[0].self_attn.v_proj.weight.fill_(torch.nan)
     load(engine, 1, broken)
-    with pytest.raises(EngineError, match="version 1 give logits that are not numbers"):
+    with pytest.raises(EngineError, match="version 1 give NaN logits; publish a version without NaN"):
         drain(engine)
     assert engine.version is None
     load(engine, 2, tiny("qwen2", seed=2))
@@ -225,7 +226,7 @@ def test_weights_that_give_no_numbers_quarantine_and_leave_no_trace():
         np.testing.assert_allclose(got.logprobs[got.ends[0] :], expected[got.ends[0] :], atol=1e-5)
 
 
-def test_narrower_weights_are_verified_as_they_travelled():
+def test_weights_of_a_narrower_dtype_are_verified_before_they_are_converted():
     engine, other = engine_of(tiny("qwen2")), tiny("qwen2", seed=1)
     tensors = {name: tensor.bfloat16() for name, tensor in weights(other).items()}
     engine.load(Weights(version=1, digest=digest(tensors.items()), read=tensors.copy))

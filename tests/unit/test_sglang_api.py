@@ -1,4 +1,4 @@
-"""Whether a call that got no answer has reached the server."""
+"""Calls without an answer: the API distinguishes whether there was a connection to the server."""
 
 from __future__ import annotations
 
@@ -27,53 +27,55 @@ async def read_request(reader: asyncio.StreamReader) -> None:
     await reader.readexactly(length)
 
 
-async def fault_of(api: ServerApi, kind: str, reached: list[str]) -> ServerGone:
+async def fault_of(api: ServerApi, kind: str, connected: list[str]) -> ServerGone:
     with pytest.raises(ServerGone) as caught:
         if kind == "post":
-            await api.post("/generate", {"rid": "a"}, timeout_s=0.3, reached=lambda: reached.append(kind))
+            await api.post("/generate", {"rid": "a"}, timeout_s=0.3, on_connected=lambda: connected.append(kind))
         else:
-            async for _ in api.stream({"rid": "a"}, silence_s=0.3, reached=lambda: reached.append(kind)):
+            async for _ in api.stream({"rid": "a"}, idle_timeout_s=0.3, on_connected=lambda: connected.append(kind)):
                 pass
     return caught.value
 
 
 @pytest.mark.parametrize("kind", ["post", "stream"])
-def test_a_refused_connection_is_none(kind: str) -> None:
-    async def play() -> None:
-        reached: list[str] = []
+def test_after_a_refused_connection_the_server_was_not_reached(kind: str) -> None:
+    async def scenario() -> None:
+        connected: list[str] = []
         async with http_session() as http:
-            fault = await fault_of(ServerApi(http, f"http://127.0.0.1:{free_port()}"), kind, reached)
-        assert isinstance(fault, ServerUnreached) and not reached
+            fault = await fault_of(ServerApi(http, f"http://127.0.0.1:{free_port()}"), kind, connected)
+        assert isinstance(fault, ServerUnreached) and not connected
 
-    asyncio.run(play())
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("kind", ["post", "stream"])
-def test_a_connection_that_does_not_come_about_in_time_is_none(kind: str) -> None:
-    """A full queue of connections that nobody takes, as of a machine that is gone."""
+def test_after_a_connection_timeout_the_server_was_not_reached(kind: str) -> None:
+    """A socket with a full backlog that accepts no connections, like a machine that is down."""
 
-    async def play() -> None:
-        reached: list[str] = []
-        with socket.socket() as deaf:
-            deaf.bind(("127.0.0.1", 0))
-            deaf.listen(0)
-            fill = [socket.socket() for _ in range(8)]
-            for one in fill:
-                one.setblocking(False)
-                one.connect_ex(deaf.getsockname())
+    async def scenario() -> None:
+        connected: list[str] = []
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(0)
+            clients = [socket.socket() for _ in range(8)]
+            for client in clients:
+                client.setblocking(False)
+                client.connect_ex(listener.getsockname())
             async with http_session() as http:
-                fault = await fault_of(ServerApi(http, f"http://127.0.0.1:{deaf.getsockname()[1]}"), kind, reached)
-            for one in fill:
-                one.close()
-        assert isinstance(fault, ServerUnreached) and "no answer within 0.3 s" in str(fault) and not reached
+                fault = await fault_of(
+                    ServerApi(http, f"http://127.0.0.1:{listener.getsockname()[1]}"), kind, connected
+                )
+            for client in clients:
+                client.close()
+        assert isinstance(fault, ServerUnreached) and "no answer within 0.3 s" in str(fault) and not connected
 
-    asyncio.run(play())
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("kind", ["post", "stream"])
 @pytest.mark.parametrize("silent", [True, False])
-def test_who_breaks_off_or_says_nothing_was_reached(kind: str, silent: bool) -> None:
-    """By a new connection, and by one that was used before."""
+def test_a_server_that_closes_the_connection_or_stays_silent_was_reached(kind: str, silent: bool) -> None:
+    """Over a new connection, and over one that was used before."""
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await read_request(reader)
@@ -83,33 +85,33 @@ def test_who_breaks_off_or_says_nothing_was_reached(kind: str, silent: bool) -> 
             await asyncio.sleep(1.0)
         writer.close()
 
-    async def play() -> None:
-        reached: list[str] = []
+    async def scenario() -> None:
+        connected: list[str] = []
         async with await asyncio.start_server(talk, "127.0.0.1", 0) as served, http_session() as http:
             api = ServerApi(http, f"http://127.0.0.1:{served.sockets[0].getsockname()[1]}")
-            await api.post("/generate", {}, timeout_s=1.0, reached=lambda: reached.append("new"))
-            fault = await fault_of(api, kind, reached)
-        assert not isinstance(fault, ServerUnreached) and reached == ["new", kind]
+            await api.post("/generate", {}, timeout_s=1.0, on_connected=lambda: connected.append("new"))
+            fault = await fault_of(api, kind, connected)
+        assert not isinstance(fault, ServerUnreached) and connected == ["new", kind]
 
-    asyncio.run(play())
+    asyncio.run(scenario())
 
 
-def test_a_suspect_is_not_condemned_by_a_server_that_was_dead_before() -> None:
-    """Two deaths by accident; then it is sent, alone, to a server that has died while nobody was on it."""
+def test_a_suspect_is_not_blamed_for_a_server_that_was_dead_before() -> None:
+    """After two deaths the request is sent alone to a server that had died before the request was sent."""
 
-    async def play() -> None:
+    async def scenario() -> None:
         async with http_session() as http:
-            server = Server(ServerApi(http, f"http://127.0.0.1:{free_port()}"), slots=2, ends=(), silence_s=1.0)
+            server = Server(ServerApi(http, f"http://127.0.0.1:{free_port()}"), slots=2, ends=(), idle_timeout_s=1.0)
             server.version, server.open = 0, True
             requests = Requests(lambda: [server], ends=())
             for _ in range(2):
-                requests._quarantine.died(["it"])
+                requests._quarantine.record_death(["it"])
             requests.submit(ask("it"))
             while server.running:
                 await asyncio.sleep(0.01)
-            requests.lost(server)
+            requests.server_died(server)
             assert isinstance(server.fault, ServerUnreached)
             assert requests._quarantine.deaths("it") == 2 and requests.waiting == 1
             assert requests.results.empty()
 
-    asyncio.run(play())
+    asyncio.run(scenario())

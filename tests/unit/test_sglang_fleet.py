@@ -1,4 +1,4 @@
-"""Servers of a fleet that die or hang while versions follow each other, as in training."""
+"""Fleets whose servers die or hang while new versions keep arriving, as in training."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from sglang_played import PHASE_S, TOKENS, PlayedServer, PlayedTransport, ask, at, verify_nothing
+from sglang_played import PHASE_S, TOKENS, FakeServer, FakeTransport, ask, at, verify_nothing
 
 from sgpo_async.engines.base import Failed, Generated, Weights
 from sgpo_async.engines.sglang.processes.api import ServerGone
 from sgpo_async.engines.sglang.serving import fleet as fleet_module
-from sgpo_async.engines.sglang.serving import server_slot as place_module
+from sgpo_async.engines.sglang.serving import server_slot as server_slot_module
 from sgpo_async.engines.sglang.serving import update as update_module
 from sgpo_async.engines.sglang.serving.fleet import Fleet, FleetSettings
 from sgpo_async.engines.sglang.serving.quarantine import Quarantine
@@ -28,31 +28,29 @@ from sgpo_async.errors import SessionError
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(update_module, "verify", verify_nothing)
     monkeypatch.setattr(fleet_module, "BACKOFF_S", (0.01,))
-    monkeypatch.setattr(place_module, "LAST_WORDS_S", 0.01)
+    monkeypatch.setattr(server_slot_module, "EXIT_GRACE_S", 0.01)
 
 
-class PlayedFleet(Fleet):
-    """Starts played servers; `made` has all that ever stood."""
+class FakeFleet(Fleet):
+    """A fleet that starts fake servers; `made` contains all servers that were ever started."""
 
-    def __init__(
-        self, make: Callable[[ServerSlot], PlayedServer], in_flight: InFlight, transport: PlayedTransport
-    ) -> None:
+    def __init__(self, make: Callable[[ServerSlot], FakeServer], in_flight: InFlight, transport: FakeTransport) -> None:
         settings = FleetSettings(slots=4, ends=frozenset(), in_flight=in_flight, start_s=1.0, phase_s=PHASE_S)
-        places = [ServerSlot(launch=None, url="played", log=None)]
-        super().__init__(places, settings, [cast(Transport, transport)], cast(Any, None))
-        self.make, self.made, self.place = make, list[PlayedServer](), places[0]
+        server_slots = [ServerSlot(launch=None, url="fake", log=None)]
+        super().__init__(server_slots, settings, [cast(Transport, transport)], cast(Any, None))
+        self.make, self.made, self.server_slot = make, list[FakeServer](), server_slots[0]
 
-    async def _start(self, place: ServerSlot, http: Any) -> None:
-        server = self.make(place)
+    async def _start(self, server_slot: ServerSlot, http: Any) -> None:
+        server = self.make(server_slot)
         server.version, server.open = None, False
-        place.server = server
+        server_slot.server = server
         self.made.append(server)
         if not self.ready.done():
             self.ready.set_result(None)
 
 
-async def updated_all_the_time(fleet: PlayedFleet, asked: int) -> dict[Any, Any]:
-    """Versions follow each other while requests run, as in training, until everybody has a result."""
+async def updated_all_the_time(fleet: FakeFleet, asked: int) -> dict[Any, Any]:
+    """Publish new versions while requests run, as in training, until every request has a result."""
     running = asyncio.create_task(fleet.run())
     results: dict[Any, Any] = {}
     fleet.want(cast(Weights, SimpleNamespace(version=1)))
@@ -62,7 +60,7 @@ async def updated_all_the_time(fleet: PlayedFleet, asked: int) -> dict[Any, Any]
     async with asyncio.timeout(60):
         while len(results) < asked:
             await asyncio.sleep(0.05)
-            server = fleet.place.server
+            server = fleet.server_slot.server
             if server is not None and server.open:
                 version += 1
                 fleet.want(cast(Weights, SimpleNamespace(version=version)))
@@ -75,72 +73,72 @@ async def updated_all_the_time(fleet: PlayedFleet, asked: int) -> dict[Any, Any]
     return results
 
 
-def news(fleet: Fleet) -> list[str]:
+def events(fleet: Fleet) -> list[str]:
     lines = []
     while True:
         try:
-            lines.append(fleet.news.get_nowait())
+            lines.append(fleet.events.get_nowait())
         except queue.Empty:
             return lines
 
 
 @pytest.mark.parametrize("answers", [True, False])
-def test_a_fleet_that_is_updated_finds_who_hangs_its_servers(answers: bool) -> None:
-    async def play() -> None:
-        def make(place: ServerSlot) -> PlayedServer:
-            server = PlayedServer("server", hangs=at(1))
+def test_a_fleet_finds_a_request_that_hangs_its_servers_during_updates(answers: bool) -> None:
+    async def scenario() -> None:
+        def make(server_slot: ServerSlot) -> FakeServer:
+            server = FakeServer("server", hangs=at(1))
             if not answers:
-                server.played.answer = lambda path: stuck(server)
+                server.fake_api.answer = lambda path: stuck(server)
             return server
 
-        def stuck(server: PlayedServer) -> None:
+        def stuck(server: FakeServer) -> None:
             if any(cast(Any, one.item).request.id == 1 for one in server.running.values()):
                 raise ServerGone("no answer")
 
-        fleet = PlayedFleet(make, "abort-resume", PlayedTransport())
+        fleet = FakeFleet(make, "abort-resume", FakeTransport())
         results = await updated_all_the_time(fleet, 3)
         assert [id for id, result in results.items() if isinstance(result, Failed)] == [1]
         assert all(len(result.tokens) == TOKENS for result in results.values() if isinstance(result, Generated))
-        assert 3 <= len(fleet.made) <= 4, news(fleet)  # the last one may have been replaced by now
+        assert 3 <= len(fleet.made) <= 4, events(fleet)  # the last one may have been replaced by now
 
-    asyncio.run(play())
+    asyncio.run(scenario())
 
 
-class Counted(Quarantine):
-    """Remembers how many were aboard at each death."""
+class CountingQuarantine(Quarantine):
+    """Records how many requests were in flight at each death."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.aboard: list[int] = []
+        self.in_flight: list[int] = []
 
-    def died(self, aboard: Collection[Any], *, others: int = 0) -> Any:
-        self.aboard.append(len(aboard) + others)
-        return super().died(aboard, others=others)
+    def record_death(self, in_flight: Collection[Any], *, others: int = 0) -> Any:
+        self.in_flight.append(len(in_flight) + others)
+        return super().record_death(in_flight, others=others)
 
 
 @pytest.mark.parametrize("paused", [True, False])
-def test_a_process_that_ends_during_an_update(paused: bool) -> None:
-    """Who was paused on it may be the reason, and nobody whose stream had been ended before."""
+def test_a_death_during_an_update_counts_for_paused_requests_only(paused: bool) -> None:
+    """A paused request may have caused it; a request whose stream had been aborted before cannot."""
 
-    async def play() -> None:
+    async def scenario() -> None:
         dies = iter([True])
-        process = SimpleNamespace(alive=True, last_words=lambda: "its last words", stop=lambda: None)
+        process = SimpleNamespace(alive=True, log_tail=lambda: "the end of its log", stop=lambda: None)
 
-        def make(place: ServerSlot) -> PlayedServer:
+        def make(server_slot: ServerSlot) -> FakeServer:
             process.alive = True
-            place.process = cast(Any, process)
-            return PlayedServer("server", slow=lambda partial: len(fleet.made) == 1 and len(partial.tokens) >= 2)
+            server_slot.process = cast(Any, process)
+            return FakeServer("server", slow=lambda partial: len(fleet.made) == 1 and len(partial.tokens) >= 2)
 
         def end() -> None:
             if fleet.made[-1].changes > 1 and next(dies, False):
                 process.alive = False
                 raise SessionError("the group is broken")
 
-        fleet = PlayedFleet(make, "retract" if paused else "abort-resume", PlayedTransport(end))
-        counted = Counted()
-        fleet._requests._quarantine = counted
+        fleet = FakeFleet(make, "retract" if paused else "abort-resume", FakeTransport(end))
+        counting = CountingQuarantine()
+        fleet._requests._quarantine = counting
         results = await updated_all_the_time(fleet, 3)
         assert all(isinstance(result, Generated) for result in results.values())
-        assert counted.aboard == [3 if paused else 0] and len(fleet.made) == 2, news(fleet)
+        assert counting.in_flight == [3 if paused else 0] and len(fleet.made) == 2, events(fleet)
 
-    asyncio.run(play())
+    asyncio.run(scenario())

@@ -1,4 +1,4 @@
-"""SGLang's layout of a model, against its weight loaders transcribed one by one."""
+"""SGLang's layout of a model, compared with a transcription of SGLang's weight loaders."""
 
 import pytest
 import torch
@@ -38,9 +38,9 @@ def tiny(name):
 
 
 class Holds:
-    """One rank of a server: parameters of SGLang's shapes, filled as its loaders fill them.
+    """One rank of a server: parameters with SGLang's shapes, filled as SGLang's loaders fill them.
 
-    Each method follows the function of sglang 0.5.23 that its docstring names, for unquantised weights.
+    Each method transcribes the function of sglang 0.5.23 that its docstring names, for unquantised weights.
     """
 
     def __init__(self, config, *, tp, rank, dtype, device):
@@ -117,7 +117,7 @@ class Holds:
 @pytest.mark.parametrize(("device", "tp"), [("cpu", 1), ("cpu", 2), ("cuda", 1), ("cuda", 2), ("cuda", 4)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_checksums_are_those_of_what_the_loaders_make(name, tp, dtype, device):
+def test_expected_checksums_equal_those_of_the_parameters_that_the_loaders_make(name, tp, dtype, device):
     model, config = tiny(name)
     hash_of = {"cpu": cpu_hash, "cuda": cuda_hash}[device]
     expected = expected_checksums(weights(model), config, tp=tp, dtype=dtype, device=device)
@@ -139,7 +139,7 @@ def test_ranks_that_share_a_key_head_hold_the_same_keys_and_no_other_rank_does()
     assert first[name] == second[name] != third[name] == fourth[name]
 
 
-def test_each_tensor_is_asked_for_once():
+def test_each_tensor_is_looked_up_once():
     model, config = tiny("qwen3-bias")
 
     asked = []
@@ -162,7 +162,7 @@ def test_an_output_matrix_beside_tied_embeddings_is_not_read():
     assert "lm_head.weight" not in expected[0]
 
 
-def test_the_config_json_that_transformers_writes_says_all_that_is_read(tmp_path):
+def test_a_config_json_written_by_transformers_is_sufficient(tmp_path):
     model, config = tiny("llama")
     model.save_pretrained(tmp_path)
     written, _ = type(model.config).get_config_dict(tmp_path)
@@ -175,14 +175,17 @@ def test_the_config_json_that_transformers_writes_says_all_that_is_read(tmp_path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(architectures=["GPT2LMHeadModel"]), "GPT2LMHeadModel is not known.*known: Llama.*Qwen3ForCausalLM"),
-        (dict(architectures=None), "a model without architectures in config.json is not known"),
+        (
+            dict(architectures=["GPT2LMHeadModel"]),
+            "GPT2LMHeadModel is not supported.*supported: Llama.*Qwen3ForCausalLM",
+        ),
+        (dict(architectures=None), "a model without architectures in config.json is not supported"),
         (dict(num_key_value_heads=3), "2 ranks on a cuda cannot share 4 attention heads with 3 key"),
         (dict(num_attention_heads=5), "2 ranks on a cuda cannot share 5 attention heads"),
         (dict(intermediate_size=49), "2 ranks cannot share intermediate_size 49"),
     ],
 )
-def test_a_model_that_cannot_be_laid_out_is_refused_in_one_line(change, message):
+def test_a_model_that_is_not_supported_is_refused_in_one_line(change, message):
     model, config = tiny("llama")
     with pytest.raises(EngineError, match=message) as error:
         expected_checksums(weights(model), config | change, tp=2, dtype=torch.float32, device="cuda")
@@ -204,22 +207,24 @@ def test_tensors_of_another_model_are_refused():
         expected_checksums(tensors, config, **options)
     tensors["model.norm.weight"] = tensors.pop("extra")
     tensors["lm_head.weight"] = tensors["lm_head.weight"][1:]
-    with pytest.raises(WeightsError, match=r"lm_head.weight: shape \(99, 32\) arrived, but config.json says 100"):
+    with pytest.raises(WeightsError, match=r"lm_head.weight: got shape \(99, 32\), but config.json says 100"):
         expected_checksums(tensors, config, **options)
 
 
-def test_equal_checksums_pass_and_others_are_named_with_rank_and_parameter():
+def test_equal_checksums_pass_and_errors_name_rank_and_parameter():
     held = {f"p{index}": "0" * 16 for index in range(6)}
     compare([held, held], [held.copy(), held.copy()])
-    with pytest.raises(WeightsError, match=r"rank 1: of 6 parameters, 1 \(p3\) differ.*none missing; none unexpected"):
+    message = r"rank 1: of 6 parameters, 1 \(p3\) differ from what was sent and none are missing; none are unexpected"
+    with pytest.raises(WeightsError, match=message):
         compare([held, held], [held, held | {"p3": "1" * 16}])
-    with pytest.raises(WeightsError, match=r"rank 0: .* none differ.* 6 \(p0, p1, p2, ...\) missing; 1 \(q\)"):
+    message = r"rank 0: .* none differ.* 6 \(p0, p1, p2, ...\) are missing; 1 \(q\) are unexpected"
+    with pytest.raises(WeightsError, match=message):
         compare([held], [{"q": "0" * 16}])
-    with pytest.raises(WeightsError, match="1 ranks answered, there are 2"):
+    with pytest.raises(WeightsError, match="1 ranks answered, expected 2"):
         compare([held, held], [held])
 
 
-def test_an_answer_is_read_in_the_order_of_its_ranks():
+def test_checksums_of_an_answer_are_ordered_by_rank():
     ranks = [dict(checksums={"p": str(rank)}, parallelism_info=[{"tp_rank": rank}]) for rank in (1, 0)]
     assert answered_checksums({"success": True, "ranks": ranks}) == [{"p": "0"}, {"p": "1"}]
     with pytest.raises(EngineError, match="gave no checksums: busy"):
@@ -239,7 +244,7 @@ SHIPPED = {  # from the config.json of the models of configs/paper-*.yaml
 
 
 @pytest.mark.parametrize(("kind", "ranks", "billions"), [("qwen2", (1, 2, 4), 7.62), ("llama", (1, 2, 4, 8), 8.03)])
-def test_the_shipped_recipes_models_are_covered_to_the_last_parameter(kind, ranks, billions):
+def test_the_layout_covers_every_parameter_of_the_models_in_shipped_recipes(kind, ranks, billions):
     config = AutoConfig.for_model(kind, **SHIPPED[kind])
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

@@ -1,4 +1,4 @@
-"""Servers that die or hang during an update: whoever was aboard is noted, and nobody who never was."""
+"""Servers that die or hang during an update: the death counts for the requests in flight, and for no others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from sglang_played import PHASE_S, PlayedServer, PlayedTransport, ask, at, verify_nothing
+from sglang_played import PHASE_S, FakeServer, FakeTransport, ask, at, verify_nothing
 
 from sgpo_async.engines.base import Failed, Generated
 from sgpo_async.engines.sglang.processes.api import ServerGone, ServerUnreached
@@ -37,153 +37,156 @@ async def until(holds: Callable[[], object]) -> None:
             await asyncio.sleep(0)
 
 
-def waiting_for_ever(server: PlayedServer, *ids: Any) -> Callable[[], bool]:
+def hanging(server: FakeServer, *ids: Any) -> Callable[[], bool]:
+    """Whether exactly these requests run on the server, each with two tokens, after which they hang or are slow."""
     return lambda: (
-        {cast(Any, one.item).request.id for one in server.running.values() if one.reached} == set(ids)
+        {cast(Any, one.item).request.id for one in server.running.values() if one.connected} == set(ids)
         and (all(len(cast(Any, one.item).tokens) >= 2 for one in server.running.values()))
     )
 
 
-async def renew(
-    server: PlayedServer, does: Callable[[], None] = lambda: None, *, in_flight: InFlight = "abort-resume"
+async def update_weights(
+    server: FakeServer, on_send: Callable[[], None] = lambda: None, *, in_flight: InFlight = "abort-resume"
 ) -> None:
-    transport = cast(Transport, PlayedTransport(does))
+    transport = cast(Transport, FakeTransport(on_send))
     await update(server, cast(Any, SimpleNamespace(version=1)), transport, in_flight=in_flight, phase_s=PHASE_S)
 
 
 @pytest.mark.parametrize("answers", [True, False])
-def test_a_request_that_hangs_a_server_is_met_by_an_update(answers: bool) -> None:
-    """The server takes the abort and does not end the stream, or takes nothing at all."""
+def test_an_update_finds_a_request_that_hangs_servers(answers: bool) -> None:
+    """The server answers the abort but does not end the stream, or does not answer at all."""
 
-    async def play() -> None:
-        server = PlayedServer("server", hangs=at("hangs"))
+    async def scenario() -> None:
+        server = FakeServer("server", hangs=at("hangs"))
         requests = Requests(lambda: [server], ends=())
         requests.submit(ask("hangs"))
         requests.submit(ask("neighbour"))
-        await until(lambda: requests.results.qsize() == 1 and waiting_for_ever(server, "hangs")())
+        await until(lambda: requests.results.qsize() == 1 and hanging(server, "hangs")())
         if not answers:
-            server.played.answer = raises(ServerGone("no answer"))
+            server.fake_api.answer = raises(ServerGone("no answer"))
         for deaths in (1, 2):
             with pytest.raises(DeadlineExceeded if answers else ServerGone):
-                await renew(server)
+                await update_weights(server)
             assert server.fault is not None and requests._quarantine.deaths("hangs") == deaths
-            requests.lost(server)  # as the keeper does: it counts once
+            requests.server_died(server)  # as the watchdog does: the death counts once
             assert requests._quarantine.deaths("hangs") == deaths and requests.waiting == 1
-            server.rise()
+            server.restart()
             server.version = 0
             requests.dispatch()
-            await until(waiting_for_ever(server, "hangs"))
+            await until(hanging(server, "hangs"))
         with pytest.raises(SgpoError):
-            await renew(server)
+            await update_weights(server)
         assert isinstance(requests.results.get_nowait(), Generated)
         failed = requests.results.get_nowait()
         assert isinstance(failed, Failed) and "request hangs: 3 servers died" in str(failed.error)
         assert requests.waiting == 0
 
-    asyncio.run(play())
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("in_flight", ["abort-resume", "retract", "in-place"])
-def test_an_update_that_succeeds_is_no_death(in_flight: InFlight) -> None:
-    async def play() -> None:
-        server = PlayedServer("server", slow=at("slow"))
+def test_an_update_that_succeeds_counts_no_death(in_flight: InFlight) -> None:
+    async def scenario() -> None:
+        server = FakeServer("server", slow=at("slow"))
         requests = Requests(lambda: [server], ends=())
         requests.submit(ask("slow"))
-        await until(waiting_for_ever(server, "slow"))
+        await until(hanging(server, "slow"))
         for _ in range(3):
             server.version = 0
-            await renew(server, in_flight=in_flight)
-            assert server.open and server.version == 1 and not server.aboard and server.fault is None
+            await update_weights(server, in_flight=in_flight)
+            assert server.open and server.version == 1 and not server.interrupted and server.fault is None
             requests.dispatch()
-            await until(waiting_for_ever(server, "slow"))
+            await until(hanging(server, "slow"))
         assert requests._quarantine.deaths("slow") == 0
-        await server.cut()
+        await server.cancel_streams()
 
-    asyncio.run(play())
+    asyncio.run(scenario())
 
 
-def test_a_failed_update_whose_streams_had_ended_is_no_death() -> None:
-    async def play() -> None:
-        server = PlayedServer("server")
+def test_a_failed_update_counts_no_death_for_requests_whose_streams_had_ended() -> None:
+    async def scenario() -> None:
+        server = FakeServer("server")
         requests = Requests(lambda: [server], ends=())
         requests.submit(ask(0))
         await until(lambda: server.ran)
         with pytest.raises(ServerGone):
-            await renew(server, raises(ServerGone("no answer")))
-        requests.lost(server)
+            await update_weights(server, raises(ServerGone("no answer")))
+        requests.server_died(server)
         assert requests._quarantine.deaths(0) == 0 and requests.waiting == 1
 
-    asyncio.run(play())
+    asyncio.run(scenario())
 
 
-def test_who_was_paused_when_an_update_failed_is_noted_if_the_server_is_found_dead() -> None:
-    async def play() -> None:
-        server = PlayedServer("server", hangs=at(0, 1))
+def test_a_death_counts_for_requests_that_were_paused_when_an_update_failed() -> None:
+    async def scenario() -> None:
+        server = FakeServer("server", hangs=at(0, 1))
         requests = Requests(lambda: [server], ends=())
         for id in (0, 1):
             requests.submit(ask(id))
-        await until(waiting_for_ever(server, 0, 1))
+        await until(hanging(server, 0, 1))
         for _ in range(2):
             with pytest.raises(SessionError):
-                await renew(server, raises(SessionError("broken")), in_flight="retract")
-            assert server.fault is None and len(server.aboard) == 2 and requests.waiting == 2
-            requests.lost(server)
-            server.rise()
+                await update_weights(server, raises(SessionError("broken")), in_flight="retract")
+            assert server.fault is None and len(server.interrupted) == 2 and requests.waiting == 2
+            requests.server_died(server)
+            server.restart()
             server.version = 0
             requests.dispatch()
             await until(lambda: len(server.running) + requests.waiting == 2)
             if not requests._suspects:
-                await until(waiting_for_ever(server, 0, 1))
+                await until(hanging(server, 0, 1))
         assert [requests._quarantine.deaths(id) for id in (0, 1)] == [2, 2]
-        assert len(requests._suspects) == 1 and len(server.running) == 1  # they run alone, though they waited already
-        await server.cut()
+        assert (
+            len(requests._suspects) == 1 and len(server.running) == 1
+        )  # they run alone, although they were already waiting
+        await server.cancel_streams()
 
-    asyncio.run(play())
+    asyncio.run(scenario())
 
 
-def test_a_condemned_request_that_waits_again_or_runs_elsewhere_is_ended_there() -> None:
-    async def play() -> None:
-        servers = [PlayedServer(f"server-{i}", hangs=at("it")) for i in range(2)]
+def test_a_blamed_request_is_aborted_on_another_server() -> None:
+    async def scenario() -> None:
+        servers = [FakeServer(f"server-{i}", hangs=at("it")) for i in range(2)]
         requests = Requests(lambda: list(servers), ends=())
         requests.submit(ask("it"))
-        await until(waiting_for_ever(servers[0], "it"))
+        await until(hanging(servers[0], "it"))
         for _ in range(2):
-            requests._quarantine.died(["it"])
+            requests._quarantine.record_death(["it"])
         with pytest.raises(SessionError):
-            await renew(servers[0], raises(SessionError("broken")), in_flight="retract")
-        await until(waiting_for_ever(servers[1], "it"))
-        requests.lost(servers[0])
+            await update_weights(servers[0], raises(SessionError("broken")), in_flight="retract")
+        await until(hanging(servers[1], "it"))
+        requests.server_died(servers[0])
         assert isinstance(requests.results.get_nowait(), Failed)
         await asyncio.sleep(0.01)
         assert servers[1].aborted
-        await servers[1].cut()
+        await servers[1].cancel_streams()
         assert requests.waiting == 0 and requests.results.empty()
 
-    asyncio.run(play())
+    asyncio.run(scenario())
 
 
-def test_who_got_no_connection_is_not_counted() -> None:
-    """One is still on its way when another finds nobody there."""
+def test_a_death_does_not_count_for_requests_without_a_connection() -> None:
+    """One request is still connecting when another finds that the server cannot be reached."""
 
-    class Unreached(PlayedServer):
+    class Unreached(FakeServer):
         async def extend(self, partial: Any, rid: str, version: int) -> None:
-            if partial.request.id == "on its way":
+            if partial.request.id == "connecting":
                 await asyncio.Event().wait()
-            if partial.request.id == "on board":
-                self.running[rid].reached = True
+            if partial.request.id == "connected":
+                self.running[rid].connected = True
                 await asyncio.Event().wait()
             await asyncio.sleep(0)
-            raise ServerUnreached("nobody there")
+            raise ServerUnreached("connection refused")
 
-    async def play() -> None:
+    async def scenario() -> None:
         server = Unreached("server")
         requests = Requests(lambda: [server], ends=())
-        for id in ("refused", "on its way", "on board"):
+        for id in ("refused", "connecting", "connected"):
             requests.submit(ask(id))
         await until(lambda: server.fault is not None)
-        await server.cut()
-        requests.lost(server)
-        deaths = [requests._quarantine.deaths(id) for id in ("refused", "on its way", "on board")]
+        await server.cancel_streams()
+        requests.server_died(server)
+        deaths = [requests._quarantine.deaths(id) for id in ("refused", "connecting", "connected")]
         assert deaths == [0, 0, 1] and requests.waiting == 3
 
-    asyncio.run(play())
+    asyncio.run(scenario())

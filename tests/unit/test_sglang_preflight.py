@@ -1,4 +1,4 @@
-"""The rules by which servers are refused, and the mathematics of their log-probabilities."""
+"""The rules that refuse servers, and the check of their log-probabilities."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sgpo_async.engines.sglang.processes.api import ServerApi
 from sgpo_async.engines.sglang.serving.server import Server
 from sgpo_async.engines.sglang.weight_sync.model_facts import model_facts
 from sgpo_async.engines.sglang.weight_sync.transports import TensorTransport
-from sgpo_async.errors import CheckDoubtful, CheckFailed
+from sgpo_async.errors import CheckFailed, CheckWarning
 from sgpo_async.model.folder import model_folder
 from sgpo_async.weights import digest
 
@@ -35,7 +35,7 @@ GOOD: dict[str, Any] = {
 
 @pytest.fixture
 def subject() -> Iterator[Subject]:
-    """A server that nobody asks anything."""
+    """A server that gets no requests."""
 
     async def session() -> aiohttp.ClientSession:
         return aiohttp.ClientSession()
@@ -44,7 +44,7 @@ def subject() -> Iterator[Subject]:
         http = runner.run(session())
         engine = Engine(kind="sglang", device="cpu")
         facts = model_facts(FOLDER, dtype="float32", tp=1, device="cpu", digest=digest)
-        server = Server(ServerApi(http, "http://127.0.0.1:9"), slots=64, ends=facts.ends, silence_s=1.0)
+        server = Server(ServerApi(http, "http://127.0.0.1:9"), slots=64, ends=facts.ends, idle_timeout_s=1.0)
         transports = [TensorTransport(facts, tp=1)]
         yield Subject(server=server, model=facts, engine=engine, transports=transports)
         runner.run(http.close())
@@ -54,7 +54,7 @@ def with_sglang(subject: Subject, **own: Any) -> Subject:
     return replace(subject, engine=replace(subject.engine, sglang=Sglang(**own)))
 
 
-def test_a_server_as_it_should_be(subject: Subject) -> None:
+def test_a_correctly_launched_server_passes(subject: Subject) -> None:
     assert asyncio.run(settings(subject, GOOD)) == "cpu, float32, tp 1, prefix cache on"
     assert asyncio.run(version(subject, GOOD)) == "SGLang 0.5.23"
 
@@ -76,47 +76,48 @@ WRONG = {
 
 
 @pytest.mark.parametrize("key", WRONG)
-def test_every_rule_refuses_by_name(subject: Subject, key: str) -> None:
+def test_every_rule_names_the_setting_that_it_refuses(subject: Subject, key: str) -> None:
     value, remedy = WRONG[key]
-    with pytest.raises(CheckFailed, match=f"{key} is .*: ") as failure:
+    with pytest.raises(CheckFailed, match=f"{key} must be .*, got .*: ") as failure:
         asyncio.run(settings(subject, GOOD | {key: value}))
     assert remedy in failure.value.remedy
 
 
-def test_no_rule_is_forgotten_above() -> None:
+def test_every_rule_has_a_test() -> None:
     assert {rule.key for rule in RULES} == {*WRONG, "disable_radix_cache"}
 
 
-def test_all_that_is_wrong_is_told_at_once(subject: Subject) -> None:
-    with pytest.raises(CheckFailed, match="tp_size is 2, not 1: .*; pp_size is 4, not 1: "):
+def test_all_wrong_settings_are_reported_at_once(subject: Subject) -> None:
+    with pytest.raises(CheckFailed, match="tp_size must be 1, got 2: .*; pp_size must be 1, got 4: "):
         asyncio.run(settings(subject, GOOD | {"tp_size": 2, "pp_size": 4}))
 
 
-def test_what_is_not_told_is_named(subject: Subject) -> None:
-    told = {key: value for key, value in GOOD.items() if key not in ("tp_size", "quantization")}
-    with pytest.raises(CheckFailed, match="^/server_info does not tell tp_size; install sglang==0.5.23"):
-        asyncio.run(settings(subject, told))
+def test_a_required_key_that_server_info_lacks_is_named(subject: Subject) -> None:
+    server_info = {key: value for key, value in GOOD.items() if key not in ("tp_size", "quantization")}
+    with pytest.raises(CheckFailed, match="^/server_info lacks tp_size; install sglang==0.5.23"):
+        asyncio.run(settings(subject, server_info))
 
 
 def test_in_place_needs_a_server_without_prefix_cache(subject: Subject) -> None:
     in_place = with_sglang(subject, in_flight="in-place", radix_cache=False)
-    with pytest.raises(CheckFailed, match="disable_radix_cache is False, not True: .* old keys and values"):
+    with pytest.raises(CheckFailed, match="disable_radix_cache must be True, got False: .* old keys and values"):
         asyncio.run(settings(in_place, GOOD))
     assert "cache off" in asyncio.run(settings(in_place, GOOD | {"disable_radix_cache": True}))
 
 
-def test_no_room_for_a_prompt(subject: Subject) -> None:
+def test_a_server_without_room_for_a_prompt_is_refused(subject: Subject) -> None:
     with pytest.raises(
-        CheckFailed, match="takes 122 tokens at most, and rollout.max_new_tokens is 122: no prompt fits"
+        CheckFailed, match="takes at most 122 tokens, but rollout.max_new_tokens is 122: no prompt fits"
     ):
         asyncio.run(settings(replace(subject, tokens=122), GOOD))
     asyncio.run(settings(replace(subject, tokens=121), GOOD))
 
 
 def test_fewer_sequences_or_shorter_ones_are_a_warning(subject: Subject) -> None:
-    told = GOOD | {"internal_states": [{"effective_max_running_requests_per_dp": 8}], "context_length": 100}
-    with pytest.raises(CheckDoubtful, match="decodes 8 sequences together, and is given 64.*context_length is 100"):
-        asyncio.run(settings(subject, told))
+    server_info = GOOD | {"internal_states": [{"effective_max_running_requests_per_dp": 8}], "context_length": 100}
+    message = "decodes at most 8 sequences at a time, but gets 64.*context_length is 100"
+    with pytest.raises(CheckWarning, match=message):
+        asyncio.run(settings(subject, server_info))
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,7 @@ def test_versions_are_parsed(number: str, numbers: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "in_flight", "words"),
+    ("number", "in_flight", "message"),
     [
         ("0.5.20", "abort-resume", "SGLang 0.5.20, older than 0.5.21"),
         ("None", "abort-resume", "SGLang None, older than"),
@@ -136,14 +137,14 @@ def test_versions_are_parsed(number: str, numbers: tuple[int, ...]) -> None:
         ("0.5.21", "in-place", "SGLang 0.5.21 with engine.sglang.in_flight=in-place: .*; use .*in_flight=abort-resume"),
     ],
 )
-def test_versions_that_get_it_wrong_are_refused(subject: Subject, number: str, in_flight: str, words: str) -> None:
+def test_versions_with_known_faults_are_refused(subject: Subject, number: str, in_flight: str, message: str) -> None:
     subject = with_sglang(subject, in_flight=in_flight, radix_cache=in_flight != "in-place")
-    with pytest.raises(CheckFailed, match=words):
+    with pytest.raises(CheckFailed, match=message):
         asyncio.run(version(subject, GOOD | {"version": number}))
 
 
 def described(interface: dict[str, tuple[str, ...]]) -> dict[str, Any]:
-    """As FastAPI describes it."""
+    """The OpenAPI description of an API, as FastAPI writes it."""
     paths, schemas = {}, {}
     for path, fields in interface.items():
         schema = {"$ref": f"#/components/schemas/{path[1:]}"}
@@ -160,15 +161,15 @@ def test_paths_and_fields_that_are_missing_are_named() -> None:
     assert list(missing(described(interface))) == ["/pause_generation mode", "/end_weight_update"]
 
 
-def answers(temperature: float, *, told: float) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A continuation at `temperature` whose log-probabilities are of the temperature `told`, and its scores."""
+def answers(temperature: float, *, reported: float) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A completion at `temperature` with log-probabilities at the temperature `reported`, and its scores."""
     rng = np.random.default_rng(3)
     logits = 3 * rng.normal(size=(10, 20))
     generated: dict[str, list] = {"output_token_logprobs": [], "output_top_logprobs": []}
     scored: dict[str, list] = {"input_token_logprobs": [[None, 0, None]], "input_top_logprobs": [None]}
     for row in logits:
         token = int(rng.choice(20, p=np.exp(log_softmax(row / temperature))))
-        for lists, values in ((generated, log_softmax(row / told)), (scored, log_softmax(row))):
+        for lists, values in ((generated, log_softmax(row / reported)), (scored, log_softmax(row))):
             mode = "output" if lists is generated else "input"
             top = np.argsort(-values)[:2]
             lists[f"{mode}_token_logprobs"].append([values[token], token, None])
@@ -181,17 +182,17 @@ def log_softmax(z: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_temperatures_show_in_differences(temperature: float) -> None:
-    assert np.abs(_differences(*answers(temperature, told=temperature), temperature)).max() < 1e-12
+def test_log_probabilities_at_another_temperature_are_detected(temperature: float) -> None:
+    assert np.abs(_differences(*answers(temperature, reported=temperature), temperature)).max() < 1e-12
     for other in (1.0, 0.7, 1.3):
         if other != temperature:
-            wrong = _differences(*answers(temperature, told=other), temperature)
+            wrong = _differences(*answers(temperature, reported=other), temperature)
             for dtype in ("float32", "bfloat16"):
                 with pytest.raises(CheckFailed, match="off by .* on average.*SGLANG_RETURN_ORIGINAL_LOGPROB"):
                     _judge(wrong, dtype, "")
 
 
-def test_bounds_refuse_what_is_no_number() -> None:
+def test_bounds_refuse_nan() -> None:
     with pytest.raises(CheckFailed, match="off by nan"):
         _judge(np.array([0.0, np.nan]), "bfloat16", "T = 1")
     assert _judge(np.array([5e-5, -5e-5]), "float32", "T = 1") == "T = 1: 5e-05, at most 5e-05"
@@ -200,7 +201,7 @@ def test_bounds_refuse_what_is_no_number() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_reference_changes_one_element_by_the_least(dtype: str) -> None:
+def test_the_reference_changes_one_element_minimally(dtype: str) -> None:
     reference = Reference(FOLDER, dtype=dtype, digest=digest)
     own, other = reference.weights(0), reference.weights(1, changed="model.norm.weight")
     before, after = own.read()["model.norm.weight"], other.read()["model.norm.weight"]

@@ -1,4 +1,4 @@
-"""A request that kills servers is found, and nobody else is condemned for it."""
+"""The quarantine finds requests that kill servers, and blames no other request."""
 
 from collections import deque
 from dataclasses import dataclass, field
@@ -6,69 +6,77 @@ from dataclasses import dataclass, field
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sgpo_async.engines.sglang.serving.quarantine import COMPANY, Quarantine, Seats, seat, seat_for_suspect
+from sgpo_async.engines.sglang.serving.quarantine import (
+    ISOLATE_AFTER,
+    Quarantine,
+    ServerLoad,
+    server_for_request,
+    server_for_suspect,
+)
 
 
-def server(running: int = 0, *, room: int = 4, suspect: bool = False) -> Seats:
-    return Seats(running=running, room=room, suspect=suspect)
+def server(running: int = 0, *, room: int = 4, suspect: bool = False) -> ServerLoad:
+    return ServerLoad(running=running, room=room, suspect=suspect)
 
 
-def test_company_makes_suspects_and_condemns_nobody() -> None:
+def test_deaths_of_co_running_requests_make_suspects_but_blame_none() -> None:
     quarantine = Quarantine()
     for deaths in range(1, 6):
-        assert quarantine.died(["a", "b"]) is None
+        assert quarantine.record_death(["a", "b"]) is None
         assert quarantine.deaths("a") == deaths
-        assert quarantine.is_suspect("a") == (deaths >= COMPANY)
+        assert quarantine.is_suspect("a") == (deaths >= ISOLATE_AFTER)
 
 
-def test_a_suspect_is_condemned_by_a_death_while_it_is_alone() -> None:
+def test_a_suspect_is_blamed_for_a_death_while_it_runs_alone() -> None:
     quarantine = Quarantine()
-    assert quarantine.died(["a"]) is None  # alone, but the first: servers die by themselves too
-    assert quarantine.died(["a", "b"]) is None
-    assert quarantine.died(["a"]) == "a"
+    assert quarantine.record_death(["a"]) is None  # alone, but its first death: servers also die by themselves
+    assert quarantine.record_death(["a", "b"]) is None
+    assert quarantine.record_death(["a"]) == "a"
     assert quarantine.deaths("a") == 3 and quarantine.deaths("b") == 1
 
 
-def test_a_cancelled_request_that_still_runs_is_company() -> None:
+def test_a_cancelled_request_that_still_runs_counts_as_co_running() -> None:
     quarantine = Quarantine()
-    for _ in range(COMPANY):
-        quarantine.died(["a"])
-    assert quarantine.died(["a"], others=1) is None and quarantine.died(["a"]) == "a"
+    for _ in range(ISOLATE_AFTER):
+        quarantine.record_death(["a"])
+    assert quarantine.record_death(["a"], others=1) is None and quarantine.record_death(["a"]) == "a"
 
 
-def test_what_is_finished_is_forgotten() -> None:
+def test_deaths_of_a_finished_request_are_forgotten() -> None:
     quarantine = Quarantine()
-    for _ in range(COMPANY):
-        quarantine.died(["a", "b"])
+    for _ in range(ISOLATE_AFTER):
+        quarantine.record_death(["a", "b"])
     quarantine.forget("a")
     assert not quarantine.is_suspect("a") and quarantine.is_suspect("b")
-    quarantine.forget("never heard of")
-    assert quarantine.died([]) is None
+    quarantine.forget("unknown")
+    assert quarantine.record_death([]) is None
 
 
-def test_a_suspect_waits_for_an_empty_server_and_for_other_suspects() -> None:
-    assert seat_for_suspect([server(3), server(0)]) == 1
-    assert seat_for_suspect([server(3), server(1)]) is None
-    assert seat_for_suspect([server(0, room=0), server(2)]) is None  # shut
-    assert seat_for_suspect([server(1, suspect=True), server(0)]) is None
+def test_a_suspect_waits_for_an_empty_server_and_for_running_suspects() -> None:
+    assert server_for_suspect([server(3), server(0)]) == 1
+    assert server_for_suspect([server(3), server(1)]) is None
+    assert server_for_suspect([server(0, room=0), server(2)]) is None  # shut
+    assert server_for_suspect([server(1, suspect=True), server(0)]) is None
 
 
-def test_others_go_where_most_room_is_but_not_beside_a_suspect() -> None:
-    assert seat([server(3, room=1), server(1, room=3)], suspect_waits=False) == 1
-    assert seat([server(3, room=1), server(1, room=3, suspect=True)], suspect_waits=False) == 0
-    assert seat([server(1, suspect=True)], suspect_waits=True) is None
-    assert seat([server(4, room=0)], suspect_waits=False) is None
+def test_other_requests_go_to_the_server_with_most_room_but_not_beside_a_suspect() -> None:
+    assert server_for_request([server(3, room=1), server(1, room=3)], suspect_waits=False) == 1
+    assert server_for_request([server(3, room=1), server(1, room=3, suspect=True)], suspect_waits=False) == 0
+    assert server_for_request([server(1, suspect=True)], suspect_waits=True) is None
+    assert server_for_request([server(4, room=0)], suspect_waits=False) is None
 
 
-def test_the_emptiest_server_is_kept_for_a_suspect_that_waits() -> None:
-    assert seat([server(3, room=1), server(1, room=3)], suspect_waits=True) == 0
-    assert seat([server(1, room=3)], suspect_waits=True) is None
-    assert seat([server(3, room=1), server(1, room=3, suspect=True)], suspect_waits=True) == 0  # its turn comes later
+def test_the_server_with_the_fewest_requests_is_reserved_for_a_waiting_suspect() -> None:
+    assert server_for_request([server(3, room=1), server(1, room=3)], suspect_waits=True) == 0
+    assert server_for_request([server(1, room=3)], suspect_waits=True) is None
+    assert (
+        server_for_request([server(3, room=1), server(1, room=3, suspect=True)], suspect_waits=True) == 0
+    )  # its turn comes later
 
 
 @dataclass
 class Sim:
-    """Servers that die at once when a killer has its turn, and now and then by themselves."""
+    """A simulation of servers that die when a killer request runs, and sometimes by themselves."""
 
     killers: frozenset[int]
     slots: int
@@ -77,21 +85,21 @@ class Sim:
     suspects: deque[int] = field(default_factory=deque)
     quarantine: Quarantine = field(default_factory=Quarantine)
     finished: set[int] = field(default_factory=set)
-    condemned: set[int] = field(default_factory=set)
+    blamed: set[int] = field(default_factory=set)
     alone_at_death: set[int] = field(default_factory=set)
 
     def dispatch(self) -> None:
-        while self.suspects and (i := seat_for_suspect(self.seats())) is not None:
+        while self.suspects and (i := server_for_suspect(self.seats())) is not None:
             self.servers[i].append(self.suspects.popleft())
-        while self.waiting and (i := seat(self.seats(), suspect_waits=bool(self.suspects))) is not None:
+        while self.waiting and (i := server_for_request(self.seats(), suspect_waits=bool(self.suspects))) is not None:
             self.servers[i].append(self.waiting.popleft())
         for running in self.servers:
             assert len(running) <= self.slots
             assert len(running) == 1 or not any(map(self.quarantine.is_suspect, running))
 
-    def seats(self) -> list[Seats]:
+    def seats(self) -> list[ServerLoad]:
         return [
-            Seats(
+            ServerLoad(
                 running=len(running),
                 room=self.slots - len(running),
                 suspect=any(map(self.quarantine.is_suspect, running)),
@@ -100,7 +108,7 @@ class Sim:
         ]
 
     def turn(self, i: int, place: int) -> None:
-        """One of the requests on server i comes to its end, which for a killer is the server's."""
+        """Finish one of the requests on server i; a killer request kills the server instead."""
         if not (running := self.servers[i]):
             return
         id = running[place % len(running)]
@@ -112,13 +120,13 @@ class Sim:
             self.quarantine.forget(id)
 
     def die(self, i: int) -> None:
-        aboard, self.servers[i] = self.servers[i], []
-        if len(aboard) == 1:
-            self.alone_at_death.add(aboard[0])
-        if (guilty := self.quarantine.died(aboard)) is not None:
-            self.condemned.add(guilty)
-            aboard = [id for id in aboard if id != guilty]
-        for id in reversed(aboard):
+        in_flight, self.servers[i] = self.servers[i], []
+        if len(in_flight) == 1:
+            self.alone_at_death.add(in_flight[0])
+        if (blamed := self.quarantine.record_death(in_flight)) is not None:
+            self.blamed.add(blamed)
+            in_flight = [id for id in in_flight if id != blamed]
+        for id in reversed(in_flight):
             (self.suspects if self.quarantine.is_suspect(id) else self.waiting).appendleft(id)
 
 
@@ -130,7 +138,7 @@ class Sim:
     accidents=st.integers(0, 6),
     data=st.data(),
 )
-def test_killers_are_condemned_and_everybody_else_finishes(
+def test_killers_are_blamed_and_all_other_requests_finish(
     requests: int, killers: set[int], slots: int, servers: int, accidents: int, data: st.DataObject
 ) -> None:
     sim = Sim(
@@ -140,10 +148,10 @@ def test_killers_are_condemned_and_everybody_else_finishes(
         waiting=deque(range(requests)),
     )
     turns = 0
-    while len(sim.finished) + len(sim.condemned) < requests:
+    while len(sim.finished) + len(sim.blamed) < requests:
         sim.dispatch()
         busy = [i for i, running in enumerate(sim.servers) if running]
-        assert busy, "somebody waits, and nobody runs"
+        assert busy, "requests are waiting, but none is running"
         i = data.draw(st.sampled_from(busy))
         if accidents and data.draw(st.integers(0, 9)) == 0:
             accidents -= 1
@@ -152,7 +160,7 @@ def test_killers_are_condemned_and_everybody_else_finishes(
             sim.turn(i, data.draw(st.integers(0, slots - 1)))
         turns += 1
         assert turns < requests * 4 + 50
-    for id in sim.condemned - sim.killers:  # only by an accident while it was alone
-        assert id in sim.alone_at_death and sim.quarantine.deaths(id) == COMPANY + 1
-    assert sim.killers <= sim.condemned
-    assert all(sim.quarantine.deaths(id) == COMPANY + 1 for id in sim.killers)
+    for id in sim.blamed - sim.killers:  # only by an accident while it ran alone
+        assert id in sim.alone_at_death and sim.quarantine.deaths(id) == ISOLATE_AFTER + 1
+    assert sim.killers <= sim.blamed
+    assert all(sim.quarantine.deaths(id) == ISOLATE_AFTER + 1 for id in sim.killers)

@@ -1,4 +1,4 @@
-"""Requests on servers that are played: a killer is failed by name, and its neighbours finish."""
+"""Requests on fake servers: a request that kills servers fails by name, and the other requests finish."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from sglang_played import TOKENS, PlayedServer, ask, at
+from sglang_played import TOKENS, FakeServer, ask, at
 
 from sgpo_async.engines.base import Failed, Generate, Generated, Score
 from sgpo_async.engines.sglang.serving.requests import Requests
 
 
-async def serve(servers: list[PlayedServer], asked: Iterable[Generate]) -> tuple[Requests, dict[Any, Any]]:
+async def serve(servers: list[FakeServer], asked: Iterable[Generate]) -> tuple[Requests, dict[Any, Any]]:
     requests = Requests(lambda: list(servers), ends=())
     wanted = [requests.submit(request) for request in asked]
     results: dict[Any, Any] = {}
@@ -21,7 +21,7 @@ async def serve(servers: list[PlayedServer], asked: Iterable[Generate]) -> tuple
         await asyncio.sleep(0)
         for server in servers:
             if server.fault is not None and not server.running:
-                server.rise()
+                server.restart()
                 requests.dispatch()
         while not requests.results.empty():
             result = requests.results.get()
@@ -32,9 +32,9 @@ async def serve(servers: list[PlayedServer], asked: Iterable[Generate]) -> tuple
     return requests, results
 
 
-def test_a_killer_is_failed_by_name_and_its_neighbours_finish() -> None:
-    async def play() -> None:
-        servers = [PlayedServer(f"server-{i}", at(5)) for i in range(2)]
+def test_a_request_that_kills_servers_fails_by_name_and_the_others_finish() -> None:
+    async def scenario() -> None:
+        servers = [FakeServer(f"server-{i}", at(5)) for i in range(2)]
         requests, results = await serve(servers, [ask(i) for i in range(20)])
         assert sorted(results) == list(range(20))
         failed = [result for result in results.values() if isinstance(result, Failed)]
@@ -44,38 +44,38 @@ def test_a_killer_is_failed_by_name_and_its_neighbours_finish() -> None:
         )
         assert sum(server.deaths for server in servers) == 3
         assert all(len(result.tokens) == TOKENS for result in results.values() if isinstance(result, Generated))
-        assert requests.waiting == 0 and "run alone from now on" in requests.news.get()
+        assert requests.waiting == 0 and "run alone from now on" in requests.events.get()
 
-    asyncio.run(play())
+    asyncio.run(scenario())
 
 
-def test_two_killers_and_one_server() -> None:
-    async def play() -> None:
-        server = PlayedServer("server", at(0, 3))
+def test_two_requests_that_kill_the_only_server_are_both_found() -> None:
+    async def scenario() -> None:
+        server = FakeServer("server", at(0, 3))
         _, results = await serve([server], [ask(i) for i in range(9)])
         assert sorted(id for id, result in results.items() if isinstance(result, Failed)) == [0, 3]
-        assert server.deaths == 4  # two with both aboard, and one for each of them alone
+        assert server.deaths == 4  # two while both ran, and one while each ran alone
 
-    asyncio.run(play())
+    asyncio.run(scenario())
 
 
-def test_deaths_that_nobody_causes_condemn_nobody() -> None:
-    """The first server dies twice with all aboard; then those run alone, one after another."""
+def test_no_request_is_blamed_for_deaths_that_no_request_causes() -> None:
+    """The server dies twice while all requests run on it; after that they run alone, one after another."""
 
-    async def play() -> None:
+    async def scenario() -> None:
         deaths = iter([True, True])
-        server = PlayedServer("server", lambda partial: partial.request.id == 1 and next(deaths, False))
+        server = FakeServer("server", lambda partial: partial.request.id == 1 and next(deaths, False))
         _, results = await serve([server], [ask(i) for i in range(8)])
         assert sorted(results) == list(range(8))
         assert all(isinstance(result, Generated) for result in results.values())
         assert {1} in server.ran and server.deaths == 2
 
-    asyncio.run(play())
+    asyncio.run(scenario())
 
 
-def test_an_abort_is_no_death() -> None:
-    async def play() -> None:
-        server = PlayedServer("server", lambda partial: False)
+def test_an_abort_counts_no_death() -> None:
+    async def scenario() -> None:
+        server = FakeServer("server", lambda partial: False)
         requests = Requests(lambda: [server], ends=())
         requests.submit(ask(0))
         for _ in range(4):  # updates
@@ -88,33 +88,33 @@ def test_an_abort_is_no_death() -> None:
             requests.dispatch()
         while requests.results.empty():
             await asyncio.sleep(0)
-        assert isinstance(requests.results.get(), Generated) and requests.news.empty()
+        assert isinstance(requests.results.get(), Generated) and requests.events.empty()
 
-    asyncio.run(play())
+    asyncio.run(scenario())
 
 
-def test_a_complete_continuation_is_no_killer() -> None:
-    """Its server died between the last token and its last word, three times alone."""
+def test_a_complete_completion_is_never_blamed() -> None:
+    """Its server died after the last token and before the end of the stream, three times while it ran alone."""
 
-    async def play() -> None:
-        server = PlayedServer("server", lambda partial: False)
+    async def scenario() -> None:
+        server = FakeServer("server", lambda partial: False)
         requests = Requests(lambda: [server], ends=())
         requests.submit(ask(0))
         while not (server.running and len(next(iter(server.running.values())).item.tokens) == TOKENS):  # type: ignore[union-attr]
             await asyncio.sleep(0)
         for _ in range(3):
-            server.lost = False
-            requests.lost(server)
+            server.death_recorded = False
+            requests.server_died(server)
         while requests.results.empty():
             await asyncio.sleep(0)
         assert isinstance(requests.results.get(), Generated)
 
-    asyncio.run(play())
+    asyncio.run(scenario())
 
 
-def test_what_is_cancelled_is_forgotten() -> None:
-    async def play() -> None:
-        server = PlayedServer("server", lambda partial: False)
+def test_a_cancelled_request_is_not_sent() -> None:
+    async def scenario() -> None:
+        server = FakeServer("server", lambda partial: False)
         server.open = False
         requests = Requests(lambda: [server], ends=())
         prompt = np.arange(3, dtype=np.int32)
@@ -126,4 +126,4 @@ def test_what_is_cancelled_is_forgotten() -> None:
         requests.dispatch()
         assert requests.waiting == 0 and not server.running
 
-    asyncio.run(play())
+    asyncio.run(scenario())

@@ -1,4 +1,4 @@
-"""The hashes of SGLang, against values that its own code gave."""
+"""SGLang's hashes, compared with values that SGLang's own code computed."""
 
 import pytest
 import torch
@@ -7,8 +7,8 @@ from sgpo_async.engines.sglang.weight_sync.tensor_hash import cpu_hash, cuda_has
 
 BFLOAT16 = (torch.arange(60003) % 251).to(torch.bfloat16)
 
-# Made by the Triton kernels of sglang 0.5.23 (sglang/kernels/ops/memory/gpu_tensor_hash.py), run by the interpreter of
-# triton 3.7.0 (TRITON_INTERPRET=1) on CPU tensors, called as `gpu_tensor_hash` there calls them.
+# Computed by the Triton kernels of sglang 0.5.23 (sglang/kernels/ops/memory/gpu_tensor_hash.py) in the interpreter of
+# triton 3.7.0 (TRITON_INTERPRET=1) on CPU tensors, called as `gpu_tensor_hash` calls them.
 KERNEL = {
     "7b9d126d63bd5f7f": torch.arange(7, dtype=torch.float32),
     "734f38267db36804": torch.arange(5, dtype=torch.bfloat16),
@@ -24,7 +24,7 @@ KERNEL = {
 
 
 @pytest.mark.parametrize("golden", KERNEL)
-def test_the_cuda_hash_is_the_kernels(golden):
+def test_the_cuda_hash_equals_the_kernels_hash(golden):
     assert cuda_hash(KERNEL[golden]) == golden
 
 
@@ -34,7 +34,7 @@ def test_the_cpu_hash_is_the_beginning_of_the_sha256_of_the_bytes(tensor):
 
 
 @pytest.mark.parametrize("hash_of", [cpu_hash, cuda_hash])
-def test_a_hash_is_of_the_elements_in_their_order_however_they_lie(hash_of):
+def test_a_hash_depends_on_the_order_of_elements_and_not_on_the_memory_layout(hash_of):
     columns = torch.arange(30_000.0).reshape(100, 300)[:, 5:150]
     assert hash_of(columns) == hash_of(columns.contiguous()) != hash_of(columns.T)
 

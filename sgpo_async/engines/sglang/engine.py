@@ -1,7 +1,7 @@
-"""SGLang servers behind the engines' Protocol: a thread with an asyncio loop, and thin hands into it.
+"""SGLang servers behind the Engine Protocol. A thread runs an asyncio loop; the engine's methods call into the loop.
 
 actor's thread ── submit, cancel, load ──▶ loop (Fleet) ── HTTP ──▶ servers
-               ◀── results, news ─────────┘
+               ◀── results, events ───────┘
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sgpo_async.engines.sglang.processes.launch import Launch
 from sgpo_async.engines.sglang.serving.fleet import Fleet, FleetSettings
 from sgpo_async.engines.sglang.serving.server import Server
 from sgpo_async.engines.sglang.serving.server_slot import ServerSlot
-from sgpo_async.engines.sglang.serving.update import Updated
+from sgpo_async.engines.sglang.serving.update import UpdateTimings
 from sgpo_async.engines.sglang.weight_sync.layout import layout_of
 from sgpo_async.engines.sglang.weight_sync.model_facts import ModelFacts, model_facts
 from sgpo_async.engines.sglang.weight_sync.transports import (
@@ -40,16 +40,17 @@ from sgpo_async.errors import DeadlineExceeded, EngineError, SgpoError
 from sgpo_async.model import parameters
 from sgpo_async.model.load import device_of
 
-GREEDY = 1e-5  # temperatures below are greedy for SGLang, which then reports log-probabilities at temperature 1
-RESERVED = 6  # positions that SGLang keeps for itself: it refuses prompts that need them, and clips completions
-SLACK_S = 30.0  # for the loop's thread beyond the servers' own deadlines
+GREEDY = 1e-5  # below this temperature SGLang decodes greedily and reports log-probabilities at temperature 1
+RESERVED = 6  # positions that SGLang reserves: it refuses prompts that need them, and truncates completions
+SLACK_S = 30.0  # extra time for the loop's thread beyond the timeouts of the servers
 
 
 class SglangEngine:
-    """Servers of one actor. Construct, `start`, `load`; see `engines.base.Engine` for the rest.
+    """The servers of one actor. Construct it, call `start`, then `load`; see `engines.base.Engine` for the rest.
 
-    `logs` is the folder of the servers' logs ("": a temporary one), `name` how they begin. `digest` is computed over
-    (name, tensor).
+    `logs` is the folder of the servers' log files ("": a temporary folder), `name` the prefix of their file names.
+    `digest` is computed over (name, tensor). Raises EngineError if the layout of the model is not supported, DataError
+    if the model cannot be read.
     """
 
     def __init__(
@@ -62,16 +63,16 @@ class SglangEngine:
         logs: str = "",
         name: str = "sglang",
     ) -> None:
-        # What a server must pass before it takes work; set it before `start`. Returns news.
+        # The checks that a server must pass before it gets requests; they return events. Set this before `start`.
         self.examine: Callable[[Subject], Awaitable[Sequence[str]]] = join
         self._settings = settings
         device = device_of(settings.device)
         self._model = model_facts(folder, dtype=dtype, tp=settings.sglang.tp, device=device, digest=digest)
-        layout_of(self._model.config, tp=settings.sglang.tp, device=device)  # now, or never
+        layout_of(self._model.config, tp=settings.sglang.tp, device=device)  # fail early
         self._own_logs = "" if logs else tempfile.mkdtemp(prefix="sgpo-sglang-")
         logs_folder = Path(logs or self._own_logs)
         logs_folder.mkdir(parents=True, exist_ok=True)
-        self.server_slots = _places(settings, self._model, dtype=dtype, device=device, logs=logs_folder / name)
+        self.server_slots = _server_slots(settings, self._model, dtype=dtype, device=device, logs=logs_folder / name)
         self._transports = _transports(self._model, settings.sglang)
         self._fleet: Fleet | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -79,9 +80,9 @@ class SglangEngine:
         self._failed: BaseException | None = None
 
     def start(self, stopping: Callable[[], bool] = lambda: False) -> None:
-        """Start the servers and wait until every one answers, or until `stopping`.
+        """Start the servers and wait until all are ready, or until `stopping()` is true.
 
-        Raises EngineError with a server's last words if it dies, DeadlineExceeded if one takes too long.
+        Raises EngineError with the end of its log if a server dies, DeadlineExceeded if one takes too long.
         """
         started: Future[tuple[asyncio.AbstractEventLoop, Fleet]] = Future()
         self._thread = threading.Thread(target=self._run, args=(started,), name="sglang", daemon=True)
@@ -104,32 +105,34 @@ class SglangEngine:
 
     @property
     def version(self) -> int | None:
-        """The newest version that a server holds whole and verified."""
+        """The newest version that some server has loaded completely and verified."""
         return self._fleet.version() if self._fleet else None
 
     @property
-    def updates(self) -> Sequence[Updated]:
-        """What the latest weight updates took, oldest first."""
+    def updates(self) -> Sequence[UpdateTimings]:
+        """The timings of the latest weight updates, oldest first."""
         return list(self._fleet.updates) if self._fleet else []
 
     def submit(self, request: Generate | Score) -> None:
-        """Queue a request; it waits for a server with verified weights. Raises EngineError if it cannot be served.
+        """Queue a request; it waits for a server with verified weights. Raises EngineError if the request is invalid.
 
-        Nothing invalid reaches a server: a token id beyond the vocabulary kills it.
+        Invalid requests must not reach a server: a token id beyond the vocabulary kills it.
         """
         validate(request, longest=self._model.longest - RESERVED, vocabulary=self._model.vocabulary)
         if request.temperature < GREEDY:
             raise EngineError(
-                f"request {request.id}: SGLang takes temperature {request.temperature} for greedy decoding"
+                f"request {request.id}: temperature must be >= {GREEDY:g}, below which SGLang decodes greedily, "
+                f"got {request.temperature}"
             )
         if isinstance(request, Score) and request.temperature != 1.0:
             raise EngineError(
-                f"request {request.id}: temperature {request.temperature}; SGLang scores at temperature 1 alone"
+                f"request {request.id}: temperature of a score must be 1, the only one SGLang supports, "
+                f"got {request.temperature}"
             )
         self._call(Fleet.submit, request)
 
     def step(self, timeout_s: float) -> list[Result]:
-        """What finished; waits up to `timeout_s` for the first. Raises EngineError when there is no hope."""
+        """Finished and failed requests; waits up to `timeout_s` for one. Raises EngineError if no server works."""
         self._check()
         if self._fleet is None:
             return []
@@ -145,38 +148,38 @@ class SglangEngine:
             return results
 
     def cancel(self, ids: Iterable[Hashable]) -> None:
-        """Forget these requests, and what they have brought that `step` has not returned; unknown ids are ignored."""
-        gone = set(ids)
-        self._call_and_wait(Fleet.cancel, gone)
+        """Cancel these requests and drop their results that `step` has not returned; unknown ids are ignored."""
+        cancelled = set(ids)
+        self._call_and_wait(Fleet.cancel, cancelled)
         assert self._fleet is not None
-        for item in self._finished():
-            if isinstance(item, SgpoError) or item.id not in gone:
+        for item in self._take_results():
+            if isinstance(item, SgpoError) or item.id not in cancelled:
                 self._fleet.results.put(item)
 
     def load(self, weights: Weights) -> None:
-        """Have every server brought to `weights`, in the background."""
+        """Load `weights` into every server in the background."""
         self._call(Fleet.want, weights)
 
     def load_status(self) -> EngineLoad:
-        """Counters of the moment."""
+        """The current load."""
         return self._fleet.load_status() if self._fleet else EngineLoad(running=0, waiting=0, slots=0, tokens=0)
 
-    def news(self) -> list[str]:
-        """What became of servers and versions."""
+    def events(self) -> list[str]:
+        """What happened to servers and versions since the last call, one line each."""
         lines: list[str] = []
-        while self._fleet is not None and not self._fleet.news.empty():
-            lines.append(self._fleet.news.get_nowait())
+        while self._fleet is not None and not self._fleet.events.empty():
+            lines.append(self._fleet.events.get_nowait())
         return lines
 
     def reset(self) -> None:
-        """Forget all requests and versions, and what is already finished; the servers stay."""
+        """Drop all requests, results and versions; the servers keep running."""
         if self._loop is None or self._fleet is None or self._failed is not None:
             return
         self._call_and_wait(Fleet.want, None)
-        self._finished()
+        self._take_results()
 
     def close(self) -> None:
-        """End the servers that were launched."""
+        """Stop the servers that this engine launched."""
         if self._thread is not None and self._thread.is_alive():
             assert self._loop is not None and self._fleet is not None
             self._loop.call_soon_threadsafe(self._fleet.close)
@@ -189,7 +192,7 @@ class SglangEngine:
     def _run(self, started: Future[tuple[asyncio.AbstractEventLoop, Fleet]]) -> None:
         try:
             asyncio.run(self._live(started))
-        except BaseException as error:  # told to the actor's thread by its next call
+        except BaseException as error:  # the next call of the actor's thread raises it
             self._failed = error
 
     async def _live(self, started: Future[tuple[asyncio.AbstractEventLoop, Fleet]]) -> None:
@@ -212,12 +215,12 @@ class SglangEngine:
 
     def _call(self, method: Callable[..., None], *args: Any) -> None:
         self._check()
-        assert self._loop is not None, "start comes first"
+        assert self._loop is not None, "call start first"
         self._loop.call_soon_threadsafe(method, self._fleet, *args)
 
     def _call_and_wait(self, method: Callable[..., None], *args: Any) -> None:
         self._check()
-        assert self._loop is not None, "start comes first"
+        assert self._loop is not None, "call start first"
         done = asyncio.run_coroutine_threadsafe(_done(method, self._fleet, *args), self._loop)
         try:
             done.result(SLACK_S)
@@ -225,8 +228,8 @@ class SglangEngine:
             self._check()
             raise DeadlineExceeded("the SGLang servers' loop", "answer", SLACK_S) from None
 
-    def _finished(self) -> list[Result | SgpoError]:
-        """Take all that `step` has not returned."""
+    def _take_results(self) -> list[Result | SgpoError]:
+        """Remove and return all results that `step` has not returned."""
         assert self._fleet is not None
         items = []
         with contextlib.suppress(queue.Empty):
@@ -240,7 +243,10 @@ class SglangEngine:
 
 
 def _transports(model: ModelFacts, settings: Sglang) -> list[Transport]:
-    """The configured one, and what a server falls back on. Attached servers may not see our disk unless told so."""
+    """The configured transport, then the fallbacks in order.
+
+    The disk is a fallback only for servers that were launched here: attached servers may not see this disk.
+    """
     known: dict[str, Transport] = {
         "distributed": DistributedTransport(model, tp=settings.tp),
         "tensor": TensorTransport(model, tp=settings.tp),
@@ -252,7 +258,9 @@ def _transports(model: ModelFacts, settings: Sglang) -> list[Transport]:
     return [first, *known.values()]
 
 
-def _places(settings: EngineSettings, model: ModelFacts, *, dtype: str, device: str, logs: Path) -> list[ServerSlot]:
+def _server_slots(
+    settings: EngineSettings, model: ModelFacts, *, dtype: str, device: str, logs: Path
+) -> list[ServerSlot]:
     own = settings.sglang
     if own.urls:
         return [ServerSlot(None, url, None) for url in own.urls]

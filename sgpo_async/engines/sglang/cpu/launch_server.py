@@ -1,8 +1,8 @@
 """`sglang.launch_server` with forked processes: `python launch_server.py ARGUMENTS OF SGLANG`.
 
-SGLang spawns its scheduler and its detokenizer, and each imports torch, transformers and SGLang again: 13 of the 19
-seconds that a core works until a server answers. CUDA forbids a fork; on a CPU the main process has imported all of it
-by then and has no threads yet. Run by path, in SGLang's own environment.
+SGLang spawns its scheduler and its detokenizer, and each imports torch, transformers and SGLang again. This takes 13 of
+the 19 CPU seconds until a server answers. CUDA does not allow a fork; on a CPU it is safe, because the main process has
+no threads yet, and has imported everything. Run this file by path, in SGLang's own environment.
 """
 
 import multiprocessing
@@ -12,7 +12,7 @@ _set_start_method = multiprocessing.set_start_method
 
 
 def _fork(_method: str | None, force: bool = False) -> None:
-    """In place of `multiprocessing.set_start_method`, which SGLang calls with "spawn"."""
+    """Replaces `multiprocessing.set_start_method`, which SGLang calls with "spawn"."""
     _set_start_method("fork", force)
 
 

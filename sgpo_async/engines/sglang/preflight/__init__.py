@@ -1,11 +1,11 @@
-"""What a server must show before it may take work: at join in under a second, and for `sgpo-async doctor` in full.
+"""Checks of a server before it gets requests: some when it joins (under a second), all for `sgpo-async doctor`.
 
-findings.py    subject, findings, errors with a remedy
-settings.py    version, interface, what the server was started with: literal tables
-model.py       architecture, vocabulary, names and shapes
-logprobs.py    what its log-probabilities mean
-updates.py     weights in and back, generation across a pause
-examine.py     the tables of checks; `join`, `examine`
+findings.py    the server under test, findings, errors with a remedy
+settings.py    version, HTTP API and launch options, compared with literal tables
+model.py       architecture, vocabulary, names and shapes of the server's model
+logprobs.py    the distribution that its log-probabilities belong to
+updates.py     weight updates, generation across a pause, clock
+examine.py     the tables of checks; `join` and `examine` run them
 """
 
 from sgpo_async.engines.sglang.preflight.examine import FULL, JOIN, examine, join

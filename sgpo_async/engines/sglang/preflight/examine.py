@@ -1,4 +1,4 @@
-"""The checks by name, and the two ways to go through them."""
+"""The tables of checks by name, and the two functions that run them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from sgpo_async.engines.sglang.preflight.updates import clock, pause, round_trip
 from sgpo_async.engines.sglang.processes.api import Json, ServerGone
 from sgpo_async.errors import EngineError, SgpoError
 
-# What was found, in a line. Raises CheckDoubtful, CheckFailed, or what asking the server raises.
+# A check returns what it found, in one line. It raises CheckWarning, CheckFailed, or the errors of its HTTP requests.
 Check = Callable[[Subject, Json], Awaitable[str]]
 
-LOOK: dict[str, Check] = {"version": version, "settings": settings}
-JOIN: dict[str, Check] = LOOK | {"model": model, "log-probabilities": consistent, "clock": clock}
-FULL: dict[str, Check] = LOOK | {
+READ_ONLY: dict[str, Check] = {"version": version, "settings": settings}
+JOIN: dict[str, Check] = READ_ONLY | {"model": model, "log-probabilities": consistent, "clock": clock}
+FULL: dict[str, Check] = READ_ONLY | {
     "interface": interface,
     "model": model,
     "clock": clock,
@@ -26,13 +26,13 @@ FULL: dict[str, Check] = LOOK | {
     "learner's model": teacher_forced,
     "pause": pause,
 }
-REMEDIES = {  # where the error itself names none
+REMEDIES = {  # for errors that name no remedy themselves
     "weight update": "try another engine.sglang.transport; the server's log says more",
 }
 
 
 async def join(subject: Subject) -> list[str]:
-    """What a server must show before it takes work; returns warnings. Raises EngineError that names the check."""
+    """Run the checks of a server that joins; returns warnings. Raises EngineError that names the failed check."""
     warnings = []
     for finding in await examine(subject, JOIN):
         if finding.outcome == "failed":
@@ -43,25 +43,25 @@ async def join(subject: Subject) -> list[str]:
 
 
 async def examine(subject: Subject, checks: Mapping[str, Check] = FULL) -> list[Finding]:
-    """One finding for each check. After a failure only those are made that change nothing and generate nothing."""
+    """Run the checks; returns one finding per check. After a failure, only the checks of READ_ONLY are run."""
     findings: list[Finding] = []
     try:
-        told = await _told(subject)
+        server_info = await _server_info(subject)
     except SgpoError as error:
         return [finding_of("version", error, remedy=_remedy("version", error))]
     for name, check in checks.items():
-        if name not in LOOK and (failed := next((f for f in findings if f.outcome == "failed"), None)):
-            findings.append(Finding(name, "not run", f"after {failed.check} is mended"))
+        if name not in READ_ONLY and (failed := next((f for f in findings if f.outcome == "failed"), None)):
+            findings.append(Finding(name, "not run", f"correct {failed.check} first"))
             continue
         try:
-            findings.append(Finding(name, "ok", await check(subject, told)))
+            findings.append(Finding(name, "ok", await check(subject, server_info)))
         except SgpoError as error:
             findings.append(finding_of(name, error, remedy=_remedy(name, error)))
     return findings
 
 
-async def _told(subject: Subject) -> Json:
-    """What the server tells of itself: how it was started, and the model that it has."""
+async def _server_info(subject: Subject) -> Json:
+    """The server's description of itself: its launch options and the architecture of its model."""
     api, timeout_s = subject.server.api, subject.engine.sglang.phase_timeout_s
     now = await api.get("/model_info", timeout_s=timeout_s)
     return await api.get("/server_info", timeout_s=timeout_s) | {"architectures": now.get("architectures")}
@@ -69,5 +69,5 @@ async def _told(subject: Subject) -> Json:
 
 def _remedy(check: str, error: SgpoError) -> str:
     if isinstance(error, ServerGone):
-        return "look at its log, and start it anew: it has died, or an actor that died has left it paused"
-    return REMEDIES.get(check, "look at its log")
+        return "see the server's log and restart the server: it died, or an actor that died left it paused"
+    return REMEDIES.get(check, "see the server's log")

@@ -1,4 +1,4 @@
-"""Who is examined, against what, and what comes of it."""
+"""The server under test, the learner's model as the reference, and the findings of checks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sgpo_async.engines.base import Weights
 from sgpo_async.engines.sglang.serving.server import Server
 from sgpo_async.engines.sglang.weight_sync.model_facts import ModelFacts
 from sgpo_async.engines.sglang.weight_sync.transports import Transport
-from sgpo_async.errors import CheckDoubtful, CheckFailed, SgpoError
+from sgpo_async.errors import CheckFailed, CheckWarning, SgpoError
 from sgpo_async.model import parameters
 from sgpo_async.model.load import load_model
 
@@ -33,17 +33,17 @@ class Finding:
 
 
 def finding_of(check: str, error: SgpoError, *, remedy: str) -> Finding:
-    """What an error says of a check; `remedy` for an error that names none apart."""
+    """The finding of a check that raised `error`; `remedy` is used if the error has no remedy of its own."""
     if isinstance(error, CheckFailed):
-        outcome: Outcome = "warning" if isinstance(error, CheckDoubtful) else "failed"
+        outcome: Outcome = "warning" if isinstance(error, CheckWarning) else "failed"
         return Finding(check, outcome, error.found, error.remedy)
     return Finding(check, "failed", str(error), remedy)
 
 
 class Reference:
-    """The model in a folder as the learner has it: weights of `dtype`, computed in float32 on the CPU.
+    """The learner's model: weights from a folder, rounded to `dtype`; forward passes in float32 on the CPU.
 
-    Loaded once, by whichever thread asks first. `digest` is computed over (name, tensor), as an engine's.
+    It is loaded once, on first use, by any thread. `digest` is computed over (name, tensor), as an engine's.
     """
 
     def __init__(self, folder: str, *, dtype: str, digest: parameters.Digest) -> None:
@@ -52,7 +52,7 @@ class Reference:
         self._model: PreTrainedModel | None = None
 
     def model(self) -> PreTrainedModel:
-        """Raises DataError if it cannot be loaded."""
+        """The model. Raises DataError if it cannot be loaded."""
         with self._lock:
             if self._model is None:
                 model = load_model(self._folder, device="cpu", dtype="float32")
@@ -63,7 +63,7 @@ class Reference:
             return self._model
 
     def weights(self, version: int, *, changed: str = "") -> Weights:
-        """Its parameters as a version; the first element of the parameter `changed` is the next larger number."""
+        """Its parameters as a weight version. The first element of the parameter `changed` is increased minimally."""
         tensors = {name: parameter.detach().to(self._dtype) for name, parameter in self.model().named_parameters()}
         if changed:
             tensors[changed] = tensors[changed].clone()
@@ -74,18 +74,18 @@ class Reference:
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A server that answers, and what it is to be."""
+    """The server under test, and the model and settings that it must match."""
 
     server: Server
     model: ModelFacts
     engine: EngineSettings
     transports: Sequence[Transport]
-    tokens: int = 0  # of the longest completion
+    tokens: int = 0  # length of the longest completion
     reference: Reference | None = None  # for the checks that need the learner's model
 
     @property
     def dtype(self) -> str:
-        """Of the weights."""
+        """The dtype of the weights."""
         return str(self.model.dtype).removeprefix("torch.")
 
     @property

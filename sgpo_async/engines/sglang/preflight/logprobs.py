@@ -1,7 +1,7 @@
-"""What a server's log-probabilities mean: of sampled tokens log softmax(z / T), of given ones log softmax(z).
+"""Checks a server's log-probabilities: log softmax(z / T) of sampled tokens, log softmax(z) of given tokens.
 
-`consistent` needs no model: two tokens' logits differ by (log p_T - log p_T') T at every temperature T, so a
-continuation generated at T, then scored, tells which temperature its log-probabilities are of. `teacher_forced`
+`consistent` needs no model. The logits of two tokens a, b differ by T (log p(a) - log p(b)) at every temperature T, so
+generating a completion at T and then scoring it shows the temperature of its log-probabilities. `teacher_forced`
 compares with the learner's model.
 """
 
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from sgpo_async.engines.base import Generate, Score, Scored
 from sgpo_async.engines.sglang.preflight.findings import Subject
+from sgpo_async.engines.sglang.preflight.settings import TESTED
 from sgpo_async.engines.sglang.processes.api import Json
 from sgpo_async.engines.sglang.serving.partial import Partial
 from sgpo_async.errors import CheckFailed
@@ -25,37 +26,42 @@ from sgpo_async.errors import CheckFailed
 TEMPERATURES = (1.0, 0.7)
 PROMPT_TOKENS = 6
 REMEDY = (
-    "look for what changes logits or log-probabilities: SGLANG_RETURN_ORIGINAL_LOGPROB in its environment, another "
+    "check what changes logits or log-probabilities: SGLANG_RETURN_ORIGINAL_LOGPROB in its environment, another "
     "model, a quantised cache"
 )
 
 
 @dataclass(frozen=True)
 class Bound:
-    """How far log-probabilities may be apart: on average, and the worst."""
+    """The largest allowed mean and maximum of absolute log-probability differences, in nats."""
 
     mean: float
     worst: float
 
 
-# Measured on CPU servers with models of up to 61 M parameters. float32 differs by the order of sums alone, by at most
-# 4e-5. bfloat16 rounds logits to 3 digits: single tokens scatter by up to 0.4, most where p is small; the mean was at
-# most 0.07. A temperature of 0.7 that is ignored moves two tokens whose logits differ by d by 0.3 d.
+# Measured on CPU servers with models of up to 61 M parameters. In float32 only the order of sums differs: by at most
+# 4e-5. bfloat16 rounds logits to 3 digits: single tokens differed by up to 0.4, mostly where p is small; the mean was
+# at most 0.07. For comparison: ignoring a temperature of 0.7 changes tokens whose logits differ by d by 0.3 d.
 BOUNDS = {"float32": Bound(1e-4, 1e-4), "bfloat16": Bound(0.15, 1.0)}
 
 
-async def consistent(subject: Subject, told: Json) -> str:  # noqa: ARG001
-    """Generated and then scored, at both temperatures."""
+async def consistent(subject: Subject, server_info: Json) -> str:  # noqa: ARG001
+    """Check completions that are generated and then scored, at both temperatures."""
     found = []
     for temperature in TEMPERATURES:
-        pairs = await asyncio.gather(*(_twice(subject, prompt, temperature) for prompt in _prompts(subject, 4)))
+        pairs = await asyncio.gather(
+            *(_generated_and_scored(subject, prompt, temperature) for prompt in _prompts(subject, 4))
+        )
         errors = np.concatenate([_differences(*pair, temperature) for pair in pairs])
         found.append(_judge(errors, subject.dtype, f"T = {temperature:g}"))
     return "; ".join(found)
 
 
-async def teacher_forced(subject: Subject, told: Json) -> str:  # noqa: ARG001
-    """Sampled at both temperatures, and scored at 1, against the learner's model. The server holds its weights."""
+async def teacher_forced(subject: Subject, server_info: Json) -> str:  # noqa: ARG001
+    """Compare completions sampled at both temperatures, and scores at temperature 1, with the learner's model.
+
+    The server must have the weights of `subject.reference`.
+    """
     assert subject.reference is not None
     model = await asyncio.to_thread(subject.reference.model)
     found = []
@@ -77,24 +83,24 @@ def _prompts(subject: Subject, count: int) -> list[list[int]]:
 
 
 def _new_tokens(subject: Subject) -> int:
-    """Few; the shortest models have little room beside what SGLang reserves."""
+    """A small number: models with few positions have little room besides the ones that SGLang reserves."""
     return max(1, min(12, subject.model.longest - PROMPT_TOKENS - 8))
 
 
 def _judge(errors: np.ndarray, dtype: str, what: str) -> str:
-    """Raise CheckFailed beyond the bound."""
+    """Raise CheckFailed if `errors` exceed the bound of `dtype`; returns a summary."""
     bound, mean, worst = BOUNDS[dtype], float(np.abs(errors).mean()), float(np.abs(errors).max())
-    if not (mean <= bound.mean and worst <= bound.worst):  # also where they are not numbers
+    if not (mean <= bound.mean and worst <= bound.worst):  # true for NaN as well
         raise CheckFailed(
-            f"{what}: log-probabilities are off by {mean:.2g} on average, {worst:.2g} at most; {dtype} may be off by "
-            f"{bound.mean:g} and {bound.worst:g}",
+            f"{what}: log-probabilities are off by {mean:.2g} on average, {worst:.2g} at most; the bounds for {dtype} "
+            f"are {bound.mean:g} and {bound.worst:g}",
             REMEDY,
         )
     return f"{what}: {mean:.0e}, at most {worst:.0e}"
 
 
-async def _twice(subject: Subject, prompt: Sequence[int], temperature: float) -> tuple[Json, Json]:
-    """What the server says of a continuation when it generates it, and when it scores it."""
+async def _generated_and_scored(subject: Subject, prompt: Sequence[int], temperature: float) -> tuple[Json, Json]:
+    """The server's meta information of a completion when it generates it, and when it scores it."""
     sampling = {"temperature": temperature, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "ignore_eos": True}
     more = {"return_logprob": True, "top_logprobs_num": 2}
     body: dict[str, Any] = {"input_ids": list(prompt), "sampling_params": sampling, **more}
@@ -106,7 +112,7 @@ async def _twice(subject: Subject, prompt: Sequence[int], temperature: float) ->
     )
     meta = generated["meta_info"]
     if lacking := [key for key in ("output_top_logprobs", "weight_versions", "finish_reason") if key not in meta]:
-        raise CheckFailed(f"its answers lack {', '.join(lacking)}", "install the SGLang version that is tested")
+        raise CheckFailed(f"its answers lack {', '.join(lacking)}", f"install sglang=={TESTED} in its environment")
     ids = [*prompt, *(token for _, token, _ in meta["output_token_logprobs"])]
     again = {
         "input_ids": ids,
@@ -118,7 +124,7 @@ async def _twice(subject: Subject, prompt: Sequence[int], temperature: float) ->
 
 
 def _differences(generated: Json, scored: Json, temperature: float) -> np.ndarray:
-    """What must be zero: differences of two tokens' log-probabilities, times T, less those at T = 1."""
+    """Errors [n] that must be zero: T (log p_T(a) - log p_T(b)) minus log p_1(a) - log p_1(b), for pairs of tokens."""
     errors: list[float] = []
     positions = zip(
         generated["output_token_logprobs"],
@@ -138,7 +144,7 @@ def _differences(generated: Json, scored: Json, temperature: float) -> np.ndarra
 
 
 async def _sampled(subject: Subject, prompt: Sequence[int], temperature: float) -> Partial:
-    """A continuation by the road of rollouts."""
+    """A completion, generated in the same way as rollouts."""
     request = Generate(
         id=tuple(prompt),
         prompt=np.array(prompt, np.int32),
@@ -149,7 +155,7 @@ async def _sampled(subject: Subject, prompt: Sequence[int], temperature: float) 
     partial = Partial(request)
     await subject.server.extend(partial, subject.server.next_rid(), _version(subject))
     if not partial.tokens:
-        raise CheckFailed("a generation brought no token", "look at the server's log")
+        raise CheckFailed("a completion has no tokens", "see the server's log")
     return partial
 
 
@@ -158,12 +164,12 @@ async def _scored(subject: Subject, partial: Partial) -> Scored:
     score = Score(id=partial.request.id, prompt=partial.request.prompt, tokens=tokens, temperature=1.0)
     scored = await subject.server.score(score, subject.server.next_rid(), _version(subject))
     if scored is None:
-        raise CheckFailed("somebody aborted a request", "end whatever else uses the server")
+        raise CheckFailed("another client aborted a request", "stop the other clients of the server")
     return scored
 
 
 def _version(subject: Subject) -> int:
-    assert subject.server.version is not None, "weights come first"
+    assert subject.server.version is not None, "load weights first"
     return subject.server.version
 
 

@@ -1,4 +1,4 @@
-"""Whether weights arrive, and whether generation goes on across a pause."""
+"""Checks that weight updates arrive, that generation continues after a pause, and the server's clock."""
 
 from __future__ import annotations
 
@@ -8,53 +8,57 @@ from typing import Any
 
 from sgpo_async.engines.sglang.preflight.findings import Subject
 from sgpo_async.engines.sglang.processes.api import Json, ServerApi
-from sgpo_async.engines.sglang.serving.update import PAUSE_MODES, Updated, update
-from sgpo_async.errors import CheckDoubtful, CheckFailed
+from sgpo_async.engines.sglang.serving.update import PAUSE_MODES, UpdateTimings, update
+from sgpo_async.errors import CheckFailed, CheckWarning
 
 CHANGED = "model.norm.weight"
 SKEW_S = 1.0
-SETTLE_S = 5.0  # for requests that have ended to leave the counts of a server
-STILL_S = 0.5  # how long a paused server is watched
+SETTLE_S = 5.0  # a server may count requests for this long after they have ended
+STILL_S = 0.5  # how long a paused server is observed
 PROMPT = (0, 1, 2, 3)
-LONG = 512  # tokens of a generation that is to be running still when it is interrupted
+LONG = 512  # tokens of a completion; enough that it is still running when it is interrupted
 
 
-async def round_trip(subject: Subject, told: Json) -> str:  # noqa: ARG001
-    """The model's own weights, then with one element changed, then back: each verified by checksum and version.
+async def round_trip(subject: Subject, server_info: Json) -> str:  # noqa: ARG001
+    """Load the model's own weights, then weights with one element changed, then its own again; verify each update.
 
-    Raises what an update raises; CheckFailed if the server is in use, or if checksums do not see the change.
+    Raises the errors of an update; CheckFailed if the server is in use, or if the checksums miss the change.
     """
     assert subject.reference is not None
     own = subject.engine.sglang
     await _require_idle(subject.server.api, timeout_s=own.phase_timeout_s)
-    transport = next(way for way in subject.transports if way.name != "distributed")  # which needs the learner
-    updates: list[Updated] = []
+    # A broadcast needs the learner, which does not run here.
+    transport = next(transport for transport in subject.transports if transport.name != "distributed")
+    updates: list[UpdateTimings] = []
     expected = []
     began = time.monotonic()
     for version, changed in enumerate(("", CHANGED, "")):
         weights = await asyncio.to_thread(subject.reference.weights, version, changed=changed)
         prepared = await asyncio.to_thread(transport.prepare, weights)
         expected.append(prepared.expected)
-        figures = await update(
+        timings = await update(
             subject.server, prepared, transport, in_flight=own.in_flight, phase_s=own.phase_timeout_s
         )
-        updates.append(figures)
+        updates.append(timings)
     if expected[0] == expected[1]:
-        raise CheckFailed(f"checksums do not see one element of {CHANGED} change", "report this")
+        raise CheckFailed(f"the checksums do not change with one element of {CHANGED}", "report this bug")
     prepared_s = (time.monotonic() - began - sum(updated.pause_s for updated in updates)) / len(updates)
     last = updates[-1]
     found = (
-        f"{transport.name}, thrice: prepare {prepared_s:.2f} s, send {last.send_s:.2f} s, verify {last.verify_s:.2f} s"
+        f"3 updates by {transport.name}: prepare {prepared_s:.2f} s, send {last.send_s:.2f} s, "
+        f"verify {last.verify_s:.2f} s"
     )
     if transport.name != own.transport:
-        raise CheckDoubtful(f"{found}; {own.transport} was not tried: it needs the learner", "see the actor's log")
+        raise CheckWarning(
+            f"{found}; {own.transport} was not tested, because it needs the learner", "see the actor's log in a run"
+        )
     return found
 
 
-async def pause(subject: Subject, told: Json) -> str:
-    """A running generation meets the in-flight policy, and goes on."""
+async def pause(subject: Subject, server_info: Json) -> str:
+    """Interrupt a running completion by the in-flight policy, and check that it continues."""
     own = subject.engine.sglang
-    count = min(subject.model.longest, told.get("max_req_input_len") or 2**31, LONG) - 2 * len(PROMPT)
+    count = min(subject.model.longest, server_info.get("max_req_input_len") or 2**31, LONG) - 2 * len(PROMPT)
     first = _Stream(subject.server.api, [*PROMPT], count, timeout_s=own.phase_timeout_s)
     await first.some()
     if own.in_flight == "abort-resume":
@@ -62,21 +66,23 @@ async def pause(subject: Subject, told: Json) -> str:
     return await _pause_and_continue(subject, first, count)
 
 
-async def clock(subject: Subject, told: Json) -> str:  # noqa: ARG001
-    """How far the server's clock is from ours, as far as one request can tell."""
+async def clock(subject: Subject, server_info: Json) -> str:  # noqa: ARG001
+    """Check that the server's clock agrees with this machine's, as precisely as one request allows."""
     if not subject.engine.sglang.urls:
-        return "this machine's"
+        return "the clock of this machine"
     body = {"input_ids": [*PROMPT], "sampling_params": {"max_new_tokens": 1}}
     before = time.time()
     answer = await subject.server.api.post("/generate", body, timeout_s=subject.engine.sglang.phase_timeout_s)
     after = time.time()
-    told_at = answer["meta_info"].get("response_sent_to_client_ts")
-    if told_at is None:
-        raise CheckDoubtful("it does not tell its time", "compare the clocks of the machines yourself")
-    skew = max(before - told_at, told_at - after, 0.0)
+    server_time = answer["meta_info"].get("response_sent_to_client_ts")
+    if server_time is None:
+        raise CheckWarning("its answers have no time", "compare the clocks of the machines yourself")
+    skew = max(before - server_time, server_time - after, 0.0)
     if skew > SKEW_S:
-        raise CheckDoubtful(f"{skew:.1f} s apart: times in logs do not fit together", "synchronise by NTP")
-    return f"less than {skew + after - before:.2g} s apart"
+        raise CheckWarning(
+            f"the clocks differ by {skew:.1f} s: times in logs are not comparable", "synchronise them by NTP"
+        )
+    return f"the clocks differ by less than {skew + after - before:.2g} s"
 
 
 async def _abort_and_resume(subject: Subject, first: _Stream, count: int) -> str:
@@ -85,12 +91,13 @@ async def _abort_and_resume(subject: Subject, first: _Stream, count: int) -> str
     await first.end()
     kept = len(first.tokens)
     if kept >= count:
-        return f"abort-resume: a generation of {count} tokens was over before its abort"
+        return f"abort-resume: a completion of {count} tokens was finished before its abort"
     rest = _Stream(subject.server.api, [*PROMPT, *first.tokens], count - kept, timeout_s=timeout_s)
     await rest.end()
     if len(rest.tokens) != count - kept:
         raise CheckFailed(
-            f"{kept} tokens before an abort, {len(rest.tokens)} after it, not {count - kept}", "report this"
+            f"a completion had {kept} tokens before an abort and {len(rest.tokens)} after it, expected {count - kept}",
+            "report this bug",
         )
     return f"abort-resume: {kept} tokens kept, {len(rest.tokens)} more"
 
@@ -102,16 +109,16 @@ async def _pause_and_continue(subject: Subject, first: _Stream, count: int) -> s
         began = time.monotonic()
         await api.get("/model_info", timeout_s=own.phase_timeout_s)
         answered_s = time.monotonic() - began
-        await asyncio.sleep(STILL_S)  # for what was on its way
+        await asyncio.sleep(STILL_S)  # tokens that were sent before the pause may still arrive
         kept = len(first.tokens)
         await asyncio.sleep(STILL_S)
         if len(first.tokens) != kept:
-            raise CheckFailed(f"{len(first.tokens) - kept} tokens came while it was paused", _OTHER_POLICY)
+            raise CheckFailed(f"{len(first.tokens) - kept} tokens arrived while it was paused", _OTHER_POLICY)
     finally:
         await api.post("/continue_generation", {}, timeout_s=own.phase_timeout_s)
     await first.end()
     if len(first.tokens) != count:
-        raise CheckFailed(f"{len(first.tokens)} of {count} tokens came after a pause", _OTHER_POLICY)
+        raise CheckFailed(f"only {len(first.tokens)} of {count} tokens arrived after a pause", _OTHER_POLICY)
     return f"{own.in_flight}: {kept} tokens, paused (answered in {answered_s:.2f} s), {count - kept} more"
 
 
@@ -119,7 +126,7 @@ _OTHER_POLICY = "use engine.sglang.in_flight=abort-resume"
 
 
 class _Stream:
-    """One streamed generation of `count` tokens."""
+    """One streamed completion of `count` tokens."""
 
     def __init__(self, api: ServerApi, ids: list[int], count: int, *, timeout_s: float) -> None:
         self.rid = f"sgpo-doctor-{id(self)}"
@@ -130,12 +137,12 @@ class _Stream:
         self._task = asyncio.create_task(self._read(api, body))
 
     async def some(self) -> None:
-        """Wait for the first tokens. Raises what ends the stream; CheckFailed if none come."""
+        """Wait for the first tokens. Raises CheckFailed if none arrive in time."""
         deadline = time.monotonic() + self._timeout_s
         while not self.tokens and not self._task.done():
             if time.monotonic() > deadline:
                 self._task.cancel()
-                raise CheckFailed(f"a generation brought no token within {self._timeout_s:g} s", "look at its log")
+                raise CheckFailed(f"a completion got no token within {self._timeout_s:g} s", "see its log")
             await asyncio.sleep(0.001)
 
     async def end(self) -> None:
@@ -143,14 +150,14 @@ class _Stream:
         await self._task
 
     async def _read(self, api: ServerApi, body: dict[str, Any]) -> None:
-        async for message in api.stream(body, silence_s=self._timeout_s):
+        async for message in api.stream(body, idle_timeout_s=self._timeout_s):
             self.tokens += message["output_ids"]
 
 
 async def _require_idle(api: ServerApi, *, timeout_s: float) -> None:
-    """Nobody else's generations may meet the weights of a check.
+    """Raise CheckFailed if the server runs requests of other clients, which would get the weights of the check.
 
-    A server on a busy machine still counts requests of our own for a moment after their last token.
+    A server on a busy machine counts our own requests for a moment after their last token; they are waited for.
     """
     deadline = time.monotonic() + SETTLE_S
     while True:
@@ -160,6 +167,6 @@ async def _require_idle(api: ServerApi, *, timeout_s: float) -> None:
             return
         if time.monotonic() > deadline:
             raise CheckFailed(
-                f"{busy} requests of somebody else run on it", "end the actor that uses it, and try again"
+                f"{busy} requests of another client run on it", "stop the actor that uses it, and try again"
             )
         await asyncio.sleep(0.1)

@@ -1,1 +1,1 @@
-"""Starting SGLang servers on this machine and talking to them by HTTP."""
+"""Starting SGLang servers on this machine and sending them HTTP requests."""

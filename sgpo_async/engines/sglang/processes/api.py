@@ -1,7 +1,8 @@
-"""The HTTP interface of one SGLang server: what is asked of it, with deadlines, and with every status read.
+"""HTTP requests to one SGLang server. Every request has a timeout, and every status is checked.
 
-Bodies and answers are those of SGLang 0.5.23. A call ends in one of three ways: an answer, ServerRefused (the server
-lives and says no), ServerGone (nobody can say what it did; ServerUnreached: it has never heard of the call).
+Bodies and answers are those of SGLang 0.5.23. A call has one of three outcomes: an answer; ServerRefused, if the
+server answered with an error; ServerGone, if it did not answer, so that the effect of the call is unknown
+(ServerUnreached: there was no connection, so the call had no effect).
 """
 
 from __future__ import annotations
@@ -18,42 +19,45 @@ import aiohttp
 from sgpo_async.errors import EngineError
 
 Json = dict[str, Any]
-KEPT_S = 2.0  # connections without a request
+KEEPALIVE_S = 2.0  # an idle connection is closed after this time
 
 
 class ServerRefused(EngineError):
-    """A server answered that it would not, or could not."""
+    """The server answered with an error."""
 
 
 class ServerGone(EngineError):
-    """A server gave no answer: it is dead, hangs, or is out of reach."""
+    """The server gave no answer: it is dead, hangs, or cannot be reached."""
 
 
 class ServerUnreached(ServerGone):
-    """No connection came about, so nothing of the call can have done anything to the server."""
+    """No connection to the server was established, so the call had no effect on it."""
 
 
-class Reach:
-    """Whether a call has got a connection; `told` is called when it has."""
+class Connection:
+    """Whether a call has a connection to the server; `on_connected` is called when it gets one."""
 
-    def __init__(self, told: Callable[[], None] | None = None) -> None:
-        self.made = False
-        self._told = told
+    def __init__(self, on_connected: Callable[[], None] | None = None) -> None:
+        self.established = False
+        self._on_connected = on_connected
 
-    def make(self) -> None:
-        """There is a connection."""
-        self.made = True
-        if self._told is not None:
-            self._told()
+    def establish(self) -> None:
+        """Record that there is a connection."""
+        self.established = True
+        if self._on_connected is not None:
+            self._on_connected()
 
 
 def http_session() -> aiohttp.ClientSession:
-    """For any number of servers. A connection is given up before SGLang closes it (after 5 s without a request), which
-    would look like a server's death to whoever uses it next."""
+    """A session for any number of servers.
+
+    It closes idle connections before SGLang does (after 5 s): a request on a connection that the server has just
+    closed would fail as if the server had died.
+    """
     trace = aiohttp.TraceConfig()
     trace.on_connection_create_end.append(_connected)
     trace.on_connection_reuseconn.append(_connected)
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEPT_S)
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)
     return aiohttp.ClientSession(connector=connector, trace_configs=[trace])
 
 
@@ -65,31 +69,31 @@ class ServerApi:
         self._http = http
 
     async def get(self, path: str, *, timeout_s: float) -> Json:
-        """Answer of a GET. Raises ServerRefused, ServerGone."""
+        """The answer to a GET request. Raises ServerRefused, ServerGone."""
         return await self._call("GET", path, None, timeout_s)
 
     async def post(
-        self, path: str, body: Mapping[str, Any], *, timeout_s: float, reached: Callable[[], None] | None = None
+        self, path: str, body: Mapping[str, Any], *, timeout_s: float, on_connected: Callable[[], None] | None = None
     ) -> Json:
-        """Answer of a POST. Raises ServerRefused (also where the answer has `success: false`), ServerGone.
+        """The answer to a POST request. Raises ServerRefused (also if the answer has `success: false`), ServerGone.
 
-        `reached` is called as soon as there is a connection.
+        `on_connected` is called as soon as there is a connection.
         """
-        return await self._call("POST", path, body, timeout_s, reached)
+        return await self._call("POST", path, body, timeout_s, on_connected)
 
     async def stream(
-        self, body: Mapping[str, Any], *, silence_s: float, reached: Callable[[], None] | None = None
+        self, body: Mapping[str, Any], *, idle_timeout_s: float, on_connected: Callable[[], None] | None = None
     ) -> AsyncIterator[Json]:
-        """Messages of a streamed /generate; each must come within `silence_s` of the one before.
+        """The messages of a streamed /generate; each must arrive within `idle_timeout_s` of the previous one.
 
-        Raises ServerRefused for an error message in the stream; ServerGone if it breaks off before its end.
-        `reached` is called as soon as there is a connection.
+        Raises ServerRefused for an error message in the stream, ServerGone if the stream breaks off before its end.
+        `on_connected` is called as soon as there is a connection.
         """
-        reach = Reach(reached)
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=silence_s, sock_read=silence_s)
+        connection = Connection(on_connected)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=idle_timeout_s, sock_read=idle_timeout_s)
         try:
             async with self._http.post(
-                f"{self.url}/generate", json=body, timeout=timeout, trace_request_ctx=reach
+                f"{self.url}/generate", json=body, timeout=timeout, trace_request_ctx=connection
             ) as response:
                 if response.status != 200:
                     raise ServerRefused(f"{self.url}/generate: {_reason(await response.text())}")
@@ -103,7 +107,7 @@ class ServerApi:
                         raise ServerRefused(f"{self.url}/generate: {message['error'].get('message', message['error'])}")
                     yield message
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise _gone(reach, f"{self.url}/generate", error, silence_s) from error
+            raise _no_answer(connection, f"{self.url}/generate", error, idle_timeout_s) from error
         raise ServerGone(f"{self.url}/generate: the answer broke off")
 
     async def _call(
@@ -112,17 +116,17 @@ class ServerApi:
         path: str,
         body: Mapping[str, Any] | None,
         timeout_s: float,
-        reached: Callable[[], None] | None = None,
+        on_connected: Callable[[], None] | None = None,
     ) -> Json:
-        reach = Reach(reached)
+        connection = Connection(on_connected)
         timeout = aiohttp.ClientTimeout(total=timeout_s)
         try:
             async with self._http.request(
-                method, self.url + path, json=body, timeout=timeout, trace_request_ctx=reach
+                method, self.url + path, json=body, timeout=timeout, trace_request_ctx=connection
             ) as response:
                 text = await response.text()
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise _gone(reach, self.url + path, error, timeout_s) from error
+            raise _no_answer(connection, self.url + path, error, timeout_s) from error
         answer = _parse(text)
         if response.status != 200 or answer.get("success") is False:
             raise ServerRefused(f"{self.url}{path}: {_reason(text)}")
@@ -130,9 +134,10 @@ class ServerApi:
 
 
 async def wait_ready(api: ServerApi, *, deadline: float) -> Json:
-    """The server's /model_info once it answers; ServerGone if it does not before `deadline` (the loop's clock).
+    """Wait until the server answers /model_info, and return the answer. `deadline` is a time of the loop's clock.
 
-    Not /health, which generates a token, and which a paused server answers with 503 after 20 s.
+    /health is not used: it generates a token, and a paused server answers it with 503 after 20 s. Raises ServerGone
+    or ServerRefused at the deadline.
     """
     loop = asyncio.get_running_loop()
     while True:
@@ -144,16 +149,16 @@ async def wait_ready(api: ServerApi, *, deadline: float) -> Json:
             await asyncio.sleep(0.2)
 
 
-async def settle(api: ServerApi, *, timeout_s: float) -> None:
-    """End what an earlier user left open on a server that is attached to: requests, an update, a pause."""
+async def clean_up_attached(api: ServerApi, *, timeout_s: float) -> None:
+    """End requests, an update and a pause that an earlier actor may have left on a server that we attach to."""
     await api.post("/abort_request", {"abort_all": True}, timeout_s=timeout_s)
-    with contextlib.suppress(ServerRefused):  # there was no update
+    with contextlib.suppress(ServerRefused):  # no update was open
         await api.post("/end_weight_update", {}, timeout_s=timeout_s)
     await api.post("/continue_generation", {}, timeout_s=timeout_s)
 
 
 def _parse(text: str) -> Json:
-    """Some endpoints answer with nothing, some with a line of text."""
+    """The answer as JSON; {} for endpoints that answer with an empty body or a line of text."""
     try:
         answer = json.loads(text)
     except json.JSONDecodeError:
@@ -170,13 +175,16 @@ def _reason(text: str) -> str:
 
 
 async def _connected(_session: object, context: SimpleNamespace, _params: object) -> None:
-    if isinstance(reach := context.trace_request_ctx, Reach):
-        reach.make()
+    if isinstance(connection := context.trace_request_ctx, Connection):
+        connection.establish()
 
 
-def _gone(reach: Reach, url: str, error: BaseException, seconds: float) -> ServerGone:
-    """Not by the kind of `error` alone: while a call waits for a connection its whole time may run out."""
-    silent = isinstance(error, TimeoutError)
-    fault = f"no answer within {seconds:g} s" if silent else f"{error or type(error).__name__}"
-    unreached = isinstance(error, aiohttp.ClientConnectorError) or not reach.made
+def _no_answer(connection: Connection, url: str, error: BaseException, seconds: float) -> ServerGone:
+    """The error of a call without an answer: ServerUnreached if there was no connection, else ServerGone.
+
+    The type of `error` does not tell them apart: a call can also time out while it waits for a connection.
+    """
+    timed_out = isinstance(error, TimeoutError)
+    fault = f"no answer within {seconds:g} s" if timed_out else f"{error or type(error).__name__}"
+    unreached = isinstance(error, aiohttp.ClientConnectorError) or not connection.established
     return (ServerUnreached if unreached else ServerGone)(f"{url}: {fault}")

@@ -1,4 +1,4 @@
-"""How a server is started: command line and environment, as pure functions."""
+"""The command line and the environment of a server, as pure functions."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ from sgpo_async.config.schema import Sglang
 CPU = Path(__file__).parents[1] / "cpu"
 STAND_INS = CPU / "stand_ins"
 CPU_LAUNCHER = CPU / "launch_server.py"
-CPU_TOKENS = 2**17  # of keys and values, at most
+CPU_TOKENS = 2**17  # size limit of the key-value cache of a CPU server
 
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """One server, of an actor or of texts."""
+    """How to launch one server."""
 
     settings: Sglang
     model: str  # folder
     dtype: str
     device: str  # cpu or cuda
-    slots: int  # sequences that it decodes together
-    longest: int  # tokens of a sequence
-    index: int = 0  # which of the actor's servers: it has GPUs index * tp onwards
-    known_as: str = ""  # under this name it takes and gives texts as well; "": token ids only
+    slots: int  # sequences that it decodes at the same time
+    longest: int  # maximum number of tokens of a sequence
+    index: int = 0  # number of the server within the actor; it uses tp GPUs from index * tp on
+    served_name: str = ""  # model name in requests with text; "": the server takes and returns token ids only
 
     def command(self, port: int) -> list[str]:
-        """The command line. An actor's token ids are its own, so the server needs no tokenizer and decodes no text."""
+        """The command line. An actor tokenizes by itself, so its servers run without a tokenizer."""
         own = self.settings
         program = [str(CPU_LAUNCHER)] if self.device == "cpu" else ["-m", "sglang.launch_server"]
-        words = [own.python, *program, "--model-path", self.model, "--host", "127.0.0.1"]
-        words += ["--port", str(port), "--device", self.device, "--dtype", self.dtype]
-        words += ["--max-running-requests", str(self.slots), "--tp-size", str(own.tp), "--log-level", "warning"]
-        words += ["--incremental-streaming-output", "--stream-interval", str(own.stream_interval)]
-        words += ["--served-model-name", self.known_as] if self.known_as else ["--skip-tokenizer-init"]
+        command = [own.python, *program, "--model-path", self.model, "--host", "127.0.0.1"]
+        command += ["--port", str(port), "--device", self.device, "--dtype", self.dtype]
+        command += ["--max-running-requests", str(self.slots), "--tp-size", str(own.tp), "--log-level", "warning"]
+        command += ["--incremental-streaming-output", "--stream-interval", str(own.stream_interval)]
+        command += ["--served-model-name", self.served_name] if self.served_name else ["--skip-tokenizer-init"]
         if self.device == "cpu":
-            # Memory and cores are shared with everybody: no pool that fills it, no idle spinning.
-            words += ["--sleep-on-idle", "--max-total-tokens", str(min(self.slots * self.longest, CPU_TOKENS))]
+            # Other processes share memory and cores: limit the cache, and sleep instead of spinning when idle.
+            command += ["--sleep-on-idle", "--max-total-tokens", str(min(self.slots * self.longest, CPU_TOKENS))]
         if not own.radix_cache:
-            words += ["--disable-radix-cache"]
-        return words + shlex.split(own.args)
+            command += ["--disable-radix-cache"]
+        return command + shlex.split(own.args)
 
     def environment(self, inherited: dict[str, str] | None = None) -> dict[str, str]:
-        """The environment: the actor's, less what belongs to its own Python."""
+        """The actor's environment without the variables of its own Python, plus the server's devices and threads."""
         inherited = dict(os.environ) if inherited is None else inherited
         kept = {name: value for name, value in inherited.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
         if self.device == "cuda":
@@ -55,7 +55,7 @@ class Launch:
             return kept | {"CUDA_VISIBLE_DEVICES": ",".join(own)}
         kept |= {
             "SGLANG_USE_CPU_ENGINE": "1",
-            "OMP_NUM_THREADS": "1",  # with two on two cores, throughput fell from 2,600 to 40 tokens a second
+            "OMP_NUM_THREADS": "1",  # with 2 threads on 2 cores, throughput fell from 2,600 to 40 tokens per second
             "TORCHDYNAMO_DISABLE": "1",
             "PYTHONPATH": str(STAND_INS),
         }

@@ -1,4 +1,4 @@
-"""One server's processes on this machine, as their parent sees them."""
+"""The processes of one server on this machine, started and stopped by their parent."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from sgpo_async.processes import watchdog
 
 WATCHDOG = Path(watchdog.__file__)
 STOP_S = 10.0
-PORTS = 12_000  # that servers are given to choose from
+PORTS = 12_000  # number of ports that servers choose from
 EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 class ServerProcess:
-    """A launched server; it lives in a process group of its own, which ends as a whole."""
+    """A launched server. Its processes form a process group of their own, which is killed as a whole."""
 
     def __init__(self, launch: Launch, log: Path) -> None:
-        """Start it. Raises EngineError if its Python does not exist."""
+        """Start the server. Raises EngineError if its Python does not exist."""
         self.log = log
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
         command = launch.command(port)
         if not Path(command[0]).exists():
             raise EngineError(
-                f"engine.sglang.python: there is no {command[0]!r}; name the Python of an environment with sglang "
-                "(on a CPU: make sglang-cpu)"
+                f"engine.sglang.python: {command[0]!r} does not exist; set it to the Python of an environment with "
+                "sglang (on a CPU: make sglang-cpu)"
             )
         with log.open("ab") as output:
-            self._begun_at = output.tell()
+            self._log_start = output.tell()
             self._watchdog = subprocess.Popen(
                 [sys.executable, "-I", str(WATCHDOG), *command],
                 stdin=subprocess.PIPE,
@@ -48,28 +48,28 @@ class ServerProcess:
 
     @property
     def alive(self) -> bool:
-        """Whether the server's main process runs."""
+        """Whether the server's main process is running."""
         return self._watchdog.poll() is None
 
     @property
     def port_taken(self) -> bool:
-        """Whether it could not bind its port. SGLang says so, serves nothing, and does not end."""
+        """Whether another process had taken its port. SGLang then logs an error and keeps running without serving."""
         with self.log.open("rb") as log:
-            log.seek(self._begun_at)
+            log.seek(self._log_start)
             return b"address already in use" in log.read()
 
     @property
     def group(self) -> int:
-        """Id of the process group."""
+        """The id of the process group."""
         return self._watchdog.pid
 
-    def last_words(self, lines: int = 8) -> str:
-        """The end of its log, one line a line, indented."""
+    def log_tail(self, lines: int = 8) -> str:
+        """The last lines of its log, indented."""
         text = self.log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()
         return "\n".join([f"the end of {self.log}:", *(f"    {line[:300]}" for line in text[-lines:])])
 
     def stop(self) -> None:
-        """Kill the whole group: a server has nothing to clean up. Raises DeadlineExceeded if that takes too long."""
+        """Kill the process group; a server needs no clean-up. Raises DeadlineExceeded if that takes too long."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.group, signal.SIGKILL)
         try:
@@ -81,21 +81,24 @@ class ServerProcess:
 
 
 def _free_port() -> int:
-    """A port that is free now, and stays so: below those that the system gives to connections.
+    """A free port below the range from which the system takes the local ports of connections.
 
-    A server binds its port only when it has loaded, seconds later. One of the system's own choice may meanwhile have
-    become the near end of anybody's connection.
+    A server binds its port only after it has loaded its model, seconds later. A port from the system's range could
+    meanwhile become the local port of some connection.
     """
     below = _first_ephemeral()
     for _ in range(100):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", random.randrange(below - PORTS, below)))
             return int(probe.getsockname()[1])
-    raise EngineError(f"of the ports from {below - PORTS} to {below - 1} hardly any is free; stop what uses them")
+    raise EngineError(
+        f"cannot find a free port: 100 random ports in [{below - PORTS}, {below - 1}] are in use; "
+        f"stop the processes that use them"
+    )
 
 
 def _first_ephemeral() -> int:
     try:
         return int(EPHEMERAL.read_text().split()[0])
     except (OSError, ValueError, IndexError):
-        return 32768  # Linux's default
+        return 32768  # the default of Linux

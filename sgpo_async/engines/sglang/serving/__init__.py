@@ -1,1 +1,1 @@
-"""Requests over a fleet of SGLang servers: assignment, streams, servers that die and come back, weight updates."""
+"""Serves requests on a fleet of SGLang servers: assigns requests, restarts servers that die, updates weights."""

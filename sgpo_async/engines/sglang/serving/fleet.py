@@ -1,9 +1,10 @@
-"""All servers of one actor, in one asyncio loop without locks; `requests` says what runs on them.
+"""Starts, supervises and updates all servers of one actor, in one asyncio loop without locks.
 
-    load ───▶ wanted ─▶ each server's keeper: prepare (once), shut, send, verify, open;
-                        failed? the next transport; all failed, or dead? start it anew
+    load ───▶ wanted ─▶ each server's watchdog: prepare (once for all servers), shut, send, verify, open;
+                        if that fails: try the next transport; if all fail, or the server died: restart it
 
-A keeper waits for one of: another version is wanted, its server ends, its next check is due.
+The watchdog is one task per server. It waits until another version is wanted, its server ends, or the next health check
+is due. `requests` decides which requests run on which server.
 """
 
 from __future__ import annotations
@@ -17,51 +18,72 @@ from typing import Any
 import aiohttp
 
 from sgpo_async.engines.base import EngineLoad, Generate, Score, Weights
-from sgpo_async.engines.sglang.processes.api import ServerApi, ServerGone, ServerRefused, http_session, settle
+from sgpo_async.engines.sglang.processes.api import (
+    ServerApi,
+    ServerGone,
+    ServerRefused,
+    clean_up_attached,
+    http_session,
+)
 from sgpo_async.engines.sglang.processes.process import ServerProcess
 from sgpo_async.engines.sglang.serving.requests import Requests
 from sgpo_async.engines.sglang.serving.server import Server
-from sgpo_async.engines.sglang.serving.server_slot import ServerSlot, alive, explained, require_alive, until_it_answers
-from sgpo_async.engines.sglang.serving.update import InFlight, Updated, update
+from sgpo_async.engines.sglang.serving.server_slot import (
+    ServerSlot,
+    alive,
+    require_alive,
+    wait_until_ready,
+    with_log_tail,
+)
+from sgpo_async.engines.sglang.serving.update import InFlight, UpdateTimings, update
 from sgpo_async.engines.sglang.weight_sync.transports import Prepared, Transport
 from sgpo_async.errors import DeadlineExceeded, EngineError, SessionError, SgpoError, Superseded, WeightsError
 
 BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
-HOPELESS = 6  # failed starts in a row of every server
-CHECK_S = 5.0  # between two looks at a server that says nothing by itself
-ALIVE_S = 30.0  # for an answer to such a look
+MAX_FAILED_STARTS = 6  # the engine fails when every server has failed this often in a row
+CHECK_INTERVAL_S = 5.0  # between two health checks of a server
+CHECK_TIMEOUT_S = 30.0  # for the answer to a health check
 
-Examine = Callable[[Server], Awaitable[Sequence[str]]]  # before a server takes work; returns news, raises EngineError
+# The checks that a server must pass before it gets requests. They return events and raise EngineError.
+Examine = Callable[[Server], Awaitable[Sequence[str]]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class FleetSettings:
-    """What the servers of an actor have in common."""
+    """Settings that all servers of an actor share."""
 
     slots: int  # of each server
-    ends: frozenset[int]  # token ids that end a continuation
+    ends: frozenset[int]  # token ids that end a completion
     in_flight: InFlight
-    start_s: float
-    phase_s: float
+    start_s: float  # timeout of a start
+    phase_s: float  # timeout of each request of a weight update
 
 
 class Fleet:
-    """Runs until closed. `submit`, `cancel`, `want` and `close` belong to the loop's thread; any may read figures."""
+    """Runs until it is closed.
+
+    Only the loop's thread may call `submit`, `cancel`, `want` and `close`. Any thread may call `version` and
+    `load_status`, and read `results`, `events` and `updates`.
+    """
 
     def __init__(
-        self, places: Sequence[ServerSlot], settings: FleetSettings, transports: Sequence[Transport], examine: Examine
+        self,
+        server_slots: Sequence[ServerSlot],
+        settings: FleetSettings,
+        transports: Sequence[Transport],
+        examine: Examine,
     ) -> None:
-        """`transports` in the order in which they are tried."""
+        """`transports` are in the order in which an update tries them."""
         self._requests = Requests(self._servers, settings.ends)
-        self.results, self.news = self._requests.results, self._requests.news
-        self.updates: deque[Updated] = deque(maxlen=1000)
-        self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # every server has been up once
-        self._places, self._settings = list(places), settings
+        self.results, self.events = self._requests.results, self._requests.events
+        self.updates: deque[UpdateTimings] = deque(maxlen=1000)
+        self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # all servers have started once
+        self._server_slots, self._settings = list(server_slots), settings
         self._transports, self._examine = transports, examine
         self._wanted: Weights | None = None
-        self._changed = asyncio.Event()  # another version is wanted; replaced by a new one each time
-        self._prepared: dict[tuple[int, str], asyncio.Task[Prepared]] = {}  # of the wanted version
-        self._session = 0  # versions of different sessions have nothing to do with each other
+        self._changed = asyncio.Event()  # set when another version is wanted, then replaced by a new event
+        self._prepared: dict[tuple[int, str], asyncio.Task[Prepared]] = {}  # wanted version, by (version, transport)
+        self._session = 0  # equal version numbers of different sessions are different weights
         self._closing = asyncio.Event()
 
     # -- what the engine calls ------------------------------------------------------------------------------------
@@ -71,11 +93,14 @@ class Fleet:
         self._requests.submit(request)
 
     def cancel(self, ids: Iterable[Hashable]) -> None:
-        """Forget these requests; what running ones still bring is dropped."""
+        """Cancel these requests; results of running ones are dropped."""
         self._requests.cancel(ids)
 
     def want(self, weights: Weights | None) -> None:
-        """The version that every server is to hold from now on; None: none, until another is wanted."""
+        """Set the version that every server shall load.
+
+        None starts a new session: it cancels all requests, and no server is in service until the next version.
+        """
         self._wanted = weights
         self._prepared.clear()
         if weights is None:
@@ -91,28 +116,28 @@ class Fleet:
         return max((s.version for s in self._servers() if s.version is not None), default=None)
 
     def load_status(self) -> EngineLoad:
-        """Counters of the moment."""
+        """The current load."""
         running = sum(len(server.running) for server in self._servers())
-        slots = self._settings.slots * len(self._places)
+        slots = self._settings.slots * len(self._server_slots)
         return EngineLoad(running=running, waiting=self._requests.waiting, slots=slots, tokens=self._requests.tokens)
 
     async def run(self) -> None:
-        """Keep every place filled until `close`. Cleans up whatever happens."""
+        """Keep a server running in every server slot until `close`. Stops all servers before it returns or raises."""
         async with http_session() as http:
-            keepers = [asyncio.create_task(self._keep(place, http)) for place in self._places]
+            watchdogs = [asyncio.create_task(self._supervise(server_slot, http)) for server_slot in self._server_slots]
             closing = asyncio.create_task(self._closing.wait())
             try:
-                # A keeper ends by a fault of this program only.
-                ends: list[asyncio.Future[Any]] = [closing, self._requests.failed, *keepers]
+                # A watchdog task ends only by a bug in this program.
+                ends: list[asyncio.Future[Any]] = [closing, self._requests.failed, *watchdogs]
                 ended, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-                for one in ended:
-                    one.result()
+                for future in ended:
+                    future.result()
             finally:
-                for task in (closing, *keepers):
+                for task in (closing, *watchdogs):
                     task.cancel()
-                await asyncio.wait(keepers)
-                for place in self._places:
-                    await self._clear(place)
+                await asyncio.wait(watchdogs)
+                for server_slot in self._server_slots:
+                    await self._stop_server(server_slot)
 
     def close(self) -> None:
         """End `run`."""
@@ -121,124 +146,131 @@ class Fleet:
     # -- servers ----------------------------------------------------------------------------------------------------
 
     def _servers(self) -> list[Server]:
-        return [place.server for place in self._places if place.server is not None]
+        return [server_slot.server for server_slot in self._server_slots if server_slot.server is not None]
 
-    async def _keep(self, place: ServerSlot, http: aiohttp.ClientSession) -> None:
-        """A server's life: start, serve, and again when it ends. Its end is news, and the end of hope an error."""
+    async def _supervise(self, server_slot: ServerSlot, http: aiohttp.ClientSession) -> None:
+        """Start the server of a slot and keep it serving; restart it when it ends, and report why it ended."""
         while True:
             try:
-                await self._start(place, http)
-                await self._serve(place)
+                await self._start(server_slot, http)
+                await self._serve(server_slot)
             except (EngineError, WeightsError, DeadlineExceeded) as error:
-                server = place.server
-                if server is not None and (server.fault or isinstance(error, ServerGone) or not alive(place)):
-                    self._requests.lost(server)
-                self._report(place, await explained(place, error))
+                server = server_slot.server
+                if server is not None and (server.fault or isinstance(error, ServerGone) or not alive(server_slot)):
+                    self._requests.server_died(server)
+                self._report(server_slot, await with_log_tail(server_slot, error))
             finally:
-                await self._clear(place)
-            pause = BACKOFF_S[min(place.failures, len(BACKOFF_S)) - 1]
-            self.news.put(f"server {place.url}: starts again in {pause:g} s")
+                await self._stop_server(server_slot)
+            pause = BACKOFF_S[min(server_slot.failures, len(BACKOFF_S)) - 1]
+            self.events.put(f"server {server_slot.url}: restarts in {pause:g} s")
             await asyncio.sleep(pause)
 
-    async def _start(self, place: ServerSlot, http: aiohttp.ClientSession) -> None:
-        """Launch or attach, wait until it answers, examine it. Raises EngineError with its last words if it dies."""
+    async def _start(self, server_slot: ServerSlot, http: aiohttp.ClientSession) -> None:
+        """Launch or attach a server, wait until it answers, and examine it.
+
+        Raises EngineError with the end of its log if it dies.
+        """
         deadline = asyncio.get_running_loop().time() + self._settings.start_s
-        if place.launch is not None:
-            assert place.log is not None
-            place.process = await asyncio.to_thread(ServerProcess, place.launch, place.log)
-            place.url = place.process.url
-        api = ServerApi(http, place.url)
-        await until_it_answers(place, api, deadline=deadline)
-        if place.launch is None:
-            await settle(api, timeout_s=self._settings.phase_s)
-        silence = 2 * self._settings.phase_s
-        server = Server(api, slots=self._settings.slots, ends=self._settings.ends, silence_s=silence)
+        if server_slot.launch is not None:
+            assert server_slot.log is not None
+            server_slot.process = await asyncio.to_thread(ServerProcess, server_slot.launch, server_slot.log)
+            server_slot.url = server_slot.process.url
+        api = ServerApi(http, server_slot.url)
+        await wait_until_ready(server_slot, api, deadline=deadline)
+        if server_slot.launch is None:
+            await clean_up_attached(api, timeout_s=self._settings.phase_s)
+        idle_timeout_s = 2 * self._settings.phase_s
+        server = Server(api, slots=self._settings.slots, ends=self._settings.ends, idle_timeout_s=idle_timeout_s)
         for line in await self._examine(server):
-            self.news.put(line)
-        place.server = server
-        if all(other.server is not None for other in self._places) and not self.ready.done():
+            self.events.put(line)
+        server_slot.server = server
+        if all(other.server is not None for other in self._server_slots) and not self.ready.done():
             self.ready.set_result(None)
 
-    async def _serve(self, place: ServerSlot) -> None:
-        """Keep the server at the wanted version as long as it lives. Raises what ends it."""
-        server = place.server
+    async def _serve(self, server_slot: ServerSlot) -> None:
+        """Keep the server at the wanted version as long as it runs. Raises the error that ended it."""
+        server = server_slot.server
         assert server is not None
-        held: Weights | None = None
+        loaded: Weights | None = None
         while True:
             changed = self._changed
-            if self._wanted is not None and self._wanted is not held:
-                held = await self._bring(server, self._wanted)
-                place.failures = 0
+            if self._wanted is not None and self._wanted is not loaded:
+                loaded = await self._update_to(server, self._wanted)
+                server_slot.failures = 0
                 self._requests.dispatch()
                 continue
             waiting = asyncio.create_task(changed.wait())
             try:
-                await self._watch(place, server, waiting)
+                await self._wait_for_new_version(server_slot, server, waiting)
             finally:
                 waiting.cancel()
 
-    async def _watch(self, place: ServerSlot, server: Server, waiting: asyncio.Task[bool]) -> None:
-        """Until another version is wanted. Raises EngineError if the server dies, or answers no longer."""
+    async def _wait_for_new_version(self, server_slot: ServerSlot, server: Server, waiting: asyncio.Task[bool]) -> None:
+        """Wait until another version is wanted. Raises EngineError if the server dies or no longer answers."""
         loop = asyncio.get_running_loop()
-        look = loop.time() + CHECK_S
+        next_check = loop.time() + CHECK_INTERVAL_S
         while not waiting.done():
             await asyncio.wait([waiting], timeout=0.1)
-            require_alive(place)
+            require_alive(server_slot)
             if server.fault is not None:
                 raise server.fault
-            if loop.time() > look:
-                told = (await server.api.get("/model_info", timeout_s=ALIVE_S))["weight_version"]
-                if server.version is not None and told != str(server.version):
-                    raise WeightsError(f"{server.api.url}: holds version {told}, which is none of ours")
-                look = loop.time() + CHECK_S
+            if loop.time() > next_check:
+                reported = (await server.api.get("/model_info", timeout_s=CHECK_TIMEOUT_S))["weight_version"]
+                if server.version is not None and reported != str(server.version):
+                    raise WeightsError(
+                        f"{server.api.url}: the server reports weight version {reported}, but this actor loaded "
+                        f"{server.version}; make sure that no other program updates it"
+                    )
+                next_check = loop.time() + CHECK_INTERVAL_S
 
-    async def _bring(self, server: Server, weights: Weights) -> Weights:
-        """Bring the server to `weights` by the first transport that succeeds; returns what it has been brought to.
+    async def _update_to(self, server: Server, weights: Weights) -> Weights:
+        """Load `weights` into the server by the first transport that succeeds; returns `weights`.
 
-        A version that does not fit the model, or that is gone, leaves the server as it is, until the next.
+        A version that does not fit the model, or that has been overwritten, is skipped: the server keeps the version
+        that it has. Raises EngineError if all transports fail.
         """
-        faults: list[str] = []
-        touched = False
+        errors: list[str] = []
+        touched = False  # whether an update may have changed the server's weights
         session = self._session
         for transport in self._transports:
             try:
-                prepared = await self._ready_to_send(weights, transport)
+                prepared = await self._prepare(weights, transport)
             except Superseded:
-                return weights  # a newer one is announced
+                return weights  # a newer version has been announced
             except WeightsError as error:
-                self.news.put(f"version {weights.version} is not loaded: {error}")
+                self.events.put(f"version {weights.version} is not loaded: {error}")
                 return weights
             except (EngineError, SessionError) as error:
-                faults.append(f"by {transport.name}: {error}")
+                errors.append(f"by {transport.name}: {error}")
                 continue
             if self._wanted is not weights:
                 return weights
             touched = True
             try:
-                figures = await update(
+                timings = await update(
                     server, prepared, transport, in_flight=self._settings.in_flight, phase_s=self._settings.phase_s
                 )
             except (ServerRefused, SessionError, WeightsError, DeadlineExceeded) as error:
-                if server.fault is not None:  # it has not ended, or not answered, a stream: no transport mends that
+                if server.fault is not None:  # the server itself is faulty: another transport cannot help
                     raise server.fault from None
-                faults.append(f"by {transport.name}: {error}")
-                self.news.put(f"version {weights.version} by {transport.name}: {error}; the server is out of service")
+                errors.append(f"by {transport.name}: {error}")
+                self.events.put(f"version {weights.version} by {transport.name}: {error}; the server is out of service")
                 continue
             if self._session != session:
                 server.version, server.open = None, False
-            self.updates.append(figures)
+            self.updates.append(timings)
             if all(server.version == weights.version for server in self._servers()):
                 self._prepared.clear()
             return weights
         if self._wanted is not weights:
             return weights
-        if not touched:  # the server is as good as it was
-            self.news.put(f"version {weights.version} is not loaded: {'; '.join(faults)}")
+        if not touched:  # the server keeps its weights and stays in service
+            self.events.put(f"version {weights.version} is not loaded: {'; '.join(errors)}")
             return weights
-        raise EngineError(f"{server.api.url}: version {weights.version} cannot be loaded: {'; '.join(faults)}")
+        raise EngineError(f"{server.api.url}: version {weights.version} cannot be loaded: {'; '.join(errors)}")
 
-    async def _ready_to_send(self, weights: Weights, transport: Transport) -> Prepared:
-        """Prepared once for all servers."""
+    async def _prepare(self, weights: Weights, transport: Transport) -> Prepared:
+        """What `transport` sends for this version; prepared once for all servers."""
         key = (weights.version, transport.name)
         if key not in self._prepared:
             self._prepared[key] = asyncio.create_task(asyncio.to_thread(transport.prepare, weights))
@@ -250,21 +282,24 @@ class Fleet:
                 del self._prepared[key]
             raise
 
-    def _report(self, place: ServerSlot, error: SgpoError) -> None:
-        place.failures += 1
-        if not self.ready.done():  # the first start: the user is waiting, and can mend it
+    def _report(self, server_slot: ServerSlot, error: SgpoError) -> None:
+        server_slot.failures += 1
+        """Count a failure of the server in this slot, and report it."""
+        if not self.ready.done():  # the first start: fail, so that the user can correct the cause
             self.ready.set_exception(error)
         else:
-            self.news.put(str(error))
-        if min(place.failures for place in self._places) >= HOPELESS:
-            self.results.put(EngineError(f"no SGLang server can be kept in service; the last fault: {error}"))
+            self.events.put(str(error))
+        if min(server_slot.failures for server_slot in self._server_slots) >= MAX_FAILED_STARTS:
+            self.results.put(
+                EngineError(f"every SGLang server failed {MAX_FAILED_STARTS} times in a row; the last error: {error}")
+            )
 
-    async def _clear(self, place: ServerSlot) -> None:
-        """Whatever stands there ends; its streams wait again."""
-        server, place.server = place.server, None
+    async def _stop_server(self, server_slot: ServerSlot) -> None:
+        """Stop the server in this slot; its requests wait for another server."""
+        server, server_slot.server = server_slot.server, None
         if server is not None:
-            await server.cut()
-            self._requests.dispatch()  # a suspect's turn may have come, and nobody else ends where nobody runs
-        if place.process is not None:
-            process, place.process = place.process, None
+            await server.cancel_streams()
+            self._requests.dispatch()  # a suspect may be next, and no other event may trigger a dispatch
+        if server_slot.process is not None:
+            process, server_slot.process = server_slot.process, None
             await asyncio.to_thread(process.stop)

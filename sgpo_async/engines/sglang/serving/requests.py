@@ -1,12 +1,11 @@
-"""The requests of one actor: who waits, who goes to which server, and what becomes of an attempt.
+"""The requests of one actor: the queue, the assignment to servers, and the outcome of each attempt.
 
     submit ─▶ waiting ─dispatch─▶ server ─┬─ finished ─▶ results
                  ▲                         ├─ partial ──┐      (aborted for an update, or the server died)
                  └─────────────────────────┼────────────┘
-                                           └─ condemned ─▶ Failed: it kills servers (see `quarantine`)
+                                           └─ blamed ─▶ Failed: it kills servers (see `quarantine`)
 
-Requests go to the open servers that hold the newest version that any open server holds. Everything here belongs to one
-asyncio loop.
+Requests go only to open servers with the newest version among the open servers. All calls come from one asyncio loop.
 """
 
 from __future__ import annotations
@@ -20,36 +19,42 @@ from collections.abc import Callable, Collection, Coroutine, Hashable, Iterable
 from sgpo_async.engines.base import Failed, Generate, Generated, Result, Score, Scored
 from sgpo_async.engines.sglang.processes.api import ServerGone, ServerRefused, ServerUnreached
 from sgpo_async.engines.sglang.serving.partial import Partial
-from sgpo_async.engines.sglang.serving.quarantine import COMPANY, Quarantine, Seats, seat, seat_for_suspect
+from sgpo_async.engines.sglang.serving.quarantine import (
+    ISOLATE_AFTER,
+    Quarantine,
+    ServerLoad,
+    server_for_request,
+    server_for_suspect,
+)
 from sgpo_async.engines.sglang.serving.server import Running, Server
 from sgpo_async.errors import EngineError, SgpoError
 
-REFUSALS = 5  # in a row of one request
-REFUSED_S = 0.5  # before a refused request is sent again
+MAX_REFUSALS = 5  # of one request in a row
+REFUSAL_PAUSE_S = 0.5  # before a refused request is sent again
 
 Item = Partial | Score
 
 
 class Requests:
-    """All requests that are not finished. `servers` gives those that stand at the moment."""
+    """All unfinished requests. `servers` returns the servers that are running at the moment."""
 
     def __init__(self, servers: Callable[[], list[Server]], ends: Collection[int]) -> None:
-        """`ends` are the token ids that end a continuation."""
+        """`ends` are the token ids that end a completion."""
         self.results: queue.SimpleQueue[Result | SgpoError] = queue.SimpleQueue()
-        self.news: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # by a fault of this program
+        self.events: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # set by a bug here
         self.tokens = 0
         self._servers, self._ends = servers, ends
         self._items: dict[Hashable, Item] = {}
         self._waiting: deque[Item] = deque()
-        self._suspects: deque[Item] = deque()  # those that wait
+        self._suspects: deque[Item] = deque()  # suspects that wait for an empty server
         self._quarantine = Quarantine()
         self._refusals: dict[Hashable, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
     def waiting(self) -> int:
-        """Requests that no server has."""
+        """The number of requests that are on no server."""
         return len(self._waiting) + len(self._suspects)
 
     def submit(self, request: Generate | Score) -> None:
@@ -60,65 +65,67 @@ class Requests:
         self.dispatch()
 
     def cancel(self, ids: Iterable[Hashable]) -> None:
-        """Forget these requests; what running ones still bring is dropped."""
-        gone = set(ids)
-        for id in gone:
+        """Cancel these requests; results of running ones are dropped."""
+        cancelled = set(ids)
+        for id in cancelled:
             self._forget(id)
-        self._waiting = deque(item for item in self._waiting if _id(item) not in gone)
-        self._suspects = deque(item for item in self._suspects if _id(item) not in gone)
+        self._waiting = deque(item for item in self._waiting if _id(item) not in cancelled)
+        self._suspects = deque(item for item in self._suspects if _id(item) not in cancelled)
         for server in self._servers():
             for rid, running in server.running.items():
-                if _id(running.item) in gone and not server.lost:
+                if _id(running.item) in cancelled and not server.death_recorded:
                     self._background(server.abort(rid))
 
     def cancel_all(self) -> None:
-        """Forget every request."""
+        """Cancel every request."""
         self.cancel(list(self._items))
 
     def dispatch(self) -> None:
-        """Give waiting requests to the servers with most room that hold the newest version, suspects to empty ones."""
+        """Assign waiting requests to the servers with the newest version and the most room, suspects to empty ones."""
         servers = self._servers()
         newest = max((s.version for s in servers if s.open and s.version is not None), default=None)
         if newest is None:
             return
-        while self._suspects and (place := seat_for_suspect(self._seats(servers, newest))) is not None:
-            self._begin(servers[place], self._suspects.popleft(), newest)
+        while self._suspects and (index := server_for_suspect(self._loads(servers, newest))) is not None:
+            self._begin(servers[index], self._suspects.popleft(), newest)
         while self._waiting:
-            place = seat(self._seats(servers, newest), suspect_waits=bool(self._suspects))
-            if place is None:
+            index = server_for_request(self._loads(servers, newest), suspect_waits=bool(self._suspects))
+            if index is None:
                 return
-            self._begin(servers[place], self._waiting.popleft(), newest)
+            self._begin(servers[index], self._waiting.popleft(), newest)
 
-    def lost(self, server: Server) -> None:
-        """The server is dead, or gives no answer: whoever was on it at its first sign of that may be the reason.
+    def server_died(self, server: Server) -> None:
+        """Record the death of a server that is dead or does not answer, for every request that may have caused it.
 
-        Also those that a failed update has cut off, who wait again or run elsewhere by now; not those that never got
-        a connection.
+        These are the requests that ran on it at the first sign of its death, including requests that a failed update
+        interrupted (they wait or run elsewhere by now), but not requests that never got a connection.
         """
-        if server.lost:
+        if server.death_recorded:
             return
-        server.lost, server.open = True, False
-        aboard = [running.item for running in (server.aboard | server.running).values() if running.reached]
-        known = [item for item in aboard if self._items.get(_id(item)) is item]
-        condemned = self._quarantine.died([_id(item) for item in known], others=len(aboard) - len(known))
-        if new := sum(self._quarantine.deaths(_id(item)) == COMPANY for item in known):
-            told = f"{new} of its requests have seen {COMPANY} servers die, and run alone from now on"
-            self.news.put(f"server {server.api.url}: {told}")
+        server.death_recorded, server.open = True, False
+        in_flight = [running.item for running in (server.interrupted | server.running).values() if running.connected]
+        known = [item for item in in_flight if self._items.get(_id(item)) is item]
+        blamed = self._quarantine.record_death([_id(item) for item in known], others=len(in_flight) - len(known))
+        if new := sum(self._quarantine.deaths(_id(item)) == ISOLATE_AFTER for item in known):
+            isolated = (
+                f"{new} of its requests were running on {ISOLATE_AFTER} servers that died; they run alone from now on"
+            )
+            self.events.put(f"server {server.api.url}: {isolated}")
         for item in known:
-            if _id(item) == condemned and not self._complete(item):
+            if _id(item) == blamed and not self._complete(item):
                 self._fail(item)
-        self._set_apart()
+        self._separate_suspects()
 
-    def _set_apart(self) -> None:
-        """Who has become a suspect while it waited."""
-        apart = [item for item in self._waiting if self._quarantine.is_suspect(_id(item))]
-        if apart:
+    def _separate_suspects(self) -> None:
+        """Move requests that became suspects while they waited into the queue of suspects."""
+        suspects = [item for item in self._waiting if self._quarantine.is_suspect(_id(item))]
+        if suspects:
             self._waiting = deque(item for item in self._waiting if not self._quarantine.is_suspect(_id(item)))
-            self._suspects.extendleft(reversed(apart))
+            self._suspects.extendleft(reversed(suspects))
 
-    def _seats(self, servers: list[Server], version: int) -> list[Seats]:
+    def _loads(self, servers: list[Server], version: int) -> list[ServerLoad]:
         return [
-            Seats(
+            ServerLoad(
                 running=len(server.running),
                 room=server.room if server.version == version else 0,
                 suspect=any(self._quarantine.is_suspect(_id(running.item)) for running in server.running.values()),
@@ -127,18 +134,18 @@ class Requests:
         ]
 
     def _begin(self, server: Server, item: Item, version: int) -> None:
-        """With the server's version of now: a session may end before the task begins."""
+        """Start an attempt. `version` is the server's current one: a session may end before the task runs."""
         rid = server.next_rid()
         task = asyncio.create_task(self._attempt(server, item, rid, version))
         server.running[rid] = Running(task, item)
         task.add_done_callback(functools.partial(self._ended, server, item, rid))
 
     async def _attempt(self, server: Server, item: Item, rid: str, version: int) -> Generated | Scored | None:
-        """One attempt at one request: its result, or None if somebody must go on with it."""
+        """Run one attempt of one request; returns its result, or None if the request needs another attempt."""
         if isinstance(item, Score):
             return await server.score(item, rid, version)
         before = len(item.tokens)
-        if not self._complete(item):  # or its server died between the last token and its last word
+        if not self._complete(item):  # it is complete if its server died after the last token
             try:
                 await server.extend(item, rid, version)
             finally:
@@ -148,18 +155,21 @@ class Requests:
         return item.result(self._ends) if self._complete(item) else None
 
     def _ended(self, server: Server, item: Item, rid: str, task: asyncio.Task[Generated | Scored | None]) -> None:
-        """Take the result; what has none waits again, first in the queue. Also for a task cut off before it began."""
+        """Handle the end of an attempt, also of a task that was cancelled before it ran.
+
+        Keeps the result; a request without a result returns to the head of the queue.
+        """
         result: Result | None = None
         error = None if task.cancelled() else task.exception()
         if isinstance(error, ServerGone):
-            server.running[rid].reached = not isinstance(error, ServerUnreached)
+            server.running[rid].connected = not isinstance(error, ServerUnreached)
             server.open, server.fault = False, server.fault or error
-            self.lost(server)
+            self.server_died(server)
         elif task.cancelled():
-            if server.fault is not None:  # an update has met it first, and cuts everybody off
-                self.lost(server)
+            if server.fault is not None:  # an update found the fault first and cancelled all streams
+                self.server_died(server)
         elif isinstance(error, ServerRefused):
-            self._refused(item, error)
+            self._count_refusal(item, error)
         elif error is not None and not self.failed.done():
             self.failed.set_exception(error)
         elif error is None:
@@ -167,35 +177,36 @@ class Requests:
         del server.running[rid]
         if self._items.get(_id(item)) is item:  # not cancelled by the actor
             if isinstance(error, ServerRefused):
-                self._background(self._later(item))
+                self._background(self._requeue_later(item))
             elif result is None:
-                self._wait_again(item)
+                self._requeue(item)
             else:
                 self.results.put(result)
                 self._forget(_id(item))
         self.dispatch()
 
-    def _wait_again(self, item: Item) -> None:
+    def _requeue(self, item: Item) -> None:
         queue = self._suspects if self._quarantine.is_suspect(_id(item)) else self._waiting
         queue.appendleft(item)
 
-    async def _later(self, item: Item) -> None:
-        await asyncio.sleep(REFUSED_S)
+    async def _requeue_later(self, item: Item) -> None:
+        await asyncio.sleep(REFUSAL_PAUSE_S)
         if self._items.get(_id(item)) is item:
-            self._wait_again(item)
+            self._requeue(item)
             self.dispatch()
 
-    def _refused(self, item: Item, error: ServerRefused) -> None:
-        """Requests are valid when they come, so a refusal is tried again; but not for ever."""
+    def _count_refusal(self, item: Item, error: ServerRefused) -> None:
+        """Requests are validated before they get here, so a refused one is retried up to MAX_REFUSALS times."""
         count = self._refusals[_id(item)] = self._refusals.get(_id(item), 0) + 1
-        if count >= REFUSALS:
-            self.results.put(EngineError(f"request {_id(item)}: refused {count} times; the last time: {error}"))
+        if count >= MAX_REFUSALS:
+            self.results.put(EngineError(f"request {_id(item)}: servers refused it {count} times; last error: {error}"))
 
     def _fail(self, item: Item) -> None:
+        """End a request that is blamed for the deaths of servers."""
         deaths = self._quarantine.deaths(_id(item))
         reason = f"{deaths} servers died while it ran on them, the last one with nothing else on it"
         self.results.put(Failed(id=_id(item), error=EngineError(f"request {_id(item)}: {reason}")))
-        self.cancel([_id(item)])  # it may wait again, or run elsewhere
+        self.cancel([_id(item)])  # it may be waiting, or running on another server
 
     def _forget(self, id: Hashable) -> None:
         self._items.pop(id, None)

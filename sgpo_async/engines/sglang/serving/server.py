@@ -1,10 +1,10 @@
-"""One server in service: its gate, its streams, the version it holds.
+"""One running server: whether it takes requests, its streams, and its weight version.
 
     open      requests are sent to it
-    shut      while its weights change, and while nobody can say which weights it has
+    shut      while its weights change, and while its weights are unknown
 
-A stream ends in a finished continuation, or in a partial one that somebody else goes on with: it was aborted, the
-server died, or was given up. Streams and gate belong to one asyncio loop.
+A stream ends with a finished completion, or with a partial one that another attempt continues (after an abort, or when
+the server died or is restarted). All calls come from one asyncio loop.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sgpo_async.engines.sglang.processes.api import Json, ServerApi, ServerGone,
 from sgpo_async.engines.sglang.serving.partial import Partial
 from sgpo_async.errors import DeadlineExceeded, SgpoError
 
-ABORT_AGAIN_S = 0.05  # an abort does not reach requests that are still on their way to the scheduler
+ABORT_INTERVAL_S = 0.05  # aborts are repeated: one misses requests that have not reached the scheduler yet
 
 
 @dataclass
@@ -32,45 +32,47 @@ class Running:
 
     task: asyncio.Task[Generated | Scored | None]
     item: Partial | Score
-    reached: bool = False  # the server has been connected to for it: before that it can do no harm
+    connected: bool = False  # before there is a connection, the request cannot harm the server
 
 
 class Server:
-    """The engine's view of one living server.
+    """The engine's state of one running server.
 
-    `ends` are the token ids that end a continuation; `silence_s` is how long a stream may say nothing.
+    `ends` are the token ids that end a completion; a stream fails after `idle_timeout_s` without a message.
     """
 
-    def __init__(self, api: ServerApi, *, slots: int, ends: Collection[int], silence_s: float) -> None:
+    def __init__(self, api: ServerApi, *, slots: int, ends: Collection[int], idle_timeout_s: float) -> None:
         self.api, self.slots = api, slots
-        self.version: int | None = None  # whole and verified; while the gate is shut, the one before
+        self.version: int | None = None  # complete and verified; during an update, the previous version
         self.open = False
-        self.fault: SgpoError | None = None  # why it must be given up
-        self.lost = False  # it died, or gave no answer, and those who ran on it have been noted
-        self.running: dict[str, Running] = {}  # by rid: ids of requests may come again in another session
-        self.aboard: dict[str, Running] = {}  # who was cut off and had not ended, until the server is in service again
-        self.changes = 0  # how often weights began to change
-        self._ends, self._silence_s = ends, silence_s
+        self.fault: SgpoError | None = None  # why the server must be restarted
+        self.death_recorded = False  # its death has been recorded for the requests that ran on it
+        self.running: dict[str, Running] = {}  # by rid, because another session may use the same request ids
+        self.interrupted: dict[str, Running] = {}  # cancelled before their end; cleared by a successful update
+        self.changes = 0  # number of weight updates that began
+        self._ends, self._silence_s = ends, idle_timeout_s
         self._sent = 0
 
     @property
     def room(self) -> int:
-        """How many more requests it takes now."""
+        """How many more requests it can take now."""
         return self.slots - len(self.running) if self.open else 0
 
     async def extend(self, partial: Partial, rid: str, version: int) -> None:
-        """Stream tokens of `version`, which the server holds, into `partial` until it is finished or the stream ends.
+        """Stream tokens into `partial` until it is finished or the stream ends; the server has `version`.
 
-        Raises ServerGone when the server does not answer, ServerRefused when it does not take the request or names
-        versions that we did not load. What `partial` holds then is still right.
+        Raises ServerGone if the server does not answer, ServerRefused if it refuses the request or reports versions
+        that were not loaded. The contents of `partial` are correct also after an error.
         """
         changes, start = self.changes, len(partial.tokens)
         spans: list[Json] = []
         try:
-            reached = functools.partial(self._reached, rid)
-            async for message in self.api.stream(self._body(partial, rid), silence_s=self._silence_s, reached=reached):
+            on_connected = functools.partial(self._mark_connected, rid)
+            async for message in self.api.stream(
+                self._body(partial, rid), idle_timeout_s=self._silence_s, on_connected=on_connected
+            ):
                 meta = message["meta_info"]
-                # The word of an abort may hold everything once more: only what is new counts.
+                # The last message after an abort may repeat all tokens: only the new ones count.
                 new = meta["completion_tokens"] - (len(partial.tokens) - start)
                 pairs = meta["output_token_logprobs"]
                 partial.extend(pairs[max(len(pairs) - new, 0) :], _likeliest(self.api.url, meta, partial, new))
@@ -79,16 +81,16 @@ class Server:
                     spans = meta["weight_versions"]
         finally:
             if not spans:
-                # Died, or cut off: the tokens are of the version we began with, unless weights have changed since.
+                # The server died or the stream was cancelled. The tokens are of `version` unless an update began.
                 if changes == self.changes:
                     partial.close_span(version, len(partial.tokens))
-                partial.forget_open()
+                partial.drop_unversioned()
         self._take_spans(partial, start, spans)
 
     async def score(self, request: Score, rid: str, version: int) -> Scored | None:
-        """Log-probabilities of given tokens by one prefill; None if it was aborted.
+        """Log-probabilities of given tokens, computed by one prefill; None if it was aborted.
 
-        SGLang gives them at temperature 1, whatever it is asked for. Raises ServerGone, ServerRefused.
+        SGLang computes them at temperature 1 and ignores the requested one. Raises ServerGone, ServerRefused.
         """
         assert request.temperature == 1.0
         changes = self.changes
@@ -99,8 +101,8 @@ class Server:
             "return_logprob": True,
             "logprob_start_len": request.prompt.size - 1,
         }
-        reached = functools.partial(self._reached, rid)
-        answer = await self.api.post("/generate", body, timeout_s=self._silence_s, reached=reached)
+        on_connected = functools.partial(self._mark_connected, rid)
+        answer = await self.api.post("/generate", body, timeout_s=self._silence_s, on_connected=on_connected)
         meta = answer["meta_info"]
         _check_finish(self.api.url, meta["finish_reason"])
         if meta["finish_reason"]["type"] == "abort" or changes != self.changes:
@@ -108,15 +110,15 @@ class Server:
         pairs = meta["input_token_logprobs"][1:]  # the first is the last token of the prompt, without a value
         if len(pairs) != request.tokens.size:
             raise ServerRefused(
-                f"{self.api.url}/generate: {len(pairs)} log-probabilities of {request.tokens.size} tokens"
+                f"{self.api.url}/generate: got {len(pairs)} log-probabilities for {request.tokens.size} tokens"
             )
         return Scored(id=request.id, logprobs=np.array([pair[0] for pair in pairs], np.float32), version=version)
 
     async def shut(self, *, deadline_s: float) -> None:
-        """Take no more requests and end the streams; partial outputs are kept.
+        """Stop taking requests and abort the streams; partial completions are kept.
 
-        Raises DeadlineExceeded if a stream does not end; it is then cut off. A server that does not end its streams is
-        given up, and whoever is cut off may be the reason.
+        Raises DeadlineExceeded if a stream does not end in time. It is then cancelled and kept in `interrupted`,
+        because its request may be the cause, and `fault` is set.
         """
         self.open = False
         until = asyncio.get_running_loop().time() + deadline_s
@@ -124,24 +126,24 @@ class Server:
             while self.running:
                 await self.api.post("/abort_request", {"abort_all": True}, timeout_s=deadline_s)
                 if tasks := self._tasks():
-                    await asyncio.wait(tasks, timeout=ABORT_AGAIN_S)
+                    await asyncio.wait(tasks, timeout=ABORT_INTERVAL_S)
                 if self.running and asyncio.get_running_loop().time() > until:
                     raise DeadlineExceeded(f"server {self.api.url}", "end of its streams after an abort", deadline_s)
         except SgpoError as error:
-            self.fault = self.fault or error  # before anybody is cut off, and goes to another server
+            self.fault = self.fault or error  # set this before cancelled requests move to another server
             raise
         finally:
-            await self.cut()
+            await self.cancel_streams()
 
     async def abort(self, rid: str) -> None:
-        """End one stream: a mere disconnection would leave the request running for seconds."""
-        with contextlib.suppress(ServerRefused, ServerGone):  # a server that is gone has no stream either
+        """Abort one stream: after a mere disconnection the server would run the request for seconds."""
+        with contextlib.suppress(ServerRefused, ServerGone):  # a server that is gone has no streams
             await self.api.post("/abort_request", {"rid": rid}, timeout_s=self._silence_s)
 
-    async def cut(self) -> None:
-        """Take no more requests and leave the streams where they are, without asking the server. `aboard` has them."""
+    async def cancel_streams(self) -> None:
+        """Stop taking requests and cancel the streams without a request to the server; adds them to `interrupted`."""
         self.open = False
-        self.aboard |= {rid: running for rid, running in self.running.items() if not running.task.done()}
+        self.interrupted |= {rid: running for rid, running in self.running.items() if not running.task.done()}
         tasks = self._tasks()
         for task in tasks:
             task.cancel()
@@ -149,20 +151,20 @@ class Server:
             await asyncio.wait(tasks, timeout=1.0)
 
     def close_spans(self, version: int) -> None:
-        """Whatever has arrived by now is of `version`."""
+        """Record that `version` generated all tokens that have arrived."""
         for running in self.running.values():
             if isinstance(running.item, Partial):
                 running.item.close_span(version, len(running.item.tokens))
 
-    def _reached(self, rid: str) -> None:
+    def _mark_connected(self, rid: str) -> None:
         if (running := self.running.get(rid)) is not None:
-            running.reached = True
+            running.connected = True
 
     def _tasks(self) -> list[asyncio.Task[Generated | Scored | None]]:
         return [running.task for running in self.running.values()]
 
     def _body(self, partial: Partial, rid: str) -> dict[str, Any]:
-        """All that shapes the distribution is said: a server may have defaults of its own."""
+        """The body of a request. It sets every sampling parameter, because a server may have other defaults."""
         sampling = {
             "temperature": partial.request.temperature,
             "max_new_tokens": partial.remaining,
@@ -177,32 +179,35 @@ class Server:
         return {"rid": rid, "input_ids": ids, "sampling_params": sampling, "stream": True} | asked
 
     def next_rid(self) -> str:
-        """Of fixed length: SGLang aborts every request whose rid begins with the one it is given."""
+        """A new request id of fixed length: SGLang aborts every request whose rid starts with the given one."""
         self._sent += 1
         return f"sgpo-{self._sent:012d}"
 
     def _take_spans(self, partial: Partial, start: int, spans: list[Json]) -> None:
-        """Give the tokens since `start` their versions. Raises ServerRefused if the spans do not fit what we loaded."""
+        """Set the versions of the tokens since `start`. Raises ServerRefused if the reported spans do not fit them."""
         fits = [span["end"] for span in spans][-1:] == [len(partial.tokens) - start]
         if not fits or not all(span["version"].isdecimal() for span in spans):
-            partial.forget_open()
-            raise ServerRefused(f"{self.api.url}: weight versions {spans} of {len(partial.tokens) - start} tokens")
+            count = len(partial.tokens) - start
+            partial.drop_unversioned()
+            raise ServerRefused(f"{self.api.url}: weight versions {spans} do not fit {count} tokens")
         for span in spans:
             partial.close_span(int(span["version"]), start + span["end"])
 
 
 def _likeliest(url: str, meta: Json, partial: Partial, new: int) -> list[list[Any]]:
-    """The k likeliest pairs at each of the newest places. Raises ServerRefused if they are not there."""
+    """SGLang's k likeliest tokens at each of the `new` newest positions. Raises ServerRefused if they are missing."""
     k = partial.request.top_logprobs_num
     if not k:
         return []
-    places = (meta.get("output_top_logprobs") or [])[-new:] if new else []
-    if len(places) != new or any(not pairs or len(pairs) != k for pairs in places):
-        raise ServerRefused(f"{url}/generate: {k} likeliest tokens asked for at {new} places, got {len(places)}")
-    return places
+    positions = (meta.get("output_top_logprobs") or [])[-new:] if new else []
+    if len(positions) != new or any(not pairs or len(pairs) != k for pairs in positions):
+        raise ServerRefused(
+            f"{url}/generate: asked for the {k} likeliest tokens at {new} positions, got {len(positions)} positions"
+        )
+    return positions
 
 
 def _check_finish(url: str, finish: Json) -> None:
-    """An abort of ours is an end like others; one with a status code is an error."""
+    """Raise ServerRefused for an abort with a status code. An abort without one is ours and a normal end."""
     if finish["type"] == "abort" and finish.get("status_code"):
         raise ServerRefused(f"{url}/generate: {finish.get('message')} (status {finish['status_code']})")

@@ -1,4 +1,4 @@
-"""The place of one server: what is launched there or attached to, and how it can be seen to have ended."""
+"""A server slot: where one server is launched or attached, and how its end is detected."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from sgpo_async.engines.sglang.processes.process import ServerProcess
 from sgpo_async.engines.sglang.serving.server import Server
 from sgpo_async.errors import EngineError, SgpoError
 
-LAST_WORDS_S = 1.0  # for a dying server to be seen dead
+EXIT_GRACE_S = 1.0  # a server that stops answering gets this long to exit, so that its log explains the error
 
 
 @dataclass
 class ServerSlot:
-    """The place of one server: what is launched, or attached to, and what stands there now."""
+    """Where one server runs: how to launch or attach it, and the server that is running now."""
 
-    launch: Launch | None  # None: attached by `url`
+    launch: Launch | None  # None: attach to the server at `url`
     url: str
     log: Path | None
     process: ServerProcess | None = None
@@ -27,40 +27,40 @@ class ServerSlot:
     failures: int = 0  # in a row
 
 
-def alive(place: ServerSlot) -> bool:
-    """Whether its process, if we launched it, has not ended."""
-    return place.process is None or place.process.alive
+def alive(server_slot: ServerSlot) -> bool:
+    """Whether its process is running; true for an attached server, whose process is unknown."""
+    return server_slot.process is None or server_slot.process.alive
 
 
-def require_alive(place: ServerSlot) -> None:
-    if place.process is not None and not place.process.alive:
-        raise EngineError(f"server {place.url} has ended; {place.process.last_words()}")
-    if place.process is not None and place.server is None and place.process.port_taken:
-        raise EngineError(f"server {place.url} found its port taken; {place.process.last_words()}")
+def require_alive(server_slot: ServerSlot) -> None:
+    if server_slot.process is not None and not server_slot.process.alive:
+        raise EngineError(f"server {server_slot.url} has ended; {server_slot.process.log_tail()}")
+    if server_slot.process is not None and server_slot.server is None and server_slot.process.port_taken:
+        raise EngineError(f"server {server_slot.url}: another process took its port; {server_slot.process.log_tail()}")
 
 
-async def until_it_answers(place: ServerSlot, api: ServerApi, *, deadline: float) -> None:
-    """Wait until the server there answers, to `deadline` (the loop's clock).
+async def wait_until_ready(server_slot: ServerSlot, api: ServerApi, *, deadline: float) -> None:
+    """Wait until the server answers, at most until `deadline` (a time of the loop's clock).
 
-    Raises EngineError with its last words if it ends before, ServerGone or ServerRefused if it takes too long.
+    Raises EngineError with the end of its log if the server ends first, ServerGone or ServerRefused at the deadline.
     """
-    asked: asyncio.Task[Json] = asyncio.create_task(wait_ready(api, deadline=deadline))
+    ready: asyncio.Task[Json] = asyncio.create_task(wait_ready(api, deadline=deadline))
     try:
-        while not asked.done():
-            await asyncio.wait([asked], timeout=0.2)
-            require_alive(place)
+        while not ready.done():
+            await asyncio.wait([ready], timeout=0.2)
+            require_alive(server_slot)
     finally:
-        asked.cancel()
-    await asked
+        ready.cancel()
+    await ready
 
 
-async def explained(place: ServerSlot, error: SgpoError) -> SgpoError:
-    """Of a server that gave no answer because it died, its last words say more."""
+async def with_log_tail(server_slot: ServerSlot, error: SgpoError) -> SgpoError:
+    """`error`; or, if the server did not answer because it died, an error with the end of its log."""
     if not isinstance(error, ServerGone):
         return error
-    await asyncio.sleep(LAST_WORDS_S)
+    await asyncio.sleep(EXIT_GRACE_S)
     try:
-        require_alive(place)
+        require_alive(server_slot)
     except EngineError as dead:
         return dead
     return error

@@ -1,6 +1,6 @@
-"""A server of texts, for as long as a caller's work lasts: launched as an actor launches its own, with its tokenizer.
+"""A server that takes and returns text, for the duration of a caller's work.
 
-What is asked of it goes to SGLang's OpenAI-compatible interface, below `url`.
+It is launched like an actor's server, but with a tokenizer. Requests go to SGLang's OpenAI-compatible API below `url`.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from sgpo_async.config.schema import Engine
 from sgpo_async.engines.sglang.processes.api import ServerApi, ServerGone, ServerRefused, http_session
 from sgpo_async.engines.sglang.processes.launch import CPU_TOKENS, Launch
 from sgpo_async.engines.sglang.processes.process import ServerProcess
-from sgpo_async.engines.sglang.serving.server_slot import LAST_WORDS_S, ServerSlot, until_it_answers
+from sgpo_async.engines.sglang.serving.server_slot import EXIT_GRACE_S, ServerSlot, wait_until_ready
 from sgpo_async.errors import EngineError, SgpoError
 from sgpo_async.model.load import device_of
 
-LOOK_S = 0.2  # between two looks at whether it lives
+CHECK_INTERVAL_S = 0.2  # between two checks that the server is alive
 
 
 class TextServer:
-    """A server that answers."""
+    """A running server that is ready for requests."""
 
     def __init__(self, process: ServerProcess) -> None:
         self._process = process
         self.url = f"{process.url}/v1"
 
     async def during(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do `work`. Raises what it raises, or EngineError with the server's last words as soon as that has ended."""
+        """Run `work`. Raises its errors, or EngineError with the end of the server's log as soon as the server ends."""
         task = asyncio.create_task(work)
         try:
-            while not (await asyncio.wait([task], timeout=LOOK_S))[0]:
+            while not (await asyncio.wait([task], timeout=CHECK_INTERVAL_S))[0]:
                 self._require_alive()
         finally:
             task.cancel()
@@ -41,21 +41,24 @@ class TextServer:
         try:
             task.result()
         except SgpoError:
-            await asyncio.sleep(LAST_WORDS_S)  # of a server that gave no answer because it died they say more
+            await asyncio.sleep(EXIT_GRACE_S)  # if the server died, the end of its log explains the error better
             self._require_alive()
             raise
 
     def _require_alive(self) -> None:
         if not self._process.alive:
-            raise EngineError(f"server {self._process.url} has ended; {self._process.last_words()}")
+            raise EngineError(f"server {self._process.url} has ended; {self._process.log_tail()}")
 
 
 @asynccontextmanager
-async def text_server(model: str, engine: Engine, *, dtype: str, known_as: str, log: Path) -> AsyncIterator[TextServer]:
-    """Launch one and wait until it answers; it ends with the context.
+async def text_server(
+    model: str, engine: Engine, *, dtype: str, served_name: str, log: Path
+) -> AsyncIterator[TextServer]:
+    """Launch a server and wait until it is ready; it is stopped at the end of the context.
 
-    `model` is a folder, or a hub's name; requests call it `known_as`. Of `engine` count the device, the slots, and of
-    `sglang` how a server is launched. Raises EngineError if it ends, with its last words, or takes too long.
+    `model` is a folder or a name on the Hugging Face hub; requests use the model name `served_name`. Of `engine`, the
+    device, the slots and the launch settings in `sglang` are used. Raises EngineError if the server ends (with the
+    end of its log) or takes too long to start.
     """
     launch = Launch(
         settings=engine.sglang,
@@ -64,16 +67,16 @@ async def text_server(model: str, engine: Engine, *, dtype: str, known_as: str, 
         device=device_of(engine.device),
         slots=engine.slots,
         longest=CPU_TOKENS // engine.slots,
-        known_as=known_as,
+        served_name=served_name,
     )
     process = await asyncio.to_thread(ServerProcess, launch, log)
-    place = ServerSlot(launch, process.url, log, process)
+    server_slot = ServerSlot(launch, process.url, log, process)
     start_s = engine.sglang.start_timeout_s
     try:
         async with http_session() as http:
             deadline = asyncio.get_running_loop().time() + start_s
             try:
-                await until_it_answers(place, ServerApi(http, place.url), deadline=deadline)
+                await wait_until_ready(server_slot, ServerApi(http, server_slot.url), deadline=deadline)
             except (ServerGone, ServerRefused) as error:
                 remedy = f"see {log}, or raise engine.sglang.start_timeout_s"
                 raise EngineError(f"server not ready within {start_s:g} s ({error}); {remedy}") from None

@@ -1,10 +1,10 @@
-"""One weight update of one server: shut or pause, send, verify, open. Half-new weights are never in service.
+"""One weight update of one server: shut or pause, send, verify, open. The server never serves incomplete weights.
 
-    abort-resume   shut: streams end, and go on elsewhere or here afterwards from the tokens they have
-    retract        the server keeps the streams, and computes their keys and values anew
-    in-place       the server keeps the streams with their old keys and values (so nothing may be flushed)
+    abort-resume   aborts the streams; they continue from the tokens they have, on this server or on another
+    retract        the server keeps the streams and recomputes their keys and values under the new weights
+    in-place       the server keeps the streams with their old keys and values, so its cache must not be flushed
 
-`shut` and not SGLang's own pause mode "abort", which aborts in the same way and then sleeps for a second.
+abort-resume uses `Server.shut` and not SGLang's pause mode "abort", which also aborts but then sleeps for a second.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ PAUSE_MODES = {"retract": "retract", "in-place": "in_place"}
 
 
 @dataclass(frozen=True)
-class Updated:
-    """What one update took, in seconds."""
+class UpdateTimings:
+    """The duration of one update's phases, in seconds."""
 
     url: str
     version: int
     transport: str
-    shut_s: float  # until no stream ran, or the server was paused
+    shut_s: float  # until all streams had ended, or the server was paused
     send_s: float
     verify_s: float
 
     @property
     def pause_s(self) -> float:
-        """How long the server served nobody."""
+        """How long the server generated no tokens."""
         return self.shut_s + self.send_s + self.verify_s
 
 
 async def update(
     server: Server, prepared: Prepared, transport: Transport, *, in_flight: InFlight, phase_s: float
-) -> Updated:
-    """Bring `server` to a version, and leave it open, unless a stream has met a fault meanwhile.
+) -> UpdateTimings:
+    """Load a version into `server`, and open it unless a stream found a fault meanwhile.
 
-    Raises ServerRefused, ServerGone, SessionError, WeightsError or DeadlineExceeded; the server then stays shut and
-    holds no version. `server.fault` then says whether it must be given up, and `server.aboard` whose streams had not
-    ended. Nobody is aboard after a success: a server that takes weights and shows them is alive.
+    Raises ServerRefused, ServerGone, SessionError, WeightsError or DeadlineExceeded. The server then stays shut and
+    has no version; `server.fault` is set if it must be restarted, and `server.interrupted` contains the requests whose
+    streams had not ended. After a success `interrupted` is empty: a server that verifiably took weights is alive.
     """
     began = time.monotonic()
     before = server.version
@@ -73,30 +73,30 @@ async def update(
         server.version = None
         if isinstance(error, ServerGone):
             server.fault = server.fault or error
-        await server.cut()
+        await server.cancel_streams()
         if pauses:
             await _unpause(server.api, timeout_s=phase_s)
         raise
-    server.aboard.clear()
+    server.interrupted.clear()
     server.version = prepared.version
     server.open = server.fault is None
-    return Updated(server.api.url, prepared.version, transport.name, shut - began, sent - shut, verified - sent)
+    return UpdateTimings(server.api.url, prepared.version, transport.name, shut - began, sent - shut, verified - sent)
 
 
 async def verify(api: ServerApi, prepared: Prepared, *, timeout_s: float) -> None:
-    """Raise WeightsError unless the server holds exactly the tensors of `prepared`, under its version."""
+    """Raise WeightsError unless the server has exactly the tensors of `prepared` and reports its version."""
     answer = await api.post("/weights_checker", {"action": "checksum"}, timeout_s=timeout_s)
     try:
         compare(prepared.expected, answered_checksums(answer))
     except WeightsError as error:
         raise WeightsError(f"{api.url}: version {prepared.version}: {error}") from None
-    told = (await api.get("/model_info", timeout_s=timeout_s))["weight_version"]
-    if told != str(prepared.version):
-        raise WeightsError(f"{api.url}: says that it holds version {told}, sent was {prepared.version}")
+    reported = (await api.get("/model_info", timeout_s=timeout_s))["weight_version"]
+    if reported != str(prepared.version):
+        raise WeightsError(f"{api.url}: the server reports version {reported}, but {prepared.version} was sent")
 
 
 async def _unpause(api: ServerApi, *, timeout_s: float) -> None:
-    """After a failure: end what the server has kept, which nobody waits for any more, and let it run."""
+    """After a failure: abort the requests that the paused server kept, which have been requeued, and resume it."""
     with contextlib.suppress(ServerRefused, ServerGone):
         await api.post("/abort_request", {"abort_all": True}, timeout_s=timeout_s)
         await api.post("/continue_generation", {}, timeout_s=timeout_s)

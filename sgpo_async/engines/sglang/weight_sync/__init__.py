@@ -1,1 +1,1 @@
-"""How a version of the weights reaches SGLang servers, and how its arrival is proved."""
+"""How a weight version reaches SGLang servers, and how its arrival is verified."""

@@ -1,11 +1,11 @@
-"""What a server must answer to /weights_checker, from the tensors under their Hugging Face names.
+"""Computes the checksums that a server must answer to /weights_checker, from tensors with Hugging Face names.
 
-SGLang holds a model in a layout of its own: q, k and v in one parameter, gate and up in another, the vocabulary padded,
-each cut over the tensor parallel ranks. `expected_checksums` makes that layout by the rules of SGLang 0.5.23
-(sglang/srt/models/{qwen2,qwen3,llama,mistral}.py, layers/linear.py, layers/vocab_parallel_embedding.py,
+SGLang stores a model in its own layout: q, k and v in one parameter, gate and up in another, the vocabulary padded, and
+each parameter split over the tensor parallel ranks. `expected_checksums` builds this layout by the rules of SGLang
+0.5.23 (sglang/srt/models/{qwen2,qwen3,llama,mistral}.py, layers/linear.py, layers/vocab_parallel_embedding.py,
 configs/update_config.py) and hashes it as the server does. Equal checksums prove that every element arrived.
 
-Not covered, and so answered differently: quantised and pipeline parallel servers, --rl-on-policy-target (norms in
+Not supported, because their checksums differ: quantised and pipeline parallel servers, --rl-on-policy-target (norms in
 float32), and bfloat16 on a CPU with AMX, where SGLang repacks its matrices.
 """
 
@@ -25,14 +25,14 @@ Checksums = dict[str, str]  # SGLang's name of a parameter -> 16 hexadecimal dig
 
 HASHES = {"cpu": cpu_hash, "cuda": cuda_hash}
 VOCABULARY_MULTIPLE = 64
-CPU_MLP_MULTIPLE = 32  # on each rank; a GPU does not pad the MLP
+CPU_MLP_MULTIPLE = 32  # per rank; GPU servers do not pad the MLP
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """In what the decoders differ."""
+    """The differences between the supported architectures."""
 
-    qkv_bias: bool | None = None  # None: if the model has an attention_bias, and then o_proj has one as well
+    qkv_bias: bool | None = None  # None: as attention_bias of the config says, and then o_proj has a bias too
     qk_norm: bool = False
 
 
@@ -46,9 +46,9 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Cut:
-    """How the ranks share one tensor: padded with zeros from `size` to `padded` along `dim`, then cut in `pieces`.
+    """How one tensor is split over the ranks: padded with zeros from `size` to `padded` along `dim`, cut in `pieces`.
 
-    With fewer pieces than ranks, neighbours hold the same one. Without a `dim`, every rank holds the tensor.
+    With fewer pieces than ranks, neighbouring ranks share a piece. Without `dim`, every rank has the whole tensor.
     """
 
     source: str  # the Hugging Face name
@@ -58,12 +58,12 @@ class Cut:
     pieces: int = 1
 
     def of(self, tensor: torch.Tensor, *, rank: int, tp: int) -> torch.Tensor:
-        """What `rank` holds of `tensor`. Raises WeightsError unless its size along `dim` is the model's."""
+        """The piece of `tensor` on `rank`. Raises WeightsError unless its size along `dim` is the model's."""
         if self.dim is None:
             return tensor
         if tensor.shape[self.dim] != self.size:
             raise WeightsError(
-                f"parameter {self.source}: shape {tuple(tensor.shape)} arrived, but config.json says {self.size} "
+                f"parameter {self.source}: got shape {tuple(tensor.shape)}, but config.json says {self.size} "
                 f"along dimension {self.dim}"
             )
         length = self.padded // self.pieces
@@ -77,11 +77,11 @@ class Cut:
 def expected_checksums(
     tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], *, tp: int, dtype: torch.dtype, device: Device
 ) -> list[Checksums]:
-    """The checksum of every parameter of a server that holds `tensors`: one dict for each tensor parallel rank.
+    """The checksum of every parameter of a server with `tensors`: one dict per tensor parallel rank.
 
-    Each tensor is asked for once, so they may be read as they are needed. `config` is the model's config.json, `dtype`
-    the server's --dtype, `device` where it runs. Raises EngineError for a model that is not known here or that `tp`
-    ranks cannot share, WeightsError if the tensors are not those of the model.
+    Each tensor is looked up once, so a lazy mapping reads each tensor once. `config` is the model's config.json,
+    `dtype` the server's --dtype, `device` where it runs. Raises EngineError for a model that is not supported or that
+    cannot be split over `tp` ranks, WeightsError if the tensors are not those of the model.
     """
     layout = layout_of(config, tp=tp, device=device)
     known = {cut.source for cuts in layout.values() for cut in cuts}
@@ -89,8 +89,8 @@ def expected_checksums(
     missing, unknown = known - tensors.keys(), tensors.keys() - known - unread
     if missing or unknown:
         raise WeightsError(
-            f"tensors of another model: {_some(missing)} missing, {_some(unknown)} unknown to "
-            f"{_architecture(config)}; learner and engine need the same model.path"
+            f"the tensors are of another model: {_some(missing)} missing, {_some(unknown)} unknown to "
+            f"{_architecture(config)}; use the same model.path for learner and engine"
         )
     ranks: list[Checksums] = [{} for _ in range(tp)]
     for name, cuts in layout.items():
@@ -102,12 +102,12 @@ def expected_checksums(
 
 
 def layout_of(config: Mapping[str, Any], *, tp: int, device: Device) -> dict[str, list[Cut]]:
-    """SGLang's parameters by name; each is its cuts' pieces one after another along dimension 0."""
+    """SGLang's parameters by name. A parameter is the concatenation of its cuts' pieces along dimension 0."""
     family = FAMILIES.get(_architecture(config))
     if family is None:
         raise EngineError(
-            f"SGLang's layout of {_architecture(config)} is not known, so its weights cannot be verified; "
-            f"known: {', '.join(FAMILIES)}"
+            f"SGLang's layout of {_architecture(config)} is not supported, so its weights cannot be verified; "
+            f"supported: {', '.join(FAMILIES)}"
         )
     vocabulary = _padded(config["vocab_size"], VOCABULARY_MULTIPLE)
     if vocabulary % tp:
@@ -127,22 +127,23 @@ def layout_of(config: Mapping[str, Any], *, tp: int, device: Device) -> dict[str
 
 
 def compare(expected: Sequence[Checksums], answered: Sequence[Checksums]) -> None:
-    """Raise WeightsError unless the server `answered` what was `expected`, rank by rank."""
+    """Raise WeightsError unless the `answered` checksums are the `expected` ones on every rank."""
     if len(expected) != len(answered):
-        raise WeightsError(f"weights of SGLang: {len(answered)} ranks answered, there are {len(expected)}")
+        raise WeightsError(f"weights of SGLang: {len(answered)} ranks answered, expected {len(expected)}")
     for rank, (wanted, held) in enumerate(zip(expected, answered, strict=True)):
         different = {name for name in wanted.keys() & held.keys() if wanted[name] != held[name]}
         if wanted != held:
             raise WeightsError(
                 f"weights of SGLang, rank {rank}: of {len(wanted)} parameters, {_some(different)} differ from what was "
-                f"sent, {_some(wanted.keys() - held.keys())} missing; {_some(held.keys() - wanted.keys())} unexpected"
+                f"sent and {_some(wanted.keys() - held.keys())} are missing; "
+                f"{_some(held.keys() - wanted.keys())} are unexpected"
             )
 
 
 def answered_checksums(answer: Mapping[str, Any]) -> list[Checksums]:
-    """The checksums in what /weights_checker answers to {"action": "checksum"}, in the order of the ranks.
+    """The checksums in the answer of /weights_checker to {"action": "checksum"}, in the order of the ranks.
 
-    Raises EngineError if the answer holds none.
+    Raises EngineError if the answer contains none.
     """
     if not answer.get("success") or not answer.get("ranks"):
         raise EngineError(f"SGLang's /weights_checker gave no checksums: {answer.get('message', answer)}")
@@ -153,7 +154,7 @@ def _attention(prefix: str, config: Mapping[str, Any], family: Family, tp: int, 
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
     head_size = config.get("head_dim") or config["hidden_size"] // heads
-    # A GPU repeats key and value heads where there are fewer than ranks. A CPU would add heads of zeros.
+    # With fewer key and value heads than ranks, a GPU server repeats them. A CPU server would add heads of zeros.
     if heads % tp or (kv_heads % tp and (device == "cpu" or tp % kv_heads)):
         raise EngineError(
             f"engine.sglang.tp: {tp} ranks on a {device} cannot share {heads} attention heads with {kv_heads} key and "
@@ -197,7 +198,7 @@ def _padded(size: int, multiple: int) -> int:
 
 
 def _some(names: Iterable[str]) -> str:
-    """How many, and which the first three are."""
+    """The number of names, and the first three of them."""
     ordered = sorted(names)
     shown = ", ".join(ordered[:3]) + (", ..." if len(ordered) > 3 else "")
     return f"{len(ordered)} ({shown})" if ordered else "none"

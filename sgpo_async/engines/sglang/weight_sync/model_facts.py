@@ -1,4 +1,4 @@
-"""What the engine must know of a model without loading it: names and shapes, end tokens, limits, checksums."""
+"""Facts of a model that the engine needs without loading it: names and shapes, end tokens, limits, checksums."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from sgpo_async.model.load import end_tokens, longest
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Facts of the model in `folder`, and how servers hold it: `tp` ranks, `dtype`, `device`."""
+    """Facts of the model in `folder`, and how servers run it: `tp` ranks, `dtype`, `device`."""
 
     folder: str
     config: Mapping[str, Any]  # as in config.json
     skeleton: PreTrainedModel  # on the meta device: names, shapes and dtypes, without values
-    ends: frozenset[int]
-    longest: int  # tokens
-    vocabulary: int
+    ends: frozenset[int]  # token ids that end a completion
+    longest: int  # maximum number of tokens of a sequence
+    vocabulary: int  # number of token ids
     tp: int
     dtype: torch.dtype
     device: Device
@@ -38,20 +38,25 @@ class ModelFacts:
         parameters.check(self.skeleton, tensors)
 
     def read(self, weights: Weights) -> Mapping[str, torch.Tensor]:
-        """A whole copy that is the model's. Raises WeightsError if it is not, or damaged; Superseded if it is gone."""
+        """A complete, checked copy of the weights.
+
+        Raises WeightsError if it is damaged or of another model, Superseded if the version has been overwritten.
+        """
         tensors = weights.read()
         self.check(tensors)
         if (found := self.digest(tensors.items())) != weights.digest:
-            raise WeightsError(f"version {weights.version}: digest {found}, announced was {weights.digest}")
+            raise WeightsError(
+                f"version {weights.version}: the weights have digest {found}, but {weights.digest} was announced"
+            )
         return tensors
 
     def expected(self, tensors: Mapping[str, torch.Tensor]) -> list[Checksums]:
-        """What a server that holds `tensors` must say of them."""
+        """The checksums that a server with `tensors` must report."""
         return expected_checksums(tensors, self.config, tp=self.tp, dtype=self.dtype, device=self.device)
 
 
 def model_facts(folder: str, *, dtype: str, tp: int, device: Device, digest: parameters.Digest) -> ModelFacts:
-    """Read a model's configuration. Raises DataError, one line, if it is no causal language model's."""
+    """Read a model's configuration. Raises DataError (one line) if it is not that of a causal language model."""
     try:
         local = Path(folder).is_dir()
         config = AutoConfig.from_pretrained(folder, local_files_only=local)
@@ -59,11 +64,11 @@ def model_facts(folder: str, *, dtype: str, tp: int, device: Device, digest: par
             skeleton = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
         with contextlib.suppress(OSError):  # not every model has one
             skeleton.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=local)
-    except Exception as error:  # any of transformers' errors: all say that this model cannot be had
+    except Exception as error:  # transformers raises many types; each means that this model cannot be read
         reason = " ".join(str(error).split())[:300]
         raise DataError(
-            f"model.path: cannot read the model in {folder!r} ({type(error).__name__}: {reason}); what is "
-            "needed is a causal language model of transformers, the same on every inference node"
+            f"model.path: cannot read the model in {folder!r} ({type(error).__name__}: {reason}); set it to a "
+            "causal language model of transformers, the same on every inference node"
         ) from error
     text = skeleton.config.get_text_config()
     return ModelFacts(

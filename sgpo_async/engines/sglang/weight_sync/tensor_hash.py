@@ -1,14 +1,15 @@
-"""The two content hashes by which SGLang names a tensor, each computed here on the CPU.
+"""SGLang's two content hashes of a tensor, both computed on the CPU.
 
-A server hashes where its tensors lie (`tensor_hash` in sglang/srt/managers/mm_utils.py, 0.5.23): on a CPU by SHA-256,
-on a GPU by a Triton kernel (sglang/kernels/ops/memory/gpu_tensor_hash.py). `cuda_hash` is that kernel in NumPy.
+A server hashes its tensors on its own device (`tensor_hash` in sglang/srt/managers/mm_utils.py, 0.5.23): on a CPU with
+SHA-256, on a GPU with a Triton kernel (sglang/kernels/ops/memory/gpu_tensor_hash.py). `cuda_hash` is that kernel in
+NumPy.
 
 The kernel takes the bytes as 32-bit words v_i, in tiles of 8192. Two seeds s give two 32-bit halves of each tile:
 
     p_i = (i C + s) xor rotl(i, r)         the position i counts from the start of the tensor
     h   = fmix32((sum_i fmix32(v_i xor p_i)) xor nbytes)
 
-The tiles' 64-bit words are added up, and splitmix64 finishes the sum. All arithmetic wraps.
+The result is splitmix64 of the sum of the tiles' 64-bit words. All arithmetic wraps around.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import hashlib
 import numpy as np
 import torch
 
-_TILE = 8192  # words: 2^13, so that a tile's number and a position within it share no bit
-_BLOCK = 8  # tiles computed together: small enough for the cache, large enough for NumPy
+_TILE = 8192  # words: 2^13, so that the bits of a tile's number and of a position within it do not overlap
+_BLOCK = 8  # tiles computed together: small enough for the CPU cache, large enough for efficient NumPy calls
 _MIX = (np.uint32(0x85EBCA6B), np.uint32(0xC2B2AE35))
 _SEED = 0x243F6A88
 # (s, C, r) of the upper and of the lower half
@@ -28,12 +29,12 @@ _LOW32, _LOW64 = (1 << 32) - 1, (1 << 64) - 1
 
 
 def cpu_hash(tensor: torch.Tensor) -> str:
-    """What a CPU server answers for `tensor`: the first 8 bytes of its SHA-256, 16 hexadecimal digits."""
+    """The hash of `tensor` on a CPU server: the first 8 bytes of its SHA-256 as 16 hexadecimal digits."""
     return hashlib.sha256(_bytes(tensor).data).hexdigest()[:16]
 
 
 def cuda_hash(tensor: torch.Tensor) -> str:
-    """What a GPU server answers for `tensor`, which may lie anywhere: 16 hexadecimal digits."""
+    """The hash of `tensor` on a GPU server as 16 hexadecimal digits; `tensor` may be on any device."""
     content = _bytes(tensor)
     if content.size % 4:
         content = np.concatenate([content, np.zeros(-content.size % 4, np.uint8)])
@@ -53,7 +54,7 @@ def cuda_hash(tensor: torch.Tensor) -> str:
 
 
 class _Half:
-    """One 32-bit half of a tile's hash, with what depends on the position within a tile alone computed once."""
+    """One 32-bit half of a tile's hash. Terms that depend only on the position within a tile are computed once."""
 
     def __init__(self, seed: int, factor: int, rotation: int) -> None:
         within = np.arange(_TILE, dtype=np.uint32)
@@ -64,7 +65,7 @@ class _Half:
         self.shifted = np.empty((_BLOCK, _TILE), np.uint32)
 
     def of(self, tiles: np.ndarray, first: int, nbytes: int) -> np.ndarray:
-        """Hashes [tiles] of `tiles` [tiles, words], the first of which has the number `first`."""
+        """The hashes [tiles] of `tiles` [tiles, words]; `first` is the number of the first tile."""
         count, width = tiles.shape
         x, spare = self.mixed[:count, :width], self.shifted[:count, :width]
         bases = (np.arange(first, first + count, dtype=np.uint64)[:, None] * _TILE).astype(np.uint32)
@@ -80,7 +81,7 @@ class _Half:
 
 
 def _fmix32(x: np.ndarray, spare: np.ndarray) -> None:
-    """MurmurHash3's finaliser of 32-bit words, in place."""
+    """Apply MurmurHash3's finaliser to 32-bit words, in place."""
     for shift, factor in zip((16, 13), _MIX, strict=True):
         np.right_shift(x, shift, out=spare)
         x ^= spare
@@ -102,5 +103,5 @@ def _splitmix64(x: int) -> int:
 
 
 def _bytes(tensor: torch.Tensor) -> np.ndarray:
-    """The row-major bytes of a tensor of any dtype; a view where it can be one."""
+    """The row-major bytes of a tensor of any dtype; a view if the memory layout allows it."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

@@ -1,11 +1,11 @@
-"""How one version reaches one server. A transport prepares once for all servers, then sends to each.
+"""Transports: how one version reaches one server. A transport prepares once for all servers, then sends to each.
 
-    tensor         HTTP requests with the tensors themselves
-    distributed    broadcasts from the learner's end of a group (gloo or NCCL) that the server joins
-    disk           a folder, written whole under another name first; the server loads it
+    tensor         HTTP requests that contain the tensors
+    distributed    the weight sender broadcasts in a process group (gloo or NCCL) that the server joins
+    disk           a folder that is written under a temporary name and renamed; the server loads it
 
-The prefix cache is flushed with each version, since keys and values of the old weights would serve later requests with
-the same prefix; only in-place updates do not, and they have no prefix cache.
+Each update flushes the prefix cache: otherwise keys and values of the old weights would serve later requests with the
+same prefix. In-place updates do not flush; servers with this policy have no prefix cache.
 """
 
 from __future__ import annotations
@@ -27,54 +27,54 @@ from typing import Any, Protocol
 import torch
 from safetensors.torch import save_file
 
-from sgpo_async.engines.base import Weights
+from sgpo_async.engines.base import BroadcastGroups, Weights
 from sgpo_async.engines.sglang.processes.api import ServerApi, ServerGone, ServerRefused
 from sgpo_async.engines.sglang.weight_sync.layout import Checksums, expected_checksums
 from sgpo_async.engines.sglang.weight_sync.model_facts import ModelFacts
 from sgpo_async.errors import EngineError, SessionError, SgpoError, WeightsError
 
-BUCKET_BYTES = 64 * 2**20  # of tensors in one request
-LINK_S = 600.0  # beyond the link's own deadlines
-KEPT = 2  # version folders: servers may still be reading the one before
+BUCKET_BYTES = 64 * 2**20  # size limit of the tensors in one request
+SENDER_TIMEOUT_S = 600.0  # for an answer of the weight sender; longer than its own timeouts
+KEPT_VERSIONS = 2  # version folders on disk: servers may still be reading the previous one
 COPIED = ("config.json", "generation_config.json")
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """One version, checked against the model, ready to be sent."""
+    """One version, checked against the model and ready to be sent."""
 
     version: int
-    expected: list[Checksums]  # of a server's parameters afterwards, by tensor parallel rank
-    payload: Any  # the transport's own
+    expected: list[Checksums]  # of a server's parameters after the update, by tensor parallel rank
+    payload: Any  # its type depends on the transport
 
 
 class Transport(Protocol):
-    """One way for weights to travel."""
+    """One way to send weights to servers."""
 
     name: str
 
     def prepare(self, weights: Weights) -> Prepared:
-        """What `send` needs, made in a thread while servers go on serving.
+        """Prepare what `send` needs; called in a thread while the servers continue to serve.
 
-        Raises WeightsError if the weights are damaged or not the model's (nothing is sent), Superseded if they are
-        gone, SessionError if the learner does not answer.
+        Raises WeightsError if the weights are damaged or of another model (nothing is sent), Superseded if they have
+        been overwritten, SessionError if the weight sender does not answer, EngineError for other failures.
         """
 
     async def send(self, api: ServerApi, prepared: Prepared, *, flush: bool, timeout_s: float) -> None:
-        """Put the version into a server that nobody uses or that is paused; `timeout_s` for each request.
+        """Load the version into a server that is idle or paused; `timeout_s` is the timeout of each request.
 
         Raises ServerRefused, ServerGone or SessionError; the server's weights are then unknown.
         """
 
     def close(self) -> None:
-        """Free what lies about."""
+        """Free all resources."""
 
 
 class TensorTransport:
-    """The payload is a plain pickle of [(name, CPU tensor), ...] in base64, one copy for each of `tp` ranks.
+    """Sends a plain pickle of [(name, CPU tensor), ...] in base64, one copy for each of `tp` ranks.
 
-    Plain, since torch's own multiprocessing pickles name file descriptors of this process, and a server that is no
-    child of it dies of them.
+    A pickle of torch.multiprocessing would refer to file descriptors of this process, which kills a server that is
+    not a child of this process.
     """
 
     name = "tensor"
@@ -83,12 +83,12 @@ class TensorTransport:
         self._model, self._tp = model, tp
 
     def prepare(self, weights: Weights) -> Prepared:
-        """Reads a whole copy."""
+        """Read and serialize a complete copy of the weights."""
         tensors = self._model.read(weights)
         return Prepared(weights.version, self._model.expected(tensors), self.payloads(tensors))
 
     def payloads(self, tensors: Mapping[str, torch.Tensor]) -> list[str]:
-        """One for each request, of at most BUCKET_BYTES or one tensor."""
+        """The payload of each request: at most BUCKET_BYTES, or one tensor."""
         payloads: list[str] = []
         bucket: list[tuple[str, torch.Tensor]] = []
         size = 0
@@ -96,13 +96,13 @@ class TensorTransport:
             if bucket and size + tensor.nbytes > BUCKET_BYTES:
                 payloads.append(_payload(bucket))
                 bucket, size = [], 0
-            bucket.append((name, tensor.contiguous().clone()))  # alone in its storage, which is pickled whole
+            bucket.append((name, tensor.contiguous().clone()))  # a copy: pickle writes the whole storage
             size += tensor.nbytes
         return [*payloads, _payload(bucket)]
 
     async def send(self, api: ServerApi, prepared: Prepared, *, flush: bool, timeout_s: float) -> None:
-        """One request for each payload."""
-        async with _begun(api, timeout_s):
+        """Send each payload in a request."""
+        async with _weight_update(api, timeout_s):
             for number, payload in enumerate(prepared.payload, 1):
                 last = number == len(prepared.payload)
                 body = {
@@ -113,26 +113,27 @@ class TensorTransport:
                 await api.post("/update_weights_from_tensor", body, timeout_s=timeout_s)
 
     def close(self) -> None:
-        """Nothing lies about."""
+        """There is nothing to free."""
 
 
 class DistributedTransport:
-    """Rank 0 of a group for each server is the learner's link; see `sgpo_async.session.weight_groups`.
+    """Lets the weight sender broadcast to the servers; see `sgpo_async.session.weight_groups`.
 
-    The actor holds no tensors: what is sent is compared with the model by name and shape before, and the link computes
-    the checksums. A group in which anything failed is left, and the next update makes a new one.
+    Each server has a process group of its own, in which the weight sender is rank 0. The actor has no tensors: it
+    compares names and shapes with the model before anything is sent, and the weight sender computes the checksums.
+    After a failure the group is closed, and the next update creates a new one.
     """
 
     name = "distributed"
 
     def __init__(self, model: ModelFacts, *, tp: int) -> None:
         self._model, self._tp = model, tp
-        self._groups: dict[str, tuple[Any, str]] = {}  # by server: whose group, and its name
+        self._groups: dict[str, tuple[BroadcastGroups, str]] = {}  # by server URL: owner and name of its group
 
     def prepare(self, weights: Weights) -> Prepared:
-        """Asks the link for the plan and for the checksums."""
+        """Ask the weight sender for the broadcast plan and for the checksums."""
         if weights.groups is None:
-            raise WeightsError(f"version {weights.version}: nobody is there to broadcast it")
+            raise WeightsError(f"version {weights.version}: there is no weight sender that could broadcast it")
         plan = _answer(weights.groups.plan(weights.version))
         shapes = {
             name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
@@ -140,16 +141,16 @@ class DistributedTransport:
             for name, dtype, shape in zip(piece.names, piece.dtypes, piece.shapes, strict=True)
         }
         self._model.check(shapes)
-        words = {"tp": self._tp, "dtype": self._model.dtype, "device": self._model.device}
-        computed = weights.groups.compute(weights.version, expected_checksums, self._model.config, **words)
+        options = {"tp": self._tp, "dtype": self._model.dtype, "device": self._model.device}
+        computed = weights.groups.compute(weights.version, expected_checksums, self._model.config, **options)
         return Prepared(weights.version, _answer(computed), (weights.groups, plan))
 
     async def send(self, api: ServerApi, prepared: Prepared, *, flush: bool, timeout_s: float) -> None:
-        """Both ends at the same time: the link broadcasts while the server is asked to receive, piece by piece."""
+        """Broadcast piece by piece: at the same time the weight sender sends, and the server is told to receive."""
         groups, plan = prepared.payload
         name = await self._group(api, groups, timeout_s)
         try:
-            async with _begun(api, timeout_s):
+            async with _weight_update(api, timeout_s):
                 sending = asyncio.wrap_future(groups.broadcast(name, plan))
                 try:
                     for number, piece in enumerate(plan.broadcasts, 1):
@@ -171,22 +172,22 @@ class DistributedTransport:
             self._leave(api.url)
             raise
 
-    async def _group(self, api: ServerApi, groups: Any, timeout_s: float) -> str:
-        """The server's group with this session's link; a new one where there is none."""
+    async def _group(self, api: ServerApi, groups: BroadcastGroups, timeout_s: float) -> str:
+        """The name of the server's group with this session's weight sender; creates the group if there is none."""
         owner, name = self._groups.get(api.url, (None, ""))
         if owner is groups:
             return name
-        if owner is not None:  # of a session that is over: SGLang keeps a group until it is told
+        if owner is not None:  # its session has ended, but SGLang keeps a group until it is destroyed
             with contextlib.suppress(ServerRefused):
                 await api.post("/destroy_weights_update_group", {"group_name": name}, timeout_s=timeout_s)
-        name = f"sgpo-{uuid.uuid4().hex[:12]}"  # never used before: SGLang would refuse it
+        name = f"sgpo-{uuid.uuid4().hex[:12]}"  # a new name, because SGLang refuses names that were used before
         backend = "gloo" if self._model.device == "cpu" else "nccl"
         size = 1 + self._tp
         try:
             host, port = await asyncio.wrap_future(groups.open(name, backend=backend, world_size=size))
             joined = asyncio.wrap_future(groups.join(name))
-            where = {"master_address": host, "master_port": port, "rank_offset": 1, "world_size": size}
-            body = where | {"group_name": name, "backend": backend}
+            rendezvous = {"master_address": host, "master_port": port, "rank_offset": 1, "world_size": size}
+            body = rendezvous | {"group_name": name, "backend": backend}
             try:
                 await api.post("/init_weights_update_group", body, timeout_s=timeout_s)
                 await joined
@@ -203,11 +204,11 @@ class DistributedTransport:
         owner.close(name)
 
     def close(self) -> None:
-        """The groups end with their session."""
+        """There is nothing to free: the session closes its groups."""
 
 
 class DiskTransport:
-    """Writes folders `v000012` of safetensors below `folder`, which the servers can read."""
+    """Writes each version to a folder of safetensors below `folder`, which the servers must be able to read."""
 
     name = "disk"
 
@@ -219,12 +220,12 @@ class DiskTransport:
         self._written: list[Path] = []
 
     def prepare(self, weights: Weights) -> Prepared:
-        """Reads a whole copy and writes it. Raises EngineError if there is no room for it."""
+        """Read a complete copy and write it to disk. Raises EngineError if it cannot be written."""
         tensors = self._model.read(weights)
         return Prepared(weights.version, self._model.expected(tensors), self.write(weights.version, tensors))
 
     def write(self, version: int, tensors: Mapping[str, torch.Tensor]) -> str:
-        """Write a folder, which appears under its name when it is whole; those before the last are removed."""
+        """Write a version's folder, renamed when complete, and remove old ones; returns its path."""
         target = self._folder / f"v{version:06d}-{os.getpid()}"
         draft = target.with_suffix(".part")
         try:
@@ -239,18 +240,18 @@ class DiskTransport:
         except OSError as error:
             raise EngineError(f"engine.sglang.folder: cannot write {target}: {error.strerror}") from None
         self._written = [path for path in self._written if path != target] + [target]
-        for path in self._written[:-KEPT]:
+        for path in self._written[:-KEPT_VERSIONS]:
             shutil.rmtree(path, ignore_errors=True)
-        self._written = self._written[-KEPT:]
+        self._written = self._written[-KEPT_VERSIONS:]
         return str(target)
 
     async def send(self, api: ServerApi, prepared: Prepared, *, flush: bool, timeout_s: float) -> None:
-        """One request; the server rolls back by itself if it cannot load the folder."""
+        """Tell the server to load the folder; it keeps its old weights if it cannot."""
         body = {"model_path": prepared.payload, "weight_version": str(prepared.version), "flush_cache": flush}
         await api.post("/update_weights_from_disk", body, timeout_s=timeout_s)
 
     def close(self) -> None:
-        """Remove the folders."""
+        """Remove the folders of all versions."""
         for path in self._written:
             shutil.rmtree(path, ignore_errors=True)
         if self._own:
@@ -258,16 +259,16 @@ class DiskTransport:
 
 
 def _answer(future: Any) -> Any:
-    """What the link says; it has deadlines of its own. Raises SessionError if it says nothing."""
+    """The answer of the weight sender. Raises SessionError if it does not answer in time."""
     try:
-        return future.result(LINK_S)
+        return future.result(SENDER_TIMEOUT_S)
     except TimeoutError:
-        raise SessionError(f"the learner's link: no answer within {LINK_S:g} s") from None
+        raise SessionError(f"the weight sender gave no answer within {SENDER_TIMEOUT_S:g} s") from None
 
 
 @asynccontextmanager
-async def _begun(api: ServerApi, timeout_s: float) -> AsyncIterator[None]:
-    """Between begin and end. Ended also after a failure: a server in an open update refuses to begin another."""
+async def _weight_update(api: ServerApi, timeout_s: float) -> AsyncIterator[None]:
+    """Begin a weight update, and end it, also after a failure: a server in an open update refuses to begin another."""
     await api.post("/begin_weight_update", {}, timeout_s=timeout_s)
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a stand-in package is made of: names that can be imported and held, and raise as soon as they are used."""
+"""Stand-ins for packages that are not installed: their names can be imported, and raise when they are used."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any, NoReturn
 
 
 class Absent:
-    """A name of a package that is not installed; calling, subscripting or launching it raises."""
+    """A name in a package that is not installed; calling, subscripting or launching it raises."""
 
     def __init__(self, name: str) -> None:
         self.__name__ = self.__qualname__ = name
 
     def __call__(self, *_: Any, **__: Any) -> NoReturn:
-        raise RuntimeError(f"{self.__name__} was called, but this is SGLang's CPU environment: a stand-in has no code")
+        raise RuntimeError(f"{self.__name__} was called, but SGLang's CPU environment has only a stand-in without code")
 
     __getitem__ = __call__
 
@@ -33,7 +33,7 @@ class Absent:
 
 
 class AbsentModule(ModuleType):
-    """A module every name of which is Absent."""
+    """A module in which every name is Absent."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -42,7 +42,7 @@ class AbsentModule(ModuleType):
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds every submodule of one package, whatever its name."""
+    """Finds a submodule of one package under every name."""
 
     def __init__(self, package: str, names: Mapping[str, Mapping[str, Any]]) -> None:
         self._prefix, self._names = f"{package}.", names
@@ -56,14 +56,14 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return AbsentModule(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
-        """There is no code; a few names may have a value."""
+        """Set the names that have a value; there is no code to run."""
         module.__dict__.update(self._names.get(module.__name__, {}))
 
 
 def stand_in(package: str, names: Mapping[str, Mapping[str, Any]] | None = None) -> None:
     """Make the module `package` stand in for a package that is not installed.
 
-    `names` gives, by module, the few names that have a value because they are used while SGLang is imported.
+    `names` maps modules to the few names that need a value, because SGLang uses them while it is imported.
     """
     finder = _Finder(package, names or {})
     module = sys.modules[package]

@@ -1,4 +1,4 @@
-"""Stands in for torchvision (a CUDA build, which fails on a CPU torch): imported at start, never called for text."""
+"""Stand-in for torchvision (a CUDA build that fails with a CPU torch): imported at start, never called for text."""
 
 from _absent import stand_in
 

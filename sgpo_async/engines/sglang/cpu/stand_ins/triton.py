@@ -1,4 +1,4 @@
-"""Stands in for triton (286 MB): SGLang defines its kernels at import; launching one raises."""
+"""Stand-in for triton (286 MB): SGLang defines its kernels while it is imported; launching one raises."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,17 +10,17 @@ __version__ = "3.0.0"
 
 
 def _kernel(function: Any = None, **_: Any) -> Any:
-    """`@triton.jit`, with arguments or without: the kernel it makes raises when it is launched."""
+    """`@triton.jit`, with or without arguments: the resulting kernel raises when it is launched."""
     return _kernel if function is None else Absent(f"triton kernel {getattr(function, '__name__', function)}")
 
 
 def _decorator(*_: Any, **__: Any) -> Callable[[Any], Any]:
-    """`@triton.autotune(...)`, `@triton.heuristics(...)`: the kernel below stays what it is."""
+    """`@triton.autotune(...)`, `@triton.heuristics(...)`: returns the kernel unchanged."""
     return lambda kernel: kernel
 
 
 class _Value:
-    """`tl.constexpr(value)`, `triton.Config(...)`: only ever given to kernels."""
+    """`tl.constexpr(value)`, `triton.Config(...)`: values that are only passed to kernels."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -30,6 +30,6 @@ stand_in(
     {
         "triton": {"jit": _kernel, "autotune": _decorator, "heuristics": _decorator, "Config": _Value},
         "triton.language": {"constexpr": _Value},
-        "triton.knobs": {"runtime": None},  # SGLang watches kernels being loaded, where there are any
+        "triton.knobs": {"runtime": None},  # SGLang would observe the loading of kernels
     },
 )
