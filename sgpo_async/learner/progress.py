@@ -55,7 +55,7 @@ class Progress:
             "eval_version": newest.version,
             "eval_served": [newest.served_oldest, newest.served_newest],
             "eval_lag": newest.lag,
-            "eval_benchmarks": {score.name: score.figures() for score in newest.benchmarks},
+            "eval_benchmarks": {score.name: score.metrics() for score in newest.benchmarks},
         }
 
     def summary(self, status: Mapping[str, Any]) -> dict[str, Any]:

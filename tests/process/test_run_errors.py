@@ -77,7 +77,7 @@ def test_keys_that_do_not_fit(run: RealRun, tmp_path: Path) -> None:
     strangers = [run.actor("theirs", "--keys", f"{tmp_path}/theirs"), run.actor("none")]
     for stranger in strangers:
         (line,) = errors(stranger)
-        assert f"{run.address()} refuses us" in line and "the same hub.keys" in line
+        assert f"{run.address()} refuses the connection" in line and "the same hub.keys" in line
 
 
 def test_weights_that_are_damaged(run: RealRun, tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def test_the_behaviour_teacher_requires_its_number_of_reported_tokens() -> None:
 def test_teacher_top_k_above_the_size_of_the_vocabulary_is_rejected_at_the_start() -> None:
     run = cases.settings(teacher="behaviour", teacher_top_k=5000)
     with pytest.raises(
-        ConfigError, match=r"algorithm\.teacher_top_k: must be < \d+, the size of the vocabulary, got 5000"
+        ConfigError, match=r"algorithm\.teacher_top_k must be < \d+, the size of the vocabulary, got 5000"
     ):
         build(run, init_device_mesh("cpu", (1,)))
 

@@ -10,8 +10,6 @@ examine.py     the tables of checks; `join`, `examine`
 
 from sgpo_async.engines.sglang.preflight.examine import FULL, JOIN, examine, join
 from sgpo_async.engines.sglang.preflight.findings import (
-    CheckDoubtful,
-    CheckFailed,
     Finding,
     Reference,
     Subject,
@@ -21,8 +19,6 @@ from sgpo_async.engines.sglang.preflight.findings import (
 __all__ = [
     "FULL",
     "JOIN",
-    "CheckDoubtful",
-    "CheckFailed",
     "Finding",
     "Reference",
     "Subject",

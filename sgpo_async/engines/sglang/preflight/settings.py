@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sgpo_async.engines.sglang.preflight.findings import CheckDoubtful, CheckFailed, Subject
+from sgpo_async.engines.sglang.preflight.findings import Subject
 from sgpo_async.engines.sglang.processes.api import Json
+from sgpo_async.errors import CheckDoubtful, CheckFailed
 
 TESTED = "0.5.23"
 OLDEST = (0, 5, 21)  # before, updates did not stand between begin and end

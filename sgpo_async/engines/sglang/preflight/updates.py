@@ -6,9 +6,10 @@ import asyncio
 import time
 from typing import Any
 
-from sgpo_async.engines.sglang.preflight.findings import CheckDoubtful, CheckFailed, Subject
+from sgpo_async.engines.sglang.preflight.findings import Subject
 from sgpo_async.engines.sglang.processes.api import Json, ServerApi
 from sgpo_async.engines.sglang.serving.update import PAUSE_MODES, Updated, update
+from sgpo_async.errors import CheckDoubtful, CheckFailed
 
 CHANGED = "model.norm.weight"
 SKEW_S = 1.0
