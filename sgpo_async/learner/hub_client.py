@@ -76,7 +76,7 @@ class HubClient:
 
     def __init__(self, mail: Mail, *, name: str, heartbeat_s: float) -> None:
         self.name = name
-        self.evaluations: deque[Evaluated] = deque()  # results not yet taken
+        self.evaluations: deque[Evaluated] = deque()  # results that `take_evaluations` has not yet returned
         self._mail, self._heartbeat_s = mail, heartbeat_s
         self._outgoing: deque[Message] = deque()
         self._incoming: queue.SimpleQueue[Message | Exception] = queue.SimpleQueue()

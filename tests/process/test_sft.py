@@ -100,7 +100,5 @@ def test_a_killed_and_resumed_warm_up_equals_an_uninterrupted_one(folder: Path, 
     resumed = warm_up(folder, "killed", *overrides, "learner.resume=true")
     assert [line["step"] for line in resumed] == list(range(1, 61))
     assert losses(resumed) == losses(uninterrupted)
-    best = [
-        json.loads((folder / name / "summary.json").read_text())["best_loss"] for name in ("killed", "uninterrupted")
-    ]
-    assert best[0] == best[1]
+    summaries = [json.loads((folder / name / "summary.json").read_text()) for name in ("killed", "uninterrupted")]
+    assert summaries[0]["best_loss"] == summaries[1]["best_loss"]

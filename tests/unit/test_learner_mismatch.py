@@ -104,9 +104,8 @@ def test_too_few_tokens_are_accumulated_over_steps() -> None:
     found = judged(alarm, line(3, later=(3 * few, 0.1)))
     assert found["mismatch_judged_later"] == pytest.approx((0.5 + 3 * 0.1) / 4)
     assert excess(found)
-    assert (
-        judged(alarm, line(4, later=(few, 0.5)))["mismatch_judged_later"] is None
-    )  # the accumulation has started again
+    next_step = judged(alarm, line(4, later=(few, 0.5)))
+    assert next_step["mismatch_judged_later"] is None  # the accumulation has started again
 
 
 @pytest.mark.parametrize(
