@@ -10,12 +10,13 @@
 # make gpu-wheels   what such a machine may lack, as wheels in .gpu-wheels      make gpu-check   all that one GPU can prove
 #
 # Variables: PYTHON (default python3), TORCH_INSTALL (how torch is installed; e.g. with --index-url of another build),
-# JOBS (how many tests run side by side; default: as many as there are cores, at most 8)
+# JOBS (how many tests run side by side; default: as many as there are cores, at most 8), VENV (default .venv)
 
 PYTHON ?= python3
 TORCH_INSTALL ?= torch==2.13.0
-BIN := .venv/bin
-STAMP := .venv/.installed
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
 LOCK := requirements.lock
 SGLANG_BIN := .venv-sglang/bin
 SGLANG_STAMP := .venv-sglang/.installed
@@ -24,7 +25,7 @@ JOBS ?= logical
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile --durations 40
 SGLANG_PINS := sgpo_async/engines/sglang/cpu/requirements.txt
 
-.PHONY: setup lock demo test test-all lint bench clean sglang-cpu demo-sglang test-sglang gpu-wheels gpu-check
+.PHONY: setup lock demo test units test-all lint bench clean sglang-cpu demo-sglang test-sglang gpu-wheels gpu-check
 
 demo: $(STAMP)
 	$(BIN)/python launch/local.py configs/demo.yaml
@@ -37,6 +38,10 @@ demo-sglang: $(STAMP) $(SGLANG_STAMP)
 
 test-sglang: $(STAMP) $(SGLANG_STAMP)
 	$(PYTEST) -m "sglang and not gpu and not slow"
+
+# The fast part, by another Python or torch: make units VENV=.venv-3.12 PYTHON=python3.12 TORCH_INSTALL=torch==2.11.0
+units: $(STAMP)
+	$(PYTEST) -m "not process and not gpu and not sglang and not slow"
 
 test-all: lint $(SGLANG_STAMP)
 	$(PYTEST) -m "not gpu"
@@ -82,12 +87,12 @@ $(STAMP): pyproject.toml $(LOCK)
 	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON) here; install it (apt install python3 python3-venv) or name one: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { echo "error: $$($(PYTHON) --version) is not 3.11, 3.12 or 3.13; name one that is: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "error: $(PYTHON) cannot make environments; apt install python3-venv" >&2; exit 1; }
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install $(TORCH_INSTALL)
-	$(BIN)/python -m pip install --constraint $(LOCK) --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint $(LOCK) --editable '.[dev]'
 	@touch $@
-	@echo "installed in .venv; to use its commands: . .venv/bin/activate"
+	@echo "installed in $(VENV); to use its commands: . $(VENV)/bin/activate"
 
 sglang-cpu: $(SGLANG_STAMP)
 

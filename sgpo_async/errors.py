@@ -1,69 +1,109 @@
-"""Every error that a user can meet.
+"""Every error that a user can see.
 
     SgpoError
-    ├── ConfigError        a key, type, value or combination in a configuration
-    ├── DataError          a problem file, a line in it, a missing tokenizer or model
-    ├── WireError          a message that cannot be read
-    │   └── ProtocolMismatch   ... because the other side speaks another version
-    ├── HubError           the front door: port taken, unreachable, member refused
-    ├── SessionError       a Torch RPC session: which node, which phase
-    ├── WeightsError       a manifest, bucket or checksum that does not fit
-    │   └── Superseded         the version asked for has been overwritten by a newer one
-    ├── EngineError        an inference engine that cannot serve
-    ├── CheckpointError    a checkpoint that cannot be written or read
-    └── DeadlineExceeded   a wait that ran out: who waited for what, in which phase
+    ├── ConfigError             a key, type, value or combination in a configuration breaks a rule
+    ├── DataError               a problem file, a line in it, a tokenizer or a model cannot be used
+    ├── WireError               a message cannot be read
+    │   └── ProtocolMismatch        ... because the sender uses another protocol version
+    ├── HubError                the hub's port is taken, the hub cannot be reached
+    │   └── Refusal                 the hub refuses an actor
+    ├── SessionError            a Torch RPC session failed: which node, which phase
+    ├── WeightsError            a manifest, bucket or checksum is not the expected one
+    │   └── Superseded              a newer weight version has overwritten the requested one
+    ├── EngineError             an inference engine cannot start or cannot serve
+    │   └── CheckFailed             a check of `sgpo-async doctor`, or of a server that joins, failed: the remedy
+    │       └── CheckWarning           ... as a warning: it works, but the user should know
+    ├── EndpointError           a server of chat completions cannot serve any request
+    ├── CheckpointError         a checkpoint cannot be written or read
+    ├── RunFailed               the hub, the learner or all actors of a local run ended unexpectedly
+    └── DeadlineExceeded        a wait timed out: in which process, and for which event
 
-A message is one line: what, where, value, remedy. Programming faults are asserts, not these.
+Some modules subclass these to handle one case apart, e.g. ServerGone(EngineError) of the SGLang client.
+
+A message is one line: what, where, value, remedy. Mistakes in this package's own code raise AssertionError instead.
 """
 
 
 class SgpoError(Exception):
-    """Root of all errors that are shown to a user as one line, without a traceback."""
+    """Root of all errors that a command shows as one line, without a traceback."""
 
 
 class ConfigError(SgpoError):
-    """A configuration that breaks a rule; names the key path, the rule and the value."""
+    """A configuration breaks a rule; the message names the key path, the rule and the value."""
 
 
 class DataError(SgpoError):
-    """Problems, tokenizers or models that cannot be read or do not fit together."""
+    """Problems, tokenizers or models cannot be read or do not fit together."""
 
 
 class WireError(SgpoError):
-    """A message that is malformed, truncated or too large. Costs one counted rejection."""
+    """A message is malformed, truncated or too large. The receiver drops it and counts one rejection."""
 
 
 class ProtocolMismatch(WireError):
-    """A message of another protocol version."""
+    """A message has another protocol version."""
 
 
 class HubError(SgpoError):
-    """The hub cannot bind, cannot be reached, or refuses a member."""
+    """The hub cannot bind its address, cannot be reached, or refuses a member."""
+
+
+class Refusal(HubError):
+    """The hub refuses an actor; `final` says that the refusal is permanent, so that retrying cannot help."""
+
+    def __init__(self, message: str, *, final: bool) -> None:
+        super().__init__(message)
+        self.final = final
 
 
 class SessionError(SgpoError):
-    """A Torch RPC session failed; names the node and the phase."""
+    """A Torch RPC session failed; the message names the node and the phase."""
 
 
 class WeightsError(SgpoError):
-    """Weights whose names, shapes or checksums differ from what was promised."""
+    """The names, shapes or checksums of received weights differ from the expected ones."""
 
 
 class Superseded(WeightsError):
-    """The buffer that held this version has been reused for a newer one: ask for the manifest again."""
+    """A newer version has overwritten the requested one in the weight store: ask for the manifest again."""
 
 
 class EngineError(SgpoError):
-    """An inference engine that cannot be started or cannot serve."""
+    """An inference engine cannot start or cannot serve."""
+
+
+class CheckFailed(EngineError):
+    """A check found something that cannot work; the error holds what it found and the remedy."""
+
+    def __init__(self, found: str, remedy: str) -> None:
+        super().__init__(f"{found}; {remedy}")
+        self.found, self.remedy = found, remedy
+
+
+class CheckWarning(CheckFailed):
+    """A check found something that works but that the user should know about."""
+
+
+class EndpointError(SgpoError):
+    """A server of chat completions cannot serve any request: wrong key, model or address."""
 
 
 class CheckpointError(SgpoError):
-    """A checkpoint that cannot be written or read."""
+    """A checkpoint cannot be written or read."""
+
+
+class RunFailed(SgpoError):
+    """The hub, the learner or all actors of a local run ended unexpectedly."""
 
 
 class DeadlineExceeded(SgpoError):
-    """A wait that ran out of time."""
+    """A wait timed out.
 
-    def __init__(self, who: str, what: str, seconds: float) -> None:
-        super().__init__(f"{who}: no {what} within {seconds:g} s")
-        self.who, self.what, self.seconds = who, what, seconds
+    Args:
+        subject: the process that waited, or the server or process that it waited for.
+        expected: the answer or event that did not come.
+        seconds: how long the process waited.
+    """
+
+    def __init__(self, subject: str, expected: str, seconds: float) -> None:
+        super().__init__(f"{subject}: no {expected} within {seconds:g} s")

@@ -1,4 +1,4 @@
-"""Writing to the run folder: values made plain, whole files or nothing, a full disk told in one line."""
+"""Files of a run: strict JSON, JSON lines, atomic replacement, errors of one line when a disk is full."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sgpo_async.errors import SgpoError
+from sgpo_async.errors import DataError, SgpoError
 
-FULL_BYTES = 2**16
-FREE_SOME = "free some space, or choose another place with out=DIR"
+FULL_BYTES = 2**16  # a disk with less free space than this counts as full
+FREE_SOME = "free some space, or choose another folder with out=DIR"
 
 
 def to_json(values: Mapping[str, Any]) -> str:
-    """One line of strict JSON; NaN and infinities, which JSON does not have, become null."""
+    """One line of strict JSON; NaN and infinities, which JSON lacks, become null."""
     return json.dumps(_plain(values), allow_nan=False)
 
 
 def _plain(value: Any) -> Any:
-    if hasattr(value, "tolist"):  # NumPy and torch, scalars and arrays, without importing either
+    if hasattr(value, "tolist"):  # scalars and arrays of NumPy and torch, without importing either
         value = value.tolist()
     if isinstance(value, float):
         return value if math.isfinite(value) else None
@@ -34,14 +34,15 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replace `path` by `text` atomically: a reader sees the old file or the new one, never a part."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write `content` to `path` atomically: a reader sees the old file or the new one, never a part of it."""
+    content = content.encode() if isinstance(content, str) else content
     new = path.with_name(f".{path.name}.{os.getpid()}")
-    with telling(path):
+    with reporting_write_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with new.open("w", encoding="utf-8") as file:
-                file.write(text)
+            with new.open("wb") as file:
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             new.replace(path)
@@ -49,15 +50,81 @@ def write_whole(path: Path, text: str) -> None:
             new.unlink(missing_ok=True)
 
 
+class JsonLinesReader:
+    """Reads a file of JSON values, one a line, while it grows or after its writer was killed.
+
+    Only lines that end in a newline count: a kill may leave a part of one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.end = 0  # bytes of whole lines that have been read
+        self._number = 0
+
+    def poll(self) -> list[tuple[int, Any]]:
+        """(line number, value) of the lines that have become whole since the last call; none without the file.
+
+        Starts over if the file has become shorter, as it does when a run begins anew. Raises DataError (file, line,
+        reason) for a line that is not JSON.
+        """
+        try:
+            with self.path.open("rb") as file:
+                if file.seek(0, 2) < self.end:
+                    self.end = self._number = 0
+                file.seek(self.end)
+                new = file.read()
+        except FileNotFoundError:
+            return []
+        whole = new[: new.rfind(b"\n") + 1]
+        self.end += len(whole)
+        return [self._parse(line) for line in whole.splitlines()]
+
+    def _parse(self, line: bytes) -> tuple[int, Any]:
+        self._number += 1
+        try:
+            return self._number, json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{self.path}:{self._number}: is not JSON ({error}); remove the line") from None
+
+
+class JsonLinesWriter:
+    """Appends JSON values behind the last whole line of a file, and cuts off a part of a line that a kill has left.
+
+    Every method raises SgpoError (file, reason, remedy) when the file cannot be written.
+    """
+
+    def __init__(self, path: Path, *, durable: bool = False) -> None:
+        """With `durable` a line is on the disk when `append` returns, and survives a crash of the machine."""
+        self._path, self._durable = path, durable
+        with reporting_write_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a+b")
+            self._file.seek(0)
+            self._file.truncate(self._file.read().rfind(b"\n") + 1)
+
+    def append(self, values: Mapping[str, Any]) -> None:
+        """Add one line; readers see it when this returns."""
+        with reporting_write_errors(self._path):
+            self._file.write(to_json(values).encode() + b"\n")
+            self._file.flush()
+            if self._durable:
+                os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """No further lines."""
+        with reporting_write_errors(self._path):
+            self._file.close()
+
+
 def disk_full(path: Path) -> bool:
-    """Whether the disk of `path` is so full that what was written last may lack its end."""
-    existing = next(place for place in (path, *path.absolute().parents) if place.exists())
+    """Whether the disk of `path` is so full that the end of the last file written may be missing."""
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     return shutil.disk_usage(existing).free < FULL_BYTES
 
 
 @contextmanager
-def telling(path: Path) -> Iterator[None]:
-    """Turn an OSError into one line that names the file, the reason and the remedy."""
+def reporting_write_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError into a SgpoError of one line that names the file, the reason and the remedy."""
     try:
         yield
     except OSError as error:

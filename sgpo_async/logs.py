@@ -1,10 +1,10 @@
-"""What a role tells while it runs: one line an event on standard error, for a person or for a machine.
+"""Logs of a running process: one line per event on standard error, for people or for programs.
 
     --log-format human    12:03:04 actor-0      engine ready after 3.1 s
     --log-format json     {"time": ..., "level": "INFO", "role": "actor", "name": "actor-0", "message": ...}
 
-Modules log by `logging.getLogger(__name__)`; a command calls `set_up` once. Results that were asked for (tables, paths)
-are not logs: they are printed on standard output.
+Modules use `logging.getLogger(__name__)`; a command calls `set_up` once. The results of a command (tables, paths) are
+not logs: the command prints them on standard output.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from typing import Literal, TextIO
 
 Format = Literal["human", "json"]
 
-FORMAT, LEVEL = "SGPO_ASYNC_LOG_FORMAT", "SGPO_ASYNC_LOG_LEVEL"  # environment variables: child processes inherit them
+FORMAT, LEVEL = "SGPO_ASYNC_LOG_FORMAT", "SGPO_ASYNC_LOG_LEVEL"  # environment variables, which child processes inherit
 LEVELS = ("debug", "info", "warning", "error")
 
 
 def set_up(role: str, *, name: str = "") -> None:
-    """Send this package's log records to standard error, in the format and from the level that the environment names.
+    """Send this package's log records to standard error; environment variables set their format and lowest level.
 
     Args:
-        role: what this process is, e.g. "actor".
-        name: which one, e.g. "actor-0". A learner's rank is taken from torchrun's RANK.
+        role: the kind of process, e.g. "actor".
+        name: the name of this process, e.g. "actor-0"; "": the role, with torchrun's RANK if it is set.
     """
     handler = _Stderr()
-    machine = os.environ.get(FORMAT) == "json"
-    handler.setFormatter(_Json(role, name) if machine else _Human(role, name))
+    json_format = os.environ.get(FORMAT) == "json"
+    handler.setFormatter(_Json(role, name) if json_format else _Human(role, name))
     package = logging.getLogger("sgpo_async")
     package.handlers = [handler]
     package.setLevel(os.environ.get(LEVEL, "info").upper())
 
 
 def _rank() -> int | None:
-    """Of a process that torchrun started."""
+    """The rank of this process if torchrun started it, else None."""
     rank = os.environ.get("RANK")
     return int(rank) if rank is not None else None
 
@@ -57,29 +57,29 @@ class _Stderr(logging.StreamHandler[TextIO]):
 
 
 class _Human(logging.Formatter):
-    """Time, who, and from warnings on the level."""
+    """Time, name of the process, level if it is a warning or worse, message."""
 
     def __init__(self, role: str, name: str) -> None:
         rank = _rank()
-        self._who = name or (f"{role}-{rank}" if rank is not None else role)
+        self._process = name or (f"{role}-{rank}" if rank is not None else role)
         super().__init__(datefmt="%H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
         level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        lines = [f"{self.formatTime(record, self.datefmt)} {self._who:12} {level}{record.getMessage()}"]
-        return "\n".join(lines + ([self.formatException(record.exc_info)] if record.exc_info else []))
+        line = f"{self.formatTime(record, self.datefmt)} {self._process:12} {level}{record.getMessage()}"
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
 class _Json(logging.Formatter):
-    """One JSON object a line."""
+    """One JSON object per line."""
 
     def __init__(self, role: str, name: str) -> None:
-        self._who = {"role": role, "name": name or role, "rank": _rank()}
+        self._process = {"role": role, "name": name or role, "rank": _rank()}
         super().__init__()
 
     def format(self, record: logging.LogRecord) -> str:
         time = datetime.datetime.fromtimestamp(record.created, datetime.UTC).isoformat(timespec="milliseconds")
-        line = {"time": time, "level": record.levelname, **self._who, "message": record.getMessage()}
+        line = {"time": time, "level": record.levelname, **self._process, "message": record.getMessage()}
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line)

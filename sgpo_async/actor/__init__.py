@@ -2,5 +2,5 @@
 
 run.py       an actor's life: settings, engine, sessions
 service.py   one session: the loop
-group.py     one lease: pure bookkeeping
+rollout/     (a package of its own) the rollout loop
 """

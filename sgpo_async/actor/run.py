@@ -1,13 +1,15 @@
-"""An actor's life: find the hub, warm the engine, serve session after session.
+"""An actor from start to end: find the hub, load the engine, serve one session after another.
 
     settings ─▶ engine (stays warm) ─▶ ┌ Hello ─▶ Welcome ─▶ node process ─▶ serve ┐
         ▲                              └────────────── session ended ◀─────────────┘
         └──────────────────────────────── backoff ◀──────────┘
 
-The configuration is asked for before the actor joins, so that loading a model, which may take minutes, is not
-mistaken for a dead member. The engine outlives sessions; a hub that went away is looked for until it is back.
-A refusal ends an actor that has not served yet. Later it may be a matter of time, as when the hub still takes the
-name for that of a living member after the network broke: then the actor tries on for `hub_timeout_s`.
+The actor asks for the configuration before it joins: loading a model may take minutes, and the hub would take a member
+that is silent for so long for dead. The engine outlives sessions. When the hub goes away, the actor looks for it until
+it is back.
+
+A refusal ends an actor that has never served. After a session it may be temporary (the network broke, and the hub still
+counts the actor's name as a living member): then the actor retries for `hub_timeout_s`.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from sgpo_async.config import Engine as EngineSettings
 from sgpo_async.config import Model, Run, from_plain
 from sgpo_async.engines.base import Engine
 from sgpo_async.engines.open import open_engine
-from sgpo_async.errors import HubError
+from sgpo_async.errors import HubError, Refusal
 from sgpo_async.model.folder import load_tokenizer, model_folder, tokenizer_fingerprint
 from sgpo_async.session import Deadlines, WeightReceiver
 from sgpo_async.session.interface import interface_towards
@@ -35,15 +37,15 @@ from sgpo_async.wire.records import Hello, Message, Refused, Settings, SettingsR
 
 log = logging.getLogger(__name__)
 
-WELCOME_DEADLINE_S = 180.0  # the hub starts a link process first, on a machine that may be busy
+WELCOME_DEADLINE_S = 180.0  # the hub starts a weight sender first, on a machine that may be busy
 Answer = TypeVar("Answer", Settings, Welcome)
-MAX_BYTES = 2**30  # the hub's own limit (hub.max_message_mb) is the one that counts
+MAX_BYTES = 2**30  # the hub's limit, hub.max_message_mb, is smaller
 BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 5.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ActorOptions:
-    """What one node decides for itself; everything else comes from the hub."""
+    """What an inference node decides for itself; everything else comes from the hub."""
 
     hub: str
     name: str = ""
@@ -57,28 +59,23 @@ class ActorOptions:
     hub_timeout_s: float = 120.0  # how long to look for the hub before giving up
 
 
-class Refusal(HubError):
-    """The hub does not take this actor."""
-
-    def __init__(self, message: str, *, final: bool) -> None:
-        super().__init__(message)
-        self.final = final
-
-
 class Actor:
-    """One inference node. Raises HubError when no hub is found or it refuses; EngineError, DataError for the model."""
+    """One inference node.
+
+    Raises HubError if no hub is found or it refuses the actor; EngineError or DataError if the model cannot be served.
+    """
 
     def __init__(self, options: ActorOptions) -> None:
         self._options = options
         self._name = options.name or f"actor-{uuid.uuid4().hex[:6]}"
         self._stopped = False
-        self._served_until: float | None = None  # when the last session ended that began with a Welcome
+        self._served_until: float | None = None  # when the last session ended, if there has been one
         self._warm_for: tuple[Model, EngineSettings] | None = None
         self._engine: Engine | None = None
         self._tokenizer: Any = None
 
     def run(self) -> int:
-        """Serve until the run is over (exit status 0) or this process is told to stop."""
+        """Serve until the run is over or a signal arrives; returns the exit status, 0."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         try:
@@ -95,7 +92,7 @@ class Actor:
                         raise
                     log.warning("%s", refusal)
                 finally:
-                    mailbox.close(linger_s=1.0)  # releases and the goodbye should leave
+                    mailbox.close(linger_s=1.0)  # the last releases and the goodbye are still to be sent
                 failures = 0 if time.monotonic() - began > 2 * BACKOFF_S[-1] else failures + 1
                 self._pause(BACKOFF_S[min(failures, len(BACKOFF_S) - 1)])
         finally:
@@ -108,7 +105,7 @@ class Actor:
         return not refusal.final and served is not None and time.monotonic() - served < self._options.hub_timeout_s
 
     def _session(self, mailbox: Mailbox) -> bool:
-        """One connection to one hub, from its settings to its end; whether the run is over."""
+        """One connection to one hub, from its settings to its end; returns whether the run is over."""
         settings = self._ask(mailbox, SettingsRequest(), Settings, self._options.hub_timeout_s, again_s=1.0)
         if settings is None:
             return True
@@ -120,7 +117,7 @@ class Actor:
             node.stop()
 
     def _node(self, run: Run) -> WeightReceiver:
-        """It imports torch while this process warms its engine."""
+        """Start the weight receiver now: it imports torch while this process loads the engine."""
         deadlines = Deadlines(group_s=run.engine.sglang.phase_timeout_s)
         return WeightReceiver(self._name, pulls=not run.engine.broadcasts, deadlines=deadlines)
 
@@ -161,7 +158,7 @@ class Actor:
         )
 
     def _warm(self, run: Run) -> Engine:
-        """The engine, loaded once for as long as the run's model and engine settings stay the same."""
+        """The engine; it is loaded again only if the run's model or engine settings have changed."""
         if self._engine is not None and self._warm_for == (run.model, run.engine):
             return self._engine
         if self._engine is not None:
@@ -169,14 +166,14 @@ class Actor:
         began = time.monotonic()
         folder = model_folder(run.model.path)
         self._tokenizer = load_tokenizer(folder)
-        build_prompt("?", None, style=run.tasks.prompt, tokenizer=self._tokenizer)  # now, or never
+        build_prompt("?", None, style=run.tasks.prompt, tokenizer=self._tokenizer)  # fail early
         self._engine = self._open_engine(folder, run)
         self._warm_for = run.model, run.engine
         log.info("%s: engine ready after %.1f s", self._name, time.monotonic() - began)
         return self._engine
 
     def _open_engine(self, folder: str, run: Run) -> Engine:
-        if run.engine.broadcasts:  # the servers inherit by which interface the learner is reached
+        if run.engine.broadcasts:  # servers inherit the name of the interface towards the learner
             host = self._options.hub.removeprefix("tcp://").rpartition(":")[0]
             for backend in ("GLOO", "NCCL"):
                 os.environ.setdefault(f"{backend}_SOCKET_IFNAME", interface_towards(host))
@@ -185,7 +182,10 @@ class Actor:
     def _ask(
         self, mailbox: Mailbox, question: Message, answer: type[Answer], deadline_s: float, *, again_s: float = 0.0
     ) -> Answer | None:
-        """Send `question` and wait for its answer; None if told to stop. Repeats it every `again_s` if that is set."""
+        """Send `question`, wait for its answer and return it; None if the actor is told to stop.
+
+        With `again_s` the question is repeated every so many seconds.
+        """
         began = asked = time.monotonic()
         mailbox.send(question)
         while not self._stopped:

@@ -24,7 +24,6 @@ from sgpo_async.engines.base import Engine, Weights
 from sgpo_async.errors import EngineError, SessionError, Superseded, WeightsError
 from sgpo_async.rollout.sampler import RolloutSampler, Unservable
 from sgpo_async.session import (
-    NodeControl,
     ReceiverDown,
     VersionAnnounced,
     VersionReceived,
@@ -40,11 +39,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-IDLE_WAIT_S = 0.02  # for the hub
-ENGINE_WAIT_S = 0.01  # for a server's results; an engine in this process does its work instead
-UNACKNOWLEDGED = 512  # rollouts on their way to the hub
+IDLE_WAIT_S = 0.02  # for a message of the hub, while the engine is idle
+ENGINE_WAIT_S = 0.01  # for results of servers; an engine in this process computes instead of waiting
+UNACKNOWLEDGED = 512  # rollouts that may be on their way to the hub at one time
 RESEND_AFTER_S = 10.0
-PULL_S = 600.0  # for one version to reach the node when it is asked for
+PULL_S = 600.0  # for the weight receiver to pull one version
 
 
 class Service:
@@ -64,9 +63,9 @@ class Service:
         self._sampler = RolloutSampler(engine, tokenizer, run.tasks)
         self._sender = ReliableSender(window=UNACKNOWLEDGED, resend_after_s=RESEND_AFTER_S)
         self._waiting: deque[Lease] = deque()
-        self._granted = 0  # leases the hub may have open here
+        self._granted = 0  # leases that were asked for and are not finished
         self._busy_s = 0.0
-        self._told: int | None = None  # the version in the last heartbeat
+        self._reported: int | None = None  # the version in the last heartbeat
         engine.reset()  # a warm engine may hold weights of an earlier session under the same version numbers
         self._connections = mailbox.dealer.connections
         self._started = self._beaten = time.monotonic()
@@ -90,7 +89,7 @@ class Service:
             self._engine.reset()
 
     def receive(self) -> str | None:
-        """Take what the hub sent; a reason to end, if there is one.
+        """Take the hub's messages; returns a reason to end the session, if there is one.
 
         A connection that was lost and is back may have cost leases or credit, which are not sent again.
         """
@@ -116,7 +115,7 @@ class Service:
         return None
 
     def refresh(self) -> str | None:
-        """Load the newest weights that the node process holds; a reason to end if the session broke."""
+        """Load the newest version that the weight receiver holds; returns a reason to end if the session is over."""
         newest: VersionReceived | VersionAnnounced | None = None
         for event in self._node.poll():
             match event:
@@ -124,8 +123,6 @@ class Service:
                     newest = event
                 case VersionRejected():
                     log.warning("weights version %d: %s", event.version, event.reason)
-                case NodeControl(word="drain"):
-                    return "drained"
                 case ReceiverDown():
                     return f"session down: {event.reason}"
         if newest is not None:
@@ -133,7 +130,7 @@ class Service:
         return None
 
     def _load(self, event: VersionReceived | VersionAnnounced) -> None:
-        """A failed load takes the engine out of service until a later version loads whole."""
+        """Load a version. After a failed load the engine is out of service until a later version is loaded whole."""
         if isinstance(event, VersionReceived):
             read = partial(_read, event.path, event.version)
             weights = Weights(version=event.version, digest=event.digest, read=read)
@@ -148,7 +145,7 @@ class Service:
             log.warning("weights version %d: %s", event.version, error)
 
     def _pull(self, version: int) -> dict[str, torch.Tensor]:
-        """A version that the node has not yet; a thread of an engine that lives elsewhere asks for it."""
+        """Have the weight receiver pull a version and read it; called by a thread of an engine that lives elsewhere."""
         try:
             path = self._node.pull(version).result(PULL_S)
         except TimeoutError:
@@ -156,7 +153,7 @@ class Service:
         return _read(path, version)
 
     def admit(self) -> None:
-        """Start the leases whose lowest version the engine holds; ask for more while slots would stay empty."""
+        """Start the leases that admit the engine's version; ask for more leases while slots would stay empty."""
         version = self._engine.version
         if version is None:
             return
@@ -167,7 +164,7 @@ class Service:
             self._granted += wanted
 
     def _lease_target(self) -> int:
-        """Enough leases to fill every slot, and one in hand so that a free slot never waits for the network."""
+        """Enough leases to fill every slot, and one more, so that a free slot never waits for the network."""
         return -(-self._run.engine.slots // self._run.rollout.size) + 1
 
     def _start(self, lease: Lease) -> None:
@@ -196,7 +193,7 @@ class Service:
             self._busy_s += time.monotonic() - began
 
     def publish(self) -> None:
-        """Send rollouts that are due (new or unacknowledged), and a sign of life every heartbeat.
+        """Send the rollouts that are new or overdue for acknowledgement, and a heartbeat when it is due.
 
         The hub leases by version: it is told at once of a new one.
         """
@@ -205,16 +202,16 @@ class Service:
         now = time.monotonic()
         for rollout in self._sender.due(now):
             self._mailbox.send(rollout)
-        if now - self._beaten >= self._run.hub.heartbeat_s or self._engine.version != self._told:
+        if now - self._beaten >= self._run.hub.heartbeat_s or self._engine.version != self._reported:
             self._beat(now)
 
     def _beat(self, now: float) -> None:
-        self._beaten, self._told = now, self._engine.version
+        self._beaten, self._reported = now, self._engine.version
         status = self._engine.load_status()
         leases = [lease.task for lease in (*self._waiting, *self._sampler.leases)]
         heartbeat = Heartbeat(
-            state="joining" if self._told is None else "serving",
-            version=-1 if self._told is None else self._told,
+            state="joining" if self._reported is None else "serving",
+            version=-1 if self._reported is None else self._reported,
             running=status.running,
             tokens=status.tokens,
             busy_s=self._busy_s,
@@ -224,14 +221,14 @@ class Service:
         self._mailbox.send(heartbeat)
 
     def _leave(self, reason: str) -> None:
-        """Give every lease back, whole, and say goodbye: the hub reissues them at once."""
+        """Give every lease back and say goodbye; the hub issues them again at once."""
         for lease in (*self._waiting, *self._sampler.leases):
             self._mailbox.send(Release(task=lease.task, attempt=lease.attempt, reason=reason))
         self._mailbox.send(Goodbye(reason=reason))
 
 
 def _read(path: str, version: int) -> dict[str, torch.Tensor]:
-    """A version in the node's store. By a reader of its own: a background load may outlast the session."""
+    """Read a version from the local store, with a new reader: a background load may outlast the session."""
     reader = StoreReader(path)
     try:
         return reader.tensors(version)

@@ -1,24 +1,24 @@
 """SGPO, Strategy-Guided Policy Optimization, as pure functions of tensors.
 
 Source: Shi et al., "Beyond Trajectory Imitation: Strategy-Guided Policy Optimization for LLM Reasoning",
-https://arxiv.org/abs/2606.24064. Equation numbers are the paper's; sg[.] stops the gradient.
+https://arxiv.org/abs/2606.24064. The equation numbers are the paper's; sg[.] stops the gradient.
 
 For each of P problems q with a strategy s, the policy pi writes G1 autonomous rollouts o_i ~ pi(.|q) and G2
-guided rollouts o~_j ~ pi(.|q,s), each with a reward R in {0, 1}. Read the files in the equations' order:
+guided rollouts o~_j ~ pi(.|q,s), each with a reward R in {0, 1}. Read the files in the order of the equations:
 
     advantages.py   Eq. 1     A_i = (R_i - mean) / std, within the autonomous group
-    divergences.py  Eq. 3     d_t = KL( sg[pi(.|q,s,o~_<t)] || pi(.|q,o~_<t) ), and others in its place
-    selection.py    Eq. 4     o+ = the correct o~_j that is likeliest without the strategy
-    limiters.py     Eq. 5     what bounds the pull of a single token
-    weights.py      Eq. 6, 8  alpha(q): how much to distil, given how much the strategy helps
-    losses.py       Eq. 1, 5, 7   L = L_GRPO + alpha(q) L_KD, averaged over problems; likelihood of a given text
-    correction.py   importance weights, where the rollouts come from an older policy mu
-    linear.py       log-probabilities and Eq. 3 straight from hidden states, for large vocabularies
+    divergences.py  Eq. 3     d_t = KL( sg[pi(.|q,s,o~_<t)] || pi(.|q,o~_<t) ), and alternatives to it
+    selection.py    Eq. 4     o+ = the correct o~_j that is most likely without the strategy
+    limiters.py     Eq. 5     limits on the loss and gradient of a single token
+    weights.py      Eq. 6, 8  alpha(q): the weight of distillation, from how much the strategy helps
+    losses.py       Eq. 1, 5, 7   L = L_GRPO + alpha(q) L_KD, averaged over problems; likelihood losses of a given text
+    correction.py   importance weights for rollouts that an older policy mu sampled
+    linear.py       log-probabilities and Eq. 3 directly from hidden states, for large vocabularies
 
-docs/algorithm.md has every equation, and the key of the configuration that chooses it.
+docs/algorithm.md lists every equation with the configuration key that selects it.
 
-Shapes: P problems, G rollouts of a group, N or K sequences, T tokens, V vocabulary, H hidden width.
-Every function computes in the floating-point type that it is given.
+Shapes: P problems, G rollouts in a group, N or K sequences, T tokens, V vocabulary, H hidden width.
+Every function computes in the floating-point type of its inputs.
 """
 
 from sgpo_async.algorithm.advantages import group_advantages

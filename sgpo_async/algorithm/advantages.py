@@ -4,11 +4,12 @@ from torch import Tensor
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
-    """A_i = (R_i - mean(R)) / std(R) over the autonomous rollouts of one problem (Eq. 1).
+    """Standardise the rewards of each group: A_i = (R_i - mean(R)) / std(R) (Eq. 1).
 
-    std is the population's (divisor G): the mean square of A is then 1 for every group size, and a group of
-    one is defined. There is no epsilon, which would bias A for nothing: rewards in {0, 1} that differ have
-    std >= sqrt(G - 1) / G. A uniform group has no preference: its advantages are exactly 0.
+    A group holds the autonomous rollouts of one problem. std is the population standard deviation (divisor G), so
+    that the mean square of A is 1 for every group size and a group of one rollout is defined. No epsilon is added
+    to std, because it would only bias A: rewards in {0, 1} that differ have std >= sqrt(G - 1) / G. If all rewards
+    of a group are equal, its advantages are exactly 0.
 
     Args:
         rewards: [P, G] floating point.
@@ -17,7 +18,7 @@ def group_advantages(rewards: Tensor) -> Tensor:
         [P, G].
     """
     uniform = (rewards == rewards[..., :1]).all(-1, keepdim=True)
-    # By comparison, not by std == 0: the rounded mean of equal rewards may differ from each of them.
+    # Compare the rewards instead of testing std == 0: the rounded mean of equal rewards may differ from them.
     centred = (rewards - rewards.mean(-1, keepdim=True)).masked_fill(uniform, 0)
     std = centred.square().mean(-1, keepdim=True).sqrt()
     return centred / std.masked_fill(std == 0, 1)

@@ -1,14 +1,15 @@
-"""How far the unguided student is from the guided teacher at each token: Eq. 3, and two others in its place.
+"""Divergences between the guided teacher and the unguided student at each token: Eq. 3 and two alternatives.
 
-p is the teacher's distribution over the vocabulary and q = softmax(z) the student's, at the same output prefix:
+p is the teacher's distribution over the vocabulary and q = softmax(z) the student's, after the same output prefix:
 
     name             d                                     d d / d z
     forward          KL(p || q)                            q - p
     reverse          KL(q || p)                            q (log q/p - KL(q || p))
     jensen-shannon   KL(p || m)/2 + KL(q || m)/2           q (log q/m - KL(q || m)) / 2        m = (p + q)/2
 
-The forward KL asks the student to cover all that the teacher does, the reverse one to do nothing that the teacher does
-not; Jensen-Shannon lies between and is at most ln 2. All depend on the prefix o~_<t alone, not on the sampled o~_t.
+The forward KL asks the student to cover every token that the teacher considers likely. The reverse KL asks the student
+to avoid every token that the teacher considers unlikely. Jensen-Shannon lies between the two and is at most ln 2. All
+three depend only on the prefix o~_<t, not on the sampled token o~_t.
 """
 
 import math
@@ -20,25 +21,25 @@ from torch import Tensor
 
 
 class Divergence(NamedTuple):
-    """A divergence of [..., V] log-probabilities log p, log q. The student's q is softmax(z)."""
+    """A divergence and its derivative, both functions of log p and log q [..., V]. The student's q is softmax(z)."""
 
     value: Callable[[Tensor, Tensor], Tensor]  # -> [...], in nats
-    slope: Callable[[Tensor, Tensor], Tensor]  # -> [..., V], its derivative by z
+    slope: Callable[[Tensor, Tensor], Tensor]  # -> [..., V], the derivative of the value with respect to z
 
 
 def divergence(
     teacher_logits: Tensor, student_logits: Tensor, *, kind: str = "forward", temperature: float = 1.0
 ) -> Tensor:
-    """d_t from sg[pi(.|q,s,o~_<t)] to pi(.|q,o~_<t), exact over the vocabulary.
+    """Compute d_t between sg[pi(.|q,s,o~_<t)] and pi(.|q,o~_<t), exactly, over the whole vocabulary.
 
     Position t of both arguments follows the same output prefix o~_<t; only the prompts differ. The teacher is
-    the policy itself or a copy of it: either way no gradient reaches its logits.
+    the policy itself or a copy of it. In both cases no gradient reaches the teacher's logits.
 
     Args:
         teacher_logits: [..., T, V], with the strategy in the prompt.
-        student_logits: [..., T, V], without it.
+        student_logits: [..., T, V], without the strategy.
         kind: a key of DIVERGENCES.
-        temperature: that of the rollouts, applied to both.
+        temperature: the sampling temperature of the rollouts, applied to both.
 
     Returns:
         [..., T], in nats.
@@ -49,23 +50,26 @@ def divergence(
 
 
 def forward_kl(teacher_logits: Tensor, student_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """d_t = KL( sg[pi(.|q,s,o~_<t)] || pi(.|q,o~_<t) ) (Eq. 3): `divergence` of kind "forward".
+    """Compute d_t = KL( sg[pi(.|q,s,o~_<t)] || pi(.|q,o~_<t) ) (Eq. 3), that is `divergence` of kind "forward".
 
-    From whole logits, for tests to compare with; the learner has `linear_divergence`, which never holds them all.
+    This function needs all logits at once and serves as a reference in tests. The learner uses `linear_divergence`,
+    which never holds all logits.
     """
     return divergence(teacher_logits, student_logits, kind="forward", temperature=temperature)
 
 
 def top_divergence(log_p: Tensor, log_q: Tensor, *, kind: str = "forward") -> Tensor:
-    """d_t where of the teacher only its k likeliest tokens are known; all others count as one outcome.
+    """Compute d_t from only the teacher's k most likely tokens; all other tokens count as one outcome, the rest.
 
-    Merging outcomes never raises a divergence of this kind (data processing), so it is at most the exact one; they are
-    equal for k = V - 1, and where both sides divide the rest alike. The gradient of the forward KL is that towards a
-    teacher whose rest is divided as the student's own is.
+    Merging outcomes never increases these divergences (data processing inequality), so the result is at most the exact
+    divergence. The two are equal for k = V - 1, and also if teacher and student distribute the rest over its tokens in
+    the same proportions. The gradient of the forward KL is the same as for a teacher that distributes the rest in the
+    student's proportions.
 
     Args:
-        log_p: [..., k], the teacher's log-probabilities of its likeliest tokens, k below V. No gradient reaches them.
-        log_q: [..., k + 1], the student's of the same tokens and of the rest (`linear_top_logprobs`), with gradient.
+        log_p: [..., k], the teacher's log-probabilities of its k < V most likely tokens. No gradient reaches them.
+        log_q: [..., k + 1], the student's log-probabilities of the same tokens and, last, of the rest, with gradient
+            (from `linear_top_logprobs`).
         kind: a key of DIVERGENCES.
 
     Returns:
@@ -75,13 +79,13 @@ def top_divergence(log_p: Tensor, log_q: Tensor, *, kind: str = "forward") -> Te
 
 
 def _with_rest(log_p: Tensor) -> Tensor:
-    """[..., k] -> [..., k + 1]. The rest is what is left of 1, and not less than the least that rounding leaves."""
+    """Append the log-probability of the rest, whose probability is at least eps: [..., k] -> [..., k + 1]."""
     rest = 1 - log_p.double().exp().sum(-1, keepdim=True)
     return torch.cat((log_p, rest.clamp(min=torch.finfo(log_p.dtype).eps).log().to(log_p.dtype)), -1)
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) = sum_v p_v (log p_v - log q_v), with 0 log 0 = 0: [..., V], [..., V] -> [...]."""
+    """Compute KL(p || q) = sum_v p_v (log p_v - log q_v), with 0 log 0 = 0: [..., V], [..., V] -> [...]."""
     p = log_p.exp()
     return torch.where(p > 0, p * (log_p - log_q), 0).sum(-1)
 
@@ -108,15 +112,18 @@ def _jensen_shannon_slope(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def _mixture(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """log m of m = (p + q)/2."""
+    """Compute log m for the mixture m = (p + q)/2."""
     return torch.logaddexp(log_p, log_q) - math.log(2)
 
 
 def _centred(log_q: Tensor, log_r: Tensor) -> Tensor:
-    """q_v (log q_v/r_v - KL(q || r)), with 0 log 0 = 0: the derivative of sum_v q_v c_v by z, where c = log q/r."""
+    """Compute q_v (log q_v/r_v - KL(q || r)), with 0 log 0 = 0.
+
+    This is the derivative of sum_v q_v c_v with respect to z, for the constant c = log q/r.
+    """
     q = log_q.exp()
-    surprise = torch.where(q > 0, log_q - log_r, 0)
-    return q * (surprise - (q * surprise).sum(-1, keepdim=True))
+    log_ratio = torch.where(q > 0, log_q - log_r, 0)
+    return q * (log_ratio - (q * log_ratio).sum(-1, keepdim=True))
 
 
 DIVERGENCES: dict[str, Divergence] = {

@@ -1,13 +1,13 @@
-"""Log-probabilities, entropy and divergences straight from hidden states and the output matrix.
+"""Log-probabilities, entropy and divergences directly from hidden states and the output matrix.
 
-Logits of T tokens over V words are the largest tensor of training (16K x 152K in float32: 10 GB). Here they
-exist for `chunk` rows at a time, and again in the backward pass, where their gradient has a closed form:
+The logits [T, V] are the largest tensor of training (16K x 152K in float32: 10 GB). The functions here compute only
+`chunk` rows of them at a time, and recompute these rows in the backward pass, where the gradient has a closed form:
 
-    d log q(o_t) / d z = onehot(o_t) - q,     q = softmax(z);     d d_t / d z as `divergences` says
+    d log q(o_t) / d z = onehot(o_t) - q,     q = softmax(z);     d d_t / d z: see `divergences`
     d log q(rest) / d z_v = [v in rest] q_v / q(rest) - q_v
 
-Logits are multiplied out in the type given; softmax, and the sum of the weight's gradient over chunks, in
-float32 at least. Weights are plain tensors (of a sharded parameter: the gathered one).
+Logits are computed in the type of the inputs. The softmax, and the sum of the weight's gradient over chunks, are
+computed in float32 or wider. Weights are plain tensors; for a sharded parameter, pass the gathered tensor.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,20 +20,20 @@ from torch.autograd.function import once_differentiable
 from sgpo_async.algorithm.divergences import DIVERGENCES
 
 Head = tuple[Tensor, Tensor]
-"""(hidden [T, H], weight [V, H]): logits hidden @ weight.T, not multiplied out."""
+"""(hidden [T, H], weight [V, H]): the factors of the logits hidden @ weight.T."""
 
 
 def linear_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0, chunk: int = 1024
 ) -> tuple[Tensor, Tensor]:
-    """log pi(o_t|.) of the sampled tokens, and the entropy of pi at each position.
+    """Compute log pi(o_t|.) of the sampled tokens, and the entropy of pi at each position.
 
     Args:
         hidden: [T, H], position t predicts o_t.
         weight: [V, H].
         targets: [T] int64, o_t.
-        temperature: that of the rollouts.
-        chunk: rows of logits held at a time.
+        temperature: the sampling temperature of the rollouts.
+        chunk: rows of logits computed at a time.
 
     Returns:
         log-probability [T], differentiable in hidden and weight; entropy [T] in nats, without gradient.
@@ -51,15 +51,15 @@ def linear_divergence(
     temperature: float = 1.0,
     chunk: int = 1024,
 ) -> tuple[Tensor, Tensor]:
-    """`divergence` (Eq. 3) without its logits, and the teacher's log pi(o~_t|q,s,o~_<t) from the same pass.
+    """Compute `divergence` (Eq. 3) without holding all logits, and the teacher's log pi(o~_t|q,s,o~_<t).
 
     Args:
         teacher: (hidden [T, H'], weight [V, H']) with the strategy in the prompt; no gradient reaches either.
-        student: (hidden [T, H], weight [V, H]) without it; the weight may be the teacher's own tensor.
+        student: (hidden [T, H], weight [V, H]) without the strategy; both weights may be one tensor.
         targets: [T] int64, o~_t.
         kind: a key of DIVERGENCES.
-        temperature: that of the rollouts.
-        chunk: rows of logits held at a time, on each side.
+        temperature: the sampling temperature of the rollouts.
+        chunk: rows of logits computed at a time, for teacher and student each.
 
     Returns:
         d [T] in nats, differentiable in the student's hidden and weight; the teacher's log-probability [T] of
@@ -72,17 +72,17 @@ def linear_divergence(
 def linear_top_logprobs(
     hidden: Tensor, weight: Tensor, tokens: Tensor, *, temperature: float = 1.0, chunk: int = 1024
 ) -> Tensor:
-    """log pi of k listed tokens at each position, and of all others together: k + 1 outcomes in place of V.
+    """Compute log pi of k listed tokens at each position, and of all other tokens together (the rest).
 
     Args:
         hidden: [T, H].
         weight: [V, H].
-        tokens: [T, k] int64, k below V, no token twice in a row.
-        temperature: that of the rollouts.
-        chunk: rows of logits held at a time.
+        tokens: [T, k] int64, k < V; the tokens of one row are distinct.
+        temperature: the sampling temperature of the rollouts.
+        chunk: rows of logits computed at a time.
 
     Returns:
-        [T, k + 1], the last column that of the rest; differentiable in hidden and weight.
+        [T, k + 1], the rest in the last column; differentiable in hidden and weight.
     """
     return _LinearTopLogprobs.apply(hidden, weight, tokens, temperature, chunk)
 
@@ -173,7 +173,7 @@ class _LinearTopLogprobs(torch.autograd.Function):
 def _head_gradients(
     hidden: Tensor, weight: Tensor, grad_logits: Callable[[slice], Tensor], chunk: int
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of hidden and weight, given that of the logits of any rows."""
+    """Compute the gradients of hidden and weight from `grad_logits`, the gradient of the logits of the given rows."""
     grad_hidden = torch.empty_like(hidden)
     grad_weight = torch.zeros_like(weight, dtype=_at_least_float32(weight))
     for rows in _chunks(hidden, chunk):

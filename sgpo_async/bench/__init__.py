@@ -1,15 +1,16 @@
 """Throughput of one configuration in several settings, on the same machine, one after another.
 
-generation     engines alone, one per actor, fed without pause: the ceiling of the actors
-learner        ranks alone, updating on the same real batch again and again: the ceiling of the learner
-synchronous    the colocated loop: every rank generates its part, then all update, then all load the weights
-asynchronous   the whole system as `sgpo-async local` runs it
-servers        engine.kind=sglang, in place of the first three: a bare load on the servers, the actor on the same, and
-               the pause of an update
+generation     engines alone, one per actor, always busy: the upper bound of the actors
+learner        ranks alone, which update on one real batch again and again: the upper bound of the learner
+synchronous    the colocated loop: every rank generates its part of a batch, all update, all load the new weights
+asynchronous   the whole system, as `sgpo-async local` runs it
+servers        with engine.kind=sglang, in place of the first three: plain requests to the servers, the actor on them,
+               and the pause of a weight update
 
-measure.py starts each setting as processes of its own and reads one JSON line from each
-worker_*.py are those processes; rollouts.py makes groups without a hub
-cost.py tells a whole run's GPU-hours from such figures, by arithmetic
+measure.py              starts the processes of each setting and reads one JSON line from each
+worker_*.py             those processes
+synchronous_actor.py    an engine that generates whole groups without a hub
+cost.py                 the GPU-hours of a whole run, calculated from such figures
 """
 
 from sgpo_async.bench.measure import run_bench

@@ -1,4 +1,4 @@
-"""What a run costs in GPU-hours, from a configuration, throughput figures and stated assumptions: arithmetic alone.
+"""The GPU-hours of a run, calculated from its configuration, measured throughput and stated assumptions.
 
     python -m sgpo_async.bench.cost CONFIG [key=value ...] --generate-tokens-per-s R --train-tokens-per-s R ...
 
@@ -37,7 +37,7 @@ PAPER_BENCHMARKS = {"MATH500": (500, 4), "AMC23": (40, 32), "OlympiadBench": (67
 
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
-    """What a configuration does not say; the two rates are tokens per second of one GPU."""
+    """What the configuration does not contain. Both rates are tokens per second of one GPU."""
 
     generate_tokens_per_s: float
     train_tokens_per_s: float
@@ -52,15 +52,15 @@ class Assumptions:
 
     def __post_init__(self) -> None:
         for name in ("generate_tokens_per_s", "train_tokens_per_s", "completion_tokens"):
-            require(getattr(self, name) > 0, _option(name), "is above 0", getattr(self, name))
+            require(getattr(self, name) > 0, _option(name), "must be > 0", getattr(self, name))
         for name in ("prompt_tokens", "strategy_tokens", "response_tokens", "sft_problems", "sft_validation"):
-            require(getattr(self, name) >= 0, _option(name), "is at least 0", getattr(self, name))
-        require(0 <= self.target_share <= 1, "--target-share", "lies in [0, 1]", self.target_share)
+            require(getattr(self, name) >= 0, _option(name), "must be >= 0", getattr(self, name))
+        require(0 <= self.target_share <= 1, "--target-share", "must be in [0, 1]", self.target_share)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One part of the whole; all of its `gpus` are held for all of its time."""
+    """One stage of the run. All of its `gpus` are reserved for its whole duration."""
 
     name: str
     generated: float  # tokens
@@ -70,16 +70,16 @@ class Stage:
 
     @property
     def gpu_hours(self) -> float:
-        """What it costs."""
+        """The cost of the stage."""
         return self.seconds * self.gpus / HOUR_S
 
 
 def estimate(run: Run, given: Assumptions) -> list[Stage]:
-    """Warm-up, RL and evaluation. Raises ConfigError for an objective whose cost is not modelled."""
+    """The stages warm-up, RL and evaluation. Raises ConfigError for an objective whose cost is not modelled."""
     require(
         run.algorithm.objective in ("sgpo", "grpo"),
         "algorithm.objective",
-        "is sgpo or grpo: of others the cost is not modelled",
+        "must be sgpo or grpo: the cost of other objectives is not modelled",
         run.algorithm.objective,
     )
     engines = run.local.actors * (
@@ -101,14 +101,14 @@ def estimate(run: Run, given: Assumptions) -> list[Stage]:
 
 
 def rl_generated(run: Run, given: Assumptions) -> float:
-    """Tokens that the engines draw: rollouts, and held-out problems alone and with their strategies."""
+    """Tokens that the engines generate: rollouts, and held-out problems without and with their strategies."""
     rollouts = run.steps * run.learner.problems_per_step * run.rollout.size
     rounds = math.ceil(run.steps / run.evaluation.every) + 1
     return given.completion_tokens * (rollouts + rounds * run.tasks.held_out * run.evaluation.samples * 2)
 
 
 def rl_trained(run: Run, given: Assumptions) -> float:
-    """Tokens of the learner, in units of a forward and a backward."""
+    """Tokens that the learner trains; a forward without a backward counts as a third."""
     algorithm, rollout = run.algorithm, run.rollout
     plain = given.prompt_tokens + given.completion_tokens
     guided = plain + given.strategy_tokens
@@ -135,7 +135,7 @@ def table(stages: Sequence[Stage]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table; 2 and one line if the user has made a mistake."""
+    """Print the table and return 0; after a mistake of the user print one line and return 2."""
     parser = argparse.ArgumentParser(prog="python -m sgpo_async.bench.cost", description="GPU-hours of a run.")
     parser.add_argument("config", metavar="CONFIG", help="YAML file, e.g. configs/paper-qwen2.5-7b.yaml")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="laid over it")

@@ -1,4 +1,4 @@
-"""Runs the four settings one after another and puts their figures side by side."""
+"""Measures the settings one after another and reports them side by side."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def run_bench(run: Run, *, seconds: float = 20.0) -> int:
 
 
 def _conclusions(results: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """What the settings say of each other."""
+    """Ratios between settings."""
     if "servers" in results:
         return {name: results["servers"][name] for name in ("actor_over_bare", "pause_s_median", "pause_s_max")}
     rates = [results[setting]["problems_per_s"] for setting in ("asynchronous", "synchronous")]
@@ -73,7 +73,7 @@ def _ranks(setting: str, run: Run, config: Path, seconds: float) -> dict[str, An
 
 
 def _asynchronous(run: Run, config: Path, seconds: float) -> dict[str, Any]:
-    """The whole system; figures are taken between the first step and the last, so that start-up does not count."""
+    """The whole system, measured from the end of the first step to the end of the last but one: without the start."""
     name = f"{run.name}-bench"
     overrides = [f"name={name}", f"evaluation.every={run.steps}"]
     _outputs([[sys.executable, "-m", "sgpo_async.cli", "local", str(config), *overrides]], 60 * seconds, reads=False)
@@ -93,7 +93,7 @@ def _asynchronous(run: Run, config: Path, seconds: float) -> dict[str, Any]:
 
 
 def _servers(_run: Run, config: Path, seconds: float) -> dict[str, Any]:
-    """The same servers under a bare load and under the actor; what an update's pause is (`worker_servers`)."""
+    """The same servers under plain requests and under the actor, and the pause of an update (see `worker_servers`)."""
     (part,) = _outputs(
         [[sys.executable, "-m", "sgpo_async.bench.worker_servers", str(config), str(seconds)]], 10 * seconds
     )
@@ -117,7 +117,7 @@ def _rates(*, tokens: float, problems: float) -> dict[str, Any]:
 
 
 def _outputs(commands: Sequence[Sequence[str]], seconds: float, *, reads: bool = True) -> list[dict[str, Any]]:
-    """Run these processes side by side; the last line that each printed, as JSON."""
+    """Run these processes side by side and return the last line of each, parsed as JSON."""
     environment = {"OMP_NUM_THREADS": "1", **os.environ}  # one thread per process, as everywhere in this system
     processes = [
         subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)

@@ -1,4 +1,4 @@
-"""An engine that generates whole groups at a call, without hub or network: one side of a synchronous system.
+"""An engine that generates whole groups when it is called, without hub or network.
 
 Tasks, seeds, requests and verdicts are those of an actor (`sgpo_async.rollout`): with one slot the rollouts are the
 same bits that an actor would send.

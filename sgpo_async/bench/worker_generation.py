@@ -1,4 +1,4 @@
-"""Engine alone: `python -m sgpo_async.bench.worker_generation CONFIG INDEX SECONDS [key=value ...]`."""
+"""One engine alone: `python -m sgpo_async.bench.worker_generation CONFIG INDEX SECONDS [key=value ...]`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sgpo_async.model.load import load_model
 
 
 def main(config: str, index: str, seconds: str, *words: str) -> None:
-    """Generate batches for about `seconds` after one to warm up; print tokens and seconds."""
+    """Generate one batch to warm up, then batches for about `seconds`; print tokens, problems and seconds."""
     run = load(config, words)
     actor = SynchronousActor(run)
     actor.load(0, dict(load_model(model_folder(run.model.path), device="cpu", dtype="float32").named_parameters()))

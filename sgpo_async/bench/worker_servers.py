@@ -46,7 +46,7 @@ UPDATE_EVERY_S = 1.0
 
 
 class Publications:
-    """A weight store and its news, as the node process of a session gives them."""
+    """A weight store, and the events that a weight receiver would report about it."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -56,7 +56,7 @@ class Publications:
         self._version = -1
 
     def publish(self) -> None:
-        """The next version; every other one is scaled a little, so that checksums differ."""
+        """Publish the next version. Odd versions are scaled a little, so that checksums differ."""
         began = time.time()
         self._version += 1
         factor = 1.0 + 1e-3 * (self._version % 2)
@@ -75,7 +75,7 @@ class Publications:
 
 
 class MemoryHub:
-    """Gives leases as long as it is asked for them, and counts the tokens of what comes back."""
+    """Issues a lease for each one that is asked for, and counts the tokens of the rollouts."""
 
     def __init__(self, mailbox: RouterMailbox, leases: Iterator[Lease]) -> None:
         self.tokens = 0
@@ -101,7 +101,7 @@ class MemoryHub:
 
 
 class Bench:
-    """Servers, and what both loads on them have in common."""
+    """The servers, and what both kinds of load have in common."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -113,12 +113,12 @@ class Bench:
         self.model = load_model(self.folder, device="cpu", dtype=run.model.dtype)
 
     def leases(self) -> Iterator[Lease]:
-        """Training problems, leased for evaluation."""
+        """Leases of training problems, for evaluation."""
         for number in itertools.count():
             yield replace(self._task_sampler.task(number).lease(attempt=0, min_version=0), purpose="evaluate")
 
     def bodies(self) -> Iterator[dict[str, Any]]:
-        """The requests of the same leases, as they are sent to SGLang."""
+        """The bodies of SGLang requests for the same leases."""
         for lease in self.leases():
             group = group_of(lease, prompt=self._prompt)
             for request in group.requests():
@@ -126,7 +126,7 @@ class Bench:
                 yield {"input_ids": request.prompt.tolist(), "sampling_params": sampling, "return_logprob": True}
 
     def bare(self, seconds: float) -> float:
-        """Tokens a second of plain HTTP requests."""
+        """Tokens per second under plain HTTP requests."""
         return asyncio.run(self._bare(seconds))
 
     async def _bare(self, seconds: float) -> float:
@@ -149,7 +149,7 @@ class Bench:
         return counted / seconds
 
     def actor(self, seconds: float, *, update_every_s: float | None = None) -> float:
-        """Tokens a second of the actor's loop."""
+        """Tokens per second under the actor's loop."""
         router, dealer = memory_pair()
         hub = MemoryHub(RouterMailbox(router), self.leases())
         publications = Publications(self.model)
@@ -184,7 +184,7 @@ class Bench:
 
 
 def main(config: str, seconds: str, *words: str) -> None:
-    """Measure, and print one line of JSON."""
+    """Measure and print one line of JSON."""
     bench = Bench(load(config, words))
     try:
         turns = [(bench.bare(float(seconds)), bench.actor(float(seconds))) for _ in range(TURNS)]

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from sgpo_async.config import Hub, Run
-from sgpo_async.engines.sglang.preflight import CheckFailed, CheckWarning, Finding, finding_of
+from sgpo_async.engines.sglang.preflight import Finding, finding_of
 from sgpo_async.engines.sglang.weight_sync.layout import layout_of
 from sgpo_async.engines.sglang.weight_sync.model_facts import ModelFacts, model_facts
-from sgpo_async.errors import SgpoError
+from sgpo_async.errors import CheckFailed, CheckWarning, SgpoError
 from sgpo_async.local.watch import Watch
 from sgpo_async.model.folder import load_tokenizer, model_folder, tokenizer_fingerprint
 from sgpo_async.model.load import device_of

@@ -1,4 +1,4 @@
-"""Configuration: frozen dataclasses, read once, validated once."""
+"""Configuration: frozen dataclasses, which are read and validated once."""
 
 from sgpo_async.config.load import from_plain, load, to_plain, to_yaml
 from sgpo_async.config.schema import (

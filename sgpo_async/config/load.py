@@ -1,6 +1,6 @@
-"""From a YAML file and `key=value` words to one frozen `Run`, or to one line that says what is wrong.
+"""Read a YAML file and `key=value` overrides into one frozen `Run`, or raise an error of one line.
 
-Past this module no OmegaConf object exists: everybody else sees typed, validated dataclasses.
+Only this module and experiment.py use OmegaConf: all other modules see typed, validated dataclasses.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from sgpo_async.config.schema import Run
 from sgpo_async.errors import ConfigError
 
 
-class Twice(yaml.MarkedYAMLError):
+class DuplicateKey(yaml.MarkedYAMLError):
     """A key occurs twice in its section."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 without dates, and without a key that occurs twice in a section: YAML would silently take the last.
+    """YAML 1.1, but dates stay text, and a duplicate key is an error: YAML would silently use the last one.
 
-    What it takes for text (1e-6), the type of the field makes a number, or leaves.
+    YAML 1.1 reads 1e-6 as text. OmegaConf converts it to a number where the field is a number.
     """
 
     yaml_implicit_resolvers: ClassVar = {
@@ -36,34 +36,34 @@ class _Loader(yaml.SafeLoader):
     }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Raises Twice at the second place of a key."""
+        """Raises DuplicateKey at the second occurrence of a key."""
         known: set[tuple[str, str]] = set()
         for key, _ in node.value:
             name = (key.tag, str(key.value))
             if name in known:
-                raise Twice(problem=f"{key.value}: occurs twice in its section", problem_mark=key.start_mark)
+                raise DuplicateKey(problem=f"{key.value} occurs twice in its section", problem_mark=key.start_mark)
             known.add(name)
         return super().construct_mapping(node, deep)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
-    """Read the YAML file at `path`, lay overrides over it in their order, validate, return the run.
+    """Read the YAML file at `path`, apply the overrides in their order, validate, return the run.
 
-    An empty path stands for the defaults. An override is `key=value`, or another YAML file, e.g. configs/paper.yaml.
+    An empty path means the defaults. An override is `key=value`, or another YAML file, e.g. configs/paper.yaml.
 
-    Raises ConfigError, one line: the place (file or word), the key path, the rule, the value, the nearest valid key.
+    Raises ConfigError, one line: file or override, key path, rule and value, or the nearest valid key.
     """
     layers = [(str(path), read_yaml(Path(path)))] if path else []
-    for word in overrides:
-        if "=" not in word and word.endswith((".yaml", ".yml")):
-            layers.append((word, read_yaml(Path(word))))
+    for override in overrides:
+        if "=" not in override and override.endswith((".yaml", ".yml")):
+            layers.append((override, read_yaml(Path(override))))
         else:
-            layers.append((f"argument {word!r}", _parse_word(word)))
+            layers.append((f"argument {override!r}", _parse_override(override)))
     return _build(layers)
 
 
 def to_plain(run: Run) -> dict[str, Any]:
-    """The run as nested dicts of plain values: what is sent to members and written to config.yaml."""
+    """The run as nested dicts of plain values, as the hub sends it to actors and commands write it to config.yaml."""
     return dataclasses.asdict(run)
 
 
@@ -78,7 +78,7 @@ def to_yaml(run: Run) -> str:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises ConfigError, one line with the place."""
+    """The mapping in a YAML file. Raises ConfigError, one line with file and line number."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -92,18 +92,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: holds a {type(content).__name__}, expected sections with keys")
+        raise ConfigError(f"{path}: must hold sections with keys, got a {type(content).__name__}")
     return content
 
 
-def _parse_word(word: str) -> dict[str, Any]:
-    key, equals, text = word.partition("=")
+def _parse_override(override: str) -> dict[str, Any]:
+    key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(f"argument {word!r}: an override looks like key=value, e.g. optim.lr=3e-4")
+        raise ConfigError(f"argument {override!r}: an override must look like key=value, e.g. optim.lr=3e-4")
     try:
         value = yaml.load(text, Loader=_Loader) if text else ""
     except yaml.YAMLError as error:
-        raise ConfigError(f"argument {word!r}: {_reason(error)}") from None
+        raise ConfigError(f"argument {override!r}: {_reason(error)}") from None
     *sections, last = key.strip().split(".")
     layer: dict[str, Any] = {last: value}
     for section in reversed(sections):
@@ -113,7 +113,7 @@ def _parse_word(word: str) -> dict[str, Any]:
 
 def _reason(error: yaml.YAMLError) -> str:
     problem = str(getattr(error, "problem", None) or error)
-    return f"{problem}; keep one" if isinstance(error, Twice) else f"is not YAML ({problem})"
+    return f"{problem}; keep one of them" if isinstance(error, DuplicateKey) else f"is not YAML ({problem})"
 
 
 def _build(layers: Sequence[tuple[str, dict[str, Any]]]) -> Run:
@@ -128,11 +128,11 @@ def _build(layers: Sequence[tuple[str, dict[str, Any]]]) -> Run:
 
 
 def _merge(layers: Sequence[tuple[str, dict[str, Any]]]) -> Any:
-    """The layers over the defaults. Raises ConfigError that names the place of a value of a wrong type."""
+    """The layers merged over the defaults. Raises ConfigError that names the layer whose value has a wrong type."""
     merged = _structured(Run)
-    try:  # together: each call copies everything
+    try:  # one call for all layers, because each call copies everything
         return OmegaConf.merge(merged, *(layer for _, layer in layers))
-    except OmegaConfBaseException:
+    except OmegaConfBaseException:  # merge layer by layer to find the one at fault
         for place, layer in layers:
             try:
                 merged = OmegaConf.merge(merged, layer)
@@ -141,22 +141,27 @@ def _merge(layers: Sequence[tuple[str, dict[str, Any]]]) -> Any:
         raise
 
 
-@cache  # a merge leaves it as it is
+@cache  # merging does not change it
 def _structured(schema: type[Run]) -> Any:
     return OmegaConf.structured(schema)
 
 
 def check_keys(place: str, layer: Mapping[str, Any], section: type, prefix: str) -> None:
-    """Every key exists in its section; OmegaConf would say so too, but without the nearest valid key."""
+    """Raise ConfigError for an unknown key. OmegaConf would do so too, but without naming the nearest valid key.
+
+    Args:
+        place: file or override that `layer` comes from.
+        prefix: path of the section, with a dot at its end; "" for the whole configuration.
+    """
     hints = get_type_hints(section)
     for key, value in layer.items():
         path = f"{prefix}{key}"
         if key not in hints:
             near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(sorted(hints))}"
-            raise ConfigError(f"{place}: {path}: unknown key; {hint}")
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(sorted(hints))}"
+            raise ConfigError(f"{place}: unknown key {path}; {hint}")
         inner = hints[key]
         if dataclasses.is_dataclass(inner):
             if not isinstance(value, Mapping):
-                raise ConfigError(f"{place}: {path}: is a section with keys, got {value!r}")
+                raise ConfigError(f"{place}: {path} must be a section with keys, got {value!r}")
             check_keys(place, value, inner, f"{path}.")  # type: ignore[arg-type]

@@ -38,7 +38,7 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparisons:
-    """Two evaluations."""
+    """All benchmarks that two evaluations share."""
 
     differences: Sequence[str]  # in their settings: `key: a, b`
     benchmarks: Mapping[str, Comparison]
@@ -83,7 +83,7 @@ def _compare(name: str, left: Results, right: Results) -> Comparison:
 
 
 def _common(a: Mapping[str, ProblemResult], b: Mapping[str, ProblemResult], where: str) -> list[str]:
-    """The ids of the problems that both sides have, in order."""
+    """The ids of the problems that both evaluations have, in order."""
     common = sorted(a.keys() & b.keys())
     if not common:
         raise DataError(f"{where}: no problem is the same in both; evaluate the same file")

@@ -1,4 +1,4 @@
-"""What is evaluated, and how. Two calls with equal plans are one evaluation, whichever of them makes a sample."""
+"""What is evaluated, and how. Calls with equal plans belong to one evaluation and may share its work."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationPlan:
-    """One evaluation. Prompt style, length, engine and seed come from the run's configuration."""
+    """One evaluation. Prompt style, maximum length, engine and seed are those of the run's configuration."""
 
     run: Run
     benchmarks: Sequence[Benchmark]
@@ -34,7 +34,7 @@ class EvaluationPlan:
                 raise DataError(f"{benchmark.name}: problem {bare} has no strategy; evaluate it without --guided")
 
     def settings(self, model: str) -> dict[str, Any]:
-        """All that the results depend on, as plain data; `model` is the digest of the weights."""
+        """Everything that the results depend on, as plain data; `model` is the digest of the weights."""
         return {
             "format": FORMAT,
             "model": model,
@@ -54,7 +54,7 @@ class EvaluationPlan:
 
 
 def differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
-    """`key: value here, value there` of all in which two settings differ."""
+    """`key: value here, value there` for each key in which two settings differ."""
     a, b = dict(_flat(here)), dict(_flat(there))
     return [f"{key}: {a.get(key)}, {b.get(key)}" for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)]
 

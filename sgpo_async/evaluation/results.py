@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from sgpo_async.errors import ConfigError, DataError
 from sgpo_async.evaluation.evaluation_plan import differences
-from sgpo_async.files import telling, to_json, write_whole
+from sgpo_async.files import JsonLinesReader, JsonLinesWriter, reporting_write_errors, write_whole
 from sgpo_async.metrics.problems import ProblemResult
 
 SETTINGS, SUMMARY = "settings.json", "summary.json"
@@ -31,11 +31,11 @@ class Results:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files: dict[str, TextIO] = {}
+        self._files: dict[str, JsonLinesWriter] = {}
 
     @contextmanager
     def writing(self, settings: Mapping[str, Any]) -> Iterator[None]:
-        """Within this context `add` may be called; the folder is claimed.
+        """Claim the folder; within this context `add` may be called.
 
         Raises ConfigError if it holds an evaluation with other settings, or another process writes it.
         """
@@ -45,62 +45,49 @@ class Results:
         with ExitStack() as stack:
             if not path.exists():
                 write_whole(path, json.dumps(settings, indent=2) + "\n")
-            with telling(path):
+            with reporting_write_errors(path):
                 lock = stack.enter_context(path.open("a"))
                 names = settings["benchmarks"]
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ConfigError(f"{self.folder}: another process evaluates here; choose another --out") from None
-            with telling(self.folder):
-                self._files = {name: stack.enter_context(self._open(name)) for name in names}
+            for name in names:
+                self._files[name] = JsonLinesWriter(self._path(name))
+                stack.callback(self._files[name].close)
             try:
                 yield
             finally:
                 self._files = {}
 
     def add(self, benchmark: str, result: ProblemResult) -> None:
-        """Append one line."""
-        with telling(self._path(benchmark)):
-            print(to_json(asdict(result)), file=self._files[benchmark], flush=True)
+        """Append the result of one problem."""
+        self._files[benchmark].append(asdict(result))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the summary: the evaluation is complete."""
         write_whole(self.folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
 
     def settings(self) -> dict[str, Any]:
-        """What was evaluated."""
+        """The settings of the evaluation in this folder."""
         return _read_json(self.folder / SETTINGS)
 
     def summary(self) -> dict[str, Any]:
-        """The figures. Raises DataError if the evaluation is not complete."""
+        """The summary. Raises DataError if the evaluation is not complete."""
         return _read_json(self.folder / SUMMARY)
 
     def problems(self, benchmark: str) -> list[ProblemResult]:
-        """Those with a whole line, in the order of completion."""
-        return [self._parse(benchmark, number, line) for number, line in enumerate(self._lines(benchmark), start=1)]
+        """The problems that have a whole line, in the order in which they were completed."""
+        lines = JsonLinesReader(self._path(benchmark)).poll()
+        return [self._checked(benchmark, number, values) for number, values in lines]
 
-    def _parse(self, benchmark: str, number: int, line: bytes) -> ProblemResult:
+    def _checked(self, benchmark: str, number: int, values: Any) -> ProblemResult:
         names = {field.name for field in fields(ProblemResult)}
         try:
-            values = json.loads(line)
             return ProblemResult(**{name: values[name] for name in names})
-        except (ValueError, TypeError, KeyError) as error:
+        except (TypeError, KeyError) as error:
             where = f"{self._path(benchmark)}:{number}"
             raise DataError(f"{where}: is no result of a problem ({error!r}); remove the line") from None
-
-    def _lines(self, benchmark: str) -> Sequence[bytes]:
-        """Whole lines."""
-        path = self._path(benchmark)
-        content = path.read_bytes() if path.exists() else b""
-        return content[: content.rfind(b"\n") + 1].splitlines()
-
-    def _open(self, benchmark: str) -> TextIO:
-        """For appending, behind the last whole line."""
-        whole = sum(len(line) + 1 for line in self._lines(benchmark))
-        file = self._path(benchmark).open("a", encoding="utf-8")
-        file.truncate(whole)
-        return file
 
     def _path(self, benchmark: str) -> Path:
         return self.folder / f"{benchmark}.jsonl"

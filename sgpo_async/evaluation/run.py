@@ -1,4 +1,4 @@
-"""One evaluation from its plan to its summary; what an earlier call has done already is kept."""
+"""One evaluation, from its plan to its summary. Problems that an earlier call has finished are not sampled again."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Progress = Callable[[int, int], None]
 def evaluate(
     plan: EvaluationPlan, out: Path, *, texts: bool, progress: Progress, tell: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Sample and judge what `out` does not hold yet; write and return the summary.
+    """Sample and judge the problems that `out` has no result of; write and return the summary.
 
     Raises ConfigError if `out` holds another evaluation, DataError, EngineError, DeadlineExceeded, SgpoError.
     """
@@ -74,13 +74,13 @@ def _missing(plan: EvaluationPlan, results: Results) -> list[Item]:
 
 
 def _weights(run: Run, folder: str) -> Weights:
-    """The model's own weights, as a version: engines serve nothing else, and verify it."""
+    """The weights of the model as version 0: engines serve verified versions only."""
     tensors = dict(load_model(folder, device="cpu", dtype=run.model.dtype).named_parameters())
     return Weights(version=0, digest=digest(tensors.items()), read=lambda: tensors)
 
 
 def _open(run: Run, folder: str) -> Engine:
-    """Without a learner there is nobody to broadcast weights: servers get them by HTTP then."""
+    """Open the engine. There is no learner to broadcast weights, so servers get them by HTTP."""
     if run.engine.broadcasts:
         run = replace(run, engine=replace(run.engine, sglang=replace(run.engine.sglang, transport="tensor")))
     return open_engine(run, folder)

@@ -1,4 +1,4 @@
-"""Completions of problems from one engine, judged by the loop that actors have, too (`sgpo_async.rollout.sampler`).
+"""Samples and judges problems with one engine, by the same loop as an actor (`sgpo_async.rollout.sampler`).
 
     problems ─▶ leases ─▶ RolloutSampler ─▶ ProblemResult, as problems become complete
 
@@ -37,7 +37,7 @@ class _Open:
 
 
 class Evaluator:
-    """Samples and judges problems as `plan` says; `report` gets the engine's events, a line each."""
+    """Samples and judges problems as `plan` says. `report` is called with each event of the engine, one line."""
 
     def __init__(self, plan: EvaluationPlan, engine: Engine, tokenizer: Any, *, report: Callable[[str], None]) -> None:
         self._plan, self._engine, self._report = plan, engine, report
@@ -83,7 +83,7 @@ class Evaluator:
         self._open[number] = _Open(item=item)
 
     def _take(self, outcome: Sampled | Unservable) -> _Open | None:
-        """Keep a sample; returns its problem if that was the last one."""
+        """Keep a sample; returns its problem if this was the last sample of it."""
         if isinstance(outcome, Unservable):
             benchmark, problem = self._open[outcome.lease.task].item
             raise EngineError(f"{benchmark.name}: problem {problem.id}: {outcome.error}")
@@ -92,7 +92,7 @@ class Evaluator:
         return self._open.pop(number) if outcome.last else None
 
     def _lease(self, number: int, benchmark: Benchmark, problem: Problem) -> Lease:
-        """Seeds depend on the problem alone, so that what is sampled does not depend on what is done already."""
+        """The seed depends on the problem alone, so samples do not depend on which problems are already done."""
         plan = self._plan
         return Lease(
             task=number,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from sgpo_async.config.experiment import Experiment
 from sgpo_async.config.schema import Run
+from sgpo_async.experiments.figures import MOST_BANDS
 from sgpo_async.experiments.plan import budget, cell_run, cells, tuned
 
 FIGURES = (
@@ -52,16 +53,19 @@ def learning_rates(experiment: Experiment) -> str:
     )
 
 
-def curves_say(experiment: Experiment) -> str:
-    """What the figures show."""
+def curves_say(experiment: Experiment, kinds: Collection[str]) -> list[str]:
+    """What figures of these kinds show; nothing if there are none."""
     thinned = any(cell_run(experiment, cell).learner.skip_uniform for cell in cells(experiment))
-    entropy = "entropy leaves out rollouts whose advantage is 0 (`learner.skip_uniform`)"
-    return (
-        "In the figures bands are the same intervals. Alpha is the weight of the distillation, in the mean over the "
-        "batch; methods in which it is 0 throughout are not in its figure. What is no pass rate is at each point the "
-        f"mean over the steps since the point before{f'; {entropy}' * thinned}. A run that diverged goes on with a "
-        "pass rate of 0, and has nothing else from there."
-    )
+    says = [
+        f"In the figures bands are the same intervals; a figure of more than {MOST_BANDS} methods has none.",
+        "Alpha is the weight of the distillation, in the mean over the batch; methods in which it is 0 throughout are "
+        "not in its figure." * ("alpha" in kinds),
+        "Each point of a measure other than the pass rate is the mean over the steps since the point before."
+        * bool(set(kinds) - {"curves"}),
+        "Entropy leaves out rollouts whose advantage is 0 (`learner.skip_uniform`)." * (thinned and "entropy" in kinds),
+        "A run that diverged goes on with a pass rate of 0, and has no other measures from there.",
+    ]
+    return [" ".join(sentence for sentence in says if sentence)] * bool(kinds)
 
 
 def _name(experiment: Experiment, cell: tuple[str, str]) -> str:

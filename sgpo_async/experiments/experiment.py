@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sgpo_async.config.experiment import BASE, Experiment, load_experiment
+from sgpo_async.config.experiment import BASE, Experiment
 from sgpo_async.errors import SgpoError
 from sgpo_async.experiments.code_version import code_version
 from sgpo_async.experiments.identity import recipe, same_recipe
@@ -25,8 +25,8 @@ Say = Callable[[str], None]
 log = logging.getLogger(__name__)
 
 
-def run_experiment(path: str, *, out: Path, workers: int, limit_s: float | None = None) -> int:
-    """Do what is missing of the experiment at `path` and write its tables; returns the exit status.
+def run_experiment(experiment: Experiment, *, out: Path, workers: int, limit_s: float | None = None) -> int:
+    """Do what is missing of the experiment and write its tables; returns the exit status.
 
     Args:
         out: folder of bases and results, which several experiments may share.
@@ -35,7 +35,6 @@ def run_experiment(path: str, *, out: Path, workers: int, limit_s: float | None 
     Raises:
         SgpoError: one line.
     """
-    experiment = load_experiment(path)
     check_budget(experiment)
     began = time.monotonic()
 
@@ -79,7 +78,7 @@ class _Runner:
     def _base_job(self, name: str) -> BaseJob:
         base = self.experiment.bases[name]
         start = self._model(base.start)
-        words = self.experiment.words(base.train, {"model.path": start} if base.train else {})
+        words = self.experiment.overrides(base.train, {"model.path": start} if base.train else {})
         made_by = recipe(self.experiment, name)
         return BaseJob(name, base, start, str(self._base(name)), self.experiment.config, words, made_by)
 
@@ -108,8 +107,8 @@ class _Runner:
             log.info(f"{what} {done}/{len(missing)}, {left / 60:.0f} min left: {_line(trial, result)}")
 
     def _job(self, trial: Trial) -> TrialJob:
-        path = self.experiment.run(trial.words).model.path
-        return TrialJob(trial.id, self.experiment.config, (*trial.words, f"model.path={self._model(path)}"))
+        model = self._model(trial.run.model.path)
+        return TrialJob(trial.id, self.experiment.config, (*trial.words, f"model.path={model}"))
 
     def _model(self, path: str) -> str:
         return str(self._base(path.removeprefix(BASE))) if path.startswith(BASE) else path

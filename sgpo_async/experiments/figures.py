@@ -5,19 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from sgpo_async.config.experiment import MOST_CURVES
 from sgpo_async.experiments.curves import Points
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MOST = 12  # curves in one figure
+MOST_BANDS = 6  # curves with their intervals in one diagram; the bands of more hide each other
 # Told apart side by side, also by those who see red and green alike: the second six are dashed.
 COLOURS = (
     *("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#111111"),
     *("#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#b5a100", "#0b3d91"),
 )
+STYLE: Any = {  # of matplotlib
+    "svg.hashsalt": "sgpo",  # the same figures give the same file
+    "svg.fonttype": "none",  # text stays text: its letters as outlines would be most of a file
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],  # a list of twelve names would stand in each label
+}
 
 
 class Curve(NamedTuple):
@@ -38,47 +45,46 @@ class Panel(NamedTuple):
 
 
 def parts(methods: Sequence[str]) -> list[Sequence[str]]:
-    """The methods in order, in as few parts of at most `MOST` as hold them, each about as long as the others."""
-    size = math.ceil(len(methods) / math.ceil(len(methods) / MOST))
+    """The methods in order, in as few parts of at most `MOST_CURVES` as hold them, each about as long as the others."""
+    size = math.ceil(len(methods) / math.ceil(len(methods) / MOST_CURVES))
     return [methods[first : first + size] for first in range(0, len(methods), size)]
 
 
 def draw(panels: Sequence[Panel], path: Path) -> None:
-    """Write one figure, panels side by side: a line per method, and its interval as a band."""
+    """Write one figure, panels side by side: a line per method, and its interval as a band where there is room."""
     import matplotlib as mpl
+    from matplotlib.figure import Figure
 
-    mpl.use("svg")
-    mpl.rcParams["svg.hashsalt"] = "sgpo"  # the same figures give the same file
-    from matplotlib import pyplot as plt
-
-    columns = 3 if len(panels) == 1 else 4  # of names of 40 letters
-    rows = math.ceil(max(len(panel.curves) for panel in panels) / columns)
-    figure, axes = plt.subplots(
-        ncols=len(panels),
-        squeeze=False,
-        figsize=(7.5 if len(panels) == 1 else 11, 4.2 + 0.2 * rows),
-        layout="constrained",
-    )
-    for panel, on in zip(panels, axes[0], strict=True):
-        _draw_panel(panel, on)
-    handles, names = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    names = [curve.name for curve in panels[0].curves]
+    width = 7.5 if len(panels) == 1 else 11.0
+    columns = min(len(names), int(width / (0.6 + 0.062 * max(map(len, names)))))  # in inches, at 8 points
+    height = 4.2 + 0.2 * math.ceil(len(names) / columns)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axes = figure.subplots(ncols=len(panels), squeeze=False)[0]
+        for panel, on in zip(panels, axes, strict=True):
+            _draw_panel(panel, on)
+        handles, names = axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
+        figure.savefig(path, metadata={"Date": None})
 
 
 def _draw_panel(panel: Panel, axes: Axes) -> None:
+    bands = len(panel.curves) <= MOST_BANDS
     for name, place, points in panel.curves:
         x = [rollouts for rollouts, _ in points]
         mean = [panel.factor * found.mean for _, found in points]
         half = [panel.factor * (found.half or 0.0) for _, found in points]
         dashes = "--" if place >= len(COLOURS) // 2 else "-"
-        axes.plot(x, mean, dashes, color=COLOURS[place], label=name, marker="o", markersize=2.5)
+        axes.plot(x, mean, dashes, color=COLOURS[place], label=name, linewidth=1.6)
+        if not bands:
+            continue
         low, high = ([_within(m + sign * h, panel.top) for m, h in zip(mean, half, strict=True)] for sign in (-1, 1))
-        axes.fill_between(x, low, high, color=COLOURS[place], alpha=0.1, linewidth=0)
+        axes.fill_between(x, low, high, color=COLOURS[place], alpha=0.08, linewidth=0)
     axes.set(xlabel="rollouts generated", ylabel=panel.label, ylim=(0, panel.top))
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, max((rollouts for curve in panel.curves for rollouts, _ in curve.points), default=None))
     axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
 
 

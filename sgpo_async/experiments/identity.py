@@ -4,10 +4,10 @@
                                         │                                      ▲
                                         └── recorded in the result's file ─────┘  read again, years later
 
-Words are not enough: what they leave unsaid comes from defaults, which change, and a base's name says nothing of how it
-is made. So a result keeps all values, and is compared by them. Keys that it lacks are filled in from the present
-defaults: a key that a later feature brought, off by default, makes no result worthless. A default that changed does,
-since the result holds the old value; and so does a key that is gone.
+The overrides of a trial are not enough to identify it: the rest comes from defaults, which change, and the name of a
+base does not say how the base was made. So a result keeps all values and is compared by them. Keys that a result lacks
+are filled in from the present defaults: a key that a later feature brought, off by default, leaves old results valid. A
+default that changed makes the results stale that were made with the old one.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 from sgpo_async.config import load, to_plain
 from sgpo_async.config.experiment import BASE, Base, Experiment
+from sgpo_async.config.schema import Run
 from sgpo_async.files import to_json
 
 Plain = dict[str, Any]
@@ -30,9 +31,9 @@ Plain = dict[str, Any]
 NOT_LEARNED = ("name", "out", "local", "hub.max_message_mb")
 
 
-def configuration(experiment: Experiment, words: tuple[str, ...]) -> Plain:
-    """Every key of the trial with these words; in place of a base's name stands its recipe. Raises ConfigError."""
-    plain = to_plain(experiment.run(words))
+def configuration(experiment: Experiment, run: Run) -> Plain:
+    """Every key of a trial's configuration; in place of a base's name stands its recipe."""
+    plain = to_plain(run)
     path = plain["model"]["path"]
     plain["model"]["path"] = recipe(experiment, path.removeprefix(BASE)) if path.startswith(BASE) else path
     return plain
@@ -42,7 +43,8 @@ def recipe(experiment: Experiment, name: str) -> Plain:
     """How the base of this name is made, with the recipes of the bases that it starts from."""
     base = experiment.bases[name]
     if base.train:
-        return {"trained": configuration(experiment, experiment.words(base.train, {"model.path": base.start}))}
+        overrides = experiment.overrides(base.train, {"model.path": base.start})
+        return {"trained": configuration(experiment, experiment.run(overrides))}
     start = recipe(experiment, base.start.removeprefix(BASE)) if base.start.startswith(BASE) else base.start
     return {"pretrained": _pretraining(base) | {"start": start}}
 
@@ -61,7 +63,7 @@ def same_recipe(one: object, other: object) -> bool:
 def _decisive(config: Plain) -> Plain:
     """The whole configuration without the keys that decide nothing."""
     # As JSON holds it, where infinity is null: what is made just now must equal what was read.
-    whole: Plain = json.loads(to_json(_filled(config, _defaults())))
+    whole: Plain = json.loads(to_json(filled(config, _defaults())))
     for key in NOT_LEARNED:
         section, _, last = key.rpartition(".")
         (whole[section] if section else whole).pop(last, None)
@@ -75,15 +77,15 @@ def _decisive_model(origin: object) -> object:
         case {"trained": dict(config)}:
             return {"trained": _decisive(config)}
         case {"pretrained": dict(made)}:
-            whole = _filled(made, _pretraining(Base()))
+            whole = filled(made, _pretraining(Base()))
             return {"pretrained": whole | {"start": _decisive_model(whole.get("start"))}}
     return origin
 
 
-def _filled(stored: Plain, defaults: Plain) -> Plain:
+def filled(stored: Plain, defaults: Plain) -> Plain:
     """`stored` with the defaults of the keys that it lacks, section by section."""
     return defaults | {
-        key: _filled(value, defaults[key]) if isinstance(value, dict) and isinstance(defaults.get(key), dict) else value
+        key: filled(value, defaults[key]) if isinstance(value, dict) and isinstance(defaults.get(key), dict) else value
         for key, value in stored.items()
     }
 

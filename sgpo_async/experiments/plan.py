@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import fmean
 from typing import Any
@@ -24,7 +24,8 @@ class Trial:
     rate: float
     seed: int
     words: tuple[str, ...]  # what it is started with
-    config: Plain  # what they come to, and what its result is known by
+    run: Run  # what they come to
+    config: Plain  # the same as plain data, by which its result is known
 
     @cached_property
     def id(self) -> str:
@@ -41,14 +42,16 @@ def trial(experiment: Experiment, cell: tuple[str, str], *, rate: float | None, 
     """The trial of a cell; its learning rate is `rate`, or the one that its keys name."""
     setting, method = cell
     own = {"seed": seed} if rate is None else {"seed": seed, "optim.lr": rate}
-    words = experiment.words(experiment.keys(setting, method), own)
+    run = replace(cell_run(experiment, cell), seed=seed)  # parsing all overrides again for each trial takes far longer
+    run = run if rate is None else replace(run, optim=replace(run.optim, lr=rate))
     return Trial(
         setting=setting,
         method=method,
-        rate=experiment.run(words).optim.lr,
+        rate=run.optim.lr,
         seed=seed,
-        words=words,
-        config=configuration(experiment, words),
+        words=experiment.overrides(experiment.keys(setting, method), own),
+        run=run,
+        config=configuration(experiment, run),
     )
 
 
@@ -139,14 +142,14 @@ def _budget_in(experiment: Experiment, setting: str) -> int:
     first = next(iter(budgets.values()), 0)
     there = f" in {setting}" if setting else ""
     for method, rollouts in budgets.items():
-        rule = f"has the sample budget of the others{there}, {first} rollouts"
+        rule = f"must have the sample budget of the other methods{there}, {first} rollouts"
         require(rollouts == first, f"methods.{method}", rule, rollouts)
     return first
 
 
 def cell_run(experiment: Experiment, cell: tuple[str, str]) -> Run:
     """The configuration of a cell, before a learning rate and a seed are chosen."""
-    return experiment.run(experiment.words(experiment.keys(*cell)))
+    return experiment.run(experiment.overrides(experiment.keys(*cell)))
 
 
 def budget(run: Run) -> int:
@@ -160,7 +163,7 @@ def base_levels(experiment: Experiment) -> list[list[str]]:
     left, made = dict(experiment.bases), set[str]()
     while left:
         level = [name for name, base in left.items() if _start(base) not in experiment.bases or _start(base) in made]
-        require(bool(level), "bases", "do not start from each other in a circle", ", ".join(left))
+        require(bool(level), "bases", "must not start from each other in a circle", ", ".join(left))
         levels.append(level)
         made |= set(level)
         left = {name: base for name, base in left.items() if name not in made}

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from statistics import fmean, stdev
 from typing import NamedTuple
-
-# Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom.
-T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
 
 class Interval(NamedTuple):
@@ -24,5 +22,12 @@ def interval(values: Sequence[float]) -> Interval:
     n = len(values)
     if n < 2:
         return Interval(fmean(values), None, n)
-    quantile = T_95[min(n - 1, len(T_95)) - 1]
-    return Interval(fmean(values), quantile * stdev(values) / math.sqrt(n), n)
+    return Interval(fmean(values), _t_95(n - 1) * stdev(values) / math.sqrt(n), n)
+
+
+@cache
+def _t_95(degrees: int) -> float:
+    """Student's t, two-sided 95 %, to three decimals: printed tables have as many, and the first results used one."""
+    from scipy.stats import t
+
+    return round(float(t.ppf(0.975, degrees)), 3)

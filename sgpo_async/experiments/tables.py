@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 from sgpo_async.config.experiment import Experiment
+from sgpo_async.errors import SgpoError
 from sgpo_async.experiments.captions import EDGE, FIGURES, conditions, curves_say, learning_rates
 from sgpo_async.experiments.code_version import codes
 from sgpo_async.experiments.curves import best, completed, third
-from sgpo_async.experiments.drawings import draw_setting, remove_others
+from sgpo_async.experiments.drawings import KINDS, draw_setting, remove_others
 from sgpo_async.experiments.plan import Result, at_the_edge, best_rates, cells, final
 from sgpo_async.experiments.statistics import Interval, interval
 from sgpo_async.experiments.tuning_table import tuning_tables
@@ -27,6 +29,16 @@ class Row(NamedTuple):
     results: list[Result]
 
 
+def check_packages() -> None:
+    """Raise SgpoError, one line, if a package is missing that `write_tables` needs."""
+    for name in ("matplotlib", "scipy"):
+        if find_spec(name) is None:
+            raise SgpoError(
+                f"experiment: tables and figures need {name}, which is not installed; run: "
+                "pip install 'sgpo-async[experiments]'"
+            )
+
+
 def write_tables(experiment: Experiment, results: Mapping[str, Result], *, folder: Path) -> None:
     """Write README.md and its figures into `folder`, of the trials that are there."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -37,20 +49,20 @@ def write_tables(experiment: Experiment, results: Mapping[str, Result], *, folde
     common = len(set(said.values())) == 1
     parts = [f"# {experiment.title or experiment.name}", *[*said.values()][:common]]
     parts.append(f"{FIGURES} {learning_rates(experiment)}")
-    parts += [curves_say(experiment)] * bool(shown)
+    drawn: dict[str, dict[str, str]] = {}
+    for setting, rows in tables.items():
+        drawn[setting] = draw_setting(setting, {row.method: row.results for row in rows}, folder, experiment.figures)
+    parts += curves_say(experiment, {kind for figures in drawn.values() for kind in figures.values()})
     if len(experiment.settings) > 1:
         parts += ["Alone, at the end (test problems):", _overview(tables)]
-    drawn: dict[str, str] = {}
     for setting, rows in tables.items():
         parts += [f"## {setting}"] * bool(setting) + [said[setting]] * (not common) + [_table(rows)]
         parts += _compared(rows, experiment.reference) if experiment.reference else []
-        figures = draw_setting(setting, {row.method: row.results for row in rows}, folder)
-        parts += [f"![{title}]({file})" for file, title in figures.items()]
-        drawn |= figures
+        parts += [f"![{KINDS[kind].title}]({file})" for file, kind in drawn[setting].items()]
     parts += tuning_tables(experiment, results, rates)
     parts += [f"Code: {codes(shown)}."] * bool(shown)
     write_whole(folder / "README.md", "\n\n".join(parts) + "\n")
-    remove_others(drawn, folder)
+    remove_others({file for figures in drawn.values() for file in figures}, folder)
 
 
 def _rows(
@@ -63,7 +75,7 @@ def _rows(
         mark = f" {EDGE}" if at_the_edge(experiment, rates[cell]) else ""
         rows[cell] = rows[cell]._replace(rate=f"{trial.rate:g}{mark}")
         if trial.id in results:
-            rows[cell].results.append(completed(results[trial.id], experiment.run(trial.words)))
+            rows[cell].results.append(completed(results[trial.id], trial.run))
     return {setting: [rows[setting, method] for method in experiment.methods] for setting in experiment.settings}
 
 

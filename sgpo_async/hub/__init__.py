@@ -1,9 +1,13 @@
-"""The hub: knows the members, leases tasks, keeps the ledger and the buffer, forms batches.
+"""The hub: manages the members, leases tasks to actors, keeps the ledgers and the buffer, and forms batches.
 
-service ─▶ loop ─▶ core ─┬─ door, actors, world      who is here
-(process)  (I/O)  (pure) ├─ training ─┬─ admission, balance, figures
-                         ├─ evaluation ┴─ leases (with ledger and buffer), work
-                         └─ snapshot, status
+service ─▶ loop ─▶ core ─┬─ validation, actors, learner_ranks      which members are connected
+(process)  (I/O)  (pure) ├─ training ─┬─ admission, balance        how many tasks, which groups on which rank
+                         ├─ evaluation┤
+                         │            ├─ leases ── ledger          tasks from dispatch to training
+                         │            └─ batch_metrics             lag and pass rates
+                         └─ snapshot, status                       state for checkpoints and for displays
+
+`events` defines what `loop` passes to `core` and what it gets back.
 """
 
 from sgpo_async.hub.core import HubCore

@@ -1,4 +1,4 @@
-"""The actors that are here: what they hold, what they can take, how busy they are."""
+"""The connected actors: which weight version each one serves, how many leases it can take, how busy it is."""
 
 from __future__ import annotations
 
@@ -10,40 +10,43 @@ from sgpo_async.wire.records import Heartbeat
 
 @dataclass
 class Meter:
-    """Rates of one actor, from the differences of the counters in its heartbeats."""
+    """Throughput and idle share of one actor, computed from the differences between consecutive heartbeats."""
 
     last: Heartbeat | None = None
     tokens_per_s: float = 0.0
-    idle: float | None = None  # share of time in which the engine had nothing to do
+    idle: float | None = None  # share of time in which the engine had no requests, in [0, 1]
 
-    def read(self, heartbeat: Heartbeat) -> tuple[float, float]:
-        """Take in the next heartbeat; return busy and wall seconds since the one before."""
-        before, self.last = self.last, heartbeat
-        if before is None or heartbeat.wall_s <= before.wall_s:
+    def update(self, heartbeat: Heartbeat) -> tuple[float, float]:
+        """Process the next heartbeat; return the busy seconds and wall-clock seconds since the previous one.
+
+        Both are 0 for the first heartbeat and after the actor's counters have started again from zero.
+        """
+        previous, self.last = self.last, heartbeat
+        if previous is None or heartbeat.wall_s <= previous.wall_s:
             return 0.0, 0.0
-        wall = heartbeat.wall_s - before.wall_s
-        busy = min(max(heartbeat.busy_s - before.busy_s, 0.0), wall)
-        self.tokens_per_s = max(heartbeat.tokens - before.tokens, 0) / wall
+        wall = heartbeat.wall_s - previous.wall_s
+        busy = min(max(heartbeat.busy_s - previous.busy_s, 0.0), wall)
+        self.tokens_per_s = max(heartbeat.tokens - previous.tokens, 0) / wall
         self.idle = 1 - busy / wall
         return busy, wall
 
 
 @dataclass(kw_only=True)
 class Actor:
-    """One actor."""
+    """One connected actor."""
 
     member: bytes
     name: str
-    seen: float  # when it last gave a sign of life
-    tokenizer: str = ""  # fingerprint
-    welcomed: bool = False  # its link stands
+    last_seen: float  # time of its last message
+    tokenizer: str = ""  # fingerprint of its tokenizer
+    welcomed: bool = False  # its weight sender is running and the hub has sent it a Welcome
     state: str = "joining"
-    version: int = -1  # that its engine serves; -1: none
-    credit: int = 0  # leases it can still take
+    version: int = -1  # weight version that its engine serves; -1: none
+    credit: int = 0  # number of leases it can still take
     meter: Meter = field(default_factory=Meter)
 
     def plain(self, *, version: int, leases: int) -> dict[str, Any]:
-        """Its state, as plain data, when the newest version is `version`."""
+        """The actor's state as plain data. `version` is the newest weight version, from which its lag is computed."""
         heartbeat = self.meter.last or Heartbeat()
         return {
             "name": self.name,
@@ -59,40 +62,46 @@ class Actor:
 
 
 class Actors(dict[bytes, Actor]):
-    """Living actors by member, in the order in which they came."""
+    """The connected actors by member, in the order in which they joined."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.joined = self.left = 0
-        self.busy_s = self.wall_s = 0.0  # of all engines, over the life of the hub
+        self.joined = self.left = 0  # numbers of actors since the hub started
+        self.busy_s = self.wall_s = 0.0  # summed over all engines since the hub started
 
     def join(self, member: bytes, name: str, *, now: float, tokenizer: str = "") -> None:
-        """A new actor."""
-        self[member] = Actor(member=member, name=name, seen=now, tokenizer=tokenizer)
+        """Add a new actor."""
+        self[member] = Actor(member=member, name=name, last_seen=now, tokenizer=tokenizer)
         self.joined += 1
 
     def leave(self, member: bytes) -> None:
-        """This actor is gone."""
+        """Remove this actor."""
         del self[member]
         self.left += 1
 
     def silent_since(self, moment: float) -> list[Actor]:
-        """Actors without a sign of life since `moment`. One that joins waits for the hub, not the hub for it."""
-        return [actor for actor in self.values() if actor.welcomed and actor.seen < moment]
+        """Actors that have sent nothing since `moment`.
+
+        An actor that has not been welcomed yet is never one of them, because it is waiting for the hub.
+        """
+        return [actor for actor in self.values() if actor.welcomed and actor.last_seen < moment]
 
     def pick(self, min_version: int) -> Actor | None:
-        """Of those that hold `min_version` or newer, the one with most credit left; the eldest of equals."""
-        able = [actor for actor in self.values() if actor.credit > 0 and actor.version >= min_version]
-        return max(able, key=lambda actor: actor.credit, default=None)
+        """The actor with the most credit among those that serve `min_version` or newer; None if there is none.
 
-    def read(self, actor: Actor, heartbeat: Heartbeat) -> None:
-        """Take in an actor's heartbeat."""
+        Of several with equal credit, it is the one that joined first.
+        """
+        eligible = [actor for actor in self.values() if actor.credit > 0 and actor.version >= min_version]
+        return max(eligible, key=lambda actor: actor.credit, default=None)
+
+    def record_heartbeat(self, actor: Actor, heartbeat: Heartbeat) -> None:
+        """Update the actor's state and meter, and the totals over all engines, from its heartbeat."""
         actor.state = heartbeat.state
-        busy, wall = actor.meter.read(heartbeat)
+        busy, wall = actor.meter.update(heartbeat)
         self.busy_s += busy
         self.wall_s += wall
 
     @property
     def idle(self) -> float | None:
-        """Share of engine time without work, over the life of the hub."""
+        """Share of engine time without requests since the hub started; None before it is known."""
         return 1 - self.busy_s / self.wall_s if self.wall_s else None

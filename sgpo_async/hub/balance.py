@@ -1,4 +1,4 @@
-"""Distribution of groups over learner ranks, so that all are done at about the same time."""
+"""Distributes groups over the learner ranks so that all ranks finish a step at about the same time."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 
 def balance(weights: Sequence[int], ranks: int) -> list[list[int]]:
-    """Indices of `weights` for each rank, ascending, with sums as equal as a greedy rule makes them.
+    """Partition the indices of `weights` over `ranks`, with sums of weights that are nearly equal.
 
-    Longest processing time first (Graham, 1969): the heaviest goes to the rank that has least so far; the largest sum
-    is at most 4/3 - 1/(3 ranks) of the best possible. Weights are positive, so every rank gets one while there are
-    enough. Ties go to the lower index and the lower rank.
+    The rule is "longest processing time first" (Graham, 1969): the heaviest remaining item goes to the rank with the
+    smallest sum so far. The largest sum is at most 4/3 - 1/(3 ranks) times the smallest possible one. All weights are
+    positive, so no rank is empty if there are at least as many items as ranks. Of equal items or ranks, the one with
+    the lower index comes first. Each rank's indices are ascending.
     """
     assert all(weight > 0 for weight in weights), weights
     loads = [0] * ranks

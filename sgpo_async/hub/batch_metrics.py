@@ -1,4 +1,4 @@
-"""What a batch looked like: lag and pass rates. What was made of it, the learner tells in its metrics."""
+"""Lag and pass rates of a trained batch. The learner reports the other metrics of the batch, such as losses."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import numpy as np
 from sgpo_async.rollout.completed import CompletedGroup
 
 
-def figures(groups: Sequence[CompletedGroup], *, version: int) -> dict[str, Any]:
-    """Figures of a batch trained by `version`: `lag` counts sampled tokens, pass rates are means over groups."""
+def batch_metrics(groups: Sequence[CompletedGroup], *, version: int) -> dict[str, Any]:
+    """Metrics of a batch that weights of `version` were trained on.
+
+    `lag` is computed over sampled tokens; pass rates are means over groups.
+    """
     return {
         "lag": lag(groups, version=version),
         "pass_auto": mean_of_known([group.pass_rate(guided=False) for group in groups]),
@@ -20,7 +23,7 @@ def figures(groups: Sequence[CompletedGroup], *, version: int) -> dict[str, Any]
 
 
 def lag(groups: Sequence[CompletedGroup], *, version: int) -> dict[str, Any]:
-    """Mean, maximum and histogram {lag: tokens} of how many versions older than `version` the tokens are."""
+    """Mean, maximum and histogram {lag: number of tokens} of `version` minus the version of each token."""
     lags = np.concatenate([version - rollout.token_versions() for group in groups for rollout in group.rollouts])
     values, counts = np.unique(lags, return_counts=True)
     histogram = {str(value): int(count) for value, count in zip(values, counts, strict=True)}
@@ -28,6 +31,6 @@ def lag(groups: Sequence[CompletedGroup], *, version: int) -> dict[str, Any]:
 
 
 def mean_of_known(rates: Sequence[float | None]) -> float | None:
-    """Mean of those that are not None; None if all are."""
+    """Mean of the rates that are not None; None if all of them are None."""
     known = [rate for rate in rates if rate is not None]
     return float(np.mean(known)) if known else None

@@ -1,12 +1,12 @@
 """The hub's core: a deterministic state machine without I/O.
 
-    event ──▶ handle ── 1. note what happened (one handler per kind of event or message)
-                     ── 2. settle: let the rules act on what is now so
+    event ──▶ handle ── 1. process the event (one handler per kind of event or message)
+                     ── 2. apply the rules to the new state, in this order:
                               evaluation rounds ▸ stale groups ▸ batch ▸ leases ▸ end of the run
-                     ── 3. check both ledgers ──▶ effects
+                     ── 3. check that all ledgers balance ──▶ effects
 
-Time enters as an argument and nothing waits here; whatever depends on time is looked at when a Tick comes. The same
-events give the same effects.
+The core never waits and never reads a clock: the time is an argument, and timeouts are checked when a Tick arrives.
+The same events at the same times produce the same effects.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sgpo_async.hub.events import CloseSender, Effect, Event, OpenSender, Send, 
 from sgpo_async.hub.learner_ranks import LearnerRanks
 from sgpo_async.hub.status import status
 from sgpo_async.hub.training import Training
-from sgpo_async.hub.validation import other_tokenizer, refusal
+from sgpo_async.hub.validation import refusal_reason, tokenizer_mismatch
 from sgpo_async.tasks.task_sampler import TaskSampler
 from sgpo_async.wire import records as wire
 
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
     from sgpo_async.tasks.base import ProblemSource
     from sgpo_async.tasks.benchmarks import Benchmark
 
-FINISH_GRACE_S = 5.0  # members have so long to say goodbye when the run is over
-INTERRUPT_GRACE_S = 0.5  # ... and when the hub is told to end
+FINISH_GRACE_S = 5.0  # how long the hub waits for the members' Goodbye after the learner has finished
+INTERRUPT_GRACE_S = 0.5  # how long it waits for them after an interrupt
 
 
 class HubCore:
-    """Members, work and rules of one run."""
+    """The members, tasks and rules of one run."""
 
     def __init__(
         self,
@@ -49,51 +49,51 @@ class HubCore:
         store: str = "",
         now: float = 0.0,
     ) -> None:
-        """`store` is the path of the weight store that learners are told."""
+        """`store` is the path of the weight store, which the hub sends to the learner."""
         self.run, self.store = run, store
         self.now = self.started = now
         task_sampler = TaskSampler(run, source, benchmarks)
         self.training, self.evaluation = Training(run, task_sampler), Evaluation(task_sampler)
         self.actors, self.learner_ranks = Actors(), LearnerRanks()
         self.published = -1  # newest version in the weight store
-        self.tokenizer = ""  # fingerprint of the first learner: it decides for all
-        self.rejected: Counter[str] = Counter()  # messages by reason
+        self.tokenizer = ""  # fingerprint of the first learner's tokenizer; all members must have the same
+        self.rejected: Counter[str] = Counter()  # number of rejected messages by reason
         self.last_rejection = ""
-        self.refused = 0  # Hellos
-        self.closing: tuple[str, float] | None = None  # reason and deadline
+        self.refused = 0  # number of refused members
+        self.closing: tuple[str, float] | None = None  # reason and deadline, once the run is ending
         self.closed = False
         self._effects: list[Effect] = []
 
     def handle(self, event: Event, now: float) -> list[Effect]:
-        """Take in one event at `now` (monotonic seconds); return what is to be done, in order."""
+        """Process one event that happened at `now` (monotonic seconds); return the effects, in order."""
         self.now, self._effects = now, []
         if not self.closed:
-            self._note(event)
-            self._settle()
+            self._process(event)
+            self._apply_rules()
             self.training.leases.check()
             self.evaluation.leases.check()
         return self._effects
 
     def status(self) -> dict[str, Any]:
-        """How the run stands; see `sgpo_async.hub.status` for the keys."""
+        """The state of the run; see `sgpo_async.hub.status` for the keys."""
         return status(self)
 
-    # ---- 1. what happened
+    # ---- 1. process the event
 
-    def _note(self, event: Event) -> None:
+    def _process(self, event: Event) -> None:
         match event:
             case ev.Received(member, message):
                 self._received(member, message)
             case ev.Rejected(member, reason):
                 self._reject(member, "malformed message", detail=reason)
             case ev.SenderUp(member, host, port):
-                self._link_up(member, host, port)
+                self._sender_up(member, host, port)
             case ev.SenderDown(member, reason):
-                self._link_down(member, reason)
+                self._sender_down(member, reason)
             case ev.Tick():
-                self._expire()
+                self._check_timeouts()
             case ev.Interrupted(reason):
-                self._close(reason, grace=INTERRUPT_GRACE_S)
+                self._begin_close(reason, grace=INTERRUPT_GRACE_S)
 
     def _received(self, member: bytes, message: wire.Message) -> None:
         rank = self.learner_ranks.rank_of(member)
@@ -111,12 +111,12 @@ class HubCore:
             case _ if rank is not None:
                 self._from_rank(rank, message)
             case wire.Goodbye():
-                pass  # it was given up already
+                pass  # the hub has removed this member already
             case _:
-                self._refuse(member, "not a member, or not any more: say Hello")
+                self._refuse(member, "not a member, or removed after a timeout: send Hello first")
 
     def _from_actor(self, actor: Actor, message: wire.Message) -> None:
-        actor.seen = self.now
+        actor.last_seen = self.now
         match message:
             case wire.Ready():
                 self._ready(actor, message)
@@ -127,13 +127,13 @@ class HubCore:
             case wire.Goodbye():
                 self._lose_actor(actor)
             case _:
-                self._reject(actor.member, f"{type(message).__name__} from an actor")
+                self._reject(actor.member, f"an actor may not send {type(message).__name__}")
 
     def _from_rank(self, rank: int, message: wire.Message) -> None:
-        self.learner_ranks.ranks[rank].seen = self.now
+        self.learner_ranks.ranks[rank].last_seen = self.now
         match message:
             case wire.Heartbeat():
-                pass  # it has been seen
+                pass  # last_seen is already updated
             case wire.BatchRequest(step=step):
                 self._batch_request(rank, step)
             case wire.Goodbye():
@@ -141,7 +141,7 @@ class HubCore:
             case _ if rank == 0:
                 self._from_first_rank(self.learner_ranks.ranks[0].member, message)
             case _:
-                self._reject(self.learner_ranks.ranks[rank].member, f"{type(message).__name__} from rank above 0")
+                self._reject(self.learner_ranks.ranks[rank].member, f"only rank 0 may send {type(message).__name__}")
 
     def _from_first_rank(self, member: bytes, message: wire.Message) -> None:
         match message:
@@ -156,53 +156,53 @@ class HubCore:
             case wire.Restore(state=state):
                 self._restore(member, state)
             case wire.Finish(reason=reason):
-                self._close(reason, grace=FINISH_GRACE_S)
+                self._begin_close(reason, grace=FINISH_GRACE_S)
             case _:
-                self._reject(member, f"{type(message).__name__} from a learner")
+                self._reject(member, f"a learner may not send {type(message).__name__}")
 
-    # ---- members come and go
+    # ---- members join and leave
 
     def _hello(self, member: bytes, hello: wire.Hello) -> None:
-        opens = hello.role == "learner" and self.learner_ranks.opens_new(member, hello)
-        joined = self.learner_ranks if hello.role == "learner" and not opens else None
-        taken = self._names_besides(member, ranks=not opens)
-        alien = other_tokenizer(hello.name, hello.tokenizer, learners=self.tokenizer)
-        reason = alien or refusal(hello, taken=taken, world=joined)
+        new_world = hello.role == "learner" and self.learner_ranks.starts_new_world(member, hello)
+        joined_world = self.learner_ranks if hello.role == "learner" and not new_world else None
+        taken = self._names_of_others(member, include_ranks=not new_world)
+        mismatch = tokenizer_mismatch(hello.name, hello.tokenizer, learners=self.tokenizer)
+        reason = mismatch or refusal_reason(hello, taken=taken, world=joined_world)
         if self.closing and hello.role == "actor":
-            self._send(member, wire.Stop(reason=self.closing[0]))  # it came too late, which is no fault of its own
+            self._send(member, wire.Stop(reason=self.closing[0]))  # a late actor is not an error: it only has to stop
             return
         if self.closing or reason:
             self.refused += 1
-            self._refuse(member, reason or "the run is over", final=bool(alien))
+            self._refuse(member, reason or "the run is over", final=bool(mismatch))
             return
         if hello.role == "learner":
-            self._rank_joins(member, hello, opens=opens)
+            self._rank_joins(member, hello, new_world=new_world)
         else:
             self._actor_joins(member, hello)
 
-    def _names_besides(self, member: bytes, *, ranks: bool) -> set[str]:
+    def _names_of_others(self, member: bytes, *, include_ranks: bool) -> set[str]:
         actors = {actor.name for actor in self.actors.values() if actor.member != member}
-        held = self.learner_ranks.ranks.values() if ranks else ()
-        return actors | {rank.name for rank in held if rank.member != member}
+        ranks = self.learner_ranks.ranks.values() if include_ranks else ()
+        return actors | {rank.name for rank in ranks if rank.member != member}
 
     def _actor_joins(self, member: bytes, hello: wire.Hello) -> None:
         known = self.actors.get(member)
         if known and not known.welcomed:
-            return  # it repeats itself while its link is being made
+            return  # a repeated Hello, while the actor's weight sender is starting
         if known:
             self._lose_actor(known)
         self.actors.join(member, hello.name, now=self.now, tokenizer=hello.tokenizer)
         self._effects.append(OpenSender(member, hello.name))
 
-    def _link_up(self, member: bytes, host: str, port: int) -> None:
+    def _sender_up(self, member: bytes, host: str, port: int) -> None:
         if member not in self.actors:
             self._effects.append(CloseSender(member))
             return
         actor = self.actors[member]
-        actor.welcomed, actor.seen = True, self.now
+        actor.welcomed, actor.last_seen = True, self.now
         self._send(member, wire.Welcome(session_host=host, session_port=port))
 
-    def _link_down(self, member: bytes, reason: str) -> None:
+    def _sender_down(self, member: bytes, reason: str) -> None:
         actor = self.actors.get(member)
         if actor:
             self._refuse(member, f"the session ended: {reason}")
@@ -215,63 +215,68 @@ class HubCore:
         self.actors.leave(actor.member)
         self._effects.append(CloseSender(actor.member))
 
-    def _rank_joins(self, member: bytes, hello: wire.Hello, *, opens: bool) -> None:
-        self._settle_tokenizer(hello.tokenizer)
-        if opens:
-            self.training.batch = None  # its groups are in the buffer still
-            for old in self.learner_ranks.reopen(hello.world_size):
+    def _rank_joins(self, member: bytes, hello: wire.Hello, *, new_world: bool) -> None:
+        self._set_tokenizer(hello.tokenizer)
+        if new_world:
+            self.training.batch = None  # the groups of the batch are still in the buffer
+            for old in self.learner_ranks.start_new_world(hello.world_size):
                 if old.member != member:
-                    self._refuse(old.member, f"{hello.name} began a new learner world")
+                    self._refuse(old.member, f"{hello.name} started a new learner world, which replaces this one")
         self.learner_ranks.join(member, hello, now=self.now)
         self._send(member, wire.Welcome(store=self.store, version=self.training.version))
 
-    def _settle_tokenizer(self, fingerprint: str) -> None:
-        """The first learner's decides; actors that came before it and differ have to go."""
+    def _set_tokenizer(self, fingerprint: str) -> None:
+        """Require the first learner's tokenizer; remove the actors that joined earlier with another one."""
         self.tokenizer = self.tokenizer or fingerprint
         for actor in list(self.actors.values()):
-            if alien := other_tokenizer(actor.name, actor.tokenizer, learners=self.tokenizer):
+            if mismatch := tokenizer_mismatch(actor.name, actor.tokenizer, learners=self.tokenizer):
                 self.refused += 1
-                self._refuse(actor.member, alien, final=True)
+                self._refuse(actor.member, mismatch, final=True)
                 self._lose_actor(actor)
 
     def _lose_rank(self, rank: int) -> None:
         self.learner_ranks.leave(rank)
-        if rank == 0:  # only rank 0 can commit; the others may leave between their last step and its Commit
+        if rank == 0:  # only rank 0 commits; other ranks may leave after their last step, before rank 0 commits it
             self.training.batch = None
 
-    def _expire(self) -> None:
-        """Silence is a slow sign of death, since an actor's one thread may load weights; its link is the fast one."""
-        overdue, oldest = self.now - self.run.hub.lease_timeout_s, self.now - self.run.learner.batch_timeout_s
-        for actor in self.actors.silent_since(overdue):
+    def _check_timeouts(self) -> None:
+        """Remove silent members and revoke silent leases.
+
+        The timeout of an actor is long, because its only thread may be loading weights and sends nothing meanwhile.
+        The hub notices a dead actor sooner by the end of its weight sender (SenderDown).
+        """
+        actor_limit = self.now - self.run.hub.lease_timeout_s
+        rank_limit = self.now - self.run.learner.batch_timeout_s
+        for actor in self.actors.silent_since(actor_limit):
             self._lose_actor(actor)
-        for rank in [r for r, held in self.learner_ranks.ranks.items() if held.seen < oldest]:
+        for rank in [rank for rank, held in self.learner_ranks.ranks.items() if held.last_seen < rank_limit]:
             self._lose_rank(rank)
         for leases in (self.training.leases, self.evaluation.leases):
-            for number in leases.silent_since(overdue):
+            for number in leases.silent_since(actor_limit):
                 leases.revoke(number, "lease_timeout")
 
-    # ---- actors at work
+    # ---- messages of actors
 
     def _ready(self, actor: Actor, ready: wire.Ready) -> None:
         if ready.tasks < 0:
-            self._reject(actor.member, "Ready for less than nothing", detail=str(ready.tasks))
+            self._reject(actor.member, "Ready.tasks must be >= 0", detail=f"got {ready.tasks}")
             return
         actor.credit += ready.tasks
-        actor.version = self._known(ready.version)
+        actor.version = self._version_of_this_run(ready.version)
 
     def _heartbeat(self, actor: Actor, heartbeat: wire.Heartbeat) -> None:
-        self.actors.read(actor, heartbeat)
-        actor.version = self._known(heartbeat.version)
+        self.actors.record_heartbeat(actor, heartbeat)
+        actor.version = self._version_of_this_run(heartbeat.version)
         for leases in (self.training.leases, self.evaluation.leases):
-            leases.hear_of(actor.member, heartbeat.tasks, now=self.now)
+            leases.renew(actor.member, heartbeat.tasks, now=self.now)
 
-    def _known(self, version: int) -> int:
-        """-1 if it cannot be of this run: an engine may still be warm with the weights of another."""
+    def _version_of_this_run(self, version: int) -> int:
+        """`version`, or -1 if this run has no such version yet: the engine still serves the weights of another run."""
         return version if version <= self.training.version else -1
 
     def _release(self, actor: Actor, release: wire.Release) -> None:
         if release.servable:
-            actor.credit = 0  # who gives work back takes no more until it is Ready again
+            actor.credit = 0  # an actor that returns a lease gets no more leases until it sends Ready again
         leases = self.training.leases if release.task >= 0 else self.evaluation.leases
         lease = leases.running.get(release.task)
         if lease is None or (lease.member, lease.attempt) != (actor.member, release.attempt):
@@ -284,64 +289,69 @@ class HubCore:
     def _rollout(self, member: bytes, rollout: wire.Rollout) -> None:
         self._send(member, wire.Ack(task=rollout.task, attempt=rollout.attempt, slot=rollout.slot))
         if member in self.actors:
-            self.actors[member].seen = self.now
+            self.actors[member].last_seen = self.now
         work = self.training if rollout.purpose == "train" else self.evaluation
-        lease = work.leases.awaits(member, rollout)
+        lease = work.leases.lease_expecting(member, rollout)
         if lease is None:
-            self._unawaited(member, rollout)
-        elif fault := lease.misfit(rollout, newest=self.training.version):
-            self._reject(member, fault, detail=f"task {rollout.task}, slot {rollout.slot}")
+            self._unexpected_rollout(member, rollout)
+        elif reason := lease.invalid_reason(rollout, newest=self.training.version):
+            self._reject(member, reason, detail=f"task {rollout.task}, slot {rollout.slot}")
             work.leases.reject(rollout.task)
         else:
             work.leases.arrive(rollout, now=self.now)
 
-    def _unawaited(self, member: bytes, rollout: wire.Rollout) -> None:
-        """A duplicate, or a late one of a lost lease or of a past before a Restore; or of no task at all."""
+    def _unexpected_rollout(self, member: bytes, rollout: wire.Rollout) -> None:
+        """Count a rollout that no lease expects.
+
+        If its task is known or its lease was issued before a Restore, it is a duplicate or too late. Otherwise the hub
+        never issued its task and rejects it.
+        """
         work = self.training if rollout.purpose == "train" else self.evaluation
-        if work.dispatched(rollout.task) or rollout.attempt < work.leases.first_attempt:
+        if work.has_dispatched(rollout.task) or rollout.attempt < work.leases.first_attempt:
             work.leases.duplicates += 1
         else:
             self._reject(member, "rollout of an unknown task", detail=f"{rollout.purpose} {rollout.task}")
 
-    # ---- the learner at work
+    # ---- messages of the learner
 
     def _batch_request(self, rank: int, step: int) -> None:
-        if step <= self.learner_ranks.served:
-            return  # a repetition that was long on its way
-        self.learner_ranks.asked[rank] = step
+        if step <= self.learner_ranks.last_committed:
+            return  # a repeated request that arrived late
+        self.learner_ranks.requested[rank] = step
         if self.training.batch and step == self.training.step:
-            self._send(self.learner_ranks.ranks[rank].member, self.training.shard(rank))  # it asks again
+            self._send(self.learner_ranks.ranks[rank].member, self.training.shard(rank))  # a repeated request
 
     def _commit(self, member: bytes, step: int) -> None:
         if self.training.batch and step == self.training.step:
             self.training.commit()
-            self.learner_ranks.committed(step)
-        if step == self.training.step - 1:  # now, or before: the answer may have been lost
+            self.learner_ranks.mark_committed(step)
+        if step == self.training.step - 1:  # committed just now, or earlier if the Committed message was lost
             self._send(member, wire.Committed(step=step, status=self.status()))
         else:
-            self._refuse(member, f"no batch of step {step} is out; the hub is at {self.training.step}")
+            self._refuse(member, f"the hub has sent no batch of step {step}: it is at step {self.training.step}")
 
     def _publish(self, member: bytes, version: int) -> None:
         if not self.published <= version <= self.training.version:
-            self._reject(member, "Published out of order", detail=f"{version} after {self.published}")
+            detail = f"{version} after {self.published}"
+            self._reject(member, "Published of a version that is out of order", detail=detail)
             return
         self.published = version
         if not self.evaluation.begun:
-            self.evaluation.ask(version)  # where the run starts from
+            self.evaluation.request(version)  # measures the pass rates at the start of the run
 
     def _evaluate(self, member: bytes, version: int) -> None:
         if version > self.training.version:
             self._reject(member, "Evaluate of a version that does not exist", detail=str(version))
-        elif result := self.evaluation.ask(version):
+        elif result := self.evaluation.request(version):
             self._deliver(member, result)
 
     def _deliver(self, member: bytes, result: wire.Evaluated) -> None:
         self._send(member, result)
-        self.evaluation.delivered(result.version)
+        self.evaluation.mark_delivered(result.version)
 
     def _snapshot(self, member: bytes, step: int) -> None:
         if step != self.training.step:
-            reason = f"a snapshot of step {step} was asked for; the hub is at {self.training.step}"
+            reason = f"the hub has no snapshot of step {step}: it is at step {self.training.step}"
             self._refuse(member, reason)
             return
         self._send(member, wire.Snapshot(step=step, state=snapshot.dump(self.training, self.evaluation)))
@@ -355,42 +365,45 @@ class HubCore:
         self.training, self.evaluation = restored
         self._send(member, wire.Restored(version=self.training.version))
 
-    # ---- 2. what follows
+    # ---- 2. apply the rules
 
-    def _settle(self) -> None:
+    def _apply_rules(self) -> None:
         result = self.evaluation.advance(self.training.version)
         if result and 0 in self.learner_ranks.ranks:
             self._deliver(self.learner_ranks.ranks[0].member, result)
         self.training.drop_stale()
         if self.closing is None:
             self._form_batch()
-            self._lease()
+            self._lease_tasks()
         else:
-            self._end(*self.closing)
+            self._shut_down(*self.closing)
 
     def _form_batch(self) -> None:
-        if self.training.batch or not self.learner_ranks.all_asked:
+        if self.training.batch or not self.learner_ranks.all_requested:
             return
-        for rank, step in list(self.learner_ranks.asked.items()):
+        for rank, step in list(self.learner_ranks.requested.items()):
             if step != self.training.step:
                 self._refuse_step(rank, step)
-        if self.learner_ranks.all_asked and self.training.form(self.learner_ranks.size):
+        if self.learner_ranks.all_requested and self.training.form(self.learner_ranks.size):
             for rank, held in sorted(self.learner_ranks.ranks.items()):
                 self._send(held.member, self.training.shard(rank))
 
     def _refuse_step(self, rank: int, step: int) -> None:
-        del self.learner_ranks.asked[rank]
-        here = self.training.step
-        reason = f"the learner asks for step {step} but the hub is at {here}: Restore the checkpoint's state first"
+        del self.learner_ranks.requested[rank]
+        reason = (
+            f"the learner requests a batch of step {step}, but the hub is at step {self.training.step}: "
+            "send Restore with the hub state of the checkpoint first"
+        )
         self._refuse(self.learner_ranks.ranks[rank].member, reason)
 
-    def _lease(self) -> None:
+    def _lease_tasks(self) -> None:
         for work in (self.evaluation, self.training):
             while (lowest := work.lowest_version()) is not None and (actor := self.actors.pick(lowest)):
                 actor.credit -= 1
                 self._send(actor.member, work.lease(actor.member, min_version=lowest, now=self.now))
 
-    def _close(self, reason: str, *, grace: float) -> None:
+    def _begin_close(self, reason: str, *, grace: float) -> None:
+        """Tell the actors to stop, and shut down after at most `grace` seconds; the first reason is kept."""
         deadline = self.now + grace
         if self.closing is None:
             for actor in self.actors.values():
@@ -399,14 +412,15 @@ class HubCore:
             reason, deadline = self.closing[0], min(self.closing[1], deadline)
         self.closing = (reason, deadline)
 
-    def _end(self, reason: str, deadline: float) -> None:
+    def _shut_down(self, reason: str, deadline: float) -> None:
+        """Shut down once all members have left, or at the deadline."""
         if (self.actors or self.learner_ranks.ranks) and self.now < deadline:
             return
         self._effects += [CloseSender(member) for member in self.actors]
         self._effects.append(Shutdown(reason))
         self.closed = True
 
-    # ---- words
+    # ---- send, refuse, reject
 
     def _send(self, member: bytes, message: wire.Message) -> None:
         self._effects.append(Send(member, message))
@@ -415,6 +429,6 @@ class HubCore:
         self._send(member, wire.Refused(reason=reason, final=final))
 
     def _reject(self, member: bytes, reason: str, *, detail: str = "") -> None:
-        """Count a message that makes no sense; it costs nobody anything else."""
+        """Count an invalid message; nothing else changes."""
         self.rejected[reason] += 1
         self.last_rejection = f"{member.hex()}: {reason}" + (f" ({detail})" if detail else "")

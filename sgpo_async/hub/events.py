@@ -1,8 +1,8 @@
-"""What goes into the hub's core (events) and what comes out (effects).
+"""The input (events) and the output (effects) of the hub's core.
 
-    sockets, clock, link processes ── event ──▶ HubCore.handle ── effects ──▶ sockets, link processes
+    sockets, clock, weight senders ── event ──▶ HubCore.handle ── effects ──▶ sockets, weight senders
 
-The core does no I/O: whoever calls it turns effects into deeds, in their order.
+The core does no I/O. The caller of `HubCore.handle` carries out the effects in the order in which they are returned.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from sgpo_async.wire.records import Message
 
 @dataclass(frozen=True)
 class Received:
-    """A message of a member, or of somebody who is not one."""
+    """A message arrived, from a member or from a process that has not joined."""
 
     member: bytes
     message: Message
@@ -22,7 +22,7 @@ class Received:
 
 @dataclass(frozen=True)
 class Rejected:
-    """Something arrived that is not a message."""
+    """Bytes arrived that cannot be decoded as a message."""
 
     member: bytes
     reason: str
@@ -30,7 +30,7 @@ class Rejected:
 
 @dataclass(frozen=True)
 class SenderUp:
-    """The link process of this actor waits for it at `host`:`port`."""
+    """The weight sender of this actor is running and waits for the actor at `host`:`port`."""
 
     member: bytes
     host: str
@@ -39,7 +39,7 @@ class SenderUp:
 
 @dataclass(frozen=True)
 class SenderDown:
-    """The link process of this actor ended: its session is over."""
+    """The weight sender of this actor ended, and with it the actor's session."""
 
     member: bytes
     reason: str
@@ -47,12 +47,12 @@ class SenderDown:
 
 @dataclass(frozen=True)
 class Tick:
-    """Time passes."""
+    """Time has passed; the loop sends this event at regular intervals."""
 
 
 @dataclass(frozen=True)
 class Interrupted:
-    """Somebody wants the hub to end now."""
+    """The hub has been asked to stop, for example by a signal."""
 
     reason: str
 
@@ -70,7 +70,7 @@ class Send:
 
 @dataclass(frozen=True)
 class OpenSender:
-    """Start a link process for this actor; SenderUp or SenderDown follows."""
+    """Start a weight sender for this actor; the event SenderUp or SenderDown follows."""
 
     member: bytes
     name: str
@@ -78,14 +78,14 @@ class OpenSender:
 
 @dataclass(frozen=True)
 class CloseSender:
-    """Stop this actor's link process, if it has one; no SenderDown follows."""
+    """Stop the weight sender of this actor, if it has one; no SenderDown follows."""
 
     member: bytes
 
 
 @dataclass(frozen=True)
 class Shutdown:
-    """The hub's work is done. The last effect there is."""
+    """Stop the hub. This is always the last effect."""
 
     reason: str
 

@@ -1,8 +1,14 @@
-"""The learner's ranks. They come and go together, as torchrun starts and ends them.
+"""The learner's ranks. All ranks of a learner world start and end together, as torchrun starts and ends them.
 
-A Hello of a rank that is here already, or after any rank has left, or of another number of ranks while all are here,
-therefore opens a new world: all ranks of the old one are gone, whether or not they managed to say so. A rank's silence
-means little, since a training process sends nothing during a long step.
+Therefore a Hello starts a new world, which replaces all ranks of the old one, if
+
+- no rank is present,
+- its own rank is already present (unless the same process repeats its Hello before any work was done),
+- a rank of the present world has left, or
+- the present world is complete and the Hello has another world size.
+
+The ranks of the old world count as gone even if they never said Goodbye. Silence is a weak sign that a rank has died,
+because a training process sends nothing during a long step.
 """
 
 from __future__ import annotations
@@ -18,58 +24,58 @@ class Rank:
 
     member: bytes
     name: str
-    seen: float  # when it last gave a sign of life
+    last_seen: float  # time of its last message
 
 
 class LearnerRanks:
-    """The ranks that are here, and which step's batch each has asked for."""
+    """The connected ranks of the learner, and the step for which each of them has requested its part of a batch."""
 
     def __init__(self) -> None:
-        self.size = 0
+        self.size = 0  # world size
         self.ranks: dict[int, Rank] = {}
-        self.asked: dict[int, int] = {}  # rank -> step, until that step commits
-        self.served = -1  # newest step that this world has committed
+        self.requested: dict[int, int] = {}  # rank -> step, until that step is committed
+        self.last_committed = -1  # newest step that this world has committed
         self.broken = False  # a rank has left
 
     @property
     def complete(self) -> bool:
-        """Whether all ranks are here and none has left."""
+        """Whether all ranks are connected and none has left."""
         return 0 < self.size == len(self.ranks) and not self.broken
 
     @property
-    def all_asked(self) -> bool:
-        """Whether every rank of the complete world waits for a batch."""
-        return self.complete and len(self.asked) == self.size
+    def all_requested(self) -> bool:
+        """Whether the world is complete and every rank waits for a batch."""
+        return self.complete and len(self.requested) == self.size
 
     def rank_of(self, member: bytes) -> int | None:
         """The rank of this member; None if it is not a learner."""
         return next((rank for rank, held in self.ranks.items() if held.member == member), None)
 
-    def opens_new(self, member: bytes, hello: Hello) -> bool:
-        """Whether this Hello is of a world that replaces the present one, not just a repetition."""
+    def starts_new_world(self, member: bytes, hello: Hello) -> bool:
+        """Whether this Hello comes from a new world that replaces the present one; see the top of the module."""
         held = self.ranks.get(hello.rank)
-        at_work = hello.rank in self.asked or self.served >= 0
-        repeated = held is not None and held.member == member and not at_work
+        working = hello.rank in self.requested or self.last_committed >= 0
+        repeated = held is not None and held.member == member and not working
         other_size = self.complete and hello.world_size != self.size
         return self.broken or not self.ranks or other_size or (held is not None and not repeated)
 
-    def reopen(self, size: int) -> list[Rank]:
-        """Begin a new world; return the ranks of the old one."""
+    def start_new_world(self, size: int) -> list[Rank]:
+        """Begin a new world of `size` ranks; return the ranks of the old one."""
         old = list(self.ranks.values())
-        self.size, self.ranks, self.asked, self.served, self.broken = size, {}, {}, -1, False
+        self.size, self.ranks, self.requested, self.last_committed, self.broken = size, {}, {}, -1, False
         return old
 
-    def committed(self, step: int) -> None:
-        """Requests up to `step` are served."""
-        self.served = step
-        self.asked = {rank: asked for rank, asked in self.asked.items() if asked > step}
+    def mark_committed(self, step: int) -> None:
+        """Record that `step` is committed: forget the requests for it and for earlier steps."""
+        self.last_committed = step
+        self.requested = {rank: requested for rank, requested in self.requested.items() if requested > step}
 
     def join(self, member: bytes, hello: Hello, *, now: float) -> None:
-        """A rank has come."""
+        """Add a rank to the present world."""
         self.ranks[hello.rank] = Rank(member, hello.name, now)
 
     def leave(self, rank: int) -> None:
-        """A rank is gone: this world gets no more batches."""
+        """Remove a rank. This world gets no more batches."""
         del self.ranks[rank]
-        self.asked.clear()
+        self.requested.clear()
         self.broken = True

@@ -1,11 +1,12 @@
-"""The way of tasks of one purpose: waiting, leased to an actor, complete, and then trained or dropped.
+"""The states of all tasks of one purpose (training or evaluation).
 
     add ──▶ waiting ── lease ──▶ running ── arrive (all slots) ──▶ complete ── train | drop ──▶ ledger
-               ▲                    ├── discard ──▶ ledger   nobody can do it
-               └───── revoke ───────┘   as a whole, under the next attempt, before younger tasks
+               ▲                    ├── discard ──▶ ledger   (no actor can serve the task)
+               └───── revoke ───────┘   (the whole task waits again, with the next attempt, before younger tasks)
 
-A revoked lease drops all its rollouts, the arrived ones too: keeping those that happened to be done would favour short
-ones. So rollouts are dispatched anew with every attempt, while the task is dispatched once and stays in flight.
+Revoking a lease drops all of its rollouts, including those that have already arrived. Keeping the finished ones would
+bias the training data towards short rollouts. Therefore the ledger counts a task as dispatched once, but its rollouts
+as dispatched anew with every attempt.
 """
 
 from __future__ import annotations
@@ -23,86 +24,88 @@ from sgpo_async.rollout.completed import CompletedGroup
 from sgpo_async.tasks.task_sampler import Task
 from sgpo_async.wire.records import Lease, Rollout
 
-MISFITS = 3  # leases of one task that may end by a rollout which cannot be what was asked for
+MAX_INVALID_LEASES = 3  # after so many leases of a task that ended by an invalid rollout, the task is dropped
 
 
 @dataclass(kw_only=True)
-class Running:
-    """A lease in an actor's hands."""
+class RunningLease:
+    """A lease that an actor is working on."""
 
     task: Task
     attempt: int
     member: bytes
     min_version: int
-    news: float  # when something was last heard of it
+    last_progress: float  # time at which the hub last heard of this lease
     rollouts: dict[int, Rollout] = field(default_factory=dict)  # by slot
 
-    def misfit(self, rollout: Rollout, *, newest: int) -> str | None:
-        """Why this rollout cannot be what was asked for; `newest` is the highest version there is."""
+    def invalid_reason(self, rollout: Rollout, *, newest: int) -> str | None:
+        """Why this rollout is invalid for this lease; None if it is valid. `newest` is the newest weight version."""
         if not 0 <= rollout.slot < self.task.size:
-            return "slot out of range"
+            return "slot is out of range"
         if rollout.guided != (rollout.slot >= self.task.autonomous):
-            return "guided flag does not belong to this slot"
+            return "guided flag does not match the slot"
         if rollout.oldest_version < self.min_version:
-            return "tokens older than the lease allows"
+            return "tokens are older than the lease's min_version"
         if rollout.versions.max() > newest:
-            return "tokens of a version that does not exist"
+            return "tokens have a version that does not exist yet"
         return None
 
 
 class LeaseTable:
-    """All tasks of one purpose, and their two ledgers.
+    """All tasks of one purpose, with one ledger for the tasks and one for their rollouts.
 
-    Without `keeps_tokens`, only what a pass rate needs is kept of a rollout: reward and versions.
+    With `keeps_tokens` false, the table keeps only the rewards and versions of rollouts, which suffice for pass rates
+    and lag.
     """
 
     def __init__(self, *, first_attempt: int = 0, keeps_tokens: bool = True) -> None:
+        """`first_attempt` is the attempt number of a new task's first lease."""
         self._keeps_tokens = keeps_tokens
         self.tasks, self.rollouts = Ledger(), Ledger()
         self.waiting: list[tuple[int, int, Task]] = []  # a heap of (order, attempt, task)
-        self.running: dict[int, Running] = {}  # by task number
-        self.complete: dict[int, CompletedGroup] = {}  # by task number; handed to a learner or not
-        self.first_attempt = self.last_attempt = first_attempt  # of a new task; of any lease so far
-        self._misfits: Counter[int] = Counter()  # leases that were rejected, by task number
-        self.reissued = 0  # leases that were revoked
-        self.duplicates = 0  # rollouts that were not awaited any more
-        self.tokens = 0  # sampled, in all rollouts taken in
+        self.running: dict[int, RunningLease] = {}  # by task number
+        self.complete: dict[int, CompletedGroup] = {}  # by task number; includes groups handed to a learner
+        self.first_attempt = self.last_attempt = first_attempt  # last_attempt: the highest attempt of any lease so far
+        self._invalid_leases: Counter[int] = Counter()  # leases that ended by an invalid rollout, by task number
+        self.reissued = 0  # number of revoked leases
+        self.duplicates = 0  # number of rollouts that no lease was waiting for
+        self.tokens = 0  # number of sampled tokens in all accepted rollouts
 
     @property
     def live(self) -> int:
-        """Tasks that are neither trained nor dropped."""
+        """Number of tasks that are neither trained nor dropped."""
         return len(self.waiting) + len(self.running) + len(self.complete)
 
     def add(self, task: Task) -> None:
         """Dispatch a new task."""
         self.tasks.dispatched += 1
-        self.wait(task, attempt=self.first_attempt)
+        self.enqueue(task, attempt=self.first_attempt)
 
-    def wait(self, task: Task, *, attempt: int) -> None:
-        """Put a task that is dispatched already in the queue, before younger ones."""
+    def enqueue(self, task: Task, *, attempt: int) -> None:
+        """Put a dispatched task into the queue of waiting tasks, before younger ones."""
         heapq.heappush(self.waiting, (abs(task.number), attempt, task))
 
     def lease(self, member: bytes, *, min_version: int, now: float) -> Lease:
-        """Give the first waiting task to `member`."""
+        """Lease the first waiting task to `member`."""
         _, attempt, task = heapq.heappop(self.waiting)
-        self.running[task.number] = Running(
-            task=task, attempt=attempt, member=member, min_version=min_version, news=now
+        self.running[task.number] = RunningLease(
+            task=task, attempt=attempt, member=member, min_version=min_version, last_progress=now
         )
         self.last_attempt = max(self.last_attempt, attempt)
         self.rollouts.dispatched += task.size
         return task.lease(attempt=attempt, min_version=min_version)
 
-    def awaits(self, member: bytes, rollout: Rollout) -> Running | None:
-        """The lease of `member` that this rollout is a new part of; None if it is a duplicate or comes too late."""
+    def lease_expecting(self, member: bytes, rollout: Rollout) -> RunningLease | None:
+        """The running lease of `member` that still lacks this rollout; None if it is a duplicate or too late."""
         lease = self.running.get(rollout.task)
         if lease is None or (lease.member, lease.attempt) != (member, rollout.attempt):
             return None
         return None if rollout.slot in lease.rollouts else lease
 
     def arrive(self, rollout: Rollout, *, now: float) -> None:
-        """Take in an awaited rollout; with the last one the group is complete."""
+        """Store an expected rollout. The last one completes the group."""
         lease = self.running[rollout.task]
-        lease.news = now
+        lease.last_progress = now
         self.tokens += len(rollout.tokens)
         lease.rollouts[rollout.slot] = rollout if self._keeps_tokens else _without_tokens(rollout)
         if len(lease.rollouts) == lease.task.size:
@@ -110,59 +113,62 @@ class LeaseTable:
             ordered = tuple(lease.rollouts[slot] for slot in range(lease.task.size))
             self.complete[rollout.task] = CompletedGroup(number=rollout.task, attempt=lease.attempt, rollouts=ordered)
 
-    def hear_of(self, member: bytes, numbers: Iterable[int], *, now: float) -> None:
-        """`member` says that it is at work on these."""
+    def renew(self, member: bytes, numbers: Iterable[int], *, now: float) -> None:
+        """Record that `member` is still working on the tasks `numbers`, so that their leases do not time out."""
         for number in numbers:
             lease = self.running.get(int(number))
             if lease is not None and lease.member == member:
-                lease.news = now
+                lease.last_progress = now
 
     def held_by(self, member: bytes) -> list[int]:
-        """Numbers of the tasks that `member` works on."""
+        """Numbers of the tasks that are leased to `member`."""
         return [number for number, lease in self.running.items() if lease.member == member]
 
     def silent_since(self, moment: float) -> list[int]:
-        """Numbers of the tasks of which nothing was heard since `moment`."""
-        return [number for number, lease in self.running.items() if lease.news < moment]
+        """Numbers of the leased tasks of which the hub has heard nothing since `moment`."""
+        return [number for number, lease in self.running.items() if lease.last_progress < moment]
 
     def revoke(self, number: int, reason: str) -> None:
-        """The lease is lost: drop its rollouts, let the task wait for its next attempt."""
+        """End this lease: drop its rollouts, and put its task back into the queue with the next attempt."""
         lease = self.running.pop(number)
         self.rollouts.drop(reason, lease.task.size)
-        self.wait(lease.task, attempt=lease.attempt + 1)
+        self.enqueue(lease.task, attempt=lease.attempt + 1)
         self.reissued += 1
 
     def reject(self, number: int) -> None:
-        """A rollout of this lease is a misfit, so its slot would stay empty: reissue it, but not for ever."""
-        self._misfits[number] += 1
-        if self._misfits[number] < MISFITS:
+        """End this lease because a rollout is invalid, so that its slot would stay empty.
+
+        The task is leased again, unless MAX_INVALID_LEASES of its leases have ended like this: then it is dropped.
+        """
+        self._invalid_leases[number] += 1
+        if self._invalid_leases[number] < MAX_INVALID_LEASES:
             self.revoke(number, "rejected")
         else:
-            self.discard(number, "misfit")
+            self.discard(number, "misfit")  # this key stands in metrics.jsonl for tasks with invalid rollouts
 
     def discard(self, number: int, reason: str) -> None:
-        """This task can never be done: drop it and the rollouts of its lease."""
+        """Drop this task, which can never be completed, and the rollouts of its lease."""
         lease = self.running.pop(number)
         self.tasks.drop(reason, 1)
         self.rollouts.drop(reason, lease.task.size)
 
     def train(self, numbers: Iterable[int]) -> list[CompletedGroup]:
-        """These complete groups have served their purpose."""
+        """Remove these complete groups, count them as trained, and return them."""
         groups = [self.complete.pop(number) for number in numbers]
         self.tasks.trained += len(groups)
         self.rollouts.trained += sum(len(group.rollouts) for group in groups)
         return groups
 
     def drop(self, number: int, reason: str) -> None:
-        """This complete group will never be trained."""
+        """Drop this complete group without training on it."""
         group = self.complete.pop(number)
         self.tasks.drop(reason, 1)
         self.rollouts.drop(reason, len(group.rollouts))
 
     def balances(self) -> dict[str, dict[str, int]]:
-        """Tasks and rollouts in flight and buffered, counted anew from what is there.
+        """Numbers of tasks and rollouts in flight and buffered, counted from the present leases and groups.
 
-        A rollout is in flight until it arrives, a task until all its rollouts have.
+        A rollout is in flight until it arrives; a task is in flight until all of its rollouts have arrived.
         """
         arrived = sum(len(lease.rollouts) for lease in self.running.values())
         leased = sum(lease.task.size for lease in self.running.values())
@@ -179,7 +185,7 @@ class LeaseTable:
         self.rollouts.check(**balances["rollouts"])
 
     def plain(self) -> dict[str, Any]:
-        """The tasks' balance, with the rollouts' under "rollouts"."""
+        """The ledger of the tasks as plain data, with that of the rollouts under "rollouts"."""
         balances = self.balances()
         return self.tasks.plain(**balances["tasks"]) | {"rollouts": self.rollouts.plain(**balances["rollouts"])}
 

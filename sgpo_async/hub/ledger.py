@@ -1,4 +1,4 @@
-"""Double-entry bookkeeping: nothing that was dispatched disappears."""
+"""Double-entry bookkeeping: every dispatched task and rollout is accounted for."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 @dataclass
 class Ledger:
-    """Counts of one kind of thing (tasks, or rollouts).
+    """Counts of tasks, or of rollouts.
 
-    dispatched = trained + dropped + in flight + buffered, at any time. Only the first three are counted here; what is
-    in flight and buffered is counted anew from the leases and the buffer at every check, so a thing that was lost
-    or counted twice on the way shows.
+    At any time, dispatched = trained + dropped + in flight + buffered. The ledger itself counts only the first three.
+    The numbers in flight and buffered are counted from the leases and the buffer at every check, so the check fails
+    if a task or rollout was lost or counted twice.
     """
 
     dispatched: int = 0
@@ -21,17 +21,17 @@ class Ledger:
     dropped: Counter[str] = field(default_factory=Counter)  # by reason
 
     def drop(self, reason: str, count: int) -> None:
-        """`count` of those dispatched will never be trained, because of `reason`."""
+        """Count `count` of the dispatched ones as dropped, for `reason`: they will never be trained."""
         if count:
             self.dropped[reason] += count
 
     def check(self, *, in_flight: int, buffered: int) -> None:
-        """Assert that the books balance."""
+        """Assert that the equation of this class holds."""
         accounted = self.trained + self.dropped.total() + in_flight + buffered
         assert self.dispatched == accounted, (self, in_flight, buffered)
 
     def plain(self, *, in_flight: int, buffered: int) -> dict[str, Any]:
-        """The whole balance as plain data."""
+        """All five numbers as plain data."""
         return {
             "dispatched": self.dispatched,
             "trained": self.trained,

@@ -1,10 +1,13 @@
-"""The hub's state as bytes, for a checkpoint: counters, data position, queue, buffer with its rollouts, figures.
+"""The hub's state as bytes, for checkpoints: counters, data position, waiting tasks, buffered rollouts, evaluations.
 
-What is in flight is not carried over. On load, the rollouts of leases are dropped ("resume") and their tasks wait for
-an attempt that no lease ever had, so whatever actors still send for the abandoned past is recognised as late.
+    Training, Evaluation ── dump ──▶ bytes in a checkpoint ── load ──▶ new Training, Evaluation
 
-The resumed weights get a version above every earlier one, although their optimiser step is an old one. Versions of
-buffered tokens are shifted by the same amount: their lag, counted in optimiser steps, stays what it was.
+Running leases are not carried over. `load` drops their rollouts (reason "resume") and puts their tasks back into the
+queue with an attempt number that no lease ever had. Rollouts that actors still send for leases from before the restore
+are therefore recognised as late.
+
+The restored weights get a version above every earlier one, although they belong to an earlier optimiser step. `load`
+shifts the versions of buffered tokens by the same amount, so their lag in optimiser steps does not change.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import msgpack
 import numpy as np
 
 from sgpo_async.errors import HubError
-from sgpo_async.hub.evaluation import Evaluation, without_problems
+from sgpo_async.hub.evaluation import Evaluation, without_problem_results
 from sgpo_async.hub.leases import LeaseTable
 from sgpo_async.hub.ledger import Ledger
 from sgpo_async.hub.training import Training
@@ -26,22 +29,22 @@ from sgpo_async.tasks.task_sampler import TaskSampler
 from sgpo_async.wire.records import BenchmarkScore, Evaluated, Rollout
 
 FORMAT = 2
-DTYPES = ("<i4", "<f4")  # by extension code
-BOOK_COUNTERS = ("reissued", "duplicates", "tokens")
+DTYPES = ("<i4", "<f4")  # the index is the MessagePack extension code
+COUNTERS = ("reissued", "duplicates", "tokens")  # attributes of LeaseTable
 
 
 def dump(training: Training, evaluation: Evaluation) -> bytes:
     """The state as MessagePack."""
     state = {
         "format": FORMAT,
-        "round_size": evaluation.problems,
+        "round_size": evaluation.round_size,
         "version": training.version,
         "step": training.step,
         "position": training.position,
         "tokens_trained": training.tokens_trained,
-        "training": _dump_book(training.leases),
-        "evaluation": _dump_book(evaluation.leases),
-        "asked": list(evaluation.asked),
+        "training": _dump_leases(training.leases),
+        "evaluation": _dump_leases(evaluation.leases),
+        "asked": list(evaluation.requested),
         "current": evaluation.current,
         "begun": evaluation.begun,
         "results": [asdict(result) for result in evaluation.results],
@@ -50,13 +53,14 @@ def dump(training: Training, evaluation: Evaluation) -> bytes:
 
 
 def load(state: bytes, *, training: Training, evaluation: Evaluation) -> tuple[Training, Evaluation]:
-    """The state that `dump` stored, as successor of the present one; an empty `state` is the beginning of the run.
+    """Restore what `dump` stored, as the successors of the present `training` and `evaluation`.
 
-    Raises HubError if it cannot be read or does not fit this run.
+    An empty `state` restores the beginning of the run. Raises HubError if the state is damaged or does not match this
+    run; then nothing has changed.
     """
     try:
         saved = _read(state) if state else None
-        version, attempt = _next(saved, training=training, evaluation=evaluation)
+        version, attempt = _next_version_and_attempt(saved, training=training, evaluation=evaluation)
         new_training = Training(training.run, training.task_sampler, version=version, first_attempt=attempt)
         new_evaluation = Evaluation(training.task_sampler, version=version, first_attempt=attempt)
         if saved:
@@ -66,18 +70,25 @@ def load(state: bytes, *, training: Training, evaluation: Evaluation) -> tuple[T
         new_evaluation.leases.check()
         return new_training, new_evaluation
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, AssertionError) as error:
-        raise HubError(f"hub state in the checkpoint is damaged ({error!r}): resume from an older one") from error
+        raise HubError(
+            f"the hub state in the checkpoint is damaged ({error!r}): resume from an older checkpoint"
+        ) from error
 
 
 def _read(state: bytes) -> dict[str, Any]:
     saved: dict[str, Any] = msgpack.unpackb(state, ext_hook=_unpack_array)
     if saved["format"] != FORMAT:
-        raise HubError(f"hub state has format {saved['format']!r}, this hub reads {FORMAT}: use its own release")
+        raise HubError(
+            f"the format of the hub state in the checkpoint must be {FORMAT}, got {saved['format']!r}: "
+            "resume with the release that wrote the checkpoint"
+        )
     return saved
 
 
-def _next(saved: dict[str, Any] | None, *, training: Training, evaluation: Evaluation) -> tuple[int, int]:
-    """A version and an attempt above all that ever were."""
+def _next_version_and_attempt(
+    saved: dict[str, Any] | None, *, training: Training, evaluation: Evaluation
+) -> tuple[int, int]:
+    """A version and an attempt that are higher than all earlier ones."""
     version, attempts = training.version, [training.leases.last_attempt, evaluation.leases.last_attempt]
     if saved:
         version = max(version, saved["version"])
@@ -89,22 +100,22 @@ def _fill_training(training: Training, saved: dict[str, Any], *, shift: int) -> 
     training.step, training.position = saved["step"], saved["position"]
     training.base -= training.step
     training.tokens_trained = saved["tokens_trained"]
-    _fill_book(training.leases, saved["training"], task_sampler=training.task_sampler, shift=shift)
+    _fill_leases(training.leases, saved["training"], task_sampler=training.task_sampler, shift=shift)
 
 
 def _fill_evaluation(evaluation: Evaluation, saved: dict[str, Any]) -> None:
-    if saved["round_size"] != evaluation.problems:
+    if saved["round_size"] != evaluation.round_size:
         raise HubError(
-            f"tasks.held_out, evaluation.benchmarks: the checkpoint was made with {saved['round_size']} problems to "
-            f"evaluate, this run has {evaluation.problems}: use the same"
+            f"tasks.held_out and evaluation.benchmarks must have {saved['round_size']} problems together, as in the "
+            f"run that wrote the checkpoint, got {evaluation.round_size}: use the same settings"
         )
-    evaluation.asked, evaluation.current = deque(saved["asked"]), saved["current"]
+    evaluation.requested, evaluation.current = deque(saved["asked"]), saved["current"]
     evaluation.begun = saved["begun"]
-    evaluation.results = [_evaluated(result) for result in saved["results"]]
-    _fill_book(evaluation.leases, saved["evaluation"], task_sampler=evaluation.task_sampler, shift=0)
+    evaluation.results = [_load_result(result) for result in saved["results"]]
+    _fill_leases(evaluation.leases, saved["evaluation"], task_sampler=evaluation.task_sampler, shift=0)
 
 
-def _dump_book(leases: LeaseTable) -> dict[str, Any]:
+def _dump_leases(leases: LeaseTable) -> dict[str, Any]:
     return {
         "tasks": _plain(leases.tasks),
         "rollouts": _plain(leases.rollouts),
@@ -114,35 +125,38 @@ def _dump_book(leases: LeaseTable) -> dict[str, Any]:
         "complete": [
             (group.number, group.attempt, [_plain(r) for r in group.rollouts]) for group in leases.complete.values()
         ],
-        **{name: getattr(leases, name) for name in BOOK_COUNTERS},
+        **{name: getattr(leases, name) for name in COUNTERS},
     }
 
 
-def _fill_book(leases: LeaseTable, saved: dict[str, Any], *, task_sampler: TaskSampler, shift: int) -> None:
-    leases.tasks, leases.rollouts = _ledger(saved["tasks"]), _ledger(saved["rollouts"])
+def _fill_leases(leases: LeaseTable, saved: dict[str, Any], *, task_sampler: TaskSampler, shift: int) -> None:
+    leases.tasks, leases.rollouts = _load_ledger(saved["tasks"]), _load_ledger(saved["rollouts"])
     for number in saved["waiting"]:
-        leases.wait(task_sampler.task(number), attempt=leases.first_attempt)
+        leases.enqueue(task_sampler.task(number), attempt=leases.first_attempt)
     for number, size in saved["running"]:
         leases.rollouts.drop("resume", size)
-        leases.wait(task_sampler.task(number), attempt=leases.first_attempt)
+        leases.enqueue(task_sampler.task(number), attempt=leases.first_attempt)
     for number, attempt, rollouts in saved["complete"]:
-        shifted = tuple(_shifted(Rollout(**rollout), shift) for rollout in rollouts)
+        shifted = tuple(_shift_versions(Rollout(**rollout), shift) for rollout in rollouts)
         leases.complete[number] = CompletedGroup(number=number, attempt=attempt, rollouts=shifted)
-    for name in BOOK_COUNTERS:
+    for name in COUNTERS:
         setattr(leases, name, saved[name])
 
 
-def _evaluated(saved: dict[str, Any]) -> Evaluated:
-    """Without its problems, which states of older releases hold: the learner had them before it asked for the state."""
+def _load_result(saved: dict[str, Any]) -> Evaluated:
+    """A result without the results of single problems.
+
+    States of older releases contain them, but the learner received them before it requested the state.
+    """
     scores = tuple(BenchmarkScore(**score) for score in saved["benchmarks"])
-    return without_problems(Evaluated(**saved | {"benchmarks": scores}))
+    return without_problem_results(Evaluated(**saved | {"benchmarks": scores}))
 
 
-def _ledger(saved: dict[str, Any]) -> Ledger:
+def _load_ledger(saved: dict[str, Any]) -> Ledger:
     return Ledger(saved["dispatched"], saved["trained"], Counter(saved["dropped"]))
 
 
-def _shifted(rollout: Rollout, shift: int) -> Rollout:
+def _shift_versions(rollout: Rollout, shift: int) -> Rollout:
     return replace(rollout, versions=rollout.versions + np.int32(shift))
 
 

@@ -1,4 +1,4 @@
-"""How the run stands, as plain data for displays, metrics and tests."""
+"""The state of the run as plain data, for displays, metrics and tests."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ NO_BATCH_YET = {
 }
 
 
-class Standing(Protocol):
-    """What the status tells of; `hub.core` says what each is."""
+class CoreState(Protocol):
+    """The attributes of `HubCore` that the status is made from; `hub.core` documents them."""
 
     run: Run
     training: Training
@@ -36,34 +36,34 @@ class Standing(Protocol):
     now: float
 
 
-def status(core: Standing) -> dict[str, Any]:
-    """Keys: see the literals below; times in seconds, shares in [0, 1], None where nothing is known yet."""
+def status(core: CoreState) -> dict[str, Any]:
+    """The status. Times are in seconds and shares in [0, 1]; None stands for a value that is not known yet."""
     training, evaluation, actors = core.training, core.evaluation, core.actors
-    books = (training.leases, evaluation.leases)
-    leases = Counter(lease.member for leases in books for lease in leases.running.values())
+    tables = (training.leases, evaluation.leases)
+    leases_of = Counter(lease.member for table in tables for lease in table.running.values())
     return {
         "step": training.step,
         "steps": core.run.steps,
         "version": training.version,
         "published": core.published,  # the newest version that actors can have; -1: none
-        "actors": [a.plain(version=training.version, leases=leases[a.member]) for a in actors.values()],
+        "actors": [a.plain(version=training.version, leases=leases_of[a.member]) for a in actors.values()],
         "learner": {"ranks": len(core.learner_ranks.ranks), "world_size": core.learner_ranks.size},
         "ledger": training.leases.plain(),
         "evaluation_ledger": evaluation.leases.plain(),
         "buffer": len(training.leases.complete),  # groups
         **NO_BATCH_YET,
-        **training.last,  # lag, pass_auto, pass_guided of the last batch
-        "tokens_generated": sum(leases.tokens for leases in books),
+        **training.last,  # lag, pass_auto and pass_guided of the last batch
+        "tokens_generated": sum(table.tokens for table in tables),
         "tokens_trained": training.tokens_trained,
         "tokens_per_s": sum(actor.meter.tokens_per_s for actor in actors.values()),
         "engine_idle": actors.idle,
         "rejected": core.rejected.total(),
         "rejected_reasons": dict(core.rejected),
         "last_rejection": core.last_rejection,
-        "duplicates": sum(leases.duplicates for leases in books),
-        "leases_reissued": sum(leases.reissued for leases in books),
-        "evaluations": [_evaluated(result) for result in evaluation.results],
-        "evaluating": evaluation.current,  # version of the round that runs
+        "duplicates": sum(table.duplicates for table in tables),
+        "leases_reissued": sum(table.reissued for table in tables),
+        "evaluations": [_without_problem_results(result) for result in evaluation.results],
+        "evaluating": evaluation.current,  # version of the running round
         "joined": actors.joined,
         "left": actors.left,
         "refused": core.refused,
@@ -71,6 +71,6 @@ def status(core: Standing) -> dict[str, Any]:
     }
 
 
-def _evaluated(result: Evaluated) -> dict[str, Any]:
+def _without_problem_results(result: Evaluated) -> dict[str, Any]:
     own = {one.name: getattr(result, one.name) for one in fields(result)}
-    return own | {"benchmarks": [score.figures() for score in result.benchmarks]}
+    return own | {"benchmarks": [score.metrics() for score in result.benchmarks]}

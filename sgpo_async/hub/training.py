@@ -1,7 +1,10 @@
-"""Training tasks from dispatch to commit: admission, batches, versions.
+"""Training tasks from dispatch to commit: admission, batches and weight versions.
 
-version = base + step. It names the weights after `step` optimiser steps and never repeats: when a learner comes
-back at an earlier step, `base` grows.
+    task sampler ─▶ lease ─▶ complete groups ─┬─▶ form (batch) ─▶ shard (one per rank) ─▶ commit ─▶ version + 1
+                                              └─▶ drop_stale
+
+version = base + step. It names the weights after `step` optimiser steps and is never used twice: when the learner
+resumes from an earlier step, `base` grows.
 """
 
 from __future__ import annotations
@@ -11,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from sgpo_async.config.schema import Run
-from sgpo_async.hub.admission import lowest_version, room
+from sgpo_async.hub.admission import free_capacity, lowest_version
 from sgpo_async.hub.balance import balance
-from sgpo_async.hub.batch_metrics import figures
+from sgpo_async.hub.batch_metrics import batch_metrics
 from sgpo_async.hub.leases import LeaseTable
 from sgpo_async.tasks.task_sampler import TaskSampler
 from sgpo_async.wire.records import Lease, Shard
@@ -21,7 +24,7 @@ from sgpo_async.wire.records import Lease, Shard
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Groups handed to the ranks and not yet committed; they stay in the buffer until then."""
+    """Groups that the hub has sent to the ranks and that are not committed yet; they stay in the buffer until then."""
 
     step: int
     shares: tuple[tuple[int, ...], ...]  # task numbers of each rank, ascending
@@ -33,55 +36,61 @@ class Batch:
 
 
 class Training:
-    """What is trained, and by which rules."""
+    """The training tasks, the current batch, and the rules of admission, staleness and batching."""
 
     def __init__(self, run: Run, task_sampler: TaskSampler, *, version: int = 0, first_attempt: int = 0) -> None:
+        """Start at step 0 with weights of `version`; `first_attempt` numbers the first lease of a task."""
         self.run, self.task_sampler = run, task_sampler
         self.leases = LeaseTable(first_attempt=first_attempt)
-        self.step, self.position = 0, 0
-        self.base = self.first_version = version  # the first: tokens of older weights belong to another past
+        self.step = 0  # number of committed optimiser steps
+        self.position = 0  # number of the next new task
+        self.base = self.first_version = version  # weights older than first_version were made before the last restore
         self.batch: Batch | None = None
         self.tokens_trained = 0
-        self.last: dict[str, Any] = {}  # figures of the last committed batch
+        self.last: dict[str, Any] = {}  # metrics of the last committed batch
 
     @property
     def version(self) -> int:
         """Version of the weights after the steps committed so far."""
         return self.base + self.step
 
-    def dispatched(self, number: int) -> bool:
-        """Whether there ever was a training task of this number."""
+    def has_dispatched(self, number: int) -> bool:
+        """Whether a training task with this number has ever been dispatched."""
         return 0 <= number < self.position
 
     def lowest_version(self) -> int | None:
-        """The lowest version that may serve the next lease; None if there is nothing to lease."""
+        """The lowest weight version that may serve the next lease; None if there is no task to lease."""
         leases, batch, max_lag = self.leases, self.run.learner.problems_per_step, self.run.hub.max_lag
         steps_left = self.run.steps - self.step
-        if not leases.waiting and room(live=leases.live, batch=batch, max_lag=max_lag, steps_left=steps_left) <= 0:
+        capacity = free_capacity(live=leases.live, batch=batch, max_lag=max_lag, steps_left=steps_left)
+        if not leases.waiting and capacity <= 0:
             return None
         ahead = len(leases.running) + len(leases.complete)
         lowest = lowest_version(version=self.version, ahead=ahead, batch=batch, max_lag=max_lag)
         return max(lowest, self.first_version)
 
     def lease(self, member: bytes, *, min_version: int, now: float) -> Lease:
-        """Lease the task that waits longest, or else the next of the stream, to `member`."""
+        """Lease the oldest waiting task to `member`; if no task is waiting, lease a new one."""
         if not self.leases.waiting:
             self.leases.add(self.task_sampler.task(self.position))
             self.position += 1
         return self.leases.lease(member, min_version=min_version, now=now)
 
     def drop_stale(self) -> None:
-        """Drop groups that hold a token too old for the next batch."""
+        """Drop the complete groups whose oldest token is older than `hub.max_lag` allows for the next batch."""
         for number in self.stale(self.leases.complete):
             self.leases.drop(number, "stale")
 
     def stale(self, numbers: Iterable[int]) -> list[int]:
-        """Those of `numbers` whose oldest token is older than the lag allows."""
+        """The complete groups among `numbers` whose oldest token is older than `hub.max_lag` allows."""
         oldest = self.version - self.run.hub.max_lag
         return [number for number in numbers if self.leases.complete[number].oldest_version < oldest]
 
     def form(self, ranks: int) -> Batch | None:
-        """Hand out the oldest complete groups, balanced over `ranks` by tokens; None if there are too few."""
+        """Form the next batch from the oldest complete groups and balance it over `ranks` by tokens.
+
+        Returns None if there are not enough complete groups.
+        """
         assert self.batch is None
         numbers = sorted(self.leases.complete)[: self.run.learner.problems_per_step]
         if len(numbers) < self.run.learner.problems_per_step:
@@ -92,7 +101,7 @@ class Training:
         return self.batch
 
     def shard(self, rank: int) -> Shard:
-        """The part of the batch that `rank` trains."""
+        """The part of the batch that `rank` trains on."""
         assert self.batch is not None
         groups = [self.leases.complete[number] for number in self.batch.shares[rank]]
         return Shard(
@@ -103,9 +112,9 @@ class Training:
         )
 
     def commit(self) -> None:
-        """The step on the batch is done: its groups are trained, and there is a new version."""
+        """Record that the learner has trained on the batch: count its groups as trained, start the next version."""
         assert self.batch is not None
         groups = self.leases.train(self.batch.numbers)
-        self.last = figures(groups, version=self.version)
+        self.last = batch_metrics(groups, version=self.version)
         self.tokens_trained += sum(len(rollout.tokens) for group in groups for rollout in group.rollouts)
         self.step, self.batch = self.step + 1, None

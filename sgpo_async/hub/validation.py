@@ -1,4 +1,4 @@
-"""Who is let in."""
+"""Validation of a Hello: which members may join."""
 
 from __future__ import annotations
 
@@ -7,34 +7,40 @@ from collections.abc import Collection
 from sgpo_async.hub.learner_ranks import LearnerRanks
 from sgpo_async.wire.records import Hello
 
-LONGEST_NAME = 64  # characters: it becomes a word of a command line, and stands in every message about its bearer
+MAX_NAME_LENGTH = 64  # characters; names appear in command lines, and in every message about the member
 
 
-def refusal(hello: Hello, *, taken: Collection[str], world: LearnerRanks | None) -> str | None:
-    """Why this Hello is refused, with the remedy; None if it is welcome.
+def refusal_reason(hello: Hello, *, taken: Collection[str], world: LearnerRanks | None) -> str | None:
+    """Why the hub refuses this Hello, with the remedy; None if the member may join.
 
-    `taken` are the names of living members, `world` is the learner world that this Hello would join (None: it opens a
-    new one, or is an actor's).
+    `taken` are the names of the connected members. `world` is the learner world that the Hello would join; it is None
+    if the Hello starts a new world or comes from an actor.
     """
-    if not 0 < len(hello.name) <= LONGEST_NAME:
-        return f"a name of {len(hello.name)} characters: choose one of 1 to {LONGEST_NAME}"
+    if not 0 < len(hello.name) <= MAX_NAME_LENGTH:
+        return f"the name must have 1 to {MAX_NAME_LENGTH} characters, got {len(hello.name)}: choose another name"
     if hello.name in taken:
-        return f"name {hello.name!r} is taken by a living member: choose another, or wait until that one is given up"
+        return (
+            f"the name {hello.name!r} is taken by a connected member: "
+            "choose another name, or wait until the hub removes that member"
+        )
     if hello.role == "learner" and not 0 <= hello.rank < hello.world_size:
-        return f"rank {hello.rank} is outside its world of {hello.world_size}: start learners by torchrun"
+        return f"rank must be in [0, {hello.world_size - 1}], got {hello.rank}: start the learner with torchrun"
     if world is not None and hello.world_size != world.size:
         return (
-            f"{hello.name} belongs to a world of {hello.world_size} ranks but a world of {world.size} is here: "
-            "stop that one first"
+            f"the world size of {hello.name} is {hello.world_size}, but the connected learner has a world size of "
+            f"{world.size}: stop the connected learner first"
         )
     return None
 
 
-def other_tokenizer(name: str, fingerprint: str, *, learners: str) -> str | None:
-    """Why the member `name` cannot work for a learner with another tokenizer, with the remedy; None if it can.
+def tokenizer_mismatch(name: str, fingerprint: str, *, learners: str) -> str | None:
+    """Why the tokenizer of member `name` does not match the learner's, with the remedy; None if it matches.
 
-    An empty fingerprint fits all: before a learner has come, actors are taken as they come.
+    An empty fingerprint matches every other one: the hub accepts any actor until the first learner has joined.
     """
     if not learners or not fingerprint or fingerprint == learners:
         return None
-    return f"tokenizer of {name} is {fingerprint} but the learner's is {learners}: give it the same model.path"
+    return (
+        f"the tokenizer of {name} is {fingerprint}, but the learner's is {learners}: "
+        f"set model.path of {name} to the learner's"
+    )

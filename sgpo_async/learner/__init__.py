@@ -1,4 +1,4 @@
-"""The torchrun side: FSDP2, packed micro-batches, one step of SGPO at a time, weights published after each."""
+"""The learner, started by torchrun: it trains with FSDP2 on packed micro-batches and publishes each step's weights."""
 
 from sgpo_async.learner.train import train
 

@@ -1,7 +1,7 @@
-"""A rank's shard as weighted sequences: which carries which loss, with which constant weight.
+"""Turn a rank's shard into weighted sequences: each sequence has a kind of loss and a constant weight.
 
-The objective sets the weights, from the whole batch's P, before anything is packed: how sequences are then divided over
-micro-batches and ranks cannot change the loss.
+The objective sets the weights from P, the number of problems in the whole batch, before the sequences are packed.
+Therefore the division of sequences over micro-batches and ranks cannot change the loss.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from sgpo_async.learner.packing import Tokens
 from sgpo_async.wire.records import Rollout, Shard
 
 Responses = Callable[[int], np.ndarray | None]
-"""Task number -> the tokens of its problem's own response; None without one."""
+"""Task number -> the tokens of the response of its problem, or None if the problem has no response."""
 
 
 class Sequences(NamedTuple):
-    """Sequences with gradient, kind by kind. Any two parts of a batch together have the loss of both."""
+    """The sequences that are trained, grouped by kind. The loss of a batch is the sum of the losses of its parts."""
 
     policy_gradient: list[PolicyGradient]
     distillation: list[Distillation]
@@ -32,17 +32,17 @@ class Sequences(NamedTuple):
 
     @property
     def students(self) -> list[Tokens]:
-        """All of them, in the order of the kinds."""
+        """The tokens of all sequences, in the order of the kinds."""
         return [item.student for kind in self for item in kind]
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """Completion tokens of each kind."""
+        """The number of completion tokens of each kind."""
         a, k, n = (sum(len(item.student.completion) for item in kind) for kind in self)
         return a, k, n
 
     def part(self, order: Iterable[int]) -> Sequences:
-        """Those at these places, ascending, among `students`."""
+        """Return the sequences at these ascending indices of `students`."""
         first, second = len(self.policy_gradient), len(self.policy_gradient) + len(self.distillation)
         order = list(order)
         return Sequences(
@@ -56,15 +56,15 @@ class Sequences(NamedTuple):
 class Batch:
     """What one rank trains on in one step."""
 
-    version: int  # of the weights that are trained; lag of a token = this - its own
+    version: int  # of the weights that are trained; the lag of a token is this minus the version that sampled it
     sequences: Sequences
-    figures: tuple[Mapping[str, float], ...]  # of each task, some of FIGURES
-    teachers: list[Tokens]  # the targets after their guided prompts; none if the behaviour policy teaches
-    forward_only: int  # tokens that run through a forward without gradient: the teacher's, corrected pass rates'
+    metrics: tuple[Mapping[str, float], ...]  # one mapping for each task, with keys from PROBLEM_METRICS
+    teachers: list[Tokens]  # the targets after their guided prompts; empty for the teacher `behaviour`
+    forward_only: int  # tokens in forwards without gradient: for the teacher and for corrected pass rates
 
 
 def lags(rollout: Rollout, version: int) -> np.ndarray:
-    """Versions behind `version`, per token: [T]."""
+    """Compute the lag of each token, the number of versions that it is behind `version`: [T]."""
     return version - rollout.token_versions()
 
 
@@ -76,32 +76,32 @@ def from_shard(
     log_rho: Iterable[float] | None = None,
     skip_uniform: bool = False,
 ) -> Batch:
-    """The sequences of a shard's groups, as `algorithm.objective` weighs them.
+    """Build the sequences of a shard's groups, with the weights that `algorithm.objective` gives them.
 
     Args:
-        responses: of the problems, for objectives that train on them.
+        responses: looks up the response of a task, for objectives that train on responses.
         log_rho: log pi/mu of each whole rollout in the shard's order, for corrected pass rates.
-        skip_uniform: leave rollouts of advantage 0 out, whose gradient is 0.
+        skip_uniform: leave out rollouts with advantage 0, because their gradient is 0.
     """
     objective = OBJECTIVES[algorithm.objective]
-    places = [(rollout.task, rollout.slot) for rollout in shard.rollouts]
-    ratios = dict(zip(places, log_rho, strict=True)) if log_rho is not None else None
+    keys = [(rollout.task, rollout.slot) for rollout in shard.rollouts]
+    ratios = dict(zip(keys, log_rho, strict=True)) if log_rho is not None else None
     trained = []
     for task, group in groupby(shard.rollouts, key=lambda rollout: rollout.task):
         rollouts = tuple(group)
         autonomous = tuple(rollout for rollout in rollouts if not rollout.guided)
         assert autonomous, f"task {task} has no autonomous rollout"
-        known = TaskGroup(
+        task_group = TaskGroup(
             autonomous=autonomous,
             guided=tuple(rollout for rollout in rollouts if rollout.guided),
             demonstration=responses(task) if responses else None,
             log_rho={rollout.slot: ratios[task, rollout.slot] for rollout in rollouts} if ratios else None,
             problems=shard.problems,
         )
-        trained.append(objective(known, algorithm))
+        trained.append(objective(task_group, algorithm))
     targets = [item for task in trained for item in task.distillation]
     teachers = [] if algorithm.teacher == "behaviour" else [item.teacher for item in targets]
-    rated = [Tokens(rollout.prompt, rollout.tokens) for rollout in shard.rollouts] if ratios else []
+    rescored = [Tokens(rollout.prompt, rollout.tokens) for rollout in shard.rollouts] if ratios else []
     return Batch(
         version=shard.version,
         sequences=Sequences(
@@ -109,7 +109,7 @@ def from_shard(
             targets,
             [item for task in trained for item in task.likelihood],
         ),
-        figures=tuple(task.figures for task in trained),
+        metrics=tuple(task.metrics for task in trained),
         teachers=teachers,
-        forward_only=sum(tokens.length for tokens in teachers + rated),
+        forward_only=sum(tokens.length for tokens in teachers + rescored),
     )

@@ -1,11 +1,11 @@
-"""Checkpoints: learner, optimiser, teacher, random numbers, progress, the hub's state; whole or not at all.
+"""Checkpoints of learner, optimiser, teacher, random state, progress and hub state, written atomically.
 
 checkpoints/.step-00000040/      every rank writes its shards here
-checkpoints/step-00000040/       then rank 0 gives the folder its name: what has a name is whole, and on the disk
-    *.distcp, .metadata          parameters, optimiser, a teacher that moves (torch.distributed.checkpoint; any
-                                 number of ranks)
-    progress.json  hub.state     rank 0
-    random-0.pt ...              each rank
+checkpoints/step-00000040/       then rank 0 renames the folder: a folder with this name is complete and on disk
+    *.distcp, .metadata          parameters, optimiser, a teacher that changes (torch.distributed.checkpoint; can be
+                                 loaded by any number of ranks)
+    progress.json  hub.state     written by rank 0
+    random-0.pt ...              written by each rank
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from sgpo_async.files import FREE_SOME, disk_full
 
 @dataclass(frozen=True)
 class Saved:
-    """What a checkpoint holds besides parameters and optimiser."""
+    """The contents of a checkpoint besides parameters and optimiser."""
 
     progress: dict[str, Any]  # plain data
     hub_state: bytes
@@ -54,28 +54,28 @@ def save(
     saved: Saved,
     teacher: nn.Module | None = None,
 ) -> Path:
-    """Write the checkpoint of `step` below `folder`; return its own folder. A collective of all ranks.
+    """Write the checkpoint of `step` into a new folder below `folder`; return it. A collective of all ranks.
 
     Args:
-        teacher: a copy of the module that is neither it nor the model that the run began with.
+        teacher: the teacher's copy of the module, if it changes during the run.
 
     Raises:
-        CheckpointError: on every rank, if any of them cannot write. Older checkpoints stay as they are.
+        CheckpointError: on every rank, if any rank cannot write. Older checkpoints are unchanged.
     """
     final, draft, rank = folder / f"step-{step:08d}", folder / f".step-{step:08d}", dist.get_rank()
-    what = f"{final}: the checkpoint cannot be written"
+    what = f"{final}: cannot write the checkpoint"
     try:
         _write(draft, what, state=_state(module, optimiser, teacher), saved=saved)
     except CheckpointError as error:
         full = disk_full(folder)
-        dist.barrier()  # all have looked, and nobody writes any more
+        dist.barrier()  # now every rank has checked the disk and stopped writing
         if rank == 0:
             shutil.rmtree(draft, ignore_errors=True)
-        raise CheckpointError(f"{what}: its disk is full; {FREE_SOME}") if full else error from None
-    with _together(what):
+        raise CheckpointError(f"{what}: the disk is full; {FREE_SOME}") if full else error from None
+    with _fail_on_all_ranks(what):
         if rank == 0:
             _sync(draft)
-            shutil.rmtree(final, ignore_errors=True)  # of an earlier life that got to this step
+            shutil.rmtree(final, ignore_errors=True)  # left by an earlier attempt of the run that reached this step
             draft.rename(final)
             _sync(folder)
     return final
@@ -83,70 +83,71 @@ def save(
 
 def _write(draft: Path, what: str, *, state: dict[str, Any], saved: Saved) -> None:
     rank = dist.get_rank()
-    with _together(what):
+    with _fail_on_all_ranks(what):
         if rank == 0:
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir(parents=True)
             (draft / "progress.json").write_text(json.dumps(saved.progress), encoding="utf-8")
             (draft / "hub.state").write_bytes(saved.hub_state)
-    with _together(what):
+    with _fail_on_all_ranks(what):
         torch.save(torch.get_rng_state(), draft / f"random-{rank}.pt")
-    with _together(what):
+    with _fail_on_all_ranks(what):
         dcp.save(state, checkpoint_id=draft)
-    with _together(what):
-        for path in draft.iterdir():  # on every rank: on a network disk each host syncs what it wrote itself
+    with _fail_on_all_ranks(what):
+        for path in draft.iterdir():  # on every rank: on a network disk each host syncs only its own writes
             _sync(path)
 
 
 def prune(folder: Path, *, step: int, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints up to that of `step`, the one just saved. A collective of all ranks.
+    """Delete old checkpoints, except the newest `keep` ones up to `step`. A collective of all ranks.
 
-    Those of later steps are of an earlier life that was not resumed: they are left to whoever wants them.
+    Checkpoints of steps after `step` belong to an earlier attempt of the run that was not resumed. They are kept.
 
     Raises:
-        CheckpointError: on every rank, if an old one cannot be deleted.
+        CheckpointError: on every rank, if an old checkpoint cannot be deleted.
     """
-    assert keep >= 1
-    with _together(f"{folder}: old checkpoints cannot be deleted"):
+    assert keep >= 1, f"keep must be >= 1, got {keep}"
+    with _fail_on_all_ranks(f"{folder}: cannot delete old checkpoints"):
         if dist.get_rank() == 0:
-            past = sorted((path for path in _whole(folder) if _step(path) <= step), key=_step)
-            for path in [*past[:-keep], *folder.glob(".step-*")]:  # the latter were never finished
+            past = sorted((path for path in _complete(folder) if _step(path) <= step), key=_step)
+            for path in [*past[:-keep], *folder.glob(".step-*")]:  # a name with a dot marks an incomplete checkpoint
                 shutil.rmtree(path)
 
 
 def set_aside(folder: Path) -> Path | None:
-    """Move the checkpoints of an earlier run of this name out of the way of one that begins afresh; returns where to.
+    """Rename the folder with the checkpoints of an earlier run of the same name; return the new folder, if any.
 
-    Resuming takes up the highest step there is, and that would be the other's. Nothing is deleted.
+    Resuming loads the checkpoint of the highest step, which could otherwise be one of the earlier run. Nothing is
+    deleted.
     """
-    if not _whole(folder):
+    if not _complete(folder):
         return None
-    free = next(
-        place for number in count(1) if not (place := folder.with_name(f"{folder.name}.earlier-{number}")).exists()
-    )
-    return folder.rename(free)
+    names = (folder.with_name(f"{folder.name}.earlier-{number}") for number in count(1))
+    return folder.rename(next(path for path in names if not path.exists()))
 
 
 def latest(folder: Path) -> Path | None:
-    """The checkpoint of the highest step below `folder`."""
-    return max(_whole(folder), key=_step, default=None)
+    """Return the checkpoint of the highest step below `folder`, or None if there is none."""
+    return max(_complete(folder), key=_step, default=None)
 
 
 def restore(
     checkpoint: Path, *, module: nn.Module, optimiser: torch.optim.Optimizer, teacher: nn.Module | None = None
 ) -> Saved:
-    """Load a checkpoint in place. A collective of all ranks, of which there may be more or fewer than before.
+    """Load a checkpoint into `module`, `optimiser` and `teacher`. A collective of all ranks.
+
+    The number of ranks may differ from the number that wrote the checkpoint.
 
     Raises:
-        CheckpointError: on every rank, if any of them cannot read it.
+        CheckpointError: on every rank, if any rank cannot read the checkpoint.
     """
-    with _together(f"{checkpoint}: the checkpoint cannot be read; delete it to go on from the one before"):
+    with _fail_on_all_ranks(f"{checkpoint}: cannot read the checkpoint; delete it to resume from the one before"):
         progress = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
         saved = Saved(progress, (checkpoint / "hub.state").read_bytes())
         random = checkpoint / f"random-{dist.get_rank()}.pt"
         if random.exists():
             torch.set_rng_state(torch.load(random))
-    with _together(f"{checkpoint}: the checkpoint cannot be read, or is of another model or teacher"):
+    with _fail_on_all_ranks(f"{checkpoint}: cannot read the checkpoint, or it belongs to another model or teacher"):
         state = _state(module, optimiser, teacher)
         dcp.load(state, checkpoint_id=checkpoint)
         set_state_dict(module, optimiser, model_state_dict=state["model"], optim_state_dict=state["optimiser"])
@@ -155,7 +156,7 @@ def restore(
     return saved
 
 
-def _whole(folder: Path) -> list[Path]:
+def _complete(folder: Path) -> list[Path]:
     return [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
 
 
@@ -177,8 +178,8 @@ def _state(module: nn.Module, optimiser: torch.optim.Optimizer, teacher: nn.Modu
 
 
 @contextmanager
-def _together(what: str) -> Iterator[None]:
-    """Fail on every rank if one fails, so that no rank goes on to a collective that another never reaches."""
+def _fail_on_all_ranks(what: str) -> Iterator[None]:
+    """Raise CheckpointError on every rank if one rank fails; otherwise a rank could wait forever in a collective."""
     failure = ""
     try:
         yield

@@ -1,13 +1,15 @@
-"""Engine against learner: how far log pi here and log mu there lie apart on the tokens of the autonomous rollouts.
+"""The difference between the learner's log pi and the engine's log mu on the tokens of the autonomous rollouts.
 
-                  lag 0: both hold the same weights        stale: the engine's were older
-    first span    kernels, precision, sampler              these, and how far the policy has moved since
-    later spans   these, and what the engine makes of      all of it
-                  a sequence begun under older weights
+The table shows the causes of the difference:
 
-A span is what one version of the weights sampled of a rollout; later ones follow an update in flight. An engine that
-keeps old keys and values is wrong in them alone. Only lag 0 tells anything about the engine by itself, so nothing else
-is ever alarmed on.
+                  lag 0: both hold the same weights        stale: the engine's weights were older
+    first span    kernels, precision, sampler              the same, and the change of the policy since then
+    later spans   the same, and how the engine continues   all of these
+                  a sequence begun with older weights
+
+A span is the part of a rollout that one weight version sampled; later spans follow a weight update in flight. An engine
+that wrongly keeps old keys and values differs only in later spans. Only at lag 0 does the difference measure the engine
+alone, so the alarm uses only lag 0.
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ from sgpo_async.config.schema import Run
 from sgpo_async.metrics.mismatch import SPANS
 
 AGES = ("lag0", "stale")
-EVIDENCE = 64  # tokens whose mean is judged: in bfloat16 a single sound one may differ by 0.2 nats
-# What is sound: in float32 no token differed by more than 3e-5 nats, in bfloat16 the mean is of the order of 1e-2.
+# The alarm uses the mean of at least this many tokens, because in bfloat16 a single token may differ by 0.2 nats.
+MIN_TOKENS = 64
+# A correct engine differs by at most 3e-5 nats per token in float32, and by about 1e-2 nats on average in bfloat16.
 FLOAT32_BOUND, BFLOAT16_BOUND = 1e-4, 0.05
 
 
@@ -32,8 +35,8 @@ class Mismatch:
     """Sums and maxima over one step on one rank, by span and lag.
 
     Attributes:
-        sums: [4, 2, max_lag + 1] of 1, rho, |log rho| and rho - 1 - log rho, where rho = pi/mu.
-        maxima: [2, max_lag + 1] of |log rho|; 0 without tokens.
+        sums: [4, 2, max_lag + 1], sums of 1, rho, |log rho| and rho - 1 - log rho, where rho = pi/mu.
+        maxima: [2, max_lag + 1], maxima of |log rho|; 0 without tokens.
     """
 
     def __init__(self, *, max_lag: int, device: torch.device) -> None:
@@ -42,12 +45,12 @@ class Mismatch:
         self.maxima = torch.zeros(shape, dtype=torch.float64, device=device)
 
     def add(self, log_rho: Tensor, lags: Tensor, later: Tensor) -> None:
-        """Record tokens.
+        """Add tokens to the sums and maxima.
 
         Args:
             log_rho: [N, T], log pi - log mu.
-            lags: [N, T] versions behind; -1 in the padding.
-            later: [N, T], true beyond the first span of the rollout.
+            lags: [N, T], lag of each token in versions; -1 in the padding.
+            later: [N, T], true after the first span of the rollout.
         """
         mask = (lags >= 0).flatten()
         lag_count = self.maxima.shape[1]
@@ -59,18 +62,18 @@ class Mismatch:
 
 
 def metrics(sums: Tensor, maxima: Tensor) -> dict[str, float | int | dict[str, float] | None]:
-    """Figures of `Mismatch.sums` and `.maxima` over all ranks; None where nothing was measured.
+    """Compute the metrics from `Mismatch.sums` and `.maxima` of all ranks; None where nothing was measured.
 
-    Per age and span: tokens, mean and maximum of |log rho| in nats, and the k3 estimate of KL(mu || pi), the mean of
-    rho - 1 - log rho (http://joschu.net/blog/kl-approx.html).
+    For lag 0 and for stale tokens, and for each span: the number of tokens, the mean and maximum of |log rho| in nats,
+    and the k3 estimate of KL(mu || pi), the mean of rho - 1 - log rho (http://joschu.net/blog/kl-approx.html).
     """
     found: dict[str, float | int | dict[str, float] | None] = {}
     for age, lags in zip(AGES, (slice(0, 1), slice(1, None)), strict=True):
-        for span, of_span, most in zip(SPANS, sums[:, :, lags].sum(2).T, maxima[:, lags], strict=True):
-            tokens, _, distance, kl = of_span.tolist()
+        for span, span_sums, span_maxima in zip(SPANS, sums[:, :, lags].sum(2).T, maxima[:, lags], strict=True):
+            tokens, _, distance, kl = span_sums.tolist()
             found[f"mismatch_tokens_{age}_{span}"] = int(tokens)
             found[f"mismatch_mean_{age}_{span}"] = distance / tokens if tokens else None
-            found[f"mismatch_max_{age}_{span}"] = float(most.max()) if tokens else None
+            found[f"mismatch_max_{age}_{span}"] = float(span_maxima.max()) if tokens else None
             found[f"mismatch_kl_{age}_{span}"] = kl / tokens if tokens else None
     tokens, ratio, distance, _ = sums.sum(1)
     found["ratio_mean"] = float(ratio.sum() / tokens.sum()) if tokens.sum() else None
@@ -84,31 +87,32 @@ def _by_lag(part: Tensor, tokens: Tensor) -> dict[str, float]:
 
 
 def bound_for(run: Run, *, learner_bfloat16: bool) -> float:
-    """The bound of the alarm in nats: `learner.mismatch_bound`, or, where that is 0, what the precisions allow."""
-    coarse = learner_bfloat16 or run.model.dtype == "bfloat16"
-    return run.learner.mismatch_bound or (BFLOAT16_BOUND if coarse else FLOAT32_BOUND)
+    """Return the alarm's bound in nats: `learner.mismatch_bound` or, if that is 0, a default for the precision."""
+    bfloat16 = learner_bfloat16 or run.model.dtype == "bfloat16"
+    return run.learner.mismatch_bound or (BFLOAT16_BOUND if bfloat16 else FLOAT32_BOUND)
 
 
 @dataclass
 class Alarm:
-    """Puts means at lag 0 beside the bound; who reads the line can tell an alarm (`sgpo_async.metrics.mismatch`).
+    """Computes the means at lag 0 that `sgpo_async.metrics.mismatch` compares with the bound.
 
-    In an asynchronous run few tokens may be that new. They are gathered over steps until EVIDENCE of a kind are there:
-    then a mean is worth judging, and none is ever left out. A resumed run gathers anew.
+    In an asynchronous run few tokens may have lag 0. The alarm accumulates them over steps until it has MIN_TOKENS of a
+    kind, computes their mean, and starts again, so every token at lag 0 is compared once. The accumulated tokens are
+    not part of checkpoints: a resumed run starts from zero.
     """
 
     bound: float
     _waiting: dict[str, tuple[int, float]] = field(default_factory=dict)  # by span: tokens, sum of |log rho|
 
     def judge(self, line: Mapping[str, Any]) -> dict[str, float | None]:
-        """The bound, and per kind of span the mean of |log rho| that is compared with it; None while too few tokens."""
+        """Return the bound, and for each span the mean of |log rho| to compare with it, or None with too few tokens."""
         return {"mismatch_bound": self.bound} | {f"mismatch_judged_{span}": self._mean(line, span) for span in SPANS}
 
     def _mean(self, line: Mapping[str, Any], span: str) -> float | None:
         new, mean = line[f"mismatch_tokens_lag0_{span}"], line[f"mismatch_mean_lag0_{span}"] or 0.0
         tokens, total = self._waiting.pop(span, (0, 0.0))
         tokens, total = tokens + new, total + new * mean
-        if tokens >= EVIDENCE:
+        if tokens >= MIN_TOKENS:
             return total / tokens
         self._waiting[span] = tokens, total
         return None

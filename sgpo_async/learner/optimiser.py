@@ -1,4 +1,4 @@
-"""AdamW, its learning rate, and the bound on the gradient."""
+"""AdamW, its learning-rate schedule, and gradient clipping."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sgpo_async.config.schema import Optim
 
 
 def build(module: nn.Module, optim: Optim) -> torch.optim.AdamW:
-    """AdamW over the trained parameters; as in common practice no decay on vectors (norms, biases)."""
+    """Create AdamW for the trained parameters, without weight decay on vectors (norms, biases), as is common."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": optim.weight_decay},
@@ -22,15 +22,15 @@ def build(module: nn.Module, optim: Optim) -> torch.optim.AdamW:
 
 
 def learning_rate(optim: Optim, *, step: int, steps: int) -> float:
-    """Of the update that follows `step` earlier ones, of `steps` in all: linear warm-up, then the schedule to 0."""
+    """Return the learning rate of step `step` (counted from 0) of `steps`: linear warm-up, then the schedule."""
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / optim.warmup_steps
-    done = (step - optim.warmup_steps) / max(steps - optim.warmup_steps, 1)
-    shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+    progress = (step - optim.warmup_steps) / max(steps - optim.warmup_steps, 1)
+    shape = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
     return optim.lr * shape[optim.schedule]
 
 
 def clip_gradients(module: nn.Module, bound: float) -> float:
-    """Scale the gradient to norm `bound` if it is longer; return the norm before, over all ranks."""
+    """Scale the gradient to norm `bound` if its norm is larger; return the norm before, over all ranks."""
     norm = nn.utils.clip_grad_norm_(module.parameters(), bound)
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)

@@ -1,13 +1,14 @@
-"""Sequences of all lengths into dense micro-batches of about `row_tokens` tokens.
+"""Pack sequences of different lengths into dense micro-batches of about `row_tokens` tokens.
 
     sequences ──▶ rows (first-fit decreasing) ──▶ micro-batches of equal area ──▶ Packed
 
-A row holds whole sequences one after another; their position ids restart at 0, and so does the padding's. From that
-restart transformers derives a block-diagonal causal mask, per layer and so also under a sliding window, as long as
-it is given neither an attention mask nor a cache. `policy.check_model` proves it for the model at hand.
+A row holds whole sequences one after another. The position ids restart at 0 for each sequence and for the padding.
+From these restarts transformers derives a block-diagonal causal mask in each layer, also with a sliding window, if it
+is given neither an attention mask nor a cache. `policy.check_model` verifies this for the model of the run.
 
-Rows are as wide as the longest sequence that fits `row_tokens`, not as `row_tokens`: attention costs the square of
-the width, so many narrow rows beat a wide one. A longer sequence gets a row, and a micro-batch, of its own.
+The width of the rows is the length of the longest sequence that fits into `row_tokens`, not `row_tokens` itself: the
+cost of attention grows with the square of the width, so many narrow rows are cheaper than one wide row. A sequence
+longer than `row_tokens` gets its own row and micro-batch.
 """
 
 from __future__ import annotations
@@ -22,28 +23,28 @@ MicroBatch = tuple[Row, ...]
 
 
 class Tokens(NamedTuple):
-    """One sequence: what was given and what was sampled."""
+    """One sequence: its prompt and its completion."""
 
     prompt: np.ndarray  # [L] int32, L >= 1
     completion: np.ndarray  # [T] int32, T >= 1
 
     @property
     def length(self) -> int:
-        """Positions that it takes: the last token predicts nothing and stays out."""
+        """The number of positions in a row; the last token predicts nothing and is left out."""
         return len(self.prompt) + len(self.completion) - 1
 
 
 class Packed(NamedTuple):
-    """A micro-batch of B rows of W tokens with C completion tokens, in ascending order of sequences."""
+    """A micro-batch of B rows of W tokens with C completion tokens, ordered by ascending sequence index."""
 
     input_ids: np.ndarray  # [B, W] int64, 0 in the padding
     position_ids: np.ndarray  # [B, W] int64
-    picks: np.ndarray  # [C] int64 into B * W: the position that predicts each completion token
-    targets: np.ndarray  # [C] int64: that token
+    picks: np.ndarray  # [C] int64, index into B * W of the position that predicts each completion token
+    targets: np.ndarray  # [C] int64, the completion tokens
 
 
 def plan(lengths: Sequence[int], row_tokens: int) -> list[MicroBatch]:
-    """Divide sequences into micro-batches of rows; each index appears once."""
+    """Divide the sequences into micro-batches of rows; each sequence index appears exactly once."""
     short = [i for i, length in enumerate(lengths) if length <= row_tokens]
     long = [i for i, length in enumerate(lengths) if length > row_tokens]
     width = max((lengths[i] for i in short), default=1)
@@ -53,21 +54,21 @@ def plan(lengths: Sequence[int], row_tokens: int) -> list[MicroBatch]:
 
 
 def first_fit_decreasing(lengths: Sequence[int], items: Sequence[int], *, capacity: int) -> list[Row]:
-    """Put each item, longest first, into the first row with room for it. At most 11/9 of the fewest rows, plus one."""
+    """Put each item, longest first, into the first row with space; needs at most 11/9 of the fewest rows, plus one."""
     rows: list[list[int]] = []
-    room: list[int] = []
+    free_space: list[int] = []
     for item in sorted(items, key=lambda i: -lengths[i]):
-        row = next((r for r, free in enumerate(room) if free >= lengths[item]), len(rows))
+        row = next((r for r, free in enumerate(free_space) if free >= lengths[item]), len(rows))
         if row == len(rows):
             rows.append([])
-            room.append(capacity)
+            free_space.append(capacity)
         rows[row].append(item)
-        room[row] -= lengths[item]
+        free_space[row] -= lengths[item]
     return [tuple(row) for row in rows]
 
 
 def pack(sequences: Sequence[Tokens], micro_batch: MicroBatch) -> Packed:
-    """Lay the sequences of one micro-batch out. Without any it is one token that trains nothing."""
+    """Lay out the sequences of one micro-batch; an empty micro-batch is one token without a target."""
     width = max((sum(sequences[i].length for i in row) for row in micro_batch), default=1)
     input_ids = np.zeros((max(len(micro_batch), 1), width), np.int64)
     position_ids = np.tile(np.arange(width), (len(input_ids), 1))
@@ -92,7 +93,7 @@ def pack(sequences: Sequence[Tokens], micro_batch: MicroBatch) -> Packed:
 
 
 def pad(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Ragged rows -> values [N, T] float64, 0 in the padding, and mask [N, T] bool of what is no padding."""
+    """Pad ragged rows: return values [N, T] float64, 0 in the padding, and mask [N, T] bool, false in the padding."""
     lengths = np.array([len(row) for row in rows], dtype=np.int64)
     mask = np.arange(lengths.max(initial=0)) < lengths[:, None]
     values = np.zeros(mask.shape)

@@ -1,8 +1,8 @@
-"""A Hugging Face causal LM as FSDP2 trains it: backbone, picked hidden states and fused losses in one forward.
+"""A Hugging Face causal LM, trained with FSDP2: backbone, selected hidden states and fused losses in one forward.
 
-FSDP2 gathers the parameters of a module for the time of its forward. The output matrix belongs to the root, so what
-multiplies by it (log-probabilities, entropy, Eq. 3) happens inside the root's forward, whether the matrix is tied
-to the embedding or not; logits never exist whole.
+FSDP2 gathers the parameters of a module only during its forward. The output matrix belongs to the root module.
+Therefore everything that multiplies by this matrix (log-probabilities, entropy, Eq. 3) is computed inside the forward
+of the root, whether or not the matrix is tied to the embedding. All logits are never held at once.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from sgpo_async.errors import DataError
 from sgpo_async.learner.packing import Packed, Tokens, pack
 from sgpo_async.learner.teacher_targets import TeacherTargets
 
-GROUP_BYTES = 32 * 2**20  # a smaller model is one FSDP group: its collectives would cost more than they overlap
-LOCAL_GRADIENT_BYTES = 2**30  # a smaller model keeps its gradients whole until the step's last micro-batch
+GROUP_BYTES = 32 * 2**20  # a smaller model is one FSDP group: more collectives would cost more time than overlap saves
+LOCAL_GRADIENT_BYTES = 2**30  # a smaller model keeps unsharded gradients until the last micro-batch of the step
 
 
 class Outputs(NamedTuple):
-    """Per completion token of each kind: A of the policy gradient, then K of targets, then L of given texts."""
+    """Values per completion token, for A tokens of policy gradient, K of distillation targets and L of given texts."""
 
     log_pi: Tensor  # [A], with gradient
     entropy: Tensor  # [A]
@@ -42,16 +42,16 @@ class Policy(nn.Module):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        self.model = model.eval()  # no dropout: pi_theta is the distribution that the engines sample from
+        self.model = model.eval()  # no dropout: pi must be the distribution that the engines sample from
         self.nbytes = sum(p.numel() * p.element_size() for p in model.parameters())  # over all ranks
 
     @property
     def head(self) -> Tensor:
-        """The output matrix [V, H]; whole only inside `forward`, or after it for a model without gradient."""
+        """The output matrix [V, H]; gathered only inside `forward`, or also after it for a model without gradient."""
         return self.model.get_output_embeddings().weight
 
     def hidden(self, packed: Packed) -> Tensor:
-        """The last hidden state at the position that predicts each completion token: [C, H]."""
+        """Compute the last hidden state at the position that predicts each completion token: [C, H]."""
         states = self.model.base_model(
             input_ids=self._tensor(packed.input_ids),
             position_ids=self._tensor(packed.position_ids),
@@ -62,18 +62,18 @@ class Policy(nn.Module):
     def forward(
         self, packed: Packed, sizes: tuple[int, int, int], teacher_targets: TeacherTargets | None, temperature: float
     ) -> Outputs:
-        """What the losses need of a micro-batch.
+        """Compute what the losses of a micro-batch need.
 
         Args:
-            packed: its completion tokens are of the three kinds of `Outputs`, in that order.
+            packed: the micro-batch; its completion tokens are of the three kinds of `Outputs`, in that order.
             sizes: A, K and L.
-            teacher_targets: of the targets; None without any.
-            temperature: that of the rollouts.
+            teacher_targets: the teacher's values for the K target tokens; None if there are no targets.
+            temperature: the sampling temperature of the rollouts.
         """
         hidden, targets = self.hidden(packed), self._tensor(packed.targets)
-        own, target, text = hidden.split(sizes)
-        own_tokens, target_tokens, text_tokens = targets.split(sizes)
-        log_pi, entropy = linear_logprobs(own, self.head, own_tokens, temperature=temperature)
+        sampled, target, text = hidden.split(sizes)
+        sampled_tokens, target_tokens, text_tokens = targets.split(sizes)
+        log_pi, entropy = linear_logprobs(sampled, self.head, sampled_tokens, temperature=temperature)
         d = log_teacher = log_text = log_pi.new_empty(0)
         if teacher_targets is not None:
             d, log_teacher = teacher_targets.compare(target, self.head, target_tokens, temperature=temperature)
@@ -86,14 +86,14 @@ class Policy(nn.Module):
 
 
 def shard(policy: Policy, mesh: DeviceMesh, *, precision: str) -> Policy:
-    """Move the policy to the mesh's devices and shard it in place; every rank holds equal weights before.
+    """Move the policy to the mesh's devices and shard it in place. Every rank must hold the same weights before.
 
     Args:
-        precision: of matrix products, see `in_bfloat16`.
+        precision: the precision of matrix products, see `in_bfloat16`.
     """
     if in_bfloat16(precision, mesh):
         mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-    else:  # what is stored in bfloat16 is gathered as float32
+    else:  # parameters stored in bfloat16 are gathered as float32
         narrow = next(policy.parameters()).dtype == torch.bfloat16
         mixed = MixedPrecisionPolicy(torch.float32) if narrow else MixedPrecisionPolicy()
     if policy.nbytes >= GROUP_BYTES:
@@ -105,31 +105,31 @@ def shard(policy: Policy, mesh: DeviceMesh, *, precision: str) -> Policy:
 
 
 def recompute(policy: Policy) -> None:
-    """Keep of each decoder layer only what goes into it, and compute the rest again in the backward pass.
+    """Store only the inputs of each decoder layer, and recompute its activations in the backward pass.
 
-    Call it before `shard`. It costs one more forward; the gradients are the same.
+    Call this before `shard`. It costs one additional forward; the gradients are the same.
     """
     for layer in decoder_layers(policy.model):
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def in_bfloat16(precision: str, mesh: DeviceMesh) -> bool:
-    """Whether matrix products are; `precision` is "float32", "bfloat16", or "auto": bfloat16 on GPUs that have it."""
-    able = mesh.device_type == "cuda" and torch.cuda.is_bf16_supported()
-    return precision == "bfloat16" or (precision == "auto" and able)
+    """Return whether matrix products use bfloat16; "auto" means bfloat16 on GPUs that support it, else float32."""
+    supported = mesh.device_type == "cuda" and torch.cuda.is_bf16_supported()
+    return precision == "bfloat16" or (precision == "auto" and supported)
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The blocks that transformers declares indivisible."""
+    """Return the modules that transformers declares as indivisible blocks."""
     names = set(model._no_split_modules or ())
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
 def check_model(policy: Policy) -> None:
-    """Raise DataError unless packing and the fused output layer give this model's own log-probabilities.
+    """Raise DataError unless packing and the fused output layer reproduce the model's own log-probabilities.
 
-    That excludes models whose state leaks from one packed sequence into the next, whose positions cannot be given,
-    or whose logits are more than hidden @ matrix (a bias, a cap, a scale).
+    This rejects models whose state leaks from one packed sequence into the next, that accept no position ids, or whose
+    logits are not simply hidden @ matrix (because of a bias, a cap or a scale).
     """
     ids = np.array([1, 0, 1, 0, 1], np.int32)
     tokens = [Tokens(ids[:2], ids[2:]), Tokens(ids[:1], ids[1:3])]
@@ -138,12 +138,13 @@ def check_model(policy: Policy) -> None:
         try:
             found = policy(packed, (len(packed.targets), 0, 0), None, 1.0).log_pi
         except (TypeError, AttributeError) as error:
-            raise DataError(f"model.path: {type(policy.model).__name__} cannot be trained packed: {error}") from error
+            name = type(policy.model).__name__
+            raise DataError(f"model.path: {name} cannot be trained on packed sequences: {error}") from error
         expected = torch.cat([_own_logprobs(policy.model, *sequence) for sequence in tokens])
     if not torch.allclose(found, expected.to(found.dtype), rtol=1e-3, atol=1e-3):
         raise DataError(
-            f"model.path: {type(policy.model).__name__} gives other log-probabilities when sequences are packed or "
-            f"its logits are not hidden @ matrix; such an architecture is not supported"
+            f"model.path: {type(policy.model).__name__} is not supported: its log-probabilities change when sequences "
+            f"are packed, or its logits are not hidden @ matrix; use another architecture"
         )
 
 

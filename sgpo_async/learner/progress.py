@@ -1,4 +1,4 @@
-"""How far a run is, across interruptions, and the figures that its metrics and its summary are made of."""
+"""The progress of a run across interruptions, and its contribution to the metrics and the summary."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from sgpo_async.wire.records import Evaluated
 
 @dataclass
 class Progress:
-    """Counts since the first step of the run. Stored in every checkpoint."""
+    """Counts since the first step of the run; stored in every checkpoint."""
 
     step: int = 0  # optimiser steps done
-    tokens: int = 0  # trained
-    sampled: int = 0  # ... of rollouts, which have a lag
-    lagging: float = 0.0  # sum of lag over these
+    tokens: int = 0  # trained tokens
+    sampled: int = 0  # ... of which sampled by an engine: only these have a lag
+    lagging: float = 0.0  # sum of the lag over the sampled tokens
     lag_max: int = 0
-    wall_s: float = 0.0  # spent in the training loop
+    wall_s: float = 0.0  # time in the training loop
     idle_s: float = 0.0  # ... of which waiting for batches
     pass_auto_first: float | None = None  # of the first evaluation
     pass_auto_last: float | None = None
     pass_guided_first: float | None = None
     pass_guided_last: float | None = None
-    version: int | None = None  # of the weights in the checkpoint, when it was made; older releases did not say
+    version: int | None = None  # of the weights in the checkpoint; None in checkpoints of older releases
 
     def plain(self) -> dict[str, Any]:
-        """For a checkpoint; `Progress(**plain)` is the way back."""
+        """Convert to plain data for a checkpoint; `Progress(**plain)` is the inverse."""
         return asdict(self)
 
     def trained(self, metrics: Mapping[str, Any], *, idle_s: float, wall_s: float) -> None:
-        """Count one step."""
+        """Add one step."""
         self.step += 1
         self.tokens += metrics["tokens"]
         self.sampled += sum(metrics["lag_histogram"].values())
@@ -41,7 +41,7 @@ class Progress:
         self.wall_s += wall_s
 
     def evaluated(self, results: Sequence[Evaluated]) -> dict[str, Any]:
-        """Take evaluations in; returns the metrics of the newest."""
+        """Add evaluation results; return the metrics of the newest one."""
         for result in results:
             if self.pass_auto_first is None:
                 self.pass_auto_first, self.pass_guided_first = result.pass_auto, result.pass_guided
@@ -55,11 +55,11 @@ class Progress:
             "eval_version": newest.version,
             "eval_served": [newest.served_oldest, newest.served_newest],
             "eval_lag": newest.lag,
-            "eval_benchmarks": {score.name: score.figures() for score in newest.benchmarks},
+            "eval_benchmarks": {score.name: score.metrics() for score in newest.benchmarks},
         }
 
     def summary(self, status: Mapping[str, Any]) -> dict[str, Any]:
-        """The learner's and the hub's part of summary.json."""
+        """Return the learner's and the hub's part of summary.json."""
         return {
             "steps": self.step,
             "wall_s": self.wall_s,
@@ -84,6 +84,6 @@ class Progress:
 
 
 def hub_metrics(status: Mapping[str, Any]) -> dict[str, Any]:
-    """The hub's part of one line of metrics, from its status after a commit."""
+    """Return the hub's part of one line of metrics, from its status after a commit."""
     keys = ("version", "pass_auto", "pass_guided", "tokens_per_s", "tokens_generated", "engine_idle", "ledger")
     return {key: status[key] for key in keys} | {"actors": len(status["actors"])}

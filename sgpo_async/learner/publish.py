@@ -1,10 +1,10 @@
-"""From sharded parameters to a version in the weight store.
+"""Publish the sharded parameters as a version in the weight store.
 
-    every rank: gather bucket by bucket ──▶ rank 0: own copy ──▶ background thread: store, then `published`
+    every rank: gather bucket by bucket ──▶ rank 0: CPU copy ──▶ background thread: store, then `published`
 
-The gathers are collectives, in the same order on every rank and with nothing in between that waits for anything
-else. Writing, hashing and telling the hub need no other rank and overlap the next step. At most one publication is
-under way: a failed one is raised by the next call.
+The gathers are collectives, which all ranks run in the same order without waiting for anything else in between.
+Hashing, writing and the message to the hub need no other rank and overlap with the next step. At most one publication
+is in progress. The next call raises the error of a publication that failed.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from sgpo_async.errors import DeadlineExceeded
 from sgpo_async.learner.policy import Policy
 from sgpo_async.learner.process_group import all_gather_single
 
-BUCKET_BYTES = 64 * 2**20  # of one gather, unless a single parameter is larger
-PUBLISH_S = 300.0  # for one version to be written
+BUCKET_BYTES = 64 * 2**20  # size of one gather, unless a single parameter is larger
+PUBLISH_S = 300.0  # timeout of writing one version
 
 NamedTensors = list[tuple[str, Tensor]]
 
 
 class Store(Protocol):
-    """What is needed of `weights.StoreWriter`."""
+    """The part of `weights.StoreWriter` that the publisher uses."""
 
     def publish(self, version: int, named_tensors: NamedTensors) -> object:
         """Make these tensors visible as `version`. Raises WeightsError."""
@@ -37,9 +37,9 @@ class Store(Protocol):
 
 
 def gather(policy: Policy, dtype: torch.dtype) -> NamedTensors:
-    """All parameters, whole, in `dtype`, on the CPU, as the model names them: on rank 0; elsewhere none.
+    """Gather all parameters on rank 0, as copies in `dtype` on the CPU; other ranks get an empty list.
 
-    A shared parameter comes once, under its first name. A collective of all ranks. The copies are the caller's.
+    The names are the model's. A shared parameter appears once, under its first name. A collective of all ranks.
     """
     tensors: NamedTensors = []
     for bucket in _buckets(policy.model.named_parameters()):
@@ -50,11 +50,11 @@ def gather(policy: Policy, dtype: torch.dtype) -> NamedTensors:
 
 
 def _buckets(parameters: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, DTensor]]:
-    """Consecutive parameters that are gathered by one collective: many are small, and each collective is a wait."""
+    """Group consecutive parameters for one collective each, because one collective per small parameter is slow."""
     bucket: dict[str, DTensor] = {}
     size = 0
     for name, parameter in parameters:
-        assert isinstance(parameter, DTensor), f"{name} is not sharded at this time"
+        assert isinstance(parameter, DTensor), f"parameter {name} is not sharded now"
         assert parameter.placements == (Shard(0),)
         if bucket and size + parameter.nbytes > BUCKET_BYTES:
             yield bucket
@@ -65,12 +65,12 @@ def _buckets(parameters: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, DTe
 
 
 def _gather(parameters: list[DTensor]) -> list[Tensor]:
-    """The whole of each parameter, on every rank: what `full_tensor` gives one by one."""
+    """Gather the full tensor of each parameter on every rank, like `full_tensor`, in one collective."""
     ranks = dist.get_world_size()
     sizes = [[_rows(len(p), rank, ranks) * (p.numel() // len(p)) for p in parameters] for rank in range(ranks)]
-    own = torch.cat([p.to_local().detach().flatten() for p in parameters])
-    padded = nn.functional.pad(own, (0, max(map(sum, sizes)) - len(own)))
-    gathered = own.new_empty(ranks * len(padded))
+    local = torch.cat([p.to_local().detach().flatten() for p in parameters])
+    padded = nn.functional.pad(local, (0, max(map(sum, sizes)) - len(local)))
+    gathered = local.new_empty(ranks * len(padded))
     all_gather_single(gathered, padded)
     shares = gathered.view(ranks, -1)
     parts = [shares[rank, : sum(sizes[rank])].split(sizes[rank]) for rank in range(ranks)]
@@ -78,13 +78,13 @@ def _gather(parameters: list[DTensor]) -> list[Tensor]:
 
 
 def _rows(rows: int, rank: int, ranks: int) -> int:
-    """How many of `rows` FSDP2 keeps on `rank`: those of its chunk, as torch.chunk divides."""
+    """Return how many of `rows` FSDP2 keeps on `rank`, which is the size of its chunk by `torch.chunk`."""
     chunk = -(-rows // ranks)
     return max(min(chunk, rows - rank * chunk), 0)
 
 
 class Publisher:
-    """Publishes versions of one policy. Rank 0 alone has a store, and hears of it when a version stands in it."""
+    """Publishes versions of one policy. Only rank 0 has a store; it calls `published` after writing a version."""
 
     def __init__(
         self, policy: Policy, dtype: torch.dtype, *, store: Store | None, published: Callable[[int], None]
@@ -94,7 +94,7 @@ class Publisher:
         self._pending: Future[None] | None = None
 
     def publish(self, version: int) -> None:
-        """Begin to publish the present weights as `version`. A collective of all ranks.
+        """Start to publish the current weights as `version`. A collective of all ranks.
 
         Raises:
             WeightsError: the publication before this one failed.
@@ -105,7 +105,7 @@ class Publisher:
             self._pending = self._thread.submit(self._write, self._store, version, tensors)
 
     def wait(self) -> None:
-        """Until the last version stands in the store. Raises what went wrong with it, or DeadlineExceeded."""
+        """Wait until the last version is in the store. Raises the error of its publication, or DeadlineExceeded."""
         pending, self._pending = self._pending, None
         if pending is None:
             return

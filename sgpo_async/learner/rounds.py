@@ -1,8 +1,8 @@
-"""Every round of benchmarks on disk, problem by problem, in the files of `sgpo-async evaluate`.
+"""Write every evaluation round on benchmarks to disk, in the file format of `sgpo-async evaluate`.
 
-runs/NAME/benchmarks/VERSION/    settings.json, a line for each problem in BENCHMARK.jsonl, summary.json
+runs/NAME/benchmarks/VERSION/    settings.json, BENCHMARK.jsonl with one line per problem, summary.json
 
-So two rounds of a run, or rounds of two runs, are compared as two evaluations are: `sgpo-async evaluate --compare A B`.
+Therefore `sgpo-async evaluate --compare A B` can compare two rounds of a run, or rounds of two runs.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from sgpo_async.wire.records import BenchmarkScore, Evaluated
 FOLDER = "benchmarks"
 
 
-def forget_rounds(run: Run, *, above: int = -1) -> None:
-    """Remove the rounds of versions above `above`: they are of a life that was given up.
+def remove_rounds(run: Run, *, above: int = -1) -> None:
+    """Delete the rounds of versions above `above`, which an earlier attempt of the run left.
 
-    Versions jump past those of such a life, so nothing would ever take their place.
+    The run never reuses these version numbers, so it would never overwrite these rounds.
     """
     for folder in (Path(run.folder) / FOLDER).glob("*"):
         if folder.name.isdecimal() and int(folder.name) > above:
@@ -30,7 +30,7 @@ def forget_rounds(run: Run, *, above: int = -1) -> None:
 
 
 def write_round(run: Run, result: Evaluated) -> None:
-    """Write the benchmarks of which a problem could be served; none, no folder. Raises SgpoError."""
+    """Write the benchmarks that have results; without any, create no folder. Raises SgpoError."""
     scores = [score for score in result.benchmarks if score.results]
     if not scores:
         return
@@ -39,11 +39,11 @@ def write_round(run: Run, result: Evaluated) -> None:
     for score in scores:
         lines = [to_json(score.results[id]) + "\n" for id in sorted(score.results)]
         write_whole(folder / f"{score.name}.jsonl", "".join(lines))
-    write_whole(folder / "summary.json", _json({"benchmarks": {score.name: _figures(score) for score in scores}}))
+    write_whole(folder / "summary.json", _json({"benchmarks": {score.name: _scores(score) for score in scores}}))
 
 
 def _settings(run: Run, result: Evaluated, scores: list[BenchmarkScore]) -> dict[str, Any]:
-    """All that the results depend on, by the names of `sgpo-async evaluate`; versions take the place of a digest."""
+    """Return all settings that affect the results, named as in `sgpo-async evaluate`; versions replace the digest."""
     return {
         "model": f"{run.folder}, versions {result.served_oldest} to {result.served_newest}",
         "dtype": run.model.dtype,
@@ -58,7 +58,7 @@ def _settings(run: Run, result: Evaluated, scores: list[BenchmarkScore]) -> dict
     }
 
 
-def _figures(score: BenchmarkScore) -> dict[str, Any]:
+def _scores(score: BenchmarkScore) -> dict[str, Any]:
     avg = {"mean": score.avg, "low": score.low, "high": score.high}
     return {"problems": score.problems, "samples": score.samples, "avg": avg, "pass": score.pass_at}
 

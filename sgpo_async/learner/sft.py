@@ -1,11 +1,11 @@
-"""Supervised warm-up, and the SFT baseline: the token mean of -log pi(y_t|q,y_<t) over responses.
+"""Supervised warm-up, also the SFT baseline: minimise the token mean of -log pi(y_t|q,y_<t) over responses.
 
     problems with responses ──▶ sequences ──┬─ training ──▶ batches, reshuffled each epoch ──▶ Stepper.train
-                                            └─ validation ──▶ loss, now and then ──▶ lowest so far? export it
+                                            └─ validation ──▶ loss, periodically ──▶ export if lowest so far
 
-The loss of a batch is the mean over all of its tokens, over all ranks: each sequence carries the weight |y|/Z for good
-(see `learner.batch`), so how sequences are divided cannot change it. What is exported is the policy of the lowest
-validation loss, as in the paper, not the last one.
+The loss of a batch is the mean over all of its tokens on all ranks: each sequence has the constant weight |y|/Z (see
+`learner.batch`), so the division over micro-batches and ranks cannot change the loss. As in the paper, the exported
+policy is the one with the lowest validation loss, not the last one.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ from sgpo_async.tasks.sft_data import sft_data
 
 log = logging.getLogger(__name__)
 
-COLLECTIVE_S = 1800.0  # a validation or an export, which other ranks wait for
+COLLECTIVE_S = 1800.0  # timeout of collectives: other ranks wait during a validation or an export
 
 
 @dataclass
-class Warmth:
-    """How far a warm-up is. Stored in every checkpoint."""
+class WarmUpProgress:
+    """The progress of a warm-up; stored in every checkpoint."""
 
     step: int = 0  # optimiser steps done
     best_loss: float = math.inf  # on the validation problems
@@ -58,10 +58,10 @@ class Warmth:
 
 
 def warm_up(run: Run) -> int:
-    """Train by `run.sft` and export the best policy to `run.folder`/warmup, as one rank of a torchrun world.
+    """Train as `run.sft` specifies and export the best policy to `run.folder`/warmup, as one rank under torchrun.
 
     Raises:
-        SgpoError: whatever went wrong, as one line.
+        SgpoError: the warm-up failed; the message is one line.
     """
     mesh = join_world(timeout_s=COLLECTIVE_S)
     examples = Examples.read(run)
@@ -77,20 +77,21 @@ class Examples:
 
     training: Sequence[Tokens]
     validation: Sequence[Tokens]
-    counts: dict[str, int]  # of what was read and left out
+    counts: dict[str, int]  # numbers of problems read and left out
 
     @classmethod
     def read(cls, run: Run) -> Examples:
-        """Tokenise what `run.sft` names. Raises DataError if nothing is left of a part."""
+        """Read and tokenise the data of `run.sft`. Raises DataError if training or validation has no examples left."""
         problems = sft_data(run)
         tokenizer = load_tokenizer(model_folder(run.model.path))
         if tokenizer.eos_token_id is None:
-            raise DataError(f"model.path: {run.model.path}: the tokenizer has no end token, with which a response ends")
+            raise DataError(f"model.path: {run.model.path}: the tokenizer has no end token; set its eos_token")
         parts = [[_tokens(run, problem, tokenizer) for problem in part] for part in problems[:2]]
-        fitting = [[own for own in part if own.length < run.sft.max_tokens] for part in parts]
+        fitting = [[tokens for tokens in part if tokens.length < run.sft.max_tokens] for part in parts]
         if not all(fitting):
             raise DataError(
-                f"sft.max_tokens: every problem of a part is longer than {run.sft.max_tokens} tokens with its response"
+                f"sft.max_tokens: every problem for training or validation is longer than {run.sft.max_tokens} tokens "
+                f"with its response; raise sft.max_tokens"
             )
         long = sum(map(len, parts)) - sum(map(len, fitting))
         counts = {"training": len(fitting[0]), "validation": len(fitting[1])}
@@ -114,19 +115,19 @@ class WarmUp:
         self.run = supervised(run, steps=run.sft.epochs * self.per_epoch)
         self.stepper: Stepper = build(self.run, mesh)[0]
         self.lead = dist.get_rank() == 0
-        self.state = Warmth()
+        self.state = WarmUpProgress()
         self._resume()
         self.metrics = MetricsWriter(run.folder, resume_from=self.state.step) if self.lead else None
 
     def train(self) -> None:
-        """To the last step. A collective of all ranks."""
-        began = time.monotonic()
+        """Train to the last step. A collective of all ranks."""
+        start = time.monotonic()
         while self.state.step < self.run.steps:
             step = self.state.step
             line = self.stepper.train(self.batch(step), step=step)
             self.state.step += 1
             record = {"step": self.state.step, "epoch": self.state.step / self.per_epoch}
-            record |= {"wall_s": time.monotonic() - began, "train_loss": line["loss"]}
+            record |= {"wall_s": time.monotonic() - start, "train_loss": line["loss"]}
             record |= {key: line[key] for key in ("grad_norm", "lr", "tokens")}
             if self._due(self.run.sft.validate_every or self.per_epoch):
                 record["validation_loss"] = self._validate()
@@ -137,33 +138,33 @@ class WarmUp:
         if self.metrics:
             self.metrics.summary(asdict(self.state) | self.examples.counts | {"world_size": dist.get_world_size()})
             self.metrics.close()
-            log.info("warm-up: %s, of step %d", self.folder / "warmup", self.state.best_step)
+            log.info("warm-up: exported the policy of step %d to %s", self.state.best_step, self.folder / "warmup")
 
     def batch(self, step: int) -> Batch:
-        """This rank's part of the batch of `step`, weighted by tokens of the whole one."""
+        """Return this rank's part of the batch of `step`, with weights by the tokens of the whole batch."""
         whole = [self.examples.training[i] for i in self._order(step)]
-        tokens = sum(len(own.completion) for own in whole)
+        total = sum(len(tokens.completion) for tokens in whole)
         mine = whole[dist.get_rank() :: dist.get_world_size()]
-        likelihood = [Likelihood(own, len(own.completion) / tokens) for own in mine]
-        return Batch(version=0, sequences=Sequences([], [], likelihood), figures=(), teachers=[], forward_only=0)
+        likelihood = [Likelihood(tokens, len(tokens.completion) / total) for tokens in mine]
+        return Batch(version=0, sequences=Sequences([], [], likelihood), metrics=(), teachers=[], forward_only=0)
 
     def validation_loss(self) -> float:
-        """Token mean over all validation problems. A collective of all ranks."""
+        """Compute the token mean over all validation problems. A collective of all ranks."""
         mine = self.examples.validation[dist.get_rank() :: dist.get_world_size()]
-        own = [sum(self.stepper.log_probabilities(mine)), float(sum(len(tokens.completion) for tokens in mine))]
-        total = torch.tensor(own, dtype=torch.float64, device=next(self.stepper.policy.parameters()).device)
+        sums = [sum(self.stepper.log_probabilities(mine)), float(sum(len(tokens.completion) for tokens in mine))]
+        total = torch.tensor(sums, dtype=torch.float64, device=next(self.stepper.policy.parameters()).device)
         dist.all_reduce(total)
         return float(-total[0] / total[1])
 
     def _order(self, step: int) -> Sequence[int]:
-        """Places of the training problems of `step`: each once in an epoch, in an order of its own."""
-        epoch, at = divmod(step, self.per_epoch)
+        """Return the indices of the training problems of `step`; each epoch uses each problem once, newly shuffled."""
+        epoch, batch = divmod(step, self.per_epoch)
         order = list(range(len(self.examples.training)))
         random.Random(f"sft {self.run.seed} {epoch}").shuffle(order)
-        return order[at * self.run.sft.batch : (at + 1) * self.run.sft.batch]
+        return order[batch * self.run.sft.batch : (batch + 1) * self.run.sft.batch]
 
     def _validate(self) -> float:
-        """The loss now; the policy is exported if no other had a lower one."""
+        """Compute the validation loss, and export the policy if it is the lowest so far."""
         loss = self.validation_loss()
         best = loss < self.state.best_loss
         if best:
@@ -177,7 +178,7 @@ class WarmUp:
         return loss
 
     def _export(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Replace the policy in warmup/: a kill leaves the old one, the new one, or for a moment none."""
+        """Replace the policy in warmup/. If the process is killed meanwhile, the folder is old, new or missing."""
         final, draft = self.folder / "warmup", self.folder / ".warmup"
         shutil.rmtree(draft, ignore_errors=True)
         export(self.stepper.policy.model, tensors, draft, source=model_folder(self.run.model.path))
@@ -201,16 +202,16 @@ class WarmUp:
         newest = checkpoint.latest(folder) if self.run.learner.resume else None
         if newest:
             saved = checkpoint.restore(newest, module=self.stepper.policy, optimiser=self.stepper.optimiser)
-            self.state = Warmth(**saved.progress)
+            self.state = WarmUpProgress(**saved.progress)
 
 
 def supervised(run: Run, *, steps: int) -> Run:
-    """`run` with the steps, learning rate and schedule of its warm-up, and no teacher."""
+    """Return `run` with the steps, learning rate and schedule of its warm-up, and without a teacher."""
     sft = run.sft
     return replace(
         run,
         steps=steps,
         optim=replace(run.optim, lr=sft.lr, schedule=sft.schedule, warmup_steps=math.ceil(sft.warmup_ratio * steps)),
-        algorithm=Algorithm(objective="grpo"),  # no teacher, no demonstrations; the run's own keys need not go with it
+        algorithm=Algorithm(objective="grpo"),  # no teacher, no demonstrations; the run's own keys are not used
         rollout=replace(run.rollout, temperature=1.0),
     )

@@ -1,13 +1,13 @@
-"""One optimiser step from one rank's shard: the objective's sequences over packed micro-batches.
+"""One optimiser step on one rank's shard: the sequences of the objective, in packed micro-batches.
 
     shard ─▶ (corrected pass rates: log pi of every rollout, no gradient)
           ─▶ Batch ─▶ teacher pass (no gradient): hidden states of each target after its guided prompt
-                  └─▶ per micro-batch: policy ─▶ the terms of its sequences, weighted ─▶ backward
-                                                        last one: FSDP sums the gradients over ranks
-          ─▶ clip ─▶ AdamW ─▶ the teacher follows ─▶ statistics
+                  └─▶ per micro-batch: policy ─▶ weighted loss terms of its sequences ─▶ backward
+                                                        after the last one: FSDP sums the gradients over ranks
+          ─▶ clip ─▶ AdamW ─▶ update the teacher ─▶ statistics
 
-Every rank runs the same number of forwards, since each is a collective of FSDP: ranks agree on the largest number of
-micro-batches, and who has fewer runs empty ones.
+Every rank must run the same number of forwards, because each forward is a collective of FSDP. The ranks agree on the
+largest number of micro-batches, and a rank that has fewer runs empty ones.
 """
 
 from __future__ import annotations
@@ -45,18 +45,22 @@ class Stepper:
     policy: Policy
     optimiser: torch.optim.Optimizer
     teacher: Teacher
-    responses: Responses | None = None  # of the problems, for objectives that train on them
+    responses: Responses | None = None  # looks up responses, for objectives that train on them
 
     def update(self, shard: Shard) -> dict[str, Any]:
-        """Train on `shard`; return the step's metrics, equal on every rank. A collective of all ranks."""
+        """Train on `shard`; return the metrics of the step, equal on every rank. A collective of all ranks."""
         return self.train(self.batch(shard), step=shard.step)
 
     def train(self, batch: Batch, *, step: int) -> dict[str, Any]:
-        """Step number `step` of `run.steps`, on `batch`; as `update`. Raises SgpoError if the gradient is no number."""
+        """Run step number `step` of `run.steps` on `batch`; return its metrics. A collective of all ranks.
+
+        Raises SgpoError if the norm of the gradient is not finite.
+        """
         statistics = self.accumulate(batch)
         norm = clip_gradients(self.policy, self.run.optim.grad_clip)
         if not math.isfinite(norm):
-            raise SgpoError(f"step {step}: the gradient's norm is {norm}; lower optim.lr or optim.grad_clip")
+            remedy = "lower optim.lr or optim.grad_clip"
+            raise SgpoError(f"step {step}: the norm of the gradient must be finite, got {norm}; {remedy}")
         rate = learning_rate(self.run.optim, step=step, steps=self.run.steps)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
@@ -66,7 +70,7 @@ class Stepper:
         return statistics.reduce() | {"grad_norm": norm, "lr": rate}
 
     def batch(self, shard: Shard) -> Batch:
-        """The weighted sequences of `shard`. A collective of all ranks with corrected pass rates."""
+        """Build the weighted sequences of `shard`. With corrected pass rates it is a collective of all ranks."""
         algorithm = self.run.algorithm
         log_rho = self._log_rho(shard) if algorithm.pass_rates == "corrected" else None
         return from_shard(
@@ -78,42 +82,42 @@ class Stepper:
         )
 
     def accumulate(self, batch: Batch) -> StepMetrics:
-        """Leave the gradient of the loss, summed over ranks, in the policy's parameters. A collective of all ranks."""
+        """Compute the gradient of the loss, summed over ranks, into the parameters. A collective of all ranks."""
         statistics = StepMetrics(max_lag=self.run.hub.max_lag, device=self._device)
         statistics.add_batch(batch)
         students, teachers = batch.sequences.students, batch.teachers
         student_plan, teacher_plan = self._plans(students, teachers)
         states = self._teacher_states(batch, teachers, teacher_plan)
         ranks = dist.get_world_size()
-        for number, (order, packed) in enumerate(_laid_out(students, student_plan), 1):
+        for number, (order, packed) in enumerate(_packed(students, student_plan), 1):
             self._synchronise(number == len(student_plan))
             loss = self._loss(batch, order, packed, states, statistics)
-            (loss * ranks).backward()  # FSDP takes the mean over ranks, where the loss is a sum
+            (loss * ranks).backward()  # FSDP averages over ranks, but the loss is a sum over ranks
         return statistics
 
     def _plans(self, *sequences: Sequence[Tokens]) -> list[list[MicroBatch]]:
-        """Micro-batches of each list of sequences, as many on every rank, and of the first at least one.
+        """Divide each list of sequences into micro-batches, the same number on every rank.
 
-        Without any sequence there is a gradient all the same: 0.
+        The first list gets at least one micro-batch, so that a gradient (0) exists even without any sequence.
         """
         row_tokens = self.run.learner.row_tokens
         plans = [plan([tokens.length for tokens in part], row_tokens) for part in sequences]
-        most = torch.tensor([len(micro_batches) for micro_batches in plans], device=self._device)
-        most[0].clamp_(min=1)
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        return [own + [()] * (int(n) - len(own)) for own, n in zip(plans, most, strict=True)]
+        counts = torch.tensor([len(micro_batches) for micro_batches in plans], device=self._device)
+        counts[0].clamp_(min=1)
+        dist.all_reduce(counts, dist.ReduceOp.MAX)
+        return [own + [()] * (int(n) - len(own)) for own, n in zip(plans, counts, strict=True)]
 
     def _log_rho(self, shard: Shard) -> list[float]:
-        """log pi/mu of each whole rollout, after the prompt that it was sampled with."""
+        """Compute log pi/mu of each whole rollout, after the prompt with which it was sampled."""
         sums = self.log_probabilities([Tokens(rollout.prompt, rollout.tokens) for rollout in shard.rollouts])
         return [own - float(r.logprobs.sum(dtype=np.float64)) for own, r in zip(sums, shard.rollouts, strict=True)]
 
     @torch.no_grad()
     def log_probabilities(self, sequences: Sequence[Tokens]) -> list[float]:
-        """Of each whole completion after its prompt, at the rollouts' temperature. A collective of all ranks."""
+        """Compute log pi of each whole completion, at the temperature of the rollouts. A collective of all ranks."""
         (micro_batches,) = self._plans(sequences)
         sums: dict[int, float] = {}
-        for order, packed in _laid_out(sequences, micro_batches):
+        for order, packed in _packed(sequences, micro_batches):
             sizes = (len(packed.targets), 0, 0)
             log_pi = self.policy(packed, sizes, None, self.run.rollout.temperature).log_pi
             own = log_pi.split([len(sequences[i].completion) for i in order])
@@ -124,10 +128,10 @@ class Stepper:
     def _teacher_states(
         self, batch: Batch, sequences: list[Tokens], micro_batches: list[MicroBatch]
     ) -> dict[int, Tensor]:
-        """Hidden states [T, H] of each target after its guided prompt, by its place among the students."""
+        """Compute the hidden states [T, H] of each target after its guided prompt, by its index in the students."""
         teacher, first = self.teacher.copy or self.policy, len(batch.sequences.policy_gradient)
         states: dict[int, Tensor] = {}
-        for order, packed in _laid_out(sequences, micro_batches):
+        for order, packed in _packed(sequences, micro_batches):
             own = teacher.hidden(packed).split([len(sequences[i].completion) for i in order])
             states |= {first + i: part for i, part in zip(order, own, strict=True)}
         return states
@@ -135,11 +139,11 @@ class Stepper:
     def _loss(
         self, batch: Batch, order: list[int], packed: Packed, states: dict[int, Tensor], statistics: StepMetrics
     ) -> Tensor:
-        """This micro-batch's part of the loss."""
+        """Compute the loss of one micro-batch."""
         part, algorithm = batch.sequences.part(order), self.run.algorithm
         teacher_targets = self._teacher_targets(part.distillation, [states[i] for i in order if i in states])
         outputs = self.policy(packed, part.sizes, teacher_targets, self.run.rollout.temperature)
-        loss = outputs.log_pi.sum() * 0  # a micro-batch without sequences has a backward pass, too: a collective
+        loss = outputs.log_pi.sum() * 0  # an empty micro-batch needs a backward pass too, because it is a collective
         if part.policy_gradient:
             statistics.add(entropy=outputs.entropy, tokens_auto=torch.ones_like(outputs.entropy))
             loss = loss + policy_gradient_term(
@@ -155,7 +159,7 @@ class Stepper:
         return loss
 
     def _teacher_targets(self, targets: list[Distillation], states: list[Tensor]) -> TeacherTargets | None:
-        """Of these targets; None without any."""
+        """Return the teacher's values for these targets, or None if there are no targets."""
         algorithm = self.run.algorithm
         if not targets:
             return None
@@ -165,7 +169,7 @@ class Stepper:
         return HiddenStateTargets(torch.cat(states), self.teacher.matrix, algorithm.divergence)
 
     def _synchronise(self, last: bool) -> None:
-        """Small models exchange gradients once per step; large ones each time, since whole gradients do not fit."""
+        """Reduce the gradients of a small model once per step, and of a large model, to save memory, each time."""
         assert isinstance(self.policy, FSDPModule)
         if self.policy.nbytes <= LOCAL_GRADIENT_BYTES:
             self.policy.set_requires_gradient_sync(last)
@@ -176,7 +180,7 @@ class Stepper:
         return next(self.policy.parameters()).device
 
 
-def _laid_out(sequences: Sequence[Tokens], micro_batches: list[MicroBatch]) -> Iterator[tuple[list[int], Packed]]:
-    """Each micro-batch: which sequences it holds, ascending, and how they lie in it."""
+def _packed(sequences: Sequence[Tokens], micro_batches: list[MicroBatch]) -> Iterator[tuple[list[int], Packed]]:
+    """Yield each micro-batch: the ascending indices of its sequences, and the packed sequences."""
     for micro_batch in micro_batches:
         yield sorted(i for row in micro_batch for i in row), pack(sequences, micro_batch)

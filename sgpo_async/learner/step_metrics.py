@@ -1,9 +1,9 @@
-"""What one step did, added up over micro-batches, and over ranks in one collective.
+"""The metrics of one step, accumulated over micro-batches and reduced over ranks with one collective.
 
-A rank adds sums and minima of any number of micro-batches; `reduce` gathers every rank's vector once and divides.
-Correction weights are kept apart for lag 0 and for stale tokens, where they also show how far the policy has moved.
-How engine and learner differ is measured on GRPO's tokens alone: a frozen teacher differs from the behaviour policy at
-any lag.
+A rank accumulates sums and minima over its micro-batches; `reduce` gathers the values of all ranks once and divides.
+Correction weights are reported separately for lag 0 and for stale tokens, because for stale tokens they also show how
+far the policy has changed. The mismatch between engine and learner is measured only on GRPO tokens, because a frozen
+teacher differs from the behaviour policy at every lag.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from sgpo_async.config.schema import Algorithm, Correction
 from sgpo_async.learner import mismatch
 from sgpo_async.learner.batch import Batch
 from sgpo_async.learner.mismatch import AGES, Mismatch
-from sgpo_async.learner.objectives.base import FIGURES
+from sgpo_async.learner.objectives.base import PROBLEM_METRICS
 from sgpo_async.learner.process_group import all_gather_single
 
 TERMS = ("correction", "kl_correction")
 SUMS = (
     *("grpo_loss", "kd_loss", "likelihood_loss", "entropy", "tokens_auto", "tokens_kd", "tokens_likelihood"),
     *("kl", "masked_tokens", "masked_kl", "limited_kl", "targets", "tokens_forward_only"),
-    *(f"{figure}_{part}" for figure in FIGURES for part in ("sum", "problems")),
+    *(f"{metric}_{part}" for metric in PROBLEM_METRICS for part in ("sum", "problems")),
     *(f"{term}_{part}_{age}" for term in TERMS for part in ("sum", "clipped", "tokens") for age in AGES),
 )
 MINIMA = tuple(f"{term}_min_{age}" for term in TERMS for age in AGES)
@@ -44,19 +44,19 @@ class StepMetrics:
         self.mismatch = Mismatch(max_lag=max_lag, device=device)
 
     def add(self, **values: Tensor) -> None:
-        """Add numbers, or the sum of a tensor, to the named sums."""
+        """Add the sum of each tensor to the sum of that name."""
         for name, value in values.items():
             self.sums[name] += value.detach().sum()
 
     def add_correction(self, term: str, weights: Tensor, log_rho: Tensor, lags: Tensor, rule: Correction) -> None:
-        """Record one term's correction.
+        """Add the correction weights of one loss term.
 
         Args:
             term: one of TERMS.
-            weights: [N, T], as used.
-            log_rho: [N, T], log pi - log mu, from which they came.
-            lags: [N, T] versions behind; -1 in the padding.
-            rule: mode and bound. A token counts as clipped if its weight would be another without the bound.
+            weights: [N, T], as used in the loss.
+            log_rho: [N, T], log pi - log mu, from which the weights were computed.
+            lags: [N, T], lag of each token in versions; -1 in the padding.
+            rule: mode and bound. A token counts as clipped if its weight would differ without the bound.
         """
         mask = lags >= 0
         zero = torch.zeros_like(log_rho)
@@ -71,7 +71,7 @@ class StepMetrics:
         self.tokens_by_lag.index_add_(0, bins, mask.double().flatten())
 
     def add_kl(self, d: Tensor, mask: Tensor, algorithm: Algorithm) -> None:
-        """Record d_t [K, T] of Eq. 3, what the mask of Eq. 5 takes or would take, and what this limiter takes."""
+        """Add d_t [K, T] of Eq. 3, what the mask of Eq. 5 would remove, and what the limiter removes."""
         delta, limiter = algorithm.delta, algorithm.limiter
         mass = kl_mass(d, mask, delta=delta)
         self.add(tokens_kd=mass.tokens, kl=mass.kl, masked_tokens=mass.masked_tokens, masked_kl=mass.masked_kl)
@@ -79,32 +79,32 @@ class StepMetrics:
         self.add(limited_kl=mass.kl.sum() - kept.sum())
 
     def add_batch(self, batch: Batch) -> None:
-        """Record what is known before anything is computed."""
-        for name, value in (item for figures in batch.figures for item in figures.items()):
+        """Add the metrics that are known before any forward."""
+        for name, value in (item for metrics in batch.metrics for item in metrics.items()):
             self.sums[f"{name}_sum"] += value
             self.sums[f"{name}_problems"] += 1
         self.sums["targets"] += len(batch.sequences.distillation)
         self.sums["tokens_forward_only"] += batch.forward_only
 
     def reduce(self) -> dict[str, Any]:
-        """The step's metrics, equal on every rank. A collective of all ranks."""
+        """Compute the metrics of the step, equal on every rank. A collective of all ranks."""
         sums = torch.cat((torch.stack(list(self.sums.values())), self.tokens_by_lag, self.mismatch.sums.flatten()))
         minima = torch.cat((torch.stack(list(self.minima.values())), -self.mismatch.maxima.flatten()))
-        own = torch.cat((sums, minima))
-        gathered = own.new_empty(dist.get_world_size() * len(own))
-        all_gather_single(gathered, own)
-        ranks = gathered.view(-1, len(own)).cpu()
+        local = torch.cat((sums, minima))
+        gathered = local.new_empty(dist.get_world_size() * len(local))
+        all_gather_single(gathered, local)
+        ranks = gathered.view(-1, len(local)).cpu()
         sizes = (len(SUMS), len(self.tokens_by_lag), self.mismatch.sums.numel())
-        named, by_lag, apart = ranks[:, : len(sums)].sum(0).split(sizes)
+        named, by_lag, mismatch_sums = ranks[:, : len(sums)].sum(0).split(sizes)
         lowest, negated = ranks[:, len(sums) :].amin(0).split((len(MINIMA), self.mismatch.maxima.numel()))
         total = dict(zip(SUMS, named.tolist(), strict=True))
         least = dict(zip(MINIMA, lowest.tolist(), strict=True))
         return (
             _loss_metrics(total)
-            | {name: _ratio(total[f"{name}_sum"], total[f"{name}_problems"]) for name in FIGURES}
+            | {name: _ratio(total[f"{name}_sum"], total[f"{name}_problems"]) for name in PROBLEM_METRICS}
             | _correction_metrics(total, least)
             | _lag_metrics(by_lag.tolist())
-            | mismatch.metrics(apart.view_as(self.mismatch.sums), -negated.view_as(self.mismatch.maxima))
+            | mismatch.metrics(mismatch_sums.view_as(self.mismatch.sums), -negated.view_as(self.mismatch.maxima))
         )
 
 
@@ -126,7 +126,7 @@ def _loss_metrics(total: dict[str, float]) -> dict[str, Any]:
 
 
 def _correction_metrics(total: dict[str, float], lowest: dict[str, float]) -> dict[str, Any]:
-    """Mean, minimum and clipped share of each term's weights: over all tokens, and for lag 0 and stale ones apart."""
+    """Compute mean, minimum and clipped fraction of each term's weights, over all, lag-0 and stale tokens."""
     metrics: dict[str, Any] = {}
     for term in TERMS:
         for suffix, ages in (("", AGES), *((f"_{age}", (age,)) for age in AGES)):
@@ -148,5 +148,5 @@ def _lag_metrics(tokens: list[float]) -> dict[str, Any]:
 
 
 def _ratio(part: float, whole: float) -> float | None:
-    """None where there is nothing to divide: JSON has no NaN."""
+    """Divide; return None if `whole` is 0, because JSON has no NaN."""
     return part / whole if whole else None

@@ -1,18 +1,18 @@
-"""Whose guided distribution is distilled: the policy itself, or a copy that follows it more slowly.
+"""The teacher, whose guided distribution is distilled: the policy itself, a copy of it, or the behaviour policy.
 
-    self       no copy: the present weights (Eq. 3)
-    ema        after every step   copy <- d copy + (1 - d) policy
-    snapshot   after every n-th   copy <- policy
-    frozen     never: the weights that the run began with
-    behaviour  no copy: what the engine told as it sampled (`guides.TopKTargets`)
+    self       no copy: the current weights (Eq. 3)
+    ema        a copy, updated after every step:       copy <- d copy + (1 - d) policy
+    snapshot   a copy, updated after every n-th step:  copy <- policy
+    frozen     a copy, never updated: the initial weights of the run
+    behaviour  no copy: the probabilities that the engine reported while sampling (`teacher_targets.TopKTargets`)
 
-A copy is sharded like the policy, so it costs 1/ranks of its size on each rank, and besides what FSDP keeps gathered:
-all of a small model, embedding and output matrix of a large one. Every teacher but the last costs one forward without
-gradient over the guided prompts and targets.
+A copy is sharded like the policy. On each rank it takes 1/ranks of its size, plus what FSDP keeps gathered: all of a
+small model, or the embedding and the output matrix of a large model. Every teacher except `behaviour` costs one forward
+without gradient over the guided prompts and targets.
 
-An average is kept in float32: a step moves it by 1 - d of its distance from the policy. With d = 0.99 that is less than
-2^-9 of the value, which bfloat16 rounds away, wherever the distance is below a fifth of the value, so that it would
-stand still. A snapshot or a frozen copy in bfloat16 loses nothing but the rounding of the weights themselves.
+The moving average (ema) is kept in float32. A step changes it by 1 - d of its distance from the policy. With d = 0.99
+and a distance below a fifth of the value, this change is less than 2^-9 of the value. bfloat16 would round it away, and
+the average would never change. A snapshot or a frozen copy in bfloat16 only rounds the weights themselves.
 """
 
 from __future__ import annotations
@@ -31,42 +31,42 @@ class Teacher:
 
     Attributes:
         copy: sharded, without gradient; None for `self` and `behaviour`.
-        nbytes: of the copy, over all ranks.
+        nbytes: size of the copy, over all ranks.
     """
 
     def __init__(self, algorithm: Algorithm, copy: Policy | None) -> None:
         self._algorithm, self.copy = algorithm, copy
-        # Now: what a forward has gathered is in the dtype that is computed in.
+        # Compute it now: after a forward the gathered parameters have the dtype of the computation.
         self.nbytes = sum(p.numel() * p.element_size() for p in copy.parameters()) if copy else 0
 
     @property
     def moving(self) -> Policy | None:
-        """The copy if it ever changes, so that a checkpoint has to hold it; `model.path` has the frozen one."""
+        """The copy if it changes and must be saved in checkpoints; a frozen copy can be reloaded from `model.path`."""
         return None if self._algorithm.teacher == "frozen" else self.copy
 
     @property
     def matrix(self) -> Tensor | None:
-        """The copy's output matrix, whole after its forward; None without a copy."""
+        """The output matrix of the copy, gathered after its forward; None without a copy."""
         return self.copy.head if self.copy else None
 
     @torch.no_grad()
     def follow(self, policy: Policy, *, steps: int) -> None:
-        """Take over of the policy what is due after `steps` optimiser steps in all. No communication."""
+        """Update the copy from the policy, if this is due after `steps` optimiser steps. No communication."""
         share = self._share(steps)
         if self.copy is None or not share:
             return
         assert isinstance(self.copy, FSDPModule)
-        self.copy.reshard()  # what was gathered of it is out of date
-        for own, new in zip(self.copy.parameters(), policy.parameters(), strict=True):
-            assert isinstance(own, DTensor)
+        self.copy.reshard()  # discard its gathered parameters, which are about to change
+        for old, new in zip(self.copy.parameters(), policy.parameters(), strict=True):
+            assert isinstance(old, DTensor)
             assert isinstance(new, DTensor)
             if share == 1:
-                own.to_local().copy_(new.to_local())
+                old.to_local().copy_(new.to_local())
             else:
-                own.to_local().lerp_(new.to_local(), share)
+                old.to_local().lerp_(new.to_local(), share)
 
     def _share(self, steps: int) -> float:
-        """Of the policy's weights, in the copy after this step: 0 none, 1 all."""
+        """Return the weight of the policy in the copy's update after this step: 0 for no update, 1 for a full copy."""
         algorithm = self._algorithm
         if algorithm.teacher == "ema":
             return 1 - algorithm.teacher_decay

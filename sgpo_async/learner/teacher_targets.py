@@ -1,9 +1,11 @@
-"""What a teacher says of the targets' tokens, and how the student is compared with it: inside the policy's own forward,
-where its output matrix is whole.
+"""The teacher's values for the target tokens, and the divergence of the student from them.
 
-    HiddenStateTargets   the teacher's hidden states, from a forward over the guided prompts     the whole vocabulary
-    TopKTargets      what the engine told as it sampled: the behaviour policy's likeliest    k tokens and the rest
-                  tokens, which came with the rollouts                                    no forward, no copy
+The comparison runs inside the policy's forward, because only there is the output matrix gathered.
+
+    HiddenStateTargets   hidden states of the teacher, from a forward over      compares the whole vocabulary
+                         the guided prompts
+    TopKTargets          the behaviour policy's most likely tokens, which the   compares k tokens and the rest;
+                         engine reported with the rollouts                      needs no forward and no copy
 """
 
 from __future__ import annotations
@@ -21,24 +23,24 @@ from sgpo_async.wire.records import Rollout
 
 
 class TeacherTargets(Protocol):
-    """The teacher of a micro-batch's K target tokens."""
+    """The teacher's values for the K target tokens of a micro-batch."""
 
     def compare(self, states: Tensor, head: Tensor, targets: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
-        """d [K] with gradient, and the teacher's log-probability [K] of the target tokens.
+        """Compute d [K] with gradient, and the teacher's log-probability [K] of the target tokens.
 
         Args:
             states: [K, H], the student's hidden states after the plain prompt.
             head: [V, H], the policy's output matrix.
             targets: [K] int64.
-            temperature: that of the rollouts.
+            temperature: the sampling temperature of the rollouts.
         """
 
 
 class HiddenStateTargets(NamedTuple):
-    """A teacher that read the targets after the guided prompt."""
+    """The hidden states of a teacher that read the targets after the guided prompt."""
 
     states: Tensor  # [K, H']
-    matrix: Tensor | None  # its output matrix [V, H']; None: the policy's own
+    matrix: Tensor | None  # its output matrix [V, H']; None for the matrix of the policy
     kind: str  # a key of DIVERGENCES
 
     def compare(self, states: Tensor, head: Tensor, targets: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
@@ -49,37 +51,37 @@ class HiddenStateTargets(NamedTuple):
 
 
 class TopKTargets(NamedTuple):
-    """The behaviour policy, of whom k tokens are known at each place."""
+    """The k most likely tokens of the behaviour policy at each position."""
 
     tokens: Tensor  # [K, k] int64
     log_p: Tensor  # [K, k]
-    log_targets: Tensor  # [K], of the tokens that were sampled
+    log_targets: Tensor  # [K], log-probabilities of the sampled tokens
     kind: str
 
     def compare(self, states: Tensor, head: Tensor, targets: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:  # noqa: ARG002
-        """See `TeacherTargets`. No prefix needs a correction: what sampled the rollout is what teaches."""
+        """See `TeacherTargets`. The prefix needs no correction, because the teacher itself sampled the rollout."""
         log_q = linear_top_logprobs(states, head, self.tokens, temperature=temperature)
         d = top_divergence(self.log_p.to(log_q.dtype), log_q, kind=self.kind)
         return d, self.log_targets.to(d.dtype)
 
 
 def top_k_targets(rollouts: Sequence[Rollout], *, k: int, kind: str, device: torch.device) -> TopKTargets:
-    """What the engine reported for these targets. Raises DataError if it was asked for another teacher."""
+    """Collect the top-k log-probabilities of these targets. Raises DataError if a rollout has another number than k."""
     for rollout in rollouts:
-        told = 0 if rollout.top_tokens is None else len(rollout.top_tokens) // len(rollout.tokens)
-        if told != k:
+        reported = 0 if rollout.top_tokens is None else len(rollout.top_tokens) // len(rollout.tokens)
+        if reported != k:
             raise DataError(
-                f"task {rollout.task}: its guided rollouts came with {told} likely tokens at each place, and {k} "
-                f"teach; go on with the algorithm.teacher and teacher_top_k that the run began with"
+                f"task {rollout.task}: its guided rollouts must have the {k} most likely tokens at each position, "
+                f"got {reported}; resume with the algorithm.teacher and algorithm.teacher_top_k of the run's start"
             )
     tokens, log_p = (
-        _joined([getattr(rollout, name) for rollout in rollouts]) for name in ("top_tokens", "top_logprobs")
+        _concatenate([getattr(rollout, name) for rollout in rollouts]) for name in ("top_tokens", "top_logprobs")
     )
-    log_targets = _joined([rollout.logprobs for rollout in rollouts])
+    log_targets = _concatenate([rollout.logprobs for rollout in rollouts])
     return TopKTargets(
         tokens.view(-1, k).to(device, torch.int64), log_p.view(-1, k).to(device), log_targets.to(device), kind
     )
 
 
-def _joined(arrays: list[np.ndarray]) -> Tensor:
+def _concatenate(arrays: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.concatenate(arrays))

@@ -1,4 +1,4 @@
-"""The three terms of the loss for the sequences of one micro-batch, from the policy's flat outputs."""
+"""The three terms of the loss for the sequences of one micro-batch, computed from the policy's flat outputs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sgpo_async.wire.records import Rollout
 def policy_gradient_term(
     items: Sequence[PolicyGradient], version: int, log_pi: Tensor, *, algorithm: Algorithm, statistics: StepMetrics
 ) -> Tensor:
-    """sum of weight times the clipped loss (Eq. 1) over these rollouts, from log_pi [A] of all their tokens."""
+    """Sum weight times the clipped loss (Eq. 1) over these rollouts, from log_pi [A] of all their tokens."""
     rule = algorithm.grpo_correction
     rollouts = [item.rollout for item in items]
     log_mu, age = _behaviour(rollouts, version, log_pi)
@@ -50,9 +50,9 @@ def distillation_term(
     algorithm: Algorithm,
     statistics: StepMetrics,
 ) -> Tensor:
-    """sum of weight times L_KD (Eq. 5) over these targets.
+    """Sum weight times L_KD (Eq. 5) over these targets.
 
-    The prefix is corrected towards the teacher's distribution, over which Eq. 3 takes its expectation.
+    The prefix is corrected towards the teacher's distribution, because Eq. 3 is an expectation over it.
 
     Args:
         distance: d [K] and the teacher's log-probability [K] of all the targets' tokens.
@@ -75,7 +75,7 @@ def distillation_term(
 def likelihood_term(
     items: Sequence[Likelihood], log_pi: Tensor, *, algorithm: Algorithm, statistics: StepMetrics
 ) -> Tensor:
-    """sum of weight times the plain or LUFFY's likelihood over these texts, from log_pi [C] of all their tokens."""
+    """Sum weight times the plain or shaped (LUFFY) loss over these texts, from log_pi [L] of all their tokens."""
     _, known = pad([item.student.completion for item in items])
     mask = torch.from_numpy(known).to(log_pi.device)
     log_pi = _unflatten(log_pi, mask)
@@ -87,21 +87,21 @@ def likelihood_term(
 
 
 def _behaviour(rollouts: Sequence[Rollout], version: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """log mu [N, T], and lags [N, T] with -1 in the padding."""
+    """Return log mu [N, T] and lags [N, T], with lag -1 in the padding."""
     log_mu, mask = pad([rollout.logprobs for rollout in rollouts])
     age, _ = pad([lags(rollout, version) for rollout in rollouts])
-    assert (age >= 0).all(), "a token of weights that are newer than those that it trains"
+    assert (age >= 0).all(), "the lag of every token must be >= 0: a rollout is newer than the weights that it trains"
     return _like(like, log_mu), torch.from_numpy(np.where(mask, age, -1).astype(np.int64)).to(like.device)
 
 
 def _later(rollouts: Sequence[Rollout], mask: Tensor) -> Tensor:
-    """Whether a token lies beyond the first span of its rollout: [N, T] bool."""
+    """Return whether each token is after the first span of its rollout: [N, T] bool."""
     first_ends = torch.tensor([[int(rollout.ends[0])] for rollout in rollouts], device=mask.device)
     return torch.arange(mask.shape[1], device=mask.device) >= first_ends
 
 
 def _unflatten(flat: Tensor, mask: Tensor) -> Tensor:
-    """The tokens of all sequences, one after another, into padded rows [N, T]; 0 in the padding."""
+    """Distribute the values of all sequences, one after another, into padded rows [N, T], 0 in the padding."""
     return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
 
 

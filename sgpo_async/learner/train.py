@@ -1,11 +1,11 @@
-"""The learner's life, the same on every rank; what rank 0 alone does stands in `Lead`.
+"""The training loop of the learner, the same on every rank; rank 0 also writes metrics and controls the hub.
 
     hub ── Shard ──▶ update ──▶ commit ──▶ publish ─ ─ ─ (background) ─ ─ ▶ weight store
                        ▲                     │
                        └──── next step ◀── record, evaluate, checkpoint
 
-The loop waits for the hub (a batch, an answer), for the other ranks (gradients, statistics, gathers), and for the
-publication before the present one; each wait has a deadline.
+The loop waits for the hub (batches and answers), for the other ranks (gradients, statistics, gathers), and for the
+previous publication. Each wait has a deadline.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from sgpo_async.learner.policy import Policy, check_model, in_bfloat16, recomput
 from sgpo_async.learner.process_group import join_world
 from sgpo_async.learner.progress import Progress, hub_metrics
 from sgpo_async.learner.publish import Publisher, gather
-from sgpo_async.learner.rounds import forget_rounds, write_round
+from sgpo_async.learner.rounds import remove_rounds, write_round
 from sgpo_async.learner.step import Stepper
 from sgpo_async.learner.teacher import Teacher
 from sgpo_async.metrics import MetricsWriter, read_metrics
@@ -47,15 +47,15 @@ from sgpo_async.wire.records import Hello
 
 log = logging.getLogger(__name__)
 
-CONNECT_S = 120.0  # for the hub to be there
+CONNECT_S = 120.0  # timeout of the connection to the hub
 COLLECTIVE_SLACK_S = 300.0
 
 
 def train(run: Run, hub_address: str) -> int:
-    """Train to the end of `run` as one rank of a torchrun world; returns the exit status.
+    """Train to the end of `run` as one rank under torchrun; return the exit status.
 
     Raises:
-        SgpoError: whatever went wrong, as one line.
+        SgpoError: training failed; the message is one line.
     """
     mesh = join_world(timeout_s=run.learner.batch_timeout_s + COLLECTIVE_SLACK_S)
     dealer = Dealer(hub_address, keys=run.hub.keys, max_bytes=run.hub.max_message_mb * 2**20)
@@ -70,9 +70,9 @@ def train(run: Run, hub_address: str) -> int:
         trainer.loop()
         trainer.finish()
     except BaseException as error:
-        hub.leave(f"{type(error).__name__}: {error}".partition("\n")[0])  # the hub takes the batch back
+        hub.leave(f"{type(error).__name__}: {error}".partition("\n")[0])  # the hub takes back the batch
         raise
-    dist.barrier()  # the others leave after rank 0's Finish
+    dist.barrier()  # the other ranks leave after rank 0 has sent Finish
     hub.leave("finished")
     dist.destroy_process_group()
     return 0
@@ -80,25 +80,25 @@ def train(run: Run, hub_address: str) -> int:
 
 @dataclass
 class Trainer:
-    """One rank, ready to train."""
+    """One rank that is ready to train."""
 
     run: Run
     hub: HubClient
     stepper: Stepper
     publisher: Publisher
     progress: Progress
-    base: int  # version of the weights - optimiser steps behind them
-    metrics: MetricsWriter | None  # rank 0
+    base: int  # version of the weights minus the number of optimiser steps
+    metrics: MetricsWriter | None  # only on rank 0
     alarm: Alarm
 
     @classmethod
     def start(cls, run: Run, mesh: DeviceMesh, hub: HubClient) -> Trainer:
-        """Load or resume, and become a member. A collective of all ranks."""
+        """Load the model or resume from a checkpoint, and register with the hub. A collective of all ranks."""
         stepper, fingerprint = build(run, mesh)
         rank, lead = dist.get_rank(), dist.get_rank() == 0
         folder = Path(run.folder) / CHECKPOINTS
-        if lead and not run.learner.resume and (place := checkpoint.set_aside(folder)):
-            log.info("%s: of an earlier run of this name; now %s", folder, place)
+        if lead and not run.learner.resume and (moved := checkpoint.set_aside(folder)):
+            log.info("%s: moved the checkpoints of an earlier run of this name to %s", folder, moved)
         resumed = checkpoint.latest(folder) if run.learner.resume else None
         saved = (
             checkpoint.restore(
@@ -118,21 +118,21 @@ class Trainer:
             )
         )
         store = StoreWriter(welcome.store) if lead else None
-        # A store that holds weights has had a learner before us: its tasks and versions are not ours to continue.
+        # If the store holds weights, another learner ran before. This one must not continue its tasks and versions.
         earlier = store is not None and store.version is not None
         version = hub.restore(saved.hub_state) if lead and (resumed or earlier) else welcome.version
         publisher = Publisher(stepper.policy, getattr(torch, run.model.dtype), store=store, published=hub.published)
         metrics = MetricsWriter(run.folder, resume_from=progress.step) if lead else None
         if lead and not progress.step:
-            forget_rounds(run)
+            remove_rounds(run)
         elif lead and progress.version is not None:
-            forget_rounds(run, above=progress.version)
+            remove_rounds(run, above=progress.version)
         alarm = Alarm(bound_for(run, learner_bfloat16=in_bfloat16(run.learner.precision, mesh)))
         return cls(run, hub, stepper, publisher, progress, version - progress.step, metrics, alarm)
 
     @property
     def version(self) -> int:
-        """Of the present weights; known on rank 0."""
+        """The version of the current weights; correct only on rank 0."""
         return self.base + self.progress.step
 
     def loop(self) -> None:
@@ -165,13 +165,13 @@ class Trainer:
         export(self.stepper.policy.model, dict(tensors), Path(self.run.folder) / "policy", source=source)
         own: dict[str, Any] = {"world_size": dist.get_world_size(), "objective": self.run.algorithm.objective}
         own["teacher_mb"] = self.stepper.teacher.nbytes / 2**20
-        own["mismatch"] = mismatch_summary(read_metrics(self.run.folder))  # also of the steps before an interruption
+        own["mismatch"] = mismatch_summary(read_metrics(self.run.folder))  # including the steps before an interruption
         self.metrics.summary(self.progress.summary(self.hub.status()) | own)
         self.metrics.close()
         self.hub.finish()
 
     def _record(self, metrics: MetricsWriter, line: dict[str, Any]) -> None:
-        """Write the line of this step; that of the last step waits for the last evaluation."""
+        """Write the metrics of this step; after the last step, wait for the last evaluation first."""
         last = self.progress.step == self.run.steps
         if self._due(self.run.evaluation.every):
             self.hub.evaluate(self.version)
@@ -187,7 +187,7 @@ class Trainer:
         metrics.step(line)
 
     def _due(self, every: int) -> bool:
-        """Whether something that happens every so many steps, and after the last, happens now. 0: only then."""
+        """Return whether something is due that happens every `every` steps and after the last step (0: only then)."""
         return self.progress.step == self.run.steps or (every > 0 and self.progress.step % every == 0)
 
     def _checkpoint(self) -> None:
@@ -205,28 +205,31 @@ class Trainer:
         checkpoint.prune(folder, step=self.progress.step, keep=self.run.learner.keep_checkpoints)
 
     def _hub_state(self) -> bytes:
-        """The hub's state. The rounds that it sent before, and keeps no problems of, are on disk when this returns."""
+        """Return the hub's state, and write the evaluation rounds that the hub has sent to disk.
+
+        The hub's state does not contain the per-problem results of these rounds.
+        """
         state = self.hub.snapshot(self.progress.step)
-        for result in self.hub.evaluations:  # since this step's line; the next line takes them
+        for result in self.hub.evaluations:  # they arrived after the metrics of this step; the next step reports them
             write_round(self.run, result)
         return state
 
 
 def build(run: Run, mesh: DeviceMesh, source: ProblemSource | None = None) -> tuple[Stepper, str]:
-    """The sharded policy with its optimiser and teacher, and the fingerprint of its tokenizer.
+    """Load the sharded policy with its optimiser and teacher; return also the fingerprint of its tokenizer.
 
-    Raises ConfigError or DataError if the model cannot be trained as `run` says.
+    Raises ConfigError or DataError if the model cannot be trained as `run` specifies.
 
     Args:
-        source: of the training problems, whose responses some objectives train on; by default the run's own.
+        source: the source of the training problems, for objectives that train on responses; by default the run's.
     """
     folder = model_folder(run.model.path)
     tokenizer = load_tokenizer(folder)
     fingerprint = tokenizer_fingerprint(tokenizer)
     policy = _load(folder)
     check_model(policy)
-    words, asked = policy.head.shape[0], run.algorithm.top_logprobs_num
-    require(asked < words, "algorithm.teacher_top_k", f"is below the {words} tokens of the vocabulary", asked)
+    vocabulary, k = policy.head.shape[0], run.algorithm.top_logprobs_num
+    require(k < vocabulary, "algorithm.teacher_top_k", f"must be < {vocabulary}, the size of the vocabulary", k)
     if run.learner.recompute:
         recompute(policy)
     shard(policy, mesh, precision=run.learner.precision)
@@ -238,9 +241,9 @@ def build(run: Run, mesh: DeviceMesh, source: ProblemSource | None = None) -> tu
 
 
 def _copy(folder: str, run: Run, mesh: DeviceMesh) -> Policy:
-    """The weights that the run begins with, sharded once more: what a teacher is before it follows the policy."""
+    """Load and shard a second copy of the run's initial weights, the initial teacher."""
     policy = _load(folder).requires_grad_(False)
-    for parameter in policy.parameters():  # and not the buffers: positions are worked out in float32
+    for parameter in policy.parameters():  # not the buffers, because positions are computed in float32
         parameter.data = parameter.data.to(getattr(torch, run.algorithm.teacher_dtype))
     return shard(policy, mesh, precision=run.learner.precision)
 

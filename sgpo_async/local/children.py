@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sgpo_async.files import FREE_SOME, disk_full, telling
+from sgpo_async.files import FREE_SOME, disk_full, reporting_write_errors
 from sgpo_async.local.run_folder import forget_hub
 from sgpo_async.processes.marked import GRACE_S, MARK, end_run
 
@@ -52,17 +52,17 @@ class Child:
 
 
 class Processes:
-    """All processes of one run. A guard ends them if we die without `stop`, even by `kill -9`."""
+    """All processes of one run. A watchdog ends them if we die without `stop`, even by `kill -9`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.mark = uuid.uuid4().hex
         self._logs = folder / "logs"
-        with telling(self._logs):
+        with reporting_write_errors(self._logs):
             self._logs.mkdir(parents=True, exist_ok=True)
         self._children: list[Child] = []
-        self._guard = subprocess.Popen(
-            [sys.executable, "-m", "sgpo_async.local.guard", self.mark, str(folder)],
+        self._watchdog = subprocess.Popen(
+            [sys.executable, "-m", "sgpo_async.local.watchdog", self.mark, str(folder)],
             stdin=subprocess.PIPE,
             env=_environment(),
             start_new_session=True,
@@ -71,7 +71,7 @@ class Processes:
     def start(self, name: str, command: Sequence[str]) -> Child:
         """Start `command` in a session of its own; its output goes to logs/`name`.log."""
         log = self._logs / f"{name}.log"
-        with telling(log), log.open("wb") as output:
+        with reporting_write_errors(log), log.open("wb") as output:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -90,8 +90,8 @@ class Processes:
         for child in self._children:
             child.process.wait(timeout=10)
         forget_hub(self.folder)
-        self._guard.kill()
-        self._guard.communicate()
+        self._watchdog.kill()
+        self._watchdog.communicate()
 
 
 def wait_for(child: Child, seconds: float) -> bool:

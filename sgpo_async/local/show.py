@@ -16,7 +16,7 @@ from sgpo_async.local.live import LivePicture
 from sgpo_async.local.run_folder import has_checkpoint
 from sgpo_async.local.supervisor import Supervisor
 from sgpo_async.local.watch import Watch
-from sgpo_async.report import closing_rows, write_report
+from sgpo_async.report import final_rows, write_report
 
 POLICY = "policy"  # the learner's export, a Hugging Face folder
 
@@ -73,7 +73,7 @@ class Show:
         table = Table(box=box.SIMPLE, show_header=False, title=self._settings.name, title_justify="left")
         table.add_column(style="dim", no_wrap=True)
         table.add_column()
-        for row in closing_rows(self._folder):
+        for row in final_rows(self._folder):
             table.add_row(*row)
         self._console.print()
         self._console.print(table)

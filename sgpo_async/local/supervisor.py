@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from sgpo_async.errors import DeadlineExceeded, SgpoError
+from sgpo_async.errors import DeadlineExceeded, RunFailed
 from sgpo_async.local.children import Child, Processes
 from sgpo_async.local.run_folder import read_hub_file
 from sgpo_async.processes.signals import Signals
@@ -30,10 +30,6 @@ LAST_S = 120.0  # hub or actors are finished: the learner may still write its la
 RESTARTS = 5
 USERS_ERROR = 2  # exit code, see `sgpo_async.cli.main`
 TICK_S = 0.25
-
-
-class RunFailed(SgpoError):
-    """A process of the run ended unasked."""
 
 
 class CommandLines(Protocol):

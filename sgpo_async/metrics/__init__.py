@@ -1,4 +1,4 @@
-"""Numbers of a run on disk: metrics.jsonl, TensorBoard events, summary.json; writing and reading them."""
+"""Write and read the metrics of a run: metrics.jsonl, TensorBoard events, summary.json."""
 
 from sgpo_async.metrics.reader import MetricsTail, read_metrics, read_summary
 from sgpo_async.metrics.writer import MetricsWriter

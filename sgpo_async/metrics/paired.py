@@ -1,6 +1,6 @@
-"""Two evaluations on the same problems, compared problem by problem.
+"""Compare two evaluations on the same problems, problem by problem.
 
-That both saw the same problems removes how hard these are from the comparison, which is most of the variance.
+The pairing removes the differences in difficulty between problems, which cause most of the variance.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from sgpo_async.metrics.pass_rates import Interval, avg_at, interval
 
 @dataclass(frozen=True, kw_only=True)
 class Paired:
-    """a - b in avg@k."""
+    """The difference a - b in avg@k."""
 
-    difference: Interval  # bootstrap over problems, each with its samples on both sides
-    p_value: float  # of the exact sign-flip test, two-sided
+    difference: Interval  # bootstrap over problems; a problem keeps its samples of both evaluations
+    p_value: float  # two-sided, of the exact sign-flip test
     better: int  # problems that a solves more often than b
     worse: int
     problems: int
 
 
 def compare(correct_a: np.ndarray, samples_a: np.ndarray, correct_b: np.ndarray, samples_b: np.ndarray) -> Paired:
-    """Compare a with b on P >= 1 problems; all arguments are [P] integers, in the same order of problems."""
+    """Compare a with b on P >= 1 problems; all arguments are [P] integers, with the problems in the same order."""
     assert correct_a.shape == correct_b.shape and correct_a.size
     scale = np.lcm(samples_a, samples_b)
     differences = correct_a * (scale // samples_a) - correct_b * (scale // samples_b)
@@ -43,10 +43,10 @@ def compare(correct_a: np.ndarray, samples_a: np.ndarray, correct_b: np.ndarray,
 def sign_flip(differences: np.ndarray) -> float:
     """Two-sided p-value of the exact sign-flip (permutation) test on integer `differences` [P].
 
-    If a and b do not differ, each problem's difference is as likely with the other sign. The null distribution of the
-    sum over all 2^P choices of signs is computed exactly, by P convolutions on the grid of integers; returned is the
-    probability of a sum at least as far from 0 as the one found. Where all differences are -1, 0 or 1, as with one
-    sample of each problem on both sides, this is McNemar's exact test.
+    Under the null hypothesis (a and b do not differ), both signs of a problem's difference are equally likely. The
+    distribution of the sum over all 2^P choices of signs is computed exactly, by P convolutions over the integers. The
+    p-value is the probability of a sum at least as far from 0 as the observed sum. If all differences are -1, 0 or 1,
+    as with one sample per problem in both evaluations, this is McNemar's exact test.
     """
     sizes = np.abs(differences[differences != 0])
     total = int(sizes.sum())
@@ -57,6 +57,6 @@ def sign_flip(differences: np.ndarray) -> float:
         flipped[size:] += probability[:-size] / 2
         flipped[:-size] += probability[size:] / 2
         probability = flipped
-    found = abs(int(differences.sum()))
+    observed = abs(int(differences.sum()))
     sums = np.arange(-total, total + 1)
-    return float(min(1.0, probability[np.abs(sums) >= found].sum()))
+    return float(min(1.0, probability[np.abs(sums) >= observed].sum()))

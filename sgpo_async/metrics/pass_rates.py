@@ -1,7 +1,7 @@
-"""avg@k, pass@k and their uncertainty, from how many of the samples of each problem were correct.
+"""Compute avg@k, pass@k and their confidence intervals from the number of correct samples of each problem.
 
-The unit of resampling is the problem, with all its samples: problems are what a benchmark has drawn from a larger
-population, and samples of one problem are far from independent of each other.
+The bootstrap resamples problems, each with all its samples: a benchmark is a sample of problems from a larger
+population, and the samples of one problem are not independent of each other.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import numpy as np
 RESAMPLES = 10_000
 LEVEL = 0.95
 SEED = 0
-_CHUNK = 2**20  # drawn problems held at a time
+_CHUNK = 2**20  # drawn problems in memory at a time
 
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A mean over problems with its 95 % interval."""
+    """A mean over problems with its 95 % confidence interval."""
 
     mean: float
     low: float
@@ -28,7 +28,7 @@ class Interval:
 
 
 def avg_at(correct: np.ndarray, samples: np.ndarray) -> np.ndarray:
-    """Share of correct samples of each problem; its mean over problems is avg@k for k = `samples`.
+    """Return the share of correct samples of each problem; its mean over problems is avg@k for k = `samples`.
 
     `correct` and `samples` are [P] integers with 0 <= correct <= samples and samples >= 1. Returns [P] float64.
     """
@@ -37,10 +37,10 @@ def avg_at(correct: np.ndarray, samples: np.ndarray) -> np.ndarray:
 
 
 def pass_at(correct: np.ndarray, samples: np.ndarray, k: int) -> np.ndarray:
-    """Unbiased estimate, for each problem, of the probability that at least one of `k` samples is correct.
+    """Estimate without bias, for each problem, the probability that at least one of `k` samples is correct.
 
     1 - C(n - c, k) / C(n, k) with n = `samples` and c = `correct`, both [P] integers (Chen et al. 2021,
-    arXiv 2107.03374, Eq. 1), by exact integers. Needs 1 <= k <= n for every problem. Returns [P] float64.
+    arXiv 2107.03374, Eq. 1), in exact integer arithmetic. Needs 1 <= k <= n for every problem. Returns [P] float64.
     """
     _check(correct, samples)
     assert 1 <= k <= samples.min(), (k, samples.min())
@@ -49,17 +49,17 @@ def pass_at(correct: np.ndarray, samples: np.ndarray, k: int) -> np.ndarray:
 
 
 def powers_of_two(limit: int) -> list[int]:
-    """1, 2, 4, ... up to `limit`: the k for which pass@k is reported."""
+    """Return 1, 2, 4, ... up to `limit`: the k for which pass@k is reported."""
     return [2**power for power in range(limit.bit_length())]
 
 
 def interval(
     values: np.ndarray, *, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = SEED
 ) -> Interval | None:
-    """Mean of `values` [P], one for each problem, and its bootstrap percentile interval; None for no problems.
+    """Return the mean of `values` [P], one per problem, with its bootstrap percentile interval; None if P is 0.
 
-    P problems are drawn with replacement `resamples` times; the interval lies between the (1 - level) / 2 and
-    (1 + level) / 2 quantiles of their means. Equal seeds and P draw the same problems, whatever the values.
+    The bootstrap draws P problems with replacement, `resamples` times; the bounds of the interval are the
+    (1 - level) / 2 and (1 + level) / 2 quantiles of their means. The drawn problems depend only on seed and P.
     """
     if not values.size:
         return None
@@ -69,21 +69,22 @@ def interval(
 
 
 def share_interval(values: np.ndarray, *, resamples: int = RESAMPLES) -> Interval:
-    """`interval` of P >= 1 shares, and of the exact binomial at LEVEL (Clopper and Pearson 1934) if all are 0 or all 1.
+    """Return `interval` of P >= 1 shares; if all are 0 or all are 1, the exact binomial interval replaces its bound.
 
-    There every resample is the same, and 0 of 30 would seem to be known without doubt: it is [0, 0.116]. Next to
-    it the bootstrap is narrower than that: 1 of 30 is [0, 0.1].
+    If all shares are equal, so are all resamples, and the bootstrap interval of 0 of 30 would be [0, 0]. The exact
+    binomial interval at LEVEL (Clopper and Pearson 1934) is [0, 0.116]. Close to this case the bootstrap interval is
+    still narrower: 1 of 30 gives [0, 0.1].
     """
-    found = interval(values, resamples=resamples)
-    assert found is not None
-    far = 1 - ((1 - LEVEL) / 2) ** (1 / values.size)
+    bootstrap = interval(values, resamples=resamples)
+    assert bootstrap is not None
+    exact_high = 1 - ((1 - LEVEL) / 2) ** (1 / values.size)
     if not values.any():
-        return replace(found, high=far)
-    return replace(found, low=1 - far) if (values == 1).all() else found
+        return replace(bootstrap, high=exact_high)
+    return replace(bootstrap, low=1 - exact_high) if (values == 1).all() else bootstrap
 
 
 def _draws(problems: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """Indices of the drawn problems, [some, P] at a time."""
+    """Yield the indices of the drawn problems, [R, P] at a time for R resamples."""
     generator = np.random.default_rng(seed)
     rows = max(1, _CHUNK // problems)
     for start in range(0, resamples, rows):

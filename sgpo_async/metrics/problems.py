@@ -1,4 +1,4 @@
-"""What became of the problems of a benchmark, and its figures: of one model, or on the fleet while it trains."""
+"""The results of a benchmark's problems and their metrics, from `evaluate` or from an evaluation during training."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ class ProblemResult:
     digest: str  # of problem and answer
     correct: list[bool]
     tokens: list[int]  # length of each completion
-    finish: list[str]  # stop, or length: cut off
-    timed_out: list[bool]  # the verifier took too long, which counts as incorrect; empty: the fleet does not tell
+    finish: list[str]  # stop, or length if it was truncated
+    timed_out: list[bool]  # the verifier timed out: counts as incorrect; empty if evaluated during training
     texts: list[str] | None = None
 
 
 def summarise(results: Sequence[ProblemResult], *, resamples: int = RESAMPLES) -> dict[str, Any]:
-    """avg@k and pass@k with intervals over problems, and how long the completions are. There is at least one problem.
+    """Return avg@k and pass@k with intervals over problems, and the lengths of completions, for P >= 1 problems.
 
     Keys: problems, samples (k), avg {mean, low, high}, pass {"1", "2", "4", ...: {mean, low, high}}, truncated (share
-    of samples that were cut off), tokens_mean, tokens (all), timed_out (samples that were not judged in time).
+    of truncated samples), tokens_mean, tokens (total), timed_out (samples whose verifier timed out).
     """
     ordered = sorted(results, key=lambda result: result.id)  # the bootstrap draws by position
     correct, samples = counts(ordered)
@@ -47,7 +47,7 @@ def summarise(results: Sequence[ProblemResult], *, resamples: int = RESAMPLES) -
 
 
 def counts(results: Sequence[ProblemResult]) -> tuple[np.ndarray, np.ndarray]:
-    """(correct samples, samples) of each problem, both [P]."""
+    """Return (correct samples, samples) of each problem, both [P]."""
     correct = np.array([sum(result.correct) for result in results])
     return correct, np.array([len(result.correct) for result in results])
 

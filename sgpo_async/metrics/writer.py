@@ -1,8 +1,8 @@
-"""What the learner's rank 0 writes while it trains.
+"""Write the metrics of a run; the learner's rank 0 does this during training.
 
 runs/NAME/metrics.jsonl    one line per step, on disk as soon as the step ends
-runs/NAME/tensorboard/     the same numbers as scalars and histograms
-runs/NAME/summary.json     the closing figures, replaced as a whole
+runs/NAME/tensorboard/     the same metrics as scalars and histograms
+runs/NAME/summary.json     the final metrics, replaced atomically
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sgpo_async.files import telling, to_json, write_whole
+from sgpo_async.files import JsonLinesWriter, reporting_write_errors, to_json, write_whole
 from sgpo_async.metrics.reader import METRICS, SUMMARY, read_metrics
 
 TENSORBOARD = "tensorboard"
@@ -21,9 +21,9 @@ TENSORBOARD = "tensorboard"
 class MetricsWriter:
     """Writes the metrics of one run below `folder`.
 
-    `resume_from` is the step of the checkpoint that the run continues from: later lines, which the resumed run will
-    write anew, are dropped. At 0 the run begins afresh and earlier numbers in the folder go.
-    Every method raises SgpoError (one line: file, reason, remedy) when the disk is full or the folder not writable.
+    `resume_from` is the step of the checkpoint that the run continues from: lines of later steps are deleted, because
+    the resumed run writes them again. With 0 the run starts from the beginning and all earlier metrics are deleted.
+    Every method raises SgpoError (one line: file, reason, remedy) if the disk is full or the folder is not writable.
     """
 
     def __init__(self, folder: str | Path, *, resume_from: int = 0) -> None:
@@ -31,15 +31,14 @@ class MetricsWriter:
         self._path = self.folder / METRICS
         kept = [line for line in read_metrics(self.folder) if line["step"] <= resume_from] if resume_from else []
         write_whole(self._path, "".join(to_json(line) + "\n" for line in kept))
-        with telling(self._path):
-            self._file = self._path.open("a", encoding="utf-8")
+        self._lines = JsonLinesWriter(self._path)
+        with reporting_write_errors(self._path):
             self._board = self._open_board(resume_from)
 
     def step(self, values: Mapping[str, Any]) -> None:
-        """Record one optimiser step; `values` holds `step` and whatever else is to be seen later."""
-        with telling(self._path):
-            self._file.write(to_json(values) + "\n")
-            self._file.flush()
+        """Write the metrics of one optimiser step; `values` must contain `step`."""
+        self._lines.append(values)
+        with reporting_write_errors(self._path):
             self._to_board(values)
 
     def summary(self, values: Mapping[str, Any]) -> None:
@@ -47,18 +46,18 @@ class MetricsWriter:
         write_whole(self.folder / SUMMARY, to_json(values) + "\n")
 
     def close(self) -> None:
-        """Flush and close."""
-        with telling(self._path):
-            self._file.close()
+        """Flush and close the files."""
+        self._lines.close()
+        with reporting_write_errors(self._path):
             self._board.close()
 
     def _open_board(self, resume_from: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
 
-        place = self.folder / TENSORBOARD
+        folder = self.folder / TENSORBOARD
         if not resume_from:
-            shutil.rmtree(place, ignore_errors=True)
-        return SummaryWriter(str(place), purge_step=resume_from + 1 if resume_from else None, flush_secs=10)
+            shutil.rmtree(folder, ignore_errors=True)
+        return SummaryWriter(str(folder), purge_step=resume_from + 1 if resume_from else None, flush_secs=10)
 
     def _to_board(self, values: Mapping[str, Any]) -> None:
         step = int(values["step"])
@@ -74,7 +73,7 @@ class MetricsWriter:
                 self._board.add_scalar(key, value, step)
 
     def _add_histogram(self, key: str, counts: Mapping[Any, Any], step: int) -> None:
-        """`counts` maps an integer (a lag) to how many tokens had it."""
+        """Add a histogram; `counts` maps an integer (a lag) to the number of tokens with it."""
         if not counts:
             return
         pairs = sorted((int(value), float(count)) for value, count in counts.items())
@@ -92,7 +91,7 @@ class MetricsWriter:
 
 
 def _scalars(values: Mapping[str, Any], prefix: str) -> list[tuple[str, float]]:
-    """Nested counts as flat (name, number) pairs: ledger/dropped/stale."""
+    """Flatten nested counts to (name, number) pairs, with names like ledger/dropped/stale."""
     flat: list[tuple[str, float]] = []
     for key, value in values.items():
         if isinstance(value, Mapping):

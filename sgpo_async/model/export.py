@@ -1,4 +1,4 @@
-"""The trained policy as a Hugging Face folder."""
+"""Write the trained policy as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ def export(model: PreTrainedModel, tensors: Mapping[str, Tensor], folder: Path, 
     """Write `tensors` as a folder that AutoModelForCausalLM and AutoTokenizer load.
 
     Args:
-        model: whose architecture it is; its own parameters may be sharded, and are not read.
-        tensors: whole parameters, named as the model names them.
-        source: folder whose other files are taken over, or a hub name, of which the tokenizer is.
+        model: the model that gives the architecture; its own parameters may be sharded and are not read.
+        tensors: whole parameters under the model's parameter names.
+        source: the folder that the model came from, whose other files are copied; or a hub name, whose tokenizer
+            is saved.
 
     Raises:
         CheckpointError: the folder cannot be written.
-        DataError: the tokenizer of a hub name cannot be loaded any more; the weights are then written.
+        DataError: the tokenizer of a hub name can no longer be loaded; the weights have been written by then.
     """
     state = model.state_dict()
     buffers = {name: state[name] for name, _ in model.named_buffers() if name in state}

@@ -1,4 +1,4 @@
-"""Load a causal language model from a folder or by name, with errors that say what is wrong and where."""
+"""Load a causal language model from a folder or by hub name, with errors that say what is wrong and where."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from sgpo_async.errors import DataError, EngineError
 
 
 def load_model(path: str, *, device: str, dtype: str) -> PreTrainedModel:
-    """The model at `path` (a Hugging Face folder, else a name on the Hugging Face hub), in eval mode.
+    """Load the model at `path`, a Hugging Face folder or else a name on the Hugging Face hub, in eval mode.
 
-    `device` is auto, cpu or cuda; `dtype` float32 or bfloat16. A folder is never looked up on the network.
-    Raises DataError if the model is missing, broken or incomplete, EngineError if there is no such device.
+    `device` is auto, cpu or cuda; `dtype` is float32 or bfloat16. A folder is loaded without network access.
+    Raises DataError if the model is missing, broken or incomplete, EngineError if the device does not exist.
     """
     target = _device(device)
     local = _is_folder(path)
@@ -25,23 +25,23 @@ def load_model(path: str, *, device: str, dtype: str) -> PreTrainedModel:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, dtype), local_files_only=local, output_loading_info=True
         )
-    except Exception as error:  # any of a dozen libraries' errors: all say that this model cannot be had
+    except Exception as error:  # many libraries can fail here, each with its own exception types
         reason = " ".join(str(error).split())[:300]
         raise DataError(
             f"model.path: cannot load a causal language model from {path!r} ({type(error).__name__}: {reason}); "
-            + ("restore or export the folder anew" if local else "name an existing folder or a model on the hub")
+            + ("restore the folder or export it again" if local else "name an existing folder or a model on the hub")
         ) from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise DataError(
-            f"model.path: {path!r} lacks {len(missing)} parameters that its config.json asks for "
-            f"({', '.join(missing[:3])}); restore or export the folder anew"
+            f"model.path: {path!r} lacks {len(missing)} parameters that its config.json requires "
+            f"({', '.join(missing[:3])}); restore the folder or export it again"
         )
     return model.to(target).eval()
 
 
 def end_tokens(model: PreTrainedModel) -> frozenset[int]:
-    """Ids that end a continuation, as the model's generation config (else its config) names them."""
+    """Return the ids of the tokens that end a completion, from the model's generation config or else its config."""
     for config in (model.generation_config, model.config.get_text_config()):
         ids = getattr(config, "eos_token_id", None)
         if ids is not None:
@@ -50,9 +50,9 @@ def end_tokens(model: PreTrainedModel) -> frozenset[int]:
 
 
 def longest(model: PreTrainedModel) -> int:
-    """Tokens of the longest sequence that the engine's plain causal mask is right for.
+    """Return the length in tokens of the longest sequence for which the engine's plain causal mask is correct.
 
-    Layers with a sliding window see, up to the window's length, exactly what full attention sees.
+    Up to the window's length, a layer with a sliding window attends to exactly the same tokens as full attention.
     """
     config = model.config.get_text_config()
     bounds = [
@@ -68,12 +68,12 @@ def _is_folder(path: str) -> bool:
             raise DataError(f"model.path: {path!r} has no config.json; name the folder of a Hugging Face model")
         return True
     if not path or path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise DataError(f"model.path: there is no folder {path!r}; name the folder of a Hugging Face model")
+        raise DataError(f"model.path: no such folder {path!r}; name the folder of a Hugging Face model")
     return False
 
 
 def device_of(name: str) -> Literal["cpu", "cuda"]:
-    """What `engine.device` means on this machine; whether there is such a device is not asked."""
+    """Resolve `engine.device` to cpu or cuda, without checking that this machine has the device."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return "cuda" if name == "cuda" else "cpu"

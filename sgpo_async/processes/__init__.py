@@ -1,7 +1,7 @@
-"""Processes of the operating system, whatever they run. Needs no torch.
+"""Processes of the operating system. Needs no torch.
 
-signals     Ctrl-C and SIGTERM as state that a loop looks at
-watchdog    ends processes whose parent has died, in whatever way
-marked      finds every process that a run started, by a mark in its environment
+signals     Ctrl-C and SIGTERM as flags that a loop checks
+watchdog    kills a command and its children when the process that started it has died
+marked      finds every process of a run by a mark in its environment, and ends them all
 torchrun    torchrun's command line for ranks on this machine
 """

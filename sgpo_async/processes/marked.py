@@ -1,8 +1,8 @@
-"""The processes of one run, wherever they have gone, and their certain end.
+"""Find every process of one run by its mark, and end them all.
 
-Each run has a mark, a random word in the environment of all that it starts. Children of children inherit it, whatever
-session or parent they have by now (torchrun puts its workers into sessions of their own), so the mark finds what
-process groups and parent pids lose.
+The mark of a run is a random string in the environment of every process that the run starts. Children inherit it, also
+in another session or after their parent has died (torchrun starts its workers in new sessions). So the mark finds
+processes that process groups and parent ids miss.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterable
 import psutil
 
 MARK = "SGPO_ASYNC_RUN"
-GRACE_S = 3.0  # from the request to end to the kill
-SWEEP_S = 5.0  # a killed process that is still there after this is the kernel's trouble, not ours
+GRACE_S = 3.0  # from SIGTERM to SIGKILL
+SWEEP_S = 5.0  # how long to kill and wait; a process that still exists then is stuck in the kernel
 
 
 def members(mark: str) -> list[psutil.Process]:
-    """Every living process that carries the mark, this one excepted."""
+    """Every living process with this mark, except this process."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
@@ -30,18 +30,18 @@ def members(mark: str) -> list[psutil.Process]:
 
 
 def end_run(mark: str, *, grace_s: float = GRACE_S, hurry: Callable[[], bool] = lambda: False) -> None:
-    """Ask the outermost processes to end, kill what is left after `grace_s` or when `hurry`, wait until all are gone.
+    """Send SIGTERM to the outermost processes, kill the rest after `grace_s` or when `hurry()`, wait for their end.
 
-    Inner processes are their parents' to end, within the grace.
+    Outermost processes are those without a parent in the run. They end their own children within `grace_s`.
     """
     present = members(mark)
-    inner = {process.pid for process in present}
-    _signal_all((process for process in present if _parent(process) not in inner), kill=False)
+    pids = {process.pid for process in present}
+    _signal_all((process for process in present if _parent(process) not in pids), kill=False)
     deadline = time.monotonic() + grace_s
     while members(mark) and time.monotonic() < deadline and not hurry():
         time.sleep(0.05)
     deadline = time.monotonic() + SWEEP_S
-    while (rest := members(mark)) and time.monotonic() < deadline:  # again and again: they may be forking
+    while (rest := members(mark)) and time.monotonic() < deadline:  # repeatedly, because they may be forking
         _signal_all(rest, kill=True)
         time.sleep(0.02)
 

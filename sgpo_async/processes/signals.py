@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as facts that a loop looks at, instead of exceptions at any line."""
+"""Ctrl-C and SIGTERM as flags that a loop checks, instead of exceptions at any line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Signals:
-    """Within this context, signals are counted; `wait` sleeps and ends early when one arrives."""
+    """Context that records signals; `wait` sleeps and returns early when a signal arrives."""
 
     def __init__(self) -> None:
         self.received: list[int] = []
@@ -22,8 +22,8 @@ class Signals:
         os.set_blocking(self._in, False)
         os.set_blocking(self._out, False)
         self._old_wakeup = signal.set_wakeup_fd(self._in, warn_on_full_buffer=False)
-        self._old = {number: signal.signal(number, self._note) for number in HANDLED}
-        if self._old[signal.SIGHUP] is signal.SIG_IGN:  # nohup
+        self._old = {number: signal.signal(number, self._record) for number in HANDLED}
+        if self._old[signal.SIGHUP] is signal.SIG_IGN:  # started by nohup
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
         return self
 
@@ -34,7 +34,7 @@ class Signals:
         os.close(self._in)
         os.close(self._out)
 
-    def _note(self, number: int, _frame: types.FrameType | None) -> None:
+    def _record(self, number: int, _frame: types.FrameType | None) -> None:
         self.received.append(number)
 
     def wait(self, seconds: float) -> None:
@@ -45,15 +45,15 @@ class Signals:
 
     @property
     def stop(self) -> bool:
-        """Somebody wants us to end."""
+        """Whether the process shall end: it has received a signal."""
         return bool(self.received)
 
     @property
     def kill(self) -> bool:
-        """Somebody wants us to end at once."""
+        """Whether the process shall end at once: it has received a second signal."""
         return len(self.received) > 1
 
     @property
     def exit_code(self) -> int:
-        """By convention 128 and the signal's number."""
+        """128 plus the number of the first signal, by convention."""
         return 128 + self.received[0]

@@ -1,4 +1,4 @@
-"""torchrun's command line for ranks that all live on this machine."""
+"""torchrun's command line for ranks that all run on this machine."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import sys
 
 
 def torchrun(ranks: int) -> list[str]:
-    """To be followed by `-m MODULE ...` or a script.
+    """The beginning of a command line; `-m MODULE ...` or a script follows it.
 
-    The rendezvous chooses a free port on loopback by itself. Without --local-addr the ranks would look for each other
-    under this machine's own name, which may lead elsewhere or nowhere.
+    torchrun chooses a free port on loopback. Without --local-addr the ranks would connect to this machine's host name,
+    which may resolve to another address or to none.
     """
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
     return [*launcher, f"--nproc-per-node={ranks}"]

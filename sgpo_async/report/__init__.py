@@ -1,6 +1,6 @@
-"""What a run came to: the closing figures, and a page of curves that needs nothing but a browser."""
+"""Report the result of a run: its final metrics, and an HTML page with all curves."""
 
-from sgpo_async.report.closing import closing_rows
+from sgpo_async.report.closing import final_rows
 from sgpo_async.report.page import write_report
 
-__all__ = ["closing_rows", "write_report"]
+__all__ = ["final_rows", "write_report"]

@@ -7,7 +7,7 @@ from sgpo_async.report.page import write_report
 
 
 def main() -> int:
-    """Exit code 2 and one line for anything but one readable folder."""
+    """Write the report; on any error print one line and return exit code 2."""
     if len(sys.argv) != 2:
         print("usage: python -m sgpo_async.report FOLDER", file=sys.stderr)
         return 2

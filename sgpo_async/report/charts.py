@@ -1,4 +1,4 @@
-"""Which curves the page shows, as a literal table, and the HTML of each."""
+"""The charts of the page, as a table, and the HTML of each chart."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from sgpo_async.report.lag import lag_chart, lag_legend, lag_shares
 from sgpo_async.report.numbers import scientific
 from sgpo_async.report.svg import Series, line_chart
 
-AUTO, GUIDED, THIRD, FOURTH, BOUND = 1, 2, 3, 4, 5  # slots of the palette
-SPARSE = 0.25  # a figure that a smaller share of steps has is drawn as single measurements
+AUTO, GUIDED, THIRD, FOURTH, BOUND = 1, 2, 3, 4, 5  # indices into the palette
+SPARSE = 0.25  # a metric that a smaller share of steps has is drawn as dots
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """One key of metrics.jsonl, or a/b for the entry b of key a, and so on."""
+    """The values of one key of metrics.jsonl; key a/b is the entry b of the object a."""
 
     key: str
     name: str
     colour: int = AUTO
     smooth: bool = True
     dots: bool = False
-    bound: bool = False  # not measured but set: dashed
+    bound: bool = False  # a configured bound, not a measurement: dashed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,18 +32,18 @@ class Chart:
     """One chart of the page."""
 
     title: str
-    says: str
+    caption: str
     y_label: str
     curves: tuple[Curve, ...]
-    share: bool = False  # the figures are shares: the axis goes from 0 to 100 %
-    around_one: bool = False  # small deviations from 1 matter: the axis does not include 0
-    log: bool = False  # the figures lie powers of ten apart
+    share: bool = False  # the values are shares: the axis goes from 0 to 100 %
+    around_one: bool = False  # the axis includes 1 but not 0, to show small deviations from 1
+    log: bool = False  # logarithmic axis
 
 
 CHARTS = (
     Chart(
         title="Pass rate",
-        says="Share of rollouts that solve their problem, alone and with the strategy. Dots: held-out problems.",
+        caption="Share of correct rollouts, without the strategy (autonomous) and with it (guided). Dots: held-out.",
         y_label="pass rate",
         share=True,
         curves=(
@@ -55,19 +55,19 @@ CHARTS = (
     ),
     Chart(
         title="Adaptive weight",
-        says="Mean alpha(q) over the batch (Eq. 6): how much guidance is distilled. It falls as the policy learns.",
+        caption="Mean alpha(q) over the batch (Eq. 6), the weight of distillation. It falls as the policy learns.",
         y_label="mean alpha",
         curves=(Curve(key="alpha", name="mean alpha"),),
     ),
     Chart(
         title="Entropy",
-        says="Of the policy on its own rollouts. A collapse to 0 ends exploration.",
+        caption="Entropy of the policy on its own rollouts. A collapse to 0 ends exploration.",
         y_label="nats per token",
         curves=(Curve(key="entropy", name="entropy"),),
     ),
     Chart(
         title="Correction weights",
-        says="Mean of the weights in use; 1 where behaviour and policy agree. Lag 0 shows the engines' part alone.",
+        caption="Mean of the weights; 1 if behaviour policy and policy agree. Lag 0 shows only the engines' error.",
         y_label="mean weight",
         around_one=True,
         curves=(
@@ -78,7 +78,7 @@ CHARTS = (
     ),
     Chart(
         title="Truncated corrections",
-        says="Share of tokens whose weight would be another without the bound.",
+        caption="Share of tokens whose weight is limited by the bound.",
         y_label="share of tokens",
         share=True,
         curves=(
@@ -88,7 +88,7 @@ CHARTS = (
     ),
     Chart(
         title="Smallest correction",
-        says="The least weight of any token in the batch: how little the most outdated one still counts.",
+        caption="Smallest weight of any token in the batch: how little the most outdated token contributes.",
         y_label="weight",
         curves=(
             Curve(key="correction_min", name="GRPO"),
@@ -97,7 +97,7 @@ CHARTS = (
     ),
     Chart(
         title="Importance ratio",
-        says="Mean of policy over behaviour probability, by the age of the tokens in versions.",
+        caption="Mean of policy probability / behaviour probability, by the lag of the tokens.",
         y_label="mean ratio",
         around_one=True,
         curves=(
@@ -108,7 +108,7 @@ CHARTS = (
     ),
     Chart(
         title="Engine against learner",
-        says="Mean |log pi − log mu|. At lag 0 both hold the same weights; stale tokens add what the policy has moved. "
+        caption="Mean |log pi − log mu|. At lag 0 both use equal weights; stale tokens include the policy's change. "
         "Later spans follow an update in flight.",
         y_label="nats per token",
         log=True,
@@ -122,7 +122,7 @@ CHARTS = (
     ),
     Chart(
         title="Masked KL",
-        says="Tokens with a divergence above delta (Eq. 5), and how much of the whole divergence they hold.",
+        caption="Tokens with a divergence above delta (Eq. 5), and their share of the total divergence.",
         y_label="share",
         share=True,
         curves=(
@@ -132,29 +132,29 @@ CHARTS = (
     ),
     Chart(
         title="Guided against autonomous",
-        says="Mean forward KL from the guided to the unguided distribution on distilled rollouts (Eq. 3).",
+        caption="Mean forward KL from the guided to the unguided distribution on distilled rollouts (Eq. 3).",
         y_label="nats per token",
         curves=(Curve(key="kl_mean", name="mean KL"),),
     ),
     Chart(
         title="Losses",
-        says="The whole loss (Eq. 7) and its two terms.",
+        caption="The total loss (Eq. 7) and its two terms.",
         y_label="loss",
         curves=(
-            Curve(key="loss", name="whole"),
+            Curve(key="loss", name="total"),
             Curve(key="grpo_loss", name="GRPO", colour=GUIDED),
             Curve(key="kd_loss", name="distillation", colour=THIRD),
         ),
     ),
     Chart(
         title="Throughput",
-        says="Tokens that all engines generate in a second.",
+        caption="Tokens that all engines together generate per second.",
         y_label="tokens per second",
         curves=(Curve(key="tokens_per_s", name="generated"),),
     ),
     Chart(
         title="Idle",
-        says="Share of the time that the trainer waits for a batch, and that engines have nothing to do.",
+        caption="Share of the time in which the trainer waits for a batch, or an engine has no request.",
         y_label="share of the time",
         share=True,
         curves=(
@@ -164,38 +164,40 @@ CHARTS = (
     ),
     Chart(
         title="Gradient norm",
-        says="Before clipping.",
+        caption="Norm of the gradient before clipping.",
         y_label="norm",
         curves=(Curve(key="grad_norm", name="gradient norm"),),
     ),
 )
-BENCHMARKS_AFTER = "Pass rate"  # where the benchmarks stand among them
-LAG_AFTER = "Entropy"  # ... and the lag histogram
+BENCHMARKS_AFTER = "Pass rate"  # the benchmarks follow this chart
+LAG_AFTER = "Entropy"  # the lag histogram follows this chart
 
 
 def figures(lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The HTML of every chart that has data."""
+    """Return the HTML of every chart that has data."""
     parts = []
     for chart in CHARTS:
         series = [_series(curve, lines) for curve in chart.curves]
-        if any(one.points for one in series):
-            parts.append(_figure(chart.title, chart.says, _draw(chart, series), _legend(series)))
+        if any(curve.points for curve in series):
+            parts.append(_figure(chart.title, chart.caption, _draw(chart, series), _legend(series)))
         if chart.title == BENCHMARKS_AFTER:
             parts += _benchmarks(lines)
         if chart.title == LAG_AFTER and (shares := lag_shares(lines)):
-            says = "How many weight versions lie between the policy that produced a token and the one it trains."
-            parts.append(_figure("Lag", says, lag_chart(shares), lag_legend(shares)))
+            caption = (
+                "Number of weight versions between the policy that generated a token and the policy trained on it."
+            )
+            parts.append(_figure("Lag", caption, lag_chart(shares), lag_legend(shares)))
     return parts
 
 
 def _benchmarks(lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One chart of all benchmarks that the run evaluates; none if it does not."""
+    """Return one chart of all benchmarks that the run evaluates, [] if it evaluates none."""
     names = dict.fromkeys(name for line in lines for name in line.get("eval_benchmarks") or {})
     if not names:
         return []
     chart = Chart(
         title="Benchmarks",
-        says="avg@k of the versions evaluated while training goes on.",
+        caption="avg@k of the versions that were evaluated during training.",
         y_label="avg@k",
         share=True,
         curves=tuple(
@@ -204,12 +206,12 @@ def _benchmarks(lines: Sequence[Mapping[str, Any]]) -> list[str]:
         ),
     )
     series = [_series(curve, lines) for curve in chart.curves]
-    return [_figure(chart.title, chart.says, _draw(chart, series), _legend(series))]
+    return [_figure(chart.title, chart.caption, _draw(chart, series), _legend(series))]
 
 
 def _series(curve: Curve, lines: Sequence[Mapping[str, Any]]) -> Series:
-    found = [(line["step"], _value(line, curve.key)) for line in lines]
-    points = [(step, value) for step, value in found if isinstance(value, int | float)]
+    values = [(line["step"], _value(line, curve.key)) for line in lines]
+    points = [(step, value) for step, value in values if isinstance(value, int | float)]
     dots = curve.dots or len(points) < SPARSE * len(lines)
     smooth = curve.smooth and not (dots or curve.bound)
     return Series(name=curve.name, points=points, colour=curve.colour, smooth=smooth, dots=dots, bound=curve.bound)
@@ -226,14 +228,14 @@ def _draw(chart: Chart, series: Sequence[Series]) -> str:
         return line_chart(series, y_label=chart.y_label, y_range=_share_range(series), show=_percent)
     if chart.log:
         return line_chart(series, y_label=chart.y_label, show=scientific, log=True)
-    values = [y for one in series for _, y in one.points]
-    near = (min(1.0, *values), max(1.0, *values)) if chart.around_one else None
-    return line_chart(series, y_label=chart.y_label, y_range=near)
+    values = [y for curve in series for _, y in curve.points]
+    y_range = (min(1.0, *values), max(1.0, *values)) if chart.around_one else None
+    return line_chart(series, y_label=chart.y_label, y_range=y_range)
 
 
 def _share_range(series: Sequence[Series]) -> tuple[float, float]:
-    """0 to 100 %, or to a tenth where all is small."""
-    return (0.0, 1.0) if max(y for one in series for _, y in one.points) > 0.1 else (0.0, 0.1)
+    """Return 0 to 100 %, or 0 to 10 % if all values are that small."""
+    return (0.0, 1.0) if max(y for curve in series for _, y in curve.points) > 0.1 else (0.0, 0.1)
 
 
 def _percent(share: float) -> str:
@@ -241,15 +243,20 @@ def _percent(share: float) -> str:
 
 
 def _legend(series: Sequence[Series]) -> list[tuple[str, str]]:
-    shown = [one for one in series if one.points]
+    """Return (CSS class, name) of each curve; [] for a single curve, which needs no legend."""
+    shown = [curve for curve in series if curve.points]
     if len(shown) < 2:
         return []
-    return [(f"c{one.colour}" + (" ring" if one.dots else " dash" if one.bound else ""), one.name) for one in shown]
+    return [(_legend_class(curve), curve.name) for curve in shown]
 
 
-def _figure(title: str, says: str, svg: str, legend: Sequence[tuple[str, str]]) -> str:
+def _legend_class(series: Series) -> str:
+    marker = " ring" if series.dots else " dash" if series.bound else ""
+    return f"c{series.colour}{marker}"
+
+
+def _figure(title: str, caption: str, svg: str, legend: Sequence[tuple[str, str]]) -> str:
     keys = "".join(f'<span class="key"><i class="{css}"></i>{escape(name)}</span>' for css, name in legend)
     legend_html = f'<div class="legend">{keys}</div>' if keys else ""
-    return (
-        f"<figure><figcaption><h2>{escape(title)}</h2><p>{escape(says)}</p>{legend_html}</figcaption>\n{svg}\n</figure>"
-    )
+    head = f"<figcaption><h2>{escape(title)}</h2><p>{escape(caption)}</p>{legend_html}</figcaption>"
+    return f"<figure>{head}\n{svg}\n</figure>"

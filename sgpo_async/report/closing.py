@@ -1,4 +1,4 @@
-"""The closing figures of a run, from summary.json, and from its metrics where a run that was cut short has none."""
+"""The final metrics of a run, from summary.json; if an interrupted run has none, computed from metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from sgpo_async.metrics.mismatch import WHERE, mismatch_summary
 from sgpo_async.report.numbers import NONE, clock, number, percent, scientific
 
 
-def closing_rows(folder: str | Path) -> list[tuple[str, str]]:
-    """(what, figure) pairs of the run in `folder`. Raises DataError for files that cannot be read."""
+def final_rows(folder: str | Path) -> list[tuple[str, str]]:
+    """Return (name, value) of each final metric of the run in `folder`. Raises DataError for an unreadable file."""
     return summary_rows(read_summary(folder) or summarise(read_metrics(folder)))
 
 
 def summarise(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The keys of summary.json that follow from metrics alone. Shares and lag are means over steps."""
+    """Compute the keys of summary.json that depend only on metrics. Shares and lag are means over steps."""
     if not lines:
         return {}
     last = lines[-1]
@@ -49,7 +49,7 @@ def summarise(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The summary's figures with their names and units."""
+    """Return (name, value with unit) of each metric in the summary."""
     get = summary.get
     wall, generated, trained = get("wall_s"), get("tokens_generated"), get("tokens_trained")
     rate = generated / wall if generated is not None and wall else None
@@ -68,8 +68,8 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def benchmark_rows(evaluations: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """avg@k of each benchmark, first and last, with the interval of the last and the lag at which it was known."""
-    rounds = [one for one in evaluations if one.get("benchmarks")]
+    """Return avg@k of each benchmark in the first and last evaluation, with interval and lag of the last one."""
+    rounds = [evaluation for evaluation in evaluations if evaluation.get("benchmarks")]
     if not rounds:
         return []
     rows = []
@@ -81,19 +81,19 @@ def benchmark_rows(evaluations: Sequence[Mapping[str, Any]]) -> list[tuple[str, 
 
 
 def mismatch_rows(mismatch: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Engine against learner at lag 0 (see `metrics.mismatch.mismatch_summary`); none for runs that did not measure."""
+    """Return the mismatch between engine and learner at lag 0 (of `mismatch_summary`); [] if it was not measured."""
     if not mismatch:
         return []
     name = "mismatch at lag 0"
     if not mismatch["judged"]:
-        return [(name, "not judged: hardly any token was that new")]
-    mean, most, bound = (scientific(mismatch[key]) for key in ("mean", "max", "bound"))
-    text = f"mean at most {mean} nats (bound {bound}), single token at most {most}"
+        return [(name, "not judged: too few tokens had lag 0")]
+    mean, largest, bound = (scientific(mismatch[key]) for key in ("mean", "max", "bound"))
+    text = f"mean at most {mean} nats (bound {bound}), single token at most {largest}"
     return [(name, f"{text}, judged in {mismatch['judged']} steps"), *mismatch_alarm(mismatch)]
 
 
 def mismatch_alarm(mismatch: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The row that says in how many steps the bound was exceeded, if in any."""
+    """Return one row with the number of steps above the bound; [] if there are none."""
     if not mismatch.get("alarms"):
         return []
     mean, bound = (scientific(mismatch[key]) for key in ("mean", "bound"))
@@ -103,7 +103,7 @@ def mismatch_alarm(mismatch: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def ledger_rows(ledger: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """dispatched = trained + dropped (by reason) + in flight + buffered, for tasks and for rollouts."""
+    """Return the equation dispatched = trained + dropped (by reason) + in flight + buffered, for tasks and rollouts."""
     if not ledger:
         return []
     counts = {"tasks": ledger.get("tasks", ledger), "rollouts": ledger.get("rollouts")}

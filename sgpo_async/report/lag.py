@@ -1,4 +1,4 @@
-"""The lag histogram over steps: per step the shares of tokens that are 0, 1, 2, ... versions old, stacked."""
+"""Draw the lag histogram over steps: for each step the stacked shares of tokens with lag 0, 1, 2, ..."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 from sgpo_async.report.numbers import percent
 from sgpo_async.report.svg import LEFT, RIGHT, WIDTH, Frame, axes, drawing, tip_columns
 
-CLASSES = 6  # lags 0 to 4 by themselves, and all beyond together
+CLASSES = 6  # lags 0 to 4, and one class for all larger lags
 COLUMNS = 120
 
 
 def lag_shares(lines: Sequence[Mapping[str, Any]]) -> list[tuple[float, list[float]]]:
-    """(step, share of tokens per lag class), neighbouring steps summed down to at most COLUMNS."""
+    """Return (step, share of tokens per lag class); neighbouring steps are merged into at most COLUMNS."""
     counted = [line for line in lines if line.get("lag_histogram")]
-    together = max(1, math.ceil(len(counted) / COLUMNS))
+    steps_per_column = max(1, math.ceil(len(counted) / COLUMNS))
     shares = []
-    for start in range(0, len(counted), together):
-        group = counted[start : start + together]
+    for start in range(0, len(counted), steps_per_column):
+        group = counted[start : start + steps_per_column]
         tokens = [0.0] * CLASSES
         for line in group:
             for lag, count in line["lag_histogram"].items():
@@ -30,7 +30,7 @@ def lag_shares(lines: Sequence[Mapping[str, Any]]) -> list[tuple[float, list[flo
 
 
 def lag_chart(shares: Sequence[tuple[float, Sequence[float]]]) -> str:
-    """The drawing."""
+    """Return the chart as SVG."""
     steps = [step for step, _ in shares]
     gap = (steps[-1] - steps[0]) / max(1, len(steps) - 1) or 1.0
     frame = Frame(steps[0] - gap / 2, steps[-1] + gap / 2, 0.0, 1.0)
@@ -42,13 +42,13 @@ def lag_chart(shares: Sequence[tuple[float, Sequence[float]]]) -> str:
             top, bottom = frame.y(below + share), frame.y(below)
             below += share
             if share > 0:
-                place = f'x="{frame.x(step) - width / 2:.2f}" y="{top:.2f}" width="{width:.2f}"'
-                parts.append(f'<rect class="lag{lag}" {place} height="{bottom - top:.2f}"/>')
+                box = f'x="{frame.x(step) - width / 2:.2f}" y="{top:.2f}" width="{width:.2f}"'
+                parts.append(f'<rect class="lag{lag}" {box} height="{bottom - top:.2f}"/>')
     return drawing([*parts, *tip_columns(frame, [(step, _tip(step, column)) for step, column in shares])], "Lag")
 
 
 def lag_legend(shares: Sequence[tuple[float, Sequence[float]]]) -> list[tuple[str, str]]:
-    """(CSS class, name) of each lag class that occurs."""
+    """Return (CSS class, name) of each lag class that occurs."""
     present = [lag for lag in range(CLASSES) if any(column[lag] > 0 for _, column in shares)]
     return [(f"lag{lag}", f"lag {lag}" + (" or more" if lag == CLASSES - 1 else "")) for lag in present]
 

@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Format numbers for people."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def number(value: Any, digits: int = 3) -> str:
-    """Three significant digits, and k, M, G for the large: 12.3 k."""
+    """Format with three significant digits, large numbers with k, M or G: 12.3 k."""
     if not isinstance(value, int | float) or not math.isfinite(value):
         return NONE
     if isinstance(value, int) and abs(value) < 10_000:
@@ -31,12 +31,12 @@ def _significant(value: float, digits: int) -> str:
 
 
 def short(value: float) -> str:
-    """Without trailing zeros, for the ticks of an axis."""
+    """Format without trailing zeros, for the ticks of an axis."""
     return number(value) if abs(value) >= 10_000 else f"{value:.4g}"
 
 
 def scientific(value: Any) -> str:
-    """Two digits and a power of ten for the small: 3.2·10⁻⁶, 10⁻⁴, 0.05."""
+    """Format with two digits, small numbers with a power of ten: 3.2·10⁻⁶, 10⁻⁴, 0.05."""
     if not isinstance(value, int | float) or not math.isfinite(value):
         return NONE
     if value == 0 or abs(value) >= 0.01:
@@ -47,14 +47,14 @@ def scientific(value: Any) -> str:
 
 
 def percent(value: Any) -> str:
-    """A share in [0, 1] as 12.3 %."""
+    """Format a share in [0, 1] as 12.3 %."""
     if not isinstance(value, int | float) or not math.isfinite(value):
         return NONE
     return f"{100 * value:.1f} %"
 
 
 def clock(seconds: Any) -> str:
-    """A duration as 1:05 or 2:03:04."""
+    """Format a duration as 1:05 or 2:03:04."""
     if not isinstance(seconds, int | float) or not math.isfinite(seconds):
         return NONE
     minutes, rest = divmod(round(seconds), 60)

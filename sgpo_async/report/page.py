@@ -1,4 +1,4 @@
-"""runs/NAME/report.html: one file, no network, no script; readable in light and dark."""
+"""Write runs/NAME/report.html: one file without scripts or network access, for light and dark colour schemes."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ from sgpo_async.report.style import STYLE
 def write_report(folder: str | Path) -> Path:
     """Write report.html into the run's folder and return its path.
 
-    Reads metrics.jsonl, summary.json and config.yaml, of which only the first must exist. Raises DataError if it
-    does not or a file cannot be read, SgpoError if the page cannot be written.
+    Reads metrics.jsonl, summary.json and config.yaml; only metrics.jsonl must exist. Raises DataError if it does not
+    exist or a file cannot be read, SgpoError if the page cannot be written.
     """
     folder = Path(folder)
     lines = read_metrics(folder)
     if not lines:
-        raise DataError(f"{folder}: no metrics.jsonl with a finished step; name the folder of a run, e.g. runs/demo")
+        raise DataError(
+            f"{folder}: contains no metrics.jsonl with a finished step; give the folder of a run, e.g. runs/demo"
+        )
     summary = summarise(lines) | read_summary(folder)
     path = folder / "report.html"
     write_whole(path, _page(folder.resolve().name, lines, summary, _read_config(folder / "config.yaml")))
@@ -42,13 +44,13 @@ def _page(name: str, lines: Sequence[Mapping[str, Any]], summary: Mapping[str, A
         *(_alarm(*row) for row in mismatch_alarm(summary["mismatch"])),
         f'<div class="tiles">{"".join(_tile(*tile) for tile in _tiles(summary))}</div>',
         f'<div class="charts">{"".join(figures(lines))}</div>',
-        f"<section><h2>Closing figures</h2>{_table(summary_rows(summary))}</section>",
+        f"<section><h2>Final metrics</h2>{_table(summary_rows(summary))}</section>",
     ]
     if config:
-        own = _table(changed) if changed else "<p>All settings have their default values.</p>"
+        table = _table(changed) if changed else "<p>All settings have their default values.</p>"
         whole = escape(yaml.safe_dump(dict(config), sort_keys=False))
-        more = f"<details><summary>The whole configuration</summary><pre>{whole}</pre></details>"
-        body.append(f"<section><h2>Settings that differ from the defaults</h2>{own}{more}</section>")
+        details = f"<details><summary>The whole configuration</summary><pre>{whole}</pre></details>"
+        body.append(f"<section><h2>Settings that differ from the defaults</h2>{table}{details}</section>")
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(name)}</title>'
     return f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body><main>\n' + (
         "\n".join(body) + "\n</main></body></html>\n"
@@ -80,8 +82,8 @@ def _tiles(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _tile(figure: str, name: str) -> str:
-    return f'<div class="tile"><b>{escape(figure)}</b><span>{escape(name)}</span></div>'
+def _tile(value: str, name: str) -> str:
+    return f'<div class="tile"><b>{escape(value)}</b><span>{escape(name)}</span></div>'
 
 
 def _alarm(name: str, text: str) -> str:
@@ -94,7 +96,7 @@ def _table(rows: Iterable[tuple[str, str]]) -> str:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """As it was written: a run of an older schema can still be reported."""
+    """Read the configuration without checking it, so that a run of an older schema can still be reported."""
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -105,7 +107,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def changed_settings(config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(key path, value, with the default in brackets) of each setting that differs from its default."""
+    """Return (key path, value and default) of each setting that differs from its default."""
     defaults = dict(_flat(to_plain(Run())))
     missing = object()
     rows = []

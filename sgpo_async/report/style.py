@@ -1,4 +1,4 @@
-"""The page's style sheet: colours by role, one palette for light and one for dark."""
+"""The page's style sheet, with one palette for the light and one for the dark colour scheme."""
 
 STYLE = """
 :root { color-scheme: light dark;

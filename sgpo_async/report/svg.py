@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: axes with units, legend, tooltips of the browser; colours come from the page's CSS."""
+"""Draw line charts as inline SVG, with axes and the browser's tooltips; the colours come from the page's CSS."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from sgpo_async.report.numbers import short
 
 WIDTH, HEIGHT = 560, 280
 LEFT, RIGHT, TOP, BOTTOM = 66, 14, 14, 40  # margins around the plotting area
-TIPS = 160  # columns with a tooltip
-NEARLY_0 = 1e-16  # less is at the lower end of a logarithmic axis
-FLAT = 1e-10  # a smaller span is a rounding error's
+TIPS = 160  # maximal number of columns with a tooltip
+NEARLY_0 = 1e-16  # smaller values lie at the lower end of a logarithmic axis
+FLAT = 1e-10  # a smaller range of values is a rounding error
 
 Point = tuple[float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """One curve: `colour` is a slot of the page's palette; `dots` marks single measurements."""
+    """One curve: `colour` is an index into the page's palette; `dots` marks single measurements."""
 
     name: str
     points: Sequence[Point]
     colour: int
-    smooth: bool = False  # draw a running mean, and the points themselves faintly behind it
+    smooth: bool = False  # draw a running mean, and the points faintly behind it
     dots: bool = False
-    bound: bool = False  # not measured but set: a plain dashed line
+    bound: bool = False  # a configured bound, not a measurement: a plain dashed line
 
 
 @dataclass(frozen=True)
 class Frame:
-    """The plotting area: data coordinates to those of the drawing. `log`: powers of ten are equally far apart."""
+    """The plotting area; converts data to SVG coordinates. With `log` the y axis is logarithmic."""
 
     x0: float
     x1: float
@@ -41,11 +41,11 @@ class Frame:
     log: bool = False
 
     def x(self, value: float) -> float:
-        """Horizontal place of a step."""
+        """Return the x coordinate of a step."""
         return LEFT + (value - self.x0) / ((self.x1 - self.x0) or 1) * (WIDTH - LEFT - RIGHT)
 
     def y(self, value: float) -> float:
-        """Vertical place of a figure; beyond the axis it stays at its end."""
+        """Return the y coordinate of a value; a value outside the axis is moved to its nearest end."""
         scale = math.log10 if self.log else float
         low, high, at = (scale(y) for y in (self.y0, self.y1, min(max(value, self.y0), self.y1)))
         share = (at - low) / ((high - low) or 1)
@@ -60,28 +60,28 @@ def line_chart(
     show: Callable[[float], str] = short,
     log: bool = False,
 ) -> str:
-    """One chart over steps; `show` writes a figure of the y axis, which `log` makes logarithmic (0 is at its end).
+    """Draw one chart over steps; `show` formats a value of the y axis, which `log` makes logarithmic (0 at its end).
 
     Series without points are left out.
     """
-    series = [one for one in series if one.points]
-    steps = [x for one in series for x, _ in one.points]
-    values = [y for one in series for _, y in one.points]
+    series = [curve for curve in series if curve.points]
+    steps = [x for curve in series for x, _ in curve.points]
+    values = [y for curve in series for _, y in curve.points]
     ticks = powers_of_ten(values) if log else nice_ticks(*(y_range or _range(values)))
-    lone = 0.5 if min(steps) == max(steps) else 0.0
-    frame = Frame(min(steps) - lone, max(steps) + lone, ticks[0], ticks[-1], log)
-    curves = [part for one in series for part in _curve(one, frame)]
+    margin = 0.5 if min(steps) == max(steps) else 0.0
+    frame = Frame(min(steps) - margin, max(steps) + margin, ticks[0], ticks[-1], log)
+    curves = [part for curve in series for part in _curve(curve, frame)]
     return drawing([*axes(frame, ticks, y_label, show), *curves, *_tips(series, frame, show)], y_label)
 
 
 def drawing(parts: Sequence[str], label: str) -> str:
-    """An SVG element around parts."""
+    """Return an SVG element that contains `parts`."""
     head = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)} over steps">'
     return "\n".join([head, *parts, "</svg>"])
 
 
 def axes(frame: Frame, ticks: Sequence[float], y_label: str, show: Callable[[float], str]) -> list[str]:
-    """Grid, tick labels and the names of both axes."""
+    """Draw the grid, the tick labels and the names of both axes."""
     parts = []
     for tick in ticks:
         y = frame.y(tick)
@@ -102,7 +102,7 @@ def axes(frame: Frame, ticks: Sequence[float], y_label: str, show: Callable[[flo
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers whose first and last enclose [low, high]."""
+    """Return about `count` round numbers, the first and last of which enclose [low, high]."""
     if high - low < FLAT:
         low, high = (low - 0.5, high + 0.5) if abs(low) > FLAT else (0.0, 1.0)
     rough = (high - low) / count
@@ -113,7 +113,7 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def powers_of_ten(values: Sequence[float], count: int = 7) -> list[float]:
-    """At most `count` powers of ten, evenly spaced, whose first and last enclose the values above NEARLY_0."""
+    """Return at most `count` evenly spaced powers of ten that enclose all values above NEARLY_0."""
     above = [value for value in values if value > NEARLY_0] or [1.0]
     low, high = math.floor(math.log10(min(above)) + 1e-9), math.ceil(math.log10(max(above)) - 1e-9)
     step = max(1, math.ceil((high - low) / (count - 1)))
@@ -121,7 +121,7 @@ def powers_of_ten(values: Sequence[float], count: int = 7) -> list[float]:
 
 
 def running_mean(points: Sequence[Point], window: int) -> list[Point]:
-    """Mean over the `window` points around each, over half as many at the ends."""
+    """Return the mean over the `window` points around each point; at the ends over half as many."""
     half = window // 2
     smooth = []
     for index, (x, _) in enumerate(points):
@@ -131,7 +131,7 @@ def running_mean(points: Sequence[Point], window: int) -> list[Point]:
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
-    """Of the axis: it includes 0, and a single spike does not rule it."""
+    """Return the range of the y axis: it includes 0, and a few very high values may exceed it."""
     ordered = sorted(values)
     low, high = ordered[0], ordered[-1]
     typical = ordered[min(len(ordered) - 1, int(0.98 * len(ordered)))]
@@ -142,35 +142,35 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
 
 def _curve(series: Series, frame: Frame) -> list[str]:
     colour = f"c{series.colour}"
-    places = [(frame.x(x), frame.y(y)) for x, y in series.points]
+    coordinates = [(frame.x(x), frame.y(y)) for x, y in series.points]
     if series.bound:
-        return [_path(places, f"line bound {colour}")]
-    if series.dots or len(places) == 1:
-        dots = [f'<circle class="dot {colour}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>' for x, y in places]
-        return [_path(places, f"line dashed {colour}"), *dots]
-    if not series.smooth or len(places) < 10:
-        return [_path(places, f"line {colour}")]
-    window = max(3, len(places) // 15) | 1
-    return [_path(places, f"line faint {colour}"), _path(running_mean(places, window), f"line {colour}")]
+        return [_path(coordinates, f"line bound {colour}")]
+    if series.dots or len(coordinates) == 1:
+        dots = [f'<circle class="dot {colour}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>' for x, y in coordinates]
+        return [_path(coordinates, f"line dashed {colour}"), *dots]
+    if not series.smooth or len(coordinates) < 10:
+        return [_path(coordinates, f"line {colour}")]
+    window = max(3, len(coordinates) // 15) | 1
+    return [_path(coordinates, f"line faint {colour}"), _path(running_mean(coordinates, window), f"line {colour}")]
 
 
-def _path(places: Sequence[Point], css: str) -> str:
-    return f'<path class="{css}" d="M{"L".join(f"{x:.1f} {y:.1f}" for x, y in places)}"/>'
+def _path(coordinates: Sequence[Point], css: str) -> str:
+    return f'<path class="{css}" d="M{"L".join(f"{x:.1f} {y:.1f}" for x, y in coordinates)}"/>'
 
 
 def _tips(series: Sequence[Series], frame: Frame, show: Callable[[float], str]) -> list[str]:
-    """Invisible columns, each with the figures of its step as a tooltip."""
-    figures: dict[float, list[str]] = {}
-    for one in series:
-        for x, y in one.points:
-            figures.setdefault(x, []).append(f"{one.name}: {show(y)}")
-    steps = sorted(figures)
+    """Draw invisible columns, each with the values of its step as a tooltip."""
+    values: dict[float, list[str]] = {}
+    for curve in series:
+        for x, y in curve.points:
+            values.setdefault(x, []).append(f"{curve.name}: {show(y)}")
+    steps = sorted(values)
     shown = steps[:: max(1, math.ceil(len(steps) / TIPS))]
-    return tip_columns(frame, [(x, "\n".join([f"step {x:.0f}", *figures[x]])) for x in shown])
+    return tip_columns(frame, [(x, "\n".join([f"step {x:.0f}", *values[x]])) for x in shown])
 
 
 def tip_columns(frame: Frame, tips: Sequence[tuple[float, str]]) -> list[str]:
-    """One invisible column per (step, text)."""
+    """Draw one invisible column per (step, tooltip text)."""
     width = (WIDTH - LEFT - RIGHT) / max(1, len(tips))
     height = HEIGHT - TOP - BOTTOM
     return [

@@ -1,4 +1,4 @@
-"""The groups of rollouts that come of tasks."""
+"""Completed groups: all rollouts of a task."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class CompletedGroup:
 
     @cached_property
     def tokens(self) -> int:
-        """Tokens that a learner has to process: prompts and responses."""
+        """Number of tokens that the learner has to process: prompts and responses."""
         return sum(len(r.prompt) + len(r.tokens) for r in self.rollouts)
 
     @cached_property
     def oldest_version(self) -> int:
-        """The version of the stalest token in the group."""
+        """The weight version of the stalest token in the group."""
         return min(r.oldest_version for r in self.rollouts)
 
     def pass_rate(self, *, guided: bool) -> float | None:
-        """Mean reward of the guided or of the autonomous rollouts; None if there are none."""
+        """Mean reward of the guided or of the autonomous rollouts; None if the group has none of them."""
         rewards = [r.reward for r in self.rollouts if r.guided == guided]
         return float(np.mean(rewards)) if rewards else None

@@ -1,9 +1,9 @@
-"""The way of one leased group inside an actor, as pure bookkeeping.
+"""The state of one lease: which of its rollouts are requested, generated, judged and finished. No I/O.
 
     Lease ─▶ requests ─▶ Generated ─▶ verdict ─┬──────────────────────▶ Rollout
                                                └▶ Score ─▶ Scored ─────▶ Rollout     correct guided rollouts (Eq. 4)
 
-Nothing here waits or sends: the actor's loop feeds events in and takes what comes out.
+Nothing here waits or sends: the rollout loop (`sampler`) feeds results in and takes rollouts out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sgpo_async.wire.records import Lease, Rollout
 
 
 class RolloutGroup:
-    """One lease in hand: which rollouts are asked for, which are judged, which are done."""
+    """The rollouts of one lease."""
 
     def __init__(self, lease: Lease, *, plain: np.ndarray, guided: np.ndarray | None) -> None:
         assert guided is not None or lease.guided == 0, "a guided rollout needs a prompt with the strategy"
@@ -33,19 +33,19 @@ class RolloutGroup:
 
     @property
     def done(self) -> bool:
-        """Every rollout of the lease has been made."""
+        """Whether every rollout of the lease is finished."""
         return self._open == 0
 
     def requests(self) -> list[Generate]:
-        """What the engine is asked for: `autonomous` slots first, then `guided` ones."""
+        """One request for each rollout: autonomous slots first, then guided ones."""
         return [self._request(slot) for slot in range(self.lease.autonomous + self.lease.guided)]
 
     def generated(self, result: Generated) -> None:
-        """The engine finished a continuation; a verdict is awaited next."""
+        """Keep a completion until its verdict comes."""
         self._generated[_slot(result.id)] = result
 
     def judged(self, key: object, *, correct: bool) -> Rollout | Score:
-        """The verifier spoke: the finished rollout, or the Eq. 4 question to ask the engine first."""
+        """Take a verdict; returns the finished rollout, or the score that the engine has to compute first (Eq. 4)."""
         slot = _slot(key)
         result = self._generated[slot]
         if correct and self._is_guided(slot) and self.lease.purpose == "train":
@@ -55,13 +55,13 @@ class RolloutGroup:
         return self._rollout(slot, reward=float(correct), unguided_logprob=None)
 
     def scored(self, result: Scored) -> Rollout:
-        """Eq. 4 answered: the rollout carries its *summed* unguided log-probability, no length normalisation."""
+        """Take a score; the rollout carries the sum of its unguided log-probabilities, not their mean (Eq. 4)."""
         return self._rollout(
             _slot(result.id), reward=1.0, unguided_logprob=float(result.logprobs.sum(dtype=np.float64))
         )
 
     def rollout_ids(self) -> list[Key]:
-        """Identities of all rollouts of the lease."""
+        """The identities (task, attempt, slot) of all rollouts."""
         return [self._key(slot) for slot in range(self.lease.autonomous + self.lease.guided)]
 
     def _request(self, slot: int) -> Generate:
@@ -122,7 +122,7 @@ def task_of(key: object) -> tuple[int, int]:
 
 
 def rollout_seed(lease_seed: int, slot: int) -> int:
-    """A 63-bit seed of its own for each rollout, the same whichever actor makes it."""
+    """A 63-bit seed for each rollout that depends on the lease and the slot alone, not on the actor."""
     return xxhash.xxh3_64_intdigest(slot.to_bytes(4, "little"), seed=lease_seed & (2**63 - 1)) >> 1
 
 

@@ -1,19 +1,19 @@
-"""A session connects one inference node to one learner: a Torch RPC world of two processes.
+"""A session connects one actor to the learner: a Torch RPC world of two processes that carries the weights.
 
-      beside the hub                                         on the inference node
-    hub ── WeightSender ──▶ link (rank 0) ◀── Torch RPC ──▶ node (rank 1) ◀── WeightReceiver ── actor
+      beside the hub                                             on the inference node
+    hub ── WeightSender ──▶ weight sender  ◀── Torch RPC ──▶ weight receiver ◀── WeightReceiver ── actor
+                            (rank 0)                         (rank 1)
                               │ reads                          │ writes
                         the learner's store              the actor's local store
 
-Both processes are fresh for every session, because a Torch RPC world can neither lose a member nor begin anew
-in a living process. When one of them dies, the session is over and nobody else is touched. The two handles
-are torch-free.
+Every session starts two fresh processes, because a Torch RPC world cannot survive the loss of a member and a process
+cannot join a second world. When one of the two dies, this session is over; other sessions continue. The handles
+`WeightSender` (used by the hub) and `WeightReceiver` (used by the actor) do not import torch.
 
-On another road weights go from the link straight to SGLang servers, by broadcast: see `session.weight_groups`.
+Weights can also go by broadcast from the weight sender directly to SGLang servers: see `session.weight_groups`.
 """
 
 from sgpo_async.session.receiver_process import (
-    NodeControl,
     ReceiverDown,
     ReceiverEvent,
     VersionAnnounced,
@@ -27,7 +27,6 @@ from sgpo_async.session.weight_groups import WeightGroups
 
 __all__ = [
     "Deadlines",
-    "NodeControl",
     "ReceiverDown",
     "ReceiverEvent",
     "SenderDown",

@@ -1,17 +1,17 @@
 """Rank 0 of one weight-update group; ranks 1 to `world_size` - 1 are the tensor-parallel ranks of one SGLang server.
 
-    listen      a rendezvous (TCPStore) on the session's host; servers join it by address
-    join        gloo: connects every member to every other; nccl: nothing yet, the first broadcast connects
-    broadcast   one version, piece by piece (`weights.broadcast_plan`): piece i + 1 is read while piece i is under way
-    leave       frees whoever waits for us: a rendezvous or connection that closes ends the others' wait
+    listen      open a rendezvous (TCPStore) on the session's host; the server joins by its address
+    join        gloo: connect every rank to every other; nccl: nothing yet, the first broadcast connects
+    broadcast   send one version, piece by piece (`weights.broadcast_plan`): piece i + 1 is read while piece i is sent
+    leave       close the rendezvous and all connections; this ends the waits of the other ranks
 
-What SGLang does at its end (`init_custom_process_group` in sglang/srt/utils/common.py, 0.5.23): the rendezvous's
-store below the prefix GROUP, then torch's `_new_process_group_helper`, which adds GROUP/ and DEVICE/. Its waits last up
-to 30 minutes, and its scheduler stands still meanwhile: so rank 0 leaves as soon as anything fails.
+How SGLang joins (`init_custom_process_group` in sglang/srt/utils/common.py, 0.5.23): it uses the rendezvous's store
+below the prefix GROUP, then calls torch's `_new_process_group_helper`, which adds the prefixes GROUP/ and DEVICE/. Its
+waits last up to 30 minutes and block its scheduler. Rank 0 therefore leaves as soon as anything fails.
 
-A collective cannot be cancelled. Here it is given up at its deadline (gloo ends by itself then; nccl is aborted by
-a thread that may hang for as long as it likes), and the group is never used again. The nccl half is written after
-torch's source and has not been run on GPUs.
+A collective cannot be cancelled. At its deadline rank 0 abandons it (gloo then ends by itself; nccl is aborted by a
+thread that may hang indefinitely) and never uses the group again. The nccl half is written after torch's source and
+has not been run on GPUs.
 """
 
 from __future__ import annotations
@@ -36,82 +36,88 @@ from sgpo_async.weights.manifest import Manifest, TensorEntry
 from sgpo_async.weights.reader import StoreReader
 
 Backend = Literal["gloo", "nccl"]
-Content = tuple[str, str, tuple[int, ...], bytes]  # what `combine` takes
+TensorDigest = tuple[str, str, tuple[int, ...], bytes]  # name, dtype, shape, digest of the bytes: input of `combine`
 _DEVICE = {"gloo": "cpu", "nccl": "cuda"}
 
 
 class BroadcastGroup:
-    """One member of one group. `join` and `broadcast` block; `leave` does not, and may be called by any thread."""
+    """Rank 0 of one group. `join` and `broadcast` block; `leave` does not block, and any thread may call it."""
 
     def __init__(self, name: str, *, backend: Backend, world_size: int, host: str, seconds: float) -> None:
-        """Listen on `host` at a free `port`. Raises SessionError if that cannot be, or `backend` has no device."""
+        """Listen on `host` at a free `port`. Raises SessionError if that fails, or if `backend` has no device."""
         self.name, self._backend, self._world_size, self._host = name, backend, world_size, host
-        self._members: Any = None  # the process group, once joined
+        self._process_group: Any = None  # set by `join`
         with self._phase("listen"):
             if backend == "nccl" and not torch.cuda.is_available():
-                raise RuntimeError("nccl needs a GPU beside the learner that the link may use; ask for gloo")
+                raise RuntimeError(
+                    "backend nccl needs a GPU on the hub's machine that the weight sender may use; use gloo"
+                )
             self._rendezvous: Any
             self._rendezvous, self.port = listen(host, seconds)
 
     def join(self, seconds: float) -> None:
-        """Meet the other ranks. Raises SessionError if they do not all come in time, or `leave` is called."""
+        """Wait for the other ranks. Raises SessionError if one of them does not join in time, or `leave` is called."""
         with self._phase("join"):
             timeout = timedelta(seconds=seconds)
-            # A client of its own, so that closing the rendezvous ends this very wait too.
+            # A separate client of the store, so that closing the rendezvous ends this wait too.
             store: dist.Store = dist.TCPStore(
                 self._host, self.port, is_master=False, timeout=timeout, wait_for_workers=False
             )
             for prefix in (self.name, f"{self.name}/", f"{_DEVICE[self._backend]}/"):
                 store = dist.PrefixStore(prefix, store)
-            members = _process_group(self._backend, store, self._world_size, timeout)
+            process_group = _new_process_group(self._backend, store, self._world_size, timeout)
             if self._rendezvous is None:
-                raise RuntimeError("the group was left meanwhile")
-            self._members = members
+                raise RuntimeError("rank 0 left the group during the join")
+            self._process_group = process_group
 
     def broadcast(self, store: StoreReader, manifest: Manifest, seconds: float) -> None:
-        """Send every tensor of the version. That it is sent does not mean that it has been received: ask the server.
+        """Send every tensor of the version. A return does not prove that the server received it: ask the server.
 
-        Raises Superseded if the version is overwritten meanwhile, WeightsError if what was sent does not have
-        its digest, SessionError if a member is gone or it takes longer than `seconds`.
+        Raises Superseded if the learner overwrites the version during the broadcast, WeightsError if the bytes sent
+        do not match the digest in the manifest, SessionError if a rank is lost or the broadcast takes longer than
+        `seconds`.
         """
         with self._phase("broadcast"):
-            ends = time.monotonic() + seconds
+            deadline = time.monotonic() + seconds
             pieces = list(cut(manifest.tensors))
             largest = max(sum(t.nbytes for t in piece) for piece in pieces)
             buffers = cycle([torch.empty(largest, dtype=torch.uint8) for _ in pieces[:2]])
-            contents: list[Content] = []
-            under_way = None
+            digests: list[TensorDigest] = []
+            in_flight = None
             try:
                 for piece, buffer in zip(pieces, buffers, strict=False):
                     data = buffer[: sum(t.nbytes for t in piece)]
                     store.copy(manifest.version, piece, data.numpy().data)
-                    if under_way is not None:
-                        _finish(under_way, ends)
-                    under_way = self._send(data)
-                    contents += _contents(piece, data.numpy().data)
-                _finish(under_way, ends)
+                    if in_flight is not None:
+                        _wait(in_flight, deadline)
+                    in_flight = self._send(data)
+                    digests += _tensor_digests(piece, data.numpy().data)
+                _wait(in_flight, deadline)
             finally:
-                # Its connections stay open as long as anything holds it, and a traceback holds this frame.
-                del under_way
-            if combine(contents) != manifest.digest:
-                raise WeightsError(f"weights version {manifest.version}: what was sent does not have its digest")
+                # Any reference to it keeps its connections open, and a traceback would keep this frame's.
+                del in_flight
+            if combine(digests) != manifest.digest:
+                raise WeightsError(
+                    f"weights version {manifest.version}: the bytes sent do not match the digest in its manifest"
+                )
 
     def leave(self) -> None:
         """Close the rendezvous and all connections, without waiting."""
         self._rendezvous = None
-        held, self._members = [self._members], None
-        threading.Thread(target=_abandon, args=(held,), name=f"leave {self.name}", daemon=True).start()
+        owner, self._process_group = [self._process_group], None
+        threading.Thread(target=_abort, args=(owner,), name=f"leave {self.name}", daemon=True).start()
 
     def _send(self, data: torch.Tensor) -> Any:
         options = dist.BroadcastOptions()
         options.rootRank = 0
-        members = self._members
-        if members is None:
-            raise RuntimeError("the group has not joined, or was left")
-        return members.broadcast([data.to(_DEVICE[self._backend])], options)
+        process_group = self._process_group
+        if process_group is None:
+            raise RuntimeError("rank 0 has not joined the group, or has left it")
+        return process_group.broadcast([data.to(_DEVICE[self._backend])], options)
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
+        """Name the group and the phase in every error of the body."""
         try:
             yield
         except SgpoError as error:
@@ -121,7 +127,7 @@ class BroadcastGroup:
             raise SessionError(f"group {self.name}: {name}: {first_line}") from error
 
 
-def _process_group(backend: Backend, store: Any, world_size: int, timeout: timedelta) -> Any:
+def _new_process_group(backend: Backend, store: Any, world_size: int, timeout: timedelta) -> Any:
     if backend == "gloo":
         return dist.ProcessGroupGloo(store, 0, world_size, timeout)
     options = dist.ProcessGroupNCCL.Options()
@@ -129,19 +135,19 @@ def _process_group(backend: Backend, store: Any, world_size: int, timeout: timed
     return dist.ProcessGroupNCCL(store, 0, world_size, options)
 
 
-def _abandon(held: list[Any]) -> None:
-    """End the process group in `held`, the only place that holds it: its destructor waits for what is under way."""
-    members = held.pop()
-    if members is not None:
-        members.abort()
+def _abort(owner: list[Any]) -> None:
+    """Abort the process group in `owner`, which holds its only reference: its destructor waits for running work."""
+    process_group = owner.pop()
+    if process_group is not None:
+        process_group.abort()
 
 
-def _contents(piece: list[TensorEntry], data: memoryview) -> Iterator[Content]:
+def _tensor_digests(piece: list[TensorEntry], data: memoryview) -> Iterator[TensorDigest]:
     for tensor in piece:
         yield tensor.name, tensor.dtype, tensor.shape, xxhash.xxh3_128_digest(data[: tensor.nbytes])
         data = data[tensor.nbytes :]
 
 
-def _finish(work: Any, ends: float) -> None:
-    """Wait for a broadcast. Raises RuntimeError if it fails, or is not done at `ends`."""
-    work.wait(timedelta(seconds=max(0.001, ends - time.monotonic())))
+def _wait(work: Any, deadline: float) -> None:
+    """Wait for a broadcast. Raises RuntimeError if it fails, or has not finished at `deadline` (monotonic)."""
+    work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))

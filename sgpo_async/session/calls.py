@@ -1,11 +1,11 @@
-"""The functions that the two members of a world call on each other; each runs in an RPC thread of the callee.
+"""The functions that the two processes of a world call on each other; each runs in an RPC thread of the callee.
 
-    node ──▶ link     manifest()  bucket(version, index)  ask(question)
-    link ──▶ node     announce(version)  control(word)    answer(reply)
+    weight receiver ──▶ weight sender     manifest()  bucket(version, index)  submit(request)
+    weight sender   ──▶ weight receiver   announce(version)  respond(response)
 
-They find what they work on in this module, set before the world exists, and return at once. None stands for
-"superseded": an expected answer, not an exception that would be printed on the way. Signs of life are the world's own,
-`session.rpc_world.beat`.
+All of them return at once. The objects that they work on are in `callee`, which is set before the world exists.
+`manifest` and `bucket` return None for "superseded": this is a normal answer, and Torch RPC would print a traceback for
+an exception. The heartbeats between the two processes are in `session.rpc_world`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sgpo_async.errors import Superseded
-from sgpo_async.session.messages import Announced, Answer, Ask, Control
+from sgpo_async.session.messages import Announced, Request, Response
 from sgpo_async.weights.reader import StoreReader
 
 if TYPE_CHECKING:
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 
 @dataclass
 class Callee:
-    """What the calls of this process work on."""
+    """The objects of this process that the calls work on."""
 
-    store: StoreReader | None = None  # link
-    server: RpcServer | None = None  # link
-    inbox: queue.SimpleQueue[Any] = field(default_factory=queue.SimpleQueue)  # node: of its main thread
+    store: StoreReader | None = None  # weight sender: the learner's store
+    server: RpcServer | None = None  # weight sender
+    inbox: queue.SimpleQueue[Any] = field(default_factory=queue.SimpleQueue)  # weight receiver: of its main thread
 
 
 callee = Callee()
 
 
 def manifest() -> bytes | None:
-    """Encoded manifest of the newest version."""
+    """Return the encoded manifest of the newest version, or None if it was superseded while it was read."""
     assert callee.store is not None
     try:
         return callee.store.encoded_manifest()
@@ -46,7 +46,7 @@ def manifest() -> bytes | None:
 
 
 def bucket(version: int, index: int) -> torch.Tensor | None:
-    """Bytes of one bucket, [nbytes] uint8."""
+    """Return the bytes of one bucket, [nbytes] uint8, or None if the version was superseded."""
     assert callee.store is not None
     try:
         return torch.frombuffer(callee.store.bucket(version, index), dtype=torch.uint8)
@@ -54,22 +54,17 @@ def bucket(version: int, index: int) -> torch.Tensor | None:
         return None
 
 
-def ask(question: Ask) -> None:
-    """Begin with `question`; the answer is a call of its own."""
+def submit(request: Request) -> None:
+    """Start to process `request`; the response comes back by a separate call of `respond`."""
     assert callee.server is not None
-    callee.server.take(question)
+    callee.server.submit(request)
 
 
 def announce(version: int) -> None:
-    """A new version is there."""
+    """Report that the learner has published a new version."""
     callee.inbox.put(Announced(version))
 
 
-def control(word: str) -> None:
-    """A word for the actor."""
-    callee.inbox.put(Control(word))
-
-
-def answer(reply: Answer) -> None:
-    """What came of something that was asked."""
-    callee.inbox.put(reply)
+def respond(response: Response) -> None:
+    """Deliver the response to an earlier request."""
+    callee.inbox.put(response)

@@ -1,11 +1,11 @@
-"""The child's side: speaks the line protocol and never outlives its parent or its deadlines.
+"""The child's side of the line protocol; it also ends the child with its parent and at its deadlines.
 
-    parent ──stdin──▶ guard thread ──commands──▶ main thread        waits for: a line, or 0.2 s
-                          │ ends the process: the input ends, the parent is gone, a phase runs too long
-    parent ◀──stdout── main thread                                  (standard output is the protocol's alone)
+    parent ──stdin──▶ watchdog thread ──commands──▶ main thread     waits for a line, at most 0.2 s at a time
+                          │ ends the process when its input ends, the parent is gone, or a phase takes too long
+    parent ◀──stdout── main thread                                  (only the protocol writes to standard output)
 
-The guard is a thread of its own because the main thread may hang inside a library call that cannot be
-interrupted. Nothing needs cleaning up on the way out: weight stores are anonymous files.
+The watchdog has its own thread because the main thread may hang inside a library call that cannot be interrupted.
+The process needs no cleanup when it ends: weight stores are anonymous files.
 """
 
 from __future__ import annotations
@@ -26,43 +26,47 @@ from typing import Any, NoReturn
 from sgpo_async.errors import SessionError, SgpoError
 from sgpo_async.session.settings import Settings
 
-_LONGEST = 500  # characters: an event stays below the size that a pipe takes at once
+_LONGEST = 500  # characters of a message: an event must fit into one atomic write to a pipe
 _TICK_S = 0.2
 
 
 def run_child(role: str, body: Callable[[Settings, ChildSide], NoReturn]) -> None:
-    """Main of a child process: its settings are the one argument, `body` ends by an error."""
+    """Run `body` as the main function of a child process, whose settings are its only command-line argument.
+
+    `body` never returns; it ends by an error, which is reported to the parent.
+    """
     settings = Settings.decode(sys.argv[1])
-    guard = ChildSide(f"{role} of {settings.name}", settings.parent)
+    child = ChildSide(f"{role} of {settings.name}", settings.parent)
     try:
-        body(settings, guard)
+        body(settings, child)
     except SgpoError as error:
-        guard.down(str(error))
+        child.down(str(error))
     except Exception as error:
         traceback.print_exc()
-        guard.down(f"internal error: {error!r}")
+        child.down(f"internal error: {error!r}")
 
 
 def one_line(text: str) -> str:
-    """Text that fits into an event."""
+    """Return `text` in one line that is short enough for an event."""
     return " ".join(text.split())[:_LONGEST]
 
 
 class ChildSide:
-    """Holds a child's three ties: its parent, its deadlines, its protocol."""
+    """Receives commands from the parent, sends events to it, and ends the process when it has to end."""
 
-    def __init__(self, who: str, parent: int) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor decides when we stop
-        self._who = who
-        self.commands: queue.SimpleQueue[Any] = queue.SimpleQueue()  # the parent's, and what else the child puts in
+    def __init__(self, name: str, parent: int) -> None:
+        """`name` names this process in messages; `parent` is the process id of its parent."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # after Ctrl-C the parent decides when this process ends
+        self._name = name
+        self.commands: queue.SimpleQueue[Any] = queue.SimpleQueue()  # of the parent, and messages of this process
         self._parent = parent
-        self._phase: tuple[str, float, float] | None = None  # name, seconds, when it is over (monotonic)
+        self._phase: tuple[str, float, float] | None = None  # name, seconds, deadline (monotonic)
         self._out = os.dup(1)
-        os.dup2(2, 1)  # whatever else prints goes to standard error
-        threading.Thread(target=self._watch, name="guard", daemon=True).start()
+        os.dup2(2, 1)  # anything else that is printed goes to standard error
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def emit(self, event: str, **fields: Any) -> None:
-        """Tell the parent; if it is gone, so are we."""
+        """Send an event to the parent; end this process if the parent is gone."""
         line = json.dumps({"event": event, **fields}) + "\n"
         try:
             os.write(self._out, line.encode())
@@ -70,13 +74,13 @@ class ChildSide:
             os._exit(0)
 
     def down(self, reason: str) -> NoReturn:
-        """Tell the parent who ends and why, and end."""
-        self.emit("down", reason=one_line(f"{self._who}: {reason}"))
+        """Send the parent the last event, with the name of this process and the reason, and exit."""
+        self.emit("down", reason=one_line(f"{self._name}: {reason}"))
         os._exit(1)
 
     @contextmanager
     def phase(self, name: str, seconds: float) -> Iterator[None]:
-        """End the process if the body takes longer; name the phase in every failure of the body."""
+        """End the process if the body takes longer than `seconds`; name the phase in every error of the body."""
         self._phase = (name, seconds, time.monotonic() + seconds)
         try:
             yield
@@ -88,9 +92,11 @@ class ChildSide:
     def _watch(self) -> None:
         partial = b""
         while os.getppid() == self._parent:
-            phase = self._phase
-            if phase and time.monotonic() > phase[2]:
-                self.down(f"{phase[0]}: not done within {phase[1]:g} s")
+            phase = self._phase  # read once: the main thread may reset it meanwhile
+            if phase is not None:
+                name, seconds, deadline = phase
+                if time.monotonic() > deadline:
+                    self.down(f"{name}: not done within {seconds:g} s")
             if not select.select([0], [], [], _TICK_S)[0]:
                 continue
             data = os.read(0, 65536)

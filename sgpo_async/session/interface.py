@@ -1,4 +1,4 @@
-"""Which network interface leads to a host: Torch RPC listens on that one only."""
+"""Find the network interface that leads to a host, so that Torch RPC listens on that interface only."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from sgpo_async.errors import SessionError
 
 
 def interface_towards(host: str) -> str:
-    """Name of the interface by which this machine talks to `host`. Raises SessionError if there is none."""
+    """Return the name of the interface from which this machine reaches `host`. Raises SessionError without one."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
-            probe.connect(address)  # of a datagram socket: looks up the route, sends nothing
+            probe.connect(address)  # for a datagram socket this only looks up the route; it sends nothing
             own = probe.getsockname()[0]
     except OSError as error:
         raise SessionError(
-            f"session host {host}: {error.strerror or error}; name an address of the hub's machine"
+            f"session host {host}: {error.strerror or error}; use an address of the hub's machine"
         ) from None
     for name, addresses in psutil.net_if_addrs().items():
         if any(a.address.partition("%")[0] == own.partition("%")[0] for a in addresses):
             return name
-    raise SessionError(f"session host {host}: no network interface has the address {own}")
+    raise SessionError(f"session host {host}: no network interface of this machine has the address {own}")

@@ -1,4 +1,4 @@
-"""What the two members of a world tell each other by `session.calls`, and their threads pass on."""
+"""The messages that `session.calls` puts into the queue of a process's main thread."""
 
 from __future__ import annotations
 
@@ -8,31 +8,24 @@ from typing import Any
 
 @dataclass
 class Announced:
-    """A version is there to be pulled."""
+    """The learner has published this version; it can be pulled."""
 
     version: int
 
 
 @dataclass
-class Control:
-    """A word for the actor."""
-
-    word: str
-
-
-@dataclass
-class Ask:
-    """Something that the actor asks of its link and that may take a while (see `session.rpc_server`)."""
+class Request:
+    """A request of the actor to its weight sender that may take a while (see `session.rpc_server`)."""
 
     id: int
-    what: str
+    method: str
     seconds: float  # until it fails
     arguments: dict[str, Any]
 
 
 @dataclass
-class Answer:
-    """What came of an `Ask`: a value of JSON types, or an error as (class in `sgpo_async.errors`, message)."""
+class Response:
+    """The result of a `Request`: a value of JSON types, or an error as (class in `sgpo_async.errors`, message)."""
 
     id: int
     value: Any = None

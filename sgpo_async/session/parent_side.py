@@ -1,6 +1,6 @@
-"""The parent's side of a child process: JSON lines out of it, JSON lines into it, and its end.
+"""The parent's side of a child process: send it JSON lines, read JSON lines from it, and end it.
 
-Only `stop` waits. The child's errors go to the parent's standard error.
+Only `stop` blocks. The child's standard error is the parent's.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from typing import Any
 from sgpo_async.errors import DeadlineExceeded
 from sgpo_async.session.settings import Settings
 
-_UNWANTED = ("TORCHELASTIC_", "MASTER_", "RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_")  # torchrun's
+_UNWANTED = ("TORCHELASTIC_", "MASTER_", "RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_")  # set by torchrun
 
 
 class Child:
-    """One child process. Its last event is always {"event": "down", "reason": ...}, whatever ended it."""
+    """One child process. Its last event is always {"event": "down", "reason": ...}, however the process ended."""
 
-    def __init__(self, module: str, settings: Settings) -> None:
-        self._who = f"{module.rpartition('.')[2]} of {settings.name}"
+    def __init__(self, module: str, settings: Settings, *, role: str) -> None:
+        """Start `module`; `role` names the process in messages."""
+        self._name = f"{role} of {settings.name}"
         self._process = subprocess.Popen(
             [sys.executable, "-m", module, settings.encode()],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=_environment(settings),
-            process_group=0,  # Ctrl-C in a terminal reaches the supervisor alone
+            process_group=0,  # Ctrl-C in a terminal must not reach the child
         )
         assert self._process.stdin and self._process.stdout
         self._in, self._out = self._process.stdin, self._process.stdout
@@ -46,20 +47,20 @@ class Child:
         return self._process.pid
 
     def fileno(self) -> int:
-        """Readable whenever `poll` has something to say, and for ever after the last event."""
+        """Return the descriptor to select on: readable when `poll` has events, and always after the last event."""
         return self._out.fileno()
 
     def send(self, command: dict[str, Any]) -> None:
-        """Give the child a command, from any thread; what the pipe does not take yet leaves with the next `poll`.
+        """Send the child a command, from any thread. The next `poll` sends what does not fit into the pipe now.
 
-        A dead child ignores it; `poll` tells of its death.
+        If the child is dead, nothing happens; `poll` reports its death.
         """
         with self._sending:
             self._unsent += json.dumps(command).encode() + b"\n"
             self._flush()
 
     def poll(self) -> list[dict[str, Any]]:
-        """Events since the last call."""
+        """Return the events since the last call."""
         if self._down:
             return []
         with self._sending:
@@ -75,11 +76,11 @@ class Child:
                 return events
         if ended:
             self._down = True
-            events.append({"event": "down", "reason": f"{self._who}: {self._ending()}"})
+            events.append({"event": "down", "reason": f"{self._name}: {self._exit_reason()}"})
         return events
 
     def stop(self, deadline_s: float = 5.0) -> None:
-        """Kill the child, which has nothing to clean up. Raises DeadlineExceeded if that does not end it."""
+        """Kill the child, which needs no cleanup. Raises DeadlineExceeded if it still runs after `deadline_s`."""
         self._down = True
         self._process.kill()
         with self._sending:
@@ -88,7 +89,7 @@ class Child:
         try:
             self._process.wait(deadline_s)
         except subprocess.TimeoutExpired:
-            raise DeadlineExceeded(self._who, "end after SIGKILL", deadline_s) from None
+            raise DeadlineExceeded(self._name, "end after SIGKILL", deadline_s) from None
 
     def _flush(self) -> None:
         try:
@@ -110,9 +111,9 @@ class Child:
                 return bytes(data), True
             data += piece
 
-    def _ending(self) -> str:
+    def _exit_reason(self) -> str:
         try:
-            code = self._process.wait(1.0)  # its output has ended, so it is all but gone
+            code = self._process.wait(1.0)  # its output is closed, so it is about to exit
         except subprocess.TimeoutExpired:
             return "closed its output"
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
@@ -122,8 +123,8 @@ def _environment(settings: Settings) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(_UNWANTED)}
     added = {
         "OMP_NUM_THREADS": "1",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",  # a peer that leaves is no news for the terminal
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # Torch would print a warning whenever the peer leaves
     }
     if not settings.cuda:
-        added["CUDA_VISIBLE_DEVICES"] = ""  # weights travel through the CPU; no CUDA context per session
+        added["CUDA_VISIBLE_DEVICES"] = ""  # the weights pass through CPU memory; avoids a CUDA context per session
     return kept | added

@@ -1,6 +1,6 @@
-"""Pulling one version, bucket by bucket, into the local store.
+"""Pull one version, bucket by bucket, into the local store.
 
-A few buckets are always under way, so that the network works while one is checked and written.
+Several buckets are always in flight, so that the network works while one bucket is checked and written.
 """
 
 from __future__ import annotations
@@ -12,34 +12,37 @@ from sgpo_async.errors import Superseded, WeightsError
 from sgpo_async.weights.manifest import Manifest
 from sgpo_async.weights.writer import Incoming, StoreWriter
 
-UNDER_WAY = 4
+IN_FLIGHT = 4
 ATTEMPTS = 3
 
-Answer = Callable[[], memoryview | None]  # waits for a bucket; None: superseded
-Ask = Callable[[int, int], Answer]  # (version, index): asks for a bucket
+PendingBucket = Callable[[], memoryview | None]  # waits for the bucket; None: the version was superseded
+RequestBucket = Callable[[int, int], PendingBucket]  # (version, index): sends the request, does not wait
 
 
-def pull(manifest: Manifest, ask: Ask, writer: StoreWriter) -> None:
-    """Make the version of `manifest` visible in `writer`'s store.
+def pull(manifest: Manifest, request: RequestBucket, writer: StoreWriter) -> None:
+    """Receive the version of `manifest` and make it visible in `writer`'s store.
 
-    Raises Superseded if it is overwritten at the source meanwhile, WeightsError if a bucket is damaged in
-    `ATTEMPTS` attempts or the tensors differ from the earlier versions', and what `ask` raises. The store
-    then keeps what it had.
+    Raises Superseded if the source overwrites the version during the pull, WeightsError if one bucket arrives damaged
+    `ATTEMPTS` times or the tensors differ from those of earlier versions, and whatever `request` raises. After an error
+    the store still holds the version that it held before.
     """
     incoming = writer.receive(manifest)
-    under_way: deque[tuple[int, Answer]] = deque()
+    in_flight: deque[tuple[int, PendingBucket]] = deque()
     for index in range(len(manifest.buckets)):
-        under_way.append((index, ask(manifest.version, index)))
-        if len(under_way) == UNDER_WAY:
-            _take(manifest, ask, incoming, *under_way.popleft())
-    while under_way:
-        _take(manifest, ask, incoming, *under_way.popleft())
+        in_flight.append((index, request(manifest.version, index)))
+        if len(in_flight) == IN_FLIGHT:
+            _store_bucket(manifest, request, incoming, *in_flight.popleft())
+    while in_flight:
+        _store_bucket(manifest, request, incoming, *in_flight.popleft())
     incoming.commit()
 
 
-def _take(manifest: Manifest, ask: Ask, incoming: Incoming, index: int, answer: Answer) -> None:
+def _store_bucket(
+    manifest: Manifest, request: RequestBucket, incoming: Incoming, index: int, pending: PendingBucket
+) -> None:
+    """Wait for a bucket and store it; request it again if it arrived damaged."""
     for attempt in range(1, ATTEMPTS + 1):
-        data = answer()
+        data = pending()
         if data is None:
             raise Superseded(f"weights version {manifest.version}: overwritten before it was pulled")
         try:
@@ -48,4 +51,4 @@ def _take(manifest: Manifest, ask: Ask, incoming: Incoming, index: int, answer: 
         except WeightsError:
             if attempt == ATTEMPTS:
                 raise
-            answer = ask(manifest.version, index)
+            pending = request(manifest.version, index)

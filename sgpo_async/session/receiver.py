@@ -1,13 +1,13 @@
-"""The node process (rank 1, child of an actor): pulls every announced version into a local store.
+"""The weight receiver (rank 1, child of an actor): pulls every announced version into a local store.
 
-    main thread    waits for an announcement, a word, an answer or a question of the actor, or 20 ms; is the link alive?
-    RPC threads    answer `calls.announce`, `calls.control`, `calls.answer`, `world.beat`
-    pull threads   one at a time, for versions that the actor asks for
-    guard thread   see `session.child_side`
+    main thread       handles one announcement, response or request of the actor, or waits 20 ms; checks the sender
+    RPC threads       answer `calls.announce`, `calls.respond`, `rpc_world.heartbeat`
+    pull threads      one at a time, for versions that the actor requests
+    watchdog thread   see `session.child_side`
 
-If versions come faster than they can be pulled, the ones between are skipped: it always asks for the newest. Where
-weights reach the engines by another road (`Settings.pulls` is false), an announcement is only passed on, and a version
-is pulled when the actor asks for it.
+The receiver always pulls the newest version. If versions come faster than it can pull them, it skips those in between.
+If the weights reach the engines in another way (`Settings.pulls` is false), it only reports an announced version to the
+actor, and pulls a version when the actor requests it.
 
 Run as `python -m sgpo_async.session.receiver SETTINGS`; the address to connect to comes on standard input.
 """
@@ -26,7 +26,7 @@ from sgpo_async.errors import SgpoError, Superseded, WeightsError
 from sgpo_async.session import messages
 from sgpo_async.session.child_side import ChildSide, one_line, run_child
 from sgpo_async.session.interface import interface_towards
-from sgpo_async.session.pull import Answer, pull
+from sgpo_async.session.pull import PendingBucket, pull
 from sgpo_async.session.settings import Settings
 from sgpo_async.weights.manifest import Manifest
 from sgpo_async.weights.store_file import StoreFile
@@ -38,95 +38,93 @@ if TYPE_CHECKING:
 _TICK_S = 0.02
 
 
-def run(settings: Settings, guard: ChildSide) -> NoReturn:
-    """Join the link's world and pull from it. Ends by an error only."""
+def run(settings: Settings, child: ChildSide) -> NoReturn:
+    """Join the weight sender's world and pull from it. Ends only by an error."""
     deadlines = settings.deadlines
-    with guard.phase("start", deadlines.start_s):
-        import torch.distributed.rpc  # noqa: F401  (while the actor is busy elsewhere)
+    with child.phase("start", deadlines.start_s):
+        import torch.distributed.rpc  # noqa: F401  (imported while the actor does other work)
 
-    address = _address(guard)
-    with guard.phase(f"rendezvous with the link at {address['host']}:{address['port']}", deadlines.join_s):
+    address = _sender_address(child)
+    with child.phase(f"rendezvous with the weight sender at {address['host']}:{address['port']}", deadlines.join_s):
         os.environ["TP_SOCKET_IFNAME"] = os.environ["GLOO_SOCKET_IFNAME"] = interface_towards(address["host"])
         from sgpo_async.session import calls
         from sgpo_async.session.rpc_world import RpcWorld
 
-        calls.callee.inbox = guard.commands
-        world = RpcWorld("node", deadlines)
+        calls.callee.inbox = child.commands
+        world = RpcWorld("weight_receiver", deadlines)
         world.join(address["host"], address["port"])
-    serve(world, guard, pulls=settings.pulls)
+    serve(world, child, pulls=settings.pulls)
 
 
-def _address(guard: ChildSide) -> dict[str, Any]:
-    """Where the link waits, once the actor knows; it may have to wait for its hub. RpcClient stay in the inbox."""
+def _sender_address(child: ChildSide) -> dict[str, Any]:
+    """Wait until the actor knows the weight sender's address. Requests that come earlier stay in the queue."""
     early = []
-    while "host" not in (command := guard.commands.get()):
+    while "host" not in (command := child.commands.get()):
         early.append(command)
-    for question in early:
-        guard.commands.put(question)
+    for request in early:
+        child.commands.put(request)
     return command
 
 
-def serve(world: RpcWorld, guard: ChildSide, *, pulls: bool) -> NoReturn:
-    """Pull or pass on what is announced, carry questions, answers and words, until the link is gone."""
+def serve(world: RpcWorld, child: ChildSide, *, pulls: bool) -> NoReturn:
+    """Pull or report announced versions and forward requests and responses, until the weight sender is gone."""
     from sgpo_async.session import calls
 
-    replica = Replica(world, guard)
+    local_copy = LocalCopy(world, child)
     while True:
         world.check()
         try:
-            message = guard.commands.get(timeout=_TICK_S)
+            message = child.commands.get(timeout=_TICK_S)
         except queue.Empty:
             continue
         match message:
             case messages.Announced(version):
                 if pulls:
-                    replica.catch_up(version)
+                    local_copy.catch_up(version)
                 else:
-                    replica.pass_on(version)
-            case messages.Control(word):
-                guard.emit("control", word=word)
-            case messages.Answer():
-                guard.emit("answer", id=message.id, value=message.value, error=message.error)
-            case {"what": "pull"}:
-                replica.pull_for(messages.Ask(**message))
+                    local_copy.report(version)
+            case messages.Response():
+                child.emit("response", id=message.id, value=message.value, error=message.error)
+            case {"method": "pull"}:
+                local_copy.pull_for(messages.Request(**message))
             case _:
-                world.call(calls.ask, messages.Ask(**message))
+                world.call(calls.submit, messages.Request(**message))
 
 
-class Replica:
+class LocalCopy:
     """The local copy of the learner's store."""
 
-    def __init__(self, world: RpcWorld, guard: ChildSide) -> None:
-        self._world, self._guard = world, guard
+    def __init__(self, world: RpcWorld, child: ChildSide) -> None:
+        self._world, self._child = world, child
         self._file: StoreFile | None = None
         self._writer: StoreWriter | None = None
-        self._passed_on = -1
+        self._reported = -1
         self._pulling = threading.Lock()
 
     def catch_up(self, version: int) -> None:
-        """Pull the newest version, unless the local store has `version` already."""
-        if self._held() >= version:
+        """Pull the newest version, unless the local store already holds `version` or a newer one."""
+        if self._local_version() >= version:
             return
         try:
             self._pull()
         except Superseded:
-            return  # by a version whose announcement lies in the inbox or is on its way
+            return  # the announcement of the newer version is in the queue or on its way
         except WeightsError as error:
-            self._guard.emit("rejected", version=version, reason=one_line(str(error)))
+            self._child.emit("rejected", version=version, reason=one_line(str(error)))
 
-    def pass_on(self, version: int) -> None:
-        """Tell the actor of the newest version, unless it knows of `version` already."""
-        if self._passed_on >= version:
+    def report(self, version: int) -> None:
+        """Report the newest version to the actor, unless `version` or a newer one was reported already."""
+        if self._reported >= version:
             return
         try:
             manifest = self._newest()
         except Superseded:
             return
         except WeightsError as error:
-            self._guard.emit("rejected", version=version, reason=one_line(str(error)))
+            self._child.emit("rejected", version=version, reason=one_line(str(error)))
             return
-        self._passed_on = manifest.version
-        self._guard.emit(
+        self._reported = manifest.version
+        self._child.emit(
             "announced",
             version=manifest.version,
             digest=manifest.digest,
@@ -134,28 +132,30 @@ class Replica:
             published_at=manifest.published_at,
         )
 
-    def pull_for(self, ask: messages.Ask) -> None:
-        """Have the version that the actor asks for in the local store; the answer is its path."""
-        threading.Thread(target=self._answer, args=(ask,), name="pull", daemon=True).start()
+    def pull_for(self, request: messages.Request) -> None:
+        """Pull the version that the actor requests, in a separate thread; the response is the path of the store."""
+        threading.Thread(target=self._process, args=(request,), name="pull", daemon=True).start()
 
-    def _answer(self, ask: messages.Ask) -> None:
-        version = ask.arguments["version"]
+    def _process(self, request: messages.Request) -> None:
+        version = request.arguments["version"]
         try:
             with self._pulling:
-                if self._held() != version:
+                if self._local_version() != version:
                     self._pull(version)
                 assert self._writer is not None
-                answer = messages.Answer(ask.id, self._writer.path)
+                response = messages.Response(request.id, self._writer.path)
         except SgpoError as error:
-            answer = messages.Answer(ask.id, error=(type(error).__name__, one_line(f"pull: {error}")))
+            response = messages.Response(request.id, error=(type(error).__name__, one_line(f"pull: {error}")))
         except Exception as error:
             traceback.print_exc()
-            answer = messages.Answer(ask.id, error=("SessionError", one_line(f"pull: internal error: {error!r}")))
-        self._guard.commands.put(answer)
+            reason = one_line(f"pull: internal error: {error!r}")
+            response = messages.Response(request.id, error=("SessionError", reason))
+        self._child.commands.put(response)
 
-    def _held(self) -> int:
-        held = self._writer.version if self._writer else None
-        return -1 if held is None else held
+    def _local_version(self) -> int:
+        """Return the version in the local store, -1 if there is none."""
+        version = self._writer.version if self._writer else None
+        return -1 if version is None else version
 
     def _newest(self) -> Manifest:
         from sgpo_async.session import calls
@@ -166,6 +166,7 @@ class Replica:
         return Manifest.from_bytes(encoded)
 
     def _pull(self, version: int | None = None) -> None:
+        """Pull `version`, which must be the newest. By default pull the newest and report it to the actor."""
         started = time.monotonic()
         manifest = self._newest()
         if version not in (None, manifest.version):
@@ -173,13 +174,13 @@ class Replica:
         if self._writer is None:
             self._file = StoreFile(tempfile.gettempdir(), expected_bytes=manifest.nbytes)
             self._writer = StoreWriter(self._file.path)
-        pull(manifest, self._ask, self._writer)
+        pull(manifest, self._request, self._writer)
         if version is None:
-            self._tell(manifest, time.monotonic() - started)
+            self._report_received(manifest, time.monotonic() - started)
 
-    def _tell(self, manifest: Manifest, seconds: float) -> None:
+    def _report_received(self, manifest: Manifest, seconds: float) -> None:
         assert self._writer is not None
-        self._guard.emit(
+        self._child.emit(
             "weights",
             version=manifest.version,
             path=self._writer.path,
@@ -189,17 +190,17 @@ class Replica:
             published_at=manifest.published_at,
         )
 
-    def _ask(self, version: int, index: int) -> Answer:
+    def _request(self, version: int, index: int) -> PendingBucket:
         from sgpo_async.session import calls
 
         call = self._world.begin(calls.bucket, version, index)
 
-        def answer() -> memoryview | None:
+        def pending() -> memoryview | None:
             tensor = call.wait()
             return None if tensor is None else memoryview(tensor.numpy())
 
-        return answer
+        return pending
 
 
 if __name__ == "__main__":
-    run_child("node", run)
+    run_child("weight receiver", run)

@@ -1,4 +1,4 @@
-"""Handle of a node process, for the actor. Torch-free; only `stop` waits."""
+"""The actor's handle of a weight receiver process. It does not import torch; only `stop` blocks."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from sgpo_async.session.weight_groups import WeightGroups
 
 @dataclass(frozen=True)
 class VersionReceived:
-    """A whole, verified version stands in the local store at `path` (for `weights.StoreReader`)."""
+    """The local store at `path` (see `weights.StoreReader`) holds a complete, verified version."""
 
     version: int
     path: str  # the same for all events of one session
     digest: str
     nbytes: int
-    seconds: float  # the transfer took
+    seconds: float  # duration of the transfer
     published_at: float  # by the learner's clock, seconds since 1970
 
 
 @dataclass(frozen=True)
 class VersionAnnounced:
-    """A version that the learner's store holds; with `pulls=False` in place of `VersionReceived`."""
+    """The learner's store holds this version; replaces `VersionReceived` when `pulls` is false."""
 
     version: int
     digest: str
@@ -38,81 +38,73 @@ class VersionAnnounced:
 
 @dataclass(frozen=True)
 class VersionRejected:
-    """A version that arrived damaged and was not taken; the next one will be tried."""
+    """A version arrived damaged and was discarded; the receiver will try the next version."""
 
     version: int
     reason: str
 
 
 @dataclass(frozen=True)
-class NodeControl:
-    """A word of the hub, such as "drain"."""
-
-    word: str
-
-
-@dataclass(frozen=True)
 class ReceiverDown:
-    """The session is over; the last event of a node."""
+    """The session is over. This is the last event of a weight receiver."""
 
     reason: str
 
 
-ReceiverEvent = VersionReceived | VersionAnnounced | VersionRejected | NodeControl | ReceiverDown
+ReceiverEvent = VersionReceived | VersionAnnounced | VersionRejected | ReceiverDown
 _EVENTS: dict[str, type[Any]] = {
     "weights": VersionReceived,
     "announced": VersionAnnounced,
     "rejected": VersionRejected,
-    "control": NodeControl,
     "down": ReceiverDown,
 }
 
 
 class WeightReceiver:
-    """The actor's end of one session. Start it early: it imports torch while the actor does other things.
+    """The actor's end of one session. Start it early: it imports torch while the actor does other work.
 
-    It pulls every version that is announced, unless `pulls` is false: then weights come through `groups`, or by `pull`.
+    It pulls every announced version. If `pulls` is false, the actor gets weights through `groups` or by `pull` instead.
     """
 
     def __init__(self, name: str, *, pulls: bool = True, deadlines: Deadlines | None = None) -> None:
         deadlines = deadlines or Deadlines()
         settings = Settings(name=name, parent=os.getpid(), pulls=pulls, deadlines=deadlines)
-        self._child = Child("sgpo_async.session.receiver", settings)
-        self._questions = RpcClient(self._child.send)
-        self.groups = WeightGroups(self._questions, deadlines.group_s)
+        self._child = Child("sgpo_async.session.receiver", settings, role="weight receiver")
+        self._rpc = RpcClient(self._child.send)
+        self.groups = WeightGroups(self._rpc, deadlines.group_s)
         self.name, self.pid = name, self._child.pid
 
     def connect(self, host: str, port: int) -> None:
-        """Meet the link process at this address; once."""
+        """Connect to the weight sender at this address. Call it once."""
         self._child.send({"host": host, "port": port})
 
     def fileno(self) -> int:
-        """Readable whenever `poll` has something to say, and for ever after the last event."""
+        """Return the descriptor to select on: readable when `poll` has events, and always after the last event."""
         return self._child.fileno()
 
     def poll(self) -> list[ReceiverEvent]:
-        """Events since the last call; ends the futures of `groups` and `pull` that are due."""
+        """Return the events since the last call; complete futures of `groups` and `pull` (response or timeout)."""
         events = []
         for raw in self._child.poll():
             kind = raw.pop("event")
-            if kind == "answer":
-                self._questions.settle(raw["id"], raw["value"], raw["error"])
+            if kind == "response":
+                self._rpc.complete(raw["id"], raw["value"], raw["error"])
                 continue
             if kind == "down":
-                self._questions.end(raw["reason"])
+                self._rpc.end(raw["reason"])
             events.append(_EVENTS[kind](**raw))
-        self._questions.expire()
+        self._rpc.expire()
         return events
 
     def pull(self, version: int) -> Future[str]:
-        """Have the newest version in the local store; done with its path. Without a deadline of its own.
+        """Pull `version` into the local store; the future's result is the path of the store. There is no timeout.
 
-        Ends with Superseded if `version` is no longer the newest, WeightsError if it arrived damaged, SessionError
-        if the session ends. As with `groups`, some other thread has to `poll`.
+        The future fails with Superseded if `version` is no longer the newest, WeightsError if it arrived damaged,
+        SessionError if the session ends. As with `groups`, the thread that waits must not be the one that polls.
         """
-        return self._questions.ask("pull", seconds=math.inf, version=version)
+        return self._rpc.request("pull", seconds=math.inf, version=version)
 
     def stop(self, deadline_s: float = 5.0) -> None:
-        """End the session at once. Raises DeadlineExceeded if the process does not go in `deadline_s`."""
-        self._questions.end("the session was ended")
+        """End the session immediately. Raises DeadlineExceeded if the process still runs after `deadline_s`."""
+        self._rpc.end("the actor ended the session")
         self._child.stop(deadline_s)

@@ -1,10 +1,10 @@
-"""The actor's side of `session.rpc_server`: questions to its link as futures.
+"""The actor's side of `session.rpc_server`: requests to the weight sender as futures.
 
-    any thread      ask ──▶ command to the node process ──Torch RPC──▶ link
-    actor's loop    WeightReceiver.poll ──▶ settle, expire, end ──▶ future
+    any thread      request ──▶ command to the weight receiver ──Torch RPC──▶ weight sender
+    actor's loop    WeightReceiver.poll ──▶ complete, expire, end ──▶ future
 
-Whoever waits for a future must not be the thread that polls. A future always ends: by its answer, its deadline,
-or the end of the session.
+The thread that waits for a future must not be the thread that polls. Every future completes: by its response, by its
+timeout, or by the end of the session.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from sgpo_async import errors
 from sgpo_async.errors import SessionError
 
-_GRACE_S = 5.0  # for an answer to arrive; by then the link has found out itself
+_GRACE_S = 5.0  # added to a timeout here, so that the weight sender's own, more precise error arrives first
 
 
 @dataclass(frozen=True)
@@ -28,39 +28,39 @@ class _Pending:
     future: Future[Any]
     read: Callable[[Any], Any]
     subject: str
-    expires: float  # monotonic
+    deadline: float  # monotonic
 
 
 class RpcClient:
-    """RpcClient under way; `send` takes a command for the node process."""
+    """The pending requests of one actor; `send` passes a command to the weight receiver process."""
 
     def __init__(self, send: Callable[[dict[str, Any]], None]) -> None:
         self._send = send
         self._ids = itertools.count()
         self._lock = threading.Lock()
         self._pending: dict[int, _Pending] = {}
-        self._over = ""  # why no answer can come any more
+        self._end_reason = ""  # not empty: the session is over, requests fail immediately
 
-    def ask(
-        self, what: str, *, seconds: float, read: Callable[[Any], Any] = lambda value: value, **arguments: Any
+    def request(
+        self, method: str, *, seconds: float, read: Callable[[Any], Any] = lambda value: value, **arguments: Any
     ) -> Future[Any]:
-        """Ask something that has to be answered within `seconds`; `read` makes the result of a value of JSON types."""
+        """Send a request that fails after `seconds`; `read` converts the response (JSON types) to the result."""
         future: Future[Any] = Future()
-        future.set_running_or_notify_cancel()  # nobody can cancel it
-        subject = f"{arguments.get('group') or arguments.get('version')}: {what}"
+        future.set_running_or_notify_cancel()  # so that `cancel` has no effect
+        subject = f"{arguments.get('group') or arguments.get('version')}: {method}"
         with self._lock:
-            if self._over:
-                future.set_exception(SessionError(f"{subject}: {self._over}"))
+            if self._end_reason:
+                future.set_exception(SessionError(f"{subject}: {self._end_reason}"))
                 return future
-            number = next(self._ids)
-            self._pending[number] = _Pending(future, read, subject, time.monotonic() + seconds + _GRACE_S)
-        self._send({"id": number, "what": what, "seconds": seconds, "arguments": arguments})
+            id = next(self._ids)
+            self._pending[id] = _Pending(future, read, subject, time.monotonic() + seconds + _GRACE_S)
+        self._send({"id": id, "method": method, "seconds": seconds, "arguments": arguments})
         return future
 
-    def settle(self, number: int, value: Any, error: tuple[str, str] | None) -> None:
-        """An answer; one that comes after its deadline is of no use."""
+    def complete(self, id: int, value: Any, error: tuple[str, str] | None) -> None:
+        """Complete the future of a request. A response that comes after the timeout is ignored."""
         with self._lock:
-            pending = self._pending.pop(number, None)
+            pending = self._pending.pop(id, None)
         if pending is None:
             return
         if error:
@@ -70,17 +70,18 @@ class RpcClient:
             pending.future.set_result(pending.read(value))
 
     def expire(self) -> None:
-        """Fail what has no answer in time."""
+        """Fail the requests whose deadline has passed."""
         now = time.monotonic()
         with self._lock:
-            late = [(number, p) for number, p in self._pending.items() if p.expires < now]
-        for number, pending in late:
-            self.settle(number, None, ("SessionError", f"{pending.subject}: no answer from the link"))
+            late = [(id, pending) for id, pending in self._pending.items() if pending.deadline < now]
+        for id, pending in late:
+            message = f"{pending.subject}: the weight sender did not respond in time"
+            self.complete(id, None, ("SessionError", message))
 
     def end(self, reason: str) -> None:
-        """The session is over."""
+        """Fail all pending requests, and every later one, because the session is over."""
         with self._lock:
-            self._over = reason
-            open_ones = dict(self._pending)
-        for number, pending in open_ones.items():
-            self.settle(number, None, ("SessionError", f"{pending.subject}: {reason}"))
+            self._end_reason = reason
+            pending_requests = dict(self._pending)
+        for id, pending in pending_requests.items():
+            self.complete(id, None, ("SessionError", f"{pending.subject}: {reason}"))

@@ -1,17 +1,18 @@
-"""What the link does for the actor besides serving weights: each question in a thread of its own.
+"""The requests that the weight sender processes for the actor besides serving weights, each in its own thread.
 
-    RPC thread     `take`: starts a thread for the question, returns at once
-    its thread     does it; may hang in a collective, and is then left behind
-    main thread    `expire` at each tick: fails what has no answer in time
+    RPC thread       `submit`: starts a thread for the request, returns at once
+    request thread   processes it; if it hangs in a collective, it is abandoned
+    main thread      `expire` at each tick: fails the requests whose deadline has passed
 
     open(group, backend, world_size) -> (host, port)       rank 0 listens; see `session.broadcast_group`
-    join(group)                                            the group stands
-    plan(version) -> BroadcastPlan                                  see `weights.broadcast_plan`
-    broadcast(group, version, fingerprint)                 rank 0 has sent the version of this very plan
-    compute(version, job) -> JSON types                    of a pickled function of the tensors
+    join(group)                                            rank 0 has joined the group
+    plan(version) -> BroadcastPlan                         see `weights.broadcast_plan`
+    broadcast(group, version, fingerprint)                 rank 0 has sent the version (fingerprint: of the plan)
+    compute(version, job) -> JSON types                    result of a pickled function of the tensors
     close(group)
 
-Every question has one answer, told by `tell`. A group in which anything fails is left before the failure is told.
+Every request gets exactly one response, by `respond`. When a request of a group fails, rank 0 leaves the group before
+the failure is reported.
 """
 
 from __future__ import annotations
@@ -27,23 +28,23 @@ from typing import Any
 from sgpo_async.errors import SessionError, SgpoError, WeightsError
 from sgpo_async.session.broadcast_group import Backend, BroadcastGroup
 from sgpo_async.session.child_side import one_line
-from sgpo_async.session.messages import Answer, Ask
+from sgpo_async.session.messages import Request, Response
 from sgpo_async.weights.broadcast_plan import plan_of
 from sgpo_async.weights.reader import LazyTensors, StoreReader
 
 
 class RpcServer:
-    """Answers questions about the weights in `store` by `tell`, which any thread may call."""
+    """Processes requests about the weights in `store`; it calls `respond` from any of its threads."""
 
-    def __init__(self, store: StoreReader, host: str, tell: Callable[[Answer], None]) -> None:
-        """`host` is where the rendezvous of groups listen."""
-        self._store, self._host, self._tell = store, host, tell
+    def __init__(self, store: StoreReader, host: str, respond: Callable[[Response], None]) -> None:
+        """The rendezvous of every group listens on `host`."""
+        self._store, self._host, self._respond = store, host, respond
         self._lock = threading.Lock()
-        self._pending: dict[int, tuple[Ask, float]] = {}  # with the time (monotonic) when it fails
+        self._pending: dict[int, tuple[Request, float]] = {}  # by id, with the deadline (monotonic)
         self._groups: dict[str, BroadcastGroup] = {}
         self._computing = threading.Lock()
-        self._computed: tuple[int, str, Any] = (-1, "", None)  # the last one: the servers of a node ask the same
-        self._answers: dict[str, Callable[..., Any]] = {
+        self._computed: tuple[int, str, Any] = (-1, "", None)  # last result; several servers request the same one
+        self._methods: dict[str, Callable[..., Any]] = {
             "open": self._open,
             "join": self._join,
             "plan": self._plan,
@@ -52,42 +53,44 @@ class RpcServer:
             "close": self._close,
         }
 
-    def take(self, ask: Ask) -> None:
-        """Begin with a question."""
+    def submit(self, request: Request) -> None:
+        """Start to process a request."""
         with self._lock:
-            self._pending[ask.id] = ask, time.monotonic() + ask.seconds
-        threading.Thread(target=self._work, args=(ask,), name=ask.what, daemon=True).start()
+            self._pending[request.id] = request, time.monotonic() + request.seconds
+        threading.Thread(target=self._process, args=(request,), name=request.method, daemon=True).start()
 
     def expire(self) -> None:
-        """Fail the questions whose time is over."""
+        """Fail the requests whose deadline has passed."""
         now = time.monotonic()
         with self._lock:
-            late = [ask for ask, expires in self._pending.values() if expires < now]
-        for ask in late:
-            self._fail(ask, SessionError(f"{_subject(ask)}: {ask.what}: not done within {ask.seconds:g} s"))
+            late = [request for request, deadline in self._pending.values() if deadline < now]
+        for request in late:
+            message = f"{_subject(request)}: {request.method}: not done within {request.seconds:g} s"
+            self._fail(request, SessionError(message))
 
-    def _work(self, ask: Ask) -> None:
+    def _process(self, request: Request) -> None:
         try:
-            answer = Answer(ask.id, self._answers[ask.what](ask.seconds, **ask.arguments))
+            response = Response(request.id, self._methods[request.method](request.seconds, **request.arguments))
         except SgpoError as error:
-            self._fail(ask, error)
+            self._fail(request, error)
         except Exception as error:
             traceback.print_exc()
-            self._fail(ask, SessionError(f"{_subject(ask)}: {ask.what}: internal error: {error!r}"))
+            message = f"{_subject(request)}: {request.method}: internal error: {error!r}"
+            self._fail(request, SessionError(message))
         else:
-            if self._settle(ask):
-                self._tell(answer)
+            if self._finish(request):
+                self._respond(response)
 
-    def _fail(self, ask: Ask, error: SgpoError) -> None:
-        if self._settle(ask):
-            if "group" in ask.arguments:
-                self._close(0.0, ask.arguments["group"])
-            self._tell(Answer(ask.id, error=(type(error).__name__, one_line(str(error)))))
+    def _fail(self, request: Request, error: SgpoError) -> None:
+        if self._finish(request):
+            if "group" in request.arguments:
+                self._close(0.0, request.arguments["group"])
+            self._respond(Response(request.id, error=(type(error).__name__, one_line(str(error)))))
 
-    def _settle(self, ask: Ask) -> bool:
-        """Whether it was still open: the first outcome counts."""
+    def _finish(self, request: Request) -> bool:
+        """Remove a request; return whether it was still pending: only its first result counts."""
         with self._lock:
-            return self._pending.pop(ask.id, None) is not None
+            return self._pending.pop(request.id, None) is not None
 
     def _open(self, seconds: float, group: str, backend: Backend, world_size: int) -> tuple[str, int]:
         self._close(seconds, group)
@@ -97,30 +100,30 @@ class RpcServer:
         return self._host, opened.port
 
     def _join(self, seconds: float, group: str) -> None:
-        self._of(group).join(seconds)
+        self._group(group).join(seconds)
 
     def _broadcast(self, seconds: float, group: str, version: int, fingerprint: str) -> None:
-        own = self._of(group)
+        broadcast_group = self._group(group)
         manifest = self._store.manifest_of(version)
         if plan_of(manifest).fingerprint != fingerprint:
             raise WeightsError(
-                f"group {group}: broadcast: weights version {version} has other tensors than were asked for; "
-                "ask for its plan again"
+                f"group {group}: broadcast: the tensors of weights version {version} differ from the requested plan; "
+                "request the plan again"
             )
-        own.broadcast(self._store, manifest, seconds)
+        broadcast_group.broadcast(self._store, manifest, seconds)
 
     def _close(self, _seconds: float, group: str) -> None:
         with self._lock:
-            own = self._groups.pop(group, None)
-            others = [
-                ask
-                for ask, _ in self._pending.values()
-                if ask.what in ("join", "broadcast") and ask.arguments["group"] == group
+            closed = self._groups.pop(group, None)
+            blocked = [
+                request
+                for request, _ in self._pending.values()
+                if request.method in ("join", "broadcast") and request.arguments["group"] == group
             ]
-        if own:
-            own.leave()
-        for ask in others:
-            self._fail(ask, SessionError(f"group {group}: {ask.what}: the group was left meanwhile"))
+        if closed:
+            closed.leave()
+        for request in blocked:
+            self._fail(request, SessionError(f"group {group}: {request.method}: the group was closed meanwhile"))
 
     def _plan(self, _seconds: float, version: int) -> dict[str, Any]:
         return plan_of(self._store.manifest_of(version)).to_plain()
@@ -128,19 +131,20 @@ class RpcServer:
     def _compute(self, _seconds: float, version: int, job: str) -> Any:
         with self._computing:
             if self._computed[:2] != (version, job):
-                function, args, kwargs = pickle.loads(base64.b64decode(job))  # as Torch RPC does with everything
+                # Torch RPC unpickles everything it receives, so this adds no new risk.
+                function, args, kwargs = pickle.loads(base64.b64decode(job))
                 value = function(LazyTensors(self._store, version), *args, **kwargs)
                 self._computed = version, job, value
             return self._computed[2]
 
-    def _of(self, name: str) -> BroadcastGroup:
+    def _group(self, name: str) -> BroadcastGroup:
         with self._lock:
             group = self._groups.get(name)
         if group is None:
-            raise SessionError(f"group {name}: is not open, or was left after a failure; open it anew")
+            raise SessionError(f"group {name}: is not open, or was closed after a failure; open it again")
         return group
 
 
-def _subject(ask: Ask) -> str:
-    group = ask.arguments.get("group")
-    return f"group {group}" if group else f"weights version {ask.arguments.get('version')}"
+def _subject(request: Request) -> str:
+    group = request.arguments.get("group")
+    return f"group {group}" if group else f"weights version {request.arguments.get('version')}"

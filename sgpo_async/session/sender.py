@@ -1,9 +1,9 @@
-"""The link process (rank 0, beside the hub): announces new versions and serves them.
+"""The weight sender (rank 0, beside the hub): announces new versions and serves them.
 
-    main thread    each 20 ms: is the node alive? a new version in the store? a command of the hub, an answer?
-    RPC threads    answer `calls.manifest`, `calls.bucket`, `world.beat`; hand `calls.ask` to the server
-    others         one per question of the actor, see `session.rpc_server`
-    guard thread   see `session.child_side`
+    main thread       each 20 ms: check the weight receiver, announce a new version in the store, send a response
+    RPC threads       answer `calls.manifest`, `calls.bucket`, `rpc_world.heartbeat`; pass `calls.submit` to RpcServer
+    request threads   one per request of the actor, see `session.rpc_server`
+    watchdog thread   see `session.child_side`
 
 Run as `python -m sgpo_async.session.sender SETTINGS`.
 """
@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, NoReturn
 
 from sgpo_async.session.child_side import ChildSide, run_child
 from sgpo_async.session.interface import interface_towards
-from sgpo_async.session.messages import Answer
 from sgpo_async.session.settings import Settings
 from sgpo_async.weights.reader import StoreReader
 
@@ -25,32 +24,32 @@ if TYPE_CHECKING:
     from sgpo_async.session.rpc_world import RpcWorld
 
 _TICK_S = 0.02
-# A wait raises its failure here instead of ending the process, and nobody else ends it either.
+# A failed NCCL wait raises an exception; neither it nor NCCL's monitor may end the process.
 _NCCL = {"TORCH_NCCL_BLOCKING_WAIT": "1", "TORCH_NCCL_ENABLE_MONITORING": "0"}
 
 
-def run(settings: Settings, guard: ChildSide) -> NoReturn:
-    """Open the world, wait for the node, serve it. Ends by an error only."""
+def run(settings: Settings, child: ChildSide) -> NoReturn:
+    """Open the world, wait for the weight receiver, serve it. Ends only by an error."""
     deadlines = settings.deadlines
-    with guard.phase("start", deadlines.start_s):
+    with child.phase("start", deadlines.start_s):
         os.environ |= _on_interface(interface_towards(settings.host)) | _NCCL
         from sgpo_async.session import calls
         from sgpo_async.session.rpc_server import RpcServer
         from sgpo_async.session.rpc_world import RpcWorld, listen
 
-    with guard.phase(f"listen on {settings.host}", deadlines.start_s):
+    with child.phase(f"listen on {settings.host}", deadlines.start_s):
         _rendezvous, port = listen(settings.host, deadlines.join_s)
     calls.callee.store = store = StoreReader(settings.store)
-    calls.callee.server = server = RpcServer(store, settings.host, guard.commands.put)
-    world = RpcWorld("link", deadlines)
-    guard.emit("up", port=port)
-    with guard.phase("rendezvous with the node", deadlines.join_s):
+    calls.callee.server = server = RpcServer(store, settings.host, child.commands.put)
+    world = RpcWorld("weight_sender", deadlines)
+    child.emit("up", port=port)
+    with child.phase("rendezvous with the weight receiver", deadlines.join_s):
         world.join(settings.host, port)
-    serve(world, store, server, guard)
+    serve(world, store, server, child)
 
 
-def serve(world: RpcWorld, store: StoreReader, server: RpcServer, guard: ChildSide) -> NoReturn:
-    """Announce what appears in `store`, pass on the hub's words and the server's answers, until the node is gone."""
+def serve(world: RpcWorld, store: StoreReader, server: RpcServer, child: ChildSide) -> NoReturn:
+    """Announce new versions in `store` and send the server's responses, until the weight receiver is gone."""
     from sgpo_async.session import calls
 
     announced: int | None = None
@@ -62,13 +61,10 @@ def serve(world: RpcWorld, store: StoreReader, server: RpcServer, guard: ChildSi
             announced = version
         server.expire()
         try:
-            message = guard.commands.get(timeout=_TICK_S)
+            response = child.commands.get(timeout=_TICK_S)
         except queue.Empty:
             continue
-        if isinstance(message, Answer):
-            world.call(calls.answer, message)
-        else:
-            world.call(calls.control, message["control"])
+        world.call(calls.respond, response)
 
 
 def _on_interface(name: str) -> dict[str, str]:
@@ -76,4 +72,4 @@ def _on_interface(name: str) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    run_child("link", run)
+    run_child("weight sender", run)

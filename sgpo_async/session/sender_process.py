@@ -1,4 +1,4 @@
-"""Handle of a link process, for the hub. Torch-free; only `stop` waits."""
+"""The hub's handle of a weight sender process. It does not import torch; only `stop` blocks."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from sgpo_async.session.settings import Deadlines, Settings
 
 @dataclass(frozen=True)
 class SenderUp:
-    """The link waits for its node at this port of its host."""
+    """The weight sender waits for its weight receiver at this port of its host."""
 
     port: int
 
 
 @dataclass(frozen=True)
 class SenderDown:
-    """The session is over; the last event of a link."""
+    """The session is over. This is the last event of a weight sender."""
 
     reason: str
 
@@ -39,23 +39,19 @@ class WeightSender:
         settings = Settings(
             name=name, parent=os.getpid(), store=store, host=host, cuda=cuda, deadlines=deadlines or Deadlines()
         )
-        self._child = Child("sgpo_async.session.sender", settings)
+        self._child = Child("sgpo_async.session.sender", settings, role="weight sender")
         self.name, self.host, self.pid = name, host, self._child.pid
 
     def fileno(self) -> int:
-        """Readable whenever `poll` has something to say, and for ever after the last event."""
+        """Return the descriptor to select on: readable when `poll` has events, and always after the last event."""
         return self._child.fileno()
 
     def poll(self) -> list[SenderEvent]:
-        """Events since the last call."""
+        """Return the events since the last call."""
         return [_event(raw) for raw in self._child.poll()]
 
-    def control(self, word: str) -> None:
-        """Pass a word, such as "drain", on to the actor, which gets it as `NodeControl`."""
-        self._child.send({"control": word})
-
     def stop(self, deadline_s: float = 5.0) -> None:
-        """End the session at once. Raises DeadlineExceeded if the process does not go in `deadline_s`."""
+        """End the session immediately. Raises DeadlineExceeded if the process still runs after `deadline_s`."""
         self._child.stop(deadline_s)
 
 

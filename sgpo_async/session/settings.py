@@ -1,4 +1,4 @@
-"""What a child process is told on its command line."""
+"""The settings that a child process receives as its command-line argument."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Deadlines:
-    """How long a session waits, in seconds, before it gives its peer up."""
+    """Timeouts of a session, in seconds."""
 
     start_s: float = 120.0  # for this process to import torch
-    join_s: float = 60.0  # for both sides to meet
+    join_s: float = 60.0  # for both processes to join the world
     call_s: float = 10.0  # for the answer to one call: one bucket, one announcement
-    beat_s: float = 1.0  # between two signs of life; a peer that answers none for beat_s + call_s is gone
+    heartbeat_s: float = 1.0  # between two heartbeats; a peer that answers none for heartbeat_s + call_s is gone
     group_s: float = 60.0  # for one phase of a weight-update group: to join, to broadcast a version
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a link or a node process."""
+    """Settings of a weight sender or a weight receiver."""
 
     name: str  # of the actor, for messages
-    parent: int  # process id; the child ends when it is no longer its child
-    store: str = ""  # link: the learner's weight store
-    host: str = ""  # link: where to listen
-    cuda: bool = False  # link: may use this machine's GPUs, for weight-update groups over NCCL
-    pulls: bool = True  # node: pulls every version that is announced; otherwise on demand
+    parent: int  # process id of the parent; the child ends when the parent is gone
+    store: str = ""  # weight sender: the learner's weight store
+    host: str = ""  # weight sender: where to listen
+    cuda: bool = False  # weight sender: may use this machine's GPUs, for weight-update groups over NCCL
+    pulls: bool = True  # weight receiver: pull every announced version; false: only when the actor requests it
     deadlines: Deadlines = field(default_factory=Deadlines)
 
     def encode(self) -> str:
-        """As one command-line argument."""
+        """Return the settings as one command-line argument."""
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def decode(cls, text: str) -> Settings:
-        """The inverse of `encode`."""
+        """Invert `encode`."""
         fields = json.loads(text)
         return cls(**{**fields, "deadlines": Deadlines(**fields["deadlines"])})

@@ -18,15 +18,11 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from sgpo_async.errors import SgpoError
+from sgpo_async.errors import EndpointError
 from sgpo_async.strategies.prompts import Prompt
 
 BACKOFF_S, LONGEST_PAUSE_S = 1.0, 60.0
 FATAL = (401, 403, 404)
-
-
-class EndpointError(SgpoError):
-    """The endpoint can serve nothing at all: a wrong key, model or address."""
 
 
 class Declined(Exception):

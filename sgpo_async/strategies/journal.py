@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
 from sgpo_async.errors import DataError
-from sgpo_async.files import telling
+from sgpo_async.files import JsonLinesReader, JsonLinesWriter, reporting_write_errors
 from sgpo_async.tasks.base import Problem
 
 Record = dict[str, Any]
@@ -45,25 +44,21 @@ class Journal:
         self.records: dict[str, Record] = {}
         self.spent: dict[str, Counter[str]] = defaultdict(Counter)  # tokens of each item, finished or not
         self._replies: dict[str, list[Record]] = defaultdict(list)
-        with telling(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            whole = path.read_bytes() if path.exists() else b""
-            end = whole.rfind(b"\n") + 1
-            for number, line in enumerate(whole[:end].splitlines(), 1):
+        with reporting_write_errors(path):
+            for number, line in JsonLinesReader(path).poll():
                 self._read(number, line)
-            self._file = path.open("ab")
-            self._file.truncate(end)
+        self._lines = JsonLinesWriter(path, durable=True)
 
     def note(self, key: str, reply: Record) -> None:
         """Add one reply, durably. Raises SgpoError if it cannot be written."""
         self._take(key, reply)
-        self._write({"key": key, "reply": reply})
+        self._lines.append({"key": key, "reply": reply})
 
     def append(self, record: Record) -> None:
         """Add one record, durably, with what its item has cost so far. Raises SgpoError if it cannot be written."""
         record |= {name: self.spent[record["key"]][name] for name in TOKENS}
         self.records[record["key"]] = record
-        self._write(record)
+        self._lines.append(record)
 
     def replies(self, key: str, of: str) -> list[Record]:
         """What has come for this item: its candidates, or its rankings, by number."""
@@ -75,21 +70,14 @@ class Journal:
 
     def close(self) -> None:
         """No further records."""
-        self._file.close()
-
-    def _write(self, line: Record) -> None:
-        with telling(self.path):
-            self._file.write(json.dumps(line, ensure_ascii=True).encode() + b"\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
+        self._lines.close()
 
     def _take(self, key: str, reply: Record) -> None:
         self._replies[key].append(reply)
         self.spent[key].update({name: reply[name] for name in TOKENS})
 
-    def _read(self, number: int, line: bytes) -> None:
+    def _read(self, number: int, found: Any) -> None:
         try:
-            found = json.loads(line)
             if "reply" in found:
                 self._take(found["key"], found["reply"])
                 return

@@ -35,15 +35,15 @@ class Rules:
     contamination_overlap: float = 0.0  # above this share of the shorter text's n-grams; 0: any n-gram
 
     def __post_init__(self) -> None:
-        require(0 <= self.sft_share < 1, "--sft-share", "is at least 0 and below 1", self.sft_share)
-        require(0 < self.validation_share < 1, "--validation-share", "lies in (0, 1)", self.validation_share)
-        require(0 < self.duplicate_overlap <= 1, "--duplicate-overlap", "lies in (0, 1]", self.duplicate_overlap)
-        require(self.duplicate_words >= 1, "--duplicate-words", "is at least 1", self.duplicate_words)
-        require(self.contamination_words >= 1, "--contamination-words", "is at least 1", self.contamination_words)
+        require(0 <= self.sft_share < 1, "--sft-share", "must be in [0, 1)", self.sft_share)
+        require(0 < self.validation_share < 1, "--validation-share", "must be in (0, 1)", self.validation_share)
+        require(0 < self.duplicate_overlap <= 1, "--duplicate-overlap", "must be in (0, 1]", self.duplicate_overlap)
+        require(self.duplicate_words >= 1, "--duplicate-words", "must be >= 1", self.duplicate_words)
+        require(self.contamination_words >= 1, "--contamination-words", "must be >= 1", self.contamination_words)
         require(
             0 <= self.contamination_overlap < 1,
             "--contamination-overlap",
-            "is at least 0 and below 1",
+            "must be in [0, 1)",
             self.contamination_overlap,
         )
 

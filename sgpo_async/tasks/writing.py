@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from sgpo_async.files import telling, write_whole
+from sgpo_async.files import reporting_write_errors, write_whole
 from sgpo_async.tasks.base import Problem
 
 Format = Literal["jsonl", "parquet"]
@@ -64,7 +64,7 @@ def _write_parquet(path: Path, records: Sequence[Mapping[str, Any]], columns: Se
     arrays = [array.cast(pyarrow.string()) if pyarrow.types.is_null(array.type) else array for array in arrays]
     table = pyarrow.Table.from_arrays(arrays, names=list(columns))
     new = path.with_name(f".{path.name}.{os.getpid()}")
-    with telling(path):
+    with reporting_write_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             parquet.write_table(table, new)

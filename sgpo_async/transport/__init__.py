@@ -1,4 +1,4 @@
-"""ZeroMQ endpoints, their in-memory twin, typed mailboxes, CURVE keys and at-least-once delivery."""
+"""ZeroMQ endpoints, in-memory endpoints for tests, typed mailboxes, CURVE keys and at-least-once delivery."""
 
 from sgpo_async.transport.base import DealerEnd, RouterEnd
 from sgpo_async.transport.dealer import Dealer

@@ -1,7 +1,7 @@
-"""What both transports (ZeroMQ and memory) offer, and the limits that they share.
+"""The interface of both transports (ZeroMQ and memory), and their common limits.
 
-A transport carries lists of frames and knows nothing of messages. No call blocks longer than the time it is
-given; a send never blocks: False says that the frames were not taken, and the caller decides.
+A transport carries lists of frames and does not decode them. No call blocks longer than its timeout. `send` never
+blocks: it returns False if it could not queue the frames, and the caller decides what to do.
 """
 
 from __future__ import annotations
@@ -11,43 +11,43 @@ from typing import Protocol
 
 Frames = list[bytes]
 
-HIGH_WATER = 1000  # messages queued per peer and direction
-BATCH = 256  # messages that one poll hands out at most
+HIGH_WATER = 1000  # most messages in the queue of one peer and direction
+BATCH = 256  # most messages that one poll returns
 
 
 class RouterEnd(Protocol):
-    """The hub's end: many members, each known by its identity."""
+    """The hub's endpoint: many members, each with an identity."""
 
-    address: str  # where members connect to
-    max_bytes: int  # of one message
+    address: str  # address to which members connect
+    max_bytes: int  # largest size of one message
 
     def poll(self, timeout_s: float) -> list[tuple[bytes, Frames]]:
-        """What has arrived, as (member, frames); waits until something has, at most `timeout_s`."""
+        """The messages that have arrived, as (member, frames); waits at most `timeout_s` for the first one."""
         ...
 
     def send(self, member: bytes, frames: Sequence[bytes]) -> bool:
-        """Queue frames for a member; False if it is not connected or does not read."""
+        """Queue frames for a member; False if it is not connected or its queue is full."""
         ...
 
     def close(self, linger_s: float = 0.0) -> None:
-        """Let queued frames leave for at most `linger_s`, then close."""
+        """Wait at most `linger_s` until the queued frames are sent, then close."""
         ...
 
 
 class DealerEnd(Protocol):
-    """A member's end: one hub, found again by itself after a loss."""
+    """A member's endpoint: one hub, to which it reconnects by itself."""
 
     max_bytes: int
-    connections: int  # how often the hub has been reached; grows with every reconnection
+    connections: int  # how often it has connected to the hub; grows with every reconnection
 
     def poll(self, timeout_s: float) -> list[Frames]:
-        """What has arrived; waits until something has, at most `timeout_s`."""
+        """The messages that have arrived; waits at most `timeout_s` for the first one."""
         ...
 
     def send(self, frames: Sequence[bytes]) -> bool:
-        """Queue frames for the hub, reachable just now or not; False if they were not taken."""
+        """Queue frames for the hub, whether it is connected at the moment or not; False if the queue is full."""
         ...
 
     def close(self, linger_s: float = 0.0) -> None:
-        """Let queued frames leave for at most `linger_s`, then close."""
+        """Wait at most `linger_s` until the queued frames are sent, then close."""
         ...

@@ -2,10 +2,10 @@
 
     send(frames) ─▶ queue ─▶ DEALER ─ TCP ─▶ the hub's Router
     poll() ◀─ frames ◀────── DEALER
-      └─ reads the socket's monitor, too: connected, lost, refused
+      └─ also reads the events of the socket's monitor: connected, disconnected, refused
 
-ZeroMQ connects in the background and again after every loss, with short pauses. `connections` counts the
-handshakes that succeeded: when it grows, what was sent before may be lost.
+ZeroMQ connects in the background, and reconnects after every disconnection, with short pauses between two attempts.
+`connections` counts the successful handshakes: when it grows, messages sent before may be lost.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from sgpo_async.transport.keys import key_pair, public_key
 from sgpo_async.transport.sockets import close_socket, drain, offer, open_socket
 
 RECONNECT_MS = (100, 2000)  # first and longest pause between two attempts
-REFUSED_S = 5.0  # a refusal may be the end of a hub in the middle of a handshake; one that lasts so long is meant
+REFUSED_S = 5.0  # a hub that ends in mid-handshake looks like a refusal; after this long it is a refusal
 REFUSALS: dict[int, str] = {
-    zmq.EVENT_HANDSHAKE_FAILED_AUTH: "it does not know our key",
-    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "keys on one side only, or it is no hub",
-    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "it broke off: wrong server.key, or keys on one side only",
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH: "it does not know this side's client.key",
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "keys on one side only, or it is not a hub",
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "the handshake broke off: wrong server.key, or keys on one side only",
 }
 WATCHED = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | sum(REFUSALS)
 
@@ -37,11 +37,11 @@ WATCHED = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | sum(REFUSALS)
 class Dealer:
     """DEALER socket connected to `address`. Implements `DealerEnd`.
 
-    `identity` is how the hub's Router knows this member, also after a reconnection; by default a random one.
-    `socket` is for a `zmq.Poller` that waits for other things, too.
+    The hub's Router knows this member by `identity`, also after a reconnection; by default it is random.
+    `socket` is for a `zmq.Poller` that also waits for other events.
 
     Raises:
-        HubError: the keys cannot be read.
+        HubError: a key file cannot be read.
     """
 
     def __init__(self, address: str, *, identity: bytes | None = None, keys: str | Path = "", max_bytes: int) -> None:
@@ -73,10 +73,10 @@ class Dealer:
         return offer(self.socket, frames)
 
     def wait_connected(self, timeout_s: float) -> None:
-        """Return once the hub has accepted the connection.
+        """Return when the hub has accepted the connection.
 
         Raises:
-            HubError: it has not within `timeout_s`, or refuses us for `REFUSED_S`.
+            HubError: the hub does not accept it within `timeout_s`, or has refused it for `REFUSED_S`.
         """
         deadline = time.monotonic() + timeout_s
         self._watch()
@@ -85,23 +85,22 @@ class Dealer:
             self._watch()
             self.check_refused()
         if not self.connected:
-            raise (
-                self._refused()
-                if self._refusal
-                else HubError(
-                    f"hub.address: no hub answered at {self.address} within {timeout_s:g} s; "
-                    "is it running, and does the network let the port through?"
-                )
+            if self._refusal:
+                raise self._refused()
+            raise HubError(
+                f"hub.address: no hub answered at {self.address} within {timeout_s:g} s; "
+                "check that it is running and that the network lets the port through"
             )
 
     def check_refused(self) -> None:
-        """Raise HubError if the hub has refused our handshakes for `REFUSED_S`."""
+        """Raise HubError if the hub has refused this side's handshakes for `REFUSED_S`."""
         if self._refusal and time.monotonic() - self._refused_at > REFUSED_S:
             raise self._refused()
 
     def _refused(self) -> HubError:
         return HubError(
-            f"hub.address: {self.address} refuses us: {self._refusal}; give the hub and all members the same hub.keys"
+            f"hub.address: {self.address} refuses the connection: {self._refusal}; "
+            "give the hub and all members the same hub.keys"
         )
 
     def close(self, linger_s: float = 0.0) -> None:
@@ -112,7 +111,7 @@ class Dealer:
         close_socket(self.socket, linger_s)
 
     def _watch(self) -> None:
-        """Take note of what the monitor has seen since the last call."""
+        """Process the events of the monitor since the last call."""
         while self._monitor.poll(0):
             event = recv_monitor_message(self._monitor)["event"]
             self.connected = event == zmq.EVENT_HANDSHAKE_SUCCEEDED

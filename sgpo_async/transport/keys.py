@@ -1,12 +1,12 @@
-"""CURVE keys: one pair for the hub, one that all members share.
+"""CURVE keys: one pair for the hub, and one pair that all members share.
 
-    DIR/server.key           public, members check the hub by it
-    DIR/server.key_secret    stays with the hub
-    DIR/client.key           public, the hub knows members by it
-    DIR/client.key_secret    every member's node
+    DIR/server.key           public; members authenticate the hub with it
+    DIR/server.key_secret    stays on the hub's node
+    DIR/client.key           public; the hub authenticates members with it
+    DIR/client.key_secret    on the node of every member
 
-CURVE encrypts the front door and authenticates both sides (ZeroMQ RFC 26, CurveZMQ): who lacks the client's
-secret key is refused in the handshake, before any of its messages is read.
+CURVE encrypts the connections to the hub and authenticates both sides (ZeroMQ RFC 26, CurveZMQ). The hub refuses a
+connection without the client's secret key in the handshake, before it reads any message.
 """
 
 from __future__ import annotations
@@ -22,22 +22,24 @@ NAMES = ("server", "client")
 
 
 def create_keys(folder: str | Path) -> list[Path]:
-    """Write both key pairs into `folder` (mode 0700, secrets 0600); returns the four files.
+    """Write both key pairs into `folder` (mode 0700, secret keys 0600) and return the four files.
 
     Raises:
-        HubError: the folder holds keys already, or cannot be written.
+        HubError: the folder already holds keys, or cannot be written.
     """
     folder = Path(folder)
     if present := sorted(folder.glob("*.key*")):
-        raise HubError(f"{present[0]} exists; keys are not overwritten, choose another folder")
+        raise HubError(f"keys: {present[0]} exists, and existing keys are never overwritten; choose another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        folder.chmod(0o700)  # first, so that nobody reads a secret before its own mode is set
+        folder.chmod(
+            0o700
+        )  # before the files exist, so that no other user can read a secret key before its mode is set
         files = [Path(path) for name in NAMES for path in zmq.auth.create_certificates(folder, name)]
         for path in files:
             path.chmod(0o600 if path.suffix == ".key_secret" else 0o644)
     except OSError as error:
-        raise HubError(f"keys: cannot write {folder}: {error.strerror}") from error
+        raise HubError(f"keys: cannot write {folder} ({error.strerror}); choose another folder") from error
     return files
 
 
@@ -50,14 +52,14 @@ def key_pair(folder: str | Path, name: str) -> tuple[bytes, bytes]:
     """Public and secret key of "server" or "client", in Z85.
 
     Raises:
-        HubError: the file is missing, unreadable, or open to other users.
+        HubError: the file is missing, cannot be read, or other users can access it.
     """
     path = Path(folder) / f"{name}.key_secret"
     public, secret = _load(path)
     if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise HubError(f"hub.keys: {path} is open to other users; chmod 600 it")
+        raise HubError(f"hub.keys: other users can access {path}; run chmod 600 {path}")
     if secret is None:
-        raise no_key(path)
+        raise missing_key(path)
     return public, secret
 
 
@@ -65,11 +67,11 @@ def _load(path: Path) -> tuple[bytes, bytes | None]:
     try:
         return zmq.auth.load_certificate(path)
     except (OSError, ValueError) as error:
-        raise no_key(path) from error
+        raise missing_key(path) from error
 
 
-def no_key(path: Path) -> HubError:
-    """The error for a key file that is not there or holds nothing."""
+def missing_key(path: Path) -> HubError:
+    """The error for a key file that is missing or holds no key."""
     return HubError(
         f"hub.keys: {path} is missing or holds no key; make keys with 'sgpo-async keys DIR' "
         "on the hub's node and copy server.key, client.key and client.key_secret to the other nodes"

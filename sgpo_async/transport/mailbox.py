@@ -1,6 +1,7 @@
-"""Messages instead of frames: what cannot be read is counted, never raised.
+"""Endpoints that send and receive messages instead of frames.
 
-A message that is too large for the other side is an error of the sender's, and raised there.
+The receiver counts a message that it cannot read, and does not raise. A message that is too large for the receiver
+raises at the sender.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from sgpo_async.wire.records import Message
 
 
 class Mailbox:
-    """A member's typed end."""
+    """A member's mailbox."""
 
     def __init__(self, dealer: DealerEnd) -> None:
         self.dealer = dealer
@@ -23,12 +24,12 @@ class Mailbox:
         """Queue a message for the hub; False if the queue is full.
 
         Raises:
-            WireError: the message does not fit its record, or `max_bytes`.
+            WireError: the message is invalid or larger than `max_bytes`.
         """
         return self.dealer.send(pack(message, self.dealer.max_bytes))
 
     def receive(self, timeout_s: float) -> list[Message]:
-        """The messages that have arrived; waits until something has, at most `timeout_s`."""
+        """The messages that have arrived and can be read; waits at most `timeout_s` for the first one."""
         read = [unpack(frames, self.dealer.max_bytes) for frames in self.dealer.poll(timeout_s)]
         for message in read:
             if isinstance(message, WireError):
@@ -37,39 +38,39 @@ class Mailbox:
         return [message for message in read if not isinstance(message, WireError)]
 
     def close(self, linger_s: float = 0.0) -> None:
-        """Let queued messages leave for at most `linger_s`, then close."""
+        """Wait at most `linger_s` until the queued messages are sent, then close."""
         self.dealer.close(linger_s)
 
 
 class RouterMailbox:
-    """The hub's typed end."""
+    """The hub's mailbox."""
 
     def __init__(self, router: RouterEnd) -> None:
         self.router = router
         self.rejected = 0
 
     def send(self, member: bytes, message: Message) -> bool:
-        """Queue a message for a member; False if it is not connected or does not read.
+        """Queue a message for a member; False if it is not connected or its queue is full.
 
         Raises:
-            WireError: the message does not fit its record, or `max_bytes`.
+            WireError: the message is invalid or larger than `max_bytes`.
         """
         return self.router.send(member, pack(message, self.router.max_bytes))
 
     def receive(self, timeout_s: float) -> list[tuple[bytes, Message | WireError]]:
-        """What has arrived, by member: a message, or why it cannot be read."""
+        """What has arrived, as (member, message), or the error instead of a message that cannot be read."""
         polled = self.router.poll(timeout_s)
         read = [(member, unpack(frames, self.router.max_bytes)) for member, frames in polled]
         self.rejected += sum(isinstance(message, WireError) for _, message in read)
         return read
 
     def close(self, linger_s: float = 0.0) -> None:
-        """Let queued messages leave for at most `linger_s`, then close."""
+        """Wait at most `linger_s` until the queued messages are sent, then close."""
         self.router.close(linger_s)
 
 
 def pack(message: Message, max_bytes: int) -> Frames:
-    """Encode a message that the other side will take."""
+    """Encode a message. Raises WireError if it is invalid or larger than the receiver accepts."""
     frames = encode(message)
     size = sum(map(len, frames))
     if size > max_bytes:
@@ -80,7 +81,7 @@ def pack(message: Message, max_bytes: int) -> Frames:
 
 
 def unpack(frames: Frames, max_bytes: int) -> Message | WireError:
-    """The message, or the reason why there is none."""
+    """The message, or the error that says why it cannot be read."""
     try:
         return decode(frames, max_bytes=max_bytes)
     except WireError as error:

@@ -1,9 +1,9 @@
-"""The in-memory twin of Router and Dealer: same Protocols, no sockets, safe between threads.
+"""In-memory Router and Dealer: the same Protocols without sockets, safe between threads.
 
     MemoryDealer.send ─▶ MemoryRouter's inbox ─▶ poll()
     MemoryDealer's inbox ◀─ MemoryRouter.send
 
-One condition guards all inboxes of a router; `poll` waits on it, `send` and `close` notify it.
+One condition variable protects all inboxes of a router; `poll` waits on it and `send` notifies it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class MemoryRouter:
         self.dealers: dict[bytes, MemoryDealer] = {}
 
     def dealer(self, identity: bytes) -> MemoryDealer:
-        """A new member; one that had this identity is cut off, as by ROUTER_HANDOVER."""
+        """Connect a new member; a member with the same identity is disconnected, as with ROUTER_HANDOVER."""
         with self.changed:
             self.dealers[identity] = MemoryDealer(self, identity)
             return self.dealers[identity]
@@ -49,7 +49,7 @@ class MemoryRouter:
 
 
 class MemoryDealer:
-    """Implements `DealerEnd`; made by `MemoryRouter.dealer`."""
+    """Implements `DealerEnd`; `MemoryRouter.dealer` creates it."""
 
     def __init__(self, router: MemoryRouter, identity: bytes) -> None:
         self.identity = identity
@@ -79,14 +79,14 @@ def memory_pair(identity: bytes = b"member") -> tuple[MemoryRouter, MemoryDealer
 
 
 def take(inbox: deque[T], changed: threading.Condition, timeout_s: float) -> list[T]:
-    """Up to `BATCH` items; waits for the first one."""
+    """Remove and return up to `BATCH` items; waits at most `timeout_s` for the first one."""
     with changed:
         changed.wait_for(lambda: inbox, timeout_s)
         return [inbox.popleft() for _ in range(min(len(inbox), BATCH))]
 
 
 def put(inbox: deque[T], item: T, changed: threading.Condition) -> bool:
-    """Append an item unless the inbox is full."""
+    """Append an item; False if the inbox is full."""
     with changed:
         if len(inbox) >= HIGH_WATER:
             return False

@@ -1,11 +1,11 @@
-"""At-least-once delivery of rollouts, without I/O: the clock is an argument and the caller sends.
+"""At-least-once delivery of rollouts, without I/O: the caller passes the time and sends what is due.
 
     offer(rollout) ─▶ backlog ─▶ due(now) ─▶ [caller sends] ─▶ hub
-                                   ▲  at most `window` unacknowledged; again after `resend_after_s`
+                                   ▲  at most `window` sent and not acknowledged; again after `resend_after_s`
     acknowledge(ack) ──────────────┘
 
-The hub acknowledges every rollout that it has, new or known, and ignores what it knows: together that is
-exactly once.
+The hub acknowledges every rollout that it receives, also a duplicate, and drops duplicates. So the hub counts each
+rollout exactly once.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ def key_of(item: Rollout | Ack) -> Key:
 
 
 class ReliableSender:
-    """Keeps every rollout until it is acknowledged; at most `window` of them are on their way."""
+    """Keeps every rollout until the hub acknowledges it; at most `window` rollouts are in flight."""
 
     def __init__(self, *, window: int, resend_after_s: float) -> None:
         assert window >= 1 and resend_after_s > 0
         self.window = window
         self.resend_after_s = resend_after_s
-        self._pending: dict[Key, Rollout] = {}  # all that is unacknowledged, oldest first
-        self._due_at: dict[Key, float] = {}  # of those on their way: when to send again
+        self._pending: dict[Key, Rollout] = {}  # not acknowledged, oldest first
+        self._due_at: dict[Key, float] = {}  # of rollouts in flight: when to send them again
 
     def __len__(self) -> int:
-        """Rollouts that are not acknowledged, on their way or not."""
+        """Number of rollouts that are not acknowledged, in flight or waiting."""
         return len(self._pending)
 
     def offer(self, rollout: Rollout) -> None:
-        """Take responsibility for a rollout."""
+        """Add a rollout, to be sent until it is acknowledged."""
         self._pending[key_of(rollout)] = rollout
 
     def due(self, now: float) -> list[Rollout]:
-        """What is to be sent at `now`, oldest first; counts as sent."""
+        """The rollouts that the caller must send at `now`, oldest first; they count as sent."""
         sending = []
         for key, rollout in self._pending.items():
             sent_before = key in self._due_at
@@ -52,6 +52,6 @@ class ReliableSender:
         return sending
 
     def acknowledge(self, ack: Ack) -> bool:
-        """Forget a rollout that the hub has; False if it was forgotten before."""
+        """Forget a rollout that the hub has; False if it was acknowledged before."""
         self._due_at.pop(key_of(ack), None)
         return self._pending.pop(key_of(ack), None) is not None

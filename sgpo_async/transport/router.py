@@ -5,9 +5,9 @@
     Dealer ─┘         ▲           └─ send(member, frames) ─▶ one member's queue, or False
                       └─ authenticator thread: answers "is this client key known?" during handshakes
 
-Nothing here waits except `poll` (for a message) and `close` (for queued frames to leave), both within a given
-time. A member that connects again under its identity takes over its old connection: after a power loss the
-old one may live on for minutes on the hub's side, and the member would stay unheard for so long.
+Only `poll` waits (for a message) and `close` (until queued frames are sent), both at most for a given time. When a
+member reconnects with the same identity, the new connection replaces the old one. Otherwise the hub could keep a dead
+connection for minutes, e.g. after a power loss, and ignore the member during this time.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from sgpo_async.transport.sockets import close_socket, drain, numeric, offer, op
 class Router:
     """ROUTER socket bound to `address`; port 0 takes a free one. Implements `RouterEnd`.
 
-    `keys` is the folder that `create_keys` filled; without it anybody who reaches the address may talk.
-    `socket` is for a `zmq.Poller` that waits for other things, too.
+    `keys` is the folder that `create_keys` filled; without keys the hub accepts every connection.
+    `socket` is for a `zmq.Poller` that also waits for other events.
 
     Raises:
-        HubError: the address is taken or not ours, or the keys cannot be read.
+        HubError: the address is in use or not an address of this machine, or a key file cannot be read.
     """
 
     def __init__(self, address: str, *, keys: str | Path = "", max_bytes: int) -> None:
@@ -63,7 +63,7 @@ class Router:
 
 
 class KnownKey:
-    """Credentials provider of the authenticator: exactly one client key is known."""
+    """Credentials provider of the authenticator: accepts exactly one client key."""
 
     def __init__(self, public: bytes) -> None:
         self.public = public
@@ -73,7 +73,7 @@ class KnownKey:
 
 
 def authenticate(socket: zmq.Socket, keys: str | Path) -> ThreadAuthenticator:
-    """Let only clients in that hold the client's secret key."""
+    """Accept only connections that hold the client's secret key."""
     socket.curve_publickey, socket.curve_secretkey = key_pair(keys, "server")
     socket.curve_server = True
     known = KnownKey(public_key(keys, "client"))
@@ -84,11 +84,15 @@ def authenticate(socket: zmq.Socket, keys: str | Path) -> ThreadAuthenticator:
 
 
 def bind(socket: zmq.Socket, address: str) -> str:
-    """Bind; returns the address with the actual port."""
+    """Bind and return the address with the actual port."""
     try:
         socket.bind(numeric(address))
     except zmq.ZMQError as error:
         if error.errno == zmq.EADDRINUSE:
-            raise HubError(f"hub.address: {address} is in use; stop the other hub or choose another port") from error
-        raise HubError(f"hub.address: cannot listen at {address}: {error.strerror}") from error
+            raise HubError(
+                f"hub.address: {address} is in use; stop the other process or choose another port"
+            ) from error
+        raise HubError(
+            f"hub.address: cannot listen at {address} ({error.strerror}); choose an address of this machine"
+        ) from error
     return socket.get_string(zmq.LAST_ENDPOINT)

@@ -1,4 +1,4 @@
-"""What Router and Dealer share: socket options, addresses, receiving in bounded batches, closing."""
+"""Functions of both Router and Dealer: socket options, addresses, receiving in bounded batches, closing."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import zmq
 from sgpo_async.errors import HubError
 from sgpo_async.transport.base import BATCH, HIGH_WATER, Frames
 
-CUT_FACTOR = 4  # a frame beyond so many times max_bytes is not even received: ZeroMQ drops the connection
+CUT_FACTOR = 4  # ZeroMQ does not receive a frame larger than this times max_bytes, but drops the connection
 
 
 def open_socket(kind: zmq.SocketType, *, address: str, max_bytes: int) -> zmq.Socket:
-    """A socket in a context of its own, with bounded queues; it forgets what is queued when it is closed.
+    """A socket in its own context, with bounded queues; closing it discards the queued messages.
 
-    `max_bytes` is enforced by the codec, where it costs one counted rejection. ZeroMQ's own limit lies
-    higher, since all it can do is to drop the connection of the sender. Neither bounds a peer that never ends
-    a multipart message: such a peer is kept out by keys only.
+    The codec rejects and counts a message larger than `max_bytes`. ZeroMQ's own limit is higher, because ZeroMQ can
+    only drop the sender's connection. Neither limit stops a peer that never ends a multipart message; only keys keep
+    it out.
     """
     socket = zmq.Context(io_threads=1).socket(kind)
     socket.linger = 0
@@ -30,7 +30,7 @@ def open_socket(kind: zmq.SocketType, *, address: str, max_bytes: int) -> zmq.So
 
 
 def numeric(address: str) -> str:
-    """`tcp://HOST:PORT` with the host as a number, since ZeroMQ binds to no name.
+    """`tcp://HOST:PORT` with the host as an IP address, because ZeroMQ cannot bind to a host name.
 
     Raises:
         HubError: the name cannot be resolved.
@@ -41,11 +41,11 @@ def numeric(address: str) -> str:
     try:
         return f"tcp://{network.gethostbyname(host)}:{port}"
     except OSError as error:
-        raise HubError(f"hub.address: host {host} in {address} is unknown: {error.strerror}") from error
+        raise HubError(f"hub.address: host {host} in {address} is unknown ({error.strerror})") from error
 
 
 def drain(socket: zmq.Socket, timeout_s: float, max_bytes: int) -> list[Frames]:
-    """Messages that are there, at most `BATCH` and little more than `max_bytes`; waits for the first one."""
+    """The messages that have arrived, until `BATCH` or `max_bytes` is reached; waits for the first one."""
     received: list[Frames] = []
     if not socket.poll(math.ceil(timeout_s * 1000)):
         return received
@@ -61,7 +61,7 @@ def drain(socket: zmq.Socket, timeout_s: float, max_bytes: int) -> list[Frames]:
 
 
 def offer(socket: zmq.Socket, frames: Sequence[bytes]) -> bool:
-    """Queue a message without waiting; False if there is no peer for it or its queue is full."""
+    """Queue a message without waiting; False if its peer is not connected or the peer's queue is full."""
     try:
         socket.send_multipart(frames, zmq.DONTWAIT)
     except zmq.Again:

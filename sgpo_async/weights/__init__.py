@@ -1,6 +1,6 @@
-"""Weights between processes: manifest, digest, and a double-buffered store in an anonymous shared file.
+"""Transfer of weights between processes: manifest, digest, and a double-buffered store in an anonymous shared file.
 
-Importing this package does not import torch: only touching a tensor does.
+Importing this package does not import torch; only the functions that handle tensors do.
 """
 
 from sgpo_async.weights.broadcast_plan import Broadcast, BroadcastPlan, plan_of

@@ -1,8 +1,9 @@
-"""How one version is cut into broadcasts: a pure function of its manifest, so that both ends know it.
+"""How one weight version is divided into broadcasts.
 
-A broadcast is the bytes of some whole tensors one after another, in the manifest's order, without gaps: the
-"flattened bucket" of SGLang (sglang/srt/weight_sync/tensor_bucket.py, 0.5.23). It refuses a tensor whose place in
-the bucket is not a multiple of its element's size, so such a tensor begins the next one.
+The division is a pure function of the manifest, so that sender and receiver compute the same one. A broadcast is the
+bytes of some whole tensors, one after another in the manifest's order, without gaps: the "flattened bucket" of SGLang
+(sglang/srt/weight_sync/tensor_bucket.py, 0.5.23). SGLang rejects a tensor whose offset in the bucket is not a multiple
+of its element size; such a tensor therefore starts the next broadcast.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ BROADCAST_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class Broadcast:
-    """The tensors of one broadcast, in order: fields of SGLang's /update_weights_from_distributed."""
+    """The tensors of one broadcast, in order; the fields are those of SGLang's /update_weights_from_distributed."""
 
     names: tuple[str, ...]
     dtypes: tuple[str, ...]  # torch names
@@ -40,16 +41,16 @@ class BroadcastPlan:
 
     @property
     def fingerprint(self) -> str:
-        """Two plans share it exactly when they have the same version, content, names, dtypes, shapes and cuts."""
+        """A digest that is equal for two plans exactly if version, content, names, dtypes, shapes and division are."""
         return xxhash.xxh3_128_hexdigest(json.dumps(self.to_plain()).encode())
 
     def to_plain(self) -> dict[str, Any]:
-        """As JSON types."""
+        """Convert to JSON types."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> BroadcastPlan:
-        """The inverse of `to_plain`, also after a way through JSON."""
+        """The inverse of `to_plain`; also accepts the result of a JSON round trip."""
         broadcasts = tuple(
             Broadcast(tuple(b["names"]), tuple(b["dtypes"]), tuple(tuple(s) for s in b["shapes"]))
             for b in plain["broadcasts"]
@@ -58,7 +59,7 @@ class BroadcastPlan:
 
 
 def plan_of(manifest: Manifest, limit: int = BROADCAST_BYTES) -> BroadcastPlan:
-    """The broadcasts of a version, each of `limit` bytes at most, or of one larger tensor."""
+    """Divide a version into broadcasts of at most `limit` bytes each; a larger tensor gets its own broadcast."""
     broadcasts = tuple(
         Broadcast(tuple(t.name for t in piece), tuple(t.dtype for t in piece), tuple(t.shape for t in piece))
         for piece in cut(manifest.tensors, limit)
@@ -67,7 +68,7 @@ def plan_of(manifest: Manifest, limit: int = BROADCAST_BYTES) -> BroadcastPlan:
 
 
 def cut(tensors: Iterable[TensorEntry], limit: int = BROADCAST_BYTES) -> Iterator[list[TensorEntry]]:
-    """The same cuts, as entries."""
+    """Divide `tensors` in the same way as `plan_of`, and yield the entries of each broadcast."""
     piece: list[TensorEntry] = []
     nbytes = 0
     for tensor in tensors:
@@ -82,4 +83,4 @@ def cut(tensors: Iterable[TensorEntry], limit: int = BROADCAST_BYTES) -> Iterato
 
 def _element_bytes(tensor: TensorEntry) -> int:
     numel = math.prod(tensor.shape)
-    return tensor.nbytes // numel if numel else 16  # of an empty tensor: no element is larger
+    return tensor.nbytes // numel if numel else 16  # for an empty tensor use 16: no element type is larger

@@ -1,8 +1,8 @@
-"""One short string that two sets of weights share exactly when they are the same, bit for bit.
+"""A short digest that is equal for two sets of weights exactly if they are equal, bit for bit.
 
-xxh3_128 over, in the order of names, each tensor's name, dtype, shape and the xxh3_128 of its row-major
-bytes. Hashing each tensor on its own lets a writer hash in the order of arrival while the result depends on
-the content alone. xxh3 finds accidents, not forgeries.
+The digest is the xxh3_128 over each tensor's name, dtype, shape and the xxh3_128 of its row-major bytes, in the order
+of the names. Because each tensor is hashed separately, a writer can hash tensors in any order and the result still
+depends only on the content. xxh3 detects accidental changes, not deliberate forgery.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def digest(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Digest of `named_tensors`, in any order, on any device: 32 hexadecimal digits."""
+    """Compute the digest of `named_tensors`, in any order, on any device: 32 hexadecimal digits."""
     return combine(
         (name, dtype_name(tensor), tuple(tensor.shape), xxhash.xxh3_128_digest(tensor_bytes(tensor)))
         for name, tensor in named_tensors
@@ -25,7 +25,7 @@ def digest(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
 
 
 def combine(parts: Iterable[tuple[str, str, Sequence[int], bytes]]) -> str:
-    """Digest from (name, dtype, shape, xxh3_128 of the bytes) of each tensor, in any order."""
+    """Compute the digest from each tensor's (name, dtype, shape, xxh3_128 of the bytes), in any order."""
     state = xxhash.xxh3_128()
     for name, dtype, shape, content in sorted(parts):
         state.update(f"{name}\0{dtype}\0{','.join(map(str, shape))}\0".encode())
@@ -34,12 +34,12 @@ def combine(parts: Iterable[tuple[str, str, Sequence[int], bytes]]) -> str:
 
 
 def dtype_name(tensor: torch.Tensor) -> str:
-    """The dtype's torch name, such as "bfloat16"."""
+    """Return the torch name of the dtype, for example "bfloat16"."""
     return str(tensor.dtype).removeprefix("torch.")
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The row-major bytes of a tensor of any dtype, on any device; a view where it can be one."""
+    """Return the row-major bytes of a tensor of any dtype, on any device; without copying if possible."""
     import torch
 
     flat = tensor.detach().cpu().contiguous().reshape(-1)

@@ -1,8 +1,8 @@
-"""What one version of the weights consists of: tensors, where their bytes lie, and checksums.
+"""The manifest of one weight version: its tensors, the offsets of their bytes, and checksums.
 
-Offsets count from the start of the version's data. Tensors follow one another, each aligned to `ALIGNMENT`
-bytes with zeros between; buckets cut the same bytes into equal pieces, the units of transfer. Encoded form:
-the xxh3_64 of the rest (8 bytes, little-endian), then one MessagePack map.
+Offsets count from the start of the version's data. Tensors follow one another, each aligned to `ALIGNMENT` bytes, with
+zeros in the gaps. Buckets divide the same bytes into equal pieces, which are the units of transfer. The encoded form is
+the xxh3_64 of the body (8 bytes, little-endian), followed by the body, one MessagePack map.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class TensorEntry:
     """One tensor: its bytes are [offset, offset + nbytes), contiguous and row-major."""
 
     name: str
-    dtype: str  # "float32", "bfloat16", ...: the torch name
+    dtype: str  # the torch name: "float32", "bfloat16", ...
     shape: tuple[int, ...]
     offset: int
     nbytes: int
@@ -33,7 +33,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Bucket:
-    """One unit of transfer: bytes [offset, offset + nbytes) of the data."""
+    """One unit of transfer: the bytes [offset, offset + nbytes) of the data."""
 
     offset: int
     nbytes: int
@@ -42,26 +42,26 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Manifest:
-    """One whole version of the weights."""
+    """The description of one complete weight version."""
 
     version: int
     digest: str  # `weights.digest` of the tensors
-    published_at: float  # publisher's wall clock, seconds since 1970
-    nbytes: int  # of the data, with padding
+    published_at: float  # wall-clock time of the publisher, seconds since 1970
+    nbytes: int  # size of the data, including padding
     tensors: tuple[TensorEntry, ...]
     buckets: tuple[Bucket, ...]
 
     def to_bytes(self) -> bytes:
-        """Encode with a checksum in front."""
+        """Encode the manifest, with a checksum in front."""
         body = msgpack.packb(dataclasses.asdict(self))
         return xxhash.xxh3_64_intdigest(body).to_bytes(_CHECKSUM_BYTES, "little") + body
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Manifest:
-        """Decode. Raises WeightsError if the checksum does not fit."""
+        """Decode a manifest. Raises WeightsError if the checksum does not match."""
         checksum, body = int.from_bytes(data[:_CHECKSUM_BYTES], "little"), data[_CHECKSUM_BYTES:]
         if xxhash.xxh3_64_intdigest(body) != checksum:
-            raise WeightsError(f"manifest: checksum does not fit its {len(data)} bytes")
+            raise WeightsError(f"manifest: the checksum does not match its {len(data)} bytes; send it again")
         fields: dict[str, Any] = msgpack.unpackb(body)
         fields["tensors"] = tuple(TensorEntry(**{**t, "shape": tuple(t["shape"])}) for t in fields["tensors"])
         fields["buckets"] = tuple(Bucket(**b) for b in fields["buckets"])
@@ -71,9 +71,9 @@ class Manifest:
         """Raise WeightsError unless `data` is the content of bucket `index`."""
         bucket = self.buckets[index]
         if len(data) != bucket.nbytes or xxhash.xxh3_64_intdigest(data) != bucket.checksum:
-            raise WeightsError(f"weights version {self.version}: bucket {index} does not fit its checksum")
+            raise WeightsError(f"weights version {self.version}: bucket {index} does not match its checksum")
 
 
 def aligned(nbytes: int, alignment: int = ALIGNMENT) -> int:
-    """`nbytes` rounded up to a multiple of `alignment`."""
+    """Round `nbytes` up to a multiple of `alignment`."""
     return -(-nbytes // alignment) * alignment

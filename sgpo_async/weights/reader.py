@@ -1,6 +1,6 @@
-"""Reading a weight store that somebody else writes, without a lock.
+"""Read a weight store while another process writes it, without a lock.
 
-Everything is copied out first and believed afterwards: a copy is whole if its slot still holds the version.
+The reader copies the data first and validates afterwards: the copy is complete if its slot still holds the version.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class StoreReader:
-    """Attaches to a store by path; the store need not exist yet. Methods may be called from any thread."""
+    """Reads the store at a path; the store need not exist yet. Methods may be called from any thread."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)
@@ -28,63 +28,66 @@ class StoreReader:
         self._cached: Manifest | None = None
 
     def version(self) -> int | None:
-        """The newest whole version; None if there is none."""
+        """Return the newest complete version, or None if there is none."""
         records = self._records()
         return records[-1].version if records else None
 
     def manifest(self) -> Manifest | None:
-        """Manifest of the newest whole version; None if there is none.
+        """Return the manifest of the newest complete version, or None if there is none.
 
-        Raises Superseded if it is overwritten while being read, and WeightsError if it is damaged.
+        Raises Superseded if it is overwritten while it is read, and WeightsError if it is damaged.
         """
         records = self._records()
         return self._manifest(records[-1]) if records else None
 
     def encoded_manifest(self) -> bytes | None:
-        """As `manifest`, but unread and unchecked: for `Manifest.from_bytes` at the far end."""
+        """Return the same manifest undecoded and unchecked, for `Manifest.from_bytes` in the receiver."""
         records = self._records()
         return self._encoded(records[-1]) if records else None
 
     def manifest_of(self, version: int) -> Manifest:
-        """Manifest of one version. Raises Superseded if it is gone."""
+        """Return the manifest of one version. Raises Superseded if the store no longer holds it."""
         return self._manifest(self._record(version))
 
     def bucket(self, version: int, index: int) -> bytearray:
-        """Bytes of one bucket, unchecked (see `Manifest.check`). Raises Superseded if `version` is gone."""
+        """Return the bytes of one bucket, unchecked (see `Manifest.check`).
+
+        Raises Superseded if the store no longer holds `version`.
+        """
         record = self._record(version)
         bucket = self._manifest(record).buckets[index]
         data = store_layout.read(self._fd, bucket.nbytes, record.data + bucket.offset)
-        self._still(record)
+        self._check_unchanged(record)
         return data
 
     def copy(self, version: int, tensors: Iterable[TensorEntry], into: memoryview) -> None:
-        """Write the bytes of some `tensors` of `version` into `into`, one after another without gaps.
+        """Copy the bytes of `tensors` of `version` into `into`, one after another without gaps.
 
-        Raises Superseded if the version is gone, or goes meanwhile.
+        Raises Superseded if the version is overwritten before or during the copy.
         """
         record = self._record(version)
         done = 0
         for tensor in tensors:
             store_layout.read_into(self._fd, into[done : done + tensor.nbytes], record.data + tensor.offset)
             done += tensor.nbytes
-        self._still(record)
+        self._check_unchanged(record)
 
     def tensors(self, version: int) -> dict[str, torch.Tensor]:
-        """A whole copy of `version` on the CPU. Raises Superseded if it is gone, or goes meanwhile."""
+        """Copy all of `version` to the CPU. Raises Superseded if it is overwritten before or during the copy."""
         import torch
 
         record = self._record(version)
         manifest = self._manifest(record)
         data = torch.empty(manifest.nbytes, dtype=torch.uint8)
         store_layout.read_into(self._fd, data.numpy().data, record.data)
-        self._still(record)
+        self._check_unchanged(record)
         return {
             t.name: data[t.offset : t.offset + t.nbytes].view(getattr(torch, t.dtype)).reshape(t.shape)
             for t in manifest.tensors
         }
 
     def close(self) -> None:
-        """Let go of the store."""
+        """Close the store."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -101,11 +104,11 @@ class StoreReader:
         for record in self._records():
             if record.version == version:
                 return record
-        raise Superseded(f"weights version {version}: no longer in the store")
+        raise Superseded(f"weights version {version}: no longer in the store; read the newest version")
 
-    def _still(self, record: Record) -> None:
+    def _check_unchanged(self, record: Record) -> None:
         if record not in self._records():
-            raise Superseded(f"weights version {record.version}: overwritten while being read")
+            raise Superseded(f"weights version {record.version}: overwritten while it was read; read the newest one")
 
     def _manifest(self, record: Record) -> Manifest:
         cached = self._cached
@@ -116,20 +119,20 @@ class StoreReader:
 
     def _encoded(self, record: Record) -> bytes:
         data = bytes(store_layout.read(self._fd, record.manifest_nbytes, record.manifest))
-        self._still(record)
+        self._check_unchanged(record)
         return data
 
 
 class LazyTensors(Mapping[str, "torch.Tensor"]):
-    """The tensors of one version, each copied when it is asked for: a model need not fit into memory twice."""
+    """The tensors of one version, each copied on access, so that memory never holds a second copy of the model."""
 
     def __init__(self, reader: StoreReader, version: int) -> None:
-        """Raises Superseded if `version` is gone."""
+        """Raises Superseded if the store no longer holds `version`."""
         self._reader, self._version = reader, version
         self._entries = {t.name: t for t in reader.manifest_of(version).tensors}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """A copy on the CPU. Raises Superseded if the version is gone, or goes meanwhile."""
+        """Copy one tensor to the CPU. Raises Superseded if the version is overwritten before or during the copy."""
         import torch
 
         entry = self._entries[name]

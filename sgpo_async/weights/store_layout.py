@@ -1,13 +1,13 @@
-"""The bytes of a weight store: a header page, then two slots that hold one version each.
+"""The file format of a weight store: a header page, then two slots that hold one version each.
 
     page 0      magic, stride │ record of slot 0 │ record of slot 1
     slot k      at PAGE + k * stride: data, then the encoded manifest
 
-A record says which version its slot holds whole, and where. Its writer erases it, writes data and manifest,
-and only then writes it anew: a sequence lock whose sequence is the version, since versions never repeat. A
-reader takes what it needs and then looks whether the record is still the same. Nobody ever waits for anybody,
-so whoever is killed, nobody hangs; a slot whose writer was killed simply holds nothing. A record carries its
-own checksum, so that half of one is none.
+A record states which complete version its slot holds, and at which offsets. The writer erases the record, writes data
+and manifest, and only then writes the new record. This is a sequence lock with the version as sequence number, because
+versions never repeat. A reader copies what it needs and then checks that the record is unchanged. Readers and writer
+never wait for each other, so a killed process cannot block another one. A slot whose writer was killed counts as empty.
+A record has its own checksum, so that a partly written record is recognised as invalid.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ SLOTS = 2
 _HEADER = struct.Struct("<8sQ")  # magic, stride
 _RECORD = struct.Struct("<qQQQ")  # version, data offset, manifest offset, manifest bytes
 _RECORD_BYTES = 64
-_SLACK = 256  # room for the manifest's numbers to grow
+_SLACK = 256  # spare bytes, because the numbers in later manifests may be longer
 
 
 @dataclass(frozen=True)
 class Record:
-    """What one slot holds; offsets count from the start of the file."""
+    """The version in one slot and its offsets, which count from the start of the file."""
 
     slot: int
     version: int
@@ -45,48 +45,49 @@ class Record:
 
 
 def read_header(fd: int) -> tuple[int, list[Record]]:
-    """Stride (0: not yet made) and the records of the slots that hold a whole version, oldest first."""
+    """Return the stride (0: the store is not initialised) and the records of complete versions, oldest first."""
     page = os.pread(fd, PAGE, 0)
     if len(page) < PAGE:
         return 0, []
     magic, stride = _HEADER.unpack_from(page)
     if magic != MAGIC:
         return 0, []
-    records = [_unpack(slot, page[_place(slot) : _place(slot) + _RECORD_BYTES]) for slot in range(SLOTS)]
+    offsets = [_record_offset(slot) for slot in range(SLOTS)]
+    records = [_unpack(slot, page[offset : offset + _RECORD_BYTES]) for slot, offset in enumerate(offsets)]
     return stride, sorted((r for r in records if r is not None), key=lambda r: r.version)
 
 
 def write_header(fd: int, stride: int) -> None:
-    """Make the store: reserve both slots, so that a full disk shows now and not at a later version."""
-    with guarded("make room"):
+    """Initialise the store and reserve the space of both slots, so that a full disk fails early."""
+    with guarded("reserve space"):
         os.posix_fallocate(fd, 0, PAGE + SLOTS * stride)
     write(fd, _HEADER.pack(MAGIC, stride), 0)
 
 
 def write_record(fd: int, record: Record) -> None:
-    """Make a slot's version visible."""
+    """Make the version in a slot visible to readers."""
     body = _RECORD.pack(record.version, record.data, record.manifest, record.manifest_nbytes)
-    write(fd, body + xxhash.xxh3_64_digest(body), _place(record.slot))
+    write(fd, body + xxhash.xxh3_64_digest(body), _record_offset(record.slot))
 
 
 def erase_record(fd: int, slot: int) -> None:
-    """Declare that a slot holds nothing."""
-    write(fd, bytes(_RECORD_BYTES), _place(slot))
+    """Mark a slot as empty."""
+    write(fd, bytes(_RECORD_BYTES), _record_offset(slot))
 
 
 def stride_for(data_nbytes: int, manifest_nbytes: int) -> int:
-    """Bytes of one slot."""
+    """Compute the size of one slot in bytes."""
     return aligned(aligned(data_nbytes) + manifest_nbytes + _SLACK, PAGE)
 
 
 def read(fd: int, nbytes: int, offset: int) -> bytearray:
-    """Read `nbytes`; fewer if the file ends before."""
+    """Read `nbytes`, or fewer if the file ends before."""
     buffer = bytearray(nbytes)
     return buffer[: read_into(fd, memoryview(buffer), offset)] if nbytes else buffer
 
 
 def read_into(fd: int, view: memoryview, offset: int) -> int:
-    """Fill `view` from `offset` on; returns how many bytes the file had."""
+    """Read from `offset` into `view` until it is full or the file ends; return the number of bytes read."""
     done = 0
     while done < len(view):
         count = os.preadv(fd, [view[done:]], offset + done)
@@ -97,7 +98,7 @@ def read_into(fd: int, view: memoryview, offset: int) -> int:
 
 
 def write(fd: int, data: bytes | memoryview, offset: int) -> None:
-    """Write all of `data`. Raises WeightsError if there is no room."""
+    """Write all of `data`. Raises WeightsError if there is not enough space."""
     view = memoryview(data)
     with guarded("write"):
         while view:
@@ -107,7 +108,7 @@ def write(fd: int, data: bytes | memoryview, offset: int) -> None:
 
 @contextmanager
 def guarded(what: str) -> Iterator[None]:
-    """Turn an OSError of a file operation into a WeightsError with its remedy."""
+    """Turn an OSError of the file operation `what` into a WeightsError with a remedy."""
     try:
         yield
     except OSError as error:
@@ -116,7 +117,7 @@ def guarded(what: str) -> Iterator[None]:
         raise WeightsError(f"weight store: cannot {what}: {error.strerror}{remedy}") from None
 
 
-def _place(slot: int) -> int:
+def _record_offset(slot: int) -> int:
     return 64 + slot * _RECORD_BYTES
 
 

@@ -1,10 +1,10 @@
-"""Writing a weight store: one version at a time into the slot that does not hold the newest.
+"""Write a weight store: one version at a time, into the slot that does not hold the newest version.
 
-    publish(version, tensors)     from tensors, one after another (the learner)
-    receive(manifest)             from buckets, in any order (the copy on an inference node)
+    publish(version, tensors)     from tensors, one after another (in the learner)
+    receive(manifest)             from buckets, in any order (in the weight receiver on an inference node)
 
-A version becomes visible by one record, written after all else. A writer that is killed, or whose tensors end
-in an error, leaves the newest version untouched; the next writer continues in the other slot.
+A version becomes visible through its record, which is written last. If the writer is killed or fails, the newest
+version is unchanged, and the next writer continues in the other slot.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BUCKET_BYTES = 16 * 2**20
 
 
 class StoreWriter:
-    """The one writer of a store; continues a store that an earlier writer left behind."""
+    """The only writer of a store; it can continue a store that an earlier writer left."""
 
     def __init__(self, path: str | Path, *, bucket_bytes: int = BUCKET_BYTES) -> None:
         assert bucket_bytes > 0
@@ -50,15 +50,15 @@ class StoreWriter:
 
     @property
     def version(self) -> int | None:
-        """The newest whole version."""
+        """The newest complete version; None if there is none."""
         return self._newest.version if self._newest else None
 
     def publish(self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Manifest:
-        """Copy `named_tensors` in, one at a time, and make them visible as `version`.
+        """Copy `named_tensors` into the store, one at a time, and make them visible as `version`.
 
-        The first publication fixes names, dtypes, shapes and order. Raises WeightsError if a later one
-        differs, if `version` is not newer than the newest, or if there is no room; what was there before then
-        stays.
+        The first publication fixes names, dtypes, shapes and order. Raises WeightsError if a later publication
+        differs in these, if `version` is not above the newest version, or if there is not enough space; the
+        newest version is then unchanged.
         """
         self._check_version(version)
         self._begin()
@@ -87,9 +87,9 @@ class StoreWriter:
         return manifest
 
     def receive(self, manifest: Manifest) -> Incoming:
-        """Begin to write the version that `manifest` describes, bucket by bucket.
+        """Start to write the version that `manifest` describes, bucket by bucket.
 
-        Raises WeightsError as `publish` does.
+        Raises WeightsError for the same reasons as `publish`.
         """
         self._check_version(manifest.version)
         for index, entry in enumerate(manifest.tensors):
@@ -99,7 +99,7 @@ class StoreWriter:
         return Incoming(self, manifest)
 
     def close(self) -> None:
-        """Let go of the store; it stays readable."""
+        """Close the store; it stays readable."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -109,7 +109,7 @@ class StoreWriter:
 
     def _begin(self) -> None:
         if self._newest is None:
-            self._stride = 0  # nothing whole is in the file: its slots are laid out anew, the first at PAGE
+            self._stride = 0  # the file holds no complete version: lay out the slots from PAGE on
         store_layout.erase_record(self._fd, self._slot)
 
     def _finish(self, manifest: Manifest) -> None:
@@ -118,17 +118,17 @@ class StoreWriter:
             self._stride = store_layout.stride_for(manifest.nbytes, len(encoded))
             store_layout.write_header(self._fd, self._stride)
         start = self._start()
-        place = start + aligned(manifest.nbytes)
-        assert place + len(encoded) <= start + self._stride
-        store_layout.write(self._fd, encoded, place)
-        store_layout.write_record(self._fd, Record(self._slot, manifest.version, start, place, len(encoded)))
+        offset = start + aligned(manifest.nbytes)
+        assert offset + len(encoded) <= start + self._stride
+        store_layout.write(self._fd, encoded, offset)
+        store_layout.write_record(self._fd, Record(self._slot, manifest.version, start, offset, len(encoded)))
         self._newest = manifest
         self._slot = 1 - self._slot
 
     def _check_version(self, version: int) -> None:
         newest = self.version
         if newest is not None and version <= newest:
-            raise WeightsError(f"weights version {version}: the store already holds version {newest}")
+            raise WeightsError(f"weights version must be > {newest}, the newest version in the store, got {version}")
 
     def _check_entry(self, version: int, index: int, entry: TensorEntry) -> None:
         if self._newest is None:
@@ -136,24 +136,26 @@ class StoreWriter:
         known = self._newest.tensors
         if index < len(known) and known[index] == entry:
             return
-        expected = _describe(known[index]) if index < len(known) else f"{len(known)} tensors"
+        expected = _describe(known[index]) if index < len(known) else f"absent, as the store has {len(known)} tensors"
         raise WeightsError(
-            f"weights version {version}: tensor {index} is {_describe(entry)}, but the store was made for "
-            f"{expected}; publish the same parameters in the same order"
+            f"weights version {version}: tensor {index} must be {expected}, got {_describe(entry)}; "
+            f"publish the same parameters in the same order"
         )
 
     def _check_names(self, version: int, names: list[str]) -> None:
         if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise WeightsError(f"weights version {version}: tensor {twice!r} is there twice")
+            duplicate = next(name for name in names if names.count(name) > 1)
+            raise WeightsError(f"weights version {version}: tensor names must be unique, got {duplicate!r} twice")
         known = len(self._newest.tensors) if self._newest else len(names)
         if len(names) != known:
-            count = f"{len(names)} tensors, but the store was made for {known}"
-            raise WeightsError(f"weights version {version}: {count}")
+            raise WeightsError(
+                f"weights version {version}: the number of tensors must be {known}, got {len(names)}; "
+                f"publish the same parameters in the same order"
+            )
 
 
 class Incoming:
-    """A version that arrives in buckets; invisible until `commit`."""
+    """A version that is received in buckets; readers cannot see it until `commit`."""
 
     def __init__(self, writer: StoreWriter, manifest: Manifest) -> None:
         self._writer = writer
@@ -161,20 +163,20 @@ class Incoming:
         self._missing = set(range(len(manifest.buckets)))
 
     def put(self, index: int, data: bytes | bytearray | memoryview) -> None:
-        """Write bucket `index`. Raises WeightsError, and writes nothing, if the checksum does not fit."""
+        """Write bucket `index`. If the checksum does not match, raises WeightsError and writes nothing."""
         self._manifest.check(index, data)
         writer = self._writer
         store_layout.write(writer._fd, memoryview(data), writer._start() + self._manifest.buckets[index].offset)
         self._missing.discard(index)
 
     def commit(self) -> None:
-        """Make the version visible; every bucket must have been put."""
+        """Make the version visible to readers; every bucket must have been written."""
         assert not self._missing, f"buckets {sorted(self._missing)} are missing"
         self._writer._finish(self._manifest)
 
 
 class _Stream:
-    """Writes bytes one after another and cuts them into checked buckets."""
+    """Writes bytes one after another, divides them into buckets and computes their checksums."""
 
     def __init__(self, fd: int, start: int, bucket_bytes: int) -> None:
         self.offset = 0

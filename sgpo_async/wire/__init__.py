@@ -1,4 +1,4 @@
-"""Records, defined once, and the codec that carries them between processes."""
+"""The messages that processes exchange by ZeroMQ, and the codec that encodes and decodes them."""
 
 from sgpo_async.wire.codec import decode, encode
 from sgpo_async.wire.records import PROTOCOL

@@ -1,11 +1,11 @@
-"""Messages to frames and back.
+"""Encode messages into frames and decode them.
 
     frame 0      MessagePack of PROTOCOL, then MessagePack of {"kind": "Rollout", field: value, ...}
-    frame 1..n   the raw little-endian buffers that array fields point to, in order
+    frame 1..n   the raw little-endian buffers of array and bytes fields, in order
 
-The protocol version is compared before anything else is looked at. The header is then skimmed without
-building anything, so that a length it claims but does not hold costs nothing, and it is small (`MAX_HEADER`),
-so that what it does hold costs little.
+`decode` compares the protocol version before it reads anything else. It then walks through the header without building
+objects, so that a length that the header claims but does not hold allocates no memory, and it limits the header's size
+(`MAX_HEADER`), so that what the header does hold allocates little.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from typing import Any, cast, get_args, get_origin, get_type_hints
 import msgpack
 
 from sgpo_async.errors import ProtocolMismatch, WireError
-from sgpo_async.wire.fields import Field, Frames, Many, leaf_field, misfit
+from sgpo_async.wire.fields import Field, Frames, RecordTuple, field_of, unexpected
 from sgpo_async.wire.records import PROTOCOL, Message
-from sgpo_async.wire.rules import FAULTS
+from sgpo_async.wire.rules import RULES
 
 PREFIX = msgpack.packb(PROTOCOL)
-MAX_HEADER = 4 * 2**20  # bytes: a shard of some 20,000 rollouts; empty maps would grow 70-fold when built
+MAX_HEADER = (
+    4 * 2**20
+)  # bytes: enough for a shard of 20,000 rollouts; a header of empty maps would take 70 times this memory when built
 BROKEN = (ValueError, msgpack.UnpackException)  # what msgpack raises for bytes that are not MessagePack
 
 
@@ -37,25 +39,25 @@ class RecordPlan:
         self.fields: dict[str, Field] = {
             field.name: plan_field(hints[field.name], f"{self.name}.{field.name}") for field in fields(record)
         }
-        self.fault = FAULTS.get(record)
+        self.invalid_reason = RULES.get(record)
 
     def check(self, message: Any) -> None:
-        if self.fault and (fault := self.fault(message)):
-            raise WireError(f"{self.name}: {fault}")
+        if self.invalid_reason and (reason := self.invalid_reason(message)):
+            raise WireError(f"{self.name}: {reason}")
 
     def dump(self, message: Any, buffers: list[bytes]) -> dict[str, Any]:
         if type(message) is not self.record:
-            raise misfit(self.where, self.name, message)
+            raise unexpected(self.where, self.name, message)
         plain = {name: field.dump(getattr(message, name), buffers) for name, field in self.fields.items()}
         self.check(message)
         return plain
 
     def load(self, plain: Any, frames: Frames) -> Any:
         if type(plain) is not dict:
-            raise misfit(self.where, f"map of {self.name}", plain)
+            raise unexpected(self.where, f"map of {self.name}", plain)
         if plain.keys() != self.fields.keys():
-            odd = sorted(map(str, plain.keys() ^ self.fields.keys()))
-            raise WireError(f"{self.name}: missing or unknown fields {', '.join(odd)[:80]}")
+            differing = sorted(map(str, plain.keys() ^ self.fields.keys()))
+            raise WireError(f"{self.name}: missing or unknown fields {', '.join(differing)[:80]}")
         values = {name: field.load(plain[name], frames) for name, field in self.fields.items()}
         message = self.record(**values)
         self.check(message)
@@ -63,10 +65,10 @@ class RecordPlan:
 
 
 def plan_field(annotation: Any, where: str) -> Field:
-    """The way of one field: a tuple of records, or something that holds no record."""
+    """The encoder and decoder of one field: of a tuple of records, or of a value without records."""
     if get_origin(annotation) is tuple:
-        return Many(where, RecordPlan(get_args(annotation)[0], where))
-    return leaf_field(annotation, where)
+        return RecordTuple(where, RecordPlan(get_args(annotation)[0], where))
+    return field_of(annotation, where)
 
 
 PLANS = {record.__name__: RecordPlan(record) for record in get_args(Message)}
@@ -76,7 +78,7 @@ def encode(message: Message) -> list[bytes]:
     """The frames of a message.
 
     Raises:
-        WireError: a field holds what its annotation does not allow.
+        WireError: a field holds a value that its annotation does not allow, or the message breaks a rule.
     """
     plan = PLANS[type(message).__name__]
     buffers: list[bytes] = []
@@ -86,20 +88,20 @@ def encode(message: Message) -> list[bytes]:
     except (ValueError, OverflowError) as error:  # a str with lone surrogates, an int beyond 64 bits
         raise WireError(f"{plan.name}: {error}") from error
     if len(header) > MAX_HEADER:
-        raise WireError(f"{plan.name}: header of {len(header)} bytes, the limit is {MAX_HEADER}")
+        raise WireError(f"{plan.name}: header of {len(header)} bytes is larger than {MAX_HEADER}")
     return [PREFIX + header, *buffers]
 
 
 def decode(frames: Sequence[bytes | memoryview], *, max_bytes: int) -> Message:
-    """The message that stands in `frames`; its arrays are read-only views of them.
+    """The message in `frames`; its arrays are read-only views of the frames.
 
     Raises:
-        ProtocolMismatch: the other side speaks another version.
-        WireError: anything else that is wrong with the frames.
+        ProtocolMismatch: the sender uses another protocol version.
+        WireError: the frames are invalid in any other way.
     """
     size = sum(len(frame) for frame in frames)
     if size > max_bytes:
-        raise WireError(f"message of {size} bytes is larger than {max_bytes} (hub.max_message_mb)")
+        raise WireError(f"message of {size} bytes is larger than {max_bytes}; raise hub.max_message_mb")
     if not frames:
         raise WireError("message without frames")
     plain = read_header(bytes(frames[0]))
@@ -114,11 +116,11 @@ def decode(frames: Sequence[bytes | memoryview], *, max_bytes: int) -> Message:
 
 
 def read_header(header: bytes) -> dict[Any, Any]:
-    """The map of a header whose version is ours."""
+    """The map in a header. Raises ProtocolMismatch or WireError."""
     if not header.startswith(PREFIX):
-        raise other_protocol(header)
+        raise version_error(header)
     if len(header) > MAX_HEADER + len(PREFIX):
-        raise WireError(f"header of {len(header)} bytes, the limit is {MAX_HEADER}")
+        raise WireError(f"header of {len(header)} bytes is larger than {MAX_HEADER}")
     body = header[len(PREFIX) :]
     try:
         skim(body)
@@ -126,19 +128,19 @@ def read_header(header: bytes) -> dict[Any, Any]:
     except BROKEN as error:
         raise WireError(f"header is not MessagePack: {str(error) or type(error).__name__}") from error
     if type(plain) is not dict:
-        raise misfit("header", "map", plain)
+        raise unexpected("header", "map", plain)
     return plain
 
 
 def skim(body: bytes) -> None:
-    """Walk through one MessagePack object without building it; raises if it is not whole."""
+    """Walk through one MessagePack object without building it; raises one of `BROKEN` if it is incomplete."""
     unpacker = msgpack.Unpacker(max_buffer_size=max(len(body), 1))
     unpacker.feed(body)
     unpacker.skip()
 
 
-def other_protocol(header: bytes) -> WireError:
-    """The error for a header that does not begin with our version."""
+def version_error(header: bytes) -> WireError:
+    """The error for a header that does not begin with this side's protocol version."""
     unpacker = msgpack.Unpacker(
         max_buffer_size=16, max_str_len=0, max_bin_len=0, max_array_len=0, max_map_len=0, max_ext_len=0
     )
@@ -150,5 +152,5 @@ def other_protocol(header: bytes) -> WireError:
     if type(version) is not int or version == PROTOCOL:
         return WireError("message does not begin with a protocol version")
     return ProtocolMismatch(
-        f"protocol: the other side speaks version {version}, this side {PROTOCOL}; install the same sgpo-async on both"
+        f"protocol: the other side uses version {version}, this side {PROTOCOL}; install the same sgpo-async on both"
     )

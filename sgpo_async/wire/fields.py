@@ -1,4 +1,4 @@
-"""How one field of a record travels: derived from its annotation, checked on both sides.
+"""How one field of a record is encoded. The annotation decides; sender and receiver both check the value.
 
     annotation               in the MessagePack header               in frames of its own
     int float str bool       the value
@@ -9,8 +9,8 @@
     bytes                    [frame index, "|u1", [length]]          the bytes
     tuple[Record, ...]       a list of maps                          their buffers, in order
 
-`dump` turns a value into what stands in the header and appends buffers; `load` is its inverse and trusts
-nothing. Both raise `WireError` naming record and field. Types are exact: no bool passes for an int.
+`dump` returns the part of the header for a value and appends buffers; `load` is its inverse and checks everything that
+it reads. Both raise a WireError that names record and field. Types are exact: a bool is not accepted as an int.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LEAVES = frozenset({type(None), bool, int, float, str})
 
 
 class Frames:
-    """The buffer frames of a message that is being decoded; they are consumed in order, each exactly once."""
+    """The buffer frames of a message that is being decoded; fields take them in order, each exactly once."""
 
     def __init__(self, buffers: Sequence[bytes | memoryview]) -> None:
         self.buffers = buffers
@@ -43,28 +43,28 @@ class Frames:
 
 
 class Field(Protocol):
-    """One field's way onto the wire and back."""
+    """Encoder and decoder of one field."""
 
     def dump(self, value: Any, buffers: list[bytes]) -> Any: ...
 
     def load(self, plain: Any, frames: Frames) -> Any: ...
 
 
-def misfit(where: str, expected: str, value: object) -> WireError:
-    """The error for a value that does not fit; shows at most 60 characters of it."""
+def unexpected(where: str, expected: str, value: object) -> WireError:
+    """The error for a value of another type or form than expected; shows at most 60 characters of it."""
     return WireError(f"{where}: expected {expected}, got {type(value).__name__} {str(value)[:60]!r}")
 
 
 @dataclass(frozen=True)
 class Scalar:
-    """bool or str, by exact type."""
+    """A bool or a str, of exactly this type."""
 
     where: str
     kind: type
 
     def check(self, value: Any) -> Any:
         if type(value) is not self.kind:
-            raise misfit(self.where, self.kind.__name__, value)
+            raise unexpected(self.where, self.kind.__name__, value)
         return value
 
     def dump(self, value: Any, _buffers: list[bytes]) -> Any:
@@ -79,12 +79,12 @@ class Integer(Scalar):
 
     def check(self, value: Any) -> Any:
         if type(value) is not int or not -INT64 <= value < INT64:
-            raise misfit(self.where, "a 64-bit int", value)
+            raise unexpected(self.where, "a 64-bit int", value)
         return value
 
 
 class Real(Scalar):
-    """A float; the sender may give an int or a NumPy float64."""
+    """A float; the sender may also pass an int or a NumPy float64."""
 
     def dump(self, value: Any, _buffers: list[bytes]) -> Any:
         return float(value) if isinstance(value, float) or type(value) is int else self.check(value)
@@ -99,7 +99,7 @@ class Choice:
 
     def dump(self, value: Any, _buffers: list[bytes]) -> Any:
         if type(value) is not str or value not in self.choices:
-            raise misfit(self.where, f"one of {', '.join(self.choices)}", value)
+            raise unexpected(self.where, f"one of {', '.join(self.choices)}", value)
         return value
 
     def load(self, plain: Any, _frames: Frames) -> Any:
@@ -108,7 +108,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Optional:
-    """A field that may be absent."""
+    """A field that may be None."""
 
     inner: Field
 
@@ -121,7 +121,7 @@ class Optional:
 
 @dataclass(frozen=True)
 class Plain:
-    """A map with string keys of None, bool, int, float, str, and lists and maps of these."""
+    """A map from str to None, bool, int, float, str, and lists and maps of these."""
 
     where: str
 
@@ -133,17 +133,17 @@ class Plain:
         if type(value) is dict:
             for key, item in value.items():
                 if type(key) is not str:
-                    raise misfit(self.where, "str as key", key)
+                    raise unexpected(self.where, "str as key", key)
                 self.check(item, depth + 1)
         elif type(value) is list:
             for item in value:
                 self.check(item, depth + 1)
         else:
-            raise misfit(self.where, "plain data", value)
+            raise unexpected(self.where, "plain data", value)
 
     def dump(self, value: Any, _buffers: list[bytes]) -> Any:
         if type(value) is not dict:
-            raise misfit(self.where, "dict", value)
+            raise unexpected(self.where, "dict", value)
         self.check(value)
         return value
 
@@ -159,7 +159,7 @@ class Array:
 
     def dump(self, value: Any, buffers: list[bytes]) -> Any:
         if not isinstance(value, np.ndarray) or value.ndim != 1 or value.dtype != self.dtype:
-            raise misfit(self.where, f"1-d array of {self.name}", getattr(value, "dtype", value))
+            raise unexpected(self.where, f"1-d array of {self.name}", getattr(value, "dtype", value))
         buffers.append(value.tobytes())
         return [len(buffers), self.name, [len(value)]]
 
@@ -170,7 +170,7 @@ class Array:
         length, rest = divmod(len(buffer), self.dtype.itemsize)
         expected = [frames.taken, self.name, [length]]
         if rest or plain != expected:
-            raise misfit(self.where, f"{expected} for a frame of {len(buffer)} bytes", plain)
+            raise unexpected(self.where, f"{expected} for a frame of {len(buffer)} bytes", plain)
         array = np.frombuffer(buffer, self.dtype)
         array.flags.writeable = False
         return array
@@ -184,7 +184,7 @@ class Blob(Array):
 
     def dump(self, value: Any, buffers: list[bytes]) -> Any:
         if type(value) is not bytes:
-            raise misfit(self.where, "bytes", value)
+            raise unexpected(self.where, "bytes", value)
         return super().dump(np.frombuffer(value, self.dtype), buffers)
 
     def load(self, plain: Any, frames: Frames) -> Any:
@@ -192,7 +192,7 @@ class Blob(Array):
 
 
 @dataclass(frozen=True)
-class Many:
+class RecordTuple:
     """A tuple of records of one class."""
 
     where: str
@@ -200,28 +200,28 @@ class Many:
 
     def dump(self, value: Any, buffers: list[bytes]) -> Any:
         if type(value) is not tuple:
-            raise misfit(self.where, "tuple", value)
+            raise unexpected(self.where, "tuple", value)
         return [self.inner.dump(item, buffers) for item in value]
 
     def load(self, plain: Any, frames: Frames) -> Any:
         if type(plain) is not list:
-            raise misfit(self.where, "list", plain)
+            raise unexpected(self.where, "list", plain)
         return tuple(self.inner.load(item, frames) for item in plain)
 
 
 def optional_of(annotation: Any) -> Any:
     """T if the annotation is `T | None`, else None."""
-    if get_origin(annotation) not in (types.UnionType, Union):  # an Annotated type makes the second of `T | None`
+    if get_origin(annotation) not in (types.UnionType, Union):  # `T | None` is a Union if T is Annotated
         return None
     inner = [argument for argument in get_args(annotation) if argument is not types.NoneType]
-    assert len(inner) == 1, f"only T | None travels, not {annotation}"
+    assert len(inner) == 1, f"a record may have fields T | None, but not {annotation}"
     return inner[0]
 
 
-def leaf_field(annotation: Any, where: str) -> Field:
-    """The way of a field whose annotation holds no record."""
+def field_of(annotation: Any, where: str) -> Field:
+    """The encoder and decoder of a field whose annotation holds no record."""
     if inner := optional_of(annotation):
-        return Optional(leaf_field(inner, where))
+        return Optional(field_of(inner, where))
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return Array(where, arguments[1])

@@ -1,13 +1,13 @@
-"""Every message that crosses a process boundary by ZeroMQ, defined once for memory and wire.
+"""Every message between hub, actors and learner. The in-memory transport and ZeroMQ use the same records.
 
     actor ──▶ hub     Hello  Ready  Rollout  Release  Heartbeat  Goodbye
     hub ──▶ actor     Welcome | Refused  Lease  Ack  Stop
     learner ──▶ hub   Hello  BatchRequest  Commit  Published  Evaluate  SnapshotRequest  Restore  Finish  Heartbeat
     hub ──▶ learner   Welcome | Refused  Shard  Committed  Evaluated  Snapshot  Restored
-    anyone ──▶ hub    StatusRequest  SettingsRequest      hub ──▶ anyone    Status  Settings
+    any process ──▶ hub    StatusRequest  SettingsRequest      hub ──▶ that process    Status  Settings
 
-A record is a frozen dataclass. Its array fields (`Tokens`, `Floats`, `Ints`) and `bytes` travel as raw
-little-endian buffers in frames of their own; everything else travels in the MessagePack header. `None` means absent.
+A record is a frozen dataclass. The codec sends array fields (`Tokens`, `Floats`, `Ints`) and `bytes` as raw
+little-endian buffers, each in its own frame, and all other fields in the MessagePack header. `None` means absent.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-PROTOCOL = 3  # raised by every change of a record
+PROTOCOL = 3  # raise it whenever a record changes
 
 Tokens = Annotated[np.ndarray, "<i4"]  # token ids, 1-d
 Ints = Annotated[np.ndarray, "<i4"]
@@ -28,36 +28,36 @@ Purpose = Literal["train", "evaluate"]
 
 @dataclass(frozen=True, kw_only=True)
 class Hello:
-    """First message of a member; answered by Welcome or Refused."""
+    """First message of a member; the hub answers with Welcome or Refused."""
 
     role: Literal["actor", "learner"]
     name: str  # unique among living members, e.g. "actor-3f2a", "learner-0"
-    tokenizer: str = ""  # fingerprint; the hub refuses a member that differs from the learner
+    tokenizer: str = ""  # fingerprint; the hub refuses a member whose tokenizer differs from the learner's
     rank: int = 0  # learner only
     world_size: int = 1  # learner only
 
 
 @dataclass(frozen=True, kw_only=True)
 class Welcome:
-    """The hub accepts a member and tells it what it needs to know."""
+    """The hub accepts a member; the fields hold what the member needs to take part."""
 
-    session_host: str = ""  # actor: where its link process waits for the Torch RPC world of two
+    session_host: str = ""  # actor: address of its weight sender, which waits to form a Torch RPC world of two
     session_port: int = 0
-    store: str = ""  # learner: path of the shared-memory weight store to publish into
-    version: int = 0  # learner: the version its first publication carries
+    store: str = ""  # learner: path of the shared-memory weight store into which it publishes
+    version: int = 0  # learner: version of its first publication
 
 
 @dataclass(frozen=True, kw_only=True)
 class Refused:
-    """The hub does not take this member, and why (one line with remedy)."""
+    """The hub refuses this member; `reason` is one line with a remedy."""
 
     reason: str
-    final: bool = False  # nothing that time brings can change it
+    final: bool = False  # permanent; retrying cannot help
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ready:
-    """Credit: the actor holds a verified version and can take `tasks` more leases than it has now."""
+    """The actor holds a verified weight version and can take `tasks` more leases than it has now."""
 
     tasks: int
     version: int
@@ -65,13 +65,13 @@ class Ready:
 
 @dataclass(frozen=True, kw_only=True)
 class Lease:
-    """The hub asks for one whole group: `autonomous` rollouts of the plain prompt, `guided` of the strategy's.
+    """The hub asks for one group: `autonomous` rollouts of the plain prompt, `guided` of the prompt with the strategy.
 
-    It holds all that makes a rollout what it is, but the prompt's style and the model: training and benchmarks may be
-    sampled and judged differently.
+    The lease holds everything that determines a rollout, except the prompt's style and the model, because training and
+    benchmarks may sample and judge differently.
 
-    All or nothing: a lease that is lost is reissued as a whole under the next attempt, since keeping the rollouts
-    that happened to finish would favour short ones.
+    The hub reissues a lost lease as a whole, with the next attempt number. Keeping the rollouts that happened to finish
+    would favour short ones.
     """
 
     task: int
@@ -83,12 +83,12 @@ class Lease:
     strategy: str | None
     autonomous: int
     guided: int
-    min_version: int  # no token may be older
+    min_version: int  # no token may come from an older weight version
     seed: int
     temperature: float
-    top_p: float  # 1 for training: a truncated sampler's log-probabilities fit no importance ratio
+    top_p: float  # must be 1 for training: importance ratios need log-probabilities over the whole vocabulary
     max_new_tokens: int
-    top_logprobs_num: int = 0  # likeliest tokens told beside each token of a correct guided rollout
+    top_logprobs_num: int = 0  # likeliest tokens to report for each token of a correct guided rollout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,21 +101,21 @@ class Rollout:
     purpose: Purpose
     guided: bool
     prompt: Tokens  # with the strategy, if guided
-    tokens: Tokens  # [T] sampled, with the end token if there is one
+    tokens: Tokens  # [T] sampled tokens, with the end token if there is one
     logprobs: Floats  # [T] behaviour log-probability of each token at the sampling temperature
     versions: Ints  # [S] weight version of each span
     ends: Ints  # [S] end (exclusive) of each span in `tokens`; the last is T
     reward: float
     finish: Literal["stop", "length"]
-    # Of correct guided rollouts only: Eq. 4, the sum of log pi(token | plain prompt); and, if the lease asks for them,
-    # the k likeliest tokens at each place with their log-probabilities, place by place, the likeliest first.
+    # For correct guided rollouts only: the sum of log pi(token | plain prompt), for Eq. 4; and, if the lease asks for
+    # them, the k likeliest tokens at each position with their log-probabilities, position by position, likeliest first.
     unguided_logprob: float | None = None
     top_tokens: Tokens | None = None  # [T * k]
     top_logprobs: Floats | None = None  # [T * k]
 
     @property
     def oldest_version(self) -> int:
-        """The version of the stalest token."""
+        """The weight version of the oldest token."""
         return int(self.versions.min())
 
     def token_versions(self) -> np.ndarray:
@@ -125,7 +125,7 @@ class Rollout:
 
 @dataclass(frozen=True, kw_only=True)
 class Ack:
-    """The hub has this rollout (new or already known): the actor may forget it."""
+    """The hub has this rollout, received now or before: the actor may forget it."""
 
     task: int
     attempt: int
@@ -134,37 +134,37 @@ class Ack:
 
 @dataclass(frozen=True, kw_only=True)
 class Release:
-    """The actor gives a lease back unfinished."""
+    """The actor returns an unfinished lease."""
 
     task: int
     attempt: int
     reason: str
-    servable: bool = True  # False: no actor ever can, e.g. the prompt is longer than the model's context
+    servable: bool = True  # False: no actor can complete it, e.g. the prompt is longer than the model's context
 
 
 @dataclass(frozen=True, kw_only=True)
 class Heartbeat:
-    """Sign of life, with the counters of an actor (all cumulative since its start)."""
+    """Shows that a member is alive. The counters of an actor are cumulative since its start."""
 
     state: str = ""  # "joining", "serving", "draining", ...
     version: int = -1
-    running: int = 0  # sequences now in the engine
-    tokens: int = 0  # generated
+    running: int = 0  # sequences in the engine at the moment
+    tokens: int = 0  # generated tokens
     busy_s: float = 0.0  # time in which the engine had work
     wall_s: float = 0.0
-    tasks: Ints = field(default_factory=lambda: np.empty(0, np.int32))  # leases it is working on: keeps them alive
+    tasks: Ints = field(default_factory=lambda: np.empty(0, np.int32))  # leases in progress, whose timeouts start anew
 
 
 @dataclass(frozen=True, kw_only=True)
 class Goodbye:
-    """A member leaves on purpose."""
+    """A member leaves intentionally."""
 
     reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stop:
-    """The run is over: an actor leaves."""
+    """The hub asks an actor to leave, because the run is over."""
 
     reason: str = ""
 
@@ -181,21 +181,21 @@ class Shard:
     """One rank's part of a batch: whole groups. Empty only if the batch has fewer groups than ranks."""
 
     step: int
-    version: int  # the learner's version now; lag of a token = this - its version
-    problems: int  # in the whole batch, over all ranks: the P of Eq. 7
-    rollouts: tuple[Rollout, ...]  # groups one after another, each group ordered by slot
+    version: int  # the learner's present version; the lag of a token is this minus the token's version
+    problems: int  # problems in the whole batch, over all ranks: P in Eq. 7
+    rollouts: tuple[Rollout, ...]  # group after group; rollouts of a group are ordered by slot
 
 
 @dataclass(frozen=True, kw_only=True)
 class Commit:
-    """Rank 0: the optimiser step on the batch of `step` is done; its rollouts count as trained."""
+    """Rank 0 has done the optimiser step on the batch of `step`; the hub counts its rollouts as trained."""
 
     step: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Committed:
-    """Answer to Commit: the hub's side of this step's metrics."""
+    """Answer to Commit: the hub's part of the metrics of this step."""
 
     step: int
     status: dict[str, Any]
@@ -203,60 +203,60 @@ class Committed:
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """Rank 0: `version` stands whole in the weight store."""
+    """Rank 0 has written the whole of `version` into the weight store."""
 
     version: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Rank 0 asks for pass rates on the held-out problems by `version` or newer; answered by Evaluated."""
+    """Rank 0 asks for pass rates of `version`, or newer, on the held-out problems; the hub answers with Evaluated."""
 
     version: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkScore:
-    """One benchmark in one evaluation round: avg@k and pass@k with intervals, and what they are made of."""
+    """One benchmark in one evaluation round: avg@k and pass@k with intervals, and the results of each problem."""
 
     name: str
-    avg: float | None  # None: no problem could be served
+    avg: float | None  # None: the actors could serve no problem
     low: float | None
     high: float | None
     samples: int  # k
-    problems: int  # that could be served
+    problems: int  # problems that the actors could serve
     pass_at: dict[str, Any] = field(default_factory=dict)  # {"1", "2", "4", ...: {mean, low, high}}
     results: dict[str, Any] = field(default_factory=dict)  # by problem: id -> `metrics.problems.ProblemResult`, plain
 
-    def figures(self) -> dict[str, Any]:
-        """All but the problems, as plain data."""
-        return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "results"}
+    def metrics(self) -> dict[str, Any]:
+        """All fields except `results`, as plain data."""
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.name != "results"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluated:
     """Pass rates on held-out problems, and scores on benchmarks."""
 
-    version: int  # asked for
+    version: int  # the requested version
     pass_auto: float
     pass_guided: float
-    problems: int  # held out
-    served_oldest: int  # of the tokens' versions: that asked for, or newer ones
-    served_newest: int
-    lag: float  # mean over tokens: the learner's version when the round ended, minus the token's
+    problems: int  # held-out problems
+    served_oldest: int  # oldest weight version of a token: `version` or newer
+    served_newest: int  # newest weight version of a token
+    lag: float  # mean over tokens of: learner's version when the round ended, minus the token's version
     benchmarks: tuple[BenchmarkScore, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class SnapshotRequest:
-    """Rank 0 asks for the hub's state, to be stored in a checkpoint."""
+    """Rank 0 asks for the hub's state, which it stores in a checkpoint."""
 
     step: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """The hub's state at one step: opaque to the learner."""
+    """The hub's state at one step. The learner stores it without reading it."""
 
     step: int
     state: bytes
@@ -264,45 +264,45 @@ class Snapshot:
 
 @dataclass(frozen=True, kw_only=True)
 class Restore:
-    """Rank 0 resumes from a checkpoint: the hub goes back to the state stored in it."""
+    """Rank 0 resumes from a checkpoint and asks the hub to restore the state stored in it."""
 
     state: bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Restored:
-    """Answer to Restore; `version` is what the resumed weights are published as."""
+    """Answer to Restore; the learner publishes the resumed weights as `version`."""
 
     version: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finish:
-    """Rank 0: the run is over; the hub stops its actors and itself."""
+    """Rank 0 ends the run; the hub stops the actors and then itself."""
 
     reason: str = "finished"
 
 
 @dataclass(frozen=True, kw_only=True)
 class StatusRequest:
-    """Anyone may ask how the run stands, without being a member."""
+    """Asks for the state of the run. The sender need not be a member."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """How the run stands: see `hub.core.HubCore.status` for the keys."""
+    """The state of the run; `hub.core.HubCore.status` defines the keys."""
 
     status: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SettingsRequest:
-    """An actor asks what run it would join, before it says Hello: loading the model may take long."""
+    """An actor asks for the configuration before it sends Hello, because it may need long to load the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The run's configuration as plain data (`config.to_plain`)."""
+    """Answer to SettingsRequest: the run's configuration as plain data (`config.to_plain`)."""
 
     settings: dict[str, Any]
 

@@ -1,4 +1,7 @@
-"""What types cannot say about a record: lengths that belong together, spans, finite numbers."""
+"""Rules for records that types cannot express: lengths that must agree, spans, finite numbers.
+
+Each function returns why a record is invalid, or None if it is valid.
+"""
 
 from __future__ import annotations
 
@@ -11,72 +14,81 @@ import numpy as np
 from sgpo_async.wire.records import Lease, Rollout, Shard
 
 
-def rollout_fault(rollout: Rollout) -> str | None:
-    """What keeps a learner from training on this rollout, if anything.
+def invalid_rollout(rollout: Rollout) -> str | None:
+    """Why a learner cannot train on this rollout.
 
-    Token ids are not compared with a vocabulary: the wire knows none.
+    Token ids are not compared with a vocabulary, which the codec does not know.
     """
     length, ends = len(rollout.tokens), rollout.ends
     if not len(rollout.prompt) or not length:
-        return "prompt and tokens hold at least one token each"
+        return "prompt and tokens must hold at least one token each"
     if len(rollout.logprobs) != length:
-        return f"{len(rollout.logprobs)} logprobs for {length} tokens"
+        return f"logprobs must hold one number for each of {length} tokens, got {len(rollout.logprobs)}"
     if not len(ends) or len(rollout.versions) != len(ends):
-        return f"{len(rollout.versions)} versions for {len(ends)} spans"
+        return (
+            f"versions must hold one number for each of one or more spans, got {len(rollout.versions)} for {len(ends)}"
+        )
     if ends[0] <= 0 or ends[-1] != length or not increasing(ends):
-        return f"spans end at {ends[:8].tolist()}, not increasing from above 0 to {length}"
+        return f"ends must be > 0 and increase up to {length}, got {ends[:8].tolist()}"
     if rollout.prompt.min() < 0 or rollout.tokens.min() < 0 or rollout.versions.min() < 0:
-        return "a token id or a version is below 0"
+        return "token ids and versions must be >= 0"
     if not np.isfinite(rollout.logprobs).all():
-        return "a log-probability is not finite"
+        return "logprobs must be finite"
     if not 0.0 <= rollout.reward <= 1.0:
-        return f"reward {rollout.reward} is outside [0, 1]"
-    return unguided_fault(rollout) or top_fault(rollout)
+        return f"reward must be in [0, 1], got {rollout.reward}"
+    return invalid_unguided_logprob(rollout) or invalid_top_tokens(rollout)
 
 
-def unguided_fault(rollout: Rollout) -> str | None:
-    """What is wrong with the log-probability under the plain prompt, of which Eq. 4 chooses the target."""
+def invalid_unguided_logprob(rollout: Rollout) -> str | None:
+    """Why the log-probability under the plain prompt, by which Eq. 4 chooses the target, is invalid."""
     value = rollout.unguided_logprob
     if value is None:
         needed = rollout.guided and rollout.purpose == "train" and rollout.reward == 1.0
-        return "a correct guided rollout lacks unguided_logprob" if needed else None
+        return "a correct guided rollout must have unguided_logprob" if needed else None
     if not rollout.guided:
-        return "unguided_logprob on a rollout that is not guided"
-    return None if math.isfinite(value) else "unguided_logprob is not finite"
+        return "only a guided rollout may have unguided_logprob"
+    return None if math.isfinite(value) else f"unguided_logprob must be finite, got {value}"
 
 
-def top_fault(rollout: Rollout) -> str | None:
-    """What is wrong with the likeliest tokens, from which a behaviour policy teaches."""
+def invalid_top_tokens(rollout: Rollout) -> str | None:
+    """Why the likeliest tokens, which represent the behaviour policy as a teacher, are invalid."""
     tokens, logprobs = rollout.top_tokens, rollout.top_logprobs
     if tokens is None and logprobs is None:
         return None
     if tokens is None or logprobs is None or rollout.unguided_logprob is None:
-        return "top_tokens and top_logprobs belong together, on a correct guided rollout"
+        return "top_tokens and top_logprobs must come together, with a correct guided rollout"
     if not len(tokens) or len(tokens) != len(logprobs) or len(tokens) % len(rollout.tokens):
-        return f"{len(tokens)} top_tokens and {len(logprobs)} top_logprobs for {len(rollout.tokens)} tokens"
-    return None if tokens.min() >= 0 and np.isfinite(logprobs).all() else "a top token is below 0 or not finite"
+        return (
+            f"top_tokens and top_logprobs must hold k numbers for each of {len(rollout.tokens)} tokens, "
+            f"got {len(tokens)} and {len(logprobs)}"
+        )
+    return None if tokens.min() >= 0 and np.isfinite(logprobs).all() else "top_tokens must be >= 0, top_logprobs finite"
 
 
 def increasing(ends: np.ndarray) -> bool:
-    """Whether every element is larger than the one before."""
+    """Whether every element is larger than the element before it."""
     return len(ends) == 1 or bool((ends[1:] > ends[:-1]).all())
 
 
-def lease_fault(lease: Lease) -> str | None:
-    """What keeps an actor from sampling as it is asked to."""
-    if not (lease.temperature > 0 and 0 < lease.top_p <= 1 and lease.max_new_tokens >= 1):
-        return f"temperature {lease.temperature}, top_p {lease.top_p}, max_new_tokens {lease.max_new_tokens}"
+def invalid_lease(lease: Lease) -> str | None:
+    """Why an actor cannot sample this lease."""
+    if not lease.temperature > 0:
+        return f"temperature must be > 0, got {lease.temperature}"
+    if not 0 < lease.top_p <= 1:
+        return f"top_p must be in (0, 1], got {lease.top_p}"
+    if lease.max_new_tokens < 1:
+        return f"max_new_tokens must be >= 1, got {lease.max_new_tokens}"
     if lease.top_logprobs_num < 0:
-        return f"top_logprobs_num {lease.top_logprobs_num}"
+        return f"top_logprobs_num must be >= 0, got {lease.top_logprobs_num}"
     if lease.purpose == "train" and lease.top_p < 1:
-        return f"top_p {lease.top_p} for training, whose log-probabilities would be of another distribution"
+        return f"top_p must be 1 for training, whose log-probabilities cover the whole vocabulary, got {lease.top_p}"
     return None
 
 
-def shard_fault(shard: Shard) -> str | None:
-    """Only what was sampled for training is trained: evaluation may truncate the distribution."""
-    strangers = [rollout.task for rollout in shard.rollouts if rollout.purpose != "train"]
-    return f"rollouts of task {strangers[0]}, which is no training task" if strangers else None
+def invalid_shard(shard: Shard) -> str | None:
+    """Why a shard must not be trained on: evaluation may sample from a truncated distribution, training must not."""
+    others = [rollout for rollout in shard.rollouts if rollout.purpose != "train"]
+    return f"rollouts must be for training, got task {others[0].task} for {others[0].purpose}" if others else None
 
 
-FAULTS: dict[type, Callable[[Any], str | None]] = {Lease: lease_fault, Rollout: rollout_fault, Shard: shard_fault}
+RULES: dict[type, Callable[[Any], str | None]] = {Lease: invalid_lease, Rollout: invalid_rollout, Shard: invalid_shard}

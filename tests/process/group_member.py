@@ -1,6 +1,8 @@
-"""Another member of a weight-update group, as a process: does what SGLang's ranks do, and prints what it holds.
+"""One rank of a weight-update group, as a process: it does what SGLang's ranks do, and prints what it received.
 
-    python group_member.py RANK ADDRESS PORT WORLD_SIZE GROUP, then one BroadcastPlan (JSON) per line on standard input
+    python group_member.py RANK ADDRESS PORT WORLD_SIZE GROUP
+
+Standard input: one line to start the join, then one BroadcastPlan (JSON) per line.
 
 The calls are those of SGLang 0.5.23 (`init_custom_process_group` in srt/utils/common.py, `WeightUpdater` in
 srt/model_executor/model_runner_components/weight_updater.py, `FlattenedTensorBucket` in srt/weight_sync).
@@ -34,20 +36,20 @@ def join(rank: int, address: str, port: int, *, world_size: int, group: str) -> 
 
 
 def receive(broadcast: dict[str, list], members: dist.ProcessGroup) -> dict[str, torch.Tensor]:
-    places, offset = [], 0
+    layout, offset = [], 0
     for name, dtype, shape in zip(broadcast["names"], broadcast["dtypes"], broadcast["shapes"], strict=True):
         dtype, shape = getattr(torch, dtype), torch.Size(shape)
         assert offset % dtype.itemsize == 0, f"unaligned: {name}"
-        places.append((name, dtype, shape, offset))
+        layout.append((name, dtype, shape, offset))
         offset += shape.numel() * dtype.itemsize
     flat = torch.empty(offset, dtype=torch.uint8)
     dist.broadcast(flat, src=0, group=members)
-    return {n: flat[o : o + s.numel() * d.itemsize].view(d).reshape(s) for n, d, s, o in places}
+    return {n: flat[o : o + s.numel() * d.itemsize].view(d).reshape(s) for n, d, s, o in layout}
 
 
 def main() -> None:
     rank, address, port, world_size, group = sys.argv[1:]
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # a server has one of its own
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # a server has a default group too
     print("started", flush=True)
     sys.stdin.readline()
     members = join(int(rank), address, int(port), world_size=int(world_size), group=group)

@@ -1,4 +1,4 @@
-"""The synchronous loop in a world of one, a JSON line per step: synchronous_losses.py CONFIG."""
+"""Run the synchronous loop with world size 1 and print one JSON line per step: synchronous_losses.py CONFIG."""
 
 import json
 import sys

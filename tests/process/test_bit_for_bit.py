@@ -1,4 +1,4 @@
-"""At lag 0, with one actor and a deterministic engine, the asynchronous system is the synchronous one."""
+"""At lag 0, with one actor and a deterministic engine, asynchronous training equals synchronous training."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 from sgpo_async.config import load, to_yaml
 from sgpo_async.metrics import read_metrics, read_summary
 
-WORDS = [
+OVERRIDES = [
     "name=exact",
     "steps=3",
     "learner.problems_per_step=3",
@@ -28,7 +28,7 @@ WORDS = [
     "config", ["configs/demo.yaml", pytest.param("configs/demo-paper.yaml", marks=pytest.mark.slow)]
 )
 def test_the_loss_curves_are_equal_bit_for_bit(tmp_path: Path, config: str) -> None:
-    run = load(config, [*WORDS, f"out={tmp_path}"])
+    run = load(config, [*OVERRIDES, f"out={tmp_path}"])
     path = tmp_path / "run.yaml"
     path.write_text(to_yaml(run))
 
@@ -41,9 +41,9 @@ def test_the_loss_curves_are_equal_bit_for_bit(tmp_path: Path, config: str) -> N
     synchronous = [json.loads(line) for line in output.stdout.splitlines() if line.startswith("{")]
 
     assert len(synchronous) == len(asynchronous) == 3
-    for ours, reference in zip(asynchronous, synchronous, strict=True):
-        assert {key: ours[key] for key in reference} == reference
+    for line, reference in zip(asynchronous, synchronous, strict=True):
+        assert {key: line[key] for key in reference} == reference
     assert read_summary(run.folder)["lag_max"] == 0
-    # The curve is not trivially equal: the policy moves, and both terms of the loss are at work.
+    # The curves are not trivially equal: the policy changes, and both terms of the loss contribute.
     assert len({line["entropy"] for line in asynchronous}) == 3
     assert asynchronous[0]["kd_loss"] > 0

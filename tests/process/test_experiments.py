@@ -127,3 +127,13 @@ def test_an_experiment_killed_in_the_middle_goes_on_and_repeats_nothing(tmp_path
     figures = {path.name for path in folder.glob("*.svg")}
     assert figures == set(re.findall(r"\]\((.*?\.svg)\)", table))
     assert figures >= {f"{kind}-{setting}.svg" for kind in ("curves", "entropy") for setting in ("plain", "sparse")}
+
+    collected, again = tmp_path / "collected", tmp_path / "again"
+    subprocess.run([*command, "--collect", str(collected)], check=True, timeout=400)
+    subprocess.run(
+        [*command, "--out", str(again), "--from", str(collected / "trials.parquet")], check=True, timeout=400
+    )
+    assert {path.name for path in again.glob("results/*.json")} == after.keys()
+    assert (again / "tiny" / "README.md").read_text() == (collected / "tiny" / "README.md").read_text() == table
+    assert {path.name for path in again.glob("tiny/*.svg")} == figures
+    assert {path.name for path in collected.glob("bases/*")} == {"warm.json", "sparse.json"}

@@ -44,7 +44,8 @@ class Hub:
         self.file = folder / "run" / "hub.json"
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
-    def place(self) -> dict:
+    def contact(self) -> dict:
+        """The content of hub.json, which the hub writes when it can be reached."""
         deadline = time.monotonic() + START_S
         while not self.file.exists():
             assert self.process.poll() is None and time.monotonic() < deadline
@@ -77,42 +78,42 @@ def connect(address: str) -> Mailbox:
     return Mailbox(Dealer(address, max_bytes=2**20))
 
 
-def test_it_says_where_it_is_answers_survives_garbage_and_goes_without_a_trace(hub):
-    place = hub.place()
-    assert place["pid"] == hub.process.pid and Path(place["store"]).exists()
-    observer = connect(place["address"])
+def test_the_hub_writes_its_address_answers_survives_garbage_and_removes_its_files(hub):
+    contact = hub.contact()
+    assert contact["pid"] == hub.process.pid and Path(contact["store"]).exists()
+    observer = connect(contact["address"])
     for size in (0, 10, 1000):
         observer.dealer.send([os.urandom(size)])
     deadline = time.monotonic() + START_S
     while ask(observer, wire.StatusRequest(), wire.Status).status["rejected"] < 3:
         assert time.monotonic() < deadline
     assert ask(observer, wire.SettingsRequest(), wire.Settings).settings["tasks"]["held_out"] == 2
-    learner = connect(place["address"])
+    learner = connect(contact["address"])
     welcome = ask(learner, wire.Hello(role="learner", name="learner-0"), wire.Welcome)
-    assert welcome.store == place["store"]
+    assert welcome.store == contact["store"]
     learner.send(wire.Finish())
     learner.send(wire.Goodbye())
     assert hub.process.wait(START_S) == 0
-    assert not hub.file.exists() and not Path(place["store"]).exists()
+    assert not hub.file.exists() and not Path(contact["store"]).exists()
     learner.close()
     observer.close()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_with_its_links(hub, number):
-    """An actor in the middle of joining: its link process goes too."""
-    actor = connect(hub.place()["address"])
+def test_a_signal_ends_the_hub_and_its_weight_senders(hub, number):
+    """The weight sender of an actor that is just joining ends too."""
+    actor = connect(hub.contact()["address"])
     ask(actor, wire.Hello(role="actor", name="a"), wire.Welcome)
-    (link,) = psutil.Process(hub.process.pid).children()
+    (sender,) = psutil.Process(hub.process.pid).children()
     hub.process.send_signal(number)
     assert hub.process.wait(START_S) == 128 + number
     assert not hub.file.exists()
-    assert not link.is_running()
+    assert not sender.is_running()
     actor.close()
 
 
-def test_a_second_hub_on_the_same_port_says_so(hub, tmp_path):
-    address = hub.place()["address"]
+def test_a_second_hub_on_the_same_port_fails_and_names_the_address(hub, tmp_path):
+    address = hub.contact()["address"]
     second = Hub(tmp_path / "second", address)
     output, _ = second.process.communicate(timeout=START_S)
     assert second.process.returncode == 3

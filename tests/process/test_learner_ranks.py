@@ -1,4 +1,4 @@
-"""Two gloo ranks against one: loss, gradient, checkpoint and publication. One pair of processes does it all."""
+"""Loss, gradient, checkpoint and publication on two gloo ranks. All tests share one pair of processes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Store:
 
 
 def worker(rank: int, folder: Path) -> None:
-    """Everything that needs two ranks; rank 0 leaves the results in a file."""
+    """Compute everything that needs two ranks; rank 0 writes the results to a file."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     results = {f"gradient {name}": gradient(rank, split) for name, split in SPLITS.items()}
@@ -53,11 +53,11 @@ def worker(rank: int, folder: Path) -> None:
     results["objectives"] = {name: objective(rank, name) for name in VARIANTS}
     results["mismatch"] = {name: mismatch(rank, split) for name, split in SPLITS.items()}
     results["frozen"] = gradient(rank, SPLITS["even"], frozen=True)
-    results["teachers"] = {kind: followed(rank, kind) for kind in COPIES}
+    results["teachers"] = {kind: teacher_copies(rank, kind) for kind in COPIES}
     results["resume"] = resume(rank, folder)
     results["published"] = published(rank)
     results["buckets"] = all(buckets(size) for size in (1, 3000, 2**20))
-    results["full disk"] = unwritable(rank, folder)
+    results["write error"] = write_error(rank, folder)
     if rank == 0:
         torch.save(results, folder / "results.pt")
     dist.barrier()
@@ -76,7 +76,7 @@ def gradient(
 
 
 def objective(rank: int, name: str) -> tuple[float, dict[str, Tensor]]:
-    """One rank has three of the four problems, and so more micro-batches than the other."""
+    """One rank has three of the four problems, and therefore more micro-batches than the other rank."""
     run, parts = cases.settings(ranks=2, row_tokens=20, **VARIANTS[name]), cases.groups(seed=4)
     teacher = cases.tiny_model(seed=1) if run.algorithm.copies_teacher else None
     stepper = cases.stepper(run, cases.tiny_model(), teacher)
@@ -100,8 +100,8 @@ def train(stepper: Stepper, rank: int, steps: range) -> list[dict[str, Any]]:
     return lines
 
 
-def followed(rank: int, kind: str) -> dict[str, Any]:
-    """After each of four updates: policy and copy, whole; and how much of the copy each rank holds."""
+def teacher_copies(rank: int, kind: str) -> dict[str, Any]:
+    """Return policy and copy after each of four updates, and how much of the copy each rank holds."""
     run = replace(RUN, algorithm=replace(RUN.algorithm, teacher=kind, **COPIES[kind]))
     stepper = cases.stepper(run, cases.tiny_model(), cases.tiny_model())
     copy = stepper.teacher.copy
@@ -122,41 +122,42 @@ def learner(run: Run = RUN) -> Stepper:
 
 
 def resume(rank: int, folder: Path) -> dict[str, Any]:
-    whole = train(learner(), rank, range(4))
-    first, place = learner(), folder / "checkpoints"
-    begun = train(first, rank, range(2))
+    uninterrupted = train(learner(), rank, range(4))
+    first, checkpoints = learner(), folder / "checkpoints"
+    before = train(first, rank, range(2))
     saved = Saved({"step": 2}, b"the hub")
-    checkpoint.save(place, step=2, module=first.policy, optimiser=first.optimiser, saved=saved)
-    second, found = learner(), checkpoint.latest(place)
+    checkpoint.save(checkpoints, step=2, module=first.policy, optimiser=first.optimiser, saved=saved)
+    second, found = learner(), checkpoint.latest(checkpoints)
     assert found is not None
-    again = checkpoint.restore(found, module=second.policy, optimiser=second.optimiser)
+    restored = checkpoint.restore(found, module=second.policy, optimiser=second.optimiser)
     names = sorted(path.name for path in found.iterdir())
-    return {"whole": whole, "parts": begun + train(second, rank, range(2, 4)), "saved": again, "names": names}
+    resumed = before + train(second, rank, range(2, 4))
+    return {"uninterrupted": uninterrupted, "resumed": resumed, "saved": restored, "names": names}
 
 
 def published(rank: int) -> dict[str, Any]:
-    stepper, store, told = learner(), Store(), []
-    publisher = Publisher(stepper.policy, torch.bfloat16, store=store if rank == 0 else None, published=told.append)
+    stepper, store, reported = learner(), Store(), []
+    publisher = Publisher(stepper.policy, torch.bfloat16, store=store if rank == 0 else None, published=reported.append)
     publisher.publish(0)
     train(stepper, rank, range(1))
     publisher.publish(1)
     publisher.wait()
-    now = {name: p.full_tensor().detach() for name, p in stepper.policy.model.named_parameters()}
-    return {"versions": store.versions, "told": told, "now": now}
+    current = {name: p.full_tensor().detach() for name, p in stepper.policy.model.named_parameters()}
+    return {"versions": store.versions, "reported": reported, "current": current}
 
 
 def buckets(size: int) -> bool:
-    """Whether gathers of this size give what `full_tensor` gives."""
-    whole, publish.BUCKET_BYTES = publish.BUCKET_BYTES, size
+    """Return whether gathers of this size give the same tensors as `full_tensor`."""
+    default, publish.BUCKET_BYTES = publish.BUCKET_BYTES, size
     stepper = learner()
     found = dict(gather(stepper.policy, torch.float32))
-    publish.BUCKET_BYTES = whole
+    publish.BUCKET_BYTES = default
     expected = {name: p.full_tensor() for name, p in stepper.policy.model.named_parameters()}
     return dist.get_rank() != 0 or all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-def unwritable(rank: int, folder: Path) -> str:
-    """Rank 0 alone meets the fault; both must say so."""
+def write_error(rank: int, folder: Path) -> str:
+    """Return the error; only rank 0 cannot write, but both ranks must raise it."""
     if rank == 0:
         (folder / "file").write_text("", encoding="utf-8")
     dist.barrier()
@@ -182,7 +183,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["even", "uneven", "empty", "tied", "large"])
-def test_the_gradient_does_not_depend_on_the_ranks(results: dict[str, Any], name: str) -> None:
+def test_the_gradient_does_not_depend_on_the_division_over_ranks(results: dict[str, Any], name: str) -> None:
     model = cases.tiny_model(tied=name == "tied")
     loss = reference_loss(model, cases.groups(), RUN)
     loss.backward()
@@ -193,7 +194,7 @@ def test_the_gradient_does_not_depend_on_the_ranks(results: dict[str, Any], name
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_no_objective_depends_on_the_ranks(results: dict[str, Any], name: str) -> None:
+def test_no_objective_depends_on_the_division_over_ranks(results: dict[str, Any], name: str) -> None:
     run, model = cases.settings(**VARIANTS[name]), cases.tiny_model()
     teacher = cases.tiny_model(seed=1) if run.algorithm.copies_teacher else None
     responses = cases.demonstrations if run.algorithm.needs_responses else lambda _: None
@@ -206,31 +207,31 @@ def test_no_objective_depends_on_the_ranks(results: dict[str, Any], name: str) -
 
 
 @pytest.mark.parametrize("name", SPLITS)
-def test_the_mismatch_is_that_of_all_ranks(results: dict[str, Any], name: str) -> None:
+def test_the_mismatch_metrics_cover_all_ranks(results: dict[str, Any], name: str) -> None:
     expected = cases.reference_mismatch(cases.tiny_model(), cases.spread(cases.groups()))
     for key, value in expected.items():
         assert results["mismatch"][name][key] == pytest.approx(value, rel=1e-9), key
 
 
-def test_a_frozen_teacher_teaches_the_same_on_two_ranks(results: dict[str, Any]) -> None:
+def test_a_frozen_teacher_gives_the_same_loss_on_two_ranks(results: dict[str, Any]) -> None:
     model = cases.tiny_model()
     loss = reference_loss(model, cases.groups(), RUN, teacher=cases.tiny_model(seed=1))
     assert results["frozen"][0] == pytest.approx(loss.item(), abs=1e-10)
 
 
 @pytest.mark.parametrize("kind", COPIES)
-def test_a_copy_is_sharded_like_the_model_and_follows_it_on_every_rank(results: dict[str, Any], kind: str) -> None:
+def test_a_teacher_copy_is_sharded_and_updated_on_every_rank(results: dict[str, Any], kind: str) -> None:
     found = results["teachers"][kind]
     expected = dict(cases.tiny_model().named_parameters())
     for steps, (student, copy) in enumerate(zip(found["policy"], found["copy"], strict=True), 1):
-        renewed = kind == "snapshot" and steps == 3
+        copied = kind == "snapshot" and steps == 3
         if kind == "ema":
             expected = {name: 0.7 * tensor + 0.3 * student[name] for name, tensor in expected.items()}
-        if renewed:
+        if copied:
             expected = student
         for name, tensor in expected.items():
             torch.testing.assert_close(copy[name], tensor.detach(), atol=1e-14, rtol=0)
-        assert torch.equal(copy["model.norm.weight"], student["model.norm.weight"]) == renewed
+        assert torch.equal(copy["model.norm.weight"], student["model.norm.weight"]) == copied
     first, second = found["held"]
     for name, tensor in expected.items():
         assert first[name] + second[name] == tensor.numel()
@@ -239,27 +240,27 @@ def test_a_copy_is_sharded_like_the_model_and_follows_it_on_every_rank(results: 
 
 def test_a_resumed_run_continues_bit_for_bit(results: dict[str, Any]) -> None:
     found = results["resume"]
-    assert found["parts"] == found["whole"]
-    assert found["whole"][1] != found["whole"][2]
+    assert found["resumed"] == found["uninterrupted"]
+    assert found["uninterrupted"][1] != found["uninterrupted"][2]
     assert found["saved"] == Saved({"step": 2}, b"the hub")
     assert {"progress.json", "hub.state", "random-0.pt", "random-1.pt", ".metadata"} <= set(found["names"])
 
 
-def test_what_is_published_are_the_weights_of_that_moment(results: dict[str, Any]) -> None:
+def test_each_publication_contains_the_weights_at_that_time(results: dict[str, Any]) -> None:
     found = results["published"]
     initial = dict(cases.tiny_model(dtype=torch.float32).named_parameters())
-    assert found["told"] == [0, 1]
+    assert found["reported"] == [0, 1]
     assert list(found["versions"][0]) == list(initial)
     for name, parameter in initial.items():
         assert torch.equal(found["versions"][0][name], parameter.detach().bfloat16())
-        assert torch.equal(found["versions"][1][name], found["now"][name].bfloat16())
-    assert not all(torch.equal(found["now"][name], parameter) for name, parameter in initial.items())
+        assert torch.equal(found["versions"][1][name], found["current"][name].bfloat16())
+    assert not all(torch.equal(found["current"][name], parameter) for name, parameter in initial.items())
 
 
-def test_gathering_in_buckets_is_gathering_one_by_one(results: dict[str, Any]) -> None:
+def test_gathering_in_buckets_equals_gathering_each_parameter(results: dict[str, Any]) -> None:
     assert results["buckets"]
 
 
-def test_a_checkpoint_that_cannot_be_written_is_one_line_on_every_rank(results: dict[str, Any]) -> None:
-    assert "the checkpoint cannot be written (rank 0: NotADirectoryError" in results["full disk"]
-    assert "\n" not in results["full disk"]
+def test_the_error_of_a_checkpoint_that_cannot_be_written_is_one_line_on_every_rank(results: dict[str, Any]) -> None:
+    assert "cannot write the checkpoint (rank 0: NotADirectoryError" in results["write error"]
+    assert "\n" not in results["write error"]

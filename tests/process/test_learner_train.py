@@ -1,4 +1,4 @@
-"""A whole learner under torchrun, two ranks, against a hub that follows the protocol by a script."""
+"""A complete learner of two ranks under torchrun, with a scripted hub."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ SPLIT = ((0, 1), (2, 3))
 
 
 class ScriptedHub:
-    """Follows the protocol without actors: every batch is there at once. Keeps what it heard, but for heartbeats."""
+    """A hub without actors: every batch is available at once. It records all messages except heartbeats."""
 
     def __init__(self, folder: Path, *, refuses: str = "") -> None:
         self.store, self.refuses = StoreFile(folder), refuses
-        self.heard: list[Message] = []
-        self.beats = 0
+        self.received: list[Message] = []
+        self.heartbeats = 0
         self.errors = ""  # what the learner wrote to stderr
         self._ranks: dict[bytes, int] = {}
         self._base = 3
@@ -69,7 +69,7 @@ class ScriptedHub:
         return self._router.address
 
     def of(self, kind: type) -> list[Any]:
-        return [message for message in self.heard if isinstance(message, kind)]
+        return [message for message in self.received if isinstance(message, kind)]
 
     def close(self) -> None:
         self._open = False
@@ -82,9 +82,9 @@ class ScriptedHub:
             for member, message in self._mail.receive(0.02):
                 assert not isinstance(message, Exception)
                 if isinstance(message, Heartbeat):
-                    self.beats += 1
+                    self.heartbeats += 1
                     continue
-                self.heard.append(message)
+                self.received.append(message)
                 for answer in self._answers(member, message):
                     self._mail.send(member, answer)
 
@@ -129,8 +129,8 @@ class ScriptedHub:
         return {"version": version, "actors": [], "ledger": ledger, "evaluations": [], **nothing, **shares}
 
 
-def learn(folder: Path, hub: ScriptedHub, *words: str) -> tuple[int, str]:
-    """Run two ranks to their end; exit status and stderr."""
+def learn(folder: Path, hub: ScriptedHub, *overrides: str) -> tuple[int, str]:
+    """Run two ranks to their end; return exit status and stderr."""
     (folder / "run.yaml").write_text(f"name: it\nout: {folder}/runs\n", encoding="utf-8")
     command = ["-m", "sgpo_async.cli", "learner", str(folder / "run.yaml"), "--hub", hub.address]
     settings = [
@@ -144,7 +144,7 @@ def learn(folder: Path, hub: ScriptedHub, *words: str) -> tuple[int, str]:
     errors = folder / "stderr.txt"
     with errors.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
-            [*torchrun(2), *command, *settings, *words],
+            [*torchrun(2), *command, *settings, *overrides],
             env=environment,
             cwd=folder,
             stderr=file,
@@ -170,7 +170,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def first(folder: Path) -> Iterator[ScriptedHub]:
-    """A run of two steps that ended well."""
+    """A run of two steps that finished successfully."""
     hub = ScriptedHub(folder)
     status, errors = learn(folder, hub, "steps=2")
     assert status == 0, errors
@@ -179,7 +179,7 @@ def first(folder: Path) -> Iterator[ScriptedHub]:
     hub.close()
 
 
-def test_it_says_what_the_protocol_asks_for(first: ScriptedHub) -> None:
+def test_the_learner_sends_the_messages_of_the_protocol(first: ScriptedHub) -> None:
     assert sorted(hello.rank for hello in first.of(Hello)) == [0, 1]
     assert len({hello.tokenizer for hello in first.of(Hello)}) == 1
     assert sorted(request.step for request in first.of(BatchRequest)) == [0, 0, 1, 1]
@@ -188,11 +188,11 @@ def test_it_says_what_the_protocol_asks_for(first: ScriptedHub) -> None:
     assert [evaluate.version for evaluate in first.of(Evaluate)] == [3, 5]
     assert len(first.of(Finish)) == 1
     assert len(first.of(Goodbye)) == 2
-    assert first.beats > 0
+    assert first.heartbeats > 0
 
 
 @pytest.mark.usefixtures("first")
-def test_it_leaves_metrics_and_a_summary(folder: Path) -> None:
+def test_the_learner_writes_metrics_and_a_summary(folder: Path) -> None:
     written = lines(folder)
     assert [line["step"] for line in written[:2]] == [1, 2]
     assert written[1]["eval_pass_auto"] == 5 / 8
@@ -213,18 +213,18 @@ def test_it_leaves_metrics_and_a_summary(folder: Path) -> None:
     assert summary["world_size"] == 2
 
 
-def test_it_cries_out_when_engine_and_learner_differ(first: ScriptedHub, folder: Path) -> None:
+def test_the_learner_logs_an_alarm_if_engine_and_learner_differ(first: ScriptedHub, folder: Path) -> None:
     """The log-probabilities of these rollouts are random numbers."""
     mismatch = json.loads((folder / "runs/it/summary.json").read_text(encoding="utf-8"))["mismatch"]
-    assert mismatch["bound"] == 1e-4  # of float32
+    assert mismatch["bound"] == 1e-4  # the default for float32
     assert mismatch["judged"] == mismatch["alarms"] > 0
-    told = [line for line in first.errors.splitlines() if "mismatch alarm" in line]
-    assert len(told) == mismatch["alarms"]  # by rank 0 alone
-    assert any(f" learner-0    warning: mismatch alarm: step {mismatch['worst_step']}: " in line for line in told)
+    logged = [line for line in first.errors.splitlines() if "mismatch alarm" in line]
+    assert len(logged) == mismatch["alarms"]  # only rank 0 logs
+    assert any(f" learner-0    warning: mismatch alarm: step {mismatch['worst_step']}: " in line for line in logged)
     assert lines(folder)[0]["mismatch_bound"] == 1e-4
 
 
-def test_store_and_exported_folder_hold_the_last_weights(first: ScriptedHub, folder: Path) -> None:
+def test_store_and_exported_folder_contain_the_last_weights(first: ScriptedHub, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder / "runs/it/policy")
     assert len(AutoTokenizer.from_pretrained(folder / "runs/it/policy")) > 10
     reader = StoreReader(first.store.path)
@@ -234,11 +234,11 @@ def test_store_and_exported_folder_hold_the_last_weights(first: ScriptedHub, fol
 
 
 @pytest.mark.usefixtures("first")
-def test_it_resumes_where_the_checkpoint_stands(folder: Path) -> None:
+def test_the_learner_resumes_from_the_checkpoint(folder: Path) -> None:
     assert (folder / "runs/it/checkpoints/step-00000002").is_dir()
     before = lines(folder)
     rounds = folder / "runs/it/benchmarks"
-    for version in (3, 5, 6, 11):  # the checkpoint is of version 5
+    for version in (3, 5, 6, 11):  # the version in the checkpoint is 5
         (rounds / str(version)).mkdir(parents=True)
     hub = ScriptedHub(folder)
     try:
@@ -251,17 +251,17 @@ def test_it_resumes_where_the_checkpoint_stands(folder: Path) -> None:
         assert after[:2] == before[:2]
         assert (after[2]["step"], after[2]["version"]) == (3, 13)
         assert after[2]["tokens_trained"] > before[1]["tokens_trained"]
-        assert {one.name for one in rounds.iterdir()} == {"3", "5"}, "the others are of a life that was given up"
+        assert {one.name for one in rounds.iterdir()} == {"3", "5"}, "the rounds after the checkpoint must be removed"
     finally:
         hub.close()
 
 
-def test_a_refused_learner_ends_with_one_line(tmp_path: Path) -> None:
+def test_a_refused_learner_ends_with_a_one_line_error(tmp_path: Path) -> None:
     hub = ScriptedHub(tmp_path, refuses="another tokenizer; use the same model.path")
     try:
         status, errors = learn(tmp_path, hub)
         assert status != 0
-        assert "the hub refuses: another tokenizer; use the same model.path" in errors
+        assert "the hub refused the request: another tokenizer; use the same model.path" in errors
         assert "sgpo_async/learner/train.py" not in errors
     finally:
         hub.close()

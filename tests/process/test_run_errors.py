@@ -77,7 +77,7 @@ def test_keys_that_do_not_fit(run: RealRun, tmp_path: Path) -> None:
     strangers = [run.actor("theirs", "--keys", f"{tmp_path}/theirs"), run.actor("none")]
     for stranger in strangers:
         (line,) = errors(stranger)
-        assert f"{run.address()} refuses us" in line and "the same hub.keys" in line
+        assert f"{run.address()} refuses the connection" in line and "the same hub.keys" in line
 
 
 def test_weights_that_are_damaged(run: RealRun, tmp_path: Path) -> None:
@@ -100,5 +100,5 @@ def test_a_full_disk(run: RealRun, tmp_path: Path) -> None:
     small = (*private, "sh", "-c", f'{mount} && exec "$@"', "sh")
     local = run.start("local", "launch/local.py", str(run.config), f"out={disk}", "local.actors=1", before=small)
     (line,) = errors(local)
-    assert f"{disk}/run/checkpoints/step-00000001: the checkpoint cannot be written: its disk is full" in line
+    assert f"{disk}/run/checkpoints/step-00000001: cannot write the checkpoint: the disk is full" in line
     run.assert_no_trace()

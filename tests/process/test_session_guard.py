@@ -1,4 +1,4 @@
-"""A child process and its parent, without Torch: who ends, when, and what is said about it."""
+"""A child process and its parent, without Torch: the protocol, and how and why the child ends."""
 
 import os
 import select
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.process
 PATIENCE_S = 150.0
 Start = Callable[[str], Child]
 
-HANG = "import ctypes; ctypes.CDLL(None).pause()"  # inside a library call, as in a rendezvous
+HANG = "import ctypes; ctypes.CDLL(None).pause()"  # hangs inside a library call, like a rendezvous
 
 
 @pytest.fixture
@@ -37,10 +37,10 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
             "import os, time\n"
             "from sgpo_async.errors import SessionError\n"
             "from sgpo_async.session.child_side import run_child\n"
-            f"def body(settings, guard):\n{lines}\n"
+            f"def body(settings, child):\n{lines}\n"
             "run_child('odd', body)\n"
         )
-        children.append(Child("odd_child", Settings("a-1", os.getpid())))
+        children.append(Child("odd_child", Settings("a-1", os.getpid()), role="odd"))
         return children[-1]
 
     yield start
@@ -49,7 +49,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
 
 
 def next_events(child: Child) -> list[dict[str, Any]]:
-    """Wait until the child has something to say."""
+    """Wait until the child has events, and return them."""
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
         select.select([child], [], [], deadline - time.monotonic())
@@ -60,7 +60,7 @@ def next_events(child: Child) -> list[dict[str, Any]]:
 
 
 def gone(pid: int) -> bool:
-    """Whether a process ends in time; a zombie has ended."""
+    """Return whether a process ends in time; a zombie has ended."""
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
         try:
@@ -72,13 +72,13 @@ def gone(pid: int) -> bool:
     return False
 
 
-def test_standard_output_carries_the_protocol_alone(start: Start) -> None:
+def test_only_the_protocol_writes_to_standard_output(start: Start) -> None:
     child = start("""
         print("stray")
         os.system("echo stray")
         os.write(1, b"stray")
-        guard.emit("hello", value=1)
-        guard.down("a\\nb")
+        child.emit("hello", value=1)
+        child.down("a\\nb")
     """)
     events = []
     while not events or events[-1]["event"] != "down":
@@ -90,8 +90,8 @@ def test_standard_output_carries_the_protocol_alone(start: Start) -> None:
 def test_commands_arrive_in_order(start: Start) -> None:
     child = start("""
         for _ in range(3):
-            guard.emit("echo", **guard.commands.get())
-        guard.down("done")
+            child.emit("echo", **child.commands.get())
+        child.down("done")
     """)
     for n in range(3):
         child.send({"n": n})
@@ -99,54 +99,54 @@ def test_commands_arrive_in_order(start: Start) -> None:
     while not events or events[-1]["event"] != "down":
         events += next_events(child)
     assert [e.get("n") for e in events] == [0, 1, 2, None]
-    child.send({"n": 3})  # to a dead child: no error
+    child.send({"n": 3})  # sending to a dead child raises no error
 
 
 @pytest.mark.parametrize("how", ["exit", "error", "internal", "kill"])
-def test_every_end_is_reported_once_with_its_cause(start: Start, how: str) -> None:
+def test_the_last_event_gives_the_reason_of_the_end(start: Start, how: str) -> None:
     body, reason = {
-        "exit": ("os._exit(3)", "odd_child of a-1: exited with code 3"),
+        "exit": ("os._exit(3)", "odd of a-1: exited with code 3"),
         "error": ("raise SessionError('listen: no')", "odd of a-1: listen: no"),
         "internal": ("assert 1 == 2", "odd of a-1: internal error: AssertionError()"),
-        "kill": ("os.kill(os.getpid(), 9)", "odd_child of a-1: killed by SIGKILL"),
+        "kill": ("os.kill(os.getpid(), 9)", "odd of a-1: killed by SIGKILL"),
     }[how]
     child = start(body)
     assert next_events(child) == [{"event": "down", "reason": reason}]
     assert child.poll() == []
 
 
-def test_a_phase_that_hangs_in_a_library_is_ended(start: Start) -> None:
+def test_a_phase_that_hangs_in_a_library_ends_at_its_deadline(start: Start) -> None:
     child = start(f"""
-        with guard.phase("rendezvous", 0.5):
+        with child.phase("rendezvous", 0.5):
             {HANG}
     """)
     assert next_events(child) == [{"event": "down", "reason": "odd of a-1: rendezvous: not done within 0.5 s"}]
 
 
-def test_a_failed_phase_is_named(start: Start) -> None:
+def test_the_error_of_a_failed_phase_names_it(start: Start) -> None:
     child = start("""
-        with guard.phase("listen", 30):
+        with child.phase("listen", 30):
             raise RuntimeError("no\\nport")
     """)
     assert next_events(child) == [{"event": "down", "reason": "odd of a-1: listen: no port"}]
 
 
-def test_an_interrupt_is_ignored_and_termination_is_not(start: Start) -> None:
+def test_a_child_ignores_sigint_but_not_sigterm(start: Start) -> None:
     child = start("""
-        guard.emit("ready")
+        child.emit("ready")
         while True:
-            guard.emit("echo", **guard.commands.get())
+            child.emit("echo", **child.commands.get())
     """)
     next_events(child)
     os.kill(child.pid, signal.SIGINT)
     child.send({"n": 1})
     assert next_events(child) == [{"event": "echo", "n": 1}]
     os.kill(child.pid, signal.SIGTERM)
-    assert next_events(child) == [{"event": "down", "reason": "odd_child of a-1: killed by SIGTERM"}]
+    assert next_events(child) == [{"event": "down", "reason": "odd of a-1: killed by SIGTERM"}]
 
 
-def test_stop_ends_even_a_stopped_child(start: Start) -> None:
-    child = start(f"guard.emit('ready'); {HANG}")
+def test_stop_ends_a_child_that_sigstop_has_stopped(start: Start) -> None:
+    child = start(f"child.emit('ready'); {HANG}")
     next_events(child)
     os.kill(child.pid, signal.SIGSTOP)
     child.stop()
@@ -159,11 +159,11 @@ PARENT = """
 import os, select, sys, time
 from sgpo_async.session.parent_side import Child
 from sgpo_async.session.settings import Settings
-child = Child("odd_child", Settings("a-1", os.getpid()))
+child = Child("odd_child", Settings("a-1", os.getpid()), role="odd")
 select.select([child], [], [])
 assert child.poll() == [{"event": "ready"}]
 if sys.argv[1] == "fork" and os.fork() == 0:
-    time.sleep(600)  # keeps the pipes open when the parent is gone
+    time.sleep(600)  # keeps the pipes open after the parent has ended
 print(child.pid, flush=True)
 time.sleep(600)
 """
@@ -171,7 +171,7 @@ time.sleep(600)
 
 @pytest.mark.parametrize("pipes", ["closed", "fork"])
 def test_a_child_does_not_outlive_its_parent(start: Start, pipes: str) -> None:
-    start(f"guard.emit('ready'); {HANG}").stop()  # leaves its module behind
+    start(f"child.emit('ready'); {HANG}").stop()  # writes the module odd_child, which the script below uses
     command = [sys.executable, "-c", PARENT, pipes]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0) as parent:
         assert parent.stdout

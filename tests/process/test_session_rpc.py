@@ -1,4 +1,4 @@
-"""Whole sessions over Torch RPC on loopback: weights arrive, and every kind of loss is noticed and named."""
+"""Whole sessions over Torch RPC on loopback: weights arrive, and the events name every kind of failure."""
 
 import os
 import select
@@ -17,7 +17,6 @@ import torch
 
 from sgpo_async.session import (
     Deadlines,
-    NodeControl,
     ReceiverDown,
     SenderDown,
     SenderUp,
@@ -35,7 +34,7 @@ Handle = WeightSender | WeightReceiver
 
 
 def wait_for(handle: Handle, kind: type[Any], accept: Callable[[Any], bool] = lambda _: True) -> Any:
-    """The first event of `kind` that is accepted; others before it are dropped, a loss is an error."""
+    """Return the first event of `kind` that is accepted; skip others, but fail if the session ends."""
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
         select.select([handle], [], [], max(0.0, deadline - time.monotonic()))
@@ -47,7 +46,7 @@ def wait_for(handle: Handle, kind: type[Any], accept: Callable[[Any], bool] = la
 
 
 def listening(pid: int) -> set[str]:
-    """Addresses on which a process accepts TCP connections."""
+    """Return the addresses on which a process accepts TCP connections."""
     connections = psutil.Process(pid).net_connections("tcp")
     return {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
 
@@ -61,27 +60,27 @@ def model(version: int) -> list[tuple[str, torch.Tensor]]:
 
 
 class Session:
-    """A store with a writer, a link and a node."""
+    """A store with a writer, a weight sender and a weight receiver."""
 
     def __init__(self, deadlines: Deadlines) -> None:
         self.file = StoreFile("/nowhere")
         self.writer = StoreWriter(self.file.path, bucket_bytes=10_000)
-        self.node = WeightReceiver("a-1", deadlines=deadlines)
-        self.link = WeightSender(self.file.path, "a-1", "127.0.0.1", deadlines=deadlines)
+        self.receiver = WeightReceiver("a-1", deadlines=deadlines)
+        self.sender = WeightSender(self.file.path, "a-1", "127.0.0.1", deadlines=deadlines)
 
     def connect(self) -> None:
-        self.node.connect("127.0.0.1", wait_for(self.link, SenderUp).port)
+        self.receiver.connect("127.0.0.1", wait_for(self.sender, SenderUp).port)
 
     def arrives(self, version: int) -> VersionReceived:
-        event = wait_for(self.node, VersionReceived, lambda e: e.version >= version)
+        event = wait_for(self.receiver, VersionReceived, lambda e: e.version >= version)
         assert event.version == version
         found = StoreReader(event.path).tensors(version)
         assert digest(found.items()) == event.digest == digest(model(version))
         return event
 
     def close(self) -> None:
-        self.link.stop()
-        self.node.stop()
+        self.sender.stop()
+        self.receiver.stop()
         self.file.close()
 
 
@@ -98,7 +97,7 @@ def make() -> Iterator[Callable[..., Session]]:
         session.close()
 
 
-def test_versions_arrive_whole_and_words_are_passed_on(make: Callable[..., Session]) -> None:
+def test_versions_arrive_complete_and_both_processes_listen_on_loopback_only(make: Callable[..., Session]) -> None:
     session = make()
     session.connect()  # before the first publication
     for version in (0, 1, 2, 7):
@@ -109,11 +108,9 @@ def test_versions_arrive_whole_and_words_are_passed_on(make: Callable[..., Sessi
         assert event.published_at == published.published_at
     for version in range(8, 40):  # faster than they can be pulled
         session.writer.publish(version, model(version))
-    wait_for(session.node, VersionReceived, lambda e: e.version == 39)
-    session.link.control("drain")
-    assert wait_for(session.node, NodeControl) == NodeControl("drain")
-    assert listening(session.link.pid) == {"127.0.0.1"}
-    assert listening(session.node.pid) == {"127.0.0.1"}
+    wait_for(session.receiver, VersionReceived, lambda e: e.version == 39)
+    assert listening(session.sender.pid) == {"127.0.0.1"}
+    assert listening(session.receiver.pid) == {"127.0.0.1"}
 
 
 def test_a_damaged_version_is_rejected_and_the_next_one_arrives(make: Callable[..., Session]) -> None:
@@ -121,20 +118,20 @@ def test_a_damaged_version_is_rejected_and_the_next_one_arrives(make: Callable[.
     manifest = session.writer.publish(0, model(0))
     session.writer.publish(1, model(1))
     content = model(0)[0][1].numpy().tobytes()
-    place = Path(session.file.path).read_bytes().index(content)
-    newest = place + Path(session.file.path).read_bytes()[place + 1 :].index(model(1)[0][1].numpy().tobytes()) + 1
+    oldest = Path(session.file.path).read_bytes().index(content)
+    newest = oldest + Path(session.file.path).read_bytes()[oldest + 1 :].index(model(1)[0][1].numpy().tobytes()) + 1
     with Path(session.file.path).open("r+b") as store:
         store.seek(newest + manifest.buckets[2].offset)
         store.write(b"\xff")
     session.connect()
-    rejected = wait_for(session.node, VersionRejected)
+    rejected = wait_for(session.receiver, VersionRejected)
     assert rejected.version == 1
-    assert "bucket 2 does not fit its checksum" in rejected.reason
+    assert "bucket 2 does not match its checksum" in rejected.reason
     session.writer.publish(2, model(2))
     session.arrives(2)
 
 
-@pytest.mark.parametrize("victim", ["link", "node"])
+@pytest.mark.parametrize("victim", ["sender", "receiver"])
 def test_a_killed_peer_ends_the_session_with_a_reason(make: Callable[..., Session], victim: str) -> None:
     session = make()
     session.writer.publish(0, model(0))
@@ -142,72 +139,80 @@ def test_a_killed_peer_ends_the_session_with_a_reason(make: Callable[..., Sessio
     event = session.arrives(0)
     reader = StoreReader(event.path)
     assert reader.version() == 0
-    if victim == "node":
-        os.kill(session.node.pid, signal.SIGKILL)
-        assert "a-1" in (reason := wait_for(session.link, SenderDown).reason)
-        assert "the node is gone" in reason
-        assert "SIGKILL" in wait_for(session.node, ReceiverDown).reason
+    if victim == "receiver":
+        os.kill(session.receiver.pid, signal.SIGKILL)
+        assert "a-1" in (reason := wait_for(session.sender, SenderDown).reason)
+        assert "the weight receiver is gone" in reason
+        assert "SIGKILL" in wait_for(session.receiver, ReceiverDown).reason
         assert not Path(event.path).exists()
-        assert digest(reader.tensors(0).items()) == event.digest  # who holds it keeps it
+        assert digest(reader.tensors(0).items()) == event.digest  # an open reader keeps the store's contents
     else:
-        os.kill(session.link.pid, signal.SIGKILL)
-        assert "a-1" in (reason := wait_for(session.node, ReceiverDown).reason)
-        assert "the link is gone" in reason
-        assert "SIGKILL" in wait_for(session.link, SenderDown).reason
+        os.kill(session.sender.pid, signal.SIGKILL)
+        assert "a-1" in (reason := wait_for(session.receiver, ReceiverDown).reason)
+        assert "the weight sender is gone" in reason
+        assert "SIGKILL" in wait_for(session.sender, SenderDown).reason
 
 
-@pytest.mark.parametrize("victim", ["link", "node"])
-def test_a_stopped_peer_is_given_up_by_the_deadline(make: Callable[..., Session], victim: str) -> None:
+@pytest.mark.parametrize("victim", ["sender", "receiver"])
+def test_a_stopped_peer_ends_the_session_at_the_deadline(make: Callable[..., Session], victim: str) -> None:
     session = make(call_s=5.0)
     session.writer.publish(0, model(0))
     session.connect()
     session.arrives(0)
-    if victim == "node":
-        os.kill(session.node.pid, signal.SIGSTOP)
-        assert "the node gave no answer within" in wait_for(session.link, SenderDown).reason
+    if victim == "receiver":
+        os.kill(session.receiver.pid, signal.SIGSTOP)
+        assert "the weight receiver did not answer within" in wait_for(session.sender, SenderDown).reason
     else:
-        os.kill(session.link.pid, signal.SIGSTOP)
-        assert "the link gave no answer within" in wait_for(session.node, ReceiverDown).reason
+        os.kill(session.sender.pid, signal.SIGSTOP)
+        assert "the weight sender did not answer within" in wait_for(session.receiver, ReceiverDown).reason
 
 
-def test_nobody_comes_to_the_rendezvous(make: Callable[..., Session]) -> None:
+def test_a_rendezvous_without_a_peer_ends_at_the_deadline(make: Callable[..., Session]) -> None:
     session = make(join_s=2.0)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        session.node.connect("127.0.0.1", silent.getsockname()[1])
-        wait_for(session.link, SenderUp)
-        assert "link of a-1: rendezvous with the node" in wait_for(session.link, SenderDown).reason
-        assert "node of a-1: rendezvous with the link at 127.0.0.1" in wait_for(session.node, ReceiverDown).reason
+        session.receiver.connect("127.0.0.1", silent.getsockname()[1])
+        wait_for(session.sender, SenderUp)
+        assert (
+            "weight sender of a-1: rendezvous with the weight receiver" in wait_for(session.sender, SenderDown).reason
+        )
+        assert (
+            "weight receiver of a-1: rendezvous with the weight sender at 127.0.0.1"
+            in wait_for(session.receiver, ReceiverDown).reason
+        )
 
 
-def test_a_host_that_is_not_ours_is_named() -> None:
-    link = WeightSender("/nowhere", "a-1", "no-such-host.invalid")
+def test_the_error_for_an_unknown_host_names_it() -> None:
+    sender = WeightSender("/nowhere", "a-1", "no-such-host.invalid")
     try:
-        assert "no-such-host.invalid" in wait_for(link, SenderDown).reason
+        assert "no-such-host.invalid" in wait_for(sender, SenderDown).reason
     finally:
-        link.stop()
+        sender.stop()
 
 
 PARENT = """
 import select, time
-from sgpo_async.session import WeightSender, WeightReceiver
-link = WeightSender("/nowhere", "a-1", "127.0.0.1")
-lonely = WeightSender("/nowhere", "a-2", "127.0.0.1")  # stays inside its rendezvous
-node = WeightReceiver("a-1")
+import torch
+from sgpo_async.session import VersionReceived, WeightSender, WeightReceiver
+from sgpo_async.weights import StoreFile, StoreWriter
+file = StoreFile("/nowhere")
+StoreWriter(file.path).publish(0, [("a", torch.ones(3))])
+sender = WeightSender(file.path, "a-1", "127.0.0.1")
+waiting = WeightSender(file.path, "a-2", "127.0.0.1")  # stays inside its rendezvous
+receiver = WeightReceiver("a-1")
 def wait(handle):
     select.select([handle], [], [])
     return handle.poll()[0]
-node.connect("127.0.0.1", wait(link).port)
-wait(lonely)
-link.control("hello")
-assert wait(node).word == "hello"
-print(link.pid, lonely.pid, node.pid, flush=True)
+receiver.connect("127.0.0.1", wait(sender).port)
+wait(waiting)
+assert isinstance(wait(receiver), VersionReceived)
+print(sender.pid, waiting.pid, receiver.pid, flush=True)
 time.sleep(600)
 """
 
 
-def test_nothing_outlives_its_parent() -> None:
+def test_no_session_process_outlives_its_parent() -> None:
     command = [sys.executable, "-c", PARENT]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0) as parent:
         assert parent.stdout

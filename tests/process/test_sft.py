@@ -1,4 +1,4 @@
-"""The warm-up under real torchrun: ranks, a kill in the middle, what is left behind."""
+"""The warm-up under torchrun: one rank, two ranks, and resuming after a kill."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from sgpo_async.processes.torchrun import torchrun
 
 pytestmark = pytest.mark.process
 
-WORDS = ["sft.problems=96", "sft.batch=16", "sft.epochs=3", "sft.lr=1e-3", "sft.validate_every=3"]
+OVERRIDES = ["sft.problems=96", "sft.batch=16", "sft.epochs=3", "sft.lr=1e-3", "sft.validate_every=3"]
 DEADLINE_S = 240.0
 
 
-def command(folder: Path, name: str, *words: str, ranks: int = 1) -> list[str]:
-    config = ["configs/demo.yaml", f"out={folder}", f"name={name}", *WORDS, *words]
+def command(folder: Path, name: str, *overrides: str, ranks: int = 1) -> list[str]:
+    config = ["configs/demo.yaml", f"out={folder}", f"name={name}", *OVERRIDES, *overrides]
     return [*torchrun(ranks), "launch/sft.py", *config]
 
 
-def warm_up(folder: Path, name: str, *words: str, ranks: int = 1) -> list[dict[str, Any]]:
-    """Run to the end; the lines of its metrics."""
+def warm_up(folder: Path, name: str, *overrides: str, ranks: int = 1) -> list[dict[str, Any]]:
+    """Run a warm-up to its end; return the lines of its metrics."""
     done = subprocess.run(
-        command(folder, name, *words, ranks=ranks),
+        command(folder, name, *overrides, ranks=ranks),
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -60,10 +60,10 @@ def one(folder: Path) -> list[dict[str, Any]]:
     return warm_up(folder, "one")
 
 
-def test_the_loss_falls_and_the_folder_is_a_model(folder: Path, one: list[dict[str, Any]]) -> None:
+def test_the_loss_falls_and_the_best_policy_is_exported(folder: Path, one: list[dict[str, Any]]) -> None:
     summary = json.loads((folder / "one" / "summary.json").read_text())
     validated = {line["step"]: line["validation_loss"] for line in one if "validation_loss" in line}
-    assert list(validated) == [3, 6, 9, 12, 15, 18]  # 86 training problems: 6 steps an epoch
+    assert list(validated) == [3, 6, 9, 12, 15, 18]  # 86 training problems: 6 steps per epoch
     assert summary["best_loss"] == min(validated.values())
     assert validated[summary["best_step"]] == summary["best_loss"] < validated[3]
     assert one[-1]["train_loss"] < one[0]["train_loss"]
@@ -73,17 +73,17 @@ def test_the_loss_falls_and_the_folder_is_a_model(folder: Path, one: list[dict[s
     assert len(AutoTokenizer.from_pretrained(folder / "one" / "warmup")) == model.config.vocab_size
 
 
-def test_two_ranks_learn_the_same(folder: Path, one: list[dict[str, Any]]) -> None:
+def test_two_ranks_give_the_same_losses_as_one(folder: Path, one: list[dict[str, Any]]) -> None:
     two = warm_up(folder, "two", ranks=2)
     for key in ("train_loss", "validation_loss"):
         found, expected = ([line[key] for line in run if key in line] for run in (two, one))
         assert found == pytest.approx(expected, rel=1e-3)
 
 
-def test_killed_and_resumed_it_ends_as_if_it_had_not_been(folder: Path, one: list[dict[str, Any]]) -> None:
-    words = ["learner.checkpoint_every=2", "sft.epochs=10"]
+def test_a_killed_and_resumed_warm_up_equals_an_uninterrupted_one(folder: Path, one: list[dict[str, Any]]) -> None:
+    overrides = ["learner.checkpoint_every=2", "sft.epochs=10"]
     process = subprocess.Popen(
-        command(folder, "killed", *words),
+        command(folder, "killed", *overrides),
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stderr=subprocess.DEVNULL,
@@ -96,9 +96,11 @@ def test_killed_and_resumed_it_ends_as_if_it_had_not_been(folder: Path, one: lis
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(120)
 
-    whole = warm_up(folder, "whole", "sft.epochs=10")
-    resumed = warm_up(folder, "killed", *words, "learner.resume=true")
+    uninterrupted = warm_up(folder, "uninterrupted", "sft.epochs=10")
+    resumed = warm_up(folder, "killed", *overrides, "learner.resume=true")
     assert [line["step"] for line in resumed] == list(range(1, 61))
-    assert losses(resumed) == losses(whole)
-    best = [json.loads((folder / name / "summary.json").read_text())["best_loss"] for name in ("killed", "whole")]
+    assert losses(resumed) == losses(uninterrupted)
+    best = [
+        json.loads((folder / name / "summary.json").read_text())["best_loss"] for name in ("killed", "uninterrupted")
+    ]
     assert best[0] == best[1]

@@ -1,4 +1,4 @@
-"""What both transports promise, tested on both: in memory, and ZeroMQ on loopback."""
+"""Both transports fulfil the same interface: in memory, and ZeroMQ on loopback."""
 
 from collections.abc import Callable, Iterator
 
@@ -16,7 +16,7 @@ Connect = Callable[[bytes], DealerEnd]
 
 @pytest.fixture(params=["memory", "zeromq"])
 def ends(request: pytest.FixtureRequest) -> Iterator[tuple[RouterEnd, Connect]]:
-    """A router, and what connects a dealer with a given identity to it."""
+    """A router, and a function that connects a dealer with a given identity to it."""
     if request.param == "memory":
         memory = MemoryRouter()
         yield memory, memory.dealer
@@ -35,16 +35,16 @@ def ends(request: pytest.FixtureRequest) -> Iterator[tuple[RouterEnd, Connect]]:
 
 
 def exactly(count: int, poll: Callable[[float], list]) -> list:
-    """`count` items from an end, with patience."""
+    """Poll until `count` items have arrived, and return them."""
     items: list = []
     while len(items) < count:
-        news = poll(PATIENCE)
-        assert news, f"{len(items)} of {count} arrived"
-        items += news
+        arrived = poll(PATIENCE)
+        assert arrived, f"{len(items)} of {count} arrived"
+        items += arrived
     return items
 
 
-def test_frames_arrive_whole_in_order_under_the_identity(ends: tuple[RouterEnd, Connect]) -> None:
+def test_frames_arrive_complete_and_in_order_with_the_identity(ends: tuple[RouterEnd, Connect]) -> None:
     router, connect = ends
     a, b = connect(b"a"), connect(b"b")
     sent: list[Frames] = [[bytes([n]), b"", b"x" * n] for n in range(200)]
@@ -54,7 +54,7 @@ def test_frames_arrive_whole_in_order_under_the_identity(ends: tuple[RouterEnd, 
         assert [frames for member, frames in received if member == name] == sent
 
 
-def test_replies_reach_their_member_only(ends: tuple[RouterEnd, Connect]) -> None:
+def test_a_reply_reaches_only_its_member(ends: tuple[RouterEnd, Connect]) -> None:
     router, connect = ends
     a, b = connect(b"a"), connect(b"b")
     a.send([b"hello"])
@@ -64,32 +64,32 @@ def test_replies_reach_their_member_only(ends: tuple[RouterEnd, Connect]) -> Non
     assert b.poll(0.05) == []
 
 
-def test_polls_of_nothing_return_in_time(ends: tuple[RouterEnd, Connect]) -> None:
+def test_a_poll_without_messages_returns_in_time(ends: tuple[RouterEnd, Connect]) -> None:
     router, connect = ends
     assert router.poll(0.05) == [] == connect(b"a").poll(0.05)
     assert router.poll(0) == []
 
 
-def test_an_unknown_member_is_unroutable(ends: tuple[RouterEnd, Connect]) -> None:
+def test_sending_to_an_unknown_member_returns_false(ends: tuple[RouterEnd, Connect]) -> None:
     router, _ = ends
-    assert not router.send(b"nobody", [b"x"])
+    assert not router.send(b"unknown", [b"x"])
 
 
-def test_a_member_that_closed_becomes_unroutable(ends: tuple[RouterEnd, Connect]) -> None:
+def test_sending_to_a_closed_member_returns_false(ends: tuple[RouterEnd, Connect]) -> None:
     router, connect = ends
     member = connect(b"a")
     member.send([b"x"])
     exactly(1, router.poll)
     member.close()
-    until_refused(router, b"a", [b"y"])
+    send_until_false(router, b"a", [b"y"])
 
 
-def test_a_member_that_does_not_read_blocks_nobody(ends: tuple[RouterEnd, Connect]) -> None:
+def test_a_member_that_does_not_read_does_not_block_the_others(ends: tuple[RouterEnd, Connect]) -> None:
     router, connect = ends
     member = connect(b"slow")
     member.send([b"x"])
     exactly(1, router.poll)
-    until_refused(router, b"slow", [b"y" * 10_000])
+    send_until_false(router, b"slow", [b"y" * 10_000])
     other = connect(b"other")
     other.send([b"x"])
     assert exactly(1, router.poll) == [(b"other", [b"x"])]
@@ -97,7 +97,7 @@ def test_a_member_that_does_not_read_blocks_nobody(ends: tuple[RouterEnd, Connec
     assert exactly(1, other.poll) == [[b"z"]]
 
 
-def test_a_member_that_comes_back_takes_its_identity_over(ends: tuple[RouterEnd, Connect]) -> None:
+def test_a_new_connection_with_a_known_identity_replaces_the_old_one(ends: tuple[RouterEnd, Connect]) -> None:
     router, connect = ends
     for generation in (b"1", b"2", b"3"):
         member = connect(b"a")
@@ -107,6 +107,6 @@ def test_a_member_that_comes_back_takes_its_identity_over(ends: tuple[RouterEnd,
         assert exactly(1, member.poll) == [[b"to", generation]]
 
 
-def until_refused(router: RouterEnd, member: bytes, frames: Frames) -> None:
-    """Send until the router declines; the queues between hold far fewer messages than this."""
+def send_until_false(router: RouterEnd, member: bytes, frames: Frames) -> None:
+    """Send until the router returns False; the queues hold far fewer messages than these."""
     assert any(not router.send(member, frames) for _ in range(1_000_000))

@@ -1,4 +1,4 @@
-"""CURVE: the right key gets in, every other way in is closed and says why."""
+"""CURVE: the hub accepts the right keys, and refuses every other connection with the reason."""
 
 import re
 import shutil
@@ -32,17 +32,17 @@ def router(keys: Path) -> Iterator[Router]:
 
 
 def refusal(dealer: Dealer) -> str:
-    """Why the dealer cannot connect, once it knows."""
+    """The error message of a dealer that the hub refuses, once the hub has refused it."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         with pytest.raises(HubError) as caught:
             dealer.wait_connected(0.5)
         if "refuses" in str(caught.value):
             return str(caught.value)
-    raise AssertionError("never refused")
+    raise AssertionError("the hub did not refuse the dealer")
 
 
-def test_a_member_needs_three_of_the_four_files(router: Router, keys: Path) -> None:
+def test_a_member_connects_with_three_of_the_four_key_files(router: Router, keys: Path) -> None:
     folder = keys / "copied"
     folder.mkdir()
     for name in ("server.key", "client.key", "client.key_secret"):
@@ -57,29 +57,30 @@ def test_a_member_needs_three_of_the_four_files(router: Router, keys: Path) -> N
 
 
 def unknown_client(keys: Path) -> Path:
-    """The hub's public key is public: a stranger has it, and a client key of its own."""
+    """Keys of a client that has the hub's public key, but a client key that the hub does not know."""
     shutil.copy(keys / "hub" / "server.key", keys / "stranger")
     return keys / "stranger"
 
 
 @pytest.mark.parametrize(
-    ("way", "reason"),
+    ("mistake", "reason"),
     [
-        ("unknown client key", "it does not know our key"),
-        ("wrong server key", "it broke off: wrong server.key"),
+        ("unknown client key", "it does not know this side's client.key"),
+        ("wrong server key", "the handshake broke off: wrong server.key, or keys on one side only"),
         ("no keys", ".*keys on one side only"),
     ],
 )
-def test_a_stranger_is_refused_and_told_why(router: Router, keys: Path, way: str, reason: str) -> None:
+def test_wrong_keys_are_refused_with_the_reason(router: Router, keys: Path, mistake: str, reason: str) -> None:
     folder = {
         "unknown client key": lambda: unknown_client(keys),
         "wrong server key": lambda: keys / "stranger",
         "no keys": lambda: "",
-    }[way]()
+    }[mistake]()
     stranger = Dealer(router.address, identity=b"stranger", keys=folder, max_bytes=LIMIT)
     stranger.send([b"let me in"])
-    told = refusal(stranger)
-    assert re.search(rf"hub.address: {router.address} refuses us: {reason}.*hub\.keys", told)
+    message = refusal(stranger)
+    remedy = r"give the hub and all members the same hub\.keys"
+    assert re.search(rf"hub.address: {router.address} refuses the connection: {reason}.*; {remedy}", message)
     assert router.poll(0.2) == []
     assert not router.send(b"stranger", [b"x"])
     good = Dealer(router.address, keys=keys / "hub", max_bytes=LIMIT)
@@ -88,18 +89,18 @@ def test_a_stranger_is_refused_and_told_why(router: Router, keys: Path, way: str
     good.close()
 
 
-def test_a_refusal_that_lasts_is_told_long_before_the_deadline(router: Router, keys: Path) -> None:
+def test_a_lasting_refusal_raises_long_before_the_deadline(router: Router, keys: Path) -> None:
     stranger = Dealer(router.address, keys=unknown_client(keys), max_bytes=LIMIT)
     began = time.monotonic()
-    with pytest.raises(HubError, match="refuses us"):
+    with pytest.raises(HubError, match="refuses the connection"):
         stranger.wait_connected(10 * PATIENCE)
     assert time.monotonic() - began < PATIENCE
-    with pytest.raises(HubError, match="refuses us"):
+    with pytest.raises(HubError, match="refuses the connection"):
         stranger.check_refused()
     stranger.close()
 
 
-def test_keys_against_a_hub_without(keys: Path) -> None:
+def test_a_hub_without_keys_refuses_a_member_with_keys(keys: Path) -> None:
     router = Router("tcp://127.0.0.1:0", max_bytes=LIMIT)
     dealer = Dealer(router.address, keys=keys / "hub", max_bytes=LIMIT)
     assert "keys on one side only" in refusal(dealer)

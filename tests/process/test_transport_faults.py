@@ -1,4 +1,4 @@
-"""The hub's endpoint against hostile, dying and doubled peers, in processes of their own."""
+"""The hub's endpoint against hostile and dying peers in other processes, and against a second hub."""
 
 import socket as network
 import subprocess
@@ -74,7 +74,7 @@ def child(script: str, address: str) -> Iterator[subprocess.Popen]:
 def until(
     hub: RouterMailbox, enough: Callable[[list[tuple[bytes, Message | WireError]]], bool]
 ) -> list[tuple[bytes, Message | WireError]]:
-    """Everything that the hub receives until it is enough."""
+    """Everything that the hub receives until `enough` is true."""
     received: list[tuple[bytes, Message | WireError]] = []
     deadline = time.monotonic() + PATIENCE
     while not enough(received):
@@ -83,7 +83,7 @@ def until(
     return received
 
 
-def test_a_malformed_flood_is_counted_and_a_good_member_served(hub: RouterMailbox) -> None:
+def test_the_hub_counts_malformed_messages_and_serves_a_good_member(hub: RouterMailbox) -> None:
     address = hub.router.address
     with child(FLOOD, address), member(address) as good:
         for step in range(100):
@@ -97,20 +97,20 @@ def test_a_malformed_flood_is_counted_and_a_good_member_served(hub: RouterMailbo
         assert good.receive(PATIENCE) == [Ack(task=1, attempt=1, slot=1)]
 
 
-def test_bytes_that_are_not_zeromq_harm_nobody(hub: RouterMailbox) -> None:
+def test_connections_that_are_not_zeromq_do_not_disturb_a_good_member(hub: RouterMailbox) -> None:
     host, port = hub.router.address.removeprefix("tcp://").split(":")
     for noise in (b"GET / HTTP/1.1\r\n\r\n", bytes(range(256)) * 4000, b"\xff" + b"\0" * 8 + b"\x7f" * 999):
         with network.create_connection((host, int(port)), timeout=PATIENCE) as stranger:
             try:
                 stranger.sendall(noise)
             except ConnectionError:
-                continue  # cut off while it was still talking
+                continue  # the hub closed the connection before the end
     with member(hub.router.address) as good:
         good.send(Goodbye())
         assert until(hub, bool) == [(b"good", Goodbye())]
 
 
-def test_an_oversized_message_costs_one_rejection(hub: RouterMailbox) -> None:
+def test_an_oversized_message_counts_as_one_rejection(hub: RouterMailbox) -> None:
     with member(hub.router.address) as good:
         good.dealer.send([b"x" * (LIMIT + 1)])
         good.send(Goodbye())
@@ -120,7 +120,7 @@ def test_an_oversized_message_costs_one_rejection(hub: RouterMailbox) -> None:
         assert hub.rejected == 1
 
 
-def test_a_monstrous_message_is_not_received_and_its_sender_comes_back(hub: RouterMailbox) -> None:
+def test_zeromq_drops_a_far_too_large_message_and_its_sender_reconnects(hub: RouterMailbox) -> None:
     with member(hub.router.address) as good:
         good.dealer.send([b"x" * (8 * LIMIT)])
         good.send(Goodbye())
@@ -129,7 +129,7 @@ def test_a_monstrous_message_is_not_received_and_its_sender_comes_back(hub: Rout
         assert good.dealer.connections == 2
 
 
-def test_a_member_killed_in_mid_stream_leaves_whole_messages_only(hub: RouterMailbox) -> None:
+def test_a_member_killed_while_sending_leaves_only_complete_messages(hub: RouterMailbox) -> None:
     address = hub.router.address
     with member(address) as good, child(STREAM, address) as victim:
         received = until(hub, lambda seen: len(seen) >= 30)
@@ -137,7 +137,7 @@ def test_a_member_killed_in_mid_stream_leaves_whole_messages_only(hub: RouterMai
         victim.wait(PATIENCE)
         deadline = time.monotonic() + PATIENCE
         while hub.send(b"victim", Ack(task=1, attempt=0, slot=0)):
-            assert time.monotonic() < deadline, "the hub never noticed the death"
+            assert time.monotonic() < deadline, "the hub did not notice that the member died"
             received += hub.receive(0.01)
         good.send(Goodbye())
         received += until(hub, lambda seen: any(sender == b"good" for sender, _ in seen))
@@ -148,8 +148,10 @@ def test_a_member_killed_in_mid_stream_leaves_whole_messages_only(hub: RouterMai
         assert hub.rejected == 0
 
 
-def test_two_hubs_on_one_port(hub: RouterMailbox) -> None:
-    with pytest.raises(HubError, match=f"{hub.router.address} is in use; stop the other hub or choose"):
+def test_a_second_hub_on_the_same_port_raises_and_the_first_goes_on(hub: RouterMailbox) -> None:
+    with pytest.raises(
+        HubError, match=f"{hub.router.address} is in use; stop the other process or choose another port"
+    ):
         Router(hub.router.address, max_bytes=LIMIT)
     with member(hub.router.address) as good:
         good.send(Goodbye())
@@ -159,16 +161,19 @@ def test_two_hubs_on_one_port(hub: RouterMailbox) -> None:
 @pytest.mark.parametrize(
     ("address", "reason"),
     [
-        ("tcp://192.0.2.1:5757", "cannot listen at"),  # a documentation address: never ours
+        (
+            "tcp://192.0.2.1:5757",
+            "cannot listen at .*; choose an address of this machine",
+        ),  # reserved for documentation
         ("tcp://no-such-host.invalid:5757", "host no-such-host.invalid in .* is unknown"),
     ],
 )
-def test_an_address_that_is_not_ours(address: str, reason: str) -> None:
+def test_an_address_of_another_machine_raises(address: str, reason: str) -> None:
     with pytest.raises(HubError, match=f"hub.address: {reason}"):
         Router(address, max_bytes=LIMIT)
 
 
-def test_a_host_name_can_be_bound() -> None:
+def test_a_router_binds_to_a_host_name() -> None:
     router = Router("tcp://localhost:0", max_bytes=LIMIT)
     with member(router.address) as good:
         good.send(Goodbye())
@@ -176,7 +181,7 @@ def test_a_host_name_can_be_bound() -> None:
     router.close()
 
 
-def test_a_hub_that_comes_back_is_found_again() -> None:
+def test_a_member_reconnects_to_a_restarted_hub() -> None:
     first = Router("tcp://127.0.0.1:0", max_bytes=LIMIT)
     dealer = Dealer(first.address, identity=b"good", max_bytes=LIMIT)
     dealer.wait_connected(PATIENCE)
@@ -194,18 +199,18 @@ def test_a_hub_that_comes_back_is_found_again() -> None:
     second.close()
 
 
-def test_no_hub_is_one_clear_line() -> None:
+def test_waiting_for_a_missing_hub_raises_one_line() -> None:
     with network.socket() as free:
-        free.bind(("127.0.0.1", 0))  # taken, but nobody listens
+        free.bind(("127.0.0.1", 0))  # bound, but not listening
         dealer = Dealer(f"tcp://127.0.0.1:{free.getsockname()[1]}", max_bytes=LIMIT)
-        with pytest.raises(HubError, match=r"no hub answered at tcp://127.* within 0.2 s; is it running"):
+        with pytest.raises(HubError, match=r"no hub answered at tcp://127.* within 0.2 s; check that it is running"):
             dealer.wait_connected(0.2)
         assert dealer.send([b"queued"])
-        dealer.close(linger_s=0.2)  # returns although the frame cannot leave
+        dealer.close(linger_s=0.2)  # returns although the frame cannot be sent
         dealer.close()
 
 
-def test_last_messages_leave_before_a_lingering_close(hub: RouterMailbox) -> None:
+def test_close_with_linger_sends_the_queued_messages_first(hub: RouterMailbox) -> None:
     with member(hub.router.address) as leaving:
         for step in range(200):
             leaving.send(Ready(tasks=1, version=step))

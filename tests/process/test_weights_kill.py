@@ -1,4 +1,4 @@
-"""Weight stores and `kill -9`."""
+"""Weight stores whose writer is killed with SIGKILL."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from sgpo_async.weights import StoreFile, StoreReader, StoreWriter, digest
 
 pytestmark = pytest.mark.process
 
-# Publishes versions like `weights` below, and kills itself in the middle of the last one.
+# Publishes the versions of `weights` below, and kills itself while it publishes the last one.
 WRITER = """
 import os, signal, sys, torch
 from sgpo_async.weights import StoreWriter
@@ -31,7 +31,7 @@ def weights(version: int) -> list[tuple[str, torch.Tensor]]:
     return [(f"t{i}", torch.full((1000,), float(version * 100 + i))) for i in range(10)]
 
 
-def write_and_die(path: str, first: int, last: int) -> None:
+def write_until_killed(path: str, first: int, last: int) -> None:
     result = subprocess.run([sys.executable, "-c", WRITER, path, str(first), str(last)], timeout=120, check=False)
     assert result.returncode == -9
 
@@ -43,10 +43,10 @@ def path() -> Iterator[str]:
     file.close()
 
 
-def test_a_torn_publication_leaves_the_version_before(path: str) -> None:
+def test_a_killed_publication_leaves_the_previous_version(path: str) -> None:
     reader = StoreReader(path)
-    for first in (0, 3):  # the second writer dies where the first did
-        write_and_die(path, first, 3)
+    for first in (0, 3):  # the second writer is killed at the same point as the first
+        write_until_killed(path, first, 3)
         manifest = reader.manifest()
         assert manifest is not None
         assert manifest.version == 2
@@ -55,7 +55,7 @@ def test_a_torn_publication_leaves_the_version_before(path: str) -> None:
     assert digest(reader.tensors(3).items()) == digest(weights(3))
 
 
-# Reads whatever is newest, as fast as it can, and checks that it is one whole version.
+# Reads the newest version repeatedly and checks that it is complete and consistent.
 READER = """
 import sys
 from sgpo_async.errors import Superseded
@@ -77,7 +77,7 @@ while True:
 """
 
 
-def test_a_reader_never_sees_half_of_a_version(path: str) -> None:
+def test_a_reader_never_sees_an_incomplete_version(path: str) -> None:
     last = 300
     with subprocess.Popen([sys.executable, "-c", READER, path, str(last)], stdout=subprocess.PIPE) as reader:
         assert reader.stdout

@@ -1,1 +1,1 @@
-"""Slow, plain transcriptions of the published equations: what the tests compare against."""
+"""Slow, plain transcriptions of the published equations, which the tests use as references."""

@@ -1,4 +1,4 @@
-"""Exact expectations over every sequence of a small vocabulary, under policies given as tables.
+"""Exact expectations over all sequences of a small vocabulary, under policies that are tables.
 
 A table holds one distribution per prefix: table[prefix] is a [V] array of next-token probabilities.
 """
@@ -27,16 +27,16 @@ def sequences(vocabulary: int, horizon: int) -> list[Sequence]:
 
 
 def token_probabilities(table: Table, sequence: Sequence) -> Array:
-    """[T], of each token given the ones before it."""
+    """Return the probability of each token given the tokens before it: [T]."""
     return np.array([table[sequence[:t]][token] for t, token in enumerate(sequence)])
 
 
 def prefix_kl(p: Table, q: Table, sequence: Sequence) -> Array:
-    """[T], KL(p || q) of the next token after each prefix of the sequence."""
+    """Compute KL(p || q) of the next token after each prefix of the sequence: [T]."""
     prefixes = [sequence[:t] for t in range(len(sequence))]
     return np.array([sum(a * np.log(a / b) for a, b in zip(p[s], q[s], strict=True)) for s in prefixes])
 
 
 def expectation(table: Table, every: list[Sequence], value: Callable[[Sequence], float]) -> float:
-    """E[value(o)] for o drawn from the table."""
+    """Compute E[value(o)] for sequences o sampled from the table."""
     return sum(float(np.prod(token_probabilities(table, o))) * value(o) for o in every)

@@ -1,4 +1,4 @@
-"""Shards to train on, tiny models and learners, for the learner's tests."""
+"""Training shards, tiny models and learners for the tests of the learner."""
 
 from dataclasses import replace
 from typing import Any
@@ -19,8 +19,8 @@ from sgpo_async.learner.teacher import Teacher
 from sgpo_async.wire.records import Rollout, Shard
 
 VOCABULARY = 13
-TOP = 3  # likeliest tokens told beside each token of a correct guided rollout
-PAPER: dict[str, Any] = {  # the paper's setting, and the correction of a prefix towards its self-teacher
+TOP = 3  # number of most likely tokens reported with each token of a correct guided rollout
+PAPER: dict[str, Any] = {  # the setting of the paper, with the prefix correction towards the self-teacher
     "teacher": "self",
     "limiter": "mask",
     "alpha0": 0.5,
@@ -30,7 +30,7 @@ PAPER: dict[str, Any] = {  # the paper's setting, and the correction of a prefix
 
 
 def tiny_model(*, tied: bool = False, seed: int = 0, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
-    """A Qwen2 of two layers with weights large enough that its distributions are far from uniform."""
+    """A Qwen2 model of two layers, with weights so large that its distributions are far from uniform."""
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=VOCABULARY,
@@ -48,7 +48,7 @@ def tiny_model(*, tied: bool = False, seed: int = 0, dtype: torch.dtype = torch.
 
 
 def settings(*, ranks: int = 1, row_tokens: int = 40, temperature: float = 1.0, **algorithm: object) -> Run:
-    """A run of 4 problems per step."""
+    """The settings of a run with 4 problems per step."""
     return Run(
         steps=8,
         rollout=Sizes(autonomous=4, guided=3, temperature=temperature),
@@ -61,7 +61,7 @@ def settings(*, ranks: int = 1, row_tokens: int = 40, temperature: float = 1.0, 
 
 
 def groups(*, seed: int = 0, problems: int = 4, version: int = 5) -> list[list[Rollout]]:
-    """Groups of 4 autonomous and 3 guided rollouts; the first has no correct guided one."""
+    """Groups of 4 autonomous and 3 guided rollouts; the first group has no correct guided rollout."""
     rng = np.random.default_rng(seed)
     return [_group(rng, task, version) for task in range(problems)]
 
@@ -72,7 +72,7 @@ def shard_of(parts: list[list[Rollout]], *, problems: int, step: int = 0, versio
 
 
 def stepper(run: Run, model: PreTrainedModel, teacher: PreTrainedModel | None = None) -> Stepper:
-    """A sharded learner over all ranks of the present process group."""
+    """A learner sharded over all ranks of the current process group."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     policy = shard(Policy(model), mesh, precision="float32")
     frozen = shard(Policy(teacher).requires_grad_(False), mesh, precision="float32") if teacher else None
@@ -81,7 +81,7 @@ def stepper(run: Run, model: PreTrainedModel, teacher: PreTrainedModel | None = 
 
 
 def demonstrations(task: int) -> np.ndarray | None:
-    """Responses of the tasks of `groups`; the second has none."""
+    """The response of each task of `groups`; the second task has none."""
     rng = np.random.default_rng(1000 + task)
     return None if task == 1 else rng.integers(0, VOCABULARY, rng.integers(3, 9), dtype=np.int32)
 
@@ -110,14 +110,14 @@ def _group(rng: np.random.Generator, task: int, version: int) -> list[Rollout]:
                 reward=float(reward),
                 finish="stop",
                 unguided_logprob=float(rng.uniform(-30, -3)) if guided and reward else None,
-                **(_likeliest(length, seed=[task, slot, length]) if guided and reward else {}),
+                **(_most_likely(length, seed=[task, slot, length]) if guided and reward else {}),
             )
         )
     return group
 
 
-def _likeliest(length: int, *, seed: list[int]) -> dict[str, np.ndarray]:
-    """Some engine's likeliest tokens at each of `length` places."""
+def _most_likely(length: int, *, seed: list[int]) -> dict[str, np.ndarray]:
+    """The most likely tokens that an engine reports at each of `length` positions."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(scale=2.0, size=(length, VOCABULARY))
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -129,7 +129,7 @@ def _likeliest(length: int, *, seed: list[int]) -> dict[str, np.ndarray]:
 
 
 def spread(parts: list[list[Rollout]], *, seed: int = 0, version: int = 5) -> list[list[Rollout]]:
-    """The same groups, each rollout in up to three spans of ascending versions, at most two behind."""
+    """The same groups, with each rollout divided into up to three spans of ascending versions, at lag 2 or less."""
     rng = np.random.default_rng(seed)
     return [[_in_spans(rng, rollout, version) for rollout in group] for group in parts]
 
@@ -143,7 +143,7 @@ def _in_spans(rng: np.random.Generator, rollout: Rollout, version: int) -> Rollo
 
 
 def reference_mismatch(model: PreTrainedModel, parts: list[list[Rollout]], *, version: int = 5) -> dict[str, object]:
-    """Engine against learner over the autonomous rollouts, token by token: the metrics of `learner.mismatch`."""
+    """The metrics of `learner.mismatch`, computed token by token over the autonomous rollouts."""
     cells: dict[str, list[float]] = {f"{a}_{s}": [] for a in ("lag0", "stale") for s in ("first", "later")}
     by_lag: dict[str, list[float]] = {}
     for rollout in (r for group in parts for r in group if not r.guided):
@@ -167,7 +167,7 @@ def reference_mismatch(model: PreTrainedModel, parts: list[list[Rollout]], *, ve
 
 
 def log_probs(model: PreTrainedModel, prompt: np.ndarray, completion: np.ndarray, temperature: float = 1.0) -> Tensor:
-    """log pi(.|prompt, completion so far) before each completion token: [T, V]."""
+    """Compute log pi(.|prompt, completion so far) before each completion token: [T, V]."""
     ids = torch.from_numpy(np.concatenate((prompt, completion))).long()[None]
     log_probs = (model(input_ids=ids).logits[0] / temperature).log_softmax(-1)
     return log_probs[len(prompt) - 1 : -1]

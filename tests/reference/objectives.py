@@ -1,8 +1,8 @@
-"""The loss of every objective taken sequence by sequence: one forward each, full logits, weights by plain loops.
+"""The loss of every objective, computed sequence by sequence with full logits and plain loops.
 
 Transcribed from the papers: SGPO https://arxiv.org/abs/2606.24064, LUFFY https://arxiv.org/abs/2504.14945v1 (Eq. 4, 5),
-HPT https://arxiv.org/abs/2509.04419. What the papers hold constant, sg[.], is taken of the model `at`, so that the loss
-may be differentiated by automatic means and by differences.
+HPT https://arxiv.org/abs/2509.04419. Quantities inside sg[.] are computed with the model `at`, so that the loss can be
+differentiated both by autograd and by finite differences.
 """
 
 import math
@@ -31,7 +31,7 @@ def reference_loss(
     responses: Responses = lambda _: None,
     at: PreTrainedModel | None = None,
 ) -> Tensor:
-    """Mean over problems of the objective's loss."""
+    """The mean over problems of the objective's loss."""
     at = at or model
     losses = []
     for group in parts:
@@ -43,7 +43,7 @@ def reference_loss(
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem with its rollouts, and the three models that have a part in its loss."""
+    """One problem with its rollouts, and the three models from which its loss is computed."""
 
     model: PreTrainedModel
     at: PreTrainedModel
@@ -116,8 +116,8 @@ def sgpo_(problem: Problem) -> Tensor:
         return loss
     if rule.target == "reachable":
         successes = [max(successes, key=lambda r: r.unguided_logprob)]
-    pulls = [likelihood(problem, o) if rule.divergence == "sft" else distillation(problem, o) for o in successes]
-    return loss + alpha(problem) * torch.stack(pulls).mean()
+    losses = [likelihood(problem, o) if rule.divergence == "sft" else distillation(problem, o) for o in successes]
+    return loss + alpha(problem) * torch.stack(losses).mean()
 
 
 OBJECTIVES: dict[str, Callable[[Problem], Tensor]] = {
@@ -134,30 +134,30 @@ def likelihood(problem: Problem, target: Rollout) -> Tensor:
 
 
 def distillation(problem: Problem, target: Rollout) -> Tensor:
-    """Eq. 5, with the divergence and the limiter of the run."""
+    """Eq. 5 with the divergence and the limiter of the run."""
     rule = problem.rule
     log_p = problem.all_log_probs(problem.teacher, target.prompt, target.tokens).detach()
     log_q, log_q_at = (problem.all_log_probs(m, problem.plain, target.tokens) for m in (problem.model, problem.at))
     chosen = log_p[range(len(target.tokens)), target.tokens.tolist()]
     if rule.teacher == "behaviour":
         listed = target.top_tokens.reshape(len(target.tokens), -1).tolist()
-        log_p = torch.from_numpy(told(target))
+        log_p = torch.from_numpy(reported(target))
         log_q, log_q_at = (merged(q, listed) for q in (log_q, log_q_at))
         chosen = torch.from_numpy(target.logprobs.astype(np.float64))
-    d = torch.stack([apart(p, q, rule.divergence) for p, q in zip(log_p, log_q, strict=True)])
-    now = np.array([apart(p, q, rule.divergence).item() for p, q in zip(log_p, log_q_at.detach(), strict=True)])
-    pull = torch.tensor(sgpo.limited_pull(now, rule.limiter, rule.delta, rule.quantile), dtype=torch.float64)
-    return (correction(chosen, target, rule.kl_correction) * pull * d).mean()
+    d = torch.stack([divergence(p, q, rule.divergence) for p, q in zip(log_p, log_q, strict=True)])
+    values = np.array([divergence(p, q, rule.divergence).item() for p, q in zip(log_p, log_q_at.detach(), strict=True)])
+    factors = sgpo.limited_gradient_factors(values, rule.limiter, rule.delta, rule.quantile)
+    return (correction(chosen, target, rule.kl_correction) * torch.tensor(factors, dtype=torch.float64) * d).mean()
 
 
-def told(target: Rollout) -> np.ndarray:
-    """[T, k + 1], what the engine told of its distribution at each token, and what is left for all other tokens."""
+def reported(target: Rollout) -> np.ndarray:
+    """The log-probabilities that the engine reported at each token and, last, that of all other tokens: [T, k + 1]."""
     known = [[math.exp(x) for x in row] for row in target.top_logprobs.reshape(len(target.tokens), -1).tolist()]
     return np.log(np.array([[*row, 1 - sum(row)] for row in known]))
 
 
 def merged(log_q: Tensor, listed: list[list[int]]) -> Tensor:
-    """[T, k + 1], the student's distribution over the listed tokens and all others together."""
+    """The student's log-probabilities of the listed tokens and, last, of all other tokens together: [T, k + 1]."""
     rows = []
     for row, tokens in zip(log_q.exp(), listed, strict=True):
         others = sum(q for v, q in enumerate(row) if v not in tokens)
@@ -165,8 +165,8 @@ def merged(log_q: Tensor, listed: list[list[int]]) -> Tensor:
     return torch.stack(rows)
 
 
-def apart(log_p: Tensor, log_q: Tensor, kind: str) -> Tensor:
-    """One divergence of two distributions over the vocabulary."""
+def divergence(log_p: Tensor, log_q: Tensor, kind: str) -> Tensor:
+    """The divergence between two distributions over the vocabulary."""
     p, q = log_p.exp(), log_q.exp()
     log_m = ((p + q) / 2).log()
     if kind == "forward":
@@ -177,7 +177,7 @@ def apart(log_p: Tensor, log_q: Tensor, kind: str) -> Tensor:
 
 
 def alpha(problem: Problem) -> float:
-    """Eq. 6, Eq. 8 or a constant."""
+    """alpha(q) by Eq. 6, by Eq. 8 or as a constant."""
     rule, rewards = problem.rule, [[r.reward for r in part] for part in (problem.own, problem.guided)]
     if rule.weight == "fixed":
         return rule.alpha
@@ -190,7 +190,7 @@ def alpha(problem: Problem) -> float:
 
 
 def corrected_rates(problem: Problem) -> list[float]:
-    """p_auto and p_guide under the model `at`."""
+    """The pass rates p_auto and p_guide under the model `at`."""
     rates = []
     for part in (problem.own, problem.guided):
         log_pi = [problem.log_pi(problem.at, r.prompt, r.tokens).sum().item() for r in part]

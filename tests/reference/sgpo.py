@@ -1,6 +1,6 @@
 """SGPO in float64 NumPy with plain loops, transcribed from the equations of https://arxiv.org/abs/2606.24064.
 
-Nothing here comes from the package under test. Everything is computed with probabilities, not in log space.
+This module uses nothing from the package under test. It computes with probabilities, not in log space.
 """
 
 import math
@@ -12,7 +12,7 @@ Array = np.ndarray
 
 
 def softmax(logits: Array, temperature: float = 1.0) -> Array:
-    """One distribution from one row of logits."""
+    """The softmax of one row of logits."""
     weights = [math.exp((z - max(logits)) / temperature) for z in logits]
     return np.array([w / sum(weights) for w in weights])
 
@@ -62,13 +62,13 @@ DIVERGENCES = {"forward": forward_kl, "reverse": reverse_kl, "jensen-shannon": j
 
 
 def merged(distribution: Array, listed: list[int]) -> Array:
-    """The probabilities of the listed tokens, and that of all others together."""
+    """The probabilities of the listed tokens and, last, of all other tokens together."""
     rest = sum(p for v, p in enumerate(distribution) if v not in listed)
     return np.array([*(distribution[v] for v in listed), rest])
 
 
 def top_divergence(p: list[Array], q: list[Array], kind: str) -> Array:
-    """Of merged distributions: [T] from T rows of probabilities each."""
+    """The divergence between merged distributions, given as T rows of probabilities each: [T]."""
     logits = (np.log(np.array(rows)) for rows in (p, q))  # softmax undoes the logarithm
     return DIVERGENCES[kind](*logits)
 
@@ -79,7 +79,7 @@ def entropy(logits: Array, temperature: float = 1.0) -> Array:
 
 
 def select_reachable(logprob_sums: Array, correct: Array) -> list[int | None]:
-    """Eq. 4: the correct rollout of highest summed log-probability, None without a correct one."""
+    """Eq. 4: the index of the correct rollout with the highest summed log-probability; None if none is correct."""
     chosen: list[int | None] = []
     for scores, flags in zip(logprob_sums, correct, strict=True):
         best = None
@@ -96,7 +96,7 @@ def adaptive_weight(p_auto: float, p_guide: float, alpha0: float, gamma: float, 
 
 
 def group_advantage_weight(rewards: Array, alpha_max: float, e: float = 0.0) -> float:
-    """Eq. 8: the advantage of o+, of reward 1, in {o_1, ..., o_G1, o+}; e is the paper's constant beside std."""
+    """Eq. 8: the advantage of o+, with reward 1, in {o_1, ..., o_G1, o+}; the paper adds the constant e to std."""
     group = [*rewards, 1.0]
     mean = sum(group) / len(group)
     std = math.sqrt(sum((r - mean) ** 2 for r in group) / len(group))
@@ -104,17 +104,17 @@ def group_advantage_weight(rewards: Array, alpha_max: float, e: float = 0.0) -> 
 
 
 def corrected_mean(rewards: Array, rho: Array, bound: float) -> float:
-    """Self-normalised mean of rewards, each weighing min(rho, c)."""
+    """The self-normalised mean of the rewards with weights min(rho, c)."""
     weights = [min(r, bound) for r in rho]
     return sum(w * r for w, r in zip(weights, rewards, strict=True)) / sum(weights)
 
 
 def limited(d: Array, limiter: str, delta: float, quantile: float) -> list[float]:
-    """What each token of one target counts: Eq. 5, or what stands in its place."""
+    """The limited loss of each token of one target: Eq. 5 or an alternative."""
     ordered = sorted(d)
-    place = quantile * (len(d) - 1)  # between two ranks: interpolated
-    low, high = ordered[math.floor(place)], ordered[math.ceil(place)]
-    bound = low + (high - low) * (place - math.floor(place))
+    rank = quantile * (len(d) - 1)  # interpolate between the two nearest ranks
+    low, high = ordered[math.floor(rank)], ordered[math.ceil(rank)]
+    bound = low + (high - low) * (rank - math.floor(rank))
     rules: dict[str, Callable[[float], float]] = {
         "mask": lambda x: x if x <= delta else 0.0,
         "clamp": lambda x: min(x, delta),
@@ -125,8 +125,8 @@ def limited(d: Array, limiter: str, delta: float, quantile: float) -> list[float
     return [rules[limiter](x) for x in d]
 
 
-def limited_pull(d: Array, limiter: str, delta: float, quantile: float) -> list[float]:
-    """The factor that each token's own gradient gets."""
+def limited_gradient_factors(d: Array, limiter: str, delta: float, quantile: float) -> list[float]:
+    """The factor by which the limiter scales the gradient of each token."""
     values = limited(d, limiter, delta, quantile)
     return [value / x if x else 1.0 for value, x in zip(values, d, strict=True)]
 
@@ -137,12 +137,12 @@ def nll_loss(pi: Array) -> float:
 
 
 def shaped_loss(pi: Array, gamma: float) -> float:
-    """LUFFY (arXiv 2504.14945): mean of -f(p), f(p) = p / (p + gamma), where the demonstration's own policy has 1."""
+    """LUFFY (arXiv 2504.14945): mean of -f(p), f(p) = p / (p + gamma), with demonstration probabilities of 1."""
     return -sum(p / (p + gamma) for p in pi) / len(pi)
 
 
 def grpo_loss(pi: Array, prox: Array, correction: Array, advantage: float, clip: tuple[float, float]) -> float:
-    """The negative of Eq. 1 for one sequence of token probabilities, decoupled: c_t weighs each token."""
+    """The negative of Eq. 1 for one sequence of token probabilities, decoupled: c_t weights each token."""
     total = 0.0
     for t in range(len(pi)):
         r = pi[t] / prox[t]
@@ -206,10 +206,10 @@ CORRECTIONS: dict[str, Callable[[list[float], float], list[float]]] = {
 
 
 def correction_weights(pi: Array, mu: Array, mask: Array, mode: str, bound: float) -> Array:
-    """Weights of one sequence: the masked tokens are taken out, the rest weighed, and put back among zeros."""
-    places = [t for t in range(len(mask)) if mask[t]]
+    """The weights of one sequence, computed from the unmasked tokens only; the other positions are 0."""
+    positions = [t for t in range(len(mask)) if mask[t]]
     weights = np.zeros(len(mask))
-    if places:
-        rho = [pi[t] / mu[t] for t in places]
-        weights[places] = CORRECTIONS[mode](rho, bound)
+    if positions:
+        rho = [pi[t] / mu[t] for t in positions]
+        weights[positions] = CORRECTIONS[mode](rho, bound)
     return weights

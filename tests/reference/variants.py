@@ -1,4 +1,4 @@
-"""Settings that cover every objective and every axis of SGPO, each with what must differ from the others."""
+"""Settings that cover every objective and every configurable part of SGPO."""
 
 from sgpo_async.config.schema import Correction
 

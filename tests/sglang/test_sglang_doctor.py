@@ -24,14 +24,14 @@ from transformers import AutoTokenizer
 from sgpo_async.cli.main import main
 from sgpo_async.config.schema import Engine, Sglang
 from sgpo_async.engines.sglang import SglangEngine
-from sgpo_async.engines.sglang.preflight import FULL, JOIN, CheckFailed, Finding, Reference, Subject, examine, join
+from sgpo_async.engines.sglang.preflight import FULL, JOIN, Finding, Reference, Subject, examine, join
 from sgpo_async.engines.sglang.preflight.logprobs import consistent, teacher_forced
 from sgpo_async.engines.sglang.preflight.model import vocabulary
 from sgpo_async.engines.sglang.processes.api import ServerApi
 from sgpo_async.engines.sglang.processes.launch import Launch
 from sgpo_async.engines.sglang.processes.process import ServerProcess
 from sgpo_async.engines.sglang.serving.server import Server
-from sgpo_async.errors import EngineError
+from sgpo_async.errors import CheckFailed, EngineError
 from sgpo_async.model.folder import model_folder
 from sgpo_async.weights import digest
 

@@ -1,4 +1,4 @@
-"""Small real parts around a HubCore for its tests: problems, rollouts, and a driver that plays the network."""
+"""Test support for HubCore: problems, rollouts, and a driver that plays the network and the members."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from sgpo_async.wire import records as wire
 
 
 class Source:
-    """Problems whose text is their position; those at multiples of `bare_every` have no strategy."""
+    """Problems whose text contains their position; those at multiples of `without_strategy_every` have no strategy."""
 
     verifier = "exact"
 
-    def __init__(self, held_out: int = 2, bare_every: int = 0) -> None:
+    def __init__(self, held_out: int = 2, without_strategy_every: int = 0) -> None:
         self._held_out = [self._problem(f"held-out {i}", i) for i in range(held_out)]
-        self._bare_every = bare_every
+        self._without_strategy_every = without_strategy_every
 
     def training(self, position: int) -> Problem:
-        bare = self._bare_every and position % self._bare_every == 0
-        return self._problem(f"training {position}", position, strategy=not bare)
+        every = self._without_strategy_every
+        return self._problem(f"training {position}", position, strategy=not every or position % every != 0)
 
     def held_out(self) -> list[Problem]:
         return self._held_out
@@ -48,7 +48,7 @@ def make_run(*, batch: int = 2, max_lag: int = 1, steps: int = 5, autonomous: in
 
 
 def make_rollout(lease: wire.Lease, slot: int, *, versions: tuple[int, ...] = (0,), **changes) -> wire.Rollout:
-    """What an actor answers to `lease` in `slot`: two tokens per span of `versions`."""
+    """A rollout for `slot` of `lease`, as an actor sends it; each version in `versions` has two tokens."""
     spans = len(versions)
     fields = {
         "task": lease.task,
@@ -65,12 +65,12 @@ def make_rollout(lease: wire.Lease, slot: int, *, versions: tuple[int, ...] = (0
         "finish": "stop",
     }
     made = wire.Rollout(**{**fields, **changes})
-    needed = made.guided and made.reward == 1.0 and made.unguided_logprob is None
-    return replace(made, unguided_logprob=-1.0) if needed else made
+    needs_unguided_logprob = made.guided and made.reward == 1.0 and made.unguided_logprob is None
+    return replace(made, unguided_logprob=-1.0) if needs_unguided_logprob else made
 
 
 class Driver:
-    """A hub core, its clock, and the inboxes of everybody it sends to."""
+    """A hub core, its clock, and an inbox for each process that it sends messages to."""
 
     def __init__(
         self, run: Run | None = None, source: Source | None = None, benchmarks: Sequence[Benchmark] = ()
@@ -103,27 +103,28 @@ class Driver:
         self.handle(Tick())
 
     def take(self, member: bytes, kind: type) -> list:
-        """Messages of `kind` that `member` has got since the last time it looked."""
+        """Remove the messages of `kind` from the inbox of `member` and return them."""
         found = [message for message in self.inbox[member] if isinstance(message, kind)]
         self.inbox[member] = [message for message in self.inbox[member] if not isinstance(message, kind)]
         return found
 
     def only(self, member: bytes, kind: type):
+        """Like `take`, for exactly one message."""
         found = self.take(member, kind)
         assert len(found) == 1, (found, self.inbox[member])
         return found[0]
 
-    # what members do
+    # what the members do
 
     def actor(self, member: bytes, *, credit: int = 0, version: int = 0) -> None:
-        """Join an actor that serves `version`."""
+        """An actor joins that serves `version` and can take `credit` leases."""
         effects = self.send(member, wire.Hello(role="actor", name=member.decode()))
         assert OpenSender(member, member.decode()) in effects
         self.handle(SenderUp(member, "127.0.0.1", 4000))
         self.send(member, wire.Ready(tasks=credit, version=version))
 
     def learner(self, *, ranks: int = 1, publish: bool = True) -> None:
-        """Join a world of learners `b"r0"`, `b"r1"`, ...; rank 0 publishes the version it is told."""
+        """A learner world with ranks `b"r0"`, `b"r1"`, ... joins; rank 0 publishes the version of its Welcome."""
         for rank in range(ranks):
             name = f"r{rank}"
             hello = wire.Hello(role="learner", name=name, rank=rank, world_size=ranks)
@@ -133,31 +134,31 @@ class Driver:
             self.send(b"r0", wire.Published(version=welcome.version))
 
     def serve(self, member: bytes, lease: wire.Lease, *, versions: tuple[int, ...] | None = None, **changes) -> None:
-        """The actor answers a whole lease."""
+        """The actor sends all rollouts of a lease, sampled by `versions` or else by the lowest allowed version."""
         for slot in range(lease.autonomous + lease.guided):
             chosen = versions or (max(lease.min_version, 0),)
             self.send(member, make_rollout(lease, slot, versions=chosen, **changes))
 
     def serve_evaluation(self, member: bytes) -> None:
-        """The actor serves evaluation leases, each with a fresh credit, until there are none."""
+        """The actor serves evaluation leases until there are none; after each of them it sends a credit of 1."""
         while leases := self.leases(member, "evaluate"):
             for lease in leases:
                 self.serve(member, lease, versions=(self.core.training.version,))
                 self.send(member, wire.Ready(tasks=1, version=self.core.training.version))
 
     def leases(self, member: bytes, purpose: str = "train") -> list[wire.Lease]:
-        """New leases of `purpose`; those of the other stay in the inbox."""
+        """New leases of `purpose`; leases of the other purpose stay in the inbox."""
         leases = self.take(member, wire.Lease)
         self.inbox[member] += [lease for lease in leases if lease.purpose != purpose]
         return [lease for lease in leases if lease.purpose == purpose]
 
     @property
-    def links_closed(self) -> list[bytes]:
+    def senders_closed(self) -> list[bytes]:
         return [effect.member for effect in self.effects if isinstance(effect, CloseSender)]
 
 
 def train_one_step(driver: Driver, *, step: int = 0) -> wire.Committed:
-    """The actor `b"a"` serves a batch, and rank 0 trains on it."""
+    """The actor `b"a"` serves a batch, and rank 0 trains on it and commits it."""
     batch = driver.run.learner.problems_per_step
     driver.send(b"a", wire.Ready(tasks=batch, version=driver.core.training.version))
     for lease in driver.leases(b"a"):

@@ -1,4 +1,4 @@
-"""Metrics such as a run of some length would have written."""
+"""Synthetic metrics that look like those of a real run."""
 
 import json
 import math
@@ -8,23 +8,23 @@ from typing import Any
 
 
 def synthetic_lines(steps: int = 120) -> list[dict[str, Any]]:
-    chance = random.Random(5)
+    rng = random.Random(5)
     lines = []
     for step in range(1, steps + 1):
         learned = 1 / (1 + math.exp(-(step - steps * 0.45) / (steps * 0.09)))
-        noise = chance.gauss(0, 0.03)
+        noise = rng.gauss(0, 0.03)
         lags = {0: 200 if step < 4 else 30, 1: 3 * step, 2: 2 * step if step > 9 else 0, 3: max(0, step - 60)}
         line = {
             "step": step,
             "version": step,
             "wall_s": 1.7 * step + 6,
             "pass_auto": min(1, max(0, 0.06 + 0.84 * learned + noise)),
-            "pass_guided": min(1, 0.93 + chance.gauss(0, 0.02)),
+            "pass_guided": min(1, 0.93 + rng.gauss(0, 0.02)),
             "alpha": max(0.05, 0.78 - 0.72 * learned + noise),
             "lag_mean": 1.1 + 0.1 * noise,
             "lag_max": 3 if step > 60 else 2,
             "lag_histogram": {lag: count for lag, count in lags.items() if count},
-            "tokens_per_s": 4200 + 300 * chance.gauss(0, 1),
+            "tokens_per_s": 4200 + 300 * rng.gauss(0, 1),
             "learner_idle": 0.08 + abs(noise),
             "engine_idle": 0.03 + abs(noise) / 2,
             "loss": 0.4 - 0.3 * learned + noise,

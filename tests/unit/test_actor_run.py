@@ -9,7 +9,8 @@ from collections.abc import Iterable
 import pytest
 
 from sgpo_async.actor import run as actor_run
-from sgpo_async.actor.run import Actor, ActorOptions, Refusal
+from sgpo_async.actor.run import Actor, ActorOptions
+from sgpo_async.errors import Refusal
 from sgpo_async.transport import Mailbox, MemoryRouter
 
 TAKEN = Refusal("name is taken", final=False)

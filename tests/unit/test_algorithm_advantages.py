@@ -34,13 +34,13 @@ def test_each_mixed_group_has_mean_0_and_mean_square_1(rewards):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @settings(deadline=None)
 @given(value=st.floats(-1e3, 1e3), size=st.integers(1, 12))
-def test_a_uniform_group_is_exactly_0(dtype, value, size):
+def test_the_advantages_of_a_uniform_group_are_exactly_0(dtype, value, size):
     advantages = group_advantages(torch.full((2, size), value, dtype=dtype))
     assert advantages.dtype == dtype
     assert torch.equal(advantages, torch.zeros(2, size, dtype=dtype))
 
 
-def test_one_success_in_eight():
+def test_the_advantages_of_one_success_in_eight():
     advantages = group_advantages(torch.tensor([[1.0, 0, 0, 0, 0, 0, 0, 0]], dtype=torch.float64))
     expected = torch.tensor([[7.0, -1, -1, -1, -1, -1, -1, -1]], dtype=torch.float64) / 7**0.5
     torch.testing.assert_close(advantages, expected)
@@ -48,6 +48,6 @@ def test_one_success_in_eight():
 
 @settings(deadline=None)
 @given(st.floats(0.1, 10), st.floats(-10, 10))
-def test_scale_and_offset_of_the_reward_do_not_matter(scale, offset):
+def test_scale_and_offset_of_the_rewards_do_not_change_the_advantages(scale, offset):
     rewards = torch.tensor([[1.0, 0, 0, 1, 0], [0, 0, 0, 0, 1]], dtype=torch.float64)
     torch.testing.assert_close(group_advantages(rewards * scale + offset), group_advantages(rewards))

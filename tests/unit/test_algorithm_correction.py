@@ -1,4 +1,4 @@
-"""Importance weights: every mode against its transcription, and what all modes promise."""
+"""Importance weights: every mode against its transcription, and the properties common to all modes."""
 
 import math
 
@@ -24,8 +24,8 @@ def weights(pi, mu, mask, mode, bound):
     return correction_weights(log_pi, log_mu, torch.from_numpy(mask), mode=mode, bound=bound)
 
 
-def clear_of_the_band_s_edge(pi, mu, mask, mode, bound):
-    """Whether no ratio that is compared with the band lies within rounding of its edge."""
+def far_from_the_edge_of_the_band(pi, mu, mask, mode, bound):
+    """Return whether rounding cannot move a ratio across the edge of the band [1/c, c]."""
     for p, m, keep in zip(pi, mu, mask, strict=True):
         ratios = (p / m)[keep]
         if mode == "sequence-geometric" and len(ratios):
@@ -43,7 +43,7 @@ def test_every_mode_has_a_reference():
 @settings(deadline=None)
 @given(pi=PROBABILITIES, mu=PROBABILITIES, mask=MASKS, bound=BOUNDS)
 def test_equals_the_reference(mode, pi, mu, mask, bound):
-    if mode in ("token-mask", "sequence-geometric") and not clear_of_the_band_s_edge(pi, mu, mask, mode, bound):
+    if mode in ("token-mask", "sequence-geometric") and not far_from_the_edge_of_the_band(pi, mu, mask, mode, bound):
         return
     rows = zip(pi, mu, mask, strict=True)
     expected = np.stack([reference.correction_weights(p, m, keep, mode, bound) for p, m, keep in rows])
@@ -54,7 +54,7 @@ def test_equals_the_reference(mode, pi, mu, mask, bound):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @settings(deadline=None)
 @given(mu=PROBABILITIES, mask=MASKS, bound=BOUNDS)
-def test_is_exactly_1_on_policy(mode, dtype, mu, mask, bound):
+def test_the_weight_is_exactly_1_on_policy(mode, dtype, mu, mask, bound):
     log_mu, mask = torch.from_numpy(mu).log().to(dtype), torch.from_numpy(mask)
     got = correction_weights(log_mu.clone(), log_mu, mask, mode=mode, bound=bound)
     assert torch.equal(got, mask.to(dtype))
@@ -63,7 +63,7 @@ def test_is_exactly_1_on_policy(mode, dtype, mu, mask, bound):
 @every_mode
 @settings(deadline=None)
 @given(pi=PROBABILITIES, mu=PROBABILITIES, mask=MASKS, garbage=st.sampled_from([math.nan, math.inf, -math.inf]))
-def test_what_stands_outside_the_mask_changes_nothing(mode, pi, mu, mask, garbage):
+def test_values_outside_the_mask_have_no_effect(mode, pi, mu, mask, garbage):
     log_pi, log_mu, mask = torch.from_numpy(pi).log(), torch.from_numpy(mu).log(), torch.from_numpy(mask)
     expected = correction_weights(log_pi, log_mu, mask, mode=mode, bound=2.0)
     spoiled_pi, spoiled_mu = (x.masked_fill(~mask, garbage) for x in (log_pi, log_mu))
@@ -72,7 +72,7 @@ def test_what_stands_outside_the_mask_changes_nothing(mode, pi, mu, mask, garbag
 
 
 @every_mode
-def test_is_a_constant_to_autograd(mode):
+def test_no_gradient_flows_through_the_weights(mode):
     log_pi = torch.zeros(2, T, requires_grad=True)
     mask = torch.ones(2, T, dtype=torch.bool)
     assert not correction_weights(log_pi * 2, log_pi, mask, mode=mode, bound=2.0).requires_grad
@@ -80,13 +80,13 @@ def test_is_a_constant_to_autograd(mode):
 
 @every_mode
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (5,), (2, 3, 4)])
-def test_keeps_any_shape(mode, shape):
+def test_the_weights_have_the_shape_of_the_input(mode, shape):
     log_pi = torch.zeros(shape)
     assert correction_weights(log_pi, log_pi, torch.ones(shape), mode=mode, bound=2.0).shape == shape
 
 
 @every_mode
-def test_long_sequences_of_extreme_ratios_stay_finite(mode):
+def test_the_weights_of_long_sequences_with_extreme_ratios_are_finite(mode):
     log_pi = torch.stack([torch.full((4096,), 3.0), torch.full((4096,), -3.0)])
     mask = torch.ones_like(log_pi, dtype=torch.bool)
     got = correction_weights(log_pi, torch.zeros_like(log_pi), mask, mode=mode, bound=math.inf)
@@ -96,7 +96,7 @@ def test_long_sequences_of_extreme_ratios_stay_finite(mode):
 
 @settings(deadline=None)
 @given(PROBABILITIES, PROBABILITIES, st.integers(0, T - 1), st.floats(0.01, 1))
-def test_prefix_does_not_see_the_token_itself_nor_the_future(pi, mu, t, probability):
+def test_prefix_weights_depend_only_on_earlier_tokens(pi, mu, t, probability):
     mask = np.ones((2, T), dtype=bool)
     before = weights(pi, mu, mask, "prefix", 2.0)
     pi[:, t] = probability
@@ -104,18 +104,20 @@ def test_prefix_does_not_see_the_token_itself_nor_the_future(pi, mu, t, probabil
     assert torch.equal(before[:, 0], torch.ones(2, dtype=torch.float64))
 
 
-def test_an_unknown_mode_and_a_bound_below_1_are_refused():
+def test_an_unknown_mode_and_a_bound_below_1_are_rejected():
     x = torch.zeros(1, T)
-    with pytest.raises(AssertionError, match="token-mask"):
+    modes = "none, token, token-mask, prefix, sequence, sequence-geometric"
+    with pytest.raises(AssertionError, match=f"^mode must be one of {modes}, got 'tokens'"):
         correction_weights(x, x, x, mode="tokens", bound=2.0)
-    with pytest.raises(AssertionError, match="bound"):
+    reason = "a lower bound would change the weights of on-policy rollouts"
+    with pytest.raises(AssertionError, match=f"^bound must be >= 1, got 0.5: {reason}"):
         correction_weights(x, x, x, mode="token", bound=0.5)
 
 
-def test_by_hand():
+def test_every_mode_equals_values_computed_by_hand():
     pi, mu = np.array([[0.4, 0.1, 0.6, 0.5]]), np.array([[0.1, 0.2, 0.2, 0.5]])  # ratios 4, 1/2, 3, 1
     mask = np.array([[True, True, True, True]])
-    by_hand = {
+    expected_weights = {
         "none": [1, 1, 1, 1],
         "token": [2.5, 0.5, 2.5, 1],
         "token-mask": [0, 0.5, 0, 1],
@@ -123,19 +125,19 @@ def test_by_hand():
         "sequence": [2.5, 2.5, 2.5, 2.5],
         "sequence-geometric": [6**0.25] * 4,
     }
-    assert set(by_hand) == set(MODES)
-    for mode, expected in by_hand.items():
+    assert set(expected_weights) == set(MODES)
+    for mode, expected in expected_weights.items():
         np.testing.assert_allclose(weights(pi, mu, mask, mode, 2.5).numpy()[0], expected)
 
 
-def test_a_product_over_a_long_prefix_drowns_in_the_noise_of_an_engine():
-    """The trap of `prefix`: engine and learner hold equal weights, and differ by 0.01 nats in the mean, as in bfloat16.
+def test_engine_noise_makes_the_prefix_weights_of_long_sequences_unusable():
+    """A limit of `prefix`: engine and learner hold equal weights but differ by 0.01 nats on average, as in bfloat16.
 
-    Truncated at 1 every error of one sign is kept and of the other is lost, so that the weights vanish; at 2 their mean
-    stays near 1, but single ones are far from it.
+    With bound 1, truncation keeps the errors of one sign and removes those of the other, so the weights go to 0. With
+    bound 2 their mean stays near 1, but single weights are far from 1.
     """
     generator = torch.Generator().manual_seed(0)
-    scale = 0.01 * math.sqrt(math.pi / 2)  # of a Gaussian whose absolute value has this mean
+    scale = 0.01 * math.sqrt(math.pi / 2)  # a Gaussian with this scale has a mean absolute value of 0.01
     log_rho = scale * torch.randn(64, 4000, generator=generator, dtype=torch.float64) - scale**2 / 2  # E[rho] = 1
     log_mu, mask = torch.zeros_like(log_rho), torch.ones(log_rho.shape, dtype=torch.bool)
     at_1, at_2 = (correction_weights(log_rho, log_mu, mask, mode="prefix", bound=bound) for bound in (1.0, 2.0))

@@ -1,4 +1,4 @@
-"""Divergences between teacher and student (Eq. 3): values, gradients, and who gets none."""
+"""Divergences between teacher and student (Eq. 3): values, gradients, and no gradient for the teacher."""
 
 import math
 
@@ -38,7 +38,7 @@ def test_every_kind_has_a_reference_and_forward_is_eq_3():
 @kinds
 @settings(deadline=None)
 @given(LOGITS, LOGITS)
-def test_is_never_negative(kind, teacher, student):
+def test_a_divergence_is_never_negative(kind, teacher, student):
     d = divergence(torch.from_numpy(teacher), torch.from_numpy(student), kind=kind)
     assert (d >= -1e-12).all()
     assert kind != "jensen-shannon" or (d <= math.log(2) + 1e-12).all()
@@ -47,14 +47,14 @@ def test_is_never_negative(kind, teacher, student):
 def test_jensen_shannon_is_symmetric_and_the_others_are_not():
     teacher, student = logits(1, 4, 6), logits(2, 4, 6)
     for kind in DIVERGENCES:
-        there, back = divergence(teacher, student, kind=kind), divergence(student, teacher, kind=kind)
-        assert torch.allclose(there, back) == (kind == "jensen-shannon")
+        forward, backward = divergence(teacher, student, kind=kind), divergence(student, teacher, kind=kind)
+        assert torch.allclose(forward, backward) == (kind == "jensen-shannon")
 
 
 @kinds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_identical_prompts_give_0(kind, dtype):
-    """Exactly, but for the mixture's rounding."""
+def test_the_divergence_between_identical_logits_is_0(kind, dtype):
+    """Exactly 0, except for rounding in the mixture of Jensen-Shannon."""
     same = logits(0, 7, 11).to(dtype)
     d = divergence(same, same.clone(), kind=kind, temperature=0.7)
     assert d.dtype == dtype
@@ -62,20 +62,20 @@ def test_identical_prompts_give_0(kind, dtype):
     assert kind == "jensen-shannon" or torch.equal(d, torch.zeros(7, dtype=dtype))
 
 
-def test_leading_dimensions_are_arbitrary():
+def test_any_leading_dimensions_are_accepted():
     teacher, student = logits(1, 2, 4, 3, 5), logits(2, 2, 4, 3, 5)
     flat = forward_kl(teacher.reshape(-1, 5), student.reshape(-1, 5))
     torch.testing.assert_close(forward_kl(teacher, student), flat.view(2, 4, 3))
 
 
 @kinds
-def test_gradient_of_the_student_is_numerically_right(kind):
+def test_the_gradient_of_the_student_equals_finite_differences(kind):
     teacher, student = logits(3, 4, 6), logits(4, 4, 6).requires_grad_()
     assert torch.autograd.gradcheck(lambda s: divergence(teacher, s, kind=kind, temperature=0.8), student)
 
 
 @kinds
-def test_the_slope_is_the_gradient_and_none_reaches_the_teacher_even_through_shared_logits(kind):
+def test_the_slope_is_the_gradient_and_shared_logits_give_none_to_the_teacher(kind):
     shared = logits(5, 4, 6).requires_grad_()
     shift = logits(6, 4, 6)
     divergence(shared + shift, shared, kind=kind).sum().backward()
@@ -84,11 +84,11 @@ def test_the_slope_is_the_gradient_and_none_reaches_the_teacher_even_through_sha
 
 
 @kinds
-def test_a_word_that_both_exclude_counts_nothing(kind):
+def test_a_token_of_probability_0_on_both_sides_has_no_effect(kind):
     teacher, student = logits(7, 4, 6), logits(8, 4, 6)
-    closed = torch.full((4, 2), -torch.inf, dtype=torch.float64)
-    log_p, log_q = (torch.cat([x, closed], -1).log_softmax(-1) for x in (teacher, student))
+    excluded = torch.full((4, 2), -torch.inf, dtype=torch.float64)
+    log_p, log_q = (torch.cat([x, excluded], -1).log_softmax(-1) for x in (teacher, student))
     value, slope = (f(log_p, log_q) for f in DIVERGENCES[kind])
     torch.testing.assert_close(value, divergence(teacher, student, kind=kind))
     torch.testing.assert_close(slope[:, :-2], DIVERGENCES[kind].slope(log_p[:, :-2], log_q[:, :-2]))
-    assert torch.equal(slope[:, -2:], torch.zeros_like(closed))
+    assert torch.equal(slope[:, -2:], torch.zeros_like(excluded))

@@ -41,20 +41,20 @@ def corrected_kl(seed, mode, bound):
 
 @seeds
 @pytest.mark.parametrize("mode", ["prefix", "sequence"])
-def test_untruncated_the_expected_corrected_kl_is_the_on_policy_one(seed, mode):
+def test_without_truncation_the_expected_corrected_kl_equals_the_on_policy_kl(seed, mode):
     corrected, on_policy = corrected_kl(seed, mode, math.inf)
     assert corrected == pytest.approx(on_policy, abs=1e-12)
 
 
 @seeds
-def test_without_correction_it_is_not(seed):
+def test_without_correction_the_expected_kl_differs_from_the_on_policy_kl(seed):
     corrected, on_policy = corrected_kl(seed, "none", math.inf)
     assert abs(corrected - on_policy) > 1e-3
 
 
 @seeds
 @pytest.mark.parametrize("mode", ["prefix", "sequence"])
-def test_truncation_error_falls_to_0_as_the_bound_grows(seed, mode):
+def test_the_truncation_error_falls_to_0_as_the_bound_grows(seed, mode):
     errors = []
     for bound in (1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, math.inf):
         corrected, on_policy = corrected_kl(seed, mode, bound)
@@ -73,13 +73,13 @@ def per_token(seed, mode, bound, kept):
 
 
 @seeds
-def test_token_corrects_the_token_given_its_prefix(seed):
+def test_mode_token_corrects_the_token_given_its_prefix(seed):
     weighed, on_policy = per_token(seed, "token", math.inf, lambda _rho: True)
     assert weighed == pytest.approx(on_policy, abs=1e-12)
 
 
 @seeds
-def test_token_mask_corrects_the_tokens_within_its_band(seed):
+def test_mode_token_mask_corrects_the_tokens_within_its_band(seed):
     weighed, on_policy = per_token(seed, "token-mask", 1.5, lambda rho: 1 / 1.5 <= rho <= 1.5)
     assert weighed == pytest.approx(on_policy, abs=1e-12)
 
@@ -95,7 +95,7 @@ def test_the_geometric_mean_to_the_power_of_the_length_is_the_sequence_ratio(see
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_mode_leaves_the_on_policy_expectation_as_it_is(mode):
+def test_no_mode_changes_the_on_policy_expectation(mode):
     pi, student = tables(0, 2)
 
     def kl(o):

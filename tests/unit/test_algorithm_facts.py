@@ -1,7 +1,7 @@
-"""SGPO's promises end to end, on a policy small enough to see through.
+"""Properties of the whole SGPO loss, on a very small policy.
 
-The policy is one output matrix W [V, H]: logits are features @ W.T, with other features where the strategy stands in
-the prompt. Shared weights are the point: the teacher is the student, and must still get no gradient.
+The policy is one output matrix W [V, H]: the logits are features @ W.T, and the features differ between prompts with
+and without the strategy. Teacher and student share W on purpose: the test checks that the teacher gets no gradient.
 """
 
 import pytest
@@ -82,16 +82,16 @@ def whole(b, alpha=None):
     return value_and_gradient(sgpo_loss(grpo(b).view(P, G1), distillation(b), alpha, found), b)
 
 
-def test_alpha_0_is_the_grpo_loss_and_gradient_exactly(batch):
+def test_alpha_0_gives_exactly_the_grpo_loss_and_gradient(batch):
     weights = loss_weights(torch.zeros(P), torch.ones(P).bool(), problems=P, group_size=G1)
     expected = value_and_gradient(weights.autonomous * grpo(batch).sum(), batch)
     for got, plain in zip(whole(batch, torch.zeros(P, dtype=torch.float64)), expected, strict=True):
         assert torch.equal(got, plain)
 
 
-def test_no_correct_guided_rollout_leaves_grpo_exactly(batch):
+def test_without_a_correct_guided_rollout_the_loss_is_exactly_grpo(batch):
     batch["guided_rewards"] = torch.zeros(P, G2, dtype=torch.float64)
-    assert adaptive_weight(torch.zeros(1), torch.zeros(1)).item() == 0.5  # Eq. 6 alone would distil
+    assert adaptive_weight(torch.zeros(1), torch.zeros(1)).item() == 0.5  # Eq. 6 alone would give a positive weight
     expected = whole(batch, torch.zeros(P, dtype=torch.float64))
     for got, plain in zip(whole(batch), expected, strict=True):
         assert torch.equal(got, plain)
@@ -112,8 +112,8 @@ def test_a_uniform_group_still_learns_from_the_strategy(batch):
     assert distillation(batch)[1] > 0
 
 
-def test_gradient_equals_central_differences_with_teacher_and_weights_held_fixed(batch):
-    """GRPO's value is flat by construction (r_t = 1), so the distillation term alone is differenced."""
+def test_the_gradient_equals_central_differences_with_teacher_and_correction_fixed(batch):
+    """Only the distillation term is compared: the value of the GRPO term is constant by construction (r_t = 1)."""
     W, step = batch["W"], 1e-6
     gradient = torch.autograd.grad(distillation(batch).sum(), W)[0]
     tokens, mask = batch["guided_tokens"].reshape(-1), batch["guided_mask"]
@@ -128,15 +128,15 @@ def test_gradient_equals_central_differences_with_teacher_and_weights_held_fixed
 
     for v in range(V):
         for h in range(H):
-            nudge = torch.zeros_like(W)
-            nudge[v, h] = step
+            delta = torch.zeros_like(W)
+            delta[v, h] = step
             with torch.no_grad():
-                slope = (loss(W + nudge) - loss(W - nudge)) / (2 * step)
+                slope = (loss(W + delta) - loss(W - delta)) / (2 * step)
             assert gradient[v, h].item() == pytest.approx(slope.item(), abs=1e-8)
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 12])
-def test_micro_batches_of_any_size_sum_to_the_whole(batch, size):
+def test_micro_batches_of_any_size_sum_to_the_whole_batch(batch, size):
     alpha, found = alpha_and_found(batch)
     weights = loss_weights(alpha, found, problems=P, group_size=G1)
     total, gradient = torch.zeros((), dtype=torch.float64), torch.zeros_like(batch["W"])

@@ -1,4 +1,4 @@
-"""Fused head losses: equal to the plain ones in value and gradient, at any chunk size, in bounded memory."""
+"""Fused losses equal the plain losses in value and gradient, for any chunk size, with bounded memory."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ def gradients(loss, *tensors):
 
 
 @chunks
-def test_logprobs_and_entropy_equal_the_plain_ones(chunk):
+def test_fused_logprobs_and_entropy_equal_the_plain_computation(chunk):
     _, _, hidden, weight, targets = inputs()
     hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
     logp, entropy = linear_logprobs(hidden, weight, targets, temperature=TEMPERATURE, chunk=chunk)
@@ -53,7 +53,7 @@ def test_logprobs_and_entropy_equal_the_plain_ones(chunk):
 
 @chunks
 @pytest.mark.parametrize("kind", DIVERGENCES)
-def test_divergences_equal_the_plain_ones(chunk, kind):
+def test_fused_divergences_equal_the_plain_computation(chunk, kind):
     teacher_hidden, teacher_weight, hidden, weight, targets = inputs()
     hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
     teacher = teacher_hidden, teacher_weight
@@ -74,8 +74,8 @@ def test_divergences_equal_the_plain_ones(chunk, kind):
         torch.testing.assert_close(fused, naive, rtol=0, atol=1e-10)
 
 
-def likeliest(teacher_hidden, teacher_weight, k):
-    """The teacher's k likeliest tokens and their log-probabilities: [T, k], [T, k]."""
+def most_likely(teacher_hidden, teacher_weight, k):
+    """Return the teacher's k most likely tokens and their log-probabilities: [T, k], [T, k]."""
     log_p = (teacher_hidden @ teacher_weight.T / TEMPERATURE).log_softmax(-1)
     top = log_p.topk(k, -1)
     return top.indices, top.values
@@ -84,10 +84,10 @@ def likeliest(teacher_hidden, teacher_weight, k):
 @chunks
 @pytest.mark.parametrize("k", [1, 3, V - 1])
 @pytest.mark.parametrize("kind", DIVERGENCES)
-def test_a_teacher_of_k_tokens_equals_plain_loops_over_k_and_the_rest(chunk, k, kind):
+def test_a_top_k_teacher_equals_plain_loops_over_k_tokens_and_the_rest(chunk, k, kind):
     teacher_hidden, teacher_weight, hidden, weight, _ = inputs()
     hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
-    tokens, log_p = likeliest(teacher_hidden, teacher_weight, k)
+    tokens, log_p = most_likely(teacher_hidden, teacher_weight, k)
     log_q = linear_top_logprobs(hidden, weight, tokens, temperature=TEMPERATURE, chunk=chunk)
     teacher_logits, student_logits = teacher_hidden @ teacher_weight.T, hidden @ weight.T
     q = [reference.softmax(row, TEMPERATURE) for row in student_logits.detach().numpy()]
@@ -100,7 +100,7 @@ def test_a_teacher_of_k_tokens_equals_plain_loops_over_k_and_the_rest(chunk, k, 
     exact = divergence(teacher_logits, student_logits, kind=kind, temperature=TEMPERATURE)
     assert (d <= exact + 1e-10).all()
     upstream = torch.linspace(-1, 2, T, dtype=torch.float64)
-    if k == V - 1:  # the rest is one token: nothing is merged
+    if k == V - 1:  # the rest is a single token, so nothing is merged
         torch.testing.assert_close(d, exact, rtol=0, atol=1e-10)
         pairs = gradients(d @ upstream, hidden, weight), gradients(exact @ upstream, hidden, weight)
         for fused, naive in zip(*pairs, strict=True):
@@ -109,10 +109,10 @@ def test_a_teacher_of_k_tokens_equals_plain_loops_over_k_and_the_rest(chunk, k, 
         assert (d < exact - 1e-6).any()
 
 
-def test_the_rest_of_a_teacher_of_k_tokens_is_divided_as_the_student_s_own():
-    """The forward KL's gradient is q - p, with that p."""
+def test_a_top_k_teacher_distributes_the_rest_in_the_student_s_proportions():
+    """The gradient of the forward KL is q - p for this completed distribution p."""
     teacher_hidden, teacher_weight, hidden, weight, _ = inputs()
-    tokens, log_p = likeliest(teacher_hidden, teacher_weight, 3)
+    tokens, log_p = most_likely(teacher_hidden, teacher_weight, 3)
     logits = (hidden @ weight.T).requires_grad_()
     log_q = linear_top_logprobs(logits, torch.eye(V, dtype=torch.float64), tokens, temperature=TEMPERATURE)
     (found,) = gradients(top_divergence(log_p, log_q).sum(), logits)
@@ -126,8 +126,8 @@ def test_the_rest_of_a_teacher_of_k_tokens_is_divided_as_the_student_s_own():
 
 @pytest.mark.parametrize("kind", DIVERGENCES)
 @pytest.mark.parametrize("gap", [60.0, 2000.0])
-def test_a_teacher_or_a_student_that_is_certain_gives_numbers(kind, gap):
-    """In float32 the rest of either may round to 0; exactly 0 it is for a gap of 2000 nats."""
+def test_a_certain_teacher_or_student_gives_finite_values_and_gradients(kind, gap):
+    """In float32 the probability of the rest may round to 0; with a gap of 2000 nats it is exactly 0."""
     logits = torch.zeros(2, V)
     logits[0, 2], logits[1, 5] = gap, gap
     student = logits.clone().requires_grad_()
@@ -139,10 +139,10 @@ def test_a_teacher_or_a_student_that_is_certain_gives_numbers(kind, gap):
 
 
 @pytest.mark.parametrize("kind", DIVERGENCES)
-def test_gradients_are_numerically_right(kind):
+def test_gradients_equal_finite_differences(kind):
     teacher_hidden, teacher_weight, hidden, weight, targets = inputs()
     student = hidden.requires_grad_(), weight.requires_grad_()
-    tokens, log_p = likeliest(teacher_hidden, teacher_weight, 3)
+    tokens, log_p = most_likely(teacher_hidden, teacher_weight, 3)
 
     def top_distance(h, w):
         return top_divergence(log_p, linear_top_logprobs(h, w, tokens, temperature=TEMPERATURE, chunk=4), kind=kind)
@@ -173,13 +173,13 @@ def test_no_gradient_reaches_the_teacher_through_a_shared_weight():
         torch.testing.assert_close(fused, naive, rtol=0, atol=1e-10)
 
 
-def test_identical_branches_give_exactly_0():
+def test_identical_teacher_and_student_give_exactly_0():
     _, _, hidden, weight, targets = inputs()
     d, _ = linear_divergence((hidden, weight), (hidden.clone(), weight), targets, chunk=4)
     assert torch.equal(d, torch.zeros(T, dtype=torch.float64))
 
 
-def test_bfloat16_is_summed_in_float32():
+def test_bfloat16_gradients_are_summed_in_float32():
     _, _, hidden, weight, targets = inputs(rows=512)
     hidden, weight = (x.bfloat16().requires_grad_() for x in (hidden, weight))
     logp, entropy = linear_logprobs(hidden, weight, targets, chunk=1)
@@ -189,12 +189,12 @@ def test_bfloat16_is_summed_in_float32():
     exact_h, exact_w = (x.detach().double().requires_grad_() for x in (hidden, weight))
     exact, _ = linear_logprobs(exact_h, exact_w, targets)
     _, grad_weight = gradients(exact.sum(), exact_h, exact_w)
-    # One rounding per row, not a running sum in 8 bits: that errs by more than a tenth here.
+    # Each row is rounded once. A running sum in bfloat16 would have an error above 0.1 here.
     error = (fused[1].double() - grad_weight).norm() / grad_weight.norm()
     assert error < 0.02
 
 
-def test_no_rows_are_no_error():
+def test_empty_input_is_accepted():
     teacher_hidden, teacher_weight, hidden, weight, targets = inputs(rows=0)
     hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
     d, log_teacher = linear_divergence((teacher_hidden, teacher_weight), (hidden, weight), targets)
@@ -203,7 +203,7 @@ def test_no_rows_are_no_error():
 
 
 class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor that any operation returns."""
+    """Records the number of elements of the largest tensor that any operation returns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -217,7 +217,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def test_logits_of_all_rows_never_exist():
+def test_the_logits_of_all_rows_are_never_held_at_once():
     rows, chunk = 64, 8
     teacher_hidden, teacher_weight, hidden, weight, targets = inputs(rows=rows)
     hidden, weight = hidden.requires_grad_(), weight.requires_grad_()

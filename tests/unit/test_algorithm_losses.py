@@ -1,4 +1,4 @@
-"""GRPO, distillation and their sum (Eq. 1, 5, 7)."""
+"""The losses of GRPO, distillation, likelihood and SGPO (Eq. 1, 5, 7)."""
 
 import math
 
@@ -25,12 +25,12 @@ from tests.reference import sgpo as reference
 
 N, T = 5, 7
 SEEDS = st.integers(0, 2**32 - 1)
-# Rounded: within a rounding error of a token's own rank, as at 1 - 1e-16, the token may fall on either side.
+# Rounded: very close to the rank of a token, as at 1 - 1e-16, rounding decides whether the token is above or below.
 QUANTILES = st.floats(0, 1).map(lambda share: round(share, 6))
 
 
 def batch(seed):
-    """Log-probabilities under pi, prox and mu [N, T], advantages [N], and rollouts of 1 to T tokens."""
+    """Log-probabilities under pi, prox and mu [N, T], advantages [N], and a mask of rollouts of 1 to T tokens."""
     rng = np.random.default_rng(seed)
     log_mu = np.log(rng.uniform(0.05, 1, (N, T)))
     log_prox, log_pi = (log_mu + 0.4 * rng.standard_normal((N, T)) for _ in range(2))
@@ -39,7 +39,7 @@ def batch(seed):
 
 
 def targets(seed):
-    """d [N, T] on both sides of delta = 1, corrections, and lengths of 1 to T tokens."""
+    """d [N, T] with values below and above delta = 1, corrections [N, T], and a mask of targets of 1 to T tokens."""
     rng = np.random.default_rng(seed)
     mask = np.arange(T) < rng.integers(1, T + 1, (N, 1))
     return [torch.from_numpy(x) for x in (rng.exponential(1, (N, T)), rng.uniform(0, 2, (N, T)), mask)]
@@ -75,21 +75,21 @@ class TestGRPO:
         torch.testing.assert_close(log_pi.grad, -c * advantages[:, None] * mask / mask.sum(-1, keepdim=True))
 
     @pytest.mark.parametrize(("advantage", "shift"), [(1.0, 0.3), (-1.0, -0.3)])
-    def test_beyond_the_clip_a_token_has_no_gradient(self, advantage, shift):
+    def test_a_token_beyond_the_clip_has_no_gradient(self, advantage, shift):
         log_pi = torch.tensor([[shift, 0.0]], requires_grad=True)
         one = torch.ones(1, 2)
         loss = grpo_loss(log_pi, one.bool(), torch.tensor([advantage]), correction=one, log_prox=torch.zeros(1, 2))
         loss.sum().backward()
         assert log_pi.grad.tolist() == [[0.0, -advantage / 2]]
 
-    def test_correction_and_proximal_policy_are_constants(self):
+    def test_no_gradient_reaches_the_correction_or_the_proximal_policy(self):
         log_pi, log_prox, log_mu, advantages, mask = (x.requires_grad_(x.is_floating_point()) for x in batch(1))
         grpo_loss(log_pi, mask, advantages, correction=log_mu.exp(), log_prox=log_prox).sum().backward()
         assert log_pi.grad is not None
         assert log_prox.grad is log_mu.grad is advantages.grad is None
 
     @pytest.mark.parametrize("mode", MODES)
-    def test_on_policy_every_correction_gives_the_uncorrected_loss_bit_for_bit(self, mode):
+    def test_on_policy_every_correction_gives_exactly_the_uncorrected_loss(self, mode):
         log_pi, _, _, advantages, mask = batch(2)
         log_pi = log_pi.float().requires_grad_()
         c = correction_weights(log_pi, log_pi.detach().clone(), mask, mode=mode, bound=2.0)
@@ -100,7 +100,7 @@ class TestGRPO:
         for corrected, plain in zip(*results, strict=True):
             assert torch.equal(corrected, plain)
 
-    def test_one_by_one_without_padding_is_the_same(self):
+    def test_padding_does_not_change_the_loss_of_a_sequence(self):
         log_pi, log_prox, log_mu, advantages, mask = batch(3)
         c = correction_weights(log_prox, log_mu, mask, mode="prefix", bound=2.0)
         padded = grpo_loss(log_pi, mask, advantages, correction=c, log_prox=log_prox)
@@ -127,19 +127,19 @@ class TestDistillation:
         d, c, mask = targets(seed)
         d.requires_grad_()
         got = distillation_loss(d, mask, c, delta=delta, limiter=limiter, quantile=quantile)
-        (pull,) = torch.autograd.grad(got.sum(), d)
-        assert torch.count_nonzero(pull[~mask]) == 0
+        (gradient,) = torch.autograd.grad(got.sum(), d)
+        assert torch.count_nonzero(gradient[~mask]) == 0
         for n in range(N):
             kl, weights = d[n, mask[n]].detach().numpy(), c[n, mask[n]].numpy()
             values = reference.limited(kl, limiter, delta, quantile)
             assert got[n].item() == pytest.approx(sum(weights * values) / len(kl))
-            factors = reference.limited_pull(kl, limiter, delta, quantile)
-            np.testing.assert_allclose(pull[n, mask[n]], weights * factors / len(kl), atol=1e-14)
+            factors = reference.limited_gradient_factors(kl, limiter, delta, quantile)
+            np.testing.assert_allclose(gradient[n, mask[n]], weights * factors / len(kl), atol=1e-14)
             if limiter == "mask":
                 assert got[n].item() == pytest.approx(reference.distillation_loss(kl, weights, delta))
 
     @pytest.mark.parametrize("limiter", LIMITERS)
-    def test_what_stands_in_the_padding_does_not_matter(self, limiter):
+    def test_values_in_the_padding_have_no_effect(self, limiter):
         d, _, mask = targets(0)
         clean = limit(d, mask, limiter=limiter, delta=1.0, quantile=0.8)
         spoiled = d.masked_fill(~mask, math.nan).requires_grad_()
@@ -149,7 +149,7 @@ class TestDistillation:
         assert torch.autograd.grad(found.sum(), spoiled)[0].isfinite().all()
 
     @pytest.mark.parametrize("limiter", LIMITERS)
-    def test_targets_are_limited_one_by_one(self, limiter):
+    def test_each_target_is_limited_independently(self, limiter):
         d, c, mask = targets(3)
         together = distillation_loss(d, mask, c, limiter=limiter, quantile=0.5)
         for n in range(N):
@@ -159,7 +159,7 @@ class TestDistillation:
             )
             torch.testing.assert_close(alone[0], together[n], rtol=0, atol=1e-14)
 
-    def test_clamp_pulls_where_a_minimum_would_not(self):
+    def test_clamp_has_a_gradient_where_a_minimum_would_have_none(self):
         d = torch.tensor([[0.5, 1.0, 4.0, 0.0, -1e-9]], requires_grad=True)
         found = limit(d, torch.ones(1, 5).bool(), limiter="clamp", delta=1.0, quantile=1.0)
         assert torch.equal(found, torch.tensor([[0.5, 1.0, 1.0, 0.0, -1e-9]]))
@@ -169,27 +169,27 @@ class TestDistillation:
         d, c, mask = targets(0)
         assert torch.autograd.gradcheck(lambda x: distillation_loss(x, mask, c), d.requires_grad_())
 
-    def test_delta_itself_is_kept_and_the_divisor_is_the_length(self):
+    def test_a_token_at_delta_is_kept_and_the_divisor_is_the_length(self):
         d = torch.tensor([[1.0, 1.5, 0.5, 0.0]])
         one = torch.ones(1, 4)
         assert distillation_loss(d, one.bool(), one).item() == 1.5 / 4
         assert distillation_loss(d, one.bool(), one, limiter="none").item() == 3.0 / 4
 
-    def test_no_target_is_exactly_0_in_value_and_gradient(self):
+    def test_without_a_target_value_and_gradient_are_exactly_0(self):
         d, c, _ = targets(1)
         d.requires_grad_()
         loss = distillation_loss(d, torch.zeros(N, T, dtype=torch.bool), c)
         assert torch.equal(loss, torch.zeros(N, dtype=torch.float64))
         assert torch.equal(torch.autograd.grad(loss.sum(), d)[0], torch.zeros_like(d))
 
-    def test_the_correction_is_a_constant(self):
+    def test_no_gradient_reaches_the_correction_of_distillation(self):
         d, c, mask = targets(2)
         distillation_loss(d.requires_grad_(), mask, c.requires_grad_()).sum().backward()
         assert c.grad is None
 
     @settings(deadline=None)
     @given(SEEDS, st.floats(0.1, 3))
-    def test_the_mass_is_what_the_mask_takes(self, seed, delta):
+    def test_the_masked_kl_is_what_the_mask_removes(self, seed, delta):
         d, _, mask = targets(seed)
         mass = kl_mass(d, mask, delta=delta)
         kept, whole = (
@@ -218,15 +218,15 @@ class TestLikelihood:
         for loss in (nll_loss, shaped_loss):
             assert torch.autograd.gradcheck(lambda x, loss=loss: loss(x, mask), log_pi.requires_grad_())
 
-    def test_shaping_learns_most_from_tokens_as_unlikely_as_gamma(self):
+    def test_the_shaped_gradient_is_largest_for_tokens_of_probability_gamma(self):
         p = torch.linspace(0.01, 1, 100, dtype=torch.float64)
         log_pi = p.log()[None].requires_grad_()
         loss = shaped_loss(log_pi, torch.ones(1, 100).bool(), gamma=0.1)
-        pull = -100 * torch.autograd.grad(loss.sum(), log_pi)[0][0]
-        torch.testing.assert_close(pull, 0.1 * p / (p + 0.1) ** 2)
-        assert p[pull.argmax()].item() == pytest.approx(0.1)
+        gradient = -100 * torch.autograd.grad(loss.sum(), log_pi)[0][0]
+        torch.testing.assert_close(gradient, 0.1 * p / (p + 0.1) ** 2)
+        assert p[gradient.argmax()].item() == pytest.approx(0.1)
 
-    def test_nan_in_the_padding_and_sequences_without_tokens_are_0(self):
+    def test_sequences_without_tokens_have_loss_0_and_nan_in_the_padding_has_no_effect(self):
         log_pi, *_, mask = batch(1)
         mask[0] = False
         spoiled = log_pi.masked_fill(~mask, math.nan).requires_grad_()
@@ -251,18 +251,18 @@ class TestSGPO:
         expected = reference.sgpo_loss(*(x.numpy() for x in batch))
         assert sgpo_loss(*batch).item() == pytest.approx(expected, abs=1e-12)
 
-    def test_alpha_is_a_constant(self):
+    def test_no_gradient_reaches_alpha(self):
         grpo, distillation, alpha, found = self.problems()
         sgpo_loss(grpo.requires_grad_(), distillation, alpha.requires_grad_(), found).backward()
         assert alpha.grad is None
 
-    def test_without_a_target_the_weight_is_0_whatever_alpha(self):
+    def test_without_a_target_the_weight_is_0_for_every_alpha(self):
         *_, alpha, found = self.problems()
         weights = loss_weights(alpha, found, problems=self.P, group_size=self.G1)
         assert torch.equal(weights.guided == 0, ~found)
 
     @pytest.mark.parametrize("size", [1, 2, 4, 5, 6])
-    def test_micro_batches_of_problems_sum_to_the_whole(self, size):
+    def test_micro_batches_of_problems_sum_to_the_whole_batch(self, size):
         grpo, distillation, alpha, found = self.problems()
         total = torch.zeros((), dtype=torch.float64)
         for i in range(0, self.P, size):

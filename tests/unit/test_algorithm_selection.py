@@ -29,21 +29,21 @@ def test_equals_the_reference(group):
         assert best is None or got == best
 
 
-def test_an_incorrect_rollout_is_never_taken_however_likely():
+def test_an_incorrect_rollout_is_never_selected_however_likely_it_is():
     index, found = select_reachable(torch.tensor([[-1.0, -9.0, -8.0]]), torch.tensor([[False, True, True]]))
     assert (index.item(), found.item()) == (2, True)
 
 
-def test_a_correct_rollout_of_probability_0_comes_before_an_incorrect_one():
+def test_a_correct_rollout_of_probability_0_ranks_above_an_incorrect_one():
     index, found = select_reachable(torch.tensor([[-1.0, -math.inf]]), torch.tensor([[False, True]]))
     assert (index.item(), found.item()) == (1, True)
 
 
-def test_nothing_found_is_index_0():
+def test_the_index_is_0_if_no_rollout_is_correct():
     index, found = select_reachable(torch.tensor([[-3.0, -1.0]]), torch.tensor([[False, False]]))
     assert (index.item(), found.item()) == (0, False)
 
 
-def test_rewards_serve_as_the_flags():
+def test_rewards_are_accepted_as_correctness_flags():
     index, _ = select_reachable(torch.tensor([[-3.0, -1.0, -2.0]]), torch.tensor([[1.0, 0.0, 1.0]]))
     assert index.item() == 2

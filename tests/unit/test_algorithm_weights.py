@@ -1,4 +1,4 @@
-"""The distillation weights (Eq. 6, 8), and the pass rates that one of them is made of."""
+"""The distillation weights (Eq. 6, 8) and the corrected pass rates."""
 
 import math
 
@@ -33,7 +33,7 @@ def alpha(p_auto, p_guide, **constants):
         (0.1, 0.0, 0.0),
     ],
 )
-def test_the_table_of_the_paper_s_constants(p_auto, p_guide, expected):
+def test_eq_6_with_the_constants_of_the_paper(p_auto, p_guide, expected):
     assert alpha(p_auto, p_guide) == pytest.approx(expected, abs=1e-12)
 
 
@@ -46,13 +46,13 @@ def test_equals_the_reference(p_auto, p_guide, alpha0, gamma, alpha_max):
 
 @settings(deadline=None)
 @given(RATES, RATES, RATES)
-def test_falls_as_the_policy_learns_and_rises_with_the_help_of_the_strategy(p, lower, higher):
+def test_alpha_falls_with_p_auto_and_rises_with_p_guide(p, lower, higher):
     lower, higher = sorted((lower, higher))
     assert alpha(lower, p) >= alpha(higher, p)
     assert alpha(p, lower) <= alpha(p, higher)
 
 
-def test_is_a_constant_to_autograd():
+def test_no_gradient_flows_through_alpha():
     rates = torch.tensor([0.25, 0.5], dtype=torch.float64, requires_grad=True)
     assert not adaptive_weight(rates, rates * 0.9).requires_grad
 
@@ -72,18 +72,18 @@ def test_corrected_pass_rate_equals_the_reference(rollouts, bound):
     assert 0 <= got <= 1
 
 
-def test_corrected_is_observed_where_all_ratios_are_equal():
+def test_corrected_pass_rate_equals_the_observed_rate_if_all_ratios_are_equal():
     rewards = torch.tensor([[1.0, 0, 1], [0, 0, 1]])
-    for log_rho in (0.0, -3000.0):  # so long a rollout that its ratio underflows
+    for log_rho in (0.0, -3000.0):  # the ratio of a very long rollout underflows
         rates = corrected_pass_rate(rewards, torch.full((2, 3), log_rho), bound=2.0)
         assert torch.equal(rates, rewards.mean(-1))
 
 
-def test_correction_goes_to_the_mean_under_pi_as_rollouts_grow():
-    """Two possible rollouts, of which pi likes the correct one better than mu does."""
+def test_the_corrected_pass_rate_approaches_the_mean_under_pi_with_many_rollouts():
+    """There are two possible rollouts; the correct one has probability 0.6 under pi and 0.3 under mu."""
     mu, pi = torch.tensor([0.7, 0.3], dtype=torch.float64), torch.tensor([0.4, 0.6], dtype=torch.float64)
-    drawn = torch.multinomial(mu, 200_000, replacement=True, generator=torch.Generator().manual_seed(0))
-    log_rho = (pi / mu).log()[drawn][None]
-    rewards = (drawn == 1).double()[None]
+    samples = torch.multinomial(mu, 200_000, replacement=True, generator=torch.Generator().manual_seed(0))
+    log_rho = (pi / mu).log()[samples][None]
+    rewards = (samples == 1).double()[None]
     assert corrected_pass_rate(rewards, log_rho, bound=math.inf).item() == pytest.approx(0.6, abs=0.01)
     assert rewards.mean().item() == pytest.approx(0.3, abs=0.01)

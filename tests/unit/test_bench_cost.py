@@ -79,12 +79,12 @@ def test_the_command_prints_the_table(capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--train-tokens-per-s", "0"], "--train-tokens-per-s: is above 0, got 0.0"),
-        (["--target-share", "2"], "--target-share: lies in [0, 1], got 2.0"),
+        (["--train-tokens-per-s", "0"], "--train-tokens-per-s must be > 0, got 0.0"),
+        (["--target-share", "2"], "--target-share must be in [0, 1], got 2.0"),
         (["--benchmark", "AIME24"], "--benchmark 'AIME24': looks like NAME=PROBLEMSxK, e.g. AIME24=30x32"),
         (
             ["algorithm.objective=luffy"],
-            "algorithm.objective: is sgpo or grpo: of others the cost is not modelled, got",
+            "algorithm.objective must be sgpo or grpo: the cost of other objectives is not modelled, got",
         ),
     ],
 )

@@ -142,7 +142,7 @@ def test_an_address_of_ones_own_is_kept() -> None:
         (["local", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
         (["local", DEMO, "optim.rl=1"], "did you mean optim.lr?"),
         (["learner", DEMO, "optim.lr=fast"], "optim.lr"),
-        (["hub", DEMO, "steps=0"], "steps: is at least 1, got 0"),
+        (["hub", DEMO, "steps=0"], "steps must be >= 1, got 0"),
         (["lokal", DEMO], "'lokal' is no command"),
         (["report", "nowhere"], "no metrics.jsonl"),
     ],
@@ -198,4 +198,4 @@ def test_every_shipped_configuration_is_whole(path: Path) -> None:
 
 def test_an_actor_is_told_what_an_address_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["actor", "--hub", "foo"]) == 2
-    assert "looks like tcp://HOST:PORT, got 'foo'" in capsys.readouterr().err
+    assert "must look like tcp://HOST:PORT, got 'foo'" in capsys.readouterr().err

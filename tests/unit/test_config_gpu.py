@@ -1,4 +1,4 @@
-"""The configurations for GPUs: the paper's constants, and what does not follow from a rule of the schema."""
+"""The configurations for GPUs hold the paper's constants and fit together where no rule of the schema checks it."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def run(request: pytest.FixtureRequest) -> Run:
     return run
 
 
-def test_the_constants_are_the_papers(run: Run) -> None:
+def test_the_constants_are_the_paper_s(run: Run) -> None:
     sft = run.sft
     assert (sft.epochs, sft.batch, sft.lr, sft.warmup_ratio, sft.validation_share) == (10, 64, 1e-5, 0.1, 0.1)
     assert (run.evaluation.temperature, run.evaluation.top_p) == (0.6, 0.95)
@@ -25,11 +25,11 @@ def test_the_constants_are_the_papers(run: Run) -> None:
     assert (run.model.dtype, run.rollout.top_p) == ("bfloat16", 1.0)
 
 
-def test_the_longest_completion_and_a_prompt_fit_a_row(run: Run) -> None:
-    prompt = 1000
-    assert run.learner.row_tokens >= run.rollout.max_new_tokens + prompt
+def test_a_prompt_and_the_longest_completion_fit_into_one_row(run: Run) -> None:
+    prompt_tokens = 1000
+    assert run.learner.row_tokens >= run.rollout.max_new_tokens + prompt_tokens
     assert run.learner.row_tokens >= run.sft.max_tokens  # of prompt and response
 
 
-def test_eight_gpus_are_enough_and_none_is_left_over(run: Run) -> None:
+def test_the_run_uses_exactly_eight_gpus(run: Run) -> None:
     assert run.local.ranks + run.local.actors * run.engine.sglang.servers * run.engine.sglang.tp == 8

@@ -1,4 +1,4 @@
-"""The loader: typed values in, one line out when something is wrong."""
+"""Loading a configuration: values get the types of their fields, and an error is one line."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +9,7 @@ from sgpo_async.config import Run, from_plain, load, to_plain, to_yaml
 from sgpo_async.config.load import read_yaml
 from sgpo_async.errors import ConfigError
 
-CONFIGS = sorted(Path("configs").glob("*.yaml"))  # those in experiments/ hold several
+CONFIGS = sorted(Path("configs").glob("*.yaml"))  # not those in experiments/, which hold several configurations each
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def test_every_shipped_configuration_loads(path: Path) -> None:
     assert from_plain(to_plain(run)) == run
 
 
-def test_the_default_is_anchored_and_one_file_makes_it_the_paper_s(empty: Path) -> None:
+def test_the_default_is_anchored_sgpo_and_paper_yaml_restores_the_paper_s_setting(empty: Path) -> None:
     default, paper = load(empty).algorithm, load(empty, ["configs/paper.yaml"]).algorithm
     assert (default.teacher, default.limiter, default.alpha0, default.alpha_max) == ("frozen", "none", 1.0, 1.6)
     assert (paper.delta, paper.alpha0, paper.gamma, paper.alpha_max) == (1.0, 0.5, 0.1, 0.8)
@@ -40,8 +40,8 @@ def test_the_default_is_anchored_and_one_file_makes_it_the_paper_s(empty: Path) 
 IN_THE_PAPER = ["configs/demo-paper.yaml", *map(str, CONFIGS[0].parent.glob("paper-*.yaml"))]
 
 
-def test_the_paper_s_setting_is_named_key_by_key(empty: Path) -> None:
-    """So that no default is a part of it: only keys that it does not read are absent."""
+def test_paper_yaml_sets_every_key_that_it_reads(empty: Path) -> None:
+    """The paper's setting depends on no default: only keys that it does not read are absent."""
     named = read_yaml(Path("configs/paper.yaml"))
     assert list(named) == ["algorithm"]
     unread = {
@@ -60,11 +60,11 @@ def test_the_paper_s_setting_is_named_key_by_key(empty: Path) -> None:
 
 
 @pytest.mark.parametrize("path", IN_THE_PAPER)
-def test_configurations_of_the_paper_are_in_its_setting(path: str, empty: Path) -> None:
+def test_configurations_of_the_paper_have_the_algorithm_of_paper_yaml(path: str, empty: Path) -> None:
     assert load(path).algorithm == load(empty, ["configs/paper.yaml"]).algorithm
 
 
-def test_words_win_over_the_file_and_the_last_word_wins(tmp_path: Path) -> None:
+def test_overrides_replace_values_of_the_file_and_the_last_override_wins(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("optim:\n  lr: 1e-6\n  grad_clip: 0.5\n")
     run = load(path, ["optim.lr=3e-4", "optim.lr=5e-4"])
@@ -72,14 +72,16 @@ def test_words_win_over_the_file_and_the_last_word_wins(tmp_path: Path) -> None:
     assert run.optim.grad_clip == 0.5
 
 
-def test_a_second_file_lies_over_the_first_and_words_over_both(tmp_path: Path) -> None:
+def test_a_second_file_overrides_the_first_and_key_value_overrides_both(tmp_path: Path) -> None:
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
     first.write_text("steps: 3\nalgorithm: {teacher: frozen, gamma: 0.3}\n")
     second.write_text("algorithm: {teacher: self, alpha0: 0.7}\n")
     run = load(first, [str(second), "algorithm.alpha0=0.9"])
     assert (run.steps, run.algorithm.teacher, run.algorithm.gamma, run.algorithm.alpha0) == (3, "self", 0.3, 0.9)
     second.write_text("algorithm: {teechar: self}\n")
-    with pytest.raises(ConfigError, match=r"second\.yaml: algorithm\.teechar: unknown key; did you mean"):
+    with pytest.raises(
+        ConfigError, match=r"second\.yaml: unknown key algorithm\.teechar; did you mean algorithm\.teacher"
+    ):
         load(first, [str(second)])
     with pytest.raises(ConfigError, match=r"none\.yaml: cannot be read"):
         load(first, [str(tmp_path / "none.yaml")])
@@ -97,52 +99,85 @@ def _write(folder: Path, text: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("word", "parts"),
+    ("override", "parts"),
     [
-        ("optm.lr=3", ["optm", "unknown key", "did you mean optim?"]),
-        ("optim.lrr=3", ["optim.lrr", "unknown key", "did you mean optim.lr?"]),
-        ("qqqqq=3", ["qqqqq", "unknown key", "known here", "steps"]),
+        ("optm.lr=3", ["argument 'optm.lr=3': unknown key optm; did you mean optim?"]),
+        ("optim.lrr=3", ["argument 'optim.lrr=3': unknown key optim.lrr; did you mean optim.lr?"]),
+        ("qqqqq=3", ["argument 'qqqqq=3': unknown key qqqqq; known keys: ", "steps"]),
         ("steps=abc", ["steps", "'abc'", "Integer"]),
         ("steps=null", ["steps", "int"]),
         ("hub.max_lag=1.5", ["hub.max_lag", "1.5"]),
         ("algorithm.teacher=fozen", ["algorithm.teacher", "fozen", "self", "frozen"]),
         ("algorithm.objective=ppo", ["algorithm.objective", "ppo", "luffy"]),
-        ("algorithm.quantile=1.5", ["algorithm.quantile", "[0, 1]", "1.5"]),
-        ("algorithm.teacher_every=0", ["algorithm.teacher_every", "at least 1", "0"]),
-        ("algorithm={teacher: ema, teacher_dtype: bfloat16}", ["algorithm.teacher_dtype", "teacher=ema", "bfloat16"]),
-        ("algorithm={objective: grpo, policy_gradient: false}", ["algorithm.policy_gradient", "objective=grpo"]),
-        ("algorithm={weight: fixed, pass_rates: corrected}", ["algorithm.pass_rates", "weight=adaptive", "corrected"]),
-        ("algorithm.kl_correction.mode=token-mask", ["algorithm.kl_correction.bound", "above 1", "token-mask", "1.0"]),
-        ("algorithm.kl_correction.mode=sequence-geometric", ["algorithm.kl_correction.bound", "sequence-geometric"]),
-        ("algorithm.grpo_correction={mode: token-mask, bound: 1}", ["algorithm.grpo_correction.bound", "above 1"]),
-        ("algorithm.grpo_correction.bound=0.5", ["algorithm.grpo_correction.bound", "at least 1", "0.5"]),
-        ("algorithm={objective: hpt, hpt_gate: 8}", ["algorithm.hpt_gate", "rollout.autonomous=8", "8"]),
-        ("optim=3", ["optim", "section", "3"]),
-        ("optim.lr=-1", ["optim.lr", "above 0", "-1"]),
-        ("hub.address=tcp://0.0.0.0:1", ["hub.keys", "sgpo-async keys"]),
-        ("hub={address: 'tcp://0.0.0.0:1', keys: k}", ["hub.address", "actors reach", "0.0.0.0"]),
-        ("hub.address=localhost", ["hub.address", "tcp://HOST:PORT", "localhost"]),
-        ("rollout.guided=0", ["rollout.guided", "objective=sgpo"]),
-        ("rollout.top_p=0.95", ["rollout.top_p", "1.0", "0.95"]),
-        ("learner.problems_per_step=1", ["learner.problems_per_step", "2 ranks", "1"]),
-        ("engine.deterministic=true", ["local.actors", "deterministic"]),
-        ("hub.max_message_mb=0", ["hub.max_message_mb", "1 MB", "0"]),
-        ("rollout={max_new_tokens: 100000}", ["hub.max_message_mb", "586 MB", "512"]),
-        ("learner.keep_checkpoints=0", ["learner.keep_checkpoints", "at least 1", "0"]),
-        ("learner.mismatch_bound=-1", ["learner.mismatch_bound", "at least 0", "-1"]),
-        ("tasks.reward_workers=0", ["tasks.reward_workers", "at least 1", "0"]),
-        ("tasks.reward_limit_s=0", ["tasks.reward_limit_s", "above 0", "0"]),
-        ("tasks.source=file", ["tasks.path", "source=file"]),
+        ("algorithm.quantile=1.5", ["algorithm.quantile must be in [0, 1], got 1.5"]),
+        ("algorithm.teacher_every=0", ["algorithm.teacher_every must be >= 1, got 0"]),
+        (
+            "algorithm={teacher: ema, teacher_dtype: bfloat16}",
+            ["algorithm.teacher_dtype must be float32 with algorithm.teacher=ema: ", "got 'bfloat16'"],
+        ),
+        (
+            "algorithm={objective: grpo, policy_gradient: false}",
+            ["algorithm.policy_gradient must be true with algorithm.objective=grpo: ", "got False"],
+        ),
+        (
+            "algorithm={weight: fixed, pass_rates: corrected}",
+            ["algorithm.pass_rates must be observed unless ", "weight=adaptive", "got 'corrected'"],
+        ),
+        (
+            "algorithm.kl_correction.mode=token-mask",
+            ["algorithm.kl_correction.bound must be > 1 with mode token-mask", "got 1.0"],
+        ),
+        (
+            "algorithm.kl_correction.mode=sequence-geometric",
+            ["kl_correction.bound must be > 1 with mode sequence-geometric"],
+        ),
+        (
+            "algorithm.grpo_correction={mode: token-mask, bound: 1}",
+            ["algorithm.grpo_correction.bound must be > 1 with mode token-mask", "got 1.0"],
+        ),
+        ("algorithm.grpo_correction.bound=0.5", ["algorithm.grpo_correction.bound must be >= 1, got 0.5"]),
+        (
+            "algorithm={objective: hpt, hpt_gate: 8}",
+            ["algorithm.hpt_gate must be < rollout.autonomous = 8, got 8; to train on"],
+        ),
+        ("optim=3", ["argument 'optim=3': optim must be a section with keys, got 3"]),
+        ("optim.lr=-1", ["optim.lr must be > 0, got -1.0"]),
+        (
+            "hub.address=tcp://0.0.0.0:1",
+            ["hub.keys must name a folder of keys", "beyond loopback (0.0.0.0), got ''; create", "sgpo-async keys"],
+        ),
+        (
+            "hub={address: 'tcp://0.0.0.0:1', keys: k}",
+            ["hub.address must name the one address at which actors reach", "0.0.0.0"],
+        ),
+        ("hub.address=localhost", ["hub.address must look like tcp://HOST:PORT, got 'localhost'"]),
+        ("rollout.guided=0", ["rollout.guided must be >= 1 when algorithm.objective=sgpo, got 0"]),
+        ("rollout.top_p=0.95", ["rollout.top_p must be 1.0: ", "got 0.95"]),
+        ("learner.problems_per_step=1", ["learner.problems_per_step must be >= local.ranks = 2, ", "got 1"]),
+        ("engine.deterministic=true", ["local.actors must be 1 when engine.deterministic=true, got 2"]),
+        ("hub.max_message_mb=0", ["hub.max_message_mb must be >= 1, ", "up to 1 MB", "got 0; raise it"]),
+        (
+            "rollout={max_new_tokens: 100000}",
+            ["hub.max_message_mb must be >= 586, ", "up to 586 MB", "got 512; raise it"],
+        ),
+        ("learner.keep_checkpoints=0", ["learner.keep_checkpoints must be >= 1, got 0"]),
+        ("learner.mismatch_bound=-1", ["learner.mismatch_bound must be >= 0, got -1.0"]),
+        ("tasks.reward_workers=0", ["tasks.reward_workers must be >= 1, got 0"]),
+        ("tasks.reward_limit_s=0", ["tasks.reward_limit_s must be > 0, got 0.0"]),
+        ("tasks.source=file", ["tasks.path must name the problems when tasks.source=file, got ''"]),
         ("optim.lr=fast", ["optim.lr", "fast"]),
         ("steps=1e3", ["steps", "1e3", "Integer"]),
         ("optim={lr: 1", ["optim={lr: 1", "not YAML"]),
-        ("steps", ["key=value"]),
-        ("optim={lr: 1, lr: 2}", ["argument 'optim={lr: 1, lr: 2}'", "lr: occurs twice"]),
+        ("steps", ["argument 'steps': an override must look like key=value"]),
+        (
+            "optim={lr: 1, lr: 2}",
+            ["argument 'optim={lr: 1, lr: 2}'", "lr occurs twice in its section; keep one of them"],
+        ),
     ],
 )
-def test_what_is_wrong_is_one_line_that_names_path_rule_and_value(empty: Path, word: str, parts: list[str]) -> None:
+def test_an_error_is_one_line_with_path_rule_and_value(empty: Path, override: str, parts: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
-        load(empty, [word])
+        load(empty, [override])
     message = str(caught.value)
     assert "\n" not in message
     for part in parts:
@@ -150,7 +185,7 @@ def test_what_is_wrong_is_one_line_that_names_path_rule_and_value(empty: Path, w
 
 
 @pytest.mark.parametrize("name", ["1e5", "2026-07-01", "run-1e5"])
-def test_text_stays_text_and_a_number_is_one_where_the_field_is(tmp_path: Path, name: str) -> None:
+def test_a_value_is_text_or_a_number_as_its_field_is(tmp_path: Path, name: str) -> None:
     for run in (
         load(_write(tmp_path, f"name: {name}\noptim: {{lr: 2e-6, grad_clip: 3}}\n")),
         load(_write(tmp_path, ""), [f"name={name}", "optim.lr=2e-6", "optim={grad_clip: 3}"]),
@@ -159,37 +194,40 @@ def test_text_stays_text_and_a_number_is_one_where_the_field_is(tmp_path: Path, 
         assert (run.optim.lr, run.optim.grad_clip) == (2e-6, 3.0)
 
 
-def test_an_infinite_bound_and_an_empty_text(empty: Path) -> None:
+def test_an_infinite_bound_and_an_empty_text_are_valid_values(empty: Path) -> None:
     run = load(empty, ["algorithm.kl_correction.bound=.inf", "tasks.path="])
     assert (run.algorithm.kl_correction.bound, run.tasks.path) == (float("inf"), "")
 
 
-def test_a_large_run_fits_the_default_message(empty: Path) -> None:
-    """128 problems of 12 rollouts of 4096 tokens, in the four batches that a lag of 2 admits: 8 bytes a token."""
+def test_the_hub_s_state_of_a_large_run_fits_the_default_message_limit(empty: Path) -> None:
+    """128 problems with 12 rollouts of 4096 tokens in the four batches that a lag of 2 admits, 8 bytes per token."""
     run = load(empty, ["learner.problems_per_step=128", "rollout.max_new_tokens=4096"])
     assert run.state_mb == 192
 
 
-def test_likely_tokens_of_guided_rollouts_count_in_the_hubs_state(empty: Path) -> None:
-    words = ["learner.problems_per_step=128", "rollout.max_new_tokens=4096", "algorithm.teacher=behaviour"]
+def test_the_hub_s_state_includes_the_likely_tokens_of_guided_rollouts(empty: Path) -> None:
+    overrides = ["learner.problems_per_step=128", "rollout.max_new_tokens=4096", "algorithm.teacher=behaviour"]
     with pytest.raises(ConfigError, match="up to 1216 MB of completions"):  # 4 of 12 rollouts with 16 more each
-        load(empty, words)
-    assert load(empty, [*words, "hub.max_message_mb=1216"]).algorithm.top_logprobs_num == 16
-    alone = [*words, "algorithm.objective=grpo"]  # nothing is distilled: nothing is asked for
-    assert (load(empty, alone).state_mb, load(empty, alone).algorithm.top_logprobs_num) == (192, 0)
+        load(empty, overrides)
+    assert load(empty, [*overrides, "hub.max_message_mb=1216"]).algorithm.top_logprobs_num == 16
+    grpo = [*overrides, "algorithm.objective=grpo"]  # without distillation the engine reports no likely tokens
+    assert (load(empty, grpo).state_mb, load(empty, grpo).algorithm.top_logprobs_num) == (192, 0)
 
 
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
         ("a: [1\n", ["run.yaml:2", "not YAML"]),
-        ("[1, 2]\n", ["list"]),
-        ("steps: 3\noptim:\n  lr: 1\n  beta1: 0.5\n  lr: 2\n", ["run.yaml:5: lr: occurs twice in its section"]),
-        ("steps: 3\nsteps: 3\n", ["run.yaml:2: steps: occurs twice"]),
+        ("[1, 2]\n", ["must hold sections with keys, got a list"]),
+        (
+            "steps: 3\noptim:\n  lr: 1\n  beta1: 0.5\n  lr: 2\n",
+            ["run.yaml:5: lr occurs twice in its section; keep one of them"],
+        ),
+        ("steps: 3\nsteps: 3\n", ["run.yaml:2: steps occurs twice in its section; keep one of them"]),
         ("optim: {lrate: 1}\n", ["run.yaml", "optim.lrate"]),
     ],
 )
-def test_a_bad_file_is_named(tmp_path: Path, text: str, parts: list[str]) -> None:
+def test_an_error_names_the_file_that_holds_it(tmp_path: Path, text: str, parts: list[str]) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError) as caught:
@@ -198,13 +236,13 @@ def test_a_bad_file_is_named(tmp_path: Path, text: str, parts: list[str]) -> Non
         assert part in str(caught.value)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_an_error_names_the_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"absent\.yaml: cannot be read"):
         load(tmp_path / "absent.yaml")
 
 
-def test_plain_settings_are_validated_like_a_file() -> None:
+def test_plain_data_is_validated_like_a_file() -> None:
     plain = to_plain(Run())
     plain["optim"]["lr"] = -1.0
-    with pytest.raises(ConfigError, match=r"optim\.lr"):
+    with pytest.raises(ConfigError, match=r"optim\.lr must be > 0, got -1\.0"):
         from_plain(plain)

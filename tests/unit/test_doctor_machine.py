@@ -18,9 +18,9 @@ from sgpo_async.cli import machine
 from sgpo_async.cli.doctor import closing, render
 from sgpo_async.cli.main import main
 from sgpo_async.config import Run, load
-from sgpo_async.engines.sglang.preflight import CheckFailed, CheckWarning, Finding
+from sgpo_async.engines.sglang.preflight import Finding
 from sgpo_async.engines.sglang.weight_sync.model_facts import ModelFacts, model_facts
-from sgpo_async.errors import DataError, EngineError
+from sgpo_async.errors import CheckFailed, CheckWarning, DataError, EngineError
 from sgpo_async.model.folder import model_folder
 from sgpo_async.weights import digest
 

@@ -186,7 +186,7 @@ def test_a_missing_or_broken_model_is_reported_in_one_line(tmp_path):
         assert "\n" not in str(error.value) and str(path) in str(error.value)
         return str(error.value)
 
-    assert "there is no folder" in refused(tmp_path / "absent")
+    assert "no such folder" in refused(tmp_path / "absent")
     assert "no config.json" in refused(tmp_path)
     folder = tmp_path / "model"
     tiny("qwen2").save_pretrained(folder)
@@ -200,7 +200,7 @@ def test_a_missing_or_broken_model_is_reported_in_one_line(tmp_path):
     tensors = load_file(file)
     del tensors["model.norm.weight"]
     save_file(tensors, file, metadata={"format": "pt"})
-    assert "lacks 1 parameters that its config.json asks for (model.norm.weight)" in refused(folder)
+    assert "lacks 1 parameters that its config.json requires (model.norm.weight)" in refused(folder)
     file.write_bytes(whole)
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text(config.replace('"vocab_size": 32', '"vocab_size": 33'))

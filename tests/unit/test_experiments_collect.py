@@ -1,20 +1,37 @@
-"""The script that takes results over into docs/: what stands there afterwards is what OUT has."""
+"""What `sgpo-async experiment --collect` and `--from` leave, without a trial."""
 
-import shutil
-import subprocess
+import json
+import re
 from pathlib import Path
 
 import pytest
+import yaml
+from experiment_support import SMALL, result, write
 
-SCRIPT = Path("docs/results/experiments/collect.sh").resolve()
+from sgpo_async.cli.main import main
+from sgpo_async.config.experiment import load_experiment
+from sgpo_async.experiments.experiment import _Runner
+from sgpo_async.experiments.plan import final
+from sgpo_async.files import to_json
 
 
 @pytest.fixture
 def docs(tmp_path: Path) -> Path:
-    """A folder with the script and the results of an earlier time."""
+    """A folder with what was collected at an earlier time."""
     folder = tmp_path / "docs"
-    fill(folder, {"results/old.json", "bases/gone.json", "methods/curves.svg", "long/README.md", "README.md"})
-    shutil.copy(SCRIPT, folder)
+    fill(folder, {"trials.parquet", "small/curves-gone.svg", "small/README.md", "long/README.md", "README.md"})
+    return folder
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """Two of a small experiment's results."""
+    folder = tmp_path / "out"
+    fill(folder, {"bases/warm/base.json", "bases/warm/model.safetensors"})
+    for trial in final(load_experiment(write(tmp_path, SMALL)), {("calm", "fixed"): None}):
+        record = result(0.1, 0.2, 0.3 + trial.seed) | {"config": trial.config, "rate": trial.rate}
+        (folder / "results").mkdir(exist_ok=True)
+        (folder / "results" / f"{trial.id}.json").write_text(to_json(record))
     return folder
 
 
@@ -25,29 +42,66 @@ def fill(folder: Path, files: set[str]) -> None:
 
 
 def files_in(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {SCRIPT.name}
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def collect(docs: Path, out: str) -> subprocess.CompletedProcess[str]:
-    words = ["bash", str(docs / SCRIPT.name), out]
-    return subprocess.run(words, cwd=docs.parent, capture_output=True, text=True, timeout=240, check=False)
+def experiment(folder: Path, *words: str | Path) -> int:
+    return main(["experiment", str(folder / "small.yaml"), *map(str, words)])
 
 
-def test_what_is_collected_replaces_what_was_there(docs: Path) -> None:
-    results = {"results/new.json", "methods/README.md", "methods/alpha-first-base.svg", "staleness/README.md"}
-    fill(docs.parent / "out", results | {"bases/warm/base.json", "bases/warm/model.safetensors"})
-    done = collect(docs, "out")  # as it is seen from where the script is called
-    assert done.returncode == 0, done.stderr
-    assert files_in(docs) == results | {"bases/warm.json", "README.md"}
+def test_what_is_collected_replaces_what_was_there(docs: Path, out: Path) -> None:
+    assert experiment(docs.parent, "--out", out, "--collect", docs) == 0
+    collected = {"trials.parquet", "bases/warm.json", "small/README.md", "small/curves-calm.svg"}
+    assert files_in(docs) == collected | {"long/README.md", "README.md"}
+    assert "| fixed | 0.001 | 2 | 80.0" in (docs / "small" / "README.md").read_text()
+    assert (docs / "long" / "README.md").read_text() == "long/README.md"  # no FILE names it
 
 
-def test_a_folder_without_results_changes_nothing(docs: Path) -> None:
+def test_a_folder_without_results_changes_nothing(docs: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(docs.parent, SMALL)
     before = files_in(docs)
-    (docs.parent / "out").mkdir()
-    done = collect(docs, "out")
-    assert done.returncode == 1
-    assert done.stderr.endswith("out: has no results/*.json; nothing was changed\n")
+    assert experiment(docs.parent, "--out", docs.parent / "misspelt", "--collect", docs) == 2
+    assert re.search(r"misspelt/results: must hold results of trials, got none; run .*\n$", capsys.readouterr().err)
+    assert experiment(docs.parent, "--out", out, "--collect", out) == 2  # itself
+    assert "--collect must be another folder than --out, got" in capsys.readouterr().err
     assert files_in(docs) == before
-    assert collect(docs, "misspelt").returncode != 0
-    assert collect(docs, "docs").returncode != 0  # itself
-    assert files_in(docs) == before
+
+
+def test_a_table_gives_the_same_pages_and_another_run_goes_on_from_it(docs: Path, out: Path, tmp_path: Path) -> None:
+    assert experiment(tmp_path, "--out", out, "--collect", docs) == 0
+    assert experiment(tmp_path, "--out", tmp_path / "new", "--from", docs / "trials.parquet") == 0
+    for file in ("README.md", "curves-calm.svg"):
+        assert (tmp_path / "new" / "small" / file).read_text() == (docs / "small" / file).read_text()
+    runner = _Runner(load_experiment(tmp_path / "small.yaml"), tmp_path / "new", in_time=lambda: True)
+    records = {path.stem: json.loads(path.read_text()) for path in (out / "results").glob("*.json")}
+    assert runner.results == records
+
+
+def test_a_result_that_is_there_is_kept_when_a_table_has_another(docs: Path, out: Path, tmp_path: Path) -> None:
+    assert experiment(tmp_path, "--out", out, "--collect", docs) == 0
+    first, second = sorted((out / "results").iterdir())
+    first.write_text(to_json(json.loads(first.read_text()) | {"commit": "another"}))
+    second.unlink()
+    before = first.read_bytes()
+    assert experiment(tmp_path, "--out", out, "--from", docs / "trials.parquet") == 0
+    assert first.read_bytes() == before
+    assert second.exists()
+
+
+def test_all_figures_are_drawn_on_demand(out: Path, tmp_path: Path) -> None:
+    content = SMALL | {"figures": []}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    assert experiment(tmp_path, "--out", out, "--collect", tmp_path / "few") == 0
+    assert experiment(tmp_path, "--out", out, "--collect", tmp_path / "all", "--all-figures") == 0
+    assert not [*(tmp_path / "few").rglob("*.svg")]
+    assert [path.name for path in (tmp_path / "all").rglob("*.svg")] == ["curves-calm.svg"]
+    assert "In the figures" not in (tmp_path / "few" / "small" / "README.md").read_text()
+
+
+def test_what_is_no_table_is_told_in_one_line(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "other.parquet").write_text("no Parquet")
+    for file in ("other.parquet", "missing.parquet"):
+        assert experiment(tmp_path, "--out", out, "--from", tmp_path / file) == 2
+        error = capsys.readouterr().err
+        assert f"{file}: cannot be read as a table of trials (" in error
+        assert error.count("\n") == 1

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from experiment_support import result
+from experiment_support import SMALL, result, write
 
+from sgpo_async.config.experiment import FIGURE_KINDS, MOST_CURVES, Figure, load_experiment
+from sgpo_async.errors import ConfigError
 from sgpo_async.experiments import drawings
 from sgpo_async.experiments.drawings import draw_setting
-from sgpo_async.experiments.figures import COLOURS, MOST, Panel, parts
+from sgpo_async.experiments.figures import COLOURS, MOST_BANDS, Panel, parts
 
 TWO_SEEDS = [result(0.1, 0.4, 0.9, alpha=0.5, entropy=0.2), result(0.2, 0.5, 0.7, alpha=0.3, entropy=0.1)]
 WITHOUT_ALPHA = [result(0.1, 0.2, alpha=0.0, entropy=0.2)]
@@ -24,7 +26,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Panel]]:
 
 
 def test_at_most_twelve_methods_share_a_figure_and_none_is_lost() -> None:
-    assert len(set(COLOURS)) == MOST == 12
+    assert len(set(COLOURS)) == MOST_CURVES == 12
     for count in (1, 12, 13, 23, 24, 25, 40):
         methods = [f"method {number}" for number in range(count)]
         groups = parts(methods)
@@ -69,14 +71,61 @@ def test_figures_say_what_they_show_and_repeat_themselves(tmp_path: Path) -> Non
         draw_setting("", {"SGPO": TWO_SEEDS, "GRPO": WITHOUT_ALPHA}, tmp_path)
         found |= {path.name: path.read_text() for path in tmp_path.glob("*.svg")}
     assert text == again
-    # Matplotlib writes letters as outlines, with the text itself in a comment.
-    assert {"validation pass rate alone, %", "mean alpha", "rollouts generated", "SGPO"} <= comments(text["alpha.svg"])
-    assert "GRPO" not in comments(text["alpha.svg"])
-    assert {"entropy, nats per token", "SGPO", "GRPO"} <= comments(text["entropy.svg"])
+    assert {"validation pass rate alone, %", "mean alpha", "rollouts generated", "SGPO"} <= words(text["alpha.svg"])
+    assert "GRPO" not in words(text["alpha.svg"])
+    assert {"entropy, nats per token", "SGPO", "GRPO"} <= words(text["entropy.svg"])
     for file, place in {("curves.svg", 0), ("curves.svg", 1), ("alpha.svg", 0), ("entropy.svg", 0), ("entropy.svg", 1)}:
         assert COLOURS[place] in text[file]
     assert COLOURS[1] not in text["alpha.svg"]
 
 
-def comments(svg: str) -> set[str]:
-    return set(re.findall(r"<!-- (.*?) -->", svg))
+def words(svg: str) -> set[str]:
+    return set(re.findall(r"<text[^>]*>(.*?)</text>", svg))
+
+
+def test_many_methods_make_no_large_figure_and_no_bands_that_hide_each_other(tmp_path: Path) -> None:
+    long = [result(*(n / 13 for n in range(13)), kl_masked_mass=0.5), result(*(n / 14 for n in range(13)))]
+    for count in (MOST_BANDS, MOST_BANDS + 1, MOST_CURVES):
+        methods = {f"a method with a name of forty letters, {n:2}": long for n in range(count)}
+        draw_setting("", methods, tmp_path)
+        for file in ("curves.svg", "masked.svg"):
+            text = (tmp_path / file).read_text()
+            assert len(text) < 60_000
+            assert ("fill-opacity" in text) == (count <= MOST_BANDS)
+
+
+def test_a_file_that_names_its_figures_has_those_and_no_others(drawn: dict[str, list[Panel]], tmp_path: Path) -> None:
+    methods = {"SGPO": TWO_SEEDS, "GRPO": WITHOUT_ALPHA, "HPT": TWO_SEEDS}
+    chosen = [
+        Figure(kind="entropy", setting="At 2 %"),
+        Figure(kind="curves", setting="At 2 %", methods=["HPT", "SGPO"], name="two of them"),
+        Figure(kind="curves", setting="At 0.5 %"),
+    ]
+    assert draw_setting("At 2 %", methods, tmp_path, chosen) == {
+        "entropy-at-2.svg": "entropy",
+        "curves-at-2-two-of-them.svg": "curves",
+    }
+    assert [curve.name for curve in drawn["curves-at-2-two-of-them.svg"][0].curves] == ["HPT", "SGPO"]
+    assert draw_setting("At 2 %", methods, tmp_path, []) == {}
+
+
+@pytest.mark.parametrize(
+    ("figures", "message"),
+    [
+        ([{"kind": "bars"}], "figures[0].kind: must be one of curves, alpha, masked, entropy, got 'bars'"),
+        ([{"kind": "curves", "setting": "wild"}], "figures[0].setting: must be one of the settings (calm, stale)"),
+        (
+            [{"kind": "curves", "setting": "calm", "methods": ["nobody"]}],
+            "figures[0].methods: must name methods of this file (SGPO, GRPO, fixed), got 'nobody'",
+        ),
+        ([{"kind": "curves", "setting": "calm"}] * 2, "figures: must have names that differ as names of files"),
+    ],
+)
+def test_a_figure_that_cannot_be_is_refused(tmp_path: Path, figures: list[dict[str, str]], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_experiment(write(tmp_path, SMALL | {"figures": figures}))
+    assert message in str(caught.value)
+
+
+def test_every_kind_of_figure_is_known() -> None:
+    assert [*drawings.KINDS] == [*FIGURE_KINDS]

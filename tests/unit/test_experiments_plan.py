@@ -22,6 +22,14 @@ def test_every_shipped_experiment_is_whole_and_fair(path: Path) -> None:
     assert {name for level in base_levels(experiment) for name in level} == set(experiment.bases)
 
 
+def test_a_trial_is_started_with_the_words_of_its_configuration(tmp_path: Path) -> None:
+    experiment = load_experiment(write(tmp_path, SMALL))
+    trials = tuning(experiment) + final(experiment, dict.fromkeys(cells(experiment), 2e-4))
+    for trial in trials + final(experiment, dict.fromkeys(cells(experiment))):
+        assert trial.run == experiment.run(trial.words)
+        assert (trial.run.seed, trial.run.optim.lr) == (trial.seed, trial.rate)
+
+
 def test_bases_of_one_name_are_one_base() -> None:
     """Shipped experiments write to one place, where a base of another recipe is refused."""
     recipes: dict[str, Any] = {}
@@ -90,10 +98,14 @@ def test_final_trials_use_the_rates_and_share_nothing_with_tuning(tmp_path: Path
 
 def test_a_method_with_more_samples_is_refused(tmp_path: Path) -> None:
     greedy = SMALL | {"methods": SMALL["methods"] | {"greedy": {"rollout.autonomous": 20}}}
-    with pytest.raises(ConfigError, match=r"methods\.greedy: has the .* of the others in calm, 1152 rollouts"):
+    with pytest.raises(
+        ConfigError, match=r"methods\.greedy must have the sample budget of the other methods in calm, 1152 rollouts"
+    ):
         check_budget(load_experiment(write(tmp_path, greedy)))
     alone = greedy | {"settings": {}, "methods": {"SGPO": {}, "greedy": {"rollout.autonomous": 20}}}
-    with pytest.raises(ConfigError, match=r"methods\.greedy: has the sample budget of the others, 1152 rollouts"):
+    with pytest.raises(
+        ConfigError, match=r"methods\.greedy must have the sample budget of the other methods, 1152 rollouts"
+    ):
         check_budget(load_experiment(write(tmp_path, alone)))
 
 
@@ -103,7 +115,7 @@ def test_more_samples_in_one_setting_alone_are_refused(tmp_path: Path, greedy_in
     greedy = SMALL | {
         "methods": SMALL["methods"] | {"GRPO": SMALL["methods"]["GRPO"] | {"rollout.autonomous": autonomous}}
     }
-    rule = rf"methods\.GRPO: has the sample budget of the others in {greedy_in}, 1152 rollouts, got 9216"
+    rule = rf"methods\.GRPO must have the sample budget of the other methods in {greedy_in}, 1152 rollouts, got 9216"
     with pytest.raises(ConfigError, match=rule):
         check_budget(load_experiment(write(tmp_path, greedy)))
 
@@ -116,24 +128,36 @@ def test_settings_may_have_budgets_of_their_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"method": {}}, "method: unknown key; did you mean methods?"),
-        ({"methods": {"SGPO": {"algorithm.alfa": 1}}}, "algorithm.alfa: unknown key; did you mean algorithm.alpha"),
+        ({"method": {}}, "unknown key method; did you mean methods?"),
+        ({"methods": {"SGPO": {"algorithm.alfa": 1}}}, "unknown key algorithm.alfa; did you mean algorithm.alpha"),
         (
             {"methods": {"SGPO": {"optim.lr": {"calm": 1e-3}}}},
-            r"methods\.SGPO\.optim\.lr: has a value for each setting",
+            r"methods\.SGPO\.optim\.lr must have a value for each of the settings calm, stale, got {'calm': 0.001}",
         ),
-        ({"methods": {"SGPO": {"model.path": "base:none"}}}, "model.path: names one of the bases"),
-        ({"bases": {"warm": {"start": "base:none"}}}, r"bases\.warm\.start: names another base"),
-        ({"seeds": []}, "seeds: names at least one"),
-        ({"tune": {"rates": [1e-3], "seeds": [1, 7]}}, r"tune\.seeds: has none of seeds \(0, 1\), .*, got \[1, 7\]"),
-        ({"tune": {"rates": [1e-3], "seeds": []}}, r"tune\.seeds: names at least one"),
-        ({"common": {"optim.lr": 1e-3}}, r"common\.optim\.lr: is left to tune\.rates, got 0\.001"),
+        ({"methods": {"SGPO": {"model.path": "base:none"}}}, "model.path must name one of the bases"),
+        (
+            {"bases": {"warm": {"start": "base:none"}}},
+            r"bases\.warm\.start must name one of the bases warm, got 'base:none'",
+        ),
+        ({"seeds": []}, r"seeds must name at least one seed, got \[\]"),
+        (
+            {"tune": {"rates": [1e-3], "seeds": [1, 7]}},
+            r"tune\.seeds must differ from seeds 0, 1, because .* not also judge it, got \[1, 7\]",
+        ),
+        ({"tune": {"rates": [1e-3], "seeds": []}}, r"tune\.seeds must name at least one seed, got \[\]"),
+        (
+            {"common": {"optim.lr": 1e-3}},
+            r"common\.optim\.lr must be absent, because tune\.rates sets the learning rate, got 0\.001",
+        ),
         (
             {"settings": {"calm": {"optim.lr": 1e-3}, "stale": {}}, "tune": {"rates": [1e-4], "setting": "calm"}},
-            r"settings\.calm\.optim\.lr: is left to tune\.rates, got 0\.001",
+            r"settings\.calm\.optim\.lr must be absent, because tune\.rates sets the learning rate, got 0\.001",
         ),
-        ({"settings": {"a b": {}, "A-b": {}}}, "settings: have names that differ as names of files, got 'a b, A-b'"),
-        ({"tune": {"setting": "cold"}}, r"tune\.setting: is one of the settings \(calm, stale\)"),
+        (
+            {"settings": {"a b": {}, "A-b": {}}},
+            r"settings must have names that still differ as file names \(.*\), got 'a b, A-b'",
+        ),
+        ({"tune": {"setting": "cold"}}, r"tune\.setting must be one of the settings calm, stale, got 'cold'"),
     ],
 )
 def test_mistakes_are_one_line_with_the_place(tmp_path: Path, change: dict[str, Any], says: str) -> None:
@@ -152,7 +176,7 @@ def test_bases_come_after_what_they_start_from(tmp_path: Path) -> None:
         ["last"],
     ]
     circle = {"a": {"start": "base:b"}, "b": {"start": "base:a"}}
-    with pytest.raises(ConfigError, match="in a circle"):
+    with pytest.raises(ConfigError, match="bases must not start from each other in a circle, got"):
         base_levels(load_experiment(write(tmp_path, SMALL | {"bases": circle})))
 
 

@@ -28,6 +28,8 @@ def test_interval_is_students() -> None:
     # Worked by hand: mean 3, standard deviation sqrt(2.5), t(4) = 2.776.
     assert interval([1, 2, 3, 4, 5]) == (3, pytest.approx(2.776 * math.sqrt(2.5) / math.sqrt(5)), 5)
     assert interval([0.5]) == (0.5, None, 1)
+    values = [0.0, 1.0] * 10  # t(19) = 2.093
+    assert interval(values).half == pytest.approx(2.093 * math.sqrt(5 / 19) / math.sqrt(20))
 
 
 def test_a_run_that_diverged_counts_0_from_then_on_and_hides_no_other() -> None:
@@ -84,7 +86,7 @@ def test_methods_are_compared_seed_by_seed(tmp_path: Path) -> None:
     text = (tmp_path / "out" / "README.md").read_text()
     table = text.partition("Against ours, seed by seed, in points:\n\n")[2].partition("\n\n")[0].splitlines()
     assert table[2:] == ["| theirs | 2 | +15.0 ± 63.5 | +5.0 ± 21.2 |"]
-    with pytest.raises(ConfigError, match="reference: is one of the methods"):
+    with pytest.raises(ConfigError, match="reference must be one of the methods"):
         load_experiment(write(tmp_path, content | {"reference": "nobody"}))
 
 

@@ -1,4 +1,4 @@
-"""The loop around the core: on the in-memory transport, with links that are objects."""
+"""The loop around the core, with the in-memory transport and with fake weight senders that are plain objects."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hub_support import Source, make_rollout, make_run
 from sgpo_async.errors import DeadlineExceeded
 from sgpo_async.hub import HubCore
 from sgpo_async.hub.loop import Loop
-from sgpo_async.hub.service import announced, weight_bytes
+from sgpo_async.hub.service import contact_file, weight_bytes
 from sgpo_async.session import SenderDown, SenderEvent, SenderUp
 from sgpo_async.transport import Mailbox, MemoryDealer, MemoryRouter, RouterMailbox
 from sgpo_async.wire import records as wire
@@ -21,8 +21,8 @@ from sgpo_async.wire import records as wire
 DEADLINE_S = 120.0
 
 
-class Link:
-    """A link process that stands at once."""
+class FakeSender:
+    """A weight sender that is up at once."""
 
     host = "127.0.0.1"
 
@@ -39,20 +39,20 @@ class Link:
 
 
 class Running:
-    """A loop in a thread, and its members."""
+    """A loop in a thread, and its weight senders."""
 
     def __init__(self, router: MemoryRouter) -> None:
-        self.router, self.links, self.reason, self.ended = router, [], "", ""
+        self.router, self.senders, self.reason, self.ended = router, [], "", ""
         core = HubCore(make_run(batch=1, steps=1), Source(held_out=1), store="/store")
-        self.loop = Loop(core, mailbox=RouterMailbox(router), spawn_sender=self.link)
+        self.loop = Loop(core, mailbox=RouterMailbox(router), spawn_sender=self.spawn_sender)
         self.thread = threading.Thread(target=self.run)
         self.thread.start()
 
-    def link(self, name: str) -> Link:
-        if name == "too much":
+    def spawn_sender(self, name: str) -> FakeSender:
+        if name == "cannot start":
             raise OSError("no more processes")
-        self.links.append(Link(name))
-        return self.links[-1]
+        self.senders.append(FakeSender(name))
+        return self.senders[-1]
 
     def run(self) -> None:
         self.ended = self.loop.run(interrupted=lambda: self.reason)
@@ -82,7 +82,7 @@ class Member(Mailbox):
 def running() -> Iterator[Running]:
     running = Running(MemoryRouter())
     yield running
-    running.reason = running.reason or "test is over"
+    running.reason = running.reason or "the test is over"
     running.join()
 
 
@@ -93,7 +93,7 @@ def eventually(holds: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_a_whole_run_through_the_loop(running):
+def test_the_loop_carries_a_whole_run(running):
     learner, actor = Member(running.router.dealer(b"l")), Member(running.router.dealer(b"a"))
     learner.send(wire.Hello(role="learner", name="learner-0"))
     assert learner.wait(wire.Welcome).store == "/store"
@@ -115,10 +115,10 @@ def test_a_whole_run_through_the_loop(running):
     actor.send(wire.Goodbye())
     learner.send(wire.Goodbye())
     running.join()
-    assert running.ended == "finished" and all(link.stopped for link in running.links)
+    assert running.ended == "finished" and all(sender.stopped for sender in running.senders)
 
 
-def test_garbage_is_a_counted_rejection(running):
+def test_undecodable_messages_are_counted_as_rejected(running):
     dealer = running.router.dealer(b"x")
     for frames in ([b"garbage"], [], [b"\x01\x81"], [b"\x09" + b"\x80"]):
         dealer.send(frames)
@@ -127,32 +127,32 @@ def test_garbage_is_a_counted_rejection(running):
     assert observer.wait(wire.Status).status["rejected"] == 4
 
 
-def test_a_dead_link_ends_its_session_alone(running):
+def test_a_dead_weight_sender_ends_only_its_own_session(running):
     actor = Member(running.router.dealer(b"a"))
     actor.send(wire.Hello(role="actor", name="a"))
     actor.wait(wire.Welcome)
-    running.links[0].events.append(SenderDown("killed"))
+    running.senders[0].events.append(SenderDown("killed"))
     assert "killed" in actor.wait(wire.Refused).reason
-    eventually(lambda: running.links[0].stopped)
+    eventually(lambda: running.senders[0].stopped)
     assert running.thread.is_alive()
 
 
-def test_an_interrupt_stops_everybody(running):
+def test_an_interrupt_stops_all_members_and_weight_senders(running):
     actor = Member(running.router.dealer(b"a"))
     actor.send(wire.Hello(role="actor", name="a"))
     actor.wait(wire.Welcome)
     running.reason = "SIGTERM"
     assert actor.wait(wire.Stop).reason == "SIGTERM"
     running.join()
-    assert running.ended == "SIGTERM" and running.links[0].stopped
+    assert running.ended == "SIGTERM" and running.senders[0].stopped
 
 
-def test_a_link_that_cannot_be_started_costs_one_session(running):
-    unlucky, lucky = Member(running.router.dealer(b"u")), Member(running.router.dealer(b"l"))
-    unlucky.send(wire.Hello(role="actor", name="too much"))
-    assert "no more processes" in unlucky.wait(wire.Refused).reason
-    lucky.send(wire.Hello(role="actor", name="a"))
-    assert lucky.wait(wire.Welcome).session_port == 4000
+def test_a_weight_sender_that_cannot_start_ends_only_its_own_session(running):
+    failing, working = Member(running.router.dealer(b"u")), Member(running.router.dealer(b"l"))
+    failing.send(wire.Hello(role="actor", name="cannot start"))
+    assert "no more processes" in failing.wait(wire.Refused).reason
+    working.send(wire.Hello(role="actor", name="a"))
+    assert working.wait(wire.Welcome).session_port == 4000
 
 
 def test_a_message_too_large_for_its_member_becomes_a_refusal():
@@ -161,28 +161,28 @@ def test_a_message_too_large_for_its_member_becomes_a_refusal():
     member = Member(router.dealer(b"m"))
     member.send(wire.SettingsRequest())
     assert "hub.max_message_mb" in member.wait(wire.Refused).reason
-    running.reason = "test is over"
+    running.reason = "the test is over"
     running.join()
 
 
-def test_a_link_that_is_slow_to_die_costs_a_line_and_not_the_run(running, capsys):
+def test_a_weight_sender_that_ends_late_is_logged_and_the_run_continues(running, caplog):
     actor = Member(running.router.dealer(b"a"))
     actor.send(wire.Hello(role="actor", name="a"))
     actor.wait(wire.Welcome)
 
     def fail(deadline_s: float) -> None:
-        raise DeadlineExceeded("link of a", "end after SIGKILL", deadline_s)
+        raise DeadlineExceeded("weight sender of a", "end after SIGKILL", deadline_s)
 
-    running.links[0].stop = fail
-    running.reason = "test is over"
+    running.senders[0].stop = fail
+    running.reason = "the test is over"
     running.join()
-    assert running.ended == "test is over"
-    assert "link of a" in capsys.readouterr().err
+    assert running.ended == "the test is over"
+    assert "weight sender of a" in caplog.text
 
 
-def test_the_place_is_announced_whole_and_taken_back(tmp_path):
+def test_the_contact_file_is_written_atomically_and_removed(tmp_path):
     path = tmp_path / "hub.json"
-    with announced(path, {"address": "tcp://127.0.0.1:1"}):
+    with contact_file(path, {"address": "tcp://127.0.0.1:1"}):
         assert path.read_text() == '{"address": "tcp://127.0.0.1:1"}'
         assert [p.name for p in tmp_path.iterdir()] == ["hub.json"]
     assert not list(tmp_path.iterdir())

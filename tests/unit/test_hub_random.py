@@ -1,7 +1,7 @@
-"""The hub under random histories: joins, losses, duplicates, late rollouts, crashes, snapshots, restores.
+"""The hub under random sequences of events: joins, losses, duplicates, late rollouts, crashes, snapshots, restores.
 
-A model of the members runs beside the core and checks what the core must never do; the core itself asserts that both
-ledgers balance after every event.
+A model of the members runs beside the core and checks that the core never breaks a rule; the core itself asserts after
+every event that both ledgers balance.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from sgpo_async.wire import records as wire
 
 
 class World(Driver):
-    """Members that behave, in an order that `rng` draws, and a network that does not."""
+    """Correct members whose actions `rng` draws at random, and an unreliable network."""
 
     def __init__(self, rng: Random, *, batch: int, max_lag: int, ranks: int, steps: int = 6) -> None:
-        super().__init__(make_run(batch=batch, max_lag=max_lag, steps=steps), Source(held_out=3, bare_every=4))
+        super().__init__(
+            make_run(batch=batch, max_lag=max_lag, steps=steps), Source(held_out=3, without_strategy_every=4)
+        )
         self.rng, self.ranks = rng, ranks
         self.live: list[bytes] = []  # actors
-        self.born = self.worlds = 0
+        self.actors_started = self.worlds = 0  # numbers of actors and of learner worlds so far
         self.granted: dict[bytes, int] = {}
         self.held: dict[bytes, dict[tuple[int, int], tuple[wire.Lease, list[int]]]] = {}
         self.version_of: dict[bytes, int] = {}
@@ -35,23 +37,23 @@ class World(Driver):
         self.trained: set[int] = set()
         self.checkpoint: tuple[int, bytes, set[int]] = (0, b"", set())
         self.newest = -1
-        self.first_version = 0  # of the present learner's past
+        self.first_version = 0  # lowest version since the last restore
 
-    # one random thing happens
+    # one random action
 
     ACTIONS = (
         ("rollout", 60), ("ready", 12), ("new_actor", 3), ("lose_actor", 1), ("duplicate", 3), ("release", 2),
-        ("load", 10), ("nonsense", 0.5), ("tick", 4), ("silence", 0.5), ("ask", 20), ("commit", 12), ("crash", 0.7),
-        ("snapshot", 2), ("evaluate", 0.3), ("late_leaver", 0.5),
+        ("load", 10), ("invalid_messages", 0.5), ("tick", 4), ("silence", 0.5), ("request_batch", 20), ("commit", 12),
+        ("crash", 0.7), ("snapshot", 2), ("evaluate", 0.3), ("early_leaver", 0.5),
     )  # fmt: skip
 
     def act(self) -> None:
         names, weights = zip(*self.ACTIONS, strict=True)
         getattr(self, self.rng.choices(names, weights)[0])()
-        self.look()
+        self.check_inboxes()
 
-    def look(self) -> None:
-        """Read all inboxes and check what came."""
+    def check_inboxes(self) -> None:
+        """Read all inboxes and check the messages."""
         for member in self.live:
             for lease in self.take(member, wire.Lease):
                 self.check_lease(member, lease)
@@ -68,12 +70,12 @@ class World(Driver):
         self.newest = training.version
 
     def check_lease(self, member: bytes, lease: wire.Lease) -> None:
-        assert (lease.task, lease.attempt) not in self.issued, "an attempt was leased twice"
+        assert (lease.task, lease.attempt) not in self.issued, "the same attempt was leased twice"
         self.issued.add((lease.task, lease.attempt))
         self.granted[member] -= 1
         assert self.granted[member] >= 0, "more leases than credit"
         assert self.version_of[member] >= lease.min_version
-        assert lease.min_version >= self.first_version, "tokens of an abandoned past are let in"
+        assert lease.min_version >= self.first_version, "the lease admits tokens from before the restore"
         assert (lease.strategy is None) == (lease.guided == 0)
 
     def check_shard(self, shard: wire.Shard) -> None:
@@ -87,8 +89,8 @@ class World(Driver):
     def new_actor(self) -> None:
         if len(self.live) == 4:
             return
-        member = b"actor-%d" % self.born
-        self.born += 1
+        member = b"actor-%d" % self.actors_started
+        self.actors_started += 1
         self.live.append(member)
         self.held[member], self.granted[member] = {}, 0
         self.send(member, wire.Hello(role="actor", name=member.decode()))
@@ -105,20 +107,20 @@ class World(Driver):
             self.send(member, wire.Ready(tasks=tasks, version=self.version_of[member]))
 
     def load(self) -> None:
-        """An actor takes up the newest weights."""
+        """An actor loads the newest weights."""
         member = self.some_actor()
         if member and self.core.published >= 0:
             self.version_of[member] = self.core.published
-            self.beat(member)
+            self.heartbeat(member)
 
-    def beat(self, member: bytes) -> None:
+    def heartbeat(self, member: bytes) -> None:
         self.send(member, wire.Heartbeat(state="serving", version=self.version_of[member]))
 
     def some_actor(self) -> bytes | None:
         return self.rng.choice(self.live) if self.live else None
 
     def rollout(self) -> None:
-        """An actor finishes some rollouts of its leases, or even of leases that it has lost."""
+        """An actor finishes some rollouts of its leases, perhaps also of leases that it has lost."""
         member = self.some_actor()
         for _ in range(self.rng.randint(1, 5)):
             if member and self.held[member]:
@@ -137,10 +139,10 @@ class World(Driver):
         assert self.take(member, wire.Ack)[-1].slot == made.slot
 
     def duplicate(self) -> None:
-        """Anything that was ever sent comes again, perhaps by another member."""
+        """An earlier rollout arrives again, perhaps from another member."""
         if self.sent:
             member, rollout = self.rng.choice(self.sent)
-            self.send(self.rng.choice([member, b"stranger"]), rollout)
+            self.send(self.rng.choice([member, b"non-member"]), rollout)
 
     def release(self) -> None:
         member = self.some_actor()
@@ -154,23 +156,26 @@ class World(Driver):
         member = self.some_actor()
         if member:
             self.live.remove(member)
-            self.handle(SenderDown(member, "killed")) if self.rng.random() < 0.5 else self.send(member, wire.Goodbye())
+            if self.rng.random() < 0.5:
+                self.handle(SenderDown(member, "killed"))
+            else:
+                self.send(member, wire.Goodbye())
 
     def silence(self) -> None:
-        """Time passes in which some actors say nothing, long enough to be given up."""
+        """Some actors send nothing until they time out."""
         silent = [member for member in self.live if self.rng.random() < 0.3]
         self.now += self.run.hub.lease_timeout_s + 1
         for member in self.live:
             if member not in silent:
-                self.beat(member)
+                self.heartbeat(member)
         self.live = [member for member in self.live if member not in silent]
         self.advance(0.1)
         for member in silent:
-            assert member in self.links_closed
+            assert member in self.senders_closed
 
-    def nonsense(self) -> None:
-        self.handle(Rejected(b"stranger", "not MessagePack"))
-        self.send(b"stranger", wire.Commit(step=0))
+    def invalid_messages(self) -> None:
+        self.handle(Rejected(b"non-member", "not MessagePack"))
+        self.send(b"non-member", wire.Commit(step=0))
         if member := self.some_actor():
             self.send(member, wire.Commit(step=self.core.training.step))
             self.send(member, wire.Release(task=10**6, attempt=0, reason=""))
@@ -189,7 +194,7 @@ class World(Driver):
         return self.core.learner_ranks.rank_of(self.rank(0)) == 0
 
     def crash(self) -> None:
-        """The learner dies, says goodbye or not, and comes back from its last checkpoint."""
+        """The learner ends, with or without a Goodbye, and resumes from its last checkpoint."""
         if self.learning and self.rng.random() < 0.5:
             for rank in range(self.ranks):
                 self.send(self.rank(rank), wire.Goodbye())
@@ -213,13 +218,13 @@ class World(Driver):
             self.first_version = version
         self.send(self.rank(0), wire.Published(version=version))
 
-    def ask(self) -> None:
-        """Some rank asks for its shard (again, perhaps)."""
+    def request_batch(self) -> None:
+        """One rank requests its shard, perhaps again."""
         if self.learning and self.core.training.step < self.run.steps:
             self.send(self.rank(self.rng.randrange(self.ranks)), wire.BatchRequest(step=self.learner_step))
 
-    def late_leaver(self) -> None:
-        """A rank above 0 may end its last step before rank 0 commits it."""
+    def early_leaver(self) -> None:
+        """Rank 1 says Goodbye before rank 0 commits the step."""
         if self.learning and self.ranks > 1 and len(self.shards) == self.ranks:
             self.send(self.rank(1), wire.Goodbye())
             self.commit()
@@ -227,7 +232,7 @@ class World(Driver):
     def commit(self) -> None:
         if not self.learning or len(self.shards) < self.ranks:
             return
-        tasks = self.whole_groups()
+        tasks = self.batch_tasks()
         assert not tasks & self.trained, "a task was trained twice"
         self.send(self.rank(0), wire.Commit(step=self.learner_step))
         committed = self.only(self.rank(0), wire.Committed)
@@ -236,8 +241,8 @@ class World(Driver):
         self.shards, self.learner_step = {}, self.learner_step + 1
         self.send(self.rank(0), wire.Published(version=self.core.training.version))
 
-    def whole_groups(self) -> set[int]:
-        """Task numbers of the batch; every group is whole, of one attempt, and on one rank."""
+    def batch_tasks(self) -> set[int]:
+        """Task numbers of the batch; checks that each group is complete, of one attempt, and on one rank."""
         seen: dict[int, int] = {}
         for shard in self.shards.values():
             numbers = [rollout.task for rollout in shard.rollouts]
@@ -260,10 +265,10 @@ class World(Driver):
         if self.learning:
             self.send(self.rank(0), wire.Evaluate(version=self.core.training.version))
 
-    # and then everybody is kind
+    # without faults
 
     def finish(self) -> None:
-        """No more faults: one new actor, a new learner; everything gets done."""
+        """Without further faults, one new actor and a new learner finish the run."""
         for member in self.live:
             self.send(member, wire.Goodbye())
         self.live = []
@@ -276,13 +281,13 @@ class World(Driver):
             self.version_of[member] = self.core.published
             self.granted[member] += 1
             self.send(member, wire.Ready(tasks=1, version=self.core.published))
-            self.look()
+            self.check_inboxes()
             while self.held[member]:
                 self.finish_rollout(member)
             for rank in range(self.ranks):
                 if self.core.training.step < self.run.steps:
                     self.send(self.rank(rank), wire.BatchRequest(step=self.learner_step))
-            self.look()
+            self.check_inboxes()
             self.commit()
         raise AssertionError(f"stuck: {self.core.status()}")
 
@@ -306,7 +311,7 @@ def history(seed: int, length: int, **shape: int) -> World:
 
 @settings(max_examples=120, deadline=None)
 @given(**CASES)
-def test_whatever_happens_the_books_balance_and_kindness_finishes_the_run(seed, length, **shape):
+def test_after_any_history_the_ledgers_balance_and_the_run_can_be_finished(seed, length, **shape):
     world = history(seed, length, **shape)
     world.finish()
     ledger = world.core.status()["ledger"]
@@ -319,13 +324,13 @@ def test_whatever_happens_the_books_balance_and_kindness_finishes_the_run(seed, 
 @given(**CASES)
 def test_the_same_events_give_the_same_effects(seed, length, **shape):
     world = history(seed, length, **shape)
-    again = HubCore(world.run, Source(held_out=3, bare_every=4), store="/store")
+    again = HubCore(world.run, Source(held_out=3, without_strategy_every=4), store="/store")
     effects = [effect for event, now in world.log for effect in again.handle(event, now)]
     assert repr(effects) == repr(world.effects)
 
 
-def test_histories_reach_every_kind_of_event():
-    """The random histories would be worth little if they never got anywhere."""
+def test_the_random_histories_contain_the_important_events():
+    """Otherwise the random tests would check nothing."""
     worlds = [history(seed, 200, batch=2, max_lag=seed % 3, ranks=1 + seed % 2) for seed in range(20)]
     received = {type(event.message) for world in worlds for event, _ in world.log if hasattr(event, "message")}
     sent = {type(effect.message) for world in worlds for effect in world.effects if hasattr(effect, "message")}

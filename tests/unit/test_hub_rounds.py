@@ -1,4 +1,4 @@
-"""What becomes of the problems of a round: the learner gets them, and no checkpoint carries them."""
+"""The results of a round's single problems: the learner receives them, and checkpoints do not contain them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import itertools
 
 from hub_support import Driver, Source, train_one_step
 
-from sgpo_async.hub.evaluation import without_problems
+from sgpo_async.hub.evaluation import without_problem_results
 from sgpo_async.hub.snapshot import dump, load
 from sgpo_async.tasks.benchmarks import Benchmark
 from sgpo_async.wire import records as wire
 
 
-def test_a_state_does_not_grow_with_the_problems_of_rounds_that_the_learner_has():
-    """Of each round its figures stay, which are the same size however many problems a benchmark has."""
+def test_a_state_does_not_contain_the_problem_results_of_delivered_rounds():
+    """It keeps the metrics of each round, whose size does not depend on the number of problems of a benchmark."""
 
     def growth(problems: int) -> list[int]:
         source = Source(held_out=1)
@@ -36,18 +36,18 @@ def test_a_state_does_not_grow_with_the_problems_of_rounds_that_the_learner_has(
     assert max(many) < max(few) + 40
 
 
-def test_a_state_of_an_older_release_loses_the_problems_that_it_holds():
+def test_problem_results_in_the_state_of_an_older_release_are_dropped():
     driver = Driver()
     score = wire.BenchmarkScore(name="old", avg=1, low=1, high=1, samples=1, problems=1, results={"id": {}})
-    figures = {"pass_auto": 1, "pass_guided": 1, "problems": 2, "served_oldest": 0, "served_newest": 0, "lag": 0}
-    old = wire.Evaluated(version=0, **figures, benchmarks=(score,))
+    metrics = {"pass_auto": 1, "pass_guided": 1, "problems": 2, "served_oldest": 0, "served_newest": 0, "lag": 0}
+    old = wire.Evaluated(version=0, **metrics, benchmarks=(score,))
     driver.core.evaluation.results.append(old)
     state = dump(driver.core.training, driver.core.evaluation)
     _, evaluation = load(state, training=driver.core.training, evaluation=driver.core.evaluation)
-    assert evaluation.results == [without_problems(old)]
+    assert evaluation.results == [without_problem_results(old)]
 
 
-def test_a_round_that_ends_without_a_learner_keeps_its_problems_for_the_next():
+def test_a_round_that_ends_without_a_learner_keeps_its_problem_results_for_the_next_learner():
     source = Source(held_out=1)
     hard = Benchmark(name="hard", problems=[source.training(7)], samples=1)
     driver = Driver(source=source, benchmarks=[hard])

@@ -1,4 +1,4 @@
-"""The hub's rules one by one, without a hub."""
+"""The hub's rules, each tested on its own without a HubCore."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from hypothesis import given
 
 from sgpo_async.config.schema import Evaluation
 from sgpo_async.hub.actors import Actors, Meter
-from sgpo_async.hub.admission import lowest_version, room
+from sgpo_async.hub.admission import free_capacity, lowest_version
 from sgpo_async.hub.balance import balance
-from sgpo_async.hub.batch_metrics import figures
+from sgpo_async.hub.batch_metrics import batch_metrics
 from sgpo_async.hub.learner_ranks import LearnerRanks
 from sgpo_async.hub.leases import LeaseTable
 from sgpo_async.hub.ledger import Ledger
-from sgpo_async.hub.validation import other_tokenizer, refusal
+from sgpo_async.hub.validation import refusal_reason, tokenizer_mismatch
 from sgpo_async.rollout.completed import CompletedGroup
 from sgpo_async.tasks.benchmarks import Benchmark
 from sgpo_async.tasks.task_sampler import TaskSampler
@@ -27,7 +27,7 @@ from sgpo_async.wire import records as wire
 # ---- ledger
 
 
-def test_a_ledger_that_does_not_balance_is_a_programming_error():
+def test_a_ledger_that_does_not_balance_fails_its_check():
     ledger = Ledger(dispatched=5, trained=2)
     ledger.drop("stale", 1)
     ledger.check(in_flight=1, buffered=1)
@@ -42,23 +42,23 @@ def test_a_ledger_that_does_not_balance_is_a_programming_error():
     ("live", "max_lag", "steps_left", "expected"),
     [(0, 0, 9, 4), (4, 0, 9, 0), (4, 2, 9, 8), (12, 2, 9, 0), (0, 2, 1, 4), (3, 2, 1, 1), (0, 2, 0, 0)],
 )
-def test_room_is_what_lag_and_remaining_steps_leave(live, max_lag, steps_left, expected):
-    assert room(live=live, batch=4, max_lag=max_lag, steps_left=steps_left) == expected
+def test_free_capacity_is_limited_by_max_lag_and_the_remaining_steps(live, max_lag, steps_left, expected):
+    assert free_capacity(live=live, batch=4, max_lag=max_lag, steps_left=steps_left) == expected
 
 
 @given(steps=st.integers(0, 50), buffered=st.integers(0, 40), running=st.integers(0, 40), eta=st.integers(0, 5))
-def test_room_is_the_rule_of_areal(steps, buffered, running, eta):
+def test_free_capacity_follows_the_rule_of_areal(steps, buffered, running, eta):
     batch, accepted = 4, steps * 4 + buffered
     areal = accepted + running < (eta + steps + 1) * batch
-    assert (room(live=buffered + running, batch=batch, max_lag=eta, steps_left=100) > 0) == areal
+    assert (free_capacity(live=buffered + running, batch=batch, max_lag=eta, steps_left=100) > 0) == areal
 
 
 @given(version=st.integers(0, 9), batch=st.integers(1, 5), eta=st.integers(0, 4), data=st.data())
-def test_tokens_of_the_lowest_version_are_not_stale_where_the_task_lands(version, batch, eta, data):
+def test_tokens_of_the_lowest_version_are_not_stale_when_the_task_is_trained(version, batch, eta, data):
     ahead = data.draw(st.integers(0, (eta + 1) * batch - 1))
     lowest = lowest_version(version=version, ahead=ahead, batch=batch, max_lag=eta)
-    lands_in = version + ahead // batch
-    assert lands_in - lowest == eta and lowest <= version
+    trained_by = version + ahead // batch
+    assert trained_by - lowest == eta and lowest <= version
 
 
 # ---- balance
@@ -82,7 +82,7 @@ def test_balance_is_a_partition_within_grahams_bound(weights, ranks):
         assert max(sum(weights[i] for i in share) for share in shares) <= best * (4 / 3 - 1 / (3 * ranks)) + 1e-9
 
 
-# ---- figures
+# ---- batch metrics
 
 
 def group(number: int, rewards: list[float], guided_rewards: list[float], versions: tuple[int, ...]) -> CompletedGroup:
@@ -98,23 +98,23 @@ def group(number: int, rewards: list[float], guided_rewards: list[float], versio
     return CompletedGroup(number=number, attempt=0, rollouts=tuple(made))
 
 
-def test_figures_of_a_batch():
+def test_the_metrics_of_a_batch():
     groups = [group(0, [0, 0], [1], (3,)), group(1, [1, 0], [1], (2, 4)), group(2, [1, 1], [0], (4,))]
-    result = figures(groups, version=5)
+    result = batch_metrics(groups, version=5)
     assert (result["pass_auto"], result["pass_guided"]) == (pytest.approx(0.5), pytest.approx(2 / 3))
     assert result["lag"]["histogram"] == {"1": 6 + 6, "2": 6, "3": 6}
     assert result["lag"]["max"] == 3 and result["lag"]["mean"] == pytest.approx((12 * 1 + 6 * 2 + 6 * 3) / 24)
 
 
-def test_figures_without_guided_rollouts():
-    assert figures([group(0, [1, 0], [], (0,))], version=0)["pass_guided"] is None
+def test_pass_guided_is_none_without_guided_rollouts():
+    assert batch_metrics([group(0, [1, 0], [], (0,))], version=0)["pass_guided"] is None
 
 
 # ---- tasks and leases
 
 
-def test_tasks_are_functions_of_their_number():
-    task_sampler = TaskSampler(make_run(), Source(held_out=2, bare_every=3))
+def test_a_task_depends_only_on_its_number():
+    task_sampler = TaskSampler(make_run(), Source(held_out=2, without_strategy_every=3))
     assert task_sampler.task(4) == task_sampler.task(4)
     assert (task_sampler.task(3).guided, task_sampler.task(4).guided) == (0, 1)
     assert [task_sampler.task(n).problem.problem for n in (-1, -2, -3)] == ["held-out 0", "held-out 1", "held-out 0"]
@@ -122,7 +122,7 @@ def test_tasks_are_functions_of_their_number():
     assert task_sampler.task(0).seed != task_sampler.task(1).seed != task_sampler.task(-1).seed
 
 
-def test_a_round_walks_over_held_out_problems_and_then_benchmarks():
+def test_a_round_contains_the_held_out_problems_and_then_the_benchmarks():
     run = replace(make_run(), evaluation=Evaluation(samples=2, temperature=0.6, top_p=0.95))
     source = Source(held_out=2)
     hard = Benchmark(name="hard", problems=[source.training(i) for i in (7, 8, 9)], samples=4)
@@ -148,7 +148,7 @@ def leases() -> LeaseTable:
     return leases
 
 
-def test_a_book_without_tokens_still_counts_them_and_their_versions():
+def test_a_lease_table_without_tokens_still_counts_them_and_keeps_their_versions():
     task_sampler, leases = TaskSampler(make_run(autonomous=1, guided=1), Source()), LeaseTable(keeps_tokens=False)
     leases.add(task_sampler.task(0))
     lease = leases.lease(b"a", min_version=0, now=0.0)
@@ -159,7 +159,7 @@ def test_a_book_without_tokens_still_counts_them_and_their_versions():
     assert kept.token_versions().tolist() == [1, 1, 2, 2] and kept.reward == 1.0
 
 
-def test_a_lost_lease_goes_before_younger_tasks_under_the_next_attempt(leases):
+def test_a_revoked_task_comes_before_younger_tasks_with_the_next_attempt(leases):
     first, second = (leases.lease(b"a", min_version=0, now=0.0) for _ in range(2))
     leases.arrive(make_rollout(first, 0), now=1.0)
     for number in (1, 0):
@@ -171,50 +171,49 @@ def test_a_lost_lease_goes_before_younger_tasks_under_the_next_attempt(leases):
     leases.check()
 
 
-def test_late_and_double_rollouts_are_not_awaited(leases):
+def test_no_lease_expects_late_or_duplicate_rollouts(leases):
     lease = leases.lease(b"a", min_version=0, now=0.0)
     rollout = make_rollout(lease, 1)
-    assert leases.awaits(b"b", rollout) is None
-    assert leases.awaits(b"a", rollout)
+    assert leases.lease_expecting(b"b", rollout) is None
+    assert leases.lease_expecting(b"a", rollout)
     leases.arrive(rollout, now=0.0)
-    assert leases.awaits(b"a", rollout) is None
+    assert leases.lease_expecting(b"a", rollout) is None
     leases.revoke(0, "lease_lost")
     leases.lease(b"a", min_version=0, now=0.0)
-    assert leases.awaits(b"a", make_rollout(lease, 2)) is None
+    assert leases.lease_expecting(b"a", make_rollout(lease, 2)) is None
 
 
 @pytest.mark.parametrize(
-    ("changes", "fault"),
+    ("changes", "reason"),
     [
-        ({"slot": 3}, "slot"),
-        ({"slot": -1}, "slot"),
-        ({"guided": True}, "guided"),
-        ({"versions": (1, 2)}, "older"),
-        ({"versions": (2, 4)}, "does not exist"),
+        ({"slot": 3}, "slot is out of range"),
+        ({"slot": -1}, "slot is out of range"),
+        ({"guided": True}, "guided flag does not match the slot"),
+        ({"versions": (1, 2)}, "tokens are older than the lease's min_version"),
+        ({"versions": (2, 4)}, "tokens have a version that does not exist yet"),
         ({"versions": (2, 3)}, None),
     ],
 )
-def test_misfits(leases, changes, fault):
+def test_invalid_rollouts(leases, changes, reason):
     lease = leases.lease(b"a", min_version=2, now=0.0)
     rollout = make_rollout(lease, **{"slot": 0, "versions": (3,), "guided": False, **changes})
-    found = leases.running[0].misfit(rollout, newest=3)
-    assert fault in found if fault else found is None
+    assert leases.running[0].invalid_reason(rollout, newest=3) == reason
 
 
 # ---- members
 
 
-def test_meter_reads_differences_and_survives_a_restart_of_the_counters():
+def test_the_meter_uses_differences_and_ignores_a_restart_of_the_counters():
     meter = Meter()
-    assert meter.read(wire.Heartbeat(tokens=1000, busy_s=5, wall_s=10)) == (0, 0)
-    assert meter.read(wire.Heartbeat(tokens=1300, busy_s=6, wall_s=14)) == (1, 4)
+    assert meter.update(wire.Heartbeat(tokens=1000, busy_s=5, wall_s=10)) == (0, 0)
+    assert meter.update(wire.Heartbeat(tokens=1300, busy_s=6, wall_s=14)) == (1, 4)
     assert (meter.tokens_per_s, meter.idle) == (75, 0.75)
-    assert meter.read(wire.Heartbeat(tokens=5, busy_s=0, wall_s=1)) == (0, 0)
-    assert meter.read(wire.Heartbeat(tokens=5, busy_s=1, wall_s=2)) == (1, 1)
+    assert meter.update(wire.Heartbeat(tokens=5, busy_s=0, wall_s=1)) == (0, 0)
+    assert meter.update(wire.Heartbeat(tokens=5, busy_s=1, wall_s=2)) == (1, 1)
     assert (meter.tokens_per_s, meter.idle) == (0, 0)
 
 
-def test_the_actor_with_most_credit_and_weights_new_enough_is_picked():
+def test_the_actor_with_the_most_credit_among_those_with_new_enough_weights_is_picked():
     actors = Actors()
     for name, credit, version in (("a", 1, 5), ("b", 3, 4), ("c", 3, 5), ("d", 3, 5), ("e", 0, 9)):
         actors.join(name.encode(), name, now=0.0)
@@ -230,43 +229,51 @@ def hello(**changes) -> wire.Hello:
 
 def world_of(size: int) -> LearnerRanks:
     world = LearnerRanks()
-    world.reopen(size)
+    world.start_new_world(size)
     world.join(b"m0", hello(name="learner-0", rank=0, world_size=size), now=0.0)
     return world
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "reason"),
     [
-        ({"name": "taken"}, ["'taken'", "choose another"]),
-        ({"name": "n" * 65}, ["65 characters", "1 to 64"]),
-        ({"name": ""}, ["0 characters", "1 to 64"]),
-        ({"rank": 2}, ["rank 2", "torchrun"]),
-        ({"world_size": 4}, ["4 ranks", "world of 2"]),
+        (
+            {"name": "taken"},
+            "the name 'taken' is taken by a connected member: "
+            "choose another name, or wait until the hub removes that member",
+        ),
+        ({"name": "n" * 65}, "the name must have 1 to 64 characters, got 65: choose another name"),
+        ({"name": ""}, "the name must have 1 to 64 characters, got 0: choose another name"),
+        ({"rank": 2}, "rank must be in [0, 1], got 2: start the learner with torchrun"),
+        (
+            {"world_size": 4},
+            "the world size of learner-1 is 4, but the connected learner has a world size of 2: "
+            "stop the connected learner first",
+        ),
     ],
 )
-def test_refusals_say_what_and_how_to_mend_it(changes, words):
-    reason = refusal(hello(**changes), taken={"taken"}, world=world_of(2))
-    assert reason and all(word in reason for word in words) and "\n" not in reason
+def test_a_refusal_says_what_is_wrong_and_how_to_fix_it(changes, reason):
+    assert refusal_reason(hello(**changes), taken={"taken"}, world=world_of(2)) == reason
 
 
-def test_a_fitting_hello_is_welcome():
-    assert refusal(hello(), taken={"other"}, world=world_of(2)) is None
-    assert refusal(hello(), taken=set(), world=None) is None
+def test_a_valid_hello_is_not_refused():
+    assert refusal_reason(hello(), taken={"other"}, world=world_of(2)) is None
+    assert refusal_reason(hello(), taken=set(), world=None) is None
 
 
 @pytest.mark.parametrize(("fingerprint", "learners"), [("abc", "abc"), ("", "abc"), ("abc", "")])
-def test_a_tokenizer_fits_the_learners_or_is_not_known(fingerprint, learners):
-    assert other_tokenizer("a", fingerprint, learners=learners) is None
-    assert "model.path" in other_tokenizer("a", "f00", learners="abc")
+def test_an_equal_or_unknown_tokenizer_matches_the_learners(fingerprint, learners):
+    assert tokenizer_mismatch("a", fingerprint, learners=learners) is None
+    mismatch = "the tokenizer of a is f00, but the learner's is abc: set model.path of a to the learner's"
+    assert tokenizer_mismatch("a", "f00", learners="abc") == mismatch
 
 
-def test_a_hello_of_a_present_rank_opens_a_new_world_unless_it_is_a_repetition():
+def test_a_hello_of_a_present_rank_starts_a_new_world_unless_it_is_repeated():
     world = world_of(2)
-    assert not world.opens_new(b"m0", hello(rank=0))
-    assert world.opens_new(b"other", hello(rank=0))
-    assert not world.opens_new(b"other", hello(rank=1))
-    world.asked[0] = 7
-    assert world.opens_new(b"m0", hello(rank=0))
+    assert not world.starts_new_world(b"m0", hello(rank=0))
+    assert world.starts_new_world(b"other", hello(rank=0))
+    assert not world.starts_new_world(b"other", hello(rank=1))
+    world.requested[0] = 7
+    assert world.starts_new_world(b"m0", hello(rank=0))
     world.leave(0)
-    assert world.opens_new(b"other", hello(rank=1))
+    assert world.starts_new_world(b"other", hello(rank=1))

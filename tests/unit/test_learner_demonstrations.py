@@ -1,4 +1,4 @@
-"""The learner's own look at the problems' responses."""
+"""The responses of the problems, as the learner reads and tokenises them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def file_run(path: Path, responses: list[str | None]) -> Run:
     return Run(tasks=Tasks(source="file", path=str(path), held_out=1), algorithm=LUFFY)
 
 
-def test_a_demonstration_is_the_response_of_the_task_s_own_problem_and_is_correct(tokenizer: object) -> None:
+def test_a_demonstration_is_the_correct_response_of_the_task_s_problem(tokenizer: object) -> None:
     run = Run(seed=3, algorithm=LUFFY)
     source = source_of(run)
     demonstrations, task_sampler = Demonstrations(run, source, tokenizer), TaskSampler(run, source)
@@ -43,7 +43,7 @@ def test_a_demonstration_is_the_response_of_the_task_s_own_problem_and_is_correc
         assert VERIFIERS["cues"](task.problem.answer, text)
 
 
-def test_problems_without_a_response_are_told_apart(tmp_path: Path, tokenizer: object) -> None:
+def test_a_problem_without_a_response_has_no_demonstration(tmp_path: Path, tokenizer: object) -> None:
     run = file_run(tmp_path / "some.jsonl", ["raise 1", None, "raise 2", None, None])
     source = source_of(run)
     demonstrations, task_sampler = Demonstrations(run, source, tokenizer), TaskSampler(run, source)
@@ -52,15 +52,15 @@ def test_problems_without_a_response_are_told_apart(tmp_path: Path, tokenizer: o
     assert len(set(found)) == 2
 
 
-def test_a_source_without_any_response_is_refused_in_one_line(tmp_path: Path, tokenizer: object) -> None:
+def test_the_error_for_a_source_without_any_response_is_one_line(tmp_path: Path, tokenizer: object) -> None:
     run = file_run(tmp_path / "none.jsonl", [None, None, None])
     with pytest.raises(DataError, match=r"none\.jsonl: no training problem has a response.*objective=luffy") as caught:
         source_of(run)
     assert "\n" not in str(caught.value)
 
 
-def test_a_tokenizer_without_an_end_is_refused(tokenizer: object) -> None:
-    bare = load_tokenizer(model_folder("builtin:cues"))
-    bare.eos_token = None
-    with pytest.raises(DataError, match="no end token"):
-        Demonstrations(replace(Run(), algorithm=LUFFY), source_of(Run()), bare)
+def test_a_tokenizer_without_an_end_token_is_rejected(tokenizer: object) -> None:
+    endless = load_tokenizer(model_folder("builtin:cues"))
+    endless.eos_token = None
+    with pytest.raises(DataError, match=r"model\.path: .*: the tokenizer has no end token; set its eos_token"):
+        Demonstrations(replace(Run(), algorithm=LUFFY), source_of(Run()), endless)

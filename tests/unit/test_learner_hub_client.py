@@ -1,4 +1,4 @@
-"""The rank's side of the conversation, over the in-memory transport."""
+"""The hub client of a learner rank, over the in-memory transport."""
 
 import threading
 import time
@@ -30,22 +30,22 @@ from sgpo_async.wire.records import (
     Welcome,
 )
 
-PATIENCE_S = 120.0
+TIMEOUT_S = 120.0
 
 
 class FakeHub:
-    """Answers by a script, on a thread of its own; keeps what it heard."""
+    """A hub that answers by a given function, in its own thread, and records the messages that it receives."""
 
     def __init__(self, answer: Callable[[Message], list[Message]]) -> None:
         router, self.dealer = memory_pair()
-        self.mail, self.heard, self._answer, self._open = RouterMailbox(router), [], answer, True
+        self.mail, self.received, self._answer, self._open = RouterMailbox(router), [], answer, True
         self._thread = threading.Thread(target=self._serve)
         self._thread.start()
 
     def _serve(self) -> None:
         while self._open:
             for member, message in self.mail.receive(0.01):
-                self.heard.append(message)
+                self.received.append(message)
                 for reply in self._answer(message):
                     self.mail.send(member, reply)
 
@@ -54,8 +54,8 @@ class FakeHub:
         self._thread.join()
 
     def wait_for(self, kind: type) -> None:
-        deadline = time.monotonic() + PATIENCE_S
-        while not any(isinstance(message, kind) for message in self.heard):
+        deadline = time.monotonic() + TIMEOUT_S
+        while not any(isinstance(message, kind) for message in self.received):
             assert time.monotonic() < deadline, f"no {kind.__name__}"
             time.sleep(0.01)
 
@@ -105,55 +105,57 @@ def client(hub: FakeHub) -> Iterator[HubClient]:
     client.leave("test ends")
 
 
-def test_a_batch_of_another_step_is_not_taken(client: HubClient) -> None:
+def test_a_batch_of_another_step_is_ignored(client: HubClient) -> None:
     assert client.join(Hello(role="learner", name="learner-0")).version == 3
-    assert client.batch(5, timeout_s=PATIENCE_S).version == 4
+    assert client.batch(5, timeout_s=TIMEOUT_S).version == 4
 
 
-def test_an_evaluation_that_comes_in_between_is_kept(client: HubClient) -> None:
+def test_an_evaluation_that_arrives_before_an_answer_is_kept(client: HubClient) -> None:
     assert client.commit(1) == {"a": 1}
     client.evaluate(9)
-    results = client.take_evaluations(until=9, timeout_s=PATIENCE_S)
+    results = client.take_evaluations(until=9, timeout_s=TIMEOUT_S)
     assert [result.version for result in results] == [3, 9]
     assert client.take_evaluations() == []
 
 
-def test_a_refusal_is_one_error(client: HubClient) -> None:
-    with pytest.raises(HubError, match="learner-0: the hub refuses: no batch of step 7"):
+def test_a_refusal_raises_hub_error(client: HubClient) -> None:
+    with pytest.raises(HubError, match="learner-0: the hub refused the request: no batch of step 7"):
         client.commit(7)
 
 
-def test_silence_ends_at_the_deadline(client: HubClient) -> None:
+def test_a_request_without_an_answer_fails_at_the_deadline(client: HubClient) -> None:
     with pytest.raises(DeadlineExceeded, match=r"learner-0: no Snapshot from the hub within"):
         client._ask(Goodbye(), Shard, "Snapshot", 0.05)
 
 
-def test_a_lost_question_is_repeated_until_it_is_answered(client: HubClient, hub: FakeHub, monkeypatch) -> None:
-    monkeypatch.setattr(hub_client, "AGAIN_S", 0.05)
+def test_a_lost_request_is_repeated_until_it_is_answered(client: HubClient, hub: FakeHub, monkeypatch) -> None:
+    monkeypatch.setattr(hub_client, "REPEAT_S", 0.05)
 
-    def deaf_at_first(message: Message) -> list[Message]:
-        asked = sum(isinstance(heard, SnapshotRequest) for heard in hub.heard)
-        return [Snapshot(step=4, state=b"s")] if asked == 3 else []
+    def answer_the_third_request(message: Message) -> list[Message]:
+        requests = sum(isinstance(message, SnapshotRequest) for message in hub.received)
+        return [Snapshot(step=4, state=b"s")] if requests == 3 else []
 
-    hub._answer = deaf_at_first
+    hub._answer = answer_the_third_request
     assert client.snapshot(4) == b"s"
 
 
-def test_a_restore_is_asked_once(client: HubClient, hub: FakeHub, monkeypatch) -> None:
-    monkeypatch.setattr(hub_client, "AGAIN_S", 0.05)
+def test_restore_is_sent_only_once(client: HubClient, hub: FakeHub, monkeypatch) -> None:
+    monkeypatch.setattr(hub_client, "REPEAT_S", 0.05)
     with pytest.raises(DeadlineExceeded):
         client._ask(Restore(state=b""), Restored, "Restored", 0.5)
-    assert sum(isinstance(heard, Restore) for heard in hub.heard) == 1
+    assert sum(isinstance(message, Restore) for message in hub.received) == 1
 
 
-def test_it_beats_while_the_main_thread_is_busy_and_says_goodbye(hub: FakeHub, client: HubClient) -> None:
+def test_heartbeats_are_sent_while_the_main_thread_is_busy_and_goodbye_at_the_end(
+    hub: FakeHub, client: HubClient
+) -> None:
     client.join(Hello(role="learner", name="learner-0"))
     hub.wait_for(Heartbeat)
     client.leave("done")
     hub.wait_for(Goodbye)
 
 
-def test_a_message_that_cannot_be_sent_is_raised_at_the_next_wait(client: HubClient) -> None:
+def test_the_error_of_a_message_that_cannot_be_sent_is_raised_at_the_next_wait(client: HubClient) -> None:
     client._outgoing.append(Heartbeat(tasks=np.zeros(2**25, np.int32)))
     with pytest.raises(Exception, match="larger than"):
-        client.batch(0, timeout_s=PATIENCE_S)
+        client.batch(0, timeout_s=TIMEOUT_S)

@@ -1,4 +1,4 @@
-"""Engine against learner: figures against plain loops, when they are an alarm, and a faulty engine that causes one."""
+"""The mismatch metrics against plain loops, the conditions of the alarm, and a faulty engine that raises it."""
 
 from dataclasses import replace
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from sgpo_async.config.schema import Learner, Model, Run
 from sgpo_async.engines import EmbeddedEngine, Generate, Generated, Weights
 from sgpo_async.learner.batch import from_shard
-from sgpo_async.learner.mismatch import EVIDENCE, Alarm, bound_for
+from sgpo_async.learner.mismatch import MIN_TOKENS, Alarm, bound_for
 from sgpo_async.metrics.mismatch import excess, mismatch_summary
 from sgpo_async.wire.records import Rollout
 from tests.reference import learner_cases as cases
@@ -29,7 +29,7 @@ def measured(parts: list[list[Rollout]], *, row_tokens: int = 40) -> dict[str, A
 
 @pytest.mark.parametrize("row_tokens", [1, 40, 10_000])
 @pytest.mark.parametrize("seed", range(3))
-def test_every_figure_equals_plain_loops(seed: int, row_tokens: int) -> None:
+def test_every_metric_equals_plain_loops(seed: int, row_tokens: int) -> None:
     parts = cases.spread(cases.groups(seed=seed), seed=seed)
     expected = cases.reference_mismatch(cases.tiny_model(), parts)
     assert all(
@@ -40,7 +40,7 @@ def test_every_figure_equals_plain_loops(seed: int, row_tokens: int) -> None:
         assert found[key] == pytest.approx(value, rel=1e-9), key
 
 
-def test_what_was_not_measured_is_none() -> None:
+def test_metrics_without_tokens_are_none() -> None:
     stale = [
         [replace(r, versions=np.array([4], np.int32), ends=np.array([len(r.tokens)], np.int32)) for r in group]
         for group in cases.groups()
@@ -48,19 +48,19 @@ def test_what_was_not_measured_is_none() -> None:
     found = measured(stale)
     for cell in ("lag0_first", "lag0_later", "stale_later"):
         assert found[f"mismatch_tokens_{cell}"] == 0
-        assert [found[f"mismatch_{figure}_{cell}"] for figure in ("mean", "max", "kl")] == [None] * 3
+        assert [found[f"mismatch_{metric}_{cell}"] for metric in ("mean", "max", "kl")] == [None] * 3
     assert found["mismatch_mean_stale_first"] > 0
     assert found["mismatch_by_lag"].keys() == {"1"}
 
 
-def test_a_small_difference_does_not_drown_in_rounding() -> None:
-    """rho - 1 - log rho is about the square: 5e-13 where log rho is 1e-6."""
+def test_a_small_difference_is_not_lost_in_rounding() -> None:
+    """rho - 1 - log rho is about half the square of log rho: 5e-13 if log rho is 1e-6."""
     model, parts = cases.tiny_model(), cases.groups()
 
     def near(rollout: Rollout) -> Rollout:
         log_pi = cases.log_probs(model, rollout.prompt, rollout.tokens).detach().numpy()
         logprobs = log_pi[range(len(rollout.tokens)), rollout.tokens] + 1e-6
-        return replace(rollout, logprobs=logprobs)  # in float64, so that they are what they say
+        return replace(rollout, logprobs=logprobs)  # in float64, so that the difference is exactly 1e-6
 
     found = measured([[near(r) for r in group] for group in parts])
     assert found["mismatch_mean_lag0_first"] == pytest.approx(1e-6, rel=1e-6)
@@ -68,7 +68,7 @@ def test_a_small_difference_does_not_drown_in_rounding() -> None:
 
 
 def line(step: int, **means: tuple[int, float]) -> dict[str, Any]:
-    """What a step measured: tokens and mean by span."""
+    """The metrics of one step, from (tokens, mean) by span."""
     found: dict[str, Any] = {"step": step}
     for span in ("first", "later"):
         tokens, mean = means.get(span, (0, None))
@@ -81,30 +81,32 @@ def judged(alarm: Alarm, measured: dict[str, Any]) -> dict[str, Any]:
     return measured | alarm.judge(measured)
 
 
-def test_above_the_bound_is_an_alarm_and_at_it_is_none() -> None:
+def test_a_mean_above_the_bound_is_an_alarm_and_a_mean_at_the_bound_is_not() -> None:
     alarm = Alarm(0.01)
-    assert excess(judged(alarm, line(1, first=(EVIDENCE, 0.01), later=(EVIDENCE, 0.001)))) is None
-    found = excess(judged(alarm, line(2, first=(EVIDENCE, 0.011), later=(EVIDENCE, 0.2))))
+    assert excess(judged(alarm, line(1, first=(MIN_TOKENS, 0.01), later=(MIN_TOKENS, 0.001)))) is None
+    found = excess(judged(alarm, line(2, first=(MIN_TOKENS, 0.011), later=(MIN_TOKENS, 0.2))))
     assert found is not None
     assert (found.step, found.span, found.mean, found.bound) == (2, "later", pytest.approx(0.2), 0.01)
     assert found.text.startswith("step 2: ") and "0.2 nats" in found.text and "learner.mismatch_bound" in found.text
     assert "\n" not in found.text
 
 
-def test_stale_tokens_are_no_alarm() -> None:
+def test_stale_tokens_raise_no_alarm() -> None:
     found = judged(Alarm(0.01), line(1))
     assert found["mismatch_judged_first"] is found["mismatch_judged_later"] is None
     assert excess(found) is None
 
 
-def test_few_tokens_wait_for_more_and_are_not_forgotten() -> None:
-    alarm, few = Alarm(0.01), EVIDENCE // 2
+def test_too_few_tokens_are_accumulated_over_steps() -> None:
+    alarm, few = Alarm(0.01), MIN_TOKENS // 2
     assert excess(judged(alarm, line(1, later=(few, 0.5)))) is None
-    assert excess(judged(alarm, line(2, first=(EVIDENCE, 0.0)))) is None
+    assert excess(judged(alarm, line(2, first=(MIN_TOKENS, 0.0)))) is None
     found = judged(alarm, line(3, later=(3 * few, 0.1)))
     assert found["mismatch_judged_later"] == pytest.approx((0.5 + 3 * 0.1) / 4)
     assert excess(found)
-    assert judged(alarm, line(4, later=(few, 0.5)))["mismatch_judged_later"] is None  # begun anew
+    assert (
+        judged(alarm, line(4, later=(few, 0.5)))["mismatch_judged_later"] is None
+    )  # the accumulation has started again
 
 
 @pytest.mark.parametrize(
@@ -117,24 +119,24 @@ def test_few_tokens_wait_for_more_and_are_not_forgotten() -> None:
         (float("inf"), "float32", False, float("inf")),
     ],
 )
-def test_the_bound_follows_the_precision(bound: float, dtype: Any, learner_bfloat16: bool, expected: float) -> None:
+def test_the_bound_depends_on_the_precision(bound: float, dtype: Any, learner_bfloat16: bool, expected: float) -> None:
     run = Run(model=Model(dtype=dtype), learner=Learner(mismatch_bound=bound))
     assert bound_for(run, learner_bfloat16=learner_bfloat16) == expected
 
 
-def test_no_bound_no_alarm() -> None:
-    found = judged(Alarm(float("inf")), line(1, first=(EVIDENCE, 1e9)))
+def test_an_infinite_bound_raises_no_alarm() -> None:
+    found = judged(Alarm(float("inf")), line(1, first=(MIN_TOKENS, 1e9)))
     assert excess(found) is None
-    assert excess(found | {"mismatch_bound": None}) is None  # as JSON has it
+    assert excess(found | {"mismatch_bound": None}) is None  # infinity is null in JSON
 
 
-def test_the_summary_counts_alarms_and_names_the_worst() -> None:
+def test_the_summary_counts_alarms_and_names_the_worst_step() -> None:
     alarm = Alarm(0.01)
     steps = (
-        line(1, first=(EVIDENCE, 0.001)),
+        line(1, first=(MIN_TOKENS, 0.001)),
         line(2),
-        line(3, first=(EVIDENCE, 0.02)),
-        line(4, later=(EVIDENCE, 0.3), first=(EVIDENCE, 0.02)),
+        line(3, first=(MIN_TOKENS, 0.02)),
+        line(4, later=(MIN_TOKENS, 0.3), first=(MIN_TOKENS, 0.02)),
     )
     found = mismatch_summary([judged(alarm, step) for step in steps])
     about = {"judged": 3, "alarms": 2, "worst_step": 4, "worst_span": "later", "bound": 0.01}
@@ -145,7 +147,7 @@ def test_the_summary_counts_alarms_and_names_the_worst() -> None:
 
 
 class KeepsOldKeys(EmbeddedEngine):
-    """The fault that the alarm is for: a sequence goes on under new weights with the keys and values of the old."""
+    """A faulty engine: it continues a sequence under new weights with the keys and values of the old weights."""
 
     def _withdraw(self) -> None:
         for row, sequence in enumerate(self._running.sequences):
@@ -155,8 +157,8 @@ class KeepsOldKeys(EmbeddedEngine):
 
 
 @pytest.mark.parametrize(("kind", "wrong"), [(EmbeddedEngine, False), (KeepsOldKeys, True)])
-def test_an_engine_that_keeps_old_keys_and_values_sets_it_off(kind: type[EmbeddedEngine], wrong: bool) -> None:
-    """A real engine, a real update in the middle of its sequences, and the real step on what it sampled."""
+def test_an_engine_that_keeps_old_keys_and_values_raises_the_alarm(kind: type[EmbeddedEngine], wrong: bool) -> None:
+    """Uses a real engine, a weight update in the middle of its sequences, and a training step on its samples."""
     stepper = cases.stepper(cases.settings(), cases.tiny_model(dtype=torch.float32))
     stepper.update(cases.shard_of(cases.groups(version=0), problems=4, version=0))
     new = {name: p.full_tensor().detach().clone() for name, p in stepper.policy.model.named_parameters()}
@@ -171,7 +173,7 @@ def test_an_engine_that_keeps_old_keys_and_values_sets_it_off(kind: type[Embedde
     metrics = stepper.update(cases.shard_of(parts, problems=2, version=1))
     found = judged(Alarm(FLOAT32), metrics | {"step": 2})
     assert found["mismatch_mean_lag0_first"] < FLOAT32
-    assert found["mismatch_tokens_lag0_later"] > EVIDENCE
+    assert found["mismatch_tokens_lag0_later"] > MIN_TOKENS
     alarm = excess(found)
     assert (alarm.span if alarm else None) == ("later" if wrong else None)
 

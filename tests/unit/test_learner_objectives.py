@@ -1,4 +1,4 @@
-"""Every objective and variant on one rank: packed loss and gradient against the papers' equations, in float64."""
+"""Every objective and variant on one rank: loss and gradient against the papers' equations, in float64."""
 
 from __future__ import annotations
 
@@ -47,30 +47,30 @@ def _responses(run: Run) -> reference.Responses:
     return cases.demonstrations if run.algorithm.needs_responses else lambda _: None
 
 
-def assert_equal(found: Found, right: tuple[float, dict[str, Tensor]]) -> None:
-    assert found[0]["loss"] == pytest.approx(right[0], abs=1e-10)
-    for name, gradient in right[1].items():
+def assert_equal(found: Found, expected: tuple[float, dict[str, Tensor]]) -> None:
+    assert found[0]["loss"] == pytest.approx(expected[0], abs=1e-10)
+    for name, gradient in expected[1].items():
         torch.testing.assert_close(found[1][name], gradient, atol=1e-10, rtol=1e-9)
 
 
 def test_the_variants_cover_every_objective_and_differ_in_their_loss() -> None:
-    assert {words.get("objective", "sgpo") for words in VARIANTS.values()} == OBJECTIVES.keys()
-    losses = [expected(cases.settings(**words), cases.groups(seed=4))[0] for words in VARIANTS.values()]
+    assert {keys.get("objective", "sgpo") for keys in VARIANTS.values()} == OBJECTIVES.keys()
+    losses = [expected(cases.settings(**keys), cases.groups(seed=4))[0] for keys in VARIANTS.values()]
     assert len({round(loss, 6) for loss in losses}) == len(VARIANTS)
 
 
 @pytest.mark.parametrize("row_tokens", [1, 30, 10_000])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_packed_loss_and_gradient_equal_the_papers_one_by_one(name: str, row_tokens: int) -> None:
+def test_packed_loss_and_gradient_equal_the_reference_without_packing(name: str, row_tokens: int) -> None:
     run, parts = cases.settings(row_tokens=row_tokens, **VARIANTS[name]), cases.groups(seed=4)
-    right = expected(run, parts)
-    assert max(float(g.abs().max()) for g in right[1].values()) > 1e-3
-    assert_equal(gradients(run, parts), right)
+    reference_result = expected(run, parts)
+    assert max(float(g.abs().max()) for g in reference_result[1].values()) > 1e-3
+    assert_equal(gradients(run, parts), reference_result)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_the_gradient_is_the_slope_of_the_loss(name: str) -> None:
-    """By differences along a random direction, with the loss's constants held where they are."""
+def test_the_gradient_equals_finite_differences_of_the_loss(name: str) -> None:
+    """Uses differences along a random direction, with the stop-gradient quantities of the loss held constant."""
     run, parts = cases.settings(**VARIANTS[name]), cases.groups(seed=4)
     _, found = gradients(run, parts)
     here, generator = cases.tiny_model(), torch.Generator().manual_seed(5)
@@ -86,38 +86,38 @@ def test_the_gradient_is_the_slope_of_the_loss(name: str) -> None:
                 model, parts, run, teacher=_teacher(run), responses=_responses(run), at=here
             )
         slope += weight * loss.item() / (12 * width)
-    # The model's norms are taken in float32, so that the loss is known to about 1e-8.
+    # The norm layers of the model compute in float32, so the loss is accurate to about 1e-8.
     assert slope == pytest.approx(sum(float((found[key] * direction[key]).sum()) for key in direction), abs=3e-4)
 
 
 @pytest.mark.parametrize("name", ["sgpo", "reverse", "luffy", "sft"])
-def test_the_temperature_is_that_of_the_rollouts(name: str) -> None:
+def test_the_losses_use_the_temperature_of_the_rollouts(name: str) -> None:
     run, parts = cases.settings(temperature=0.7, **VARIANTS[name]), cases.groups(seed=4)
     assert_equal(gradients(run, parts), expected(run, parts))
 
 
 @pytest.mark.parametrize("divergence", ["forward", "reverse", "jensen-shannon", "sft"])
-@pytest.mark.parametrize("words", [{"alpha0": 0.0}, {"weight": "fixed", "alpha": 0.0}, {"guide_gate": 1.0}])
-def test_alpha_0_is_grpo_exactly(divergence: str, words: dict[str, object]) -> None:
-    """Bit for bit, not nearly."""
-    sgpo = gradients(cases.settings(divergence=divergence, **words), cases.groups())
+@pytest.mark.parametrize("keys", [{"alpha0": 0.0}, {"weight": "fixed", "alpha": 0.0}, {"guide_gate": 1.0}])
+def test_alpha_0_gives_exactly_grpo(divergence: str, keys: dict[str, object]) -> None:
+    """The results are equal bit for bit."""
+    sgpo = gradients(cases.settings(divergence=divergence, **keys), cases.groups())
     grpo = gradients(cases.settings(objective="grpo"), cases.groups())
     assert sgpo[0]["loss"] == grpo[0]["loss"]
     assert (sgpo[0]["alpha"], sgpo[0]["targets"]) == (0, 0)
     assert all(torch.equal(gradient, grpo[1][name]) for name, gradient in sgpo[1].items())
 
 
-@pytest.mark.parametrize("words", [{"divergence": "sft"}, {"target": "all"}, {"weight": "fixed"}, {}])
-def test_without_a_correct_guided_rollout_nothing_is_distilled(words: dict[str, object]) -> None:
+@pytest.mark.parametrize("keys", [{"divergence": "sft"}, {"target": "all"}, {"weight": "fixed"}, {}])
+def test_without_a_correct_guided_rollout_nothing_is_distilled(keys: dict[str, object]) -> None:
     failed = [[replace(r, reward=0.0, unguided_logprob=None) for r in group] for group in cases.groups()]
-    for alone in (True, False):
-        metrics, found = gradients(cases.settings(policy_gradient=alone, **words), failed)
+    for policy_gradient in (True, False):
+        metrics, found = gradients(cases.settings(policy_gradient=policy_gradient, **keys), failed)
         assert (metrics["loss"], metrics["alpha"]) == (0, 0)
         assert all(torch.count_nonzero(gradient) == 0 for gradient in found.values())
 
 
 @pytest.mark.parametrize("objective", ["luffy", "hpt"])
-def test_without_demonstrations_it_is_grpo_exactly(objective: str) -> None:
+def test_without_demonstrations_luffy_and_hpt_are_exactly_grpo(objective: str) -> None:
     parts = [group for group in cases.groups() if cases.demonstrations(group[0].task) is None]
     assert len(parts) == 1
     found, grpo = (gradients(cases.settings(objective=name), parts) for name in (objective, "grpo"))
@@ -131,42 +131,46 @@ def test_sft_without_demonstrations_trains_nothing() -> None:
     assert all(torch.count_nonzero(gradient) == 0 for gradient in found.values())
 
 
-def test_a_group_that_is_all_correct_learns_nothing_of_luffy_s_demonstration() -> None:
+def test_luffy_has_no_gradient_if_all_rollouts_are_correct() -> None:
     solved = [[replace(r, reward=1.0) for r in group if not r.guided] for group in cases.groups()]
     metrics, found = gradients(cases.settings(objective="luffy"), solved)
     assert metrics["likelihood_loss"] is None
     assert all(torch.count_nonzero(gradient) == 0 for gradient in found.values())
 
 
-def test_a_gate_on_the_guided_pass_rate() -> None:
-    """Two of three guided rollouts are correct wherever any is."""
+def test_the_guide_gate_removes_targets_of_problems_below_it() -> None:
+    """In every group with a correct guided rollout, two of three are correct."""
     targets = [gradients(cases.settings(guide_gate=gate), cases.groups())[0]["targets"] for gate in (0.0, 0.66, 0.67)]
     assert targets == [3, 3, 0]
 
 
-def test_a_behaviour_policy_that_told_nothing_cannot_teach() -> None:
-    """Rollouts of a checkpoint that was made under another teacher."""
+def test_the_behaviour_teacher_requires_its_number_of_reported_tokens() -> None:
+    """A checkpoint of a run with another teacher may contain rollouts without them."""
     bare = [[replace(r, top_tokens=None, top_logprobs=None) for r in group] for group in cases.groups()]
-    with pytest.raises(DataError, match=r"task \d: .* 0 likely tokens at each place, and 3 teach; go on with the"):
+    message = (
+        r"^task \d: its guided rollouts must have the {} most likely tokens at each position, got {}; "
+        r"resume with the algorithm.teacher and algorithm.teacher_top_k of the run's start$"
+    )
+    with pytest.raises(DataError, match=message.format(3, 0)):
         gradients(cases.settings(teacher="behaviour"), bare)
-    with pytest.raises(DataError, match=r"task \d: .* 3 likely tokens at each place, and 4 teach"):
+    with pytest.raises(DataError, match=message.format(4, 3)):
         gradients(cases.settings(teacher="behaviour", teacher_top_k=4), cases.groups())
 
 
-def test_more_likely_tokens_than_there_are_are_refused_at_the_start() -> None:
+def test_teacher_top_k_above_the_size_of_the_vocabulary_is_rejected_at_the_start() -> None:
     run = cases.settings(teacher="behaviour", teacher_top_k=5000)
     with pytest.raises(
-        ConfigError, match=r"algorithm\.teacher_top_k: is below the \d+ tokens of the vocabulary, got 5000"
+        ConfigError, match=r"algorithm\.teacher_top_k must be < \d+, the size of the vocabulary, got 5000"
     ):
         build(run, init_device_mesh("cpu", (1,)))
 
 
-def test_a_behaviour_policy_teaches_without_a_forward() -> None:
+def test_the_behaviour_teacher_needs_no_forward() -> None:
     metrics, _ = gradients(cases.settings(teacher="behaviour"), cases.groups())
     assert (metrics["targets"], metrics["tokens_forward_only"], metrics["kl_correction_mean"]) == (3, 0, 1)
 
 
-def test_corrected_pass_rates_are_the_observed_ones_where_engine_and_learner_agree() -> None:
+def test_corrected_and_observed_pass_rates_are_equal_if_engine_and_learner_agree() -> None:
     model, parts = cases.tiny_model(), cases.groups(seed=4)
     with torch.no_grad():
         exact = [
@@ -181,14 +185,14 @@ def test_corrected_pass_rates_are_the_observed_ones_where_engine_and_learner_agr
             ]
             for group in parts
         ]
-    observed, corrected = (gradients(cases.settings(pass_rates=form), exact)[0] for form in ("observed", "corrected"))
+    observed, corrected = (gradients(cases.settings(pass_rates=rates), exact)[0] for rates in ("observed", "corrected"))
     assert corrected["alpha"] == pytest.approx(observed["alpha"], abs=1e-6)
     assert corrected["alpha_observed"] == observed["alpha"]
     assert corrected["p_auto_corrected"] == pytest.approx(np.mean([0.25, 0.5, 0.25, 0.0]), abs=1e-6)
     assert (observed["alpha_observed"], observed["p_auto_corrected"]) == (None, None)
 
 
-def test_what_is_told_of_corrected_pass_rates_equals_plain_loops() -> None:
+def test_the_metrics_of_corrected_pass_rates_equal_plain_loops() -> None:
     rule = {"pass_rates": "corrected", "grpo_correction": Correction(mode="token", bound=4.0)}
     run, parts = cases.settings(**rule), cases.groups(seed=4)
     metrics, _ = gradients(run, parts)
@@ -209,7 +213,7 @@ def test_what_is_told_of_corrected_pass_rates_equals_plain_loops() -> None:
 
 
 @pytest.mark.parametrize("limiter", ["mask", "clamp", "smooth", "quantile", "none"])
-def test_what_the_limiter_takes_is_told(limiter: str) -> None:
+def test_the_kl_that_the_limiter_removes_is_reported(limiter: str) -> None:
     run, parts = cases.settings(limiter=limiter, delta=0.5, quantile=0.6), cases.groups(seed=4)
     metrics, _ = gradients(run, parts)
     model, everything, kept = cases.tiny_model(), [], []
@@ -234,8 +238,8 @@ def test_forwards_without_gradient_are_counted() -> None:
     everything = sum(len(r.prompt) + len(r.tokens) - 1 for group in parts for r in group)
     guided = [r for group in parts for r in group if r.guided and r.reward]
     own, corrected, grpo = (
-        gradients(cases.settings(target="all", delta=2.0, **words), parts)[0]["tokens_forward_only"]
-        for words in ({}, {"pass_rates": "corrected"}, {"objective": "grpo"})
+        gradients(cases.settings(target="all", delta=2.0, **keys), parts)[0]["tokens_forward_only"]
+        for keys in ({}, {"pass_rates": "corrected"}, {"objective": "grpo"})
     )
     assert own == sum(len(r.prompt) + len(r.tokens) - 1 for r in guided)
     assert (corrected, grpo) == (own + everything, 0)

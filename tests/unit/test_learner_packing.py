@@ -1,4 +1,4 @@
-"""Packing: every token once, in its own place, within the budget."""
+"""Packing: every token appears once, at the correct position, within the token budget."""
 
 import numpy as np
 from hypothesis import given
@@ -10,13 +10,13 @@ PIECES = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 12)), max_size=12)
 
 
 def sequences(pieces: list[tuple[int, int]]) -> list[Tokens]:
-    """Tokens numbered through, so that each is unlike all others."""
+    """Sequences in which every token is a different number."""
     numbers = iter(range(1, 1000))
     return [Tokens(*(np.array([next(numbers) for _ in range(n)], np.int32) for n in piece)) for piece in pieces]
 
 
 @given(st.lists(st.integers(1, 40), max_size=40), st.integers(1, 100))
-def test_plan_takes_each_sequence_once_within_the_budget(lengths: list[int], row_tokens: int) -> None:
+def test_plan_includes_each_sequence_once_within_the_budget(lengths: list[int], row_tokens: int) -> None:
     micro_batches = plan(lengths, row_tokens)
     assert sorted(i for rows in micro_batches for row in rows for i in row) == list(range(len(lengths)))
     for rows in micro_batches:
@@ -26,7 +26,7 @@ def test_plan_takes_each_sequence_once_within_the_budget(lengths: list[int], row
 
 
 @given(st.lists(st.integers(1, 10), min_size=1, max_size=30))
-def test_first_fit_decreasing_leaves_no_two_half_empty_rows(lengths: list[int]) -> None:
+def test_first_fit_decreasing_leaves_at_most_one_row_half_empty(lengths: list[int]) -> None:
     rows = first_fit_decreasing(lengths, range(len(lengths)), capacity=10)
     used = [sum(lengths[i] for i in row) for row in rows]
     assert max(used) <= 10
@@ -34,7 +34,7 @@ def test_first_fit_decreasing_leaves_no_two_half_empty_rows(lengths: list[int]) 
 
 
 @given(PIECES, st.integers(1, 60))
-def test_packed_rows_hold_whole_sequences(pieces: list[tuple[int, int]], row_tokens: int) -> None:
+def test_packed_rows_contain_whole_sequences(pieces: list[tuple[int, int]], row_tokens: int) -> None:
     items = sequences(pieces)
     for micro_batch in plan([item.length for item in items], row_tokens):
         packed = pack(items, micro_batch)
@@ -65,7 +65,7 @@ def test_a_micro_batch_without_sequences_is_one_token() -> None:
     assert len(packed.picks) == len(packed.targets) == 0
 
 
-def test_pad() -> None:
+def test_pad_returns_values_and_mask() -> None:
     values, mask = pad([np.array([1.0, 2.0]), np.array([3.0])])
     assert values.tolist() == [[1, 2], [3, 0]]
     assert mask.tolist() == [[True, True], [True, False]]

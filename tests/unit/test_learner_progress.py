@@ -1,4 +1,4 @@
-"""Learning rate, progress and what becomes of it in the summary."""
+"""The learning-rate schedule, the progress of a run, its summary and its evaluation rounds."""
 
 import math
 from collections import deque
@@ -13,7 +13,7 @@ from sgpo_async.config.schema import Optim, Run
 from sgpo_async.evaluation.compare import compare_folders
 from sgpo_async.learner.optimiser import learning_rate
 from sgpo_async.learner.progress import Progress
-from sgpo_async.learner.rounds import forget_rounds, write_round
+from sgpo_async.learner.rounds import remove_rounds, write_round
 from sgpo_async.learner.train import Trainer
 from sgpo_async.metrics.problems import ProblemResult, summarise
 from sgpo_async.wire.records import BenchmarkScore, Evaluated
@@ -39,14 +39,14 @@ STATUS = {
         ("cosine", lambda x: (1 + math.cos(math.pi * x)) / 2),
     ],
 )
-def test_warm_up_then_schedule(schedule: str, shape: object) -> None:
+def test_the_learning_rate_warms_up_and_then_follows_the_schedule(schedule: str, shape: object) -> None:
     optim = Optim(lr=0.5, warmup_steps=4, schedule=schedule)
     rates = [learning_rate(optim, step=step, steps=12) for step in range(12)]
     assert rates[:4] == [0.125, 0.25, 0.375, 0.5]
     assert rates[4:] == pytest.approx([0.5 * shape(i / 8) for i in range(8)])
 
 
-def test_progress_adds_up_and_survives_a_checkpoint() -> None:
+def test_progress_accumulates_and_survives_a_checkpoint() -> None:
     progress = Progress()
     progress.trained({"tokens": 12, "lag_histogram": {"0": 6, "2": 4}, "lag_max": 2}, idle_s=1, wall_s=4)
     assert progress.evaluated([]) == {}
@@ -67,20 +67,20 @@ def test_progress_adds_up_and_survives_a_checkpoint() -> None:
     )
     summary = progress.summary(STATUS)
     assert (summary["steps"], summary["tokens_trained"], summary["lag_max"]) == (2, 42, 2)
-    assert summary["lag_mean"] == (4 * 2 + 30) / 40  # of sampled tokens: two were a demonstration's
+    assert summary["lag_mean"] == (4 * 2 + 30) / 40  # over sampled tokens; two trained tokens belong to a demonstration
     assert summary["learner_idle"] == 0.25
     assert (summary["pass_auto_first"], summary["pass_auto_last"], summary["pass_guided_last"]) == (0.1, 0.8, 1.0)
     assert summary["pass_guided_first"] == 0.9
     assert (summary["actors"], summary["weight_version"]) == (2, 9)
 
 
-def test_a_run_that_trained_nothing_has_a_summary() -> None:
+def test_a_run_without_steps_has_a_summary() -> None:
     summary = Progress().summary(STATUS)
     assert summary["lag_mean"] == summary["learner_idle"] == 0
 
 
 def round_of(version: int, *solved: int) -> Evaluated:
-    """A round of one benchmark, four samples a problem, and one that nobody could serve."""
+    """A round with one benchmark of four samples per problem, and one benchmark without results."""
     results = [
         ProblemResult(
             id=str(number),
@@ -109,14 +109,14 @@ def round_of(version: int, *solved: int) -> Evaluated:
     )
 
 
-def test_metrics_have_pass_at_k_and_leave_the_problems_to_files() -> None:
-    own = Progress().evaluated([round_of(0, 0, 2, 4)])["eval_benchmarks"]["sums"]
-    assert own["avg"] == 0.5
-    assert {k: one["mean"] for k, one in own["pass_at"].items()} == pytest.approx({"1": 0.5, "2": 11 / 18, "4": 2 / 3})
-    assert "results" not in own
+def test_metrics_contain_pass_at_k_but_not_the_results_of_problems() -> None:
+    sums = Progress().evaluated([round_of(0, 0, 2, 4)])["eval_benchmarks"]["sums"]
+    assert sums["avg"] == 0.5
+    assert {k: one["mean"] for k, one in sums["pass_at"].items()} == pytest.approx({"1": 0.5, "2": 11 / 18, "4": 2 / 3})
+    assert "results" not in sums
 
 
-def test_rounds_are_compared_as_evaluations_are(tmp_path: Path) -> None:
+def test_rounds_can_be_compared_like_evaluations(tmp_path: Path) -> None:
     run = Run(out=str(tmp_path))
     for one in (round_of(0, 0, 2, 4), round_of(8, 2, 4, 4)):
         write_round(run, one)
@@ -127,22 +127,22 @@ def test_rounds_are_compared_as_evaluations_are(tmp_path: Path) -> None:
     sums = found.benchmarks["sums"]
     assert (sums.avg_a, sums.avg_b, sums.paired.better, sums.paired.worse) == (pytest.approx(10 / 12), 0.5, 2, 0)
     assert (sums.k, sums.pass_a, sums.pass_b) == (4, 1.0, pytest.approx(2 / 3))
-    forget_rounds(run)
+    remove_rounds(run)
     assert not list(rounds.iterdir())
 
 
-def test_rounds_of_a_life_that_was_given_up_are_removed(tmp_path: Path) -> None:
-    """Versions by number: 12 is above 9."""
+def test_rounds_of_an_abandoned_attempt_are_removed(tmp_path: Path) -> None:
+    """Versions are compared as numbers: 12 is above 9."""
     run = Run(out=str(tmp_path))
-    forget_rounds(run, above=9)  # there is no folder yet
+    remove_rounds(run, above=9)  # the folder does not exist yet
     for version in (0, 8, 9, 12, 100):
         write_round(run, round_of(version, 0, 2, 4))
-    forget_rounds(run, above=9)
+    remove_rounds(run, above=9)
     assert {folder.name for folder in (tmp_path / "run" / "benchmarks").iterdir()} == {"0", "8", "9"}
 
 
-def test_a_round_that_comes_before_the_state_is_on_disk_before_the_checkpoint(tmp_path: Path) -> None:
-    """The hub has sent it and keeps its problems no longer: a learner that dies now would have lost them."""
+def test_a_round_that_arrives_before_the_hub_state_is_written_before_the_checkpoint(tmp_path: Path) -> None:
+    """The hub keeps no per-problem results after sending them, so a learner that is killed now would lose them."""
     evaluations: deque[Evaluated] = deque()
 
     def snapshot(step: int) -> bytes:
@@ -155,4 +155,4 @@ def test_a_round_that_comes_before_the_state_is_on_disk_before_the_checkpoint(tm
     trainer = Trainer(run, hub, nothing, nothing, Progress(step=9), base=0, metrics=None, alarm=nothing)
     assert trainer._hub_state() == b"at 9"
     assert (tmp_path / "run" / "benchmarks" / "8" / "summary.json").exists()
-    assert len(evaluations) == 1, "the next line of the metrics takes it"
+    assert len(evaluations) == 1, "the metrics of the next step must report this round"

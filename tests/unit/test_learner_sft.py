@@ -1,4 +1,4 @@
-"""Supervised warm-up on one rank: its loss against the formula, its order, its counts, its parts."""
+"""Supervised warm-up on one rank: its loss, the order of its problems, its data and its export."""
 
 from __future__ import annotations
 
@@ -34,19 +34,18 @@ def examples(count: int, seed: int = 0) -> list[Tokens]:
 
 
 def warm_up(monkeypatch: pytest.MonkeyPatch, folder: Path, *, row_tokens: int = 40, **sft: Any) -> WarmUp:
-    """A warm-up of the tiny float64 model on made-up examples."""
+    """A warm-up of the tiny float64 model on random examples."""
     monkeypatch.setattr(sft_module, "build", lambda run, _mesh: (cases.stepper(run, cases.tiny_model()), ""))
     run = Run(
         out=str(folder),
         learner=Learner(row_tokens=row_tokens),
         sft=Sft(**({"batch": 5, "epochs": 3, "lr": 1e-2} | sft)),
     )
-    own = Examples(examples(12), examples(4, seed=1), {})
-    return WarmUp(run, join_alone(), own)
+    return WarmUp(run, join_alone(), Examples(examples(12), examples(4, seed=1), {}))
 
 
 def reference_loss(model: Any, sequences: list[Tokens]) -> torch.Tensor:
-    """-1/Z sum over sequences and tokens of log pi(y_t|q,y_<t), Z all tokens: one sequence per forward."""
+    """The token mean of -log pi(y_t|q,y_<t) over all sequences, computed with one forward per sequence."""
     picked = [
         cases.log_probs(model, prompt, response)[range(len(response)), response.tolist()]
         for prompt, response in sequences
@@ -55,34 +54,36 @@ def reference_loss(model: Any, sequences: list[Tokens]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("row_tokens", [1, 12, 40, 10_000])
-def test_loss_and_gradient_of_a_batch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, row_tokens: int) -> None:
-    own = warm_up(monkeypatch, tmp_path, row_tokens=row_tokens)
-    loss = own.stepper.accumulate(own.batch(0)).reduce()["loss"]
+def test_batch_loss_and_gradient_equal_the_reference(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, row_tokens: int
+) -> None:
+    warm = warm_up(monkeypatch, tmp_path, row_tokens=row_tokens)
+    loss = warm.stepper.accumulate(warm.batch(0)).reduce()["loss"]
     model = cases.tiny_model()
-    expected = reference_loss(model, [own.examples.training[i] for i in own._order(0)])
+    expected = reference_loss(model, [warm.examples.training[i] for i in warm._order(0)])
     expected.backward()
     assert loss == pytest.approx(expected.item(), abs=1e-10)
-    for name, parameter in own.stepper.policy.model.named_parameters():
+    for name, parameter in warm.stepper.policy.model.named_parameters():
         torch.testing.assert_close(parameter.grad.full_tensor(), model.get_parameter(name).grad, atol=1e-10, rtol=1e-9)
 
 
-def test_validation_loss_is_the_same_mean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    own = warm_up(monkeypatch, tmp_path, row_tokens=12)
+def test_the_validation_loss_is_the_token_mean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    warm = warm_up(monkeypatch, tmp_path, row_tokens=12)
     with torch.no_grad():
-        expected = reference_loss(cases.tiny_model(), list(own.examples.validation)).item()
-    assert own.validation_loss() == pytest.approx(expected, abs=1e-10)
+        expected = reference_loss(cases.tiny_model(), list(warm.examples.validation)).item()
+    assert warm.validation_loss() == pytest.approx(expected, abs=1e-10)
 
 
-def test_each_problem_once_in_an_epoch_in_an_order_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    own = warm_up(monkeypatch, tmp_path)
-    assert (own.per_epoch, own.run.steps) == (3, 9)
-    epochs = [[i for step in range(3 * epoch, 3 * epoch + 3) for i in own._order(step)] for epoch in range(3)]
+def test_each_epoch_uses_each_problem_once_in_a_new_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    warm = warm_up(monkeypatch, tmp_path)
+    assert (warm.per_epoch, warm.run.steps) == (3, 9)
+    epochs = [[i for step in range(3 * epoch, 3 * epoch + 3) for i in warm._order(step)] for epoch in range(3)]
     assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
-    assert [len(own._order(step)) for step in range(3)] == [5, 5, 2]  # the last batch of an epoch is what is left
+    assert [len(warm._order(step)) for step in range(3)] == [5, 5, 2]  # the last batch of an epoch is smaller
 
 
-def test_the_best_policy_is_exported_and_not_the_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_best_policy_is_exported_not_the_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     exported: list[int] = []
 
     def export(_model: Any, tensors: dict[str, torch.Tensor], folder: Path, **_: Any) -> None:
@@ -91,11 +92,11 @@ def test_the_best_policy_is_exported_and_not_the_last(monkeypatch: pytest.Monkey
         (folder / str(len(exported))).touch()
 
     monkeypatch.setattr(sft_module, "export", export)
-    own = warm_up(monkeypatch, tmp_path)
+    warm = warm_up(monkeypatch, tmp_path)
     losses = iter([0.5, 0.3, 0.4])
-    monkeypatch.setattr(own, "validation_loss", lambda: next(losses))
-    own.train()
-    assert (own.state.best_loss, own.state.best_step) == (0.3, 6)
+    monkeypatch.setattr(warm, "validation_loss", lambda: next(losses))
+    warm.train()
+    assert (warm.state.best_loss, warm.state.best_step) == (0.3, 6)
     assert len(exported) == 2
     assert [file.name for file in (tmp_path / "run" / "warmup").iterdir()] == ["2"]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -104,26 +105,26 @@ def test_the_best_policy_is_exported_and_not_the_last(monkeypatch: pytest.Monkey
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["best_step"] == 6
 
 
-def test_the_schedule_is_the_warm_up_s(tmp_path: Path) -> None:
+def test_learning_rate_and_schedule_come_from_the_sft_settings(tmp_path: Path) -> None:
     run = supervised(Run(out=str(tmp_path), sft=Sft(lr=2e-3, warmup_ratio=0.25, schedule="linear")), steps=30)
     assert (run.steps, run.optim.lr, run.optim.warmup_steps, run.optim.schedule) == (30, 2e-3, 8, "linear")
     assert not run.algorithm.copies_teacher
 
 
-@pytest.mark.parametrize("own", [{"policy_gradient": False}, {"pass_rates": "corrected"}, {"objective": "luffy"}])
-def test_a_file_of_any_objective_drives_its_warm_up(own: dict[str, Any]) -> None:
-    run = Run(algorithm=Algorithm(**own))
+@pytest.mark.parametrize("keys", [{"policy_gradient": False}, {"pass_rates": "corrected"}, {"objective": "luffy"}])
+def test_the_warm_up_of_any_objective_needs_no_demonstrations(keys: dict[str, Any]) -> None:
+    run = Run(algorithm=Algorithm(**keys))
     assert not supervised(run, steps=3).algorithm.needs_responses
 
 
 def file_run(path: Path, rows: list[dict[str, Any]], **sft: Any) -> Run:
-    """A run whose warm-up has the file at `path` of its own."""
+    """A run whose warm-up reads the file at `path`, while the run itself reads another file."""
     path.write_text("\n".join(json.dumps({"answer": "1"} | row) for row in rows), encoding="utf-8")
     tasks = Tasks(source="file", path=str(path.with_name("rl.jsonl")))
     return Run(model=Model(path="builtin:cues"), tasks=tasks, sft=Sft(path=str(path), **sft))
 
 
-def test_problems_without_a_response_and_too_long_ones_are_counted(tmp_path: Path) -> None:
+def test_problems_without_a_response_or_with_too_many_tokens_are_counted(tmp_path: Path) -> None:
     rows = [{"problem": f"problem 1 amber from {i} 0", "response": "1 amber raise 0 1"} for i in range(10)]
     rows += [{"problem": "problem 2 amber from 0 0"}, {"problem": "x", "response": "1 amber " * 30}]
     found = Examples.read(file_run(tmp_path / "p.jsonl", rows, max_tokens=20, validation_share=0.2))
@@ -132,7 +133,7 @@ def test_problems_without_a_response_and_too_long_ones_are_counted(tmp_path: Pat
     assert {len(tokens.completion) for tokens in found.training} == {6}  # five words and the end token
 
 
-def test_the_parts_share_no_text_whatever_repeats(tmp_path: Path) -> None:
+def test_training_and_validation_share_no_text_even_if_problems_repeat(tmp_path: Path) -> None:
     rows = [{"problem": f"problem {i % 7}", "response": f"response {i}"} for i in range(28)]
     run = file_run(tmp_path / "p.jsonl", rows, validation_share=0.3)
     found = sft_data(run)
@@ -142,30 +143,30 @@ def test_the_parts_share_no_text_whatever_repeats(tmp_path: Path) -> None:
     assert sft_data(replace(run, seed=5)) != found
 
 
-def test_a_validation_file_of_its_own_is_never_trained_on(tmp_path: Path) -> None:
+def test_problems_of_the_validation_file_are_never_trained_on(tmp_path: Path) -> None:
     rows = [{"problem": f"problem {i}", "response": "r"} for i in range(6)]
-    aside = tmp_path / "validation.jsonl"
-    file_run(aside, rows[:2])
-    found = sft_data(file_run(tmp_path / "p.jsonl", rows, validation=str(aside)))
+    validation = tmp_path / "validation.jsonl"
+    file_run(validation, rows[:2])
+    found = sft_data(file_run(tmp_path / "p.jsonl", rows, validation=str(validation)))
     assert [p.problem for p in found.validation] == ["problem 0", "problem 1"]
     assert [p.problem for p in found.training] == [f"problem {i}" for i in range(2, 6)]
 
 
 @pytest.mark.parametrize("rows", [[{"problem": "a"}, {"problem": "b"}], [{"problem": "a", "response": "r"}]])
-def test_nothing_to_train_on_is_one_line(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+def test_the_error_for_too_few_problems_is_one_line(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     with pytest.raises(DataError, match="at least one of each") as caught:
         sft_data(file_run(tmp_path / "p.jsonl", rows))
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("own", ["", "p.jsonl", "../data/p.jsonl"])
-def test_the_held_out_problems_of_the_run_are_no_part_of_its_warm_up(tmp_path: Path, own: str) -> None:
+@pytest.mark.parametrize("sft_path", ["", "p.jsonl", "../data/p.jsonl"])
+def test_the_warm_up_excludes_the_held_out_problems_of_the_run(tmp_path: Path, sft_path: str) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     rows = [{"problem": f"problem {i} amber from 0 0", "response": "1 amber raise 0 1"} for i in range(50)]
     run = file_run(folder / "p.jsonl", rows * 2)
     tasks = replace(run.tasks, path=str(folder / "p.jsonl"), held_out=20)
-    run = replace(run, tasks=tasks, sft=Sft(path=own and str(folder / own)))
+    run = replace(run, tasks=tasks, sft=Sft(path=sft_path and str(folder / sft_path)))
     found = sft_data(run)
     texts = {p.problem for part in found[:2] for p in part}
     assert len(texts) == 30
@@ -173,7 +174,7 @@ def test_the_held_out_problems_of_the_run_are_no_part_of_its_warm_up(tmp_path: P
     assert found.held_out == Examples.read(run).counts["held_out"] == 40
 
 
-def test_a_warm_up_s_own_file_is_taken_whole(tmp_path: Path) -> None:
+def test_a_separate_sft_file_is_used_completely(tmp_path: Path) -> None:
     rows = [{"problem": f"problem {i}", "response": "r"} for i in range(10)]
     run = file_run(tmp_path / "sft.jsonl", rows)
     file_run(tmp_path / "rl.jsonl", rows)
@@ -182,7 +183,7 @@ def test_a_warm_up_s_own_file_is_taken_whole(tmp_path: Path) -> None:
     assert found.held_out == 0
 
 
-def test_the_built_in_domain_s_problems_are_not_those_of_reinforcement() -> None:
+def test_the_built_in_domain_provides_problems_with_responses() -> None:
     run = Run(sft=Sft(problems=50))
     found = sft_data(run)
     assert len(found.training) + len(found.validation) == 50

@@ -1,4 +1,4 @@
-"""One step on one rank: packed loss and gradient against Eq. 7 taken sequence by sequence, in float64."""
+"""One step on one rank: loss and gradient with packing against Eq. 7 computed sequence by sequence, in float64."""
 
 from dataclasses import replace
 
@@ -38,25 +38,25 @@ def expected(
     return loss.item(), {name: p.grad for name, p in model.named_parameters()}
 
 
-def assert_equal(found: tuple[float, dict[str, Tensor]], right: tuple[float, dict[str, Tensor]]) -> None:
-    assert found[0] == pytest.approx(right[0], abs=1e-10)
-    assert found[1].keys() == right[1].keys()
-    for name, gradient in right[1].items():
+def assert_equal(found: tuple[float, dict[str, Tensor]], expected: tuple[float, dict[str, Tensor]]) -> None:
+    assert found[0] == pytest.approx(expected[0], abs=1e-10)
+    assert found[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
         torch.testing.assert_close(found[1][name], gradient, atol=1e-10, rtol=1e-9)
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("row_tokens", [1, 20, 40, 10_000])
-def test_packed_loss_and_gradient_equal_one_by_one(tied: bool, row_tokens: int) -> None:
+def test_packed_loss_and_gradient_equal_the_reference_without_packing(tied: bool, row_tokens: int) -> None:
     run, parts = cases.settings(row_tokens=row_tokens, delta=2.0), cases.groups()
-    right = expected(run, parts, tied=tied)
-    assert max(float(g.abs().max()) for g in right[1].values()) > 1e-3
-    assert_equal(gradients(run, parts, tied=tied), right)
+    reference = expected(run, parts, tied=tied)
+    assert max(float(g.abs().max()) for g in reference[1].values()) > 1e-3
+    assert_equal(gradients(run, parts, tied=tied), reference)
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_layer_groups_and_gradients_exchanged_each_time(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The way of large models: one FSDP group per decoder layer, no whole gradients between micro-batches."""
+def test_one_fsdp_group_per_layer_gives_the_same_loss_and_gradient(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large models use one FSDP group per decoder layer and reduce gradients after each micro-batch."""
     monkeypatch.setattr(policy, "GROUP_BYTES", 0)
     monkeypatch.setattr(step, "LOCAL_GRADIENT_BYTES", 0)
     run, parts = cases.settings(row_tokens=20, delta=2.0), cases.groups()
@@ -64,18 +64,18 @@ def test_layer_groups_and_gradients_exchanged_each_time(tied: bool, monkeypatch:
 
 
 @pytest.mark.parametrize("layers", [False, True])
-def test_recomputed_activations_give_the_same_gradient_from_less_memory(
+def test_recomputing_activations_gives_the_same_gradient_with_less_memory(
     layers: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if layers:  # one FSDP group per decoder layer, as of large models
+    if layers:  # one FSDP group per decoder layer, as for large models
         monkeypatch.setattr(policy, "GROUP_BYTES", 0)
         monkeypatch.setattr(step, "LOCAL_GRADIENT_BYTES", 0)
     run, parts = cases.settings(row_tokens=20, delta=2.0), cases.groups()
-    right = expected(run, parts)
-    kept = []
-    for again in (False, True):
+    reference = expected(run, parts)
+    saved_elements = []
+    for recompute in (False, True):
         model = cases.tiny_model()
-        if again:
+        if recompute:
             policy.recompute(policy.Policy(model))
         stepper = cases.stepper(run, model)
         sizes: list[int] = []
@@ -87,25 +87,25 @@ def test_recomputed_activations_give_the_same_gradient_from_less_memory(
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             loss = stepper.accumulate(from_shard(cases.shard_of(parts, problems=len(parts)), run.algorithm)).reduce()
         found = {name: p.grad.full_tensor() for name, p in stepper.policy.model.named_parameters()}
-        assert_equal((loss["loss"], found), right)
-        kept.append(sum(sizes))
-    assert kept[1] < 0.7 * kept[0]
+        assert_equal((loss["loss"], found), reference)
+        saved_elements.append(sum(sizes))
+    assert saved_elements[1] < 0.7 * saved_elements[0]
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_correction(mode: str) -> None:
+def test_every_correction_equals_the_reference(mode: str) -> None:
     rule = Correction(mode=mode, bound=2.0)
     run, parts = cases.settings(grpo_correction=rule, kl_correction=rule, delta=2.0), cases.groups(seed=3)
     assert_equal(gradients(run, parts), expected(run, parts))
 
 
 @pytest.mark.parametrize("limiter", ["mask", "none"])
-def test_frozen_teacher(limiter: str) -> None:
+def test_a_frozen_teacher_equals_the_reference(limiter: str) -> None:
     run, parts = cases.settings(teacher="frozen", limiter=limiter), cases.groups(seed=1)
     assert_equal(gradients(run, parts, frozen=True), expected(run, parts, frozen=True))
 
 
-def test_frozen_teacher_gets_no_gradient_and_does_not_move() -> None:
+def test_a_frozen_teacher_gets_no_gradient_and_does_not_change() -> None:
     run = cases.settings(teacher="frozen")
     stepper = cases.stepper(run, cases.tiny_model(), cases.tiny_model(seed=1))
     stepper.update(cases.shard_of(cases.groups(), problems=4))
@@ -117,8 +117,8 @@ def test_frozen_teacher_gets_no_gradient_and_does_not_move() -> None:
         assert torch.equal(frozen.full_tensor(), parameter)
 
 
-def test_alpha_zero_is_grpo_exactly() -> None:
-    """Bit for bit, not nearly."""
+def test_alpha_0_gives_exactly_grpo() -> None:
+    """The results are equal bit for bit."""
     parts = cases.groups()
     sgpo = gradients(cases.settings(alpha0=0.0), parts)
     grpo = gradients(cases.settings(objective="grpo"), parts)
@@ -126,15 +126,15 @@ def test_alpha_zero_is_grpo_exactly() -> None:
     assert all(torch.equal(gradient, grpo[1][name]) for name, gradient in sgpo[1].items())
 
 
-def test_no_correct_guided_rollout_no_distillation() -> None:
-    """Autonomous rewards are equal, too: what is left of the gradient is the distillation's, and it is exactly 0."""
+def test_without_a_correct_guided_rollout_nothing_is_distilled() -> None:
+    """Autonomous rewards are equal too, so only distillation could give a gradient, and it is exactly 0."""
     failed = [[replace(r, reward=0.0, unguided_logprob=None) for r in group] for group in cases.groups()]
     loss, found = gradients(cases.settings(), failed)
     assert loss == 0
     assert all(torch.count_nonzero(gradient) == 0 for gradient in found.values())
 
 
-def test_uniform_rewards_still_distil() -> None:
+def test_a_group_with_uniform_rewards_is_distilled() -> None:
     group = cases.groups()[3]
     assert {r.reward for r in group if not r.guided} == {0.0}
     loss, found = gradients(cases.settings(delta=100.0), [group])
@@ -143,8 +143,8 @@ def test_uniform_rewards_still_distil() -> None:
 
 
 @pytest.mark.parametrize("everything_uniform", [False, True])
-def test_rollouts_of_advantage_0_may_be_left_out(everything_uniform: bool) -> None:
-    """The gradient is that of all, from fewer sequences: from none at all, if nothing is distilled."""
+def test_leaving_out_rollouts_with_advantage_0_gives_the_same_gradient(everything_uniform: bool) -> None:
+    """If nothing is distilled either, no sequences are left."""
     parts = cases.groups()
     if everything_uniform:
         parts = [[replace(r, reward=0.0, unguided_logprob=None) for r in group] for group in parts]
@@ -152,16 +152,16 @@ def test_rollouts_of_advantage_0_may_be_left_out(everything_uniform: bool) -> No
     whole = from_shard(shard, run.algorithm)
     stepper = cases.stepper(run, cases.tiny_model())
     skipping = replace(run, learner=replace(run.learner, skip_uniform=True))
-    few = replace(stepper, run=skipping).batch(shard)
-    assert len(few.sequences.policy_gradient) < len(whole.sequences.policy_gradient)
-    assert bool(few.sequences.students) != everything_uniform
-    loss = stepper.accumulate(few).reduce()["loss"]
+    reduced = replace(stepper, run=skipping).batch(shard)
+    assert len(reduced.sequences.policy_gradient) < len(whole.sequences.policy_gradient)
+    assert bool(reduced.sequences.students) != everything_uniform
+    loss = stepper.accumulate(reduced).reduce()["loss"]
     found = {name: p.grad.full_tensor() for name, p in stepper.policy.model.named_parameters()}
     assert_equal((loss, found), gradients(run, parts))
 
 
-def test_empty_strategy_has_nothing_to_distil() -> None:
-    """With the same prompt on both sides every d_t is 0."""
+def test_an_empty_strategy_gives_no_distillation_loss() -> None:
+    """If teacher and student have the same prompt, every d_t is 0."""
     parts = cases.groups()
     same = [[replace(r, prompt=group[0].prompt) for r in group] for group in parts]
     run = cases.settings()
@@ -171,7 +171,7 @@ def test_empty_strategy_has_nothing_to_distil() -> None:
     assert metrics["kl_masked_fraction"] == 0
 
 
-def test_statistics_equal_plain_loops() -> None:
+def test_the_metrics_of_a_step_equal_plain_loops() -> None:
     run, parts = cases.settings(grpo_correction=Correction(mode="token", bound=1.5)), cases.groups(seed=2)
     stepper, model = cases.stepper(run, cases.tiny_model()), cases.tiny_model()
     batch = from_shard(cases.shard_of(parts, problems=4), run.algorithm)
@@ -188,14 +188,14 @@ def test_statistics_equal_plain_loops() -> None:
     assert metrics["correction_mean_stale"] == pytest.approx(np.mean([min(r, 1.5) for r in stale]))
     assert metrics["correction_min_stale"] == pytest.approx(min(stale))
     assert metrics["correction_clipped_stale"] == pytest.approx(np.mean([r > 1.5 for r in stale]))
-    assert metrics["ratio_mean"] == pytest.approx(np.mean([r for _, r in ratios]))  # without the teacher's
+    assert metrics["ratio_mean"] == pytest.approx(np.mean([r for _, r in ratios]))  # over GRPO tokens only
     assert metrics["ratio_by_lag"]["1"] == pytest.approx(np.mean(stale))
     targets = sum(len(item.rollout.tokens) for item in batch.sequences.distillation)
     assert metrics["tokens"] == len(ratios) + targets == sum(metrics["lag_histogram"].values())
     assert set(metrics["lag_histogram"]) == {"0", "1"}
 
 
-def test_update_moves_by_the_schedule_and_repeats_bit_for_bit() -> None:
+def test_updates_follow_the_schedule_and_are_reproducible_bit_for_bit() -> None:
     run, shard = cases.settings(), cases.shard_of(cases.groups(), problems=4)
     first, second = (cases.stepper(run, cases.tiny_model(dtype=torch.float32)) for _ in range(2))
     lines = [first.update(replace(shard, step=step)) for step in range(3)]
@@ -204,9 +204,11 @@ def test_update_moves_by_the_schedule_and_repeats_bit_for_bit() -> None:
     assert lines[0]["loss"] != lines[1]["loss"]
 
 
-def test_a_gradient_that_is_no_number_stops_the_run() -> None:
+def test_a_gradient_that_is_not_finite_stops_the_run() -> None:
     run, parts = cases.settings(), cases.groups()
     broken = [[replace(r, logprobs=np.full_like(r.logprobs, np.nan)) for r in group] for group in parts]
     stepper = cases.stepper(run, cases.tiny_model())
-    with pytest.raises(SgpoError, match="gradient's norm is nan"):
+    with pytest.raises(
+        SgpoError, match="^step 0: the norm of the gradient must be finite, got nan; lower optim.lr or optim.grad_clip$"
+    ):
         stepper.update(cases.shard_of(broken, problems=4))

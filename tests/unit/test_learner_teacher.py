@@ -1,4 +1,4 @@
-"""Teachers on one rank: what each copy holds after some steps, what is distilled of it, and that it survives a stop."""
+"""Teachers on one rank: the weights of each copy after some steps, its distillation loss, and its checkpoints."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ KINDS: dict[str, dict[str, Any]] = {
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
-def settings(kind: str, **words: Any) -> Run:
-    return cases.settings(limiter="none", **KINDS[kind], **words)
+def settings(kind: str, **keys: Any) -> Run:
+    return cases.settings(limiter="none", **KINDS[kind], **keys)
 
 
 def learner(run: Run, dtype: torch.dtype = torch.float64) -> Stepper:
@@ -57,10 +57,8 @@ def model_of(weights: dict[str, Tensor]) -> PreTrainedModel:
 
 @kinds
 @pytest.mark.parametrize("large", [False, True])
-def test_each_step_distils_what_the_copy_should_hold_then(
-    kind: str, large: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Against copies kept by plain arithmetic; also with one FSDP group per layer."""
+def test_each_step_distils_from_the_expected_weights(kind: str, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The expected weights are computed by plain arithmetic; also with one FSDP group per layer."""
     monkeypatch.setattr(policy, "GROUP_BYTES", 0 if large else policy.GROUP_BYTES)
     run = settings(kind)
     stepper, student = learner(run), dict(cases.tiny_model().named_parameters())
@@ -83,11 +81,11 @@ def test_each_step_distils_what_the_copy_should_hold_then(
 @kinds
 def test_a_resumed_run_continues_bit_for_bit(kind: str, tmp_path: Path) -> None:
     run = settings(kind)
-    one = learner(run, torch.float32)
-    lines = [update(one, step) for step in range(5)]
+    uninterrupted = learner(run, torch.float32)
+    lines = [update(uninterrupted, step) for step in range(5)]
     first = learner(run, torch.float32)
-    begun = [update(first, step) for step in range(2)]
-    place = checkpoint.save(
+    before = [update(first, step) for step in range(2)]
+    path = checkpoint.save(
         tmp_path,
         step=2,
         module=first.policy,
@@ -96,23 +94,23 @@ def test_a_resumed_run_continues_bit_for_bit(kind: str, tmp_path: Path) -> None:
         teacher=first.teacher.moving,
     )
     second = learner(run, torch.float32)
-    checkpoint.restore(place, module=second.policy, optimiser=second.optimiser, teacher=second.teacher.moving)
-    assert begun + [update(second, step) for step in range(2, 5)] == lines
+    checkpoint.restore(path, module=second.policy, optimiser=second.optimiser, teacher=second.teacher.moving)
+    assert before + [update(second, step) for step in range(2, 5)] == lines
 
 
-def test_a_checkpoint_without_the_teacher_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_without_the_teacher_is_rejected(tmp_path: Path) -> None:
     old, new = learner(settings("frozen"), torch.float32), learner(settings("ema"), torch.float32)
-    place = checkpoint.save(
+    path = checkpoint.save(
         tmp_path, step=1, module=old.policy, optimiser=old.optimiser, saved=Saved({}, b""), teacher=old.teacher.moving
     )
-    with pytest.raises(CheckpointError, match="of another model or teacher"):
-        checkpoint.restore(place, module=new.policy, optimiser=new.optimiser, teacher=new.teacher.moving)
+    with pytest.raises(CheckpointError, match="cannot read the checkpoint, or it belongs to another model or teacher"):
+        checkpoint.restore(path, module=new.policy, optimiser=new.optimiser, teacher=new.teacher.moving)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["snapshot", "frozen"])
-def test_what_a_run_builds_is_kept_in_the_dtype_asked_for(kind: str, dtype: str) -> None:
-    """On the shipped policy, whose copy in bfloat16 teaches nearly the same at half the memory."""
+def test_the_copy_has_the_configured_dtype(kind: str, dtype: str) -> None:
+    """Uses the shipped policy: a copy in bfloat16 gives nearly the same loss with half the memory."""
     run = settings(kind, teacher_dtype=dtype)
     mesh = init_device_mesh("cpu", (1,))
     stepper, _ = build(run, mesh)
@@ -121,7 +119,7 @@ def test_what_a_run_builds_is_kept_in_the_dtype_asked_for(kind: str, dtype: str)
     assert {p.dtype for p in copy.parameters()} == {getattr(torch, dtype)}
     assert not any(p.requires_grad for p in copy.parameters())
     size = {"float32": 4, "bfloat16": 2}[dtype]
-    lines = [update(stepper, step) for step in range(3)]  # after which some of it may still be gathered, in float32
+    lines = [update(stepper, step) for step in range(3)]  # parameters may remain gathered afterwards, in float32
     assert stepper.teacher.nbytes == size * sum(p.numel() for p in stepper.policy.parameters())
     exact, _ = build(settings(kind), mesh)
     for line, right in zip(lines, [update(exact, step) for step in range(3)], strict=True):
@@ -134,6 +132,6 @@ def test_what_a_run_builds_is_kept_in_the_dtype_asked_for(kind: str, dtype: str)
 
 
 def test_objectives_without_distillation_keep_no_copy() -> None:
-    for words in ({"objective": "grpo"}, {"divergence": "sft"}):
-        stepper, _ = build(settings("frozen", **words), init_device_mesh("cpu", (1,)))
+    for keys in ({"objective": "grpo"}, {"divergence": "sft"}):
+        stepper, _ = build(settings("frozen", **keys), init_device_mesh("cpu", (1,)))
         assert (stepper.teacher.copy, stepper.teacher.nbytes) == (None, 0)

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from sgpo_async.errors import DeadlineExceeded
+from sgpo_async.errors import DeadlineExceeded, RunFailed
 from sgpo_async.local import supervisor as module
-from sgpo_async.local.supervisor import LEAVING_S, RESTARTS, RunFailed, Supervisor
+from sgpo_async.local.supervisor import LEAVING_S, RESTARTS, Supervisor
 
 
 class Pretended:

@@ -1,4 +1,4 @@
-"""One line an event, for a person or for a machine, with who says it."""
+"""Logs have one line per event, for people or as JSON, with the name of the process."""
 
 import json
 import logging
@@ -13,7 +13,7 @@ log = logging.getLogger("sgpo_async.somewhere")
 
 
 @pytest.fixture(autouse=True)
-def as_before() -> Iterator[None]:
+def restored_logger() -> Iterator[None]:
     package = logging.getLogger("sgpo_async")
     handlers, level = package.handlers, package.level
     yield
@@ -21,20 +21,20 @@ def as_before() -> Iterator[None]:
     package.setLevel(level)
 
 
-def test_a_person_reads_time_and_name_and_from_warnings_on_the_level(
+def test_the_human_format_has_time_name_and_the_level_of_warnings(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("RANK", raising=False)
     logs.set_up("actor", name="actor-0")
     log.info("engine ready after %.1f s", 3.14)
     log.warning("task %d: too long", 7)
-    log.debug("unsaid")
+    log.debug("below the level")
     first, second = capsys.readouterr().err.splitlines()
     assert first[8:] == " actor-0      engine ready after 3.1 s"
     assert second[8:] == " actor-0      warning: task 7: too long"
 
 
-def test_a_machine_reads_json_with_role_rank_and_level(
+def test_the_json_format_has_role_rank_and_level(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", "3")
@@ -52,7 +52,7 @@ def test_a_machine_reads_json_with_role_rank_and_level(
     assert second["message"] == "it failed" and "ValueError: wrong" in second["traceback"]
 
 
-def test_the_options_are_for_every_command_and_its_children(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_log_options_set_the_environment_for_child_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(logs.FORMAT, "human")
     monkeypatch.setenv(logs.LEVEL, "info")
     assert main(["hub", "configs/demo.yaml", "--dry-run", "--log-format", "json", "--log-level", "debug"]) == 0

@@ -19,8 +19,8 @@ def test_avg_at_is_the_share_of_correct_samples() -> None:
     assert avg_at(array(1, 1), array(2, 8)).tolist() == [0.5, 0.125]
 
 
-def test_pass_at_by_hand() -> None:
-    """n = 4, c = 1: of the 6 pairs of samples 3 hold the correct one; c = 2: all but one."""
+def test_pass_at_equals_values_computed_by_hand() -> None:
+    """n = 4, c = 1: 3 of the 6 pairs of samples contain the correct one; c = 2: 5 of the 6 do."""
     assert pass_at(array(0, 1, 2, 3, 4), array(4, 4, 4, 4, 4), 2) == pytest.approx([0, 1 / 2, 5 / 6, 1, 1])
     assert pass_at(array(3), array(10), 1)[0] == pytest.approx(0.3)
 
@@ -35,7 +35,7 @@ def test_pass_at_equals_enumeration_of_all_choices_of_k(samples: int) -> None:
 
 
 def test_pass_at_is_unbiased() -> None:
-    """Averaged over the binomial distribution of c, it is 1 - (1 - p)^k."""
+    """Its expectation over the binomial distribution of c is 1 - (1 - p)^k."""
     p, n, k = 0.3, 6, 3
     estimates = pass_at(np.arange(n + 1), np.full(n + 1, n), k)
     weights = [comb(n, c) * p**c * (1 - p) ** (n - c) for c in range(n + 1)]
@@ -48,7 +48,7 @@ def test_pass_at_one_is_avg_and_many_samples_do_not_overflow() -> None:
     assert np.isfinite(pass_at(correct, samples, 512)).all()
 
 
-def test_powers_of_two() -> None:
+def test_powers_of_two_up_to_the_limit() -> None:
     assert [powers_of_two(limit) for limit in (1, 4, 7, 32)] == [[1], [1, 2, 4], [1, 2, 4], [1, 2, 4, 8, 16, 32]]
 
 
@@ -61,17 +61,17 @@ def test_the_interval_of_two_problems_is_that_of_all_four_resamples() -> None:
 
 
 @pytest.mark.parametrize(("correct", "low", "high"), [(0, 0.0, 0.1157), (30, 0.8843, 1.0)])
-def test_nothing_is_known_without_doubt(correct: int, low: float, high: float) -> None:
+def test_the_interval_of_equal_shares_is_the_exact_binomial_interval(correct: int, low: float, high: float) -> None:
     """0 of 30 at 95 %: (1 - 0.1157)^30 = 0.025, as in tables of the binomial."""
     found = share_interval(np.full(30, correct / 30))
     assert (found.mean, round(found.low, 4), round(found.high, 4)) == (correct / 30, low, high)
-    surely = pass_at(np.array([1, 3]), np.array([4, 4]), k=4)  # of 100 %, though samples are wrong
-    assert share_interval(surely).low == pytest.approx(1 - 0.8419, abs=1e-4)
+    all_solved = pass_at(np.array([1, 3]), np.array([4, 4]), k=4)  # both are 1, although some samples are incorrect
+    assert share_interval(all_solved).low == pytest.approx(1 - 0.8419, abs=1e-4)
     half = np.array([0.0, 1.0])
     assert share_interval(half) == interval(half)
 
 
-def test_an_interval_depends_on_its_seed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interval_depends_on_the_seed_and_not_on_the_chunk_size(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(1).random(50)
     whole = interval(values, resamples=1000)
     assert whole == interval(values, resamples=1000) != interval(values, resamples=1000, seed=1)
@@ -80,8 +80,8 @@ def test_an_interval_depends_on_its_seed_alone(monkeypatch: pytest.MonkeyPatch) 
     assert interval(np.array([])) is None
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
-    """400 benchmarks of 60 problems, 4 samples each, of problems whose pass rates are uniform: the truth is 1/2.
+def test_the_interval_covers_the_true_value_about_as_often_as_its_level() -> None:
+    """400 benchmarks of 60 problems with 4 samples each; the pass rates are uniform, so the true mean is 1/2.
 
     Of 400 intervals at 95 %, 380 are expected to cover; 4 standard deviations of the count are 17.
     """
@@ -92,7 +92,9 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
         found = interval(avg_at(correct, np.full(60, 4)), resamples=1000)
         assert found is not None
         covered += found.low <= 0.5 <= found.high
-    assert 400 * 0.95 - 22 <= covered <= 400 * 0.95 + 17  # the percentile bootstrap covers slightly less than it says
+    assert (
+        400 * 0.95 - 22 <= covered <= 400 * 0.95 + 17
+    )  # the percentile bootstrap covers slightly less often than its level
 
 
 @pytest.mark.parametrize("differences", [[1], [0, 0], [3, -1, 2, 0, 2], [1, 1, 1, 1, 1, -1], [5, 5, -7, 2, 1, -1, 4]])
@@ -104,8 +106,8 @@ def test_the_sign_flip_test_equals_enumeration_of_all_signs(differences: list[in
     assert sign_flip(np.array(differences)) == pytest.approx(expected, abs=1e-12)
 
 
-def test_with_one_sample_it_is_mcnemars_exact_test() -> None:
-    """b = 9 problems solved by a alone, c = 2 by b alone: 2 P(X <= 2) for X ~ Binomial(11, 1/2)."""
+def test_with_one_sample_per_problem_the_p_value_is_that_of_mcnemars_exact_test() -> None:
+    """9 problems are solved only by a, 2 only by b: 2 P(X <= 2) for X ~ Binomial(11, 1/2)."""
     correct_a = array(*[1] * 9, *[0] * 2, *[1] * 20, *[0] * 5)
     correct_b = array(*[0] * 9, *[1] * 2, *[1] * 20, *[0] * 5)
     ones = np.ones(36, int)
@@ -115,8 +117,8 @@ def test_with_one_sample_it_is_mcnemars_exact_test() -> None:
     assert found.difference.mean == pytest.approx(7 / 36)
 
 
-def test_the_p_value_is_valid_where_nothing_differs() -> None:
-    """Two samples of the same 30 problems: p <= 0.05 in at most 5 % of 400 comparisons, and 4 standard deviations."""
+def test_the_p_value_is_valid_under_the_null_hypothesis() -> None:
+    """Two evaluations of the same 30 problems: p <= 0.05 in at most 5 % of 400, plus 4 standard deviations."""
     generator = np.random.default_rng(3)
     rates = generator.random(30)
     eights = np.full(30, 8)
@@ -128,7 +130,7 @@ def test_the_p_value_is_valid_where_nothing_differs() -> None:
 
 
 def test_different_numbers_of_samples_are_compared_by_their_shares() -> None:
-    """1/2, 1/4, 1 against 1/3, 1, 1: differences of 1/6, -3/4, 0, that is 2, -9, 0 twelfths."""
+    """1/2, 1/4, 1 and 1/3, 1, 1: the differences are 1/6, -3/4, 0, or in twelfths 2, -9, 0."""
     found = compare(array(1, 1, 2), array(2, 4, 2), array(1, 3, 3), array(3, 3, 3))
     assert found.difference.mean == pytest.approx((1 / 6 - 3 / 4) / 3)
     assert found.p_value == sign_flip(array(2, -9, 0)) == 1.0

@@ -1,4 +1,4 @@
-"""The page and the closing figures, made from metrics of known content."""
+"""The page and the final metrics of runs whose metrics are known."""
 
 import itertools
 import json
@@ -17,7 +17,7 @@ from synthetic_metrics import synthetic_lines, write_lines
 
 from sgpo_async.config import Run, Tasks, to_yaml
 from sgpo_async.errors import DataError
-from sgpo_async.report import closing_rows, write_report
+from sgpo_async.report import final_rows, write_report
 from sgpo_async.report.charts import CHARTS
 from sgpo_async.report.closing import ledger_rows, summarise
 from sgpo_async.report.lag import lag_shares
@@ -26,28 +26,28 @@ from sgpo_async.report.svg import Frame, Series, line_chart, nice_ticks, powers_
 
 
 class Balanced(HTMLParser):
-    """Collects headings, and fails on a tag closed out of order."""
+    """Collects headings, and fails if a tag is closed in the wrong order."""
 
     VOID = ("meta",)
 
     def __init__(self) -> None:
         super().__init__()
-        self.open: list[str] = []
+        self.open_tags: list[str] = []
         self.headings: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[Any]) -> None:
         del attrs
         if tag not in self.VOID:
-            self.open.append(tag)
+            self.open_tags.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[Any]) -> None:
         pass
 
     def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
+        assert self.open_tags.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] == "h2":
+        if self.open_tags and self.open_tags[-1] == "h2":
             self.headings.append(data)
 
 
@@ -55,17 +55,17 @@ def page_of(folder: Path) -> tuple[str, list[str]]:
     text = write_report(folder).read_text()
     parser = Balanced()
     parser.feed(text)
-    assert parser.open == []
+    assert parser.open_tags == []
     return text, parser.headings
 
 
-def test_the_page_has_every_curve_the_lag_the_figures_and_the_settings(tmp_path: Path) -> None:
+def test_the_page_has_every_chart_the_final_metrics_and_the_changed_settings(tmp_path: Path) -> None:
     write_lines(tmp_path / "demo", synthetic_lines())
     (tmp_path / "demo" / "config.yaml").write_text(to_yaml(Run(name="demo", steps=120, tasks=Tasks(held_out=7))))
     text, headings = page_of(tmp_path / "demo")
     assert set(headings) == {chart.title for chart in CHARTS} | {
         "Lag",
-        "Closing figures",
+        "Final metrics",
         "Settings that differ from the defaults",
     }
     assert "1960 dispatched = 1920 trained + 3 dropped (stale 3) + 21 in flight + 16 buffered" in text
@@ -73,7 +73,7 @@ def test_the_page_has_every_curve_the_lag_the_figures_and_the_settings(tmp_path:
     assert "<td>optim.lr</td>" not in text
 
 
-def test_an_alarm_stands_on_top_and_among_the_closing_figures(tmp_path: Path) -> None:
+def test_a_mismatch_alarm_is_at_the_top_and_in_the_final_metrics(tmp_path: Path) -> None:
     lines = synthetic_lines()
     write_lines(tmp_path, lines)
     text, _ = page_of(tmp_path)
@@ -82,15 +82,15 @@ def test_an_alarm_stands_on_top_and_among_the_closing_figures(tmp_path: Path) ->
     lines[40]["mismatch_judged_later"] = 2e-3
     write_lines(tmp_path, lines)
     text, _ = page_of(tmp_path)
-    says = (
+    alarm = (
         "in 1 of 6 judged steps engine and learner differ by more than 10⁻⁴ nats; "
         "worst: 2.0·10⁻³, after an update in flight, in step 41"
     )
-    assert f'<p class="alarm"><b>MISMATCH ALARM</b> {says}</p>' in text
-    assert dict(closing_rows(tmp_path))["MISMATCH ALARM"] == says
+    assert f'<p class="alarm"><b>MISMATCH ALARM</b> {alarm}</p>' in text
+    assert dict(final_rows(tmp_path))["MISMATCH ALARM"] == alarm
 
 
-def test_benchmarks_have_a_chart_and_closing_figures(tmp_path: Path) -> None:
+def test_benchmarks_have_a_chart_and_final_metrics(tmp_path: Path) -> None:
     lines = synthetic_lines()
     for line in lines:
         if "eval_pass_auto" in line:
@@ -99,12 +99,12 @@ def test_benchmarks_have_a_chart_and_closing_figures(tmp_path: Path) -> None:
     write_lines(tmp_path, lines)
     text, headings = page_of(tmp_path)
     assert headings[1] == "Benchmarks"
-    says = "10.2 % → 40.0 % [30.0 %, 50.0 %], 30 problems, lag 0.750"
-    assert dict(closing_rows(tmp_path))["aime24, avg@32"] == says
-    assert f"<td>aime24, avg@32</td><td>{says}</td>" in text
+    score_text = "10.2 % → 40.0 % [30.0 %, 50.0 %], 30 problems, lag 0.750"
+    assert dict(final_rows(tmp_path))["aime24, avg@32"] == score_text
+    assert f"<td>aime24, avg@32</td><td>{score_text}</td>" in text
 
 
-def test_a_run_of_before_the_mismatch_was_measured_has_a_page(tmp_path: Path) -> None:
+def test_the_page_of_an_old_run_without_mismatch_metrics(tmp_path: Path) -> None:
     old = [{key: value for key, value in line.items() if "mismatch" not in key} for line in synthetic_lines()]
     write_lines(tmp_path, old)
     (tmp_path / "summary.json").write_text(json.dumps({"steps": 120, "wall_s": 65}))
@@ -113,11 +113,11 @@ def test_a_run_of_before_the_mismatch_was_measured_has_a_page(tmp_path: Path) ->
     assert "mismatch" not in text.lower()
 
 
-def test_a_run_without_tokens_at_lag_0_says_so(tmp_path: Path) -> None:
+def test_the_page_of_a_run_without_tokens_at_lag_0(tmp_path: Path) -> None:
     write_lines(tmp_path, [{"step": 1, "mismatch_mean_stale_first": 0.02, "mismatch_bound": None}])
     text, headings = page_of(tmp_path)
     assert "Engine against learner" in headings
-    assert "not judged" in text
+    assert "not judged: too few tokens had lag 0" in text
 
 
 def test_the_page_needs_no_network_and_no_script(tmp_path: Path) -> None:
@@ -126,10 +126,10 @@ def test_the_page_needs_no_network_and_no_script(tmp_path: Path) -> None:
     assert not re.search(r"https?://|<script|<link|@import|url\(|src=", text)
 
 
-def test_one_step_with_hardly_any_figures_makes_a_page(tmp_path: Path) -> None:
+def test_the_page_of_one_step_with_one_metric(tmp_path: Path) -> None:
     write_lines(tmp_path, [{"step": 1, "loss": 0.5, "pass_auto": None}])
     text, headings = page_of(tmp_path)
-    assert headings == ["Losses", "Closing figures"]
+    assert headings == ["Losses", "Final metrics"]
     assert text.count('<circle class="dot') == 1
 
 
@@ -141,12 +141,14 @@ def test_names_are_escaped(tmp_path: Path) -> None:
     assert "<h1>&lt;b&gt;&amp;run</h1>" in text
 
 
-def test_a_folder_without_steps_is_told(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no metrics\.jsonl with a finished step"):
+def test_a_folder_without_a_finished_step_raises_a_data_error(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"contains no metrics\.jsonl with a finished step; give the folder of a run, e\.g\. runs/demo$"
+    ):
         write_report(tmp_path)
 
 
-def test_the_module_is_a_command_with_exit_codes(tmp_path: Path) -> None:
+def test_the_module_is_a_command_that_returns_an_exit_code(tmp_path: Path) -> None:
     write_lines(tmp_path, [{"step": 1, "loss": 0.5}])
     command = [sys.executable, "-m", "sgpo_async.report"]
     good = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=240, check=False)
@@ -157,7 +159,7 @@ def test_the_module_is_a_command_with_exit_codes(tmp_path: Path) -> None:
     assert bad.stderr.count("\n") == 1
 
 
-def test_the_summary_follows_from_the_metrics() -> None:
+def test_summarise_computes_the_summary_from_the_metrics() -> None:
     lines = [
         {"step": 1, "wall_s": 2.0, "lag_mean": 0.0, "lag_max": 0, "eval_pass_auto": 0.1, "learner_idle": 0.5},
         {"step": 2, "wall_s": 4.0, "lag_mean": 1.0, "lag_max": 3, "tokens_generated": 800, "learner_idle": None},
@@ -169,18 +171,18 @@ def test_the_summary_follows_from_the_metrics() -> None:
     assert (summary["steps"], summary["wall_s"], summary["tokens_generated"]) == (3, 8.0, 1600)
 
 
-def test_the_closing_figures_prefer_the_summary_file(tmp_path: Path) -> None:
+def test_the_final_metrics_come_from_the_summary_file_if_it_exists(tmp_path: Path) -> None:
     write_lines(tmp_path, synthetic_lines(3))
     (tmp_path / "summary.json").write_text(
         json.dumps({"steps": 3, "wall_s": 65, "pass_auto_first": 0.05, "pass_auto_last": 0.9, "tokens_generated": 6500})
     )
-    rows = dict(closing_rows(tmp_path))
+    rows = dict(final_rows(tmp_path))
     assert rows["held-out pass rate, autonomous"] == "5.0 % → 90.0 %"
     assert rows["tokens generated"] == "6500 (100 a second)"
     assert rows["wall time"] == "1:05"
 
 
-def test_a_ledger_that_does_not_balance_is_cried_out() -> None:
+def test_a_ledger_that_does_not_balance_is_marked() -> None:
     good = {"dispatched": 10, "trained": 5, "dropped": {"stale": 2}, "in_flight": 2, "buffered": 1}
     assert ledger_rows(good) == [
         ("ledger of tasks", "10 dispatched = 5 trained + 2 dropped (stale 2) + 2 in flight + 1 buffered")
@@ -190,7 +192,7 @@ def test_a_ledger_that_does_not_balance_is_cried_out() -> None:
 
 
 @given(low=st.floats(-1e6, 1e6), span=st.floats(1e-3, 1e6))
-def test_ticks_are_round_even_and_enclose_the_data(low: float, span: float) -> None:
+def test_ticks_are_evenly_spaced_and_enclose_the_data(low: float, span: float) -> None:
     ticks = nice_ticks(low, low + span)
     assert ticks[0] <= low + 1e-6 * span
     assert ticks[-1] >= low + span * (1 - 1e-6)
@@ -200,7 +202,7 @@ def test_ticks_are_round_even_and_enclose_the_data(low: float, span: float) -> N
 
 
 @given(st.lists(st.floats(0, 1e12) | st.floats(0, 1e-3), min_size=1))
-def test_powers_of_ten_enclose_what_is_above_0(values: list[float]) -> None:
+def test_powers_of_ten_enclose_the_values_above_0(values: list[float]) -> None:
     ticks = powers_of_ten(values)
     above = [value for value in values if value > 1e-16]
     assert 2 <= len(ticks) <= 7
@@ -209,15 +211,15 @@ def test_powers_of_ten_enclose_what_is_above_0(values: list[float]) -> None:
     assert max(gaps) - min(gaps) < 1e-6
 
 
-def test_a_logarithmic_axis() -> None:
+def test_a_logarithmic_axis_spaces_powers_of_ten_evenly() -> None:
     frame = Frame(0, 10, 1e-8, 1.0, log=True)
     assert frame.y(1e-4) == pytest.approx((frame.y(1e-8) + frame.y(1.0)) / 2)
-    assert frame.y(0.0) == frame.y(1e-8)  # it has no place of its own
+    assert frame.y(0.0) == frame.y(1e-8)  # 0 is at the lower end of the axis
 
 
 @pytest.mark.parametrize("log", [False, True])
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.floats(-1e9, 1e9)), min_size=1, max_size=50))
-def test_no_curve_leaves_its_drawing(log: bool, points: list[tuple[int, float]]) -> None:
+def test_all_points_of_a_curve_are_inside_the_drawing(log: bool, points: list[tuple[int, float]]) -> None:
     svg = line_chart([Series(name="x", points=sorted(points), colour=1, smooth=True)], y_label="y", log=log)
     assert "nan" not in svg
     for path in re.findall(r' d="M([^"]*)"', svg):
@@ -227,7 +229,7 @@ def test_no_curve_leaves_its_drawing(log: bool, points: list[tuple[int, float]])
             assert 0 <= y <= 280
 
 
-def test_a_constant_curve_and_the_frame() -> None:
+def test_a_constant_curve_is_drawn_and_y_points_upwards() -> None:
     assert "<path" in line_chart([Series(name="x", points=[(1, 0.0), (2, 0.0)], colour=1)], y_label="y")
     frame = Frame(0, 10, 0, 1)
     assert frame.x(0) < frame.x(10)
@@ -239,7 +241,7 @@ def test_the_running_mean_of_a_constant_is_the_constant() -> None:
     assert running_mean(points, 5) == points
 
 
-def test_lag_shares_add_up_and_gather_the_oldest() -> None:
+def test_lag_shares_add_up_to_1_and_merge_the_largest_lags() -> None:
     lines = [
         {"step": 1, "lag_histogram": {"0": 3, "1": 1}},
         {"step": 2},
@@ -250,7 +252,7 @@ def test_lag_shares_add_up_and_gather_the_oldest() -> None:
     assert len(lag_shares(many)) <= 120
 
 
-def test_figures_as_people_read_them() -> None:
+def test_number_formats() -> None:
     values = (0, 37, 12_345, 1_234_567, 0.4123, 0.01234, 12.345, 3.0, None, float("nan"))
     expected = ["0", "37", "12.3 k", "1.23 M", "0.412", "0.0123", "12.3", "3.00", "–", "–"]
     assert [number(value) for value in values] == expected

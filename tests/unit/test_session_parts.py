@@ -1,4 +1,4 @@
-"""Small parts of a session: settings, interfaces, and what importing the handles costs."""
+"""Small parts of a session: settings, network interfaces, and the imports of the handles."""
 
 import subprocess
 import sys
@@ -12,23 +12,23 @@ from sgpo_async.session.interface import interface_towards
 from sgpo_async.session.settings import Deadlines, Settings
 
 
-def test_settings_survive_the_command_line() -> None:
+def test_decode_inverts_encode() -> None:
     settings = Settings("actor-é", 17, store="/a b", host="::1", deadlines=Deadlines(call_s=0.5))
     assert Settings.decode(settings.encode()) == settings
 
 
-def test_the_interface_towards_an_own_address_has_it() -> None:
+def test_the_interface_towards_a_local_address_has_that_address() -> None:
     own = {a.address for a in psutil.net_if_addrs()[interface_towards("127.0.0.1")]}
     assert "127.0.0.1" in own
     assert interface_towards("localhost") == interface_towards("127.0.0.1")
 
 
-def test_an_unknown_host_is_named() -> None:
+def test_the_error_for_an_unknown_host_names_it() -> None:
     with pytest.raises(SessionError, match=r"session host no-such-host\.invalid"):
         interface_towards("no-such-host.invalid")
 
 
-def test_one_line_is_one_short_line() -> None:
+def test_one_line_joins_lines_and_limits_the_length() -> None:
     assert one_line("a\n  b\n") == "a b"
     assert len(one_line("x" * 10_000)) == 500
 

@@ -1,4 +1,4 @@
-"""Pulling one version from a source that misbehaves."""
+"""Pull one version from a source that fails in different ways."""
 
 from collections.abc import Callable, Iterator
 
@@ -6,33 +6,33 @@ import pytest
 import torch
 
 from sgpo_async.errors import SessionError, Superseded, WeightsError
-from sgpo_async.session.pull import ATTEMPTS, UNDER_WAY, Answer, pull
+from sgpo_async.session.pull import ATTEMPTS, IN_FLIGHT, PendingBucket, pull
 from sgpo_async.weights import StoreFile, StoreReader, StoreWriter
 
 
 class Source:
-    """A store that is asked for buckets; `spoil` decides what becomes of an answer."""
+    """A store that serves buckets; `spoil` gets the index and bytes of a bucket and returns what is delivered."""
 
     def __init__(self, path: str, spoil: Callable[[int, bytearray], bytes | bytearray | None]) -> None:
         self.writer, self.reader = StoreWriter(path, bucket_bytes=64), StoreReader(path)
         self.spoil = spoil
-        self.asked: list[int] = []
-        self.open = self.most_open = 0
+        self.requested: list[int] = []
+        self.in_flight = self.most_in_flight = 0
 
     def publish(self, version: int) -> None:
         self.writer.publish(version, [("a", torch.full((100,), float(version))), ("b", torch.ones(40))])
 
-    def ask(self, version: int, index: int) -> Answer:
-        self.asked.append(index)
-        self.open += 1
-        self.most_open = max(self.most_open, self.open)
+    def request(self, version: int, index: int) -> PendingBucket:
+        self.requested.append(index)
+        self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
 
-        def answer() -> memoryview | None:
-            self.open -= 1
+        def pending() -> memoryview | None:
+            self.in_flight -= 1
             data = self.spoil(index, self.reader.bucket(version, index))
             return None if data is None else memoryview(data)
 
-        return answer
+        return pending
 
 
 @pytest.fixture
@@ -43,24 +43,24 @@ def paths() -> Iterator[tuple[str, str]]:
         file.close()
 
 
-def unspoilt(_: int, data: bytearray) -> bytearray:
+def unchanged(_: int, data: bytearray) -> bytearray:
     return data
 
 
-def test_every_version_arrives_whole(paths: tuple[str, str]) -> None:
-    source, local = Source(paths[0], unspoilt), StoreReader(paths[1])
+def test_every_version_arrives_complete(paths: tuple[str, str]) -> None:
+    source, local = Source(paths[0], unchanged), StoreReader(paths[1])
     writer = StoreWriter(paths[1])
     for version in (0, 1, 4):
         source.publish(version)
         manifest = source.reader.manifest()
         assert manifest is not None
-        pull(manifest, source.ask, writer)
+        pull(manifest, source.request, writer)
         assert local.manifest() == manifest
         assert torch.equal(local.tensors(version)["a"], torch.full((100,), float(version)))
-    assert source.most_open == UNDER_WAY
+    assert source.most_in_flight == IN_FLIGHT
 
 
-def test_a_damaged_bucket_is_asked_for_again(paths: tuple[str, str]) -> None:
+def test_a_damaged_bucket_is_requested_again(paths: tuple[str, str]) -> None:
     faults = iter([True, True])
 
     def damaged(index: int, data: bytearray) -> bytearray:
@@ -72,43 +72,43 @@ def test_a_damaged_bucket_is_asked_for_again(paths: tuple[str, str]) -> None:
     source.publish(0)
     manifest = source.reader.manifest()
     assert manifest is not None
-    pull(manifest, source.ask, StoreWriter(paths[1]))
-    assert source.asked.count(2) == 3
+    pull(manifest, source.request, StoreWriter(paths[1]))
+    assert source.requested.count(2) == 3
     assert StoreReader(paths[1]).version() == 0
 
 
-def test_a_bucket_that_stays_damaged_is_never_delivered(paths: tuple[str, str]) -> None:
-    source, writer = Source(paths[0], unspoilt), StoreWriter(paths[1])
+def test_a_version_whose_bucket_stays_damaged_is_never_visible(paths: tuple[str, str]) -> None:
+    source, writer = Source(paths[0], unchanged), StoreWriter(paths[1])
     source.publish(0)
     source.publish(1)
     good = source.reader.manifest()
     assert good is not None
-    pull(good, source.ask, writer)
+    pull(good, source.request, writer)
     source.spoil = lambda index, data: bytes(len(data)) if index == 1 else data
-    source.asked.clear()
+    source.requested.clear()
     source.publish(2)
     manifest = source.reader.manifest()
     assert manifest is not None
     with pytest.raises(WeightsError, match="version 2: bucket 1"):
-        pull(manifest, source.ask, writer)
-    assert source.asked.count(1) == ATTEMPTS
+        pull(manifest, source.request, writer)
+    assert source.requested.count(1) == ATTEMPTS
     assert StoreReader(paths[1]).manifest() == good
-    source.spoil = unspoilt
-    pull(manifest, source.ask, writer)
+    source.spoil = unchanged
+    pull(manifest, source.request, writer)
     assert StoreReader(paths[1]).manifest() == manifest
 
 
-def test_what_is_overwritten_at_the_source_is_given_up(paths: tuple[str, str]) -> None:
+def test_a_version_that_is_overwritten_at_the_source_raises_superseded(paths: tuple[str, str]) -> None:
     source = Source(paths[0], lambda index, data: None if index == 3 else data)
     source.publish(0)
     manifest = source.reader.manifest()
     assert manifest is not None
     with pytest.raises(Superseded, match="version 0"):
-        pull(manifest, source.ask, StoreWriter(paths[1]))
+        pull(manifest, source.request, StoreWriter(paths[1]))
     assert StoreReader(paths[1]).version() is None
 
 
-def test_a_lost_peer_ends_the_pull(paths: tuple[str, str]) -> None:
+def test_an_error_of_the_session_ends_the_pull(paths: tuple[str, str]) -> None:
     def lost(_: int, _data: bytearray) -> bytearray:
         raise SessionError("gone")
 
@@ -117,5 +117,5 @@ def test_a_lost_peer_ends_the_pull(paths: tuple[str, str]) -> None:
     manifest = source.reader.manifest()
     assert manifest is not None
     with pytest.raises(SessionError):
-        pull(manifest, source.ask, StoreWriter(paths[1]))
+        pull(manifest, source.request, StoreWriter(paths[1]))
     assert StoreReader(paths[1]).version() is None

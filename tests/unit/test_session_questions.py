@@ -1,4 +1,4 @@
-"""RpcClient as futures: every one ends, by its answer, its deadline or the end of the session."""
+"""RpcClient: every future completes, by its response, its timeout or the end of the session."""
 
 import threading
 from typing import Any
@@ -10,59 +10,61 @@ from sgpo_async.session import rpc_client
 from sgpo_async.session.rpc_client import RpcClient
 
 
-def test_an_answer_ends_its_own_future() -> None:
+def test_a_response_completes_its_own_future() -> None:
     sent: list[dict[str, Any]] = []
-    asked = RpcClient(sent.append)
-    first = asked.ask("plan", seconds=60.0, version=1)
-    second = asked.ask("open", seconds=5.0, read=tuple, group="g")
-    assert [(c["what"], c["seconds"], c["arguments"]) for c in sent] == [
+    client = RpcClient(sent.append)
+    first = client.request("plan", seconds=60.0, version=1)
+    second = client.request("open", seconds=5.0, read=tuple, group="g")
+    assert [(c["method"], c["seconds"], c["arguments"]) for c in sent] == [
         ("plan", 60.0, {"version": 1}),
         ("open", 5.0, {"group": "g"}),
     ]
-    asked.settle(sent[1]["id"], ["host", 1], None)
+    client.complete(sent[1]["id"], ["host", 1], None)
     assert second.result(0) == ("host", 1)
     assert not first.done()
-    asked.settle(sent[0]["id"], None, ("Superseded", "gone"))
+    client.complete(sent[0]["id"], None, ("Superseded", "gone"))
     with pytest.raises(Superseded, match="^gone$"):
         first.result(0)
-    asked.settle(sent[0]["id"], 7, None)  # a second answer is of no use
+    client.complete(sent[0]["id"], 7, None)  # a second response is ignored
 
 
-def test_a_deadline_ends_a_future_and_a_late_answer_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_timeout_fails_the_future_and_a_late_response_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[dict[str, Any]] = []
-    asked = RpcClient(sent.append)
+    client = RpcClient(sent.append)
     monkeypatch.setattr(rpc_client, "_GRACE_S", 0.0)
-    future = asked.ask("join", seconds=0.0, group="g")
-    patient = asked.ask("pull", seconds=60.0, version=1)
-    asked.expire()
-    with pytest.raises(SessionError, match="g: join: no answer from the link"):
+    future = client.request("join", seconds=0.0, group="g")
+    without_timeout = client.request("pull", seconds=60.0, version=1)
+    client.expire()
+    with pytest.raises(SessionError, match="^g: join: the weight sender did not respond in time$"):
         future.result(0)
-    asked.settle(sent[0]["id"], None, None)
-    assert not patient.done()
+    client.complete(sent[0]["id"], None, None)
+    assert not without_timeout.done()
 
 
-def test_the_end_of_the_session_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = RpcClient(lambda _: None)
-    before = asked.ask("plan", seconds=60.0, version=3)
-    asked.end("node of a-1: killed")
-    after = asked.ask("join", seconds=60.0, group="g")
-    for future, what in ((before, "3: plan"), (after, "g: join")):
-        with pytest.raises(SessionError, match=f"{what}: node of a-1: killed"):
+def test_the_end_of_the_session_fails_pending_and_later_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = RpcClient(lambda _: None)
+    before = client.request("plan", seconds=60.0, version=3)
+    client.end("weight receiver of a-1: killed")
+    after = client.request("join", seconds=60.0, group="g")
+    for future, subject in ((before, "3: plan"), (after, "g: join")):
+        with pytest.raises(SessionError, match=f"{subject}: weight receiver of a-1: killed"):
             future.result(0)
 
 
-def test_any_thread_may_ask() -> None:
+def test_any_thread_may_send_requests() -> None:
     sent: list[dict[str, Any]] = []
-    asked = RpcClient(sent.append)
+    client = RpcClient(sent.append)
     futures: list[Any] = []
-    threads = [
-        threading.Thread(target=lambda: futures.append(asked.ask("plan", seconds=60.0, version=1))) for _ in range(20)
-    ]
+
+    def send() -> None:
+        futures.append(client.request("plan", seconds=60.0, version=1))
+
+    threads = [threading.Thread(target=send) for _ in range(20)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(120)
     assert len({command["id"] for command in sent}) == 20
     for command in sent:
-        asked.settle(command["id"], command["id"], None)
+        client.complete(command["id"], command["id"], None)
     assert sorted(f.result(0) for f in futures) == sorted(c["id"] for c in sent)

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 from sgpo_async.config.schema import Engine, Sglang
-from sgpo_async.engines.sglang.preflight import CheckFailed, CheckWarning, Reference, Subject
+from sgpo_async.engines.sglang.preflight import Reference, Subject
 from sgpo_async.engines.sglang.preflight.logprobs import _differences, _judge
 from sgpo_async.engines.sglang.preflight.settings import INTERFACE, RULES, missing, parsed, settings, version
 from sgpo_async.engines.sglang.processes.api import ServerApi
 from sgpo_async.engines.sglang.serving.server import Server
 from sgpo_async.engines.sglang.weight_sync.model_facts import model_facts
 from sgpo_async.engines.sglang.weight_sync.transports import TensorTransport
+from sgpo_async.errors import CheckFailed, CheckWarning
 from sgpo_async.model.folder import model_folder
 from sgpo_async.weights import digest
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from sgpo_async.cli import strategies as command
-from sgpo_async.errors import DataError
-from sgpo_async.strategies.endpoint import Declined, Endpoint, EndpointError, Reply, Server, _Later, _read
+from sgpo_async.errors import DataError, EndpointError
+from sgpo_async.strategies.endpoint import Declined, Endpoint, Reply, Server, _Later, _read
 from sgpo_async.strategies.journal import Journal
 from sgpo_async.strategies.library import figures, write_library
 from sgpo_async.strategies.pipeline import Pipeline

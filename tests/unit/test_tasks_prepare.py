@@ -222,12 +222,12 @@ def test_without_a_warm_up_all_is_for_rl_and_a_dry_run_writes_nothing(tmp_path: 
 @pytest.mark.parametrize(
     ("count", "words", "parts"),
     [
-        (30, ["--sft-share", "1"], ["--sft-share", "below 1", "1.0"]),
-        (30, ["--validation-share", "0"], ["--validation-share", "(0, 1)", "0"]),
-        (30, ["--duplicate-overlap", "1.5"], ["--duplicate-overlap", "(0, 1]", "1.5"]),
-        (30, ["--duplicate-words", "0"], ["--duplicate-words", "at least 1", "0"]),
-        (30, ["--contamination-overlap", "1"], ["--contamination-overlap", "below 1", "1.0"]),
-        (30, ["--contamination-words", "0"], ["--contamination-words", "at least 1", "0"]),
+        (30, ["--sft-share", "1"], ["--sft-share must be in [0, 1), got 1.0"]),
+        (30, ["--validation-share", "0"], ["--validation-share must be in (0, 1), got 0.0"]),
+        (30, ["--duplicate-overlap", "1.5"], ["--duplicate-overlap must be in (0, 1], got 1.5"]),
+        (30, ["--duplicate-words", "0"], ["--duplicate-words must be >= 1, got 0"]),
+        (30, ["--contamination-overlap", "1"], ["--contamination-overlap must be in [0, 1), got 1.0"]),
+        (30, ["--contamination-words", "0"], ["--contamination-words must be >= 1, got 0"]),
         (30, ["--benchmark", "math500"], ["--benchmark 'math500'", "NAME=FILE"]),
         (30, ["--benchmark", "m=none.jsonl"], ["none.jsonl", "no such file"]),
         (3, [], ["--sft-share 0.333", "1 for the warm-up", "--sft-share 0"]),

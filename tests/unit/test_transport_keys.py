@@ -1,4 +1,4 @@
-"""CURVE keys on disk: modes, refusals and their remedies."""
+"""CURVE keys on disk: file modes, and errors with remedies."""
 
 import stat
 from pathlib import Path
@@ -14,7 +14,7 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def test_keys_are_created_for_their_owner_only(tmp_path: Path) -> None:
+def test_only_the_owner_can_read_created_secret_keys(tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "keys"
     files = create_keys(folder)
     assert sorted(path.name for path in files) == [
@@ -33,32 +33,34 @@ def test_keys_are_created_for_their_owner_only(tmp_path: Path) -> None:
 def test_keys_are_never_overwritten(tmp_path: Path) -> None:
     create_keys(tmp_path)
     before = (tmp_path / "server.key_secret").read_bytes()
-    with pytest.raises(HubError, match="are not overwritten"):
+    with pytest.raises(
+        HubError, match=r"keys: .* exists, and existing keys are never overwritten; choose another folder"
+    ):
         create_keys(tmp_path)
     assert (tmp_path / "server.key_secret").read_bytes() == before
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+def test_an_error_names_the_folder_that_cannot_be_created(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(HubError, match="cannot write"):
+    with pytest.raises(HubError, match=r"keys: cannot write .*/file/keys \(.*\); choose another folder"):
         create_keys(tmp_path / "file" / "keys")
 
 
-def test_missing_keys_tell_the_remedy(tmp_path: Path) -> None:
+def test_the_error_about_missing_keys_names_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(HubError, match=r"server\.key_secret is missing .* 'sgpo-async keys DIR'"):
         Router("tcp://127.0.0.1:0", keys=tmp_path, max_bytes=1000)
     with pytest.raises(HubError, match=r"client\.key_secret is missing .* 'sgpo-async keys DIR'"):
         Dealer("tcp://127.0.0.1:1", keys=tmp_path, max_bytes=1000)
 
 
-def test_a_secret_open_to_others_is_refused(tmp_path: Path) -> None:
+def test_a_secret_key_that_other_users_can_access_is_refused(tmp_path: Path) -> None:
     create_keys(tmp_path)
     (tmp_path / "client.key_secret").chmod(0o644)
-    with pytest.raises(HubError, match="chmod 600"):
+    with pytest.raises(HubError, match="other users can access .*; run chmod 600 .*client.key_secret"):
         key_pair(tmp_path, "client")
 
 
-def test_a_broken_key_file_is_named(tmp_path: Path) -> None:
+def test_the_error_names_a_broken_key_file(tmp_path: Path) -> None:
     create_keys(tmp_path)
     (tmp_path / "client.key").write_text("nonsense")
     with pytest.raises(HubError, match=r"client\.key is missing or holds no key"):

@@ -1,4 +1,4 @@
-"""Typed mailboxes over the in-memory transport."""
+"""Mailboxes over the in-memory transport."""
 
 import threading
 
@@ -10,7 +10,7 @@ from sgpo_async.transport.base import BATCH, HIGH_WATER
 from sgpo_async.wire.records import Ack, Goodbye, Ready, Stop
 
 
-def test_messages_both_ways() -> None:
+def test_messages_arrive_in_both_directions() -> None:
     router, dealer = memory_pair(b"actor")
     hub, actor = RouterMailbox(router), Mailbox(dealer)
     assert actor.send(Ready(tasks=2, version=1))
@@ -20,7 +20,7 @@ def test_messages_both_ways() -> None:
     assert hub.rejected == actor.rejected == 0
 
 
-def test_what_cannot_be_read_is_counted_and_the_rest_is_served() -> None:
+def test_a_mailbox_counts_unreadable_messages_and_returns_the_others() -> None:
     router, dealer = memory_pair(b"actor")
     hub, actor = RouterMailbox(router), Mailbox(dealer)
     for frames in ([], [b"\xc1"], [b"\x63\x80"]):
@@ -35,7 +35,7 @@ def test_what_cannot_be_read_is_counted_and_the_rest_is_served() -> None:
     assert isinstance(actor.last_rejection, ProtocolMismatch)
 
 
-def test_a_message_too_large_is_the_senders_fault() -> None:
+def test_sending_a_too_large_message_raises_at_the_sender() -> None:
     router = MemoryRouter(max_bytes=100)
     actor = Mailbox(router.dealer(b"actor"))
     with pytest.raises(WireError, match=r"Goodbye of \d+ bytes is larger than 100; raise hub.max_message_mb"):
@@ -45,7 +45,7 @@ def test_a_message_too_large_is_the_senders_fault() -> None:
     assert router.poll(0) == []
 
 
-def test_memory_polls_hand_out_bounded_batches() -> None:
+def test_a_memory_poll_returns_at_most_a_batch() -> None:
     router, dealer = memory_pair()
     for _ in range(BATCH + 1):
         dealer.send([b"x"])
@@ -58,7 +58,7 @@ def test_memory_queues_are_bounded() -> None:
     assert [router.send(b"member", [b"x"]) for _ in range(HIGH_WATER + 1)] == [True] * HIGH_WATER + [False]
 
 
-def test_a_memory_poll_wakes_up_for_another_thread() -> None:
+def test_a_memory_poll_wakes_up_when_another_thread_sends() -> None:
     router, dealer = memory_pair(b"member")
     hub, actor = RouterMailbox(router), Mailbox(dealer)
     echo = threading.Thread(target=lambda: [hub.send(*item) for item in hub.receive(60)])

@@ -1,4 +1,4 @@
-"""ReliableSender over a link that loses, doubles and reorders, against a receiver that deduplicates."""
+"""ReliableSender over a link that loses, duplicates and reorders messages, with a receiver that drops duplicates."""
 
 from collections import Counter
 from dataclasses import replace
@@ -41,17 +41,17 @@ def keys(items: list[Rollout]) -> list[tuple[int, int]]:
 
 
 class LossyLink(RuleBasedStateMachine):
-    """Hypothesis chooses what is offered, sent, lost, doubled and delayed, and how time passes."""
+    """Hypothesis chooses what is offered, sent, lost, duplicated and delayed, and how time passes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.sender = ReliableSender(window=WINDOW, resend_after_s=RESEND)
         self.now = 0.0
         self.offered = 0
-        self.there: list[Rollout] = []  # on their way to the hub
-        self.back: list[Ack] = []  # on their way to the actor
-        self.arrived: Counter[tuple[int, int]] = Counter()  # at the hub, copies counted
-        self.trained: list[tuple[int, int]] = []  # at the hub, after deduplication
+        self.to_hub: list[Rollout] = []  # in flight to the hub
+        self.to_actor: list[Ack] = []  # in flight to the actor
+        self.arrived: Counter[tuple[int, int]] = Counter()  # copies of each rollout that the hub has received
+        self.trained: list[tuple[int, int]] = []  # rollouts that the hub keeps after it has dropped duplicates
         self.acknowledged: set[tuple[int, int]] = set()
 
     @rule()
@@ -65,41 +65,41 @@ class LossyLink(RuleBasedStateMachine):
         due = self.sender.due(self.now)
         assert len(due) <= WINDOW
         assert not self.acknowledged & set(keys(due)), "sent again after it was acknowledged"
-        self.there += due
+        self.to_hub += due
 
     @rule(data=st.data())
     def deliver(self, data: st.DataObject) -> None:
-        if self.there:
-            self.receive(self.there.pop(data.draw(st.integers(0, len(self.there) - 1))))
+        if self.to_hub:
+            self.receive(self.to_hub.pop(data.draw(st.integers(0, len(self.to_hub) - 1))))
 
     @rule(data=st.data(), copy=st.booleans())
-    def lose_or_double(self, data: st.DataObject, copy: bool) -> None:
-        if self.there:
-            at = data.draw(st.integers(0, len(self.there) - 1))
-            self.there[at : at + 1] = [self.there[at]] * (2 if copy else 0)
+    def lose_or_duplicate(self, data: st.DataObject, copy: bool) -> None:
+        if self.to_hub:
+            at = data.draw(st.integers(0, len(self.to_hub) - 1))
+            self.to_hub[at : at + 1] = [self.to_hub[at]] * (2 if copy else 0)
 
     @rule(data=st.data())
     def deliver_ack(self, data: st.DataObject) -> None:
-        if self.back:
-            self.take_ack(self.back.pop(data.draw(st.integers(0, len(self.back) - 1))))
+        if self.to_actor:
+            self.take_ack(self.to_actor.pop(data.draw(st.integers(0, len(self.to_actor) - 1))))
 
     @rule(data=st.data(), copy=st.booleans())
-    def lose_or_double_ack(self, data: st.DataObject, copy: bool) -> None:
-        if self.back:
-            at = data.draw(st.integers(0, len(self.back) - 1))
-            self.back[at : at + 1] = [self.back[at]] * (2 if copy else 0)
+    def lose_or_duplicate_ack(self, data: st.DataObject, copy: bool) -> None:
+        if self.to_actor:
+            at = data.draw(st.integers(0, len(self.to_actor) - 1))
+            self.to_actor[at : at + 1] = [self.to_actor[at]] * (2 if copy else 0)
 
     @rule()
     def reconnect(self) -> None:
-        self.there.clear()
-        self.back.clear()
+        self.to_hub.clear()
+        self.to_actor.clear()
 
     def receive(self, item: Rollout) -> None:
         key = (item.task, item.slot)
         self.arrived[key] += 1
         if self.arrived[key] == 1:
             self.trained.append(key)
-        self.back.append(ack(item))
+        self.to_actor.append(ack(item))
 
     def take_ack(self, item: Ack) -> None:
         key = (item.task, item.slot)
@@ -112,14 +112,14 @@ class LossyLink(RuleBasedStateMachine):
         assert self.acknowledged <= set(self.trained)
 
     def teardown(self) -> None:
-        """On a link that has become good, everything arrives in a bounded number of exchanges."""
+        """When the link works again, everything arrives in a bounded number of exchanges."""
         for _ in range(self.offered + 1):
             self.now += RESEND
-            self.there += self.sender.due(self.now)
-            while self.there:
-                self.receive(self.there.pop(0))
-            while self.back:
-                self.take_ack(self.back.pop(0))
+            self.to_hub += self.sender.due(self.now)
+            while self.to_hub:
+                self.receive(self.to_hub.pop(0))
+            while self.to_actor:
+                self.take_ack(self.to_actor.pop(0))
         assert len(self.sender) == 0
         assert sorted(self.trained) == sorted(keys([rollout(n) for n in range(self.offered)]))
 
@@ -135,7 +135,7 @@ def sender_of(count: int) -> ReliableSender:
     return sender
 
 
-def test_oldest_first_and_no_more_than_the_window() -> None:
+def test_due_returns_the_oldest_first_and_at_most_the_window() -> None:
     sender = sender_of(5)
     assert keys(sender.due(0.0)) == [(0, 0), (0, 1), (0, 2)]
     assert sender.due(0.0) == []
@@ -143,7 +143,7 @@ def test_oldest_first_and_no_more_than_the_window() -> None:
     assert keys(sender.due(1.0)) == [(0, 3)]
 
 
-def test_sent_again_when_time_is_up_and_not_before() -> None:
+def test_a_rollout_is_due_again_after_resend_after_s_and_not_before() -> None:
     sender = sender_of(1)
     sender.due(0.0)
     assert sender.due(RESEND - 0.1) == []

@@ -1,4 +1,4 @@
-"""pyproject.toml's ranges, requirements.lock's exact versions and the Makefile's torch say the same."""
+"""The ranges in pyproject.toml, the versions in requirements.lock and the torch version in the Makefile agree."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ DECLARED = [*PROJECT["dependencies"], *(line for extra in PROJECT["optional-depe
 RANGES = {
     canonicalize_name(requirement.name): requirement.specifier
     for requirement in map(Requirement, DECLARED)
-    if canonicalize_name(requirement.name) != PROJECT["name"]  # an extra that has another in it
+    if canonicalize_name(requirement.name) != PROJECT["name"]  # an extra that includes another extra
 }
 
 
 def _locked() -> dict[str, Version]:
     lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
-    pairs = [line.split("==") for line in lines if not line.startswith("#")]  # any other form fails to unpack
+    pairs = [line.split("==") for line in lines if not line.startswith("#")]  # another form raises ValueError
     return {canonicalize_name(name): Version(version) for name, version in pairs}
 
 
 def _torch() -> Version:
-    """The Makefile's default."""
+    """The torch version that the Makefile installs by default."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     found = re.search(r"^TORCH_INSTALL \?= torch==(\S+)$", makefile, re.MULTILINE)
     assert found
@@ -36,16 +36,16 @@ def _torch() -> Version:
 
 
 @pytest.mark.parametrize("name", sorted(RANGES))
-def test_the_version_that_make_setup_installs_lies_in_the_declared_range(name: str) -> None:
+def test_make_setup_installs_a_version_in_the_declared_range(name: str) -> None:
     installed = _locked() | {"torch": _torch()}
     assert name in installed, f"{name} is not in requirements.lock: install it into .venv, then make lock"
     assert installed[name] in RANGES[name], f"{name}: {installed[name]} is not in {RANGES[name]}"
 
 
 @pytest.mark.parametrize("name", sorted(RANGES))
-def test_a_range_has_both_ends(name: str) -> None:
+def test_a_range_has_a_lower_and_an_upper_bound(name: str) -> None:
     assert {specifier.operator for specifier in RANGES[name]} >= {">=", "<"}
 
 
-def test_torch_and_what_its_cuda_build_brings_stay_out_of_the_lock() -> None:
+def test_the_lock_file_lists_neither_torch_nor_the_packages_of_its_cuda_build() -> None:
     assert not [name for name in _locked() if re.match("torch$|triton$|nvidia-|cuda-|sgpo-", name)]

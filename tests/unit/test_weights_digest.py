@@ -1,4 +1,4 @@
-"""The digest: equal exactly for equal weights."""
+"""The digest is equal exactly for equal weights."""
 
 import numpy as np
 import pytest
@@ -15,19 +15,19 @@ WEIGHTS = [
 ]
 
 
-def test_it_is_what_its_description_says() -> None:
+def test_the_digest_is_computed_as_documented() -> None:
     content = np.array([1.5, 2.5], "<f4").tobytes()
     expected = xxhash.xxh3_128(b"a\0float32\0" + b"2\0" + xxhash.xxh3_128_digest(content)).hexdigest()
     assert digest([("a", torch.tensor([1.5, 2.5]))]) == expected
 
 
-def test_order_and_strides_do_not_matter() -> None:
+def test_the_digest_does_not_depend_on_order_or_strides() -> None:
     transposed = WEIGHTS[0][1].t().contiguous().t()
     assert not transposed.is_contiguous()
     assert digest(reversed(WEIGHTS)) == digest(WEIGHTS) == digest([("layer.weight", transposed), *WEIGHTS[1:]])
 
 
-def test_a_parameter_counts_as_its_data() -> None:
+def test_a_parameter_and_its_data_have_the_same_digest() -> None:
     layer = torch.nn.Linear(3, 2)
     assert digest(layer.named_parameters()) == digest(layer.state_dict().items())
 
@@ -39,13 +39,13 @@ def test_a_parameter_counts_as_its_data() -> None:
         [("layer.weight", WEIGHTS[0][1].reshape(4, 3))],  # another shape
         [("layer.weight", WEIGHTS[0][1].view(torch.int32))],  # another dtype
         [("layer.weight", torch.nextafter(WEIGHTS[0][1], torch.tensor(9.0)))],  # other bits
-        [("layer.weight", WEIGHTS[0][1]), ("layer.weight2", WEIGHTS[0][1])],  # one more
+        [("layer.weight", WEIGHTS[0][1]), ("layer.weight2", WEIGHTS[0][1])],  # an additional tensor
         [],
     ],
 )
-def test_anything_else_matters(other: list[tuple[str, torch.Tensor]]) -> None:
+def test_the_digest_depends_on_every_name_shape_dtype_and_bit(other: list[tuple[str, torch.Tensor]]) -> None:
     assert digest(other) != digest(WEIGHTS[:1])
 
 
-def test_minus_zero_is_not_zero() -> None:
+def test_minus_zero_and_zero_have_different_digests() -> None:
     assert digest([("a", torch.tensor([0.0]))]) != digest([("a", torch.tensor([-0.0]))])

@@ -1,4 +1,4 @@
-"""Manifest: encoded and decoded, and what its checksums catch."""
+"""Encoding and decoding of the manifest, and the errors that its checksums detect."""
 
 import pytest
 import xxhash
@@ -35,7 +35,7 @@ def test_decoding_inverts_encoding(manifest: Manifest) -> None:
 
 
 @given(manifests, st.data())
-def test_any_flipped_bit_is_noticed(manifest: Manifest, data: st.DataObject) -> None:
+def test_any_flipped_bit_is_detected(manifest: Manifest, data: st.DataObject) -> None:
     encoded = bytearray(manifest.to_bytes())
     bit = data.draw(st.integers(0, len(encoded) * 8 - 1))
     encoded[bit // 8] ^= 1 << bit % 8
@@ -44,13 +44,13 @@ def test_any_flipped_bit_is_noticed(manifest: Manifest, data: st.DataObject) -> 
 
 
 @given(manifests, st.data())
-def test_a_truncated_manifest_is_noticed(manifest: Manifest, data: st.DataObject) -> None:
+def test_a_truncated_manifest_is_detected(manifest: Manifest, data: st.DataObject) -> None:
     encoded = manifest.to_bytes()
     with pytest.raises(WeightsError, match="checksum"):
         Manifest.from_bytes(encoded[: data.draw(st.integers(0, len(encoded) - 1))])
 
 
-def test_check_names_version_and_bucket() -> None:
+def test_a_failed_check_names_version_and_bucket() -> None:
     good = b"abcd"
     buckets = (Bucket(0, 4, xxhash.xxh3_64_intdigest(good)),)
     manifest = Manifest(7, "0" * 32, 0.0, 4, (), buckets)
@@ -61,7 +61,7 @@ def test_check_names_version_and_bucket() -> None:
 
 
 @given(st.integers(0, 2**40), st.sampled_from([1, 64, 4096]))
-def test_aligned_is_the_next_multiple(nbytes: int, alignment: int) -> None:
+def test_aligned_rounds_up_to_the_next_multiple(nbytes: int, alignment: int) -> None:
     result = aligned(nbytes, alignment)
     assert result % alignment == 0
     assert 0 <= result - nbytes < alignment

@@ -1,4 +1,4 @@
-"""Store files without a name."""
+"""Anonymous store files."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from sgpo_async.weights import StoreFile, store_file
 
 
 @pytest.mark.parametrize("expected_bytes", [0, 2**60])
-def test_the_file_has_no_name_and_goes_with_its_holder(tmp_path: Path, expected_bytes: int) -> None:
+def test_the_file_has_no_name_and_disappears_when_its_owner_closes_it(tmp_path: Path, expected_bytes: int) -> None:
     file = StoreFile(tmp_path, expected_bytes=expected_bytes)
     assert file.in_memory == (expected_bytes == 0)
     with Path(file.path).open("r+b") as reader:
@@ -24,7 +24,7 @@ def test_the_file_has_no_name_and_goes_with_its_holder(tmp_path: Path, expected_
         assert reader.read() == b"weights"
 
 
-def test_two_buffers_take_at_most_half_of_the_memory(tmp_path: Path) -> None:
+def test_a_store_is_in_memory_only_if_two_buffers_fit_into_half_of_it(tmp_path: Path) -> None:
     quarter = psutil.virtual_memory().total // 4
     file = StoreFile(tmp_path, expected_bytes=quarter)
     assert not file.in_memory
@@ -34,7 +34,7 @@ def test_two_buffers_take_at_most_half_of_the_memory(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("limit", "expected"), [("1000000", 400_000), ("500000", 0), ("max", 10**9), (f"{10**12}", 10**9)]
 )
-def test_the_memory_of_a_container_is_what_its_limit_leaves(
+def test_the_available_memory_of_a_container_respects_its_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, expected: int
 ) -> None:
     monkeypatch.setattr(store_file.psutil, "virtual_memory", lambda: SimpleNamespace(available=10**9))
@@ -45,6 +45,6 @@ def test_the_memory_of_a_container_is_what_its_limit_leaves(
     assert store_file.available_memory(tmp_path) == expected
 
 
-def test_a_missing_folder_is_a_clear_error(tmp_path: Path) -> None:
+def test_the_error_names_a_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="nowhere: No such file"):
         StoreFile(tmp_path / "nowhere", expected_bytes=2**60)

@@ -1,4 +1,4 @@
-"""How a version is cut into broadcasts: a pure function of the manifest, in the form that SGLang takes."""
+"""Dividing a version into broadcasts: a pure function of the manifest, in the form that SGLang accepts."""
 
 import json
 import math
@@ -30,7 +30,7 @@ def manifest(tensors: list[tuple[str, tuple[int, ...]]], version: int = 0) -> Ma
 
 
 @given(parts, limits)
-def test_every_tensor_travels_once_in_order(tensors: list, limit: int) -> None:
+def test_every_tensor_is_sent_once_and_in_order(tensors: list, limit: int) -> None:
     whole = manifest(tensors)
     plan = plan_of(whole, limit)
     sent = [t for b in plan.broadcasts for t in zip(b.names, b.dtypes, b.shapes, strict=True)]
@@ -43,12 +43,12 @@ def test_a_broadcast_is_bounded_and_every_tensor_in_it_is_aligned(tensors: list,
         assert len(piece) == 1 or sum(t.nbytes for t in piece) <= limit
         offset = 0
         for t in piece:
-            assert offset % DTYPES[t.dtype] == 0  # SGLang's condition
+            assert offset % DTYPES[t.dtype] == 0  # the condition of SGLang
             offset += t.nbytes
 
 
 @given(parts, limits)
-def test_a_cut_is_made_only_where_it_must(tensors: list, limit: int) -> None:
+def test_a_new_broadcast_starts_only_where_size_or_alignment_requires_it(tensors: list, limit: int) -> None:
     pieces = list(cut(manifest(tensors).tensors, limit))
     for piece, following in pairwise(pieces):
         nbytes, first = sum(t.nbytes for t in piece), following[0]
@@ -56,7 +56,7 @@ def test_a_cut_is_made_only_where_it_must(tensors: list, limit: int) -> None:
 
 
 @given(parts, limits, st.data())
-def test_the_fingerprint_tells_plans_apart(tensors: list, limit: int, data: st.DataObject) -> None:
+def test_different_plans_have_different_fingerprints(tensors: list, limit: int, data: st.DataObject) -> None:
     whole = manifest(tensors)
     plan = plan_of(whole, limit)
     assert plan_of(manifest(tensors), limit).fingerprint == plan.fingerprint
@@ -71,13 +71,13 @@ def test_the_fingerprint_tells_plans_apart(tensors: list, limit: int, data: st.D
 
 
 @given(parts, limits)
-def test_a_plan_survives_json(tensors: list, limit: int) -> None:
+def test_a_plan_is_unchanged_by_a_json_round_trip(tensors: list, limit: int) -> None:
     plan = plan_of(manifest(tensors), limit)
     assert BroadcastPlan.from_plain(json.loads(json.dumps(plan.to_plain()))) == plan
 
 
 @given(parts, limits)
-def test_the_bytes_of_a_broadcast_are_its_tensors_without_gaps(tensors: list, limit: int) -> None:
+def test_a_broadcast_contains_the_bytes_of_its_tensors_without_gaps(tensors: list, limit: int) -> None:
     generator = torch.Generator().manual_seed(0)
     made = {
         f"t{n}": torch.randint(0, 9, shape, generator=generator).to(getattr(torch, dtype))

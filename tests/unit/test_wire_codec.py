@@ -1,4 +1,4 @@
-"""Round trips of every record, and hostile frames: only WireError, no memory for mere claims."""
+"""Every record survives a round trip; hostile frames raise only WireError and allocate no memory for false lengths."""
 
 import dataclasses
 import random
@@ -31,7 +31,7 @@ from sgpo_async.wire.records import (
 LIMIT = 2**20
 VERSION = msgpack.packb(PROTOCOL)
 RECORDS = get_args(Message)
-PARTS = {BenchmarkScore}  # of messages
+PARTS = {BenchmarkScore}  # records that are part of a message
 INT64 = st.integers(-(2**63), 2**63 - 1)
 PLAIN = st.recursive(
     st.none() | st.booleans() | INT64 | st.floats(allow_nan=False) | st.text(),
@@ -41,7 +41,7 @@ PLAIN = st.recursive(
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equality of records, in type and value, with arrays."""
+    """Whether two records are equal in type and value, arrays included."""
     if dataclasses.is_dataclass(a):
         return type(a) is type(b) and all(same(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
     if isinstance(a, np.ndarray):
@@ -58,7 +58,7 @@ def array_of(dtype: str, elements: st.SearchStrategy, length: st.SearchStrategy)
 
 
 def values(annotation: Any) -> st.SearchStrategy:
-    """Whatever the annotation of a field allows."""
+    """Every value that the annotation of a field allows."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return array_of(arguments[1], st.integers(-(2**31), 2**31 - 1), st.integers(0, 9))
@@ -116,14 +116,14 @@ def records_of(record: type) -> st.SearchStrategy:
         fields["top_p"] = st.just(1.0) | share
     if record is Shard:
         fields["rollouts"] = st.lists(rollouts().map(for_training), max_size=3).map(tuple)
-    return st.fixed_dictionaries(fields).map(lambda fields: record(**fields)).filter(may_travel)
+    return st.fixed_dictionaries(fields).map(lambda fields: record(**fields)).filter(is_valid)
 
 
 def for_training(rollout: Rollout) -> Rollout:
     return dataclasses.replace(rollout, purpose="train", reward=0.0)
 
 
-def may_travel(record: object) -> bool:
+def is_valid(record: object) -> bool:
     return not (isinstance(record, Lease) and record.purpose == "train" and record.top_p < 1)
 
 
@@ -180,7 +180,7 @@ def test_arrays_are_read_only_views_of_the_frames() -> None:
         rollout.tokens[0] = 9
 
 
-def test_memory_that_can_be_written_is_decoded_read_only() -> None:
+def test_arrays_are_read_only_even_if_the_frames_are_writable() -> None:
     frames = [memoryview(bytearray(frame)) for frame in encode(one_rollout())]
     rollout = decode(frames, max_bytes=LIMIT)
     assert isinstance(rollout, Rollout)
@@ -189,7 +189,7 @@ def test_memory_that_can_be_written_is_decoded_read_only() -> None:
 
 @pytest.mark.parametrize("version", [0, PROTOCOL + 1, 127, 2**40, -5])
 @pytest.mark.parametrize("rest", [b"", b"\xc1 no MessagePack", b"\x80"])
-def test_another_version_is_seen_before_anything_else(version: int, rest: bytes) -> None:
+def test_another_protocol_version_is_reported_before_any_other_error(version: int, rest: bytes) -> None:
     with pytest.raises(ProtocolMismatch, match=f"version {version}, this side {PROTOCOL}"):
         decode([msgpack.packb(version) + rest, b"frame"], max_bytes=LIMIT)
 
@@ -197,7 +197,7 @@ def test_another_version_is_seen_before_anything_else(version: int, rest: bytes)
 @pytest.mark.parametrize(
     "start", [b"", b"\xc0", b"\xc3", b"\xcc", b"\xa1x", b"\x90", b"\xcc" + VERSION + b"\x80", b"\xdd\xff\xff\xff\xff"]
 )
-def test_no_version_is_no_message(start: bytes) -> None:
+def test_a_header_without_a_protocol_version_is_rejected(start: bytes) -> None:
     with pytest.raises(WireError) as caught:
         decode([start], max_bytes=LIMIT)
     assert type(caught.value) is WireError
@@ -231,13 +231,13 @@ CHANGES: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize(("field", "value"), CHANGES)
-def test_a_field_that_does_not_fit_is_refused(field: str, value: Any) -> None:
+def test_a_field_of_a_wrong_type_or_value_is_rejected(field: str, value: Any) -> None:
     frames = with_header(encode(one_rollout()), {field: value})
     with pytest.raises(WireError):
         decode(frames, max_bytes=LIMIT)
 
 
-def test_a_missing_field_is_refused_by_name() -> None:
+def test_the_error_names_a_missing_field() -> None:
     plain = header(encode(Ack(task=1, attempt=2, slot=3)))
     del plain["slot"]
     with pytest.raises(WireError, match=r"Ack: missing or unknown fields slot"):
@@ -272,7 +272,7 @@ INCONSISTENT: list[dict[str, Any]] = [
 TOP = {"guided": True, "unguided_logprob": -1.0, "top_tokens": i4(*range(6)), "top_logprobs": np.zeros(6, np.float32)}
 
 
-def test_likely_tokens_travel_token_by_token() -> None:
+def test_likely_tokens_survive_a_round_trip() -> None:
     rollout = one_rollout(**TOP)
     assert same(decode(encode(rollout), max_bytes=LIMIT), rollout)
 
@@ -292,13 +292,13 @@ def test_likely_tokens_travel_token_by_token() -> None:
     ],
     ids="+".join,
 )
-def test_inconsistent_likely_tokens_are_refused(changes: dict[str, Any]) -> None:
+def test_inconsistent_likely_tokens_are_rejected(changes: dict[str, Any]) -> None:
     with pytest.raises(WireError, match="top"):
         encode(one_rollout(**TOP | changes))
 
 
 @pytest.mark.parametrize("changes", INCONSISTENT, ids="+".join)
-def test_an_inconsistent_rollout_is_refused_on_both_sides(changes: dict[str, Any]) -> None:
+def test_sender_and_receiver_reject_an_inconsistent_rollout(changes: dict[str, Any]) -> None:
     rollout = one_rollout(**changes)
     with pytest.raises(WireError, match="Rollout"):
         encode(rollout)
@@ -333,12 +333,12 @@ def test_an_inconsistent_rollout_is_refused_on_both_sides(changes: dict[str, Any
     ],
     ids=lambda message: type(message).__name__,
 )
-def test_the_sender_hears_of_its_own_fault(message: Message) -> None:
+def test_encoding_an_invalid_message_raises_at_the_sender(message: Message) -> None:
     with pytest.raises(WireError, match=type(message).__name__):
         encode(message)
 
 
-def test_lost_doubled_swapped_and_trailing_frames() -> None:
+def test_lost_duplicated_swapped_and_trailing_frames_are_rejected() -> None:
     good = encode(one_rollout())
     bad = [
         [],
@@ -359,34 +359,34 @@ def lease(**changes: Any) -> Lease:
     return Lease(**fields | {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 8} | changes)
 
 
-def test_a_truncated_sampler_is_for_evaluation_alone() -> None:
+def test_a_truncated_sampler_is_valid_for_evaluation_only() -> None:
     assert encode(lease(purpose="evaluate", top_p=0.95))
-    with pytest.raises(WireError, match=r"top_p 0\.95 for training"):
+    with pytest.raises(WireError, match=r"top_p must be 1 for training, .*, got 0\.95"):
         encode(lease(top_p=0.95))
     hostile = with_header(encode(lease(purpose="evaluate", top_p=0.95)), {"purpose": "train"})
-    with pytest.raises(WireError, match="for training"):
+    with pytest.raises(WireError, match="top_p must be 1 for training"):
         decode(hostile, max_bytes=LIMIT)
 
 
 @pytest.mark.parametrize(
     "changes", [{"temperature": 0.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"max_new_tokens": 0}, {"top_logprobs_num": -1}]
 )
-def test_a_lease_that_nobody_could_sample(changes: dict[str, Any]) -> None:
-    with pytest.raises(WireError, match=next(iter(changes))):
+def test_a_lease_with_impossible_sampling_parameters_is_rejected(changes: dict[str, Any]) -> None:
+    with pytest.raises(WireError, match=f"{next(iter(changes))} must be "):
         encode(lease(purpose="evaluate", **changes))
 
 
-def test_what_was_sampled_for_evaluation_never_reaches_a_learner() -> None:
+def test_a_shard_with_an_evaluation_rollout_is_rejected() -> None:
     rollouts = (one_rollout(), one_rollout(task=7, purpose="evaluate"))
-    with pytest.raises(WireError, match="task 7, which is no training task"):
+    with pytest.raises(WireError, match="rollouts must be for training, got task 7 for evaluate"):
         encode(Shard(step=1, version=8, problems=2, rollouts=rollouts))
 
 
-def test_a_message_beyond_the_limit_is_not_looked_at() -> None:
+def test_a_message_larger_than_max_bytes_is_rejected() -> None:
     frames = encode(one_rollout())
     size = sum(map(len, frames))
     assert decode(frames, max_bytes=size)
-    with pytest.raises(WireError, match=f"message of {size} bytes is larger than {size - 1}"):
+    with pytest.raises(WireError, match=f"message of {size} bytes is larger than {size - 1}; raise hub.max_message_mb"):
         decode(frames, max_bytes=size - 1)
 
 
@@ -408,7 +408,7 @@ def test_a_message_beyond_the_limit_is_not_looked_at() -> None:
         b"\xa1\xff",
     ],
 )
-def test_what_a_header_only_claims_costs_no_memory(body: bytes) -> None:
+def test_lengths_that_a_header_claims_but_does_not_hold_allocate_no_memory(body: bytes) -> None:
     tracemalloc.start()
     try:
         with pytest.raises(WireError):
@@ -418,12 +418,12 @@ def test_what_a_header_only_claims_costs_no_memory(body: bytes) -> None:
         tracemalloc.stop()
 
 
-def test_a_header_beyond_its_limit_is_not_built() -> None:
-    with pytest.raises(WireError, match="the limit is"):
+def test_a_header_larger_than_its_limit_is_rejected() -> None:
+    with pytest.raises(WireError, match=f"header of .* bytes is larger than {MAX_HEADER}"):
         decode([VERSION + b"\x80" * (MAX_HEADER + 1)], max_bytes=2 * MAX_HEADER)
 
 
-def test_plain_data_nests_within_reason() -> None:
+def test_plain_data_nested_too_deeply_is_rejected() -> None:
     nested: dict[str, Any] = {}
     for _ in range(200):
         nested = {"inner": nested}
@@ -435,7 +435,7 @@ def test_plain_data_nests_within_reason() -> None:
 
 
 def mutate(frames: list[bytes], dice: random.Random) -> list[bytes]:
-    """Frames after one random injury."""
+    """The frames after one random mutation."""
     frames = list(frames)
     at = dice.randrange(len(frames))
     frame = bytearray(frames[at])
@@ -462,8 +462,8 @@ def mutate(frames: list[bytes], dice: random.Random) -> list[bytes]:
     return frames
 
 
-def survives(frames: list[bytes]) -> None:
-    """Whatever is decoded is a proper message; whatever is not is a WireError."""
+def check_decoded_or_rejected(frames: list[bytes]) -> None:
+    """Check that decoding gives a valid message or raises WireError."""
     try:
         message = decode(frames, max_bytes=LIMIT)
     except WireError:
@@ -472,29 +472,31 @@ def survives(frames: list[bytes]) -> None:
 
 
 @settings(max_examples=250, deadline=None)
-@given(message=messages, dice=st.randoms(use_true_random=False), injuries=st.integers(1, 4))
-def test_injured_frames_are_refused_or_still_a_message(message: Message, dice: random.Random, injuries: int) -> None:
+@given(message=messages, dice=st.randoms(use_true_random=False), mutations=st.integers(1, 4))
+def test_mutated_frames_are_rejected_or_a_valid_message(message: Message, dice: random.Random, mutations: int) -> None:
     frames = encode(message)
-    for _ in range(injuries):
+    for _ in range(mutations):
         frames = mutate(frames, dice) or [b""]
-    survives(frames)
+    check_decoded_or_rejected(frames)
 
 
 @settings(max_examples=200, deadline=None)
 @given(message=messages, value=PLAIN | st.binary() | st.integers(2**63, 2**64 - 1), data=st.data())
-def test_any_value_in_any_field_is_refused_or_a_message(message: Message, value: Any, data: st.DataObject) -> None:
+def test_any_value_in_any_field_is_rejected_or_a_valid_message(
+    message: Message, value: Any, data: st.DataObject
+) -> None:
     frames = encode(message)
     field = data.draw(st.sampled_from(sorted(header(frames))))
-    survives(with_header(frames, {field: value}))
+    check_decoded_or_rejected(with_header(frames, {field: value}))
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.binary(max_size=80), max_size=4), st.booleans())
-def test_noise_is_no_message(noise: list[bytes], versioned: bool) -> None:
+def test_random_bytes_are_rejected(noise: list[bytes], versioned: bool) -> None:
     frames = [VERSION + noise[0], *noise[1:]] if versioned and noise else noise
     with pytest.raises(WireError):
         decode(frames, max_bytes=LIMIT)
 
 
-def test_a_message_without_fields_is_its_kind() -> None:
+def test_a_message_without_fields_survives_a_round_trip() -> None:
     assert decode(encode(StatusRequest()), max_bytes=LIMIT) == StatusRequest()

@@ -1,6 +1,7 @@
-"""Every record as it stood on the wire when PROTOCOL was last raised: a file per kind, a hex line per frame.
+"""Every record is encoded as in its golden file, which was written when PROTOCOL was last raised.
 
-`python tests/unit/test_wire_golden.py` writes the files anew; it refuses while PROTOCOL is the one they hold.
+A golden file holds one hexadecimal line per frame. `python tests/unit/test_wire_golden.py` rewrites the files, unless
+their bytes have changed under the same PROTOCOL.
 """
 
 import dataclasses
@@ -153,28 +154,28 @@ def path_of(message: Message) -> Path:
     return FOLDER / f"{type(message).__name__}.hex"
 
 
-def test_every_record_has_its_golden_file() -> None:
+def test_every_record_has_a_golden_file() -> None:
     assert [type(message) for message in EXAMPLES] == list(get_args(Message))
     assert {path.name for path in FOLDER.iterdir()} == {path_of(message).name for message in EXAMPLES}
 
 
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
-def test_golden_file_is_decoded(message: Message) -> None:
+def test_a_golden_file_decodes_to_its_message(message: Message) -> None:
     decoded = decode(frames_of(path_of(message).read_text()), max_bytes=2**20)
     assert type(decoded) is type(message)
     np.testing.assert_equal(dataclasses.asdict(decoded), dataclasses.asdict(message))
 
 
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
-def test_bytes_on_the_wire_are_unchanged(message: Message) -> None:
+def test_a_message_encodes_to_its_golden_file(message: Message) -> None:
     assert text_of(message) == path_of(message).read_text(), (
-        "the wire has changed: raise PROTOCOL in sgpo_async/wire/records.py, "
+        "the encoding has changed: raise PROTOCOL in sgpo_async/wire/records.py, "
         "then run python tests/unit/test_wire_golden.py"
     )
 
 
 def rebuild() -> None:
-    """Write the golden files, unless other bytes stand there under the same PROTOCOL."""
+    """Write the golden files, unless a file holds other bytes with the same PROTOCOL."""
     for message in EXAMPLES:
         path = path_of(message)
         if path.exists() and path.read_text() != text_of(message):

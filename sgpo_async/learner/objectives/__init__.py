@@ -1,8 +1,8 @@
-"""What can be trained: each objective is a pure function from one task's group to weighted sequences.
+"""The objectives: each is a pure function from the group of one task to weighted sequences.
 
-sgpo.py    the paper's, with every variant that it measures       grpo.py   without any guidance
-sft.py     the problem's own response                             luffy.py  the response inside the group
-hpt.py     the response where the policy fails, else GRPO         base.py   what goes in and what comes out
+sgpo.py    SGPO, with every variant that the paper measures       grpo.py   GRPO, without guidance
+sft.py     the response of the problem                            luffy.py  the response as a member of the group
+hpt.py     the response if the policy fails, else GRPO            base.py   the input and output types
 """
 
 from sgpo_async.learner.objectives.base import Objective

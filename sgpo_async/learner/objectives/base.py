@@ -1,12 +1,12 @@
-"""What an objective is given and what it gives back: a task's group, and weighted sequences of three kinds.
+"""The input of an objective, the group of one task, and its output, weighted sequences of three kinds.
 
     policy gradient   an autonomous rollout, with an advantage        terms.policy_gradient_term    Eq. 1
     distillation      a guided rollout after the plain prompt         terms.distillation_term       Eq. 3, 5
-    likelihood        a given text after the plain prompt             terms.likelihood_term         NLL, or LUFFY's
+    likelihood        a given text after the plain prompt             terms.likelihood_term         NLL or LUFFY
 
-The loss of a step is the sum over all sequences of weight times the mean over the sequence's tokens. An objective sets
-the weights for good, from its own task and the number of problems in the whole batch: how sequences are then divided
-over rows, micro-batches and ranks cannot change the loss.
+The loss of a step is the sum over all sequences of weight times the mean loss over the sequence's tokens. An objective
+computes constant weights from its task and from the number of problems in the whole batch. Therefore the division of
+sequences over rows, micro-batches and ranks cannot change the loss.
 """
 
 from __future__ import annotations
@@ -22,38 +22,38 @@ from sgpo_async.config.schema import Algorithm
 from sgpo_async.learner.packing import Tokens
 from sgpo_async.wire.records import Rollout
 
-FIGURES = ("alpha", "alpha_observed", "p_auto_corrected", "p_guide_corrected")
-"""What an objective may tell of a problem besides; the step's metrics are means over the problems that have them.
+PROBLEM_METRICS = ("alpha", "alpha_observed", "p_auto_corrected", "p_guide_corrected")
+"""Metrics that an objective may report for a problem; the step's metric is the mean over the problems that report it.
 
-`alpha` is the weight in use, 0 where nothing is distilled. With corrected pass rates these are told, too, and what
-alpha would be with the observed ones.
+`alpha` is the weight in use, 0 if nothing is distilled. The others are reported only with corrected pass rates: these
+rates themselves, and `alpha_observed`, the weight that the observed pass rates would give.
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskGroup:
-    """What is known of one task when it is trained."""
+    """The rollouts and the other data of one task, for training."""
 
     autonomous: tuple[Rollout, ...]  # at least one
     guided: tuple[Rollout, ...]
-    demonstration: np.ndarray | None = None  # [T] int32, with the end token; None: there is none, or none is asked for
-    log_rho: Mapping[int, float] | None = None  # by slot, log pi/mu of the whole rollout; None: not measured
-    problems: int  # P, of the whole batch over all ranks
+    demonstration: np.ndarray | None = None  # response with end token, [T] int32; None if unavailable or not needed
+    log_rho: Mapping[int, float] | None = None  # log pi/mu of the whole rollout, by slot; None if not computed
+    problems: int  # P, number of problems in the whole batch over all ranks
 
     @property
     def plain_prompt(self) -> np.ndarray:
-        """That of the problem alone, [L] int32."""
+        """The prompt of the problem without a strategy, [L] int32."""
         return self.autonomous[0].prompt
 
     def rewards(self, *, guided: bool) -> Tensor:
-        """[1, G] float64, of the guided or of the autonomous rollouts."""
+        """Return the rewards of the guided or of the autonomous rollouts: [1, G] float64."""
         rollouts = self.guided if guided else self.autonomous
         return torch.tensor([[rollout.reward for rollout in rollouts]], dtype=torch.float64)
 
 
 @dataclass(frozen=True)
 class PolicyGradient:
-    """One autonomous rollout of the clipped policy gradient."""
+    """One autonomous rollout that is trained with the clipped policy gradient."""
 
     rollout: Rollout
     advantage: float
@@ -61,13 +61,13 @@ class PolicyGradient:
 
     @property
     def student(self) -> Tokens:
-        """What is trained."""
+        """The sequence that is trained."""
         return Tokens(self.rollout.prompt, self.rollout.tokens)
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """One guided rollout, o+, which the student learns after the plain prompt."""
+    """One guided rollout, o+, that the student learns after the plain prompt."""
 
     rollout: Rollout
     plain_prompt: np.ndarray
@@ -75,32 +75,32 @@ class Distillation:
 
     @property
     def student(self) -> Tokens:
-        """What is trained."""
+        """The sequence that is trained."""
         return Tokens(self.plain_prompt, self.rollout.tokens)
 
     @property
     def teacher(self) -> Tokens:
-        """The same tokens after the guided prompt that they were sampled from."""
+        """The same tokens after the guided prompt, with which they were sampled."""
         return Tokens(self.rollout.prompt, self.rollout.tokens)
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """A text after the plain prompt, whoever wrote it."""
+    """A given text after the plain prompt."""
 
     student: Tokens
     weight: float
-    shaped: bool = False  # LUFFY's f(p) instead of log p
+    shaped: bool = False  # use LUFFY's f(p) instead of log p
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """All that one task contributes to the loss; nothing, if all are empty."""
+    """The sequences and metrics of one task; if all lists are empty, the task does not contribute to the loss."""
 
     policy_gradient: list[PolicyGradient] = field(default_factory=list)
     distillation: list[Distillation] = field(default_factory=list)
     likelihood: list[Likelihood] = field(default_factory=list)
-    figures: dict[str, float] = field(default_factory=lambda: {"alpha": 0.0})  # some of FIGURES
+    metrics: dict[str, float] = field(default_factory=lambda: {"alpha": 0.0})  # keys from PROBLEM_METRICS
 
 
 Objective = Callable[[TaskGroup, Algorithm], Trained]

@@ -1,4 +1,4 @@
-"""GRPO on the autonomous rollouts (Eq. 1 of arXiv 2606.24064): the mean over tokens, rollouts and problems."""
+"""GRPO on the autonomous rollouts (Eq. 1 of arXiv 2606.24064): the mean loss over tokens, rollouts and problems."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from sgpo_async.learner.objectives.base import PolicyGradient, TaskGroup, Traine
 
 
 def grpo(group: TaskGroup, _algorithm: Algorithm) -> Trained:
-    """Every autonomous rollout with weight 1/(P G1). Guided ones never enter the group."""
+    """Train every autonomous rollout with weight 1/(P G1). Guided rollouts never enter the group."""
     advantages = group_advantages(group.rewards(guided=False))[0].tolist()
     weight = 1 / (group.problems * len(group.autonomous))
     rollouts = zip(group.autonomous, advantages, strict=True)

@@ -1,15 +1,15 @@
-"""LUFFY: the demonstration as one more member of the group, its policy gradient shaped.
+"""LUFFY: the demonstration is an additional member of the group, with policy shaping.
 
 Source: Yan et al., "Learning to Reason under Off-Policy Guidance", https://arxiv.org/abs/2504.14945v1. Its mixed-policy
 GRPO (Eq. 4) with policy shaping (Eq. 5), as a loss:
 
     L = -1/Z ( sum_t f(pi(y_t)) A_y + sum_i sum_t clipped(r_it, A_i) )     f(p) = p/(p + gamma), Z = |y| + sum_i |o_i|
 
-Advantages are standardised over the rollouts and the demonstration y together, R(y) = 1; the behaviour probability of y
-is taken as 1, and its ratio is not clipped. One Z divides all tokens of the group, so a long sequence weighs more than
-in GRPO: of a sequence whose loss is a mean over its tokens the weight is |o|/Z. The authors' training script drops std
-and Z, as Dr. GRPO does, and the clip of rollouts, which one optimiser step per batch never reaches; this is the paper's
-equation.
+Advantages are standardised over the rollouts and the demonstration y together, with R(y) = 1. The behaviour probability
+of y is taken as 1, and its ratio is not clipped. The sum over all tokens of the group is divided by one Z, so a long
+sequence has a larger weight than in GRPO: the weight of a sequence, whose loss is a mean over its tokens, is |o|/Z.
+This module implements the equation of the paper. The authors' training script instead drops std and Z, like Dr. GRPO,
+and the clip of rollouts, which has no effect with one optimiser step per batch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sgpo_async.learner.packing import Tokens
 
 
 def luffy(group: TaskGroup, algorithm: Algorithm) -> Trained:
-    """The loss above, averaged over problems; of a problem without a demonstration, GRPO's."""
+    """Use the loss above, averaged over problems; for a problem without a demonstration use GRPO."""
     if group.demonstration is None:
         return grpo(group, algorithm)
     rewards = torch.cat((group.rewards(guided=False), torch.ones(1, 1, dtype=torch.float64)), dim=-1)

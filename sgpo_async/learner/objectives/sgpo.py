@@ -1,9 +1,9 @@
-"""SGPO: GRPO on the autonomous rollouts, and guided successes distilled (Eq. 7 of arXiv 2606.24064).
+"""SGPO: GRPO on the autonomous rollouts, and distillation of correct guided rollouts (Eq. 7 of arXiv 2606.24064).
 
     target k:   plain prompt + o+  (student)      weight alpha(q)/P, or alpha(q)/(P n) of each of n targets
                 guided prompt + o+ (teacher)      no gradient
 
-With alpha(q) = 0 it is GRPO, exactly.
+With alpha(q) = 0 this is exactly GRPO.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from sgpo_async.wire.records import Rollout
 
 
 def sgpo(group: TaskGroup, algorithm: Algorithm) -> Trained:
-    """Autonomous rollouts as in GRPO, unless they are left out, and the targets with their share of alpha(q)."""
+    """Train the autonomous rollouts like GRPO, unless this is disabled, and the targets with weights from alpha(q)."""
     targets = _targets(group, algorithm)
-    figures = _figures(group, algorithm, found=bool(targets)) if group.guided else {"alpha": 0.0}
+    metrics = _metrics(group, algorithm, found=bool(targets)) if group.guided else {"alpha": 0.0}
     weights = loss_weights(
-        torch.tensor([figures["alpha"]], dtype=torch.float64),
+        torch.tensor([metrics["alpha"]], dtype=torch.float64),
         torch.tensor([bool(targets)]),
         problems=group.problems,
         group_size=len(group.autonomous),
@@ -43,12 +43,12 @@ def sgpo(group: TaskGroup, algorithm: Algorithm) -> Trained:
         policy_gradient=grpo(group, algorithm).policy_gradient if algorithm.policy_gradient else [],
         distillation=[] if as_text else [Distillation(target, plain, weight) for target in targets],
         likelihood=[Likelihood(Tokens(plain, target.tokens), weight) for target in targets] if as_text else [],
-        figures=figures,
+        metrics=metrics,
     )
 
 
 def _targets(group: TaskGroup, algorithm: Algorithm) -> list[Rollout]:
-    """The reachable o+ (Eq. 4), or all correct guided rollouts (Eq. 2); none below the gate."""
+    """Select the reachable o+ (Eq. 4) or all correct guided rollouts (Eq. 2); none below `guide_gate`."""
     if not group.guided or group.rewards(guided=True).mean() < algorithm.guide_gate:
         return []
     if algorithm.target == "all":
@@ -59,22 +59,22 @@ def _targets(group: TaskGroup, algorithm: Algorithm) -> list[Rollout]:
     return [group.guided[int(index)]] if found else []
 
 
-def _figures(group: TaskGroup, algorithm: Algorithm, *, found: bool) -> dict[str, float]:
-    """alpha(q), 0 unless a target was found; with corrected pass rates also these, and alpha(q) without them."""
-    figures = {"alpha": _alpha(group, algorithm) if found else 0.0}
+def _metrics(group: TaskGroup, algorithm: Algorithm, *, found: bool) -> dict[str, float]:
+    """Compute the PROBLEM_METRICS of this problem; alpha(q) is 0 unless a target was found."""
+    observed = _alpha(group, algorithm) if found else 0.0
     if group.log_rho is None:
-        return figures
+        return {"alpha": observed}
     p_auto, p_guide = (_corrected(group, guided, algorithm) for guided in (False, True))
     return {
         "alpha": _adaptive(p_auto, p_guide, algorithm) if found else 0.0,
-        "alpha_observed": figures["alpha"],
+        "alpha_observed": observed,
         "p_auto_corrected": float(p_auto),
         "p_guide_corrected": float(p_guide),
     }
 
 
 def _alpha(group: TaskGroup, algorithm: Algorithm) -> float:
-    """By the rule of `algorithm.weight`, from the rollouts as they were sampled."""
+    """Compute alpha(q) by the rule `algorithm.weight`, from the observed rewards."""
     rewards = group.rewards(guided=False)
     if algorithm.weight == "fixed":
         return algorithm.alpha
@@ -89,7 +89,7 @@ def _adaptive(p_auto: Tensor, p_guide: Tensor, algorithm: Algorithm) -> float:
 
 
 def _corrected(group: TaskGroup, guided: bool, algorithm: Algorithm) -> Tensor:
-    """[1], under the present weights, with the policy gradient's bound on the ratio of a whole rollout."""
+    """Estimate the pass rate under the current weights, with the bound of `grpo_correction` on each ratio: [1]."""
     assert group.log_rho is not None
     rollouts = group.guided if guided else group.autonomous
     log_rho = torch.tensor([[group.log_rho[rollout.slot] for rollout in rollouts]], dtype=torch.float64)

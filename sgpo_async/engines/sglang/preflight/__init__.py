@@ -10,8 +10,6 @@ examine.py     the tables of checks; `join` and `examine` run them
 
 from sgpo_async.engines.sglang.preflight.examine import FULL, JOIN, examine, join
 from sgpo_async.engines.sglang.preflight.findings import (
-    CheckFailed,
-    CheckWarning,
     Finding,
     Reference,
     Subject,
@@ -21,8 +19,6 @@ from sgpo_async.engines.sglang.preflight.findings import (
 __all__ = [
     "FULL",
     "JOIN",
-    "CheckFailed",
-    "CheckWarning",
     "Finding",
     "Reference",
     "Subject",

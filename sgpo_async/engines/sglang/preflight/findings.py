@@ -15,7 +15,7 @@ from sgpo_async.engines.base import Weights
 from sgpo_async.engines.sglang.serving.server import Server
 from sgpo_async.engines.sglang.weight_sync.model_facts import ModelFacts
 from sgpo_async.engines.sglang.weight_sync.transports import Transport
-from sgpo_async.errors import EngineError, SgpoError
+from sgpo_async.errors import CheckFailed, CheckWarning, SgpoError
 from sgpo_async.model import parameters
 from sgpo_async.model.load import load_model
 
@@ -30,18 +30,6 @@ class Finding:
     outcome: Outcome
     found: str
     remedy: str = ""
-
-
-class CheckFailed(EngineError):
-    """A server that cannot work with this run, and the remedy."""
-
-    def __init__(self, found: str, remedy: str) -> None:
-        super().__init__(f"{found}; {remedy}")
-        self.found, self.remedy = found, remedy
-
-
-class CheckWarning(CheckFailed):
-    """A server that works, but with a limitation that the user should know."""
 
 
 def finding_of(check: str, error: SgpoError, *, remedy: str) -> Finding:

@@ -17,10 +17,11 @@ import torch
 from transformers import PreTrainedModel
 
 from sgpo_async.engines.base import Generate, Score, Scored
-from sgpo_async.engines.sglang.preflight.findings import CheckFailed, Subject
+from sgpo_async.engines.sglang.preflight.findings import Subject
 from sgpo_async.engines.sglang.preflight.settings import TESTED
 from sgpo_async.engines.sglang.processes.api import Json
 from sgpo_async.engines.sglang.serving.partial import Partial
+from sgpo_async.errors import CheckFailed
 
 TEMPERATURES = (1.0, 0.7)
 PROMPT_TOKENS = 6

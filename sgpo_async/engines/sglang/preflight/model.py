@@ -6,11 +6,11 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from sgpo_async.engines.sglang.preflight.findings import CheckFailed, Subject
+from sgpo_async.engines.sglang.preflight.findings import Subject
 from sgpo_async.engines.sglang.processes.api import Json, ServerApi, ServerRefused
 from sgpo_async.engines.sglang.weight_sync.layout import Device, answered_checksums, layout_of
 from sgpo_async.engines.sglang.weight_sync.model_facts import ModelFacts, model_facts
-from sgpo_async.errors import DataError
+from sgpo_async.errors import CheckFailed, DataError
 
 INVALID_TOKEN = 10**9  # larger than every vocabulary
 REMEDY = "start it with --model-path equal to model.path of the run, or change model.path"

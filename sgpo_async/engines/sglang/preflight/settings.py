@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sgpo_async.engines.sglang.preflight.findings import CheckFailed, CheckWarning, Subject
+from sgpo_async.engines.sglang.preflight.findings import Subject
 from sgpo_async.engines.sglang.processes.api import Json
+from sgpo_async.errors import CheckFailed, CheckWarning
 
 TESTED = "0.5.23"
 OLDEST = (0, 5, 21)  # earlier versions have no /begin_weight_update

@@ -6,9 +6,10 @@ import asyncio
 import time
 from typing import Any
 
-from sgpo_async.engines.sglang.preflight.findings import CheckFailed, CheckWarning, Subject
+from sgpo_async.engines.sglang.preflight.findings import Subject
 from sgpo_async.engines.sglang.processes.api import Json, ServerApi
 from sgpo_async.engines.sglang.serving.update import PAUSE_MODES, UpdateTimings, update
+from sgpo_async.errors import CheckFailed, CheckWarning
 
 CHANGED = "model.norm.weight"
 SKEW_S = 1.0

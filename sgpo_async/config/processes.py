@@ -1,0 +1,135 @@
+"""Sections of the configuration that say which processes serve the run: hub, engine, local."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sgpo_async.config.rules import host_of, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hub:
+    """The hub's address, its timeouts, and how stale a rollout may be."""
+
+    address: str = "tcp://127.0.0.1:5757"
+    keys: str = ""  # folder of CURVE keys (`sgpo-async keys DIR`); required beyond loopback
+    max_lag: int = 2  # eta: a batch holds no token that is more versions old than this; 0 is synchronous
+    heartbeat_s: float = 1.0
+    # The hub gives a lease up after this time without a message about it, and an actor after this time without a
+    # heartbeat. The limit is long because an actor may be loading weights; the hub notices a dead actor at once, by its
+    # weight sender's connection.
+    lease_timeout_s: float = 120.0
+    max_message_mb: int = 512  # the largest message is the hub's state in a checkpoint
+
+    def __post_init__(self) -> None:
+        host = host_of("hub.address", self.address)
+        require(
+            bool(self.keys) or host in ("127.0.0.1", "localhost", "[::1]"),
+            "hub.keys",
+            f"must name a folder of keys when the hub listens beyond loopback ({host})",
+            self.keys,
+            "create keys with: sgpo-async keys DIR",
+        )
+        require(
+            host not in ("0.0.0.0", "*", "[::]"),
+            "hub.address",
+            "must name the one address at which actors reach this machine, because the hub sends it to the actors and "
+            "Torch RPC listens there",
+            self.address,
+        )
+        require(self.max_lag >= 0, "hub.max_lag", "must be >= 0", self.max_lag)
+        require(self.heartbeat_s > 0, "hub.heartbeat_s", "must be > 0", self.heartbeat_s)
+        require(
+            self.lease_timeout_s >= 3 * self.heartbeat_s,
+            "hub.lease_timeout_s",
+            f"must be >= 3 * hub.heartbeat_s = {3 * self.heartbeat_s:g}",
+            self.lease_timeout_s,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sglang:
+    """The SGLang servers of each actor, for engine.kind=sglang. They run in a Python environment of their own."""
+
+    python: str = ".venv-sglang/bin/python"  # of that environment (on a CPU: `make sglang-cpu`)
+    servers: int = 1  # servers that an actor launches: data parallel
+    tp: int = 1  # tensor parallel ranks of each server
+    urls: list[str] = field(default_factory=list)  # servers to attach to instead of launching; for one actor only
+    args: str = ""  # further arguments for the command line of `sglang.launch_server`
+    radix_cache: bool = True  # compute a prompt once for its whole group
+    stream_interval: int = 16  # tokens between two messages of a running generation
+    # How a new weight version reaches the servers: in HTTP requests, by a collective with the learner's weight sender,
+    # or through a folder.
+    transport: Literal["tensor", "distributed", "disk"] = "tensor"
+    folder: str = ""  # transport=disk: folder from which servers read versions; default: a local temporary folder
+    # What happens to running generations when a new version arrives. abort-resume: they stop and continue under the new
+    # version from the tokens that they have; retract: SGLang keeps them and recomputes their keys and values;
+    # in-place: they continue with the old keys and values.
+    in_flight: Literal["abort-resume", "retract", "in-place"] = "abort-resume"
+    start_timeout_s: float = 600.0  # for a server to load the model
+    phase_timeout_s: float = 60.0  # for each phase of a weight update
+
+    def __post_init__(self) -> None:
+        for name in ("servers", "tp", "stream_interval"):
+            require(getattr(self, name) >= 1, f"engine.sglang.{name}", "must be >= 1", getattr(self, name))
+        for name in ("start_timeout_s", "phase_timeout_s"):
+            require(getattr(self, name) > 0, f"engine.sglang.{name}", "must be > 0", getattr(self, name))
+        for url in self.urls:
+            require(url.startswith("http://"), "engine.sglang.urls", "must look like http://HOST:PORT", url)
+        require(
+            not self.urls or self.transport != "disk" or bool(self.folder),
+            "engine.sglang.folder",
+            "must name a folder that servers attached by URL can read when engine.sglang.transport=disk",
+            self.folder,
+        )
+        require(
+            self.in_flight != "in-place" or not self.radix_cache,
+            "engine.sglang.in_flight",
+            "must be abort-resume or retract unless engine.sglang.radix_cache=false: in-place would leave old keys and "
+            "values in the prefix cache, where they serve later requests",
+            self.in_flight,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """The inference engine of each actor."""
+
+    kind: Literal["embedded", "sglang"] = "embedded"
+    slots: int = 64  # sequences decoded together
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    deterministic: bool = False  # decode one sequence at a time, so that results do not depend on other requests
+    sglang: Sglang = field(default_factory=Sglang)
+
+    def __post_init__(self) -> None:
+        require(self.slots >= 1, "engine.slots", "must be >= 1", self.slots)
+        require(
+            not (self.deterministic and self.kind == "sglang"),
+            "engine.deterministic",
+            "must be false with engine.kind=sglang, whose servers batch requests freely and ignore sampling seeds on "
+            "a CPU",
+            self.deterministic,
+        )
+
+    @property
+    def broadcasts(self) -> bool:
+        """Whether servers receive weights by collectives with the weight sender, not through the weight receiver."""
+        return self.kind == "sglang" and self.sglang.transport == "distributed"
+
+    @property
+    def broadcasts_on_gpus(self) -> bool:
+        """Whether these collectives may use NCCL, so that a GPU beside the learner takes part."""
+        return self.broadcasts and self.device != "cpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Local:
+    """The processes that `sgpo-async local` starts on this machine."""
+
+    actors: int = 2
+    ranks: int = 2  # torchrun --nproc-per-node
+
+    def __post_init__(self) -> None:
+        require(self.actors >= 1, "local.actors", "must be >= 1", self.actors)
+        require(self.ranks >= 1, "local.ranks", "must be >= 1", self.ranks)

@@ -1,0 +1,210 @@
+"""Sections of the configuration that say how the policy is trained: algorithm, optim, learner, sft."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sgpo_async.config.rules import require
+
+CorrectionMode = Literal["none", "token", "token-mask", "prefix", "sequence", "sequence-geometric"]
+BANDS = ("token-mask", "sequence-geometric")  # modes that mask every ratio outside [1/bound, bound]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Correction:
+    """Off-policy correction of one loss term (see `sgpo_async.algorithm.correction`)."""
+
+    mode: CorrectionMode = "token"
+    bound: float = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Algorithm:
+    """The training objective; docs/algorithm.md gives every equation and explains the defaults.
+
+    The default is anchored SGPO: the paper's SGPO (arXiv 2606.24064) with a frozen teacher, without masking, and with
+    twice the paper's alpha. Loading configs/paper.yaml after a configuration restores the paper's setting. Keys of
+    features that are switched off are ignored: without distillation the teacher's keys, with `divergence=sft` the
+    limiter's.
+    """
+
+    objective: Literal["sgpo", "grpo", "sft", "luffy", "hpt"] = "sgpo"
+    policy_gradient: bool = True  # sgpo: false trains on distillation alone, without Eq. 1 on the autonomous rollouts
+    # Clip range of Eq. 1. The learner takes one optimiser step per batch, so r_t is always 1: the clip changes neither
+    # the loss nor its gradient. Under lag, grpo_correction limits the weight of a stale token instead.
+    eps_low: float = 0.2
+    eps_high: float = 0.28
+    grpo_correction: Correction = field(default_factory=Correction)
+
+    # sgpo: how the student is trained towards the target, and which target; sft: the plain likelihood of its tokens
+    divergence: Literal["forward", "reverse", "jensen-shannon", "sft"] = "forward"  # Eq. 3: forward
+    target: Literal["reachable", "all"] = "reachable"  # Eq. 4; all: the mean over all correct guided rollouts (Eq. 2)
+    limiter: Literal["mask", "clamp", "smooth", "quantile", "none"] = "none"  # mask: Eq. 5 masks tokens of d_t > delta
+    delta: float = 1.0
+    quantile: float = 0.95  # limiter=quantile: mask tokens whose d_t exceeds this quantile of the d_t in their target
+    # Importance weights towards the teacher's distribution of Eq. 3. In mode prefix, the product of T factors of up to
+    # c grows with c^T; with c = 1, as in V-trace, no prefix weighs more than 1.
+    kl_correction: Correction = field(default_factory=lambda: Correction(mode="none", bound=1.0))
+
+    # sgpo: the weights whose guided distribution is distilled. self: the present weights (Eq. 3); ema: their running
+    # average; snapshot: a copy of them, renewed every teacher_every steps; frozen: the weights at the start of the run;
+    # behaviour: the weights that sampled the rollout, known by the likeliest tokens that the engine reported, which
+    # needs neither a copy of the weights nor another forward pass
+    teacher: Literal["self", "ema", "snapshot", "frozen", "behaviour"] = "frozen"
+    teacher_decay: float = 0.99  # ema: the fraction of the average that each step keeps
+    teacher_every: int = 20  # snapshot: steps between two copies
+    teacher_dtype: Literal["float32", "bfloat16"] = "float32"  # of the copy; ema needs float32
+    teacher_top_k: int = 16  # behaviour: tokens with known probabilities; all other tokens are merged into one outcome
+
+    # sgpo: alpha(q), the weight of distillation
+    weight: Literal["adaptive", "fixed", "group-advantage"] = "adaptive"  # Eq. 6, the constant `alpha`, or Eq. 8
+    alpha: float = 1.0  # weight=fixed
+    alpha0: float = 1.0  # the paper: 0.5
+    gamma: float = 0.1
+    alpha_max: float = 1.6  # the paper: 0.8
+    # Pass rates in Eq. 6: observed means over the rollouts, or means corrected to the present weights, which needs one
+    # more forward pass.
+    pass_rates: Literal["observed", "corrected"] = "observed"
+    guide_gate: float = 0.0  # a problem is distilled only if its observed guided pass rate is at least this
+
+    luffy_gamma: float = 0.1  # luffy: a token of the demonstration has the weight f(p) = p / (p + luffy_gamma)
+    hpt_gate: int = 0  # hpt: with at most this many correct autonomous rollouts, train on the demonstration instead
+
+    def __post_init__(self) -> None:
+        for name in ("delta", "gamma", "eps_low", "eps_high", "luffy_gamma"):
+            require(getattr(self, name) > 0, f"algorithm.{name}", "must be > 0", getattr(self, name))
+        for name in ("alpha", "alpha0", "alpha_max", "hpt_gate"):
+            require(getattr(self, name) >= 0, f"algorithm.{name}", "must be >= 0", getattr(self, name))
+        for name in ("guide_gate", "quantile", "teacher_decay"):
+            require(0 <= getattr(self, name) <= 1, f"algorithm.{name}", "must be in [0, 1]", getattr(self, name))
+        for name in ("teacher_every", "teacher_top_k"):
+            require(getattr(self, name) >= 1, f"algorithm.{name}", "must be >= 1", getattr(self, name))
+        for name in ("grpo_correction", "kl_correction"):
+            correction: Correction = getattr(self, name)
+            require(correction.bound >= 1, f"algorithm.{name}.bound", "must be >= 1", correction.bound)
+            require(
+                correction.mode not in BANDS or correction.bound > 1,
+                f"algorithm.{name}.bound",
+                f"must be > 1 with mode {correction.mode}, which masks every ratio outside [1/bound, bound] and "
+                "would mask nearly all at 1",
+                correction.bound,
+            )
+        require(
+            self.policy_gradient or self.objective == "sgpo",
+            "algorithm.policy_gradient",
+            f"must be true with algorithm.objective={self.objective}: only sgpo can train without it",
+            self.policy_gradient,
+        )
+        require(
+            self.pass_rates == "observed" or (self.objective == "sgpo" and self.weight == "adaptive"),
+            "algorithm.pass_rates",
+            "must be observed unless algorithm.objective=sgpo and algorithm.weight=adaptive, where Eq. 6 uses them",
+            self.pass_rates,
+        )
+        require(
+            self.teacher != "ema" or self.teacher_dtype == "float32",
+            "algorithm.teacher_dtype",
+            "must be float32 with algorithm.teacher=ema: bfloat16 would round away what a step adds to the average",
+            self.teacher_dtype,
+        )
+
+    @property
+    def copies_teacher(self) -> bool:
+        """Whether the learner keeps a copy of the weights as the teacher."""
+        return self._uses_teacher and self.teacher not in ("self", "behaviour")
+
+    @property
+    def top_logprobs_num(self) -> int:
+        """How many likely tokens the engine reports for each token of a guided rollout."""
+        return self.teacher_top_k if self._uses_teacher and self.teacher == "behaviour" else 0
+
+    @property
+    def _uses_teacher(self) -> bool:
+        """Whether the loss compares the student's distributions with a teacher's."""
+        return self.objective == "sgpo" and self.divergence != "sft"
+
+    @property
+    def needs_responses(self) -> bool:
+        """Whether the objective trains on the problems' own responses."""
+        return self.objective in ("sft", "luffy", "hpt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """AdamW and its schedule."""
+
+    lr: float = 1e-6
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    warmup_steps: int = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, "optim.lr", "must be > 0", self.lr)
+        require(self.grad_clip > 0, "optim.grad_clip", "must be > 0", self.grad_clip)
+        require(self.warmup_steps >= 0, "optim.warmup_steps", "must be >= 0", self.warmup_steps)
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"optim.{name}", "must be in [0, 1)", getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learner:
+    """The learner: the processes that torchrun starts, one per rank."""
+
+    problems_per_step: int = 16  # the batch: every optimiser step trains on exactly this many problems
+    row_tokens: int = 2048  # capacity of one packed row, which is the micro-batch of one rank
+    precision: Literal["auto", "float32", "bfloat16"] = (
+        "auto"  # of matrix products; auto: bfloat16 on GPUs that support it
+    )
+    recompute: bool = False  # activations, layer by layer: a third more work, memory for much longer sequences
+    # Skip the forward pass of rollouts with advantage 0 (those of a group in which all or none solved the problem): the
+    # same gradient for less work. Entropy, lag and mismatch are then measured on the remaining rollouts only.
+    skip_uniform: bool = False
+    checkpoint_every: int = 0  # steps; 0: only at the end
+    keep_checkpoints: int = 2  # how many of the newest checkpoints are kept; older ones are deleted
+    resume: bool = False  # continue from the newest checkpoint of this run, if there is one
+    batch_timeout_s: float = 600.0  # how long to wait for a batch before giving up
+    # Log an alarm when |log pi - log mu| at lag 0, where engine and learner hold the same weights, has a larger mean
+    # over many tokens than this, in nats. 0: 1e-4 where both compute in float32, 0.05 where one of them computes in
+    # bfloat16; .inf: never.
+    mismatch_bound: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self.problems_per_step >= 1, "learner.problems_per_step", "must be >= 1", self.problems_per_step)
+        require(self.row_tokens >= 1, "learner.row_tokens", "must be >= 1", self.row_tokens)
+        require(self.checkpoint_every >= 0, "learner.checkpoint_every", "must be >= 0", self.checkpoint_every)
+        require(self.keep_checkpoints >= 1, "learner.keep_checkpoints", "must be >= 1", self.keep_checkpoints)
+        require(self.mismatch_bound >= 0, "learner.mismatch_bound", "must be >= 0", self.mismatch_bound)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sft:
+    """`sgpo-async sft`: supervised warm-up on the problems' own responses before reinforcement learning.
+
+    Defaults are the paper's constants. The warm-up also reads model, tasks.prompt, AdamW's betas, learner.row_tokens
+    and learner.precision from the other sections.
+    """
+
+    path: str = ""  # problems with responses, in a form of tasks.path; default: tasks.path without held-out problems
+    validation: str = ""  # a separate validation file; default: a random part of `path`
+    validation_share: float = 0.1
+    problems: int = 1024  # tasks.source=cues: how many are generated
+    epochs: int = 10
+    batch: int = 64  # sequences per optimiser step
+    lr: float = 1e-5
+    warmup_ratio: float = 0.1  # of all steps
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"  # inferred: the paper names no schedule
+    max_tokens: int = 16384  # of prompt and response; longer examples are dropped and counted
+    validate_every: int = 0  # steps; 0: at the end of each epoch
+
+    def __post_init__(self) -> None:
+        for name in ("problems", "epochs", "batch"):
+            require(getattr(self, name) >= 1, f"sft.{name}", "must be >= 1", getattr(self, name))
+        require(self.lr > 0, "sft.lr", "must be > 0", self.lr)
+        require(self.max_tokens >= 2, "sft.max_tokens", "must be >= 2", self.max_tokens)
+        require(self.validate_every >= 0, "sft.validate_every", "must be >= 0", self.validate_every)
+        require(0 <= self.warmup_ratio <= 1, "sft.warmup_ratio", "must be in [0, 1]", self.warmup_ratio)
+        require(0 < self.validation_share < 1, "sft.validation_share", "must be in (0, 1)", self.validation_share)

@@ -1,0 +1,30 @@
+"""Ends a run whose supervisor is gone, be it by `kill -9`.
+
+    supervisor ──stdin, held open, never written──▶ watchdog
+
+It waits for the end of its input, which the kernel brings when the supervisor dies in whatever way, and unblocks
+nobody. It lives in its own session, so that a Ctrl-C at the terminal does not reach it.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+
+from sgpo_async.local.run_folder import forget_hub
+from sgpo_async.processes.marked import end_run
+
+
+def main() -> None:
+    """`python -m sgpo_async.local.watchdog MARK FOLDER`."""
+    mark, folder = sys.argv[1:]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.stdin.buffer.read()
+    end_run(mark)
+    forget_hub(Path(folder))
+
+
+if __name__ == "__main__":
+    main()
