@@ -1,6 +1,7 @@
 """SGLang servers on a GPU, with random weights in the shape of Qwen2.5-1.5B in bfloat16.
 
-The tests are skipped without a GPU and a Python environment for servers: docs/gpu.md. `measure_servers.py` measures.
+The tests are skipped without a GPU or without a Python environment for the servers: docs/gpu.md. To measure, run
+`measure_servers.py`.
 """
 
 from __future__ import annotations
