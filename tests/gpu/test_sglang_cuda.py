@@ -1,6 +1,6 @@
 """SGLang servers on a GPU, with random weights in the shape of Qwen2.5-1.5B in bfloat16.
 
-The tests are skipped without a GPU or without a Python environment for the servers: docs/gpu.md. For figures run
+The tests are skipped without a GPU or without a Python environment for the servers: docs/gpu.md. To measure, run
 `measure_servers.py`.
 """
 

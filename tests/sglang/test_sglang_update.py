@@ -145,7 +145,10 @@ def damaged(folder: Path, version: int, damage: object) -> Weights:
     [
         (lambda t: t.update({"model.more.weight": torch.zeros(2)}), "1 unknown .model.more.weight"),
         (lambda t: t.pop("model.norm.weight"), "1 parameters missing .model.norm.weight"),
-        (lambda t: t.update({"model.norm.weight": torch.zeros(33)}), r"model.norm.weight: shape \(33,\) arrived"),
+        (
+            lambda t: t.update({"model.norm.weight": torch.zeros(33)}),
+            r"model.norm.weight: shape must be \(32,\), the engine's, got \(33,\)",
+        ),
     ],
     ids=["unknown name", "missing name", "wrong shape"],
 )

@@ -240,7 +240,8 @@ def test_weights_of_a_narrower_dtype_are_verified_before_they_are_converted():
 def test_weights_that_would_be_rounded_are_refused():
     engine = engine_of(tiny("qwen2").bfloat16())
     tensors = weights(tiny("qwen2"))
-    with pytest.raises(WeightsError, match="cannot hold exactly"):
+    message = "the engine's torch.bfloat16 cannot hold the received torch.float32 exactly; use the same model.dtype"
+    with pytest.raises(WeightsError, match=message):
         engine.load(Weights(version=1, digest=digest(tensors.items()), read=tensors.copy))
     assert engine.version == 0
 

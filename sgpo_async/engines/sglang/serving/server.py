@@ -50,7 +50,7 @@ class Server:
         self.running: dict[str, Running] = {}  # by rid, because another session may use the same request ids
         self.interrupted: dict[str, Running] = {}  # cancelled before their end; cleared by a successful update
         self.changes = 0  # number of weight updates that began
-        self._ends, self._silence_s = ends, idle_timeout_s
+        self._ends, self._idle_timeout_s = ends, idle_timeout_s
         self._sent = 0
 
     @property
@@ -69,7 +69,7 @@ class Server:
         try:
             on_connected = functools.partial(self._mark_connected, rid)
             async for message in self.api.stream(
-                self._body(partial, rid), idle_timeout_s=self._silence_s, on_connected=on_connected
+                self._body(partial, rid), idle_timeout_s=self._idle_timeout_s, on_connected=on_connected
             ):
                 meta = message["meta_info"]
                 # The last message after an abort may repeat all tokens: only the new ones count.
@@ -102,7 +102,7 @@ class Server:
             "logprob_start_len": request.prompt.size - 1,
         }
         on_connected = functools.partial(self._mark_connected, rid)
-        answer = await self.api.post("/generate", body, timeout_s=self._silence_s, on_connected=on_connected)
+        answer = await self.api.post("/generate", body, timeout_s=self._idle_timeout_s, on_connected=on_connected)
         meta = answer["meta_info"]
         _check_finish(self.api.url, meta["finish_reason"])
         if meta["finish_reason"]["type"] == "abort" or changes != self.changes:
@@ -138,7 +138,7 @@ class Server:
     async def abort(self, rid: str) -> None:
         """Abort one stream: after a mere disconnection the server would run the request for seconds."""
         with contextlib.suppress(ServerRefused, ServerGone):  # a server that is gone has no streams
-            await self.api.post("/abort_request", {"rid": rid}, timeout_s=self._silence_s)
+            await self.api.post("/abort_request", {"rid": rid}, timeout_s=self._idle_timeout_s)
 
     async def cancel_streams(self) -> None:
         """Stop taking requests and cancel the streams without a request to the server; adds them to `interrupted`."""
