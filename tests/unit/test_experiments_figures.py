@@ -112,13 +112,13 @@ def test_a_file_that_names_its_figures_has_those_and_no_others(drawn: dict[str, 
 @pytest.mark.parametrize(
     ("figures", "message"),
     [
-        ([{"kind": "bars"}], "figures[0].kind: must be one of curves, alpha, masked, entropy, got 'bars'"),
-        ([{"kind": "curves", "setting": "wild"}], "figures[0].setting: must be one of the settings (calm, stale)"),
+        ([{"kind": "bars"}], "figures[0].kind must be one of curves, alpha, masked, entropy, got 'bars'"),
+        ([{"kind": "curves", "setting": "wild"}], "figures[0].setting must be one of the settings (calm, stale)"),
         (
             [{"kind": "curves", "setting": "calm", "methods": ["nobody"]}],
-            "figures[0].methods: must name methods of this file (SGPO, GRPO, fixed), got 'nobody'",
+            "figures[0].methods must name methods of this file (SGPO, GRPO, fixed), got 'nobody'",
         ),
-        ([{"kind": "curves", "setting": "calm"}] * 2, "figures: must have names that differ as names of files"),
+        ([{"kind": "curves", "setting": "calm"}] * 2, "figures must have names that differ as names of files"),
     ],
 )
 def test_a_figure_that_cannot_be_is_refused(tmp_path: Path, figures: list[dict[str, str]], message: str) -> None:
