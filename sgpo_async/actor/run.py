@@ -1,6 +1,6 @@
 """An actor from start to end: find the hub, load the engine, serve one session after another.
 
-    settings ─▶ engine (stays warm) ─▶ ┌ Hello ─▶ Welcome ─▶ node process ─▶ serve ┐
+    settings ─▶ engine (stays warm) ─▶ ┌ Hello ─▶ Welcome ─▶ receiver ─▶ serve ────┐
         ▲                              └────────────── session ended ◀─────────────┘
         └──────────────────────────────── backoff ◀──────────┘
 

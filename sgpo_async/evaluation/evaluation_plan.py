@@ -25,9 +25,9 @@ class EvaluationPlan:
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
-            raise ConfigError(f"--temperature: is above 0, got {self.temperature:g}")
+            raise ConfigError(f"--temperature must be > 0, got {self.temperature:g}")
         if not 0 < self.top_p <= 1:
-            raise ConfigError(f"--top-p: is above 0 and at most 1, got {self.top_p:g}")
+            raise ConfigError(f"--top-p must be > 0 and <= 1, got {self.top_p:g}")
         for benchmark in self.benchmarks:
             bare = next((problem.id for problem in benchmark.problems if not problem.strategy), None)
             if self.guided and bare is not None:

@@ -1,4 +1,4 @@
-"""Starting the processes of one run on this machine, with a log each, and ending them all."""
+"""Starts the processes of one run on this machine, each with a log, and ends them all."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from sgpo_async.files import FREE_SOME, disk_full, reporting_write_errors
 from sgpo_async.local.run_folder import forget_hub
 from sgpo_async.processes.marked import GRACE_S, MARK, end_run
 
-TORCHRUN_FAILURE = "torch/distributed/elastic/multiprocessing/api.py"  # what follows in a log says nothing new
-ROOT = Path(__file__).resolve().parents[2]  # where `import sgpo_async` works from, installed or not
+TORCHRUN_FAILURE = (
+    "torch/distributed/elastic/multiprocessing/api.py"  # marks the beginning of torchrun's traceback in a log
+)
+ROOT = Path(__file__).resolve().parents[2]  # the folder that has to be on the path for `import sgpo_async`
 
 
 @dataclass(frozen=True)
 class Child:
-    """One process that we started, and where its output goes."""
+    """One started process and its log."""
 
     name: str
     process: subprocess.Popen[bytes]
@@ -29,11 +31,11 @@ class Child:
 
     @property
     def code(self) -> int | None:
-        """Exit code, negative for a signal; None while it lives."""
+        """Exit code, negative for a signal; None while the process runs."""
         return self.process.poll()
 
     def complaint(self, lines: int = 12) -> str:
-        """Why it ended: the `error:` line of its log, or its last lines."""
+        """Why the process ended: the `error:` line of its log, else the last lines."""
         text = self.log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()
         for line in text[-200:]:
             if line.startswith("error: "):
@@ -45,14 +47,14 @@ class Child:
         return "\n".join([f"the end of {self.log}:", *(f"    {line}" for line in own[-lines:])])
 
     def ending(self) -> str:
-        """How it ended, in words."""
+        """How the process ended, as text."""
         code = self.code
         assert code is not None
         return f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
 
 
 class Processes:
-    """All processes of one run. A watchdog ends them if we die without `stop`, even by `kill -9`."""
+    """All processes of one run. If this process dies without `stop`, even by `kill -9`, a watchdog ends them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -69,7 +71,7 @@ class Processes:
         )
 
     def start(self, name: str, command: Sequence[str]) -> Child:
-        """Start `command` in a session of its own; its output goes to logs/`name`.log."""
+        """Start `command` in a new session, with its output in logs/`name`.log."""
         log = self._logs / f"{name}.log"
         with reporting_write_errors(log), log.open("wb") as output:
             process = subprocess.Popen(
@@ -85,7 +87,7 @@ class Processes:
         return child
 
     def stop(self, *, grace_s: float = GRACE_S, hurry: Callable[[], bool] = lambda: False) -> None:
-        """End everything within `grace_s` and a moment, at once when `hurry`."""
+        """End all processes: after `grace_s` by SIGKILL, or as soon as `hurry()` is true."""
         end_run(self.mark, grace_s=grace_s, hurry=hurry)
         for child in self._children:
             child.process.wait(timeout=10)
@@ -95,7 +97,7 @@ class Processes:
 
 
 def wait_for(child: Child, seconds: float) -> bool:
-    """Give `child` up to `seconds` to end by itself; returns whether it did."""
+    """Wait up to `seconds` for `child` to end by itself; returns whether it did."""
     deadline = time.monotonic() + seconds
     while child.code is None and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -103,7 +105,7 @@ def wait_for(child: Child, seconds: float) -> bool:
 
 
 def python(module: str, *words: str) -> list[str]:
-    """Command line of a Python module, with this interpreter."""
+    """The command line of a Python module, with this interpreter."""
     return [sys.executable, "-m", module, *words]
 
 

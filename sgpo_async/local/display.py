@@ -1,4 +1,4 @@
-"""What a user sees while a run goes: a live picture at a terminal, now and then a line elsewhere."""
+"""What a user sees during a run: a live picture at a terminal, otherwise a line now and then."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from sgpo_async.report.numbers import NONE, clock, number, percent, scientific
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """How the run stands at one moment."""
+    """The state of the run at one moment."""
 
     name: str
     phase: str
     steps: int
     elapsed_s: float
-    metrics: Mapping[str, Any]  # newest value of each
+    metrics: Mapping[str, Any]  # the newest value of each metric
     history: list[dict[str, Any]]  # every line of metrics.jsonl
-    status: Mapping[str, Any]  # the hub's
-    actors: Mapping[str, str]  # name and what its supervisor knows of it: started, restarting, ...
+    status: Mapping[str, Any]  # of the hub
+    actors: Mapping[str, str]  # name -> state, as the supervisor knows it: started, restarting, ...
     notes: list[str] = field(default_factory=list)
 
     @property
     def step(self) -> int:
-        """Optimiser steps done."""
+        """Number of optimiser steps done."""
         return max(self.metrics.get("step", 0), self.status.get("step", 0))
 
     def get(self, key: str) -> Any:
-        """The newest figure: the hub's, which is fresher, or that of the last step."""
+        """The newest value: the hub's, which is more recent, else that of the last step."""
         value = self.status.get(key)
         return self.metrics.get(key) if value is None else value
 
@@ -42,12 +42,12 @@ class View:
         return NONE if mean is None else f"{mean:.2f} (max {number(most)})"
 
     def held_out(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-        """First and last evaluation, empty if there was none."""
+        """The first and the last evaluation; empty if there has been none."""
         rounds = self.status.get("evaluations") or []
         return (rounds[0], rounds[-1]) if rounds else ({}, {})
 
     def benchmarks(self) -> list[Mapping[str, Any]]:
-        """The newest score of each, as `BenchmarkScore`; empty before the first, and for a run that has none."""
+        """The newest score of each benchmark, as a plain `BenchmarkScore`; empty before the first."""
         newest = dict(self.metrics.get("eval_benchmarks") or {})
         for evaluation in self.status.get("evaluations") or []:
             for score in evaluation.get("benchmarks") or []:
@@ -60,36 +60,36 @@ class View:
         return number(self.metrics.get("tokens_per_s") or sum(row.get("tokens_per_s") or 0 for row in self.rows()))
 
     def rows(self) -> list[Mapping[str, Any]]:
-        """One row per actor: the hub's knowledge, or the supervisor's where the hub has none."""
+        """One row per actor, from the hub, or from the supervisor if the hub does not know the actor."""
         known = {row["name"]: row for row in self.status.get("actors") or []}
         ours = [known.pop(name, {"name": name, "state": state}) for name, state in self.actors.items()]
-        return ours + list(known.values())  # the rest have joined from elsewhere
+        return ours + list(known.values())  # the others have joined from other machines
 
     def mismatch(self) -> str:
-        """Engine against learner where they were last measured at lag 0: the larger of both kinds of spans."""
+        """The last mismatch of engine and learner at lag 0: the larger one of first and later spans."""
         means = [self.metrics.get(f"mismatch_mean_lag0_{span}") for span in SPANS]
         known = [mean for mean in means if mean is not None]
         return f"{scientific(max(known))} nats" if known else NONE
 
     def alarm(self) -> str:
-        """In words, if the mismatch was above its bound in any step; empty otherwise."""
+        """A sentence, if the mismatch was above its bound in any step; else empty."""
         found = alarms(self.history)
         return f"mismatch alarm no. {len(found)}: {found[-1].text}" if found else ""
 
     def remaining_s(self) -> float | None:
-        """Estimate from the pace of the steps so far."""
+        """Estimated seconds to the end, from the duration of the steps so far."""
         wall, step = self.metrics.get("wall_s"), self.metrics.get("step", 0)
         return wall / step * (self.steps - step) if wall and step else None
 
 
 class Display(Protocol):
-    """Shows views as they come."""
+    """Shows one view after another."""
 
     def show(self, view: View) -> None:
-        """Show how the run stands now."""
+        """Show the present state of the run."""
 
     def close(self) -> None:
-        """Give the terminal back."""
+        """Release the terminal."""
 
 
 class Lines:
@@ -106,7 +106,7 @@ class Lines:
         self._alarm = ""
 
     def show(self, view: View) -> None:
-        """Print what has become due."""
+        """Print the lines that are due."""
         for note in view.notes[self._notes :]:
             print(f"[{clock(view.elapsed_s):>5}] {note}", flush=True)
         self._notes = len(view.notes)
@@ -121,7 +121,7 @@ class Lines:
             print(f"[{clock(view.elapsed_s):>5}] {line(view)}", flush=True)
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Nothing to release."""
 
 
 def line(view: View) -> str:

@@ -1,4 +1,4 @@
-"""The live picture of a run at a terminal; fits 80 x 24, uses more where there is more."""
+"""The live picture of a run at a terminal. It fits 80 x 24 characters and uses more if there are more."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STYLES = {"serving": "green", "restarting": "yellow", "failed": "red", "lost": "
 
 
 class LivePicture:
-    """Redraws in place. No thread of its own: `show` draws, and nothing else does."""
+    """Redraws in place, without a thread: only `show` draws."""
 
     def __init__(self, console: Console) -> None:
         self._live = Live(console=console, auto_refresh=False)
@@ -33,7 +33,7 @@ class LivePicture:
         self._live.update(render(view, self._live.console.width), refresh=True)
 
     def close(self) -> None:
-        """Leave the last picture standing and give the terminal back."""
+        """Keep the last picture on the screen and release the terminal."""
         self._live.stop()
 
 

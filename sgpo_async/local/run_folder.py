@@ -1,4 +1,4 @@
-"""What a run's folder tells: hub.json, in which a hub says where it can be reached, and checkpoints to go on from."""
+"""What is in a run's folder: hub.json, with the address of the hub, and the checkpoints."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def read_hub_file(folder: Path) -> dict[str, Any]:
     """{address, pid, store, ...} of the hub that writes to `folder`; empty if there is none (yet)."""
     try:
         content: dict[str, Any] = json.loads((folder / HUB_FILE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: it is being written at this moment
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: the hub is writing it at this moment
         return {}
     return content
 
 
 def claim(folder: Path) -> None:
-    """Make sure that no run writes to `folder` already. Raises HubError if one does."""
+    """Check that no other run writes to `folder`. Raises HubError if one does."""
     hub = read_hub_file(folder)
     if hub and _lives(hub["pid"], (folder / HUB_FILE).stat().st_mtime):
         raise HubError(f"{folder}: another run writes here (its hub is process {hub['pid']}); choose another name=NAME")
@@ -32,13 +32,13 @@ def claim(folder: Path) -> None:
 
 
 def forget_hub(folder: Path) -> None:
-    """Remove hub.json, once the hub is dead, if it could not do so itself."""
+    """Remove hub.json of a hub that is dead and could not remove it."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         (folder / HUB_FILE).unlink()
 
 
 def _lives(pid: int, wrote: float) -> bool:
-    """Whether the process `pid` that wrote the file at time `wrote` still runs, and not another under its number."""
+    """Whether the process that wrote the file at time `wrote` still runs; another one may have its pid now."""
     try:
         process = psutil.Process(pid)
         return process.create_time() <= wrote and process.status() != psutil.STATUS_ZOMBIE
@@ -47,5 +47,5 @@ def _lives(pid: int, wrote: float) -> bool:
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Whether `folder`, of a run's or its warm-up's checkpoints, has one to go on from."""
+    """Whether `folder`, the checkpoints of a run or of its warm-up, contains one to resume from."""
     return any(folder.glob("step-*"))

@@ -1,4 +1,4 @@
-"""Between the supervisor and whoever looks on: gathers views, shows them, and closes with a table."""
+"""Shows a supervised run to the user: collects its state, displays it, and prints a table at the end."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Show:
         self._started = time.monotonic()
 
     def update(self, supervisor: Supervisor) -> None:
-        """Gather and show the newest."""
+        """Collect the newest state and show it."""
         self._watch.poll(supervisor.address)
         self._display.show(
             View(
@@ -52,21 +52,21 @@ class Show:
         )
 
     def close(self, *, stopping: bool) -> None:
-        """Give the terminal back, before processes are ended and errors printed."""
+        """Release the terminal before the processes are ended and errors are printed."""
         self._display.close()
         self._watch.close()
         if stopping:
             self._console.print("stopping ... (again Ctrl-C: at once)")
 
     def stopped(self) -> None:
-        """Say whether a run that was stopped can go on."""
+        """Tell the user whether the stopped run can be resumed."""
         if has_checkpoint(self._folder / CHECKPOINTS):
             self._console.print("the same command with learner.resume=true goes on from the last checkpoint")
         else:
             self._console.print("nothing to go on from: no checkpoint (learner.checkpoint_every=STEPS makes them)")
 
     def closing(self) -> None:
-        """Print the closing table and where the report is, if the run came far enough to have figures."""
+        """Print the final table and the path of the report, if the run has any metrics."""
         self._watch.poll("")
         if not self._watch.history:
             return
@@ -83,7 +83,7 @@ class Show:
 
 
 def _phase(phase: str, watch: Watch) -> str:
-    """While all run, how far they have come."""
+    """The phase of the run, more precisely while all processes are running."""
     if not phase.startswith("starting the learner"):
         return phase
     if watch.metrics:

@@ -1,13 +1,14 @@
-"""Which process of a run starts when, and what the end of each means.
+"""When each process of a run starts, and what follows from its end.
 
-    hub ──hub.json: address──▶ learner, actors          (started)
-    learner ends with 0 ──▶ hub and actors have LEAVING_S to follow ──▶ done
-    learner ends otherwise, or hub ends before it with an error ──▶ RunFailed, with the words of its log
-    actor crashes ──▶ started again after 1, 2, 4, ... s, RESTARTS times;  all have failed ──▶ RunFailed
-    actor ends with an error of the user's (2) ──▶ once more, since a second try seldom mends it
-    hub ends with 0, or all actors have left with 0 ──▶ the learner has LAST_S to end, too
+    the hub has written hub.json           ──▶ the learner and the actors start
+    the learner ends with 0                ──▶ the hub and the actors have LEAVING_S to end ──▶ the run is done
+    the learner ends with another code,
+    or the hub ends first with an error    ──▶ RunFailed, with the error from its log
+    an actor crashes                       ──▶ it restarts after 1, 2, 4, ... s, RESTARTS times; all failed: RunFailed
+    an actor ends with a user error (2)    ──▶ it restarts once, since another try seldom helps
+    the hub, or every actor, ends with 0   ──▶ the learner has LAST_S to end as well
 
-`tick` looks and acts but never waits, so whoever calls it can be interrupted between any two ticks, start-up included.
+`tick` checks and acts but never waits, so its caller can stop between any two ticks, also while the run starts.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from sgpo_async.local.run_folder import read_hub_file
 from sgpo_async.processes.signals import Signals
 
 HUB_START_S = 60.0
-LEAVING_S = 20.0  # after the learner's end, for actors and hub to end by themselves
-LAST_S = 120.0  # hub or actors are finished: the learner may still write its last checkpoint
+LEAVING_S = 20.0  # for actors and hub to end by themselves after the learner has ended
+LAST_S = 120.0  # for the learner to write its last checkpoint after the hub or all actors have ended
 RESTARTS = 5
 USERS_ERROR = 2  # exit code, see `sgpo_async.cli.main`
 TICK_S = 0.25
@@ -37,43 +38,43 @@ class CommandLines(Protocol):
 
     @property
     def actors(self) -> int:
-        """How many actors are started."""
+        """The number of actors."""
 
     def hub(self) -> Sequence[str]:
-        """The hub's, which writes hub.json into the run's folder when it is ready."""
+        """The command of the hub, which writes hub.json into the run's folder when it is ready."""
 
     def learner(self, address: str) -> Sequence[str]:
-        """The learner's, all ranks of it."""
+        """The command of the learner, with all its ranks."""
 
     def actor(self, name: str, address: str) -> Sequence[str]:
-        """One actor's."""
+        """The command of one actor."""
 
 
 @dataclass
 class ActorSlot:
-    """The place of one actor, which may be filled again after a crash."""
+    """One actor of the run. After a crash another process takes its slot."""
 
     number: int
     child: Child | None = None
     crashes: int = 0
-    start_at: float = 0.0  # when it is to be started (again)
+    start_at: float = 0.0  # when its process may be started, monotonic seconds
     state: str = "starting"  # starting, started, restarting, left, failed
 
     @property
     def name(self) -> str:
-        """Unique for every start: the hub may not yet know that the one before is dead."""
+        """Unique for every start: the hub may not know yet that the process before is dead."""
         return f"actor-{self.number}" + (f".{self.crashes}" if self.crashes else "")
 
 
 class Supervisor:
-    """Runs a plan to its end; look at `phase`, `slots` and `notes` between ticks."""
+    """Runs the command lines of a run to its end. Read `phase`, `slots` and `notes` between ticks."""
 
     def __init__(self, plan: CommandLines, processes: Processes) -> None:
         self.plan = plan
         self.phase = "starting the hub"
         self.address = ""
         self.slots = [ActorSlot(number) for number in range(plan.actors)]
-        self.notes: list[str] = []  # what a user should know, in the order it happened
+        self.notes: list[str] = []  # events that the user should know, in order
         self._processes = processes
         self._hub = processes.start("hub", plan.hub())
         self._hub_deadline = time.monotonic() + HUB_START_S
@@ -83,14 +84,14 @@ class Supervisor:
 
     @property
     def done(self) -> bool:
-        """The learner has trained all steps, and the others have left or had their time to."""
+        """Whether the learner has trained all steps and the others have ended, or had LEAVING_S to end."""
         if self._leaving_until is None:
             return False
         gone = self._hub.code is not None and all(slot.child is None for slot in self.slots)
         return gone or time.monotonic() > self._leaving_until
 
     def tick(self) -> None:
-        """Look at every process and do what its state asks for.
+        """Check every process and act on its state.
 
         Raises RunFailed or DeadlineExceeded when the run cannot go on.
         """
@@ -101,7 +102,7 @@ class Supervisor:
             self.phase = "finishing"
             self._leaving_until = time.monotonic() + LEAVING_S
         if self._leaving_until is None:
-            self._look_at_hub()  # before the learner: without a hub the learner fails, too
+            self._look_at_hub()  # before the learner, which fails as well when the hub is gone
             self._look_at_learner(self._learner)
         for slot in self.slots:
             self._look_at_actor(slot)
@@ -136,7 +137,7 @@ class Supervisor:
         self._expect_end()
 
     def _expect_end(self) -> None:
-        """The run is over for somebody: it must soon be for the learner."""
+        """The hub or all actors have ended normally: set the deadline of the learner."""
         if self._learner_deadline is None:
             self.phase = "finishing"
             self._learner_deadline = time.monotonic() + LAST_S
@@ -176,17 +177,17 @@ class Supervisor:
 
 
 class Onlooker(Protocol):
-    """Whoever shows the run (see `sgpo_async.local.show`)."""
+    """Shows the run to the user (see `sgpo_async.local.show`)."""
 
     def update(self, supervisor: Supervisor) -> None:
-        """Something may have changed."""
+        """Called after each tick."""
 
     def close(self, *, stopping: bool) -> None:
-        """The processes are about to be ended."""
+        """Called before the processes are ended."""
 
 
 def supervise(plan: CommandLines, folder: Path, onlooker: Onlooker) -> int:
-    """Start everything, show it, end everything; returns 0, or 128 + the signal that ended it.
+    """Run all processes to the end of the run and show it; returns 0, or 128 + the signal that ended it.
 
     Raises RunFailed or DeadlineExceeded if the run cannot go on.
     """

@@ -1,4 +1,4 @@
-"""How a run stands, from its hub (asked twice a second) and from metrics.jsonl (read as it grows)."""
+"""The state of a run: from its hub, which is asked twice a second, and from metrics.jsonl as it grows."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Watch:
         self._asked = 0.0
 
     def poll(self, address: str) -> None:
-        """Take what is new; `address` is the hub's, empty while it is unknown."""
+        """Read what is new. `address` is the hub's; empty while it is unknown."""
         if self._path.exists() and self._path.stat().st_mtime >= self._since:
             for line in self._tail.poll():
                 self.history.append(line)

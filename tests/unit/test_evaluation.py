@@ -163,7 +163,7 @@ def test_what_cannot_be_compared(tmp_path: Path) -> None:
 def test_a_plan_that_cannot_be_carried_out() -> None:
     with pytest.raises(DataError, match="sums: problem 0 has no strategy; evaluate it without --guided"):
         plan(guided=True, strategy=None)
-    with pytest.raises(ConfigError, match="--temperature: is above 0"):
+    with pytest.raises(ConfigError, match="--temperature must be > 0, got"):
         plan(temperature=0.0)
     with pytest.raises(ConfigError, match="--top-p"):
         replace(plan(), top_p=1.5)
