@@ -1,6 +1,6 @@
 """Finds what a strategy leaks: the answer, or a number of the response that is not in the problem.
 
-The rule. Numbers are compared by value, in whatever form they are written (values.py). A number in a strategy is a leak if
+Numbers are compared by value, in whatever form they are written (values.py). A number in a strategy is a leak if
 
     - it is the answer or a part of the answer (3 and 5 are parts of (3, 5)), and the problem does not contain the
       number with this sign; or
@@ -10,7 +10,7 @@ The rule. Numbers are compared by value, in whatever form they are written (valu
       contains the number.
 
 An answer that is more than one number also leaks if the strategy contains the whole answer and the problem does not,
-or if the strategy calls it the answer. Both texts are normalised first (LaTeX removed, \\sqrt{3} as sqrt(3), no spaces).
+or if the strategy calls it the answer. Both texts are normalised first (no LaTeX, \\sqrt{3} as sqrt(3), no spaces).
 An answer of one letter (multiple choice) leaks only if the strategy calls it the answer ("option C").
 
 In doubt the check rejects: another candidate costs little, but a policy that is shown answers learns to rely on them.
@@ -92,7 +92,7 @@ def _is_number(answer: str) -> bool:
 
 
 def _shape(wanted: str, *, before: str = "") -> re.Pattern[str]:
-    """A pattern for `wanted` in a text without spaces around signs. Word boundaries count only at letters and digits."""
+    """A pattern for `wanted` in a text from `_tight`. Word boundaries count only at letters and digits."""
     tight = _tight(wanted)
     ends = (before if tight[:1].isalnum() else "", r"(?!\w)" if tight[-1:].isalnum() else "")
     return re.compile(ends[0] + re.escape(tight) + ends[1])

@@ -1,8 +1,9 @@
 """Finds the numbers in a text by value and sign, in whatever form they are written. Pure functions.
 
-Examples of equal values: 1,200 and 1200; 1/2, \\frac{1}{2}, 0.5, 50 % and "half"; 12 and "twelve"; 5\\sqrt{3}, 5√3 and \\sqrt{75}.
+Equal values, for example: 1,200 and 1200; 1/2, \\frac{1}{2}, 0.5, 50 % and "half";
+12 and "twelve"; 5\\sqrt{3}, 5√3 and \\sqrt{75}.
 
-A minus is a sign if no operand precedes it (-5, x = -5, f(-5)). It is not a sign in a range (2-5) or at the beginning of
+A minus is a sign if no operand precedes it (-5, x = -5, f(-5)). It is not a sign in a range (2-5) or at the start of
 a list item ("- 5 apples"). An irrational square root is a value of its own; its radicand is not counted, but its factor
 is. These are not numbers: the numbering of steps ("2." or "(2)" at the beginning of a line), ordinals (2nd, "second"),
 the word "one", and digits that belong to a name (x1, a_2).

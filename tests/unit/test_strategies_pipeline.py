@@ -12,7 +12,7 @@ import pytest
 
 from sgpo_async.cli import strategies as command
 from sgpo_async.errors import DataError, EndpointError
-from sgpo_async.strategies.endpoint import Declined, Endpoint, Reply, Server, _RetryLater, _read
+from sgpo_async.strategies.endpoint import Declined, Endpoint, Reply, Server, _read, _RetryLater
 from sgpo_async.strategies.journal import Journal
 from sgpo_async.strategies.library import journal_metrics, write_library
 from sgpo_async.strategies.pipeline import Pipeline
