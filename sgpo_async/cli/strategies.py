@@ -150,7 +150,9 @@ def _with_endpoint(args: argparse.Namespace, journal: Journal, work: Any, own: O
 
             async with Endpoint(server) as endpoint:
                 await work(
-                    Pipeline(endpoint, journal, candidates=args.candidates, concurrency=args.concurrency, told=told)
+                    Pipeline(
+                        endpoint, journal, candidates=args.candidates, concurrency=args.concurrency, on_record=told
+                    )
                 )
 
     async def run_all() -> None:
@@ -292,9 +294,9 @@ def _need(args: argparse.Namespace, *names: str) -> None:
 
 def _show(journal: Journal, args: argparse.Namespace) -> None:
     """What was made, rejected and paid, and how good it is."""
-    from sgpo_async.strategies.library import figures
+    from sgpo_async.strategies.library import journal_metrics
 
-    found = figures(journal, prompt_price=args.prompt_price, completion_price=args.completion_price)
+    found = journal_metrics(journal, prompt_price=args.prompt_price, completion_price=args.completion_price)
     print(f"{found['items']:,} problems: {found['finished']:,} with a strategy")
     for reason, count in sorted(found["failed"].items()):
         print(f"  {count:,} failed: {reason}; a second run tries again")

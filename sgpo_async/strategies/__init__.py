@@ -1,10 +1,10 @@
-"""Strategies from a stronger model's responses: problem type, approach, general steps, and nothing that gives it away.
+"""Extracts strategies from a stronger model's responses: problem type, approach and general steps, without leaks.
 
-    problem + response ─▶ 5 candidates ─▶ parse ─▶ leak check ─▶ no duplicates ─▶ ranking ─▶ the best, into the library
+    problem + response ─▶ 5 candidates ─▶ parse ─▶ leak check ─▶ deduplicate ─▶ ranking ─▶ write the best to the library
                           prompts.py      parse.py  leaks.py                      prompts.py   library.py
-                          endpoint.py (any OpenAI-compatible server)           journal.py: every finished item, at once
+                          endpoint.py (any OpenAI-compatible server)           journal.py: every reply, immediately
 
-Pure rules: parse.py, leaks.py, values.py, candidates.py. I/O: endpoint.py, journal.py. pipeline.py joins them.
+Pure functions: parse.py, leaks.py, values.py, candidates.py. I/O: endpoint.py, journal.py. pipeline.py combines them.
 """
 
 from sgpo_async.strategies.endpoint import Endpoint, Server

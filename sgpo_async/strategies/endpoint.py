@@ -1,8 +1,8 @@
-"""Chat completions of any OpenAI-compatible server: each failure is retried, or ends the run, or ends the request.
+"""Chat completions of any OpenAI-compatible server. A failure is retried, ends the run, or fails only its request.
 
-429, 500 to 599, a cut connection, no answer in time, a body that is no whole reply    again, later (Retry-After)
-401, 403, 404                                                                           EndpointError: ends the run
-another status of 400 to 499                                                            Declined: ends the request
+status 429 or 500 to 599, lost connection, timeout, incomplete body    retried later (after Retry-After, if given)
+status 401, 403, 404                                                   EndpointError: ends the run
+any other status of 400 to 499                                         Declined: fails only this request
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ FATAL = (401, 403, 404)
 
 
 class Declined(Exception):
-    """This request cannot be served, and no repetition will change it."""
+    """The server cannot serve this request, and retrying it cannot help."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
-    """Whom to ask. The key is never shown or stored."""
+    """The server that receives the requests, and its settings. The key is never shown or stored."""
 
-    url: str  # up to /v1
+    url: str  # base URL that ends with /v1
     model: str
-    name: str = ""  # for provenance; "": host and port of its URL
+    name: str = ""  # recorded as provenance; "": host and port of the URL
     key: str = ""
-    timeout_s: float = 120.0  # of one request
+    timeout_s: float = 120.0  # for one request
     tries: int = 8
-    max_tokens: int = 1024  # of a reply
-    structured: bool = False  # replies are held to their form by a JSON schema
-    extra: Mapping[str, Any] | None = None  # more fields of the request, e.g. reasoning_effort; None leaves one out
+    max_tokens: int = 1024  # limit for one reply
+    structured: bool = False  # whether the server constrains replies by a JSON schema
+    extra: Mapping[str, Any] | None = None  # further request fields, e.g. reasoning_effort; None removes a field
 
     @property
     def known_as(self) -> str:
-        """For provenance."""
+        """The name that is recorded as provenance."""
         return self.name or urlsplit(self.url).netloc
 
     def __repr__(self) -> str:
@@ -53,7 +53,7 @@ class Server:
 
 
 class Reply(NamedTuple):
-    """One completion and what it cost."""
+    """One completion and its token counts."""
 
     text: str
     prompt_tokens: int
@@ -61,12 +61,12 @@ class Reply(NamedTuple):
 
 
 class Endpoint:
-    """Requests to one server; an async context."""
+    """Sends requests to one server; an async context manager."""
 
     def __init__(self, server: Server, *, backoff_s: float = BACKOFF_S) -> None:
         self.server, self._backoff_s = server, backoff_s
         self.retries = 0
-        self._answered = False  # at all, by now
+        self._answered = False  # whether the server has answered any request so far
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Endpoint:
@@ -85,8 +85,8 @@ class Endpoint:
         """The reply to one user message.
 
         Raises:
-            EndpointError: nothing can be had here; one line.
-            Declined: not this one, or not after `tries` tries.
+            EndpointError: the server cannot serve any request; one line.
+            Declined: the server rejects this request, or all `tries` tries failed.
         """
         request = self._request(prompt, temperature, seed)
         reason = ""
@@ -95,27 +95,29 @@ class Endpoint:
                 self.retries += 1
             try:
                 return await self._ask(request)
-            except _Later as later:
-                reason = later.reason
-                await asyncio.sleep(self._pause(attempt, later.after_s))
-        raise Declined(f"after {self.server.tries} tries: {reason}")
+            except _RetryLater as retry:
+                reason = retry.reason
+                await asyncio.sleep(self._pause(attempt, retry.after_s))
+        raise Declined(f"failed after {self.server.tries} tries: {reason}")
 
     def _request(self, prompt: Prompt, temperature: float, seed: int) -> dict[str, Any]:
         schema = {"name": "reply", "strict": True, "schema": prompt.schema}
-        held = {"response_format": {"type": "json_schema", "json_schema": schema}} if self.server.structured else {}
+        constraint: dict[str, Any] = {}
+        if self.server.structured:
+            constraint = {"response_format": {"type": "json_schema", "json_schema": schema}}
         fields = {
             "model": self.server.model,
             "messages": [{"role": "user", "content": prompt.text}],
             "temperature": temperature,
             "max_tokens": self.server.max_tokens,
             "seed": seed,
-            **held,
+            **constraint,
             **(self.server.extra or {}),
         }
         return {name: value for name, value in fields.items() if value is not None}
 
     def _pause(self, attempt: int, after_s: float | None) -> float:
-        """What the server asks for, or twice as long each time with some chance, so that clients spread."""
+        """Seconds before the next try: Retry-After, or exponential backoff with jitter, so that clients spread out."""
         if after_s is not None:
             return min(after_s, LONGEST_PAUSE_S)
         return min(self._backoff_s * 2**attempt, LONGEST_PAUSE_S) * random.uniform(0.5, 1.0)
@@ -129,25 +131,27 @@ class Endpoint:
                 body = await answer.text()
                 self._judge(answer.status, body, answer.headers.get("Retry-After"))
         except (aiohttp.ClientConnectorError, aiohttp.InvalidURL) as error:
-            if not self._answered:  # a server that restarts is waited for, one that never was there is not
-                raise EndpointError(f"{self.server.url}: nothing answers there ({error}); check --url") from None
-            raise _Later(f"{type(error).__name__}: {error}") from None
+            if not self._answered:  # wait for a server that restarts, but not for one that has never answered
+                raise EndpointError(f"{self.server.url}: no server answers ({error}); check --url") from None
+            raise _RetryLater(f"{type(error).__name__}: {error}") from None
         except (aiohttp.ClientError, TimeoutError, UnicodeDecodeError) as error:
-            raise _Later(f"{type(error).__name__}: {error}".strip(": ")) from None
+            raise _RetryLater(f"{type(error).__name__}: {error}".strip(": ")) from None
         return _read(body)
 
     def _judge(self, status: int, body: str, after: str | None) -> None:
-        said = f"status {status}: {' '.join(body.split())[:200]}"
+        message = f"status {status}: {' '.join(body.split())[:200]}"
         if status in FATAL:
             remedy = {401: "check the API key", 403: "check the API key", 404: "check --url and --model"}[status]
-            raise EndpointError(f"{self.server.url}: {self.server.model}: {said}; {remedy}")
+            raise EndpointError(f"{self.server.url}: {self.server.model}: {message}; {remedy}")
         if status == 429 or status >= 500:
-            raise _Later(said, float(after) if after and after.replace(".", "", 1).isdigit() else None)
+            raise _RetryLater(message, float(after) if after and after.replace(".", "", 1).isdigit() else None)
         if status >= 400:
-            raise Declined(said)
+            raise Declined(message)
 
 
-class _Later(Exception):
+class _RetryLater(Exception):
+    """A temporary failure: try again after `after_s` seconds, or after the usual backoff if None."""
+
     def __init__(self, reason: str, after_s: float | None = None) -> None:
         super().__init__(reason)
         self.reason, self.after_s = reason, after_s
@@ -159,10 +163,10 @@ def _read(body: str) -> Reply:
         choice, usage = found["choices"][0], found.get("usage") or {}
         text = choice["message"]["content"]
         if text is not None and not isinstance(text, str):
-            raise TypeError("the content is no text")
-        if choice.get("finish_reason") == "abort":  # SGLang's word for whom /abort_request met
-            raise _Later("cut short by the server")
-        # Without text: refused, or all tokens spent on thinking. It is paid for, and would be so at every repetition.
+            raise TypeError("the content must be text")
+        if choice.get("finish_reason") == "abort":  # SGLang's finish reason for requests that /abort_request stopped
+            raise _RetryLater("the server aborted the reply")
+        # No text: the model refused, or spent all tokens on thinking. A retry would cost the same again.
         return Reply(text or "", int(usage.get("prompt_tokens", 0)), int(usage.get("completion_tokens", 0)))
     except (ValueError, TypeError, LookupError, AttributeError) as error:
-        raise _Later(f"a body that is no completion ({type(error).__name__})") from None
+        raise _RetryLater(f"the response body is not a completion ({type(error).__name__})") from None

@@ -1,9 +1,9 @@
-"""Every reply and every finished item, appended and on the disk at once: what was paid for is never lost.
+"""Appends every reply and every finished item durably to a file, so that no reply that was paid for is ever lost.
 
-One JSON object per line, of two kinds. A reply, {"key": ..., "reply": {...}}, stands there as soon as it has come: its
-text, what it cost, who wrote it. A record has all of an item when it is finished; of several with the same key the last
-counts, and its tokens are those of all replies before it. A kill may leave half a line at the end: it is cut off when
-the journal is opened again.
+Each line is a JSON object of one of two kinds. A reply, {"key": ..., "reply": {...}}, is written as soon as it arrives:
+its text, its token counts, and the model that wrote it. A record holds a whole item and is written when the item is
+finished. Of several records with the same key the last one counts; its token counts include all replies before it. If
+the process is killed, the last line may be incomplete; it is removed when the journal is opened again.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from sgpo_async.tasks.base import Problem
 
 Record = dict[str, Any]
 BY = ("model", "endpoint", "prompts", "version", "time")
-"""Who wrote a reply: of a candidate the extractor, of a ranking the judge."""
+"""The origin of a reply: the extractor for a candidate, the judge for a ranking."""
 TOKENS = ("prompt_tokens", "completion_tokens")
 
 
 def key_of(problem: Problem) -> str:
-    """Identity of an item: what it is made of."""
+    """The identity of an item: a digest of problem, answer and response."""
     content = json.dumps([problem.problem, problem.answer, problem.response])
     return hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=10).hexdigest()
 
 
 def same(one: Record, other: Record) -> bool:
-    """Whether both are by the same model of the same server, with the same prompt."""
+    """Whether both were made by the same model on the same server, with the same prompt."""
     return all(one.get(name) == other.get(name) for name in ("model", "endpoint", "prompts"))
 
 
 class Journal:
-    """The work file of one library."""
+    """The work file from which one library is written."""
 
     def __init__(self, path: Path) -> None:
-        """Read what is there. Raises DataError for a line that is none of ours, SgpoError if it cannot be written."""
+        """Read the file if it exists. Raises DataError for a foreign line, SgpoError if the file is not writable."""
         self.path = path
         self.records: dict[str, Record] = {}
-        self.spent: dict[str, Counter[str]] = defaultdict(Counter)  # tokens of each item, finished or not
+        self.spent: dict[str, Counter[str]] = defaultdict(Counter)  # token counts of each item, finished or not
         self._replies: dict[str, list[Record]] = defaultdict(list)
         with reporting_write_errors(path):
             for number, line in JsonLinesReader(path).poll():
@@ -50,18 +50,18 @@ class Journal:
         self._lines = JsonLinesWriter(path, durable=True)
 
     def note(self, key: str, reply: Record) -> None:
-        """Add one reply, durably. Raises SgpoError if it cannot be written."""
+        """Write one reply durably. Raises SgpoError if the file cannot be written."""
         self._take(key, reply)
         self._lines.append({"key": key, "reply": reply})
 
     def append(self, record: Record) -> None:
-        """Add one record, durably, with what its item has cost so far. Raises SgpoError if it cannot be written."""
+        """Write one record durably, with the token counts of its item so far. Raises SgpoError if that fails."""
         record |= {name: self.spent[record["key"]][name] for name in TOKENS}
         self.records[record["key"]] = record
         self._lines.append(record)
 
     def replies(self, key: str, of: str) -> list[Record]:
-        """What has come for this item: its candidates, or its rankings, by number."""
+        """The replies for this item that are candidates, or rankings, in the order of their numbers."""
         return sorted((one for one in self._replies[key] if one["of"] == of), key=lambda one: one["number"])
 
     def done(self, key: str) -> bool:
@@ -69,7 +69,7 @@ class Journal:
         return key in self.records and not self.records[key].get("failed")
 
     def close(self) -> None:
-        """No further records."""
+        """Close the file; no records can be added afterwards."""
         self._lines.close()
 
     def _take(self, key: str, reply: Record) -> None:
@@ -84,11 +84,13 @@ class Journal:
             self.spent[found["key"]] = Counter({name: found[name] for name in TOKENS})
             self.records[found["key"]] = _with_origin(found)
         except (ValueError, TypeError, LookupError):
-            raise DataError(f"{self.path}:{number}: no record of this command; name another work file") from None
+            raise DataError(
+                f"{self.path}:{number}: not a record of `sgpo-async strategies`; name another work file"
+            ) from None
 
 
 def _with_origin(record: Record) -> Record:
-    """Work files of old name one model, that of the last run: take it for both."""
+    """Older work files name only the model of the last run: use it as both extractor and judge."""
     if "extractors" in record:
         return record
     by = {name: record.get(name) for name in BY}

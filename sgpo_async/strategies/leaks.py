@@ -1,18 +1,19 @@
-"""What a strategy gives away: the answer, or a number of the response that is not in the problem.
+"""Finds what a strategy leaks: the answer, or a number of the response that is not in the problem.
 
-The rule. Numbers are compared by value, whatever their form (values.py). A number in a strategy is a leak if
+Numbers are compared by value, in whatever form they are written (values.py). A number in a strategy is a leak if
 
-    - it is the answer's value, or a part of the answer (of (3, 5) both), and the problem does not have it, with this
-      sign; or
-    - the response has it and the problem does not, with any sign, unless it is 0, 1, 2, 3 or the root of one of them
-      ("two cases", x^2, "the third root"); or
-    - the strategy calls it the answer ("the answer is 12", "12 as the result"), and it is, whatever the problem has.
+    - it is the answer or a part of the answer (3 and 5 are parts of (3, 5)), and the problem does not contain the
+      number with this sign; or
+    - the response contains it and the problem does not, with any sign, unless it is 0, 1, 2, 3 or the square root of
+      one of these ("two cases", x^2, "the third root"); or
+    - the strategy calls it the answer ("the answer is 12", "12 as the result") and this is true, even if the problem
+      contains the number.
 
-An answer that is more than one number leaks also if it stands in the strategy as a whole, both brought into one form
-(LaTeX dropped, \\sqrt{3} as sqrt(3), no spaces), and the problem does not have it, or the strategy calls it the answer.
-An answer of a single letter, as of a multiple choice, leaks only where it is called that ("option C").
+An answer that is more than one number also leaks if the strategy contains the whole answer and the problem does not,
+or if the strategy calls it the answer. Both texts are normalised first (no LaTeX, \\sqrt{3} as sqrt(3), no spaces).
+An answer of one letter (multiple choice) leaks only if the strategy calls it the answer ("option C").
 
-It errs on the side of rejecting: another candidate costs little, and a policy that is told answers learns to be told.
+In doubt the check rejects: another candidate costs little, but a policy that is shown answers learns to rely on them.
 """
 
 from __future__ import annotations
@@ -24,34 +25,34 @@ from sgpo_async.strategies.values import Root, Value, find, numbers, plain, size
 
 STRUCTURAL: frozenset[Value] = frozenset({*map(Fraction, range(4)), Root(Fraction(2)), Root(Fraction(3))})
 
-_CLAIM = re.compile(  # up to where the answer would begin
+_CLAIM = re.compile(  # matches up to the position where the answer would begin
     r"\b(?:answer|result|solution|option|choice)s?\b"
     r"(?:[ \t]*(?:(?:is|are|equals?|be|must|will|should|comes?|to|as|therefore|thus|then|just)\b|[:=,*\"'(\[{]))*"
     r"[ \t]*",
     re.IGNORECASE,
 )
-_CALLED = re.compile(  # after the answer
+_CALLED = re.compile(  # matches directly after the answer
     r"""(?i:[)\]}*"' \t]*\b(?:is|as|for|be)\s+(?:the|our|your)\s+(?:\w+\s+)?(?:answer|result|solution)\b)"""
 )
 _LETTER = re.compile(r"\A\(?([A-Za-z])\)?\Z")
 
 
 def leaks(strategy: str, *, problem: str, answer: str, response: str) -> list[str]:
-    """What `strategy` gives away, in words; empty if nothing."""
-    answer = re.sub(r"\A\s*([-−])\s+", r"\1", answer)  # a sign, no list
+    """Descriptions of everything that `strategy` leaks; empty if it leaks nothing."""
+    answer = re.sub(r"\A\s*([-−])\s+", r"\1", answer)  # here a minus is a sign, not the mark of a list
     given, told, of_answer = numbers(problem), numbers(strategy), numbers(answer)
     shown = (told & of_answer) - given
     shown |= (sizes(told) & sizes(of_answer)) - sizes(given) - sizes(shown)
     found = [f"the answer's number {value}" for value in sorted(shown, key=str)]
     hidden = sizes(numbers(response)) - sizes(given) - STRUCTURAL - sizes(of_answer)
     found += [f"the response's number {value}" for value in sorted(sizes(told) & hidden, key=str)]
-    if _says(strategy, problem, answer) or _claims(strategy, answer, of_answer - shown):
+    if _contains(strategy, problem, answer) or _claims(strategy, answer, of_answer - shown):
         found.append(f"the answer {answer.strip()!r:.60}")
     return found
 
 
-def _says(strategy: str, problem: str, answer: str) -> bool:
-    """Whether an answer that is more than a number or a letter stands in the strategy, and not in the problem."""
+def _contains(strategy: str, problem: str, answer: str) -> bool:
+    """Whether the strategy, but not the problem, contains an answer that is more than one number or letter."""
     wanted = plain(answer).strip().strip(".")
     if not wanted or _LETTER.match(wanted) or _is_number(wanted):
         return False
@@ -85,18 +86,18 @@ def _is_called(shape: re.Pattern[str], text: str) -> bool:
 
 
 def _is_number(answer: str) -> bool:
-    """Whether one number is all there is."""
+    """Whether the answer is one number and nothing else."""
     found = find(answer)
     return len(found) == 1 and not re.search(r"[^\s()+]", answer[: found[0].start] + answer[found[0].end :])
 
 
 def _shape(wanted: str, *, before: str = "") -> re.Pattern[str]:
-    """Of a tight text, as a whole; next to a sign there are no words to end."""
+    """A pattern for `wanted` in a text from `_tight`. Word boundaries count only at letters and digits."""
     tight = _tight(wanted)
     ends = (before if tight[:1].isalnum() else "", r"(?!\w)" if tight[-1:].isalnum() else "")
     return re.compile(ends[0] + re.escape(tight) + ends[1])
 
 
 def _tight(text: str) -> str:
-    """Without the spaces around signs; between words one stays."""
+    """The text in lower case, without spaces around signs and with one space between words."""
     return re.sub(r"\s*([^\w\s])\s*", r"\1", " ".join(text.casefold().split()))

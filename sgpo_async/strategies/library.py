@@ -1,4 +1,4 @@
-"""The finished library, what it is worth, and whether anything in it leaks."""
+"""Writes the finished library, computes its metrics, and checks its strategies for leaks."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ COLUMNS = (
 
 
 def write_library(path: Path, records: Iterable[Record]) -> int:
-    """Write the best strategy of each problem, each problem once, as .jsonl or .parquet. Returns how many.
+    """Write the best strategy of each distinct problem as .jsonl or .parquet. Returns the number of problems.
 
-    Raises SgpoError if it cannot be written.
+    Raises SgpoError if the file cannot be written.
     """
     rows: dict[str, dict[str, Any]] = {}
     for record in sorted(records, key=lambda record: record["key"]):
@@ -35,7 +35,7 @@ def write_library(path: Path, records: Iterable[Record]) -> int:
 
 
 def check(problems: Iterable[Problem]) -> Iterator[tuple[str, str]]:
-    """(place, what leaks) of every strategy that gives something away.
+    """(FILE:LINE, description of the leak) for every strategy that leaks.
 
     Raises DataError if a problem with a strategy has no response to compare with.
     """
@@ -43,14 +43,16 @@ def check(problems: Iterable[Problem]) -> Iterator[tuple[str, str]]:
         if problem.strategy is None:
             continue
         if problem.response is None:
-            raise DataError(f"{problem.id}: a strategy without a response, with which it is to be compared")
+            raise DataError(
+                f"{problem.id}: the problem has a strategy but no response to check it against; add the response"
+            )
         found = leaks(problem.strategy, problem=problem.problem, answer=problem.answer, response=problem.response)
         if found:
             yield problem.id, "; ".join(found)
 
 
-def figures(journal: Journal, *, prompt_price: float = 0.0, completion_price: float = 0.0) -> dict[str, Any]:
-    """Counts, cost in the currency of the prices (each for a million tokens), and how many have which mean score."""
+def journal_metrics(journal: Journal, *, prompt_price: float = 0.0, completion_price: float = 0.0) -> dict[str, Any]:
+    """Counts, cost (the prices are per million tokens), and a histogram of the mean scores."""
     records = list(journal.records.values())
     rejected = Counter(one["reason"] for record in records for one in record["rejected"])
     tokens = {name: sum(spent[name] for spent in journal.spent.values()) for name in TOKENS}
@@ -71,7 +73,7 @@ def figures(journal: Journal, *, prompt_price: float = 0.0, completion_price: fl
 
 
 def _kind(reason: str) -> str:
-    """Without what differs from item to item."""
+    """The reason without the details that differ from item to item."""
     return re.split(r"[:(]", reason, maxsplit=1)[0].strip()
 
 

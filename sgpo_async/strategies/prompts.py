@@ -1,4 +1,4 @@
-"""What the models are asked. Our own words; the paper names the content and the four criteria (arXiv 2606.24064)."""
+"""The prompts for extraction and ranking. The paper (arXiv 2606.24064) gives contents and criteria, not the wording."""
 
 from __future__ import annotations
 
@@ -50,18 +50,18 @@ SCORES = [1, 2, 3, 4, 5]
 STEPS = range(2, 9)
 CRITERIA = ("type", "approach", "abstraction", "clean")
 EXTRACT_DIGEST, RANK_DIGEST = (hashlib.blake2b(p.encode(), digest_size=6).hexdigest() for p in (EXTRACT, RANK))
-"""Which prompts made and judged a strategy: part of its provenance."""
+"""Digests of the prompts; recorded as part of a strategy's provenance."""
 
 
 class Prompt(NamedTuple):
-    """What is asked, and the form of the reply."""
+    """The text of a request, and the form of its reply."""
 
     text: str
     schema: Mapping[str, Any]  # JSON schema
 
 
 def extract_prompt(problem: str, response: str) -> Prompt:
-    """Asks for one candidate."""
+    """The prompt that requests one candidate."""
     text = {"type": "string"}
     steps = _list(text, STEPS.start, STEPS.stop - 1)
     schema = _object({"type": text, "strategy": text, "steps": steps})
@@ -69,7 +69,7 @@ def extract_prompt(problem: str, response: str) -> Prompt:
 
 
 def rank_prompt(problem: str, response: str, candidates: Sequence[str]) -> Prompt:
-    """Asks for the scores of all candidates."""
+    """The prompt that requests the scores of all candidates."""
     count = len(candidates)
     numbered = "\n\n".join(f"Candidate {i}:\n{text}" for i, text in enumerate(candidates, 1))
     score = _object({name: {"type": "integer", "enum": SCORES} for name in CRITERIA})
@@ -78,7 +78,7 @@ def rank_prompt(problem: str, response: str, candidates: Sequence[str]) -> Promp
 
 
 def _object(properties: dict[str, Any]) -> dict[str, Any]:
-    """All of them and no others: what servers demand of a strict schema."""
+    """A schema that requires all `properties` and allows no others, as servers demand for strict schemas."""
     return {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
 
 

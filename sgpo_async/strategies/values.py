@@ -1,11 +1,12 @@
-"""The numbers that stand in a text, by value and with their signs, whatever their form: pure.
+"""Finds the numbers in a text by value and sign, in whatever form they are written. Pure functions.
 
-1,200 and 1200; 1/2, \\frac{1}{2}, 0.5, 50 % and "half"; 12 and "twelve"; 5\\sqrt{3}, 5√3 and \\sqrt{75}.
+Equal values, for example: 1,200 and 1200; 1/2, \\frac{1}{2}, 0.5, 50 % and "half";
+12 and "twelve"; 5\\sqrt{3}, 5√3 and \\sqrt{75}.
 
-A minus is a sign where nothing stands before it from which to subtract (-5, x = -5, f(-5)); it is none in a range (2-5)
-and at the head of a list ("- 5 apples"). A root that is no fraction is a value of its own, not its radicand; what it is
-multiplied by counts as well, as a part. Not numbers: the numbering of steps ("2." or "(2)" at the beginning of a line),
-ordinals (2nd, "second"), "one", and what is part of a name (x1, a_2).
+A minus is a sign if no operand precedes it (-5, x = -5, f(-5)). It is not a sign in a range (2-5) or at the start of
+a list item ("- 5 apples"). An irrational square root is a value of its own; its radicand is not counted, but its factor
+is. These are not numbers: the numbering of steps ("2." or "(2)" at the beginning of a line), ordinals (2nd, "second"),
+the word "one", and digits that belong to a name (x1, a_2).
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ _MANY = {"dozen": Fraction(12), "hundred": Fraction(100), "thousand": Fraction(1
 
 _NUMBERING = re.compile(r"^[ \t]*(?:[-*][ \t]*)?(?:step[ \t]+)?\(?\d{1,2}[.):](?=\s)", re.IGNORECASE | re.MULTILINE)
 _ORDINAL = re.compile(r"\b\d+(?:st|nd|rd|th)\b", re.IGNORECASE)
-_ENDLESS = re.compile(r"\d{400,}")  # no number that anyone compares; Python refuses to read much longer ones
+_ENDLESS = re.compile(r"\d{400,}")  # too long to be compared; Python refuses to convert much longer ones
 _NAMED = re.compile(r"(?<!\w)[A-Za-z]_?\{?\d+\}?")  # x1, a_2, a_{12}
-_BELOW = r"(?:\s*/\s*(?P<below>\d+)(?!\d|\.\d))?"  # a full stop may follow
+_BELOW = r"(?:\s*/\s*(?P<below>\d+)(?!\d|\.\d))?"  # a full stop may follow the denominator
 _NUMBER = re.compile(
     r"(?<![\w.])(?:(?P<whole>\d{1,3}(?:(?:,|\{,\}|\u202f|\u00a0)\d{3})+|\d+)(?P<part>\.\d+)?|(?P<bare>\.\d+))"
     rf"{_BELOW}(?P<percent>\s*%|\s+per\s?cent\b)?"
@@ -50,9 +51,9 @@ _MINUS = re.compile(
     re.IGNORECASE,
 )
 _EITHER = re.compile(r"±[ \t]*\Z")
-_LONGEST_SIGN = 24  # characters before a number among which its sign is looked for
+_LONGEST_SIGN = 24  # number of characters before a number that are searched for its sign
 
-_BARE = re.compile(r"\A-?[\d.,]*(?:sqrt\([\d./]+\))?\Z")  # needs no brackets above or below a line
+_BARE = re.compile(r"\A-?[\d.,]*(?:sqrt\([\d./]+\))?\Z")  # needs no parentheses as numerator or denominator
 _FRAC = re.compile(r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
 _SQRT = re.compile(
     r"(?:(?<=[\d})])\s*(?:\*|times(?: the)?)?\s*)?"
@@ -64,7 +65,7 @@ _SQRT = re.compile(
 
 @dataclass(frozen=True)
 class Root:
-    """A square root that is no fraction."""
+    """An irrational square root."""
 
     square: Fraction
     negative: bool = False
@@ -80,7 +81,7 @@ Value = Fraction | Root
 
 
 class Found(NamedTuple):
-    """One number of a text: where it stands, its sign included, and what it can mean (50 % is 50 and 1/2)."""
+    """One number of a text: its position (sign included) and its possible values (50 % is 50 and 1/2)."""
 
     start: int
     end: int
@@ -88,19 +89,19 @@ class Found(NamedTuple):
 
 
 def numbers(text: str) -> set[Value]:
-    """All values that stand in `text`."""
+    """All values of the numbers in `text`."""
     return {value for found in find(plain(text)) for value in found.values}
 
 
 def sizes(values: Iterable[Value]) -> set[Value]:
-    """Without their signs."""
+    """The values without their signs."""
     return {Root(value.square) if isinstance(value, Root) else abs(value) for value in values}
 
 
 def find(text: str) -> list[Found]:
-    """The numbers of a text in plain signs."""
-    for nothing, filler in ((_ENDLESS, "x"), (_NUMBERING, " "), (_ORDINAL, " "), (_NAMED, "x")):
-        text = _without(nothing, text, filler)
+    """The numbers of a text that `plain` has converted."""
+    for pattern_to_skip, filler in ((_ENDLESS, "x"), (_NUMBERING, " "), (_ORDINAL, " "), (_NAMED, "x")):
+        text = _without(pattern_to_skip, text, filler)
     found = [_signed(text, match, _root(match)) for match in _ROOT.finditer(text)]
     text = _without(_ROOT, text, "x")
     readers: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], set[Value]]], ...] = (
@@ -113,19 +114,19 @@ def find(text: str) -> list[Found]:
 
 
 def plain(text: str) -> str:
-    """LaTeX as plain signs: what wraps and spaces is dropped, fractions and roots are written out."""
+    """Convert LaTeX to plain text: remove wrappers and spacing commands, write out fractions and roots."""
     text = re.sub(r"\\(?:boxed|text|textbf|mathrm|mbox|mathbf)\s*\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\\(?:left|right|displaystyle|!|,|;|:|quad|qquad)(?![a-zA-Z])", "", text.replace("\\\\", " "))
     text = re.sub(r"\\(?:cdot|times)(?![a-zA-Z])\s*|[·×]", "*", text).replace("\\pm", "±")
     text = re.sub("[−–]", "-", text)
-    for _ in range(2):  # a root in a fraction, and a fraction in a root
+    for _ in range(2):  # twice, for a root in a fraction and a fraction in a root
         text = _SQRT.sub(lambda match: f"sqrt({match[1] or match[2] or match[3]})", text)
         text = _FRAC.sub(_written_out, text)
     return text.replace("\\", "").replace("$", "").replace("π", "pi")
 
 
 def _written_out(match: re.Match[str]) -> str:
-    """3/4 of \\frac34, and (a+b)/(c) of the like; with a space where a digit or letter beside it would join it."""
+    """3/4 for \\frac34, and (a+b)/(c) in general; with a space where an adjacent letter or digit would join it."""
     parts = ["".join(part or "" for part in both) for both in (match.group(1, 2), match.group(3, 4))]
     above, below = (part.strip() if _BARE.match(part.strip()) else f"({part})" for part in parts)
     head, tail = match.string[: match.start()][-1:], match.string[match.end() :][:1]
@@ -133,7 +134,7 @@ def _written_out(match: re.Match[str]) -> str:
 
 
 def _without(pattern: re.Pattern[str], text: str, filler: str) -> str:
-    """With `filler` in place of what matches: everything else stays where it is."""
+    """The text with `filler` in place of every match; all other positions stay the same."""
     return pattern.sub(lambda match: filler * len(match[0]), text)
 
 

@@ -1,4 +1,4 @@
-"""What a task is made of: a problem, and a source that yields problems by position. Free of torch."""
+"""Problems, and sources that yield problems by position. Does not import torch."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Protocol
 import xxhash
 
 SPLIT_SEED = 0
-"""Draws what is held out: never the run's seed, or runs of two seeds would be measured on different problems, and each
-would have trained on most of the other's."""
+"""Seed that selects the held-out problems. It differs from the run's seed on purpose: otherwise two runs with different
+seeds would be evaluated on different problems, and each would train on most of the other's held-out problems."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
     """One problem with its verifiable answer.
 
-    The strategy names problem type, approach and general steps; it holds neither intermediate numbers nor
-    the answer (arXiv 2606.24064). The response is a stronger model's worked solution, where one exists.
+    The strategy names problem type, approach and general steps; it contains neither intermediate numbers
+    nor the answer (arXiv 2606.24064). The response is a stronger model's worked solution, where one exists.
     """
 
     id: str
@@ -26,11 +26,11 @@ class Problem:
     answer: str
     strategy: str | None = None
     response: str | None = None
-    verifier: str | None = None  # None: that of its source, or benchmark
+    verifier: str | None = None  # None: the verifier of its source or benchmark
 
     @property
     def digest(self) -> str:
-        """By which two evaluations of a problem know that it is the same one."""
+        """Identifies the problem by its content, so that two evaluations can be matched problem by problem."""
         return xxhash.xxh3_64_hexdigest(f"{self.problem}\0{self.answer}".encode())
 
 
@@ -38,13 +38,13 @@ class ProblemSource(Protocol):
     """An endless, reproducible stream of training problems and a fixed held-out set."""
 
     verifier: str
-    """Name of the verifier in `sgpo_async.tasks.verify.VERIFIERS` that judges completions of this source."""
+    """Name of the verifier in `sgpo_async.tasks.verify.VERIFIERS` that checks completions of this source."""
 
     has_responses: bool
     """Whether any training problem has a response."""
 
     def training(self, position: int) -> Problem:
-        """The problem at `position` >= 0 of the training stream; the same one at every call."""
+        """The problem at `position` >= 0 of the training stream; every call returns the same one."""
 
     def held_out(self) -> Sequence[Problem]:
         """Problems that the training stream never yields, in a fixed order."""

@@ -1,6 +1,6 @@
-"""Benchmarks as their public datasets write them: files of a user's, in JSON Lines or Parquet.
+"""Reads benchmarks in the layouts of their public datasets, from JSON Lines or Parquet files of the user.
 
-A layout is recognised by its columns, whatever the file is called:
+The columns identify the layout; the file name does not matter:
 
     MATH-500        problem   answer                  unique_id    (solution, subject, level)
     AIME 2024       problem   answer                  id           (solution, url, year)
@@ -10,8 +10,8 @@ A layout is recognised by its columns, whatever the file is called:
     OlympiadBench   question  final_answer: a list    id           (error, context, unit, answer_type, ...)
     one's own       problem   answer                  -            (strategy, response)
 
-A column `strategy` is read in every layout. Answers are judged by math-verify, those of OlympiadBench that have a
-tolerance, `error`, within it.
+A column `strategy` is read in every layout. math-verify checks the answers; OlympiadBench answers that have a tolerance
+(column `error`) are correct within it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ from sgpo_async.tasks.tolerance import Tolerant
 
 VERIFIER = "math"
 TOLERANT = "math-tolerance"
-THOUSANDS = re.compile(r"(?<![\d.])\d{1,3}(?=,\d{3}(?!\d))")  # up to a comma that separates nothing: not in 0.5,100
+THOUSANDS = re.compile(
+    r"(?<![\d.])\d{1,3}(?=,\d{3}(?!\d))"
+)  # digits before a thousands separator; does not match 0.5,100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,30 +48,32 @@ class Benchmark:
 
     @property
     def digest(self) -> str:
-        """The same for the same problems, answers and strategies in the same order."""
+        """A digest of ids, problems, answers and strategies in their order."""
         texts = [text for p in self.problems for text in (p.id, p.problem, p.answer, p.strategy or "")]
         return xxhash.xxh3_64_hexdigest("\0".join(texts).encode())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Which columns of a dataset hold what."""
+    """The names and the meaning of a dataset's columns."""
 
     name: str
     problem: str
     answer: str
-    id: str | None  # None: the record's place in the file
-    to_answer: Callable[[str, Any], str]  # (place, value of the answer's column) -> what the verifier compares with
-    tolerance: str | None = None  # column that some records have, and others hold null in
+    id: str | None  # None: the number of the record in the file
+    to_answer: Callable[
+        [str, Any], str
+    ]  # (FILE:LINE, value of the answer column) -> the answer that the verifier receives
+    tolerance: str | None = None  # column that may be absent or null
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Those that a record must have."""
+        """The columns that a record must have."""
         return tuple(column for column in (self.problem, self.answer, self.id) if column)
 
 
 def plain_answer(place: str, value: Any) -> str:
-    """A text, or a number: 27.0, as some write whole numbers, is 27."""
+    """The answer from a text or a number; a whole number written as 27.0 becomes 27."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -78,7 +82,7 @@ def plain_answer(place: str, value: Any) -> str:
 
 
 def boxed_answer(place: str, value: Any) -> str:
-    r"""The last \boxed{...} of a solution, its braces balanced."""
+    r"""The content of the last \boxed{...} of a solution, with balanced braces."""
     text = _text(place, "the solution", value)
     _, box, rest = text.rpartition("\\boxed{")
     depth = 1
@@ -86,14 +90,14 @@ def boxed_answer(place: str, value: Any) -> str:
         depth += {"{": 1, "}": -1}.get(letter, 0)
         if box and depth == 0:
             return rest[:end]
-    raise DataError(f"{place}: there is no column of answers, and the solution has no \\boxed{{...}}")
+    raise DataError(f"{place}: the record has no answer column, and its solution has no \\boxed{{...}}")
 
 
 def listed_answers(place: str, value: Any) -> str:
-    """Every answer of a list, in any order: `3, 5`. A proof has none and cannot be judged."""
+    """All answers of a list as one text, `3, 5`; their order does not matter. Proofs have no answer and are rejected."""
     if not isinstance(value, list) or not value:
         raise DataError(
-            f"{place}: 'final_answer' must be a list of answers, not {value!r:.60}; proofs cannot be judged: "
+            f"{place}: 'final_answer' must be a list of answers, got {value!r:.60}; proofs cannot be verified: "
             "use the open-ended problems, OE_TO_maths_en_COMP"
         )
     if len(value) == 1:
@@ -102,26 +106,26 @@ def listed_answers(place: str, value: Any) -> str:
 
 
 def tolerances(place: str, value: Any, *, answers: int) -> list[float | None]:
-    """OlympiadBench's `error`: one tolerance for all answers, or one for each: `1e-1,,5`, where nothing means exactly.
+    """OlympiadBench's `error`: one tolerance for all answers, or one for each, `1e-1,,5`; empty means exact.
 
-    Raises DataError for what is no such number, or for another number of them than there are answers.
+    Raises DataError for an invalid number, or if the number of tolerances is neither 1 nor the number of answers.
     """
     try:
-        given = [float(one) if one.strip() else None for one in str(value).split(",")]
-        right = all(one is None or (one >= 0 and math.isfinite(one)) for one in given)
+        parsed = [float(one) if one.strip() else None for one in str(value).split(",")]
+        valid = all(one is None or (one >= 0 and math.isfinite(one)) for one in parsed)
     except ValueError:
-        given, right = [], False
-    if isinstance(value, bool) or not right or len(given) not in (1, answers):
+        parsed, valid = [], False
+    if isinstance(value, bool) or not valid or len(parsed) not in (1, answers):
         raise DataError(
-            f"{place}: 'error' must be a number that is not negative, or one for each answer, here {answers}, between "
-            f"commas, not {value!r:.60}"
+            f"{place}: 'error' must be one number >= 0, or {answers} (one per answer) separated by commas, "
+            f"got {value!r:.60}"
         )
-    return given * answers if len(given) == 1 else given
+    return parsed * answers if len(parsed) == 1 else parsed
 
 
 def separated(answer: str) -> list[str]:
-    """The answers that a text lists: cut at commas outside of brackets, but not in 1,234, which is one number."""
-    within = {match.end() for match in THOUSANDS.finditer(answer)}  # commas of a number
+    """The answers that a text lists: split at commas outside of brackets, except thousands separators (1,234)."""
+    within = {match.end() for match in THOUSANDS.finditer(answer)}  # positions of thousands separators
     cuts, depth = [-1], 0
     for place, letter in enumerate(answer):
         depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(letter, 0)
@@ -131,7 +135,7 @@ def separated(answer: str) -> list[str]:
     return [part.strip().strip("$") for part in parts]
 
 
-LAYOUTS = (  # the first whose columns are all there is taken
+LAYOUTS = (  # the first layout whose columns are all present is used
     Layout(name="MATH-500", problem="problem", answer="answer", id="unique_id", to_answer=plain_answer),
     Layout(
         name="OlympiadBench",
@@ -150,14 +154,14 @@ LAYOUTS = (  # the first whose columns are all there is taken
 
 
 def open_benchmark(name: str, path: str, *, samples: int) -> Benchmark:
-    """The benchmark in the file at `path`, whose layout is that of its first record.
+    """Read the benchmark in the file at `path`; its first record determines the layout.
 
-    Raises DataError, one line with file and line, for a file or record that cannot be read, a record that shows
-    pictures, and an id that occurs twice.
+    Raises DataError, one line with file and line, for an unreadable file or record, a record with pictures, and an
+    id that occurs twice.
     """
     rows = list(read_rows(path))
     if not rows:
-        raise DataError(f"{path}: holds no problems")
+        raise DataError(f"{path}: the file contains no problems")
     layout = layout_of(*rows[0])
     problems: dict[str, Problem] = {}
     for number, (place, record) in enumerate(rows, start=1):
@@ -169,7 +173,7 @@ def open_benchmark(name: str, path: str, *, samples: int) -> Benchmark:
 
 
 def open_benchmarks(settings: Evaluation) -> list[Benchmark]:
-    """Those that a run evaluates while it trains. Raises DataError."""
+    """The benchmarks that a run evaluates during training. Raises DataError."""
     return [
         open_benchmark(name, file.path, samples=file.samples or settings.samples)
         for name, file in settings.benchmarks.items()
@@ -177,13 +181,13 @@ def open_benchmarks(settings: Evaluation) -> list[Benchmark]:
 
 
 def layout_of(place: str, record: Any) -> Layout:
-    """The layout of a record. Raises DataError if it is none that is known."""
+    """The layout of a record. Raises DataError if no known layout matches."""
     for layout in LAYOUTS:
         if isinstance(record, dict) and all(column in record for column in layout.columns):
             return layout
     known = "; ".join(f"{', '.join(layout.columns)} ({layout.name})" for layout in LAYOUTS)
     found = ", ".join(record) or "no columns" if isinstance(record, dict) else type(record).__name__
-    raise DataError(f"{place}: {found}: the columns of no layout that is known: {known}")
+    raise DataError(f"{place}: the columns match no known layout, got {found}; known layouts: {known}")
 
 
 def to_problem(place: str, record: Any, *, layout: Layout, number: int) -> Problem:
@@ -192,7 +196,7 @@ def to_problem(place: str, record: Any, *, layout: Layout, number: int) -> Probl
     if missing:
         raise DataError(f"{place}: no column {missing[0]!r}, which the first record has")
     if record.get("modality") == "Multimodal" or record.get("image_1") is not None:
-        raise DataError(f"{place}: shows pictures, which no prompt can hold; use problems of text alone")
+        raise DataError(f"{place}: the problem contains pictures, which prompts do not support; use text-only problems")
     strategy = record.get("strategy")
     answer = layout.to_answer(place, record[layout.answer])
     tolerance = record.get(layout.tolerance) if layout.tolerance else None
@@ -207,19 +211,19 @@ def to_problem(place: str, record: Any, *, layout: Layout, number: int) -> Probl
 
 
 def _with_tolerance(place: str, answer: str, tolerance: Any) -> str:
-    """The answer and the tolerance of each that it lists, as the tolerant verifier takes them."""
+    """The answers with their tolerances, in the text form that the verifier `math-tolerance` reads."""
     parts = separated(answer)
     given = tolerances(place, tolerance, answers=len(parts))
     return Tolerant(answer=answer, parts=tuple(zip(parts, given, strict=True))).to_text()
 
 
 def _with_context(record: dict[str, Any], problem: str) -> str:
-    """OlympiadBench's `context` is what a series of problems have in common; it is put before each."""
+    """Put OlympiadBench's `context`, which a series of problems shares, before the problem."""
     context = record.get("context")
     return f"{context}\n\n{problem}" if isinstance(context, str) and context.strip() else problem
 
 
 def _text(place: str, what: str, value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{place}: {what} must be a text that is not empty, not {value!r:.60}")
+        raise DataError(f"{place}: {what} must be a text that is not empty, got {value!r:.60}")
     return value

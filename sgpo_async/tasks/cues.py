@@ -1,4 +1,4 @@
-"""The problem source of the built-in domain (see `cues_domain` for what a problem is)."""
+"""The problem source of the built-in domain; `cues_domain` defines its problems."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sgpo_async.tasks.cues_domain import draw_exercise
 
 
 class CuesSource:
-    """Generated problems; every second held-out one has neighbouring cues that training never shows."""
+    """Generates problems; every second held-out problem contains a pair of neighbouring cues that training never shows."""
 
     verifier = "cues"
     has_responses = True
@@ -21,7 +21,7 @@ class CuesSource:
         self._reserved = {problem.problem for problem in self._held_out}
 
     def training(self, position: int) -> Problem:
-        """The training problem at `position`: without novel pairs, and none of the held-out problems."""
+        """The training problem at `position`; it has no novel pair and is not a held-out problem."""
         problem, attempt = _problem(f"train-{position}", seed=self._seed), 0
         while problem.problem in self._reserved:
             attempt += 1

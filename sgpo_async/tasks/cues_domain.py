@@ -1,17 +1,17 @@
-"""The built-in domain: cue words that each call for one technique on a pair of digits.
+"""The built-in domain: each cue word requires one technique, which changes a pair of digits.
 
 A problem gives five amounts with cues and a start state, and asks for the state after each step:
 
     problem 3 amber 1 birch 4 cedar 2 delta 1 ember from 4 7
     solution 3 amber raise 4 0 1 birch swap 9 5 ...          (without the word "solution")
 
-Which technique a cue calls for is a fact that the problem does not tell and that must be found out: 36
-facts. A strategy names the technique of each cue in order; it holds no digit, so neither amount nor state:
+The problem does not say which technique a cue requires; the policy must learn these 36 facts. A strategy names the
+technique of each cue in order. It contains no digit, so it reveals neither an amount nor a state:
 
     strategy amber raise birch swap cedar lower delta both ember raise
 
-One word is one token. Each amount stands beside its cue, and the start state ends the prompt, so that in a
-solution every operand is found at a constant distance.
+One word is one token. Each amount is next to its cue, and the start state ends the prompt, so every operand of a
+solution step is at a constant distance from it.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ def _novel_pairs() -> frozenset[tuple[str, str]]:
 
 
 TRUE_TECHNIQUE: Mapping[str, str] = _true_techniques()
-"""The technique that each cue calls for; every technique has nine cues."""
+"""The technique that each cue requires; every technique has nine cues."""
 NOVEL_PAIRS = _novel_pairs()
-"""Ordered neighbouring cues, a fifth of all, that occur in held-out problems only."""
+"""Ordered pairs of neighbouring cues that occur only in held-out problems: a fifth of all pairs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exercise:
-    """The content of one problem: equally many amounts and distinct cues, and the start state."""
+    """The content of one problem: amounts, the same number of distinct cues, and the start state."""
 
     amounts: tuple[int, ...]
     cues: tuple[str, ...]
@@ -68,7 +68,7 @@ class Exercise:
 
     @property
     def pairs(self) -> set[tuple[str, str]]:
-        """Ordered neighbouring cues."""
+        """The ordered pairs of neighbouring cues."""
         return set(pairwise(self.cues))
 
     @property
@@ -83,7 +83,7 @@ class Exercise:
         return "strategy " + " ".join(f"{c} {t}" for c, t in zip(self.cues, techniques, strict=True))
 
     def states(self, techniques: tuple[str, ...]) -> list[State]:
-        """The state after each step, if the steps are done by `techniques`."""
+        """The state after each step if the steps use `techniques`."""
         states, state = [], self.start
         for amount, technique in zip(self.amounts, techniques, strict=True):
             state = TECHNIQUES[technique](*state, amount)
@@ -95,7 +95,7 @@ class Exercise:
         return " ".join(f"{k} {cue} {technique} {x} {y}" for k, cue, technique, (x, y) in steps)
 
     def answer_text(self) -> str:
-        """The true states, `x y` after each step: what the verifier compares with."""
+        """The correct states, `x y` after each step; the verifier compares with them."""
         return " ".join(f"{x} {y}" for x, y in self.states(self.true_techniques))
 
 
@@ -114,12 +114,13 @@ def draw_exercise(rng: random.Random, *, steps: int = STEPS, novel: bool = False
 def is_correct(answer: str, completion: str) -> bool:
     """Whether `completion` is five steps `amount cue technique x y` and nothing else, every state right.
 
-    The completion is decoded without special tokens. The states alone are judged: amount, cue and technique
-    need only be words of their kind. A right last state alone would be an accident in some hundredths.
+    The completion is decoded without special tokens. Only the states are compared; amount, cue and technique need only
+    be valid words of their kind. All states must be right, because the last one alone is right by chance in a few
+    percent of all cases.
     """
     words = completion.split(" ")
     if len(words) != 5 * STEPS:
         return False
     steps = [words[i : i + 5] for i in range(0, len(words), 5)]
-    formed = all(k in DIGITS and cue in CUES and technique in TECHNIQUES for k, cue, technique, _, _ in steps)
-    return formed and " ".join(f"{x} {y}" for *_, x, y in steps) == answer
+    well_formed = all(k in DIGITS and cue in CUES and technique in TECHNIQUES for k, cue, technique, _, _ in steps)
+    return well_formed and " ".join(f"{x} {y}" for *_, x, y in steps) == answer

@@ -1,9 +1,9 @@
-"""What the base policy of the built-in domain is to be: tokenizer, shape, and what it guesses unguided.
+"""Specifies the base policy of the built-in domain: tokenizer, model shape, and guesses without a strategy.
 
-It carries out any techniques that a strategy names. Without a strategy it guesses: for every cue a wrong
-technique is its favourite and the true one comes close behind. So it hardly ever finds five in a row and
-greedy decoding finds none; learning is to change its mind on 36 facts, not to become surer of it. Yet the
-true technique stays within reach: its KL from a sure teacher, -ln p(true), is below 1.
+The policy applies any techniques that a strategy names. Without a strategy it guesses: for every cue the most probable
+technique is wrong and the true one is second. So sampling rarely gets five techniques right, and greedy decoding never
+does: training must change 36 preferences, not just sharpen them. The true technique remains probable enough to be
+learned: the KL divergence from a certain teacher, -ln p(true), is below 1.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ P_TRUE, P_FAVOURITE = 0.44, 0.50
 
 
 def guess_probabilities(cue: str, *, p_true: float = P_TRUE, p_favourite: float = P_FAVOURITE) -> dict[str, float]:
-    """Technique -> probability that the base policy guesses it unguided; the sum is 1.
+    """Technique -> probability that the base policy guesses it without a strategy; the sum is 1.
 
-    All five right by chance: p_true^5, 1.6 % by default.
+    Probability that all five are right: p_true^5, 1.6 % by default.
     """
     names = list(TECHNIQUES)
     true = TRUE_TECHNIQUE[cue]
@@ -31,7 +31,7 @@ def guess_probabilities(cue: str, *, p_true: float = P_TRUE, p_favourite: float 
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One word, one token: every text of the domain is unchanged by encoding and decoding."""
+    """A tokenizer with one token per word; encoding and decoding leave every text of the domain unchanged."""
     words = (PAD, EOS, UNKNOWN, *KEYWORDS, *DIGITS, *TECHNIQUES, *CUES)
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -47,9 +47,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
-    """The shape: 0.17 million parameters.
+    """The model shape: 0.17 million parameters.
 
-    Qwen3 and not Qwen2, because AutoTokenizer gives every folder of model type qwen2 Qwen's own tokenizer.
+    The model type is qwen3, because AutoTokenizer loads Qwen's own tokenizer for every folder of type qwen2.
     """
     return Qwen3Config(
         vocab_size=len(tokenizer),

@@ -1,7 +1,7 @@
-"""A user's own problems: JSON Lines, Parquet, or a Hugging Face dataset (folder or name, needs `datasets`).
+"""Reads a user's own problems: JSON Lines, Parquet, or a Hugging Face dataset (folder or name, needs `datasets`).
 
-Columns: problem, answer, and optionally strategy and response; others are ignored. Rewards come from
-math-verify.
+Columns: problem, answer, and optionally strategy and response; other columns are ignored. math-verify
+computes the rewards.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sgpo_async.errors import DataError
 from sgpo_async.tasks.base import SPLIT_SEED, Problem
 
 Row = tuple[str, Any]
-"""(place as FILE:LINE, record)"""
+"""(FILE:LINE, record)"""
 
 
 def read_jsonl(path: Path) -> Iterator[Row]:
@@ -43,7 +43,7 @@ def read_parquet(path: Path) -> Iterator[Row]:
 
 
 def read_dataset(name: str) -> Iterator[Row]:
-    """Split `train` of a Hugging Face dataset: a saved one, or one by its name or folder of data files."""
+    """The split `train` of a Hugging Face dataset: a saved dataset, a dataset name, or a folder of data files."""
     try:
         import datasets
     except ImportError as error:
@@ -73,7 +73,7 @@ def read_rows(path: str) -> Iterator[Row]:
 def to_problem(place: str, record: Any) -> Problem:
     """The problem of one record; raises DataError `FILE:LINE: reason`."""
     if not isinstance(record, dict):
-        raise DataError(f"{place}: a record must be an object, not {type(record).__name__}")
+        raise DataError(f"{place}: a record must be an object, got {type(record).__name__}")
     return Problem(
         id=place,
         problem=_text(place, record, "problem"),
@@ -89,31 +89,31 @@ def read_problems(path: str) -> list[Problem]:
 
 
 class Split(NamedTuple):
-    """The problems of a file in two parts that have no text in common."""
+    """The problems of a file in two parts; no problem text is in both."""
 
     training: list[Problem]
     held_out: list[Problem]
 
 
 def read_split(path: str, *, held_out: int) -> Split:
-    """Hold out `held_out` of the distinct problem texts, so that a problem that occurs twice is not on both sides.
+    """Hold out `held_out` of the distinct problem texts, so that repeated problems are all in the same part.
 
-    Which ones depends on nothing but the texts in their order: every run on this file has the same. They come in the
-    order of that draw, so that any part of them is a random one, however the file is sorted.
+    The selection depends only on the texts and their order, so every run with this file holds out the same problems.
+    They are returned in the random order of the draw: any slice of them is a random sample, even if the file is sorted.
 
-    Raises DataError for a bad line and where none would be left for training.
+    Raises DataError for a bad line, and if no problem would be left for training.
     """
     problems = read_problems(path)
     texts = list(dict.fromkeys(problem.problem for problem in problems))
     random.Random(f"held-out {SPLIT_SEED}").shuffle(texts)
-    reserved = {text: place for place, text in enumerate(texts[:held_out])}
+    reserved = {text: index for index, text in enumerate(texts[:held_out])}
     training = [problem for problem in problems if problem.problem not in reserved]
     if not training:
         raise DataError(
             f"{path}: {len(texts)} distinct problems leave none for training with tasks.held_out={held_out}"
         )
-    aside = [problem for problem in problems if problem.problem in reserved]
-    return Split(training, sorted(aside, key=lambda problem: reserved[problem.problem]))
+    held = [problem for problem in problems if problem.problem in reserved]
+    return Split(training, sorted(held, key=lambda problem: reserved[problem.problem]))
 
 
 def _first_line(error: Exception) -> str:
@@ -125,11 +125,13 @@ def _text(place: str, record: dict[str, Any], column: str) -> str:
         raise DataError(f"{place}: no column {column!r}; there are {', '.join(map(repr, record)) or 'none'}")
     value = record[column]
     if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{place}: {column!r} must be a text that is not empty, not {value!r:.60}")
+        raise DataError(f"{place}: {column!r} must be a text that is not empty, got {value!r:.60}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"{place}: {column!r} is no Unicode text: half a surrogate pair at {error.start}") from error
+        raise DataError(
+            f"{place}: {column!r} must be valid Unicode, got half a surrogate pair at character {error.start}"
+        ) from error
     return value
 
 
@@ -145,12 +147,12 @@ def _optional_text(place: str, record: dict[str, Any], column: str) -> str | Non
 
 
 class FileSource:
-    """Problems of a file or dataset, reshuffled at every epoch; a fixed part of them is held out (`read_split`)."""
+    """Problems of a file or dataset, reshuffled in every epoch; a fixed part is held out (see `read_split`)."""
 
     verifier = "math"
 
     def __init__(self, path: str, *, held_out: int, seed: int) -> None:
-        """Raises DataError, as `read_split` does."""
+        """Read the problems. Raises DataError (see `read_split`)."""
         self._training, self._held_out = read_split(path, held_out=held_out)
         self.has_responses = any(problem.response is not None for problem in self._training)
         self._order = lru_cache(maxsize=4)(self._shuffled)

@@ -1,9 +1,9 @@
-"""An OpenAI-compatible endpoint on loopback that often fails first: misbehaving_endpoint.py PORT_FILE LOG_FILE.
+"""An OpenAI-compatible endpoint on loopback that often fails at first: misbehaving_endpoint.py PORT_FILE LOG_FILE.
 
-What it does follows from a digest of the request, so that it does the same in every run: the first time a request comes
-it may answer 429 with Retry-After, 500, cut the connection, or send what is no completion; the second time it answers.
-Its candidates say what the solution tells it to say: `SAY [...] YAS` in the response of a problem. LOG_FILE gets a line
-for each answered request: a digest of it, and the tokens that it is charged for; LOG_FILE.faults one for each fault.
+A digest of the request decides its behaviour, so every run behaves the same. When a request arrives for the first time,
+the endpoint may answer 429 with Retry-After or 500, cut the connection, or send an invalid body; the second time it
+answers correctly. Its candidates contain the texts that the response of the problem lists as `SAY [...] YAS`. It writes
+one line to LOG_FILE for each answered request (its digest and token counts), and one to LOG_FILE.faults for each fault.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from pathlib import Path
 from aiohttp import web
 
 SEEN: set[str] = set()
-MISDEEDS = ("429", "500", "cut", "nonsense")
-FAULTS = (*MISDEEDS, "none", "slow", "none", "none")
+FAILURES = ("429", "500", "cut", "nonsense")
+FAULTS = (*FAILURES, "none", "slow", "none", "none")
 APPROACHES = ("Isolate the unknown quantity", "Draw a picture of all relations", "Work backwards from the goal")
 
 
 def candidate(prompt: str, seed: int) -> str:
-    said = json.loads(re.search(r"SAY (\[.*?\]) YAS", prompt)[1])
-    text = said[seed % len(said)]
+    texts = json.loads(re.search(r"SAY (\[.*?\]) YAS", prompt)[1])
+    text = texts[seed % len(texts)]
     if text == "nonsense":
         return "I cannot do that, but here is a poem."
     steps = ["Name what is asked for.", f"{text}."]
@@ -51,7 +51,7 @@ async def chat(request: web.Request) -> web.StreamResponse:
     digest = hashlib.blake2b(f"{seed} {prompt}".encode(), digest_size=8).hexdigest()
     first, fault = digest not in SEEN, FAULTS[int(digest, 16) % len(FAULTS)]
     SEEN.add(digest)
-    if first and fault in MISDEEDS:
+    if first and fault in FAILURES:
         with Path(f"{sys.argv[2]}.faults").open("a") as log:
             log.write(f"{fault}\n")
     if first and fault == "429":

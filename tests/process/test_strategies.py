@@ -1,4 +1,4 @@
-"""The whole extraction against an endpoint that misbehaves: planted leaks, kill and resume, one-line errors."""
+"""The whole extraction with a misbehaving endpoint: planted leaks, kill and resume, one-line errors."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 def numbers(item: int) -> tuple[int, int, int]:
-    """Answer and intermediate results of an item, all its own: 31 + 74 = 105, so 105 - 74 = 31, and so on."""
+    """Answer and intermediate results of an item, unique to it: 31 + 74 = 105, so 105 - 74 = 31, and so on."""
     answer, taken = 31 + item % 9, 74 + 2 * item
     return answer, taken, answer + taken
 
 
 def leaks(item: int) -> tuple[str, ...]:
-    """Of the answer, as a figure, by value and in words, and of the intermediate results; the problem has 12."""
+    """Leaks of the answer (in digits, by value, in words) and of the intermediate results; the problem contains 12."""
     answer, taken, whole = numbers(item)
     return (
         *(f"The result is {answer}", f"It comes to \\boxed{{{answer}}}", f"So x equals {answer}.0"),
@@ -44,13 +44,13 @@ def leaks(item: int) -> tuple[str, ...]:
 
 
 def leak_in(record: dict, text: str) -> int | None:
-    """The kind of leak that was planted in this text, if one was."""
+    """The kind of leak that is planted in this text, or None."""
     planted = leaks(record["item"])
     return next((kind for kind, leak in enumerate(planted) if leak in text), None)
 
 
 def write_problems(path: Path) -> tuple[set[str], set[str]]:
-    """Of 200 problems every second one has a leak among its candidates, every tenth nothing else: (clean, hopeless)."""
+    """(clean, hopeless): of 200 problems, every second has a leaking candidate, and every tenth has no clean one."""
     rows, clean, hopeless = [], set(), set()
     for i in range(ITEMS):
         says = [CLEAN[(i + j) % len(CLEAN)] for j in range(5)]
@@ -69,7 +69,7 @@ def write_problems(path: Path) -> tuple[set[str], set[str]]:
 
 
 class Place:
-    """One endpoint, and commands that ask it."""
+    """One endpoint, and the commands that use it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.log = folder, folder / "asked.log"
@@ -107,7 +107,7 @@ def rows_of(file: Path) -> list[dict]:
 
 
 def records_of(work: Path) -> list[dict]:
-    """The finished items of a work file, in which each reply has a line too."""
+    """The finished items of a work file, without the lines of single replies."""
     lines = [json.loads(line) for line in work.read_bytes().split(b"\n")[:-1]]
     return [line for line in lines if "reply" not in line]
 
@@ -127,7 +127,7 @@ def extracted(place: Place) -> str:
     return done.stdout
 
 
-def test_every_planted_leak_is_caught_and_nothing_clean_is_lost(place: Place, extracted: str) -> None:
+def test_every_planted_leak_is_rejected_and_every_clean_candidate_is_kept(place: Place, extracted: str) -> None:
     records = records_of(place.folder / "work.jsonl")
     assert len(records) == ITEMS
     place_of = {row["problem"]: i for i, row in enumerate(rows_of(place.folder / "problems.jsonl"))}
@@ -148,15 +148,15 @@ def test_every_planted_leak_is_caught_and_nothing_clean_is_lost(place: Place, ex
     assert "20 failed: no candidate is left" in extracted
 
 
-def test_the_endpoint_misbehaved_in_every_way(place: Place, extracted: str) -> None:
-    """And nobody paid for it: what is failed above failed for its leaks alone."""
+def test_the_endpoint_caused_every_kind_of_fault(place: Place, extracted: str) -> None:
+    """The faults cause no failed item: the failed items of the test above failed only because of their leaks."""
     faults = Path(f"{place.log}.faults").read_text().split()
     assert {fault: faults.count(fault) > ITEMS / 10 for fault in faults} == dict.fromkeys(
         ("429", "500", "cut", "nonsense"), True
     )
 
 
-def test_the_library_trains(place: Place, extracted: str) -> None:
+def test_the_library_can_be_trained_on(place: Place, extracted: str) -> None:
     path = str(place.folder / "library.jsonl")
     source = open_source("file", path=path, held_out=10, seed=0)
     problem = source.training(0)
@@ -168,7 +168,9 @@ def test_the_library_trains(place: Place, extracted: str) -> None:
     assert "secret" not in Path(path).read_text() + (place.folder / "work.jsonl").read_text()
 
 
-def test_killed_and_resumed_it_is_the_same_library_and_nothing_is_paid_twice(place: Place, extracted: str) -> None:
+def test_a_killed_and_resumed_run_writes_the_same_library_and_pays_for_nothing_twice(
+    place: Place, extracted: str
+) -> None:
     work = place.folder / "killed.jsonl"
     environment = os.environ | {"TEST_KEY": "secret", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
@@ -190,21 +192,21 @@ def test_killed_and_resumed_it_is_the_same_library_and_nothing_is_paid_twice(pla
     assert done.returncode == 0, done.stderr
     strategy = {problem.problem: problem.strategy for problem in read_problems(str(place.folder / "again.parquet"))}
     assert strategy == {p.problem: p.strategy for p in read_problems(str(place.folder / "library.jsonl"))}
-    # Five candidates each, a ranking if one is left, and for those that failed before the kill five others: beyond that
-    # only what was on its way when the kill came, to eight problems at a time.
+    # Each problem needs five candidates, a ranking if one is left, and five others if it failed before the kill. Only
+    # the requests in flight at the kill, for at most eight problems, may come on top.
     needed = 5 * ITEMS + len(place.clean) + 5 * hopeless
     assert needed <= len(place.log.read_text().splitlines()) - asked <= needed + 8 * 5
 
 
-def test_a_second_run_asks_only_for_what_failed(place: Place, extracted: str) -> None:
+def test_a_second_run_requests_only_failed_items(place: Place, extracted: str) -> None:
     asked = len(place.log.read_text().splitlines())
     assert place.extract("work.jsonl", "library.jsonl").returncode == 0
     assert len(place.log.read_text().splitlines()) - asked == 5 * len(place.hopeless)
 
 
-def test_ranking_anew_extracts_nothing(place: Place, extracted: str) -> None:
+def test_ranking_again_extracts_nothing(place: Place, extracted: str) -> None:
     rank = ("rank", str(place.folder / "work.jsonl"), "--library", str(place.folder / "ranked.jsonl"))
-    for requests in (len(place.clean), 0):  # a second time there is nothing to do
+    for requests in (len(place.clean), 0):  # the second time there is nothing left to do
         asked = len(place.log.read_text().splitlines())
         done = place.run(*rank, model="judge")
         assert done.returncode == 0, done.stderr
@@ -213,7 +215,7 @@ def test_ranking_anew_extracts_nothing(place: Place, extracted: str) -> None:
     assert {(row["model"], row["judge"]) for row in rows} == {("strong", "judge")}
 
 
-def test_check_finds_a_leak_that_came_in_later(place: Place, extracted: str) -> None:
+def test_check_finds_a_leak_that_was_added_later(place: Place, extracted: str) -> None:
     library = place.folder / "library.jsonl"
     assert place.run("check", str(library)).returncode == 0
     rows = rows_of(library)
@@ -225,12 +227,12 @@ def test_check_finds_a_leak_that_came_in_later(place: Place, extracted: str) -> 
     assert f"{spoilt}:4: the answer's number {rows[3]['answer']}" in done.stdout
 
 
-def test_stats_tell_what_the_endpoint_charged(place: Place) -> None:
+def test_stats_report_the_tokens_that_the_endpoint_charged(place: Place) -> None:
     few = (place.folder / "problems.jsonl").read_text().splitlines(keepends=True)[:30]
     (place.folder / "few.jsonl").write_text("".join(few))
     work, library = str(place.folder / "paid.jsonl"), str(place.folder / "paid-library.jsonl")
     before = len(place.log.read_text().splitlines())
-    for _ in range(2):  # the second time for the three hopeless ones
+    for _ in range(2):  # the second time only for the three hopeless problems
         assert place.run(*place.words("paid.jsonl", "paid-library.jsonl", "few.jsonl")).returncode == 0
     assert place.run("rank", work, "--library", library, model="judge").returncode == 0
     charged = [line.split()[1:] for line in place.log.read_text().splitlines()[before:]]
@@ -244,10 +246,10 @@ def test_stats_tell_what_the_endpoint_charged(place: Place) -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_run_cut_short_writes_the_library_of_what_is_finished(place: Place, number: int, code: int) -> None:
+def test_an_interrupted_run_writes_the_library_of_finished_items(place: Place, number: int, code: int) -> None:
     work, library = place.folder / f"cut-{code}.jsonl", place.folder / f"cut-{code}-library.jsonl"
     environment = os.environ | {"TEST_KEY": "secret", "PYTHONPATH": str(ROOT)}
-    # A shell starts what it runs in the background deaf to Ctrl-C, and tests may be run so.
+    # A shell starts background commands with SIGINT ignored, and the tests may run in the background.
     command = ["env", "--default-signal=INT", *place.command(*place.words(work.name, library.name))]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
@@ -264,7 +266,7 @@ def test_a_run_cut_short_writes_the_library_of_what_is_finished(place: Place, nu
     assert f"library: {library}, {len(finished)} problems" in said.replace("\n", " ")
 
 
-def test_an_endpoint_that_fails_leaves_the_library_of_what_is_finished(place: Place, extracted: str) -> None:
+def test_a_run_whose_endpoint_fails_writes_the_library_of_finished_items(place: Place, extracted: str) -> None:
     (place.folder / "refused.jsonl").write_bytes((place.folder / "work.jsonl").read_bytes())
     done = place.extract("refused.jsonl", "refused-library.parquet", key="wrong")
     assert done.returncode == 2
@@ -287,7 +289,7 @@ def test_an_endpoint_that_fails_leaves_the_library_of_what_is_finished(place: Pl
         (["--library", "FOLDER/problems.jsonl"], "is read as well, and would be overwritten"),
     ],
 )
-def test_options_are_examined_before_anything_is_paid_for(
+def test_options_are_validated_before_the_first_request(
     place: Place, words: list[str], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = place.log.read_text() if place.log.exists() else ""
@@ -315,7 +317,7 @@ def test_options_are_examined_before_anything_is_paid_for(
         (["--serve", "--model", "./nowhere"], "--model: ./nowhere: no such folder"),
     ],
 )
-def test_an_own_server_that_cannot_be_launched_is_told_in_one_line(
+def test_a_server_that_cannot_be_launched_is_reported_in_one_line(
     place: Place, words: list[str], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["strategies", *place.words("own.jsonl", "own-library.jsonl"), "--model", "builtin:cues", *words]) == 2
@@ -331,7 +333,7 @@ def test_an_own_server_that_cannot_be_launched_is_told_in_one_line(
         ({"model": "weak"}, "status 404: .*; check --url and --model"),
     ],
 )
-def test_what_no_patience_mends_ends_the_run_in_one_line(place: Place, how: dict[str, str], says: str) -> None:
+def test_a_permanent_error_ends_the_run_with_one_line(place: Place, how: dict[str, str], says: str) -> None:
     done = place.extract("wrong.jsonl", "wrong-library.jsonl", **how)
     assert done.returncode == 2
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -341,12 +343,12 @@ def test_what_no_patience_mends_ends_the_run_in_one_line(place: Place, how: dict
     assert not (place.folder / "wrong-library.jsonl").exists()
 
 
-def test_where_nothing_answers_the_run_ends_at_once_and_writes_no_library(
+def test_a_run_without_a_server_ends_at_once_and_writes_no_library(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(place, "url", "http://127.0.0.1:9/v1")
     done = place.extract("nowhere.jsonl", "nowhere-library.jsonl")
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "http://127.0.0.1:9/v1: nothing answers there (" in line and line.endswith("; check --url")
+    assert "http://127.0.0.1:9/v1: no server answers (" in line and line.endswith("; check --url")
     assert not (place.folder / "nowhere-library.jsonl").exists()

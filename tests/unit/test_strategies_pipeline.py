@@ -1,4 +1,4 @@
-"""Items through a scripted endpoint: what a failure costs, what the next run asks for, who is named for what."""
+"""The pipeline with a scripted endpoint: effects of failures, requests of the next run, recorded provenance."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pytest
 
 from sgpo_async.cli import strategies as command
 from sgpo_async.errors import DataError, EndpointError
-from sgpo_async.strategies.endpoint import Declined, Endpoint, Reply, Server, _Later, _read
+from sgpo_async.strategies.endpoint import Declined, Endpoint, Reply, Server, _read, _RetryLater
 from sgpo_async.strategies.journal import Journal
-from sgpo_async.strategies.library import figures, write_library
+from sgpo_async.strategies.library import journal_metrics, write_library
 from sgpo_async.strategies.pipeline import Pipeline
 from sgpo_async.strategies.prompts import Prompt
 from sgpo_async.tasks.base import Problem
@@ -35,12 +35,12 @@ def scores(first: dict[str, int], rest: dict[str, int]) -> Callable[[int], str]:
 
 
 class Scripted:
-    """An endpoint of one model. `extract` and `rank` are called with how many such requests came before."""
+    """An endpoint with one model. `extract` and `rank` receive the number of earlier requests of their kind."""
 
     def __init__(self, model: str = "EXTRACTOR", *, extract: object = None, rank: object = None) -> None:
         self.server = Server(url="http://host/v1", model=model)
-        self.extract = extract or (lambda place: candidate(KINDS[place % 5]))
-        self.rank = rank or (lambda place: scores(HIGH, LOW))
+        self.extract = extract or (lambda index: candidate(KINDS[index % 5]))
+        self.rank = rank or (lambda index: scores(HIGH, LOW))
         self.extracted: list[int] = []  # seeds
         self.ranked: list[tuple[float, int]] = []  # temperatures and seeds
         self.paid = [0, 0]
@@ -64,7 +64,7 @@ class Scripted:
 
 
 def run(path: Path, endpoint: Scripted, action: str = "extract", problems: list[Problem] = PROBLEMS[:1]) -> Journal:
-    """The journal afterwards, as the next command reads it."""
+    """Run the pipeline, and return the journal as the next command reads it."""
     journal = Journal(path)
     pipeline = Pipeline(endpoint, journal, concurrency=1)
     try:
@@ -91,10 +91,10 @@ def work(tmp_path: Path) -> Path:
     return tmp_path / "work.jsonl"
 
 
-def test_extractor_and_judge_are_named_for_what_they_did(work: Path, tmp_path: Path) -> None:
+def test_the_library_names_the_extractor_and_the_judge(work: Path, tmp_path: Path) -> None:
     before = row(run(work, Scripted()), tmp_path / "before.jsonl")
     assert (before["model"], before["judge"]) == ("EXTRACTOR", "EXTRACTOR")
-    judge = Scripted("JUDGE", rank=lambda place: scores(LOW, HIGH))
+    judge = Scripted("JUDGE", rank=lambda index: scores(LOW, HIGH))
     after = row(run(work, judge, "rank"), tmp_path / "after.jsonl")
     assert (after["model"], after["judge"]) == ("EXTRACTOR", "JUDGE")
     assert after["strategy"] != before["strategy"]
@@ -103,21 +103,21 @@ def test_extractor_and_judge_are_named_for_what_they_did(work: Path, tmp_path: P
     assert before["prompts"] != before["judge_prompts"] == after["judge_prompts"]
 
 
-def test_a_reranking_that_fails_leaves_what_was(work: Path, tmp_path: Path) -> None:
+def test_a_reranking_that_fails_keeps_the_older_scores(work: Path, tmp_path: Path) -> None:
     before = row(run(work, Scripted()), tmp_path / "before.jsonl")
-    journal = run(work, Scripted("JUDGE", rank=lambda place: "nonsense"), "rank")
+    journal = run(work, Scripted("JUDGE", rank=lambda index: "nonsense"), "rank")
     assert row(journal, tmp_path / "after.jsonl") == before
     assert only(journal)["rerank_failed"]["model"] == "JUDGE"
-    assert "cannot be read: not one JSON object" in only(journal)["rerank_failed"]["reason"]
-    assert figures(journal)["old_scores"] == 1
+    assert "unreadable scores: the reply must be one JSON object" in only(journal)["rerank_failed"]["reason"]
+    assert journal_metrics(journal)["old_scores"] == 1
     journal = run(work, Scripted("JUDGE"), "rank")
     assert "rerank_failed" not in only(journal)
     assert row(journal, tmp_path / "after.jsonl")["judge"] == "JUDGE"
 
 
-def test_an_interrupted_ranking_goes_on_where_it_was(work: Path) -> None:
+def test_an_interrupted_ranking_resumes_where_it_stopped(work: Path) -> None:
     run(work, Scripted(), problems=PROBLEMS)
-    first = Scripted("JUDGE", rank=lambda place: scores(LOW, HIGH) if place < 2 else EndpointError("gone"))
+    first = Scripted("JUDGE", rank=lambda index: scores(LOW, HIGH) if index < 2 else EndpointError("gone"))
     with pytest.raises(EndpointError):
         run(work, first, "rank")
     second = Scripted("JUDGE")
@@ -129,17 +129,17 @@ def test_an_interrupted_ranking_goes_on_where_it_was(work: Path) -> None:
     assert third.ranked == []
 
 
-def test_one_refused_candidate_is_all_that_is_lost(work: Path) -> None:
-    endpoint = Scripted(extract=lambda place: Declined("status 400") if place == 2 else candidate(KINDS[place]))
+def test_a_declined_request_loses_only_its_own_candidate(work: Path) -> None:
+    endpoint = Scripted(extract=lambda index: Declined("status 400") if index == 2 else candidate(KINDS[index]))
     record = only(run(work, endpoint))
     assert record["failed"] is None
     assert len(record["candidates"]) == 4
     assert len(endpoint.ranked) == 1
 
 
-def test_only_the_candidates_that_did_not_come_are_asked_for_again(work: Path) -> None:
+def test_the_next_run_requests_only_the_missing_candidates(work: Path) -> None:
     replies = ["nonsense", Declined("status 400"), "nonsense", "nonsense", Declined("status 400")]
-    first = Scripted(extract=lambda place: replies[place])
+    first = Scripted(extract=lambda index: replies[index])
     assert only(run(work, first))["failed"] == "extraction: status 400"
     second = Scripted()
     record = only(run(work, second))
@@ -148,24 +148,24 @@ def test_only_the_candidates_that_did_not_come_are_asked_for_again(work: Path) -
     assert [one["reason"] for one in record["rejected"]] == ["unreadable"] * 3
 
 
-def test_where_all_were_rejected_others_are_asked_for(work: Path) -> None:
-    first, second = Scripted(extract=lambda place: "nonsense"), Scripted()
+def test_the_next_run_requests_new_candidates_if_all_were_rejected(work: Path) -> None:
+    first, second = Scripted(extract=lambda index: "nonsense"), Scripted()
     assert only(run(work, first))["failed"] == "no candidate is left (unreadable)"
     assert len(only(run(work, second))["candidates"]) == 5
     assert len(second.extracted) == 5
-    assert not set(second.extracted) & set(first.extracted)  # the same seeds may have the same replies
+    assert not set(second.extracted) & set(first.extracted)  # the same seeds might produce the same replies
 
 
-def test_a_failed_ranking_does_not_pay_for_candidates_again(work: Path) -> None:
-    assert only(run(work, Scripted(rank=lambda place: Declined("too long"))))["failed"] == "ranking: too long"
+def test_after_a_failed_ranking_the_candidates_are_not_requested_again(work: Path) -> None:
+    assert only(run(work, Scripted(rank=lambda index: Declined("too long"))))["failed"] == "ranking: too long"
     second = Scripted()
     assert only(run(work, second))["failed"] is None
     assert (len(second.extracted), len(second.ranked)) == (0, 1)
 
 
-def test_an_unreadable_ranking_is_not_asked_for_greedily_again(work: Path) -> None:
-    first, second = Scripted(rank=lambda place: "nonsense"), Scripted()
-    assert only(run(work, first))["failed"].startswith("ranking: the scores cannot be read")
+def test_an_unreadable_ranking_is_retried_at_a_temperature_above_zero(work: Path) -> None:
+    first, second = Scripted(rank=lambda index: "nonsense"), Scripted()
+    assert only(run(work, first))["failed"].startswith("ranking: unreadable scores")
     run(work, second)
     temperatures, seeds = zip(*first.ranked, *second.ranked, strict=True)
     assert temperatures[0] == 0
@@ -173,67 +173,67 @@ def test_an_unreadable_ranking_is_not_asked_for_greedily_again(work: Path) -> No
     assert len(set(seeds)) == len(temperatures) == 4
 
 
-def test_what_came_before_an_interruption_is_used_and_counted(work: Path) -> None:
-    first = Scripted(extract=lambda place: EndpointError("gone") if place == 3 else candidate(KINDS[place]))
+def test_replies_before_an_interruption_are_used_and_counted(work: Path) -> None:
+    first = Scripted(extract=lambda index: EndpointError("gone") if index == 3 else candidate(KINDS[index]))
     with pytest.raises(EndpointError):
         run(work, first)
     journal = Journal(work)
     journal.close()
-    assert figures(journal)["interrupted"] == 1
-    assert [figures(journal)[name] for name in ("prompt_tokens", "completion_tokens")] == first.paid
-    second = Scripted(extract=lambda place: candidate(KINDS[3]))
+    assert journal_metrics(journal)["interrupted"] == 1
+    assert [journal_metrics(journal)[name] for name in ("prompt_tokens", "completion_tokens")] == first.paid
+    second = Scripted(extract=lambda index: candidate(KINDS[3]))
     assert len(only(run(work, second))["candidates"]) == 5
     assert second.extracted == [first.extracted[3]]
 
 
-def test_all_that_was_ever_paid_is_counted(work: Path) -> None:
+def test_the_metrics_count_the_tokens_of_all_runs(work: Path) -> None:
     runs = [
-        (Scripted(extract=lambda place: "nonsense"), "extract"),
-        (Scripted(extract=lambda place: Declined("no") if place % 2 else candidate(KINDS[place % 5])), "extract"),
-        (Scripted("JUDGE", rank=lambda place: "nonsense"), "rank"),
+        (Scripted(extract=lambda index: "nonsense"), "extract"),
+        (Scripted(extract=lambda index: Declined("no") if index % 2 else candidate(KINDS[index % 5])), "extract"),
+        (Scripted("JUDGE", rank=lambda index: "nonsense"), "rank"),
         (Scripted("JUDGE"), "rank"),
     ]
     for endpoint, action in runs:
         journal = run(work, endpoint, action, PROBLEMS)
-    found = figures(journal, prompt_price=1e6, completion_price=1e6)
-    paid = [sum(endpoint.paid[place] for endpoint, _ in runs) for place in (0, 1)]
+    found = journal_metrics(journal, prompt_price=1e6, completion_price=1e6)
+    paid = [sum(endpoint.paid[index] for endpoint, _ in runs) for index in (0, 1)]
     assert [found["prompt_tokens"], found["completion_tokens"]] == paid
     assert found["cost"] == sum(paid)
 
 
-def test_a_reply_without_text_is_paid_for_once() -> None:
+def test_a_reply_without_text_is_not_requested_again() -> None:
     body = {"choices": [{"message": {"content": None}}], "usage": {"prompt_tokens": 9, "completion_tokens": 1024}}
     assert _read(json.dumps(body)) == Reply("", 9, 1024)
 
 
-def test_a_reply_that_the_server_cut_short_is_asked_for_again() -> None:
+def test_a_reply_that_the_server_aborted_is_requested_again() -> None:
     choice = {"message": {"content": "{"}, "finish_reason": "abort"}
-    with pytest.raises(_Later, match="cut short by the server"):
+    with pytest.raises(_RetryLater, match="the server aborted the reply"):
         _read(json.dumps({"choices": [choice]}))
     assert _read(json.dumps({"choices": [choice | {"finish_reason": "length"}]})).text == "{"
 
 
-def test_a_request_has_the_fields_that_the_command_names() -> None:
+def test_a_request_has_the_fields_of_the_command_line() -> None:
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     extra = '{"max_tokens": null, "max_completion_tokens": 4096, "reasoning_effort": "low"}'
-    words = ["extract", "x.jsonl", "--url", "http://host/v1", "--model", "m"]
-    endpoint = Endpoint(command._server(parser.parse_args([*words, "--max-tokens", "2048"])))
+    arguments = ["extract", "x.jsonl", "--url", "http://host/v1", "--model", "m"]
+    endpoint = Endpoint(command._server(parser.parse_args([*arguments, "--max-tokens", "2048"])))
     asked = Prompt("p", {"type": "object"})
     assert endpoint._request(asked, 1.0, 3)["max_tokens"] == 2048
-    endpoint = Endpoint(command._server(parser.parse_args([*words, "--extra", extra])))
+    endpoint = Endpoint(command._server(parser.parse_args([*arguments, "--extra", extra])))
     messages = [{"role": "user", "content": "p"}]
     assert endpoint._request(asked, 1.0, 3) == {
         **{"model": "m", "messages": messages, "temperature": 1.0, "seed": 3},
         **{"max_completion_tokens": 4096, "reasoning_effort": "low"},
     }
-    endpoint = Endpoint(command._server(parser.parse_args([*words, "--structured"])))
+    endpoint = Endpoint(command._server(parser.parse_args([*arguments, "--structured"])))
     schema = {"name": "reply", "strict": True, "schema": {"type": "object"}}
-    held = endpoint._request(asked, 1.0, 3)["response_format"]
-    assert held == {"type": "json_schema", "json_schema": schema}
+    constraint = endpoint._request(asked, 1.0, 3)["response_format"]
+    assert constraint == {"type": "json_schema", "json_schema": schema}
 
 
-def test_a_work_file_of_old_is_read(work: Path, tmp_path: Path) -> None:
+def test_an_older_work_file_is_readable(work: Path, tmp_path: Path) -> None:
     record = only(run(work, Scripted()))
     by = record.pop("judge")
     del record["extractors"]
@@ -243,5 +243,5 @@ def test_a_work_file_of_old_is_read(work: Path, tmp_path: Path) -> None:
     assert second.extracted == []
     assert row(journal, tmp_path / "library.jsonl")["model"] == "EXTRACTOR"
     work.write_text('{"key": "k"}\n')
-    with pytest.raises(DataError, match="1: no record of this command"):
+    with pytest.raises(DataError, match="1: not a record of `sgpo-async strategies`; name another work file"):
         Journal(work)

@@ -1,4 +1,4 @@
-"""Reading replies, finding leaks, dropping repetitions, choosing the best: all pure."""
+"""Parsing replies, finding leaks, removing duplicates, choosing the best candidate: pure functions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from sgpo_async.strategies.candidates import alike, best_of, sift
+from sgpo_async.strategies.candidates import alike, best_of, filter_replies
 from sgpo_async.strategies.leaks import leaks
 from sgpo_async.strategies.parse import Unreadable, parse_scores, parse_strategy
 from sgpo_async.strategies.values import Root, numbers
@@ -19,7 +19,7 @@ GOOD = {"type": "Linear equations", "strategy": "Isolate the unknown.", "steps":
 SCORE = {"type": 3, "approach": 4, "abstraction": 5, "clean": 5}
 
 
-def test_a_strategy_reads_as_it_will_stand_before_a_problem() -> None:
+def test_the_text_of_a_parsed_strategy_is_that_of_the_guided_prompt() -> None:
     text = parse_strategy(json.dumps(GOOD)).text()
     assert text == (
         "Problem type: Linear equations\nStrategy: Isolate the unknown.\nSteps:\n1. Collect terms.\n2. Divide."
@@ -46,22 +46,22 @@ def test_only_the_numbering_of_a_step_is_dropped(step: str, read: str) -> None:
 @pytest.mark.parametrize(
     ("reply", "reason"),
     [
-        ("", "not one JSON object"),
-        ("Sure! " + json.dumps(GOOD), "not one JSON object"),
-        (json.dumps(GOOD) + json.dumps(GOOD), "not one JSON object"),
-        ("[" * 100_000, "not one JSON object"),
-        ("[1, 2]", "not one JSON object"),
-        (json.dumps({"type": "a", "steps": ["a", "b"]}), "the keys are not steps, strategy, type"),
-        (json.dumps(GOOD | {"answer": "7"}), "the keys are not"),
-        (json.dumps(GOOD | {"steps": ["only one"]}), "steps is no list of 2 to 8"),
-        (json.dumps(GOOD | {"steps": "a, b"}), "steps is no list"),
-        (json.dumps(GOOD | {"steps": ["a", 3]}), "a step is no text"),
-        (json.dumps(GOOD | {"type": "  "}), "type is no text"),
-        (json.dumps(GOOD | {"strategy": "x" * 601}), "strategy is longer than 600"),
-        ('{"type": "\\ud800", "strategy": "b", "steps": ["a", "b"]}', "type is no Unicode text"),
+        ("", "the reply must be one JSON object"),
+        ("Sure! " + json.dumps(GOOD), "the reply must be one JSON object"),
+        (json.dumps(GOOD) + json.dumps(GOOD), "the reply must be one JSON object"),
+        ("[" * 100_000, "the reply must be one JSON object"),
+        ("[1, 2]", "the reply must be one JSON object"),
+        (json.dumps({"type": "a", "steps": ["a", "b"]}), "the keys must be steps, strategy, type"),
+        (json.dumps(GOOD | {"answer": "7"}), "the keys must be"),
+        (json.dumps(GOOD | {"steps": ["only one"]}), "steps must be a list of 2 to 8 texts"),
+        (json.dumps(GOOD | {"steps": "a, b"}), "steps must be a list of 2 to 8 texts"),
+        (json.dumps(GOOD | {"steps": ["a", 3]}), "a step must be text"),
+        (json.dumps(GOOD | {"type": "  "}), "type must be text"),
+        (json.dumps(GOOD | {"strategy": "x" * 601}), "strategy must have at most 600 characters"),
+        ('{"type": "\\ud800", "strategy": "b", "steps": ["a", "b"]}', "type must be valid Unicode"),
     ],
 )
-def test_what_is_not_as_asked_for_is_refused_with_the_reason(reply: str, reason: str) -> None:
+def test_an_invalid_strategy_is_rejected_with_the_reason(reply: str, reason: str) -> None:
     with pytest.raises(Unreadable, match=reason):
         parse_strategy(reply)
 
@@ -69,28 +69,28 @@ def test_what_is_not_as_asked_for_is_refused_with_the_reason(reply: str, reason:
 @pytest.mark.parametrize(
     ("scores", "reason"),
     [
-        ([SCORE], "no list of 2"),
-        ([SCORE, {"type": 1}], "has not the keys"),
-        ([SCORE, SCORE | {"clean": 6}], "clean is no whole number from 1 to 5"),
-        ([SCORE, SCORE | {"clean": 4.5}], "clean is no whole number"),
-        ([SCORE, SCORE | {"clean": True}], "clean is no whole number"),
-        ("5, 5", "no list of 2"),
+        ([SCORE], "scores must be a list of 2 objects"),
+        ([SCORE, {"type": 1}], "each score must have the keys type, approach, abstraction, clean"),
+        ([SCORE, SCORE | {"clean": 6}], "clean must be a whole number from 1 to 5"),
+        ([SCORE, SCORE | {"clean": 4.5}], "clean must be a whole number from 1 to 5"),
+        ([SCORE, SCORE | {"clean": True}], "clean must be a whole number from 1 to 5"),
+        ("5, 5", "scores must be a list of 2 objects"),
     ],
 )
-def test_scores_are_read_strictly(scores: object, reason: str) -> None:
+def test_invalid_scores_are_rejected_with_the_reason(scores: object, reason: str) -> None:
     with pytest.raises(Unreadable, match=reason):
         parse_scores(json.dumps({"scores": scores}), 2)
     assert parse_scores(json.dumps({"scores": [SCORE, SCORE]}), 2) == [SCORE, SCORE]
 
 
 @given(st.text(max_size=60) | st.recursive(st.none() | st.integers() | st.text(), st.lists).map(json.dumps))
-def test_no_reply_breaks_the_reader(reply: str) -> None:
+def test_an_arbitrary_reply_raises_nothing_but_unreadable(reply: str) -> None:
     for read in (parse_strategy, lambda text: parse_scores(text, 3)):
         with pytest.raises(Unreadable):
             read(reply)
 
 
-def test_the_best_has_the_highest_sum_then_the_better_worst_then_comes_first() -> None:
+def test_the_best_has_the_highest_sum_then_the_highest_minimum_then_the_lowest_index() -> None:
     low, high = dict.fromkeys(SCORE, 2), dict.fromkeys(SCORE, 5)
     assert best_of([low, high, high]) == 1
     uneven, even = {"type": 5, "approach": 1, "abstraction": 3, "clean": 3}, dict.fromkeys(SCORE, 3)
@@ -126,7 +126,7 @@ def test_the_best_has_the_highest_sum_then_the_better_worst_then_comes_first() -
         (f"{'9' * 5000}, 5 and 1/{'7' * 5000}", {5, 1}),
     ],
 )
-def test_numbers_by_value(text: str, values: set[Fraction | int]) -> None:
+def test_numbers_are_found_by_value(text: str, values: set[Fraction | int]) -> None:
     assert numbers(text) == {Fraction(value) for value in values}
 
 
@@ -138,14 +138,14 @@ def test_numbers_by_value(text: str, values: set[Fraction | int]) -> None:
         *[(form, Fraction(3, 4)) for form in ("\\frac{\\sqrt{3}}{2}", "\\frac12\\sqrt{3}", "\\sqrt{\\frac{3}{4}}")],
     ],
 )
-def test_a_root_is_a_value_of_its_own(text: str, square: int | Fraction) -> None:
+def test_an_irrational_root_is_a_value_and_its_radicand_is_not(text: str, square: int | Fraction) -> None:
     assert Root(Fraction(square)) in numbers(text)
     assert Root(Fraction(square), negative=True) in numbers(f"x = -{text.removeprefix('the ')}")
     assert 3 not in numbers(text) or text.startswith("3")
 
 
 @given(st.integers(min_value=4, max_value=10**7), st.sampled_from(["{}", "{:,}", "{}.0", "\\boxed{{{}}}", "${}$"]))
-def test_an_answer_is_found_in_whatever_form(value: int, form: str) -> None:
+def test_an_answer_leaks_in_every_form(value: int, form: str) -> None:
     strategy = f"Show that the sum is {form.format(value)} by symmetry."
     assert leaks(strategy, problem="Find the sum.", answer=str(value), response="...")
     assert leaks("Use symmetry.", problem="Find the sum.", answer=form.format(value), response="...") == []
@@ -193,10 +193,14 @@ def test_leaks_of_a_worked_example(strategy: str, leak: str) -> None:
         ("Paris", "Recall the capital.", False),
         ("even", "Show that seven divides it.", False),
         ("4", "Four of them remain.", True),
-        ("1", "Only one of them remains.", False),  # "one" is no number here: the price of ordinary English
+        (
+            "1",
+            "Only one of them remains.",
+            False,
+        ),  # "one" is not counted as a number, because ordinary English uses it too often
     ],
 )
-def test_answers_of_every_kind(answer: str, strategy: str, leaky: bool) -> None:
+def test_leaks_of_answers_of_every_kind(answer: str, strategy: str, leaky: bool) -> None:
     found = leaks(strategy, problem="Find it.", answer=answer, response=f"So it is {answer}.")
     assert bool(found) == leaky, found
 
@@ -209,7 +213,12 @@ def test_answers_of_every_kind(answer: str, strategy: str, leaky: bool) -> None:
         ("Solve x + 5 = 0.", "-5", "It is negative five.", True),
         ("Solve x + 5 = 0.", "-5", "Subtract 5 from both sides.", False),
         ("Solve x - 5 = 0.", "5", "Add 5 to both sides.", False),
-        ("Solve |x| + x = -10.", "-5", "Use 5 for the absolute value.", True),  # whatever its sign, it is not given
+        (
+            "Solve |x| + x = -10.",
+            "-5",
+            "Use 5 for the absolute value.",
+            True,
+        ),  # the problem does not contain 5 with either sign
         ("Solve x + 5 = 0.", "-5", "Count from 2-5.\n- 5 is on the left", False),
         ("A prism has sides 3 and 5.", "5\\sqrt{3}", "The height is 5\\sqrt{3}.", True),
         ("A prism has sides 3 and 5.", "5\\sqrt{3}", "The height is \\sqrt{75}.", True),
@@ -238,26 +247,28 @@ def test_answers_of_every_kind(answer: str, strategy: str, leaky: bool) -> None:
         ("Which one?", "A", "The answer is a number.", False),
     ],
 )
-def test_answers_whose_digits_the_problem_has(problem: str, answer: str, strategy: str, leaky: bool) -> None:
+def test_leaks_of_answers_whose_digits_are_in_the_problem(
+    problem: str, answer: str, strategy: str, leaky: bool
+) -> None:
     found = leaks(strategy, problem=problem, answer=answer, response=f"So it is {answer}.")
     assert bool(found) == leaky, found
 
 
-def test_what_the_problem_says_is_no_secret() -> None:
+def test_a_number_of_the_problem_is_not_a_leak() -> None:
     found = leaks("Start from 36 and halve it.", problem="Halve 36 until 9 is left.", answer="9", response="36, 18, 9")
     assert found == []
     assert leaks("Pass 18 on the way.", problem="Halve 36 until 9 is left.", answer="9", response="36, 18, 9")
 
 
-def test_replies_are_sifted_in_order() -> None:
+def test_replies_are_filtered_in_order() -> None:
     problem = Problem(id="p", problem=PROBLEM, answer="300", response=RESPONSE)
     good = json.dumps({"type": "Rates", "strategy": "Find the unit rate, then scale.", "steps": ["Divide.", "Scale."]})
     leaky = json.dumps({"type": "Rates", "strategy": "The speed is 60.", "steps": ["Divide.", "Scale."]})
     other = json.dumps({"type": "Proportion", "strategy": "Set two ratios equal.", "steps": ["Write both.", "Solve."]})
-    sifted = sift([leaky, good, "nonsense", good, other], problem)
-    assert len(sifted.kept) == 2
-    assert sifted.kept[0].startswith("Problem type: Rates")
-    assert [one["reason"] for one in sifted.rejected] == ["leak", "unreadable", "duplicate"]
-    assert "the response's number 60" in sifted.rejected[0]["detail"]
+    filtered = filter_replies([leaky, good, "nonsense", good, other], problem)
+    assert len(filtered.kept) == 2
+    assert filtered.kept[0].startswith("Problem type: Rates")
+    assert [one["reason"] for one in filtered.rejected] == ["leak", "unreadable", "duplicate"]
+    assert "the response's number 60" in filtered.rejected[0]["detail"]
     assert alike("one two three four five six", "One two, three four five six!")
     assert not alike("find the rate and scale it", "set two ratios equal and solve")
