@@ -1,1 +1,1 @@
-"""The `sgpo-async` command: parse, validate, start processes. Nothing here imports torch before a role runs."""
+"""The `sgpo-async` command: parse, validate, start processes. Nothing here imports torch until a role starts."""

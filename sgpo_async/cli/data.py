@@ -1,4 +1,4 @@
-"""`sgpo-async data prepare`: a user's problems as sets for warm-up, its validation and RL.
+"""`sgpo-async data prepare`: divide a user's problems into sets for warm-up, its validation and RL.
 
     sgpo-async data prepare FILE ... --out FOLDER --benchmark math500=FILE ...
 
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """prepare FILE ... --out FOLDER [...]."""
     parser.add_argument("action", choices=["prepare"], help="clean and split; the same seed gives the same files")
     parser.add_argument("files", metavar="FILE", nargs="+", help="JSONL, Parquet, or a Hugging Face dataset")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of the results")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder for the results")
     parser.add_argument(
         "--benchmark",
         action="append",
@@ -48,9 +48,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--format", choices=["jsonl", "parquet"], default="jsonl", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
-    parser.add_argument("--sft-share", type=float, default=1 / 3, metavar="P", help="for the warm-up (default: 1/3)")
     parser.add_argument(
-        "--validation-share", type=float, default=0.1, metavar="P", help="of the warm-up (default: %(default)s)"
+        "--sft-share",
+        type=float,
+        default=1 / 3,
+        metavar="P",
+        help="share of the problems for the warm-up (default: 1/3)",
+    )
+    parser.add_argument(
+        "--validation-share",
+        type=float,
+        default=0.1,
+        metavar="P",
+        help="share of the warm-up set for its validation (default: %(default)s)",
     )
     parser.add_argument(
         "--duplicate-words", type=int, default=5, metavar="N", help="n-grams for near-duplicates (default: %(default)s)"
@@ -76,11 +86,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         help="a larger share of n-grams is contamination (default: any n-gram)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="say what would be written, and write nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be written, and write nothing")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read, prepare, write, and say what was done. Raises SgpoError."""
+    """Read, prepare and write the sets, and print a report. Raises SgpoError."""
     from sgpo_async.tasks.prepare import Rules, prepare
 
     rules = Rules(
@@ -122,7 +132,7 @@ def read_source(path: str) -> Source:
 
 
 def read_benchmark(word: str) -> Source:
-    """The evaluation set of a word NAME=FILE. Raises DataError."""
+    """The evaluation set of an argument NAME=FILE. Raises DataError."""
     from sgpo_async.tasks.benchmarks import open_benchmark
     from sgpo_async.tasks.files import read_rows
     from sgpo_async.tasks.writing import sha256
@@ -136,7 +146,7 @@ def read_benchmark(word: str) -> Source:
 
 
 def facts_of(sources: Sequence[Source], benchmarks: Sequence[Source], rules: Rules) -> dict[str, Any]:
-    """What the results follow from."""
+    """The inputs and options that the results depend on."""
     from sgpo_async import __version__
 
     return {
@@ -148,7 +158,7 @@ def facts_of(sources: Sequence[Source], benchmarks: Sequence[Source], rules: Rul
 
 
 def write(folder: Path, prepared: Prepared, *, suffix: str, facts: dict[str, Any]) -> None:
-    """All files, the manifest last. Raises SgpoError."""
+    """Write all files, the manifest last. Raises SgpoError."""
     from sgpo_async.files import write_whole
     from sgpo_async.tasks.writing import sha256, write_lines, write_problems
 
@@ -164,7 +174,7 @@ def write(folder: Path, prepared: Prepared, *, suffix: str, facts: dict[str, Any
 
 
 def counts_of(problems: Sequence[Problem]) -> dict[str, int]:
-    """How many there are, and how many have the optional columns."""
+    """The number of problems, and how many have each optional column."""
     return {
         "problems": len(problems),
         "with_response": sum(one.response is not None for one in problems),
@@ -189,7 +199,7 @@ def removed_record(removed: Removed) -> dict[str, Any]:
 
 
 def report(prepared: Prepared, sources: Sequence[Source], *, checked: bool) -> Iterator[str]:
-    """What a user must know, line by line."""
+    """The report for the user, line by line."""
     yield f"read {sum(len(one.problems) for one in sources):,} problems, removed {len(prepared.removed):,}"
     for reason, count in sorted(Counter(one.reason for one in prepared.removed).items()):
         yield f"  {count:,} {reason}"

@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """CONFIG [key=value ...] [--light] [--dry-run]."""
     add_config(parser)
     parser.add_argument(
-        "--light", action="store_true", help="ask servers only what they are asked when an actor joins (large models)"
+        "--light",
+        action="store_true",
+        help="run only the checks of servers that an actor runs when it joins (for large models)",
     )
 
 
@@ -64,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def examine_servers(settings: Run, folder: str, *, light: bool, signals: Signals) -> dict[str, Sequence[Finding]]:
-    """Findings of every server, by its heading; none of its processes is left."""
+    """The findings for each server, by heading. Launched servers have ended when this returns."""
     from sgpo_async.engines.sglang import SglangEngine
     from sgpo_async.engines.sglang.preflight import FULL, JOIN, Finding, Reference, examine
     from sgpo_async.errors import SgpoError
@@ -122,7 +124,7 @@ def render(sections: Sections) -> Table:
 
 
 def closing(sections: Sections) -> Iterator[str]:
-    """The remedies of what failed or is doubtful, and the sum."""
+    """The remedies of failures and warnings, and their number."""
     several = len(sections) > 1
     for outcome in ("failed", "warning"):
         for heading, finding in _of(sections, outcome):
@@ -137,7 +139,7 @@ def _of(sections: Sections, outcome: str) -> list[tuple[str, Finding]]:
 
 
 def _listens(url: str) -> bool:
-    """Whether anybody takes connections there: a server that is attached should be up already."""
+    """Check that a server accepts connections at a URL: attached servers must be running already."""
     import socket
     from urllib.parse import urlsplit
 

@@ -56,7 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, default=PAPER_TOP_P, metavar="P", help="default: 0.95, the paper's")
     parser.add_argument("--guided", action="store_true", help="with the strategies before the problems")
     parser.add_argument("--texts", action="store_true", help="keep the completions")
-    parser.add_argument("--out", default="", metavar="FOLDER", help="of the results (default: out/name/evaluation)")
+    parser.add_argument(
+        "--out", default="", metavar="FOLDER", help="folder for the results (default: out/name/evaluation)"
+    )
     parser.add_argument("--compare", nargs=2, metavar="FOLDER", help="two evaluations, A and B: is A better?")
     parser.add_argument("--dry-run", action="store_true", help="print the whole configuration and what would start")
 
@@ -92,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _command(args: argparse.Namespace) -> list[str]:
-    """The call that `args` came from, without --dry-run."""
+    """The command line that gives `args`, without --dry-run."""
     words = ["sgpo-async", "evaluate", args.config, *args.overrides, *(["--model", args.model] if args.model else [])]
     for name in ("benchmark", "samples"):
         words += [word for value in getattr(args, name) for word in (f"--{name}", value)]
@@ -173,7 +175,7 @@ def _nothing() -> Iterator[None]:
 
 @contextmanager
 def _progress(console: Console) -> Iterator[Progress]:
-    """A bar at a terminal; elsewhere a line at the beginning and at each tenth."""
+    """Show progress: a bar at a terminal, otherwise a line at the beginning and at every tenth."""
     if not console.is_terminal:
         yield _tenths
         return

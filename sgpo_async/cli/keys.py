@@ -8,7 +8,9 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """DIR."""
-    parser.add_argument("folder", metavar="DIR", type=Path, help="made if absent; copy it to every node of the run")
+    parser.add_argument(
+        "folder", metavar="DIR", type=Path, help="created if it does not exist; copy it to every node of the run"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -24,13 +24,15 @@ if TYPE_CHECKING:
     from sgpo_async.config import Run
 
 HUB_START_S = 60.0
-HUB_LEAVING_S = 10.0  # after the learner's Finish, to dismiss its actors
+HUB_LEAVING_S = 10.0  # for the hub to stop its actors after the learner's Finish
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """CONFIG [key=value ...] [--hub ADDRESS] [--dry-run]."""
     add_config(parser)
-    parser.add_argument("--hub", default="", metavar="tcp://HOST:PORT", help="a hub that runs already")
+    parser.add_argument(
+        "--hub", default="", metavar="tcp://HOST:PORT", help="address of a running hub (default: rank 0 starts one)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -74,7 +76,7 @@ def hub_beside(settings: Run, words: list[str]) -> Iterator[str]:
     folder = Path(settings.folder)
     claim(folder)
     processes = Processes(folder)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # torchrun ends us so: end the hub too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # sent by torchrun: end the hub as well
     try:
         hub = processes.start("hub", python("sgpo_async.cli", "hub", *words))
         deadline = time.monotonic() + HUB_START_S

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def hub_address(settings: Run) -> str:
-    """Where the hub is to listen; port 0 lets the kernel choose, and hub.json tells its choice."""
+    """The address for the hub. With port 0 the kernel chooses the port, and hub.json has it."""
     from sgpo_async.config import Hub
 
     return "tcp://127.0.0.1:0" if settings.hub.address == Hub().address else settings.hub.address
@@ -68,7 +68,7 @@ class LocalCommandLines:
 
     @property
     def actors(self) -> int:
-        """How many actors are started."""
+        """The number of actors."""
         return self.settings.local.actors
 
     def hub(self) -> list[str]:

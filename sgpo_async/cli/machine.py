@@ -1,4 +1,4 @@
-"""What a run needs of this machine, checked before anything starts. Each check returns what it found."""
+"""Checks of what a run needs of this machine, before anything starts. Each check returns its finding as text."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ VERSION_S = 30.0
 
 
 def examine_machine(run: Run) -> tuple[list[Finding], ModelFacts | None]:
-    """One finding for each check, and the facts of the model, without which most cannot be made."""
+    """One finding for each check, and the facts of the model, which most checks need."""
     try:
         facts = model_facts(
             model_folder(run.model.path),
@@ -58,7 +58,7 @@ def examine_machine(run: Run) -> tuple[list[Finding], ModelFacts | None]:
 
 
 def model(run: Run, facts: ModelFacts) -> str:
-    """What is trained, and that its weights could be verified on a server."""
+    """Check that the model can be trained and its weights verified on a server."""
     architecture = ", ".join(facts.config.get("architectures") or ["a model"])
     if run.engine.kind == "sglang":
         layout_of(facts.config, tp=run.engine.sglang.tp, device=facts.device)
@@ -66,7 +66,7 @@ def model(run: Run, facts: ModelFacts) -> str:
 
 
 def tokenizer(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
-    """Every id that a prompt may hold is one that the model has: one that is not kills an SGLang server."""
+    """Check that the model has every token id that a prompt may contain: any other id kills an SGLang server."""
     words = load_tokenizer(facts.folder)
     largest = max(words.get_vocab().values())
     if largest >= facts.vocabulary:
@@ -78,14 +78,14 @@ def tokenizer(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
 
 
 def problems(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
-    """The problems of the run and of its benchmarks can be read, and some are left to train on."""
+    """Check that the problems of run and benchmarks can be read, and that some remain for training."""
     benchmarks = [f"{one.name} {len(one.problems)}" for one in open_benchmarks(run.evaluation)]
     held_out = len(source_of(run).held_out())
     return ", ".join([f"{run.tasks.path or run.tasks.source}: {held_out} held out", *benchmarks])
 
 
 def hub(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
-    """Its address is free on this machine, or a hub answers there."""
+    """Check that the hub's address is free on this machine, or that a hub answers there."""
     host, _, port = run.hub.address.removeprefix("tcp://").rpartition(":")
     try:
         family, kind, _, _, where = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
@@ -107,7 +107,7 @@ def hub(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
 
 
 def memory(run: Run, facts: ModelFacts) -> str:
-    """Two copies of the weights stand in memory, or on the disk below the run's folder (see `weights.store_file`)."""
+    """Check the memory for two versions of the weights, or the disk of the run's folder (see `weights.store_file`)."""
     copies, available = 2 * _weight_bytes(run, facts), available_memory()
     if 2 * copies <= available:
         return f"2 versions of the weights, {size(copies)}, of {size(available)}"
@@ -119,7 +119,7 @@ def memory(run: Run, facts: ModelFacts) -> str:
 
 
 def shared_memory(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
-    """Collectives of several ranks on GPUs exchange data there; containers keep it at 64 MB."""
+    """Check /dev/shm, which collectives of several GPU ranks use; containers often limit it to 64 MB."""
     room = free(SHARED) if SHARED.exists() else 0
     several = run.engine.sglang.tp > 1 or run.local.ranks > 1
     if device_of(run.engine.device) == "cuda" and several and room < SHARED_BYTES:
@@ -129,7 +129,7 @@ def shared_memory(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
 
 
 def disk(run: Run, facts: ModelFacts) -> str:
-    """Room for checkpoints: float32 parameters and two moments of each, the kept ones and the one being written."""
+    """Check the disk for checkpoints: float32 parameters and two moments, for those kept and the one being written."""
     one = 3 * 4 * parameters(facts)
     count = run.learner.keep_checkpoints + 1 if run.learner.checkpoint_every else 1
     folder = existing(run.folder)
@@ -142,7 +142,7 @@ def disk(run: Run, facts: ModelFacts) -> str:
 
 
 def devices(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
-    """As many GPUs as the servers of one actor need."""
+    """Check that there are as many GPUs as the servers of one actor need."""
     count = torch.cuda.device_count()
     if device_of(run.engine.device) == "cpu":
         return f"CPU, {len(os.sched_getaffinity(0))} cores"
@@ -156,7 +156,7 @@ def devices(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
 
 
 def sglang_python(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
-    """The environment of the servers, if they are launched here."""
+    """Check SGLang's environment, if servers are launched here."""
     own = run.engine.sglang
     if run.engine.kind != "sglang":
         return "not used: engine.kind=embedded"
@@ -174,7 +174,7 @@ def sglang_python(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
 
 
 def weights_folder(run: Run, facts: ModelFacts) -> str:
-    """transport=disk: writable here, with room for two versions and the next."""
+    """With transport=disk, check that the folder is writable and has room for three versions."""
     own = run.engine.sglang
     if run.engine.kind != "sglang" or own.transport != "disk":
         return "not used"
@@ -208,12 +208,12 @@ REMEDIES = dict.fromkeys(MACHINE, "correct the configuration") | {
 
 
 def parameters(facts: ModelFacts) -> int:
-    """How many numbers the model has; tied ones count once."""
+    """The number of parameters; tied ones count once."""
     return sum(parameter.numel() for parameter in facts.skeleton.parameters())
 
 
 def existing(folder: str | Path) -> Path:
-    """The folder, or the nearest above it that exists."""
+    """The folder, or its nearest parent that exists."""
     path = Path(folder).absolute()
     while not path.exists():
         path = path.parent
@@ -221,12 +221,12 @@ def existing(folder: str | Path) -> Path:
 
 
 def size(count: int) -> str:
-    """Bytes for people: 1.34 MB, 80.6 GB."""
+    """A number of bytes as text, e.g. 1.34 MB."""
     return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
 
 
 def free(folder: Path) -> int:
-    """Bytes that can still be written there."""
+    """The number of bytes that can still be written there."""
     return shutil.disk_usage(folder).free
 
 

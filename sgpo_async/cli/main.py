@@ -1,4 +1,4 @@
-"""Entry of every command: find it, parse its words, run it, and turn errors into one line and an exit code.
+"""Entry of every command: find it, parse its arguments, run it, and turn errors into one line and an exit code.
 
 Exit codes: 0 done, 1 the program itself is wrong (traceback), 2 an error that the user can mend, 130 Ctrl-C,
 143 SIGTERM.
@@ -58,7 +58,7 @@ def _dispatch(words: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog=f"sgpo-async {name}",
         description=COMMANDS[name].capitalize() + ".",
-        epilog=(command.__doc__ or "").partition("\n\n")[2],  # its calls, as the module shows them
+        epilog=(command.__doc__ or "").partition("\n\n")[2],  # the examples in the module's docstring
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_arguments(parser)
@@ -71,7 +71,7 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _add_log_options(parser: argparse.ArgumentParser) -> None:
-    """Their defaults are those of the parent process."""
+    """--log-format and --log-level. The defaults are the parent process' settings."""
     group = parser.add_argument_group("logging, on standard error")
     form, level = os.environ.get(logs.FORMAT, "human"), os.environ.get(logs.LEVEL, "info")
     group.add_argument("--log-format", choices=("human", "json"), default=form, help="default: %(default)s")

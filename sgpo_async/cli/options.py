@@ -1,4 +1,4 @@
-"""What the commands that take a configuration have in common. `--help` imports nothing of the configuration yet."""
+"""What all commands with a configuration share. `--help` does not import the configuration."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def load_run(args: argparse.Namespace) -> Run:
 
 
 def config_words(args: argparse.Namespace, *more: str) -> list[str]:
-    """The same configuration as words for a child process, with overrides of our own at the end."""
+    """The same configuration as arguments for a child process, followed by `more` overrides."""
     files = [word if "=" in word else str(Path(word).resolve()) for word in (args.config, *args.overrides)]
     return [*files, *more]
 
 
 def print_dry_run(run: Run, commands: Iterable[Sequence[str]]) -> None:
-    """The resolved YAML, and the command lines as comments, so that the output is a configuration itself."""
+    """Print the resolved YAML, and the command lines as comments, so that the output is a valid configuration."""
     from sgpo_async.config import to_yaml
 
     print(to_yaml(run), end="")

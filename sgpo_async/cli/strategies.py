@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 LEAKS = 1  # exit code of `check`
 FORMATS = (".jsonl", ".parquet")
-OWN = "own SGLang"  # in provenance; its port is another one each time
-FIXED = ("model", "messages", "stream", "n")  # what a request says whatever --extra wishes
+OWN = "own SGLang"  # in the provenance of replies; the port differs each time
+FIXED = ("model", "messages", "stream", "n")  # fields of a request that --extra cannot change
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", metavar="FILE", nargs="+", help="problems with responses; a work file; libraries")
     parser.add_argument("--work", type=Path, metavar="WORK.jsonl", help="extract: every finished item; goes on from it")
     parser.add_argument("--library", type=Path, metavar="LIBRARY", help="extract, rank: result, .jsonl or .parquet")
-    parser.add_argument("--url", metavar="URL", help="of an OpenAI-compatible server, up to /v1")
+    parser.add_argument("--url", metavar="URL", help="URL of an OpenAI-compatible server, ending in /v1")
     parser.add_argument(
         "--serve",
         metavar="key=value",
@@ -57,20 +57,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="launch SGLang here instead of asking --url, as an actor launches its own: engine settings, e.g. "
         "engine.sglang.tp=8, or a configuration; --model is then a model's folder or hub name",
     )
-    parser.add_argument("--model", metavar="MODEL", help="as the server names it")
+    parser.add_argument("--model", metavar="MODEL", help="name of the model on the server")
     parser.add_argument("--key-env", default="OPENAI_API_KEY", metavar="NAME", help="variable that holds the API key")
     parser.add_argument("--candidates", type=int, default=5, metavar="N", help="for each response (default: 5)")
     parser.add_argument("--concurrency", type=int, default=8, metavar="N", help="items at a time (default: 8)")
+    parser.add_argument("--structured", action="store_true", help="constrain replies to the form by a JSON schema")
     parser.add_argument(
-        "--structured", action="store_true", help="have the server hold replies to their form, by a JSON schema"
+        "--max-tokens", type=int, default=1024, metavar="N", help="maximum length of a reply (default: 1024)"
     )
-    parser.add_argument("--max-tokens", type=int, default=1024, metavar="N", help="of a reply (default: 1024)")
     parser.add_argument(
-        "--extra", default="{}", metavar="JSON", help="more fields of each request, as an object; null leaves one out"
+        "--extra",
+        default="{}",
+        metavar="JSON",
+        help="further fields of each request, as an object; null removes a field",
     )
-    parser.add_argument("--timeout", type=float, default=120.0, metavar="S", help="of one request (default: 120)")
-    parser.add_argument("--prompt-price", type=float, default=0.0, metavar="P", help="of a million tokens sent")
-    parser.add_argument("--completion-price", type=float, default=0.0, metavar="P", help="of a million tokens received")
+    parser.add_argument(
+        "--timeout", type=float, default=120.0, metavar="S", help="timeout of one request (default: 120)"
+    )
+    parser.add_argument("--prompt-price", type=float, default=0.0, metavar="P", help="price of a million prompt tokens")
+    parser.add_argument(
+        "--completion-price", type=float, default=0.0, metavar="P", help="price of a million completion tokens"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -91,7 +98,7 @@ def _extract(args: argparse.Namespace) -> int:
         await pipeline.extract(problems)
 
     if all(journal.done(key_of(problem)) for problem in problems):
-        own = None  # nobody will be asked
+        own = None  # no server is needed
     return _with_endpoint(args, journal, work, own, total=len(problems))
 
 
@@ -258,7 +265,7 @@ def _examine(args: argparse.Namespace) -> OwnServer | None:
         raise ConfigError(f"--timeout: more than 0 seconds, not {args.timeout:g}")
     _extra(args.extra)
     if args.url is None and args.serve is None:
-        raise ConfigError("neither --url nor --serve: name whom to ask, or launch one")
+        raise ConfigError("neither --url nor --serve is given; name a server, or launch one")
     if args.url is not None and args.serve is not None:
         raise ConfigError(f"both --url {args.url} and --serve; leave one of them out")
     if args.library.suffix not in FORMATS:

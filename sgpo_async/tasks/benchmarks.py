@@ -94,7 +94,7 @@ def boxed_answer(place: str, value: Any) -> str:
 
 
 def listed_answers(place: str, value: Any) -> str:
-    """All answers of a list as one text, `3, 5`; their order does not matter. Proofs have no answer and are rejected."""
+    """All answers of a list as one text, `3, 5`, in any order. Proofs have no answer and are rejected."""
     if not isinstance(value, list) or not value:
         raise DataError(
             f"{place}: 'final_answer' must be a list of answers, got {value!r:.60}; proofs cannot be verified: "

@@ -306,7 +306,7 @@ def test_options_are_validated_before_the_first_request(
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ([], "neither --url nor --serve: name whom to ask, or launch one"),
+        ([], "neither --url nor --serve is given; name a server, or launch one"),
         (["--serve", "engine.sglang.servers=2"], "engine.sglang.servers=1, and engine.sglang.tp for more GPUs"),
         (
             ["--serve", "engine.sglang.urls=[http://h:1]"],
