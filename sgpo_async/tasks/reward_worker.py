@@ -19,9 +19,7 @@ STARTUP_LIMIT_S = 60.0
 def serve(limit_s: float) -> None:
     """Answer requests until stdin ends. SIGALRM kills the process if a request takes more than `limit_s` seconds."""
     verdicts = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(
-        sys.stderr.fileno(), sys.stdout.fileno()
-    )  # a library that prints must not write into the stream of verdicts
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # keep prints of libraries out of the verdicts
 
     from sgpo_async.tasks.verify import VERIFIERS
 

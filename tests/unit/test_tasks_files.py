@@ -99,7 +99,7 @@ def test_held_out_is_fixed_and_apart_even_for_a_problem_that_occurs_twice(tmp_pa
 
 
 def test_what_is_held_out_does_not_depend_on_the_seed_of_the_run(tmp_path: Path) -> None:
-    """Otherwise runs with different seeds could not be compared, and one would train on held-out problems of the other."""
+    """Otherwise runs with different seeds could not be compared, and would train on each other's held-out problems."""
     path = write_jsonl(tmp_path / "a.jsonl", sums(40))
     one, other = (FileSource(path, held_out=10, seed=seed) for seed in (0, 1))
     assert one.held_out() == other.held_out()

@@ -37,7 +37,7 @@ def others(count: int) -> list[Problem]:
 
 TEXTS = st.lists(
     st.sampled_from(["sum", "of", "2", "3", "4", "x", "y", "+", "Find", "find", " "]), min_size=2, max_size=8
-).map(lambda arguments: " ".join(["what", *arguments]))
+).map(lambda words: " ".join(["what", *words]))
 PROBLEMS = st.lists(
     st.builds(problem, TEXTS, st.sampled_from("12"), response=st.sampled_from(["a", "a", "b", None])),
     min_size=3,
@@ -116,7 +116,7 @@ def test_the_duplicate_with_response_and_strategy_is_kept() -> None:
     assert {one.reason for one in prepared.removed} == {"duplicate"}
 
 
-def test_duplicates_with_different_answers_are_error_output_apart() -> None:
+def test_duplicates_with_different_answers_have_a_reason_of_their_own() -> None:
     prepared = prepare([problem("What?", "1"), problem("what?", "2"), *others(9)], [], Rules())
     assert [one.reason for one in prepared.removed] == ["duplicate with another answer"]
 
@@ -175,9 +175,9 @@ def test_the_files_are_sources_of_tasks(tmp_path: Path, suffix: str, capsys: pyt
     known = write(tmp_path / "known.jsonl", [others(30)[29]])
     out = tmp_path / "out"
     assert main(["data", "prepare", file, "--out", str(out), "--benchmark", f"k={known}", "--format", suffix]) == 0
-    error_output = capsys.readouterr().out
-    assert "read 31 problems, removed 2\n  1 contamination\n  1 duplicate\n" in error_output
-    assert "columns that are not kept: level" in error_output
+    output = capsys.readouterr().out
+    assert "read 31 problems, removed 2\n  1 contamination\n  1 duplicate\n" in output
+    assert "columns that are not kept: level" in output
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["removed"] == {"contamination": 1, "duplicate": 1}
     assert manifest["sources"][0]["ignored_columns"] == ["level"]
@@ -239,9 +239,9 @@ def test_an_invalid_argument_is_reported_in_one_line(
 ) -> None:
     file = write(tmp_path / "mine.jsonl", others(count))
     assert main(["data", "prepare", file, "--out", str(tmp_path / "out"), *arguments]) == 2
-    error_output = capsys.readouterr().err
-    assert error_output.startswith("error: ") and error_output.count("\n") == 1
-    assert all(part in error_output for part in parts), error_output
+    output = capsys.readouterr().err
+    assert output.startswith("error: ") and output.count("\n") == 1
+    assert all(part in output for part in parts), output
     assert not (tmp_path / "out").exists()
 
 
@@ -250,9 +250,9 @@ def test_too_few_responses_report_a_share_that_works(tmp_path: Path, capsys: pyt
     file = write(tmp_path / "mine.jsonl", [*others(4), *bare])
     arguments = ["data", "prepare", file, "--out", str(tmp_path / "out")]
     assert main(arguments) == 2
-    error_output = capsys.readouterr().err
-    assert "8 of 24 problems are for the warm-up, but only 4 have a response" in error_output
-    share = error_output.rstrip().rpartition(" ")[2]
+    output = capsys.readouterr().err
+    assert "8 of 24 problems are for the warm-up, but only 4 have a response" in output
+    share = output.rstrip().rpartition(" ")[2]
     assert main([*arguments, "--sft-share", share]) == 0
 
 
