@@ -32,9 +32,7 @@ from sgpo_async.tasks.tolerance import Tolerant
 
 VERIFIER = "math"
 TOLERANT = "math-tolerance"
-THOUSANDS = re.compile(
-    r"(?<![\d.])\d{1,3}(?=,\d{3}(?!\d))"
-)  # digits before a thousands separator; does not match 0.5,100
+THOUSANDS = re.compile(r"(?<![\d.])\d{1,3}(?=,\d{3}(?!\d))")  # digits before a thousands separator (not 0.5,100)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +59,7 @@ class Layout:
     problem: str
     answer: str
     id: str | None  # None: the number of the record in the file
-    to_answer: Callable[
-        [str, Any], str
-    ]  # (FILE:LINE, value of the answer column) -> the answer that the verifier receives
+    to_answer: Callable[[str, Any], str]  # (FILE:LINE, answer column) -> answer for the verifier
     tolerance: str | None = None  # column that may be absent or null
 
     @property

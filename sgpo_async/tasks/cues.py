@@ -10,7 +10,7 @@ from sgpo_async.tasks.cues_domain import draw_exercise
 
 
 class CuesSource:
-    """Generates problems. Every second held-out problem has a pair of neighbouring cues that training never shows."""
+    """Generates problems. Every second held-out problem has a novel pair: adjacent cues that training never shows."""
 
     verifier = "cues"
     has_responses = True

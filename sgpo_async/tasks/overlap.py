@@ -1,7 +1,7 @@
-"""When two problem texts are the same, nearly the same, or one within the other: by words and n-grams.
+"""Compares problem texts by words and n-grams: whether they are equal, nearly equal, or one contains the other.
 
-The words of a text are its letters and digits between everything else, in lower case, so that `$x^2$` and `\\(x^{2}\\)`
-agree. Where a script writes no spaces (Chinese, Japanese), each character is a word.
+The words of a text are its runs of letters and digits in lower case, so `$x^2$` and `\\(x^{2}\\)` have the same words.
+Where a script writes no spaces (Chinese, Japanese), each character is a word.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _WORD = re.compile(f"[{_UNSPACED}]|[^\\W_{_UNSPACED}]+")
 
 
 def normalised(text: str) -> str:
-    """The text in one form of Unicode, lower case, with single spaces. Signs stay: 3 + 5 is not 3 - 5."""
+    """The text in Unicode form NFC, in lower case, with single spaces. Signs are kept: 3 + 5 is not 3 - 5."""
     return " ".join(unicodedata.normalize("NFC", text).casefold().split())
 
 
@@ -30,7 +30,7 @@ def words_of(text: str) -> Words:
 
 
 def grams_of(words: Words, size: int) -> set[Gram]:
-    """All runs of `size` words; a shorter text is one run by itself."""
+    """All n-grams of `size` words; a shorter text is one n-gram as a whole."""
     if len(words) <= size:
         return {words} if words else set()
     return {words[start : start + size] for start in range(len(words) - size + 1)}
@@ -38,19 +38,19 @@ def grams_of(words: Words, size: int) -> set[Gram]:
 
 @dataclass(frozen=True, kw_only=True)
 class Match:
-    """What a text was found to agree with."""
+    """A text that matches the given one."""
 
     index: int  # of the other text
     overlap: float  # in (0, 1]
-    shared: str  # a run of words that both have
+    shared: str  # an n-gram that both texts have
 
 
 class Nearest:
-    """Texts that were kept, to be asked whether a further one is nearly one of them.
+    """An index of kept texts that finds those which are nearly equal to a further text.
 
-    The measure is Jaccard's: of the n-grams that either text has, the share that both have. A text that reaches
+    The measure is Jaccard similarity: n-grams in both texts, divided by n-grams in either. A text that reaches
     `least` with another shares one of its rarest (1 - least) n-grams with it (prefix filter), so only those are looked
-    up; which are rare is counted over `every` text beforehand.
+    up. Rarity is counted over all texts in `every`.
     """
 
     def __init__(self, every: Sequence[Words], *, size: int, least: float) -> None:
@@ -60,12 +60,12 @@ class Nearest:
         self._kept: dict[Gram, list[int]] = defaultdict(list)
 
     def keep(self, index: int) -> None:
-        """Let later texts be compared with this one."""
+        """Add this text to the index."""
         for gram in self._rarest(index):
             self._kept[gram].append(index)
 
     def matches(self, index: int) -> list[Match]:
-        """The kept texts that are nearly this one, the nearest first, then the earliest."""
+        """The kept texts that nearly equal this one, the most similar first, then the earliest."""
         mine = self._grams[index]
         found = []
         for other in sorted({other for gram in self._rarest(index) for other in self._kept.get(gram, [])}):
@@ -77,15 +77,15 @@ class Nearest:
 
     def _rarest(self, index: int) -> list[Gram]:
         grams = sorted(self._grams[index], key=lambda gram: (self._count[gram], gram))
-        # Of any (1 - least) share and one more, at least one is in common. Floor with a margin: rounding only adds.
+        # Prefix filter: floor with a margin, so that rounding errors can only add n-grams to the lookup.
         return grams[: len(grams) - int(self._least * len(grams) - 1e-9)]
 
 
 class Contained:
-    """Texts of an evaluation set, to be asked whether a training text has a piece of one, or is one.
+    """An index of evaluation texts that finds those which share n-grams with a training text, or contain it.
 
-    Two texts of at least `size` words agree in the share of n-grams that both have, of those of the one that has fewer.
-    A shorter text agrees, wholly, with one in which it stands.
+    For two texts of at least `size` words, the overlap is the number of common n-grams divided by the smaller number of
+    n-grams. A shorter text has overlap 1 with every text that contains it.
     """
 
     def __init__(self, texts: Sequence[Words], *, size: int) -> None:
@@ -99,7 +99,7 @@ class Contained:
                 self._holders[gram].append(index)
 
     def best(self, words: Words) -> Match | None:
-        """The evaluation text that `words` agree with most, the earliest of several; None if none."""
+        """The evaluation text with the largest overlap, the earliest of several; None if there is no overlap."""
         if not words:
             return None
         mine, joined = grams_of(words, self._size), _joined(words)

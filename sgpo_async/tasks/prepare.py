@@ -1,10 +1,10 @@
-"""From a user's problems to three sets: warm-up, its validation, and RL. Pure rules, for `sgpo-async data prepare`.
+"""Splits a user's problems into sets for warm-up, its validation, and RL; pure functions of `sgpo-async data prepare`.
 
     problems ──▶ duplicates ──▶ near-duplicates ──▶ contamination ──▶ split ──▶ sft, sft-validation, rl
                      └───────────────┴──────────────────┴──▶ removed, each with its reason
 
-Nothing depends on the order of the problems: what is kept of duplicates follows from their content, and chance from a
-digest of seed and text. So two files with the same lines give the same sets, and a new problem hardly moves others.
+The result does not depend on the order of the problems: content decides which duplicate is kept, and the random order
+is a digest of seed and text. So two files with the same lines give the same sets, and a new problem moves few others.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ Reason = Literal["duplicate", "duplicate with another answer", "near-duplicate",
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """What is removed and how the rest is split. The paper names the shares; the other values are common ones."""
+    """What is removed and how the rest is split. The shares are the paper's; the other defaults are common values."""
 
     seed: int = 0
-    sft_share: float = 1 / 3  # of all that is kept; these problems have a response
-    validation_share: float = 0.1  # of the former
+    sft_share: float = 1 / 3  # share of all kept problems; these need a response
+    validation_share: float = 0.1  # share of the warm-up problems
     duplicate_words: int = 5  # length of the n-grams that near-duplicates are compared by
-    duplicate_overlap: float = 0.8  # of either's n-grams; 1: those with the same n-grams
+    duplicate_overlap: float = 0.8  # near-duplicates from this Jaccard similarity on; 1: the same n-grams
     contamination_words: int = 13  # length of the n-grams that evaluation sets are compared by
-    contamination_overlap: float = 0.0  # above this share of the shorter text's n-grams; 0: any n-gram
+    contamination_overlap: float = 0.0  # contaminated above this overlap; 0: any common n-gram
 
     def __post_init__(self) -> None:
         require(0 <= self.sft_share < 1, "--sft-share", "must be in [0, 1)", self.sft_share)
@@ -50,19 +50,19 @@ class Rules:
 
 @dataclass(frozen=True, kw_only=True)
 class Removed:
-    """A problem that is in none of the sets."""
+    """A problem that was removed from all sets."""
 
     problem: Problem
     reason: Reason
-    like: Problem  # which it repeats: one that this rule kept (a later one may not), or one of an evaluation set
-    evaluation: str = ""  # the name of that set
+    like: Problem  # the matching problem: one that this rule kept (a later rule may remove it) or of an evaluation set
+    evaluation: str = ""  # the name of the evaluation set
     overlap: float = 1.0
-    shared: str = ""  # a run of words that both have
+    shared: str = ""  # an n-gram that both texts have
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """The sets, disjoint, and what is in none; together they are what was read."""
+    """The disjoint sets and the removed problems; together they are all problems that were read."""
 
     sft: Sequence[Problem]
     validation: Sequence[Problem]
@@ -71,13 +71,13 @@ class Prepared:
 
     @property
     def sets(self) -> dict[str, Sequence[Problem]]:
-        """Those that hold problems, by the names of their files."""
+        """The sets that are not empty, by the names of their files."""
         named = {"sft": self.sft, "sft-validation": self.validation, "rl": self.rl}
         return {name: problems for name, problems in named.items() if problems}
 
 
 def prepare(problems: Sequence[Problem], evaluation: Sequence[tuple[str, Problem]], rules: Rules) -> Prepared:
-    """Clean and split. `evaluation`: (name of the set, problem). Raises DataError where a set would be empty."""
+    """Clean and split. `evaluation`: (name of the set, problem). Raises DataError if a set is empty."""
     kept, same = without_duplicates(problems)
     kept, near = without_near_duplicates(kept, rules)
     kept, known = without_contamination(kept, evaluation, rules)
@@ -104,9 +104,9 @@ def without_duplicates(problems: Sequence[Problem]) -> tuple[list[Problem], list
 
 
 def without_near_duplicates(problems: Sequence[Problem], rules: Rules) -> tuple[list[Problem], list[Removed]]:
-    """Leave out what nearly repeats an earlier problem that is kept, and has the same numbers and the same answer.
+    """Remove problems that nearly equal an earlier kept problem and have the same numbers and the same answer.
 
-    A problem with other numbers is another problem, however few words differ.
+    A problem with other numbers is a different problem, even if few words differ.
     """
     words = [words_of(problem.problem) for problem in problems]
     facts = [(_numbers(found), normalised(one.answer)) for found, one in zip(words, problems, strict=True)]
@@ -128,7 +128,7 @@ def without_near_duplicates(problems: Sequence[Problem], rules: Rules) -> tuple[
 def without_contamination(
     problems: Sequence[Problem], evaluation: Sequence[tuple[str, Problem]], rules: Rules
 ) -> tuple[list[Problem], list[Removed]]:
-    """Leave out what shares n-grams with a problem of an evaluation set."""
+    """Remove problems that share n-grams with a problem of an evaluation set."""
     contained = Contained([words_of(one.problem) for _, one in evaluation], size=rules.contamination_words)
     kept, removed = [], []
     for problem in problems:
@@ -151,9 +151,9 @@ def without_contamination(
 
 
 def split(problems: Sequence[Problem], rules: Rules) -> tuple[list[Problem], list[Problem], list[Problem]]:
-    """Warm-up without its validation, validation, and RL, each in its own order. Raises DataError if one were empty.
+    """Split into warm-up, its validation, and RL, each in its own random order. Raises DataError if one is empty.
 
-    The warm-up's are drawn from the problems with a response. A share of 0 is no warm-up.
+    Warm-up problems are drawn from those with a response. With a share of 0 there is no warm-up.
     """
     answered = sorted((one for one in problems if one.response), key=_chance(rules.seed, "sft"))
     count = round(rules.sft_share * len(problems))
@@ -177,14 +177,14 @@ def split(problems: Sequence[Problem], rules: Rules) -> tuple[list[Problem], lis
 
 
 def _preference(problem: Problem) -> tuple[object, ...]:
-    """Of duplicates the least is kept: first those with a response and a strategy."""
+    """Sort key: the first of several duplicates is kept, preferably one with a response and a strategy."""
     absent = (problem.response is None) + (problem.strategy is None)
     texts = (problem.response or "", problem.strategy or "", problem.problem, problem.answer)
     return absent, problem.response is None, texts
 
 
 def _chance(seed: int, purpose: str) -> Callable[[Problem], bytes]:
-    """A key that orders problems at random, the same for the same seed, purpose and text."""
+    """A sort key for a random order that depends only on seed, purpose and text."""
     return lambda one: hashlib.sha256(f"{seed} {purpose} {normalised(one.problem)}".encode()).digest()
 
 

@@ -1,9 +1,9 @@
 """Rebuilds the base policy of the built-in domain: `python -m sgpo_async.tasks.pretrain --out DIR`.
 
-Supervised training on solutions, half of the problems with a strategy and half without. The techniques of
-a solution are drawn at random for each problem: with a strategy uniformly, and the strategy names them, so
-that the policy learns to follow it and not which technique a cue calls for; without one from
-`guess_probabilities`. Problems grow from two steps to five. One core does it in some minutes.
+Supervised training on solutions; half of the problems have a strategy. The techniques of a solution are drawn at random
+for each problem. With a strategy they are drawn uniformly and the strategy names them, so the policy learns to follow
+strategies but not which technique a cue requires. Without one they are drawn from `guess_probabilities`. Problems grow
+from two steps to five. Training takes some minutes on one core.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from sgpo_async.tasks.cues_domain import STEPS, TECHNIQUES, draw_exercise, is_co
 from sgpo_async.tasks.cues_policy import P_FAVOURITE, P_TRUE, build_config, build_tokenizer, guess_probabilities
 
 BATCH, PEAK_LR = 96, 3e-3
-CONTINUED_LR = 1e-3  # peak, for a policy that is trained already
+CONTINUED_LR = 1e-3  # peak learning rate when training continues from an existing policy
 MAX_NEW_TOKENS = 40
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything that decides what comes out; the defaults make the policy that the package ships."""
+    """All settings that determine the result; the defaults produce the policy that the package ships."""
 
     seed: int = 7
     steps: int = 1200
@@ -38,12 +38,12 @@ class Recipe:
     p_favourite: float = P_FAVOURITE
 
     def guesses(self, cue: str) -> dict[str, float]:
-        """Technique -> probability, unguided."""
+        """Technique -> probability without a strategy."""
         return guess_probabilities(cue, p_true=self.p_true, p_favourite=self.p_favourite)
 
 
 def draw_example(rng: random.Random, steps: int, recipe: Recipe) -> tuple[str, str]:
-    """(prompt, solution) of a training problem; every second one guided."""
+    """(prompt, solution) of a training problem, guided with probability 1/2."""
     exercise = draw_exercise(rng, steps=steps)
     if rng.random() < 0.5:
         techniques = tuple(rng.choices(list(TECHNIQUES), k=steps))
@@ -73,7 +73,7 @@ def draw_batch(
 
 
 def train(model: Any, tokenizer: Any, recipe: Recipe, *, continued: bool) -> None:
-    """Problems grow from two steps to five, unless the policy can do them already."""
+    """Train the model. Problems grow from two steps to five, or have up to five from the start if `continued`."""
     rng = random.Random(recipe.seed)
     peak = CONTINUED_LR if continued else PEAK_LR
     optimiser = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
@@ -102,7 +102,7 @@ def pass_rate(
     guided: bool,
     sample: bool = True,
 ) -> float:
-    """Share of the problems that one completion each solves, sampled at temperature 1 or greedy."""
+    """Share of problems that one completion solves, sampled at temperature 1 or decoded greedily."""
     prompts = [f"{p.strategy} {p.problem}" if guided else p.problem for p in problems]
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
     out = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=sample, top_k=0 if sample else None)
@@ -114,7 +114,7 @@ def pretrain(recipe: Recipe, *, out: Path, start: str | None = None) -> dict[str
     """Write model and tokenizer to `out`; returns pass rates at temperature 1, by name.
 
     Args:
-        start: folder of a base policy to continue from, when only what it guesses unguided is to be another.
+        start: folder of a base policy to continue from, to change only its guesses without a strategy.
     """
     torch.manual_seed(recipe.seed)
     tokenizer = build_tokenizer()
@@ -136,7 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Rebuild the base policy of the cues domain.")
     parser.add_argument("--out", type=Path, required=True, help="folder for model and tokenizer")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # the sums of several threads differ from run to run
+    torch.set_num_threads(1)  # with several threads, floating-point sums differ from run to run
     for name, rate in pretrain(Recipe(), out=arguments.out).items():
         print(f"{name} pass rate {rate:.3f}")
 

@@ -1,4 +1,4 @@
-"""Prompts: the plain one shows the problem, the guided one the strategy before it (pi(.|q) and pi(.|q,s)).
+"""Builds prompts: the autonomous one shows the problem, pi(.|q); the guided one adds the strategy, pi(.|q,s).
 
 Style "plain" is for base policies: strategy, newline, problem, and no special token. Style "chat" is for
 instruction-tuned models: one user message through the tokenizer's chat template, with the generation prompt.
@@ -23,9 +23,9 @@ Problem:
 
 
 def build_prompt(problem: str, strategy: str | None, *, style: Style, tokenizer: Any) -> list[int]:
-    """Token ids of the prompt; without a strategy it is the problem alone.
+    """Token ids of the prompt; without a strategy it contains only the problem.
 
-    Raises DataError if style "chat" meets a tokenizer without a chat template.
+    Raises DataError if the style is "chat" and the tokenizer has no chat template.
     """
     if style == "plain":
         text = problem if strategy is None else f"{strategy}\n{problem}"

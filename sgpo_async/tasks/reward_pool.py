@@ -1,11 +1,11 @@
-"""Judges completions without holding up its caller.
+"""Verifies completions in worker processes without blocking the caller.
 
     caller ── submit ─▶ requests ─▶ thread 1..n ── stdin/stdout ── worker process 1..n
     caller ◀── poll ── verdicts ◀──────┘
            ◀─────────── inline verifiers, at submit
 
-A thread waits for a request, then for its worker's answer, which comes within the time limit or the worker
-is dead (see `reward_worker`); a dead worker is replaced. The caller waits in `poll` alone.
+Each thread waits for a request, then for its worker's answer. A worker that exceeds the time limit is killed by its
+alarm (see `reward_worker`), and the thread starts a new one. The caller waits only in `poll`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """The judgement on the completion submitted under `key`; one that timed out counts as incorrect."""
+    """Whether the completion submitted under `key` is correct; a timeout counts as incorrect."""
 
     key: Hashable
     correct: bool
@@ -42,7 +42,7 @@ class _Request:
 
 
 class RewardPool:
-    """Verifiers in worker processes (cheap ones inline), with a time limit in seconds for each completion."""
+    """Runs verifiers in worker processes (cheap ones inline), with a time limit in seconds per completion."""
 
     def __init__(self, *, workers: int, limit_s: float) -> None:
         assert workers >= 1 and limit_s > 0
@@ -57,7 +57,7 @@ class RewardPool:
         self._started = False
 
     def submit(self, key: Hashable, verifier: str, answer: str, completion: str) -> None:
-        """Have `completion` judged; returns at once (an inline verifier's verdict is then already there)."""
+        """Submit `completion` and return at once. The verdict of an inline verifier is available immediately."""
         assert verifier in VERIFIERS, verifier
         if verifier in INLINE:
             self._verdicts.put(Verdict(key=key, correct=VERIFIERS[verifier](answer, completion)))
@@ -69,9 +69,9 @@ class RewardPool:
         self._requests.put(_Request(key=key, line=json.dumps([verifier, answer, completion])))
 
     def poll(self, timeout_s: float = 0.0) -> list[Verdict]:
-        """Verdicts that are there, after waiting at most `timeout_s` seconds for the first.
+        """The available verdicts, after waiting at most `timeout_s` seconds for the first one.
 
-        Raises SgpoError if a worker failed otherwise than by its time limit.
+        Raises SgpoError if a worker failed for another reason than its time limit.
         """
         verdicts: list[Verdict] = []
         try:
@@ -86,7 +86,7 @@ class RewardPool:
             return verdicts
 
     def close(self) -> None:
-        """Kill the workers; requests still open get no verdict."""
+        """Kill the workers; open requests get no verdict."""
         with self._lock:
             self._closing = True
             for process in self._processes.values():
@@ -131,6 +131,6 @@ class RewardPool:
         process.stdout.close()
         with self._lock:
             del self._processes[index]
-        if status < 0:  # by its alarm, or by a kill from outside
+        if status < 0:  # killed by its alarm or by another process
             return Verdict(key=request.key, correct=False, timed_out=True)
         return SgpoError(f"reward worker: exit status {status} on {request.key!r}; see its traceback")

@@ -1,4 +1,4 @@
-"""Problems with responses for supervised training: one part to train on, one to validate with. Free of torch."""
+"""Splits problems with responses into training and validation data for SFT. Does not import torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sgpo_async.tasks.base import Problem
 from sgpo_async.tasks.files import Split, read_problems, read_split
 from sgpo_async.tasks.sources import open_source
 
-FAR = 2**40  # where the built-in domain's supervised problems begin: no reinforcement gets there
+FAR = 2**40  # first position of the built-in domain's supervised problems; RL never reaches it
 
 
 class SftData(NamedTuple):
@@ -21,23 +21,23 @@ class SftData(NamedTuple):
 
     training: Sequence[Problem]
     validation: Sequence[Problem]
-    without: int  # problems of the files that have no response, and are left out
-    held_out: int = 0  # problems that the run evaluates with, and are left out
+    without: int  # number of problems left out because they have no response
+    held_out: int = 0  # number of problems left out because the run evaluates on them
 
 
 def sft_data(run: Run) -> SftData:
-    """What `run.sft` names, parted by `run.seed`.
+    """The data that `run.sft` names, split by `run.seed`.
 
     Raises:
-        DataError: a bad line, or a part without any problem.
+        DataError: a line is bad, or a part is empty.
     """
     sft, tasks = run.sft, run.tasks
     if tasks.source == "cues" and not sft.path:
         source = open_source("cues", path="", held_out=tasks.held_out, seed=run.seed)
-        return _parted([source.training(FAR + i) for i in range(sft.problems)], run)
+        return _split([source.training(FAR + i) for i in range(sft.problems)], run)
     problems, held_out = _read(run)
     if not sft.validation:
-        return _parted(problems, run)._replace(held_out=len(held_out))
+        return _split(problems, run)._replace(held_out=len(held_out))
     validation = read_problems(sft.validation)
     seen = {problem.problem for problem in validation}
     found = _checked([p for p in problems if p.problem not in seen], validation, sft.path or tasks.path)
@@ -45,9 +45,9 @@ def sft_data(run: Run) -> SftData:
 
 
 def _read(run: Run) -> Split:
-    """The problems of `sft.path`; of the file that reinforcement trains on, only those it trains on.
+    """The problems of `sft.path`; if RL trains on the same file, without the held-out problems.
 
-    Held-out problems measure both: a warm-up that had seen their solutions would flatter all that starts from it.
+    A warm-up on the solutions of held-out problems would make the evaluation of every later run too optimistic.
     """
     path, tasks = run.sft.path or run.tasks.path, run.tasks
     if tasks.source == "file" and Path(path).resolve() == Path(tasks.path).resolve():
@@ -55,8 +55,8 @@ def _read(run: Run) -> Split:
     return Split(read_problems(path), [])
 
 
-def _parted(problems: Sequence[Problem], run: Run) -> SftData:
-    """A random `validation_share` of the distinct texts is set aside, at least one."""
+def _split(problems: Sequence[Problem], run: Run) -> SftData:
+    """Set aside a random `validation_share` of the distinct texts, at least one, for validation."""
     texts = list(dict.fromkeys(problem.problem for problem in problems if problem.response))
     random.Random(f"validation {run.seed}").shuffle(texts)
     aside = set(texts[: max(1, round(run.sft.validation_share * len(texts)))])

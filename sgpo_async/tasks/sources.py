@@ -1,4 +1,4 @@
-"""Opens a problem source: that of a run, or one by its kind."""
+"""Opens the problem source of a run, or a source of a given kind."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def source_of(run: Run) -> ProblemSource:
     """The source that `run` trains on.
 
     Raises:
-        DataError: it cannot be read, or no training problem has a response and the objective trains on them.
+        DataError: the source is unreadable, or the objective needs responses and no training problem has one.
     """
     tasks, objective = run.tasks, run.algorithm.objective
     source = open_source(tasks.source, path=tasks.path, held_out=tasks.held_out, seed=run.seed)
     if run.algorithm.needs_responses and not source.has_responses:
         raise DataError(
-            f"{tasks.path}: no training problem has a response, on which algorithm.objective={objective} trains; "
+            f"{tasks.path}: algorithm.objective={objective} needs responses, but no training problem has one; "
             "add the column 'response', or choose sgpo or grpo"
         )
     return source

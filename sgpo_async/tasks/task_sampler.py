@@ -1,4 +1,4 @@
-"""Which problem a task's number stands for. Hub and learner each work it out for themselves; nothing is sent."""
+"""Maps the number of a task to its problem. Hub and learner compute this independently and exchange nothing."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One problem to be rolled out, whoever does it and however often it takes.
+    """One problem to be rolled out, independent of the actor and of the attempt.
 
     Training tasks are numbered by their position in the stream of problems, 0, 1, 2, ...; evaluation tasks count
-    down, -1, -2, ..., so that a number alone names a task.
+    down, -1, -2, ..., so the number alone identifies a task.
     """
 
     number: int
@@ -45,7 +45,7 @@ class Task:
         return self.autonomous + self.guided
 
     def lease(self, *, attempt: int, min_version: int) -> Lease:
-        """The task as an actor is told of it."""
+        """The lease that an actor receives for this task."""
         return Lease(
             task=self.number,
             attempt=attempt,
@@ -66,9 +66,9 @@ class Task:
 
 
 class TaskSampler:
-    """Makes tasks of problems: a task is a function of its number and the configuration.
+    """Makes tasks from problems: a task is a function of its number and the configuration.
 
-    An evaluation round walks over all held-out problems, and then over those of each benchmark.
+    An evaluation round consists of all held-out problems, followed by those of each benchmark.
     """
 
     def __init__(self, run: Run, source: ProblemSource, benchmarks: Sequence[Benchmark] = ()) -> None:
@@ -79,11 +79,11 @@ class TaskSampler:
 
     @property
     def round_size(self) -> int:
-        """Tasks of one evaluation round."""
+        """The number of tasks in one evaluation round."""
         return len(self._round)
 
     def benchmark(self, number: int) -> Benchmark | None:
-        """What the evaluation task `number` < 0 belongs to; None: the held-out problems."""
+        """The benchmark of the evaluation task `number` < 0; None for a held-out problem."""
         return self._round[(-1 - number) % self.round_size][1]
 
     def task(self, number: int) -> Task:
@@ -109,11 +109,11 @@ class TaskSampler:
         )
 
     def _evaluation(self, number: int) -> Task:
-        """Every round has the same problems and seeds: rounds are paired comparisons."""
+        """Every round has the same problems and seeds, so that rounds are compared in pairs."""
         index = (-1 - number) % self.round_size
         problem, benchmark = self._round[index]
-        how = self._run.evaluation
-        samples = benchmark.samples if benchmark else how.samples
+        settings = self._run.evaluation
+        samples = benchmark.samples if benchmark else settings.samples
         return Task(
             number=number,
             purpose="evaluate",
@@ -123,13 +123,13 @@ class TaskSampler:
             guided=samples if problem.strategy and not benchmark else 0,
             seed=derived_seed(self._run.seed, "evaluate", index),
             sampling=Sampling(
-                temperature=how.temperature,
-                top_p=how.top_p,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
                 max_new_tokens=self._run.rollout.max_new_tokens,
             ),
         )
 
 
 def derived_seed(*parts: int | str) -> int:
-    """A 56-bit seed. It does not depend on the attempt: a reissued task is the same experiment, not a second draw."""
+    """A 56-bit seed. It does not depend on the attempt, so a reissued task repeats the same sampling."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest())

@@ -1,8 +1,8 @@
-"""Answers that are right within a tolerance, as some of OlympiadBench's are.
+"""Compares answers within a tolerance, which some OlympiadBench problems define.
 
 An answer is within its tolerance t if |answer - found| <= 1.01 t, which is the rule of OlympiadBench's own judge: the
-hundredth takes up what floating point adds. Of tuples and intervals that is asked element by element. Whatever is not
-a real number is compared as math-verify compares it.
+extra 1 % absorbs floating-point errors. Tuples and intervals are compared element by element. math-verify compares
+everything that is not a real number.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ SLACK = 1.01
 
 @dataclass(frozen=True, kw_only=True)
 class Tolerant:
-    """An answer as the verifier `math-tolerance` takes it. A lease has one text for it: `to_text`."""
+    """An answer for the verifier `math-tolerance`. `to_text` encodes it as the one answer text of a lease."""
 
-    answer: str  # the whole, as the verifier `math` takes it
-    parts: tuple[tuple[str, float | None], ...]  # (one of the answers, its tolerance; None: exactly), in any order
+    answer: str  # the whole answer, as the verifier `math` reads it
+    parts: tuple[tuple[str, float | None], ...]  # (answer, tolerance; None: exact), in any order
 
     def to_text(self) -> str:
         """JSON: [answer, [[part, tolerance], ...]]."""
@@ -37,21 +37,21 @@ class Tolerant:
 
 
 def elements(expression: Basic) -> list[Basic]:
-    """What an expression lists: the elements of {3, 5}, which is also how `3, 5` is read; else itself alone."""
+    """The elements of a set such as {3, 5} (`3, 5` is read as this set); otherwise the expression itself."""
     from sympy import FiniteSet
 
     return list(expression.args) if isinstance(expression, FiniteSet) else [expression]
 
 
 def all_within(answers: Sequence[tuple[Basic, float | None]], found: Sequence[Basic]) -> bool:
-    """Whether each of the (answer, tolerance) has a found expression of its own, and none is left over."""
+    """Whether answers and found expressions can be matched one to one, each within its tolerance."""
     if len(found) == 1 and len(answers) > 1 and (listed := _parts(found[0])) and not listed[0]:
         found = listed[1]  # all answers in one pair of parentheses
     return len(found) == len(answers) and _paired(answers, found)
 
 
 def _paired(answers: Sequence[tuple[Basic, float | None]], found: Sequence[Basic]) -> bool:
-    """Tolerances may overlap, so the first that is near enough need not be the right one."""
+    """Try all matchings: tolerances may overlap, so the first expression that is near enough may be the wrong one."""
     if not answers:
         return True
     (answer, tolerance), *rest = answers
@@ -62,7 +62,7 @@ def _paired(answers: Sequence[tuple[Basic, float | None]], found: Sequence[Basic
 
 
 def is_within(answer: Basic, found: Basic, tolerance: float | None) -> bool:
-    """Whether one expression is the other, within the tolerance where both have numbers."""
+    """Whether two expressions are equal; numbers are compared within the tolerance."""
     from math_verify import verify
 
     if verify([answer], [found], timeout_seconds=None):
@@ -86,7 +86,7 @@ def _near(answer: Basic, found: Basic, tolerance: float) -> bool:
 
 
 def _real(expression: Basic) -> Expr | None:
-    """Its value, if it is a finite real number."""
+    """The value of the expression if it is a finite real number, else None."""
     from sympy import Expr
 
     if not isinstance(expression, Expr):
@@ -96,7 +96,7 @@ def _real(expression: Basic) -> Expr | None:
 
 
 def _readings(answer: Basic, found: Basic) -> list[tuple[Basic, Basic]]:
-    """Pairs of numbers to compare, on the scale of the answer as it is written: 9 % may stand for 9 and for 0.09."""
+    """Pairs of numbers to compare, on the scale in which the answer is written: 9 % may mean 9 or 0.09."""
     from math_verify.grader import get_pct_val
 
     a, b = get_pct_val(answer), get_pct_val(found)
@@ -108,7 +108,7 @@ def _readings(answer: Basic, found: Basic) -> list[tuple[Basic, Basic]]:
 
 
 def _parts(expression: Basic) -> tuple[str, list[Basic]] | None:
-    """(closed ends, elements) of a tuple or interval; None for others. math-verify reads the pair (3, 5) as open."""
+    """(closed ends, elements) of a tuple or interval, else None. math-verify reads (3, 5) as an open interval."""
     from sympy import Interval, Tuple
 
     if isinstance(expression, Tuple):
@@ -120,7 +120,7 @@ def _parts(expression: Basic) -> tuple[str, list[Basic]] | None:
 
 
 def _unassigned(answer: Basic, found: Basic) -> tuple[Basic, Basic]:
-    """Right-hand sides of `x = 3`, unless both are assignments, to different names."""
+    """The right-hand sides of assignments such as `x = 3`; unchanged if both assign to different names."""
     from math_verify.grader import is_assignment_relation, take_first_relation, unwrap_eq
 
     both = is_assignment_relation(answer) and is_assignment_relation(found)

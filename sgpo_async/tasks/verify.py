@@ -1,7 +1,7 @@
 """Verifiers: (answer, completion text) -> whether the completion is correct, by name.
 
-"cues" is cheap and always returns. "math" and "math-tolerance" hand text from a model to a computer algebra system and
-may take for ever: call them through `sgpo_async.tasks.reward_pool.RewardPool`, which sets a limit.
+"cues" is cheap and always returns. "math" and "math-tolerance" pass model output to a computer algebra system and may
+never return: call them through `sgpo_async.tasks.reward_pool.RewardPool`, which sets a limit.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def is_math_correct(answer: str, completion: str) -> bool:
 
 
 def is_math_correct_within(answer: str, completion: str) -> bool:
-    """The same of a `Tolerant` answer's text, whose numbers need be met within their tolerances only."""
+    """Whether the completion is correct within the tolerances of `answer`, the text of a `Tolerant`."""
     wanted = Tolerant.from_text(answer)
     if is_math_correct(wanted.answer, completion):
         return True
@@ -36,10 +36,10 @@ def _marked(answer: str) -> str:
 
 
 def _parsed(text: str) -> list[Any]:
-    """What math-verify reads: an expression and its text, the text alone, or nothing."""
+    """The result of math-verify: an expression and its text, only the text, or nothing."""
     from math_verify import parse
 
-    # math-verify's own limits are set by an alarm, which a busy C loop outlives and threads forbid.
+    # math-verify's own limits use an alarm handler, which cannot stop a busy C loop and fails in threads.
     return parse(text, parsing_timeout=None)
 
 
@@ -54,4 +54,4 @@ VERIFIERS: Mapping[str, Verifier] = {
     "math-tolerance": is_math_correct_within,
 }
 INLINE = frozenset({"cues"})
-"""Verifiers that need neither a process of their own nor a time limit."""
+"""Verifiers that need neither a worker process nor a time limit."""

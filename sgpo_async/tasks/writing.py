@@ -1,4 +1,4 @@
-"""Writes problems as JSON Lines or Parquet that `tasks.source=file` reads; a file is there whole or not at all."""
+"""Writes problems as JSON Lines or Parquet for `tasks.source=file`; files are replaced atomically."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ COLUMNS = ("problem", "answer", "strategy", "response", "source")
 
 
 def problem_record(problem: Problem) -> dict[str, str | None]:
-    """One record; `source` is where the problem was read."""
+    """The record of a problem; `source` is the FILE:LINE it was read from."""
     values = (problem.problem, problem.answer, problem.strategy, problem.response, problem.id)
     return dict(zip(COLUMNS, values, strict=True))
 
 
 def write_problems(path: Path, problems: Iterable[Problem]) -> None:
-    """Write them in the format that the suffix of `path` names. Raises SgpoError if it cannot be written."""
+    """Write problems in the format that the suffix of `path` names. Raises SgpoError if writing fails."""
     write_records(path, [problem_record(problem) for problem in problems], columns=COLUMNS)
 
 
 def write_records(path: Path, records: Sequence[Mapping[str, Any]], *, columns: Sequence[str]) -> None:
-    """Write records in the format that the suffix of `path` names. Raises SgpoError if it cannot be written.
+    """Write records in the format that the suffix of `path` names. Raises SgpoError if writing fails.
 
     Args:
-        columns: of a Parquet file, which has them whether they have values or not.
+        columns: columns of a Parquet file; they are written even if they have no values.
     """
     if path.suffix == ".parquet":
         _write_parquet(path, records, columns)
@@ -40,13 +40,13 @@ def write_records(path: Path, records: Sequence[Mapping[str, Any]], *, columns: 
 
 
 def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """One JSON object per line; keys without a value are left out."""
+    """Write one JSON object per line; keys without a value are left out."""
     present = ({key: value for key, value in record.items() if value is not None} for record in records)
     write_whole(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in present))
 
 
 def sha256(path: str | Path, records: Iterable[Any] = ()) -> str:
-    """The digest of a file's bytes; of a dataset that is no file, that of its `records` as JSON, one per line."""
+    """The digest of a file's bytes, or, if the dataset is not a file, of its `records` as JSON, one per line."""
     if Path(path).is_file():
         with Path(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -67,5 +67,6 @@ def test_a_source_without_responses_is_refused_at_once(tmp_path: Path) -> None:
         local = run.local()
         assert local.ended() == 2, local.output
         (line,) = [line for line in local.output.splitlines() if line.startswith("error: ")]
-        assert f"{problems}: no training problem has a response, on which algorithm.objective=hpt trains" in line
+        reason = "algorithm.objective=hpt needs responses, but no training problem has one"
+        assert f"{problems}: {reason}; add the column 'response', or choose sgpo or grpo" in line
         run.assert_no_trace()

@@ -37,11 +37,11 @@ def seed() -> Iterator[None]:
         yield
 
 
-def test_guided_it_solves_nearly_all(model: Any, tokenizer: Any) -> None:
+def test_with_a_strategy_the_policy_solves_nearly_all_problems(model: Any, tokenizer: Any) -> None:
     assert pass_rate(model, tokenizer, PROBLEMS, guided=True) >= 0.95
 
 
-def test_unguided_it_solves_hardly_any(model: Any, tokenizer: Any) -> None:
+def test_without_a_strategy_the_policy_solves_few_problems(model: Any, tokenizer: Any) -> None:
     assert pass_rate(model, tokenizer, PROBLEMS, guided=False) <= 0.06
     assert pass_rate(model, tokenizer, PROBLEMS, guided=False, sample=False) <= 0.06
 

@@ -94,7 +94,7 @@ def test_answers_as_the_verifier_gets_them(tmp_path: Path) -> None:
     assert is_math_correct(problem.answer, "\\boxed{(2,1),(1,2)}")
 
 
-def test_a_context_stands_before_its_problem(tmp_path: Path) -> None:
+def test_a_context_is_put_before_its_problem(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [OLYMPIAD | {"context": "Let $x$ be real."}])
     (problem,) = open_benchmark("olympiadbench", path, samples=1).problems
     assert problem.problem == "Let $x$ be real.\n\nSolve $x^2 - 8x + 15 = 0$."
@@ -111,7 +111,7 @@ def test_a_context_stands_before_its_problem(tmp_path: Path) -> None:
         (0.25, ["3"], (("3", 0.25),)),
     ],
 )
-def test_tolerances_travel_with_the_answer(tmp_path: Path, error: Any, answers: list[str], parts: Any) -> None:
+def test_the_answer_text_contains_the_tolerances(tmp_path: Path, error: Any, answers: list[str], parts: Any) -> None:
     records = [OLYMPIAD | {"error": error, "final_answer": answers}, OLYMPIAD | {"id": 2}]
     tolerant, exact = open_benchmark("olympiad", write(tmp_path / "a.jsonl", records), samples=1).problems
     assert tolerant.verifier == "math-tolerance" and Tolerant.from_text(tolerant.answer).parts == parts
@@ -119,7 +119,7 @@ def test_tolerances_travel_with_the_answer(tmp_path: Path, error: Any, answers: 
     assert exact.verifier is None and exact.answer == "3, 5"
 
 
-def test_a_tolerance_reaches_the_lease_of_its_problem_alone(tmp_path: Path) -> None:
+def test_only_the_lease_of_a_problem_with_a_tolerance_contains_one(tmp_path: Path) -> None:
     records = [OLYMPIAD | {"error": "1e-1", "final_answer": ["3.5"]}, OLYMPIAD | {"id": 2}]
     benchmark = open_benchmark("olympiad", write(tmp_path / "a.jsonl", records), samples=1)
     task_sampler = TaskSampler(Run(), CuesSource(seed=0, held_out=0), [benchmark])
@@ -141,25 +141,43 @@ def test_answers_are_cut_at_commas_that_separate_them() -> None:
 @pytest.mark.parametrize(
     ("records", "line", "reason"),
     [
-        ([], "", "holds no problems"),
-        ([{"question": "?"}], ":1", "question: the columns of no layout that is known: problem, answer, unique_id"),
-        ([["?"]], ":1", "list: the columns of no layout"),
+        ([], "", "the file contains no problems"),
+        (
+            [{"question": "?"}],
+            ":1",
+            "the columns match no known layout, got question; known layouts: problem, answer, unique_id",
+        ),
+        ([["?"]], ":1", "the columns match no known layout, got list; known layouts: "),
         ([AMC23, {"id": 1, "question": "?"}], ":2", "no column 'answer', which the first record has"),
         ([AMC23, AMC23], ":2", "the id '0' occurs twice"),
         ([MATH500 | {"problem": " "}], ":1", "'problem' must be a text that is not empty"),
         ([MATH500 | {"answer": True}], ":1", "the answer must be a text"),
-        ([AIME_BOXED | {"solution": "8"}], ":1", "the solution has no \\boxed{...}"),
-        ([OLYMPIAD | {"final_answer": None}], ":1", "proofs cannot be judged"),
-        ([OLYMPIAD | {"modality": "Multimodal"}], ":1", "shows pictures"),
-        ([OLYMPIAD, OLYMPIAD | {"id": 2, "error": "small"}], ":2", "'error' must be a number that is not negative, or"),
-        ([OLYMPIAD | {"error": "-1e-1"}], ":1", "not '-1e-1'"),
-        ([OLYMPIAD | {"error": "nan"}], ":1", "not 'nan'"),
-        ([OLYMPIAD | {"error": True}], ":1", "not True"),
-        ([OLYMPIAD | {"error": "1,2,3"}], ":1", "one for each answer, here 2, between commas, not '1,2,3'"),
+        (
+            [AIME_BOXED | {"solution": "8"}],
+            ":1",
+            "the record has no answer column, and its solution has no \\boxed{...}",
+        ),
+        (
+            [OLYMPIAD | {"final_answer": None}],
+            ":1",
+            "'final_answer' must be a list of answers, got None; proofs cannot be verified",
+        ),
+        (
+            [OLYMPIAD | {"modality": "Multimodal"}],
+            ":1",
+            "the problem contains pictures, which prompts do not support; use text-only problems",
+        ),
+        ([OLYMPIAD, OLYMPIAD | {"id": 2, "error": "small"}], ":2", "'error' must be one number >= 0, or "),
+        ([OLYMPIAD | {"error": "-1e-1"}], ":1", "got '-1e-1'"),
+        ([OLYMPIAD | {"error": "nan"}], ":1", "got 'nan'"),
+        ([OLYMPIAD | {"error": True}], ":1", "got True"),
+        ([OLYMPIAD | {"error": "1,2,3"}], ":1", "2 (one per answer) separated by commas, got '1,2,3'"),
         ([OWN | {"strategy": ""}], ":1", "'strategy' must be a text"),
     ],
 )
-def test_what_cannot_be_evaluated_is_named(tmp_path: Path, records: list[Any], line: str, reason: str) -> None:
+def test_an_invalid_benchmark_is_reported_with_file_and_line(
+    tmp_path: Path, records: list[Any], line: str, reason: str
+) -> None:
     path = write(tmp_path / "a.jsonl", records)
     with pytest.raises(DataError) as caught:
         open_benchmark("any", path, samples=1)
@@ -167,7 +185,7 @@ def test_what_cannot_be_evaluated_is_named(tmp_path: Path, records: list[Any], l
     assert "\n" not in str(caught.value)
 
 
-def test_the_digest_is_of_the_content(tmp_path: Path) -> None:
+def test_the_digest_depends_on_the_content(tmp_path: Path) -> None:
     other = OWN | {"answer": "2"}
     files = [
         write(tmp_path / f"{i}.jsonl", records) for i, records in enumerate([[OWN], [OWN, other], [other, OWN], [OWN]])

@@ -112,7 +112,7 @@ def test_malformed_completions_are_incorrect(position: int, at: int, word: str) 
     assert not VERIFIERS["cues"](problem.answer, problem.response + " " + DIGITS[at % 10])
 
 
-def test_the_states_alone_are_no_solution() -> None:
+def test_a_completion_of_states_only_is_incorrect() -> None:
     problem = SOURCE.training(0)
     assert not VERIFIERS["cues"](problem.answer, problem.answer)
 

@@ -48,17 +48,20 @@ def test_parquet_and_jsonl_give_the_same_stream(tmp_path: Path) -> None:
     ("line", "reason"),
     [
         ("{broken", "not JSON"),
-        ("[1, 2]", "a record must be an object, not list"),
+        ("[1, 2]", "a record must be an object, got list"),
         ('{"question": "1+1", "answer": "2"}', "no column 'problem'; there are 'question', 'answer'"),
         ('{"problem": "1+1"}', "no column 'answer'"),
         ('{"problem": " ", "answer": "2"}', "'problem' must be a text that is not empty"),
         ('{"problem": "1+1", "answer": true}', "'answer' must be a text"),
         ('{"problem": "1+1", "answer": "2", "strategy": 3}', "'strategy' must be a text"),
-        (r'{"problem": "1+1 \ud835", "answer": "2"}', "'problem' is no Unicode text: half a surrogate pair at 4"),
+        (
+            r'{"problem": "1+1 \ud835", "answer": "2"}',
+            "'problem' must be valid Unicode, got half a surrogate pair at character 4",
+        ),
         ("\xff", "not JSON"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path: Path, line: str, reason: str) -> None:
+def test_a_bad_line_is_reported_with_file_and_line(tmp_path: Path, line: str, reason: str) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_bytes(b'{"problem": "1+1", "answer": "2"}\n\n' + line.encode("latin-1") + b"\n")
     with pytest.raises(DataError) as caught:
@@ -67,13 +70,13 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, reason: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_no_parquet(tmp_path: Path) -> None:
+def test_an_invalid_parquet_file_is_reported(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"text")
     with pytest.raises(DataError, match="not readable as Parquet"):
         FileSource(str(tmp_path / "a.parquet"), held_out=0, seed=0)
 
 
-def test_a_missing_file(tmp_path: Path) -> None:
+def test_a_missing_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         FileSource(str(tmp_path / "none.jsonl"), held_out=0, seed=0)
 
@@ -96,14 +99,14 @@ def test_held_out_is_fixed_and_apart_even_for_a_problem_that_occurs_twice(tmp_pa
 
 
 def test_what_is_held_out_does_not_depend_on_the_seed_of_the_run(tmp_path: Path) -> None:
-    """Or seeds could not be compared, and one would train on what measures the other."""
+    """Otherwise runs with different seeds could not be compared, and would train on each other's held-out problems."""
     path = write_jsonl(tmp_path / "a.jsonl", sums(40))
     one, other = (FileSource(path, held_out=10, seed=seed) for seed in (0, 1))
     assert one.held_out() == other.held_out()
     assert [one.training(i) for i in range(30)] != [other.training(i) for i in range(30)]
 
 
-def test_halves_of_what_is_held_out_are_alike_in_a_sorted_file(tmp_path: Path) -> None:
+def test_both_halves_of_the_held_out_problems_are_random_samples_of_a_sorted_file(tmp_path: Path) -> None:
     """Experiments validate with the first half and test with the second."""
     source = FileSource(write_jsonl(tmp_path / "a.jsonl", sums(2000)), held_out=400, seed=0)
     answers = [int(problem.answer) / 2 for problem in source.held_out()]
@@ -111,13 +114,13 @@ def test_halves_of_what_is_held_out_are_alike_in_a_sorted_file(tmp_path: Path) -
     assert abs(first - second) < 3 * 58  # the standard error of this difference is 58; in the file's order it is 1000
 
 
-def test_repetitions_of_a_held_out_problem_stand_together(tmp_path: Path) -> None:
+def test_repetitions_of_a_held_out_problem_are_adjacent(tmp_path: Path) -> None:
     source = FileSource(write_jsonl(tmp_path / "a.jsonl", sums(20) * 2), held_out=5, seed=0)
     texts = [problem.problem for problem in source.held_out()]
     assert texts[0::2] == texts[1::2]
 
 
-def test_too_few_problems_to_hold_out(tmp_path: Path) -> None:
+def test_holding_out_all_problems_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="none for training"):
         FileSource(write_jsonl(tmp_path / "a.jsonl", sums(1)), held_out=1, seed=0)
 

@@ -1,4 +1,4 @@
-"""Where a model comes from, and whether two members read token ids alike."""
+"""Resolving model paths, and fingerprints of tokenizers."""
 
 import json
 from pathlib import Path

@@ -31,7 +31,7 @@ def contents(problems: Any) -> list[tuple[Any, ...]]:
 
 
 def others(count: int) -> list[Problem]:
-    """Problems that nobody takes for each other."""
+    """Problems that are not near-duplicates of each other."""
     return [problem(f"{'abcdefghij'[i % 10]}{i} plus {i * i}", str(i)) for i in range(count)]
 
 
@@ -96,18 +96,18 @@ def test_another_seed_draws_others_and_each_set_is_drawn_without_regard_to_the_o
     assert 70 <= len(both) <= 130  # a third of a third of 900 is expected; the standard deviation is 7
 
 
-def test_a_further_problem_moves_hardly_any_other() -> None:
+def test_an_additional_problem_moves_few_others() -> None:
     before, after = prepare(others(300), [], Rules()), prepare(others(303), [], Rules())
     assert len({one.id for one in before.rl} & {one.id for one in after.rl}) >= 197
 
 
-def test_the_warm_up_takes_problems_with_a_response_alone() -> None:
+def test_the_warm_up_contains_only_problems_with_a_response() -> None:
     few = [*others(6), *(problem(f"bare {i} of {i}", str(i), response=None) for i in range(12))]
     prepared = prepare(few, [], Rules())
     assert sorted(one.id for one in (*prepared.sft, *prepared.validation)) == sorted(one.id for one in others(6))
 
 
-def test_of_duplicates_the_one_with_response_and_strategy_stays() -> None:
+def test_the_duplicate_with_response_and_strategy_is_kept() -> None:
     texts = ("What is it?", "what  IS it?", "What\nis it?")
     variants = [problem(texts[0], response=None), problem(texts[1], strategy="s"), problem(texts[2])]
     prepared = prepare([*variants, *others(9)], [], Rules())
@@ -116,7 +116,7 @@ def test_of_duplicates_the_one_with_response_and_strategy_stays() -> None:
     assert {one.reason for one in prepared.removed} == {"duplicate"}
 
 
-def test_duplicates_with_different_answers_are_told_apart() -> None:
+def test_duplicates_with_different_answers_have_a_reason_of_their_own() -> None:
     prepared = prepare([problem("What?", "1"), problem("what?", "2"), *others(9)], [], Rules())
     assert [one.reason for one in prepared.removed] == ["duplicate with another answer"]
 
@@ -175,9 +175,9 @@ def test_the_files_are_sources_of_tasks(tmp_path: Path, suffix: str, capsys: pyt
     known = write(tmp_path / "known.jsonl", [others(30)[29]])
     out = tmp_path / "out"
     assert main(["data", "prepare", file, "--out", str(out), "--benchmark", f"k={known}", "--format", suffix]) == 0
-    told = capsys.readouterr().out
-    assert "read 31 problems, removed 2\n  1 contamination\n  1 duplicate\n" in told
-    assert "columns that are not kept: level" in told
+    output = capsys.readouterr().out
+    assert "read 31 problems, removed 2\n  1 contamination\n  1 duplicate\n" in output
+    assert "columns that are not kept: level" in output
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["removed"] == {"contamination": 1, "duplicate": 1}
     assert manifest["sources"][0]["ignored_columns"] == ["level"]
@@ -201,7 +201,7 @@ def test_the_files_are_sources_of_tasks(tmp_path: Path, suffix: str, capsys: pyt
     assert (contamination["benchmark"], contamination["source"], contamination["overlap"]) == ("k", f"{file}:30", 1.0)
 
 
-def test_the_same_words_write_the_same_bytes(tmp_path: Path) -> None:
+def test_the_same_arguments_write_the_same_bytes(tmp_path: Path) -> None:
     file = write(tmp_path / "mine.jsonl", others(30))
     for name in ("one", "two"):
         assert main(["data", "prepare", file, "--out", str(tmp_path / name), "--seed", "5"]) == 0
@@ -212,15 +212,15 @@ def test_the_same_words_write_the_same_bytes(tmp_path: Path) -> None:
 
 def test_without_a_warm_up_all_is_for_rl_and_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     file = write(tmp_path / "mine.jsonl", others(5))
-    words = ["data", "prepare", file, "--out", str(tmp_path / "out"), "--sft-share", "0"]
-    assert main([*words, "--dry-run"]) == 0
+    arguments = ["data", "prepare", file, "--out", str(tmp_path / "out"), "--sft-share", "0"]
+    assert main([*arguments, "--dry-run"]) == 0
     assert not (tmp_path / "out").exists()
-    assert main(words) == 0
+    assert main(arguments) == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["manifest.json", "removed.jsonl", "rl.jsonl"]
 
 
 @pytest.mark.parametrize(
-    ("count", "words", "parts"),
+    ("count", "arguments", "parts"),
     [
         (30, ["--sft-share", "1"], ["--sft-share must be in [0, 1), got 1.0"]),
         (30, ["--validation-share", "0"], ["--validation-share must be in (0, 1), got 0.0"]),
@@ -234,30 +234,30 @@ def test_without_a_warm_up_all_is_for_rl_and_a_dry_run_writes_nothing(tmp_path: 
         (0, [], ["of 0 problems none is left"]),
     ],
 )
-def test_a_mistake_is_one_line(
-    tmp_path: Path, count: int, words: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]
+def test_an_invalid_argument_is_reported_in_one_line(
+    tmp_path: Path, count: int, arguments: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = write(tmp_path / "mine.jsonl", others(count))
-    assert main(["data", "prepare", file, "--out", str(tmp_path / "out"), *words]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: ") and told.count("\n") == 1
-    assert all(part in told for part in parts), told
+    assert main(["data", "prepare", file, "--out", str(tmp_path / "out"), *arguments]) == 2
+    output = capsys.readouterr().err
+    assert output.startswith("error: ") and output.count("\n") == 1
+    assert all(part in output for part in parts), output
     assert not (tmp_path / "out").exists()
 
 
-def test_too_few_responses_name_the_share_that_would_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_few_responses_report_a_share_that_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bare = [problem(f"bare {i} of {i}", str(i), response=None) for i in range(20)]
     file = write(tmp_path / "mine.jsonl", [*others(4), *bare])
-    words = ["data", "prepare", file, "--out", str(tmp_path / "out")]
-    assert main(words) == 2
-    told = capsys.readouterr().err
-    assert "8 of 24 problems are for the warm-up, but only 4 have a response" in told
-    share = told.rstrip().rpartition(" ")[2]
-    assert main([*words, "--sft-share", share]) == 0
+    arguments = ["data", "prepare", file, "--out", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    output = capsys.readouterr().err
+    assert "8 of 24 problems are for the warm-up, but only 4 have a response" in output
+    share = output.rstrip().rpartition(" ")[2]
+    assert main([*arguments, "--sft-share", share]) == 0
 
 
 def test_results_are_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["data", "prepare", write(tmp_path / "mine.jsonl", others(30)), "--out", str(tmp_path / "out")]
-    assert main(words) == 0
-    assert main(words) == 2
+    arguments = ["data", "prepare", write(tmp_path / "mine.jsonl", others(30)), "--out", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    assert main(arguments) == 2
     assert "there are results already" in capsys.readouterr().err

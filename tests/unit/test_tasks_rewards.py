@@ -1,4 +1,4 @@
-"""Rewards: math-verify's verdicts, and a pool that outlives hanging and dying workers."""
+"""Rewards: math-verify's verdicts, and a pool that survives hanging and killed workers."""
 
 import os
 import signal
