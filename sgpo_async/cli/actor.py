@@ -6,22 +6,31 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--hub ADDRESS and what one node decides for itself; everything else comes from the hub."""
-    parser.add_argument("--hub", required=True, metavar="tcp://HOST:PORT", help="where the hub listens")
+    """--hub ADDRESS and the settings of this node; every other setting comes from the hub."""
+    parser.add_argument("--hub", required=True, metavar="tcp://HOST:PORT", help="address of the hub")
     parser.add_argument("--name", default="", help="unique among the run's members (default: chosen at random)")
-    parser.add_argument("--keys", default="", metavar="DIR", help="keys, if the hub has them (see: sgpo-async keys)")
     parser.add_argument(
-        "--model", default="", metavar="PATH", help="a local copy, where the run's model.path is absent"
+        "--keys", default="", metavar="DIR", help="folder of keys, if the hub uses keys (see: sgpo-async keys)"
+    )
+    parser.add_argument(
+        "--model",
+        default="",
+        metavar="PATH",
+        help="local copy of the model, if the run's model.path does not exist on this node",
     )
     parser.add_argument(
         "--slots", type=int, default=0, metavar="N", help="sequences decoded together (default: the run's)"
     )
     parser.add_argument("--device", default="", choices=["auto", "cpu", "cuda"], help="default: the run's")
-    parser.add_argument("--sglang-python", default="", metavar="PATH", help="of SGLang's environment on this node")
+    parser.add_argument(
+        "--sglang-python", default="", metavar="PATH", help="Python of SGLang's environment on this node"
+    )
     parser.add_argument(
         "--sglang-url", action="append", default=[], metavar="URL", help="attach to this server (may be repeated)"
     )
-    parser.add_argument("--logs", default="", metavar="DIR", help="for the servers' logs (default: a temporary one)")
+    parser.add_argument(
+        "--logs", default="", metavar="DIR", help="folder for the servers' logs (default: a temporary folder)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""`sgpo-async keys`: key pairs for a hub that listens beyond loopback and for those who may join it."""
+"""`sgpo-async keys`: key pairs for a hub that listens beyond loopback and for the processes that may join it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """DIR."""
-    parser.add_argument("folder", metavar="DIR", type=Path, help="made if absent; copy it to every node of the run")
+    parser.add_argument(
+        "folder", metavar="DIR", type=Path, help="created if it does not exist; copy it to every node of the run"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

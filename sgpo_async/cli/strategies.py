@@ -91,7 +91,7 @@ def _extract(args: argparse.Namespace) -> int:
         await pipeline.extract(problems)
 
     if all(journal.done(key_of(problem)) for problem in problems):
-        own = None  # nobody will be asked
+        own = None  # no endpoint is needed
     return _with_endpoint(args, journal, work, own, total=len(problems))
 
 

@@ -15,13 +15,15 @@ from sgpo_async.files import FREE_SOME, disk_full, reporting_write_errors
 from sgpo_async.local.run_folder import forget_hub
 from sgpo_async.processes.marked import GRACE_S, MARK, end_run
 
-TORCHRUN_FAILURE = "torch/distributed/elastic/multiprocessing/api.py"  # what follows in a log says nothing new
-ROOT = Path(__file__).resolve().parents[2]  # where `import sgpo_async` works from, installed or not
+TORCHRUN_FAILURE = (
+    "torch/distributed/elastic/multiprocessing/api.py"  # lines after this one repeat what the log already says
+)
+ROOT = Path(__file__).resolve().parents[2]  # the folder that contains the package, installed or not
 
 
 @dataclass(frozen=True)
 class Child:
-    """One process that we started, and where its output goes."""
+    """One process that this package started, and the log of its output."""
 
     name: str
     process: subprocess.Popen[bytes]
@@ -45,14 +47,14 @@ class Child:
         return "\n".join([f"the end of {self.log}:", *(f"    {line}" for line in own[-lines:])])
 
     def ending(self) -> str:
-        """How it ended, in words."""
+        """How it ended, as text for a message."""
         code = self.code
         assert code is not None
         return f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
 
 
 class Processes:
-    """All processes of one run. A watchdog ends them if we die without `stop`, even by `kill -9`."""
+    """All processes of one run. A watchdog ends them if this process dies without `stop`, even by `kill -9`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -85,7 +87,7 @@ class Processes:
         return child
 
     def stop(self, *, grace_s: float = GRACE_S, hurry: Callable[[], bool] = lambda: False) -> None:
-        """End everything within `grace_s` and a moment, at once when `hurry`."""
+        """End all processes: SIGTERM, then SIGKILL after `grace_s`, or at once when `hurry()` is true."""
         end_run(self.mark, grace_s=grace_s, hurry=hurry)
         for child in self._children:
             child.process.wait(timeout=10)
@@ -95,16 +97,16 @@ class Processes:
 
 
 def wait_for(child: Child, seconds: float) -> bool:
-    """Give `child` up to `seconds` to end by itself; returns whether it did."""
+    """Wait up to `seconds` for `child` to end by itself; returns whether it did."""
     deadline = time.monotonic() + seconds
     while child.code is None and time.monotonic() < deadline:
         time.sleep(0.05)
     return child.code is not None
 
 
-def python(module: str, *words: str) -> list[str]:
+def python(module: str, *arguments: str) -> list[str]:
     """Command line of a Python module, with this interpreter."""
-    return [sys.executable, "-m", module, *words]
+    return [sys.executable, "-m", module, *arguments]
 
 
 def _environment() -> dict[str, str]:

@@ -1,9 +1,9 @@
-"""Ends a run whose supervisor is gone, be it by `kill -9`.
+"""Ends a run whose supervisor has died, even by `kill -9`.
 
     supervisor ──stdin, held open, never written──▶ watchdog
 
-It waits for the end of its input, which the kernel brings when the supervisor dies in whatever way, and unblocks
-nobody. It lives in its own session, so that a Ctrl-C at the terminal does not reach it.
+It waits for the end of its standard input: the kernel closes it when the supervisor dies, in whatever way. The watchdog
+runs in its own session, so that a Ctrl-C at the terminal does not reach it.
 """
 
 from __future__ import annotations

@@ -260,4 +260,7 @@ def test_results_are_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixtu
     words = ["data", "prepare", write(tmp_path / "mine.jsonl", others(30)), "--out", str(tmp_path / "out")]
     assert main(words) == 0
     assert main(words) == 2
-    assert "there are results already" in capsys.readouterr().err
+    assert (
+        "the folder has results already; choose another folder with --out, or remove this one"
+        in capsys.readouterr().err
+    )
