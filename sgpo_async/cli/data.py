@@ -2,8 +2,8 @@
 
     sgpo-async data prepare FILE ... --out FOLDER --benchmark math500=FILE ...
 
-It writes sft, sft-validation and rl as JSON Lines or Parquet; removed.jsonl, which lists the problems that are in none of
-them, with reasons; and manifest.json, which is written last.
+It writes sft, sft-validation and rl as JSON Lines or Parquet; removed.jsonl, which lists the problems that are in none
+of them, with reasons; and manifest.json, which is written last.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     )
     if not args.dry_run and (args.out / MANIFEST).exists():
         raise DataError(
-            f"{args.out / MANIFEST}: the folder has results already; choose another folder with --out, or remove this one"
+            f"{args.out / MANIFEST}: it has results already; choose another --out folder, or remove this one"
         )
     sources = [read_source(path) for path in args.files]
     benchmarks = [read_benchmark(word) for word in args.benchmark]

@@ -1,7 +1,7 @@
 """`sgpo-async doctor`: checks whether a configuration can run here; prints a table, and a remedy for each failed check.
 
-It launches the servers of the configuration, or attaches to its URLs. It changes their weights and generates with them, so
-do not run it while an actor uses them.
+It launches the servers of the configuration, or attaches to its URLs. It changes their weights and generates with them,
+so do not run it while an actor uses them.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def comparison(a: Path, b: Path, found: Comparisons) -> Iterator[RenderableType]
     yield table
     for name, one in found.benchmarks.items():
         if one.left_out_a or one.left_out_b:
-            yield f"{name}: left out, because the other evaluation lacks them: {one.left_out_a} problems of A, {one.left_out_b} of B."
+            yield f"{name}: left out: {one.left_out_a} problems of A and {one.left_out_b} of B that the other lacks."
     yield BOOTSTRAP
     yield "p: exact sign-flip test on avg@k, two-sided."
     yield "x / y of n: of n problems A solves x more often than B, and y less often."

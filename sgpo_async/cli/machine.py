@@ -66,7 +66,7 @@ def model(run: Run, facts: ModelFacts) -> str:
 
 
 def tokenizer(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
-    """The model must have every token id that a prompt can contain: an unknown id kills an SGLang server."""
+    """The model must have every token id that a prompt can contain: an unknown id kills a server."""
     loaded = load_tokenizer(facts.folder)
     largest = max(loaded.get_vocab().values())
     if largest >= facts.vocabulary:

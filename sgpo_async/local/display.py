@@ -47,7 +47,7 @@ class View:
         return (rounds[0], rounds[-1]) if rounds else ({}, {})
 
     def benchmarks(self) -> list[Mapping[str, Any]]:
-        """The newest score of each, as `BenchmarkScore`; empty before the first evaluation, and for a run without benchmarks."""
+        """The newest score of each, as `BenchmarkScore`; empty before the first evaluation or without benchmarks."""
         newest = dict(self.metrics.get("eval_benchmarks") or {})
         for evaluation in self.status.get("evaluations") or []:
             for score in evaluation.get("benchmarks") or []:

@@ -147,7 +147,7 @@ def test_a_configured_hub_address_is_kept() -> None:
         (["hub", DEMO, "steps=0"], "steps must be >= 1, got 0"),
         (
             ["lokal", DEMO],
-            "command must be one of local, learner, sft, actor, hub, doctor, bench, strategies, evaluate, experiment, data, report, keys, got 'lokal'",
+            "command must be one of " + ", ".join(cli.COMMANDS) + ", got 'lokal'",
         ),
         (["report", "nowhere"], "no metrics.jsonl"),
     ],

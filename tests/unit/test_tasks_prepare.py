@@ -260,7 +260,4 @@ def test_results_are_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixtu
     words = ["data", "prepare", write(tmp_path / "mine.jsonl", others(30)), "--out", str(tmp_path / "out")]
     assert main(words) == 0
     assert main(words) == 2
-    assert (
-        "the folder has results already; choose another folder with --out, or remove this one"
-        in capsys.readouterr().err
-    )
+    assert "it has results already; choose another --out folder, or remove this one" in capsys.readouterr().err
