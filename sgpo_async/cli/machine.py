@@ -98,7 +98,8 @@ def hub(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
     if _hub_answers(run):
         return f"a hub answers at {run.hub.address}"
     if reason.errno != errno.EADDRINUSE:
-        found = f"hub.address: {run.hub.address} is not an address of this machine ({reason.strerror}), and no hub answers there"
+        found = f"hub.address: {run.hub.address} is not an address of this machine ({reason.strerror})"
+        found += ", and no hub answers there"
         raise CheckFailed(found, "start the hub there, or correct the address")
     found, remedy = f"hub.address: another process listens at {run.hub.address}", "choose another port: hub.address=..."
     if run.hub.address == Hub().address:
