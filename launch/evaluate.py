@@ -1,4 +1,4 @@
-"""`sgpo-async evaluate` from a checkout: the same words, the same function."""
+"""`sgpo-async evaluate` from a checkout: same arguments, same function."""
 
 import sys
 from pathlib import Path

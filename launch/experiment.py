@@ -1,4 +1,4 @@
-"""`sgpo-async experiment` from a checkout: the same words, the same function."""
+"""`sgpo-async experiment` from a checkout: same arguments, same function."""
 
 import sys
 from pathlib import Path

@@ -6,17 +6,17 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--hub ADDRESS and the options of this inference node; everything else comes from the hub."""
+    """--hub ADDRESS and the settings of this node; every other setting comes from the hub."""
     parser.add_argument("--hub", required=True, metavar="tcp://HOST:PORT", help="address of the hub")
     parser.add_argument("--name", default="", help="unique among the run's members (default: chosen at random)")
     parser.add_argument(
-        "--keys", default="", metavar="DIR", help="folder of keys, if the hub requires them (see: sgpo-async keys)"
+        "--keys", default="", metavar="DIR", help="folder of keys, if the hub uses keys (see: sgpo-async keys)"
     )
     parser.add_argument(
         "--model",
         default="",
         metavar="PATH",
-        help="a local copy of the model, if this node does not have model.path of the run",
+        help="local copy of the model, if the run's model.path does not exist on this node",
     )
     parser.add_argument(
         "--slots", type=int, default=0, metavar="N", help="sequences decoded together (default: the run's)"
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sglang-url", action="append", default=[], metavar="URL", help="attach to this server (may be repeated)"
     )
     parser.add_argument(
-        "--logs", default="", metavar="DIR", help="folder for the logs of the servers (default: a temporary one)"
+        "--logs", default="", metavar="DIR", help="folder for the servers' logs (default: a temporary folder)"
     )
 
 

@@ -10,7 +10,9 @@ from sgpo_async.cli.options import add_config, load_run, print_dry_run
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """CONFIG [key=value ...] [--seconds S] [--dry-run]."""
     add_config(parser)
-    parser.add_argument("--seconds", type=float, default=20.0, metavar="S", help="for each setting (default: 20)")
+    parser.add_argument(
+        "--seconds", type=float, default=20.0, metavar="S", help="duration of each measurement (default: 20)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,9 +1,9 @@
-"""`sgpo-async data prepare`: divide a user's problems into sets for warm-up, its validation and RL.
+"""`sgpo-async data prepare`: split a user's problems into sets for warm-up, its validation and RL.
 
     sgpo-async data prepare FILE ... --out FOLDER --benchmark math500=FILE ...
 
-The folder gets sft, sft-validation and rl, as JSON Lines or Parquet; removed.jsonl, what is in none of them, and why;
-and manifest.json, written last.
+It writes sft, sft-validation and rl as JSON Lines or Parquet; removed.jsonl, which lists the problems that are in none
+of them, with reasons; and manifest.json, which is written last.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """prepare FILE ... --out FOLDER [...]."""
     parser.add_argument("action", choices=["prepare"], help="clean and split; the same seed gives the same files")
     parser.add_argument("files", metavar="FILE", nargs="+", help="JSONL, Parquet, or a Hugging Face dataset")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder for the results")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder of the results")
     parser.add_argument(
         "--benchmark",
         action="append",
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.1,
         metavar="P",
-        help="share of the warm-up set for its validation (default: %(default)s)",
+        help="share of the warm-up set (default: %(default)s)",
     )
     parser.add_argument(
         "--duplicate-words", type=int, default=5, metavar="N", help="n-grams for near-duplicates (default: %(default)s)"
@@ -90,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read, prepare and write the sets, and print a report. Raises SgpoError."""
+    """Read, prepare, write, and report what was done. Raises SgpoError."""
     from sgpo_async.tasks.prepare import Rules, prepare
 
     rules = Rules(
@@ -103,7 +103,9 @@ def run(args: argparse.Namespace) -> int:
         contamination_overlap=args.contamination_overlap,
     )
     if not args.dry_run and (args.out / MANIFEST).exists():
-        raise DataError(f"{args.out / MANIFEST}: there are results already; name another folder, or remove this one")
+        raise DataError(
+            f"{args.out / MANIFEST}: it has results already; choose another --out folder, or remove this one"
+        )
     sources = [read_source(path) for path in args.files]
     benchmarks = [read_benchmark(word) for word in args.benchmark]
     problems = [problem for source in sources for problem in source.problems]
@@ -139,14 +141,14 @@ def read_benchmark(word: str) -> Source:
 
     name, equals, path = word.partition("=")
     if not (name and equals and path):
-        raise DataError(f"--benchmark {word!r}: looks like NAME=FILE, e.g. math500=math500.jsonl")
+        raise DataError(f"--benchmark {word!r}: must be NAME=FILE, e.g. math500=math500.jsonl")
     problems = open_benchmark(name, path, samples=1).problems
     digest = sha256(path, (record for _, record in read_rows(path)))
     return Source(facts={"name": name, "path": path, "sha256": digest, "problems": len(problems)}, problems=problems)
 
 
 def facts_of(sources: Sequence[Source], benchmarks: Sequence[Source], rules: Rules) -> dict[str, Any]:
-    """The inputs and options that the results depend on."""
+    """Everything that the results depend on."""
     from sgpo_async import __version__
 
     return {

@@ -1,7 +1,7 @@
-"""`sgpo-async doctor`: whether a configuration can run here, as a table with a remedy for whatever fails.
+"""`sgpo-async doctor`: checks whether a configuration can run here; prints a table, and a remedy for each failed check.
 
-It launches the servers of the configuration, or attaches to its URLs, changes their weights and generates: not while
-an actor uses them.
+It launches the servers of the configuration, or attaches to its URLs. It changes their weights and generates with them,
+so do not run it while an actor uses them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sgpo_async.config import Run
     from sgpo_async.engines.sglang.preflight import Finding, Subject
 
-Sections = Mapping[str, Sequence["Finding"]]  # by the heading above them
+Sections = Mapping[str, Sequence["Finding"]]  # findings by the heading of their section
 
 HERE = "this machine"
 STYLES = {"ok": "green", "warning": "yellow", "failed": "red", "not run": "dim"}
@@ -33,9 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """CONFIG [key=value ...] [--light] [--dry-run]."""
     add_config(parser)
     parser.add_argument(
-        "--light",
-        action="store_true",
-        help="run only the checks of servers that an actor runs when it joins (for large models)",
+        "--light", action="store_true", help="run only the checks that an actor runs when it joins (for large models)"
     )
 
 
@@ -66,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def examine_servers(settings: Run, folder: str, *, light: bool, signals: Signals) -> dict[str, Sequence[Finding]]:
-    """The findings for each server, by heading. Launched servers have ended when this returns."""
+    """Findings of every server, by heading. All launched servers have ended when it returns."""
     from sgpo_async.engines.sglang import SglangEngine
     from sgpo_async.engines.sglang.preflight import FULL, JOIN, Finding, Reference, examine
     from sgpo_async.errors import SgpoError
@@ -95,8 +93,8 @@ def examine_servers(settings: Run, folder: str, *, light: bool, signals: Signals
     try:
         engine.start(lambda: signals.stop)
     except SgpoError as error:
-        found, _, words = str(error).partition("\n")
-        remedy = f"mend what its last words tell:\n{words}" if words else "correct the configuration"
+        found, _, log_tail = str(error).partition("\n")
+        remedy = f"correct what the end of its log names:\n{log_tail}" if log_tail else "correct the configuration"
         sections["servers"] = [Finding("start", "failed", found, remedy)]
     finally:
         engine.close()
@@ -124,7 +122,7 @@ def render(sections: Sections) -> Table:
 
 
 def closing(sections: Sections) -> Iterator[str]:
-    """The remedies of failures and warnings, and their number."""
+    """A remedy for each failure and each warning, and the number of failures."""
     several = len(sections) > 1
     for outcome in ("failed", "warning"):
         for heading, finding in _of(sections, outcome):
@@ -139,7 +137,7 @@ def _of(sections: Sections, outcome: str) -> list[tuple[str, Finding]]:
 
 
 def _listens(url: str) -> bool:
-    """Check that a server accepts connections at a URL: attached servers must be running already."""
+    """Whether a process accepts connections at this URL: an attached server must be running already."""
     import socket
     from urllib.parse import urlsplit
 
@@ -152,5 +150,5 @@ def _listens(url: str) -> bool:
 def _silent(url: str) -> Finding:
     from sgpo_async.engines.sglang.preflight import Finding
 
-    found = f"engine.sglang.urls: nobody listens at {url}"
+    found = f"engine.sglang.urls: no server listens at {url}"
     return Finding("answers", "failed", found, "start the server there, or correct the URL")

@@ -3,7 +3,7 @@
     sgpo-async evaluate CONFIG --model runs/demo/policy --benchmark math500=FILE --samples 4 --out FOLDER
     sgpo-async evaluate --compare FOLDER FOLDER
 
-Called again after it was interrupted, it goes on with what is missing.
+After an interruption the same command continues with the problems that are missing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PAPER_TEMPERATURE, PAPER_TOP_P = 0.6, 0.95
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """CONFIG [key=value ...] and what to evaluate, or --compare A B."""
     parser.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file, e.g. configs/demo.yaml")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="laid over the file, e.g. engine.slots=256")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides a key, e.g. engine.slots=256")
     parser.add_argument("--model", default="", metavar="FOLDER", help="e.g. runs/demo/policy (default: model.path)")
     parser.add_argument(
         "--benchmark",
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guided", action="store_true", help="with the strategies before the problems")
     parser.add_argument("--texts", action="store_true", help="keep the completions")
     parser.add_argument(
-        "--out", default="", metavar="FOLDER", help="folder for the results (default: out/name/evaluation)"
+        "--out", default="", metavar="FOLDER", help="folder of the results (default: out/name/evaluation)"
     )
     parser.add_argument("--compare", nargs=2, metavar="FOLDER", help="two evaluations, A and B: is A better?")
     parser.add_argument("--dry-run", action="store_true", help="print the whole configuration and what would start")
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     if args.compare:
         if args.config:
-            raise ConfigError("--compare: takes two folders and no configuration")
+            raise ConfigError("--compare takes two folders and no configuration; remove the configuration")
         return _compare(console, *map(Path, args.compare))
     if not args.config:
         raise ConfigError("evaluate: name a configuration, e.g. configs/demo.yaml, or two folders with --compare")
@@ -94,14 +94,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _command(args: argparse.Namespace) -> list[str]:
-    """The command line that gives `args`, without --dry-run."""
-    words = ["sgpo-async", "evaluate", args.config, *args.overrides, *(["--model", args.model] if args.model else [])]
+    """The call that `args` came from, without --dry-run."""
+    arguments = [
+        "sgpo-async",
+        "evaluate",
+        args.config,
+        *args.overrides,
+        *(["--model", args.model] if args.model else []),
+    ]
     for name in ("benchmark", "samples"):
-        words += [word for value in getattr(args, name) for word in (f"--{name}", value)]
-    words += ["--temperature", f"{args.temperature:g}"] * (args.temperature != PAPER_TEMPERATURE)
-    words += ["--top-p", f"{args.top_p:g}"] * (args.top_p != PAPER_TOP_P)
-    words += [f"--{name}" for name in ("guided", "texts") if getattr(args, name)]
-    return [*words, "--out", args.out] if args.out else words
+        arguments += [word for value in getattr(args, name) for word in (f"--{name}", value)]
+    arguments += ["--temperature", f"{args.temperature:g}"] * (args.temperature != PAPER_TEMPERATURE)
+    arguments += ["--top-p", f"{args.top_p:g}"] * (args.top_p != PAPER_TOP_P)
+    arguments += [f"--{name}" for name in ("guided", "texts") if getattr(args, name)]
+    return [*arguments, "--out", args.out] if args.out else arguments
 
 
 def _plan(settings: Run, args: argparse.Namespace) -> EvaluationPlan:
@@ -112,8 +118,8 @@ def _plan(settings: Run, args: argparse.Namespace) -> EvaluationPlan:
     names = [benchmark.name for benchmark in benchmarks]
     if len(set(names)) < len(names):
         raise ConfigError(f"--benchmark: {', '.join(names)}: a name occurs twice")
-    if strangers := samples.keys() - {"", *names}:
-        raise ConfigError(f"--samples: {min(strangers)} is no benchmark here; there are {', '.join(names)}")
+    if unknown := samples.keys() - {"", *names}:
+        raise ConfigError(f"--samples: {min(unknown)} must name one of the benchmarks, which are {', '.join(names)}")
     return EvaluationPlan(
         run=settings,
         benchmarks=benchmarks,
@@ -123,13 +129,13 @@ def _plan(settings: Run, args: argparse.Namespace) -> EvaluationPlan:
     )
 
 
-def parse_samples(words: Sequence[str]) -> dict[str, int]:
+def parse_samples(arguments: Sequence[str]) -> dict[str, int]:
     """{benchmark: k}, with "" for all others. Raises ConfigError."""
     found = {"": 1}
-    for word in words:
+    for word in arguments:
         name, _, number = word.rpartition("=")
         if not number.isdecimal() or int(number) < 1:
-            raise ConfigError(f"--samples: looks like 4 or aime24=32, got {word!r}")
+            raise ConfigError(f"--samples: must be K or NAME=K, e.g. 4 or aime24=32, got {word!r}")
         found[name] = int(number)
     return found
 
@@ -150,7 +156,7 @@ def _open(settings: Run, word: str, samples: Mapping[str, int]) -> Benchmark:
     if not equals and name not in configured:
         known = ", ".join([HELD_OUT, *configured])
         raise ConfigError(f"--benchmark: {word} names no file (NAME=FILE) and none of {known}")
-    Evaluation(benchmarks={name: BenchmarkFile(path=path)})  # the rule for names
+    Evaluation(benchmarks={name: BenchmarkFile(path=path)})  # validates the name
     return open_benchmark(name, path if equals else configured[name].path, samples=k)
 
 
@@ -159,13 +165,13 @@ def _evaluate(plan: EvaluationPlan, out: Path, *, texts: bool) -> dict[str, Any]
 
     console = Console(stderr=True)
 
-    def tell(line: str) -> None:
+    def log(line: str) -> None:
         console.print(line, markup=False, highlight=False)
 
     with console.status("loading the model ...") if console.is_terminal else _nothing():
-        from sgpo_async.evaluation.run import evaluate  # torch, which takes seconds
+        from sgpo_async.evaluation.run import evaluate  # imports torch, which takes seconds
     with _progress(console) as progress:
-        return evaluate(plan, out, texts=texts, progress=progress, tell=tell)
+        return evaluate(plan, out, texts=texts, progress=progress, tell=log)
 
 
 @contextmanager

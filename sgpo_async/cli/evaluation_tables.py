@@ -19,7 +19,7 @@ BOOTSTRAP = "In brackets: 95 % bootstrap intervals over problems."
 
 
 def summary(found: Mapping[str, Any]) -> Iterator[RenderableType]:
-    """The figures of summary.json, line by line."""
+    """The results of summary.json, line by line."""
     sampling, model = found["sampling"], found["model"]
     mode = "with strategies" if sampling["guided"] else "without strategies"
     yield f"model: {model['path']} ({model['digest'][:8]})"
@@ -62,7 +62,7 @@ def comparison(a: Path, b: Path, found: Comparisons) -> Iterator[RenderableType]
     yield table
     for name, one in found.benchmarks.items():
         if one.left_out_a or one.left_out_b:
-            yield f"{name}: left out, for the other lacks them: {one.left_out_a} problems of A, {one.left_out_b} of B."
+            yield f"{name}: left out: {one.left_out_a} problems of A and {one.left_out_b} of B that the other lacks."
     yield BOOTSTRAP
     yield "p: exact sign-flip test on avg@k, two-sided."
     yield "x / y of n: of n problems A solves x more often than B, and y less often."
@@ -88,7 +88,7 @@ def _change(found: Interval) -> str:
 
 
 def _points(share: float, sign: str = "") -> str:
-    """A share as percentage points with one digit; 100 has none, which keeps columns narrow."""
+    """A share as percentage points with one decimal; 100 has no decimal, which keeps columns narrow."""
     return f"{100 * share:{sign}.{0 if abs(share) == 1 else 1}f}"
 
 

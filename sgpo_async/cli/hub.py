@@ -1,4 +1,4 @@
-"""`sgpo-async hub`: the hub as a process of its own. Learners connect with --hub; it survives their crashes."""
+"""`sgpo-async hub`: the hub as a process of its own. Learners connect to it with --hub; it survives their crashes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sgpo-async keys`: key pairs for a hub that listens beyond loopback and for those who may join it."""
+"""`sgpo-async keys`: key pairs for a hub that listens beyond loopback and for the processes that may join it."""
 
 from __future__ import annotations
 

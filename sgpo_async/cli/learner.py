@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 launch/learner.py CONFIG [key=value ...] [--hub tcp://HOST:PORT]
 
-Without --hub, rank 0 starts the hub beside itself, listening where hub.address says, and ends it when it ends.
+Without --hub, rank 0 starts the hub beside itself, listening at hub.address, and stops it at its own end.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sgpo_async.cli.options import add_config, config_words, load_run, print_dry_run, record_config
+from sgpo_async.cli.options import add_config, config_arguments, load_run, print_dry_run, record_config
 from sgpo_async.errors import ConfigError, DeadlineExceeded, HubError
 
 if TYPE_CHECKING:
     from sgpo_async.config import Run
 
 HUB_START_S = 60.0
-HUB_LEAVING_S = 10.0  # for the hub to stop its actors after the learner's Finish
+HUB_LEAVING_S = 10.0  # after the learner's Finish, in which the hub tells its actors that the run is over
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """CONFIG [key=value ...] [--hub ADDRESS] [--dry-run]."""
     add_config(parser)
-    parser.add_argument(
-        "--hub", default="", metavar="tcp://HOST:PORT", help="address of a running hub (default: rank 0 starts one)"
-    )
+    parser.add_argument("--hub", default="", metavar="tcp://HOST:PORT", help="address of a hub that is already running")
 
 
 def run(args: argparse.Namespace) -> int:
     """Train to the end. Raises SgpoError."""
     settings = load_run(args)
-    words = config_words(args)
+    arguments = config_arguments(args)
     if args.dry_run:
-        hub = [] if args.hub else [["sgpo-async", "hub", *words]]
-        print_dry_run(settings, [*hub, ["torchrun", "launch/learner.py", *words, "--hub", _address(args, settings)]])
+        hub = [] if args.hub else [["sgpo-async", "hub", *arguments]]
+        print_dry_run(
+            settings, [*hub, ["torchrun", "launch/learner.py", *arguments, "--hub", _address(args, settings)]]
+        )
         return 0
     if "RANK" not in os.environ:
         raise ConfigError(f"learner: RANK is not set; start it by torchrun launch/learner.py {args.config}")
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         record_config(settings)
     if args.hub or not first:
         return _train(settings, _address(args, settings))
-    with hub_beside(settings, words) as address:
+    with hub_beside(settings, arguments) as address:
         return _train(settings, address)
 
 
@@ -65,10 +65,10 @@ def _train(settings: Run, address: str) -> int:
 
 
 @contextmanager
-def hub_beside(settings: Run, words: list[str]) -> Iterator[str]:
+def hub_beside(settings: Run, arguments: list[str]) -> Iterator[str]:
     """A hub process that lives as long as this context; yields its address.
 
-    Raises HubError if it ends at once (port taken, ...), DeadlineExceeded if it does not come up.
+    Raises HubError if it ends at once (for example because the port is taken), DeadlineExceeded if it does not start.
     """
     from sgpo_async.local.children import Processes, python, wait_for
     from sgpo_async.local.run_folder import claim, read_hub_file
@@ -76,9 +76,11 @@ def hub_beside(settings: Run, words: list[str]) -> Iterator[str]:
     folder = Path(settings.folder)
     claim(folder)
     processes = Processes(folder)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # sent by torchrun: end the hub as well
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+    )  # torchrun ends ranks by SIGTERM: stop the hub, too
     try:
-        hub = processes.start("hub", python("sgpo_async.cli", "hub", *words))
+        hub = processes.start("hub", python("sgpo_async.cli", "hub", *arguments))
         deadline = time.monotonic() + HUB_START_S
         while read_hub_file(folder).get("pid") != hub.process.pid:
             if wait_for(hub, 0.1):

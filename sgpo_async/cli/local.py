@@ -1,10 +1,10 @@
-"""`sgpo-async local`: a whole run on this machine, supervised, shown, and ended without a trace.
+"""`sgpo-async local`: a whole run on this machine: starts, supervises and shows it, and leaves no process behind.
 
     hub (torch-free)  ◀── learner: torchrun, local.ranks ranks
          ▲
          └── actor-0 ... actor-(local.actors - 1)
 
-The hub listens on a free loopback port, unless hub.address differs from its default: then exactly there.
+The hub listens on a free loopback port, unless hub.address differs from its default; then it listens exactly there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sgpo_async.cli.options import add_config, config_words, load_run, print_dry_run, record_config
+from sgpo_async.cli.options import add_config, config_arguments, load_run, print_dry_run, record_config
 from sgpo_async.processes.torchrun import torchrun
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run to the end; returns 0, or 128 + the signal that ended it. Raises SgpoError."""
     settings = load_run(args)
-    plan = LocalCommandLines(settings, config_words(args, f"hub.address={hub_address(settings)}"))
+    plan = LocalCommandLines(settings, config_arguments(args, f"hub.address={hub_address(settings)}"))
     if args.dry_run:
         address = hub_address(settings)
         actors = [plan.actor(f"actor-{number}", address) for number in range(plan.actors)]
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def hub_address(settings: Run) -> str:
-    """The address for the hub. With port 0 the kernel chooses the port, and hub.json has it."""
+    """The address at which the hub shall listen. With port 0 the kernel chooses a port, which hub.json then names."""
     from sgpo_async.config import Hub
 
     return "tcp://127.0.0.1:0" if settings.hub.address == Hub().address else settings.hub.address
@@ -61,10 +61,10 @@ def hub_address(settings: Run) -> str:
 
 @dataclass(frozen=True)
 class LocalCommandLines:
-    """The command lines of the processes of one run; `words` is its configuration."""
+    """The command lines of the processes of one run; `arguments` are the arguments of its configuration."""
 
     settings: Run
-    words: Sequence[str]
+    arguments: Sequence[str]
 
     @property
     def actors(self) -> int:
@@ -73,12 +73,12 @@ class LocalCommandLines:
 
     def hub(self) -> list[str]:
         """The hub's command line."""
-        return [sys.executable, "-m", "sgpo_async.cli", "hub", *self.words]
+        return [sys.executable, "-m", "sgpo_async.cli", "hub", *self.arguments]
 
     def learner(self, address: str) -> list[str]:
         """torchrun's command line; its rendezvous chooses a free loopback port itself."""
         ranks = torchrun(self.settings.local.ranks)
-        return [*ranks, "-m", "sgpo_async.cli", "learner", *self.words, "--hub", address]
+        return [*ranks, "-m", "sgpo_async.cli", "learner", *self.arguments, "--hub", address]
 
     def actor(self, name: str, address: str) -> list[str]:
         """One actor's command line."""

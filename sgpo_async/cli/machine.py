@@ -1,4 +1,4 @@
-"""Checks of what a run needs of this machine, before anything starts. Each check returns its finding as text."""
+"""Checks what a run needs from this machine, before anything starts. Each check returns what it found."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from sgpo_async.weights.store_file import available_memory
 
 Check = Callable[[Run, ModelFacts], str]
 
-HUB_S = 3.0  # for a hub to answer
-SHARED_BYTES = 2**30  # that collectives of several ranks may need of /dev/shm
+HUB_S = 3.0  # how long a hub may take to answer
+SHARED_BYTES = 2**30  # what collectives of several ranks may need in /dev/shm
 SHARED = Path("/dev/shm")
 VERSION = "import importlib.metadata as m; print(m.version('sglang'))"
 VERSION_S = 30.0
@@ -58,7 +58,7 @@ def examine_machine(run: Run) -> tuple[list[Finding], ModelFacts | None]:
 
 
 def model(run: Run, facts: ModelFacts) -> str:
-    """Check that the model can be trained and its weights verified on a server."""
+    """Describe the model; check that its weights can be verified on a server."""
     architecture = ", ".join(facts.config.get("architectures") or ["a model"])
     if run.engine.kind == "sglang":
         layout_of(facts.config, tp=run.engine.sglang.tp, device=facts.device)
@@ -66,15 +66,15 @@ def model(run: Run, facts: ModelFacts) -> str:
 
 
 def tokenizer(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
-    """Check that the model has every token id that a prompt may contain: any other id kills an SGLang server."""
-    words = load_tokenizer(facts.folder)
-    largest = max(words.get_vocab().values())
+    """The model must have every token id that a prompt can contain: an unknown id kills a server."""
+    loaded = load_tokenizer(facts.folder)
+    largest = max(loaded.get_vocab().values())
     if largest >= facts.vocabulary:
         raise CheckFailed(
             f"its largest id is {largest}, and the model has {facts.vocabulary} tokens",
             "use the tokenizer that came with the model, or resize the model's embeddings",
         )
-    return f"{tokenizer_fingerprint(words)}, ids to {largest} of {facts.vocabulary} tokens"
+    return f"{tokenizer_fingerprint(loaded)}, ids to {largest} of {facts.vocabulary} tokens"
 
 
 def problems(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
@@ -89,25 +89,26 @@ def hub(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
     host, _, port = run.hub.address.removeprefix("tcp://").rpartition(":")
     try:
         family, kind, _, _, where = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as door:
-            door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            door.bind(where)
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(where)
         return f"{run.hub.address} is free"
     except OSError as error:
         reason = error
     if _hub_answers(run):
         return f"a hub answers at {run.hub.address}"
     if reason.errno != errno.EADDRINUSE:
-        found = f"hub.address: {run.hub.address} is not of this machine ({reason.strerror}), and no hub answers there"
+        found = f"hub.address: {run.hub.address} is not an address of this machine ({reason.strerror})"
+        found += ", and no hub answers there"
         raise CheckFailed(found, "start the hub there, or correct the address")
-    found, remedy = f"hub.address: somebody else listens at {run.hub.address}", "choose another port: hub.address=..."
+    found, remedy = f"hub.address: another process listens at {run.hub.address}", "choose another port: hub.address=..."
     if run.hub.address == Hub().address:
         raise CheckWarning(f"{found} (`local` chooses a free port by itself)", remedy)
     raise CheckFailed(found, remedy)
 
 
 def memory(run: Run, facts: ModelFacts) -> str:
-    """Check the memory for two versions of the weights, or the disk of the run's folder (see `weights.store_file`)."""
+    """Two copies of the weights are kept in memory, or on the disk of the run's folder (see `weights.store_file`)."""
     copies, available = 2 * _weight_bytes(run, facts), available_memory()
     if 2 * copies <= available:
         return f"2 versions of the weights, {size(copies)}, of {size(available)}"
@@ -115,7 +116,7 @@ def memory(run: Run, facts: ModelFacts) -> str:
     found = f"2 versions of the weights, {size(copies)}, are more than half of {size(available)} of memory"
     if copies > free(folder):
         raise CheckFailed(f"{found}, and {folder} has {size(free(folder))}", "use a machine with more memory")
-    raise CheckWarning(f"{found}: they stand in a file in {folder}", "expect slower updates, or free some memory")
+    raise CheckWarning(f"{found}: they are kept in a file in {folder}", "expect slower updates, or free some memory")
 
 
 def shared_memory(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
@@ -199,16 +200,16 @@ MACHINE: Mapping[str, Check] = {
     "weights folder": weights_folder,
 }
 REMEDIES = dict.fromkeys(MACHINE, "correct the configuration") | {
-    "model": "use a model that is known, or engine.kind=embedded",
+    "model": "use a supported architecture, or engine.kind=embedded",
     "tokenizer": "add the tokenizer's files to model.path",
     "problems": "correct the file, or tasks.path, tasks.held_out, evaluation.benchmarks",
-    "hub": "make keys: sgpo-async keys DIR, and name them in hub.keys",
+    "hub": "make keys with sgpo-async keys DIR, and set hub.keys=DIR",
     "sglang": "name the Python of an environment with sglang (on a CPU: make sglang-cpu)",
 }
 
 
 def parameters(facts: ModelFacts) -> int:
-    """The number of parameters; tied ones count once."""
+    """How many parameters the model has; tied parameters count once."""
     return sum(parameter.numel() for parameter in facts.skeleton.parameters())
 
 
@@ -243,7 +244,7 @@ def _require_writable(folder: Path, key: str, remedy: str) -> None:
 
 
 def _hub_answers(run: Run) -> bool:
-    """Whether a hub tells its status within HUB_S. Raises HubError if the keys cannot be read."""
+    """Whether a hub answers a status request within HUB_S. Raises HubError if the keys cannot be read."""
     watch = Watch(Path(run.folder), keys=run.hub.keys, max_bytes=run.hub.max_message_mb << 20)
     deadline = time.monotonic() + HUB_S
     try:

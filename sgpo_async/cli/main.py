@@ -1,6 +1,6 @@
 """Entry of every command: find it, parse its arguments, run it, and turn errors into one line and an exit code.
 
-Exit codes: 0 done, 1 the program itself is wrong (traceback), 2 an error that the user can mend, 130 Ctrl-C,
+Exit codes: 0 done, 1 the program itself is wrong (traceback), 2 an error that the user can correct, 130 Ctrl-C,
 143 SIGTERM.
 """
 
@@ -20,23 +20,23 @@ COMMANDS = {  # each a module of this package with `add_arguments(parser)` and `
     "learner": "one rank of the learner; start it under torchrun",
     "sft": "one rank of a supervised warm-up; start it under torchrun",
     "actor": "an inference node that joins a hub, at any time",
-    "hub": "the front door alone, for learners that name it with --hub",
-    "doctor": "whether a configuration can run here: servers, model, problems, ports, memory, disk",
+    "hub": "the hub as a process of its own, for learners that connect to it with --hub",
+    "doctor": "checks whether a configuration can run here: servers, model, problems, ports, memory, disk",
     "bench": "throughput: generation alone, learning alone, synchronous, asynchronous",
     "strategies": "strategies from a stronger model's responses: extract, rank, check, stats",
     "evaluate": "avg@k and pass@k of a model on benchmarks; compares two evaluations",
     "experiment": "methods x settings x seeds with an equal sample budget: tables and figures",
-    "data": "problems as sets for warm-up, its validation and RL: deduplicated, decontaminated, seeded",
-    "report": "runs/NAME/report.html from a run's metrics",
-    "keys": "a folder of keys for a hub that listens beyond loopback",
+    "data": "splits problems into sets for warm-up, its validation and RL: deduplicated, decontaminated, seeded",
+    "report": "writes runs/NAME/report.html from a run's metrics",
+    "keys": "makes a folder of keys for a hub that listens beyond loopback",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `sgpo-async ARGV` and return its exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(words)
+        return _dispatch(arguments)
     except SgpoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -44,16 +44,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _dispatch(words: list[str]) -> int:
-    if not words or words[0] in ("-h", "--help"):
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
-        return 0 if words else 2
-    if words[0] == "--version":
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
         print(f"sgpo-async {__version__}")
         return 0
-    name = words[0]
+    name = arguments[0]
     if name not in COMMANDS:
-        raise SgpoError(f"{name!r} is no command; there are {', '.join(COMMANDS)}")
+        raise SgpoError(f"command must be one of {', '.join(COMMANDS)}, got {name!r}")
     command = importlib.import_module(f"sgpo_async.cli.{name}")
     parser = argparse.ArgumentParser(
         prog=f"sgpo-async {name}",
@@ -63,7 +63,7 @@ def _dispatch(words: list[str]) -> int:
     )
     command.add_arguments(parser)
     _add_log_options(parser)
-    args = parser.parse_intermixed_args(words[1:])
+    args = parser.parse_intermixed_args(arguments[1:])
     os.environ[logs.FORMAT], os.environ[logs.LEVEL] = args.log_format, args.log_level
     logs.set_up(name, name=getattr(args, "name", None) or "")
     code: int = command.run(args)
@@ -71,7 +71,7 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _add_log_options(parser: argparse.ArgumentParser) -> None:
-    """--log-format and --log-level. The defaults are the parent process' settings."""
+    """Add --log-format and --log-level; their defaults are inherited from the parent process."""
     group = parser.add_argument_group("logging, on standard error")
     form, level = os.environ.get(logs.FORMAT, "human"), os.environ.get(logs.LEVEL, "info")
     group.add_argument("--log-format", choices=("human", "json"), default=form, help="default: %(default)s")
@@ -82,4 +82,4 @@ def _usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {text}" for name, text in COMMANDS.items()]
     head = ["usage: sgpo-async COMMAND ...", "", "Asynchronous post-training by SGPO.", "", "commands:"]
-    return "\n".join([*head, *lines, "", "sgpo-async COMMAND --help tells more of one."])
+    return "\n".join([*head, *lines, "", "sgpo-async COMMAND --help explains one command."])

@@ -1,4 +1,4 @@
-"""What all commands with a configuration share. `--help` does not import the configuration."""
+"""Arguments that every command with a configuration has. `--help` does not import the configuration package."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     """CONFIG [key=value ...] [--dry-run]."""
     parser.add_argument("config", metavar="CONFIG", help="YAML file, e.g. configs/demo.yaml")
     parser.add_argument(
-        "overrides", metavar="key=value", nargs="*", help="laid over it, e.g. optim.lr=3e-4, or a YAML file"
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        help="overrides a key, e.g. optim.lr=3e-4; a YAML file overrides several",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the whole configuration and what would start")
 
@@ -29,14 +32,14 @@ def load_run(args: argparse.Namespace) -> Run:
     return load(args.config, args.overrides)
 
 
-def config_words(args: argparse.Namespace, *more: str) -> list[str]:
-    """The same configuration as arguments for a child process, followed by `more` overrides."""
+def config_arguments(args: argparse.Namespace, *more: str) -> list[str]:
+    """The arguments that give a child process the same configuration, with the overrides `more` at the end."""
     files = [word if "=" in word else str(Path(word).resolve()) for word in (args.config, *args.overrides)]
     return [*files, *more]
 
 
 def print_dry_run(run: Run, commands: Iterable[Sequence[str]]) -> None:
-    """Print the resolved YAML, and the command lines as comments, so that the output is a valid configuration."""
+    """The resolved YAML, and the command lines as comments, so that the output is a valid configuration file."""
     from sgpo_async.config import to_yaml
 
     print(to_yaml(run), end="")
@@ -48,7 +51,7 @@ def print_dry_run(run: Run, commands: Iterable[Sequence[str]]) -> None:
 def record_config(run: Run, *, warmup: bool = False) -> None:
     """Write config.yaml, the resolved configuration, into the run's folder. Raises SgpoError.
 
-    Says so where an earlier run of this name is about to be overwritten.
+    Prints a warning if this overwrites an earlier run of the same name.
     """
     from sgpo_async.config import to_yaml
     from sgpo_async.config.schema import CHECKPOINTS, WARMUP_CHECKPOINTS
@@ -59,5 +62,5 @@ def record_config(run: Run, *, warmup: bool = False) -> None:
     folder = Path(run.folder)
     checkpoints = folder / (WARMUP_CHECKPOINTS if warmup else CHECKPOINTS)
     if (folder / METRICS).exists() and not (run.learner.resume and has_checkpoint(checkpoints)):
-        print(f"{run.folder}: overwrites an earlier run of this name; name=OTHER would keep it", file=sys.stderr)
+        print(f"{run.folder}: overwrites an earlier run of this name; set name=OTHER to keep it", file=sys.stderr)
     write_whole(folder / "config.yaml", to_yaml(run))

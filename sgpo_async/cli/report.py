@@ -1,4 +1,4 @@
-"""`sgpo-async report`: write a run's report.html (again), also while it runs or after it crashed."""
+"""`sgpo-async report`: write a run's report.html (again), even while the run goes on or after it crashed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """FOLDER."""
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="of the run, e.g. runs/demo")
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder of the run, e.g. runs/demo")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from sgpo_async.cli.options import add_config, config_words, load_run, print_dry_run, record_config
+from sgpo_async.cli.options import add_config, config_arguments, load_run, print_dry_run, record_config
 from sgpo_async.errors import ConfigError
 
 
@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> int:
     """Train to the end. Raises SgpoError."""
     settings = load_run(args)
     if args.dry_run:
-        print_dry_run(settings, [["torchrun", "launch/sft.py", *config_words(args)]])
+        print_dry_run(settings, [["torchrun", "launch/sft.py", *config_arguments(args)]])
         return 0
     if "RANK" not in os.environ:
         raise ConfigError(f"sft: RANK is not set; start it by torchrun launch/sft.py {args.config}")

@@ -98,7 +98,7 @@ def _extract(args: argparse.Namespace) -> int:
         await pipeline.extract(problems)
 
     if all(journal.done(key_of(problem)) for problem in problems):
-        own = None  # no server is needed
+        own = None  # no endpoint is needed
     return _with_endpoint(args, journal, work, own, total=len(problems))
 
 

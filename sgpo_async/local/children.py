@@ -16,14 +16,14 @@ from sgpo_async.local.run_folder import forget_hub
 from sgpo_async.processes.marked import GRACE_S, MARK, end_run
 
 TORCHRUN_FAILURE = (
-    "torch/distributed/elastic/multiprocessing/api.py"  # marks the beginning of torchrun's traceback in a log
+    "torch/distributed/elastic/multiprocessing/api.py"  # lines after this one repeat what the log already says
 )
-ROOT = Path(__file__).resolve().parents[2]  # the folder that has to be on the path for `import sgpo_async`
+ROOT = Path(__file__).resolve().parents[2]  # the folder that contains the package, installed or not
 
 
 @dataclass(frozen=True)
 class Child:
-    """One started process and its log."""
+    """One process that this package started, and the log of its output."""
 
     name: str
     process: subprocess.Popen[bytes]
@@ -47,14 +47,14 @@ class Child:
         return "\n".join([f"the end of {self.log}:", *(f"    {line}" for line in own[-lines:])])
 
     def ending(self) -> str:
-        """How the process ended, as text."""
+        """How it ended, as text for a message."""
         code = self.code
         assert code is not None
         return f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
 
 
 class Processes:
-    """All processes of one run. If this process dies without `stop`, even by `kill -9`, a watchdog ends them."""
+    """All processes of one run. A watchdog ends them if this process dies without `stop`, even by `kill -9`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -87,7 +87,7 @@ class Processes:
         return child
 
     def stop(self, *, grace_s: float = GRACE_S, hurry: Callable[[], bool] = lambda: False) -> None:
-        """End all processes: after `grace_s` by SIGKILL, or as soon as `hurry()` is true."""
+        """End all processes: SIGTERM, then SIGKILL after `grace_s`, or at once when `hurry()` is true."""
         end_run(self.mark, grace_s=grace_s, hurry=hurry)
         for child in self._children:
             child.process.wait(timeout=10)
@@ -104,9 +104,9 @@ def wait_for(child: Child, seconds: float) -> bool:
     return child.code is not None
 
 
-def python(module: str, *words: str) -> list[str]:
-    """The command line of a Python module, with this interpreter."""
-    return [sys.executable, "-m", module, *words]
+def python(module: str, *arguments: str) -> list[str]:
+    """Command line of a Python module, with this interpreter."""
+    return [sys.executable, "-m", module, *arguments]
 
 
 def _environment() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What a user sees during a run: a live picture at a terminal, otherwise a line now and then."""
+"""What the user sees during a run: a live picture at a terminal, a line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class View:
     elapsed_s: float
     metrics: Mapping[str, Any]  # the newest value of each metric
     history: list[dict[str, Any]]  # every line of metrics.jsonl
-    status: Mapping[str, Any]  # of the hub
-    actors: Mapping[str, str]  # name -> state, as the supervisor knows it: started, restarting, ...
+    status: Mapping[str, Any]  # the hub's
+    actors: Mapping[str, str]  # state of each by name, as the supervisor knows it: started, restarting, ...
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -31,7 +31,7 @@ class View:
         return max(self.metrics.get("step", 0), self.status.get("step", 0))
 
     def get(self, key: str) -> Any:
-        """The newest value: the hub's, which is more recent, else that of the last step."""
+        """The newest value of a metric: the hub's, which is fresher, or that of the last step."""
         value = self.status.get(key)
         return self.metrics.get(key) if value is None else value
 
@@ -47,7 +47,7 @@ class View:
         return (rounds[0], rounds[-1]) if rounds else ({}, {})
 
     def benchmarks(self) -> list[Mapping[str, Any]]:
-        """The newest score of each benchmark, as a plain `BenchmarkScore`; empty before the first."""
+        """The newest score of each, as `BenchmarkScore`; empty before the first evaluation or without benchmarks."""
         newest = dict(self.metrics.get("eval_benchmarks") or {})
         for evaluation in self.status.get("evaluations") or []:
             for score in evaluation.get("benchmarks") or []:
@@ -60,19 +60,19 @@ class View:
         return number(self.metrics.get("tokens_per_s") or sum(row.get("tokens_per_s") or 0 for row in self.rows()))
 
     def rows(self) -> list[Mapping[str, Any]]:
-        """One row per actor, from the hub, or from the supervisor if the hub does not know the actor."""
+        """One row per actor: from the hub, or from the supervisor for an actor that the hub does not know."""
         known = {row["name"]: row for row in self.status.get("actors") or []}
         ours = [known.pop(name, {"name": name, "state": state}) for name, state in self.actors.items()]
-        return ours + list(known.values())  # the others have joined from other machines
+        return ours + list(known.values())  # the rest were started outside of this run
 
     def mismatch(self) -> str:
-        """The last mismatch of engine and learner at lag 0: the larger one of first and later spans."""
+        """The last measured mismatch between engine and learner at lag 0: the larger of the two kinds of spans."""
         means = [self.metrics.get(f"mismatch_mean_lag0_{span}") for span in SPANS]
         known = [mean for mean in means if mean is not None]
         return f"{scientific(max(known))} nats" if known else NONE
 
     def alarm(self) -> str:
-        """A sentence, if the mismatch was above its bound in any step; else empty."""
+        """A message if the mismatch was above its bound in any step; empty otherwise."""
         found = alarms(self.history)
         return f"mismatch alarm no. {len(found)}: {found[-1].text}" if found else ""
 
@@ -86,7 +86,7 @@ class Display(Protocol):
     """Shows one view after another."""
 
     def show(self, view: View) -> None:
-        """Show the present state of the run."""
+        """Show the current state of the run."""
 
     def close(self) -> None:
         """Release the terminal."""
@@ -95,7 +95,7 @@ class Display(Protocol):
 class Lines:
     """For logs and pipes: a line when the phase changes, for each note, and every `every_s` seconds.
 
-    An alarm has its line at once, and again with the next regular line after it has grown.
+    A first alarm is printed at once; a changed alarm is printed with the next regular line.
     """
 
     def __init__(self, every_s: float = 5.0) -> None:
@@ -106,7 +106,7 @@ class Lines:
         self._alarm = ""
 
     def show(self, view: View) -> None:
-        """Print the lines that are due."""
+        """Print new notes and, if it is time, a line about the run."""
         for note in view.notes[self._notes :]:
             print(f"[{clock(view.elapsed_s):>5}] {note}", flush=True)
         self._notes = len(view.notes)
@@ -121,7 +121,7 @@ class Lines:
             print(f"[{clock(view.elapsed_s):>5}] {line(view)}", flush=True)
 
     def close(self) -> None:
-        """Nothing to release."""
+        """There is nothing to release."""
 
 
 def line(view: View) -> str:

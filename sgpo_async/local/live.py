@@ -1,4 +1,4 @@
-"""The live picture of a run at a terminal. It fits 80 x 24 characters and uses more if there are more."""
+"""The live picture of a run at a terminal; fits 80 x 24 characters and uses more space if there is more."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STYLES = {"serving": "green", "restarting": "yellow", "failed": "red", "lost": "
 
 
 class LivePicture:
-    """Redraws in place, without a thread: only `show` draws."""
+    """Redraws in place. It has no thread of its own: only `show` draws."""
 
     def __init__(self, console: Console) -> None:
         self._live = Live(console=console, auto_refresh=False)

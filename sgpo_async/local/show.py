@@ -1,4 +1,4 @@
-"""Shows a supervised run to the user: collects its state, displays it, and prints a table at the end."""
+"""Shows a supervised run: collects views, displays them, and prints a closing table."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Show:
         self._started = time.monotonic()
 
     def update(self, supervisor: Supervisor) -> None:
-        """Collect the newest state and show it."""
+        """Read the newest state and show it."""
         self._watch.poll(supervisor.address)
         self._display.show(
             View(
@@ -56,17 +56,19 @@ class Show:
         self._display.close()
         self._watch.close()
         if stopping:
-            self._console.print("stopping ... (again Ctrl-C: at once)")
+            self._console.print("stopping ... (press Ctrl-C again to stop at once)")
 
     def stopped(self) -> None:
-        """Tell the user whether the stopped run can be resumed."""
+        """Print whether the stopped run can be resumed."""
         if has_checkpoint(self._folder / CHECKPOINTS):
-            self._console.print("the same command with learner.resume=true goes on from the last checkpoint")
+            self._console.print("to resume from the last checkpoint, run the same command with learner.resume=true")
         else:
-            self._console.print("nothing to go on from: no checkpoint (learner.checkpoint_every=STEPS makes them)")
+            self._console.print(
+                "the run cannot be resumed: it has no checkpoint (learner.checkpoint_every=STEPS writes them)"
+            )
 
     def closing(self) -> None:
-        """Print the final table and the path of the report, if the run has any metrics."""
+        """Print the closing table and where the report is, if the run came far enough to have metrics."""
         self._watch.poll("")
         if not self._watch.history:
             return
@@ -83,7 +85,7 @@ class Show:
 
 
 def _phase(phase: str, watch: Watch) -> str:
-    """The phase of the run, more precisely while all processes are running."""
+    """The phase; while all processes run, how far the run has come."""
     if not phase.startswith("starting the learner"):
         return phase
     if watch.metrics:

@@ -1,14 +1,13 @@
-"""When each process of a run starts, and what follows from its end.
+"""When each process of a run starts, and what happens when it ends.
 
-    the hub has written hub.json           ──▶ the learner and the actors start
-    the learner ends with 0                ──▶ the hub and the actors have LEAVING_S to end ──▶ the run is done
-    the learner ends with another code,
-    or the hub ends first with an error    ──▶ RunFailed, with the error from its log
-    an actor crashes                       ──▶ it restarts after 1, 2, 4, ... s, RESTARTS times; all failed: RunFailed
-    an actor ends with a user error (2)    ──▶ it restarts once, since another try seldom helps
-    the hub, or every actor, ends with 0   ──▶ the learner has LAST_S to end as well
+    hub ──hub.json: address──▶ learner, actors          (started)
+    learner ends with 0 ──▶ hub and actors have LEAVING_S to follow ──▶ done
+    learner ends otherwise, or hub ends before it with an error ──▶ RunFailed, with the error from its log
+    actor crashes ──▶ started again after 1, 2, 4, ... s, RESTARTS times;  all have failed ──▶ RunFailed
+    actor ends with an error of the user's (2) ──▶ once more, since a second try seldom mends it
+    hub ends with 0, or all actors have left with 0 ──▶ the learner has LAST_S to end, too
 
-`tick` checks and acts but never waits, so its caller can stop between any two ticks, also while the run starts.
+`tick` checks and acts but never waits, so its caller can stop between any two ticks, also during start-up.
 """
 
 from __future__ import annotations
@@ -52,17 +51,17 @@ class CommandLines(Protocol):
 
 @dataclass
 class ActorSlot:
-    """One actor of the run. After a crash another process takes its slot."""
+    """One actor of the run; a new process takes the slot after a crash."""
 
     number: int
     child: Child | None = None
     crashes: int = 0
-    start_at: float = 0.0  # when its process may be started, monotonic seconds
+    start_at: float = 0.0  # the time of its next start
     state: str = "starting"  # starting, started, restarting, left, failed
 
     @property
     def name(self) -> str:
-        """Unique for every start: the hub may not know yet that the process before is dead."""
+        """Unique for every start: the hub may not yet know that the previous process is dead."""
         return f"actor-{self.number}" + (f".{self.crashes}" if self.crashes else "")
 
 
@@ -108,7 +107,7 @@ class Supervisor:
             self._look_at_actor(slot)
         states = {slot.state for slot in self.slots}
         if states == {"failed"} and self._leaving_until is None:
-            raise RunFailed(f"no actor is left; the last news: {self.notes[-1]}")
+            raise RunFailed(f"no actor is left; the last event: {self.notes[-1]}")
         if states <= {"left", "failed"}:
             self._expect_end()
 
@@ -137,7 +136,7 @@ class Supervisor:
         self._expect_end()
 
     def _expect_end(self) -> None:
-        """The hub or all actors have ended normally: set the deadline of the learner."""
+        """The hub has ended or all actors have: the learner must end soon, too."""
         if self._learner_deadline is None:
             self.phase = "finishing"
             self._learner_deadline = time.monotonic() + LAST_S
@@ -176,8 +175,8 @@ class Supervisor:
         return self.phase == "finishing"
 
 
-class Onlooker(Protocol):
-    """Shows the run to the user (see `sgpo_async.local.show`)."""
+class Observer(Protocol):
+    """Shows the run (see `sgpo_async.local.show`)."""
 
     def update(self, supervisor: Supervisor) -> None:
         """Called after each tick."""
@@ -186,18 +185,18 @@ class Onlooker(Protocol):
         """Called before the processes are ended."""
 
 
-def supervise(plan: CommandLines, folder: Path, onlooker: Onlooker) -> int:
-    """Run all processes to the end of the run and show it; returns 0, or 128 + the signal that ended it.
+def supervise(plan: CommandLines, folder: Path, observer: Observer) -> int:
+    """Start everything, show it, end everything; returns 0, or 128 + the signal that ended it.
 
     Raises RunFailed or DeadlineExceeded if the run cannot go on.
     """
     with Signals() as signals, ExitStack() as stack:
         processes = Processes(folder)
         stack.callback(processes.stop, hurry=lambda: signals.kill)
-        stack.callback(lambda: onlooker.close(stopping=signals.stop))
+        stack.callback(lambda: observer.close(stopping=signals.stop))
         supervisor = Supervisor(plan, processes)
         while not supervisor.done and not signals.stop:
             supervisor.tick()
-            onlooker.update(supervisor)
+            observer.update(supervisor)
             signals.wait(TICK_S)
     return signals.exit_code if signals.stop else 0

@@ -1,4 +1,4 @@
-"""The state of a run: from its hub, which is asked twice a second, and from metrics.jsonl as it grows."""
+"""The state of a run, from its hub (asked twice a second) and from metrics.jsonl (read as it grows)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ASK_EVERY_S = 0.5
 class Watch:
     """Newest status and newest value of every metric; `poll` never waits.
 
-    `since` is when the run began (seconds since the epoch): a metrics.jsonl not written after it is an earlier run's.
+    `since` is when the run began (seconds since the epoch): an older metrics.jsonl belongs to an earlier run.
     """
 
     def __init__(self, folder: Path, *, keys: str = "", max_bytes: int, since: float = 0.0) -> None:
@@ -31,7 +31,7 @@ class Watch:
         self._asked = 0.0
 
     def poll(self, address: str) -> None:
-        """Read what is new. `address` is the hub's; empty while it is unknown."""
+        """Read what is new; `address` is the hub's address, or empty while it is unknown."""
         if self._path.exists() and self._path.stat().st_mtime >= self._since:
             for line in self._tail.poll():
                 self.history.append(line)

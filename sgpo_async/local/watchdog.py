@@ -2,8 +2,8 @@
 
     supervisor ──stdin, held open, never written──▶ watchdog
 
-It waits for the end of its input: the kernel closes it when the supervisor dies, however that happens. It runs in a
-session of its own, so Ctrl-C at the terminal does not reach it.
+It waits for the end of its standard input: the kernel closes it when the supervisor dies, in whatever way. The watchdog
+runs in its own session, so that a Ctrl-C at the terminal does not reach it.
 """
 
 from __future__ import annotations

@@ -84,7 +84,9 @@ def test_a_run_ends_by_itself(start: Callable[..., Local]) -> None:
 
 
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_everything_even_what_ignores_it(start: Callable[..., Local], number: int, expected: int) -> None:
+def test_a_signal_ends_all_processes_even_those_that_ignore_it(
+    start: Callable[..., Local], number: int, expected: int
+) -> None:
     run = start("learner=stubborn")
     until(lambda: all_up(run))
     run.process.send_signal(number)
@@ -137,7 +139,9 @@ def test_an_actor_that_crashes_is_started_again(start: Callable[..., Local]) -> 
         ("hub=port-taken", "error: the hub ended with code 2: hub.address: tcp://127.0.0.1:1 is in use"),
     ],
 )
-def test_an_end_unasked_ends_the_run_with_its_words(start: Callable[..., Local], behaviour: str, expected: str) -> None:
+def test_a_process_that_ends_too_early_ends_the_run_with_its_error(
+    start: Callable[..., Local], behaviour: str, expected: str
+) -> None:
     run = start(behaviour)
     code, output = run.finish()
     assert code == 2

@@ -8,7 +8,7 @@ from run_support import assert_all_trained, free_port, real_run
 pytestmark = pytest.mark.process
 
 
-def test_the_learner_brings_the_hub_and_lag_zero_is_synchronous(tmp_path: Path) -> None:
+def test_a_learner_starts_its_own_hub_and_lag_zero_is_synchronous(tmp_path: Path) -> None:
     address = f"tcp://127.0.0.1:{free_port()}"
     with real_run(tmp_path, "steps=4", f"hub.address={address}", "hub.max_lag=0") as run:
         actors = [run.actor(name, hub=address) for name in ("first", "second")]  # before there is a hub

@@ -55,7 +55,7 @@ def die_with_a_lease(run: RealRun, name: str, process: psutil.Process) -> None:
     process.kill()
 
 
-def test_an_actor_dies_and_another_comes(tmp_path: Path) -> None:
+def test_a_run_continues_when_an_actor_dies_and_another_joins(tmp_path: Path) -> None:
     with real_run(tmp_path, f"steps={STEPS}", "hub.address=tcp://127.0.0.1:0", "hub.max_message_mb=4") as run:
         hub = run.hub()
         learner = run.learner("--hub", run.address())

@@ -41,14 +41,16 @@ def bad_problems(place: Path) -> str:
         ("out=/dev/full/runs", "/dev/full/runs/run/config.yaml: cannot be written (Not a directory)"),
     ],
 )
-def test_what_is_wrong_from_the_start(run: RealRun, tmp_path: Path, word: str, expected: str) -> None:
+def test_a_wrong_configuration_ends_the_command_with_one_line(
+    run: RealRun, tmp_path: Path, word: str, expected: str
+) -> None:
     more = ["tasks.source=file"] if word.startswith("tasks") and bad_problems(tmp_path) else []
     (line,) = errors(run.local(word.format(place=tmp_path), *more))
     assert expected.format(place=tmp_path) in line
     run.assert_no_trace()
 
 
-def test_a_port_that_is_taken(run: RealRun) -> None:
+def test_a_port_in_use_ends_the_hub_with_one_line(run: RealRun) -> None:
     run.hub()
     address = run.address()
     words = (f"hub.address={address}", "name=other")
@@ -58,7 +60,7 @@ def test_a_port_that_is_taken(run: RealRun) -> None:
         assert f"hub.address: {address} is in use" in line
 
 
-def test_a_tokenizer_that_differs(run: RealRun, tmp_path: Path) -> None:
+def test_an_actor_with_another_tokenizer_is_refused(run: RealRun, tmp_path: Path) -> None:
     run.hub()
     other = chat_model(tmp_path / "other")
     theirs = tokenizer_fingerprint(load_tokenizer(str(other)))
@@ -70,7 +72,7 @@ def test_a_tokenizer_that_differs(run: RealRun, tmp_path: Path) -> None:
     learner.close()
 
 
-def test_keys_that_do_not_fit(run: RealRun, tmp_path: Path) -> None:
+def test_an_actor_with_wrong_keys_is_refused(run: RealRun, tmp_path: Path) -> None:
     for folder in ("ours", "theirs"):
         create_keys(tmp_path / folder)
     run.hub(f"hub.keys={tmp_path}/ours")
@@ -80,7 +82,7 @@ def test_keys_that_do_not_fit(run: RealRun, tmp_path: Path) -> None:
         assert f"{run.address()} refuses the connection" in line and "the same hub.keys" in line
 
 
-def test_weights_that_are_damaged(run: RealRun, tmp_path: Path) -> None:
+def test_damaged_weights_are_refused(run: RealRun, tmp_path: Path) -> None:
     """The learner's complaint, found among what torchrun says."""
     broken = chat_model(tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"not weights")

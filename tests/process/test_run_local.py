@@ -24,10 +24,10 @@ def test_ctrl_c_ends_everything(tmp_path: Path) -> None:
         run.assert_no_trace()
         print(f"all gone {time.monotonic() - began:.1f} s after Ctrl-C")
         assert "Traceback" not in local.output and "stopping" in local.output
-        assert "nothing to go on from: no checkpoint" in local.output
+        assert "the run cannot be resumed: it has no checkpoint" in local.output
 
 
-def test_own_problems(tmp_path: Path) -> None:
+def test_a_run_trains_on_problems_from_a_file(tmp_path: Path) -> None:
     """Chat prompts of words that the policy does not know, and nothing is ever solved: the run works nevertheless."""
     problems = tmp_path / "sums.jsonl"
     with problems.open("w") as file:

@@ -28,7 +28,7 @@ def test_luffy_learns_from_the_problems_own_responses(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_corrected_pass_rates_and_an_average_that_teaches(tmp_path: Path) -> None:
+def test_a_run_with_corrected_pass_rates_and_an_ema_teacher(tmp_path: Path) -> None:
     words = ("algorithm.teacher=ema", "algorithm.pass_rates=corrected", "algorithm.limiter=clamp")
     with real_run(tmp_path, *SMALL, *words, "algorithm.divergence=jensen-shannon") as run:
         local = run.local("learner.checkpoint_every=1")

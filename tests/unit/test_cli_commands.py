@@ -55,7 +55,7 @@ def test_help_of_every_command(command: str) -> None:
     assert answer.stdout.startswith(f"usage: sgpo-async {command}")
 
 
-def test_help_shows_the_calls_of_a_command_with_several() -> None:
+def test_help_shows_the_examples_of_a_command() -> None:
     assert "\nsgpo-async strategies check LIBRARY ...\n" in sgpo("strategies", "--help").stdout
 
 
@@ -100,7 +100,9 @@ def test_a_dry_run_of_evaluate_reads_the_problems(tmp_path: Path) -> None:
     assert (answer.returncode, answer.stdout) == (2, "")
 
 
-def test_a_name_that_is_taken_is_said_to_be_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_warning_names_the_earlier_run_that_is_overwritten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = load(DEMO, [f"out={tmp_path}"])
     record_config(run)
     assert capsys.readouterr().err == ""
@@ -130,7 +132,7 @@ def test_a_dry_run_of_local_names_every_process() -> None:
     assert text.count("hub.address=tcp://127.0.0.1:0") == 2
 
 
-def test_an_address_of_ones_own_is_kept() -> None:
+def test_a_configured_hub_address_is_kept() -> None:
     answer = sgpo("local", DEMO, "--dry-run", "hub.address=tcp://127.0.0.1:7777")
     assert "127.0.0.1:0" not in answer.stdout
     assert "--hub tcp://127.0.0.1:7777" in answer.stdout
@@ -143,7 +145,10 @@ def test_an_address_of_ones_own_is_kept() -> None:
         (["local", DEMO, "optim.rl=1"], "did you mean optim.lr?"),
         (["learner", DEMO, "optim.lr=fast"], "optim.lr"),
         (["hub", DEMO, "steps=0"], "steps must be >= 1, got 0"),
-        (["lokal", DEMO], "'lokal' is no command"),
+        (
+            ["lokal", DEMO],
+            "command must be one of " + ", ".join(cli.COMMANDS) + ", got 'lokal'",
+        ),
         (["report", "nowhere"], "no metrics.jsonl"),
     ],
 )
@@ -164,7 +169,7 @@ def test_ctrl_c_has_its_own_code_and_no_traceback(monkeypatch: pytest.MonkeyPatc
     assert cli.main(["local"]) == 130
 
 
-def test_every_error_of_ours_is_code_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_sgpo_error_ends_with_code_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def failing(_words: list[str]) -> int:
         raise SgpoError("disk: is full")
 
@@ -192,10 +197,10 @@ WHOLE = sorted({*(ROOT / "configs").glob("*.yaml")} - {ROOT / "configs" / "paper
 
 
 @pytest.mark.parametrize("path", WHOLE, ids=lambda path: path.stem)
-def test_every_shipped_configuration_is_whole(path: Path) -> None:
+def test_every_shipped_configuration_is_valid(path: Path) -> None:
     assert load(path).name == yaml.safe_load(path.read_text())["name"]
 
 
-def test_an_actor_is_told_what_an_address_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_hub_address_of_an_actor_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["actor", "--hub", "foo"]) == 2
     assert "must look like tcp://HOST:PORT, got 'foo'" in capsys.readouterr().err

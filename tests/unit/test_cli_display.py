@@ -125,7 +125,7 @@ def test_a_long_name_of_a_benchmark_is_cut() -> None:
     assert "…" in row and "50.0 % [40.0, 60.0]" in row and "61.3 % [57.0, 65.4]" in row
 
 
-def test_nothing_known_is_shown_as_nothing() -> None:
+def test_unknown_values_are_shown_as_dashes() -> None:
     text = "\n".join(picture(view_at(0, phase="starting the hub", notes=[]), 80))
     assert "None" not in text
     assert "nan" not in text
@@ -169,7 +169,7 @@ def test_a_mismatch_is_shown_and_stays(capsys: pytest.CaptureFixture[str]) -> No
     ]
 
 
-def test_the_line_has_all_figures() -> None:
+def test_the_line_has_all_metrics() -> None:
     text = line(view_at(67))
     for expected in ("held-out 61.3 %, 95.1 %", "alpha 0.412", "lag 1.08 (max 3)", "tokens/s", "engines 4.3 %"):
         assert expected in text

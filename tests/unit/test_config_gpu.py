@@ -16,7 +16,7 @@ def run(request: pytest.FixtureRequest) -> Run:
     return run
 
 
-def test_the_constants_are_the_paper_s(run: Run) -> None:
+def test_the_constants_are_those_of_the_paper(run: Run) -> None:
     sft = run.sft
     assert (sft.epochs, sft.batch, sft.lr, sft.warmup_ratio, sft.validation_share) == (10, 64, 1e-5, 0.1, 0.1)
     assert (run.evaluation.temperature, run.evaluation.top_p) == (0.6, 0.95)

@@ -53,12 +53,12 @@ def giant(tmp_path_factory: pytest.TempPathFactory) -> ModelFacts:
     return facts_of(str(folder))
 
 
-def test_a_free_port_and_one_that_is_taken(cues: ModelFacts) -> None:
+def test_a_free_port_passes_and_a_port_in_use_fails(cues: ModelFacts) -> None:
     with socket.socket() as door:
         door.bind(("127.0.0.1", 0))
         door.listen()
         address = f"tcp://127.0.0.1:{door.getsockname()[1]}"
-        with pytest.raises(CheckFailed, match=f"somebody else listens at {address}; choose another port") as failure:
+        with pytest.raises(CheckFailed, match=f"another process listens at {address}; choose another port") as failure:
             machine.hub(settings(f"hub.address={address}"), cues)
         assert not isinstance(failure.value, CheckWarning)
     assert machine.hub(settings(f"hub.address={address}"), cues) == f"{address} is free"
@@ -68,11 +68,13 @@ def test_an_address_of_another_machine(cues: ModelFacts, tmp_path: Path) -> None
     """192.0.2.0/24 is nobody's (RFC 5737)."""
     assert main(["keys", str(tmp_path / "keys")]) == 0
     run = settings("hub.address=tcp://192.0.2.1:5757", f"hub.keys={tmp_path / 'keys'}")
-    with pytest.raises(CheckFailed, match="is not of this machine .*, and no hub answers there; start the hub there"):
+    with pytest.raises(
+        CheckFailed, match="is not an address of this machine .*, and no hub answers there; start the hub there"
+    ):
         machine.hub(run, cues)
 
 
-def test_a_model_that_fits_nowhere(giant: ModelFacts, tmp_path: Path) -> None:
+def test_a_model_that_needs_too_much_memory_or_disk_fails(giant: ModelFacts, tmp_path: Path) -> None:
     run = settings(f"out={tmp_path}", "learner.checkpoint_every=5", "learner.keep_checkpoints=3")
     assert machine.parameters(giant) > 10**12
     with pytest.raises(
@@ -88,7 +90,7 @@ def test_a_model_that_fits_nowhere(giant: ModelFacts, tmp_path: Path) -> None:
         machine.tokenizer(run, replace(giant, folder=model_folder("builtin:cues")))
 
 
-def test_a_model_whose_weights_could_not_be_verified(giant: ModelFacts) -> None:
+def test_a_model_without_a_known_layout_fails(giant: ModelFacts) -> None:
     run = settings("engine.sglang.tp=3")
     with pytest.raises(EngineError, match="engine.sglang.tp: 3 ranks on a cpu cannot share 512 attention heads"):
         machine.model(run, giant)
@@ -116,7 +118,7 @@ def test_more_gpus_than_there_are(cues: ModelFacts) -> None:
         machine.devices(run, cues)
 
 
-def test_the_embedded_demo_has_nothing_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_embedded_demo_passes_every_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["doctor", str(ROOT / "configs/demo.yaml"), f"out={tmp_path}", "hub.address=tcp://127.0.0.1:0"]
     assert main(words) == 0
     assert "nothing failed" in capsys.readouterr().out

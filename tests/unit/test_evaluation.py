@@ -139,7 +139,7 @@ def test_problems_that_one_side_alone_has_are_left_out_and_counted(tmp_path: Pat
     sums = found.benchmarks["sums"]
     assert (sums.left_out_a, sums.left_out_b, sums.paired.problems) == (2, 1, 1)
     assert (sums.avg_a, sums.avg_b, sums.k) == (0, 0, 4)
-    told = "sums: left out, for the other lacks them: 2 problems of A, 1 of B."
+    told = "sums: left out: 2 problems of A and 1 of B that the other lacks."
     assert told in printed(comparison(a, b, found)).splitlines()
     whole = compare_folders(a, a)
     assert "left out" not in printed(comparison(a, a, whole))
@@ -173,7 +173,7 @@ def test_samples_of_all_benchmarks_and_of_one() -> None:
     assert parse_samples([]) == {"": 1}
     assert parse_samples(["4", "aime24=32"]) == {"": 4, "aime24": 32}
     for word in ("0", "four", "aime24=", "-1"):
-        with pytest.raises(ConfigError, match="looks like 4 or aime24=32"):
+        with pytest.raises(ConfigError, match="must be K or NAME=K, e.g. 4 or aime24=32, got "):
             parse_samples([word])
 
 

@@ -81,7 +81,7 @@ def test_nothing_starts_before_the_hub_is_ready(stage: Stage) -> None:
     assert [child.name for child in stage.started] == ["hub", "learner", "actor-0", "actor-1"]
 
 
-def test_a_hub_that_never_gets_ready_is_a_deadline(stage: Stage) -> None:
+def test_a_hub_that_does_not_start_raises_deadline_exceeded(stage: Stage) -> None:
     stage.hub_file = {}
     supervisor = up(stage)
     stage.now = 61
@@ -89,7 +89,7 @@ def test_a_hub_that_never_gets_ready_is_a_deadline(stage: Stage) -> None:
         supervisor.tick()
 
 
-def test_crashes_are_answered_by_doubling_pauses_and_an_end(stage: Stage) -> None:
+def test_an_actor_restarts_after_doubling_pauses_and_finally_fails(stage: Stage) -> None:
     stage.actors = 1
     supervisor = up(stage)
     for crash in range(RESTARTS):
@@ -107,7 +107,7 @@ def test_crashes_are_answered_by_doubling_pauses_and_an_end(stage: Stage) -> Non
         supervisor.tick()
 
 
-def test_an_error_of_the_users_is_tried_once_more(stage: Stage) -> None:
+def test_an_actor_that_ends_with_a_user_error_restarts_only_once(stage: Stage) -> None:
     stage.actors = 1
     supervisor = up(stage)
     stage.child("actor-0").code = 2
@@ -142,7 +142,7 @@ def test_a_learner_that_goes_on_without_actors_has_a_deadline(stage: Stage) -> N
         supervisor.tick()
 
 
-def test_the_learners_end_gives_the_others_time(stage: Stage) -> None:
+def test_hub_and_actors_have_time_to_end_after_the_learner(stage: Stage) -> None:
     supervisor = up(stage)
     stage.child("learner").code = 0
     supervisor.tick()
@@ -152,7 +152,7 @@ def test_the_learners_end_gives_the_others_time(stage: Stage) -> None:
     assert supervisor.done
 
 
-def test_all_gone_is_done_at_once_and_no_actor_is_restarted(stage: Stage) -> None:
+def test_a_run_is_done_as_soon_as_all_processes_have_ended_and_restarts_no_actor(stage: Stage) -> None:
     supervisor = up(stage)
     for name, code in (("hub", 0), ("learner", 0), ("actor-0", 0), ("actor-1", 1)):
         stage.child(name).code = code
@@ -161,7 +161,7 @@ def test_all_gone_is_done_at_once_and_no_actor_is_restarted(stage: Stage) -> Non
     assert len(stage.started) == 4
 
 
-def test_a_finished_hub_waits_for_the_learner_but_not_forever(stage: Stage) -> None:
+def test_a_learner_that_outlives_the_hub_has_a_deadline(stage: Stage) -> None:
     supervisor = up(stage)
     stage.child("hub").code = 0
     supervisor.tick()
@@ -171,7 +171,7 @@ def test_a_finished_hub_waits_for_the_learner_but_not_forever(stage: Stage) -> N
         supervisor.tick()
 
 
-def test_a_dead_hub_is_named_rather_than_the_learner_that_misses_it(stage: Stage) -> None:
+def test_a_crash_of_the_hub_is_reported_rather_than_the_learners_failure(stage: Stage) -> None:
     supervisor = up(stage)
     stage.child("learner").code = stage.child("hub").code = 1
     with pytest.raises(RunFailed, match="the hub ended"):

@@ -257,7 +257,7 @@ def test_too_few_responses_report_a_share_that_works(tmp_path: Path, capsys: pyt
 
 
 def test_results_are_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["data", "prepare", write(tmp_path / "mine.jsonl", others(30)), "--out", str(tmp_path / "out")]
-    assert main(arguments) == 0
-    assert main(arguments) == 2
-    assert "there are results already" in capsys.readouterr().err
+    words = ["data", "prepare", write(tmp_path / "mine.jsonl", others(30)), "--out", str(tmp_path / "out")]
+    assert main(words) == 0
+    assert main(words) == 2
+    assert "it has results already; choose another --out folder, or remove this one" in capsys.readouterr().err
