@@ -1,4 +1,4 @@
-"""Splits a user's problems into sets for warm-up, its validation, and RL. Pure functions, for `sgpo-async data prepare`.
+"""Splits a user's problems into sets for warm-up, its validation and RL. Pure functions for `sgpo-async data prepare`.
 
     problems ──▶ duplicates ──▶ near-duplicates ──▶ contamination ──▶ split ──▶ sft, sft-validation, rl
                      └───────────────┴──────────────────┴──▶ removed, each with its reason
