@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""Splits a user's problems into sets for warm-up, its validation, and RL; pure functions of `sgpo-async data prepare`.
-=======
 """Splits a user's problems into sets for warm-up, its validation and RL. Pure functions for `sgpo-async data prepare`.
->>>>>>> lang-tasks
 
     problems ──▶ duplicates ──▶ near-duplicates ──▶ contamination ──▶ split ──▶ sft, sft-validation, rl
                      └───────────────┴──────────────────┴──▶ removed, each with its reason
