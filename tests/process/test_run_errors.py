@@ -68,7 +68,7 @@ def test_an_actor_with_another_tokenizer_is_refused(run: RealRun, tmp_path: Path
     learner.send(Hello(role="learner", name="learner-0", tokenizer="0123456789abcdef"))
     until(lambda: any(isinstance(answer, Welcome) for answer in learner.receive(0.1)), "a welcome")
     (line,) = errors(run.actor("actor", "--model", str(other)))
-    assert "0123456789abcdef" in line and theirs in line and "give it the same model.path" in line
+    assert "0123456789abcdef" in line and theirs in line and "set model.path of actor to the learner's" in line
     learner.close()
 
 

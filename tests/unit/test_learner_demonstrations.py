@@ -55,7 +55,7 @@ def test_a_problem_without_a_response_has_no_demonstration(tmp_path: Path, token
 def test_the_error_for_a_source_without_any_response_is_one_line(tmp_path: Path, tokenizer: object) -> None:
     run = file_run(tmp_path / "none.jsonl", [None, None, None])
     with pytest.raises(
-        DataError, match=r"none\.jsonl: objective=luffy needs responses, but no training problem has one"
+        DataError, match=r"none\.jsonl: algorithm\.objective=luffy needs responses, but no training problem has one"
     ) as caught:
         source_of(run)
     assert "\n" not in str(caught.value)
