@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from sgpo_async.config import Run
-from sgpo_async.engines import EmbeddedEngine, Weights
+from sgpo_async.engines import Weights
+from sgpo_async.engines.open import open_embedded
 from sgpo_async.model.folder import load_tokenizer, model_folder
 from sgpo_async.rollout.sampler import RolloutSampler, Unservable
 from sgpo_async.tasks.sources import source_of
@@ -27,14 +28,7 @@ class SynchronousActor:
     def __init__(self, run: Run) -> None:
         folder = model_folder(run.model.path)
         self._tasks = TaskSampler(run, source_of(run))
-        self.engine = EmbeddedEngine.from_pretrained(
-            folder,
-            digest=digest,
-            slots=run.engine.slots,
-            device=run.engine.device,
-            dtype=run.model.dtype,
-            deterministic=run.engine.deterministic,
-        )
+        self.engine = open_embedded(run, folder)
         self._sampler = RolloutSampler(self.engine, load_tokenizer(folder), run.tasks)
 
     def load(self, version: int, tensors: dict[str, Any]) -> None:

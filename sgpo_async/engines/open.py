@@ -23,6 +23,11 @@ def open_engine(
         servers = SglangEngine(folder, run.engine, dtype=run.model.dtype, digest=digest, logs=logs, name=name)
         servers.start(stopping)
         return servers
+    return open_embedded(run, folder)
+
+
+def open_embedded(run: Run, folder: str) -> EmbeddedEngine:
+    """The embedded engine for the model in `folder`, whatever `engine.kind` is. Raises EngineError, DataError."""
     return EmbeddedEngine.from_pretrained(
         folder,
         digest=digest,
