@@ -52,6 +52,7 @@ def other_model(place: Path) -> Path:
     return place
 
 
+@pytest.mark.slow
 def test_two_models_with_the_strategies(run: RealRun, tmp_path: Path) -> None:
     """The shipped policy solves guided problems; one that knows nothing solves none: nobody doubts the difference."""
     good = evaluate(run, "good", "--guided", "--samples", "4")["benchmarks"]["held-out"]

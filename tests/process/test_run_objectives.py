@@ -44,8 +44,9 @@ def test_a_run_with_corrected_pass_rates_and_an_ema_teacher(tmp_path: Path) -> N
         assert [line["step"] for line in run.lines()] == [1, 2, 3]
 
 
-def test_the_behaviour_policy_teaches_without_a_copy_or_a_forward(tmp_path: Path) -> None:
-    """What its engine told crosses the wire, and the hub's state in a checkpoint."""
+@pytest.mark.parametrize("resumes", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_behaviour_policy_teaches_without_a_copy_or_a_forward(tmp_path: Path, resumes: bool) -> None:
+    """The engine's likely tokens cross the wire and, in a run that is resumed, the hub's state in a checkpoint."""
     words = ("algorithm.teacher=behaviour", "algorithm.teacher_top_k=5", "algorithm.limiter=none")
     with real_run(tmp_path, *SMALL, "algorithm.kl_correction.mode=prefix") as run:
         local = run.local(*words, "learner.checkpoint_every=1")
@@ -55,6 +56,8 @@ def test_the_behaviour_policy_teaches_without_a_copy_or_a_forward(tmp_path: Path
             assert line["tokens_forward_only"] == 0
             assert line["kl_correction_mean"] == 1  # the policy that sampled is the one that teaches
         assert run.summary()["teacher_mb"] == 0
+        if not resumes:
+            return
         again = run.local(*words, "learner.resume=true", "steps=3")
         assert again.ended() == 0, again.output
         assert [line["step"] for line in run.lines()] == [1, 2, 3]
