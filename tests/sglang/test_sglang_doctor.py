@@ -225,7 +225,7 @@ def test_a_server_that_another_client_uses_gets_no_weight_update(url: str) -> No
                 await subject.server.api.post("/generate", body | {"rid": name}, timeout_s=120)
 
         body, over = {"input_ids": [1], "sampling_params": {"max_new_tokens": 120, "ignore_eos": True}}, asyncio.Event()
-        uses = [asyncio.create_task(use(f"x{i}")) for i in range(4)]
+        uses = [asyncio.create_task(use(f"x{i}")) for i in range(32)]
         await asyncio.sleep(0.1)
         findings = await examine(subject, {"weight update": FULL["weight update"]})
         over.set()

@@ -157,15 +157,17 @@ class _Stream:
 async def _require_idle(api: ServerApi, *, timeout_s: float) -> None:
     """Raise CheckFailed if the server runs requests of other clients, which would get the weights of the check.
 
-    A server on a busy machine counts our own requests for a moment after their last token; they are waited for.
+    A server on a busy machine counts our own requests for a moment after their last token; they are waited for. The
+    server has to be idle twice in succession: another client may be between two requests.
     """
-    deadline = time.monotonic() + SETTLE_S
+    deadline, idle = time.monotonic() + SETTLE_S, 0
     while True:
         loads = (await api.get("/v1/loads", timeout_s=timeout_s))["loads"]
         busy = sum(load["num_running_reqs"] + load["num_waiting_reqs"] for load in loads)
-        if not busy:
+        idle = 0 if busy else idle + 1
+        if idle == 2:
             return
-        if time.monotonic() > deadline:
+        if busy and time.monotonic() > deadline:
             raise CheckFailed(
                 f"{busy} requests of another client run on it", "stop the actor that uses it, and try again"
             )
