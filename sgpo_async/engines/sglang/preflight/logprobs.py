@@ -25,6 +25,7 @@ from sgpo_async.errors import CheckFailed
 
 TEMPERATURES = (1.0, 0.7)
 PROMPT_TOKENS = 6
+SAMPLES = 5  # tries for a completion with at least one token
 REMEDY = (
     "check what changes logits or log-probabilities: SGLANG_RETURN_ORIGINAL_LOGPROB in its environment, another "
     "model, a quantised cache"
@@ -145,17 +146,20 @@ def _differences(generated: Json, scored: Json, temperature: float) -> np.ndarra
 
 async def _sampled(subject: Subject, prompt: Sequence[int], temperature: float) -> Partial:
     """A completion, generated in the same way as rollouts."""
-    request = Generate(
-        id=tuple(prompt),
-        prompt=np.array(prompt, np.int32),
-        max_new_tokens=_new_tokens(subject),
-        temperature=temperature,
-        seed=0,
-    )
-    partial = Partial(request)
-    await subject.server.extend(partial, subject.server.next_rid(), _version(subject))
-    if not partial.tokens:
-        raise CheckFailed("a completion has no tokens", "see the server's log")
+    for seed in range(SAMPLES):  # one completion may have no tokens, by chance
+        request = Generate(
+            id=tuple(prompt),
+            prompt=np.array(prompt, np.int32),
+            max_new_tokens=_new_tokens(subject),
+            temperature=temperature,
+            seed=seed,
+        )
+        partial = Partial(request)
+        await subject.server.extend(partial, subject.server.next_rid(), _version(subject))
+        if partial.tokens:
+            break
+    else:
+        raise CheckFailed(f"{SAMPLES} completions have no tokens", "see the server's log")
     return partial
 
 
