@@ -1,6 +1,6 @@
 """Configuration: frozen dataclasses, which are read and validated once."""
 
-from sgpo_async.config.load import from_plain, load, to_plain, to_yaml
+from sgpo_async.config.load import by_key_path, from_plain, load, to_plain, to_yaml
 from sgpo_async.config.schema import (
     Algorithm,
     BenchmarkFile,
@@ -31,6 +31,7 @@ __all__ = [
     "Rollout",
     "Run",
     "Tasks",
+    "by_key_path",
     "from_plain",
     "load",
     "to_plain",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, get_type_hints
@@ -65,6 +65,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
 def to_plain(run: Run) -> dict[str, Any]:
     """The run as nested dicts of plain values, as the hub sends it to actors and commands write it to config.yaml."""
     return dataclasses.asdict(run)
+
+
+def by_key_path(plain: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (key path, value) of each setting in nested sections, e.g. ("optim.lr", 1e-6)."""
+    for key, value in plain.items():
+        if isinstance(value, Mapping):
+            yield from by_key_path(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def from_plain(plain: Mapping[str, Any]) -> Run:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sgpo_async.config import Run
+from sgpo_async.config import Run, by_key_path
 from sgpo_async.errors import ConfigError, DataError
 from sgpo_async.tasks.benchmarks import Benchmark
 
@@ -55,13 +55,5 @@ class EvaluationPlan:
 
 def differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
     """`key: value here, value there` for each key in which two settings differ."""
-    a, b = dict(_flat(here)), dict(_flat(there))
+    a, b = dict(by_key_path(here)), dict(by_key_path(there))
     return [f"{key}: {a.get(key)}, {b.get(key)}" for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)]
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from sgpo_async.config import Run, to_plain
+from sgpo_async.config import Run, by_key_path, to_plain
 from sgpo_async.errors import DataError
 from sgpo_async.files import write_whole
 from sgpo_async.metrics import read_metrics, read_summary
@@ -108,19 +108,11 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def changed_settings(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return (key path, value and default) of each setting that differs from its default."""
-    defaults = dict(_flat(to_plain(Run())))
+    defaults = dict(by_key_path(to_plain(Run())))
     missing = object()
     rows = []
-    for key, value in _flat(config):
+    for key, value in by_key_path(config):
         default = defaults.get(key, missing)
         if value != default:
             rows.append((key, f"{value}" if default in (missing, "") else f"{value} (default {default})"))
     return rows
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
