@@ -20,6 +20,7 @@ class Hub:
     # heartbeat. The limit is long because an actor may be loading weights; the hub notices a dead actor at once, by its
     # weight sender's connection.
     lease_timeout_s: float = 120.0
+    journal: bool = True  # keep the hub's state in runs/NAME/hub.journal, so that a killed hub goes on after a restart
     max_message_mb: int = 512  # the largest message is the hub's state in a checkpoint
 
     def __post_init__(self) -> None:

@@ -40,6 +40,8 @@ class Actor:
     last_seen: float  # time of its last message
     tokenizer: str = ""  # fingerprint of its tokenizer
     welcomed: bool = False  # its weight sender is running and the hub has sent it a Welcome
+    return_by: float | None = None  # after a lost connection: the time by which it must have sent a Hello
+    invalid: int = 0  # number of invalid messages and rollouts
     state: str = "joining"
     version: int = -1  # weight version that its engine serves; -1: none
     credit: int = 0  # number of leases it can still take
@@ -70,9 +72,12 @@ class Actors(dict[bytes, Actor]):
         self.busy_s = self.wall_s = 0.0  # summed over all engines since the hub started
 
     def join(self, member: bytes, name: str, *, now: float, tokenizer: str = "") -> None:
-        """Add a new actor."""
-        self[member] = Actor(member=member, name=name, last_seen=now, tokenizer=tokenizer)
-        self.joined += 1
+        """Add a new actor, or an actor that returns after a lost connection."""
+        actor, known = Actor(member=member, name=name, last_seen=now, tokenizer=tokenizer), self.get(member)
+        if known:
+            actor.invalid, actor.meter = known.invalid, known.meter
+        self[member] = actor
+        self.joined += known is None
 
     def leave(self, member: bytes) -> None:
         """Remove this actor."""
@@ -85,6 +90,10 @@ class Actors(dict[bytes, Actor]):
         An actor that has not been welcomed yet is never one of them, because it is waiting for the hub.
         """
         return [actor for actor in self.values() if actor.welcomed and actor.last_seen < moment]
+
+    def overdue(self, now: float) -> list[Actor]:
+        """Actors that lost their connection and have not come back in time."""
+        return [actor for actor in self.values() if actor.return_by is not None and actor.return_by < now]
 
     def pick(self, min_version: int) -> Actor | None:
         """The actor with the most credit among those that serve `min_version` or newer; None if there is none.

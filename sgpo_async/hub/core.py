@@ -21,8 +21,9 @@ from sgpo_async.hub import events as ev
 from sgpo_async.hub import snapshot
 from sgpo_async.hub.actors import Actor, Actors
 from sgpo_async.hub.evaluation import Evaluation
-from sgpo_async.hub.events import CloseSender, Effect, Event, OpenSender, Send, Shutdown
+from sgpo_async.hub.events import CloseSender, Effect, Event, OpenSender, Send, Shutdown, Warn
 from sgpo_async.hub.learner_ranks import LearnerRanks
+from sgpo_async.hub.leases import LeaseTable
 from sgpo_async.hub.status import status
 from sgpo_async.hub.training import Training
 from sgpo_async.hub.validation import refusal_reason, tokenizer_mismatch
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
 
 FINISH_GRACE_S = 5.0  # how long the hub waits for the members' Goodbye after the learner has finished
 INTERRUPT_GRACE_S = 0.5  # how long it waits for them after an interrupt
+RETURN_S = 5.0  # how long an actor may take to send a new Hello after its weight sender has ended
+RESTART_RETURN_S = 30.0  # ... after a restart of the hub
+MAX_INVALID = 3  # after so many invalid messages and rollouts, an actor is refused for good
 
 
 class HubCore:
@@ -47,19 +51,24 @@ class HubCore:
         *,
         benchmarks: Sequence[Benchmark] = (),
         store: str = "",
+        run_id: str = "",
         now: float = 0.0,
     ) -> None:
-        """`store` is the path of the weight store, which the hub sends to the learner."""
-        self.run, self.store = run, store
+        """`store` is the path of the weight store; `run_id` is told to actors, which may outlive a run."""
+        self.run, self.store, self.run_id = run, store, run_id
         self.now = self.started = now
         task_sampler = TaskSampler(run, source, benchmarks)
         self.training, self.evaluation = Training(run, task_sampler), Evaluation(task_sampler)
         self.actors, self.learner_ranks = Actors(), LearnerRanks()
         self.published = -1  # newest version in the weight store
+        self.learner_store = ""  # path at which rank 0 has the weight store open
+        self.last_restore = ("", -1)  # id of the last Restore, and the version in its answer
         self.tokenizer = ""  # fingerprint of the first learner's tokenizer; all members must have the same
         self.rejected: Counter[str] = Counter()  # number of rejected messages by reason
         self.last_rejection = ""
         self.refused = 0  # number of refused members
+        self.quarantined: dict[str, str] = {}  # names of the actors refused for invalid messages, with the reason
+        self.restarts = 0  # of the hub process
         self.closing: tuple[str, float] | None = None  # reason and deadline, once the run is ending
         self.closed = False
         self._effects: list[Effect] = []
@@ -73,6 +82,10 @@ class HubCore:
             self.training.leases.check()
             self.evaluation.leases.check()
         return self._effects
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state between two events, which `hub.recovery` saves."""
+        return self.__dict__ | {"_effects": []}
 
     def status(self) -> dict[str, Any]:
         """The state of the run; see `sgpo_async.hub.status` for the keys."""
@@ -92,6 +105,8 @@ class HubCore:
                 self._sender_down(member, reason)
             case ev.Tick():
                 self._check_timeouts()
+            case ev.HubRestarted():
+                self._restarted()
             case ev.Interrupted(reason):
                 self._begin_close(reason, grace=INTERRUPT_GRACE_S)
 
@@ -106,6 +121,8 @@ class HubCore:
                 self._hello(member, message)
             case wire.Rollout():
                 self._rollout(member, message)
+            case wire.Progress():
+                self._progress(member, message)
             case _ if member in self.actors:
                 self._from_actor(self.actors[member], message)
             case _ if rank is not None:
@@ -147,14 +164,14 @@ class HubCore:
         match message:
             case wire.Commit(step=step):
                 self._commit(member, step)
-            case wire.Published(version=version):
-                self._publish(member, version)
+            case wire.Published(version=version, store=store):
+                self._publish(member, version, store)
             case wire.Evaluate(version=version):
                 self._evaluate(member, version)
             case wire.SnapshotRequest(step=step):
                 self._snapshot(member, step)
-            case wire.Restore(state=state):
-                self._restore(member, state)
+            case wire.Restore(state=state, id=id):
+                self._restore(member, state, id)
             case wire.Finish(reason=reason):
                 self._begin_close(reason, grace=FINISH_GRACE_S)
             case _:
@@ -166,14 +183,16 @@ class HubCore:
         new_world = hello.role == "learner" and self.learner_ranks.starts_new_world(member, hello)
         joined_world = self.learner_ranks if hello.role == "learner" and not new_world else None
         taken = self._names_of_others(member, include_ranks=not new_world)
-        mismatch = tokenizer_mismatch(hello.name, hello.tokenizer, learners=self.tokenizer)
-        reason = mismatch or refusal_reason(hello, taken=taken, world=joined_world)
+        final = tokenizer_mismatch(hello.name, hello.tokenizer, learners=self.tokenizer)
+        if hello.name in self.quarantined:
+            final = f"quarantined after {self.quarantined[hello.name]}; check its engine and its model"
+        reason = final or refusal_reason(hello, taken=taken, world=joined_world)
         if self.closing and hello.role == "actor":
             self._send(member, wire.Stop(reason=self.closing[0]))  # a late actor is not an error: it only has to stop
             return
         if self.closing or reason:
             self.refused += 1
-            self._refuse(member, reason or "the run is over", final=bool(mismatch))
+            self._refuse(member, reason or "the run is over", final=bool(final))
             return
         if hello.role == "learner":
             self._rank_joins(member, hello, new_world=new_world)
@@ -186,11 +205,22 @@ class HubCore:
         return actors | {rank.name for rank in ranks if rank.member != member}
 
     def _actor_joins(self, member: bytes, hello: wire.Hello) -> None:
+        """Add an actor, or let it return with the leases that it still holds."""
         known = self.actors.get(member)
-        if known and not known.welcomed:
+        if known and not known.welcomed and known.return_by is None:
             return  # a repeated Hello, while the actor's weight sender is starting
+        holds = set(zip(hello.holds[::2].tolist(), hello.holds[1::2].tolist(), strict=True))
+        for leases in self._lease_tables:
+            for number in leases.held_by(member):
+                key = (number, leases.running[number].attempt)
+                if key in holds:
+                    holds.remove(key)
+                else:
+                    self._revoke(leases, number)
+        for task, attempt in sorted(holds):
+            self._send(member, wire.Revoked(task=task, attempt=attempt))
         if known:
-            self._lose_actor(known)
+            self._effects.append(CloseSender(member))
         self.actors.join(member, hello.name, now=self.now, tokenizer=hello.tokenizer)
         self._effects.append(OpenSender(member, hello.name))
 
@@ -200,20 +230,43 @@ class HubCore:
             return
         actor = self.actors[member]
         actor.welcomed, actor.last_seen = True, self.now
-        self._send(member, wire.Welcome(session_host=host, session_port=port))
+        self._send(member, wire.Welcome(run_id=self.run_id, session_host=host, session_port=port))
 
     def _sender_down(self, member: bytes, reason: str) -> None:
+        """The actor is dead, or only its session is: a living actor notices that as well, and sends a new Hello."""
         actor = self.actors.get(member)
         if actor:
             self._refuse(member, f"the session ended: {reason}")
-            self._lose_actor(actor)
+            self._effects.append(CloseSender(member))
+            self._expect_return(actor, RETURN_S)
+
+    def _expect_return(self, actor: Actor, seconds: float) -> None:
+        actor.welcomed, actor.credit, actor.return_by = False, 0, self.now + seconds
+
+    def _restarted(self) -> None:
+        """All actors have to come back. The learner's ranks repeat the requests that were not answered."""
+        self.restarts += 1
+        for actor in self.actors.values():
+            self._expect_return(actor, RESTART_RETURN_S)
+        for rank in self.learner_ranks.ranks.values():
+            rank.last_seen = self.now
 
     def _lose_actor(self, actor: Actor) -> None:
-        for leases in (self.training.leases, self.evaluation.leases):
+        for leases in self._lease_tables:
             for number in leases.held_by(actor.member):
-                leases.revoke(number, "lease_lost")
+                self._revoke(leases, number)
         self.actors.leave(actor.member)
         self._effects.append(CloseSender(actor.member))
+
+    def _revoke(self, leases: LeaseTable, number: int) -> None:
+        """Take a lease back; its actor, if it still lives, stops to work on it."""
+        lease = leases.running[number]
+        self._send(lease.member, wire.Revoked(task=number, attempt=lease.attempt))
+        leases.revoke(number)
+
+    @property
+    def _lease_tables(self) -> tuple[LeaseTable, LeaseTable]:
+        return self.training.leases, self.evaluation.leases
 
     def _rank_joins(self, member: bytes, hello: wire.Hello, *, new_world: bool) -> None:
         self._set_tokenizer(hello.tokenizer)
@@ -223,7 +276,8 @@ class HubCore:
                 if old.member != member:
                     self._refuse(old.member, f"{hello.name} started a new learner world, which replaces this one")
         self.learner_ranks.join(member, hello, now=self.now)
-        self._send(member, wire.Welcome(store=self.store, version=self.training.version))
+        begun = self.published >= 0
+        self._send(member, wire.Welcome(store=self.store, version=self.training.version, begun=begun))
 
     def _set_tokenizer(self, fingerprint: str) -> None:
         """Require the first learner's tokenizer; remove the actors that joined earlier with another one."""
@@ -247,13 +301,13 @@ class HubCore:
         """
         actor_limit = self.now - self.run.hub.lease_timeout_s
         rank_limit = self.now - self.run.learner.batch_timeout_s
-        for actor in self.actors.silent_since(actor_limit):
+        for actor in [*self.actors.silent_since(actor_limit), *self.actors.overdue(self.now)]:
             self._lose_actor(actor)
         for rank in [rank for rank, held in self.learner_ranks.ranks.items() if held.last_seen < rank_limit]:
             self._lose_rank(rank)
-        for leases in (self.training.leases, self.evaluation.leases):
+        for leases in self._lease_tables:
             for number in leases.silent_since(actor_limit):
-                leases.revoke(number, "lease_timeout")
+                self._revoke(leases, number)
 
     # ---- messages of actors
 
@@ -261,13 +315,15 @@ class HubCore:
         if ready.tasks < 0:
             self._reject(actor.member, "Ready.tasks must be >= 0", detail=f"got {ready.tasks}")
             return
+        if not actor.welcomed:
+            return  # sent before the connection was lost; the actor asks again after its return
         actor.credit += ready.tasks
         actor.version = self._version_of_this_run(ready.version)
 
     def _heartbeat(self, actor: Actor, heartbeat: wire.Heartbeat) -> None:
         self.actors.record_heartbeat(actor, heartbeat)
         actor.version = self._version_of_this_run(heartbeat.version)
-        for leases in (self.training.leases, self.evaluation.leases):
+        for leases in self._lease_tables:
             leases.renew(actor.member, heartbeat.tasks, now=self.now)
 
     def _version_of_this_run(self, version: int) -> int:
@@ -282,9 +338,15 @@ class HubCore:
         if lease is None or (lease.member, lease.attempt) != (actor.member, release.attempt):
             return
         if release.servable:
-            leases.revoke(release.task, "released")
+            leases.revoke(release.task)
         else:
             leases.discard(release.task, "unservable")
+
+    def _progress(self, member: bytes, progress: wire.Progress) -> None:
+        if member in self.actors:
+            self.actors[member].last_seen = self.now
+        work = self.training if progress.purpose == "train" else self.evaluation
+        work.leases.report(member, progress, now=self.now)
 
     def _rollout(self, member: bytes, rollout: wire.Rollout) -> None:
         self._send(member, wire.Ack(task=rollout.task, attempt=rollout.attempt, slot=rollout.slot))
@@ -295,8 +357,9 @@ class HubCore:
         if lease is None:
             self._unexpected_rollout(member, rollout)
         elif reason := lease.invalid_reason(rollout, newest=self.training.version):
-            self._reject(member, reason, detail=f"task {rollout.task}, slot {rollout.slot}")
             work.leases.reject(rollout.task)
+            self._send(member, wire.Revoked(task=rollout.task, attempt=rollout.attempt))
+            self._reject(member, reason, detail=f"task {rollout.task}, slot {rollout.slot}")
         else:
             work.leases.arrive(rollout, now=self.now)
 
@@ -330,12 +393,12 @@ class HubCore:
         else:
             self._refuse(member, f"the hub has sent no batch of step {step}: it is at step {self.training.step}")
 
-    def _publish(self, member: bytes, version: int) -> None:
+    def _publish(self, member: bytes, version: int, store: str) -> None:
         if not self.published <= version <= self.training.version:
             detail = f"{version} after {self.published}"
             self._reject(member, "Published of a version that is out of order", detail=detail)
             return
-        self.published = version
+        self.published, self.learner_store = version, store
         if not self.evaluation.begun:
             self.evaluation.request(version)  # measures the pass rates at the start of the run
 
@@ -356,13 +419,20 @@ class HubCore:
             return
         self._send(member, wire.Snapshot(step=step, state=snapshot.dump(self.training, self.evaluation)))
 
-    def _restore(self, member: bytes, state: bytes) -> None:
+    def _restore(self, member: bytes, state: bytes, id: str) -> None:
+        if id and id == self.last_restore[0]:
+            self._send(member, wire.Restored(version=self.last_restore[1]))  # a repeated request
+            return
         try:
             restored = snapshot.load(state, training=self.training, evaluation=self.evaluation)
         except HubError as error:
             self._refuse(member, str(error))
             return
+        for leases in self._lease_tables:
+            for lease in leases.running.values():
+                self._send(lease.member, wire.Revoked(task=lease.task.number, attempt=lease.attempt))
         self.training, self.evaluation = restored
+        self.last_restore = (id, self.training.version)
         self._send(member, wire.Restored(version=self.training.version))
 
     # ---- 2. apply the rules
@@ -429,6 +499,22 @@ class HubCore:
         self._send(member, wire.Refused(reason=reason, final=final))
 
     def _reject(self, member: bytes, reason: str, *, detail: str = "") -> None:
-        """Count an invalid message; nothing else changes."""
+        """Count an invalid message. An actor that has sent MAX_INVALID of them is refused for good."""
         self.rejected[reason] += 1
         self.last_rejection = f"{member.hex()}: {reason}" + (f" ({detail})" if detail else "")
+        actor = self.actors.get(member)
+        if actor is None:
+            return
+        actor.invalid += 1
+        if actor.invalid >= MAX_INVALID:
+            self._quarantine(actor, f"{MAX_INVALID} invalid messages, the last one: {reason}")
+
+    def _quarantine(self, actor: Actor, reason: str) -> None:
+        """Refuse this actor for good, and lease its tasks to others. They start from nothing."""
+        self.quarantined[actor.name] = reason
+        self._effects.append(Warn(f"{actor.name} is quarantined after {reason}"))
+        for leases in self._lease_tables:
+            for number in leases.held_by(actor.member):
+                leases.forget(number)
+        self._refuse(actor.member, f"quarantined after {reason}; check its engine and its model", final=True)
+        self._lose_actor(actor)

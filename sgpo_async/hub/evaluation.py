@@ -38,7 +38,8 @@ class Evaluation:
         self.requested: deque[int] = deque()  # versions whose round has not begun
         self.current: int | None = None  # version of the running round
         self.begun = 0  # number of rounds begun
-        self.results: list[Evaluated] = []  # after delivery to the learner, without the results of single problems
+        self.results: list[Evaluated] = []  # those of single problems only in the last delivered one and later ones
+        self.delivered: int | None = None  # version of the result that was last sent to the learner
 
     @property
     def round_size(self) -> int:
@@ -53,8 +54,17 @@ class Evaluation:
         return done[0] if done else None
 
     def mark_delivered(self, version: int) -> None:
-        """Remove the results of single problems from this round: the learner has them, checkpoints need not."""
-        self.results = [without_problem_results(one) if one.version == version else one for one in self.results]
+        """Record that the result of `version` was sent to the learner, which may still lose it and ask again.
+
+        The results of single problems in the result sent before are no longer needed, and are removed.
+        """
+        if version != self.delivered:
+            self.results = self.lean_results()
+        self.delivered = version
+
+    def lean_results(self) -> list[Evaluated]:
+        """The results; the one that was sent to the learner without the results of single problems."""
+        return [without_problem_results(one) if one.version == self.delivered else one for one in self.results]
 
     def advance(self, version: int) -> Evaluated | None:
         """End the running round if it is complete, and return its result; then begin the next one if none runs.

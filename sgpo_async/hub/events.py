@@ -51,13 +51,18 @@ class Tick:
 
 
 @dataclass(frozen=True)
+class HubRestarted:
+    """A new hub process has taken over the state: all connections and weight senders of the old one are gone."""
+
+
+@dataclass(frozen=True)
 class Interrupted:
     """The hub has been asked to stop, for example by a signal."""
 
     reason: str
 
 
-Event = Received | Rejected | SenderUp | SenderDown | Tick | Interrupted
+Event = Received | Rejected | SenderUp | SenderDown | Tick | HubRestarted | Interrupted
 
 
 @dataclass(frozen=True)
@@ -84,10 +89,17 @@ class CloseSender:
 
 
 @dataclass(frozen=True)
+class Warn:
+    """Log a line that the user should see."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Shutdown:
     """Stop the hub. This is always the last effect."""
 
     reason: str
 
 
-Effect = Send | OpenSender | CloseSender | Shutdown
+Effect = Send | OpenSender | CloseSender | Warn | Shutdown

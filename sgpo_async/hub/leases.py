@@ -2,11 +2,13 @@
 
     add ──▶ waiting ── lease ──▶ running ── arrive (all slots) ──▶ complete ── train | drop ──▶ ledger
                ▲                    ├── discard ──▶ ledger   (no actor can serve the task)
-               └───── revoke ───────┘   (the whole task waits again, with the next attempt, before younger tasks)
+               └─ revoke | reject ──┘   (the task waits again, with the next attempt, before younger tasks)
 
-Revoking a lease drops all of its rollouts, including those that have already arrived. Keeping the finished ones would
-bias the training data towards short rollouts. Therefore the ledger counts a task as dispatched once, but its rollouts
-as dispatched anew with every attempt.
+A revoked task keeps what its actors have sent: the finished rollouts, and the tokens of the others. The next lease
+continues them all, so that no work is lost and no length is favoured (see `rollout.partial`). A rejected task starts
+again from nothing, because its actor sent something invalid; so does one whose tokens have become too old.
+
+The ledger counts a task as dispatched once, and its rollouts once for each time that they start from nothing.
 """
 
 from __future__ import annotations
@@ -14,15 +16,16 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from sgpo_async.hub.ledger import Ledger
 from sgpo_async.rollout.completed import CompletedGroup
+from sgpo_async.rollout.partial import Arrived
 from sgpo_async.tasks.task_sampler import Task
-from sgpo_async.wire.records import Lease, Rollout
+from sgpo_async.wire.records import Lease, Progress, Rollout
 
 MAX_INVALID_LEASES = 3  # after so many leases of a task that ended by an invalid rollout, the task is dropped
 
@@ -36,7 +39,7 @@ class RunningLease:
     member: bytes
     min_version: int
     last_progress: float  # time at which the hub last heard of this lease
-    rollouts: dict[int, Rollout] = field(default_factory=dict)  # by slot
+    arrived: Arrived  # what this attempt and the earlier ones have sent
 
     def invalid_reason(self, rollout: Rollout, *, newest: int) -> str | None:
         """Why this rollout is invalid for this lease; None if it is valid. `newest` is the newest weight version."""
@@ -63,6 +66,7 @@ class LeaseTable:
         self._keeps_tokens = keeps_tokens
         self.tasks, self.rollouts = Ledger(), Ledger()
         self.waiting: list[tuple[int, int, Task]] = []  # a heap of (order, attempt, task)
+        self.carried: dict[int, Arrived] = {}  # what earlier attempts at a waiting task have sent, by task number
         self.running: dict[int, RunningLease] = {}  # by task number
         self.complete: dict[int, CompletedGroup] = {}  # by task number; includes groups handed to a learner
         self.first_attempt = self.last_attempt = first_attempt  # last_attempt: the highest attempt of any lease so far
@@ -86,31 +90,49 @@ class LeaseTable:
         heapq.heappush(self.waiting, (abs(task.number), attempt, task))
 
     def lease(self, member: bytes, *, min_version: int, now: float) -> Lease:
-        """Lease the first waiting task to `member`."""
+        """Lease the first waiting task to `member`, with what earlier attempts sampled by `min_version` or newer."""
         _, attempt, task = heapq.heappop(self.waiting)
+        arrived = self.carried.pop(task.number, None)
+        if arrived and arrived.oldest_version is not None and arrived.oldest_version < min_version:
+            self.rollouts.drop("stale", task.size)
+            arrived = None
+        if arrived is None:
+            arrived = Arrived(size=task.size)
+            self.rollouts.dispatched += task.size
         self.running[task.number] = RunningLease(
-            task=task, attempt=attempt, member=member, min_version=min_version, last_progress=now
+            task=task, attempt=attempt, member=member, min_version=min_version, last_progress=now, arrived=arrived
         )
         self.last_attempt = max(self.last_attempt, attempt)
-        self.rollouts.dispatched += task.size
-        return task.lease(attempt=attempt, min_version=min_version)
+        lease = task.lease(attempt=attempt, min_version=min_version)
+        finished = np.array(sorted(arrived.rollouts), np.int32)
+        return replace(lease, finished=finished, partial=arrived.partial())
 
     def lease_expecting(self, member: bytes, rollout: Rollout) -> RunningLease | None:
         """The running lease of `member` that still lacks this rollout; None if it is a duplicate or too late."""
         lease = self.running.get(rollout.task)
         if lease is None or (lease.member, lease.attempt) != (member, rollout.attempt):
             return None
-        return None if rollout.slot in lease.rollouts else lease
+        return None if rollout.slot in lease.arrived.rollouts else lease
+
+    def report(self, member: bytes, progress: Progress, *, now: float) -> None:
+        """Keep what the running rollouts of a lease of `member` have sampled; ignore a report that came too late."""
+        lease = self.running.get(progress.task)
+        if lease is None or (lease.member, lease.attempt) != (member, progress.attempt):
+            return
+        lease.last_progress = now
+        for part in progress.partial:
+            if part.slot < lease.task.size and part.versions.min() >= lease.min_version:
+                lease.arrived.report(part)
 
     def arrive(self, rollout: Rollout, *, now: float) -> None:
         """Store an expected rollout. The last one completes the group."""
         lease = self.running[rollout.task]
         lease.last_progress = now
         self.tokens += len(rollout.tokens)
-        lease.rollouts[rollout.slot] = rollout if self._keeps_tokens else _without_tokens(rollout)
-        if len(lease.rollouts) == lease.task.size:
+        lease.arrived.finish(rollout if self._keeps_tokens else _without_tokens(rollout))
+        if not lease.arrived.missing:
             del self.running[rollout.task]
-            ordered = tuple(lease.rollouts[slot] for slot in range(lease.task.size))
+            ordered = tuple(lease.arrived.rollouts[slot] for slot in range(lease.task.size))
             self.complete[rollout.task] = CompletedGroup(number=rollout.task, attempt=lease.attempt, rollouts=ordered)
 
     def renew(self, member: bytes, numbers: Iterable[int], *, now: float) -> None:
@@ -128,23 +150,30 @@ class LeaseTable:
         """Numbers of the leased tasks of which the hub has heard nothing since `moment`."""
         return [number for number, lease in self.running.items() if lease.last_progress < moment]
 
-    def revoke(self, number: int, reason: str) -> None:
-        """End this lease: drop its rollouts, and put its task back into the queue with the next attempt."""
+    def revoke(self, number: int) -> None:
+        """End this lease, and put its task back into the queue with the next attempt and all that has arrived."""
         lease = self.running.pop(number)
-        self.rollouts.drop(reason, lease.task.size)
+        self.carried[number] = lease.arrived
         self.enqueue(lease.task, attempt=lease.attempt + 1)
         self.reissued += 1
 
     def reject(self, number: int) -> None:
-        """End this lease because a rollout is invalid, so that its slot would stay empty.
+        """End this lease because a rollout is invalid, and drop what has arrived.
 
         The task is leased again, unless MAX_INVALID_LEASES of its leases have ended like this: then it is dropped.
         """
         self._invalid_leases[number] += 1
-        if self._invalid_leases[number] < MAX_INVALID_LEASES:
-            self.revoke(number, "rejected")
-        else:
+        if self._invalid_leases[number] >= MAX_INVALID_LEASES:
             self.discard(number, "misfit")  # this key stands in metrics.jsonl for tasks with invalid rollouts
+            return
+        self.forget(number)
+
+    def forget(self, number: int) -> None:
+        """End this lease, drop what has arrived, and put its task back into the queue with the next attempt."""
+        lease = self.running.pop(number)
+        self.rollouts.drop("rejected", lease.task.size)
+        self.enqueue(lease.task, attempt=lease.attempt + 1)
+        self.reissued += 1
 
     def discard(self, number: int, reason: str) -> None:
         """Drop this task, which can never be completed, and the rollouts of its lease."""
@@ -168,14 +197,16 @@ class LeaseTable:
     def balances(self) -> dict[str, dict[str, int]]:
         """Numbers of tasks and rollouts in flight and buffered, counted from the present leases and groups.
 
-        A rollout is in flight until it arrives; a task is in flight until all of its rollouts have arrived.
+        A rollout is in flight from the first lease of its task until it arrives; a task is in flight until all of its
+        rollouts have arrived.
         """
-        arrived = sum(len(lease.rollouts) for lease in self.running.values())
-        leased = sum(lease.task.size for lease in self.running.values())
+        started = [*(lease.arrived for lease in self.running.values()), *self.carried.values()]
+        arrived = sum(len(one.rollouts) for one in started)
+        missing = sum(one.missing for one in started)
         grouped = sum(len(group.rollouts) for group in self.complete.values())
         return {
             "tasks": {"in_flight": len(self.waiting) + len(self.running), "buffered": len(self.complete)},
-            "rollouts": {"in_flight": leased - arrived, "buffered": arrived + grouped},
+            "rollouts": {"in_flight": missing, "buffered": arrived + grouped},
         }
 
     def check(self) -> None:

@@ -1,12 +1,15 @@
 """The hub's I/O: one loop in one thread that feeds events to the core and carries out its effects.
 
-    members ── ZeroMQ ──▶ mailbox.receive ─────┐                        ┌──▶ mailbox.send ── ZeroMQ ──▶ members
-    weight senders ── stdout ──▶ sender.poll ──┼─▶ core.handle ─▶ effects ──▶ start or stop a weight sender
-    clock ── every TICK_S ──▶ Tick ────────────┤                        └──▶ Shutdown: the loop ends
+    members ── ZeroMQ ──▶ mailbox.receive ─────┐  journal                      ┌▶ mailbox.send ── ZeroMQ ──▶ members
+    weight senders ── stdout ──▶ sender.poll ──┼──▶ and ──▶ effects ─ commit ─▶┼▶ start or stop a weight sender
+    clock ── every TICK_S ──▶ Tick ────────────┤  core                         └▶ Shutdown: the loop ends
     signals ── interrupted() ──▶ Interrupted ──┘
 
-The loop only ever waits for a message, for at most TICK_S. Sending never blocks. A weight sender takes a moment to end,
-so worker threads stop it.
+All events that have arrived are one group: they are written to the journal and handled, then the journal is committed
+once, and only then are their effects carried out. So nobody outside knows of anything that a killed hub would forget.
+
+The loop only ever waits for a message, for at most TICK_S, and for the disk. Sending never blocks. A weight sender
+takes a moment to end, so worker threads stop it.
 """
 
 from __future__ import annotations
@@ -20,14 +23,18 @@ from typing import Protocol
 from sgpo_async.errors import DeadlineExceeded, WireError
 from sgpo_async.hub import events as ev
 from sgpo_async.hub.core import HubCore
+from sgpo_async.hub.journal import Journal
+from sgpo_async.hub.recovery import pack_event, save
 from sgpo_async.session import SenderDown, SenderEvent, SenderUp
 from sgpo_async.transport import RouterMailbox
+from sgpo_async.transport.base import Frames
 from sgpo_async.wire import records as wire
 
 log = logging.getLogger(__name__)
 
 TICK_S = 0.1
 SENDER_STOP_S = 1.0  # timeout for the end of a weight sender after it was killed
+COMMIT_S = 1.0  # longest time without a commit of the journal
 LINGER_S = 0.3  # time for the last messages to be delivered
 
 
@@ -48,12 +55,22 @@ class SenderHandle(Protocol):
 class Loop:
     """Passes events to a core and carries out its effects until the core shuts down."""
 
-    def __init__(self, core: HubCore, *, mailbox: RouterMailbox, spawn_sender: Callable[[str], SenderHandle]) -> None:
-        """`spawn_sender(name)` starts the weight sender of the actor `name`."""
+    def __init__(
+        self,
+        core: HubCore,
+        *,
+        mailbox: RouterMailbox,
+        spawn_sender: Callable[[str], SenderHandle],
+        journal: Journal | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`spawn_sender(name)` starts the weight sender of the actor `name`; `clock` is the core's."""
         self._core, self._mailbox, self._spawn_sender = core, mailbox, spawn_sender
+        self._journal, self._clock = journal, clock
         self._senders: dict[bytes, SenderHandle] = {}
         self._stop_threads = ThreadPoolExecutor(max_workers=16, thread_name_prefix="stop-sender")
         self._stopping: list[Future[None]] = []
+        self._committed_at = time.monotonic()
         self._shutdown_reason = ""  # empty while the hub runs
 
     def run(self, *, interrupted: Callable[[], str]) -> str:
@@ -64,21 +81,46 @@ class Loop:
         next_tick = 0.0
         try:
             while not self._shutdown_reason:
-                for member, message in self._mailbox.receive(TICK_S):
-                    self._handle(_to_event(member, message))
-                self._poll_senders()
+                received = self._mailbox.receive_with_frames(TICK_S)
+                group = [(_to_event(member, message), frames) for member, message, frames in received]
+                events = self._sender_events()
                 if reason := interrupted():
-                    self._handle(ev.Interrupted(reason))
+                    events.append(ev.Interrupted(reason))
                 if time.monotonic() >= next_tick:
                     next_tick = time.monotonic() + TICK_S
-                    self._handle(ev.Tick())
+                    events.append(ev.Tick())
+                self._handle([*group, *((event, []) for event in events)])
             return self._shutdown_reason
         finally:
             self._close()
 
-    def _handle(self, event: ev.Event) -> None:
-        for effect in self._core.handle(event, time.monotonic()):
+    def restart(self) -> None:
+        """Tell a recovered core that this process has taken over."""
+        self._handle([(ev.HubRestarted(), [])])
+
+    def _handle(self, group: Sequence[tuple[ev.Event, Frames]]) -> None:
+        """Write events to the journal, let the core handle them, commit, and carry out the effects.
+
+        Carrying out an effect may lead to another event (a weight sender does not start), which is handled after it.
+        """
+        effects: list[ev.Effect] = []
+        for event, frames in group:
+            now = self._clock()
+            if self._journal and _changes_state(event):
+                self._journal.append(now, pack_event(event, frames))
+            effects += self._core.handle(event, now)
+        if self._journal:
+            self._write(self._journal, now_needed=bool(effects))
+        for effect in effects:
             self._carry_out(effect)
+
+    def _write(self, journal: Journal, *, now_needed: bool) -> None:
+        """Commit if effects depend on it, and otherwise once in COMMIT_S: what has no effect is sent again."""
+        if now_needed or time.monotonic() - self._committed_at > COMMIT_S:
+            journal.commit()
+            self._committed_at = time.monotonic()
+            if journal.save_due:
+                save(self._core, journal)
 
     def _carry_out(self, effect: ev.Effect) -> None:
         match effect:
@@ -88,6 +130,8 @@ class Loop:
                 self._open_sender(member, name)
             case ev.CloseSender(member):
                 self._stop_sender(member)
+            case ev.Warn(text):
+                log.warning("%s", text)
             case ev.Shutdown(reason):
                 self._shutdown_reason = reason
 
@@ -98,21 +142,24 @@ class Loop:
         except WireError as error:  # the message is too large; tell the member, which may be waiting for it
             self._mailbox.send(member, wire.Refused(reason=str(error)))
 
-    def _poll_senders(self) -> None:
-        for member, sender in list(self._senders.items()):
+    def _sender_events(self) -> list[ev.Event]:
+        events: list[ev.Event] = []
+        for member, sender in self._senders.items():
             for event in sender.poll():
                 match event:
                     case SenderUp(port=port):
-                        self._handle(ev.SenderUp(member, sender.host, port))
+                        events.append(ev.SenderUp(member, sender.host, port))
                     case SenderDown(reason=reason):
-                        self._handle(ev.SenderDown(member, reason))
+                        events.append(ev.SenderDown(member, reason))
+        return events
 
     def _open_sender(self, member: bytes, name: str) -> None:
         """Start a weight sender. If that fails (too many processes, no memory), only this actor's session ends."""
         try:
             self._senders[member] = self._spawn_sender(name)
         except OSError as error:
-            self._handle(ev.SenderDown(member, f"the hub cannot start a weight sender: {error}"))
+            reason = f"the hub cannot start a weight sender: {error}"
+            self._handle([(ev.SenderDown(member, reason), [])])
 
     def _stop_sender(self, member: bytes) -> None:
         sender = self._senders.pop(member, None)
@@ -143,3 +190,8 @@ def _to_event(member: bytes, message: wire.Message | WireError) -> ev.Event:
     if isinstance(message, WireError):
         return ev.Rejected(member, str(message))
     return ev.Received(member, message)
+
+
+def _changes_state(event: ev.Event) -> bool:
+    """Whether an event must be in the journal: questions are only answered."""
+    return not (isinstance(event, ev.Received) and isinstance(event.message, wire.StatusRequest | wire.SettingsRequest))

@@ -1,14 +1,17 @@
 """The hub as a process: assembles its parts, writes its address to a file, and removes its files at the end.
 
-serve ─▶ Router, StoreFile, Signals, hub.json ─▶ Loop(HubCore) ─▶ exit code
+serve ─▶ HubCore, from the journal if there is one ─▶ Router, StoreFile, Signals, hub.json ─▶ Loop ─▶ exit code
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
+import time
+import uuid
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -17,7 +20,9 @@ from typing import Any
 from sgpo_async.config import Run
 from sgpo_async.files import reporting_write_errors, write_whole
 from sgpo_async.hub.core import HubCore
+from sgpo_async.hub.journal import Journal
 from sgpo_async.hub.loop import Loop
+from sgpo_async.hub.recovery import recover
 from sgpo_async.model.folder import model_folder
 from sgpo_async.processes.signals import Signals
 from sgpo_async.session import WeightSender
@@ -27,36 +32,70 @@ from sgpo_async.transport import Router, RouterMailbox
 from sgpo_async.transport.keys import public_key
 from sgpo_async.weights.store_file import StoreFile
 
+log = logging.getLogger(__name__)
+
 
 def serve(run: Run) -> int:
     """Run the hub until the learner finishes or a signal arrives; return the exit code.
 
     The exit code is 0 after the learner has finished, and 128 plus the signal number after a signal. While the hub can
-    be reached, `<run.folder>/hub.json` contains its address; at the end the hub removes it and the weight store.
+    be reached, `<run.folder>/hub.json` contains its address; at the end the hub removes it, the weight store and the
+    journal. If there is a journal at the start, of a hub that was killed, this one takes its place.
 
-    Raises HubError if the address is in use or the keys are not usable, DataError if problems cannot be read, and
-    SgpoError if the folder is not writable.
+    Raises HubError if the address is in use or the keys or the journal are not usable, DataError if problems cannot be
+    read, and SgpoError if the folder is not writable.
     """
     source = source_of(run)
     benchmarks = open_benchmarks(run.evaluation)
     folder = Path(run.folder)
     with reporting_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    router = Router(run.hub.address, keys=run.hub.keys, max_bytes=run.hub.max_message_mb * 2**20)
-    host = router.address.removeprefix("tcp://").rpartition(":")[0].strip("[]")
     with contextlib.ExitStack() as stack:
+        core = HubCore(run, source, benchmarks=benchmarks, run_id=uuid.uuid4().hex)
+        journal = Journal(folder) if run.hub.journal else None
+        elapsed = 0.0
+        if journal:
+            stack.callback(journal.close)
+            core, elapsed = recover(core, journal)
+        address = _address(run, journal)
+        router = Router(address, keys=run.hub.keys, max_bytes=run.hub.max_message_mb * 2**20)
         stack.callback(router.close)
-        store = StoreFile(folder, expected_bytes=weight_bytes(run.model.path))
+        store = StoreFile(folder, expected_bytes=weight_bytes(run.model.path), earlier=core.learner_store)
         stack.callback(store.close)
         signals = stack.enter_context(Signals())
         key = public_key(run.hub.keys, "server").decode() if run.hub.keys else ""
         contact = {"address": router.address, "pid": os.getpid(), "store": store.path, "public_key": key}
         stack.enter_context(contact_file(folder / "hub.json", contact))
-        core = HubCore(run, source, benchmarks=benchmarks, store=store.path)
+        core.store = store.path
+        host = router.address.removeprefix("tcp://").rpartition(":")[0].strip("[]")
         spawn_sender = partial(WeightSender, store.path, host=host, cuda=run.engine.broadcasts_on_gpus)
-        loop = Loop(core, mailbox=RouterMailbox(router), spawn_sender=spawn_sender)
+        began = time.monotonic() - elapsed
+        loop = Loop(
+            core,
+            mailbox=RouterMailbox(router),
+            spawn_sender=spawn_sender,
+            journal=journal,
+            clock=lambda: time.monotonic() - began,
+        )
+        if journal:
+            journal.set("address", router.address.encode())
+            if elapsed:
+                log.warning("the hub has restarted at step %d, with %d groups in its buffer", *_position(core))
+                loop.restart()
         loop.run(interrupted=lambda: _stop_reason(signals))
+        if journal:
+            journal.remove()
     return signals.exit_code if signals.stop else 0
+
+
+def _address(run: Run, journal: Journal | None) -> str:
+    """The address of the hub before the restart, if the settings leave the port open."""
+    known = journal.get("address") if journal else None
+    return known.decode() if known and run.hub.address.endswith(":0") else run.hub.address
+
+
+def _position(core: HubCore) -> tuple[int, int]:
+    return core.training.step, len(core.training.leases.complete)
 
 
 def _stop_reason(signals: Signals) -> str:

@@ -2,7 +2,7 @@
 
     Training, Evaluation ── dump ──▶ bytes in a checkpoint ── load ──▶ new Training, Evaluation
 
-Running leases are not carried over. `load` drops their rollouts (reason "resume") and puts their tasks back into the
+Unfinished groups are not carried over. `load` drops their rollouts (reason "resume") and puts their tasks back into the
 queue with an attempt number that no lease ever had. Rollouts that actors still send for leases from before the restore
 are therefore recognised as late.
 
@@ -47,7 +47,7 @@ def dump(training: Training, evaluation: Evaluation) -> bytes:
         "asked": list(evaluation.requested),
         "current": evaluation.current,
         "begun": evaluation.begun,
-        "results": [asdict(result) for result in evaluation.results],
+        "results": [asdict(result) for result in evaluation.lean_results()],
     }
     return msgpack.packb(state, default=_pack_array)
 
@@ -120,8 +120,11 @@ def _dump_leases(leases: LeaseTable) -> dict[str, Any]:
         "tasks": _plain(leases.tasks),
         "rollouts": _plain(leases.rollouts),
         "last_attempt": leases.last_attempt,
-        "waiting": [task.number for _, _, task in leases.waiting],
-        "running": [(lease.task.number, lease.task.size) for lease in leases.running.values()],
+        "waiting": [task.number for _, _, task in leases.waiting if task.number not in leases.carried],
+        "running": [
+            *((number, lease.task.size) for number, lease in leases.running.items()),
+            *((number, arrived.size) for number, arrived in leases.carried.items()),
+        ],
         "complete": [
             (group.number, group.attempt, [_plain(r) for r in group.rollouts]) for group in leases.complete.values()
         ],

@@ -32,6 +32,8 @@ class CoreState(Protocol):
     rejected: Counter[str]
     last_rejection: str
     refused: int
+    quarantined: dict[str, str]
+    restarts: int
     started: float
     now: float
 
@@ -67,6 +69,8 @@ def status(core: CoreState) -> dict[str, Any]:
         "joined": actors.joined,
         "left": actors.left,
         "refused": core.refused,
+        "quarantined": core.quarantined,
+        "hub_restarts": core.restarts,
         "uptime_s": core.now - core.started,
     }
 

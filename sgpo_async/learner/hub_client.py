@@ -7,15 +7,19 @@
 Only the hub thread uses the socket. It sends heartbeats while the main thread is busy with a long step. The main thread
 waits on `incoming`, each time with a deadline. Evaluation results that arrive meanwhile are kept for later.
 
-A request is repeated every REPEAT_S until it is answered, because a broken connection loses messages. The hub gives the
-same answer to a repeated request. The exception is Restore, which would restore the hub again; it is sent only once.
+A broken connection, also that of a hub that is killed and started again, loses messages. So a request is repeated every
+REPEAT_S, and at once when the connection is back, until it is answered; the hub gives the same answer to a repeated
+request. What the hub does not answer is sent once more whenever the connection is back: the newest publication, the
+evaluations without a result, and the end of the run.
 """
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
@@ -44,8 +48,10 @@ from sgpo_async.wire.records import (
     Welcome,
 )
 
+log = logging.getLogger(__name__)
+
 POLL_S = 0.005
-ANSWER_S = 60.0  # timeout of requests that the hub answers immediately
+ANSWER_S = 120.0  # timeout of requests that the hub answers immediately, unless it has to be started again first
 REPEAT_S = 10.0
 CLOSE_S = 5.0
 
@@ -54,6 +60,8 @@ Answer = TypeVar("Answer")
 
 class Mail(Protocol):
     """The part of `transport.Mailbox` that the client uses."""
+
+    connections: int  # how often it has connected to the hub
 
     def send(self, message: Message) -> bool:
         """Queue a message; False if the queue is full."""
@@ -80,6 +88,11 @@ class HubClient:
         self._mail, self._heartbeat_s = mail, heartbeat_s
         self._outgoing: deque[Message] = deque()
         self._incoming: queue.SimpleQueue[Message | Exception] = queue.SimpleQueue()
+        self._request: Message | None = None  # the request that the main thread waits for
+        self._publication: Published | None = None  # the newest one
+        self._evaluating: dict[int, Evaluate] = {}  # requests without a result, by version
+        self._finish: Finish | None = None
+        self._connections = mail.connections
         self._joined = self._closing = False
         self._thread = threading.Thread(target=self._serve, name="hub", daemon=True)
         self._thread.start()
@@ -110,13 +123,15 @@ class HubClient:
         what = f"Committed of step {step}"
         return self._ask(Commit(step=step), Committed, what, ANSWER_S, lambda done: done.step == step).status
 
-    def published(self, version: int) -> None:
-        """Report that the store holds `version` completely. May be called from any thread."""
-        self._outgoing.append(Published(version=version))
+    def published(self, version: int, store: str = "") -> None:
+        """Report that the store at `store` holds `version` completely. May be called from any thread."""
+        self._publication = Published(version=version, store=store)
+        self._outgoing.append(self._publication)
 
     def evaluate(self, version: int) -> None:
         """Request an evaluation of `version`; the result arrives later in `evaluations`."""
-        self._outgoing.append(Evaluate(version=version))
+        self._evaluating[version] = Evaluate(version=version)
+        self._outgoing.append(self._evaluating[version])
 
     def take_evaluations(self, *, until: int | None = None, timeout_s: float = 0.0) -> list[Evaluated]:
         """Return and remove the results that have arrived; with `until`, wait for the result of this version."""
@@ -136,7 +151,7 @@ class HubClient:
 
     def restore(self, state: bytes) -> int:
         """Restore the hub to a checkpoint's state; return the version that the weights now have."""
-        return self._ask(Restore(state=state), Restored, "Restored", ANSWER_S).version
+        return self._ask(Restore(state=state, id=uuid.uuid4().hex), Restored, "Restored", ANSWER_S).version
 
     def status(self) -> dict[str, Any]:
         """Request the status of the run."""
@@ -144,7 +159,8 @@ class HubClient:
 
     def finish(self) -> None:
         """Report that the run is finished."""
-        self._outgoing.append(Finish())
+        self._finish = Finish()
+        self._outgoing.append(self._finish)
 
     # ---- main thread: waiting
 
@@ -157,13 +173,16 @@ class HubClient:
         matches: Callable[[Answer], bool] = lambda _: True,
     ) -> Answer:
         deadline = time.monotonic() + timeout_s
-        repeat_s = timeout_s if isinstance(message, Restore) else REPEAT_S
         self._drain()
-        while (now := time.monotonic()) < deadline:
-            self._outgoing.append(message)
-            while received := self._next(min(now + repeat_s, deadline)):
-                if isinstance(received, kind) and matches(received):
-                    return received
+        self._request = message
+        try:
+            while (now := time.monotonic()) < deadline:
+                self._outgoing.append(message)
+                while received := self._next(min(now + REPEAT_S, deadline)):
+                    if isinstance(received, kind) and matches(received):
+                        return received
+        finally:
+            self._request = None
         raise DeadlineExceeded(self.name, f"{what} from the hub", timeout_s)
 
     def _drain(self) -> None:
@@ -183,7 +202,7 @@ class HubClient:
             raise message
         if isinstance(message, Refused):
             raise HubError(f"{self.name}: the hub refused the request: {message.reason}")
-        if isinstance(message, Evaluated):
+        if isinstance(message, Evaluated) and self._evaluating.pop(message.version, None):
             self.evaluations.append(message)
         return message
 
@@ -196,6 +215,7 @@ class HubClient:
                 if self._joined and time.monotonic() >= heartbeat_due:
                     heartbeat_due = time.monotonic() + self._heartbeat_s
                     self._mail.send(Heartbeat(state="training"))
+                self._resend_after_reconnection()
                 self._flush()
                 for message in self._mail.receive(POLL_S):
                     self._incoming.put(message)
@@ -203,6 +223,17 @@ class HubClient:
             self._incoming.put(error)
         finally:
             self._mail.close(CLOSE_S)
+
+    def _resend_after_reconnection(self) -> None:
+        """Put everything into the queue that may have been lost with the last connection."""
+        if self._mail.connections == self._connections:
+            return
+        self._connections = self._mail.connections
+        if not self._joined:
+            return  # the request to join is repeated by itself
+        log.warning("%s: connected to the hub again", self.name)
+        lost = [self._publication, *list(self._evaluating.values()), self._request, self._finish]
+        self._outgoing.extend(message for message in lost if message is not None)
 
     def _flush(self) -> None:
         while self._outgoing:

@@ -20,6 +20,11 @@ class Mailbox:
         self.rejected = 0
         self.last_rejection: WireError | None = None
 
+    @property
+    def connections(self) -> int:
+        """How often this side has connected to the hub; messages sent before may be lost."""
+        return self.dealer.connections
+
     def send(self, message: Message) -> bool:
         """Queue a message for the hub; False if the queue is full.
 
@@ -59,9 +64,13 @@ class RouterMailbox:
 
     def receive(self, timeout_s: float) -> list[tuple[bytes, Message | WireError]]:
         """What has arrived, as (member, message), or the error instead of a message that cannot be read."""
+        return [(member, message) for member, message, _ in self.receive_with_frames(timeout_s)]
+
+    def receive_with_frames(self, timeout_s: float) -> list[tuple[bytes, Message | WireError, Frames]]:
+        """Like `receive`, each with the frames that arrived."""
         polled = self.router.poll(timeout_s)
-        read = [(member, unpack(frames, self.router.max_bytes)) for member, frames in polled]
-        self.rejected += sum(isinstance(message, WireError) for _, message in read)
+        read = [(member, unpack(frames, self.router.max_bytes), frames) for member, frames in polled]
+        self.rejected += sum(isinstance(message, WireError) for _, message, _ in read)
         return read
 
     def close(self, linger_s: float = 0.0) -> None:

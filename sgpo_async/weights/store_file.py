@@ -1,8 +1,8 @@
 """The file of a weight store: an anonymous file that exists only while a process has it open.
 
 The file has no name in any directory. Any process of the same user on the same machine can open it through the
-descriptor of its owner, `/proc/PID/fd/N`. The kernel frees the file when the last process closes it, so nothing needs
-cleaning up, whichever processes are killed and in whichever order.
+descriptor of a process that has it open, `/proc/PID/fd/N`. The kernel frees the file when the last process closes it,
+so nothing needs cleaning up, whichever processes are killed and in whichever order.
 
 The file is in memory (`memfd_create`, which is not limited by the size of /dev/shm, in containers usually 64 MB). If
 its two buffers would take more than half of the memory that is currently available on this machine and to this
@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 
 from sgpo_async.errors import WeightsError
+from sgpo_async.weights import store_layout
 
 CGROUP = Path("/sys/fs/cgroup")  # the cgroup of this container (version 2)
 
@@ -39,14 +40,18 @@ def available_memory(cgroup: Path = CGROUP) -> int:
 class StoreFile:
     """An empty anonymous file for one weight store; the kernel frees it after `close` or the end of the process."""
 
-    def __init__(self, folder: str | Path, *, expected_bytes: int = 0) -> None:
-        """Create the file, in `folder` only if `expected_bytes` of weights (one buffer) do not fit into memory.
+    def __init__(self, folder: str | Path, *, expected_bytes: int = 0, earlier: str = "") -> None:
+        """Open the store at `earlier`, a descriptor of another process, or create a file if there is none any more.
 
-        Raises WeightsError if the file cannot be created.
+        A new file is in `folder` only if `expected_bytes` of weights (one buffer) do not fit into memory.
+        Raises WeightsError if it cannot be created.
         """
         self.in_memory = 4 * expected_bytes <= available_memory()
+        self._fd = _open_store(earlier) if earlier else -1
+        self.reopened = self._fd >= 0
         try:
-            self._fd = os.memfd_create("sgpo-weights") if self.in_memory else _unnamed_file(folder)
+            if not self.reopened:
+                self._fd = os.memfd_create("sgpo-weights") if self.in_memory else _unnamed_file(folder)
         except OSError as error:
             where = "memory" if self.in_memory else folder
             raise WeightsError(f"weight store: cannot create a file in {where}: {error.strerror}") from None
@@ -62,3 +67,16 @@ class StoreFile:
 def _unnamed_file(folder: str | Path) -> int:
     with tempfile.TemporaryFile(dir=folder) as file:
         return os.dup(file.fileno())
+
+
+def _open_store(path: str) -> int:
+    """Open the store at `path`; -1 if the process that had it open is gone, or another one has its id now."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return -1
+    stride, _ = store_layout.read_header(fd)
+    if stride == 0:
+        os.close(fd)
+        return -1
+    return fd

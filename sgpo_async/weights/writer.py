@@ -49,6 +49,11 @@ class StoreWriter:
             self._slot = 1 - newest.slot
 
     @property
+    def own_path(self) -> str:
+        """A path at which other processes of this machine find the store as long as this process has it open."""
+        return f"/proc/{os.getpid()}/fd/{self._fd}"
+
+    @property
     def version(self) -> int | None:
         """The newest complete version; None if there is none."""
         return self._newest.version if self._newest else None

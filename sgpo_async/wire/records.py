@@ -1,7 +1,7 @@
 """Every message between hub, actors and learner. The in-memory transport and ZeroMQ use the same records.
 
-    actor ──▶ hub     Hello  Ready  Rollout  Release  Heartbeat  Goodbye
-    hub ──▶ actor     Welcome | Refused  Lease  Ack  Stop
+    actor ──▶ hub     Hello  Ready  Progress  Rollout  Release  Heartbeat  Goodbye
+    hub ──▶ actor     Welcome | Refused  Lease  Ack  Revoked  Stop
     learner ──▶ hub   Hello  BatchRequest  Commit  Published  Evaluate  SnapshotRequest  Restore  Finish  Heartbeat
     hub ──▶ learner   Welcome | Refused  Shard  Committed  Evaluated  Snapshot  Restored
     any process ──▶ hub    StatusRequest  SettingsRequest      hub ──▶ that process    Status  Settings
@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-PROTOCOL = 3  # raise it whenever a record changes
+PROTOCOL = 4  # raise it whenever a record changes
 
 Tokens = Annotated[np.ndarray, "<i4"]  # token ids, 1-d
 Ints = Annotated[np.ndarray, "<i4"]
@@ -35,6 +35,9 @@ class Hello:
     tokenizer: str = ""  # fingerprint; the hub refuses a member whose tokenizer differs from the learner's
     rank: int = 0  # learner only
     world_size: int = 1  # learner only
+    # Actor only: the leases on which it still works after a lost connection, as [task, attempt, task, attempt, ...].
+    # The hub leases all others of this member to other actors.
+    holds: Ints = field(default_factory=lambda: np.empty(0, np.int32))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +46,10 @@ class Welcome:
 
     session_host: str = ""  # actor: address of its weight sender, which waits to form a Torch RPC world of two
     session_port: int = 0
+    run_id: str = ""  # actor: identifies the run; leases and weight versions of another run are void
     store: str = ""  # learner: path of the shared-memory weight store into which it publishes
     version: int = 0  # learner: version of its first publication
+    begun: bool = False  # learner: an earlier learner of this run has published weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,14 +69,28 @@ class Ready:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PartialRollout:
+    """n consecutive tokens of an unfinished completion."""
+
+    slot: int
+    start: int  # position of the first of these tokens in the completion
+    tokens: Tokens  # [n]
+    logprobs: Floats  # [n] behaviour log-probabilities
+    versions: Ints  # [S] weight version of each span
+    ends: Ints  # [S] end (exclusive) of each span within these tokens; the last is n
+    top_tokens: Tokens | None = None  # [n * k], if the lease asks for the likeliest tokens of this rollout
+    top_logprobs: Floats | None = None  # [n * k]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Lease:
     """The hub asks for one group: `autonomous` rollouts of the plain prompt, `guided` of the prompt with the strategy.
 
     The lease holds everything that determines a rollout, except the prompt's style and the model, because training and
     benchmarks may sample and judge differently.
 
-    The hub reissues a lost lease as a whole, with the next attempt number. Keeping the rollouts that happened to finish
-    would favour short ones.
+    The hub reissues a lost lease with the next attempt number and with everything that it has of the group: the
+    finished rollouts and the tokens of the others. So no rollout starts again, and no length is favoured.
     """
 
     task: int
@@ -89,6 +108,30 @@ class Lease:
     top_p: float  # must be 1 for training: importance ratios need log-probabilities over the whole vocabulary
     max_new_tokens: int
     top_logprobs_num: int = 0  # likeliest tokens to report for each token of a correct guided rollout
+    finished: Ints = field(default_factory=lambda: np.empty(0, np.int32))  # slots whose rollouts the hub has already
+    partial: tuple[PartialRollout, ...] = ()  # what earlier attempts sampled of the other slots; each from position 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What the running rollouts of one lease have sampled since the actor's last report.
+
+    An actor reports on all of them at once, and before each finished rollout of the group. So the hub's state of a
+    group is at all times its state at one moment, which makes a continuation elsewhere unbiased (docs/durability.md).
+    """
+
+    task: int
+    attempt: int
+    purpose: Purpose
+    partial: tuple[PartialRollout, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Revoked:
+    """The actor must stop to work on this lease, which the hub has taken back."""
+
+    task: int
+    attempt: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +249,7 @@ class Published:
     """Rank 0 has written the whole of `version` into the weight store."""
 
     version: int
+    store: str = ""  # path at which rank 0 has the store open, for a hub that starts again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,9 +308,13 @@ class Snapshot:
 
 @dataclass(frozen=True, kw_only=True)
 class Restore:
-    """Rank 0 resumes from a checkpoint and asks the hub to restore the state stored in it."""
+    """Rank 0 resumes from a checkpoint and asks the hub to restore the state stored in it.
+
+    The hub carries out a request with the same `id` once, and answers each repetition.
+    """
 
     state: bytes
+    id: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,7 +356,7 @@ class Settings:
 
 
 Message = (
-    Hello | Welcome | Refused | Ready | Lease | Rollout | Ack | Release | Heartbeat | Goodbye | Stop | BatchRequest
-    | Shard | Commit | Committed | Published | Evaluate | Evaluated | SnapshotRequest | Snapshot | Restore | Restored
-    | Finish | StatusRequest | Status | SettingsRequest | Settings
+    Hello | Welcome | Refused | Ready | Lease | Revoked | Progress | Rollout | Ack | Release | Heartbeat | Goodbye
+    | Stop | BatchRequest | Shard | Commit | Committed | Published | Evaluate | Evaluated | SnapshotRequest | Snapshot
+    | Restore | Restored | Finish | StatusRequest | Status | SettingsRequest | Settings
 )  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sgpo_async.wire.records import Lease, Rollout, Shard
+from sgpo_async.wire.records import Hello, Lease, PartialRollout, Progress, Rollout, Shard
 
 
 def invalid_rollout(rollout: Rollout) -> str | None:
@@ -82,7 +82,38 @@ def invalid_lease(lease: Lease) -> str | None:
         return f"top_logprobs_num must be >= 0, got {lease.top_logprobs_num}"
     if lease.purpose == "train" and lease.top_p < 1:
         return f"top_p must be 1 for training, whose log-probabilities cover the whole vocabulary, got {lease.top_p}"
+    if any(part.start for part in lease.partial):
+        return "the partial rollouts of a lease must start at position 0"
+    return next(filter(None, map(invalid_partial, lease.partial)), None)
+
+
+def invalid_progress(progress: Progress) -> str | None:
+    """Why the partial rollouts of a report are invalid."""
+    return next(filter(None, map(invalid_partial, progress.partial)), None)
+
+
+def invalid_partial(part: PartialRollout) -> str | None:
+    """Why a partial rollout cannot be continued."""
+    length, ends = len(part.tokens), part.ends
+    if part.slot < 0 or part.start < 0:
+        return "slot and start must be >= 0"
+    if not length or len(part.logprobs) != length:
+        return (
+            f"a partial rollout must hold tokens and one log-probability for each, got {length}, {len(part.logprobs)}"
+        )
+    if not len(ends) or len(part.versions) != len(ends) or ends[0] <= 0 or ends[-1] != length or not increasing(ends):
+        return f"ends must be > 0 and increase up to {length}, with one version for each, got {ends[:8].tolist()}"
+    top, top_logprobs = part.top_tokens, part.top_logprobs
+    if top is None or top_logprobs is None:
+        return None if top is top_logprobs else "top_tokens and top_logprobs must come together"
+    if not len(top) or len(top) % length or len(top) != len(top_logprobs):
+        return f"top_tokens and top_logprobs must hold k numbers for each of {length} tokens, got {len(top)}"
     return None
+
+
+def invalid_hello(hello: Hello) -> str | None:
+    """Why the list of leases that a member holds is invalid."""
+    return f"holds must be pairs, got {len(hello.holds)} numbers" if len(hello.holds) % 2 else None
 
 
 def invalid_shard(shard: Shard) -> str | None:
@@ -91,4 +122,10 @@ def invalid_shard(shard: Shard) -> str | None:
     return f"rollouts must be for training, got task {others[0].task} for {others[0].purpose}" if others else None
 
 
-RULES: dict[type, Callable[[Any], str | None]] = {Lease: invalid_lease, Rollout: invalid_rollout, Shard: invalid_shard}
+RULES: dict[type, Callable[[Any], str | None]] = {
+    Hello: invalid_hello,
+    Lease: invalid_lease,
+    Progress: invalid_progress,
+    Rollout: invalid_rollout,
+    Shard: invalid_shard,
+}

@@ -1,0 +1,155 @@
+"""The hub's journal: what happened since the last saved state, in an SQLite database in the run's folder.
+
+    append(event) ... commit ──▶ entries      one transaction, on disk before any effect of its events is carried out
+    save(state) ───────────────▶ state, rollouts; entries are deleted
+    read ──────────────────────▶ state, rollouts, entries: the core of a killed hub, see `hub.recovery`
+
+A buffered rollout is written at most twice: when it arrives, and at the first `save` at which the hub still holds it.
+
+SQLite writes ahead (WAL) with `synchronous=FULL`: a committed transaction survives a power failure. The file is locked
+as long as the hub lives, so two hubs cannot share a journal, and no shared-memory file is needed (which network file
+systems do not support).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import cast
+
+import msgpack
+
+from sgpo_async.errors import HubError
+from sgpo_async.transport.reliable import Key, key_of
+from sgpo_async.wire import decode, encode
+from sgpo_async.wire.records import Rollout
+
+FILE = "hub.journal"
+SAVE_BYTES = 64 * 2**20  # so much in the entries makes a save due
+SAVE_ENTRIES = 20_000  # ... or so many of them, which take about a second to replay
+ANY_SIZE = 2**63  # for `decode`: the size was checked when the message arrived
+_BUSY_S = 2.0  # how long another hub may take to release the file
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS entries (number INTEGER PRIMARY KEY, at REAL NOT NULL, event BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS rollouts (task INTEGER, attempt INTEGER, slot INTEGER, body BLOB NOT NULL,
+    PRIMARY KEY (task, attempt, slot));
+"""
+
+
+class Journal:
+    """The journal at `folder`/hub.journal, which is created if it does not exist.
+
+    Every method raises HubError if the disk is full, or if the file is damaged or in use.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / FILE
+        self._pending_bytes = self._pending_entries = 0  # since the last save
+        self._saved: set[Key] = set()  # rollouts in the database
+        with self._reported():
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite would make it readable for everybody
+            self._db = sqlite3.connect(self.path, timeout=_BUSY_S, isolation_level=None, cached_statements=16)
+            for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=FULL"):
+                self._db.execute(f"PRAGMA {pragma}")
+            self._db.executescript(_SCHEMA)
+            self._db.execute("BEGIN")
+
+    # ---- write
+
+    def append(self, at: float, event: bytes) -> None:
+        """Add an event, which happened at the time `at` of the core's clock."""
+        with self._reported():
+            self._db.execute("INSERT INTO entries (at, event) VALUES (?, ?)", (at, event))
+        self._pending_bytes += len(event)
+        self._pending_entries += 1
+
+    def commit(self) -> None:
+        """Write everything that was added to the disk."""
+        with self._reported():
+            self._db.execute("COMMIT")
+            self._db.execute("BEGIN")
+
+    @property
+    def save_due(self) -> bool:
+        """Whether the entries have become so many that the next restart would take long."""
+        return self._pending_bytes > SAVE_BYTES or self._pending_entries > SAVE_ENTRIES
+
+    def save(self, state: bytes, rollouts: Mapping[Key, Rollout]) -> None:
+        """Replace state and entries by `state`, which refers to `rollouts`; commit."""
+        with self._reported():
+            gone = self._saved - rollouts.keys()
+            new = rollouts.keys() - self._saved
+            self._db.executemany("DELETE FROM rollouts WHERE task = ? AND attempt = ? AND slot = ?", gone)
+            rows = ((*key, msgpack.packb(encode(rollouts[key]))) for key in new)
+            self._db.executemany("INSERT INTO rollouts VALUES (?, ?, ?, ?)", rows)
+            self._db.execute("DELETE FROM entries")
+            self.set("state", state)
+            self.commit()
+        self._saved = set(rollouts)
+        self._pending_bytes = self._pending_entries = 0
+
+    def set(self, name: str, value: bytes) -> None:
+        """Set one fact; the caller commits."""
+        with self._reported():
+            self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
+
+    # ---- read
+
+    def get(self, name: str) -> bytes | None:
+        """One fact, or None."""
+        with self._reported():
+            row = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
+        return bytes(row[0]) if row else None
+
+    def rollouts(self) -> dict[Key, Rollout]:
+        """All saved rollouts."""
+        with self._reported():
+            rows = self._db.execute("SELECT task, attempt, slot, body FROM rollouts").fetchall()
+        self._saved = {(task, attempt, slot) for task, attempt, slot, _ in rows}
+        rollouts = [cast(Rollout, decode(msgpack.unpackb(body), max_bytes=ANY_SIZE)) for *_, body in rows]
+        return {key_of(rollout): rollout for rollout in rollouts}
+
+    def entries(self) -> Iterator[tuple[float, bytes]]:
+        """The events since the last save, in order, each with its time."""
+        with self._reported():
+            for at, event in self._db.execute("SELECT at, event FROM entries ORDER BY number"):
+                self._pending_bytes += len(event)
+                self._pending_entries += 1
+                yield at, event
+
+    # ---- end
+
+    def clear(self) -> None:
+        """Forget everything, without a commit."""
+        with self._reported():
+            for table in ("facts", "entries", "rollouts"):
+                self._db.execute(f"DELETE FROM {table}")
+
+    def close(self) -> None:
+        """Commit and close, unless the journal was removed."""
+        with self._reported(), contextlib.suppress(sqlite3.ProgrammingError):  # raised by a closed database
+            self._db.execute("COMMIT")
+            self._db.close()
+
+    def remove(self) -> None:
+        """Close, and delete the files: the run is over."""
+        self._db.close()
+        for suffix in ("", "-wal", "-shm", "-journal"):
+            self.path.with_name(FILE + suffix).unlink(missing_ok=True)
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            remedy = (
+                "another hub uses it: choose another name=NAME" if "locked" in str(error) else "free some disk space"
+            )
+            if isinstance(error, sqlite3.DatabaseError) and "malformed" in str(error):
+                remedy = "delete it to start without it"
+            raise HubError(f"{self.path}: {error}; {remedy}") from None

@@ -1,0 +1,131 @@
+"""The core of a killed hub, rebuilt from its journal.
+
+    recover ─┬─ no journal, or one of another run ─▶ a new core
+             └─ state + entries ── replay ─▶ the core as it was at the last commit ── HubRestarted ─▶ it goes on
+
+`HubCore.handle` is deterministic, so replaying the events at their times gives the same state. Their effects were
+carried out already, or their receivers ask again. The clock of the core goes on from the last entry: nobody's timeout
+runs while there is no hub.
+
+The saved state is a pickle of the core. It only refers to what can be built again (configuration, problems, tasks) and to
+rollouts, which the journal keeps one by one. A pickle is as safe as the folder of the run, which the hub's user alone
+can write; one of another release is not read.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import astuple
+from typing import Any
+
+import msgpack
+import xxhash
+
+from sgpo_async import __version__
+from sgpo_async.config import Run, to_plain
+from sgpo_async.hub import events as ev
+from sgpo_async.hub.core import HubCore
+from sgpo_async.hub.journal import ANY_SIZE, Journal
+from sgpo_async.tasks.task_sampler import Task, TaskSampler
+from sgpo_async.transport.reliable import Key, key_of
+from sgpo_async.wire import decode
+from sgpo_async.wire.records import PROTOCOL, Rollout
+
+_PLAIN_EVENTS: dict[str, Callable[..., ev.Event]] = {
+    kind.__name__: kind for kind in (ev.Rejected, ev.SenderUp, ev.SenderDown, ev.Tick, ev.HubRestarted, ev.Interrupted)
+}
+
+
+def recover(core: HubCore, journal: Journal) -> tuple[HubCore, float]:
+    """The core that `journal` holds, and the time on its clock; `core`, a new one, if the journal is empty.
+
+    A journal of another release or of other settings is emptied: its run is over. Raises HubError.
+    """
+    maker = _maker(core.run)
+    if journal.get("maker") != maker:
+        journal.clear()
+        journal.set("maker", maker)
+        save(core, journal)
+        return core, 0.0
+    state = journal.get("state")
+    assert state is not None, "the first save sets it together with the maker"
+    core = _Unpickler(state, core.run, core.training.task_sampler, journal.rollouts()).load()
+    now = core.now
+    for now, body in journal.entries():
+        core.handle(unpack_event(body), now)
+    return core, now
+
+
+def save(core: HubCore, journal: Journal) -> None:
+    """Save the state of the core, so that a restart need not replay what led to it."""
+    file = io.BytesIO()
+    pickler = _Pickler(file)
+    pickler.dump(core)
+    journal.save(file.getvalue(), pickler.rollouts)
+
+
+def _maker(run: Run) -> bytes:
+    """Identifies the release and the settings. The address may differ: a restarted hub can get another port."""
+    settings = to_plain(run)
+    settings["hub"]["address"] = ""
+    return bytes(msgpack.packb([__version__, PROTOCOL, xxhash.xxh3_64_hexdigest(repr(settings).encode())]))
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles a core, but refers to what a new hub builds again, and to rollouts, which it collects."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
+        self.rollouts: dict[Key, Rollout] = {}
+
+    def persistent_id(self, value: object) -> tuple[str, Any] | None:
+        match value:
+            case Run():
+                return "run", None
+            case TaskSampler():
+                return "task_sampler", None
+            case Task():
+                return "task", value.number
+            case Rollout() if len(value.tokens):  # evaluation keeps rollouts without tokens, which are small
+                self.rollouts[key_of(value)] = value
+                return "rollout", key_of(value)
+        return None
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, state: bytes, run: Run, task_sampler: TaskSampler, rollouts: dict[Key, Rollout]) -> None:
+        super().__init__(io.BytesIO(state))
+        self._run, self._task_sampler, self._rollouts = run, task_sampler, rollouts
+
+    def persistent_load(self, reference: tuple[str, Any]) -> object:
+        match reference:
+            case "run", _:
+                return self._run
+            case "task_sampler", _:
+                return self._task_sampler
+            case "task", number:
+                return self._task_sampler.task(number)
+            case "rollout", key:
+                return self._rollouts[key]
+        raise pickle.UnpicklingError(f"unknown reference {reference!r}")
+
+
+# ---- events
+
+
+def pack_event(event: ev.Event, frames: Sequence[bytes] = ()) -> bytes:
+    """An event as bytes; `frames` are those of a received message, as they came."""
+    if isinstance(event, ev.Received):
+        return bytes(msgpack.packb(["Received", event.member, list(frames)]))
+    return bytes(msgpack.packb([type(event).__name__, *astuple(event)]))
+
+
+def unpack_event(body: bytes) -> ev.Event:
+    """The inverse of `pack_event`."""
+    kind, *values = msgpack.unpackb(body)
+    if kind != "Received":
+        return _PLAIN_EVENTS[kind](*values)
+    member, frames = values
+    return ev.Received(member, decode(frames, max_bytes=ANY_SIZE))

@@ -1,0 +1,114 @@
+"""What a group has come to so far: finished rollouts, and the tokens of the others.
+
+    Progress ─▶ Arrived.report ─┐
+    Rollout ──▶ Arrived.finish ─┴─▶ (the actor is lost) ─▶ Lease.finished, Lease.partial ─▶ another actor continues
+
+An actor reports the tokens of all running rollouts of a group at once, and before each finished one. So `Arrived` is
+the state of the group at one moment. Continuing each rollout from that moment is unbiased: whatever the lost actor
+sampled later is forgotten for every rollout of the group, short or long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from sgpo_async.wire.records import PartialRollout, Rollout
+
+
+@dataclass(kw_only=True)
+class Arrived:
+    """What the hub has of one group of `size` rollouts."""
+
+    size: int
+    rollouts: dict[int, Rollout] = field(default_factory=dict)  # finished, by slot
+    reports: dict[int, list[PartialRollout]] = field(default_factory=dict)  # of the others, by slot, in order
+
+    def report(self, part: PartialRollout) -> bool:
+        """Add the tokens of a report; False if tokens before them are missing, or if the rollout is finished."""
+        if part.slot in self.rollouts:
+            return False
+        if part.start == 0:
+            self.reports[part.slot] = [part]
+        elif part.start == self.sampled(part.slot):
+            self.reports[part.slot].append(part)
+        else:
+            return False
+        return True
+
+    @property
+    def missing(self) -> int:
+        """How many rollouts are not finished."""
+        return self.size - len(self.rollouts)
+
+    def finish(self, rollout: Rollout) -> None:
+        """Keep a finished rollout; it replaces the reports of its slot."""
+        self.rollouts[rollout.slot] = rollout
+        self.reports.pop(rollout.slot, None)
+
+    def sampled(self, slot: int) -> int:
+        """How many tokens of an unfinished rollout are known."""
+        reports = self.reports.get(slot)
+        return reports[-1].start + len(reports[-1].tokens) if reports else 0
+
+    def partial(self) -> tuple[PartialRollout, ...]:
+        """The unfinished rollouts that have tokens, each whole."""
+        return tuple(join(reports) for _, reports in sorted(self.reports.items()))
+
+    @property
+    def oldest_version(self) -> int | None:
+        """The weight version of the oldest token; None if there are no tokens."""
+        finished = [rollout.oldest_version for rollout in self.rollouts.values()]
+        running = [int(part.versions.min()) for reports in self.reports.values() for part in reports]
+        return min([*finished, *running], default=None)
+
+    @property
+    def tokens(self) -> int:
+        """Number of sampled tokens."""
+        return sum(len(r.tokens) for r in self.rollouts.values()) + sum(map(self.sampled, self.reports))
+
+
+def join(parts: Sequence[PartialRollout]) -> PartialRollout:
+    """Join consecutive parts of one completion; neighbouring spans of one version become one span."""
+    first = parts[0]
+    starts = np.array([part.start - first.start for part in parts])
+    versions = np.concatenate([part.versions for part in parts])
+    ends = np.concatenate([part.ends + start for part, start in zip(parts, starts, strict=True)]).astype(np.int32)
+    last = np.append(versions[1:] != versions[:-1], True)  # the spans after which the version changes
+    return PartialRollout(
+        slot=first.slot,
+        start=first.start,
+        tokens=np.concatenate([part.tokens for part in parts]),
+        logprobs=np.concatenate([part.logprobs for part in parts]),
+        versions=versions[last],
+        ends=ends[last],
+        top_tokens=_joined([part.top_tokens for part in parts]),
+        top_logprobs=_joined([part.top_logprobs for part in parts]),
+    )
+
+
+def after(part: PartialRollout, position: int) -> PartialRollout | None:
+    """The tokens of `part`, which starts at 0, from `position` on; None if there are none."""
+    assert part.start == 0
+    length = len(part.tokens)
+    if position >= length:
+        return None
+    kept = part.ends > position
+    k = len(part.top_tokens) // length if part.top_tokens is not None else 0
+    return PartialRollout(
+        slot=part.slot,
+        start=position,
+        tokens=part.tokens[position:],
+        logprobs=part.logprobs[position:],
+        versions=part.versions[kept],
+        ends=part.ends[kept] - np.int32(position),
+        top_tokens=part.top_tokens[position * k :] if part.top_tokens is not None else None,
+        top_logprobs=part.top_logprobs[position * k :] if part.top_logprobs is not None else None,
+    )
+
+
+def _joined(arrays: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    present = [array for array in arrays if array is not None]
+    return np.concatenate(present) if len(present) == len(arrays) else None
