@@ -1,11 +1,15 @@
-"""One session of an actor: leases in, rollouts out, weights in flight. One thread, one loop.
+"""An actor's work for one run: leases in, rollouts out, weights in flight. One thread, one loop.
 
-    hub ── Lease, Ack, Stop ──▶ receive ─▶ admit ─▶ generate ─▶ publish ── Rollout, Ready, Heartbeat ──▶ hub
+    hub ── Lease, Ack, Revoked, Stop ──▶ receive ─▶ admit ─▶ generate ─▶ publish ── Progress, Rollout, Ready ──▶ hub
     weight sender ── Torch RPC ──▶ weight receiver ── version, path ──▶ refresh ─▶ engine.load
+    membership: Hello ─▶ Welcome ─▶ serving ── connection or session lost ──▶ Hello ...
 
 The loop waits in `receive` while the engine is idle, and in `generate` while an engine that lives elsewhere works; both
 waits are short. A lease waits in `admit` until the engine holds a version that the lease admits. A rollout waits in the
 sender until the hub acknowledges it.
+
+A lost connection, a restarted hub or a broken weight session does not end the work: the engine goes on with the leases
+and weights that it has, while the membership is renewed.
 """
 
 from __future__ import annotations
@@ -19,20 +23,28 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sgpo_async.actor.membership import Membership
 from sgpo_async.config import Run
 from sgpo_async.engines.base import Engine, Weights
 from sgpo_async.errors import EngineError, SessionError, Superseded, WeightsError
 from sgpo_async.rollout.sampler import RolloutSampler, Unservable
-from sgpo_async.session import (
-    ReceiverDown,
-    VersionAnnounced,
-    VersionReceived,
-    VersionRejected,
-    WeightReceiver,
-)
+from sgpo_async.session import ReceiverDown, VersionAnnounced, VersionReceived, VersionRejected
 from sgpo_async.transport import Mailbox, ReliableSender
 from sgpo_async.weights import StoreReader
-from sgpo_async.wire.records import Ack, Goodbye, Heartbeat, Lease, Message, Ready, Refused, Release, Stop
+from sgpo_async.wire.records import (
+    Ack,
+    Goodbye,
+    Heartbeat,
+    Lease,
+    Message,
+    Ready,
+    Refused,
+    Release,
+    Revoked,
+    Rollout,
+    Stop,
+    Welcome,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -44,40 +56,46 @@ ENGINE_WAIT_S = 0.01  # for results of servers; an engine in this process comput
 UNACKNOWLEDGED = 512  # rollouts that may be on their way to the hub at one time
 RESEND_AFTER_S = 10.0
 PULL_S = 600.0  # for the weight receiver to pull one version
+HANDOVER_S = 5.0  # for the hub to acknowledge the last rollouts of an actor that leaves
 
 
 class Service:
-    """Serves one hub until it is told to stop, or until the hub or the weight sender is gone.
+    """Serves one run until it is told to stop, or until the hub belongs to another run.
 
     Args:
         mailbox: the connection to the hub.
-        node: the weight receiver of this session.
+        membership: says Hello, now and after every loss of the connection.
         engine: a warm engine.
         tokenizer: of the model.
         run: the configuration of the run.
     """
 
-    def __init__(self, *, mailbox: Mailbox, node: WeightReceiver, engine: Engine, tokenizer: Any, run: Run):
-        self._mailbox, self._node, self._engine = mailbox, node, engine
+    def __init__(self, *, mailbox: Mailbox, membership: Membership, engine: Engine, tokenizer: Any, run: Run):
+        self._mailbox, self._membership, self._engine = mailbox, membership, engine
         self._run = run
         self._sampler = RolloutSampler(engine, tokenizer, run.tasks)
         self._sender = ReliableSender(window=UNACKNOWLEDGED, resend_after_s=RESEND_AFTER_S)
         self._waiting: deque[Lease] = deque()
+        self._finished: list[Rollout] = []  # since the last `publish`
         self._granted = 0  # leases that were asked for and are not finished
         self._busy_s = 0.0
-        self._reported: int | None = None  # the version in the last heartbeat
-        engine.reset()  # a warm engine may hold weights of an earlier session under the same version numbers
-        self._connections = mailbox.dealer.connections
-        self._started = self._beaten = time.monotonic()
-        self.finished = False  # the run is over, not just this session
+        self._heartbeat_version: int | None = None  # the version in the last heartbeat
+        engine.reset()  # a warm engine may hold weights of another run under the same version numbers
+        self._started = self._heartbeat_at = self._progress_at = time.monotonic()
+        self.run_over = False
 
     def serve(self, *, stopping: Callable[[], bool]) -> str:
-        """Run the loop until it ends; return the reason."""
+        """Run the loop until it ends; return the reason.
+
+        Raises Refusal if the hub refuses this actor for good, HubError if it has been gone for too long.
+        """
         try:
             reason = None
             while reason is None and not stopping():
-                if reason := self.receive() or self.refresh():
+                self._membership.advance(self._held())
+                if reason := self.receive():
                     break
+                self.refresh()
                 self.admit()
                 self.generate()
                 self.publish()
@@ -89,17 +107,13 @@ class Service:
             self._engine.reset()
 
     def receive(self) -> str | None:
-        """Take the hub's messages; returns a reason to end the session, if there is one.
-
-        A connection that was lost and is back may have cost leases or credit, which are not sent again.
-        """
+        """Take the hub's messages; returns a reason to end, if there is one."""
         status = self._engine.load_status()
         idle = self._engine.version is None or status.running + status.waiting == 0
         for message in self._mailbox.receive(IDLE_WAIT_S if idle else 0.0):
             if reason := self._take(message):
                 return reason
-        lost = self._mailbox.dealer.connections != self._connections
-        return "the connection to the hub was lost" if lost else None
+        return None
 
     def _take(self, message: Message) -> str | None:
         match message:
@@ -107,27 +121,55 @@ class Service:
                 self._waiting.append(message)
             case Ack():
                 self._sender.acknowledge(message)
-            case Stop():
-                self.finished = True
-                return message.reason
+            case Revoked():
+                self._drop(message.task, message.attempt)
+            case Welcome():
+                return self._welcomed(message)
             case Refused():
-                return f"refused: {message.reason}"
+                self._membership.refused(message)
+            case Stop():
+                self.run_over = True
+                return message.reason
         return None
 
-    def refresh(self) -> str | None:
-        """Load the newest version that the weight receiver holds; returns a reason to end if the session is over."""
+    def _welcomed(self, welcome: Welcome) -> str | None:
+        """Take up the work again: what was on its way when the connection was lost is sent once more."""
+        if not self._membership.welcomed(welcome):
+            return "the hub belongs to another run"
+        self._granted = len(self._waiting) + len(self._sampler.leases)
+        self._heartbeat_version = None
+        self._sender.resend()
+        for report in self._sampler.progress(whole=True):
+            self._mailbox.send(report)
+        return None
+
+    def _held(self) -> list[tuple[int, int]]:
+        """(task, attempt) of every lease of which the hub does not have all rollouts."""
+        leases = {(lease.task, lease.attempt) for lease in (*self._waiting, *self._sampler.leases)}
+        return sorted(leases | self._sender.leases)
+
+    def _drop(self, task: int, attempt: int) -> None:
+        """Stop to work on a lease that the hub has taken back."""
+        waiting = [lease for lease in self._waiting if (lease.task, lease.attempt) == (task, attempt)]
+        for lease in waiting:
+            self._waiting.remove(lease)
+        self._granted -= bool(waiting or self._sampler.cancel(task, attempt))
+        self._sender.forget(task, attempt)
+
+    def refresh(self) -> None:
+        """Load the newest version that the weight receiver holds."""
         newest: VersionReceived | VersionAnnounced | None = None
-        for event in self._node.poll():
+        for event in self._membership.node_events():
             match event:
                 case VersionReceived() | VersionAnnounced():
                     newest = event
                 case VersionRejected():
                     log.warning("weights version %d: %s", event.version, event.reason)
                 case ReceiverDown():
-                    return f"session down: {event.reason}"
-        if newest is not None:
+                    self._membership.session_down(f"session down: {event.reason}")
+                    return
+        if newest is not None and newest.version != self._engine.version:
             self._load(newest)
-        return None
 
     def _load(self, event: VersionReceived | VersionAnnounced) -> None:
         """Load a version. After a failed load the engine is out of service until a later version is loaded whole."""
@@ -135,7 +177,7 @@ class Service:
             read = partial(_read, event.path, event.version)
             weights = Weights(version=event.version, digest=event.digest, read=read)
         else:
-            read, groups = partial(self._pull, event.version), self._node.groups
+            read, groups = partial(self._pull, event.version), self._membership.node.groups
             weights = Weights(version=event.version, digest=event.digest, read=read, groups=groups)
         try:
             self._engine.load(weights)
@@ -147,7 +189,7 @@ class Service:
     def _pull(self, version: int) -> dict[str, torch.Tensor]:
         """Have the weight receiver pull a version and read it; called by a thread of an engine that lives elsewhere."""
         try:
-            path = self._node.pull(version).result(PULL_S)
+            path = self._membership.node.pull(version).result(PULL_S)
         except TimeoutError:
             raise SessionError(f"weights version {version}: not pulled within {PULL_S:g} s") from None
         return _read(path, version)
@@ -160,7 +202,7 @@ class Service:
         while self._waiting and self._waiting[0].min_version <= version:
             self._start(self._waiting.popleft())
         wanted = self._lease_target() - self._granted
-        if wanted > 0 and self._mailbox.send(Ready(tasks=wanted, version=version)):
+        if wanted > 0 and self._membership.serving and self._mailbox.send(Ready(tasks=wanted, version=version)):
             self._granted += wanted
 
     def _lease_target(self) -> int:
@@ -180,38 +222,57 @@ class Service:
         self._granted -= 1
 
     def generate(self) -> None:
-        """One step of engine and verifiers; finished rollouts go to the sender."""
+        """One step of engine and verifiers."""
         began = time.monotonic()
         status = self._engine.load_status()
         for outcome in self._sampler.step(ENGINE_WAIT_S):
             if isinstance(outcome, Unservable):
                 self._give_back(outcome.lease, outcome.error)
                 continue
-            self._sender.offer(outcome.rollout)
+            self._finished.append(outcome.rollout)
             self._granted -= outcome.last
         if status.running + status.waiting:
             self._busy_s += time.monotonic() - began
 
     def publish(self) -> None:
-        """Send the rollouts that are new or overdue for acknowledgement, and a heartbeat when it is due.
+        """Send reports, the rollouts that are new or overdue for acknowledgement, and a heartbeat, each when it is due.
 
-        The hub leases by version: it is told at once of a new one.
+        What the other rollouts of a group have sampled is reported before a finished rollout of the group, so that the
+        hub knows the group as it was at one moment (see `rollout.partial`). The hub leases by version: it is told at
+        once of a new one.
         """
         for line in self._engine.events():
             log.info("%s", line)
+        for rollout in self._finished:
+            self._sender.offer(rollout)
+        groups = {(rollout.task, rollout.attempt) for rollout in self._finished}
+        self._finished.clear()
+        if not self._membership.serving:
+            return
         now = time.monotonic()
+        self._report(now, groups)
         for rollout in self._sender.due(now):
             self._mailbox.send(rollout)
-        if now - self._beaten >= self._run.hub.heartbeat_s or self._engine.version != self._reported:
-            self._beat(now)
+        if now - self._heartbeat_at >= self._run.hub.heartbeat_s or self._engine.version != self._heartbeat_version:
+            self._send_heartbeat(now)
 
-    def _beat(self, now: float) -> None:
-        self._beaten, self._reported = now, self._engine.version
+    def _report(self, now: float, groups: set[tuple[int, int]]) -> None:
+        """Report what these groups have sampled, and every `hub.progress_s` all of them."""
+        all_due = now - self._progress_at >= self._run.hub.progress_s
+        if all_due:
+            self._progress_at = now
+        if all_due or groups:
+            for report in self._sampler.progress(of=None if all_due else groups):
+                self._mailbox.send(report)
+
+    def _send_heartbeat(self, now: float) -> None:
+        version = self._engine.version
+        self._heartbeat_at, self._heartbeat_version = now, version
         status = self._engine.load_status()
         leases = [lease.task for lease in (*self._waiting, *self._sampler.leases)]
         heartbeat = Heartbeat(
-            state="joining" if self._reported is None else "serving",
-            version=-1 if self._reported is None else self._reported,
+            state="joining" if version is None else "serving",
+            version=-1 if version is None else version,
             running=status.running,
             tokens=status.tokens,
             busy_s=self._busy_s,
@@ -221,7 +282,20 @@ class Service:
         self._mailbox.send(heartbeat)
 
     def _leave(self, reason: str) -> None:
-        """Give every lease back and say goodbye; the hub issues them again at once."""
+        """Hand everything over and say goodbye: other actors continue the rollouts from where they are."""
+        if not self._membership.serving:
+            return
+        for report in self._sampler.progress():
+            self._mailbox.send(report)
+        for rollout in self._finished:
+            self._sender.offer(rollout)
+        deadline = time.monotonic() + HANDOVER_S
+        while len(self._sender) and not self.run_over and time.monotonic() < deadline:
+            for rollout in self._sender.due(time.monotonic()):
+                self._mailbox.send(rollout)
+            for message in self._mailbox.receive(IDLE_WAIT_S):
+                if isinstance(message, Ack):
+                    self._sender.acknowledge(message)
         for lease in (*self._waiting, *self._sampler.leases):
             self._mailbox.send(Release(task=lease.task, attempt=lease.attempt, reason=reason))
         self._mailbox.send(Goodbye(reason=reason))

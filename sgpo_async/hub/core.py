@@ -173,6 +173,7 @@ class HubCore:
             case wire.Restore(state=state, id=id):
                 self._restore(member, state, id)
             case wire.Finish(reason=reason):
+                self._send(member, wire.Stop(reason=reason))
                 self._begin_close(reason, grace=FINISH_GRACE_S)
             case _:
                 self._reject(member, f"a learner may not send {type(message).__name__}")

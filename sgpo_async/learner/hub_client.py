@@ -9,8 +9,8 @@ waits on `incoming`, each time with a deadline. Evaluation results that arrive m
 
 A broken connection, also that of a hub that is killed and started again, loses messages. So a request is repeated every
 REPEAT_S, and at once when the connection is back, until it is answered; the hub gives the same answer to a repeated
-request. What the hub does not answer is sent once more whenever the connection is back: the newest publication, the
-evaluations without a result, and the end of the run.
+request. What the hub does not answer is sent once more whenever the connection is back: the newest publication, and
+the evaluations without a result.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from sgpo_async.wire.records import (
     SnapshotRequest,
     Status,
     StatusRequest,
+    Stop,
     Welcome,
 )
 
@@ -52,6 +53,7 @@ log = logging.getLogger(__name__)
 
 POLL_S = 0.005
 ANSWER_S = 120.0  # timeout of requests that the hub answers immediately, unless it has to be started again first
+FINISH_S = 30.0
 REPEAT_S = 10.0
 CLOSE_S = 5.0
 
@@ -91,7 +93,7 @@ class HubClient:
         self._request: Message | None = None  # the request that the main thread waits for
         self._publication: Published | None = None  # the newest one
         self._evaluating: dict[int, Evaluate] = {}  # requests without a result, by version
-        self._finish: Finish | None = None
+        self._evaluated: set[int] = set()  # versions whose results have arrived; some arrive twice
         self._connections = mail.connections
         self._joined = self._closing = False
         self._thread = threading.Thread(target=self._serve, name="hub", daemon=True)
@@ -158,9 +160,11 @@ class HubClient:
         return self._ask(StatusRequest(), Status, "Status", ANSWER_S).status
 
     def finish(self) -> None:
-        """Report that the run is finished."""
-        self._finish = Finish()
-        self._outgoing.append(self._finish)
+        """Report that the run is finished. A hub that does not answer costs nothing but its own end."""
+        try:
+            self._ask(Finish(), Stop, "Stop", FINISH_S)
+        except DeadlineExceeded as error:
+            log.warning("%s; end it by hand if it still runs", error)
 
     # ---- main thread: waiting
 
@@ -202,7 +206,9 @@ class HubClient:
             raise message
         if isinstance(message, Refused):
             raise HubError(f"{self.name}: the hub refused the request: {message.reason}")
-        if isinstance(message, Evaluated) and self._evaluating.pop(message.version, None):
+        if isinstance(message, Evaluated) and message.version not in self._evaluated:
+            self._evaluated.add(message.version)
+            self._evaluating.pop(message.version, None)
             self.evaluations.append(message)
         return message
 
@@ -232,7 +238,7 @@ class HubClient:
         if not self._joined:
             return  # the request to join is repeated by itself
         log.warning("%s: connected to the hub again", self.name)
-        lost = [self._publication, *list(self._evaluating.values()), self._request, self._finish]
+        lost = [self._publication, *list(self._evaluating.values()), self._request]
         self._outgoing.extend(message for message in lost if message is not None)
 
     def _flush(self) -> None:

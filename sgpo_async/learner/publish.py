@@ -31,6 +31,11 @@ NamedTensors = list[tuple[str, Tensor]]
 class Store(Protocol):
     """The part of `weights.StoreWriter` that the publisher uses."""
 
+    @property
+    def own_path(self) -> str:
+        """Where other processes find the store as long as this one lives."""
+        ...
+
     def publish(self, version: int, named_tensors: NamedTensors) -> object:
         """Make these tensors visible as `version`. Raises WeightsError."""
         ...
@@ -87,7 +92,7 @@ class Publisher:
     """Publishes versions of one policy. Only rank 0 has a store; it calls `published` after writing a version."""
 
     def __init__(
-        self, policy: Policy, dtype: torch.dtype, *, store: Store | None, published: Callable[[int], None]
+        self, policy: Policy, dtype: torch.dtype, *, store: Store | None, published: Callable[[int, str], None]
     ) -> None:
         self._policy, self._dtype, self._store, self._published = policy, dtype, store, published
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="publish")
@@ -116,4 +121,4 @@ class Publisher:
 
     def _write(self, store: Store, version: int, tensors: NamedTensors) -> None:
         store.publish(version, tensors)
-        self._published(version)
+        self._published(version, store.own_path)

@@ -118,9 +118,8 @@ class Trainer:
             )
         )
         store = StoreWriter(welcome.store) if lead else None
-        # If the store holds weights, another learner ran before. This one must not continue its tasks and versions.
-        earlier = store is not None and store.version is not None
-        version = hub.restore(saved.hub_state) if lead and (resumed or earlier) else welcome.version
+        # If an earlier learner has published weights, this one must not continue its tasks and versions.
+        version = hub.restore(saved.hub_state) if lead and (resumed or welcome.begun) else welcome.version
         publisher = Publisher(stepper.policy, getattr(torch, run.model.dtype), store=store, published=hub.published)
         metrics = MetricsWriter(run.folder, resume_from=progress.step) if lead else None
         if lead and not progress.step:

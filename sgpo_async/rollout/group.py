@@ -2,20 +2,26 @@
 
     Lease ─▶ requests ─▶ Generated ─▶ verdict ─┬──────────────────────▶ Rollout
                                                └▶ Score ─▶ Scored ─────▶ Rollout     correct guided rollouts (Eq. 4)
+             progress ─▶ what the unfinished rollouts have sampled since the last report
+
+A lease may bring rollouts that another actor has begun: they are continued from where they were.
 
 Nothing here waits or sends: the rollout loop (`sampler`) feeds results in and takes rollouts out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import xxhash
 
-from sgpo_async.engines.base import Generate, Generated, Score, Scored
+from sgpo_async.engines.base import Generate, Generated, SampledTokens, Score, Scored
+from sgpo_async.rollout.partial import after
 from sgpo_async.transport.reliable import Key
-from sgpo_async.wire.records import Lease, Rollout
+from sgpo_async.wire.records import Lease, PartialRollout, Progress, Rollout
 
 
 class RolloutGroup:
@@ -28,17 +34,19 @@ class RolloutGroup:
         )
         self.lease = lease
         self._prompts = {False: plain, True: guided}
-        self._generated: dict[int, Generated] = {}
-        self._open = lease.autonomous + lease.guided
+        self._begun = {part.slot: part for part in lease.partial}
+        self._open = sorted(set(range(lease.autonomous + lease.guided)) - set(lease.finished.tolist()))
+        self._generated: dict[int, Generated] = {}  # complete, but not finished
+        self._reported = {slot: len(part.tokens) for slot, part in self._begun.items()}  # tokens that the hub knows
 
     @property
     def done(self) -> bool:
         """Whether every rollout of the lease is finished."""
-        return self._open == 0
+        return not self._open
 
-    def requests(self) -> list[Generate]:
-        """One request for each rollout: autonomous slots first, then guided ones."""
-        return [self._request(slot) for slot in range(self.lease.autonomous + self.lease.guided)]
+    def requests(self) -> list[Generate | Generated]:
+        """For each rollout a request, or its completion if only the verdict is missing; autonomous slots first."""
+        return [self._completion(slot) or self._request(slot) for slot in self._open]
 
     def generated(self, result: Generated) -> None:
         """Keep a completion until its verdict comes."""
@@ -61,10 +69,40 @@ class RolloutGroup:
         )
 
     def rollout_ids(self) -> list[Key]:
-        """The identities (task, attempt, slot) of all rollouts."""
-        return [self._key(slot) for slot in range(self.lease.autonomous + self.lease.guided)]
+        """The identities (task, attempt, slot) of all unfinished rollouts."""
+        return [self._key(slot) for slot in self._open]
+
+    def progress(self, running: Mapping[Hashable, SampledTokens], *, whole: bool = False) -> Progress | None:
+        """What the unfinished rollouts have sampled since the last report; None if there is nothing new.
+
+        Args:
+            running: what the engine has sampled for the ids of `rollout_ids`.
+            whole: report all tokens again, because the hub may have lost reports.
+        """
+        parts = []
+        for slot in self._open:
+            sampled = self._generated.get(slot) or running.get(self._key(slot))
+            if sampled is None:
+                continue
+            part = after(_part(slot, sampled), 0 if whole else self._reported.get(slot, 0))
+            if part is not None:
+                parts.append(part)
+                self._reported[slot] = len(sampled.tokens)
+        if not parts:
+            return None
+        return Progress(
+            task=self.lease.task, attempt=self.lease.attempt, purpose=self.lease.purpose, partial=tuple(parts)
+        )
+
+    def _completion(self, slot: int) -> Generated | None:
+        """The completion of a rollout that another actor has sampled to its end."""
+        part = self._begun.get(slot)
+        if part is None or not part.finish:
+            return None
+        return Generated(id=self._key(slot), finish=part.finish, **_sampled(part))
 
     def _request(self, slot: int) -> Generate:
+        begun = self._begun.get(slot)
         return Generate(
             id=self._key(slot),
             prompt=self._prompt(self._is_guided(slot)),
@@ -73,11 +111,12 @@ class RolloutGroup:
             seed=rollout_seed(self.lease.seed, slot),
             top_p=self.lease.top_p,
             top_logprobs_num=self.lease.top_logprobs_num if self._is_guided(slot) else 0,
+            prefix=SampledTokens(**_sampled(begun)) if begun else None,
         )
 
     def _rollout(self, slot: int, *, reward: float, unguided_logprob: float | None) -> Rollout:
         result = self._generated.pop(slot)
-        self._open -= 1
+        self._open.remove(slot)
         return Rollout(
             task=self.lease.task,
             attempt=self.lease.attempt,
@@ -124,6 +163,16 @@ def task_of(key: object) -> tuple[int, int]:
 def rollout_seed(lease_seed: int, slot: int) -> int:
     """A 63-bit seed for each rollout that depends on the lease and the slot alone, not on the actor."""
     return xxhash.xxh3_64_intdigest(slot.to_bytes(4, "little"), seed=lease_seed & (2**63 - 1)) >> 1
+
+
+def _sampled(part: PartialRollout) -> dict[str, Any]:
+    """The fields of `SampledTokens`."""
+    return {field.name: getattr(part, field.name) for field in fields(SampledTokens)}
+
+
+def _part(slot: int, sampled: SampledTokens) -> PartialRollout:
+    own = {field.name: getattr(sampled, field.name) for field in fields(SampledTokens)}
+    return PartialRollout(slot=slot, start=0, finish=sampled.finish if isinstance(sampled, Generated) else "", **own)
 
 
 def _slot(key: object) -> int:

@@ -86,6 +86,7 @@ def join(parts: Sequence[PartialRollout]) -> PartialRollout:
         ends=ends[last],
         top_tokens=_joined([part.top_tokens for part in parts]),
         top_logprobs=_joined([part.top_logprobs for part in parts]),
+        finish=parts[-1].finish,
     )
 
 
@@ -106,6 +107,7 @@ def after(part: PartialRollout, position: int) -> PartialRollout | None:
         ends=part.ends[kept] - np.int32(position),
         top_tokens=part.top_tokens[position * k :] if part.top_tokens is not None else None,
         top_logprobs=part.top_logprobs[position * k :] if part.top_logprobs is not None else None,
+        finish=part.finish,
     )
 
 

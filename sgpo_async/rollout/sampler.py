@@ -10,17 +10,17 @@ what becomes of the rollouts is the caller's affair.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sgpo_async.config.schema import Tasks
-from sgpo_async.engines.base import Engine, Failed, Generated
+from sgpo_async.engines.base import Engine, Failed, Generate, Generated
 from sgpo_async.errors import EngineError
 from sgpo_async.rollout.group import RolloutGroup, group_of, task_of
 from sgpo_async.tasks.prompts import build_prompt
 from sgpo_async.tasks.reward_pool import RewardPool
-from sgpo_async.wire.records import Lease, Rollout
+from sgpo_async.wire.records import Lease, Progress, Rollout
 
 LeaseKey = tuple[int, int]
 """(task, attempt)."""
@@ -70,13 +70,35 @@ class RolloutSampler:
     def add(self, lease: Lease) -> None:
         """Submit all requests of `lease`. Raises EngineError, and submits none, if the engine can never serve one."""
         group = group_of(lease, prompt=self._prompt)
+        requests = group.requests()
         try:
-            for request in group.requests():
-                self._engine.submit(request)
+            for request in requests:
+                if isinstance(request, Generate):
+                    self._engine.submit(request)
         except EngineError:
             self._engine.cancel(group.rollout_ids())
             raise
         self._groups[lease.task, lease.attempt] = group
+        for request in requests:
+            if isinstance(request, Generated):  # another actor's, complete but not judged
+                self._submit_for_verdict(group, request)
+
+    def cancel(self, task: int, attempt: int) -> bool:
+        """Stop to work on a lease; False if it is not one of `leases`."""
+        group = self._groups.get((task, attempt))
+        if group:
+            self._drop(group)
+        return group is not None
+
+    def progress(self, *, whole: bool = False, of: Collection[LeaseKey] | None = None) -> list[Progress]:
+        """What the unfinished rollouts of all leases, or of the leases `of`, have sampled since the last report.
+
+        With `whole`, everything again.
+        """
+        groups = [group for key, group in self._groups.items() if of is None or key in of]
+        running = self._engine.progress([id for group in groups for id in group.rollout_ids()])
+        reports = [group.progress(running, whole=whole) for group in groups]
+        return [report for report in reports if report]
 
     def step(self, engine_wait_s: float, verdict_wait_s: float = 0.0) -> list[Sampled | Unservable]:
         """One step of the engine, then the verdicts that are there; returns what is finished or failed.
@@ -100,13 +122,16 @@ class RolloutSampler:
             if isinstance(result, Failed):
                 finished.append(self._fail(group, result.error))
             elif isinstance(result, Generated):
-                group.generated(result)
-                text = self._tokenizer.decode(result.tokens, skip_special_tokens=True)
-                self._texts[result.id] = text, False
-                self._rewards.submit(result.id, group.lease.verifier, group.lease.answer, text)
+                self._submit_for_verdict(group, result)
             else:
                 finished.append(self._finish(group, group.scored(result)))
         return finished
+
+    def _submit_for_verdict(self, group: RolloutGroup, result: Generated) -> None:
+        group.generated(result)
+        text = self._tokenizer.decode(result.tokens, skip_special_tokens=True)
+        self._texts[result.id] = text, False
+        self._rewards.submit(result.id, group.lease.verifier, group.lease.answer, text)
 
     def _judge(self, wait_s: float) -> list[Sampled | Unservable]:
         """Take verdicts. A correct guided rollout is scored without its strategy before it is finished (Eq. 4)."""
@@ -132,9 +157,12 @@ class RolloutSampler:
         return Sampled(rollout=rollout, text=text, timed_out=timed_out, last=group.done)
 
     def _fail(self, group: RolloutGroup, error: EngineError) -> Unservable:
+        self._drop(group)
+        return Unservable(lease=group.lease, error=error)
+
+    def _drop(self, group: RolloutGroup) -> None:
         ids = group.rollout_ids()
         self._engine.cancel(ids)
         for id in ids:
             self._texts.pop(id, None)
         del self._groups[group.lease.task, group.lease.attempt]
-        return Unservable(lease=group.lease, error=error)

@@ -51,6 +51,21 @@ class ReliableSender:
             sending.append(rollout)
         return sending
 
+    def resend(self) -> None:
+        """All rollouts are due again: the connection was lost, and with it what was on its way."""
+        self._due_at.clear()
+
+    def forget(self, task: int, attempt: int) -> None:
+        """Drop the rollouts of a lease that the hub has taken back."""
+        for key in [key for key in self._pending if key[:2] == (task, attempt)]:
+            del self._pending[key]
+            self._due_at.pop(key, None)
+
+    @property
+    def leases(self) -> set[tuple[int, int]]:
+        """(task, attempt) of the rollouts that are not acknowledged."""
+        return {key[:2] for key in self._pending}
+
     def acknowledge(self, ack: Ack) -> bool:
         """Forget a rollout that the hub has; False if it was acknowledged before."""
         self._due_at.pop(key_of(ack), None)

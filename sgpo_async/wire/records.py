@@ -3,7 +3,7 @@
     actor ──▶ hub     Hello  Ready  Progress  Rollout  Release  Heartbeat  Goodbye
     hub ──▶ actor     Welcome | Refused  Lease  Ack  Revoked  Stop
     learner ──▶ hub   Hello  BatchRequest  Commit  Published  Evaluate  SnapshotRequest  Restore  Finish  Heartbeat
-    hub ──▶ learner   Welcome | Refused  Shard  Committed  Evaluated  Snapshot  Restored
+    hub ──▶ learner   Welcome | Refused  Shard  Committed  Evaluated  Snapshot  Restored  Stop
     any process ──▶ hub    StatusRequest  SettingsRequest      hub ──▶ that process    Status  Settings
 
 A record is a frozen dataclass. The codec sends array fields (`Tokens`, `Floats`, `Ints`) and `bytes` as raw
@@ -70,7 +70,7 @@ class Ready:
 
 @dataclass(frozen=True, kw_only=True)
 class PartialRollout:
-    """n consecutive tokens of an unfinished completion."""
+    """n consecutive tokens of a completion whose rollout is not finished."""
 
     slot: int
     start: int  # position of the first of these tokens in the completion
@@ -80,6 +80,7 @@ class PartialRollout:
     ends: Ints  # [S] end (exclusive) of each span within these tokens; the last is n
     top_tokens: Tokens | None = None  # [n * k], if the lease asks for the likeliest tokens of this rollout
     top_logprobs: Floats | None = None  # [n * k]
+    finish: Literal["", "stop", "length"] = ""  # how the completion ended, if only its verdict is missing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +208,7 @@ class Goodbye:
 
 @dataclass(frozen=True, kw_only=True)
 class Stop:
-    """The hub asks an actor to leave, because the run is over."""
+    """The run is over: the hub asks an actor to leave, and answers the learner's Finish."""
 
     reason: str = ""
 
@@ -326,7 +327,7 @@ class Restored:
 
 @dataclass(frozen=True, kw_only=True)
 class Finish:
-    """Rank 0 ends the run; the hub stops the actors and then itself."""
+    """Rank 0 ends the run; the hub answers with Stop, and stops the actors and then itself."""
 
     reason: str = "finished"
 

@@ -1,0 +1,135 @@
+"""An actor's membership in a run: the connection to the hub, and the weight session that belongs to it.
+
+    absent ── Hello (every so often) ──▶ Welcome ──▶ serving
+       ▲                                                │
+       └── connection lost, session down, refused ◀─────┘
+
+An absence may last `timeout_s`: a hub that was killed and started again, or a network that comes back, finds the actor
+still at work. Each membership has a weight receiver of its own, because a Torch RPC world cannot be joined twice.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from sgpo_async.errors import HubError, Refusal
+from sgpo_async.session import ReceiverEvent, WeightReceiver
+from sgpo_async.transport import Dealer, Mailbox
+from sgpo_async.wire.records import Hello, Refused, Welcome
+
+log = logging.getLogger(__name__)
+
+REPEAT_S = 10.0  # between two Hellos without an answer; the hub starts a weight sender before it answers
+BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 5.0)  # between two Hellos that were refused
+
+
+class Membership:
+    """Says Hello until the hub answers Welcome; again whenever the membership is lost.
+
+    Args:
+        mailbox: the connection to the hub.
+        dealer: the socket of `mailbox`.
+        name: of the actor.
+        tokenizer: fingerprint of its tokenizer.
+        node: the weight receiver of the first membership.
+        start_node: starts another one.
+        timeout_s: how long the actor may be without a hub.
+    """
+
+    def __init__(
+        self,
+        mailbox: Mailbox,
+        *,
+        dealer: Dealer,
+        name: str,
+        tokenizer: str,
+        node: WeightReceiver,
+        start_node: Callable[[], WeightReceiver],
+        timeout_s: float,
+    ) -> None:
+        self._mailbox, self._dealer, self._start_node = mailbox, dealer, start_node
+        self._name, self._tokenizer, self._timeout_s = name, tokenizer, timeout_s
+        self.node = node
+        self.serving = False
+        self._run_id = ""
+        self._connections = dealer.connections
+        self._absent_since = time.monotonic()
+        self._hello_at = 0.0  # time of the next Hello
+        self._refusals = 0  # since the last Welcome
+        self._last_refusal = ""
+
+    def advance(self, holds: Sequence[tuple[int, int]]) -> None:
+        """Notice a lost connection, and say Hello when it is due, with the leases on which the actor still works.
+
+        Raises HubError after `timeout_s` without a hub.
+        """
+        now = time.monotonic()
+        if self._mailbox.connections != self._connections:
+            self._connections = self._mailbox.connections
+            self.lost("the connection to the hub was lost")
+        if self.serving:
+            return
+        self._dealer.check_refused()
+        if now - self._absent_since > self._timeout_s:
+            raise HubError(
+                f"hub {self._dealer.address}: not a member for {self._timeout_s:g} s"
+                + (f", because it {self._last_refusal}" if self._last_refusal else "; check that the hub runs")
+            )
+        if now >= self._hello_at:
+            pairs = np.array(holds, np.int32).reshape(-1)
+            self._mailbox.send(Hello(role="actor", name=self._name, tokenizer=self._tokenizer, holds=pairs))
+            self._hello_at = now + REPEAT_S
+
+    def welcomed(self, welcome: Welcome) -> bool:
+        """Join the weight session; False if the hub belongs to another run than before."""
+        if self._run_id not in ("", welcome.run_id):
+            return False
+        self._run_id = welcome.run_id
+        if self.serving:
+            self._replace_node()  # the hub has started another weight sender: a Hello was repeated
+        self.node.connect(welcome.session_host, welcome.session_port)
+        self.serving, self._refusals, self._last_refusal = True, 0, ""
+        return True
+
+    def refused(self, refusal: Refused) -> None:
+        """Try again later. Raises Refusal if that cannot help."""
+        reason = f"refused {self._name}: {refusal.reason}"
+        if refusal.final:
+            raise Refusal(f"hub {self._dealer.address}: {reason}", final=True)
+        if reason != self._last_refusal:
+            log.warning("hub %s: %s; trying again for up to %g s", self._dealer.address, reason, self._timeout_s)
+        self.lost(reason)
+        self._last_refusal = reason
+        self._hello_at = time.monotonic() + BACKOFF_S[min(self._refusals, len(BACKOFF_S) - 1)]
+        self._refusals += 1
+
+    def lost(self, reason: str) -> None:
+        """The connection or the session is gone: become a member again, with a new weight receiver."""
+        self._hello_at = time.monotonic()
+        if self.serving:
+            log.warning("%s: %s; joining again", self._name, reason)
+            self.serving, self._absent_since = False, time.monotonic()
+            self._replace_node()
+
+    def session_down(self, reason: str) -> None:
+        """The weight receiver has ended."""
+        if self.serving:
+            self.lost(reason)
+        else:
+            self._replace_node()
+
+    def _replace_node(self) -> None:
+        self.node.stop()
+        self.node = self._start_node()
+
+    def node_events(self) -> list[ReceiverEvent]:
+        """Events of the weight receiver since the last call."""
+        return list(self.node.poll())
+
+    def close(self) -> None:
+        """End the weight receiver."""
+        self.node.stop()
