@@ -20,16 +20,34 @@ from sgpo_async.weights.broadcast_plan import BroadcastPlan
 
 
 @dataclass(frozen=True, kw_only=True)
+class SampledTokens:
+    """A completion or its beginning. The tokens form S spans; one weight version sampled all tokens of a span."""
+
+    tokens: np.ndarray  # [T] int32, including the end token if it was sampled
+    logprobs: np.ndarray  # [T] float32, under the distribution that was sampled from; SGLang: the one before top_p
+    versions: np.ndarray  # [S] int32, weight version of each span
+    ends: np.ndarray  # [S] int32, exclusive end of each span; the last is T
+    top_tokens: np.ndarray | None = None  # [T * k] int32, the k likeliest at each position, the likeliest first
+    top_logprobs: np.ndarray | None = None  # [T * k] float32, under the distribution before top_p
+
+
+@dataclass(frozen=True, kw_only=True)
 class Generate:
-    """Request for a completion of `prompt`, sampled at `temperature` from the full vocabulary unless `top_p` < 1."""
+    """Request for a completion of `prompt`, sampled at `temperature` from the full vocabulary unless `top_p` < 1.
+
+    With a `prefix`, which any engine may have sampled, the engine samples only what follows it, and the result is the
+    whole completion. A prefix holds from 1 to `max_new_tokens` - 1 tokens, with their k likeliest tokens if the
+    request asks for k, and does not end with an end token: the caller itself finishes what is complete.
+    """
 
     id: Hashable
     prompt: np.ndarray  # [L] int32
-    max_new_tokens: int
+    max_new_tokens: int  # of the whole completion, including the prefix
     temperature: float
     seed: int  # the seed and the logits determine the completion
     top_p: float = 1.0  # below 1: sample from the nucleus only; used by evaluation, never by training
     top_logprobs_num: int = 0  # how many of the likeliest tokens to report at each position
+    prefix: SampledTokens | None = None  # the beginning of the completion, which is already sampled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,17 +61,11 @@ class Score:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generated:
-    """A finished completion. Its tokens form S spans; one weight version sampled all tokens of a span."""
+class Generated(SampledTokens):
+    """A finished completion."""
 
     id: Hashable
-    tokens: np.ndarray  # [T] int32, including the end token if it was sampled
-    logprobs: np.ndarray  # [T] float32, under the distribution that was sampled from; SGLang: the one before top_p
-    versions: np.ndarray  # [S] int32, weight version of each span
-    ends: np.ndarray  # [S] int32, exclusive end of each span
     finish: Literal["stop", "length"]
-    top_tokens: np.ndarray | None = None  # [T * k] int32, the k likeliest at each position, the likeliest first
-    top_logprobs: np.ndarray | None = None  # [T * k] float32, under the distribution before top_p
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +146,13 @@ class Engine(Protocol):
 
     def step(self, timeout_s: float) -> Sequence[Result]:
         """Do one unit of work, or wait up to `timeout_s` for a result; return finished and failed requests."""
+
+    def progress(self, ids: Iterable[Hashable]) -> dict[Hashable, SampledTokens]:
+        """What these unfinished generations have sampled so far, running or waiting: prefixes for another engine.
+
+        Tokens whose version is not known yet are left out, and so are generations without tokens, scores and unknown
+        ids. Cheap enough for a call per second. The arrays are copies.
+        """
 
     def cancel(self, ids: Iterable[Hashable]) -> None:
         """Cancel these requests: `step` returns no result for them from now on. Unknown ids are ignored."""

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from sgpo_async.engines.base import EngineLoad, Generate, Generated, Score, Scored, Weights
+from sgpo_async.engines.base import EngineLoad, Generate, Generated, SampledTokens, Score, Scored, Weights
 from sgpo_async.engines.decoder import Decoder
 from sgpo_async.engines.sampling import likeliest, log_softmax, sample
 from sgpo_async.engines.sequences import Running, Sequence
@@ -55,9 +55,9 @@ class EmbeddedEngine:
         self._deterministic = deterministic
         self._decoder = Decoder(model, self._slots)
         self._longest = longest(model)
+        self._end_ids = frozenset(end_tokens(model) if end_ids is None else end_ids)
         self._ends = np.zeros(self._decoder.vocabulary, bool)
-        ends = end_tokens(model) if end_ids is None else end_ids
-        self._ends[[i for i in ends if i < self._decoder.vocabulary]] = True
+        self._ends[[i for i in self._end_ids if i < self._decoder.vocabulary]] = True
         self._running = Running(self._slots, self._decoder.move)
         self._waiting: deque[Sequence] = deque()
         self._scores: list[Score] = []
@@ -83,7 +83,7 @@ class EmbeddedEngine:
         """Queue a request. Raises EngineError if it is invalid, or while no verified weights are loaded."""
         if self.version is None:
             raise EngineError(f"request {request.id}: the engine has no verified weights; load a version first")
-        validate(request, longest=self._longest, vocabulary=self._decoder.vocabulary)
+        validate(request, longest=self._longest, vocabulary=self._decoder.vocabulary, ends=self._end_ids)
         if isinstance(request, Score):
             self._scores.append(request)
         else:
@@ -97,7 +97,17 @@ class EmbeddedEngine:
         """
         if self.version is None:
             return []
-        return [*self._score(self.version), *self._admit_and_decode(self.version)]
+        return [*self._score(self.version), *self._admit_and_decode()]
+
+    def progress(self, ids: Iterable[Hashable]) -> dict[Hashable, SampledTokens]:
+        """What these unfinished generations have sampled so far; see `Engine.progress`."""
+        wanted = set(ids)
+        for row, sequence in enumerate(self._running.sequences):
+            if sequence.request.id in wanted:
+                self._running.update(row)
+                self._close_span(sequence)
+        sequences = (*self._running.sequences, *self._waiting)
+        return {s.request.id: s.sampled() for s in sequences if s.request.id in wanted and s.generated}
 
     def cancel(self, ids: Iterable[Hashable]) -> None:
         """Cancel these requests and free their slots; unknown ids are ignored."""
@@ -145,12 +155,12 @@ class EmbeddedEngine:
         self._waiting.clear()
         self._scores.clear()
 
-    def _admit_and_decode(self, version: int) -> list[Generated]:
+    def _admit_and_decode(self) -> list[Generated]:
         free = self._slots - len(self._running)
         self._admission_waited += bool(self._waiting and free)
         if self._due(min(free, len(self._waiting)), self._admission_waited):
             self._admit(free)
-        return self._decode(version) if self._running.sequences else []
+        return self._decode() if self._running.sequences else []
 
     def _due(self, ready: int, waited: int) -> bool:
         """Whether a batch of `ready` requests that has waited `waited` steps gets its forward pass now."""
@@ -164,7 +174,7 @@ class EmbeddedEngine:
         for sequence in admitted:
             self._running.append(sequence)
 
-    def _decode(self, version: int) -> list[Generated]:
+    def _decode(self) -> list[Generated]:
         running, tensor = self._running, self._decoder.tensor
         logits = self._decoder.decode(running.newest(), running.positions())
         sampled, chosen = sample(logits, tensor(running.temperatures()), running.top_p(), tensor(running.uniforms()))
@@ -178,7 +188,7 @@ class EmbeddedEngine:
             return []
         finished = running.remove(done)
         for sequence in finished:
-            sequence.close_span(version)
+            self._close_span(sequence)
         return [s.result(stopped=bool(stop)) for s, stop in zip(finished, stopped[done], strict=True)]
 
     def _record_likeliest(self, logits: torch.Tensor) -> None:
@@ -226,8 +236,11 @@ class EmbeddedEngine:
         """Set `version` to None; running sequences return to the head of the queue and keep their tokens."""
         sequences = self._running.remove(np.arange(len(self._running)))
         for sequence in sequences:
-            assert self.version is not None, "a sequence runs only while there is a version"
-            sequence.close_span(self.version)
+            self._close_span(sequence)
         self._waiting.extendleft(reversed(sequences))
         self._decoder.cache.forget()
         self.version = None
+
+    def _close_span(self, sequence: Sequence) -> None:
+        assert self.version is not None, "a sequence runs only while there is a version"
+        sequence.close_span(self.version)

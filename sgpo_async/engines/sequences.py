@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sgpo_async.engines.base import Generate, Generated
+from sgpo_async.engines.base import Generate, Generated, SampledTokens
 from sgpo_async.engines.sampling import stream, uniforms
 
 
@@ -25,10 +25,24 @@ class Sequence:
 
     @classmethod
     def of(cls, request: Generate) -> Sequence:
-        """A sequence without generated tokens."""
-        ids = request.prompt.astype(np.int32)
-        shape = ids.size, request.top_logprobs_num
-        return cls(request, ids, np.zeros(ids.size, np.float32), np.zeros(shape, np.int32), np.zeros(shape, np.float32))
+        """A sequence that has the tokens of the request's prefix, if there is one."""
+        prefix, start, k = request.prefix, request.prompt.size, request.top_logprobs_num
+        length = start + (prefix.tokens.size if prefix else 0)
+        sequence = cls(
+            request,
+            np.zeros(length, np.int32),
+            np.zeros(length, np.float32),
+            np.zeros((length, k), np.int32),
+            np.zeros((length, k), np.float32),
+        )
+        sequence.ids[:start] = request.prompt
+        if prefix is not None:
+            sequence.ids[start:], sequence.logprobs[start:] = prefix.tokens, prefix.logprobs
+            sequence.versions, sequence.ends = prefix.versions.tolist(), prefix.ends.tolist()
+            if prefix.top_tokens is not None and prefix.top_logprobs is not None:
+                sequence.top_tokens[start:] = prefix.top_tokens.reshape(-1, k)
+                sequence.top_logprobs[start:] = prefix.top_logprobs.reshape(-1, k)
+        return sequence
 
     @property
     def generated(self) -> int:
@@ -45,19 +59,21 @@ class Sequence:
             self.versions.append(version)
             self.ends.append(self.generated)
 
-    def result(self, *, stopped: bool) -> Generated:
-        """The finished completion; the caller has closed its last span."""
+    def sampled(self) -> SampledTokens:
+        """A copy of the generated tokens; the caller has closed the last span."""
         start, asked = self.request.prompt.size, self.request.top_logprobs_num > 0
-        return Generated(
-            id=self.request.id,
-            tokens=self.ids[start:],
-            logprobs=self.logprobs[start:],
+        return SampledTokens(
+            tokens=self.ids[start:].copy(),
+            logprobs=self.logprobs[start:].copy(),
             versions=np.array(self.versions, np.int32),
             ends=np.array(self.ends, np.int32),
-            finish="stop" if stopped else "length",
-            top_tokens=self.top_tokens[start:].reshape(-1) if asked else None,
-            top_logprobs=self.top_logprobs[start:].reshape(-1) if asked else None,
+            top_tokens=self.top_tokens[start:].flatten() if asked else None,
+            top_logprobs=self.top_logprobs[start:].flatten() if asked else None,
         )
+
+    def result(self, *, stopped: bool) -> Generated:
+        """The finished completion; the caller has closed its last span."""
+        return Generated(id=self.request.id, finish="stop" if stopped else "length", **vars(self.sampled()))
 
 
 class Running:
@@ -142,7 +158,7 @@ class Running:
 
     def remove(self, rows: np.ndarray) -> list[Sequence]:
         """Remove `rows` and return their sequences with all generated tokens; the last rows move into the gaps."""
-        removed = [self._take(row) for row in rows.tolist()]
+        removed = [self.update(row) for row in rows.tolist()]
         n = len(self)
         kept = n - rows.size
         stays = np.ones(n, bool)
@@ -157,7 +173,8 @@ class Running:
         del self.sequences[kept:]
         return removed
 
-    def _take(self, row: int) -> Sequence:
+    def update(self, row: int) -> Sequence:
+        """The sequence of `row`, after its tokens have been copied into it."""
         sequence, length = self.sequences[row], self._length[row]
         sequence.ids = self._ids[row, :length].copy()
         sequence.logprobs = self._logprobs[row, :length].copy()

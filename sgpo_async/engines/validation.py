@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 
-from sgpo_async.engines.base import Generate, Score
+from sgpo_async.engines.base import Generate, SampledTokens, Score
 from sgpo_async.errors import EngineError
 
 
-def validate(request: Generate | Score, *, longest: int, vocabulary: int) -> None:
-    """Raise EngineError unless a model of `longest` positions and `vocabulary` token ids can serve `request`."""
+def validate(request: Generate | Score, *, longest: int, vocabulary: int, ends: Collection[int]) -> None:
+    """Raise EngineError unless a model of `longest` positions and `vocabulary` token ids can serve `request`.
+
+    `ends` are the token ids that end a completion. A prefix that cannot be continued is a bug of the caller.
+    """
     more = request.tokens.size if isinstance(request, Score) else request.max_new_tokens
     total = request.prompt.size + more
-    ids = np.concatenate([request.prompt, request.tokens]) if isinstance(request, Score) else request.prompt
+    given = request if isinstance(request, Score) else request.prefix
+    ids = request.prompt if given is None else np.concatenate([request.prompt, given.tokens])
     if request.prompt.size < 1 or more < 1:
         raise EngineError(
             f"request {request.id}: prompt and completion must have at least one token each, "
@@ -37,3 +43,16 @@ def validate(request: Generate | Score, *, longest: int, vocabulary: int) -> Non
         )
     if isinstance(request, Generate) and not 0 < request.top_p <= 1:
         raise EngineError(f"request {request.id}: top_p must be in (0, 1], got {request.top_p}")
+    if isinstance(request, Generate) and request.prefix is not None:
+        _check_prefix(request, request.prefix, ends)
+
+
+def _check_prefix(request: Generate, prefix: SampledTokens, ends: Collection[int]) -> None:
+    count, k = prefix.tokens.size, request.top_logprobs_num
+    assert 0 < count < request.max_new_tokens, f"request {request.id}: prefix of {count} of {request.max_new_tokens}"
+    assert int(prefix.tokens[-1]) not in ends, f"request {request.id}: the prefix ends with an end token"
+    assert prefix.logprobs.size == count, f"request {request.id}: {prefix.logprobs.size} logprobs of {count} tokens"
+    tiled = prefix.versions.size == prefix.ends.size and (np.diff(prefix.ends, prepend=0) > 0).all()
+    assert tiled and prefix.ends[-1] == count, f"request {request.id}: spans {prefix.ends} of {count} tokens"
+    tops = [0 if top is None else top.size for top in (prefix.top_tokens, prefix.top_logprobs)]
+    assert tops == [count * k, count * k], f"request {request.id}: {tops} likeliest tokens, {k} at {count} positions"

@@ -42,6 +42,9 @@ class ScriptedEngine:
         answers, self.answers = self.answers, []
         return answers
 
+    def progress(self, ids: Any) -> dict[Any, Any]:
+        return {}
+
     def load_status(self) -> EngineLoad:
         return EngineLoad(running=0, waiting=0, slots=8, tokens=0)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sgpo_async.config.schema import Algorithm, Tasks
-from sgpo_async.engines import Generate, Generated, Weights
+from sgpo_async.engines import Generate, Generated, SampledTokens, Weights
 from sgpo_async.engines.sglang.weight_sync.transports import Prepared
 from sgpo_async.learner.objectives import OBJECTIVES
 from sgpo_async.learner.objectives.base import TaskGroup
@@ -61,6 +61,16 @@ def test_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     (result,) = engine.step(0.0)
     assert isinstance(result, Generated)
     assert (result.tokens.tolist(), result.versions.tolist(), result.ends.tolist()) == ([6, 7, 8, 9], [3], [4])
+    engine.load(Weights(version=4, digest="", read=dict))
+    beginning = SampledTokens(
+        tokens=np.array([1, 2], np.int32), logprobs=-np.ones(2, np.float32), versions=result.versions,
+        ends=np.array([2], np.int32),
+    )  # fmt: skip
+    engine.submit(Generate(id="b", prompt=prompt, max_new_tokens=4, temperature=1.0, seed=0, prefix=beginning))
+    assert engine.progress(["a", "b"]) == {"b": beginning}
+    (result,) = engine.step(0.0)
+    assert isinstance(result, Generated) and engine.progress(["b"]) == {}
+    assert (result.tokens.tolist(), result.versions.tolist(), result.ends.tolist()) == ([1, 2, 8, 9], [3, 4], [2, 4])
     sampler = RolloutSampler(engine, TOKENIZER, Tasks())
     sampler.add(lease(7))
     outcomes = sampler.step(0.0)

@@ -150,7 +150,7 @@ class KeepsOldKeys(EmbeddedEngine):
 
     def _withdraw(self) -> None:
         for row, sequence in enumerate(self._running.sequences):
-            self._running._take(row)
+            self._running.update(row)
             sequence.close_span(self.version)
         self.version = None
 

@@ -16,11 +16,11 @@ import time
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sgpo_async.config.schema import Engine as EngineSettings
 from sgpo_async.config.schema import Sglang
-from sgpo_async.engines.base import EngineLoad, Generate, Result, Score, Weights
+from sgpo_async.engines.base import EngineLoad, Generate, Result, SampledTokens, Score, Weights
 from sgpo_async.engines.sglang.preflight import Subject, join
 from sgpo_async.engines.sglang.processes.launch import Launch
 from sgpo_async.engines.sglang.serving.fleet import Fleet, FleetSettings
@@ -39,6 +39,8 @@ from sgpo_async.engines.validation import validate
 from sgpo_async.errors import DeadlineExceeded, EngineError, SgpoError
 from sgpo_async.model import parameters
 from sgpo_async.model.load import device_of
+
+T = TypeVar("T")
 
 GREEDY = 1e-5  # below this temperature SGLang decodes greedily and reports log-probabilities at temperature 1
 RESERVED = 6  # positions that SGLang reserves: it refuses prompts that need them, and truncates completions
@@ -118,7 +120,8 @@ class SglangEngine:
 
         Invalid requests must not reach a server: a token id beyond the vocabulary kills it.
         """
-        validate(request, longest=self._model.longest - RESERVED, vocabulary=self._model.vocabulary)
+        longest = self._model.longest - RESERVED
+        validate(request, longest=longest, vocabulary=self._model.vocabulary, ends=self._model.ends)
         if request.temperature < GREEDY:
             raise EngineError(
                 f"request {request.id}: temperature must be >= {GREEDY:g}, below which SGLang decodes greedily, "
@@ -146,6 +149,14 @@ class SglangEngine:
                 item = self._fleet.results.get_nowait()
         except queue.Empty:
             return results
+
+    def progress(self, ids: Iterable[Hashable]) -> dict[Hashable, SampledTokens]:
+        """What these unfinished generations have sampled so far; see `Engine.progress`.
+
+        While SGLang pauses for updates (`in_flight` other than abort-resume), it names the versions of what it
+        generates after a stream's first update only at the end of the stream, so those tokens are left out.
+        """
+        return self._call_and_wait(Fleet.progress, set(ids))
 
     def cancel(self, ids: Iterable[Hashable]) -> None:
         """Cancel these requests and drop their results that `step` has not returned; unknown ids are ignored."""
@@ -218,12 +229,12 @@ class SglangEngine:
         assert self._loop is not None, "call start first"
         self._loop.call_soon_threadsafe(method, self._fleet, *args)
 
-    def _call_and_wait(self, method: Callable[..., None], *args: Any) -> None:
+    def _call_and_wait(self, method: Callable[..., T], *args: Any) -> T:
         self._check()
         assert self._loop is not None, "call start first"
         done = asyncio.run_coroutine_threadsafe(_done(method, self._fleet, *args), self._loop)
         try:
-            done.result(SLACK_S)
+            return done.result(SLACK_S)
         except TimeoutError:
             self._check()
             raise DeadlineExceeded("the SGLang servers' loop", "answer", SLACK_S) from None
@@ -287,5 +298,5 @@ async def _wait(ready: asyncio.Future[None]) -> None:
     await asyncio.shield(ready)
 
 
-async def _done(function: Callable[..., None], *args: Any) -> None:
-    function(*args)
+async def _done(function: Callable[..., T], *args: Any) -> T:
+    return function(*args)

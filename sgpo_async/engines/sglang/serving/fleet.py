@@ -17,7 +17,7 @@ from typing import Any
 
 import aiohttp
 
-from sgpo_async.engines.base import EngineLoad, Generate, Score, Weights
+from sgpo_async.engines.base import EngineLoad, Generate, SampledTokens, Score, Weights
 from sgpo_async.engines.sglang.processes.api import (
     ServerApi,
     ServerGone,
@@ -62,8 +62,8 @@ class FleetSettings:
 class Fleet:
     """Runs until it is closed.
 
-    Only the loop's thread may call `submit`, `cancel`, `want` and `close`. Any thread may call `version` and
-    `load_status`, and read `results`, `events` and `updates`.
+    Only the loop's thread may call `submit`, `progress`, `cancel`, `want` and `close`. Any thread may call `version`
+    and `load_status`, and read `results`, `events` and `updates`.
     """
 
     def __init__(
@@ -91,6 +91,10 @@ class Fleet:
     def submit(self, request: Generate | Score) -> None:
         """Queue a valid request."""
         self._requests.submit(request)
+
+    def progress(self, ids: Iterable[Hashable]) -> dict[Hashable, SampledTokens]:
+        """What these unfinished generations have sampled so far; see `Engine.progress`."""
+        return self._requests.progress(ids)
 
     def cancel(self, ids: Iterable[Hashable]) -> None:
         """Cancel these requests; results of running ones are dropped."""

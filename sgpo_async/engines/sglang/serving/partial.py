@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
-from sgpo_async.engines.base import Generate, Generated
+from sgpo_async.engines.base import Generate, Generated, SampledTokens
 
 
 class Partial:
-    """The tokens generated for one request so far. Tokens after the end of the last span have no version yet."""
+    """The tokens generated for one request so far. Tokens after the end of the last span have no version yet.
+
+    Arrays and not lists, so that `sampled` copies blocks of memory.
+    """
 
     def __init__(self, request: Generate) -> None:
-        self.request = request
-        self.tokens: list[int] = []
-        self.logprobs: list[float] = []
-        self.top: list[list[Sequence[Any]]] = []  # per token: SGLang's entries of the likeliest tokens
+        """It begins with the request's prefix, if there is one."""
+        self.request, prefix = request, request.prefix
+        self.tokens, self.logprobs = array("i"), array("f")
+        self._top_tokens, self._top_logprobs = array("i"), array("f")  # the k likeliest, position by position
         self._versions: list[int] = []
         self._ends: list[int] = []
+        if prefix is not None:
+            self.tokens.extend(prefix.tokens.tolist())
+            self.logprobs.extend(prefix.logprobs.tolist())
+            self._versions, self._ends = prefix.versions.tolist(), prefix.ends.tolist()
+            if prefix.top_tokens is not None and prefix.top_logprobs is not None:
+                self._top_tokens.extend(prefix.top_tokens.tolist())
+                self._top_logprobs.extend(prefix.top_logprobs.tolist())
 
     @property
     def remaining(self) -> int:
         """How many more tokens may be generated."""
         return self.request.max_new_tokens - len(self.tokens)
+
+    @property
+    def versioned(self) -> int:
+        """How many tokens have a version."""
+        return self._ends[-1] if self._ends else 0
 
     def input_ids(self) -> list[int]:
         """Prompt and tokens so far, the input of the next attempt."""
@@ -32,13 +48,14 @@ class Partial:
 
     def extend(self, pairs: Sequence[Sequence[Any]], top: Sequence[list[Sequence[Any]]] = ()) -> None:
         """Append tokens in SGLang's form [[logprob, token, text], ...], and the likeliest tokens at each of them."""
-        self.tokens += [pair[1] for pair in pairs]
-        self.logprobs += [pair[0] for pair in pairs]
-        self.top += top
+        self.tokens.extend(pair[1] for pair in pairs)
+        self.logprobs.extend(pair[0] for pair in pairs)
+        self._top_tokens.extend(pair[1] for position in top for pair in position)
+        self._top_logprobs.extend(pair[0] for position in top for pair in position)
 
     def close_span(self, version: int, end: int) -> None:
         """Record that `version` generated the tokens from the last span up to `end`. Spans are never empty."""
-        start = self._ends[-1] if self._ends else 0
+        start = self.versioned
         assert start <= end <= len(self.tokens), (start, end, len(self.tokens))
         if start == end:
             return
@@ -50,8 +67,8 @@ class Partial:
 
     def drop_unversioned(self) -> None:
         """Drop tokens without a version: it is unknown which weights generated them."""
-        end = self._ends[-1] if self._ends else 0
-        del self.tokens[end:], self.logprobs[end:], self.top[end:]
+        end, top = self.versioned, self.versioned * self.request.top_logprobs_num
+        del self.tokens[end:], self.logprobs[end:], self._top_tokens[top:], self._top_logprobs[top:]
 
     def finish(self, ends: Collection[int]) -> Literal["stop", "length"] | None:
         """How the completion ended; None if it is not complete."""
@@ -59,24 +76,21 @@ class Partial:
             return "stop"
         return "length" if self.remaining <= 0 else None
 
+    def sampled(self) -> SampledTokens:
+        """A copy of the tokens that have a version."""
+        end, top, asked = self.versioned, self.versioned * self.request.top_logprobs_num, self.request.top_logprobs_num
+        return SampledTokens(
+            tokens=np.array(self.tokens[:end], np.int32),
+            logprobs=np.array(self.logprobs[:end], np.float32),
+            versions=np.array(self._versions, np.int32),
+            ends=np.array(self._ends, np.int32),
+            top_tokens=np.array(self._top_tokens[:top], np.int32) if asked else None,
+            top_logprobs=np.array(self._top_logprobs[:top], np.float32) if asked else None,
+        )
+
     def result(self, ends: Collection[int]) -> Generated:
         """The complete completion; every token is in a span."""
         finish = self.finish(ends)
         assert finish is not None
-        assert self._ends[-1] == len(self.tokens)
-        return Generated(
-            id=self.request.id,
-            tokens=np.array(self.tokens, np.int32),
-            logprobs=np.array(self.logprobs, np.float32),
-            versions=np.array(self._versions, np.int32),
-            ends=np.array(self._ends, np.int32),
-            finish=finish,
-            top_tokens=self._likeliest(1, np.int32),
-            top_logprobs=self._likeliest(0, np.float32),
-        )
-
-    def _likeliest(self, item: int, dtype: type) -> np.ndarray | None:
-        """[T * k], one item of each entry, position by position."""
-        if not self.request.top_logprobs_num:
-            return None
-        return np.array([pair[item] for pairs in self.top for pair in pairs], dtype)
+        assert self.versioned == len(self.tokens)
+        return Generated(id=self.request.id, finish=finish, **vars(self.sampled()))

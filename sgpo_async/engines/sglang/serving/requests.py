@@ -16,7 +16,7 @@ import queue
 from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Hashable, Iterable
 
-from sgpo_async.engines.base import Failed, Generate, Generated, Result, Score, Scored
+from sgpo_async.engines.base import Failed, Generate, Generated, Result, SampledTokens, Score, Scored
 from sgpo_async.engines.sglang.processes.api import ServerGone, ServerRefused, ServerUnreached
 from sgpo_async.engines.sglang.serving.partial import Partial
 from sgpo_async.engines.sglang.serving.quarantine import (
@@ -63,6 +63,15 @@ class Requests:
         self._items[request.id] = item
         self._waiting.append(item)
         self.dispatch()
+
+    def progress(self, ids: Iterable[Hashable]) -> dict[Hashable, SampledTokens]:
+        """What these unfinished generations have sampled so far; see `Engine.progress`."""
+        items = {id: self._items.get(id) for id in ids}
+        return {
+            id: item.sampled()
+            for id, item in items.items()
+            if isinstance(item, Partial) and item.versioned and not self._complete(item)
+        }
 
     def cancel(self, ids: Iterable[Hashable]) -> None:
         """Cancel these requests; results of running ones are dropped."""
