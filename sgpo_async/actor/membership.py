@@ -13,12 +13,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from sgpo_async.errors import HubError, Refusal
 from sgpo_async.session import ReceiverEvent, WeightReceiver
-from sgpo_async.transport import Dealer, Mailbox
+from sgpo_async.transport import Mailbox
 from sgpo_async.wire.records import Hello, Refused, Welcome
 
 log = logging.getLogger(__name__)
@@ -32,31 +33,26 @@ class Membership:
 
     Args:
         mailbox: the connection to the hub.
-        dealer: the socket of `mailbox`.
-        name: of the actor.
-        tokenizer: fingerprint of its tokenizer.
+        hello: the actor's name and tokenizer.
         node: the weight receiver of the first membership.
-        start_node: starts another one.
+        start_node: starts the weight receiver of another one.
         timeout_s: how long the actor may be without a hub.
     """
 
     def __init__(
         self,
         mailbox: Mailbox,
+        hello: Hello,
         *,
-        dealer: Dealer,
-        name: str,
-        tokenizer: str,
         node: WeightReceiver,
         start_node: Callable[[], WeightReceiver],
         timeout_s: float,
     ) -> None:
-        self._mailbox, self._dealer, self._start_node = mailbox, dealer, start_node
-        self._name, self._tokenizer, self._timeout_s = name, tokenizer, timeout_s
-        self.node = node
+        self._mailbox, self._dealer, self._hello = mailbox, mailbox.dealer, hello
+        self.node, self._start_node, self._timeout_s = node, start_node, timeout_s
         self.serving = False
         self._run_id = ""
-        self._connections = dealer.connections
+        self._connections = mailbox.connections
         self._absent_since = time.monotonic()
         self._hello_at = 0.0  # time of the next Hello
         self._refusals = 0  # since the last Welcome
@@ -81,7 +77,7 @@ class Membership:
             )
         if now >= self._hello_at:
             pairs = np.array(holds, np.int32).reshape(-1)
-            self._mailbox.send(Hello(role="actor", name=self._name, tokenizer=self._tokenizer, holds=pairs))
+            self._mailbox.send(replace(self._hello, holds=pairs))
             self._hello_at = now + REPEAT_S
 
     def welcomed(self, welcome: Welcome) -> bool:
@@ -97,7 +93,7 @@ class Membership:
 
     def refused(self, refusal: Refused) -> None:
         """Try again later. Raises Refusal if that cannot help."""
-        reason = f"refused {self._name}: {refusal.reason}"
+        reason = f"refused {self._hello.name}: {refusal.reason}"
         if refusal.final:
             raise Refusal(f"hub {self._dealer.address}: {reason}", final=True)
         if reason != self._last_refusal:
@@ -111,7 +107,7 @@ class Membership:
         """The connection or the session is gone: become a member again, with a new weight receiver."""
         self._hello_at = time.monotonic()
         if self.serving:
-            log.warning("%s: %s; joining again", self._name, reason)
+            log.warning("%s: %s; joining again", self._hello.name, reason)
             self.serving, self._absent_since = False, time.monotonic()
             self._replace_node()
 

@@ -32,7 +32,7 @@ from sgpo_async.session import Deadlines, WeightReceiver
 from sgpo_async.session.interface import interface_towards
 from sgpo_async.tasks.prompts import build_prompt
 from sgpo_async.transport import Dealer, Mailbox
-from sgpo_async.wire.records import Settings, SettingsRequest, Stop
+from sgpo_async.wire.records import Hello, Settings, SettingsRequest, Stop
 
 log = logging.getLogger(__name__)
 
@@ -77,8 +77,7 @@ class Actor:
             signal.signal(number, self._stop)
         try:
             while not self._stopped and not self._run_over:
-                self._dealer = Dealer(self._options.hub, keys=self._options.keys, max_bytes=MAX_BYTES)
-                mailbox = Mailbox(self._dealer)
+                mailbox = Mailbox(Dealer(self._options.hub, keys=self._options.keys, max_bytes=MAX_BYTES))
                 try:
                     self._run_over = self._serve(mailbox)
                 finally:
@@ -102,9 +101,7 @@ class Actor:
             raise
         membership = Membership(
             mailbox,
-            dealer=self._dealer,
-            name=self._name,
-            tokenizer=tokenizer_fingerprint(self._tokenizer),
+            Hello(role="actor", name=self._name, tokenizer=tokenizer_fingerprint(self._tokenizer)),
             node=node,
             start_node=lambda: self._start_node(run),
             timeout_s=self._options.hub_timeout_s,
@@ -183,7 +180,7 @@ class Actor:
                     return message
                 if isinstance(message, Stop):
                     return None
-            self._dealer.check_refused()
+            mailbox.dealer.check_refused()
         return None
 
     def _stop(self, *_: object) -> None:

@@ -25,8 +25,10 @@ from typing import Any
 import aiohttp
 import torch
 
+from sgpo_async.actor.membership import Membership
 from sgpo_async.actor.service import Service
 from sgpo_async.config import Run, load
+from sgpo_async.engines.base import Generate
 from sgpo_async.engines.sglang import SglangEngine
 from sgpo_async.engines.sglang.processes.api import http_session
 from sgpo_async.model.folder import load_tokenizer, model_folder
@@ -38,7 +40,7 @@ from sgpo_async.tasks.sources import source_of
 from sgpo_async.tasks.task_sampler import TaskSampler
 from sgpo_async.transport import Mailbox, RouterMailbox, memory_pair
 from sgpo_async.weights import StoreFile, StoreWriter, digest
-from sgpo_async.wire.records import Ack, Lease, Ready, Rollout
+from sgpo_async.wire.records import Ack, Hello, Lease, Ready, Rollout, Welcome
 
 TURNS = 3
 WARM_S = 3.0  # of each turn, not counted
@@ -68,6 +70,12 @@ class Publications:
             )
         )
 
+    def connect(self, host: str, port: int) -> None:
+        """There is no weight sender."""
+
+    def stop(self) -> None:
+        """There is no process."""
+
     def poll(self) -> list[ReceiverEvent]:
         """Events since the last call."""
         events, self._events = self._events, []
@@ -92,7 +100,9 @@ class MemoryHub:
     def _serve(self) -> None:
         while not self._over.is_set():
             for member, message in self._mailbox.receive(0.05):
-                if isinstance(message, Ready):
+                if isinstance(message, Hello):
+                    self._mailbox.send(member, Welcome())
+                elif isinstance(message, Ready):
                     for _ in range(message.tasks):
                         self._mailbox.send(member, next(self._leases))
                 elif isinstance(message, Rollout):
@@ -122,6 +132,7 @@ class Bench:
         for lease in self.leases():
             group = group_of(lease, prompt=self._prompt)
             for request in group.requests():
+                assert isinstance(request, Generate), "a new lease has no completions"
                 sampling = {"temperature": request.temperature, "max_new_tokens": request.max_new_tokens, "top_k": -1}
                 yield {"input_ids": request.prompt.tolist(), "sampling_params": sampling, "return_logprob": True}
 
@@ -154,9 +165,16 @@ class Bench:
         hub = MemoryHub(RouterMailbox(router), self.leases())
         publications = Publications(self.model)
         publications.publish()
+        mailbox, hello = Mailbox(dealer), Hello(role="actor", name="bench")
         service = Service(
-            mailbox=Mailbox(dealer),
-            node=publications,  # type: ignore[arg-type]
+            mailbox=mailbox,
+            membership=Membership(
+                mailbox,
+                hello,
+                node=publications,  # type: ignore[arg-type]
+                start_node=lambda: publications,  # type: ignore[arg-type, return-value]
+                timeout_s=seconds,
+            ),
             engine=self.engine,
             tokenizer=self.tokenizer,
             run=self.run,

@@ -7,8 +7,8 @@
 carried out already, or their receivers ask again. The clock of the core goes on from the last entry: nobody's timeout
 runs while there is no hub.
 
-The saved state is a pickle of the core. It only refers to what can be built again (configuration, problems, tasks) and to
-rollouts, which the journal keeps one by one. A pickle is as safe as the folder of the run, which the hub's user alone
+The saved state is a pickle of the core. It only refers to what can be built again (configuration, problems, tasks) and
+to rollouts, which the journal keeps one by one. A pickle is as safe as the folder of the run, which only the hub's user
 can write; one of another release is not read.
 """
 

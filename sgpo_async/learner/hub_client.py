@@ -63,7 +63,10 @@ Answer = TypeVar("Answer")
 class Mail(Protocol):
     """The part of `transport.Mailbox` that the client uses."""
 
-    connections: int  # how often it has connected to the hub
+    @property
+    def connections(self) -> int:
+        """How often it has connected to the hub."""
+        ...
 
     def send(self, message: Message) -> bool:
         """Queue a message; False if the queue is full."""

@@ -12,6 +12,7 @@ import psutil
 from sgpo_async.errors import HubError
 
 HUB_FILE = "hub.json"
+JOURNAL = "hub.journal"
 
 
 def read_hub_file(folder: Path) -> dict[str, Any]:
@@ -24,11 +25,16 @@ def read_hub_file(folder: Path) -> dict[str, Any]:
 
 
 def claim(folder: Path) -> None:
-    """Check that no other run writes to `folder`. Raises HubError if one does."""
+    """Check that no other run writes to `folder`, and forget the hub of an earlier one. Raises HubError if one does.
+
+    The journal goes, too: a run that begins or resumes here has the hub's state from a checkpoint.
+    """
     hub = read_hub_file(folder)
     if hub and _lives(hub["pid"], (folder / HUB_FILE).stat().st_mtime):
         raise HubError(f"{folder}: another run writes here (its hub is process {hub['pid']}); choose another name=NAME")
     forget_hub(folder)
+    for file in folder.glob(f"{JOURNAL}*"):
+        file.unlink()
 
 
 def forget_hub(folder: Path) -> None:

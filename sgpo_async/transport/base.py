@@ -37,6 +37,7 @@ class RouterEnd(Protocol):
 class DealerEnd(Protocol):
     """A member's endpoint: one hub, to which it reconnects by itself."""
 
+    address: str  # of the hub
     max_bytes: int
     connections: int  # how often it has connected to the hub; grows with every reconnection
 
@@ -46,6 +47,10 @@ class DealerEnd(Protocol):
 
     def send(self, frames: Sequence[bytes]) -> bool:
         """Queue frames for the hub, whether it is connected at the moment or not; False if the queue is full."""
+        ...
+
+    def check_refused(self) -> None:
+        """Raise HubError if the hub has been refusing the connection for a while, for example because of its keys."""
         ...
 
     def close(self, linger_s: float = 0.0) -> None:

@@ -52,7 +52,7 @@ class MemoryDealer:
     """Implements `DealerEnd`; `MemoryRouter.dealer` creates it."""
 
     def __init__(self, router: MemoryRouter, identity: bytes) -> None:
-        self.identity = identity
+        self.identity, self.address = identity, router.address
         self.max_bytes = router.max_bytes
         self.connections = 1
         self.inbox: deque[Frames] = deque()
@@ -65,6 +65,9 @@ class MemoryDealer:
         if self._router.dealers.get(self.identity) is not self:
             return False
         return put(self._router.inbox, (self.identity, list(frames)), self._router.changed)
+
+    def check_refused(self) -> None:
+        """Nothing refuses a connection in memory."""
 
     def close(self, linger_s: float = 0.0) -> None:  # noqa: ARG002
         with self._router.changed:
