@@ -1,0 +1,226 @@
+"""A hub's journal, and the core that a new hub process rebuilds from it."""
+
+from __future__ import annotations
+
+import resource
+import stat
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hub_support import Driver, Source, make_rollout, make_run, train_one_step
+
+from sgpo_async.errors import HubError
+from sgpo_async.hub import HubCore
+from sgpo_async.hub import events as ev
+from sgpo_async.hub.journal import FILE, Journal
+from sgpo_async.hub.recovery import pack_event, recover, save, unpack_event
+from sgpo_async.wire import encode
+from sgpo_async.wire import records as wire
+
+
+class JournalledDriver(Driver):
+    """A driver whose events are written to a journal, as the hub's loop does."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+        self.journal = Journal(folder)
+        self.core, _ = recover(self.core, self.journal)
+
+    def handle(self, event: ev.Event) -> list[ev.Effect]:
+        frames = encode(event.message) if isinstance(event, ev.Received) else []
+        self.journal.append(self.now, pack_event(event, frames))
+        effects = super().handle(event)
+        self.journal.commit()
+        return effects
+
+    def kill_and_recover(self) -> HubCore:
+        """The hub process dies; return the core of the next one."""
+        self.journal.close()
+        self.journal = Journal(self.folder)
+        core, now = recover(HubCore(self.run, Source(), store="/store"), self.journal)
+        assert now <= self.now
+        return core
+
+
+def busy_hub(folder: Path, *, saves: bool) -> JournalledDriver:
+    """A hub with a trained step, a buffered group, running leases of two actors, and a report of one of them."""
+    driver = JournalledDriver(folder)
+    driver.learner()
+    driver.actor(b"a", credit=2)
+    driver.serve_evaluation(b"a")
+    train_one_step(driver)
+    if saves:
+        save(driver.core, driver.journal)
+    driver.send(b"a", wire.Ready(tasks=2, version=1))
+    driver.actor(b"b", credit=1, version=1)
+    first, second = driver.leases(b"a")
+    driver.serve(b"a", first)
+    driver.send(b"a", make_rollout(second, 1, versions=(1,)))
+    driver.send(b"a", progress(second, 0, start=0, tokens=5))
+    if saves:
+        save(driver.core, driver.journal)
+    driver.send(b"a", progress(second, 0, start=5, tokens=2))
+    driver.send(b"r0", wire.BatchRequest(step=1))
+    driver.advance(1.5)
+    return driver
+
+
+def progress(lease: wire.Lease, slot: int, *, start: int, tokens: int, version: int = 1) -> wire.Progress:
+    part = wire.PartialRollout(
+        slot=slot,
+        start=start,
+        tokens=np.arange(start, start + tokens, dtype=np.int32),
+        logprobs=np.full(tokens, -0.5, np.float32),
+        versions=np.array([version], np.int32),
+        ends=np.array([tokens], np.int32),
+    )
+    return wire.Progress(task=lease.task, attempt=lease.attempt, purpose=lease.purpose, partial=(part,))
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_a_recovered_core_has_the_same_state_and_goes_on_in_the_same_way(tmp_path: Path, saves: bool) -> None:
+    driver = busy_hub(tmp_path, saves=saves)
+    before, log = driver.core, list(driver.log)
+    core = driver.kill_and_recover()
+    assert core.status() == before.status()
+    assert core.run_id == before.run_id
+    lost = ev.SenderDown(b"a", "gone")
+    for event in (lost, ev.Tick(), ev.Received(b"b", wire.Ready(tasks=3, version=1))):
+        assert repr(core.handle(event, 100.0)) == repr(before.handle(event, 100.0))
+    assert len(log) == len(driver.log)
+
+
+def test_an_empty_journal_gives_the_new_core(tmp_path: Path) -> None:
+    core = HubCore(make_run(), Source())
+    assert recover(core, Journal(tmp_path)) == (core, 0.0)
+
+
+def test_a_second_restart_finds_what_the_first_one_has_written(tmp_path: Path) -> None:
+    driver = busy_hub(tmp_path, saves=True)
+    driver.core = driver.kill_and_recover()
+    driver.handle(ev.HubRestarted())
+    driver.advance(1.0)
+    assert driver.kill_and_recover().status() == driver.core.status()
+
+
+def test_what_was_not_committed_is_forgotten_as_a_whole(tmp_path: Path) -> None:
+    driver = busy_hub(tmp_path, saves=False)
+    status = driver.core.status()
+    driver.journal.append(driver.now, pack_event(ev.SenderDown(b"a", "gone")))
+    driver.journal._db.close()  # as kill -9 does
+    driver.journal = Journal(tmp_path)
+    core, _ = recover(HubCore(driver.run, Source(), store="/store"), driver.journal)
+    assert core.status() == status
+
+
+@pytest.mark.parametrize("changed", ["steps", "release"])
+def test_a_journal_of_other_settings_or_another_release_is_emptied(
+    tmp_path: Path, changed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = busy_hub(tmp_path, saves=True)
+    driver.journal.close()
+    if changed == "release":
+        monkeypatch.setattr("sgpo_async.hub.recovery.__version__", "9.9")
+    new = HubCore(replace(driver.run, steps=driver.run.steps + (changed == "steps")), Source())
+    journal = Journal(tmp_path)
+    assert recover(new, journal) == (new, 0.0)
+    assert list(journal.entries()) == []
+    assert journal.rollouts() == {}
+
+
+def test_another_address_is_the_same_run(tmp_path: Path) -> None:
+    driver = busy_hub(tmp_path, saves=True)
+    driver.journal.close()
+    moved = replace(driver.run, hub=replace(driver.run.hub, address="tcp://127.0.0.1:1234"))
+    core, _ = recover(HubCore(moved, Source(), store="/store"), Journal(tmp_path))
+    assert core.training.step == 1
+
+
+def test_every_buffered_rollout_is_saved_once_and_deleted_when_it_is_trained(tmp_path: Path) -> None:
+    driver = busy_hub(tmp_path, saves=True)
+    save(driver.core, driver.journal)
+    buffered = {(r.task, r.attempt, r.slot) for g in driver.core.training.leases.complete.values() for r in g.rollouts}
+    partly = {key for key in driver.journal.rollouts() if key not in buffered}
+    assert buffered
+    assert len(partly) == 1  # of the running lease
+    for lease in driver.leases(b"b"):
+        driver.serve(b"b", lease, versions=(1,))
+    driver.send(b"r0", wire.Commit(step=1))
+    save(driver.core, driver.journal)
+    assert not buffered & driver.journal.rollouts().keys()
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        ev.Received(b"a", wire.Heartbeat(state="serving")),
+        ev.Rejected(b"a", "garbage"),
+        ev.SenderUp(b"a", "::1", 5),
+        ev.SenderDown(b"a", "gone"),
+        ev.Tick(),
+        ev.HubRestarted(),
+        ev.Interrupted("signal"),
+    ],
+    ids=lambda event: type(event).__name__,
+)
+def test_events_survive_the_journal(event: ev.Event) -> None:
+    frames = encode(event.message) if isinstance(event, ev.Received) else []
+    assert repr(unpack_event(pack_event(event, frames))) == repr(event)
+
+
+# ---- the file
+
+
+def test_only_the_user_can_read_the_journal(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.append(0.0, b"event")
+    journal.commit()
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o600}
+
+
+def test_a_removed_journal_leaves_no_file(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.append(0.0, b"event")
+    journal.remove()
+    journal.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_hubs_cannot_share_a_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sgpo_async.hub.journal._BUSY_S", 0.05)
+    Journal(tmp_path).commit()
+    with pytest.raises(HubError, match=r"hub\.journal: .*locked; another hub uses it: choose another name=NAME"):
+        Journal(tmp_path)
+
+
+def test_a_damaged_journal_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_bytes(b"no database " * 100)
+    with pytest.raises(HubError, match=r"hub\.journal: file is not a database; delete it to start without it"):
+        Journal(tmp_path)
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    program = f"""
+import resource
+from pathlib import Path
+from sgpo_async.errors import HubError
+from sgpo_async.hub.journal import Journal
+journal = Journal(Path({str(tmp_path)!r}))
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+try:
+    for _ in range(100):
+        journal.append(0.0, bytes(10_000))
+        journal.commit()
+except HubError as error:
+    print(error)
+"""
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=True)
+    assert done.stdout.count("\n") == 1
+    assert "hub.journal: " in done.stdout
+    assert done.stdout.endswith("; free some disk space\n")
