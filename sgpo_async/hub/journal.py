@@ -33,6 +33,11 @@ SAVE_BYTES = 64 * 2**20  # so much in the entries makes a save due
 SAVE_ENTRIES = 20_000  # ... or so many of them, which take about a second to replay
 ANY_SIZE = 2**63  # for `decode`: the size was checked when the message arrived
 _BUSY_S = 2.0  # how long another hub may take to release the file
+_REMEDIES = {
+    sqlite3.SQLITE_BUSY: "another hub uses it: choose another name=NAME",
+    sqlite3.SQLITE_CORRUPT: "delete it to start without it",
+    sqlite3.SQLITE_NOTADB: "delete it to start without it",
+}
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS entries (number INTEGER PRIMARY KEY, at REAL NOT NULL, event BLOB NOT NULL);
@@ -147,9 +152,6 @@ class Journal:
         try:
             yield
         except (sqlite3.Error, OSError) as error:
-            remedy = (
-                "another hub uses it: choose another name=NAME" if "locked" in str(error) else "free some disk space"
-            )
-            if isinstance(error, sqlite3.DatabaseError) and "malformed" in str(error):
-                remedy = "delete it to start without it"
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # without the details
+            remedy = _REMEDIES.get(code, "check the disk and its free space")
             raise HubError(f"{self.path}: {error}; {remedy}") from None
