@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -111,3 +111,83 @@ class FakeTransport:
 
 async def verify_nothing(api: Any, prepared: Any, *, timeout_s: float) -> None:
     """Replaces the verification of an update by checksums."""
+
+
+class StreamingApi(FakeApi):
+    """A fake HTTP API whose /generate streams as SGLang's does: `interval` tokens per message, versions in the last.
+
+    The token at a position depends on the position alone, and its log-probability on the position and the version.
+    While `holds` is true nothing is generated. `breaks` is called before the end of a finished stream and may raise.
+    """
+
+    def __init__(self, url: str = "server", *, interval: int = 1) -> None:
+        super().__init__(url)
+        self.interval, self.version, self.paused = interval, 0, False
+        self.bodies: list[Json] = []
+        self.holds: Callable[[list[int]], bool] = lambda tokens: False
+        self.breaks: Callable[[], None] = lambda: None
+        self._aborted: set[str] = set()
+
+    async def get(self, path: str, *, timeout_s: float) -> Json:
+        return {"weight_version": str(self.version)}
+
+    async def post(self, path: str, body: Mapping[str, Any], *, timeout_s: float, **_: Any) -> Json:
+        await asyncio.sleep(0)
+        self.answer(path)
+        if path in {"/pause_generation", "/continue_generation"}:
+            self.paused = path == "/pause_generation"
+        if path == "/abort_request":
+            self._aborted |= {one["rid"] for one in self.bodies} if body.get("abort_all") else {body["rid"]}
+        return {}
+
+    async def stream(
+        self, body: Json, *, idle_timeout_s: float, on_connected: Callable[[], None]
+    ) -> AsyncIterator[Json]:
+        self.bodies.append(body)
+        on_connected()
+        sampling, first, tokens, versions = body["sampling_params"], len(body["input_ids"]), [], []
+        finish = None
+        while finish is None:
+            await asyncio.sleep(0)
+            self.answer("/generate")
+            if body["rid"] in self._aborted:
+                finish = {"type": "abort"}
+            elif self.paused or self.holds(tokens):
+                continue
+            else:
+                tokens.append(token_at(first + len(tokens)))
+                versions.append(self.version)
+                if tokens[-1] in sampling["stop_token_ids"]:
+                    finish = {"type": "stop"}
+                elif len(tokens) == sampling["max_new_tokens"]:
+                    finish = {"type": "length"}
+            if finish is not None or len(tokens) % self.interval == 0:
+                yield {"meta_info": self._meta(first, versions, body["top_logprobs_num"], finish)}
+        await asyncio.sleep(0)
+        self.breaks()
+
+    def _meta(self, first: int, versions: list[int], k: int, finish: Json | None) -> Json:
+        positions = [(first + i, version) for i, version in enumerate(versions)]
+        meta: Json = {
+            "completion_tokens": len(versions),
+            "output_token_logprobs": [[logprob_at(*at), token_at(at[0]), None] for at in positions],
+            "finish_reason": finish,
+        }
+        if k:
+            meta["output_top_logprobs"] = [
+                [[logprob_at(*at) - j, token_at(at[0]) + j, None] for j in range(k)] for at in positions
+            ]
+        if finish is not None:
+            ends = [i for i in range(1, len(versions) + 1) if versions[i - 1] != (versions[i:] or [None])[0]]
+            meta["weight_versions"] = [{"version": str(versions[end - 1]), "end": end} for end in ends] or [
+                {"version": str(self.version), "end": 0}
+            ]
+        return meta
+
+
+def token_at(position: int) -> int:
+    return 10 + position * 7 % 23
+
+
+def logprob_at(position: int, version: int) -> float:
+    return -1.0 - version - position / 64  # exact in float32

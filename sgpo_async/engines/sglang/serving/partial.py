@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left
 from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
@@ -67,8 +68,15 @@ class Partial:
 
     def drop_unversioned(self) -> None:
         """Drop tokens without a version: it is unknown which weights generated them."""
-        end, top = self.versioned, self.versioned * self.request.top_logprobs_num
-        del self.tokens[end:], self.logprobs[end:], self._top_tokens[top:], self._top_logprobs[top:]
+        self.truncate(self.versioned)
+
+    def truncate(self, count: int) -> None:
+        """Keep only the first `count` tokens, all of which have a version."""
+        top, spans = count * self.request.top_logprobs_num, bisect_left(self._ends, count) + 1 if count else 0
+        del self.tokens[count:], self.logprobs[count:], self._top_tokens[top:], self._top_logprobs[top:]
+        del self._versions[spans:], self._ends[spans:]
+        if spans:
+            self._ends[-1] = count
 
     def finish(self, ends: Collection[int]) -> Literal["stop", "length"] | None:
         """How the completion ended; None if it is not complete."""

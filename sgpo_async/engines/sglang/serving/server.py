@@ -62,10 +62,12 @@ class Server:
         """Stream tokens into `partial` until it is finished or the stream ends; the server has `version`.
 
         Raises ServerGone if the server does not answer, ServerRefused if it refuses the request or reports versions
-        that were not loaded. The contents of `partial` are correct also after an error.
+        that were not loaded. The contents of `partial` are correct at any time, also after an error.
+
+        Tokens that arrive before an update begins are of `version`. Of later ones, which a paused server sends, only
+        SGLang's last message names the versions; they are dropped if it does not arrive.
         """
         changes, start = self.changes, len(partial.tokens)
-        spans: list[Json] = []
         try:
             on_connected = functools.partial(self._mark_connected, rid)
             async for message in self.api.stream(
@@ -76,16 +78,13 @@ class Server:
                 new = meta["completion_tokens"] - (len(partial.tokens) - start)
                 pairs = meta["output_token_logprobs"]
                 partial.extend(pairs[max(len(pairs) - new, 0) :], _likeliest(self.api.url, meta, partial, new))
-                if (finish := meta["finish_reason"]) is not None:
-                    _check_finish(self.api.url, finish)
-                    spans = meta["weight_versions"]
-        finally:
-            if not spans:
-                # The server died or the stream was cancelled. The tokens are of `version` unless an update began.
                 if changes == self.changes:
                     partial.close_span(version, len(partial.tokens))
-                partial.drop_unversioned()
-        self._take_spans(partial, start, spans)
+                if (finish := meta["finish_reason"]) is not None:
+                    _check_finish(self.api.url, finish)
+                    self._take_spans(partial, start, version, meta["weight_versions"])
+        finally:
+            partial.drop_unversioned()
 
     async def score(self, request: Score, rid: str, version: int) -> Scored | None:
         """Log-probabilities of given tokens, computed by one prefill; None if it was aborted.
@@ -150,12 +149,6 @@ class Server:
         if tasks:
             await asyncio.wait(tasks, timeout=1.0)
 
-    def close_spans(self, version: int) -> None:
-        """Record that `version` generated all tokens that have arrived."""
-        for running in self.running.values():
-            if isinstance(running.item, Partial):
-                running.item.close_span(version, len(running.item.tokens))
-
     def _mark_connected(self, rid: str) -> None:
         if (running := self.running.get(rid)) is not None:
             running.connected = True
@@ -183,13 +176,17 @@ class Server:
         self._sent += 1
         return f"sgpo-{self._sent:012d}"
 
-    def _take_spans(self, partial: Partial, start: int, spans: list[Json]) -> None:
-        """Set the versions of the tokens since `start`. Raises ServerRefused if the reported spans do not fit them."""
-        fits = [span["end"] for span in spans][-1:] == [len(partial.tokens) - start]
-        if not fits or not all(span["version"].isdecimal() for span in spans):
-            count = len(partial.tokens) - start
-            partial.drop_unversioned()
-            raise ServerRefused(f"{self.api.url}: weight versions {spans} do not fit {count} tokens")
+    def _take_spans(self, partial: Partial, start: int, version: int, spans: list[Json]) -> None:
+        """Set the versions of the tokens since `start`.
+
+        Raises ServerRefused, and drops these tokens, if the reported spans do not fit them.
+        """
+        count, known = len(partial.tokens) - start, partial.versioned - start
+        fits = [span["end"] for span in spans][-1:] == [count] and all(span["version"].isdecimal() for span in spans)
+        if not fits or (known and (int(spans[0]["version"]) != version or spans[0]["end"] < known)):
+            ours = f", the first {known} of version {version}" if known else ""
+            partial.truncate(start)
+            raise ServerRefused(f"{self.api.url}: weight versions {spans} do not fit {count} tokens{ours}")
         for span in spans:
             partial.close_span(int(span["version"]), start + span["end"])
 

@@ -57,7 +57,6 @@ async def update(
         if in_flight != "abort-resume" and before is not None:
             server.open = False
             await server.api.post("/pause_generation", {"mode": PAUSE_MODES[in_flight]}, timeout_s=phase_s)
-            server.close_spans(before)
         else:
             await server.shut(deadline_s=phase_s)
         shut = time.monotonic()
