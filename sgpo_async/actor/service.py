@@ -146,7 +146,8 @@ class Service:
     def _held(self) -> list[tuple[int, int]]:
         """(task, attempt) of every lease of which the hub does not have all rollouts."""
         leases = {(lease.task, lease.attempt) for lease in (*self._waiting, *self._sampler.leases)}
-        return sorted(leases | self._sender.leases)
+        finished = {(rollout.task, rollout.attempt) for rollout in self._finished}
+        return sorted(leases | finished | self._sender.leases)
 
     def _drop(self, task: int, attempt: int) -> None:
         """Stop to work on a lease that the hub has taken back."""
@@ -154,6 +155,7 @@ class Service:
         for lease in waiting:
             self._waiting.remove(lease)
         self._granted -= bool(waiting or self._sampler.cancel(task, attempt))
+        self._finished = [one for one in self._finished if (one.task, one.attempt) != (task, attempt)]
         self._sender.forget(task, attempt)
 
     def refresh(self) -> None:
@@ -235,41 +237,37 @@ class Service:
             self._busy_s += time.monotonic() - began
 
     def publish(self) -> None:
-        """Send reports, the rollouts that are new or overdue for acknowledgement, and a heartbeat, each when it is due.
+        """Send a report, the rollouts that are new or overdue for acknowledgement, and a heartbeat, each when it is due.
 
-        What the other rollouts of a group have sampled is reported before a finished rollout of the group, so that the
-        hub knows the group as it was at one moment (see `rollout.partial`). The hub leases by version: it is told at
-        once of a new one.
+        The hub leases by version: it is told at once of a new one.
         """
         for line in self._engine.events():
             log.info("%s", line)
-        for rollout in self._finished:
-            self._sender.offer(rollout)
-        groups = {(rollout.task, rollout.attempt) for rollout in self._finished}
-        self._finished.clear()
         if not self._membership.serving:
             return
         now = time.monotonic()
-        self._report(now, groups)
+        report_due = now - self._progress_at >= self._run.hub.progress_s
+        if report_due:
+            self._progress_at = now
+            for report in self._sampler.progress():
+                self._mailbox.send(report)
+        if report_due or self._engine.reproducible:  # otherwise short rollouts would be favoured: `rollout.partial`
+            self._deliver_finished()
         for rollout in self._sender.due(now):
             self._mailbox.send(rollout)
         if now - self._heartbeat_at >= self._run.hub.heartbeat_s or self._engine.version != self._heartbeat_version:
             self._send_heartbeat(now)
 
-    def _report(self, now: float, groups: set[tuple[int, int]]) -> None:
-        """Report what these groups have sampled, and every `hub.progress_s` all of them."""
-        all_due = now - self._progress_at >= self._run.hub.progress_s
-        if all_due:
-            self._progress_at = now
-        if all_due or groups:
-            for report in self._sampler.progress(of=None if all_due else groups):
-                self._mailbox.send(report)
+    def _deliver_finished(self) -> None:
+        for rollout in self._finished:
+            self._sender.offer(rollout)
+        self._finished.clear()
 
     def _send_heartbeat(self, now: float) -> None:
         version = self._engine.version
         self._heartbeat_at, self._heartbeat_version = now, version
         status = self._engine.load_status()
-        leases = [lease.task for lease in (*self._waiting, *self._sampler.leases)]
+        leases = [task for task, _ in self._held()]
         heartbeat = Heartbeat(
             state="joining" if version is None else "serving",
             version=-1 if version is None else version,
@@ -287,8 +285,7 @@ class Service:
             return
         for report in self._sampler.progress():
             self._mailbox.send(report)
-        for rollout in self._finished:
-            self._sender.offer(rollout)
+        self._deliver_finished()
         deadline = time.monotonic() + HANDOVER_S
         while len(self._sender) and not self.run_over and time.monotonic() < deadline:
             for rollout in self._sender.due(time.monotonic()):

@@ -17,8 +17,8 @@ class Hub:
     max_lag: int = 2  # eta: a batch holds no token that is more versions old than this; 0 is synchronous
     heartbeat_s: float = 1.0
     # How often an actor reports what its running rollouts have sampled. If it is killed, other actors continue them
-    # from there, so at most the tokens of this time are lost.
-    progress_s: float = 2.0
+    # from there, so at most the tokens of this time are lost. SGLang's rollouts are delivered with these reports.
+    progress_s: float = 1.0
     # The hub gives a lease up after this time without a message about it, and an actor after this time without a
     # heartbeat. The limit is long because an actor may be loading weights; the hub notices a dead actor at once, by its
     # weight sender's connection.

@@ -138,6 +138,10 @@ class Engine(Protocol):
     """One inference engine."""
 
     @property
+    def reproducible(self) -> bool:
+        """Whether a request that starts again, anywhere, samples the same tokens if the weights are the same."""
+
+    @property
     def version(self) -> int | None:
         """The complete, verified version that is served; None before the first load and after a failed load."""
 

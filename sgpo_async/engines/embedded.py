@@ -40,6 +40,8 @@ class EmbeddedEngine:
     a key-value cache.
     """
 
+    reproducible = True  # the seed, the position and the logits determine each token
+
     def __init__(
         self,
         model: PreTrainedModel,

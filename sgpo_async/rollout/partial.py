@@ -3,9 +3,14 @@
     Progress ─▶ Arrived.report ─┐
     Rollout ──▶ Arrived.finish ─┴─▶ (the actor is lost) ─▶ Lease.finished, Lease.partial ─▶ another actor continues
 
-An actor reports the tokens of all running rollouts of a group at once, and before each finished one. So `Arrived` is
-the state of the group at one moment. Continuing each rollout from that moment is unbiased: whatever the lost actor
-sampled later is forgotten for every rollout of the group, short or long.
+What an actor has sampled since its last report is lost with it, and sampled again. That favours no length if either
+
+- the engine samples the same tokens again (`Engine.reproducible`), or
+- reports are made at fixed times, and finished rollouts are delivered with them. Then what is forgotten is all that
+  happened in one interval of time, whether it ended rollouts or not.
+
+If a rollout were delivered when it is finished, only intervals in which none was finished would be sampled again, and
+short rollouts would have more chances than long ones; so they would if a group were kept only as a whole.
 """
 
 from __future__ import annotations

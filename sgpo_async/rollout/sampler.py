@@ -10,7 +10,7 @@ what becomes of the rollouts is the caller's affair.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,12 +90,9 @@ class RolloutSampler:
             self._drop(group)
         return group is not None
 
-    def progress(self, *, whole: bool = False, of: Collection[LeaseKey] | None = None) -> list[Progress]:
-        """What the unfinished rollouts of all leases, or of the leases `of`, have sampled since the last report.
-
-        With `whole`, everything again.
-        """
-        groups = [group for key, group in self._groups.items() if of is None or key in of]
+    def progress(self, *, whole: bool = False) -> list[Progress]:
+        """What the unfinished rollouts of all leases have sampled since the last report; with `whole`, all of it."""
+        groups = self._groups.values()
         running = self._engine.progress([id for group in groups for id in group.rollout_ids()])
         reports = [group.progress(running, whole=whole) for group in groups]
         return [report for report in reports if report]

@@ -117,8 +117,7 @@ class Lease:
 class Progress:
     """What the running rollouts of one lease have sampled since the actor's last report.
 
-    An actor reports on all of them at once, and before each finished rollout of the group. So the hub's state of a
-    group is at all times its state at one moment, which makes a continuation elsewhere unbiased (docs/durability.md).
+    If the actor is lost, other actors continue the rollouts from there; see `rollout.partial`.
     """
 
     task: int

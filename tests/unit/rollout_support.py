@@ -23,6 +23,8 @@ ANSWER, RIGHT = _EXERCISE.answer_text(), _EXERCISE.solution_text(_EXERCISE.true_
 class ScriptedEngine:
     """Keeps what is submitted and cancelled; `step` returns `answers`."""
 
+    reproducible = True
+
     def __init__(self) -> None:
         self.version: int | None = 0
         self.submitted: list[Any] = []

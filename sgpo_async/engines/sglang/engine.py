@@ -55,6 +55,8 @@ class SglangEngine:
     if the model cannot be read.
     """
 
+    reproducible = False  # a CPU server ignores seeds, and elsewhere the batch changes the logits a little
+
     def __init__(
         self,
         folder: str,
