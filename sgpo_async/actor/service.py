@@ -237,7 +237,7 @@ class Service:
             self._busy_s += time.monotonic() - began
 
     def publish(self) -> None:
-        """Send a report, the rollouts that are new or overdue for acknowledgement, and a heartbeat, each when it is due.
+        """Send what is due: a report, rollouts that are new or not acknowledged, a heartbeat.
 
         The hub leases by version: it is told at once of a new one.
         """
