@@ -49,6 +49,8 @@ class ActorOptions:
     keys: str = ""
     model: str = ""  # a local copy, where the run's model.path does not resolve on this node
     slots: int = 0  # 0: as the run says
+    servers: int = 0  # SGLang servers to launch, also where the run attaches to URLs; 0: as the run says
+    tp: int = 0  # tensor parallel ranks of each server; 0: as the run says
     device: str = ""  # "": as the run says
     sglang_python: str = ""  # of SGLang's environment; "": as the run says
     sglang_urls: tuple[str, ...] = ()  # servers to attach to; none: as the run says
@@ -130,7 +132,9 @@ class Actor:
                 sglang=replace(
                     run.engine.sglang,
                     python=own.sglang_python or run.engine.sglang.python,
-                    urls=list(own.sglang_urls) or run.engine.sglang.urls,
+                    servers=own.servers or run.engine.sglang.servers,
+                    tp=own.tp or run.engine.sglang.tp,
+                    urls=list(own.sglang_urls) or ([] if own.servers else run.engine.sglang.urls),
                 ),
             ),
         )

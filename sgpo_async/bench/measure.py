@@ -146,4 +146,4 @@ def _print(results: dict[str, dict[str, Any]]) -> None:
         idle = [f"{100 * figures[key]:.0f} %" if key in figures else "" for key in ("learner_idle", "engine_idle")]
         problems = f"{figures['problems_per_s']:.1f}" if "problems_per_s" in figures else ""
         table.add_row(setting, f"{figures['tokens_per_s']:,.0f}", problems, *idle)
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)

@@ -21,6 +21,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--slots", type=int, default=0, metavar="N", help="sequences decoded together (default: the run's)"
     )
+    parser.add_argument(
+        "--servers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="SGLang servers that it launches (default: the run's)",
+    )
+    parser.add_argument(
+        "--tp", type=int, default=0, metavar="N", help="tensor parallel ranks of each server (default: the run's)"
+    )
     parser.add_argument("--device", default="", choices=["auto", "cpu", "cuda"], help="default: the run's")
     parser.add_argument(
         "--sglang-python", default="", metavar="PATH", help="Python of SGLang's environment on this node"
@@ -36,15 +46,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until the run is over. Raises SgpoError."""
     from sgpo_async.actor.run import Actor, ActorOptions
-    from sgpo_async.config.schema import host_of
+    from sgpo_async.config.schema import host_of, require
 
     host_of("--hub", args.hub)
+    require(
+        not (args.servers and args.sglang_url),
+        "--servers",
+        "must not be given with --sglang-url: a node launches servers or attaches to running ones",
+        args.servers,
+    )
+    for name in ("slots", "servers", "tp"):
+        require(getattr(args, name) >= 0, f"--{name}", "must be >= 0 (0: the run's)", getattr(args, name))
     options = ActorOptions(
         hub=args.hub,
         name=args.name,
         keys=args.keys,
         model=args.model,
         slots=args.slots,
+        servers=args.servers,
+        tp=args.tp,
         device=args.device,
         sglang_python=args.sglang_python,
         sglang_urls=tuple(args.sglang_url),

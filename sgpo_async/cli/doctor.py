@@ -46,8 +46,9 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from sgpo_async.cli.machine import examine_machine
+    from sgpo_async.local.display import printable
 
-    console = Console()
+    console = Console(markup=False, emoji=False)
     with Signals() as signals:
         with console.status("looking at this machine ..."):
             here, facts = examine_machine(settings)
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
             return signals.exit_code
     console.print(render(sections))
     for line in closing(sections):
-        console.print(line, markup=False, highlight=False)
+        console.print(printable(line), highlight=False)
     return FAILED if _of(sections, "failed") else 0
 
 
@@ -107,6 +108,8 @@ def render(sections: Sections) -> Table:
     from rich.table import Table
     from rich.text import Text
 
+    from sgpo_async.local.display import printable
+
     table = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False)
     table.add_column("check", no_wrap=True)
     table.add_column("result", no_wrap=True)
@@ -114,10 +117,10 @@ def render(sections: Sections) -> Table:
     for heading, findings in sections.items():
         table.add_section()
         kind, at, address = heading.partition("http://")
-        table.add_row(Text(kind.rstrip(), style="bold"), "", Text(at + address))
+        table.add_row(Text(kind.rstrip(), style="bold"), "", Text(printable(at + address)))
         for finding in findings:
             outcome = Text(finding.outcome, style=STYLES[finding.outcome])
-            table.add_row(f"  {finding.check}", outcome, Text(finding.found))
+            table.add_row(f"  {finding.check}", outcome, Text(printable(finding.found)))
     return table
 
 

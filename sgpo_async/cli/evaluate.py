@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate or compare, and print a table. Raises SgpoError."""
     from rich.console import Console
 
-    console = Console()
+    console = Console(markup=False, emoji=False)
     if args.compare:
         if args.config:
             raise ConfigError("--compare takes two folders and no configuration; remove the configuration")
@@ -163,10 +163,10 @@ def _open(settings: Run, word: str, samples: Mapping[str, int]) -> Benchmark:
 def _evaluate(plan: EvaluationPlan, out: Path, *, texts: bool) -> dict[str, Any]:
     from rich.console import Console
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False, emoji=False)
 
     def log(line: str) -> None:
-        console.print(line, markup=False, highlight=False)
+        console.print(line, highlight=False)
 
     with console.status("loading the model ...") if console.is_terminal else _nothing():
         from sgpo_async.evaluation.run import evaluate  # imports torch, which takes seconds
@@ -209,4 +209,4 @@ def _compare(console: Console, a: Path, b: Path) -> int:
 
 def _print(console: Console, lines: Iterable[RenderableType]) -> None:
     for line in lines:
-        console.print(line, soft_wrap=isinstance(line, str), highlight=False, markup=False)
+        console.print(line, soft_wrap=isinstance(line, str), highlight=False)

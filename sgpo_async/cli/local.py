@@ -71,9 +71,15 @@ class LocalCommandLines:
         """The number of actors."""
         return self.settings.local.actors
 
-    def hub(self) -> list[str]:
-        """The hub's command line."""
-        return [sys.executable, "-m", "sgpo_async.cli", "hub", *self.arguments]
+    @property
+    def batch_timeout_s(self) -> float:
+        """How long the learner waits for a batch before it gives up."""
+        return self.settings.learner.batch_timeout_s
+
+    def hub(self, address: str = "") -> list[str]:
+        """The hub's command line. `address` is that of a hub which it replaces."""
+        same = [f"hub.address={address}"] if address else []
+        return [sys.executable, "-m", "sgpo_async.cli", "hub", *self.arguments, *same]
 
     def learner(self, address: str) -> list[str]:
         """torchrun's command line; its rendezvous chooses a free loopback port itself."""

@@ -24,6 +24,7 @@ from sgpo_async.hub.evaluation import Evaluation
 from sgpo_async.hub.events import CloseSender, Effect, Event, OpenSender, Send, Shutdown, Warn
 from sgpo_async.hub.learner_ranks import LearnerRanks
 from sgpo_async.hub.leases import LeaseTable
+from sgpo_async.hub.rollout_checks import Limits, report_violation, violation
 from sgpo_async.hub.status import status
 from sgpo_async.hub.training import Training
 from sgpo_async.hub.validation import refusal_reason, tokenizer_mismatch
@@ -63,6 +64,7 @@ class HubCore:
         self.published = -1  # newest version in the weight store
         self.learner_store = ""  # path at which rank 0 has the weight store open
         self.last_restore = ("", -1)  # id of the last Restore, and the version in its answer
+        self.vocabulary = 0  # number of token ids that the learner's model knows; 0: no learner has joined
         self.tokenizer = ""  # fingerprint of the first learner's tokenizer; all members must have the same
         self.rejected: Counter[str] = Counter()  # number of rejected messages by reason
         self.last_rejection = ""
@@ -271,6 +273,7 @@ class HubCore:
 
     def _rank_joins(self, member: bytes, hello: wire.Hello, *, new_world: bool) -> None:
         self._set_tokenizer(hello.tokenizer)
+        self.vocabulary = hello.vocabulary or self.vocabulary
         if new_world:
             self.training.batch = None  # the groups of the batch are still in the buffer
             for old in self.learner_ranks.start_new_world(hello.world_size):
@@ -347,7 +350,14 @@ class HubCore:
         if member in self.actors:
             self.actors[member].last_seen = self.now
         work = self.training if progress.purpose == "train" else self.evaluation
-        work.leases.report(member, progress, now=self.now)
+        lease = work.leases.lease_reported(member, progress)
+        if lease is None:
+            return
+        limits = Limits(vocabulary=self.vocabulary, newest=self.training.version)
+        if reason := report_violation(lease.terms, progress, limits):
+            self._invalid(work.leases, member, progress, reason)
+        else:
+            work.leases.report(progress, now=self.now)
 
     def _rollout(self, member: bytes, rollout: wire.Rollout) -> None:
         self._send(member, wire.Ack(task=rollout.task, attempt=rollout.attempt, slot=rollout.slot))
@@ -357,12 +367,18 @@ class HubCore:
         lease = work.leases.lease_expecting(member, rollout)
         if lease is None:
             self._unexpected_rollout(member, rollout)
-        elif reason := lease.invalid_reason(rollout, newest=self.training.version):
-            work.leases.reject(rollout.task)
-            self._send(member, wire.Revoked(task=rollout.task, attempt=rollout.attempt))
-            self._reject(member, reason, detail=f"task {rollout.task}, slot {rollout.slot}")
+            return
+        limits = Limits(vocabulary=self.vocabulary, newest=self.training.version)
+        if reason := violation(lease.terms, rollout, limits, prompts=lease.arrived.prompts):
+            self._invalid(work.leases, member, rollout, reason)
         else:
             work.leases.arrive(rollout, now=self.now)
+
+    def _invalid(self, leases: LeaseTable, member: bytes, sent: wire.Rollout | wire.Progress, reason: str) -> None:
+        """End the lease about which an actor has sent something that cannot be true."""
+        leases.reject(sent.task)
+        self._send(member, wire.Revoked(task=sent.task, attempt=sent.attempt))
+        self._reject(member, reason, detail=f"task {sent.task}")
 
     def _unexpected_rollout(self, member: bytes, rollout: wire.Rollout) -> None:
         """Count a rollout that no lease expects.

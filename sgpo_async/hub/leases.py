@@ -41,17 +41,10 @@ class RunningLease:
     last_progress: float  # time at which the hub last heard of this lease
     arrived: Arrived  # what this attempt and the earlier ones have sent
 
-    def invalid_reason(self, rollout: Rollout, *, newest: int) -> str | None:
-        """Why this rollout is invalid for this lease; None if it is valid. `newest` is the newest weight version."""
-        if not 0 <= rollout.slot < self.task.size:
-            return "slot is out of range"
-        if rollout.guided != (rollout.slot >= self.task.autonomous):
-            return "guided flag does not match the slot"
-        if rollout.oldest_version < self.min_version:
-            return "tokens are older than the lease's min_version"
-        if rollout.versions.max() > newest:
-            return "tokens have a version that does not exist yet"
-        return None
+    @property
+    def terms(self) -> Lease:
+        """The lease as the actor has it, without what earlier attempts have sent."""
+        return self.task.lease(attempt=self.attempt, min_version=self.min_version)
 
 
 class LeaseTable:
@@ -114,15 +107,17 @@ class LeaseTable:
             return None
         return None if rollout.slot in lease.arrived.rollouts else lease
 
-    def report(self, member: bytes, progress: Progress, *, now: float) -> None:
-        """Keep what the running rollouts of a lease of `member` have sampled; ignore a report that came too late."""
+    def lease_reported(self, member: bytes, progress: Progress) -> RunningLease | None:
+        """The running lease of `member` that this report is about; None if it comes too late."""
         lease = self.running.get(progress.task)
-        if lease is None or (lease.member, lease.attempt) != (member, progress.attempt):
-            return
+        return lease if lease and (lease.member, lease.attempt) == (member, progress.attempt) else None
+
+    def report(self, progress: Progress, *, now: float) -> None:
+        """Keep what the running rollouts of a lease have sampled."""
+        lease = self.running[progress.task]
         lease.last_progress = now
         for part in progress.partial:
-            if part.slot < lease.task.size and part.versions.min() >= lease.min_version:
-                lease.arrived.report(part)
+            lease.arrived.report(part)
 
     def arrive(self, rollout: Rollout, *, now: float) -> None:
         """Store an expected rollout. The last one completes the group."""

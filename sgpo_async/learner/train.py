@@ -115,6 +115,7 @@ class Trainer:
                 tokenizer=fingerprint,
                 rank=rank,
                 world_size=dist.get_world_size(),
+                vocabulary=stepper.policy.head.shape[0],
             )
         )
         store = StoreWriter(welcome.store) if lead else None

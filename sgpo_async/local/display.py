@@ -10,6 +10,8 @@ from typing import Any, Protocol
 from sgpo_async.metrics.mismatch import SPANS, alarms
 from sgpo_async.report.numbers import NONE, clock, number, percent, scientific
 
+MAX_WORD = 64  # characters
+
 
 @dataclass(frozen=True, kw_only=True)
 class View:
@@ -61,7 +63,11 @@ class View:
 
     def rows(self) -> list[Mapping[str, Any]]:
         """One row per actor: from the hub, or from the supervisor for an actor that the hub does not know."""
-        known = {row["name"]: row for row in self.status.get("actors") or []}
+        said = self.status.get("actors") or []
+        known = {
+            str(row["name"]): {**row, "name": _word(row["name"]), "state": _word(row.get("state") or NONE)}
+            for row in said
+        }
         ours = [known.pop(name, {"name": name, "state": state}) for name, state in self.actors.items()]
         return ours + list(known.values())  # the rest were started outside of this run
 
@@ -80,6 +86,16 @@ class View:
         """Estimated seconds to the end, from the duration of the steps so far."""
         wall, step = self.metrics.get("wall_s"), self.metrics.get("step", 0)
         return wall / step * (self.steps - step) if wall and step else None
+
+
+def printable(text: str) -> str:
+    """Text from outside (names, logs), with what could control a terminal written as escapes; lines stay lines."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def _word(value: object) -> str:
+    """A name or a state that a member chose, in one line of bounded length."""
+    return printable(str(value)[:MAX_WORD]).replace("\n", "\\n")
 
 
 class Display(Protocol):

@@ -44,7 +44,8 @@ def render(view: View, width: int) -> RenderableType:
     parts += [Text(), _facts(view), Text(), _actors(view, width)]
     parts += [Text(alarm, style="bold red")] if (alarm := view.alarm()) else []
     notes = view.notes[-max(1, NOTES - _lines(scores, width)) :]
-    parts += [Text(note, style="yellow", no_wrap=True, overflow="ellipsis") for note in notes]
+    firsts = (note.partition("\n")[0] for note in notes)
+    parts += [Text(first, style="yellow", no_wrap=True, overflow="ellipsis") for first in firsts]
     return Group(*parts)
 
 
@@ -90,7 +91,7 @@ def _benchmarks(scores: Sequence[Mapping[str, Any]], width: int) -> RenderableTy
     for _ in range(beside):
         grid.add_column(style="dim", no_wrap=True, overflow="ellipsis", max_width=BENCHMARK - ESTIMATE)
         grid.add_column(no_wrap=True)
-    cells = [cell for score in scores for cell in (f"{score['name']}@{score['samples']}", _estimate(score))]
+    cells = [Text(cell) for score in scores for cell in (f"{score['name']}@{score['samples']}", _estimate(score))]
     for first in range(0, len(cells), 2 * beside):
         grid.add_row(*cells[first : first + 2 * beside])
     return grid
@@ -138,7 +139,7 @@ def _actors(view: View, width: int) -> RenderableType:
         state = str(row.get("state") or NONE)
         figures = [number(row.get(key)) for key in ("version", "running", "tokens", "tokens_per_s")]
         tail = [percent(row.get("idle")), _count(row.get("leases")), _lag(row.get("lag"))]
-        table.add_row(str(row["name"]), Text(state, style=STYLES.get(state, "")), *figures, *tail)
+        table.add_row(Text(str(row["name"])), Text(state, style=STYLES.get(state, "")), *figures, *tail)
     return table
 
 

@@ -1,4 +1,4 @@
-"""What is in a run's folder: hub.json, with the address of the hub, and the checkpoints."""
+"""What is in a run's folder: hub.json, with the address of the hub, the checkpoints, and summary.json."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 
 from sgpo_async.errors import HubError
+from sgpo_async.metrics.reader import SUMMARY
 
 HUB_FILE = "hub.json"
 JOURNAL = "hub.journal"
@@ -55,3 +56,9 @@ def _lives(pid: int, wrote: float) -> bool:
 def has_checkpoint(folder: Path) -> bool:
     """Whether `folder`, the checkpoints of a run or of its warm-up, contains one to resume from."""
     return any(folder.glob("step-*"))
+
+
+def summary_written(folder: Path, since: float) -> bool:
+    """Whether the learner has trained all steps of the run that began at `since` (seconds since the epoch)."""
+    path = folder / SUMMARY
+    return path.exists() and path.stat().st_mtime >= since

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from sgpo_async.config import Run
 from sgpo_async.config.schema import CHECKPOINTS
-from sgpo_async.local.display import Display, Lines, View
+from sgpo_async.local.display import Display, Lines, View, printable
 from sgpo_async.local.live import LivePicture
 from sgpo_async.local.run_folder import has_checkpoint
 from sgpo_async.local.supervisor import Supervisor
@@ -26,7 +26,7 @@ class Show:
 
     def __init__(self, settings: Run) -> None:
         self._settings = settings
-        self._console = Console()
+        self._console = Console(markup=False, emoji=False)
         self._folder = Path(settings.folder)
         hub = settings.hub
         max_bytes = hub.max_message_mb << 20
@@ -47,7 +47,7 @@ class Show:
                 history=self._watch.history,
                 status=self._watch.status,
                 actors={slot.name: slot.state for slot in supervisor.slots},
-                notes=supervisor.notes,
+                notes=[printable(note) for note in supervisor.notes],
             )
         )
 

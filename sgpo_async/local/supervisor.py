@@ -2,10 +2,11 @@
 
     hub ──hub.json: address──▶ learner, actors          (started)
     learner ends with 0 ──▶ hub and actors have LEAVING_S to follow ──▶ done
-    learner ends otherwise, or hub ends before it with an error ──▶ RunFailed, with the error from its log
-    actor crashes ──▶ started again after 1, 2, 4, ... s, RESTARTS times;  all have failed ──▶ RunFailed
-    actor ends with an error of the user's (2) ──▶ once more, since a second try seldom mends it
-    hub ends with 0, or all actors have left with 0 ──▶ the learner has LAST_S to end, too
+    learner ends otherwise ──▶ RunFailed, with the error from its log
+    hub or actor crashes ──▶ started again, see `restarts`;  the hub or all actors have failed ──▶ RunFailed
+    hub ends with an error of the user's (2) ──▶ RunFailed;  actor ──▶ once more, since a second try seldom mends it
+    hub ends with 0 ──▶ the learner has LAST_S to end, too
+    all actors have left or failed ──▶ a note; the learner waits for others as long as learner.batch_timeout_s says
 
 `tick` checks and acts but never waits, so its caller can stop between any two ticks, also during start-up.
 """
@@ -15,21 +16,19 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from sgpo_async.errors import DeadlineExceeded, RunFailed
 from sgpo_async.local.children import Child, Processes
-from sgpo_async.local.run_folder import read_hub_file
+from sgpo_async.local.hub_process import TICK_S, USERS_ERROR, HubProcess
+from sgpo_async.local.restarts import LIMIT, WINDOW_S, Restarts
+from sgpo_async.local.run_folder import summary_written
 from sgpo_async.processes.signals import Signals
 
-HUB_START_S = 60.0
 LEAVING_S = 20.0  # for actors and hub to end by themselves after the learner has ended
-LAST_S = 120.0  # for the learner to write its last checkpoint after the hub or all actors have ended
-RESTARTS = 5
-USERS_ERROR = 2  # exit code, see `sgpo_async.cli.main`
-TICK_S = 0.25
+LAST_S = 120.0  # for the learner to end after the hub
 
 
 class CommandLines(Protocol):
@@ -39,8 +38,15 @@ class CommandLines(Protocol):
     def actors(self) -> int:
         """The number of actors."""
 
-    def hub(self) -> Sequence[str]:
-        """The command of the hub, which writes hub.json into the run's folder when it is ready."""
+    @property
+    def batch_timeout_s(self) -> float:
+        """How long the learner waits for a batch before it gives up."""
+
+    def hub(self, address: str) -> Sequence[str]:
+        """The command of the hub, which writes hub.json into the run's folder when it is ready.
+
+        `address` is where it must listen, because it did before it crashed; empty at its first start.
+        """
 
     def learner(self, address: str) -> Sequence[str]:
         """The command of the learner, with all its ranks."""
@@ -55,14 +61,14 @@ class ActorSlot:
 
     number: int
     child: Child | None = None
-    crashes: int = 0
+    restarts: Restarts = field(default_factory=Restarts)
     start_at: float = 0.0  # the time of its next start
     state: str = "starting"  # starting, started, restarting, left, failed
 
     @property
     def name(self) -> str:
         """Unique for every start: the hub may not yet know that the previous process is dead."""
-        return f"actor-{self.number}" + (f".{self.crashes}" if self.crashes else "")
+        return f"actor-{self.number}" + (f".{self.restarts.crashes}" if self.restarts.crashes else "")
 
 
 class Supervisor:
@@ -71,22 +77,28 @@ class Supervisor:
     def __init__(self, plan: CommandLines, processes: Processes) -> None:
         self.plan = plan
         self.phase = "starting the hub"
-        self.address = ""
         self.slots = [ActorSlot(number) for number in range(plan.actors)]
         self.notes: list[str] = []  # events that the user should know, in order
         self._processes = processes
-        self._hub = processes.start("hub", plan.hub())
-        self._hub_deadline = time.monotonic() + HUB_START_S
+        self._began = time.time()
+        self._hub = HubProcess(processes, plan.hub, note=self.notes.append)
         self._learner: Child | None = None
         self._learner_deadline: float | None = None
         self._leaving_until: float | None = None
+        self._alone = False  # the user knows that no actor is left
+
+    @property
+    def address(self) -> str:
+        """The hub's; empty until it is ready."""
+        return self._hub.address
 
     @property
     def done(self) -> bool:
         """Whether the learner has trained all steps and the others have ended, or had LEAVING_S to end."""
         if self._leaving_until is None:
             return False
-        gone = self._hub.code is not None and all(slot.child is None for slot in self.slots)
+        hub = self._hub.child
+        gone = (hub is None or hub.code is not None) and all(slot.child is None for slot in self.slots)
         return gone or time.monotonic() > self._leaving_until
 
     def tick(self) -> None:
@@ -94,52 +106,49 @@ class Supervisor:
 
         Raises RunFailed or DeadlineExceeded when the run cannot go on.
         """
-        if self._learner is None:
+        learner = self._learner
+        if learner is None:
             self._await_hub()
             return
-        if self._learner.code == 0 and self._leaving_until is None:
+        if learner.code == 0 and self._leaving_until is None:
             self.phase = "finishing"
             self._leaving_until = time.monotonic() + LEAVING_S
         if self._leaving_until is None:
-            self._look_at_hub()  # before the learner, which fails as well when the hub is gone
-            self._look_at_learner(self._learner)
+            self._hub.tick()  # before the learner, which may fail when the hub is gone
+            self._look_at_learner(learner)
         for slot in self.slots:
             self._look_at_actor(slot)
-        states = {slot.state for slot in self.slots}
-        if states == {"failed"} and self._leaving_until is None:
-            raise RunFailed(f"no actor is left; the last event: {self.notes[-1]}")
-        if states <= {"left", "failed"}:
-            self._expect_end()
+        self._look_at_actors()
 
     def _await_hub(self) -> None:
-        if self._hub.code is not None:
-            raise RunFailed(f"the hub {self._hub.ending()}: {self._hub.complaint()}")
-        known = read_hub_file(self._processes.folder)
-        if known.get("pid") == self._hub.process.pid:
-            self.address = known["address"]
+        self._hub.tick()
+        if self.address:
             self.phase = "starting the learner and the actors"
             self._learner = self._processes.start("learner", self.plan.learner(self.address))
-        elif time.monotonic() > self._hub_deadline:
-            raise DeadlineExceeded("local: the hub", "hub.json", HUB_START_S)
 
     def _look_at_learner(self, learner: Child) -> None:
         if learner.code is not None:
-            raise RunFailed(f"the learner {learner.ending()}: {learner.complaint()}")
-        if self._learner_deadline is not None and time.monotonic() > self._learner_deadline:
-            raise DeadlineExceeded("local: the learner", "end after the hub's or the actors'", LAST_S)
-
-    def _look_at_hub(self) -> None:
-        if self._hub.code is None:
-            return
-        if self._hub.code != 0:
-            raise RunFailed(f"the hub {self._hub.ending()}: {self._hub.complaint()}")
-        self._expect_end()
-
-    def _expect_end(self) -> None:
-        """The hub has ended or all actors have: the learner must end soon, too."""
-        if self._learner_deadline is None:
+            when = "after a crash of the hub, " if self._hub.child is None else ""
+            raise RunFailed(f"{when}the learner {learner.ending()}: {learner.complaint()}")
+        if self._learner_deadline is None and (self._hub.finished or self._trained):
             self.phase = "finishing"
             self._learner_deadline = time.monotonic() + LAST_S
+        if self._learner_deadline is not None and time.monotonic() > self._learner_deadline:
+            raise DeadlineExceeded("local: the learner", "end after the hub's", LAST_S)
+
+    def _look_at_actors(self) -> None:
+        """When none is left: fail if none ever left intentionally, else say so; others may join."""
+        states = {slot.state for slot in self.slots}
+        if self._alone or self._finishing or not states <= {"left", "failed"}:
+            return
+        if states == {"failed"}:
+            raise RunFailed(f"no actor is left; the last event: {self.notes[-1]}")
+        self._alone = True
+        patience = f"{self.plan.batch_timeout_s:g} s for a batch (learner.batch_timeout_s)"
+        self.notes.append(
+            f"no actor is left: the learner waits {patience}; "
+            f"to go on, start one with: sgpo-async actor --hub {self.address}"
+        )
 
     def _look_at_actor(self, slot: ActorSlot) -> None:
         if slot.child is None:
@@ -158,17 +167,22 @@ class Supervisor:
             self._crashed(slot, child)
 
     def _crashed(self, slot: ActorSlot, child: Child) -> None:
-        slot.crashes += 1
         what = f"{child.name} {child.ending()}"
-        restarts = 1 if child.code == USERS_ERROR else RESTARTS
-        if slot.crashes > restarts:
+        limit = 1 if child.code == USERS_ERROR else LIMIT
+        pause = slot.restarts.pause_after_crash(time.monotonic(), limit=limit)
+        if pause is None:
             slot.state = "failed"
-            self.notes.append(f"{what}, not started again after {slot.crashes - 1} restarts: {child.complaint()}")
+            times = f"after {limit} restart{'s' * (limit > 1)} within {WINDOW_S / 60:g} minutes"
+            self.notes.append(f"{what}, not started again {times}: {child.complaint()}")
             return
-        pause = 2.0 ** (slot.crashes - 1)
         slot.state = "restarting"
         slot.start_at = time.monotonic() + pause
         self.notes.append(f"{what}, starts again in {pause:g} s (see {child.log})")
+
+    @property
+    def _trained(self) -> bool:
+        """Whether the learner has done all steps: from then on the hub and the actors leave."""
+        return summary_written(self._processes.folder, self._began)
 
     @property
     def _finishing(self) -> bool:

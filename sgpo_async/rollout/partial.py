@@ -44,6 +44,11 @@ class Arrived:
         return True
 
     @property
+    def prompts(self) -> dict[bool, np.ndarray]:
+        """The prompts of the finished rollouts: the plain one (False) and the one with the strategy (True)."""
+        return {rollout.guided: rollout.prompt for rollout in self.rollouts.values() if len(rollout.prompt)}
+
+    @property
     def missing(self) -> int:
         """How many rollouts are not finished."""
         return self.size - len(self.rollouts)

@@ -5,7 +5,9 @@
            ◀─────────── inline verifiers, at submit
 
 Each thread waits for a request, then for its worker's answer. A worker that exceeds the time limit is killed by its
-alarm (see `reward_worker`), and the thread starts a new one. The caller waits only in `poll`.
+alarm (see `reward_worker`), or by its thread if the verifier has disabled the alarm, and the thread starts a new one.
+The caller waits only in `poll`. A verifier that exceeds the limit again and again, in every worker and for different
+problems, ends the pool with an error: without it the run would wait for a batch until that times out.
 """
 
 from __future__ import annotations
@@ -13,17 +15,23 @@ from __future__ import annotations
 import json
 import os
 import queue
+import select
 import subprocess
 import sys
 import threading
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 from sgpo_async.errors import SgpoError
+from sgpo_async.tasks.reward_worker import STARTUP_LIMIT_S
 from sgpo_async.tasks.verify import INLINE, VERIFIERS
 
 _PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
+GRACE_S = 10.0  # after its time limit, for a worker's alarm to kill it
+TIMEOUTS = 8  # timeouts in a row, per worker, ...
+ANSWERS = 4  # ... for so many different answers, after which a verifier is taken to return never
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +46,30 @@ class Verdict:
 @dataclass(frozen=True, kw_only=True)
 class _Request:
     key: Hashable
-    line: str
+    verifier: str
+    answer: str
+    completion: str
+
+
+@dataclass
+class TimeoutStreak:
+    """The timeouts since the last verdict in time. Those of one problem alone are not hopeless: its answer may hang."""
+
+    verifier: str = ""
+    count: int = 0
+    answers: set[str] = field(default_factory=set)
+
+    def record(self, verifier: str, answer: str, *, timed_out: bool) -> None:
+        """Count the verdict on a completion."""
+        if not timed_out or verifier != self.verifier:
+            self.verifier, self.count, self.answers = verifier, 0, set()
+        if timed_out:
+            self.count += 1
+            self.answers.add(answer)
+
+    def is_hopeless(self, *, workers: int) -> bool:
+        """Whether the verifier seems to return never."""
+        return self.count >= TIMEOUTS * workers and len(self.answers) >= ANSWERS
 
 
 class RewardPool:
@@ -47,9 +78,10 @@ class RewardPool:
     def __init__(self, *, workers: int, limit_s: float) -> None:
         assert workers >= 1 and limit_s > 0
         self.timeouts = 0
-        self._limit_s = limit_s
+        self._workers, self._limit_s = workers, limit_s
+        self._streak = TimeoutStreak()
         self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
-        self._verdicts: queue.SimpleQueue[Verdict | SgpoError] = queue.SimpleQueue()
+        self._verdicts: queue.SimpleQueue[Verdict | tuple[_Request, Verdict] | SgpoError] = queue.SimpleQueue()
         self._closing = False
         self._lock = threading.Lock()
         self._processes: dict[int, subprocess.Popen[str]] = {}
@@ -66,12 +98,12 @@ class RewardPool:
             self._started = True
             for thread in self._threads:
                 thread.start()
-        self._requests.put(_Request(key=key, line=json.dumps([verifier, answer, completion])))
+        self._requests.put(_Request(key=key, verifier=verifier, answer=answer, completion=completion))
 
     def poll(self, timeout_s: float = 0.0) -> list[Verdict]:
         """The available verdicts, after waiting at most `timeout_s` seconds for the first one.
 
-        Raises SgpoError if a worker failed for another reason than its time limit.
+        Raises SgpoError if a worker failed for another reason than its time limit, or if a verifier never returns.
         """
         verdicts: list[Verdict] = []
         try:
@@ -79,11 +111,23 @@ class RewardPool:
             while True:
                 if isinstance(item, SgpoError):
                     raise item
-                self.timeouts += item.timed_out
-                verdicts.append(item)
+                verdicts.append(self._counted(*item) if isinstance(item, tuple) else item)
                 item = self._verdicts.get_nowait()
         except queue.Empty:
             return verdicts
+
+    def _counted(self, request: _Request, verdict: Verdict) -> Verdict:
+        """The verdict of a worker; raises SgpoError if it is the last of a hopeless streak."""
+        self.timeouts += verdict.timed_out
+        streak = self._streak
+        streak.record(request.verifier, request.answer, timed_out=verdict.timed_out)
+        if streak.is_hopeless(workers=self._workers):
+            raise SgpoError(
+                f"reward {streak.verifier}: none of the last {streak.count} completions was judged within "
+                f"tasks.reward_limit_s={self._limit_s:g} by {self._workers} workers (tasks.reward_workers); "
+                "correct the verifier or the answers, or raise the limit"
+            )
+        return verdict
 
     def close(self) -> None:
         """Kill the workers; open requests get no verdict."""
@@ -101,10 +145,12 @@ class RewardPool:
 
     def _serve(self, index: int) -> None:
         while (request := self._requests.get()) is not None:
-            process = self._processes.get(index) or self._start(index)
+            known = self._processes.get(index)
+            process = known or self._start(index)
             if process is None:
                 return
-            self._verdicts.put(self._judge(process, request, index=index))
+            patience_s = self._limit_s + GRACE_S + (0.0 if known else STARTUP_LIMIT_S)
+            self._verdicts.put(self._judge(process, request, index=index, patience_s=patience_s))
 
     def _start(self, index: int) -> subprocess.Popen[str] | None:
         with self._lock:
@@ -117,20 +163,31 @@ class RewardPool:
             self._processes[index] = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
             return self._processes[index]
 
-    def _judge(self, process: subprocess.Popen[str], request: _Request, *, index: int) -> Verdict | SgpoError:
+    def _judge(
+        self, process: subprocess.Popen[str], request: _Request, *, index: int, patience_s: float
+    ) -> tuple[_Request, Verdict] | SgpoError:
         assert process.stdin is not None and process.stdout is not None
         try:
-            process.stdin.write(request.line + "\n")
+            process.stdin.write(json.dumps([request.verifier, request.answer, request.completion]) + "\n")
             process.stdin.flush()
+            if not _readable(process.stdout, patience_s):
+                process.kill()
             line = process.stdout.readline()
         except BrokenPipeError:
             line = ""
         if line:
-            return Verdict(key=request.key, correct=json.loads(line))
+            return request, Verdict(key=request.key, correct=json.loads(line))
         status = process.wait()
         process.stdout.close()
         with self._lock:
             del self._processes[index]
-        if status < 0:  # killed by its alarm or by another process
-            return Verdict(key=request.key, correct=False, timed_out=True)
+        if status < 0:  # killed by its alarm, by this thread or by another process
+            return request, Verdict(key=request.key, correct=False, timed_out=True)
         return SgpoError(f"reward worker: exit status {status} on {request.key!r}; see its traceback")
+
+
+def _readable(file: IO[str], timeout_s: float) -> bool:
+    """Whether there is something to read, or the end of the file, within `timeout_s`."""
+    poller = select.poll()
+    poller.register(file, select.POLLIN)
+    return bool(poller.poll(1000 * timeout_s))

@@ -4,8 +4,9 @@
     frame 1..n   the raw little-endian buffers of array and bytes fields, in order
 
 `decode` compares the protocol version before it reads anything else. It then walks through the header without building
-objects, so that a length that the header claims but does not hold allocates no memory, and it limits the header's size
-(`MAX_HEADER`), so that what the header does hold allocates little.
+objects, so that a length that the header claims but does not hold allocates no memory. It limits the header's size
+(`MAX_HEADER`), so that what the header does hold allocates little, and its depth (`MAX_LEVELS`), so that no later check
+meets a value that Python cannot compare or format.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, cast, get_args, get_origin, get_type_hints
 import msgpack
 
 from sgpo_async.errors import ProtocolMismatch, WireError
-from sgpo_async.wire.fields import Field, Frames, RecordTuple, field_of, unexpected
+from sgpo_async.wire.fields import MAX_DEPTH, Field, Frames, RecordTuple, field_of, unexpected
 from sgpo_async.wire.records import PROTOCOL, Message
 from sgpo_async.wire.rules import RULES
 
@@ -25,6 +26,7 @@ PREFIX = msgpack.packb(PROTOCOL)
 MAX_HEADER = (
     4 * 2**20
 )  # bytes: enough for a shard of 20,000 rollouts; a header of empty maps would take 70 times this memory when built
+MAX_LEVELS = MAX_DEPTH + 8  # of nested lists and maps: plain data in a record of a tuple is the deepest
 BROKEN = (ValueError, msgpack.UnpackException)  # what msgpack raises for bytes that are not MessagePack
 
 
@@ -56,8 +58,8 @@ class RecordPlan:
         if type(plain) is not dict:
             raise unexpected(self.where, f"map of {self.name}", plain)
         if plain.keys() != self.fields.keys():
-            differing = sorted(map(str, plain.keys() ^ self.fields.keys()))
-            raise WireError(f"{self.name}: missing or unknown fields {', '.join(differing)[:80]}")
+            differing = sorted(str(key[:80]) for key in plain.keys() ^ self.fields.keys())
+            raise WireError(f"{self.name}: missing or unknown fields {', '.join(differing[:8])[:80]}")
         values = {name: field.load(plain[name], frames) for name, field in self.fields.items()}
         message = self.record(**values)
         self.check(message)
@@ -105,7 +107,8 @@ def decode(frames: Sequence[bytes | memoryview], *, max_bytes: int) -> Message:
     if not frames:
         raise WireError("message without frames")
     plain = read_header(bytes(frames[0]))
-    plan = PLANS.get(str(plain.pop("kind", None)))
+    kind = plain.pop("kind", None)
+    plan = PLANS.get(kind) if type(kind) is str else None
     if plan is None:
         raise WireError("unknown kind of message")
     buffers = Frames(frames[1:])
@@ -127,9 +130,22 @@ def read_header(header: bytes) -> dict[Any, Any]:
         plain = msgpack.unpackb(body, max_ext_len=0)
     except BROKEN as error:
         raise WireError(f"header is not MessagePack: {str(error) or type(error).__name__}") from error
+    if nested_deeper(plain, MAX_LEVELS):
+        raise WireError(f"header is nested deeper than {MAX_LEVELS} levels")
     if type(plain) is not dict:
         raise unexpected("header", "map", plain)
     return plain
+
+
+def nested_deeper(value: Any, limit: int) -> bool:
+    """Whether lists and maps are nested more than `limit` levels deep; looks level by level, without recursion."""
+    level = [value]
+    for _ in range(limit):
+        containers = [item for item in level if type(item) in (list, dict)]
+        if not containers:
+            return False
+        level = [inner for item in containers for inner in (item.values() if type(item) is dict else item)]
+    return any(type(item) in (list, dict) for item in level)
 
 
 def skim(body: bytes) -> None:

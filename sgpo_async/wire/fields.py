@@ -16,7 +16,7 @@ it reads. Both raise a WireError that names record and field. Types are exact: a
 from __future__ import annotations
 
 import types
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol, Union, get_args, get_origin
 
@@ -25,7 +25,7 @@ import numpy as np
 from sgpo_async.errors import WireError
 
 INT64 = 2**63
-MAX_DEPTH = 32  # of nested plain data
+MAX_DEPTH = 32  # of nested plain data in one field
 LEAVES = frozenset({type(None), bool, int, float, str})
 
 
@@ -51,8 +51,23 @@ class Field(Protocol):
 
 
 def unexpected(where: str, expected: str, value: object) -> WireError:
-    """The error for a value of another type or form than expected; shows at most 60 characters of it."""
-    return WireError(f"{where}: expected {expected}, got {type(value).__name__} {str(value)[:60]!r}")
+    """The error for a value of another type or form than expected."""
+    return WireError(f"{where}: expected {expected}, got {shown(value)}")
+
+
+def shown(value: object) -> str:
+    """A value of a peer for an error: its type, and of text and numbers at most 60 characters.
+
+    It never formats a container, which may be nested more deeply than Python can format.
+    """
+    kind = type(value).__name__
+    if isinstance(value, str | bytes):
+        return f"{kind} {value[:60]!r}"
+    if isinstance(value, int) and value.bit_length() > 64:  # Python refuses to format very long integers
+        return f"{kind} of {value.bit_length()} bits"
+    if type(value) in LEAVES or isinstance(value, np.generic | np.dtype):
+        return f"{kind} {str(value)[:60]!r}"
+    return f"{kind} of length {len(value)}" if isinstance(value, Sized) else kind
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ class Hello:
     tokenizer: str = ""  # fingerprint; the hub refuses a member whose tokenizer differs from the learner's
     rank: int = 0  # learner only
     world_size: int = 1  # learner only
+    vocabulary: int = 0  # learner only: number of token ids that the model knows
     # Actor only: the leases on which it still works after a lost connection, as [task, attempt, task, attempt, ...].
     # The hub leases all others of this member to other actors.
     holds: Ints = field(default_factory=lambda: np.empty(0, np.int32))

@@ -1,73 +1,39 @@
-"""Rules for records that types cannot express: lengths that must agree, spans, finite numbers.
+"""Rules for records that types cannot express: sizes that must agree, parameters that an engine can use.
 
 Each function returns why a record is invalid, or None if it is valid.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
-
-import numpy as np
 
 from sgpo_async.wire.records import Hello, Lease, PartialRollout, Progress, Rollout, Shard
 
 
 def invalid_rollout(rollout: Rollout) -> str | None:
-    """Why a learner cannot train on this rollout.
+    """Why the arrays of a rollout do not fit together.
 
-    Token ids are not compared with a vocabulary, which the codec does not know.
+    What they hold is not checked here: the hub checks it against the lease (`sgpo_async.hub.rollout_checks`), because
+    it has to end a lease whose rollout it refuses.
     """
-    length, ends = len(rollout.tokens), rollout.ends
+    length, spans, top = len(rollout.tokens), len(rollout.ends), rollout.top_tokens
     if not len(rollout.prompt) or not length:
         return "prompt and tokens must hold at least one token each"
     if len(rollout.logprobs) != length:
         return f"logprobs must hold one number for each of {length} tokens, got {len(rollout.logprobs)}"
-    if not len(ends) or len(rollout.versions) != len(ends):
-        return (
-            f"versions must hold one number for each of one or more spans, got {len(rollout.versions)} for {len(ends)}"
-        )
-    if ends[0] <= 0 or ends[-1] != length or not increasing(ends):
-        return f"ends must be > 0 and increase up to {length}, got {ends[:8].tolist()}"
-    if rollout.prompt.min() < 0 or rollout.tokens.min() < 0 or rollout.versions.min() < 0:
-        return "token ids and versions must be >= 0"
-    if not np.isfinite(rollout.logprobs).all():
-        return "logprobs must be finite"
-    if not 0.0 <= rollout.reward <= 1.0:
-        return f"reward must be in [0, 1], got {rollout.reward}"
-    return invalid_unguided_logprob(rollout) or invalid_top_tokens(rollout)
-
-
-def invalid_unguided_logprob(rollout: Rollout) -> str | None:
-    """Why the log-probability under the plain prompt, by which Eq. 4 chooses the target, is invalid."""
-    value = rollout.unguided_logprob
-    if value is None:
-        needed = rollout.guided and rollout.purpose == "train" and rollout.reward == 1.0
-        return "a correct guided rollout must have unguided_logprob" if needed else None
-    if not rollout.guided:
-        return "only a guided rollout may have unguided_logprob"
-    return None if math.isfinite(value) else f"unguided_logprob must be finite, got {value}"
-
-
-def invalid_top_tokens(rollout: Rollout) -> str | None:
-    """Why the likeliest tokens, which represent the behaviour policy as a teacher, are invalid."""
-    tokens, logprobs = rollout.top_tokens, rollout.top_logprobs
-    if tokens is None and logprobs is None:
+    if not spans or len(rollout.versions) != spans:
+        return f"versions must hold one number for each of one or more spans, got {len(rollout.versions)} for {spans}"
+    if (top is None) != (rollout.top_logprobs is None):
+        return "top_tokens and top_logprobs must come together"
+    if top is None or rollout.top_logprobs is None:
         return None
-    if tokens is None or logprobs is None or rollout.unguided_logprob is None:
-        return "top_tokens and top_logprobs must come together, with a correct guided rollout"
-    if not len(tokens) or len(tokens) != len(logprobs) or len(tokens) % len(rollout.tokens):
+    if not len(top) or len(top) != len(rollout.top_logprobs) or len(top) % length:
         return (
-            f"top_tokens and top_logprobs must hold k numbers for each of {len(rollout.tokens)} tokens, "
-            f"got {len(tokens)} and {len(logprobs)}"
+            f"top_tokens and top_logprobs must hold k numbers for each of {length} tokens, "
+            f"got {len(top)} and {len(rollout.top_logprobs)}"
         )
-    return None if tokens.min() >= 0 and np.isfinite(logprobs).all() else "top_tokens must be >= 0, top_logprobs finite"
-
-
-def increasing(ends: np.ndarray) -> bool:
-    """Whether every element is larger than the element before it."""
-    return len(ends) == 1 or bool((ends[1:] > ends[:-1]).all())
+    return None
 
 
 def invalid_lease(lease: Lease) -> str | None:
@@ -101,7 +67,13 @@ def invalid_partial(part: PartialRollout) -> str | None:
         return (
             f"a partial rollout must hold tokens and one log-probability for each, got {length}, {len(part.logprobs)}"
         )
-    if not len(ends) or len(part.versions) != len(ends) or ends[0] <= 0 or ends[-1] != length or not increasing(ends):
+    if (
+        not len(ends)
+        or len(part.versions) != len(ends)
+        or ends[0] <= 0
+        or ends[-1] != length
+        or (ends[1:] <= ends[:-1]).any()
+    ):
         return f"ends must be > 0 and increase up to {length}, with one version for each, got {ends[:8].tolist()}"
     top, top_logprobs = part.top_tokens, part.top_logprobs
     if top is None or top_logprobs is None:

@@ -59,13 +59,14 @@ def actor(behaviour: str, folder: Path) -> int:
     if behaviour == "crash-once" and not (folder / "crashed").exists():
         (folder / "crashed").touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    while not (folder / "finished").exists():
+    while not (folder / "finished").exists() and behaviour != "leave":
         time.sleep(0.02)
     return 0
 
 
 class Plan:
     actors = 2
+    batch_timeout_s = 600.0
 
     def __init__(self, folder: Path, behaviours: dict[str, str]) -> None:
         self._folder, self._behaviours = folder, behaviours
@@ -73,8 +74,8 @@ class Plan:
     def _command(self, role: str) -> list[str]:
         return [sys.executable, __file__, role, self._behaviours.get(role, "plain"), str(self._folder)]
 
-    def hub(self) -> list[str]:
-        return self._command("hub")
+    def hub(self, address: str) -> list[str]:
+        return [*self._command("hub"), *([address] if address else [])]
 
     def learner(self, _address: str) -> list[str]:
         return self._command("learner")

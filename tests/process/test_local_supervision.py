@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from sgpo_async.local.run_folder import read_hub_file
+
 DUMMIES = Path(__file__).with_name("dummies.py")
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 150.0
@@ -149,14 +151,32 @@ def test_a_process_that_ends_too_early_ends_the_run_with_its_error(
     assert_no_trace(run)
 
 
-def test_a_hub_killed_from_outside_ends_the_run(start: Callable[..., Local]) -> None:
+def hubs(run: Local) -> list[psutil.Process]:
+    return [process for process in map(psutil.Process, run.everyone()) if "hub" in process.cmdline()]
+
+
+def test_a_hub_killed_from_outside_is_started_again_at_its_address(start: Callable[..., Local]) -> None:
     run = start()
     until(lambda: all_up(run))
-    (hub,) = (pid for pid in run.everyone() if "hub" in psutil.Process(pid).cmdline())
-    os.kill(hub, signal.SIGKILL)
-    code, output = run.finish()
-    assert code == 2
-    assert "error: the hub was killed by signal 9" in output
+    (hub,) = hubs(run)
+    hub.kill()
+    until(lambda: read_hub_file(run.folder).get("pid", hub.pid) != hub.pid)
+    (successor,) = hubs(run)
+    assert successor.cmdline()[-1] == "tcp://127.0.0.1:1"
+    assert len(list(run.folder.glob("actor-*.pid"))) == 2, "the actors go on"
+    run.process.send_signal(signal.SIGINT)
+    _, output = run.finish()
+    assert "note: the hub was killed by signal 9, starts again in 1 s" in output
+    assert_no_trace(run)
+
+
+def test_actors_that_leave_are_missed_at_once_and_the_run_goes_on(start: Callable[..., Local]) -> None:
+    run = start("actor=leave", "learner=plain")
+    assert run.process.stdout is not None
+    notes = (line for line in run.process.stdout if line.startswith("note: no actor"))
+    assert "sgpo-async actor --hub tcp://127.0.0.1:1" in next(notes)
+    run.process.send_signal(signal.SIGINT)
+    assert run.finish()[0] == 130
     assert_no_trace(run)
 
 

@@ -1,16 +1,22 @@
 """What is shown: the picture fits its terminal, and tells what is known and no more."""
 
 import io
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rich.console import Console
 from synthetic_metrics import synthetic_lines
 
-from sgpo_async.local.display import Lines, View, line
+from sgpo_async.config import Run
+from sgpo_async.local.display import Lines, View, line, printable
 from sgpo_async.local.live import render, sparkline
+from sgpo_async.local.show import Show
 
 
 def status_at(step: int) -> dict[str, Any]:
@@ -180,3 +186,74 @@ def test_a_sparkline_rises_with_its_values() -> None:
     long = sparkline([step / 999 for step in range(1000)], 16)
     assert long == "".join(sorted(long))
     assert len(long) == 16
+
+
+MARKUP = ["[/x]", "[bold red]x[/]", "[link=file:///etc]x", "[[/", "\\[/x]", ":bomb:"]
+HOSTILE = [*MARKUP, "\x1b[2J\x1b]0;x\x07", "a\nb\r\tc", "\u202ex"]
+
+
+def hostile_view(text: str, **changes: Any) -> View:
+    """A run in which everything that comes from another machine is `text`, and its own names are markup."""
+    actor = {"name": text, "state": text, "version": 1, "running": 1, "tokens": 1, "tokens_per_s": 1.0, "idle": 0.1}
+    score = score_of(MARKUP[0], 0.5, 0.4, 0.6)
+    status = {"step": 5, "actors": [actor], "evaluations": [{"benchmarks": [score]}]}
+    return view_at(5, name=MARKUP[0], status=status, notes=[printable(f"actor-0 said {text}")], **changes)
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize("markup", [False, True])
+def test_what_comes_from_outside_is_shown_as_it_is(text: str, markup: bool) -> None:
+    console = Console(width=140, record=True, markup=markup, color_system=None, file=io.StringIO())
+    console.print(render(hostile_view(text), 140))
+    shown = console.export_text()
+    assert not set(shown) & set("\x1b\x07\r\t\u202e")
+    assert shown.count(printable(text).partition("\n")[0]) >= 3, "actor, state, note"
+    assert shown.count("[/x]") >= 2 and "[/x]@4" in shown, "run, benchmark"
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_lines_cannot_be_made_by_what_comes_from_outside(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = Lines(every_s=1e9)
+    lines.show(
+        replace(hostile_view(text), metrics={}, status={"actors": hostile_view(text).status["actors"]}, notes=[])
+    )
+    output = capsys.readouterr().out
+    assert output.count("\n") == 1 and output[:-1].isprintable()
+    assert printable(text).replace("\n", "\\n") in output
+
+
+def test_a_long_name_does_not_widen_the_picture() -> None:
+    rows = picture(hostile_view("x" * 10_000), 80)
+    assert max(map(len, rows)) <= 80 and len(rows) < 24
+
+
+def test_a_note_of_many_lines_takes_one_in_the_picture() -> None:
+    log = "actor-0 ended with code 1: the end of actor-0.log:\n" + "    Traceback\n" * 12
+    assert len(picture(view_at(5, notes=[log]), 80)) == len(picture(view_at(5, notes=["one"]), 80))
+
+
+@pytest.mark.parametrize("text", ["[bold]", "[[x]", ":bomb:", "[x=1]"])
+def test_a_run_of_any_name_is_shown_to_its_end(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The supervisor's notes hold ends of logs; the closing table has the run's name and its folder's."""
+    run = Run(name=text, out=str(tmp_path / "[/out]"))
+    show = Show(run)
+    slot = SimpleNamespace(name="actor-0", state="started")
+    supervisor = SimpleNamespace(address="", phase="starting the hub", slots=[slot], notes=["log: [/x] \x1b[2J"])
+    show.update(supervisor)  # type: ignore[arg-type]
+    show.close(stopping=True)
+    folder = Path(run.folder)
+    (folder / "policy").mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in synthetic_lines(3)))
+    show.closing()
+    show.stopped()
+    output = capsys.readouterr().out
+    assert "log: [/x] \\x1b[2J" in output
+    assert f"policy: {folder}/policy" in output and output.count(text) >= 3, "title, policy, report"
+
+
+def test_no_console_reads_markup() -> None:
+    """Markup in a name or a log would change what is shown, or end the command by a MarkupError."""
+    package = Path(__file__).resolve().parents[2] / "sgpo_async"
+    calls = [call for file in package.rglob("*.py") for call in re.findall(r"\bConsole\((.*?)\)", file.read_text())]
+    assert len(calls) >= 5
+    assert all("markup=False, emoji=False" in call for call in calls), calls

@@ -165,12 +165,14 @@ def test_the_table_fits_80_columns() -> None:
             Finding("version", "warning", "SGLang 9", "go back"),
             Finding("settings", "failed", "tp_size is 1, not 2 [bold]", "set it"),
             Finding("log-probabilities", "not run", "after settings is mended"),
+            Finding("interface", "ok", "it says \x1b[2J"),
         ],
     }
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(render(sections))
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= 80
+    assert "it says \\x1b[2J" in text and "\x1b" not in text
     assert "tp_size is 1, not 2 [bold]" in text and text.count("x") >= 200
     assert list(closing(sections)) == [
         "failed: server http://127.0.0.1:30000: settings: set it",

@@ -1,13 +1,17 @@
-"""The supervisor's rules with processes that are only pretended."""
+"""The rules of restarts, and the supervisor's, with processes that are only pretended."""
 
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sgpo_async.errors import DeadlineExceeded, RunFailed
-from sgpo_async.local import supervisor as module
-from sgpo_async.local.supervisor import LEAVING_S, RESTARTS, Supervisor
+from sgpo_async.local import hub_process, supervisor
+from sgpo_async.local.hub_process import HUB_START_S, kept_hub
+from sgpo_async.local.restarts import LIMIT, WINDOW_S, Restarts
+from sgpo_async.local.supervisor import LAST_S, LEAVING_S, Supervisor
 
 
 class Pretended:
@@ -29,18 +33,22 @@ class Stage:
     """Processes, plan, clock and hub file in one."""
 
     actors = 2
+    batch_timeout_s = 700.0
 
     def __init__(self) -> None:
         self.now = 0.0
         self.folder = Path("nowhere")
+        self.trained = False  # the learner has written its summary
         self.started: list[Pretended] = []
+        self.hub_addresses: list[str] = []
         self.hub_file: dict[str, Any] = {"address": "tcp://127.0.0.1:9", "pid": 1}
 
     def start(self, name: str, _command: object) -> Pretended:
         self.started.append(Pretended(name))
         return self.started[-1]
 
-    def hub(self) -> list[str]:
+    def hub(self, address: str) -> list[str]:
+        self.hub_addresses.append(address)
         return []
 
     def learner(self, _address: str) -> list[str]:
@@ -56,9 +64,38 @@ class Stage:
 @pytest.fixture
 def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
     stage = Stage()
-    monkeypatch.setattr(module, "read_hub_file", lambda _folder: stage.hub_file)
-    monkeypatch.setattr(module.time, "monotonic", lambda: stage.now)
+    monkeypatch.setattr(hub_process, "read_hub_file", lambda _folder: stage.hub_file)
+    monkeypatch.setattr(supervisor, "summary_written", lambda _folder, _since: stage.trained)
+    monkeypatch.setattr(supervisor.time, "monotonic", lambda: stage.now)
     return stage
+
+
+def test_pauses_double_and_the_next_crash_within_the_window_is_final() -> None:
+    restarts = Restarts()
+    pauses = [restarts.pause_after_crash(number) for number in range(LIMIT + 1)]
+    assert pauses == [1, 2, 4, 8, 16, None]
+    assert restarts.crashes == LIMIT + 1
+
+
+def test_a_process_whose_lives_are_long_is_started_again_for_ever() -> None:
+    restarts = Restarts()
+    life = WINDOW_S / LIMIT
+    pauses = [restarts.pause_after_crash(number * life) for number in range(100)]
+    assert pauses[:LIMIT] == [1, 2, 4, 8, 16] and set(pauses[LIMIT:]) == {16}
+    assert restarts.pause_after_crash(101 * life + WINDOW_S) == 1, "a quiet window forgets them"
+
+
+def test_short_lives_after_long_ones_are_final() -> None:
+    restarts = Restarts()
+    for number in range(9):
+        assert restarts.pause_after_crash(number * WINDOW_S) == 1
+    assert [restarts.pause_after_crash(8 * WINDOW_S + number) for number in range(1, 6)] == [2, 4, 8, 16, None]
+
+
+def test_a_lower_limit_counts_the_same_crashes() -> None:
+    restarts = Restarts()
+    assert restarts.pause_after_crash(0) == 1
+    assert restarts.pause_after_crash(1, limit=1) is None
 
 
 def up(stage: Stage) -> Supervisor:
@@ -84,15 +121,15 @@ def test_nothing_starts_before_the_hub_is_ready(stage: Stage) -> None:
 def test_a_hub_that_does_not_start_raises_deadline_exceeded(stage: Stage) -> None:
     stage.hub_file = {}
     supervisor = up(stage)
-    stage.now = 61
-    with pytest.raises(DeadlineExceeded, match="hub"):
+    stage.now = HUB_START_S + 1
+    with pytest.raises(DeadlineExceeded, match=r"the hub: no hub.json within 60 s"):
         supervisor.tick()
 
 
 def test_an_actor_restarts_after_doubling_pauses_and_finally_fails(stage: Stage) -> None:
     stage.actors = 1
     supervisor = up(stage)
-    for crash in range(RESTARTS):
+    for crash in range(LIMIT):
         name = "actor-0" + (f".{crash}" if crash else "")
         stage.child(name).code = -9
         supervisor.tick()
@@ -102,9 +139,37 @@ def test_an_actor_restarts_after_doubling_pauses_and_finally_fails(stage: Stage)
         stage.now += 0.2
         supervisor.tick()
         assert supervisor.slots[0].state == "started"
-    stage.child(f"actor-0.{RESTARTS}").code = 1
-    with pytest.raises(RunFailed, match="no actor is left; .* not started again after 5 restarts: words of its log"):
+    stage.child(f"actor-0.{LIMIT}").code = 1
+    reason = "no actor is left; .* not started again after 5 restarts within 10 minutes: words of its log"
+    with pytest.raises(RunFailed, match=reason):
         supervisor.tick()
+
+
+def test_an_actor_whose_lives_did_work_is_started_again_more_often(stage: Stage) -> None:
+    stage.actors = 1
+    supervisor = up(stage)
+    for crash in range(4 * LIMIT):
+        stage.child("actor-0" + (f".{crash}" if crash else "")).code = -9
+        supervisor.tick()
+        stage.now += WINDOW_S / LIMIT
+        supervisor.tick()
+        assert supervisor.slots[0].state == "started"
+
+
+def test_the_others_go_on_when_one_actor_has_failed_for_good(stage: Stage) -> None:
+    supervisor = up(stage)
+    for name in ("actor-0", "actor-0.1"):
+        stage.child(name).code = 2
+        supervisor.tick()
+        stage.now += 1.1
+        supervisor.tick()
+    assert [slot.state for slot in supervisor.slots] == ["failed", "started"]
+    stage.child("actor-1").code = -9
+    supervisor.tick()
+    stage.now += 1.1
+    supervisor.tick()
+    assert [slot.state for slot in supervisor.slots] == ["failed", "started"]
+    assert stage.started[-1].name == "actor-1.1"
 
 
 def test_an_actor_that_ends_with_a_user_error_restarts_only_once(stage: Stage) -> None:
@@ -115,16 +180,18 @@ def test_an_actor_that_ends_with_a_user_error_restarts_only_once(stage: Stage) -
     stage.now += 1.1
     supervisor.tick()
     stage.child("actor-0.1").code = 2
-    with pytest.raises(RunFailed, match="actor-0.1 ended with code 2, not started again after 1 restarts: words of"):
+    with pytest.raises(RunFailed, match="actor-0.1 ended with code 2, not started again after 1 restart within"):
         supervisor.tick()
 
 
 def test_actors_may_leave_before_the_hub_and_the_learner_end(stage: Stage) -> None:
     supervisor = up(stage)
+    stage.trained = True
     stage.child("actor-0").code = stage.child("actor-1").code = 0
     supervisor.tick()
     assert supervisor.phase == "finishing"
-    stage.now += 119
+    assert supervisor.notes == []
+    stage.now += LAST_S - 1
     supervisor.tick()
     stage.child("hub").code = 0
     supervisor.tick()
@@ -133,13 +200,48 @@ def test_actors_may_leave_before_the_hub_and_the_learner_end(stage: Stage) -> No
     assert supervisor.done
 
 
-def test_a_learner_that_goes_on_without_actors_has_a_deadline(stage: Stage) -> None:
+def test_a_learner_that_does_not_end_after_its_last_step_has_a_deadline(stage: Stage) -> None:
     supervisor = up(stage)
-    stage.child("actor-0").code = stage.child("actor-1").code = 0
+    stage.trained = True
     supervisor.tick()
-    stage.now += 121
+    stage.now += LAST_S + 1
     with pytest.raises(DeadlineExceeded, match="learner"):
         supervisor.tick()
+
+
+def test_the_user_learns_at_once_that_no_actor_is_left_and_the_run_goes_on(stage: Stage) -> None:
+    """The learner has a deadline of its own: for its batch."""
+    supervisor = up(stage)
+    stage.child("actor-0").code = 0
+    supervisor.tick()
+    assert supervisor.notes == ["actor-0 has left"]
+    stage.child("actor-1").code = 0
+    supervisor.tick()
+    assert supervisor.notes[1:] == [
+        "actor-1 has left",
+        "no actor is left: the learner waits 700 s for a batch (learner.batch_timeout_s); "
+        "to go on, start one with: sgpo-async actor --hub tcp://127.0.0.1:9",
+    ]
+    stage.now += 699
+    supervisor.tick()
+    assert len(supervisor.notes) == 3 and supervisor.phase != "finishing"
+    stage.child("learner").code = 1
+    with pytest.raises(RunFailed, match="the learner ended with code 1: words of its log"):
+        supervisor.tick()
+
+
+def test_a_run_waits_also_if_one_actor_has_left_and_the_other_has_failed(stage: Stage) -> None:
+    supervisor = up(stage)
+    stage.child("actor-0").code = 0
+    stage.child("actor-1").code = 2
+    supervisor.tick()
+    assert len(supervisor.notes) == 2, "actor-1 starts once more"
+    stage.now += 1.1
+    supervisor.tick()
+    stage.child("actor-1.1").code = 2
+    supervisor.tick()
+    supervisor.tick()
+    assert [note.partition(":")[0] for note in supervisor.notes[3:]] == ["no actor is left"]
 
 
 def test_hub_and_actors_have_time_to_end_after_the_learner(stage: Stage) -> None:
@@ -171,16 +273,108 @@ def test_a_learner_that_outlives_the_hub_has_a_deadline(stage: Stage) -> None:
         supervisor.tick()
 
 
-def test_a_crash_of_the_hub_is_reported_rather_than_the_learners_failure(stage: Stage) -> None:
+@pytest.mark.parametrize("code", [1, -9, -11])
+def test_a_hub_that_crashes_is_started_again_at_its_address(stage: Stage, code: int) -> None:
+    supervisor = up(stage)
+    stage.hub_file = {"address": "tcp://127.0.0.1:9", "pid": 0}  # the dead hub's
+    for crash in range(LIMIT):
+        stage.child("hub" + (f".{crash}" if crash else "")).code = code
+        supervisor.tick()
+        stage.now += 2.0**crash - 0.1
+        supervisor.tick()
+        assert stage.hub_addresses == [""] + crash * ["tcp://127.0.0.1:9"], "not before its pause"
+        stage.now += 0.2
+        supervisor.tick()
+        assert stage.hub_addresses == [""] + (crash + 1) * ["tcp://127.0.0.1:9"]
+    assert supervisor.notes[0] == f"the hub ended with code {code}, starts again in 1 s (see hub.log)"
+    assert [child.name for child in stage.started if "hub" not in child.name] == ["learner", "actor-0", "actor-1"]
+    stage.child(f"hub.{LIMIT}").code = code
+    with pytest.raises(RunFailed, match=f"the hub ended with code {code}, not started again after 5 restarts"):
+        supervisor.tick()
+
+
+def test_a_hub_that_was_started_again_must_become_ready(stage: Stage) -> None:
+    supervisor = up(stage)
+    stage.child("hub").code = -9
+    stage.hub_file = {}
+    supervisor.tick()
+    stage.now += 1.1
+    supervisor.tick()
+    stage.now += HUB_START_S - 1
+    supervisor.tick()
+    stage.now += 2
+    with pytest.raises(DeadlineExceeded, match=r"the hub: no hub.json"):
+        supervisor.tick()
+
+
+@pytest.mark.parametrize("code", [2, 143])
+def test_an_error_of_the_users_and_a_signal_that_the_hub_obeyed_end_the_run(stage: Stage, code: int) -> None:
+    supervisor = up(stage)
+    stage.child("hub").code = code
+    with pytest.raises(RunFailed, match=f"the hub ended with code {code}: words of its log"):
+        supervisor.tick()
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, -9])
+def test_a_hub_that_ends_before_it_is_ready_ends_the_run(stage: Stage, code: int) -> None:
+    stage.hub_file = {}
+    supervisor = up(stage)
+    stage.child("hub").code = code
+    with pytest.raises(RunFailed, match=f"the hub ended with code {code}: words of its log"):
+        supervisor.tick()
+
+
+def test_a_hub_that_crashes_after_the_learners_end_is_not_started_again(stage: Stage) -> None:
+    supervisor = up(stage)
+    stage.child("learner").code = 0
+    supervisor.tick()
+    for name in ("hub", "actor-0", "actor-1"):
+        stage.child(name).code = -9
+    supervisor.tick()
+    assert supervisor.done and len(stage.started) == 4
+
+
+def test_a_learner_that_fails_while_the_hub_is_gone_fails_after_its_crash(stage: Stage) -> None:
     supervisor = up(stage)
     stage.child("learner").code = stage.child("hub").code = 1
-    with pytest.raises(RunFailed, match="the hub ended"):
+    with pytest.raises(RunFailed, match="after a crash of the hub, the learner ended with code 1: words of its log"):
         supervisor.tick()
+    assert supervisor.notes == ["the hub ended with code 1, starts again in 1 s (see hub.log)"]
 
 
-@pytest.mark.parametrize("who", ["hub", "learner"])
-def test_an_error_of_hub_or_learner_ends_the_run(stage: Stage, who: str) -> None:
+def test_an_error_of_the_learner_ends_the_run(stage: Stage) -> None:
     supervisor = up(stage)
-    stage.child(who).code = 1
-    with pytest.raises(RunFailed, match=f"the {who} ended with code 1: words of its log"):
+    stage.child("learner").code = 1
+    with pytest.raises(RunFailed, match="^the learner ended with code 1: words of its log"):
         supervisor.tick()
+
+
+def test_a_kept_hub_is_started_again_by_a_thread_and_its_failure_is_the_error(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_process, "TICK_S", 0.001)
+    with pytest.raises(RunFailed, match="the hub ended with code 2: words"):  # noqa: SIM117
+        with kept_hub(stage, stage.hub) as address:  # type: ignore[arg-type]
+            assert address == "tcp://127.0.0.1:9"
+            stage.child("hub").code = -9
+            wait_until(lambda: stage.started[-1].name == "hub.1", stage)
+            stage.child("hub.1").code = 2
+            wait_until(lambda: not any(thread.name == "kept-hub" for thread in threading.enumerate()), stage)
+            raise DeadlineExceeded("learner-0", "Committed", 120)
+    assert stage.hub_addresses == ["", "tcp://127.0.0.1:9"]
+
+
+def test_a_kept_hub_that_ends_by_itself_is_no_error(stage: Stage) -> None:
+    with kept_hub(stage, stage.hub) as address:  # type: ignore[arg-type]
+        stage.child("hub").code = 0
+    assert address and [child.name for child in stage.started] == ["hub"]
+
+
+def wait_until(what: Callable[[], bool], stage: Stage) -> None:
+    """Let the pretended clock run until it is so."""
+    for _ in range(100_000):
+        if what():
+            return
+        stage.now += 0.1
+        threading.Event().wait(0.001)
+    raise AssertionError("waited too long")

@@ -11,8 +11,9 @@ import psutil
 import pytest
 
 from sgpo_async.errors import SgpoError
+from sgpo_async.tasks import reward_pool
 from sgpo_async.tasks.cues import CuesSource
-from sgpo_async.tasks.reward_pool import RewardPool, Verdict
+from sgpo_async.tasks.reward_pool import ANSWERS, TIMEOUTS, RewardPool, TimeoutStreak, Verdict
 from sgpo_async.tasks.verify import VERIFIERS
 
 HANGS = "\\boxed{(10^{10^{10}})! + 1}"
@@ -91,6 +92,58 @@ def test_a_worker_killed_from_outside_is_replaced(pool: RewardPool) -> None:
     verdicts = collect(pool, 2)
     assert (verdicts["lost"].correct, verdicts["lost"].timed_out) == (False, True)
     assert verdicts["next"].correct
+
+
+@pytest.mark.process
+def test_a_worker_that_its_alarm_cannot_kill_is_replaced(pool: RewardPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stopped process, as one whose verifier has taken the alarm away."""
+    monkeypatch.setattr(reward_pool, "GRACE_S", 0.5)
+    pool.submit("first", "math", "2", "\\boxed{2}")
+    assert collect(pool, 1)["first"].correct
+    [worker] = workers_of(os.getpid())
+    worker.suspend()
+    pool.submit("stuck", "math", "2", "\\boxed{2}")
+    pool.submit("next", "math", "2", "\\boxed{2}")
+    verdicts = collect(pool, 2)
+    assert (verdicts["stuck"].correct, verdicts["stuck"].timed_out) == (False, True)
+    assert verdicts["next"].correct and not worker.is_running()
+
+
+def streak(*verdicts: tuple[str, str, bool]) -> TimeoutStreak:
+    made = TimeoutStreak()
+    for verifier, answer, timed_out in verdicts:
+        made.record(verifier, answer, timed_out=timed_out)
+    return made
+
+
+def test_a_verifier_is_hopeless_after_timeouts_in_every_worker_for_several_answers() -> None:
+    timeouts = [("math", str(number % ANSWERS), True) for number in range(2 * TIMEOUTS)]
+    assert streak(*timeouts).is_hopeless(workers=2)
+    assert not streak(*timeouts[1:]).is_hopeless(workers=2)
+    assert not streak(*timeouts).is_hopeless(workers=3)
+    assert not streak(*timeouts, ("math", "1", False)).is_hopeless(workers=2)
+    assert not streak(*timeouts, ("math-tolerance", "1", True)).is_hopeless(workers=2)
+
+
+def test_one_problem_whose_answer_hangs_does_not_make_a_verifier_hopeless() -> None:
+    assert not streak(*[("math", "(10^{10^{10}})!", True)] * 1000).is_hopeless(workers=2)
+
+
+@pytest.mark.process
+def test_a_reward_that_never_returns_is_an_error_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reward_pool, "TIMEOUTS", ANSWERS)
+    pool = RewardPool(workers=1, limit_s=0.2)
+    for number in range(ANSWERS):
+        pool.submit(number, "math", str(number), HANGS)
+    expected = (
+        rf"reward math: none of the last {ANSWERS} completions was judged within tasks.reward_limit_s=0.2 by 1 workers "
+        r"\(tasks.reward_workers\); correct the verifier"
+    )
+    try:
+        with pytest.raises(SgpoError, match=expected):
+            collect(pool, ANSWERS)
+    finally:
+        pool.close()
 
 
 @pytest.mark.process

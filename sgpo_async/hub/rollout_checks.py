@@ -1,0 +1,157 @@
+"""What is wrong with a rollout: everything that can be checked against its lease.
+
+An actor is another machine, whose numbers the learner would train on. Decoding has checked the sizes of the arrays
+(see `sgpo_async.wire.rules`); what they hold is checked here, so that the hub can end the lease. The hub has no
+tokenizer: it cannot tell the right prompt from a wrong one, only that the rollouts of a group have different ones.
+
+A reason has no values in it, because the hub counts rejections by reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from sgpo_async.wire.records import Lease, PartialRollout, Progress, Rollout
+
+TOLERANCE = 1e-3  # a log-probability may be so far above 0, by rounding
+LOWEST = -1e4  # no engine samples a token of a lower log-probability
+
+Prompts = Mapping[bool, np.ndarray]
+"""The prompts of the rollouts that a lease already has: the plain one (False) and the one with the strategy (True)."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an actor can know."""
+
+    vocabulary: int  # number of token ids that the model knows; 0 if it is unknown
+    newest: int  # newest weight version
+
+
+def violation(lease: Lease, rollout: Rollout, limits: Limits, *, prompts: Prompts) -> str | None:
+    """Why `rollout` cannot be one of `lease`; None if it can.
+
+    Args:
+        lease: the one of this purpose, task and attempt.
+        limits: of token ids and versions.
+        prompts: of the rollouts that have arrived for this lease.
+    """
+    return (
+        _slot(lease, rollout)
+        or _length(lease, rollout)
+        or _spans(lease, rollout, limits)
+        or _token_ids(rollout, limits)
+        or _numbers(lease, rollout)
+        or _likely_tokens(lease, rollout)
+        or _prompt(rollout, prompts)
+    )
+
+
+def report_violation(lease: Lease, progress: Progress, limits: Limits) -> str | None:
+    """Why `progress` cannot be a report on `lease`; None if it can. Another actor would continue what it holds."""
+    for part in progress.partial:
+        reason = _part(lease, part) or _versions(lease, part.versions, limits) or _token_ids(part, limits)
+        if reason:
+            return f"report: {reason}"
+    return None
+
+
+def _part(lease: Lease, part: PartialRollout) -> str | None:
+    sampled = part.start + len(part.tokens)
+    if part.slot >= lease.autonomous + lease.guided:
+        return "slot is out of range"
+    if sampled > lease.max_new_tokens:
+        return "number of tokens is not in [1, max_new_tokens]"
+    if part.finish != "stop" and (part.finish == "length") != (sampled == lease.max_new_tokens):
+        return "finish does not match max_new_tokens"
+    k = lease.top_logprobs_num if part.slot >= lease.autonomous else 0
+    if (0 if part.top_tokens is None else len(part.top_tokens)) != k * len(part.tokens):
+        return "top_tokens must hold top_logprobs_num for each token of a guided rollout"
+    if not _are_logprobs(part.logprobs) or (part.top_logprobs is not None and not _are_logprobs(part.top_logprobs)):
+        return f"logprobs must be in [{LOWEST:g}, 0]"
+    return None
+
+
+def _slot(lease: Lease, rollout: Rollout) -> str | None:
+    if not 0 <= rollout.slot < lease.autonomous + lease.guided:
+        return "slot is out of range"
+    if rollout.guided != (rollout.slot >= lease.autonomous):
+        return "guided flag does not match the slot"
+    return None
+
+
+def _length(lease: Lease, rollout: Rollout) -> str | None:
+    if not 1 <= len(rollout.tokens) <= lease.max_new_tokens:
+        return "number of tokens is not in [1, max_new_tokens]"
+    if rollout.finish == "length" and len(rollout.tokens) < lease.max_new_tokens:
+        return "finish is length before max_new_tokens"
+    return None
+
+
+def _spans(lease: Lease, rollout: Rollout, limits: Limits) -> str | None:
+    ends = rollout.ends
+    if not len(ends) or ends[0] < 1 or ends[-1] != len(rollout.tokens) or (ends[1:] <= ends[:-1]).any():
+        return "ends of spans do not increase from 1 to the number of tokens"
+    return _versions(lease, rollout.versions, limits)
+
+
+def _versions(lease: Lease, versions: np.ndarray, limits: Limits) -> str | None:
+    if versions.min() < lease.min_version:
+        return "tokens are older than the lease's min_version"
+    if versions.max() > limits.newest:
+        return "tokens have a version that does not exist yet"
+    return None
+
+
+def _token_ids(sent: Rollout | PartialRollout, limits: Limits) -> str | None:
+    limit = limits.vocabulary or 2**31
+    for name in ("prompt", "tokens", "top_tokens"):
+        ids = getattr(sent, name, None)
+        if ids is not None and len(ids) and not (ids.min() >= 0 and ids.max() < limit):
+            return f"{name} has an id that is not in the vocabulary"
+    return None
+
+
+def _numbers(lease: Lease, rollout: Rollout) -> str | None:
+    if not _are_logprobs(rollout.logprobs):
+        return f"logprobs must be in [{LOWEST:g}, 0]"
+    if not 0.0 <= rollout.reward <= 1.0:
+        return "reward must be in [0, 1]"
+    value = rollout.unguided_logprob
+    if (value is not None) != _is_scored(lease, rollout):
+        return "unguided_logprob must come with a correct guided rollout of training, and with no other"
+    if value is not None and not -np.inf < value <= TOLERANCE * len(rollout.tokens):
+        return "unguided_logprob must be finite and <= 0"
+    return None
+
+
+def _likely_tokens(lease: Lease, rollout: Rollout) -> str | None:
+    tokens, logprobs = rollout.top_tokens, rollout.top_logprobs
+    wanted = len(rollout.tokens) * lease.top_logprobs_num if _is_scored(lease, rollout) else 0
+    if any(wanted != (0 if array is None else len(array)) for array in (tokens, logprobs)):
+        return "top_tokens and top_logprobs must hold top_logprobs_num for each token of a correct guided rollout"
+    if logprobs is not None and not _are_logprobs(logprobs):
+        return f"top_logprobs must be in [{LOWEST:g}, 0]"
+    return None
+
+
+def _prompt(rollout: Rollout, prompts: Prompts) -> str | None:
+    if not len(rollout.prompt):
+        return "prompt is empty"
+    known = prompts.get(rollout.guided)
+    if known is not None and not np.array_equal(known, rollout.prompt):
+        return "prompt differs from that of the group"
+    return None
+
+
+def _is_scored(lease: Lease, rollout: Rollout) -> bool:
+    """Whether the engine scores this rollout under the plain prompt (Eq. 4)."""
+    return rollout.guided and lease.purpose == "train" and rollout.reward == 1.0
+
+
+def _are_logprobs(values: np.ndarray) -> bool:
+    """Whether all are log-probabilities of tokens; NaN is none."""
+    return bool(((values >= LOWEST) & (values <= TOLERANCE)).all())
