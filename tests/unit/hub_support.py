@@ -65,8 +65,21 @@ def make_rollout(lease: wire.Lease, slot: int, *, versions: tuple[int, ...] = (0
         "finish": "stop",
     }
     made = wire.Rollout(**{**fields, **changes})
-    needs_unguided_logprob = made.guided and made.reward == 1.0 and made.unguided_logprob is None
+    scored = made.guided and made.reward == 1.0 and made.purpose == "train"
+    needs_unguided_logprob = scored and made.unguided_logprob is None
     return replace(made, unguided_logprob=-1.0) if needs_unguided_logprob else made
+
+
+def make_part(slot: int, start: int, tokens: int, version: int = 0) -> wire.PartialRollout:
+    """`tokens` tokens of an unfinished rollout, from position `start` on."""
+    return wire.PartialRollout(
+        slot=slot,
+        start=start,
+        tokens=np.arange(start, start + tokens, dtype=np.int32),
+        logprobs=np.full(tokens, -0.5, np.float32),
+        versions=np.array([version], np.int32),
+        ends=np.array([tokens], np.int32),
+    )
 
 
 class Driver:

@@ -1,19 +1,26 @@
 """The hub under random sequences of events: joins, losses, duplicates, late rollouts, crashes, snapshots, restores.
 
-A model of the members runs beside the core and checks that the core never breaks a rule; the core itself asserts after
-every event that both ledgers balance.
+The hub itself is killed at random as well, and goes on from its journal. A model of the members runs beside the core and
+checks that the core never breaks a rule; the core itself asserts after every event that both ledgers balance.
 """
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from random import Random
 
 import hypothesis.strategies as st
-from hub_support import Driver, Source, make_rollout, make_run
+import numpy as np
+from hub_support import Driver, Source, make_part, make_rollout, make_run
 from hypothesis import given, settings
 
 from sgpo_async.hub import HubCore
-from sgpo_async.hub.events import Rejected, SenderDown, SenderUp
+from sgpo_async.hub.core import RETURN_S
+from sgpo_async.hub.events import Effect, Event, HubRestarted, Received, Rejected, SenderDown, SenderUp
+from sgpo_async.hub.journal import Journal
+from sgpo_async.hub.recovery import pack_event, recover, save
+from sgpo_async.wire import encode
 from sgpo_async.wire import records as wire
 
 
@@ -21,9 +28,13 @@ class World(Driver):
     """Correct members whose actions `rng` draws at random, and an unreliable network."""
 
     def __init__(self, rng: Random, *, batch: int, max_lag: int, ranks: int, steps: int = 6) -> None:
-        super().__init__(
-            make_run(batch=batch, max_lag=max_lag, steps=steps), Source(held_out=3, without_strategy_every=4)
-        )
+        self.source = Source(held_out=3, without_strategy_every=4)
+        super().__init__(make_run(batch=batch, max_lag=max_lag, steps=steps), self.source)
+        self.folder = tempfile.TemporaryDirectory(dir="/dev/shm")
+        self.journal = Journal(Path(self.folder.name))
+        self.core, _ = recover(self.core, self.journal)
+        self.kills = 0
+        self.rng_saves = Random(rng.random())
         self.rng, self.ranks = rng, ranks
         self.live: list[bytes] = []  # actors
         self.actors_started = self.worlds = 0  # numbers of actors and of learner worlds so far
@@ -31,6 +42,8 @@ class World(Driver):
         self.held: dict[bytes, dict[tuple[int, int], tuple[wire.Lease, list[int]]]] = {}
         self.version_of: dict[bytes, int] = {}
         self.issued: set[tuple[int, int]] = set()
+        self.sampled: dict[tuple[int, int, int], int] = {}  # tokens that the hub knows, by (task, attempt, slot)
+        self.reported: dict[tuple[int, int], int] = {}  # most tokens ever reported, by (task, slot)
         self.sent: list[tuple[bytes, wire.Rollout]] = []
         self.learner_step = 0
         self.shards: dict[int, wire.Shard] = {}
@@ -39,12 +52,27 @@ class World(Driver):
         self.newest = -1
         self.first_version = 0  # lowest version since the last restore
 
+    def handle(self, event: Event) -> list[Effect]:
+        frames = encode(event.message) if isinstance(event, Received) else []
+        self.journal.append(self.now, pack_event(event, frames))
+        if self.rng_saves.random() < 0.02:
+            self.journal.commit()
+            effects = super().handle(event)
+            save(self.core, self.journal)
+            return effects
+        return super().handle(event)
+
+    def close(self) -> None:
+        self.journal.close()
+        self.folder.cleanup()
+
     # one random action
 
     ACTIONS = (
         ("rollout", 60), ("ready", 12), ("new_actor", 3), ("lose_actor", 1), ("duplicate", 3), ("release", 2),
-        ("load", 10), ("invalid_messages", 0.5), ("tick", 4), ("silence", 0.5), ("request_batch", 20), ("commit", 12),
-        ("crash", 0.7), ("snapshot", 2), ("evaluate", 0.3), ("early_leaver", 0.5),
+        ("report", 8), ("break_connection", 2), ("kill_hub", 1.5), ("load", 10), ("invalid_messages", 0.5), ("tick", 4),
+        ("silence", 0.5), ("request_batch", 20), ("commit", 12), ("crash", 0.7), ("snapshot", 2), ("evaluate", 0.3),
+        ("early_leaver", 0.5),
     )  # fmt: skip
 
     def act(self) -> None:
@@ -55,11 +83,7 @@ class World(Driver):
     def check_inboxes(self) -> None:
         """Read all inboxes and check the messages."""
         for member in self.live:
-            for lease in self.take(member, wire.Lease):
-                self.check_lease(member, lease)
-                slots = list(range(lease.autonomous + lease.guided))
-                self.rng.shuffle(slots)
-                self.held[member][lease.task, lease.attempt] = (lease, slots)
+            self.read(member)
         for rank in range(self.ranks):
             for shard in self.take(self.rank(rank), wire.Shard):
                 self.check_shard(shard)
@@ -69,6 +93,20 @@ class World(Driver):
         assert training.version >= self.newest
         self.newest = training.version
 
+    def read(self, member: bytes) -> None:
+        """An actor takes the hub's leases and revocations, in order."""
+        messages = [m for m in self.inbox[member] if isinstance(m, wire.Lease | wire.Revoked)]
+        self.inbox[member] = [m for m in self.inbox[member] if not isinstance(m, wire.Lease | wire.Revoked)]
+        for message in messages:
+            if isinstance(message, wire.Revoked):
+                self.held[member].pop((message.task, message.attempt), None)
+                continue
+            self.check_lease(member, message)
+            slots = sorted(set(range(message.autonomous + message.guided)) - set(message.finished.tolist()))
+            self.rng.shuffle(slots)
+            self.held[member][message.task, message.attempt] = (message, slots)
+            self.sampled |= {(message.task, message.attempt, part.slot): len(part.tokens) for part in message.partial}
+
     def check_lease(self, member: bytes, lease: wire.Lease) -> None:
         assert (lease.task, lease.attempt) not in self.issued, "the same attempt was leased twice"
         self.issued.add((lease.task, lease.attempt))
@@ -77,6 +115,13 @@ class World(Driver):
         assert self.version_of[member] >= lease.min_version
         assert lease.min_version >= self.first_version, "the lease admits tokens from before the restore"
         assert (lease.strategy is None) == (lease.guided == 0)
+        size = lease.autonomous + lease.guided
+        assert len(lease.finished) < size
+        unfinished = set(range(size)) - set(lease.finished.tolist())
+        for part in lease.partial:
+            assert part.slot in unfinished
+            assert part.versions.min() >= lease.min_version
+            assert len(part.tokens) <= self.reported.get((lease.task, part.slot), 0), "tokens that nobody reported"
 
     def check_shard(self, shard: wire.Shard) -> None:
         assert shard.problems == self.run.learner.problems_per_step
@@ -144,6 +189,56 @@ class World(Driver):
             member, rollout = self.rng.choice(self.sent)
             self.send(self.rng.choice([member, b"non-member"]), rollout)
 
+    def report(self) -> None:
+        """An actor reports what some of its running rollouts have sampled."""
+        member = self.some_actor()
+        if not member or not self.held[member]:
+            return
+        (task, attempt), (lease, slots) = self.rng.choice(list(self.held[member].items()))
+        parts = []
+        for slot in self.rng.sample(slots, self.rng.randint(1, len(slots))):
+            start, count = self.sampled.get((task, attempt, slot), 0), self.rng.randint(1, 3)
+            self.sampled[task, attempt, slot] = start + count
+            self.reported[task, slot] = max(self.reported.get((task, slot), 0), start + count)
+            version = self.rng.randint(max(lease.min_version, 0), self.version_of[member])
+            parts.append(make_part(slot, start, count, version))
+        report = wire.Progress(task=task, attempt=attempt, purpose=lease.purpose, partial=tuple(parts))
+        self.send(member, report)
+
+    def break_connection(self) -> None:
+        """An actor loses messages of both directions, and says Hello again; some of its leases are lost on the way."""
+        member = self.some_actor()
+        if member:
+            if self.rng.random() < 0.5:
+                self.handle(SenderDown(member, "connection lost"))
+            self.come_back(member)
+
+    def come_back(self, member: bytes) -> None:
+        self.read(member)
+        for key in self.rng.sample(list(self.held[member]), len(self.held[member]) // 3):
+            del self.held[member][key]
+        self.granted[member] = 0
+        holds = np.array(list(self.held[member]), np.int32).reshape(-1)
+        self.send(member, wire.Hello(role="actor", name=member.decode(), holds=holds))
+        self.handle(SenderUp(member, "127.0.0.1", 4000))
+        self.read(member)
+        leased = {
+            (number, lease.attempt)
+            for table in (self.core.training.leases, self.core.evaluation.leases)
+            for number, lease in table.running.items()
+            if lease.member == member
+        }
+        assert set(self.held[member]) == leased, "the hub and the actor disagree about its leases"
+
+    def kill_hub(self) -> None:
+        """The hub is killed between two events; the next process goes on from its journal, and the actors come back."""
+        core = HubCore(self.run, self.source, store="/store")
+        self.core, _ = recover(core, self.journal)
+        self.handle(HubRestarted())
+        self.kills += 1
+        for member in self.rng.sample(self.live, len(self.live)):
+            self.come_back(member)
+
     def release(self) -> None:
         member = self.some_actor()
         if member and self.held[member]:
@@ -158,6 +253,7 @@ class World(Driver):
             self.live.remove(member)
             if self.rng.random() < 0.5:
                 self.handle(SenderDown(member, "killed"))
+                self.advance(RETURN_S + 0.1)
             else:
                 self.send(member, wire.Goodbye())
 
@@ -242,14 +338,14 @@ class World(Driver):
         self.send(self.rank(0), wire.Published(version=self.core.training.version))
 
     def batch_tasks(self) -> set[int]:
-        """Task numbers of the batch; checks that each group is complete, of one attempt, and on one rank."""
+        """Task numbers of the batch; checks that each group is complete and on one rank."""
         seen: dict[int, int] = {}
         for shard in self.shards.values():
             numbers = [rollout.task for rollout in shard.rollouts]
             assert numbers == sorted(numbers)
             for number in dict.fromkeys(numbers):
                 group = [rollout for rollout in shard.rollouts if rollout.task == number]
-                assert number not in seen and len({rollout.attempt for rollout in group}) == 1
+                assert number not in seen
                 assert [rollout.slot for rollout in group] == list(range(2 if number % 4 == 0 else 3))
                 seen[number] = len(group)
         assert len(seen) == self.run.learner.problems_per_step
@@ -314,6 +410,7 @@ def history(seed: int, length: int, **shape: int) -> World:
 def test_after_any_history_the_ledgers_balance_and_the_run_can_be_finished(seed, length, **shape):
     world = history(seed, length, **shape)
     world.finish()
+    world.close()
     ledger = world.core.status()["ledger"]
     batch = world.run.learner.problems_per_step
     assert (ledger["trained"], ledger["in_flight"], ledger["buffered"]) == (world.run.steps * batch, 0, 0)
@@ -324,9 +421,14 @@ def test_after_any_history_the_ledgers_balance_and_the_run_can_be_finished(seed,
 @given(**CASES)
 def test_the_same_events_give_the_same_effects(seed, length, **shape):
     world = history(seed, length, **shape)
+    world.close()
     again = HubCore(world.run, Source(held_out=3, without_strategy_every=4), store="/store")
     effects = [effect for event, now in world.log for effect in again.handle(event, now)]
     assert repr(effects) == repr(world.effects)
+
+
+def is_lease(effect: Effect) -> bool:
+    return isinstance(getattr(effect, "message", None), wire.Lease)
 
 
 def test_the_random_histories_contain_the_important_events():
@@ -337,6 +439,10 @@ def test_the_random_histories_contain_the_important_events():
     dropped = {reason for world in worlds for reason in world.core.training.leases.rollouts.dropped}
     assert {wire.Restore, wire.Commit, wire.Release, wire.SnapshotRequest, wire.Evaluate, wire.Goodbye} <= received
     assert {wire.Restored, wire.Committed, wire.Snapshot, wire.Evaluated, wire.Refused, wire.Shard} <= sent
-    assert {"lease_lost", "released", "resume", "stale"} <= dropped
+    assert {wire.Progress} <= received and {wire.Revoked} <= sent
+    assert {"resume", "stale"} <= dropped
+    assert any(effect.message.partial for w in worlds for effect in w.effects if is_lease(effect))
+    assert any(effect.message.finished.size for w in worlds for effect in w.effects if is_lease(effect))
+    assert sum(world.kills for world in worlds) > 20
     assert sum(world.core.training.leases.duplicates for world in worlds) > 20
     assert sum(world.core.training.step for world in worlds) > 20

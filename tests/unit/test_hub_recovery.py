@@ -9,9 +9,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-from hub_support import Driver, Source, make_rollout, make_run, train_one_step
+from hub_support import Driver, Source, make_part, make_rollout, make_run, train_one_step
 
 from sgpo_async.errors import HubError
 from sgpo_async.hub import HubCore
@@ -71,14 +70,7 @@ def busy_hub(folder: Path, *, saves: bool) -> JournalledDriver:
 
 
 def progress(lease: wire.Lease, slot: int, *, start: int, tokens: int, version: int = 1) -> wire.Progress:
-    part = wire.PartialRollout(
-        slot=slot,
-        start=start,
-        tokens=np.arange(start, start + tokens, dtype=np.int32),
-        logprobs=np.full(tokens, -0.5, np.float32),
-        versions=np.array([version], np.int32),
-        ends=np.array([tokens], np.int32),
-    )
+    part = make_part(slot, start, tokens, version)
     return wire.Progress(task=lease.task, attempt=lease.attempt, purpose=lease.purpose, partial=(part,))
 
 

@@ -163,11 +163,32 @@ def test_a_revoked_task_comes_before_younger_tasks_with_the_next_attempt(leases)
     first, second = (leases.lease(b"a", min_version=0, now=0.0) for _ in range(2))
     leases.arrive(make_rollout(first, 0), now=1.0)
     for number in (1, 0):
-        leases.revoke(number, "lease_lost")
+        leases.revoke(number)
     again = [leases.lease(b"b", min_version=0, now=2.0) for _ in range(3)]
     assert [(lease.task, lease.attempt) for lease in again] == [(0, 1), (1, 1), (2, 0)]
     assert again[0].seed == first.seed and again[1].seed == second.seed
-    assert leases.rollouts.dropped == {"lease_lost": 6} and not leases.tasks.dropped
+    assert [lease.finished.tolist() for lease in again] == [[0], [], []]
+    assert leases.rollouts.dispatched == 9 and not leases.rollouts.dropped and not leases.tasks.dropped
+    leases.check()
+
+
+def test_a_task_whose_tokens_have_become_too_old_starts_again(leases):
+    first = leases.lease(b"a", min_version=2, now=0.0)
+    leases.arrive(make_rollout(first, 0, versions=(3,)), now=1.0)
+    leases.arrive(make_rollout(first, 1, versions=(2, 3)), now=1.0)
+    leases.revoke(0)
+    again = leases.lease(b"b", min_version=3, now=2.0)
+    assert (again.task, again.finished.tolist(), again.partial) == (0, [], ())
+    assert leases.rollouts.dropped == {"stale": 3} and leases.rollouts.dispatched == 6
+    leases.check()
+
+
+def test_a_task_with_an_invalid_rollout_starts_again(leases):
+    first = leases.lease(b"a", min_version=0, now=0.0)
+    leases.arrive(make_rollout(first, 0), now=1.0)
+    leases.reject(0)
+    assert leases.lease(b"b", min_version=0, now=2.0).finished.size == 0
+    assert leases.rollouts.dropped == {"rejected": 3}
     leases.check()
 
 
@@ -178,26 +199,9 @@ def test_no_lease_expects_late_or_duplicate_rollouts(leases):
     assert leases.lease_expecting(b"a", rollout)
     leases.arrive(rollout, now=0.0)
     assert leases.lease_expecting(b"a", rollout) is None
-    leases.revoke(0, "lease_lost")
+    leases.revoke(0)
     leases.lease(b"a", min_version=0, now=0.0)
     assert leases.lease_expecting(b"a", make_rollout(lease, 2)) is None
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"slot": 3}, "slot is out of range"),
-        ({"slot": -1}, "slot is out of range"),
-        ({"guided": True}, "guided flag does not match the slot"),
-        ({"versions": (1, 2)}, "tokens are older than the lease's min_version"),
-        ({"versions": (2, 4)}, "tokens have a version that does not exist yet"),
-        ({"versions": (2, 3)}, None),
-    ],
-)
-def test_invalid_rollouts(leases, changes, reason):
-    lease = leases.lease(b"a", min_version=2, now=0.0)
-    rollout = make_rollout(lease, **{"slot": 0, "versions": (3,), "guided": False, **changes})
-    assert leases.running[0].invalid_reason(rollout, newest=3) == reason
 
 
 # ---- members

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from engines_models import engine_of, tiny
-from hub_support import Driver, Source, make_run
+from hub_support import Driver, Source, make_part, make_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rollout_support import TOKENIZER
@@ -39,17 +39,6 @@ def completions(draw: st.DrawFn) -> wire.PartialRollout:
 
 def same(one: wire.PartialRollout, other: wire.PartialRollout) -> bool:
     return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in vars(one))
-
-
-def part(slot: int, start: int, tokens: int, version: int = 0) -> wire.PartialRollout:
-    return wire.PartialRollout(
-        slot=slot,
-        start=start,
-        tokens=np.arange(start, start + tokens, dtype=np.int32),
-        logprobs=np.zeros(tokens, np.float32),
-        versions=np.array([version], np.int32),
-        ends=np.array([tokens], np.int32),
-    )
 
 
 @given(whole=completions(), data=st.data())
@@ -89,11 +78,11 @@ def _first(whole: wire.PartialRollout, end: int) -> wire.PartialRollout:
 
 def test_a_report_after_a_gap_is_ignored_and_one_from_the_beginning_replaces_all() -> None:
     arrived = Arrived(size=2)
-    assert arrived.report(part(0, 0, 3))
-    assert not arrived.report(part(0, 4, 1))
-    assert not arrived.report(part(0, 2, 2))
+    assert arrived.report(make_part(0, 0, 3))
+    assert not arrived.report(make_part(0, 4, 1))
+    assert not arrived.report(make_part(0, 2, 2))
     assert arrived.sampled(0) == 3
-    assert arrived.report(part(0, 0, 2))
+    assert arrived.report(make_part(0, 0, 2))
     assert arrived.sampled(0) == 2
     assert arrived.oldest_version == 0
     assert Arrived(size=2).oldest_version is None
