@@ -24,8 +24,10 @@ from sgpo_async.wire.records import (
     BenchmarkScore,
     Committed,
     Evaluated,
+    Hello,
     Lease,
     Message,
+    PartialRollout,
     Restore,
     Rollout,
     Settings,
@@ -36,7 +38,7 @@ from sgpo_async.wire.records import (
 LIMIT = 2**20
 VERSION = msgpack.packb(PROTOCOL)
 RECORDS = get_args(Message)
-PARTS = {BenchmarkScore}  # records that are part of a message
+PARTS = {BenchmarkScore, PartialRollout}  # records that are part of a message
 INT64 = st.integers(-(2**63), 2**63 - 1)
 PLAIN = st.recursive(
     st.none() | st.booleans() | INT64 | st.floats(allow_nan=False) | st.text(),
@@ -109,9 +111,30 @@ def rollouts(draw: st.DrawFn) -> Rollout:
     )
 
 
+@st.composite
+def partial_rollouts(draw: st.DrawFn, *, start: st.SearchStrategy[int] = st.integers(0, 2**40)) -> PartialRollout:  # noqa: B008
+    """The beginning of a rollout, or a later part of one."""
+    whole = draw(rollouts())
+    fields = {
+        field.name: getattr(whole, field.name)
+        for field in dataclasses.fields(PartialRollout)
+        if hasattr(whole, field.name)
+    }
+    return PartialRollout(
+        **fields
+        | {
+            "start": draw(start),
+            "slot": draw(st.integers(0, 99)),
+            "finish": draw(st.sampled_from(("", "stop", "length"))),
+        }
+    )
+
+
 def records_of(record: type) -> st.SearchStrategy:
     if record is Rollout:
         return rollouts()
+    if record is PartialRollout:
+        return partial_rollouts()
     hints = get_type_hints(record, include_extras=True)
     fields = {name: values(hint) for name, hint in hints.items()}
     if record is Lease:
@@ -119,6 +142,9 @@ def records_of(record: type) -> st.SearchStrategy:
         fields |= {"temperature": share, "max_new_tokens": st.integers(1, 2**40)}
         fields["top_logprobs_num"] = st.integers(0, 2**20)
         fields["top_p"] = st.just(1.0) | share
+        fields["partial"] = st.lists(partial_rollouts(start=st.just(0)), max_size=3).map(tuple)
+    if record is Hello:
+        fields["holds"] = fields["holds"].map(lambda holds: holds[: len(holds) // 2 * 2])
     if record is Shard:
         fields["rollouts"] = st.lists(rollouts().map(for_training), max_size=3).map(tuple)
     return st.fixed_dictionaries(fields).map(lambda fields: record(**fields)).filter(is_valid)
