@@ -17,10 +17,12 @@ from sgpo_async.wire.records import (
     Committed,
     Evaluate,
     Evaluated,
+    Finish,
     Goodbye,
     Heartbeat,
     Hello,
     Message,
+    Published,
     Refused,
     Restore,
     Restored,
@@ -139,11 +141,65 @@ def test_a_lost_request_is_repeated_until_it_is_answered(client: HubClient, hub:
     assert client.snapshot(4) == b"s"
 
 
-def test_restore_is_sent_only_once(client: HubClient, hub: FakeHub, monkeypatch) -> None:
+def test_a_repeated_restore_has_the_id_of_the_first(client: HubClient, hub: FakeHub, monkeypatch) -> None:
     monkeypatch.setattr(hub_client, "REPEAT_S", 0.05)
-    with pytest.raises(DeadlineExceeded):
-        client._ask(Restore(state=b""), Restored, "Restored", 0.5)
-    assert sum(isinstance(message, Restore) for message in hub.received) == 1
+
+    def answer_the_third_request(message: Message) -> list[Message]:
+        return [Restored(version=9)] if len(restores(hub)) == 3 else []
+
+    hub._answer = answer_the_third_request
+    assert client.restore(b"state") == 9
+    ids = {restore.id for restore in restores(hub)}
+    assert len(ids) == 1
+    hub._answer = lambda message: [Restored(version=10)] if isinstance(message, Restore) else []
+    assert client.restore(b"state") == 10
+    assert ids < {restore.id for restore in restores(hub)}, "another Restore has another id"
+
+
+def restores(hub: FakeHub) -> list[Restore]:
+    return [message for message in hub.received if isinstance(message, Restore)]
+
+
+def test_after_a_reconnection_everything_that_may_be_lost_is_sent_again(client: HubClient, hub: FakeHub) -> None:
+    client.join(Hello(role="learner", name="learner-0"))
+    hub._answer = lambda message: []
+    client.published(2, "/old")
+    client.published(3, "/store")
+    client.evaluate(3)
+    client.evaluate(4)
+    result: list[bytes] = []
+    waiting = threading.Thread(target=lambda: result.append(client.snapshot(4)))
+    waiting.start()
+    hub.wait_for(SnapshotRequest)
+    before = len(hub.received)
+    hub._answer = lambda message: [Snapshot(step=4, state=b"s")] if isinstance(message, SnapshotRequest) else []
+    hub.dealer.connections += 1
+    waiting.join(TIMEOUT_S)
+    assert result == [b"s"]
+    again = [message for message in hub.received[before:] if not isinstance(message, Heartbeat)]
+    assert again == [
+        Published(version=3, store="/store"),
+        Evaluate(version=3),
+        Evaluate(version=4),
+        SnapshotRequest(step=4),
+    ]
+
+
+def test_a_result_that_arrives_twice_counts_once(client: HubClient, hub: FakeHub) -> None:
+    hub._answer = lambda message: 2 * answers(message)
+    client.evaluate(9)
+    client.take_evaluations(until=9, timeout_s=TIMEOUT_S)
+    client.commit(1)
+    assert [result.version for result in client.take_evaluations()] == [3]
+
+
+def test_a_hub_that_does_not_answer_the_end_of_the_run_costs_a_warning(
+    client: HubClient, hub: FakeHub, monkeypatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(hub_client, "FINISH_S", 0.05)
+    client.finish()
+    hub.wait_for(Finish)
+    assert "no Stop from the hub" in caplog.text
 
 
 def test_heartbeats_are_sent_while_the_main_thread_is_busy_and_goodbye_at_the_end(
