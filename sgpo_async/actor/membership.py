@@ -63,13 +63,13 @@ class Membership:
 
         Raises HubError after `timeout_s` without a hub.
         """
-        now = time.monotonic()
         if self._mailbox.connections != self._connections:
             self._connections = self._mailbox.connections
             self.lost("the connection to the hub was lost")
         if self.serving:
             return
         self._dealer.check_refused()
+        now = time.monotonic()
         if now - self._absent_since > self._timeout_s:
             raise HubError(
                 f"hub {self._dealer.address}: not a member for {self._timeout_s:g} s"

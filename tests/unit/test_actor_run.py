@@ -1,9 +1,8 @@
-"""An actor's life from session to session: which refusals end it."""
+"""An actor's life from run to run, and the options of its node."""
 
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,48 +15,34 @@ from sgpo_async.config.schema import Engine, Run, Sglang
 from sgpo_async.errors import Refusal
 from sgpo_async.transport import Mailbox, MemoryRouter
 
-TAKEN = Refusal("name is taken", final=False)
-
 
 class Scripted(Actor):
-    """Sessions that end as told: True, the run is over; False, the session is; or a refusal."""
+    """Serves runs with these outcomes: True, the run is over; False, the hub belongs to another run; or a refusal."""
 
-    def __init__(self, outcomes: Iterable[bool | Refusal], *, hub_timeout_s: float = 60.0) -> None:
-        super().__init__(ActorOptions(hub="memory", name="a", hub_timeout_s=hub_timeout_s))
+    def __init__(self, outcomes: Iterable[bool | Refusal]) -> None:
+        super().__init__(ActorOptions(hub="memory", name="a"))
         self.outcomes = list(outcomes)
 
-    def _session(self, mailbox: Mailbox) -> bool:
+    def _serve(self, mailbox: Mailbox) -> bool:
         outcome = self.outcomes.pop(0)
         if isinstance(outcome, Refusal):
             raise outcome
-        self._served_until = time.monotonic()
         return outcome
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(actor_run, "BACKOFF_S", (0.0,))
     monkeypatch.setattr(actor_run, "Dealer", lambda *_, **__: MemoryRouter().dealer(b"a"))
     monkeypatch.setattr(signal, "signal", lambda *_: None)
 
 
-def test_a_first_refusal_ends_the_actor() -> None:
-    with pytest.raises(Refusal, match="taken"):
-        Scripted([TAKEN, True]).run()
-
-
-def test_after_a_session_a_refusal_is_a_matter_of_time() -> None:
-    actor = Scripted([False, TAKEN, TAKEN, False, TAKEN, True])
+def test_it_serves_one_run_after_another_until_one_is_over() -> None:
+    actor = Scripted([False, False, True])
     assert actor.run() == 0
     assert not actor.outcomes
 
 
-def test_it_gives_up_when_no_session_came_for_long() -> None:
-    with pytest.raises(Refusal, match="taken"):
-        Scripted([False, TAKEN, True], hub_timeout_s=0.0).run()
-
-
-def test_a_final_refusal_ends_it_always() -> None:
+def test_a_refusal_ends_it() -> None:
     with pytest.raises(Refusal, match="tokenizer"):
         Scripted([False, Refusal("tokenizer", final=True), True]).run()
 

@@ -1,29 +1,49 @@
-"""What an actor does with a lease that its engine cannot serve: it gives the lease back, and no other."""
+"""An actor's work: leases in, rollouts out, through lost connections and revoked leases."""
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from rollout_support import TOKENIZER, ScriptedEngine, generated, lease
 
+from sgpo_async.actor import service as actor_service
+from sgpo_async.actor.membership import Membership
 from sgpo_async.actor.service import Service
 from sgpo_async.config import Run
-from sgpo_async.engines.base import Failed
+from sgpo_async.engines.base import Failed, SampledTokens
 from sgpo_async.errors import EngineError
-from sgpo_async.wire.records import Heartbeat, Lease, Ready, Release, Rollout
+from sgpo_async.wire.records import (
+    Ack,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    Message,
+    Progress,
+    Ready,
+    Release,
+    Revoked,
+    Rollout,
+    Stop,
+    Welcome,
+)
+
+SLOTS = 24  # three leases of Run(), and one more
 
 
 class ScriptedHub:
-    """A mailbox that delivers these leases once and keeps what is sent."""
+    """A mailbox that delivers these messages once and keeps what is sent."""
 
-    def __init__(self, *leases: Lease) -> None:
-        self.dealer = SimpleNamespace(connections=1)
+    def __init__(self, *messages: Message) -> None:
+        self.dealer = SimpleNamespace(address="memory", check_refused=lambda: None)
+        self.connections = 1
         self.sent: list[Any] = []
-        self._leases = list(leases)
+        self.messages = list(messages)
 
-    def receive(self, timeout_s: float) -> list[Lease]:
-        leases, self._leases = self._leases, []
-        return leases
+    def receive(self, timeout_s: float) -> list[Message]:
+        messages, self.messages = self.messages, []
+        return messages
 
     def send(self, message: Any) -> bool:
         self.sent.append(message)
@@ -33,44 +53,210 @@ class ScriptedHub:
         return [message for message in self.sent if isinstance(message, kind)]
 
 
-def service_of(engine: ScriptedEngine, hub: ScriptedHub) -> Service:
-    node = SimpleNamespace(poll=list)
-    return Service(mailbox=hub, node=node, engine=engine, tokenizer=TOKENIZER, run=Run())  # type: ignore[arg-type]
+class Node:
+    """A weight receiver without events."""
+
+    def __init__(self) -> None:
+        self.addresses: list[tuple[str, int]] = []
+        self.stopped = False
+
+    def connect(self, host: str, port: int) -> None:
+        self.addresses.append((host, port))
+
+    def poll(self) -> list[Any]:
+        return []
+
+    def stop(self) -> None:
+        self.stopped = True
 
 
-def round_of(service: Service) -> None:
-    """One round of the session's loop."""
-    assert service.receive() is service.refresh() is None
-    service.admit()
-    service.generate()
-    service.publish()
+class Actor:
+    """A service, its hub and its engine."""
+
+    def __init__(self, *messages: Message) -> None:
+        self.hub, self.engine = ScriptedHub(Welcome(run_id="run"), *messages), ScriptedEngine()
+        self.engine.events = list  # type: ignore[attr-defined]
+        self.membership = Membership(
+            self.hub,  # type: ignore[arg-type]
+            Hello(role="actor", name="a"),
+            node=Node(),  # type: ignore[arg-type]
+            start_node=Node,  # type: ignore[arg-type]
+            timeout_s=600.0,
+        )
+        self.service = Service(
+            mailbox=self.hub,  # type: ignore[arg-type]
+            membership=self.membership,
+            engine=self.engine,  # type: ignore[arg-type]
+            tokenizer=TOKENIZER,
+            run=Run(),
+        )
+
+    def round(self, *messages: Message, answers: Any = ()) -> str | None:
+        """One round of the loop; returns the reason to end, if there is one."""
+        self.hub.messages += messages
+        self.engine.answers = list(answers)
+        self.membership.advance(self.service._held())
+        if reason := self.service.receive():
+            return reason
+        self.service.refresh()
+        self.service.admit()
+        self.service.generate()
+        self.service.publish()
+        return None
+
+    def sent(self, kind: type) -> list[Any]:
+        """What was sent of this kind since the last call."""
+        found = self.hub.of(kind)
+        self.hub.sent = [message for message in self.hub.sent if not isinstance(message, kind)]
+        return found
+
+
+@pytest.fixture
+def patience(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(actor_service, "HANDOVER_S", 0.05)
+    yield
+
+
+def sampled(tokens: int) -> SampledTokens:
+    return SampledTokens(
+        tokens=np.arange(tokens, dtype=np.int32),
+        logprobs=np.zeros(tokens, np.float32),
+        versions=np.array([0], np.int32),
+        ends=np.array([tokens], np.int32),
+    )
+
+
+# ---- leases that cannot be served
 
 
 def test_a_failed_request_gives_its_lease_back_and_no_other(caplog: pytest.LogCaptureFixture) -> None:
-    hub, engine = ScriptedHub(lease(7), lease(8)), ScriptedEngine()
-    engine.events = list  # type: ignore[attr-defined]
-    service = service_of(engine, hub)
-    round_of(service)
-    (asked,) = hub.of(Ready)
-    engine.answers = [
-        generated((8, 0, 0)),
-        Failed(id=(7, 0, 1), error=EngineError("request (7, 0, 1): 3 servers died while it ran on them")),
-    ]
-    round_of(service)
-    [release] = hub.of(Release)
+    actor = Actor(lease(7), lease(8))
+    actor.round()
+    (asked,) = actor.sent(Ready)
+    failed = Failed(id=(7, 0, 1), error=EngineError("request (7, 0, 1): 3 servers died while it ran on them"))
+    actor.round(answers=[generated((8, 0, 0)), failed])
+    [release] = actor.sent(Release)
     assert (release.task, release.servable) == (7, False) and "3 servers died" in release.reason
     assert "task 7: request (7, 0, 1): 3 servers died" in caplog.text
-    assert [(rollout.task, rollout.slot) for rollout in hub.of(Rollout)] == [(8, 0)]
-    round_of(service)
-    assert [ready.tasks for ready in hub.of(Ready)] == [asked.tasks, 1]  # in place of the one that was given back
-    service._beat(0.0)
-    assert hub.of(Heartbeat)[-1].tasks.tolist() == [8]
+    assert [(rollout.task, rollout.slot) for rollout in actor.sent(Rollout)] == [(8, 0)]
+    actor.round()
+    assert [ready.tasks for ready in actor.sent(Ready)] == [1]  # in place of the one that was given back
+    assert asked.tasks > 1
+    actor.service._send_heartbeat(0.0)
+    assert actor.sent(Heartbeat)[-1].tasks.tolist() == [8]
 
 
 def test_a_lease_that_can_never_be_served_is_given_back_at_once() -> None:
-    hub, engine = ScriptedHub(lease(7), lease(8)), ScriptedEngine()
-    engine.events, engine.refuses = list, (7, 0, 1)  # type: ignore[attr-defined]
-    round_of(service_of(engine, hub))
-    [release] = hub.of(Release)
+    actor = Actor(lease(7), lease(8))
+    actor.engine.refuses = (7, 0, 1)
+    actor.round()
+    [release] = actor.sent(Release)
     assert (release.task, release.servable) == (7, False) and "too long" in release.reason
-    assert {request.id[0] for request in engine.submitted[1:]} == {8}
+    assert {request.id[0] for request in actor.engine.submitted[1:]} == {8}
+
+
+# ---- connections
+
+
+def test_a_lost_connection_costs_no_work() -> None:
+    actor = Actor(lease(7), lease(8))
+    actor.round(answers=[generated((7, 0, 0)), generated((8, 0, 0))])
+    actor.round(Ack(task=8, attempt=0, slot=0))
+    assert len(actor.sent(Rollout)) == 2
+    actor.sent(Ready)
+    actor.hub.connections += 1
+    actor.round(answers=[generated((8, 0, 1))])
+    hello = actor.sent(Hello)[-1]
+    assert hello.holds.reshape(-1, 2).tolist() == [[7, 0], [8, 0]]
+    assert not actor.sent(Rollout) and not actor.sent(Ready), "not a member at this moment"
+    actor.engine.progress = lambda ids: {(7, 0, 1): sampled(3)} if (7, 0, 1) in ids else {}  # type: ignore[method-assign]
+    actor.round(Welcome(run_id="run"))
+    (report,) = actor.sent(Progress)
+    assert [(part.slot, part.start, len(part.tokens)) for part in report.partial] == [(1, 0, 3)]
+    delivered = {(rollout.task, rollout.slot) for rollout in actor.sent(Rollout)}
+    assert delivered == {(7, 0), (8, 1)}, "the one that was not acknowledged, and the one that was finished meanwhile"
+    (ready,) = actor.sent(Ready)
+    assert ready.tasks == actor.service._lease_target() - 1  # it still works on the lease of task 7
+    assert not actor.engine.cancelled
+
+
+def test_a_finished_lease_is_held_until_all_its_rollouts_are_acknowledged() -> None:
+    actor = Actor(lease(7))
+    actor.round(answers=[generated((7, 0, 0)), generated((7, 0, 1))])
+    assert actor.service._held() == [(7, 0)]
+    actor.round(Ack(task=7, attempt=0, slot=0))
+    assert actor.service._held() == [(7, 0)]
+    actor.round(Ack(task=7, attempt=0, slot=1))
+    assert actor.service._held() == []
+
+
+def test_a_hub_of_another_run_ends_the_service() -> None:
+    actor = Actor()
+    actor.round()
+    actor.hub.connections += 1
+    assert actor.round(Welcome(run_id="another")) == "the hub belongs to another run"
+
+
+def test_a_revoked_lease_is_dropped_with_all_that_belongs_to_it() -> None:
+    actor = Actor(lease(7), lease(8))
+    actor.round(answers=[generated((7, 0, 0))])
+    actor.sent(Ready)
+    actor.round(Revoked(task=7, attempt=0), answers=[generated((7, 0, 1)), generated((8, 0, 0))])
+    assert actor.engine.cancelled == [(7, 0, 1)]
+    assert [ready.tasks for ready in actor.sent(Ready)] == [1]
+    actor.service._sender.resend()
+    actor.sent(Rollout)
+    actor.round(Revoked(task=7, attempt=0), Revoked(task=99, attempt=3))  # unknown leases change nothing
+    assert [(rollout.task, rollout.slot) for rollout in actor.sent(Rollout)] == [(8, 0)]
+    assert not actor.sent(Ready)
+
+
+# ---- reports
+
+
+def test_only_new_tokens_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    actor = Actor(lease(7))
+    known = {(7, 0, 0): 2, (7, 0, 1): 0}
+    actor.engine.progress = lambda ids: {id: sampled(known[id]) for id in ids if known[id]}  # type: ignore[method-assign]
+    actor.round()
+    assert not actor.sent(Progress), "not due"
+    for tokens, reported in [((2, 0), [(0, 0, 2)]), ((5, 1), [(0, 2, 3), (1, 0, 1)]), ((5, 1), [])]:
+        known = {(7, 0, slot): count for slot, count in enumerate(tokens)}
+        actor.service._progress_at -= 100.0
+        actor.round()
+        parts = [part for report in actor.sent(Progress) for part in report.partial]
+        assert [(part.slot, part.start, len(part.tokens)) for part in parts] == reported
+
+
+def test_an_engine_that_does_not_repeat_its_samples_delivers_with_the_reports() -> None:
+    """Otherwise a killed actor would favour short rollouts; see `sgpo_async.rollout.partial`."""
+    actor = Actor(lease(7))
+    actor.engine.reproducible = False
+    actor.round(answers=[generated((7, 0, 0))])
+    assert not actor.sent(Rollout)
+    assert actor.service._held() == [(7, 0)]
+    actor.service._progress_at -= 100.0
+    actor.engine.progress = lambda ids: {(7, 0, 1): sampled(3)}  # type: ignore[method-assign]
+    actor.round()
+    assert [rollout.slot for rollout in actor.sent(Rollout)] == [0]
+    assert [part.slot for report in actor.sent(Progress) for part in report.partial] == [1]
+
+
+@pytest.mark.usefixtures("patience")
+def test_an_actor_that_leaves_hands_everything_over() -> None:
+    actor = Actor(lease(7), lease(8))
+    actor.engine.progress = lambda ids: {(7, 0, 1): sampled(3)}  # type: ignore[method-assign]
+    actor.engine.reproducible = False
+    actor.round(answers=[generated((7, 0, 0))])
+    actor.hub.sent.clear()
+    assert actor.service.serve(stopping=lambda: True) == "stopped"
+    kinds = [type(message) for message in actor.hub.sent]
+    assert kinds == [Progress, Rollout, Release, Release, Goodbye]
+    assert {release.task for release in actor.sent(Release)} == {7, 8}
+
+
+def test_the_end_of_the_run_ends_the_service() -> None:
+    actor = Actor()
+    actor.round()
+    assert actor.round(Stop(reason="finished")) == "finished"
+    assert actor.service.run_over

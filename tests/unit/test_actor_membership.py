@@ -1,0 +1,147 @@
+"""When an actor says Hello, and for how long it looks for the hub."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from test_actor_service import Node, ScriptedHub
+
+from sgpo_async.actor import membership as actor_membership
+from sgpo_async.actor.membership import BACKOFF_S, REPEAT_S, Membership
+from sgpo_async.errors import HubError, Refusal
+from sgpo_async.wire.records import Hello, Refused, Welcome
+
+TAKEN = Refused(reason="the name 'a' is taken")
+TIMEOUT_S = 60.0
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(actor_membership, "time", clock)
+    return clock
+
+
+class Member:
+    def __init__(self) -> None:
+        self.hub, self.nodes = ScriptedHub(), [Node()]
+        self.membership = Membership(
+            self.hub,  # type: ignore[arg-type]
+            Hello(role="actor", name="a", tokenizer="9f2c"),
+            node=self.nodes[0],  # type: ignore[arg-type]
+            start_node=self.start_node,  # type: ignore[arg-type]
+            timeout_s=TIMEOUT_S,
+        )
+
+    def start_node(self) -> Node:
+        self.nodes.append(Node())
+        return self.nodes[-1]
+
+    def hellos(self) -> list[Hello]:
+        found, self.hub.sent = self.hub.sent, []
+        return found
+
+
+@pytest.fixture
+def member(clock: Clock) -> Member:
+    return Member()
+
+
+def test_it_says_hello_again_until_it_is_welcome(member: Member, clock: Clock) -> None:
+    member.membership.advance([])
+    member.membership.advance([])
+    (hello,) = member.hellos()
+    assert (hello.name, hello.tokenizer, hello.holds.size) == ("a", "9f2c", 0)
+    clock.now += REPEAT_S
+    member.membership.advance([])
+    assert len(member.hellos()) == 1
+    assert member.membership.welcomed(Welcome(run_id="run", session_host="h", session_port=7))
+    assert member.membership.serving
+    assert member.nodes[0].addresses == [("h", 7)]
+    clock.now += 100 * REPEAT_S
+    member.membership.advance([])
+    assert not member.hellos()
+
+
+def test_a_new_connection_means_a_new_hello_and_a_new_weight_receiver(member: Member) -> None:
+    member.membership.advance([])
+    member.membership.welcomed(Welcome(run_id="run"))
+    member.hellos()
+    member.hub.connections += 1
+    member.membership.advance([(7, 1), (9, 0)])
+    (hello,) = member.hellos()
+    assert hello.holds.tolist() == [7, 1, 9, 0]
+    assert not member.membership.serving
+    assert [node.stopped for node in member.nodes] == [True, False]
+    assert member.membership.node is member.nodes[1]
+
+
+def test_a_second_welcome_replaces_the_weight_receiver(member: Member) -> None:
+    """The hub has answered two Hellos, and started two weight senders; the second one is the one that lives."""
+    member.membership.welcomed(Welcome(run_id="run", session_port=1))
+    member.membership.welcomed(Welcome(run_id="run", session_port=2))
+    assert [node.stopped for node in member.nodes] == [True, False]
+    assert member.nodes[1].addresses == [("", 2)]
+
+
+def test_a_weight_receiver_that_ends_before_the_welcome_is_replaced(member: Member) -> None:
+    member.membership.session_down("killed")
+    assert [node.stopped for node in member.nodes] == [True, False]
+
+
+def test_a_refusal_is_retried_after_growing_pauses(member: Member, clock: Clock, caplog) -> None:
+    member.membership.advance([])
+    for pause in [*BACKOFF_S, BACKOFF_S[-1]]:
+        member.hellos()
+        member.membership.refused(TAKEN)
+        clock.now += pause - 0.01
+        member.membership.advance([])
+        assert not member.hellos()
+        clock.now += 0.02
+        member.membership.advance([])
+        assert len(member.hellos()) == 1
+    assert caplog.text.count("trying again for up to 60 s") == 1, "a line for each reason, not for each attempt"
+    member.membership.welcomed(Welcome(run_id="run"))
+    assert member.membership.serving
+
+
+def test_a_final_refusal_ends_the_actor(member: Member) -> None:
+    with pytest.raises(Refusal, match="hub memory: refused a: another tokenizer"):
+        member.membership.refused(Refused(reason="another tokenizer", final=True))
+
+
+@pytest.mark.parametrize("served_before", [False, True])
+def test_it_gives_up_after_the_timeout(member: Member, clock: Clock, served_before: bool) -> None:
+    if served_before:
+        member.membership.welcomed(Welcome(run_id="run"))
+        clock.now += 10 * TIMEOUT_S
+        member.membership.lost("the session is down")
+    for _ in range(int(TIMEOUT_S)):
+        clock.now += 1.0
+        member.membership.advance([])
+    clock.now += 0.1
+    with pytest.raises(HubError, match="hub memory: not a member for 60 s; check that the hub runs"):
+        member.membership.advance([])
+
+
+def test_the_error_after_the_timeout_names_the_last_refusal(member: Member, clock: Clock) -> None:
+    with pytest.raises(HubError, match="not a member for 60 s, because it refused a: the name 'a' is taken"):
+        for _ in itertools.count():
+            clock.now += 1.0
+            member.membership.refused(TAKEN)
+            member.membership.advance([])
+
+
+def test_only_the_first_run_is_its_run(member: Member) -> None:
+    assert member.membership.welcomed(Welcome(run_id="run"))
+    assert member.membership.welcomed(Welcome(run_id="run"))
+    assert not member.membership.welcomed(Welcome(run_id="another"))
