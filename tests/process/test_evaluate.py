@@ -76,7 +76,7 @@ def solved(text: str, answer: str) -> bool:
 
 
 def test_the_scores_equal_those_computed_from_the_texts(run: RealRun) -> None:
-    """At a high temperature some samples are correct; the test counts over all choices of k samples."""
+    """At a high temperature some samples are correct; pass@k equals a count over all choices of k samples."""
     arguments = ("--guided", "--temperature", "1.6", "--top-p", "1", "--samples", "6", "--texts")
     found = evaluate(run, "hot", *arguments)["benchmarks"]["held-out"]
     problems = {problem.id: problem for problem in open_source("cues", path="", held_out=10, seed=0).held_out()}

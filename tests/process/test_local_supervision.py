@@ -79,15 +79,15 @@ def test_a_finished_run_ends_by_itself(start: Callable[..., Local]) -> None:
     assert_cleaned_up(run)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "expected_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_all_processes_even_those_that_ignore_it(
-    start: Callable[..., Local], number: int, code: int
+    start: Callable[..., Local], number: int, expected_code: int
 ) -> None:
     run = start("learner=stubborn")
     wait_until_all_run(run)
     run.process.send_signal(number)
-    found, output = run.finish()
-    assert found == code, output
+    code, output = run.finish()
+    assert code == expected_code, output
     assert_cleaned_up(run)
 
 
