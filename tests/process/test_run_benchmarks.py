@@ -1,4 +1,4 @@
-"""Actors evaluate benchmarks during training, each with its own sampling settings and verifier; the lag is reported."""
+"""Actors evaluate benchmarks during training, with their own sampling settings and verifiers; the lag is reported."""
 
 import json
 import math
