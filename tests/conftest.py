@@ -1,4 +1,4 @@
-"""What every test has: one thread for each process, and no test that a slow machine can fail."""
+"""Settings and fixtures for all tests: one thread per process, and no time limit that a slow machine can miss."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: sever
 import hypothesis
 import pytest
 
-hypothesis.settings.register_profile("any-machine", deadline=None)
-hypothesis.settings.load_profile("any-machine")
+hypothesis.settings.register_profile("no-deadline", deadline=None)
+hypothesis.settings.load_profile("no-deadline")
 
 
 @pytest.fixture(scope="module")
 def one_rank() -> Iterator[None]:
-    """This process as a learner's world of one rank, on the CPU."""
+    """A process group of which this process is the only rank, on the CPU."""
     import torch.distributed as dist
 
     from sgpo_async.learner.process_group import join_alone

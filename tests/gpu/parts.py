@@ -245,32 +245,32 @@ def _timed_loss(
 
 
 def step(device: Device, tiny: bool, measurements: Measurements) -> None:
-    """SGPO without a copy of the teacher, on rows of W tokens: one sequence of W tokens, and packed ones of W/4."""
+    """SGPO with teacher=self, on rows of W tokens: one sequence of W tokens, and packed ones of W/4."""
     mesh = join_alone(device.name)
     shapes = ["tiny"] if tiny else ["qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-7b-4-layers"]
     widths = [64, 128] if tiny else [2048, 8192, 17408]
     for shape in shapes:
         for width in widths:
-            for saves_memory in (False, True):
-                name = f"{shape} W={width}{' recompute' if saves_memory else ''}"
+            for recomputes in (False, True):
+                name = f"{shape} W={width}{' recompute' if recomputes else ''}"
                 try:
-                    measurements.record(name, _step(shape, width, mesh, device, saves_memory))
+                    measurements.record(name, _step(shape, width, mesh, device, recomputes))
                 except torch.OutOfMemoryError as error:
                     measurements.record(name, {"out_of_memory": str(error).partition(". GPU")[0]})
                 device.reset_peak()
 
 
-def _step(shape: str, width: int, mesh: DeviceMesh, device: Device, saves_memory: bool) -> dict[str, Any]:
+def _step(shape: str, width: int, mesh: DeviceMesh, device: Device, recomputes: bool) -> dict[str, Any]:
     run = Run(
         rollout=Sizes(autonomous=8, guided=4, max_new_tokens=width),
         algorithm=Algorithm(teacher="self"),
         optim=Optim(lr=1e-6),
-        learner=Learner(problems_per_step=1, row_tokens=width, recompute=saves_memory),
+        learner=Learner(problems_per_step=1, row_tokens=width, recompute=recomputes),
         local=Local(ranks=1),
     )
     policy = Policy(random_model(shape, device=device.name))
     check_model(policy)
-    if saves_memory:
+    if recomputes:
         recompute(policy)
     shard(policy, mesh, precision="bfloat16")
     stepper = Stepper(run, policy, optimiser.build(policy, run.optim), Teacher(run.algorithm, None))
@@ -317,7 +317,7 @@ def _shard(width: int, *, vocabulary: int) -> Shard:
 
 
 def _forward_flops(policy: Policy, sequences: Sequence[Tokens]) -> float:
-    """Of one forward: two for each parameter in a matrix and token, and causal attention."""
+    """The FLOPs of one forward pass: 2 per matrix parameter and token, plus causal attention."""
     config = policy.model.config
     lookup = policy.model.get_input_embeddings().weight
     matrices = sum(p.numel() for p in policy.parameters() if p.dim() == 2)
@@ -335,7 +335,7 @@ def _attention(work: Callable[[], Any], device: Device) -> dict[str, int]:
     with profile(activities=activities) as profiled:
         work()
         device.wait()
-    parts = ("attention", "attn", "fmha", "flash")  # of the names of attention operators
+    parts = ("attention", "attn", "fmha", "flash")  # substrings of the names of attention operators
     return {event.key: event.count for event in profiled.key_averages() if any(p in event.key.lower() for p in parts)}
 
 
@@ -374,7 +374,7 @@ def weights(device: Device, tiny: bool, measurements: Measurements) -> None:
 
 
 class Session:
-    """The weight sender and the weight receiver of one actor for a store."""
+    """The weight sender of a store, and the weight receiver of one actor."""
 
     def __init__(self, store: StoreFile) -> None:
         self._sender = WeightSender(store.path, "checked", "127.0.0.1")

@@ -26,7 +26,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.3,
     ),
 }  # fmt: skip
-# The layers of the 7B model, so many that weights, gradients and AdamW's state in float32 leave room on one GPU.
+# Four layers of the 7B model: weights, gradients and AdamW's state in float32 leave room on one GPU.
 SHAPES["qwen2.5-7b-4-layers"] = SHAPES["qwen2.5-7b"] | {"num_hidden_layers": 4}
 
 
@@ -43,6 +43,6 @@ def random_model(shape: str, *, dtype: str = "float32", device: str = "cpu") -> 
         model = Qwen2ForCausalLM._from_config(config_of(shape, dtype=dtype), dtype=getattr(torch, dtype))
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 1:  # biases and norms start as zeros and ones, in which no mistake shows
+            if parameter.dim() == 1:  # biases start as zeros and norms as ones, which would hide errors
                 parameter.add_(0.02 * torch.randn_like(parameter))
     return model.eval()

@@ -1,4 +1,4 @@
-"""The same system on a CUDA device: pytest -m gpu. The tests are skipped without one."""
+"""Engine and demo on a CUDA device: pytest -m gpu. Without a device the tests are skipped."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ FOLDER = model_folder("builtin:cues")
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.1)])
-def test_the_engine_s_logprobs_are_those_of_the_model_on_the_cpu(dtype: str, tolerance: float) -> None:
+def test_the_engines_logprobs_equal_those_of_the_model_on_the_cpu(dtype: str, tolerance: float) -> None:
     model = load_model(FOLDER, device="cpu", dtype="float32")
     tensors = {name: p.detach().to(getattr(torch, dtype)) for name, p in model.named_parameters()}
     engine = EmbeddedEngine.from_pretrained(FOLDER, digest=digest, slots=16, device="cuda", dtype=dtype)

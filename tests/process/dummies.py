@@ -1,6 +1,7 @@
-"""Small stand-ins for hub, learner and actor, and a run made of them: what is tested is the supervisor.
+"""Dummy hub, learner and actor processes, with which the tests run the real supervisor.
 
-`python dummies.py ROLE BEHAVIOUR FOLDER` is one process; `python dummies.py run FOLDER ROLE=BEHAVIOUR ...` supervises.
+`python dummies.py ROLE BEHAVIOUR FOLDER` is one process; `python dummies.py run FOLDER ROLE=BEHAVIOUR ...` is the
+supervisor of a run.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import time
 from pathlib import Path
 
 
-def forever() -> None:
+def sleep_forever() -> None:
     while True:
         time.sleep(1)
 
@@ -23,7 +24,7 @@ def hub(behaviour: str, folder: Path) -> int:
         print("error: hub.address: tcp://127.0.0.1:1 is in use; choose another")
         return 2
     if behaviour == "silent":
-        forever()
+        sleep_forever()
     (folder / "hub.json").write_text(json.dumps({"address": "tcp://127.0.0.1:1", "pid": os.getpid()}))
     while not (folder / "finished").exists():
         time.sleep(0.02)
@@ -42,15 +43,15 @@ def learner(behaviour: str, folder: Path) -> int:
     if behaviour == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     subprocess.Popen([sys.executable, __file__, "worker", "plain", str(folder)], start_new_session=True)
-    forever()
+    sleep_forever()
     return 0
 
 
 def worker(_behaviour: str, folder: Path) -> int:
-    """As torchrun's: in a session of its own, deaf to TERM."""
+    """Like a worker of torchrun: the caller starts it in a session of its own, and it ignores SIGTERM."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     (folder / "worker.pid").write_text(str(os.getpid()))
-    forever()
+    sleep_forever()
     return 0
 
 
@@ -97,7 +98,7 @@ class Printer:
         print("closing, stopping:", stopping, flush=True)
 
 
-def supervised(folder: Path, behaviours: dict[str, str]) -> int:
+def supervise_dummies(folder: Path, behaviours: dict[str, str]) -> int:
     from sgpo_async.errors import SgpoError
     from sgpo_async.local.run_folder import claim
     from sgpo_async.local.supervisor import supervise
@@ -114,5 +115,6 @@ def supervised(folder: Path, behaviours: dict[str, str]) -> int:
 if __name__ == "__main__":
     with contextlib.suppress(KeyboardInterrupt):
         if sys.argv[1] == "run":
-            raise SystemExit(supervised(Path(sys.argv[2]), dict(word.split("=") for word in sys.argv[3:])))
+            behaviours = dict(argument.split("=") for argument in sys.argv[3:])
+            raise SystemExit(supervise_dummies(Path(sys.argv[2]), behaviours))
         raise SystemExit(globals()[sys.argv[1]](sys.argv[2], Path(sys.argv[3])))

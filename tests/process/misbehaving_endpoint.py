@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint on loopback that often fails at first: misbehaving_endpoint.py PORT_FILE LOG_FILE.
+"""An OpenAI-compatible endpoint on loopback whose first answers often fail: misbehaving_endpoint.py PORT_FILE LOG_FILE.
 
 A digest of the request decides its behaviour, so every run behaves the same. When a request arrives for the first time,
 the endpoint may answer 429 with Retry-After or 500, cut the connection, or send an invalid body; the second time it

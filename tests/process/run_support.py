@@ -1,4 +1,4 @@
-"""Real runs: every process a command line as a user types it, found again by a mark in its environment."""
+"""Real runs. Each process is started by the command that a user types, and carries a mark in its environment."""
 
 import json
 import os
@@ -23,23 +23,23 @@ from sgpo_async.wire.records import Status, StatusRequest
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "SGPO_ASYNC_TEST"
-PATIENCE_S = 150.0  # for whatever has to happen; a busy machine needs a minute to import torch everywhere
+PATIENCE_S = 150.0  # timeout of every wait; on a busy machine, importing torch in all processes takes a minute
 SMALL = [
     "learner.problems_per_step=4",
     "tasks.held_out=8",
     "evaluation.every=100",
 ]
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
-def until(look: Callable[[], Found], what: str, *, seconds: float = PATIENCE_S) -> Found:
-    """Look until there is something to see; return it."""
+def until(condition: Callable[[], Result], what: str, *, seconds: float = PATIENCE_S) -> Result:
+    """Wait until `condition` returns a true value, and return it; `what` describes it in the error."""
     deadline = time.monotonic() + seconds
-    while not (found := look()):
-        assert time.monotonic() < deadline, f"waited {seconds:g} s in vain for: {what}"
+    while not (result := condition()):
+        assert time.monotonic() < deadline, f"timed out after {seconds:g} s; expected: {what}"
         time.sleep(0.02)
-    return found
+    return result
 
 
 def free_port() -> int:
@@ -48,8 +48,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-class Started:
-    """One process of a run, with its output in a file."""
+class RunProcess:
+    """One process of a run; a file receives its output."""
 
     def __init__(self, name: str, process: subprocess.Popen[bytes], log: Path) -> None:
         self.name, self.process, self.log = name, process, log
@@ -58,33 +58,33 @@ class Started:
     def output(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def ended(self, seconds: float = PATIENCE_S) -> int:
-        """Its exit code, once it has ended by itself."""
+    def wait(self, seconds: float = PATIENCE_S) -> int:
+        """Wait until the process ends by itself; return its exit code."""
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"{self.name} goes on for {seconds:g} s:\n{self.output[-3000:]}") from None
+            raise AssertionError(f"{self.name} is still running after {seconds:g} s:\n{self.output[-3000:]}") from None
 
 
 class RealRun:
     """The processes of one run, and its folder."""
 
-    def __init__(self, place: Path, *words: str, base: str = "configs/demo.yaml") -> None:
+    def __init__(self, directory: Path, *overrides: str, base: str = "configs/demo.yaml") -> None:
         self.mark = uuid.uuid4().hex
-        self.run: Run = load(ROOT / base, [*SMALL, f"out={place}", "name=run", *words])
-        self.folder = Path(self.run.folder)
-        self.config = place / "config.yaml"
-        self.config.write_text(to_yaml(self.run))
-        self.logs = place / "outputs"
+        self.settings: Run = load(ROOT / base, [*SMALL, f"out={directory}", "name=run", *overrides])
+        self.folder = Path(self.settings.folder)
+        self.config = directory / "config.yaml"
+        self.config.write_text(to_yaml(self.settings))
+        self.logs = directory / "outputs"
         self.logs.mkdir()
         self._observer: Mailbox | None = None
 
-    def start(self, name: str, *command: str, before: Sequence[str] = ()) -> Started:
-        """Start a Python program in the checkout; `before` is put before the interpreter."""
+    def start(self, name: str, *command: str, prefix: Sequence[str] = ()) -> RunProcess:
+        """Start a Python program in the checkout; `prefix` precedes the interpreter on the command line."""
         log = self.logs / f"{name}.txt"
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [*before, sys.executable, *command],
+                [*prefix, sys.executable, *command],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -92,22 +92,22 @@ class RealRun:
                 env=os.environ | {MARK: self.mark, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
                 start_new_session=True,
             )
-        return Started(name, process, log)
+        return RunProcess(name, process, log)
 
-    def local(self, *words: str) -> Started:
-        return self.start("local", "launch/local.py", str(self.config), *words)
+    def local(self, *overrides: str) -> RunProcess:
+        return self.start("local", "launch/local.py", str(self.config), *overrides)
 
-    def hub(self, *words: str) -> Started:
-        return self.start("hub", "-m", "sgpo_async.cli", "hub", str(self.config), *words)
+    def hub(self, *overrides: str) -> RunProcess:
+        return self.start("hub", "-m", "sgpo_async.cli", "hub", str(self.config), *overrides)
 
-    def learner(self, *words: str, name: str = "learner", ranks: int = 2) -> Started:
-        return self.start(name, *torchrun(ranks)[1:], "launch/learner.py", str(self.config), *words)
+    def learner(self, *arguments: str, name: str = "learner", ranks: int = 2) -> RunProcess:
+        return self.start(name, *torchrun(ranks)[1:], "launch/learner.py", str(self.config), *arguments)
 
-    def actor(self, name: str, *words: str, hub: str = "") -> Started:
-        return self.start(name, "launch/actor.py", "--hub", hub or self.address(), "--name", name, *words)
+    def actor(self, name: str, *arguments: str, hub: str = "") -> RunProcess:
+        return self.start(name, "launch/actor.py", "--hub", hub or self.address(), "--name", name, *arguments)
 
     def address(self) -> str:
-        """The hub's, once it has told."""
+        """The hub's address; wait until the hub has written hub.json."""
         return str(until(self._hub_file, "hub.json")["address"])
 
     def _hub_file(self) -> dict[str, Any]:
@@ -117,23 +117,23 @@ class RealRun:
             return {}
 
     def status(self) -> dict[str, Any]:
-        """What the hub says now."""
+        """Request the hub's status."""
         if self._observer is None:
             self._observer = Mailbox(Dealer(self.address(), max_bytes=2**26))
-        asked = time.monotonic()
+        deadline = time.monotonic() + PATIENCE_S
         self._observer.send(StatusRequest())
-        while time.monotonic() - asked < PATIENCE_S:
+        while time.monotonic() < deadline:
             for answer in self._observer.receive(0.1):
                 if isinstance(answer, Status):
                     return answer.status
-        raise AssertionError("the hub gives no status")
+        raise AssertionError("the hub did not answer the status request")
 
     def actor_row(self, name: str) -> dict[str, Any]:
-        """The hub's knowledge of an actor; empty if it knows none of this name."""
+        """The status of an actor in the hub's list; empty if no actor has this name."""
         return next((row for row in self.status()["actors"] if row["name"] == name), {})
 
-    def lines(self) -> list[dict[str, Any]]:
-        """Whole lines of metrics.jsonl."""
+    def metrics(self) -> list[dict[str, Any]]:
+        """The complete lines of metrics.jsonl."""
         try:
             text = (self.folder / "metrics.jsonl").read_text()
         except FileNotFoundError:
@@ -143,8 +143,8 @@ class RealRun:
     def summary(self) -> dict[str, Any]:
         return json.loads((self.folder / "summary.json").read_text())
 
-    def members(self) -> list[psutil.Process]:
-        """Every living process of this run, whoever its parent is by now."""
+    def processes(self) -> list[psutil.Process]:
+        """Every living process of this run, also those whose parent has died."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -154,23 +154,24 @@ class RealRun:
                 continue
         return found
 
-    def with_words(self, *words: str) -> list[psutil.Process]:
-        """Those whose command line has all these words."""
-        return [process for process in self.members() if set(words) <= set(_words(process))]
+    def processes_with(self, *arguments: str) -> list[psutil.Process]:
+        """The processes whose command line has all these arguments."""
+        return [process for process in self.processes() if set(arguments) <= set(command_line(process))]
 
-    def assert_no_trace(self, seconds: float = PATIENCE_S) -> None:
-        """No process, no shared memory, no hub.json."""
-        until(lambda: not self.members(), f"the end of {self.members()}", seconds=seconds)
+    def assert_cleaned_up(self, seconds: float = PATIENCE_S) -> None:
+        """Wait until no process is alive; then hub.json must be gone."""
+        until(lambda: not self.processes(), f"end of {self.processes()}", seconds=seconds)
         assert not (self.folder / "hub.json").exists()
 
     def close(self) -> None:
         if self._observer is not None:
             self._observer.close()
-        for process in self.members():
+        for process in self.processes():
             process.kill()
 
 
-def _words(process: psutil.Process) -> Sequence[str]:
+def command_line(process: psutil.Process) -> list[str]:
+    """The arguments of a process; empty if it has ended."""
     try:
         return process.cmdline()
     except psutil.Error:
@@ -178,28 +179,28 @@ def _words(process: psutil.Process) -> Sequence[str]:
 
 
 def shared_memory() -> set[str]:
-    """Names in /dev/shm."""
+    """The names of all files in /dev/shm."""
     return set(os.listdir("/dev/shm"))  # noqa: PTH208
 
 
 @contextmanager
-def real_run(place: Path, *words: str, base: str = "configs/demo.yaml") -> Iterator[RealRun]:
-    """A run whose processes are all gone afterwards, with what they had in /dev/shm."""
+def real_run(directory: Path, *overrides: str, base: str = "configs/demo.yaml") -> Iterator[RealRun]:
+    """A run that must leave no file in /dev/shm; afterwards its remaining processes are killed."""
     before = shared_memory()
-    place.mkdir(exist_ok=True)
-    run = RealRun(place, *words, base=base)
+    directory.mkdir(exist_ok=True)
+    run = RealRun(directory, *overrides, base=base)
     try:
         yield run
-        # Other tests run at the same time: what is theirs goes when they end, what is ours has to be gone or stays.
+        # Some new files may belong to tests that run at the same time; those disappear when the tests end.
         left = {name for name in shared_memory() - before if "sgpo" in name or "torch" in name}
-        until(lambda: not left & shared_memory(), f"the end of {left} in /dev/shm")
+        until(lambda: not left & shared_memory(), f"removal of {left} from /dev/shm")
     finally:
         run.close()
 
 
 @contextmanager
-def paused(processes: Sequence[psutil.Process]) -> Iterator[None]:
-    """Within this context these processes stand still: what follows can take its time."""
+def suspended(processes: Sequence[psutil.Process]) -> Iterator[None]:
+    """Suspend these processes within the context, so that its steps may take any time."""
     for process in processes:
         process.suspend()
     yield
@@ -207,16 +208,16 @@ def paused(processes: Sequence[psutil.Process]) -> Iterator[None]:
         process.resume()
 
 
-def chat_model(place: Path) -> Path:
-    """A copy of the shipped policy, whose tokenizer differs by a chat template."""
-    shutil.copytree(model_folder("builtin:cues"), place)
-    (place / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
-    return place
+def chat_model(folder: Path) -> Path:
+    """Copy the shipped policy to `folder` and add a chat template to its tokenizer."""
+    shutil.copytree(model_folder("builtin:cues"), folder)
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    return folder
 
 
 def assert_all_trained(ledger: dict[str, Any], *, tasks: int, size: int) -> None:
-    """At the end of a run: so many tasks of `size` rollouts are trained, each once; all others were dropped."""
-    for book, trained in ((ledger, tasks), (ledger["rollouts"], tasks * size)):
-        assert book["trained"] == trained
-        assert book["in_flight"] == book["buffered"] == 0, book
-        assert book["dispatched"] == trained + sum(book["dropped"].values()), book
+    """The final ledger: `tasks` tasks of `size` rollouts were each trained once, and all others were dropped."""
+    for counts, trained in ((ledger, tasks), (ledger["rollouts"], tasks * size)):
+        assert counts["trained"] == trained
+        assert counts["in_flight"] == counts["buffered"] == 0, counts
+        assert counts["dispatched"] == trained + sum(counts["dropped"].values()), counts

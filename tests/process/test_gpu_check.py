@@ -1,4 +1,4 @@
-"""What `make gpu-check` runs on a GPU, here on a CPU with tiny shapes: the same code, whatever the figures are."""
+"""The code of `make gpu-check` runs on a CPU with tiny shapes; the measurements mean nothing there."""
 
 import json
 import subprocess
@@ -13,11 +13,11 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.process, pytest.mark.timeout(900)]
 
 
-def check(out: Path, *words: str) -> tuple[int, dict[str, Any]]:
-    """Exit status and report."""
+def check(out: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
+    """Run tests/gpu/check.py; return its exit status and report."""
     command = [sys.executable, str(ROOT / "tests/gpu/check.py"), "--out", str(out), "--wheels", str(out / "none")]
     tiny = ["--device", "cpu", "--size", "tiny"]
-    done = subprocess.run([*command, *tiny, *words], capture_output=True, text=True, timeout=800, check=False)
+    done = subprocess.run([*command, *tiny, *arguments], capture_output=True, text=True, timeout=800, check=False)
     assert done.stdout.strip().endswith(str(out / "gpu-check.json")), done.stderr
     report: dict[str, Any] = json.loads((out / "gpu-check.json").read_text())
     return done.returncode, report
@@ -42,7 +42,7 @@ def test_every_other_part_runs_on_a_cpu(tmp_path: Path) -> None:
     assert 0 < mismatch["tiny float32"]["mean"] < 1e-4 < mismatch["tiny bfloat16"]["mean"]
     losses = report["parts"]["losses"]["figures"]
     assert {name for name in losses if name[-5:] in ("naive", "fused")} == {
-        f"{loss} {way}" for loss in ("logprobs", "forward_kl") for way in ("naive", "fused")
+        f"{loss} {kind}" for loss in ("logprobs", "forward_kl") for kind in ("naive", "fused")
     }
     weights = report["parts"]["weights"]["figures"]
     assert all(weights[f"version {v}"]["load_s"] > 0 for v in range(3))
@@ -51,8 +51,8 @@ def test_every_other_part_runs_on_a_cpu(tmp_path: Path) -> None:
     assert "skipped" in report["parts"]["tests"]["figures"]["pytest"]
 
 
-def test_a_part_that_fails_or_has_no_time_leaves_the_others_figures(tmp_path: Path) -> None:
-    """Without a GPU a part for CUDA fails; the report says why, and that nothing else was begun."""
+def test_a_failed_or_skipped_part_is_reported_with_the_reason(tmp_path: Path) -> None:
+    """A part on CUDA fails without a GPU; a part for which no time is left is skipped."""
     status, report = check(tmp_path, "--device", "cuda", "--parts", "losses")
     assert status == 1
     assert report["parts"]["losses"]["status"] == "failed" and "CUDA" in report["parts"]["losses"]["output"]

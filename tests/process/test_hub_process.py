@@ -45,14 +45,14 @@ class Hub:
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
     def contact(self) -> dict:
-        """The content of hub.json, which the hub writes when it can be reached."""
+        """Wait for hub.json, which the hub writes when it accepts connections; return its content."""
         deadline = time.monotonic() + START_S
         while not self.file.exists():
             assert self.process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
         return json.loads(self.file.read_text())
 
-    def end(self) -> int:
+    def kill(self) -> int:
         self.process.kill()
         return self.process.wait()
 
@@ -61,7 +61,7 @@ class Hub:
 def hub(tmp_path):
     hub = Hub(tmp_path)
     yield hub
-    hub.end()
+    hub.kill()
 
 
 def ask(mailbox: Mailbox, message: wire.Message, kind: type):

@@ -123,10 +123,10 @@ class ScriptedHub:
 
     def _status(self, step: int) -> dict[str, Any]:
         ledger = {"dispatched": 4 * step, "trained": 4 * step, "dropped": {}, "in_flight": 0, "buffered": 0}
-        nothing = dict.fromkeys(("tokens_per_s", "tokens_generated", "leases_reissued", "rejected", "duplicates"), 0)
+        zeros = dict.fromkeys(("tokens_per_s", "tokens_generated", "leases_reissued", "rejected", "duplicates"), 0)
         shares = {"pass_auto": 0.5, "pass_guided": 1.0, "engine_idle": 0.0}
         version = step + self._base
-        return {"version": version, "actors": [], "ledger": ledger, "evaluations": [], **nothing, **shares}
+        return {"version": version, "actors": [], "ledger": ledger, "evaluations": [], **zeros, **shares}
 
 
 def learn(folder: Path, hub: ScriptedHub, *overrides: str) -> tuple[int, str]:
@@ -251,7 +251,7 @@ def test_the_learner_resumes_from_the_checkpoint(folder: Path) -> None:
         assert after[:2] == before[:2]
         assert (after[2]["step"], after[2]["version"]) == (3, 13)
         assert after[2]["tokens_trained"] > before[1]["tokens_trained"]
-        assert {one.name for one in rounds.iterdir()} == {"3", "5"}, "the rounds after the checkpoint must be removed"
+        assert {path.name for path in rounds.iterdir()} == {"3", "5"}, "the rounds after the checkpoint must be removed"
     finally:
         hub.close()
 

@@ -1,27 +1,26 @@
-"""The supervisor against real processes that crash, leave, hang or will not end; nothing may outlive it."""
+"""The supervisor with real processes that crash, exit, hang or ignore signals; no process may outlive it."""
 
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+from run_support import PATIENCE_S, until
 
 from sgpo_async.local.run_folder import read_hub_file
 
 DUMMIES = Path(__file__).with_name("dummies.py")
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE_S = 150.0
 
 pytestmark = pytest.mark.process
 
 
 class Local:
-    """A supervised run of dummies, in a process of its own."""
+    """A run of dummies whose supervisor is a separate process."""
 
     def __init__(self, folder: Path, *behaviours: str) -> None:
         self.folder = folder
@@ -38,8 +37,8 @@ class Local:
         output, _ = self.process.communicate(timeout=PATIENCE_S)
         return self.process.returncode, output
 
-    def everyone(self) -> list[int]:
-        """All living processes that name this run's folder: guard, hub, learner, worker, actors, supervisor."""
+    def living(self) -> list[int]:
+        """The ids of all living processes with this run's folder in their arguments, also watchdog and supervisor."""
         found = []
         for process in psutil.process_iter(["cmdline", "status"]):
             if str(self.folder) in (process.info["cmdline"] or []) and process.info["status"] != psutil.STATUS_ZOMBIE:
@@ -57,57 +56,54 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Local]]:
 
     yield begin
     for run in runs:
-        for pid in run.everyone():
+        for pid in run.living():
             os.kill(pid, signal.SIGKILL)
 
 
-def until(what: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not what():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.02)
+def actors_started(run: Local) -> int:
+    return len(list(run.folder.glob("actor-*.pid")))
 
 
-def all_up(run: Local) -> bool:
-    return (run.folder / "worker.pid").exists() and len(list(run.folder.glob("actor-*.pid"))) >= 2
+def wait_until_all_run(run: Local) -> None:
+    until(lambda: (run.folder / "worker.pid").exists() and actors_started(run) >= 2, "a worker and two actors")
 
 
-def assert_no_trace(run: Local) -> None:
-    until(lambda: run.everyone() == [])
+def assert_cleaned_up(run: Local) -> None:
+    until(lambda: not run.living(), "end of all processes")
     assert not (run.folder / "hub.json").exists()
 
 
-def test_a_run_ends_by_itself(start: Callable[..., Local]) -> None:
+def test_a_finished_run_ends_by_itself(start: Callable[..., Local]) -> None:
     run = start("learner=short")
     code, output = run.finish()
     assert code == 0, output
     assert "stopping: False" in output
-    assert_no_trace(run)
+    assert_cleaned_up(run)
 
 
-@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "expected_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_all_processes_even_those_that_ignore_it(
-    start: Callable[..., Local], number: int, expected: int
+    start: Callable[..., Local], number: int, expected_code: int
 ) -> None:
     run = start("learner=stubborn")
-    until(lambda: all_up(run))
+    wait_until_all_run(run)
     run.process.send_signal(number)
     code, output = run.finish()
-    assert code == expected, output
-    assert_no_trace(run)
+    assert code == expected_code, output
+    assert_cleaned_up(run)
 
 
 def test_a_signal_during_start_up_ends_everything(start: Callable[..., Local]) -> None:
     run = start("hub=silent")
-    until((run.folder / "logs" / "hub.log").exists)
+    until((run.folder / "logs" / "hub.log").exists, "hub.log")
     run.process.send_signal(signal.SIGINT)
     assert run.finish()[0] == 130
-    assert_no_trace(run)
+    assert_cleaned_up(run)
 
 
-def test_a_second_signal_does_not_wait(start: Callable[..., Local]) -> None:
+def test_a_second_signal_ends_the_run_without_waiting(start: Callable[..., Local]) -> None:
     run = start("learner=stubborn")
-    until(lambda: all_up(run))
+    wait_until_all_run(run)
     run.process.send_signal(signal.SIGINT)
     assert run.process.stdout is not None
     for line in run.process.stdout:
@@ -115,23 +111,23 @@ def test_a_second_signal_does_not_wait(start: Callable[..., Local]) -> None:
             break
     run.process.send_signal(signal.SIGINT)
     assert run.finish()[0] == 130
-    assert_no_trace(run)
+    assert_cleaned_up(run)
 
 
 def test_kill_9_of_the_supervisor_leaves_no_orphan(start: Callable[..., Local]) -> None:
     run = start("learner=stubborn")
-    until(lambda: all_up(run))
+    wait_until_all_run(run)
     run.process.kill()
-    assert_no_trace(run)
+    assert_cleaned_up(run)
 
 
-def test_an_actor_that_crashes_is_started_again(start: Callable[..., Local]) -> None:
+def test_a_crashed_actor_is_restarted(start: Callable[..., Local]) -> None:
     run = start("actor=crash-once", "learner=plain")
-    until(lambda: len(list(run.folder.glob("actor-*.pid"))) >= 3)
+    until(lambda: actors_started(run) >= 3, "a third actor")
     run.process.send_signal(signal.SIGINT)
     _, output = run.finish()
     assert "was killed by signal 9, starts again in 1 s" in output
-    assert_no_trace(run)
+    assert_cleaned_up(run)
 
 
 @pytest.mark.parametrize(
@@ -148,26 +144,26 @@ def test_a_process_that_ends_too_early_ends_the_run_with_its_error(
     code, output = run.finish()
     assert code == 2
     assert expected in output
-    assert_no_trace(run)
+    assert_cleaned_up(run)
 
 
 def hubs(run: Local) -> list[psutil.Process]:
-    return [process for process in map(psutil.Process, run.everyone()) if "hub" in process.cmdline()]
+    return [process for process in map(psutil.Process, run.living()) if "hub" in process.cmdline()]
 
 
 def test_a_hub_killed_from_outside_is_started_again_at_its_address(start: Callable[..., Local]) -> None:
     run = start()
-    until(lambda: all_up(run))
+    wait_until_all_run(run)
     (hub,) = hubs(run)
     hub.kill()
-    until(lambda: read_hub_file(run.folder).get("pid", hub.pid) != hub.pid)
+    until(lambda: read_hub_file(run.folder).get("pid", hub.pid) != hub.pid, "the next hub")
     (successor,) = hubs(run)
     assert successor.cmdline()[-1] == "tcp://127.0.0.1:1"
     assert len(list(run.folder.glob("actor-*.pid"))) == 2, "the actors go on"
     run.process.send_signal(signal.SIGINT)
     _, output = run.finish()
     assert "note: the hub was killed by signal 9, starts again in 1 s" in output
-    assert_no_trace(run)
+    assert_cleaned_up(run)
 
 
 def test_actors_that_leave_are_missed_at_once_and_the_run_goes_on(start: Callable[..., Local]) -> None:
@@ -177,12 +173,12 @@ def test_actors_that_leave_are_missed_at_once_and_the_run_goes_on(start: Callabl
     assert "sgpo-async actor --hub tcp://127.0.0.1:1" in next(notes)
     run.process.send_signal(signal.SIGINT)
     assert run.finish()[0] == 130
-    assert_no_trace(run)
+    assert_cleaned_up(run)
 
 
 def test_a_second_run_in_the_same_folder_is_refused(start: Callable[..., Local]) -> None:
     first = start()
-    until(lambda: all_up(first))
+    wait_until_all_run(first)
     second = start()
     code, output = second.finish()
     assert code == 2
@@ -190,4 +186,4 @@ def test_a_second_run_in_the_same_folder_is_refused(start: Callable[..., Local])
     assert first.process.poll() is None
     first.process.send_signal(signal.SIGINT)
     first.finish()
-    assert_no_trace(first)
+    assert_cleaned_up(first)

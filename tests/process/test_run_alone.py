@@ -1,4 +1,4 @@
-"""torchrun alone: rank 0 brings the hub with it. Two actors, synchronous: no token of an older version is trained."""
+"""A run without a separate hub: rank 0 of the learner starts one. With hub.max_lag=0 no stale token is trained."""
 
 from pathlib import Path
 
@@ -8,16 +8,16 @@ from run_support import assert_all_trained, free_port, real_run
 pytestmark = pytest.mark.process
 
 
-def test_a_learner_starts_its_own_hub_and_lag_zero_is_synchronous(tmp_path: Path) -> None:
+def test_a_learner_starts_its_own_hub_and_trains_at_lag_zero(tmp_path: Path) -> None:
     address = f"tcp://127.0.0.1:{free_port()}"
     with real_run(tmp_path, "steps=4", f"hub.address={address}", "hub.max_lag=0") as run:
-        actors = [run.actor(name, hub=address) for name in ("first", "second")]  # before there is a hub
+        actors = [run.actor(name, hub=address) for name in ("first", "second")]  # started before the hub
         learner = run.learner()
-        assert learner.ended() == 0, learner.output
-        assert [actor.ended() for actor in actors] == [0, 0]
-        run.assert_no_trace()
+        assert learner.wait() == 0, learner.output
+        assert [actor.wait() for actor in actors] == [0, 0]
+        run.assert_cleaned_up()
         summary = run.summary()
         assert summary["lag_max"] == summary["lag_mean"] == 0
         assert summary["weight_version"] == summary["steps"] == 4
-        assert_all_trained(summary["ledger"], tasks=4 * 4, size=run.run.rollout.size)
+        assert_all_trained(summary["ledger"], tasks=4 * 4, size=run.settings.rollout.size)
         assert (run.folder / "policy" / "model.safetensors").exists()

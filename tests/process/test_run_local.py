@@ -1,4 +1,4 @@
-"""`launch/local.py` as a user meets it: Ctrl-C, one's own problems, and what can be wrong."""
+"""`launch/local.py` as a user runs it: Ctrl-C, and problems from a file."""
 
 import json
 import signal
@@ -13,40 +13,40 @@ from sgpo_async.model.folder import load_tokenizer
 pytestmark = pytest.mark.process
 
 
-def test_ctrl_c_ends_everything(tmp_path: Path) -> None:
+def test_ctrl_c_ends_all_processes(tmp_path: Path) -> None:
     with real_run(tmp_path, "steps=1000") as run:
         local = run.local()
-        until(run.lines, "training")
-        assert len(run.members()) >= 10  # local, guard, hub, torchrun, 2 ranks, 2 actors, 2 nodes, 2 links, ...
+        until(run.metrics, "the first step")
+        assert len(run.processes()) >= 10  # local, watchdog, hub, torchrun, 2 ranks, 2 actors, 2 weight senders, ...
         began = time.monotonic()
         local.process.send_signal(signal.SIGINT)
-        assert local.ended() == 130
-        run.assert_no_trace()
-        print(f"all gone {time.monotonic() - began:.1f} s after Ctrl-C")
+        assert local.wait() == 130
+        run.assert_cleaned_up()
+        print(f"all processes ended {time.monotonic() - began:.1f} s after Ctrl-C")
         assert "Traceback" not in local.output and "stopping" in local.output
         assert "the run cannot be resumed: it has no checkpoint" in local.output
 
 
 def test_a_run_trains_on_problems_from_a_file(tmp_path: Path) -> None:
-    """Chat prompts of words that the policy does not know, and nothing is ever solved: the run works nevertheless."""
+    """The policy knows no word of the chat prompts and solves nothing; the run works nevertheless."""
     problems = tmp_path / "sums.jsonl"
     with problems.open("w") as file:
         for number in range(24):
             problem = {"problem": f"What is {number} + 777000?", "answer": str(777000 + number)}
             strategy = {"strategy": "Add the ones, then the tens."} if number % 2 else {}
             print(json.dumps(problem | strategy), file=file)
-    words = ("steps=2", "local.actors=1", "local.ranks=1", "tasks.source=file", f"tasks.path={problems}")
-    with real_run(tmp_path, *words, "tasks.prompt=chat") as run:
+    overrides = ("steps=2", "local.actors=1", "local.ranks=1", "tasks.source=file", f"tasks.path={problems}")
+    with real_run(tmp_path, *overrides, "tasks.prompt=chat") as run:
         model = chat_model(tmp_path / "model")
         local = run.local(f"model.path={model}", "rollout.max_new_tokens=8")
-        assert local.ended() == 0, local.output
-        run.assert_no_trace()
-        lines = run.lines()
+        assert local.wait() == 0, local.output
+        run.assert_cleaned_up()
+        lines = run.metrics()
         for line in lines:
-            figures = ("pass_auto", "pass_guided", "alpha", "loss", "grpo_loss", "kd_loss")
-            assert {name: line[name] for name in figures} == dict.fromkeys(figures, 0)
+            zero = ("pass_auto", "pass_guided", "alpha", "loss", "grpo_loss", "kd_loss")
+            assert {name: line[name] for name in zero} == dict.fromkeys(zero, 0)
             assert line["kl_mean"] is None  # nothing to distil
-        assert lines[-1]["eval_pass_auto"] == 0  # the one that waits; the first may have none yet
+        assert lines[-1]["eval_pass_auto"] == 0  # the last step waits for its evaluation; the first step does not
         ledger = run.summary()["ledger"]
         assert ledger["trained"] == 2 * 4
         assert ledger["rollouts"]["trained"] < 2 * 4 * 12  # a problem without a strategy has no guided rollouts

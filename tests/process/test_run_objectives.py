@@ -1,4 +1,4 @@
-"""Objectives and teachers in the whole system: demonstrations that no message carries, weights that a copy follows."""
+"""Objectives and teachers in complete runs: LUFFY, an EMA teacher, and the behaviour policy as teacher."""
 
 from __future__ import annotations
 
@@ -14,53 +14,53 @@ SMALL = ("steps=2", "local.actors=1", "rollout.max_new_tokens=40")
 
 @pytest.mark.slow
 def test_luffy_learns_from_the_problems_own_responses(tmp_path: Path) -> None:
-    """The base policy solves next to nothing alone, so every demonstration has an advantage."""
+    """The base policy solves almost nothing alone, so every response has a positive advantage."""
     with real_run(tmp_path, *SMALL, "algorithm.objective=luffy", "rollout.guided=0") as run:
         local = run.local()
-        assert local.ended() == 0, local.output
-        run.assert_no_trace()
-        for line in run.lines():
+        assert local.wait() == 0, local.output
+        run.assert_cleaned_up()
+        for line in run.metrics():
             assert line["likelihood_loss"] < 0  # -f(p) A
             assert line["loss"] == pytest.approx(line["grpo_loss"] + line["likelihood_loss"])
             assert (line["alpha"], line["pass_guided"]) == (0, None)
             sampled = sum(line["lag_histogram"].values())
-            assert 4 * 26 >= line["tokens"] - sampled > 0  # five steps of five words and an end, of each problem
+            assert 4 * 26 >= line["tokens"] - sampled > 0  # per response: five steps of five words and an end token
 
 
 @pytest.mark.slow
-def test_a_run_with_corrected_pass_rates_and_an_ema_teacher(tmp_path: Path) -> None:
-    words = ("algorithm.teacher=ema", "algorithm.pass_rates=corrected", "algorithm.limiter=clamp")
-    with real_run(tmp_path, *SMALL, *words, "algorithm.divergence=jensen-shannon") as run:
+def test_a_run_with_corrected_pass_rates_and_an_ema_teacher_trains_and_resumes(tmp_path: Path) -> None:
+    overrides = ("algorithm.teacher=ema", "algorithm.pass_rates=corrected", "algorithm.limiter=clamp")
+    with real_run(tmp_path, *SMALL, *overrides, "algorithm.divergence=jensen-shannon") as run:
         local = run.local("learner.checkpoint_every=1")
-        assert local.ended() == 0, local.output
-        for line in run.lines():
+        assert local.wait() == 0, local.output
+        for line in run.metrics():
             assert 0 < line["alpha"] <= 1.6 and 0 < line["alpha_observed"] <= 1.6
             assert 0 <= line["p_auto_corrected"] <= line["p_guide_corrected"] <= 1
             assert line["targets"] > 0 and line["kd_loss"] > 0
             assert line["tokens_forward_only"] > line["tokens"]
         assert run.summary()["teacher_mb"] > 0.1
-        again = run.local("learner.resume=true", "steps=3")
-        assert again.ended() == 0, again.output
-        assert [line["step"] for line in run.lines()] == [1, 2, 3]
+        resumed = run.local("learner.resume=true", "steps=3")
+        assert resumed.wait() == 0, resumed.output
+        assert [line["step"] for line in run.metrics()] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("resumes", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_the_behaviour_policy_teaches_without_a_copy_or_a_forward(tmp_path: Path, resumes: bool) -> None:
-    """The engine's likely tokens cross the wire and, in a run that is resumed, the hub's state in a checkpoint."""
-    words = ("algorithm.teacher=behaviour", "algorithm.teacher_top_k=5", "algorithm.limiter=none")
+def test_the_behaviour_policy_teaches_without_a_teacher_copy_or_forward_pass(tmp_path: Path, resumes: bool) -> None:
+    """The engine's likely tokens reach the learner by message; a checkpoint keeps them in the hub's state."""
+    overrides = ("algorithm.teacher=behaviour", "algorithm.teacher_top_k=5", "algorithm.limiter=none")
     with real_run(tmp_path, *SMALL, "algorithm.kl_correction.mode=prefix") as run:
-        local = run.local(*words, "learner.checkpoint_every=1")
-        assert local.ended() == 0, local.output
-        for line in run.lines():
+        local = run.local(*overrides, "learner.checkpoint_every=1")
+        assert local.wait() == 0, local.output
+        for line in run.metrics():
             assert line["targets"] > 0 and line["kd_loss"] > 0 and line["alpha"] > 0
             assert line["tokens_forward_only"] == 0
-            assert line["kl_correction_mean"] == 1  # the policy that sampled is the one that teaches
+            assert line["kl_correction_mean"] == 1  # the teacher is the policy that sampled
         assert run.summary()["teacher_mb"] == 0
         if not resumes:
             return
-        again = run.local(*words, "learner.resume=true", "steps=3")
-        assert again.ended() == 0, again.output
-        assert [line["step"] for line in run.lines()] == [1, 2, 3]
+        resumed = run.local(*overrides, "learner.resume=true", "steps=3")
+        assert resumed.wait() == 0, resumed.output
+        assert [line["step"] for line in run.metrics()] == [1, 2, 3]
 
 
 def test_a_source_without_responses_is_refused_at_once(tmp_path: Path) -> None:
@@ -68,8 +68,8 @@ def test_a_source_without_responses_is_refused_at_once(tmp_path: Path) -> None:
     problems.write_text("".join(f'{{"problem": "{n} + 1", "answer": "{n + 1}"}}\n' for n in range(20)))
     with real_run(tmp_path, *SMALL, "algorithm.objective=hpt", "tasks.source=file", f"tasks.path={problems}") as run:
         local = run.local()
-        assert local.ended() == 2, local.output
+        assert local.wait() == 2, local.output
         (line,) = [line for line in local.output.splitlines() if line.startswith("error: ")]
         reason = "algorithm.objective=hpt needs responses, but no training problem has one"
         assert f"{problems}: {reason}; add the column 'response', or choose sgpo or grpo" in line
-        run.assert_no_trace()
+        run.assert_cleaned_up()

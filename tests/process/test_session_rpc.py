@@ -1,4 +1,4 @@
-"""Whole sessions over Torch RPC on loopback: weights arrive, and the events name every kind of failure."""
+"""Complete sessions over Torch RPC on loopback: weights arrive, and the events name every kind of failure."""
 
 import os
 import select

@@ -57,6 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def one(folder: Path) -> list[dict[str, Any]]:
+    """The metrics of a warm-up on one rank."""
     return warm_up(folder, "one")
 
 

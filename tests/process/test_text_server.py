@@ -1,4 +1,4 @@
-"""A text server for the duration of some work: a stub replaces SGLang, and runs, dies or stays silent on demand."""
+"""A text server runs while some work is done. A stub replaces SGLang; it lives, dies or stays silent on demand."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_an_error_of_the_work_is_raised(tmp_path: Path) -> None:
         Stub(tmp_path).during(fail(DataError("no such problem")))
 
 
-def test_a_server_that_dies_ends_the_work_with_its_last_words(tmp_path: Path) -> None:
+def test_a_server_that_dies_ends_the_work_with_the_end_of_its_log(tmp_path: Path) -> None:
     stub, ended = Stub(tmp_path), []
 
     async def work() -> None:
@@ -111,7 +111,7 @@ def test_a_server_that_dies_ends_the_work_with_its_last_words(tmp_path: Path) ->
     assert len(ended) == 1
 
 
-def test_work_that_fails_because_the_server_died_tells_the_server_s_last_words(tmp_path: Path) -> None:
+def test_work_that_fails_because_the_server_died_raises_the_end_of_its_log(tmp_path: Path) -> None:
     stub = Stub(tmp_path)
 
     async def work() -> None:
@@ -122,7 +122,7 @@ def test_work_that_fails_because_the_server_died_tells_the_server_s_last_words(t
         stub.during(work())
 
 
-def test_a_server_that_dies_when_the_work_is_done_is_no_error(tmp_path: Path) -> None:
+def test_a_server_may_die_when_the_work_is_done(tmp_path: Path) -> None:
     stub = Stub(tmp_path)
 
     async def work() -> None:

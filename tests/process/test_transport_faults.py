@@ -22,9 +22,9 @@ FLOOD = """
 import random, sys, zmq
 socket = zmq.Context().socket(zmq.DEALER)
 socket.connect(sys.argv[1])
-dice = random.Random(0)
+rng = random.Random(0)
 for _ in range(5000):
-    socket.send_multipart([dice.randbytes(dice.randint(0, 99)) for _ in range(dice.randint(1, 4))])
+    socket.send_multipart([rng.randbytes(rng.randint(0, 99)) for _ in range(rng.randint(1, 4))])
 socket.close(linger=60_000)
 socket.context.term()
 """

@@ -145,11 +145,11 @@ class Session:
     def announced(self, version: int) -> VersionAnnounced:
         found = []
 
-        def there() -> bool:
+        def was_announced() -> bool:
             found[:] = [e for e in self.events if isinstance(e, VersionAnnounced) and e.version == version]
             return bool(found)
 
-        self.until(there)
+        self.until(was_announced)
         return found[0]
 
     def opened(self, group: str, ranks: int = 1) -> list[Member]:

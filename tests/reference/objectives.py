@@ -1,8 +1,8 @@
 """The loss of every objective, computed sequence by sequence with full logits and plain loops.
 
 Transcribed from the papers: SGPO https://arxiv.org/abs/2606.24064, LUFFY https://arxiv.org/abs/2504.14945v1 (Eq. 4, 5),
-HPT https://arxiv.org/abs/2509.04419. Quantities inside sg[.] are computed with the model `at`, so that the loss can be
-differentiated both by autograd and by finite differences.
+HPT https://arxiv.org/abs/2509.04419. Quantities under a stop-gradient, sg[.], are computed with the model `at`, so that
+the loss can be differentiated both by autograd and by finite differences.
 """
 
 import math
@@ -24,7 +24,7 @@ Responses = Callable[[int], np.ndarray | None]
 
 def reference_loss(
     model: PreTrainedModel,
-    parts: list[list[Rollout]],
+    groups: list[list[Rollout]],
     run: Run,
     *,
     teacher: PreTrainedModel | None = None,
@@ -34,11 +34,11 @@ def reference_loss(
     """The mean over problems of the objective's loss."""
     at = at or model
     losses = []
-    for group in parts:
-        own, guided = ([r for r in group if r.guided == flag] for flag in (False, True))
-        problem = Problem(model, at, teacher or at, run, own, guided, responses(group[0].task))
+    for group in groups:
+        autonomous, guided = ([r for r in group if r.guided == flag] for flag in (False, True))
+        problem = Problem(model, at, teacher or at, run, autonomous, guided, responses(group[0].task))
         losses.append(OBJECTIVES[run.algorithm.objective](problem))
-    return torch.stack(losses).sum() / len(parts)
+    return torch.stack(losses).sum() / len(groups)
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Problem:
     at: PreTrainedModel
     teacher: PreTrainedModel
     run: Run
-    own: list[Rollout]
+    autonomous: list[Rollout]
     guided: list[Rollout]
     response: np.ndarray | None
 
@@ -59,7 +59,7 @@ class Problem:
 
     @property
     def plain(self) -> np.ndarray:
-        return self.own[0].prompt
+        return self.autonomous[0].prompt
 
     def all_log_probs(self, model: PreTrainedModel, prompt: np.ndarray, tokens: np.ndarray) -> Tensor:
         return log_probs(model, prompt, tokens, self.run.rollout.temperature)
@@ -78,11 +78,11 @@ class Problem:
 
 
 def grpo(problem: Problem) -> Tensor:
-    rewards = np.array([[r.reward for r in problem.own]])
+    rewards = np.array([[r.reward for r in problem.autonomous]])
     total = torch.zeros((), dtype=torch.float64)
-    for rollout, advantage in zip(problem.own, sgpo.advantages(rewards)[0], strict=True):
+    for rollout, advantage in zip(problem.autonomous, sgpo.advantages(rewards)[0], strict=True):
         total = total - problem.surrogate(rollout, float(advantage)).mean()
-    return total / len(problem.own)
+    return total / len(problem.autonomous)
 
 
 def sft(problem: Problem) -> Tensor:
@@ -94,17 +94,17 @@ def sft(problem: Problem) -> Tensor:
 def luffy(problem: Problem) -> Tensor:
     if problem.response is None:
         return grpo(problem)
-    rewards = np.array([[*(r.reward for r in problem.own), 1.0]])
-    *advantages, own = sgpo.advantages(rewards)[0]
+    rewards = np.array([[*(r.reward for r in problem.autonomous), 1.0]])
+    *advantages, response_advantage = sgpo.advantages(rewards)[0]
     p = problem.log_pi(problem.model, problem.plain, problem.response).exp()
-    total = (p / (p + problem.rule.luffy_gamma) * own).sum()
-    for rollout, advantage in zip(problem.own, advantages, strict=True):
+    total = (p / (p + problem.rule.luffy_gamma) * response_advantage).sum()
+    for rollout, advantage in zip(problem.autonomous, advantages, strict=True):
         total = total + problem.surrogate(rollout, float(advantage)).sum()
-    return -total / (len(problem.response) + sum(len(r.tokens) for r in problem.own))
+    return -total / (len(problem.response) + sum(len(r.tokens) for r in problem.autonomous))
 
 
 def hpt(problem: Problem) -> Tensor:
-    correct = sum(r.reward == 1 for r in problem.own)
+    correct = sum(r.reward == 1 for r in problem.autonomous)
     return sft(problem) if problem.response is not None and correct <= problem.rule.hpt_gate else grpo(problem)
 
 
@@ -134,7 +134,7 @@ def likelihood(problem: Problem, target: Rollout) -> Tensor:
 
 
 def distillation(problem: Problem, target: Rollout) -> Tensor:
-    """Eq. 5 with the divergence and the limiter of the run."""
+    """Eq. 5 with the divergence and the clipping (`limiter`) of the run."""
     rule = problem.rule
     log_p = problem.all_log_probs(problem.teacher, target.prompt, target.tokens).detach()
     log_q, log_q_at = (problem.all_log_probs(m, problem.plain, target.tokens) for m in (problem.model, problem.at))
@@ -177,8 +177,8 @@ def divergence(log_p: Tensor, log_q: Tensor, kind: str) -> Tensor:
 
 
 def alpha(problem: Problem) -> float:
-    """alpha(q) by Eq. 6, by Eq. 8 or as a constant."""
-    rule, rewards = problem.rule, [[r.reward for r in part] for part in (problem.own, problem.guided)]
+    """alpha(q): Eq. 6, Eq. 8 or a constant."""
+    rule, rewards = problem.rule, [[r.reward for r in part] for part in (problem.autonomous, problem.guided)]
     if rule.weight == "fixed":
         return rule.alpha
     if rule.weight == "group-advantage":
@@ -192,7 +192,7 @@ def alpha(problem: Problem) -> float:
 def corrected_rates(problem: Problem) -> list[float]:
     """The pass rates p_auto and p_guide under the model `at`."""
     rates = []
-    for part in (problem.own, problem.guided):
+    for part in (problem.autonomous, problem.guided):
         log_pi = [problem.log_pi(problem.at, r.prompt, r.tokens).sum().item() for r in part]
         rho = [math.exp(x - float(r.logprobs.astype(np.float64).sum())) for x, r in zip(log_pi, part, strict=True)]
         rewards = np.array([r.reward for r in part])

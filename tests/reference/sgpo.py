@@ -110,7 +110,7 @@ def corrected_mean(rewards: Array, rho: Array, bound: float) -> float:
 
 
 def limited(d: Array, limiter: str, delta: float, quantile: float) -> list[float]:
-    """The limited loss of each token of one target: Eq. 5 or an alternative."""
+    """The clipped loss of each token of one target: Eq. 5 or an alternative `limiter`."""
     ordered = sorted(d)
     rank = quantile * (len(d) - 1)  # interpolate between the two nearest ranks
     low, high = ordered[math.floor(rank)], ordered[math.ceil(rank)]
@@ -160,12 +160,12 @@ def distillation_loss(d: Array, correction: Array, delta: float) -> float:
     return total / len(d)
 
 
-def sgpo_loss(grpo: Array, distillation: Array, alpha: Array, found: Array) -> float:
+def sgpo_loss(grpo: Array, distillation: Array, alpha: Array, has_target: Array) -> float:
     """Eq. 7: mean over problems of the group's mean GRPO loss plus alpha(q) L_KD."""
     total = 0.0
     for p in range(len(grpo)):
         total += sum(grpo[p]) / len(grpo[p])
-        if found[p]:
+        if has_target[p]:
             total += alpha[p] * distillation[p]
     return total / len(grpo)
 

@@ -121,15 +121,15 @@ class Servers:
         self.processes(index)[1].kill()
 
 
-def ask(id: Any, *, length: int = 6, tokens: int = 40, temperature: float = 1.0, seed: int = 0) -> Generate:
-    """A request with a random prompt."""
+def completion(id: Any, *, length: int = 6, tokens: int = 40, temperature: float = 1.0, seed: int = 0) -> Generate:
+    """A request for a completion of a random prompt."""
     prompt = np.random.default_rng([seed, length]).integers(0, VOCABULARY, length).astype(np.int32)
     return Generate(id=id, prompt=prompt, max_new_tokens=tokens, temperature=temperature, seed=seed)
 
 
-def given(id: Any, prompt: np.ndarray, *, length: int) -> Score:
+def score_request(id: Any, prompt: np.ndarray, *, length: int) -> Score:
     """A request to score `length` random tokens after `prompt`."""
-    return Score(id=id, prompt=prompt, tokens=ask(0, length=length, seed=9).prompt, temperature=1.0)
+    return Score(id=id, prompt=prompt, tokens=completion(0, length=length, seed=9).prompt, temperature=1.0)
 
 
 def logprobs(model: Any, prompt: np.ndarray, tokens: np.ndarray, temperature: float = 1.0) -> np.ndarray:
@@ -152,7 +152,7 @@ def assert_teacher_forced(
     """The log-probabilities of sampled and of likely tokens are those of the weights that their spans name."""
     for request in requests:
         result = results[request.id]
-        assert_likeliest(models, request, result, atol)
+        assert_most_likely(models, request, result, atol)
         of_version = {
             version: logprobs(models[version], request.prompt, result.tokens, request.temperature)
             for version in set(result.versions.tolist())
@@ -165,8 +165,8 @@ def assert_teacher_forced(
         assert start == result.tokens.size
 
 
-def assert_likeliest(models: dict[int, Any], request: Generate, result: Generated, atol: float = 1e-4) -> None:
-    """The k likeliest tokens at every position are those of the weights that its span names."""
+def assert_most_likely(models: dict[int, Any], request: Generate, result: Generated, atol: float = 1e-4) -> None:
+    """The k most likely tokens at every position are those of the weights that its span names."""
     k = request.top_logprobs_num
     if not k:
         assert (result.top_tokens, result.top_logprobs) == (None, None)
@@ -203,7 +203,7 @@ def launch_of(model: Path) -> Launch:
 
 
 def start(model: Path, folder: Path) -> ServerProcess:
-    """Launch a server like the engine does, without an engine, and wait until it is ready."""
+    """Launch a server as the engine does, but without an engine; wait until it is ready."""
     server = ServerProcess(launch_of(model), folder / "server.log")
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:

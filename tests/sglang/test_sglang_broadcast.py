@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sglang_support import Servers, ask, assert_teacher_forced, loaded, version_of
+from sglang_support import Servers, assert_teacher_forced, completion, loaded, version_of
 from test_sglang_groups import Session
 
 from sgpo_async.engines import Weights
@@ -38,17 +38,19 @@ class Broadcasting:
         self.servers.engine.load(Weights(version=version, digest=manifest.digest, read=tensors.copy, groups=groups))
         return version
 
-    def settled(self, version: int) -> None:
+    def wait_for_version(self, version: int) -> None:
+        """Wait until both servers have the version."""
         self.servers.until(lambda: self.servers.versions() == {version}, f"version {version} on both")
 
     def run_all(self) -> list[Any]:
-        requests = [ask(i, length=4 + i % 5, tokens=300, seed=i) for i in range(REQUESTS)]
+        requests = [completion(i, length=4 + i % 5, tokens=300, seed=i) for i in range(REQUESTS)]
         for request in requests:
             self.servers.engine.submit(request)
         self.servers.until(lambda: self.servers.engine.load_status().running == REQUESTS, "all running")
         return requests
 
-    def assert_right(self, requests: list[Any]) -> None:
+    def assert_results(self, requests: list[Any]) -> None:
+        """Wait for all results, and compare their log-probabilities with those of the published models."""
         results = self.servers.results(REQUESTS)
         seen = {version for result in results.values() for version in result.versions.tolist()}
         assert_teacher_forced({version: loaded(self.of_version[version]) for version in seen}, requests, results)
@@ -63,11 +65,11 @@ def broadcasting(models: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
 
 
 def test_running_completions_continue_across_a_broadcast(broadcasting: Broadcasting) -> None:
-    broadcasting.settled(broadcasting.publish("qwen3"))
+    broadcasting.wait_for_version(broadcasting.publish("qwen3"))
     requests = broadcasting.run_all()
     version = broadcasting.publish("qwen3-other")
-    broadcasting.assert_right(requests)
-    broadcasting.settled(version)
+    broadcasting.assert_results(requests)
+    broadcasting.wait_for_version(version)
     assert {update.transport for update in broadcasting.servers.engine.updates} == {"distributed"}
     assert not broadcasting.servers.events()
 
@@ -87,24 +89,24 @@ def test_a_server_that_dies_in_a_broadcast_does_not_affect_the_other(
             servers.kill(0)
         return await call(api, method, path, body, timeout_s, *rest)
 
-    broadcasting.settled(broadcasting.publish("qwen3"))
+    broadcasting.wait_for_version(broadcasting.publish("qwen3"))
     requests = broadcasting.run_all()
     monkeypatch.setattr(ServerApi, "_call", deadly)
     if phase == "/init_weights_update_group":
         servers.kill(0)  # only a restarted server joins a new group
     version = broadcasting.publish("qwen3-other")
-    broadcasting.assert_right(requests)
-    broadcasting.settled(version)
+    broadcasting.assert_results(requests)
+    broadcasting.wait_for_version(version)
     assert killed
     assert {update.transport for update in servers.engine.updates} == {"distributed"}
 
 
 def test_without_a_weight_sender_weights_are_sent_by_another_transport(broadcasting: Broadcasting) -> None:
     """The weight sender dies during a session: the actor loads the versions that it can still read over HTTP."""
-    broadcasting.settled(broadcasting.publish("qwen3"))
+    broadcasting.wait_for_version(broadcasting.publish("qwen3"))
     broadcasting.session.sender.stop()
     requests = broadcasting.run_all()
     version = broadcasting.publish("qwen3-other")
-    broadcasting.assert_right(requests)
-    broadcasting.settled(version)
+    broadcasting.assert_results(requests)
+    broadcasting.wait_for_version(version)
     assert {update.transport for update in broadcasting.servers.engine.updates[-2:]} == {"tensor"}

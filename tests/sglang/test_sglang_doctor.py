@@ -49,8 +49,8 @@ class RepeatingLaunch(Launch):
         return [argument for argument in super().command(port) if argument != "--incremental-streaming-output"]
 
 
-def started(kind: type[Launch], folder: Path) -> ServerProcess:
-    """A server of the demo's model, ready to be attached."""
+def start_server(kind: type[Launch], folder: Path) -> ServerProcess:
+    """Start a server with the demo's model, and wait until it is ready."""
     launch = kind(settings=Sglang(python=PYTHON), model=CUES, dtype="float32", device="cpu", slots=64, longest=128)
     server = ServerProcess(launch, folder / "server.log")
     deadline = time.monotonic() + START_S
@@ -67,7 +67,7 @@ def started(kind: type[Launch], folder: Path) -> ServerProcess:
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A correctly launched server."""
-    server = started(Launch, tmp_path_factory.mktemp("good"))
+    server = start_server(Launch, tmp_path_factory.mktemp("good"))
     yield server.url
     server.stop()
 
@@ -77,7 +77,7 @@ def wrong(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server that repeats tokens, and whose log-probabilities are always those of temperature 1."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SGLANG_RETURN_ORIGINAL_LOGPROB", "1")
-        server = started(RepeatingLaunch, tmp_path_factory.mktemp("wrong"))
+        server = start_server(RepeatingLaunch, tmp_path_factory.mktemp("wrong"))
     yield server.url
     server.stop()
 
@@ -88,22 +88,22 @@ def doctor(capsys: pytest.CaptureFixture[str], *overrides: str) -> tuple[int, st
     return code, " ".join(capsys.readouterr().out.split())  # as one line, without the line breaks of the table
 
 
-def on(url: str, ask: Callable[[Subject], Any], *, model: str = CUES, dtype: str = "float32", **own: Any) -> Any:
-    """The result of `ask` for the server, with the subject that the engine would use."""
+def on(url: str, check: Callable[[Subject], Any], *, model: str = CUES, dtype: str = "float32", **own: Any) -> Any:
+    """The result of `check` for the server, with the subject that the engine would use."""
     engine = Engine(kind="sglang", device="cpu", sglang=Sglang(urls=[url], phase_timeout_s=30.0, **own))
     sglang = SglangEngine(model, engine, dtype=dtype, digest=digest)
 
-    async def asked() -> Any:
+    async def checked() -> Any:
         async with aiohttp.ClientSession() as http:
             server = Server(ServerApi(http, url), slots=64, ends=(), idle_timeout_s=30.0)
             subject = Subject(server=server, model=sglang._model, engine=engine, transports=sglang._transports)
-            return await ask(replace(subject, reference=Reference(model, dtype=dtype, digest=digest)))
+            return await check(replace(subject, reference=Reference(model, dtype=dtype, digest=digest)))
 
-    return asyncio.run(asked())
+    return asyncio.run(checked())
 
 
-def failed(findings: Sequence[Finding]) -> list[str]:
-    return [f"{one.check}: {one.found}; {one.remedy}" for one in findings if one.outcome == "failed"]
+def failures(findings: Sequence[Finding]) -> list[str]:
+    return [f"{f.check}: {f.found}; {f.remedy}" for f in findings if f.outcome == "failed"]
 
 
 def with_tokenizer(folder: Path, kind: str = "qwen3") -> str:
@@ -168,7 +168,7 @@ def test_another_model_is_refused_by_the_first_difference(
 ) -> None:
     config = json.loads(Path(CUES, "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
-    faults = failed(on(url, lambda subject: examine(subject, JOIN), model=str(tmp_path)))
+    faults = failures(on(url, lambda subject: examine(subject, JOIN), model=str(tmp_path)))
     assert len(faults) == 1 and re.search(f"^model: .*{message}.*; start it with --model-path", faults[0]), faults
 
 
@@ -209,7 +209,7 @@ def test_weights_that_differ_from_the_learners_are_detected(url: str, tmp_path: 
 
     async def compared(subject: Subject) -> str:
         findings = await examine(subject, {"weight update": FULL["weight update"]})
-        assert not failed(findings)
+        assert not failures(findings)
         return await teacher_forced(
             replace(subject, reference=Reference(str(tmp_path), dtype="float32", digest=digest)), {}
         )
@@ -232,7 +232,7 @@ def test_a_server_that_another_client_uses_gets_no_weight_update(url: str) -> No
         await asyncio.gather(*uses)
         return findings
 
-    (fault,) = failed(on(url, used))
+    (fault,) = failures(on(url, used))
     assert "requests of another client run on it; stop the actor that uses it, and try again" in fault
 
 
@@ -245,9 +245,9 @@ def test_a_url_without_a_server_fails(url: str, capsys: pytest.CaptureFixture[st
 
 
 def test_a_server_that_cannot_start_fails(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out = doctor(capsys, "engine.sglang.args=--no-such-word", "engine.sglang.servers=1")
+    code, out = doctor(capsys, "engine.sglang.args=--no-such-option", "engine.sglang.servers=1")
     assert code == 2
-    assert "start failed server" in out and "unrecognized arguments: --no-such-word" in out
+    assert "start failed server" in out and "unrecognized arguments: --no-such-option" in out
 
 
 def test_an_actor_refuses_a_server_that_fails(url: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sglang_support import VOCABULARY, Servers, ask, assert_teacher_forced, given, loaded, logprobs, post
+from sglang_support import VOCABULARY, Servers, assert_teacher_forced, completion, loaded, logprobs, post, score_request
 
 from sgpo_async.engines import Generate, Score
 from sgpo_async.errors import EngineError
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.sglang, pytest.mark.process]
 def assert_greedy(url: str, model: object) -> None:
     """The server's greedy tokens equal those of transformers."""
     for seed in range(8):
-        prompt = ask(0, length=5 + seed, seed=seed).prompt.tolist()
+        prompt = completion(0, length=5 + seed, seed=seed).prompt.tolist()
         body = {"input_ids": prompt, "sampling_params": {"temperature": 0, "max_new_tokens": 48, "ignore_eos": True}}
         status, answer = post(url, "/generate", body)
         assert status == 200
@@ -41,7 +41,7 @@ def test_greedy_equals_transformers_qwen2(models: dict[str, Path], tmp_path: Pat
     with Servers(models["qwen2-other"], tmp_path) as servers:
         servers.load(models["qwen2"], 3)
         assert_greedy(servers.engine.server_slots[0].url, loaded(models["qwen2"]))
-        requests = [ask(i, length=4 + i, seed=i) for i in range(8)]
+        requests = [completion(i, length=4 + i, seed=i) for i in range(8)]
         for request in requests:
             servers.engine.submit(request)
         assert_teacher_forced({3: loaded(models["qwen2"])}, requests, servers.results(8))
@@ -52,7 +52,7 @@ def test_behaviour_logprobs_are_those_of_the_sampled_distribution(
     pair: Servers, models: dict[str, Path], temperature: float
 ) -> None:
     pair.load(models["qwen3"], 0)
-    requests = [ask(i, length=3 + i % 9, seed=i, temperature=temperature) for i in range(48)]
+    requests = [completion(i, length=3 + i % 9, seed=i, temperature=temperature) for i in range(48)]
     for request in requests:
         pair.engine.submit(request)
     results = pair.results(48)
@@ -69,7 +69,7 @@ def test_likely_tokens_are_those_of_the_sampled_distribution(
     pair.load(models["qwen3"], 0)
     numbers = [0, 1, 5, 16, 3, 0, 64, 2] * 4
     requests = [
-        replace(ask(i, length=3 + i % 9, seed=i, temperature=temperature), top_logprobs_num=k)
+        replace(completion(i, length=3 + i % 9, seed=i, temperature=temperature), top_logprobs_num=k)
         for i, k in enumerate(numbers)
     ]
     for request in requests:
@@ -80,7 +80,7 @@ def test_likely_tokens_are_those_of_the_sampled_distribution(
 def test_samples_follow_the_distribution(pair: Servers, models: dict[str, Path]) -> None:
     """600 first tokens of one prompt: their total variation distance from softmax(z) is within sampling error."""
     pair.load(models["qwen3"], 0)
-    prompt = ask(0).prompt
+    prompt = completion(0).prompt
     for i in range(600):
         pair.engine.submit(Generate(id=i, prompt=prompt, max_new_tokens=1, temperature=1.0, seed=i))
     tokens = [int(result.tokens[0]) for result in pair.results(600).values()]
@@ -98,9 +98,9 @@ def test_evaluation_samples_from_the_nucleus(pair: Servers, models: dict[str, Pa
     The log-probabilities are those before the restriction to the nucleus, so training cannot use them.
     """
     pair.load(models["qwen3"], 0)
-    prompt = ask(0).prompt
-    cut = {i: replace(ask(i, tokens=1, temperature=0.6), top_p=0.8) for i in range(300)}
-    whole = {i: ask(i, tokens=1, temperature=0.6) for i in range(300, 600)}
+    prompt = completion(0).prompt
+    cut = {i: replace(completion(i, tokens=1, temperature=0.6), top_p=0.8) for i in range(300)}
+    whole = {i: completion(i, tokens=1, temperature=0.6) for i in range(300, 600)}
     for request in (cut | whole).values():
         pair.engine.submit(request)
     results = pair.results(600)
@@ -117,9 +117,10 @@ def test_scores_are_teacher_forced(pair: Servers, models: dict[str, Path]) -> No
     """Eq. 4, with prompts that are in the prefix cache and prompts that are not, beside running completions."""
     pair.load(models["qwen3"], 0)
     model = loaded(models["qwen3"])
-    scores = [given(("s", i), ask(0, length=1 + i, seed=i % 3).prompt, length=1 + 2 * i) for i in range(12)]
+    prompts = [completion(0, length=1 + i, seed=i % 3).prompt for i in range(12)]
+    scores = [score_request(("s", i), prompt, length=1 + 2 * i) for i, prompt in enumerate(prompts)]
     for i, score in enumerate(scores):
-        pair.engine.submit(ask(i))
+        pair.engine.submit(completion(i))
         pair.engine.submit(score)
     results = pair.results(24)
     for score in scores:
@@ -137,7 +138,7 @@ def test_an_end_token_ends_a_completion(models: dict[str, Path], tmp_path: Path)
     with Servers(folder, tmp_path) as servers:
         servers.load(folder, 0)
         for i in range(32):
-            servers.engine.submit(ask(i, seed=i, tokens=100))
+            servers.engine.submit(completion(i, seed=i, tokens=100))
         results = servers.results(32)
     stopped = [result for result in results.values() if result.finish == "stop"]
     assert len(stopped) > 16
@@ -145,7 +146,7 @@ def test_an_end_token_ends_a_completion(models: dict[str, Path], tmp_path: Path)
         inside = result.tokens[:-1] if result.finish == "stop" else result.tokens
         assert not np.isin(inside, np.arange(5, 13)).any()
     assert all(5 <= result.tokens[-1] <= 12 for result in stopped)
-    assert_teacher_forced({0: model}, [ask(i, seed=i, tokens=100) for i in range(32)], results)
+    assert_teacher_forced({0: model}, [completion(i, seed=i, tokens=100) for i in range(32)], results)
 
 
 def test_invalid_requests_are_refused_before_they_are_sent(pair: Servers) -> None:
@@ -154,11 +155,14 @@ def test_invalid_requests_are_refused_before_they_are_sent(pair: Servers) -> Non
             Generate(id=1, prompt=np.array([VOCABULARY], np.int32), max_new_tokens=1, temperature=1.0, seed=0),
             r"token ids must be in \[0, 95\], got 96 to 96; use the tokenizer of this model",
         ),
-        (ask(1, length=500, tokens=13), "exceed the model's 506 positions"),
-        (ask(1, temperature=0.0), "temperature must be > 0, got 0.0"),
-        (ask(1, temperature=1e-7), "temperature must be >= 1e-05, below which SGLang decodes greedily, got 1e-07"),
+        (completion(1, length=500, tokens=13), "exceed the model's 506 positions"),
+        (completion(1, temperature=0.0), "temperature must be > 0, got 0.0"),
         (
-            Score(id=1, prompt=ask(1).prompt, tokens=ask(1).prompt, temperature=0.7),
+            completion(1, temperature=1e-7),
+            "temperature must be >= 1e-05, below which SGLang decodes greedily, got 1e-07",
+        ),
+        (
+            Score(id=1, prompt=completion(1).prompt, tokens=completion(1).prompt, temperature=0.7),
             "temperature of a score must be 1, the only one SGLang supports, got 0.7",
         ),
     ]:

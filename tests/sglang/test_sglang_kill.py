@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from sglang_support import Servers, ask, assert_teacher_forced, loaded, version_of
+from sglang_support import Servers, assert_teacher_forced, completion, loaded, version_of
 
 from sgpo_async.engines.base import Failed
 from sgpo_async.engines.sglang.processes.api import ServerApi
@@ -28,8 +28,8 @@ PHASES = (
     "/weights_checker",
     "/model_info",
 )
-LONG = ("/begin_weight_update", "/update_weights_from_tensor", "/weights_checker")  # longer than a few milliseconds
-MOMENTS = [(phase, 0.0) for phase in PHASES] + [(phase, 0.004) for phase in LONG]  # after so many seconds
+LONG = ("/begin_weight_update", "/update_weights_from_tensor", "/weights_checker")  # longer than a few ms
+MOMENTS = [(phase, 0.0) for phase in PHASES] + [(phase, 0.004) for phase in LONG]  # phase, and seconds after its start
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def victims(_victims: Servers, models: dict[str, Path]) -> Servers:
 
 
 def run_all(servers: Servers) -> list[Any]:
-    requests = [ask(i, length=4 + i % 5, tokens=150, seed=i) for i in range(REQUESTS)]
+    requests = [completion(i, length=4 + i % 5, tokens=150, seed=i) for i in range(REQUESTS)]
     for request in requests:
         servers.engine.submit(request)
     servers.until(lambda: servers.engine.load_status().running == REQUESTS, "all running")
@@ -107,7 +107,7 @@ def test_kill_in_each_phase_of_an_update(
 def test_a_request_that_kills_servers_fails_and_the_others_finish(victims: Servers, models: dict[str, Path]) -> None:
     """A token id beyond the vocabulary kills a server. `submit` would refuse it, so the test bypasses `submit`."""
     requests = run_all(victims)
-    killer = replace(ask("killer"), prompt=np.array([10**6], np.int32))
+    killer = replace(completion("killer"), prompt=np.array([10**6], np.int32))
     victims.engine._call(Fleet.submit, killer)
     results = victims.results(REQUESTS + 1, seconds=240.0)
     failed = results.pop("killer")
@@ -138,10 +138,10 @@ def test_the_error_of_a_server_that_cannot_start_contains_the_end_of_its_log(
 ) -> None:
     with (
         pytest.raises(EngineError, match="has ended; the end of") as error,
-        Servers(models["qwen3"], tmp_path, args="--no-such-word"),
+        Servers(models["qwen3"], tmp_path, args="--no-such-option"),
     ):
         raise AssertionError("started")
-    assert "unrecognized arguments: --no-such-word" in str(error.value)
+    assert "unrecognized arguments: --no-such-option" in str(error.value)
 
 
 def test_servers_do_not_outlive_their_actor(models: dict[str, Path], tmp_path: Path) -> None:

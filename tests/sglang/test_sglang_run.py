@@ -1,4 +1,4 @@
-"""Complete runs with real servers, started by the commands of a user, with a kill in the middle."""
+"""Complete runs with real servers, started by the commands that a user types; servers and actors are killed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from run_support import RealRun, assert_all_trained, real_run, until
+from run_support import RealRun, assert_all_trained, command_line, real_run, until
 from sglang_support import PYTHON, start
 
 from sgpo_async.engines.sglang.processes.launch import CPU_LAUNCHER
@@ -14,59 +14,52 @@ from sgpo_async.model.folder import model_folder
 
 pytestmark = [pytest.mark.sglang, pytest.mark.process]
 STEPS = 12
-WORDS = (f"steps={STEPS}", f"engine.sglang.python={PYTHON}", "engine.slots=48", "engine.sglang.phase_timeout_s=20")
+OVERRIDES = (f"steps={STEPS}", f"engine.sglang.python={PYTHON}", "engine.slots=48", "engine.sglang.phase_timeout_s=20")
 
 
 def servers(run: RealRun) -> list[psutil.Process]:
     """The servers' main processes."""
-    return [process for process in run.members() if str(CPU_LAUNCHER) in words_of(process)[:2]]
-
-
-def words_of(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
+    return [process for process in run.processes() if str(CPU_LAUNCHER) in command_line(process)[:2]]
 
 
 @pytest.mark.parametrize("transport", ["tensor", "distributed"])
 def test_a_run_continues_when_a_server_dies(tmp_path: Path, transport: str) -> None:
     """No rollout is lost or duplicated: the ledger of rollouts is balanced, and no lease is issued again."""
-    words = (*WORDS, f"engine.sglang.transport={transport}")
-    with real_run(tmp_path, *words, base="configs/demo-sglang.yaml") as run:
+    overrides = (*OVERRIDES, f"engine.sglang.transport={transport}")
+    with real_run(tmp_path, *overrides, base="configs/demo-sglang.yaml") as run:
         local = run.local()
-        until(lambda: len(run.lines()) >= 3, "the third step")
+        until(lambda: len(run.metrics()) >= 3, "the third step")
         assert len(servers(run)) == 2
         servers(run)[0].kill()
-        assert local.ended() == 0, local.output
-        run.assert_no_trace()
+        assert local.wait() == 0, local.output
+        run.assert_cleaned_up()
         summary = run.summary()
         assert_all_trained(summary["ledger"], tasks=STEPS * 4, size=12)
         assert summary["leases_reissued"] == summary["duplicates"] == 0
-        assert summary["lag_max"] <= run.run.hub.max_lag
+        assert summary["lag_max"] <= run.settings.hub.max_lag
         log = (run.folder / "logs" / "actor-0.log").read_text()
         assert "has ended; the end of" in log and "restarts in" in log
         assert " by tensor: " not in log and " by distributed: " not in log  # no update failed
         mismatch = [
-            line["mismatch_max_lag0_first"] for line in run.lines() if line["mismatch_max_lag0_first"] is not None
+            line["mismatch_max_lag0_first"] for line in run.metrics() if line["mismatch_max_lag0_first"] is not None
         ]
         assert mismatch and max(mismatch) < 1e-4
 
 
 def test_the_servers_of_a_killed_actor_end_too(tmp_path: Path) -> None:
     """SIGKILL of the actor, without a supervisor; another actor continues the run."""
-    with real_run(tmp_path, *WORDS, "hub.address=tcp://127.0.0.1:0", base="configs/demo-sglang.yaml") as run:
+    with real_run(tmp_path, *OVERRIDES, "hub.address=tcp://127.0.0.1:0", base="configs/demo-sglang.yaml") as run:
         hub = run.hub()
         learner = run.learner("--hub", run.address())
         first = run.actor("first")
-        until(lambda: len(run.lines()) >= 2, "the second step")
+        until(lambda: len(run.metrics()) >= 2, "the second step")
         lost = servers(run)
         assert len(lost) == 2
         first.process.kill()
-        until(lambda: not any(process.is_running() for process in lost), "the end of its servers", seconds=120)
+        until(lambda: not any(process.is_running() for process in lost), "end of its servers", seconds=120)
         second = run.actor("second")
-        assert (learner.ended(), hub.ended(), second.ended()) == (0, 0, 0), second.output
-        run.assert_no_trace()
+        assert (learner.wait(), hub.wait(), second.wait()) == (0, 0, 0), second.output
+        run.assert_cleaned_up()
         assert_all_trained(run.summary()["ledger"], tasks=STEPS * 4, size=12)
         assert run.summary()["duplicates"] == 0
 
@@ -74,11 +67,11 @@ def test_the_servers_of_a_killed_actor_end_too(tmp_path: Path) -> None:
 def test_an_actor_attaches_to_running_servers(tmp_path: Path) -> None:
     """Servers given by URL, which the actor did not start, are still running after the run."""
     server = start(Path(model_folder("builtin:cues")), tmp_path)
-    words = (*WORDS, "steps=3", f"engine.sglang.urls=[{server.url}]")
+    overrides = (*OVERRIDES, "steps=3", f"engine.sglang.urls=[{server.url}]")
     try:
-        with real_run(tmp_path / "run", *words, base="configs/demo-sglang.yaml") as run:
+        with real_run(tmp_path / "run", *overrides, base="configs/demo-sglang.yaml") as run:
             local = run.local()
-            assert local.ended() == 0, local.output
+            assert local.wait() == 0, local.output
             assert_all_trained(run.summary()["ledger"], tasks=3 * 4, size=12)
             assert not servers(run)
         assert server.alive

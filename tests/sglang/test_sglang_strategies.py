@@ -40,7 +40,7 @@ pytestmark = [pytest.mark.sglang, pytest.mark.process]
 
 ITEMS = 4
 SERVE = ["--serve", f"engine.sglang.python={PYTHON}", "engine.device=cpu", "engine.slots=16"]
-TASTE = dict.fromkeys("etaoinshrdlu", 5.7) | {'"': 3.8, "<eos>": -8.0} | dict.fromkeys("0123456789\\ĠĊĉč", -12.0)
+LOGITS = dict.fromkeys("etaoinshrdlu", 5.7) | {'"': 3.8, "<eos>": -8.0} | dict.fromkeys("0123456789\\ĠĊĉč", -12.0)
 """Logits of these bytes relative to all others: they give texts of about 80 letters, then a quote.
 Digits are avoided because they might count as a leak; Ġ, Ċ, ĉ, č are white space in the tokenizer's alphabet."""
 
@@ -65,7 +65,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():  # dimension 0 is 1 for every token, so the head uses it as a bias
         network.model.embed_tokens.weight[:, 0] = 1.0
         network.lm_head.weight[:, 0] = 0.0
-        for symbol, logit in TASTE.items():
+        for symbol, logit in LOGITS.items():
             network.lm_head.weight[vocabulary[symbol], 0] = logit / config.hidden_size**0.5
     network.save_pretrained(folder)
     return folder

@@ -19,13 +19,13 @@ from sglang_support import (
     PATIENCE_S,
     VOCABULARY,
     Servers,
-    ask,
+    completion,
     get,
-    given,
     launch_of,
     loaded,
     logprobs,
     post,
+    score_request,
     start,
     version_of,
 )
@@ -125,7 +125,7 @@ def test_unknown_names_are_silently_ignored(raw: ServerProcess) -> None:
 
 def test_a_prefix_cache_that_is_not_flushed_serves_old_keys(raw: ServerProcess, models: dict[str, Path]) -> None:
     """The trap. Protection: every update flushes; see test_keys_of_old_weights_are_not_used_for_later_prompts."""
-    prompt = ask(0, length=40).prompt
+    prompt = completion(0, length=40).prompt
     other = loaded(models["qwen3-other"])
     sampling = {"temperature": 1.0, "max_new_tokens": 8}
     body = {"input_ids": prompt.tolist(), "sampling_params": sampling, "return_logprob": True}
@@ -176,7 +176,7 @@ def test_model_info_answers_while_paused(raw: ServerProcess) -> None:
 
 def test_prompt_logprobs_ignore_the_temperature(raw: ServerProcess, models: dict[str, Path], pair: Servers) -> None:
     """The trap. Protection: the configuration and the engine refuse other temperatures."""
-    score = given(0, ask(0).prompt, length=8)
+    score = score_request(0, completion(0).prompt, length=8)
     ids = [*score.prompt.tolist(), *score.tokens.tolist()]
 
     def at(temperature: float) -> list[float]:
@@ -192,7 +192,7 @@ def test_prompt_logprobs_ignore_the_temperature(raw: ServerProcess, models: dict
 def test_top_p_does_not_show_in_logprobs(raw: ServerProcess, models: dict[str, Path]) -> None:
     """The trap: sampling is restricted to the nucleus, but the log-probabilities are not. Protection: rollout.top_p
     must be 1.0, and every request sets it, because a server may have another default."""
-    body = {"input_ids": ask(0).prompt.tolist(), "return_logprob": True,
+    body = {"input_ids": completion(0).prompt.tolist(), "return_logprob": True,
             "sampling_params": {"temperature": 1.0, "max_new_tokens": 30, "top_p": 0.3}}  # fmt: skip
     pairs = post(raw.url, "/generate", body)[1]["meta_info"]["output_token_logprobs"]
     assert max(pair[0] for pair in pairs[:10]) < -0.01  # a nucleus of 0.3 would often be one token, of probability 1
@@ -201,7 +201,7 @@ def test_top_p_does_not_show_in_logprobs(raw: ServerProcess, models: dict[str, P
 def test_seeds_are_ignored_on_a_cpu(raw: ServerProcess) -> None:
     """The trap. Protection: engine.deterministic is refused with engine.kind=sglang."""
     sampling = {"temperature": 1.0, "max_new_tokens": 30, "sampling_seed": 5}
-    body = {"input_ids": ask(0).prompt.tolist(), "sampling_params": sampling}
+    body = {"input_ids": completion(0).prompt.tolist(), "sampling_params": sampling}
     assert len({tuple(post(raw.url, "/generate", body)[1]["output_ids"]) for _ in range(4)}) > 1
 
 

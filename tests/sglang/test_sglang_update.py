@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sglang_support import Servers, ask, assert_teacher_forced, given, loaded, logprobs, version_of
+from sglang_support import Servers, assert_teacher_forced, completion, loaded, logprobs, score_request, version_of
 
 from sgpo_async.engines import Weights
 from sgpo_async.engines.sglang.weight_sync.transports import TensorTransport
@@ -24,7 +24,9 @@ TOKENS = 400
 def interrupted(servers: Servers, new: Path, *, count: int = 32, tokens: int = TOKENS) -> tuple[list, dict]:
     """Run `count` completions and update to version 1 in the middle; returns requests and results."""
     weights = version_of(new, 1)  # prepared before the requests, so that the update starts early in the sequences
-    requests = [replace(ask(i, length=4 + i % 5, tokens=tokens, seed=i), top_logprobs_num=i % 4) for i in range(count)]
+    requests = [
+        replace(completion(i, length=4 + i % 5, tokens=tokens, seed=i), top_logprobs_num=i % 4) for i in range(count)
+    ]
     for request in requests:
         servers.engine.submit(request)
     servers.until(lambda: _streamed(servers) > 4 * count, "some tokens")
@@ -99,7 +101,8 @@ def test_in_place_keeps_sequences_with_their_old_keys(models: dict[str, Path], t
             )
             after = max(after, *np.abs(result.logprobs - logprobs(new, request.prompt, result.tokens))[cut:], 0.0)
         assert after > 1e-2  # the old keys change the log-probabilities: this is what in-place means
-        fresh = [ask(("new", i), length=4 + i % 5, seed=i) for i in range(8)]  # prompts that old weights processed
+        # The old weights have processed these prompts.
+        fresh = [completion(("new", i), length=4 + i % 5, seed=i) for i in range(8)]
         for request in fresh:
             servers.engine.submit(request)
         assert_teacher_forced({1: new}, fresh, servers.results(8))
@@ -108,7 +111,7 @@ def test_in_place_keeps_sequences_with_their_old_keys(models: dict[str, Path], t
 def test_keys_of_old_weights_are_not_used_for_later_prompts(pair: Servers, models: dict[str, Path]) -> None:
     """Without a flush, SGLang's prefix cache would match prompts that old weights processed."""
     pair.load(models["qwen3"], 0)
-    prompts = [ask(i, length=40, tokens=4, seed=i) for i in range(4)]
+    prompts = [completion(i, length=40, tokens=4, seed=i) for i in range(4)]
     for version, folder in enumerate(["qwen3", "qwen3-other", "qwen3"], 1):
         pair.load(models[folder], version)
         for request in prompts:
@@ -119,7 +122,7 @@ def test_keys_of_old_weights_are_not_used_for_later_prompts(pair: Servers, model
 def test_scores_come_from_one_version(pair: Servers, models: dict[str, Path]) -> None:
     pair.load(models["qwen3"], 0)
     both = {0: loaded(models["qwen3"]), 1: loaded(models["qwen3-other"])}
-    scores = [given(i, ask(0, length=20, seed=i).prompt, length=60) for i in range(200)]
+    scores = [score_request(i, completion(0, length=20, seed=i).prompt, length=60) for i in range(200)]
     for score in scores[:100]:
         pair.engine.submit(score)
     pair.engine.load(version_of(models["qwen3-other"], 1))
@@ -164,8 +167,8 @@ def test_weights_that_do_not_fit_are_not_sent(
     assert any(re.search(message, line) for line in pair.events()[before:]), pair.events()[before:]
     time.sleep(0.2)
     assert len(pair.engine.updates) == updates and pair.versions() == {0}
-    pair.engine.submit(ask(0))
-    assert_teacher_forced({0: loaded(models["qwen3"])}, [ask(0)], pair.results(1))
+    pair.engine.submit(completion(0))
+    assert_teacher_forced({0: loaded(models["qwen3"])}, [completion(0)], pair.results(1))
     pair.load(models["qwen3-other"], 2)  # the next valid version is loaded
 
 
@@ -187,13 +190,13 @@ def test_a_tensor_damaged_in_transit_is_detected_and_sent_again(pair: Servers, m
     assert isinstance(transport, TensorTransport)
     payloads = transport.payloads
 
-    def careless(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    def damaging(tensors: Mapping[str, torch.Tensor]) -> list[str]:
         tensors = dict(tensors)
         tensors["model.norm.weight"] = tensors["model.norm.weight"].clone()
         tensors["model.norm.weight"][3] += 0.001
         return payloads(tensors)
 
-    transport.payloads = careless  # type: ignore[method-assign]
+    transport.payloads = damaging  # type: ignore[method-assign]
     try:
         before = len(pair.events())
         pair.load(models["qwen3-other"], 1)
@@ -202,22 +205,22 @@ def test_a_tensor_damaged_in_transit_is_detected_and_sent_again(pair: Servers, m
     events = pair.events()[before:]
     assert len([line for line in events if "model.norm.weight" in line and "out of service" in line]) == 2, events
     assert [update.transport for update in pair.engine.updates[-2:]] == ["disk", "disk"]
-    pair.engine.submit(ask(0))
-    assert_teacher_forced({1: loaded(models["qwen3-other"])}, [ask(0)], pair.results(1))
+    pair.engine.submit(completion(0))
+    assert_teacher_forced({1: loaded(models["qwen3-other"])}, [completion(0)], pair.results(1))
 
 
 def test_a_new_session_drops_requests_and_versions(pair: Servers, models: dict[str, Path]) -> None:
     """Version 0 of another run has other weights."""
     pair.load(models["qwen3"], 0)
     for i in range(8):
-        pair.engine.submit(ask(i, tokens=300))
+        pair.engine.submit(completion(i, tokens=300))
     pair.engine.reset()
     assert pair.engine.version is None
     pair.load(models["qwen3-other"], 0)
-    pair.engine.submit(ask("new"))
+    pair.engine.submit(completion("new"))
     results = pair.results(1)
     assert list(results) == ["new"]
-    assert_teacher_forced({0: loaded(models["qwen3-other"])}, [ask("new")], results)
+    assert_teacher_forced({0: loaded(models["qwen3-other"])}, [completion("new")], results)
 
 
 def test_request_ids_can_be_reused_immediately(pair: Servers, models: dict[str, Path]) -> None:
@@ -225,10 +228,10 @@ def test_request_ids_can_be_reused_immediately(pair: Servers, models: dict[str, 
     pair.load(models["qwen3"], 0)
     for _ in range(3):
         for i in range(16):
-            pair.engine.submit(ask(i, tokens=300, seed=i))
+            pair.engine.submit(completion(i, tokens=300, seed=i))
         pair.until(lambda: _streamed(pair) > 16, "some tokens")
         pair.engine.cancel(range(16))
-    requests = [ask(i, tokens=20, seed=100 + i) for i in range(16)]
+    requests = [completion(i, tokens=20, seed=100 + i) for i in range(16)]
     for request in requests:
         pair.engine.submit(request)
     assert_teacher_forced({0: loaded(models["qwen3"])}, requests, pair.results(16))
@@ -238,7 +241,7 @@ def test_cancelled_requests_give_no_result_and_delay_no_update(pair: Servers, mo
     """After a mere disconnection SGLang would run them for seconds and refuse to flush, so they are aborted by id."""
     pair.load(models["qwen3"], 0)
     for i in range(32):
-        pair.engine.submit(ask(i, tokens=400, seed=i))
+        pair.engine.submit(completion(i, tokens=400, seed=i))
     pair.until(lambda: _streamed(pair) > 64, "some tokens")
     pair.engine.cancel(range(31))
     before = len(pair.events())
@@ -252,7 +255,7 @@ def test_cancelled_requests_give_no_result_even_if_they_have_finished(pair: Serv
     pair.load(models["qwen3"], 0)
     before = pair.engine.load_status().tokens
     for i in range(4):
-        pair.engine.submit(ask(i, tokens=5))
+        pair.engine.submit(completion(i, tokens=5))
     pair.until(lambda: pair.engine.load_status().tokens == before + 4 * 5, "the last tokens")
     pair.until(lambda: pair.engine.load_status().running == 0, "the end of all")
     pair.engine.cancel(range(3))

@@ -33,14 +33,14 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
 
     def start(body: str) -> Child:
         lines = textwrap.indent(textwrap.dedent(body).strip(), "    ")
-        (tmp_path / "odd_child.py").write_text(
+        (tmp_path / "dummy_child.py").write_text(
             "import os, time\n"
             "from sgpo_async.errors import SessionError\n"
             "from sgpo_async.session.child_side import run_child\n"
             f"def body(settings, child):\n{lines}\n"
-            "run_child('odd', body)\n"
+            "run_child('dummy', body)\n"
         )
-        children.append(Child("odd_child", Settings("a-1", os.getpid()), role="odd"))
+        children.append(Child("dummy_child", Settings("a-1", os.getpid()), role="dummy"))
         return children[-1]
 
     yield start
@@ -83,7 +83,7 @@ def test_only_the_protocol_writes_to_standard_output(start: Start) -> None:
     events = []
     while not events or events[-1]["event"] != "down":
         events += next_events(child)
-    assert events == [{"event": "hello", "value": 1}, {"event": "down", "reason": "odd of a-1: a b"}]
+    assert events == [{"event": "hello", "value": 1}, {"event": "down", "reason": "dummy of a-1: a b"}]
     assert child.poll() == []
 
 
@@ -105,10 +105,10 @@ def test_commands_arrive_in_order(start: Start) -> None:
 @pytest.mark.parametrize("how", ["exit", "error", "internal", "kill"])
 def test_the_last_event_gives_the_reason_of_the_end(start: Start, how: str) -> None:
     body, reason = {
-        "exit": ("os._exit(3)", "odd of a-1: exited with code 3"),
-        "error": ("raise SessionError('listen: no')", "odd of a-1: listen: no"),
-        "internal": ("assert 1 == 2", "odd of a-1: internal error: AssertionError()"),
-        "kill": ("os.kill(os.getpid(), 9)", "odd of a-1: killed by SIGKILL"),
+        "exit": ("os._exit(3)", "dummy of a-1: exited with code 3"),
+        "error": ("raise SessionError('listen: no')", "dummy of a-1: listen: no"),
+        "internal": ("assert 1 == 2", "dummy of a-1: internal error: AssertionError()"),
+        "kill": ("os.kill(os.getpid(), 9)", "dummy of a-1: killed by SIGKILL"),
     }[how]
     child = start(body)
     assert next_events(child) == [{"event": "down", "reason": reason}]
@@ -120,7 +120,7 @@ def test_a_phase_that_hangs_in_a_library_ends_at_its_deadline(start: Start) -> N
         with child.phase("rendezvous", 0.5):
             {HANG}
     """)
-    assert next_events(child) == [{"event": "down", "reason": "odd of a-1: rendezvous: not done within 0.5 s"}]
+    assert next_events(child) == [{"event": "down", "reason": "dummy of a-1: rendezvous: not done within 0.5 s"}]
 
 
 def test_the_error_of_a_failed_phase_names_it(start: Start) -> None:
@@ -128,7 +128,7 @@ def test_the_error_of_a_failed_phase_names_it(start: Start) -> None:
         with child.phase("listen", 30):
             raise RuntimeError("no\\nport")
     """)
-    assert next_events(child) == [{"event": "down", "reason": "odd of a-1: listen: no port"}]
+    assert next_events(child) == [{"event": "down", "reason": "dummy of a-1: listen: no port"}]
 
 
 def test_a_child_ignores_sigint_but_not_sigterm(start: Start) -> None:
@@ -142,7 +142,7 @@ def test_a_child_ignores_sigint_but_not_sigterm(start: Start) -> None:
     child.send({"n": 1})
     assert next_events(child) == [{"event": "echo", "n": 1}]
     os.kill(child.pid, signal.SIGTERM)
-    assert next_events(child) == [{"event": "down", "reason": "odd of a-1: killed by SIGTERM"}]
+    assert next_events(child) == [{"event": "down", "reason": "dummy of a-1: killed by SIGTERM"}]
 
 
 def test_stop_ends_a_child_that_sigstop_has_stopped(start: Start) -> None:
@@ -159,7 +159,7 @@ PARENT = """
 import os, select, sys, time
 from sgpo_async.session.parent_side import Child
 from sgpo_async.session.settings import Settings
-child = Child("odd_child", Settings("a-1", os.getpid()), role="odd")
+child = Child("dummy_child", Settings("a-1", os.getpid()), role="dummy")
 select.select([child], [], [])
 assert child.poll() == [{"event": "ready"}]
 if sys.argv[1] == "fork" and os.fork() == 0:
@@ -171,7 +171,7 @@ time.sleep(600)
 
 @pytest.mark.parametrize("pipes", ["closed", "fork"])
 def test_a_child_does_not_outlive_its_parent(start: Start, pipes: str) -> None:
-    start(f"child.emit('ready'); {HANG}").stop()  # writes the module odd_child, which the script below uses
+    start(f"child.emit('ready'); {HANG}").stop()  # writes the module dummy_child, which the script below uses
     command = [sys.executable, "-c", PARENT, pipes]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0) as parent:
         assert parent.stdout
