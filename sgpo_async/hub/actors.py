@@ -16,6 +16,12 @@ class Meter:
     tokens_per_s: float = 0.0
     idle: float | None = None  # share of time in which the engine had no requests, in [0, 1]
 
+    @property
+    def speed(self) -> float | None:
+        """Tokens per second of one sequence; None if none was running, or it is unknown yet."""
+        running = self.last.running if self.last else 0
+        return self.tokens_per_s / running if running and self.idle is not None else None
+
     def update(self, heartbeat: Heartbeat) -> tuple[float, float]:
         """Process the next heartbeat; return the busy seconds and wall-clock seconds since the previous one.
 
@@ -95,12 +101,13 @@ class Actors(dict[bytes, Actor]):
         """Actors that lost their connection and have not come back in time."""
         return [actor for actor in self.values() if actor.return_by is not None and actor.return_by < now]
 
-    def pick(self, min_version: int) -> Actor | None:
+    def pick(self, min_version: int, *, other_than: bytes = b"") -> Actor | None:
         """The actor with the most credit among those that serve `min_version` or newer; None if there is none.
 
-        Of several with equal credit, it is the one that joined first.
+        Of several with equal credit, it is the one that joined first. It is never the member `other_than`.
         """
         eligible = [actor for actor in self.values() if actor.credit > 0 and actor.version >= min_version]
+        eligible = [actor for actor in eligible if actor.member != other_than]
         return max(eligible, key=lambda actor: actor.credit, default=None)
 
     def record_heartbeat(self, actor: Actor, heartbeat: Heartbeat) -> None:

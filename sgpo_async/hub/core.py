@@ -26,6 +26,7 @@ from sgpo_async.hub.learner_ranks import LearnerRanks
 from sgpo_async.hub.leases import LeaseTable
 from sgpo_async.hub.rollout_checks import Limits, report_violation, violation
 from sgpo_async.hub.status import status
+from sgpo_async.hub.stragglers import late_lease
 from sgpo_async.hub.training import Training
 from sgpo_async.hub.validation import refusal_reason, tokenizer_mismatch
 from sgpo_async.tasks.task_sampler import TaskSampler
@@ -71,6 +72,7 @@ class HubCore:
         self.refused = 0  # number of refused members
         self.quarantined: dict[str, str] = {}  # names of the actors refused for invalid messages, with the reason
         self.restarts = 0  # of the hub process
+        self.moved = 0  # leases taken from slow actors
         self.closing: tuple[str, float] | None = None  # reason and deadline, once the run is ending
         self.closed = False
         self._effects: list[Effect] = []
@@ -107,6 +109,7 @@ class HubCore:
                 self._sender_down(member, reason)
             case ev.Tick():
                 self._check_timeouts()
+                self._move_late_lease()
             case ev.HubRestarted():
                 self._restarted()
             case ev.Interrupted(reason):
@@ -312,6 +315,21 @@ class HubCore:
         for leases in self._lease_tables:
             for number in leases.silent_since(actor_limit):
                 self._revoke(leases, number)
+
+    def _move_late_lease(self) -> None:
+        """Take a lease from a slow actor if another one has nothing to do: it is leased to that one at once."""
+        for work in (self.evaluation, self.training):
+            leases, heartbeat_s = work.leases, self.run.hub.heartbeat_s
+            late = late_lease(
+                leases.running.values(), self.actors, durations=leases.durations, now=self.now, heartbeat_s=heartbeat_s
+            )
+            if late is None or leases.waiting:
+                continue
+            idle = self.actors.pick(late.min_version, other_than=late.member)
+            if idle:
+                self.moved += 1
+                self.actors[late.member].credit = 0  # it has enough to do
+                self._revoke(leases, late.task.number)
 
     # ---- messages of actors
 

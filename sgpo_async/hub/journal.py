@@ -24,7 +24,6 @@ from typing import cast
 import msgpack
 
 from sgpo_async.errors import HubError
-from sgpo_async.transport.reliable import Key, key_of
 from sgpo_async.wire import decode, encode
 from sgpo_async.wire.records import Rollout
 
@@ -41,9 +40,17 @@ _REMEDIES = {
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS entries (number INTEGER PRIMARY KEY, at REAL NOT NULL, event BLOB NOT NULL);
-CREATE TABLE IF NOT EXISTS rollouts (task INTEGER, attempt INTEGER, slot INTEGER, body BLOB NOT NULL,
-    PRIMARY KEY (task, attempt, slot));
+CREATE TABLE IF NOT EXISTS rollouts (task INTEGER, attempt INTEGER, slot INTEGER, version INTEGER, body BLOB NOT NULL,
+    PRIMARY KEY (task, attempt, slot, version));
 """
+
+
+StoredKey = tuple[int, int, int, int]
+
+
+def stored_key(rollout: Rollout) -> StoredKey:
+    """Task, attempt, slot and oldest version: a Restore shifts the versions of a rollout, and changes nothing else."""
+    return rollout.task, rollout.attempt, rollout.slot, rollout.oldest_version
 
 
 class Journal:
@@ -55,7 +62,7 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE
         self._pending_bytes = self._pending_entries = 0  # since the last save
-        self._saved: set[Key] = set()  # rollouts in the database
+        self._saved: set[StoredKey] = set()  # rollouts in the database
         with self._reported():
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite would make it readable for everybody
             self._db = sqlite3.connect(self.path, timeout=_BUSY_S, isolation_level=None, cached_statements=16)
@@ -84,14 +91,16 @@ class Journal:
         """Whether the entries have become so many that the next restart would take long."""
         return self._pending_bytes > SAVE_BYTES or self._pending_entries > SAVE_ENTRIES
 
-    def save(self, state: bytes, rollouts: Mapping[Key, Rollout]) -> None:
+    def save(self, state: bytes, rollouts: Mapping[StoredKey, Rollout]) -> None:
         """Replace state and entries by `state`, which refers to `rollouts`; commit."""
         with self._reported():
             gone = self._saved - rollouts.keys()
             new = rollouts.keys() - self._saved
-            self._db.executemany("DELETE FROM rollouts WHERE task = ? AND attempt = ? AND slot = ?", gone)
+            self._db.executemany(
+                "DELETE FROM rollouts WHERE task = ? AND attempt = ? AND slot = ? AND version = ?", gone
+            )
             rows = ((*key, msgpack.packb(encode(rollouts[key]))) for key in new)
-            self._db.executemany("INSERT INTO rollouts VALUES (?, ?, ?, ?)", rows)
+            self._db.executemany("INSERT INTO rollouts VALUES (?, ?, ?, ?, ?)", rows)
             self._db.execute("DELETE FROM entries")
             self.set("state", state)
             self.commit()
@@ -111,13 +120,13 @@ class Journal:
             row = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
         return bytes(row[0]) if row else None
 
-    def rollouts(self) -> dict[Key, Rollout]:
+    def rollouts(self) -> dict[StoredKey, Rollout]:
         """All saved rollouts."""
         with self._reported():
-            rows = self._db.execute("SELECT task, attempt, slot, body FROM rollouts").fetchall()
-        self._saved = {(task, attempt, slot) for task, attempt, slot, _ in rows}
-        rollouts = [cast(Rollout, decode(msgpack.unpackb(body), max_bytes=ANY_SIZE)) for *_, body in rows]
-        return {key_of(rollout): rollout for rollout in rollouts}
+            bodies = self._db.execute("SELECT body FROM rollouts").fetchall()
+        rollouts = [cast(Rollout, decode(msgpack.unpackb(body), max_bytes=ANY_SIZE)) for (body,) in bodies]
+        self._saved = {stored_key(rollout) for rollout in rollouts}
+        return {stored_key(rollout): rollout for rollout in rollouts}
 
     def entries(self) -> Iterator[tuple[float, bytes]]:
         """The events since the last save, in order, each with its time."""

@@ -14,7 +14,7 @@ The ledger counts a task as dispatched once, and its rollouts once for each time
 from __future__ import annotations
 
 import heapq
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,6 +28,7 @@ from sgpo_async.tasks.task_sampler import Task
 from sgpo_async.wire.records import Lease, Progress, Rollout
 
 MAX_INVALID_LEASES = 3  # after so many leases of a task that ended by an invalid rollout, the task is dropped
+DURATIONS = 64  # completed leases of which the duration is remembered
 
 
 @dataclass(kw_only=True)
@@ -38,6 +39,7 @@ class RunningLease:
     attempt: int
     member: bytes
     min_version: int
+    issued: float  # time of the lease
     last_progress: float  # time at which the hub last heard of this lease
     arrived: Arrived  # what this attempt and the earlier ones have sent
 
@@ -64,6 +66,7 @@ class LeaseTable:
         self.complete: dict[int, CompletedGroup] = {}  # by task number; includes groups handed to a learner
         self.first_attempt = self.last_attempt = first_attempt  # last_attempt: the highest attempt of any lease so far
         self._invalid_leases: Counter[int] = Counter()  # leases that ended by an invalid rollout, by task number
+        self.durations: deque[float] = deque(maxlen=DURATIONS)  # seconds of the last completed leases
         self.reissued = 0  # number of revoked leases
         self.duplicates = 0  # number of rollouts that no lease was waiting for
         self.tokens = 0  # number of sampled tokens in all accepted rollouts
@@ -93,7 +96,13 @@ class LeaseTable:
             arrived = Arrived(size=task.size)
             self.rollouts.dispatched += task.size
         self.running[task.number] = RunningLease(
-            task=task, attempt=attempt, member=member, min_version=min_version, last_progress=now, arrived=arrived
+            task=task,
+            attempt=attempt,
+            member=member,
+            min_version=min_version,
+            issued=now,
+            last_progress=now,
+            arrived=arrived,
         )
         self.last_attempt = max(self.last_attempt, attempt)
         lease = task.lease(attempt=attempt, min_version=min_version)
@@ -127,6 +136,7 @@ class LeaseTable:
         lease.arrived.finish(rollout if self._keeps_tokens else _without_tokens(rollout))
         if not lease.arrived.missing:
             del self.running[rollout.task]
+            self.durations.append(now - lease.issued)
             ordered = tuple(lease.arrived.rollouts[slot] for slot in range(lease.task.size))
             self.complete[rollout.task] = CompletedGroup(number=rollout.task, attempt=lease.attempt, rollouts=ordered)
 

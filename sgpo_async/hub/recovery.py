@@ -27,9 +27,8 @@ from sgpo_async import __version__
 from sgpo_async.config import Run, to_plain
 from sgpo_async.hub import events as ev
 from sgpo_async.hub.core import HubCore
-from sgpo_async.hub.journal import ANY_SIZE, Journal
+from sgpo_async.hub.journal import ANY_SIZE, Journal, StoredKey, stored_key
 from sgpo_async.tasks.task_sampler import Task, TaskSampler
-from sgpo_async.transport.reliable import Key, key_of
 from sgpo_async.wire import decode
 from sgpo_async.wire.records import PROTOCOL, Rollout
 
@@ -78,7 +77,7 @@ class _Pickler(pickle.Pickler):
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
-        self.rollouts: dict[Key, Rollout] = {}
+        self.rollouts: dict[StoredKey, Rollout] = {}
 
     def persistent_id(self, value: object) -> tuple[str, Any] | None:
         match value:
@@ -89,13 +88,13 @@ class _Pickler(pickle.Pickler):
             case Task():
                 return "task", value.number
             case Rollout() if len(value.tokens):  # evaluation keeps rollouts without tokens, which are small
-                self.rollouts[key_of(value)] = value
-                return "rollout", key_of(value)
+                self.rollouts[stored_key(value)] = value
+                return "rollout", stored_key(value)
         return None
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, state: bytes, run: Run, task_sampler: TaskSampler, rollouts: dict[Key, Rollout]) -> None:
+    def __init__(self, state: bytes, run: Run, task_sampler: TaskSampler, rollouts: dict[StoredKey, Rollout]) -> None:
         super().__init__(io.BytesIO(state))
         self._run, self._task_sampler, self._rollouts = run, task_sampler, rollouts
 

@@ -34,6 +34,7 @@ class CoreState(Protocol):
     refused: int
     quarantined: dict[str, str]
     restarts: int
+    moved: int
     started: float
     now: float
 
@@ -71,6 +72,7 @@ def status(core: CoreState) -> dict[str, Any]:
         "refused": core.refused,
         "quarantined": core.quarantined,
         "hub_restarts": core.restarts,
+        "leases_moved": core.moved,
         "uptime_s": core.now - core.started,
     }
 

@@ -15,7 +15,7 @@ from hub_support import Driver, Source, make_part, make_rollout, make_run, train
 from sgpo_async.errors import HubError
 from sgpo_async.hub import HubCore
 from sgpo_async.hub import events as ev
-from sgpo_async.hub.journal import FILE, Journal
+from sgpo_async.hub.journal import FILE, Journal, stored_key
 from sgpo_async.hub.recovery import pack_event, recover, save, unpack_event
 from sgpo_async.wire import encode
 from sgpo_async.wire import records as wire
@@ -136,15 +136,27 @@ def test_another_address_is_the_same_run(tmp_path: Path) -> None:
 def test_every_buffered_rollout_is_saved_once_and_deleted_when_it_is_trained(tmp_path: Path) -> None:
     driver = busy_hub(tmp_path, saves=True)
     save(driver.core, driver.journal)
-    buffered = {(r.task, r.attempt, r.slot) for g in driver.core.training.leases.complete.values() for r in g.rollouts}
+    buffered = {stored_key(r) for group in driver.core.training.leases.complete.values() for r in group.rollouts}
     partly = {key for key in driver.journal.rollouts() if key not in buffered}
     assert len(partly) == 1  # of the running lease
     batch = driver.core.training.batch
     assert batch is not None
     driver.send(b"r0", wire.Commit(step=1))
     save(driver.core, driver.journal)
-    kept = {task for task, _, _ in driver.journal.rollouts()}
-    assert kept == {task for task, _, _ in buffered | partly} - set(batch.numbers)
+    kept = {task for task, *_ in driver.journal.rollouts()}
+    assert kept == {task for task, *_ in buffered | partly} - set(batch.numbers)
+
+
+def test_rollouts_whose_versions_a_restore_has_shifted_are_saved_again(tmp_path: Path) -> None:
+    driver = busy_hub(tmp_path, saves=True)
+    driver.send(b"r0", wire.SnapshotRequest(step=1))
+    driver.send(b"r0", wire.Restore(state=driver.only(b"r0", wire.Snapshot).state))
+    save(driver.core, driver.journal)
+    groups = driver.core.training.leases.complete
+    assert groups
+    recovered = driver.kill_and_recover().training.leases.complete
+    versions = {number: group.oldest_version for number, group in groups.items()}
+    assert {number: group.oldest_version for number, group in recovered.items()} == versions
 
 
 @pytest.mark.parametrize(
