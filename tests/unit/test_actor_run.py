@@ -1,4 +1,4 @@
-"""An actor's life from session to session: which refusals end it."""
+"""An actor over several sessions: which refusals by the hub end it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from sgpo_async.actor.run import Actor, ActorOptions
 from sgpo_async.errors import Refusal
 from sgpo_async.transport import Mailbox, MemoryRouter
 
-TAKEN = Refusal("name is taken", final=False)
+NAME_TAKEN = Refusal("name is taken", final=False)
 
 
 class Scripted(Actor):
-    """Sessions that end as told: True, the run is over; False, the session is; or a refusal."""
+    """An actor with scripted sessions: True ends the run, False ends only the session, a refusal is raised."""
 
     def __init__(self, outcomes: Iterable[bool | Refusal], *, hub_timeout_s: float = 60.0) -> None:
         super().__init__(ActorOptions(hub="memory", name="a", hub_timeout_s=hub_timeout_s))
@@ -38,22 +38,22 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signal, "signal", lambda *_: None)
 
 
-def test_a_first_refusal_ends_the_actor() -> None:
+def test_a_refusal_before_the_first_session_ends_the_actor() -> None:
     with pytest.raises(Refusal, match="taken"):
-        Scripted([TAKEN, True]).run()
+        Scripted([NAME_TAKEN, True]).run()
 
 
-def test_after_a_session_a_refusal_is_a_matter_of_time() -> None:
-    actor = Scripted([False, TAKEN, TAKEN, False, TAKEN, True])
+def test_after_a_session_a_refused_actor_tries_again() -> None:
+    actor = Scripted([False, NAME_TAKEN, NAME_TAKEN, False, NAME_TAKEN, True])
     assert actor.run() == 0
     assert not actor.outcomes
 
 
-def test_it_gives_up_when_no_session_came_for_long() -> None:
+def test_an_actor_gives_up_after_hub_timeout_s_without_a_session() -> None:
     with pytest.raises(Refusal, match="taken"):
-        Scripted([False, TAKEN, True], hub_timeout_s=0.0).run()
+        Scripted([False, NAME_TAKEN, True], hub_timeout_s=0.0).run()
 
 
-def test_a_final_refusal_ends_it_always() -> None:
+def test_a_final_refusal_always_ends_the_actor() -> None:
     with pytest.raises(Refusal, match="tokenizer"):
         Scripted([False, Refusal("tokenizer", final=True), True]).run()
