@@ -1,4 +1,4 @@
-"""Tiny random models, and reference values from their plain forward pass, for the tests of the engines."""
+"""Tiny random models for the tests of the engines, and reference values from their plain forward pass."""
 
 import hashlib
 
@@ -23,7 +23,7 @@ NO_END = ()
 
 
 def tiny(kind, *, vocabulary=VOCABULARY, seed=0, spread=1.0, positions=256):
-    """A random model of two layers, the same at every call; `spread` scales its logits."""
+    """A random model of two layers, equal for equal arguments; `spread` scales its logits."""
     common = dict(
         vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=positions, initializer_range=0.3, bos_token_id=None,
@@ -49,7 +49,7 @@ def tiny(kind, *, vocabulary=VOCABULARY, seed=0, spread=1.0, positions=256):
 
 
 def digest(named):
-    """A substitute for the digest of the weights package: any function of names, dtypes and bytes will do."""
+    """A stand-in for `sgpo_async.weights.digest`: any function of names, dtypes and bytes will do."""
     total = hashlib.sha256()
     for name, tensor in sorted(named, key=lambda pair: pair[0]):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -1,4 +1,4 @@
-"""A small experiment and results that no trial had to make."""
+"""A small experiment, and results that are made without running a trial."""
 
 from pathlib import Path
 from typing import Any
@@ -28,14 +28,14 @@ def write(folder: Path, content: dict[str, Any]) -> Path:
 
 
 def result(*rates: float, diverged: int | None = None, **metrics: float) -> dict[str, Any]:
-    """Pass rates of every second step; the metrics are those of every point but the first."""
+    """A result with a curve of `rates` at every second step; every point but the first also has `metrics`."""
     curve = [
         {"step": 2 * i, "rollouts": 384 * i, "auto": rate, "guided": 1.0} | (metrics if i else {})
         for i, rate in enumerate(rates)
     ]
     return {
         "curve": curve,
-        "diverged": None if diverged is None else {"step": diverged, "why": "the gradient is not numbers"},
+        "diverged": None if diverged is None else {"step": diverged, "why": "the gradient is not finite"},
         "steps": 6 if diverged is not None else 2 * (len(rates) - 1),
         "rate": 1e-3,
         "version": "0.1.0",

@@ -1,4 +1,4 @@
-"""An engine that answers as a test says, and leases for it."""
+"""A scripted engine, and leases and results for it."""
 
 import random
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ ANSWER, RIGHT = _EXERCISE.answer_text(), _EXERCISE.solution_text(_EXERCISE.true_
 
 
 class ScriptedEngine:
-    """Keeps what is submitted and cancelled; `step` returns `answers`."""
+    """Records submitted requests and cancelled ids; `step` returns `answers` once."""
 
     reproducible = True
 
@@ -30,7 +30,7 @@ class ScriptedEngine:
         self.submitted: list[Any] = []
         self.cancelled: list[Any] = []
         self.answers: list[Any] = []
-        self.refuses: Any = None  # the id of a request that can never be served
+        self.refuses: Any = None  # id of the request that `submit` refuses
 
     def submit(self, request: Any) -> None:
         if request.id == self.refuses:
@@ -55,7 +55,7 @@ class ScriptedEngine:
 
 
 def lease(task: int, *, autonomous: int = 2, guided: int = 0, purpose: Any = "train") -> Lease:
-    """A task of the built-in domain; `RIGHT` is its one correct completion."""
+    """A task of the built-in domain; `RIGHT` is a correct completion."""
     return Lease(
         task=task, attempt=0, purpose=purpose, problem="a problem", answer=ANSWER, verifier="cues", strategy="add",
         autonomous=autonomous, guided=guided, min_version=0, seed=0, temperature=1.0, top_p=1.0, max_new_tokens=4,
@@ -63,7 +63,7 @@ def lease(task: int, *, autonomous: int = 2, guided: int = 0, purpose: Any = "tr
 
 
 def generated(key: tuple[int, int, int], text: str = "no") -> Generated:
-    """A completion of this text, one token a character."""
+    """A completion with this text, one token per character."""
     tokens = np.array([ord(c) for c in text], np.int32)
     ends = np.array([tokens.size], np.int32)
     return Generated(

@@ -1,4 +1,4 @@
-"""One lease inside an actor: what is asked of the engine, what comes out, in any order of events."""
+"""The group of one lease in an actor: its requests to the engine, and its rollouts in any order of completion."""
 
 from dataclasses import replace
 
@@ -37,7 +37,7 @@ def make_group(
     return RolloutGroup(lease, plain=PLAIN, guided=GUIDED if guided else None)
 
 
-def answer(request: Generate) -> Generated:
+def completion(request: Generate) -> Generated:
     return Generated(
         id=request.id,
         tokens=np.array([5, 6], np.int32),
@@ -48,7 +48,7 @@ def answer(request: Generate) -> Generated:
     )
 
 
-def test_autonomous_slots_come_first_and_see_the_plain_prompt() -> None:
+def test_autonomous_slots_come_first_and_get_the_plain_prompt() -> None:
     requests = make_group().requests()
     assert [request.id for request in requests] == [(4, 1, 0), (4, 1, 1), (4, 1, 2), (4, 1, 3)]
     assert [list(request.prompt) for request in requests] == [[1, 2], [1, 2], [7, 1, 2], [7, 1, 2]]
@@ -56,16 +56,16 @@ def test_autonomous_slots_come_first_and_see_the_plain_prompt() -> None:
     assert len({request.seed for request in requests}) == 4
 
 
-def test_every_request_is_sampled_as_the_lease_says() -> None:
+def test_every_request_has_the_sampling_parameters_of_the_lease() -> None:
     for request in make_group(purpose="evaluate", top_p=0.95).requests():
         assert (request.temperature, request.top_p, request.max_new_tokens) == (0.7, 0.95, 5)
     with pytest.raises(AssertionError, match="whole vocabulary"):
         make_group(purpose="train", top_p=0.95)
 
 
-def test_a_rollout_carries_what_the_engine_measured() -> None:
+def test_a_rollout_has_the_logprobs_that_the_engine_returned() -> None:
     group = make_group()
-    group.generated(answer(group.requests()[0]))
+    group.generated(completion(group.requests()[0]))
     rollout = group.judged((4, 1, 0), correct=True)
     assert isinstance(rollout, Rollout)
     assert (rollout.task, rollout.attempt, rollout.slot, rollout.guided) == (4, 1, 0, False)
@@ -76,7 +76,7 @@ def test_a_rollout_carries_what_the_engine_measured() -> None:
 
 def test_a_correct_guided_rollout_is_scored_on_the_plain_prompt_and_the_score_is_a_sum() -> None:
     group = make_group()
-    group.generated(answer(group.requests()[2]))
+    group.generated(completion(group.requests()[2]))
     score = group.judged((4, 1, 2), correct=True)
     assert isinstance(score, Score)
     assert list(score.prompt) == [1, 2]
@@ -88,36 +88,36 @@ def test_a_correct_guided_rollout_is_scored_on_the_plain_prompt_and_the_score_is
     assert list(rollout.prompt) == [7, 1, 2]
 
 
-def test_likely_tokens_are_asked_of_guided_rollouts_and_travel_with_correct_ones() -> None:
+def test_top_tokens_are_requested_for_guided_rollouts_and_sent_with_correct_ones() -> None:
     group = make_group(1, 2, top_logprobs_num=2)
     requests = group.requests()
     assert [request.top_logprobs_num for request in requests] == [0, 2, 2]
-    likely = {"top_tokens": np.arange(4, dtype=np.int32), "top_logprobs": -np.ones(4, np.float32)}
+    top = {"top_tokens": np.arange(4, dtype=np.int32), "top_logprobs": -np.ones(4, np.float32)}
     for slot, correct in ((1, True), (2, False)):
-        group.generated(replace(answer(requests[slot]), **likely))
+        group.generated(replace(completion(requests[slot]), **top))
         outcome = group.judged((4, 1, slot), correct=correct)
         if isinstance(outcome, Score):
             outcome = group.scored(Scored(id=outcome.id, logprobs=np.zeros(2, np.float32), version=3))
         found = (outcome.top_tokens, outcome.top_logprobs)
-        assert found == (likely["top_tokens"], likely["top_logprobs"]) if correct else found == (None, None)
+        assert found == (top["top_tokens"], top["top_logprobs"]) if correct else found == (None, None)
 
 
 def test_a_wrong_guided_rollout_is_not_scored() -> None:
     group = make_group()
-    group.generated(answer(group.requests()[3]))
+    group.generated(completion(group.requests()[3]))
     rollout = group.judged((4, 1, 3), correct=False)
     assert isinstance(rollout, Rollout)
     assert (rollout.reward, rollout.unguided_logprob) == (0.0, None)
 
 
-def test_an_evaluation_asks_for_no_score() -> None:
+def test_an_evaluation_rollout_is_not_scored() -> None:
     group = make_group(1, 1, purpose="evaluate")
-    group.generated(answer(group.requests()[1]))
+    group.generated(completion(group.requests()[1]))
     assert isinstance(group.judged((4, 1, 1), correct=True), Rollout)
 
 
 @given(st.permutations(range(5)), st.lists(st.booleans(), min_size=5, max_size=5))
-def test_whatever_the_order_every_slot_yields_one_rollout_and_then_the_group_is_done(
+def test_in_any_order_every_slot_yields_one_rollout_and_then_the_group_is_done(
     order: list[int], correct: list[bool]
 ) -> None:
     group = make_group(3, 2)
@@ -125,7 +125,7 @@ def test_whatever_the_order_every_slot_yields_one_rollout_and_then_the_group_is_
     rollouts = []
     for slot in order:
         assert not group.done
-        group.generated(answer(requests[slot]))
+        group.generated(completion(requests[slot]))
         outcome = group.judged((4, 1, slot), correct=correct[slot])
         if isinstance(outcome, Score):
             outcome = group.scored(Scored(id=outcome.id, logprobs=np.zeros(2, np.float32), version=3))
@@ -135,8 +135,8 @@ def test_whatever_the_order_every_slot_yields_one_rollout_and_then_the_group_is_
     assert [bool(rollout.reward) for rollout in rollouts] == [correct[slot] for slot in order]
 
 
-def test_seeds_are_the_same_on_every_actor_and_differ_by_slot_and_lease() -> None:
+def test_seeds_are_reproducible_and_differ_between_slots_and_leases() -> None:
     assert rollout_seed(99, 0) == rollout_seed(99, 0)
-    seeds = {rollout_seed(lease, slot) for lease in range(50) for slot in range(12)}
+    seeds = {rollout_seed(lease_seed, slot) for lease_seed in range(50) for slot in range(12)}
     assert len(seeds) == 600
     assert all(0 <= seed < 2**63 for seed in seeds)

@@ -67,21 +67,21 @@ def test_the_truncation_error_falls_to_0_as_the_bound_grows(seed, mode):
 def per_token(seed, mode, bound, kept):
     """(E_mu[w_t f(o_t)], E_pi[f(o_t) 1[kept(rho_t)]]) at t = 0, where the prefix needs no correction."""
     pi, mu, f = *tables(seed, 2), np.random.default_rng(seed + 100).standard_normal(VOCABULARY)
-    weighed = enumeration.expectation(mu, EVERY, lambda o: weights(pi, mu, o, mode, bound)[0] * f[o[0]])
+    weighted = enumeration.expectation(mu, EVERY, lambda o: weights(pi, mu, o, mode, bound)[0] * f[o[0]])
     rho = pi[()] / mu[()]
-    return weighed, sum(pi[()][v] * f[v] for v in range(VOCABULARY) if kept(rho[v]))
+    return weighted, sum(pi[()][v] * f[v] for v in range(VOCABULARY) if kept(rho[v]))
 
 
 @seeds
 def test_mode_token_corrects_the_token_given_its_prefix(seed):
-    weighed, on_policy = per_token(seed, "token", math.inf, lambda _rho: True)
-    assert weighed == pytest.approx(on_policy, abs=1e-12)
+    weighted, on_policy = per_token(seed, "token", math.inf, lambda _rho: True)
+    assert weighted == pytest.approx(on_policy, abs=1e-12)
 
 
 @seeds
 def test_mode_token_mask_corrects_the_tokens_within_its_band(seed):
-    weighed, on_policy = per_token(seed, "token-mask", 1.5, lambda rho: 1 / 1.5 <= rho <= 1.5)
-    assert weighed == pytest.approx(on_policy, abs=1e-12)
+    weighted, on_policy = per_token(seed, "token-mask", 1.5, lambda rho: 1 / 1.5 <= rho <= 1.5)
+    assert weighted == pytest.approx(on_policy, abs=1e-12)
 
 
 @seeds

@@ -25,7 +25,7 @@ from tests.reference import sgpo as reference
 
 N, T = 5, 7
 SEEDS = st.integers(0, 2**32 - 1)
-# Rounded: very close to the rank of a token, as at 1 - 1e-16, rounding decides whether the token is above or below.
+# Rounded to 6 digits: at 1 - 1e-16, say, floating-point error would decide on which side of the quantile a token is.
 QUANTILES = st.floats(0, 1).map(lambda share: round(share, 6))
 
 
@@ -58,7 +58,7 @@ class TestGRPO:
             assert got[n].item() == pytest.approx(expected, abs=1e-12)
 
     @pytest.mark.parametrize("seed", range(5))
-    def test_gradient_is_numerically_right(self, seed):
+    def test_the_gradient_equals_finite_differences(self, seed):
         log_pi, log_prox, _, advantages, mask = batch(seed)
         c = torch.rand(N, T, dtype=torch.float64)
 
@@ -165,7 +165,7 @@ class TestDistillation:
         assert torch.equal(found, torch.tensor([[0.5, 1.0, 1.0, 0.0, -1e-9]]))
         assert torch.equal(torch.autograd.grad(found.sum(), d)[0], torch.tensor([[1.0, 1.0, 0.25, 1.0, 1.0]]))
 
-    def test_gradient_is_numerically_right(self):
+    def test_the_gradient_equals_finite_differences(self):
         d, c, mask = targets(0)
         assert torch.autograd.gradcheck(lambda x: distillation_loss(x, mask, c), d.requires_grad_())
 
@@ -175,7 +175,7 @@ class TestDistillation:
         assert distillation_loss(d, one.bool(), one).item() == 1.5 / 4
         assert distillation_loss(d, one.bool(), one, limiter="none").item() == 3.0 / 4
 
-    def test_without_a_target_value_and_gradient_are_exactly_0(self):
+    def test_loss_and_gradient_are_exactly_0_without_a_target(self):
         d, c, _ = targets(1)
         d.requires_grad_()
         loss = distillation_loss(d, torch.zeros(N, T, dtype=torch.bool), c)
@@ -189,7 +189,7 @@ class TestDistillation:
 
     @settings(deadline=None)
     @given(SEEDS, st.floats(0.1, 3))
-    def test_the_masked_kl_is_what_the_mask_removes(self, seed, delta):
+    def test_the_masked_kl_is_the_kl_that_the_mask_removes(self, seed, delta):
         d, _, mask = targets(seed)
         mass = kl_mass(d, mask, delta=delta)
         kept, whole = (
@@ -213,7 +213,7 @@ class TestLikelihood:
             assert plain[n].item() == pytest.approx(reference.nll_loss(pi))
             assert shaped[n].item() == pytest.approx(reference.shaped_loss(pi, gamma))
 
-    def test_gradients_are_numerically_right(self):
+    def test_gradients_equal_finite_differences(self):
         log_pi, *_, mask = batch(0)
         for loss in (nll_loss, shaped_loss):
             assert torch.autograd.gradcheck(lambda x, loss=loss: loss(x, mask), log_pi.requires_grad_())

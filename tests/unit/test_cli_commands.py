@@ -1,4 +1,4 @@
-"""The command: words in, exit code and one line out, and no torch until a role really runs."""
+"""The command line: exit codes, errors of one line, and no import of torch before a role runs."""
 
 import subprocess
 import sys
@@ -16,14 +16,14 @@ ROOT = Path(__file__).resolve().parents[2]
 DEMO = str(ROOT / "configs" / "demo.yaml")
 
 
-def sgpo(*words: str) -> subprocess.CompletedProcess[str]:
-    """Run the command in a process of its own, which ends with 77 if it has imported torch."""
+def sgpo(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own, with exit code 77 if it has imported torch."""
     program = (
         "import sys; from sgpo_async.cli.main import main; code = main(sys.argv[1:]); "
         "sys.exit(77 if {'torch', 'transformers', 'tensorboard'} & sys.modules.keys() else code)"
     )
     return subprocess.run(
-        [sys.executable, "-c", program, *words], capture_output=True, text=True, timeout=240, check=False, cwd=ROOT
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=240, check=False, cwd=ROOT
     )
 
 
@@ -43,61 +43,62 @@ def sgpo(*words: str) -> subprocess.CompletedProcess[str]:
         "wire",
     ],
 )
-def test_importing_it_does_not_import_torch(module: str) -> None:
+def test_importing_the_module_does_not_import_torch(module: str) -> None:
     program = f"import sys, sgpo_async.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], timeout=240, check=False, cwd=ROOT).returncode == 0
 
 
 @pytest.mark.parametrize("command", list(cli.COMMANDS))
-def test_help_of_every_command(command: str) -> None:
-    answer = sgpo(command, "--help")
-    assert answer.returncode in (0, 77), answer.stderr
-    assert answer.stdout.startswith(f"usage: sgpo-async {command}")
+def test_every_command_has_help(command: str) -> None:
+    result = sgpo(command, "--help")
+    assert result.returncode in (0, 77), result.stderr
+    assert result.stdout.startswith(f"usage: sgpo-async {command}")
 
 
-def test_help_shows_the_examples_of_a_command() -> None:
+def test_the_help_of_a_command_shows_examples() -> None:
     assert "\nsgpo-async strategies check LIBRARY ...\n" in sgpo("strategies", "--help").stdout
 
 
-def test_the_commands_are_listed() -> None:
-    answer = sgpo("--help")
-    assert answer.returncode == 0
+def test_the_help_lists_every_command() -> None:
+    result = sgpo("--help")
+    assert result.returncode == 0
     for command in cli.COMMANDS:
-        assert f"  {command}" in answer.stdout
+        assert f"  {command}" in result.stdout
 
 
 def test_data_are_prepared_without_torch(tmp_path: Path) -> None:
     file = tmp_path / "problems.jsonl"
     file.write_text("".join(f'{{"problem": "{word}", "answer": "1", "response": "so"}}\n' for word in "abcdefghi"))
-    words = ["data", "prepare", str(file), "--out", str(tmp_path / "out")]
-    answer = sgpo(*words, "--benchmark", f"own={file}")
-    assert (answer.returncode, answer.stdout) == (2, "")
-    assert "of 9 problems none is left: 0 repeat others, 9 are of --benchmark" in answer.stderr
-    answer = sgpo(*words)
-    assert answer.returncode == 0, answer.stderr
-    assert "rl: 6 problems" in answer.stdout
+    arguments = ["data", "prepare", str(file), "--out", str(tmp_path / "out")]
+    result = sgpo(*arguments, "--benchmark", f"own={file}")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "of 9 problems none is left: 0 repeat others, 9 are of --benchmark" in result.stderr
+    result = sgpo(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert "rl: 6 problems" in result.stdout
 
 
 @pytest.mark.parametrize("command", ["local", "learner", "hub", "bench", "evaluate"])
 def test_a_dry_run_prints_a_configuration_that_can_be_loaded_again(command: str, tmp_path: Path) -> None:
-    answer = sgpo(command, DEMO, "--dry-run", "optim.lr=0.25", "local.actors=3")
-    assert answer.returncode == 0, answer.stderr
-    assert "# would start:" in answer.stdout
+    result = sgpo(command, DEMO, "--dry-run", "optim.lr=0.25", "local.actors=3")
+    assert result.returncode == 0, result.stderr
+    assert "# would start:" in result.stdout
     again = tmp_path / "again.yaml"
-    again.write_text(answer.stdout)
+    again.write_text(result.stdout)
     assert load(again) == load(DEMO, ["optim.lr=0.25", "local.actors=3"])
 
 
 def test_a_dry_run_of_evaluate_reads_the_problems(tmp_path: Path) -> None:
     file = tmp_path / "aime.jsonl"
     file.write_text('{"problem": "1 + 1", "answer": "2"}\n')
-    words = ["evaluate", DEMO, "--dry-run", "--benchmark", f"own={file}", "--samples", "32", "--benchmark", "held-out"]
-    answer = sgpo(*words)
-    assert f"--benchmark own={file} --benchmark held-out --samples 32\n" in answer.stdout
-    assert "#   own: 1 problems x 32\n#   held-out: 200 problems x 32\n" in answer.stdout
+    benchmarks = ["--benchmark", f"own={file}", "--benchmark", "held-out"]
+    arguments = ["evaluate", DEMO, "--dry-run", *benchmarks, "--samples", "32"]
+    result = sgpo(*arguments)
+    assert f"--benchmark own={file} --benchmark held-out --samples 32\n" in result.stdout
+    assert "#   own: 1 problems x 32\n#   held-out: 200 problems x 32\n" in result.stdout
     file.write_text("{}")
-    answer = sgpo(*words)
-    assert (answer.returncode, answer.stdout) == (2, "")
+    result = sgpo(*arguments)
+    assert (result.returncode, result.stdout) == (2, "")
 
 
 def test_a_warning_names_the_earlier_run_that_is_overwritten(
@@ -110,12 +111,12 @@ def test_a_warning_names_the_earlier_run_that_is_overwritten(
     record_config(run)
     assert f"{tmp_path}/demo: overwrites an earlier run of this name" in capsys.readouterr().err
     resuming = load(DEMO, [f"out={tmp_path}", "learner.resume=true"])
-    record_config(resuming)  # without a checkpoint it begins afresh
+    record_config(resuming)  # without a checkpoint the run starts anew
     assert "overwrites" in capsys.readouterr().err
     (tmp_path / "demo" / "checkpoints" / "step-3").mkdir(parents=True)
     record_config(resuming)
     assert capsys.readouterr().err == ""
-    record_config(resuming, warmup=True)  # whose checkpoints are others
+    record_config(resuming, warmup=True)  # the warm-up has checkpoints of its own
     assert "overwrites" in capsys.readouterr().err
     (tmp_path / "demo" / "warmup-checkpoints" / "step-3").mkdir(parents=True)
     record_config(resuming, warmup=True)
@@ -133,13 +134,13 @@ def test_a_dry_run_of_local_names_every_process() -> None:
 
 
 def test_a_configured_hub_address_is_kept() -> None:
-    answer = sgpo("local", DEMO, "--dry-run", "hub.address=tcp://127.0.0.1:7777")
-    assert "127.0.0.1:0" not in answer.stdout
-    assert "--hub tcp://127.0.0.1:7777" in answer.stdout
+    result = sgpo("local", DEMO, "--dry-run", "hub.address=tcp://127.0.0.1:7777")
+    assert "127.0.0.1:0" not in result.stdout
+    assert "--hub tcp://127.0.0.1:7777" in result.stdout
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("arguments", "expected"),
     [
         (["local", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
         (["local", DEMO, "optim.rl=1"], "did you mean optim.lr?"),
@@ -152,35 +153,37 @@ def test_a_configured_hub_address_is_kept() -> None:
         (["report", "nowhere"], "no metrics.jsonl"),
     ],
 )
-def test_a_mistake_is_one_line_and_code_2(words: list[str], expected: str) -> None:
-    answer = sgpo(*words)
-    assert answer.returncode == 2
-    assert answer.stderr.startswith("error: ")
-    assert expected in answer.stderr
-    assert answer.stderr.count("\n") == 1
-    assert answer.stdout == ""
+def test_an_error_is_one_line_with_exit_code_2(arguments: list[str], expected: str) -> None:
+    result = sgpo(*arguments)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert expected in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
 
 
-def test_ctrl_c_has_its_own_code_and_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(_words: list[str]) -> int:
+def test_ctrl_c_has_its_own_exit_code_and_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_arguments: list[str]) -> int:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "_dispatch", interrupted)
     assert cli.main(["local"]) == 130
 
 
-def test_every_sgpo_error_ends_with_code_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def failing(_words: list[str]) -> int:
-        raise SgpoError("disk: is full")
+def test_every_sgpo_error_gives_exit_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(_arguments: list[str]) -> int:
+        raise SgpoError("disk is full")
 
     monkeypatch.setattr(cli, "_dispatch", failing)
     assert cli.main(["local"]) == 2
-    assert capsys.readouterr().err == "error: disk: is full\n"
+    assert capsys.readouterr().err == "error: disk is full\n"
 
 
 @pytest.mark.parametrize("name", ["local", "learner", "actor", "hub", "bench"])
 def test_launch_files_call_the_same_commands(name: str, tmp_path: Path) -> None:
-    answer = subprocess.run(
+    result = subprocess.run(
         [sys.executable, str(ROOT / "launch" / f"{name}.py"), "--help"],
         capture_output=True,
         text=True,
@@ -189,14 +192,15 @@ def test_launch_files_call_the_same_commands(name: str, tmp_path: Path) -> None:
         cwd=tmp_path,
         env={"PATH": ""},
     )
-    assert answer.returncode == 0, answer.stderr
-    assert answer.stdout.startswith(f"usage: sgpo-async {name}")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"usage: sgpo-async {name}")
 
 
-WHOLE = sorted({*(ROOT / "configs").glob("*.yaml")} - {ROOT / "configs" / "paper.yaml"})  # that one lies over others
+# paper.yaml is not complete: it only overrides other files.
+COMPLETE = sorted({*(ROOT / "configs").glob("*.yaml")} - {ROOT / "configs" / "paper.yaml"})
 
 
-@pytest.mark.parametrize("path", WHOLE, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", COMPLETE, ids=lambda path: path.stem)
 def test_every_shipped_configuration_is_valid(path: Path) -> None:
     assert load(path).name == yaml.safe_load(path.read_text())["name"]
 

@@ -1,4 +1,4 @@
-"""What is shown: the picture fits its terminal, and tells what is known and no more."""
+"""The display of a run: it fits its terminal and shows all known values and no others."""
 
 import io
 import json
@@ -61,7 +61,7 @@ PAPER = (
 
 
 def benchmarked(view: View, *rounds: Sequence[dict[str, Any]]) -> View:
-    """The same view of a run that evaluates benchmarks, with these rounds so far."""
+    """The same view with these rounds of benchmark scores."""
     done = [{"pass_auto": 0.5, "pass_guided": 0.9, "benchmarks": list(scores)} for scores in rounds]
     return replace(view, status=dict(view.status) | {"evaluations": done})
 
@@ -73,14 +73,14 @@ def picture(view: View, width: int) -> list[str]:
 
 
 def alarmed(view: View, *steps: int) -> View:
-    """The same view of a run whose engine was wrong after updates in flight in these steps."""
+    """The same view with a mismatch between engine and learner in these steps."""
     history = [line | {"mismatch_judged_later": 0.123} if line["step"] in steps else line for line in view.history]
     return replace(view, history=history)
 
 
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (140, 40)])
 @pytest.mark.parametrize("step", [0, 1, 67, 120])
-def test_the_picture_fits(width: int, height: int, step: int) -> None:
+def test_the_picture_fits_the_terminal(width: int, height: int, step: int) -> None:
     rows = picture(alarmed(view_at(step), 1), width)
     assert len(rows) < height
     assert max(map(len, rows)) <= width
@@ -89,7 +89,7 @@ def test_the_picture_fits(width: int, height: int, step: int) -> None:
     assert not any("…" in row for row in table)
 
 
-def test_the_picture_shows_what_the_hub_and_the_learner_say() -> None:
+def test_the_picture_shows_the_values_of_the_hub_and_the_learner() -> None:
     text = "\n".join(picture(view_at(67), 80))
     for expected in ("step 67/120", "1:23 elapsed", "61.3 %", "5.5 %", "95.1 %", "0.412", "1.08 (max 3)", "4.3 %"):
         assert expected in text
@@ -98,7 +98,7 @@ def test_the_picture_shows_what_the_hub_and_the_learner_say() -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (120, 40)])
-def test_the_picture_fits_with_the_papers_benchmarks(width: int, height: int) -> None:
+def test_the_picture_with_the_benchmarks_of_the_paper_fits_the_terminal(width: int, height: int) -> None:
     rows = picture(benchmarked(alarmed(view_at(67), 1), PAPER), width)
     assert len(rows) < height and max(map(len, rows)) <= width
     scores = [row for row in rows if "@" in row]
@@ -111,20 +111,22 @@ def test_the_newest_score_of_each_benchmark_is_shown() -> None:
     first, unserved = PAPER, [score_of("math500", None, None, None), score_of("new", None, None, None)]
     second = [score_of("math500", 0.7, 0.65, 0.75)]
     shown = "\n".join(picture(benchmarked(view_at(67), first, second, unserved), 80))
-    assert "70.0 % [65.0, 75.0]" in shown and "61.3 % [57" not in shown  # a round that told nothing hides nothing
+    # The last round has no score, and the earlier score stays.
+    assert "70.0 % [65.0, 75.0]" in shown and "61.3 % [57" not in shown
     assert "40.0 % [25.1, 54.9]" in shown and "new@4" in shown
     without_hub = replace(view_at(67), status={}, metrics={"eval_benchmarks": {"math500": PAPER[0]}})
     assert "61.3 % [57.0, 65.4]" in "\n".join(picture(without_hub, 80))
 
 
-def test_a_run_without_benchmarks_has_no_room_for_them() -> None:
+def test_a_run_without_benchmarks_has_no_rows_for_them() -> None:
     view = view_at(67)
     assert picture(benchmarked(view, (), ()), 80) == picture(benchmarked(view, ()), 80)
     assert "@" not in "\n".join(picture(view, 80))
-    assert len(picture(benchmarked(view, PAPER), 80)) == len(picture(view, 80)) + 1  # three, and two notes less
+    # Three more rows for the benchmarks, and two notes less.
+    assert len(picture(benchmarked(view, PAPER), 80)) == len(picture(view, 80)) + 1
 
 
-def test_a_long_name_of_a_benchmark_is_cut() -> None:
+def test_a_long_benchmark_name_is_shortened() -> None:
     scores = [score_of("a-benchmark-with-a-very-long-name-of-its-own", 0.5, 0.4, 0.6), PAPER[0]]
     rows = picture(benchmarked(view_at(67), scores), 80)
     [row] = [row for row in rows if "a-benchmark" in row]
@@ -139,12 +141,12 @@ def test_unknown_values_are_shown_as_dashes() -> None:
     assert "step 0/120" in text
 
 
-def test_an_actor_from_elsewhere_is_listed() -> None:
+def test_an_actor_that_was_started_outside_the_run_is_listed() -> None:
     view = view_at(5, actors={"actor-0": "started"})
     assert [row["name"] for row in view.rows()] == ["actor-0", "actor-1"]
 
 
-def test_lines_come_with_phases_notes_and_time(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_line_is_printed_for_each_new_phase_and_note(capsys: pytest.CaptureFixture[str]) -> None:
     lines = Lines(every_s=1e9)
     lines.show(view_at(0, phase="starting the hub", notes=[]))
     lines.show(view_at(0, phase="starting the hub", notes=["actor-0 has left"]))
@@ -157,21 +159,19 @@ def test_lines_come_with_phases_notes_and_time(capsys: pytest.CaptureFixture[str
     assert len(output) == 3
 
 
-def test_a_mismatch_is_shown_and_stays(capsys: pytest.CaptureFixture[str]) -> None:
-    sound, wrong = view_at(41), alarmed(view_at(41), 30, 41)
-    assert "9.0·10⁻⁸ nats" in "\n".join(picture(sound, 140))
-    assert "alarm" not in "\n".join(picture(sound, 140))
-    text = " ".join(picture(wrong, 80))
+def test_a_mismatch_alarm_is_shown_and_stays(capsys: pytest.CaptureFixture[str]) -> None:
+    good, bad = view_at(41), alarmed(view_at(41), 30, 41)
+    assert "9.0·10⁻⁸ nats" in "\n".join(picture(good, 140))
+    assert "alarm" not in "\n".join(picture(good, 140))
+    text = " ".join(picture(bad, 80))
     assert "mismatch alarm no. 2: step 41: engine and learner differ by 0.12 nats" in text
     lines = Lines(every_s=1e9)
-    for view in (
-        replace(view, notes=[]) for view in (sound, alarmed(sound, 30), wrong, replace(wrong, phase="finishing"))
-    ):
+    for view in (replace(view, notes=[]) for view in (good, alarmed(good, 30), bad, replace(bad, phase="finishing"))):
         lines.show(view)
-    told = [line for line in capsys.readouterr().out.splitlines() if "alarm" in line]
-    assert [line.partition(": engine")[0] for line in told] == [
-        "[ 1:23] mismatch alarm no. 1: step 30",  # at once
-        "[ 1:23] mismatch alarm no. 2: step 41",  # with the next line
+    alarms = [line for line in capsys.readouterr().out.splitlines() if "alarm" in line]
+    assert [line.partition(": engine")[0] for line in alarms] == [
+        "[ 1:23] mismatch alarm no. 1: step 30",  # printed at once
+        "[ 1:23] mismatch alarm no. 2: step 41",  # printed with the next line
     ]
 
 

@@ -1,4 +1,4 @@
-"""The configurations for GPUs hold the paper's constants and fit together where no rule of the schema checks it."""
+"""The configurations for GPUs have the paper's constants and meet requirements that the schema does not check."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def test_the_constants_are_those_of_the_paper(run: Run) -> None:
 def test_a_prompt_and_the_longest_completion_fit_into_one_row(run: Run) -> None:
     prompt_tokens = 1000
     assert run.learner.row_tokens >= run.rollout.max_new_tokens + prompt_tokens
-    assert run.learner.row_tokens >= run.sft.max_tokens  # of prompt and response
+    assert run.learner.row_tokens >= run.sft.max_tokens  # prompt and response together
 
 
 def test_the_run_uses_exactly_eight_gpus(run: Run) -> None:

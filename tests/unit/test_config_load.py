@@ -37,7 +37,7 @@ def test_the_default_is_anchored_sgpo_and_paper_yaml_restores_the_paper_s_settin
     assert {key for key in asdict(default) if asdict(default)[key] != asdict(paper)[key]} == changed
 
 
-IN_THE_PAPER = ["configs/demo-paper.yaml", *map(str, CONFIGS[0].parent.glob("paper-*.yaml"))]
+OF_THE_PAPER = ["configs/demo-paper.yaml", *map(str, CONFIGS[0].parent.glob("paper-*.yaml"))]
 
 
 def test_paper_yaml_sets_every_key_that_it_reads(empty: Path) -> None:
@@ -55,11 +55,11 @@ def test_paper_yaml_sets_every_key_that_it_reads(empty: Path) -> None:
         "hpt_gate",
     }
     assert named["algorithm"].keys() == asdict(load(empty).algorithm).keys() - unread
-    for path in IN_THE_PAPER:
+    for path in OF_THE_PAPER:
         assert read_yaml(Path(path))["algorithm"] == named["algorithm"]
 
 
-@pytest.mark.parametrize("path", IN_THE_PAPER)
+@pytest.mark.parametrize("path", OF_THE_PAPER)
 def test_configurations_of_the_paper_have_the_algorithm_of_paper_yaml(path: str, empty: Path) -> None:
     assert load(path).algorithm == load(empty, ["configs/paper.yaml"]).algorithm
 
@@ -185,7 +185,7 @@ def test_an_error_is_one_line_with_path_rule_and_value(empty: Path, override: st
 
 
 @pytest.mark.parametrize("name", ["1e5", "2026-07-01", "run-1e5"])
-def test_a_value_is_text_or_a_number_as_its_field_is(tmp_path: Path, name: str) -> None:
+def test_a_value_has_the_type_of_its_field(tmp_path: Path, name: str) -> None:
     for run in (
         load(_write(tmp_path, f"name: {name}\noptim: {{lr: 2e-6, grad_clip: 3}}\n")),
         load(_write(tmp_path, ""), [f"name={name}", "optim.lr=2e-6", "optim={grad_clip: 3}"]),
@@ -205,12 +205,12 @@ def test_the_hub_s_state_of_a_large_run_fits_the_default_message_limit(empty: Pa
     assert run.state_mb == 192
 
 
-def test_the_hub_s_state_includes_the_likely_tokens_of_guided_rollouts(empty: Path) -> None:
+def test_the_hub_s_state_includes_the_top_tokens_of_guided_rollouts(empty: Path) -> None:
     overrides = ["learner.problems_per_step=128", "rollout.max_new_tokens=4096", "algorithm.teacher=behaviour"]
-    with pytest.raises(ConfigError, match="up to 1216 MB of completions"):  # 4 of 12 rollouts with 16 more each
+    with pytest.raises(ConfigError, match="up to 1216 MB of completions"):  # 16 more tokens each in 4 of 12 rollouts
         load(empty, overrides)
     assert load(empty, [*overrides, "hub.max_message_mb=1216"]).algorithm.top_logprobs_num == 16
-    grpo = [*overrides, "algorithm.objective=grpo"]  # without distillation the engine reports no likely tokens
+    grpo = [*overrides, "algorithm.objective=grpo"]  # without distillation the engine reports no top tokens
     assert (load(empty, grpo).state_mb, load(empty, grpo).algorithm.top_logprobs_num) == (192, 0)
 
 

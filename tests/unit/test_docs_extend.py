@@ -1,4 +1,4 @@
-"""The examples of docs/extend.md run, and do what the page says."""
+"""The examples of docs/extend.md run and do what the page says."""
 
 import re
 from pathlib import Path
@@ -22,7 +22,7 @@ SECTIONS = re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE.read_text(encoding="u
 
 
 def run(title: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The names that a section's code defines; registries are as before afterwards."""
+    """Run a section's code and return the names that it defines; the registries are restored after the test."""
     monkeypatch.setattr(verify, "VERIFIERS", dict(verify.VERIFIERS))
     monkeypatch.setitem(OBJECTIVES, "maxrl", OBJECTIVES["grpo"])
     (body,) = [body for name, body in SECTIONS if name == title]
@@ -32,19 +32,19 @@ def run(title: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return names
 
 
-def test_an_objective(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_example_objective_computes_its_advantages(monkeypatch: pytest.MonkeyPatch) -> None:
     run("An objective", monkeypatch)
     rollouts = cases.groups()[0]
     autonomous = tuple(rollout for rollout in rollouts if not rollout.guided)
     group = TaskGroup(autonomous=autonomous, guided=(), problems=4)
     rewards = np.array([rollout.reward for rollout in autonomous])
     trained = OBJECTIVES["maxrl"](group, Algorithm(objective="grpo"))
-    found = [one.advantage for one in trained.policy_gradient]
+    found = [term.advantage for term in trained.policy_gradient]
     assert found == pytest.approx(list((rewards - rewards.mean()) / rewards.mean()) if rewards.any() else [0.0] * 4)
-    assert {one.weight for one in trained.policy_gradient} == {1 / 16}
+    assert {term.weight for term in trained.policy_gradient} == {1 / 16}
 
 
-def test_a_verifier(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_example_verifier_judges_completions(monkeypatch: pytest.MonkeyPatch) -> None:
     run("A verifier", monkeypatch)
     judge = verify.VERIFIERS["word"]
     assert judge("blue", "The answer is Blue.")
@@ -52,8 +52,8 @@ def test_a_verifier(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not judge("blue", "")
 
 
-def test_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Alone, and under the loop that actors have."""
+def test_the_example_engine_serves_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Used directly, and in the rollout loop of actors."""
     engine = run("An engine", monkeypatch)["EchoEngine"]()
     engine.load(Weights(version=3, digest="", read=dict))
     prompt = np.arange(10, dtype=np.int32)
@@ -74,7 +74,7 @@ def test_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     sampler = RolloutSampler(engine, TOKENIZER, Tasks())
     sampler.add(lease(7))
     outcomes = sampler.step(0.0)
-    assert [one.text for one in outcomes if isinstance(one, Sampled)] == ["blem", "blem"]
+    assert [outcome.text for outcome in outcomes if isinstance(outcome, Sampled)] == ["blem", "blem"]
     sampler.close()
 
 
@@ -89,7 +89,7 @@ async def _sent(transport: Any, prepared: Prepared) -> list[Any]:
     return sent
 
 
-def test_a_weight_transport(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_example_weight_transport_sends_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     import asyncio
 
     class Model:

@@ -1,4 +1,4 @@
-"""What the doctor says of this machine, with things that are really wrong with it."""
+"""The doctor's checks of this machine, on real faults."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "configs" / "demo-sglang.yaml"
 
 
-def settings(*words: str) -> Run:
-    return load(DEMO, words)
+def settings(*overrides: str) -> Run:
+    return load(DEMO, overrides)
 
 
 def facts_of(folder: str) -> ModelFacts:
@@ -43,7 +43,7 @@ def cues() -> ModelFacts:
 
 @pytest.fixture(scope="module")
 def giant(tmp_path_factory: pytest.TempPathFactory) -> ModelFacts:
-    """Terabytes, of which only the configuration exists."""
+    """A model of terabytes, of which only config.json exists."""
     folder = tmp_path_factory.mktemp("giant")
     config: dict[str, Any] = {
         "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 40, "hidden_size": 65536,
@@ -54,18 +54,18 @@ def giant(tmp_path_factory: pytest.TempPathFactory) -> ModelFacts:
 
 
 def test_a_free_port_passes_and_a_port_in_use_fails(cues: ModelFacts) -> None:
-    with socket.socket() as door:
-        door.bind(("127.0.0.1", 0))
-        door.listen()
-        address = f"tcp://127.0.0.1:{door.getsockname()[1]}"
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        address = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
         with pytest.raises(CheckFailed, match=f"another process listens at {address}; choose another port") as failure:
             machine.hub(settings(f"hub.address={address}"), cues)
         assert not isinstance(failure.value, CheckWarning)
     assert machine.hub(settings(f"hub.address={address}"), cues) == f"{address} is free"
 
 
-def test_an_address_of_another_machine(cues: ModelFacts, tmp_path: Path) -> None:
-    """192.0.2.0/24 is nobody's (RFC 5737)."""
+def test_an_address_of_another_machine_without_a_hub_fails(cues: ModelFacts, tmp_path: Path) -> None:
+    """No machine has an address in 192.0.2.0/24 (RFC 5737)."""
     assert main(["keys", str(tmp_path / "keys")]) == 0
     run = settings("hub.address=tcp://192.0.2.1:5757", f"hub.keys={tmp_path / 'keys'}")
     with pytest.raises(
@@ -96,20 +96,20 @@ def test_a_model_without_a_known_layout_fails(giant: ModelFacts) -> None:
         machine.model(run, giant)
 
 
-def test_a_folder_that_cannot_be_written(cues: ModelFacts) -> None:
+def test_a_folder_that_cannot_be_written_fails(cues: ModelFacts) -> None:
     with pytest.raises(CheckFailed, match="out: /proc cannot be written .*; set out=DIR"):
         machine.disk(settings("out=/proc/runs"), cues)
 
 
 @pytest.mark.parametrize(
-    ("python", "found"), [("/nowhere/python", "/nowhere/python cannot be run"), (sys.executable, "has no sglang")]
+    ("python", "message"), [("/nowhere/python", "/nowhere/python cannot be run"), (sys.executable, "has no sglang")]
 )
-def test_a_python_without_sglang(cues: ModelFacts, python: str, found: str) -> None:
-    with pytest.raises(CheckFailed, match=f"engine.sglang.python: .*{found}.*; name the Python .*make sglang-cpu"):
+def test_a_python_without_sglang_fails(cues: ModelFacts, python: str, message: str) -> None:
+    with pytest.raises(CheckFailed, match=f"engine.sglang.python: .*{message}.*; name the Python .*make sglang-cpu"):
         machine.sglang_python(settings(f"engine.sglang.python={python}"), cues)
 
 
-def test_more_gpus_than_there_are(cues: ModelFacts) -> None:
+def test_a_run_that_needs_more_gpus_than_are_visible_fails(cues: ModelFacts) -> None:
     count = torch.cuda.device_count()
     run = settings("engine.device=cuda", f"engine.sglang.servers={count + 1}")
     with pytest.raises(
@@ -119,13 +119,15 @@ def test_more_gpus_than_there_are(cues: ModelFacts) -> None:
 
 
 def test_the_embedded_demo_passes_every_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["doctor", str(ROOT / "configs/demo.yaml"), f"out={tmp_path}", "hub.address=tcp://127.0.0.1:0"]
-    assert main(words) == 0
+    arguments = ["doctor", str(ROOT / "configs/demo.yaml"), f"out={tmp_path}", "hub.address=tcp://127.0.0.1:0"]
+    assert main(arguments) == 0
     assert "nothing failed" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
 
-def test_failures_end_with_code_2_and_their_remedies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failures_give_exit_code_2_and_are_listed_with_their_remedies(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["doctor", str(ROOT / "configs/demo.yaml"), "out=/proc/x", "hub.address=tcp://127.0.0.1:0"]) == 2
     lines = capsys.readouterr().out.splitlines()
     assert "failed: disk: set out=DIR to a folder that can be written" in lines
@@ -135,26 +137,26 @@ def test_failures_end_with_code_2_and_their_remedies(tmp_path: Path, capsys: pyt
     assert any("no such folder" in line for line in lines) and "failed: model: set model.path" in "\n".join(lines)
 
 
-def test_a_problem_that_cannot_be_read_is_named(
+def test_problems_that_cannot_be_used_are_named(
     cues: ModelFacts, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In the run's file, in a benchmark's, and where all would be held out."""
+    """An invalid line in the run's file or in a benchmark's, and a run that would hold out every problem."""
     good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
     good.write_text("".join(f'{{"problem": "{word}", "answer": "1"}}\n' for word in "abc"))
     bad.write_text('{"problem": "a"}\n')
     own = ["tasks.source=file", f"tasks.path={good}", "tasks.held_out=2"]
     benchmark = f"evaluation.benchmarks.own.path={good}"
     assert machine.problems(settings(*own, benchmark), cues) == f"{good}: 2 held out, own 3"
-    wrong = {
+    mistakes = {
         f"tasks.path={bad}": "bad.jsonl:1: no column 'answer'",
         "tasks.held_out=3": "none for training with tasks.held_out=3",
         f"evaluation.benchmarks.own.path={bad}": "bad.jsonl:1: .* layout",
     }
-    for word, found in wrong.items():
-        with pytest.raises(DataError, match=found):
-            machine.problems(settings(*own, word), cues)
-    words = [f"out={tmp_path}", "hub.address=tcp://127.0.0.1:0", *own, "tasks.held_out=3"]
-    assert main(["doctor", str(ROOT / "configs/demo.yaml"), *words]) == 2
+    for mistake, message in mistakes.items():
+        with pytest.raises(DataError, match=message):
+            machine.problems(settings(*own, mistake), cues)
+    overrides = [f"out={tmp_path}", "hub.address=tcp://127.0.0.1:0", *own, "tasks.held_out=3"]
+    assert main(["doctor", str(ROOT / "configs/demo.yaml"), *overrides]) == 2
     assert "failed: problems: correct the file" in capsys.readouterr().out
 
 
@@ -164,7 +166,7 @@ def test_the_table_fits_80_columns() -> None:
         "server http://127.0.0.1:30000": [
             Finding("version", "warning", "SGLang 9", "go back"),
             Finding("settings", "failed", "tp_size is 1, not 2 [bold]", "set it"),
-            Finding("log-probabilities", "not run", "after settings is mended"),
+            Finding("log-probabilities", "not run", "correct settings first"),
             Finding("interface", "ok", "it says \x1b[2J"),
         ],
     }

@@ -25,7 +25,7 @@ def naive_nucleus(probabilities, top_p):
 
 
 @pytest.mark.parametrize("top_p", [0.05, 0.3, 0.5, 0.95, 0.999])
-def test_the_nucleus_equals_the_naive_one(top_p):
+def test_the_nucleus_equals_the_naive_reference(top_p):
     logits = torch.from_numpy(np.random.default_rng(0).normal(scale=2, size=(50, 40)))
     found = nucleus(torch.log_softmax(logits, -1), torch.full((50,), top_p, dtype=torch.float64)).exp().numpy()
     expected = np.stack([naive_nucleus(row, top_p) for row in torch.softmax(logits, -1).numpy()])
@@ -56,11 +56,11 @@ def test_an_engine_samples_from_the_nucleus_with_its_logprobs(deterministic):
     """Every token is in the nucleus of the plain forward at this temperature, and its log-probability is correct."""
     model, plain = tiny("qwen2", spread=2.0), tiny("qwen2", spread=2.0)
     prompts = prompts_of([3, 9, 1, 14])
-    asked = [
+    requests = [
         Generate(id=i, prompt=p, max_new_tokens=12, temperature=0.6, seed=i, top_p=(1.0, 0.8)[i % 2])
         for i, p in enumerate(prompts)
     ]
-    results = drain(engine_of(model, slots=4, deterministic=deterministic), asked)
+    results = drain(engine_of(model, slots=4, deterministic=deterministic), requests)
     np.testing.assert_allclose(
         results[0].logprobs, reference_logprobs(plain, prompts[0], results[0].tokens, 0.6), atol=1e-5
     )
@@ -75,11 +75,13 @@ def test_an_engine_samples_from_the_nucleus_with_its_logprobs(deterministic):
 
 
 def test_next_tokens_are_distributed_as_the_nucleus():
-    """Chi-square over the nucleus with 4,000 samples, bounded by its 0.999 quantile after Wilson and Hilferty."""
+    """Chi-square over the nucleus with 4,000 samples, bounded by Wilson and Hilferty's 0.999 quantile."""
     model, plain = tiny("qwen2", spread=2.0), tiny("qwen2", spread=2.0)
     prompt, draws = prompts_of([6])[0], 4000
-    asked = [Generate(id=i, prompt=prompt, max_new_tokens=1, temperature=1.0, seed=i, top_p=0.9) for i in range(draws)]
-    counts = np.bincount([r.tokens[0] for r in drain(engine_of(model, slots=64), asked).values()], minlength=32)
+    requests = [
+        Generate(id=i, prompt=prompt, max_new_tokens=1, temperature=1.0, seed=i, top_p=0.9) for i in range(draws)
+    ]
+    counts = np.bincount([r.tokens[0] for r in drain(engine_of(model, slots=64), requests).values()], minlength=32)
     with torch.no_grad():
         logits = plain(torch.from_numpy(prompt)[None].long()).logits[0, -1].double()
     expected = draws * naive_nucleus(torch.softmax(logits, -1).numpy(), 0.9)
@@ -91,7 +93,7 @@ def test_next_tokens_are_distributed_as_the_nucleus():
 
 
 @pytest.mark.parametrize("top_p", [0.0, -0.5, 1.5])
-def test_a_top_p_outside_of_zero_to_one_is_refused(top_p):
+def test_a_top_p_outside_0_to_1_is_refused(top_p):
     request = Generate(id=0, prompt=prompts_of([3])[0], max_new_tokens=1, temperature=1.0, seed=0, top_p=top_p)
     with pytest.raises(EngineError, match=rf"top_p must be in \(0, 1\], got {top_p}"):
         engine_of(tiny("qwen2")).submit(request)

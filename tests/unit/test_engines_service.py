@@ -31,16 +31,16 @@ def score(id, *, prompt=4, tokens=5, temperature=1.0):
 @pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
 def test_scores_equal_a_teacher_forced_forward(kind):
     """Eq. 4 needs the sum. It must be exact for mixed lengths, also while sequences are running."""
-    asked = [score(id, prompt=1 + id, tokens=1 + 2 * id, temperature=0.6 + 0.1 * id) for id in range(9)]
-    results = drain(engine_of(tiny(kind), version=3), [*[ask(f"g{i}") for i in range(9)], *asked])
-    for request in asked:
+    requests = [score(id, prompt=1 + id, tokens=1 + 2 * id, temperature=0.6 + 0.1 * id) for id in range(9)]
+    results = drain(engine_of(tiny(kind), version=3), [*[ask(f"g{i}") for i in range(9)], *requests])
+    for request in requests:
         expected = reference_logprobs(tiny(kind), request.prompt, request.tokens, request.temperature)
         np.testing.assert_allclose(results[request.id].logprobs, expected, atol=1e-5)
         assert results[request.id].logprobs.sum() == pytest.approx(expected.sum(), abs=1e-4)
         assert results[request.id].version == 3
 
 
-def test_scoring_what_was_generated_gives_the_behaviour_logprobs():
+def test_scoring_generated_tokens_gives_their_behaviour_logprobs():
     engine = engine_of(tiny("qwen2"))
     got = drain(engine, [ask(0, tokens=30)])[0]
     scored = drain(engine, [Score(id=1, prompt=ask(0).prompt, tokens=got.tokens, temperature=1.0)])[1]
@@ -82,11 +82,11 @@ def test_cancelling_frees_slots_and_forgets_waiting_requests():
     assert sorted(drain(engine)) == [1, 2, 4]
 
 
-def test_cancelling_a_row_does_not_touch_its_neighbours():
-    asked = [ask(i, prompt=length, tokens=20, seed=i) for i, length in enumerate([3, 8, 5, 12])]
-    undisturbed = drain(engine_of(tiny("qwen2")), asked)
+def test_cancelling_a_request_does_not_change_other_requests():
+    requests = [ask(i, prompt=length, tokens=20, seed=i) for i, length in enumerate([3, 8, 5, 12])]
+    undisturbed = drain(engine_of(tiny("qwen2")), requests)
     engine = engine_of(tiny("qwen2"))
-    for request in asked:
+    for request in requests:
         engine.submit(request)
     for _ in range(6):
         engine.step(0.0)
@@ -96,7 +96,7 @@ def test_cancelling_a_row_does_not_touch_its_neighbours():
         assert results[id].tokens.tolist() == undisturbed[id].tokens.tolist()
 
 
-def test_load_status_counts():
+def test_the_load_status_counts_requests_slots_and_tokens():
     engine = engine_of(tiny("qwen2"), slots=4)
     for id in range(6):
         engine.submit(ask(id, tokens=10))
@@ -164,7 +164,7 @@ def test_the_traced_step_is_bit_identical_for_any_number_of_rows_and_columns(kin
             assert torch.equal(traced, plain(*decoder._inputs(tokens.astype(np.int64), positions)))
 
 
-def test_a_trace_that_gives_other_logits_is_not_used(monkeypatch):
+def test_a_trace_that_gives_different_logits_is_not_used(monkeypatch):
     monkeypatch.setattr("sgpo_async.engines.decoder.traced", lambda step, *_: lambda *inputs: step(*inputs) + 1)
     assert isinstance(Decoder(tiny("qwen2"), 4)._step, DecodeStep)
 
@@ -217,7 +217,7 @@ def test_an_unavailable_device_is_an_engine_error(tmp_path, monkeypatch):
 
 
 @given(st.integers(-(2**70), 2**70), st.integers(0, 2**20))
-def test_uniforms_are_below_one_and_a_function_of_seed_and_index(seed, index):
+def test_uniforms_are_below_1_and_depend_only_on_seed_and_index(seed, index):
     streams = np.array([stream(0), stream(seed)])
     got = uniforms(streams, np.array([3, index]))
     assert (got >= 0).all() and (got <= 1 - 2.0**-50).all()
@@ -242,7 +242,7 @@ def test_a_token_of_probability_zero_is_never_sampled():
 
 
 @given(st.lists(st.integers(0, 50), max_size=40), st.integers(1, 200))
-def test_batches_cover_everything_once_and_fit(lengths, limit):
+def test_batches_cover_every_item_once_and_keep_the_limit(lengths, limit):
     parts = batches(lengths, limit)
     assert [i for start, stop in parts for i in range(start, stop)] == list(range(len(lengths)))
     for start, stop in parts:

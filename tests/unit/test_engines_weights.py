@@ -55,23 +55,24 @@ def test_each_token_has_the_logprob_of_the_version_that_its_span_names(kind):
             np.testing.assert_allclose(got.logprobs[start:end], expected, atol=1e-5)
 
 
-def test_likely_tokens_are_those_of_the_version_that_each_span_names():
+def test_top_tokens_are_those_of_the_version_that_each_span_names():
     """Three slots; requests ask for different numbers of tokens, or none; weights change in the middle of sequences."""
     policies = {version: tiny("qwen3", seed=version) for version in range(3)}
     engine, results = engine_of(tiny("qwen3"), slots=3), {}
-    numbers = [0, 5, 2, 31, 0, 4, 5]
-    asked = [
-        replace(ask(id, tokens=60 + id, prompt=4), top_logprobs_num=k, temperature=0.8) for id, k in enumerate(numbers)
+    top_counts = [0, 5, 2, 31, 0, 4, 5]
+    requests = [
+        replace(ask(id, tokens=60 + id, prompt=4), top_logprobs_num=k, temperature=0.8)
+        for id, k in enumerate(top_counts)
     ]
-    for request in asked:
+    for request in requests:
         engine.submit(request)
     for step in range(1, 600):
         results |= {r.id: r for r in engine.step(0.0)}
         if step in (20, 50):
             load(engine, {20: 1, 50: 2}[step], policies[{20: 1, 50: 2}[step]])
-    assert len(results) == len(numbers)
+    assert len(results) == len(top_counts)
     assert max(r.versions.size for r in results.values()) == 3
-    for request, k in zip(asked, numbers, strict=True):
+    for request, k in zip(requests, top_counts, strict=True):
         got = results[request.id]
         if not k:
             assert (got.top_tokens, got.top_logprobs) == (None, None)
@@ -86,10 +87,10 @@ def test_likely_tokens_are_those_of_the_version_that_each_span_names():
         assert all(len(set(row)) == k for row in tokens.tolist())
 
 
-def test_asking_for_likely_tokens_does_not_change_the_sample():
+def test_requesting_top_tokens_does_not_change_the_sample():
     plain = drain(engine_of(tiny("qwen2")), [ask(id) for id in range(4)])
-    asked = drain(engine_of(tiny("qwen2")), [replace(ask(id), top_logprobs_num=id) for id in range(4)])
-    for id, got in asked.items():
+    with_top_tokens = drain(engine_of(tiny("qwen2")), [replace(ask(id), top_logprobs_num=id) for id in range(4)])
+    for id, got in with_top_tokens.items():
         assert np.array_equal(got.tokens, plain[id].tokens) and np.array_equal(got.logprobs, plain[id].logprobs)
 
 
@@ -105,10 +106,10 @@ def test_running_sequences_continue_before_waiting_ones_start():
 
 
 def test_loading_the_same_weights_changes_no_token():
-    model, asked = tiny("qwen2"), [ask(id) for id in range(3)]
-    undisturbed = drain(engine_of(tiny("qwen2")), asked)
+    model, requests = tiny("qwen2"), [ask(id) for id in range(3)]
+    undisturbed = drain(engine_of(tiny("qwen2")), requests)
     engine = engine_of(model)
-    for request in asked:
+    for request in requests:
         engine.submit(request)
     results = {}
     for version in range(1, 30):
@@ -120,12 +121,12 @@ def test_loading_the_same_weights_changes_no_token():
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), max_size=12), st.integers(1, 3))
-def test_spans_tile_the_tokens_and_name_their_versions(history, last):
+def test_spans_cover_the_tokens_and_name_their_versions(history, last):
     """`history`: pairs (tokens generated, then version increment). The spans must give every token its version."""
-    sequence, version, truth = Sequence.of(ask(0, prompt=2)), 0, []
+    sequence, version, expected = Sequence.of(ask(0, prompt=2)), 0, []
 
     def generate(count):
-        truth.extend([version] * count)
+        expected.extend([version] * count)
         sequence.ids = np.append(sequence.ids, np.zeros(count, np.int32))
 
     for count, advance in history:
@@ -135,7 +136,7 @@ def test_spans_tile_the_tokens_and_name_their_versions(history, last):
     generate(last)
     sequence.close_span(version)
     got = sequence.result(stopped=False)
-    assert np.repeat(got.versions, np.diff(got.ends, prepend=0)).tolist() == truth
+    assert np.repeat(got.versions, np.diff(got.ends, prepend=0)).tolist() == expected
     assert (np.diff(got.ends, prepend=0) > 0).all() and (np.diff(got.versions) > 0).all()
 
 
@@ -246,7 +247,7 @@ def test_weights_that_would_be_rounded_are_refused():
     assert engine.version == 0
 
 
-def test_tied_weights_are_one_parameter():
+def test_tied_weights_are_loaded_as_one_parameter():
     model = tiny("qwen3")
     assert "lm_head.weight" not in weights(model)
     engine = engine_of(model)

@@ -1,4 +1,4 @@
-"""Evaluations on disk, their figures, and what is compared; without a model."""
+"""Evaluations on disk, their metrics and comparisons, without a model."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -51,27 +51,29 @@ RESULTS = [
 def complete(folder: Path, results: Sequence[ProblemResult]) -> Path:
     found = Results(folder)
     with found.writing(SETTINGS):
-        for one in results:
-            found.add("sums", one)
+        for problem_result in results:
+            found.add("sums", problem_result)
         found.finish({"benchmarks": {"sums": summarise(results)}})
     return folder
 
 
-def test_the_figures_by_hand() -> None:
+def test_the_metrics_equal_values_computed_by_hand() -> None:
     """avg@4: (1/4 + 1/2 + 0) / 3; pass@2: (1/2 + 5/6 + 0) / 3; pass@4: (1 + 1 + 0) / 3."""
     found = summarise(RESULTS)
     assert found["avg"]["mean"] == pytest.approx(0.25)
     assert {k: value["mean"] for k, value in found["pass"].items()} == pytest.approx(
         {"1": 1 / 4, "2": 4 / 9, "4": 2 / 3}
     )
-    assert found["avg"]["low"] == 0 and found["avg"]["high"] == 0.5  # of 27 resamples one in 27 each: all 2, all 1
+    assert (
+        found["avg"]["low"] == 0 and found["avg"]["high"] == 0.5
+    )  # the extreme resamples: only problem 2, only problem 1
     assert (found["problems"], found["samples"], found["timed_out"]) == (3, 4, 0)
     assert found["truncated"] == pytest.approx(1 / 3)
     assert found["tokens"] == 4 * (10 + 30 + 64) and found["tokens_mean"] == pytest.approx(104 / 3)
     assert summarise(RESULTS[::-1]) == found, "the order of completion does not matter"
 
 
-def test_an_evaluation_goes_on_behind_its_last_whole_line(tmp_path: Path) -> None:
+def test_an_evaluation_resumes_after_its_last_complete_line(tmp_path: Path) -> None:
     first = Results(tmp_path)
     with first.writing(SETTINGS):
         first.add("sums", RESULTS[0])
@@ -86,7 +88,7 @@ def test_an_evaluation_goes_on_behind_its_last_whole_line(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("other", "words"),
+    ("settings", "message"),
     [
         (plan(temperature=1.0).settings("d16e57"), "temperature: 1.0, 0.6 there"),
         (plan(samples=8).settings("d16e57"), "benchmarks.sums.samples: 8, 4 there"),
@@ -94,9 +96,9 @@ def test_an_evaluation_goes_on_behind_its_last_whole_line(tmp_path: Path) -> Non
         (plan(guided=True).settings("d16e57"), "guided: True, False there"),
     ],
 )
-def test_another_evaluation_is_refused(tmp_path: Path, other: dict, words: str) -> None:
+def test_an_evaluation_with_different_settings_is_refused(tmp_path: Path, settings: dict, message: str) -> None:
     complete(tmp_path, RESULTS)
-    with pytest.raises(ConfigError, match=words), Results(tmp_path).writing(other):
+    with pytest.raises(ConfigError, match=message), Results(tmp_path).writing(settings):
         pass
 
 
@@ -119,7 +121,7 @@ def test_a_broken_line_before_the_last_is_named(tmp_path: Path) -> None:
 
 
 def test_two_evaluations_are_compared_problem_by_problem(tmp_path: Path) -> None:
-    """a - b: 1/4 - 1/2, 1/2 - 0, 0 - 0; the sum 1 of -1, 2, 0 quarters is the least: p = 1."""
+    """a - b: -1/4, 1/2 and 0. Every choice of signs gives a sum of at least 1/4 in absolute value, so p = 1."""
     a = complete(tmp_path / "a", RESULTS)
     others = [result("2", [0, 0]), result("0", [1, 0]), result("1", [0, 0])]  # another order, another k
     found = compare_folders(a, complete(tmp_path / "b", others)).benchmarks["sums"]
@@ -131,21 +133,21 @@ def test_two_evaluations_are_compared_problem_by_problem(tmp_path: Path) -> None
     assert found.pass_difference.mean == pytest.approx(1 / 9)
 
 
-def test_problems_that_one_side_alone_has_are_left_out_and_counted(tmp_path: Path) -> None:
-    """What the fleet could not serve has no line: problem 0 on one side, 1 and 3 on the other."""
+def test_problems_of_only_one_evaluation_are_left_out_and_counted(tmp_path: Path) -> None:
+    """A problem that could not be served has no line: problem 0 in A, problems 1 and 3 in B."""
     first, second = [RESULTS[1], RESULTS[2], result("3", [1, 1])], [RESULTS[0], RESULTS[2]]
     a, b = complete(tmp_path / "a", first), complete(tmp_path / "b", second)
     found = compare_folders(a, b)
     sums = found.benchmarks["sums"]
     assert (sums.left_out_a, sums.left_out_b, sums.paired.problems) == (2, 1, 1)
     assert (sums.avg_a, sums.avg_b, sums.k) == (0, 0, 4)
-    told = "sums: left out: 2 problems of A and 1 of B that the other lacks."
-    assert told in printed(comparison(a, b, found)).splitlines()
+    line = "sums: left out: 2 problems of A and 1 of B that the other lacks."
+    assert line in printed(comparison(a, b, found)).splitlines()
     whole = compare_folders(a, a)
     assert "left out" not in printed(comparison(a, a, whole))
 
 
-def test_what_cannot_be_compared(tmp_path: Path) -> None:
+def test_incomparable_evaluations_are_refused(tmp_path: Path) -> None:
     a = complete(tmp_path / "a", RESULTS)
     with pytest.raises(DataError, match="summary.json: cannot be read"):
         compare_folders(a, tmp_path / "none")
@@ -160,7 +162,7 @@ def test_what_cannot_be_compared(tmp_path: Path) -> None:
         compare_folders(a, tmp_path / "other")
 
 
-def test_a_plan_that_cannot_be_carried_out() -> None:
+def test_an_invalid_plan_is_refused() -> None:
     with pytest.raises(DataError, match="sums: problem 0 has no strategy; evaluate it without --guided"):
         plan(guided=True, strategy=None)
     with pytest.raises(ConfigError, match="--temperature must be > 0, got"):
@@ -169,7 +171,7 @@ def test_a_plan_that_cannot_be_carried_out() -> None:
         replace(plan(), top_p=1.5)
 
 
-def test_samples_of_all_benchmarks_and_of_one() -> None:
+def test_samples_are_set_for_all_benchmarks_or_for_one() -> None:
     assert parse_samples([]) == {"": 1}
     assert parse_samples(["4", "aime24=32"]) == {"": 4, "aime24": 32}
     for word in ("0", "four", "aime24=", "-1"):
@@ -178,17 +180,17 @@ def test_samples_of_all_benchmarks_and_of_one() -> None:
 
 
 def test_both_tables_fit_80_columns(tmp_path: Path) -> None:
-    """Even where every figure is as wide as it can be."""
+    """Even with the widest possible values."""
     name = "olympiadbench"
-    sure = summarise([result(str(i), [1] * 6) for i in range(674)])
-    figures = {
+    perfect = summarise([result(str(i), [1] * 6) for i in range(674)])
+    evaluation = {
         "model": {"path": "runs/demo/policy", "digest": "0123456789abcdef"},
         "sampling": {"temperature": 0.6, "top_p": 0.95, "max_new_tokens": 16384, "guided": False},
-        "benchmarks": {name: sure | {"truncated": 1.0, "timed_out": 3}},
+        "benchmarks": {name: perfect | {"truncated": 1.0, "timed_out": 3}},
     }
     a = complete(tmp_path / "a", [result(str(i), [1] * 31 + [0]) for i in range(674)])
     b = complete(tmp_path / "b", [result(str(i), [1] + [0] * 15) for i in range(674)])
-    first, second = printed(summary(figures)), printed(comparison(Path("a"), Path("b"), compare_folders(a, b)))
+    first, second = printed(summary(evaluation)), printed(comparison(Path("a"), Path("b"), compare_folders(a, b)))
     assert "olympiadbench  674 x 6  100 [99.5, 100]  100 [99.5, 100] @4" in first
     assert "3 completions were not judged in time" in first
     assert "avg@32, 16  96.9   6.2  +90.6 [+90.6, +90.6]  < 0.0001" in second

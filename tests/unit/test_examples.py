@@ -1,4 +1,4 @@
-"""examples/sgpo_in_one_file.py trains, and its loss is the learner's."""
+"""examples/sgpo_in_one_file.py trains, and its loss equals the learner's."""
 
 import copy
 import importlib.util
@@ -25,12 +25,12 @@ def example() -> ModuleType:
     spec = importlib.util.spec_from_file_location("sgpo_in_one_file", FILE)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     return module
 
 
-def test_it_fits_in_200_lines() -> None:
+def test_the_example_fits_in_200_lines() -> None:
     assert len(FILE.read_text().splitlines()) <= 200
 
 
@@ -44,13 +44,13 @@ def test_a_few_steps_train(example: ModuleType, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_its_loss_is_the_learners(example: ModuleType) -> None:
-    """On the same rollouts: packed, chunked and weighted, or as the equations stand."""
+def test_the_loss_of_the_example_equals_the_learner_s(example: ModuleType) -> None:
+    """On the same rollouts; the learner packs, chunks and weights, and the example follows the equations literally."""
     problems = [CuesSource(seed=3, held_out=1).training(i) for i in range(3)]
     policy = load_model(example.FOLDER, device="cpu", dtype="float32")
     sampler = example.Sampler()
     sampler.load(policy, 0)
-    with torch.no_grad():  # the teacher differs from the policy, or the strategy alone would make the KL
+    with torch.no_grad():  # make the teacher differ from the policy, so that the KL comes not only from the strategy
         for parameter in policy.parameters():
             parameter.mul_(1.02)
     teacher = load_model(example.FOLDER, device="cpu", dtype="float32")

@@ -1,4 +1,4 @@
-"""What `sgpo-async experiment --collect` and `--from` leave, without a trial."""
+"""The files that `sgpo-async experiment --collect` and `--from` write, without running a trial."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from sgpo_async.files import to_json
 
 @pytest.fixture
 def docs(tmp_path: Path) -> Path:
-    """A folder with what was collected at an earlier time."""
+    """A folder with the files of an earlier --collect."""
     folder = tmp_path / "docs"
     fill(folder, {"trials.parquet", "small/curves-gone.svg", "small/README.md", "long/README.md", "README.md"})
     return folder
@@ -25,7 +25,7 @@ def docs(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    """Two of a small experiment's results."""
+    """An output folder with two results of a small experiment."""
     folder = tmp_path / "out"
     fill(folder, {"bases/warm/base.json", "bases/warm/model.safetensors"})
     for trial in final(load_experiment(write(tmp_path, SMALL)), {("calm", "fixed"): None}):
@@ -45,16 +45,16 @@ def files_in(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def experiment(folder: Path, *words: str | Path) -> int:
-    return main(["experiment", str(folder / "small.yaml"), *map(str, words)])
+def experiment(folder: Path, *arguments: str | Path) -> int:
+    return main(["experiment", str(folder / "small.yaml"), *map(str, arguments)])
 
 
-def test_what_is_collected_replaces_what_was_there(docs: Path, out: Path) -> None:
+def test_collected_files_replace_earlier_ones(docs: Path, out: Path) -> None:
     assert experiment(docs.parent, "--out", out, "--collect", docs) == 0
     collected = {"trials.parquet", "bases/warm.json", "small/README.md", "small/curves-calm.svg"}
     assert files_in(docs) == collected | {"long/README.md", "README.md"}
     assert "| fixed | 0.001 | 2 | 80.0" in (docs / "small" / "README.md").read_text()
-    assert (docs / "long" / "README.md").read_text() == "long/README.md"  # no FILE names it
+    assert (docs / "long" / "README.md").read_text() == "long/README.md"  # a page of another experiment
 
 
 def test_a_folder_without_results_changes_nothing(docs: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,12 +62,12 @@ def test_a_folder_without_results_changes_nothing(docs: Path, out: Path, capsys:
     before = files_in(docs)
     assert experiment(docs.parent, "--out", docs.parent / "misspelt", "--collect", docs) == 2
     assert re.search(r"misspelt/results: must hold results of trials, got none; run .*\n$", capsys.readouterr().err)
-    assert experiment(docs.parent, "--out", out, "--collect", out) == 2  # itself
+    assert experiment(docs.parent, "--out", out, "--collect", out) == 2  # the same folder
     assert "--collect must be another folder than --out, got" in capsys.readouterr().err
     assert files_in(docs) == before
 
 
-def test_a_table_gives_the_same_pages_and_another_run_goes_on_from_it(docs: Path, out: Path, tmp_path: Path) -> None:
+def test_a_table_gives_the_same_pages_and_another_run_continues_from_it(docs: Path, out: Path, tmp_path: Path) -> None:
     assert experiment(tmp_path, "--out", out, "--collect", docs) == 0
     assert experiment(tmp_path, "--out", tmp_path / "new", "--from", docs / "trials.parquet") == 0
     for file in ("README.md", "curves-calm.svg"):
@@ -77,7 +77,7 @@ def test_a_table_gives_the_same_pages_and_another_run_goes_on_from_it(docs: Path
     assert runner.results == records
 
 
-def test_a_result_that_is_there_is_kept_when_a_table_has_another(docs: Path, out: Path, tmp_path: Path) -> None:
+def test_an_existing_result_is_kept_when_the_table_has_a_different_one(docs: Path, out: Path, tmp_path: Path) -> None:
     assert experiment(tmp_path, "--out", out, "--collect", docs) == 0
     first, second = sorted((out / "results").iterdir())
     first.write_text(to_json(json.loads(first.read_text()) | {"commit": "another"}))
@@ -88,7 +88,7 @@ def test_a_result_that_is_there_is_kept_when_a_table_has_another(docs: Path, out
     assert second.exists()
 
 
-def test_all_figures_are_drawn_on_demand(out: Path, tmp_path: Path) -> None:
+def test_the_option_all_figures_draws_every_figure(out: Path, tmp_path: Path) -> None:
     content = SMALL | {"figures": []}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     assert experiment(tmp_path, "--out", out, "--collect", tmp_path / "few") == 0
@@ -98,7 +98,9 @@ def test_all_figures_are_drawn_on_demand(out: Path, tmp_path: Path) -> None:
     assert "In the figures" not in (tmp_path / "few" / "small" / "README.md").read_text()
 
 
-def test_what_is_no_table_is_told_in_one_line(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unreadable_table_is_reported_in_one_line(
+    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "other.parquet").write_text("no Parquet")
     for file in ("other.parquet", "missing.parquet"):
         assert experiment(tmp_path, "--out", out, "--from", tmp_path / file) == 2

@@ -1,4 +1,4 @@
-"""The committed pages are what the committed table of trials gives; both are small."""
+"""The committed pages follow from the committed table of trials; both are small."""
 
 import hashlib
 import json
@@ -27,7 +27,9 @@ def trials() -> dict[str, Result]:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_a_page_is_what_the_table_gives(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_equals_the_one_written_from_the_table(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(drawings, "draw", lambda panels, path: path.write_text(""))
     experiment = load_experiment(file)
     write_tables(experiment, trials(), folder=tmp_path)
@@ -39,21 +41,23 @@ def test_a_page_is_what_the_table_gives(file: Path, tmp_path: Path, monkeypatch:
     assert all(trials()[trial.id]["config"]["seed"] == trial.seed for trial in planned)  # none is missing
 
 
-def test_the_table_holds_the_results_that_it_was_made_of() -> None:
-    """The digest is of the files, one for each trial, that stood here before there was a table."""
+def test_the_table_contains_the_results_of_the_files_that_it_replaced() -> None:
+    """The digest is that of the earlier files, one for each trial."""
     lines = "\n".join(sorted(json.dumps(found, sort_keys=True) for found in trials().values()))
     digest = hashlib.blake2b(lines.encode(), digest_size=16).hexdigest()
     assert (len(trials()), digest) == (1170, "f6f2ce2e77576c2bf268b78a3be2c6b5")
 
 
-def test_bases_are_those_of_the_experiments() -> None:
-    recipes = {name: recipe(one, name) for one in map(load_experiment, FILES) for name in one.bases}
-    kept = {path.stem: json.loads(path.read_text()) for path in (COMMITTED / "bases").glob("*.json")}
-    assert kept.keys() == recipes.keys()
-    assert all(same_recipe(kept[name]["recipe"], recipes[name]) for name in kept)
+def test_the_committed_bases_are_those_of_the_experiments() -> None:
+    recipes = {
+        name: recipe(experiment, name) for experiment in map(load_experiment, FILES) for name in experiment.bases
+    }
+    committed = {path.stem: json.loads(path.read_text()) for path in (COMMITTED / "bases").glob("*.json")}
+    assert committed.keys() == recipes.keys()
+    assert all(same_recipe(committed[name]["recipe"], recipes[name]) for name in committed)
 
 
-def test_documents_are_small_and_link_to_figures_that_are_there() -> None:
+def test_documents_are_small_and_link_to_every_existing_figure_and_no_other() -> None:
     paths = [path for path in (ROOT / "docs").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     figures = {path.resolve() for path in paths if path.suffix in (".svg", ".png")}
     linked = {

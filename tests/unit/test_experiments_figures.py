@@ -1,4 +1,4 @@
-"""Which curves share a figure, in which colours, and that figures are drawn."""
+"""The figures of experiments: which curves share one, their colours, and the drawing."""
 
 import re
 from pathlib import Path
@@ -19,7 +19,7 @@ WITHOUT_ALPHA = [result(0.1, 0.2, alpha=0.0, entropy=0.2)]
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Panel]]:
-    """File -> its panels; nothing is drawn."""
+    """The panels of each file; nothing is drawn."""
     figures: dict[str, list[Panel]] = {}
     monkeypatch.setattr(drawings, "draw", lambda panels, path: figures.update({path.name: panels}))
     return figures
@@ -49,7 +49,7 @@ def test_many_methods_are_split_in_order_and_keep_their_colours(drawn: dict[str,
             assert [(curve.name, curve.place) for curve in panel.curves] == expected
 
 
-def test_alpha_stands_beside_the_pass_rate_of_the_same_methods(drawn: dict[str, list[Panel]], tmp_path: Path) -> None:
+def test_alpha_is_drawn_beside_the_pass_rate_of_the_same_methods(drawn: dict[str, list[Panel]], tmp_path: Path) -> None:
     draw_setting("", {"SGPO": TWO_SEEDS, "GRPO": WITHOUT_ALPHA, "later": []}, tmp_path)
     assert [*drawn] == ["curves.svg", "alpha.svg", "entropy.svg"]
     rate, alpha = drawn["alpha.svg"]
@@ -65,25 +65,25 @@ def test_pass_rates_of_0_are_drawn_and_alphas_of_0_are_not(drawn: dict[str, list
     assert [*drawn] == ["curves.svg"]
 
 
-def test_figures_say_what_they_show_and_repeat_themselves(tmp_path: Path) -> None:
-    text, again = ({}, {})
-    for found in (text, again):
+def test_figures_are_labelled_and_reproducible(tmp_path: Path) -> None:
+    text, again = {}, {}
+    for texts in (text, again):
         draw_setting("", {"SGPO": TWO_SEEDS, "GRPO": WITHOUT_ALPHA}, tmp_path)
-        found |= {path.name: path.read_text() for path in tmp_path.glob("*.svg")}
+        texts |= {path.name: path.read_text() for path in tmp_path.glob("*.svg")}
     assert text == again
-    assert {"validation pass rate alone, %", "mean alpha", "rollouts generated", "SGPO"} <= words(text["alpha.svg"])
-    assert "GRPO" not in words(text["alpha.svg"])
-    assert {"entropy, nats per token", "SGPO", "GRPO"} <= words(text["entropy.svg"])
+    assert {"validation pass rate alone, %", "mean alpha", "rollouts generated", "SGPO"} <= labels(text["alpha.svg"])
+    assert "GRPO" not in labels(text["alpha.svg"])
+    assert {"entropy, nats per token", "SGPO", "GRPO"} <= labels(text["entropy.svg"])
     for file, place in {("curves.svg", 0), ("curves.svg", 1), ("alpha.svg", 0), ("entropy.svg", 0), ("entropy.svg", 1)}:
         assert COLOURS[place] in text[file]
     assert COLOURS[1] not in text["alpha.svg"]
 
 
-def words(svg: str) -> set[str]:
+def labels(svg: str) -> set[str]:
     return set(re.findall(r"<text[^>]*>(.*?)</text>", svg))
 
 
-def test_many_methods_make_no_large_figure_and_no_bands_that_hide_each_other(tmp_path: Path) -> None:
+def test_a_figure_of_many_methods_is_small_and_has_no_overlapping_bands(tmp_path: Path) -> None:
     long = [result(*(n / 13 for n in range(13)), kl_masked_mass=0.5), result(*(n / 14 for n in range(13)))]
     for count in (MOST_BANDS, MOST_BANDS + 1, MOST_CURVES):
         methods = {f"a method with a name of forty letters, {n:2}": long for n in range(count)}
@@ -94,7 +94,7 @@ def test_many_methods_make_no_large_figure_and_no_bands_that_hide_each_other(tmp
             assert ("fill-opacity" in text) == (count <= MOST_BANDS)
 
 
-def test_a_file_that_names_its_figures_has_those_and_no_others(drawn: dict[str, list[Panel]], tmp_path: Path) -> None:
+def test_only_the_figures_that_a_file_names_are_drawn(drawn: dict[str, list[Panel]], tmp_path: Path) -> None:
     methods = {"SGPO": TWO_SEEDS, "GRPO": WITHOUT_ALPHA, "HPT": TWO_SEEDS}
     chosen = [
         Figure(kind="entropy", setting="At 2 %"),
@@ -121,11 +121,11 @@ def test_a_file_that_names_its_figures_has_those_and_no_others(drawn: dict[str, 
         ([{"kind": "curves", "setting": "calm"}] * 2, "figures must have names that differ as names of files"),
     ],
 )
-def test_a_figure_that_cannot_be_is_refused(tmp_path: Path, figures: list[dict[str, str]], message: str) -> None:
+def test_an_invalid_figure_is_refused(tmp_path: Path, figures: list[dict[str, str]], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_experiment(write(tmp_path, SMALL | {"figures": figures}))
     assert message in str(caught.value)
 
 
-def test_every_kind_of_figure_is_known() -> None:
+def test_every_kind_of_figure_can_be_drawn() -> None:
     assert [*drawings.KINDS] == [*FIGURE_KINDS]

@@ -1,4 +1,4 @@
-"""What makes two trials one, what makes a stored result stale, and which code a result came from."""
+"""When two trials are the same, when a stored result is stale, and which code made a result."""
 
 import importlib
 import json
@@ -23,7 +23,7 @@ from sgpo_async.experiments.plan import Trial, trial
 from sgpo_async.experiments.results import read_results
 from sgpo_async.files import to_json
 
-loading = importlib.import_module("sgpo_async.config.load")  # the package names its function by the same word
+loading = importlib.import_module("sgpo_async.config.load")  # `config.load` names the function
 
 BASES: dict[str, Any] = {
     "second": {"seed": 11},
@@ -36,21 +36,21 @@ Schema = Callable[[type[Run]], None]
 
 @dataclass(frozen=True, kw_only=True)
 class NewDefault(Run):
-    """A later version, in which a default is another."""
+    """The schema of a later version with a changed default."""
 
     algorithm: Algorithm = field(default_factory=lambda: Algorithm(alpha0=0.7))
 
 
 @dataclass(frozen=True, kw_only=True)
 class NewAlgorithm(Algorithm):
-    """One more key."""
+    """With one more key."""
 
     patience: int = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class NewKeys(Run):
-    """A later version with a key in a section, and a section."""
+    """The schema of a later version with a new key in a section, and a new section."""
 
     algorithm: NewAlgorithm = field(default_factory=NewAlgorithm)
     extra: Correction = field(default_factory=Correction)
@@ -58,29 +58,29 @@ class NewKeys(Run):
 
 @pytest.fixture
 def schema(monkeypatch: pytest.MonkeyPatch) -> Iterator[Schema]:
-    """Makes a configuration that of another version of the package."""
+    """Replaces the configuration schema by that of another version of the package."""
 
-    def forget() -> None:
+    def clear_caches() -> None:
         experiments._load.cache_clear()
         identity._defaults.cache_clear()
 
     def use(run: type[Run]) -> None:
         monkeypatch.setattr(loading, "Run", run)
-        forget()
+        clear_caches()
 
     yield use
     monkeypatch.undo()
-    forget()
+    clear_caches()
 
 
-def trial_of(folder: Path, *, cell: tuple[str, str] = ("", "ours"), beneath: str = "", **change: Any) -> Trial:
-    """The trial of a small experiment file, changed as said; `beneath` is what its configuration file holds."""
+def trial_of(folder: Path, *, cell: tuple[str, str] = ("", "ours"), config_text: str = "", **change: Any) -> Trial:
+    """A trial of a small experiment file with the given changes; `config_text` is its configuration file."""
     content = {"name": "small", "common": {"steps": 6}, "methods": {"ours": {}}, "bases": BASES} | change
-    if beneath:
-        (folder / "run.yaml").write_text(beneath)
+    if config_text:
+        (folder / "run.yaml").write_text(config_text)
         content["config"] = "run.yaml"
     (folder / "small.yaml").write_text(yaml.safe_dump(content))
-    experiments._load.cache_clear()  # its key is the path of run.yaml, and not what that holds
+    experiments._load.cache_clear()  # the cache's key is the path of run.yaml, not its content
     return trial(load_experiment(folder / "small.yaml"), cell, rate=1e-3, seed=0)
 
 
@@ -89,64 +89,64 @@ def on(base: str, **methods: Any) -> dict[str, Any]:
 
 
 def store(trial: Trial, folder: Path, name: str = "any") -> Path:
-    """A result's file, under a name that says nothing."""
+    """Write a result under an arbitrary file name, and return the folder."""
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.json").write_text(to_json({"version": "0.1.0", "config": trial.config, "rate": trial.rate}))
     return folder
 
 
-def stored(folder: Path) -> set[str]:
+def ids_in(folder: Path) -> set[str]:
     return set(read_results(folder))
 
 
-def test_a_result_is_found_by_what_it_holds(tmp_path: Path) -> None:
+def test_a_result_is_found_by_its_content(tmp_path: Path) -> None:
     for base in BASES:
         one = trial_of(tmp_path, **on(base))
-        assert stored(store(one, tmp_path / base)) == {one.id}
-    unlimited = trial_of(tmp_path, methods={"ours": {"optim.grad_clip": float("inf")}})  # which JSON does not have
-    assert stored(store(unlimited, tmp_path / "unlimited")) == {unlimited.id}
+        assert ids_in(store(one, tmp_path / base)) == {one.id}
+    unlimited = trial_of(tmp_path, methods={"ours": {"optim.grad_clip": float("inf")}})  # JSON has no infinity
+    assert ids_in(store(unlimited, tmp_path / "unlimited")) == {unlimited.id}
     assert unlimited.id != trial_of(tmp_path).id
 
 
 @pytest.mark.parametrize("base", ["", *BASES])
-def test_a_default_that_changes_makes_results_stale(tmp_path: Path, schema: Schema, base: str) -> None:
+def test_a_changed_default_makes_results_stale(tmp_path: Path, schema: Schema, base: str) -> None:
     change = on(base) if base else {}
     before = trial_of(tmp_path, **change)
     store(before, tmp_path / "results")
     schema(NewDefault)
     assert before.words == trial_of(tmp_path, **change).words
-    assert trial_of(tmp_path, **change).id not in stored(tmp_path / "results")
-    said = trial_of(tmp_path, common={"steps": 6, "algorithm.alpha0": 1.0}, **change)
-    assert said.id in stored(tmp_path / "results"), "what the result holds can still be asked for by name"
+    assert trial_of(tmp_path, **change).id not in ids_in(tmp_path / "results")
+    explicit = trial_of(tmp_path, common={"steps": 6, "algorithm.alpha0": 1.0}, **change)
+    assert explicit.id in ids_in(tmp_path / "results"), "the result is found if the old default is set explicitly"
 
 
 @pytest.mark.parametrize("base", ["", *BASES])
-def test_a_key_that_comes_makes_no_result_stale(tmp_path: Path, schema: Schema, base: str) -> None:
+def test_a_new_key_makes_no_result_stale(tmp_path: Path, schema: Schema, base: str) -> None:
     change = on(base) if base else {}
     store(trial_of(tmp_path, **change), tmp_path / "results")
     schema(NewKeys)
     after = trial_of(tmp_path, **change)
     assert {"patience", "alpha0"} <= after.config["algorithm"].keys()
-    assert after.id in stored(tmp_path / "results")
+    assert after.id in ids_in(tmp_path / "results")
     used = trial_of(tmp_path, common={"steps": 6, "algorithm.patience": 4}, **change)
-    assert used.id not in stored(tmp_path / "results")
+    assert used.id not in ids_in(tmp_path / "results")
 
 
-def test_a_key_that_goes_makes_results_stale(tmp_path: Path, schema: Schema) -> None:
+def test_a_removed_key_makes_results_stale(tmp_path: Path, schema: Schema) -> None:
     schema(NewKeys)
     store(trial_of(tmp_path), tmp_path / "results")
     schema(Run)
-    assert trial_of(tmp_path).id not in stored(tmp_path / "results")
+    assert trial_of(tmp_path).id not in ids_in(tmp_path / "results")
 
 
-def test_a_recipe_that_gains_a_key_makes_the_same_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_key_in_a_recipe_does_not_change_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = trial_of(tmp_path, **on("second"))
     store(one, tmp_path / "results")
-    del one.config["model"]["path"]["pretrained"]["p_true"]  # as if it were written before there was such a key
+    del one.config["model"]["path"]["pretrained"]["p_true"]  # like a result of a version without this key
     store(one, tmp_path / "older")
-    assert stored(tmp_path / "older") == stored(tmp_path / "results")
+    assert ids_in(tmp_path / "older") == ids_in(tmp_path / "results")
     monkeypatch.setattr(identity, "Base", lambda: Base(p_true=0.3))
-    assert stored(tmp_path / "older") != stored(tmp_path / "results")
+    assert ids_in(tmp_path / "older") != ids_in(tmp_path / "results")
 
 
 @pytest.mark.parametrize(
@@ -156,11 +156,11 @@ def test_a_recipe_that_gains_a_key_makes_the_same_base(tmp_path: Path, monkeypat
         {"name": "another", "seeds": [0], "tune": {"rates": [1e-4]}, "bases": {}},
         {"settings": {"calm": {"steps": 6}}, "common": {}, "cell": ("calm", "ours")},
         {"methods": {"ours": {"model.path": "builtin:cues", "algorithm.alpha0": 1}}},
-        {"common": {}, "beneath": "steps: 6\noptim: {lr: 5.0e-4}\n"},
+        {"common": {}, "config_text": "steps: 6\noptim: {lr: 5.0e-4}\n"},
         {"common": {"steps": 6, "name": "x", "out": "y", "local.ranks": 1, "hub.max_message_mb": 4096}},
     ],
 )
-def test_the_same_in_other_words_is_one_trial(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_equivalent_files_give_the_same_trial(tmp_path: Path, change: dict[str, Any]) -> None:
     assert trial_of(tmp_path, **change).id == trial_of(tmp_path).id
 
 
@@ -169,15 +169,15 @@ def test_the_same_in_other_words_is_one_trial(tmp_path: Path, change: dict[str, 
     [
         {"common": {"steps": 7}},
         {"common": {"steps": 6, "hub.max_lag": 3}},
-        {"beneath": "algorithm: {alpha0: 0.5}\n"},
+        {"config_text": "algorithm: {alpha0: 0.5}\n"},
         {"methods": {"ours": {"model.path": "base:second"}}},
     ],
 )
-def test_another_value_is_another_trial(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_a_different_value_gives_a_different_trial(tmp_path: Path, change: dict[str, Any]) -> None:
     assert trial_of(tmp_path, **change).id != trial_of(tmp_path).id
 
 
-def test_a_base_is_its_recipe_and_not_its_name(tmp_path: Path) -> None:
+def test_a_base_is_identified_by_its_recipe_and_not_by_its_name(tmp_path: Path) -> None:
     renamed = {
         "other": BASES["second"],
         "longer": BASES["further"] | {"start": "base:other"},
@@ -194,10 +194,10 @@ def test_a_base_is_its_recipe_and_not_its_name(tmp_path: Path) -> None:
         ("further", "steps", 301, {"further", "warm"}),
         ("further", "start", "builtin:cues", {"further", "warm"}),
         ("warm", "train", {"algorithm.objective": "sft", "steps": 13}, {"warm"}),
-        ("warm", "p_true", 0.2, set()),  # of pretraining, which a warm-up does not do
+        ("warm", "p_true", 0.2, set()),  # a key of pretraining, which a warm-up does not do
     ],
 )
-def test_a_recipe_that_changes_makes_stale_what_begins_with_it(
+def test_a_changed_recipe_makes_its_base_and_those_that_start_from_it_stale(
     tmp_path: Path, base: str, key: str, value: object, stale: set[str]
 ) -> None:
     changed = BASES | {base: BASES[base] | {key: value}}
@@ -206,20 +206,20 @@ def test_a_recipe_that_changes_makes_stale_what_begins_with_it(
     assert {name for name in BASES if before[name] != after[name]} == stale
 
 
-def test_a_warm_up_is_what_its_whole_configuration_says(tmp_path: Path) -> None:
-    """The keys that all trials share are its own, too, unless the trial alone overrides them."""
+def test_a_warm_up_is_identified_by_its_whole_configuration(tmp_path: Path) -> None:
+    """That includes the keys that all trials share; a trial's own overrides do not change its warm-up."""
     one = trial_of(tmp_path, common={"steps": 6, "optim.beta2": 0.9}, **on("warm", **{"optim.beta2": 0.95}))
     other = trial_of(tmp_path, **on("warm"))
     assert one.config["optim"] == other.config["optim"]
     assert one.id != other.id
 
 
-def test_every_key_left_out_exists() -> None:
+def test_every_ignored_key_exists() -> None:
     for key in identity.NOT_LEARNED:
         attrgetter(key)(Run())
 
 
-def test_what_holds_no_configuration_is_told_in_one_line_and_left_alone(
+def test_files_without_a_configuration_are_reported_in_one_line_and_kept(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     one = trial_of(tmp_path)
@@ -239,8 +239,8 @@ def test_what_holds_no_configuration_is_told_in_one_line_and_left_alone(
     assert before.items() <= {file: file.read_bytes() for file in folder.iterdir()}.items()
 
 
-@pytest.mark.parametrize("kept", ["another", "older", "none"])
-def test_a_base_made_by_another_recipe_is_refused(tmp_path: Path, kept: str) -> None:
+@pytest.mark.parametrize("on_disk", ["another", "older", "none"])
+def test_a_base_made_by_another_recipe_is_refused(tmp_path: Path, on_disk: str) -> None:
     trial_of(tmp_path)
     experiment = load_experiment(tmp_path / "small.yaml")
     recipe = identity.recipe(experiment, "warm")
@@ -250,18 +250,18 @@ def test_a_base_made_by_another_recipe_is_refused(tmp_path: Path, kept: str) -> 
     (folder / "base.json").write_text(to_json({"recipe": recipe}))
     runner._check_base("warm")
     runner._check_base("second")  # not made yet
-    if kept == "another":
+    if on_disk == "another":
         recipe["trained"]["steps"] += 1
-    (folder / "base.json").write_text(to_json({"recipe": {"seed": 7} if kept == "older" else recipe}))
-    if kept == "none":
+    (folder / "base.json").write_text(to_json({"recipe": {"seed": 7} if on_disk == "older" else recipe}))
+    if on_disk == "none":
         (folder / "base.json").unlink()
     with pytest.raises(SgpoError, match=r"does not hold the recipe of bases\.warm; move the folder away") as caught:
         runner._check_base("warm")
     assert "\n" not in str(caught.value)
 
 
-def git(folder: Path, *words: str) -> str:
-    command = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org", *words]
+def git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org", *arguments]
     return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
 
 
@@ -290,7 +290,7 @@ def test_the_commit_is_that_of_the_checkout(tmp_path: Path, monkeypatch: pytest.
     assert code_version.commit(tmp_path) is None
 
 
-def test_codes_are_listed_once_each() -> None:
+def test_each_code_version_is_listed_once() -> None:
     results = [{"version": "0.1.0", "commit": commit} for commit in ("ab" * 20, "ab" * 20, f"{'cd' * 20}-dirty", None)]
     assert code_version.codes(results) == (
         "0.1.0, commit unknown; 0.1.0, commit abababababab; 0.1.0, commit cdcdcdcdcdcd-dirty"

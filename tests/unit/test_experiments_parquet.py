@@ -1,4 +1,4 @@
-"""Results as one Parquet file: what goes in comes out."""
+"""Results in one Parquet file: reading returns what was written."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ CONFIGS = st.recursive(
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(CONFIGS, min_size=1, max_size=4))
-def test_the_common_part_and_the_rest_give_every_configuration_again(configs: list[dict[str, Any]]) -> None:
+def test_the_common_part_and_the_differences_restore_every_configuration(configs: list[dict[str, Any]]) -> None:
     common = configs[0]
     for config in configs:
         common = _common(common, config)
@@ -33,7 +33,7 @@ def test_the_common_part_and_the_rest_give_every_configuration_again(configs: li
 
 
 def results_of(folder: Path) -> tuple[Any, dict[str, Result]]:
-    """A small experiment, and a result for each of its trials; every second one diverged, one in three is unguided."""
+    """A small experiment and its results; every second trial diverged, every third has no guided pass rate."""
     settings = {"calm": {}, "stale": {"hub.max_lag": 4, "model.path": "base:warm"}}
     experiment = load_experiment(write(folder, SMALL | {"settings": settings, "bases": BASES}))
     trials = tuning(experiment) + final(experiment, dict.fromkeys(cells(experiment), 2e-4))
@@ -49,7 +49,7 @@ def results_of(folder: Path) -> tuple[Any, dict[str, Result]]:
     return experiment, results
 
 
-def test_every_result_comes_out_as_it_went_in(tmp_path: Path) -> None:
+def test_reading_returns_every_written_result(tmp_path: Path) -> None:
     experiment, results = results_of(tmp_path)
     write_trials(tmp_path / "trials.parquet", results, [experiment])
     again = read_trials(tmp_path / "trials.parquet")
@@ -60,7 +60,7 @@ def test_every_result_comes_out_as_it_went_in(tmp_path: Path) -> None:
     assert (tmp_path / "again.parquet").read_bytes() == (tmp_path / "trials.parquet").read_bytes()
 
 
-def test_a_reader_finds_what_a_trial_was(tmp_path: Path) -> None:
+def test_a_row_describes_its_trial(tmp_path: Path) -> None:
     experiment, results = results_of(tmp_path)
     write_trials(tmp_path / "trials.parquet", results, [experiment])
     table = pq.read_table(tmp_path / "trials.parquet")
@@ -74,7 +74,7 @@ def test_a_reader_finds_what_a_trial_was(tmp_path: Path) -> None:
     assert "row_tokens" not in calm["config"] and b"row_tokens" in table.schema.metadata[b"common_configuration"]
 
 
-def test_a_trial_of_no_experiment_is_kept(tmp_path: Path) -> None:
+def test_a_trial_that_belongs_to_no_experiment_is_kept(tmp_path: Path) -> None:
     _, results = results_of(tmp_path)
     write_trials(tmp_path / "trials.parquet", results, [])
     assert read_trials(tmp_path / "trials.parquet").keys() == results.keys()

@@ -1,4 +1,4 @@
-"""Experiment files, the trials they lead to and tuned rates: all without a process."""
+"""Experiment files, their trials and tuned learning rates, without a process."""
 
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,14 @@ SHIPPED = sorted(Path("configs/experiments").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_every_shipped_experiment_is_whole_and_fair(path: Path) -> None:
+def test_every_shipped_experiment_is_valid_and_has_equal_budgets(path: Path) -> None:
     experiment = load_experiment(path)
     assert min(check_budget(experiment).values()) > 0
     assert len({trial.id for trial in tuning(experiment)}) == len(tuning(experiment))
     assert {name for level in base_levels(experiment) for name in level} == set(experiment.bases)
 
 
-def test_a_trial_is_started_with_the_words_of_its_configuration(tmp_path: Path) -> None:
+def test_the_overrides_of_a_trial_give_its_configuration(tmp_path: Path) -> None:
     experiment = load_experiment(write(tmp_path, SMALL))
     trials = tuning(experiment) + final(experiment, dict.fromkeys(cells(experiment), 2e-4))
     for trial in trials + final(experiment, dict.fromkeys(cells(experiment))):
@@ -30,8 +30,8 @@ def test_a_trial_is_started_with_the_words_of_its_configuration(tmp_path: Path) 
         assert (trial.run.seed, trial.run.optim.lr) == (trial.seed, trial.rate)
 
 
-def test_bases_of_one_name_are_one_base() -> None:
-    """Shipped experiments write to one place, where a base of another recipe is refused."""
+def test_bases_of_the_same_name_have_the_same_recipe() -> None:
+    """Shipped experiments share one folder, which refuses a base of the same name with another recipe."""
     recipes: dict[str, Any] = {}
     for experiment in map(load_experiment, SHIPPED):
         for name in experiment.bases:
@@ -39,7 +39,7 @@ def test_bases_of_one_name_are_one_base() -> None:
     assert len(recipes) > 4
 
 
-def test_layers_lie_over_each_other_and_a_rate_of_its_own_is_not_tuned(tmp_path: Path) -> None:
+def test_common_settings_and_methods_combine_and_a_given_rate_is_not_tuned(tmp_path: Path) -> None:
     experiment = load_experiment(write(tmp_path, SMALL))
     assert len(cells(experiment)) == 6
     tried = tuning(experiment)
@@ -51,7 +51,7 @@ def test_layers_lie_over_each_other_and_a_rate_of_its_own_is_not_tuned(tmp_path:
     assert {(trial.rate, trial.seed) for trial in stale} == {(1e-4, 7), (1e-4, 8), (1e-3, 7), (1e-3, 8)}
 
 
-def test_the_best_rate_is_the_best_in_the_mean_and_needs_all_of_its_trials(tmp_path: Path) -> None:
+def test_the_best_rate_has_the_best_mean_over_seeds_and_needs_all_of_its_trials(tmp_path: Path) -> None:
     experiment = load_experiment(write(tmp_path, SMALL))
     tried = [t for t in tuning(experiment) if (t.setting, t.method) == ("calm", "SGPO")]
     pass_rate = {(1e-4, 7): 0.5, (1e-4, 8): 0.5, (1e-3, 7): 0.9, (1e-3, 8): 0.3}
@@ -64,7 +64,7 @@ def test_the_best_rate_is_the_best_in_the_mean_and_needs_all_of_its_trials(tmp_p
     assert {best_rates(experiment, results)[setting, "fixed"] for setting in ("calm", "stale")} == {None}
 
 
-def test_rates_may_be_found_in_one_setting_for_all(tmp_path: Path) -> None:
+def test_rates_may_be_tuned_in_one_setting_for_all(tmp_path: Path) -> None:
     experiment = load_experiment(write(tmp_path, SMALL | {"tune": SMALL["tune"] | {"setting": "calm"}}))
     tried = tuning(experiment)
     assert {trial.setting for trial in tried} == {"calm"}
@@ -73,18 +73,18 @@ def test_rates_may_be_found_in_one_setting_for_all(tmp_path: Path) -> None:
     assert found["calm", "SGPO"] == found["stale", "SGPO"] == 1e-3
 
 
-def test_what_two_experiments_have_in_common_is_one_trial(tmp_path: Path) -> None:
+def test_two_experiments_share_equal_trials(tmp_path: Path) -> None:
     one = load_experiment(write(tmp_path, SMALL))
-    moved = SMALL | {
+    renamed = SMALL | {
         "common": {"local.ranks": 1, "evaluation.every": 2},
         "settings": {"quiet": {"steps": 6}},
         "methods": {"ours": {}},
     }
-    other = load_experiment(write(tmp_path, moved))
+    other = load_experiment(write(tmp_path, renamed))
     assert {t.id for t in tuning(other)} < {t.id for t in tuning(one)}
 
 
-def test_final_trials_use_the_rates_and_share_nothing_with_tuning(tmp_path: Path) -> None:
+def test_final_trials_use_the_best_rates_and_are_not_shared_with_tuning(tmp_path: Path) -> None:
     experiment = load_experiment(write(tmp_path, SMALL))
     trials = final(experiment, {("calm", "SGPO"): 1e-4, ("stale", "fixed"): None})
     assert [(t.method, t.rate, t.seed) for t in trials] == [
@@ -120,13 +120,13 @@ def test_more_samples_in_one_setting_alone_are_refused(tmp_path: Path, greedy_in
         check_budget(load_experiment(write(tmp_path, greedy)))
 
 
-def test_settings_may_have_budgets_of_their_own(tmp_path: Path) -> None:
+def test_settings_may_have_different_budgets(tmp_path: Path) -> None:
     longer = SMALL | {"settings": {"calm": {}, "stale": {"steps": 12}}}
     assert check_budget(load_experiment(write(tmp_path, longer))) == {"calm": 1152, "stale": 2304}
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"method": {}}, "unknown key method; did you mean methods?"),
         ({"methods": {"SGPO": {"algorithm.alfa": 1}}}, "unknown key algorithm.alfa; did you mean algorithm.alpha"),
@@ -160,15 +160,15 @@ def test_settings_may_have_budgets_of_their_own(tmp_path: Path) -> None:
         ({"tune": {"setting": "cold"}}, r"tune\.setting must be one of the settings calm, stale, got 'cold'"),
     ],
 )
-def test_mistakes_are_one_line_with_the_place(tmp_path: Path, change: dict[str, Any], says: str) -> None:
+def test_an_error_is_one_line_that_names_the_file(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     path = write(tmp_path, SMALL | change)
-    with pytest.raises(ConfigError, match=says) as caught:
+    with pytest.raises(ConfigError, match=message) as caught:
         load_experiment(path)
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
 
 
-def test_bases_come_after_what_they_start_from(tmp_path: Path) -> None:
+def test_a_base_comes_after_the_base_that_it_starts_from(tmp_path: Path) -> None:
     bases = {"last": {"start": "base:middle"}, "middle": {"start": "base:first"}, "first": {}, "other": {}}
     assert base_levels(load_experiment(write(tmp_path, SMALL | {"bases": bases}))) == [
         ["first", "other"],
@@ -180,7 +180,7 @@ def test_bases_come_after_what_they_start_from(tmp_path: Path) -> None:
         base_levels(load_experiment(write(tmp_path, SMALL | {"bases": circle})))
 
 
-def test_a_rate_is_judged_by_the_end_of_its_curve() -> None:
+def test_a_rate_is_judged_by_the_last_quarter_of_its_curve() -> None:
     assert validation(result(0.0, 0.9, 0.2, 0.1)) == pytest.approx(0.1)
     assert validation(result(0.0, 0.9, 0.2, 0.1, 0.5, 0.5, 0.2, 0.4)) == pytest.approx(0.3)
     assert validation(result(0.0, 0.9, diverged=1)) == 0.0

@@ -19,12 +19,12 @@ from sgpo_async.experiments.tables import write_tables
 RUN: Run = load("", ["steps=6", "evaluation.every=2", "local.ranks=1"])
 
 
-def test_a_third_of_the_way_lies_between_points() -> None:
+def test_the_pass_rate_at_a_third_of_the_run_is_interpolated() -> None:
     assert third(result(0.0, 0.3, 0.6, 0.9)) == pytest.approx(0.3)
     assert third(result(0.0, 0.4, 0.8)) == pytest.approx(0.4 * 2 / 3)
 
 
-def test_interval_is_students() -> None:
+def test_the_interval_is_that_of_student_s_t() -> None:
     # Worked by hand: mean 3, standard deviation sqrt(2.5), t(4) = 2.776.
     assert interval([1, 2, 3, 4, 5]) == (3, pytest.approx(2.776 * math.sqrt(2.5) / math.sqrt(5)), 5)
     assert interval([0.5]) == (0.5, None, 1)
@@ -32,7 +32,7 @@ def test_interval_is_students() -> None:
     assert interval(values).half == pytest.approx(2.093 * math.sqrt(5 / 19) / math.sqrt(20))
 
 
-def test_a_run_that_diverged_counts_0_from_then_on_and_hides_no_other() -> None:
+def test_a_diverged_run_counts_0_from_then_on_and_changes_no_other_run() -> None:
     runs = [completed(one, RUN) for one in (result(0.0, 0.3, 0.6, 0.9), result(0.3, 0.6, diverged=3))]
     assert [point["step"] for point in runs[1]["curve"]] == [0, 2, 4, 6]
     assert [(at, found.mean, found.n) for at, found in over_seeds(runs, "auto")] == [
@@ -44,18 +44,18 @@ def test_a_run_that_diverged_counts_0_from_then_on_and_hides_no_other() -> None:
     assert runs[0] == result(0.0, 0.3, 0.6, 0.9)
 
 
-@pytest.mark.parametrize(("diverged", "at_a_third"), [(0, 0.0), (1, 0.0), (2, 0.6), (5, 0.6)])
-def test_a_third_of_the_way_a_run_that_has_diverged_solves_nothing(diverged: int, at_a_third: float) -> None:
+@pytest.mark.parametrize(("diverged", "expected"), [(0, 0.0), (1, 0.0), (2, 0.6), (5, 0.6)])
+def test_a_run_that_diverged_before_a_third_of_its_steps_has_pass_rate_0_there(diverged: int, expected: float) -> None:
     measured = [0.4, 0.6, 0.8][: diverged // 2 + 1]
-    assert third(completed(result(*measured, diverged=diverged), RUN)) == at_a_third
+    assert third(completed(result(*measured, diverged=diverged), RUN)) == expected
 
 
-def test_what_only_some_seeds_have_is_the_mean_of_those() -> None:
+def test_a_metric_of_only_some_seeds_is_averaged_over_those() -> None:
     runs = [completed(one, RUN) for one in (result(0.1, 0.2, 0.3, 0.4, entropy=0.5), result(0.3, diverged=1))]
     assert over_seeds(runs, "entropy") == [(at, (0.5, None, 1)) for at in (384, 768, 1152)]
 
 
-def test_tables_show_what_is_there(tmp_path: Path) -> None:
+def test_tables_show_the_results_and_a_dash_for_missing_ones(tmp_path: Path) -> None:
     experiment = load_experiment(write(tmp_path, SMALL))
     trials = [t for t in final(experiment, {("calm", "fixed"): None})]
     write_tables(experiment, {t.id: result(0.0, 0.5, 0.6 + 0.1 * t.seed) for t in trials}, folder=tmp_path / "out")
@@ -70,7 +70,7 @@ def test_tables_show_what_is_there(tmp_path: Path) -> None:
 
 
 def test_methods_are_compared_seed_by_seed(tmp_path: Path) -> None:
-    """Differences of 10, 20 and -, the third seed of one being missing: 15 ± 12.706 * 7.07 / sqrt(2)."""
+    """The differences are 10 and 20; `theirs` has no third seed. 15 ± 12.706 * 7.07 / sqrt(2)."""
     methods = {
         name: {"optim.lr": 1e-3, "algorithm.alpha0": 0.1 * i} for i, name in enumerate(("ours", "theirs", "new"), 1)
     }
@@ -90,7 +90,7 @@ def test_methods_are_compared_seed_by_seed(tmp_path: Path) -> None:
         load_experiment(write(tmp_path, content | {"reference": "nobody"}))
 
 
-def test_tables_name_the_figures_that_are_there_and_leave_no_older_ones(tmp_path: Path) -> None:
+def test_the_page_shows_the_drawn_figures_and_older_ones_are_deleted(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     for name in ("curves-gone.svg", "alpha.svg", "own.svg"):
@@ -104,7 +104,7 @@ def test_tables_name_the_figures_that_are_there_and_leave_no_older_ones(tmp_path
     assert "entropy leaves out" not in text
 
 
-def test_a_table_counts_a_run_that_diverged_in_every_column(tmp_path: Path) -> None:
+def test_every_column_of_a_table_counts_a_diverged_run(tmp_path: Path) -> None:
     experiment = load_experiment(write(tmp_path, SMALL))
     trials = final(experiment, {("calm", "fixed"): None})
     runs = {0: result(0.2, 0.4, 0.6, 0.8), 1: result(0.2, diverged=1)}
@@ -119,7 +119,7 @@ def text_of(tmp_path: Path, **changes: Any) -> str:
     return (tmp_path / "out" / "README.md").read_text()
 
 
-def test_a_caption_says_what_the_file_says(tmp_path: Path) -> None:
+def test_a_caption_gives_the_budget_the_problems_and_the_tuning(tmp_path: Path) -> None:
     text = text_of(tmp_path)
     assert text.count("Rollouts for each trial: 1,152 (6 steps of 16 problems).") == 1
     assert (
@@ -130,13 +130,13 @@ def test_a_caption_says_what_the_file_says(tmp_path: Path) -> None:
     assert "| alone, at the end (test) | alone, a third of the way (validation) | alone, best (validation) |" in text
 
 
-def test_a_caption_claims_no_tuning_that_there_was_not(tmp_path: Path) -> None:
+def test_a_caption_says_so_if_nothing_was_tuned(tmp_path: Path) -> None:
     text = text_of(tmp_path, tune={})
     assert "Learning rates were given; none was tuned." in text
     assert "seeds (" not in text
 
 
-def test_a_caption_follows_sampling_settings_and_demonstrations(tmp_path: Path) -> None:
+def test_a_caption_gives_the_sampling_of_each_setting_and_the_methods_without_rollouts(tmp_path: Path) -> None:
     common = SMALL["common"] | {"tasks.held_out": 50, "evaluation.samples": 4, "evaluation.temperature": 0.6}
     settings = {"calm": {}, "long": {"steps": 12, "evaluation.top_p": 0.9}}
     methods = {"SGPO": {}, "SFT": {"algorithm.objective": "sft", "optim.lr": 1e-3}}
@@ -152,7 +152,7 @@ def test_a_caption_follows_sampling_settings_and_demonstrations(tmp_path: Path) 
 
 
 def tuned_text(tmp_path: Path, scores: dict[float, list[float]], **changes: Any) -> str:
-    """The tables when `scores` are those of SGPO's rates, seed by seed, in the setting calm."""
+    """The page of an experiment whose tuning gave `scores`: learning rate of SGPO -> score of each seed, in calm."""
     content = SMALL | {"tune": {"rates": list(scores), "seeds": [7, 8]}} | changes
     experiment = load_experiment(write(tmp_path, content))
     results = {
@@ -177,10 +177,10 @@ def test_a_rate_at_the_edge_of_the_grid_is_marked(tmp_path: Path, scores: dict[f
     text = tuned_text(tmp_path, scores)
     assert f"| SGPO | {shown} | 0 |" in text
     assert ("(edge): the lowest or highest of the rates" in text) == ("edge" in shown)
-    assert "| fixed | 0.002 | 0 |" in text  # never tried, so at no edge, whatever the grid
+    assert "| fixed | 0.002 | 0 |" in text  # given and not tuned, so it is never marked
 
 
-def test_tuning_is_shown_rate_by_rate(tmp_path: Path) -> None:
+def test_the_tuning_table_has_the_score_of_every_rate(tmp_path: Path) -> None:
     text = tuned_text(tmp_path, {1e-4: [0.1, 0.2], 1e-3: [0.5, 0.7], 1e-2: [0.3, 0.3]}).split("## Tuning")[1]
     assert "mean of 2 seeds (7, 8), in per cent; a run that diverged counts 0." in text
     calm, stale = text.split("Tried in calm:")[1].split("Tried in stale:")
@@ -191,9 +191,9 @@ def test_tuning_is_shown_rate_by_rate(tmp_path: Path) -> None:
     assert "fixed" not in text
 
 
-def test_tuning_that_is_not_complete_chooses_nothing_and_says_so(tmp_path: Path) -> None:
-    once = {"tune": {"rates": [1e-4, 1e-3], "seeds": [7, 8], "setting": "calm"}}
-    text = tuned_text(tmp_path, {1e-4: [0.1, 0.2], 1e-3: [0.5]}, **once)
+def test_incomplete_tuning_chooses_no_rate_and_is_marked(tmp_path: Path) -> None:
+    in_calm = {"tune": {"rates": [1e-4, 1e-3], "seeds": [7, 8], "setting": "calm"}}
+    text = tuned_text(tmp_path, {1e-4: [0.1, 0.2], 1e-3: [0.5]}, **in_calm)
     assert "| SGPO |  | 0 |" in text
     assert "| SGPO | 15.0 | 50.0 (1 of 2) |" in text.split("Tried in calm:")[1]
     assert "Tried in stale" not in text

@@ -1,4 +1,4 @@
-"""Which problems a trial is validated and tested with."""
+"""The validation and test problems of a trial."""
 
 import json
 from pathlib import Path
@@ -10,8 +10,8 @@ from sgpo_async.experiments.trial import STREAM_SEED, split_rollouts
 from sgpo_async.tasks.sources import open_source
 
 
-def test_validation_and_test_share_no_text_however_often_a_file_repeats_it(tmp_path: Path) -> None:
-    """Twenty texts, twice each: three of them are held out for either part, with their repetitions."""
+def test_validation_and_test_share_no_text_even_if_the_file_repeats_texts(tmp_path: Path) -> None:
+    """The file has twenty texts, each twice; validation and test get three texts each, with their duplicates."""
     path = tmp_path / "sums.jsonl"
     rows = [{"problem": f"{number} + 1", "answer": str(number + 1)} for number in range(20)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows * 2))
@@ -29,8 +29,8 @@ def test_validation_and_test_share_no_text_however_often_a_file_repeats_it(tmp_p
         (200, ["dc15b6b513d9d8d4", "99522257417ba4bf"]),
     ],
 )
-def test_the_built_in_problems_stay_what_they_are(count: int, digests: list[str]) -> None:
-    """The committed results were measured on these."""
+def test_the_built_in_problems_do_not_change(count: int, digests: list[str]) -> None:
+    """The committed results were measured on these problems."""
     source = open_source("cues", path="", held_out=2 * count, seed=STREAM_SEED)
     parts = split_rollouts(source.held_out(), count)
     assert [len(part) for part in parts] == [count, count]

@@ -1,4 +1,4 @@
-"""The results of a round's single problems: the learner receives them, and checkpoints do not contain them."""
+"""Results per problem of an evaluation round: the learner receives them, and checkpoints do not contain them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sgpo_async.wire import records as wire
 
 
 def test_a_state_does_not_contain_the_problem_results_of_delivered_rounds():
-    """It keeps the metrics of each round, whose size does not depend on the number of problems of a benchmark."""
+    """The state keeps the metrics of each round, whose size does not depend on a benchmark's number of problems."""
 
     def growth(problems: int) -> list[int]:
         source = Source(held_out=1)

@@ -91,14 +91,14 @@ def group(number: int, rewards: list[float], guided_rewards: list[float], versio
         autonomous=len(rewards), guided=len(guided_rewards), min_version=0, seed=0, temperature=1.0, top_p=1.0,
         max_new_tokens=8,
     )  # fmt: skip
-    made = [
+    rollouts = [
         make_rollout(lease, slot, versions=versions, reward=reward)
         for slot, reward in enumerate(rewards + guided_rewards)
     ]
-    return CompletedGroup(number=number, attempt=0, rollouts=tuple(made))
+    return CompletedGroup(number=number, attempt=0, rollouts=tuple(rollouts))
 
 
-def test_the_metrics_of_a_batch():
+def test_batch_metrics_equal_values_computed_by_hand():
     groups = [group(0, [0, 0], [1], (3,)), group(1, [1, 0], [1], (2, 4)), group(2, [1, 1], [0], (4,))]
     result = batch_metrics(groups, version=5)
     assert (result["pass_auto"], result["pass_guided"]) == (pytest.approx(0.5), pytest.approx(2 / 3))
