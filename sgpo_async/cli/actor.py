@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until the run is over. Raises SgpoError."""
     from sgpo_async.actor.run import Actor, ActorOptions
+    from sgpo_async.cli.resources import open_files
     from sgpo_async.config.schema import host_of, require
 
     host_of("--hub", args.hub)
@@ -57,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
     )
     for name in ("slots", "servers", "tp"):
         require(getattr(args, name) >= 0, f"--{name}", "must be >= 0 (0: the run's)", getattr(args, name))
+    open_files(actors=1)
     options = ActorOptions(
         hub=args.hub,
         name=args.name,

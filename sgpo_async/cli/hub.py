@@ -18,6 +18,8 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print_dry_run(settings, [["sgpo-async", "hub", args.config, *args.overrides]])
         return 0
+    from sgpo_async.cli.resources import check_start
     from sgpo_async.hub import serve
 
+    check_start(settings, checkpoints=False)
     return serve(settings)

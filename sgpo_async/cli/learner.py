@@ -47,6 +47,9 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"learner: RANK is not set; start it by torchrun launch/learner.py {args.config}")
     first = os.environ["RANK"] == "0"
     if first:
+        from sgpo_async.cli.resources import check_start
+
+        check_start(settings, checkpoints=True)
         record_config(settings)
     if args.hub or not first:
         return _train(settings, _address(args, settings))

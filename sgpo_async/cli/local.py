@@ -37,10 +37,12 @@ def run(args: argparse.Namespace) -> int:
         actors = [plan.actor(f"actor-{number}", address) for number in range(plan.actors)]
         print_dry_run(settings, [plan.hub(), plan.learner(address), *actors])
         return 0
+    from sgpo_async.cli.resources import check_start
     from sgpo_async.local.run_folder import claim
     from sgpo_async.local.show import Show
     from sgpo_async.local.supervisor import supervise
 
+    check_start(settings, checkpoints=True)
     folder = Path(settings.folder)
     claim(folder)
     record_config(settings)

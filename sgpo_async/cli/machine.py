@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import socket
 import subprocess
 import tempfile
@@ -14,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from sgpo_async.cli import resources
+from sgpo_async.cli.resources import existing, free, require_writable, size
 from sgpo_async.config import Hub, Run
 from sgpo_async.engines.sglang.preflight import Finding, finding_of
 from sgpo_async.engines.sglang.weight_sync.layout import layout_of
@@ -130,16 +131,13 @@ def shared_memory(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
 
 
 def disk(run: Run, facts: ModelFacts) -> str:
-    """Check the disk for checkpoints: float32 parameters and two moments, for those kept and the one being written."""
-    one = 3 * 4 * parameters(facts)
-    count = run.learner.keep_checkpoints + 1 if run.learner.checkpoint_every else 1
-    folder = existing(run.folder)
-    _require_writable(folder, "out", "set out=DIR to a folder that can be written")
-    room = free(folder)
-    if room < count * one:
-        found = f"out: {folder} has {size(room)}, and {count} checkpoints need {size(count * one)}"
-        raise CheckFailed(found, "free some space, set out=DIR, or lower learner.keep_checkpoints")
-    return f"{size(room)}; checkpoints: {count} of {size(one)}"
+    """Check the disk for checkpoints, the policy and logs."""
+    return resources.disk(run, parameters(facts))
+
+
+def open_files(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
+    """Check the limit of open files."""
+    return resources.open_files(run.local.actors)
 
 
 def devices(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
@@ -180,7 +178,7 @@ def weights_folder(run: Run, facts: ModelFacts) -> str:
     if run.engine.kind != "sglang" or own.transport != "disk":
         return "not used"
     folder, needed = existing(own.folder or tempfile.gettempdir()), 3 * _weight_bytes(run, facts)
-    _require_writable(folder, "engine.sglang.folder", "set it to a folder that actor and servers share")
+    require_writable(folder, "engine.sglang.folder", "set it to a folder that actor and servers share")
     if free(folder) < needed:
         found = f"engine.sglang.folder: {folder} has {size(free(folder))}, three versions need {size(needed)}"
         raise CheckFailed(found, "free some space, or set another engine.sglang.folder")
@@ -195,6 +193,7 @@ MACHINE: Mapping[str, Check] = {
     "memory": memory,
     "shared memory": shared_memory,
     "disk": disk,
+    "open files": open_files,
     "devices": devices,
     "sglang": sglang_python,
     "weights folder": weights_folder,
@@ -213,34 +212,8 @@ def parameters(facts: ModelFacts) -> int:
     return sum(parameter.numel() for parameter in facts.skeleton.parameters())
 
 
-def existing(folder: str | Path) -> Path:
-    """The folder, or its nearest parent that exists."""
-    path = Path(folder).absolute()
-    while not path.exists():
-        path = path.parent
-    return path
-
-
-def size(count: int) -> str:
-    """A number of bytes as text, e.g. 1.34 MB."""
-    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
-
-
-def free(folder: Path) -> int:
-    """The number of bytes that can still be written there."""
-    return shutil.disk_usage(folder).free
-
-
 def _weight_bytes(run: Run, facts: ModelFacts) -> int:
     return parameters(facts) * getattr(torch, run.model.dtype).itemsize
-
-
-def _require_writable(folder: Path, key: str, remedy: str) -> None:
-    try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"\0" * 4096)
-    except OSError as error:
-        raise CheckFailed(f"{key}: {folder} cannot be written ({error.strerror})", remedy) from None
 
 
 def _hub_answers(run: Run) -> bool:

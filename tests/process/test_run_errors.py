@@ -8,6 +8,7 @@ import pytest
 from run_support import RealRun, RunProcess, chat_model, real_run, until
 
 from sgpo_async.model.folder import load_tokenizer, tokenizer_fingerprint
+from sgpo_async.processes.torchrun import torchrun
 from sgpo_async.transport import Dealer, Mailbox, create_keys
 from sgpo_async.wire.records import Hello, Welcome
 
@@ -37,7 +38,7 @@ def write_bad_problems(folder: Path) -> None:
         ("model.path={folder}/none", "model.path: {folder}/none: no such folder"),
         ("tasks.path={folder}/sums.jsonl", "{folder}/sums.jsonl:2: no column 'answer'"),
         ("hub.keys={folder}/none", "hub.keys: {folder}/none/server.key_secret is missing"),
-        ("out=/dev/full/runs", "/dev/full/runs/run/config.yaml: cannot be written (Not a directory)"),
+        ("out=/dev/full/runs", "out: /dev/full cannot be written (Not a directory); set out=DIR"),
     ],
 )
 def test_a_wrong_configuration_ends_the_command_with_one_line(
@@ -91,16 +92,45 @@ def test_damaged_weights_are_refused(run: RealRun, tmp_path: Path) -> None:
     run.assert_cleaned_up()
 
 
-def test_a_full_disk_ends_the_run_with_one_line(run: RealRun, tmp_path: Path) -> None:
-    """The file system has 1 MB, in a mount namespace of its own: too little for a checkpoint."""
-    disk = tmp_path / "disk"
+def on_disk_of(megabytes: int, disk: Path, beside: str = "") -> tuple[str, ...]:
+    """A prefix of a command, which then runs in a mount namespace of its own with a file system of that size at `disk`.
+
+    `beside` is a shell command that runs beside it. Skips the test where such namespaces cannot be made.
+    """
     disk.mkdir()
     private = ["unshare", "--mount", "--map-root-user"]
-    mount = f"mount -t tmpfs -o size=1m none {disk}"
+    mount = f"mount -t tmpfs -o size={megabytes}m none {disk}"
     if subprocess.run([*private, "sh", "-c", mount], capture_output=True, check=False).returncode:
-        pytest.skip("this machine allows no mount namespace")
-    in_namespace = (*private, "sh", "-c", f'{mount} && exec "$@"', "sh")
-    local = run.start("local", "launch/local.py", str(run.config), f"out={disk}", "local.actors=1", prefix=in_namespace)
+        pytest.skip("no mount namespaces here")
+    script = f"{mount} && " + (f"{{ {beside} & }} && " if beside else "") + 'exec "$@"'
+    return (*private, "sh", "-c", script, "sh")
+
+
+def test_a_disk_that_fills_up(run: RealRun, tmp_path: Path) -> None:
+    """Something else fills it during the run, but for a megabyte: the weights of a checkpoint do not fit."""
+    disk = tmp_path / "disk"
+    fill = f"while [ ! -e {disk}/run/metrics.jsonl ]; do sleep 0.1; done; head -c 19m /dev/zero > {disk}/other"
+    prefix = on_disk_of(20, disk, f"({fill})")
+    local = run.start("local", "launch/local.py", str(run.config), f"out={disk}", "local.actors=1", prefix=prefix)
     (line,) = errors(local)
     assert f"{disk}/run/checkpoints/step-00000001: cannot write the checkpoint: the disk is full" in line
+    run.assert_cleaned_up()
+
+
+@pytest.mark.parametrize("megabytes", [1, 4, 16])
+@pytest.mark.parametrize("role", ["local", "hub", "learner"])
+def test_a_disk_that_is_too_small_ends_a_command_before_it_starts_anything(
+    run: RealRun, tmp_path: Path, role: str, megabytes: int
+) -> None:
+    if (role, megabytes) == ("hub", 16):
+        pytest.skip("room for the hub, which writes no checkpoints")
+    disk = tmp_path / "disk"
+    command = ["-m", "sgpo_async.cli", role, str(run.config), f"out={disk}"]
+    if role == "learner":
+        command = [*torchrun(1)[1:], *command]
+    started = run.start(role, *command, prefix=on_disk_of(megabytes, disk))
+    code = started.wait()
+    lines = [line for line in started.output.splitlines() if line.startswith("error: ")]
+    assert code == (1 if role == "learner" else 2), "torchrun has an exit code of its own"
+    assert len(lines) == 1 and f"error: out: {disk} has " in lines[0] and "free some space, set out=DIR" in lines[0]
     run.assert_cleaned_up()

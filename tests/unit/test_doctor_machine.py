@@ -14,7 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from sgpo_async.cli import machine
+from sgpo_async.cli import machine, resources
 from sgpo_async.cli.doctor import closing, render
 from sgpo_async.cli.main import main
 from sgpo_async.config import Run, load
@@ -81,7 +81,7 @@ def test_a_model_that_needs_too_much_memory_or_disk_fails(giant: ModelFacts, tmp
         CheckFailed, match=f"more than half of .* and {tmp_path} has .*; use a machine with more memory"
     ):
         machine.memory(run, giant)
-    with pytest.raises(CheckFailed, match=f"out: {tmp_path} has .*, and 4 checkpoints need .* GB; free some space"):
+    with pytest.raises(CheckFailed, match=f"out: {tmp_path} has .*, and 4 checkpoints, the .* GB; free some space"):
         machine.disk(run, giant)
     disk = settings("engine.sglang.transport=disk", f"engine.sglang.folder={tmp_path / 'weights'}")
     with pytest.raises(CheckFailed, match=f"engine.sglang.folder: {tmp_path} has .* three versions need .*; free some"):
@@ -94,6 +94,11 @@ def test_a_model_without_a_known_layout_fails(giant: ModelFacts) -> None:
     run = settings("engine.sglang.tp=3")
     with pytest.raises(EngineError, match="engine.sglang.tp: 3 ranks on a cpu cannot share 512 attention heads"):
         machine.model(run, giant)
+
+
+def test_the_files_of_a_model_hold_as_many_parameters_as_the_model(cues: ModelFacts) -> None:
+    """Commands that start without torch count them there."""
+    assert resources.stored_parameters("builtin:cues") == machine.parameters(cues)
 
 
 def test_a_folder_that_cannot_be_written_fails(cues: ModelFacts) -> None:
