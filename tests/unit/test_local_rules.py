@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from sgpo_async.cli.local import LocalCommandLines
+from sgpo_async.config import load
 from sgpo_async.errors import DeadlineExceeded, RunFailed
 from sgpo_async.local import hub_process, supervisor
 from sgpo_async.local.hub_process import HUB_START_S, kept_hub
@@ -271,6 +273,15 @@ def test_a_learner_that_outlives_the_hub_has_a_deadline(stage: Stage) -> None:
     stage.now += 121
     with pytest.raises(DeadlineExceeded, match="learner"):
         supervisor.tick()
+
+
+def test_the_address_of_a_hub_that_crashed_overrides_the_configured_one() -> None:
+    config = str(Path(__file__).resolve().parents[2] / "configs" / "demo.yaml")
+    plan = LocalCommandLines(load(config), [config, "hub.address=tcp://127.0.0.1:0"])
+    for address, expected in (("", "tcp://127.0.0.1:0"), ("tcp://127.0.0.1:5", "tcp://127.0.0.1:5")):
+        words = plan.hub(address)
+        words = words[words.index("hub") + 1 :]
+        assert load(words[0], words[1:]).hub.address == expected
 
 
 @pytest.mark.parametrize("code", [1, -9, -11])
