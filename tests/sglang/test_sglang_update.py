@@ -85,6 +85,26 @@ def test_retract_keeps_sequences_and_recomputes_their_keys(models: dict[str, Pat
         assert not servers.events()
 
 
+def test_two_updates_of_paused_sequences(models: dict[str, Path], tmp_path: Path) -> None:
+    """At an update the server has tokens that it has not sent; its last message names the version of each token."""
+    folders = [models["qwen3"], models["qwen3-other"], models["qwen3"]]
+    with Servers(models["qwen3"], tmp_path, slots=32, in_flight="retract", stream_interval=7) as servers:
+        servers.load(folders[0], 0)
+        updates = [version_of(folder, version) for version, folder in enumerate(folders)]
+        requests = [ask(i, length=4 + i % 5, tokens=TOKENS, seed=i) for i in range(32)]
+        for request in requests:
+            servers.engine.submit(request)
+        for version in (1, 2):
+            before = _streamed(servers)
+            servers.until(lambda before=before: _streamed(servers) > before + 4 * 32, "more tokens")  # type: ignore[misc]
+            servers.engine.load(updates[version])
+            servers.until(lambda version=version: servers.versions() == {version}, f"version {version}")  # type: ignore[misc]
+        results = servers.results(32)
+        assert_teacher_forced({v: loaded(folder) for v, folder in enumerate(folders)}, requests, results)
+        assert sum(result.versions.tolist() == [0, 1, 2] for result in results.values()) >= 16
+        assert not servers.events()
+
+
 def test_in_place_keeps_sequences_with_their_old_keys(models: dict[str, Path], tmp_path: Path) -> None:
     """Tokens before the update are of the old weights, new requests of the new ones; running ones keep old keys."""
     with Servers(models["qwen3"], tmp_path, slots=32, in_flight="in-place", radix_cache=False) as servers:

@@ -196,7 +196,20 @@ def test_asking_for_progress_at_every_step_changes_no_bit_and_gives_copies():
         assert_same(progress, cut(undisturbed[id], progress.tokens.size, id % 3), atol=0)
 
 
-@settings(deadline=None, max_examples=20)
+def test_progress_gives_copies_of_what_waits_for_a_slot_again():
+    model, request = tiny("qwen2"), ask(1, k=2)
+    whole = drain(engine_of(tiny("qwen2")), [request])[1]
+    engine = engine_of(model)
+    engine.submit(request)
+    for _ in range(3):
+        engine.step(0.0)
+    load(engine, 0, model)
+    for array in vars(engine.progress([1])[1]).values():
+        array[:] = 0
+    assert_same(drain(engine)[1], whole)
+
+
+@settings(deadline=None, max_examples=10)
 @given(st.data())
 def test_any_moves_between_two_engines_change_no_token_and_name_who_sampled_it(data):
     """Both engines have the same weights under different version numbers; sequences move at arbitrary moments."""
