@@ -26,7 +26,7 @@ def test_a_trial_is_started_with_the_words_of_its_configuration(tmp_path: Path) 
     experiment = load_experiment(write(tmp_path, SMALL))
     trials = tuning(experiment) + final(experiment, dict.fromkeys(cells(experiment), 2e-4))
     for trial in trials + final(experiment, dict.fromkeys(cells(experiment))):
-        assert trial.run == experiment.run(trial.words)
+        assert trial.run == experiment.run(trial.overrides)
         assert (trial.run.seed, trial.run.optim.lr) == (trial.seed, trial.rate)
 
 
@@ -46,7 +46,7 @@ def test_layers_lie_over_each_other_and_a_rate_of_its_own_is_not_tuned(tmp_path:
     assert len(tried) == 2 * 2 * 2 * 2  # methods to tune x settings x rates x seeds
     assert {trial.method for trial in tried} == {"SGPO", "GRPO"}
     stale = [trial for trial in tried if (trial.setting, trial.method) == ("stale", "GRPO")]
-    run = experiment.run(stale[0].words)
+    run = experiment.run(stale[0].overrides)
     assert (run.hub.max_lag, run.algorithm.objective, run.rollout.size, run.steps) == (4, "grpo", 12, 6)
     assert {(trial.rate, trial.seed) for trial in stale} == {(1e-4, 7), (1e-4, 8), (1e-3, 7), (1e-3, 8)}
 
