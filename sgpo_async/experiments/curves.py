@@ -50,8 +50,8 @@ def over_seeds(results: Sequence[Result], key: str) -> Points:
     """Mean and interval of `key` at each step that all results have, over the results that measured `key` there."""
     by_step = [{point["step"]: point for point in result["curve"]} for result in results]
     points: list[tuple[int, Interval]] = []
-    for step in sorted(set.intersection(*(set(one) for one in by_step))):
-        known = [one[step][key] for one in by_step if key in one[step]]
+    for step in sorted(set.intersection(*map(set, by_step))):
+        known = [points_of[step][key] for points_of in by_step if key in points_of[step]]
         if known:
             points.append((by_step[0][step]["rollouts"], interval(known)))
     return points

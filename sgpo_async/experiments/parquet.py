@@ -37,13 +37,12 @@ def write_trials(path: Path, results: Mapping[str, Result], experiments: Sequenc
         experiments: source of the names in the columns `cells` and `base`, which `read_trials` does not need.
     """
     cells = _cells(experiments, results)
-    names = {_sorted(recipe(one, name)): name for one in experiments for name in one.bases}
+    names = {_sorted(recipe(experiment, name)): name for experiment in experiments for name in experiment.bases}
     common = reduce(_common, (result["config"] for result in results.values()))
-    in_order = [one for one in cells if one in results] + sorted(results.keys() - cells.keys())
+    in_order = [id for id in cells if id in results] + sorted(results.keys() - cells.keys())
     rows = [
-        {"id": one, "cells": cells.get(one, []), "base": _base(results[one]["config"], names)}
-        | _row(results[one], common)
-        for one in in_order
+        {"id": id, "cells": cells.get(id, []), "base": _base(results[id]["config"], names)} | _row(results[id], common)
+        for id in in_order
     ]
     columns = {key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)}
     table = pa.table(columns).replace_schema_metadata({COMMON: _sorted(common)})

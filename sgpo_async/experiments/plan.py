@@ -23,7 +23,7 @@ class Trial:
     method: str
     rate: float
     seed: int
-    overrides: tuple[str, ...]  # the overrides that it is started with
+    overrides: tuple[str, ...]  # of the experiment's configuration, including learning rate and seed
     run: Run  # the resulting configuration
     config: Plain  # the same as plain data, from which the identity is computed
 

@@ -30,7 +30,7 @@ from sgpo_async.tasks.task_sampler import TaskSampler
 from sgpo_async.wire.records import Shard
 
 STREAM_SEED = 0  # all trials share one stream of training problems
-STREAM = 2**20  # distance between the first problems of two seeds in that stream
+STREAM = 2**20  # distance between the first problems of consecutive seeds in that stream
 KEPT = ("loss", "grpo_loss", "kd_loss", "entropy", "alpha", "kl_masked_mass", "correction_clipped", "grad_norm")
 
 Weights = dict[str, torch.Tensor]

@@ -92,7 +92,7 @@ def test_a_fleet_blames_a_request_that_hangs_its_servers_during_updates(answers:
             return server
 
         def fail_with_request_1(server: FakeServer) -> None:
-            if any(cast(Any, one.item).request.id == 1 for one in server.running.values()):
+            if any(cast(Any, running.item).request.id == 1 for running in server.running.values()):
                 raise ServerGone("no answer")
 
         fleet = FakeFleet(make, "abort-resume", FakeTransport())

@@ -40,8 +40,8 @@ async def until(holds: Callable[[], object]) -> None:
 def hanging(server: FakeServer, *ids: Any) -> Callable[[], bool]:
     """Whether exactly these requests run on the server, and each has the two tokens after which it hangs or is slow."""
     return lambda: (
-        {cast(Any, one.item).request.id for one in server.running.values() if one.connected} == set(ids)
-        and (all(len(cast(Any, one.item).tokens) >= 2 for one in server.running.values()))
+        {cast(Any, running.item).request.id for running in server.running.values() if running.connected} == set(ids)
+        and (all(len(cast(Any, running.item).tokens) >= 2 for running in server.running.values()))
     )
 
 

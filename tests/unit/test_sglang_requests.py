@@ -38,7 +38,7 @@ def test_a_request_that_kills_servers_fails_by_name_and_the_others_finish() -> N
         requests, results = await serve(servers, [generate(i) for i in range(20)])
         assert sorted(results) == list(range(20))
         failed = [result for result in results.values() if isinstance(result, Failed)]
-        assert [one.id for one in failed] == [5]
+        assert [failure.id for failure in failed] == [5]
         assert str(failed[0].error) == (
             "request 5: 3 servers died while it ran on them, the last one with nothing else on it"
         )

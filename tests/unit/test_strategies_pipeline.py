@@ -145,7 +145,7 @@ def test_the_next_run_requests_only_the_missing_candidates(work: Path) -> None:
     record = only_record(run(work, second))
     assert second.extracted == [first.extracted[1], first.extracted[4]]
     assert len(record["candidates"]) == 2
-    assert [one["reason"] for one in record["rejected"]] == ["unreadable"] * 3
+    assert [rejection["reason"] for rejection in record["rejected"]] == ["unreadable"] * 3
 
 
 def test_the_next_run_requests_new_candidates_if_all_were_rejected(work: Path) -> None:

@@ -74,15 +74,20 @@ def test_the_sets_are_a_partition_that_does_not_depend_on_the_order_of_lines(
         assert "\n" not in str(prepared)
         return
     sets = (prepared.sft, prepared.validation, prepared.rl)
-    all_contents = [*contents(one for part in sets for one in part), *contents(one.problem for one in prepared.removed)]
+    all_contents = [
+        *contents(item for part in sets for item in part),
+        *contents(removal.problem for removal in prepared.removed),
+    ]
     assert Counter(all_contents) == Counter(contents(problems))
-    texts = [normalised(one.problem) for part in sets for one in part]
+    texts = [normalised(item.problem) for part in sets for item in part]
     assert len(texts) == len(set(texts))
     assert [contents(part) for part in sets] == [contents(part) for part in (again.sft, again.validation, again.rl)]
-    assert Counter(one.reason for one in prepared.removed) == Counter(one.reason for one in again.removed)
+    assert Counter(removal.reason for removal in prepared.removed) == Counter(
+        removal.reason for removal in again.removed
+    )
     kept = len(texts)
     assert len(prepared.sft) + len(prepared.validation) == round(rules.sft_share * kept)
-    assert all(one.response for one in [*prepared.sft, *prepared.validation])
+    assert all(item.response for item in [*prepared.sft, *prepared.validation])
 
 
 def test_by_default_a_third_is_for_the_warm_up_and_a_tenth_of_that_for_validation_as_in_the_paper() -> None:
@@ -92,33 +97,35 @@ def test_by_default_a_third_is_for_the_warm_up_and_a_tenth_of_that_for_validatio
 
 def test_different_seeds_draw_the_warm_up_independently() -> None:
     first, second = (prepare(distinct(900), [], Rules(seed=seed)) for seed in (0, 1))
-    both = {one.id for one in (*first.sft, *first.validation)} & {one.id for one in (*second.sft, *second.validation)}
+    both = {item.id for item in (*first.sft, *first.validation)} & {
+        item.id for item in (*second.sft, *second.validation)
+    }
     assert 70 <= len(both) <= 130  # a third of a third of 900 is expected; the standard deviation is 7
 
 
 def test_additional_problems_move_few_others_to_another_set() -> None:
     before, after = prepare(distinct(300), [], Rules()), prepare(distinct(303), [], Rules())
-    assert len({one.id for one in before.rl} & {one.id for one in after.rl}) >= 197
+    assert len({item.id for item in before.rl} & {item.id for item in after.rl}) >= 197
 
 
 def test_the_warm_up_contains_only_problems_with_a_response() -> None:
     problems = [*distinct(6), *(problem(f"bare {i} of {i}", str(i), response=None) for i in range(12))]
     prepared = prepare(problems, [], Rules())
-    assert sorted(one.id for one in (*prepared.sft, *prepared.validation)) == sorted(one.id for one in distinct(6))
+    assert sorted(item.id for item in (*prepared.sft, *prepared.validation)) == sorted(item.id for item in distinct(6))
 
 
 def test_the_duplicate_with_response_and_strategy_is_kept() -> None:
     texts = ("What is it?", "what  IS it?", "What\nis it?")
     variants = [problem(texts[0], response=None), problem(texts[1], strategy="s"), problem(texts[2])]
     prepared = prepare([*variants, *distinct(9)], [], Rules())
-    assert sorted(one.problem.id for one in prepared.removed) == sorted([texts[0], texts[2]])
-    assert {one.like.id for one in prepared.removed} == {texts[1]}
-    assert {one.reason for one in prepared.removed} == {"duplicate"}
+    assert sorted(removal.problem.id for removal in prepared.removed) == sorted([texts[0], texts[2]])
+    assert {removal.like.id for removal in prepared.removed} == {texts[1]}
+    assert {removal.reason for removal in prepared.removed} == {"duplicate"}
 
 
 def test_duplicates_with_different_answers_are_removed_for_a_separate_reason() -> None:
     prepared = prepare([problem("What?", "1"), problem("what?", "2"), *distinct(9)], [], Rules())
-    assert [one.reason for one in prepared.removed] == ["duplicate with another answer"]
+    assert [removal.reason for removal in prepared.removed] == ["duplicate with another answer"]
 
 
 @pytest.mark.parametrize(
@@ -135,7 +142,7 @@ def test_a_near_duplicate_is_removed_only_if_its_numbers_and_answer_are_equal(
 ) -> None:
     first = problem(LONG.format("how far do they walk in 3 days in total?"), response="so", strategy="s")
     prepared = prepare([first, problem(text, answer), *distinct(9)], [], Rules())
-    found = [(one.problem.problem, one.reason, one.like) for one in prepared.removed]
+    found = [(removal.problem.problem, removal.reason, removal.like) for removal in prepared.removed]
     assert found == ([(text, "near-duplicate", first)] if removed else [])
 
 
@@ -147,23 +154,23 @@ def test_contamination_is_found_in_either_direction_above_the_given_overlap() ->
         problem("in 3 days?"),
     ]
     strict = prepare([*contaminated, *distinct(9)], evaluation, Rules())
-    assert {(one.problem.id, one.evaluation) for one in strict.removed} == {
+    assert {(removal.problem.id, removal.evaluation) for removal in strict.removed} == {
         (contaminated[0].id, "aime"), (contaminated[1].id, "math"), (contaminated[2].id, "aime")
     }  # fmt: skip
-    assert all(one.shared in " ".join(words_of(one.problem.problem)) for one in strict.removed)
+    assert all(removal.shared in " ".join(words_of(removal.problem.problem)) for removal in strict.removed)
     lax = prepare([*contaminated, *distinct(9)], evaluation, Rules(contamination_overlap=0.95))
-    assert {one.problem.id for one in lax.removed} == {contaminated[1].id, contaminated[2].id}
+    assert {removal.problem.id for removal in lax.removed} == {contaminated[1].id, contaminated[2].id}
 
 
 # tests of the command
 
 
-def record(one: Problem) -> dict[str, Any]:
-    return {"problem": one.problem, "answer": one.answer, "response": one.response, "level": 3}
+def record(item: Problem) -> dict[str, Any]:
+    return {"problem": item.problem, "answer": item.answer, "response": item.response, "level": 3}
 
 
 def write(path: Path, problems: list[Problem]) -> str:
-    path.write_text("".join(json.dumps(record(one)) + "\n" for one in problems))
+    path.write_text("".join(json.dumps(record(item)) + "\n" for item in problems))
     return str(path)
 
 
@@ -185,7 +192,7 @@ def test_the_written_files_can_be_used_as_task_sources(
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["removed"] == {"contamination": 1, "duplicate": 1}
     assert manifest["sources"][0]["ignored_columns"] == ["level"]
-    assert {name: one["problems"] for name, one in manifest["sets"].items()} == {
+    assert {name: facts["problems"] for name, facts in manifest["sets"].items()} == {
         "sft": 9,
         "sft-validation": 1,
         "rl": 19,
@@ -194,9 +201,9 @@ def test_the_written_files_can_be_used_as_task_sources(
     for name, facts in manifest["sets"].items():
         source = open_source("file", path=str(out / f"{name}.{suffix}"), held_out=0, seed=0)
         problems = [source.training(i) for i in range(facts["problems"])]
-        assert sum(one.response is not None for one in problems) == facts["with_response"]
-        texts |= {one.problem for one in problems}
-    assert texts == {one.problem for one in distinct(29)}
+        assert sum(item.response is not None for item in problems) == facts["with_response"]
+        texts |= {item.problem for item in problems}
+    assert texts == {item.problem for item in distinct(29)}
     sets = [f"sft.path={out}/sft.{suffix}", f"sft.validation={out}/sft-validation.{suffix}"]
     warm_up = sft_data(load("configs/paper-qwen2.5-7b.yaml", sets))
     assert (len(warm_up.training), len(warm_up.validation), warm_up.without) == (9, 1, 0)
