@@ -1,4 +1,4 @@
-"""Which code made a result: the package's version and, in a checkout, its commit."""
+"""The code that produced a result: the version of the package and, in a Git checkout, its commit."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from pathlib import Path
 import sgpo_async
 from sgpo_async.experiments.plan import Result
 
-DEADLINE_S = 10.0  # of git, which may hang on a network's file system
+DEADLINE_S = 10.0  # for git, which may hang on a network file system
 
 
 def code_version() -> dict[str, str | None]:
-    """`version`, and `commit`: with -dirty behind it if files differ from it; None outside a checkout."""
+    """`version`, and `commit`, followed by -dirty if files were changed; `commit` is None outside a checkout."""
     return {"version": sgpo_async.__version__, "commit": commit(Path(sgpo_async.__file__).parent.parent)}
 
 
 def commit(root: Path) -> str | None:
-    """The commit checked out at `root`; None if `root` is not the top of a checkout, or git does not say.
+    """The commit checked out at `root`; None if `root` is not the top of a checkout, or if git fails.
 
-    Only the top counts: a package installed somewhere below another project's checkout is not of that project's commit.
+    Only the top counts: the package may be installed inside the checkout of another project.
     """
     if not (root / ".git").exists():
         return None
-    words = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    command = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        done = subprocess.run(words, cwd=root, capture_output=True, text=True, timeout=DEADLINE_S, check=True)
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=DEADLINE_S, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None
 
 
 def codes(results: Iterable[Result]) -> str:
-    """The versions and commits of these results, each once."""
+    """The distinct versions and commits of these results."""
     found = {(result["version"], result.get("commit") or "") for result in results}
     return "; ".join(f"{version}, commit {_short(commit_)}" for version, commit_ in sorted(found))
 

@@ -1,4 +1,4 @@
-"""Pages and the table of trials from results that are there: no trial is run.
+"""Writes pages and the table of trials from existing results; runs no trial.
 
 trials.parquet ─▶ OUT/results/ID.json ─▶ FOLDER/NAME/README.md with its figures, FOLDER/trials.parquet
                   OUT/bases/NAME/base.json ─▶ FOLDER/bases/NAME.json
@@ -21,29 +21,30 @@ TRIALS = "trials.parquet"
 
 
 def add_trials(table: Path, out: Path) -> None:
-    """Write a result file into `out` for each trial in `table` that has none there."""
+    """Write a result file into `out` for each trial in `table` that has none yet."""
     trials = read_trials(table)
-    there = read_results(out / "results")
-    for name in trials.keys() - there.keys():
+    existing = read_results(out / "results")
+    new = trials.keys() - existing.keys()
+    for name in new:
         write_whole(out / "results" / f"{name}.json", to_json(trials[name]) + "\n")
-    print(f"{table}: {len(trials):,} trials, {len(trials.keys() - there.keys()):,} of them new in {out / 'results'}")
+    print(f"{table}: {len(trials):,} trials, {len(new):,} of them new in {out / 'results'}")
 
 
 def write_pages(experiments: Sequence[Experiment], *, out: Path) -> None:
-    """Write the page of each experiment into `out`, of the results there."""
+    """Write the page of each experiment into `out`, from the results in `out`."""
     _write_pages(experiments, _results(out), out)
 
 
 def collect(experiments: Sequence[Experiment], *, out: Path, folder: Path) -> None:
-    """Write into `folder` what is to be kept of `out`: the experiments' pages, all trials, the bases' recipes.
+    """Write what should be kept of `out` into `folder`: the experiments' pages, all trials, the recipes of the bases.
 
-    What is in `folder` besides, such as pages of other experiments, stays as it is.
+    Other files in `folder`, such as pages of other experiments, stay unchanged.
 
     Raises:
-        SgpoError: one line, before anything is written.
+        SgpoError: one line; nothing has been written then.
     """
     if folder.resolve() == out.resolve():
-        raise SgpoError(f"--collect must be another folder than --out, got {folder} for both; name another one")
+        raise SgpoError(f"--collect must be another folder than --out, got {folder} for both")
     results = _results(out)
     _write_pages(experiments, results, folder)
     write_trials(folder / TRIALS, results, experiments)
@@ -56,8 +57,8 @@ def _results(out: Path) -> dict[str, Result]:
     results = read_results(out / "results")
     if not results:
         raise SgpoError(
-            f"{out / 'results'}: must hold results of trials, got none; run the experiments with --out {out} or take "
-            f"results over with --from {TRIALS}"
+            f"{out / 'results'}: must hold results of trials, got none; run the experiments with --out {out} or import "
+            f"results with --from {TRIALS}"
         )
     return results
 

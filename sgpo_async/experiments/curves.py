@@ -1,4 +1,4 @@
-"""What a trial's curve says: along the way of one run, and of several seeds together."""
+"""Values read from the curves of trials: of one run, and averaged over seeds."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from sgpo_async.experiments.plan import Result
 from sgpo_async.experiments.statistics import Interval, interval
 
 Points = Sequence[tuple[int, Interval]]
-"""Rollouts generated, and what was measured there."""
+"""(rollouts generated, mean over the seeds and its interval)."""
 
 
 def completed(result: Result, run: Run) -> Result:
-    """The result with points to the last step: a run that diverged solves nothing from the step after.
+    """The result with a curve up to the last step: after it diverged, a run has a pass rate of 0.
 
-    `run` is its configuration. Without these points the seeds of a cell would have only the beginning in common, and
-    one that diverged would count for what it was before.
+    `run` is its configuration. Without these points the mean over the seeds would end at the first divergence, and a
+    run that diverged would count with its pass rate before that.
     """
     if result["diverged"] is None:
         return result
-    first = result["diverged"]["step"] + 1  # the step that failed left no weights worth measuring
+    first = result["diverged"]["step"] + 1  # the failed step left no usable weights
     measured = [point for point in result["curve"] if point["step"] < first]
     size = run.rollout.size * run.learner.problems_per_step
-    after = {first, *range(0, run.steps, run.evaluation.every), run.steps}
-    nothing = [
-        {"step": step, "rollouts": step * size, "auto": 0.0, "guided": 0.0} for step in sorted(after) if step >= first
+    steps = {first, *range(0, run.steps, run.evaluation.every), run.steps}
+    zeros = [
+        {"step": step, "rollouts": step * size, "auto": 0.0, "guided": 0.0} for step in sorted(steps) if step >= first
     ]
-    return {**result, "curve": measured + nothing}
+    return {**result, "curve": measured + zeros}
 
 
 def third(result: Result) -> float:
-    """Validation pass rate at a third of the rollouts, on the straight line between the points around it."""
+    """Validation pass rate after a third of the rollouts, linearly interpolated."""
     curve = result["curve"]
     at = result["steps"] / 3
     before = max((point for point in curve if point["step"] <= at), key=lambda point: point["step"])
@@ -42,16 +42,16 @@ def third(result: Result) -> float:
 
 
 def best(result: Result) -> float:
-    """The highest validation pass rate along the way."""
+    """The highest validation pass rate of the curve."""
     return max(float(point["auto"]) for point in result["curve"])
 
 
 def over_seeds(results: Sequence[Result], key: str) -> Points:
-    """Mean and interval of `key` at each step that all results have, over those that measured it there."""
+    """Mean and interval of `key` at each step that all results have, over the results that measured `key` there."""
     by_step = [{point["step"]: point for point in result["curve"]} for result in results]
     points: list[tuple[int, Interval]] = []
-    for step in sorted(set.intersection(*(set(one) for one in by_step))):
-        known = [one[step][key] for one in by_step if key in one[step]]
+    for step in sorted(set.intersection(*map(set, by_step))):
+        known = [points_of[step][key] for points_of in by_step if key in points_of[step]]
         if known:
             points.append((by_step[0][step]["rollouts"], interval(known)))
     return points

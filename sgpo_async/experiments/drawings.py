@@ -1,4 +1,4 @@
-"""Which figures a setting gets: pass rates, beside them mean alpha and what the mask takes; entropy."""
+"""The figures of a setting: pass rates, alone or beside mean alpha or the masked share of the KL; and entropy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sgpo_async.experiments.plan import Result
 
 
 class Measure(NamedTuple):
-    """Something that stands in the points of a curve."""
+    """A value that the points of a curve have."""
 
     key: str
     label: str
@@ -27,11 +27,11 @@ class Kind(NamedTuple):
 
     title: str
     measures: tuple[Measure, ...]
-    above_0: str = ""  # only of methods that have this above 0 somewhere
+    above_0: str = ""  # a key; the figure shows only methods whose value is above 0 somewhere
 
 
 PASS_RATE = Measure("auto", "validation pass rate alone, %", 100, 100)
-KINDS = {  # those of FIGURE_KINDS
+KINDS = {  # the keys are FIGURE_KINDS
     "curves": Kind("pass rate over rollouts", (PASS_RATE,)),
     "alpha": Kind("pass rate and mean alpha over rollouts", (PASS_RATE, Measure("alpha", "mean alpha")), "alpha"),
     "masked": Kind(
@@ -49,10 +49,10 @@ def draw_setting(
     folder: Path,
     chosen: Sequence[Figure] | None = None,
 ) -> dict[str, str]:
-    """Write the figures of a setting, those in which some method has something to show; returns file -> kind.
+    """Write the figures of a setting that have at least one curve; returns file -> kind.
 
     Args:
-        chosen: the figures of the page, of all settings; default: every kind.
+        chosen: the figures that the experiment file names, for all settings; None: every kind.
     """
     written: dict[str, str] = {}
     for figure in _figures(setting, [*methods], chosen):
@@ -66,14 +66,14 @@ def draw_setting(
 
 
 def _figures(setting: str, methods: list[str], chosen: Sequence[Figure] | None) -> list[Figure]:
-    """Those chosen for this setting; else every kind, of all methods, in as many parts as they need.
+    """The figures chosen for this setting; without a choice every kind for all methods, split if they are too many.
 
-    A method has the same colour in figures of the same methods: its place among them decides, and not which of them
-    have something to show.
+    The colour of a method depends on its place among the methods of the figure, including methods without a curve, so
+    it is the same in all figures of the same methods.
     """
     if chosen is not None:
-        mine = [figure for figure in chosen if figure.setting == setting]
-        return [replace(figure, methods=figure.methods or methods) for figure in mine]
+        own = [figure for figure in chosen if figure.setting == setting]
+        return [replace(figure, methods=figure.methods or methods) for figure in own]
     groups = parts(methods)
     return [
         Figure(kind=kind, setting=setting, methods=[*group], name=str(number) * (len(groups) > 1))
@@ -83,7 +83,7 @@ def _figures(setting: str, methods: list[str], chosen: Sequence[Figure] | None) 
 
 
 def remove_others(written: Collection[str], folder: Path) -> None:
-    """Delete figures of an earlier call that are not among those `written` now."""
+    """Delete figures of earlier calls that were not `written` by this call."""
     for kind in FIGURE_KINDS:
         for path in folder.glob(f"{kind}*.svg"):
             if path.name not in written:

@@ -1,4 +1,4 @@
-"""Runs an experiment from its file to its tables: bases, tuning, trials. What is there already is not done again."""
+"""Runs an experiment from its file to its tables: bases, tuning, trials. Existing bases and results are reused."""
 
 from __future__ import annotations
 
@@ -20,17 +20,15 @@ from sgpo_async.experiments.tables import write_tables
 from sgpo_async.experiments.work import BaseJob, TrialJob, make_base, run_trial
 from sgpo_async.files import to_json, write_whole
 
-Say = Callable[[str], None]
-
 log = logging.getLogger(__name__)
 
 
 def run_experiment(experiment: Experiment, *, out: Path, workers: int, limit_s: float | None = None) -> int:
-    """Do what is missing of the experiment and write its tables; returns the exit status.
+    """Make missing bases, run missing trials, and write the tables of the experiment; returns the exit status.
 
     Args:
         out: folder of bases and results, which several experiments may share.
-        limit_s: start no trial after so many seconds; a later call does the rest.
+        limit_s: start no trial after this many seconds; a later call runs the rest.
 
     Raises:
         SgpoError: one line.
@@ -60,14 +58,14 @@ class _Runner:
     def __init__(self, experiment: Experiment, out: Path, *, in_time: Callable[[], bool]) -> None:
         self.experiment, self.folder, self._in_time = experiment, out / experiment.name, in_time
         self._bases, self._files = out / "bases", out / "results"
-        for place in (self.folder, self._bases, self._files):
-            place.mkdir(parents=True, exist_ok=True)
+        for folder in (self.folder, self._bases, self._files):
+            folder.mkdir(parents=True, exist_ok=True)
         self._levels = base_levels(experiment)
-        self._code = code_version()  # asked now: a checkout may move on while trials run
+        self._code = code_version()  # read now: the checkout may change while trials run
         self.results: dict[str, Result] = read_results(self._files)
 
     def make_bases(self, pool: Pool) -> None:
-        """Make the base policies that are not there, each after the one that it starts from."""
+        """Make the missing base policies, each after the base that it starts from."""
         for name in self.experiment.bases:
             self._check_base(name)
         for names in self._levels:
@@ -78,28 +76,28 @@ class _Runner:
     def _base_job(self, name: str) -> BaseJob:
         base = self.experiment.bases[name]
         start = self._model(base.start)
-        words = self.experiment.overrides(base.train, {"model.path": start} if base.train else {})
+        overrides = self.experiment.overrides(base.train, {"model.path": start} if base.train else {})
         made_by = recipe(self.experiment, name)
-        return BaseJob(name, base, start, str(self._base(name)), self.experiment.config, words, made_by)
+        return BaseJob(name, base, start, str(self._base(name)), self.experiment.config, overrides, made_by)
 
     def _check_base(self, name: str) -> None:
-        """A base that is there was made by the recipe of today: results will say that they begin with it."""
+        """Raise SgpoError if an existing base was made by another recipe: results record the current recipe."""
         folder = self._base(name)
         if folder.exists() and not same_recipe(_recipe_in(folder), recipe(self.experiment, name)):
             raise SgpoError(
-                f"{folder}: its base.json does not hold the recipe of bases.{name}; move the folder away, and the base "
-                "is made anew, or give the base another name"
+                f"{folder}: its base.json does not hold the recipe of bases.{name}; move the folder away, so that the "
+                "base is made again, or give the base another name"
             )
 
     def do(self, pool: Pool, trials: Sequence[Trial], what: str) -> None:
-        """Run those of `trials` that have no result."""
-        all_of_them = {trial.id: trial for trial in trials}  # cells may have trials in common
-        missing = [trial for trial in all_of_them.values() if trial.id not in self.results]
-        log.info(f"{self.experiment.name}: {what}: {len(all_of_them) - len(missing)} of {len(all_of_them)} there")
+        """Run the `trials` that have no result."""
+        unique = {trial.id: trial for trial in trials}  # cells may share trials
+        missing = [trial for trial in unique.values() if trial.id not in self.results]
+        log.info(f"{self.experiment.name}: {what}: {len(unique) - len(missing)} of {len(unique)} done before")
         began = time.monotonic()
         results = pool.run(run_trial, [self._job(trial) for trial in missing], while_=self._in_time)
         for done, (job, result) in enumerate(results, 1):
-            trial = all_of_them[job.id]
+            trial = unique[job.id]
             record = {**self._code, "config": trial.config, "rate": trial.rate, **result}
             write_whole(self._files / f"{job.id}.json", to_json(record) + "\n")
             self.results[job.id] = record
@@ -108,7 +106,7 @@ class _Runner:
 
     def _job(self, trial: Trial) -> TrialJob:
         model = self._model(trial.run.model.path)
-        return TrialJob(trial.id, self.experiment.config, (*trial.words, f"model.path={model}"))
+        return TrialJob(trial.id, self.experiment.config, (*trial.overrides, f"model.path={model}"))
 
     def _model(self, path: str) -> str:
         return str(self._base(path.removeprefix(BASE))) if path.startswith(BASE) else path
@@ -118,7 +116,7 @@ class _Runner:
 
 
 def _recipe_in(folder: Path) -> object:
-    """What the base in `folder` says that it was made by; None if it says nothing."""
+    """The recipe recorded in `folder`; None if there is none."""
     try:
         return json.loads((folder / "base.json").read_text(encoding="utf-8")).get("recipe")
     except (OSError, ValueError, AttributeError):

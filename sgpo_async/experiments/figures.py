@@ -1,4 +1,4 @@
-"""Curves with their intervals, as SVG: one or more panels over the rollouts, with one legend below them."""
+"""Draws curves with their intervals as SVG: one or more panels over rollouts, with one legend below them."""
 
 from __future__ import annotations
 
@@ -13,45 +13,45 @@ from sgpo_async.experiments.curves import Points
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MOST_BANDS = 6  # curves with their intervals in one diagram; the bands of more hide each other
-# Told apart side by side, also by those who see red and green alike: the second six are dashed.
+MOST_BANDS = 6  # a panel with more curves shows no intervals: their bands would hide each other
+# Distinguishable side by side, also for red-green colour blindness; the curves of the second six are dashed.
 COLOURS = (
     *("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#111111"),
     *("#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#b5a100", "#0b3d91"),
 )
-STYLE: Any = {  # of matplotlib
-    "svg.hashsalt": "sgpo",  # the same figures give the same file
-    "svg.fonttype": "none",  # text stays text: its letters as outlines would be most of a file
+STYLE: Any = {  # matplotlib settings
+    "svg.hashsalt": "sgpo",  # makes the file reproducible
+    "svg.fonttype": "none",  # keeps text as text: outlines of letters would be most of the file
     "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],  # a list of twelve names would stand in each label
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],  # every label repeats the whole list
 }
 
 
 class Curve(NamedTuple):
-    """Something measured over rollouts generated, of one method."""
+    """A measure of one method over the rollouts generated."""
 
     name: str
-    place: int  # among the methods that share figures: its colour
+    place: int  # among the methods of the figure; determines the colour
     points: Points
 
 
 class Panel(NamedTuple):
-    """What one diagram shows."""
+    """One diagram of a figure."""
 
     label: str  # of the vertical axis, with the unit
     curves: Sequence[Curve]
-    factor: float = 1.0  # from what was measured to that unit
-    top: float | None = None  # where the axis ends; default: where the curves do
+    factor: float = 1.0  # multiplies the measured values, to give that unit
+    top: float | None = None  # end of the vertical axis; None: fits the curves
 
 
 def parts(methods: Sequence[str]) -> list[Sequence[str]]:
-    """The methods in order, in as few parts of at most `MOST_CURVES` as hold them, each about as long as the others."""
+    """The methods in order, split into the fewest parts of at most `MOST_CURVES`, of about equal length."""
     size = math.ceil(len(methods) / math.ceil(len(methods) / MOST_CURVES))
     return [methods[first : first + size] for first in range(0, len(methods), size)]
 
 
 def draw(panels: Sequence[Panel], path: Path) -> None:
-    """Write one figure, panels side by side: a line per method, and its interval as a band where there is room."""
+    """Write one figure with its panels side by side: a line per method, with its interval as a band if they are few."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -89,5 +89,5 @@ def _draw_panel(panel: Panel, axes: Axes) -> None:
 
 
 def _within(value: float, top: float | None) -> float:
-    """None of what is drawn can be below 0."""
+    """`value` limited to 0 ... `top`."""
     return min(max(0.0, value), math.inf if top is None else top)

@@ -1,13 +1,13 @@
-"""What a trial is: its whole configuration as plain data, and a digest of what in it decides what is learned.
+"""The identity of a trial: a digest of the keys of its configuration that affect what it learns.
 
-    words ─▶ Run ─▶ plain data; for `base:NAME` the recipe of that base ─▶ fill, leave out ─▶ digest
-                                        │                                      ▲
-                                        └── recorded in the result's file ─────┘  read again, years later
+    overrides ─▶ Run ─▶ plain data; for `base:NAME` the recipe of that base ─▶ fill, leave out ─▶ digest
+                                            │                                      ▲
+                                            └── recorded in the result's file ─────┘  read by later calls
 
-The overrides of a trial are not enough to identify it: the rest comes from defaults, which change, and the name of a
-base does not say how the base was made. So a result keeps all values and is compared by them. Keys that a result lacks
-are filled in from the present defaults: a key that a later feature brought, off by default, leaves old results valid. A
-default that changed makes the results stale that were made with the old one.
+The overrides of a trial are not enough to identify it: the other values are defaults, which may change, and the name of
+a base does not say how the base was made. So a result stores all values. Keys that a result lacks are filled in from
+the current defaults: old results stay valid when a new feature adds a key, if the feature is off by default. If a
+default changes, the results made with the old value no longer count.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from sgpo_async.config.schema import Run
 from sgpo_async.files import to_json
 
 Plain = dict[str, Any]
-"""A configuration, or a part of one, as it stands in a file."""
+"""A configuration, or a part of it, as it is stored in a file."""
 
-# A trial is one process: it has no folder of its own, no hub to send messages to, and starts neither actors nor ranks.
-# These keys are read by what it leaves out (or only by validation), and a result is the same with any value of them.
+# Keys that do not affect a trial. A trial is one process without a folder, a hub, actors or other ranks, so nothing
+# except validation reads these keys.
 NOT_LEARNED = (
     "name",
     "out",
@@ -41,7 +41,7 @@ NOT_LEARNED = (
 
 
 def configuration(experiment: Experiment, run: Run) -> Plain:
-    """Every key of a trial's configuration; in place of a base's name stands its recipe."""
+    """Every key of a trial's configuration, with the recipe of the base instead of its name."""
     plain = to_plain(run)
     path = plain["model"]["path"]
     plain["model"]["path"] = recipe(experiment, path.removeprefix(BASE)) if path.startswith(BASE) else path
@@ -49,7 +49,7 @@ def configuration(experiment: Experiment, run: Run) -> Plain:
 
 
 def recipe(experiment: Experiment, name: str) -> Plain:
-    """How the base of this name is made, with the recipes of the bases that it starts from."""
+    """How this base is made, including the recipes of the bases that it starts from."""
     base = experiment.bases[name]
     if base.train:
         overrides = experiment.overrides(base.train, {"model.path": base.start})
@@ -59,19 +59,19 @@ def recipe(experiment: Experiment, name: str) -> Plain:
 
 
 def identity(config: Plain) -> str:
-    """Name of what is learned with this configuration, whether it was made just now or read from a result."""
+    """The identity of a trial with this configuration, which may be new or read from a result."""
     content = json.dumps(_decisive(config), sort_keys=True)
     return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
 
 def same_recipe(one: object, other: object) -> bool:
-    """Whether two recipes, each made just now or read from a file, make the same base."""
+    """Whether two recipes make the same base; each may be new or read from a file."""
     return _decisive_model(one) == _decisive_model(other)
 
 
 def _decisive(config: Plain) -> Plain:
-    """The whole configuration without the keys that decide nothing."""
-    # As JSON holds it, where infinity is null: what is made just now must equal what was read.
+    """The whole configuration without the keys that do not affect a trial."""
+    # Through JSON, which turns infinity into null, so that a new configuration equals one that was read.
     whole: Plain = json.loads(to_json(filled(config, _defaults())))
     for key in NOT_LEARNED:
         section, _, last = key.rpartition(".")
@@ -81,7 +81,7 @@ def _decisive(config: Plain) -> Plain:
 
 
 def _decisive_model(origin: object) -> object:
-    """A model's path as it is; a recipe with what it lacks, and without what decides nothing."""
+    """The path of a model unchanged; a recipe with its missing keys, and without keys that do not affect a trial."""
     match origin:
         case {"trained": dict(config)}:
             return {"trained": _decisive(config)}
@@ -92,7 +92,7 @@ def _decisive_model(origin: object) -> object:
 
 
 def filled(stored: Plain, defaults: Plain) -> Plain:
-    """`stored` with the defaults of the keys that it lacks, section by section."""
+    """`stored`, with the defaults of the keys that it lacks, also inside its sections."""
     return defaults | {
         key: filled(value, defaults[key]) if isinstance(value, dict) and isinstance(defaults.get(key), dict) else value
         for key, value in stored.items()

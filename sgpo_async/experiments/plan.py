@@ -1,4 +1,4 @@
-"""Which trials an experiment has: pure, no process, no file."""
+"""The trials of an experiment, as pure functions: no process, no file."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Trial:
     method: str
     rate: float
     seed: int
-    words: tuple[str, ...]  # what it is started with
-    run: Run  # what they come to
-    config: Plain  # the same as plain data, by which its result is known
+    overrides: tuple[str, ...]  # of the experiment's configuration, including learning rate and seed
+    run: Run  # the resulting configuration
+    config: Plain  # the same as plain data, from which the identity is computed
 
     @cached_property
     def id(self) -> str:
-        """Name of its result. Another name, other words or another experiment repeat nothing."""
+        """The identity, which names the result file. It is independent of experiment, setting and method names."""
         return identity(self.config)
 
 
@@ -39,29 +39,29 @@ def cells(experiment: Experiment) -> list[tuple[str, str]]:
 
 
 def trial(experiment: Experiment, cell: tuple[str, str], *, rate: float | None, seed: int) -> Trial:
-    """The trial of a cell; its learning rate is `rate`, or the one that its keys name."""
+    """The trial of a cell; `rate` None: the learning rate of the cell's configuration."""
     setting, method = cell
-    own = {"seed": seed} if rate is None else {"seed": seed, "optim.lr": rate}
-    run = replace(cell_run(experiment, cell), seed=seed)  # parsing all overrides again for each trial takes far longer
+    changes = {"seed": seed} if rate is None else {"seed": seed, "optim.lr": rate}
+    run = replace(cell_run(experiment, cell), seed=seed)  # much faster than parsing all overrides for each trial
     run = run if rate is None else replace(run, optim=replace(run.optim, lr=rate))
     return Trial(
         setting=setting,
         method=method,
         rate=run.optim.lr,
         seed=seed,
-        words=experiment.overrides(experiment.keys(setting, method), own),
+        overrides=experiment.overrides(experiment.keys(setting, method), changes),
         run=run,
         config=configuration(experiment, run),
     )
 
 
 def tuned(experiment: Experiment, cell: tuple[str, str]) -> bool:
-    """Whether the learning rate of a cell is to be found."""
+    """Whether the learning rate of a cell is tuned."""
     return bool(experiment.tune.rates) and "optim.lr" not in experiment.keys(*cell)
 
 
 def tuning(experiment: Experiment) -> list[Trial]:
-    """One trial per cell, rate and tuning seed."""
+    """The tuning trials: one per tuned cell, rate and tuning seed."""
     return [
         trial
         for cell in dict.fromkeys(tuning_cell(experiment, cell) for cell in cells(experiment))
@@ -72,9 +72,9 @@ def tuning(experiment: Experiment) -> list[Trial]:
 
 
 def best_rates(experiment: Experiment, results: Mapping[str, Result]) -> dict[tuple[str, str], float | None]:
-    """Each cell's learning rate of the highest validation pass rate; the lower of equals. None: not tuned.
+    """Each cell's learning rate with the highest validation pass rate, the lower one if two are equal.
 
-    Cells whose tuning is not complete are left out.
+    None: the cell is not tuned. Cells whose tuning is not complete are left out.
     """
     chosen: dict[tuple[str, str], float | None] = {}
     for cell in cells(experiment):
@@ -90,19 +90,19 @@ def best_rates(experiment: Experiment, results: Mapping[str, Result]) -> dict[tu
 def tuning_scores(
     experiment: Experiment, cell: tuple[str, str], results: Mapping[str, Result]
 ) -> dict[float, list[float]]:
-    """Rate -> validation pass rate of each tuning trial that is there, by which the rate of `cell` is chosen."""
+    """Rate -> validation pass rates of the finished tuning trials that decide the rate of `cell`."""
     tried = _tried(experiment, tuning_cell(experiment, cell))
     return {rate: [validation(results[t.id]) for t in trials if t.id in results] for rate, trials in tried.items()}
 
 
 def at_the_edge(experiment: Experiment, rate: float | None) -> bool:
-    """Whether a chosen rate is the lowest or highest of several that were tried: a better one may lie beyond."""
+    """Whether a chosen rate is the lowest or highest of the grid: a better rate may lie outside."""
     rates = set(experiment.tune.rates)
     return len(rates) > 1 and rate in (min(rates), max(rates))
 
 
 def tuning_cell(experiment: Experiment, cell: tuple[str, str]) -> tuple[str, str]:
-    """Where the learning rate of `cell` is found."""
+    """The cell whose trials decide the learning rate of `cell`."""
     return experiment.tune.setting or cell[0], cell[1]
 
 
@@ -112,14 +112,14 @@ def _tried(experiment: Experiment, cell: tuple[str, str]) -> dict[float, list[Tr
 
 
 def final(experiment: Experiment, rates: Mapping[tuple[str, str], float | None]) -> list[Trial]:
-    """One trial per cell with a known rate and seed; seed by seed, so that a table fills evenly."""
+    """One trial per seed and cell with a known rate, in the order of seeds, so that a table fills evenly."""
     return [trial(experiment, cell, rate=rates[cell], seed=seed) for seed in experiment.seeds for cell in rates]
 
 
 def validation(result: Result) -> float:
     """Mean autonomous pass rate on validation problems over the last quarter of the curve; 0 if the run diverged.
 
-    The last quarter and not the last point: a rate that peaks and falls is not the best one.
+    An average, so that neither an early peak nor the last point alone decides.
     """
     if result["diverged"] is not None:
         return 0.0
@@ -128,10 +128,10 @@ def validation(result: Result) -> float:
 
 
 def check_budget(experiment: Experiment) -> dict[str, int]:
-    """Setting -> rollouts that each of its trials is given to learn from; raises ConfigError unless its methods agree.
+    """Setting -> rollouts of each of its trials; raises ConfigError if the methods in a setting differ.
 
-    Settings may differ: methods are compared within each. Objectives that learn from demonstrations alone use no
-    rollouts, and are left out.
+    Settings may differ, because methods are compared within a setting. Objectives that learn only from demonstrations
+    use no rollouts and are left out.
     """
     return {setting: _budget_in(experiment, setting) for setting in experiment.settings}
 
@@ -140,15 +140,15 @@ def _budget_in(experiment: Experiment, setting: str) -> int:
     runs = {method: cell_run(experiment, (setting, method)) for method in experiment.methods}
     budgets = {method: budget(run) for method, run in runs.items() if run.algorithm.objective != "sft"}
     first = next(iter(budgets.values()), 0)
-    there = f" in {setting}" if setting else ""
+    where = f" in {setting}" if setting else ""
     for method, rollouts in budgets.items():
-        rule = f"must have the sample budget of the other methods{there}, {first} rollouts"
+        rule = f"must have the sample budget of the other methods{where}, {first} rollouts"
         require(rollouts == first, f"methods.{method}", rule, rollouts)
     return first
 
 
 def cell_run(experiment: Experiment, cell: tuple[str, str]) -> Run:
-    """The configuration of a cell, before a learning rate and a seed are chosen."""
+    """The configuration of a cell, without a tuned learning rate and a seed."""
     return experiment.run(experiment.overrides(experiment.keys(*cell)))
 
 
@@ -158,7 +158,7 @@ def budget(run: Run) -> int:
 
 
 def base_levels(experiment: Experiment) -> list[list[str]]:
-    """Names of the bases, level by level: each starts from one of an earlier level, or from none."""
+    """Names of the bases by level: each base starts from a base of an earlier level, or from none."""
     levels: list[list[str]] = []
     left, made = dict(experiment.bases), set[str]()
     while left:

@@ -1,6 +1,6 @@
-"""Jobs over processes, one core each. A job that fails ends the experiment with its error; results so far are kept.
+"""Runs jobs in processes, one core each. A failed job ends the experiment with its error; earlier results are kept.
 
-jobs ─▶ worker 1 ... n (spawned once: importing torch costs seconds) ─▶ (job, result), as they come
+jobs ─▶ worker 1 ... n (spawned once: importing torch takes seconds) ─▶ (job, result), as they finish
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Pool:
     """`workers` processes that each run one job at a time."""
 
     def __init__(self, workers: int) -> None:
-        os.environ["OMP_NUM_THREADS"] = "1"  # of the children; set before they load anything
+        os.environ["OMP_NUM_THREADS"] = "1"  # for the children, which read it when they import torch
         context = multiprocessing.get_context("spawn")
         self._workers = workers
         self._executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_the_parent)
@@ -33,9 +33,9 @@ class Pool:
     def run(
         self, work: Callable[[Job], Result], jobs: Sequence[Job], *, while_: Callable[[], bool] = lambda: True
     ) -> Iterator[tuple[Job, Result]]:
-        """Yields each job with its result as it ends; begins no job when `while_` has become false.
+        """Yields each job with its result when it finishes; starts no more jobs once `while_` returns False.
 
-        Raises SgpoError if a worker died (by a kill, or for want of memory), and whatever a job raised.
+        Raises SgpoError if a worker died (killed, or out of memory), and any exception of a job.
         """
         waiting = deque(jobs)
         running: dict[Future[Result], Job] = {}
@@ -48,7 +48,7 @@ class Pool:
                     yield running.pop(future), future.result()
         except BrokenProcessPool:
             raise SgpoError(
-                "experiment: a worker process died; free memory or use fewer --workers, then call again"
+                "experiment: a worker process died; free memory or use fewer --workers, then run it again"
             ) from None
 
     def close(self) -> None:
@@ -59,7 +59,7 @@ class Pool:
 
 
 def _follow_the_parent() -> None:
-    """Of a worker: Ctrl-C is the parent's to handle; and when the parent is gone, however it went, so is the worker."""
+    """In a worker: ignore Ctrl-C, which the parent handles, and exit when the parent ends for any reason."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -1,4 +1,4 @@
-"""Results as files: written under the identity of their trial, found by what they hold."""
+"""Result files: named by the identity of their trial, but read by the configuration that they hold."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ log = logging.getLogger(__name__)
 
 
 def read_results(folder: Path) -> dict[str, Result]:
-    """Identity -> result, of all files in `folder`; what holds no configuration is told in one line and left alone.
+    """Identity -> result, for all files in `folder`; files without a configuration are not counted, with one warning.
 
-    A file's name was right when it was written. The identity may have changed since, by a key that has come.
+    The identity is computed again: a file's name is outdated if keys have been added since the file was written.
     """
     results: dict[str, Result] = {}
-    unknown: list[Path] = []
+    ignored: list[Path] = []
     for file in sorted(folder.glob("*.json")):
         record = _read(file)
         if isinstance(record.get("config"), dict):
             results.setdefault(identity(record["config"]), record)
         else:
-            unknown.append(file)
-    if unknown:
-        first, more = unknown[0], len(unknown) - 1
+            ignored.append(file)
+    if ignored:
+        first, more = ignored[0], len(ignored) - 1
         holds = f"{first} and {more} more hold" if more else f"{first}: holds"
         log.warning(
             "%s no configuration; not counted, so the trial is run again: move such files out of %s", holds, folder

@@ -1,4 +1,4 @@
-"""Mean and its 95 % interval over seeds."""
+"""The mean over seeds and its 95 % interval."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 
 class Interval(NamedTuple):
-    """A mean over n seeds; `half` is half the width of its 95 % interval, None from a single seed."""
+    """A mean over n seeds; `half` is half the width of its 95 % interval, None for a single seed."""
 
     mean: float
     half: float | None
@@ -18,7 +18,7 @@ class Interval(NamedTuple):
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Student's interval of the mean: seeds are the unit, so it holds what seeds differ in, held-out sampling too."""
+    """Student's interval of the mean. It covers all differences between seeds, including held-out sampling."""
     n = len(values)
     if n < 2:
         return Interval(fmean(values), None, n)
@@ -27,7 +27,7 @@ def interval(values: Sequence[float]) -> Interval:
 
 @cache
 def _t_95(degrees: int) -> float:
-    """Student's t, two-sided 95 %, to three decimals: printed tables have as many, and the first results used one."""
+    """Student's t, two-sided 95 %, rounded to three decimals like the printed table that the first results used."""
     from scipy.stats import t
 
     return round(float(t.ppf(0.975, degrees)), 3)

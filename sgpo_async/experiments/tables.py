@@ -1,4 +1,4 @@
-"""README.md of an experiment: final pass rates with intervals, the start of the curves, guided skill; and figures."""
+"""README.md of an experiment: a table for each setting (pass rates with intervals) and figures."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from sgpo_async.experiments.statistics import Interval, interval
 from sgpo_async.experiments.tuning_table import tuning_tables
 from sgpo_async.files import write_whole
 
-Figure = Callable[[Result], float | None]
+Measure = Callable[[Result], float | None]
 
 
 class Row(NamedTuple):
-    """What a table says of one method."""
+    """The data of one method in a table."""
 
     method: str
-    rate: str  # empty while it is not known
+    rate: str  # the learning rate; empty until it is known
     results: list[Result]
 
 
@@ -40,14 +40,14 @@ def check_packages() -> None:
 
 
 def write_tables(experiment: Experiment, results: Mapping[str, Result], *, folder: Path) -> None:
-    """Write README.md and its figures into `folder`, of the trials that are there."""
+    """Write README.md and its figures into `folder`, from the finished trials."""
     folder.mkdir(parents=True, exist_ok=True)
     rates = best_rates(experiment, results)
     tables = _rows(experiment, results, rates)
     shown = [result for rows in tables.values() for row in rows for result in row.results]
-    said = {setting: conditions(experiment, setting) for setting in experiment.settings}
-    common = len(set(said.values())) == 1
-    parts = [f"# {experiment.title or experiment.name}", *[*said.values()][:common]]
+    captions = {setting: conditions(experiment, setting) for setting in experiment.settings}
+    common = len(set(captions.values())) == 1
+    parts = [f"# {experiment.title or experiment.name}", *[*captions.values()][:common]]
     parts.append(f"{FIGURES} {learning_rates(experiment)}")
     drawn: dict[str, dict[str, str]] = {}
     for setting, rows in tables.items():
@@ -56,7 +56,7 @@ def write_tables(experiment: Experiment, results: Mapping[str, Result], *, folde
     if len(experiment.settings) > 1:
         parts += ["Alone, at the end (test problems):", _overview(tables)]
     for setting, rows in tables.items():
-        parts += [f"## {setting}"] * bool(setting) + [said[setting]] * (not common) + [_table(rows)]
+        parts += [f"## {setting}"] * bool(setting) + [captions[setting]] * (not common) + [_table(rows)]
         parts += _compared(rows, experiment.reference) if experiment.reference else []
         parts += [f"![{KINDS[kind].title}]({file})" for file, kind in drawn[setting].items()]
     parts += tuning_tables(experiment, results, rates)
@@ -80,16 +80,16 @@ def _rows(
 
 
 def _overview(tables: Mapping[str, Sequence[Row]]) -> str:
-    """Methods against settings."""
+    """The final pass rates: a row per method, a column per setting."""
     lines = [f"| method | {' | '.join(tables)} |", f"|---|{'---|' * len(tables)}"]
     for rows in zip(*tables.values(), strict=True):
-        figures = [_cell([_at_the_end(result) for result in row.results]) for row in rows]
-        lines.append(f"| {rows[0].method} | {' | '.join(figures)} |")
+        shown = [_cell([_at_the_end(result) for result in row.results]) for row in rows]
+        lines.append(f"| {rows[0].method} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 
 def _table(rows: Sequence[Row]) -> str:
-    columns: dict[str, Figure] = {
+    columns: dict[str, Measure] = {
         "alone, at the end (test)": _at_the_end,
         "alone, a third of the way (validation)": third,
         "alone, best (validation)": best,
@@ -100,24 +100,24 @@ def _table(rows: Sequence[Row]) -> str:
         f"|---|---|---|{'---|' * (len(columns) + 1)}",
     ]
     for method, rate, results in rows:
-        figures = [_cell([figure(result) for result in results]) for figure in columns.values()]
+        shown = [_cell([measure(result) for result in results]) for measure in columns.values()]
         diverged = sum(result["diverged"] is not None for result in results)
-        lines.append(f"| {method} | {rate} | {len(results)} | {' | '.join(figures)} | {diverged or ''} |")
+        lines.append(f"| {method} | {rate} | {len(results)} | {' | '.join(shown)} | {diverged or ''} |")
     if any(EDGE in row.rate for row in rows):
         lines += ["", f"{EDGE}: the lowest or highest of the rates that were tried; a better one may lie beyond."]
     return "\n".join(lines)
 
 
 def _compared(rows: Sequence[Row], reference: str) -> list[str]:
-    """Differences from the reference, in points: of the same seeds, which have their problems in common."""
-    own = {row.method: {result["config"]["seed"]: result for result in row.results} for row in rows}
-    of_reference = own.pop(reference, {})
+    """Differences from the reference in points, paired by seed: runs with the same seed see the same problems."""
+    by_method = {row.method: {result["config"]["seed"]: result for result in row.results} for row in rows}
+    of_reference = by_method.pop(reference, {})
     lines = []
-    for method, results in own.items():
+    for method, results in by_method.items():
         seeds = results.keys() & of_reference.keys()
         differences = (
-            [figure(results[seed]) - figure(of_reference[seed]) for seed in sorted(seeds)]
-            for figure in (_at_the_end, third)
+            [measure(results[seed]) - measure(of_reference[seed]) for seed in sorted(seeds)]
+            for measure in (_at_the_end, third)
         )
         if seeds:
             cells = " | ".join(show(interval(values), sign="+") for values in differences)
@@ -138,5 +138,5 @@ def _cell(values: Sequence[float | None]) -> str:
 
 
 def show(found: Interval, *, sign: str = "") -> str:
-    """In per cent; differences with a `sign` of "+"."""
+    """The mean and half of its interval, in per cent; `sign` "+" for differences."""
     return f"{100 * found.mean:{sign}.1f}" + (f" ± {100 * found.half:.1f}" if found.half is not None else "")

@@ -1,4 +1,4 @@
-"""The last section of README.md: what each learning rate scored, so that a reader sees how flat the optimum is."""
+"""The Tuning section of README.md: the score of each learning rate, which shows how flat the optimum is."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Cell = tuple[str, str]
 def tuning_tables(
     experiment: Experiment, results: Mapping[str, Result], rates: Mapping[Cell, float | None]
 ) -> list[str]:
-    """Its paragraphs and tables, one for each setting in which rates are tried; none if nothing is tuned.
+    """The paragraphs and tables of the section, a table for each setting with tuning; empty if nothing is tuned.
 
     Args:
-        rates: the chosen ones, as of `best_rates`.
+        rates: the chosen rates, from `best_rates`.
     """
     tried = dict.fromkeys(tuning_cell(experiment, cell) for cell in cells(experiment) if tuned(experiment, cell))
     settings = dict.fromkeys(setting for setting, _ in tried)
@@ -50,7 +50,7 @@ def _table(experiment: Experiment, results: Mapping[str, Result], chosen: Mappin
 
 
 def _score(found: Sequence[float], seeds: int, *, chosen: bool) -> str:
-    """In per cent; with their number while seeds are missing."""
+    """The mean in per cent, with the number of seeds while some are missing."""
     if not found:
         return "–"
     mean = f"{100 * fmean(found):.1f}"

@@ -1,4 +1,4 @@
-"""What a worker process does: make a base policy, run a trial. What needs torch is imported there and not before."""
+"""The jobs of a worker process: make a base policy, run a trial. Only the worker imports torch."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from sgpo_async.model.folder import model_folder
 
 
 class TrialJob(NamedTuple):
-    """One trial: the configuration, already complete, and its name."""
+    """One trial: its identity, and the configuration as a file and overrides."""
 
     id: str
     config: str
-    words: tuple[str, ...]
+    overrides: tuple[str, ...]
 
 
 class BaseJob(NamedTuple):
-    """One base policy to make in `folder`; `start` is a model's path or empty, `recipe` what is kept beside it."""
+    """One base policy to make in `folder`; `start` is a model's path or empty; `recipe` is stored with the base."""
 
     name: str
     base: Base
     start: str
     folder: str
     config: str
-    words: tuple[str, ...]
+    overrides: tuple[str, ...]
     recipe: Plain
 
 
 def run_trial(job: TrialJob) -> dict[str, Any]:
-    """Train and measure."""
+    """Train and evaluate; returns the result."""
     _prepare()
     from sgpo_async.experiments.trial import Trial
 
-    return Trial(load(job.config, job.words)).train()
+    return Trial(load(job.config, job.overrides)).train()
 
 
 def make_base(job: BaseJob) -> dict[str, Any]:
-    """Write the model's folder, whole or not at all; returns the pass rates of what was made."""
+    """Write the folder of the model, completely or not at all; returns the pass rates of the base."""
     _prepare()
     import torch
 
@@ -54,7 +54,7 @@ def make_base(job: BaseJob) -> dict[str, Any]:
     part = Path(f"{job.folder}.part")
     shutil.rmtree(part, ignore_errors=True)
     if job.base.train:
-        trial = Trial(load(job.config, job.words))
+        trial = Trial(load(job.config, job.overrides))
         rates = trial.train()["test"]
         export(
             trial.stepper.policy.model,

@@ -1,4 +1,4 @@
-"""Synthetic metrics that look like those of a real run."""
+"""Synthetic metrics that resemble the metrics of a real run."""
 
 import json
 import math

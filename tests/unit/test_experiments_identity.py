@@ -114,7 +114,7 @@ def test_a_changed_default_makes_results_stale(tmp_path: Path, schema: Schema, b
     before = trial_of(tmp_path, **change)
     store(before, tmp_path / "results")
     schema(NewDefault)
-    assert before.words == trial_of(tmp_path, **change).words
+    assert before.overrides == trial_of(tmp_path, **change).overrides
     assert trial_of(tmp_path, **change).id not in ids_in(tmp_path / "results")
     explicit = trial_of(tmp_path, common={"steps": 6, "algorithm.alpha0": 1.0}, **change)
     assert explicit.id in ids_in(tmp_path / "results"), "the result is found if the old default is set explicitly"
@@ -224,7 +224,7 @@ def test_files_without_a_configuration_are_reported_in_one_line_and_kept(
 ) -> None:
     one = trial_of(tmp_path)
     folder = store(one, tmp_path / "results", name="0")
-    (folder / f"{one.id}.json").write_text(json.dumps({"version": "0.1.0", "words": list(one.words), "rate": 1e-3}))
+    (folder / f"{one.id}.json").write_text(json.dumps({"version": "0.1.0", "words": list(one.overrides), "rate": 1e-3}))
     before = {file: file.read_bytes() for file in folder.iterdir()}
     assert set(read_results(folder)) == {one.id}
     assert caplog.messages == [

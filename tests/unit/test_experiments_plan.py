@@ -26,7 +26,7 @@ def test_the_overrides_of_a_trial_give_its_configuration(tmp_path: Path) -> None
     experiment = load_experiment(write(tmp_path, SMALL))
     trials = tuning(experiment) + final(experiment, dict.fromkeys(cells(experiment), 2e-4))
     for trial in trials + final(experiment, dict.fromkeys(cells(experiment))):
-        assert trial.run == experiment.run(trial.words)
+        assert trial.run == experiment.run(trial.overrides)
         assert (trial.run.seed, trial.run.optim.lr) == (trial.seed, trial.rate)
 
 
@@ -46,7 +46,7 @@ def test_common_settings_and_methods_combine_and_a_given_rate_is_not_tuned(tmp_p
     assert len(tried) == 2 * 2 * 2 * 2  # methods to tune x settings x rates x seeds
     assert {trial.method for trial in tried} == {"SGPO", "GRPO"}
     stale = [trial for trial in tried if (trial.setting, trial.method) == ("stale", "GRPO")]
-    run = experiment.run(stale[0].words)
+    run = experiment.run(stale[0].overrides)
     assert (run.hub.max_lag, run.algorithm.objective, run.rollout.size, run.steps) == (4, "grpo", 12, 6)
     assert {(trial.rate, trial.seed) for trial in stale} == {(1e-4, 7), (1e-4, 8), (1e-3, 7), (1e-3, 8)}
 

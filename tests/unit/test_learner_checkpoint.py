@@ -1,4 +1,4 @@
-"""Checkpoints on one rank: which one is loaded, and the error for a damaged one."""
+"""Checkpoints on one rank: which checkpoint is loaded, and the error for a damaged checkpoint."""
 
 from pathlib import Path
 
@@ -102,7 +102,7 @@ def test_a_model_with_tied_embeddings_is_restored(tmp_path: Path) -> None:
 
 
 def test_a_new_run_sets_aside_the_checkpoints_of_an_earlier_run(tmp_path: Path) -> None:
-    """This works repeatedly and deletes nothing."""
+    """Every further call uses a new folder, and nothing is deleted."""
     folder, stepper = tmp_path / "checkpoints", learner()
     assert checkpoint.set_aside(folder) is None
     for step, number in ((7, 1), (5, 2)):

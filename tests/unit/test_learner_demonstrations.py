@@ -1,4 +1,4 @@
-"""The responses of the problems, as the learner reads and tokenises them."""
+"""Demonstrations: the responses of problems, read and tokenised by the learner."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def file_run(path: Path, responses: list[str | None]) -> Run:
     return Run(tasks=Tasks(source="file", path=str(path), held_out=1), algorithm=LUFFY)
 
 
-def test_a_demonstration_is_the_correct_response_of_the_task_s_problem(tokenizer: object) -> None:
+def test_a_demonstration_is_the_correct_response_to_the_problem_of_its_task(tokenizer: object) -> None:
     run = Run(seed=3, algorithm=LUFFY)
     source = source_of(run)
     demonstrations, task_sampler = Demonstrations(run, source, tokenizer), TaskSampler(run, source)
@@ -62,7 +62,7 @@ def test_the_error_for_a_source_without_any_response_is_one_line(tmp_path: Path,
 
 
 def test_a_tokenizer_without_an_end_token_is_rejected(tokenizer: object) -> None:
-    endless = load_tokenizer(model_folder("builtin:cues"))
-    endless.eos_token = None
+    without_end = load_tokenizer(model_folder("builtin:cues"))
+    without_end.eos_token = None
     with pytest.raises(DataError, match=r"model\.path: .*: the tokenizer has no end token; set its eos_token"):
-        Demonstrations(replace(Run(), algorithm=LUFFY), source_of(Run()), endless)
+        Demonstrations(replace(Run(), algorithm=LUFFY), source_of(Run()), without_end)

@@ -1,4 +1,4 @@
-"""Loading and exporting models, and rejecting models that cannot be trained on packed sequences."""
+"""Models are loaded and exported; models that cannot be trained on packed sequences are rejected."""
 
 from pathlib import Path
 
@@ -31,7 +31,9 @@ def test_an_exported_model_loads_with_equal_logits(tmp_path: Path, tied: bool) -
         assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
-def test_a_model_of_the_hub_is_exported_with_its_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hugging_face_hub_model_is_exported_with_its_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     builtin = model_folder("builtin:cues")
     requested = []
     monkeypatch.setattr(
@@ -70,7 +72,7 @@ def test_check_accepts_a_model_with_learned_positions() -> None:
 
 
 def test_check_rejects_attention_across_packed_sequences() -> None:
-    """An explicit mask disables the block-diagonal mask, so that sequences attend to each other."""
+    """An explicit mask disables the block-diagonal mask, so packed sequences attend to each other."""
     policy = Policy(cases.tiny_model())
     backbone = policy.model.base_model
     forward = backbone.forward

@@ -36,7 +36,7 @@ TIMEOUT_S = 120.0
 
 
 class FakeHub:
-    """A hub that answers by a given function, in its own thread, and records the messages that it receives."""
+    """A hub in its own thread that answers messages by a given function and records them."""
 
     def __init__(self, answer: Callable[[Message], list[Message]]) -> None:
         router, self.dealer = memory_pair()
@@ -112,7 +112,7 @@ def test_a_batch_of_another_step_is_ignored(client: HubClient) -> None:
     assert client.batch(5, timeout_s=TIMEOUT_S).version == 4
 
 
-def test_an_evaluation_that_arrives_before_an_answer_is_kept(client: HubClient) -> None:
+def test_an_evaluation_that_arrives_before_the_answer_to_a_request_is_kept(client: HubClient) -> None:
     assert client.commit(1) == {"a": 1}
     client.evaluate(9)
     results = client.take_evaluations(until=9, timeout_s=TIMEOUT_S)
@@ -202,7 +202,7 @@ def test_a_hub_that_does_not_answer_the_end_of_the_run_costs_a_warning(
     assert "no Stop from the hub" in caplog.text
 
 
-def test_heartbeats_are_sent_while_the_main_thread_is_busy_and_goodbye_at_the_end(
+def test_heartbeats_are_sent_while_the_main_thread_is_busy_and_goodbye_when_it_leaves(
     hub: FakeHub, client: HubClient
 ) -> None:
     client.join(Hello(role="learner", name="learner-0"))
@@ -211,7 +211,7 @@ def test_heartbeats_are_sent_while_the_main_thread_is_busy_and_goodbye_at_the_en
     hub.wait_for(Goodbye)
 
 
-def test_the_error_of_a_message_that_cannot_be_sent_is_raised_at_the_next_wait(client: HubClient) -> None:
+def test_the_error_of_a_message_that_cannot_be_sent_is_raised_by_the_next_request(client: HubClient) -> None:
     client._outgoing.append(Heartbeat(tasks=np.zeros(2**25, np.int32)))
     with pytest.raises(Exception, match="larger than"):
         client.batch(0, timeout_s=TIMEOUT_S)

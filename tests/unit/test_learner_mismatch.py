@@ -1,4 +1,4 @@
-"""The mismatch metrics against plain loops, the conditions of the alarm, and a faulty engine that raises it."""
+"""The mismatch metrics compared with plain loops, the conditions of the alarm, and a faulty engine that raises it."""
 
 from dataclasses import replace
 from typing import Any
@@ -54,7 +54,7 @@ def test_metrics_without_tokens_are_none() -> None:
 
 
 def test_a_small_difference_is_not_lost_in_rounding() -> None:
-    """rho - 1 - log rho is about half the square of log rho: 5e-13 if log rho is 1e-6."""
+    """rho - 1 - log rho is about (log rho)^2 / 2, which is 5e-13 if log rho is 1e-6."""
     model, parts = cases.tiny_model(), cases.groups()
 
     def near(rollout: Rollout) -> Rollout:
@@ -68,7 +68,7 @@ def test_a_small_difference_is_not_lost_in_rounding() -> None:
 
 
 def line(step: int, **means: tuple[int, float]) -> dict[str, Any]:
-    """The metrics of one step, from (tokens, mean) by span."""
+    """The metrics of one step, given (tokens, mean) for each span."""
     found: dict[str, Any] = {"step": step}
     for span in ("first", "later"):
         tokens, mean = means.get(span, (0, None))
@@ -105,7 +105,7 @@ def test_too_few_tokens_are_accumulated_over_steps() -> None:
     assert found["mismatch_judged_later"] == pytest.approx((0.5 + 3 * 0.1) / 4)
     assert excess(found)
     next_step = judged(alarm, line(4, later=(few, 0.5)))
-    assert next_step["mismatch_judged_later"] is None  # the accumulation has started again
+    assert next_step["mismatch_judged_later"] is None  # the accumulation starts again after each judgement
 
 
 @pytest.mark.parametrize(
@@ -138,15 +138,15 @@ def test_the_summary_counts_alarms_and_names_the_worst_step() -> None:
         line(4, later=(MIN_TOKENS, 0.3), first=(MIN_TOKENS, 0.02)),
     )
     found = mismatch_summary([judged(alarm, step) for step in steps])
-    about = {"judged": 3, "alarms": 2, "worst_step": 4, "worst_span": "later", "bound": 0.01}
-    assert found == about | {"mean": pytest.approx(0.3), "max": pytest.approx(0.6)}
+    expected = {"judged": 3, "alarms": 2, "worst_step": 4, "worst_span": "later", "bound": 0.01}
+    assert found == expected | {"mean": pytest.approx(0.3), "max": pytest.approx(0.6)}
     assert mismatch_summary([{"step": 1, "loss": 0.5}]) == {}
-    nothing = mismatch_summary([judged(Alarm(0.01), line(1))])
-    assert (nothing["judged"], nothing["alarms"], nothing["mean"], nothing["worst_step"]) == (0, 0, None, None)
+    unjudged = mismatch_summary([judged(Alarm(0.01), line(1))])
+    assert (unjudged["judged"], unjudged["alarms"], unjudged["mean"], unjudged["worst_step"]) == (0, 0, None, None)
 
 
 class KeepsOldKeys(EmbeddedEngine):
-    """A faulty engine: it continues a sequence under new weights with the keys and values of the old weights."""
+    """A faulty engine: after an update it continues sequences with the keys and values of the old weights."""
 
     def _withdraw(self) -> None:
         for row, sequence in enumerate(self._running.sequences):
@@ -155,9 +155,9 @@ class KeepsOldKeys(EmbeddedEngine):
         self.version = None
 
 
-@pytest.mark.parametrize(("kind", "wrong"), [(EmbeddedEngine, False), (KeepsOldKeys, True)])
-def test_an_engine_that_keeps_old_keys_and_values_raises_the_alarm(kind: type[EmbeddedEngine], wrong: bool) -> None:
-    """Uses a real engine, a weight update in the middle of its sequences, and a training step on its samples."""
+@pytest.mark.parametrize(("kind", "faulty"), [(EmbeddedEngine, False), (KeepsOldKeys, True)])
+def test_an_engine_that_keeps_old_keys_and_values_raises_the_alarm(kind: type[EmbeddedEngine], faulty: bool) -> None:
+    """A real engine gets new weights in the middle of its sequences; then the learner trains on them."""
     stepper = cases.stepper(cases.settings(), cases.tiny_model(dtype=torch.float32))
     stepper.update(cases.shard_of(cases.groups(version=0), problems=4, version=0))
     new = {name: p.full_tensor().detach().clone() for name, p in stepper.policy.model.named_parameters()}
@@ -174,7 +174,7 @@ def test_an_engine_that_keeps_old_keys_and_values_raises_the_alarm(kind: type[Em
     assert found["mismatch_mean_lag0_first"] < FLOAT32
     assert found["mismatch_tokens_lag0_later"] > MIN_TOKENS
     alarm = excess(found)
-    assert (alarm.span if alarm else None) == ("later" if wrong else None)
+    assert (alarm.span if alarm else None) == ("later" if faulty else None)
 
 
 def load(engine: EmbeddedEngine, version: int, tensors: dict[str, torch.Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Every objective and variant on one rank: loss and gradient against the papers' equations, in float64."""
+"""Every objective and variant on one rank: loss and gradient compared with the papers' equations, in float64."""
 
 from __future__ import annotations
 
@@ -70,11 +70,11 @@ def test_packed_loss_and_gradient_equal_the_reference_without_packing(name: str,
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_gradient_equals_finite_differences_of_the_loss(name: str) -> None:
-    """Uses differences along a random direction, with the stop-gradient quantities of the loss held constant."""
+    """Differences along a random direction, with the stop-gradient quantities of the loss held constant."""
     run, parts = cases.settings(**VARIANTS[name]), cases.groups(seed=4)
     _, found = gradients(run, parts)
-    here, generator = cases.tiny_model(), torch.Generator().manual_seed(5)
-    shapes = {key: p.shape for key, p in here.named_parameters()}
+    base, generator = cases.tiny_model(), torch.Generator().manual_seed(5)
+    shapes = {key: p.shape for key, p in base.named_parameters()}
     direction = {key: torch.randn(shape, dtype=torch.float64, generator=generator) for key, shape in shapes.items()}
     slope, width = 0.0, 5e-4
     for step, weight in ((2, -1), (1, 8), (-1, -8), (-2, 1)):  # exact for polynomials of degree 4
@@ -83,7 +83,7 @@ def test_the_gradient_equals_finite_differences_of_the_loss(name: str) -> None:
             for key, parameter in model.named_parameters():
                 parameter += step * width * direction[key]
             loss = reference.reference_loss(
-                model, parts, run, teacher=_teacher(run), responses=_responses(run), at=here
+                model, parts, run, teacher=_teacher(run), responses=_responses(run), at=base
             )
         slope += weight * loss.item() / (12 * width)
     # The norm layers of the model compute in float32, so the loss is accurate to about 1e-8.
@@ -139,13 +139,13 @@ def test_luffy_has_no_gradient_if_all_rollouts_are_correct() -> None:
 
 
 def test_the_guide_gate_removes_targets_of_problems_below_it() -> None:
-    """In every group with a correct guided rollout, two of three are correct."""
+    """In every group with a correct guided rollout, two of the three guided rollouts are correct."""
     targets = [gradients(cases.settings(guide_gate=gate), cases.groups())[0]["targets"] for gate in (0.0, 0.66, 0.67)]
     assert targets == [3, 3, 0]
 
 
-def test_the_behaviour_teacher_requires_its_number_of_reported_tokens() -> None:
-    """A checkpoint of a run with another teacher may contain rollouts without them."""
+def test_the_behaviour_teacher_requires_top_k_tokens_in_its_rollouts() -> None:
+    """A checkpoint of a run with another teacher may contain rollouts without these tokens."""
     bare = [[replace(r, top_tokens=None, top_logprobs=None) for r in group] for group in cases.groups()]
     message = (
         r"^task \d: its guided rollouts must have the {} most likely tokens at each position, got {}; "
@@ -165,7 +165,7 @@ def test_teacher_top_k_above_the_size_of_the_vocabulary_is_rejected_at_the_start
         build(run, init_device_mesh("cpu", (1,)))
 
 
-def test_the_behaviour_teacher_needs_no_forward() -> None:
+def test_the_behaviour_teacher_needs_no_forward_pass() -> None:
     metrics, _ = gradients(cases.settings(teacher="behaviour"), cases.groups())
     assert (metrics["targets"], metrics["tokens_forward_only"], metrics["kl_correction_mean"]) == (3, 0, 1)
 
@@ -193,8 +193,8 @@ def test_corrected_and_observed_pass_rates_are_equal_if_engine_and_learner_agree
 
 
 def test_the_metrics_of_corrected_pass_rates_equal_plain_loops() -> None:
-    rule = {"pass_rates": "corrected", "grpo_correction": Correction(mode="token", bound=4.0)}
-    run, parts = cases.settings(**rule), cases.groups(seed=4)
+    keys = {"pass_rates": "corrected", "grpo_correction": Correction(mode="token", bound=4.0)}
+    run, parts = cases.settings(**keys), cases.groups(seed=4)
     metrics, _ = gradients(run, parts)
     model = cases.tiny_model()
     rates, alphas, observed = [], [], []
@@ -216,7 +216,7 @@ def test_the_metrics_of_corrected_pass_rates_equal_plain_loops() -> None:
 def test_the_kl_that_the_limiter_removes_is_reported(limiter: str) -> None:
     run, parts = cases.settings(limiter=limiter, delta=0.5, quantile=0.6), cases.groups(seed=4)
     metrics, _ = gradients(run, parts)
-    model, everything, kept = cases.tiny_model(), [], []
+    model, divergences, kept = cases.tiny_model(), [], []
     for group in parts:
         targets = [r for r in group if r.unguided_logprob is not None]
         if not targets:
@@ -224,22 +224,22 @@ def test_the_kl_that_the_limiter_removes_is_reported(limiter: str) -> None:
         target = max(targets, key=lambda r: r.unguided_logprob)
         log_p, log_q = (cases.log_probs(model, p, target.tokens).detach() for p in (target.prompt, group[0].prompt))
         d = (log_p.exp() * (log_p - log_q)).sum(-1).numpy()
-        everything += list(d)
+        divergences += list(d)
         kept += sgpo.limited(d, limiter, 0.5, 0.6)
-    above = [x for x in everything if x > 0.5]
-    assert metrics["kl_mean"] == pytest.approx(np.mean(everything))
-    assert metrics["kl_masked_fraction"] == pytest.approx(len(above) / len(everything))
-    assert metrics["kl_masked_mass"] == pytest.approx(sum(above) / sum(everything))
-    assert metrics["kl_limited_mass"] == pytest.approx(1 - sum(kept) / sum(everything), abs=1e-12)
+    above = [x for x in divergences if x > 0.5]
+    assert metrics["kl_mean"] == pytest.approx(np.mean(divergences))
+    assert metrics["kl_masked_fraction"] == pytest.approx(len(above) / len(divergences))
+    assert metrics["kl_masked_mass"] == pytest.approx(sum(above) / sum(divergences))
+    assert metrics["kl_limited_mass"] == pytest.approx(1 - sum(kept) / sum(divergences), abs=1e-12)
 
 
-def test_forwards_without_gradient_are_counted() -> None:
+def test_tokens_of_forward_passes_without_gradient_are_counted() -> None:
     parts = cases.groups()
-    everything = sum(len(r.prompt) + len(r.tokens) - 1 for group in parts for r in group)
+    all_tokens = sum(len(r.prompt) + len(r.tokens) - 1 for group in parts for r in group)
     guided = [r for group in parts for r in group if r.guided and r.reward]
-    own, corrected, grpo = (
+    default, corrected, grpo = (
         gradients(cases.settings(target="all", delta=2.0, **keys), parts)[0]["tokens_forward_only"]
         for keys in ({}, {"pass_rates": "corrected"}, {"objective": "grpo"})
     )
-    assert own == sum(len(r.prompt) + len(r.tokens) - 1 for r in guided)
-    assert (corrected, grpo) == (own + everything, 0)
+    assert default == sum(len(r.prompt) + len(r.tokens) - 1 for r in guided)
+    assert (corrected, grpo) == (default + all_tokens, 0)

@@ -1,4 +1,4 @@
-"""Packing: every token appears once, at the correct position, within the token budget."""
+"""Packing: every token appears once, at the correct position, and rows respect the token budget."""
 
 import numpy as np
 from hypothesis import given

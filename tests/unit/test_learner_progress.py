@@ -1,4 +1,4 @@
-"""The learning-rate schedule, the progress of a run, its summary and its evaluation rounds."""
+"""The learning-rate schedule, and the progress, summary and evaluation rounds of a run."""
 
 import math
 from collections import deque
@@ -67,7 +67,7 @@ def test_progress_accumulates_and_survives_a_checkpoint() -> None:
     )
     summary = progress.summary(STATUS)
     assert (summary["steps"], summary["tokens_trained"], summary["lag_max"]) == (2, 42, 2)
-    assert summary["lag_mean"] == (4 * 2 + 30) / 40  # over sampled tokens; two trained tokens belong to a demonstration
+    assert summary["lag_mean"] == (4 * 2 + 30) / 40  # over sampled tokens: the other two tokens are of a demonstration
     assert summary["learner_idle"] == 0.25
     assert (summary["pass_auto_first"], summary["pass_auto_last"], summary["pass_guided_last"]) == (0.1, 0.8, 1.0)
     assert summary["pass_guided_first"] == 0.9
@@ -80,23 +80,23 @@ def test_a_run_without_steps_has_a_summary() -> None:
 
 
 def round_of(version: int, *solved: int) -> Evaluated:
-    """A round with one benchmark of four samples per problem, and one benchmark without results."""
+    """A round with two benchmarks: one with `solved` of 4 samples correct per problem, and one without results."""
     results = [
         ProblemResult(
             id=str(number),
             digest=f"d{number}",
-            correct=[sample < right for sample in range(4)],
+            correct=[sample < count for sample in range(4)],
             tokens=[7] * 4,
             finish=["stop"] * 4,
             timed_out=[],
         )
-        for number, right in enumerate(solved)
+        for number, count in enumerate(solved)
     ]
     found = summarise(results)
-    own = {"name": "sums", "samples": 4, "problems": len(results), "pass_at": found["pass"]}
+    fields = {"name": "sums", "samples": 4, "problems": len(results), "pass_at": found["pass"]}
     none = BenchmarkScore(name="long", avg=None, low=None, high=None, samples=4, problems=0)
     avg = {"avg": found["avg"]["mean"], "low": found["avg"]["low"], "high": found["avg"]["high"]}
-    score = BenchmarkScore(**own, **avg, results={one.id: asdict(one) for one in results})
+    score = BenchmarkScore(**fields, **avg, results={result.id: asdict(result) for result in results})
     return Evaluated(
         version=version,
         pass_auto=0.0,
@@ -112,14 +112,16 @@ def round_of(version: int, *solved: int) -> Evaluated:
 def test_metrics_contain_pass_at_k_but_not_the_results_of_problems() -> None:
     sums = Progress().evaluated([round_of(0, 0, 2, 4)])["eval_benchmarks"]["sums"]
     assert sums["avg"] == 0.5
-    assert {k: one["mean"] for k, one in sums["pass_at"].items()} == pytest.approx({"1": 0.5, "2": 11 / 18, "4": 2 / 3})
+    assert {k: rate["mean"] for k, rate in sums["pass_at"].items()} == pytest.approx(
+        {"1": 0.5, "2": 11 / 18, "4": 2 / 3}
+    )
     assert "results" not in sums
 
 
-def test_rounds_can_be_compared_like_evaluations(tmp_path: Path) -> None:
+def test_rounds_of_a_run_can_be_compared_like_evaluations(tmp_path: Path) -> None:
     run = Run(out=str(tmp_path))
-    for one in (round_of(0, 0, 2, 4), round_of(8, 2, 4, 4)):
-        write_round(run, one)
+    for evaluated in (round_of(0, 0, 2, 4), round_of(8, 2, 4, 4)):
+        write_round(run, evaluated)
     rounds = tmp_path / "run" / "benchmarks"
     found = compare_folders(rounds / "8", rounds / "0")
     assert found.differences == [f"model: {run.folder}, versions 8 to 9, {run.folder}, versions 0 to 1"]
@@ -132,7 +134,7 @@ def test_rounds_can_be_compared_like_evaluations(tmp_path: Path) -> None:
 
 
 def test_rounds_of_an_abandoned_attempt_are_removed(tmp_path: Path) -> None:
-    """Versions are compared as numbers: 12 is above 9."""
+    """Versions are compared as numbers, not as text: 12 is above 9."""
     run = Run(out=str(tmp_path))
     remove_rounds(run, above=9)  # the folder does not exist yet
     for version in (0, 8, 9, 12, 100):
@@ -142,7 +144,7 @@ def test_rounds_of_an_abandoned_attempt_are_removed(tmp_path: Path) -> None:
 
 
 def test_a_round_that_arrives_before_the_hub_state_is_written_before_the_checkpoint(tmp_path: Path) -> None:
-    """The hub keeps no per-problem results after sending them, so a learner that is killed now would lose them."""
+    """The hub keeps no per-problem results after sending them; a learner that is killed now would lose them."""
     evaluations: deque[Evaluated] = deque()
 
     def snapshot(step: int) -> bytes:
@@ -150,9 +152,9 @@ def test_a_round_that_arrives_before_the_hub_state_is_written_before_the_checkpo
         return f"at {step}".encode()
 
     hub: Any = SimpleNamespace(evaluations=evaluations, snapshot=snapshot)
-    nothing: Any = None
+    unused: Any = None
     run = Run(out=str(tmp_path))
-    trainer = Trainer(run, hub, nothing, nothing, Progress(step=9), base=0, metrics=None, alarm=nothing)
+    trainer = Trainer(run, hub, unused, unused, Progress(step=9), base=0, metrics=None, alarm=unused)
     assert trainer._hub_state() == b"at 9"
     assert (tmp_path / "run" / "benchmarks" / "8" / "summary.json").exists()
-    assert len(evaluations) == 1, "the metrics of the next step must report this round"
+    assert len(evaluations) == 1, "the metrics of the next step must still report this round"

@@ -124,7 +124,7 @@ def file_run(path: Path, rows: list[dict[str, Any]], **sft: Any) -> Run:
     return Run(model=Model(path="builtin:cues"), tasks=tasks, sft=Sft(path=str(path), **sft))
 
 
-def test_problems_without_a_response_or_with_too_many_tokens_are_counted(tmp_path: Path) -> None:
+def test_problems_without_a_response_or_with_too_many_tokens_are_counted_and_left_out(tmp_path: Path) -> None:
     rows = [{"problem": f"problem 1 amber from {i} 0", "response": "1 amber raise 0 1"} for i in range(10)]
     rows += [{"problem": "problem 2 amber from 0 0"}, {"problem": "x", "response": "1 amber " * 30}]
     found = Examples.read(file_run(tmp_path / "p.jsonl", rows, max_tokens=20, validation_share=0.2))
@@ -133,7 +133,7 @@ def test_problems_without_a_response_or_with_too_many_tokens_are_counted(tmp_pat
     assert {len(tokens.completion) for tokens in found.training} == {6}  # five words and the end token
 
 
-def test_training_and_validation_share_no_text_even_if_problems_repeat(tmp_path: Path) -> None:
+def test_training_and_validation_share_no_text_even_if_problems_occur_twice(tmp_path: Path) -> None:
     rows = [{"problem": f"problem {i % 7}", "response": f"response {i}"} for i in range(28)]
     run = file_run(tmp_path / "p.jsonl", rows, validation_share=0.3)
     found = sft_data(run)

@@ -1,4 +1,4 @@
-"""One step on one rank: loss and gradient with packing against Eq. 7 computed sequence by sequence, in float64."""
+"""One step on one rank: packed loss and gradient compared with Eq. 7 computed sequence by sequence, in float64."""
 
 from dataclasses import replace
 
@@ -127,7 +127,7 @@ def test_alpha_0_gives_exactly_grpo() -> None:
 
 
 def test_without_a_correct_guided_rollout_nothing_is_distilled() -> None:
-    """Autonomous rewards are equal too, so only distillation could give a gradient, and it is exactly 0."""
+    """Autonomous rewards are equal, so only distillation could give a gradient; the gradient is exactly 0."""
     failed = [[replace(r, reward=0.0, unguided_logprob=None) for r in group] for group in cases.groups()]
     loss, found = gradients(cases.settings(), failed)
     assert loss == 0
@@ -144,7 +144,7 @@ def test_a_group_with_uniform_rewards_is_distilled() -> None:
 
 @pytest.mark.parametrize("everything_uniform", [False, True])
 def test_leaving_out_rollouts_with_advantage_0_gives_the_same_gradient(everything_uniform: bool) -> None:
-    """If nothing is distilled either, no sequences are left."""
+    """If additionally nothing is distilled, no sequence is left."""
     parts = cases.groups()
     if everything_uniform:
         parts = [[replace(r, reward=0.0, unguided_logprob=None) for r in group] for group in parts]

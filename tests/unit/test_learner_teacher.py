@@ -58,7 +58,7 @@ def model_of(weights: dict[str, Tensor]) -> PreTrainedModel:
 @kinds
 @pytest.mark.parametrize("large", [False, True])
 def test_each_step_distils_from_the_expected_weights(kind: str, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The expected weights are computed by plain arithmetic; also with one FSDP group per layer."""
+    """The expected weights are computed by plain arithmetic; `large` uses one FSDP group per layer."""
     monkeypatch.setattr(policy, "GROUP_BYTES", 0 if large else policy.GROUP_BYTES)
     run = settings(kind)
     stepper, student = learner(run), dict(cases.tiny_model().named_parameters())
@@ -110,7 +110,7 @@ def test_a_checkpoint_without_the_teacher_is_rejected(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["snapshot", "frozen"])
 def test_the_copy_has_the_configured_dtype(kind: str, dtype: str) -> None:
-    """Uses the shipped policy: a copy in bfloat16 gives nearly the same loss with half the memory."""
+    """With the shipped policy, a copy in bfloat16 gives nearly the same loss in half the memory."""
     run = settings(kind, teacher_dtype=dtype)
     mesh = init_device_mesh("cpu", (1,))
     stepper, _ = build(run, mesh)
@@ -119,12 +119,12 @@ def test_the_copy_has_the_configured_dtype(kind: str, dtype: str) -> None:
     assert {p.dtype for p in copy.parameters()} == {getattr(torch, dtype)}
     assert not any(p.requires_grad for p in copy.parameters())
     size = {"float32": 4, "bfloat16": 2}[dtype]
-    lines = [update(stepper, step) for step in range(3)]  # parameters may remain gathered afterwards, in float32
+    lines = [update(stepper, step) for step in range(3)]  # afterwards parameters may remain gathered in float32
     assert stepper.teacher.nbytes == size * sum(p.numel() for p in stepper.policy.parameters())
     exact, _ = build(settings(kind), mesh)
-    for line, right in zip(lines, [update(exact, step) for step in range(3)], strict=True):
-        assert line["kd_loss"] == pytest.approx(right["kd_loss"], rel=0.05)
-        assert (line == right) == (dtype == "float32")
+    for line, expected in zip(lines, [update(exact, step) for step in range(3)], strict=True):
+        assert line["kd_loss"] == pytest.approx(expected["kd_loss"], rel=0.05)
+        assert (line == expected) == (dtype == "float32")
     copy.reshard()
     if kind == "snapshot":
         for name, tensor in whole(stepper.policy).items():

@@ -1,4 +1,4 @@
-"""The device of the ranks of a node."""
+"""The choice between GPU and CPU for the ranks of a node."""
 
 import pytest
 

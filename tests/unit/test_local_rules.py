@@ -1,4 +1,4 @@
-"""The rules of restarts, and the supervisor's, with processes that are only pretended."""
+"""The rules of restarts and of the supervisor, with fake child processes and a fake clock."""
 
 import threading
 from collections.abc import Callable
@@ -16,8 +16,8 @@ from sgpo_async.local.restarts import LIMIT, WINDOW_S, Restarts
 from sgpo_async.local.supervisor import LAST_S, LEAVING_S, Supervisor
 
 
-class Pretended:
-    """A child whose end the test decides."""
+class FakeChild:
+    """A child process that ends when the test sets `code`."""
 
     def __init__(self, name: str) -> None:
         self.name, self.log, self.pid = name, Path(f"{name}.log"), 1
@@ -28,11 +28,11 @@ class Pretended:
         return f"ended with code {self.code}"
 
     def complaint(self) -> str:
-        return "words of its log"
+        return "end of its log"
 
 
-class Stage:
-    """Processes, plan, clock and hub file in one."""
+class FakeRun:
+    """Starts fake processes, and holds their command lines, the clock and the hub file."""
 
     actors = 2
     batch_timeout_s = 700.0
@@ -41,12 +41,12 @@ class Stage:
         self.now = 0.0
         self.folder = Path("nowhere")
         self.trained = False  # the learner has written its summary
-        self.started: list[Pretended] = []
+        self.started: list[FakeChild] = []
         self.hub_addresses: list[str] = []
         self.hub_file: dict[str, Any] = {"address": "tcp://127.0.0.1:9", "pid": 1}
 
-    def start(self, name: str, _command: object) -> Pretended:
-        self.started.append(Pretended(name))
+    def start(self, name: str, _command: object) -> FakeChild:
+        self.started.append(FakeChild(name))
         return self.started[-1]
 
     def hub(self, address: str) -> list[str]:
@@ -59,17 +59,17 @@ class Stage:
     def actor(self, _name: str, _address: str) -> list[str]:
         return []
 
-    def child(self, name: str) -> Pretended:
+    def child(self, name: str) -> FakeChild:
         return next(child for child in self.started if child.name == name)
 
 
 @pytest.fixture
-def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
-    stage = Stage()
-    monkeypatch.setattr(hub_process, "read_hub_file", lambda _folder: stage.hub_file)
-    monkeypatch.setattr(supervisor, "summary_written", lambda _folder, _since: stage.trained)
-    monkeypatch.setattr(supervisor.time, "monotonic", lambda: stage.now)
-    return stage
+def run(monkeypatch: pytest.MonkeyPatch) -> FakeRun:
+    run = FakeRun()
+    monkeypatch.setattr(hub_process, "read_hub_file", lambda _folder: run.hub_file)
+    monkeypatch.setattr(supervisor, "summary_written", lambda _folder, _since: run.trained)
+    monkeypatch.setattr(supervisor.time, "monotonic", lambda: run.now)
+    return run
 
 
 def test_pauses_double_and_the_next_crash_within_the_window_is_final() -> None:
@@ -100,177 +100,177 @@ def test_a_lower_limit_counts_the_same_crashes() -> None:
     assert restarts.pause_after_crash(1, limit=1) is None
 
 
-def up(stage: Stage) -> Supervisor:
-    supervisor = Supervisor(stage, stage)  # type: ignore[arg-type]
+def start(run: FakeRun) -> Supervisor:
+    supervisor = Supervisor(run, run)  # type: ignore[arg-type]
     supervisor.tick()
     supervisor.tick()
     return supervisor
 
 
-def test_nothing_starts_before_the_hub_is_ready(stage: Stage) -> None:
-    stage.hub_file = {}
-    supervisor = up(stage)
-    assert [child.name for child in stage.started] == ["hub"]
-    stage.hub_file = {"address": "tcp://127.0.0.1:9", "pid": 2}  # of another hub
+def test_nothing_starts_before_the_hub_is_ready(run: FakeRun) -> None:
+    run.hub_file = {}
+    supervisor = start(run)
+    assert [child.name for child in run.started] == ["hub"]
+    run.hub_file = {"address": "tcp://127.0.0.1:9", "pid": 2}  # of another hub
     supervisor.tick()
-    assert [child.name for child in stage.started] == ["hub"]
-    stage.hub_file["pid"] = 1
+    assert [child.name for child in run.started] == ["hub"]
+    run.hub_file["pid"] = 1
     supervisor.tick()
     supervisor.tick()
-    assert [child.name for child in stage.started] == ["hub", "learner", "actor-0", "actor-1"]
+    assert [child.name for child in run.started] == ["hub", "learner", "actor-0", "actor-1"]
 
 
-def test_a_hub_that_does_not_start_raises_deadline_exceeded(stage: Stage) -> None:
-    stage.hub_file = {}
-    supervisor = up(stage)
-    stage.now = HUB_START_S + 1
+def test_a_hub_that_does_not_start_raises_deadline_exceeded(run: FakeRun) -> None:
+    run.hub_file = {}
+    supervisor = start(run)
+    run.now = HUB_START_S + 1
     with pytest.raises(DeadlineExceeded, match=r"the hub: no hub.json within 60 s"):
         supervisor.tick()
 
 
-def test_an_actor_restarts_after_doubling_pauses_and_finally_fails(stage: Stage) -> None:
-    stage.actors = 1
-    supervisor = up(stage)
+def test_an_actor_restarts_after_doubling_pauses_and_finally_fails(run: FakeRun) -> None:
+    run.actors = 1
+    supervisor = start(run)
     for crash in range(LIMIT):
         name = "actor-0" + (f".{crash}" if crash else "")
-        stage.child(name).code = -9
+        run.child(name).code = -9
         supervisor.tick()
-        stage.now += 2.0**crash - 0.1
+        run.now += 2.0**crash - 0.1
         supervisor.tick()
         assert supervisor.slots[0].state == "restarting"
-        stage.now += 0.2
+        run.now += 0.2
         supervisor.tick()
         assert supervisor.slots[0].state == "started"
-    stage.child(f"actor-0.{LIMIT}").code = 1
-    reason = "no actor is left; .* not started again after 5 restarts within 10 minutes: words of its log"
+    run.child(f"actor-0.{LIMIT}").code = 1
+    reason = "no actor is left; .* not started again after 5 restarts within 10 minutes: end of its log"
     with pytest.raises(RunFailed, match=reason):
         supervisor.tick()
 
 
-def test_an_actor_whose_lives_did_work_is_started_again_more_often(stage: Stage) -> None:
-    stage.actors = 1
-    supervisor = up(stage)
+def test_an_actor_whose_lives_did_work_is_started_again_more_often(run: FakeRun) -> None:
+    run.actors = 1
+    supervisor = start(run)
     for crash in range(4 * LIMIT):
-        stage.child("actor-0" + (f".{crash}" if crash else "")).code = -9
+        run.child("actor-0" + (f".{crash}" if crash else "")).code = -9
         supervisor.tick()
-        stage.now += WINDOW_S / LIMIT
+        run.now += WINDOW_S / LIMIT
         supervisor.tick()
         assert supervisor.slots[0].state == "started"
 
 
-def test_the_others_go_on_when_one_actor_has_failed_for_good(stage: Stage) -> None:
-    supervisor = up(stage)
+def test_the_others_go_on_when_one_actor_has_failed_for_good(run: FakeRun) -> None:
+    supervisor = start(run)
     for name in ("actor-0", "actor-0.1"):
-        stage.child(name).code = 2
+        run.child(name).code = 2
         supervisor.tick()
-        stage.now += 1.1
+        run.now += 1.1
         supervisor.tick()
     assert [slot.state for slot in supervisor.slots] == ["failed", "started"]
-    stage.child("actor-1").code = -9
+    run.child("actor-1").code = -9
     supervisor.tick()
-    stage.now += 1.1
+    run.now += 1.1
     supervisor.tick()
     assert [slot.state for slot in supervisor.slots] == ["failed", "started"]
-    assert stage.started[-1].name == "actor-1.1"
+    assert run.started[-1].name == "actor-1.1"
 
 
-def test_an_actor_that_ends_with_a_user_error_restarts_only_once(stage: Stage) -> None:
-    stage.actors = 1
-    supervisor = up(stage)
-    stage.child("actor-0").code = 2
+def test_an_actor_that_ends_with_a_user_error_restarts_only_once(run: FakeRun) -> None:
+    run.actors = 1
+    supervisor = start(run)
+    run.child("actor-0").code = 2
     supervisor.tick()
-    stage.now += 1.1
+    run.now += 1.1
     supervisor.tick()
-    stage.child("actor-0.1").code = 2
+    run.child("actor-0.1").code = 2
     with pytest.raises(RunFailed, match="actor-0.1 ended with code 2, not started again after 1 restart within"):
         supervisor.tick()
 
 
-def test_actors_may_leave_before_the_hub_and_the_learner_end(stage: Stage) -> None:
-    supervisor = up(stage)
-    stage.trained = True
-    stage.child("actor-0").code = stage.child("actor-1").code = 0
+def test_actors_may_leave_before_the_hub_and_the_learner_end(run: FakeRun) -> None:
+    supervisor = start(run)
+    run.trained = True
+    run.child("actor-0").code = run.child("actor-1").code = 0
     supervisor.tick()
     assert supervisor.phase == "finishing"
     assert supervisor.notes == []
-    stage.now += LAST_S - 1
+    run.now += LAST_S - 1
     supervisor.tick()
-    stage.child("hub").code = 0
+    run.child("hub").code = 0
     supervisor.tick()
-    stage.child("learner").code = 0
+    run.child("learner").code = 0
     supervisor.tick()
     assert supervisor.done
 
 
-def test_a_learner_that_does_not_end_after_its_last_step_has_a_deadline(stage: Stage) -> None:
-    supervisor = up(stage)
-    stage.trained = True
+def test_a_learner_that_does_not_end_after_its_last_step_has_a_deadline(run: FakeRun) -> None:
+    supervisor = start(run)
+    run.trained = True
     supervisor.tick()
-    stage.now += LAST_S + 1
+    run.now += LAST_S + 1
     with pytest.raises(DeadlineExceeded, match="learner"):
         supervisor.tick()
 
 
-def test_the_user_learns_at_once_that_no_actor_is_left_and_the_run_goes_on(stage: Stage) -> None:
+def test_the_user_learns_at_once_that_no_actor_is_left_and_the_run_goes_on(run: FakeRun) -> None:
     """The learner has a deadline of its own: for its batch."""
-    supervisor = up(stage)
-    stage.child("actor-0").code = 0
+    supervisor = start(run)
+    run.child("actor-0").code = 0
     supervisor.tick()
     assert supervisor.notes == ["actor-0 has left"]
-    stage.child("actor-1").code = 0
+    run.child("actor-1").code = 0
     supervisor.tick()
     assert supervisor.notes[1:] == [
         "actor-1 has left",
         "no actor is left: the learner waits 700 s for a batch (learner.batch_timeout_s); "
         "to go on, start one with: sgpo-async actor --hub tcp://127.0.0.1:9",
     ]
-    stage.now += 699
+    run.now += 699
     supervisor.tick()
     assert len(supervisor.notes) == 3 and supervisor.phase != "finishing"
-    stage.child("learner").code = 1
-    with pytest.raises(RunFailed, match="the learner ended with code 1: words of its log"):
+    run.child("learner").code = 1
+    with pytest.raises(RunFailed, match="the learner ended with code 1: end of its log"):
         supervisor.tick()
 
 
-def test_a_run_waits_also_if_one_actor_has_left_and_the_other_has_failed(stage: Stage) -> None:
-    supervisor = up(stage)
-    stage.child("actor-0").code = 0
-    stage.child("actor-1").code = 2
+def test_a_run_waits_also_if_one_actor_has_left_and_the_other_has_failed(run: FakeRun) -> None:
+    supervisor = start(run)
+    run.child("actor-0").code = 0
+    run.child("actor-1").code = 2
     supervisor.tick()
     assert len(supervisor.notes) == 2, "actor-1 starts once more"
-    stage.now += 1.1
+    run.now += 1.1
     supervisor.tick()
-    stage.child("actor-1.1").code = 2
+    run.child("actor-1.1").code = 2
     supervisor.tick()
     supervisor.tick()
     assert [note.partition(":")[0] for note in supervisor.notes[3:]] == ["no actor is left"]
 
 
-def test_hub_and_actors_have_time_to_end_after_the_learner(stage: Stage) -> None:
-    supervisor = up(stage)
-    stage.child("learner").code = 0
+def test_hub_and_actors_have_time_to_end_after_the_learner(run: FakeRun) -> None:
+    supervisor = start(run)
+    run.child("learner").code = 0
     supervisor.tick()
     assert supervisor.phase == "finishing"
     assert not supervisor.done
-    stage.now += LEAVING_S + 1
+    run.now += LEAVING_S + 1
     assert supervisor.done
 
 
-def test_a_run_is_done_as_soon_as_all_processes_have_ended_and_restarts_no_actor(stage: Stage) -> None:
-    supervisor = up(stage)
+def test_a_run_is_done_as_soon_as_all_processes_have_ended_and_restarts_no_actor(run: FakeRun) -> None:
+    supervisor = start(run)
     for name, code in (("hub", 0), ("learner", 0), ("actor-0", 0), ("actor-1", 1)):
-        stage.child(name).code = code
+        run.child(name).code = code
     supervisor.tick()
     assert supervisor.done
-    assert len(stage.started) == 4
+    assert len(run.started) == 4
 
 
-def test_a_learner_that_outlives_the_hub_has_a_deadline(stage: Stage) -> None:
-    supervisor = up(stage)
-    stage.child("hub").code = 0
+def test_a_learner_that_outlives_the_hub_has_a_deadline(run: FakeRun) -> None:
+    supervisor = start(run)
+    run.child("hub").code = 0
     supervisor.tick()
     assert not supervisor.done
-    stage.now += 121
+    run.now += 121
     with pytest.raises(DeadlineExceeded, match="learner"):
         supervisor.tick()
 
@@ -285,107 +285,107 @@ def test_the_address_of_a_hub_that_crashed_overrides_the_configured_one() -> Non
 
 
 @pytest.mark.parametrize("code", [1, -9, -11])
-def test_a_hub_that_crashes_is_started_again_at_its_address(stage: Stage, code: int) -> None:
-    supervisor = up(stage)
-    stage.hub_file = {"address": "tcp://127.0.0.1:9", "pid": 0}  # the dead hub's
+def test_a_hub_that_crashes_is_started_again_at_its_address(run: FakeRun, code: int) -> None:
+    supervisor = start(run)
+    run.hub_file = {"address": "tcp://127.0.0.1:9", "pid": 0}  # the dead hub's
     for crash in range(LIMIT):
-        stage.child("hub" + (f".{crash}" if crash else "")).code = code
+        run.child("hub" + (f".{crash}" if crash else "")).code = code
         supervisor.tick()
-        stage.now += 2.0**crash - 0.1
+        run.now += 2.0**crash - 0.1
         supervisor.tick()
-        assert stage.hub_addresses == [""] + crash * ["tcp://127.0.0.1:9"], "not before its pause"
-        stage.now += 0.2
+        assert run.hub_addresses == [""] + crash * ["tcp://127.0.0.1:9"], "not before its pause"
+        run.now += 0.2
         supervisor.tick()
-        assert stage.hub_addresses == [""] + (crash + 1) * ["tcp://127.0.0.1:9"]
+        assert run.hub_addresses == [""] + (crash + 1) * ["tcp://127.0.0.1:9"]
     assert supervisor.notes[0] == f"the hub ended with code {code}, starts again in 1 s (see hub.log)"
-    assert [child.name for child in stage.started if "hub" not in child.name] == ["learner", "actor-0", "actor-1"]
-    stage.child(f"hub.{LIMIT}").code = code
+    assert [child.name for child in run.started if "hub" not in child.name] == ["learner", "actor-0", "actor-1"]
+    run.child(f"hub.{LIMIT}").code = code
     with pytest.raises(RunFailed, match=f"the hub ended with code {code}, not started again after 5 restarts"):
         supervisor.tick()
 
 
-def test_a_hub_that_was_started_again_must_become_ready(stage: Stage) -> None:
-    supervisor = up(stage)
-    stage.child("hub").code = -9
-    stage.hub_file = {}
+def test_a_hub_that_was_started_again_must_become_ready(run: FakeRun) -> None:
+    supervisor = start(run)
+    run.child("hub").code = -9
+    run.hub_file = {}
     supervisor.tick()
-    stage.now += 1.1
+    run.now += 1.1
     supervisor.tick()
-    stage.now += HUB_START_S - 1
+    run.now += HUB_START_S - 1
     supervisor.tick()
-    stage.now += 2
+    run.now += 2
     with pytest.raises(DeadlineExceeded, match=r"the hub: no hub.json"):
         supervisor.tick()
 
 
 @pytest.mark.parametrize("code", [2, 143])
-def test_an_error_of_the_users_and_a_signal_that_the_hub_obeyed_end_the_run(stage: Stage, code: int) -> None:
-    supervisor = up(stage)
-    stage.child("hub").code = code
-    with pytest.raises(RunFailed, match=f"the hub ended with code {code}: words of its log"):
+def test_an_error_of_the_users_and_a_signal_that_the_hub_obeyed_end_the_run(run: FakeRun, code: int) -> None:
+    supervisor = start(run)
+    run.child("hub").code = code
+    with pytest.raises(RunFailed, match=f"the hub ended with code {code}: end of its log"):
         supervisor.tick()
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, -9])
-def test_a_hub_that_ends_before_it_is_ready_ends_the_run(stage: Stage, code: int) -> None:
-    stage.hub_file = {}
-    supervisor = up(stage)
-    stage.child("hub").code = code
-    with pytest.raises(RunFailed, match=f"the hub ended with code {code}: words of its log"):
+def test_a_hub_that_ends_before_it_is_ready_ends_the_run(run: FakeRun, code: int) -> None:
+    run.hub_file = {}
+    supervisor = start(run)
+    run.child("hub").code = code
+    with pytest.raises(RunFailed, match=f"the hub ended with code {code}: end of its log"):
         supervisor.tick()
 
 
-def test_a_hub_that_crashes_after_the_learners_end_is_not_started_again(stage: Stage) -> None:
-    supervisor = up(stage)
-    stage.child("learner").code = 0
+def test_a_hub_that_crashes_after_the_learners_end_is_not_started_again(run: FakeRun) -> None:
+    supervisor = start(run)
+    run.child("learner").code = 0
     supervisor.tick()
     for name in ("hub", "actor-0", "actor-1"):
-        stage.child(name).code = -9
+        run.child(name).code = -9
     supervisor.tick()
-    assert supervisor.done and len(stage.started) == 4
+    assert supervisor.done and len(run.started) == 4
 
 
-def test_a_learner_that_fails_while_the_hub_is_gone_fails_after_its_crash(stage: Stage) -> None:
-    supervisor = up(stage)
-    stage.child("learner").code = stage.child("hub").code = 1
-    with pytest.raises(RunFailed, match="after a crash of the hub, the learner ended with code 1: words of its log"):
+def test_a_learner_that_fails_while_the_hub_is_gone_fails_after_its_crash(run: FakeRun) -> None:
+    supervisor = start(run)
+    run.child("learner").code = run.child("hub").code = 1
+    with pytest.raises(RunFailed, match="after a crash of the hub, the learner ended with code 1: end of its log"):
         supervisor.tick()
     assert supervisor.notes == ["the hub ended with code 1, starts again in 1 s (see hub.log)"]
 
 
-def test_an_error_of_the_learner_ends_the_run(stage: Stage) -> None:
-    supervisor = up(stage)
-    stage.child("learner").code = 1
-    with pytest.raises(RunFailed, match="^the learner ended with code 1: words of its log"):
+def test_an_error_of_the_learner_ends_the_run(run: FakeRun) -> None:
+    supervisor = start(run)
+    run.child("learner").code = 1
+    with pytest.raises(RunFailed, match="^the learner ended with code 1: end of its log"):
         supervisor.tick()
 
 
 def test_a_kept_hub_is_started_again_by_a_thread_and_its_failure_is_the_error(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch
+    run: FakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hub_process, "TICK_S", 0.001)
     with pytest.raises(RunFailed, match="the hub ended with code 2: words"):  # noqa: SIM117
-        with kept_hub(stage, stage.hub) as address:  # type: ignore[arg-type]
+        with kept_hub(run, run.hub) as address:  # type: ignore[arg-type]
             assert address == "tcp://127.0.0.1:9"
-            stage.child("hub").code = -9
-            wait_until(lambda: stage.started[-1].name == "hub.1", stage)
-            stage.child("hub.1").code = 2
-            wait_until(lambda: not any(thread.name == "kept-hub" for thread in threading.enumerate()), stage)
+            run.child("hub").code = -9
+            wait_until(lambda: run.started[-1].name == "hub.1", run)
+            run.child("hub.1").code = 2
+            wait_until(lambda: not any(thread.name == "kept-hub" for thread in threading.enumerate()), run)
             raise DeadlineExceeded("learner-0", "Committed", 120)
-    assert stage.hub_addresses == ["", "tcp://127.0.0.1:9"]
+    assert run.hub_addresses == ["", "tcp://127.0.0.1:9"]
 
 
-def test_a_kept_hub_that_ends_by_itself_is_no_error(stage: Stage) -> None:
-    with kept_hub(stage, stage.hub) as address:  # type: ignore[arg-type]
-        stage.child("hub").code = 0
-    assert address and [child.name for child in stage.started] == ["hub"]
+def test_a_kept_hub_that_ends_by_itself_is_no_error(run: FakeRun) -> None:
+    with kept_hub(run, run.hub) as address:  # type: ignore[arg-type]
+        run.child("hub").code = 0
+    assert address and [child.name for child in run.started] == ["hub"]
 
 
-def wait_until(what: Callable[[], bool], stage: Stage) -> None:
+def wait_until(what: Callable[[], bool], run: FakeRun) -> None:
     """Let the pretended clock run until it is so."""
     for _ in range(100_000):
         if what():
             return
-        stage.now += 0.1
+        run.now += 0.1
         threading.Event().wait(0.001)
     raise AssertionError("waited too long")

@@ -1,4 +1,4 @@
-"""Logs have one line per event, for people or as JSON, with the name of the process."""
+"""Logs have one line per event, readable or as JSON, with the name of the process."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""metrics.jsonl, summary.json and TensorBoard: written step by step, readable after a crash of the writer."""
+"""metrics.jsonl, summary.json and TensorBoard files are written step by step and readable after a crash."""
 
 import errno
 import json
@@ -65,7 +65,7 @@ def test_the_error_for_an_invalid_line_names_file_and_line(tmp_path: Path, line:
         read_metrics(tmp_path)
 
 
-def test_the_tail_starts_over_when_the_file_was_replaced(tmp_path: Path) -> None:
+def test_the_tail_starts_again_when_the_file_was_replaced(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n')
     tail = MetricsTail(tmp_path)
@@ -142,9 +142,9 @@ def test_a_new_summary_replaces_the_old_one(tmp_path: Path) -> None:
     st.integers(0, 400),
 )
 def test_json_lines_survive_a_cut_at_any_byte(lines: list[dict[str, Any]], cut: int) -> None:
-    """What a kill leaves is read as its whole lines, and the next writer goes on behind them."""
-    with tempfile.TemporaryDirectory() as place:
-        path = Path(place, "lines.jsonl")
+    """After a kill the complete lines are readable, and the next writer appends to them."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "lines.jsonl")
         writer = JsonLinesWriter(path)
         for line in lines:
             writer.append(line)
@@ -159,7 +159,7 @@ def test_json_lines_survive_a_cut_at_any_byte(lines: list[dict[str, Any]], cut: 
         assert [values for _, values in JsonLinesReader(path).poll()] == [*kept, {"next": 1}]
 
 
-def test_a_reader_of_json_lines_follows_a_file_and_starts_over_when_it_begins_anew(tmp_path: Path) -> None:
+def test_a_reader_of_json_lines_follows_a_file_and_starts_again_when_it_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     reader = JsonLinesReader(path)
     assert reader.poll() == []

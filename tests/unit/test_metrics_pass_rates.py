@@ -1,4 +1,4 @@
-"""avg@k, pass@k, bootstrap and the paired test, against hand-computed values, enumeration and simulation."""
+"""avg@k, pass@k, bootstrap and the paired test, compared with values by hand, enumeration and simulation."""
 
 from itertools import combinations, product
 from math import comb
@@ -20,7 +20,7 @@ def test_avg_at_is_the_share_of_correct_samples() -> None:
 
 
 def test_pass_at_equals_values_computed_by_hand() -> None:
-    """n = 4, c = 1: 3 of the 6 pairs of samples contain the correct one; c = 2: 5 of the 6 do."""
+    """n = 4: for c = 1, 3 of the 6 pairs of samples contain the correct sample; for c = 2, 5 pairs contain one."""
     assert pass_at(array(0, 1, 2, 3, 4), array(4, 4, 4, 4, 4), 2) == pytest.approx([0, 1 / 2, 5 / 6, 1, 1])
     assert pass_at(array(3), array(10), 1)[0] == pytest.approx(0.3)
 
@@ -52,7 +52,7 @@ def test_powers_of_two_up_to_the_limit() -> None:
     assert [powers_of_two(limit) for limit in (1, 4, 7, 32)] == [[1], [1, 2, 4], [1, 2, 4], [1, 2, 4, 8, 16, 32]]
 
 
-def test_the_interval_of_two_problems_is_that_of_all_four_resamples() -> None:
+def test_the_interval_of_two_problems_comes_from_all_four_resamples() -> None:
     """Means 0, 1/2, 1/2, 1 with equal probability: the quantiles at 2.5 % and 97.5 % are 0 and 1."""
     found = interval(np.array([0.0, 1.0]))
     assert found is not None and (found.mean, found.low, found.high) == (0.5, 0.0, 1.0)
@@ -62,7 +62,7 @@ def test_the_interval_of_two_problems_is_that_of_all_four_resamples() -> None:
 
 @pytest.mark.parametrize(("correct", "low", "high"), [(0, 0.0, 0.1157), (30, 0.8843, 1.0)])
 def test_the_interval_of_equal_shares_is_the_exact_binomial_interval(correct: int, low: float, high: float) -> None:
-    """0 of 30 at 95 %: (1 - 0.1157)^30 = 0.025, as in tables of the binomial."""
+    """0 of 30 at 95 %: (1 - 0.1157)^30 = 0.025, as in binomial tables."""
     found = share_interval(np.full(30, correct / 30))
     assert (found.mean, round(found.low, 4), round(found.high, 4)) == (correct / 30, low, high)
     all_solved = pass_at(np.array([1, 3]), np.array([4, 4]), k=4)  # both are 1, although some samples are incorrect
@@ -92,9 +92,8 @@ def test_the_interval_covers_the_true_value_about_as_often_as_its_level() -> Non
         found = interval(avg_at(correct, np.full(60, 4)), resamples=1000)
         assert found is not None
         covered += found.low <= 0.5 <= found.high
-    assert (
-        400 * 0.95 - 22 <= covered <= 400 * 0.95 + 17
-    )  # the percentile bootstrap covers slightly less often than its level
+    # The percentile bootstrap covers slightly less often than its level.
+    assert 400 * 0.95 - 22 <= covered <= 400 * 0.95 + 17
 
 
 @pytest.mark.parametrize("differences", [[1], [0, 0], [3, -1, 2, 0, 2], [1, 1, 1, 1, 1, -1], [5, 5, -7, 2, 1, -1, 4]])
@@ -106,7 +105,7 @@ def test_the_sign_flip_test_equals_enumeration_of_all_signs(differences: list[in
     assert sign_flip(np.array(differences)) == pytest.approx(expected, abs=1e-12)
 
 
-def test_with_one_sample_per_problem_the_p_value_is_that_of_mcnemars_exact_test() -> None:
+def test_with_one_sample_per_problem_the_p_value_equals_mcnemars_exact_test() -> None:
     """9 problems are solved only by a, 2 only by b: 2 P(X <= 2) for X ~ Binomial(11, 1/2)."""
     correct_a = array(*[1] * 9, *[0] * 2, *[1] * 20, *[0] * 5)
     correct_b = array(*[0] * 9, *[1] * 2, *[1] * 20, *[0] * 5)

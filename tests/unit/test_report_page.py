@@ -1,4 +1,4 @@
-"""The page and the final metrics of runs whose metrics are known."""
+"""The report page and the final metrics of runs with known metrics."""
 
 import itertools
 import json
@@ -104,7 +104,7 @@ def test_benchmarks_have_a_chart_and_final_metrics(tmp_path: Path) -> None:
     assert f"<td>aime24, avg@32</td><td>{score_text}</td>" in text
 
 
-def test_the_page_of_an_old_run_without_mismatch_metrics(tmp_path: Path) -> None:
+def test_the_page_of_an_old_run_does_not_mention_mismatch(tmp_path: Path) -> None:
     old = [{key: value for key, value in line.items() if "mismatch" not in key} for line in synthetic_lines()]
     write_lines(tmp_path, old)
     (tmp_path / "summary.json").write_text(json.dumps({"steps": 120, "wall_s": 65}))
@@ -113,7 +113,7 @@ def test_the_page_of_an_old_run_without_mismatch_metrics(tmp_path: Path) -> None
     assert "mismatch" not in text.lower()
 
 
-def test_the_page_of_a_run_without_tokens_at_lag_0(tmp_path: Path) -> None:
+def test_the_page_says_if_the_mismatch_could_not_be_judged(tmp_path: Path) -> None:
     write_lines(tmp_path, [{"step": 1, "mismatch_mean_stale_first": 0.02, "mismatch_bound": None}])
     text, headings = page_of(tmp_path)
     assert "Engine against learner" in headings
@@ -126,14 +126,14 @@ def test_the_page_needs_no_network_and_no_script(tmp_path: Path) -> None:
     assert not re.search(r"https?://|<script|<link|@import|url\(|src=", text)
 
 
-def test_the_page_of_one_step_with_one_metric(tmp_path: Path) -> None:
+def test_the_page_of_one_step_with_one_metric_has_one_chart(tmp_path: Path) -> None:
     write_lines(tmp_path, [{"step": 1, "loss": 0.5, "pass_auto": None}])
     text, headings = page_of(tmp_path)
     assert headings == ["Losses", "Final metrics"]
     assert text.count('<circle class="dot') == 1
 
 
-def test_names_are_escaped(tmp_path: Path) -> None:
+def test_the_name_of_a_run_is_escaped(tmp_path: Path) -> None:
     folder = tmp_path / "<b>&run"
     write_lines(folder, [{"step": 1, "loss": 0.5}])
     text, _ = page_of(folder)
@@ -214,7 +214,7 @@ def test_powers_of_ten_enclose_the_values_above_0(values: list[float]) -> None:
 def test_a_logarithmic_axis_spaces_powers_of_ten_evenly() -> None:
     frame = Frame(0, 10, 1e-8, 1.0, log=True)
     assert frame.y(1e-4) == pytest.approx((frame.y(1e-8) + frame.y(1.0)) / 2)
-    assert frame.y(0.0) == frame.y(1e-8)  # 0 is at the lower end of the axis
+    assert frame.y(0.0) == frame.y(1e-8)  # 0 is drawn at the lower end
 
 
 @pytest.mark.parametrize("log", [False, True])
@@ -252,7 +252,7 @@ def test_lag_shares_add_up_to_1_and_merge_the_largest_lags() -> None:
     assert len(lag_shares(many)) <= 120
 
 
-def test_number_formats() -> None:
+def test_numbers_percentages_and_times_are_formatted_shortly() -> None:
     values = (0, 37, 12_345, 1_234_567, 0.4123, 0.01234, 12.345, 3.0, None, float("nan"))
     expected = ["0", "37", "12.3 k", "1.23 M", "0.412", "0.0123", "12.3", "3.00", "–", "–"]
     assert [number(value) for value in values] == expected

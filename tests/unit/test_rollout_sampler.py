@@ -1,4 +1,4 @@
-"""The rollout loop, with an engine that answers as the test says."""
+"""The rollout loop, with an engine whose answers the test sets."""
 
 from collections.abc import Iterator
 
@@ -34,7 +34,7 @@ def test_every_rollout_of_a_lease_is_requested_and_the_last_one_ends_it(
     assert (first.rollout.slot, first.rollout.reward, first.text, first.timed_out, first.last) == (
         1, 1.0, RIGHT, False, False,
     )  # fmt: skip
-    assert [one.task for one in sampler.leases] == [7]
+    assert [lease.task for lease in sampler.leases] == [7]
     engine.answers = [generated((7, 0, 0), "wrong")]
     (second,) = sampler.step(0.0)
     assert isinstance(second, Sampled)
@@ -48,17 +48,17 @@ def test_a_correct_guided_rollout_is_scored_without_its_strategy_first(
     sampler.add(lease(7, autonomous=1, guided=2))
     engine.answers = [generated((7, 0, 1), RIGHT), generated((7, 0, 2), "wrong"), generated((7, 0, 0), RIGHT)]
     outcomes = sampler.step(0.0)
-    assert [one.rollout.slot for one in outcomes if isinstance(one, Sampled)] == [2, 0]
-    question = engine.submitted[-1]
-    assert isinstance(question, Score) and question.id == (7, 0, 1)
-    assert question.prompt.tolist() == [ord(c) for c in "a problem"]
+    assert [outcome.rollout.slot for outcome in outcomes if isinstance(outcome, Sampled)] == [2, 0]
+    score = engine.submitted[-1]
+    assert isinstance(score, Score) and score.id == (7, 0, 1)
+    assert score.prompt.tolist() == [ord(c) for c in "a problem"]
     engine.answers = [scored((7, 0, 1), -0.5, -1.0)]
     (last,) = sampler.step(0.0)
     assert isinstance(last, Sampled)
     assert (last.rollout.unguided_logprob, last.rollout.reward, last.text, last.last) == (-1.5, 1.0, RIGHT, True)
 
 
-def test_nothing_is_scored_in_an_evaluation(engine: ScriptedEngine, sampler: RolloutSampler) -> None:
+def test_rollouts_of_an_evaluation_are_not_scored(engine: ScriptedEngine, sampler: RolloutSampler) -> None:
     sampler.add(lease(7, autonomous=0, guided=1, purpose="evaluate"))
     engine.answers = [generated((7, 0, 0), RIGHT)]
     (only,) = sampler.step(0.0)
@@ -75,11 +75,11 @@ def test_a_lease_that_the_engine_refuses_leaves_no_request_behind(
     assert sampler.leases == []
 
 
-def test_a_request_that_fails_ends_its_lease_and_no_other(engine: ScriptedEngine, sampler: RolloutSampler) -> None:
+def test_a_failed_request_ends_only_its_own_lease(engine: ScriptedEngine, sampler: RolloutSampler) -> None:
     sampler.add(lease(7))
     sampler.add(lease(8))
     engine.answers = [
-        generated((7, 0, 0)),  # its verdict comes after the lease has ended
+        generated((7, 0, 0)),  # its verdict arrives after the lease has ended
         Failed(id=(7, 0, 1), error=EngineError("request (7, 0, 1): 3 servers died while it ran on them")),
         generated((8, 0, 0)),
     ]
@@ -87,13 +87,13 @@ def test_a_request_that_fails_ends_its_lease_and_no_other(engine: ScriptedEngine
     assert isinstance(failed, Unservable) and failed.lease.task == 7 and "3 servers died" in str(failed.error)
     assert isinstance(other, Sampled) and other.rollout.task == 8
     assert engine.cancelled == [(7, 0, 0), (7, 0, 1)]
-    engine.answers = [generated((7, 0, 1))]  # it was under way when it was cancelled
+    engine.answers = [generated((7, 0, 1))]  # the answer was already on its way
     assert sampler.step(0.0) == []
-    assert [one.task for one in sampler.leases] == [8]
+    assert [lease.task for lease in sampler.leases] == [8]
 
 
 def test_verdicts_wait_while_the_engine_is_out_of_service(engine: ScriptedEngine, sampler: RolloutSampler) -> None:
-    """A correct guided rollout has to be scored next, which an engine without a version cannot do."""
+    """A correct guided rollout must be scored next, which an engine without weights cannot do."""
     sampler.add(lease(7, autonomous=1, guided=1))
     engine.answers = [generated((7, 0, 1), RIGHT)]
     engine.version = None

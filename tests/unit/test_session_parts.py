@@ -1,4 +1,4 @@
-"""Small parts of a session: settings, network interfaces, and the imports of the handles."""
+"""Small parts of a session: settings, network interfaces, error texts, and the imports of its handles."""
 
 import subprocess
 import sys
@@ -12,14 +12,14 @@ from sgpo_async.session.interface import interface_towards
 from sgpo_async.session.settings import Deadlines, Settings
 
 
-def test_decode_inverts_encode() -> None:
+def test_decoding_settings_inverts_encoding() -> None:
     settings = Settings("actor-é", 17, store="/a b", host="::1", deadlines=Deadlines(call_s=0.5))
     assert Settings.decode(settings.encode()) == settings
 
 
 def test_the_interface_towards_a_local_address_has_that_address() -> None:
-    own = {a.address for a in psutil.net_if_addrs()[interface_towards("127.0.0.1")]}
-    assert "127.0.0.1" in own
+    addresses = {a.address for a in psutil.net_if_addrs()[interface_towards("127.0.0.1")]}
+    assert "127.0.0.1" in addresses
     assert interface_towards("localhost") == interface_towards("127.0.0.1")
 
 

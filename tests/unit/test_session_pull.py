@@ -1,4 +1,4 @@
-"""Pull one version from a source that fails in different ways."""
+"""Pulling a weight version from a source that fails in different ways."""
 
 from collections.abc import Callable, Iterator
 
@@ -11,13 +11,13 @@ from sgpo_async.weights import StoreFile, StoreReader, StoreWriter
 
 
 class Source:
-    """A store that serves buckets; `spoil` gets the index and bytes of a bucket and returns what is delivered."""
+    """A store that serves buckets; `damage` gets the index and bytes of a bucket, and returns the bytes to send."""
 
-    def __init__(self, path: str, spoil: Callable[[int, bytearray], bytes | bytearray | None]) -> None:
+    def __init__(self, path: str, damage: Callable[[int, bytearray], bytes | bytearray | None]) -> None:
         self.writer, self.reader = StoreWriter(path, bucket_bytes=64), StoreReader(path)
-        self.spoil = spoil
+        self.damage = damage
         self.requested: list[int] = []
-        self.in_flight = self.most_in_flight = 0
+        self.in_flight = self.max_in_flight = 0
 
     def publish(self, version: int) -> None:
         self.writer.publish(version, [("a", torch.full((100,), float(version))), ("b", torch.ones(40))])
@@ -25,11 +25,11 @@ class Source:
     def request(self, version: int, index: int) -> PendingBucket:
         self.requested.append(index)
         self.in_flight += 1
-        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        self.max_in_flight = max(self.max_in_flight, self.in_flight)
 
         def pending() -> memoryview | None:
             self.in_flight -= 1
-            data = self.spoil(index, self.reader.bucket(version, index))
+            data = self.damage(index, self.reader.bucket(version, index))
             return None if data is None else memoryview(data)
 
         return pending
@@ -43,12 +43,12 @@ def paths() -> Iterator[tuple[str, str]]:
         file.close()
 
 
-def unchanged(_: int, data: bytearray) -> bytearray:
+def undamaged(_: int, data: bytearray) -> bytearray:
     return data
 
 
 def test_every_version_arrives_complete(paths: tuple[str, str]) -> None:
-    source, local = Source(paths[0], unchanged), StoreReader(paths[1])
+    source, local = Source(paths[0], undamaged), StoreReader(paths[1])
     writer = StoreWriter(paths[1])
     for version in (0, 1, 4):
         source.publish(version)
@@ -57,7 +57,7 @@ def test_every_version_arrives_complete(paths: tuple[str, str]) -> None:
         pull(manifest, source.request, writer)
         assert local.manifest() == manifest
         assert torch.equal(local.tensors(version)["a"], torch.full((100,), float(version)))
-    assert source.most_in_flight == IN_FLIGHT
+    assert source.max_in_flight == IN_FLIGHT
 
 
 def test_a_damaged_bucket_is_requested_again(paths: tuple[str, str]) -> None:
@@ -78,13 +78,13 @@ def test_a_damaged_bucket_is_requested_again(paths: tuple[str, str]) -> None:
 
 
 def test_a_version_whose_bucket_stays_damaged_is_never_visible(paths: tuple[str, str]) -> None:
-    source, writer = Source(paths[0], unchanged), StoreWriter(paths[1])
+    source, writer = Source(paths[0], undamaged), StoreWriter(paths[1])
     source.publish(0)
     source.publish(1)
     good = source.reader.manifest()
     assert good is not None
     pull(good, source.request, writer)
-    source.spoil = lambda index, data: bytes(len(data)) if index == 1 else data
+    source.damage = lambda index, data: bytes(len(data)) if index == 1 else data
     source.requested.clear()
     source.publish(2)
     manifest = source.reader.manifest()
@@ -93,7 +93,7 @@ def test_a_version_whose_bucket_stays_damaged_is_never_visible(paths: tuple[str,
         pull(manifest, source.request, writer)
     assert source.requested.count(1) == ATTEMPTS
     assert StoreReader(paths[1]).manifest() == good
-    source.spoil = unchanged
+    source.damage = undamaged
     pull(manifest, source.request, writer)
     assert StoreReader(paths[1]).manifest() == manifest
 

@@ -1,4 +1,4 @@
-"""Calls without an answer: the API distinguishes whether there was a connection to the server."""
+"""Calls without an answer: the API distinguishes whether the connection to the server was made."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import socket
 
 import pytest
-from sglang_played import ask
+from fake_sglang import generate
 
 from sgpo_async.engines.sglang.processes.api import ServerApi, ServerGone, ServerUnreached, http_session
 from sgpo_async.engines.sglang.serving.requests import Requests
@@ -27,7 +27,7 @@ async def read_request(reader: asyncio.StreamReader) -> None:
     await reader.readexactly(length)
 
 
-async def fault_of(api: ServerApi, kind: str, connected: list[str]) -> ServerGone:
+async def error_of(api: ServerApi, kind: str, connected: list[str]) -> ServerGone:
     with pytest.raises(ServerGone) as caught:
         if kind == "post":
             await api.post("/generate", {"rid": "a"}, timeout_s=0.3, on_connected=lambda: connected.append(kind))
@@ -42,8 +42,8 @@ def test_after_a_refused_connection_the_server_was_not_reached(kind: str) -> Non
     async def scenario() -> None:
         connected: list[str] = []
         async with http_session() as http:
-            fault = await fault_of(ServerApi(http, f"http://127.0.0.1:{free_port()}"), kind, connected)
-        assert isinstance(fault, ServerUnreached) and not connected
+            error = await error_of(ServerApi(http, f"http://127.0.0.1:{free_port()}"), kind, connected)
+        assert isinstance(error, ServerUnreached) and not connected
 
     asyncio.run(scenario())
 
@@ -62,12 +62,12 @@ def test_after_a_connection_timeout_the_server_was_not_reached(kind: str) -> Non
                 client.setblocking(False)
                 client.connect_ex(listener.getsockname())
             async with http_session() as http:
-                fault = await fault_of(
+                error = await error_of(
                     ServerApi(http, f"http://127.0.0.1:{listener.getsockname()[1]}"), kind, connected
                 )
             for client in clients:
                 client.close()
-        assert isinstance(fault, ServerUnreached) and "no answer within 0.3 s" in str(fault) and not connected
+        assert isinstance(error, ServerUnreached) and "no answer within 0.3 s" in str(error) and not connected
 
     asyncio.run(scenario())
 
@@ -75,9 +75,9 @@ def test_after_a_connection_timeout_the_server_was_not_reached(kind: str) -> Non
 @pytest.mark.parametrize("kind", ["post", "stream"])
 @pytest.mark.parametrize("silent", [True, False])
 def test_a_server_that_closes_the_connection_or_stays_silent_was_reached(kind: str, silent: bool) -> None:
-    """Over a new connection, and over one that was used before."""
+    """The failing call follows a successful call, whose connection it may reuse."""
 
-    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await read_request(reader)
         writer.write(OK)
         await read_request(reader)
@@ -87,17 +87,17 @@ def test_a_server_that_closes_the_connection_or_stays_silent_was_reached(kind: s
 
     async def scenario() -> None:
         connected: list[str] = []
-        async with await asyncio.start_server(talk, "127.0.0.1", 0) as served, http_session() as http:
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as served, http_session() as http:
             api = ServerApi(http, f"http://127.0.0.1:{served.sockets[0].getsockname()[1]}")
             await api.post("/generate", {}, timeout_s=1.0, on_connected=lambda: connected.append("new"))
-            fault = await fault_of(api, kind, connected)
-        assert not isinstance(fault, ServerUnreached) and connected == ["new", kind]
+            error = await error_of(api, kind, connected)
+        assert not isinstance(error, ServerUnreached) and connected == ["new", kind]
 
     asyncio.run(scenario())
 
 
-def test_a_suspect_is_not_blamed_for_a_server_that_was_dead_before() -> None:
-    """After two deaths the request is sent alone to a server that had died before the request was sent."""
+def test_a_suspect_is_not_blamed_for_a_server_that_had_died_before() -> None:
+    """After two deaths the request is sent, alone, to a server that is already dead."""
 
     async def scenario() -> None:
         async with http_session() as http:
@@ -105,13 +105,13 @@ def test_a_suspect_is_not_blamed_for_a_server_that_was_dead_before() -> None:
             server.version, server.open = 0, True
             requests = Requests(lambda: [server], ends=())
             for _ in range(2):
-                requests._quarantine.record_death(["it"])
-            requests.submit(ask("it"))
+                requests._quarantine.record_death(["suspect"])
+            requests.submit(generate("suspect"))
             while server.running:
                 await asyncio.sleep(0.01)
             requests.server_died(server)
             assert isinstance(server.fault, ServerUnreached)
-            assert requests._quarantine.deaths("it") == 2 and requests.waiting == 1
+            assert requests._quarantine.deaths("suspect") == 2 and requests.waiting == 1
             assert requests.results.empty()
 
     asyncio.run(scenario())

@@ -1,4 +1,4 @@
-"""Fleets whose servers die or hang while new versions keep arriving, as in training."""
+"""Fleets whose servers die or hang while new weight versions keep arriving, as in training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from sglang_played import PHASE_S, TOKENS, FakeServer, FakeTransport, ask, at, verify_nothing
+from fake_sglang import PHASE_S, TOKENS, FakeServer, FakeTransport, at, generate, verify_nothing
 
 from sgpo_async.engines.base import Failed, Generated, Weights
 from sgpo_async.engines.sglang.processes.api import ServerGone
@@ -25,40 +25,40 @@ from sgpo_async.errors import SessionError
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(update_module, "verify", verify_nothing)
     monkeypatch.setattr(fleet_module, "BACKOFF_S", (0.01,))
     monkeypatch.setattr(server_slot_module, "EXIT_GRACE_S", 0.01)
 
 
 class FakeFleet(Fleet):
-    """A fleet that starts fake servers; `made` contains all servers that were ever started."""
+    """A fleet of one slot with fake servers; `started` contains all servers that were ever started."""
 
     def __init__(self, make: Callable[[ServerSlot], FakeServer], in_flight: InFlight, transport: FakeTransport) -> None:
         settings = FleetSettings(slots=4, ends=frozenset(), in_flight=in_flight, start_s=1.0, phase_s=PHASE_S)
         server_slots = [ServerSlot(launch=None, url="fake", log=None)]
         super().__init__(server_slots, settings, [cast(Transport, transport)], cast(Any, None))
-        self.make, self.made, self.server_slot = make, list[FakeServer](), server_slots[0]
+        self.make, self.started, self.server_slot = make, list[FakeServer](), server_slots[0]
 
     async def _start(self, server_slot: ServerSlot, http: Any) -> None:
         server = self.make(server_slot)
         server.version, server.open = None, False
         server_slot.server = server
-        self.made.append(server)
+        self.started.append(server)
         if not self.ready.done():
             self.ready.set_result(None)
 
 
-async def updated_all_the_time(fleet: FakeFleet, asked: int) -> dict[Any, Any]:
-    """Publish new versions while requests run, as in training, until every request has a result."""
+async def run_with_updates(fleet: FakeFleet, count: int) -> dict[Any, Any]:
+    """Publish new versions while `count` requests run, until every request has a result."""
     running = asyncio.create_task(fleet.run())
     results: dict[Any, Any] = {}
     fleet.want(cast(Weights, SimpleNamespace(version=1)))
-    for id in range(asked):
-        fleet.submit(ask(id))
+    for id in range(count):
+        fleet.submit(generate(id))
     version = 1
     async with asyncio.timeout(60):
-        while len(results) < asked:
+        while len(results) < count:
             await asyncio.sleep(0.05)
             server = fleet.server_slot.server
             if server is not None and server.open:
@@ -83,23 +83,23 @@ def events(fleet: Fleet) -> list[str]:
 
 
 @pytest.mark.parametrize("answers", [True, False])
-def test_a_fleet_finds_a_request_that_hangs_its_servers_during_updates(answers: bool) -> None:
+def test_a_fleet_blames_a_request_that_hangs_its_servers_during_updates(answers: bool) -> None:
     async def scenario() -> None:
         def make(server_slot: ServerSlot) -> FakeServer:
             server = FakeServer("server", hangs=at(1))
             if not answers:
-                server.fake_api.answer = lambda path: stuck(server)
+                server.fake_api.answer = lambda path: fail_with_request_1(server)
             return server
 
-        def stuck(server: FakeServer) -> None:
-            if any(cast(Any, one.item).request.id == 1 for one in server.running.values()):
+        def fail_with_request_1(server: FakeServer) -> None:
+            if any(cast(Any, running.item).request.id == 1 for running in server.running.values()):
                 raise ServerGone("no answer")
 
         fleet = FakeFleet(make, "abort-resume", FakeTransport())
-        results = await updated_all_the_time(fleet, 3)
+        results = await run_with_updates(fleet, 3)
         assert [id for id, result in results.items() if isinstance(result, Failed)] == [1]
         assert all(len(result.tokens) == TOKENS for result in results.values() if isinstance(result, Generated))
-        assert 3 <= len(fleet.made) <= 4, events(fleet)  # the last one may have been replaced by now
+        assert 3 <= len(fleet.started) <= 4, events(fleet)  # the last server may have been replaced already
 
     asyncio.run(scenario())
 
@@ -118,7 +118,7 @@ class CountingQuarantine(Quarantine):
 
 @pytest.mark.parametrize("paused", [True, False])
 def test_a_death_during_an_update_counts_for_paused_requests_only(paused: bool) -> None:
-    """A paused request may have caused it; a request whose stream had been aborted before cannot."""
+    """A paused request may have caused the death; a request whose stream had been aborted before cannot."""
 
     async def scenario() -> None:
         dies = iter([True])
@@ -127,18 +127,18 @@ def test_a_death_during_an_update_counts_for_paused_requests_only(paused: bool) 
         def make(server_slot: ServerSlot) -> FakeServer:
             process.alive = True
             server_slot.process = cast(Any, process)
-            return FakeServer("server", slow=lambda partial: len(fleet.made) == 1 and len(partial.tokens) >= 2)
+            return FakeServer("server", slow=lambda partial: len(fleet.started) == 1 and len(partial.tokens) >= 2)
 
         def end() -> None:
-            if fleet.made[-1].changes > 1 and next(dies, False):
+            if fleet.started[-1].changes > 1 and next(dies, False):
                 process.alive = False
                 raise SessionError("the group is broken")
 
         fleet = FakeFleet(make, "retract" if paused else "abort-resume", FakeTransport(end))
         counting = CountingQuarantine()
         fleet._requests._quarantine = counting
-        results = await updated_all_the_time(fleet, 3)
+        results = await run_with_updates(fleet, 3)
         assert all(isinstance(result, Generated) for result in results.values())
-        assert counting.in_flight == [3 if paused else 0] and len(fleet.made) == 2, events(fleet)
+        assert counting.in_flight == [3 if paused else 0] and len(fleet.started) == 2, events(fleet)
 
     asyncio.run(scenario())

@@ -26,7 +26,7 @@ MODELS = {
 
 
 def tiny(name):
-    """A random model, biases and norms included, and its config.json."""
+    """A model with random parameters, including biases and norms, and its config.json."""
     config = AutoConfig.for_model(name.partition("-")[0], **SIZES | MODELS[name])
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
@@ -37,7 +37,7 @@ def tiny(name):
     return model, config.to_dict()
 
 
-class Holds:
+class Rank:
     """One rank of a server: parameters with SGLang's shapes, filled as SGLang's loaders fill them.
 
     Each method transcribes the function of sglang 0.5.23 that its docstring names, for unquantised weights.
@@ -49,7 +49,7 @@ class Holds:
             unit = 32 * tp
             self.config = config | {"intermediate_size": (config["intermediate_size"] + unit - 1) // unit * unit}
 
-    def new(self, name, shape):
+    def param(self, name, shape):
         return self.params.setdefault(name, torch.full(shape, float("nan"), dtype=self.dtype))
 
     def vocabulary(self, name, loaded):
@@ -59,7 +59,7 @@ class Holds:
             unit *= self.tp
         each = (size + unit - 1) // unit * unit // self.tp
         start, end = min(self.rank * each, size), min((self.rank + 1) * each, size)
-        param = self.new(name, (each, self.config["hidden_size"]))
+        param = self.param(name, (each, self.config["hidden_size"]))
         param[: end - start] = loaded[start:end]
         param[end - start :] = 0
 
@@ -69,7 +69,7 @@ class Holds:
         size = self.config.get("head_dim") or self.config["hidden_size"] // heads
         num_heads = heads // self.tp
         num_kv_heads, replicas = (1, self.tp // kv_heads) if self.tp >= kv_heads else (kv_heads // self.tp, 1)
-        param = self.new(name, ((num_heads + 2 * num_kv_heads) * size, *loaded.shape[1:]))
+        param = self.param(name, ((num_heads + 2 * num_kv_heads) * size, *loaded.shape[1:]))
         offset = {"q": 0, "k": num_heads * size, "v": (num_heads + num_kv_heads) * size}[shard]
         length = (num_heads if shard == "q" else num_kv_heads) * size
         start = (self.rank if shard == "q" else self.rank // replicas) * length
@@ -78,7 +78,7 @@ class Holds:
     def gate_up(self, name, loaded, shard):
         """MergedColumnParallelLinear.weight_loader."""
         length = self.config["intermediate_size"] // self.tp
-        param = self.new(name, (2 * length, loaded.shape[1]))
+        param = self.param(name, (2 * length, loaded.shape[1]))
         rows = loaded[self.rank * length : (self.rank + 1) * length]
         part = param[shard * length : (shard + 1) * length]
         part[len(rows) :] = 0
@@ -87,7 +87,7 @@ class Holds:
     def row_parallel(self, name, loaded, size):
         """RowParallelLinear.weight_loader."""
         length = size // self.tp
-        param = self.new(name, (loaded.shape[0], length))
+        param = self.param(name, (loaded.shape[0], length))
         columns = loaded[:, self.rank * length : (self.rank + 1) * length]
         param[:, columns.shape[1] :] = 0
         param[:, : columns.shape[1]] = columns
@@ -110,25 +110,25 @@ class Holds:
                 elif "embed_tokens" in name or "lm_head" in name:
                     self.vocabulary(name, loaded)
                 else:
-                    self.new(name, loaded.shape).copy_(loaded)
+                    self.param(name, loaded.shape).copy_(loaded)
         return self.params
 
 
 @pytest.mark.parametrize(("device", "tp"), [("cpu", 1), ("cpu", 2), ("cuda", 1), ("cuda", 2), ("cuda", 4)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", MODELS)
-def test_expected_checksums_equal_those_of_the_parameters_that_the_loaders_make(name, tp, dtype, device):
+def test_expected_checksums_equal_those_of_the_loaded_parameters(name, tp, dtype, device):
     model, config = tiny(name)
     hash_of = {"cpu": cpu_hash, "cuda": cuda_hash}[device]
     expected = expected_checksums(weights(model), config, tp=tp, dtype=dtype, device=device)
     for rank in range(tp):
-        held = Holds(config, tp=tp, rank=rank, dtype=dtype, device=device).load(weights(model))
+        held = Rank(config, tp=tp, rank=rank, dtype=dtype, device=device).load(weights(model))
         assert not any(parameter.isnan().any() for parameter in held.values())
         assert expected[rank] == {key: hash_of(parameter) for key, parameter in held.items()}
     assert len(expected) == tp
 
 
-def test_ranks_that_share_a_key_head_hold_the_same_keys_and_no_other_rank_does():
+def test_only_ranks_that_share_a_key_head_hold_the_same_keys():
     model, config = tiny("llama")
     tensors = weights(model)
     for tensor in tensors.values():
@@ -141,20 +141,19 @@ def test_ranks_that_share_a_key_head_hold_the_same_keys_and_no_other_rank_does()
 
 def test_each_tensor_is_looked_up_once():
     model, config = tiny("qwen3-bias")
+    lookups = []
 
-    asked = []
-
-    class Asked(dict):
+    class RecordingDict(dict):
         def __getitem__(self, name):
-            asked.append(name)
+            lookups.append(name)
             return super().__getitem__(name)
 
-    tensors = Asked(weights(model))
+    tensors = RecordingDict(weights(model))
     expected_checksums(tensors, config, tp=2, dtype=torch.float32, device="cpu")
-    assert sorted(asked) == sorted(tensors)
+    assert sorted(lookups) == sorted(tensors)
 
 
-def test_an_output_matrix_beside_tied_embeddings_is_not_read():
+def test_the_output_matrix_is_not_read_if_the_embeddings_are_tied():
     model, config = tiny("qwen3-tied")
     options = dict(tp=1, dtype=torch.float32, device="cpu")
     expected = expected_checksums(weights(model), config, **options)
@@ -185,14 +184,14 @@ def test_a_config_json_written_by_transformers_is_sufficient(tmp_path):
         (dict(intermediate_size=49), "2 ranks cannot share intermediate_size 49"),
     ],
 )
-def test_a_model_that_is_not_supported_is_refused_in_one_line(change, message):
+def test_the_error_for_an_unsupported_model_is_one_line(change, message):
     model, config = tiny("llama")
     with pytest.raises(EngineError, match=message) as error:
         expected_checksums(weights(model), config | change, tp=2, dtype=torch.float32, device="cuda")
     assert "\n" not in str(error.value)
 
 
-def test_repeated_key_heads_are_refused_on_a_cpu():
+def test_more_ranks_than_key_heads_are_refused_on_a_cpu():
     model, config = tiny("llama")
     with pytest.raises(EngineError, match="4 ranks on a cpu cannot share"):
         expected_checksums(weights(model), config, tp=4, dtype=torch.float32, device="cpu")
@@ -224,14 +223,14 @@ def test_equal_checksums_pass_and_errors_name_rank_and_parameter():
         compare([held, held], [held])
 
 
-def test_checksums_of_an_answer_are_ordered_by_rank():
+def test_the_checksums_of_a_response_are_ordered_by_rank():
     ranks = [dict(checksums={"p": str(rank)}, parallelism_info=[{"tp_rank": rank}]) for rank in (1, 0)]
     assert answered_checksums({"success": True, "ranks": ranks}) == [{"p": "0"}, {"p": "1"}]
     with pytest.raises(EngineError, match="gave no checksums: busy"):
         answered_checksums({"success": False, "message": "busy"})
 
 
-SHIPPED = {  # from the config.json of the models of configs/paper-*.yaml
+SHIPPED = {  # from config.json of the models in configs/paper-*.yaml
     "qwen2": dict(
         vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
         num_key_value_heads=4, tie_word_embeddings=False,
@@ -244,7 +243,7 @@ SHIPPED = {  # from the config.json of the models of configs/paper-*.yaml
 
 
 @pytest.mark.parametrize(("kind", "ranks", "billions"), [("qwen2", (1, 2, 4), 7.62), ("llama", (1, 2, 4, 8), 8.03)])
-def test_the_layout_covers_every_parameter_of_the_models_in_shipped_recipes(kind, ranks, billions):
+def test_the_layout_covers_every_parameter_of_the_models_in_shipped_configs(kind, ranks, billions):
     config = AutoConfig.for_model(kind, **SHIPPED[kind])
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

@@ -1,4 +1,4 @@
-"""Servers that die or hang during an update: the death counts for the requests in flight, and for no others."""
+"""Servers that die or hang during an update: the death counts only for requests that were in flight."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from sglang_played import PHASE_S, FakeServer, FakeTransport, ask, at, verify_nothing
+from fake_sglang import PHASE_S, FakeServer, FakeTransport, at, generate, verify_nothing
 
 from sgpo_async.engines.base import Failed, Generated
 from sgpo_async.engines.sglang.processes.api import ServerGone, ServerUnreached
@@ -20,15 +20,15 @@ from sgpo_async.errors import DeadlineExceeded, SessionError, SgpoError
 
 
 @pytest.fixture(autouse=True)
-def unverified(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_verification(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(update_module, "verify", verify_nothing)
 
 
 def raises(error: Exception) -> Callable[..., None]:
-    def play(*_: Any) -> None:
+    def fail(*_: Any) -> None:
         raise error
 
-    return play
+    return fail
 
 
 async def until(holds: Callable[[], object]) -> None:
@@ -38,10 +38,10 @@ async def until(holds: Callable[[], object]) -> None:
 
 
 def hanging(server: FakeServer, *ids: Any) -> Callable[[], bool]:
-    """Whether exactly these requests run on the server, each with two tokens, after which they hang or are slow."""
+    """Whether exactly these requests run on the server, and each has the two tokens after which it hangs or is slow."""
     return lambda: (
-        {cast(Any, one.item).request.id for one in server.running.values() if one.connected} == set(ids)
-        and (all(len(cast(Any, one.item).tokens) >= 2 for one in server.running.values()))
+        {cast(Any, running.item).request.id for running in server.running.values() if running.connected} == set(ids)
+        and (all(len(cast(Any, running.item).tokens) >= 2 for running in server.running.values()))
     )
 
 
@@ -53,14 +53,14 @@ async def update_weights(
 
 
 @pytest.mark.parametrize("answers", [True, False])
-def test_an_update_finds_a_request_that_hangs_servers(answers: bool) -> None:
+def test_an_update_blames_a_request_that_hangs_servers(answers: bool) -> None:
     """The server answers the abort but does not end the stream, or does not answer at all."""
 
     async def scenario() -> None:
         server = FakeServer("server", hangs=at("hangs"))
         requests = Requests(lambda: [server], ends=())
-        requests.submit(ask("hangs"))
-        requests.submit(ask("neighbour"))
+        requests.submit(generate("hangs"))
+        requests.submit(generate("neighbour"))
         await until(lambda: requests.results.qsize() == 1 and hanging(server, "hangs")())
         if not answers:
             server.fake_api.answer = raises(ServerGone("no answer"))
@@ -89,7 +89,7 @@ def test_an_update_that_succeeds_counts_no_death(in_flight: InFlight) -> None:
     async def scenario() -> None:
         server = FakeServer("server", slow=at("slow"))
         requests = Requests(lambda: [server], ends=())
-        requests.submit(ask("slow"))
+        requests.submit(generate("slow"))
         await until(hanging(server, "slow"))
         for _ in range(3):
             server.version = 0
@@ -107,8 +107,8 @@ def test_a_failed_update_counts_no_death_for_requests_whose_streams_had_ended() 
     async def scenario() -> None:
         server = FakeServer("server")
         requests = Requests(lambda: [server], ends=())
-        requests.submit(ask(0))
-        await until(lambda: server.ran)
+        requests.submit(generate(0))
+        await until(lambda: server.co_running)
         with pytest.raises(ServerGone):
             await update_weights(server, raises(ServerGone("no answer")))
         requests.server_died(server)
@@ -122,7 +122,7 @@ def test_a_death_counts_for_requests_that_were_paused_when_an_update_failed() ->
         server = FakeServer("server", hangs=at(0, 1))
         requests = Requests(lambda: [server], ends=())
         for id in (0, 1):
-            requests.submit(ask(id))
+            requests.submit(generate(id))
         await until(hanging(server, 0, 1))
         for _ in range(2):
             with pytest.raises(SessionError):
@@ -138,7 +138,7 @@ def test_a_death_counts_for_requests_that_were_paused_when_an_update_failed() ->
         assert [requests._quarantine.deaths(id) for id in (0, 1)] == [2, 2]
         assert (
             len(requests._suspects) == 1 and len(server.running) == 1
-        )  # they run alone, although they were already waiting
+        )  # suspects run alone, although they were already waiting
         await server.cancel_streams()
 
     asyncio.run(scenario())
@@ -146,15 +146,15 @@ def test_a_death_counts_for_requests_that_were_paused_when_an_update_failed() ->
 
 def test_a_blamed_request_is_aborted_on_another_server() -> None:
     async def scenario() -> None:
-        servers = [FakeServer(f"server-{i}", hangs=at("it")) for i in range(2)]
+        servers = [FakeServer(f"server-{i}", hangs=at("hangs")) for i in range(2)]
         requests = Requests(lambda: list(servers), ends=())
-        requests.submit(ask("it"))
-        await until(hanging(servers[0], "it"))
+        requests.submit(generate("hangs"))
+        await until(hanging(servers[0], "hangs"))
         for _ in range(2):
-            requests._quarantine.record_death(["it"])
+            requests._quarantine.record_death(["hangs"])
         with pytest.raises(SessionError):
             await update_weights(servers[0], raises(SessionError("broken")), in_flight="retract")
-        await until(hanging(servers[1], "it"))
+        await until(hanging(servers[1], "hangs"))
         requests.server_died(servers[0])
         assert isinstance(requests.results.get_nowait(), Failed)
         await asyncio.sleep(0.01)
@@ -166,7 +166,7 @@ def test_a_blamed_request_is_aborted_on_another_server() -> None:
 
 
 def test_a_death_does_not_count_for_requests_without_a_connection() -> None:
-    """One request is still connecting when another finds that the server cannot be reached."""
+    """One request is still connecting when another fails because the server cannot be reached."""
 
     class Unreached(FakeServer):
         async def extend(self, partial: Any, rid: str, version: int) -> None:
@@ -182,7 +182,7 @@ def test_a_death_does_not_count_for_requests_without_a_connection() -> None:
         server = Unreached("server")
         requests = Requests(lambda: [server], ends=())
         for id in ("refused", "connecting", "connected"):
-            requests.submit(ask(id))
+            requests.submit(generate(id))
         await until(lambda: server.fault is not None)
         await server.cancel_streams()
         requests.server_died(server)

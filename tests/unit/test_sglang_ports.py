@@ -1,4 +1,4 @@
-"""Ports of servers: they are outside of the system's ephemeral range, and a port that was taken is detected."""
+"""Ports of servers lie below the ephemeral range of the system, and a port that was taken is detected."""
 
 import socket
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The rules that refuse servers, and the check of their log-probabilities."""
+"""The rules by which servers are refused, and the check of their log-probabilities."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def subject() -> Iterator[Subject]:
         runner.run(http.close())
 
 
-def with_sglang(subject: Subject, **own: Any) -> Subject:
-    return replace(subject, engine=replace(subject.engine, sglang=Sglang(**own)))
+def with_sglang(subject: Subject, **keys: Any) -> Subject:
+    return replace(subject, engine=replace(subject.engine, sglang=Sglang(**keys)))
 
 
 def test_a_correctly_launched_server_passes(subject: Subject) -> None:
@@ -76,7 +76,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("key", WRONG)
-def test_every_rule_names_the_setting_that_it_refuses(subject: Subject, key: str) -> None:
+def test_the_error_of_every_rule_names_the_setting_and_the_remedy(subject: Subject, key: str) -> None:
     value, remedy = WRONG[key]
     with pytest.raises(CheckFailed, match=f"{key} must be .*, got .*: ") as failure:
         asyncio.run(settings(subject, GOOD | {key: value}))
@@ -113,7 +113,7 @@ def test_a_server_without_room_for_a_prompt_is_refused(subject: Subject) -> None
     asyncio.run(settings(replace(subject, tokens=121), GOOD))
 
 
-def test_fewer_sequences_or_shorter_ones_are_a_warning(subject: Subject) -> None:
+def test_a_server_with_fewer_or_shorter_sequences_gives_a_warning(subject: Subject) -> None:
     server_info = GOOD | {"internal_states": [{"effective_max_running_requests_per_dp": 8}], "context_length": 100}
     message = "decodes at most 8 sequences at a time, but gets 64.*context_length is 100"
     with pytest.raises(CheckWarning, match=message):
@@ -143,8 +143,8 @@ def test_versions_with_known_faults_are_refused(subject: Subject, number: str, i
         asyncio.run(version(subject, GOOD | {"version": number}))
 
 
-def described(interface: dict[str, tuple[str, ...]]) -> dict[str, Any]:
-    """The OpenAPI description of an API, as FastAPI writes it."""
+def openapi_of(interface: dict[str, tuple[str, ...]]) -> dict[str, Any]:
+    """The OpenAPI description of an interface, as FastAPI writes it."""
     paths, schemas = {}, {}
     for path, fields in interface.items():
         schema = {"$ref": f"#/components/schemas/{path[1:]}"}
@@ -153,16 +153,16 @@ def described(interface: dict[str, tuple[str, ...]]) -> dict[str, Any]:
     return {"paths": paths, "components": {"schemas": schemas}}
 
 
-def test_paths_and_fields_that_are_missing_are_named() -> None:
+def test_missing_paths_and_fields_are_named() -> None:
     interface = dict(INTERFACE)
-    assert list(missing(described(interface))) == []
+    assert list(missing(openapi_of(interface))) == []
     del interface["/end_weight_update"]
     interface["/pause_generation"] = ()
-    assert list(missing(described(interface))) == ["/pause_generation mode", "/end_weight_update"]
+    assert list(missing(openapi_of(interface))) == ["/pause_generation mode", "/end_weight_update"]
 
 
-def answers(temperature: float, *, reported: float) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A completion at `temperature` with log-probabilities at the temperature `reported`, and its scores."""
+def replies(temperature: float, *, reported: float) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A completion sampled at `temperature` with log-probabilities at temperature `reported`, and its scores at 1."""
     rng = np.random.default_rng(3)
     logits = 3 * rng.normal(size=(10, 20))
     generated: dict[str, list] = {"output_token_logprobs": [], "output_top_logprobs": []}
@@ -182,17 +182,17 @@ def log_softmax(z: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_log_probabilities_at_another_temperature_are_detected(temperature: float) -> None:
-    assert np.abs(_differences(*answers(temperature, reported=temperature), temperature)).max() < 1e-12
+def test_log_probabilities_at_a_wrong_temperature_are_detected(temperature: float) -> None:
+    assert np.abs(_differences(*replies(temperature, reported=temperature), temperature)).max() < 1e-12
     for other in (1.0, 0.7, 1.3):
         if other != temperature:
-            wrong = _differences(*answers(temperature, reported=other), temperature)
+            wrong = _differences(*replies(temperature, reported=other), temperature)
             for dtype in ("float32", "bfloat16"):
                 with pytest.raises(CheckFailed, match="off by .* on average.*SGLANG_RETURN_ORIGINAL_LOGPROB"):
                     _judge(wrong, dtype, "")
 
 
-def test_bounds_refuse_nan() -> None:
+def test_nan_and_differences_above_the_bound_are_refused() -> None:
     with pytest.raises(CheckFailed, match="off by nan"):
         _judge(np.array([0.0, np.nan]), "bfloat16", "T = 1")
     assert _judge(np.array([5e-5, -5e-5]), "float32", "T = 1") == "T = 1: 5e-05, at most 5e-05"
@@ -203,8 +203,8 @@ def test_bounds_refuse_nan() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_reference_changes_one_element_minimally(dtype: str) -> None:
     reference = Reference(FOLDER, dtype=dtype, digest=digest)
-    own, other = reference.weights(0), reference.weights(1, changed="model.norm.weight")
-    before, after = own.read()["model.norm.weight"], other.read()["model.norm.weight"]
-    assert str(before.dtype) == f"torch.{dtype}" and own.digest != other.digest
+    original, changed = reference.weights(0), reference.weights(1, changed="model.norm.weight")
+    before, after = original.read()["model.norm.weight"], changed.read()["model.norm.weight"]
+    assert str(before.dtype) == f"torch.{dtype}" and original.digest != changed.digest
     assert (before != after).nonzero().flatten().tolist() == [0] and 0 < after[0] - before[0] < 0.01 * abs(before[0])
-    assert reference.weights(2).digest == own.digest
+    assert reference.weights(2).digest == original.digest

@@ -1,4 +1,4 @@
-"""The quarantine finds requests that kill servers, and blames no other request."""
+"""The quarantine finds requests that kill servers and blames no others."""
 
 from collections import deque
 from dataclasses import dataclass, field
@@ -55,11 +55,11 @@ def test_deaths_of_a_finished_request_are_forgotten() -> None:
 def test_a_suspect_waits_for_an_empty_server_and_for_running_suspects() -> None:
     assert server_for_suspect([server(3), server(0)]) == 1
     assert server_for_suspect([server(3), server(1)]) is None
-    assert server_for_suspect([server(0, room=0), server(2)]) is None  # shut
+    assert server_for_suspect([server(0, room=0), server(2)]) is None  # without free slots
     assert server_for_suspect([server(1, suspect=True), server(0)]) is None
 
 
-def test_other_requests_go_to_the_server_with_most_room_but_not_beside_a_suspect() -> None:
+def test_other_requests_go_to_the_server_with_most_room_but_never_run_with_a_suspect() -> None:
     assert server_for_request([server(3, room=1), server(1, room=3)], suspect_waits=False) == 1
     assert server_for_request([server(3, room=1), server(1, room=3, suspect=True)], suspect_waits=False) == 0
     assert server_for_request([server(1, suspect=True)], suspect_waits=True) is None
@@ -71,12 +71,12 @@ def test_the_server_with_the_fewest_requests_is_reserved_for_a_waiting_suspect()
     assert server_for_request([server(1, room=3)], suspect_waits=True) is None
     assert (
         server_for_request([server(3, room=1), server(1, room=3, suspect=True)], suspect_waits=True) == 0
-    )  # its turn comes later
+    )  # the running suspect finishes first
 
 
 @dataclass
-class Sim:
-    """A simulation of servers that die when a killer request runs, and sometimes by themselves."""
+class Simulation:
+    """Servers that die when a killer request runs, and sometimes by themselves."""
 
     killers: frozenset[int]
     slots: int
@@ -89,15 +89,15 @@ class Sim:
     alone_at_death: set[int] = field(default_factory=set)
 
     def dispatch(self) -> None:
-        while self.suspects and (i := server_for_suspect(self.seats())) is not None:
+        while self.suspects and (i := server_for_suspect(self.loads())) is not None:
             self.servers[i].append(self.suspects.popleft())
-        while self.waiting and (i := server_for_request(self.seats(), suspect_waits=bool(self.suspects))) is not None:
+        while self.waiting and (i := server_for_request(self.loads(), suspect_waits=bool(self.suspects))) is not None:
             self.servers[i].append(self.waiting.popleft())
         for running in self.servers:
             assert len(running) <= self.slots
             assert len(running) == 1 or not any(map(self.quarantine.is_suspect, running))
 
-    def seats(self) -> list[ServerLoad]:
+    def loads(self) -> list[ServerLoad]:
         return [
             ServerLoad(
                 running=len(running),
@@ -107,11 +107,11 @@ class Sim:
             for running in self.servers
         ]
 
-    def turn(self, i: int, place: int) -> None:
+    def step(self, i: int, choice: int) -> None:
         """Finish one of the requests on server i; a killer request kills the server instead."""
         if not (running := self.servers[i]):
             return
-        id = running[place % len(running)]
+        id = running[choice % len(running)]
         if id in self.killers:
             self.die(i)
         else:
@@ -141,26 +141,26 @@ class Sim:
 def test_killers_are_blamed_and_all_other_requests_finish(
     requests: int, killers: set[int], slots: int, servers: int, accidents: int, data: st.DataObject
 ) -> None:
-    sim = Sim(
+    simulation = Simulation(
         killers=frozenset(killers & set(range(requests))),
         slots=slots,
         servers=[[] for _ in range(servers)],
         waiting=deque(range(requests)),
     )
-    turns = 0
-    while len(sim.finished) + len(sim.blamed) < requests:
-        sim.dispatch()
-        busy = [i for i, running in enumerate(sim.servers) if running]
-        assert busy, "requests are waiting, but none is running"
+    steps = 0
+    while len(simulation.finished) + len(simulation.blamed) < requests:
+        simulation.dispatch()
+        busy = [i for i, running in enumerate(simulation.servers) if running]
+        assert busy, "requests wait, but none runs"
         i = data.draw(st.sampled_from(busy))
         if accidents and data.draw(st.integers(0, 9)) == 0:
             accidents -= 1
-            sim.die(i)
+            simulation.die(i)
         else:
-            sim.turn(i, data.draw(st.integers(0, slots - 1)))
-        turns += 1
-        assert turns < requests * 4 + 50
-    for id in sim.blamed - sim.killers:  # only by an accident while it ran alone
-        assert id in sim.alone_at_death and sim.quarantine.deaths(id) == ISOLATE_AFTER + 1
-    assert sim.killers <= sim.blamed
-    assert all(sim.quarantine.deaths(id) == ISOLATE_AFTER + 1 for id in sim.killers)
+            simulation.step(i, data.draw(st.integers(0, slots - 1)))
+        steps += 1
+        assert steps < requests * 4 + 50
+    for id in simulation.blamed - simulation.killers:  # only after an accident while the request ran alone
+        assert id in simulation.alone_at_death and simulation.quarantine.deaths(id) == ISOLATE_AFTER + 1
+    assert simulation.killers <= simulation.blamed
+    assert all(simulation.quarantine.deaths(id) == ISOLATE_AFTER + 1 for id in simulation.killers)

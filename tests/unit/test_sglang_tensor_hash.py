@@ -1,4 +1,4 @@
-"""SGLang's hashes, compared with values that SGLang's own code computed."""
+"""SGLang's hashes, compared with values computed by SGLang's own code."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from sgpo_async.engines.sglang.weight_sync.tensor_hash import cpu_hash, cuda_has
 BFLOAT16 = (torch.arange(60003) % 251).to(torch.bfloat16)
 
 # Computed by the Triton kernels of sglang 0.5.23 (sglang/kernels/ops/memory/gpu_tensor_hash.py) in the interpreter of
-# triton 3.7.0 (TRITON_INTERPRET=1) on CPU tensors, called as `gpu_tensor_hash` calls them.
+# triton 3.7.0 (TRITON_INTERPRET=1) on CPU tensors, with the same calls as in `gpu_tensor_hash`.
 KERNEL = {
     "7b9d126d63bd5f7f": torch.arange(7, dtype=torch.float32),
     "734f38267db36804": torch.arange(5, dtype=torch.bfloat16),
@@ -19,7 +19,7 @@ KERNEL = {
     "0047eb09d57a4f0c": BFLOAT16.reshape(3, 20001),
     "bcfe57824b6c9424": torch.zeros(9),
     "0000000000000000": torch.zeros(0),
-    "4a92c412b51c9061": torch.arange(8192 * 1025 + 3, dtype=torch.int32),  # more tiles than one reduction takes
+    "4a92c412b51c9061": torch.arange(8192 * 1025 + 3, dtype=torch.int32),  # more tiles than fit into one reduction
 }
 
 
@@ -29,7 +29,7 @@ def test_the_cuda_hash_equals_the_kernels_hash(golden):
 
 
 @pytest.mark.parametrize("tensor", [torch.tensor([0.0, 1.0]), torch.tensor([0, 0, 0, 1.0], dtype=torch.bfloat16)])
-def test_the_cpu_hash_is_the_beginning_of_the_sha256_of_the_bytes(tensor):
+def test_the_cpu_hash_is_the_start_of_the_sha256_of_the_bytes(tensor):
     assert cpu_hash(tensor) == "22b6f43bd8d27738"  # printf '\\0\\0\\0\\0\\0\\0\\200\\77' | sha256sum
 
 

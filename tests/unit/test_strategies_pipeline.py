@@ -1,4 +1,4 @@
-"""The pipeline with a scripted endpoint: effects of failures, requests of the next run, recorded provenance."""
+"""The pipeline with a scripted endpoint: failures, the requests that the next run sends, recorded provenance."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def scores(first: dict[str, int], rest: dict[str, int]) -> Callable[[int], str]:
 
 
 class Scripted:
-    """An endpoint with one model. `extract` and `rank` receive the number of earlier requests of their kind."""
+    """An endpoint with one model. `extract` and `rank` get the number of earlier requests of their kind."""
 
     def __init__(self, model: str = "EXTRACTOR", *, extract: object = None, rank: object = None) -> None:
         self.server = Server(url="http://host/v1", model=model)
@@ -45,9 +45,9 @@ class Scripted:
         self.ranked: list[tuple[float, int]] = []  # temperatures and seeds
         self.paid = [0, 0]
 
-    async def chat(self, asked: Prompt, *, temperature: float, seed: int) -> Reply:
+    async def chat(self, request: Prompt, *, temperature: float, seed: int) -> Reply:
         await asyncio.sleep(0)
-        prompt = asked.text
+        prompt = request.text
         if "candidate strategies" in prompt:
             self.ranked.append((temperature, seed))
             text = self.rank(len(self.ranked) - 1)
@@ -76,7 +76,7 @@ def run(path: Path, endpoint: Scripted, action: str = "extract", problems: list[
     return journal
 
 
-def only(journal: Journal) -> dict:
+def only_record(journal: Journal) -> dict:
     (record,) = journal.records.values()
     return record
 
@@ -98,8 +98,8 @@ def test_the_library_names_the_extractor_and_the_judge(work: Path, tmp_path: Pat
     after = row(run(work, judge, "rank"), tmp_path / "after.jsonl")
     assert (after["model"], after["judge"]) == ("EXTRACTOR", "JUDGE")
     assert after["strategy"] != before["strategy"]
-    same = ("model", "endpoint", "prompts", "version", "time", "response", "candidates")
-    assert [after[name] for name in same] == [before[name] for name in same]
+    unchanged = ("model", "endpoint", "prompts", "version", "time", "response", "candidates")
+    assert [after[name] for name in unchanged] == [before[name] for name in unchanged]
     assert before["prompts"] != before["judge_prompts"] == after["judge_prompts"]
 
 
@@ -107,11 +107,11 @@ def test_a_reranking_that_fails_keeps_the_older_scores(work: Path, tmp_path: Pat
     before = row(run(work, Scripted()), tmp_path / "before.jsonl")
     journal = run(work, Scripted("JUDGE", rank=lambda index: "nonsense"), "rank")
     assert row(journal, tmp_path / "after.jsonl") == before
-    assert only(journal)["rerank_failed"]["model"] == "JUDGE"
-    assert "unreadable scores: the reply must be one JSON object" in only(journal)["rerank_failed"]["reason"]
+    assert only_record(journal)["rerank_failed"]["model"] == "JUDGE"
+    assert "unreadable scores: the reply must be one JSON object" in only_record(journal)["rerank_failed"]["reason"]
     assert journal_metrics(journal)["old_scores"] == 1
     journal = run(work, Scripted("JUDGE"), "rank")
-    assert "rerank_failed" not in only(journal)
+    assert "rerank_failed" not in only_record(journal)
     assert row(journal, tmp_path / "after.jsonl")["judge"] == "JUDGE"
 
 
@@ -129,9 +129,9 @@ def test_an_interrupted_ranking_resumes_where_it_stopped(work: Path) -> None:
     assert third.ranked == []
 
 
-def test_a_declined_request_loses_only_its_own_candidate(work: Path) -> None:
+def test_a_declined_request_costs_only_its_own_candidate(work: Path) -> None:
     endpoint = Scripted(extract=lambda index: Declined("status 400") if index == 2 else candidate(KINDS[index]))
-    record = only(run(work, endpoint))
+    record = only_record(run(work, endpoint))
     assert record["failed"] is None
     assert len(record["candidates"]) == 4
     assert len(endpoint.ranked) == 1
@@ -140,32 +140,32 @@ def test_a_declined_request_loses_only_its_own_candidate(work: Path) -> None:
 def test_the_next_run_requests_only_the_missing_candidates(work: Path) -> None:
     replies = ["nonsense", Declined("status 400"), "nonsense", "nonsense", Declined("status 400")]
     first = Scripted(extract=lambda index: replies[index])
-    assert only(run(work, first))["failed"] == "extraction: status 400"
+    assert only_record(run(work, first))["failed"] == "extraction: status 400"
     second = Scripted()
-    record = only(run(work, second))
+    record = only_record(run(work, second))
     assert second.extracted == [first.extracted[1], first.extracted[4]]
     assert len(record["candidates"]) == 2
-    assert [one["reason"] for one in record["rejected"]] == ["unreadable"] * 3
+    assert [rejection["reason"] for rejection in record["rejected"]] == ["unreadable"] * 3
 
 
 def test_the_next_run_requests_new_candidates_if_all_were_rejected(work: Path) -> None:
     first, second = Scripted(extract=lambda index: "nonsense"), Scripted()
-    assert only(run(work, first))["failed"] == "no candidate is left (unreadable)"
-    assert len(only(run(work, second))["candidates"]) == 5
+    assert only_record(run(work, first))["failed"] == "no candidate is left (unreadable)"
+    assert len(only_record(run(work, second))["candidates"]) == 5
     assert len(second.extracted) == 5
     assert not set(second.extracted) & set(first.extracted)  # the same seeds might produce the same replies
 
 
 def test_after_a_failed_ranking_the_candidates_are_not_requested_again(work: Path) -> None:
-    assert only(run(work, Scripted(rank=lambda index: Declined("too long"))))["failed"] == "ranking: too long"
+    assert only_record(run(work, Scripted(rank=lambda index: Declined("too long"))))["failed"] == "ranking: too long"
     second = Scripted()
-    assert only(run(work, second))["failed"] is None
+    assert only_record(run(work, second))["failed"] is None
     assert (len(second.extracted), len(second.ranked)) == (0, 1)
 
 
 def test_an_unreadable_ranking_is_retried_at_a_temperature_above_zero(work: Path) -> None:
     first, second = Scripted(rank=lambda index: "nonsense"), Scripted()
-    assert only(run(work, first))["failed"].startswith("ranking: unreadable scores")
+    assert only_record(run(work, first))["failed"].startswith("ranking: unreadable scores")
     run(work, second)
     temperatures, seeds = zip(*first.ranked, *second.ranked, strict=True)
     assert temperatures[0] == 0
@@ -182,7 +182,7 @@ def test_replies_before_an_interruption_are_used_and_counted(work: Path) -> None
     assert journal_metrics(journal)["interrupted"] == 1
     assert [journal_metrics(journal)[name] for name in ("prompt_tokens", "completion_tokens")] == first.paid
     second = Scripted(extract=lambda index: candidate(KINDS[3]))
-    assert len(only(run(work, second))["candidates"]) == 5
+    assert len(only_record(run(work, second))["candidates"]) == 5
     assert second.extracted == [first.extracted[3]]
 
 
@@ -213,31 +213,31 @@ def test_a_reply_that_the_server_aborted_is_requested_again() -> None:
     assert _read(json.dumps({"choices": [choice | {"finish_reason": "length"}]})).text == "{"
 
 
-def test_a_request_has_the_fields_of_the_command_line() -> None:
+def test_a_request_has_the_fields_given_on_the_command_line() -> None:
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     extra = '{"max_tokens": null, "max_completion_tokens": 4096, "reasoning_effort": "low"}'
     arguments = ["extract", "x.jsonl", "--url", "http://host/v1", "--model", "m"]
     endpoint = Endpoint(command._server(parser.parse_args([*arguments, "--max-tokens", "2048"])))
-    asked = Prompt("p", {"type": "object"})
-    assert endpoint._request(asked, 1.0, 3)["max_tokens"] == 2048
+    prompt = Prompt("p", {"type": "object"})
+    assert endpoint._request(prompt, 1.0, 3)["max_tokens"] == 2048
     endpoint = Endpoint(command._server(parser.parse_args([*arguments, "--extra", extra])))
     messages = [{"role": "user", "content": "p"}]
-    assert endpoint._request(asked, 1.0, 3) == {
+    assert endpoint._request(prompt, 1.0, 3) == {
         **{"model": "m", "messages": messages, "temperature": 1.0, "seed": 3},
         **{"max_completion_tokens": 4096, "reasoning_effort": "low"},
     }
     endpoint = Endpoint(command._server(parser.parse_args([*arguments, "--structured"])))
     schema = {"name": "reply", "strict": True, "schema": {"type": "object"}}
-    constraint = endpoint._request(asked, 1.0, 3)["response_format"]
+    constraint = endpoint._request(prompt, 1.0, 3)["response_format"]
     assert constraint == {"type": "json_schema", "json_schema": schema}
 
 
 def test_an_older_work_file_is_readable(work: Path, tmp_path: Path) -> None:
-    record = only(run(work, Scripted()))
-    by = record.pop("judge")
+    record = only_record(run(work, Scripted()))
+    judge = record.pop("judge")
     del record["extractors"]
-    work.write_text(json.dumps(record | by) + "\n")
+    work.write_text(json.dumps(record | judge) + "\n")
     second = Scripted()
     journal = run(work, second)
     assert second.extracted == []

@@ -1,4 +1,4 @@
-"""Parsing replies, finding leaks, removing duplicates, choosing the best candidate: pure functions."""
+"""Pure functions that parse replies, find leaks, remove duplicates and choose the best candidate."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GOOD = {"type": "Linear equations", "strategy": "Isolate the unknown.", "steps":
 SCORE = {"type": 3, "approach": 4, "abstraction": 5, "clean": 5}
 
 
-def test_the_text_of_a_parsed_strategy_is_that_of_the_guided_prompt() -> None:
+def test_the_text_of_a_parsed_strategy_has_type_strategy_and_numbered_steps() -> None:
     text = parse_strategy(json.dumps(GOOD)).text()
     assert text == (
         "Problem type: Linear equations\nStrategy: Isolate the unknown.\nSteps:\n1. Collect terms.\n2. Divide."
@@ -84,7 +84,7 @@ def test_invalid_scores_are_rejected_with_the_reason(scores: object, reason: str
 
 
 @given(st.text(max_size=60) | st.recursive(st.none() | st.integers() | st.text(), st.lists).map(json.dumps))
-def test_an_arbitrary_reply_raises_nothing_but_unreadable(reply: str) -> None:
+def test_an_arbitrary_reply_raises_only_unreadable(reply: str) -> None:
     for read in (parse_strategy, lambda text: parse_scores(text, 3)):
         with pytest.raises(Unreadable):
             read(reply)
@@ -166,7 +166,7 @@ RESPONSE = "Its speed is 120/2 = 60 km/h. In 5 hours it goes 60 * 5 = 300 km. So
         ("Consider two cases, the 2nd is trivial.", ""),
     ],
 )
-def test_leaks_of_a_worked_example(strategy: str, leak: str) -> None:
+def test_numbers_of_the_response_and_the_answer_leak(strategy: str, leak: str) -> None:
     found = leaks(strategy, problem=PROBLEM, answer="300", response=RESPONSE)
     assert (leak in found) if leak else found == []
 
@@ -193,14 +193,10 @@ def test_leaks_of_a_worked_example(strategy: str, leak: str) -> None:
         ("Paris", "Recall the capital.", False),
         ("even", "Show that seven divides it.", False),
         ("4", "Four of them remain.", True),
-        (
-            "1",
-            "Only one of them remains.",
-            False,
-        ),  # "one" is not counted as a number, because ordinary English uses it too often
+        ("1", "Only one of them remains.", False),  # "one" does not count as a number: it is too common
     ],
 )
-def test_leaks_of_answers_of_every_kind(answer: str, strategy: str, leaky: bool) -> None:
+def test_an_answer_of_any_kind_leaks_in_equivalent_forms(answer: str, strategy: str, leaky: bool) -> None:
     found = leaks(strategy, problem="Find it.", answer=answer, response=f"So it is {answer}.")
     assert bool(found) == leaky, found
 
@@ -213,12 +209,7 @@ def test_leaks_of_answers_of_every_kind(answer: str, strategy: str, leaky: bool)
         ("Solve x + 5 = 0.", "-5", "It is negative five.", True),
         ("Solve x + 5 = 0.", "-5", "Subtract 5 from both sides.", False),
         ("Solve x - 5 = 0.", "5", "Add 5 to both sides.", False),
-        (
-            "Solve |x| + x = -10.",
-            "-5",
-            "Use 5 for the absolute value.",
-            True,
-        ),  # the problem does not contain 5 with either sign
+        ("Solve |x| + x = -10.", "-5", "Use 5 for the absolute value.", True),  # 5 is not in the problem
         ("Solve x + 5 = 0.", "-5", "Count from 2-5.\n- 5 is on the left", False),
         ("A prism has sides 3 and 5.", "5\\sqrt{3}", "The height is 5\\sqrt{3}.", True),
         ("A prism has sides 3 and 5.", "5\\sqrt{3}", "The height is \\sqrt{75}.", True),
@@ -247,7 +238,7 @@ def test_leaks_of_answers_of_every_kind(answer: str, strategy: str, leaky: bool)
         ("Which one?", "A", "The answer is a number.", False),
     ],
 )
-def test_leaks_of_answers_whose_digits_are_in_the_problem(
+def test_leaks_are_found_although_the_problem_contains_the_digits_of_the_answer(
     problem: str, answer: str, strategy: str, leaky: bool
 ) -> None:
     found = leaks(strategy, problem=problem, answer=answer, response=f"So it is {answer}.")
@@ -268,7 +259,7 @@ def test_replies_are_filtered_in_order() -> None:
     filtered = filter_replies([leaky, good, "nonsense", good, other], problem)
     assert len(filtered.kept) == 2
     assert filtered.kept[0].startswith("Problem type: Rates")
-    assert [one["reason"] for one in filtered.rejected] == ["leak", "unreadable", "duplicate"]
+    assert [rejection["reason"] for rejection in filtered.rejected] == ["leak", "unreadable", "duplicate"]
     assert "the response's number 60" in filtered.rejected[0]["detail"]
     assert alike("one two three four five six", "One two, three four five six!")
     assert not alike("find the rate and scale it", "set two ratios equal and solve")

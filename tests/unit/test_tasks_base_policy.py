@@ -1,4 +1,4 @@
-"""The base policy that the package ships, its tokenizer, and prompts."""
+"""The shipped base policy, its tokenizer, and prompts."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,7 +46,7 @@ def test_without_a_strategy_the_policy_solves_few_problems(model: Any, tokenizer
     assert pass_rate(model, tokenizer, PROBLEMS, guided=False, sample=False) <= 0.06
 
 
-def test_folder_is_small() -> None:
+def test_the_folder_of_the_base_policy_is_below_4_mb() -> None:
     assert sum(file.stat().st_size for file in FOLDER.iterdir()) < 4e6
 
 
@@ -59,12 +59,12 @@ def test_texts_are_unchanged_by_encoding_and_decoding(tokenizer: Any) -> None:
             assert tokenizer.decode([*ids, tokenizer.eos_token_id], skip_special_tokens=True) == text
 
 
-def test_tokenizer_is_the_one_that_the_code_builds(tokenizer: Any) -> None:
+def test_the_shipped_tokenizer_equals_the_tokenizer_that_the_code_builds(tokenizer: Any) -> None:
     assert tokenizer.get_vocab() == build_tokenizer().get_vocab()
     assert tokenizer.eos_token_id is not None and tokenizer.pad_token_id is not None
 
 
-def test_guesses_prefer_a_wrong_technique_but_keep_the_true_one_within_reach() -> None:
+def test_guesses_prefer_a_wrong_technique_and_give_the_true_one_over_37_percent() -> None:
     for cue, true in TRUE_TECHNIQUE.items():
         guess = guess_probabilities(cue)
         assert sum(guess.values()) == pytest.approx(1.0)
@@ -72,7 +72,7 @@ def test_guesses_prefer_a_wrong_technique_but_keep_the_true_one_within_reach() -
         assert guess[true] > 0.37
 
 
-def test_plain_prompt_puts_the_strategy_before_the_problem(tokenizer: Any) -> None:
+def test_a_plain_prompt_puts_the_strategy_before_the_problem(tokenizer: Any) -> None:
     problem = PROBLEMS[0]
     plain = build_prompt(problem.problem, None, style="plain", tokenizer=tokenizer)
     guided = build_prompt(problem.problem, problem.strategy, style="plain", tokenizer=tokenizer)
@@ -80,7 +80,7 @@ def test_plain_prompt_puts_the_strategy_before_the_problem(tokenizer: Any) -> No
     assert tokenizer.decode(guided) == f"{problem.strategy} {problem.problem}"
 
 
-def test_chat_prompt_goes_through_the_template() -> None:
+def test_a_chat_prompt_uses_the_chat_template() -> None:
     tokenizer = build_tokenizer()
     with pytest.raises(DataError, match="no chat template"):
         build_prompt("problem", None, style="chat", tokenizer=tokenizer)

@@ -1,4 +1,4 @@
-"""Benchmark files in the layouts of their public datasets; the problems are made up."""
+"""Benchmark files in the layouts of public datasets, with invented problems."""
 
 import json
 from pathlib import Path
@@ -71,18 +71,18 @@ def write(path: Path, records: list[dict[str, Any]]) -> str:
         (OWN, "1", "What is $4 / 8$?", ("\\boxed{0.5}", "\\boxed{2}")),
     ],
 )
-def test_a_record_of_every_layout(
+def test_a_record_of_every_layout_is_read(
     tmp_path: Path, suffix: str, record: dict[str, Any], id: str, problem: str, verdicts: tuple[str, str]
 ) -> None:
     found = open_benchmark("any", write(tmp_path / f"a.{suffix}", [record]), samples=4)
-    (one,) = found.problems
+    (read,) = found.problems
     assert (found.name, found.samples, found.verifier) == ("any", 4, "math")
-    assert (one.id, one.problem, one.strategy) == (id, problem, record.get("strategy"))
+    assert (read.id, read.problem, read.strategy) == (id, problem, record.get("strategy"))
     right, wrong = verdicts
-    assert is_math_correct(one.answer, right) and not is_math_correct(one.answer, wrong)
+    assert is_math_correct(read.answer, right) and not is_math_correct(read.answer, wrong)
 
 
-def test_answers_as_the_verifier_gets_them(tmp_path: Path) -> None:
+def test_answers_are_normalised_for_the_verifier(tmp_path: Path) -> None:
     records = [AMC23, AMC23 | {"id": 1, "answer": "27"}, AMC23 | {"id": 2, "answer": 0.5}]
     problems = open_benchmark("amc23", write(tmp_path / "a.jsonl", records), samples=1).problems
     assert [problem.answer for problem in problems] == ["27", "27", "0.5"]
@@ -104,7 +104,7 @@ def test_a_context_is_put_before_its_problem(tmp_path: Path) -> None:
     ("error", "answers", "parts"),
     [
         ("1e-1", ["$3.5$"], (("3.5", 0.1),)),
-        ("0.5", ["$3$", "$5$"], (("3", 0.5), ("5", 0.5))),  # one for all
+        ("0.5", ["$3$", "$5$"], (("3", 0.5), ("5", 0.5))),  # one tolerance for all answers
         ("1e-1,1e-2", ["$3.5$", "$5$"], (("3.5", 0.1), ("5", 0.01))),
         ("1e-1,", ["$3.5, 5$"], (("3.5", 0.1), ("5", None))),  # answers in one text; the second is exact
         ("1e-1, 2", ["$(1, 2.5)$, $7$"], (("(1, 2.5)", 0.1), ("7", 2.0))),
@@ -119,7 +119,7 @@ def test_the_answer_text_contains_the_tolerances(tmp_path: Path, error: Any, ans
     assert exact.verifier is None and exact.answer == "3, 5"
 
 
-def test_only_the_lease_of_a_problem_with_a_tolerance_contains_one(tmp_path: Path) -> None:
+def test_a_lease_uses_the_tolerant_verifier_only_for_a_problem_with_a_tolerance(tmp_path: Path) -> None:
     records = [OLYMPIAD | {"error": "1e-1", "final_answer": ["3.5"]}, OLYMPIAD | {"id": 2}]
     benchmark = open_benchmark("olympiad", write(tmp_path / "a.jsonl", records), samples=1)
     task_sampler = TaskSampler(Run(), CuesSource(seed=0, held_out=0), [benchmark])
@@ -128,7 +128,7 @@ def test_only_the_lease_of_a_problem_with_a_tolerance_contains_one(tmp_path: Pat
     assert [VERIFIERS[lease.verifier](lease.answer, "\\boxed{3.45}") for lease in leases] == [True, False]
 
 
-def test_answers_are_cut_at_commas_that_separate_them() -> None:
+def test_an_answer_text_is_split_at_commas_that_separate_answers() -> None:
     assert separated("$3$, $5$") == ["3", "5"]
     assert separated("1,234,567") == ["1,234,567"]
     assert separated("(1,2), [3,4), \\frac{1}{2}") == ["(1,2)", "[3,4)", "\\frac{1}{2}"]

@@ -1,4 +1,4 @@
-"""The cues domain: facts, texts, verifier and source."""
+"""The cues domain: its facts, texts, verifier and source."""
 
 import re
 import subprocess
@@ -34,7 +34,7 @@ def test_every_technique_has_nine_of_36_cues() -> None:
     assert sorted(TRUE_TECHNIQUE.values()) == sorted(list(TECHNIQUES) * 9)
 
 
-def test_a_worked_example_by_hand() -> None:
+def test_states_and_solution_text_equal_an_example_worked_out_by_hand() -> None:
     exercise = Exercise(amounts=(3, 1, 4, 2), cues=("amber", "birch", "cedar", "delta"), start=(4, 7))
     techniques = ("raise", "swap", "both", "lower")
     # (4,7) raise 3 (4,0); swap 1: (9-0, 4+1) = (9,5); both 4: (3,9); lower 2: (3,7)
@@ -45,7 +45,7 @@ def test_a_worked_example_by_hand() -> None:
 
 
 @given(positions)
-def test_strategy_names_techniques_and_leaks_no_number(position: int) -> None:
+def test_a_strategy_names_techniques_and_no_number(position: int) -> None:
     problem = SOURCE.training(position)
     assert problem.strategy is not None
     assert not re.search(r"\d", problem.strategy)
@@ -56,15 +56,15 @@ def test_strategy_names_techniques_and_leaks_no_number(position: int) -> None:
 
 
 @given(positions)
-def test_problem_names_no_technique(position: int) -> None:
+def test_a_problem_names_no_technique(position: int) -> None:
     assert not set(SOURCE.training(position).problem.split()) & set(TECHNIQUES)
 
 
 @given(positions)
-def test_training_is_reproducible_and_shows_no_novel_pair(position: int) -> None:
+def test_training_is_reproducible_and_contains_no_novel_pair(position: int) -> None:
     problem = SOURCE.training(position)
     assert problem == CuesSource(seed=3, held_out=0).training(position)
-    assert problem.problem not in {held.problem for held in SOURCE.held_out()}
+    assert problem.problem not in {held_out.problem for held_out in SOURCE.held_out()}
     cues = cues_of(problem.problem)
     assert len(set(cues)) == STEPS
     assert not set(pairwise(cues)) & NOVEL_PAIRS
@@ -95,7 +95,9 @@ def test_the_response_is_correct(position: int) -> None:
 
 
 @given(positions, st.integers(0, STEPS - 1), st.integers(3, 4), st.integers(1, 9))
-def test_one_wrong_digit_in_any_state_is_incorrect(position: int, step: int, slot: int, shift: int) -> None:
+def test_one_wrong_digit_in_any_state_makes_a_completion_incorrect(
+    position: int, step: int, slot: int, shift: int
+) -> None:
     problem = SOURCE.training(position)
     words = problem.response.split()  # type: ignore[union-attr]
     words[5 * step + slot] = str((int(words[5 * step + slot]) + shift) % 10)
@@ -112,13 +114,13 @@ def test_malformed_completions_are_incorrect(position: int, at: int, word: str) 
     assert not VERIFIERS["cues"](problem.answer, problem.response + " " + DIGITS[at % 10])
 
 
-def test_a_completion_of_states_only_is_incorrect() -> None:
+def test_a_completion_that_contains_only_states_is_incorrect() -> None:
     problem = SOURCE.training(0)
     assert not VERIFIERS["cues"](problem.answer, problem.answer)
 
 
 @pytest.mark.parametrize("module", ["sources", "verify", "prompts", "reward_pool", "reward_worker"])
-def test_importing_needs_no_torch(module: str) -> None:
+def test_importing_a_task_module_does_not_import_torch(module: str) -> None:
     code = f"import sys, sgpo_async.tasks.{module}; print({{'torch', 'transformers'}} & set(sys.modules))"
     command = [sys.executable, "-c", code]
     assert subprocess.run(command, check=True, timeout=240, capture_output=True).stdout == b"set()\n"

@@ -1,4 +1,4 @@
-"""A user's own problems: reading, errors by line, split and epochs."""
+"""Problems from files: reading, errors with line numbers, held-out split and epochs."""
 
 import json
 import sys
@@ -24,7 +24,7 @@ def sums(count: int) -> list[dict[str, Any]]:
     return [{"problem": f"{i} + {i}", "answer": 2 * i, "strategy": "Double it."} for i in range(count)]
 
 
-def test_columns_are_read(tmp_path: Path) -> None:
+def test_known_columns_are_read_and_others_are_ignored(tmp_path: Path) -> None:
     records = [{"problem": "1+1", "answer": "2", "strategy": "add", "response": "It is 2.", "extra": 1}]
     problem = FileSource(write_jsonl(tmp_path / "a.jsonl", records), held_out=0, seed=0).training(0)
     assert (problem.problem, problem.answer) == ("1+1", "2")
@@ -37,11 +37,11 @@ def test_optional_columns_may_be_absent_or_null(tmp_path: Path) -> None:
     assert (problem.answer, problem.strategy, problem.response) == ("2", None, None)
 
 
-def test_parquet_and_jsonl_give_the_same_stream(tmp_path: Path) -> None:
+def test_parquet_and_jsonl_give_the_same_training_problems(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.Table.from_pylist(sums(10)), tmp_path / "a.parquet")
-    lines = FileSource(write_jsonl(tmp_path / "a.jsonl", sums(10)), held_out=2, seed=1)
-    table = FileSource(str(tmp_path / "a.parquet"), held_out=2, seed=1)
-    assert [lines.training(i).problem for i in range(20)] == [table.training(i).problem for i in range(20)]
+    jsonl = FileSource(write_jsonl(tmp_path / "a.jsonl", sums(10)), held_out=2, seed=1)
+    parquet_file = FileSource(str(tmp_path / "a.parquet"), held_out=2, seed=1)
+    assert [jsonl.training(i).problem for i in range(20)] == [parquet_file.training(i).problem for i in range(20)]
 
 
 @pytest.mark.parametrize(
@@ -81,29 +81,29 @@ def test_a_missing_file_is_reported(tmp_path: Path) -> None:
         FileSource(str(tmp_path / "none.jsonl"), held_out=0, seed=0)
 
 
-def test_each_epoch_is_a_new_order_of_the_same_problems(tmp_path: Path) -> None:
+def test_each_epoch_has_the_same_problems_in_a_new_order(tmp_path: Path) -> None:
     source = FileSource(write_jsonl(tmp_path / "a.jsonl", sums(20)), held_out=5, seed=5)
-    first, second = ([source.training(e * 15 + i).problem for i in range(15)] for e in range(2))
+    first, second = ([source.training(epoch * 15 + i).problem for i in range(15)] for epoch in range(2))
     assert sorted(first) == sorted(second)
     assert first != second
     again = FileSource(str(tmp_path / "a.jsonl"), held_out=5, seed=5)
     assert [again.training(15 + i).problem for i in range(15)] == second
 
 
-def test_held_out_is_fixed_and_apart_even_for_a_problem_that_occurs_twice(tmp_path: Path) -> None:
+def test_held_out_problems_are_never_trained_on_even_if_they_occur_twice(tmp_path: Path) -> None:
     source = FileSource(write_jsonl(tmp_path / "a.jsonl", sums(20) * 2), held_out=5, seed=5)
-    held = {problem.problem for problem in source.held_out()}
-    assert len(held) == 5
+    held_out = {problem.problem for problem in source.held_out()}
+    assert len(held_out) == 5
     assert len(source.held_out()) == 10
-    assert held.isdisjoint(source.training(i).problem for i in range(30))
+    assert held_out.isdisjoint(source.training(i).problem for i in range(30))
 
 
-def test_what_is_held_out_does_not_depend_on_the_seed_of_the_run(tmp_path: Path) -> None:
+def test_the_held_out_problems_do_not_depend_on_the_seed_of_the_run(tmp_path: Path) -> None:
     """Otherwise runs with different seeds could not be compared, and would train on each other's held-out problems."""
     path = write_jsonl(tmp_path / "a.jsonl", sums(40))
-    one, other = (FileSource(path, held_out=10, seed=seed) for seed in (0, 1))
-    assert one.held_out() == other.held_out()
-    assert [one.training(i) for i in range(30)] != [other.training(i) for i in range(30)]
+    first, second = (FileSource(path, held_out=10, seed=seed) for seed in (0, 1))
+    assert first.held_out() == second.held_out()
+    assert [first.training(i) for i in range(30)] != [second.training(i) for i in range(30)]
 
 
 def test_both_halves_of_the_held_out_problems_are_random_samples_of_a_sorted_file(tmp_path: Path) -> None:
@@ -111,10 +111,10 @@ def test_both_halves_of_the_held_out_problems_are_random_samples_of_a_sorted_fil
     source = FileSource(write_jsonl(tmp_path / "a.jsonl", sums(2000)), held_out=400, seed=0)
     answers = [int(problem.answer) / 2 for problem in source.held_out()]
     first, second = (sum(half) / 200 for half in (answers[:200], answers[200:]))
-    assert abs(first - second) < 3 * 58  # the standard error of this difference is 58; in the file's order it is 1000
+    assert abs(first - second) < 3 * 58  # its standard error is 58; in file order the difference is 1000
 
 
-def test_repetitions_of_a_held_out_problem_are_adjacent(tmp_path: Path) -> None:
+def test_copies_of_a_held_out_problem_are_adjacent(tmp_path: Path) -> None:
     source = FileSource(write_jsonl(tmp_path / "a.jsonl", sums(20) * 2), held_out=5, seed=0)
     texts = [problem.problem for problem in source.held_out()]
     assert texts[0::2] == texts[1::2]
@@ -125,7 +125,7 @@ def test_holding_out_all_problems_is_an_error(tmp_path: Path) -> None:
         FileSource(write_jsonl(tmp_path / "a.jsonl", sums(1)), held_out=1, seed=0)
 
 
-def test_sources_by_kind(tmp_path: Path) -> None:
+def test_the_kind_selects_the_source_and_its_verifier(tmp_path: Path) -> None:
     assert open_source("cues", path="", held_out=4, seed=0).verifier == "cues"
     path = write_jsonl(tmp_path / "a.jsonl", sums(4))
     source = open_source("file", path=path, held_out=2, seed=0)
@@ -133,7 +133,7 @@ def test_sources_by_kind(tmp_path: Path) -> None:
     assert len(source.held_out()) == 2
 
 
-def test_a_hugging_face_dataset_is_read_by_its_train_split(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_train_split_of_a_hugging_face_dataset_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     def load_dataset(name: str) -> dict[str, Any]:
         return {"train": sums(3), "test": []} if name == "someone/sums" else {"test": sums(3)}
 
@@ -145,7 +145,7 @@ def test_a_hugging_face_dataset_is_read_by_its_train_split(monkeypatch: pytest.M
         FileSource("someone/else", held_out=0, seed=0)
 
 
-def test_a_dataset_without_the_library_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_missing_datasets_library_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match="pip install datasets"):
         FileSource("someone/problems", held_out=0, seed=0)

@@ -1,4 +1,4 @@
-"""`sgpo-async data prepare`: what is removed and why, the split, the files."""
+"""`sgpo-async data prepare`: removed problems and the reasons, the split, and the files."""
 
 import json
 import random
@@ -27,10 +27,10 @@ def problem(text: str, answer: str = "1", *, response: str | None = "so", strate
 
 
 def contents(problems: Any) -> list[tuple[Any, ...]]:
-    return [(one.problem, one.answer, one.response, one.strategy) for one in problems]
+    return [(item.problem, item.answer, item.response, item.strategy) for item in problems]
 
 
-def others(count: int) -> list[Problem]:
+def distinct(count: int) -> list[Problem]:
     """Problems that are not near-duplicates of each other."""
     return [problem(f"{'abcdefghij'[i % 10]}{i} plus {i * i}", str(i)) for i in range(count)]
 
@@ -64,61 +64,68 @@ def outcome(problems: list[Problem], evaluation: list, rules: Rules) -> Prepared
 
 @settings(max_examples=200)
 @given(PROBLEMS, EVALUATION, RULES, st.randoms(use_true_random=False))
-def test_the_sets_are_a_partition_that_no_order_of_the_lines_changes(
-    problems: list[Problem], evaluation: list, rules: Rules, chance: random.Random
+def test_the_sets_are_a_partition_that_does_not_depend_on_the_order_of_lines(
+    problems: list[Problem], evaluation: list, rules: Rules, rng: random.Random
 ) -> None:
     prepared = outcome(problems, evaluation, rules)
-    again = outcome(chance.sample(problems, len(problems)), evaluation, rules)
+    again = outcome(rng.sample(problems, len(problems)), evaluation, rules)
     if isinstance(prepared, str) or isinstance(again, str):
         assert prepared == again
         assert "\n" not in str(prepared)
         return
     sets = (prepared.sft, prepared.validation, prepared.rl)
-    everywhere = [*contents(one for part in sets for one in part), *contents(one.problem for one in prepared.removed)]
-    assert Counter(everywhere) == Counter(contents(problems))
-    texts = [normalised(one.problem) for part in sets for one in part]
+    all_contents = [
+        *contents(item for part in sets for item in part),
+        *contents(removal.problem for removal in prepared.removed),
+    ]
+    assert Counter(all_contents) == Counter(contents(problems))
+    texts = [normalised(item.problem) for part in sets for item in part]
     assert len(texts) == len(set(texts))
     assert [contents(part) for part in sets] == [contents(part) for part in (again.sft, again.validation, again.rl)]
-    assert Counter(one.reason for one in prepared.removed) == Counter(one.reason for one in again.removed)
+    assert Counter(removal.reason for removal in prepared.removed) == Counter(
+        removal.reason for removal in again.removed
+    )
     kept = len(texts)
     assert len(prepared.sft) + len(prepared.validation) == round(rules.sft_share * kept)
-    assert all(one.response for one in [*prepared.sft, *prepared.validation])
+    assert all(item.response for item in [*prepared.sft, *prepared.validation])
 
 
-def test_a_third_and_a_tenth_of_it_as_the_paper_has_them() -> None:
-    prepared = prepare(others(900), [], Rules())
+def test_by_default_a_third_is_for_the_warm_up_and_a_tenth_of_that_for_validation_as_in_the_paper() -> None:
+    prepared = prepare(distinct(900), [], Rules())
     assert (len(prepared.sft), len(prepared.validation), len(prepared.rl), prepared.removed) == (270, 30, 600, [])
 
 
-def test_another_seed_draws_others_and_each_set_is_drawn_without_regard_to_the_others() -> None:
-    first, second = (prepare(others(900), [], Rules(seed=seed)) for seed in (0, 1))
-    both = {one.id for one in (*first.sft, *first.validation)} & {one.id for one in (*second.sft, *second.validation)}
+def test_different_seeds_draw_the_warm_up_independently() -> None:
+    first, second = (prepare(distinct(900), [], Rules(seed=seed)) for seed in (0, 1))
+    both = {item.id for item in (*first.sft, *first.validation)} & {
+        item.id for item in (*second.sft, *second.validation)
+    }
     assert 70 <= len(both) <= 130  # a third of a third of 900 is expected; the standard deviation is 7
 
 
-def test_an_additional_problem_moves_few_others() -> None:
-    before, after = prepare(others(300), [], Rules()), prepare(others(303), [], Rules())
-    assert len({one.id for one in before.rl} & {one.id for one in after.rl}) >= 197
+def test_additional_problems_move_few_others_to_another_set() -> None:
+    before, after = prepare(distinct(300), [], Rules()), prepare(distinct(303), [], Rules())
+    assert len({item.id for item in before.rl} & {item.id for item in after.rl}) >= 197
 
 
 def test_the_warm_up_contains_only_problems_with_a_response() -> None:
-    few = [*others(6), *(problem(f"bare {i} of {i}", str(i), response=None) for i in range(12))]
-    prepared = prepare(few, [], Rules())
-    assert sorted(one.id for one in (*prepared.sft, *prepared.validation)) == sorted(one.id for one in others(6))
+    problems = [*distinct(6), *(problem(f"bare {i} of {i}", str(i), response=None) for i in range(12))]
+    prepared = prepare(problems, [], Rules())
+    assert sorted(item.id for item in (*prepared.sft, *prepared.validation)) == sorted(item.id for item in distinct(6))
 
 
 def test_the_duplicate_with_response_and_strategy_is_kept() -> None:
     texts = ("What is it?", "what  IS it?", "What\nis it?")
     variants = [problem(texts[0], response=None), problem(texts[1], strategy="s"), problem(texts[2])]
-    prepared = prepare([*variants, *others(9)], [], Rules())
-    assert sorted(one.problem.id for one in prepared.removed) == sorted([texts[0], texts[2]])
-    assert {one.like.id for one in prepared.removed} == {texts[1]}
-    assert {one.reason for one in prepared.removed} == {"duplicate"}
+    prepared = prepare([*variants, *distinct(9)], [], Rules())
+    assert sorted(removal.problem.id for removal in prepared.removed) == sorted([texts[0], texts[2]])
+    assert {removal.like.id for removal in prepared.removed} == {texts[1]}
+    assert {removal.reason for removal in prepared.removed} == {"duplicate"}
 
 
-def test_duplicates_with_different_answers_have_a_reason_of_their_own() -> None:
-    prepared = prepare([problem("What?", "1"), problem("what?", "2"), *others(9)], [], Rules())
-    assert [one.reason for one in prepared.removed] == ["duplicate with another answer"]
+def test_duplicates_with_different_answers_are_removed_for_a_separate_reason() -> None:
+    prepared = prepare([problem("What?", "1"), problem("what?", "2"), *distinct(9)], [], Rules())
+    assert [removal.reason for removal in prepared.removed] == ["duplicate with another answer"]
 
 
 @pytest.mark.parametrize(
@@ -130,38 +137,40 @@ def test_duplicates_with_different_answers_have_a_reason_of_their_own() -> None:
         ("Something else with 3", "1", False),
     ],
 )
-def test_near_duplicates_have_the_same_numbers_and_answer(text: str, answer: str, removed: bool) -> None:
+def test_a_near_duplicate_is_removed_only_if_its_numbers_and_answer_are_equal(
+    text: str, answer: str, removed: bool
+) -> None:
     first = problem(LONG.format("how far do they walk in 3 days in total?"), response="so", strategy="s")
-    prepared = prepare([first, problem(text, answer), *others(9)], [], Rules())
-    found = [(one.problem.problem, one.reason, one.like) for one in prepared.removed]
+    prepared = prepare([first, problem(text, answer), *distinct(9)], [], Rules())
+    found = [(removal.problem.problem, removal.reason, removal.like) for removal in prepared.removed]
     assert found == ([(text, "near-duplicate", first)] if removed else [])
 
 
-def test_contamination_is_found_in_either_direction_and_the_share_is_an_option() -> None:
+def test_contamination_is_found_in_either_direction_above_the_given_overlap() -> None:
     evaluation = [("aime", problem(LONG.format("how far in 3 days?"))), ("math", problem("Compute 3 to the power 7"))]
-    taken = [
+    contaminated = [
         problem(LONG.format("what is the name of the dog, if the name of the river is nowhere written down at all?")),
         problem("Please compute: 3 to the power 7, and halve it."),
         problem("in 3 days?"),
     ]
-    strict = prepare([*taken, *others(9)], evaluation, Rules())
-    assert {(one.problem.id, one.evaluation) for one in strict.removed} == {
-        (taken[0].id, "aime"), (taken[1].id, "math"), (taken[2].id, "aime")
+    strict = prepare([*contaminated, *distinct(9)], evaluation, Rules())
+    assert {(removal.problem.id, removal.evaluation) for removal in strict.removed} == {
+        (contaminated[0].id, "aime"), (contaminated[1].id, "math"), (contaminated[2].id, "aime")
     }  # fmt: skip
-    assert all(one.shared in " ".join(words_of(one.problem.problem)) for one in strict.removed)
-    lax = prepare([*taken, *others(9)], evaluation, Rules(contamination_overlap=0.95))
-    assert {one.problem.id for one in lax.removed} == {taken[1].id, taken[2].id}
+    assert all(removal.shared in " ".join(words_of(removal.problem.problem)) for removal in strict.removed)
+    lax = prepare([*contaminated, *distinct(9)], evaluation, Rules(contamination_overlap=0.95))
+    assert {removal.problem.id for removal in lax.removed} == {contaminated[1].id, contaminated[2].id}
 
 
-# the command
+# tests of the command
 
 
-def record(one: Problem) -> dict[str, Any]:
-    return {"problem": one.problem, "answer": one.answer, "response": one.response, "level": 3}
+def record(item: Problem) -> dict[str, Any]:
+    return {"problem": item.problem, "answer": item.answer, "response": item.response, "level": 3}
 
 
 def write(path: Path, problems: list[Problem]) -> str:
-    path.write_text("".join(json.dumps(record(one)) + "\n" for one in problems))
+    path.write_text("".join(json.dumps(record(item)) + "\n" for item in problems))
     return str(path)
 
 
@@ -170,9 +179,11 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_the_files_are_sources_of_tasks(tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]) -> None:
-    file = write(tmp_path / "mine.jsonl", [*others(30), others(1)[0]])
-    known = write(tmp_path / "known.jsonl", [others(30)[29]])
+def test_the_written_files_can_be_used_as_task_sources(
+    tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "mine.jsonl", [*distinct(30), distinct(1)[0]])
+    known = write(tmp_path / "known.jsonl", [distinct(30)[29]])
     out = tmp_path / "out"
     assert main(["data", "prepare", file, "--out", str(out), "--benchmark", f"k={known}", "--format", suffix]) == 0
     output = capsys.readouterr().out
@@ -181,7 +192,7 @@ def test_the_files_are_sources_of_tasks(tmp_path: Path, suffix: str, capsys: pyt
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["removed"] == {"contamination": 1, "duplicate": 1}
     assert manifest["sources"][0]["ignored_columns"] == ["level"]
-    assert {name: one["problems"] for name, one in manifest["sets"].items()} == {
+    assert {name: facts["problems"] for name, facts in manifest["sets"].items()} == {
         "sft": 9,
         "sft-validation": 1,
         "rl": 19,
@@ -190,9 +201,9 @@ def test_the_files_are_sources_of_tasks(tmp_path: Path, suffix: str, capsys: pyt
     for name, facts in manifest["sets"].items():
         source = open_source("file", path=str(out / f"{name}.{suffix}"), held_out=0, seed=0)
         problems = [source.training(i) for i in range(facts["problems"])]
-        assert sum(one.response is not None for one in problems) == facts["with_response"]
-        texts |= {one.problem for one in problems}
-    assert texts == {one.problem for one in others(29)}
+        assert sum(item.response is not None for item in problems) == facts["with_response"]
+        texts |= {item.problem for item in problems}
+    assert texts == {item.problem for item in distinct(29)}
     sets = [f"sft.path={out}/sft.{suffix}", f"sft.validation={out}/sft-validation.{suffix}"]
     warm_up = sft_data(load("configs/paper-qwen2.5-7b.yaml", sets))
     assert (len(warm_up.training), len(warm_up.validation), warm_up.without) == (9, 1, 0)
@@ -202,7 +213,7 @@ def test_the_files_are_sources_of_tasks(tmp_path: Path, suffix: str, capsys: pyt
 
 
 def test_the_same_arguments_write_the_same_bytes(tmp_path: Path) -> None:
-    file = write(tmp_path / "mine.jsonl", others(30))
+    file = write(tmp_path / "mine.jsonl", distinct(30))
     for name in ("one", "two"):
         assert main(["data", "prepare", file, "--out", str(tmp_path / name), "--seed", "5"]) == 0
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
@@ -210,8 +221,8 @@ def test_the_same_arguments_write_the_same_bytes(tmp_path: Path) -> None:
     assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in names)
 
 
-def test_without_a_warm_up_all_is_for_rl_and_a_dry_run_writes_nothing(tmp_path: Path) -> None:
-    file = write(tmp_path / "mine.jsonl", others(5))
+def test_without_a_warm_up_all_problems_are_for_rl_and_a_dry_run_writes_nothing(tmp_path: Path) -> None:
+    file = write(tmp_path / "mine.jsonl", distinct(5))
     arguments = ["data", "prepare", file, "--out", str(tmp_path / "out"), "--sft-share", "0"]
     assert main([*arguments, "--dry-run"]) == 0
     assert not (tmp_path / "out").exists()
@@ -237,7 +248,7 @@ def test_without_a_warm_up_all_is_for_rl_and_a_dry_run_writes_nothing(tmp_path: 
 def test_an_invalid_argument_is_reported_in_one_line(
     tmp_path: Path, count: int, arguments: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = write(tmp_path / "mine.jsonl", others(count))
+    file = write(tmp_path / "mine.jsonl", distinct(count))
     assert main(["data", "prepare", file, "--out", str(tmp_path / "out"), *arguments]) == 2
     output = capsys.readouterr().err
     assert output.startswith("error: ") and output.count("\n") == 1
@@ -245,9 +256,11 @@ def test_an_invalid_argument_is_reported_in_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_too_few_responses_report_a_share_that_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_error_for_too_few_responses_suggests_a_share_that_works(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     bare = [problem(f"bare {i} of {i}", str(i), response=None) for i in range(20)]
-    file = write(tmp_path / "mine.jsonl", [*others(4), *bare])
+    file = write(tmp_path / "mine.jsonl", [*distinct(4), *bare])
     arguments = ["data", "prepare", file, "--out", str(tmp_path / "out")]
     assert main(arguments) == 2
     output = capsys.readouterr().err
@@ -256,8 +269,8 @@ def test_too_few_responses_report_a_share_that_works(tmp_path: Path, capsys: pyt
     assert main([*arguments, "--sft-share", share]) == 0
 
 
-def test_results_are_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["data", "prepare", write(tmp_path / "mine.jsonl", others(30)), "--out", str(tmp_path / "out")]
-    assert main(words) == 0
-    assert main(words) == 2
+def test_existing_files_are_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["data", "prepare", write(tmp_path / "mine.jsonl", distinct(30)), "--out", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    assert main(arguments) == 2
     assert "it has results already; choose another --out folder, or remove this one" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Rewards: math-verify's verdicts, and a pool that survives hanging and killed workers."""
+"""Rewards: the verdicts of math-verify, and a pool that survives hanging and killed workers."""
 
 import os
 import signal
@@ -52,11 +52,11 @@ def pool() -> Iterator[RewardPool]:
         ("B", "\\boxed{C}", False),
     ],
 )
-def test_math(answer: str, completion: str, correct: bool) -> None:
+def test_a_math_answer_is_correct_in_any_equivalent_form(answer: str, completion: str, correct: bool) -> None:
     assert VERIFIERS["math"](answer, completion) is correct
 
 
-def test_cues_are_judged_at_once_and_without_a_process(pool: RewardPool) -> None:
+def test_cues_are_verified_immediately_without_a_worker_process(pool: RewardPool) -> None:
     problem = CuesSource(seed=0, held_out=0).training(0)
     pool.submit(("group", 1), "cues", problem.answer, problem.response or "")
     pool.submit(("group", 2), "cues", problem.answer, "no")
@@ -66,7 +66,7 @@ def test_cues_are_judged_at_once_and_without_a_process(pool: RewardPool) -> None
 
 
 @pytest.mark.process
-def test_a_hanging_completion_is_incorrect_and_the_next_is_judged(pool: RewardPool) -> None:
+def test_a_hanging_completion_is_incorrect_and_the_next_is_verified(pool: RewardPool) -> None:
     pool.submit("right", "math", "2", "\\boxed{2}")
     pool.submit("hangs", "math", "7", HANGS)
     pool.submit("wrong", "math", "2", "\\boxed{3}")
@@ -147,7 +147,9 @@ def test_a_reward_that_never_returns_is_an_error_that_names_it(monkeypatch: pyte
 
 
 @pytest.mark.process
-def test_a_failing_worker_is_an_error_and_no_verdict(pool: RewardPool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_cannot_start_raises_an_error_and_gives_no_verdict(
+    pool: RewardPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PYTHONHOME", "/nonexistent")
     pool.submit("key", "math", "2", "\\boxed{2}")
     with pytest.raises(SgpoError, match="reward worker: exit status"):
@@ -168,7 +170,7 @@ def test_close_ends_busy_workers() -> None:
 
 
 @pytest.mark.process
-def test_workers_end_with_a_parent_that_is_killed() -> None:
+def test_workers_end_when_their_parent_is_killed() -> None:
     script = (
         "from sgpo_async.tasks.reward_pool import RewardPool\n"
         "pool = RewardPool(workers=2, limit_s=2.0)\n"

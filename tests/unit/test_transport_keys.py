@@ -1,4 +1,4 @@
-"""CURVE keys on disk: file modes, and errors with remedies."""
+"""CURVE keys in files: file modes, and errors with remedies."""
 
 import stat
 from pathlib import Path
@@ -60,7 +60,7 @@ def test_a_secret_key_that_other_users_can_access_is_refused(tmp_path: Path) -> 
         key_pair(tmp_path, "client")
 
 
-def test_the_error_names_a_broken_key_file(tmp_path: Path) -> None:
+def test_the_error_for_an_invalid_key_file_names_the_file(tmp_path: Path) -> None:
     create_keys(tmp_path)
     (tmp_path / "client.key").write_text("nonsense")
     with pytest.raises(HubError, match=r"client\.key is missing or holds no key"):

@@ -35,7 +35,7 @@ def test_a_mailbox_counts_unreadable_messages_and_returns_the_others() -> None:
     assert isinstance(actor.last_rejection, ProtocolMismatch)
 
 
-def test_sending_a_too_large_message_raises_at_the_sender() -> None:
+def test_sending_a_message_that_is_too_large_raises_at_the_sender() -> None:
     router = MemoryRouter(max_bytes=100)
     actor = Mailbox(router.dealer(b"actor"))
     with pytest.raises(WireError, match=r"Goodbye of \d+ bytes is larger than 100; raise hub.max_message_mb"):

@@ -41,7 +41,7 @@ def keys(items: list[Rollout]) -> list[tuple[int, int]]:
 
 
 class LossyLink(RuleBasedStateMachine):
-    """Hypothesis chooses what is offered, sent, lost, duplicated and delayed, and how time passes."""
+    """Hypothesis chooses which messages are offered, sent, lost, duplicated and delayed, and how much time passes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class LossyLink(RuleBasedStateMachine):
         self.to_hub: list[Rollout] = []  # in flight to the hub
         self.to_actor: list[Ack] = []  # in flight to the actor
         self.arrived: Counter[tuple[int, int]] = Counter()  # copies of each rollout that the hub has received
-        self.trained: list[tuple[int, int]] = []  # rollouts that the hub keeps after it has dropped duplicates
+        self.trained: list[tuple[int, int]] = []  # rollouts that the hub keeps, without duplicates
         self.acknowledged: set[tuple[int, int]] = set()
 
     @rule()
@@ -107,12 +107,12 @@ class LossyLink(RuleBasedStateMachine):
         self.acknowledged.add(key)
 
     @invariant()
-    def nothing_is_forgotten(self) -> None:
+    def no_rollout_is_lost(self) -> None:
         assert len(self.sender) == self.offered - len(self.acknowledged)
         assert self.acknowledged <= set(self.trained)
 
     def teardown(self) -> None:
-        """When the link works again, everything arrives in a bounded number of exchanges."""
+        """When the link works again, all rollouts arrive within a bounded number of exchanges."""
         for _ in range(self.offered + 1):
             self.now += RESEND
             self.to_hub += self.sender.due(self.now)

@@ -23,7 +23,7 @@ RANGES = {
 
 def _locked() -> dict[str, Version]:
     lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
-    pairs = [line.split("==") for line in lines if not line.startswith("#")]  # another form raises ValueError
+    pairs = [line.split("==") for line in lines if not line.startswith("#")]  # any other form raises ValueError
     return {canonicalize_name(name): Version(version) for name, version in pairs}
 
 

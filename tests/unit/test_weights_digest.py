@@ -1,4 +1,4 @@
-"""The digest is equal exactly for equal weights."""
+"""Digests are equal if and only if the weights are equal."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Encoding and decoding of the manifest, and the errors that its checksums detect."""
+"""Encoding and decoding of the manifest, and the faults that its checksums detect."""
 
 import pytest
 import xxhash

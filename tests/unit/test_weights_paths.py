@@ -24,7 +24,7 @@ def test_the_file_has_no_name_and_disappears_when_its_owner_closes_it(tmp_path: 
         assert reader.read() == b"weights"
 
 
-def test_a_store_is_in_memory_only_if_two_buffers_fit_into_half_of_it(tmp_path: Path) -> None:
+def test_a_store_is_in_memory_only_if_its_two_buffers_fit_into_half_of_the_memory(tmp_path: Path) -> None:
     quarter = psutil.virtual_memory().total // 4
     file = StoreFile(tmp_path, expected_bytes=quarter)
     assert not file.in_memory

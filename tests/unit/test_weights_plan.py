@@ -1,4 +1,4 @@
-"""Dividing a version into broadcasts: a pure function of the manifest, in the form that SGLang accepts."""
+"""A weight version is divided into broadcasts that SGLang accepts, by a pure function of the manifest."""
 
 import json
 import math
@@ -43,7 +43,7 @@ def test_a_broadcast_is_bounded_and_every_tensor_in_it_is_aligned(tensors: list,
         assert len(piece) == 1 or sum(t.nbytes for t in piece) <= limit
         offset = 0
         for t in piece:
-            assert offset % DTYPES[t.dtype] == 0  # the condition of SGLang
+            assert offset % DTYPES[t.dtype] == 0  # required by SGLang
             offset += t.nbytes
 
 

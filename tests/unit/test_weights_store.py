@@ -1,4 +1,4 @@
-"""The double-buffered store: readers see only complete versions, at every point of a publication."""
+"""The double-buffered store: at every point of a publication, readers see only complete versions."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""Every record survives a round trip; hostile frames raise only WireError and allocate no memory for false lengths."""
+"""Every record survives a round trip; invalid frames raise only WireError and allocate no memory for false lengths."""
 
 import dataclasses
 import random
@@ -138,10 +138,10 @@ def records_of(record: type) -> st.SearchStrategy:
     hints = get_type_hints(record, include_extras=True)
     fields = {name: values(hint) for name, hint in hints.items()}
     if record is Lease:
-        share = st.floats(0, 1, exclude_min=True)
-        fields |= {"temperature": share, "max_new_tokens": st.integers(1, 2**40)}
+        above_0 = st.floats(0, 1, exclude_min=True)
+        fields |= {"temperature": above_0, "max_new_tokens": st.integers(1, 2**40)}
         fields["top_logprobs_num"] = st.integers(0, 2**20)
-        fields["top_p"] = st.just(1.0) | share
+        fields["top_p"] = st.just(1.0) | above_0
         fields["partial"] = st.lists(partial_rollouts(start=st.just(0)), max_size=3).map(tuple)
     if record is Hello:
         fields["holds"] = fields["holds"].map(lambda holds: holds[: len(holds) // 2 * 2])
@@ -193,7 +193,7 @@ def test_every_record_is_a_message() -> None:
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.__name__)
-def test_round_trip(record: type) -> None:
+def test_every_record_survives_a_round_trip(record: type) -> None:
     @settings(max_examples=30, deadline=None)
     @given(message=records_of(record))
     def check(message: Message) -> None:
@@ -298,7 +298,7 @@ IMPOSSIBLE: list[dict[str, Any]] = [
 TOP = {"guided": True, "unguided_logprob": -1.0, "top_tokens": i4(*range(6)), "top_logprobs": np.zeros(6, np.float32)}
 
 
-def test_likely_tokens_survive_a_round_trip() -> None:
+def test_top_logprobs_survive_a_round_trip() -> None:
     rollout = one_rollout(**TOP)
     assert same(decode(encode(rollout), max_bytes=LIMIT), rollout)
 
@@ -314,7 +314,7 @@ def test_likely_tokens_survive_a_round_trip() -> None:
     ],
     ids="+".join,
 )
-def test_inconsistent_likely_tokens_are_rejected(changes: dict[str, Any]) -> None:
+def test_inconsistent_top_logprobs_are_rejected(changes: dict[str, Any]) -> None:
     with pytest.raises(WireError, match="top"):
         encode(one_rollout(**TOP | changes))
 
@@ -387,7 +387,7 @@ def lease(**changes: Any) -> Lease:
     return Lease(**fields | {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 8} | changes)
 
 
-def test_a_truncated_sampler_is_valid_for_evaluation_only() -> None:
+def test_top_p_below_1_is_valid_only_for_evaluation() -> None:
     assert encode(lease(purpose="evaluate", top_p=0.95))
     with pytest.raises(WireError, match=r"top_p must be 1 for training, .*, got 0\.95"):
         encode(lease(top_p=0.95))
@@ -399,7 +399,7 @@ def test_a_truncated_sampler_is_valid_for_evaluation_only() -> None:
 @pytest.mark.parametrize(
     "changes", [{"temperature": 0.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"max_new_tokens": 0}, {"top_logprobs_num": -1}]
 )
-def test_a_lease_with_impossible_sampling_parameters_is_rejected(changes: dict[str, Any]) -> None:
+def test_a_lease_with_invalid_sampling_parameters_is_rejected(changes: dict[str, Any]) -> None:
     with pytest.raises(WireError, match=f"{next(iter(changes))} must be "):
         encode(lease(purpose="evaluate", **changes))
 
@@ -422,7 +422,7 @@ def test_a_message_larger_than_max_bytes_is_rejected() -> None:
     "body",
     [
         b"\xdd\x00\x0f\xff\xff" * 1000,  # lists of a million elements, a thousand deep
-        b"\xdd\x00\x00\x12\x00" * 1000,  # of 4,608 each: less than the header's 5,000 bytes
+        b"\xdd\x00\x00\x12\x00" * 1000,  # a thousand lists of 4,608 elements: less than the header's 5,000 bytes
         b"\xdd\xff\xff\xff\xff",
         b"\xdf\xff\xff\xff\xff",
         b"\xdb\xff\xff\xff\xff",
@@ -436,7 +436,7 @@ def test_a_message_larger_than_max_bytes_is_rejected() -> None:
         b"\xa1\xff",
     ],
 )
-def test_lengths_that_a_header_claims_but_does_not_hold_allocate_no_memory(body: bytes) -> None:
+def test_false_lengths_in_a_header_allocate_no_memory(body: bytes) -> None:
     tracemalloc.start()
     try:
         with pytest.raises(WireError):

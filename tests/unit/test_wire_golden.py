@@ -1,7 +1,7 @@
-"""Every record is encoded as in its golden file, which was written when PROTOCOL was last raised.
+"""Every record is encoded as in its golden file, which was written when PROTOCOL was last increased.
 
-A golden file holds one hexadecimal line per frame. `python tests/unit/test_wire_golden.py` rewrites the files, unless
-their bytes have changed under the same PROTOCOL.
+A golden file holds one hexadecimal line per frame. `python tests/unit/test_wire_golden.py` rewrites the files; it stops
+if the encoding has changed but PROTOCOL has not.
 """
 
 import dataclasses
@@ -208,7 +208,7 @@ def test_a_message_encodes_to_its_golden_file(message: Message) -> None:
 
 
 def rebuild() -> None:
-    """Write the golden files, unless a file holds other bytes with the same PROTOCOL."""
+    """Write the golden files; stop if a file holds other bytes with the same PROTOCOL."""
     for message in EXAMPLES:
         path = path_of(message)
         if path.exists() and path.read_text() != text_of(message):

@@ -16,7 +16,7 @@ from sgpo_async.engines.sglang.serving.server import Server
 
 TOKENS = 6
 SLOTS = 4
-PHASE_S = 0.1  # timeout of the phases of an update
+PHASE_S = 0.1  # timeout of each phase of an update
 
 Condition = Callable[[Partial], bool]
 
@@ -44,8 +44,8 @@ class FakeApi:
 class FakeServer(Server):
     """A fake server.
 
-    If `kills` holds for a request, its next token kills the server. If `hangs` holds, its next token never arrives,
-    and aborts are ignored. If `slow` holds, no token arrives before an abort.
+    If `kills` holds for a request, its next token kills the server. If `hangs` holds, no further token arrives, and
+    aborts are ignored. If `slow` holds, no further token arrives before an abort.
     """
 
     def __init__(self, name: str, kills: Condition = never, hangs: Condition = never, slow: Condition = never) -> None:
@@ -55,14 +55,14 @@ class FakeServer(Server):
         self.kills, self.hangs, self.slow, self.deaths = kills, hangs, slow, 0
         self.gone = asyncio.Event()
         self.aborted: set[str] = set()
-        self.ran: list[set[Any]] = []  # the ids of co-running requests, at each token
+        self.co_running: list[set[Any]] = []  # ids of the running requests, at each token
         self.version, self.open = 0, True
 
     async def extend(self, partial: Partial, rid: str, version: int) -> None:
         gone = self.gone
         self.running[rid].connected = True
         while partial.remaining and rid not in self.aborted:
-            self.ran.append({running.item.request.id for running in self.running.values()})  # type: ignore[union-attr]
+            self.co_running.append({running.item.request.id for running in self.running.values()})  # type: ignore[union-attr]
             await asyncio.sleep(0)
             if gone.is_set() or self.kills(partial):
                 gone.set()
@@ -84,12 +84,12 @@ class FakeServer(Server):
         self.interrupted.clear()
 
 
-def ask(id: Any) -> Generate:
+def generate(id: Any) -> Generate:
     return Generate(id=id, prompt=np.arange(3, dtype=np.int32), max_new_tokens=TOKENS, temperature=1.0, seed=0)
 
 
 def at(*ids: Any, tokens: int = 2) -> Condition:
-    """A condition that holds for these requests once they have `tokens` tokens."""
+    """A condition that holds for the requests `ids` as soon as they have `tokens` tokens."""
     return lambda partial: partial.request.id in ids and len(partial.tokens) >= tokens
 
 
@@ -110,7 +110,7 @@ class FakeTransport:
 
 
 async def verify_nothing(api: Any, prepared: Any, *, timeout_s: float) -> None:
-    """Replaces the verification of an update by checksums."""
+    """Replaces the verification of an update, which compares checksums."""
 
 
 class StreamingApi(FakeApi):

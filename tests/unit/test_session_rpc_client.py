@@ -1,4 +1,4 @@
-"""RpcClient: every future completes, by its response, its timeout or the end of the session."""
+"""RpcClient completes every future: by its response, its timeout or the end of the session."""
 
 import threading
 from typing import Any
@@ -33,20 +33,20 @@ def test_a_timeout_fails_the_future_and_a_late_response_is_ignored(monkeypatch: 
     client = RpcClient(sent.append)
     monkeypatch.setattr(rpc_client, "_GRACE_S", 0.0)
     future = client.request("join", seconds=0.0, group="g")
-    without_timeout = client.request("pull", seconds=60.0, version=1)
+    still_pending = client.request("pull", seconds=60.0, version=1)
     client.expire()
     with pytest.raises(SessionError, match="^g: join: the weight sender did not respond in time$"):
         future.result(0)
     client.complete(sent[0]["id"], None, None)
-    assert not without_timeout.done()
+    assert not still_pending.done()
 
 
 def test_the_end_of_the_session_fails_pending_and_later_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     client = RpcClient(lambda _: None)
-    before = client.request("plan", seconds=60.0, version=3)
+    pending = client.request("plan", seconds=60.0, version=3)
     client.end("weight receiver of a-1: killed")
-    after = client.request("join", seconds=60.0, group="g")
-    for future, subject in ((before, "3: plan"), (after, "g: join")):
+    later = client.request("join", seconds=60.0, group="g")
+    for future, subject in ((pending, "3: plan"), (later, "g: join")):
         with pytest.raises(SessionError, match=f"{subject}: weight receiver of a-1: killed"):
             future.result(0)
 
