@@ -91,7 +91,7 @@ def test_two_updates_of_paused_sequences(models: dict[str, Path], tmp_path: Path
     with Servers(models["qwen3"], tmp_path, slots=32, in_flight="retract", stream_interval=7) as servers:
         servers.load(folders[0], 0)
         updates = [version_of(folder, version) for version, folder in enumerate(folders)]
-        requests = [ask(i, length=4 + i % 5, tokens=TOKENS, seed=i) for i in range(32)]
+        requests = [completion(i, length=4 + i % 5, tokens=TOKENS, seed=i) for i in range(32)]
         for request in requests:
             servers.engine.submit(request)
         for version in (1, 2):

@@ -279,9 +279,9 @@ def test_the_address_of_a_hub_that_crashed_overrides_the_configured_one() -> Non
     config = str(Path(__file__).resolve().parents[2] / "configs" / "demo.yaml")
     plan = LocalCommandLines(load(config), [config, "hub.address=tcp://127.0.0.1:0"])
     for address, expected in (("", "tcp://127.0.0.1:0"), ("tcp://127.0.0.1:5", "tcp://127.0.0.1:5")):
-        words = plan.hub(address)
-        words = words[words.index("hub") + 1 :]
-        assert load(words[0], words[1:]).hub.address == expected
+        arguments = plan.hub(address)
+        arguments = arguments[arguments.index("hub") + 1 :]
+        assert load(arguments[0], arguments[1:]).hub.address == expected
 
 
 @pytest.mark.parametrize("code", [1, -9, -11])
@@ -364,7 +364,7 @@ def test_a_kept_hub_is_started_again_by_a_thread_and_its_failure_is_the_error(
     run: FakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hub_process, "TICK_S", 0.001)
-    with pytest.raises(RunFailed, match="the hub ended with code 2: words"):  # noqa: SIM117
+    with pytest.raises(RunFailed, match="the hub ended with code 2: end of its log"):  # noqa: SIM117
         with kept_hub(run, run.hub) as address:  # type: ignore[arg-type]
             assert address == "tcp://127.0.0.1:9"
             run.child("hub").code = -9
