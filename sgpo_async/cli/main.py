@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from sgpo_async import __version__, logs
 from sgpo_async.errors import SgpoError
+from sgpo_async.processes.stacks import print_stacks_on_signal
 
 COMMANDS = {  # each a module of this package with `add_arguments(parser)` and `run(args) -> int`
     "local": "a whole run on this machine: hub, learner under torchrun, actors",
@@ -66,6 +67,7 @@ def _dispatch(arguments: list[str]) -> int:
     args = parser.parse_intermixed_args(arguments[1:])
     os.environ[logs.FORMAT], os.environ[logs.LEVEL] = args.log_format, args.log_level
     logs.set_up(name, name=getattr(args, "name", None) or "")
+    print_stacks_on_signal()
     code: int = command.run(args)
     return code
 

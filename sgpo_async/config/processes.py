@@ -23,6 +23,7 @@ class Hub:
     # heartbeat. The limit is long because an actor may be loading weights; the hub notices a dead actor at once, by its
     # weight sender's connection.
     lease_timeout_s: float = 120.0
+    stall_s: float = 300.0  # when nothing has moved for so long, the hub names who holds up the run
     journal: bool = True  # keep the hub's state in runs/NAME/hub.journal, so that a killed hub goes on after a restart
     max_message_mb: int = 512  # the largest message is the hub's state in a checkpoint
 
@@ -45,6 +46,7 @@ class Hub:
         require(self.max_lag >= 0, "hub.max_lag", "must be >= 0", self.max_lag)
         require(self.heartbeat_s > 0, "hub.heartbeat_s", "must be > 0", self.heartbeat_s)
         require(self.progress_s > 0, "hub.progress_s", "must be > 0", self.progress_s)
+        require(self.stall_s > 0, "hub.stall_s", "must be > 0", self.stall_s)
         require(
             self.lease_timeout_s >= 3 * self.heartbeat_s,
             "hub.lease_timeout_s",

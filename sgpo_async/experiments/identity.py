@@ -35,6 +35,7 @@ NOT_LEARNED = (
     "hub.max_message_mb",
     "hub.journal",
     "hub.progress_s",
+    "hub.stall_s",
     "learner.resume",
     "learner.checkpoint_minutes",
 )

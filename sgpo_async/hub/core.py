@@ -25,6 +25,7 @@ from sgpo_async.hub.events import CloseSender, Effect, Event, OpenSender, Send, 
 from sgpo_async.hub.learner_ranks import LearnerRanks
 from sgpo_async.hub.leases import LeaseTable
 from sgpo_async.hub.rollout_checks import Limits, report_violation, violation
+from sgpo_async.hub.stall import culprit, progress_of
 from sgpo_async.hub.status import status
 from sgpo_async.hub.stragglers import late_lease
 from sgpo_async.hub.training import Training
@@ -40,6 +41,7 @@ FINISH_GRACE_S = 5.0  # how long the hub waits for the members' Goodbye after th
 INTERRUPT_GRACE_S = 0.5  # how long it waits for them after an interrupt
 RETURN_S = 5.0  # how long an actor may take to send a new Hello after its weight sender has ended
 RESTART_RETURN_S = 30.0  # ... after a restart of the hub
+STALL_LOOK_S = 1.0  # how often the hub looks whether anything has moved
 MAX_INVALID = 3  # after so many invalid messages and rollouts, an actor is refused for good
 
 
@@ -73,6 +75,9 @@ class HubCore:
         self.quarantined: dict[str, str] = {}  # names of the actors refused for invalid messages, with the reason
         self.restarts = 0  # of the hub process
         self.moved = 0  # leases taken from slow actors
+        self.stalled = ""  # who holds up the run, if nothing has moved for hub.stall_s
+        self._moved: tuple[object, ...] = ()
+        self._moved_at = self._looked_at = now
         self.closing: tuple[str, float] | None = None  # reason and deadline, once the run is ending
         self.closed = False
         self._effects: list[Effect] = []
@@ -110,6 +115,7 @@ class HubCore:
             case ev.Tick():
                 self._check_timeouts()
                 self._move_late_lease()
+                self._notice_stall()
             case ev.HubRestarted():
                 self._restarted()
             case ev.Interrupted(reason):
@@ -330,6 +336,19 @@ class HubCore:
                 self.moved += 1
                 self.actors[late.member].credit = 0  # it has enough to do
                 self._revoke(leases, late.task.number)
+
+    def _notice_stall(self) -> None:
+        """Name the culprit once when nothing has moved for `hub.stall_s`."""
+        if self.now - self._looked_at < STALL_LOOK_S:
+            return
+        self._looked_at = self.now
+        status = self.status()
+        progress = progress_of(status)
+        if progress != self._moved or self.closing:
+            self._moved, self._moved_at, self.stalled = progress, self.now, ""
+        elif not self.stalled and self.now - self._moved_at >= self.run.hub.stall_s:
+            self.stalled = f"nothing has moved for {self.now - self._moved_at:.0f} s: {culprit(status)}"
+            self._effects.append(Warn(self.stalled))
 
     # ---- messages of actors
 

@@ -35,6 +35,7 @@ class CoreState(Protocol):
     quarantined: dict[str, str]
     restarts: int
     moved: int
+    stalled: str
     started: float
     now: float
 
@@ -50,7 +51,12 @@ def status(core: CoreState) -> dict[str, Any]:
         "version": training.version,
         "published": core.published,  # the newest version that actors can have; -1: none
         "actors": [a.plain(version=training.version, leases=leases_of[a.member]) for a in actors.values()],
-        "learner": {"ranks": len(core.learner_ranks.ranks), "world_size": core.learner_ranks.size},
+        "learner": {
+            "ranks": len(core.learner_ranks.ranks),
+            "world_size": core.learner_ranks.size,
+            "requested": sorted(core.learner_ranks.requested),  # ranks that wait for a batch, or have it
+            "training": training.step if training.batch else None,  # the step whose batch the learner has
+        },
         "ledger": training.leases.plain(),
         "evaluation_ledger": evaluation.leases.plain(),
         "buffer": len(training.leases.complete),  # groups
@@ -74,6 +80,7 @@ def status(core: CoreState) -> dict[str, Any]:
         "hub_restarts": core.restarts,
         "leases_moved": core.moved,
         "uptime_s": core.now - core.started,
+        "stalled": core.stalled,  # who holds up the run, if nothing has moved for hub.stall_s
     }
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from sgpo_async.files import FREE_SOME, disk_full, reporting_write_errors
 from sgpo_async.local.run_folder import forget_hub
 from sgpo_async.processes.marked import GRACE_S, MARK, end_run
+from sgpo_async.processes.stacks import request_stacks
 
 TORCHRUN_FAILURE = (
     "torch/distributed/elastic/multiprocessing/api.py"  # lines after this one repeat what the log already says
@@ -85,6 +86,10 @@ class Processes:
         child = Child(name, process, log)
         self._children.append(child)
         return child
+
+    def request_stacks(self) -> list[str]:
+        """Make all processes log their stacks; return who they are."""
+        return request_stacks(self.mark)
 
     def stop(self, *, grace_s: float = GRACE_S, hurry: Callable[[], bool] = lambda: False) -> None:
         """End all processes: SIGTERM, then SIGKILL after `grace_s`, or at once when `hurry()` is true."""

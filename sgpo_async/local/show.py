@@ -34,6 +34,11 @@ class Show:
         self._display: Display = LivePicture(self._console) if self._console.is_terminal else Lines()
         self._started = time.monotonic()
 
+    @property
+    def stalled(self) -> str:
+        """For whom the run waits, if the hub says that nothing moves; else empty."""
+        return str(self._watch.status.get("stalled", ""))
+
     def update(self, supervisor: Supervisor) -> None:
         """Read the newest state and show it."""
         self._watch.poll(supervisor.address)

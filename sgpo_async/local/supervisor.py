@@ -86,6 +86,7 @@ class Supervisor:
         self._learner_deadline: float | None = None
         self._leaving_until: float | None = None
         self._alone = False  # the user knows that no actor is left
+        self._stalled = False  # the user knows that nothing moves
 
     @property
     def address(self) -> str:
@@ -119,6 +120,13 @@ class Supervisor:
         for slot in self.slots:
             self._look_at_actor(slot)
         self._look_at_actors()
+
+    def note_stall(self, reason: str) -> None:
+        """When the hub says that nothing moves, and for whom the run waits, have all processes log their stacks."""
+        if reason and not self._stalled:
+            asked = self._processes.request_stacks()
+            self.notes.append(f"{reason}; the stacks of {len(asked)} processes are in {self._processes.folder}/logs")
+        self._stalled = bool(reason)
 
     def _await_hub(self) -> None:
         self._hub.tick()
@@ -190,7 +198,11 @@ class Supervisor:
 
 
 class Observer(Protocol):
-    """Shows the run (see `sgpo_async.local.show`)."""
+    """Watches the run and shows it (see `sgpo_async.local.show`)."""
+
+    @property
+    def stalled(self) -> str:
+        """For whom the run waits, if the hub says that nothing moves; else empty."""
 
     def update(self, supervisor: Supervisor) -> None:
         """Called after each tick."""
@@ -212,5 +224,6 @@ def supervise(plan: CommandLines, folder: Path, observer: Observer) -> int:
         while not supervisor.done and not signals.stop:
             supervisor.tick()
             observer.update(supervisor)
+            supervisor.note_stall(observer.stalled)
             signals.wait(TICK_S)
     return signals.exit_code if signals.stop else 0

@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from sgpo_async.errors import SessionError, SgpoError
+from sgpo_async.processes.stacks import print_stacks_on_signal
 from sgpo_async.session.settings import Settings
 
 _LONGEST = 500  # characters of a message: an event must fit into one atomic write to a pipe
@@ -35,6 +36,7 @@ def run_child(role: str, body: Callable[[Settings, ChildSide], NoReturn]) -> Non
 
     `body` never returns; it ends by an error, which is reported to the parent.
     """
+    print_stacks_on_signal()
     settings = Settings.decode(sys.argv[1])
     child = ChildSide(f"{role} of {settings.name}", settings.parent)
     try:

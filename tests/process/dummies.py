@@ -89,6 +89,8 @@ class Printer:
     def __init__(self) -> None:
         self._notes = 0
 
+    stalled = ""
+
     def update(self, supervisor) -> None:
         for note in supervisor.notes[self._notes :]:
             print("note:", note, flush=True)

@@ -1,0 +1,39 @@
+"""Stacks of a process on request: SIGUSR1 prints what every thread is doing to standard error, which is its log.
+
+The process goes on. By default SIGUSR1 ends a process, so it is sent only to those that have asked for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import signal
+from pathlib import Path
+
+import psutil
+
+from sgpo_async.processes.marked import members
+
+
+def print_stacks_on_signal() -> None:
+    """From now on, SIGUSR1 prints the stacks of this process."""
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+
+
+def request_stacks(mark: str) -> list[str]:
+    """Make the processes of a run print their stacks; return who they are: name of the command, and process id."""
+    asked = []
+    for process in members(mark):
+        with contextlib.suppress(psutil.Error, OSError):
+            command = next((word for word in process.cmdline() if "sgpo_async" in word or "launch/" in word), "")
+            if command and _handles(process.pid):
+                process.send_signal(signal.SIGUSR1)
+                asked.append(f"{Path(command).name} {process.pid}")
+    return asked
+
+
+def _handles(pid: int) -> bool:
+    """Whether the process has a handler for SIGUSR1."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught.split()[1], 16) >> (signal.SIGUSR1 - 1) & 1)
