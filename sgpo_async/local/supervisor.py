@@ -135,7 +135,7 @@ class Supervisor:
             self._learner = self._processes.start("learner", self.plan.learner(self.address))
 
     def _look_at_learner(self, learner: Child) -> None:
-        if learner.code is not None:
+        if learner.code:  # 0 is seen by the next tick
             when = "after a crash of the hub, " if self._hub.child is None else ""
             raise RunFailed(f"{when}the learner {learner.ending()}: {learner.complaint()}")
         if self._learner_deadline is None and (self._hub.finished or self._trained):

@@ -1,6 +1,6 @@
 """Actors that come and go: nothing of them stays behind, and the run goes on.
 
-`python tests/process/test_actor_churn.py [TIMES]` starts an actor 50 times; every second one is killed, the others leave.
+`python tests/process/test_actor_churn.py [TIMES]` does it 50 times; every second actor is killed, the others leave.
 """
 
 from __future__ import annotations

@@ -246,6 +246,20 @@ def test_a_run_waits_also_if_one_actor_has_left_and_the_other_has_failed(run: Fa
     assert [note.partition(":")[0] for note in supervisor.notes[3:]] == ["no actor is left"]
 
 
+def test_a_learner_that_ends_between_two_looks_of_one_tick_has_not_failed(run: FakeRun) -> None:
+    supervisor = start(run)
+
+    class Ending:
+        codes = iter([None])
+        code = property(lambda self: next(self.codes, 0))
+
+    supervisor._learner = Ending()  # type: ignore[assignment]
+    supervisor.tick()
+    assert not supervisor.done
+    supervisor.tick()
+    assert supervisor.phase == "finishing"
+
+
 def test_hub_and_actors_have_time_to_end_after_the_learner(run: FakeRun) -> None:
     supervisor = start(run)
     run.child("learner").code = 0
