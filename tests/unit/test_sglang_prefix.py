@@ -18,6 +18,7 @@ from sglang_played import PHASE_S, SLOTS, FakeTransport, StreamingApi, logprob_a
 from sgpo_async.engines.base import Generate, Generated, SampledTokens, Score
 from sgpo_async.engines.sglang.processes.api import ServerGone
 from sgpo_async.engines.sglang.serving import update as update_module
+from sgpo_async.engines.sglang.serving.partial import Partial
 from sgpo_async.engines.sglang.serving.requests import MAX_REFUSALS, Requests
 from sgpo_async.engines.sglang.serving.server import Server
 from sgpo_async.engines.sglang.serving.update import InFlight, update
@@ -278,3 +279,17 @@ def test_a_server_that_names_other_versions_than_it_was_given_is_refused(monkeyp
         assert_same(requests.progress([0])[0], sampled(7))
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("count", range(7))
+def test_a_truncated_completion_grows_from_what_remains(count: int) -> None:
+    versions = (7, 7, 0, 0, 1, 1)
+    partial = Partial(ask(0, k=2, prefix=sampled(*versions, k=2)))
+    partial.extend([[-1.0, 3, None]], [[[-1.0, 3, None], [-2.0, 4, None]]])  # without a version
+    partial.truncate(count)
+    assert_same(partial.sampled(), sampled(*versions[:count], k=2))
+    at = PROMPT.size + count
+    pairs = [[logprob_at(at, 5) - j, token_at(at) + j, None] for j in range(2)]
+    partial.extend(pairs[:1], [pairs])
+    partial.close_span(5, count + 1)
+    assert_same(partial.sampled(), sampled(*versions[:count], 5, k=2))
