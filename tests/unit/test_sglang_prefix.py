@@ -240,6 +240,7 @@ def test_a_stream_that_two_updates_pause_names_the_version_of_every_token(in_fli
         api.answer = _gone
         await until(lambda: requests.waiting == 1)
         assert_same(requests.progress([0])[0], sampled(7))
+        assert [len(cast(Any, item).tokens) for item in requests._waiting] == [1]
 
     asyncio.run(scenario())
 
