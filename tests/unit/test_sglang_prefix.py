@@ -294,3 +294,11 @@ def test_a_truncated_completion_grows_from_what_remains(count: int) -> None:
     partial.extend(pairs[:1], [pairs])
     partial.close_span(5, count + 1)
     assert_same(partial.sampled(), sampled(*versions[:count], 5, k=2))
+
+
+def test_a_server_that_names_another_version_for_tokens_that_had_arrived_before_an_update_is_refused() -> None:
+    partial = Partial(ask(0, prefix=sampled(7, 0, 0, 0)))  # three tokens of this attempt have arrived
+    spans = [{"version": "0", "end": 2}, {"version": "1", "end": 3}]
+    with pytest.raises(EngineError, match="do not fit 3 tokens, the first 3 of version 0"):
+        server_of(StreamingApi())._take_spans(partial, 1, 0, spans)
+    assert_same(partial.sampled(), sampled(7))
