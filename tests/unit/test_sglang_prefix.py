@@ -18,6 +18,7 @@ from sglang_played import PHASE_S, SLOTS, FakeTransport, StreamingApi, logprob_a
 from sgpo_async.engines.base import Generate, Generated, SampledTokens, Score
 from sgpo_async.engines.sglang.processes.api import ServerGone
 from sgpo_async.engines.sglang.serving import update as update_module
+from sgpo_async.engines.sglang.serving.partial import Partial
 from sgpo_async.engines.sglang.serving.requests import MAX_REFUSALS, Requests
 from sgpo_async.engines.sglang.serving.server import Server
 from sgpo_async.engines.sglang.serving.update import InFlight, update
@@ -239,6 +240,7 @@ def test_a_stream_that_two_updates_pause_names_the_version_of_every_token(in_fli
         api.answer = _gone
         await until(lambda: requests.waiting == 1)
         assert_same(requests.progress([0])[0], sampled(7))
+        assert [len(cast(Any, item).tokens) for item in requests._waiting] == [1]
 
     asyncio.run(scenario())
 
@@ -278,3 +280,25 @@ def test_a_server_that_names_other_versions_than_it_was_given_is_refused(monkeyp
         assert_same(requests.progress([0])[0], sampled(7))
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("count", range(7))
+def test_a_truncated_completion_grows_from_what_remains(count: int) -> None:
+    versions = (7, 7, 0, 0, 1, 1)
+    partial = Partial(ask(0, k=2, prefix=sampled(*versions, k=2)))
+    partial.extend([[-1.0, 3, None]], [[[-1.0, 3, None], [-2.0, 4, None]]])  # without a version
+    partial.truncate(count)
+    assert_same(partial.sampled(), sampled(*versions[:count], k=2))
+    at = PROMPT.size + count
+    pairs = [[logprob_at(at, 5) - j, token_at(at) + j, None] for j in range(2)]
+    partial.extend(pairs[:1], [pairs])
+    partial.close_span(5, count + 1)
+    assert_same(partial.sampled(), sampled(*versions[:count], 5, k=2))
+
+
+def test_a_server_that_names_another_version_for_tokens_that_had_arrived_before_an_update_is_refused() -> None:
+    partial = Partial(ask(0, prefix=sampled(7, 0, 0, 0)))  # three tokens of this attempt have arrived
+    spans = [{"version": "0", "end": 2}, {"version": "1", "end": 3}]
+    with pytest.raises(EngineError, match="do not fit 3 tokens, the first 3 of version 0"):
+        server_of(StreamingApi())._take_spans(partial, 1, 0, spans)
+    assert_same(partial.sampled(), sampled(7))
