@@ -14,10 +14,12 @@ import psutil
 
 from sgpo_async.processes.marked import members
 
+STANDARD_ERROR = 2  # the descriptor: `sys.stderr` may be something else
+
 
 def print_stacks_on_signal() -> None:
     """From now on, SIGUSR1 prints the stacks of this process."""
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    faulthandler.register(signal.SIGUSR1, file=STANDARD_ERROR, all_threads=True)
 
 
 def request_stacks(mark: str) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from sglang_played import PHASE_S, SLOTS, FakeTransport, StreamingApi, logprob_at, token_at, verify_nothing
+from fake_sglang import PHASE_S, SLOTS, FakeTransport, StreamingApi, logprob_at, token_at, verify_nothing
 
 from sgpo_async.engines.base import Generate, Generated, SampledTokens, Score
 from sgpo_async.engines.sglang.processes.api import ServerGone
