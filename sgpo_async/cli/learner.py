@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 2 launch/learner.py CONFIG [key=value ...] [--hub tcp://HOST:PORT]
 
-Without --hub, rank 0 starts the hub beside itself, listening at hub.address, and stops it at its own end.
+Without --hub, rank 0 starts the hub beside itself, listening at hub.address, and stops it at its own end. When torchrun
+restarts the ranks, rank 0 starts a new hub, which continues from the state in the checkpoint; actors connect again.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from sgpo_async.config import Run
 
 HUB_START_S = 60.0
+HUB_KILLED_S = 30.0  # after a kill of rank 0, in which the watchdog ends the hub beside it
 HUB_LEAVING_S = 10.0  # after the learner's Finish, in which the hub tells its actors that the run is over
 
 
@@ -46,11 +48,16 @@ def run(args: argparse.Namespace) -> int:
     if "RANK" not in os.environ:
         raise ConfigError(f"learner: RANK is not set; start it by torchrun launch/learner.py {args.config}")
     first = os.environ["RANK"] == "0"
-    if first:
-        record_config(settings)
-    if args.hub or not first:
+    if not first:
         return _train(settings, _address(args, settings))
-    with hub_beside(settings, arguments) as address:
+    from sgpo_async.config.schema import CHECKPOINTS
+    from sgpo_async.learner.resume import continues
+
+    earlier = continues(settings.learner.resume, Path(settings.folder) / CHECKPOINTS)
+    record_config(settings, continues=earlier)
+    if args.hub:
+        return _train(settings, args.hub)
+    with hub_beside(settings, arguments, claim_s=HUB_KILLED_S if earlier else 0.0) as address:
         return _train(settings, address)
 
 
@@ -65,8 +72,10 @@ def _train(settings: Run, address: str) -> int:
 
 
 @contextmanager
-def hub_beside(settings: Run, arguments: list[str]) -> Iterator[str]:
+def hub_beside(settings: Run, arguments: list[str], *, claim_s: float) -> Iterator[str]:
     """A hub process that lives as long as this context; yields its address.
+
+    Waits up to `claim_s` for the end of an earlier hub of this run, whose rank 0 has been killed.
 
     Raises HubError if it ends at once (for example because the port is taken), DeadlineExceeded if it does not start.
     """
@@ -74,7 +83,15 @@ def hub_beside(settings: Run, arguments: list[str]) -> Iterator[str]:
     from sgpo_async.local.run_folder import claim, read_hub_file
 
     folder = Path(settings.folder)
-    claim(folder)
+    deadline = time.monotonic() + claim_s
+    while True:
+        try:
+            claim(folder)
+            break
+        except HubError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
     processes = Processes(folder)
     signal.signal(
         signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)

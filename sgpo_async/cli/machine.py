@@ -132,7 +132,7 @@ def shared_memory(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
 def disk(run: Run, facts: ModelFacts) -> str:
     """Check the disk for checkpoints: float32 parameters and two moments, for those kept and the one being written."""
     one = 3 * 4 * parameters(facts)
-    count = run.learner.keep_checkpoints + 1 if run.learner.checkpoint_every else 1
+    count = run.learner.keep_checkpoints + 1 if run.learner.checkpoint_every or run.learner.checkpoint_minutes else 1
     folder = existing(run.folder)
     _require_writable(folder, "out", "set out=DIR to a folder that can be written")
     room = free(folder)

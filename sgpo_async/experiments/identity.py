@@ -28,7 +28,7 @@ Plain = dict[str, Any]
 
 # A trial is one process: it has no folder of its own, no hub to send messages to, and starts neither actors nor ranks.
 # These keys are read by what it leaves out (or only by validation), and a result is the same with any value of them.
-NOT_LEARNED = ("name", "out", "local", "hub.max_message_mb")
+NOT_LEARNED = ("name", "out", "local", "hub.max_message_mb", "learner.resume")
 
 
 def configuration(experiment: Experiment, run: Run) -> Plain:
