@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,16 @@ def write_whole(path: Path, content: str | bytes) -> None:
             new.replace(path)
         finally:
             new.unlink(missing_ok=True)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a file or folder to the first free name, e.g. metrics.jsonl to metrics.earlier-1.jsonl; return this name.
+
+    Raises SgpoError if it cannot be renamed.
+    """
+    names = (path.with_name(f"{path.stem}.earlier-{number}{path.suffix}") for number in count(1))
+    with reporting_write_errors(path):
+        return path.rename(next(name for name in names if not name.exists()))
 
 
 class JsonLinesReader:

@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 2 launch/learner.py CONFIG [key=value ...] [--hub tcp://HOST:PORT]
 
-Without --hub, rank 0 starts the hub beside itself, listening at hub.address, and stops it at its own end.
+Without --hub, rank 0 starts the hub beside itself, listening at hub.address, and stops it at its own end. When torchrun
+restarts the ranks, rank 0 starts a new hub, which continues from the state in the checkpoint; actors connect again.
 """
 
 from __future__ import annotations
@@ -18,13 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sgpo_async.cli.options import add_config, config_arguments, load_run, print_dry_run, record_config
-from sgpo_async.errors import ConfigError, DeadlineExceeded, HubError
+from sgpo_async.errors import ConfigError, HubError
 
 if TYPE_CHECKING:
     from sgpo_async.config import Run
 
-HUB_START_S = 60.0
-HUB_LEAVING_S = 10.0  # after the learner's Finish, in which the hub tells its actors that the run is over
+HUB_KILLED_S = 30.0  # after a kill of rank 0, in which the watchdog ends the hub beside it
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,14 +46,18 @@ def run(args: argparse.Namespace) -> int:
     if "RANK" not in os.environ:
         raise ConfigError(f"learner: RANK is not set; start it by torchrun launch/learner.py {args.config}")
     first = os.environ["RANK"] == "0"
-    if first:
-        from sgpo_async.cli.resources import check_start
-
-        check_start(settings, checkpoints=True)
-        record_config(settings)
-    if args.hub or not first:
+    if not first:
         return _train(settings, _address(args, settings))
-    with hub_beside(settings, arguments) as address:
+    from sgpo_async.cli.resources import check_start
+    from sgpo_async.config.schema import CHECKPOINTS
+    from sgpo_async.learner.resume import continues
+
+    check_start(settings, checkpoints=True)
+    earlier = continues(settings.learner.resume, Path(settings.folder) / CHECKPOINTS)
+    record_config(settings, continues=earlier)
+    if args.hub:
+        return _train(settings, args.hub)
+    with hub_beside(settings, arguments, claim_s=HUB_KILLED_S if earlier else 0.0) as address:
         return _train(settings, address)
 
 
@@ -68,29 +72,38 @@ def _train(settings: Run, address: str) -> int:
 
 
 @contextmanager
-def hub_beside(settings: Run, arguments: list[str]) -> Iterator[str]:
-    """A hub process that lives as long as this context; yields its address.
+def hub_beside(settings: Run, arguments: list[str], *, claim_s: float) -> Iterator[str]:
+    """A hub that lives as long as this context, and is started again if it crashes; yields its address.
 
-    Raises HubError if it ends at once (for example because the port is taken), DeadlineExceeded if it does not start.
+    Waits up to `claim_s` for the end of an earlier hub of this run, whose rank 0 has been killed.
+
+    Raises RunFailed if it ends at once (for example because the port is taken), DeadlineExceeded if it does not start.
     """
-    from sgpo_async.local.children import Processes, python, wait_for
-    from sgpo_async.local.run_folder import claim, read_hub_file
+    from sgpo_async.local.children import Processes, python
+    from sgpo_async.local.hub_process import kept_hub
+    from sgpo_async.local.run_folder import claim
 
     folder = Path(settings.folder)
-    claim(folder)
+    deadline = time.monotonic() + claim_s
+    while True:
+        try:
+            claim(folder)
+            break
+        except HubError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
     processes = Processes(folder)
     signal.signal(
         signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
     )  # torchrun ends ranks by SIGTERM: stop the hub, too
+
+    def command(address: str) -> list[str]:
+        override = [f"hub.address={address}"] if address else []
+        return python("sgpo_async.cli", "hub", *arguments, *override)
+
     try:
-        hub = processes.start("hub", python("sgpo_async.cli", "hub", *arguments))
-        deadline = time.monotonic() + HUB_START_S
-        while read_hub_file(folder).get("pid") != hub.process.pid:
-            if wait_for(hub, 0.1):
-                raise HubError(f"the hub {hub.ending()}: {hub.complaint()}")
-            if time.monotonic() > deadline:
-                raise DeadlineExceeded("learner rank 0: the hub", "hub.json", HUB_START_S)
-        yield str(read_hub_file(folder)["address"])
-        wait_for(hub, HUB_LEAVING_S)
+        with kept_hub(processes, command) as address:
+            yield address
     finally:
         processes.stop()

@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
     check_start(settings, checkpoints=True)
     folder = Path(settings.folder)
     claim(folder)
-    record_config(settings)
+    # This command's torchrun is always a new one, so that auto never continues.
+    record_config(settings, continues=settings.learner.resume is True)
     show = Show(settings)
     code = supervise(plan, folder, show)
     if code:

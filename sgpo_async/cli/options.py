@@ -48,19 +48,16 @@ def print_dry_run(run: Run, commands: Iterable[Sequence[str]]) -> None:
         print(f"#   {shlex.join(command)}")
 
 
-def record_config(run: Run, *, warmup: bool = False) -> None:
+def record_config(run: Run, *, continues: bool) -> None:
     """Write config.yaml, the resolved configuration, into the run's folder. Raises SgpoError.
 
-    Prints a warning if this overwrites an earlier run of the same name.
+    Prints a warning if this overwrites an earlier run of the same name, which it does not if it `continues` that run.
     """
     from sgpo_async.config import to_yaml
-    from sgpo_async.config.schema import CHECKPOINTS, WARMUP_CHECKPOINTS
     from sgpo_async.files import write_whole
-    from sgpo_async.local.run_folder import has_checkpoint
     from sgpo_async.metrics.reader import METRICS
 
     folder = Path(run.folder)
-    checkpoints = folder / (WARMUP_CHECKPOINTS if warmup else CHECKPOINTS)
-    if (folder / METRICS).exists() and not (run.learner.resume and has_checkpoint(checkpoints)):
+    if (folder / METRICS).exists() and not continues:
         print(f"{run.folder}: overwrites an earlier run of this name; set name=OTHER to keep it", file=sys.stderr)
     write_whole(folder / "config.yaml", to_yaml(run))

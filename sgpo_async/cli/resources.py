@@ -45,7 +45,7 @@ def disk(run: Run, parameters: int) -> str:
     A checkpoint holds them and two moments in float32; there are those kept and the one being written.
     """
     one, policy = 3 * 4 * parameters, 4 * parameters
-    count = run.learner.keep_checkpoints + 1 if run.learner.checkpoint_every else 1
+    count = run.learner.keep_checkpoints + 1 if run.learner.checkpoint_every or run.learner.checkpoint_minutes else 1
     folder, needed = existing(run.folder), LOGS + count * one + policy
     require_writable(folder, "out", "set out=DIR to a folder that can be written")
     room = free(folder) + (_taken(Path(run.folder) / CHECKPOINTS) if run.learner.resume else 0)

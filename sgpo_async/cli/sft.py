@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 
 from sgpo_async.cli.options import add_config, config_arguments, load_run, print_dry_run, record_config
 from sgpo_async.errors import ConfigError
@@ -26,7 +27,12 @@ def run(args: argparse.Namespace) -> int:
     if "RANK" not in os.environ:
         raise ConfigError(f"sft: RANK is not set; start it by torchrun launch/sft.py {args.config}")
     if os.environ["RANK"] == "0":
-        record_config(settings, warmup=True)
+        from sgpo_async.config.schema import WARMUP_CHECKPOINTS
+        from sgpo_async.learner.resume import continues
+
+        record_config(
+            settings, continues=continues(settings.learner.resume, Path(settings.folder) / WARMUP_CHECKPOINTS)
+        )
     from sgpo_async.learner.sft import warm_up
 
     return warm_up(settings)

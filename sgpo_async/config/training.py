@@ -163,9 +163,12 @@ class Learner:
     # Skip the forward pass of rollouts with advantage 0 (those of a group in which all or none solved the problem): the
     # same gradient for less work. Entropy, lag and mismatch are then measured on the remaining rollouts only.
     skip_uniform: bool = False
-    checkpoint_every: int = 0  # steps; 0: only at the end
+    checkpoint_every: int = 0  # steps; 0: only at the end, or by checkpoint_minutes
+    checkpoint_minutes: float = 0.0  # since the last checkpoint; 0: only by checkpoint_every
     keep_checkpoints: int = 2  # how many of the newest checkpoints are kept; older ones are deleted
-    resume: bool = False  # continue from the newest checkpoint of this run, if there is one
+    # Continue from the newest whole checkpoint of this run. auto: if torchrun has restarted this job, or the job has
+    # the --rdzv-id of the one that began the run. false: begin anew, and move the checkpoints of an earlier run aside.
+    resume: Literal["auto", True, False] = "auto"
     batch_timeout_s: float = 600.0  # how long to wait for a batch before giving up
     # Log an alarm when |log pi - log mu| at lag 0, where engine and learner hold the same weights, has a larger mean
     # over many tokens than this, in nats. 0: 1e-4 where both compute in float32, 0.05 where one of them computes in
@@ -176,6 +179,7 @@ class Learner:
         require(self.problems_per_step >= 1, "learner.problems_per_step", "must be >= 1", self.problems_per_step)
         require(self.row_tokens >= 1, "learner.row_tokens", "must be >= 1", self.row_tokens)
         require(self.checkpoint_every >= 0, "learner.checkpoint_every", "must be >= 0", self.checkpoint_every)
+        require(self.checkpoint_minutes >= 0, "learner.checkpoint_minutes", "must be >= 0", self.checkpoint_minutes)
         require(self.keep_checkpoints >= 1, "learner.keep_checkpoints", "must be >= 1", self.keep_checkpoints)
         require(self.mismatch_bound >= 0, "learner.mismatch_bound", "must be >= 0", self.mismatch_bound)
 

@@ -1,30 +1,38 @@
 """Checkpoints of learner, optimiser, teacher, random state, progress and hub state, written atomically.
 
 checkpoints/.step-00000040/      every rank writes its shards here
-checkpoints/step-00000040/       then rank 0 renames the folder: a folder with this name is complete and on disk
+checkpoints/step-00000040/       then rank 0 renames the folder: a folder with this name was complete and on disk
     *.distcp, .metadata          parameters, optimiser, a teacher that changes (torch.distributed.checkpoint; can be
                                  loaded by any number of ranks)
     progress.json  hub.state     written by rank 0
     random-0.pt ...              written by each rank
+    manifest.json                size and xxh3_128 of every other file; written last, checked before a run resumes
+
+The training loop waits only for a copy of the state in memory. Everything else happens in a background thread, with a
+process group of its own, so that its collectives cannot interleave with those of the training loop.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
+import xxhash
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -33,8 +41,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from sgpo_async.errors import CheckpointError
-from sgpo_async.files import FREE_SOME, disk_full
+from sgpo_async.errors import CheckpointError, DeadlineExceeded, SgpoError
+from sgpo_async.files import FREE_SOME, disk_full, set_aside
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+SAVE_S = 1800.0  # timeout of writing one checkpoint
+CHUNK_BYTES = 2**22  # of a file that is hashed
 
 
 @dataclass(frozen=True)
@@ -45,90 +59,173 @@ class Saved:
     hub_state: bytes
 
 
-def save(
-    folder: Path,
-    *,
-    step: int,
-    module: nn.Module,
-    optimiser: torch.optim.Optimizer,
-    saved: Saved,
-    teacher: nn.Module | None = None,
-) -> Path:
-    """Write the checkpoint of `step` into a new folder below `folder`; return it. A collective of all ranks.
+class CheckpointWriter:
+    """Writes checkpoints below `folder` in the background, one at a time, and deletes all but the newest `keep`.
 
-    Args:
-        teacher: the teacher's copy of the module, if it changes during the run.
+    With `minutes` above 0 a checkpoint is due so long after the last one.
 
-    Raises:
-        CheckpointError: on every rank, if any rank cannot write. Older checkpoints are unchanged.
+    Checkpoints of later steps than the one just written belong to an earlier attempt of the run that was not resumed.
+    They are kept. Every method is a collective of all ranks.
     """
-    final, draft, rank = folder / f"step-{step:08d}", folder / f".step-{step:08d}", dist.get_rank()
-    what = f"{final}: cannot write the checkpoint"
-    try:
-        _write(draft, what, state=_state(module, optimiser, teacher), saved=saved)
-    except CheckpointError as error:
-        full = disk_full(folder)
-        dist.barrier()  # now every rank has checked the disk and stopped writing
-        if rank == 0:
-            shutil.rmtree(draft, ignore_errors=True)
-        raise CheckpointError(f"{what}: the disk is full; {FREE_SOME}") if full else error from None
-    with _fail_on_all_ranks(what):
-        if rank == 0:
-            _sync(draft)
-            shutil.rmtree(final, ignore_errors=True)  # left by an earlier attempt of the run that reached this step
-            draft.rename(final)
-            _sync(folder)
-    return final
+
+    def __init__(self, folder: Path, *, keep: int, minutes: float = 0.0) -> None:
+        assert keep >= 1, f"keep must be >= 1, got {keep}"
+        self._folder, self._keep, self._minutes = folder, keep, minutes
+        self._began = time.monotonic()  # the last checkpoint, or this writer
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=SAVE_S))
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def due(self, by_steps: bool) -> bool:
+        """Return whether a checkpoint is due, by steps or by rank 0's clock. The same on all ranks."""
+        if not self._minutes:
+            return by_steps
+        decision = torch.tensor([by_steps or time.monotonic() - self._began >= 60 * self._minutes])
+        dist.broadcast(decision, 0)
+        return bool(decision)
+
+    def save(
+        self,
+        *,
+        step: int,
+        module: nn.Module,
+        optimiser: torch.optim.Optimizer,
+        saved: Saved,
+        teacher: nn.Module | None = None,
+    ) -> None:
+        """Wait for the checkpoint before this one, copy the state of `step`, and begin to write the copy.
+
+        Args:
+            teacher: the teacher's copy of the module, if it changes during the run.
+
+        Raises:
+            CheckpointError: on every rank, if this checkpoint cannot be begun or the one before could not be written.
+                Older checkpoints are unchanged.
+        """
+        self.wait()
+        self._began = time.monotonic()
+        draft = self._folder / f".step-{step:08d}"
+        with _fail_on_all_ranks(_cannot_write(draft), self._group):
+            if dist.get_rank() == 0:
+                shutil.rmtree(draft, ignore_errors=True)
+                draft.mkdir(parents=True)
+        state = dcp.async_save(
+            _state(module, optimiser, teacher), checkpoint_id=draft, process_group=self._group
+        )  # returns when the state is copied
+        assert isinstance(state, Future)
+        self._pending = self._thread.submit(self._write, draft, state, torch.get_rng_state(), saved)
+
+    def __enter__(self) -> Self:
+        """Use this writer until the end of the context."""
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        """Wait for the last checkpoint. After another error, log its failure instead of raising it."""
+        try:
+            self.wait()
+        except SgpoError as failure:
+            if error is None:
+                raise
+            log.warning("%s", failure)
+        finally:
+            self._thread.shutdown(wait=False)
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is written.
+
+        Raises CheckpointError on every rank if it could not be written, DeadlineExceeded after SAVE_S.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            pending.result(SAVE_S)
+        except TimeoutError:
+            raise DeadlineExceeded("learner", "end of writing a checkpoint", SAVE_S) from None
+        except RuntimeError as error:  # a collective failed
+            reason = str(error).partition("\n")[0]
+            raise CheckpointError(
+                f"{self._folder}: cannot write a checkpoint; another rank is gone ({reason})"
+            ) from None
+
+    def _write(self, draft: Path, state: Future[Any], random: Tensor, saved: Saved) -> None:
+        what, rank = _cannot_write(draft), dist.get_rank()
+        try:
+            with _fail_on_all_ranks(what, self._group):
+                try:
+                    torch.save(random, draft / f"random-{rank}.pt")
+                    if rank == 0:
+                        (draft / "progress.json").write_text(json.dumps(saved.progress), encoding="utf-8")
+                        (draft / "hub.state").write_bytes(saved.hub_state)
+                finally:
+                    state.result()  # in any case, because its collectives use the same process group
+            own: dict[str, dict[str, Any]] = {}
+            with _fail_on_all_ranks(what, self._group):
+                for path in draft.iterdir():
+                    if _writer(path.name) == rank:  # on a network disk each host syncs only its own writes
+                        _sync(path)
+                        own[path.name] = _describe(path)
+            everyone: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(everyone, own, group=self._group)
+            with _fail_on_all_ranks(what, self._group):
+                if rank == 0:
+                    self._finish(draft, {name: entry for part in everyone for name, entry in part.items()})
+        except CheckpointError as error:
+            full = disk_full(self._folder)
+            dist.barrier(self._group)  # now every rank has checked the disk and stopped writing
+            if rank == 0:
+                shutil.rmtree(draft, ignore_errors=True)
+            raise CheckpointError(f"{what}: the disk is full; {FREE_SOME}") if full else error from None
+        with _fail_on_all_ranks(f"{self._folder}: cannot delete old checkpoints", self._group):
+            if rank == 0:
+                self._prune(_step(_final(draft)))
+
+    def _finish(self, draft: Path, files: dict[str, dict[str, Any]]) -> None:
+        (draft / MANIFEST).write_text(json.dumps({"files": files}, indent=2), encoding="utf-8")
+        _sync(draft / MANIFEST)
+        _sync(draft)
+        shutil.rmtree(_final(draft), ignore_errors=True)  # left by an earlier attempt of the run that reached this step
+        draft.rename(_final(draft))
+        _sync(self._folder)
+
+    def _prune(self, step: int) -> None:
+        past = [path for path in _complete(self._folder) if _step(path) <= step]
+        for path in [*past[: -self._keep], *self._folder.glob(".step-*")]:  # a name with a dot marks an incomplete one
+            shutil.rmtree(path)
 
 
-def _write(draft: Path, what: str, *, state: dict[str, Any], saved: Saved) -> None:
-    rank = dist.get_rank()
-    with _fail_on_all_ranks(what):
-        if rank == 0:
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir(parents=True)
-            (draft / "progress.json").write_text(json.dumps(saved.progress), encoding="utf-8")
-            (draft / "hub.state").write_bytes(saved.hub_state)
-    with _fail_on_all_ranks(what):
-        torch.save(torch.get_rng_state(), draft / f"random-{rank}.pt")
-    with _fail_on_all_ranks(what):
-        dcp.save(state, checkpoint_id=draft)
-    with _fail_on_all_ranks(what):
-        for path in draft.iterdir():  # on every rank: on a network disk each host syncs only its own writes
-            _sync(path)
-
-
-def prune(folder: Path, *, step: int, keep: int) -> None:
-    """Delete old checkpoints, except the newest `keep` ones up to `step`. A collective of all ranks.
-
-    Checkpoints of steps after `step` belong to an earlier attempt of the run that was not resumed. They are kept.
-
-    Raises:
-        CheckpointError: on every rank, if an old checkpoint cannot be deleted.
-    """
-    assert keep >= 1, f"keep must be >= 1, got {keep}"
-    with _fail_on_all_ranks(f"{folder}: cannot delete old checkpoints"):
-        if dist.get_rank() == 0:
-            past = sorted((path for path in _complete(folder) if _step(path) <= step), key=_step)
-            for path in [*past[:-keep], *folder.glob(".step-*")]:  # a name with a dot marks an incomplete checkpoint
-                shutil.rmtree(path)
-
-
-def set_aside(folder: Path) -> Path | None:
+def set_checkpoints_aside(folder: Path) -> Path | None:
     """Rename the folder with the checkpoints of an earlier run of the same name; return the new folder, if any.
 
     Resuming loads the checkpoint of the highest step, which could otherwise be one of the earlier run. Nothing is
     deleted.
     """
-    if not _complete(folder):
-        return None
-    names = (folder.with_name(f"{folder.name}.earlier-{number}") for number in count(1))
-    return folder.rename(next(path for path in names if not path.exists()))
+    return set_aside(folder) if _complete(folder) else None
 
 
-def latest(folder: Path) -> Path | None:
-    """Return the checkpoint of the highest step below `folder`, or None if there is none."""
-    return max(_complete(folder), key=_step, default=None)
+def newest_whole(folder: Path) -> Path | None:
+    """Return the checkpoint of the highest step below `folder` whose files are as its manifest describes them.
+
+    Logs each newer one that is damaged. Returns None if there is no checkpoint at all. A collective of all ranks.
+
+    Raises:
+        CheckpointError: on every rank, if there are checkpoints and all of them are damaged.
+    """
+    names = [[path.name for path in _complete(folder)]]
+    dist.broadcast_object_list(names)
+    for name in reversed(names[0]):
+        try:
+            with _fail_on_all_ranks(f"{folder / name}: the checkpoint is damaged"):
+                _check(folder / name)
+            return folder / name
+        except CheckpointError as error:
+            if dist.get_rank() == 0:
+                log.warning("%s; trying the one before", error)
+    if names[0]:
+        raise CheckpointError(
+            f"{folder}: all checkpoints are damaged ({', '.join(names[0])}); learner.resume=false begins anew"
+        )
+    return None
 
 
 def restore(
@@ -157,11 +254,47 @@ def restore(
 
 
 def _complete(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    """Return the checkpoints that were written completely, by their steps."""
+    return sorted((path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)), key=_step)
 
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
+
+
+def _final(draft: Path) -> Path:
+    return draft.with_name(draft.name.removeprefix("."))
+
+
+def _cannot_write(draft: Path) -> str:
+    return f"{_final(draft)}: cannot write the checkpoint"
+
+
+def _writer(name: str) -> int:
+    """Return the rank that writes the file of this name in a checkpoint."""
+    found = re.fullmatch(r"__(\d+)_\d+\.distcp|random-(\d+)\.pt", name)
+    return int(found[1] or found[2]) if found else 0
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    """Return the entry of a file in the manifest."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return {"bytes": path.stat().st_size, "xxh3_128": digest.hexdigest()}
+
+
+def _check(checkpoint: Path) -> None:
+    """Compare this rank's part of the files with the manifest. Raises OSError or ValueError."""
+    text = (checkpoint / MANIFEST).read_text(encoding="utf-8")
+    try:
+        files = sorted(json.loads(text)["files"].items())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{MANIFEST} has no list of files ({error!r})") from None
+    for name, expected in files[dist.get_rank() :: dist.get_world_size()]:
+        if (found := _describe(checkpoint / name)) != expected:
+            raise ValueError(f"{name} must have {expected} according to {MANIFEST}, got {found}")
 
 
 def _sync(path: Path) -> None:
@@ -178,7 +311,7 @@ def _state(module: nn.Module, optimiser: torch.optim.Optimizer, teacher: nn.Modu
 
 
 @contextmanager
-def _fail_on_all_ranks(what: str) -> Iterator[None]:
+def _fail_on_all_ranks(what: str, group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Raise CheckpointError on every rank if one rank fails; otherwise a rank could wait forever in a collective."""
     failure = ""
     try:
@@ -189,7 +322,7 @@ def _fail_on_all_ranks(what: str) -> Iterator[None]:
     except (OSError, RuntimeError, ValueError) as error:
         failure = f"{type(error).__name__}: {error}"
     failures = [""] * dist.get_world_size()
-    dist.all_gather_object(failures, failure)
+    dist.all_gather_object(failures, failure, group=group)
     for rank, reason in enumerate(failures):
         if reason:
             raise CheckpointError(f"{what} (rank {rank}: {reason.splitlines()[0]})")

@@ -1,19 +1,31 @@
-"""The process group of the ranks that torchrun starts: gloo on CPUs, gloo and NCCL on GPUs."""
+"""The process group of the ranks that torchrun starts: gloo on CPUs, gloo and NCCL on GPUs.
+
+torchrun gives all attempts of a job the same store (static, --standalone and c10d rendezvous alike), in which a
+restarted rank would find the addresses that ranks of an earlier attempt have left. No environment variable names the
+attempt on all nodes: TORCHELASTIC_RESTART_COUNT differs between agents, because each counts the failures of its own
+workers only. Therefore the ranks agree on a name, a prefix of all keys of the process group (see `agree`).
+"""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import socket
+import time
+import uuid
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from sgpo_async.errors import DeadlineExceeded
+
 log = logging.getLogger(__name__)
 
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+POLL_S = 0.02  # between two looks at the store
 
 # Newer versions of torch have this name, and warn at each call of the older name.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -26,6 +38,9 @@ def join_world(*, timeout_s: float) -> DeviceMesh:
     Args:
         timeout_s: the timeout of every collective. It must be longer than a rank may wait for its batch, because the
             other ranks may already have theirs.
+
+    Raises:
+        DeadlineExceeded: not all ranks have started within `timeout_s`.
     """
     device = device_for(gpus=torch.cuda.device_count(), ranks=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if device == "cuda":
@@ -33,8 +48,50 @@ def join_world(*, timeout_s: float) -> DeviceMesh:
     if os.environ.get("WORLD_SIZE") == os.environ.get("LOCAL_WORLD_SIZE"):
         # By default gloo listens on the address of the host name, which may not be an address of this machine.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())
-    dist.init_process_group(BACKENDS[device], timeout=timedelta(seconds=timeout_s))
-    return init_device_mesh(device, (dist.get_world_size(),))
+    timeout = timedelta(seconds=timeout_s)
+    store, rank, ranks = next(dist.rendezvous("env://", timeout=timeout))
+    store = dist.PrefixStore(agree(store, rank, ranks, timeout_s=timeout_s), store)
+    dist.init_process_group(BACKENDS[device], store=store, rank=rank, world_size=ranks, timeout=timeout)
+    return init_device_mesh(device, (ranks,))
+
+
+def agree(store: dist.Store, rank: int, ranks: int, *, timeout_s: float) -> str:
+    """Return a new name, the same on all ranks of this attempt, although `store` may hold keys of earlier attempts.
+
+    Each process announces a random token. Rank 0 proposes the tokens that it finds, and proposes again when one of them
+    changes, because the first it finds may be that of a dead process. The name, a digest of the tokens, is agreed when
+    every rank has confirmed the proposal, which only the process with its token does.
+
+    Raises DeadlineExceeded after `timeout_s`.
+    """
+    token, deadline = uuid.uuid4().hex, time.monotonic() + timeout_s
+    everyone = range(ranks)
+    store.set(f"token/{rank}", token)
+    proposed = confirmed = ""
+    while True:
+        if rank == 0:
+            found = _read(store, [f"token/{i}" for i in everyone])
+            if found and (tokens := " ".join(found)) != proposed:
+                proposed = tokens
+                store.set("proposal", proposed)
+        else:
+            proposed = "".join(_read(store, ["proposal"]))
+        name = hashlib.sha256(proposed.encode()).hexdigest()[:32]
+        if proposed.split()[rank : rank + 1] == [token]:
+            if name != confirmed:
+                store.set(f"confirmed/{rank}", confirmed := name)
+            if rank == 0 and set(_read(store, [f"confirmed/{i}" for i in everyone])) == {name}:
+                store.set("agreed", name)
+            if _read(store, ["agreed"]) == [name]:
+                return name
+        if time.monotonic() > deadline:
+            raise DeadlineExceeded(f"learner rank {rank}", f"start of all {ranks} ranks", timeout_s)
+        time.sleep(POLL_S)
+
+
+def _read(store: dist.Store, keys: list[str]) -> list[str]:
+    """Return the values of `keys`, or nothing unless the store has all of them. Does not wait."""
+    return [value.decode() for value in store.multi_get(keys)] if store.check(keys) else []
 
 
 def join_alone(device: str = "cpu") -> DeviceMesh:

@@ -29,11 +29,12 @@ from sgpo_async.config.schema import WARMUP_CHECKPOINTS, Algorithm, Run
 from sgpo_async.errors import DataError
 from sgpo_async.learner import checkpoint
 from sgpo_async.learner.batch import Batch, Sequences
-from sgpo_async.learner.checkpoint import Saved
+from sgpo_async.learner.checkpoint import CheckpointWriter, Saved
 from sgpo_async.learner.objectives.base import Likelihood
 from sgpo_async.learner.packing import Tokens
 from sgpo_async.learner.process_group import join_world
 from sgpo_async.learner.publish import gather
+from sgpo_async.learner.resume import resume_point
 from sgpo_async.learner.step import Stepper
 from sgpo_async.learner.train import build
 from sgpo_async.metrics import MetricsWriter
@@ -65,7 +66,9 @@ def warm_up(run: Run) -> int:
     """
     mesh = join_world(timeout_s=COLLECTIVE_S)
     examples = Examples.read(run)
-    WarmUp(run, mesh, examples).train()
+    folder = Path(run.folder) / WARMUP_CHECKPOINTS
+    with CheckpointWriter(folder, keep=run.learner.keep_checkpoints, minutes=run.learner.checkpoint_minutes) as writer:
+        WarmUp(run, mesh, examples, writer).train()
     dist.barrier()
     dist.destroy_process_group()
     return 0
@@ -109,14 +112,16 @@ def _tokens(run: Run, problem: Problem, tokenizer: Any) -> Tokens:
 class WarmUp:
     """One rank of a warm-up."""
 
-    def __init__(self, run: Run, mesh: DeviceMesh, examples: Examples) -> None:
-        self.examples, self.folder = examples, Path(run.folder)
+    def __init__(self, run: Run, mesh: DeviceMesh, examples: Examples, checkpoints: CheckpointWriter) -> None:
+        self.examples, self.checkpoints, self.folder = examples, checkpoints, Path(run.folder)
         self.per_epoch = math.ceil(len(examples.training) / run.sft.batch)
         self.run = supervised(run, steps=run.sft.epochs * self.per_epoch)
         self.stepper: Stepper = build(self.run, mesh)[0]
         self.lead = dist.get_rank() == 0
         self.state = WarmUpProgress()
-        self._resume()
+        if resumed := resume_point(run, self.folder / WARMUP_CHECKPOINTS):
+            saved = checkpoint.restore(resumed, module=self.stepper.policy, optimiser=self.stepper.optimiser)
+            self.state = WarmUpProgress(**saved.progress)
         self.metrics = MetricsWriter(run.folder, resume_from=self.state.step) if self.lead else None
 
     def train(self) -> None:
@@ -133,8 +138,9 @@ class WarmUp:
                 record["validation_loss"] = self._validate()
             if self.metrics:
                 self.metrics.step(record)
-            if self._due(self.run.learner.checkpoint_every):
+            if self.checkpoints.due(self._due(self.run.learner.checkpoint_every)):
                 self._checkpoint()
+        self.checkpoints.wait()
         if self.metrics:
             self.metrics.summary(asdict(self.state) | self.examples.counts | {"world_size": dist.get_world_size()})
             self.metrics.close()
@@ -189,20 +195,9 @@ class WarmUp:
         return self.state.step == self.run.steps or (every > 0 and self.state.step % every == 0)
 
     def _checkpoint(self) -> None:
-        folder = self.folder / WARMUP_CHECKPOINTS
         saved = Saved(asdict(self.state), b"")
         module, optimiser = self.stepper.policy, self.stepper.optimiser
-        checkpoint.save(folder, step=self.state.step, module=module, optimiser=optimiser, saved=saved)
-        checkpoint.prune(folder, step=self.state.step, keep=self.run.learner.keep_checkpoints)
-
-    def _resume(self) -> None:
-        folder = self.folder / WARMUP_CHECKPOINTS
-        if self.lead and not self.run.learner.resume:
-            checkpoint.set_aside(folder)
-        newest = checkpoint.latest(folder) if self.run.learner.resume else None
-        if newest:
-            saved = checkpoint.restore(newest, module=self.stepper.policy, optimiser=self.stepper.optimiser)
-            self.state = WarmUpProgress(**saved.progress)
+        self.checkpoints.save(step=self.state.step, module=module, optimiser=optimiser, saved=saved)
 
 
 def supervised(run: Run, *, steps: int) -> Run:

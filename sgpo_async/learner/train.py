@@ -5,7 +5,7 @@
                        └──── next step ◀── record, evaluate, checkpoint
 
 The loop waits for the hub (batches and answers), for the other ranks (gradients, statistics, gathers), and for the
-previous publication. Each wait has a deadline.
+previous publication and checkpoint, which are written in the background. Each wait has a deadline.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from sgpo_async.config.schema import CHECKPOINTS, Run, require
 from sgpo_async.learner import checkpoint, optimiser
-from sgpo_async.learner.checkpoint import Saved
+from sgpo_async.learner.checkpoint import CheckpointWriter, Saved
 from sgpo_async.learner.demonstrations import Demonstrations
 from sgpo_async.learner.hub_client import HubClient
 from sgpo_async.learner.mismatch import Alarm, bound_for
@@ -31,6 +31,7 @@ from sgpo_async.learner.policy import Policy, check_model, in_bfloat16, recomput
 from sgpo_async.learner.process_group import join_world
 from sgpo_async.learner.progress import Progress, hub_metrics
 from sgpo_async.learner.publish import Publisher, gather
+from sgpo_async.learner.resume import resume_point
 from sgpo_async.learner.rounds import remove_rounds, write_round
 from sgpo_async.learner.step import Stepper
 from sgpo_async.learner.teacher import Teacher
@@ -66,9 +67,11 @@ def train(run: Run, hub_address: str) -> int:
         raise
     hub = HubClient(Mailbox(dealer), name=f"learner-{dist.get_rank()}", heartbeat_s=run.hub.heartbeat_s)
     try:
-        trainer = Trainer.start(run, mesh, hub)
-        trainer.loop()
-        trainer.finish()
+        folder, own = Path(run.folder) / CHECKPOINTS, run.learner
+        with CheckpointWriter(folder, keep=own.keep_checkpoints, minutes=own.checkpoint_minutes) as checkpoints:
+            trainer = Trainer.start(run, mesh, hub, checkpoints)
+            trainer.loop()
+            trainer.finish()
     except BaseException as error:
         hub.leave(f"{type(error).__name__}: {error}".partition("\n")[0])  # the hub takes back the batch
         raise
@@ -86,20 +89,18 @@ class Trainer:
     hub: HubClient
     stepper: Stepper
     publisher: Publisher
+    checkpoints: CheckpointWriter
     progress: Progress
     base: int  # version of the weights minus the number of optimiser steps
     metrics: MetricsWriter | None  # only on rank 0
     alarm: Alarm
 
     @classmethod
-    def start(cls, run: Run, mesh: DeviceMesh, hub: HubClient) -> Trainer:
+    def start(cls, run: Run, mesh: DeviceMesh, hub: HubClient, checkpoints: CheckpointWriter) -> Trainer:
         """Load the model or resume from a checkpoint, and register with the hub. A collective of all ranks."""
         stepper, fingerprint = build(run, mesh)
         rank, lead = dist.get_rank(), dist.get_rank() == 0
-        folder = Path(run.folder) / CHECKPOINTS
-        if lead and not run.learner.resume and (moved := checkpoint.set_aside(folder)):
-            log.info("%s: moved the checkpoints of an earlier run of this name to %s", folder, moved)
-        resumed = checkpoint.latest(folder) if run.learner.resume else None
+        resumed = resume_point(run, Path(run.folder) / CHECKPOINTS)
         saved = (
             checkpoint.restore(
                 resumed, module=stepper.policy, optimiser=stepper.optimiser, teacher=stepper.teacher.moving
@@ -128,7 +129,8 @@ class Trainer:
         elif lead and progress.version is not None:
             remove_rounds(run, above=progress.version)
         alarm = Alarm(bound_for(run, learner_bfloat16=in_bfloat16(run.learner.precision, mesh)))
-        return cls(run, hub, stepper, publisher, progress, version - progress.step, metrics, alarm)
+        base = version - progress.step
+        return cls(run, hub, stepper, publisher, checkpoints, progress, base, metrics, alarm)
 
     @property
     def version(self) -> int:
@@ -152,13 +154,14 @@ class Trainer:
             self.progress.trained(line, idle_s=idle, wall_s=wall)
             if self.metrics:
                 self._record(self.metrics, line | hub_metrics(status) | {"learner_idle": idle / wall})
-            if self._due(self.run.learner.checkpoint_every):
+            if self.checkpoints.due(self._due(self.run.learner.checkpoint_every)):
                 self._checkpoint()
 
     def finish(self) -> None:
         """Export the policy, write the summary and end the run. A collective of all ranks."""
         tensors = gather(self.stepper.policy, torch.float32)
         self.publisher.wait()
+        self.checkpoints.wait()
         if not self.metrics:
             return
         source = model_folder(self.run.model.path)
@@ -193,16 +196,13 @@ class Trainer:
     def _checkpoint(self) -> None:
         state = self._hub_state() if self.metrics else b""
         self.progress.version = self.version
-        folder = Path(self.run.folder) / CHECKPOINTS
-        checkpoint.save(
-            folder,
+        self.checkpoints.save(
             step=self.progress.step,
             module=self.stepper.policy,
             optimiser=self.stepper.optimiser,
             saved=Saved(self.progress.plain(), state),
             teacher=self.stepper.teacher.moving,
         )
-        checkpoint.prune(folder, step=self.progress.step, keep=self.run.learner.keep_checkpoints)
 
     def _hub_state(self) -> bytes:
         """Return the hub's state, and write the evaluation rounds that the hub has sent to disk.

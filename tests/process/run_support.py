@@ -9,7 +9,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -64,6 +64,22 @@ class RunProcess:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"{self.name} is still running after {seconds:g} s:\n{self.output[-3000:]}") from None
+
+
+def rank_of(learner: RunProcess, number: int, *, attempt: int) -> psutil.Process:
+    """The process of this rank in this attempt of torchrun (0: the first), once it runs."""
+    expected = {"RANK": str(number), "TORCHELASTIC_RESTART_COUNT": str(attempt)}
+
+    def found() -> psutil.Process | None:
+        for child in psutil.Process(learner.process.pid).children():
+            with suppress(psutil.Error):  # it has just ended, or has not yet begun
+                if expected.items() <= child.environ().items():
+                    return child
+        return None
+
+    process = until(found, f"rank {number} in attempt {attempt} of {learner.name}", seconds=2 * PATIENCE_S)
+    assert process is not None
+    return process
 
 
 class RealRun:

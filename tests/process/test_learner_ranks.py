@@ -16,7 +16,7 @@ from sgpo_async.config.schema import Run
 from sgpo_async.errors import CheckpointError
 from sgpo_async.learner import checkpoint, policy, publish, step
 from sgpo_async.learner.batch import from_shard
-from sgpo_async.learner.checkpoint import Saved
+from sgpo_async.learner.checkpoint import CheckpointWriter, Saved
 from sgpo_async.learner.publish import Publisher, gather
 from sgpo_async.learner.step import Stepper
 from tests.reference import learner_cases as cases
@@ -126,8 +126,11 @@ def resume(rank: int, folder: Path) -> dict[str, Any]:
     first, checkpoints = learner(), folder / "checkpoints"
     before = train(first, rank, range(2))
     saved = Saved({"step": 2}, b"the hub")
-    checkpoint.save(checkpoints, step=2, module=first.policy, optimiser=first.optimiser, saved=saved)
-    second, found = learner(), checkpoint.latest(checkpoints)
+    with CheckpointWriter(checkpoints, keep=2, minutes=1e-9 if rank == 0 else 1e9) as writer:
+        assert writer.due(by_steps=False)  # rank 0's clock decides
+        writer.save(step=2, module=first.policy, optimiser=first.optimiser, saved=saved)
+        train(first, rank, range(2, 4))  # collectives of training beside those of the checkpoint
+    second, found = learner(), checkpoint.newest_whole(checkpoints)
     assert found is not None
     restored = checkpoint.restore(found, module=second.policy, optimiser=second.optimiser)
     names = sorted(path.name for path in found.iterdir())
@@ -163,13 +166,8 @@ def write_error(rank: int, folder: Path) -> str:
     dist.barrier()
     stepper = learner()
     try:
-        checkpoint.save(
-            folder / "file" / "checkpoints",
-            step=1,
-            module=stepper.policy,
-            optimiser=stepper.optimiser,
-            saved=Saved({}, b""),
-        )
+        with CheckpointWriter(folder / "file" / "checkpoints", keep=1) as writer:
+            writer.save(step=1, module=stepper.policy, optimiser=stepper.optimiser, saved=Saved({}, b""))
     except CheckpointError as error:
         return str(error)
     return ""
@@ -243,7 +241,9 @@ def test_a_resumed_run_continues_bit_for_bit(results: dict[str, Any]) -> None:
     assert found["resumed"] == found["uninterrupted"]
     assert found["uninterrupted"][1] != found["uninterrupted"][2]
     assert found["saved"] == Saved({"step": 2}, b"the hub")
-    assert {"progress.json", "hub.state", "random-0.pt", "random-1.pt", ".metadata"} <= set(found["names"])
+    assert {"progress.json", "hub.state", "random-0.pt", "random-1.pt", ".metadata", "manifest.json"} <= set(
+        found["names"]
+    )
 
 
 def test_each_publication_contains_the_weights_at_that_time(results: dict[str, Any]) -> None:

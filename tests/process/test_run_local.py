@@ -58,13 +58,13 @@ def test_actors_that_are_told_to_leave_are_missed_at_once_and_may_be_replaced(tm
     with real_run(tmp_path, "steps=6", "hub.address=tcp://127.0.0.1:0") as run:
         local = run.local()
         until(run.lines, "training")
-        actors = run.with_words("actor", "--name")
+        actors = run.processes_with("actor", "--name")
         assert len(actors) == 2
         for actor in actors:
             actor.terminate()
         until(lambda: "no actor is left: the learner waits 600 s for a batch" in local.output, "a line at once")
         other = run.actor("other")
-        assert (local.ended(), other.ended()) == (0, 0), local.output
+        assert (local.wait(), other.wait()) == (0, 0), local.output
         assert run.summary()["steps"] == 6
         assert local.output.count("no actor is left") == 1
-        run.assert_no_trace()
+        run.assert_cleaned_up()

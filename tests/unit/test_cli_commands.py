@@ -105,21 +105,12 @@ def test_a_warning_names_the_earlier_run_that_is_overwritten(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = load(DEMO, [f"out={tmp_path}"])
-    record_config(run)
+    record_config(run, continues=False)
     assert capsys.readouterr().err == ""
     (tmp_path / "demo" / "metrics.jsonl").touch()
-    record_config(run)
+    record_config(run, continues=False)
     assert f"{tmp_path}/demo: overwrites an earlier run of this name" in capsys.readouterr().err
-    resuming = load(DEMO, [f"out={tmp_path}", "learner.resume=true"])
-    record_config(resuming)  # without a checkpoint the run starts anew
-    assert "overwrites" in capsys.readouterr().err
-    (tmp_path / "demo" / "checkpoints" / "step-3").mkdir(parents=True)
-    record_config(resuming)
-    assert capsys.readouterr().err == ""
-    record_config(resuming, warmup=True)  # the warm-up has checkpoints of its own
-    assert "overwrites" in capsys.readouterr().err
-    (tmp_path / "demo" / "warmup-checkpoints" / "step-3").mkdir(parents=True)
-    record_config(resuming, warmup=True)
+    record_config(run, continues=True)
     assert capsys.readouterr().err == ""
 
 

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from sgpo_async.config.schema import Algorithm, Learner, Model, Run, Sft, Tasks
+from sgpo_async.config.schema import WARMUP_CHECKPOINTS, Algorithm, Learner, Model, Run, Sft, Tasks
 from sgpo_async.errors import DataError
 from sgpo_async.learner import sft as sft_module
+from sgpo_async.learner.checkpoint import CheckpointWriter
 from sgpo_async.learner.packing import Tokens
 from sgpo_async.learner.process_group import join_alone
 from sgpo_async.learner.sft import Examples, WarmUp, supervised
@@ -41,7 +42,9 @@ def warm_up(monkeypatch: pytest.MonkeyPatch, folder: Path, *, row_tokens: int = 
         learner=Learner(row_tokens=row_tokens),
         sft=Sft(**({"batch": 5, "epochs": 3, "lr": 1e-2} | sft)),
     )
-    return WarmUp(run, join_alone(), Examples(examples(12), examples(4, seed=1), {}))
+    mesh = join_alone()
+    writer = CheckpointWriter(Path(run.folder) / WARMUP_CHECKPOINTS, keep=1)
+    return WarmUp(run, mesh, Examples(examples(12), examples(4, seed=1), {}), writer)
 
 
 def reference_loss(model: Any, sequences: list[Tokens]) -> torch.Tensor:

@@ -1,0 +1,71 @@
+"""Whether this start of the learner continues an earlier one of the same run: `learner.resume`.
+
+    true   it does                        false   it does not
+    auto   it does if torchrun has started the same job before: it has restarted the workers, or the job has the same id
+           (--rdzv-id, which a requeued Slurm job keeps) as the one that began the run
+
+The id is recorded because TORCHELASTIC_RESTART_COUNT counts neither a change of members nor a new torchrun.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch.distributed as dist
+
+from sgpo_async.config.schema import Run
+from sgpo_async.files import set_aside, write_whole
+from sgpo_async.learner.checkpoint import newest_whole, set_checkpoints_aside
+from sgpo_async.metrics.reader import METRICS
+
+log = logging.getLogger(__name__)
+
+JOB = "job"  # file beside the checkpoints
+
+
+def continues(resume: Literal["auto", True, False], folder: Path, environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether a start with these settings continues the run whose checkpoints are in `folder`."""
+    if resume != "auto":
+        return resume
+    try:
+        recorded = (folder / JOB).read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        recorded = ""
+    return int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 or (
+        recorded != "" and recorded == _id(environment)
+    )
+
+
+def resume_point(run: Run, folder: Path) -> Path | None:
+    """Return the checkpoint below `folder` that this start continues from, or None if the run begins anew.
+
+    Rank 0 moves aside what would be mixed up or lost when a run begins anew: the checkpoints of an earlier run of this
+    name, and the metrics of an attempt that was to be continued but has no checkpoint. A collective of all ranks.
+
+    Raises CheckpointError if there are only damaged checkpoints to continue from.
+    """
+    wanted = [False] * dist.get_world_size()  # the agents of several nodes have counts of their own
+    dist.all_gather_object(wanted, continues(run.learner.resume, folder))
+    newest = newest_whole(folder) if any(wanted) else None
+    if newest is None and dist.get_rank() == 0:
+        if moved := set_checkpoints_aside(folder):
+            log.info("%s: moved the checkpoints of an earlier run of this name to %s", folder, moved)
+        metrics = Path(run.folder) / METRICS
+        if any(wanted) and metrics.exists():
+            log.warning(
+                "%s: no checkpoint to resume from, beginning anew; moved the metrics of the earlier attempt to %s",
+                folder,
+                set_aside(metrics),
+            )
+        write_whole(folder / JOB, _id(os.environ))
+    return newest
+
+
+def _id(environment: Mapping[str, str]) -> str:
+    """Return the id of this torchrun job, or "" if it has none: "none" is torchrun's default."""
+    job = environment.get("TORCHELASTIC_RUN_ID", "none")
+    return "" if job == "none" else job
