@@ -14,7 +14,7 @@ from run_support import RealRun, free_port, rank_of, real_run, until
 KILLS = int(os.environ.get("SGPO_ASYNC_KILLS", "3"))
 STEPS = KILLS + 4
 PATIENCE_S = 600.0
-WORDS = [
+OVERRIDES = [
     f"steps={STEPS}",
     "learner.problems_per_step=3",
     "learner.checkpoint_every=1",
@@ -41,15 +41,15 @@ def weights(run: RealRun, *, kills: int) -> bytes:
         until(lambda reached=reached: len(run.metrics()) >= reached, f"step {reached}", seconds=PATIENCE_S)
         time.sleep(draw.uniform(0, 3))
         rank.kill()
-    assert learner.ended(PATIENCE_S) == 0, learner.output[-4000:]
+    assert learner.wait(PATIENCE_S) == 0, learner.output[-4000:]
     assert (hub.wait(), actor.wait()) == (0, 0)
     assert [line["step"] for line in run.metrics()] == list(range(1, STEPS + 1))
     return (run.folder / "policy" / "model.safetensors").read_bytes()
 
 
 def test_a_run_killed_at_random_points_has_the_same_final_weights(tmp_path: Path) -> None:
-    with real_run(tmp_path / "whole", *WORDS) as run:
+    with real_run(tmp_path / "whole", *OVERRIDES) as run:
         expected = weights(run, kills=0)
-    with real_run(tmp_path / "killed", *WORDS) as run:
+    with real_run(tmp_path / "killed", *OVERRIDES) as run:
         found = weights(run, kills=KILLS)
     assert found == expected
