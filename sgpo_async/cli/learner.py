@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     record_config(settings, continues=earlier)
     if args.hub:
         return _train(settings, args.hub)
-    with hub_beside(settings, arguments, claim_s=HUB_KILLED_S if earlier else 0.0) as address:
+    with hub_beside(settings, arguments, continues=earlier) as address:
         return _train(settings, address)
 
 
@@ -72,10 +72,12 @@ def _train(settings: Run, address: str) -> int:
 
 
 @contextmanager
-def hub_beside(settings: Run, arguments: list[str], *, claim_s: float) -> Iterator[str]:
+def hub_beside(settings: Run, arguments: list[str], *, continues: bool) -> Iterator[str]:
     """A hub that lives as long as this context, and is started again if it crashes; yields its address.
 
-    Waits up to `claim_s` for the end of an earlier hub of this run, whose rank 0 has been killed.
+    If the run `continues` after a failure, the earlier hub, whose rank 0 has been killed, has HUB_KILLED_S to end.
+    While torchrun can restart the ranks, a failure kills the hub: its actors take that for a lost connection, and wait
+    for the next one.
 
     Raises RunFailed if it ends at once (for example because the port is taken), DeadlineExceeded if it does not start.
     """
@@ -84,16 +86,17 @@ def hub_beside(settings: Run, arguments: list[str], *, claim_s: float) -> Iterat
     from sgpo_async.local.run_folder import claim
 
     folder = Path(settings.folder)
-    deadline = time.monotonic() + claim_s
+    deadline = time.monotonic() + (HUB_KILLED_S if continues else 0.0)
     while True:
         try:
-            claim(folder)
+            claim(folder, continues=continues)
             break
         except HubError:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.1)
-    processes = Processes(folder)
+    processes = Processes(folder, comes_back=_restarts_left(os.environ) > 0)
+    failed = True
     signal.signal(
         signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
     )  # torchrun ends ranks by SIGTERM: stop the hub, too
@@ -105,5 +108,13 @@ def hub_beside(settings: Run, arguments: list[str], *, claim_s: float) -> Iterat
     try:
         with kept_hub(processes, command) as address:
             yield address
+            failed = False
     finally:
-        processes.stop()
+        processes.stop(failed=failed)
+
+
+def _restarts_left(environment: Mapping[str, str]) -> int:
+    """How often torchrun may still restart the ranks."""
+    return int(environment.get("TORCHELASTIC_MAX_RESTARTS", "0")) - int(
+        environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+    )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sgpo_async.files import FREE_SOME, disk_full, reporting_write_errors
 from sgpo_async.local.run_folder import forget_hub
-from sgpo_async.processes.marked import GRACE_S, MARK, end_run
+from sgpo_async.processes.marked import GRACE_S, MARK, end_run, kill_run
 from sgpo_async.processes.stacks import request_stacks
 
 TORCHRUN_FAILURE = (
@@ -57,15 +57,23 @@ class Child:
 class Processes:
     """All processes of one run. A watchdog ends them if this process dies without `stop`, even by `kill -9`."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, comes_back: bool = False) -> None:
+        """`comes_back`: if this process dies, another one soon takes its place, and the run is not over."""
+        self.folder, self._comes_back = folder, comes_back
         self.mark = uuid.uuid4().hex
         self._logs = folder / "logs"
         with reporting_write_errors(self._logs):
             self._logs.mkdir(parents=True, exist_ok=True)
         self._children: list[Child] = []
         self._watchdog = subprocess.Popen(
-            [sys.executable, "-m", "sgpo_async.local.watchdog", self.mark, str(folder)],
+            [
+                sys.executable,
+                "-m",
+                "sgpo_async.local.watchdog",
+                self.mark,
+                str(folder),
+                "kill" if comes_back else "end",
+            ],
             stdin=subprocess.PIPE,
             env=_environment(),
             start_new_session=True,
@@ -91,9 +99,17 @@ class Processes:
         """Make all processes log their stacks; return who they are."""
         return request_stacks(self.mark)
 
-    def stop(self, *, grace_s: float = GRACE_S, hurry: Callable[[], bool] = lambda: False) -> None:
-        """End all processes: SIGTERM, then SIGKILL after `grace_s`, or at once when `hurry()` is true."""
-        end_run(self.mark, grace_s=grace_s, hurry=hurry)
+    def stop(
+        self, *, grace_s: float = GRACE_S, hurry: Callable[[], bool] = lambda: False, failed: bool = False
+    ) -> None:
+        """End all processes: SIGTERM, then SIGKILL after `grace_s`, or at once when `hurry()` is true.
+
+        If the run has `failed` but comes back, they are killed: they must not tell others that the run is over.
+        """
+        if failed and self._comes_back:
+            kill_run(self.mark)
+        else:
+            end_run(self.mark, grace_s=grace_s, hurry=hurry)
         for child in self._children:
             child.process.wait(timeout=10)
         forget_hub(self.folder)

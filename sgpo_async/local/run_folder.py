@@ -25,17 +25,18 @@ def read_hub_file(folder: Path) -> dict[str, Any]:
     return content
 
 
-def claim(folder: Path) -> None:
+def claim(folder: Path, *, continues: bool = False) -> None:
     """Check that no other run writes to `folder`, and forget the hub of an earlier one. Raises HubError if one does.
 
-    The journal goes, too: a run that begins or resumes here has the hub's state from a checkpoint.
+    Its journal is kept only if the run `continues`, so that its actors find the same run again.
     """
     hub = read_hub_file(folder)
     if hub and _lives(hub["pid"], (folder / HUB_FILE).stat().st_mtime):
         raise HubError(f"{folder}: another run writes here (its hub is process {hub['pid']}); choose another name=NAME")
     forget_hub(folder)
-    for file in folder.glob(f"{JOURNAL}*"):
-        file.unlink()
+    if not continues:
+        for file in folder.glob(f"{JOURNAL}*"):
+            file.unlink()
 
 
 def forget_hub(folder: Path) -> None:

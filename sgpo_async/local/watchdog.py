@@ -13,16 +13,16 @@ import sys
 from pathlib import Path
 
 from sgpo_async.local.run_folder import forget_hub
-from sgpo_async.processes.marked import end_run
+from sgpo_async.processes.marked import end_run, kill_run
 
 
 def main() -> None:
-    """`python -m sgpo_async.local.watchdog MARK FOLDER`."""
-    mark, folder = sys.argv[1:]
+    """`python -m sgpo_async.local.watchdog MARK FOLDER end|kill`."""
+    mark, folder, how = sys.argv[1:]
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.stdin.buffer.read()
-    end_run(mark)
+    (kill_run if how == "kill" else end_run)(mark)
     forget_hub(Path(folder))
 
 

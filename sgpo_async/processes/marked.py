@@ -40,6 +40,11 @@ def end_run(mark: str, *, grace_s: float = GRACE_S, hurry: Callable[[], bool] = 
     deadline = time.monotonic() + grace_s
     while members(mark) and time.monotonic() < deadline and not hurry():
         time.sleep(0.05)
+    kill_run(mark)
+
+
+def kill_run(mark: str) -> None:
+    """Kill every process of the run at once, so that none of them can say goodbye to others; wait for their end."""
     deadline = time.monotonic() + SWEEP_S
     while (rest := members(mark)) and time.monotonic() < deadline:  # repeatedly, because they may be forking
         _signal_all(rest, kill=True)

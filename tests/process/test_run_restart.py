@@ -56,7 +56,7 @@ def test_ranks_beside_a_hub_are_killed(tmp_path: Path, rendezvous: str) -> None:
 
 
 def test_ranks_with_their_own_hub_are_killed(tmp_path: Path) -> None:
-    """The hub beside rank 0 ends with it; the next attempt has a new one, to which the actor connects again."""
+    """The hub beside rank 0 ends with it; that of the next attempt goes on from its journal, and so does the actor."""
     address = f"tcp://127.0.0.1:{free_port()}"
     with real_run(tmp_path, *OVERRIDES, f"hub.address={address}") as run:
         learner, actor = torchrun(run, rendezvous="standalone"), run.actor("actor", hub=address)
