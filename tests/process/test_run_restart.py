@@ -56,12 +56,14 @@ def test_ranks_beside_a_hub_are_killed(tmp_path: Path, rendezvous: str) -> None:
 
 
 def test_ranks_with_their_own_hub_are_killed(tmp_path: Path) -> None:
-    """The hub beside rank 0 ends with it; the next attempt has a new one, to which the actor connects again."""
+    """The hub beside rank 0 ends with it and dismisses the actors; the next attempt needs new ones."""
     address = f"tcp://127.0.0.1:{free_port()}"
     with real_run(tmp_path, *WORDS, f"hub.address={address}") as run:
-        learner, actor = torchrun(run, rendezvous="standalone"), run.actor("actor", hub=address)
-        kill(run, learner, 0, attempt=0, after=0)
-        kill(run, learner, 1, attempt=1, after=STEPS // 2)
+        learner, actor = torchrun(run, rendezvous="standalone"), run.actor("actor-0", hub=address)
+        for attempt, (rank, after) in enumerate([(0, 0), (1, STEPS // 2)]):
+            kill(run, learner, rank, attempt=attempt, after=after)
+            actor.ended()
+            actor = run.actor(f"actor-{attempt + 1}", hub=address)
         assert_trained_to_the_end(run, learner)
         assert actor.ended() == 0
         run.assert_no_trace()
