@@ -7,15 +7,22 @@ long each time the next training step took.
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 from run_support import PATIENCE_S, RealRun, RunProcess, assert_all_trained, real_run, until
+
+from sgpo_async.hub import HubCore
+from sgpo_async.hub.journal import Journal
+from sgpo_async.hub.recovery import recover
+from sgpo_async.tasks.sources import source_of
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(1800)]
 STEPS = 12
@@ -27,9 +34,26 @@ def kill_hub(run: RealRun, hub: RunProcess) -> tuple[RunProcess, float]:
     began = time.monotonic()
     hub.process.kill()
     hub.process.wait()
+    assert_journal_agrees(run)
     hub = run.hub()
     until(lambda: len(run.metrics()) > steps, "a step after the restart")
     return hub, time.monotonic() - began
+
+
+def assert_journal_agrees(run: RealRun) -> None:
+    """Rebuild the core from a copy of the journal. Its ledgers balance, and it is where the learner is."""
+    with tempfile.TemporaryDirectory() as folder:
+        for path in run.folder.glob("hub.journal*"):
+            shutil.copy(path, folder)
+        settings = replace(run.settings, hub=replace(run.settings.hub, address="tcp://127.0.0.1:1"))
+        journal = Journal(Path(folder))
+        core, _ = recover(HubCore(settings, source_of(settings)), journal)
+        journal.close()
+    for leases in (core.training.leases, core.evaluation.leases):
+        leases.check()
+    assert core.training.step - len(run.metrics()) in (0, 1), "the last commit may not be in the metrics yet"
+    trained = core.training.step * settings.learner.problems_per_step
+    assert core.status()["ledger"]["trained"] == trained
 
 
 def whole_run(run: RealRun, *, kills: int, every: int, steps: int) -> list[float]:

@@ -200,6 +200,45 @@ def test_an_actor_that_hands_over_loses_no_token(uninterrupted: list[wire.Rollou
         second.sampler.close()
 
 
+def tokens_lost(*, leaves: bool, period: int, steps: int) -> tuple[int, int]:
+    """Tokens that are sampled again when an actor ends after so many engine steps: of the group, and of a new group.
+
+    The actor reports every `period` steps. The second number is what was lost when groups started again.
+    """
+    driver = hub()
+    first = Member(driver, b"first")
+    lease = first.start()
+    for step in range(1, steps + 1):
+        first.step(1)
+        if step % period == 0:
+            first.report()
+    if leaves:
+        first.report()
+        driver.send(b"first", wire.Release(task=lease.task, attempt=lease.attempt, reason="leaving"))
+    else:
+        driver.handle(SenderDown(b"first", "killed"))
+        driver.advance(10.0)
+    second = Member(driver, b"second")
+    try:
+        second.start()
+        while 0 not in driver.core.training.leases.complete:
+            second.step(1)
+        sampled = [member.engine.load_status().tokens for member in (first, second)]
+        kept = sum(len(rollout.tokens) for rollout in driver.core.training.leases.complete[0].rollouts)
+        return sum(sampled) - kept, sampled[0]
+    finally:
+        first.sampler.close()
+        second.sampler.close()
+
+
+def test_a_killed_actor_loses_only_what_it_has_not_reported() -> None:
+    for steps in (8, 11, 15):
+        lost, before = tokens_lost(leaves=False, period=4, steps=steps)
+        assert 0 <= lost <= 8 * (steps % 4)  # eight rollouts
+        assert before > lost
+        assert tokens_lost(leaves=True, period=4, steps=steps)[0] == 0
+
+
 # ---- no length is favoured
 
 
@@ -245,3 +284,14 @@ def test_rollouts_that_are_delivered_and_reported_at_fixed_times_favour_no_lengt
 def test_every_other_rule_favours_short_rollouts(rule: str) -> None:
     mean, error = mean_length(rule=rule, groups=2_000, seed=1)
     assert mean < 10.0 - 10 * error, (mean, error)
+
+
+if __name__ == "__main__":
+    period = 10
+    for leaves in (False, True):
+        found = [tokens_lost(leaves=leaves, period=period, steps=steps) for steps in range(11, 31)]
+        after, before = (sum(column) / len(found) for column in zip(*found, strict=True))
+        what = "SIGTERM" if leaves else "kill -9"
+        print(
+            f"{what}: {before:.0f} tokens lost when groups start again, {after:.0f} with reports every {period} tokens"
+        )
