@@ -9,12 +9,14 @@ import os
 import signal
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from run_support import RealRun, real_run, until
+from run_support import PATIENCE_S, RealRun, real_run, until
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(1800)]
 STEPS = 100_000  # more than the test lets it train
@@ -31,6 +33,15 @@ def things(run: RealRun, hub: psutil.Process) -> dict[str, Any]:
     }
 
 
+def until_equal(current: Callable[[], dict[str, Any]], expected: dict[str, Any]) -> None:
+    """Wait until both are equal; the error shows what differs."""
+    deadline = time.monotonic() + PATIENCE_S
+    while (found := current()) != expected:
+        differing = {key: (expected[key], found[key]) for key in expected if found[key] != expected[key]}
+        assert time.monotonic() < deadline, f"before and after: {differing}"
+        time.sleep(0.5)
+
+
 def churn(run: RealRun, times: int) -> dict[str, Any]:
     """Start an actor so often, and end each one while it works; return the last status of the hub."""
     started = run.hub()
@@ -40,14 +51,14 @@ def churn(run: RealRun, times: int) -> dict[str, Any]:
     until(run.metrics, "the first step")
     hub = psutil.Process(started.process.pid)
     before = things(run, hub)
-    for time in range(times):
+    for number in range(times):
         actor = run.actor("guest", hub=address)  # always under the same name
         until(lambda: run.actor_row("guest").get("tokens"), "tokens of the guest")
-        number = signal.SIGKILL if time % 2 else signal.SIGTERM
-        actor.process.send_signal(number)
-        assert actor.wait() == (-signal.SIGKILL if time % 2 else 0), actor.output
+        kind = signal.SIGKILL if number % 2 else signal.SIGTERM
+        actor.process.send_signal(kind)
+        assert actor.wait() == (-signal.SIGKILL if number % 2 else 0), actor.output
         until(lambda: not run.actor_row("guest"), "the end of the guest's membership")
-    until(lambda: things(run, hub) == before, f"{before}")
+    until_equal(lambda: things(run, hub), before)
     status = run.status()
     trained = len(run.metrics())
     until(lambda: len(run.metrics()) > trained, "the run to go on")

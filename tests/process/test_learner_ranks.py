@@ -33,6 +33,8 @@ RUN = cases.settings(ranks=2, row_tokens=20, delta=2.0)
 class Store:
     """A weight store in memory."""
 
+    own_path = "/memory"
+
     def __init__(self) -> None:
         self.versions: dict[int, dict[str, Tensor]] = {}
 
@@ -140,7 +142,12 @@ def resume(rank: int, folder: Path) -> dict[str, Any]:
 
 def published(rank: int) -> dict[str, Any]:
     stepper, store, reported = learner(), Store(), []
-    publisher = Publisher(stepper.policy, torch.bfloat16, store=store if rank == 0 else None, published=reported.append)
+    publisher = Publisher(
+        stepper.policy,
+        torch.bfloat16,
+        store=store if rank == 0 else None,
+        published=lambda version, path: reported.append((version, path)),
+    )
     publisher.publish(0)
     train(stepper, rank, range(1))
     publisher.publish(1)
@@ -249,7 +256,7 @@ def test_a_resumed_run_continues_bit_for_bit(results: dict[str, Any]) -> None:
 def test_each_publication_contains_the_weights_at_that_time(results: dict[str, Any]) -> None:
     found = results["published"]
     initial = dict(cases.tiny_model(dtype=torch.float32).named_parameters())
-    assert found["reported"] == [0, 1]
+    assert found["reported"] == [(0, "/memory"), (1, "/memory")]
     assert list(found["versions"][0]) == list(initial)
     for name, parameter in initial.items():
         assert torch.equal(found["versions"][0][name], parameter.detach().bfloat16())

@@ -38,6 +38,7 @@ from sgpo_async.wire.records import (
     SnapshotRequest,
     Status,
     StatusRequest,
+    Stop,
     Welcome,
 )
 from tests.reference import learner_cases as cases
@@ -98,6 +99,8 @@ class ScriptedHub:
             case BatchRequest(step=step):
                 parts = [cases.groups(seed=step, version=step + self._base)[i] for i in SPLIT[self._ranks[member]]]
                 return [cases.shard_of(parts, problems=4, step=step, version=step + self._base)]
+            case Finish():
+                return [Stop(reason="finished")]
             case Commit(step=step):
                 return [Committed(step=step, status=self._status(step + 1))]
             case Evaluate(version=version):

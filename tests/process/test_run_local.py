@@ -57,7 +57,7 @@ def test_actors_that_are_told_to_leave_are_missed_at_once_and_may_be_replaced(tm
     """SIGTERM to all; the learner waits for a batch, and an actor from elsewhere goes on."""
     with real_run(tmp_path, "steps=6", "hub.address=tcp://127.0.0.1:0") as run:
         local = run.local()
-        until(run.lines, "training")
+        until(run.metrics, "training")
         actors = run.processes_with("actor", "--name")
         assert len(actors) == 2
         for actor in actors:

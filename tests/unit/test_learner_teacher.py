@@ -78,6 +78,21 @@ def test_each_step_distils_from_the_expected_weights(kind: str, large: bool, mon
                 torch.testing.assert_close(tensor, copy[name], atol=1e-14, rtol=0)
 
 
+def save(folder: Path, step: int, stepper: Stepper) -> Path:
+    """Write a checkpoint; return its folder."""
+    with checkpoint.CheckpointWriter(folder, keep=1) as writer:
+        writer.save(
+            step=step,
+            module=stepper.policy,
+            optimiser=stepper.optimiser,
+            saved=Saved({}, b""),
+            teacher=stepper.teacher.moving,
+        )
+    path = checkpoint.newest_whole(folder)
+    assert path is not None
+    return path
+
+
 @kinds
 def test_a_resumed_run_continues_bit_for_bit(kind: str, tmp_path: Path) -> None:
     run = settings(kind)
@@ -85,14 +100,7 @@ def test_a_resumed_run_continues_bit_for_bit(kind: str, tmp_path: Path) -> None:
     lines = [update(uninterrupted, step) for step in range(5)]
     first = learner(run, torch.float32)
     before = [update(first, step) for step in range(2)]
-    path = checkpoint.save(
-        tmp_path,
-        step=2,
-        module=first.policy,
-        optimiser=first.optimiser,
-        saved=Saved({}, b""),
-        teacher=first.teacher.moving,
-    )
+    path = save(tmp_path, 2, first)
     second = learner(run, torch.float32)
     checkpoint.restore(path, module=second.policy, optimiser=second.optimiser, teacher=second.teacher.moving)
     assert before + [update(second, step) for step in range(2, 5)] == lines
@@ -100,9 +108,7 @@ def test_a_resumed_run_continues_bit_for_bit(kind: str, tmp_path: Path) -> None:
 
 def test_a_checkpoint_without_the_teacher_is_rejected(tmp_path: Path) -> None:
     old, new = learner(settings("frozen"), torch.float32), learner(settings("ema"), torch.float32)
-    path = checkpoint.save(
-        tmp_path, step=1, module=old.policy, optimiser=old.optimiser, saved=Saved({}, b""), teacher=old.teacher.moving
-    )
+    path = save(tmp_path, 1, old)
     with pytest.raises(CheckpointError, match="cannot read the checkpoint, or it belongs to another model or teacher"):
         checkpoint.restore(path, module=new.policy, optimiser=new.optimiser, teacher=new.teacher.moving)
 

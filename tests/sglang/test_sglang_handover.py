@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sglang_support import Servers, ask, assert_teacher_forced, loaded, version_of
+from sglang_support import Servers, assert_teacher_forced, completion, loaded, version_of
 
 from sgpo_async.engines import EmbeddedEngine, Generated
 from sgpo_async.weights import digest
@@ -20,7 +20,9 @@ def test_half_a_completion_continues_under_other_weights_on_servers_and_on_the_e
     pair: Servers, models: dict[str, Path]
 ) -> None:
     pair.load(models["qwen3"], 0)
-    asked = [replace(ask(i, length=4 + i % 5, tokens=TOKENS, seed=i), top_logprobs_num=i % 3) for i in range(REQUESTS)]
+    asked = [
+        replace(completion(i, length=4 + i % 5, tokens=TOKENS, seed=i), top_logprobs_num=i % 3) for i in range(REQUESTS)
+    ]
     ids = [request.id for request in asked]
     for request in asked:
         pair.engine.submit(request)
