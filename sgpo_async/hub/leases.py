@@ -169,7 +169,7 @@ class LeaseTable:
         """
         self._invalid_leases[number] += 1
         if self._invalid_leases[number] >= MAX_INVALID_LEASES:
-            self.discard(number, "misfit")  # this key stands in metrics.jsonl for tasks with invalid rollouts
+            self.discard(number, "invalid")
             return
         self.forget(number)
 

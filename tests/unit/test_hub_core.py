@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
-from hub_support import Driver, Source, make_rollout, make_run, train_one_step
+from hub_support import Driver, Source, make_part, make_rollout, make_run, train_one_step
 
 from sgpo_async.config import from_plain
 from sgpo_async.hub import HubCore
 from sgpo_async.hub.core import RETURN_S
 from sgpo_async.hub.evaluation import without_problem_results
-from sgpo_async.hub.events import CloseSender, Interrupted, OpenSender, Rejected, SenderDown, SenderUp, Shutdown
+from sgpo_async.hub.events import (
+    CloseSender,
+    Interrupted,
+    OpenSender,
+    Rejected,
+    SenderDown,
+    SenderUp,
+    Shutdown,
+    Warn,
+)
 from sgpo_async.hub.snapshot import dump, load
 from sgpo_async.tasks.benchmarks import Benchmark
 from sgpo_async.wire import records as wire
@@ -215,8 +227,58 @@ def test_a_task_is_dropped_after_three_invalid_leases(hub):
     (task, first), *_ = attempts
     assert attempts == [(task, first + i) for i in range(3)]
     ledger = hub.core.status()["ledger"]
-    assert ledger["dropped"] == {"misfit": 1}
-    assert ledger["rollouts"]["dropped"] | {"released": 0} == {"released": 0, "rejected": 6, "misfit": 3}
+    assert ledger["dropped"] == {"invalid": 1}
+    assert ledger["rollouts"]["dropped"] == {"rejected": 6, "invalid": 3}
+
+
+INVALID = {
+    "infinite log-probability": {"logprobs": np.array([-np.inf, -1.0], np.float32)},
+    "log-probability that is not a number": {"logprobs": np.array([np.nan, -1.0], np.float32)},
+    "reward of 2": {"reward": 2.0},
+    "token beyond the vocabulary": {"tokens": np.array([5, 999], np.int32)},
+    "prompt beyond the vocabulary": {"prompt": np.array([5, 999], np.int32)},
+}
+
+
+@pytest.mark.parametrize("changes", INVALID.values(), ids=INVALID.keys())
+def test_an_actor_that_returns_impossible_numbers_is_quarantined_and_its_tasks_start_again(changes):
+    hub = Driver(make_run(batch=4, max_lag=0))
+    hub.send(b"r0", wire.Hello(role="learner", name="r0", vocabulary=500))
+    hub.send(b"r0", wire.Published(version=0))
+    hub.actor(b"first", credit=2)
+    hub.serve_evaluation(b"first")
+    hub.send(b"first", wire.Goodbye())
+    hub.actor(b"bad", credit=4)
+    leases = hub.leases(b"bad")
+    hub.send(b"bad", make_rollout(leases[3], 0))
+    for lease in leases[:3]:
+        hub.send(b"bad", make_rollout(lease, 0, **changes))
+    refused = hub.only(b"bad", wire.Refused)
+    assert refused.final and refused.reason.startswith("quarantined after 3 invalid messages, the last one: ")
+    assert hub.core.status()["quarantined"].keys() == {"bad"}
+    (warning,) = [effect.text for effect in hub.effects if isinstance(effect, Warn)]
+    assert warning.startswith("bad is quarantined after 3 invalid messages")
+    assert b"bad" not in hub.core.actors
+    assert not hub.core.training.leases.running and not hub.core.training.leases.carried, "nothing of it is kept"
+    hub.send(b"other", wire.Hello(role="actor", name="bad"))
+    assert hub.only(b"other", wire.Refused).final, "its name is known"
+    hub.actor(b"good", credit=4)
+    again = hub.leases(b"good")
+    assert [lease.task for lease in again] == [lease.task for lease in leases]
+    for lease in again:
+        assert not lease.finished.size and not lease.partial
+        hub.serve(b"good", lease)
+    assert len(hub.core.training.leases.complete) == 4
+
+
+def test_a_report_with_impossible_numbers_ends_the_lease(hub):
+    hub.send(b"a", wire.Ready(tasks=1, version=0))
+    (lease,) = hub.leases(b"a")
+    part = replace(make_part(0, 0, 2), logprobs=np.array([-1.0, np.nan], np.float32))
+    hub.send(b"a", wire.Progress(task=lease.task, attempt=lease.attempt, purpose="train", partial=(part,)))
+    assert hub.core.status()["rejected_reasons"] == {"report: logprobs must be in [-10000, 0]": 1}
+    assert hub.take(b"a", wire.Revoked) == [wire.Revoked(task=lease.task, attempt=lease.attempt)]
+    assert lease.task not in hub.core.training.leases.carried
 
 
 def test_invalid_messages_are_counted_and_non_members_are_refused(hub):
