@@ -6,8 +6,8 @@
     signals ── interrupted() ──▶ Interrupted ──┘
 
 All events that have arrived are one group. They are written to the journal and handled, the journal is committed
-once, and only then are their effects carried out. So nobody has ever been told anything that a restarted hub would not
-know.
+once, and only then are their effects carried out. So no member has ever been told anything that a restarted hub would
+not know.
 
 The loop only ever waits for a message, for at most TICK_S, and for the disk. Sending never blocks. A weight sender
 takes a moment to end, so worker threads stop it.
