@@ -1,6 +1,8 @@
 """The inference side: leases in, rollouts out, weights in flight.
 
-run.py       an actor's life: settings, engine, sessions
-service.py   one session: the loop
-rollout/     (a package of its own) the rollout loop
+run          an actor from start to end: settings, engine, one run after another
+membership   the connection to the hub, renewed whenever it is lost
+service      the actor's work for one run: the loop
+
+The rollout loop is a package of its own, `sgpo_async.rollout`.
 """

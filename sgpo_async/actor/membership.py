@@ -4,8 +4,8 @@
        ▲                                                │
        └── connection lost, session down, refused ◀─────┘
 
-An absence may last `timeout_s`: a hub that was killed and started again, or a network that comes back, finds the actor
-still at work. Each membership has a weight receiver of its own, because a Torch RPC world cannot be joined twice.
+The actor may be absent for `timeout_s`, and keeps working meanwhile. So it survives a restart of the hub and a failure
+of the network. Each membership has a weight receiver of its own, because a Torch RPC world cannot be joined twice.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 5.0)  # between two Hellos that were refused
 
 
 class Membership:
-    """Says Hello until the hub answers Welcome; again whenever the membership is lost.
+    """Says Hello until the hub answers Welcome, and again whenever the membership is lost.
 
     Args:
         mailbox: the connection to the hub.
         hello: the actor's name and tokenizer.
         node: the weight receiver of the first membership.
-        start_node: starts the weight receiver of another one.
+        start_node: starts a weight receiver for a later membership.
         timeout_s: how long the actor may be without a hub.
     """
 
@@ -59,7 +59,7 @@ class Membership:
         self._last_refusal = ""
 
     def advance(self, holds: Sequence[tuple[int, int]]) -> None:
-        """Notice a lost connection, and say Hello when it is due, with the leases on which the actor still works.
+        """Notice a lost connection; say Hello when it is due. `holds`: (task, attempt) of the leases in progress.
 
         Raises HubError after `timeout_s` without a hub.
         """
@@ -92,7 +92,7 @@ class Membership:
         return True
 
     def refused(self, refusal: Refused) -> None:
-        """Try again later. Raises Refusal if that cannot help."""
+        """Schedule another Hello. Raises Refusal if retrying cannot help."""
         reason = f"refused {self._hello.name}: {refusal.reason}"
         if refusal.final:
             raise Refusal(f"hub {self._dealer.address}: {reason}", final=True)
@@ -104,7 +104,7 @@ class Membership:
         self._refusals += 1
 
     def lost(self, reason: str) -> None:
-        """The connection or the session is gone: become a member again, with a new weight receiver."""
+        """Start to join again, with a new weight receiver, because the connection or the session is lost."""
         self._hello_at = time.monotonic()
         if self.serving:
             log.warning("%s: %s; joining again", self._hello.name, reason)
@@ -112,7 +112,7 @@ class Membership:
             self._replace_node()
 
     def session_down(self, reason: str) -> None:
-        """The weight receiver has ended."""
+        """Replace the weight receiver, which has ended, and join again."""
         if self.serving:
             self.lost(reason)
         else:

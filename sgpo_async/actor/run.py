@@ -4,9 +4,9 @@
         ▲                                   │
         └────────── another run ◀───────────┘
 
-The actor asks for the configuration before it joins: loading a model may take minutes, and the hub would take a member
-that is silent for so long for dead. When the hub goes away, `service` goes on and `membership` looks for it for
-`hub_timeout_s`. Only a hub of another run ends the service; the engine outlives it.
+The actor asks for the configuration before it joins: loading a model may take minutes, and the hub would consider a
+member dead that is silent for so long. When the hub goes away, `service` continues, and `membership` tries to join
+again for `hub_timeout_s`. A hub of another run ends the service, but the engine stays.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ class ActorOptions:
     sglang_python: str = ""  # of SGLang's environment; "": as the run says
     sglang_urls: tuple[str, ...] = ()  # servers to attach to; none: as the run says
     logs: str = ""  # folder of the servers' logs; "": a temporary one
-    hub_timeout_s: float = 120.0  # how long to look for the hub before giving up
+    hub_timeout_s: float = 120.0  # how long to wait for the hub before giving up
 
 
 class Actor:
     """One inference node.
 
-    Raises HubError if no hub is found or it refuses the actor; EngineError or DataError if the model cannot be served.
+    Raises HubError if no hub answers or it refuses the actor; EngineError or DataError if the model cannot be served.
     """
 
     def __init__(self, options: ActorOptions) -> None:
@@ -95,7 +95,7 @@ class Actor:
         if settings is None:
             return True
         run = self._with_own_options(from_plain(settings.settings))
-        node = self._start_node(run)  # it imports torch while this process loads the engine
+        node = self._start_node(run)  # starts now, because it imports torch while this process loads the engine
         try:
             engine = self._warm(run)
         except BaseException:

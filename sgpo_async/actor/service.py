@@ -4,12 +4,12 @@
     weight sender ── Torch RPC ──▶ weight receiver ── version, path ──▶ refresh ─▶ engine.load
     membership: Hello ─▶ Welcome ─▶ serving ── connection or session lost ──▶ Hello ...
 
-The loop waits in `receive` while the engine is idle, and in `generate` while an engine that lives elsewhere works; both
-waits are short. A lease waits in `admit` until the engine holds a version that the lease admits. A rollout waits in the
-sender until the hub acknowledges it.
+The loop waits in `receive` while the engine is idle, and in `generate` while servers generate; both waits are short. A
+lease waits in `admit` until the engine holds a version that the lease admits. A rollout waits in the sender until the
+hub acknowledges it.
 
-A lost connection, a restarted hub or a broken weight session does not end the work: the engine goes on with the leases
-and weights that it has, while the membership is renewed.
+A lost connection, a restarted hub or a broken weight session does not end the work: the engine continues with its
+leases and weights while the membership is renewed.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-IDLE_WAIT_S = 0.02  # for a message of the hub, while the engine is idle
+IDLE_WAIT_S = 0.02  # for a message from the hub, while the engine is idle
 ENGINE_WAIT_S = 0.01  # for results of servers; an engine in this process computes instead of waiting
 UNACKNOWLEDGED = 512  # rollouts that may be on their way to the hub at one time
 RESEND_AFTER_S = 10.0
-PULL_S = 600.0  # for the weight receiver to pull one version
-HANDOVER_S = 5.0  # for the hub to acknowledge the last rollouts of an actor that leaves
+PULL_S = 600.0  # timeout of pulling one version
+HANDOVER_S = 5.0  # how long an actor that leaves waits until the hub has acknowledged its rollouts
 
 
 class Service:
@@ -77,7 +77,7 @@ class Service:
         self._sender = ReliableSender(window=UNACKNOWLEDGED, resend_after_s=RESEND_AFTER_S)
         self._waiting: deque[Lease] = deque()
         self._finished: list[Rollout] = []  # since the last `publish`
-        self._granted = 0  # leases that were asked for and are not finished
+        self._granted = 0  # leases requested and not finished
         self._busy_s = 0.0
         self._heartbeat_version: int | None = None  # the version in the last heartbeat
         engine.reset()  # a warm engine may hold weights of another run under the same version numbers
@@ -107,7 +107,7 @@ class Service:
             self._engine.reset()
 
     def receive(self) -> str | None:
-        """Take the hub's messages; returns a reason to end, if there is one."""
+        """Process the hub's messages; returns a reason to end, if there is one."""
         status = self._engine.load_status()
         idle = self._engine.version is None or status.running + status.waiting == 0
         for message in self._mailbox.receive(IDLE_WAIT_S if idle else 0.0):
@@ -133,7 +133,7 @@ class Service:
         return None
 
     def _welcomed(self, welcome: Welcome) -> str | None:
-        """Take up the work again: what was on its way when the connection was lost is sent once more."""
+        """Continue as a member: send again what may have been lost with the connection."""
         if not self._membership.welcomed(welcome):
             return "the hub belongs to another run"
         self._granted = len(self._waiting) + len(self._sampler.leases)
@@ -144,13 +144,13 @@ class Service:
         return None
 
     def _held(self) -> list[tuple[int, int]]:
-        """(task, attempt) of every lease of which the hub does not have all rollouts."""
+        """(task, attempt) of every lease whose rollouts the hub has not all acknowledged."""
         leases = {(lease.task, lease.attempt) for lease in (*self._waiting, *self._sampler.leases)}
         finished = {(rollout.task, rollout.attempt) for rollout in self._finished}
         return sorted(leases | finished | self._sender.leases)
 
     def _drop(self, task: int, attempt: int) -> None:
-        """Stop to work on a lease that the hub has taken back."""
+        """Stop working on a lease that the hub has taken back."""
         waiting = [lease for lease in self._waiting if (lease.task, lease.attempt) == (task, attempt)]
         for lease in waiting:
             self._waiting.remove(lease)
@@ -189,7 +189,7 @@ class Service:
             log.warning("weights version %d: %s", event.version, error)
 
     def _pull(self, version: int) -> dict[str, torch.Tensor]:
-        """Have the weight receiver pull a version and read it; called by a thread of an engine that lives elsewhere."""
+        """Have the weight receiver pull a version, then read it; called by a thread of an engine that uses servers."""
         try:
             path = self._membership.node.pull(version).result(PULL_S)
         except TimeoutError:
@@ -239,7 +239,7 @@ class Service:
     def publish(self) -> None:
         """Send what is due: a report, rollouts that are new or not acknowledged, a heartbeat.
 
-        The hub leases by version: it is told at once of a new one.
+        A new version is reported at once, because the hub leases by version.
         """
         for line in self._engine.events():
             log.info("%s", line)
@@ -251,7 +251,7 @@ class Service:
             self._progress_at = now
             for report in self._sampler.progress():
                 self._mailbox.send(report)
-        if report_due or self._engine.reproducible:  # otherwise short rollouts would be favoured: `rollout.partial`
+        if report_due or self._engine.reproducible:  # else this favours short rollouts: `rollout.partial`
             self._deliver_finished()
         for rollout in self._sender.due(now):
             self._mailbox.send(rollout)
@@ -280,7 +280,7 @@ class Service:
         self._mailbox.send(heartbeat)
 
     def _leave(self, reason: str) -> None:
-        """Hand everything over and say goodbye: other actors continue the rollouts from where they are."""
+        """Send all that was sampled, and say goodbye; other actors continue the unfinished rollouts."""
         if not self._membership.serving:
             return
         for report in self._sampler.progress():

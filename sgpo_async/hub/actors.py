@@ -18,7 +18,7 @@ class Meter:
 
     @property
     def speed(self) -> float | None:
-        """Tokens per second of one sequence; None if none was running, or it is unknown yet."""
+        """Tokens per second of one sequence; None if none is running or the speed is not known yet."""
         running = self.last.running if self.last else 0
         return self.tokens_per_s / running if running and self.idle is not None else None
 

@@ -41,7 +41,7 @@ FINISH_GRACE_S = 5.0  # how long the hub waits for the members' Goodbye after th
 INTERRUPT_GRACE_S = 0.5  # how long it waits for them after an interrupt
 RETURN_S = 5.0  # how long an actor may take to send a new Hello after its weight sender has ended
 RESTART_RETURN_S = 30.0  # ... after a restart of the hub
-STALL_LOOK_S = 1.0  # how often the hub looks whether anything has moved
+STALL_LOOK_S = 1.0  # how often the hub checks whether the run makes progress
 MAX_INVALID = 3  # after so many invalid messages and rollouts, an actor is refused for good
 
 
@@ -72,10 +72,10 @@ class HubCore:
         self.rejected: Counter[str] = Counter()  # number of rejected messages by reason
         self.last_rejection = ""
         self.refused = 0  # number of refused members
-        self.quarantined: dict[str, str] = {}  # names of the actors refused for invalid messages, with the reason
+        self.quarantined: dict[str, str] = {}  # actors refused for invalid messages: name -> reason
         self.restarts = 0  # of the hub process
         self.moved = 0  # leases taken from slow actors
-        self.stalled = ""  # who holds up the run, if nothing has moved for hub.stall_s
+        self.stalled = ""  # who holds up the run, if there was no progress for hub.stall_s
         self._moved: tuple[object, ...] = ()
         self._moved_at = self._looked_at = now
         self.closing: tuple[str, float] | None = None  # reason and deadline, once the run is ending
@@ -245,7 +245,7 @@ class HubCore:
         self._send(member, wire.Welcome(run_id=self.run_id, session_host=host, session_port=port))
 
     def _sender_down(self, member: bytes, reason: str) -> None:
-        """The actor is dead, or only its session is: a living actor notices that as well, and sends a new Hello."""
+        """Wait for the actor to return: if only its session has ended, it sends a new Hello."""
         actor = self.actors.get(member)
         if actor:
             self._refuse(member, f"the session ended: {reason}")
@@ -256,7 +256,7 @@ class HubCore:
         actor.welcomed, actor.credit, actor.return_by = False, 0, self.now + seconds
 
     def _restarted(self) -> None:
-        """All actors have to come back. The learner's ranks repeat the requests that were not answered."""
+        """Wait for all actors to return. The learner's ranks repeat the requests that were not answered."""
         self.restarts += 1
         for actor in self.actors.values():
             self._expect_return(actor, RESTART_RETURN_S)
@@ -271,7 +271,7 @@ class HubCore:
         self._effects.append(CloseSender(actor.member))
 
     def _revoke(self, leases: LeaseTable, number: int) -> None:
-        """Take a lease back; its actor, if it still lives, stops to work on it."""
+        """Take a lease back; its actor, if still alive, stops working on it."""
         lease = leases.running[number]
         self._send(lease.member, wire.Revoked(task=number, attempt=lease.attempt))
         leases.revoke(number)
@@ -323,7 +323,7 @@ class HubCore:
                 self._revoke(leases, number)
 
     def _move_late_lease(self) -> None:
-        """Take a lease from a slow actor if another one has nothing to do: it is leased to that one at once."""
+        """Revoke the late lease of a slow actor if another one can take it at once."""
         for work in (self.evaluation, self.training):
             leases, heartbeat_s = work.leases, self.run.hub.heartbeat_s
             late = late_lease(
@@ -334,11 +334,11 @@ class HubCore:
             idle = self.actors.pick(late.min_version, other_than=late.member)
             if idle:
                 self.moved += 1
-                self.actors[late.member].credit = 0  # it has enough to do
+                self.actors[late.member].credit = 0  # so that it does not get the lease again
                 self._revoke(leases, late.task.number)
 
     def _notice_stall(self) -> None:
-        """Name the culprit once when nothing has moved for `hub.stall_s`."""
+        """Warn once, naming who holds up the run, when there was no progress for `hub.stall_s`."""
         if self.now - self._looked_at < STALL_LOOK_S:
             return
         self._looked_at = self.now
@@ -412,7 +412,7 @@ class HubCore:
             work.leases.arrive(rollout, now=self.now)
 
     def _invalid(self, leases: LeaseTable, member: bytes, sent: wire.Rollout | wire.Progress, reason: str) -> None:
-        """End the lease about which an actor has sent something that cannot be true."""
+        """End the lease for which an actor has sent an invalid rollout or report."""
         leases.reject(sent.task)
         self._send(member, wire.Revoked(task=sent.task, attempt=sent.attempt))
         self._reject(member, reason, detail=f"task {sent.task}")
@@ -564,7 +564,7 @@ class HubCore:
             self._quarantine(actor, f"{MAX_INVALID} invalid messages, the last one: {reason}")
 
     def _quarantine(self, actor: Actor, reason: str) -> None:
-        """Refuse this actor for good, and lease its tasks to others. They start from nothing."""
+        """Refuse this actor for good. Other actors start its tasks from nothing."""
         self.quarantined[actor.name] = reason
         self._effects.append(Warn(f"{actor.name} is quarantined after {reason}"))
         for leases in self._lease_tables:

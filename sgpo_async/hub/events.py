@@ -52,7 +52,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class HubRestarted:
-    """A new hub process has taken over the state: all connections and weight senders of the old one are gone."""
+    """A new hub process has taken over the state; all connections and weight senders of the old one are gone."""
 
 
 @dataclass(frozen=True)

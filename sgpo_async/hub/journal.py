@@ -1,4 +1,4 @@
-"""The hub's journal: what happened since the last saved state, in an SQLite database in the run's folder.
+"""The hub's journal: its last saved state and the events since then, in an SQLite database in the run's folder.
 
     append(event) ... commit ──▶ entries      one transaction, on disk before any effect of its events is carried out
     save(state) ───────────────▶ state, rollouts; entries are deleted
@@ -28,8 +28,8 @@ from sgpo_async.wire import decode, encode
 from sgpo_async.wire.records import Rollout
 
 FILE = "hub.journal"
-SAVE_BYTES = 64 * 2**20  # so much in the entries makes a save due
-SAVE_ENTRIES = 20_000  # ... or so many of them, which take about a second to replay
+SAVE_BYTES = 64 * 2**20  # size of the entries at which a save is due
+SAVE_ENTRIES = 20_000  # ... or their number; replaying so many takes about a second
 ANY_SIZE = 2**63  # for `decode`: the size was checked when the message arrived
 _BUSY_S = 2.0  # how long another hub may take to release the file
 _REMEDIES = {
@@ -49,7 +49,7 @@ StoredKey = tuple[int, int, int, int]
 
 
 def stored_key(rollout: Rollout) -> StoredKey:
-    """Task, attempt, slot and oldest version: a Restore shifts the versions of a rollout, and changes nothing else."""
+    """Task, attempt, slot and oldest version. A Restore shifts the versions of a rollout, and changes nothing else."""
     return rollout.task, rollout.attempt, rollout.slot, rollout.oldest_version
 
 
@@ -74,21 +74,21 @@ class Journal:
     # ---- write
 
     def append(self, at: float, event: bytes) -> None:
-        """Add an event, which happened at the time `at` of the core's clock."""
+        """Add an event that happened at time `at` on the core's clock."""
         with self._reported():
             self._db.execute("INSERT INTO entries (at, event) VALUES (?, ?)", (at, event))
         self._pending_bytes += len(event)
         self._pending_entries += 1
 
     def commit(self) -> None:
-        """Write everything that was added to the disk."""
+        """Commit what was added; then it is on disk."""
         with self._reported():
             self._db.execute("COMMIT")
             self._db.execute("BEGIN")
 
     @property
     def save_due(self) -> bool:
-        """Whether the entries have become so many that the next restart would take long."""
+        """Whether there are so many entries that a restart would take long."""
         return self._pending_bytes > SAVE_BYTES or self._pending_entries > SAVE_ENTRIES
 
     def save(self, state: bytes, rollouts: Mapping[StoredKey, Rollout]) -> None:
@@ -108,14 +108,14 @@ class Journal:
         self._pending_bytes = self._pending_entries = 0
 
     def set(self, name: str, value: bytes) -> None:
-        """Set one fact; the caller commits."""
+        """Store one named value; the caller commits."""
         with self._reported():
             self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
 
     # ---- read
 
     def get(self, name: str) -> bytes | None:
-        """One fact, or None."""
+        """The value of this name, or None."""
         with self._reported():
             row = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
         return bytes(row[0]) if row else None
@@ -139,7 +139,7 @@ class Journal:
     # ---- end
 
     def clear(self) -> None:
-        """Forget everything, without a commit."""
+        """Delete everything; the caller commits."""
         with self._reported():
             for table in ("facts", "entries", "rollouts"):
                 self._db.execute(f"DELETE FROM {table}")
@@ -151,7 +151,7 @@ class Journal:
             self._db.close()
 
     def remove(self) -> None:
-        """Close, and delete the files: the run is over."""
+        """Close the journal and delete its files, because the run is over."""
         self._db.close()
         for suffix in ("", "-wal", "-shm", "-journal"):
             self.path.with_name(FILE + suffix).unlink(missing_ok=True)
@@ -161,6 +161,6 @@ class Journal:
         try:
             yield
         except (sqlite3.Error, OSError) as error:
-            code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # without the details
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary result code
             remedy = _REMEDIES.get(code, "check the disk and its free space")
             raise HubError(f"{self.path}: {error}; {remedy}") from None

@@ -5,10 +5,10 @@
                └─ revoke | reject ──┘   (the task waits again, with the next attempt, before younger tasks)
 
 A revoked task keeps what its actors have sent: the finished rollouts, and the tokens of the others. The next lease
-continues them all, so that no work is lost and no length is favoured (see `rollout.partial`). A rejected task starts
-again from nothing, because its actor sent something invalid; so does one whose tokens have become too old.
+continues them all, so that no work is lost and no length is favoured (see `rollout.partial`). A task starts again from
+nothing if its actor sent something invalid (reject), or if its tokens have become too old.
 
-The ledger counts a task as dispatched once, and its rollouts once for each time that they start from nothing.
+The ledger counts a task as dispatched once, but its rollouts each time that they start from nothing.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from sgpo_async.rollout.partial import Arrived
 from sgpo_async.tasks.task_sampler import Task
 from sgpo_async.wire.records import Lease, Progress, Rollout
 
-MAX_INVALID_LEASES = 3  # after so many leases of a task that ended by an invalid rollout, the task is dropped
-DURATIONS = 64  # completed leases of which the duration is remembered
+MAX_INVALID_LEASES = 3  # a task is dropped after so many leases with an invalid rollout or report
+DURATIONS = 64  # number of completed leases whose durations are kept
 
 
 @dataclass(kw_only=True)
@@ -40,7 +40,7 @@ class RunningLease:
     member: bytes
     min_version: int
     issued: float  # time of the lease
-    last_progress: float  # time at which the hub last heard of this lease
+    last_progress: float  # time of the last message about this lease
     arrived: Arrived  # what this attempt and the earlier ones have sent
 
     @property
@@ -65,7 +65,7 @@ class LeaseTable:
         self.running: dict[int, RunningLease] = {}  # by task number
         self.complete: dict[int, CompletedGroup] = {}  # by task number; includes groups handed to a learner
         self.first_attempt = self.last_attempt = first_attempt  # last_attempt: the highest attempt of any lease so far
-        self._invalid_leases: Counter[int] = Counter()  # leases that ended by an invalid rollout, by task number
+        self._invalid_leases: Counter[int] = Counter()  # leases with an invalid rollout or report, by task number
         self.durations: deque[float] = deque(maxlen=DURATIONS)  # seconds of the last completed leases
         self.reissued = 0  # number of revoked leases
         self.duplicates = 0  # number of rollouts that no lease was waiting for
@@ -152,7 +152,7 @@ class LeaseTable:
         return [number for number, lease in self.running.items() if lease.member == member]
 
     def silent_since(self, moment: float) -> list[int]:
-        """Numbers of the leased tasks of which the hub has heard nothing since `moment`."""
+        """Numbers of the leased tasks about which the hub has received nothing since `moment`."""
         return [number for number, lease in self.running.items() if lease.last_progress < moment]
 
     def revoke(self, number: int) -> None:
@@ -163,9 +163,9 @@ class LeaseTable:
         self.reissued += 1
 
     def reject(self, number: int) -> None:
-        """End this lease because a rollout is invalid, and drop what has arrived.
+        """End this lease because of an invalid rollout or report, and drop what has arrived.
 
-        The task is leased again, unless MAX_INVALID_LEASES of its leases have ended like this: then it is dropped.
+        The task is leased again, or dropped if MAX_INVALID_LEASES of its leases have ended like this.
         """
         self._invalid_leases[number] += 1
         if self._invalid_leases[number] >= MAX_INVALID_LEASES:

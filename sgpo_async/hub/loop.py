@@ -5,8 +5,9 @@
     clock ── every TICK_S ──▶ Tick ────────────┤  core                         └▶ Shutdown: the loop ends
     signals ── interrupted() ──▶ Interrupted ──┘
 
-All events that have arrived are one group: they are written to the journal and handled, then the journal is committed
-once, and only then are their effects carried out. So nobody outside knows of anything that a killed hub would forget.
+All events that have arrived are one group. They are written to the journal and handled, the journal is committed
+once, and only then are their effects carried out. So no member has ever been told anything that a restarted hub would
+not know.
 
 The loop only ever waits for a message, for at most TICK_S, and for the disk. Sending never blocks. A weight sender
 takes a moment to end, so worker threads stop it.
@@ -115,7 +116,7 @@ class Loop:
             self._carry_out(effect)
 
     def _write(self, journal: Journal, *, now_needed: bool) -> None:
-        """Commit if effects depend on it, and otherwise once in COMMIT_S: what has no effect is sent again."""
+        """Commit at once if there are effects, otherwise every COMMIT_S: the sender of a lost event repeats it."""
         if now_needed or time.monotonic() - self._committed_at > COMMIT_S:
             journal.commit()
             self._committed_at = time.monotonic()

@@ -3,13 +3,13 @@
     recover ─┬─ no journal, or one of another run ─▶ a new core
              └─ state + entries ── replay ─▶ the core as it was at the last commit ── HubRestarted ─▶ it goes on
 
-`HubCore.handle` is deterministic, so replaying the events at their times gives the same state. Their effects were
-carried out already, or their receivers ask again. The clock of the core goes on from the last entry: nobody's timeout
-runs while there is no hub.
+`HubCore.handle` is deterministic, so replaying the events at their times gives the same state. Their effects are not
+carried out again: they were carried out already, or their receivers ask again. The core's clock continues from the last
+entry, so no timeout expires while there is no hub.
 
-The saved state is a pickle of the core. It only refers to what can be built again (configuration, problems, tasks) and
-to rollouts, which the journal keeps one by one. A pickle is as safe as the folder of the run, which only the hub's user
-can write; one of another release is not read.
+The saved state is a pickle of the core, with references in place of what can be built again (configuration, problems,
+tasks) and of rollouts, which the journal stores one by one. Unpickling is as safe as the run's folder, which only the
+hub's user can write. A pickle of another release is not loaded.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def recover(core: HubCore, journal: Journal) -> tuple[HubCore, float]:
 
 
 def save(core: HubCore, journal: Journal) -> None:
-    """Save the state of the core, so that a restart need not replay what led to it."""
+    """Save the state of the core, so that a restart need not replay the events that led to it."""
     file = io.BytesIO()
     pickler = _Pickler(file)
     pickler.dump(core)
@@ -73,7 +73,7 @@ def _maker(run: Run) -> bytes:
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles a core, but refers to what a new hub builds again, and to rollouts, which it collects."""
+    """Pickles a core with references in place of what a new hub builds again, and of rollouts, which it collects."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
@@ -115,7 +115,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def pack_event(event: ev.Event, frames: Sequence[bytes] = ()) -> bytes:
-    """An event as bytes; `frames` are those of a received message, as they came."""
+    """An event as bytes; `frames` are the frames of a received message, unchanged."""
     if isinstance(event, ev.Received):
         return bytes(msgpack.packb(["Received", event.member, list(frames)]))
     return bytes(msgpack.packb([type(event).__name__, *astuple(event)]))

@@ -1,8 +1,8 @@
-"""What is wrong with a rollout: everything that can be checked against its lease.
+"""Checks of rollouts and reports against their lease.
 
 An actor is another machine, whose numbers the learner would train on. Decoding has checked the sizes of the arrays
 (see `sgpo_async.wire.rules`); what they hold is checked here, so that the hub can end the lease. The hub has no
-tokenizer: it cannot tell the right prompt from a wrong one, only that the rollouts of a group have different ones.
+tokenizer: it cannot recognise a wrong prompt, only different prompts in one group.
 
 A reason has no values in it, because the hub counts rejections by reason.
 """
@@ -25,7 +25,7 @@ Prompts = Mapping[bool, np.ndarray]
 
 @dataclass(frozen=True)
 class Limits:
-    """What an actor can know."""
+    """Limits of token ids and versions."""
 
     vocabulary: int  # number of token ids that the model knows; 0 if it is unknown
     newest: int  # newest weight version
@@ -35,9 +35,8 @@ def violation(lease: Lease, rollout: Rollout, limits: Limits, *, prompts: Prompt
     """Why `rollout` cannot be one of `lease`; None if it can.
 
     Args:
-        lease: the one of this purpose, task and attempt.
-        limits: of token ids and versions.
-        prompts: of the rollouts that have arrived for this lease.
+        lease: the lease of this purpose, task and attempt.
+        prompts: those of the rollouts that have arrived for this lease.
     """
     return (
         _slot(lease, rollout)
@@ -51,7 +50,7 @@ def violation(lease: Lease, rollout: Rollout, limits: Limits, *, prompts: Prompt
 
 
 def report_violation(lease: Lease, progress: Progress, limits: Limits) -> str | None:
-    """Why `progress` cannot be a report on `lease`; None if it can. Another actor would continue what it holds."""
+    """Why `progress` cannot be a report on `lease`; None if it can."""
     for part in progress.partial:
         reason = _part(lease, part) or _versions(lease, part.versions, limits) or _token_ids(part, limits)
         if reason:

@@ -40,7 +40,7 @@ def serve(run: Run) -> int:
 
     The exit code is 0 after the learner has finished, and 128 plus the signal number after a signal. While the hub can
     be reached, `<run.folder>/hub.json` contains its address; at the end the hub removes it, the weight store and the
-    journal. If there is a journal at the start, of a hub that was killed, this one takes its place.
+    journal. If a killed hub has left its journal, this hub continues from it.
 
     Raises HubError if the address is in use or the keys or the journal are not usable, DataError if problems cannot be
     read, and SgpoError if the folder is not writable.
@@ -89,7 +89,7 @@ def serve(run: Run) -> int:
 
 
 def _address(run: Run, journal: Journal | None) -> str:
-    """The address of the hub before the restart, if the settings leave the port open."""
+    """The configured address; if its port is 0, the address before the restart, if there was one."""
     known = journal.get("address") if journal else None
     return known.decode() if known and run.hub.address.endswith(":0") else run.hub.address
 

@@ -1,4 +1,4 @@
-"""Who holds up a run in which nothing moves."""
+"""Who holds up a run that makes no progress."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ SHOWN = 3  # most names in one line
 
 
 def progress_of(status: Mapping[str, Any]) -> tuple[object, ...]:
-    """What changes when anything moves: steps, weights, rollouts, tokens in the engines, evaluations, members."""
+    """Values of which one changes at any progress: steps, weights, tokens, evaluations, members and their states."""
     actors = status["actors"]
     return (
         *(status[key] for key in ("step", "published", "tokens_generated", "evaluating", "joined", "left")),
@@ -19,7 +19,7 @@ def progress_of(status: Mapping[str, Any]) -> tuple[object, ...]:
 
 
 def culprit(status: Mapping[str, Any]) -> str:
-    """For whom the run waits, in one line, with the remedy. `status` is the hub's."""
+    """Whom the run waits for, in one line with the remedy. `status` is the hub's."""
     learner, actors, step = status["learner"], status["actors"], status["step"]
     if learner["training"] is not None:
         return f"the learner has had the batch of step {step} all this time: see its log and its stacks"

@@ -80,7 +80,7 @@ def status(core: CoreState) -> dict[str, Any]:
         "hub_restarts": core.restarts,
         "leases_moved": core.moved,
         "uptime_s": core.now - core.started,
-        "stalled": core.stalled,  # who holds up the run, if nothing has moved for hub.stall_s
+        "stalled": core.stalled,  # who holds up the run, if there was no progress for hub.stall_s
     }
 
 

@@ -1,6 +1,6 @@
 """Which lease of a slow actor is moved to an actor that has nothing to do.
 
-A lease is moved with its tokens. Racing two actors for it would favour short rollouts: see docs/durability.md.
+A lease is moved with its tokens. Giving it to two actors at once would favour short rollouts: see docs/durability.md.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from statistics import median
 from sgpo_async.hub.actors import Actor
 from sgpo_async.hub.leases import RunningLease
 
-KNOWN = 8  # so many leases must have been completed before one can be called late
+KNOWN = 8  # completed leases that are needed to call another one late
 LATE = 3.0  # times the median duration of a lease
 SLOW = 0.5  # times the median speed of the actors
 SILENT_HEARTBEATS = 5.0
@@ -27,7 +27,7 @@ def late_lease(
 ) -> RunningLease | None:
     """The oldest lease that takes much longer than usual and whose actor is slow or silent; None if there is none.
 
-    A lease may also take long because its rollouts are long: then its actor is as fast as the others, and keeps it.
+    If a lease takes long only because its rollouts are long, its actor is as fast as the others and keeps it.
 
     Args:
         leases: the running leases of one purpose.

@@ -1,15 +1,15 @@
 """Checkpoints of learner, optimiser, teacher, random state, progress and hub state, written atomically.
 
 checkpoints/.step-00000040/      every rank writes its shards here
-checkpoints/step-00000040/       then rank 0 renames the folder: a folder with this name was complete and on disk
+checkpoints/step-00000040/       then rank 0 renames the folder: with this name it is complete and on disk
     *.distcp, .metadata          parameters, optimiser, a teacher that changes (torch.distributed.checkpoint; can be
                                  loaded by any number of ranks)
     progress.json  hub.state     written by rank 0
     random-0.pt ...              written by each rank
     manifest.json                size and xxh3_128 of every other file; written last, checked before a run resumes
 
-The training loop waits only for a copy of the state in memory. Everything else happens in a background thread, with a
-process group of its own, so that its collectives cannot interleave with those of the training loop.
+The training loop waits only until the state is copied to memory. A background thread does the rest, with a process
+group of its own, so that its collectives cannot interleave with those of the training loop.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Saved:
 class CheckpointWriter:
     """Writes checkpoints below `folder` in the background, one at a time, and deletes all but the newest `keep`.
 
-    With `minutes` above 0 a checkpoint is due so long after the last one.
+    If `minutes` is above 0, a checkpoint is also due so many minutes after the last one.
 
     Checkpoints of later steps than the one just written belong to an earlier attempt of the run that was not resumed.
     They are kept. Every method is a collective of all ranks.
@@ -71,13 +71,13 @@ class CheckpointWriter:
     def __init__(self, folder: Path, *, keep: int, minutes: float = 0.0) -> None:
         assert keep >= 1, f"keep must be >= 1, got {keep}"
         self._folder, self._keep, self._minutes = folder, keep, minutes
-        self._began = time.monotonic()  # the last checkpoint, or this writer
+        self._began = time.monotonic()  # when the last checkpoint, or this writer, began
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=SAVE_S))
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
     def due(self, by_steps: bool) -> bool:
-        """Return whether a checkpoint is due, by steps or by rank 0's clock. The same on all ranks."""
+        """Return whether a checkpoint is due, by steps or by rank 0's clock; the same value on all ranks."""
         if not self._minutes:
             return by_steps
         decision = torch.tensor([by_steps or time.monotonic() - self._began >= 60 * self._minutes])
@@ -93,13 +93,13 @@ class CheckpointWriter:
         saved: Saved,
         teacher: nn.Module | None = None,
     ) -> None:
-        """Wait for the checkpoint before this one, copy the state of `step`, and begin to write the copy.
+        """Wait until the previous checkpoint is written, copy the state of `step`, and begin to write the copy.
 
         Args:
             teacher: the teacher's copy of the module, if it changes during the run.
 
         Raises:
-            CheckpointError: on every rank, if this checkpoint cannot be begun or the one before could not be written.
+            CheckpointError: on every rank, if this checkpoint cannot be begun or the previous one cannot be written.
                 Older checkpoints are unchanged.
         """
         self.wait()
@@ -120,7 +120,7 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        """Wait for the last checkpoint. After another error, log its failure instead of raising it."""
+        """Wait for the newest checkpoint. If the context ended with an error, log its failure instead of raising it."""
         try:
             self.wait()
         except SgpoError as failure:
@@ -131,7 +131,7 @@ class CheckpointWriter:
             self._thread.shutdown(wait=False)
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is written.
+        """Wait until the newest checkpoint is written.
 
         Raises CheckpointError on every rank if it could not be written, DeadlineExceeded after SAVE_S.
         """
@@ -158,7 +158,7 @@ class CheckpointWriter:
                         (draft / "progress.json").write_text(json.dumps(saved.progress), encoding="utf-8")
                         (draft / "hub.state").write_bytes(saved.hub_state)
                 finally:
-                    state.result()  # in any case, because its collectives use the same process group
+                    state.result()  # also after an error, because its collectives use the same process group
             own: dict[str, dict[str, Any]] = {}
             with _fail_on_all_ranks(what, self._group):
                 for path in draft.iterdir():
@@ -204,7 +204,7 @@ def set_checkpoints_aside(folder: Path) -> Path | None:
 
 
 def newest_whole(folder: Path) -> Path | None:
-    """Return the checkpoint of the highest step below `folder` whose files are as its manifest describes them.
+    """Return the checkpoint of the highest step below `folder` whose files match its manifest.
 
     Logs each newer one that is damaged. Returns None if there is no checkpoint at all. A collective of all ranks.
 
@@ -254,7 +254,7 @@ def restore(
 
 
 def _complete(folder: Path) -> list[Path]:
-    """Return the checkpoints that were written completely, by their steps."""
+    """Return the checkpoints that were written completely, ordered by step."""
     return sorted((path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)), key=_step)
 
 

@@ -1,9 +1,9 @@
 """The process group of the ranks that torchrun starts: gloo on CPUs, gloo and NCCL on GPUs.
 
-torchrun gives all attempts of a job the same store (static, --standalone and c10d rendezvous alike), in which a
-restarted rank would find the addresses that ranks of an earlier attempt have left. No environment variable names the
-attempt on all nodes: TORCHELASTIC_RESTART_COUNT differs between agents, because each counts the failures of its own
-workers only. Therefore the ranks agree on a name, a prefix of all keys of the process group (see `agree`).
+torchrun gives all attempts of a job the same store (with the static, --standalone and c10d rendezvous), in which a
+restarted rank would find the addresses of dead ranks. No environment variable names the attempt on all nodes:
+TORCHELASTIC_RESTART_COUNT differs between nodes, because each torchrun counts only the failures of its own workers.
+Therefore the ranks agree on a name for each attempt, and prefix all keys of the process group with it (see `agree`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sgpo_async.errors import DeadlineExceeded
 log = logging.getLogger(__name__)
 
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
-POLL_S = 0.02  # between two looks at the store
+POLL_S = 0.02  # between two reads of the store
 
 # Newer versions of torch have this name, and warn at each call of the older name.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -56,11 +56,11 @@ def join_world(*, timeout_s: float) -> DeviceMesh:
 
 
 def agree(store: dist.Store, rank: int, ranks: int, *, timeout_s: float) -> str:
-    """Return a new name, the same on all ranks of this attempt, although `store` may hold keys of earlier attempts.
+    """Return a new name, the same on all ranks of this attempt, even if `store` has keys of earlier attempts.
 
-    Each process announces a random token. Rank 0 proposes the tokens that it finds, and proposes again when one of them
-    changes, because the first it finds may be that of a dead process. The name, a digest of the tokens, is agreed when
-    every rank has confirmed the proposal, which only the process with its token does.
+    Each process announces a random token. Rank 0 proposes the tokens that it finds. Since some may be those of dead
+    processes, it proposes again when a token changes. A process confirms only a proposal with its own token. The name,
+    a digest of the proposed tokens, is agreed when every rank has confirmed it.
 
     Raises DeadlineExceeded after `timeout_s`.
     """
@@ -107,7 +107,7 @@ def _loopback() -> str:
 
 
 def device_for(*, gpus: int, ranks: int) -> str:
-    """Return cuda if each rank of the node can have its own GPU, as NCCL requires; otherwise return cpu."""
+    """Return "cuda" if each rank of the node can have its own GPU, as NCCL requires, otherwise "cpu"."""
     if 0 < gpus < ranks:
         log.warning("%d ranks use the CPU; start at most %d ranks to use the GPUs of this node", ranks, gpus)
     return "cuda" if gpus >= ranks else "cpu"

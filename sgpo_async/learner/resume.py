@@ -1,10 +1,11 @@
 """Whether this start of the learner continues an earlier one of the same run: `learner.resume`.
 
-    true   it does                        false   it does not
-    auto   it does if torchrun has started the same job before: it has restarted the workers, or the job has the same id
-           (--rdzv-id, which a requeued Slurm job keeps) as the one that began the run
+    true    yes
+    false   no
+    auto    yes, if torchrun has restarted the workers, or if this job has the same id (--rdzv-id) as the job that began
+            the run, which a requeued Slurm job can have
 
-The id is recorded because TORCHELASTIC_RESTART_COUNT counts neither a change of members nor a new torchrun.
+The id is recorded because TORCHELASTIC_RESTART_COUNT counts neither a change of nodes nor a new torchrun.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ def continues(resume: Literal["auto", True, False], folder: Path, environment: M
 def resume_point(run: Run, folder: Path) -> Path | None:
     """Return the checkpoint below `folder` that this start continues from, or None if the run begins anew.
 
-    Rank 0 moves aside what would be mixed up or lost when a run begins anew: the checkpoints of an earlier run of this
-    name, and the metrics of an attempt that was to be continued but has no checkpoint. A collective of all ranks.
+    When a run begins anew, rank 0 moves aside what would be mixed up or lost: the checkpoints of an earlier run of this
+    name, and the metrics of an attempt that should be continued but has no checkpoint. A collective of all ranks.
 
     Raises CheckpointError if there are only damaged checkpoints to continue from.
     """
-    wanted = [False] * dist.get_world_size()  # the agents of several nodes have counts of their own
+    wanted = [False] * dist.get_world_size()  # each node's torchrun has its own count
     dist.all_gather_object(wanted, continues(run.learner.resume, folder))
     newest = newest_whole(folder) if any(wanted) else None
     if newest is None and dist.get_rank() == 0:

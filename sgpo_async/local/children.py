@@ -48,7 +48,7 @@ class Child:
         return "\n".join([f"the end of {self.log}:", *(f"    {line}" for line in own[-lines:])])
 
     def ending(self) -> str:
-        """How it ended, as text for a message."""
+        """How the process ended, as text for a message."""
         code = self.code
         assert code is not None
         return f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
@@ -58,7 +58,7 @@ class Processes:
     """All processes of one run. A watchdog ends them if this process dies without `stop`, even by `kill -9`."""
 
     def __init__(self, folder: Path, *, comes_back: bool = False) -> None:
-        """`comes_back`: if this process dies, another one soon takes its place, and the run is not over."""
+        """`comes_back`: if this process fails, another one continues the run."""
         self.folder, self._comes_back = folder, comes_back
         self.mark = uuid.uuid4().hex
         self._logs = folder / "logs"
@@ -96,7 +96,7 @@ class Processes:
         return child
 
     def request_stacks(self) -> list[str]:
-        """Make all processes log their stacks; return who they are."""
+        """Make all processes log their stacks; return the name and process id of each."""
         return request_stacks(self.mark)
 
     def stop(
@@ -104,7 +104,8 @@ class Processes:
     ) -> None:
         """End all processes: SIGTERM, then SIGKILL after `grace_s`, or at once when `hurry()` is true.
 
-        If the run has `failed` but comes back, they are killed: they must not tell others that the run is over.
+        If this process has `failed` and another one continues the run, kill them at once, so that they do not tell the
+        actors that the run is over.
         """
         if failed and self._comes_back:
             kill_run(self.mark)

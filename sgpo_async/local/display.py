@@ -89,7 +89,7 @@ class View:
 
 
 def printable(text: str) -> str:
-    """Text from outside (names, logs), with what could control a terminal written as escapes; lines stay lines."""
+    """Text from outside (names, logs) with control characters as escapes, except for newlines."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 

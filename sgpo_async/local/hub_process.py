@@ -1,10 +1,10 @@
-"""The hub of a run, kept alive: a hub that crashes is started again at the address that it had.
+"""The hub of a run: after a crash it is started again at the same address.
 
-    HubProcess    acts in `tick` and never waits, for a loop that looks at other processes as well (supervisor)
+    HubProcess    acts in `tick` and never waits, for a loop that checks other processes as well (supervisor)
     kept_hub      the same in a thread, as a context that yields the hub's address
 
-A hub keeps its state in the run's folder, and learner and actors connect to it again by themselves, so the same command
-is all that a restart needs.
+The hub's journal is in the run's folder, and learner and actors connect again, so a restart is the same command at the
+same address.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from sgpo_async.local.run_folder import read_hub_file
 log = logging.getLogger(__name__)
 
 HUB_START_S = 60.0
-LEAVING_S = 10.0  # for the hub to tell its actors that the run is over, after the learner's end
+LEAVING_S = 10.0  # time after the learner's end for the hub to tell its actors that the run is over
 TICK_S = 0.25
 USERS_ERROR = 2  # exit code, see `sgpo_async.cli.main`
-BY_REQUEST = 128  # exit codes above it: the hub has obeyed a signal and ended the run
+BY_REQUEST = 128  # a higher exit code means that a signal told the hub to end the run
 
 HubCommand = Callable[[str], Sequence[str]]
 """The hub's command line; the argument is the address at which it must listen, empty for the configured one."""
@@ -94,8 +94,8 @@ def kept_hub(processes: Processes, command: HubCommand) -> Iterator[str]:
 
     At the end the hub has LEAVING_S to end by itself; the caller stops `processes`.
 
-    Raises RunFailed or DeadlineExceeded if the hub does not start, and at the end if it failed for good, since that is
-    the cause of whatever error came out of the context.
+    Raises RunFailed or DeadlineExceeded if the hub does not start. If it failed for good later, the end of the context
+    raises that error in place of others, because it is their cause.
     """
     hub = HubProcess(processes, command, note=log.warning)
     while not hub.address:
@@ -108,7 +108,7 @@ def kept_hub(processes: Processes, command: HubCommand) -> Iterator[str]:
         try:
             while not closing.wait(TICK_S):
                 hub.tick()
-        except Exception as error:  # the thread ends; the main thread learns of it at the end of the context
+        except Exception as error:  # the thread ends; the end of the context raises it
             log.error("%s", error)
             failures.append(error)
 

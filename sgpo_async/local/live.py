@@ -15,9 +15,9 @@ from sgpo_async.local.display import View
 from sgpo_async.report.numbers import NONE, clock, number, percent
 
 BARS = "▁▂▃▄▅▆▇█"
-NOTES = 4  # lines, less those of benchmarks
+NOTES = 4  # lines of notes; the lines of benchmarks are subtracted
 BENCHMARK = 40  # columns that a benchmark's score may take
-ESTIMATE = 24  # ... of which its figures at their widest, "100.0 % [100.0, 100.0]", with the gap before them
+ESTIMATE = 24  # ... of which its widest value, "100.0 % [100.0, 100.0]", takes so many with the gap before it
 STYLES = {"serving": "green", "restarting": "yellow", "failed": "red", "lost": "red"}
 
 

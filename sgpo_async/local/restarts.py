@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-LIMIT = 5  # restarts within WINDOW_S; a process that crashes more often would crash again
+LIMIT = 5  # restarts within WINDOW_S; a process that crashes more often will probably crash again
 WINDOW_S = 600.0
 
 
@@ -12,7 +12,7 @@ WINDOW_S = 600.0
 class Restarts:
     """The crashes of one process, and whether it may start again: after 1, 2, 4, ... s, LIMIT times within WINDOW_S.
 
-    Crashes before the window count no more, so a process goes on whose every life did work for a while.
+    Earlier crashes no longer count, so a process that works for a while after each start may crash any number of times.
     """
 
     crashes: int = 0  # since the run began

@@ -1,4 +1,4 @@
-"""What is in a run's folder: hub.json, with the address of the hub, the checkpoints, and summary.json."""
+"""Files in a run's folder: hub.json (with the hub's address), the hub's journal, checkpoints, summary.json."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def read_hub_file(folder: Path) -> dict[str, Any]:
 
 
 def claim(folder: Path, *, continues: bool = False) -> None:
-    """Check that no other run writes to `folder`, and forget the hub of an earlier one. Raises HubError if one does.
+    """Remove the hub.json of a dead hub. Raises HubError if another run writes to `folder`.
 
-    Its journal is kept only if the run `continues`, so that its actors find the same run again.
+    The dead hub's journal is removed too, unless the run `continues`: then its actors find the same run again.
     """
     hub = read_hub_file(folder)
     if hub and _lives(hub["pid"], (folder / HUB_FILE).stat().st_mtime):

@@ -36,7 +36,7 @@ class Show:
 
     @property
     def stalled(self) -> str:
-        """For whom the run waits, if the hub says that nothing moves; else empty."""
+        """The hub's reason why the run makes no progress; empty if it does."""
         return str(self._watch.status.get("stalled", ""))
 
     def update(self, supervisor: Supervisor) -> None:

@@ -3,10 +3,10 @@
     hub ──hub.json: address──▶ learner, actors          (started)
     learner ends with 0 ──▶ hub and actors have LEAVING_S to follow ──▶ done
     learner ends otherwise ──▶ RunFailed, with the error from its log
-    hub or actor crashes ──▶ started again, see `restarts`;  the hub or all actors have failed ──▶ RunFailed
-    hub ends with an error of the user's (2) ──▶ RunFailed;  actor ──▶ once more, since a second try seldom mends it
+    hub or actor crashes ──▶ started again, see `restarts`;  the hub or all actors have failed for good ──▶ RunFailed
+    hub ends with code 2 (an error that the user can correct) ──▶ RunFailed;  actor ──▶ started again once
     hub ends with 0 ──▶ the learner has LAST_S to end, too
-    all actors have left or failed ──▶ a note; the learner waits for others as long as learner.batch_timeout_s says
+    all actors have left or failed ──▶ a note; the learner waits learner.batch_timeout_s for others
 
 `tick` checks and acts but never waits, so its caller can stop between any two ticks, also during start-up.
 """
@@ -45,7 +45,7 @@ class CommandLines(Protocol):
     def hub(self, address: str) -> Sequence[str]:
         """The command of the hub, which writes hub.json into the run's folder when it is ready.
 
-        `address` is where it must listen, because it did before it crashed; empty at its first start.
+        `address` is the address at which it listened before a crash; empty at its first start.
         """
 
     def learner(self, address: str) -> Sequence[str]:
@@ -85,12 +85,12 @@ class Supervisor:
         self._learner: Child | None = None
         self._learner_deadline: float | None = None
         self._leaving_until: float | None = None
-        self._alone = False  # the user knows that no actor is left
-        self._stalled = False  # the user knows that nothing moves
+        self._alone = False  # the user was told that no actor is left
+        self._stalled = False  # the user was told that the run makes no progress
 
     @property
     def address(self) -> str:
-        """The hub's; empty until it is ready."""
+        """The hub's address; empty until the hub is ready."""
         return self._hub.address
 
     @property
@@ -122,7 +122,7 @@ class Supervisor:
         self._look_at_actors()
 
     def note_stall(self, reason: str) -> None:
-        """When the hub says that nothing moves, and for whom the run waits, have all processes log their stacks."""
+        """Note why the run makes no progress, as the hub says, and have all processes log their stacks, once."""
         if reason and not self._stalled:
             asked = self._processes.request_stacks()
             self.notes.append(f"{reason}; the stacks of {len(asked)} processes are in {self._processes.folder}/logs")
@@ -145,7 +145,7 @@ class Supervisor:
             raise DeadlineExceeded("local: the learner", "end after the hub's", LAST_S)
 
     def _look_at_actors(self) -> None:
-        """When none is left: fail if none ever left intentionally, else say so; others may join."""
+        """If no actor is left: fail if all have failed; otherwise tell the user, because others may join."""
         states = {slot.state for slot in self.slots}
         if self._alone or self._finishing or not states <= {"left", "failed"}:
             return
@@ -189,7 +189,7 @@ class Supervisor:
 
     @property
     def _trained(self) -> bool:
-        """Whether the learner has done all steps: from then on the hub and the actors leave."""
+        """Whether the learner has trained all steps; after that, hub and actors leave."""
         return summary_written(self._processes.folder, self._began)
 
     @property
@@ -198,11 +198,11 @@ class Supervisor:
 
 
 class Observer(Protocol):
-    """Watches the run and shows it (see `sgpo_async.local.show`)."""
+    """Shows the run (see `sgpo_async.local.show`)."""
 
     @property
     def stalled(self) -> str:
-        """For whom the run waits, if the hub says that nothing moves; else empty."""
+        """The hub's reason why the run makes no progress; empty if it does."""
 
     def update(self, supervisor: Supervisor) -> None:
         """Called after each tick."""

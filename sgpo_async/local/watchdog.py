@@ -2,8 +2,9 @@
 
     supervisor ──stdin, held open, never written──▶ watchdog
 
-It waits for the end of its standard input: the kernel closes it when the supervisor dies, in whatever way. The watchdog
-runs in its own session, so that a Ctrl-C at the terminal does not reach it.
+It waits for the end of its standard input, which the kernel closes when the supervisor dies, in whatever way. The
+watchdog runs in its own session, so that a Ctrl-C at the terminal does not reach it. With `kill` it ends the processes
+by SIGKILL only, so that they do not tell actors that the run is over.
 """
 
 from __future__ import annotations

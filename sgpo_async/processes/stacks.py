@@ -1,6 +1,6 @@
-"""Stacks of a process on request: SIGUSR1 prints what every thread is doing to standard error, which is its log.
+"""Stacks of a process on request: on SIGUSR1 it prints the stack of every thread to standard error, and continues.
 
-The process goes on. By default SIGUSR1 ends a process, so it is sent only to those that have asked for it.
+Without a handler SIGUSR1 would end a process, so only processes that have one get the signal.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def print_stacks_on_signal() -> None:
 
 
 def request_stacks(mark: str) -> list[str]:
-    """Make the processes of a run print their stacks; return who they are: name of the command, and process id."""
+    """Make the processes of a run print their stacks; return the command name and process id of each."""
     asked = []
     for process in members(mark):
         with contextlib.suppress(psutil.Error, OSError):

@@ -4,7 +4,7 @@
                                                └▶ Score ─▶ Scored ─────▶ Rollout     correct guided rollouts (Eq. 4)
              progress ─▶ what the unfinished rollouts have sampled since the last report
 
-A lease may bring rollouts that another actor has begun: they are continued from where they were.
+A lease may contain rollouts that another actor has begun; they are continued from their tokens.
 
 Nothing here waits or sends: the rollout loop (`sampler`) feeds results in and takes rollouts out.
 """
@@ -36,7 +36,7 @@ class RolloutGroup:
         self._prompts = {False: plain, True: guided}
         self._begun = {part.slot: part for part in lease.partial}
         self._open = sorted(set(range(lease.autonomous + lease.guided)) - set(lease.finished.tolist()))
-        self._generated: dict[int, Generated] = {}  # complete, but not finished
+        self._generated: dict[int, Generated] = {}  # completions without a verdict or score
         self._reported = {slot: len(part.tokens) for slot, part in self._begun.items()}  # tokens that the hub knows
 
     @property
@@ -45,7 +45,7 @@ class RolloutGroup:
         return not self._open
 
     def requests(self) -> list[Generate | Generated]:
-        """For each rollout a request, or its completion if only the verdict is missing; autonomous slots first."""
+        """For each unfinished rollout a request, or its completion if only the verdict is missing; by slot."""
         return [self._completion(slot) or self._request(slot) for slot in self._open]
 
     def generated(self, result: Generated) -> None:
@@ -76,7 +76,7 @@ class RolloutGroup:
         """What the unfinished rollouts have sampled since the last report; None if there is nothing new.
 
         Args:
-            running: what the engine has sampled for the ids of `rollout_ids`.
+            running: what the engine has sampled so far, by the ids of `rollout_ids`.
             whole: report all tokens again, because the hub may have lost reports.
         """
         parts = []
@@ -95,7 +95,7 @@ class RolloutGroup:
         )
 
     def _completion(self, slot: int) -> Generated | None:
-        """The completion of a rollout that another actor has sampled to its end."""
+        """The completion of a rollout that another actor has sampled completely; None for any other rollout."""
         part = self._begun.get(slot)
         if part is None or not part.finish:
             return None

@@ -1,16 +1,16 @@
-"""What a group has come to so far: finished rollouts, and the tokens of the others.
+"""The present state of a group: finished rollouts, and the tokens of the others.
 
     Progress ─▶ Arrived.report ─┐
     Rollout ──▶ Arrived.finish ─┴─▶ (the actor is lost) ─▶ Lease.finished, Lease.partial ─▶ another actor continues
 
-What an actor has sampled since its last report is lost with it, and sampled again. That favours no length if either
+What an actor has sampled since its last report is lost with the actor, and sampled again. That favours no length if
 
 - the engine samples the same tokens again (`Engine.reproducible`), or
-- reports are made at fixed times, and finished rollouts are delivered with them. Then what is forgotten is all that
-  happened in one interval of time, whether it ended rollouts or not.
+- reports are made at fixed times, and finished rollouts are delivered with them. Then everything in one interval of
+  time is lost, whether rollouts ended in it or not.
 
-If a rollout were delivered when it is finished, only intervals in which none was finished would be sampled again, and
-short rollouts would have more chances than long ones; so they would if a group were kept only as a whole.
+If a rollout were delivered as soon as it is finished, only intervals in which no rollout ended would be sampled again,
+which favours short rollouts. To keep only whole groups would favour them, too. docs/durability.md has a simulation.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sgpo_async.wire.records import PartialRollout, Rollout
 
 @dataclass(kw_only=True)
 class Arrived:
-    """What the hub has of one group of `size` rollouts."""
+    """What the hub has received of one group of `size` rollouts."""
 
     size: int
     rollouts: dict[int, Rollout] = field(default_factory=dict)  # finished, by slot
@@ -64,7 +64,7 @@ class Arrived:
         return reports[-1].start + len(reports[-1].tokens) if reports else 0
 
     def partial(self) -> tuple[PartialRollout, ...]:
-        """The unfinished rollouts that have tokens, each whole."""
+        """All unfinished rollouts that have tokens, each with all its tokens."""
         return tuple(join(reports) for _, reports in sorted(self.reports.items()))
 
     @property

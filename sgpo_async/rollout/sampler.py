@@ -4,8 +4,8 @@
                                 ▲                                          └▶ Score (Eq. 4) ─▶ engine ─▶ Sampled
                                 └── correct guided rollouts of training ──────────┘
 
-`step` waits inside the engine, and for a verdict if it is asked to; nothing else here waits. Which leases there are and
-what becomes of the rollouts is the caller's affair.
+`step` waits inside the engine, and for a verdict if it is asked to; nothing else here waits. The caller supplies the
+leases and uses the rollouts.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class RolloutSampler:
 
     @property
     def leases(self) -> list[Lease]:
-        """Those that have unfinished rollouts."""
+        """The leases that have unfinished rollouts."""
         return [group.lease for group in self._groups.values()]
 
     def add(self, lease: Lease) -> None:
@@ -80,18 +80,18 @@ class RolloutSampler:
             raise
         self._groups[lease.task, lease.attempt] = group
         for request in requests:
-            if isinstance(request, Generated):  # another actor's, complete but not judged
+            if isinstance(request, Generated):  # completed by another actor, but not judged
                 self._submit_for_verdict(group, request)
 
     def cancel(self, task: int, attempt: int) -> bool:
-        """Stop to work on a lease; False if it is not one of `leases`."""
+        """Stop working on a lease; False if it is not one of `leases`."""
         group = self._groups.get((task, attempt))
         if group:
             self._drop(group)
         return group is not None
 
     def progress(self, *, whole: bool = False) -> list[Progress]:
-        """What the unfinished rollouts of all leases have sampled since the last report; with `whole`, all of it."""
+        """What the unfinished rollouts have sampled since the last report, by lease; with `whole`, all their tokens."""
         groups = self._groups.values()
         running = self._engine.progress([id for group in groups for id in group.rollout_ids()])
         reports = [group.progress(running, whole=whole) for group in groups]
@@ -101,13 +101,13 @@ class RolloutSampler:
         """One step of the engine, then the verdicts that are there; returns what is finished or failed.
 
         Args:
-            engine_wait_s: how long an engine that lives elsewhere may wait for a result.
+            engine_wait_s: how long an engine that uses servers may wait for a result.
             verdict_wait_s: how long to wait for the first verdict.
         """
         return [*self._generate(engine_wait_s), *self._judge(verdict_wait_s)]
 
     def close(self) -> None:
-        """End the verifiers; what is unfinished stays so."""
+        """End the verifiers; unfinished rollouts stay unfinished."""
         self._rewards.close()
 
     def _generate(self, wait_s: float) -> list[Sampled | Unservable]:
@@ -115,7 +115,7 @@ class RolloutSampler:
         for result in self._engine.step(wait_s):
             group = self._groups.get(task_of(result.id))
             if group is None:
-                continue  # its lease failed meanwhile
+                continue  # its lease has failed or was cancelled
             if isinstance(result, Failed):
                 finished.append(self._fail(group, result.error))
             elif isinstance(result, Generated):
