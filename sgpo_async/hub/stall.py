@@ -30,17 +30,15 @@ def culprit(status: Mapping[str, Any]) -> str:
     missing = learner["world_size"] - len(learner["requested"])
     if missing and status["buffer"] and not _leased(actors):
         ranks = sorted(set(range(learner["world_size"])) - set(learner["requested"]))
-        return (
-            f"rank {_names(map(str, ranks))} of the learner does not ask for the batch of step {step}: see its stacks"
-        )
+        return f"no request for the batch of step {step} from rank {_names(map(str, ranks))} of the learner: see its stacks"
     if not actors:
         return "no actor is connected: start one with sgpo-async actor --hub ADDRESS"
     if working := [actor["name"] for actor in actors if actor["leases"]]:
-        return f"{_names(working)} has leases and samples nothing: see its log and its stacks"
+        return f"leases but no tokens from {_names(working)}: see the log and the stacks"
     waiting = [actor["name"] for actor in actors if actor["version"] < status["published"] or actor["version"] < 0]
     if waiting:
-        return f"{_names(waiting)} has not loaded version {status['published']} of the weights: see its log"
-    return f"{_names(actor['name'] for actor in actors)} asks for no leases: see its log and its stacks"
+        return f"version {status['published']} of the weights is not loaded by {_names(waiting)}: see the log"
+    return f"no request for leases from {_names(actor['name'] for actor in actors)}: see the log and the stacks"
 
 
 def _leased(actors: Iterable[Mapping[str, Any]]) -> bool:

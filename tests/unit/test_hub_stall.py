@@ -39,7 +39,7 @@ def run_of(*members: str) -> Driver:
         (["actor"], "no learner is connected"),
         (["learner"], "the learner has published no weights yet"),
         (["learner", "weights"], "no actor is connected: start one with sgpo-async actor"),
-        (["learner", "weights", "actor"], "a has leases and samples nothing"),
+        (["learner", "weights", "actor"], "leases but no tokens from a"),
     ],
     ids=str,
 )
@@ -72,14 +72,14 @@ def test_a_rank_that_does_not_ask_is_the_culprit() -> None:
     hub = with_batch()
     hub.send(b"r1", wire.BatchRequest(step=0))
     (text,) = wait(hub)
-    assert "rank 0 of the learner does not ask for the batch of step 0" in text
+    assert "no request for the batch of step 0 from rank 0 of the learner" in text
 
 
 def test_an_actor_that_loads_no_weights_is_the_culprit() -> None:
     hub = run_of("learner", "weights")
     hub.actor(b"a", version=-1)
     (text,) = wait(hub)
-    assert "a has not loaded version 0 of the weights" in text
+    assert "version 0 of the weights is not loaded by a" in text
 
 
 def test_a_run_that_moves_again_is_no_longer_stalled() -> None:
