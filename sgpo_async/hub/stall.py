@@ -29,8 +29,8 @@ def culprit(status: Mapping[str, Any]) -> str:
         return "the learner has published no weights yet: see its log and its stacks"
     missing = learner["world_size"] - len(learner["requested"])
     if missing and status["buffer"] and not _leased(actors):
-        ranks = sorted(set(range(learner["world_size"])) - set(learner["requested"]))
-        return f"no request for the batch of step {step} from rank {_names(map(str, ranks))} of the learner: see its stacks"
+        ranks = _names(str(rank) for rank in range(learner["world_size"]) if rank not in learner["requested"])
+        return f"no request for the batch of step {step} from rank {ranks} of the learner: see its stacks"
     if not actors:
         return "no actor is connected: start one with sgpo-async actor --hub ADDRESS"
     if working := [actor["name"] for actor in actors if actor["leases"]]:
