@@ -334,8 +334,10 @@ class HubCore:
             idle = self.actors.pick(late.min_version, other_than=late.member)
             if idle:
                 self.moved += 1
-                self.actors[late.member].credit = 0  # it has enough to do
                 self._revoke(leases, late.task.number)
+                lowest = work.lowest_version()
+                if lowest is not None and idle.version >= lowest:  # now, because the slow actor may have more credit
+                    self._lease_to(idle, work, lowest)
 
     def _notice_stall(self) -> None:
         """Name the culprit once when nothing has moved for `hub.stall_s`."""
@@ -523,8 +525,11 @@ class HubCore:
     def _lease_tasks(self) -> None:
         for work in (self.evaluation, self.training):
             while (lowest := work.lowest_version()) is not None and (actor := self.actors.pick(lowest)):
-                actor.credit -= 1
-                self._send(actor.member, work.lease(actor.member, min_version=lowest, now=self.now))
+                self._lease_to(actor, work, lowest)
+
+    def _lease_to(self, actor: Actor, work: Training | Evaluation, lowest: int) -> None:
+        actor.credit -= 1
+        self._send(actor.member, work.lease(actor.member, min_version=lowest, now=self.now))
 
     def _begin_close(self, reason: str, *, grace: float) -> None:
         """Tell the actors to stop, and shut down after at most `grace` seconds; the first reason is kept."""
