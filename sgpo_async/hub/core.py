@@ -79,7 +79,7 @@ class HubCore:
         self._moved: tuple[object, ...] = ()
         self._moved_at = self._looked_at = now
         self.closing: tuple[str, float] | None = None  # reason and deadline, once the run is ending
-        self.closed = False
+        self.interrupted = self.closed = False
         self._effects: list[Effect] = []
 
     def handle(self, event: Event, now: float) -> list[Effect]:
@@ -90,6 +90,8 @@ class HubCore:
             self._apply_rules()
             self.training.leases.check()
             self.evaluation.leases.check()
+        elif isinstance(event, ev.HubRestarted) and self.closing:
+            self._effects.append(Shutdown(self.closing[0]))  # the process was killed before it had ended
         return self._effects
 
     def __getstate__(self) -> dict[str, Any]:
@@ -119,6 +121,7 @@ class HubCore:
             case ev.HubRestarted():
                 self._restarted()
             case ev.Interrupted(reason):
+                self.interrupted = True
                 self._begin_close(reason, grace=INTERRUPT_GRACE_S)
 
     def _received(self, member: bytes, message: wire.Message) -> None:
@@ -329,7 +332,7 @@ class HubCore:
             late = late_lease(
                 leases.running.values(), self.actors, durations=leases.durations, now=self.now, heartbeat_s=heartbeat_s
             )
-            if late is None or leases.waiting:
+            if late is None or leases.waiting or self.closing:
                 continue
             idle = self.actors.pick(late.min_version, other_than=late.member)
             if idle:
