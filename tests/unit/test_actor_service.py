@@ -242,6 +242,34 @@ def test_an_engine_that_does_not_repeat_its_samples_delivers_with_the_reports() 
     assert [part.slot for report in actor.sent(Progress) for part in report.partial] == [1]
 
 
+def test_the_report_after_a_lost_connection_comes_with_what_was_finished_meanwhile() -> None:
+    actor = Actor(lease(7))
+    actor.engine.reproducible = False
+    actor.round()
+    actor.hub.connections += 1
+    actor.round(answers=[generated((7, 0, 0))])
+    actor.engine.progress = lambda ids: {(7, 0, 1): sampled(3)}  # type: ignore[method-assign]
+    actor.service._progress_at += 100.0  # the next report would be due later
+    actor.round(Welcome(run_id="run"))
+    assert [part.slot for report in actor.sent(Progress) for part in report.partial] == [1]
+    assert [rollout.slot for rollout in actor.sent(Rollout)] == [0]
+
+
+def test_a_report_that_could_not_be_sent_is_made_up_for() -> None:
+    """The hub ignores tokens if those before them are missing."""
+    actor = Actor(lease(7))
+    send, tokens = actor.hub.send, 2
+    actor.engine.progress = lambda ids: {(7, 0, 0): sampled(tokens)}  # type: ignore[method-assign]
+    actor.hub.send = lambda message: not isinstance(message, Progress) and send(message)  # type: ignore[method-assign]
+    actor.service._progress_at -= 100.0
+    actor.round()
+    actor.hub.send, tokens = send, 5  # type: ignore[method-assign]
+    actor.service._progress_at -= 100.0
+    actor.round()
+    (report,) = actor.sent(Progress)
+    assert [(part.start, len(part.tokens)) for part in report.partial] == [(0, 5)]
+
+
 @pytest.mark.usefixtures("patience")
 def test_an_actor_that_leaves_hands_everything_over() -> None:
     actor = Actor(lease(7), lease(8))
