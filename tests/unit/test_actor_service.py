@@ -13,7 +13,7 @@ from sgpo_async.actor.membership import Membership
 from sgpo_async.actor.service import Service
 from sgpo_async.config import Run
 from sgpo_async.engines.base import Failed, SampledTokens
-from sgpo_async.errors import EngineError
+from sgpo_async.errors import DeadlineExceeded, EngineError
 from sgpo_async.wire.records import (
     Ack,
     Goodbye,
@@ -178,6 +178,19 @@ def test_a_lost_connection_costs_no_work() -> None:
     (ready,) = actor.sent(Ready)
     assert ready.tasks == actor.service._lease_target() - 1  # it still works on the lease of task 7
     assert not actor.engine.cancelled
+
+
+def test_a_weight_receiver_that_ends_late_does_not_end_the_actor() -> None:
+    actor = Actor(lease(7))
+    actor.round()
+
+    def stop() -> None:
+        raise DeadlineExceeded("weight receiver", "end after SIGKILL", 5.0)
+
+    actor.membership.node.stop = stop  # type: ignore[method-assign, assignment]
+    actor.hub.connections += 1
+    actor.round()
+    assert len(actor.sent(Hello)) == 2
 
 
 def test_a_finished_lease_is_held_until_all_its_rollouts_are_acknowledged() -> None:
