@@ -389,10 +389,8 @@ class HubCore:
             leases.discard(release.task, "unservable")
 
     def _progress(self, member: bytes, progress: wire.Progress) -> None:
-        if member in self.actors:
-            self.actors[member].last_seen = self.now
-        work = self.training if progress.purpose == "train" else self.evaluation
-        lease = work.leases.lease_reported(member, progress)
+        work = self._work_of(member, progress)
+        lease = work.leases.lease_of(member, progress)
         if lease is None:
             return
         limits = Limits(vocabulary=self.vocabulary, newest=self.training.version)
@@ -403,12 +401,10 @@ class HubCore:
 
     def _rollout(self, member: bytes, rollout: wire.Rollout) -> None:
         self._send(member, wire.Ack(task=rollout.task, attempt=rollout.attempt, slot=rollout.slot))
-        if member in self.actors:
-            self.actors[member].last_seen = self.now
-        work = self.training if rollout.purpose == "train" else self.evaluation
-        lease = work.leases.lease_expecting(member, rollout)
-        if lease is None:
-            self._unexpected_rollout(member, rollout)
+        work = self._work_of(member, rollout)
+        lease = work.leases.lease_of(member, rollout)
+        if lease is None or rollout.slot in lease.arrived.rollouts:
+            self._unexpected_rollout(member, rollout, work)
             return
         limits = Limits(vocabulary=self.vocabulary, newest=self.training.version)
         if reason := violation(lease.terms, rollout, limits, prompts=lease.arrived.prompts):
@@ -416,19 +412,24 @@ class HubCore:
         else:
             work.leases.arrive(rollout, now=self.now)
 
+    def _work_of(self, member: bytes, sent: wire.Rollout | wire.Progress) -> Training | Evaluation:
+        """Where this belongs, which shows that its sender lives."""
+        if member in self.actors:
+            self.actors[member].last_seen = self.now
+        return self.training if sent.purpose == "train" else self.evaluation
+
     def _invalid(self, leases: LeaseTable, member: bytes, sent: wire.Rollout | wire.Progress, reason: str) -> None:
         """End the lease about which an actor has sent something that cannot be true."""
         leases.reject(sent.task)
         self._send(member, wire.Revoked(task=sent.task, attempt=sent.attempt))
         self._reject(member, reason, detail=f"task {sent.task}")
 
-    def _unexpected_rollout(self, member: bytes, rollout: wire.Rollout) -> None:
+    def _unexpected_rollout(self, member: bytes, rollout: wire.Rollout, work: Training | Evaluation) -> None:
         """Count a rollout that no lease expects.
 
         If its task is known or its lease was issued before a Restore, it is a duplicate or too late. Otherwise the hub
         never issued its task and rejects it.
         """
-        work = self.training if rollout.purpose == "train" else self.evaluation
         if work.has_dispatched(rollout.task) or rollout.attempt < work.leases.first_attempt:
             work.leases.duplicates += 1
         else:
