@@ -15,6 +15,7 @@ leases and weights while the membership is renewed.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -82,6 +83,7 @@ class Service:
         self._heartbeat_version: int | None = None  # the version in the last heartbeat
         engine.reset()  # a warm engine may hold weights of another run under the same version numbers
         self._started = self._heartbeat_at = self._progress_at = time.monotonic()
+        self._report_whole = False  # the hub may have lost reports
         self.run_over = False
 
     def serve(self, *, stopping: Callable[[], bool]) -> str:
@@ -139,8 +141,9 @@ class Service:
         self._granted = len(self._waiting) + len(self._sampler.leases)
         self._heartbeat_version = None
         self._sender.resend()
-        for report in self._sampler.progress(whole=True):
-            self._mailbox.send(report)
+        self._report_whole = True
+        if self._granted:
+            self._progress_at = -math.inf  # the next report is due
         return None
 
     def _held(self) -> list[tuple[int, int]]:
@@ -249,14 +252,18 @@ class Service:
         report_due = now - self._progress_at >= self._run.hub.progress_s
         if report_due:
             self._progress_at = now
-            for report in self._sampler.progress():
-                self._mailbox.send(report)
+            self._send_reports()
         if report_due or self._engine.reproducible:  # else this favours short rollouts: `rollout.partial`
             self._deliver_finished()
         for rollout in self._sender.due(now):
             self._mailbox.send(rollout)
         if now - self._heartbeat_at >= self._run.hub.heartbeat_s or self._engine.version != self._heartbeat_version:
             self._send_heartbeat(now)
+
+    def _send_reports(self) -> None:
+        """Report what was sampled since the last report; all of it if the hub may not have the earlier ones."""
+        sent = [self._mailbox.send(report) for report in self._sampler.progress(whole=self._report_whole)]
+        self._report_whole = not all(sent)
 
     def _deliver_finished(self) -> None:
         for rollout in self._finished:
@@ -283,8 +290,7 @@ class Service:
         """Send all that was sampled, and say goodbye; other actors continue the unfinished rollouts."""
         if not self._membership.serving:
             return
-        for report in self._sampler.progress():
-            self._mailbox.send(report)
+        self._send_reports()
         self._deliver_finished()
         deadline = time.monotonic() + HANDOVER_S
         while len(self._sender) and not self.run_over and time.monotonic() < deadline:

@@ -3,8 +3,7 @@
     torchrun --nproc-per-node 2 launch/learner.py CONFIG [key=value ...] [--hub tcp://HOST:PORT]
 
 Without --hub, rank 0 starts the hub beside itself, listening at hub.address, and stops it at its own end. When torchrun
-restarts the ranks, rank 0 starts a new hub, which continues from the state in the checkpoint. Actors leave with the old
-hub and must be started again.
+restarts the ranks, rank 0 starts a new hub, which takes the place of the earlier one: the actors connect to it again.
 """
 
 from __future__ import annotations

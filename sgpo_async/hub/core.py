@@ -79,7 +79,7 @@ class HubCore:
         self._moved: tuple[object, ...] = ()
         self._moved_at = self._looked_at = now
         self.closing: tuple[str, float] | None = None  # reason and deadline, once the run is ending
-        self.closed = False
+        self.interrupted = self.closed = False
         self._effects: list[Effect] = []
 
     def handle(self, event: Event, now: float) -> list[Effect]:
@@ -90,6 +90,8 @@ class HubCore:
             self._apply_rules()
             self.training.leases.check()
             self.evaluation.leases.check()
+        elif isinstance(event, ev.HubRestarted) and self.closing:
+            self._effects.append(Shutdown(self.closing[0]))  # the process was killed before it had ended
         return self._effects
 
     def __getstate__(self) -> dict[str, Any]:
@@ -119,6 +121,7 @@ class HubCore:
             case ev.HubRestarted():
                 self._restarted()
             case ev.Interrupted(reason):
+                self.interrupted = True
                 self._begin_close(reason, grace=INTERRUPT_GRACE_S)
 
     def _received(self, member: bytes, message: wire.Message) -> None:
@@ -329,13 +332,15 @@ class HubCore:
             late = late_lease(
                 leases.running.values(), self.actors, durations=leases.durations, now=self.now, heartbeat_s=heartbeat_s
             )
-            if late is None or leases.waiting:
+            if late is None or leases.waiting or self.closing:
                 continue
             idle = self.actors.pick(late.min_version, other_than=late.member)
             if idle:
                 self.moved += 1
-                self.actors[late.member].credit = 0  # so that it does not get the lease again
                 self._revoke(leases, late.task.number)
+                lowest = work.lowest_version()
+                if lowest is not None and idle.version >= lowest:  # now, because the slow actor may have more credit
+                    self._lease_to(idle, work, lowest)
 
     def _notice_stall(self) -> None:
         """Warn once, naming who holds up the run, when there was no progress for `hub.stall_s`."""
@@ -384,10 +389,8 @@ class HubCore:
             leases.discard(release.task, "unservable")
 
     def _progress(self, member: bytes, progress: wire.Progress) -> None:
-        if member in self.actors:
-            self.actors[member].last_seen = self.now
-        work = self.training if progress.purpose == "train" else self.evaluation
-        lease = work.leases.lease_reported(member, progress)
+        work = self._work_of(member, progress)
+        lease = work.leases.lease_of(member, progress)
         if lease is None:
             return
         limits = Limits(vocabulary=self.vocabulary, newest=self.training.version)
@@ -398,12 +401,10 @@ class HubCore:
 
     def _rollout(self, member: bytes, rollout: wire.Rollout) -> None:
         self._send(member, wire.Ack(task=rollout.task, attempt=rollout.attempt, slot=rollout.slot))
-        if member in self.actors:
-            self.actors[member].last_seen = self.now
-        work = self.training if rollout.purpose == "train" else self.evaluation
-        lease = work.leases.lease_expecting(member, rollout)
-        if lease is None:
-            self._unexpected_rollout(member, rollout)
+        work = self._work_of(member, rollout)
+        lease = work.leases.lease_of(member, rollout)
+        if lease is None or rollout.slot in lease.arrived.rollouts:
+            self._unexpected_rollout(member, rollout, work)
             return
         limits = Limits(vocabulary=self.vocabulary, newest=self.training.version)
         if reason := violation(lease.terms, rollout, limits, prompts=lease.arrived.prompts):
@@ -411,19 +412,24 @@ class HubCore:
         else:
             work.leases.arrive(rollout, now=self.now)
 
+    def _work_of(self, member: bytes, sent: wire.Rollout | wire.Progress) -> Training | Evaluation:
+        """Where this belongs, which shows that its sender lives."""
+        if member in self.actors:
+            self.actors[member].last_seen = self.now
+        return self.training if sent.purpose == "train" else self.evaluation
+
     def _invalid(self, leases: LeaseTable, member: bytes, sent: wire.Rollout | wire.Progress, reason: str) -> None:
         """End the lease for which an actor has sent an invalid rollout or report."""
         leases.reject(sent.task)
         self._send(member, wire.Revoked(task=sent.task, attempt=sent.attempt))
         self._reject(member, reason, detail=f"task {sent.task}")
 
-    def _unexpected_rollout(self, member: bytes, rollout: wire.Rollout) -> None:
+    def _unexpected_rollout(self, member: bytes, rollout: wire.Rollout, work: Training | Evaluation) -> None:
         """Count a rollout that no lease expects.
 
         If its task is known or its lease was issued before a Restore, it is a duplicate or too late. Otherwise the hub
         never issued its task and rejects it.
         """
-        work = self.training if rollout.purpose == "train" else self.evaluation
         if work.has_dispatched(rollout.task) or rollout.attempt < work.leases.first_attempt:
             work.leases.duplicates += 1
         else:
@@ -523,8 +529,11 @@ class HubCore:
     def _lease_tasks(self) -> None:
         for work in (self.evaluation, self.training):
             while (lowest := work.lowest_version()) is not None and (actor := self.actors.pick(lowest)):
-                actor.credit -= 1
-                self._send(actor.member, work.lease(actor.member, min_version=lowest, now=self.now))
+                self._lease_to(actor, work, lowest)
+
+    def _lease_to(self, actor: Actor, work: Training | Evaluation, lowest: int) -> None:
+        actor.credit -= 1
+        self._send(actor.member, work.lease(actor.member, min_version=lowest, now=self.now))
 
     def _begin_close(self, reason: str, *, grace: float) -> None:
         """Tell the actors to stop, and shut down after at most `grace` seconds; the first reason is kept."""

@@ -13,7 +13,6 @@ systems do not support).
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sqlite3
 from collections.abc import Iterator, Mapping
@@ -145,14 +144,12 @@ class Journal:
                 self._db.execute(f"DELETE FROM {table}")
 
     def close(self) -> None:
-        """Commit and close, unless the journal was removed."""
-        with self._reported(), contextlib.suppress(sqlite3.ProgrammingError):  # raised by a closed database
-            self._db.execute("COMMIT")
-            self._db.close()
+        """Close, without what was not committed: an event that the core could not handle is not handled again."""
+        self._db.close()
 
     def remove(self) -> None:
         """Close the journal and delete its files, because the run is over."""
-        self._db.close()
+        self.close()
         for suffix in ("", "-wal", "-shm", "-journal"):
             self.path.with_name(FILE + suffix).unlink(missing_ok=True)
 

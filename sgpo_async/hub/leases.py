@@ -109,17 +109,10 @@ class LeaseTable:
         finished = np.array(sorted(arrived.rollouts), np.int32)
         return replace(lease, finished=finished, partial=arrived.partial())
 
-    def lease_expecting(self, member: bytes, rollout: Rollout) -> RunningLease | None:
-        """The running lease of `member` that still lacks this rollout; None if it is a duplicate or too late."""
-        lease = self.running.get(rollout.task)
-        if lease is None or (lease.member, lease.attempt) != (member, rollout.attempt):
-            return None
-        return None if rollout.slot in lease.arrived.rollouts else lease
-
-    def lease_reported(self, member: bytes, progress: Progress) -> RunningLease | None:
-        """The running lease of `member` that this report is about; None if it comes too late."""
-        lease = self.running.get(progress.task)
-        return lease if lease and (lease.member, lease.attempt) == (member, progress.attempt) else None
+    def lease_of(self, member: bytes, sent: Rollout | Progress) -> RunningLease | None:
+        """The running lease of `member` to which this belongs; None if it comes too late."""
+        lease = self.running.get(sent.task)
+        return lease if lease and (lease.member, lease.attempt) == (member, sent.attempt) else None
 
     def report(self, progress: Progress, *, now: float) -> None:
         """Keep what the running rollouts of a lease have sampled."""

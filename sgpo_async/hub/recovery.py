@@ -40,14 +40,21 @@ _PLAIN_EVENTS: dict[str, Callable[..., ev.Event]] = {
 def recover(core: HubCore, journal: Journal) -> tuple[HubCore, float]:
     """The core that `journal` holds, and the time on its clock; `core`, a new one, if the journal is empty.
 
-    A journal of another release or of other settings is emptied: its run is over. Raises HubError.
+    A journal of another release or of other settings, or of an interrupted run, is emptied: its run is over.
+    Raises HubError.
     """
     maker = _maker(core.run)
-    if journal.get("maker") != maker:
-        journal.clear()
-        journal.set("maker", maker)
-        save(core, journal)
-        return core, 0.0
+    if journal.get("maker") == maker:
+        recovered, now = _replay(core, journal)
+        if not recovered.interrupted:
+            return recovered, now
+    journal.clear()
+    journal.set("maker", maker)
+    save(core, journal)
+    return core, 0.0
+
+
+def _replay(core: HubCore, journal: Journal) -> tuple[HubCore, float]:
     state = journal.get("state")
     assert state is not None, "the first save sets it together with the maker"
     core = _Unpickler(state, core.run, core.training.task_sampler, journal.rollouts()).load()

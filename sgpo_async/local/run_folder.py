@@ -10,10 +10,10 @@ from typing import Any
 import psutil
 
 from sgpo_async.errors import HubError
+from sgpo_async.hub.journal import FILE as JOURNAL
 from sgpo_async.metrics.reader import SUMMARY
 
 HUB_FILE = "hub.json"
-JOURNAL = "hub.journal"
 
 
 def read_hub_file(folder: Path) -> dict[str, Any]:

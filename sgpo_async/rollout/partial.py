@@ -74,11 +74,6 @@ class Arrived:
         running = [int(part.versions.min()) for reports in self.reports.values() for part in reports]
         return min([*finished, *running], default=None)
 
-    @property
-    def tokens(self) -> int:
-        """Number of sampled tokens."""
-        return sum(len(r.tokens) for r in self.rollouts.values()) + sum(map(self.sampled, self.reports))
-
 
 def join(parts: Sequence[PartialRollout]) -> PartialRollout:
     """Join consecutive parts of one completion; neighbouring spans of one version become one span."""

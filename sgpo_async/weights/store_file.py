@@ -48,9 +48,8 @@ class StoreFile:
         """
         self.in_memory = 4 * expected_bytes <= available_memory()
         self._fd = _open_store(earlier) if earlier else -1
-        self.reopened = self._fd >= 0
         try:
-            if not self.reopened:
+            if self._fd < 0:
                 self._fd = os.memfd_create("sgpo-weights") if self.in_memory else _unnamed_file(folder)
         except OSError as error:
             where = "memory" if self.in_memory else folder
@@ -75,7 +74,10 @@ def _open_store(path: str) -> int:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
         return -1
-    stride, _ = store_layout.read_header(fd)
+    try:
+        stride, _ = store_layout.read_header(fd)
+    except OSError:  # a pipe, for example
+        stride = 0
     if stride == 0:
         os.close(fd)
         return -1

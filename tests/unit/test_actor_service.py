@@ -13,7 +13,7 @@ from sgpo_async.actor.membership import Membership
 from sgpo_async.actor.service import Service
 from sgpo_async.config import Run
 from sgpo_async.engines.base import Failed, SampledTokens
-from sgpo_async.errors import EngineError
+from sgpo_async.errors import DeadlineExceeded, EngineError
 from sgpo_async.wire.records import (
     Ack,
     Goodbye,
@@ -180,6 +180,19 @@ def test_a_lost_connection_costs_no_work() -> None:
     assert not actor.engine.cancelled
 
 
+def test_a_weight_receiver_that_ends_late_does_not_end_the_actor() -> None:
+    actor = Actor(lease(7))
+    actor.round()
+
+    def stop() -> None:
+        raise DeadlineExceeded("weight receiver", "end after SIGKILL", 5.0)
+
+    actor.membership.node.stop = stop  # type: ignore[method-assign, assignment]
+    actor.hub.connections += 1
+    actor.round()
+    assert len(actor.sent(Hello)) == 2
+
+
 def test_a_finished_lease_is_held_until_all_its_rollouts_are_acknowledged() -> None:
     actor = Actor(lease(7))
     actor.round(answers=[generated((7, 0, 0)), generated((7, 0, 1))])
@@ -240,6 +253,34 @@ def test_an_engine_that_does_not_repeat_its_samples_delivers_with_the_reports() 
     actor.round()
     assert [rollout.slot for rollout in actor.sent(Rollout)] == [0]
     assert [part.slot for report in actor.sent(Progress) for part in report.partial] == [1]
+
+
+def test_the_report_after_a_lost_connection_comes_with_what_was_finished_meanwhile() -> None:
+    actor = Actor(lease(7))
+    actor.engine.reproducible = False
+    actor.round()
+    actor.hub.connections += 1
+    actor.round(answers=[generated((7, 0, 0))])
+    actor.engine.progress = lambda ids: {(7, 0, 1): sampled(3)}  # type: ignore[method-assign]
+    actor.service._progress_at += 100.0  # the next report would be due later
+    actor.round(Welcome(run_id="run"))
+    assert [part.slot for report in actor.sent(Progress) for part in report.partial] == [1]
+    assert [rollout.slot for rollout in actor.sent(Rollout)] == [0]
+
+
+def test_a_report_that_could_not_be_sent_is_made_up_for() -> None:
+    """The hub ignores tokens if those before them are missing."""
+    actor = Actor(lease(7))
+    send, tokens = actor.hub.send, 2
+    actor.engine.progress = lambda ids: {(7, 0, 0): sampled(tokens)}  # type: ignore[method-assign]
+    actor.hub.send = lambda message: not isinstance(message, Progress) and send(message)  # type: ignore[method-assign]
+    actor.service._progress_at -= 100.0
+    actor.round()
+    actor.hub.send, tokens = send, 5  # type: ignore[method-assign]
+    actor.service._progress_at -= 100.0
+    actor.round()
+    (report,) = actor.sent(Progress)
+    assert [(part.start, len(part.tokens)) for part in report.partial] == [(0, 5)]
 
 
 @pytest.mark.usefixtures("patience")

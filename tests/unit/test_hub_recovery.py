@@ -125,6 +125,36 @@ def test_a_journal_of_other_settings_or_another_release_is_emptied(
     assert journal.rollouts() == {}
 
 
+def test_a_hub_that_was_killed_while_it_ended_ends_after_its_restart(tmp_path: Path) -> None:
+    """Otherwise it would handle no event, and live for ever."""
+    driver = busy_hub(tmp_path, saves=True)
+    driver.send(b"r0", wire.Finish(reason="finished"))
+    driver.advance(60.0)
+    assert driver.shutdown == "finished"
+    core = driver.kill_and_recover()
+    assert core.handle(ev.HubRestarted(), driver.now) == [ev.Shutdown("finished")]
+
+
+def test_the_journal_of_an_interrupted_run_is_emptied(tmp_path: Path) -> None:
+    """A second Ctrl-C kills a hub that is ending; the next run of this name begins, and does not end at once."""
+    driver = busy_hub(tmp_path, saves=True)
+    driver.handle(ev.Interrupted("Ctrl-C"))
+    core = driver.kill_and_recover()
+    assert core.closing is None and core.training.step == 0
+    driver.core = core
+    driver.learner()
+    save(core, driver.journal)
+    assert driver.kill_and_recover().status() == core.status()
+
+
+def test_an_event_that_the_core_cannot_handle_is_not_replayed(tmp_path: Path) -> None:
+    """The loop closes the journal when the core fails; the hub could otherwise never be started again."""
+    driver = busy_hub(tmp_path, saves=True)
+    status = driver.core.status()
+    driver.journal.append(driver.now, b"an event that breaks the core")
+    assert driver.kill_and_recover().status() == status
+
+
 def test_another_address_is_the_same_run(tmp_path: Path) -> None:
     driver = busy_hub(tmp_path, saves=True)
     driver.journal.close()

@@ -14,8 +14,11 @@ def beat(hub: Driver, member: bytes, *, tokens: int, running: int = 3) -> None:
     hub.send(member, wire.Heartbeat(version=0, running=running, tokens=tokens, busy_s=wall, wall_s=wall))
 
 
-def busy_hub(*, slow_tokens: int) -> tuple[Driver, wire.Lease]:
-    """Actor b has completed leases of two seconds and is idle; actor a samples so many tokens per second."""
+def busy_hub(*, slow_tokens: int, more_credit: int = 0) -> tuple[Driver, wire.Lease]:
+    """Actor b has completed leases of two seconds and is idle; actor a samples so many tokens per second.
+
+    Besides its lease, actor a can take `more_credit` others.
+    """
     hub = Driver(make_run(batch=KNOWN + 1, max_lag=0), Source())
     hub.learner()
     hub.actor(b"b", credit=2)
@@ -30,6 +33,7 @@ def busy_hub(*, slow_tokens: int) -> tuple[Driver, wire.Lease]:
     for done in hub.leases(b"b"):
         hub.serve(b"b", done)
     assert len(hub.core.training.leases.durations) == KNOWN
+    hub.send(b"a", wire.Ready(tasks=more_credit, version=0))
     for second in range(1, int(2 * LATE) + 3):
         if slow_tokens >= 0:
             beat(hub, b"a", tokens=slow_tokens * second)
@@ -51,6 +55,13 @@ def test_a_late_lease_of_a_slow_actor_is_moved_with_its_tokens() -> None:
     hub.serve(b"b", moved)
     ledger = hub.core.status()["ledger"]
     assert (ledger["buffered"], ledger["dropped"]) == (KNOWN + 1, {})
+
+
+def test_a_slow_actor_keeps_the_credit_that_it_has_sent() -> None:
+    """It counts the leases that it has asked for, so it would never ask for them again."""
+    hub, lease = busy_hub(slow_tokens=9, more_credit=7)
+    assert [moved.task for moved in hub.leases(b"b")] == [lease.task]
+    assert hub.core.actors[b"a"].credit == 7
 
 
 def test_a_late_lease_of_a_silent_actor_is_moved() -> None:

@@ -1,5 +1,6 @@
 """Anonymous store files."""
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -48,3 +49,12 @@ def test_the_available_memory_of_a_container_respects_its_limit(
 def test_the_error_names_a_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="nowhere: No such file"):
         StoreFile(tmp_path / "nowhere", expected_bytes=2**60)
+
+
+def test_an_earlier_store_whose_process_id_has_been_used_again_is_not_opened(tmp_path: Path) -> None:
+    reader, writer = os.pipe()  # what another process has at this descriptor
+    file = StoreFile(tmp_path, earlier=f"/proc/{os.getpid()}/fd/{writer}")
+    assert Path(file.path).stat().st_size == 0
+    file.close()
+    os.close(reader)
+    os.close(writer)
