@@ -21,7 +21,7 @@ from sgpo_async.hub import events as ev
 from sgpo_async.hub import snapshot
 from sgpo_async.hub.actors import Actor, Actors
 from sgpo_async.hub.evaluation import Evaluation
-from sgpo_async.hub.events import CloseSender, Effect, Event, OpenSender, Send, Shutdown, Warn
+from sgpo_async.hub.events import CloseSender, Effect, Event, OpenSender, Send, Shutdown, UseStore, Warn
 from sgpo_async.hub.learner_ranks import LearnerRanks
 from sgpo_async.hub.leases import LeaseTable
 from sgpo_async.hub.rollout_checks import Limits, report_violation, violation
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from sgpo_async.tasks.base import ProblemSource
     from sgpo_async.tasks.benchmarks import Benchmark
 
-FINISH_GRACE_S = 5.0  # how long the hub waits for the members' Goodbye after the learner has finished
+FINISH_GRACE_S = 10.0  # how long the hub waits for the members' Goodbye after the learner has finished
 INTERRUPT_GRACE_S = 0.5  # how long it waits for them after an interrupt
 RETURN_S = 5.0  # how long an actor may take to send a new Hello after its weight sender has ended
 RESTART_RETURN_S = 30.0  # ... after a restart of the hub
@@ -458,6 +458,8 @@ class HubCore:
             detail = f"{version} after {self.published}"
             self._reject(member, "Published of a version that is out of order", detail=detail)
             return
+        if store != self.learner_store:
+            self._effects.append(UseStore(store))
         self.published, self.learner_store = version, store
         if not self.evaluation.begun:
             self.evaluation.request(version)  # measures the pass rates at the start of the run

@@ -89,6 +89,16 @@ class CloseSender:
 
 
 @dataclass(frozen=True)
+class UseStore:
+    """The learner publishes into the weight store at `path`. If it is another file than the hub's, use it.
+
+    A SenderDown follows for each weight sender that has the other file open.
+    """
+
+    path: str
+
+
+@dataclass(frozen=True)
 class Warn:
     """Log a line that the user should see."""
 
@@ -102,4 +112,4 @@ class Shutdown:
     reason: str
 
 
-Effect = Send | OpenSender | CloseSender | Warn | Shutdown
+Effect = Send | OpenSender | CloseSender | UseStore | Warn | Shutdown

@@ -62,12 +62,16 @@ class Loop:
         *,
         mailbox: RouterMailbox,
         spawn_sender: Callable[[str], SenderHandle],
+        use_store: Callable[[str], bool] = lambda _: False,
         journal: Journal | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`spawn_sender(name)` starts the weight sender of the actor `name`; `clock` is the core's."""
+        """`spawn_sender(name)` starts the weight sender of the actor `name`; `clock` is the core's.
+
+        `use_store(path)` uses the weight store at `path` from now on; it returns whether that is another file.
+        """
         self._core, self._mailbox, self._spawn_sender = core, mailbox, spawn_sender
-        self._journal, self._clock = journal, clock
+        self._use_store, self._journal, self._clock = use_store, journal, clock
         self._senders: dict[bytes, SenderHandle] = {}
         self._stop_threads = ThreadPoolExecutor(max_workers=16, thread_name_prefix="stop-sender")
         self._stopping: list[Future[None]] = []
@@ -131,6 +135,9 @@ class Loop:
                 self._open_sender(member, name)
             case ev.CloseSender(member):
                 self._stop_sender(member)
+            case ev.UseStore(path):
+                if self._use_store(path):
+                    self._handle([(ev.SenderDown(member, "another weight store"), []) for member in self._senders])
             case ev.Warn(text):
                 log.warning("%s", text)
             case ev.Shutdown(reason):

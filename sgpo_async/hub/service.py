@@ -74,6 +74,7 @@ def serve(run: Run) -> int:
             core,
             mailbox=RouterMailbox(router),
             spawn_sender=spawn_sender,
+            use_store=store.follow,
             journal=journal,
             clock=lambda: time.monotonic() - began,
         )

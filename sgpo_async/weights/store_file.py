@@ -56,6 +56,20 @@ class StoreFile:
             raise WeightsError(f"weight store: cannot create a file in {where}: {error.strerror}") from None
         self.path = f"/proc/{os.getpid()}/fd/{self._fd}"
 
+    def follow(self, path: str) -> bool:
+        """Use the store at `path` instead, if it exists and is another file; returns whether it is.
+
+        `self.path` stays the same, but who has opened it before has the other file.
+        """
+        fd = _open_store(path)
+        if fd < 0:
+            return False
+        other = not os.path.sameopenfile(fd, self._fd)
+        if other:
+            os.dup2(fd, self._fd, inheritable=False)
+        os.close(fd)
+        return other
+
     def close(self) -> None:
         """Close the file; a process that still has it open can continue to use it."""
         if self._fd >= 0:

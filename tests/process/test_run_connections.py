@@ -14,7 +14,7 @@ from run_support import assert_all_trained, real_run, until
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(1200)]
 STEPS = 30
-RESET_EVERY_S = 2.5
+RESET_EVERY_S = 4.0
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER of 0 s: the peer gets a reset and not an end
 
 
@@ -86,7 +86,8 @@ def test_connections_that_are_reset_cost_no_step(tmp_path: Path) -> None:
             actors = [run.actor(f"actor-{number}", hub=proxy.address) for number in range(2)]
             until(lambda: proxy.resets >= 3, "some resets")
             assert learner.wait(900) == 0, learner.output[-3000:]
-            assert [actor.wait() for actor in actors] == [0, 0], actors[0].output[-3000:]
+            for actor in actors:  # also one that was without a connection when the run ended
+                assert actor.wait() == 0, actor.output[-3000:]
             assert hub.wait() == 0
         assert [line["step"] for line in run.metrics()] == list(range(1, STEPS + 1))
         summary = run.summary()

@@ -44,7 +44,12 @@ class Running:
     def __init__(self, router: MemoryRouter) -> None:
         self.router, self.senders, self.reason, self.ended = router, [], "", ""
         core = HubCore(make_run(batch=1, steps=1), Source(held_out=1), store="/store")
-        self.loop = Loop(core, mailbox=RouterMailbox(router), spawn_sender=self.spawn_sender)
+        self.loop = Loop(
+            core,
+            mailbox=RouterMailbox(router),
+            spawn_sender=self.spawn_sender,
+            use_store=lambda path: path == "/another",
+        )
         self.thread = threading.Thread(target=self.run)
         self.thread.start()
 
@@ -135,6 +140,25 @@ def test_a_dead_weight_sender_ends_only_its_own_session(running):
     assert "killed" in actor.wait(wire.Refused).reason
     eventually(lambda: running.senders[0].stopped)
     assert running.thread.is_alive()
+
+
+def test_sessions_begin_again_when_the_learner_publishes_into_another_store(running):
+    """A hub that is started again before the first publication has an empty store of its own."""
+    learner, actor = Member(running.router.dealer(b"l")), Member(running.router.dealer(b"a"))
+    learner.send(wire.Hello(role="learner", name="learner-0"))
+    learner.wait(wire.Welcome)
+    actor.send(wire.Hello(role="actor", name="a"))
+    actor.wait(wire.Welcome)
+    learner.send(wire.Published(version=0, store="/another"))
+    assert "another weight store" in actor.wait(wire.Refused).reason
+    actor.send(wire.Hello(role="actor", name="a"))
+    actor.wait(wire.Welcome)
+    learner.send(wire.Published(version=0, store="/another"))
+    learner.send(wire.StatusRequest())
+    learner.wait(wire.Status)
+    first, second = running.senders
+    eventually(lambda: first.stopped)
+    assert not second.stopped
 
 
 def test_an_interrupt_stops_all_members_and_weight_senders(running):

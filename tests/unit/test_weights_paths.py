@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 
 from sgpo_async.errors import WeightsError
-from sgpo_async.weights import StoreFile, store_file
+from sgpo_async.weights import StoreFile, StoreReader, StoreWriter, store_file
 
 
 @pytest.mark.parametrize("expected_bytes", [0, 2**60])
@@ -58,3 +59,21 @@ def test_an_earlier_store_whose_process_id_has_been_used_again_is_not_opened(tmp
     file.close()
     os.close(reader)
     os.close(writer)
+
+
+def test_a_store_file_follows_the_store_of_a_writer(tmp_path: Path) -> None:
+    """A hub that is started again before the first publication does not know where the learner has its store."""
+    earlier, now = StoreFile(tmp_path), StoreFile(tmp_path)
+    writer = StoreWriter(earlier.path)
+    writer.publish(0, [("weight", torch.ones(2))])
+    path = now.path
+    assert now.follow(writer.own_path)
+    assert not now.follow(writer.own_path), "the same file"
+    assert not now.follow("/proc/0/fd/0"), "a process that is gone"
+    assert now.path == path
+    reader = StoreReader(path)
+    assert reader.tensors(0)["weight"].tolist() == [1.0, 1.0]
+    reader.close()
+    writer.close()
+    for file in (earlier, now):
+        file.close()
