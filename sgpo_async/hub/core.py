@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from sgpo_async.tasks.base import ProblemSource
     from sgpo_async.tasks.benchmarks import Benchmark
 
-FINISH_GRACE_S = 10.0  # how long the hub waits for the members' Goodbye after the learner has finished
+FINISH_GRACE_S = 8.0  # how long the hub waits for the members' Goodbye after the learner has finished
 INTERRUPT_GRACE_S = 0.5  # how long it waits for them after an interrupt
 RETURN_S = 5.0  # how long an actor may take to send a new Hello after its weight sender has ended
 RESTART_RETURN_S = 30.0  # ... after a restart of the hub

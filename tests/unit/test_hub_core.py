@@ -10,7 +10,7 @@ from hub_support import Driver, Source, make_part, make_rollout, make_run, train
 
 from sgpo_async.config import from_plain
 from sgpo_async.hub import HubCore
-from sgpo_async.hub.core import RETURN_S
+from sgpo_async.hub.core import FINISH_GRACE_S, RETURN_S
 from sgpo_async.hub.evaluation import without_problem_results
 from sgpo_async.hub.events import (
     CloseSender,
@@ -638,7 +638,7 @@ def test_the_hub_shuts_down_after_the_goodbyes_of_all_members(hub):
 
 def test_the_hub_shuts_down_at_the_deadline_without_the_goodbyes(hub):
     hub.send(b"r0", wire.Finish())
-    hub.advance(4.9)
+    hub.advance(FINISH_GRACE_S - 0.1)
     assert hub.shutdown is None
     hub.handle(Interrupted("SIGTERM"))
     hub.advance(0.2)
