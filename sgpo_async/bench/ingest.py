@@ -129,6 +129,7 @@ class Members:
                 self._step, self._version = message.step + 1, message.step + 1
                 self._learner.send(wire.Published(version=self._version))
                 self._learner.send(wire.BatchRequest(step=self._step))
+                self._actor.send(wire.Heartbeat(state="serving", version=self._version))  # it has loaded the weights
 
     def _rollout(self, lease: wire.Lease, slot: int) -> wire.Rollout:
         return wire.Rollout(
