@@ -27,7 +27,7 @@ from sgpo_async.wire import decode, encode
 from sgpo_async.wire.records import Rollout
 
 FILE = "hub.journal"
-SAVE_BYTES = 64 * 2**20  # size of the entries at which a save is due
+SAVE_BYTES = 256 * 2**20  # size of the entries at which a save is due
 SAVE_ENTRIES = 20_000  # ... or their number; replaying so many takes about a second
 ANY_SIZE = 2**63  # for `decode`: the size was checked when the message arrived
 _BUSY_S = 2.0  # how long another hub may take to release the file
@@ -36,6 +36,13 @@ _REMEDIES = {
     sqlite3.SQLITE_CORRUPT: "delete it to start without it",
     sqlite3.SQLITE_NOTADB: "delete it to start without it",
 }
+_PRAGMAS = (
+    "page_size=32768",
+    "locking_mode=EXCLUSIVE",
+    "journal_mode=WAL",
+    "synchronous=FULL",
+    "wal_autocheckpoint=2000",
+)
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS entries (number INTEGER PRIMARY KEY, at REAL NOT NULL, event BLOB NOT NULL);
@@ -61,11 +68,12 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE
         self._pending_bytes = self._pending_entries = 0  # since the last save
+        self._added: list[tuple[float, bytes]] = []  # since the last commit
         self._saved: set[StoredKey] = set()  # rollouts in the database
         with self._reported():
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite would make it readable for everybody
             self._db = sqlite3.connect(self.path, timeout=_BUSY_S, isolation_level=None, cached_statements=16)
-            for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=FULL"):
+            for pragma in _PRAGMAS:
                 self._db.execute(f"PRAGMA {pragma}")
             self._db.executescript(_SCHEMA)
             self._db.execute("BEGIN")
@@ -74,14 +82,15 @@ class Journal:
 
     def append(self, at: float, event: bytes) -> None:
         """Add an event that happened at time `at` on the core's clock."""
-        with self._reported():
-            self._db.execute("INSERT INTO entries (at, event) VALUES (?, ?)", (at, event))
+        self._added.append((at, event))
         self._pending_bytes += len(event)
         self._pending_entries += 1
 
     def commit(self) -> None:
         """Commit what was added; then it is on disk."""
+        added, self._added = self._added, []
         with self._reported():
+            self._db.executemany("INSERT INTO entries (at, event) VALUES (?, ?)", added)
             self._db.execute("COMMIT")
             self._db.execute("BEGIN")
 
@@ -92,6 +101,7 @@ class Journal:
 
     def save(self, state: bytes, rollouts: Mapping[StoredKey, Rollout]) -> None:
         """Replace state and entries by `state`, which refers to `rollouts`; commit."""
+        self._added = []  # the state has them
         with self._reported():
             gone = self._saved - rollouts.keys()
             new = rollouts.keys() - self._saved

@@ -233,6 +233,7 @@ class World(Driver):
     def kill_hub(self) -> None:
         """The hub is killed between two events; the next process goes on from its journal, and the actors come back."""
         core = HubCore(self.run, self.source, store="/store")
+        self.journal.commit()
         self.core, _ = recover(core, self.journal)
         self.handle(HubRestarted())
         self.kills += 1
