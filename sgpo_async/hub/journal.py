@@ -28,7 +28,7 @@ from sgpo_async.wire.records import Rollout
 
 FILE = "hub.journal"
 SAVE_BYTES = 256 * 2**20  # size of the entries at which a save is due
-SAVE_ENTRIES = 20_000  # ... or their number; replaying so many takes about a second
+SAVE_ENTRIES = 20_000  # ... or their number; replaying so many takes about five seconds
 ANY_SIZE = 2**63  # for `decode`: the size was checked when the message arrived
 _BUSY_S = 2.0  # how long another hub may take to release the file
 _REMEDIES = {
