@@ -81,7 +81,8 @@ def hub_beside(settings: Run, arguments: list[str], *, continues: bool) -> Itera
 
     Raises RunFailed if it ends at once (for example because the port is taken), DeadlineExceeded if it does not start.
     """
-    from sgpo_async.local.children import Processes, python
+    from sgpo_async.cli.local import LocalCommandLines
+    from sgpo_async.local.children import Processes
     from sgpo_async.local.hub_process import kept_hub
     from sgpo_async.local.run_folder import claim
 
@@ -101,12 +102,8 @@ def hub_beside(settings: Run, arguments: list[str], *, continues: bool) -> Itera
         signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
     )  # torchrun ends ranks by SIGTERM: stop the hub, too
 
-    def command(address: str) -> list[str]:
-        override = [f"hub.address={address}"] if address else []
-        return python("sgpo_async.cli", "hub", *arguments, *override)
-
     try:
-        with kept_hub(processes, command) as address:
+        with kept_hub(processes, LocalCommandLines(settings, arguments).hub) as address:
             yield address
             failed = False
     finally:

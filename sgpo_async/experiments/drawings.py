@@ -27,7 +27,7 @@ class Kind(NamedTuple):
 
     title: str
     measures: tuple[Measure, ...]
-    above_0: str = ""  # a key; the figure shows only methods whose value is above 0 somewhere
+    above_0: str = ""  # metric key; the figure shows only methods with a value above 0 of this metric
 
 
 PASS_RATE = Measure("auto", "validation pass rate alone, %", 100, 100)

@@ -62,7 +62,7 @@ class Saved:
 class CheckpointWriter:
     """Writes checkpoints below `folder` in the background, one at a time, and deletes all but the newest `keep`.
 
-    If `minutes` is above 0, a checkpoint is also due so many minutes after the last one.
+    If `minutes` > 0, a checkpoint is also due `minutes` after the last one.
 
     Checkpoints of later steps than the one just written belong to an earlier attempt of the run that was not resumed.
     They are kept. Every method is a collective of all ranks.

@@ -187,14 +187,19 @@ def test_an_actor_that_hands_over_loses_no_token(uninterrupted: list[wire.Rollou
     first.step(5)
     first.report()
     driver.send(b"first", wire.Release(task=lease.task, attempt=lease.attempt, reason="leaving"))
+    sampled = complete_by_another(driver, first)
+    assert sum(sampled) == sum(len(rollout.tokens) for rollout in uninterrupted)
+    assert min(sampled) > 0
+
+
+def complete_by_another(driver: Driver, first: Member) -> list[int]:
+    """Another actor completes the group of `first`; return how many tokens each of the two has sampled."""
     second = Member(driver, b"second")
     try:
         second.start()
         while 0 not in driver.core.training.leases.complete:
             second.step(1)
-        sampled = [member.engine.load_status().tokens for member in (first, second)]
-        assert sum(sampled) == sum(len(rollout.tokens) for rollout in uninterrupted)
-        assert min(sampled) > 0
+        return [member.engine.load_status().tokens for member in (first, second)]
     finally:
         first.sampler.close()
         second.sampler.close()
@@ -218,17 +223,9 @@ def tokens_lost(*, leaves: bool, period: int, steps: int) -> tuple[int, int]:
     else:
         driver.handle(SenderDown(b"first", "killed"))
         driver.advance(10.0)
-    second = Member(driver, b"second")
-    try:
-        second.start()
-        while 0 not in driver.core.training.leases.complete:
-            second.step(1)
-        sampled = [member.engine.load_status().tokens for member in (first, second)]
-        kept = sum(len(rollout.tokens) for rollout in driver.core.training.leases.complete[0].rollouts)
-        return sum(sampled) - kept, sampled[0]
-    finally:
-        first.sampler.close()
-        second.sampler.close()
+    sampled = complete_by_another(driver, first)
+    kept = sum(len(rollout.tokens) for rollout in driver.core.training.leases.complete[0].rollouts)
+    return sum(sampled) - kept, sampled[0]
 
 
 def test_a_killed_actor_loses_only_what_it_has_not_reported() -> None:
