@@ -23,6 +23,7 @@ from typing import cast
 import msgpack
 
 from sgpo_async.errors import HubError
+from sgpo_async.files import FREE_SOME
 from sgpo_async.wire import decode, encode
 from sgpo_async.wire.records import Rollout
 
@@ -35,6 +36,7 @@ _REMEDIES = {
     sqlite3.SQLITE_BUSY: "another hub uses it: choose another name=NAME",
     sqlite3.SQLITE_CORRUPT: "delete it to start without it",
     sqlite3.SQLITE_NOTADB: "delete it to start without it",
+    sqlite3.SQLITE_FULL: FREE_SOME,
 }
 _PRAGMAS = (
     "page_size=32768",

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from sgpo_async.errors import DeadlineExceeded, RunFailed
+from sgpo_async.files import disk_full
 from sgpo_async.local.children import Child, Processes, wait_for
 from sgpo_async.local.restarts import LIMIT, WINDOW_S, Restarts
 from sgpo_async.local.run_folder import read_hub_file
@@ -78,7 +79,8 @@ class HubProcess:
 
     def _crashed(self, child: Child) -> None:
         what, code = f"the hub {child.ending()}", child.code
-        if not self.address or code is None or code == USERS_ERROR or code > BY_REQUEST:
+        by_request = code is None or code > BY_REQUEST
+        if not self.address or by_request or code == USERS_ERROR or disk_full(child.log):
             raise RunFailed(f"{what}: {child.complaint()}")
         pause = self._restarts.pause_after_crash(time.monotonic())
         if pause is None:

@@ -340,6 +340,14 @@ def test_an_error_of_the_users_and_a_signal_that_the_hub_obeyed_end_the_run(run:
         supervisor.tick()
 
 
+def test_a_hub_that_fails_on_a_full_disk_ends_the_run_at_once(run: FakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_process, "disk_full", lambda log: str(log) == "hub.log")
+    supervisor = start(run)
+    run.child("hub").code = 1
+    with pytest.raises(RunFailed, match="the hub ended with code 1: end of its log"):
+        supervisor.tick()
+
+
 @pytest.mark.parametrize("code", [0, 1, 2, -9])
 def test_a_hub_that_ends_before_it_is_ready_ends_the_run(run: FakeRun, code: int) -> None:
     run.hub_file = {}

@@ -117,7 +117,9 @@ def test_the_reward_pool_applies_tolerances() -> None:
     try:
         pool.submit("near", "math-tolerance", tolerant(("3.5", 0.1)), "\\boxed{3.45}")
         pool.submit("far", "math-tolerance", tolerant(("3.5", 0.1)), "\\boxed{3.3}")
-        verdicts = pool.poll(timeout_s=120.0) + pool.poll(timeout_s=120.0)
+        verdicts = pool.poll(timeout_s=120.0)
+        if len(verdicts) == 1:
+            verdicts += pool.poll(timeout_s=120.0)
         assert {verdict.key: verdict.correct for verdict in verdicts} == {"near": True, "far": False}
     finally:
         pool.close()
