@@ -19,6 +19,8 @@ from sgpo_async.wire.records import Lease, PartialRollout, Progress, Rollout
 TOLERANCE = 1e-3  # a log-probability may be so far above 0, by rounding
 LOWEST = -1e4  # no engine samples a token of a lower log-probability
 
+PROMPT_DIFFERS = "prompt differs from that of the group"
+
 Prompts = Mapping[bool, np.ndarray]
 """The prompts of the rollouts that a lease already has: the plain one (False) and the one with the strategy (True)."""
 
@@ -142,7 +144,7 @@ def _prompt(rollout: Rollout, prompts: Prompts) -> str | None:
         return "prompt is empty"
     known = prompts.get(rollout.guided)
     if known is not None and not np.array_equal(known, rollout.prompt):
-        return "prompt differs from that of the group"
+        return PROMPT_DIFFERS
     return None
 
 

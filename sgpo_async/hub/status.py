@@ -10,6 +10,7 @@ from sgpo_async.config import Run
 from sgpo_async.hub.actors import Actors
 from sgpo_async.hub.evaluation import Evaluation
 from sgpo_async.hub.learner_ranks import LearnerRanks
+from sgpo_async.hub.stall import StallWatch
 from sgpo_async.hub.training import Training
 from sgpo_async.wire.records import Evaluated
 
@@ -35,7 +36,7 @@ class CoreState(Protocol):
     quarantined: dict[str, str]
     restarts: int
     moved: int
-    stalled: str
+    stall: StallWatch
     started: float
     now: float
 
@@ -80,7 +81,7 @@ def status(core: CoreState) -> dict[str, Any]:
         "hub_restarts": core.restarts,
         "leases_moved": core.moved,
         "uptime_s": core.now - core.started,
-        "stalled": core.stalled,  # who holds up the run, if there was no progress for hub.stall_s
+        "stalled": core.stall.stalled,  # who holds up the run, if there was no progress for hub.stall_s
     }
 
 

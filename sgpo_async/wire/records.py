@@ -3,7 +3,7 @@
     actor ──▶ hub     Hello  Ready  Progress  Rollout  Release  Heartbeat  Goodbye
     hub ──▶ actor     Welcome | Refused  Lease  Ack  Revoked  Stop
     learner ──▶ hub   Hello  BatchRequest  Commit  Published  Evaluate  SnapshotRequest  Restore  Finish  Heartbeat
-    hub ──▶ learner   Welcome | Refused  Shard  Committed  Evaluated  Snapshot  Restored  Stop
+    hub ──▶ learner   Welcome | Refused  Pending  Shard  Committed  Evaluated  Snapshot  Restored  Stop
     any process ──▶ hub    StatusRequest  SettingsRequest      hub ──▶ that process    Status  Settings
 
 A record is a frozen dataclass. The codec sends array fields (`Tokens`, `Floats`, `Ints`) and `bytes` as raw
@@ -221,6 +221,13 @@ class BatchRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Pending:
+    """The hub cannot answer a repeated BatchRequest or an Evaluate yet, and made progress `idle_s` seconds ago."""
+
+    idle_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Shard:
     """One rank's part of a batch: whole groups. Empty only if the batch has fewer groups than ranks."""
 
@@ -358,6 +365,6 @@ class Settings:
 
 Message = (
     Hello | Welcome | Refused | Ready | Lease | Revoked | Progress | Rollout | Ack | Release | Heartbeat | Goodbye
-    | Stop | BatchRequest | Shard | Commit | Committed | Published | Evaluate | Evaluated | SnapshotRequest | Snapshot
-    | Restore | Restored | Finish | StatusRequest | Status | SettingsRequest | Settings
+    | Stop | BatchRequest | Pending | Shard | Commit | Committed | Published | Evaluate | Evaluated | SnapshotRequest
+    | Snapshot | Restore | Restored | Finish | StatusRequest | Status | SettingsRequest | Settings
 )  # fmt: skip
