@@ -25,6 +25,15 @@ Floats = Annotated[np.ndarray, "<f4"]
 
 Purpose = Literal["train", "evaluate"]
 
+OBSERVED = -1
+"""As the weight version of a span: an environment wrote these tokens, not the policy. They are read and never trained;
+their log-probability is 0."""
+
+
+def oldest(versions: np.ndarray) -> int:
+    """The lowest weight version of these spans, of which at least one is no observation."""
+    return int(versions[versions != OBSERVED].min())
+
 
 @dataclass(frozen=True, kw_only=True)
 class Hello:
@@ -145,9 +154,9 @@ class Rollout:
     purpose: Purpose
     guided: bool
     prompt: Tokens  # with the strategy, if guided
-    tokens: Tokens  # [T] sampled tokens, with the end token if there is one
+    tokens: Tokens  # [T] sampled tokens, with the end token if there is one, and those of an environment between them
     logprobs: Floats  # [T] behaviour log-probability of each token at the sampling temperature
-    versions: Ints  # [S] weight version of each span
+    versions: Ints  # [S] weight version of each span, or OBSERVED; the first is a version
     ends: Ints  # [S] end (exclusive) of each span in `tokens`; the last is T
     reward: float
     finish: Literal["stop", "length"]
@@ -159,12 +168,17 @@ class Rollout:
 
     @property
     def oldest_version(self) -> int:
-        """The weight version of the oldest token."""
-        return int(self.versions.min())
+        """The weight version of the oldest token that the policy has sampled."""
+        return oldest(self.versions)
 
     def token_versions(self) -> np.ndarray:
-        """Weight version of each token, [T] int32."""
+        """Weight version of each token, or OBSERVED, [T] int32."""
         return np.repeat(self.versions, np.diff(self.ends, prepend=0))
+
+    @property
+    def sampled(self) -> np.ndarray:
+        """Whether the policy has sampled each token, [T] bool."""
+        return self.token_versions() != OBSERVED
 
 
 @dataclass(frozen=True, kw_only=True)

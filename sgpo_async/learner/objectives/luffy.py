@@ -29,11 +29,11 @@ def luffy(group: TaskGroup, algorithm: Algorithm) -> Trained:
         return grpo(group, algorithm)
     rewards = torch.cat((group.rewards(guided=False), torch.ones(1, 1, dtype=torch.float64)), dim=-1)
     *advantages, own = group_advantages(rewards)[0].tolist()
-    tokens = len(group.demonstration) + sum(len(rollout.tokens) for rollout in group.autonomous)
+    tokens = len(group.demonstration) + sum(int(rollout.sampled.sum()) for rollout in group.autonomous)
     rollouts = zip(group.autonomous, advantages, strict=True)
     return Trained(
         policy_gradient=[
-            PolicyGradient(rollout, advantage, len(rollout.tokens) / tokens / group.problems)
+            PolicyGradient(rollout, advantage, int(rollout.sampled.sum()) / tokens / group.problems)
             for rollout, advantage in rollouts
         ],
         likelihood=[_shaped(group, own * len(group.demonstration) / tokens / group.problems)] if own else [],
