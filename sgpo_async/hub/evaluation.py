@@ -171,7 +171,7 @@ def _problem_result(problem: Problem, group: CompletedGroup) -> ProblemResult:
     return ProblemResult(
         id=problem.id,
         digest=problem.digest,
-        correct=[rollout.reward == 1.0 for rollout in rollouts],
+        correct=[rollout.correct for rollout in rollouts],
         tokens=[int(rollout.ends[-1]) for rollout in rollouts],
         finish=[rollout.finish for rollout in rollouts],
         timed_out=[],

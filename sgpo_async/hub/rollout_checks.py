@@ -9,6 +9,7 @@ A reason has no values in it, because the hub counts rejections by reason.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -128,8 +129,10 @@ def _token_ids(sent: Rollout | PartialRollout, limits: Limits) -> str | None:
 def _numbers(lease: Lease, rollout: Rollout) -> str | None:
     if not _are_logprobs(rollout.logprobs):
         return f"logprobs must be in [{LOWEST:g}, 0]"
-    if not 0.0 <= rollout.reward <= 1.0:
-        return "reward must be in [0, 1]"
+    if not math.isfinite(rollout.reward):
+        return "reward must be finite"
+    if rollout.solved_at != lease.solved_at:
+        return "solved_at differs from the lease's"
     value = rollout.unguided_logprob
     if (value is not None) != _is_scored(lease, rollout):
         return "unguided_logprob must come with a correct guided rollout of training, and with no other"
@@ -159,7 +162,7 @@ def _prompt(rollout: Rollout, prompts: Prompts) -> str | None:
 
 def _is_scored(lease: Lease, rollout: Rollout) -> bool:
     """Whether the engine scores this rollout under the plain prompt (Eq. 4)."""
-    return rollout.guided and lease.purpose == "train" and rollout.reward == 1.0
+    return rollout.guided and lease.purpose == "train" and rollout.correct
 
 
 def _are_logprobs(values: np.ndarray) -> bool:

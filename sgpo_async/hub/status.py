@@ -18,6 +18,8 @@ NO_BATCH_YET = {
     "lag": {"mean": 0.0, "max": 0, "histogram": {}},
     "pass_auto": None,
     "pass_guided": None,
+    "reward_auto": None,
+    "reward_guided": None,
 }
 
 
@@ -62,7 +64,7 @@ def status(core: CoreState) -> dict[str, Any]:
         "evaluation_ledger": evaluation.leases.plain(),
         "buffer": len(training.leases.complete),  # groups
         **NO_BATCH_YET,
-        **training.last,  # lag, pass_auto and pass_guided of the last batch
+        **training.last,  # lag, pass rates and rewards of the last batch
         "tokens_generated": sum(table.tokens for table in tables),
         "tokens_trained": training.tokens_trained,
         "tokens_per_s": sum(actor.meter.tokens_per_s for actor in actors.values()),

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-PROTOCOL = 4  # raise it whenever a record changes
+PROTOCOL = 5  # raise it whenever a record changes
 
 Tokens = Annotated[np.ndarray, "<i4"]  # token ids, 1-d
 Ints = Annotated[np.ndarray, "<i4"]
@@ -33,6 +33,11 @@ their log-probability is 0."""
 def oldest(versions: np.ndarray) -> int:
     """The lowest weight version of these spans, of which at least one is no observation."""
     return int(versions[versions != OBSERVED].min())
+
+
+def is_correct(reward: float, solved_at: float) -> bool:
+    """The one rule by which a reward, which may be any finite number, says whether the problem is solved."""
+    return reward >= solved_at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +114,7 @@ class Lease:
     purpose: Purpose
     problem: str
     answer: str
-    verifier: str  # name in `sgpo_async.tasks.verify.VERIFIERS`
+    verifier: str  # what judges the completions, in the text form of `sgpo_async.tasks.rewards`
     strategy: str | None
     autonomous: int
     guided: int
@@ -119,6 +124,8 @@ class Lease:
     top_p: float  # must be 1 for training: importance ratios need log-probabilities over the whole vocabulary
     max_new_tokens: int
     top_logprobs_num: int = 0  # likeliest tokens to report for each token of a correct guided rollout
+    solved_at: float = 1.0  # a rollout is correct if its reward is at least this
+    columns: str = ""  # the other columns of the problem's record as a JSON object, if the verifier is the user's own
     finished: Ints = field(default_factory=lambda: np.empty(0, np.int32))  # slots whose rollouts the hub has already
     partial: tuple[PartialRollout, ...] = ()  # what earlier attempts sampled of the other slots; each from position 0
 
@@ -158,13 +165,19 @@ class Rollout:
     logprobs: Floats  # [T] behaviour log-probability of each token at the sampling temperature
     versions: Ints  # [S] weight version of each span, or OBSERVED; the first is a version
     ends: Ints  # [S] end (exclusive) of each span in `tokens`; the last is T
-    reward: float
+    reward: float  # any finite number
     finish: Literal["stop", "length"]
     # For correct guided rollouts only: the sum of log pi(token | plain prompt), for Eq. 4; and, if the lease asks for
     # them, the k likeliest tokens at each position with their log-probabilities, position by position, likeliest first.
     unguided_logprob: float | None = None
     top_tokens: Tokens | None = None  # [T * k]
     top_logprobs: Floats | None = None  # [T * k]
+    solved_at: float = 1.0  # of its lease
+
+    @property
+    def correct(self) -> bool:
+        """Whether the problem is solved. Pass rates, alpha (Eq. 6) and the targets (Eq. 2, 4) use only this."""
+        return is_correct(self.reward, self.solved_at)
 
     @property
     def oldest_version(self) -> int:

@@ -254,7 +254,7 @@ def test_an_actor_that_continues_a_group_with_another_prompt_is_not_blamed(hub):
 INVALID = {
     "infinite log-probability": {"logprobs": np.array([-np.inf, -1.0], np.float32)},
     "log-probability that is not a number": {"logprobs": np.array([np.nan, -1.0], np.float32)},
-    "reward of 2": {"reward": 2.0},
+    "reward that is not a number": {"reward": float("nan")},
     "token beyond the vocabulary": {"tokens": np.array([5, 999], np.int32)},
     "prompt beyond the vocabulary": {"prompt": np.array([5, 999], np.int32)},
 }

@@ -55,6 +55,11 @@ class TaskGroup:
         rollouts = self.guided if guided else self.autonomous
         return torch.tensor([[rollout.reward for rollout in rollouts]], dtype=torch.float64)
 
+    def correct(self, *, guided: bool) -> Tensor:
+        """Return which of the guided or of the autonomous rollouts are correct: [1, G] float64, 1 or 0."""
+        rollouts = self.guided if guided else self.autonomous
+        return torch.tensor([[float(rollout.correct) for rollout in rollouts]], dtype=torch.float64)
+
 
 @dataclass(frozen=True)
 class PolicyGradient:
