@@ -63,6 +63,11 @@ class Model:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights that are sent to the engines
 
 
+def is_own_name(name: str) -> bool:
+    """Whether `name` has the form MODULE:NAME."""
+    return bool(re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", name))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tasks:
     """The source of the problems, and how a prompt is built from a problem."""
@@ -83,6 +88,11 @@ class Tasks:
         ""  # math, ..., module:function, or {name: weight, ...}; "": the source's verifier (docs/own-tasks.md)
     )
     solved_at: float = 1.0  # a rollout is correct if its reward is at least this
+    # module:Class of an environment, which replies to completions until the episode is over and gives the reward; "": a
+    # completion is judged by itself. rollout.max_new_tokens is the limit of an episode, with the replies.
+    environment: str = ""
+    max_turns: int = 8  # most completions in an episode
+    reply_role: Literal["user", "tool"] = "user"  # prompt=chat: the role of the environment's replies
     reward_workers: int = 2  # processes of each actor that judge completions
     reward_limit_s: float = 3.0  # a completion that takes longer to judge has reward 0
     reward_memory_mb: int = 2048  # limit of each of these processes; a completion that needs more has reward 0; 0: none
@@ -115,6 +125,19 @@ class Tasks:
             "must be <= 1 without tasks.reward, because verifiers give 1 or 0",
             self.solved_at,
         )
+        require(self.max_turns >= 1, "tasks.max_turns", "must be >= 1", self.max_turns)
+        require(
+            not (self.environment and self.reward),
+            "tasks.reward",
+            "must be empty with tasks.environment, which gives the rewards",
+            self.reward,
+        )
+        require(
+            not self.environment or is_own_name(self.environment),
+            "tasks.environment",
+            "must be MODULE:CLASS",
+            self.environment,
+        )
         self._check_reward()
         self._check_prompt()
         unknown = sorted(self.columns.keys() - set(COLUMNS))
@@ -139,9 +162,9 @@ class Tasks:
         )
 
     def _check_prompt(self) -> None:
-        own = re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", self.prompt)
+        own = is_own_name(self.prompt)
         require(
-            self.prompt in ("plain", "chat") or bool(own),
+            self.prompt in ("plain", "chat") or own,
             "tasks.prompt",
             "must be plain, chat, or MODULE:FUNCTION",
             self.prompt,
