@@ -202,7 +202,8 @@ class Sft:
     lr: float = 1e-5
     warmup_ratio: float = 0.1  # of all steps
     schedule: Literal["constant", "linear", "cosine"] = "cosine"  # inferred: the paper names no schedule
-    max_tokens: int = 16384  # of prompt and response; longer examples are dropped and counted
+    # Of prompt and response; longer examples, or examples beyond the model's positions, are dropped and counted.
+    max_tokens: int = 16384
     validate_every: int = 0  # steps; 0: at the end of each epoch
 
     def __post_init__(self) -> None:
