@@ -215,9 +215,12 @@ class DiskTransport:
     name = "disk"
 
     def __init__(self, model: ModelFacts, folder: str) -> None:
-        temporary = f"{tempfile.gettempdir()}/sgpo-weights-{uuid.uuid4().hex[:12]}"
+        try:
+            temporary = tempfile.gettempdir()
+        except FileNotFoundError:  # no disk is writable, e.g. because it is full; `write` reports that
+            temporary = "/tmp"
         self._own = not folder
-        self._folder = Path(folder or temporary)
+        self._folder = Path(folder or f"{temporary}/sgpo-weights-{uuid.uuid4().hex[:12]}")
         self._model = model
         self._written: list[Path] = []
 
