@@ -162,7 +162,7 @@ def _value(value: Any, typed: Any, kind: Any, path: str) -> Any:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{path} must be a section with keys, got {value!r}")
         return _section(value, typed, kind, f"{path}.")  # type: ignore[arg-type]
-    if dataclasses.is_dataclass(_value_type(kind)) and isinstance(value, Mapping):
+    if _value_type(kind) is not None and isinstance(value, Mapping):
         named = typed if isinstance(typed, Mapping) else {}
         return {key: _value(one, named.get(key), _value_type(kind), f"{path}.{key}") for key, one in value.items()}
     return typed if kind is str and isinstance(typed, str) and value is not None else value

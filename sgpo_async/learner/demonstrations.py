@@ -28,7 +28,7 @@ class Demonstrations:
         if tokenizer.eos_token_id is None:
             raise DataError(f"model.path: {run.model.path}: the tokenizer has no end token; set its eos_token")
         self._task_sampler, self._tokenizer = TaskSampler(run, source), tokenizer
-        self._style, self._longest = run.tasks.prompt, longest
+        self._tasks, self._longest = run.tasks, longest
         self._too_long: set[str] = set()  # problems whose response has been left out
 
     def tokens(self, task: int) -> np.ndarray | None:
@@ -39,7 +39,7 @@ class Demonstrations:
         problem = self._task_sampler.task(task).problem
         if problem.response is None:
             return None
-        prompt = build_prompt(problem.problem, None, style=self._style, tokenizer=self._tokenizer)
+        prompt = build_prompt(problem.problem, None, tasks=self._tasks, tokenizer=self._tokenizer)
         tokens = self._tokenizer.encode(problem.response, add_special_tokens=False)
         length = len(prompt) + len(tokens) + 1
         if length <= self._longest:

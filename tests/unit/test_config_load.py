@@ -231,6 +231,9 @@ def test_a_text_in_a_file_stays_as_typed(tmp_path: Path, text: str) -> None:
     assert (run.name, run.tasks.path, run.evaluation.benchmarks["a"].path) == (text, text, text)
     assert load(_write(tmp_path, to_yaml(run))) == run
     assert load(_write(tmp_path, ""), [f"tasks={{path: {text}}}"]).tasks.path == text
+    for override in (f"tasks.columns={{answer: {text}}}", f"tasks.columns.answer={text}"):
+        assert load("", [override]).tasks.columns == {"answer": text}
+    assert load("", ["tasks.answer_after=####"]).tasks.answer_after == "####"
 
 
 def test_a_whole_number_with_zeros_before_it_is_decimal(tmp_path: Path) -> None:
