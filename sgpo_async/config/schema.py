@@ -5,9 +5,10 @@
     processes.py    hub, engine, local
     schema.py       the run, model, tasks, rollout, evaluation; exports every section
 
-Each class is one section of the YAML file. A rule about one section is checked in the `__post_init__` of its class, by
-`require`; rules across sections are checked in `Run.__post_init__`. No other module validates the configuration, except
-against what only a loaded model, an experiment file or the machine can tell.
+Each class is one section of the YAML file. A setting that names a file or a folder has the metadata PATH, and load.py
+expands ~ in it. A rule about one section is checked in the `__post_init__` of its class, by `require`; rules across
+sections, and that numbers are finite, are checked in `Run.__post_init__`. No other module validates the configuration,
+except against what only a loaded model, an experiment file or the machine can tell.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
 from sgpo_async.config.processes import Engine, Hub, Local, Sglang
-from sgpo_async.config.rules import host_of, require
+from sgpo_async.config.rules import PATH, host_of, require, require_finite
 from sgpo_async.config.training import BANDS, Algorithm, Correction, CorrectionMode, Learner, Optim, Sft
 
 __all__ = [
@@ -59,7 +60,8 @@ BYTES_PER_TOKEN = 8  # of a rollout: token id and log-probability; each reported
 class Model:
     """The policy."""
 
-    path: str = "builtin:cues"  # the built-in base policy, a Hugging Face folder, or a hub name
+    # The built-in base policy, a Hugging Face folder, or a hub name.
+    path: str = field(default="builtin:cues", metadata=PATH)
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights that are sent to the engines
 
 
@@ -73,7 +75,7 @@ class Tasks:
     """The source of the problems, and how a prompt is built from a problem."""
 
     source: Literal["cues", "file"] = "cues"
-    path: str = ""  # source=file: JSONL, CSV, Parquet, or a Hugging Face dataset
+    path: str = field(default="", metadata=PATH)  # source=file: JSONL, CSV, Parquet, or a Hugging Face dataset
     dataset_config: str = ""  # configuration of a Hugging Face dataset, e.g. main
     split: str = ""  # split of a Hugging Face dataset; "": train
     columns: dict[str, str] = field(default_factory=dict)  # our names -> those of the file, e.g. {problem: question}
@@ -213,7 +215,7 @@ class Rollout:
 class BenchmarkFile:
     """A benchmark in a file; docs/evaluation.md describes the layouts."""
 
-    path: str  # JSONL or Parquet
+    path: str = field(metadata=PATH)  # JSONL or Parquet
     samples: int = 0  # completions of each problem, the k of avg@k; 0: evaluation.samples
 
     def __post_init__(self) -> None:
@@ -250,7 +252,7 @@ class Run:
     """One training run."""
 
     name: str = "run"
-    out: str = "runs"  # everything the run writes is below out/name
+    out: str = field(default="runs", metadata=PATH)  # everything the run writes is below out/name
     seed: int = 0
     steps: int = 100
     model: Model = field(default_factory=Model)
@@ -266,6 +268,7 @@ class Run:
     local: Local = field(default_factory=Local)
 
     def __post_init__(self) -> None:
+        require_finite(self)
         require(bool(self.name) and "/" not in self.name, "name", "must be a folder name without /", self.name)
         require(self.steps >= 1, "steps", "must be >= 1", self.steps)
         require(
