@@ -33,6 +33,7 @@ from sgpo_async.learner.progress import Progress, hub_metrics
 from sgpo_async.learner.publish import Publisher, gather
 from sgpo_async.learner.resume import resume_point
 from sgpo_async.learner.rounds import remove_rounds, write_round
+from sgpo_async.learner.samples import Samples
 from sgpo_async.learner.step import Stepper
 from sgpo_async.learner.teacher import Teacher
 from sgpo_async.metrics import MetricsWriter, read_metrics
@@ -94,6 +95,7 @@ class Trainer:
     base: int  # version of the weights minus the number of optimiser steps
     metrics: MetricsWriter | None  # only on rank 0
     alarm: Alarm
+    samples: Samples
 
     @classmethod
     def start(cls, run: Run, mesh: DeviceMesh, hub: HubClient, checkpoints: CheckpointWriter) -> Trainer:
@@ -130,7 +132,8 @@ class Trainer:
             remove_rounds(run, above=progress.version)
         alarm = Alarm(bound_for(run, learner_bfloat16=in_bfloat16(run.learner.precision, mesh)))
         base = version - progress.step
-        return cls(run, hub, stepper, publisher, checkpoints, progress, base, metrics, alarm)
+        samples = Samples.start(run, resume_from=progress.step)
+        return cls(run, hub, stepper, publisher, checkpoints, progress, base, metrics, alarm, samples)
 
     @property
     def version(self) -> int:
@@ -154,6 +157,7 @@ class Trainer:
             self.progress.trained(line, idle_s=idle, wall_s=wall)
             if self.metrics:
                 self._record(self.metrics, line | hub_metrics(status) | {"learner_idle": idle / wall})
+            self.samples.keep(shard, self.stepper.statistics)
             if self.checkpoints.due(self._due(self.run.learner.checkpoint_every)):
                 self._checkpoint()
 
@@ -171,6 +175,7 @@ class Trainer:
         own["mismatch"] = mismatch_summary(read_metrics(self.run.folder))  # including the steps before an interruption
         self.metrics.summary(self.progress.summary(self.hub.status()) | own)
         self.metrics.close()
+        self.samples.close()
         self.hub.finish()
 
     def _record(self, metrics: MetricsWriter, line: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from sgpo_async.metrics.mismatch import SPANS, alarms
 from sgpo_async.report.numbers import NONE, clock, number, percent, scientific
+from sgpo_async.report.texts import printable
 
 MAX_WORD = 64  # characters
 
@@ -86,11 +87,6 @@ class View:
         """Estimated seconds to the end, from the duration of the steps so far."""
         wall, step = self.metrics.get("wall_s"), self.metrics.get("step", 0)
         return wall / step * (self.steps - step) if wall and step else None
-
-
-def printable(text: str) -> str:
-    """Text from outside (names, logs) with control characters as escapes, except for newlines."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def _word(value: object) -> str:
