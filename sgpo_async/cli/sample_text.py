@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sgpo_async.report.numbers import number
-from sgpo_async.report.texts import Run, printable, runs_of, solved, versions_of
+from sgpo_async.report.texts import Run, notes_of, printable, runs_of, solved, versions_of
 
 LARGE, SMALL = 1.0, 0.1  # nats; a token of at least this divergence is highlighted
 STYLES = {LARGE: "black on red", SMALL: "black on yellow"}
@@ -49,8 +49,7 @@ def _rollouts(rollouts: Sequence[Mapping[str, Any]], heading: str, chars: int) -
     table.add_column("tokens", justify="right", no_wrap=True)
     table.add_column(heading, overflow="fold")
     for rollout in rollouts:
-        right = rollout["reward"] > 0
-        mark = Text("✓", style="green") if right else Text("✗", style="red")
+        mark = Text("✓", style="green") if rollout["correct"] else Text("✗", style="red")
         table.add_row(mark, versions_of(rollout), str(rollout["tokens"]), _completion(rollout, chars))
         if "kl" in rollout:
             table.add_row("", "", "", _divergences(rollout))
@@ -58,8 +57,8 @@ def _rollouts(rollouts: Sequence[Mapping[str, Any]], heading: str, chars: int) -
 
 
 def _completion(rollout: Mapping[str, Any], chars: int) -> Text:
-    text = text_of(runs_of(rollout, chars=chars))
-    return text if rollout["finish"] == "stop" else text.append(" [cut off: max_new_tokens]", style="dim")
+    text, notes = text_of(runs_of(rollout, chars=chars)), notes_of(rollout)
+    return text.append(f" [{notes}]", style="dim") if notes else text
 
 
 def text_of(runs: Sequence[Run]) -> Text:

@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -201,6 +202,27 @@ def set_checkpoints_aside(folder: Path) -> Path | None:
     deleted.
     """
     return set_aside(folder) if _complete(folder) else None
+
+
+def newest_complete(folder: Path) -> Path | None:
+    """Return the checkpoint of the highest step below `folder`, without a check of its files; None if there is none."""
+    return max(_complete(folder), key=_step, default=None)
+
+
+def read_weights(checkpoint: Path, module: nn.Module) -> None:
+    """Load the policy's parameters of a checkpoint into `module`, which is not sharded; needs no process group.
+
+    Raises CheckpointError if they cannot be read, for example because a training run has just deleted the checkpoint.
+    """
+    state = {"model": get_model_state_dict(module)}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # it says that there is no process group
+            dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+    except (CheckpointException, OSError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{checkpoint}: cannot be read, or belongs to another model ({reason})") from None
+    set_model_state_dict(module, state["model"])
 
 
 def newest_whole(folder: Path) -> Path | None:

@@ -139,6 +139,7 @@ class SampleLines:
             "slot": rollout.slot,
             "guided": rollout.guided,
             "reward": rollout.reward,
+            "correct": rollout.reward > 0,
             "finish": rollout.finish,
             "tokens": len(rollout.tokens),
             "versions": rollout.versions.tolist(),

@@ -1,12 +1,14 @@
 """Completions of a run that are kept to be read: runs/NAME/samples.jsonl, one line per group.
 
-step, task, version          the step that trained on the group, and the weights that it trained
-problem, answer, strategy
-alpha                        the weight of distillation of this problem
-rollouts                     of each: slot, guided, reward, finish, tokens (how many), text, and the weight versions
-                             that sampled its spans: versions, ends (as in `wire.records.Rollout`);
-                             of a distilled one also kl, the divergence d_t of each token in nats (Eq. 3), and
-                             pieces, the text that each token adds
+    step, task, version          the step that trained on the group, and the weights that it trained
+    problem, answer, strategy
+    alpha                        the weight of distillation of this problem
+    rollouts                     of each: slot, guided, reward, correct, finish, tokens (how many), text, and the weight
+                                 versions that sampled its spans: versions, ends (as in `wire.records.Rollout`);
+                                 of a distilled one also kl, the divergence d_t of each token in nats (Eq. 3), and
+                                 pieces, the text that each token adds
+
+The learner's rank 0 writes the file; the command `samples` and the report read it.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from sgpo_async.report.numbers import number
-from sgpo_async.report.texts import Run, printable, runs_of, solved, strength, versions_of
+from sgpo_async.report.texts import Run, notes_of, printable, runs_of, solved, strength, versions_of
 
 CHARS = 1500  # of each completion
 FAINT = 0.02  # a weaker shading is left out
@@ -37,17 +37,22 @@ def _group(sample: Mapping[str, Any], *, shown: bool) -> str:
     head = f"<summary><b>step {sample['step']}</b> {escape(', '.join(facts))}</summary>"
     about = [(name, sample[name]) for name in ("problem", "strategy", "answer") if sample.get(name) is not None]
     rows = "".join(f"<tr><td>{name}</td><td><q>{_text(str(value))}</q></td></tr>" for name, value in about)
-    body = "".join(_rollout(rollout) for rollout in sample["rollouts"])
-    columns = '<tr><td></td><td class="n">version</td><td class="n">tokens</td><td></td></tr>'
-    return f"<details{' open' * shown}>{head}<table>{rows}</table><table>{columns}{body}</table></details>"
+    body = "".join(_rollouts(sample["rollouts"], guided=guided) for guided in (False, True))
+    return f"<details{' open' * shown}>{head}<table>{rows}</table><table>{body}</table></details>"
+
+
+def _rollouts(rollouts: Sequence[Mapping[str, Any]], *, guided: bool) -> str:
+    own = [_rollout(rollout) for rollout in rollouts if rollout["guided"] == guided]
+    name = "with the strategy" if guided else "alone"
+    head = f'<tr class="head"><td></td><td class="n">version</td><td class="n">tokens</td><td>{name}</td></tr>'
+    return head + "".join(own) if own else ""
 
 
 def _rollout(rollout: Mapping[str, Any]) -> str:
-    right = rollout["reward"] > 0
+    right = rollout["correct"]
     mark = f'<td class="{"right" if right else "wrong"}">{"✓" if right else "✗"}</td>'
-    notes = ["with the strategy"] * bool(rollout["guided"]) + ["distilled"] * ("kl" in rollout)
-    notes += ["cut off"] * (rollout["finish"] != "stop")
-    note = f"<i>{', '.join(notes)}</i>" if notes else ""
+    notes = ["distilled"] * ("kl" in rollout) + [notes_of(rollout)]
+    note = f"<i>{escape(', '.join(filter(None, notes)))}</i>" if any(notes) else ""
     text = "".join(_run(run) for run in runs_of(rollout, chars=CHARS))
     figures = f'<td class="n">{versions_of(rollout)}</td><td class="n">{rollout["tokens"]}</td>'
     return f"<tr>{mark}{figures}<td><q>{text}</q>{note}</td></tr>"

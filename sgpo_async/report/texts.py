@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from sgpo_async.report.numbers import number
+
 Run = tuple[str, float | None]
 """A part of a completion, and its divergence d_t in nats; None if it was not distilled."""
 
@@ -50,8 +52,15 @@ def strength(kl: float | None) -> float:
 
 def solved(sample: Mapping[str, Any], *, guided: bool = False) -> tuple[int, int]:
     """Return how many of the autonomous or guided rollouts of a sample are correct, and how many there are."""
-    rewards = [rollout["reward"] for rollout in sample["rollouts"] if rollout["guided"] == guided]
-    return sum(reward > 0 for reward in rewards), len(rewards)
+    verdicts = [rollout["correct"] for rollout in sample["rollouts"] if rollout["guided"] == guided]
+    return sum(verdicts), len(verdicts)
+
+
+def notes_of(rollout: Mapping[str, Any]) -> str:
+    """Return what else is to be said of a rollout: a reward other than 0 and 1, an end by max_new_tokens."""
+    notes = [] if rollout["reward"] in (0, 1) else [f"reward {number(rollout['reward'])}"]
+    notes += [] if rollout["finish"] == "stop" else ["cut off: max_new_tokens"]
+    return ", ".join(notes)
 
 
 def versions_of(rollout: Mapping[str, Any]) -> str:

@@ -34,8 +34,8 @@ HOSTILE = [
 
 
 def rollout(slot: int, text: str, **values: Any) -> dict[str, Any]:
-    plain = {"reward": 0.0, "finish": "stop", "tokens": 7, "versions": [3], "ends": [7], "guided": slot >= 2}
-    return {"slot": slot, "text": text} | plain | values
+    plain = {"reward": 0.0, "finish": "stop", "tokens": 7, "versions": [3], "ends": [7], "guided": slot >= 2} | values
+    return {"slot": slot, "text": text, "correct": plain["reward"] > 0.5} | plain
 
 
 def distilled(text: str, **values: Any) -> dict[str, Any]:
@@ -70,6 +70,12 @@ def test_a_group_is_printed_with_everything_that_is_known(capsys: pytest.Capture
     assert text.count("✓") == 1 and text.count("✗") == 3
     assert "3-4" in text and "[cut off: max_new_tokens]" in text
     assert "divergence in nats: mean 0.728, largest 'row swap' 2.50" in re.sub(r"\s+", " ", text)
+
+
+def test_rewards_other_than_0_and_1_are_shown() -> None:
+    rollouts = [rollout(slot, "text", reward=reward) for slot, reward in enumerate((0.0, 1.0, 0.25, -2.0))]
+    for shown in (printed(sample(rollouts=rollouts)), completions([sample(rollouts=rollouts)])):
+        assert re.findall(r"reward (-?[\d.]+)", shown) == ["0.250", "-2.00"]
 
 
 @pytest.mark.parametrize("text", HOSTILE)

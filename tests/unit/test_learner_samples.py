@@ -113,6 +113,7 @@ def test_a_line_has_the_problem_and_every_rollout_as_text(tmp_path: Path) -> Non
                 rollout.guided,
                 rollout.reward,
             )
+            assert written["correct"] == (rollout.reward > 0)
             assert (written["versions"], written["ends"]) == (rollout.versions.tolist(), rollout.ends.tolist())
             assert written["tokens"] == len(rollout.tokens) and written["finish"] == "stop"
             if "kl" in written:
