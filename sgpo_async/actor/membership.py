@@ -18,6 +18,7 @@ from dataclasses import replace
 import numpy as np
 
 from sgpo_async.errors import DeadlineExceeded, HubError, Refusal
+from sgpo_async.logs import fields
 from sgpo_async.session import ReceiverEvent, WeightReceiver
 from sgpo_async.transport import Mailbox
 from sgpo_async.wire.records import Hello, Refused, Welcome
@@ -89,6 +90,7 @@ class Membership:
             self._replace_node()  # the hub has started another weight sender: a Hello was repeated
         self.node.connect(welcome.session_host, welcome.session_port)
         self.serving, self._refusals, self._last_refusal = True, 0, ""
+        log.info("joined the run at %s", self._dealer.address, extra=fields(event="joined"))
         return True
 
     def refused(self, refusal: Refused) -> None:
@@ -107,7 +109,7 @@ class Membership:
         """Start to join again, with a new weight receiver, because the connection or the session is lost."""
         self._hello_at = time.monotonic()
         if self.serving:
-            log.warning("%s: %s; joining again", self._hello.name, reason)
+            log.warning("%s; joining again", reason)
             self.serving, self._absent_since = False, time.monotonic()
             self._replace_node()
 

@@ -23,6 +23,7 @@ from typing import Protocol
 
 from sgpo_async.errors import DeadlineExceeded, WireError
 from sgpo_async.hub import events as ev
+from sgpo_async.hub.announce import Announcer
 from sgpo_async.hub.core import HubCore
 from sgpo_async.hub.journal import Journal
 from sgpo_async.hub.recovery import pack_event, save
@@ -77,6 +78,7 @@ class Loop:
         self._stopping: list[Future[None]] = []
         self._committed_at = time.monotonic()
         self._shutdown_reason = ""  # empty while the hub runs
+        self._announcer = Announcer(core)
 
     def run(self, *, interrupted: Callable[[], str]) -> str:
         """Run until the core shuts down; return the reason.
@@ -116,6 +118,7 @@ class Loop:
             effects += self._core.handle(event, now)
         if self._journal:
             self._write(self._journal, now_needed=bool(effects))
+        self._announcer.look(event for event, _ in group)
         for effect in effects:
             self._carry_out(effect)
 
@@ -142,6 +145,7 @@ class Loop:
                 log.warning("%s", text)
             case ev.Shutdown(reason):
                 self._shutdown_reason = reason
+                self._announcer.ended(reason)
 
     def _send(self, member: bytes, message: wire.Message) -> None:
         """Send a message. An unreachable member is not an error here: the core removes members that stay silent."""

@@ -44,6 +44,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from sgpo_async.errors import CheckpointError, DeadlineExceeded, SgpoError
 from sgpo_async.files import FREE_SOME, disk_full, set_aside
+from sgpo_async.logs import fields
 
 log = logging.getLogger(__name__)
 
@@ -188,6 +189,7 @@ class CheckpointWriter:
         shutil.rmtree(_final(draft), ignore_errors=True)  # left by an earlier attempt of the run that reached this step
         draft.rename(_final(draft))
         _sync(self._folder)
+        log.info("checkpoint: %s", _final(draft), extra=fields(event="checkpoint", step=_step(_final(draft))))
 
     def _prune(self, step: int) -> None:
         past = [path for path in _complete(self._folder) if _step(path) <= step]

@@ -74,7 +74,8 @@ def _subtitle(summary: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     parts = [objective.upper(), model]
     parts += [f"{ranks} learner ranks"] if ranks else []
     parts += [f"{actors} actor" + ("s" if actors > 1 else "")] if actors else []
-    parts += [f"{number(summary.get('steps'))} steps in {clock(summary.get('wall_s'))}"]
+    ended = "interrupted after " * bool(summary.get("interrupted"))
+    parts += [f"{ended}{number(summary.get('steps'))} steps in {clock(summary.get('wall_s'))}"]
     return " · ".join(part for part in parts if part)
 
 
