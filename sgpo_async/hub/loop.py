@@ -38,6 +38,7 @@ TICK_S = 0.1
 SENDER_STOP_S = 1.0  # timeout for the end of a weight sender after it was killed
 COMMIT_S = 1.0  # longest time without a commit of the journal
 LINGER_S = 0.3  # time for the last messages to be delivered
+WATCHING_S = 5.0  # who has asked for the status so recently follows the run
 
 
 class SenderHandle(Protocol):
@@ -79,6 +80,7 @@ class Loop:
         self._committed_at = time.monotonic()
         self._shutdown_reason = ""  # empty while the hub runs
         self._announcer = Announcer(core)
+        self._watchers: dict[bytes, float] = {}  # who has asked for the status, and when
 
     def run(self, *, interrupted: Callable[[], str]) -> str:
         """Run until the core shuts down; return the reason.
@@ -119,6 +121,9 @@ class Loop:
         if self._journal:
             self._write(self._journal, now_needed=bool(effects))
         self._announcer.look(event for event, _ in group)
+        for event, _ in group:
+            if isinstance(event, ev.Received) and isinstance(event.message, wire.StatusRequest):
+                self._watchers[event.member] = time.monotonic()
         for effect in effects:
             self._carry_out(effect)
 
@@ -146,6 +151,7 @@ class Loop:
             case ev.Shutdown(reason):
                 self._shutdown_reason = reason
                 self._announcer.ended(reason)
+                self._tell_watchers()
 
     def _send(self, member: bytes, message: wire.Message) -> None:
         """Send a message. An unreachable member is not an error here: the core removes members that stay silent."""
@@ -153,6 +159,12 @@ class Loop:
             self._mailbox.send(member, message)
         except WireError as error:  # the message is too large; tell the member, which may be waiting for it
             self._mailbox.send(member, wire.Refused(reason=str(error)))
+
+    def _tell_watchers(self) -> None:
+        """Send the last status to those who follow the run; they could not ask for it any more."""
+        recent = time.monotonic() - WATCHING_S
+        for member in [member for member, asked in self._watchers.items() if asked > recent]:
+            self._send(member, wire.Status(status=self._core.status()))
 
     def _sender_events(self) -> list[ev.Event]:
         events: list[ev.Event] = []

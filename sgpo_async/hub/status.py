@@ -36,6 +36,7 @@ class CoreState(Protocol):
     restarts: int
     moved: int
     stalled: str
+    closing: tuple[str, float] | None
     started: float
     now: float
 
@@ -81,6 +82,7 @@ def status(core: CoreState) -> dict[str, Any]:
         "leases_moved": core.moved,
         "uptime_s": core.now - core.started,
         "stalled": core.stalled,  # who holds up the run, if there was no progress for hub.stall_s
+        "closing": core.closing[0] if core.closing else "",  # why the run is ending
     }
 
 

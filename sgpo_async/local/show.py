@@ -54,6 +54,7 @@ class Show:
                 status=self._watch.status,
                 actors={slot.name: slot.state for slot in supervisor.slots},
                 notes=[printable(note) for note in supervisor.notes],
+                sample=self._watch.sample,
             )
         )
 

@@ -17,6 +17,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
+def one_line(value: object, chars: int) -> str:
+    """The first `chars` characters of a text from outside, in one printable line."""
+    return printable(str(value)[:chars]).replace("\n", "\\n")
+
+
 def runs_of(rollout: Mapping[str, Any], *, chars: int) -> list[Run]:
     """Return a completion of samples.jsonl token by token if it was distilled, else whole; not yet printable.
 
