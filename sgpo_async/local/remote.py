@@ -99,10 +99,11 @@ def check_answers(watch: Watch, address: str, *, began: float, now: float) -> No
 
 
 def _notes(watch: Watch, now: float) -> list[str]:
+    if not watch.answered:
+        return []
     late = now - watch.answered
-    if watch.answered and late > LATE_S:
-        return [f"no answer from the hub for {late:.0f} s; it may start again"]
-    return [unknown(watch.settings)] if watch.answered else []
+    absent = [f"no answer from the hub for {late:.0f} s; it may start again"] if late > LATE_S else []
+    return [unknown(watch.settings), *absent]
 
 
 def _close(console: Console, view: View, *, live: bool) -> None:
