@@ -26,6 +26,7 @@ from sgpo_async.algorithm import (
     select_reachable,
     sgpo_loss,
 )
+from sgpo_async.config import Tasks
 from sgpo_async.engines import EmbeddedEngine, Generate, Generated, Weights
 from sgpo_async.model.folder import load_tokenizer, model_folder
 from sgpo_async.model.load import load_model
@@ -91,7 +92,7 @@ class Sampler:
 def prompt_of(problem: Problem, *, guided: bool) -> np.ndarray:
     """Token ids of the problem, after its strategy if `guided`."""
     strategy = problem.strategy if guided else None
-    return np.asarray(build_prompt(problem.problem, strategy, style="plain", tokenizer=TOKENIZER), np.int32)
+    return np.asarray(build_prompt(problem.problem, strategy, tasks=Tasks(), tokenizer=TOKENIZER), np.int32)
 
 
 def completion_logits(policy: nn.Module, prompt: np.ndarray, tokens: list[np.ndarray]) -> tuple[Tensor, Tensor]:

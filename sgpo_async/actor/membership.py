@@ -4,7 +4,8 @@
        ▲                                                │
        └── connection lost, session down, refused ◀─────┘
 
-The actor may be absent for `timeout_s`, and keeps working meanwhile. So it survives a restart of the hub and a failure
+The actor may be absent for `timeout_s`, and keeps working meanwhile. A membership that ends within PROVEN_S counts as
+absence: an actor whose sessions always fail gives up, too. So it survives a restart of the hub and a failure
 of the network. Each membership has a weight receiver of its own, because a Torch RPC world cannot be joined twice.
 """
 
@@ -26,7 +27,8 @@ from sgpo_async.wire.records import Hello, Refused, Welcome
 log = logging.getLogger(__name__)
 
 REPEAT_S = 10.0  # between two Hellos without an answer; the hub starts a weight sender before it answers
-BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 5.0)  # between two Hellos that were refused
+BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 5.0)  # after a Hello that was refused or led to a short membership
+PROVEN_S = 30.0  # a membership that lasts longer is no failure
 
 
 class Membership:
@@ -56,8 +58,9 @@ class Membership:
         self._connections = mailbox.connections
         self._absent_since = time.monotonic()
         self._hello_at = 0.0  # time of the next Hello
-        self._refusals = 0  # since the last Welcome
-        self._last_refusal = ""
+        self._serving_since = 0.0
+        self._failures = 0  # refusals and short memberships in a row
+        self._last_failure = ""
 
     def advance(self, holds: Sequence[tuple[int, int]]) -> None:
         """Notice a lost connection; say Hello when it is due. `holds`: (task, attempt) of the leases in progress.
@@ -74,7 +77,7 @@ class Membership:
         if now - self._absent_since > self._timeout_s:
             raise HubError(
                 f"hub {self._dealer.address}: not a member for {self._timeout_s:g} s"
-                + (f", because it {self._last_refusal}" if self._last_refusal else "; check that the hub runs")
+                + (f", because {self._last_failure}" if self._last_failure else "; check that the hub runs")
             )
         if now >= self._hello_at:
             pairs = np.array(holds, np.int32).reshape(-1)
@@ -89,7 +92,7 @@ class Membership:
         if self.serving:
             self._replace_node()  # the hub has started another weight sender: a Hello was repeated
         self.node.connect(welcome.session_host, welcome.session_port)
-        self.serving, self._refusals, self._last_refusal = True, 0, ""
+        self.serving, self._serving_since = True, time.monotonic()
         log.info("joined the run at %s", self._dealer.address, extra=fields(event="joined"))
         return True
 
@@ -98,20 +101,33 @@ class Membership:
         reason = f"refused {self._hello.name}: {refusal.reason}"
         if refusal.final:
             raise Refusal(f"hub {self._dealer.address}: {reason}", final=True)
-        if reason != self._last_refusal:
+        if reason != self._last_failure.removeprefix("it "):
             log.warning("hub %s: %s; trying again for up to %g s", self._dealer.address, reason, self._timeout_s)
-        self.lost(reason)
-        self._last_refusal = reason
-        self._hello_at = time.monotonic() + BACKOFF_S[min(self._refusals, len(BACKOFF_S) - 1)]
-        self._refusals += 1
+        if self.serving:
+            self.lost(reason)
+        else:
+            self._failed(f"it {reason}")
 
     def lost(self, reason: str) -> None:
         """Start to join again, with a new weight receiver, because the connection or the session is lost."""
-        self._hello_at = time.monotonic()
-        if self.serving:
-            log.warning("%s; joining again", reason)
-            self.serving, self._absent_since = False, time.monotonic()
-            self._replace_node()
+        self._hello_at = now = time.monotonic()
+        if not self.serving:
+            return
+        log.warning("%s; joining again", reason)
+        self.serving = False
+        if now - self._serving_since > PROVEN_S:
+            self._absent_since, self._failures, self._last_failure = now, 0, ""
+        else:
+            self._failed(reason)
+            if self._failures == 1:
+                self._hello_at = now  # connections may be lost at any time; only repeated losses are suspicious
+        self._replace_node()
+
+    def _failed(self, reason: str) -> None:
+        """Wait longer before the next Hello."""
+        self._last_failure = reason
+        self._hello_at = time.monotonic() + BACKOFF_S[min(self._failures, len(BACKOFF_S) - 1)]
+        self._failures += 1
 
     def session_down(self, reason: str) -> None:
         """Replace the weight receiver, which has ended, and join again."""

@@ -151,7 +151,7 @@ class Actor:
         began = time.monotonic()
         folder = model_folder(run.model.path)
         self._tokenizer = load_tokenizer(folder)
-        build_prompt("?", None, style=run.tasks.prompt, tokenizer=self._tokenizer)  # fail early
+        build_prompt("?", None, tasks=run.tasks, tokenizer=self._tokenizer)  # fail early
         self._engine = self._open_engine(folder, run)
         self._warm_for = run.model, run.engine
         seconds = round(time.monotonic() - began, 1)

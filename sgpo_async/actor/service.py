@@ -27,7 +27,7 @@ import numpy as np
 from sgpo_async.actor.membership import Membership
 from sgpo_async.config import Run
 from sgpo_async.engines.base import Engine, Weights
-from sgpo_async.errors import EngineError, SessionError, Superseded, WeightsError
+from sgpo_async.errors import EngineError, Superseded, WeightsError
 from sgpo_async.logs import fields
 from sgpo_async.rollout.sampler import RolloutSampler, Unservable
 from sgpo_async.session import ReceiverDown, VersionAnnounced, VersionReceived, VersionRejected
@@ -57,7 +57,6 @@ IDLE_WAIT_S = 0.02  # for a message from the hub, while the engine is idle
 ENGINE_WAIT_S = 0.01  # for results of servers; an engine in this process computes instead of waiting
 UNACKNOWLEDGED = 512  # rollouts that may be on their way to the hub at one time
 RESEND_AFTER_S = 10.0
-PULL_S = 600.0  # timeout of pulling one version
 HANDOVER_S = 5.0  # how long an actor that leaves waits until the hub has acknowledged its rollouts
 
 
@@ -194,10 +193,7 @@ class Service:
 
     def _pull(self, version: int) -> dict[str, torch.Tensor]:
         """Have the weight receiver pull a version, then read it; called by a thread of an engine that uses servers."""
-        try:
-            path = self._membership.node.pull(version).result(PULL_S)
-        except TimeoutError:
-            raise SessionError(f"weights version {version}: not pulled within {PULL_S:g} s") from None
+        path = self._membership.node.pull(version).result()  # each bucket has a deadline, after which this fails
         return _read(path, version)
 
     def admit(self) -> None:

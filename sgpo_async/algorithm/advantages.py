@@ -11,6 +11,9 @@ def group_advantages(rewards: Tensor) -> Tensor:
     to std, because it would only bias A: rewards in {0, 1} that differ have std >= sqrt(G - 1) / G. If all rewards
     of a group are equal, its advantages are exactly 0.
 
+    Rewards may be any finite numbers. They are divided by the largest magnitude first, which changes no advantage and
+    keeps squares and sums finite; rewards in {0, 1} stay as they are, bit for bit.
+
     Args:
         rewards: [P, G] floating point.
 
@@ -19,6 +22,7 @@ def group_advantages(rewards: Tensor) -> Tensor:
     """
     uniform = (rewards == rewards[..., :1]).all(-1, keepdim=True)
     # Compare the rewards instead of testing std == 0: the rounded mean of equal rewards may differ from them.
+    rewards = rewards / rewards.abs().amax(-1, keepdim=True).masked_fill(uniform, 1)
     centred = (rewards - rewards.mean(-1, keepdim=True)).masked_fill(uniform, 0)
     std = centred.square().mean(-1, keepdim=True).sqrt()
     return centred / std.masked_fill(std == 0, 1)

@@ -198,7 +198,7 @@ class Bench:
         return (hub.tokens - counted_from) / seconds
 
     def _prompt(self, problem: str, strategy: str | None) -> list[int]:
-        return build_prompt(problem, strategy, style=self.run.tasks.prompt, tokenizer=self.tokenizer)
+        return build_prompt(problem, strategy, tasks=self.run.tasks, tokenizer=self.tokenizer)
 
 
 def main(config: str, seconds: str, *words: str) -> None:

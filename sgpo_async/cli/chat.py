@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strategy", metavar="TEXT", help="for --problem")
     parser.add_argument("--temperature", type=float, metavar="T", help="default: the run's rollout.temperature")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default: the run's rollout.max_new_tokens")
-    parser.add_argument("--prompt", choices=("plain", "chat"), help="default: the run's tasks.prompt")
+    parser.add_argument("--prompt", metavar="STYLE", help="as tasks.prompt; default: the run's")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the samples (default: 0)")
 
 

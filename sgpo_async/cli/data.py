@@ -21,6 +21,7 @@ from sgpo_async.errors import DataError
 if TYPE_CHECKING:
     from sgpo_async.tasks.base import Problem
     from sgpo_async.tasks.prepare import Prepared, Removed, Rules
+    from sgpo_async.tasks.records import Form
 
 MANIFEST = "manifest.json"
 REMOVED = "removed.jsonl"
@@ -39,6 +40,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=["prepare"], help="clean and split; the same seed gives the same files")
     parser.add_argument("files", metavar="FILE", nargs="+", help="JSONL, Parquet, or a Hugging Face dataset")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder of the results")
+    parser.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="OURS=THEIRS",
+        help="another name of a column, e.g. problem=question; may be repeated",
+    )
+    parser.add_argument(
+        "--answer-after", default="", metavar="TEXT", help="the answer follows this text in its column, e.g. '####'"
+    )
     parser.add_argument(
         "--benchmark",
         action="append",
@@ -106,27 +117,32 @@ def run(args: argparse.Namespace) -> int:
         raise DataError(
             f"{args.out / MANIFEST}: it has results already; choose another --out folder, or remove this one"
         )
-    sources = [read_source(path) for path in args.files]
+    form = form_of(args)
+    sources = [read_source(path, form) for path in args.files]
     benchmarks = [read_benchmark(word) for word in args.benchmark]
     problems = [problem for source in sources for problem in source.problems]
     evaluation = [(one.facts["name"], problem) for one in benchmarks for problem in one.problems]
     prepared = prepare(problems, evaluation, rules)
     for line in report(prepared, sources, checked=bool(benchmarks)):
         print(line)
+    print(unverified(prepared))
     if not args.dry_run:
         write(args.out, prepared, suffix=args.format, facts=facts_of(sources, benchmarks, rules))
         print(f"written: {args.out}")
     return 0
 
 
-def read_source(path: str) -> Source:
+def read_source(path: str, form: Form) -> Source:
     """The problems of one file. Raises DataError."""
-    from sgpo_async.tasks.files import read_rows, to_problem
+    from sgpo_async.tasks.rows import open_rows
     from sgpo_async.tasks.writing import COLUMNS, sha256
 
-    rows = list(read_rows(path))
-    problems = [to_problem(place, record) for place, record in rows]
-    ignored = sorted({column for _, record in rows for column in record} - set(COLUMNS))
+    rows = open_rows(path)
+    problems, columns = [], set()
+    for place, record in rows:
+        problems.append(form.problem(place, record))
+        columns |= record.keys()
+    ignored = sorted(columns - set(COLUMNS) - set(form.columns.values()))
     digest = sha256(path, (record for _, record in rows))
     return Source(
         facts={"path": path, "sha256": digest, "problems": len(rows), "ignored_columns": ignored}, problems=problems
@@ -136,15 +152,37 @@ def read_source(path: str) -> Source:
 def read_benchmark(word: str) -> Source:
     """The evaluation set of an argument NAME=FILE. Raises DataError."""
     from sgpo_async.tasks.benchmarks import open_benchmark
-    from sgpo_async.tasks.files import read_rows
+    from sgpo_async.tasks.rows import open_rows
     from sgpo_async.tasks.writing import sha256
 
     name, equals, path = word.partition("=")
     if not (name and equals and path):
         raise DataError(f"--benchmark {word!r}: must be NAME=FILE, e.g. math500=math500.jsonl")
     problems = open_benchmark(name, path, samples=1).problems
-    digest = sha256(path, (record for _, record in read_rows(path)))
+    digest = sha256(path, (record for _, record in open_rows(path)))
     return Source(facts={"name": name, "path": path, "sha256": digest, "problems": len(problems)}, problems=problems)
+
+
+def form_of(args: argparse.Namespace) -> Form:
+    """The form of the input that --column and --answer-after name. Raises DataError."""
+    from sgpo_async.config.schema import COLUMNS
+    from sgpo_async.tasks.records import Form
+
+    columns = {}
+    for word in args.column:
+        ours, equals, theirs = word.partition("=")
+        if ours not in COLUMNS or not (equals and theirs):
+            raise DataError(f"--column {word!r}: must be OURS=THEIRS, with one of {', '.join(COLUMNS)} as OURS")
+        columns[ours] = theirs
+    return Form(columns=columns, answer_after=args.answer_after)
+
+
+def unverified(prepared: Prepared) -> str:
+    """How many answers are not correct by their own verifier, and which; one line."""
+    from sgpo_async.tasks.self_check import SelfCheck
+
+    problems = [problem for problems in prepared.sets.values() for problem in problems]
+    return SelfCheck.run(problems, sample=len(problems)).describe()
 
 
 def facts_of(sources: Sequence[Source], benchmarks: Sequence[Source], rules: Rules) -> dict[str, Any]:

@@ -151,8 +151,10 @@ def _open(settings: Run, word: str, samples: Mapping[str, int]) -> Benchmark:
     k = samples.get(name) or (not equals and name in configured and configured[name].samples) or samples[""]
     if name == HELD_OUT and not equals:
         own = settings.tasks
-        source = open_source(own.source, path=own.path, held_out=own.held_out, seed=settings.seed)
-        return Benchmark(name=name, problems=source.held_out(), samples=k, verifier=source.verifier)
+        source = open_source(own.source, path=own.path, held_out=own.held_out, seed=settings.seed, tasks=own)
+        return Benchmark(
+            name=name, problems=source.held_out(), samples=k, verifier=source.verifier, solved_at=own.solved_at
+        )
     if not equals and name not in configured:
         known = ", ".join([HELD_OUT, *configured])
         raise ConfigError(f"--benchmark: {word} names no file (NAME=FILE) and none of {known}")

@@ -72,8 +72,8 @@ def text_of(runs: Sequence[Run]) -> Text:
 
 def _divergences(rollout: Mapping[str, Any]) -> Text:
     """A line about the divergences of a distilled completion, which also says without colours where they are large."""
-    kl, pieces = rollout["kl"], rollout["pieces"]
-    largest = sorted(range(len(kl)), key=lambda i: -kl[i])[:LARGEST]
-    tokens = ", ".join(f"{printable(repr(pieces[i][:PIECE]))} {number(kl[i])}" for i in largest)
-    mean = number(sum(kl) / max(len(kl), 1))
+    known = [(kl, piece) for kl, piece in zip(rollout["kl"], rollout["pieces"], strict=True) if kl is not None]
+    largest = sorted(known, key=lambda one: -one[0])[:LARGEST]
+    tokens = ", ".join(f"{printable(repr(piece[:PIECE]))} {number(kl)}" for kl, piece in largest)
+    mean = number(sum(kl for kl, _ in known) / max(len(known), 1))
     return Text(f"distilled; divergence in nats: mean {mean}, largest {tokens}", style="dim")

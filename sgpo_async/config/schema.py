@@ -12,9 +12,10 @@ against what only a loaded model, an experiment file or the machine can tell.
 
 from __future__ import annotations
 
+import math
 import re
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, Literal
 
 from sgpo_async.config.processes import Engine, Hub, Local, Sglang
 from sgpo_async.config.rules import host_of, require
@@ -24,6 +25,7 @@ __all__ = [
     "BANDS",
     "BYTES_PER_TOKEN",
     "CHECKPOINTS",
+    "COLUMNS",
     "HELD_OUT",
     "WARMUP_CHECKPOINTS",
     "Algorithm",
@@ -49,6 +51,7 @@ __all__ = [
 CHECKPOINTS = "checkpoints"  # subfolder of the run's folder
 WARMUP_CHECKPOINTS = "warmup-checkpoints"  # subfolder for checkpoints of `sgpo-async sft`
 HELD_OUT = "held-out"  # name of the run's own held-out problems among the benchmarks
+COLUMNS = ("problem", "answer", "strategy", "response")  # of a problem's record
 BYTES_PER_TOKEN = 8  # of a rollout: token id and log-probability; each reported likely token adds as many
 
 
@@ -65,11 +68,24 @@ class Tasks:
     """The source of the problems, and how a prompt is built from a problem."""
 
     source: Literal["cues", "file"] = "cues"
-    path: str = ""  # source=file: JSONL, Parquet, or a Hugging Face dataset
+    path: str = ""  # source=file: JSONL, CSV, Parquet, or a Hugging Face dataset
+    dataset_config: str = ""  # configuration of a Hugging Face dataset, e.g. main
+    split: str = ""  # split of a Hugging Face dataset; "": train
+    columns: dict[str, str] = field(default_factory=dict)  # our names -> those of the file, e.g. {problem: question}
+    answer_after: str = ""  # the answer follows this text in its column, e.g. "####"; "": the whole column
     held_out: int = 200  # problems set aside for evaluation
-    prompt: Literal["plain", "chat"] = "plain"
+    prompt: str = "plain"  # plain, chat (the tokenizer's template), or module:function
+    system: str = ""  # prompt=chat: the system message
+    template_args: dict[str, Any] = field(default_factory=dict)  # prompt=chat: e.g. {enable_thinking: false}
+    strategy_place: Literal["user", "system"] = "user"  # prompt=chat: the message that holds the strategy
+    suffix: str = ""  # text directly after the problem, e.g. "\nPut the answer into \\boxed{}."
+    reward: Any = (
+        ""  # math, ..., module:function, or {name: weight, ...}; "": the source's verifier (docs/own-tasks.md)
+    )
+    solved_at: float = 1.0  # a rollout is correct if its reward is at least this
     reward_workers: int = 2  # processes of each actor that judge completions
-    reward_limit_s: float = 3.0  # a completion that takes longer to judge counts as incorrect
+    reward_limit_s: float = 3.0  # a completion that takes longer to judge has reward 0
+    reward_memory_mb: int = 2048  # limit of each of these processes; a completion that needs more has reward 0; 0: none
 
     def __post_init__(self) -> None:
         require(
@@ -81,6 +97,64 @@ class Tasks:
         require(self.held_out >= 1, "tasks.held_out", "must be >= 1", self.held_out)
         require(self.reward_workers >= 1, "tasks.reward_workers", "must be >= 1", self.reward_workers)
         require(self.reward_limit_s > 0, "tasks.reward_limit_s", "must be > 0", self.reward_limit_s)
+        require(
+            self.reward_memory_mb == 0 or self.reward_memory_mb >= 256,
+            "tasks.reward_memory_mb",
+            "must be 0 or >= 256",
+            self.reward_memory_mb,
+        )
+        require(
+            0 < self.solved_at < math.inf,
+            "tasks.solved_at",
+            "must be > 0 and finite: the reward 0 of a completion that exceeds a limit must not count as correct",
+            self.solved_at,
+        )
+        require(
+            bool(self.reward) or self.solved_at <= 1,
+            "tasks.solved_at",
+            "must be <= 1 without tasks.reward, because verifiers give 1 or 0",
+            self.solved_at,
+        )
+        self._check_reward()
+        self._check_prompt()
+        unknown = sorted(self.columns.keys() - set(COLUMNS))
+        require(not unknown, "tasks.columns", f"must map only {', '.join(COLUMNS)}", ", ".join(unknown))
+
+    def changed(self, *names: str) -> dict[str, Any]:
+        """Those of these settings that differ from their defaults."""
+        defaults = {item.name: {} if item.default is MISSING else item.default for item in fields(self)}
+        return {name: getattr(self, name) for name in names if getattr(self, name) != defaults[name]}
+
+    def _check_reward(self) -> None:
+        reward = self.reward
+        parts = reward if isinstance(reward, dict) else {reward: 1.0}
+        named = bool(parts) and all(isinstance(name, str) and (name or reward == "") for name in parts)
+        weights = list(parts.values())
+        numbers = all(type(one) in (int, float) and math.isfinite(one) for one in weights)
+        require(
+            named and numbers,
+            "tasks.reward",
+            "must be the name of a verifier, MODULE:FUNCTION, or a mapping from such names to weights",
+            reward,
+        )
+
+    def _check_prompt(self) -> None:
+        own = re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", self.prompt)
+        require(
+            self.prompt in ("plain", "chat") or bool(own),
+            "tasks.prompt",
+            "must be plain, chat, or MODULE:FUNCTION",
+            self.prompt,
+        )
+        chat = self.changed("system", "template_args", "strategy_place")
+        for key, value in chat.items() if self.prompt != "chat" else ():
+            require(False, f"tasks.{key}", "is for tasks.prompt=chat only", value)
+        require(
+            not (own and self.suffix),
+            "tasks.suffix",
+            "must be empty with tasks.prompt=MODULE:FUNCTION, which builds the whole prompt",
+            self.suffix,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

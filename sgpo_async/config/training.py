@@ -169,7 +169,7 @@ class Learner:
     # Continue from the newest whole checkpoint of this run. auto: if torchrun has restarted this job, or the job has
     # the --rdzv-id of the one that began the run. false: begin anew, and move the checkpoints of an earlier run aside.
     resume: Literal["auto", True, False] = "auto"
-    batch_timeout_s: float = 600.0  # how long to wait for a batch before giving up
+    batch_timeout_s: float = 600.0  # how long the run may make no progress while the learner waits for a batch
     # Log an alarm when |log pi - log mu| at lag 0, where engine and learner hold the same weights, has a larger mean
     # over many tokens than this, in nats. 0: 1e-4 where both compute in float32, 0.05 where one of them computes in
     # bfloat16; .inf: never.

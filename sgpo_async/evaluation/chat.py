@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from sgpo_async.config import Engine as EngineSettings
 from sgpo_async.config import Model, Run, load
-from sgpo_async.config.schema import CHECKPOINTS, Rollout
+from sgpo_async.config.schema import CHECKPOINTS, Rollout, Tasks
 from sgpo_async.engines.base import Failed, Generate, Generated, Weights
 from sgpo_async.engines.open import open_embedded
 from sgpo_async.errors import DataError, EngineError
@@ -20,7 +20,7 @@ from sgpo_async.learner.checkpoint import newest_complete, read_weights
 from sgpo_async.learner.policy import Policy
 from sgpo_async.model.folder import load_tokenizer, model_folder
 from sgpo_async.model.load import load_model
-from sgpo_async.tasks.prompts import Style, build_prompt
+from sgpo_async.tasks.prompts import build_prompt
 from sgpo_async.tasks.task_sampler import derived_seed
 from sgpo_async.weights import digest
 
@@ -35,7 +35,7 @@ class Found(NamedTuple):
     """
 
     run: Run
-    style: Style | None  # of the prompts; None: chat, if the tokenizer has a chat template
+    tasks: Tasks | None  # how prompts are built; None: tasks.prompt=chat if the tokenizer has a chat template
     checkpoint: Path | None
     modified: float  # seconds since the epoch
 
@@ -63,13 +63,13 @@ def find_policy(folder: Path) -> Found:
         return Found(_bare(folder), None, None, _written(folder))
     settings = folder / "config.yaml"
     run = load(str(settings), []) if settings.is_file() else _bare(folder)
-    style = run.tasks.prompt if settings.is_file() else None
+    tasks = run.tasks if settings.is_file() else None
     found = []
     if (folder / POLICY / "config.json").is_file():
         exported = replace(run, model=replace(run.model, path=str(folder / POLICY)))
-        found.append(Found(exported, style, None, _written(folder / POLICY)))
+        found.append(Found(exported, tasks, None, _written(folder / POLICY)))
     if settings.is_file() and (checkpoint := newest_complete(folder / CHECKPOINTS)):
-        found.append(Found(run, style, checkpoint, checkpoint.stat().st_mtime))
+        found.append(Found(run, tasks, checkpoint, checkpoint.stat().st_mtime))
     if not found:
         raise DataError(
             f"{folder}: has neither an exported policy nor a checkpoint; a run writes the first checkpoint after "
@@ -93,7 +93,7 @@ class ChatSettings:
 
     temperature: float | None = None
     max_new_tokens: int | None = None
-    prompt: Style | None = None
+    prompt: str | None = None
     seed: int = 0
 
 
@@ -109,8 +109,8 @@ class Chat:
         self.run = replace(found.run, engine=replace(EngineSettings(), device=found.run.engine.device))
         folder = model_folder(self.run.model.path)
         self._tokenizer = load_tokenizer(folder)
-        by_template: Style = "chat" if self._tokenizer.chat_template else "plain"
-        self._style: Style = settings.prompt or found.style or by_template
+        tasks = found.tasks or Tasks(prompt="chat" if self._tokenizer.chat_template else "plain")
+        self._tasks = replace(tasks, prompt=settings.prompt or tasks.prompt)
         model = load_model(folder, device="cpu", dtype=self.run.model.dtype)
         if found.checkpoint:
             read_weights(found.checkpoint, Policy(model))
@@ -147,7 +147,7 @@ class Chat:
 
     def _request(self, id: int, problem: str, strategy: str | None) -> Generate:
         sizes, own = self.run.rollout, self._settings
-        prompt = build_prompt(problem, strategy, style=self._style, tokenizer=self._tokenizer)
+        prompt = build_prompt(problem, strategy, tasks=self._tasks, tokenizer=self._tokenizer)
         return Generate(
             id=id,
             prompt=np.array(prompt, np.int32),

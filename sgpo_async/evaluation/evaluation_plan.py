@@ -9,6 +9,7 @@ from typing import Any
 from sgpo_async.config import Run, by_key_path
 from sgpo_async.errors import ConfigError, DataError
 from sgpo_async.tasks.benchmarks import Benchmark
+from sgpo_async.tasks.prompts import prompt_settings
 
 FORMAT = 1
 
@@ -43,7 +44,7 @@ class EvaluationPlan:
             "temperature": self.temperature,
             "top_p": self.top_p,
             "max_new_tokens": self.run.rollout.max_new_tokens,
-            "prompt": self.run.tasks.prompt,
+            **prompt_settings(self.run.tasks),
             "guided": self.guided,
             "seed": self.run.seed,
             "benchmarks": {

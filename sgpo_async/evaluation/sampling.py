@@ -109,6 +109,8 @@ class Evaluator:
             temperature=plan.temperature,
             top_p=plan.top_p,
             max_new_tokens=plan.run.rollout.max_new_tokens,
+            solved_at=benchmark.solved_at,
+            columns=problem.columns,
         )
 
 
@@ -119,7 +121,7 @@ def _result(one: _Open, *, texts: bool) -> ProblemResult:
     return ProblemResult(
         id=problem.id,
         digest=problem.digest,
-        correct=[rollout.reward == 1.0 for rollout in rollouts],
+        correct=[rollout.correct for rollout in rollouts],
         tokens=[len(rollout.tokens) for rollout in rollouts],
         finish=[rollout.finish for rollout in rollouts],
         timed_out=[sample.timed_out for sample in samples],

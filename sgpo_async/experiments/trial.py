@@ -59,7 +59,8 @@ class Trial:
         mesh = init_device_mesh("cpu", (1,))
         self.run = run
         count = run.tasks.held_out
-        source = open_source(run.tasks.source, path=run.tasks.path, held_out=2 * count, seed=STREAM_SEED)
+        tasks = run.tasks
+        source = open_source(tasks.source, path=tasks.path, held_out=2 * count, seed=STREAM_SEED, tasks=tasks)
         validation, test = split_rollouts(source.held_out(), count)
         first = (run.seed + 1) * STREAM
         training = Part(source, first, validation)

@@ -1,4 +1,4 @@
-"""Lag and pass rates of a trained batch. The learner reports the other metrics of the batch, such as losses."""
+"""Lag, pass rates and rewards of a trained batch. The learner reports its other metrics, such as losses."""
 
 from __future__ import annotations
 
@@ -13,18 +13,22 @@ from sgpo_async.rollout.completed import CompletedGroup
 def batch_metrics(groups: Sequence[CompletedGroup], *, version: int) -> dict[str, Any]:
     """Metrics of a batch that weights of `version` were trained on.
 
-    `lag` is computed over sampled tokens; pass rates are means over groups.
+    `lag` is computed over sampled tokens; pass rates and rewards are means over groups.
     """
     return {
         "lag": lag(groups, version=version),
         "pass_auto": mean_of_known([group.pass_rate(guided=False) for group in groups]),
         "pass_guided": mean_of_known([group.pass_rate(guided=True) for group in groups]),
+        "reward_auto": mean_of_known([group.mean_reward(guided=False) for group in groups]),
+        "reward_guided": mean_of_known([group.mean_reward(guided=True) for group in groups]),
     }
 
 
 def lag(groups: Sequence[CompletedGroup], *, version: int) -> dict[str, Any]:
     """Mean, maximum and histogram {lag: number of tokens} of `version` minus the version of each token."""
-    lags = np.concatenate([version - rollout.token_versions() for group in groups for rollout in group.rollouts])
+    lags = np.concatenate(
+        [version - rollout.token_versions()[rollout.sampled] for group in groups for rollout in group.rollouts]
+    )
     values, counts = np.unique(lags, return_counts=True)
     histogram = {str(value): int(count) for value, count in zip(values, counts, strict=True)}
     return {"mean": float(lags.mean()), "max": int(lags.max()), "histogram": histogram}

@@ -24,8 +24,8 @@ from sgpo_async.hub.evaluation import Evaluation
 from sgpo_async.hub.events import CloseSender, Effect, Event, OpenSender, Send, Shutdown, UseStore, Warn
 from sgpo_async.hub.learner_ranks import LearnerRanks
 from sgpo_async.hub.leases import LeaseTable
-from sgpo_async.hub.rollout_checks import Limits, report_violation, violation
-from sgpo_async.hub.stall import culprit, progress_of
+from sgpo_async.hub.rollout_checks import PROMPT_DIFFERS, Limits, report_violation, violation
+from sgpo_async.hub.stall import StallWatch
 from sgpo_async.hub.status import status
 from sgpo_async.hub.stragglers import late_lease
 from sgpo_async.hub.training import Training
@@ -41,7 +41,6 @@ FINISH_GRACE_S = 8.0  # how long the hub waits for the members' Goodbye after th
 INTERRUPT_GRACE_S = 0.5  # how long it waits for them after an interrupt
 RETURN_S = 5.0  # how long an actor may take to send a new Hello after its weight sender has ended
 RESTART_RETURN_S = 30.0  # ... after a restart of the hub
-STALL_LOOK_S = 1.0  # how often the hub checks whether the run makes progress
 MAX_INVALID = 3  # after so many invalid messages and rollouts, an actor is refused for good
 
 
@@ -75,9 +74,7 @@ class HubCore:
         self.quarantined: dict[str, str] = {}  # actors refused for invalid messages: name -> reason
         self.restarts = 0  # of the hub process
         self.moved = 0  # leases taken from slow actors
-        self.stalled = ""  # who holds up the run, if there was no progress for hub.stall_s
-        self._moved: tuple[object, ...] = ()
-        self._moved_at = self._looked_at = now
+        self.stall = StallWatch(run.hub.stall_s, moved_at=now)
         self.closing: tuple[str, float] | None = None  # reason and deadline, once the run is ending
         self.interrupted = self.closed = False
         self._effects: list[Effect] = []
@@ -117,7 +114,8 @@ class HubCore:
             case ev.Tick():
                 self._check_timeouts()
                 self._move_late_lease()
-                self._notice_stall()
+                if not self.closing and self.stall.look(self.status, now=self.now):
+                    self._effects.append(Warn(self.stall.stalled))
             case ev.HubRestarted():
                 self._restarted()
             case ev.Interrupted(reason):
@@ -342,19 +340,6 @@ class HubCore:
                 if lowest is not None and idle.version >= lowest:  # now, because the slow actor may have more credit
                     self._lease_to(idle, work, lowest)
 
-    def _notice_stall(self) -> None:
-        """Warn once, naming who holds up the run, when there was no progress for `hub.stall_s`."""
-        if self.now - self._looked_at < STALL_LOOK_S:
-            return
-        self._looked_at = self.now
-        status = self.status()
-        progress = progress_of(status)
-        if progress != self._moved or self.closing:
-            self._moved, self._moved_at, self.stalled = progress, self.now, ""
-        elif not self.stalled and self.now - self._moved_at >= self.run.hub.stall_s:
-            self.stalled = f"nothing has moved for {self.now - self._moved_at:.0f} s: {culprit(status)}"
-            self._effects.append(Warn(self.stalled))
-
     # ---- messages of actors
 
     def _ready(self, actor: Actor, ready: wire.Ready) -> None:
@@ -407,7 +392,12 @@ class HubCore:
             self._unexpected_rollout(member, rollout, work)
             return
         limits = Limits(vocabulary=self.vocabulary, newest=self.training.version)
-        if reason := violation(lease.terms, rollout, limits, prompts=lease.arrived.prompts):
+        reason = violation(lease.terms, rollout, limits, prompts=lease.arrived.prompts)
+        if reason == PROMPT_DIFFERS and lease.continues_another:
+            self.rejected[reason] += 1  # nobody knows which of the two actors is wrong, so both begin anew
+            work.leases.forget(rollout.task)
+            self._send(member, wire.Revoked(task=rollout.task, attempt=rollout.attempt))
+        elif reason:
             self._invalid(work.leases, member, rollout, reason)
         else:
             work.leases.arrive(rollout, now=self.now)
@@ -440,9 +430,12 @@ class HubCore:
     def _batch_request(self, rank: int, step: int) -> None:
         if step <= self.learner_ranks.last_committed:
             return  # a repeated request that arrived late
+        member, repeated = self.learner_ranks.ranks[rank].member, self.learner_ranks.requested.get(rank) == step
         self.learner_ranks.requested[rank] = step
         if self.training.batch and step == self.training.step:
-            self._send(self.learner_ranks.ranks[rank].member, self.training.shard(rank))  # a repeated request
+            self._send(member, self.training.shard(rank))  # a repeated request
+        elif repeated:
+            self._send_pending(member)
 
     def _commit(self, member: bytes, step: int) -> None:
         if self.training.batch and step == self.training.step:
@@ -469,6 +462,12 @@ class HubCore:
             self._reject(member, "Evaluate of a version that does not exist", detail=str(version))
         elif result := self.evaluation.request(version):
             self._deliver(member, result)
+        else:
+            self._send_pending(member)
+
+    def _send_pending(self, member: bytes) -> None:
+        """Tell a rank that waits how long ago the run made progress."""
+        self._send(member, wire.Pending(idle_s=self.now - self.stall.moved_at))
 
     def _deliver(self, member: bytes, result: wire.Evaluated) -> None:
         self._send(member, result)

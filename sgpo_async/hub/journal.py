@@ -1,10 +1,9 @@
 """The hub's journal: its last saved state and the events since then, in an SQLite database in the run's folder.
 
     append(event) ... commit ──▶ entries      one transaction, on disk before any effect of its events is carried out
-    save(state) ───────────────▶ state, rollouts; entries are deleted
-    read ──────────────────────▶ state, rollouts, entries: the core of a killed hub, see `hub.recovery`
-
-A buffered rollout is written at most twice: when it arrives, and at the first `save` at which the hub still holds it.
+    save(state) ───────────────▶ state        entries are deleted
+    rollouts ──────────────────▶ files to which entries and state refer, see `rollout_files`
+    get, entries ──────────────▶ the core of a killed hub, see `hub.recovery`
 
 SQLite writes ahead (WAL) with `synchronous=FULL`: a committed transaction survives a power failure. The file is locked
 as long as the hub lives, so two hubs cannot share a journal, and no shared-memory file is needed (which network file
@@ -13,24 +12,25 @@ systems do not support).
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import math
 import os
 import sqlite3
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
-
-import msgpack
 
 from sgpo_async.errors import HubError
 from sgpo_async.files import FREE_SOME
-from sgpo_async.wire import decode, encode
-from sgpo_async.wire.records import Rollout
+from sgpo_async.hub.rollout_files import Place, RolloutFiles
 
 FILE = "hub.journal"
-SAVE_BYTES = 256 * 2**20  # size of the entries at which a save is due
-SAVE_ENTRIES = 20_000  # ... or their number; replaying so many takes about five seconds
-ANY_SIZE = 2**63  # for `decode`: the size was checked when the message arrived
+FORMAT = 2  # a journal of another format is not read
+SAVE_BYTES = 256 * 2**20  # size of the entries, with their rollouts, at which a save is due
+SAVE_ENTRIES = 8_000  # ... or their number; replaying so many takes one or two seconds
+SAVE_SHARE = 0.1  # at most this share of the hub's time is spent on saving
 _BUSY_S = 2.0  # how long another hub may take to release the file
 _REMEDIES = {
     sqlite3.SQLITE_BUSY: "another hub uses it: choose another name=NAME",
@@ -39,7 +39,6 @@ _REMEDIES = {
     sqlite3.SQLITE_FULL: FREE_SOME,
 }
 _PRAGMAS = (
-    "page_size=32768",
     "locking_mode=EXCLUSIVE",
     "journal_mode=WAL",
     "synchronous=FULL",
@@ -48,17 +47,7 @@ _PRAGMAS = (
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS entries (number INTEGER PRIMARY KEY, at REAL NOT NULL, event BLOB NOT NULL);
-CREATE TABLE IF NOT EXISTS rollouts (task INTEGER, attempt INTEGER, slot INTEGER, version INTEGER, body BLOB NOT NULL,
-    PRIMARY KEY (task, attempt, slot, version));
 """
-
-
-StoredKey = tuple[int, int, int, int]
-
-
-def stored_key(rollout: Rollout) -> StoredKey:
-    """Task, attempt, slot and oldest version. A Restore shifts the versions of a rollout, and changes nothing else."""
-    return rollout.task, rollout.attempt, rollout.slot, rollout.oldest_version
 
 
 class Journal:
@@ -70,9 +59,10 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE
         self._pending_bytes = self._pending_entries = 0  # since the last save
+        self._saved_at, self._save_s = -math.inf, 0.0  # when the last save ended, and how long it took
         self._added: list[tuple[float, bytes]] = []  # since the last commit
-        self._saved: set[StoredKey] = set()  # rollouts in the database
         with self._reported():
+            self.rollouts = RolloutFiles(folder)
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite would make it readable for everybody
             self._db = sqlite3.connect(self.path, timeout=_BUSY_S, isolation_level=None, cached_statements=16)
             for pragma in _PRAGMAS:
@@ -82,41 +72,40 @@ class Journal:
 
     # ---- write
 
-    def append(self, at: float, event: bytes) -> None:
-        """Add an event that happened at time `at` on the core's clock."""
+    def append(self, at: float, event: bytes, *, place: Place | None = None) -> None:
+        """Add an event that happened at time `at` on the core's clock; `place`: of its rollout, if it has one."""
         self._added.append((at, event))
-        self._pending_bytes += len(event)
+        self._pending_bytes += len(event) + (sum(place[2]) if place else 0)
         self._pending_entries += 1
 
     def commit(self) -> None:
         """Commit what was added; then it is on disk."""
         added, self._added = self._added, []
         with self._reported():
+            self.rollouts.sync()
             self._db.executemany("INSERT INTO entries (at, event) VALUES (?, ?)", added)
             self._db.execute("COMMIT")
             self._db.execute("BEGIN")
 
     @property
     def save_due(self) -> bool:
-        """Whether there are so many entries that a restart would take long."""
-        return self._pending_bytes > SAVE_BYTES or self._pending_entries > SAVE_ENTRIES
+        """Whether there are so many entries that a restart would take long, and the last save was long enough ago."""
+        due = self._pending_bytes > SAVE_BYTES or self._pending_entries > SAVE_ENTRIES
+        return due and self._save_s <= SAVE_SHARE * (time.monotonic() - self._saved_at)
 
-    def save(self, state: bytes, rollouts: Mapping[StoredKey, Rollout]) -> None:
-        """Replace state and entries by `state`, which refers to `rollouts`; commit."""
+    def save(self, dump: Callable[[], tuple[bytes, Collection[Place]]]) -> None:
+        """Replace state and entries by the state that `dump` returns, with the places of its rollouts; commit."""
+        began = time.monotonic()
         self._added = []  # the state has them
         with self._reported():
-            gone = self._saved - rollouts.keys()
-            new = rollouts.keys() - self._saved
-            self._db.executemany(
-                "DELETE FROM rollouts WHERE task = ? AND attempt = ? AND slot = ? AND version = ?", gone
-            )
-            rows = ((*key, msgpack.packb(encode(rollouts[key]))) for key in new)
-            self._db.executemany("INSERT INTO rollouts VALUES (?, ?, ?, ?, ?)", rows)
+            state, places = dump()
             self._db.execute("DELETE FROM entries")
             self.set("state", state)
             self.commit()
-        self._saved = set(rollouts)
+            self.rollouts.keep(places)
         self._pending_bytes = self._pending_entries = 0
+        self._saved_at = time.monotonic()
+        self._save_s = self._saved_at - began
 
     def set(self, name: str, value: bytes) -> None:
         """Store one named value; the caller commits."""
@@ -131,14 +120,6 @@ class Journal:
             row = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
         return bytes(row[0]) if row else None
 
-    def rollouts(self) -> dict[StoredKey, Rollout]:
-        """All saved rollouts."""
-        with self._reported():
-            bodies = self._db.execute("SELECT body FROM rollouts").fetchall()
-        rollouts = [cast(Rollout, decode(msgpack.unpackb(body), max_bytes=ANY_SIZE)) for (body,) in bodies]
-        self._saved = {stored_key(rollout) for rollout in rollouts}
-        return {stored_key(rollout): rollout for rollout in rollouts}
-
     def entries(self) -> Iterator[tuple[float, bytes]]:
         """The events since the last save, in order, each with its time."""
         with self._reported():
@@ -152,18 +133,20 @@ class Journal:
     def clear(self) -> None:
         """Delete everything; the caller commits."""
         with self._reported():
-            for table in ("facts", "entries", "rollouts"):
+            for table in ("facts", "entries"):
                 self._db.execute(f"DELETE FROM {table}")
 
     def close(self) -> None:
         """Close, without what was not committed: an event that the core could not handle is not handled again."""
+        with contextlib.suppress(OSError):  # a full disk was reported by `commit`
+            self.rollouts.close()
         self._db.close()
 
     def remove(self) -> None:
         """Close the journal and delete its files, because the run is over."""
         self.close()
-        for suffix in ("", "-wal", "-shm", "-journal"):
-            self.path.with_name(FILE + suffix).unlink(missing_ok=True)
+        for path in self.path.parent.glob(f"{FILE}*"):
+            path.unlink()
 
     @contextmanager
     def _reported(self) -> Iterator[None]:
@@ -171,5 +154,6 @@ class Journal:
             yield
         except (sqlite3.Error, OSError) as error:
             code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary result code
-            remedy = _REMEDIES.get(code, "check the disk and its free space")
+            full = getattr(error, "errno", 0) == errno.ENOSPC
+            remedy = FREE_SOME if full else _REMEDIES.get(code, "check the disk and its free space")
             raise HubError(f"{self.path}: {error}; {remedy}") from None

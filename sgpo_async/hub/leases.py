@@ -44,6 +44,11 @@ class RunningLease:
     arrived: Arrived  # what this attempt and the earlier ones have sent
 
     @property
+    def continues_another(self) -> bool:
+        """Whether some of its finished rollouts come from an earlier attempt, by another actor."""
+        return any(rollout.attempt != self.attempt for rollout in self.arrived.rollouts.values())
+
+    @property
     def terms(self) -> Lease:
         """The lease as the actor has it, without what earlier attempts have sent."""
         return self.task.lease(attempt=self.attempt, min_version=self.min_version)

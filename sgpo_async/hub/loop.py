@@ -26,7 +26,7 @@ from sgpo_async.hub import events as ev
 from sgpo_async.hub.announce import Announcer
 from sgpo_async.hub.core import HubCore
 from sgpo_async.hub.journal import Journal
-from sgpo_async.hub.recovery import pack_event, save
+from sgpo_async.hub.recovery import save, write_event
 from sgpo_async.session import SenderDown, SenderEvent, SenderUp
 from sgpo_async.transport import RouterMailbox
 from sgpo_async.transport.base import Frames
@@ -116,7 +116,7 @@ class Loop:
         for event, frames in group:
             now = self._clock()
             if self._journal and _changes_state(event):
-                self._journal.append(now, pack_event(event, frames))
+                write_event(self._journal, event, at=now, frames=frames)
             effects += self._core.handle(event, now)
         if self._journal:
             self._write(self._journal, now_needed=bool(effects))

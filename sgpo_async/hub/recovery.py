@@ -8,7 +8,7 @@ carried out again: they were carried out already, or their receivers ask again. 
 entry, so no timeout expires while there is no hub.
 
 The saved state is a pickle of the core, with references in place of what can be built again (configuration, problems,
-tasks) and of rollouts, which the journal stores one by one. Unpickling is as safe as the run's folder, which only the
+tasks) and of rollouts, which the journal has written already. Unpickling is as safe as the run's folder, which only the
 hub's user can write. A pickle of another release is not loaded.
 """
 
@@ -27,7 +27,8 @@ from sgpo_async import __version__
 from sgpo_async.config import Run, to_plain
 from sgpo_async.hub import events as ev
 from sgpo_async.hub.core import HubCore
-from sgpo_async.hub.journal import ANY_SIZE, Journal, StoredKey, stored_key
+from sgpo_async.hub.journal import FORMAT, Journal
+from sgpo_async.hub.rollout_files import ANY_SIZE, Place, RolloutFiles
 from sgpo_async.tasks.task_sampler import Task, TaskSampler
 from sgpo_async.wire import decode
 from sgpo_async.wire.records import PROTOCOL, Rollout
@@ -57,34 +58,39 @@ def recover(core: HubCore, journal: Journal) -> tuple[HubCore, float]:
 def _replay(core: HubCore, journal: Journal) -> tuple[HubCore, float]:
     state = journal.get("state")
     assert state is not None, "the first save sets it together with the maker"
-    core = _Unpickler(state, core.run, core.training.task_sampler, journal.rollouts()).load()
+    core = _Unpickler(state, core.run, core.training.task_sampler, journal.rollouts).load()
     now = core.now
     for now, body in journal.entries():
-        core.handle(unpack_event(body), now)
+        core.handle(read_event(body, journal.rollouts), now)
     return core, now
 
 
 def save(core: HubCore, journal: Journal) -> None:
     """Save the state of the core, so that a restart need not replay the events that led to it."""
-    file = io.BytesIO()
-    pickler = _Pickler(file)
-    pickler.dump(core)
-    journal.save(file.getvalue(), pickler.rollouts)
+
+    def dump() -> tuple[bytes, set[Place]]:
+        file = io.BytesIO()
+        pickler = _Pickler(file, journal.rollouts)
+        pickler.dump(core)
+        return file.getvalue(), pickler.places
+
+    journal.save(dump)
 
 
 def _maker(run: Run) -> bytes:
     """Identifies the release and the settings. The address may differ: a restarted hub can get another port."""
     settings = to_plain(run)
     settings["hub"]["address"] = ""
-    return bytes(msgpack.packb([__version__, PROTOCOL, xxhash.xxh3_64_hexdigest(repr(settings).encode())]))
+    return bytes(msgpack.packb([__version__, PROTOCOL, FORMAT, xxhash.xxh3_64_hexdigest(repr(settings).encode())]))
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles a core with references in place of what a new hub builds again, and of rollouts, which it collects."""
+    """Pickles a core with references in place of what a new hub builds again, and of rollouts."""
 
-    def __init__(self, file: io.BytesIO) -> None:
+    def __init__(self, file: io.BytesIO, rollouts: RolloutFiles) -> None:
         super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
-        self.rollouts: dict[StoredKey, Rollout] = {}
+        self._rollouts = rollouts
+        self.places: set[Place] = set()  # of all rollouts of the core
 
     def persistent_id(self, value: object) -> tuple[str, Any] | None:
         match value:
@@ -95,13 +101,14 @@ class _Pickler(pickle.Pickler):
             case Task():
                 return "task", value.number
             case Rollout() if len(value.tokens):  # evaluation keeps rollouts without tokens, which are small
-                self.rollouts[stored_key(value)] = value
-                return "rollout", stored_key(value)
+                place = self._rollouts.place_of(value)
+                self.places.add(place)
+                return "rollout", place
         return None
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, state: bytes, run: Run, task_sampler: TaskSampler, rollouts: dict[StoredKey, Rollout]) -> None:
+    def __init__(self, state: bytes, run: Run, task_sampler: TaskSampler, rollouts: RolloutFiles) -> None:
         super().__init__(io.BytesIO(state))
         self._run, self._task_sampler, self._rollouts = run, task_sampler, rollouts
 
@@ -113,25 +120,32 @@ class _Unpickler(pickle.Unpickler):
                 return self._task_sampler
             case "task", number:
                 return self._task_sampler.task(number)
-            case "rollout", key:
-                return self._rollouts[key]
+            case "rollout", place:
+                return self._rollouts.read(place)
         raise pickle.UnpicklingError(f"unknown reference {reference!r}")
 
 
 # ---- events
 
 
-def pack_event(event: ev.Event, frames: Sequence[bytes] = ()) -> bytes:
-    """An event as bytes; `frames` are the frames of a received message, unchanged."""
-    if isinstance(event, ev.Received):
-        return bytes(msgpack.packb(["Received", event.member, list(frames)]))
-    return bytes(msgpack.packb([type(event).__name__, *astuple(event)]))
+def write_event(journal: Journal, event: ev.Event, *, at: float, frames: Sequence[bytes] = ()) -> None:
+    """Append an event that happened at time `at`; `frames` are the frames of a received message, unchanged."""
+    match event:
+        case ev.Received(member, Rollout() as rollout):
+            place = journal.rollouts.add(rollout, frames)
+            journal.append(at, bytes(msgpack.packb(["Rollout", member, place])), place=place)
+        case ev.Received(member):
+            journal.append(at, bytes(msgpack.packb(["Received", member, list(frames)])))
+        case _:
+            journal.append(at, bytes(msgpack.packb([type(event).__name__, *astuple(event)])))
 
 
-def unpack_event(body: bytes) -> ev.Event:
-    """The inverse of `pack_event`."""
+def read_event(body: bytes, rollouts: RolloutFiles) -> ev.Event:
+    """An event that `write_event` has written."""
     kind, *values = msgpack.unpackb(body)
-    if kind != "Received":
-        return _PLAIN_EVENTS[kind](*values)
-    member, frames = values
-    return ev.Received(member, decode(frames, max_bytes=ANY_SIZE))
+    match kind, values:
+        case "Rollout", [member, [number, offset, sizes]]:
+            return ev.Received(member, rollouts.read((number, offset, tuple(sizes))))
+        case "Received", [member, frames]:
+            return ev.Received(member, decode(frames, max_bytes=ANY_SIZE))
+    return _PLAIN_EVENTS[kind](*values)

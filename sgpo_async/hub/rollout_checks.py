@@ -9,15 +9,18 @@ A reason has no values in it, because the hub counts rejections by reason.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from sgpo_async.wire.records import Lease, PartialRollout, Progress, Rollout
+from sgpo_async.wire.records import OBSERVED, Lease, PartialRollout, Progress, Rollout
 
 TOLERANCE = 1e-3  # a log-probability may be so far above 0, by rounding
 LOWEST = -1e4  # no engine samples a token of a lower log-probability
+
+PROMPT_DIFFERS = "prompt differs from that of the group"
 
 Prompts = Mapping[bool, np.ndarray]
 """The prompts of the rollouts that a lease already has: the plain one (False) and the one with the strategy (True)."""
@@ -29,6 +32,7 @@ class Limits:
 
     vocabulary: int  # number of token ids that the model knows; 0 if it is unknown
     newest: int  # newest weight version
+    environment: bool = False  # whether an environment writes tokens, in spans of the version OBSERVED
 
 
 def violation(lease: Lease, rollout: Rollout, limits: Limits, *, prompts: Prompts) -> str | None:
@@ -94,10 +98,18 @@ def _spans(lease: Lease, rollout: Rollout, limits: Limits) -> str | None:
     ends = rollout.ends
     if not len(ends) or ends[0] < 1 or ends[-1] != len(rollout.tokens) or (ends[1:] <= ends[:-1]).any():
         return "ends of spans do not increase from 1 to the number of tokens"
+    if rollout.versions[0] == OBSERVED:
+        return "tokens must begin with one that the policy sampled"
+    if (rollout.logprobs[~rollout.sampled] != 0).any():
+        return "logprobs of tokens that an environment wrote must be 0"
     return _versions(lease, rollout.versions, limits)
 
 
 def _versions(lease: Lease, versions: np.ndarray, limits: Limits) -> str | None:
+    if limits.environment:
+        versions = versions[versions != OBSERVED]
+    if not len(versions):
+        return None  # of a report between two turns
     if versions.min() < lease.min_version:
         return "tokens are older than the lease's min_version"
     if versions.max() > limits.newest:
@@ -117,8 +129,10 @@ def _token_ids(sent: Rollout | PartialRollout, limits: Limits) -> str | None:
 def _numbers(lease: Lease, rollout: Rollout) -> str | None:
     if not _are_logprobs(rollout.logprobs):
         return f"logprobs must be in [{LOWEST:g}, 0]"
-    if not 0.0 <= rollout.reward <= 1.0:
-        return "reward must be in [0, 1]"
+    if not math.isfinite(rollout.reward):
+        return "reward must be finite"
+    if rollout.solved_at != lease.solved_at:
+        return "solved_at differs from the lease's"
     value = rollout.unguided_logprob
     if (value is not None) != _is_scored(lease, rollout):
         return "unguided_logprob must come with a correct guided rollout of training, and with no other"
@@ -142,13 +156,13 @@ def _prompt(rollout: Rollout, prompts: Prompts) -> str | None:
         return "prompt is empty"
     known = prompts.get(rollout.guided)
     if known is not None and not np.array_equal(known, rollout.prompt):
-        return "prompt differs from that of the group"
+        return PROMPT_DIFFERS
     return None
 
 
 def _is_scored(lease: Lease, rollout: Rollout) -> bool:
     """Whether the engine scores this rollout under the plain prompt (Eq. 4)."""
-    return rollout.guided and lease.purpose == "train" and rollout.reward == 1.0
+    return rollout.guided and lease.purpose == "train" and rollout.correct
 
 
 def _are_logprobs(values: np.ndarray) -> bool:

@@ -1,11 +1,38 @@
-"""Who holds up a run that makes no progress."""
+"""Notices a run that makes no progress, and names who holds it up."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+LOOK_S = 1.0  # how often the hub checks whether the run makes progress
 SHOWN = 3  # most names in one line
+
+
+@dataclass
+class StallWatch:
+    """The time without progress, in seconds of the core's clock."""
+
+    limit_s: float  # without progress; then the run is stalled
+    moved_at: float  # time of the last progress
+    stalled: str = ""  # who holds up the run; empty while it makes progress
+    _progress: tuple[object, ...] = ()
+    _looked_at: float = 0.0
+
+    def look(self, status: Callable[[], Mapping[str, Any]], *, now: float) -> bool:
+        """Look whether the run makes progress, if a look is due; whether it was found stalled just now."""
+        if now - self._looked_at < LOOK_S:
+            return False
+        self._looked_at = now
+        known = status()
+        progress = progress_of(known)
+        if progress != self._progress:
+            self._progress, self.moved_at, self.stalled = progress, now, ""
+        elif not self.stalled and now - self.moved_at >= self.limit_s:
+            self.stalled = f"nothing has moved for {now - self.moved_at:.0f} s: {culprit(known)}"
+            return True
+        return False
 
 
 def progress_of(status: Mapping[str, Any]) -> tuple[object, ...]:

@@ -10,6 +10,7 @@ from sgpo_async.config import Run
 from sgpo_async.hub.actors import Actors
 from sgpo_async.hub.evaluation import Evaluation
 from sgpo_async.hub.learner_ranks import LearnerRanks
+from sgpo_async.hub.stall import StallWatch
 from sgpo_async.hub.training import Training
 from sgpo_async.wire.records import Evaluated
 
@@ -17,6 +18,8 @@ NO_BATCH_YET = {
     "lag": {"mean": 0.0, "max": 0, "histogram": {}},
     "pass_auto": None,
     "pass_guided": None,
+    "reward_auto": None,
+    "reward_guided": None,
 }
 
 
@@ -35,7 +38,7 @@ class CoreState(Protocol):
     quarantined: dict[str, str]
     restarts: int
     moved: int
-    stalled: str
+    stall: StallWatch
     closing: tuple[str, float] | None
     started: float
     now: float
@@ -62,7 +65,7 @@ def status(core: CoreState) -> dict[str, Any]:
         "evaluation_ledger": evaluation.leases.plain(),
         "buffer": len(training.leases.complete),  # groups
         **NO_BATCH_YET,
-        **training.last,  # lag, pass_auto and pass_guided of the last batch
+        **training.last,  # lag, pass rates and rewards of the last batch
         "tokens_generated": sum(table.tokens for table in tables),
         "tokens_trained": training.tokens_trained,
         "tokens_per_s": sum(actor.meter.tokens_per_s for actor in actors.values()),
@@ -81,7 +84,7 @@ def status(core: CoreState) -> dict[str, Any]:
         "hub_restarts": core.restarts,
         "leases_moved": core.moved,
         "uptime_s": core.now - core.started,
-        "stalled": core.stalled,  # who holds up the run, if there was no progress for hub.stall_s
+        "stalled": core.stall.stalled,  # who holds up the run, if there was no progress for hub.stall_s
         "closing": core.closing[0] if core.closing else "",  # why the run is ending
     }
 

@@ -45,11 +45,13 @@ from torch.distributed.checkpoint.state_dict import (
 from sgpo_async.errors import CheckpointError, DeadlineExceeded, SgpoError
 from sgpo_async.files import FREE_SOME, disk_full, set_aside
 from sgpo_async.logs import fields
+from sgpo_async.processes.progress import result_while_moving
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-SAVE_S = 1800.0  # timeout of writing one checkpoint
+SAVE_S = 1800.0  # longest time without a new byte of a checkpoint
+OTHERS_S = 86400.0  # for other ranks to write their parts; one that is lost ends the wait at once
 CHUNK_BYTES = 2**22  # of a file that is hashed
 
 
@@ -74,7 +76,7 @@ class CheckpointWriter:
         assert keep >= 1, f"keep must be >= 1, got {keep}"
         self._folder, self._keep, self._minutes = folder, keep, minutes
         self._began = time.monotonic()  # when the last checkpoint, or this writer, began
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=SAVE_S))
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=OTHERS_S))
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -135,20 +137,23 @@ class CheckpointWriter:
     def wait(self) -> None:
         """Wait until the newest checkpoint is written.
 
-        Raises CheckpointError on every rank if it could not be written, DeadlineExceeded after SAVE_S.
+        Raises CheckpointError on every rank if it could not be written, DeadlineExceeded after SAVE_S without progress.
         """
         pending, self._pending = self._pending, None
         if pending is None:
             return
         try:
-            pending.result(SAVE_S)
+            result_while_moving(pending, self._bytes_of_drafts, SAVE_S)
         except TimeoutError:
-            raise DeadlineExceeded("learner", "end of writing a checkpoint", SAVE_S) from None
+            raise DeadlineExceeded("learner", "progress in writing a checkpoint", SAVE_S) from None
         except RuntimeError as error:  # a collective failed
             reason = str(error).partition("\n")[0]
             raise CheckpointError(
                 f"{self._folder}: cannot write a checkpoint; another rank is gone ({reason})"
             ) from None
+
+    def _bytes_of_drafts(self) -> int:
+        return sum(path.stat().st_size for path in self._folder.glob(".step-*/*"))
 
     def _write(self, draft: Path, state: Future[Any], random: Tensor, saved: Saved) -> None:
         what, rank = _cannot_write(draft), dist.get_rank()

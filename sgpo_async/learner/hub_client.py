@@ -9,8 +9,11 @@ waits on `incoming`, each time with a deadline. Evaluation results that arrive m
 
 A broken connection, also that of a hub that is killed and started again, loses messages. So a request is repeated every
 REPEAT_S, and at once when the connection is back, until it is answered; the hub gives the same answer to a repeated
-request. What the hub does not answer is sent once more whenever the connection is back: the newest publication, and
-the evaluations without a result.
+request. While the hub has no batch or evaluation yet, it says how long ago the run made progress (Pending), and the
+timeout counts from then.
+
+What the hub does not answer is sent once more whenever the connection is back: the newest publication, and the
+evaluations without a result.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from sgpo_async.wire.records import (
     Heartbeat,
     Hello,
     Message,
+    Pending,
     Published,
     Refused,
     Restore,
@@ -111,7 +115,7 @@ class HubClient:
         return welcome
 
     def batch(self, step: int, *, timeout_s: float) -> Shard:
-        """Wait for this rank's part of the batch of `step`."""
+        """Wait for this rank's part of the batch of `step`; at most `timeout_s` without progress of the run."""
         what = f"batch of step {step} (check that actors are running and fast enough)"
         return self._ask(BatchRequest(step=step), Shard, what, timeout_s, lambda shard: shard.step == step)
 
@@ -138,13 +142,24 @@ class HubClient:
         self._evaluating[version] = Evaluate(version=version)
         self._outgoing.append(self._evaluating[version])
 
-    def take_evaluations(self, *, until: int | None = None, timeout_s: float = 0.0) -> list[Evaluated]:
-        """Return and remove the results that have arrived; with `until`, wait for the result of this version."""
-        deadline = time.monotonic() + timeout_s
+    def take_evaluations(
+        self, *, until: int | None = None, timeout_s: float = 0.0, meanwhile: Callable[[], object] = lambda: None
+    ) -> list[Evaluated]:
+        """Return and remove the results that have arrived; with `until`, wait for the result of this version.
+
+        The wait lasts at most `timeout_s` without progress of the run; `meanwhile` is called every REPEAT_S.
+        """
         self._drain()
-        while until is not None and not any(result.version == until for result in self.evaluations):
-            if self._next(deadline) is None:
-                raise DeadlineExceeded(self.name, f"evaluation of version {until} from the hub", timeout_s)
+        if until is not None and not any(result.version == until for result in self.evaluations):
+            what = f"evaluation of version {until}"
+            self._ask(
+                Evaluate(version=until),
+                Evaluated,
+                what,
+                timeout_s,
+                lambda result: result.version == until,
+                meanwhile=meanwhile,
+            )
         taken = list(self.evaluations)
         self.evaluations.clear()
         return taken
@@ -178,16 +193,22 @@ class HubClient:
         what: str,
         timeout_s: float,
         matches: Callable[[Answer], bool] = lambda _: True,
+        *,
+        meanwhile: Callable[[], object] = lambda: None,
     ) -> Answer:
         deadline = time.monotonic() + timeout_s
+        repeat_s = min(REPEAT_S, timeout_s / 4)  # the answer Pending comes to a repeated request only
         self._drain()
         self._request = message
         try:
             while (now := time.monotonic()) < deadline:
                 self._outgoing.append(message)
-                while received := self._next(min(now + REPEAT_S, deadline)):
-                    if isinstance(received, kind) and matches(received):
+                while received := self._next(min(now + repeat_s, deadline)):
+                    if isinstance(received, Pending):
+                        deadline = max(deadline, time.monotonic() + timeout_s - received.idle_s)
+                    elif isinstance(received, kind) and matches(received):
                         return received
+                meanwhile()
         finally:
             self._request = None
         raise DeadlineExceeded(self.name, f"{what} from the hub", timeout_s)

@@ -21,9 +21,10 @@ from torch.distributed.tensor import DTensor, Shard
 from sgpo_async.errors import DeadlineExceeded
 from sgpo_async.learner.policy import Policy
 from sgpo_async.learner.process_group import all_gather_single
+from sgpo_async.processes.progress import result_while_moving
 
 BUCKET_BYTES = 64 * 2**20  # size of one gather, unless a single parameter is larger
-PUBLISH_S = 300.0  # timeout of writing one version
+PUBLISH_S = 300.0  # longest time without progress in writing one version
 
 NamedTensors = list[tuple[str, Tensor]]
 
@@ -36,7 +37,7 @@ class Store(Protocol):
         """Where other processes find the store as long as this one lives."""
         ...
 
-    def publish(self, version: int, named_tensors: NamedTensors) -> object:
+    def publish(self, version: int, named_tensors: Iterable[tuple[str, Tensor]]) -> object:
         """Make these tensors visible as `version`. Raises WeightsError."""
         ...
 
@@ -97,6 +98,7 @@ class Publisher:
         self._policy, self._dtype, self._store, self._published = policy, dtype, store, published
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="publish")
         self._pending: Future[None] | None = None
+        self._written = 0  # tensors, of all versions
 
     def publish(self, version: int) -> None:
         """Start to publish the current weights as `version`. A collective of all ranks.
@@ -115,10 +117,15 @@ class Publisher:
         if pending is None:
             return
         try:
-            pending.result(PUBLISH_S)
+            result_while_moving(pending, lambda: self._written, PUBLISH_S)
         except TimeoutError:
-            raise DeadlineExceeded("learner", "end of a weight publication", PUBLISH_S) from None
+            raise DeadlineExceeded("learner", "progress of a weight publication", PUBLISH_S) from None
 
     def _write(self, store: Store, version: int, tensors: NamedTensors) -> None:
-        store.publish(version, tensors)
+        store.publish(version, self._counted(tensors))
         self._published(version, store.own_path)
+
+    def _counted(self, tensors: NamedTensors) -> Iterator[tuple[str, Tensor]]:
+        for tensor in tensors:
+            yield tensor
+            self._written += 1

@@ -14,6 +14,7 @@ from typing import Any
 
 from sgpo_async.config.schema import Run
 from sgpo_async.files import to_json, write_whole
+from sgpo_async.tasks.prompts import prompt_settings
 from sgpo_async.wire.records import BenchmarkScore, Evaluated
 
 FOLDER = "benchmarks"
@@ -51,7 +52,7 @@ def _settings(run: Run, result: Evaluated, scores: list[BenchmarkScore]) -> dict
         "temperature": run.evaluation.temperature,
         "top_p": run.evaluation.top_p,
         "max_new_tokens": run.rollout.max_new_tokens,
-        "prompt": run.tasks.prompt,
+        **prompt_settings(run.tasks),
         "guided": False,
         "seed": run.seed,
         "benchmarks": {score.name: {"problems": score.problems, "samples": score.samples} for score in scores},

@@ -38,7 +38,7 @@ class KeptGroup:
     draw: int  # the groups with the smallest draws are kept
     rollouts: tuple[Rollout, ...]
     alpha: float
-    kl: dict[int, np.ndarray]  # by slot: d_t [T] of each distilled rollout
+    kl: dict[int, np.ndarray]  # by slot: d_t [C] of the sampled tokens of each distilled rollout
 
 
 class Samples:
@@ -139,7 +139,7 @@ class SampleLines:
             "slot": rollout.slot,
             "guided": rollout.guided,
             "reward": rollout.reward,
-            "correct": rollout.reward > 0,
+            "correct": rollout.correct,
             "finish": rollout.finish,
             "tokens": len(rollout.tokens),
             "versions": rollout.versions.tolist(),
@@ -148,8 +148,9 @@ class SampleLines:
         }
         if kl is None:
             return line
-        distilled = {"kl": [round(float(d), DIGITS) for d in kl], "pieces": pieces(self._tokenizer, rollout.tokens)}
-        return line | distilled
+        known = iter(kl.tolist())
+        values = [round(next(known), DIGITS) if sampled else None for sampled in rollout.sampled]
+        return line | {"kl": values, "pieces": pieces(self._tokenizer, rollout.tokens)}
 
     def _text(self, tokens: np.ndarray) -> str:
         return decode(self._tokenizer, tokens)

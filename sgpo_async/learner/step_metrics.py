@@ -45,7 +45,7 @@ class StepMetrics:
         self.tokens_by_lag = torch.zeros(max_lag + 1, dtype=torch.float64, device=device)
         self.mismatch = Mismatch(max_lag=max_lag, device=device)
         self.problems: Sequence[Mapping[str, float]] = ()  # the metrics of each problem, in the order of the shard
-        self.token_kl: dict[tuple[int, int], Tensor] = {}  # d_t [T] of each distilled rollout, by task and slot
+        self.token_kl: dict[tuple[int, int], Tensor] = {}  # d_t [C] of each distilled rollout, by task and slot
 
     def add(self, **values: Tensor) -> None:
         """Add the sum of each tensor to the sum of that name."""
@@ -83,9 +83,9 @@ class StepMetrics:
         self.add(limited_kl=mass.kl.sum() - kept.sum())
 
     def keep_kl(self, rollouts: Sequence[Rollout], d: Tensor) -> None:
-        """Keep d_t [K, T] of these distilled rollouts, for samples of the step; it stays on the device."""
+        """Keep d_t [K, C] of these distilled rollouts, for samples of the step; it stays on the device."""
         for rollout, values in zip(rollouts, d.detach(), strict=True):
-            self.token_kl[rollout.task, rollout.slot] = values[: len(rollout.tokens)]
+            self.token_kl[rollout.task, rollout.slot] = values[: int(rollout.sampled.sum())]
 
     def add_batch(self, batch: Batch) -> None:
         """Add the metrics that are known before any forward."""

@@ -78,7 +78,7 @@ def likelihood_term(
     items: Sequence[Likelihood], log_pi: Tensor, *, algorithm: Algorithm, statistics: StepMetrics
 ) -> Tensor:
     """Sum weight times the plain or shaped (LUFFY) loss over these texts, from log_pi [L] of all their tokens."""
-    _, known = pad([item.student.completion for item in items])
+    _, known = pad([item.student.targets for item in items])
     mask = torch.from_numpy(known).to(log_pi.device)
     log_pi = _unflatten(log_pi, mask)
     shaped = torch.tensor([item.shaped for item in items], device=mask.device)
@@ -90,14 +90,14 @@ def likelihood_term(
 
 def _behaviour(rollouts: Sequence[Rollout], version: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Return log mu [N, T] and lags [N, T], with lag -1 in the padding."""
-    log_mu, mask = pad([rollout.logprobs for rollout in rollouts])
+    log_mu, mask = pad([rollout.logprobs[rollout.sampled] for rollout in rollouts])
     age, _ = pad([lags(rollout, version) for rollout in rollouts])
     assert (age >= 0).all(), "the lag of every token must be >= 0: a rollout is newer than the weights that it trains"
     return _like(like, log_mu), torch.from_numpy(np.where(mask, age, -1).astype(np.int64)).to(like.device)
 
 
 def _later(rollouts: Sequence[Rollout], mask: Tensor) -> Tensor:
-    """Return whether each token is after the first span of its rollout: [N, T] bool."""
+    """Return whether each token is after the first span of its rollout, which is always sampled: [N, T] bool."""
     first_ends = torch.tensor([[int(rollout.ends[0])] for rollout in rollouts], device=mask.device)
     return torch.arange(mask.shape[1], device=mask.device) >= first_ends
 

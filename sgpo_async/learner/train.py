@@ -47,7 +47,7 @@ from sgpo_async.tasks.base import ProblemSource
 from sgpo_async.tasks.sources import source_of
 from sgpo_async.transport import Dealer, Mailbox
 from sgpo_async.weights import StoreWriter
-from sgpo_async.wire.records import Hello
+from sgpo_async.wire.records import Evaluated, Hello
 
 log = logging.getLogger(__name__)
 
@@ -164,6 +164,9 @@ class Trainer:
             if self.metrics:
                 line = self._record(self.metrics, line | hub_metrics(status) | {"learner_idle": idle / wall})
                 self.step_log.step(line, seconds=wall)
+            elif self._last:
+                while _rank_0_waits():
+                    pass
             self.samples.keep(shard, self.stepper.statistics)
             if self.checkpoints.due(self._due(self.run.learner.checkpoint_every)):
                 self._checkpoint()
@@ -188,12 +191,12 @@ class Trainer:
 
     def _record(self, metrics: MetricsWriter, line: dict[str, Any]) -> dict[str, Any]:
         """Write the metrics of this step, and return them; after the last step, wait for the last evaluation first."""
-        last = self.progress.step == self.run.steps
-        if self._due(self.run.evaluation.every):
-            self.hub.evaluate(self.version)
-        results = self.hub.take_evaluations(
-            until=self.version if last else None, timeout_s=self.run.learner.batch_timeout_s
-        )
+        if self._last:
+            results = self._last_evaluations()
+        else:
+            if self._due(self.run.evaluation.every):
+                self.hub.evaluate(self.version)
+            results = self.hub.take_evaluations()
         for result in results:
             write_round(self.run, result)
         head = {"step": self.progress.step, "wall_s": self.progress.wall_s, "tokens_trained": self.progress.tokens}
@@ -203,9 +206,21 @@ class Trainer:
         metrics.step(line)
         return line
 
+    def _last_evaluations(self) -> list[Evaluated]:
+        """Request the evaluation of the final weights and wait for it, as the other ranks do in `_rank_0_waits`."""
+        limit_s = self.run.learner.batch_timeout_s
+        results = self.hub.take_evaluations(until=self.version, timeout_s=limit_s, meanwhile=_rank_0_waits)
+        _rank_0_waits(False)
+        return results
+
+    @property
+    def _last(self) -> bool:
+        """Whether the last step has been trained."""
+        return self.progress.step == self.run.steps
+
     def _due(self, every: int) -> bool:
         """Return whether something is due that happens every `every` steps and after the last step (0: only then)."""
-        return self.progress.step == self.run.steps or (every > 0 and self.progress.step % every == 0)
+        return self._last or (every > 0 and self.progress.step % every == 0)
 
     def _checkpoint(self) -> None:
         state = self._hub_state() if self.metrics else b""
@@ -238,6 +253,16 @@ def _log_start(run: Run, resumed: Path | None) -> None:
     values = fields(event="started", run=run.name, steps=run.steps, ranks=ranks, objective=objective)
     about = (run.name, run.steps, run.learner.problems_per_step, objective, ranks, "s" * (ranks > 1), where)
     log.info(text, *about, extra=values)
+
+
+def _rank_0_waits(value: bool = True) -> bool:
+    """Broadcast rank 0's `value`: whether it still waits for the last evaluation, which may take very long.
+
+    A collective of all ranks. Rank 0 calls it more often than a collective times out.
+    """
+    waits = torch.tensor([value])
+    dist.broadcast(waits, 0)
+    return bool(waits)
 
 
 def build(run: Run, mesh: DeviceMesh, source: ProblemSource | None = None) -> tuple[Stepper, str]:

@@ -19,7 +19,7 @@ from sgpo_async.errors import DeadlineExceeded, RunFailed
 from sgpo_async.files import disk_full
 from sgpo_async.local.children import Child, Processes, wait_for
 from sgpo_async.local.restarts import LIMIT, WINDOW_S, Restarts
-from sgpo_async.local.run_folder import read_hub_file
+from sgpo_async.local.run_folder import forget_journal, read_hub_file
 
 log = logging.getLogger(__name__)
 
@@ -125,3 +125,5 @@ def kept_hub(processes: Processes, command: HubCommand) -> Iterator[str]:
             raise failures[0]
     if hub.child is not None:
         wait_for(hub.child, LEAVING_S)
+        if hub.child.code is not None:
+            forget_journal(processes.folder)

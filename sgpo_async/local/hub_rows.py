@@ -30,6 +30,7 @@ def hub_rows(status: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("learner", _learner(get("learner") or {})),
         ("weights", f"version {number(get('version'))}, published {number(published)}"),
         ("tokens", f"generated {number(get('tokens_generated'))}, trained {number(get('tokens_trained'))}"),
+        ("mean reward", f"alone {number(get('reward_auto'))}, guided {number(get('reward_guided'))}"),
         ("evaluation", evaluating),
         *_ledger(get("ledger") or {}),
         *(

@@ -35,14 +35,19 @@ def claim(folder: Path, *, continues: bool = False) -> None:
         raise HubError(f"{folder}: another run writes here (its hub is process {hub['pid']}); choose another name=NAME")
     forget_hub(folder)
     if not continues:
-        for file in folder.glob(f"{JOURNAL}*"):
-            file.unlink()
+        forget_journal(folder)
 
 
 def forget_hub(folder: Path) -> None:
     """Remove hub.json of a hub that is dead and could not remove it."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         (folder / HUB_FILE).unlink()
+
+
+def forget_journal(folder: Path) -> None:
+    """Remove the journal of a hub that is dead and whose run is over."""
+    for file in folder.glob(f"{JOURNAL}*"):
+        file.unlink(missing_ok=True)
 
 
 def _lives(pid: int, wrote: float) -> bool:

@@ -24,7 +24,7 @@ from sgpo_async.errors import DeadlineExceeded, RunFailed
 from sgpo_async.local.children import Child, Processes
 from sgpo_async.local.hub_process import TICK_S, USERS_ERROR, HubProcess
 from sgpo_async.local.restarts import LIMIT, WINDOW_S, Restarts
-from sgpo_async.local.run_folder import summary_written
+from sgpo_async.local.run_folder import forget_journal, summary_written
 from sgpo_async.processes.signals import Signals
 
 LEAVING_S = 20.0  # for actors and hub to end by themselves after the learner has ended
@@ -226,4 +226,6 @@ def supervise(plan: CommandLines, folder: Path, observer: Observer) -> int:
             observer.update(supervisor)
             supervisor.note_stall(observer.stalled)
             signals.wait(TICK_S)
+    if supervisor.done:
+        forget_journal(folder)  # left by a hub that crashed after the learner's end
     return signals.exit_code if signals.stop else 0

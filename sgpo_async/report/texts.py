@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sgpo_async.report.numbers import number
@@ -69,6 +69,6 @@ def notes_of(rollout: Mapping[str, Any]) -> str:
 
 
 def versions_of(rollout: Mapping[str, Any]) -> str:
-    """Return the weight versions that sampled the spans of a rollout: 7, or 7-9."""
-    versions: Sequence[int] = rollout["versions"]
+    """Return the weight versions that sampled the spans of a rollout: 7, or 7-9; without spans of an environment."""
+    versions = [version for version in rollout["versions"] if version >= 0]
     return str(versions[0]) if len(set(versions)) == 1 else f"{min(versions)}-{max(versions)}"

@@ -29,6 +29,11 @@ class CompletedGroup:
         return min(r.oldest_version for r in self.rollouts)
 
     def pass_rate(self, *, guided: bool) -> float | None:
+        """Share of correct rollouts among the guided or the autonomous ones; None if the group has none of them."""
+        correct = [r.correct for r in self.rollouts if r.guided == guided]
+        return float(np.mean(correct)) if correct else None
+
+    def mean_reward(self, *, guided: bool) -> float | None:
         """Mean reward of the guided or of the autonomous rollouts; None if the group has none of them."""
         rewards = [r.reward for r in self.rollouts if r.guided == guided]
         return float(np.mean(rewards)) if rewards else None

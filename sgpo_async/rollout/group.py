@@ -21,7 +21,7 @@ import xxhash
 from sgpo_async.engines.base import Generate, Generated, SampledTokens, Score, Scored
 from sgpo_async.rollout.partial import after
 from sgpo_async.transport.reliable import Key
-from sgpo_async.wire.records import Lease, PartialRollout, Progress, Rollout
+from sgpo_async.wire.records import Lease, PartialRollout, Progress, Rollout, is_correct
 
 
 class RolloutGroup:
@@ -37,6 +37,7 @@ class RolloutGroup:
         self._begun = {part.slot: part for part in lease.partial}
         self._open = sorted(set(range(lease.autonomous + lease.guided)) - set(lease.finished.tolist()))
         self._generated: dict[int, Generated] = {}  # completions without a verdict or score
+        self._rewards: dict[int, float] = {}  # of completions without a score
         self._reported = {slot: len(part.tokens) for slot, part in self._begun.items()}  # tokens that the hub knows
 
     @property
@@ -52,21 +53,22 @@ class RolloutGroup:
         """Keep a completion until its verdict comes."""
         self._generated[_slot(result.id)] = result
 
-    def judged(self, key: object, *, correct: bool) -> Rollout | Score:
+    def judged(self, key: object, *, reward: float) -> Rollout | Score:
         """Take a verdict; returns the finished rollout, or the score that the engine has to compute first (Eq. 4)."""
         slot = _slot(key)
         result = self._generated[slot]
+        correct = is_correct(reward, self.lease.solved_at)
         if correct and self._is_guided(slot) and self.lease.purpose == "train":
+            self._rewards[slot] = reward
             return Score(
                 id=result.id, prompt=self._prompt(False), tokens=result.tokens, temperature=self.lease.temperature
             )
-        return self._rollout(slot, reward=float(correct), unguided_logprob=None)
+        return self._rollout(slot, reward=reward, unguided_logprob=None)
 
     def scored(self, result: Scored) -> Rollout:
         """Take a score; the rollout carries the sum of its unguided log-probabilities, not their mean (Eq. 4)."""
-        return self._rollout(
-            _slot(result.id), reward=1.0, unguided_logprob=float(result.logprobs.sum(dtype=np.float64))
-        )
+        slot, total = _slot(result.id), float(result.logprobs.sum(dtype=np.float64))
+        return self._rollout(slot, reward=self._rewards.pop(slot), unguided_logprob=total)
 
     def rollout_ids(self) -> list[Key]:
         """The identities (task, attempt, slot) of all unfinished rollouts."""
@@ -133,6 +135,7 @@ class RolloutGroup:
             unguided_logprob=unguided_logprob,
             top_tokens=result.top_tokens if unguided_logprob is not None else None,
             top_logprobs=result.top_logprobs if unguided_logprob is not None else None,
+            solved_at=self.lease.solved_at,
         )
 
     def _is_guided(self, slot: int) -> bool:

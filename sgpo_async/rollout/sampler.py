@@ -10,6 +10,7 @@ leases and uses the rollouts.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from sgpo_async.errors import EngineError
 from sgpo_async.rollout.group import RolloutGroup, group_of, task_of
 from sgpo_async.tasks.prompts import build_prompt
 from sgpo_async.tasks.reward_pool import RewardPool
+from sgpo_async.tasks.rewards import Sample
 from sgpo_async.wire.records import Lease, Progress, Rollout
 
 LeaseKey = tuple[int, int]
@@ -32,7 +34,7 @@ class Sampled:
 
     rollout: Rollout
     text: str  # the completion, decoded
-    timed_out: bool  # the verifier ran into its time limit; the rollout counts as incorrect
+    timed_out: bool  # the verifier exceeded its limit of time or memory; the reward is 0
     last: bool  # every rollout of its lease is finished now
 
 
@@ -50,15 +52,17 @@ class RolloutSampler:
     Args:
         engine: holds a version of the weights whenever `add` is called.
         tokenizer: of the model; it encodes prompts and decodes completions.
-        tasks: style of the prompts, number of verifier processes and their time limit.
+        tasks: style of the prompts, number of verifier processes and their limits.
     """
 
     def __init__(self, engine: Engine, tokenizer: Any, tasks: Tasks) -> None:
         self._engine, self._tokenizer = engine, tokenizer
         self._prompt: Callable[[str, str | None], Sequence[int]] = lambda problem, strategy: build_prompt(
-            problem, strategy, style=tasks.prompt, tokenizer=tokenizer
+            problem, strategy, tasks=tasks, tokenizer=tokenizer
         )
-        self._rewards = RewardPool(workers=tasks.reward_workers, limit_s=tasks.reward_limit_s)
+        self._rewards = RewardPool(
+            workers=tasks.reward_workers, limit_s=tasks.reward_limit_s, memory_mb=tasks.reward_memory_mb
+        )
         self._groups: dict[LeaseKey, RolloutGroup] = {}
         self._texts: dict[object, tuple[str, bool]] = {}  # by rollout: the completion, whether its verdict timed out
 
@@ -128,7 +132,10 @@ class RolloutSampler:
         group.generated(result)
         text = self._tokenizer.decode(result.tokens, skip_special_tokens=True)
         self._texts[result.id] = text, False
-        self._rewards.submit(result.id, group.lease.verifier, group.lease.answer, text)
+        lease = group.lease
+        columns = json.loads(lease.columns or "{}")
+        sample = Sample(problem=lease.problem, answer=lease.answer, completion=text, columns=columns)
+        self._rewards.submit(result.id, lease.verifier, sample)
 
     def _judge(self, wait_s: float) -> list[Sampled | Unservable]:
         """Take verdicts. A correct guided rollout is scored without its strategy before it is finished (Eq. 4)."""
@@ -140,7 +147,7 @@ class RolloutSampler:
             if group is None:
                 continue
             self._texts[verdict.key] = self._texts[verdict.key][0], verdict.timed_out
-            outcome = group.judged(verdict.key, correct=verdict.correct)
+            outcome = group.judged(verdict.key, reward=verdict.reward)
             if isinstance(outcome, Rollout):
                 finished.append(self._finish(group, outcome))
             else:

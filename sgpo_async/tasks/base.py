@@ -27,6 +27,7 @@ class Problem:
     strategy: str | None = None
     response: str | None = None
     verifier: str | None = None  # None: the verifier of its source or benchmark
+    columns: str = ""  # the other columns of its record as a JSON object, if a reward function of the user reads them
 
     @property
     def digest(self) -> str:
@@ -38,7 +39,7 @@ class ProblemSource(Protocol):
     """An endless, reproducible stream of training problems and a fixed held-out set."""
 
     verifier: str
-    """Name of the verifier in `sgpo_async.tasks.verify.VERIFIERS` that checks completions of this source."""
+    """What judges completions of this source, in the text form of `sgpo_async.tasks.rewards`."""
 
     has_responses: bool
     """Whether any training problem has a response."""

@@ -1,4 +1,4 @@
-"""Reads benchmarks in the layouts of their public datasets, from JSON Lines or Parquet files of the user.
+"""Reads benchmarks in the layouts of their public datasets, from JSON Lines, CSV or Parquet files of the user.
 
 The columns identify the layout; the file name does not matter:
 
@@ -27,7 +27,8 @@ import xxhash
 from sgpo_async.config.schema import Evaluation
 from sgpo_async.errors import DataError
 from sgpo_async.tasks.base import Problem
-from sgpo_async.tasks.files import read_rows
+from sgpo_async.tasks.records import number_text, text
+from sgpo_async.tasks.rows import open_rows
 from sgpo_async.tasks.tolerance import Tolerant
 
 VERIFIER = "math"
@@ -42,7 +43,8 @@ class Benchmark:
     name: str
     problems: Sequence[Problem]
     samples: int
-    verifier: str = VERIFIER  # name in `sgpo_async.tasks.verify.VERIFIERS`
+    verifier: str = VERIFIER  # in the text form of `sgpo_async.tasks.rewards`
+    solved_at: float = 1.0  # a completion is correct if its reward is at least this
 
     @property
     def digest(self) -> str:
@@ -69,23 +71,19 @@ class Layout:
 
 
 def plain_answer(place: str, value: Any) -> str:
-    """The answer from a text or a number; a whole number written as 27.0 becomes 27."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    return _text(place, "the answer", value)
+    """The answer from a text or a number."""
+    number = number_text(place, "the answer", value)
+    return text(place, "the answer", value) if number is None else number
 
 
 def boxed_answer(place: str, value: Any) -> str:
     r"""The content of the last \boxed{...} of a solution, with balanced braces."""
-    text = _text(place, "the solution", value)
-    _, box, rest = text.rpartition("\\boxed{")
+    _, box, rest = text(place, "the solution", value).rpartition("\\boxed{")
     depth = 1
     for end, letter in enumerate(rest):
         depth += {"{": 1, "}": -1}.get(letter, 0)
         if box and depth == 0:
-            return rest[:end]
+            return text(place, "the content of the last \\boxed{...}", rest[:end])
     raise DataError(f"{place}: the record has no answer column, and its solution has no \\boxed{{...}}")
 
 
@@ -97,8 +95,9 @@ def listed_answers(place: str, value: Any) -> str:
             "use the open-ended problems, OE_TO_maths_en_COMP"
         )
     if len(value) == 1:
-        return _text(place, "the answer", value[0])
-    return ", ".join(_text(place, "the answer", one).strip().strip("$") for one in value)
+        return text(place, "the answer", value[0])
+    bare = [text(place, "the answer", one).strip().strip("$") for one in value]
+    return ", ".join(text(place, "the answer", one) for one in bare)
 
 
 def tolerances(place: str, value: Any, *, answers: int) -> list[float | None]:
@@ -155,8 +154,8 @@ def open_benchmark(name: str, path: str, *, samples: int) -> Benchmark:
     Raises DataError, one line with file and line, for an unreadable file or record, a record with pictures, and an
     id that occurs twice.
     """
-    rows = list(read_rows(path))
-    if not rows:
+    rows = open_rows(path)
+    if not len(rows):
         raise DataError(f"{path}: the file contains no problems")
     layout = layout_of(*rows[0])
     problems: dict[str, Problem] = {}
@@ -199,9 +198,9 @@ def to_problem(place: str, record: Any, *, layout: Layout, number: int) -> Probl
     tolerant = tolerance not in (None, "")
     return Problem(
         id=str(record[layout.id]) if layout.id else str(number),
-        problem=_with_context(record, _text(place, repr(layout.problem), record[layout.problem])),
+        problem=_with_context(record, text(place, repr(layout.problem), record[layout.problem])),
         answer=_with_tolerance(place, answer, tolerance) if tolerant else answer,
-        strategy=None if strategy is None else _text(place, "'strategy'", strategy),
+        strategy=None if strategy is None else text(place, "'strategy'", strategy),
         verifier=TOLERANT if tolerant else None,
     )
 
@@ -217,9 +216,3 @@ def _with_context(record: dict[str, Any], problem: str) -> str:
     """Put OlympiadBench's `context`, which a series of problems shares, before the problem."""
     context = record.get("context")
     return f"{context}\n\n{problem}" if isinstance(context, str) and context.strip() else problem
-
-
-def _text(place: str, what: str, value: Any) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{place}: {what} must be a text that is not empty, got {value!r:.60}")
-    return value

@@ -1,149 +1,79 @@
-"""Reads a user's own problems: JSON Lines, Parquet, or a Hugging Face dataset (folder or name, needs `datasets`).
+"""A user's own problems: JSON Lines, CSV, Parquet, or a Hugging Face dataset (see `sgpo_async.tasks.rows`).
 
-Columns: problem, answer, and optionally strategy and response; other columns are ignored. math-verify
-computes the rewards.
+Columns: problem, answer, and optionally strategy and response, or what `tasks.columns` calls them; other columns are
+ignored, unless a reward function of the user reads them.
 """
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, MutableSequence, Sequence
 from functools import lru_cache
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+import numpy as np
+import xxhash
 
 from sgpo_async.errors import DataError
 from sgpo_async.tasks.base import SPLIT_SEED, Problem
+from sgpo_async.tasks.records import Form
+from sgpo_async.tasks.rows import Row, open_rows
 
-Row = tuple[str, Any]
-"""(FILE:LINE, record)"""
-
-
-def read_jsonl(path: Path) -> Iterator[Row]:
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield f"{path}:{number}", json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}:{number}: not JSON: {error}") from error
+OWN = Form()
 
 
-def read_parquet(path: Path) -> Iterator[Row]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        records = parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not readable as Parquet: {_first_line(error)}") from error
-    for number, record in enumerate(records, start=1):
-        yield f"{path}:{number}", record
-
-
-def read_dataset(name: str) -> Iterator[Row]:
-    """The split `train` of a Hugging Face dataset: a saved dataset, a dataset name, or a folder of data files."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError(
-            f"{name}: not .jsonl or .parquet, and a Hugging Face dataset needs `pip install datasets`"
-        ) from error
-    try:
-        saved = Path(name, "dataset_info.json").exists() or Path(name, "dataset_dict.json").exists()
-        data = datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
-        rows = data["train"] if isinstance(data, datasets.DatasetDict) else data
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{name}: no dataset with a train split: {_first_line(error)}") from error
-    for number, record in enumerate(rows, start=1):
-        yield f"{name}:{number}", record
-
-
-def read_rows(path: str) -> Iterator[Row]:
-    file = Path(path)
-    readers = {".jsonl": read_jsonl, ".parquet": read_parquet}
-    if file.suffix not in readers:
-        return read_dataset(path)
-    if not file.is_file():
-        raise DataError(f"{path}: no such file")
-    return readers[file.suffix](file)
-
-
-def to_problem(place: str, record: Any) -> Problem:
-    """The problem of one record; raises DataError `FILE:LINE: reason`."""
-    if not isinstance(record, dict):
-        raise DataError(f"{place}: a record must be an object, got {type(record).__name__}")
-    return Problem(
-        id=place,
-        problem=_text(place, record, "problem"),
-        answer=_answer(place, record),
-        strategy=_optional_text(place, record, "strategy"),
-        response=_optional_text(place, record, "response"),
-    )
-
-
-def read_problems(path: str) -> list[Problem]:
+def read_problems(path: str, *, form: Form = OWN) -> list[Problem]:
     """All problems of a file or dataset; raises DataError for the first bad line."""
-    return [to_problem(place, record) for place, record in read_rows(path)]
+    return [form.problem(place, record) for place, record in open_rows(path)]
 
 
 class Split(NamedTuple):
     """The problems of a file in two parts; no problem text is in both."""
 
-    training: list[Problem]
-    held_out: list[Problem]
+    training: Sequence[Problem]
+    held_out: Sequence[Problem]
+    has_responses: bool  # of a training problem
 
 
-def read_split(path: str, *, held_out: int) -> Split:
+class Problems(Sequence[Problem]):
+    """Some problems of a file, each read when it is asked for."""
+
+    def __init__(self, rows: Sequence[Row], form: Form, indices: Sequence[int]) -> None:
+        self._rows, self._form, self._indices = rows, form, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        if isinstance(index, slice):
+            return [self[one] for one in range(*index.indices(len(self)))]
+        return self._form.problem(*self._rows[self._indices[index]])
+
+
+def read_split(rows: Sequence[Row], path: str, *, held_out: int, form: Form = OWN) -> Split:
     """Hold out `held_out` of the distinct problem texts, so that repeated problems are all in the same part.
 
     The selection depends only on the texts and their order, so every run with this file holds out the same problems.
     They are returned in the random order of the draw: any slice of them is a random sample, even if the file is sorted.
+    Every record is read and checked once, and none is kept: the memory needed is a few numbers for each record.
 
     Raises DataError for a bad line, and if no problem would be left for training.
     """
-    problems = read_problems(path)
-    texts = list(dict.fromkeys(problem.problem for problem in problems))
-    random.Random(f"held-out {SPLIT_SEED}").shuffle(texts)
-    reserved = {text: index for index, text in enumerate(texts[:held_out])}
-    training = [problem for problem in problems if problem.problem not in reserved]
+    digests, responses = bytearray(), bytearray()  # of each record: that of its text, whether it has a response
+    for place, record in rows:
+        problem = form.problem(place, record)
+        digests += xxhash.xxh3_128_digest(problem.problem.encode())
+        responses.append(problem.response is not None)
+    numbers, count = _numbered(digests)
+    order = _shuffled(range(count), f"held-out {SPLIT_SEED}")
+    rank = {number: rank for rank, number in enumerate(order[:held_out])}
+    training = array("I", (index for index, number in enumerate(numbers) if number not in rank))
     if not training:
-        raise DataError(
-            f"{path}: {len(texts)} distinct problems leave none for training with tasks.held_out={held_out}"
-        )
-    held = [problem for problem in problems if problem.problem in reserved]
-    return Split(training, sorted(held, key=lambda problem: reserved[problem.problem]))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _text(place: str, record: dict[str, Any], column: str) -> str:
-    if column not in record:
-        raise DataError(f"{place}: no column {column!r}; there are {', '.join(map(repr, record)) or 'none'}")
-    value = record[column]
-    if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{place}: {column!r} must be a text that is not empty, got {value!r:.60}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{place}: {column!r} must be valid Unicode, got half a surrogate pair at character {error.start}"
-        ) from error
-    return value
-
-
-def _answer(place: str, record: dict[str, Any]) -> str:
-    value = record.get("answer")
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)
-    return _text(place, record, "answer")
-
-
-def _optional_text(place: str, record: dict[str, Any], column: str) -> str | None:
-    return None if record.get(column) is None else _text(place, record, column)
+        raise DataError(f"{path}: {count} distinct problems leave none for training with tasks.held_out={held_out}")
+    held = sorted((index for index, number in enumerate(numbers) if number in rank), key=lambda i: rank[numbers[i]])
+    has_responses = any(responses[index] for index in training)
+    return Split(Problems(rows, form, training), list(Problems(rows, form, held)), has_responses)
 
 
 class FileSource:
@@ -151,10 +81,10 @@ class FileSource:
 
     verifier = "math"
 
-    def __init__(self, path: str, *, held_out: int, seed: int) -> None:
-        """Read the problems. Raises DataError (see `read_split`)."""
-        self._training, self._held_out = read_split(path, held_out=held_out)
-        self.has_responses = any(problem.response is not None for problem in self._training)
+    def __init__(self, path: str, *, held_out: int, seed: int, form: Form = OWN, part: tuple[str, str] = ("", "")):
+        """Read the problems; `part`: configuration and split of a dataset. Raises DataError (see `read_split`)."""
+        rows = open_rows(path, config=part[0], split=part[1])
+        self._training, self._held_out, self.has_responses = read_split(rows, path, held_out=held_out, form=form)
         self._order = lru_cache(maxsize=4)(self._shuffled)
         self._seed = seed
 
@@ -165,6 +95,28 @@ class FileSource:
     def held_out(self) -> Sequence[Problem]:
         return self._held_out
 
-    def _shuffled(self, epoch: int) -> list[int]:
+    def _shuffled(self, epoch: int) -> Sequence[int]:
         count = len(self._training)
-        return random.Random(f"epoch {epoch} {self._seed}").sample(range(count), count)
+        return array("I", random.Random(f"epoch {epoch} {self._seed}").sample(range(count), count))
+
+
+def _numbered(digests: bytes | bytearray) -> tuple[Sequence[int], int]:
+    """Number the distinct digests in the order of their first occurrence: (the number of each record, how many)."""
+    if not digests:
+        return array("I"), 0
+    low, high = np.frombuffer(digests, np.uint64).reshape(-1, 2).T
+    order = np.lexsort((low, high))  # stable: of equal digests, the first one of the file comes first
+    new = np.ones(len(order), bool)
+    new[1:] = (low[order[1:]] != low[order[:-1]]) | (high[order[1:]] != high[order[:-1]])
+    group = np.cumsum(new) - 1
+    number = np.empty(int(new.sum()), np.uint32)  # of each group, by its first record
+    number[np.argsort(order[new])] = np.arange(len(number))
+    numbers = np.empty(len(order), np.uint32)
+    numbers[order] = number[group]
+    return array("I", numbers.tobytes()), len(number)
+
+
+def _shuffled(numbers: Iterable[int], seed: str) -> MutableSequence[int]:
+    order = array("I", numbers)
+    random.Random(seed).shuffle(order)
+    return order

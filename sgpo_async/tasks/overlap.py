@@ -1,7 +1,8 @@
 """Compares problem texts by words and n-grams: whether they are equal, nearly equal, or one contains the other.
 
 The words of a text are its runs of letters and digits in lower case, so `$x^2$` and `\\(x^{2}\\)` have the same words.
-Where a script writes no spaces (Chinese, Japanese), each character is a word.
+An operator belongs to the operand that follows it: `1 * 7` has the words `1` and `*7`, and differs from `1 - 7`. Where
+a script writes no spaces (Chinese, Japanese), each character is a word.
 """
 
 from __future__ import annotations
@@ -16,6 +17,13 @@ Words = tuple[str, ...]
 Gram = tuple[str, ...]
 
 _UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_SIGNS = {  # other ways to write the operators
+    "\\times": "*", "\\cdot": "*", "\\ast": "*", "×": "*", "·": "*", "⋅": "*", "\\div": "/", "÷": "/", "−": "-",
+    "–": "-", "\\le": "<=", "\\leq": "<=", "≤": "<=", "\\ge": ">=", "\\geq": ">=", "≥": ">=", "\\lt": "<", "\\gt": ">",
+    "\\ne": "!=", "\\neq": "!=", "≠": "!=", "\\pm": "±",
+}  # fmt: skip
+_OPERATOR = re.compile("|".join(rf"{re.escape(sign)}{'(?![a-z])' * (len(sign) > 1)}" for sign in _SIGNS))
+_SIGN = re.compile(r"[-+*/=<>^!±%]")
 _WORD = re.compile(f"[{_UNSPACED}]|[^\\W_{_UNSPACED}]+")
 
 
@@ -25,8 +33,20 @@ def normalised(text: str) -> str:
 
 
 def words_of(text: str) -> Words:
-    """The words of `text`, in order."""
-    return tuple(_WORD.findall(normalised(text)))
+    """The words of `text`, in order, each with the operators between it and the word before it."""
+    words, end = [], 0
+    text = _OPERATOR.sub(lambda found: f" {_SIGNS[found[0]]} ", normalised(text))
+    for match in _WORD.finditer(text):
+        gap = text[end : match.start()]
+        signs = "".join(_SIGN.findall(gap)) if _is_operand(match[0], gap) else ""
+        words.append(signs + match[0])
+        end = match.end()
+    return tuple(words)
+
+
+def _is_operand(word: str, gap: str) -> bool:
+    """Whether signs before the word are operators: not the hyphen of well-known, nor the asterisk of **bold**."""
+    return word[0].isdigit() or len(word) == 1 or gap.endswith("\\")
 
 
 def grams_of(words: Words, size: int) -> set[Gram]:

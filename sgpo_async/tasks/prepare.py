@@ -106,7 +106,7 @@ def without_duplicates(problems: Sequence[Problem]) -> tuple[list[Problem], list
 def without_near_duplicates(problems: Sequence[Problem], rules: Rules) -> tuple[list[Problem], list[Removed]]:
     """Remove problems that nearly equal an earlier kept problem and have the same numbers and the same answer.
 
-    A problem with other numbers is a different problem, even if few words differ.
+    A problem with other numbers or operators is a different problem, even if few words differ.
     """
     words = [words_of(problem.problem) for problem in problems]
     facts = [(_numbers(found), normalised(one.answer)) for found, one in zip(words, problems, strict=True)]
@@ -189,7 +189,8 @@ def _chance(seed: int, purpose: str) -> Callable[[Problem], bytes]:
 
 
 def _numbers(words: Words) -> tuple[str, ...]:
-    return tuple(sorted(word for word in words if any(letter.isdigit() for letter in word)))
+    """The words with digits or operators."""
+    return tuple(sorted(word for word in words if any(letter.isdigit() for letter in word) or not word.isalpha()))
 
 
 def _floor(part: int, whole: int) -> str:

@@ -1,4 +1,4 @@
-"""Verifies completions in worker processes without blocking the caller.
+"""Computes rewards of completions in worker processes without blocking the caller.
 
     caller ── submit ─▶ requests ─▶ thread 1..n ── stdin/stdout ── worker process 1..n
     caller ◀── poll ── verdicts ◀──────┘
@@ -6,7 +6,8 @@
 
 Each thread waits for a request, then for its worker's answer. A worker that exceeds the time limit is killed by its
 alarm (see `reward_worker`), or by its thread if the verifier has disabled the alarm, and the thread starts a new one.
-The caller waits only in `poll`. A verifier that exceeds the limit again and again, in every worker and for different
+The caller waits only in `poll`. A reward function that raises or returns no number ends the pool with an error, because
+it would be wrong to train on. A verifier that exceeds the limit again and again, in every worker and for different
 problems, ends the pool with an error: without it the run would wait for a batch until that times out.
 """
 
@@ -25,7 +26,8 @@ from pathlib import Path
 from typing import IO
 
 from sgpo_async.errors import SgpoError
-from sgpo_async.tasks.reward_worker import STARTUP_LIMIT_S
+from sgpo_async.tasks.reward_worker import OUT_OF_MEMORY, STARTUP_LIMIT_S
+from sgpo_async.tasks.rewards import Sample
 from sgpo_async.tasks.verify import INLINE, VERIFIERS
 
 _PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
@@ -36,19 +38,18 @@ ANSWERS = 4  # ... for so many different answers, after which a verifier is take
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """Whether the completion submitted under `key` is correct; a timeout counts as incorrect."""
+    """The reward of the completion submitted under `key`; 0 if its time or memory limit was exceeded."""
 
     key: Hashable
-    correct: bool
-    timed_out: bool = False
+    reward: float
+    timed_out: bool = False  # exceeded the limit of time or memory
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Request:
     key: Hashable
     verifier: str
-    answer: str
-    completion: str
+    sample: Sample
 
 
 @dataclass
@@ -73,12 +74,17 @@ class TimeoutStreak:
 
 
 class RewardPool:
-    """Runs verifiers in worker processes (cheap ones inline), with a time limit in seconds per completion."""
+    """Runs reward functions in worker processes (cheap ones inline), with limits for each completion.
 
-    def __init__(self, *, workers: int, limit_s: float) -> None:
-        assert workers >= 1 and limit_s > 0
+    Args:
+        limit_s: limit of time in seconds.
+        memory_mb: limit of each worker's memory; 0: none.
+    """
+
+    def __init__(self, *, workers: int, limit_s: float, memory_mb: int = 0) -> None:
+        assert workers >= 1 and limit_s > 0 and memory_mb >= 0
         self.timeouts = 0
-        self._workers, self._limit_s = workers, limit_s
+        self._workers, self._limit_s, self._memory_mb = workers, limit_s, memory_mb
         self._streak = TimeoutStreak()
         self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._verdicts: queue.SimpleQueue[Verdict | tuple[_Request, Verdict] | SgpoError] = queue.SimpleQueue()
@@ -88,22 +94,27 @@ class RewardPool:
         self._threads = [threading.Thread(target=self._serve, args=(i,), daemon=True) for i in range(workers)]
         self._started = False
 
-    def submit(self, key: Hashable, verifier: str, answer: str, completion: str) -> None:
-        """Submit `completion` and return at once. The verdict of an inline verifier is available immediately."""
-        assert verifier in VERIFIERS, verifier
+    def submit(self, key: Hashable, verifier: str, sample: Sample) -> None:
+        """Submit a completion and return at once. The verdict of an inline verifier is available immediately.
+
+        Args:
+            verifier: the text form of a reward (see `sgpo_async.tasks.rewards`).
+        """
         if verifier in INLINE:
-            self._verdicts.put(Verdict(key=key, correct=VERIFIERS[verifier](answer, completion)))
+            correct = VERIFIERS[verifier](sample.answer, sample.completion)
+            self._verdicts.put(Verdict(key=key, reward=float(correct)))
             return
         if not self._started:
             self._started = True
             for thread in self._threads:
                 thread.start()
-        self._requests.put(_Request(key=key, verifier=verifier, answer=answer, completion=completion))
+        self._requests.put(_Request(key=key, verifier=verifier, sample=sample))
 
     def poll(self, timeout_s: float = 0.0) -> list[Verdict]:
         """The available verdicts, after waiting at most `timeout_s` seconds for the first one.
 
-        Raises SgpoError if a worker failed for another reason than its time limit, or if a verifier never returns.
+        Raises SgpoError if a reward function is at fault, if a worker failed for another reason than its limits, or if
+        a verifier never returns.
         """
         verdicts: list[Verdict] = []
         try:
@@ -120,12 +131,12 @@ class RewardPool:
         """The verdict of a worker; raises SgpoError if it is the last of a hopeless streak."""
         self.timeouts += verdict.timed_out
         streak = self._streak
-        streak.record(request.verifier, request.answer, timed_out=verdict.timed_out)
+        streak.record(request.verifier, request.sample.answer, timed_out=verdict.timed_out)
         if streak.is_hopeless(workers=self._workers):
             raise SgpoError(
                 f"reward {streak.verifier}: none of the last {streak.count} completions was judged within "
-                f"tasks.reward_limit_s={self._limit_s:g} by {self._workers} workers (tasks.reward_workers); "
-                "correct the verifier or the answers, or raise the limit"
+                f"tasks.reward_limit_s={self._limit_s:g} by {self._workers} workers (tasks.reward_workers, "
+                f"tasks.reward_memory_mb={self._memory_mb}); correct the verifier or the answers, or raise the limits"
             )
         return verdict
 
@@ -156,7 +167,7 @@ class RewardPool:
         with self._lock:
             if self._closing:
                 return None
-            command = [sys.executable, "-m", "sgpo_async.tasks.reward_worker", str(self._limit_s)]
+            command = [sys.executable, "-m", "sgpo_async.tasks.reward_worker", str(self._limit_s), str(self._memory_mb)]
             paths = [_PACKAGE_PARENT, os.environ.get("PYTHONPATH", "")]
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
             pipe = subprocess.PIPE
@@ -167,8 +178,10 @@ class RewardPool:
         self, process: subprocess.Popen[str], request: _Request, *, index: int, patience_s: float
     ) -> tuple[_Request, Verdict] | SgpoError:
         assert process.stdin is not None and process.stdout is not None
+        one = request.sample
+        line = json.dumps([request.verifier, one.problem, one.answer, one.completion, dict(one.columns)])
         try:
-            process.stdin.write(json.dumps([request.verifier, request.answer, request.completion]) + "\n")
+            process.stdin.write(line + "\n")
             process.stdin.flush()
             if not _readable(process.stdout, patience_s):
                 process.kill()
@@ -176,13 +189,14 @@ class RewardPool:
         except BrokenPipeError:
             line = ""
         if line:
-            return request, Verdict(key=request.key, correct=json.loads(line))
+            value, *text = json.loads(line)
+            return SgpoError(text[0]) if text else (request, Verdict(key=request.key, reward=value))
         status = process.wait()
         process.stdout.close()
         with self._lock:
             del self._processes[index]
-        if status < 0:  # killed by its alarm, by this thread or by another process
-            return request, Verdict(key=request.key, correct=False, timed_out=True)
+        if status < 0 or status == OUT_OF_MEMORY:  # killed by its alarm, by this thread or by another process
+            return request, Verdict(key=request.key, reward=0.0, timed_out=True)
         return SgpoError(f"reward worker: exit status {status} on {request.key!r}; see its traceback")
 
 

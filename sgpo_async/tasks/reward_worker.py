@@ -1,8 +1,10 @@
 """Worker process of the reward pool: one request per line on stdin, one verdict per line on stdout.
 
-A request is the JSON list [verifier, answer, completion], a verdict `true` or `false`. When
-its parent ends, an idle worker ends at once (end of stdin), and a busy one at the latest when its time limit expires.
-The limit is SIGALRM with its default action, so the kernel kills any loop, in Python or in C.
+A request is the JSON list [reward, problem, answer, completion, columns] with the text form of a reward (see
+`sgpo_async.tasks.rewards`), a verdict [number] or, if the reward function is at fault, ["error", text]. When its parent
+ends, an idle worker ends at once (end of stdin), and a busy one at the latest when its time limit expires. The time
+limit is SIGALRM with its default action, so the kernel kills any loop, in Python or in C. A request that needs more
+memory than the limit ends the worker with OUT_OF_MEMORY.
 """
 
 from __future__ import annotations
@@ -10,10 +12,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import resource
 import signal
 import sys
+from functools import cache
 
 STARTUP_LIMIT_S = 60.0
+OUT_OF_MEMORY = 77  # exit code
 
 
 def serve(limit_s: float) -> None:
@@ -21,16 +26,31 @@ def serve(limit_s: float) -> None:
     verdicts = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # keep prints of libraries out of the verdicts
 
+    from sgpo_async.errors import DataError
+    from sgpo_async.tasks.rewards import Sample, load_reward
     from sgpo_async.tasks.verify import VERIFIERS
 
+    load = cache(load_reward)
     VERIFIERS["math"]("1", "1")  # imports everything before the first time limit starts
     signal.setitimer(signal.ITIMER_REAL, 0.0)
     for line in sys.stdin:
-        verifier, answer, completion = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, limit_s)
-        verdict = VERIFIERS[verifier](answer, completion)
+        text, problem, answer, completion, columns = json.loads(line)
+        sample = Sample(problem=problem, answer=answer, completion=completion, columns=columns)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, STARTUP_LIMIT_S)
+            reward = load(text)  # imports the user's module at the first request
+            signal.setitimer(signal.ITIMER_REAL, limit_s)
+            verdict: list[object] = [reward(sample)]
+        except DataError as error:
+            verdict = ["error", str(error)]
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         print(json.dumps(verdict), file=verdicts, flush=True)
+
+
+def limit_memory(megabytes: int) -> None:
+    """Limit the private memory of this process; 0: no limit."""
+    if megabytes:
+        resource.setrlimit(resource.RLIMIT_DATA, (megabytes * 2**20, megabytes * 2**20))
 
 
 if __name__ == "__main__":
@@ -38,4 +58,8 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     signal.setitimer(signal.ITIMER_REAL, STARTUP_LIMIT_S)
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-    serve(float(sys.argv[1]))
+    limit_memory(int(sys.argv[2]))
+    try:
+        serve(float(sys.argv[1]))
+    except MemoryError:
+        os._exit(OUT_OF_MEMORY)  # without clean-up, which needs memory

@@ -11,6 +11,8 @@ from sgpo_async.config.schema import Run
 from sgpo_async.errors import DataError
 from sgpo_async.tasks.base import Problem
 from sgpo_async.tasks.files import Split, read_problems, read_split
+from sgpo_async.tasks.records import Form
+from sgpo_async.tasks.rows import open_rows
 from sgpo_async.tasks.sources import open_source
 
 FAR = 2**40  # first position of the built-in domain's supervised problems; RL never reaches it
@@ -35,7 +37,8 @@ def sft_data(run: Run) -> SftData:
     if tasks.source == "cues" and not sft.path:
         source = open_source("cues", path="", held_out=tasks.held_out, seed=run.seed)
         return _split([source.training(FAR + i) for i in range(sft.problems)], run)
-    problems, held_out = _read(run)
+    problems, held_out, _ = _read(run)
+    problems = list(problems)
     if not sft.validation:
         return _split(problems, run)._replace(held_out=len(held_out))
     validation = read_problems(sft.validation)
@@ -45,14 +48,15 @@ def sft_data(run: Run) -> SftData:
 
 
 def _read(run: Run) -> Split:
-    """The problems of `sft.path`; if RL trains on the same file, without the held-out problems.
+    """The problems of `sft.path`; if RL trains on the same file, in the same form and without the held-out problems.
 
     A warm-up on the solutions of held-out problems would make the evaluation of every later run too optimistic.
     """
     path, tasks = run.sft.path or run.tasks.path, run.tasks
     if tasks.source == "file" and Path(path).resolve() == Path(tasks.path).resolve():
-        return read_split(path, held_out=tasks.held_out)
-    return Split(read_problems(path), [])
+        rows = open_rows(path, config=tasks.dataset_config, split=tasks.split)
+        return read_split(rows, path, held_out=tasks.held_out, form=Form.of(tasks))
+    return Split(read_problems(path), [], has_responses=True)
 
 
 def _split(problems: Sequence[Problem], run: Run) -> SftData:

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from sgpo_async.config.schema import Run
+from sgpo_async.config.schema import Run, Tasks
 from sgpo_async.errors import DataError
 from sgpo_async.tasks.base import ProblemSource
 from sgpo_async.tasks.cues import CuesSource
 from sgpo_async.tasks.files import FileSource
+from sgpo_async.tasks.records import Form
+from sgpo_async.tasks.rewards import to_text
+
+DEFAULTS = Tasks()
 
 
-def open_source(kind: str, *, path: str, held_out: int, seed: int) -> ProblemSource:
-    """The source "cues" or "file" (at `path`), with `held_out` problems set aside for evaluation."""
+def open_source(kind: str, *, path: str, held_out: int, seed: int, tasks: Tasks = DEFAULTS) -> ProblemSource:
+    """The source "cues" or "file" (at `path`), with `held_out` problems set aside for evaluation.
+
+    Args:
+        tasks: how the file's records are read, and the reward.
+    """
+    assert kind in ("cues", "file"), kind
+    source: CuesSource | FileSource
     if kind == "cues":
-        return CuesSource(seed=seed, held_out=held_out)
-    assert kind == "file", kind
-    return FileSource(path, held_out=held_out, seed=seed)
+        source = CuesSource(seed=seed, held_out=held_out)
+    else:
+        part = (tasks.dataset_config, tasks.split)
+        source = FileSource(path, held_out=held_out, seed=seed, form=Form.of(tasks), part=part)
+    source.verifier = to_text(tasks.reward) or source.verifier
+    return source
 
 
 def source_of(run: Run) -> ProblemSource:
@@ -24,7 +37,7 @@ def source_of(run: Run) -> ProblemSource:
         DataError: the source is unreadable, or the objective needs responses and no training problem has one.
     """
     tasks, objective = run.tasks, run.algorithm.objective
-    source = open_source(tasks.source, path=tasks.path, held_out=tasks.held_out, seed=run.seed)
+    source = open_source(tasks.source, path=tasks.path, held_out=tasks.held_out, seed=run.seed, tasks=tasks)
     if run.algorithm.needs_responses and not source.has_responses:
         raise DataError(
             f"{tasks.path}: algorithm.objective={objective} needs responses, but no training problem has one; "

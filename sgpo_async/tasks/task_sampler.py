@@ -38,6 +38,7 @@ class Task:
     guided: int
     seed: int
     sampling: Sampling
+    solved_at: float = 1.0  # a rollout is correct if its reward is at least this
 
     @property
     def size(self) -> int:
@@ -62,6 +63,8 @@ class Task:
             top_p=self.sampling.top_p,
             max_new_tokens=self.sampling.max_new_tokens,
             top_logprobs_num=self.sampling.top_logprobs_num,
+            solved_at=self.solved_at,
+            columns=self.problem.columns,
         )
 
 
@@ -106,6 +109,7 @@ class TaskSampler:
                 max_new_tokens=sizes.max_new_tokens,
                 top_logprobs_num=self._run.algorithm.top_logprobs_num,
             ),
+            solved_at=self._run.tasks.solved_at,
         )
 
     def _evaluation(self, number: int) -> Task:
@@ -127,6 +131,7 @@ class TaskSampler:
                 top_p=settings.top_p,
                 max_new_tokens=self._run.rollout.max_new_tokens,
             ),
+            solved_at=benchmark.solved_at if benchmark else self._run.tasks.solved_at,
         )
 
 

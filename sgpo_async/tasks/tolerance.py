@@ -7,6 +7,7 @@ everything that is not a real number.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from sympy import Basic, Expr
 
 SLACK = 1.01
+SMALL = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +33,12 @@ class Tolerant:
 
     @staticmethod
     def from_text(text: str) -> Tolerant:
-        """The inverse of `to_text`."""
-        answer, parts = json.loads(text)
-        return Tolerant(answer=answer, parts=tuple((part, tolerance) for part, tolerance in parts))
+        """The inverse of `to_text`; any other text is an exact answer."""
+        with contextlib.suppress(ValueError, TypeError):
+            answer, parts = json.loads(text)
+            if isinstance(answer, str):
+                return Tolerant(answer=answer, parts=tuple((part, tolerance) for part, tolerance in parts))
+        return Tolerant(answer=text, parts=((text, None),))
 
 
 def elements(expression: Basic) -> list[Basic]:
@@ -78,6 +83,27 @@ def is_within(answer: Basic, found: Basic, tolerance: float | None) -> bool:
             and all(is_within(a, b, tolerance) for a, b in zip(mine[1], theirs[1], strict=True))
         )
     return any(_near(a, b, tolerance) for a, b in _readings(answer, found))
+
+
+def are_small_and_different(answer: Basic, found: Basic) -> bool:
+    """Whether these are numbers below SMALL that differ by more than rounding.
+
+    math-verify compares the first six decimals, so it finds 0.00000002 and 0.00000001 equal, and 1/2006! and 1/2004!.
+    Of numbers written in decimals three significant digits must agree, of exact ones nine.
+    """
+    from math_verify.grader import get_pct_val
+    from sympy import Float
+
+    answer, found = _unassigned(answer, found)
+    if get_pct_val(answer) is not None or get_pct_val(found) is not None:
+        return False  # 9 % equals 9 and 0.09
+    a, b = _real(answer), _real(found)
+    if a is None or b is None or not 0 < max(abs(a), abs(b)) < SMALL:
+        return False
+    if min(getattr(a, "_prec", 53), getattr(b, "_prec", 53)) < 2:
+        return False  # not one digit is certain
+    decimals = answer.has(Float) or found.has(Float)
+    return bool(abs(a - b) > (1e-3 if decimals else 1e-9) * max(abs(a), abs(b)))
 
 
 def _near(answer: Basic, found: Basic, tolerance: float) -> bool:

@@ -9,17 +9,48 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sgpo_async.tasks import cues_domain
-from sgpo_async.tasks.tolerance import Tolerant, all_within, elements
+from sgpo_async.tasks import answers, cues_domain
+from sgpo_async.tasks.tolerance import Tolerant, all_within, are_small_and_different, elements
 
 Verifier = Callable[[str, str], bool]
 
 
 def is_math_correct(answer: str, completion: str) -> bool:
-    """Whether math-verify finds the completion's last expression equal to the answer (LaTeX or plain)."""
+    """Whether the completion's last box, or its last expression if it has none, equals the answer (LaTeX or plain).
+
+    math-verify decides it, after `answers.plain` has removed what it misreads. These are decided here: the same text,
+    letters of multiple choice, numbers in different bases, and numbers so small that math-verify rounds them to 0.
+    """
+    wanted, box = answers.plain(answer), answers.final(completion)
+    if box is None:
+        letter = answers.choice(wanted)
+        return _is_chosen(letter, completion) if letter else _are_equal(wanted, answers.readable(completion))
+    found = answers.plain(box)
+    if wanted == found:
+        return bool(found)
+    letter, base, other = answers.choice(wanted), answers.in_base(wanted), answers.in_base(found)
+    if letter or (base and other):
+        return letter == answers.choice(found) if letter else base == other
+    return bool(found) and _are_equal(wanted, _boxed(found))
+
+
+def _are_equal(wanted: str, text: str) -> bool:
+    """Whether math-verify finds the answer `wanted` in the text."""
     from math_verify import verify
 
-    return bool(verify(_parsed(_marked(answer)), _parsed(completion), timeout_seconds=None))
+    gold, target = _parsed(_marked(wanted)), _parsed(text)
+    if not verify(gold, target, timeout_seconds=None, allow_set_relation_comp=True):
+        return False
+    expressions = [one[0] for one in (gold, target) if one and not isinstance(one[0], str)]
+    return len(expressions) < 2 or not are_small_and_different(*expressions)
+
+
+def _is_chosen(letter: str, completion: str) -> bool:
+    """Whether a completion without a box gives this letter as its answer."""
+    from math_verify import StringExtractionConfig, parse
+
+    letters = StringExtractionConfig(strings=tuple("ABCDEFGHIJ"))
+    return letter.lower() in parse(completion.replace("(", " ").replace(")", " "), [letters], parsing_timeout=None)[:1]
 
 
 def is_math_correct_within(answer: str, completion: str) -> bool:
@@ -27,12 +58,19 @@ def is_math_correct_within(answer: str, completion: str) -> bool:
     wanted = Tolerant.from_text(answer)
     if is_math_correct(wanted.answer, completion):
         return True
-    answers = [(one, tolerance) for part, tolerance in wanted.parts for one in _listed(_marked(part))]
-    return bool(answers) and all_within(answers, _listed(completion))
+    parts = ((answers.plain(part), tolerance) for part, tolerance in wanted.parts)
+    expected = [(one, tolerance) for part, tolerance in parts for one in _listed(_marked(part))]
+    box = answers.final(completion)
+    found = answers.readable(completion) if box is None else _boxed(answers.plain(box))
+    return bool(expected) and all_within(expected, _listed(found))
 
 
 def _marked(answer: str) -> str:
-    return answer if "$" in answer or "\\boxed" in answer else f"\\boxed{{{answer}}}"
+    return answer if "$" in answer or answers.BOX in answer else _boxed(answer)
+
+
+def _boxed(answer: str) -> str:
+    return f"{answers.BOX}{{{answer}}}"
 
 
 def _parsed(text: str) -> list[Any]:

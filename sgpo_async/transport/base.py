@@ -11,7 +11,7 @@ from typing import Protocol
 
 Frames = list[bytes]
 
-HIGH_WATER = 1000  # most messages in the queue of one peer and direction
+HIGH_WATER = 10_000  # most messages in the queue of one peer and direction; a member that reads none is removed earlier
 BATCH = 256  # most messages that one poll returns
 
 

@@ -3,7 +3,7 @@
     actor ──▶ hub     Hello  Ready  Progress  Rollout  Release  Heartbeat  Goodbye
     hub ──▶ actor     Welcome | Refused  Lease  Ack  Revoked  Stop
     learner ──▶ hub   Hello  BatchRequest  Commit  Published  Evaluate  SnapshotRequest  Restore  Finish  Heartbeat
-    hub ──▶ learner   Welcome | Refused  Shard  Committed  Evaluated  Snapshot  Restored  Stop
+    hub ──▶ learner   Welcome | Refused  Pending  Shard  Committed  Evaluated  Snapshot  Restored  Stop
     any process ──▶ hub    StatusRequest  SettingsRequest      hub ──▶ that process    Status  Settings
 
 A record is a frozen dataclass. The codec sends array fields (`Tokens`, `Floats`, `Ints`) and `bytes` as raw
@@ -17,13 +17,27 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-PROTOCOL = 4  # raise it whenever a record changes
+PROTOCOL = 5  # raise it whenever a record changes
 
 Tokens = Annotated[np.ndarray, "<i4"]  # token ids, 1-d
 Ints = Annotated[np.ndarray, "<i4"]
 Floats = Annotated[np.ndarray, "<f4"]
 
 Purpose = Literal["train", "evaluate"]
+
+OBSERVED = -1
+"""As the weight version of a span: an environment wrote these tokens, not the policy. They are read and never trained;
+their log-probability is 0."""
+
+
+def oldest(versions: np.ndarray) -> int:
+    """The lowest weight version of these spans, of which at least one is no observation."""
+    return int(versions[versions != OBSERVED].min())
+
+
+def is_correct(reward: float, solved_at: float) -> bool:
+    """The one rule by which a reward, which may be any finite number, says whether the problem is solved."""
+    return reward >= solved_at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +114,7 @@ class Lease:
     purpose: Purpose
     problem: str
     answer: str
-    verifier: str  # name in `sgpo_async.tasks.verify.VERIFIERS`
+    verifier: str  # what judges the completions, in the text form of `sgpo_async.tasks.rewards`
     strategy: str | None
     autonomous: int
     guided: int
@@ -110,6 +124,8 @@ class Lease:
     top_p: float  # must be 1 for training: importance ratios need log-probabilities over the whole vocabulary
     max_new_tokens: int
     top_logprobs_num: int = 0  # likeliest tokens to report for each token of a correct guided rollout
+    solved_at: float = 1.0  # a rollout is correct if its reward is at least this
+    columns: str = ""  # the other columns of the problem's record as a JSON object, if the verifier is the user's own
     finished: Ints = field(default_factory=lambda: np.empty(0, np.int32))  # slots whose rollouts the hub has already
     partial: tuple[PartialRollout, ...] = ()  # what earlier attempts sampled of the other slots; each from position 0
 
@@ -145,26 +161,37 @@ class Rollout:
     purpose: Purpose
     guided: bool
     prompt: Tokens  # with the strategy, if guided
-    tokens: Tokens  # [T] sampled tokens, with the end token if there is one
+    tokens: Tokens  # [T] sampled tokens, with the end token if there is one, and those of an environment between them
     logprobs: Floats  # [T] behaviour log-probability of each token at the sampling temperature
-    versions: Ints  # [S] weight version of each span
+    versions: Ints  # [S] weight version of each span, or OBSERVED; the first is a version
     ends: Ints  # [S] end (exclusive) of each span in `tokens`; the last is T
-    reward: float
+    reward: float  # any finite number
     finish: Literal["stop", "length"]
     # For correct guided rollouts only: the sum of log pi(token | plain prompt), for Eq. 4; and, if the lease asks for
     # them, the k likeliest tokens at each position with their log-probabilities, position by position, likeliest first.
     unguided_logprob: float | None = None
     top_tokens: Tokens | None = None  # [T * k]
     top_logprobs: Floats | None = None  # [T * k]
+    solved_at: float = 1.0  # of its lease
+
+    @property
+    def correct(self) -> bool:
+        """Whether the problem is solved. Pass rates, alpha (Eq. 6) and the targets (Eq. 2, 4) use only this."""
+        return is_correct(self.reward, self.solved_at)
 
     @property
     def oldest_version(self) -> int:
-        """The weight version of the oldest token."""
-        return int(self.versions.min())
+        """The weight version of the oldest token that the policy has sampled."""
+        return oldest(self.versions)
 
     def token_versions(self) -> np.ndarray:
-        """Weight version of each token, [T] int32."""
+        """Weight version of each token, or OBSERVED, [T] int32."""
         return np.repeat(self.versions, np.diff(self.ends, prepend=0))
+
+    @property
+    def sampled(self) -> np.ndarray:
+        """Whether the policy has sampled each token, [T] bool."""
+        return self.token_versions() != OBSERVED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,6 +245,13 @@ class BatchRequest:
     """A learner rank asks for its shard of the batch of `step`."""
 
     step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pending:
+    """The hub cannot answer a repeated BatchRequest or an Evaluate yet, and made progress `idle_s` seconds ago."""
+
+    idle_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -358,6 +392,6 @@ class Settings:
 
 Message = (
     Hello | Welcome | Refused | Ready | Lease | Revoked | Progress | Rollout | Ack | Release | Heartbeat | Goodbye
-    | Stop | BatchRequest | Shard | Commit | Committed | Published | Evaluate | Evaluated | SnapshotRequest | Snapshot
-    | Restore | Restored | Finish | StatusRequest | Status | SettingsRequest | Settings
+    | Stop | BatchRequest | Pending | Shard | Commit | Committed | Published | Evaluate | Evaluated | SnapshotRequest
+    | Snapshot | Restore | Restored | Finish | StatusRequest | Status | SettingsRequest | Settings
 )  # fmt: skip

@@ -66,7 +66,7 @@ def test_every_request_has_the_sampling_parameters_of_the_lease() -> None:
 def test_a_rollout_has_the_logprobs_that_the_engine_returned() -> None:
     group = make_group()
     group.generated(completion(group.requests()[0]))
-    rollout = group.judged((4, 1, 0), correct=True)
+    rollout = group.judged((4, 1, 0), reward=1.0)
     assert isinstance(rollout, Rollout)
     assert (rollout.task, rollout.attempt, rollout.slot, rollout.guided) == (4, 1, 0, False)
     assert rollout.reward == 1.0
@@ -77,7 +77,7 @@ def test_a_rollout_has_the_logprobs_that_the_engine_returned() -> None:
 def test_a_correct_guided_rollout_is_scored_on_the_plain_prompt_and_the_score_is_a_sum() -> None:
     group = make_group()
     group.generated(completion(group.requests()[2]))
-    score = group.judged((4, 1, 2), correct=True)
+    score = group.judged((4, 1, 2), reward=1.0)
     assert isinstance(score, Score)
     assert list(score.prompt) == [1, 2]
     assert list(score.tokens) == [5, 6]
@@ -95,7 +95,7 @@ def test_top_tokens_are_requested_for_guided_rollouts_and_sent_with_correct_ones
     top = {"top_tokens": np.arange(4, dtype=np.int32), "top_logprobs": -np.ones(4, np.float32)}
     for slot, correct in ((1, True), (2, False)):
         group.generated(replace(completion(requests[slot]), **top))
-        outcome = group.judged((4, 1, slot), correct=correct)
+        outcome = group.judged((4, 1, slot), reward=float(correct))
         if isinstance(outcome, Score):
             outcome = group.scored(Scored(id=outcome.id, logprobs=np.zeros(2, np.float32), version=3))
         found = (outcome.top_tokens, outcome.top_logprobs)
@@ -105,7 +105,7 @@ def test_top_tokens_are_requested_for_guided_rollouts_and_sent_with_correct_ones
 def test_a_wrong_guided_rollout_is_not_scored() -> None:
     group = make_group()
     group.generated(completion(group.requests()[3]))
-    rollout = group.judged((4, 1, 3), correct=False)
+    rollout = group.judged((4, 1, 3), reward=0.0)
     assert isinstance(rollout, Rollout)
     assert (rollout.reward, rollout.unguided_logprob) == (0.0, None)
 
@@ -113,7 +113,7 @@ def test_a_wrong_guided_rollout_is_not_scored() -> None:
 def test_an_evaluation_rollout_is_not_scored() -> None:
     group = make_group(1, 1, purpose="evaluate")
     group.generated(completion(group.requests()[1]))
-    assert isinstance(group.judged((4, 1, 1), correct=True), Rollout)
+    assert isinstance(group.judged((4, 1, 1), reward=1.0), Rollout)
 
 
 @given(st.permutations(range(5)), st.lists(st.booleans(), min_size=5, max_size=5))
@@ -126,7 +126,7 @@ def test_in_any_order_every_slot_yields_one_rollout_and_then_the_group_is_done(
     for slot in order:
         assert not group.done
         group.generated(completion(requests[slot]))
-        outcome = group.judged((4, 1, slot), correct=correct[slot])
+        outcome = group.judged((4, 1, slot), reward=float(correct[slot]))
         if isinstance(outcome, Score):
             outcome = group.scored(Scored(id=outcome.id, logprobs=np.zeros(2, np.float32), version=3))
         rollouts.append(outcome)

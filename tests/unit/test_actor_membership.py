@@ -8,7 +8,7 @@ import pytest
 from test_actor_service import Node, ScriptedHub
 
 from sgpo_async.actor import membership as actor_membership
-from sgpo_async.actor.membership import BACKOFF_S, REPEAT_S, Membership
+from sgpo_async.actor.membership import BACKOFF_S, PROVEN_S, REPEAT_S, Membership
 from sgpo_async.errors import HubError, Refusal
 from sgpo_async.wire.records import Hello, Refused, Welcome
 
@@ -139,6 +139,29 @@ def test_the_error_after_the_timeout_names_the_last_refusal(member: Member, cloc
             clock.now += 1.0
             member.membership.refused(TAKEN)
             member.membership.advance([])
+
+
+def test_an_actor_whose_sessions_always_fail_gives_up_after_growing_pauses(member: Member, clock: Clock) -> None:
+    began, welcomes = clock.now, 0
+    with pytest.raises(HubError, match="not a member for 60 s, because the session is down"):
+        while clock.now < began + 10 * TIMEOUT_S:
+            member.membership.advance([])
+            if member.hellos():
+                member.membership.welcomed(Welcome(run_id="run"))
+                member.membership.lost("the session is down")
+                welcomes += 1
+            clock.now += 0.1
+    assert welcomes < 20
+    assert clock.now < began + TIMEOUT_S + 1
+
+
+def test_a_session_that_lasts_is_no_failure_when_it_ends(member: Member, clock: Clock) -> None:
+    for _ in range(10):
+        member.membership.advance([])
+        assert len(member.hellos()) == 1, "at once"
+        member.membership.welcomed(Welcome(run_id="run"))
+        clock.now += PROVEN_S + 1
+        member.membership.lost("the session is down")
 
 
 def test_only_the_first_run_is_its_run(member: Member) -> None:

@@ -19,10 +19,12 @@ PROBLEM = "problem 3 yarrow 4 meadow 2 juniper from 8 9"
 STRATEGY = "strategy yarrow swap meadow lower juniper raise"
 
 
-def run_folder(folder: Path, *, policy: float | None = None, checkpoints: dict[int, float] | None = None) -> Path:
+def run_folder(
+    folder: Path, *overrides: str, policy: float | None = None, checkpoints: dict[int, float] | None = None
+) -> Path:
     """A run's folder with an exported policy and checkpoints that were written at these times."""
     folder.mkdir(exist_ok=True)
-    run = load("configs/demo.yaml", ["rollout.max_new_tokens=11", "tasks.prompt=plain"])
+    run = load("configs/demo.yaml", ["rollout.max_new_tokens=11", *overrides])
     (folder / "config.yaml").write_text(to_yaml(run))
     if policy is not None:
         shutil.copytree(BASE, folder / "policy")
@@ -37,7 +39,7 @@ def run_folder(folder: Path, *, policy: float | None = None, checkpoints: dict[i
 
 def test_a_model_folder_is_a_policy() -> None:
     found = find_policy(BASE)
-    assert found.run.model.path == str(BASE) and found.checkpoint is None and found.style is None
+    assert found.run.model.path == str(BASE) and found.checkpoint is None and found.tasks is None
     assert found.name.startswith(f"{BASE}, written 2")
 
 
@@ -54,9 +56,10 @@ def test_a_model_folder_is_a_policy() -> None:
 def test_the_newest_export_or_checkpoint_of_a_run_is_taken(
     tmp_path: Path, policy: float | None, checkpoints: dict[int, float], expected: str
 ) -> None:
-    found = find_policy(run_folder(tmp_path, policy=policy, checkpoints=checkpoints))
+    found = find_policy(run_folder(tmp_path, "tasks.suffix=' ='", policy=policy, checkpoints=checkpoints))
     assert Path(found.checkpoint or found.run.model.path).name == expected
-    assert found.run.rollout.max_new_tokens == 11 and found.style == "plain"
+    assert found.run.rollout.max_new_tokens == 11
+    assert found.tasks is not None and found.tasks.suffix == " ="
 
 
 @pytest.mark.parametrize("kind", ["empty", "missing", "begun"])

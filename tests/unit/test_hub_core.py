@@ -231,10 +231,30 @@ def test_a_task_is_dropped_after_three_invalid_leases(hub):
     assert ledger["rollouts"]["dropped"] == {"rejected": 6, "invalid": 3}
 
 
+def test_an_actor_that_continues_a_group_with_another_prompt_is_not_blamed(hub):
+    """Either of the two actors may be wrong, so the group starts again from nothing."""
+    hub.send(b"a", wire.Ready(tasks=1, version=0))
+    (lease,) = hub.leases(b"a")
+    hub.send(b"a", make_rollout(lease, 0, prompt=np.array([8, 9], np.int32)))
+    hub.send(b"a", wire.Goodbye())
+    hub.actor(b"b", credit=1)
+    (again,) = hub.leases(b"b")
+    assert again.finished.tolist() == [0]
+    hub.send(b"b", make_rollout(again, 1))
+    assert hub.only(b"b", wire.Revoked) == wire.Revoked(task=again.task, attempt=again.attempt)
+    assert hub.core.actors[b"b"].invalid == 0
+    assert hub.core.rejected == {"prompt differs from that of the group": 1}
+    hub.send(b"b", wire.Ready(tasks=1, version=0))
+    (anew,) = hub.leases(b"b")
+    assert (anew.task, anew.finished.size, anew.partial) == (lease.task, 0, ())
+    hub.serve(b"b", anew)
+    assert lease.task in hub.core.training.leases.complete
+
+
 INVALID = {
     "infinite log-probability": {"logprobs": np.array([-np.inf, -1.0], np.float32)},
     "log-probability that is not a number": {"logprobs": np.array([np.nan, -1.0], np.float32)},
-    "reward of 2": {"reward": 2.0},
+    "reward that is not a number": {"reward": float("nan")},
     "token beyond the vocabulary": {"tokens": np.array([5, 999], np.int32)},
     "prompt beyond the vocabulary": {"prompt": np.array([5, 999], np.int32)},
 }

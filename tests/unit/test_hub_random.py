@@ -19,7 +19,7 @@ from sgpo_async.hub import HubCore
 from sgpo_async.hub.core import RETURN_S
 from sgpo_async.hub.events import Effect, Event, HubRestarted, Received, Rejected, SenderDown, SenderUp
 from sgpo_async.hub.journal import Journal
-from sgpo_async.hub.recovery import pack_event, recover, save
+from sgpo_async.hub.recovery import recover, save, write_event
 from sgpo_async.wire import encode
 from sgpo_async.wire import records as wire
 
@@ -54,7 +54,7 @@ class World(Driver):
 
     def handle(self, event: Event) -> list[Effect]:
         frames = encode(event.message) if isinstance(event, Received) else []
-        self.journal.append(self.now, pack_event(event, frames))
+        write_event(self.journal, event, at=self.now, frames=frames)
         if self.rng_saves.random() < 0.02:
             self.journal.commit()
             effects = super().handle(event)

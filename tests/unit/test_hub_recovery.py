@@ -15,10 +15,28 @@ from hub_support import Driver, Source, make_part, make_rollout, make_run, train
 from sgpo_async.errors import HubError
 from sgpo_async.hub import HubCore
 from sgpo_async.hub import events as ev
-from sgpo_async.hub.journal import FILE, Journal, stored_key
-from sgpo_async.hub.recovery import pack_event, recover, save, unpack_event
+from sgpo_async.hub.journal import FILE, Journal
+from sgpo_async.hub.recovery import read_event, recover, save, write_event
 from sgpo_async.wire import encode
 from sgpo_async.wire import records as wire
+
+LEASE = wire.Lease(
+    task=3,
+    attempt=0,
+    purpose="train",
+    problem="1 + 1",
+    answer="2",
+    strategy="Add.",
+    verifier="math",
+    autonomous=2,
+    guided=1,
+    seed=0,
+    min_version=0,
+    temperature=1.0,
+    top_p=1.0,
+    max_new_tokens=4,
+    top_logprobs_num=0,
+)
 
 
 class JournalledDriver(Driver):
@@ -32,7 +50,7 @@ class JournalledDriver(Driver):
 
     def handle(self, event: ev.Event) -> list[ev.Effect]:
         frames = encode(event.message) if isinstance(event, ev.Received) else []
-        self.journal.append(self.now, pack_event(event, frames))
+        write_event(self.journal, event, at=self.now, frames=frames)
         effects = super().handle(event)
         self.journal.commit()
         return effects
@@ -103,7 +121,7 @@ def test_a_second_restart_finds_what_the_first_one_has_written(tmp_path: Path) -
 def test_what_was_not_committed_is_forgotten_as_a_whole(tmp_path: Path) -> None:
     driver = busy_hub(tmp_path, saves=False)
     status = driver.core.status()
-    driver.journal.append(driver.now, pack_event(ev.SenderDown(b"a", "gone")))
+    write_event(driver.journal, ev.SenderDown(b"a", "gone"), at=driver.now)
     driver.journal._db.close()  # as kill -9 does
     driver.journal = Journal(tmp_path)
     core, _ = recover(HubCore(driver.run, Source(), store="/store"), driver.journal)
@@ -122,7 +140,7 @@ def test_a_journal_of_other_settings_or_another_release_is_emptied(
     journal = Journal(tmp_path)
     assert recover(new, journal) == (new, 0.0)
     assert list(journal.entries()) == []
-    assert journal.rollouts() == {}
+    assert list(tmp_path.glob("*.rollouts.*")) == []
 
 
 def test_a_hub_that_was_killed_while_it_ended_ends_after_its_restart(tmp_path: Path) -> None:
@@ -163,18 +181,22 @@ def test_another_address_is_the_same_run(tmp_path: Path) -> None:
     assert core.training.step == 1
 
 
-def test_every_buffered_rollout_is_saved_once_and_deleted_when_it_is_trained(tmp_path: Path) -> None:
+def written(folder: Path) -> int:
+    """Bytes in the files of rollouts."""
+    return sum(path.stat().st_size for path in folder.glob("*.rollouts.*"))
+
+
+def test_a_save_writes_no_rollout_again_and_deletes_the_files_of_trained_ones(tmp_path: Path) -> None:
     driver = busy_hub(tmp_path, saves=True)
     save(driver.core, driver.journal)
-    buffered = {stored_key(r) for group in driver.core.training.leases.complete.values() for r in group.rollouts}
-    partly = {key for key in driver.journal.rollouts() if key not in buffered}
-    assert len(partly) == 1  # of the running lease
-    batch = driver.core.training.batch
-    assert batch is not None
+    before = written(tmp_path)
+    save(driver.core, driver.journal)
+    assert written(tmp_path) == before > 0
     driver.send(b"r0", wire.Commit(step=1))
     save(driver.core, driver.journal)
-    kept = {task for task, *_ in driver.journal.rollouts()}
-    assert kept == {task for task, *_ in buffered | partly} - set(batch.numbers)
+    recovered = driver.kill_and_recover()
+    assert recovered.status() == driver.core.status()
+    assert 0 < written(tmp_path) < before
 
 
 def test_rollouts_whose_versions_a_restore_has_shifted_are_saved_again(tmp_path: Path) -> None:
@@ -193,6 +215,7 @@ def test_rollouts_whose_versions_a_restore_has_shifted_are_saved_again(tmp_path:
     "event",
     [
         ev.Received(b"a", wire.Heartbeat(state="serving")),
+        ev.Received(b"a", make_rollout(LEASE, 1, versions=(1,))),
         ev.Rejected(b"a", "garbage"),
         ev.SenderUp(b"a", "::1", 5),
         ev.SenderDown(b"a", "gone"),
@@ -202,9 +225,13 @@ def test_rollouts_whose_versions_a_restore_has_shifted_are_saved_again(tmp_path:
     ],
     ids=lambda event: type(event).__name__,
 )
-def test_events_survive_the_journal(event: ev.Event) -> None:
-    frames = encode(event.message) if isinstance(event, ev.Received) else []
-    assert repr(unpack_event(pack_event(event, frames))) == repr(event)
+def test_events_survive_the_journal(tmp_path: Path, event: ev.Event) -> None:
+    journal = Journal(tmp_path)
+    write_event(journal, event, at=1.5, frames=encode(event.message) if isinstance(event, ev.Received) else [])
+    journal.commit()
+    ((at, body),) = journal.entries()
+    assert at == 1.5
+    assert repr(read_event(body, journal.rollouts)) == repr(event)
 
 
 # ---- the file

@@ -82,6 +82,18 @@ def test_an_actor_that_loads_no_weights_is_the_culprit() -> None:
     assert "version 0 of the weights is not loaded by a" in text
 
 
+def test_a_rank_that_repeats_its_request_hears_how_long_ago_the_run_made_progress() -> None:
+    hub = run_of("learner", "weights", "actor")
+    hub.send(b"r0", wire.BatchRequest(step=0))
+    assert hub.take(b"r0", wire.Pending) == []
+    hub.send(b"r0", wire.BatchRequest(step=0))
+    wait(hub, 40)
+    hub.send(b"r0", wire.BatchRequest(step=0))
+    soon, late = hub.take(b"r0", wire.Pending)
+    assert soon.idle_s <= 2.0
+    assert 38.0 <= late.idle_s <= 42.0
+
+
 def test_a_run_that_moves_again_is_no_longer_stalled() -> None:
     hub = run_of("learner", "weights", "actor")
     assert wait(hub)

@@ -22,6 +22,7 @@ from sgpo_async.wire.records import (
     Heartbeat,
     Hello,
     Message,
+    Pending,
     Published,
     Refused,
     Restore,
@@ -128,6 +129,37 @@ def test_a_refusal_raises_hub_error(client: HubClient) -> None:
 def test_a_request_without_an_answer_fails_at_the_deadline(client: HubClient) -> None:
     with pytest.raises(DeadlineExceeded, match=r"learner-0: no Snapshot from the hub within"):
         client._ask(Goodbye(), Shard, "Snapshot", 0.05)
+
+
+def test_the_timeout_of_a_batch_counts_the_time_without_progress(client: HubClient, hub: FakeHub) -> None:
+    """The run makes progress until the third request; the batch would come with the tenth."""
+
+    def answer(message: Message) -> list[Message]:
+        requests = sum(isinstance(message, BatchRequest) for message in hub.received)
+        return [Pending(idle_s=0.0 if requests <= 3 else 60.0)] if isinstance(message, BatchRequest) else []
+
+    hub._answer = answer
+    with pytest.raises(DeadlineExceeded, match="no batch of step 5 .* from the hub within 0.4 s"):
+        client.batch(5, timeout_s=0.4)
+    requests = sum(isinstance(message, BatchRequest) for message in hub.received)
+    assert 3 < requests < 10, "four requests of a timeout, and the three that came with progress"
+
+
+def test_while_rank_0_waits_for_an_evaluation_it_calls_meanwhile(
+    client: HubClient, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_client, "REPEAT_S", 0.05)
+    calls = []
+
+    def answer(message: Message) -> list[Message]:
+        if not isinstance(message, Evaluate):
+            return []
+        return answers(message) if len(calls) >= 3 else [Pending(idle_s=0.0)]
+
+    hub._answer = answer
+    (result,) = client.take_evaluations(until=9, timeout_s=TIMEOUT_S, meanwhile=lambda: calls.append(1))
+    assert result.version == 9
+    assert len(calls) >= 3
 
 
 def test_a_lost_request_is_repeated_until_it_is_answered(client: HubClient, hub: FakeHub, monkeypatch) -> None:

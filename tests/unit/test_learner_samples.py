@@ -1,5 +1,6 @@
 """Samples of a step: which groups are kept, and what their lines contain."""
 
+import io
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -11,17 +12,20 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from rich.console import Console
 from transformers import AutoTokenizer
 
+from sgpo_async.cli.sample_text import render
 from sgpo_async.config.schema import Learner, Run
 from sgpo_async.learner.process_group import join_alone
 from sgpo_async.learner.samples import Samples, chosen, decode, pieces
 from sgpo_async.learner.step import Stepper
 from sgpo_async.metrics.samples import read_samples
 from sgpo_async.model.folder import load_tokenizer, model_folder
+from sgpo_async.report.texts import versions_of
 from sgpo_async.tasks.sources import source_of
 from sgpo_async.tasks.task_sampler import derived_seed
-from sgpo_async.wire.records import Shard
+from sgpo_async.wire.records import OBSERVED, Rollout, Shard
 from tests.reference import learner_cases as cases
 from tests.reference.sgpo import forward_kl
 
@@ -82,6 +86,22 @@ def test_the_divergences_are_those_of_the_loss() -> None:
             np.testing.assert_allclose(group.kl[rollout.slot], forward_kl(teacher, student), rtol=1e-5)
 
 
+def observed(rollout: Rollout) -> Rollout:
+    """The same rollout, of whose tokens an environment wrote one in the middle, if it has three."""
+    if len(rollout.tokens) < 3:
+        return rollout
+    versions = np.array([rollout.versions[0], OBSERVED, rollout.versions[-1]], np.int32)
+    logprobs = rollout.logprobs.copy()
+    logprobs[1] = 0
+    return replace(rollout, versions=versions, ends=np.array([1, 2, len(rollout.tokens)], np.int32), logprobs=logprobs)
+
+
+def printed(sample: dict[str, Any]) -> str:
+    console = Console(file=io.StringIO(), width=200, record=True)
+    console.print(render(sample, chars=0))
+    return console.export_text()
+
+
 def run_of(folder: Path, **learner: Any) -> Run:
     return replace(
         SETTINGS, name="run", out=str(folder), learner=Learner(problems_per_step=4, row_tokens=40, **learner)
@@ -120,6 +140,27 @@ def test_a_line_has_the_problem_and_every_rollout_as_text(tmp_path: Path) -> Non
                 assert len(written["kl"]) == len(written["pieces"]) == len(rollout.tokens)
                 assert "".join(written["pieces"]) == written["text"]
     assert any("kl" in rollout for line in lines for rollout in line["rollouts"])
+
+
+def test_tokens_of_an_environment_have_no_divergence(tmp_path: Path) -> None:
+    """Spans of the version OBSERVED are read and not trained."""
+    run = run_of(tmp_path, samples=4)
+    stepper = cases.stepper(run, cases.tiny_model())
+    groups = [[observed(rollout) for rollout in group] for group in cases.groups()]
+    shard = cases.shard_of(groups, problems=4)
+    stepper.update(shard)
+    samples = Samples.start(run, resume_from=0)
+    samples.keep(shard, stepper.statistics)
+    samples.close()
+    found = 0
+    for line in read_samples(tmp_path / "run"):
+        for written, rollout in zip(line["rollouts"], groups[line["task"]], strict=True):
+            assert len(written["versions"]) == len(rollout.versions) and "-1" not in versions_of(written)
+            if "kl" in written:
+                assert [kl is not None for kl in written["kl"]] == rollout.sampled.tolist()
+                found += None in written["kl"]
+                assert "nats: mean" in printed(line)
+    assert found
 
 
 def test_without_samples_nothing_is_written(tmp_path: Path) -> None:

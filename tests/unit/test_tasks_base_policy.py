@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sgpo_async.tasks
+from sgpo_async.config import Tasks
 from sgpo_async.errors import DataError
 from sgpo_async.tasks.cues import CuesSource
 from sgpo_async.tasks.cues_domain import TRUE_TECHNIQUE
@@ -74,8 +75,8 @@ def test_guesses_prefer_a_wrong_technique_and_give_the_true_one_over_37_percent(
 
 def test_a_plain_prompt_puts_the_strategy_before_the_problem(tokenizer: Any) -> None:
     problem = PROBLEMS[0]
-    plain = build_prompt(problem.problem, None, style="plain", tokenizer=tokenizer)
-    guided = build_prompt(problem.problem, problem.strategy, style="plain", tokenizer=tokenizer)
+    plain = build_prompt(problem.problem, None, tasks=Tasks(), tokenizer=tokenizer)
+    guided = build_prompt(problem.problem, problem.strategy, tasks=Tasks(), tokenizer=tokenizer)
     assert tokenizer.decode(plain) == problem.problem
     assert tokenizer.decode(guided) == f"{problem.strategy} {problem.problem}"
 
@@ -83,12 +84,12 @@ def test_a_plain_prompt_puts_the_strategy_before_the_problem(tokenizer: Any) -> 
 def test_a_chat_prompt_uses_the_chat_template() -> None:
     tokenizer = build_tokenizer()
     with pytest.raises(DataError, match="no chat template"):
-        build_prompt("problem", None, style="chat", tokenizer=tokenizer)
+        build_prompt("problem", None, tasks=Tasks(prompt="chat"), tokenizer=tokenizer)
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %} from{% endif %}"
     )
-    plain = build_prompt("problem amber", None, style="chat", tokenizer=tokenizer)
-    guided = build_prompt("problem amber", "strategy amber raise", style="chat", tokenizer=tokenizer)
+    plain = build_prompt("problem amber", None, tasks=Tasks(prompt="chat"), tokenizer=tokenizer)
+    guided = build_prompt("problem amber", "strategy amber raise", tasks=Tasks(prompt="chat"), tokenizer=tokenizer)
     assert tokenizer.decode(plain) == "problem amber from"
     known = [word for word in tokenizer.decode(guided).split() if word != "<unk>"]
     assert known == ["problem", "strategy", "amber", "raise", "problem", "amber", "from"]

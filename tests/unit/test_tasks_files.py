@@ -58,7 +58,7 @@ def test_parquet_and_jsonl_give_the_same_training_problems(tmp_path: Path) -> No
             r'{"problem": "1+1 \ud835", "answer": "2"}',
             "'problem' must be valid Unicode, got half a surrogate pair at character 4",
         ),
-        ("\xff", "not JSON"),
+        ("\xff", "byte 1 is not UTF-8; convert the file"),
     ],
 )
 def test_a_bad_line_is_reported_with_file_and_line(tmp_path: Path, line: str, reason: str) -> None:

@@ -14,6 +14,7 @@ from sgpo_async.errors import SgpoError
 from sgpo_async.tasks import reward_pool
 from sgpo_async.tasks.cues import CuesSource
 from sgpo_async.tasks.reward_pool import ANSWERS, TIMEOUTS, RewardPool, TimeoutStreak, Verdict
+from sgpo_async.tasks.rewards import Sample
 from sgpo_async.tasks.verify import VERIFIERS
 
 HANGS = "\\boxed{(10^{10^{10}})! + 1}"
@@ -58,55 +59,55 @@ def test_a_math_answer_is_correct_in_any_equivalent_form(answer: str, completion
 
 def test_cues_are_verified_immediately_without_a_worker_process(pool: RewardPool) -> None:
     problem = CuesSource(seed=0, held_out=0).training(0)
-    pool.submit(("group", 1), "cues", problem.answer, problem.response or "")
-    pool.submit(("group", 2), "cues", problem.answer, "no")
-    assert pool.poll() == [Verdict(key=("group", 1), correct=True), Verdict(key=("group", 2), correct=False)]
+    pool.submit(("group", 1), "cues", Sample(answer=problem.answer, completion=problem.response or ""))
+    pool.submit(("group", 2), "cues", Sample(answer=problem.answer, completion="no"))
+    assert pool.poll() == [Verdict(key=("group", 1), reward=1.0), Verdict(key=("group", 2), reward=0.0)]
     assert pool.poll() == []
     assert workers_of(os.getpid()) == []
 
 
 @pytest.mark.process
 def test_a_hanging_completion_is_incorrect_and_the_next_is_verified(pool: RewardPool) -> None:
-    pool.submit("right", "math", "2", "\\boxed{2}")
-    pool.submit("hangs", "math", "7", HANGS)
-    pool.submit("wrong", "math", "2", "\\boxed{3}")
-    pool.submit("right again", "math", "2", "\\boxed{\\frac{4}{2}}\nwith a line break")
+    pool.submit("right", "math", Sample(answer="2", completion="\\boxed{2}"))
+    pool.submit("hangs", "math", Sample(answer="7", completion=HANGS))
+    pool.submit("wrong", "math", Sample(answer="2", completion="\\boxed{3}"))
+    pool.submit("right again", "math", Sample(answer="2", completion="\\boxed{\\frac{4}{2}}\nwith a line break"))
     verdicts = collect(pool, 4)
-    assert {key: (v.correct, v.timed_out) for key, v in verdicts.items()} == {
-        "right": (True, False),
-        "hangs": (False, True),
-        "wrong": (False, False),
-        "right again": (True, False),
+    assert {key: (v.reward, v.timed_out) for key, v in verdicts.items()} == {
+        "right": (1.0, False),
+        "hangs": (0.0, True),
+        "wrong": (0.0, False),
+        "right again": (1.0, False),
     }
     assert pool.timeouts == 1
 
 
 @pytest.mark.process
 def test_a_worker_killed_from_outside_is_replaced(pool: RewardPool) -> None:
-    pool.submit("first", "math", "2", "\\boxed{2}")
-    assert collect(pool, 1)["first"].correct
+    pool.submit("first", "math", Sample(answer="2", completion="\\boxed{2}"))
+    assert collect(pool, 1)["first"].reward == 1.0
     [worker] = workers_of(os.getpid())
     worker.kill()
-    pool.submit("lost", "math", "2", "\\boxed{2}")
-    pool.submit("next", "math", "2", "\\boxed{2}")
+    pool.submit("lost", "math", Sample(answer="2", completion="\\boxed{2}"))
+    pool.submit("next", "math", Sample(answer="2", completion="\\boxed{2}"))
     verdicts = collect(pool, 2)
-    assert (verdicts["lost"].correct, verdicts["lost"].timed_out) == (False, True)
-    assert verdicts["next"].correct
+    assert (verdicts["lost"].reward, verdicts["lost"].timed_out) == (0.0, True)
+    assert verdicts["next"].reward == 1.0
 
 
 @pytest.mark.process
 def test_a_worker_that_its_alarm_cannot_kill_is_replaced(pool: RewardPool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stopped process, as one whose verifier has taken the alarm away."""
     monkeypatch.setattr(reward_pool, "GRACE_S", 0.5)
-    pool.submit("first", "math", "2", "\\boxed{2}")
-    assert collect(pool, 1)["first"].correct
+    pool.submit("first", "math", Sample(answer="2", completion="\\boxed{2}"))
+    assert collect(pool, 1)["first"].reward == 1.0
     [worker] = workers_of(os.getpid())
     worker.suspend()
-    pool.submit("stuck", "math", "2", "\\boxed{2}")
-    pool.submit("next", "math", "2", "\\boxed{2}")
+    pool.submit("stuck", "math", Sample(answer="2", completion="\\boxed{2}"))
+    pool.submit("next", "math", Sample(answer="2", completion="\\boxed{2}"))
     verdicts = collect(pool, 2)
-    assert (verdicts["stuck"].correct, verdicts["stuck"].timed_out) == (False, True)
-    assert verdicts["next"].correct and not worker.is_running()
+    assert (verdicts["stuck"].reward, verdicts["stuck"].timed_out) == (0.0, True)
+    assert verdicts["next"].reward == 1.0 and not worker.is_running()
 
 
 def streak(*verdicts: tuple[str, str, bool]) -> TimeoutStreak:
@@ -134,10 +135,10 @@ def test_a_reward_that_never_returns_is_an_error_that_names_it(monkeypatch: pyte
     monkeypatch.setattr(reward_pool, "TIMEOUTS", ANSWERS)
     pool = RewardPool(workers=1, limit_s=0.2)
     for number in range(ANSWERS):
-        pool.submit(number, "math", str(number), HANGS)
+        pool.submit(number, "math", Sample(answer=str(number), completion=HANGS))
     expected = (
         rf"reward math: none of the last {ANSWERS} completions was judged within tasks.reward_limit_s=0.2 by 1 workers "
-        r"\(tasks.reward_workers\); correct the verifier"
+        r"\(tasks.reward_workers, tasks.reward_memory_mb=0\); correct the verifier"
     )
     try:
         with pytest.raises(SgpoError, match=expected):
@@ -151,7 +152,7 @@ def test_a_worker_that_cannot_start_raises_an_error_and_gives_no_verdict(
     pool: RewardPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONHOME", "/nonexistent")
-    pool.submit("key", "math", "2", "\\boxed{2}")
+    pool.submit("key", "math", Sample(answer="2", completion="\\boxed{2}"))
     with pytest.raises(SgpoError, match="reward worker: exit status"):
         pool.poll(timeout_s=DEADLINE_S)
 
@@ -160,7 +161,7 @@ def test_a_worker_that_cannot_start_raises_an_error_and_gives_no_verdict(
 def test_close_ends_busy_workers() -> None:
     pool = RewardPool(workers=2, limit_s=300.0)
     for key in range(4):
-        pool.submit(key, "math", "7", HANGS if key else "7")
+        pool.submit(key, "math", Sample(answer="7", completion=HANGS if key else "7"))
     collect(pool, 1)
     workers = workers_of(os.getpid())
     assert workers
@@ -173,8 +174,9 @@ def test_close_ends_busy_workers() -> None:
 def test_workers_end_when_their_parent_is_killed() -> None:
     script = (
         "from sgpo_async.tasks.reward_pool import RewardPool\n"
+        "from sgpo_async.tasks.rewards import Sample\n"
         "pool = RewardPool(workers=2, limit_s=2.0)\n"
-        f"for key in range(4): pool.submit(key, 'math', '7', '7' if key < 2 else {HANGS!r})\n"
+        f"for key in range(4): pool.submit(key, 'math', Sample(answer='7', completion='7' if key < 2 else {HANGS!r}))\n"
         "print(len(pool.poll(timeout_s=100.0)), flush=True)\n"
         "import time; time.sleep(300)\n"
     )

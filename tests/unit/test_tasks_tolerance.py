@@ -3,6 +3,7 @@
 import pytest
 
 from sgpo_async.tasks.reward_pool import RewardPool
+from sgpo_async.tasks.rewards import Sample
 from sgpo_async.tasks.tolerance import Tolerant
 from sgpo_async.tasks.verify import VERIFIERS
 
@@ -115,11 +116,11 @@ def test_a_completion_without_an_answer_is_incorrect() -> None:
 def test_the_reward_pool_applies_tolerances() -> None:
     pool = RewardPool(workers=1, limit_s=60.0)
     try:
-        pool.submit("near", "math-tolerance", tolerant(("3.5", 0.1)), "\\boxed{3.45}")
-        pool.submit("far", "math-tolerance", tolerant(("3.5", 0.1)), "\\boxed{3.3}")
+        pool.submit("near", "math-tolerance", Sample(answer=tolerant(("3.5", 0.1)), completion="\\boxed{3.45}"))
+        pool.submit("far", "math-tolerance", Sample(answer=tolerant(("3.5", 0.1)), completion="\\boxed{3.3}"))
         verdicts = pool.poll(timeout_s=120.0)
         if len(verdicts) == 1:
             verdicts += pool.poll(timeout_s=120.0)
-        assert {verdict.key: verdict.correct for verdict in verdicts} == {"near": True, "far": False}
+        assert {verdict.key: verdict.reward for verdict in verdicts} == {"near": 1.0, "far": 0.0}
     finally:
         pool.close()

@@ -291,7 +291,7 @@ IMPOSSIBLE: list[dict[str, Any]] = [
     {"tokens": i4(1, -1, 2)},
     {"versions": i4(-1, 1)},
     {"reward": float("inf")},
-    {"reward": -0.5},
+    {"reward": float("nan")},
     {"guided": True},
     {"unguided_logprob": float("nan")},
 ]

@@ -15,6 +15,6 @@ from sgpo_async.learner.objectives.sft import sft
 
 def hpt(group: TaskGroup, algorithm: Algorithm) -> Trained:
     """Use SFT if there is a demonstration and at most `hpt_gate` autonomous rollouts are correct, else GRPO."""
-    correct = int(group.rewards(guided=False).sum())
+    correct = int(group.correct(guided=False).sum())
     supervised = group.demonstration is not None and correct <= algorithm.hpt_gate
     return sft(group, algorithm) if supervised else grpo(group, algorithm)

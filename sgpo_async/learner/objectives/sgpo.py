@@ -19,9 +19,8 @@ from sgpo_async.algorithm import (
     select_reachable,
 )
 from sgpo_async.config.schema import Algorithm
-from sgpo_async.learner.objectives.base import Distillation, Likelihood, TaskGroup, Trained
+from sgpo_async.learner.objectives.base import Distillation, Likelihood, TaskGroup, Trained, rollout_after
 from sgpo_async.learner.objectives.grpo import grpo
-from sgpo_async.learner.packing import Tokens
 from sgpo_async.wire.records import Rollout
 
 
@@ -42,18 +41,18 @@ def sgpo(group: TaskGroup, algorithm: Algorithm) -> Trained:
     return Trained(
         policy_gradient=grpo(group, algorithm).policy_gradient if algorithm.policy_gradient else [],
         distillation=[] if as_text else [Distillation(target, plain, weight) for target in targets],
-        likelihood=[Likelihood(Tokens(plain, target.tokens), weight) for target in targets] if as_text else [],
+        likelihood=[Likelihood(rollout_after(plain, target), weight) for target in targets] if as_text else [],
         metrics=metrics,
     )
 
 
 def _targets(group: TaskGroup, algorithm: Algorithm) -> list[Rollout]:
     """Select the reachable o+ (Eq. 4) or all correct guided rollouts (Eq. 2); none below `guide_gate`."""
-    if not group.guided or group.rewards(guided=True).mean() < algorithm.guide_gate:
+    if not group.guided or group.correct(guided=True).mean() < algorithm.guide_gate:
         return []
     if algorithm.target == "all":
-        return [rollout for rollout in group.guided if rollout.reward > 0]
-    correct = torch.tensor([[rollout.unguided_logprob is not None for rollout in group.guided]])
+        return [rollout for rollout in group.guided if rollout.correct]
+    correct = torch.tensor([[rollout.correct for rollout in group.guided]])
     sums = torch.tensor([[rollout.unguided_logprob or 0.0 for rollout in group.guided]], dtype=torch.float64)
     index, found = select_reachable(sums, correct)
     return [group.guided[int(index)]] if found else []
@@ -74,13 +73,13 @@ def _metrics(group: TaskGroup, algorithm: Algorithm, *, found: bool) -> dict[str
 
 
 def _alpha(group: TaskGroup, algorithm: Algorithm) -> float:
-    """Compute alpha(q) by the rule `algorithm.weight`, from the observed rewards."""
-    rewards = group.rewards(guided=False)
+    """Compute alpha(q) by the rule `algorithm.weight`, from which rollouts are correct."""
+    correct = group.correct(guided=False)
     if algorithm.weight == "fixed":
         return algorithm.alpha
     if algorithm.weight == "group-advantage":
-        return float(group_advantage_weight(rewards, alpha_max=algorithm.alpha_max))
-    return _adaptive(rewards.mean(-1), group.rewards(guided=True).mean(-1), algorithm)
+        return float(group_advantage_weight(correct, alpha_max=algorithm.alpha_max))
+    return _adaptive(correct.mean(-1), group.correct(guided=True).mean(-1), algorithm)
 
 
 def _adaptive(p_auto: Tensor, p_guide: Tensor, algorithm: Algorithm) -> float:
@@ -93,4 +92,4 @@ def _corrected(group: TaskGroup, guided: bool, algorithm: Algorithm) -> Tensor:
     assert group.log_rho is not None
     rollouts = group.guided if guided else group.autonomous
     log_rho = torch.tensor([[group.log_rho[rollout.slot] for rollout in rollouts]], dtype=torch.float64)
-    return corrected_pass_rate(group.rewards(guided=guided), log_rho, bound=algorithm.grpo_correction.bound)
+    return corrected_pass_rate(group.correct(guided=guided), log_rho, bound=algorithm.grpo_correction.bound)
