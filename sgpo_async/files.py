@@ -82,17 +82,19 @@ class JsonLinesReader:
         self.path = path
         self.end = 0  # bytes of whole lines that have been read
         self._number = 0
+        self._inode = 0  # of the file that has been read; `write_whole` replaces it by another
 
     def poll(self) -> list[tuple[int, Any]]:
         """(line number, value) of the lines that have become whole since the last call; none without the file.
 
-        Starts over if the file has become shorter, as it does when a run begins anew. Raises DataError (file, line,
-        reason) for a line that is not JSON.
+        Starts over if the file was replaced or has become shorter, as it does when a run begins anew. Raises DataError
+        (file, line, reason) for a line that is not JSON.
         """
         try:
             with self.path.open("rb") as file:
-                if file.seek(0, 2) < self.end:
-                    self.end = self._number = 0
+                inode = os.fstat(file.fileno()).st_ino
+                if file.seek(0, 2) < self.end or inode != self._inode:
+                    self.end, self._number, self._inode = 0, 0, inode
                 file.seek(self.end)
                 new = file.read()
         except FileNotFoundError:

@@ -34,6 +34,9 @@ COMMANDS = {  # each a module of this package with `add_arguments(parser)` and `
     "evaluate": "avg@k and pass@k of a model on benchmarks; compares two evaluations",
     "experiment": "methods x settings x seeds with an equal sample budget: tables and figures",
     "data": "splits problems into sets for warm-up, its validation and RL: deduplicated, decontaminated, seeded",
+    "watch": "the live display of a run, from any machine that reaches its hub",
+    "samples": "completions of a run: problem, strategy, rollouts, and where distillation changes them",
+    "chat": "tries a policy on problems, with and without a strategy",
     "report": "writes runs/NAME/report.html from a run's metrics",
     "keys": "makes a folder of keys for a hub that listens beyond loopback",
 }

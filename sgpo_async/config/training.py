@@ -174,6 +174,8 @@ class Learner:
     # over many tokens than this, in nats. 0: 1e-4 where both compute in float32, 0.05 where one of them computes in
     # bfloat16; .inf: never.
     mismatch_bound: float = field(default=0.0, metadata=INFINITE)
+    samples: int = 1  # problems of a step whose completions are kept in runs/NAME/samples.jsonl; 0: none
+    samples_mb: int = 16  # when the file is larger, every second of its steps is deleted, and half as many are added
 
     def __post_init__(self) -> None:
         require(self.problems_per_step >= 1, "learner.problems_per_step", "must be >= 1", self.problems_per_step)
@@ -182,6 +184,8 @@ class Learner:
         require(self.checkpoint_minutes >= 0, "learner.checkpoint_minutes", "must be >= 0", self.checkpoint_minutes)
         require(self.keep_checkpoints >= 1, "learner.keep_checkpoints", "must be >= 1", self.keep_checkpoints)
         require(self.mismatch_bound >= 0, "learner.mismatch_bound", "must be >= 0", self.mismatch_bound)
+        require(self.samples >= 0, "learner.samples", "must be >= 0", self.samples)
+        require(self.samples_mb >= 1, "learner.samples_mb", "must be >= 1", self.samples_mb)
 
 
 @dataclass(frozen=True, kw_only=True)

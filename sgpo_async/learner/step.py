@@ -46,6 +46,7 @@ class Stepper:
     optimiser: torch.optim.Optimizer
     teacher: Teacher
     responses: Responses | None = None  # looks up responses, for objectives that train on them
+    statistics: StepMetrics | None = None  # of the last step, on this rank
 
     def update(self, shard: Shard) -> dict[str, Any]:
         """Train on `shard`; return the metrics of the step, equal on every rank. A collective of all ranks."""
@@ -56,7 +57,7 @@ class Stepper:
 
         Raises SgpoError if the norm of the gradient is not finite.
         """
-        statistics = self.accumulate(batch)
+        self.statistics = statistics = self.accumulate(batch)
         norm = clip_gradients(self.policy, self.run.optim.grad_clip)
         if not math.isfinite(norm):
             remedy = "lower optim.lr or optim.grad_clip"

@@ -58,12 +58,14 @@ def distillation_term(
         distance: d [K] and the teacher's log-probability [K] of all the targets' tokens.
     """
     rule = algorithm.kl_correction
-    log_mu, age = _behaviour([item.rollout for item in items], version, distance[0])
+    rollouts = [item.rollout for item in items]
+    log_mu, age = _behaviour(rollouts, version, distance[0])
     mask = age >= 0
     d, log_teacher = (_unflatten(flat, mask) for flat in distance)
     correction = correction_weights(log_teacher, log_mu, mask, mode=rule.mode, bound=rule.bound)
     statistics.add_correction("kl_correction", correction, log_teacher - log_mu, age, rule)
     statistics.add_kl(d, mask, algorithm)
+    statistics.keep_kl(rollouts, d)
     losses = distillation_loss(
         d, mask, correction, delta=algorithm.delta, limiter=algorithm.limiter, quantile=algorithm.quantile
     )

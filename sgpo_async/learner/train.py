@@ -33,8 +33,11 @@ from sgpo_async.learner.progress import Progress, hub_metrics
 from sgpo_async.learner.publish import Publisher, gather
 from sgpo_async.learner.resume import resume_point
 from sgpo_async.learner.rounds import remove_rounds, write_round
+from sgpo_async.learner.samples import Samples
 from sgpo_async.learner.step import Stepper
+from sgpo_async.learner.step_log import StepLog
 from sgpo_async.learner.teacher import Teacher
+from sgpo_async.logs import fields
 from sgpo_async.metrics import MetricsWriter, read_metrics
 from sgpo_async.metrics.mismatch import excess, mismatch_summary
 from sgpo_async.model.export import export
@@ -94,6 +97,8 @@ class Trainer:
     base: int  # version of the weights minus the number of optimiser steps
     metrics: MetricsWriter | None  # only on rank 0
     alarm: Alarm
+    samples: Samples
+    step_log: StepLog
 
     @classmethod
     def start(cls, run: Run, mesh: DeviceMesh, hub: HubClient, checkpoints: CheckpointWriter) -> Trainer:
@@ -130,7 +135,11 @@ class Trainer:
             remove_rounds(run, above=progress.version)
         alarm = Alarm(bound_for(run, learner_bfloat16=in_bfloat16(run.learner.precision, mesh)))
         base = version - progress.step
-        return cls(run, hub, stepper, publisher, checkpoints, progress, base, metrics, alarm)
+        samples = Samples.start(run, resume_from=progress.step)
+        if lead:
+            _log_start(run, resumed)
+        log_of = StepLog(run.steps)
+        return cls(run, hub, stepper, publisher, checkpoints, progress, base, metrics, alarm, samples, log_of)
 
     @property
     def version(self) -> int:
@@ -153,10 +162,12 @@ class Trainer:
             lap, wall = time.monotonic(), time.monotonic() - lap
             self.progress.trained(line, idle_s=idle, wall_s=wall)
             if self.metrics:
-                self._record(self.metrics, line | hub_metrics(status) | {"learner_idle": idle / wall})
+                line = self._record(self.metrics, line | hub_metrics(status) | {"learner_idle": idle / wall})
+                self.step_log.step(line, seconds=wall)
             elif self._last:
                 while _rank_0_waits():
                     pass
+            self.samples.keep(shard, self.stepper.statistics)
             if self.checkpoints.due(self._due(self.run.learner.checkpoint_every)):
                 self._checkpoint()
 
@@ -174,10 +185,12 @@ class Trainer:
         own["mismatch"] = mismatch_summary(read_metrics(self.run.folder))  # including the steps before an interruption
         self.metrics.summary(self.progress.summary(self.hub.status()) | own)
         self.metrics.close()
+        self.samples.close()
+        log.info("finished after %d steps: the policy is in %s/policy", self.progress.step, self.run.folder)
         self.hub.finish()
 
-    def _record(self, metrics: MetricsWriter, line: dict[str, Any]) -> None:
-        """Write the metrics of this step; after the last step, wait for the last evaluation first."""
+    def _record(self, metrics: MetricsWriter, line: dict[str, Any]) -> dict[str, Any]:
+        """Write the metrics of this step, and return them; after the last step, wait for the last evaluation first."""
         if self._last:
             results = self._last_evaluations()
         else:
@@ -191,6 +204,7 @@ class Trainer:
         if exceeded := excess(line):
             log.warning("mismatch alarm: %s", exceeded.text)
         metrics.step(line)
+        return line
 
     def _last_evaluations(self) -> list[Evaluated]:
         """Request the evaluation of the final weights and wait for it, as the other ranks do in `_rank_0_waits`."""
@@ -228,6 +242,17 @@ class Trainer:
         for result in self.hub.evaluations:  # they arrived after the metrics of this step; the next step reports them
             write_round(self.run, result)
         return state
+
+
+def _log_start(run: Run, resumed: Path | None) -> None:
+    """Log what this learner is about to do."""
+    ranks = dist.get_world_size()
+    where = f"from {resumed}" if resumed else f"into {run.folder}"
+    text = "training %s: %d steps of %d problems with %s on %d rank%s, %s"
+    objective = run.algorithm.objective
+    values = fields(event="started", run=run.name, steps=run.steps, ranks=ranks, objective=objective)
+    about = (run.name, run.steps, run.learner.problems_per_step, objective, ranks, "s" * (ranks > 1), where)
+    log.info(text, *about, extra=values)
 
 
 def _rank_0_waits(value: bool = True) -> bool:
