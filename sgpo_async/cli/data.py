@@ -179,10 +179,11 @@ def form_of(args: argparse.Namespace) -> Form:
 
 def unverified(prepared: Prepared) -> str:
     """How many answers are not correct by their own verifier, and which; one line."""
+    from sgpo_async.config import Tasks
     from sgpo_async.tasks.self_check import SelfCheck
 
     problems = [problem for problems in prepared.sets.values() for problem in problems]
-    return SelfCheck.run(problems, sample=len(problems)).describe()
+    return SelfCheck.run(problems, sample=len(problems), tasks=Tasks()).describe()
 
 
 def facts_of(sources: Sequence[Source], benchmarks: Sequence[Source], rules: Rules) -> dict[str, Any]:

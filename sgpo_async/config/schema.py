@@ -127,12 +127,11 @@ class Tasks:
 
     def _check_reward(self) -> None:
         reward = self.reward
-        parts = reward if isinstance(reward, dict) else {reward: 1.0}
-        named = bool(parts) and all(isinstance(name, str) and (name or reward == "") for name in parts)
-        weights = list(parts.values())
-        numbers = all(type(one) in (int, float) and math.isfinite(one) for one in weights)
+        mapping = isinstance(reward, dict) and bool(reward)
+        named = mapping and all(isinstance(name, str) and bool(name) for name in reward)
+        weighted = named and all(type(one) in (int, float) and math.isfinite(one) for one in reward.values())
         require(
-            named and numbers,
+            isinstance(reward, str) or weighted,
             "tasks.reward",
             "must be the name of a verifier, MODULE:FUNCTION, or a mapping from such names to weights",
             reward,

@@ -75,8 +75,9 @@ def check_prompt(run: Run, tokenizer: Any, problems: Sequence[Problem]) -> str:
     problem gives different prompts at different times: the template writes the date or the time of day.
     """
     tasks = run.tasks
-    strategy = next((one.strategy for one in problems if one.strategy), SAMPLE_STRATEGY)
-    texts = list(dict.fromkeys([one.problem for one in problems[:SAMPLES]] or ["?"]))
+    sample = problems[:SAMPLES]
+    strategy = next((one.strategy for one in sample if one.strategy), SAMPLE_STRATEGY)
+    texts = list(dict.fromkeys([one.problem for one in sample] or ["?"]))
     remedy = "correct it, or choose another tasks.prompt"
 
     def built(text: str, strategy: str | None, settings: Tasks = tasks) -> list[int]:
