@@ -15,8 +15,8 @@ log = logging.getLogger(__name__)
 def check_tasks(run: Run) -> None:
     """Check a chat template, and functions that the user wrote; log a warning for what works but may be a mistake.
 
-    Plain prompts and built-in verifiers cannot fail, so nothing is checked for them and torch is not imported. A process
-    that `local` started checks nothing, because `local` has. Raises SgpoError.
+    Plain prompts and built-in verifiers cannot fail, so nothing is checked for them and torch is not imported. A
+    process that `local` started checks nothing, because `local` has. Raises SgpoError.
     """
     if MARK in os.environ:
         return
