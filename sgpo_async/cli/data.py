@@ -38,7 +38,7 @@ class Source:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """prepare FILE ... --out FOLDER [...]."""
     parser.add_argument("action", choices=["prepare"], help="clean and split; the same seed gives the same files")
-    parser.add_argument("files", metavar="FILE", nargs="+", help="JSONL, Parquet, or a Hugging Face dataset")
+    parser.add_argument("files", metavar="FILE", nargs="+", help="JSONL, CSV, Parquet, or a Hugging Face dataset")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder of the results")
     parser.add_argument(
         "--column",

@@ -189,7 +189,7 @@ class Rollout:
 class BenchmarkFile:
     """A benchmark in a file; docs/evaluation.md describes the layouts."""
 
-    path: str  # JSONL or Parquet
+    path: str  # JSONL, CSV or Parquet
     samples: int = 0  # completions of each problem, the k of avg@k; 0: evaluation.samples
 
     def __post_init__(self) -> None:

@@ -89,7 +89,8 @@ def check_prompt(run: Run, tokenizer: Any, problems: Sequence[Problem]) -> str:
         shown = {tuple(ids) for ids in plain}
         system_ignored = tasks.system and built(texts[0], None, replace(tasks, system="")) == plain[0]
     except DataError as error:
-        raise CheckFailed(str(error), remedy) from error
+        found, _, own = str(error).partition("; ")
+        raise CheckFailed(found, own or remedy) from error
     if len(shown) < len(texts):
         raise CheckFailed(f"tasks.prompt: {tasks.prompt} gives the same prompt for different problems", remedy)
     if any(a == b for a, b in zip(plain, guided, strict=True)):
