@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=FILE",
-        help="JSONL or Parquet, may be repeated; a NAME alone is one of evaluation.benchmarks, or held-out: the "
+        help="JSONL, CSV or Parquet, may be repeated; a NAME alone is one of evaluation.benchmarks, or held-out: the "
         "configuration's own held-out problems (default)",
     )
     parser.add_argument(

@@ -152,12 +152,11 @@ class Tasks:
 
     def _check_reward(self) -> None:
         reward = self.reward
-        parts = reward if isinstance(reward, dict) else {reward: 1.0}
-        named = bool(parts) and all(isinstance(name, str) and (name or reward == "") for name in parts)
-        weights = list(parts.values())
-        numbers = all(type(one) in (int, float) and math.isfinite(one) for one in weights)
+        mapping = isinstance(reward, dict) and bool(reward)
+        named = mapping and all(isinstance(name, str) and bool(name) for name in reward)
+        weighted = named and all(type(one) in (int, float) and math.isfinite(one) for one in reward.values())
         require(
-            named and numbers,
+            isinstance(reward, str) or weighted,
             "tasks.reward",
             "must be the name of a verifier, MODULE:FUNCTION, or a mapping from such names to weights",
             reward,
@@ -215,7 +214,7 @@ class Rollout:
 class BenchmarkFile:
     """A benchmark in a file; docs/evaluation.md describes the layouts."""
 
-    path: str = field(metadata=PATH)  # JSONL or Parquet
+    path: str = field(metadata=PATH)  # JSONL, CSV or Parquet
     samples: int = 0  # completions of each problem, the k of avg@k; 0: evaluation.samples
 
     def __post_init__(self) -> None:

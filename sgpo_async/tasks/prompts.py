@@ -98,8 +98,9 @@ def check_prompt(run: Run, tokenizer: Any, problems: Sequence[Problem]) -> str:
     problem gives different prompts at different times: the template writes the date or the time of day.
     """
     tasks = run.tasks
-    strategy = next((one.strategy for one in problems if one.strategy), SAMPLE_STRATEGY)
-    texts = list(dict.fromkeys([one.problem for one in problems[:SAMPLES]] or ["?"]))
+    sample = problems[:SAMPLES]
+    strategy = next((one.strategy for one in sample if one.strategy), SAMPLE_STRATEGY)
+    texts = list(dict.fromkeys([one.problem for one in sample] or ["?"]))
     remedy = "correct it, or choose another tasks.prompt"
 
     def built(text: str, strategy: str | None, settings: Tasks = tasks) -> list[int]:
@@ -111,7 +112,8 @@ def check_prompt(run: Run, tokenizer: Any, problems: Sequence[Problem]) -> str:
         shown = {tuple(ids) for ids in plain}
         system_ignored = tasks.system and built(texts[0], None, replace(tasks, system="")) == plain[0]
     except DataError as error:
-        raise CheckFailed(str(error), remedy) from error
+        found, _, own = str(error).partition("; ")
+        raise CheckFailed(found, own or remedy) from error
     if len(shown) < len(texts):
         raise CheckFailed(f"tasks.prompt: {tasks.prompt} gives the same prompt for different problems", remedy)
     if any(a == b for a, b in zip(plain, guided, strict=True)):
