@@ -16,6 +16,7 @@
     ├── EndpointError           a server of chat completions cannot serve any request
     ├── CheckpointError         a checkpoint cannot be written or read
     ├── RunFailed               the hub, the learner or all actors of a local run ended unexpectedly
+    ├── Interrupted             a signal has ended the process in good order: how to go on
     └── DeadlineExceeded        a wait timed out: in which process, and for which event
 
 Some modules subclass these to handle one case apart, e.g. ServerGone(EngineError) of the SGLang client.
@@ -94,6 +95,18 @@ class CheckpointError(SgpoError):
 
 class RunFailed(SgpoError):
     """The hub, the learner or all actors of a local run ended unexpectedly."""
+
+
+class Interrupted(SgpoError):
+    """A signal has ended the process in good order; the message, if any, says how to go on.
+
+    Args:
+        code: the exit code; the default is that of errors, for a process that another one told to end.
+    """
+
+    def __init__(self, message: str, code: int = 2) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class DeadlineExceeded(SgpoError):

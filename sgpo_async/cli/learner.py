@@ -9,6 +9,7 @@ restarts the ranks, rank 0 starts a new hub, which takes the place of the earlie
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sgpo_async.cli.options import add_config, config_arguments, load_run, print_dry_run, record_config
-from sgpo_async.errors import ConfigError, HubError
+from sgpo_async.errors import ConfigError, HubError, Interrupted, SgpoError
 
 if TYPE_CHECKING:
     from sgpo_async.config import Run
@@ -45,20 +46,37 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if "RANK" not in os.environ:
         raise ConfigError(f"learner: RANK is not set; start it by torchrun launch/learner.py {args.config}")
-    first = os.environ["RANK"] == "0"
-    if not first:
+    try:
+        return _run_rank(args, settings)
+    except SgpoError as error:
+        if str(error):
+            _tell_torchrun(str(error))
+        raise
+
+
+def _run_rank(args: argparse.Namespace, settings: Run) -> int:
+    if os.environ["RANK"] != "0":
         return _train(settings, _address(args, settings))
-    from sgpo_async.cli.resources import check_start
+    from sgpo_async.cli.resources import check_resume, check_start
     from sgpo_async.config.schema import CHECKPOINTS
     from sgpo_async.learner.resume import continues
 
     check_start(settings, checkpoints=True)
+    check_resume(settings)
     earlier = continues(settings.learner.resume, Path(settings.folder) / CHECKPOINTS)
     record_config(settings, continues=earlier)
     if args.hub:
         return _train(settings, args.hub)
-    with hub_beside(settings, arguments, continues=earlier) as address:
+    with hub_beside(settings, config_arguments(args), continues=earlier) as address:
         return _train(settings, address)
+
+
+def _tell_torchrun(error: str) -> None:
+    """Give torchrun the line of an error, which it prints as the root cause at the end of its own report."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        details = {"py_callstack": error, "timestamp": str(int(time.time()))}
+        Path(file).write_text(json.dumps({"message": {"message": error, "extraInfo": details}}), encoding="utf-8")
 
 
 def _address(args: argparse.Namespace, settings: Run) -> str:
@@ -106,6 +124,9 @@ def hub_beside(settings: Run, arguments: list[str], *, continues: bool) -> Itera
         with kept_hub(processes, LocalCommandLines(settings, arguments).hub) as address:
             yield address
             failed = False
+    except Interrupted:
+        failed = False
+        raise
     finally:
         processes.stop(failed=failed)
 

@@ -108,7 +108,7 @@ def supervise_dummies(folder: Path, behaviours: dict[str, str]) -> int:
     print("ready", flush=True)
     try:
         claim(folder)
-        return supervise(Plan(folder, behaviours), folder, Printer())
+        return supervise(Plan(folder, behaviours), folder, Printer(), checkpoint_s=2.0)
     except SgpoError as error:
         print(f"error: {error}", flush=True)
         return 2
