@@ -53,13 +53,23 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
 
     Raises ConfigError, one line: file or override, key path, rule and value, or the nearest valid key.
     """
+    return _build(_layers(path, overrides))
+
+
+def given_keys(path: str | Path, overrides: Sequence[str] = ()) -> frozenset[str]:
+    """The paths of the keys that the file and the overrides set. Raises ConfigError if they cannot be read."""
+    return frozenset(key for _, layer in _layers(path, overrides) for key, _ in by_key_path(layer))
+
+
+def _layers(path: str | Path, overrides: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
+    """(where it comes from, content) of the file and of each override, in the order in which they apply."""
     layers = [(str(path), read_yaml(Path(path)))] if path else []
     for override in overrides:
         if "=" not in override and override.endswith((".yaml", ".yml")):
             layers.append((override, read_yaml(Path(override))))
         else:
             layers.append((f"argument {override!r}", _parse_override(override)))
-    return _build(layers)
+    return layers
 
 
 def to_plain(run: Run) -> dict[str, Any]:

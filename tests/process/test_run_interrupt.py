@@ -68,7 +68,7 @@ def test_a_signal_to_a_learner_with_its_own_hub(tmp_path: Path, who: str) -> Non
 def test_a_signal_to_a_learner_beside_a_hub(tmp_path: Path) -> None:
     """Hub and actor live on; the learner goes on with them."""
     with real_run(tmp_path, "steps=1000", "hub.address=tcp://127.0.0.1:0") as run:
-        hub, actor = run.hub(f"steps={TOTAL * 100}"), run.actor("actor")
+        hub, actor = run.hub(), run.actor("actor")
         learner = run.learner("--hub", run.address())
         until(run.metrics, "the first step")
         learner.process.send_signal(signal.SIGTERM)
