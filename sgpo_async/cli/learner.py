@@ -59,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_rank(args: argparse.Namespace, settings: Run) -> int:
+    from sgpo_async.cli.options import say_notes
+    from sgpo_async.cli.preflight import preflight
     from sgpo_async.cli.resources import check_resume, check_start
     from sgpo_async.config.schema import CHECKPOINTS
     from sgpo_async.learner.resume import continues
@@ -71,6 +73,7 @@ def _run_rank(args: argparse.Namespace, settings: Run) -> int:
     earlier = continues(settings.learner.resume, Path(settings.folder) / CHECKPOINTS)
     check_start(settings, checkpoints=True)
     check_resume(settings)
+    say_notes(preflight(settings))
     record_config(settings, continues=earlier)
     if args.hub:
         return _train(settings, args.hub)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sgpo_async.cli.options import add_config, config_arguments, load_run, print_dry_run, record_config
+from sgpo_async.cli.options import add_config, config_arguments, load_run, print_dry_run, record_config, say_notes
 from sgpo_async.errors import SgpoError
 from sgpo_async.processes.torchrun import torchrun
 
@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
         actors = [plan.actor(f"actor-{number}", address) for number in range(plan.actors)]
         print_dry_run(settings, [plan.hub(), plan.learner(address), *actors])
         return 0
+    from sgpo_async.cli.preflight import preflight
     from sgpo_async.cli.resources import check_resume, check_start
     from sgpo_async.local.run_folder import claim
     from sgpo_async.local.show import Show
@@ -45,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
     check_start(settings, checkpoints=True)
     check_resume(settings)
+    say_notes(preflight(settings))
     folder = Path(settings.folder)
     claim(folder)
     # This command's torchrun is always a new one, so that auto never continues.

@@ -4,7 +4,7 @@
     learner ends with 0 ──▶ hub and actors have LEAVING_S to follow ──▶ done
     learner ends otherwise ──▶ RunFailed, with the error from its log
     hub or actor crashes ──▶ started again, see `restarts`;  the hub or all actors have failed for good ──▶ RunFailed
-    hub ends with code 2 (an error that the user can correct) ──▶ RunFailed;  actor ──▶ started again once
+    hub or actor ends with code 2 (a permanent error) ──▶ RunFailed;  actor with 3 (may pass) ──▶ started again once
     hub ends with 0 ──▶ the learner has LAST_S to end, too
     all actors have left or failed ──▶ a note; the learner waits learner.batch_timeout_s for others
 
@@ -27,6 +27,7 @@ from sgpo_async.local.restarts import LIMIT, WINDOW_S, Restarts
 from sgpo_async.local.run_folder import summary_written
 from sgpo_async.processes.signals import Signals
 
+MAY_PASS = 3  # exit code of an actor whose error may pass
 LEAVING_S = 20.0  # for actors and hub to end by themselves after the learner has ended
 LAST_S = 120.0  # for the learner to end after the hub
 CHECKPOINT_S = 40.0  # for it to write a checkpoint when the run is stopped; torchrun kills its ranks after 30 s
@@ -195,7 +196,9 @@ class Supervisor:
 
     def _crashed(self, slot: ActorSlot, child: Child) -> None:
         what = f"{child.name} {child.ending()}"
-        limit = 1 if child.code == USERS_ERROR else LIMIT
+        if child.code == USERS_ERROR:
+            raise RunFailed(f"{what}: {child.complaint()}")
+        limit = 1 if child.code == MAY_PASS else LIMIT
         pause = slot.restarts.pause_after_crash(time.monotonic(), limit=limit)
         if pause is None:
             slot.state = "failed"

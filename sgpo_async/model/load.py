@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from sgpo_async.errors import DataError, EngineError
+from sgpo_async.model.folder import BOUNDS
 
 
 def load_model(path: str, *, device: str, dtype: str) -> PreTrainedModel:
@@ -55,10 +56,7 @@ def longest(model: PreTrainedModel) -> int:
     Up to the window's length, a layer with a sliding window attends to exactly the same tokens as full attention.
     """
     config = model.config.get_text_config()
-    bounds = [
-        getattr(config, name, None)
-        for name in ("max_position_embeddings", "n_positions", "sliding_window", "attention_chunk_size")
-    ]
+    bounds = [getattr(config, name, None) for name in BOUNDS]
     return min((bound for bound in bounds if bound), default=2**31)
 
 

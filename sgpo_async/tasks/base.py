@@ -48,3 +48,10 @@ class ProblemSource(Protocol):
 
     def held_out(self) -> Sequence[Problem]:
         """Problems that the training stream never yields, in a fixed order."""
+
+
+class ListedSource(ProblemSource, Protocol):
+    """A source whose training problems can be looked at before a run starts."""
+
+    def training_problems(self) -> Sequence[Problem]:
+        """All training problems, or the first ones of a source that generates them."""

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from sgpo_async.tasks.base import SPLIT_SEED, Problem
 from sgpo_async.tasks.cues_domain import draw_exercise
 
+SHOWN = 256  # problems that are shown of the endless stream
+
 
 class CuesSource:
     """Generates problems. Every second held-out problem has a novel pair: adjacent cues that training never shows."""
@@ -27,6 +29,9 @@ class CuesSource:
             attempt += 1
             problem = _problem(f"train-{position}-{attempt}", seed=self._seed)
         return problem
+
+    def training_problems(self) -> Sequence[Problem]:
+        return [self.training(position) for position in range(SHOWN)]
 
     def held_out(self) -> Sequence[Problem]:
         return self._held_out

@@ -162,6 +162,9 @@ class FileSource:
         epoch, index = divmod(position, len(self._training))
         return self._training[self._order(epoch)[index]]
 
+    def training_problems(self) -> Sequence[Problem]:
+        return self._training
+
     def held_out(self) -> Sequence[Problem]:
         return self._held_out
 

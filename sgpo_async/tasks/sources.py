@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from sgpo_async.config.schema import Run
 from sgpo_async.errors import DataError
-from sgpo_async.tasks.base import ProblemSource
+from sgpo_async.tasks.base import ListedSource
 from sgpo_async.tasks.cues import CuesSource
 from sgpo_async.tasks.files import FileSource
 
 
-def open_source(kind: str, *, path: str, held_out: int, seed: int) -> ProblemSource:
+def open_source(kind: str, *, path: str, held_out: int, seed: int) -> ListedSource:
     """The source "cues" or "file" (at `path`), with `held_out` problems set aside for evaluation."""
     if kind == "cues":
         return CuesSource(seed=seed, held_out=held_out)
@@ -17,11 +17,12 @@ def open_source(kind: str, *, path: str, held_out: int, seed: int) -> ProblemSou
     return FileSource(path, held_out=held_out, seed=seed)
 
 
-def source_of(run: Run) -> ProblemSource:
+def source_of(run: Run) -> ListedSource:
     """The source that `run` trains on.
 
     Raises:
-        DataError: the source is unreadable, or the objective needs responses and no training problem has one.
+        DataError: the source is unreadable, or no training problem has what the objective needs: a response, or a
+            strategy.
     """
     tasks, objective = run.tasks, run.algorithm.objective
     source = open_source(tasks.source, path=tasks.path, held_out=tasks.held_out, seed=run.seed)
@@ -29,5 +30,10 @@ def source_of(run: Run) -> ProblemSource:
         raise DataError(
             f"{tasks.path}: algorithm.objective={objective} needs responses, but no training problem has one; "
             "add the column 'response', or choose sgpo or grpo"
+        )
+    if objective == "sgpo" and not any(problem.strategy for problem in source.training_problems()):
+        raise DataError(
+            f"{tasks.path}: algorithm.objective=sgpo needs strategies, but no training problem has one; make them with "
+            "sgpo-async strategies extract, or set algorithm.objective=grpo"
         )
     return source

@@ -60,6 +60,9 @@ def actor(behaviour: str, folder: Path) -> int:
     if behaviour == "crash-once" and not (folder / "crashed").exists():
         (folder / "crashed").touch()
         os.kill(os.getpid(), signal.SIGKILL)
+    if behaviour == "user-error":
+        print("error: tasks.prompt: chat, but the tokenizer has no chat template")
+        return 2
     while not (folder / "finished").exists() and behaviour != "leave":
         time.sleep(0.02)
     return 0
