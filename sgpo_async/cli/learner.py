@@ -92,7 +92,7 @@ def _as_hub_says(args: argparse.Namespace, settings: Run) -> Run:
         hubs = request_settings(mailbox, name=f"learner-{os.environ['RANK']}", timeout_s=SETTINGS_S)
         assert hubs is not None, "only actors are told to stop"
         return agreed(settings, given_keys(args.config, args.overrides), hubs)
-    except ConfigError:
+    except SgpoError:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             raise Interrupted("") from None  # the first rank of this node has the same command line, and says it
         raise

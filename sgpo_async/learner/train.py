@@ -35,7 +35,7 @@ from sgpo_async.learner.policy import Policy, check_model, in_bfloat16, recomput
 from sgpo_async.learner.process_group import join_world
 from sgpo_async.learner.progress import Progress, hub_metrics
 from sgpo_async.learner.publish import Publisher, gather
-from sgpo_async.learner.resume import resume_point
+from sgpo_async.learner.resume import how_to_go_on, resume_point
 from sgpo_async.learner.rounds import remove_rounds, write_round
 from sgpo_async.learner.step import Stepper
 from sgpo_async.learner.teacher import Teacher
@@ -45,7 +45,7 @@ from sgpo_async.model.export import export
 from sgpo_async.model.folder import load_tokenizer, model_folder, tokenizer_fingerprint
 from sgpo_async.model.load import load_model
 from sgpo_async.processes.signals import UrgentSignals
-from sgpo_async.processes.torchrun import all_ranks_run, repeated_command
+from sgpo_async.processes.torchrun import all_ranks_run
 from sgpo_async.tasks.base import ProblemSource
 from sgpo_async.tasks.sources import source_of
 from sgpo_async.transport import Dealer, Mailbox
@@ -56,7 +56,6 @@ log = logging.getLogger(__name__)
 
 CONNECT_S = 120.0  # timeout of the connection to the hub
 COLLECTIVE_SLACK_S = 300.0
-RESUME = "learner.resume=true"
 
 
 def train(run: Run, hub_address: str) -> int:
@@ -97,19 +96,10 @@ def train(run: Run, hub_address: str) -> int:
     dist.destroy_process_group()
     if reason:
         raise Interrupted(
-            "" if trainer.metrics is None else _how_to_go_on(hub_address if hub.ended else "", reason, trainer.saved),
+            "" if trainer.metrics is None else how_to_go_on(reason, trainer.saved, hub_address if hub.ended else ""),
             *([signals.exit_code] if signals.stop else []),
         )
     return 0
-
-
-def _how_to_go_on(hub: str, reason: str, saved: int) -> str:
-    """Return the line of an interrupted learner. `hub`: the address of the hub if it has ended, else empty."""
-    if not saved:
-        return f"interrupted before the first step: {reason}; there is no checkpoint to resume from"
-    where = f"hub {hub}: " if hub else ""
-    first = ", start the hub again, then" if hub else ""
-    return f"{where}interrupted after step {saved}: {reason}; to go on{first}: {repeated_command(RESUME, rank=True)}"
 
 
 @dataclass

@@ -114,8 +114,8 @@ def test_a_disk_that_fills_up(run: RealRun, tmp_path: Path) -> None:
     Whichever of them notices first ends the run, with one line that names what could not be written.
     """
     disk = tmp_path / "disk"
-    fill = f"while [ ! -e {disk}/run/metrics.jsonl ]; do sleep 0.1; done; head -c 23m /dev/zero > {disk}/other"
-    prefix = on_disk_of(24, disk, f"({fill})")
+    fill = f"while [ ! -e {disk}/run/metrics.jsonl ]; do sleep 0.1; done; head -c 31m /dev/zero > {disk}/other"
+    prefix = on_disk_of(32, disk, f"({fill})")
     local = run.start("local", "launch/local.py", str(run.config), f"out={disk}", "local.actors=1", prefix=prefix)
     (line,) = errors(local)
     assert f"{disk}/run/" in line and "disk is full" in line and "free some space" in line
