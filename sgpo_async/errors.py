@@ -6,6 +6,7 @@
     ├── WireError               a message cannot be read
     │   └── ProtocolMismatch        ... because the sender uses another protocol version
     ├── HubError                the hub's port is taken, the hub cannot be reached
+    │   ├── HubAbsent               no hub answers this process, or none takes it as a member
     │   └── Refusal                 the hub refuses an actor
     ├── SessionError            a Torch RPC session failed: which node, which phase
     ├── WeightsError            a manifest, bucket or checksum is not the expected one
@@ -16,6 +17,7 @@
     ├── EndpointError           a server of chat completions cannot serve any request
     ├── CheckpointError         a checkpoint cannot be written or read
     ├── RunFailed               the hub, the learner or all actors of a local run ended unexpectedly
+    ├── Interrupted             a signal has ended the process in good order: how to go on
     └── DeadlineExceeded        a wait timed out: in which process, and for which event
 
 Some modules subclass these to handle one case apart, e.g. ServerGone(EngineError) of the SGLang client.
@@ -23,9 +25,17 @@ Some modules subclass these to handle one case apart, e.g. ServerGone(EngineErro
 A message is one line: what, where, value, remedy. Mistakes in this package's own code raise AssertionError instead.
 """
 
+from typing import ClassVar
+
 
 class SgpoError(Exception):
-    """Root of all errors that a command shows as one line, without a traceback."""
+    """Root of all errors that a command shows as one line, without a traceback.
+
+    `may_pass`: another process with the same command may succeed, because the error comes from other processes, or
+    from this one alone. All other errors are permanent: retrying cannot help.
+    """
+
+    may_pass: ClassVar[bool] = False
 
 
 class ConfigError(SgpoError):
@@ -48,8 +58,16 @@ class HubError(SgpoError):
     """The hub cannot bind its address, cannot be reached, or refuses a member."""
 
 
+class HubAbsent(HubError):
+    """No hub has answered this process, or has taken it as a member, for too long."""
+
+    may_pass = True
+
+
 class Refusal(HubError):
-    """The hub refuses an actor; `final` says that the refusal is permanent, so that retrying cannot help."""
+    """The hub refuses an actor; `final` says that the refusal is permanent for this actor."""
+
+    may_pass = True
 
     def __init__(self, message: str, *, final: bool) -> None:
         super().__init__(message)
@@ -58,6 +76,8 @@ class Refusal(HubError):
 
 class SessionError(SgpoError):
     """A Torch RPC session failed; the message names the node and the phase."""
+
+    may_pass = True
 
 
 class WeightsError(SgpoError):
@@ -71,9 +91,13 @@ class Superseded(WeightsError):
 class EngineError(SgpoError):
     """An inference engine cannot start or cannot serve."""
 
+    may_pass = True
+
 
 class CheckFailed(EngineError):
     """A check found something that cannot work; the error holds what it found and the remedy."""
+
+    may_pass = False
 
     def __init__(self, found: str, remedy: str) -> None:
         super().__init__(f"{found}; {remedy}")
@@ -96,6 +120,18 @@ class RunFailed(SgpoError):
     """The hub, the learner or all actors of a local run ended unexpectedly."""
 
 
+class Interrupted(SgpoError):
+    """A signal has ended the process in good order; the message, if any, says how to go on.
+
+    Args:
+        code: the exit code; the default is that of errors, for a process that another one told to end.
+    """
+
+    def __init__(self, message: str, code: int = 2) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 class DeadlineExceeded(SgpoError):
     """A wait timed out.
 
@@ -104,6 +140,8 @@ class DeadlineExceeded(SgpoError):
         expected: the answer or event that did not come.
         seconds: how long the process waited.
     """
+
+    may_pass = True
 
     def __init__(self, subject: str, expected: str, seconds: float) -> None:
         super().__init__(f"{subject}: no {expected} within {seconds:g} s")

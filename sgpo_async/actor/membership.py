@@ -18,7 +18,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from sgpo_async.errors import DeadlineExceeded, HubError, Refusal
+from sgpo_async.errors import DeadlineExceeded, HubAbsent, Refusal
 from sgpo_async.logs import fields
 from sgpo_async.session import ReceiverEvent, WeightReceiver
 from sgpo_async.transport import Mailbox
@@ -65,7 +65,7 @@ class Membership:
     def advance(self, holds: Sequence[tuple[int, int]]) -> None:
         """Notice a lost connection; say Hello when it is due. `holds`: (task, attempt) of the leases in progress.
 
-        Raises HubError after `timeout_s` without a hub.
+        Raises HubAbsent after `timeout_s` without a hub.
         """
         if self._mailbox.connections != self._connections:
             self._connections = self._mailbox.connections
@@ -75,7 +75,7 @@ class Membership:
         self._dealer.check_refused()
         now = time.monotonic()
         if now - self._absent_since > self._timeout_s:
-            raise HubError(
+            raise HubAbsent(
                 f"hub {self._dealer.address}: not a member for {self._timeout_s:g} s"
                 + (f", because {self._last_failure}" if self._last_failure else "; check that the hub runs")
             )

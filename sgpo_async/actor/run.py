@@ -12,7 +12,6 @@ again for `hub_timeout_s`. A hub of another run ends the service, but the engine
 from __future__ import annotations
 
 import logging
-import math
 import os
 import signal
 import time
@@ -26,18 +25,16 @@ from sgpo_async.config import Engine as EngineSettings
 from sgpo_async.config import Model, Run, from_plain
 from sgpo_async.engines.base import Engine
 from sgpo_async.engines.open import open_engine
-from sgpo_async.errors import HubError
 from sgpo_async.logs import fields
 from sgpo_async.model.folder import load_tokenizer, model_folder, tokenizer_fingerprint
 from sgpo_async.session import Deadlines, WeightReceiver
 from sgpo_async.session.interface import interface_towards
 from sgpo_async.tasks.prompts import build_prompt
-from sgpo_async.transport import Dealer, Mailbox
-from sgpo_async.wire.records import Hello, Settings, SettingsRequest, Stop
+from sgpo_async.transport import Dealer, Mailbox, request_settings
+from sgpo_async.wire.records import Hello
 
 log = logging.getLogger(__name__)
 
-ASK_AGAIN_S = 1.0
 MAX_BYTES = 2**30  # the hub's limit, hub.max_message_mb, is smaller
 
 
@@ -92,10 +89,12 @@ class Actor:
 
     def _serve(self, mailbox: Mailbox) -> bool:
         """Serve the run of this hub; returns whether it is over."""
-        settings = self._settings(mailbox)
+        settings = request_settings(
+            mailbox, name=self._name, timeout_s=self._options.hub_timeout_s, stopped=lambda: self._stopped
+        )
         if settings is None:
             return True
-        run = self._with_own_options(from_plain(settings.settings))
+        run = self._with_own_options(from_plain(settings))
         about = fields(event="found", hub=self._options.hub, run=run.name, engine=run.engine.kind)
         log.info("hub %s, run %s", self._options.hub, run.name, extra=about)
         node = self._start_node(run)  # starts now, because it imports torch while this process loads the engine
@@ -165,32 +164,6 @@ class Actor:
             for backend in ("GLOO", "NCCL"):
                 os.environ.setdefault(f"{backend}_SOCKET_IFNAME", interface_towards(host))
         return open_engine(run, folder, logs=self._options.logs, name=self._name, stopping=lambda: self._stopped)
-
-    def _settings(self, mailbox: Mailbox) -> Settings | None:
-        """Ask the hub for the run's configuration, again every second; None if the actor is told to stop.
-
-        Raises HubError if no hub answers within `hub_timeout_s`.
-        """
-        address, limit_s = self._options.hub, self._options.hub_timeout_s
-        began, asked = time.monotonic(), -math.inf
-        while not self._stopped:
-            now = time.monotonic()
-            if now - began > limit_s:
-                raise HubError(
-                    f"hub {address}: no Settings within {limit_s:g} s; check that the hub runs, and the address"
-                )
-            if now - asked > ASK_AGAIN_S:
-                if asked == began:
-                    log.info("no answer from %s yet; waiting up to %g s", address, limit_s)
-                asked = began if asked == -math.inf else now
-                mailbox.send(SettingsRequest())
-            for message in mailbox.receive(0.1):
-                if isinstance(message, Settings):
-                    return message
-                if isinstance(message, Stop):
-                    return None
-            mailbox.dealer.check_refused()
-        return None
 
     def _stop(self, *_: object) -> None:
         self._stopped = True

@@ -1,10 +1,16 @@
-"""`sgpo-async actor`: an inference node that joins a hub; start and stop it at any time, on any node."""
+"""`sgpo-async actor`: an inference node that joins a hub; start and stop it at any time, on any node.
+
+Exit codes: 0 the run is over or the actor was stopped, 2 a permanent error, 3 an error that may pass (no hub for two
+minutes, a server that died, a refusal of this one actor): what supervises the actor may start it again.
+"""
 
 from __future__ import annotations
 
 import argparse
+import sys
 
 from sgpo_async import logs
+from sgpo_async.errors import SgpoError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     from sgpo_async.actor.run import Actor, ActorOptions
     from sgpo_async.cli.resources import open_files
     from sgpo_async.config.schema import host_of, require
+    from sgpo_async.local.supervisor import MAY_PASS
 
     host_of("--hub", args.hub)
     require(
@@ -75,4 +82,10 @@ def run(args: argparse.Namespace) -> int:
         logs=args.logs,
     )
     logs.set_up("actor", name=options.name)
-    return Actor(options).run()
+    try:
+        return Actor(options).run()
+    except SgpoError as error:
+        if not error.may_pass:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return MAY_PASS

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from sgpo_async.cli.options import add_config, load_run, print_dry_run
+from sgpo_async.cli.options import add_config, load_run, print_dry_run, say_notes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,10 +21,10 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print_dry_run(settings, [["sgpo-async", "hub", args.config, *args.overrides]])
         return 0
+    from sgpo_async.cli.preflight import preflight
     from sgpo_async.cli.resources import check_start
-    from sgpo_async.cli.task_checks import check_tasks
     from sgpo_async.hub import serve
 
     check_start(settings, checkpoints=False)
-    check_tasks(settings)
+    say_notes(preflight(settings, light=True))
     return serve(settings)

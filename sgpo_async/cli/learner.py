@@ -2,6 +2,9 @@
 
     torchrun --nproc-per-node 2 launch/learner.py CONFIG [key=value ...] [--hub tcp://HOST:PORT]
 
+The hub decides the configuration of the run (`sgpo_async.config.agreement`): keys that this command leaves out are
+taken from it, and a key with another value than the hub's is refused.
+
 Without --hub, rank 0 starts the hub beside itself, listening at hub.address, and stops it at its own end. When torchrun
 restarts the ranks, rank 0 starts a new hub, which takes the place of the earlier one: the actors connect to it again.
 """
@@ -9,6 +12,7 @@ restarts the ranks, rank 0 starts a new hub, which takes the place of the earlie
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -19,11 +23,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sgpo_async.cli.options import add_config, config_arguments, load_run, print_dry_run, record_config
-from sgpo_async.errors import ConfigError, HubError
+from sgpo_async.errors import ConfigError, HubError, Interrupted, SgpoError
 
 if TYPE_CHECKING:
     from sgpo_async.config import Run
 
+SETTINGS_S = 120.0  # how long to wait for a hub
 HUB_KILLED_S = 30.0  # after a kill of rank 0, in which the watchdog ends the hub beside it
 
 
@@ -45,20 +50,62 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if "RANK" not in os.environ:
         raise ConfigError(f"learner: RANK is not set; start it by torchrun launch/learner.py {args.config}")
-    first = os.environ["RANK"] == "0"
-    if not first:
-        return _train(settings, _address(args, settings))
-    from sgpo_async.cli.resources import check_start
+    try:
+        return _run_rank(args, settings)
+    except SgpoError as error:
+        if str(error):
+            _tell_torchrun(str(error))
+        raise
+
+
+def _run_rank(args: argparse.Namespace, settings: Run) -> int:
+    from sgpo_async.cli.options import say_notes
+    from sgpo_async.cli.preflight import preflight
+    from sgpo_async.cli.resources import check_resume, check_start
     from sgpo_async.config.schema import CHECKPOINTS
     from sgpo_async.learner.resume import continues
 
-    check_start(settings, checkpoints=True)
+    first = os.environ["RANK"] == "0"
+    if args.hub or not first:
+        settings = _as_hub_says(args, settings)
+    if not first:
+        return _train(settings, _address(args, settings))
     earlier = continues(settings.learner.resume, Path(settings.folder) / CHECKPOINTS)
+    check_start(settings, checkpoints=True)
+    check_resume(settings)
+    say_notes(preflight(settings))
     record_config(settings, continues=earlier)
     if args.hub:
         return _train(settings, args.hub)
-    with hub_beside(settings, arguments, continues=earlier) as address:
+    with hub_beside(settings, config_arguments(args), continues=earlier) as address:
         return _train(settings, address)
+
+
+def _as_hub_says(args: argparse.Namespace, settings: Run) -> Run:
+    """The configuration with the keys that the hub decides. Raises ConfigError if it sets one of them differently."""
+    from sgpo_async.config import agreed, given_keys
+    from sgpo_async.transport import Dealer, Mailbox, request_settings
+
+    dealer = Dealer(_address(args, settings), keys=settings.hub.keys, max_bytes=settings.hub.max_message_mb * 2**20)
+    mailbox = Mailbox(dealer)
+    try:
+        hubs = request_settings(mailbox, name=f"learner-{os.environ['RANK']}", timeout_s=SETTINGS_S)
+        assert hubs is not None, "only actors are told to stop"
+        return agreed(settings, given_keys(args.config, args.overrides), hubs)
+    except SgpoError:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            raise Interrupted("") from None  # the first rank of this node has the same command line, and says it
+        raise
+    finally:
+        mailbox.close()
+
+
+def _tell_torchrun(error: str) -> None:
+    """Give torchrun the line of an error, which it prints as the root cause at the end of its own report."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        details = {"py_callstack": error, "timestamp": str(int(time.time()))}
+        Path(file).write_text(json.dumps({"message": {"message": error, "extraInfo": details}}), encoding="utf-8")
 
 
 def _address(args: argparse.Namespace, settings: Run) -> str:
@@ -114,6 +161,9 @@ def hub_beside(settings: Run, arguments: list[str], *, continues: bool) -> Itera
         with kept_hub(processes, LocalCommandLines(settings, arguments).hub) as address:
             yield address
             failed = False
+    except Interrupted:
+        failed = False
+        raise
     finally:
         processes.stop(failed=failed)
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sgpo_async.cli.options import add_config, config_arguments, load_run, print_dry_run, record_config
+from sgpo_async.cli.options import add_config, config_arguments, load_run, print_dry_run, record_config, say_notes
+from sgpo_async.errors import SgpoError
 from sgpo_async.processes.torchrun import torchrun
 
 if TYPE_CHECKING:
@@ -37,23 +38,28 @@ def run(args: argparse.Namespace) -> int:
         actors = [plan.actor(f"actor-{number}", address) for number in range(plan.actors)]
         print_dry_run(settings, [plan.hub(), plan.learner(address), *actors])
         return 0
-    from sgpo_async.cli.resources import check_start
-    from sgpo_async.cli.task_checks import check_tasks
+    from sgpo_async.cli.preflight import preflight
+    from sgpo_async.cli.resources import check_resume, check_start
     from sgpo_async.local.run_folder import claim
     from sgpo_async.local.show import Show
     from sgpo_async.local.supervisor import supervise
 
     check_start(settings, checkpoints=True)
-    check_tasks(settings)
+    check_resume(settings)
+    say_notes(preflight(settings))
     folder = Path(settings.folder)
     claim(folder)
     # This command's torchrun is always a new one, so that auto never continues.
     record_config(settings, continues=settings.learner.resume is True)
     show = Show(settings)
-    code = supervise(plan, folder, show)
+    try:
+        code = supervise(plan, folder, show)
+    except SgpoError:
+        show.stopped(failed=True)
+        raise
+    show.closing()
     if code:
         show.stopped()
-    show.closing()
     return code
 
 

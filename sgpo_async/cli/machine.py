@@ -13,20 +13,20 @@ from pathlib import Path
 
 import torch
 
-from sgpo_async.cli import resources
+from sgpo_async.cli import preflight, resources
 from sgpo_async.cli.resources import existing, free, require_writable, size
 from sgpo_async.config import Hub, Run
 from sgpo_async.engines.sglang.preflight import Finding, finding_of
 from sgpo_async.engines.sglang.weight_sync.layout import layout_of
 from sgpo_async.engines.sglang.weight_sync.model_facts import ModelFacts, model_facts
 from sgpo_async.errors import CheckFailed, CheckWarning, SgpoError
+from sgpo_async.learner.process_group import device_for
 from sgpo_async.local.watch import Watch
 from sgpo_async.model.folder import load_tokenizer, model_folder, tokenizer_fingerprint
 from sgpo_async.model.load import device_of, end_token_warning
 from sgpo_async.tasks.benchmarks import open_benchmarks
-from sgpo_async.tasks.prompts import check_prompt
 from sgpo_async.tasks.self_check import check_reward
-from sgpo_async.tasks.sources import problems_of, source_of
+from sgpo_async.tasks.sources import source_of
 from sgpo_async.weights import digest
 from sgpo_async.weights.store_file import available_memory
 
@@ -83,20 +83,26 @@ def tokenizer(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
 
 
 def problems(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
-    """Check that the problems of run and benchmarks can be read, and that some remain for training."""
+    """Check that the problems of run and benchmarks can be read, and have what the objective needs."""
     benchmarks = [f"{one.name} {len(one.problems)}" for one in open_benchmarks(run.evaluation)]
-    held_out = len(source_of(run).held_out())
-    return ", ".join([f"{run.tasks.path or run.tasks.source}: {held_out} held out", *benchmarks])
+    return ", ".join([preflight.problems(run, source_of(run)), *benchmarks])
 
 
 def prompts(run: Run, facts: ModelFacts) -> str:
-    """Check that prompts can be built, and that problem, strategy and system message are in them."""
-    return check_prompt(run, load_tokenizer(facts.folder), problems_of(run))
+    """Check that prompts can be built, and that completions fit after them."""
+    return preflight.prompts(run, source_of(run), load_tokenizer(facts.folder), facts.longest)
 
 
 def rewards(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
-    """Check the reward function, or that the answers verify against themselves."""
-    return check_reward(run, problems_of(run))
+    """Check the user's reward or environment, or that a sample of the answers is right by its own verifier."""
+    return check_reward(run, source_of(run).training_problems())
+
+
+def training(run: Run, facts: ModelFacts) -> str:
+    """Check that memory suffices for the ranks of the learner."""
+    gpus = device_for(gpus=torch.cuda.device_count(), ranks=run.local.ranks) == "cuda"
+    gpu_bytes = torch.cuda.get_device_properties(0).total_memory if gpus else None
+    return preflight.training_memory(run, parameters(facts), gpu_bytes=gpu_bytes)
 
 
 def hub(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
@@ -207,6 +213,7 @@ MACHINE: Mapping[str, Check] = {
     "rewards": rewards,
     "hub": hub,
     "memory": memory,
+    "training": training,
     "shared memory": shared_memory,
     "disk": disk,
     "open files": open_files,
@@ -219,6 +226,7 @@ REMEDIES = dict.fromkeys(MACHINE, "correct the configuration") | {
     "tokenizer": "add the tokenizer's files to model.path",
     "problems": "correct the file, or tasks.path, tasks.held_out, evaluation.benchmarks",
     "rewards": "correct tasks.reward",
+    "prompts": "correct tasks.prompt, or the file of the problems",
     "hub": "make keys with sgpo-async keys DIR, and set hub.keys=DIR",
     "sglang": "name the Python of an environment with sglang (on a CPU: make sglang-cpu)",
 }

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sgpo_async import __version__, logs
-from sgpo_async.errors import ConfigError, SgpoError
+from sgpo_async.errors import ConfigError, Interrupted, SgpoError
 from sgpo_async.processes.stacks import print_stacks_on_signal
 
 UNREAD = 128 + signal.SIGPIPE  # exit code
@@ -41,6 +41,8 @@ COMMANDS = {  # each a module of this package with `add_arguments(parser)` and `
     "keys": "makes a folder of keys for a hub that listens beyond loopback",
 }
 
+SIGNAL = 128  # an exit code above it says which signal has ended the command
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `sgpo-async ARGV` and return its exit code."""
@@ -51,6 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         try:
             return _dispatch(arguments)
+        except Interrupted as error:
+            if text := str(error):
+                print(text if error.code > SIGNAL else f"error: {text}", file=sys.stderr)
+            return error.code
         except SgpoError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

@@ -50,6 +50,14 @@ def print_dry_run(run: Run, commands: Iterable[Sequence[str]]) -> None:
         print(f"#   {shlex.join(command)}")
 
 
+def say_notes(notes: Iterable[str]) -> None:
+    """Print what the user should know before a run starts; control characters as escapes."""
+    from sgpo_async.report.texts import printable
+
+    for note in notes:
+        print(f"note: {printable(note)}", file=sys.stderr)
+
+
 def record_config(run: Run, *, continues: bool) -> None:
     """Write config.yaml, the resolved configuration, into the run's folder. Raises SgpoError.
 

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from sgpo_async.config.schema import CHECKPOINTS, Run
 from sgpo_async.errors import CheckFailed
+from sgpo_async.local.run_folder import newest_checkpoint
 from sgpo_async.model.folder import model_folder
 
 OPEN_FILES = 256  # of one process; a Torch RPC session with one peer was measured to have up to 150
@@ -27,6 +28,14 @@ def check_start(run: Run, *, checkpoints: bool) -> None:
     """Check disk and open files. `checkpoints`: with room for those of the learner, not only for logs."""
     open_files(run.local.actors)
     disk(run, stored_parameters(run.model.path) if checkpoints else 0)
+
+
+def check_resume(run: Run, checkpoints: str = CHECKPOINTS) -> None:
+    """Check that there is a checkpoint if the run must resume from one. `checkpoints`: the name of their folder."""
+    folder = Path(run.folder, checkpoints)
+    if run.learner.resume is True and newest_checkpoint(folder) is None:
+        remedy = "correct name and out, or begin anew with learner.resume=false"
+        raise CheckFailed(f"learner.resume=true: {folder} has no checkpoint", remedy)
 
 
 def open_files(actors: int) -> str:

@@ -1,6 +1,7 @@
 """Configuration: frozen dataclasses, which are read and validated once."""
 
-from sgpo_async.config.load import by_key_path, from_plain, load, to_plain, to_yaml
+from sgpo_async.config.agreement import agreed
+from sgpo_async.config.load import by_key_path, from_plain, given_keys, load, to_plain, to_yaml
 from sgpo_async.config.schema import (
     Algorithm,
     BenchmarkFile,
@@ -31,8 +32,10 @@ __all__ = [
     "Rollout",
     "Run",
     "Tasks",
+    "agreed",
     "by_key_path",
     "from_plain",
+    "given_keys",
     "load",
     "to_plain",
     "to_yaml",

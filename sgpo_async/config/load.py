@@ -32,10 +32,18 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
 
     Raises ConfigError, one line: file or override, key path, rule and value, or the nearest valid key.
     """
+    return _build(_layers(path, overrides))
+
+
+def given_keys(path: str | Path, overrides: Sequence[str] = ()) -> frozenset[str]:
+    """The paths of the keys that the file and the overrides set. Raises ConfigError if they cannot be read."""
+    return frozenset(key for layer in _layers(path, overrides) for key, _ in by_key_path(layer.values))
+
+
+def _layers(path: str | Path, overrides: Sequence[str]) -> list[Layer]:
+    """The file and the overrides, in the order in which they apply."""
     layers = [read_layer(Path(path))] if path else []
-    for override in overrides:
-        layers.append(read_layer(Path(override)) if names_file(override) else _parse_override(override))
-    return _build(layers)
+    return [*layers, *(read_layer(Path(one)) if names_file(one) else _parse_override(one) for one in overrides)]
 
 
 def names_file(override: str) -> bool:

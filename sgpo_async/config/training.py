@@ -163,8 +163,8 @@ class Learner:
     # Skip the forward pass of rollouts with advantage 0 (those of a group in which all or none solved the problem): the
     # same gradient for less work. Entropy, lag and mismatch are then measured on the remaining rollouts only.
     skip_uniform: bool = False
-    checkpoint_every: int = 0  # steps; 0: only at the end, or by checkpoint_minutes
-    checkpoint_minutes: float = 0.0  # since the last checkpoint; 0: only by checkpoint_every
+    checkpoint_every: int = 0  # steps; 0: only at the end, by checkpoint_minutes, and when the run is interrupted
+    checkpoint_minutes: float = 10.0  # since the last checkpoint; 0: only by checkpoint_every
     keep_checkpoints: int = 2  # how many of the newest checkpoints are kept; older ones are deleted
     # Continue from the newest whole checkpoint of this run. auto: if torchrun has restarted this job, or the job has
     # the --rdzv-id of the one that began the run. false: begin anew, and move the checkpoints of an earlier run aside.

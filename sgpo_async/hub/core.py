@@ -38,7 +38,9 @@ if TYPE_CHECKING:
     from sgpo_async.tasks.benchmarks import Benchmark
 
 FINISH_GRACE_S = 8.0  # how long the hub waits for the members' Goodbye after the learner has finished
-INTERRUPT_GRACE_S = 0.5  # how long it waits for them after an interrupt
+INTERRUPT_GRACE_S = 0.5  # how long it waits for actors after an interrupt
+CHECKPOINT_GRACE_S = 30.0  # ... and for the learner, which finishes its step and writes a checkpoint
+SILENT_S = 5.0  # a rank that has been silent for so long will write no checkpoint
 RETURN_S = 5.0  # how long an actor may take to send a new Hello after its weight sender has ended
 RESTART_RETURN_S = 30.0  # ... after a restart of the hub
 MAX_INVALID = 3  # after so many invalid messages and rollouts, an actor is refused for good
@@ -77,6 +79,7 @@ class HubCore:
         self.stall = StallWatch(run.hub.stall_s, moved_at=now)
         self.closing: tuple[str, float] | None = None  # reason and deadline, once the run is ending
         self.interrupted = self.closed = False
+        self.ranks_until = now  # how long the hub waits for the learner after an interrupt
         self._effects: list[Effect] = []
 
     def handle(self, event: Event, now: float) -> list[Effect]:
@@ -118,9 +121,8 @@ class HubCore:
                     self._effects.append(Warn(self.stall.stalled))
             case ev.HubRestarted():
                 self._restarted()
-            case ev.Interrupted(reason):
-                self.interrupted = True
-                self._begin_close(reason, grace=INTERRUPT_GRACE_S)
+            case ev.Interrupted(reason, at_once):
+                self._interrupted(reason, at_once=at_once)
 
     def _received(self, member: bytes, message: wire.Message) -> None:
         rank = self.learner_ranks.rank_of(member)
@@ -163,8 +165,8 @@ class HubCore:
         match message:
             case wire.Heartbeat():
                 pass  # last_seen is already updated
-            case wire.BatchRequest(step=step):
-                self._batch_request(rank, step)
+            case wire.BatchRequest():
+                self._batch_request(rank, message)
             case wire.Goodbye():
                 self._lose_rank(rank)
             case _ if rank == 0:
@@ -427,11 +429,13 @@ class HubCore:
 
     # ---- messages of the learner
 
-    def _batch_request(self, rank: int, step: int) -> None:
+    def _batch_request(self, rank: int, request: wire.BatchRequest) -> None:
+        step = request.step
         if step <= self.learner_ranks.last_committed:
             return  # a repeated request that arrived late
         member, repeated = self.learner_ranks.ranks[rank].member, self.learner_ranks.requested.get(rank) == step
         self.learner_ranks.requested[rank] = step
+        self.learner_ranks.stopping = self.learner_ranks.stopping or request.stopping
         if self.training.batch and step == self.training.step:
             self._send(member, self.training.shard(rank))  # a repeated request
         elif repeated:
@@ -507,9 +511,12 @@ class HubCore:
             self._form_batch()
             self._lease_tasks()
         else:
+            self._form_no_batch(self.closing[0])
             self._shut_down(*self.closing)
 
     def _form_batch(self) -> None:
+        if self.learner_ranks.stopping:
+            self._form_no_batch(self.learner_ranks.stopping)
         if self.training.batch or not self.learner_ranks.all_requested:
             return
         for rank, step in list(self.learner_ranks.requested.items()):
@@ -518,6 +525,14 @@ class HubCore:
         if self.learner_ranks.all_requested and self.training.form(self.learner_ranks.size):
             for rank, held in sorted(self.learner_ranks.ranks.items()):
                 self._send(held.member, self.training.shard(rank))
+
+    def _form_no_batch(self, reason: str) -> None:
+        """Tell the ranks that wait for the next batch that they have to stop; those in a step are told after it."""
+        if self.training.batch:
+            return
+        for rank, step in self.learner_ranks.requested.items():
+            self._send(self.learner_ranks.ranks[rank].member, wire.NoBatch(step=step, reason=reason))
+        self.learner_ranks.requested.clear()
 
     def _refuse_step(self, rank: int, step: int) -> None:
         del self.learner_ranks.requested[rank]
@@ -536,6 +551,20 @@ class HubCore:
         actor.credit -= 1
         self._send(actor.member, work.lease(actor.member, min_version=lowest, now=self.now))
 
+    def _interrupted(self, reason: str, *, at_once: bool) -> None:
+        """End the run; let the learner write a checkpoint, unless the hub has to end `at_once`."""
+        if not self.interrupted:
+            self.interrupted = True
+            self.ranks_until = self.now + CHECKPOINT_GRACE_S
+            for rank in self.learner_ranks.ranks.values():
+                self._send(rank.member, wire.Stop(reason=reason))
+            if self.learner_ranks.any_since(self.now - SILENT_S) and not at_once:
+                wait = f"waiting up to {CHECKPOINT_GRACE_S:g} s until the learner has written a checkpoint"
+                self._effects.append(Warn(f"{reason}: {wait}; a second signal ends the hub at once"))
+        if at_once:
+            self.ranks_until = self.now
+        self._begin_close(reason, grace=INTERRUPT_GRACE_S)
+
     def _begin_close(self, reason: str, *, grace: float) -> None:
         """Tell the actors to stop, and shut down after at most `grace` seconds; the first reason is kept."""
         deadline = self.now + grace
@@ -549,6 +578,8 @@ class HubCore:
     def _shut_down(self, reason: str, deadline: float) -> None:
         """Shut down once all members have left, or at the deadline."""
         if (self.actors or self.learner_ranks.ranks) and self.now < deadline:
+            return
+        if self.learner_ranks.any_since(self.now - SILENT_S) and self.now < self.ranks_until:
             return
         self._effects += [CloseSender(member) for member in self.actors]
         self._effects.append(Shutdown(reason))

@@ -57,9 +57,10 @@ class HubRestarted:
 
 @dataclass(frozen=True)
 class Interrupted:
-    """The hub has been asked to stop, for example by a signal."""
+    """The hub has been asked to stop, for example by a signal; `at_once`: without waiting for the learner."""
 
     reason: str
+    at_once: bool = False
 
 
 Event = Received | Rejected | SenderUp | SenderDown | Tick | HubRestarted | Interrupted

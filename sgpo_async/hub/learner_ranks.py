@@ -36,6 +36,7 @@ class LearnerRanks:
         self.requested: dict[int, int] = {}  # rank -> step, until that step is committed
         self.last_committed = -1  # newest step that this world has committed
         self.broken = False  # a rank has left
+        self.stopping = ""  # why this world has to stop; empty if it goes on
 
     @property
     def complete(self) -> bool:
@@ -62,7 +63,8 @@ class LearnerRanks:
     def start_new_world(self, size: int) -> list[Rank]:
         """Begin a new world of `size` ranks; return the ranks of the old one."""
         old = list(self.ranks.values())
-        self.size, self.ranks, self.requested, self.last_committed, self.broken = size, {}, {}, -1, False
+        self.size, self.ranks, self.requested, self.last_committed = size, {}, {}, -1
+        self.broken, self.stopping = False, ""
         return old
 
     def mark_committed(self, step: int) -> None:
@@ -73,6 +75,10 @@ class LearnerRanks:
     def join(self, member: bytes, hello: Hello, *, now: float) -> None:
         """Add a rank to the present world."""
         self.ranks[hello.rank] = Rank(member, hello.name, now)
+
+    def any_since(self, time: float) -> bool:
+        """Whether a rank has sent anything since `time`."""
+        return any(rank.last_seen >= time for rank in self.ranks.values())
 
     def leave(self, rank: int) -> None:
         """Remove a rank. This world gets no more batches."""

@@ -82,10 +82,10 @@ class Loop:
         self._announcer = Announcer(core)
         self._watchers: dict[bytes, float] = {}  # who has asked for the status, and when
 
-    def run(self, *, interrupted: Callable[[], str]) -> str:
+    def run(self, *, interrupted: Callable[[], str], hurried: Callable[[], bool] = lambda: False) -> str:
         """Run until the core shuts down; return the reason.
 
-        `interrupted()` returns the reason to stop early, or an empty string.
+        `interrupted()` returns the reason to stop early, or an empty string; `hurried()` whether to stop at once.
         """
         next_tick = 0.0
         try:
@@ -94,7 +94,7 @@ class Loop:
                 group = [(_to_event(member, message), frames) for member, message, frames in received]
                 events = self._sender_events()
                 if reason := interrupted():
-                    events.append(ev.Interrupted(reason))
+                    events.append(ev.Interrupted(reason, hurried()))
                 if time.monotonic() >= next_tick:
                     next_tick = time.monotonic() + TICK_S
                     events.append(ev.Tick())

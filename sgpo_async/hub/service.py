@@ -9,7 +9,6 @@ import contextlib
 import json
 import logging
 import os
-import signal
 import time
 import uuid
 from collections.abc import Iterator
@@ -86,7 +85,7 @@ def serve(run: Run) -> int:
             if elapsed:
                 log.warning("the hub has restarted at step %d, with %d groups in its buffer", *_position(core))
                 loop.restart()
-        loop.run(interrupted=lambda: _stop_reason(signals))
+        loop.run(interrupted=lambda: _stop_reason(signals), hurried=lambda: signals.kill)
         if journal:
             journal.remove()
     return signals.exit_code if signals.stop else 0
@@ -104,7 +103,7 @@ def _position(core: HubCore) -> tuple[int, int]:
 
 def _stop_reason(signals: Signals) -> str:
     """Why the hub has to stop; empty if no signal has arrived."""
-    return f"the hub received {signal.Signals(signals.received[0]).name}" if signals.stop else ""
+    return f"the hub {signals.reason}" if signals.stop else ""
 
 
 def weight_bytes(path: str) -> int:

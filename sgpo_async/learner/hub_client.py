@@ -14,18 +14,21 @@ timeout counts from then.
 
 What the hub does not answer is sent once more whenever the connection is back: the newest publication, and the
 evaluations without a result.
+
+An interrupted hub sends Stop, and still answers until the learner has written a checkpoint, or for LAST_ANSWERS_S.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 import time
 import uuid
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 from sgpo_async.errors import DeadlineExceeded, HubError
 from sgpo_async.wire.records import (
@@ -39,6 +42,7 @@ from sgpo_async.wire.records import (
     Heartbeat,
     Hello,
     Message,
+    NoBatch,
     Pending,
     Published,
     Refused,
@@ -57,8 +61,10 @@ log = logging.getLogger(__name__)
 
 POLL_S = 0.005
 ANSWER_S = 120.0  # timeout of requests that the hub answers immediately, unless it has to be started again first
+LAST_ANSWERS_S = 35.0  # longer than `hub.core.CHECKPOINT_GRACE_S`
 FINISH_S = 30.0
 REPEAT_S = 10.0
+LOOK_S = 0.2  # how often a rank that waits looks whether it has to stop
 CLOSE_S = 5.0
 
 Answer = TypeVar("Answer")
@@ -86,13 +92,16 @@ class Mail(Protocol):
 
 
 class HubClient:
-    """The client of one learner rank.
+    """The client of one learner rank. `stopping()` returns why the rank has to stop, or "".
 
-    Every request raises HubError if the hub refuses it, DeadlineExceeded if the hub does not answer in time.
+    Every request raises HubError if the hub refuses it or has ended, DeadlineExceeded if it does not answer in time.
     """
 
-    def __init__(self, mail: Mail, *, name: str, heartbeat_s: float) -> None:
+    def __init__(self, mail: Mail, *, name: str, heartbeat_s: float, stopping: Callable[[], str] = lambda: "") -> None:
         self.name = name
+        self.ended = ""  # why the hub ends the run; empty while it does not
+        self._answers_until = math.inf
+        self._stopping = stopping
         self.evaluations: deque[Evaluated] = deque()  # results that `take_evaluations` has not yet returned
         self._mail, self._heartbeat_s = mail, heartbeat_s
         self._outgoing: deque[Message] = deque()
@@ -110,14 +119,22 @@ class HubClient:
 
     def join(self, hello: Hello) -> Welcome:
         """Register this rank with the hub."""
-        welcome = self._ask(hello, Welcome, "Welcome", ANSWER_S)
+        welcome = self._ask(lambda: hello, Welcome, "Welcome", ANSWER_S)
         self._joined = True
         return welcome
 
-    def batch(self, step: int, *, timeout_s: float) -> Shard:
-        """Wait for this rank's part of the batch of `step`; at most `timeout_s` without progress of the run."""
-        what = f"batch of step {step} (check that actors are running and fast enough)"
-        return self._ask(BatchRequest(step=step), Shard, what, timeout_s, lambda shard: shard.step == step)
+    def batch(self, step: int, *, timeout_s: float) -> Shard | NoBatch:
+        """Wait for this rank's part of the batch of `step`, or for NoBatch if all ranks have to stop before it.
+
+        It waits at most `timeout_s` without progress of the run.
+        """
+        return self._ask(
+            lambda: BatchRequest(step=step, stopping=self._stopping()),
+            cast("type[Shard | NoBatch]", (Shard, NoBatch)),  # as `isinstance` takes them
+            f"batch of step {step} (check that actors are running and fast enough)",
+            timeout_s,
+            lambda answer: answer.step == step,
+        )
 
     def leave(self, reason: str = "") -> None:
         """Send the queued messages and Goodbye, then close the connection."""
@@ -130,7 +147,8 @@ class HubClient:
     def commit(self, step: int) -> dict[str, Any]:
         """Report that the update on the batch of `step` is done; return the hub's status."""
         what = f"Committed of step {step}"
-        return self._ask(Commit(step=step), Committed, what, ANSWER_S, lambda done: done.step == step).status
+        request = Commit(step=step)
+        return self._ask(lambda: request, Committed, what, ANSWER_S, lambda done: done.step == step).status
 
     def published(self, version: int, store: str = "") -> None:
         """Report that the store at `store` holds `version` completely. May be called from any thread."""
@@ -147,19 +165,22 @@ class HubClient:
     ) -> list[Evaluated]:
         """Return and remove the results that have arrived; with `until`, wait for the result of this version.
 
-        The wait lasts at most `timeout_s` without progress of the run; `meanwhile` is called every REPEAT_S.
+        The wait lasts at most `timeout_s` without progress of the run, and ends if this rank or the run has to stop;
+        `meanwhile` is called every REPEAT_S.
         """
+        deadline, repeat_at, repeat_s = time.monotonic() + timeout_s, -math.inf, min(REPEAT_S, timeout_s / 4)
         self._drain()
-        if until is not None and not any(result.version == until for result in self.evaluations):
-            what = f"evaluation of version {until}"
-            self._ask(
-                Evaluate(version=until),
-                Evaluated,
-                what,
-                timeout_s,
-                lambda result: result.version == until,
-                meanwhile=meanwhile,
-            )
+        while until is not None and not any(result.version == until for result in self.evaluations):
+            if self.ended or self._stopping():
+                break
+            if (now := time.monotonic()) >= deadline:
+                raise DeadlineExceeded(self.name, f"evaluation of version {until} from the hub", timeout_s)
+            if now >= repeat_at:
+                self._outgoing.append(Evaluate(version=until))
+                repeat_at = now + repeat_s
+                meanwhile()
+            if isinstance(received := self._next(min(now + LOOK_S, deadline)), Pending):
+                deadline = max(deadline, time.monotonic() + timeout_s - received.idle_s)
         taken = list(self.evaluations)
         self.evaluations.clear()
         return taken
@@ -167,20 +188,21 @@ class HubClient:
     def snapshot(self, step: int) -> bytes:
         """Request the hub's state after `step` commits, for a checkpoint."""
         request = SnapshotRequest(step=step)
-        return self._ask(request, Snapshot, "Snapshot", ANSWER_S, lambda answer: answer.step == step).state
+        return self._ask(lambda: request, Snapshot, "Snapshot", ANSWER_S, lambda answer: answer.step == step).state
 
     def restore(self, state: bytes) -> int:
         """Restore the hub to a checkpoint's state; return the version that the weights now have."""
-        return self._ask(Restore(state=state, id=uuid.uuid4().hex), Restored, "Restored", ANSWER_S).version
+        request = Restore(state=state, id=uuid.uuid4().hex)
+        return self._ask(lambda: request, Restored, "Restored", ANSWER_S).version
 
     def status(self) -> dict[str, Any]:
         """Request the status of the run."""
-        return self._ask(StatusRequest(), Status, "Status", ANSWER_S).status
+        return self._ask(StatusRequest, Status, "Status", ANSWER_S).status
 
     def finish(self) -> None:
         """Report that the run is finished. A hub that does not answer costs nothing but its own end."""
         try:
-            self._ask(Finish(), Stop, "Stop", FINISH_S)
+            self._ask(Finish, Stop, "Stop", FINISH_S)
         except DeadlineExceeded as error:
             log.warning("%s; end it by hand if it still runs", error)
 
@@ -188,29 +210,31 @@ class HubClient:
 
     def _ask(
         self,
-        message: Message,
+        request: Callable[[], Message],
         kind: type[Answer],
         what: str,
         timeout_s: float,
         matches: Callable[[Answer], bool] = lambda _: True,
-        *,
-        meanwhile: Callable[[], object] = lambda: None,
     ) -> Answer:
-        deadline = time.monotonic() + timeout_s
+        """Send the request, also when it changes and every REPEAT_S, until a matching answer of `kind` arrives."""
+        deadline, repeat_at = time.monotonic() + timeout_s, -math.inf
         repeat_s = min(REPEAT_S, timeout_s / 4)  # the answer Pending comes to a repeated request only
         self._drain()
-        self._request = message
         try:
-            while (now := time.monotonic()) < deadline:
-                self._outgoing.append(message)
-                while received := self._next(min(now + repeat_s, deadline)):
-                    if isinstance(received, Pending):
-                        deadline = max(deadline, time.monotonic() + timeout_s - received.idle_s)
-                    elif isinstance(received, kind) and matches(received):
-                        return received
-                meanwhile()
+            while (now := time.monotonic()) < min(deadline, self._answers_until):
+                message = request()
+                if message != self._request or now >= repeat_at:
+                    self._outgoing.append(message)
+                    self._request, repeat_at = message, now + repeat_s
+                received = self._next(min(now + LOOK_S, deadline))
+                if isinstance(received, Pending):
+                    deadline = max(deadline, time.monotonic() + timeout_s - received.idle_s)
+                elif isinstance(received, kind) and matches(received):
+                    return received
         finally:
             self._request = None
+        if self.ended and time.monotonic() < deadline:
+            raise HubError(f"{self.name}: the hub has ended without {what}: {self.ended}")
         raise DeadlineExceeded(self.name, f"{what} from the hub", timeout_s)
 
     def _drain(self) -> None:
@@ -230,6 +254,8 @@ class HubClient:
             raise message
         if isinstance(message, Refused):
             raise HubError(f"{self.name}: the hub refused the request: {message.reason}")
+        if isinstance(message, Stop):
+            self.ended, self._answers_until = message.reason, time.monotonic() + LAST_ANSWERS_S
         if isinstance(message, Evaluated) and message.version not in self._evaluated:
             self._evaluated.add(message.version)
             self._evaluating.pop(message.version, None)

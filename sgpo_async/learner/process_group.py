@@ -94,6 +94,13 @@ def _read(store: dist.Store, keys: list[str]) -> list[str]:
     return [value.decode() for value in store.multi_get(keys)] if store.check(keys) else []
 
 
+def any_rank(flag: bool) -> bool:
+    """Return whether `flag` is true on any rank. A collective of all ranks."""
+    flags = torch.tensor([flag], dtype=torch.uint8)
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return bool(flags)
+
+
 def join_alone(device: str = "cpu") -> DeviceMesh:
     """Create a process group of world size 1 on `device`, without torchrun or sockets, unless there is one already."""
     if not dist.is_initialized():

@@ -23,10 +23,12 @@ from sgpo_async.files import set_aside, write_whole
 from sgpo_async.learner.checkpoint import newest_whole, set_checkpoints_aside
 from sgpo_async.metrics.reader import METRICS
 from sgpo_async.metrics.samples import SAMPLES
+from sgpo_async.processes.torchrun import repeated_command
 
 log = logging.getLogger(__name__)
 
 JOB = "job"  # file beside the checkpoints
+RESUME = "learner.resume=true"
 
 
 def continues(resume: Literal["auto", True, False], folder: Path, environment: Mapping[str, str] = os.environ) -> bool:
@@ -68,6 +70,20 @@ def resume_point(run: Run, folder: Path) -> Path | None:
                 set_aside(samples)
         write_whole(folder / JOB, _id(os.environ))
     return newest
+
+
+def how_to_go_on(reason: str, saved: int, hub: str = "") -> str:
+    """Return the line of an interrupted learner: why it has ended, and the command that goes on.
+
+    Args:
+        saved: the step of its newest checkpoint; 0: none.
+        hub: the address of its hub if that has ended, too.
+    """
+    if not saved:
+        return f"interrupted before the first step: {reason}; there is no checkpoint to resume from"
+    where = f"hub {hub}: " if hub else ""
+    first = ", start the hub again, then" if hub else ""
+    return f"{where}interrupted after step {saved}: {reason}; to go on{first}: {repeated_command(RESUME, rank=True)}"
 
 
 def _id(environment: Mapping[str, str]) -> str:

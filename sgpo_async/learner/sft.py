@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import random
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,21 +27,23 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from sgpo_async.config.schema import WARMUP_CHECKPOINTS, Algorithm, Run
-from sgpo_async.errors import DataError
+from sgpo_async.errors import DataError, Interrupted
 from sgpo_async.learner import checkpoint
 from sgpo_async.learner.batch import Batch, Sequences
 from sgpo_async.learner.checkpoint import CheckpointWriter, Saved
 from sgpo_async.learner.objectives.base import Likelihood
 from sgpo_async.learner.packing import Tokens
-from sgpo_async.learner.process_group import join_world
+from sgpo_async.learner.process_group import any_rank, join_world
 from sgpo_async.learner.publish import gather
-from sgpo_async.learner.resume import resume_point
+from sgpo_async.learner.resume import how_to_go_on, resume_point
 from sgpo_async.learner.step import Stepper
 from sgpo_async.learner.train import build
 from sgpo_async.metrics import MetricsWriter
 from sgpo_async.model.export import export
 from sgpo_async.model.folder import load_tokenizer, model_folder
 from sgpo_async.model.load import positions
+from sgpo_async.processes.signals import UrgentSignals
+from sgpo_async.processes.torchrun import all_ranks_run
 from sgpo_async.tasks.base import Problem
 from sgpo_async.tasks.prompts import build_prompt
 from sgpo_async.tasks.sft_data import sft_data
@@ -63,15 +66,23 @@ def warm_up(run: Run) -> int:
     """Train as `run.sft` specifies and export the best policy to `run.folder`/warmup, as one rank under torchrun.
 
     Raises:
+        Interrupted: a signal has ended the warm-up; there is a checkpoint of its last step.
         SgpoError: the warm-up failed; the message is one line.
     """
     mesh = join_world(timeout_s=COLLECTIVE_S)
     examples = Examples.read(run)
     folder = Path(run.folder) / WARMUP_CHECKPOINTS
+    signals = UrgentSignals(in_order=all_ranks_run)
     with CheckpointWriter(folder, keep=run.learner.keep_checkpoints, minutes=run.learner.checkpoint_minutes) as writer:
-        WarmUp(run, mesh, examples, writer).train()
+        warm_up = WarmUp(run, mesh, examples, writer)
+        with signals:
+            finished = warm_up.train(stopping=lambda: signals.stop)
     dist.barrier()
     dist.destroy_process_group()
+    if not finished:
+        reason = f"learner rank {os.environ['RANK']} {signals.reason or 'was told to stop'}"
+        line = how_to_go_on(reason, warm_up.state.step) if warm_up.lead else ""
+        raise Interrupted(line, *([signals.exit_code] if signals.stop else []))
     return 0
 
 
@@ -127,8 +138,11 @@ class WarmUp:
             self.state = WarmUpProgress(**saved.progress)
         self.metrics = MetricsWriter(run.folder, resume_from=self.state.step) if self.lead else None
 
-    def train(self) -> None:
-        """Train to the last step. A collective of all ranks."""
+    def train(self, stopping: Callable[[], bool] = lambda: False) -> bool:
+        """Train to the last step, or until `stopping()` on a rank, and save that step; return whether it is the last.
+
+        A collective of all ranks.
+        """
         start = time.monotonic()
         while self.state.step < self.run.steps:
             step = self.state.step
@@ -141,13 +155,17 @@ class WarmUp:
                 record["validation_loss"] = self._validate()
             if self.metrics:
                 self.metrics.step(record)
-            if self.checkpoints.due(self._due(self.run.learner.checkpoint_every)):
+            stops = any_rank(stopping()) and self.state.step < self.run.steps
+            if self.checkpoints.due(stops or self._due(self.run.learner.checkpoint_every)):
                 self._checkpoint()
+            if stops:
+                break
         self.checkpoints.wait()
-        if self.metrics:
+        if self.metrics and self.state.step == self.run.steps:
             self.metrics.summary(asdict(self.state) | self.examples.counts | {"world_size": dist.get_world_size()})
             self.metrics.close()
             log.info("warm-up: exported the policy of step %d to %s", self.state.best_step, self.folder / "warmup")
+        return self.state.step == self.run.steps
 
     def batch(self, step: int) -> Batch:
         """Return this rank's part of the batch of `step`, with weights by the tokens of the whole batch."""

@@ -6,6 +6,9 @@
 
 The loop waits for the hub (batches and answers), for the other ranks (gradients, statistics, gathers), and for the
 previous publication and checkpoint, which are written in the background. Each wait has a deadline.
+
+A rank that has received a signal says so when it requests its next batch. Then the hub gives no rank this batch, so all
+ranks stop at the same step, and write a checkpoint. An interrupted hub stops them in the same way.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers.utils.logging import disable_progress_bar
 
 from sgpo_async.config.schema import CHECKPOINTS, Run, require
+from sgpo_async.errors import CheckpointError, Interrupted
 from sgpo_async.learner import checkpoint, optimiser
 from sgpo_async.learner.checkpoint import CheckpointWriter, Saved
 from sgpo_async.learner.demonstrations import Demonstrations
@@ -31,7 +35,7 @@ from sgpo_async.learner.policy import Policy, check_model, in_bfloat16, recomput
 from sgpo_async.learner.process_group import join_world
 from sgpo_async.learner.progress import Progress, hub_metrics
 from sgpo_async.learner.publish import Publisher, gather
-from sgpo_async.learner.resume import resume_point
+from sgpo_async.learner.resume import how_to_go_on, resume_point
 from sgpo_async.learner.rounds import remove_rounds, write_round
 from sgpo_async.learner.samples import Samples
 from sgpo_async.learner.step import Stepper
@@ -43,11 +47,13 @@ from sgpo_async.metrics.mismatch import excess, mismatch_summary
 from sgpo_async.model.export import export
 from sgpo_async.model.folder import load_tokenizer, model_folder, tokenizer_fingerprint
 from sgpo_async.model.load import end_token_warning, load_model, positions
+from sgpo_async.processes.signals import UrgentSignals
+from sgpo_async.processes.torchrun import all_ranks_run
 from sgpo_async.tasks.base import ProblemSource
 from sgpo_async.tasks.sources import source_of
 from sgpo_async.transport import Dealer, Mailbox
 from sgpo_async.weights import StoreWriter
-from sgpo_async.wire.records import Evaluated, Hello
+from sgpo_async.wire.records import Evaluated, Hello, NoBatch
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +65,10 @@ def train(run: Run, hub_address: str) -> int:
     """Train to the end of `run` as one rank under torchrun; return the exit status.
 
     Raises:
+        Interrupted: a signal has ended the training; there is a checkpoint of its last step.
         SgpoError: training failed; the message is one line.
     """
+    signals = UrgentSignals(in_order=all_ranks_run)
     mesh = join_world(timeout_s=run.learner.batch_timeout_s + COLLECTIVE_SLACK_S)
     dealer = Dealer(hub_address, keys=run.hub.keys, max_bytes=run.hub.max_message_mb * 2**20)
     try:
@@ -68,19 +76,32 @@ def train(run: Run, hub_address: str) -> int:
     except BaseException:
         dealer.close()
         raise
-    hub = HubClient(Mailbox(dealer), name=f"learner-{dist.get_rank()}", heartbeat_s=run.hub.heartbeat_s)
+    hub = HubClient(
+        Mailbox(dealer),
+        name=f"learner-{dist.get_rank()}",
+        heartbeat_s=run.hub.heartbeat_s,
+        stopping=lambda: signals.reason and f"learner rank {dist.get_rank()} {signals.reason}",
+    )
     try:
         folder, own = Path(run.folder) / CHECKPOINTS, run.learner
         with CheckpointWriter(folder, keep=own.keep_checkpoints, minutes=own.checkpoint_minutes) as checkpoints:
             trainer = Trainer.start(run, mesh, hub, checkpoints)
-            trainer.loop()
-            trainer.finish()
+            with signals:
+                if reason := trainer.loop():
+                    trainer.interrupt(reason)
+                else:
+                    trainer.finish()
     except BaseException as error:
         hub.leave(f"{type(error).__name__}: {error}".partition("\n")[0])  # the hub takes back the batch
         raise
     dist.barrier()  # the other ranks leave after rank 0 has sent Finish
-    hub.leave("finished")
+    hub.leave(reason or "finished")
     dist.destroy_process_group()
+    if reason:
+        raise Interrupted(
+            "" if trainer.metrics is None else how_to_go_on(reason, trainer.saved, hub_address if hub.ended else ""),
+            *([signals.exit_code] if signals.stop else []),
+        )
     return 0
 
 
@@ -99,6 +120,7 @@ class Trainer:
     alarm: Alarm
     samples: Samples
     step_log: StepLog
+    saved: int = 0  # step of the newest checkpoint; 0: none
 
     @classmethod
     def start(cls, run: Run, mesh: DeviceMesh, hub: HubClient, checkpoints: CheckpointWriter) -> Trainer:
@@ -138,16 +160,19 @@ class Trainer:
         samples = Samples.start(run, resume_from=progress.step)
         if lead:
             _log_start(run, resumed)
+        saved_step = progress.step if resumed else 0
         log_of = StepLog(run.steps)
-        return cls(run, hub, stepper, publisher, checkpoints, progress, base, metrics, alarm, samples, log_of)
+        return cls(
+            run, hub, stepper, publisher, checkpoints, progress, base, metrics, alarm, samples, log_of, saved_step
+        )
 
     @property
     def version(self) -> int:
         """The version of the current weights; correct only on rank 0."""
         return self.base + self.progress.step
 
-    def loop(self) -> None:
-        """Train to the last step."""
+    def loop(self) -> str:
+        """Train to the last step, or until all ranks have to stop; return why they have to stop, or ""."""
         self.publisher.publish(self.version)
         if self.metrics and not self.progress.step:
             self.hub.evaluate(self.version)
@@ -155,6 +180,8 @@ class Trainer:
         while self.progress.step < self.run.steps:
             waiting = time.monotonic()
             shard = self.hub.batch(self.progress.step, timeout_s=self.run.learner.batch_timeout_s)
+            if isinstance(shard, NoBatch):
+                return shard.reason
             idle = time.monotonic() - waiting
             line = self.stepper.update(shard)
             status = self.hub.commit(shard.step) if self.metrics else {}
@@ -170,6 +197,21 @@ class Trainer:
             self.samples.keep(shard, self.stepper.statistics)
             if self.checkpoints.due(self._due(self.run.learner.checkpoint_every)):
                 self._checkpoint()
+        return ""
+
+    def interrupt(self, reason: str) -> None:
+        """Write a checkpoint, unless there is one of this step. A collective of all ranks. Raises CheckpointError."""
+        try:
+            if self.progress.step > self.saved:
+                log.info("%s: writing a checkpoint of step %d", reason, self.progress.step)
+                self._checkpoint()
+            self.checkpoints.wait()
+            self.publisher.wait()
+        except RuntimeError as error:  # a collective failed
+            lost = f"another rank is gone ({str(error).partition(chr(10))[0]})"
+            raise CheckpointError(f"{reason}, and no checkpoint could be written: {lost}") from None
+        if self.metrics:
+            self.metrics.close()
 
     def finish(self) -> None:
         """Export the policy, write the summary and end the run. A collective of all ranks."""
@@ -225,6 +267,7 @@ class Trainer:
     def _checkpoint(self) -> None:
         state = self._hub_state() if self.metrics else b""
         self.progress.version = self.version
+        self.saved = self.progress.step
         self.checkpoints.save(
             step=self.progress.step,
             module=self.stepper.policy,

@@ -59,9 +59,13 @@ def _lives(pid: int, wrote: float) -> bool:
         return False
 
 
-def has_checkpoint(folder: Path) -> bool:
-    """Whether `folder`, the checkpoints of a run or of its warm-up, contains one to resume from."""
-    return any(folder.glob("step-*"))
+def newest_checkpoint(folder: Path, *, since: float = 0.0) -> int | None:
+    """The highest step of the checkpoints in `folder`; None if it has none that was written after `since`.
+
+    `since` is in seconds since the epoch.
+    """
+    found = [path for path in folder.glob("step-*") if path.stat().st_mtime >= since]
+    return max((int(path.name.removeprefix("step-")) for path in found), default=None)
 
 
 def summary_written(folder: Path, since: float) -> bool:

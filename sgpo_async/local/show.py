@@ -13,9 +13,10 @@ from sgpo_async.config import Run
 from sgpo_async.config.schema import CHECKPOINTS
 from sgpo_async.local.display import Display, Lines, View
 from sgpo_async.local.live import LivePicture
-from sgpo_async.local.run_folder import has_checkpoint
+from sgpo_async.local.run_folder import newest_checkpoint
 from sgpo_async.local.supervisor import Supervisor
 from sgpo_async.local.watch import Watch
+from sgpo_async.processes.torchrun import repeated_command
 from sgpo_async.report import final_rows, write_report
 from sgpo_async.report.texts import printable
 
@@ -31,7 +32,8 @@ class Show:
         self._folder = Path(settings.folder)
         hub = settings.hub
         max_bytes = hub.max_message_mb << 20
-        self._watch = Watch(self._folder, keys=hub.keys, max_bytes=max_bytes, since=time.time())
+        self._since = time.time()
+        self._watch = Watch(self._folder, keys=hub.keys, max_bytes=max_bytes, since=self._since)
         self._display: Display = LivePicture(self._console) if self._console.is_terminal else Lines()
         self._started = time.monotonic()
 
@@ -65,14 +67,15 @@ class Show:
         if stopping:
             self._console.print("stopping ... (press Ctrl-C again to stop at once)")
 
-    def stopped(self) -> None:
-        """Print whether the stopped run can be resumed."""
-        if has_checkpoint(self._folder / CHECKPOINTS):
-            self._console.print("to resume from the last checkpoint, run the same command with learner.resume=true")
-        else:
-            self._console.print(
-                "the run cannot be resumed: it has no checkpoint (learner.checkpoint_every=STEPS writes them)"
-            )
+    def stopped(self, *, failed: bool = False) -> None:
+        """Print how a run that was stopped or has failed goes on."""
+        since = 0.0 if self._settings.learner.resume is True else self._since
+        step = newest_checkpoint(self._folder / CHECKPOINTS, since=since)
+        if step is None and not failed:
+            self._console.print("there is no checkpoint to resume from: the run was stopped before its first one")
+        if step is not None:
+            command = repeated_command("learner.resume=true")
+            self._console.print(f"to go on from the checkpoint of step {step}: {command}", soft_wrap=True)
 
     def closing(self) -> None:
         """Print the closing table and where the report is, if the run came far enough to have metrics."""

@@ -4,7 +4,7 @@
     learner ends with 0 ──▶ hub and actors have LEAVING_S to follow ──▶ done
     learner ends otherwise ──▶ RunFailed, with the error from its log
     hub or actor crashes ──▶ started again, see `restarts`;  the hub or all actors have failed for good ──▶ RunFailed
-    hub ends with code 2 (an error that the user can correct) ──▶ RunFailed;  actor ──▶ started again once
+    hub or actor ends with code 2 (a permanent error) ──▶ RunFailed;  actor with 3 (may pass) ──▶ started again once
     hub ends with 0 ──▶ the learner has LAST_S to end, too
     all actors have left or failed ──▶ a note; the learner waits learner.batch_timeout_s for others
 
@@ -27,8 +27,10 @@ from sgpo_async.local.restarts import LIMIT, WINDOW_S, Restarts
 from sgpo_async.local.run_folder import forget_journal, summary_written
 from sgpo_async.processes.signals import Signals
 
+MAY_PASS = 3  # exit code of an actor whose error may pass
 LEAVING_S = 20.0  # for actors and hub to end by themselves after the learner has ended
 LAST_S = 120.0  # for the learner to end after the hub
+CHECKPOINT_S = 40.0  # for it to write a checkpoint when the run is stopped; torchrun kills its ranks after 30 s
 
 
 class CommandLines(Protocol):
@@ -128,6 +130,24 @@ class Supervisor:
             self.notes.append(f"{reason}; the stacks of {len(asked)} processes are in {self._processes.folder}/logs")
         self._stalled = bool(reason)
 
+    def stop_learner(self, seconds: float) -> bool:
+        """Have the learner write a checkpoint and end. Returns whether it will: it runs, and so does the hub."""
+        hub, learner = self._hub.child, self._learner
+        if hub is None or hub.code is not None or learner is None or learner.code is not None:
+            return False
+        self.phase = "stopping"
+        self.notes.append(
+            f"waiting up to {seconds:g} s for the learner, which finishes its step and writes a checkpoint; "
+            "press Ctrl-C to stop at once"
+        )
+        learner.process.terminate()
+        return True
+
+    @property
+    def learner_runs(self) -> bool:
+        """Whether the learner has been started and has not ended."""
+        return self._learner is not None and self._learner.code is None
+
     def _await_hub(self) -> None:
         self._hub.tick()
         if self.address:
@@ -176,7 +196,9 @@ class Supervisor:
 
     def _crashed(self, slot: ActorSlot, child: Child) -> None:
         what = f"{child.name} {child.ending()}"
-        limit = 1 if child.code == USERS_ERROR else LIMIT
+        if child.code == USERS_ERROR:
+            raise RunFailed(f"{what}: {child.complaint()}")
+        limit = 1 if child.code == MAY_PASS else LIMIT
         pause = slot.restarts.pause_after_crash(time.monotonic(), limit=limit)
         if pause is None:
             slot.state = "failed"
@@ -211,8 +233,10 @@ class Observer(Protocol):
         """Called before the processes are ended."""
 
 
-def supervise(plan: CommandLines, folder: Path, observer: Observer) -> int:
+def supervise(plan: CommandLines, folder: Path, observer: Observer, *, checkpoint_s: float = CHECKPOINT_S) -> int:
     """Start everything, show it, end everything; returns 0, or 128 + the signal that ended it.
+
+    If the run is stopped or fails, the learner has `checkpoint_s` to write a checkpoint before everything ends.
 
     Raises RunFailed or DeadlineExceeded if the run cannot go on.
     """
@@ -221,6 +245,7 @@ def supervise(plan: CommandLines, folder: Path, observer: Observer) -> int:
         stack.callback(processes.stop, hurry=lambda: signals.kill)
         stack.callback(lambda: observer.close(stopping=signals.stop))
         supervisor = Supervisor(plan, processes)
+        stack.callback(_await_checkpoint, supervisor, observer, signals, checkpoint_s)
         while not supervisor.done and not signals.stop:
             supervisor.tick()
             observer.update(supervisor)
@@ -229,3 +254,13 @@ def supervise(plan: CommandLines, folder: Path, observer: Observer) -> int:
     if supervisor.done:
         forget_journal(folder)  # left by a hub that crashed after the learner's end
     return signals.exit_code if signals.stop else 0
+
+
+def _await_checkpoint(supervisor: Supervisor, observer: Observer, signals: Signals, seconds: float) -> None:
+    """Let the learner write its checkpoint, up to `seconds` or a second signal, unless it has trained all steps."""
+    deadline = time.monotonic() + seconds
+    if supervisor.done or not supervisor.stop_learner(seconds):
+        return
+    while supervisor.learner_runs and not signals.kill and time.monotonic() < deadline:
+        observer.update(supervisor)
+        signals.wait(TICK_S)

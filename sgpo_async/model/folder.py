@@ -10,6 +10,9 @@ import xxhash
 
 from sgpo_async.errors import DataError
 
+BOUNDS = ("max_position_embeddings", "n_positions", "sliding_window", "attention_chunk_size")
+"""Keys of a model's config.json that may bound the length of a sequence; see `model.load.longest`."""
+
 BUILTIN = {"builtin:cues": Path(__file__).parents[1] / "tasks" / "cues_base"}
 
 
@@ -45,6 +48,41 @@ def load_tokenizer(folder: str) -> Any:
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise DataError(f"model.path: {folder}: the tokenizer has no vocabulary; add its tokenizer.json")
     return tokenizer
+
+
+class PlainTokenizer:
+    """The tokens of plain text, as the tokenizer of `load_tokenizer` gives them, without the seconds of its import."""
+
+    def __init__(self, file: Path) -> None:
+        from tokenizers import Tokenizer
+
+        self.name_or_path = str(file.parent)
+        self._tokenizer = Tokenizer.from_file(str(file))
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """The token ids of a text."""
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+
+def plain_tokenizer(folder: str) -> PlainTokenizer | None:
+    """The tokenizer in `folder` for plain text, or None if only `load_tokenizer` can load it."""
+    file = Path(folder, "tokenizer.json")
+    try:
+        return PlainTokenizer(file) if file.is_file() else None
+    except Exception:  # the library raises no narrower type; `load_tokenizer` names what is wrong
+        return None
+
+
+def positions(folder: str) -> int | None:
+    """The length in tokens of the longest sequence of a model, from its config.json; None if that does not say."""
+    try:
+        config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+        config = config.get("text_config", config)
+        windowed = config.get("use_sliding_window", True)
+        values = [config.get(name) for name in BOUNDS if windowed or name != "sliding_window"]
+    except (OSError, ValueError, AttributeError):  # loading the model names what is wrong
+        return None
+    return min((value for value in values if value), default=None)
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from sgpo_async.errors import DataError, EngineError
-from sgpo_async.model.folder import load_tokenizer
+from sgpo_async.model.folder import BOUNDS, load_tokenizer
 
 
 def load_model(path: str, *, device: str, dtype: str) -> PreTrainedModel:
@@ -97,7 +97,7 @@ def longest(model: PreTrainedModel) -> int:
 
     Up to the window's length, a layer with a sliding window attends to exactly the same tokens as full attention.
     """
-    return _positions(model.config, "sliding_window", "attention_chunk_size")
+    return _positions(model.config, *BOUNDS[2:])
 
 
 def _is_folder(path: str) -> bool:

@@ -6,9 +6,13 @@ import contextlib
 import os
 import select
 import signal
+import threading
+import time
 import types
+from collections.abc import Callable
 
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SAME_S = 2.0  # signals within this time of the first are the same request: a job manager signals torchrun and its ranks
 
 
 class Signals:
@@ -57,3 +61,42 @@ class Signals:
     def exit_code(self) -> int:
         """128 plus the number of the first signal, by convention."""
         return 128 + self.received[0]
+
+    @property
+    def reason(self) -> str:
+        """What has arrived, e.g. "received SIGTERM"; empty without a signal."""
+        return f"received {signal.Signals(self.received[0]).name}" if self.received else ""
+
+
+class UrgentSignals(Signals):
+    """Signals of a process whose main thread may wait in library code, where it runs no handler.
+
+    A thread ends the process at a second signal, and at the first one unless `in_order()` says that the process can
+    still end in good order.
+    """
+
+    def __init__(self, in_order: Callable[[], bool]) -> None:
+        super().__init__()
+        self._in_order = in_order
+
+    def __enter__(self) -> UrgentSignals:
+        super().__enter__()
+        os.set_blocking(self._out, True)
+        self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.write(self._in, b"\0")
+        self._thread.join()
+        super().__exit__()
+
+    def _watch(self) -> None:
+        first = 0.0
+        while number := os.read(self._out, 1)[0]:  # the interpreter writes the number of each signal
+            if number not in HANDLED:
+                continue
+            now = time.monotonic()
+            if now - first > SAME_S if first else not self._in_order():
+                os._exit(128 + number)
+            first = first or now

@@ -49,3 +49,19 @@ class ProblemSource(Protocol):
 
     def held_out(self) -> Sequence[Problem]:
         """Problems that the training stream never yields, in a fixed order."""
+
+
+class ListedSource(ProblemSource, Protocol):
+    """A source whose training problems can be looked at before a run starts."""
+
+    strategies: int
+    """How many training problems have a strategy."""
+
+    responses: int
+    """How many training problems have a response."""
+
+    def training_problems(self) -> Sequence[Problem]:
+        """All training problems, each read when it is asked for; of a source that generates them, the first ones."""
+
+    def longest_problems(self, count: int) -> Sequence[Problem]:
+        """The training problems with the most characters, the strategy included."""

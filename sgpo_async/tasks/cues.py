@@ -8,12 +8,15 @@ from collections.abc import Sequence
 from sgpo_async.tasks.base import SPLIT_SEED, Problem
 from sgpo_async.tasks.cues_domain import draw_exercise
 
+SHOWN = 256  # problems that are shown of the endless stream
+
 
 class CuesSource:
     """Generates problems. Every second held-out problem has a novel pair: adjacent cues that training never shows."""
 
     verifier = "cues"
     has_responses = True
+    strategies = responses = SHOWN
 
     def __init__(self, *, seed: int, held_out: int = 400) -> None:
         self._seed = seed
@@ -27,6 +30,12 @@ class CuesSource:
             attempt += 1
             problem = _problem(f"train-{position}-{attempt}", seed=self._seed)
         return problem
+
+    def training_problems(self) -> Sequence[Problem]:
+        return [self.training(position) for position in range(SHOWN)]
+
+    def longest_problems(self, count: int) -> Sequence[Problem]:
+        return self.training_problems()[:count]
 
     def held_out(self) -> Sequence[Problem]:
         return self._held_out

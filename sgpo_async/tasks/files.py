@@ -6,6 +6,7 @@ ignored, unless a reward function of the user reads them.
 
 from __future__ import annotations
 
+import heapq
 import random
 from array import array
 from collections.abc import Iterable, MutableSequence, Sequence
@@ -33,7 +34,9 @@ class Split(NamedTuple):
 
     training: Sequence[Problem]
     held_out: Sequence[Problem]
-    has_responses: bool  # of a training problem
+    strategies: int  # training problems with a strategy
+    responses: int  # ... with a response
+    lengths: Sequence[int]  # of each training problem: characters, with those of its strategy
 
 
 class Problems(Sequence[Problem]):
@@ -60,11 +63,14 @@ def read_split(rows: Sequence[Row], path: str, *, held_out: int, form: Form = OW
 
     Raises DataError for a bad line, and if no problem would be left for training.
     """
-    digests, responses = bytearray(), bytearray()  # of each record: that of its text, whether it has a response
+    digests, strategies, responses = bytearray(), bytearray(), bytearray()  # of each record's text; whether it has one
+    lengths = array("I")
     for place, record in rows:
         problem = form.problem(place, record)
         digests += xxhash.xxh3_128_digest(problem.problem.encode())
+        strategies.append(problem.strategy is not None)
         responses.append(problem.response is not None)
+        lengths.append(len(problem.problem) + len(problem.strategy or ""))
     numbers, count = _numbered(digests)
     order = _shuffled(range(count), f"held-out {SPLIT_SEED}")
     rank = {number: rank for rank, number in enumerate(order[:held_out])}
@@ -72,8 +78,13 @@ def read_split(rows: Sequence[Row], path: str, *, held_out: int, form: Form = OW
     if not training:
         raise DataError(f"{path}: {count} distinct problems leave none for training with tasks.held_out={held_out}")
     held = sorted((index for index, number in enumerate(numbers) if number in rank), key=lambda i: rank[numbers[i]])
-    has_responses = any(responses[index] for index in training)
-    return Split(Problems(rows, form, training), list(Problems(rows, form, held)), has_responses)
+    return Split(
+        Problems(rows, form, training),
+        list(Problems(rows, form, held)),
+        sum(strategies[index] for index in training),
+        sum(responses[index] for index in training),
+        array("I", (lengths[index] for index in training)),
+    )
 
 
 class FileSource:
@@ -84,13 +95,23 @@ class FileSource:
     def __init__(self, path: str, *, held_out: int, seed: int, form: Form = OWN, part: tuple[str, str] = ("", "")):
         """Read the problems; `part`: configuration and split of a dataset. Raises DataError (see `read_split`)."""
         rows = open_rows(path, config=part[0], split=part[1])
-        self._training, self._held_out, self.has_responses = read_split(rows, path, held_out=held_out, form=form)
+        split = read_split(rows, path, held_out=held_out, form=form)
+        self._training, self._held_out, self._lengths = split.training, split.held_out, split.lengths
+        self.strategies, self.responses = split.strategies, split.responses
+        self.has_responses = self.responses > 0
         self._order = lru_cache(maxsize=4)(self._shuffled)
         self._seed = seed
 
     def training(self, position: int) -> Problem:
         epoch, index = divmod(position, len(self._training))
         return self._training[self._order(epoch)[index]]
+
+    def training_problems(self) -> Sequence[Problem]:
+        return self._training
+
+    def longest_problems(self, count: int) -> Sequence[Problem]:
+        chosen = heapq.nlargest(count, range(len(self._lengths)), key=self._lengths.__getitem__)
+        return [self._training[index] for index in chosen]
 
     def held_out(self) -> Sequence[Problem]:
         return self._held_out

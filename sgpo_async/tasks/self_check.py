@@ -34,7 +34,9 @@ def check_reward(run: Run, problems: Sequence[Problem], *, sample: int = SAMPLE)
     limits. Raises CheckWarning for answers that no built-in verifier accepts.
     """
     text = to_text(run.tasks.reward)
-    if text and not is_builtin(text):
+    if run.tasks.environment:
+        return _play(run.tasks, problems[:CALLS])
+    if is_own(run.tasks):
         return _call(run.tasks, text, problems[:CALLS])
     if run.tasks.source != "file" or text not in ("", "math"):
         return text or run.tasks.source
@@ -44,25 +46,49 @@ def check_reward(run: Run, problems: Sequence[Problem], *, sample: int = SAMPLE)
     return found.describe()
 
 
-def _call(tasks: Tasks, text: str, problems: Sequence[Problem]) -> str:
-    """Call a reward function with the responses of these problems, or with their answers in a box."""
-    shown = [one.response or f"\\boxed{{{one.answer}}}" for one in problems]
-    samples = [
-        Sample(problem=one.problem, answer=one.answer, completion=text, columns=json.loads(one.columns or "{}"))
-        for one, text in zip(problems, shown, strict=True)
+def is_own(tasks: Tasks) -> bool:
+    """Whether rewards come from code of the user: a function, or an environment."""
+    text = to_text(tasks.reward)
+    return bool(tasks.environment) or bool(text and not is_builtin(text))
+
+
+def _play(tasks: Tasks, problems: Sequence[Problem]) -> str:
+    """Play a first turn with the responses of these problems, or with their answers."""
+    requests = [
+        (number, tasks.environment, _sample(one, one.response or one.answer)) for number, one in enumerate(problems)
     ]
-    verdicts = _verdicts(tasks, [(number, text, sample) for number, sample in enumerate(samples)])
+    verdicts = _verdicts(tasks, requests, earlier=())
+    _require_in_time(tasks, "tasks.environment", tasks.environment, verdicts)
+    going = sum(verdict.reply is not None for verdict in verdicts)
+    return f"{tasks.environment}: of {len(verdicts)} episodes {going} go on after a first turn"
+
+
+def _sample(problem: Problem, completion: str) -> Sample:
+    columns = json.loads(problem.columns or "{}")
+    return Sample(problem=problem.problem, answer=problem.answer, completion=completion, columns=columns)
+
+
+def _require_in_time(tasks: Tasks, key: str, name: str, verdicts: Iterable[Verdict]) -> None:
     if any(verdict.timed_out for verdict in verdicts):
         raise DataError(
-            f"tasks.reward: {text} exceeded tasks.reward_limit_s={tasks.reward_limit_s:g} or "
-            f"tasks.reward_memory_mb={tasks.reward_memory_mb}; raise the limit, or correct the function"
+            f"{key}: {name} exceeded tasks.reward_limit_s={tasks.reward_limit_s:g} or "
+            f"tasks.reward_memory_mb={tasks.reward_memory_mb}; raise the limit, or correct it"
         )
+
+
+def _call(tasks: Tasks, text: str, problems: Sequence[Problem]) -> str:
+    """Call a reward function with the responses of these problems, or with their answers in a box."""
+    samples = [_sample(one, one.response or f"\\boxed{{{one.answer}}}") for one in problems]
+    verdicts = _verdicts(tasks, [(number, text, sample) for number, sample in enumerate(samples)])
+    _require_in_time(tasks, "tasks.reward", text, verdicts)
     rewards = [verdict.reward for verdict in verdicts]
     found = f"rewards from {min(rewards):g} to {max(rewards):g} for {len(rewards)} responses or answers in a box"
     return f"{text}: {found}; correct from {tasks.solved_at:g} on"
 
 
-def _verdicts(tasks: Tasks, requests: Iterable[tuple[Hashable, str, Sample]]) -> list[Verdict]:
+def _verdicts(
+    tasks: Tasks, requests: Iterable[tuple[Hashable, str, Sample]], earlier: Sequence[str] | None = None
+) -> list[Verdict]:
     """The verdicts of all requests (key, reward, sample), within the limits of `tasks`."""
     cores = len(os.sched_getaffinity(0))
     pool = RewardPool(workers=cores, limit_s=tasks.reward_limit_s, memory_mb=tasks.reward_memory_mb)
@@ -70,7 +96,7 @@ def _verdicts(tasks: Tasks, requests: Iterable[tuple[Hashable, str, Sample]]) ->
     try:
         requests = list(requests)
         for key, reward, sample in requests:
-            pool.submit(key, reward, sample)
+            pool.submit(key, reward, sample, earlier=earlier)
         while len(verdicts) < len(requests):
             verdicts += pool.poll(1.0)  # ends: each request has a limit of time
         return verdicts

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from sgpo_async.config.schema import Run
 from sgpo_async.errors import DataError
 from sgpo_async.tasks.base import Problem
-from sgpo_async.tasks.files import Split, read_problems, read_split
+from sgpo_async.tasks.files import read_problems, read_split
 from sgpo_async.tasks.records import Form
 from sgpo_async.tasks.rows import open_rows
 from sgpo_async.tasks.sources import open_source
@@ -37,8 +37,7 @@ def sft_data(run: Run) -> SftData:
     if tasks.source == "cues" and not sft.path:
         source = open_source("cues", path="", held_out=tasks.held_out, seed=run.seed)
         return _split([source.training(FAR + i) for i in range(sft.problems)], run)
-    problems, held_out, _ = _read(run)
-    problems = list(problems)
+    problems, held_out = _read(run)
     if not sft.validation:
         return _split(problems, run)._replace(held_out=len(held_out))
     validation = read_problems(sft.validation)
@@ -47,16 +46,17 @@ def sft_data(run: Run) -> SftData:
     return found._replace(held_out=len(held_out))
 
 
-def _read(run: Run) -> Split:
-    """The problems of `sft.path`; if RL trains on the same file, in the same form and without the held-out problems.
+def _read(run: Run) -> tuple[list[Problem], Sequence[Problem]]:
+    """The problems of `sft.path`; if RL trains on the same file, without its held-out problems, and these.
 
     A warm-up on the solutions of held-out problems would make the evaluation of every later run too optimistic.
     """
     path, tasks = run.sft.path or run.tasks.path, run.tasks
     if tasks.source == "file" and Path(path).resolve() == Path(tasks.path).resolve():
         rows = open_rows(path, config=tasks.dataset_config, split=tasks.split)
-        return read_split(rows, path, held_out=tasks.held_out, form=Form.of(tasks))
-    return Split(read_problems(path), [], has_responses=True)
+        split = read_split(rows, path, held_out=tasks.held_out, form=Form.of(tasks))
+        return list(split.training), split.held_out
+    return read_problems(path), []
 
 
 def _split(problems: Sequence[Problem], run: Run) -> SftData:

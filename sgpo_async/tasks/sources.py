@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from sgpo_async.config.schema import Run, Tasks
 from sgpo_async.errors import DataError
-from sgpo_async.tasks.base import Problem, ProblemSource
+from sgpo_async.tasks.base import ListedSource
 from sgpo_async.tasks.cues import CuesSource
-from sgpo_async.tasks.files import FileSource, Problems
+from sgpo_async.tasks.files import FileSource
 from sgpo_async.tasks.records import Form
 from sgpo_async.tasks.rewards import to_text
-from sgpo_async.tasks.rows import open_rows
 
 DEFAULTS = Tasks()
-GENERATED = 8
 
 
-def open_source(kind: str, *, path: str, held_out: int, seed: int, tasks: Tasks = DEFAULTS) -> ProblemSource:
+def open_source(kind: str, *, path: str, held_out: int, seed: int, tasks: Tasks = DEFAULTS) -> ListedSource:
     """The source "cues" or "file" (at `path`), with `held_out` problems set aside for evaluation.
 
     Args:
@@ -34,27 +30,23 @@ def open_source(kind: str, *, path: str, held_out: int, seed: int, tasks: Tasks 
     return source
 
 
-def problems_of(run: Run) -> Sequence[Problem]:
-    """All problems of the run's file, each read and checked only when it is asked for; a few of a generated source."""
-    tasks = run.tasks
-    if tasks.source == "cues":
-        source = open_source("cues", path="", held_out=tasks.held_out, seed=run.seed)
-        return [source.training(position) for position in range(GENERATED)]
-    rows = open_rows(tasks.path, config=tasks.dataset_config, split=tasks.split)
-    return Problems(rows, Form.of(tasks), range(len(rows)))
-
-
-def source_of(run: Run) -> ProblemSource:
+def source_of(run: Run) -> ListedSource:
     """The source that `run` trains on.
 
     Raises:
-        DataError: the source is unreadable, or the objective needs responses and no training problem has one.
+        DataError: the source is unreadable, or no training problem has what the objective needs: a response, or a
+            strategy.
     """
     tasks, objective = run.tasks, run.algorithm.objective
     source = open_source(tasks.source, path=tasks.path, held_out=tasks.held_out, seed=run.seed, tasks=tasks)
-    if run.algorithm.needs_responses and not source.has_responses:
+    if run.algorithm.needs_responses and not source.responses:
         raise DataError(
             f"{tasks.path}: algorithm.objective={objective} needs responses, but no training problem has one; "
             "add the column 'response', or choose sgpo or grpo"
+        )
+    if objective == "sgpo" and not source.strategies:
+        raise DataError(
+            f"{tasks.path}: algorithm.objective=sgpo needs strategies, but no training problem has one; make them with "
+            "sgpo-async strategies extract, or set algorithm.objective=grpo"
         )
     return source

@@ -7,6 +7,7 @@ from sgpo_async.transport.mailbox import Mailbox, RouterMailbox
 from sgpo_async.transport.memory import MemoryDealer, MemoryRouter, memory_pair
 from sgpo_async.transport.reliable import ReliableSender
 from sgpo_async.transport.router import Router
+from sgpo_async.transport.settings import request_settings
 
 __all__ = [
     "Dealer",
@@ -20,4 +21,5 @@ __all__ = [
     "RouterMailbox",
     "create_keys",
     "memory_pair",
+    "request_settings",
 ]

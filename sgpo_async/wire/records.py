@@ -3,7 +3,7 @@
     actor ──▶ hub     Hello  Ready  Progress  Rollout  Release  Heartbeat  Goodbye
     hub ──▶ actor     Welcome | Refused  Lease  Ack  Revoked  Stop
     learner ──▶ hub   Hello  BatchRequest  Commit  Published  Evaluate  SnapshotRequest  Restore  Finish  Heartbeat
-    hub ──▶ learner   Welcome | Refused  Pending  Shard  Committed  Evaluated  Snapshot  Restored  Stop
+    hub ──▶ learner   Welcome | Refused  Pending  Shard | NoBatch  Committed  Evaluated  Snapshot  Restored  Stop
     any process ──▶ hub    StatusRequest  SettingsRequest      hub ──▶ that process    Status  Settings
 
 A record is a frozen dataclass. The codec sends array fields (`Tokens`, `Floats`, `Ints`) and `bytes` as raw
@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-PROTOCOL = 5  # raise it whenever a record changes
+PROTOCOL = 6  # raise it whenever a record changes
 
 Tokens = Annotated[np.ndarray, "<i4"]  # token ids, 1-d
 Ints = Annotated[np.ndarray, "<i4"]
@@ -236,16 +236,21 @@ class Goodbye:
 
 @dataclass(frozen=True, kw_only=True)
 class Stop:
-    """The run is over: the hub asks an actor to leave, and answers the learner's Finish."""
+    """The run is over: the hub asks every member to leave, and answers the learner's Finish."""
 
     reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchRequest:
-    """A learner rank asks for its shard of the batch of `step`."""
+    """A learner rank asks for its shard of the batch of `step`.
+
+    If it has to stop, it says why in `stopping`. If the hub has not yet formed this batch, it then answers all ranks
+    with NoBatch, so that they stop at the same step.
+    """
 
     step: int
+    stopping: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,6 +268,14 @@ class Shard:
     version: int  # the learner's present version; the lag of a token is this minus the token's version
     problems: int  # problems in the whole batch, over all ranks: P in Eq. 7
     rollouts: tuple[Rollout, ...]  # group after group; rollouts of a group are ordered by slot
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoBatch:
+    """Answer to BatchRequest if the learner or the run stops: no rank gets a batch of `step`."""
+
+    step: int
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -393,6 +406,7 @@ class Settings:
 
 Message = (
     Hello | Welcome | Refused | Ready | Lease | Revoked | Progress | Rollout | Ack | Release | Heartbeat | Goodbye
-    | Stop | BatchRequest | Pending | Shard | Commit | Committed | Published | Evaluate | Evaluated | SnapshotRequest
+    | Stop | BatchRequest | Pending | Shard | NoBatch | Commit | Committed | Published | Evaluate | Evaluated
+    | SnapshotRequest
     | Snapshot | Restore | Restored | Finish | StatusRequest | Status | SettingsRequest | Settings
 )  # fmt: skip

@@ -60,6 +60,9 @@ def actor(behaviour: str, folder: Path) -> int:
     if behaviour == "crash-once" and not (folder / "crashed").exists():
         (folder / "crashed").touch()
         os.kill(os.getpid(), signal.SIGKILL)
+    if behaviour == "user-error":
+        print("error: tasks.prompt: chat, but the tokenizer has no chat template")
+        return 2
     while not (folder / "finished").exists() and behaviour != "leave":
         time.sleep(0.02)
     return 0
@@ -108,7 +111,7 @@ def supervise_dummies(folder: Path, behaviours: dict[str, str]) -> int:
     print("ready", flush=True)
     try:
         claim(folder)
-        return supervise(Plan(folder, behaviours), folder, Printer())
+        return supervise(Plan(folder, behaviours), folder, Printer(), checkpoint_s=2.0)
     except SgpoError as error:
         print(f"error: {error}", flush=True)
         return 2

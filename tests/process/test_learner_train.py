@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sgpo_async.config import load, to_plain
 from sgpo_async.processes.torchrun import torchrun
 from sgpo_async.transport import Router, RouterMailbox
 from sgpo_async.weights import StoreFile, StoreReader
@@ -34,6 +35,8 @@ from sgpo_async.wire.records import (
     Refused,
     Restore,
     Restored,
+    Settings,
+    SettingsRequest,
     Snapshot,
     SnapshotRequest,
     Status,
@@ -57,6 +60,7 @@ class ScriptedHub:
         self.store, self.refuses = StoreFile(folder), refuses
         self.received: list[Message] = []
         self.heartbeats = 0
+        self.settings: list[str] = []  # the configuration's overrides
         self.errors = ""  # what the learner wrote to stderr
         self._ranks: dict[bytes, int] = {}
         self._base = 3
@@ -91,6 +95,8 @@ class ScriptedHub:
 
     def _answers(self, member: bytes, message: Message) -> list[Message]:
         match message:
+            case SettingsRequest():
+                return [Settings(settings=to_plain(load("", self.settings)))]
             case Hello() if self.refuses:
                 return [Refused(reason=self.refuses)]
             case Hello(rank=rank):
@@ -143,6 +149,7 @@ def learn(folder: Path, hub: ScriptedHub, *overrides: str) -> tuple[int, str]:
         "optim.lr=1e-2",
         "learner.problems_per_step=4",
     ]
+    hub.settings = [word for word in ("name=it", *settings, *overrides) if "learner.resume" not in word]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     errors = folder / "stderr.txt"
     with errors.open("w", encoding="utf-8") as file:

@@ -135,6 +135,7 @@ def test_a_crashed_actor_is_restarted(start: Callable[..., Local]) -> None:
     [
         ("learner=crash", "error: the learner ended with code 1: problems.jsonl:7: has no answer"),
         ("hub=port-taken", "error: the hub ended with code 2: hub.address: tcp://127.0.0.1:1 is in use"),
+        ("actor=user-error", "ended with code 2: tasks.prompt: chat, but the tokenizer has no chat template"),
     ],
 )
 def test_a_process_that_ends_too_early_ends_the_run_with_its_error(
@@ -144,6 +145,7 @@ def test_a_process_that_ends_too_early_ends_the_run_with_its_error(
     code, output = run.finish()
     assert code == 2
     assert expected in output
+    assert "starts again" not in output
     assert_cleaned_up(run)
 
 

@@ -1,6 +1,7 @@
 """`launch/local.py` as a user runs it: Ctrl-C, and problems from a file."""
 
 import json
+import shlex
 import signal
 import time
 from pathlib import Path
@@ -13,7 +14,8 @@ from sgpo_async.model.folder import load_tokenizer
 pytestmark = pytest.mark.process
 
 
-def test_ctrl_c_ends_all_processes(tmp_path: Path) -> None:
+def test_ctrl_c_writes_a_checkpoint_and_ends_all_processes(tmp_path: Path) -> None:
+    """The line at the end is a command, with which the run goes on."""
     with real_run(tmp_path, "steps=1000") as run:
         local = run.local()
         until(run.metrics, "the first step")
@@ -24,7 +26,27 @@ def test_ctrl_c_ends_all_processes(tmp_path: Path) -> None:
         run.assert_cleaned_up()
         print(f"all processes ended {time.monotonic() - began:.1f} s after Ctrl-C")
         assert "Traceback" not in local.output and "stopping" in local.output
-        assert "the run cannot be resumed: it has no checkpoint" in local.output
+        assert "waiting up to 40 s for the learner, which finishes its step and writes a checkpoint" in local.output
+        reached = run.metrics()[-1]["step"]
+        last = local.output.splitlines()[-1]
+        assert last.startswith(f"to go on from the checkpoint of step {reached}: ")
+        command = shlex.split(last.partition(": ")[2])
+        assert command[1] == "launch/local.py" and command[-1] == "learner.resume=true"
+        again = run.start("again", *command[1:], f"steps={reached + 2}")
+        assert again.wait() == 0, again.output
+        assert [line["step"] for line in run.metrics()] == list(range(1, reached + 3))
+        run.assert_cleaned_up()
+
+
+def test_a_run_that_must_resume_without_a_checkpoint_changes_nothing(tmp_path: Path) -> None:
+    with real_run(tmp_path) as run:
+        run.folder.mkdir()
+        (run.folder / "metrics.jsonl").write_text('{"step": 1}\n')
+        local = run.local("learner.resume=true")
+        assert local.wait() == 2
+        (line,) = local.output.splitlines()
+        assert line.startswith(f"error: learner.resume=true: {run.folder}/checkpoints has no checkpoint; ")
+        assert [path.name for path in run.folder.iterdir()] == ["metrics.jsonl"]
 
 
 def test_a_run_trains_on_problems_from_a_file(tmp_path: Path) -> None:

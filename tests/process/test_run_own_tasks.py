@@ -76,7 +76,11 @@ def test_a_run_trains_with_a_reward_and_a_prompt_of_the_user(tmp_path: Path, pro
             "reward own_tasks:returns_nothing: must return a finite number",
         ),
         ("local", ["tasks.prompt=own_tasks:raises"], "tasks.prompt: own_tasks:raises raised ValueError: no such style"),
-        ("hub", ["tasks.prompt=chat", "model.path={model}"], "the chat template of {model} fails (TemplateSyntaxError"),
+        (
+            "local",
+            ["tasks.prompt=chat", "model.path={model}"],
+            "the chat template of {model} fails (TemplateSyntaxError",
+        ),
         ("local", ["tasks.columns={answer: none}"], "no column 'none'; there are 'question', 'solution'"),
     ],
 )

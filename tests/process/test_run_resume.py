@@ -30,7 +30,7 @@ def test_a_killed_learner_resumes_from_its_checkpoint(tmp_path: Path) -> None:
         assert reached >= 1
 
         overrides = ("learner.resume=true", "learner.checkpoint_every=2")
-        second = run.learner(*overrides, "--hub", run.address(), name="second")
+        second = run.learner(*overrides[1:], "--hub", run.address(), name="second")
         until((run.folder / "checkpoints" / "step-00000002").exists, "a checkpoint")
         rank(second, 1).kill()
         assert second.wait() != 0

@@ -81,7 +81,13 @@ def test_two_ranks_give_the_same_losses_as_one(folder: Path, one: list[dict[str,
         assert found == pytest.approx(expected, rel=1e-3)
 
 
-def test_a_killed_and_resumed_warm_up_equals_an_uninterrupted_one(folder: Path, one: list[dict[str, Any]]) -> None:
+@pytest.fixture(scope="module")
+def long(folder: Path) -> list[dict[str, Any]]:
+    """The metrics of a longer warm-up that was not interrupted."""
+    return warm_up(folder, "uninterrupted", "sft.epochs=10")
+
+
+def test_a_killed_and_resumed_warm_up_equals_an_uninterrupted_one(folder: Path, long: list[dict[str, Any]]) -> None:
     overrides = ["learner.checkpoint_every=2", "sft.epochs=10"]
     process = subprocess.Popen(
         command(folder, "killed", *overrides),
@@ -97,9 +103,36 @@ def test_a_killed_and_resumed_warm_up_equals_an_uninterrupted_one(folder: Path, 
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(120)
 
-    uninterrupted = warm_up(folder, "uninterrupted", "sft.epochs=10")
     resumed = warm_up(folder, "killed", *overrides, "learner.resume=true")
     assert [line["step"] for line in resumed] == list(range(1, 61))
-    assert losses(resumed) == losses(uninterrupted)
+    assert losses(resumed) == losses(long)
     summaries = [json.loads((folder / name / "summary.json").read_text()) for name in ("killed", "uninterrupted")]
     assert summaries[0]["best_loss"] == summaries[1]["best_loss"]
+
+
+def test_a_stopped_and_resumed_warm_up_equals_an_uninterrupted_one(folder: Path, long: list[dict[str, Any]]) -> None:
+    """SIGTERM to torchrun: the ranks save their last step, and one line says how to go on."""
+    process = subprocess.Popen(
+        command(folder, "stopped", "sft.epochs=10", ranks=2),
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics, deadline = folder / "stopped" / "metrics.jsonl", time.monotonic() + DEADLINE_S
+    while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.terminate()
+    _, output = process.communicate(timeout=DEADLINE_S)
+    last = lines(folder / "stopped")[-1]["step"]
+    assert process.returncode != 0 and last < 60
+    (line,) = [
+        line for line in output.splitlines() if line.startswith(f"interrupted after step {last}: learner rank 0 ")
+    ]
+    assert line.endswith(" learner.resume=true")
+    assert not (folder / "stopped" / "summary.json").exists()
+    resumed = warm_up(folder, "stopped", "sft.epochs=10", "learner.resume=true", ranks=2)
+    assert [line["step"] for line in resumed] == list(range(1, 61))
+    found, expected = ([line["train_loss"] for line in run] for run in (resumed, long))
+    assert found == pytest.approx(expected, rel=1e-2)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sgpo_async.cli import resources
-from sgpo_async.cli.resources import LOGS, OPEN_FILES, check_start, disk, open_files, stored_parameters
+from sgpo_async.cli.resources import LOGS, OPEN_FILES, check_resume, check_start, disk, open_files, stored_parameters
 from sgpo_async.config import Run, load
 from sgpo_async.errors import CheckFailed
 
@@ -34,7 +34,8 @@ def room(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     ("words", "parameters", "needed", "what"),
     [
         ([], 0, LOGS, "logs"),
-        ([], MILLION, LOGS + 16 * MILLION, "1 checkpoint, the policy and logs"),
+        ([], MILLION, LOGS + 40 * MILLION, "3 checkpoints, the policy and logs"),
+        (["learner.checkpoint_minutes=0"], MILLION, LOGS + 16 * MILLION, "1 checkpoint, the policy and logs"),
         (
             ["learner.checkpoint_every=5", "learner.keep_checkpoints=3"],
             MILLION,
@@ -77,8 +78,20 @@ def test_only_a_command_that_writes_checkpoints_needs_room_for_them(room: list[i
     run = settings(tmp_path)
     room[0] = LOGS
     check_start(run, checkpoints=False)
-    with pytest.raises(CheckFailed, match="1 checkpoint, the policy and logs need"):
+    with pytest.raises(CheckFailed, match="3 checkpoints, the policy and logs need"):
         check_start(run, checkpoints=True)
+
+
+@pytest.mark.parametrize("folder", ["checkpoints", "warmup-checkpoints"])
+def test_a_run_that_must_resume_needs_a_checkpoint(tmp_path: Path, folder: str) -> None:
+    for resume in ("auto", "false"):
+        check_resume(settings(tmp_path, f"learner.resume={resume}"), folder)
+    run = settings(tmp_path, "learner.resume=true")
+    (tmp_path / "demo" / folder / ".step-00000003").mkdir(parents=True)  # one that was not written completely
+    with pytest.raises(CheckFailed, match=f"learner.resume=true: {tmp_path}/demo/{folder} has no checkpoint; correct "):
+        check_resume(run, folder)
+    (tmp_path / "demo" / folder / "step-00000002").mkdir()
+    check_resume(run, folder)
 
 
 def test_the_hub_needs_open_files_for_every_actor(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,9 +149,10 @@ def test_problems_that_cannot_be_used_are_named(
     good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
     good.write_text("".join(f'{{"problem": "{word}", "answer": "1"}}\n' for word in "abc"))
     bad.write_text('{"problem": "a"}\n')
-    own = ["tasks.source=file", f"tasks.path={good}", "tasks.held_out=2"]
+    own = ["tasks.source=file", f"tasks.path={good}", "tasks.held_out=2", "algorithm.objective=grpo"]
     benchmark = f"evaluation.benchmarks.own.path={good}"
-    assert machine.problems(settings(*own, benchmark), cues) == f"{good}: 2 held out, own 3"
+    found = f"{good}: 1 problems, 0 with strategies, 0 with responses, 2 held out, own 3"
+    assert machine.problems(settings(*own, benchmark), cues) == found
     mistakes = {
         f"tasks.path={bad}": "bad.jsonl:1: no column 'answer'",
         "tasks.held_out=3": "none for training with tasks.held_out=3",

@@ -22,6 +22,7 @@ from sgpo_async.wire.records import (
     Heartbeat,
     Hello,
     Message,
+    NoBatch,
     Pending,
     Published,
     Refused,
@@ -30,6 +31,7 @@ from sgpo_async.wire.records import (
     Shard,
     Snapshot,
     SnapshotRequest,
+    Stop,
     Welcome,
 )
 
@@ -128,7 +130,65 @@ def test_a_refusal_raises_hub_error(client: HubClient) -> None:
 
 def test_a_request_without_an_answer_fails_at_the_deadline(client: HubClient) -> None:
     with pytest.raises(DeadlineExceeded, match=r"learner-0: no Snapshot from the hub within"):
-        client._ask(Goodbye(), Shard, "Snapshot", 0.05)
+        client._ask(Goodbye, Shard, "Snapshot", 0.05)
+
+
+def test_a_rank_that_has_to_stop_says_so_while_it_waits_for_a_batch() -> None:
+    """And at its next request, when it gets its batch first."""
+    reason = ""
+    waited = threading.Event()
+
+    def answer(message: Message) -> list[Message]:
+        nonlocal reason
+        if isinstance(message, BatchRequest) and message.step == 6:
+            if not message.stopping:
+                reason = "learner rank 0 received SIGTERM"
+                waited.set()
+                return []
+            return [NoBatch(step=6, reason=message.stopping)]
+        return answers(message)
+
+    hub = FakeHub(answer)
+    client = HubClient(Mailbox(hub.dealer), name="learner-0", heartbeat_s=TIMEOUT_S, stopping=lambda: reason)
+    try:
+        assert isinstance(client.batch(5, timeout_s=TIMEOUT_S), Shard)
+        assert client.batch(6, timeout_s=TIMEOUT_S) == NoBatch(step=6, reason="learner rank 0 received SIGTERM")
+        assert waited.is_set()
+        requests = [message for message in hub.received if isinstance(message, BatchRequest) and message.step == 6]
+        assert [message.stopping for message in requests] == ["", "learner rank 0 received SIGTERM"]
+        assert client.take_evaluations(until=99, timeout_s=TIMEOUT_S) == [], "it waits for no evaluation any more"
+        assert isinstance(client.batch(7, timeout_s=TIMEOUT_S), Shard), "the batch that the hub has formed already"
+    finally:
+        client.leave("test ends")
+        hub.close()
+
+
+def test_a_rank_of_an_interrupted_hub_gets_its_last_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then a request fails at once, with the hub's reason; without it, it would wait for two minutes."""
+
+    def answer(message: Message) -> list[Message]:
+        match message:
+            case Evaluate():
+                return [Stop(reason="the hub received SIGINT")]
+            case SnapshotRequest(step=9):
+                return []
+            case SnapshotRequest(step=step):
+                return [Snapshot(step=step, state=b"state")]
+        return answers(message)
+
+    hub = FakeHub(answer)
+    client = HubClient(Mailbox(hub.dealer), name="learner-0", heartbeat_s=TIMEOUT_S)
+    try:
+        client.evaluate(7)
+        assert client.take_evaluations(until=7, timeout_s=TIMEOUT_S) == []
+        assert client.ended == "the hub received SIGINT"
+        assert client.snapshot(8) == b"state"
+        client._answers_until = time.monotonic() + 0.3
+        with pytest.raises(HubError, match="learner-0: the hub has ended without Snapshot: the hub received SIGINT"):
+            client.snapshot(9)
+    finally:
+        client.leave("test ends")
+        hub.close()
 
 
 def test_the_timeout_of_a_batch_counts_the_time_without_progress(client: HubClient, hub: FakeHub) -> None:

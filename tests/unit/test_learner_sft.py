@@ -191,7 +191,8 @@ def test_the_warm_up_excludes_the_held_out_problems_of_the_run(tmp_path: Path, s
     rows = [{"problem": f"problem {i} amber from 0 0", "response": "1 amber raise 0 1"} for i in range(50)]
     run = file_run(folder / "p.jsonl", rows * 2)
     tasks = replace(run.tasks, path=str(folder / "p.jsonl"), held_out=20)
-    run = replace(run, tasks=tasks, sft=Sft(path=sft_path and str(folder / sft_path)))
+    settings = {"tasks": tasks, "sft": Sft(path=sft_path and str(folder / sft_path))}
+    run = replace(run, algorithm=Algorithm(objective="grpo"), **settings)
     found = sft_data(run)
     texts = {p.problem for part in found[:2] for p in part}
     assert len(texts) == 30

@@ -13,7 +13,7 @@ from sgpo_async.errors import DeadlineExceeded, RunFailed
 from sgpo_async.local import hub_process, supervisor
 from sgpo_async.local.hub_process import HUB_START_S, kept_hub
 from sgpo_async.local.restarts import LIMIT, WINDOW_S, Restarts
-from sgpo_async.local.supervisor import LAST_S, LEAVING_S, Supervisor
+from sgpo_async.local.supervisor import LAST_S, LEAVING_S, MAY_PASS, Supervisor
 
 
 class FakeChild:
@@ -161,7 +161,7 @@ def test_an_actor_whose_lives_did_work_is_started_again_more_often(run: FakeRun)
 def test_the_others_go_on_when_one_actor_has_failed_for_good(run: FakeRun) -> None:
     supervisor = start(run)
     for name in ("actor-0", "actor-0.1"):
-        run.child(name).code = 2
+        run.child(name).code = MAY_PASS
         supervisor.tick()
         run.now += 1.1
         supervisor.tick()
@@ -174,15 +174,23 @@ def test_the_others_go_on_when_one_actor_has_failed_for_good(run: FakeRun) -> No
     assert run.started[-1].name == "actor-1.1"
 
 
-def test_an_actor_that_ends_with_a_user_error_restarts_only_once(run: FakeRun) -> None:
+def test_an_actor_whose_error_may_pass_restarts_only_once(run: FakeRun) -> None:
     run.actors = 1
     supervisor = start(run)
-    run.child("actor-0").code = 2
+    run.child("actor-0").code = MAY_PASS
     supervisor.tick()
     run.now += 1.1
     supervisor.tick()
-    run.child("actor-0.1").code = 2
-    with pytest.raises(RunFailed, match="actor-0.1 ended with code 2, not started again after 1 restart within"):
+    run.child("actor-0.1").code = MAY_PASS
+    with pytest.raises(RunFailed, match="actor-0.1 ended with code 3, not started again after 1 restart within"):
+        supervisor.tick()
+
+
+def test_a_permanent_error_of_one_actor_ends_the_run_at_once(run: FakeRun) -> None:
+    """The others would find the same; the line is that of its log."""
+    supervisor = start(run)
+    run.child("actor-1").code = 2
+    with pytest.raises(RunFailed, match="actor-1 ended with code 2: end of its log"):
         supervisor.tick()
 
 
@@ -235,12 +243,12 @@ def test_the_user_learns_at_once_that_no_actor_is_left_and_the_run_goes_on(run: 
 def test_a_run_waits_also_if_one_actor_has_left_and_the_other_has_failed(run: FakeRun) -> None:
     supervisor = start(run)
     run.child("actor-0").code = 0
-    run.child("actor-1").code = 2
+    run.child("actor-1").code = MAY_PASS
     supervisor.tick()
     assert len(supervisor.notes) == 2, "actor-1 starts once more"
     run.now += 1.1
     supervisor.tick()
-    run.child("actor-1.1").code = 2
+    run.child("actor-1.1").code = MAY_PASS
     supervisor.tick()
     supervisor.tick()
     assert [note.partition(":")[0] for note in supervisor.notes[3:]] == ["no actor is left"]

@@ -52,10 +52,15 @@ def test_a_correct_guided_rollout_is_scored_without_its_strategy_first(
     score = engine.submitted[-1]
     assert isinstance(score, Score) and score.id == (7, 0, 1)
     assert score.prompt.tolist() == [ord(c) for c in "a problem"]
-    engine.answers = [scored((7, 0, 1), -0.5, -1.0)]
+    engine.answers = [scored((7, 0, 1), -1.0, *[-0.5] * (len(RIGHT) - 1))]
     (last,) = sampler.step(0.0)
     assert isinstance(last, Sampled)
-    assert (last.rollout.unguided_logprob, last.rollout.reward, last.text, last.last) == (-1.5, 1.0, RIGHT, True)
+    assert (last.rollout.unguided_logprob, last.rollout.reward, last.text, last.last) == (
+        -1.0 - 0.5 * (len(RIGHT) - 1),
+        1.0,
+        RIGHT,
+        True,
+    )
 
 
 def test_rollouts_of_an_evaluation_are_not_scored(engine: ScriptedEngine, sampler: RolloutSampler) -> None:

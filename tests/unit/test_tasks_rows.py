@@ -13,13 +13,13 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from sgpo_async.config import Run, Tasks
+from sgpo_async.config import Tasks
 from sgpo_async.errors import ConfigError, DataError
 from sgpo_async.tasks import rows
 from sgpo_async.tasks.files import FileSource, read_problems
 from sgpo_async.tasks.records import Form, number_text
 from sgpo_async.tasks.rows import open_rows
-from sgpo_async.tasks.sources import open_source, problems_of
+from sgpo_async.tasks.sources import open_source
 
 GSM8K = [
     {"question": "What is 70 + 2?", "answer": "It is 70 + 2 = <<70+2=72>>72.\n#### 72"},
@@ -262,12 +262,19 @@ def test_other_columns_are_kept_only_for_a_reward_function_of_the_user(tmp_path:
         assert source.verifier == (reward or "math")
 
 
-def test_all_problems_of_a_run_are_read_lazily(tmp_path: Path) -> None:
+def test_all_problems_of_a_source_are_checked_at_its_start_and_read_lazily(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(text_of(sums(3)) + "not JSON\n")
-    problems = problems_of(Run(tasks=Tasks(source="file", path=str(path))))
-    assert (len(problems), [one.problem for one in problems[:2]]) == (4, ["0 + 0", "1 + 1"])
     with pytest.raises(DataError, match="a.jsonl:4: not JSON"):
+        open_source("file", path=str(path), held_out=1, seed=0)
+    path.write_text(text_of(sums(30)) + json.dumps({"problem": "a long one" * 9, "answer": 1, "strategy": "s"}) + "\n")
+    source = open_source("file", path=str(path), held_out=0, seed=0)
+    problems = source.training_problems()
+    assert (len(problems), [one.problem for one in problems[:2]]) == (31, ["0 + 0", "1 + 1"])
+    assert [one.problem for one in source.longest_problems(1)] == ["a long one" * 9]
+    assert (source.strategies, source.responses) == (1, 0)
+    path.write_text("")
+    with pytest.raises(DataError):
         problems[3]
 
 

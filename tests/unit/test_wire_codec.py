@@ -140,7 +140,7 @@ def records_of(record: type) -> st.SearchStrategy:
     if record is Lease:
         above_0 = st.floats(0, 1, exclude_min=True)
         fields |= {"temperature": above_0, "max_new_tokens": st.integers(1, 2**40)}
-        fields["top_logprobs_num"] = st.integers(0, 2**20)
+        fields |= {"top_logprobs_num": st.integers(0, 2**20), "turns": st.integers(0, 2**20)}
         fields["top_p"] = st.just(1.0) | above_0
         fields["partial"] = st.lists(partial_rollouts(start=st.just(0)), max_size=3).map(tuple)
     if record is Hello:
@@ -397,7 +397,15 @@ def test_top_p_below_1_is_valid_only_for_evaluation() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"temperature": 0.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"max_new_tokens": 0}, {"top_logprobs_num": -1}]
+    "changes",
+    [
+        {"temperature": 0.0},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"max_new_tokens": 0},
+        {"top_logprobs_num": -1},
+        {"turns": -1},
+    ],
 )
 def test_a_lease_with_invalid_sampling_parameters_is_rejected(changes: dict[str, Any]) -> None:
     with pytest.raises(WireError, match=f"{next(iter(changes))} must be "):

@@ -1,0 +1,135 @@
+"""What a run would find out late: its strategies, its prompts, its rewards, its memory; checked before it starts.
+
+    source ─┬─ problems: how many, with strategies, with responses
+            ├─ prompts: built for a sample and the longest problems, and compared with the model's positions
+            └─ rewards: a function or an environment of the user, tried on a few problems
+    model's files ─── memory of weights, gradients, optimiser and teacher
+
+Each check returns what it found, and raises CheckFailed, or CheckWarning for what the user should know. They need no
+torch, but the tokenizer of a chat template or of a user's prompt does.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sgpo_async.cli.resources import size, stored_parameters
+from sgpo_async.config.schema import Run
+from sgpo_async.errors import CheckFailed, CheckWarning
+from sgpo_async.model.folder import load_tokenizer, model_folder, plain_tokenizer, positions
+from sgpo_async.processes.marked import MARK
+from sgpo_async.tasks.base import ListedSource, Problem
+from sgpo_async.tasks.prompts import build_prompt, check_prompt
+from sgpo_async.tasks.self_check import check_reward, is_own
+from sgpo_async.tasks.sources import source_of
+from sgpo_async.weights.store_file import available_memory
+
+SAMPLE = 256  # problems whose prompts are built, and ...
+LONGEST = 64  # ... so many of the longest ones
+FEW = 0.5  # of all problems: fewer with strategies are said
+TRAINED = 16  # bytes per parameter: weights, gradients and AdamW's two moments, in float32
+GPU = Path("/dev/nvidia0")
+
+
+def preflight(run: Run, *, light: bool = False) -> list[str]:
+    """Check what the start of a run needs; return what the user should know, a line each.
+
+    Args:
+        light: only what needs no torch, and no memory of the learner: for the hub.
+
+    Raises CheckFailed, ConfigError or DataError, one line with the remedy, if the run cannot work.
+    """
+    source, folder = source_of(run), model_folder(run.model.path)
+    tokenizer: Any = plain_tokenizer(folder) if run.tasks.prompt == "plain" else None
+    checks: list[Callable[[], str]] = [lambda: problems(run, source)]
+    if not light:
+        checks.append(lambda: training_memory(run, stored_parameters(run.model.path), gpu_bytes=None))
+    if is_own(run.tasks) and MARK not in os.environ:  # else the command that has started this one has checked them
+        checks.append(lambda: check_reward(run, source.training_problems()))
+    if tokenizer or not light:
+        checks.append(lambda: prompts(run, source, tokenizer or load_tokenizer(folder), positions(folder)))
+    notes = []
+    for check in checks:
+        try:
+            check()
+        except CheckWarning as warning:
+            notes.append(str(warning))
+    return notes
+
+
+def problems(run: Run, source: ListedSource) -> str:
+    """Count the problems. Raises CheckWarning if few of them have the strategies that the objective distils."""
+    count, place = len(source.training_problems()), run.tasks.path or run.tasks.source
+    found = f"{place}: {count:,} problems, {source.strategies:,} with strategies, {source.responses:,} with responses, "
+    found += f"{len(source.held_out()):,} held out"
+    if run.algorithm.objective == "sgpo" and source.strategies < FEW * count:
+        remedy = "the others train without distillation; sgpo-async strategies extract makes strategies from responses"
+        raise CheckWarning(found, remedy)
+    return found
+
+
+def prompts(run: Run, source: ListedSource, tokenizer: Any, longest: int | None) -> str:
+    """Build the prompts of a sample; compare their lengths and rollout.max_new_tokens with the model's positions.
+
+    Args:
+        longest: the model's number of positions; None: unknown.
+
+    Raises CheckFailed if the chat template is missing or fails, or if a completion would not fit; CheckWarning if the
+    prompts write the date.
+    """
+    training = source.training_problems()
+    if run.tasks.prompt != "plain":
+        check_prompt(run, tokenizer, training)
+    step = max(1, len(training) // SAMPLE)
+    chosen = [*training[::step], *source.longest_problems(LONGEST), *source.held_out()[:SAMPLE]]
+    lengths = {problem.id: (_length(run, problem, tokenizer), problem) for problem in chosen}
+    most, worst = max(lengths.values(), key=lambda item: item[0])
+    least, more = min(length for length, _ in lengths.values()), run.rollout.max_new_tokens
+    found = f"{run.tasks.prompt}: {least:,} to {most:,} tokens"
+    if longest is None:
+        return f"{found}; the model's config.json has no number of positions"
+    if most + more > longest:
+        beyond = sum(length + more > longest for length, _ in lengths.values())
+        room = longest - most
+        found = f"rollout.max_new_tokens: {more} new tokens after {beyond:,} of {len(lengths):,} prompts exceed the"
+        found += f" model's {longest} positions; the longest prompt is that of {worst.id}, with {most} tokens"
+        lower = f"set rollout.max_new_tokens <= {room}, or " if room > 0 else ""
+        raise CheckFailed(found, f"{lower}shorten or remove these problems")
+    return f"{found}, with completions up to {most + more:,} of {longest:,} positions"
+
+
+def training_memory(run: Run, parameters: int, *, gpu_bytes: int | None) -> str:
+    """Compare the memory that training needs at least, without activations, with the memory there is.
+
+    Args:
+        gpu_bytes: of each GPU, if the ranks use GPUs; None: unknown, or on the CPU.
+
+    Raises CheckFailed if it cannot suffice.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", run.local.ranks))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    width = {"float32": 4, "bfloat16": 2}
+    teacher = width[run.algorithm.teacher_dtype] if run.algorithm.copies_teacher else 0
+    each = parameters * (TRAINED + teacher) // ranks
+    what = f"{size(each)} in each of {ranks} ranks: weights, gradients, AdamW{', teacher' * bool(teacher)}"
+    remedy = "use more ranks or a smaller model" + (", or algorithm.teacher_dtype=bfloat16" if teacher == 4 else "")
+    loading = 4 * parameters * here  # each rank loads the whole model before it keeps its part
+    on_cpu = gpu_bytes is None and not GPU.exists()
+    needed, available = max(loading, each * here if on_cpu else 0), available_memory()
+    if gpu_bytes is not None and each > gpu_bytes:
+        raise CheckFailed(f"{what}, and a GPU has {size(gpu_bytes)}", remedy)
+    if needed > available:
+        raise CheckFailed(
+            f"{what}; {here} ranks need {size(needed)} of memory here, and {size(available)} are free", remedy
+        )
+    return what
+
+
+def _length(run: Run, problem: Problem, tokenizer: Any) -> int:
+    """Tokens of the longer of the two prompts of a problem."""
+    strategies = dict.fromkeys([None, problem.strategy if run.rollout.guided else None])
+    prompts = [build_prompt(problem.problem, one, tasks=run.tasks, tokenizer=tokenizer) for one in strategies]
+    return max(map(len, prompts))
