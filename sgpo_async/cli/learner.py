@@ -9,6 +9,7 @@ restarts the ranks, rank 0 starts a new hub, which takes the place of the earlie
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import sys
@@ -20,9 +21,12 @@ from typing import TYPE_CHECKING
 
 from sgpo_async.cli.options import add_config, config_arguments, load_run, print_dry_run, record_config
 from sgpo_async.errors import ConfigError, HubError
+from sgpo_async.logs import fields
 
 if TYPE_CHECKING:
     from sgpo_async.config import Run
+
+log = logging.getLogger(__name__)
 
 HUB_KILLED_S = 30.0  # after a kill of rank 0, in which the watchdog ends the hub beside it
 
@@ -112,6 +116,8 @@ def hub_beside(settings: Run, arguments: list[str], *, continues: bool) -> Itera
 
     try:
         with kept_hub(processes, LocalCommandLines(settings, arguments).hub) as address:
+            about = fields(event="hub", address=address)
+            log.info("the hub beside this learner is %s, its log %s/logs/hub.log", address, folder, extra=about)
             yield address
             failed = False
     finally:
