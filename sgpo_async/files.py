@@ -51,6 +51,17 @@ def write_whole(path: Path, content: str | bytes) -> None:
             new.unlink(missing_ok=True)
 
 
+def set_usual_modes(folder: Path) -> None:
+    """Give the files below `folder` the mode of new files, as the umask says: some libraries write them with 0600."""
+    probe = folder / f".mode.{os.getpid()}"
+    probe.touch()  # a new file shows the mode; os.umask would change it for all threads for a moment
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for file in folder.rglob("*"):
+        if file.is_file() and file.stat().st_mode != mode:
+            file.chmod(mode)
+
+
 def set_aside(path: Path) -> Path:
     """Rename a file or folder to the first free name, e.g. metrics.jsonl to metrics.earlier-1.jsonl; return this name.
 

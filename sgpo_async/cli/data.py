@@ -38,7 +38,7 @@ class Source:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """prepare FILE ... --out FOLDER [...]."""
     parser.add_argument("action", choices=["prepare"], help="clean and split; the same seed gives the same files")
-    parser.add_argument("files", metavar="FILE", nargs="+", help="JSONL, Parquet, or a Hugging Face dataset")
+    parser.add_argument("files", metavar="FILE", nargs="+", help="JSONL, CSV, Parquet, or a Hugging Face dataset")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder of the results")
     parser.add_argument(
         "--column",
@@ -179,10 +179,11 @@ def form_of(args: argparse.Namespace) -> Form:
 
 def unverified(prepared: Prepared) -> str:
     """How many answers are not correct by their own verifier, and which; one line."""
+    from sgpo_async.config import Tasks
     from sgpo_async.tasks.self_check import SelfCheck
 
     problems = [problem for problems in prepared.sets.values() for problem in problems]
-    return SelfCheck.run(problems, sample=len(problems)).describe()
+    return SelfCheck.run(problems, sample=len(problems), tasks=Tasks()).describe()
 
 
 def facts_of(sources: Sequence[Source], benchmarks: Sequence[Source], rules: Rules) -> dict[str, Any]:

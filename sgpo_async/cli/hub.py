@@ -22,7 +22,9 @@ def run(args: argparse.Namespace) -> int:
         print_dry_run(settings, [["sgpo-async", "hub", args.config, *args.overrides]])
         return 0
     from sgpo_async.cli.resources import check_start
+    from sgpo_async.cli.task_checks import check_tasks
     from sgpo_async.hub import serve
 
     check_start(settings, checkpoints=False)
+    check_tasks(settings)
     return serve(settings)

@@ -38,11 +38,13 @@ def run(args: argparse.Namespace) -> int:
         print_dry_run(settings, [plan.hub(), plan.learner(address), *actors])
         return 0
     from sgpo_async.cli.resources import check_start
+    from sgpo_async.cli.task_checks import check_tasks
     from sgpo_async.local.run_folder import claim
     from sgpo_async.local.show import Show
     from sgpo_async.local.supervisor import supervise
 
     check_start(settings, checkpoints=True)
+    check_tasks(settings)
     folder = Path(settings.folder)
     claim(folder)
     # This command's torchrun is always a new one, so that auto never continues.

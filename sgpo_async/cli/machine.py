@@ -22,9 +22,11 @@ from sgpo_async.engines.sglang.weight_sync.model_facts import ModelFacts, model_
 from sgpo_async.errors import CheckFailed, CheckWarning, SgpoError
 from sgpo_async.local.watch import Watch
 from sgpo_async.model.folder import load_tokenizer, model_folder, tokenizer_fingerprint
-from sgpo_async.model.load import device_of
+from sgpo_async.model.load import device_of, end_token_warning
 from sgpo_async.tasks.benchmarks import open_benchmarks
-from sgpo_async.tasks.sources import source_of
+from sgpo_async.tasks.prompts import check_prompt
+from sgpo_async.tasks.self_check import check_reward
+from sgpo_async.tasks.sources import problems_of, source_of
 from sgpo_async.weights import digest
 from sgpo_async.weights.store_file import available_memory
 
@@ -75,6 +77,8 @@ def tokenizer(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
             f"its largest id is {largest}, and the model has {facts.vocabulary} tokens",
             "use the tokenizer that came with the model, or resize the model's embeddings",
         )
+    if warning := end_token_warning(facts.skeleton, loaded):
+        raise CheckWarning(warning, "give tokenizer_config.json and generation_config.json the same end token")
     return f"{tokenizer_fingerprint(loaded)}, ids to {largest} of {facts.vocabulary} tokens"
 
 
@@ -83,6 +87,16 @@ def problems(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
     benchmarks = [f"{one.name} {len(one.problems)}" for one in open_benchmarks(run.evaluation)]
     held_out = len(source_of(run).held_out())
     return ", ".join([f"{run.tasks.path or run.tasks.source}: {held_out} held out", *benchmarks])
+
+
+def prompts(run: Run, facts: ModelFacts) -> str:
+    """Check that prompts can be built, and that problem, strategy and system message are in them."""
+    return check_prompt(run, load_tokenizer(facts.folder), problems_of(run))
+
+
+def rewards(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
+    """Check the reward function, or that the answers verify against themselves."""
+    return check_reward(run, problems_of(run))
 
 
 def hub(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
@@ -189,6 +203,8 @@ MACHINE: Mapping[str, Check] = {
     "model": model,
     "tokenizer": tokenizer,
     "problems": problems,
+    "prompts": prompts,
+    "rewards": rewards,
     "hub": hub,
     "memory": memory,
     "shared memory": shared_memory,
@@ -202,6 +218,7 @@ REMEDIES = dict.fromkeys(MACHINE, "correct the configuration") | {
     "model": "use a supported architecture, or engine.kind=embedded",
     "tokenizer": "add the tokenizer's files to model.path",
     "problems": "correct the file, or tasks.path, tasks.held_out, evaluation.benchmarks",
+    "rewards": "correct tasks.reward",
     "hub": "make keys with sgpo-async keys DIR, and set hub.keys=DIR",
     "sglang": "name the Python of an environment with sglang (on a CPU: make sglang-cpu)",
 }

@@ -32,7 +32,6 @@ class Limits:
 
     vocabulary: int  # number of token ids that the model knows; 0 if it is unknown
     newest: int  # newest weight version
-    environment: bool = False  # whether an environment writes tokens, in spans of the version OBSERVED
 
 
 def violation(lease: Lease, rollout: Rollout, limits: Limits, *, prompts: Prompts) -> str | None:
@@ -106,7 +105,7 @@ def _spans(lease: Lease, rollout: Rollout, limits: Limits) -> str | None:
 
 
 def _versions(lease: Lease, versions: np.ndarray, limits: Limits) -> str | None:
-    if limits.environment:
+    if lease.turns:
         versions = versions[versions != OBSERVED]
     if not len(versions):
         return None  # of a report between two turns

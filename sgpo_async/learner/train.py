@@ -42,7 +42,7 @@ from sgpo_async.metrics import MetricsWriter, read_metrics
 from sgpo_async.metrics.mismatch import excess, mismatch_summary
 from sgpo_async.model.export import export
 from sgpo_async.model.folder import load_tokenizer, model_folder, tokenizer_fingerprint
-from sgpo_async.model.load import load_model
+from sgpo_async.model.load import end_token_warning, load_model, positions
 from sgpo_async.tasks.base import ProblemSource
 from sgpo_async.tasks.sources import source_of
 from sgpo_async.transport import Dealer, Mailbox
@@ -278,6 +278,8 @@ def build(run: Run, mesh: DeviceMesh, source: ProblemSource | None = None) -> tu
     fingerprint = tokenizer_fingerprint(tokenizer)
     policy = _load(folder)
     check_model(policy)
+    if dist.get_rank() == 0 and (warning := end_token_warning(policy.model, tokenizer)):
+        log.warning("model.path: %s", warning)
     vocabulary, k = policy.head.shape[0], run.algorithm.top_logprobs_num
     require(k < vocabulary, "algorithm.teacher_top_k", f"must be < {vocabulary}, the size of the vocabulary", k)
     if run.learner.recompute:
@@ -286,7 +288,7 @@ def build(run: Run, mesh: DeviceMesh, source: ProblemSource | None = None) -> tu
     teacher = Teacher(run.algorithm, _copy(folder, run, mesh) if run.algorithm.copies_teacher else None)
     responses = None
     if run.algorithm.needs_responses:
-        responses = Demonstrations(run, source or source_of(run), tokenizer).tokens
+        responses = Demonstrations(run, source or source_of(run), tokenizer, longest=positions(folder)).tokens
     return Stepper(run, policy, optimiser.build(policy, run.optim), teacher, responses), fingerprint
 
 

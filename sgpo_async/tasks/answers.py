@@ -28,6 +28,8 @@ _LOWERED = {digit: unicodedata.normalize("NFKC", digit) for digit in "₀₁₂�
 _FRACTIONS = "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒"
 
 _GROUPS = re.compile(r"(?<=\d)(?:\\[,;:! ]|\{,\})+(?=\d{3}(?!\d))")  # between the digits of one number: 12\,345
+_SPACED = re.compile(r"-?\d{1,3}(?: \d{3})+(?:\.\d+)?")
+_PI = re.compile(r"(?<![\\A-Za-z])pi(?![A-Za-z])")
 _CURRENCY = re.compile(r"(?<!\\)\$(?=\s*[\d.])")
 _DEGREES = re.compile(r"\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ)\s*(?:[CF]\b)?")
 _ANGLE = re.compile(r"\\?(?:sin|cos|tan|cot|sec|csc)")
@@ -69,7 +71,8 @@ def plain(answer: str) -> str:
     text = _bare(readable(answer))
     text = text.replace("\\$", "").replace("\\!", "")
     text = text if _is_delimited(text) else _CURRENCY.sub("", text)
-    text = _GROUPS.sub("", text)
+    text = _PI.sub(r"\\pi ", _GROUPS.sub("", text)).strip()
+    text = text.replace(" ", "") if _SPACED.fullmatch(text) else text
     text = text if _ANGLE.search(text) else _DEGREES.sub("", text)
     text = _MIXED.sub(lambda found: _mixed(found[0], *[group for group in found.groups() if group]), text)
     text = _MIXED_SLASH.sub(lambda found: _mixed(found[0], *found.groups()), text)

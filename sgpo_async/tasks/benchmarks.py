@@ -95,7 +95,8 @@ def listed_answers(place: str, value: Any) -> str:
             "use the open-ended problems, OE_TO_maths_en_COMP"
         )
     if len(value) == 1:
-        return text(place, "the answer", value[0])
+        text(place, "the answer", text(place, "the answer", value[0]).strip().strip("$"))
+        return str(value[0])
     bare = [text(place, "the answer", one).strip().strip("$") for one in value]
     return ", ".join(text(place, "the answer", one) for one in bare)
 

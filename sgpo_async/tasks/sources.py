@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from sgpo_async.config.schema import Run, Tasks
 from sgpo_async.errors import DataError
-from sgpo_async.tasks.base import ProblemSource
+from sgpo_async.tasks.base import Problem, ProblemSource
 from sgpo_async.tasks.cues import CuesSource
-from sgpo_async.tasks.files import FileSource
+from sgpo_async.tasks.files import FileSource, Problems
 from sgpo_async.tasks.records import Form
 from sgpo_async.tasks.rewards import to_text
+from sgpo_async.tasks.rows import open_rows
 
 DEFAULTS = Tasks()
+GENERATED = 8
 
 
 def open_source(kind: str, *, path: str, held_out: int, seed: int, tasks: Tasks = DEFAULTS) -> ProblemSource:
@@ -28,6 +32,16 @@ def open_source(kind: str, *, path: str, held_out: int, seed: int, tasks: Tasks 
         source = FileSource(path, held_out=held_out, seed=seed, form=Form.of(tasks), part=part)
     source.verifier = to_text(tasks.reward) or source.verifier
     return source
+
+
+def problems_of(run: Run) -> Sequence[Problem]:
+    """All problems of the run's file, each read and checked only when it is asked for; a few of a generated source."""
+    tasks = run.tasks
+    if tasks.source == "cues":
+        source = open_source("cues", path="", held_out=tasks.held_out, seed=run.seed)
+        return [source.training(position) for position in range(GENERATED)]
+    rows = open_rows(tasks.path, config=tasks.dataset_config, split=tasks.split)
+    return Problems(rows, Form.of(tasks), range(len(rows)))
 
 
 def source_of(run: Run) -> ProblemSource:

@@ -114,7 +114,7 @@ class Lease:
     purpose: Purpose
     problem: str
     answer: str
-    verifier: str  # what judges the completions, in the text form of `sgpo_async.tasks.rewards`
+    verifier: str  # what judges the completions, in the text form of `sgpo_async.tasks.rewards`; or an environment
     strategy: str | None
     autonomous: int
     guided: int
@@ -125,6 +125,7 @@ class Lease:
     max_new_tokens: int
     top_logprobs_num: int = 0  # likeliest tokens to report for each token of a correct guided rollout
     solved_at: float = 1.0  # a rollout is correct if its reward is at least this
+    turns: int = 0  # most completions of an episode with an environment; 0: no environment
     columns: str = ""  # the other columns of the problem's record as a JSON object, if the verifier is the user's own
     finished: Ints = field(default_factory=lambda: np.empty(0, np.int32))  # slots whose rollouts the hub has already
     partial: tuple[PartialRollout, ...] = ()  # what earlier attempts sampled of the other slots; each from position 0

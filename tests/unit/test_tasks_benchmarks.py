@@ -192,3 +192,30 @@ def test_the_digest_depends_on_the_content(tmp_path: Path) -> None:
     ]
     digests = [open_benchmark("any", path, samples=1).digest for path in files]
     assert digests[0] == digests[3] and len(set(digests)) == 3
+
+
+@pytest.mark.parametrize("box", ["\\boxed{}", "\\boxed{ }", "First \\boxed{1}, then \\boxed{}."])
+def test_an_empty_box_is_not_an_answer(tmp_path: Path, box: str) -> None:
+    path = write(tmp_path / "a.jsonl", [AIME_BOXED, AIME_BOXED | {"id": "61", "solution": box}])
+    with pytest.raises(
+        DataError, match=r"a.jsonl:2: the content of the last \\boxed\{...\} must be a text that is not"
+    ):
+        open_benchmark("aime", path, samples=1)
+
+
+@pytest.mark.parametrize("answers", [["$$"], ["3", "$$"], ["3", ""], [""]])
+def test_an_empty_answer_of_a_list_is_refused(tmp_path: Path, answers: list[str]) -> None:
+    path = write(tmp_path / "a.jsonl", [OLYMPIAD | {"final_answer": answers}])
+    with pytest.raises(DataError, match="a.jsonl:1: the answer must be a text that is not empty"):
+        open_benchmark("olympiad", path, samples=1)
+
+
+def test_numbers_of_benchmarks_are_written_in_decimal_digits(tmp_path: Path) -> None:
+    records = [AMC23 | {"id": number, "answer": value} for number, value in enumerate((1e-5, 3e17, 27.0, 0.1))]
+    for suffix in ("jsonl", "parquet"):
+        problems = open_benchmark("amc23", write(tmp_path / f"a.{suffix}", records), samples=1).problems
+        assert [problem.answer for problem in problems] == ["0.00001", "300000000000000000", "27", "0.1"]
+    path = tmp_path / "b.jsonl"
+    path.write_text(json.dumps(AMC23 | {"answer": float("nan")}) + "\n")
+    with pytest.raises(DataError, match="b.jsonl:1: the answer must be a finite number, got nan"):
+        open_benchmark("amc23", str(path), samples=1)

@@ -86,3 +86,25 @@ def test_contained_equals_values_computed_by_hand(text: str, overlap: float | No
         words_of(text)
     )
     assert (match and (match.index, match.overlap)) == (overlap and (1, overlap))
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("1 * 7", "1 - 7", False),
+        ("What is 1 * 7?", "What is $1 \\times 7$?", True),
+        ("What is 1 * 7?", "What is 1·7?", True),
+        ("Is 3 < x?", "Is $3 \\le x$?", False),
+        ("Is 3 ≤ x?", "Is $3 \\leq x$?", True),
+        ("1 + \\sin x", "1 - \\sin x", False),
+        ("$x^2$", "\\(x^{2}\\)", True),
+        ("x^2", "x 2", False),
+        ("a well-known rule", "a well known rule", True),
+        ("**Find** the sum", "Find the sum", True),
+        ("- Find the sum", "Find the sum", True),
+        ("-5 degrees", "5 degrees", False),
+    ],
+)
+def test_operators_matter_and_their_notation_does_not(one: str, other: str, same: bool) -> None:
+    assert (words_of(one) == words_of(other)) is same
+    assert (Contained([words_of(one)], size=13).best(words_of(other)) is not None) is same

@@ -274,3 +274,24 @@ def test_existing_files_are_not_overwritten(tmp_path: Path, capsys: pytest.Captu
     assert main(arguments) == 0
     assert main(arguments) == 2
     assert "it has results already; choose another --out folder, or remove this one" in capsys.readouterr().err
+
+
+@pytest.mark.process
+def test_other_column_names_are_read_and_answers_that_no_verifier_accepts_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.jsonl"
+    answers = ["72", "\\$36", "\\boxed{}", "1,000"]
+    records = [{"question": f"{'abcd'[i]} plus {i}", "answer": f"So.\n#### {text}"} for i, text in enumerate(answers)]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    columns = ["--column", "problem=question", "--column", "response=answer", "--answer-after", "####"]
+    arguments = ["data", "prepare", str(file), "--out", str(tmp_path / "out"), *columns]
+    assert main([*arguments, "--sft-share", "0"]) == 0
+    output = capsys.readouterr().out
+    assert f"1 of 4 answers are not correct by their own verifier: {file}:3 '\\\\boxed{{}}'" in output
+    assert "columns that are not kept" not in output
+    written = {record["answer"]: record["response"] for record in read(tmp_path / "out" / "rl.jsonl")}
+    assert written == {text: f"So.\n#### {text}" for text in answers}
+    for column in ("question", "question=problem", "problem="):
+        assert main(["data", "prepare", str(file), "--out", str(tmp_path / "none"), "--column", column]) == 2
+        assert "must be OURS=THEIRS, with one of problem, answer, strategy, response as OURS" in capsys.readouterr().err
