@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import signal
 import sys
@@ -24,9 +25,12 @@ from typing import TYPE_CHECKING
 
 from sgpo_async.cli.options import add_config, config_arguments, load_run, print_dry_run, record_config
 from sgpo_async.errors import ConfigError, HubError, Interrupted, SgpoError
+from sgpo_async.logs import fields
 
 if TYPE_CHECKING:
     from sgpo_async.config import Run
+
+log = logging.getLogger(__name__)
 
 SETTINGS_S = 120.0  # how long to wait for a hub
 HUB_KILLED_S = 30.0  # after a kill of rank 0, in which the watchdog ends the hub beside it
@@ -159,6 +163,8 @@ def hub_beside(settings: Run, arguments: list[str], *, continues: bool) -> Itera
 
     try:
         with kept_hub(processes, LocalCommandLines(settings, arguments).hub) as address:
+            about = fields(event="hub", address=address)
+            log.info("the hub beside this learner is %s, its log %s/logs/hub.log", address, folder, extra=about)
             yield address
             failed = False
     except Interrupted:

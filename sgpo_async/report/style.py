@@ -55,8 +55,9 @@ tr:first-child td { border-top: 0; } td:first-child { color: var(--soft); white-
 pre, code { font: 13px/1.45 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 section > p { margin: 2px 0 0; color: var(--soft); font-size: 13px; }
 .samples td { padding-right: 16px; font-size: 13px; } .samples .head td { color: var(--soft); padding-top: 10px; }
-.samples .n { text-align: right; white-space: nowrap; } .samples i { color: var(--soft); margin-left: 10px; }
-.samples q { quotes: none; white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.6 ui-monospace, monospace; }
+.samples .n { text-align: right; white-space: nowrap; } .samples i { color: var(--soft); display: block; }
+.samples q { quotes: none; white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.6 ui-monospace, monospace;
+  display: block; max-height: 16em; overflow-y: auto; }
 .samples .right { color: var(--c3); } .samples .wrong { color: var(--alarm); }
 mark { color: inherit; background: rgb(226 116 20 / var(--kl)); border-radius: 3px; }
 summary { cursor: pointer; color: var(--soft); margin-top: 10px; }

@@ -14,6 +14,7 @@ def test_a_learner_starts_its_own_hub_and_trains_at_lag_zero(tmp_path: Path) -> 
         actors = [run.actor(name, hub=address) for name in ("first", "second")]  # started before the hub
         learner = run.learner()
         assert learner.wait() == 0, learner.output
+        assert f"the hub beside this learner is {address}, its log {run.folder}/logs/hub.log" in learner.output
         assert [actor.wait() for actor in actors] == [0, 0]
         run.assert_cleaned_up()
         summary = run.summary()

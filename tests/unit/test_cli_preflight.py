@@ -130,7 +130,7 @@ def test_a_chat_template_that_is_missing_or_fails_is_refused(tmp_path: Path, tem
     run = settings(tmp_path, GUIDED, f"model.path={folder}", "tasks.prompt=chat", "rollout.max_new_tokens=8")
     with pytest.raises((CheckFailed, DataError), match=reason) as failure:
         preflight(run)
-    assert "\n" not in str(failure.value) and "plain" in str(failure.value)
+    assert "\n" not in str(failure.value) and "tasks.prompt" in str(failure.value)
     assert preflight(run, light=True) == [], "the hub loads no such tokenizer"
 
 
