@@ -51,6 +51,17 @@ def write_whole(path: Path, content: str | bytes) -> None:
             new.unlink(missing_ok=True)
 
 
+def set_usual_modes(folder: Path) -> None:
+    """Give the files below `folder` the mode of new files, as the umask says: some libraries write them with 0600."""
+    probe = folder / f".mode.{os.getpid()}"
+    probe.touch()  # a new file shows the mode; os.umask would change it for all threads for a moment
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for file in folder.rglob("*"):
+        if file.is_file() and file.stat().st_mode != mode:
+            file.chmod(mode)
+
+
 def set_aside(path: Path) -> Path:
     """Rename a file or folder to the first free name, e.g. metrics.jsonl to metrics.earlier-1.jsonl; return this name.
 
@@ -71,17 +82,19 @@ class JsonLinesReader:
         self.path = path
         self.end = 0  # bytes of whole lines that have been read
         self._number = 0
+        self._inode = 0  # of the file that has been read; `write_whole` replaces it by another
 
     def poll(self) -> list[tuple[int, Any]]:
         """(line number, value) of the lines that have become whole since the last call; none without the file.
 
-        Starts over if the file has become shorter, as it does when a run begins anew. Raises DataError (file, line,
-        reason) for a line that is not JSON.
+        Starts over if the file was replaced or has become shorter, as it does when a run begins anew. Raises DataError
+        (file, line, reason) for a line that is not JSON.
         """
         try:
             with self.path.open("rb") as file:
-                if file.seek(0, 2) < self.end:
-                    self.end = self._number = 0
+                inode = os.fstat(file.fileno()).st_ino
+                if file.seek(0, 2) < self.end or inode != self._inode:
+                    self.end, self._number, self._inode = 0, 0, inode
                 file.seek(self.end)
                 new = file.read()
         except FileNotFoundError:

@@ -3,7 +3,8 @@
     --log-format human    12:03:04 actor-0      engine ready after 3.1 s
     --log-format json     {"time": ..., "level": "INFO", "role": "actor", "name": "actor-0", "message": ...}
 
-Modules use `logging.getLogger(__name__)`; a command calls `set_up` once. The results of a command (tables, paths) are
+Modules use `logging.getLogger(__name__)`, and `extra=fields(...)` for values that programs read from the JSON object; a
+command calls `set_up` once. The results of a command (tables, paths) are
 not logs: the command prints them on standard output.
 """
 
@@ -14,7 +15,7 @@ import json
 import logging
 import os
 import sys
-from typing import Literal, TextIO
+from typing import Any, Literal, TextIO
 
 Format = Literal["human", "json"]
 
@@ -35,6 +36,11 @@ def set_up(role: str, *, name: str = "") -> None:
     package = logging.getLogger("sgpo_async")
     package.handlers = [handler]
     package.setLevel(os.environ.get(LEVEL, "info").upper())
+
+
+def fields(**values: Any) -> dict[str, Any]:
+    """Make the argument `extra` of a log call: in the JSON format these values are keys beside the message."""
+    return {"fields": values}
 
 
 def _rank() -> int | None:
@@ -79,7 +85,8 @@ class _Json(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         time = datetime.datetime.fromtimestamp(record.created, datetime.UTC).isoformat(timespec="milliseconds")
-        line = {"time": time, "level": record.levelname, **self._process, "message": record.getMessage()}
+        head = {"time": time, "level": record.levelname, **self._process, "message": record.getMessage()}
+        line = head | getattr(record, "fields", {})
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line)

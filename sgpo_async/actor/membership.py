@@ -19,6 +19,7 @@ from dataclasses import replace
 import numpy as np
 
 from sgpo_async.errors import DeadlineExceeded, HubError, Refusal
+from sgpo_async.logs import fields
 from sgpo_async.session import ReceiverEvent, WeightReceiver
 from sgpo_async.transport import Mailbox
 from sgpo_async.wire.records import Hello, Refused, Welcome
@@ -92,6 +93,7 @@ class Membership:
             self._replace_node()  # the hub has started another weight sender: a Hello was repeated
         self.node.connect(welcome.session_host, welcome.session_port)
         self.serving, self._serving_since = True, time.monotonic()
+        log.info("joined the run at %s", self._dealer.address, extra=fields(event="joined"))
         return True
 
     def refused(self, refusal: Refused) -> None:
@@ -111,7 +113,7 @@ class Membership:
         self._hello_at = now = time.monotonic()
         if not self.serving:
             return
-        log.warning("%s: %s; joining again", self._hello.name, reason)
+        log.warning("%s; joining again", reason)
         self.serving = False
         if now - self._serving_since > PROVEN_S:
             self._absent_since, self._failures, self._last_failure = now, 0, ""

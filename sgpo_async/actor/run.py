@@ -17,7 +17,7 @@ import os
 import signal
 import time
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sgpo_async.actor.membership import Membership
@@ -27,6 +27,7 @@ from sgpo_async.config import Model, Run, from_plain
 from sgpo_async.engines.base import Engine
 from sgpo_async.engines.open import open_engine
 from sgpo_async.errors import HubError
+from sgpo_async.logs import fields
 from sgpo_async.model.folder import load_tokenizer, model_folder, tokenizer_fingerprint
 from sgpo_async.session import Deadlines, WeightReceiver
 from sgpo_async.session.interface import interface_towards
@@ -45,7 +46,7 @@ class ActorOptions:
     """What an inference node decides for itself; everything else comes from the hub."""
 
     hub: str
-    name: str = ""
+    name: str = field(default_factory=lambda: f"actor-{uuid.uuid4().hex[:6]}")  # unique among the run's members
     keys: str = ""
     model: str = ""  # a local copy, where the run's model.path does not resolve on this node
     slots: int = 0  # 0: as the run says
@@ -66,7 +67,7 @@ class Actor:
 
     def __init__(self, options: ActorOptions) -> None:
         self._options = options
-        self._name = options.name or f"actor-{uuid.uuid4().hex[:6]}"
+        self._name = options.name
         self._stopped = False
         self._run_over = False
         self._warm_for: tuple[Model, EngineSettings] | None = None
@@ -95,6 +96,8 @@ class Actor:
         if settings is None:
             return True
         run = self._with_own_options(from_plain(settings.settings))
+        about = fields(event="found", hub=self._options.hub, run=run.name, engine=run.engine.kind)
+        log.info("hub %s, run %s", self._options.hub, run.name, extra=about)
         node = self._start_node(run)  # starts now, because it imports torch while this process loads the engine
         try:
             engine = self._warm(run)
@@ -111,7 +114,7 @@ class Actor:
         try:
             service = Service(mailbox=mailbox, membership=membership, engine=engine, tokenizer=self._tokenizer, run=run)
             reason = service.serve(stopping=lambda: self._stopped)
-            log.info("%s: %s", self._name, reason)
+            log.info("leaves: %s", reason, extra=fields(event="left", reason=reason))
             return service.run_over
         finally:
             membership.close()
@@ -151,7 +154,9 @@ class Actor:
         build_prompt("?", None, tasks=run.tasks, tokenizer=self._tokenizer)  # fail early
         self._engine = self._open_engine(folder, run)
         self._warm_for = run.model, run.engine
-        log.info("%s: engine ready after %.1f s", self._name, time.monotonic() - began)
+        seconds = round(time.monotonic() - began, 1)
+        values = fields(event="engine", seconds=seconds)
+        log.info("engine ready after %.1f s", seconds, extra=values)
         return self._engine
 
     def _open_engine(self, folder: str, run: Run) -> Engine:
@@ -176,7 +181,7 @@ class Actor:
                 )
             if now - asked > ASK_AGAIN_S:
                 if asked == began:
-                    log.info("%s: no answer from %s yet; waiting up to %g s", self._name, address, limit_s)
+                    log.info("no answer from %s yet; waiting up to %g s", address, limit_s)
                 asked = began if asked == -math.inf else now
                 mailbox.send(SettingsRequest())
             for message in mailbox.receive(0.1):

@@ -28,6 +28,7 @@ from sgpo_async.actor.membership import Membership
 from sgpo_async.config import Run
 from sgpo_async.engines.base import Engine, Weights
 from sgpo_async.errors import EngineError, Superseded, WeightsError
+from sgpo_async.logs import fields
 from sgpo_async.rollout.sampler import RolloutSampler, Unservable
 from sgpo_async.session import ReceiverDown, VersionAnnounced, VersionReceived, VersionRejected
 from sgpo_async.transport import Mailbox, ReliableSender
@@ -268,6 +269,8 @@ class Service:
 
     def _send_heartbeat(self, now: float) -> None:
         version = self._engine.version
+        if version is not None and version != self._heartbeat_version:
+            log.debug("weights version %d", version, extra=fields(event="version", version=version))
         self._heartbeat_at, self._heartbeat_version = now, version
         status = self._engine.load_status()
         leases = [task for task, _ in self._held()]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from sgpo_async import logs
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """--hub ADDRESS and the settings of this node; every other setting comes from the hub."""
@@ -61,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     open_files(actors=1)
     options = ActorOptions(
         hub=args.hub,
-        name=args.name,
+        **({"name": args.name} if args.name else {}),
         keys=args.keys,
         model=args.model,
         slots=args.slots,
@@ -72,4 +74,5 @@ def run(args: argparse.Namespace) -> int:
         sglang_urls=tuple(args.sglang_url),
         logs=args.logs,
     )
+    logs.set_up("actor", name=options.name)
     return Actor(options).run()

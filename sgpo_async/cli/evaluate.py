@@ -142,6 +142,7 @@ def parse_samples(arguments: Sequence[str]) -> dict[str, int]:
 
 def _open(settings: Run, word: str, samples: Mapping[str, int]) -> Benchmark:
     from sgpo_async.config import Evaluation
+    from sgpo_async.config.rules import expanded
     from sgpo_async.config.schema import HELD_OUT, BenchmarkFile
     from sgpo_async.tasks.benchmarks import Benchmark, open_benchmark
     from sgpo_async.tasks.sources import open_source
@@ -159,6 +160,7 @@ def _open(settings: Run, word: str, samples: Mapping[str, int]) -> Benchmark:
         known = ", ".join([HELD_OUT, *configured])
         raise ConfigError(f"--benchmark: {word} names no file (NAME=FILE) and none of {known}")
     Evaluation(benchmarks={name: BenchmarkFile(path=path)})  # validates the name
+    path = expanded("--benchmark", path)
     return open_benchmark(name, path if equals else configured[name].path, samples=k)
 
 

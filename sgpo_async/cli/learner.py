@@ -68,7 +68,15 @@ def _address(args: argparse.Namespace, settings: Run) -> str:
 def _train(settings: Run, address: str) -> int:
     from sgpo_async.learner import train
 
-    return train(settings, address)
+    if os.environ["RANK"] != "0":
+        return train(settings, address)
+    from sgpo_async.report.close import close_run
+
+    began = time.time()
+    try:
+        return train(settings, address)
+    finally:
+        close_run(Path(settings.folder), since=began)
 
 
 @contextmanager

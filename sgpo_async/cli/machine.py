@@ -22,7 +22,7 @@ from sgpo_async.engines.sglang.weight_sync.model_facts import ModelFacts, model_
 from sgpo_async.errors import CheckFailed, CheckWarning, SgpoError
 from sgpo_async.local.watch import Watch
 from sgpo_async.model.folder import load_tokenizer, model_folder, tokenizer_fingerprint
-from sgpo_async.model.load import device_of
+from sgpo_async.model.load import device_of, end_token_warning
 from sgpo_async.tasks.benchmarks import open_benchmarks
 from sgpo_async.tasks.prompts import check_prompt
 from sgpo_async.tasks.self_check import check_reward
@@ -77,6 +77,8 @@ def tokenizer(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
             f"its largest id is {largest}, and the model has {facts.vocabulary} tokens",
             "use the tokenizer that came with the model, or resize the model's embeddings",
         )
+    if warning := end_token_warning(facts.skeleton, loaded):
+        raise CheckWarning(warning, "give tokenizer_config.json and generation_config.json the same end token")
     return f"{tokenizer_fingerprint(loaded)}, ids to {largest} of {facts.vocabulary} tokens"
 
 

@@ -1,21 +1,27 @@
 """Entry of every command: find it, parse its arguments, run it, and turn errors into one line and an exit code.
 
 Exit codes: 0 done, 1 the program itself is wrong (traceback), 2 an error that the user can correct, 130 Ctrl-C,
-143 SIGTERM.
+141 nobody reads the output any more (as behind `| head`), 143 SIGTERM.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import io
+import math
 import os
+import select
+import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from sgpo_async import __version__, logs
-from sgpo_async.errors import SgpoError
+from sgpo_async.errors import ConfigError, SgpoError
 from sgpo_async.processes.stacks import print_stacks_on_signal
 
+UNREAD = 128 + signal.SIGPIPE  # exit code
 COMMANDS = {  # each a module of this package with `add_arguments(parser)` and `run(args) -> int`
     "local": "a whole run on this machine: hub, learner under torchrun, actors",
     "learner": "one rank of the learner; start it under torchrun",
@@ -28,6 +34,9 @@ COMMANDS = {  # each a module of this package with `add_arguments(parser)` and `
     "evaluate": "avg@k and pass@k of a model on benchmarks; compares two evaluations",
     "experiment": "methods x settings x seeds with an equal sample budget: tables and figures",
     "data": "splits problems into sets for warm-up, its validation and RL: deduplicated, decontaminated, seeded",
+    "watch": "the live display of a run, from any machine that reaches its hub",
+    "samples": "completions of a run: problem, strategy, rollouts, and where distillation changes them",
+    "chat": "tries a policy on problems, with and without a strategy",
     "report": "writes runs/NAME/report.html from a run's metrics",
     "keys": "makes a folder of keys for a hub that listens beyond loopback",
 }
@@ -36,13 +45,35 @@ COMMANDS = {  # each a module of this package with `add_arguments(parser)` and `
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `sgpo-async ARGV` and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # where the output is not UTF-8
     try:
-        return _dispatch(arguments)
-    except SgpoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+        try:
+            return _dispatch(arguments)
+        except SgpoError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            return 130
+        finally:
+            sys.stdout.flush()  # now, and not when Python ends, where an error cannot be caught
+    except BrokenPipeError:
+        if not _drop_unread():
+            raise
+        return UNREAD
+
+
+def _drop_unread() -> bool:
+    """Whether nobody reads standard output or standard error any more; what is still written there is then dropped."""
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        poll.register(stream.fileno(), 0)  # 0: only errors, such as a pipe without a reader
+    unread = [number for number, _ in poll.poll(0)]
+    for number in unread:
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), number)
+    return bool(unread)
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -65,11 +96,19 @@ def _dispatch(arguments: list[str]) -> int:
     command.add_arguments(parser)
     _add_log_options(parser)
     args = parser.parse_intermixed_args(arguments[1:])
+    _check_finite(args)
     os.environ[logs.FORMAT], os.environ[logs.LEVEL] = args.log_format, args.log_level
     logs.set_up(name, name=getattr(args, "name", None) or "")
     print_stacks_on_signal()
     code: int = command.run(args)
     return code
+
+
+def _check_finite(args: argparse.Namespace) -> None:
+    """Raise ConfigError for an option that is not a number or infinite."""
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"--{name.replace('_', '-')} must be a finite number, got {value}")
 
 
 def _add_log_options(parser: argparse.ArgumentParser) -> None:

@@ -34,8 +34,10 @@ def load_run(args: argparse.Namespace) -> Run:
 
 def config_arguments(args: argparse.Namespace, *more: str) -> list[str]:
     """The arguments that give a child process the same configuration, with the overrides `more` at the end."""
-    files = [word if "=" in word else str(Path(word).resolve()) for word in (args.config, *args.overrides)]
-    return [*files, *more]
+    from sgpo_async.config.load import names_file
+
+    overrides = [str(Path(word).resolve()) if names_file(word) else word for word in args.overrides]
+    return [str(Path(args.config).resolve()), *overrides, *more]
 
 
 def print_dry_run(run: Run, commands: Iterable[Sequence[str]]) -> None:

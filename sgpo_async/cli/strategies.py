@@ -213,18 +213,24 @@ def _server_log(args: argparse.Namespace) -> Path:
 def _served_run(words: Sequence[str]) -> Run:
     """The settings that --serve names. Raises ConfigError."""
     from sgpo_async.config import load
+    from sgpo_async.config.schema import require
 
     run = load("", words)
     own = run.engine.sglang
-    if own.urls:
-        raise ConfigError(
-            f"--serve: engine.sglang.urls names servers that stand already; --url {own.urls[0]}/v1 asks one"
-        )
-    if own.servers > 1:
-        raise ConfigError(
-            f"--serve: launches one server, engine.sglang.servers is {own.servers}; engine.sglang.servers=1, and "
-            "engine.sglang.tp for more GPUs"
-        )
+    require(
+        not own.urls,
+        "--serve: engine.sglang.urls",
+        "must be empty, because --serve launches a server",
+        own.urls,
+        f"to ask a running server, use --url {own.urls[0]}/v1 instead" if own.urls else "",
+    )
+    require(
+        own.servers == 1,
+        "--serve: engine.sglang.servers",
+        "must be 1",
+        own.servers,
+        "set engine.sglang.tp to use more GPUs",
+    )
     return run
 
 
@@ -244,35 +250,34 @@ def _server(args: argparse.Namespace) -> Server:
 
 
 def _extra(text: str) -> dict[str, Any]:
+    from sgpo_async.config.schema import require
+
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"--extra: not JSON ({error}): {text!r:.80}") from None
-    if not isinstance(found, dict):
-        raise ConfigError(f'--extra: an object such as {{"top_p": 0.9}}, not {text!r:.80}')
-    fixed = [name for name in FIXED if name in found]
-    if fixed:
-        raise ConfigError(f"--extra: {', '.join(fixed)} cannot be set there")
-    return found
+        raise ConfigError(f"--extra must be JSON ({error}), got {text!r:.80}") from None
+    require(isinstance(found, dict), "--extra", 'must be a JSON object such as {"top_p": 0.9}', found)
+    for name in FIXED:
+        require(name not in found, "--extra", f"must not contain {name}", found.get(name))
+    return dict(found)
 
 
 def _examine(args: argparse.Namespace) -> OwnServer | None:
-    """Whether the options can be used, before anything is paid for; the server of --serve. Raises ConfigError."""
+    """Check the options before anything is paid for; returns the server of --serve. Raises ConfigError."""
+    from sgpo_async.config.schema import require
+
     for name in ("candidates", "concurrency", "max_tokens"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')}: at least 1, not {getattr(args, name)}")
-    if not args.timeout > 0:
-        raise ConfigError(f"--timeout: more than 0 seconds, not {args.timeout:g}")
+        require(getattr(args, name) >= 1, f"--{name.replace('_', '-')}", "must be >= 1", getattr(args, name))
+    require(args.timeout > 0, "--timeout", "must be > 0", args.timeout)
     _extra(args.extra)
     if args.url is None and args.serve is None:
-        raise ConfigError("neither --url nor --serve is given; name a server, or launch one")
-    if args.url is not None and args.serve is not None:
-        raise ConfigError(f"both --url {args.url} and --serve; leave one of them out")
-    if args.library.suffix not in FORMATS:
-        raise ConfigError(f"--library: {args.library}: its name has to end in {' or '.join(FORMATS)}")
+        raise ConfigError("--url or --serve must be given; name a server with --url, or launch one with --serve")
+    require(args.url is None or args.serve is None, "--serve", "must not be given with --url", args.url)
+    rule = f"must be a file name that ends in {' or '.join(FORMATS)}"
+    require(args.library.suffix in FORMATS, "--library", rule, str(args.library))
     read = [Path(name).resolve() for name in (*args.files, args.work) if name]
-    if args.library.resolve() in read:
-        raise ConfigError(f"--library: {args.library}: is read as well, and would be overwritten; name another file")
+    rule = "must not be a file that the command reads, because it would be overwritten"
+    require(args.library.resolve() not in read, "--library", rule, str(args.library))
     return None if args.serve is None else _own_server(args)
 
 
@@ -282,21 +287,21 @@ def _with_responses(files: Sequence[str]) -> list[Problem]:
 
     problems = {key_of(problem): problem for file in files for problem in read_problems(file) if problem.response}
     if not problems:
-        raise DataError(f"{', '.join(files)}: no problem has a response, from which strategies are made")
+        raise DataError(f"{', '.join(files)}: at least one problem must have a response; add the column 'response'")
     return list(problems.values())
 
 
 def _work_file(args: argparse.Namespace) -> Path:
     path = Path(args.files[0])
     if len(args.files) > 1 or not path.is_file():
-        raise DataError(f"{' '.join(args.files)}: name one work file that `extract` wrote")
+        raise DataError(f"FILE must be one work file that `extract` wrote, got {' '.join(args.files)!r}")
     return path
 
 
 def _need(args: argparse.Namespace, *names: str) -> None:
     for name in names:
         if getattr(args, name) is None:
-            raise ConfigError(f"strategies {args.action}: --{name} is missing; see sgpo-async strategies --help")
+            raise ConfigError(f"--{name} must be given to strategies {args.action}; see sgpo-async strategies --help")
 
 
 def _show(journal: Journal, args: argparse.Namespace) -> None:

@@ -30,8 +30,9 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sgpo_async.config.load import check_keys, load, read_yaml
-from sgpo_async.config.schema import Run, require
+from sgpo_async.config.load import load, read_yaml
+from sgpo_async.config.rules import PATH, require, require_finite
+from sgpo_async.config.schema import Run
 from sgpo_async.errors import ConfigError
 
 BASE = "base:"  # prefix in `model.path` for the name of a base
@@ -55,7 +56,7 @@ class Base:
     built-in domain (see `sgpo_async.tasks.pretrain`), from random weights or from `start`.
     """
 
-    start: str = ""  # path of a model, or base:NAME
+    start: str = field(default="", metadata=PATH)  # path of a model, or base:NAME
     train: Overrides = field(default_factory=dict)
     seed: int = 7
     steps: int = 1200
@@ -93,7 +94,7 @@ class Experiment:
 
     name: str
     title: str = ""
-    config: str = ""
+    config: str = field(default="", metadata=PATH)
     common: Overrides = field(default_factory=dict)
     bases: dict[str, Base] = field(default_factory=dict)
     settings: dict[str, Overrides] = field(default_factory=dict)  # none: one setting without a name
@@ -104,6 +105,9 @@ class Experiment:
     figures: list[Figure] | None = None  # default: every kind of figure in every setting, of all methods
 
     def __post_init__(self) -> None:
+        require_finite(self)
+        for name, base in self.bases.items():
+            require_finite(base, f"bases.{name}.")
         require(bool(self.name) and "/" not in self.name, "name", "must be a folder name without /", self.name)
         require(bool(self.methods), "methods", "must name at least one method", self.methods)
         require(bool(self.seeds), "seeds", "must name at least one seed", self.seeds)
@@ -205,8 +209,7 @@ def load_experiment(path: str | Path) -> Experiment:
     Raises ConfigError, one line: file, key path, rule, value.
     """
     path = Path(path)
-    content = read_yaml(path)
-    check_keys(str(path), content, Experiment, "")
+    content = read_yaml(path, Experiment)
     try:
         experiment = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Experiment), content))
     except OmegaConfBaseException as error:

@@ -1,65 +1,46 @@
 """Read a YAML file and `key=value` overrides into one frozen `Run`, or raise an error of one line.
 
-Only this module and experiment.py use OmegaConf: all other modules see typed, validated dataclasses.
+A setting that is a text has exactly the characters that were typed, and ~ is expanded where it is a path. Only this
+module and experiment.py use OmegaConf: all other modules see typed, validated dataclasses.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sgpo_async.config.layers import Layer, parse_text, parse_yaml, read_layer
+from sgpo_async.config.rules import expanded
 from sgpo_async.config.schema import Run
 from sgpo_async.errors import ConfigError
-
-
-class DuplicateKey(yaml.MarkedYAMLError):
-    """A key occurs twice in its section."""
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1, but dates stay text, and a duplicate key is an error: YAML would silently use the last one.
-
-    YAML 1.1 reads 1e-6 as text. OmegaConf converts it to a number where the field is a number.
-    """
-
-    yaml_implicit_resolvers: ClassVar = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Raises DuplicateKey at the second occurrence of a key."""
-        known: set[tuple[str, str]] = set()
-        for key, _ in node.value:
-            name = (key.tag, str(key.value))
-            if name in known:
-                raise DuplicateKey(problem=f"{key.value} occurs twice in its section", problem_mark=key.start_mark)
-            known.add(name)
-        return super().construct_mapping(node, deep)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     """Read the YAML file at `path`, apply the overrides in their order, validate, return the run.
 
-    An empty path means the defaults. An override is `key=value`, or another YAML file, e.g. configs/paper.yaml.
+    An empty path means the defaults. An override is `key=value`, or another YAML file, e.g. configs/paper.yaml. The
+    name of an existing file means this file, also if it contains "=".
 
     Raises ConfigError, one line: file or override, key path, rule and value, or the nearest valid key.
     """
-    layers = [(str(path), read_yaml(Path(path)))] if path else []
+    layers = [read_layer(Path(path))] if path else []
     for override in overrides:
-        if "=" not in override and override.endswith((".yaml", ".yml")):
-            layers.append((override, read_yaml(Path(override))))
-        else:
-            layers.append((f"argument {override!r}", _parse_override(override)))
+        layers.append(read_layer(Path(override)) if names_file(override) else _parse_override(override))
     return _build(layers)
+
+
+def names_file(override: str) -> bool:
+    """Whether this override is a YAML file, not `key=value`."""
+    return os.path.isfile(override) or ("=" not in override and override.endswith((".yaml", ".yml")))  # noqa: PTH113
 
 
 def to_plain(run: Run) -> dict[str, Any]:
@@ -78,7 +59,7 @@ def by_key_path(plain: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
 
 def from_plain(plain: Mapping[str, Any]) -> Run:
     """The inverse of `to_plain`, with the same validation."""
-    return _build([("settings", dict(plain))])
+    return _build([Layer("settings", dict(plain), {})])
 
 
 def to_yaml(run: Run) -> str:
@@ -86,50 +67,46 @@ def to_yaml(run: Run) -> str:
     return yaml.safe_dump(to_plain(run), sort_keys=False)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises ConfigError, one line with file and line number."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); name an existing YAML file") from None
-    try:
-        content = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f":{where.line + 1}" if where else ""
-        raise ConfigError(f"{path}{line}: {_reason(error)}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: must hold sections with keys, got a {type(content).__name__}")
-    return content
+def read_yaml(path: Path, schema: type) -> dict[str, Any]:
+    """The keys in a YAML file, with texts as typed and with ~ expanded in paths.
+
+    Raises ConfigError, one line with file and line number, also for a key that `schema`, a dataclass, does not have.
+    """
+    return _resolved(read_layer(path), schema)
 
 
-def _parse_override(override: str) -> dict[str, Any]:
+def _parse_override(override: str) -> Layer:
     key, equals, text = override.partition("=")
+    place = f"argument {override!r:.200}"
     if not equals or not key.strip():
-        raise ConfigError(f"argument {override!r}: an override must look like key=value, e.g. optim.lr=3e-4")
-    try:
-        value = yaml.load(text, Loader=_Loader) if text else ""
-    except yaml.YAMLError as error:
-        raise ConfigError(f"argument {override!r}: {_reason(error)}") from None
-    *sections, last = key.strip().split(".")
-    layer: dict[str, Any] = {last: value}
+        raise ConfigError(f"{place}: an override must look like key=value, e.g. optim.lr=3e-4")
+    path = key.strip().split(".")
+    value, typed = parse_text(text) if _type_of(path) is str else parse_yaml(text, place)
+    *sections, last = path
+    values: dict[str, Any] = {last: value}
+    typed = {last: typed}
     for section in reversed(sections):
-        layer = {section: layer}
-    return layer
+        values, typed = {section: values}, {section: typed}
+    return Layer(place, values, typed)
 
 
-def _reason(error: yaml.YAMLError) -> str:
-    problem = str(getattr(error, "problem", None) or error)
-    return f"{problem}; keep one of them" if isinstance(error, DuplicateKey) else f"is not YAML ({problem})"
+def _type_of(path: Sequence[str]) -> Any:
+    """The type of the setting at this key path; None if there is no such setting."""
+    kind: Any = Run
+    for key in path:
+        section: Any = kind
+        kind = _hints(section).get(key, (None, False))[0] if dataclasses.is_dataclass(kind) else _value_type(kind)
+    return kind
 
 
-def _build(layers: Sequence[tuple[str, dict[str, Any]]]) -> Run:
-    for place, layer in layers:
-        check_keys(place, layer, Run, "")
+def _value_type(kind: Any) -> Any:
+    """The type of the values, if `kind` is that of a mapping, else None."""
+    return get_args(kind)[1] if get_origin(kind) is dict else None
+
+
+def _build(layers: Sequence[Layer]) -> Run:
     try:
-        run = OmegaConf.to_object(_merge(layers))
+        run = OmegaConf.to_object(_merge([(layer.place, _resolved(layer, Run)) for layer in layers]))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error.msg).splitlines()[0]}") from None
     assert isinstance(run, Run)
@@ -155,22 +132,44 @@ def _structured(schema: type[Run]) -> Any:
     return OmegaConf.structured(schema)
 
 
-def check_keys(place: str, layer: Mapping[str, Any], section: type, prefix: str) -> None:
-    """Raise ConfigError for an unknown key. OmegaConf would do so too, but without naming the nearest valid key.
+def _resolved(layer: Layer, schema: type) -> dict[str, Any]:
+    """The values of a layer: texts as typed, with ~ expanded in paths. Raises ConfigError, also for unknown keys."""
+    try:
+        return _section(layer.values, layer.typed, schema, "")
+    except ConfigError as error:
+        raise ConfigError(f"{layer.place}: {error}") from None
 
-    Args:
-        place: file or override that `layer` comes from.
-        prefix: path of the section, with a dot at its end; "" for the whole configuration.
-    """
-    hints = get_type_hints(section)
-    for key, value in layer.items():
-        path = f"{prefix}{key}"
-        if key not in hints:
+
+def _section(values: Mapping[str, Any], typed: Any, schema: type, prefix: str) -> dict[str, Any]:
+    """The values of one section. `typed`: as in Layer; `prefix`: the section's key path with a dot behind it, or ""."""
+    hints = _hints(schema)
+    found = {}
+    for key, value in values.items():
+        path, inner = f"{prefix}{key}", typed.get(key) if isinstance(typed, Mapping) else None
+        if key not in hints:  # OmegaConf would raise an error, too, but without naming the nearest valid key
             near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(sorted(hints))}"
-            raise ConfigError(f"{place}: unknown key {path}; {hint}")
-        inner = hints[key]
-        if dataclasses.is_dataclass(inner):
-            if not isinstance(value, Mapping):
-                raise ConfigError(f"{place}: {path} must be a section with keys, got {value!r}")
-            check_keys(place, value, inner, f"{path}.")  # type: ignore[arg-type]
+            raise ConfigError(f"unknown key {path}; {hint}")
+        kind, is_path = hints[key]
+        found[key] = _value(value, inner, kind, path)
+        if is_path and isinstance(found[key], str):
+            found[key] = expanded(path, found[key])
+    return found
+
+
+def _value(value: Any, typed: Any, kind: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{path} must be a section with keys, got {value!r}")
+        return _section(value, typed, kind, f"{path}.")  # type: ignore[arg-type]
+    if _value_type(kind) is not None and isinstance(value, Mapping):
+        named = typed if isinstance(typed, Mapping) else {}
+        return {key: _value(one, named.get(key), _value_type(kind), f"{path}.{key}") for key, one in value.items()}
+    return typed if kind is str and isinstance(typed, str) and value is not None else value
+
+
+@cache
+def _hints(schema: type) -> dict[str, tuple[Any, bool]]:
+    """For each key of a section its type, and whether it is a path."""
+    types = get_type_hints(schema)
+    return {one.name: (types[one.name], one.metadata.get("path", False)) for one in dataclasses.fields(schema)}

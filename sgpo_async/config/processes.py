@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from sgpo_async.config.rules import host_of, require
+from sgpo_async.config.rules import PATH, host_of, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +13,9 @@ class Hub:
     """The hub's address, its timeouts, and how stale a rollout may be."""
 
     address: str = "tcp://127.0.0.1:5757"
-    keys: str = ""  # folder of CURVE keys (`sgpo-async keys DIR`); required beyond loopback
+    keys: str = field(
+        default="", metadata=PATH
+    )  # folder of CURVE keys (`sgpo-async keys DIR`); required beyond loopback
     max_lag: int = 2  # eta: a batch holds no token that is more versions old than this; 0 is synchronous
     heartbeat_s: float = 1.0
     # How often an actor reports what its running rollouts have sampled. If it is killed, other actors continue them
@@ -59,7 +61,8 @@ class Hub:
 class Sglang:
     """The SGLang servers of each actor, for engine.kind=sglang. They run in a Python environment of their own."""
 
-    python: str = ".venv-sglang/bin/python"  # of that environment (on a CPU: `make sglang-cpu`)
+    # Of that environment (on a CPU: `make sglang-cpu`).
+    python: str = field(default=".venv-sglang/bin/python", metadata=PATH)
     servers: int = 1  # servers that an actor launches: data parallel
     tp: int = 1  # tensor parallel ranks of each server
     urls: list[str] = field(default_factory=list)  # servers to attach to instead of launching; for one actor only
@@ -69,7 +72,8 @@ class Sglang:
     # How a new weight version reaches the servers: in HTTP requests, by a collective with the learner's weight sender,
     # or through a folder.
     transport: Literal["tensor", "distributed", "disk"] = "tensor"
-    folder: str = ""  # transport=disk: folder from which servers read versions; default: a local temporary folder
+    # transport=disk: folder from which servers read versions; default: a local temporary folder.
+    folder: str = field(default="", metadata=PATH)
     # What happens to running generations when a new version arrives. abort-resume: they stop and continue under the new
     # version from the tokens that they have; retract: SGLang keeps them and recomputes their keys and values;
     # in-place: they continue with the old keys and values.

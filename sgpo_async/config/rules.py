@@ -1,8 +1,16 @@
-"""The checks that every section of the configuration uses, and the text of their errors."""
+"""The checks that every section of the configuration uses, the text of their errors, and what marks a setting."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import os
+from typing import Any
+
 from sgpo_async.errors import ConfigError
+
+PATH = {"path": True}  # metadata of a setting that names a file or a folder: ~ in it is expanded
+INFINITE = {"infinite": True}  # metadata of a number that may be .inf; every other one must be finite
 
 
 def require(holds: bool, path: str, rule: str, value: object, remedy: str = "") -> None:
@@ -15,6 +23,25 @@ def require(holds: bool, path: str, rule: str, value: object, remedy: str = "") 
     """
     if not holds:
         raise ConfigError(f"{path} {rule}, got {value!r}" + (f"; {remedy}" if remedy else ""))
+
+
+def require_finite(section: Any, prefix: str = "") -> None:
+    """Raise ConfigError unless every float in this section, and in those within it, is a number and finite."""
+    for setting in dataclasses.fields(section):
+        value, path = getattr(section, setting.name), f"{prefix}{setting.name}"
+        if dataclasses.is_dataclass(value):
+            require_finite(value, f"{path}.")
+        for number in value if isinstance(value, list) else [value]:
+            allowed = number == math.inf and setting.metadata.get("infinite", False)
+            finite = not isinstance(number, float) or math.isfinite(number) or allowed
+            require(finite, path, "must be a finite number", number)
+
+
+def expanded(path: str, value: str) -> str:
+    """The file or folder that the setting `path` names, with ~ expanded. Raises ConfigError for an unknown ~USER."""
+    found = os.path.expanduser(value)  # noqa: PTH111 (Path would remove ./ and trailing slashes, which hub names lack)
+    require(not found.startswith("~"), path, "must not begin with ~, because there is no such home folder", value)
+    return found
 
 
 def host_of(path: str, address: str) -> str:

@@ -5,9 +5,10 @@
     processes.py    hub, engine, local
     schema.py       the run, model, tasks, rollout, evaluation; exports every section
 
-Each class is one section of the YAML file. A rule about one section is checked in the `__post_init__` of its class, by
-`require`; rules across sections are checked in `Run.__post_init__`. No other module validates the configuration, except
-against what only a loaded model, an experiment file or the machine can tell.
+Each class is one section of the YAML file. A setting that names a file or a folder has the metadata PATH, and load.py
+expands ~ in it. A rule about one section is checked in the `__post_init__` of its class, by `require`; rules across
+sections, and that numbers are finite, are checked in `Run.__post_init__`. No other module validates the configuration,
+except against what only a loaded model, an experiment file or the machine can tell.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
 from sgpo_async.config.processes import Engine, Hub, Local, Sglang
-from sgpo_async.config.rules import host_of, require
+from sgpo_async.config.rules import PATH, host_of, require, require_finite
 from sgpo_async.config.training import BANDS, Algorithm, Correction, CorrectionMode, Learner, Optim, Sft
 
 __all__ = [
@@ -59,8 +60,14 @@ BYTES_PER_TOKEN = 8  # of a rollout: token id and log-probability; each reported
 class Model:
     """The policy."""
 
-    path: str = "builtin:cues"  # the built-in base policy, a Hugging Face folder, or a hub name
+    # The built-in base policy, a Hugging Face folder, or a hub name.
+    path: str = field(default="builtin:cues", metadata=PATH)
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights that are sent to the engines
+
+
+def is_own_name(name: str) -> bool:
+    """Whether `name` has the form MODULE:NAME."""
+    return bool(re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +75,7 @@ class Tasks:
     """The source of the problems, and how a prompt is built from a problem."""
 
     source: Literal["cues", "file"] = "cues"
-    path: str = ""  # source=file: JSONL, CSV, Parquet, or a Hugging Face dataset
+    path: str = field(default="", metadata=PATH)  # source=file: JSONL, CSV, Parquet, or a Hugging Face dataset
     dataset_config: str = ""  # configuration of a Hugging Face dataset, e.g. main
     split: str = ""  # split of a Hugging Face dataset; "": train
     columns: dict[str, str] = field(default_factory=dict)  # our names -> those of the file, e.g. {problem: question}
@@ -83,6 +90,11 @@ class Tasks:
         ""  # math, ..., module:function, or {name: weight, ...}; "": the source's verifier (docs/own-tasks.md)
     )
     solved_at: float = 1.0  # a rollout is correct if its reward is at least this
+    # module:Class of an environment, which replies to completions until the episode is over and gives the reward; "": a
+    # completion is judged by itself. rollout.max_new_tokens is the limit of an episode, with the replies.
+    environment: str = ""
+    max_turns: int = 8  # most completions in an episode
+    reply_role: Literal["user", "tool"] = "user"  # prompt=chat: the role of the environment's replies
     reward_workers: int = 2  # processes of each actor that judge completions
     reward_limit_s: float = 3.0  # a completion that takes longer to judge has reward 0
     reward_memory_mb: int = 2048  # limit of each of these processes; a completion that needs more has reward 0; 0: none
@@ -115,6 +127,19 @@ class Tasks:
             "must be <= 1 without tasks.reward, because verifiers give 1 or 0",
             self.solved_at,
         )
+        require(self.max_turns >= 1, "tasks.max_turns", "must be >= 1", self.max_turns)
+        require(
+            not (self.environment and self.reward),
+            "tasks.reward",
+            "must be empty with tasks.environment, which gives the rewards",
+            self.reward,
+        )
+        require(
+            not self.environment or is_own_name(self.environment),
+            "tasks.environment",
+            "must be MODULE:CLASS",
+            self.environment,
+        )
         self._check_reward()
         self._check_prompt()
         unknown = sorted(self.columns.keys() - set(COLUMNS))
@@ -138,9 +163,9 @@ class Tasks:
         )
 
     def _check_prompt(self) -> None:
-        own = re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", self.prompt)
+        own = is_own_name(self.prompt)
         require(
-            self.prompt in ("plain", "chat") or bool(own),
+            self.prompt in ("plain", "chat") or own,
             "tasks.prompt",
             "must be plain, chat, or MODULE:FUNCTION",
             self.prompt,
@@ -189,7 +214,7 @@ class Rollout:
 class BenchmarkFile:
     """A benchmark in a file; docs/evaluation.md describes the layouts."""
 
-    path: str  # JSONL, CSV or Parquet
+    path: str = field(metadata=PATH)  # JSONL, CSV or Parquet
     samples: int = 0  # completions of each problem, the k of avg@k; 0: evaluation.samples
 
     def __post_init__(self) -> None:
@@ -226,7 +251,7 @@ class Run:
     """One training run."""
 
     name: str = "run"
-    out: str = "runs"  # everything the run writes is below out/name
+    out: str = field(default="runs", metadata=PATH)  # everything the run writes is below out/name
     seed: int = 0
     steps: int = 100
     model: Model = field(default_factory=Model)
@@ -242,6 +267,7 @@ class Run:
     local: Local = field(default_factory=Local)
 
     def __post_init__(self) -> None:
+        require_finite(self)
         require(bool(self.name) and "/" not in self.name, "name", "must be a folder name without /", self.name)
         require(self.steps >= 1, "steps", "must be >= 1", self.steps)
         require(

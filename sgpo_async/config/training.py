@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from sgpo_async.config.rules import require
+from sgpo_async.config.rules import INFINITE, PATH, require
 
 CorrectionMode = Literal["none", "token", "token-mask", "prefix", "sequence", "sequence-geometric"]
 BANDS = ("token-mask", "sequence-geometric")  # modes that mask every ratio outside [1/bound, bound]
@@ -16,7 +16,7 @@ class Correction:
     """Off-policy correction of one loss term (see `sgpo_async.algorithm.correction`)."""
 
     mode: CorrectionMode = "token"
-    bound: float = 2.0
+    bound: float = field(default=2.0, metadata=INFINITE)  # >= 1; .inf: weights are not bounded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +138,7 @@ class Optim:
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 0.0
-    grad_clip: float = 1.0
+    grad_clip: float = field(default=1.0, metadata=INFINITE)  # of the gradient's norm; .inf: not clipped
     warmup_steps: int = 0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
 
@@ -173,7 +173,9 @@ class Learner:
     # Log an alarm when |log pi - log mu| at lag 0, where engine and learner hold the same weights, has a larger mean
     # over many tokens than this, in nats. 0: 1e-4 where both compute in float32, 0.05 where one of them computes in
     # bfloat16; .inf: never.
-    mismatch_bound: float = 0.0
+    mismatch_bound: float = field(default=0.0, metadata=INFINITE)
+    samples: int = 1  # problems of a step whose completions are kept in runs/NAME/samples.jsonl; 0: none
+    samples_mb: int = 16  # when the file is larger, every second of its steps is deleted, and half as many are added
 
     def __post_init__(self) -> None:
         require(self.problems_per_step >= 1, "learner.problems_per_step", "must be >= 1", self.problems_per_step)
@@ -182,6 +184,8 @@ class Learner:
         require(self.checkpoint_minutes >= 0, "learner.checkpoint_minutes", "must be >= 0", self.checkpoint_minutes)
         require(self.keep_checkpoints >= 1, "learner.keep_checkpoints", "must be >= 1", self.keep_checkpoints)
         require(self.mismatch_bound >= 0, "learner.mismatch_bound", "must be >= 0", self.mismatch_bound)
+        require(self.samples >= 0, "learner.samples", "must be >= 0", self.samples)
+        require(self.samples_mb >= 1, "learner.samples_mb", "must be >= 1", self.samples_mb)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,8 +196,9 @@ class Sft:
     and learner.precision from the other sections.
     """
 
-    path: str = ""  # problems with responses, in a form of tasks.path; default: tasks.path without held-out problems
-    validation: str = ""  # a separate validation file; default: a random part of `path`
+    # Problems with responses, in a form of tasks.path; default: tasks.path without held-out problems.
+    path: str = field(default="", metadata=PATH)
+    validation: str = field(default="", metadata=PATH)  # a separate validation file; default: a random part of `path`
     validation_share: float = 0.1
     problems: int = 1024  # tasks.source=cues: how many are generated
     epochs: int = 10
@@ -201,7 +206,8 @@ class Sft:
     lr: float = 1e-5
     warmup_ratio: float = 0.1  # of all steps
     schedule: Literal["constant", "linear", "cosine"] = "cosine"  # inferred: the paper names no schedule
-    max_tokens: int = 16384  # of prompt and response; longer examples are dropped and counted
+    # Of prompt and response; longer examples, or examples beyond the model's positions, are dropped and counted.
+    max_tokens: int = 16384
     validate_every: int = 0  # steps; 0: at the end of each epoch
 
     def __post_init__(self) -> None:

@@ -26,7 +26,7 @@ from sgpo_async.engines.sequences import Running, Sequence
 from sgpo_async.engines.validation import validate
 from sgpo_async.errors import EngineError, WeightsError
 from sgpo_async.model import parameters
-from sgpo_async.model.load import end_tokens, load_model, longest
+from sgpo_async.model.load import end_tokens, load_model, longest, tokenizer_of
 
 _MAX_WAIT_STEPS = 8  # steps that a request waits for others to fill a batch
 
@@ -79,7 +79,8 @@ class EmbeddedEngine:
     ) -> EmbeddedEngine:
         """Engine of the model at `path`; see `model.load.load_model` for arguments and errors."""
         model = load_model(path, device=device, dtype=dtype)
-        return cls(model, digest=digest, slots=slots, deterministic=deterministic)
+        ends = end_tokens(model, tokenizer_of(path))
+        return cls(model, digest=digest, slots=slots, end_ids=ends, deterministic=deterministic)
 
     def submit(self, request: Generate | Score) -> None:
         """Queue a request. Raises EngineError if it is invalid, or while no verified weights are loaded."""

@@ -26,7 +26,9 @@ def batch_metrics(groups: Sequence[CompletedGroup], *, version: int) -> dict[str
 
 def lag(groups: Sequence[CompletedGroup], *, version: int) -> dict[str, Any]:
     """Mean, maximum and histogram {lag: number of tokens} of `version` minus the version of each token."""
-    lags = np.concatenate([version - rollout.token_versions() for group in groups for rollout in group.rollouts])
+    lags = np.concatenate(
+        [version - rollout.token_versions()[rollout.sampled] for group in groups for rollout in group.rollouts]
+    )
     values, counts = np.unique(lags, return_counts=True)
     histogram = {str(value): int(count) for value, count in zip(values, counts, strict=True)}
     return {"mean": float(lags.mean()), "max": int(lags.max()), "histogram": histogram}

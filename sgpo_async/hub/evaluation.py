@@ -21,7 +21,7 @@ from sgpo_async.rollout.completed import CompletedGroup
 from sgpo_async.tasks.base import Problem
 from sgpo_async.tasks.benchmarks import Benchmark
 from sgpo_async.tasks.task_sampler import TaskSampler
-from sgpo_async.wire.records import BenchmarkScore, Evaluated, Lease
+from sgpo_async.wire.records import OBSERVED, BenchmarkScore, Evaluated, Lease
 
 RESAMPLES = 1000  # bootstrap resamples; few, because the hub's only thread computes them
 
@@ -120,7 +120,9 @@ def summarise_round(
     """
     benchmark_of = [task_sampler.benchmark(group.number) for group in groups]
     held_out = [group for group, benchmark in zip(groups, benchmark_of, strict=True) if benchmark is None]
-    versions = [rollout.versions for group in groups for rollout in group.rollouts] or [np.array([requested])]
+    versions = [rollout.versions[rollout.versions != OBSERVED] for group in groups for rollout in group.rollouts] or [
+        np.array([requested])
+    ]
     scores = []
     for benchmark in task_sampler.benchmarks:
         own = [group for group, owner in zip(groups, benchmark_of, strict=True) if owner is benchmark]

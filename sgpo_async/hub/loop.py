@@ -23,6 +23,7 @@ from typing import Protocol
 
 from sgpo_async.errors import DeadlineExceeded, WireError
 from sgpo_async.hub import events as ev
+from sgpo_async.hub.announce import Announcer
 from sgpo_async.hub.core import HubCore
 from sgpo_async.hub.journal import Journal
 from sgpo_async.hub.recovery import save, write_event
@@ -37,6 +38,7 @@ TICK_S = 0.1
 SENDER_STOP_S = 1.0  # timeout for the end of a weight sender after it was killed
 COMMIT_S = 1.0  # longest time without a commit of the journal
 LINGER_S = 0.3  # time for the last messages to be delivered
+WATCHING_S = 5.0  # who has asked for the status so recently follows the run
 
 
 class SenderHandle(Protocol):
@@ -77,6 +79,8 @@ class Loop:
         self._stopping: list[Future[None]] = []
         self._committed_at = time.monotonic()
         self._shutdown_reason = ""  # empty while the hub runs
+        self._announcer = Announcer(core)
+        self._watchers: dict[bytes, float] = {}  # who has asked for the status, and when
 
     def run(self, *, interrupted: Callable[[], str]) -> str:
         """Run until the core shuts down; return the reason.
@@ -116,6 +120,10 @@ class Loop:
             effects += self._core.handle(event, now)
         if self._journal:
             self._write(self._journal, now_needed=bool(effects))
+        self._announcer.look(event for event, _ in group)
+        for event, _ in group:
+            if isinstance(event, ev.Received) and isinstance(event.message, wire.StatusRequest):
+                self._watchers[event.member] = time.monotonic()
         for effect in effects:
             self._carry_out(effect)
 
@@ -142,6 +150,8 @@ class Loop:
                 log.warning("%s", text)
             case ev.Shutdown(reason):
                 self._shutdown_reason = reason
+                self._announcer.ended(reason)
+                self._tell_watchers()
 
     def _send(self, member: bytes, message: wire.Message) -> None:
         """Send a message. An unreachable member is not an error here: the core removes members that stay silent."""
@@ -149,6 +159,12 @@ class Loop:
             self._mailbox.send(member, message)
         except WireError as error:  # the message is too large; tell the member, which may be waiting for it
             self._mailbox.send(member, wire.Refused(reason=str(error)))
+
+    def _tell_watchers(self) -> None:
+        """Send the last status to those who follow the run; they could not ask for it any more."""
+        recent = time.monotonic() - WATCHING_S
+        for member in [member for member, asked in self._watchers.items() if asked > recent]:
+            self._send(member, wire.Status(status=self._core.status()))
 
     def _sender_events(self) -> list[ev.Event]:
         events: list[ev.Event] = []

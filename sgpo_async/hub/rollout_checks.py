@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sgpo_async.wire.records import Lease, PartialRollout, Progress, Rollout
+from sgpo_async.wire.records import OBSERVED, Lease, PartialRollout, Progress, Rollout
 
 TOLERANCE = 1e-3  # a log-probability may be so far above 0, by rounding
 LOWEST = -1e4  # no engine samples a token of a lower log-probability
@@ -97,10 +97,18 @@ def _spans(lease: Lease, rollout: Rollout, limits: Limits) -> str | None:
     ends = rollout.ends
     if not len(ends) or ends[0] < 1 or ends[-1] != len(rollout.tokens) or (ends[1:] <= ends[:-1]).any():
         return "ends of spans do not increase from 1 to the number of tokens"
+    if rollout.versions[0] == OBSERVED:
+        return "tokens must begin with one that the policy sampled"
+    if (rollout.logprobs[~rollout.sampled] != 0).any():
+        return "logprobs of tokens that an environment wrote must be 0"
     return _versions(lease, rollout.versions, limits)
 
 
 def _versions(lease: Lease, versions: np.ndarray, limits: Limits) -> str | None:
+    if lease.turns:
+        versions = versions[versions != OBSERVED]
+    if not len(versions):
+        return None  # of a report between two turns
     if versions.min() < lease.min_version:
         return "tokens are older than the lease's min_version"
     if versions.max() > limits.newest:

@@ -23,6 +23,7 @@ from sgpo_async.hub.core import HubCore
 from sgpo_async.hub.journal import Journal
 from sgpo_async.hub.loop import Loop
 from sgpo_async.hub.recovery import recover
+from sgpo_async.logs import fields
 from sgpo_async.model.folder import model_folder
 from sgpo_async.processes.signals import Signals
 from sgpo_async.session import WeightSender
@@ -78,6 +79,8 @@ def serve(run: Run) -> int:
             journal=journal,
             clock=lambda: time.monotonic() - began,
         )
+        about = fields(event="listening", address=router.address, run=run.name, steps=run.steps)
+        log.info("listening at %s for run %s of %d steps", router.address, run.name, run.steps, extra=about)
         if journal:
             journal.set("address", router.address.encode())
             if elapsed:

@@ -26,7 +26,7 @@ from sgpo_async.hub.ledger import Ledger
 from sgpo_async.hub.training import Training
 from sgpo_async.rollout.completed import CompletedGroup
 from sgpo_async.tasks.task_sampler import TaskSampler
-from sgpo_async.wire.records import BenchmarkScore, Evaluated, Rollout
+from sgpo_async.wire.records import OBSERVED, BenchmarkScore, Evaluated, Rollout
 
 FORMAT = 2
 DTYPES = ("<i4", "<f4")  # the index is the MessagePack extension code
@@ -160,7 +160,8 @@ def _load_ledger(saved: dict[str, Any]) -> Ledger:
 
 
 def _shift_versions(rollout: Rollout, shift: int) -> Rollout:
-    return replace(rollout, versions=rollout.versions + np.int32(shift))
+    versions = rollout.versions
+    return replace(rollout, versions=np.where(versions == OBSERVED, versions, versions + np.int32(shift)))
 
 
 def _plain(record: Rollout | Ledger) -> dict[str, Any]:

@@ -39,6 +39,7 @@ class CoreState(Protocol):
     restarts: int
     moved: int
     stall: StallWatch
+    closing: tuple[str, float] | None
     started: float
     now: float
 
@@ -84,6 +85,7 @@ def status(core: CoreState) -> dict[str, Any]:
         "leases_moved": core.moved,
         "uptime_s": core.now - core.started,
         "stalled": core.stall.stalled,  # who holds up the run, if there was no progress for hub.stall_s
+        "closing": core.closing[0] if core.closing else "",  # why the run is ending
     }
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from sgpo_async.config.schema import Algorithm
 from sgpo_async.learner.objectives import OBJECTIVES
-from sgpo_async.learner.objectives.base import Distillation, Likelihood, PolicyGradient, TaskGroup
+from sgpo_async.learner.objectives.base import Distillation, Likelihood, PolicyGradient, TaskGroup, rollout_after
 from sgpo_async.learner.packing import Tokens
 from sgpo_async.wire.records import Rollout, Shard
 
@@ -37,8 +37,8 @@ class Sequences(NamedTuple):
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """The number of completion tokens of each kind."""
-        a, k, n = (sum(len(item.student.completion) for item in kind) for kind in self)
+        """The number of trained tokens of each kind."""
+        a, k, n = (sum(len(item.student.targets) for item in kind) for kind in self)
         return a, k, n
 
     def part(self, order: Iterable[int]) -> Sequences:
@@ -64,8 +64,8 @@ class Batch:
 
 
 def lags(rollout: Rollout, version: int) -> np.ndarray:
-    """Compute the lag of each token, the number of versions that it is behind `version`: [T]."""
-    return version - rollout.token_versions()
+    """Compute the lag of each sampled token, the number of versions that it is behind `version`: [C]."""
+    return version - rollout.token_versions()[rollout.sampled]
 
 
 def from_shard(
@@ -101,7 +101,7 @@ def from_shard(
         trained.append(objective(task_group, algorithm))
     targets = [item for task in trained for item in task.distillation]
     teachers = [] if algorithm.teacher == "behaviour" else [item.teacher for item in targets]
-    rescored = [Tokens(rollout.prompt, rollout.tokens) for rollout in shard.rollouts] if ratios else []
+    rescored = [rollout_after(rollout.prompt, rollout) for rollout in shard.rollouts] if ratios else []
     return Batch(
         version=shard.version,
         sequences=Sequences(

@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -43,6 +44,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from sgpo_async.errors import CheckpointError, DeadlineExceeded, SgpoError
 from sgpo_async.files import FREE_SOME, disk_full, set_aside
+from sgpo_async.logs import fields
 from sgpo_async.processes.progress import result_while_moving
 
 log = logging.getLogger(__name__)
@@ -192,6 +194,7 @@ class CheckpointWriter:
         shutil.rmtree(_final(draft), ignore_errors=True)  # left by an earlier attempt of the run that reached this step
         draft.rename(_final(draft))
         _sync(self._folder)
+        log.info("checkpoint: %s", _final(draft), extra=fields(event="checkpoint", step=_step(_final(draft))))
 
     def _prune(self, step: int) -> None:
         past = [path for path in _complete(self._folder) if _step(path) <= step]
@@ -206,6 +209,27 @@ def set_checkpoints_aside(folder: Path) -> Path | None:
     deleted.
     """
     return set_aside(folder) if _complete(folder) else None
+
+
+def newest_complete(folder: Path) -> Path | None:
+    """Return the checkpoint of the highest step below `folder`, without a check of its files; None if there is none."""
+    return max(_complete(folder), key=_step, default=None)
+
+
+def read_weights(checkpoint: Path, module: nn.Module) -> None:
+    """Load the policy's parameters of a checkpoint into `module`, which is not sharded; needs no process group.
+
+    Raises CheckpointError if they cannot be read, for example because a training run has just deleted the checkpoint.
+    """
+    state = {"model": get_model_state_dict(module)}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # it says that there is no process group
+            dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+    except (CheckpointException, OSError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{checkpoint}: cannot be read, or belongs to another model ({reason})") from None
+    set_model_state_dict(module, state["model"])
 
 
 def newest_whole(folder: Path) -> Path | None:

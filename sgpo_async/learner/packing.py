@@ -23,10 +23,16 @@ MicroBatch = tuple[Row, ...]
 
 
 class Tokens(NamedTuple):
-    """One sequence: its prompt and its completion."""
+    """One sequence: its prompt and its completion, of which some tokens may be read only."""
 
     prompt: np.ndarray  # [L] int32, L >= 1
     completion: np.ndarray  # [T] int32, T >= 1
+    trained: np.ndarray | None = None  # [T] bool, whether a token has a loss; None: every token has
+
+    @property
+    def targets(self) -> np.ndarray:
+        """The C <= T tokens of the completion that have a loss: [C] int32."""
+        return self.completion if self.trained is None else self.completion[self.trained]
 
     @property
     def length(self) -> int:
@@ -35,12 +41,12 @@ class Tokens(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """A micro-batch of B rows of W tokens with C completion tokens, ordered by ascending sequence index."""
+    """A micro-batch of B rows of W tokens with C trained tokens, ordered by ascending sequence index."""
 
     input_ids: np.ndarray  # [B, W] int64, 0 in the padding
     position_ids: np.ndarray  # [B, W] int64
-    picks: np.ndarray  # [C] int64, index into B * W of the position that predicts each completion token
-    targets: np.ndarray  # [C] int64, the completion tokens
+    picks: np.ndarray  # [C] int64, index into B * W of the position that predicts each trained token
+    targets: np.ndarray  # [C] int64, the trained tokens
 
 
 def plan(lengths: Sequence[int], row_tokens: int) -> list[MicroBatch]:
@@ -76,11 +82,12 @@ def pack(sequences: Sequence[Tokens], micro_batch: MicroBatch) -> Packed:
     for r, row in enumerate(micro_batch):
         start = 0
         for i in row:
-            prompt, completion = sequences[i]
+            prompt, completion, trained = sequences[i]
             end = start + sequences[i].length
             input_ids[r, start:end] = np.concatenate((prompt, completion[:-1]))
             position_ids[r, start:] -= position_ids[r, start]
-            picks[i] = r * width + np.arange(end - len(completion), end)
+            positions = r * width + np.arange(end - len(completion), end)
+            picks[i] = positions if trained is None else positions[trained]
             start = end
         position_ids[r, start:] -= position_ids[r, start] if start < width else 0
     order = sorted(picks)
@@ -88,7 +95,7 @@ def pack(sequences: Sequence[Tokens], micro_batch: MicroBatch) -> Packed:
         input_ids,
         position_ids,
         _concatenate([picks[i] for i in order]),
-        _concatenate([sequences[i].completion for i in order]),
+        _concatenate([sequences[i].targets for i in order]),
     )
 
 

@@ -140,7 +140,7 @@ def check_model(policy: Policy) -> None:
         except (TypeError, AttributeError) as error:
             name = type(policy.model).__name__
             raise DataError(f"model.path: {name} cannot be trained on packed sequences: {error}") from error
-        expected = torch.cat([_own_logprobs(policy.model, *sequence) for sequence in tokens])
+        expected = torch.cat([_own_logprobs(policy.model, own.prompt, own.completion) for own in tokens])
     if not torch.allclose(found, expected.to(found.dtype), rtol=1e-3, atol=1e-3):
         raise DataError(
             f"model.path: {type(policy.model).__name__} is not supported: its log-probabilities change when sequences "

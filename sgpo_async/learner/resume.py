@@ -22,6 +22,7 @@ from sgpo_async.config.schema import Run
 from sgpo_async.files import set_aside, write_whole
 from sgpo_async.learner.checkpoint import newest_whole, set_checkpoints_aside
 from sgpo_async.metrics.reader import METRICS
+from sgpo_async.metrics.samples import SAMPLES
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,8 @@ def resume_point(run: Run, folder: Path) -> Path | None:
     """Return the checkpoint below `folder` that this start continues from, or None if the run begins anew.
 
     When a run begins anew, rank 0 moves aside what would be mixed up or lost: the checkpoints of an earlier run of this
-    name, and the metrics of an attempt that should be continued but has no checkpoint. A collective of all ranks.
+    name, and metrics and samples of an attempt that should be continued but has no checkpoint. A collective of all
+    ranks.
 
     Raises CheckpointError if there are only damaged checkpoints to continue from.
     """
@@ -62,6 +64,8 @@ def resume_point(run: Run, folder: Path) -> Path | None:
                 folder,
                 set_aside(metrics),
             )
+            if (samples := Path(run.folder) / SAMPLES).exists():
+                set_aside(samples)
         write_whole(folder / JOB, _id(os.environ))
     return newest
 

@@ -40,6 +40,7 @@ from sgpo_async.learner.train import build
 from sgpo_async.metrics import MetricsWriter
 from sgpo_async.model.export import export
 from sgpo_async.model.folder import load_tokenizer, model_folder
+from sgpo_async.model.load import positions
 from sgpo_async.tasks.base import Problem
 from sgpo_async.tasks.prompts import build_prompt
 from sgpo_async.tasks.sft_data import sft_data
@@ -86,16 +87,18 @@ class Examples:
     def read(cls, run: Run) -> Examples:
         """Read and tokenise the data of `run.sft`. Raises DataError if training or validation has no examples left."""
         problems = sft_data(run)
-        tokenizer = load_tokenizer(model_folder(run.model.path))
+        folder = model_folder(run.model.path)
+        tokenizer, room = load_tokenizer(folder), positions(folder)
         if tokenizer.eos_token_id is None:
             raise DataError(f"model.path: {run.model.path}: the tokenizer has no end token; set its eos_token")
         parts = [[_tokens(run, problem, tokenizer) for problem in part] for part in problems[:2]]
-        fitting = [[tokens for tokens in part if tokens.length < run.sft.max_tokens] for part in parts]
+        limit = min(run.sft.max_tokens, room)
+        fitting = [[tokens for tokens in part if tokens.length < limit] for part in parts]
         if not all(fitting):
-            raise DataError(
-                f"sft.max_tokens: every problem for training or validation is longer than {run.sft.max_tokens} tokens "
-                f"with its response; raise sft.max_tokens"
-            )
+            found = f"every problem for training or validation is longer than {limit} tokens with its response"
+            if limit < room:
+                raise DataError(f"sft.max_tokens: {found}; raise sft.max_tokens")
+            raise DataError(f"model.path: {found}, and the model has {room} positions; use a model with more")
         long = sum(map(len, parts)) - sum(map(len, fitting))
         counts = {"training": len(fitting[0]), "validation": len(fitting[1])}
         counts |= {"too_long": long, "without_response": problems.without, "held_out": problems.held_out}

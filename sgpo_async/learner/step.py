@@ -26,7 +26,7 @@ from torch.distributed.fsdp import FSDPModule
 from sgpo_async.config.schema import Run
 from sgpo_async.errors import SgpoError
 from sgpo_async.learner.batch import Batch, Responses, from_shard
-from sgpo_async.learner.objectives.base import Distillation
+from sgpo_async.learner.objectives.base import Distillation, rollout_after
 from sgpo_async.learner.optimiser import clip_gradients, learning_rate
 from sgpo_async.learner.packing import MicroBatch, Packed, Tokens, pack, plan
 from sgpo_async.learner.policy import LOCAL_GRADIENT_BYTES, Policy
@@ -46,6 +46,7 @@ class Stepper:
     optimiser: torch.optim.Optimizer
     teacher: Teacher
     responses: Responses | None = None  # looks up responses, for objectives that train on them
+    statistics: StepMetrics | None = None  # of the last step, on this rank
 
     def update(self, shard: Shard) -> dict[str, Any]:
         """Train on `shard`; return the metrics of the step, equal on every rank. A collective of all ranks."""
@@ -56,7 +57,7 @@ class Stepper:
 
         Raises SgpoError if the norm of the gradient is not finite.
         """
-        statistics = self.accumulate(batch)
+        self.statistics = statistics = self.accumulate(batch)
         norm = clip_gradients(self.policy, self.run.optim.grad_clip)
         if not math.isfinite(norm):
             remedy = "lower optim.lr or optim.grad_clip"
@@ -109,18 +110,18 @@ class Stepper:
 
     def _log_rho(self, shard: Shard) -> list[float]:
         """Compute log pi/mu of each whole rollout, after the prompt with which it was sampled."""
-        sums = self.log_probabilities([Tokens(rollout.prompt, rollout.tokens) for rollout in shard.rollouts])
+        sums = self.log_probabilities([rollout_after(rollout.prompt, rollout) for rollout in shard.rollouts])
         return [own - float(r.logprobs.sum(dtype=np.float64)) for own, r in zip(sums, shard.rollouts, strict=True)]
 
     @torch.no_grad()
     def log_probabilities(self, sequences: Sequence[Tokens]) -> list[float]:
-        """Compute log pi of each whole completion, at the temperature of the rollouts. A collective of all ranks."""
+        """Compute log pi of each completion's trained tokens at the sampling temperature. A collective of all ranks."""
         (micro_batches,) = self._plans(sequences)
         sums: dict[int, float] = {}
         for order, packed in _packed(sequences, micro_batches):
             sizes = (len(packed.targets), 0, 0)
             log_pi = self.policy(packed, sizes, None, self.run.rollout.temperature).log_pi
-            own = log_pi.split([len(sequences[i].completion) for i in order])
+            own = log_pi.split([len(sequences[i].targets) for i in order])
             sums |= {i: float(part.double().sum()) for i, part in zip(order, own, strict=True)}
         return [sums[i] for i in range(len(sequences))]
 
@@ -128,11 +129,11 @@ class Stepper:
     def _teacher_states(
         self, batch: Batch, sequences: list[Tokens], micro_batches: list[MicroBatch]
     ) -> dict[int, Tensor]:
-        """Compute the hidden states [T, H] of each target after its guided prompt, by its index in the students."""
+        """Compute the hidden states [C, H] of each target after its guided prompt, by its index in the students."""
         teacher, first = self.teacher.copy or self.policy, len(batch.sequences.policy_gradient)
         states: dict[int, Tensor] = {}
         for order, packed in _packed(sequences, micro_batches):
-            own = teacher.hidden(packed).split([len(sequences[i].completion) for i in order])
+            own = teacher.hidden(packed).split([len(sequences[i].targets) for i in order])
             states |= {first + i: part for i, part in zip(order, own, strict=True)}
         return states
 

@@ -9,6 +9,7 @@ teacher differs from the behaviour policy at every lag.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from sgpo_async.learner.batch import Batch
 from sgpo_async.learner.mismatch import AGES, Mismatch
 from sgpo_async.learner.objectives.base import PROBLEM_METRICS
 from sgpo_async.learner.process_group import all_gather_single
+from sgpo_async.wire.records import Rollout
 
 TERMS = ("correction", "kl_correction")
 SUMS = (
@@ -42,6 +44,8 @@ class StepMetrics:
         self.minima = {name: torch.full((), math.inf, dtype=torch.float64, device=device) for name in MINIMA}
         self.tokens_by_lag = torch.zeros(max_lag + 1, dtype=torch.float64, device=device)
         self.mismatch = Mismatch(max_lag=max_lag, device=device)
+        self.problems: Sequence[Mapping[str, float]] = ()  # the metrics of each problem, in the order of the shard
+        self.token_kl: dict[tuple[int, int], Tensor] = {}  # d_t [C] of each distilled rollout, by task and slot
 
     def add(self, **values: Tensor) -> None:
         """Add the sum of each tensor to the sum of that name."""
@@ -78,8 +82,14 @@ class StepMetrics:
         kept = limit(d.detach(), mask, limiter=limiter, delta=delta, quantile=algorithm.quantile)
         self.add(limited_kl=mass.kl.sum() - kept.sum())
 
+    def keep_kl(self, rollouts: Sequence[Rollout], d: Tensor) -> None:
+        """Keep d_t [K, C] of these distilled rollouts, for samples of the step; it stays on the device."""
+        for rollout, values in zip(rollouts, d.detach(), strict=True):
+            self.token_kl[rollout.task, rollout.slot] = values[: int(rollout.sampled.sum())]
+
     def add_batch(self, batch: Batch) -> None:
         """Add the metrics that are known before any forward."""
+        self.problems = batch.metrics
         for name, value in (item for metrics in batch.metrics for item in metrics.items()):
             self.sums[f"{name}_sum"] += value
             self.sums[f"{name}_problems"] += 1

@@ -75,12 +75,11 @@ def top_k_targets(rollouts: Sequence[Rollout], *, k: int, kind: str, device: tor
                 f"got {reported}; resume with the algorithm.teacher and algorithm.teacher_top_k of the run's start"
             )
     tokens, log_p = (
-        _concatenate([getattr(rollout, name) for rollout in rollouts]) for name in ("top_tokens", "top_logprobs")
+        _concatenate([getattr(rollout, name).reshape(-1, k)[rollout.sampled] for rollout in rollouts])
+        for name in ("top_tokens", "top_logprobs")
     )
-    log_targets = _concatenate([rollout.logprobs for rollout in rollouts])
-    return TopKTargets(
-        tokens.view(-1, k).to(device, torch.int64), log_p.view(-1, k).to(device), log_targets.to(device), kind
-    )
+    log_targets = _concatenate([rollout.logprobs[rollout.sampled] for rollout in rollouts])
+    return TopKTargets(tokens.to(device, torch.int64), log_p.to(device), log_targets.to(device), kind)
 
 
 def _concatenate(arrays: list[np.ndarray]) -> Tensor:

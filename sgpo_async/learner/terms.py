@@ -58,12 +58,14 @@ def distillation_term(
         distance: d [K] and the teacher's log-probability [K] of all the targets' tokens.
     """
     rule = algorithm.kl_correction
-    log_mu, age = _behaviour([item.rollout for item in items], version, distance[0])
+    rollouts = [item.rollout for item in items]
+    log_mu, age = _behaviour(rollouts, version, distance[0])
     mask = age >= 0
     d, log_teacher = (_unflatten(flat, mask) for flat in distance)
     correction = correction_weights(log_teacher, log_mu, mask, mode=rule.mode, bound=rule.bound)
     statistics.add_correction("kl_correction", correction, log_teacher - log_mu, age, rule)
     statistics.add_kl(d, mask, algorithm)
+    statistics.keep_kl(rollouts, d)
     losses = distillation_loss(
         d, mask, correction, delta=algorithm.delta, limiter=algorithm.limiter, quantile=algorithm.quantile
     )
@@ -76,7 +78,7 @@ def likelihood_term(
     items: Sequence[Likelihood], log_pi: Tensor, *, algorithm: Algorithm, statistics: StepMetrics
 ) -> Tensor:
     """Sum weight times the plain or shaped (LUFFY) loss over these texts, from log_pi [L] of all their tokens."""
-    _, known = pad([item.student.completion for item in items])
+    _, known = pad([item.student.targets for item in items])
     mask = torch.from_numpy(known).to(log_pi.device)
     log_pi = _unflatten(log_pi, mask)
     shaped = torch.tensor([item.shaped for item in items], device=mask.device)
@@ -88,14 +90,14 @@ def likelihood_term(
 
 def _behaviour(rollouts: Sequence[Rollout], version: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Return log mu [N, T] and lags [N, T], with lag -1 in the padding."""
-    log_mu, mask = pad([rollout.logprobs for rollout in rollouts])
+    log_mu, mask = pad([rollout.logprobs[rollout.sampled] for rollout in rollouts])
     age, _ = pad([lags(rollout, version) for rollout in rollouts])
     assert (age >= 0).all(), "the lag of every token must be >= 0: a rollout is newer than the weights that it trains"
     return _like(like, log_mu), torch.from_numpy(np.where(mask, age, -1).astype(np.int64)).to(like.device)
 
 
 def _later(rollouts: Sequence[Rollout], mask: Tensor) -> Tensor:
-    """Return whether each token is after the first span of its rollout: [N, T] bool."""
+    """Return whether each token is after the first span of its rollout, which is always sampled: [N, T] bool."""
     first_ends = torch.tensor([[int(rollout.ends[0])] for rollout in rollouts], device=mask.device)
     return torch.arange(mask.shape[1], device=mask.device) >= first_ends
 

@@ -33,13 +33,16 @@ from sgpo_async.learner.progress import Progress, hub_metrics
 from sgpo_async.learner.publish import Publisher, gather
 from sgpo_async.learner.resume import resume_point
 from sgpo_async.learner.rounds import remove_rounds, write_round
+from sgpo_async.learner.samples import Samples
 from sgpo_async.learner.step import Stepper
+from sgpo_async.learner.step_log import StepLog
 from sgpo_async.learner.teacher import Teacher
+from sgpo_async.logs import fields
 from sgpo_async.metrics import MetricsWriter, read_metrics
 from sgpo_async.metrics.mismatch import excess, mismatch_summary
 from sgpo_async.model.export import export
 from sgpo_async.model.folder import load_tokenizer, model_folder, tokenizer_fingerprint
-from sgpo_async.model.load import load_model
+from sgpo_async.model.load import end_token_warning, load_model, positions
 from sgpo_async.tasks.base import ProblemSource
 from sgpo_async.tasks.sources import source_of
 from sgpo_async.transport import Dealer, Mailbox
@@ -94,6 +97,8 @@ class Trainer:
     base: int  # version of the weights minus the number of optimiser steps
     metrics: MetricsWriter | None  # only on rank 0
     alarm: Alarm
+    samples: Samples
+    step_log: StepLog
 
     @classmethod
     def start(cls, run: Run, mesh: DeviceMesh, hub: HubClient, checkpoints: CheckpointWriter) -> Trainer:
@@ -130,7 +135,11 @@ class Trainer:
             remove_rounds(run, above=progress.version)
         alarm = Alarm(bound_for(run, learner_bfloat16=in_bfloat16(run.learner.precision, mesh)))
         base = version - progress.step
-        return cls(run, hub, stepper, publisher, checkpoints, progress, base, metrics, alarm)
+        samples = Samples.start(run, resume_from=progress.step)
+        if lead:
+            _log_start(run, resumed)
+        log_of = StepLog(run.steps)
+        return cls(run, hub, stepper, publisher, checkpoints, progress, base, metrics, alarm, samples, log_of)
 
     @property
     def version(self) -> int:
@@ -153,10 +162,12 @@ class Trainer:
             lap, wall = time.monotonic(), time.monotonic() - lap
             self.progress.trained(line, idle_s=idle, wall_s=wall)
             if self.metrics:
-                self._record(self.metrics, line | hub_metrics(status) | {"learner_idle": idle / wall})
+                line = self._record(self.metrics, line | hub_metrics(status) | {"learner_idle": idle / wall})
+                self.step_log.step(line, seconds=wall)
             elif self._last:
                 while _rank_0_waits():
                     pass
+            self.samples.keep(shard, self.stepper.statistics)
             if self.checkpoints.due(self._due(self.run.learner.checkpoint_every)):
                 self._checkpoint()
 
@@ -174,10 +185,12 @@ class Trainer:
         own["mismatch"] = mismatch_summary(read_metrics(self.run.folder))  # including the steps before an interruption
         self.metrics.summary(self.progress.summary(self.hub.status()) | own)
         self.metrics.close()
+        self.samples.close()
+        log.info("finished after %d steps: the policy is in %s/policy", self.progress.step, self.run.folder)
         self.hub.finish()
 
-    def _record(self, metrics: MetricsWriter, line: dict[str, Any]) -> None:
-        """Write the metrics of this step; after the last step, wait for the last evaluation first."""
+    def _record(self, metrics: MetricsWriter, line: dict[str, Any]) -> dict[str, Any]:
+        """Write the metrics of this step, and return them; after the last step, wait for the last evaluation first."""
         if self._last:
             results = self._last_evaluations()
         else:
@@ -191,6 +204,7 @@ class Trainer:
         if exceeded := excess(line):
             log.warning("mismatch alarm: %s", exceeded.text)
         metrics.step(line)
+        return line
 
     def _last_evaluations(self) -> list[Evaluated]:
         """Request the evaluation of the final weights and wait for it, as the other ranks do in `_rank_0_waits`."""
@@ -230,6 +244,17 @@ class Trainer:
         return state
 
 
+def _log_start(run: Run, resumed: Path | None) -> None:
+    """Log what this learner is about to do."""
+    ranks = dist.get_world_size()
+    where = f"from {resumed}" if resumed else f"into {run.folder}"
+    text = "training %s: %d steps of %d problems with %s on %d rank%s, %s"
+    objective = run.algorithm.objective
+    values = fields(event="started", run=run.name, steps=run.steps, ranks=ranks, objective=objective)
+    about = (run.name, run.steps, run.learner.problems_per_step, objective, ranks, "s" * (ranks > 1), where)
+    log.info(text, *about, extra=values)
+
+
 def _rank_0_waits(value: bool = True) -> bool:
     """Broadcast rank 0's `value`: whether it still waits for the last evaluation, which may take very long.
 
@@ -253,6 +278,8 @@ def build(run: Run, mesh: DeviceMesh, source: ProblemSource | None = None) -> tu
     fingerprint = tokenizer_fingerprint(tokenizer)
     policy = _load(folder)
     check_model(policy)
+    if dist.get_rank() == 0 and (warning := end_token_warning(policy.model, tokenizer)):
+        log.warning("model.path: %s", warning)
     vocabulary, k = policy.head.shape[0], run.algorithm.top_logprobs_num
     require(k < vocabulary, "algorithm.teacher_top_k", f"must be < {vocabulary}, the size of the vocabulary", k)
     if run.learner.recompute:
@@ -261,7 +288,7 @@ def build(run: Run, mesh: DeviceMesh, source: ProblemSource | None = None) -> tu
     teacher = Teacher(run.algorithm, _copy(folder, run, mesh) if run.algorithm.copies_teacher else None)
     responses = None
     if run.algorithm.needs_responses:
-        responses = Demonstrations(run, source or source_of(run), tokenizer).tokens
+        responses = Demonstrations(run, source or source_of(run), tokenizer, longest=positions(folder)).tokens
     return Stepper(run, policy, optimiser.build(policy, run.optim), teacher, responses), fingerprint
 
 

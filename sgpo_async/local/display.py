@@ -9,8 +9,10 @@ from typing import Any, Protocol
 
 from sgpo_async.metrics.mismatch import SPANS, alarms
 from sgpo_async.report.numbers import NONE, clock, number, percent, scientific
+from sgpo_async.report.texts import one_line
 
 MAX_WORD = 64  # characters
+LINE = 400  # ... of a completion
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,8 @@ class View:
     status: Mapping[str, Any]  # the hub's
     actors: Mapping[str, str]  # state of each by name, as the supervisor knows it: started, restarting, ...
     notes: list[str] = field(default_factory=list)
+    sample: Mapping[str, Any] | None = None  # the newest line of samples.jsonl
+    details: bool = False  # show everything that the hub says
 
     @property
     def step(self) -> int:
@@ -71,6 +75,13 @@ class View:
         ours = [known.pop(name, {"name": name, "state": state}) for name, state in self.actors.items()]
         return ours + list(known.values())  # the rest were started outside of this run
 
+    def completion(self) -> tuple[bool, str] | None:
+        """Whether the first completion of the newest sample is correct, and its text in one line; None: no sample."""
+        if not self.sample or not self.sample["rollouts"]:
+            return None
+        rollout = self.sample["rollouts"][0]
+        return rollout["correct"], one_line(rollout["text"], LINE)
+
     def mismatch(self) -> str:
         """The last measured mismatch between engine and learner at lag 0: the larger of the two kinds of spans."""
         means = [self.metrics.get(f"mismatch_mean_lag0_{span}") for span in SPANS]
@@ -88,14 +99,9 @@ class View:
         return wall / step * (self.steps - step) if wall and step else None
 
 
-def printable(text: str) -> str:
-    """Text from outside (names, logs) with control characters as escapes, except for newlines."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
-
-
 def _word(value: object) -> str:
-    """A name or a state that a member chose, in one line of bounded length."""
-    return printable(str(value)[:MAX_WORD]).replace("\n", "\\n")
+    """A name or a state that a member chose."""
+    return one_line(value, MAX_WORD)
 
 
 class Display(Protocol):

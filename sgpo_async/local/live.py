@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sgpo_async.local.display import View
+from sgpo_async.local.hub_rows import hub_rows
 from sgpo_async.report.numbers import NONE, clock, number, percent
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -41,11 +42,14 @@ def render(view: View, width: int) -> RenderableType:
     """The whole picture."""
     parts: list[RenderableType] = [_head(view, width), _bar(view), Text(), _rates(view, width)]
     parts += [Text(), _benchmarks(scores, width)] if (scores := view.benchmarks()) else []
-    parts += [Text(), _facts(view), Text(), _actors(view, width)]
+    parts += [Text(), _facts(view)]
+    parts += [sample] if (sample := _completion(view)) else []
+    parts += [Text(), _actors(view, width)]
     parts += [Text(alarm, style="bold red")] if (alarm := view.alarm()) else []
     notes = view.notes[-max(1, NOTES - _lines(scores, width)) :]
     firsts = (note.partition("\n")[0] for note in notes)
     parts += [Text(first, style="yellow", no_wrap=True, overflow="ellipsis") for first in firsts]
+    parts += [Text(), _hub(view)] if view.details and view.status else []
     return Group(*parts)
 
 
@@ -120,6 +124,25 @@ def _facts(view: View) -> RenderableType:
     idle = percent(view.get("learner_idle")), percent(view.get("engine_idle"))
     grid.add_row("trainer idle", idle[0], "engine idle", idle[1], "buffered", _buffered(view))
     grid.add_row("mismatch", view.mismatch(), "", "", "", "")
+    return grid
+
+
+def _completion(view: View) -> RenderableType | None:
+    """The beginning of a completion, in one line."""
+    found = view.completion()
+    if found is None:
+        return None
+    mark = ("✓ ", "green") if found[0] else ("✗ ", "red")
+    return Text.assemble(("sample       ", "dim"), mark, found[1], no_wrap=True, overflow="ellipsis")
+
+
+def _hub(view: View) -> RenderableType:
+    """Everything else that the hub says; at the end, where a small terminal cuts it off."""
+    grid = Table.grid(padding=(0, 2, 0, 0), expand=False)
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in hub_rows(view.status):
+        grid.add_row(name, Text(value))
     return grid
 
 

@@ -11,7 +11,7 @@ import psutil
 
 from sgpo_async.errors import HubError
 from sgpo_async.hub.journal import FILE as JOURNAL
-from sgpo_async.metrics.reader import SUMMARY
+from sgpo_async.metrics.reader import SUMMARY, read_summary
 
 HUB_FILE = "hub.json"
 
@@ -67,4 +67,4 @@ def has_checkpoint(folder: Path) -> bool:
 def summary_written(folder: Path, since: float) -> bool:
     """Whether the learner has trained all steps of the run that began at `since` (seconds since the epoch)."""
     path = folder / SUMMARY
-    return path.exists() and path.stat().st_mtime >= since
+    return path.exists() and path.stat().st_mtime >= since and not read_summary(folder).get("interrupted")

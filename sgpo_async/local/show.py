@@ -11,12 +11,13 @@ from rich.table import Table
 
 from sgpo_async.config import Run
 from sgpo_async.config.schema import CHECKPOINTS
-from sgpo_async.local.display import Display, Lines, View, printable
+from sgpo_async.local.display import Display, Lines, View
 from sgpo_async.local.live import LivePicture
 from sgpo_async.local.run_folder import has_checkpoint
 from sgpo_async.local.supervisor import Supervisor
 from sgpo_async.local.watch import Watch
 from sgpo_async.report import final_rows, write_report
+from sgpo_async.report.texts import printable
 
 POLICY = "policy"  # the learner's export, a Hugging Face folder
 
@@ -53,6 +54,7 @@ class Show:
                 status=self._watch.status,
                 actors={slot.name: slot.state for slot in supervisor.slots},
                 notes=[printable(note) for note in supervisor.notes],
+                sample=self._watch.sample,
             )
         )
 

@@ -31,6 +31,7 @@ class MetricsWriter:
         self._path = self.folder / METRICS
         kept = [line for line in read_metrics(self.folder) if line["step"] <= resume_from] if resume_from else []
         write_whole(self._path, "".join(to_json(line) + "\n" for line in kept))
+        (self.folder / SUMMARY).unlink(missing_ok=True)  # of the end of an earlier run or attempt
         self._lines = JsonLinesWriter(self._path)
         with reporting_write_errors(self._path):
             self._board = self._open_board(resume_from)

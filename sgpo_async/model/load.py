@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from sgpo_async.errors import DataError, EngineError
+from sgpo_async.model.folder import load_tokenizer
 
 
 def load_model(path: str, *, device: str, dtype: str) -> PreTrainedModel:
@@ -40,13 +41,55 @@ def load_model(path: str, *, device: str, dtype: str) -> PreTrainedModel:
     return model.to(target).eval()
 
 
-def end_tokens(model: PreTrainedModel) -> frozenset[int]:
-    """Return the ids of the tokens that end a completion, from the model's generation config or else its config."""
+def end_tokens(model: PreTrainedModel, tokenizer: Any = None) -> frozenset[int]:
+    """Return the ids of the tokens that end a completion: those of the model, and the end token of the tokenizer.
+
+    The model's are those of its generation config, or else of its config. SFT appends the tokenizer's to every
+    response, so a model that was trained by it may use no other.
+    """
+    ends: set[int] = set()
     for config in (model.generation_config, model.config.get_text_config()):
         ids = getattr(config, "eos_token_id", None)
         if ids is not None:
-            return frozenset([ids] if isinstance(ids, int) else ids)
-    return frozenset()
+            ends.update([ids] if isinstance(ids, int) else ids)
+            break
+    own = getattr(tokenizer, "eos_token_id", None)
+    return frozenset(ends if own is None else {*ends, own})
+
+
+def end_token_warning(model: PreTrainedModel, tokenizer: Any) -> str:
+    """What the user should know if the model's end tokens do not include the tokenizer's; else an empty text."""
+    ends = end_tokens(model)
+    if not ends or tokenizer.eos_token_id is None or tokenizer.eos_token_id in ends:
+        return ""
+    others = ", ".join(f"{tokenizer.convert_ids_to_tokens(end)!r} ({end})" for end in sorted(ends))
+    return (
+        f"the tokenizer ends with {tokenizer.eos_token!r} ({tokenizer.eos_token_id}), the model's generation config "
+        f"with {others}: each of them ends a completion here, and SFT trains the tokenizer's"
+    )
+
+
+def tokenizer_of(path: str) -> Any:
+    """Return the tokenizer at `path`, or None if there is none that can be loaded; whoever needs one reports that."""
+    try:
+        return load_tokenizer(path)
+    except DataError:
+        return None
+
+
+def positions(path: str) -> int:
+    """Return the number of positions of the model at `path`. Raises DataError if its config.json cannot be read."""
+    try:
+        return _positions(AutoConfig.from_pretrained(path, local_files_only=_is_folder(path)))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(f"model.path: cannot read the config.json of {path!r} ({reason}); restore it") from None
+
+
+def _positions(config: Any, *more: str) -> int:
+    text = config.get_text_config()
+    bounds = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", *more)]
+    return min((bound for bound in bounds if bound), default=2**31)
 
 
 def longest(model: PreTrainedModel) -> int:
@@ -54,12 +97,7 @@ def longest(model: PreTrainedModel) -> int:
 
     Up to the window's length, a layer with a sliding window attends to exactly the same tokens as full attention.
     """
-    config = model.config.get_text_config()
-    bounds = [
-        getattr(config, name, None)
-        for name in ("max_position_embeddings", "n_positions", "sliding_window", "attention_chunk_size")
-    ]
-    return min((bound for bound in bounds if bound), default=2**31)
+    return _positions(model.config, "sliding_window", "attention_chunk_size")
 
 
 def _is_folder(path: str) -> bool:

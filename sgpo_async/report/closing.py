@@ -57,7 +57,7 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("held-out pass rate, autonomous", _change(get("pass_auto_first"), get("pass_auto_last"))),
         ("held-out pass rate, guided", _change(get("pass_guided_first"), get("pass_guided_last"))),
         *benchmark_rows(get("evaluations") or []),
-        ("steps", number(get("steps"))),
+        ("steps", number(get("steps")) + " (interrupted)" * bool(get("interrupted"))),
         ("wall time", clock(wall)),
         ("tokens generated", f"{number(generated)} ({number(rate)} a second)"),
         ("tokens trained", number(trained)),

@@ -13,8 +13,10 @@ from sgpo_async.config import Run, by_key_path, to_plain
 from sgpo_async.errors import DataError
 from sgpo_async.files import write_whole
 from sgpo_async.metrics import read_metrics, read_summary
+from sgpo_async.metrics.samples import read_samples
 from sgpo_async.report.charts import figures
 from sgpo_async.report.closing import mismatch_alarm, summarise, summary_rows
+from sgpo_async.report.completions import completions
 from sgpo_async.report.numbers import clock, number, percent
 from sgpo_async.report.style import STYLE
 
@@ -22,8 +24,8 @@ from sgpo_async.report.style import STYLE
 def write_report(folder: str | Path) -> Path:
     """Write report.html into the run's folder and return its path.
 
-    Reads metrics.jsonl, summary.json and config.yaml; only metrics.jsonl must exist. Raises DataError if it does not
-    exist or a file cannot be read, SgpoError if the page cannot be written.
+    Reads metrics.jsonl, samples.jsonl, summary.json and config.yaml; only metrics.jsonl must exist. Raises DataError if
+    it does not exist or a file cannot be read, SgpoError if the page cannot be written.
     """
     folder = Path(folder)
     lines = read_metrics(folder)
@@ -33,17 +35,25 @@ def write_report(folder: str | Path) -> Path:
         )
     summary = summarise(lines) | read_summary(folder)
     path = folder / "report.html"
-    write_whole(path, _page(folder.resolve().name, lines, summary, _read_config(folder / "config.yaml")))
+    config = _read_config(folder / "config.yaml")
+    write_whole(path, _page(folder.resolve().name, lines, summary, config, completions(read_samples(folder))))
     return path
 
 
-def _page(name: str, lines: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+def _page(
+    name: str,
+    lines: Sequence[Mapping[str, Any]],
+    summary: Mapping[str, Any],
+    config: Mapping[str, Any],
+    samples: str,
+) -> str:
     changed = changed_settings(config)
     body = [
         f"<header><h1>{escape(name)}</h1><p>{escape(_subtitle(summary, config))}</p></header>",
         *(_alarm(*row) for row in mismatch_alarm(summary["mismatch"])),
         f'<div class="tiles">{"".join(_tile(*tile) for tile in _tiles(summary))}</div>',
         f'<div class="charts">{"".join(figures(lines))}</div>',
+        samples,
         f"<section><h2>Final metrics</h2>{_table(summary_rows(summary))}</section>",
     ]
     if config:
@@ -64,7 +74,8 @@ def _subtitle(summary: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     parts = [objective.upper(), model]
     parts += [f"{ranks} learner ranks"] if ranks else []
     parts += [f"{actors} actor" + ("s" if actors > 1 else "")] if actors else []
-    parts += [f"{number(summary.get('steps'))} steps in {clock(summary.get('wall_s'))}"]
+    ended = "interrupted after " * bool(summary.get("interrupted"))
+    parts += [f"{ended}{number(summary.get('steps'))} steps in {clock(summary.get('wall_s'))}"]
     return " · ".join(part for part in parts if part)
 
 

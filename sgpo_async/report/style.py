@@ -53,5 +53,11 @@ table { border-collapse: collapse; margin-top: 8px; font-variant-numeric: tabula
 td { padding: 4px 24px 4px 0; border-top: 1px solid var(--line); vertical-align: top; }
 tr:first-child td { border-top: 0; } td:first-child { color: var(--soft); white-space: nowrap; }
 pre, code { font: 13px/1.45 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
+section > p { margin: 2px 0 0; color: var(--soft); font-size: 13px; }
+.samples td { padding-right: 16px; font-size: 13px; } .samples .head td { color: var(--soft); padding-top: 10px; }
+.samples .n { text-align: right; white-space: nowrap; } .samples i { color: var(--soft); margin-left: 10px; }
+.samples q { quotes: none; white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.6 ui-monospace, monospace; }
+.samples .right { color: var(--c3); } .samples .wrong { color: var(--alarm); }
+mark { color: inherit; background: rgb(226 116 20 / var(--kl)); border-radius: 3px; }
 summary { cursor: pointer; color: var(--soft); margin-top: 10px; }
 """

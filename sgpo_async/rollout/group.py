@@ -1,7 +1,8 @@
 """The state of one lease: which of its rollouts are requested, generated, judged and finished. No I/O.
 
     Lease ─▶ requests ─▶ Generated ─▶ verdict ─┬──────────────────────▶ Rollout
-                                               └▶ Score ─▶ Scored ─────▶ Rollout     correct guided rollouts (Eq. 4)
+                ▲                              ├▶ Score ─▶ Scored ─────▶ Rollout     correct guided rollouts (Eq. 4)
+                └─────────── reply ────────────┘ of an environment, if the episode goes on
              progress ─▶ what the unfinished rollouts have sampled since the last report
 
 A lease may contain rollouts that another actor has begun; they are continued from their tokens.
@@ -19,9 +20,9 @@ import numpy as np
 import xxhash
 
 from sgpo_async.engines.base import Generate, Generated, SampledTokens, Score, Scored
-from sgpo_async.rollout.partial import after
+from sgpo_async.rollout.partial import after, join
 from sgpo_async.transport.reliable import Key
-from sgpo_async.wire.records import Lease, PartialRollout, Progress, Rollout, is_correct
+from sgpo_async.wire.records import OBSERVED, Lease, PartialRollout, Progress, Rollout, is_correct
 
 
 class RolloutGroup:
@@ -65,9 +66,29 @@ class RolloutGroup:
             )
         return self._rollout(slot, reward=reward, unguided_logprob=None)
 
+    def turns(self, key: object) -> list[np.ndarray]:
+        """The tokens of each completion of an episode, without the environment's replies."""
+        result = self._generated[_slot(key)]
+        sampled = _sampled_by_policy(result)
+        edges = np.flatnonzero(np.diff(sampled)) + 1
+        parts = zip(np.split(result.tokens, edges), np.split(sampled, edges), strict=True)
+        return [tokens for tokens, own in parts if own[0]]
+
+    def replied(self, key: object, reply: np.ndarray) -> Generate | None:
+        """Continue an episode after the environment's reply, [R] int32; None if its turns or tokens are used up."""
+        slot = _slot(key)
+        result = self._generated[slot]
+        room = self.lease.max_new_tokens - len(result.tokens) - len(reply)
+        if room < 1 or len(self.turns(key)) >= self.lease.turns:
+            return None
+        self._begun[slot] = _with_reply(slot, self._generated.pop(slot), reply)
+        return self._request(slot)
+
     def scored(self, result: Scored) -> Rollout:
         """Take a score; the rollout carries the sum of its unguided log-probabilities, not their mean (Eq. 4)."""
-        slot, total = _slot(result.id), float(result.logprobs.sum(dtype=np.float64))
+        slot = _slot(result.id)
+        own = result.logprobs[_sampled_by_policy(self._generated[slot])]
+        total = float(own.sum(dtype=np.float64))
         return self._rollout(slot, reward=self._rewards.pop(slot), unguided_logprob=total)
 
     def rollout_ids(self) -> list[Key]:
@@ -176,6 +197,28 @@ def _sampled(part: PartialRollout) -> dict[str, Any]:
 def _part(slot: int, sampled: SampledTokens) -> PartialRollout:
     own = {field.name: getattr(sampled, field.name) for field in fields(SampledTokens)}
     return PartialRollout(slot=slot, start=0, finish=sampled.finish if isinstance(sampled, Generated) else "", **own)
+
+
+def _sampled_by_policy(result: SampledTokens) -> np.ndarray:
+    """Whether the policy has sampled each token, [T] bool; an environment wrote the others."""
+    return np.repeat(result.versions, np.diff(result.ends, prepend=0)) != OBSERVED
+
+
+def _with_reply(slot: int, result: Generated, reply: np.ndarray) -> PartialRollout:
+    """An episode after its environment's reply: the next completion is still to be sampled."""
+    length = len(reply)
+    likely = 0 if result.top_tokens is None else length * (len(result.top_tokens) // len(result.tokens))
+    observed = PartialRollout(
+        slot=slot,
+        start=len(result.tokens),
+        tokens=reply,
+        logprobs=np.zeros(length, np.float32),
+        versions=np.array([OBSERVED], np.int32),
+        ends=np.array([length], np.int32),
+        top_tokens=np.zeros(likely, np.int32) if likely else None,
+        top_logprobs=np.zeros(likely, np.float32) if likely else None,
+    )
+    return join([_part(slot, result), observed])
 
 
 def _slot(key: object) -> int:

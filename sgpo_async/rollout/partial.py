@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sgpo_async.wire.records import PartialRollout, Rollout
+from sgpo_async.wire.records import OBSERVED, PartialRollout, Rollout, oldest
 
 
 @dataclass(kw_only=True)
@@ -71,8 +71,8 @@ class Arrived:
     def oldest_version(self) -> int | None:
         """The weight version of the oldest token; None if there are no tokens."""
         finished = [rollout.oldest_version for rollout in self.rollouts.values()]
-        running = [int(part.versions.min()) for reports in self.reports.values() for part in reports]
-        return min([*finished, *running], default=None)
+        running = [part.versions for reports in self.reports.values() for part in reports]
+        return min([*finished, *(oldest(own) for own in running if (own != OBSERVED).any())], default=None)
 
 
 def join(parts: Sequence[PartialRollout]) -> PartialRollout:

@@ -1,8 +1,9 @@
 """The rollout loop: leases in, judged rollouts out. Actors, evaluations and benchmarks of throughput share it.
 
     add(lease) ─▶ requests ─▶ engine ─▶ completion ─▶ verifier ─▶ verdict ─┬──────────────────────────▶ Sampled
-                                ▲                                          └▶ Score (Eq. 4) ─▶ engine ─▶ Sampled
-                                └── correct guided rollouts of training ──────────┘
+                                ▲ ▲                                        ├▶ Score (Eq. 4) ─▶ engine ─▶ Sampled
+                                │ └── correct guided rollouts of training ─┘
+                                └──── the reply of an environment, if the episode goes on
 
 `step` waits inside the engine, and for a verdict if it is asked to; nothing else here waits. The caller supplies the
 leases and uses the rollouts.
@@ -11,15 +12,17 @@ leases and uses the rollouts.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from sgpo_async.config.schema import Tasks
 from sgpo_async.engines.base import Engine, Failed, Generate, Generated
 from sgpo_async.errors import EngineError
 from sgpo_async.rollout.group import RolloutGroup, group_of, task_of
-from sgpo_async.tasks.prompts import build_prompt
+from sgpo_async.tasks.prompts import build_prompt, build_reply
 from sgpo_async.tasks.reward_pool import RewardPool
 from sgpo_async.tasks.rewards import Sample
 from sgpo_async.wire.records import Lease, Progress, Rollout
@@ -57,6 +60,7 @@ class RolloutSampler:
 
     def __init__(self, engine: Engine, tokenizer: Any, tasks: Tasks) -> None:
         self._engine, self._tokenizer = engine, tokenizer
+        self._tasks = tasks
         self._prompt: Callable[[str, str | None], Sequence[int]] = lambda problem, strategy: build_prompt(
             problem, strategy, tasks=tasks, tokenizer=tokenizer
         )
@@ -130,12 +134,14 @@ class RolloutSampler:
 
     def _submit_for_verdict(self, group: RolloutGroup, result: Generated) -> None:
         group.generated(result)
-        text = self._tokenizer.decode(result.tokens, skip_special_tokens=True)
+        text = self._decode(result.tokens)
         self._texts[result.id] = text, False
-        lease = group.lease
+        lease, earlier = group.lease, None
+        if lease.turns:
+            *earlier, text = [self._decode(tokens) for tokens in group.turns(result.id)]
         columns = json.loads(lease.columns or "{}")
         sample = Sample(problem=lease.problem, answer=lease.answer, completion=text, columns=columns)
-        self._rewards.submit(result.id, lease.verifier, sample)
+        self._rewards.submit(result.id, lease.verifier, sample, earlier=earlier)
 
     def _judge(self, wait_s: float) -> list[Sampled | Unservable]:
         """Take verdicts. A correct guided rollout is scored without its strategy before it is finished (Eq. 4)."""
@@ -147,12 +153,26 @@ class RolloutSampler:
             if group is None:
                 continue
             self._texts[verdict.key] = self._texts[verdict.key][0], verdict.timed_out
+            if verdict.reply is not None and (request := self._next_turn(group, verdict.key, verdict.reply)):
+                try:
+                    self._engine.submit(request)
+                except EngineError as error:
+                    finished.append(self._fail(group, error))
+                continue
             outcome = group.judged(verdict.key, reward=verdict.reward)
             if isinstance(outcome, Rollout):
                 finished.append(self._finish(group, outcome))
             else:
                 self._engine.submit(outcome)
         return finished
+
+    def _next_turn(self, group: RolloutGroup, key: Hashable, reply: str) -> Generate | None:
+        """The request for the next completion of an episode; None if its turns or tokens are used up."""
+        ids = build_reply(reply, tasks=self._tasks, tokenizer=self._tokenizer)
+        return group.replied(key, np.array(ids, np.int32))
+
+    def _decode(self, tokens: np.ndarray) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
     def _finish(self, group: RolloutGroup, rollout: Rollout) -> Sampled:
         text, timed_out = self._texts.pop((rollout.task, rollout.attempt, rollout.slot))

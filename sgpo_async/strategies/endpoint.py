@@ -3,11 +3,15 @@
 status 429 or 500 to 599, lost connection, timeout, incomplete body    retried later (after Retry-After, if given)
 status 401, 403, 404                                                   EndpointError: ends the run
 any other status of 400 to 499                                         Declined: fails only this request
+
+Requests go through the proxy that the environment names (HTTPS_PROXY, HTTP_PROXY, ALL_PROXY; not for NO_PROXY), but
+never those to a server on this machine.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
 import random
 from collections.abc import Mapping
@@ -15,6 +19,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 
@@ -68,8 +73,11 @@ class Endpoint:
         self.retries = 0
         self._answered = False  # whether the server has answered any request so far
         self._session: aiohttp.ClientSession | None = None
+        self._proxy: str | None = None
 
     async def __aenter__(self) -> Endpoint:
+        """Raises EndpointError if the environment names a proxy that cannot be used."""
+        self._proxy = proxy_of(self.server.url)
         headers = {"Authorization": f"Bearer {self.server.key}"} if self.server.key else {}
         timeout = aiohttp.ClientTimeout(total=self.server.timeout_s)
         self._session = aiohttp.ClientSession(headers=headers, timeout=timeout)
@@ -126,14 +134,20 @@ class Endpoint:
         assert self._session is not None
         try:
             url = f"{self.server.url.rstrip('/')}/chat/completions"
-            async with self._session.post(url, json=request) as answer:
+            async with self._session.post(url, json=request, proxy=self._proxy) as answer:
                 self._answered = True
                 body = await answer.text()
                 self._judge(answer.status, body, answer.headers.get("Retry-After"))
         except (aiohttp.ClientConnectorError, aiohttp.InvalidURL) as error:
             if not self._answered:  # wait for a server that restarts, but not for one that has never answered
-                raise EndpointError(f"{self.server.url}: no server answers ({error}); check --url") from None
+                remedy = "check HTTPS_PROXY, or set NO_PROXY" if self._proxy else "check --url"
+                raise EndpointError(f"{self.server.url}: no server answers ({error}); {remedy}") from None
             raise _RetryLater(f"{type(error).__name__}: {error}") from None
+        except aiohttp.ClientHttpProxyError as error:
+            message = f"the proxy {_shown(self._proxy)} answers with status {error.status}"
+            if error.status < 500:
+                raise EndpointError(f"{self.server.url}: {message}; check HTTPS_PROXY, or set NO_PROXY") from None
+            raise _RetryLater(message) from None
         except (aiohttp.ClientError, TimeoutError, UnicodeDecodeError) as error:
             raise _RetryLater(f"{type(error).__name__}: {error}".strip(": ")) from None
         return _read(body)
@@ -147,6 +161,40 @@ class Endpoint:
             raise _RetryLater(message, float(after) if after and after.replace(".", "", 1).isdigit() else None)
         if status >= 400:
             raise Declined(message)
+
+
+def proxy_of(url: str) -> str | None:
+    """The proxy that the environment names for this URL, if any; none for NO_PROXY and for this machine itself.
+
+    Raises EndpointError for another kind of proxy than http:// or https://.
+    """
+    parts = urlsplit(url)
+    if _is_loopback(parts.hostname or "") or proxy_bypass(parts.netloc.rpartition("@")[2]):
+        return None
+    proxies = getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    if not proxy:
+        return None
+    proxy = proxy if "://" in proxy else f"http://{proxy}"
+    if urlsplit(proxy).scheme not in ("http", "https"):
+        name = f"{parts.scheme.upper()}_PROXY"
+        raise EndpointError(
+            f"{name} must be a proxy of the form http://HOST:PORT, got {_shown(proxy)}; or set NO_PROXY"
+        )
+    return proxy
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+def _shown(proxy: str | None) -> str:
+    """The proxy without its password."""
+    parts = urlsplit(proxy or "")
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
 
 
 class _RetryLater(Exception):

@@ -62,7 +62,7 @@ def _contains(strategy: str, problem: str, answer: str) -> bool:
 
 def _claims(strategy: str, answer: str, values: set[Value]) -> bool:
     """Whether the strategy calls the answer, or one of its `values`, the answer."""
-    text = plain(re.sub(r"\\boxed\b", " answer ", strategy))
+    text = plain(re.sub(r"(?:\\b|\x08)oxed\b", " answer ", strategy))
     claims = [match.end() for match in _CLAIM.finditer(text)]
     for found in find(text):
         if found.values & values and (found.start in claims or _CALLED.match(text, found.end)):

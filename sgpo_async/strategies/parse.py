@@ -1,17 +1,25 @@
-"""Parses the replies of a model strictly: one JSON object of the requested form, or the reason why it is invalid."""
+"""Parses the replies of a model: the one JSON object of the requested form, or the reason why there is none.
+
+A model may think first, write prose or a fence around the object, and leave backslashes of LaTeX undoubled. The object
+itself is read strictly.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sgpo_async.strategies.latex import keep_commands
 from sgpo_async.strategies.prompts import CRITERIA, SCORES, STEPS
 
 LONGEST = 600  # characters of one field: a strategy must not be a whole solution
-_FENCE = re.compile(r"\A```(?:json)?\s*\n(.*?)\n?```\Z", re.DOTALL)
+_DECODER = json.JSONDecoder(strict=False)  # accepts line breaks in a text
+# Thoughts before the reply. Some chat templates put the tag that begins them into the prompt. Thoughts without an end
+# were cut off, and with them the reply.
+_THOUGHTS = re.compile(r"\A(?:.*?</(think|thinking|reasoning)>|\s*<(think|thinking|reasoning)>.*)", re.DOTALL | re.I)
 _NUMBERING = re.compile(r"\A\s*(?:step\s+)?\(?\d{1,2}[.):]\s+", re.IGNORECASE)  # does not match 3.5
 
 
@@ -61,17 +69,28 @@ def parse_scores(reply: str, candidates: int) -> list[dict[str, int]]:
 
 
 def _object(reply: str, keys: set[str]) -> Mapping[str, Any]:
-    text = reply.strip()
-    fenced = _FENCE.match(text)
-    try:
-        found = json.loads(fenced[1] if fenced else text)
-    except (ValueError, RecursionError):
-        raise Unreadable("the reply must be one JSON object") from None
-    if not isinstance(found, dict):
-        raise Unreadable("the reply must be one JSON object")
-    if set(found) != keys:
+    """The object of the reply that has these keys."""
+    objects = list(_objects(keep_commands(_THOUGHTS.sub("", reply))))
+    found = [one for one in objects if set(one) == keys]
+    if len(found) == 1:
+        return found[0]
+    if objects and not found:
         raise Unreadable(f"the keys must be {', '.join(sorted(keys))}")
-    return found
+    raise Unreadable(f"the reply must be one JSON object, got {len(found) or 'none'}")
+
+
+def _objects(text: str) -> Iterator[dict[str, Any]]:
+    """The JSON objects in a text, without those inside of others."""
+    start = text.find("{")
+    while start >= 0:
+        try:
+            found, end = _DECODER.raw_decode(text, start)
+            yield found
+        except RecursionError:
+            return
+        except ValueError:
+            end = start + 1
+        start = text.find("{", end)
 
 
 def _sentence(value: object, name: str) -> str:

@@ -54,7 +54,9 @@ _EITHER = re.compile(r"±[ \t]*\Z")
 _LONGEST_SIGN = 24  # number of characters before a number that are searched for its sign
 
 _BARE = re.compile(r"\A-?[\d.,]*(?:sqrt\([\d./]+\))?\Z")  # needs no parentheses as numerator or denominator
-_FRAC = re.compile(r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
+# Libraries may hold commands whose first letters were read as escapes of JSON: \frac as a form feed or a space and
+# "rac", \boxed as a backspace (\x08) and "oxed".
+_FRAC = re.compile(r"(?:\\[dtc]?f|(?<![A-Za-z\\])f?)rac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
 _SQRT = re.compile(
     r"(?:(?<=[\d})])\s*(?:\*|times(?: the)?)?\s*)?"
     r"(?:\\sqrt|√|(?<![A-Za-z\\])sqrt|\bsquare root of(?: the)?)\s*"
@@ -115,7 +117,7 @@ def find(text: str) -> list[Found]:
 
 def plain(text: str) -> str:
     """Convert LaTeX to plain text: remove wrappers and spacing commands, write out fractions and roots."""
-    text = re.sub(r"\\(?:boxed|text|textbf|mathrm|mbox|mathbf)\s*\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"(?:\\(?:boxed|text|textbf|mathrm|mbox|mathbf)|\x08oxed)\s*\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\\(?:left|right|displaystyle|!|,|;|:|quad|qquad)(?![a-zA-Z])", "", text.replace("\\\\", " "))
     text = re.sub(r"\\(?:cdot|times)(?![a-zA-Z])\s*|[·×]", "*", text).replace("\\pm", "±")
     text = re.sub("[−–]", "-", text)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import Qwen3ForCausalLM
 
+from sgpo_async.files import set_usual_modes
 from sgpo_async.tasks.base import Problem
 from sgpo_async.tasks.cues import CuesSource
 from sgpo_async.tasks.cues_domain import STEPS, TECHNIQUES, draw_exercise, is_correct
@@ -124,6 +125,7 @@ def pretrain(recipe: Recipe, *, out: Path, start: str | None = None) -> dict[str
     model.eval()
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    set_usual_modes(out)
     problems = list(CuesSource(seed=0).held_out())
     return {
         "guided": pass_rate(model, tokenizer, problems, guided=True),

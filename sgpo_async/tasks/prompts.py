@@ -49,6 +49,29 @@ def build_prompt(problem: str, strategy: str | None, *, tasks: Tasks, tokenizer:
     return _from_function(tasks.prompt, problem, strategy, tokenizer)
 
 
+def build_reply(reply: str, *, tasks: Tasks, tokenizer: Any) -> list[int]:
+    """Token ids of an environment's reply, with all that stands between the policy's end token and its next completion.
+
+    With `tasks.prompt=chat` that is what the chat template writes around a message of `tasks.reply_role`; otherwise it
+    is the reply itself. Raises DataError if the template fails, or if the reply has no token.
+    """
+    text = reply
+    if tasks.prompt == "chat":
+        marks = [{"role": "assistant", "content": "COMPLETION"}, {"role": tasks.reply_role, "content": "REPLY"}]
+        messages = [*chat("PROBLEM", None, tasks), *marks]
+        _, found, after = _render(messages, tokenizer, **tasks.template_args).rpartition("COMPLETION")
+        if not found or "REPLY" not in after:
+            raise DataError(
+                f"tasks.reply_role: the chat template of {tokenizer.name_or_path} writes no completion followed by a "
+                f"message of {tasks.reply_role}; choose another role or tasks.prompt"
+            )
+        text = after.removeprefix(tokenizer.eos_token or "").replace("REPLY", reply)
+    ids = list(tokenizer.encode(text, add_special_tokens=False))
+    if not ids:
+        raise DataError(f"tasks.environment: the reply {reply!r:.80} has no token")
+    return ids
+
+
 def prompt_settings(tasks: Tasks) -> dict[str, Any]:
     """The settings that prompts depend on; those that have their default are left out, except the style."""
     return {"prompt": tasks.prompt, **tasks.changed("system", "template_args", "strategy_place", "suffix")}
@@ -121,20 +144,21 @@ def _varies_with_time(tasks: Tasks, problem: str, tokenizer: Any) -> bool:
 
 
 def _from_template(messages: list[dict[str, str]], tokenizer: Any, **arguments: Any) -> list[int]:
+    return list(_render(messages, tokenizer, tokenize=True, return_dict=True, **arguments)["input_ids"])
+
+
+def _render(messages: list[dict[str, str]], tokenizer: Any, *, tokenize: bool = False, **arguments: Any) -> Any:
     if not tokenizer.chat_template:
         name = tokenizer.name_or_path
         raise DataError(f"tasks.prompt: chat, but the tokenizer {name} has no chat template; use plain")
     try:
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, **arguments
-        )
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=tokenize, **arguments)
     except Exception as error:  # a template is code of the tokenizer's author
         system = messages[0]["role"] == "system"
         hint = "; if it takes no system message, remove tasks.system and tasks.strategy_place" if system else ""
         raise DataError(
             f"tasks.prompt: chat: the chat template of {tokenizer.name_or_path} fails ({describe(error)}){hint}"
         ) from error
-    return list(encoded["input_ids"])
 
 
 def _from_function(name: str, problem: str, strategy: str | None, tokenizer: Any) -> list[int]:

@@ -20,7 +20,7 @@ import select
 import subprocess
 import sys
 import threading
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -41,8 +41,9 @@ class Verdict:
     """The reward of the completion submitted under `key`; 0 if its time or memory limit was exceeded."""
 
     key: Hashable
-    reward: float
+    reward: float  # of an episode with an environment: of all turns so far
     timed_out: bool = False  # exceeded the limit of time or memory
+    reply: str | None = None  # of an environment: what the policy reads next; None: it is over
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,7 @@ class _Request:
     key: Hashable
     verifier: str
     sample: Sample
+    earlier: Sequence[str] | None  # completions of the episode, if the verifier is an environment
 
 
 @dataclass
@@ -94,11 +96,12 @@ class RewardPool:
         self._threads = [threading.Thread(target=self._serve, args=(i,), daemon=True) for i in range(workers)]
         self._started = False
 
-    def submit(self, key: Hashable, verifier: str, sample: Sample) -> None:
+    def submit(self, key: Hashable, verifier: str, sample: Sample, *, earlier: Sequence[str] | None = None) -> None:
         """Submit a completion and return at once. The verdict of an inline verifier is available immediately.
 
         Args:
-            verifier: the text form of a reward (see `sgpo_async.tasks.rewards`).
+            verifier: the text form of a reward (see `sgpo_async.tasks.rewards`), or an environment.
+            earlier: the earlier completions of the episode, if the verifier is an environment.
         """
         if verifier in INLINE:
             correct = VERIFIERS[verifier](sample.answer, sample.completion)
@@ -108,7 +111,7 @@ class RewardPool:
             self._started = True
             for thread in self._threads:
                 thread.start()
-        self._requests.put(_Request(key=key, verifier=verifier, sample=sample))
+        self._requests.put(_Request(key=key, verifier=verifier, sample=sample, earlier=earlier))
 
     def poll(self, timeout_s: float = 0.0) -> list[Verdict]:
         """The available verdicts, after waiting at most `timeout_s` seconds for the first one.
@@ -179,7 +182,9 @@ class RewardPool:
     ) -> tuple[_Request, Verdict] | SgpoError:
         assert process.stdin is not None and process.stdout is not None
         one = request.sample
-        line = json.dumps([request.verifier, one.problem, one.answer, one.completion, dict(one.columns)])
+        line = json.dumps(
+            [request.verifier, one.problem, one.answer, one.completion, dict(one.columns), request.earlier]
+        )
         try:
             process.stdin.write(line + "\n")
             process.stdin.flush()
@@ -189,8 +194,9 @@ class RewardPool:
         except BrokenPipeError:
             line = ""
         if line:
-            value, *text = json.loads(line)
-            return SgpoError(text[0]) if text else (request, Verdict(key=request.key, reward=value))
+            verdict = json.loads(line)
+            known = "error" not in verdict
+            return (request, Verdict(key=request.key, **verdict)) if known else SgpoError(verdict["error"])
         status = process.wait()
         process.stdout.close()
         with self._lock:

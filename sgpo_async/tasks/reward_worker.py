@@ -1,10 +1,13 @@
 """Worker process of the reward pool: one request per line on stdin, one verdict per line on stdout.
 
-A request is the JSON list [reward, problem, answer, completion, columns] with the text form of a reward (see
-`sgpo_async.tasks.rewards`), a verdict [number] or, if the reward function is at fault, ["error", text]. When its parent
-ends, an idle worker ends at once (end of stdin), and a busy one at the latest when its time limit expires. The time
-limit is SIGALRM with its default action, so the kernel kills any loop, in Python or in C. A request that needs more
-memory than the limit ends the worker with OUT_OF_MEMORY.
+A request is the JSON list [reward, problem, answer, completion, columns, earlier] with the text form of a reward (see
+`sgpo_async.tasks.rewards`), or with the name of an environment and the episode's earlier completions, which are null
+for a reward. A verdict is {"reward": number}, with "reply" for a turn that does not end its episode, or {"error": text}
+if the user's code is at fault.
+
+When its parent ends, an idle worker ends at once (end of stdin), and a busy one at the latest when its time limit
+expires. The time limit is SIGALRM with its default action, so the kernel kills any loop, in Python or in C. A request
+that needs more memory than the limit ends the worker with OUT_OF_MEMORY.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Callable
 from functools import cache
 
 STARTUP_LIMIT_S = 60.0
@@ -27,22 +31,36 @@ def serve(limit_s: float) -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # keep prints of libraries out of the verdicts
 
     from sgpo_async.errors import DataError
+    from sgpo_async.tasks.environments import load_environment, play
     from sgpo_async.tasks.rewards import Sample, load_reward
     from sgpo_async.tasks.verify import VERIFIERS
 
-    load = cache(load_reward)
+    @cache
+    def load(text: str, *, environment: bool) -> Callable[[Sample, list[str]], dict[str, object]]:
+        """The function from a completion and the earlier ones to a verdict; imports the user's module."""
+        if not environment:
+            reward = load_reward(text)
+            return lambda sample, _: {"reward": reward(sample)}
+        make = load_environment(text)
+
+        def judge(sample: Sample, earlier: list[str]) -> dict[str, object]:
+            turn = play(text, make, sample, earlier)
+            return {"reward": turn.reward} | ({} if turn.done else {"reply": turn.reply})
+
+        return judge
+
     VERIFIERS["math"]("1", "1")  # imports everything before the first time limit starts
     signal.setitimer(signal.ITIMER_REAL, 0.0)
     for line in sys.stdin:
-        text, problem, answer, completion, columns = json.loads(line)
+        text, problem, answer, completion, columns, earlier = json.loads(line)
         sample = Sample(problem=problem, answer=answer, completion=completion, columns=columns)
         try:
             signal.setitimer(signal.ITIMER_REAL, STARTUP_LIMIT_S)
-            reward = load(text)  # imports the user's module at the first request
+            judge = load(text, environment=earlier is not None)
             signal.setitimer(signal.ITIMER_REAL, limit_s)
-            verdict: list[object] = [reward(sample)]
+            verdict = judge(sample, earlier)
         except DataError as error:
-            verdict = ["error", str(error)]
+            verdict = {"error": str(error)}
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         print(json.dumps(verdict), file=verdicts, flush=True)
 

@@ -39,6 +39,7 @@ class Task:
     seed: int
     sampling: Sampling
     solved_at: float = 1.0  # a rollout is correct if its reward is at least this
+    turns: int = 0  # most completions of an episode with an environment, which `verifier` names; 0: no environment
 
     @property
     def size(self) -> int:
@@ -64,6 +65,7 @@ class Task:
             max_new_tokens=self.sampling.max_new_tokens,
             top_logprobs_num=self.sampling.top_logprobs_num,
             solved_at=self.solved_at,
+            turns=self.turns,
             columns=self.problem.columns,
         )
 
@@ -94,12 +96,12 @@ class TaskSampler:
         return self._training(number) if number >= 0 else self._evaluation(number)
 
     def _training(self, number: int) -> Task:
-        problem, sizes = self._source.training(number), self._run.rollout
+        problem, sizes, tasks = self._source.training(number), self._run.rollout, self._run.tasks
         return Task(
             number=number,
             purpose="train",
             problem=problem,
-            verifier=problem.verifier or self._source.verifier,
+            verifier=tasks.environment or problem.verifier or self._source.verifier,
             autonomous=sizes.autonomous,
             guided=sizes.guided if problem.strategy else 0,
             seed=derived_seed(self._run.seed, "train", number),
@@ -109,20 +111,22 @@ class TaskSampler:
                 max_new_tokens=sizes.max_new_tokens,
                 top_logprobs_num=self._run.algorithm.top_logprobs_num,
             ),
-            solved_at=self._run.tasks.solved_at,
+            solved_at=tasks.solved_at,
+            turns=tasks.max_turns if tasks.environment else 0,
         )
 
     def _evaluation(self, number: int) -> Task:
         """Every round has the same problems and seeds, so that rounds are compared in pairs."""
         index = (-1 - number) % self.round_size
         problem, benchmark = self._round[index]
-        settings = self._run.evaluation
+        settings, tasks = self._run.evaluation, self._run.tasks
+        environment = "" if benchmark else tasks.environment
         samples = benchmark.samples if benchmark else settings.samples
         return Task(
             number=number,
             purpose="evaluate",
             problem=problem,
-            verifier=problem.verifier or (benchmark.verifier if benchmark else self._source.verifier),
+            verifier=environment or problem.verifier or (benchmark.verifier if benchmark else self._source.verifier),
             autonomous=samples,
             guided=samples if problem.strategy and not benchmark else 0,
             seed=derived_seed(self._run.seed, "evaluate", index),
@@ -131,7 +135,8 @@ class TaskSampler:
                 top_p=settings.top_p,
                 max_new_tokens=self._run.rollout.max_new_tokens,
             ),
-            solved_at=benchmark.solved_at if benchmark else self._run.tasks.solved_at,
+            solved_at=benchmark.solved_at if benchmark else tasks.solved_at,
+            turns=tasks.max_turns if environment else 0,
         )
 
 

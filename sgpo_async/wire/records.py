@@ -25,6 +25,15 @@ Floats = Annotated[np.ndarray, "<f4"]
 
 Purpose = Literal["train", "evaluate"]
 
+OBSERVED = -1
+"""As the weight version of a span: an environment wrote these tokens, not the policy. They are read and never trained;
+their log-probability is 0."""
+
+
+def oldest(versions: np.ndarray) -> int:
+    """The lowest weight version of these spans, of which at least one is no observation."""
+    return int(versions[versions != OBSERVED].min())
+
 
 def is_correct(reward: float, solved_at: float) -> bool:
     """The one rule by which a reward, which may be any finite number, says whether the problem is solved."""
@@ -105,7 +114,7 @@ class Lease:
     purpose: Purpose
     problem: str
     answer: str
-    verifier: str  # what judges the completions, in the text form of `sgpo_async.tasks.rewards`
+    verifier: str  # what judges the completions, in the text form of `sgpo_async.tasks.rewards`; or an environment
     strategy: str | None
     autonomous: int
     guided: int
@@ -116,6 +125,7 @@ class Lease:
     max_new_tokens: int
     top_logprobs_num: int = 0  # likeliest tokens to report for each token of a correct guided rollout
     solved_at: float = 1.0  # a rollout is correct if its reward is at least this
+    turns: int = 0  # most completions of an episode with an environment; 0: no environment
     columns: str = ""  # the other columns of the problem's record as a JSON object, if the verifier is the user's own
     finished: Ints = field(default_factory=lambda: np.empty(0, np.int32))  # slots whose rollouts the hub has already
     partial: tuple[PartialRollout, ...] = ()  # what earlier attempts sampled of the other slots; each from position 0
@@ -152,9 +162,9 @@ class Rollout:
     purpose: Purpose
     guided: bool
     prompt: Tokens  # with the strategy, if guided
-    tokens: Tokens  # [T] sampled tokens, with the end token if there is one
+    tokens: Tokens  # [T] sampled tokens, with the end token if there is one, and those of an environment between them
     logprobs: Floats  # [T] behaviour log-probability of each token at the sampling temperature
-    versions: Ints  # [S] weight version of each span
+    versions: Ints  # [S] weight version of each span, or OBSERVED; the first is a version
     ends: Ints  # [S] end (exclusive) of each span in `tokens`; the last is T
     reward: float  # any finite number
     finish: Literal["stop", "length"]
@@ -172,12 +182,17 @@ class Rollout:
 
     @property
     def oldest_version(self) -> int:
-        """The weight version of the oldest token."""
-        return int(self.versions.min())
+        """The weight version of the oldest token that the policy has sampled."""
+        return oldest(self.versions)
 
     def token_versions(self) -> np.ndarray:
-        """Weight version of each token, [T] int32."""
+        """Weight version of each token, or OBSERVED, [T] int32."""
         return np.repeat(self.versions, np.diff(self.ends, prepend=0))
+
+    @property
+    def sampled(self) -> np.ndarray:
+        """Whether the policy has sampled each token, [T] bool."""
+        return self.token_versions() != OBSERVED
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,6 +44,8 @@ def invalid_lease(lease: Lease) -> str | None:
         return f"top_p must be in (0, 1], got {lease.top_p}"
     if lease.max_new_tokens < 1:
         return f"max_new_tokens must be >= 1, got {lease.max_new_tokens}"
+    if lease.turns < 0:
+        return f"turns must be >= 0, got {lease.turns}"
     if lease.top_logprobs_num < 0:
         return f"top_logprobs_num must be >= 0, got {lease.top_logprobs_num}"
     if lease.purpose == "train" and lease.top_p < 1:

@@ -6,6 +6,8 @@ import psutil
 import pytest
 from run_support import RunProcess, assert_all_trained, real_run, until
 
+from sgpo_async.metrics.samples import read_samples
+
 pytestmark = [pytest.mark.process, pytest.mark.timeout(900)]
 STEPS = 16
 
@@ -41,6 +43,7 @@ def test_a_killed_learner_resumes_from_its_checkpoint(tmp_path: Path) -> None:
         run.assert_cleaned_up()
         lines, summary = run.metrics(), run.summary()
         assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+        assert [sample["step"] for sample in read_samples(run.folder)] == list(range(1, STEPS + 1))
         versions = [line["version"] for line in lines]
         assert versions == sorted(set(versions)) and versions[-1] == summary["weight_version"] > reached
         assert_all_trained(summary["ledger"], tasks=STEPS * 4, size=run.settings.rollout.size)

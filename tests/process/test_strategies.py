@@ -284,16 +284,18 @@ def test_a_run_whose_endpoint_fails_writes_the_library_of_finished_items(workspa
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        (["--concurrency", "0"], "--concurrency: at least 1, not 0"),
-        (["--candidates", "0"], "--candidates: at least 1, not 0"),
-        (["--max-tokens", "-1"], "--max-tokens: at least 1, not -1"),
-        (["--timeout", "nan"], "--timeout: more than 0 seconds, not nan"),
-        (["--extra", "{top_p"], "--extra: not JSON"),
-        (["--extra", "[1]"], "--extra: an object such as"),
-        (["--extra", '{"model": "other", "stream": true}'], "--extra: model, stream cannot be set there"),
-        (["--serve"], "and --serve; leave one of them out"),
-        (["--library", "x.csv"], "--library: x.csv: its name has to end in .jsonl or .parquet"),
-        (["--library", "FOLDER/problems.jsonl"], "is read as well, and would be overwritten"),
+        (["--concurrency", "0"], "--concurrency must be >= 1, got 0"),
+        (["--candidates", "0"], "--candidates must be >= 1, got 0"),
+        (["--max-tokens", "-1"], "--max-tokens must be >= 1, got -1"),
+        (["--timeout", "0"], "--timeout must be > 0, got 0"),
+        (["--timeout", "nan"], "--timeout must be a finite number, got nan"),
+        (["--prompt-price", "inf"], "--prompt-price must be a finite number, got inf"),
+        (["--extra", "{top_p"], "--extra must be JSON"),
+        (["--extra", "[1]"], "--extra must be a JSON object such as"),
+        (["--extra", '{"model": "other", "stream": true}'], "--extra must not contain model, got 'other'"),
+        (["--serve"], "--serve must not be given with --url, got 'http"),
+        (["--library", "x.csv"], "--library must be a file name that ends in .jsonl or .parquet, got 'x.csv'"),
+        (["--library", "FOLDER/problems.jsonl"], "--library must not be a file that the command reads"),
     ],
 )
 def test_options_are_validated_before_the_first_request(
@@ -313,11 +315,11 @@ def test_options_are_validated_before_the_first_request(
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ([], "neither --url nor --serve is given; name a server, or launch one"),
-        (["--serve", "engine.sglang.servers=2"], "engine.sglang.servers=1, and engine.sglang.tp for more GPUs"),
+        ([], "--url or --serve must be given"),
+        (["--serve", "engine.sglang.servers=2"], "engine.sglang.servers must be 1, got 2; set engine.sglang.tp"),
         (
             ["--serve", "engine.sglang.urls=[http://h:1]"],
-            "stand already; --url http://h:1/v1 asks one",
+            "to ask a running server, use --url http://h:1/v1 instead",
         ),
         (["--serve", "engine.slot=2"], "did you mean engine.slots?"),
         (["--serve", "engine.sglang.python=/nowhere/python"], "'/nowhere/python' does not exist"),

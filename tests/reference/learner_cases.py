@@ -16,7 +16,7 @@ from sgpo_async.learner import optimiser
 from sgpo_async.learner.policy import Policy, shard
 from sgpo_async.learner.step import Stepper
 from sgpo_async.learner.teacher import Teacher
-from sgpo_async.wire.records import Rollout, Shard
+from sgpo_async.wire.records import OBSERVED, Rollout, Shard
 
 VOCABULARY = 13
 TOP = 3  # number of most likely tokens reported with each token of a correct guided rollout
@@ -132,6 +132,23 @@ def spread(parts: list[list[Rollout]], *, seed: int = 0, version: int = 5) -> li
     """The same groups, with each rollout divided into up to three spans of ascending versions, at lag 2 or less."""
     rng = np.random.default_rng(seed)
     return [[_in_spans(rng, rollout, version) for rollout in group] for group in parts]
+
+
+def with_observations(parts: list[list[Rollout]], *, seed: int = 0) -> list[list[Rollout]]:
+    """The same groups, with one or two spans in each rollout that an environment wrote, if it is long enough."""
+    rng = np.random.default_rng(seed)
+    return [[_observed(rng, rollout) for rollout in group] for group in parts]
+
+
+def _observed(rng: np.random.Generator, rollout: Rollout) -> Rollout:
+    length, version = len(rollout.tokens), int(rollout.versions[-1])
+    turns = min(int(rng.integers(1, 3)), (length - 1) // 2)
+    cuts = [*np.sort(rng.choice(np.arange(1, length), 2 * turns, replace=False)).tolist(), length]
+    versions = [OBSERVED if span % 2 else version for span in range(len(cuts))]
+    logprobs = rollout.logprobs.copy()
+    for start, end in zip(cuts[:-1:2], cuts[1::2], strict=True):
+        logprobs[start:end] = 0.0
+    return replace(rollout, versions=np.array(versions, np.int32), ends=np.array(cuts, np.int32), logprobs=logprobs)
 
 
 def _in_spans(rng: np.random.Generator, rollout: Rollout, version: int) -> Rollout:

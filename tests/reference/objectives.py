@@ -68,13 +68,20 @@ class Problem:
         return self.all_log_probs(model, prompt, tokens)[range(len(tokens)), tokens.tolist()]
 
     def surrogate(self, rollout: Rollout, advantage: float) -> Tensor:
-        """[T], c_t times the clipped surrogate of Eq. 1."""
-        log_pi = self.log_pi(self.model, rollout.prompt, rollout.tokens)
-        log_prox = self.log_pi(self.at, rollout.prompt, rollout.tokens).detach()
+        """[C], c_t times the clipped surrogate of Eq. 1 for the tokens that the policy sampled."""
+        own = sampled(rollout)
+        log_pi = self.log_pi(self.model, rollout.prompt, rollout.tokens)[own]
+        log_prox = self.log_pi(self.at, rollout.prompt, rollout.tokens).detach()[own]
         ratio = (log_pi - log_prox).exp()
         low, high = 1 - self.rule.eps_low, 1 + self.rule.eps_high
         clipped = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
         return correction(log_prox, rollout, self.rule.grpo_correction) * clipped
+
+
+def sampled(rollout: Rollout) -> list[int]:
+    """The positions of the tokens that the policy sampled; an environment wrote the others."""
+    spans = zip(rollout.versions.tolist(), [0, *rollout.ends.tolist()], rollout.ends.tolist(), strict=False)
+    return [position for version, start, end in spans for position in range(start, end) if version >= 0]
 
 
 def grpo(problem: Problem) -> Tensor:
@@ -100,7 +107,7 @@ def luffy(problem: Problem) -> Tensor:
     total = (p / (p + problem.rule.luffy_gamma) * response_advantage).sum()
     for rollout, advantage in zip(problem.autonomous, advantages, strict=True):
         total = total + problem.surrogate(rollout, float(advantage)).sum()
-    return -total / (len(problem.response) + sum(len(r.tokens) for r in problem.autonomous))
+    return -total / (len(problem.response) + sum(len(sampled(r)) for r in problem.autonomous))
 
 
 def hpt(problem: Problem) -> Tensor:
@@ -130,12 +137,12 @@ OBJECTIVES: dict[str, Callable[[Problem], Tensor]] = {
 
 
 def likelihood(problem: Problem, target: Rollout) -> Tensor:
-    return -problem.log_pi(problem.model, problem.plain, target.tokens).mean()
+    return -problem.log_pi(problem.model, problem.plain, target.tokens)[sampled(target)].mean()
 
 
 def distillation(problem: Problem, target: Rollout) -> Tensor:
     """Eq. 5 with the divergence and the clipping (`limiter`) of the run."""
-    rule = problem.rule
+    rule, own = problem.rule, sampled(target)
     log_p = problem.all_log_probs(problem.teacher, target.prompt, target.tokens).detach()
     log_q, log_q_at = (problem.all_log_probs(m, problem.plain, target.tokens) for m in (problem.model, problem.at))
     chosen = log_p[range(len(target.tokens)), target.tokens.tolist()]
@@ -144,6 +151,7 @@ def distillation(problem: Problem, target: Rollout) -> Tensor:
         log_p = torch.from_numpy(reported(target))
         log_q, log_q_at = (merged(q, listed) for q in (log_q, log_q_at))
         chosen = torch.from_numpy(target.logprobs.astype(np.float64))
+    log_p, log_q, log_q_at, chosen = (values[own] for values in (log_p, log_q, log_q_at, chosen))
     d = torch.stack([divergence(p, q, rule.divergence) for p, q in zip(log_p, log_q, strict=True)])
     values = np.array([divergence(p, q, rule.divergence).item() for p, q in zip(log_p, log_q_at.detach(), strict=True)])
     factors = sgpo.limited_gradient_factors(values, rule.limiter, rule.delta, rule.quantile)
@@ -193,7 +201,7 @@ def corrected_rates(problem: Problem) -> list[float]:
     """The pass rates p_auto and p_guide under the model `at`."""
     rates = []
     for part in (problem.autonomous, problem.guided):
-        log_pi = [problem.log_pi(problem.at, r.prompt, r.tokens).sum().item() for r in part]
+        log_pi = [problem.log_pi(problem.at, r.prompt, r.tokens)[sampled(r)].sum().item() for r in part]
         rho = [math.exp(x - float(r.logprobs.astype(np.float64).sum())) for x, r in zip(log_pi, part, strict=True)]
         rewards = np.array([r.reward for r in part])
         rates.append(sgpo.corrected_mean(rewards, np.array(rho), problem.rule.grpo_correction.bound))
@@ -201,7 +209,7 @@ def corrected_rates(problem: Problem) -> list[float]:
 
 
 def correction(log_pi: Tensor, rollout: Rollout, rule: Correction) -> Tensor:
-    mu = [math.exp(x) for x in rollout.logprobs.astype(np.float64)]
+    mu = [math.exp(x) for x in rollout.logprobs[sampled(rollout)].astype(np.float64)]
     mask = np.ones(len(mu), bool)
     pi = log_pi.detach().exp().numpy()
     return torch.from_numpy(sgpo.correction_weights(pi, np.array(mu), mask, rule.mode, rule.bound))

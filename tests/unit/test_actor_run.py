@@ -72,7 +72,9 @@ def test_the_command_line_reaches_the_options(monkeypatch: pytest.MonkeyPatch) -
     given: list[ActorOptions] = []
     monkeypatch.setattr(actor_run, "Actor", lambda options: given.append(options) or Scripted([True]))
     assert main(["actor", "--hub", "tcp://127.0.0.1:1", "--slots", "5", "--servers", "2", "--tp", "4"]) == 0
-    assert given == [ActorOptions(hub="tcp://127.0.0.1:1", slots=5, servers=2, tp=4)]
+    (options,) = given
+    assert options == ActorOptions(hub="tcp://127.0.0.1:1", name=options.name, slots=5, servers=2, tp=4)
+    assert options.name.startswith("actor-") and options.name != ActorOptions(hub="x").name
 
 
 @pytest.mark.parametrize(

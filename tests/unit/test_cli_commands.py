@@ -1,5 +1,7 @@
 """The command line: exit codes, errors of one line, and no import of torch before a role runs."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -199,3 +201,58 @@ def test_every_shipped_configuration_is_valid(path: Path) -> None:
 def test_an_invalid_hub_address_of_an_actor_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["actor", "--hub", "foo"]) == 2
     assert "must look like tcp://HOST:PORT, got 'foo'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "buffered"),
+    [
+        *((["local", DEMO, "--dry-run"], buffered) for buffered in (True, False)),
+        *((["--version"], buffered) for buffered in (True, False)),
+        (["local", "--help"], True),  # without a buffer, argparse drops its help silently
+    ],
+)
+def test_a_command_whose_output_nobody_reads_ends_silently(arguments: list[str], buffered: bool) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    result = subprocess.run(
+        [sys.executable, *([] if buffered else ["-u"]), "-m", "sgpo_async.cli", *arguments],
+        stdout=write, stderr=subprocess.PIPE, text=True, timeout=240, check=False, cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
+    )  # fmt: skip
+    os.close(write)
+    assert (result.returncode, result.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_a_broken_pipe_to_another_process_is_not_taken_for_the_end_of_the_output(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(arguments: list[str]) -> int:
+        raise BrokenPipeError("a child has ended")
+
+    monkeypatch.setattr(cli, "_dispatch", fail)
+    with pytest.raises(BrokenPipeError, match="a child has ended"):
+        cli.main(["local"])
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_characters_that_the_output_cannot_show_are_escaped(encoding: str, tmp_path: Path) -> None:
+    work = tmp_path / "wörk.jsonl"
+    work.write_text("")
+    for arguments, code, text in (
+        (["strategies", "stats", str(work)], 0, "mean score"),
+        (["local", DEMO, "name=Übung-β", "--dry-run"], 0, r"\u03b2"),
+        (["local", str(tmp_path / "β.yaml")], 2, r"\u03b2.yaml: cannot be read"),
+    ):
+        result = subprocess.run(
+            [sys.executable, "-m", "sgpo_async.cli", *arguments], capture_output=True, timeout=240, check=False,
+            cwd=ROOT, env=os.environ | {"PYTHONIOENCODING": encoding},
+        )  # fmt: skip
+        assert result.returncode == code, result.stderr
+        assert text in (result.stderr if code else result.stdout).decode(encoding)
+        assert b"Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("number", ["inf", "-inf", "nan"])
+def test_an_option_must_be_a_finite_number(number: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["evaluate", DEMO, f"--temperature={number}", "--dry-run"]) == 2
+    assert capsys.readouterr().err == f"error: --temperature must be a finite number, got {number}\n"

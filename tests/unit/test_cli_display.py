@@ -14,9 +14,10 @@ from rich.console import Console
 from synthetic_metrics import synthetic_lines
 
 from sgpo_async.config import Run
-from sgpo_async.local.display import Lines, View, line, printable
+from sgpo_async.local.display import Lines, View, line
 from sgpo_async.local.live import render, sparkline
 from sgpo_async.local.show import Show
+from sgpo_async.report.texts import printable
 
 
 def status_at(step: int) -> dict[str, Any]:
@@ -78,10 +79,20 @@ def alarmed(view: View, *steps: int) -> View:
     return replace(view, history=history)
 
 
+@pytest.mark.parametrize("text", ["short", "\x1b[31mred", "[bold]x[/bold]", "a\nb", "漢字" * 99, ""])
+def test_the_newest_sample_is_one_line(text: str) -> None:
+    for correct, mark in ((True, "✓"), (False, "✗")):
+        view = view_at(67, sample={"step": 66, "rollouts": [{"correct": correct, "text": text}]})
+        (row,) = [row for row in picture(view, 80) if row.startswith("sample")]
+        assert mark in row and all(c.isprintable() for c in row)
+    assert not [row for row in picture(view_at(67), 80) if row.startswith("sample")]
+
+
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (140, 40)])
 @pytest.mark.parametrize("step", [0, 1, 67, 120])
 def test_the_picture_fits_the_terminal(width: int, height: int, step: int) -> None:
-    rows = picture(alarmed(view_at(step), 1), width)
+    sample = {"step": step, "rollouts": [{"correct": True, "text": "3 yarrow swap\n" * 99}]}
+    rows = picture(alarmed(view_at(step, sample=sample), 1), width)
     assert len(rows) < height
     assert max(map(len, rows)) <= width
     table = [row for row in rows if row.startswith(("actor  ", "actor-0", "pass rate", "mean alpha"))]

@@ -1,11 +1,15 @@
 """Loading a configuration: values get the types of their fields, and an error is one line."""
 
-from dataclasses import asdict
+import argparse
+import re
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
-from sgpo_async.config import Run, from_plain, load, to_plain, to_yaml
+from sgpo_async.cli.options import config_arguments
+from sgpo_async.config import Run, by_key_path, from_plain, load, to_plain, to_yaml
 from sgpo_async.config.load import read_yaml
 from sgpo_async.errors import ConfigError
 
@@ -42,7 +46,7 @@ OF_THE_PAPER = ["configs/demo-paper.yaml", *map(str, CONFIGS[0].parent.glob("pap
 
 def test_paper_yaml_sets_every_key_that_it_reads(empty: Path) -> None:
     """The paper's setting depends on no default: only keys that it does not read are absent."""
-    named = read_yaml(Path("configs/paper.yaml"))
+    named = read_yaml(Path("configs/paper.yaml"), Run)
     assert list(named) == ["algorithm"]
     unread = {
         "quantile",
@@ -56,7 +60,7 @@ def test_paper_yaml_sets_every_key_that_it_reads(empty: Path) -> None:
     }
     assert named["algorithm"].keys() == asdict(load(empty).algorithm).keys() - unread
     for path in OF_THE_PAPER:
-        assert read_yaml(Path(path))["algorithm"] == named["algorithm"]
+        assert read_yaml(Path(path), Run)["algorithm"] == named["algorithm"]
 
 
 @pytest.mark.parametrize("path", OF_THE_PAPER)
@@ -140,6 +144,21 @@ def _write(folder: Path, text: str) -> Path:
             "algorithm={objective: hpt, hpt_gate: 8}",
             ["algorithm.hpt_gate must be < rollout.autonomous = 8, got 8; to train on"],
         ),
+        ("optim.lr=inf", ["optim.lr must be a finite number, got inf"]),
+        ("optim.lr=.inf", ["optim.lr must be a finite number, got inf"]),
+        ("optim.lr=.nan", ["optim.lr must be > 0, got nan"]),
+        ("optim.weight_decay=.nan", ["optim.weight_decay must be a finite number, got nan"]),
+        ("optim.weight_decay=-.inf", ["optim.weight_decay must be a finite number, got -inf"]),
+        ("sft.lr=.inf", ["sft.lr must be a finite number, got inf"]),
+        ("hub.stall_s=.inf", ["hub.stall_s must be a finite number, got inf"]),
+        ("engine.sglang.phase_timeout_s=.inf", ["engine.sglang.phase_timeout_s must be a finite number, got inf"]),
+        ("learner.mismatch_bound=.nan", ["learner.mismatch_bound must be >= 0, got nan"]),
+        ("steps=12:30", ["steps", "'12:30'", "Integer"]),
+        ("steps=0o17", ["steps", "0o17", "Integer"]),
+        (f"steps={'1' * 5000}", ["steps", "digits"]),
+        (f"engine.sglang.urls={'[' * 20000}", ["engine.sglang.urls", "recursion"]),
+        ("out=~no-such-user/runs", ["out must not begin with ~, because there is no such home folder"]),
+        ("evaluation.benchmarks.a.sample=2", ["unknown key evaluation.benchmarks.a.sample; did you mean "]),
         ("optim=3", ["argument 'optim=3': optim must be a section with keys, got 3"]),
         ("optim.lr=-1", ["optim.lr must be > 0, got -1.0"]),
         (
@@ -192,6 +211,103 @@ def test_a_value_has_the_type_of_its_field(tmp_path: Path, name: str) -> None:
     ):
         assert run.name == name
         assert (run.optim.lr, run.optim.grad_clip) == (2e-6, 3.0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["007", "no", "on", "1.10", "12:30", "1_000", "0x10", "null", "1e5", "a: b", "a #b", "[x", "{", "*", " a", "Ä"],
+)
+def test_a_text_on_the_command_line_stays_as_typed(empty: Path, text: str) -> None:
+    run = load(empty, [f"name={text}", f"tasks.path={text}", f"evaluation.benchmarks.a.path={text}"])
+    assert (run.name, run.tasks.path, run.evaluation.benchmarks["a"].path) == (text, text, text)
+    assert load(empty, [f"engine.sglang.args={text!r}"]).engine.sglang.args == text  # quotes of YAML are dropped
+    assert load(empty, [f"engine.sglang.args='{text}' b"]).engine.sglang.args == f"'{text}' b"
+
+
+@pytest.mark.parametrize("text", ["007", "no", "1.10", "12:30", "1_000", "0x10", "2026-07-01"])
+def test_a_text_in_a_file_stays_as_typed(tmp_path: Path, text: str) -> None:
+    benchmarks = f"evaluation: {{benchmarks: {{a: {{path: {text}}}}}}}"
+    run = load(_write(tmp_path, f"name: {text}\ntasks:\n  path: {text}\n{benchmarks}\n"), ["tasks={held_out: 7}"])
+    assert (run.name, run.tasks.path, run.evaluation.benchmarks["a"].path) == (text, text, text)
+    assert load(_write(tmp_path, to_yaml(run))) == run
+    assert load(_write(tmp_path, ""), [f"tasks={{path: {text}}}"]).tasks.path == text
+    for override in (f"tasks.columns={{answer: {text}}}", f"tasks.columns.answer={text}"):
+        assert load("", [override]).tasks.columns == {"answer": text}
+    assert load("", ["tasks.answer_after=####"]).tasks.answer_after == "####"
+
+
+def test_a_whole_number_with_zeros_before_it_is_decimal(tmp_path: Path) -> None:
+    assert load(_write(tmp_path, "steps: 0100\n"), ["seed=007", "local.ranks=02"]).steps == 100
+    run = load(_write(tmp_path, ""), ["steps=0100", "seed=007", "optim.lr=01.5"])
+    assert (run.steps, run.seed, run.optim.lr) == (100, 7, 1.5)
+
+
+def test_a_home_folder_is_expanded_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    keys = ["out", "model.path", "tasks.path", "sft.path", "sft.validation", "hub.keys", "engine.sglang.python"]
+    keys += ["engine.sglang.folder", "evaluation.benchmarks.a.path"]
+    path = _write(
+        tmp_path, "out: ~/x y/out\nevaluation: {benchmarks: {a: {path: ~/x y/evaluation.benchmarks.a.path}}}\n"
+    )
+    for run in (
+        load("", [f"{key}=~/x y/{key}" for key in keys]),
+        load(path, [f"{key}=~/x y/{key}" for key in keys[1:-1]]),
+    ):
+        plain = dict(by_key_path(to_plain(run)))
+        assert {key: plain[key] for key in keys} == {key: f"/home/me/x y/{key}" for key in keys}
+    assert load(_write(tmp_path, ""), ["out=~", "name=~", "tasks.path=a/~/b"]).out == "/home/me"
+    assert load(_write(tmp_path, ""), ["name=~", "tasks.path=a/~/b"]).tasks.path == "a/~/b"
+    assert load(_write(tmp_path, ""), ["name=~"]).name == "~"  # is not a path
+
+
+def test_every_setting_whose_name_says_so_is_a_path() -> None:
+    def names(section: type, prefix: str = "") -> set[str]:
+        found = set()
+        for one in fields(section):
+            kind = get_type_hints(section)[one.name]
+            found |= names(kind, f"{prefix}{one.name}.") if is_dataclass(kind) else set()
+            if kind is str and {"path", "folder", "out", "keys", "python", "validation"} & {one.name}:
+                assert one.metadata.get("path"), f"{prefix}{one.name} needs the metadata PATH"
+                found.add(f"{prefix}{one.name}")
+        return found
+
+    assert len(names(Run)) == 8
+
+
+def test_an_existing_file_is_a_file_although_its_name_has_an_equals_sign(tmp_path: Path) -> None:
+    for name in ("lr=3e-4.yaml", "steps=9", "a=b/c.yaml"):
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("steps: 3\n")
+        assert load("", [str(file), "seed=5"]).steps == 3
+        arguments = argparse.Namespace(config=str(file), overrides=[str(file), "seed=5"])
+        assert config_arguments(arguments, "a=b") == [str(file), str(file), "seed=5", "a=b"]
+    with pytest.raises(ConfigError, match=r"unknown key .*steps"):
+        load("", [str(tmp_path / "steps=8")])
+    assert load("", [f"tasks.path={'x' * 5000}"]).tasks.path == "x" * 5000  # too long for a file's name
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "cp1252"])
+def test_a_file_in_another_encoding_is_named_with_its_line(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes("steps: 3\nname: Übung\n".encode(encoding))
+    with pytest.raises(ConfigError, match=r"run\.yaml:[12]: must be UTF-8, got byte 0x") as caught:
+        load(path)
+    assert "\n" not in str(caught.value)
+
+
+MAY_BE_INFINITE = {f"algorithm.{name}_correction.bound" for name in ("grpo", "kl")}
+MAY_BE_INFINITE |= {"optim.grad_clip", "learner.mismatch_bound"}
+
+
+def test_only_a_number_that_documents_it_may_be_infinite() -> None:
+    run = load("", [f"{key}=.inf" for key in MAY_BE_INFINITE])
+    assert {key for key, value in by_key_path(to_plain(run)) if value == float("inf")} == MAY_BE_INFINITE
+    for key, value in by_key_path(to_plain(Run())):
+        if isinstance(value, float) and key not in MAY_BE_INFINITE:
+            for number in (".inf", ".nan"):
+                with pytest.raises(ConfigError, match=re.escape(key)):
+                    load("", [f"{key}={number}"])
 
 
 def test_an_infinite_bound_and_an_empty_text_are_valid_values(empty: Path) -> None:

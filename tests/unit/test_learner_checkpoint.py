@@ -13,7 +13,10 @@ from torch import Tensor
 from sgpo_async.errors import CheckpointError
 from sgpo_async.learner import checkpoint
 from sgpo_async.learner.checkpoint import CheckpointWriter, Saved
+from sgpo_async.learner.policy import Policy
 from sgpo_async.learner.step import Stepper
+from sgpo_async.model.folder import model_folder
+from sgpo_async.model.load import load_model
 from tests.reference import learner_cases as cases
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -244,3 +247,42 @@ def test_a_new_run_sets_aside_the_checkpoints_of_an_earlier_run(tmp_path: Path) 
         assert checkpoint.newest_whole(folder) is None
     save(folder, 3, stepper)
     assert checkpoint.newest_whole(folder) == folder / "step-00000003"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_weights_of_a_checkpoint_can_be_read_by_a_model_that_is_not_sharded(tmp_path: Path, tied: bool) -> None:
+    stepper = learner(tied=tied)
+    stepper.update(cases.shard_of(cases.groups(), problems=4))
+    path = save(tmp_path, 1, stepper)
+    assert checkpoint.newest_complete(tmp_path) == path
+    plain = Policy(cases.tiny_model(tied=tied, dtype=torch.float32, seed=1))
+    checkpoint.read_weights(path, plain)
+    for own, saved in zip(plain.parameters(), parameters(stepper), strict=True):
+        assert torch.equal(own, saved)
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
+@pytest.mark.parametrize("damage", ["missing", "beginning"])
+def test_weights_that_cannot_be_read_are_one_line(tmp_path: Path, damage: str, name: str) -> None:
+    path = save(tmp_path, 1, learner())
+    content = (path / name).read_bytes()
+    (path / name).unlink()
+    if damage == "beginning":
+        (path / name).write_bytes(content[:1000])
+    with pytest.raises(CheckpointError, match="step-00000001: cannot be read, or belongs to another model") as caught:
+        checkpoint.read_weights(path, Policy(cases.tiny_model(dtype=torch.float32)))
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, 1, learner())
+    other = Policy(load_model(model_folder("builtin:cues"), device="cpu", dtype="float32"))
+    with pytest.raises(CheckpointError, match="cannot be read, or belongs to another model"):
+        checkpoint.read_weights(path, other)
+
+
+def test_no_checkpoint_is_complete_in_an_empty_folder(tmp_path: Path) -> None:
+    assert checkpoint.newest_complete(tmp_path) is None
+    assert checkpoint.newest_complete(tmp_path / "missing") is None
+    (tmp_path / ".step-00000003").mkdir()
+    assert checkpoint.newest_complete(tmp_path) is None

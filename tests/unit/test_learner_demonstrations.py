@@ -52,6 +52,28 @@ def test_a_problem_without_a_response_has_no_demonstration(tmp_path: Path, token
     assert len(set(found)) == 2
 
 
+def test_a_response_beyond_the_positions_of_the_model_is_left_out_with_one_warning(
+    tmp_path: Path, tokenizer: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = file_run(tmp_path / "some.jsonl", ["raise 1", "raise " * 30] * 3)
+    source = source_of(run)
+    problems = [TaskSampler(run, source).task(number).problem for number in range(8)]
+    for longest, some in (
+        (33, False),
+        (32, True),
+        (4, True),
+    ):  # the prompt has two tokens, the longer response 31 with its end token
+        caplog.clear()
+        demonstrations = Demonstrations(run, source, tokenizer, longest=longest)
+        expected = [2 + len(problem.response.split()) + 1 > longest for problem in problems]
+        assert any(expected) == some
+        assert [demonstrations.tokens(number) is None for number in range(8)] == expected
+        assert [demonstrations.tokens(number) is None for number in range(8)] == expected
+        left_out = {problem.id for problem, out in zip(problems, expected, strict=True) if out}
+        assert len(caplog.messages) == len(left_out)  # one for each problem
+        assert all("the response is left out" in message for message in caplog.messages)
+
+
 def test_the_error_for_a_source_without_any_response_is_one_line(tmp_path: Path, tokenizer: object) -> None:
     run = file_run(tmp_path / "none.jsonl", [None, None, None])
     with pytest.raises(

@@ -43,7 +43,7 @@ def test_packed_rows_contain_whole_sequences(pieces: list[tuple[int, int]], row_
         flat, positions = packed.input_ids.flatten(), packed.position_ids.flatten()
         at = 0
         for i in order:
-            whole = np.concatenate(items[i]).tolist()
+            whole = np.concatenate((items[i].prompt, items[i].completion)).tolist()
             picks = packed.picks[at : at + len(items[i].completion)]
             start = picks[0] - len(items[i].prompt) + 1
             assert flat[start : picks[-1] + 1].tolist() == whole[:-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from sgpo_async.learner.checkpoint import CheckpointWriter
 from sgpo_async.learner.packing import Tokens
 from sgpo_async.learner.process_group import join_alone
 from sgpo_async.learner.sft import Examples, WarmUp, supervised
+from sgpo_async.model.folder import model_folder
 from sgpo_async.tasks.sft_data import sft_data
 from sgpo_async.tasks.sources import source_of
 from tests.reference import learner_cases as cases
@@ -134,6 +136,26 @@ def test_problems_without_a_response_or_with_too_many_tokens_are_counted_and_lef
     assert found.counts["training"] + found.counts["validation"] == 10
     assert (found.counts["too_long"], found.counts["without_response"]) == (1, 1)
     assert {len(tokens.completion) for tokens in found.training} == {6}  # five words and the end token
+
+
+@pytest.mark.parametrize("positions", [{"max_position_embeddings": 24}, {"sliding_window": 8}])
+def test_problems_beyond_the_positions_of_the_model_are_counted_and_left_out(
+    tmp_path: Path, positions: dict[str, int]
+) -> None:
+    """A sliding window does not limit the positions of a trained sequence."""
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder("builtin:cues"), folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | positions
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    room = config["max_position_embeddings"]
+    rows = [{"problem": f"problem 1 amber from {i} 0", "response": "amber " * words} for i in range(9)
+            for words in (room - 7, room - 6)]  # fmt: skip
+    run = replace(file_run(tmp_path / "p.jsonl", rows), model=Model(path=str(folder)))
+    found = Examples.read(run)
+    assert (found.counts["training"] + found.counts["validation"], found.counts["too_long"]) == (9, 9)
+    assert {len(tokens.prompt) + len(tokens.completion) for tokens in found.training} == {room}
+    with pytest.raises(DataError, match=rf"model\.path: every problem .* longer than {room} tokens .*{room} positions"):
+        Examples.read(replace(file_run(tmp_path / "p.jsonl", rows[1::2]), model=Model(path=str(folder))))
 
 
 def test_training_and_validation_share_no_text_even_if_problems_occur_twice(tmp_path: Path) -> None:

@@ -117,6 +117,42 @@ def test_a_frozen_teacher_gets_no_gradient_and_does_not_change() -> None:
         assert torch.equal(frozen.full_tensor(), parameter)
 
 
+OBSERVED_RUNS = {
+    **{f"correction {mode}": {"grpo_correction": Correction(mode=mode, bound=2.0)} for mode in MODES},
+    "prefix of the teacher": {"kl_correction": Correction(mode="prefix", bound=1.0)},
+    "behaviour as the teacher": {"teacher": "behaviour", "limiter": "none"},
+    "all targets": {"target": "all", "limiter": "quantile", "quantile": 0.7},
+    "likelihood of the targets": {"divergence": "sft"},
+    "corrected pass rates": {"pass_rates": "corrected"},
+    "luffy": {"objective": "luffy"},
+}
+
+
+@pytest.mark.parametrize("algorithm", OBSERVED_RUNS.values(), ids=OBSERVED_RUNS.keys())
+def test_what_an_environment_wrote_is_read_and_not_trained(algorithm: dict[str, object]) -> None:
+    """The reference computes the loss over the sampled tokens only."""
+    run, parts = cases.settings(row_tokens=20, **algorithm), cases.with_observations(cases.groups(seed=4))
+    assert sum(not own for group in parts for rollout in group for own in rollout.sampled) > 20
+    stepper = cases.stepper(run, cases.tiny_model())
+    loss = stepper.accumulate(stepper.batch(cases.shard_of(parts, problems=len(parts)))).reduce()["loss"]
+    found = {name: p.grad.full_tensor() for name, p in stepper.policy.model.named_parameters()}
+    model = cases.tiny_model()
+    expected = reference_loss(model, parts, run, responses=cases.demonstrations)
+    expected.backward()
+    assert_equal((loss, found), (expected.item(), {name: p.grad for name, p in model.named_parameters()}))
+
+
+def test_an_observed_token_changes_what_follows_it() -> None:
+    """It is read: another observation leads to another gradient."""
+    run, parts = cases.settings(), cases.with_observations(cases.groups())
+
+    def other(rollout: Rollout) -> Rollout:
+        changed = (rollout.tokens + 1) % cases.VOCABULARY
+        return replace(rollout, tokens=np.where(rollout.sampled, rollout.tokens, changed).astype(np.int32))
+
+    assert gradients(run, parts)[0] != gradients(run, [[other(r) for r in group] for group in parts])[0]
+
+
 def test_alpha_0_gives_exactly_grpo() -> None:
     """The results are equal bit for bit."""
     parts = cases.groups()

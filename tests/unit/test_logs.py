@@ -52,6 +52,24 @@ def test_the_json_format_has_role_rank_and_level(
     assert second["message"] == "it failed" and "ValueError: wrong" in second["traceback"]
 
 
+def test_fields_are_keys_in_json_and_not_shown_to_people(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for form in ("json", "human"):
+        monkeypatch.setenv(logs.FORMAT, form)
+        logs.set_up("hub")
+        log.info("%s has joined", "a", extra=logs.fields(event="joined", actors=3))
+    first, second = capsys.readouterr().err.splitlines()
+    values = json.loads(first)
+    assert (values["message"], values["event"], values["actors"], values["role"]) == (
+        "a has joined",
+        "joined",
+        3,
+        "hub",
+    )
+    assert second[8:] == " hub          a has joined"
+
+
 def test_the_log_options_set_the_environment_for_child_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(logs.FORMAT, "human")
     monkeypatch.setenv(logs.LEVEL, "info")

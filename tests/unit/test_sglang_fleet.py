@@ -21,35 +21,43 @@ from sgpo_async.engines.sglang.serving.quarantine import Quarantine
 from sgpo_async.engines.sglang.serving.server_slot import ServerSlot
 from sgpo_async.engines.sglang.serving.update import InFlight
 from sgpo_async.engines.sglang.weight_sync.transports import Transport
-from sgpo_async.errors import SessionError
+from sgpo_async.errors import EngineError, SessionError
 
 
 @pytest.fixture(autouse=True)
 def short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(update_module, "verify", verify_nothing)
     monkeypatch.setattr(fleet_module, "BACKOFF_S", (0.01,))
+    monkeypatch.setattr(fleet_module, "RETRY_S", 0.01)
     monkeypatch.setattr(server_slot_module, "EXIT_GRACE_S", 0.01)
 
 
-class FakeFleet(Fleet):
-    """A fleet of one slot with fake servers; `started` contains all servers that were ever started."""
+async def nothing(*_: Any, **__: Any) -> list[str]:
+    return []
 
-    def __init__(self, make: Callable[[ServerSlot], FakeServer], in_flight: InFlight, transport: FakeTransport) -> None:
-        settings = FleetSettings(slots=4, ends=frozenset(), in_flight=in_flight, start_s=1.0, phase_s=PHASE_S)
-        server_slots = [ServerSlot(launch=None, url="fake", log=None)]
-        super().__init__(server_slots, settings, [cast(Transport, transport)], cast(Any, None))
-        self.make, self.started, self.server_slot = make, list[FakeServer](), server_slots[0]
 
-    async def _start(self, server_slot: ServerSlot, http: Any) -> None:
-        server = self.make(server_slot)
+class Started:
+    """The fake servers that a fleet has started in its only slot; `make` makes one, where a real one would be asked."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, make: Callable[[], FakeServer]) -> None:
+        self.servers: list[FakeServer] = []
+        self._make, self.slot = make, ServerSlot(launch=None, url="fake", log=None)
+        monkeypatch.setattr(fleet_module, "Server", self._start)
+        for name in ("wait_until_ready", "clean_up_attached"):
+            monkeypatch.setattr(fleet_module, name, nothing)
+
+    def _start(self, *_: Any, **__: Any) -> FakeServer:
+        server = self._make()
         server.version, server.open = None, False
-        server_slot.server = server
-        self.started.append(server)
-        if not self.ready.done():
-            self.ready.set_result(None)
+        self.servers.append(server)
+        return server
+
+    def fleet(self, in_flight: InFlight, *transports: FakeTransport) -> Fleet:
+        settings = FleetSettings(slots=4, ends=frozenset(), in_flight=in_flight, start_s=1.0, phase_s=PHASE_S)
+        return Fleet([self.slot], settings, [cast(Transport, one) for one in transports], nothing)
 
 
-async def run_with_updates(fleet: FakeFleet, count: int) -> dict[Any, Any]:
+async def run_with_updates(fleet: Fleet, started: Started, count: int) -> dict[Any, Any]:
     """Publish new versions while `count` requests run, until every request has a result."""
     running = asyncio.create_task(fleet.run())
     results: dict[Any, Any] = {}
@@ -60,7 +68,7 @@ async def run_with_updates(fleet: FakeFleet, count: int) -> dict[Any, Any]:
     async with asyncio.timeout(60):
         while len(results) < count:
             await asyncio.sleep(0.05)
-            server = fleet.server_slot.server
+            server = started.slot.server
             if server is not None and server.open:
                 version += 1
                 fleet.want(cast(Weights, SimpleNamespace(version=version)))
@@ -83,9 +91,11 @@ def events(fleet: Fleet) -> list[str]:
 
 
 @pytest.mark.parametrize("answers", [True, False])
-def test_a_fleet_blames_a_request_that_hangs_its_servers_during_updates(answers: bool) -> None:
+def test_a_fleet_blames_a_request_that_hangs_its_servers_during_updates(
+    answers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def scenario() -> None:
-        def make(server_slot: ServerSlot) -> FakeServer:
+        def make() -> FakeServer:
             server = FakeServer("server", hangs=at(1))
             if not answers:
                 server.fake_api.answer = lambda path: fail_with_request_1(server)
@@ -95,50 +105,113 @@ def test_a_fleet_blames_a_request_that_hangs_its_servers_during_updates(answers:
             if any(cast(Any, running.item).request.id == 1 for running in server.running.values()):
                 raise ServerGone("no answer")
 
-        fleet = FakeFleet(make, "abort-resume", FakeTransport())
-        results = await run_with_updates(fleet, 3)
+        started = Started(monkeypatch, make)
+        fleet = started.fleet("abort-resume", FakeTransport())
+        results = await run_with_updates(fleet, started, 3)
         assert [id for id, result in results.items() if isinstance(result, Failed)] == [1]
         assert all(len(result.tokens) == TOKENS for result in results.values() if isinstance(result, Generated))
-        assert 3 <= len(fleet.started) <= 4, events(fleet)  # the last server may have been replaced already
+        assert 3 <= len(started.servers) <= 4, events(fleet)  # the last server may have been replaced already
 
     asyncio.run(scenario())
 
 
-class CountingQuarantine(Quarantine):
-    """Records how many requests were in flight at each death."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.in_flight: list[int] = []
-
-    def record_death(self, in_flight: Collection[Any], *, others: int = 0) -> Any:
-        self.in_flight.append(len(in_flight) + others)
-        return super().record_death(in_flight, others=others)
-
-
 @pytest.mark.parametrize("paused", [True, False])
-def test_a_death_during_an_update_counts_for_paused_requests_only(paused: bool) -> None:
+def test_a_death_during_an_update_counts_for_paused_requests_only(
+    paused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A paused request may have caused the death; a request whose stream had been aborted before cannot."""
+    in_flight_at_death: list[int] = []
+    record_death = Quarantine.record_death
+
+    def counting(self: Quarantine, in_flight: Collection[Any], *, others: int = 0) -> Any:
+        in_flight_at_death.append(len(in_flight) + others)
+        return record_death(self, in_flight, others=others)
+
+    monkeypatch.setattr(Quarantine, "record_death", counting)
 
     async def scenario() -> None:
         dies = iter([True])
         process = SimpleNamespace(alive=True, log_tail=lambda: "the end of its log", stop=lambda: None)
 
-        def make(server_slot: ServerSlot) -> FakeServer:
+        def make() -> FakeServer:
             process.alive = True
-            server_slot.process = cast(Any, process)
-            return FakeServer("server", slow=lambda partial: len(fleet.started) == 1 and len(partial.tokens) >= 2)
+            started.slot.process = cast(Any, process)
+            first = not started.servers
+            return FakeServer("server", slow=lambda partial: first and len(partial.tokens) >= 2)
 
         def end() -> None:
-            if fleet.started[-1].changes > 1 and next(dies, False):
+            if started.servers[-1].changes > 1 and next(dies, False):
                 process.alive = False
                 raise SessionError("the group is broken")
 
-        fleet = FakeFleet(make, "retract" if paused else "abort-resume", FakeTransport(end))
-        counting = CountingQuarantine()
-        fleet._requests._quarantine = counting
-        results = await run_with_updates(fleet, 3)
+        started = Started(monkeypatch, make)
+        fleet = started.fleet("retract" if paused else "abort-resume", FakeTransport(end))
+        results = await run_with_updates(fleet, started, 3)
         assert all(isinstance(result, Generated) for result in results.values())
-        assert counting.in_flight == [3 if paused else 0] and len(fleet.started) == 2, events(fleet)
+        assert in_flight_at_death == [3 if paused else 0] and len(started.servers) == 2, events(fleet)
+
+    asyncio.run(scenario())
+
+
+class FullDisk(FakeTransport):
+    """Cannot prepare version 2 while there is no room."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.room = name, False
+
+    def prepare(self, weights: Weights) -> Any:
+        if weights.version == 2 and not self.room:
+            raise EngineError("engine.sglang.folder: cannot write v2 (No space left on device)")
+        return super().prepare(weights)
+
+
+async def until(holds: Callable[[], object], event: str) -> None:
+    deadline = asyncio.get_running_loop().time() + 60
+    while not holds():
+        assert asyncio.get_running_loop().time() < deadline, f"did not happen: {event}"
+        await asyncio.sleep(0.01)
+
+
+def test_a_version_that_cannot_be_prepared_is_skipped_said_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        started = Started(monkeypatch, lambda: FakeServer("server"))
+        disk = FullDisk("disk")
+        fleet = started.fleet("abort-resume", disk)
+        running = asyncio.create_task(fleet.run())
+        fleet.want(cast(Weights, SimpleNamespace(version=1)))
+        await until(lambda: fleet.version() == 1, "version 1 is loaded")
+        fleet.want(cast(Weights, SimpleNamespace(version=2)))
+        said: list[str] = []
+        await until(lambda: said.extend(events(fleet)) or len(said) >= 3, "it is tried three times")
+        assert set(said) == {
+            "version 2 is not loaded, next try in 0.01 s: by disk: engine.sglang.folder: cannot write v2 "
+            "(No space left on device)"
+        }
+        fleet.submit(generate(0))  # meanwhile the server serves with the version that it has
+        await until(lambda: not fleet.results.empty(), "a result")
+        assert fleet.version() == 1 and len(fleet.results.get().tokens) == TOKENS
+        disk.room = True
+        await until(lambda: fleet.version() == 2, "version 2 is loaded")
+        fleet.close()
+        await running
+        assert len(started.servers) == 1  # it was never restarted
+
+    asyncio.run(scenario())
+
+
+def test_a_version_that_one_transport_cannot_prepare_is_loaded_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        started = Started(monkeypatch, lambda: FakeServer("server"))
+        fleet = started.fleet("abort-resume", FullDisk("disk"), FakeTransport())
+        running = asyncio.create_task(fleet.run())
+        for version, said in ((1, 0), (2, 1), (3, 0)):
+            fleet.want(cast(Weights, SimpleNamespace(version=version)))
+            await until(lambda version=version: fleet.version() == version, "the version is loaded")
+            lines = events(fleet)
+            assert len(lines) == said and all("No space left" in line and "another transport" in line for line in lines)
+        assert [timings.transport for timings in fleet.updates] == ["disk", "fake", "disk"]
+        fleet.close()
+        await running
 
     asyncio.run(scenario())

@@ -1,27 +1,69 @@
-"""Ports of servers lie below the ephemeral range of the system, and a port that was taken is detected."""
+"""Launched servers: their ports lie below the system's ephemeral range, a port that was taken is detected, no proxy."""
 
 import socket
+import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
+from sgpo_async.config.schema import Sglang
 from sgpo_async.engines.sglang.processes import process
-from sgpo_async.engines.sglang.processes.process import ServerProcess, _free_port
+from sgpo_async.engines.sglang.processes.launch import Launch
+from sgpo_async.engines.sglang.processes.process import ServerProcess
+
+TAKEN = "[Errno 98] error while attempting to bind on address ('127.0.0.1', 1): address already in use"
 
 
-def test_ports_are_free_and_below_the_ephemeral_range() -> None:
+@dataclass(frozen=True, kw_only=True)
+class ScriptLaunch(Launch):
+    """Launches a Python script in place of SGLang; its argument is the port."""
+
+    script: str
+
+    def command(self, port: int) -> list[str]:
+        return [sys.executable, "-c", self.script, str(port)]
+
+
+def launch(script: str = "import time; time.sleep(600)") -> ScriptLaunch:
+    return ScriptLaunch(
+        settings=Sglang(), model="m", dtype="float32", device="cpu", slots=1, longest=8, script=script
+    )  # fmt: skip
+
+
+def test_ports_are_free_and_below_the_ephemeral_range(tmp_path: Path) -> None:
     below = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    ports = {_free_port() for _ in range(50)}
-    assert len(ports) > 40
+    servers = [ServerProcess(launch(), tmp_path / "server.log") for _ in range(8)]
+    ports = {int(server.url.rpartition(":")[2]) for server in servers}
+    for server in servers:
+        server.stop()
+    assert len(ports) >= 7  # of 12,000: two may be equal by chance
     assert all(below - process.PORTS <= port < below for port in ports)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", ports.pop()))
 
 
 def test_a_port_that_was_taken_is_detected_in_the_log_of_this_start_only(tmp_path: Path) -> None:
-    server = object.__new__(ServerProcess)
-    server.log = tmp_path / "server.log"
-    server.log.write_bytes(b"an earlier start: address already in use\n")
-    server._log_start = server.log.stat().st_size
-    assert not server.port_taken
-    with server.log.open("ab") as log:
-        log.write(b"[Errno 98] error while attempting to bind on address ('127.0.0.1', 1): address already in use\n")
-    assert server.port_taken
+    log, more = tmp_path / "server.log", tmp_path / "more"
+    log.write_bytes(b"an earlier start: address already in use\n")
+    script = f"import pathlib, time\nwhile not pathlib.Path({str(more)!r}).exists(): time.sleep(0.01)\n"
+    server = ServerProcess(launch(f'{script}print("""{TAKEN}""", flush=True)\ntime.sleep(600)'), log)
+    try:
+        assert server.alive and not server.port_taken
+        more.touch()
+        deadline = time.monotonic() + 120
+        while not server.port_taken:
+            assert server.alive and time.monotonic() < deadline, "the server's line did not reach its log"
+            time.sleep(0.01)
+    finally:
+        server.stop()
+    assert not server.alive
+
+
+@pytest.mark.parametrize("name", ["no_proxy", "NO_PROXY"])
+def test_a_server_asks_itself_without_a_proxy(name: str) -> None:
+    environment = launch().environment({"HTTP_PROXY": "http://proxy:3128", name: ".host"})
+    assert environment["HTTP_PROXY"] == "http://proxy:3128"  # it may download its model
+    assert environment["no_proxy"] == environment["NO_PROXY"] == ".host,127.0.0.1,localhost"
+    assert launch().environment({})["no_proxy"] == "127.0.0.1,localhost"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sgpo_async.strategies.parse import LONGEST, parse_scores, parse_strategy
 from sgpo_async.strategies.prompts import extract_prompt, rank_prompt
 
-TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=LONGEST).filter(str.strip)
+TEXTS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=LONGEST).filter(str.strip)
 
 
 def values_matching(schema: Any) -> st.SearchStrategy[Any]:

@@ -47,9 +47,11 @@ def test_only_the_numbering_of_a_step_is_dropped(step: str, read: str) -> None:
     ("reply", "reason"),
     [
         ("", "the reply must be one JSON object"),
-        ("Sure! " + json.dumps(GOOD), "the reply must be one JSON object"),
-        (json.dumps(GOOD) + json.dumps(GOOD), "the reply must be one JSON object"),
+        ("Sure! Collect terms, then divide.", "the reply must be one JSON object, got none"),
+        (json.dumps(GOOD) + json.dumps(GOOD), "the reply must be one JSON object, got 2"),
+        (f"<think>A draft: {json.dumps(GOOD)}", "the reply must be one JSON object, got none"),
         ("[" * 100_000, "the reply must be one JSON object"),
+        ('{"type":' * 100_000, "the reply must be one JSON object"),
         ("[1, 2]", "the reply must be one JSON object"),
         (json.dumps({"type": "a", "steps": ["a", "b"]}), "the keys must be steps, strategy, type"),
         (json.dumps(GOOD | {"answer": "7"}), "the keys must be"),
@@ -64,6 +66,83 @@ def test_only_the_numbering_of_a_step_is_dropped(step: str, read: str) -> None:
 def test_an_invalid_strategy_is_rejected_with_the_reason(reply: str, reason: str) -> None:
     with pytest.raises(Unreadable, match=reason):
         parse_strategy(reply)
+
+
+DRAFT = {"type": "A draft", "strategy": "Guess.", "steps": ["Guess.", "Check."]}
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "Sure! {}",
+        "{} I hope that helps.",
+        "```JSON\n{}\n```",
+        "```\n{}\n```",
+        "Here it is, for the set {{1, 2}} and f(x) = {{x : x \\in A}}:\n```json\n{}\n```\nAsk me for more.",
+        '{{"note": "an object of another form"}}\n{}',
+        "<think>\nLet me see.\n</think>\n\n{}",
+        f"<think>First: {json.dumps(DRAFT).replace('{', '{{').replace('}', '}}')}</think>{{}}",
+        f"First: {json.dumps(DRAFT).replace('{', '{{').replace('}', '}}')}</think>{{}}",  # the tag begins in the prompt
+        "<THINKING>Hm.</THINKING> {}",
+    ],
+)
+def test_the_one_json_object_is_found_in_thoughts_prose_and_fences(reply: str) -> None:
+    assert parse_strategy(reply.format(json.dumps(GOOD))) == parse_strategy(json.dumps(GOOD))
+    assert parse_strategy(reply.format(json.dumps(GOOD, indent=1))) == parse_strategy(json.dumps(GOOD))
+    if "draft" not in reply:
+        assert parse_scores(reply.format(json.dumps({"scores": [SCORE]})), 1) == [SCORE]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            r"\frac{1}{2}",
+            r"\dfrac12",
+            r"\tfrac{1}{2}",
+            r"a \times b",
+            r"\text{if}",
+            r"\theta + \tau",
+            r"\tan x",
+            r"\to 0",
+        ),
+        *(
+            r"\beta",
+            r"\bar{x}",
+            r"\boxed{x}",
+            r"\binom{n}{k}",
+            r"\begin{cases}",
+            r"\rho",
+            r"\right)",
+            r"\rangle",
+            r"\forall x",
+        ),
+        *(r"\nabla f", r"a \neq b", r"x \notin A", r"\nu_i", r"a \not= b", r"\underline{x}", r"\uparrow"),
+        *(r"\sqrt{x}", r"\alpha", r"\(x\)", r"\[x\]", r"\{x\}", r"50\%", r"\$x\$", r"\Rightarrow", r"x\,y"),
+    ],
+)
+def test_a_latex_command_survives_with_one_backslash_or_two(text: str) -> None:
+    for backslashes in ("\\", "\\\\"):
+        wire = text.replace("\\", backslashes)
+        reply = f'{{"type": "{wire}", "strategy": "Use {wire}.", "steps": ["{wire}, then", "Divide."]}}'
+        assert parse_strategy(reply).type == text
+        assert parse_strategy(reply).steps == (f"{text}, then", "Divide.")
+
+
+@pytest.mark.parametrize(
+    ("wire", "text"),
+    [
+        (r"First.\nThen.", "First. Then."),
+        (r"First.\nnext, \nunder it", "First. next, under it"),
+        (r"a\tb \tthen c\r\nd", "a b then c d"),
+        (r"say \"x\" or a\/b", 'say "x" or a/b'),
+        (r"caf\u00e9 \u03b2eta", "café βeta"),
+        (r"two \\\\ lines", r"two \\ lines"),
+        ("a line\nbreak", "a line break"),
+    ],
+)
+def test_escapes_of_json_still_work(wire: str, text: str) -> None:
+    assert parse_strategy(f'{{"type": "{wire}", "strategy": "b", "steps": ["a", "b"]}}').type == text
 
 
 @pytest.mark.parametrize(
@@ -81,6 +160,21 @@ def test_invalid_scores_are_rejected_with_the_reason(scores: object, reason: str
     with pytest.raises(Unreadable, match=reason):
         parse_scores(json.dumps({"scores": scores}), 2)
     assert parse_scores(json.dumps({"scores": [SCORE, SCORE]}), 2) == [SCORE, SCORE]
+
+
+@pytest.mark.parametrize("command", [r"\frac{3}{7}", r"\dfrac37", r"\tfrac{3}{7}", r"\boxed{\frac{3}{7}}"])
+@pytest.mark.parametrize("backslash", ["\\", "\\\\"])
+def test_a_fraction_leaks_however_its_backslash_was_written(command: str, backslash: str) -> None:
+    wire = command.replace("\\", backslash)
+    reply = f'{{"type": "Ratio", "strategy": "The share is ${wire}$.", "steps": ["Add.", "Divide."]}}'
+    problem = Problem(id="p", problem="What is the share?", answer="3/7", response="It is 3 of 7.")
+    assert [one["reason"] for one in filter_replies([reply], problem).rejected] == ["leak"]
+
+
+@pytest.mark.parametrize("mangled", ["\frac{3}{7}", " rac{3}{7}", "\tfrac{3}{7}", " frac{3}{7}", "\boxed{3/7}"])
+def test_a_fraction_in_a_library_leaks_although_its_command_was_read_as_an_escape(mangled: str) -> None:
+    found = leaks(f"The share is {mangled}.", problem="What is the share?", answer="3/7", response="It is 3 of 7.")
+    assert "the answer's number 3/7" in found
 
 
 @given(st.text(max_size=60) | st.recursive(st.none() | st.integers() | st.text(), st.lists).map(json.dumps))

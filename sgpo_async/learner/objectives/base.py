@@ -30,6 +30,11 @@ rates themselves, and `alpha_observed`, the weight that the observed pass rates 
 """
 
 
+def rollout_after(prompt: np.ndarray, rollout: Rollout) -> Tokens:
+    """The tokens of a rollout after `prompt`; those that the policy has sampled are trained."""
+    return Tokens(prompt, rollout.tokens, rollout.sampled)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TaskGroup:
     """The rollouts and the other data of one task, for training."""
@@ -67,7 +72,7 @@ class PolicyGradient:
     @property
     def student(self) -> Tokens:
         """The sequence that is trained."""
-        return Tokens(self.rollout.prompt, self.rollout.tokens)
+        return rollout_after(self.rollout.prompt, self.rollout)
 
 
 @dataclass(frozen=True)
@@ -81,12 +86,12 @@ class Distillation:
     @property
     def student(self) -> Tokens:
         """The sequence that is trained."""
-        return Tokens(self.plain_prompt, self.rollout.tokens)
+        return rollout_after(self.plain_prompt, self.rollout)
 
     @property
     def teacher(self) -> Tokens:
         """The same tokens after the guided prompt, with which they were sampled."""
-        return Tokens(self.rollout.prompt, self.rollout.tokens)
+        return rollout_after(self.rollout.prompt, self.rollout)
 
 
 @dataclass(frozen=True)

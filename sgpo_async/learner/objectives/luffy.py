@@ -31,11 +31,11 @@ def luffy(group: TaskGroup, algorithm: Algorithm) -> Trained:
     solved = torch.full((1, 1), group.autonomous[0].solved_at, dtype=torch.float64)
     rewards = torch.cat((group.rewards(guided=False), solved), dim=-1)
     *advantages, own = group_advantages(rewards)[0].tolist()
-    tokens = len(group.demonstration) + sum(len(rollout.tokens) for rollout in group.autonomous)
+    tokens = len(group.demonstration) + sum(int(rollout.sampled.sum()) for rollout in group.autonomous)
     rollouts = zip(group.autonomous, advantages, strict=True)
     return Trained(
         policy_gradient=[
-            PolicyGradient(rollout, advantage, len(rollout.tokens) / tokens / group.problems)
+            PolicyGradient(rollout, advantage, int(rollout.sampled.sum()) / tokens / group.problems)
             for rollout, advantage in rollouts
         ],
         likelihood=[_shaped(group, own * len(group.demonstration) / tokens / group.problems)] if own else [],

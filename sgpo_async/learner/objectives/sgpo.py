@@ -19,9 +19,8 @@ from sgpo_async.algorithm import (
     select_reachable,
 )
 from sgpo_async.config.schema import Algorithm
-from sgpo_async.learner.objectives.base import Distillation, Likelihood, TaskGroup, Trained
+from sgpo_async.learner.objectives.base import Distillation, Likelihood, TaskGroup, Trained, rollout_after
 from sgpo_async.learner.objectives.grpo import grpo
-from sgpo_async.learner.packing import Tokens
 from sgpo_async.wire.records import Rollout
 
 
@@ -42,7 +41,7 @@ def sgpo(group: TaskGroup, algorithm: Algorithm) -> Trained:
     return Trained(
         policy_gradient=grpo(group, algorithm).policy_gradient if algorithm.policy_gradient else [],
         distillation=[] if as_text else [Distillation(target, plain, weight) for target in targets],
-        likelihood=[Likelihood(Tokens(plain, target.tokens), weight) for target in targets] if as_text else [],
+        likelihood=[Likelihood(rollout_after(plain, target), weight) for target in targets] if as_text else [],
         metrics=metrics,
     )
 

@@ -52,13 +52,13 @@ def http_session() -> aiohttp.ClientSession:
     """A session for any number of servers.
 
     It closes idle connections before SGLang does (after 5 s): a request on a connection that the server has just
-    closed would fail as if the server had died.
+    closed would fail as if the server had died. It never uses a proxy: the servers are on this machine or beside it.
     """
     trace = aiohttp.TraceConfig()
     trace.on_connection_create_end.append(_connected)
     trace.on_connection_reuseconn.append(_connected)
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)
-    return aiohttp.ClientSession(connector=connector, trace_configs=[trace])
+    return aiohttp.ClientSession(connector=connector, trace_configs=[trace], trust_env=False)
 
 
 class ServerApi:

@@ -12,6 +12,7 @@ from sgpo_async.config.schema import Sglang
 CPU = Path(__file__).parents[1] / "cpu"
 STAND_INS = CPU / "stand_ins"
 CPU_LAUNCHER = CPU / "launch_server.py"
+LOOPBACK = "127.0.0.1,localhost"
 CPU_TOKENS = 2**17  # size limit of the key-value cache of a CPU server
 
 
@@ -48,6 +49,9 @@ class Launch:
         """The actor's environment without the variables of its own Python, plus the server's devices and threads."""
         inherited = dict(os.environ) if inherited is None else inherited
         kept = {name: value for name, value in inherited.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+        # A server asks itself for its state before it serves, and would do so through the environment's proxy.
+        direct = inherited.get("no_proxy") or inherited.get("NO_PROXY")
+        kept |= dict.fromkeys(("no_proxy", "NO_PROXY"), f"{direct},{LOOPBACK}" if direct else LOOPBACK)
         if self.device == "cuda":
             visible = inherited.get("CUDA_VISIBLE_DEVICES")
             devices = visible.split(",") if visible else [str(i) for i in range((self.index + 1) * self.settings.tp)]

@@ -10,6 +10,7 @@ is due. `requests` decides which requests run on which server.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ from sgpo_async.errors import DeadlineExceeded, EngineError, SessionError, SgpoE
 
 BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 MAX_FAILED_STARTS = 6  # the engine fails when every server has failed this often in a row
+RETRY_S = 15.0  # until a version is tried again that no transport could prepare, e.g. because a disk was full
 CHECK_INTERVAL_S = 5.0  # between two health checks of a server
 CHECK_TIMEOUT_S = 30.0  # for the answer to a health check
 
@@ -197,23 +199,29 @@ class Fleet:
         assert server is not None
         loaded: Weights | None = None
         while True:
-            changed = self._changed
+            changed, pause_s = self._changed, math.inf
             if self._wanted is not None and self._wanted is not loaded:
-                loaded = await self._update_to(server, self._wanted)
+                weights = self._wanted
+                prepared = await self._update_to(server, weights)
                 server_slot.failures = 0
                 self._requests.dispatch()
-                continue
+                if prepared:
+                    loaded = weights
+                    continue
+                pause_s = RETRY_S
             waiting = asyncio.create_task(changed.wait())
             try:
-                await self._wait_for_new_version(server_slot, server, waiting)
+                await self._wait_for_new_version(server_slot, server, waiting, at_most_s=pause_s)
             finally:
                 waiting.cancel()
 
-    async def _wait_for_new_version(self, server_slot: ServerSlot, server: Server, waiting: asyncio.Task[bool]) -> None:
+    async def _wait_for_new_version(
+        self, server_slot: ServerSlot, server: Server, waiting: asyncio.Task[bool], *, at_most_s: float
+    ) -> None:
         """Wait until another version is wanted. Raises EngineError if the server dies or no longer answers."""
         loop = asyncio.get_running_loop()
-        next_check = loop.time() + CHECK_INTERVAL_S
-        while not waiting.done():
+        end, next_check = loop.time() + at_most_s, loop.time() + CHECK_INTERVAL_S
+        while not waiting.done() and loop.time() < end:
             await asyncio.wait([waiting], timeout=0.1)
             require_alive(server_slot)
             if server.fault is not None:
@@ -227,11 +235,11 @@ class Fleet:
                     )
                 next_check = loop.time() + CHECK_INTERVAL_S
 
-    async def _update_to(self, server: Server, weights: Weights) -> Weights:
-        """Load `weights` into the server by the first transport that succeeds; returns `weights`.
+    async def _update_to(self, server: Server, weights: Weights) -> bool:
+        """Load `weights` into the server by the first transport that succeeds; False if none could prepare them.
 
         A version that does not fit the model, or that has been overwritten, is skipped: the server keeps the version
-        that it has. Raises EngineError if all transports fail.
+        that it has, as it does after False. Raises EngineError if all transports fail to send.
         """
         errors: list[str] = []
         touched = False  # whether an update may have changed the server's weights
@@ -240,15 +248,17 @@ class Fleet:
             try:
                 prepared = await self._prepare(weights, transport)
             except Superseded:
-                return weights  # a newer version has been announced
+                return True  # a newer version has been announced
             except WeightsError as error:
                 self.events.put(f"version {weights.version} is not loaded: {error}")
-                return weights
+                return True
             except (EngineError, SessionError) as error:
                 errors.append(f"by {transport.name}: {error}")
+                if transport is not self._transports[-1]:
+                    self.events.put(f"version {weights.version} {errors[-1]}; another transport is tried")
                 continue
             if self._wanted is not weights:
-                return weights
+                return True
             touched = True
             try:
                 timings = await update(
@@ -265,12 +275,13 @@ class Fleet:
             self.updates.append(timings)
             if all(server.version == weights.version for server in self._servers()):
                 self._prepared.clear()
-            return weights
+            return True
         if self._wanted is not weights:
-            return weights
+            return True
         if not touched:  # the server keeps its weights and stays in service
-            self.events.put(f"version {weights.version} is not loaded: {'; '.join(errors)}")
-            return weights
+            found = "; ".join(errors)
+            self.events.put(f"version {weights.version} is not loaded, next try in {RETRY_S:g} s: {found}")
+            return False
         raise EngineError(f"{server.api.url}: version {weights.version} cannot be loaded: {'; '.join(errors)}")
 
     async def _prepare(self, weights: Weights, transport: Transport) -> Prepared:

@@ -15,7 +15,7 @@ from sgpo_async.engines.base import Weights
 from sgpo_async.engines.sglang.weight_sync.layout import Checksums, Device, expected_checksums
 from sgpo_async.errors import DataError, WeightsError
 from sgpo_async.model import parameters
-from sgpo_async.model.load import end_tokens, longest
+from sgpo_async.model.load import end_tokens, longest, tokenizer_of
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def model_facts(folder: str, *, dtype: str, tp: int, device: Device, digest: par
         folder=folder,
         config=text.to_dict(),
         skeleton=skeleton,
-        ends=end_tokens(skeleton),
+        ends=end_tokens(skeleton, tokenizer_of(folder)),
         longest=longest(skeleton),
         vocabulary=text.vocab_size,
         tp=tp,

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from sgpo_async.engines.base import BroadcastGroups, Weights
@@ -32,6 +33,7 @@ from sgpo_async.engines.sglang.processes.api import ServerApi, ServerGone, Serve
 from sgpo_async.engines.sglang.weight_sync.layout import Checksums, expected_checksums
 from sgpo_async.engines.sglang.weight_sync.model_facts import ModelFacts
 from sgpo_async.errors import EngineError, SessionError, SgpoError, WeightsError
+from sgpo_async.files import set_usual_modes
 
 BUCKET_BYTES = 64 * 2**20  # size limit of the tensors in one request
 SENDER_TIMEOUT_S = 600.0  # for an answer of the weight sender; longer than its own timeouts
@@ -213,9 +215,12 @@ class DiskTransport:
     name = "disk"
 
     def __init__(self, model: ModelFacts, folder: str) -> None:
-        temporary = f"{tempfile.gettempdir()}/sgpo-weights-{uuid.uuid4().hex[:12]}"
+        try:
+            temporary = tempfile.gettempdir()
+        except FileNotFoundError:  # no disk is writable, e.g. because it is full; `write` reports that
+            temporary = "/tmp"
         self._own = not folder
-        self._folder = Path(folder or temporary)
+        self._folder = Path(folder or f"{temporary}/sgpo-weights-{uuid.uuid4().hex[:12]}")
         self._model = model
         self._written: list[Path] = []
 
@@ -234,11 +239,16 @@ class DiskTransport:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, draft / "model.safetensors")
             for name in COPIED:
                 if (source := Path(self._model.folder) / name).exists():
-                    shutil.copy(source, draft / name)
+                    shutil.copyfile(source, draft / name)
+            set_usual_modes(draft)  # servers may belong to another user
             shutil.rmtree(target, ignore_errors=True)
             draft.rename(target)
-        except OSError as error:
-            raise EngineError(f"engine.sglang.folder: cannot write {target}: {error.strerror}") from None
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(draft, ignore_errors=True)  # its space may be what the disk lacks
+            reason = (error.strerror if isinstance(error, OSError) else None) or error
+            raise EngineError(
+                f"engine.sglang.folder: cannot write {target} ({reason}); free some space, or set another folder"
+            ) from None
         self._written = [path for path in self._written if path != target] + [target]
         for path in self._written[:-KEPT_VERSIONS]:
             shutil.rmtree(path, ignore_errors=True)

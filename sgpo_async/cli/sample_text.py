@@ -1,0 +1,79 @@
+"""A group of samples.jsonl as text for a terminal or a pipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from sgpo_async.report.numbers import number
+from sgpo_async.report.texts import Run, notes_of, printable, runs_of, solved, versions_of
+
+LARGE, SMALL = 1.0, 0.1  # nats; a token of at least this divergence is highlighted
+STYLES = {LARGE: "black on red", SMALL: "black on yellow"}
+LARGEST = 3  # tokens of the largest divergences that are listed
+PIECE = 24  # characters of each
+
+
+def render(sample: Mapping[str, Any], *, chars: int) -> RenderableType:
+    """The problem, the rollouts of the policy alone and those with the strategy; at most `chars` of each completion."""
+    about = Table.grid(padding=(0, 2, 0, 0))
+    about.add_column(style="dim", no_wrap=True)
+    about.add_column(overflow="fold")
+    for name in ("problem", "strategy", "answer"):
+        if sample.get(name) is not None:
+            about.add_row(name, Text(printable(str(sample[name]))))
+    rollouts = sample["rollouts"]
+    parts: list[RenderableType] = [_title(sample), about]
+    for guided in (False, True):
+        own = [rollout for rollout in rollouts if rollout["guided"] == guided]
+        if own:
+            right, count = solved(sample, guided=guided)
+            heading = f"{'with the strategy' if guided else 'alone'}: {right} of {count} correct"
+            parts += [Text(), _rollouts(own, heading, chars)]
+    return Group(*parts, Text())
+
+
+def _title(sample: Mapping[str, Any]) -> Text:
+    facts = f"  task {sample.get('task')}  weights {sample.get('version')}  alpha {number(sample.get('alpha'))}"
+    return Text.assemble((f"step {sample['step']}", "bold"), (facts, "dim"))
+
+
+def _rollouts(rollouts: Sequence[Mapping[str, Any]], heading: str, chars: int) -> RenderableType:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("", no_wrap=True)
+    table.add_column("version", justify="right", no_wrap=True)
+    table.add_column("tokens", justify="right", no_wrap=True)
+    table.add_column(heading, overflow="fold")
+    for rollout in rollouts:
+        mark = Text("✓", style="green") if rollout["correct"] else Text("✗", style="red")
+        table.add_row(mark, versions_of(rollout), str(rollout["tokens"]), _completion(rollout, chars))
+        if "kl" in rollout:
+            table.add_row("", "", "", _divergences(rollout))
+    return table
+
+
+def _completion(rollout: Mapping[str, Any], chars: int) -> Text:
+    text, notes = text_of(runs_of(rollout, chars=chars)), notes_of(rollout)
+    return text.append(f" [{notes}]", style="dim") if notes else text
+
+
+def text_of(runs: Sequence[Run]) -> Text:
+    """Runs as text, with tokens of a large divergence highlighted."""
+    text = Text()
+    for part, kl in runs:
+        style = next((style for least, style in STYLES.items() if kl is not None and kl >= least), "")
+        text.append(printable(part), style=style)
+    return text
+
+
+def _divergences(rollout: Mapping[str, Any]) -> Text:
+    """A line about the divergences of a distilled completion, which also says without colours where they are large."""
+    known = [(kl, piece) for kl, piece in zip(rollout["kl"], rollout["pieces"], strict=True) if kl is not None]
+    largest = sorted(known, key=lambda one: -one[0])[:LARGEST]
+    tokens = ", ".join(f"{printable(repr(piece[:PIECE]))} {number(kl)}" for kl, piece in largest)
+    mean = number(sum(kl for kl, _ in known) / max(len(known), 1))
+    return Text(f"distilled; divergence in nats: mean {mean}, largest {tokens}", style="dim")

@@ -1,0 +1,82 @@
+"""`sgpo-async samples`: completions of a run, as samples.jsonl has them, also while the run goes on.
+
+    sgpo-async samples runs/demo                       the newest group
+    sgpo-async samples runs/demo --last 5 --unsolved   the newest five groups that the policy alone did not solve
+    sgpo-async samples runs/demo --step 40 --problem "add"
+
+Tokens of distilled completions are highlighted by the divergence between the guided and the unguided distribution:
+yellow from 0.1 nats, red from 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sgpo_async.errors import SgpoError
+
+CHARS = 2000
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """RUN [--step N | --last K] [--problem TEXT] [--solved | --unsolved] [--chars N] [--width N]."""
+    parser.add_argument("folder", metavar="RUN", type=Path, help="folder of the run, e.g. runs/demo")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--step", type=int, metavar="N", help="the groups of this step")
+    which.add_argument("--last", type=int, default=1, metavar="K", help="the newest K groups (default: 1)")
+    parser.add_argument("--problem", default="", metavar="TEXT", help="only problems that contain TEXT")
+    outcome = parser.add_mutually_exclusive_group()
+    outcome.add_argument("--solved", action="store_true", help="only if a rollout without the strategy is correct")
+    outcome.add_argument("--unsolved", action="store_true", help="only if none is")
+    parser.add_argument(
+        "--chars", type=int, default=CHARS, metavar="N", help=f"of each completion; 0: all (default: {CHARS})"
+    )
+    parser.add_argument("--width", type=int, metavar="N", help="columns (default: the terminal's; 80 in a pipe)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the groups. Raises SgpoError if there are none."""
+    from rich.console import Console
+
+    from sgpo_async.cli.sample_text import render
+    from sgpo_async.metrics.samples import SAMPLES, read_samples
+
+    for name, least in (("last", 1), ("chars", 0), ("width", 40)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise SgpoError(f"--{name} must be >= {least}, got {value}")
+    path = args.folder / SAMPLES
+    samples = read_samples(args.folder)
+    if not samples:
+        raise SgpoError(f"{path}: no samples; they are written after the first step, unless learner.samples=0")
+    found = [sample for sample in samples if _fits(sample, args)]
+    if not found:
+        raise SgpoError(f"{path}: none of {len(samples)} groups fits; {_steps(samples)}")
+    console = Console(markup=False, emoji=False, highlight=False, width=args.width)
+    for sample in found if args.step is not None else found[-args.last :]:
+        console.print(render(sample, chars=args.chars))
+    return 0
+
+
+def _fits(sample: Mapping[str, Any], args: argparse.Namespace) -> bool:
+    """Whether a group is asked for."""
+    from sgpo_async.report.texts import solved
+
+    alone = solved(sample)[0] > 0
+    conditions: Sequence[Callable[[], bool]] = (
+        lambda: args.step is None or sample["step"] == args.step,
+        lambda: args.problem.lower() in str(sample.get("problem")).lower(),
+        lambda: alone if args.solved else not alone if args.unsolved else True,
+    )
+    return all(condition() for condition in conditions)
+
+
+def _steps(samples: Sequence[Mapping[str, Any]]) -> str:
+    """Which steps there are."""
+    steps = sorted({sample["step"] for sample in samples})
+    if len(steps) == 1:
+        return f"there are groups of step {steps[0]}"
+    every = steps[1] - steps[0]
+    return f"there are groups of the steps {steps[0]} to {steps[-1]}" + (f", one in {every}" if every > 1 else "")

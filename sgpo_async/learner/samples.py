@@ -1,0 +1,188 @@
+"""Keep some groups of the batches to be read: runs/NAME/samples.jsonl (`metrics.samples` has its format).
+
+    every rank: the groups with the smallest draws of its shard ── gather ──▶ rank 0: the smallest of all ─▶ file
+
+A draw is a hash of the task's number, so the choice favours no group: not short ones, not solved ones, not those of one
+rank. What is written was computed by the step; nothing is computed again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+from sgpo_async.config.schema import Run
+from sgpo_async.errors import DataError
+from sgpo_async.learner.step_metrics import StepMetrics
+from sgpo_async.metrics.samples import SamplesWriter, due
+from sgpo_async.model.folder import load_tokenizer, model_folder
+from sgpo_async.tasks.sources import source_of
+from sgpo_async.tasks.task_sampler import TaskSampler, derived_seed
+from sgpo_async.wire.records import Rollout, Shard
+
+log = logging.getLogger(__name__)
+
+DIGITS = 4  # decimal places of a divergence
+
+
+@dataclass(frozen=True)
+class KeptGroup:
+    """One group and what the step computed for it."""
+
+    draw: int  # the groups with the smallest draws are kept
+    rollouts: tuple[Rollout, ...]
+    alpha: float
+    kl: dict[int, np.ndarray]  # by slot: d_t [C] of the sampled tokens of each distilled rollout
+
+
+class Samples:
+    """Chooses the samples of one rank; on rank 0 it has the writer."""
+
+    def __init__(self, run: Run, lines: SampleLines | None) -> None:
+        self._run, self._lines = run, lines
+        self._every = 1
+
+    @classmethod
+    def start(cls, run: Run, *, resume_from: int) -> Samples:
+        """Open the file on rank 0. A collective of all ranks."""
+        lines = SampleLines(run, resume_from=resume_from) if dist.get_rank() == 0 else None
+        return cls(run, lines)
+
+    def keep(self, shard: Shard, statistics: StepMetrics | None) -> None:
+        """Write samples of the step that has just trained on `shard`, if they are due. A collective of all ranks."""
+        number, step = self._run.learner.samples, shard.step + 1
+        if not number or not due(step, self._every):
+            return
+        self._every = self._agree()
+        if not due(step, self._every):
+            return
+        assert statistics is not None
+        own = chosen(shard, statistics, number, seed=self._run.seed)
+        gathered: list[list[KeptGroup]] | None = None
+        if self._lines:
+            gathered = [[] for _ in range(dist.get_world_size())]
+        dist.gather_object(own, gathered)
+        if self._lines and gathered:
+            groups = sorted((group for part in gathered for group in part), key=lambda group: group.draw)
+            self._lines.write(step, shard.version, groups[:number])
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._lines:
+            self._lines.close()
+
+    def _agree(self) -> int:
+        """Return how many steps there are between two samples; only rank 0 knows how large the file is."""
+        every = [self._lines.every if self._lines else 0]
+        dist.broadcast_object_list(every)
+        return every[0]
+
+
+def chosen(shard: Shard, statistics: StepMetrics, number: int, *, seed: int) -> list[KeptGroup]:
+    """Return the `number` groups of this shard with the smallest draws."""
+    groups = [(task, tuple(own)) for task, own in groupby(shard.rollouts, key=lambda rollout: rollout.task)]
+    kept = []
+    for (task, rollouts), metrics in zip(groups, statistics.problems, strict=True):
+        draw = derived_seed(seed, "samples", task)
+        kl = {slot: d for (owner, slot), d in statistics.token_kl.items() if owner == task}
+        kept.append((draw, rollouts, metrics["alpha"], kl))
+    return [
+        KeptGroup(draw, rollouts, alpha, {slot: d.float().cpu().numpy() for slot, d in kl.items()})
+        for draw, rollouts, alpha, kl in sorted(kept, key=lambda group: group[0])[:number]
+    ]
+
+
+class SampleLines:
+    """Turns groups into lines of samples.jsonl and writes them. `every` is the present distance of the steps."""
+
+    def __init__(self, run: Run, *, resume_from: int) -> None:
+        limit = run.learner.samples_mb << 20
+        self._writer = SamplesWriter(run.folder, max_bytes=limit, resume_from=resume_from)
+        self._tokenizer = load_tokenizer(model_folder(run.model.path))
+        self._tasks = _tasks(run) if run.learner.samples else None
+
+    @property
+    def every(self) -> int:
+        """The number of steps between two samples."""
+        return self._writer.every
+
+    def write(self, step: int, version: int, groups: Sequence[KeptGroup]) -> None:
+        """Write the groups of one step. Raises SgpoError if the file cannot be written."""
+        self._writer.append([self._line(step, version, group) for group in groups])
+
+    def close(self) -> None:
+        """Close the file."""
+        self._writer.close()
+
+    def _line(self, step: int, version: int, group: KeptGroup) -> dict[str, Any]:
+        task = group.rollouts[0].task
+        problem = self._tasks.task(task).problem if self._tasks else None
+        return {
+            "step": step,
+            "task": task,
+            "version": version,
+            "problem": problem.problem if problem else self._text(group.rollouts[0].prompt),
+            "answer": problem.answer if problem else None,
+            "strategy": problem.strategy if problem else None,
+            "alpha": group.alpha,
+            "rollouts": [self._rollout(rollout, group.kl.get(rollout.slot)) for rollout in group.rollouts],
+        }
+
+    def _rollout(self, rollout: Rollout, kl: np.ndarray | None) -> dict[str, Any]:
+        line = {
+            "slot": rollout.slot,
+            "guided": rollout.guided,
+            "reward": rollout.reward,
+            "correct": rollout.correct,
+            "finish": rollout.finish,
+            "tokens": len(rollout.tokens),
+            "versions": rollout.versions.tolist(),
+            "ends": rollout.ends.tolist(),
+            "text": self._text(rollout.tokens),
+        }
+        if kl is None:
+            return line
+        known = iter(kl.tolist())
+        values = [round(next(known), DIGITS) if sampled else None for sampled in rollout.sampled]
+        return line | {"kl": values, "pieces": pieces(self._tokenizer, rollout.tokens)}
+
+    def _text(self, tokens: np.ndarray) -> str:
+        return decode(self._tokenizer, tokens)
+
+
+def _tasks(run: Run) -> TaskSampler | None:
+    """Return the problems of the run; None, with a warning, if this machine cannot read them as the hub does."""
+    try:
+        return TaskSampler(run, source_of(run))
+    except DataError as error:
+        log.warning("samples.jsonl will have prompts in place of problems, which the learner cannot read: %s", error)
+        return None
+
+
+def decode(tokenizer: Any, tokens: Sequence[int] | np.ndarray) -> str:
+    """Return the text of tokens, with special tokens, as the model sees it."""
+    text: str = tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text
+
+
+def pieces(tokenizer: Any, tokens: np.ndarray) -> list[str]:
+    """Return the text that each token adds; joined, they are the whole text.
+
+    A token that ends within a character adds nothing: the character belongs to the token that completes it.
+    """
+    ids, found = tokens.tolist(), []
+    start = read = 0  # decode from the last two pieces on: some tokenizers drop a space at the beginning
+    for end in range(1, len(ids) + 1):
+        before, after = decode(tokenizer, ids[start:read]), decode(tokenizer, ids[start:end])
+        if after.endswith("\ufffd") and end < len(ids):
+            found.append("")
+            continue
+        found.append(after[len(before) :])
+        start, read = read, end
+    return found

@@ -1,0 +1,61 @@
+"""Everything that the hub says about a run beyond the figures that every display shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sgpo_async.report.closing import ledger_rows
+from sgpo_async.report.numbers import NONE, clock, number
+from sgpo_async.report.texts import one_line
+
+REASON = 400  # characters of a text that a member may have sent
+COUNTS = {  # name by key of the status
+    "joined": "joined",
+    "left": "left",
+    "refused": "refused",
+    "leases_reissued": "leases given again",
+    "leases_moved": "moved",
+    "duplicates": "duplicates",
+    "rejected": "invalid",
+}
+
+
+def hub_rows(status: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return (name, value) of each fact; see `hub.status` for the keys."""
+    get = status.get
+    published = None if get("published") == -1 else get("published")
+    evaluating = "none running" if get("evaluating") is None else f"measuring version {get('evaluating')}"
+    return [
+        ("learner", _learner(get("learner") or {})),
+        ("weights", f"version {number(get('version'))}, published {number(published)}"),
+        ("tokens", f"generated {number(get('tokens_generated'))}, trained {number(get('tokens_trained'))}"),
+        ("mean reward", f"alone {number(get('reward_auto'))}, guided {number(get('reward_guided'))}"),
+        ("evaluation", evaluating),
+        *_ledger(get("ledger") or {}),
+        *(
+            (f"evaluation {name}", text.replace("trained", "finished"))
+            for name, text in _ledger(get("evaluation_ledger") or {})
+        ),
+        ("events", ", ".join(f"{number(get(key))} {name}" for key, name in COUNTS.items())),
+        ("hub", f"up {clock(get('uptime_s'))}, restarted {number(get('hub_restarts'))} times"),
+        *((f"quarantined {one_line(name, 64)}", one_line(why, REASON)) for name, why in _items(get("quarantined"))),
+        *(("invalid", f"{one_line(why, REASON)}: {count}") for why, count in _items(get("rejected_reasons"))),
+        *(("last invalid", one_line(text, REASON)) for text in [get("last_rejection")] if text),
+        *(("stalled", one_line(text, REASON)) for text in [get("stalled")] if text),
+    ]
+
+
+def _learner(learner: Mapping[str, Any]) -> str:
+    ranks = f"{learner.get('ranks', NONE)} of {learner.get('world_size', NONE)} ranks"
+    step = learner.get("training")
+    waiting = f"{len(learner.get('requested') or [])} wait for a batch"
+    return f"{ranks}, {waiting if step is None else f'training step {step + 1}'}"
+
+
+def _ledger(ledger: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(name.removeprefix("ledger of "), text) for name, text in ledger_rows(ledger)]
+
+
+def _items(values: Any) -> list[tuple[str, Any]]:
+    return list(values.items()) if isinstance(values, Mapping) else []

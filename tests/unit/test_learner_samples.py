@@ -1,0 +1,264 @@
+"""Samples of a step: which groups are kept, and what their lines contain."""
+
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from transformers import AutoTokenizer
+
+from sgpo_async.cli.sample_text import render
+from sgpo_async.config.schema import Learner, Run
+from sgpo_async.learner.process_group import join_alone
+from sgpo_async.learner.samples import Samples, chosen, decode, pieces
+from sgpo_async.learner.step import Stepper
+from sgpo_async.metrics.samples import read_samples
+from sgpo_async.model.folder import load_tokenizer, model_folder
+from sgpo_async.report.texts import versions_of
+from sgpo_async.tasks.sources import source_of
+from sgpo_async.tasks.task_sampler import derived_seed
+from sgpo_async.wire.records import OBSERVED, Rollout, Shard
+from tests.reference import learner_cases as cases
+from tests.reference.sgpo import forward_kl
+
+SETTINGS = cases.settings()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def alone() -> Iterator[None]:
+    join_alone()
+    yield
+    dist.destroy_process_group()
+
+
+def trained(run: Run = SETTINGS, *, seed: int = 0) -> tuple[Stepper, Shard]:
+    """A learner that has trained on one shard."""
+    stepper = cases.stepper(run, cases.tiny_model())
+    shard = cases.shard_of(cases.groups(seed=seed), problems=4)
+    stepper.update(shard)
+    return stepper, shard
+
+
+def test_the_groups_with_the_smallest_draws_are_kept() -> None:
+    stepper, shard = trained()
+    assert stepper.statistics is not None
+    order = sorted(range(4), key=lambda task: derived_seed(7, "samples", task))
+    for number in (1, 2, 4, 9):
+        kept = chosen(shard, stepper.statistics, number, seed=7)
+        assert [group.rollouts[0].task for group in kept] == order[:number]
+        assert all(len(group.rollouts) == 7 for group in kept)
+
+
+def test_the_choice_does_not_depend_on_the_position_in_the_batch() -> None:
+    """Of many batches of 8 consecutive tasks, each position is chosen about equally often."""
+    draws = [min(range(8), key=lambda i: derived_seed(0, "samples", 8 * batch + i)) for batch in range(4000)]
+    counts = Counter(draws)
+    assert all(400 < counts[position] < 600 for position in range(8)), counts
+
+
+def test_the_divergences_are_those_of_the_loss() -> None:
+    stepper, shard = trained()
+    statistics = stepper.statistics
+    assert statistics is not None
+    kept = chosen(shard, statistics, 4, seed=0)
+    values = [d for group in kept for d in group.kl.values()]
+    assert len(values) == int(statistics.sums["targets"]) == 3  # the first group has no correct guided rollout
+    assert sum(d.sum() for d in values) == pytest.approx(float(statistics.sums["kl"]))
+    model = cases.tiny_model()
+    for group in kept:
+        assert (group.alpha > 0) == bool(group.kl)
+        for rollout in group.rollouts:
+            if rollout.slot not in group.kl:
+                continue
+            assert rollout.guided and rollout.reward > 0
+            student, teacher = (
+                cases.log_probs(model, prompt, rollout.tokens).detach().numpy()
+                for prompt in (group.rollouts[0].prompt, rollout.prompt)
+            )
+            np.testing.assert_allclose(group.kl[rollout.slot], forward_kl(teacher, student), rtol=1e-5)
+
+
+def observed(rollout: Rollout) -> Rollout:
+    """The same rollout, of whose tokens an environment wrote one in the middle, if it has three."""
+    if len(rollout.tokens) < 3:
+        return rollout
+    versions = np.array([rollout.versions[0], OBSERVED, rollout.versions[-1]], np.int32)
+    logprobs = rollout.logprobs.copy()
+    logprobs[1] = 0
+    return replace(rollout, versions=versions, ends=np.array([1, 2, len(rollout.tokens)], np.int32), logprobs=logprobs)
+
+
+def printed(sample: dict[str, Any]) -> str:
+    console = Console(file=io.StringIO(), width=200, record=True)
+    console.print(render(sample, chars=0))
+    return console.export_text()
+
+
+def run_of(folder: Path, **learner: Any) -> Run:
+    return replace(
+        SETTINGS, name="run", out=str(folder), learner=Learner(problems_per_step=4, row_tokens=40, **learner)
+    )
+
+
+def test_a_line_has_the_problem_and_every_rollout_as_text(tmp_path: Path) -> None:
+    run = run_of(tmp_path, samples=4)
+    stepper, shard = trained(run)
+    samples = Samples.start(run, resume_from=0)
+    samples.keep(shard, stepper.statistics)
+    samples.close()
+    lines = read_samples(tmp_path / "run")
+    assert sorted(line["task"] for line in lines) == [0, 1, 2, 3]
+    tokenizer, source = load_tokenizer(model_folder(run.model.path)), source_of(run)
+    for line in lines:
+        assert (line["step"], line["version"]) == (1, 5)
+        problem = source.training(line["task"])
+        assert (line["problem"], line["answer"], line["strategy"]) == (
+            problem.problem,
+            problem.answer,
+            problem.strategy,
+        )
+        rollouts = [rollout for rollout in shard.rollouts if rollout.task == line["task"]]
+        for written, rollout in zip(line["rollouts"], rollouts, strict=True):
+            assert written["text"] == decode(tokenizer, rollout.tokens)
+            assert (written["slot"], written["guided"], written["reward"]) == (
+                rollout.slot,
+                rollout.guided,
+                rollout.reward,
+            )
+            assert written["correct"] == (rollout.reward > 0)
+            assert (written["versions"], written["ends"]) == (rollout.versions.tolist(), rollout.ends.tolist())
+            assert written["tokens"] == len(rollout.tokens) and written["finish"] == "stop"
+            if "kl" in written:
+                assert len(written["kl"]) == len(written["pieces"]) == len(rollout.tokens)
+                assert "".join(written["pieces"]) == written["text"]
+    assert any("kl" in rollout for line in lines for rollout in line["rollouts"])
+
+
+def test_tokens_of_an_environment_have_no_divergence(tmp_path: Path) -> None:
+    """Spans of the version OBSERVED are read and not trained."""
+    run = run_of(tmp_path, samples=4)
+    stepper = cases.stepper(run, cases.tiny_model())
+    groups = [[observed(rollout) for rollout in group] for group in cases.groups()]
+    shard = cases.shard_of(groups, problems=4)
+    stepper.update(shard)
+    samples = Samples.start(run, resume_from=0)
+    samples.keep(shard, stepper.statistics)
+    samples.close()
+    found = 0
+    for line in read_samples(tmp_path / "run"):
+        for written, rollout in zip(line["rollouts"], groups[line["task"]], strict=True):
+            assert len(written["versions"]) == len(rollout.versions) and "-1" not in versions_of(written)
+            if "kl" in written:
+                assert [kl is not None for kl in written["kl"]] == rollout.sampled.tolist()
+                found += None in written["kl"]
+                assert "nats: mean" in printed(line)
+    assert found
+
+
+def test_without_samples_nothing_is_written(tmp_path: Path) -> None:
+    run = run_of(tmp_path, samples=0)
+    stepper, shard = trained(run)
+    samples = Samples.start(run, resume_from=0)
+    samples.keep(shard, stepper.statistics)
+    samples.close()
+    assert read_samples(tmp_path / "run") == []
+
+
+def test_problems_that_the_learner_cannot_read_are_replaced_by_prompts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = run_of(tmp_path, samples=1)
+    stepper, shard = trained(run)
+    run = replace(run, tasks=replace(run.tasks, source="file", path=str(tmp_path / "missing.jsonl")))
+    samples = Samples.start(run, resume_from=0)
+    samples.keep(shard, stepper.statistics)
+    samples.close()
+    assert "samples.jsonl will have prompts in place of problems" in caplog.text and "missing.jsonl" in caplog.text
+    (line,) = read_samples(tmp_path / "run")
+    prompt = next(rollout.prompt for rollout in shard.rollouts if rollout.task == line["task"])
+    assert line["problem"] == decode(load_tokenizer(model_folder(run.model.path)), prompt)
+    assert line["strategy"] is None
+
+
+@pytest.mark.parametrize("objective", ["grpo", "sft", "luffy", "hpt"])
+def test_objectives_without_distillation_have_samples_without_divergences(tmp_path: Path, objective: str) -> None:
+    run = replace(run_of(tmp_path, samples=4), algorithm=replace(SETTINGS.algorithm, objective=objective))
+    stepper, shard = trained(run)
+    samples = Samples.start(run, resume_from=0)
+    samples.keep(shard, stepper.statistics)
+    samples.close()
+    lines = read_samples(tmp_path / "run")
+    assert len(lines) == 4
+    assert all(line["alpha"] == 0 and "kl" not in rollout for line in lines for rollout in line["rollouts"])
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A byte-level tokenizer without merges: each byte of a character is one token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    folder = tmp_path_factory.mktemp("bytes")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def metaspace_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A tokenizer that, like Llama 2's, drops the space at the beginning of what it decodes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {piece: i for i, piece in enumerate(["▁", "▁a", "▁b", "a", "b", "▁▁"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="▁"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    folder = tmp_path_factory.mktemp("metaspace")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("text", ["plain", "né", "漢字", "🙂 ok 👩‍🚀", "a\n\tb  c", "𝔸" * 40])
+def test_the_pieces_of_a_text_are_whole_characters(byte_tokenizer: Any, text: str) -> None:
+    tokens = np.array(byte_tokenizer.encode(text), np.int32)
+    assert len(tokens) == len(text.encode())
+    found = pieces(byte_tokenizer, tokens)
+    assert len(found) == len(tokens)
+    assert "".join(found) == text and "\ufffd" not in "".join(found)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_a_completion_may_end_within_a_character(byte_tokenizer: Any, cut: int) -> None:
+    tokens = np.array(byte_tokenizer.encode("ab🙂"), np.int32)[:-cut]
+    found = pieces(byte_tokenizer, tokens)
+    assert len(found) == len(tokens) and "".join(found) == decode(byte_tokenizer, tokens)
+
+
+@pytest.mark.parametrize("ids", [[1, 2, 1], [3, 1, 2], [0, 1], [5, 1, 4, 2], [2, 0, 2]])
+def test_the_pieces_keep_the_spaces_between_words(metaspace_tokenizer: Any, ids: list[int]) -> None:
+    tokens = np.array(ids, np.int32)
+    assert "".join(pieces(metaspace_tokenizer, tokens)) == decode(metaspace_tokenizer, tokens)
+    assert decode(metaspace_tokenizer, np.array([1, 2])) == "a b"
+
+
+def test_keeping_samples_does_not_change_the_step() -> None:
+    """The divergences are copies: the parameters after the step do not depend on who reads them."""
+    first, shard = trained()
+    second, _ = trained()
+    assert first.statistics is not None
+    chosen(shard, first.statistics, 4, seed=0)
+    assert first.update(shard) == second.update(shard)
+    own, other = (list(stepper.policy.parameters()) for stepper in (first, second))
+    assert all(torch.equal(a.to_local(), b.to_local()) for a, b in zip(own, other, strict=True))  # type: ignore[attr-defined]

@@ -1,0 +1,133 @@
+"""`sgpo-async watch`: what it shows of what the hub says, and when it ends."""
+
+import io
+import re
+from typing import Any
+
+import pytest
+from hub_support import Driver, make_run, train_one_step
+from rich.console import Console
+
+from sgpo_async.config import Run, to_plain
+from sgpo_async.errors import HubError
+from sgpo_async.hub import events as ev
+from sgpo_async.local.hub_rows import hub_rows
+from sgpo_async.local.live import render
+from sgpo_async.local.remote import FIRST_S, GONE_S, check_answers, phase_of, unknown, view_of
+from sgpo_async.local.watch import Watch
+
+ADDRESS = "tcp://10.0.0.1:5757"
+
+
+def trained() -> Driver:
+    """A hub that has trained one step."""
+    hub = Driver(make_run(steps=5))
+    hub.learner()
+    hub.actor(b"a", credit=3)
+    hub.core.actors[b"a"].state = "serving"
+    train_one_step(hub)
+    return hub
+
+
+def watching(status: dict[str, Any] | None, *, now: float = 100.0) -> Watch:
+    watch = Watch(None, max_bytes=2**20)
+    watch.settings = to_plain(Run(name="far", out="elsewhere"))
+    if status is not None:
+        watch._take(status, now)
+    return watch
+
+
+def picture(watch: Watch, *, width: int = 100, now: float = 100.0) -> str:
+    console = Console(width=width, height=60, record=True, color_system=None, force_terminal=True, file=io.StringIO())
+    console.print(render(view_of(watch, ADDRESS, now=now), width))
+    return console.export_text()
+
+
+def test_every_fact_of_the_status_is_shown() -> None:
+    """A new key of the status must be shown, or named here with the place where it is shown."""
+    elsewhere = {
+        *("step", "steps", "actors", "buffer", "lag", "pass_auto", "pass_guided"),  # figures of every display
+        *("tokens_per_s", "engine_idle", "evaluations", "closing"),
+    }
+    status = trained().core.status()
+    status |= {"quarantined": {"bad": "3 invalid messages"}, "rejected_reasons": {"malformed": 2}, "rejected": 2}
+    status |= {"last_rejection": "ab12: malformed", "stalled": "nothing has moved", "evaluating": 7}
+    changed = []
+    for key, value in status.items():
+        others: dict[str, Any] = {"learner": {}, "ledger": {}, "evaluation_ledger": {}}
+        other = others.get(key, "" if isinstance(value, str) else {} if isinstance(value, dict) else 987_654)
+        if hub_rows(status) != hub_rows(status | {key: other}):
+            changed.append(key)
+    assert status.keys() - set(changed) == elsewhere
+    text = picture(watching(status))
+    for expected in ("far  training", "step 1/5", "a ", "1 joined", "bad", "nothing has moved", "measuring version 7"):
+        assert expected in text, expected
+
+
+def test_the_picture_says_what_the_hub_does_not_know() -> None:
+    assert "the hub does not know loss, alpha, trainer idle and mismatch: see elsewhere/far" in picture(
+        watching(trained().core.status())
+    )
+    assert "the run's folder" in unknown({})
+
+
+def test_phases() -> None:
+    hub = Driver(make_run(steps=5))
+    assert phase_of(hub.core.status()) == "waiting for the learner"
+    hub.learner()
+    assert phase_of(hub.core.status()) == "waiting for actors"
+    hub.actor(b"a", credit=3)
+    assert phase_of(hub.core.status()) == "waiting for actors", "it has not said that it serves"
+    hub.core.actors[b"a"].state = "serving"
+    assert phase_of(hub.core.status()) == "first rollouts"
+    train_one_step(hub)
+    assert phase_of(hub.core.status()) == "training"
+    hub.handle(ev.Interrupted("the hub received SIGTERM"))
+    assert phase_of(hub.core.status()) == "ended: the hub received SIGTERM"
+    assert phase_of({}) == "waiting for the learner"
+
+
+@pytest.mark.parametrize("name", ["\x1b[31mred", "[bold]x", "a\nb", "漢" * 90])
+def test_names_and_reasons_of_members_cannot_control_the_terminal(name: str) -> None:
+    status = trained().core.status()
+    status["actors"][0]["name"] = name
+    status |= {"quarantined": {name: name}, "rejected_reasons": {name: 1}, "last_rejection": name, "stalled": name}
+    status |= {"closing": name}
+    watch = watching(status)
+    watch.settings |= {"name": name, "out": name}
+    for width in (60, 100):
+        text = picture(watch, width=width)
+        assert all(c.isprintable() or c == "\n" for c in text)
+        assert ("[bold]x" in text) == ("[bold]" in name)
+
+
+def test_the_pass_rates_of_the_steps_are_collected() -> None:
+    watch = watching(None)
+    for step, rate in ((0, None), (1, 0.1), (1, 0.1), (4, 0.3), (5, 0.4)):
+        watch._take({"step": step, "pass_auto": rate, "pass_guided": 1.0}, 100.0)
+    assert [(line["step"], line["pass_auto"]) for line in watch.history] == [(1, 0.1), (4, 0.3), (5, 0.4)]
+
+
+def test_a_hub_that_never_answers_is_an_error() -> None:
+    watch = watching(None)
+    check_answers(watch, ADDRESS, began=100.0, now=100.0 + FIRST_S)
+    assert "waiting for the hub at tcp://10.0.0.1:5757" in picture(watch)
+    with pytest.raises(HubError, match=r"hub tcp://10.0.0.1:5757: no answer within 30 s; check that the hub runs"):
+        check_answers(watch, ADDRESS, began=100.0, now=101.0 + FIRST_S)
+
+
+def test_a_hub_that_is_gone_has_time_to_start_again() -> None:
+    watch = watching(trained().core.status())
+    check_answers(watch, ADDRESS, began=0.0, now=100.0 + GONE_S)
+    assert "no answer from the hub for 9 s; it may start again" in picture(watch, now=109.0)
+    assert "no answer" not in picture(watch, now=101.0)
+    with pytest.raises(HubError, match=r"no answer for 60 s, the last one at step 1 of 5; the hub was killed") as error:
+        check_answers(watch, ADDRESS, began=0.0, now=101.0 + GONE_S)
+    assert "\n" not in str(error.value)
+
+
+def test_figures_that_are_not_known_have_a_dash() -> None:
+    rows = dict(hub_rows({}))
+    assert rows["learner"] == "– of – ranks, 0 wait for a batch"
+    assert rows["weights"] == "version –, published –"
+    assert re.match(r"– joined, – left", rows["events"])
