@@ -136,6 +136,10 @@ def test_the_answer_is_in_the_last_box_and_in_those_that_belong_to_it() -> None:
     assert final("\\boxed{1}. Then \\boxed{2}") == "2"
     assert final("\\boxed{2} and \\boxed{2}") == "2"
     assert final("\\boxed{ 1 + \\boxed{2} }") == "1 + \\boxed{2}"
+    assert final("\\boxed{1 + \\boxed{2}") == "2", "the outer one is not closed"
+    assert final("\\boxed{\\{1, 2\\}}") == "\\{1, 2\\}" and final("\\boxed{\\}}") == "\\}"
+    assert final("}{\\boxed{1}}") == "1" and final("\\boxed 1") is None
+    assert final("\\boxed{" * 100_000) is None, "in time that grows with the length"
 
 
 def test_delimiters_around_an_answer_are_removed() -> None:
