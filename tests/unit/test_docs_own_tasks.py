@@ -10,6 +10,7 @@ import yaml
 
 from sgpo_async.config import Run, load
 from sgpo_async.model.folder import load_tokenizer, model_folder
+from sgpo_async.tasks.environments import Turn, load_environment, play
 from sgpo_async.tasks.prompts import build_prompt, chat
 from sgpo_async.tasks.reward_pool import RewardPool
 from sgpo_async.tasks.rewards import Sample
@@ -38,7 +39,7 @@ def write(path: Path, *records: dict[str, object]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-@pytest.mark.parametrize("title", ["Problems", "A reward", "A prompt"])
+@pytest.mark.parametrize("title", ["Problems", "A reward", "A prompt", "Several turns, and tools"])
 def test_an_example_is_short(title: str) -> None:
     examples = [*blocks(title, "yaml"), *blocks(title, "python")]
     assert examples and sum(len(text.splitlines()) for text in examples) <= LINES
@@ -107,3 +108,21 @@ def test_the_example_prompts_are_built(tmp_path: Path, monkeypatch: pytest.Monke
     for strategy, expected in ((None, "Question: P\nAnswer:"), ("S", "Question: P Hint: S\nAnswer:")):
         ids = build_prompt("P", strategy, tasks=own, tokenizer=tokenizer)
         assert "".join(chr(one) for one in ids) == expected
+
+
+def test_the_example_environment_plays_an_episode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks("Several turns, and tools", "python")
+    (tmp_path / "my_tools.py").write_text(code)
+    run = run_of("Several turns, and tools", tmp_path)
+    assert (run.tasks.environment, run.tasks.max_turns) == ("my_tools:Calculator", 4)
+    make = load_environment(run.tasks.environment)
+
+    def turn(*completions: str) -> Turn:
+        sample = Sample(problem="17 * 23 + 4?", answer="395", completion=completions[-1])
+        return play(run.tasks.environment, make, sample, completions[:-1])
+
+    assert turn("calc 17 * 23") == Turn(reply="391")
+    assert turn("calc 17 * 23", "calc 391 + 4") == Turn(reply="395")
+    assert turn("calc 17 * 23", "calc 391 + 4", " 395") == Turn(done=True, reward=1.0)
+    assert turn("calc 17 / 23") == Turn(done=True)

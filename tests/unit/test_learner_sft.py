@@ -52,10 +52,10 @@ def warm_up(monkeypatch: pytest.MonkeyPatch, folder: Path, *, row_tokens: int = 
 def reference_loss(model: Any, sequences: list[Tokens]) -> torch.Tensor:
     """The token mean of -log pi(y_t|q,y_<t) over all sequences, computed with one forward per sequence."""
     picked = [
-        cases.log_probs(model, prompt, response)[range(len(response)), response.tolist()]
-        for prompt, response in sequences
+        cases.log_probs(model, one.prompt, one.completion)[range(len(one.completion)), one.completion.tolist()]
+        for one in sequences
     ]
-    return -torch.cat(picked).sum() / sum(len(response) for _, response in sequences)
+    return -torch.cat(picked).sum() / sum(len(one.completion) for one in sequences)
 
 
 @pytest.mark.parametrize("row_tokens", [1, 12, 40, 10_000])
