@@ -110,9 +110,14 @@ def in_base(answer: str) -> tuple[int, int] | None:
 
 def choice(answer: str) -> str | None:
     r"""The letter of a multiple-choice answer: B, (B), \text{B}, \textbf{(B)} 12; None if it is none."""
-    text = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\{\s*([^{}]*?)\s*\}", r"\1", answer).replace("\\ ", " ").strip(" *")
+    text = without_fonts(answer).replace("\\ ", " ").strip(" *")
     found = _CHOICE.fullmatch(text)
     return (found[1] or found[2]) if found else None
+
+
+def without_fonts(text: str) -> str:
+    r"""The text without the commands of \text{...}, \textbf{...}, \mathrm{...} and \mathbf{...}."""
+    return re.sub(r"\\(?:text|textbf|mathrm|mathbf)\{\s*([^{}]*?)\s*\}", r"\1", text)
 
 
 def _boxes(text: str) -> list[tuple[int, int, int]]:
