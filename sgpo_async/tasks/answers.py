@@ -12,6 +12,7 @@ import re
 import unicodedata
 
 BOX = "\\boxed"
+_BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]")  # a brace after a backslash is a character
 _CONNECTED = re.compile(
     r"(?:[\s,;.$*]|\\[()\[\],;! ]|\b(?:and|or)\b|\\text\{\s*(?:and|or)\s*\}|[A-Za-z](?:_\{?\w+\}?)?\s*=)*"
 )
@@ -109,24 +110,27 @@ def in_base(answer: str) -> tuple[int, int] | None:
 
 def choice(answer: str) -> str | None:
     r"""The letter of a multiple-choice answer: B, (B), \text{B}, \textbf{(B)} 12; None if it is none."""
-    text = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\{\s*([^{}]*?)\s*\}", r"\1", answer).replace("\\ ", " ").strip(" *")
+    text = without_fonts(answer).replace("\\ ", " ").strip(" *")
     found = _CHOICE.fullmatch(text)
     return (found[1] or found[2]) if found else None
 
 
+def without_fonts(text: str) -> str:
+    r"""The text without the commands of \text{...}, \textbf{...}, \mathrm{...} and \mathbf{...}."""
+    return re.sub(r"\\(?:text|textbf|mathrm|mathbf)\{\s*([^{}]*?)\s*\}", r"\1", text)
+
+
 def _boxes(text: str) -> list[tuple[int, int, int]]:
     """(start, position of the closing brace, start of the content) of each closed box that is in no other box."""
-    boxes, position = [], 0
-    for found in re.finditer(r"\\boxed\s*\{", text):
-        if found.start() < position:
-            continue
-        depth = 1
-        for place in range(found.end(), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[place], 0)
-            if depth == 0:
-                boxes.append((found.start(), place, found.end()))
-                position = place
-                break
+    boxes: list[tuple[int, int, int]] = []
+    opened: list[tuple[int, int] | None] = []  # the open braces: start and content of a box, None for another brace
+    for found in _BRACE.finditer(text):
+        if found[0].endswith("{") and len(found[0]) != 2:
+            opened.append((found.start(), found.end()) if len(found[0]) > 2 else None)
+        elif found[0] == "}" and opened and (box := opened.pop()):
+            while boxes and boxes[-1][0] > box[0]:
+                boxes.pop()  # within this one
+            boxes.append((box[0], found.start(), box[1]))
     return boxes
 
 

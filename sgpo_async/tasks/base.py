@@ -27,7 +27,7 @@ class Problem:
     strategy: str | None = None
     response: str | None = None
     verifier: str | None = None  # None: the verifier of its source or benchmark
-    columns: str = ""  # the other columns of its record as a JSON object, if a reward function of the user reads them
+    columns: str = ""  # the other columns of its record as a JSON object, if a function of the user reads them
 
     @property
     def digest(self) -> str:

@@ -26,13 +26,13 @@ class Form:
 
     columns: Mapping[str, str] = field(default_factory=dict)  # our name -> theirs, where they differ
     answer_after: str = ""  # the answer is the text after the last occurrence of this in its column; "": all of it
-    others: bool = False  # keep the other columns, for a reward function
+    others: bool = False  # keep the other columns, for a reward function or an environment
 
     @classmethod
     def of(cls, tasks: Tasks) -> Form:
         """The form of the file `tasks.path`."""
-        own_reward = bool(tasks.reward) and not is_builtin(to_text(tasks.reward))
-        return cls(columns=tasks.columns, answer_after=tasks.answer_after, others=own_reward)
+        own = bool(tasks.environment) or (bool(tasks.reward) and not is_builtin(to_text(tasks.reward)))
+        return cls(columns=tasks.columns, answer_after=tasks.answer_after, others=own)
 
     def column(self, name: str) -> str:
         """The name that the file gives to our column `name`."""

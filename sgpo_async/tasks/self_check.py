@@ -33,6 +33,8 @@ def check_reward(run: Run, problems: Sequence[Problem], *, sample: int = SAMPLE)
     Raises SgpoError if `tasks.reward` names nothing, or if the function raises, returns no finite number or exceeds its
     limits. Raises CheckWarning for answers that no built-in verifier accepts.
     """
+    if run.tasks.environment:
+        return f"{run.tasks.environment}: gives the rewards"
     text = to_text(run.tasks.reward)
     if run.tasks.environment:
         return _play(run.tasks, problems[:CALLS])

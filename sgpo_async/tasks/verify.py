@@ -24,7 +24,8 @@ def is_math_correct(answer: str, completion: str) -> bool:
     wanted, box = answers.plain(answer), answers.final(completion)
     if box is None:
         letter = answers.choice(wanted)
-        return _is_chosen(letter, completion) if letter else _are_equal(wanted, answers.readable(completion))
+        chosen = letter is not None and _is_chosen(letter, completion)
+        return chosen or _are_equal(wanted, answers.readable(completion))
     found = answers.plain(box)
     if wanted == found:
         return bool(found)
@@ -50,7 +51,8 @@ def _is_chosen(letter: str, completion: str) -> bool:
     from math_verify import StringExtractionConfig, parse
 
     letters = StringExtractionConfig(strings=tuple("ABCDEFGHIJ"))
-    return letter.lower() in parse(completion.replace("(", " ").replace(")", " "), [letters], parsing_timeout=None)[:1]
+    text = answers.without_fonts(completion).translate(dict.fromkeys(map(ord, "()$*"), " "))
+    return letter.lower() in parse(text, [letters], parsing_timeout=None)[:1]
 
 
 def is_math_correct_within(answer: str, completion: str) -> bool:

@@ -95,6 +95,10 @@ VERDICTS = [
     ("B", "The answer is B.", True),
     ("B", "The answer is (B).", True),
     ("B", "The answer is C.", False),
+    ("B", "The answer is **B**.", True),
+    ("C", "The answer is $C$.", True),
+    ("C", "So the answer is $\\textbf{(C)}$.", True),
+    ("C", "Option A is wrong. The answer is D.", False),
     ("B", "\\boxed{\\text{B}}", True),
     ("B", "\\boxed{\\textbf{(B)}\\ 12}", True),
     ("(B)", "\\boxed{B}", True),
@@ -136,6 +140,10 @@ def test_the_answer_is_in_the_last_box_and_in_those_that_belong_to_it() -> None:
     assert final("\\boxed{1}. Then \\boxed{2}") == "2"
     assert final("\\boxed{2} and \\boxed{2}") == "2"
     assert final("\\boxed{ 1 + \\boxed{2} }") == "1 + \\boxed{2}"
+    assert final("\\boxed{1 + \\boxed{2}") == "2", "the outer one is not closed"
+    assert final("\\boxed{\\{1, 2\\}}") == "\\{1, 2\\}" and final("\\boxed{\\}}") == "\\}"
+    assert final("}{\\boxed{1}}") == "1" and final("\\boxed 1") is None
+    assert final("\\boxed{" * 100_000) is None, "in time that grows with the length"
 
 
 def test_delimiters_around_an_answer_are_removed() -> None:

@@ -262,6 +262,12 @@ def test_other_columns_are_kept_only_for_a_reward_function_of_the_user(tmp_path:
         assert source.verifier == (reward or "math")
 
 
+def test_an_environment_gets_the_other_columns(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"problem": "p", "answer": 1, "level": 2}])
+    tasks = Tasks(source="file", path=path, environment="my:Environment", held_out=1)
+    assert open_source("file", path=path, held_out=0, seed=0, tasks=tasks).training(0).columns == '{"level": 2}'
+
+
 def test_all_problems_of_a_source_are_checked_at_its_start_and_read_lazily(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(text_of(sums(3)) + "not JSON\n")
