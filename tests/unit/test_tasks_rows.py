@@ -278,7 +278,7 @@ def test_all_problems_of_a_source_are_checked_at_its_start_and_read_lazily(tmp_p
     problems = source.training_problems()
     assert (len(problems), [one.problem for one in problems[:2]]) == (31, ["0 + 0", "1 + 1"])
     assert [one.problem for one in source.longest_problems(1)] == ["a long one" * 9]
-    assert (source.strategies, source.responses) == (1, 0)
+    assert (source.strategies, source.responses) == (31, 0)
 
 
 def test_settings_of_datasets_are_refused_for_files(tmp_path: Path) -> None:
