@@ -30,11 +30,9 @@ CALLS = 4  # of a reward function
 def check_reward(run: Run, problems: Sequence[Problem], *, sample: int = SAMPLE) -> str:
     """Check the reward of `run` on some of its problems, and say what was found.
 
-    Raises SgpoError if `tasks.reward` names nothing, or if the function raises, returns no finite number or exceeds its
-    limits. Raises CheckWarning for answers that no built-in verifier accepts.
+    Raises SgpoError if `tasks.reward` or `tasks.environment` names nothing, or if the function or the environment
+    raises, returns no finite number or exceeds its limits. Raises CheckWarning for answers that no built-in verifier accepts.
     """
-    if run.tasks.environment:
-        return f"{run.tasks.environment}: gives the rewards"
     text = to_text(run.tasks.reward)
     if run.tasks.environment:
         return _play(run.tasks, problems[:CALLS])

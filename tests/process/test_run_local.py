@@ -50,11 +50,11 @@ def test_a_run_that_must_resume_without_a_checkpoint_changes_nothing(tmp_path: P
 
 
 def test_a_run_trains_on_problems_from_a_file(tmp_path: Path) -> None:
-    """The policy knows no word of the chat prompts and solves nothing; the run works nevertheless."""
+    """The policy knows only the digits of the chat prompts and solves nothing; the run works nevertheless."""
     problems = tmp_path / "sums.jsonl"
     with problems.open("w") as file:
         for number in range(24):
-            problem = {"problem": f"What is {number} + 777000?", "answer": str(777000 + number)}
+            problem = {"problem": f"What is {' '.join(str(number))} + 777000?", "answer": str(777000 + number)}
             strategy = {"strategy": "Add the ones, then the tens."} if number % 2 else {}
             print(json.dumps(problem | strategy), file=file)
     overrides = ("steps=2", "local.actors=1", "local.ranks=1", "tasks.source=file", f"tasks.path={problems}")

@@ -33,7 +33,7 @@ def run(*command: str) -> None:
 def test_the_policy_learns_which_tool_to_call(tmp_path: Path) -> None:
     run("examples/tool_use.py", "--out", str(tmp_path))
     config = str(tmp_path / "config.yaml")
-    run("launch/local.py", config, f"out={tmp_path}", "steps=50", "local.actors=1", "local.ranks=1")
+    run("launch/local.py", config, f"out={tmp_path}", "local.actors=1", "local.ranks=1")
     summary = json.loads((tmp_path / "tool-use" / "summary.json").read_text())
     first, *_, last = summary["evaluations"]
     assert first["pass_auto"] < 0.5, "it asks a random store"
@@ -42,4 +42,4 @@ def test_the_policy_learns_which_tool_to_call(tmp_path: Path) -> None:
     metrics = [json.loads(line) for line in (tmp_path / "tool-use" / "metrics.jsonl").read_text().splitlines()]
     mismatch = max(line["mismatch_mean_lag0_first"] or 0.0 for line in metrics)
     assert 0 < mismatch < 1e-4, "engine and learner agree about the tokens before and after a reply"
-    assert summary["ledger"]["rollouts"]["trained"] == 50 * 16 * 12
+    assert summary["ledger"]["rollouts"]["trained"] == 60 * 16 * 12
