@@ -31,7 +31,8 @@ def check_reward(run: Run, problems: Sequence[Problem], *, sample: int = SAMPLE)
     """Check the reward of `run` on some of its problems, and say what was found.
 
     Raises SgpoError if `tasks.reward` or `tasks.environment` names nothing, or if the function or the environment
-    raises, returns no finite number or exceeds its limits. Raises CheckWarning for answers that no built-in verifier accepts.
+    raises, returns no finite number or exceeds its limits. Raises CheckWarning for answers that no built-in verifier
+    accepts.
     """
     text = to_text(run.tasks.reward)
     if run.tasks.environment:
