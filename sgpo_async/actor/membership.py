@@ -4,9 +4,9 @@
        ▲                                                │
        └── connection lost, session down, refused ◀─────┘
 
-The actor may be absent for `timeout_s`, and keeps working meanwhile. A membership that ends within PROVEN_S counts as
-absence: an actor whose sessions always fail gives up, too. So it survives a restart of the hub and a failure
-of the network. Each membership has a weight receiver of its own, because a Torch RPC world cannot be joined twice.
+The actor may be absent for `timeout_s`, and keeps working meanwhile. So it survives a restart of the hub and a failure
+of the network. A membership that ends within PROVEN_S counts as absence: an actor whose sessions always fail gives up,
+too. Each membership has a weight receiver of its own, because a Torch RPC world cannot be joined twice.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Membership:
         if reason != self._last_failure.removeprefix("it "):
             log.warning("hub %s: %s; trying again for up to %g s", self._dealer.address, reason, self._timeout_s)
         if self.serving:
-            self.lost(reason)
+            self.lost(f"it {reason}")
         else:
             self._failed(f"it {reason}")
 

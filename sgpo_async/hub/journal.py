@@ -18,13 +18,14 @@ import math
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from sgpo_async.errors import HubError
+from sgpo_async.errors import HubError, WireError
 from sgpo_async.files import FREE_SOME
 from sgpo_async.hub.rollout_files import Place, RolloutFiles
+from sgpo_async.wire.records import Rollout
 
 FILE = "hub.journal"
 FORMAT = 2  # a journal of another format is not read
@@ -61,8 +62,9 @@ class Journal:
         self._pending_bytes = self._pending_entries = 0  # since the last save
         self._saved_at, self._save_s = -math.inf, 0.0  # when the last save ended, and how long it took
         self._added: list[tuple[float, bytes]] = []  # since the last commit
-        with self._reported():
+        with self.reported():
             self.rollouts = RolloutFiles(folder)
+            self._pending_bytes = self.rollouts.nbytes  # a restarted hub does not know which of them the state holds
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite would make it readable for everybody
             self._db = sqlite3.connect(self.path, timeout=_BUSY_S, isolation_level=None, cached_statements=16)
             for pragma in _PRAGMAS:
@@ -78,10 +80,15 @@ class Journal:
         self._pending_bytes += len(event) + (sum(place[2]) if place else 0)
         self._pending_entries += 1
 
+    def add_rollout(self, rollout: Rollout, frames: Sequence[bytes]) -> Place:
+        """Add a received rollout to the files."""
+        with self.reported():
+            return self.rollouts.add(rollout, frames)
+
     def commit(self) -> None:
         """Commit what was added; then it is on disk."""
         added, self._added = self._added, []
-        with self._reported():
+        with self.reported():
             self.rollouts.sync()
             self._db.executemany("INSERT INTO entries (at, event) VALUES (?, ?)", added)
             self._db.execute("COMMIT")
@@ -97,7 +104,7 @@ class Journal:
         """Replace state and entries by the state that `dump` returns, with the places of its rollouts; commit."""
         began = time.monotonic()
         self._added = []  # the state has them
-        with self._reported():
+        with self.reported():
             state, places = dump()
             self._db.execute("DELETE FROM entries")
             self.set("state", state)
@@ -109,20 +116,20 @@ class Journal:
 
     def set(self, name: str, value: bytes) -> None:
         """Store one named value; the caller commits."""
-        with self._reported():
+        with self.reported():
             self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
 
     # ---- read
 
     def get(self, name: str) -> bytes | None:
         """The value of this name, or None."""
-        with self._reported():
+        with self.reported():
             row = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
         return bytes(row[0]) if row else None
 
     def entries(self) -> Iterator[tuple[float, bytes]]:
         """The events since the last save, in order, each with its time."""
-        with self._reported():
+        with self.reported():
             for at, event in self._db.execute("SELECT at, event FROM entries ORDER BY number"):
                 self._pending_bytes += len(event)
                 self._pending_entries += 1
@@ -132,7 +139,7 @@ class Journal:
 
     def clear(self) -> None:
         """Delete everything; the caller commits."""
-        with self._reported():
+        with self.reported():
             for table in ("facts", "entries"):
                 self._db.execute(f"DELETE FROM {table}")
 
@@ -149,10 +156,11 @@ class Journal:
             path.unlink()
 
     @contextmanager
-    def _reported(self) -> Iterator[None]:
+    def reported(self) -> Iterator[None]:
+        """Turn errors of the database and the files into a HubError of one line."""
         try:
             yield
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, WireError) as error:
             code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary result code
             full = getattr(error, "errno", 0) == errno.ENOSPC
             remedy = FREE_SOME if full else _REMEDIES.get(code, "check the disk and its free space")

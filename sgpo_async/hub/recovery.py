@@ -58,10 +58,13 @@ def recover(core: HubCore, journal: Journal) -> tuple[HubCore, float]:
 def _replay(core: HubCore, journal: Journal) -> tuple[HubCore, float]:
     state = journal.get("state")
     assert state is not None, "the first save sets it together with the maker"
-    core = _Unpickler(state, core.run, core.training.task_sampler, journal.rollouts).load()
+    with journal.reported():
+        core = _Unpickler(state, core.run, core.training.task_sampler, journal.rollouts).load()
     now = core.now
     for now, body in journal.entries():
-        core.handle(read_event(body, journal.rollouts), now)
+        with journal.reported():
+            event = read_event(body, journal.rollouts)
+        core.handle(event, now)
     return core, now
 
 
@@ -132,7 +135,7 @@ def write_event(journal: Journal, event: ev.Event, *, at: float, frames: Sequenc
     """Append an event that happened at time `at`; `frames` are the frames of a received message, unchanged."""
     match event:
         case ev.Received(member, Rollout() as rollout):
-            place = journal.rollouts.add(rollout, frames)
+            place = journal.add_rollout(rollout, frames)
             journal.append(at, bytes(msgpack.packb(["Rollout", member, place])), place=place)
         case ev.Received(member):
             journal.append(at, bytes(msgpack.packb(["Received", member, list(frames)])))

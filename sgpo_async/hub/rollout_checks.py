@@ -20,6 +20,8 @@ from sgpo_async.wire.records import OBSERVED, Lease, PartialRollout, Progress, R
 TOLERANCE = 1e-3  # a log-probability may be so far above 0, by rounding
 LOWEST = -1e4  # no engine samples a token of a lower log-probability
 
+BEGINS = "tokens must begin with one that the policy sampled"
+CERTAIN = "logprobs of tokens that an environment wrote must be 0"
 PROMPT_DIFFERS = "prompt differs from that of the group"
 
 Prompts = Mapping[bool, np.ndarray]
@@ -72,6 +74,10 @@ def _part(lease: Lease, part: PartialRollout) -> str | None:
     k = lease.top_logprobs_num if part.slot >= lease.autonomous else 0
     if (0 if part.top_tokens is None else len(part.top_tokens)) != k * len(part.tokens):
         return "top_tokens must hold top_logprobs_num for each token of a guided rollout"
+    if part.start == 0 and part.versions[0] == OBSERVED:
+        return BEGINS
+    if (part.logprobs[_observed(part)] != 0).any():
+        return CERTAIN
     if not _are_logprobs(part.logprobs) or (part.top_logprobs is not None and not _are_logprobs(part.top_logprobs)):
         return f"logprobs must be in [{LOWEST:g}, 0]"
     return None
@@ -98,10 +104,20 @@ def _spans(lease: Lease, rollout: Rollout, limits: Limits) -> str | None:
     if not len(ends) or ends[0] < 1 or ends[-1] != len(rollout.tokens) or (ends[1:] <= ends[:-1]).any():
         return "ends of spans do not increase from 1 to the number of tokens"
     if rollout.versions[0] == OBSERVED:
-        return "tokens must begin with one that the policy sampled"
-    if (rollout.logprobs[~rollout.sampled] != 0).any():
-        return "logprobs of tokens that an environment wrote must be 0"
+        return BEGINS
+    if rollout.versions[-1] == OBSERVED:
+        return "tokens must end with one that the policy sampled"
+    observed = _observed(rollout)
+    if (rollout.logprobs[observed] != 0).any():
+        return CERTAIN
+    if lease.turns and np.count_nonzero(np.diff(observed)) // 2 >= lease.turns:
+        return "number of turns is not in [1, turns]"
     return _versions(lease, rollout.versions, limits)
+
+
+def _observed(sent: Rollout | PartialRollout) -> np.ndarray:
+    """Whether an environment wrote each token, [T] bool."""
+    return np.repeat(sent.versions == OBSERVED, np.diff(sent.ends, prepend=0))
 
 
 def _versions(lease: Lease, versions: np.ndarray, limits: Limits) -> str | None:

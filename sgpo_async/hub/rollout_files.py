@@ -89,6 +89,11 @@ class RolloutFiles:
         self._places = {key: held for key, held in self._places.items() if held[0] in places}
         self._newest += 1
 
+    @property
+    def nbytes(self) -> int:
+        """The size of all files."""
+        return sum(self._sizes.values())
+
     def close(self) -> None:
         """Close the newest file."""
         if self._file:
@@ -97,6 +102,9 @@ class RolloutFiles:
 
     def _begin(self) -> io.BufferedWriter:
         descriptor = os.open(self._path(self._newest), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        folder = os.open(self._folder, os.O_RDONLY)  # a power failure must not lose the name of the file
+        os.fsync(folder)
+        os.close(folder)
         self._file = cast(io.BufferedWriter, os.fdopen(descriptor, "wb", buffering=_BUFFER_BYTES))
         self._sizes[self._newest] = 0
         return self._file

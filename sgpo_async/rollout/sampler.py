@@ -168,7 +168,8 @@ class RolloutSampler:
 
     def _next_turn(self, group: RolloutGroup, key: Hashable, reply: str) -> Generate | None:
         """The request for the next completion of an episode; None if its turns or tokens are used up."""
-        ids = build_reply(reply, tasks=self._tasks, tokenizer=self._tokenizer)
+        end = int(group.turns(key)[-1][-1])
+        ids = build_reply(reply, tasks=self._tasks, tokenizer=self._tokenizer, end=end)
         return group.replied(key, np.array(ids, np.int32))
 
     def _decode(self, tokens: np.ndarray) -> str:

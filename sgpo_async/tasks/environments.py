@@ -12,14 +12,13 @@ if the actor is lost. So `reset` and `step` must always reply in the same way to
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from sgpo_async.errors import DataError
 from sgpo_async.tasks.functions import describe, import_function
-from sgpo_async.tasks.rewards import Sample
+from sgpo_async.tasks.rewards import Sample, finite_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,31 +52,35 @@ def play(name: str, make: Callable[[], Environment], sample: Sample, earlier: Se
     as time is.
     """
     place = f"environment {name}: for the problem {' '.join(sample.problem.split())!r:.80}"
-    total = 0.0
+    completions, total = (*earlier, sample.completion), 0.0
     try:
         environment = make()
         environment.reset(sample.problem, sample.answer, sample.columns)
-        for completion in (*earlier, sample.completion):
+        for number, completion in enumerate(completions, start=1):
             turn = environment.step(completion)
-            problem = _invalid(turn)
-            if problem:
+            fault = _fault(turn)
+            if not fault and turn.done and number < len(completions):
+                fault = f"turn {number} ends an episode that has {len(completions)}: it must always do the same"
+            if fault:
                 break
             total += float(turn.reward)
     except MemoryError:
         raise
     except (Exception, SystemExit) as error:
         raise DataError(f"{place} raised {describe(error)}") from error
-    if problem:
-        raise DataError(f"{place} {problem}")
+    if not fault and finite_number(total) is None:
+        fault = f"the sum of the rewards must be finite, got {total}"
+    if fault:
+        raise DataError(f"{place} {fault}")
     return Turn(reply=turn.reply, reward=total, done=turn.done)
 
 
-def _invalid(turn: Any) -> str:
+def _fault(turn: Any) -> str:
     """Why `turn` is not valid; empty if it is."""
     if not isinstance(turn, Turn):
         return f"step must return a Turn, got {turn!r:.80}"
     if not isinstance(turn.reply, str) or not (turn.reply or turn.done):
         return f"Turn.reply must be a text that is not empty unless the episode is done, got {turn.reply!r:.80}"
-    if not isinstance(turn.reward, (int, float)) or not math.isfinite(turn.reward):
+    if finite_number(turn.reward) is None:
         return f"Turn.reward must be a finite number, got {turn.reward!r:.80}"
     return ""

@@ -49,27 +49,34 @@ def build_prompt(problem: str, strategy: str | None, *, tasks: Tasks, tokenizer:
     return _from_function(tasks.prompt, problem, strategy, tokenizer)
 
 
-def build_reply(reply: str, *, tasks: Tasks, tokenizer: Any) -> list[int]:
+def build_reply(reply: str, *, tasks: Tasks, tokenizer: Any, end: int = -1) -> list[int]:
     """Token ids of an environment's reply, with all that stands between the policy's end token and its next completion.
 
     With `tasks.prompt=chat` that is what the chat template writes around a message of `tasks.reply_role`; otherwise it
-    is the reply itself. Raises DataError if the template fails, or if the reply has no token.
+    is the reply itself. Special tokens that the reply spells are left out: it can end no turn and begin none.
+
+    Args:
+        end: the last token of the completion, which the template writes as well.
+
+    Raises DataError if the template fails, or if the reply has no token.
     """
-    text = reply
+    before = after = ""
     if tasks.prompt == "chat":
         marks = [{"role": "assistant", "content": "COMPLETION"}, {"role": tasks.reply_role, "content": "REPLY"}]
         messages = [*chat("PROBLEM", None, tasks), *marks]
-        _, found, after = _render(messages, tokenizer, **tasks.template_args).rpartition("COMPLETION")
-        if not found or "REPLY" not in after:
+        _, found, rest = _render(messages, tokenizer, **tasks.template_args).rpartition("COMPLETION")
+        before, again, after = rest.partition("REPLY")
+        if not found or not again:
             raise DataError(
                 f"tasks.reply_role: the chat template of {tokenizer.name_or_path} writes no completion followed by a "
                 f"message of {tasks.reply_role}; choose another role or tasks.prompt"
             )
-        text = after.removeprefix(tokenizer.eos_token or "").replace("REPLY", reply)
-    ids = list(tokenizer.encode(text, add_special_tokens=False))
-    if not ids:
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    own = [token for token in tokenizer.encode(reply, add_special_tokens=False) if token not in special]
+    if not own:
         raise DataError(f"tasks.environment: the reply {reply!r:.80} has no token")
-    return ids
+    first, last = (list(tokenizer.encode(text, add_special_tokens=False)) if text else [] for text in (before, after))
+    return [*(first[1:] if first[:1] == [end] else first), *own, *last]
 
 
 def prompt_settings(tasks: Tasks) -> dict[str, Any]:
@@ -107,6 +114,8 @@ def check_prompt(run: Run, tokenizer: Any, problems: Sequence[Problem]) -> str:
         return build_prompt(text, strategy, tasks=settings, tokenizer=tokenizer)
 
     try:
+        if tasks.environment:
+            build_reply("0", tasks=tasks, tokenizer=tokenizer)
         plain = [built(text, None) for text in texts]
         guided = [built(text, strategy) for text in texts]
         shown = {tuple(ids) for ids in plain}

@@ -97,11 +97,8 @@ def _checked(name: str, function: Callable[[Sample], Any]) -> Reward:
             raise DataError(
                 f"reward {name}: raised {describe(error)} for the problem {_short(sample.problem)}"
             ) from error
-        try:
-            number = float(value) if isinstance(value, Real) or _is_scalar(value) else math.nan
-        except (OverflowError, TypeError, ValueError):
-            number = math.nan
-        if not math.isfinite(number):
+        number = finite_number(value)
+        if number is None:
             raise DataError(
                 f"reward {name}: must return a finite number, got {_short(value)} for the problem "
                 f"{_short(sample.problem)}; correct the function"
@@ -109,6 +106,15 @@ def _checked(name: str, function: Callable[[Sample], Any]) -> Reward:
         return number
 
     return reward
+
+
+def finite_number(value: Any) -> float | None:
+    """The number that a user's code has returned, also as a numpy scalar; None if it is no finite number."""
+    try:
+        number = float(value) if isinstance(value, Real) or _is_scalar(value) else math.nan
+    except (OverflowError, TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _is_scalar(value: Any) -> bool:

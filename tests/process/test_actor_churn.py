@@ -77,7 +77,10 @@ def test_actors_that_come_and_go_leave_nothing_behind(tmp_path: Path, monkeypatc
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder, real_run(Path(folder), f"steps={STEPS}") as long_run:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        real_run(Path(folder), f"steps={STEPS}", "hub.address=tcp://127.0.0.1:0") as long_run,
+    ):
         os.environ["TMPDIR"] = tempfile.mkdtemp(dir=folder)
         times = int(sys.argv[1]) if len(sys.argv) > 1 else 50
         last = churn(long_run, times)

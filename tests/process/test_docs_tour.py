@@ -49,14 +49,15 @@ def toured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str
 def test_the_run_survives_a_crash_and_an_interruption_and_reaches_its_end(toured: tuple[Path, str]) -> None:
     folder, _ = toured
     lines = [json.loads(line) for line in (folder / "runs/tour/metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, 41))
+    assert [line["step"] for line in lines] == list(range(1, 81))
     hub = (folder / "hub.log").read_text()
     assert hub.count("the hub has restarted at step") == 1
     assert hub.count("has joined; actors: ") == 2, "both actors kept their places"
     assert hub.count("the learner has joined") == 2, "the second one resumed"
     summary = json.loads((folder / "runs/tour/summary.json").read_text())
-    assert summary["ledger"]["trained"] == 40 * 8
-    assert all(line["reward_auto"] > line["pass_auto"] for line in lines), "the reward has two parts"
+    assert summary["ledger"]["trained"] == 80 * 8
+    assert all(line["reward_auto"] >= line["pass_auto"] for line in lines), "the reward has two parts"
+    assert any(line["reward_auto"] > line["pass_auto"] for line in lines)
 
 
 def test_the_doctor_found_no_failure_and_the_page_shows_what_it_says(toured: tuple[Path, str]) -> None:

@@ -12,7 +12,10 @@ from sgpo_async.tasks.cues_domain import draw_exercise
 from sgpo_async.wire.records import Lease
 
 TOKENIZER = SimpleNamespace(
-    decode=lambda tokens, **_: "".join(chr(t) for t in tokens), encode=lambda text, **_: [ord(c) for c in text]
+    decode=lambda tokens, **_: "".join(chr(t) for t in tokens),
+    encode=lambda text, **_: [ord(c) for c in text],
+    all_special_ids=[],
+    unk_token_id=None,
 )
 
 

@@ -234,6 +234,16 @@ def test_events_survive_the_journal(tmp_path: Path, event: ev.Event) -> None:
     assert repr(read_event(body, journal.rollouts)) == repr(event)
 
 
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_damaged_file_of_rollouts_is_one_line(tmp_path: Path, damage: str) -> None:
+    driver = busy_hub(tmp_path, saves=True)
+    for path in tmp_path.glob("*.rollouts.*"):
+        path.unlink() if damage == "missing" else path.write_bytes(path.read_bytes()[:5])
+    with pytest.raises(HubError, match=r"hub\.journal: .*check the disk") as failure:
+        driver.kill_and_recover()
+    assert "\n" not in str(failure.value)
+
+
 # ---- the file
 
 

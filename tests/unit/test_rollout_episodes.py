@@ -150,8 +150,28 @@ def test_an_environment_cannot_write_the_first_token_or_give_it_a_probability() 
     assert violation(lease(), rollout, LIMITS, prompts={}) is None
     nonzero = replace(rollout, logprobs=np.full(len(rollout.tokens), -1.0, np.float32))
     assert violation(lease(), nonzero, LIMITS, prompts={}) == "logprobs of tokens that an environment wrote must be 0"
+    ended = replace(rollout, versions=np.array([0, 0, OBSERVED], np.int32), logprobs=np.zeros(7, np.float32))
+    assert violation(lease(), ended, LIMITS, prompts={}) == "tokens must end with one that the policy sampled"
+    assert violation(lease(turns=1), rollout, LIMITS, prompts={}) == "number of turns is not in [1, turns]"
+    assert violation(lease(turns=2), rollout, LIMITS, prompts={}) is None
     begun = replace(rollout, versions=np.array([OBSERVED, 0, 0], np.int32))
     assert violation(lease(), begun, LIMITS, prompts={}) == "tokens must begin with one that the policy sampled"
+
+
+def test_a_report_cannot_begin_with_a_reply_or_give_it_a_probability() -> None:
+    """The next actor would continue it, and be blamed for it."""
+    one = group()
+    (request,) = one.requests()
+    assert isinstance(request, Generate)
+    one.generated(after(request, "3"))
+    second = one.replied(request.id, reply("low"))
+    assert second is not None
+    progress = one.progress({request.id: unfinished(after(second, "4", end=""))})
+    assert progress is not None and report_violation(lease(), progress, LIMITS) is None
+    (part,) = progress.partial
+    for changes in ({"versions": np.array([OBSERVED, 0, 0], np.int32)}, {"logprobs": part.logprobs - 1}):
+        wrong = replace(progress, partial=(replace(part, **changes),))
+        assert report_violation(lease(), wrong, LIMITS) is not None
 
 
 # ---- the loop, with a real environment in a worker process

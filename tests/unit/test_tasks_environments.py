@@ -40,6 +40,11 @@ def test_every_turn_repeats_the_earlier_ones_and_sums_their_rewards() -> None:
     assert guess("what?") == Turn(done=True)
 
 
+def test_an_environment_must_do_the_same_again() -> None:
+    with pytest.raises(DataError, match="turn 1 ends an episode that has 2: it must always do the same"):
+        guess("5", "3")
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -126,6 +131,14 @@ def test_a_plain_reply_is_the_text_itself() -> None:
     assert tokenizer.decode(build_reply("amber raise", tasks=Tasks(), tokenizer=tokenizer)) == "amber raise"
 
 
+def test_a_reply_cannot_spell_an_end_token() -> None:
+    """Otherwise the output of a tool could end a turn, and an engine continues no completion that has ended."""
+    tokenizer = load_tokenizer(model_folder("builtin:cues"))
+    assert tokenizer.decode(build_reply("amber <eos> raise <eos>", tasks=Tasks(), tokenizer=tokenizer)) == "amber raise"
+    with pytest.raises(DataError, match="has no token"):
+        build_reply("<eos>", tasks=Tasks(), tokenizer=tokenizer)
+
+
 @pytest.mark.parametrize("role", ["user", "tool"])
 def test_a_reply_in_a_chat_is_what_the_template_writes_after_a_completion(role: str) -> None:
     """Prompt, completions with their end tokens, and replies are the whole conversation."""
@@ -133,7 +146,9 @@ def test_a_reply_in_a_chat_is_what_the_template_writes_after_a_completion(role: 
     tasks = Tasks(prompt="chat", reply_role=role)  # type: ignore[arg-type]
     prompt = build_prompt("2 + 2", None, tasks=tasks, tokenizer=tokenizer)
     completion = tokenizer.encode("I call it.<eos>", add_special_tokens=False)
-    reply = build_reply("4", tasks=tasks, tokenizer=tokenizer)
+    reply = build_reply("4", tasks=tasks, tokenizer=tokenizer, end=completion[-1])
+    other = build_reply("4", tasks=tasks, tokenizer=tokenizer, end=7)  # an engine may stop at another end token
+    assert other == [completion[-1], *reply]
     messages = [("user", "2 + 2"), ("assistant", "I call it."), (role, "4")]
     whole = tokenizer.apply_chat_template(
         [{"role": name, "content": text} for name, text in messages], add_generation_prompt=True, tokenize=False
