@@ -95,7 +95,7 @@ def _dispatch(arguments: list[str]) -> int:
     command = importlib.import_module(f"sgpo_async.cli.{name}")
     parser = argparse.ArgumentParser(
         prog=f"sgpo-async {name}",
-        description=COMMANDS[name].capitalize() + ".",
+        description=COMMANDS[name][0].upper() + COMMANDS[name][1:] + ".",
         epilog=(command.__doc__ or "").partition("\n\n")[2],  # the examples in the module's docstring
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

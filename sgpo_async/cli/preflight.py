@@ -78,14 +78,18 @@ def prompts(run: Run, source: ListedSource, tokenizer: Any, longest: int | None)
         longest: the model's number of positions; None: unknown.
 
     Raises CheckFailed if the chat template is missing or fails, or if a completion would not fit; CheckWarning if the
-    prompts write the date.
+    prompts write the date, or if different problems have the same prompt.
     """
-    training = source.training_problems()
+    training, warning = source.training_problems(), None
     if run.tasks.prompt != "plain":
-        check_prompt(run, tokenizer, training)
+        try:
+            check_prompt(run, tokenizer, training)
+        except CheckWarning as found_there:
+            warning = found_there
     step = max(1, len(training) // SAMPLE)
     chosen = [*training[::step], *source.longest_problems(LONGEST), *source.held_out()[:SAMPLE]]
-    lengths = {problem.id: (_length(run, problem, tokenizer), problem) for problem in chosen}
+    built = {problem.id: (_built(run, problem, tokenizer), problem) for problem in chosen}
+    lengths = {name: (max(map(len, prompts)), problem) for name, (prompts, problem) in built.items()}
     most, worst = max(lengths.values(), key=lambda item: item[0])
     least, more = min(length for length, _ in lengths.values()), run.rollout.max_new_tokens
     found = f"{run.tasks.prompt}: {least:,} to {most:,} tokens"
@@ -98,6 +102,16 @@ def prompts(run: Run, source: ListedSource, tokenizer: Any, longest: int | None)
         found += f" model's {longest} positions; the longest prompt is that of {worst.id}, with {most} tokens"
         lower = f"set rollout.max_new_tokens <= {room}, or " if room > 0 else ""
         raise CheckFailed(found, f"{lower}shorten or remove these problems")
+    texts = {problem.problem for _, problem in built.values()}
+    shown = {tuple(prompts[0]) for prompts, _ in built.values()}
+    if len(shown) < len(texts):
+        raise CheckWarning(
+            f"{len(texts):,} problems have only {len(shown):,} different prompts: model.path={run.model.path} does not "
+            "know their words",
+            "name the model that is to learn them",
+        )
+    if warning:
+        raise warning
     return f"{found}, with completions up to {most + more:,} of {longest:,} positions"
 
 
@@ -128,8 +142,7 @@ def training_memory(run: Run, parameters: int, *, gpu_bytes: int | None) -> str:
     return what
 
 
-def _length(run: Run, problem: Problem, tokenizer: Any) -> int:
-    """Tokens of the longer of the two prompts of a problem."""
+def _built(run: Run, problem: Problem, tokenizer: Any) -> list[list[int]]:
+    """The prompts of a problem: the plain one, and the one with the strategy if it has one."""
     strategies = dict.fromkeys([None, problem.strategy if run.rollout.guided else None])
-    prompts = [build_prompt(problem.problem, one, tasks=run.tasks, tokenizer=tokenizer) for one in strategies]
-    return max(map(len, prompts))
+    return [build_prompt(problem.problem, one, tasks=run.tasks, tokenizer=tokenizer) for one in strategies]

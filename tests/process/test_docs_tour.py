@@ -30,7 +30,7 @@ def toured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str
         (folder / name).write_text(content)
     commands = re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S)
     (folder / "tour.sh").write_text("set -euxo pipefail\n" + "\n".join(commands))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PAGE.parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(PAGE.parents[1])}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with (folder / "output").open("wb") as output:
         process = subprocess.Popen(

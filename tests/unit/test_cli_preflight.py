@@ -25,7 +25,8 @@ TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
 
 def problem(number: int, **columns: str) -> dict[str, str]:
-    return {"problem": f"3 + {number}", "answer": str(3 + number)} | columns
+    digits = " ".join(str(number))  # each is a word that the shipped policy knows
+    return {"problem": f"3 + {digits}", "answer": str(3 + number)} | columns
 
 
 def settings(folder: Path, rows: list[dict[str, str]], *words: str) -> Run:
@@ -170,6 +171,15 @@ def test_a_configuration_without_positions_is_no_reason_to_refuse(tmp_path: Path
     assert positions(str(tmp_path)) is None and positions("owner/on-the-hub") is None
     run = settings(tmp_path, GUIDED)
     assert "no number of positions" in prompts(run, source_of(run), plain_tokenizer(CUES), None)
+
+
+def test_different_problems_with_the_same_prompt_are_said(tmp_path: Path) -> None:
+    """The shipped policy knows the words of its own domain only."""
+    rows = [{"problem": f"Which animal is {name} like?", "answer": name} for name in ("Tom", "Eva", "Ali", "Kim")]
+    (note,) = preflight(settings(tmp_path, rows, "algorithm.objective=grpo"))
+    assert note.startswith(
+        "4 problems have only 1 different prompts: model.path=builtin:cues does not know their words"
+    )
 
 
 # ---- rewards and memory
