@@ -142,7 +142,7 @@ def parse_samples(arguments: Sequence[str]) -> dict[str, int]:
 
 def _open(settings: Run, word: str, samples: Mapping[str, int]) -> Benchmark:
     from sgpo_async.config import Evaluation
-    from sgpo_async.config.rules import expanded
+    from sgpo_async.config.rules import expanded, require
     from sgpo_async.config.schema import HELD_OUT, BenchmarkFile
     from sgpo_async.tasks.benchmarks import Benchmark, open_benchmark
     from sgpo_async.tasks.sources import open_source
@@ -152,6 +152,12 @@ def _open(settings: Run, word: str, samples: Mapping[str, int]) -> Benchmark:
     k = samples.get(name) or (not equals and name in configured and configured[name].samples) or samples[""]
     if name == HELD_OUT and not equals:
         own = settings.tasks
+        require(
+            not own.environment,
+            "tasks.environment",
+            "must be empty for the held-out problems, because sgpo-async evaluate samples single completions",
+            own.environment,
+        )
         source = open_source(own.source, path=own.path, held_out=own.held_out, seed=settings.seed, tasks=own)
         return Benchmark(
             name=name, problems=source.held_out(), samples=k, verifier=source.verifier, solved_at=own.solved_at

@@ -93,7 +93,9 @@ def _as_hub_says(args: argparse.Namespace, settings: Run) -> Run:
     dealer = Dealer(_address(args, settings), keys=settings.hub.keys, max_bytes=settings.hub.max_message_mb * 2**20)
     mailbox = Mailbox(dealer)
     try:
-        hubs = request_settings(mailbox, name=f"learner-{os.environ['RANK']}", timeout_s=SETTINGS_S)
+        # Without --hub, rank 0 starts the hub, after it has checked problems, prompts and rewards.
+        patience_s = SETTINGS_S if args.hub else max(SETTINGS_S, settings.learner.batch_timeout_s)
+        hubs = request_settings(mailbox, name=f"learner-{os.environ['RANK']}", timeout_s=patience_s)
         assert hubs is not None, "only actors are told to stop"
         return agreed(settings, given_keys(args.config, args.overrides), hubs)
     except SgpoError:

@@ -21,7 +21,7 @@ from sgpo_async.errors import ConfigError
 # Keys that concern one process only: connections, and how the learner computes and saves.
 PRIVATE = ("out", "hub.address", "hub.keys", "hub.journal", "learner", "sft", "local")
 SHARED = ("learner.problems_per_step", "learner.batch_timeout_s")  # ... of these sections, the hub uses these keys
-PLACES = ("model.path", "tasks.path")  # the same files may be elsewhere on another machine
+PLACES = ("model.path", "tasks.path", "engine.sglang.python", "engine.sglang.folder")  # may differ between machines
 
 
 def agreed(run: Run, given: Collection[str], hub: Mapping[str, Any]) -> Run:

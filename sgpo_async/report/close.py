@@ -29,6 +29,8 @@ def close_run(folder: Path, *, since: float) -> None:
         log.info("report: %s", write_report(folder))
     except SgpoError as error:
         log.warning("no report: %s", error)
+    except Exception:
+        log.exception("no report, because of an internal error")
 
 
 def _written(path: Path, since: float) -> bool:

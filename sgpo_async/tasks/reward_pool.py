@@ -33,7 +33,7 @@ from sgpo_async.tasks.verify import INLINE, VERIFIERS
 _PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
 GRACE_S = 10.0  # after its time limit, for a worker's alarm to kill it
 TIMEOUTS = 8  # timeouts in a row, per worker, ...
-ANSWERS = 4  # ... for so many different answers, after which a verifier is taken to return never
+ANSWERS = 4  # ... for so many different answers, after which a verifier counts as one that never returns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ class TimeoutStreak:
             self.answers.add(answer)
 
     def is_hopeless(self, *, workers: int) -> bool:
-        """Whether the verifier seems to return never."""
+        """Whether the verifier seems never to return."""
         return self.count >= TIMEOUTS * workers and len(self.answers) >= ANSWERS
 
 
@@ -160,7 +160,11 @@ class RewardPool:
     def _serve(self, index: int) -> None:
         while (request := self._requests.get()) is not None:
             known = self._processes.get(index)
-            process = known or self._start(index)
+            try:
+                process = known or self._start(index)
+            except OSError as error:
+                self._verdicts.put(SgpoError(f"reward worker: cannot be started: {error}"))
+                return
             if process is None:
                 return
             patience_s = self._limit_s + GRACE_S + (0.0 if known else STARTUP_LIMIT_S)
