@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -27,11 +28,20 @@ def request_stacks(mark: str) -> list[str]:
     asked = []
     for process in members(mark):
         with contextlib.suppress(psutil.Error, OSError):
-            command = next((word for word in process.cmdline() if "sgpo_async" in word or "launch/" in word), "")
-            if command and _handles(process.pid):
+            name = _command(process.cmdline()[1:])  # the interpreter's path may contain the name of the package
+            if name and _handles(process.pid):
                 process.send_signal(signal.SIGUSR1)
-                asked.append(f"{Path(command).name} {process.pid}")
+                asked.append(f"{name} {process.pid}")
     return asked
+
+
+def _command(words: Sequence[str]) -> str:
+    """The script or module of this package in a command line; empty if there is none."""
+    for word in words:
+        name = Path(word).name
+        if name.startswith(("sgpo_async", "sgpo-async")) or "launch/" in word:
+            return name
+    return ""
 
 
 def _handles(pid: int) -> bool:

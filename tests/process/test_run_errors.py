@@ -54,9 +54,8 @@ def test_a_wrong_configuration_ends_the_command_with_one_line(
 def test_a_port_in_use_ends_the_command_with_one_line(run: RealRun) -> None:
     run.hub()
     address = run.address()
-    overrides = (f"hub.address={address}", "name=other")
-    second = run.start("second-hub", "launch/hub.py", str(run.config), *overrides)
-    for process in (run.local(*overrides), second):
+    second = run.start("second-hub", "launch/hub.py", str(run.config), f"hub.address={address}", "name=second")
+    for process in (run.local(f"hub.address={address}", "name=third"), second):
         (line,) = errors(process)
         assert f"hub.address: {address} is in use" in line
 
