@@ -107,7 +107,8 @@ def test_nonsense_is_refused_its_tokens_are_counted_and_it_is_retried(url: str, 
     records = records_of(work)
     assert len(records) == 2 * ITEMS
     assert {record["failed"] for record in records} == {"no candidate is left (unreadable)"}
-    assert {one["detail"] for record in records for one in record["rejected"]} == {"the reply must be one JSON object"}
+    details = {one["detail"] for record in records for one in record["rejected"]}
+    assert details == {"the reply must be one JSON object, got none"}
     assert all(0 < record["completion_tokens"] <= 2 * 80 for record in records[:ITEMS])
     assert all(record["prompt_tokens"] > 2 * 800 for record in records[:ITEMS])  # a byte is a token
     assert {record["key"] for record in records[ITEMS:]} == {record["key"] for record in records[:ITEMS]}
