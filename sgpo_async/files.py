@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -49,6 +50,24 @@ def write_whole(path: Path, content: str | bytes) -> None:
             new.replace(path)
         finally:
             new.unlink(missing_ok=True)
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """The complete checkpoints in `folder`, by step; the name of one that is being written begins with a dot."""
+    return sorted((path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which the checkpoint was taken."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def written_since(path: Path, since: float) -> bool:
+    """Whether the file exists and was written at `since` (seconds since the epoch) or later."""
+    try:
+        return path.stat().st_mtime >= since
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def set_usual_modes(folder: Path) -> None:

@@ -21,7 +21,8 @@ from sgpo_async import __version__, logs
 from sgpo_async.errors import ConfigError, Interrupted, SgpoError
 from sgpo_async.processes.stacks import print_stacks_on_signal
 
-UNREAD = 128 + signal.SIGPIPE  # exit code
+SIGNAL = 128  # an exit code above it says which signal has ended the command
+UNREAD = SIGNAL + signal.SIGPIPE
 COMMANDS = {  # each a module of this package with `add_arguments(parser)` and `run(args) -> int`
     "local": "a whole run on this machine: hub, learner under torchrun, actors",
     "learner": "one rank of the learner; start it under torchrun",
@@ -40,8 +41,6 @@ COMMANDS = {  # each a module of this package with `add_arguments(parser)` and `
     "report": "writes runs/NAME/report.html from a run's metrics",
     "keys": "makes a folder of keys for a hub that listens beyond loopback",
 }
-
-SIGNAL = 128  # an exit code above it says which signal has ended the command
 
 
 def main(argv: Sequence[str] | None = None) -> int:

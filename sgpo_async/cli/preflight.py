@@ -19,11 +19,12 @@ from typing import Any
 from sgpo_async.cli.resources import size, stored_parameters
 from sgpo_async.config.schema import Run
 from sgpo_async.errors import CheckFailed, CheckWarning
-from sgpo_async.model.folder import load_tokenizer, model_folder, plain_tokenizer, positions
+from sgpo_async.model.folder import load_tokenizer, longest_sequence, model_folder, plain_tokenizer
 from sgpo_async.processes.marked import MARK
 from sgpo_async.tasks.base import ListedSource, Problem
 from sgpo_async.tasks.prompts import build_prompt, check_prompt
-from sgpo_async.tasks.self_check import check_reward, is_own
+from sgpo_async.tasks.rewards import has_own_code
+from sgpo_async.tasks.self_check import check_reward
 from sgpo_async.tasks.sources import source_of
 from sgpo_async.weights.store_file import available_memory
 
@@ -47,10 +48,10 @@ def preflight(run: Run, *, light: bool = False) -> list[str]:
     checks: list[Callable[[], str]] = [lambda: problems(run, source)]
     if not light:
         checks.append(lambda: training_memory(run, stored_parameters(run.model.path), gpu_bytes=None))
-    if is_own(run.tasks) and MARK not in os.environ:  # else the command that has started this one has checked them
+    if has_own_code(run.tasks) and MARK not in os.environ:  # else the parent process has checked them
         checks.append(lambda: check_reward(run, source.training_problems()))
     if tokenizer or not light:
-        checks.append(lambda: prompts(run, source, tokenizer or load_tokenizer(folder), positions(folder)))
+        checks.append(lambda: prompts(run, source, tokenizer or load_tokenizer(folder), longest_sequence(folder)))
     notes = []
     for check in checks:
         try:

@@ -40,7 +40,7 @@ class Part:
     """A part of a source: its training problems from position `first` on, and some of its held-out problems."""
 
     def __init__(self, source: ProblemSource, first: int, problems: Sequence[Problem]) -> None:
-        self.verifier, self.has_responses = source.verifier, source.has_responses
+        self.verifier = source.verifier
         self.source, self.first, self.problems = source, first, problems
 
     def training(self, position: int) -> Problem:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sgpo_async.wire.records import OBSERVED, Lease, PartialRollout, Progress, Rollout
+from sgpo_async.wire.records import OBSERVED, Lease, PartialRollout, Progress, Rollout, sampled_by_policy
 
 TOLERANCE = 1e-3  # a log-probability may be so far above 0, by rounding
 LOWEST = -1e4  # no engine samples a token of a lower log-probability
@@ -76,7 +76,7 @@ def _part(lease: Lease, part: PartialRollout) -> str | None:
         return "top_tokens must hold top_logprobs_num for each token of a guided rollout"
     if part.start == 0 and part.versions[0] == OBSERVED:
         return BEGINS
-    if (part.logprobs[_observed(part)] != 0).any():
+    if (part.logprobs[~sampled_by_policy(part.versions, part.ends)] != 0).any():
         return CERTAIN
     if not _are_logprobs(part.logprobs) or (part.top_logprobs is not None and not _are_logprobs(part.top_logprobs)):
         return f"logprobs must be in [{LOWEST:g}, 0]"
@@ -107,17 +107,11 @@ def _spans(lease: Lease, rollout: Rollout, limits: Limits) -> str | None:
         return BEGINS
     if rollout.versions[-1] == OBSERVED:
         return "tokens must end with one that the policy sampled"
-    observed = _observed(rollout)
-    if (rollout.logprobs[observed] != 0).any():
+    if (rollout.logprobs[~rollout.sampled] != 0).any():
         return CERTAIN
-    if lease.turns and np.count_nonzero(np.diff(observed)) // 2 >= lease.turns:
+    if lease.turns and np.count_nonzero(np.diff(rollout.sampled)) // 2 >= lease.turns:
         return "number of turns is not in [1, turns]"
     return _versions(lease, rollout.versions, limits)
-
-
-def _observed(sent: Rollout | PartialRollout) -> np.ndarray:
-    """Whether an environment wrote each token, [T] bool."""
-    return np.repeat(sent.versions == OBSERVED, np.diff(sent.ends, prepend=0))
 
 
 def _versions(lease: Lease, versions: np.ndarray, limits: Limits) -> str | None:

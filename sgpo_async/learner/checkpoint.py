@@ -43,7 +43,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from sgpo_async.errors import CheckpointError, DeadlineExceeded, SgpoError
-from sgpo_async.files import FREE_SOME, disk_full, set_aside
+from sgpo_async.files import FREE_SOME, disk_full, set_aside, step_folders, step_of
 from sgpo_async.logs import fields
 from sgpo_async.processes.progress import result_while_moving
 
@@ -185,7 +185,7 @@ class CheckpointWriter:
             raise CheckpointError(f"{what}: the disk is full; {FREE_SOME}") if full else error from None
         with _fail_on_all_ranks(f"{self._folder}: cannot delete old checkpoints", self._group):
             if rank == 0:
-                self._prune(_step(_final(draft)))
+                self._prune(step_of(_final(draft)))
 
     def _finish(self, draft: Path, files: dict[str, dict[str, Any]]) -> None:
         (draft / MANIFEST).write_text(json.dumps({"files": files}, indent=2), encoding="utf-8")
@@ -194,10 +194,10 @@ class CheckpointWriter:
         shutil.rmtree(_final(draft), ignore_errors=True)  # left by an earlier attempt of the run that reached this step
         draft.rename(_final(draft))
         _sync(self._folder)
-        log.info("checkpoint: %s", _final(draft), extra=fields(event="checkpoint", step=_step(_final(draft))))
+        log.info("checkpoint: %s", _final(draft), extra=fields(event="checkpoint", step=step_of(_final(draft))))
 
     def _prune(self, step: int) -> None:
-        past = [path for path in _complete(self._folder) if _step(path) <= step]
+        past = [path for path in step_folders(self._folder) if step_of(path) <= step]
         for path in [*past[: -self._keep], *self._folder.glob(".step-*")]:  # a name with a dot marks an incomplete one
             shutil.rmtree(path)
 
@@ -208,12 +208,12 @@ def set_checkpoints_aside(folder: Path) -> Path | None:
     Resuming loads the checkpoint of the highest step, which could otherwise be one of the earlier run. Nothing is
     deleted.
     """
-    return set_aside(folder) if _complete(folder) else None
+    return set_aside(folder) if step_folders(folder) else None
 
 
 def newest_complete(folder: Path) -> Path | None:
     """Return the checkpoint of the highest step below `folder`, without a check of its files; None if there is none."""
-    return max(_complete(folder), key=_step, default=None)
+    return max(step_folders(folder), key=step_of, default=None)
 
 
 def read_weights(checkpoint: Path, module: nn.Module) -> None:
@@ -240,7 +240,7 @@ def newest_whole(folder: Path) -> Path | None:
     Raises:
         CheckpointError: on every rank, if there are checkpoints and all of them are damaged.
     """
-    names = [[path.name for path in _complete(folder)]]
+    names = [[path.name for path in step_folders(folder)]]
     dist.broadcast_object_list(names)
     for name in reversed(names[0]):
         try:
@@ -280,15 +280,6 @@ def restore(
         if teacher:
             set_model_state_dict(teacher, state["teacher"])
     return saved
-
-
-def _complete(folder: Path) -> list[Path]:
-    """Return the checkpoints that were written completely, ordered by step."""
-    return sorted((path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)), key=_step)
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _final(draft: Path) -> Path:

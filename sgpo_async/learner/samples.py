@@ -50,7 +50,7 @@ class Samples:
 
     @classmethod
     def start(cls, run: Run, *, resume_from: int) -> Samples:
-        """Open the file on rank 0. A collective of all ranks."""
+        """Open the file on rank 0."""
         lines = SampleLines(run, resume_from=resume_from) if dist.get_rank() == 0 else None
         return cls(run, lines)
 

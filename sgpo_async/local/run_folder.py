@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 
 from sgpo_async.errors import HubError
+from sgpo_async.files import step_folders, step_of, written_since
 from sgpo_async.hub.journal import FILE as JOURNAL
 from sgpo_async.metrics.reader import SUMMARY, read_summary
 
@@ -64,11 +65,9 @@ def newest_checkpoint(folder: Path, *, since: float = 0.0) -> int | None:
 
     `since` is in seconds since the epoch.
     """
-    found = [path for path in folder.glob("step-*") if path.stat().st_mtime >= since]
-    return max((int(path.name.removeprefix("step-")) for path in found), default=None)
+    return max((step_of(path) for path in step_folders(folder) if written_since(path, since)), default=None)
 
 
 def summary_written(folder: Path, since: float) -> bool:
     """Whether the learner has trained all steps of the run that began at `since` (seconds since the epoch)."""
-    path = folder / SUMMARY
-    return path.exists() and path.stat().st_mtime >= since and not read_summary(folder).get("interrupted")
+    return written_since(folder / SUMMARY, since) and not read_summary(folder).get("interrupted")

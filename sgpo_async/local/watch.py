@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from sgpo_async.files import written_since
 from sgpo_async.metrics import MetricsTail
 from sgpo_async.metrics.reader import METRICS
 from sgpo_async.metrics.samples import SAMPLES, SamplesTail
@@ -55,8 +56,7 @@ class Watch:
 
     def _written(self, name: str) -> bool:
         """Whether this run has written the file."""
-        path = self._folder / name if self._folder else None
-        return path is not None and path.exists() and path.stat().st_mtime >= self._since
+        return self._folder is not None and written_since(self._folder / name, self._since)
 
     def _ask(self, address: str) -> None:
         if self._hub is None:

@@ -73,7 +73,7 @@ def plain_tokenizer(folder: str) -> PlainTokenizer | None:
         return None
 
 
-def positions(folder: str) -> int | None:
+def longest_sequence(folder: str) -> int | None:
     """The length in tokens of the longest sequence of a model, from its config.json; None if that does not say."""
     try:
         config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))

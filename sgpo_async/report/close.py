@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from sgpo_async.errors import SgpoError
-from sgpo_async.files import to_json, write_whole
+from sgpo_async.files import to_json, write_whole, written_since
 from sgpo_async.metrics import read_metrics
 from sgpo_async.metrics.reader import METRICS, SUMMARY
 from sgpo_async.report.closing import summarise
@@ -22,16 +22,12 @@ def close_run(folder: Path, *, since: float) -> None:
     it must not replace the one with which the learner may have ended.
     """
     try:
-        if not _written(folder / METRICS, since) or not (lines := read_metrics(folder)):
+        if not written_since(folder / METRICS, since) or not (lines := read_metrics(folder)):
             return
-        if not _written(folder / SUMMARY, since):
+        if not written_since(folder / SUMMARY, since):
             write_whole(folder / SUMMARY, to_json(summarise(lines) | {"interrupted": True}) + "\n")
         log.info("report: %s", write_report(folder))
     except SgpoError as error:
         log.warning("no report: %s", error)
     except Exception:
         log.exception("no report, because of an internal error")
-
-
-def _written(path: Path, since: float) -> bool:
-    return path.exists() and path.stat().st_mtime >= since

@@ -22,7 +22,15 @@ import xxhash
 from sgpo_async.engines.base import Generate, Generated, SampledTokens, Score, Scored
 from sgpo_async.rollout.partial import after, join
 from sgpo_async.transport.reliable import Key
-from sgpo_async.wire.records import OBSERVED, Lease, PartialRollout, Progress, Rollout, is_correct
+from sgpo_async.wire.records import (
+    OBSERVED,
+    Lease,
+    PartialRollout,
+    Progress,
+    Rollout,
+    is_correct,
+    sampled_by_policy,
+)
 
 
 class RolloutGroup:
@@ -69,7 +77,7 @@ class RolloutGroup:
     def turns(self, key: object) -> list[np.ndarray]:
         """The tokens of each completion of an episode, without the environment's replies."""
         result = self._generated[_slot(key)]
-        sampled = _sampled_by_policy(result)
+        sampled = sampled_by_policy(result.versions, result.ends)
         edges = np.flatnonzero(np.diff(sampled)) + 1
         parts = zip(np.split(result.tokens, edges), np.split(sampled, edges), strict=True)
         return [tokens for tokens, own in parts if own[0]]
@@ -87,7 +95,8 @@ class RolloutGroup:
     def scored(self, result: Scored) -> Rollout:
         """Take a score; the rollout carries the sum of its unguided log-probabilities, not their mean (Eq. 4)."""
         slot = _slot(result.id)
-        own = result.logprobs[_sampled_by_policy(self._generated[slot])]
+        generated = self._generated[slot]
+        own = result.logprobs[sampled_by_policy(generated.versions, generated.ends)]
         total = float(own.sum(dtype=np.float64))
         return self._rollout(slot, reward=self._rewards.pop(slot), unguided_logprob=total)
 
@@ -197,11 +206,6 @@ def _sampled(part: PartialRollout) -> dict[str, Any]:
 def _part(slot: int, sampled: SampledTokens) -> PartialRollout:
     own = {field.name: getattr(sampled, field.name) for field in fields(SampledTokens)}
     return PartialRollout(slot=slot, start=0, finish=sampled.finish if isinstance(sampled, Generated) else "", **own)
-
-
-def _sampled_by_policy(result: SampledTokens) -> np.ndarray:
-    """Whether the policy has sampled each token, [T] bool; an environment wrote the others."""
-    return np.repeat(result.versions, np.diff(result.ends, prepend=0)) != OBSERVED
 
 
 def _with_reply(slot: int, result: Generated, reply: np.ndarray) -> PartialRollout:

@@ -11,7 +11,6 @@ leases and uses the rollouts.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +23,7 @@ from sgpo_async.errors import EngineError
 from sgpo_async.rollout.group import RolloutGroup, group_of, task_of
 from sgpo_async.tasks.prompts import build_prompt, build_reply
 from sgpo_async.tasks.reward_pool import RewardPool
-from sgpo_async.tasks.rewards import Sample
+from sgpo_async.tasks.rewards import sample_of
 from sgpo_async.wire.records import Lease, Progress, Rollout
 
 LeaseKey = tuple[int, int]
@@ -139,9 +138,7 @@ class RolloutSampler:
         lease, earlier = group.lease, None
         if lease.turns:
             *earlier, text = [self._decode(tokens) for tokens in group.turns(result.id)]
-        columns = json.loads(lease.columns or "{}")
-        sample = Sample(problem=lease.problem, answer=lease.answer, completion=text, columns=columns)
-        self._rewards.submit(result.id, lease.verifier, sample, earlier=earlier)
+        self._rewards.submit(result.id, lease.verifier, sample_of(lease, text), earlier=earlier)
 
     def _judge(self, wait_s: float) -> list[Sampled | Unservable]:
         """Take verdicts. A correct guided rollout is scored without its strategy before it is finished (Eq. 4)."""

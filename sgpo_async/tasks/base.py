@@ -41,9 +41,6 @@ class ProblemSource(Protocol):
     verifier: str
     """What judges completions of this source, in the text form of `sgpo_async.tasks.rewards`."""
 
-    has_responses: bool
-    """Whether any training problem has a response."""
-
     def training(self, position: int) -> Problem:
         """The problem at `position` >= 0 of the training stream; every call returns the same one."""
 

@@ -15,7 +15,6 @@ class CuesSource:
     """Generates problems. Every second held-out problem has a novel pair: adjacent cues that training never shows."""
 
     verifier = "cues"
-    has_responses = True
     strategies = responses = SHOWN
 
     def __init__(self, *, seed: int, held_out: int = 400) -> None:

@@ -98,7 +98,6 @@ class FileSource:
         split = read_split(rows, path, held_out=held_out, form=form)
         self._training, self._held_out, self._lengths = split.training, split.held_out, split.lengths
         self.strategies, self.responses = split.strategies, split.responses
-        self.has_responses = self.responses > 0
         self._order = lru_cache(maxsize=4)(self._shuffled)
         self._seed = seed
 

@@ -12,7 +12,7 @@ from typing import Any
 from sgpo_async.config.schema import Tasks
 from sgpo_async.errors import DataError
 from sgpo_async.tasks.base import Problem
-from sgpo_async.tasks.rewards import is_builtin, to_text
+from sgpo_async.tasks.rewards import has_own_code
 
 USUAL = {  # what public datasets call our columns
     "problem": ("question", "prompt", "query", "instruction", "input"),
@@ -31,8 +31,7 @@ class Form:
     @classmethod
     def of(cls, tasks: Tasks) -> Form:
         """The form of the file `tasks.path`."""
-        own = bool(tasks.environment) or (bool(tasks.reward) and not is_builtin(to_text(tasks.reward)))
-        return cls(columns=tasks.columns, answer_after=tasks.answer_after, others=own)
+        return cls(columns=tasks.columns, answer_after=tasks.answer_after, others=has_own_code(tasks))
 
     def column(self, name: str) -> str:
         """The name that the file gives to our column `name`."""

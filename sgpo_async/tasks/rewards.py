@@ -17,11 +17,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sgpo_async.errors import DataError
 from sgpo_async.tasks.functions import describe, import_function, is_own
 from sgpo_async.tasks.verify import VERIFIERS
+
+if TYPE_CHECKING:  # a worker needs neither the configuration nor the messages; their import would delay its start
+    from sgpo_async.config.schema import Tasks
+    from sgpo_async.tasks.base import Problem
+    from sgpo_async.wire.records import Lease
 
 GROUP = "sgpo_async.rewards"  # of entry points
 
@@ -39,6 +44,12 @@ class Sample:
 Reward = Callable[[Sample], float]
 
 
+def sample_of(problem: Problem | Lease, completion: str) -> Sample:
+    """What a reward function gets for a completion of `problem`."""
+    columns = json.loads(problem.columns or "{}")
+    return Sample(problem=problem.problem, answer=problem.answer, completion=completion, columns=columns)
+
+
 def to_text(reward: str | Mapping[str, float]) -> str:
     """The text form of `tasks.reward`."""
     return reward if isinstance(reward, str) else json.dumps(reward)
@@ -52,6 +63,11 @@ def weights_of(text: str) -> dict[str, float]:
 def is_builtin(text: str) -> bool:
     """Whether only built-in verifiers are named, which need no column but the answer."""
     return all(name in VERIFIERS for name in weights_of(text))
+
+
+def has_own_code(tasks: Tasks) -> bool:
+    """Whether rewards come from code of the user: a function, or an environment."""
+    return bool(tasks.environment) or bool(tasks.reward and not is_builtin(to_text(tasks.reward)))
 
 
 def load_reward(text: str) -> Reward:

@@ -8,7 +8,6 @@ decides by itself what a completion looks like, so only built-in verifiers are c
 
 from __future__ import annotations
 
-import json
 import os
 import random
 from collections.abc import Hashable, Iterable, Sequence
@@ -19,7 +18,7 @@ from sgpo_async.errors import CheckWarning, DataError
 from sgpo_async.tasks.base import Problem
 from sgpo_async.tasks.benchmarks import TOLERANT
 from sgpo_async.tasks.reward_pool import RewardPool, Verdict
-from sgpo_async.tasks.rewards import Sample, is_builtin, to_text
+from sgpo_async.tasks.rewards import Sample, has_own_code, sample_of, to_text
 from sgpo_async.tasks.tolerance import Tolerant
 
 SAMPLE = 500  # answers that the check of a run looks at
@@ -37,7 +36,7 @@ def check_reward(run: Run, problems: Sequence[Problem], *, sample: int = SAMPLE)
     text = to_text(run.tasks.reward)
     if run.tasks.environment:
         return _play(run.tasks, problems[:CALLS])
-    if is_own(run.tasks):
+    if has_own_code(run.tasks):
         return _call(run.tasks, text, problems[:CALLS])
     if run.tasks.source != "file" or text not in ("", "math"):
         return text or run.tasks.source
@@ -47,26 +46,15 @@ def check_reward(run: Run, problems: Sequence[Problem], *, sample: int = SAMPLE)
     return found.describe()
 
 
-def is_own(tasks: Tasks) -> bool:
-    """Whether rewards come from code of the user: a function, or an environment."""
-    text = to_text(tasks.reward)
-    return bool(tasks.environment) or bool(text and not is_builtin(text))
-
-
 def _play(tasks: Tasks, problems: Sequence[Problem]) -> str:
     """Play a first turn with the responses of these problems, or with their answers."""
     requests = [
-        (number, tasks.environment, _sample(one, one.response or one.answer)) for number, one in enumerate(problems)
+        (number, tasks.environment, sample_of(one, one.response or one.answer)) for number, one in enumerate(problems)
     ]
     verdicts = _verdicts(tasks, requests, earlier=())
     _require_in_time(tasks, "tasks.environment", tasks.environment, verdicts)
     going = sum(verdict.reply is not None for verdict in verdicts)
     return f"{tasks.environment}: of {len(verdicts)} episodes {going} go on after a first turn"
-
-
-def _sample(problem: Problem, completion: str) -> Sample:
-    columns = json.loads(problem.columns or "{}")
-    return Sample(problem=problem.problem, answer=problem.answer, completion=completion, columns=columns)
 
 
 def _require_in_time(tasks: Tasks, key: str, name: str, verdicts: Iterable[Verdict]) -> None:
@@ -79,7 +67,7 @@ def _require_in_time(tasks: Tasks, key: str, name: str, verdicts: Iterable[Verdi
 
 def _call(tasks: Tasks, text: str, problems: Sequence[Problem]) -> str:
     """Call a reward function with the responses of these problems, or with their answers in a box."""
-    samples = [_sample(one, one.response or f"\\boxed{{{one.answer}}}") for one in problems]
+    samples = [sample_of(one, one.response or f"\\boxed{{{one.answer}}}") for one in problems]
     verdicts = _verdicts(tasks, [(number, text, sample) for number, sample in enumerate(samples)])
     _require_in_time(tasks, "tasks.reward", text, verdicts)
     rewards = [verdict.reward for verdict in verdicts]

@@ -35,6 +35,11 @@ def oldest(versions: np.ndarray) -> int:
     return int(versions[versions != OBSERVED].min())
 
 
+def sampled_by_policy(versions: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Whether the policy has sampled each token of these spans, [T] bool; an environment wrote the others."""
+    return np.repeat(versions != OBSERVED, np.diff(ends, prepend=0))
+
+
 def is_correct(reward: float, solved_at: float) -> bool:
     """The one rule by which a reward, which may be any finite number, says whether the problem is solved."""
     return reward >= solved_at
@@ -192,7 +197,7 @@ class Rollout:
     @property
     def sampled(self) -> np.ndarray:
         """Whether the policy has sampled each token, [T] bool."""
-        return self.token_versions() != OBSERVED
+        return sampled_by_policy(self.versions, self.ends)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -407,6 +412,5 @@ class Settings:
 Message = (
     Hello | Welcome | Refused | Ready | Lease | Revoked | Progress | Rollout | Ack | Release | Heartbeat | Goodbye
     | Stop | BatchRequest | Pending | Shard | NoBatch | Commit | Committed | Published | Evaluate | Evaluated
-    | SnapshotRequest
-    | Snapshot | Restore | Restored | Finish | StatusRequest | Status | SettingsRequest | Settings
+    | SnapshotRequest | Snapshot | Restore | Restored | Finish | StatusRequest | Status | SettingsRequest | Settings
 )  # fmt: skip

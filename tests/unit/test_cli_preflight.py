@@ -14,7 +14,7 @@ from sgpo_async.cli.main import main
 from sgpo_async.cli.preflight import preflight, problems, prompts, training_memory
 from sgpo_async.config import Run, load
 from sgpo_async.errors import CheckFailed, DataError, SgpoError
-from sgpo_async.model.folder import load_tokenizer, model_folder, plain_tokenizer, positions
+from sgpo_async.model.folder import load_tokenizer, longest_sequence, model_folder, plain_tokenizer
 from sgpo_async.model.load import load_model, longest
 from sgpo_async.tasks.self_check import check_reward
 from sgpo_async.tasks.sources import source_of
@@ -138,9 +138,8 @@ def test_a_chat_template_that_is_missing_or_fails_is_refused(tmp_path: Path, tem
 def test_a_chat_template_that_works_passes(tmp_path: Path) -> None:
     folder = model(tmp_path / "model")
     words = (f"model.path={folder}", "tasks.prompt=chat", "rollout.max_new_tokens=1")
-    found = prompts(
-        run := settings(tmp_path, GUIDED, *words), source_of(run), load_tokenizer(str(folder)), positions(str(folder))
-    )
+    run = settings(tmp_path, GUIDED, *words)
+    found = prompts(run, source_of(run), load_tokenizer(str(folder)), longest_sequence(str(folder)))
     assert found.startswith("chat: ") and found.endswith("of 128 positions")
 
 
@@ -163,12 +162,12 @@ def test_the_light_tokenizer_gives_the_same_tokens() -> None:
 )
 def test_the_positions_of_a_model_are_those_that_its_engine_has(tmp_path: Path, config: dict[str, object]) -> None:
     folder = str(model(tmp_path / "model", **config))
-    assert positions(folder) == longest(load_model(folder, device="cpu", dtype="float32"))
+    assert longest_sequence(folder) == longest(load_model(folder, device="cpu", dtype="float32"))
 
 
 def test_a_configuration_without_positions_is_no_reason_to_refuse(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
-    assert positions(str(tmp_path)) is None and positions("owner/on-the-hub") is None
+    assert longest_sequence(str(tmp_path)) is None and longest_sequence("owner/on-the-hub") is None
     run = settings(tmp_path, GUIDED)
     assert "no number of positions" in prompts(run, source_of(run), plain_tokenizer(CUES), None)
 

@@ -54,7 +54,7 @@ def test_the_example_reads_problems_in_the_form_of_gsm8k(tmp_path: Path, monkeyp
     source = source_of(run)
     problems = [source.training(position) for position in range(4)] + list(source.held_out())
     assert sorted((one.problem, one.answer) for one in problems) == [(f"{n} + 2?", str(n + 2)) for n in range(6)]
-    assert sorted(one.response or "" for one in problems) == sorted(solutions) and source.has_responses
+    assert sorted(one.response or "" for one in problems) == sorted(solutions) and source.responses == 4
     assert all(is_math_correct(one.answer, one.response or "") for one in problems), "a response is a right completion"
 
 
