@@ -31,7 +31,8 @@ REFUSALS: dict[int, str] = {
     zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "keys on one side only, or it is not a hub",
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "the handshake broke off: wrong server.key, or keys on one side only",
 }
-WATCHED = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | sum(REFUSALS)
+UNHEARD = zmq.EVENT_CLOSED  # an attempt to connect has failed: nothing listens there
+WATCHED = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | UNHEARD | sum(REFUSALS)
 
 
 class Dealer:
@@ -116,7 +117,7 @@ class Dealer:
             event = recv_monitor_message(self._monitor)["event"]
             self.connected = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
             self.connections += self.connected
-            refusal = "" if self.connected else REFUSALS.get(event, self._refusal)
+            refusal = "" if self.connected or event == UNHEARD else REFUSALS.get(event, self._refusal)
             if refusal and not self._refusal:
                 self._refused_at = time.monotonic()
             self._refusal = refusal

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -43,9 +44,12 @@ def until(condition: Callable[[], Result], what: str, *, seconds: float = PATIEN
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A free port below those that the kernel gives to connections: no other test can be given it meanwhile."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class RunProcess:
@@ -63,7 +67,9 @@ class RunProcess:
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"{self.name} is still running after {seconds:g} s:\n{self.output[-3000:]}") from None
+            logs = [*self.log.parent.glob("*.txt"), *self.log.parent.parent.glob("run/logs/*.log")]
+            tails = [f"== {log.name}\n{log.read_text(errors='replace')[-2000:]}" for log in sorted(logs)]
+            raise AssertionError("\n".join([f"{self.name} is still running after {seconds:g} s", *tails])) from None
 
 
 def rank_of(learner: RunProcess, number: int, *, attempt: int) -> psutil.Process:

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,15 +32,20 @@ def router(keys: Path) -> Iterator[Router]:
     router.close()
 
 
-def refusal(dealer: Dealer) -> str:
-    """The error message of a dealer that the hub refuses, once the hub has refused it."""
+def error_with(dealer: Dealer, words: str) -> str:
+    """The error message of a dealer that cannot connect, once it contains `words`."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         with pytest.raises(HubError) as caught:
             dealer.wait_connected(0.5)
-        if "refuses" in str(caught.value):
+        if words in str(caught.value):
             return str(caught.value)
-    raise AssertionError("the hub did not refuse the dealer")
+    raise AssertionError(f"no error with {words!r}, but: {caught.value}")
+
+
+def refusal(dealer: Dealer) -> str:
+    """The error message of a dealer that the hub refuses, once the hub has refused it."""
+    return error_with(dealer, "refuses")
 
 
 def test_a_member_connects_with_three_of_the_four_key_files(router: Router, keys: Path) -> None:
@@ -104,5 +110,21 @@ def test_a_hub_without_keys_refuses_a_member_with_keys(keys: Path) -> None:
     router = Router("tcp://127.0.0.1:0", max_bytes=LIMIT)
     dealer = Dealer(router.address, keys=keys / "hub", max_bytes=LIMIT)
     assert "keys on one side only" in refusal(dealer)
+    dealer.close()
+    router.close()
+
+
+def test_a_broken_handshake_is_no_refusal_once_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another program may have the port for a moment before the hub starts, or a hub may end in mid-handshake."""
+    monkeypatch.setattr("sgpo_async.transport.dealer.REFUSED_S", 0.0)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"tcp://127.0.0.1:{other.getsockname()[1]}"
+        dealer = Dealer(address, max_bytes=LIMIT)
+        other.accept()[0].close()
+        assert "the handshake broke off" in refusal(dealer)
+    error_with(dealer, "no hub answered")
+    router = Router(address, max_bytes=LIMIT)
+    dealer.wait_connected(PATIENCE)
+    dealer.check_refused()
     dealer.close()
     router.close()
