@@ -1,14 +1,9 @@
-"""Pack sequences of different lengths into dense micro-batches of about `row_tokens` tokens.
+"""Pack sequences of different lengths into micro-batches of at most `row_tokens` tokens, without padding.
 
-    sequences ──▶ rows (first-fit decreasing) ──▶ micro-batches of equal area ──▶ Packed
+    sequences ──▶ micro-batches (first-fit decreasing) ──▶ Packed: one row, one sequence after another
 
-A row holds whole sequences one after another. The position ids restart at 0 for each sequence and for the padding.
-From these restarts transformers derives a block-diagonal causal mask in each layer, also with a sliding window, if it
-is given neither an attention mask nor a cache. `policy.check_model` verifies this for the model of the run.
-
-The width of the rows is the length of the longest sequence that fits into `row_tokens`, not `row_tokens` itself: the
-cost of attention grows with the square of the width, so many narrow rows are cheaper than one wide row. A sequence
-longer than `row_tokens` gets its own row and micro-batch.
+The position ids restart at 0 for each sequence, and `attention` keeps the sequences of a row apart. A sequence longer
+than `row_tokens` is a micro-batch of its own.
 """
 
 from __future__ import annotations
@@ -18,8 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-Row = tuple[int, ...]  # indices of sequences
-MicroBatch = tuple[Row, ...]
+MicroBatch = tuple[int, ...]  # ascending indices of sequences
 
 
 class Tokens(NamedTuple):
@@ -41,61 +35,50 @@ class Tokens(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """A micro-batch of B rows of W tokens with C trained tokens, ordered by ascending sequence index."""
+    """A micro-batch: a row of W tokens, of which C are trained, in the order of their sequences."""
 
-    input_ids: np.ndarray  # [B, W] int64, 0 in the padding
-    position_ids: np.ndarray  # [B, W] int64
-    picks: np.ndarray  # [C] int64, index into B * W of the position that predicts each trained token
+    input_ids: np.ndarray  # [1, W] int64
+    position_ids: np.ndarray  # [1, W] int64
+    lengths: list[int]  # of the sequences; their sum is W
+    picks: np.ndarray  # [C] int64, the position that predicts each trained token
     targets: np.ndarray  # [C] int64, the trained tokens
 
 
 def plan(lengths: Sequence[int], row_tokens: int) -> list[MicroBatch]:
-    """Divide the sequences into micro-batches of rows; each sequence index appears exactly once."""
-    short = [i for i, length in enumerate(lengths) if length <= row_tokens]
-    long = [i for i, length in enumerate(lengths) if length > row_tokens]
-    width = max((lengths[i] for i in short), default=1)
-    rows = first_fit_decreasing(lengths, short, capacity=width)
-    height = row_tokens // width
-    return [((i,),) for i in long] + [tuple(rows[at : at + height]) for at in range(0, len(rows), height)]
+    """Divide the sequences into micro-batches; each sequence index appears exactly once.
 
-
-def first_fit_decreasing(lengths: Sequence[int], items: Sequence[int], *, capacity: int) -> list[Row]:
-    """Put each item, longest first, into the first row with space; needs at most 11/9 of the fewest rows, plus one."""
-    rows: list[list[int]] = []
+    Each sequence, longest first, goes into the first micro-batch with space: at most 11/9 of the fewest micro-batches,
+    plus one.
+    """
+    micro_batches: list[list[int]] = []
     free_space: list[int] = []
-    for item in sorted(items, key=lambda i: -lengths[i]):
-        row = next((r for r, free in enumerate(free_space) if free >= lengths[item]), len(rows))
-        if row == len(rows):
-            rows.append([])
-            free_space.append(capacity)
-        rows[row].append(item)
-        free_space[row] -= lengths[item]
-    return [tuple(row) for row in rows]
+    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        at = next((m for m, free in enumerate(free_space) if free >= lengths[item]), len(micro_batches))
+        if at == len(micro_batches):
+            micro_batches.append([])
+            free_space.append(row_tokens)
+        micro_batches[at].append(item)
+        free_space[at] -= lengths[item]
+    return [tuple(sorted(micro_batch)) for micro_batch in micro_batches]
 
 
-def pack(sequences: Sequence[Tokens], micro_batch: MicroBatch) -> Packed:
+def pack(sequences: Sequence[Tokens]) -> Packed:
     """Lay out the sequences of one micro-batch; an empty micro-batch is one token without a target."""
-    width = max((sum(sequences[i].length for i in row) for row in micro_batch), default=1)
-    input_ids = np.zeros((max(len(micro_batch), 1), width), np.int64)
-    position_ids = np.tile(np.arange(width), (len(input_ids), 1))
-    picks: dict[int, np.ndarray] = {}
-    for r, row in enumerate(micro_batch):
-        start = 0
-        for i in row:
-            prompt, completion, trained = sequences[i]
-            end = start + sequences[i].length
-            input_ids[r, start:end] = np.concatenate((prompt, completion[:-1]))
-            position_ids[r, start:] -= position_ids[r, start]
-            positions = r * width + np.arange(end - len(completion), end)
-            picks[i] = positions if trained is None else positions[trained]
-            start = end
-        position_ids[r, start:] -= position_ids[r, start] if start < width else 0
-    order = sorted(picks)
+    if not sequences:
+        one, none = np.zeros((1, 1), np.int64), np.empty(0, np.int64)
+        return Packed(one, one, [1], none, none)
+    lengths = [own.length for own in sequences]
+    ends = np.cumsum(lengths)
+    picks = [
+        np.arange(end - len(own.completion), end)[slice(None) if own.trained is None else own.trained]
+        for own, end in zip(sequences, ends, strict=True)
+    ]
     return Packed(
-        input_ids,
-        position_ids,
-        _concatenate([picks[i] for i in order]),
-        _concatenate([sequences[i].targets for i in order]),
+        _concatenate([part for own in sequences for part in (own.prompt, own.completion[:-1])])[None],
+        _concatenate([np.arange(length) for length in lengths])[None],
+        lengths,
+        _concatenate(picks),
+        _concatenate([own.targets for own in sequences]),
     )
 
 
@@ -109,4 +92,4 @@ def pad(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _concatenate(arrays: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate(arrays).astype(np.int64) if arrays else np.empty(0, np.int64)
+    return np.concatenate(arrays).astype(np.int64)

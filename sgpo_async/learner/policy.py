@@ -7,6 +7,8 @@ of the root, whether or not the matrix is tied to the embedding. All logits are 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -20,6 +22,7 @@ from transformers import PreTrainedModel
 
 from sgpo_async.algorithm import linear_logprobs
 from sgpo_async.errors import DataError
+from sgpo_async.learner.attention import Segments, use_packed_attention
 from sgpo_async.learner.packing import Packed, Tokens, pack
 from sgpo_async.learner.teacher_targets import TeacherTargets
 
@@ -43,6 +46,9 @@ class Policy(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model.eval()  # no dropout: pi must be the distribution that the engines sample from
+        self._own_attention = model.config._attn_implementation
+        use_packed_attention(model)
+        self.windows: set[int | None] = set()  # the sliding windows of the layers that have run
         self.nbytes = sum(p.numel() * p.element_size() for p in model.parameters())  # over all ranks
 
     @property
@@ -52,12 +58,14 @@ class Policy(nn.Module):
 
     def hidden(self, packed: Packed) -> Tensor:
         """Compute the last hidden state at the position that predicts each completion token: [C, H]."""
+        edges = self._tensor(np.cumsum([0, *packed.lengths], dtype=np.int32))
         states = self.model.base_model(
             input_ids=self._tensor(packed.input_ids),
             position_ids=self._tensor(packed.position_ids),
             use_cache=False,
+            segments=Segments(packed.lengths, edges, self.windows),
         ).last_hidden_state
-        return states.flatten(0, 1).index_select(0, self._tensor(packed.picks))
+        return states[0].index_select(0, self._tensor(packed.picks))
 
     def forward(
         self, packed: Packed, sizes: tuple[int, int, int], teacher_targets: TeacherTargets | None, temperature: float
@@ -80,6 +88,15 @@ class Policy(nn.Module):
         if len(text):
             log_text, _ = linear_logprobs(text, self.head, text_tokens, temperature=temperature)
         return Outputs(log_pi, entropy, d, log_teacher, log_text)
+
+    @contextmanager
+    def own_attention(self) -> Iterator[None]:
+        """Within this context the model computes its attention as it did before, for sequences that are not packed."""
+        self.model.set_attn_implementation(self._own_attention)
+        try:
+            yield
+        finally:
+            use_packed_attention(self.model)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.head.device)
@@ -128,24 +145,38 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 def check_model(policy: Policy) -> None:
     """Raise DataError unless packing and the fused output layer reproduce the model's own log-probabilities.
 
-    This rejects models whose state leaks from one packed sequence into the next, that accept no position ids, or whose
-    logits are not simply hidden @ matrix (because of a bias, a cap or a scale).
+    This rejects models whose state leaks from one packed sequence into the next, that accept no position ids, that
+    compute their attention in a way of their own, or whose logits are not simply hidden @ matrix (because of a bias, a
+    cap or a scale).
     """
+    name = type(policy.model).__name__
     ids = np.array([1, 0, 1, 0, 1], np.int32)
     tokens = [Tokens(ids[:2], ids[2:]), Tokens(ids[:1], ids[1:3])]
-    packed = pack(tokens, (tuple(range(len(tokens))),))
+    packed = pack(tokens)
     with torch.no_grad():
         try:
             found = policy(packed, (len(packed.targets), 0, 0), None, 1.0).log_pi
         except (TypeError, AttributeError) as error:
-            name = type(policy.model).__name__
             raise DataError(f"model.path: {name} cannot be trained on packed sequences: {error}") from error
-        expected = torch.cat([_own_logprobs(policy.model, own.prompt, own.completion) for own in tokens])
+        with policy.own_attention():
+            expected = torch.cat([_own_logprobs(policy.model, own.prompt, own.completion) for own in tokens])
     if not torch.allclose(found, expected.to(found.dtype), rtol=1e-3, atol=1e-3):
         raise DataError(
-            f"model.path: {type(policy.model).__name__} is not supported: its log-probabilities change when sequences "
-            f"are packed, or its logits are not hidden @ matrix; use another architecture"
+            f"model.path: {name} is not supported: its log-probabilities change when sequences are packed, or its "
+            "logits are not hidden @ matrix; use another architecture"
         )
+    if _is_windowed(policy.model) and policy.windows <= {None}:
+        raise DataError(
+            f"model.path: {name} is not supported: it has a sliding window that only its masks know; "
+            "use another architecture"
+        )
+
+
+def _is_windowed(model: PreTrainedModel) -> bool:
+    """Whether the configuration says that some layers have a sliding window."""
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    return "sliding_attention" in kinds if kinds else bool(getattr(config, "sliding_window", None))
 
 
 def _own_logprobs(model: PreTrainedModel, prompt: np.ndarray, completion: np.ndarray) -> Tensor:

@@ -138,7 +138,7 @@ class Stepper:
         return states
 
     def _loss(
-        self, batch: Batch, order: list[int], packed: Packed, states: dict[int, Tensor], statistics: StepMetrics
+        self, batch: Batch, order: MicroBatch, packed: Packed, states: dict[int, Tensor], statistics: StepMetrics
     ) -> Tensor:
         """Compute the loss of one micro-batch."""
         part, algorithm = batch.sequences.part(order), self.run.algorithm
@@ -181,7 +181,7 @@ class Stepper:
         return next(self.policy.parameters()).device
 
 
-def _packed(sequences: Sequence[Tokens], micro_batches: list[MicroBatch]) -> Iterator[tuple[list[int], Packed]]:
-    """Yield each micro-batch: the ascending indices of its sequences, and the packed sequences."""
+def _packed(sequences: Sequence[Tokens], micro_batches: list[MicroBatch]) -> Iterator[tuple[MicroBatch, Packed]]:
+    """Yield each micro-batch: the indices of its sequences, and the packed sequences."""
     for micro_batch in micro_batches:
-        yield sorted(i for row in micro_batch for i in row), pack(sequences, micro_batch)
+        yield micro_batch, pack([sequences[i] for i in micro_batch])

@@ -280,7 +280,6 @@ def _step(shape: str, width: int, mesh: DeviceMesh, device: Device, recomputes: 
     seconds = statistics.median(device.seconds(lambda: stepper.train(batch, step=1)) for _ in range(2))
     peak_gb = device.peak_gb
     students, teachers = batch.sequences.students, batch.teachers
-    rows = [len(micro_batch) for micro_batch in plan([s.length for s in students], width)]
     flops = 3 * _forward_flops(policy, students) + _forward_flops(policy, teachers)
     trained = sum(tokens.length for tokens in students)
     return {
@@ -288,7 +287,7 @@ def _step(shape: str, width: int, mesh: DeviceMesh, device: Device, recomputes: 
         "peak_gb": peak_gb,
         "tokens": trained,
         "tokens_per_s": trained / seconds,
-        "micro_batches": len(rows),
+        "micro_batches": len(plan([tokens.length for tokens in students], width)),
         "tflops_per_s": flops / seconds / 1e12,
         "mfu": flops / seconds / device.peak_flops if device.peak_flops else None,  # without recomputation
         "attention": _attention(lambda: stepper.train(batch, step=2), device),
@@ -444,10 +443,10 @@ def _token_logprobs(policy: Policy, results: list[tuple[np.ndarray, Generated]])
     sequences = [Tokens(prompt, result.tokens) for prompt, result in results]
     found: dict[int, np.ndarray] = {}
     for micro_batch in plan([tokens.length for tokens in sequences], 2048):
-        packed, order = pack(sequences, micro_batch), sorted(i for row in micro_batch for i in row)
+        packed = pack([sequences[i] for i in micro_batch])
         log_pi = policy(packed, (len(packed.targets), 0, 0), None, 1.0).log_pi.float().cpu()
-        parts = log_pi.split([len(sequences[i].completion) for i in order])
-        found |= {i: part.numpy() for i, part in zip(order, parts, strict=True)}
+        parts = log_pi.split([len(sequences[i].completion) for i in micro_batch])
+        found |= {i: part.numpy() for i, part in zip(micro_batch, parts, strict=True)}
     return [found[i] for i in range(len(sequences))]
 
 

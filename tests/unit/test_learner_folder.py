@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from sgpo_async.errors import CheckpointError, DataError
+from sgpo_async.learner.attention import Segments
 from sgpo_async.learner.policy import Policy, check_model
 from sgpo_async.model.export import WEIGHTS, export
 from sgpo_async.model.folder import load_tokenizer, model_folder, tokenizer_fingerprint
@@ -209,13 +210,15 @@ def test_check_accepts_a_model_with_learned_positions() -> None:
 
 
 def test_check_rejects_attention_across_packed_sequences() -> None:
-    """An explicit mask disables the block-diagonal mask, so packed sequences attend to each other."""
     policy = Policy(cases.tiny_model())
     backbone = policy.model.base_model
     forward = backbone.forward
 
-    def leaking(**inputs: torch.Tensor) -> object:
-        return forward(**{**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])})
+    def leaking(segments: Segments | None = None, **inputs: torch.Tensor) -> object:
+        if segments:
+            width = sum(segments.lengths)
+            segments = Segments([width], torch.tensor([0, width]), set())
+        return forward(**inputs, segments=segments)
 
     backbone.forward = leaking
     with pytest.raises(DataError, match="its log-probabilities change when sequences are packed"):

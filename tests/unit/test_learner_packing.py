@@ -1,10 +1,12 @@
-"""Packing: every token appears once, at the correct position, and rows respect the token budget."""
+"""Packing: every token appears once, at the correct position, and micro-batches respect the token budget."""
+
+import itertools
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sgpo_async.learner.packing import Tokens, first_fit_decreasing, pack, pad, plan
+from sgpo_async.learner.packing import Tokens, pack, pad, plan
 
 PIECES = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 12)), max_size=12)
 
@@ -18,50 +20,41 @@ def sequences(pieces: list[tuple[int, int]]) -> list[Tokens]:
 @given(st.lists(st.integers(1, 40), max_size=40), st.integers(1, 100))
 def test_plan_includes_each_sequence_once_within_the_budget(lengths: list[int], row_tokens: int) -> None:
     micro_batches = plan(lengths, row_tokens)
-    assert sorted(i for rows in micro_batches for row in rows for i in row) == list(range(len(lengths)))
-    for rows in micro_batches:
-        assert all(rows)
-        width = max(sum(lengths[i] for i in row) for row in rows)
-        assert width * len(rows) <= row_tokens or rows == ((rows[0][0],),)
+    assert sorted(i for own in micro_batches for i in own) == list(range(len(lengths)))
+    for own in micro_batches:
+        assert own and list(own) == sorted(own)
+        assert sum(lengths[i] for i in own) <= row_tokens or len(own) == 1
 
 
 @given(st.lists(st.integers(1, 10), min_size=1, max_size=30))
-def test_first_fit_decreasing_leaves_at_most_one_row_half_empty(lengths: list[int]) -> None:
-    rows = first_fit_decreasing(lengths, range(len(lengths)), capacity=10)
-    used = [sum(lengths[i] for i in row) for row in rows]
-    assert max(used) <= 10
+def test_plan_leaves_at_most_one_micro_batch_half_empty(lengths: list[int]) -> None:
+    used = [sum(lengths[i] for i in own) for own in plan(lengths, row_tokens=10)]
     assert sum(total <= 5 for total in used) <= 1
 
 
-@given(PIECES, st.integers(1, 60))
-def test_packed_rows_contain_whole_sequences(pieces: list[tuple[int, int]], row_tokens: int) -> None:
+@given(PIECES)
+def test_a_row_contains_whole_sequences_and_no_padding(pieces: list[tuple[int, int]]) -> None:
     items = sequences(pieces)
-    for micro_batch in plan([item.length for item in items], row_tokens):
-        packed = pack(items, micro_batch)
-        order = sorted(i for row in micro_batch for i in row)
-        assert packed.targets.tolist() == [t for i in order for t in items[i].completion.tolist()]
-        flat, positions = packed.input_ids.flatten(), packed.position_ids.flatten()
-        at = 0
-        for i in order:
-            whole = np.concatenate((items[i].prompt, items[i].completion)).tolist()
-            picks = packed.picks[at : at + len(items[i].completion)]
-            start = picks[0] - len(items[i].prompt) + 1
-            assert flat[start : picks[-1] + 1].tolist() == whole[:-1]
-            assert positions[start : picks[-1] + 1].tolist() == list(range(len(whole) - 1))
-            at += len(picks)
+    packed = pack(items)
+    wholes = [np.concatenate((item.prompt, item.completion)).tolist() for item in items]
+    assert packed.targets.tolist() == [token for item in items for token in item.completion.tolist()]
+    if items:
+        assert packed.lengths == [len(whole) - 1 for whole in wholes]
+        assert packed.input_ids.tolist() == [[token for whole in wholes for token in whole[:-1]]]
+        assert packed.position_ids.tolist() == [[at for whole in wholes for at in range(len(whole) - 1)]]
+    row, follower = packed.input_ids[0], {a: b for whole in wholes for a, b in itertools.pairwise(whole)}
+    assert [follower[token] for token in row[packed.picks].tolist()] == packed.targets.tolist()
 
 
-@given(PIECES.filter(bool))
-def test_positions_restart_at_every_sequence_and_at_the_padding(pieces: list[tuple[int, int]]) -> None:
-    items = sequences(pieces)
-    row = tuple(range(len(items)))
-    packed = pack(items, (row, (0,)))
-    assert (packed.position_ids == 0).sum() == len(items) + 1 + (len(items) > 1)
+def test_only_trained_tokens_are_picked() -> None:
+    (item,) = sequences([(2, 4)])
+    packed = pack([item._replace(trained=np.array([True, False, False, True]))])
+    assert packed.picks.tolist() == [1, 4] and packed.targets.tolist() == item.completion[[0, 3]].tolist()
 
 
 def test_a_micro_batch_without_sequences_is_one_token() -> None:
-    packed = pack([], ())
-    assert packed.input_ids.shape == (1, 1)
+    packed = pack([])
+    assert packed.input_ids.shape == packed.position_ids.shape == (1, 1) and packed.lengths == [1]
     assert len(packed.picks) == len(packed.targets) == 0
 
 

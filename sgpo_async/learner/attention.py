@@ -1,0 +1,119 @@
+"""Causal attention within each sequence of a packed row, for every model whose attention transformers lets us choose.
+
+    row of N sequences ─▶ query, key, value ─┬▶ varlen_attn, one kernel for the row     CUDA, bfloat16 or float16
+                                             └▶ split ─▶ SDPA, one call per sequence    elsewhere
+
+Neither way builds a mask of the row, and transformers builds none either, because it knows no mask function of this
+attention's name. The causal mask of one sequence is left to the kernel. A layer with a sliding window attends to the
+`sliding_window` newest tokens, its own included; elsewhere than on CUDA it is computed in blocks of so many queries,
+with a mask of one block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, PreTrainedModel
+
+NAME = "sgpo_packed"
+UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # arguments of transformers' attentions that change the scores
+FLASH_TYPES = (torch.bfloat16, torch.float16)
+FLASH_WIDTH = 256  # largest width of a head
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The sequences of one packed row, in their order."""
+
+    lengths: list[int]  # in tokens; their sum is the width of the row
+    edges: Tensor  # [N + 1] int32, on the row's device: 0, and where each sequence ends
+    windows: set[int | None]  # each layer adds its sliding window
+
+
+def use_packed_attention(model: PreTrainedModel) -> None:
+    """Let the layers of `model` compute their attention by `packed_attention`."""
+    AttentionInterface.register(NAME, packed_attention)
+    model.set_attn_implementation(NAME)
+
+
+def packed_attention(  # noqa: PLR0913 (transformers' attention signature)
+    _: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    segments: Segments | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """query [1, H, W, d], key [1, h, W, d] and value [1, h, W, e], with h dividing H; returns [1, W, H, e].
+
+    `segments` is what the model's forward was given under this name. Raises TypeError if the layer wants anything else
+    than causal attention within them.
+    """
+    if segments is None:
+        raise TypeError("its attention is not told where the packed sequences begin")
+    if attention_mask is not None or any(kwargs.get(name) is not None for name in UNSUPPORTED):
+        raise TypeError(f"its attention has a mask of its own, or one of {', '.join(UNSUPPORTED)}")
+    segments.windows.add(sliding_window)
+    if _has_kernel(query, value):
+        return _by_kernel(query, key, value, scaling, sliding_window, segments)[None], None
+    parts = zip(*(tensor.split(segments.lengths, 2) for tensor in (query, key, value)), strict=True)
+    return torch.cat([_causal(q, k, v, scaling, sliding_window) for q, k, v in parts], 2).transpose(1, 2), None
+
+
+def _by_kernel(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None, segments: Segments
+) -> Tensor:
+    """Attention of the whole row by FlashAttention: [1, H, W, d] to [W, H, d]."""
+    longest = max(segments.lengths)
+    mixed = varlen_attn(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        segments.edges,
+        segments.edges,
+        longest,
+        longest,
+        scale=scale,
+        window_size=(window - 1 if window else -1, 0),  # tokens to the left and to the right; -1: all
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(mixed, Tensor)
+    return mixed
+
+
+def _has_kernel(query: Tensor, value: Tensor) -> bool:
+    width = query.shape[-1]
+    return query.is_cuda and query.dtype in FLASH_TYPES and width == value.shape[-1] and width <= FLASH_WIDTH
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None) -> Tensor:
+    """Causal attention of one sequence of length L: query [1, H, L, d] to [1, H, L, e]."""
+    grouped, length = query.shape[1] != key.shape[1], query.shape[2]
+    if window is None or length <= window:
+        return functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scale, enable_gqa=grouped
+        )
+    blocks = []
+    for start in range(0, length, window):
+        first, end = max(start - window + 1, 0), min(start + window, length)
+        distance = torch.arange(start, end, device=key.device)[:, None] - torch.arange(first, end, device=key.device)
+        blocks.append(
+            functional.scaled_dot_product_attention(
+                query[:, :, start:end],
+                key[:, :, first:end],
+                value[:, :, first:end],
+                attn_mask=(distance >= 0) & (distance < window),
+                scale=scale,
+                enable_gqa=grouped,
+            )
+        )
+    return torch.cat(blocks, 2)
