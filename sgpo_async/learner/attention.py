@@ -28,11 +28,13 @@ FLASH_WIDTH = 256  # largest width of a head
 
 @dataclass(frozen=True)
 class Segments:
-    """The sequences of one packed row, in their order."""
+    """The sequences of one packed row, in their order. See `packing` for the row and the plain layout."""
 
-    lengths: list[int]  # in tokens; their sum is the width of the row
-    edges: Tensor  # [N + 1] int32, on the row's device: 0, and where each sequence ends
+    lengths: list[int]  # in tokens; their sum is the length S of the plain layout
+    edges: Tensor  # [N + 1] int32, on the row's device: 0, and where each sequence ends in the plain layout
     windows: set[int | None]  # each layer adds its sliding window
+    where: Tensor | None = None  # [S] for each position of the plain layout, its position in the row; None: the same
+    first: Tensor | None = None  # [W] for each position of the row, its first position in the plain layout
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
@@ -63,16 +65,17 @@ def packed_attention(  # noqa: PLR0913 (transformers' attention signature)
     if attention_mask is not None or any(kwargs.get(name) is not None for name in UNSUPPORTED):
         raise TypeError(f"its attention has a mask of its own, or one of {', '.join(UNSUPPORTED)}")
     segments.windows.add(sliding_window)
-    if _has_kernel(query, value):
-        return _by_kernel(query, key, value, scaling, sliding_window, segments)[None], None
-    parts = zip(*(tensor.split(segments.lengths, 2) for tensor in (query, key, value)), strict=True)
-    return torch.cat([_causal(q, k, v, scaling, sliding_window) for q, k, v in parts], 2).transpose(1, 2), None
+    if segments.where is not None:
+        query, key, value = (tensor.index_select(2, segments.where) for tensor in (query, key, value))
+    by = _by_kernel if _has_kernel(query, value) else _by_sequence
+    mixed = by(query, key, value, scaling, sliding_window, segments)
+    return mixed if segments.first is None else mixed.index_select(1, segments.first), None
 
 
 def _by_kernel(
     query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None, segments: Segments
 ) -> Tensor:
-    """Attention of the whole row by FlashAttention: [1, H, W, d] to [W, H, d]."""
+    """Attention of all sequences by one kernel, FlashAttention: [1, H, S, d] to [1, S, H, d]."""
     longest = max(segments.lengths)
     mixed = varlen_attn(
         query[0].transpose(0, 1),
@@ -87,7 +90,15 @@ def _by_kernel(
         enable_gqa=query.shape[1] != key.shape[1],
     )
     assert isinstance(mixed, Tensor)
-    return mixed
+    return mixed[None]
+
+
+def _by_sequence(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None, segments: Segments
+) -> Tensor:
+    """Attention of one sequence after another: [1, H, S, d] to [1, S, H, e]."""
+    parts = zip(*(tensor.split(segments.lengths, 2) for tensor in (query, key, value)), strict=True)
+    return torch.cat([_causal(q, k, v, scale, window) for q, k, v in parts], 2).transpose(1, 2)
 
 
 def _has_kernel(query: Tensor, value: Tensor) -> bool:

@@ -6,7 +6,7 @@ Therefore the division of sequences over micro-batches and ranks cannot change t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
@@ -16,9 +16,10 @@ import numpy as np
 from sgpo_async.config.schema import Algorithm
 from sgpo_async.learner.objectives import OBJECTIVES
 from sgpo_async.learner.objectives.base import Distillation, Likelihood, PolicyGradient, TaskGroup, rollout_after
-from sgpo_async.learner.packing import Tokens
+from sgpo_async.learner.packing import Tokens, repeated_tokens
 from sgpo_async.wire.records import Rollout, Shard
 
+Item = PolicyGradient | Distillation | Likelihood
 Responses = Callable[[int], np.ndarray | None]
 """Task number -> the tokens of the response of its problem, or None if the problem has no response."""
 
@@ -33,7 +34,7 @@ class Sequences(NamedTuple):
     @property
     def students(self) -> list[Tokens]:
         """The tokens of all sequences, in the order of the kinds."""
-        return [item.student for kind in self for item in kind]
+        return [item.student for item in self.items]
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -41,14 +42,41 @@ class Sequences(NamedTuple):
         a, k, n = (sum(len(item.student.targets) for item in kind) for kind in self)
         return a, k, n
 
-    def part(self, order: Iterable[int]) -> Sequences:
-        """Return the sequences at these ascending indices of `students`."""
-        first, second = len(self.policy_gradient), len(self.policy_gradient) + len(self.distillation)
-        order = list(order)
-        return Sequences(
-            [self.policy_gradient[i] for i in order if i < first],
-            [self.distillation[i - first] for i in order if first <= i < second],
-            [self.likelihood[i - second] for i in order if i >= second],
+    @property
+    def items(self) -> list[Item]:
+        """All sequences, in the order of the kinds."""
+        return [*self.policy_gradient, *self.distillation, *self.likelihood]
+
+    def bundles(self, row_tokens: int) -> list[list[Item]]:
+        """The units of the division: sequences of one prompt if it pays to compute the prompt once, else single ones.
+
+        A bundle has at most `row_tokens` tokens, so that it fits into a micro-batch.
+        """
+        by_prompt: dict[bytes, list[Item]] = {}
+        for item in self.items:
+            by_prompt.setdefault(item.student.prompt.tobytes(), []).append(item)
+        found: list[list[Item]] = []
+        for group in by_prompt.values():
+            if not repeated_tokens([item.student for item in group]):
+                found += [[item] for item in group]
+                continue
+            free = -1
+            for item in group:
+                rest = item.student.length - len(item.student.prompt)
+                if rest > free:
+                    found.append([])
+                    free = row_tokens - len(item.student.prompt)
+                found[-1].append(item)
+                free -= rest
+        return found
+
+    @classmethod
+    def of(cls, items: Sequence[Item]) -> Sequences:
+        """Group sequences by kind."""
+        return cls(
+            [item for item in items if isinstance(item, PolicyGradient)],
+            [item for item in items if isinstance(item, Distillation)],
+            [item for item in items if isinstance(item, Likelihood)],
         )
 
 
@@ -59,7 +87,6 @@ class Batch:
     version: int  # of the weights that are trained; the lag of a token is this minus the version that sampled it
     sequences: Sequences
     metrics: tuple[Mapping[str, float], ...]  # one mapping for each task, with keys from PROBLEM_METRICS
-    teachers: list[Tokens]  # the targets after their guided prompts; empty for the teacher `behaviour`
     forward_only: int  # tokens in forwards without gradient: for the teacher and for corrected pass rates
 
 
@@ -100,7 +127,7 @@ def from_shard(
         )
         trained.append(objective(task_group, algorithm))
     targets = [item for task in trained for item in task.distillation]
-    teachers = [] if algorithm.teacher == "behaviour" else [item.teacher for item in targets]
+    teachers = [item.teacher for item in targets] if algorithm.teacher != "behaviour" else []
     rescored = [rollout_after(rollout.prompt, rollout) for rollout in shard.rollouts] if ratios else []
     return Batch(
         version=shard.version,
@@ -110,6 +137,5 @@ def from_shard(
             [item for task in trained for item in task.likelihood],
         ),
         metrics=tuple(task.metrics for task in trained),
-        teachers=teachers,
         forward_only=sum(tokens.length for tokens in teachers + rescored),
     )

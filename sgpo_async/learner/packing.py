@@ -1,9 +1,11 @@
-"""Pack sequences of different lengths into micro-batches of at most `row_tokens` tokens, without padding.
+"""Pack the sequences of a micro-batch: one row, one sequence after another, without padding.
 
-    sequences ──▶ micro-batches (first-fit decreasing) ──▶ Packed: one row, one sequence after another
+    plain    | prompt completion | prompt completion | ...      what attention sees
+    row      | prompt completion | completion | ...             what all other layers compute, if prompts are shared
 
-The position ids restart at 0 for each sequence, and `attention` keeps the sequences of a row apart. A sequence longer
-than `row_tokens` is a micro-batch of its own.
+The position ids restart at 0 for each sequence, and `attention` keeps the sequences of a row apart. The tokens of a
+prompt that several sequences have in common are computed once, because their hidden states are the same: they attend
+only to themselves. Attention alone needs the plain layout, so sharing pays only if it shortens the row enough.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-MicroBatch = tuple[int, ...]  # ascending indices of sequences
+SHARE = 0.1  # least share of the positions that must repeat a prompt for it to be computed once
 
 
 class Tokens(NamedTuple):
@@ -34,32 +36,22 @@ class Tokens(NamedTuple):
         return len(self.prompt) + len(self.completion) - 1
 
 
+class Shared(NamedTuple):
+    """How the row and the plain layout correspond."""
+
+    where: np.ndarray  # [S] int64, for each position of the plain layout, its position in the row
+    first: np.ndarray  # [W] int64, for each position of the row, the first of its positions in the plain layout
+
+
 class Packed(NamedTuple):
     """A micro-batch: a row of W tokens, of which C are trained, in the order of their sequences."""
 
     input_ids: np.ndarray  # [1, W] int64
     position_ids: np.ndarray  # [1, W] int64
-    lengths: list[int]  # of the sequences; their sum is W
-    picks: np.ndarray  # [C] int64, the position that predicts each trained token
+    lengths: list[int]  # of the sequences; their sum is S, the length of the plain layout
+    picks: np.ndarray  # [C] int64, the position in the row that predicts each trained token
     targets: np.ndarray  # [C] int64, the trained tokens
-
-
-def plan(lengths: Sequence[int], row_tokens: int) -> list[MicroBatch]:
-    """Divide the sequences into micro-batches; each sequence index appears exactly once.
-
-    Each sequence, longest first, goes into the first micro-batch with space: at most 11/9 of the fewest micro-batches,
-    plus one.
-    """
-    micro_batches: list[list[int]] = []
-    free_space: list[int] = []
-    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        at = next((m for m, free in enumerate(free_space) if free >= lengths[item]), len(micro_batches))
-        if at == len(micro_batches):
-            micro_batches.append([])
-            free_space.append(row_tokens)
-        micro_batches[at].append(item)
-        free_space[at] -= lengths[item]
-    return [tuple(sorted(micro_batch)) for micro_batch in micro_batches]
+    shared: Shared | None = None  # None: the row is the plain layout
 
 
 def pack(sequences: Sequence[Tokens]) -> Packed:
@@ -69,17 +61,42 @@ def pack(sequences: Sequence[Tokens]) -> Packed:
         return Packed(one, one, [1], none, none)
     lengths = [own.length for own in sequences]
     ends = np.cumsum(lengths)
-    picks = [
-        np.arange(end - len(own.completion), end)[slice(None) if own.trained is None else own.trained]
-        for own, end in zip(sequences, ends, strict=True)
-    ]
-    return Packed(
-        _concatenate([part for own in sequences for part in (own.prompt, own.completion[:-1])])[None],
-        _concatenate([np.arange(length) for length in lengths])[None],
-        lengths,
-        _concatenate(picks),
-        _concatenate([own.targets for own in sequences]),
+    ids = _concatenate([part for own in sequences for part in (own.prompt, own.completion[:-1])])
+    positions = _concatenate([np.arange(length) for length in lengths])
+    picks = _concatenate(
+        [
+            np.arange(end - len(own.completion), end)[slice(None) if own.trained is None else own.trained]
+            for own, end in zip(sequences, ends, strict=True)
+        ]
     )
+    targets = _concatenate([own.targets for own in sequences])
+    if (shared := _share(sequences, ends - lengths)) is None:
+        return Packed(ids[None], positions[None], lengths, picks, targets)
+    return Packed(ids[None, shared.first], positions[None, shared.first], lengths, shared.where[picks], targets, shared)
+
+
+def repeated_tokens(sequences: Sequence[Tokens]) -> int:
+    """The number of positions that need not be computed, if equal prompts are computed once; 0 if that pays too little.
+
+    It pays if the row becomes shorter by the factor `SHARE`.
+    """
+    once = {own.prompt.tobytes(): len(own.prompt) for own in sequences}
+    repeated = sum(len(own.prompt) for own in sequences) - sum(once.values())
+    return repeated if repeated >= SHARE * sum(own.length for own in sequences) else 0
+
+
+def _share(sequences: Sequence[Tokens], starts: np.ndarray) -> Shared | None:
+    """Let equal prompts be computed once; None if that pays too little. `starts`: of the sequences, in the layout."""
+    if not repeated_tokens(sequences):
+        return None
+    every = np.arange(starts[-1] + sequences[-1].length)
+    source = every.copy()
+    known: dict[bytes, int] = {}
+    for own, start in zip(sequences, starts.tolist(), strict=True):
+        first = known.setdefault(own.prompt.tobytes(), start)
+        source[start : start + len(own.prompt)] = every[first : first + len(own.prompt)]
+    kept = source == every
+    return Shared((np.cumsum(kept) - 1)[source], np.flatnonzero(kept))
 
 
 def pad(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

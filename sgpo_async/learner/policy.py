@@ -59,11 +59,12 @@ class Policy(nn.Module):
     def hidden(self, packed: Packed) -> Tensor:
         """Compute the last hidden state at the position that predicts each completion token: [C, H]."""
         edges = self._tensor(np.cumsum([0, *packed.lengths], dtype=np.int32))
+        layouts = [self._tensor(index) for index in packed.shared or ()]
         states = self.model.base_model(
             input_ids=self._tensor(packed.input_ids),
             position_ids=self._tensor(packed.position_ids),
             use_cache=False,
-            segments=Segments(packed.lengths, edges, self.windows),
+            segments=Segments(packed.lengths, edges, self.windows, *layouts),
         ).last_hidden_state
         return states[0].index_select(0, self._tensor(packed.picks))
 

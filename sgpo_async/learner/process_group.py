@@ -11,10 +11,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import pickle
 import socket
 import time
 import uuid
+from collections.abc import Sequence
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +28,7 @@ from sgpo_async.errors import DeadlineExceeded
 log = logging.getLogger(__name__)
 
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+Item = TypeVar("Item")
 POLL_S = 0.02  # between two reads of the store
 
 # Newer versions of torch have this name, and warn at each call of the older name.
@@ -99,6 +103,18 @@ def any_rank(flag: bool) -> bool:
     flags = torch.tensor([flag], dtype=torch.uint8)
     dist.all_reduce(flags, dist.ReduceOp.MAX)
     return bool(flags)
+
+
+def exchange(outgoing: Sequence[Item]) -> list[Item]:
+    """Send the i-th object to rank i; return what each rank has sent to this one. A collective of all ranks."""
+    encoded = [pickle.dumps(item) for item in outgoing]
+    sizes = torch.tensor([len(part) for part in encoded])
+    coming = torch.empty_like(sizes)
+    dist.all_to_all_single(coming, sizes)
+    incoming = torch.empty(int(coming.sum()), dtype=torch.uint8)
+    whole = torch.frombuffer(bytearray().join(encoded), dtype=torch.uint8)
+    dist.all_to_all_single(incoming, whole, coming.tolist(), sizes.tolist())
+    return [pickle.loads(part.numpy().tobytes()) for part in incoming.split(coming.tolist())]
 
 
 def join_alone(device: str = "cpu") -> DeviceMesh:

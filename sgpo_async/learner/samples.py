@@ -1,6 +1,7 @@
 """Keep some groups of the batches to be read: runs/NAME/samples.jsonl (`metrics.samples` has its format).
 
-    every rank: the groups with the smallest draws of its shard ── gather ──▶ rank 0: the smallest of all ─▶ file
+    every rank: the groups with the smallest draws of its shard,      ── gather ──▶ rank 0: the smallest of all ─▶ file
+                and the divergences of the targets that it has trained
 
 A draw is a hash of the task's number, so the choice favours no group: not short ones, not solved ones, not those of one
 rank. What is written was computed by the step; nothing is computed again.
@@ -31,14 +32,17 @@ log = logging.getLogger(__name__)
 DIGITS = 4  # decimal places of a divergence
 
 
+Divergences = dict[tuple[int, int], np.ndarray]
+"""By task and slot: d_t [C] of the sampled tokens of a distilled rollout."""
+
+
 @dataclass(frozen=True)
 class KeptGroup:
-    """One group and what the step computed for it."""
+    """One group and its weight."""
 
     draw: int  # the groups with the smallest draws are kept
     rollouts: tuple[Rollout, ...]
     alpha: float
-    kl: dict[int, np.ndarray]  # by slot: d_t [C] of the sampled tokens of each distilled rollout
 
 
 class Samples:
@@ -64,13 +68,14 @@ class Samples:
             return
         assert statistics is not None
         own = chosen(shard, statistics, number, seed=self._run.seed)
-        gathered: list[list[KeptGroup]] | None = None
+        gathered: list[tuple[list[KeptGroup], Divergences]] | None = None
         if self._lines:
-            gathered = [[] for _ in range(dist.get_world_size())]
+            gathered = [([], {}) for _ in range(dist.get_world_size())]
         dist.gather_object(own, gathered)
         if self._lines and gathered:
-            groups = sorted((group for part in gathered for group in part), key=lambda group: group.draw)
-            self._lines.write(step, shard.version, groups[:number])
+            groups = sorted((group for part, _ in gathered for group in part), key=lambda group: group.draw)
+            kl = {key: d for _, part in gathered for key, d in part.items()}
+            self._lines.write(step, shard.version, groups[:number], kl)
 
     def close(self) -> None:
         """Close the file."""
@@ -84,18 +89,24 @@ class Samples:
         return every[0]
 
 
-def chosen(shard: Shard, statistics: StepMetrics, number: int, *, seed: int) -> list[KeptGroup]:
-    """Return the `number` groups of this shard with the smallest draws."""
+def chosen(shard: Shard, statistics: StepMetrics, number: int, *, seed: int) -> tuple[list[KeptGroup], Divergences]:
+    """Return the `number` groups of this shard with the smallest draws, and as many tasks' divergences.
+
+    The divergences are of targets that this rank has trained, which may belong to groups of other shards. A task that
+    is among the `number` smallest draws of all ranks is so on this rank, too.
+    """
     groups = [(task, tuple(own)) for task, own in groupby(shard.rollouts, key=lambda rollout: rollout.task)]
-    kept = []
-    for (task, rollouts), metrics in zip(groups, statistics.problems, strict=True):
-        draw = derived_seed(seed, "samples", task)
-        kl = {slot: d for (owner, slot), d in statistics.token_kl.items() if owner == task}
-        kept.append((draw, rollouts, metrics["alpha"], kl))
-    return [
-        KeptGroup(draw, rollouts, alpha, {slot: d.float().cpu().numpy() for slot, d in kl.items()})
-        for draw, rollouts, alpha, kl in sorted(kept, key=lambda group: group[0])[:number]
+    kept = [
+        KeptGroup(_draw(seed, task), rollouts, metrics["alpha"])
+        for (task, rollouts), metrics in zip(groups, statistics.problems, strict=True)
     ]
+    tasks = sorted({task for task, _ in statistics.token_kl}, key=lambda task: _draw(seed, task))[:number]
+    kl = {key: d.float().cpu().numpy() for key, d in statistics.token_kl.items() if key[0] in tasks}
+    return sorted(kept, key=lambda group: group.draw)[:number], kl
+
+
+def _draw(seed: int, task: int) -> int:
+    return derived_seed(seed, "samples", task)
 
 
 class SampleLines:
@@ -112,15 +123,15 @@ class SampleLines:
         """The number of steps between two samples."""
         return self._writer.every
 
-    def write(self, step: int, version: int, groups: Sequence[KeptGroup]) -> None:
+    def write(self, step: int, version: int, groups: Sequence[KeptGroup], kl: Divergences) -> None:
         """Write the groups of one step. Raises SgpoError if the file cannot be written."""
-        self._writer.append([self._line(step, version, group) for group in groups])
+        self._writer.append([self._line(step, version, group, kl) for group in groups])
 
     def close(self) -> None:
         """Close the file."""
         self._writer.close()
 
-    def _line(self, step: int, version: int, group: KeptGroup) -> dict[str, Any]:
+    def _line(self, step: int, version: int, group: KeptGroup, kl: Divergences) -> dict[str, Any]:
         task = group.rollouts[0].task
         problem = self._tasks.task(task).problem if self._tasks else None
         return {
@@ -131,7 +142,7 @@ class SampleLines:
             "answer": problem.answer if problem else None,
             "strategy": problem.strategy if problem else None,
             "alpha": group.alpha,
-            "rollouts": [self._rollout(rollout, group.kl.get(rollout.slot)) for rollout in group.rollouts],
+            "rollouts": [self._rollout(rollout, kl.get((task, rollout.slot))) for rollout in group.rollouts],
         }
 
     def _rollout(self, rollout: Rollout, kl: np.ndarray | None) -> dict[str, Any]:

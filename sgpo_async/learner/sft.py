@@ -173,7 +173,7 @@ class WarmUp:
         total = sum(len(tokens.completion) for tokens in whole)
         mine = whole[dist.get_rank() :: dist.get_world_size()]
         likelihood = [Likelihood(tokens, len(tokens.completion) / total) for tokens in mine]
-        return Batch(version=0, sequences=Sequences([], [], likelihood), metrics=(), teachers=[], forward_only=0)
+        return Batch(version=0, sequences=Sequences([], [], likelihood), metrics=(), forward_only=0)
 
     def validation_loss(self) -> float:
         """Compute the token mean over all validation problems. A collective of all ranks."""

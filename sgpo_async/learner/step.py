@@ -1,20 +1,21 @@
 """One optimiser step on one rank's shard: the sequences of the objective, in packed micro-batches.
 
     shard ─▶ (corrected pass rates: log pi of every rollout, no gradient)
-          ─▶ Batch ─▶ teacher pass (no gradient): hidden states of each target after its guided prompt
+          ─▶ Batch ─▶ division: the sequences of all ranks are divided anew over ranks and micro-batches
+                  ├─▶ teacher pass (no gradient): hidden states of each target after its guided prompt
                   └─▶ per micro-batch: policy ─▶ weighted loss terms of its sequences ─▶ backward
                                                         after the last one: FSDP sums the gradients over ranks
           ─▶ clip ─▶ AdamW ─▶ update the teacher ─▶ statistics
 
-Every rank must run the same number of forwards, because each forward is a collective of FSDP. The ranks agree on the
-largest number of micro-batches, and a rank that has fewer runs empty ones.
+Every rank must run the same number of forwards, because each forward is a collective of FSDP. A rank that has fewer
+micro-batches runs empty ones.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,16 +26,19 @@ from torch.distributed.fsdp import FSDPModule
 
 from sgpo_async.config.schema import Run
 from sgpo_async.errors import SgpoError
-from sgpo_async.learner.batch import Batch, Responses, from_shard
+from sgpo_async.learner.batch import Batch, Item, Responses, Sequences, from_shard
+from sgpo_async.learner.division import Cost, Piece, deal, divide
 from sgpo_async.learner.objectives.base import Distillation, rollout_after
 from sgpo_async.learner.optimiser import clip_gradients, learning_rate
-from sgpo_async.learner.packing import MicroBatch, Packed, Tokens, pack, plan
+from sgpo_async.learner.packing import Tokens, pack, repeated_tokens
 from sgpo_async.learner.policy import LOCAL_GRADIENT_BYTES, Policy
 from sgpo_async.learner.step_metrics import StepMetrics
 from sgpo_async.learner.teacher import Teacher
 from sgpo_async.learner.teacher_targets import HiddenStateTargets, TeacherTargets, top_k_targets
 from sgpo_async.learner.terms import distillation_term, likelihood_term, policy_gradient_term
 from sgpo_async.wire.records import Shard
+
+Key = tuple[int, int]  # task and slot of a rollout
 
 
 @dataclass
@@ -45,8 +49,12 @@ class Stepper:
     policy: Policy
     optimiser: torch.optim.Optimizer
     teacher: Teacher
+    cost: Cost = field(init=False)
     responses: Responses | None = None  # looks up responses, for objectives that train on them
     statistics: StepMetrics | None = None  # of the last step, on this rank
+
+    def __post_init__(self) -> None:
+        self.cost = Cost.of(self.policy.model)
 
     def update(self, shard: Shard) -> dict[str, Any]:
         """Train on `shard`; return the metrics of the step, equal on every rank. A collective of all ranks."""
@@ -86,27 +94,40 @@ class Stepper:
         """Compute the gradient of the loss, summed over ranks, into the parameters. A collective of all ranks."""
         statistics = StepMetrics(max_lag=self.run.hub.max_lag, device=self._device)
         statistics.add_batch(batch)
-        students, teachers = batch.sequences.students, batch.teachers
-        student_plan, teacher_plan = self._plans(students, teachers)
-        states = self._teacher_states(batch, teachers, teacher_plan)
+        micro_batches, statistics.imbalance = self._divide(batch.sequences)
+        states = self._teacher_states([item for part in micro_batches for item in part.distillation])
         ranks = dist.get_world_size()
-        for number, (order, packed) in enumerate(_packed(students, student_plan), 1):
-            self._synchronise(number == len(student_plan))
-            loss = self._loss(batch, order, packed, states, statistics)
+        for number, part in enumerate(micro_batches, 1):
+            self._synchronise(number == len(micro_batches))
+            loss = self._loss(batch.version, part, states, statistics)
             (loss * ranks).backward()  # FSDP averages over ranks, but the loss is a sum over ranks
         return statistics
 
-    def _plans(self, *sequences: Sequence[Tokens]) -> list[list[MicroBatch]]:
-        """Divide each list of sequences into micro-batches, the same number on every rank.
-
-        The first list gets at least one micro-batch, so that a gradient (0) exists even without any sequence.
-        """
+    def _divide(self, sequences: Sequences) -> tuple[list[Sequences], float]:
+        """Return this rank's micro-batches of the sequences of all ranks, and the imbalance. A collective."""
         row_tokens = self.run.learner.row_tokens
-        plans = [plan([tokens.length for tokens in part], row_tokens) for part in sequences]
-        counts = torch.tensor([len(micro_batches) for micro_batches in plans], device=self._device)
-        counts[0].clamp_(min=1)
-        dist.all_reduce(counts, dist.ReduceOp.MAX)
-        return [own + [()] * (int(n) - len(own)) for own, n in zip(plans, counts, strict=True)]
+        bundles = sequences.bundles(row_tokens)
+        parts, imbalance = deal(bundles, [self._piece(bundle) for bundle in bundles], row_tokens=row_tokens)
+        return [Sequences.of([item for bundle in part for item in bundle]) for part in parts], imbalance
+
+    def _piece(self, bundle: Sequence[Item]) -> Piece:
+        """What the division has to know of a bundle; a backward pass costs twice as much as a forward pass."""
+        students = [item.student for item in bundle]
+        repeated = repeated_tokens(students)
+        forward = sum(map(self._work, students)) - self.cost.body * repeated
+        taught = [item.teacher for item in bundle if isinstance(item, Distillation)] if self._teacher_passes else []
+        return Piece(sum(own.length for own in students) - repeated, 3 * forward, sum(map(self._work, taught)))
+
+    def _work(self, tokens: Tokens) -> float:
+        return self.cost.forward(length=tokens.length, targets=len(tokens.targets))
+
+    def _forwards(self, sequences: Sequence[Tokens]) -> list[list[int]]:
+        """Divide this rank's sequences into micro-batches for forwards without gradient, as many as on every rank."""
+        pieces = [Piece(tokens.length, self._work(tokens)) for tokens in sequences]
+        rounds = divide(pieces, ranks=1, row_tokens=self.run.learner.row_tokens) if pieces else []
+        count = torch.tensor(len(rounds))
+        dist.all_reduce(count, dist.ReduceOp.MAX)
+        return [own for (own,) in rounds] + [[]] * (int(count) - len(rounds))
 
     def _log_rho(self, shard: Shard) -> list[float]:
         """Compute log pi/mu of each whole rollout, after the prompt with which it was sampled."""
@@ -116,58 +137,63 @@ class Stepper:
     @torch.no_grad()
     def log_probabilities(self, sequences: Sequence[Tokens]) -> list[float]:
         """Compute log pi of each completion's trained tokens at the sampling temperature. A collective of all ranks."""
-        (micro_batches,) = self._plans(sequences)
         sums: dict[int, float] = {}
-        for order, packed in _packed(sequences, micro_batches):
-            sizes = (len(packed.targets), 0, 0)
-            log_pi = self.policy(packed, sizes, None, self.run.rollout.temperature).log_pi
+        for order in self._forwards(sequences):
+            packed = pack([sequences[i] for i in order])
+            log_pi = self.policy(packed, (len(packed.targets), 0, 0), None, self.run.rollout.temperature).log_pi
             own = log_pi.split([len(sequences[i].targets) for i in order])
             sums |= {i: float(part.double().sum()) for i, part in zip(order, own, strict=True)}
         return [sums[i] for i in range(len(sequences))]
 
     @torch.no_grad()
-    def _teacher_states(
-        self, batch: Batch, sequences: list[Tokens], micro_batches: list[MicroBatch]
-    ) -> dict[int, Tensor]:
-        """Compute the hidden states [C, H] of each target after its guided prompt, by its index in the students."""
-        teacher, first = self.teacher.copy or self.policy, len(batch.sequences.policy_gradient)
-        states: dict[int, Tensor] = {}
-        for order, packed in _packed(sequences, micro_batches):
-            own = teacher.hidden(packed).split([len(sequences[i].targets) for i in order])
-            states |= {first + i: part for i, part in zip(order, own, strict=True)}
+    def _teacher_states(self, targets: Sequence[Distillation]) -> dict[Key, Tensor]:
+        """Compute the hidden states [C, H] of each target after its guided prompt, by its task and slot."""
+        if not self._teacher_passes:
+            return {}
+        teacher: Policy = self.teacher.copy or self.policy
+        states: dict[Key, Tensor] = {}
+        for order in self._forwards([item.teacher for item in targets]):
+            own = [targets[i] for i in order]
+            found = teacher.hidden(pack([item.teacher for item in own]))
+            parts = found.split([len(item.teacher.targets) for item in own])
+            states |= {_key(item): part for item, part in zip(own, parts, strict=True)}
         return states
 
-    def _loss(
-        self, batch: Batch, order: MicroBatch, packed: Packed, states: dict[int, Tensor], statistics: StepMetrics
-    ) -> Tensor:
+    @property
+    def _teacher_passes(self) -> bool:
+        """Whether the teacher's values come from a forward pass, not from the engine that sampled the rollouts."""
+        return self.run.algorithm.teacher != "behaviour"
+
+    def _loss(self, version: int, part: Sequences, states: dict[Key, Tensor], statistics: StepMetrics) -> Tensor:
         """Compute the loss of one micro-batch."""
-        part, algorithm = batch.sequences.part(order), self.run.algorithm
-        teacher_targets = self._teacher_targets(part.distillation, [states[i] for i in order if i in states])
-        outputs = self.policy(packed, part.sizes, teacher_targets, self.run.rollout.temperature)
+        algorithm = self.run.algorithm
+        teacher_targets = self._teacher_targets(part.distillation, states)
+        outputs = self.policy(pack(part.students), part.sizes, teacher_targets, self.run.rollout.temperature)
         loss = outputs.log_pi.sum() * 0  # an empty micro-batch needs a backward pass too, because it is a collective
         if part.policy_gradient:
             statistics.add(entropy=outputs.entropy, tokens_auto=torch.ones_like(outputs.entropy))
             loss = loss + policy_gradient_term(
-                part.policy_gradient, batch.version, outputs.log_pi, algorithm=algorithm, statistics=statistics
+                part.policy_gradient, version, outputs.log_pi, algorithm=algorithm, statistics=statistics
             )
         if part.distillation:
             distance = outputs.d, outputs.log_teacher
             loss = loss + distillation_term(
-                part.distillation, batch.version, distance, algorithm=algorithm, statistics=statistics
+                part.distillation, version, distance, algorithm=algorithm, statistics=statistics
             )
         if part.likelihood:
             loss = loss + likelihood_term(part.likelihood, outputs.log_text, algorithm=algorithm, statistics=statistics)
         return loss
 
-    def _teacher_targets(self, targets: list[Distillation], states: list[Tensor]) -> TeacherTargets | None:
+    def _teacher_targets(self, targets: list[Distillation], states: dict[Key, Tensor]) -> TeacherTargets | None:
         """Return the teacher's values for these targets, or None if there are no targets."""
         algorithm = self.run.algorithm
         if not targets:
             return None
-        if algorithm.teacher == "behaviour":
+        if not self._teacher_passes:
             rollouts, k = [item.rollout for item in targets], algorithm.top_logprobs_num
             return top_k_targets(rollouts, k=k, kind=algorithm.divergence, device=self._device)
-        return HiddenStateTargets(torch.cat(states), self.teacher.matrix, algorithm.divergence)
+        own = torch.cat([states[_key(item)] for item in targets])
+        return HiddenStateTargets(own, self.teacher.matrix, algorithm.divergence)
 
     def _synchronise(self, last: bool) -> None:
         """Reduce the gradients of a small model once per step, and of a large model, to save memory, each time."""
@@ -181,7 +207,5 @@ class Stepper:
         return next(self.policy.parameters()).device
 
 
-def _packed(sequences: Sequence[Tokens], micro_batches: list[MicroBatch]) -> Iterator[tuple[MicroBatch, Packed]]:
-    """Yield each micro-batch: the indices of its sequences, and the packed sequences."""
-    for micro_batch in micro_batches:
-        yield micro_batch, pack([sequences[i] for i in micro_batch])
+def _key(item: Distillation) -> Key:
+    return item.rollout.task, item.rollout.slot

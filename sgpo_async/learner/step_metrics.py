@@ -44,6 +44,7 @@ class StepMetrics:
         self.minima = {name: torch.full((), math.inf, dtype=torch.float64, device=device) for name in MINIMA}
         self.tokens_by_lag = torch.zeros(max_lag + 1, dtype=torch.float64, device=device)
         self.mismatch = Mismatch(max_lag=max_lag, device=device)
+        self.imbalance = 0.0  # see `division.imbalance`; the same on every rank
         self.problems: Sequence[Mapping[str, float]] = ()  # the metrics of each problem, in the order of the shard
         self.token_kl: dict[tuple[int, int], Tensor] = {}  # d_t [C] of each distilled rollout, by task and slot
 
@@ -110,7 +111,8 @@ class StepMetrics:
         total = dict(zip(SUMS, named.tolist(), strict=True))
         least = dict(zip(MINIMA, lowest.tolist(), strict=True))
         return (
-            _loss_metrics(total)
+            {"imbalance": self.imbalance}
+            | _loss_metrics(total)
             | {name: _ratio(total[f"{name}_sum"], total[f"{name}_problems"]) for name in PROBLEM_METRICS}
             | _correction_metrics(total, least)
             | _lag_metrics(by_lag.tolist())

@@ -42,7 +42,8 @@ from sgpo_async.config.schema import Rollout as Sizes
 from sgpo_async.engines import EmbeddedEngine, Generate, Generated, Weights
 from sgpo_async.errors import SgpoError
 from sgpo_async.learner import optimiser
-from sgpo_async.learner.packing import Tokens, pack, plan
+from sgpo_async.learner.division import Piece, divide
+from sgpo_async.learner.packing import Tokens, pack
 from sgpo_async.learner.policy import Policy, check_model, recompute, shard
 from sgpo_async.learner.process_group import join_alone
 from sgpo_async.learner.publish import Publisher
@@ -279,19 +280,28 @@ def _step(shape: str, width: int, mesh: DeviceMesh, device: Device, recomputes: 
     device.reset_peak()
     seconds = statistics.median(device.seconds(lambda: stepper.train(batch, step=1)) for _ in range(2))
     peak_gb = device.peak_gb
-    students, teachers = batch.sequences.students, batch.teachers
-    flops = 3 * _forward_flops(policy, students) + _forward_flops(policy, teachers)
+    students, teachers = batch.sequences.students, [item.teacher for item in batch.sequences.distillation]
+    flops = sum(3 * _forward(stepper, own) for own in students) + sum(_forward(stepper, own) for own in teachers)
     trained = sum(tokens.length for tokens in students)
     return {
         "seconds": seconds,
         "peak_gb": peak_gb,
         "tokens": trained,
         "tokens_per_s": trained / seconds,
-        "micro_batches": len(plan([tokens.length for tokens in students], width)),
+        "micro_batches": len(_micro_batches(students, width)),
         "tflops_per_s": flops / seconds / 1e12,
         "mfu": flops / seconds / device.peak_flops if device.peak_flops else None,  # without recomputation
         "attention": _attention(lambda: stepper.train(batch, step=2), device),
     }
+
+
+def _forward(stepper: Stepper, own: Tokens) -> float:
+    return stepper.cost.forward(length=own.length, targets=len(own.targets))
+
+
+def _micro_batches(sequences: Sequence[Tokens], row_tokens: int) -> list[list[int]]:
+    pieces = [Piece(tokens.length, tokens.length) for tokens in sequences]
+    return [own for (own,) in divide(pieces, ranks=1, row_tokens=row_tokens)]
 
 
 def _shard(width: int, *, vocabulary: int) -> Shard:
@@ -313,17 +323,6 @@ def _shard(width: int, *, vocabulary: int) -> Shard:
             )
         )  # fmt: skip
     return Shard(step=0, version=0, problems=1, rollouts=tuple(rollouts))
-
-
-def _forward_flops(policy: Policy, sequences: Sequence[Tokens]) -> float:
-    """The FLOPs of one forward pass: 2 per matrix parameter and token, plus causal attention."""
-    config = policy.model.config
-    lookup = policy.model.get_input_embeddings().weight
-    matrices = sum(p.numel() for p in policy.parameters() if p.dim() == 2)
-    if not config.tie_word_embeddings:  # an embedding lookup needs no FLOPs; a tied matrix is also the head
-        matrices -= lookup.numel()
-    width = config.hidden_size  # heads x head size
-    return sum(2.0 * matrices * s.length + 2.0 * config.num_hidden_layers * width * s.length**2 for s in sequences)
 
 
 def _attention(work: Callable[[], Any], device: Device) -> dict[str, int]:
@@ -442,7 +441,7 @@ def _token_logprobs(policy: Policy, results: list[tuple[np.ndarray, Generated]])
     """log pi of each sampled token, from the packed forward that training uses."""
     sequences = [Tokens(prompt, result.tokens) for prompt, result in results]
     found: dict[int, np.ndarray] = {}
-    for micro_batch in plan([tokens.length for tokens in sequences], 2048):
+    for micro_batch in _micro_batches(sequences, 2048):
         packed = pack([sequences[i] for i in micro_batch])
         log_pi = policy(packed, (len(packed.targets), 0, 0), None, 1.0).log_pi.float().cpu()
         parts = log_pi.split([len(sequences[i].completion) for i in micro_batch])

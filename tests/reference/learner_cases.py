@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from sgpo_async.config.schema import Algorithm, Correction, Hub, Learner, Local, Optim, Run
 from sgpo_async.config.schema import Rollout as Sizes
@@ -29,8 +30,13 @@ PAPER: dict[str, Any] = {  # the setting of the paper, with the prefix correctio
 }
 
 
-def tiny_model(*, tied: bool = False, seed: int = 0, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
-    """A Qwen2 model of two layers, with weights so large that its distributions are far from uniform."""
+def tiny_model(
+    *, tied: bool = False, seed: int = 0, dtype: torch.dtype = torch.float64, exact: bool = True
+) -> PreTrainedModel:
+    """A Qwen2 model of two layers, with weights so large that its distributions are far from uniform.
+
+    If `exact`, its norms compute in its dtype, not in float32 as those of transformers do.
+    """
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=VOCABULARY,
@@ -44,7 +50,13 @@ def tiny_model(*, tied: bool = False, seed: int = 0, dtype: torch.dtype = torch.
         initializer_range=0.3,
         use_cache=False,
     )
-    return Qwen2ForCausalLM(config).to(dtype).eval()
+    model = Qwen2ForCausalLM(config)
+    if exact:
+        for parent in [*model.modules()]:
+            for name, norm in parent.named_children():
+                if isinstance(norm, Qwen2RMSNorm):
+                    setattr(parent, name, torch.nn.RMSNorm(config.hidden_size, eps=norm.variance_epsilon))
+    return model.to(dtype).eval()
 
 
 def settings(*, ranks: int = 1, row_tokens: int = 40, temperature: float = 1.0, **algorithm: object) -> Run:

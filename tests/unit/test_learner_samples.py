@@ -52,9 +52,11 @@ def test_the_groups_with_the_smallest_draws_are_kept() -> None:
     assert stepper.statistics is not None
     order = sorted(range(4), key=lambda task: derived_seed(7, "samples", task))
     for number in (1, 2, 4, 9):
-        kept = chosen(shard, stepper.statistics, number, seed=7)
+        kept, kl = chosen(shard, stepper.statistics, number, seed=7)
         assert [group.rollouts[0].task for group in kept] == order[:number]
         assert all(len(group.rollouts) == 7 for group in kept)
+        taught = sorted({task for task, _ in stepper.statistics.token_kl}, key=order.index)
+        assert {task for task, _ in kl} == set(taught[:number]), "of the tasks that this rank has distilled"
 
 
 def test_the_choice_does_not_depend_on_the_position_in_the_batch() -> None:
@@ -68,22 +70,22 @@ def test_the_divergences_are_those_of_the_loss() -> None:
     stepper, shard = trained()
     statistics = stepper.statistics
     assert statistics is not None
-    kept = chosen(shard, statistics, 4, seed=0)
-    values = [d for group in kept for d in group.kl.values()]
+    kept, kl = chosen(shard, statistics, 4, seed=0)
+    values = list(kl.values())
     assert len(values) == int(statistics.sums["targets"]) == 3  # the first group has no correct guided rollout
     assert sum(d.sum() for d in values) == pytest.approx(float(statistics.sums["kl"]))
     model = cases.tiny_model()
     for group in kept:
-        assert (group.alpha > 0) == bool(group.kl)
+        assert (group.alpha > 0) == any(task == group.rollouts[0].task for task, _ in kl)
         for rollout in group.rollouts:
-            if rollout.slot not in group.kl:
+            if (rollout.task, rollout.slot) not in kl:
                 continue
             assert rollout.guided and rollout.reward > 0
             student, teacher = (
                 cases.log_probs(model, prompt, rollout.tokens).detach().numpy()
                 for prompt in (group.rollouts[0].prompt, rollout.prompt)
             )
-            np.testing.assert_allclose(group.kl[rollout.slot], forward_kl(teacher, student), rtol=1e-5)
+            np.testing.assert_allclose(kl[rollout.task, rollout.slot], forward_kl(teacher, student), rtol=1e-5)
 
 
 def observed(rollout: Rollout) -> Rollout:

@@ -248,3 +248,19 @@ def test_a_gradient_that_is_not_finite_stops_the_run() -> None:
         SgpoError, match="^step 0: the norm of the gradient must be finite, got nan; lower optim.lr or optim.grad_clip$"
     ):
         stepper.update(cases.shard_of(broken, problems=4))
+
+
+def test_sequences_of_one_prompt_are_divided_together_where_it_pays() -> None:
+    """Bundles fit into a row; with long completions every sequence is divided on its own."""
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        parts = cases.groups(seed=seed)
+        sequences = from_shard(cases.shard_of(parts, problems=len(parts)), cases.settings().algorithm).sequences
+        row_tokens = int(rng.integers(1, 60))
+        bundles = sequences.bundles(row_tokens)
+        assert sorted(id(item) for bundle in bundles for item in bundle) == sorted(id(item) for item in sequences.items)
+        for bundle in bundles:
+            prompt = bundle[0].student.prompt
+            assert all(np.array_equal(item.student.prompt, prompt) for item in bundle)
+            own = len(prompt) + sum(item.student.length - len(prompt) for item in bundle)
+            assert own <= row_tokens or len(bundle) == 1

@@ -11,7 +11,8 @@ import pytest
 PATIENCE_S = 120.0
 # The main thread waits in a C function that runs no Python handler until it returns.
 RANK = """
-import ctypes, sys, time
+import ctypes, signal, sys, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup lets its children ignore it
 from sgpo_async.processes.signals import SAME_S, UrgentSignals
 with UrgentSignals(in_order=lambda: {in_order}) as signals:
     print("ready", SAME_S, flush=True)
