@@ -135,4 +135,4 @@ def test_a_stopped_and_resumed_warm_up_equals_an_uninterrupted_one(folder: Path,
     resumed = warm_up(folder, "stopped", "sft.epochs=10", "learner.resume=true", ranks=2)
     assert [line["step"] for line in resumed] == list(range(1, 61))
     found, expected = ([line["train_loss"] for line in run] for run in (resumed, long))
-    assert found == pytest.approx(expected, rel=1e-2)
+    assert found == pytest.approx(expected, rel=1e-2, abs=1e-3)  # rounding differs with the alignment of memory
