@@ -445,7 +445,7 @@ def _token_logprobs(policy: Policy, results: list[tuple[np.ndarray, Generated]])
     found: dict[int, np.ndarray] = {}
     for micro_batch in plan([tokens.length for tokens in sequences], 2048):
         packed, order = pack(sequences, micro_batch), sorted(i for row in micro_batch for i in row)
-        log_pi = policy(packed, (len(packed.targets), 0, 0), None, 1.0).log_pi.float().cpu()
+        log_pi = policy.log_probabilities(packed, 1.0).float().cpu()
         parts = log_pi.split([len(sequences[i].completion) for i in order])
         found |= {i: part.numpy() for i, part in zip(order, parts, strict=True)}
     return [found[i] for i in range(len(sequences))]
