@@ -9,12 +9,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sgpo_async.algorithm import (
     DIVERGENCES,
+    LIMITERS,
+    MODES,
+    WHOLE_SEQUENCE_LIMITERS,
+    WHOLE_SEQUENCE_MODES,
     LogProbability,
     Part,
     TeacherDivergence,
     TopDivergence,
+    correction_weights,
+    distillation_loss,
     divergence,
     forward_kl,
+    grpo_loss,
     linear,
     linear_loss,
 )
@@ -160,6 +167,49 @@ def test_a_certain_teacher_or_student_gives_finite_values_and_gradients(kind, ga
     (gradient,) = torch.autograd.grad(loss, student)
     assert found.value.isfinite().all() and gradient.isfinite().all()
     assert abs(found.value[0]) < 1e-3 < found.value[1]
+
+
+MASK = torch.tensor([[True] * 6 + [False], [True] * 7])  # two sequences, of 6 and 7 tokens
+LOG_MU = torch.linspace(-3, -0.5, MASK.numel(), dtype=torch.float64).view_as(MASK)
+
+
+def padded(flat):
+    return flat.new_zeros(MASK.shape).masked_scatter(MASK, flat)
+
+
+def corrections(log_pi, mode):
+    return correction_weights(log_pi, LOG_MU, MASK, mode=mode, bound=3.0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_policy_gradient_loss_is_the_same_with_every_correction(mode):
+    def loss(flat, _):
+        log_pi = padded(flat)
+        advantages = torch.tensor([0.7, -1.1], dtype=torch.float64)
+        return grpo_loss(log_pi, MASK, advantages, correction=corrections(log_pi, mode)).sum()
+
+    _, _, hidden, weight, targets = inputs()
+    part = Part(LogProbability(targets), loss, mode in WHOLE_SEQUENCE_MODES)
+    fused, _ = linear_loss(hidden, weight, [part], temperature=TEMPERATURE, chunk=4)
+    assert_equal(fused, loss(plain_log_probs(hidden, weight)[torch.arange(T), targets], None), hidden, weight)
+
+
+@kinds
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("limiter", LIMITERS)
+def test_the_distillation_loss_is_the_same_with_every_divergence_correction_and_limiter(kind, mode, limiter):
+    def loss(flat, log_teacher):
+        rule = {"limiter": limiter, "delta": 0.8, "quantile": 0.6}
+        return distillation_loss(padded(flat), MASK, corrections(padded(log_teacher), mode), **rule).sum()
+
+    teacher_hidden, teacher_weight, hidden, weight, targets = inputs()
+    whole = mode in WHOLE_SEQUENCE_MODES or limiter in WHOLE_SEQUENCE_LIMITERS
+    part = Part(TeacherDivergence(teacher_hidden, teacher_weight, targets, kind), loss, whole)
+    fused, _ = linear_loss(hidden, weight, [part], temperature=TEMPERATURE, chunk=4)
+    teacher_logits = teacher_hidden @ teacher_weight.T
+    d = divergence(teacher_logits, hidden @ weight.T, kind=kind, temperature=TEMPERATURE)
+    log_teacher = plain_log_probs(teacher_hidden, teacher_weight)[torch.arange(T), targets]
+    assert_equal(fused, loss(d, log_teacher), hidden, weight)
 
 
 def depends_on_earlier_values(value, aside):
