@@ -15,13 +15,15 @@ q = softmax(z):
 
 After a chunk, the values up to its last token are known. If c_t depends on these alone, one pass is enough: 3 large
 products (4 with a teacher), as with all logits at once. Otherwise (`Part.whole`) a first pass computes the values and a
-second one the logits again: 4 (6). The values that are still missing are NaN, so a wrong `whole` gives NaN gradients.
+second one the logits again: 4 (6). The values that are still missing are NaN, so a wrong `whole` gives NaN gradients,
+unless the loss ignores NaN.
 
 Logits are computed in the type of the inputs; softmax, values and slopes in float32 or wider. The gradient of weight is
 accumulated in float32 or wider, and held from here to the backward pass. Weights are plain tensors; for a sharded
 parameter, pass the gathered tensor.
 
-All operations are torch's own, on any device. The sizes of chunks and blocks are measured on a CPU only.
+All operations are torch's own, on any device. Speed and memory are measured on a CPU only (`sgpo_async.bench.loss`);
+nothing is proved on a GPU, and its sizes of chunks and blocks are estimates.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ class Block(NamedTuple):
 
     value: Tensor  # [B]
     aside: Tensor  # [B], another result of the same logits, never with gradient
-    slope: Callable[[], Tensor]  # -> [B, V], the derivative of value with respect to log-softmax's argument
+    slope: Callable[[], Tensor]  # -> [B, V], the derivative of value with respect to logits / temperature
 
 
 BlockFunction = Callable[[Tensor, slice], Block]
