@@ -13,7 +13,7 @@ guided rollouts o~_j ~ pi(.|q,s), each with a reward R in {0, 1}. Read the files
     weights.py      Eq. 6, 8  alpha(q): the weight of distillation, from how much the strategy helps
     losses.py       Eq. 1, 5, 7   L = L_GRPO + alpha(q) L_KD, averaged over problems; likelihood losses of a given text
     correction.py   importance weights for rollouts that an older policy mu sampled
-    linear.py       log-probabilities and Eq. 3 directly from hidden states, for large vocabularies
+    linear.py       losses and their gradients directly from hidden states, for large vocabularies
 
 docs/algorithm.md lists every equation with the configuration key that selects it.
 
@@ -22,10 +22,10 @@ Every function computes in the floating-point type of its inputs.
 """
 
 from sgpo_async.algorithm.advantages import group_advantages
-from sgpo_async.algorithm.correction import MODES, correction_weights
+from sgpo_async.algorithm.correction import MODES, WHOLE_SEQUENCE_MODES, correction_weights
 from sgpo_async.algorithm.divergences import DIVERGENCES, divergence, forward_kl, top_divergence
-from sgpo_async.algorithm.limiters import LIMITERS, limit
-from sgpo_async.algorithm.linear import linear_divergence, linear_logprobs, linear_top_logprobs
+from sgpo_async.algorithm.limiters import LIMITERS, WHOLE_SEQUENCE_LIMITERS, limit
+from sgpo_async.algorithm.linear import Found, LogProbability, Part, TeacherDivergence, TopDivergence, linear_loss
 from sgpo_async.algorithm.losses import (
     KLMass,
     LossWeights,
@@ -44,8 +44,15 @@ __all__ = [
     "DIVERGENCES",
     "LIMITERS",
     "MODES",
+    "WHOLE_SEQUENCE_LIMITERS",
+    "WHOLE_SEQUENCE_MODES",
+    "Found",
     "KLMass",
+    "LogProbability",
     "LossWeights",
+    "Part",
+    "TeacherDivergence",
+    "TopDivergence",
     "adaptive_weight",
     "corrected_pass_rate",
     "correction_weights",
@@ -57,9 +64,7 @@ __all__ = [
     "grpo_loss",
     "kl_mass",
     "limit",
-    "linear_divergence",
-    "linear_logprobs",
-    "linear_top_logprobs",
+    "linear_loss",
     "loss_weights",
     "nll_loss",
     "select_reachable",

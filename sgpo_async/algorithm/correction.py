@@ -95,6 +95,9 @@ def _exp(log_weight: Tensor) -> Tensor:
     return log_weight.exp().clamp(max=torch.finfo(log_weight.dtype).max)
 
 
+WHOLE_SEQUENCE_MODES = ("sequence", "sequence-geometric")
+"""Modes whose weight of token t depends on later tokens too."""
+
 MODES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "none": none,
     "token": token,

@@ -52,7 +52,7 @@ def divergence(
 def forward_kl(teacher_logits: Tensor, student_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """Compute d_t = KL( sg[pi(.|q,s,o~_<t)] || pi(.|q,o~_<t) ) (Eq. 3), that is `divergence` of kind "forward".
 
-    This function needs all logits at once and serves as a reference in tests. The learner uses `linear_divergence`,
+    This function needs all logits at once and serves as a reference in tests. The learner uses `TeacherDivergence`,
     which never holds all logits.
     """
     return divergence(teacher_logits, student_logits, kind="forward", temperature=temperature)
@@ -68,8 +68,7 @@ def top_divergence(log_p: Tensor, log_q: Tensor, *, kind: str = "forward") -> Te
 
     Args:
         log_p: [..., k], the teacher's log-probabilities of its k < V most likely tokens. No gradient reaches them.
-        log_q: [..., k + 1], the student's log-probabilities of the same tokens and, last, of the rest, with gradient
-            (from `linear_top_logprobs`).
+        log_q: [..., k + 1], the student's log-probabilities of the same tokens and, last, of the rest, with gradient.
         kind: a key of DIVERGENCES.
 
     Returns:

@@ -62,6 +62,9 @@ def none(d: Tensor, _tokens: Tensor, _delta: float, _quantile: float) -> Tensor:
     return d
 
 
+WHOLE_SEQUENCE_LIMITERS = ("quantile",)
+"""Limiters whose loss of token t depends on later tokens too."""
+
 LIMITERS: dict[str, Callable[[Tensor, Tensor, float, float], Tensor]] = {
     "mask": mask,
     "clamp": clamp,

@@ -1,203 +1,315 @@
-"""Log-probabilities, entropy and divergences directly from hidden states and the output matrix.
+"""Losses of tokens directly from hidden states and the output matrix, without holding all logits.
 
-The logits [T, V] are the largest tensor of training (16K x 152K in float32: 10 GB). The functions here compute only
-`chunk` rows of them at a time, and recompute these rows in the backward pass, where the gradient has a closed form:
+The logits [T, V] are the largest tensor of training (16K x 152K in float32: 10 GB). `linear_loss` computes them chunk
+by chunk, and accumulates the loss's gradients with respect to hidden and weight in the same pass, so that the backward
+pass only scales them. Each token has one value v_t (log pi or a divergence), a function of its logits z_t:
 
-    d log q(o_t) / d z = onehot(o_t) - q,     q = softmax(z);     d d_t / d z: see `divergences`
-    d log q(rest) / d z_v = [v in rest] q_v / q(rest) - q_v
+    d loss / d z_t = c_t slope_t,    c_t = d loss / d v_t,    slope_t = d v_t / d z_t
 
-Logits are computed in the type of the inputs. The softmax, and the sum of the weight's gradient over chunks, are
-computed in float32 or wider. Weights are plain tensors; for a sharded parameter, pass the gathered tensor.
+Autograd computes c_t from the loss, which stays an ordinary function of all values. The slopes have closed forms, with
+q = softmax(z):
+
+    LogProbability      d log q(o_t) / d z = onehot(o_t) - q
+    TeacherDivergence   see `divergences`
+    TopDivergence       d log q(rest) / d z_v = [v in rest] q_v / q(rest) - q_v, and the chain rule
+
+After a chunk, the values up to its last token are known. If c_t depends on these alone, one pass is enough: 3 large
+products (4 with a teacher), as with all logits at once. Otherwise (`Part.whole`) a first pass computes the values and a
+second one the logits again: 4 (6). The values that are still missing are NaN, so a wrong `whole` gives NaN gradients,
+unless the loss ignores NaN.
+
+Logits are computed in the type of the inputs; softmax, values and slopes in float32 or wider. The gradient of weight is
+accumulated in float32 or wider, and held from here to the backward pass. Weights are plain tensors; for a sharded
+parameter, pass the gathered tensor.
+
+All operations are torch's own, on any device. Speed and memory are measured on a CPU only (`sgpo_async.bench.loss`);
+nothing is proved on a GPU, and its sizes of chunks and blocks are estimates.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sgpo_async.algorithm.divergences import DIVERGENCES
+from sgpo_async.algorithm.divergences import DIVERGENCES, top_divergence
 
-Head = tuple[Tensor, Tensor]
-"""(hidden [T, H], weight [V, H]): the factors of the logits hidden @ weight.T."""
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""(values [T], asides [T]) -> the loss, a scalar with gradient in the values."""
 
 
-def linear_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0, chunk: int = 1024
-) -> tuple[Tensor, Tensor]:
-    """Compute log pi(o_t|.) of the sampled tokens, and the entropy of pi at each position.
+class Sizes(NamedTuple):
+    """How many logits are held at a time (a chunk), and how many one elementwise operation takes (a block)."""
+
+    chunk: int
+    block: int
+
+
+# 263 rows of a vocabulary of 152K, 160 MB in float32; a block's intermediate results stay in the processor's cache.
+CPU_SIZES = Sizes(40_000_000, 2**18)
+# A GPU needs larger matrices: adding to the gradient of weight costs the same memory traffic for any number of rows.
+GPU_SIZES = Sizes(160_000_000, 2**25)
+
+
+class Block(NamedTuple):
+    """Values of B tokens."""
+
+    value: Tensor  # [B]
+    aside: Tensor  # [B], another result of the same logits, never with gradient
+    slope: Callable[[], Tensor]  # -> [B, V], the derivative of value with respect to logits / temperature
+
+
+BlockFunction = Callable[[Tensor, slice], Block]
+"""(log q [B, V], the block's rows within the chunk) -> Block. It may overwrite log q when its slope is called."""
+
+
+class Measure(Protocol):
+    """What is computed from the logits of each of T tokens."""
+
+    def __len__(self) -> int:
+        """T."""
+
+    def chunk(self, rows: slice, weight: Tensor, temperature: float) -> BlockFunction:
+        """Prepare these rows; `weight` is the student's output matrix."""
+
+
+@dataclass(frozen=True)
+class LogProbability:
+    """log pi(o_t|.) of given tokens; beside it the entropy of pi, in nats."""
+
+    targets: Tensor  # [T] int64, o_t
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def chunk(self, rows: slice, _weight: Tensor, _temperature: float) -> BlockFunction:
+        """See `Measure`."""
+        targets = self.targets[rows, None]
+
+        def block(log_q: Tensor, part: slice) -> Block:
+            q, own = log_q.exp(), targets[part]
+            value, entropy = log_q.gather(-1, own).squeeze(-1), -(q * log_q).sum(-1)
+            return Block(value, entropy, lambda: q.neg_().scatter_add_(-1, own, torch.ones_like(value)[:, None]))
+
+        return block
+
+
+@dataclass(frozen=True)
+class TeacherDivergence:
+    """d_t of Eq. 3 over the whole vocabulary; beside it the teacher's log-probability of the target tokens.
+
+    No gradient reaches the teacher.
+    """
+
+    hidden: Tensor  # [T, H'], the teacher's hidden states, with the strategy in the prompt
+    weight: Tensor | None  # [V, H'], the teacher's output matrix; None for the student's
+    targets: Tensor  # [T] int64, o~_t
+    kind: str = "forward"  # a key of DIVERGENCES
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def chunk(self, rows: slice, weight: Tensor, temperature: float) -> BlockFunction:
+        """See `Measure`."""
+        logits = self.hidden[rows] @ (weight if self.weight is None else self.weight).T
+        targets, (distance, slope) = self.targets[rows, None], DIVERGENCES[self.kind]
+
+        def block(log_q: Tensor, part: slice) -> Block:
+            log_p = _log_softmax(logits[part], temperature)
+            log_teacher = log_p.gather(-1, targets[part]).squeeze(-1)
+            return Block(distance(log_p, log_q), log_teacher, lambda: slope(log_p, log_q))
+
+        return block
+
+
+@dataclass(frozen=True)
+class TopDivergence:
+    """`top_divergence` from a teacher's k most likely tokens and the rest; beside it its given log-probabilities."""
+
+    tokens: Tensor  # [T, k] int64, k < V; the tokens of one row are distinct
+    log_p: Tensor  # [T, k], the teacher's log-probabilities of these tokens
+    log_targets: Tensor  # [T], the teacher's log-probabilities of the target tokens
+    kind: str = "forward"  # a key of DIVERGENCES
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def chunk(self, rows: slice, _weight: Tensor, _temperature: float) -> BlockFunction:
+        """See `Measure`."""
+        tokens, log_p, log_targets = self.tokens[rows], self.log_p[rows], self.log_targets[rows]
+
+        def block(log_q: Tensor, part: slice) -> Block:
+            top = tokens[part]
+            listed, rest = log_q.gather(-1, top), log_q.scatter(-1, top, -torch.inf).logsumexp(-1, keepdim=True)
+            log_top = torch.cat((listed, rest), -1).requires_grad_()
+            with torch.enable_grad():
+                d = top_divergence(log_p[part].to(log_q.dtype), log_top, kind=self.kind)
+
+            def slope() -> Tensor:
+                (grad,) = torch.autograd.grad(d, log_top, torch.ones_like(d))
+                within_rest = (log_q - rest).exp_().scatter_(-1, top, 0)
+                slope = within_rest * grad[:, -1:] - log_q.exp_() * grad.sum(-1, keepdim=True)
+                return slope.scatter_add_(-1, top, grad[:, :-1])
+
+            return Block(d.detach(), log_targets[part], slope)
+
+        return block
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive tokens that share a loss. A plain class: FSDP casts the tensors of tuples to its own precision."""
+
+    measure: Measure
+    loss: Loss
+    whole: bool = False  # whether d loss / d v_t depends on values after t; it costs a second pass
+
+
+class Found(NamedTuple):
+    """The results of one part, without gradient."""
+
+    loss: Tensor  # a scalar
+    value: Tensor  # [T]
+    aside: Tensor  # [T]
+
+
+def linear_loss(
+    hidden: Tensor, weight: Tensor, parts: Sequence[Part], *, temperature: float = 1.0, chunk: int | None = None
+) -> tuple[Tensor, list[Found]]:
+    """Compute the sum of the parts' losses from the logits hidden @ weight.T, without holding all of them.
 
     Args:
-        hidden: [T, H], position t predicts o_t.
+        hidden: [T, H], the positions that predict the tokens of all parts, one part after another.
         weight: [V, H].
-        targets: [T] int64, o_t.
-        temperature: the sampling temperature of the rollouts.
-        chunk: rows of logits computed at a time.
+        parts: of T tokens together.
+        temperature: the sampling temperature of the rollouts; q = softmax(logits / temperature).
+        chunk: rows of logits computed at a time; by default as many as the device's `Sizes` allow.
 
     Returns:
-        log-probability [T], differentiable in hidden and weight; entropy [T] in nats, without gradient.
+        the loss, a scalar that is differentiable once in hidden and weight, with one backward pass; the results of each
+        part.
     """
-    logp, entropy = _LinearLogprobs.apply(hidden, weight, targets, temperature, chunk)
-    return logp, entropy
+    chunk = chunk or max(_sizes(weight).chunk // len(weight), 1)
+    differentiable = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    total, *flat = _LinearLoss.apply(hidden, weight, parts, temperature, chunk, differentiable)
+    return total, [Found(*flat[i : i + 3]) for i in range(0, len(flat), 3)]
 
 
-def linear_divergence(
-    teacher: Head,
-    student: Head,
-    targets: Tensor,
-    *,
-    kind: str = "forward",
-    temperature: float = 1.0,
-    chunk: int = 1024,
-) -> tuple[Tensor, Tensor]:
-    """Compute `divergence` (Eq. 3) without holding all logits, and the teacher's log pi(o~_t|q,s,o~_<t).
-
-    Args:
-        teacher: (hidden [T, H'], weight [V, H']) with the strategy in the prompt; no gradient reaches either.
-        student: (hidden [T, H], weight [V, H]) without the strategy; both weights may be one tensor.
-        targets: [T] int64, o~_t.
-        kind: a key of DIVERGENCES.
-        temperature: the sampling temperature of the rollouts.
-        chunk: rows of logits computed at a time, for teacher and student each.
-
-    Returns:
-        d [T] in nats, differentiable in the student's hidden and weight; the teacher's log-probability [T] of
-        the targets, without gradient, for the prefix correction.
-    """
-    d, log_teacher = _LinearDivergence.apply(*teacher, *student, targets, kind, temperature, chunk)
-    return d, log_teacher
-
-
-def linear_top_logprobs(
-    hidden: Tensor, weight: Tensor, tokens: Tensor, *, temperature: float = 1.0, chunk: int = 1024
-) -> Tensor:
-    """Compute log pi of k listed tokens at each position, and of all other tokens together (the rest).
-
-    Args:
-        hidden: [T, H].
-        weight: [V, H].
-        tokens: [T, k] int64, k < V; the tokens of one row are distinct.
-        temperature: the sampling temperature of the rollouts.
-        chunk: rows of logits computed at a time.
-
-    Returns:
-        [T, k + 1], the rest in the last column; differentiable in hidden and weight.
-    """
-    return _LinearTopLogprobs.apply(hidden, weight, tokens, temperature, chunk)
-
-
-class _LinearLogprobs(torch.autograd.Function):
+class _LinearLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        hidden, weight, targets, temperature, chunk = args
-        logp, entropy = _rows(hidden), _rows(hidden)
-        for rows in _chunks(hidden, chunk):
-            log_q = _log_softmax(hidden[rows], weight, temperature)
-            logp[rows] = _pick(log_q, targets[rows])
-            entropy[rows] = -(log_q.exp() * log_q).sum(-1)
-        ctx.save_for_backward(hidden, weight, targets)
-        ctx.temperature, ctx.chunk = temperature, chunk
-        ctx.mark_non_differentiable(entropy)
-        return logp, entropy
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        hidden, weight, parts, temperature, chunk, differentiable = args
+        sizes = [len(part.measure) for part in parts]
+        assert sum(sizes) == len(hidden), f"the parts must have {len(hidden)} tokens together, got {sum(sizes)}"
+        wide = _at_least_float32(hidden)
+        logits = hidden.new_empty(min(chunk, len(hidden)), len(weight))
+        grad_hidden, grad_weight = torch.empty_like(hidden), None
+        if differentiable:
+            grad_weight = torch.zeros_like(weight, dtype=wide)
+            ctx.save_for_backward(grad_hidden, grad_weight)
+            ctx.weight_dtype = weight.dtype
+        found = [
+            _Evaluation(part, _Head(own, weight, temperature, logits), _Gradients(grad_own, grad_weight)).run()
+            for part, own, grad_own in zip(parts, hidden.split(sizes), grad_hidden.split(sizes), strict=True)
+        ]
+        flat = [tensor for own in found for tensor in own]
+        ctx.mark_non_differentiable(*flat)
+        return sum((own.loss for own in found), hidden.new_zeros((), dtype=wide)), *flat
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets = ctx.saved_tensors
-
-        def grad_logits(rows: slice) -> Tensor:
-            grad = _log_softmax(hidden[rows], weight, ctx.temperature).exp().neg()
-            grad[torch.arange(len(grad), device=grad.device), targets[rows]] += 1
-            return grad * (grads[0][rows, None] / ctx.temperature)
-
-        return *_head_gradients(hidden, weight, grad_logits, ctx.chunk), None, None, None
+        # In place, because the matrix is large; autograd raises an error in a second backward pass.
+        grad_hidden, grad_weight = (gradient.mul_(grads[0]) for gradient in ctx.saved_tensors)
+        return grad_hidden, grad_weight.to(ctx.weight_dtype), None, None, None, None
 
 
-class _LinearDivergence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        *heads, targets, kind, temperature, chunk = args
-        teacher_hidden, teacher_weight, hidden, weight = heads
-        d, log_teacher = _rows(hidden), _rows(teacher_hidden)
-        for rows in _chunks(hidden, chunk):
-            log_p = _log_softmax(teacher_hidden[rows], teacher_weight, temperature)
-            log_q = _log_softmax(hidden[rows], weight, temperature)
-            d[rows] = DIVERGENCES[kind].value(log_p, log_q)
-            log_teacher[rows] = _pick(log_p, targets[rows])
-        ctx.save_for_backward(*heads)
-        ctx.kind, ctx.temperature, ctx.chunk = kind, temperature, chunk
-        ctx.mark_non_differentiable(log_teacher)
-        return d, log_teacher
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        teacher_hidden, teacher_weight, hidden, weight = ctx.saved_tensors
-
-        def grad_logits(rows: slice) -> Tensor:
-            log_p = _log_softmax(teacher_hidden[rows], teacher_weight, ctx.temperature)
-            log_q = _log_softmax(hidden[rows], weight, ctx.temperature)
-            return DIVERGENCES[ctx.kind].slope(log_p, log_q) * (grads[0][rows, None] / ctx.temperature)
-
-        return None, None, *_head_gradients(hidden, weight, grad_logits, ctx.chunk), None, None, None, None
+class _Head(NamedTuple):
+    hidden: Tensor  # [T, H], of one part
+    weight: Tensor  # [V, H]
+    temperature: float
+    logits: Tensor  # [C, V], overwritten by each chunk
 
 
-class _LinearTopLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        hidden, weight, tokens, temperature, chunk = args
-        log_top = hidden.new_empty(len(hidden), tokens.shape[1] + 1, dtype=_at_least_float32(hidden))
-        for rows in _chunks(hidden, chunk):
-            log_q = _log_softmax(hidden[rows], weight, temperature)
-            log_top[rows, :-1] = log_q.gather(-1, tokens[rows])
-            log_top[rows, -1] = log_q.scatter_(-1, tokens[rows], -torch.inf).logsumexp(-1)
-        ctx.save_for_backward(hidden, weight, tokens, log_top[:, -1])
-        ctx.temperature, ctx.chunk = temperature, chunk
-        return log_top
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, tokens, log_rest = ctx.saved_tensors
-
-        def grad_logits(rows: slice) -> Tensor:
-            log_q, grad = _log_softmax(hidden[rows], weight, ctx.temperature), grads[0][rows]
-            within_rest = (log_q - log_rest[rows, None]).exp_().scatter_(-1, tokens[rows], 0)
-            slope = within_rest * grad[:, -1:] - log_q.exp_() * grad.sum(-1, keepdim=True)
-            return slope.scatter_add_(-1, tokens[rows], grad[:, :-1]) / ctx.temperature
-
-        return *_head_gradients(hidden, weight, grad_logits, ctx.chunk), None, None, None
+class _Gradients(NamedTuple):
+    hidden: Tensor  # [T, H], of one part
+    weight: Tensor | None  # [V, H], of all parts so far, in float32 or wider; None if no gradient is wanted
 
 
-def _head_gradients(
-    hidden: Tensor, weight: Tensor, grad_logits: Callable[[slice], Tensor], chunk: int
-) -> tuple[Tensor, Tensor]:
-    """Compute the gradients of hidden and weight from `grad_logits`, the gradient of the logits of the given rows."""
-    grad_hidden = torch.empty_like(hidden)
-    grad_weight = torch.zeros_like(weight, dtype=_at_least_float32(weight))
-    for rows in _chunks(hidden, chunk):
-        grad = grad_logits(rows).to(hidden.dtype)
-        grad_hidden[rows] = grad @ weight
-        grad_weight += grad.T @ hidden[rows]
-    return grad_hidden, grad_weight.to(weight.dtype)
+class _Evaluation:
+    """The evaluation of one part."""
+
+    def __init__(self, part: Part, head: _Head, gradients: _Gradients) -> None:
+        self._part, self._head, self._gradients = part, head, gradients
+        size, dtype = (len(part.measure),), _at_least_float32(head.hidden)
+        self._value, self._aside = (head.hidden.new_full(size, torch.nan, dtype=dtype) for _ in range(2))
+
+    def run(self) -> Found:
+        """Compute the values and the loss, and add the gradients."""
+        with_gradients = self._gradients.weight is not None
+        one_pass = with_gradients and not self._part.whole
+        for rows in self._chunks():
+            slopes = self._measure(rows, with_slopes=one_pass)
+            if one_pass:
+                self._add_gradients(rows, slopes, self._loss_and_coefficients()[1][rows])
+        if not with_gradients:
+            return Found(self._part.loss(self._value, self._aside), self._value, self._aside)
+        loss, coefficients = self._loss_and_coefficients()
+        for rows in self._chunks() if self._part.whole else ():
+            self._add_gradients(rows, self._measure(rows, with_slopes=True), coefficients[rows])
+        return Found(loss, self._value, self._aside)
+
+    def _measure(self, rows: slice, *, with_slopes: bool) -> Tensor:
+        """Compute value and aside of these rows; return their slopes, or an undefined tensor without them: [C, V]."""
+        hidden, weight, temperature, logits = self._head
+        hidden = hidden[rows]
+        logits = torch.mm(hidden, weight.T, out=logits[: len(hidden)])
+        value, aside = self._value[rows], self._aside[rows]
+        function = self._part.measure.chunk(rows, weight, temperature)
+        for block in _slices(len(logits), max(_sizes(weight).block // len(weight), 1)):
+            value[block], aside[block], slope = function(_log_softmax(logits[block], temperature), block)
+            if with_slopes:
+                logits[block] = slope()
+        return logits
+
+    def _loss_and_coefficients(self) -> tuple[Tensor, Tensor]:
+        """Compute the loss and c_t from the values so far."""
+        with torch.enable_grad():
+            value = self._value.detach().requires_grad_()
+            loss = self._part.loss(value, self._aside)
+            (coefficients,) = torch.autograd.grad(loss, value)
+        return loss.detach(), coefficients
+
+    def _add_gradients(self, rows: slice, slopes: Tensor, coefficients: Tensor) -> None:
+        """Add the gradients of these rows, whose slopes are [C, V] and coefficients [C]."""
+        hidden, grad_hidden, grad_weight = self._head.hidden[rows], *self._gradients
+        assert grad_weight is not None
+        scale = (coefficients / self._head.temperature)[:, None]
+        grad_hidden[rows] = (slopes @ self._head.weight) * scale
+        scaled = (hidden * scale).to(hidden.dtype)
+        if grad_weight.dtype == hidden.dtype:
+            grad_weight.addmm_(slopes.T, scaled)
+        else:
+            grad_weight += slopes.T @ scaled
+
+    def _chunks(self) -> Iterator[slice]:
+        return _slices(len(self._value), max(len(self._head.logits), 1))
 
 
-def _log_softmax(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    logits = hidden @ weight.T
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
     return torch.log_softmax(logits.to(_at_least_float32(logits)) / temperature, dim=-1)
 
 
-def _pick(log_probs: Tensor, targets: Tensor) -> Tensor:
-    return log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+def _sizes(tensor: Tensor) -> Sizes:
+    return CPU_SIZES if tensor.device.type == "cpu" else GPU_SIZES
 
 
-def _rows(hidden: Tensor) -> Tensor:
-    return hidden.new_empty(len(hidden), dtype=_at_least_float32(hidden))
-
-
-def _chunks(hidden: Tensor, chunk: int) -> Iterator[slice]:
-    return (slice(start, start + chunk) for start in range(0, len(hidden), chunk))
+def _slices(count: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
 def _at_least_float32(tensor: Tensor) -> torch.dtype:

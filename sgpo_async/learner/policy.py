@@ -1,16 +1,16 @@
 """A Hugging Face causal LM, trained with FSDP2: backbone, selected hidden states and fused losses in one forward.
 
 FSDP2 gathers the parameters of a module only during its forward. The output matrix belongs to the root module.
-Therefore everything that multiplies by this matrix (log-probabilities, entropy, Eq. 3) is computed inside the forward
-of the root, whether or not the matrix is tied to the embedding. All logits are never held at once.
+Therefore everything that multiplies by this matrix (log-probabilities, entropy, Eq. 3, and the gradients of the losses)
+is computed inside the forward of the root, whether or not the matrix is tied to the embedding. All logits are never
+held at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,24 +20,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from sgpo_async.algorithm import linear_logprobs
+from sgpo_async.algorithm import Found, LogProbability, Part, linear_loss
 from sgpo_async.errors import DataError
 from sgpo_async.learner.attention import Segments, use_packed_attention
 from sgpo_async.learner.packing import Packed, Tokens, pack
-from sgpo_async.learner.teacher_targets import TeacherTargets
 
 GROUP_BYTES = 32 * 2**20  # a smaller model is one FSDP group: more collectives would cost more time than overlap saves
 LOCAL_GRADIENT_BYTES = 2**30  # a smaller model keeps unsharded gradients until the last micro-batch of the step
-
-
-class Outputs(NamedTuple):
-    """Values per completion token, for A tokens of policy gradient, K of distillation targets and L of given texts."""
-
-    log_pi: Tensor  # [A], with gradient
-    entropy: Tensor  # [A]
-    d: Tensor  # [K], Eq. 3, with gradient
-    log_teacher: Tensor  # [K]
-    log_text: Tensor  # [L], with gradient
 
 
 class Policy(nn.Module):
@@ -68,27 +57,22 @@ class Policy(nn.Module):
         ).last_hidden_state
         return states[0].index_select(0, self._tensor(packed.picks))
 
-    def forward(
-        self, packed: Packed, sizes: tuple[int, int, int], teacher_targets: TeacherTargets | None, temperature: float
-    ) -> Outputs:
-        """Compute what the losses of a micro-batch need.
+    def forward(self, packed: Packed, parts: Sequence[Part], temperature: float) -> tuple[Tensor, list[Found]]:
+        """Compute the loss of a micro-batch, the sum over its parts, and the values of each part.
 
         Args:
-            packed: the micro-batch; its completion tokens are of the three kinds of `Outputs`, in that order.
-            sizes: A, K and L.
-            teacher_targets: the teacher's values for the K target tokens; None if there are no targets.
+            packed: the micro-batch.
+            parts: consecutive completion tokens that share a loss, all of them together.
             temperature: the sampling temperature of the rollouts.
         """
-        hidden, targets = self.hidden(packed), self._tensor(packed.targets)
-        sampled, target, text = hidden.split(sizes)
-        sampled_tokens, target_tokens, text_tokens = targets.split(sizes)
-        log_pi, entropy = linear_logprobs(sampled, self.head, sampled_tokens, temperature=temperature)
-        d = log_teacher = log_text = log_pi.new_empty(0)
-        if teacher_targets is not None:
-            d, log_teacher = teacher_targets.compare(target, self.head, target_tokens, temperature=temperature)
-        if len(text):
-            log_text, _ = linear_logprobs(text, self.head, text_tokens, temperature=temperature)
-        return Outputs(log_pi, entropy, d, log_teacher, log_text)
+        return linear_loss(self.hidden(packed), self.head, parts, temperature=temperature)
+
+    @torch.no_grad()
+    def log_probabilities(self, packed: Packed, temperature: float) -> Tensor:
+        """Compute log pi of each completion token of a micro-batch: [C]."""
+        measure = LogProbability(self._tensor(packed.targets))
+        _, (found,) = self(packed, [Part(measure, lambda log_pi, _: log_pi.sum())], temperature)
+        return found.value
 
     @contextmanager
     def own_attention(self) -> Iterator[None]:
@@ -156,7 +140,7 @@ def check_model(policy: Policy) -> None:
     packed = pack(tokens)
     with torch.no_grad():
         try:
-            found = policy(packed, (len(packed.targets), 0, 0), None, 1.0).log_pi
+            found = policy.log_probabilities(packed, 1.0)
         except (TypeError, AttributeError) as error:
             raise DataError(f"model.path: {name} cannot be trained on packed sequences: {error}") from error
         with policy.own_attention():

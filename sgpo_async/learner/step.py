@@ -24,18 +24,19 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from sgpo_async.algorithm import TeacherDivergence, TopDivergence
 from sgpo_async.config.schema import Run
 from sgpo_async.errors import SgpoError
 from sgpo_async.learner.batch import Batch, Item, Responses, Sequences, from_shard
 from sgpo_async.learner.division import Cost, Piece, deal, divide
 from sgpo_async.learner.objectives.base import Distillation, rollout_after
 from sgpo_async.learner.optimiser import clip_gradients, learning_rate
-from sgpo_async.learner.packing import Tokens, pack, repeated_tokens
+from sgpo_async.learner.packing import Packed, Tokens, pack, repeated_tokens
 from sgpo_async.learner.policy import LOCAL_GRADIENT_BYTES, Policy
 from sgpo_async.learner.step_metrics import StepMetrics
 from sgpo_async.learner.teacher import Teacher
-from sgpo_async.learner.teacher_targets import HiddenStateTargets, TeacherTargets, top_k_targets
-from sgpo_async.learner.terms import distillation_term, likelihood_term, policy_gradient_term
+from sgpo_async.learner.teacher_targets import top_k_targets
+from sgpo_async.learner.terms import DistillationTerm, LikelihoodTerm, PolicyGradientTerm, Term
 from sgpo_async.wire.records import Shard
 
 Key = tuple[int, int]  # task and slot of a rollout
@@ -134,13 +135,12 @@ class Stepper:
         sums = self.log_probabilities([rollout_after(rollout.prompt, rollout) for rollout in shard.rollouts])
         return [own - float(r.logprobs.sum(dtype=np.float64)) for own, r in zip(sums, shard.rollouts, strict=True)]
 
-    @torch.no_grad()
     def log_probabilities(self, sequences: Sequence[Tokens]) -> list[float]:
         """Compute log pi of each completion's trained tokens at the sampling temperature. A collective of all ranks."""
         sums: dict[int, float] = {}
         for order in self._forwards(sequences):
             packed = pack([sequences[i] for i in order])
-            log_pi = self.policy(packed, (len(packed.targets), 0, 0), None, self.run.rollout.temperature).log_pi
+            log_pi = self.policy.log_probabilities(packed, self.run.rollout.temperature)
             own = log_pi.split([len(sequences[i].targets) for i in order])
             sums |= {i: float(part.double().sum()) for i, part in zip(order, own, strict=True)}
         return [sums[i] for i in range(len(sequences))]
@@ -165,35 +165,39 @@ class Stepper:
         return self.run.algorithm.teacher != "behaviour"
 
     def _loss(self, version: int, part: Sequences, states: dict[Key, Tensor], statistics: StepMetrics) -> Tensor:
-        """Compute the loss of one micro-batch."""
-        algorithm = self.run.algorithm
-        teacher_targets = self._teacher_targets(part.distillation, states)
-        outputs = self.policy(pack(part.students), part.sizes, teacher_targets, self.run.rollout.temperature)
-        loss = outputs.log_pi.sum() * 0  # an empty micro-batch needs a backward pass too, because it is a collective
-        if part.policy_gradient:
-            statistics.add(entropy=outputs.entropy, tokens_auto=torch.ones_like(outputs.entropy))
-            loss = loss + policy_gradient_term(
-                part.policy_gradient, version, outputs.log_pi, algorithm=algorithm, statistics=statistics
-            )
-        if part.distillation:
-            distance = outputs.d, outputs.log_teacher
-            loss = loss + distillation_term(
-                part.distillation, version, distance, algorithm=algorithm, statistics=statistics
-            )
-        if part.likelihood:
-            loss = loss + likelihood_term(part.likelihood, outputs.log_text, algorithm=algorithm, statistics=statistics)
+        """Compute the loss of one micro-batch; without sequences it is 0, for the collectives of its backward pass."""
+        packed = pack(part.students)
+        terms = self._terms(part, version, packed, states)
+        loss, found = self.policy(packed, [term.part for term in terms], self.run.rollout.temperature)
+        for term, own in zip(terms, found, strict=True):
+            term.record(own, statistics)
         return loss
 
-    def _teacher_targets(self, targets: list[Distillation], states: dict[Key, Tensor]) -> TeacherTargets | None:
-        """Return the teacher's values for these targets, or None if there are no targets."""
+    def _terms(self, part: Sequences, version: int, packed: Packed, states: dict[Key, Tensor]) -> list[Term]:
+        """Return the terms that have sequences, in the order of the kinds."""
+        targets = torch.from_numpy(packed.targets).to(self._device).split(part.sizes)
+        dtype = torch.promote_types(next(self.policy.parameters()).dtype, torch.float32)
+        like, algorithm = torch.empty(0, dtype=dtype, device=self._device), self.run.algorithm
+        terms: list[Term] = []
+        if part.policy_gradient:
+            terms.append(PolicyGradientTerm(part.policy_gradient, version, targets[0], algorithm=algorithm, like=like))
+        if part.distillation:
+            measure = self._divergence(part.distillation, targets[1], states)
+            terms.append(DistillationTerm(part.distillation, version, measure, algorithm=algorithm, like=like))
+        if part.likelihood:
+            terms.append(LikelihoodTerm(part.likelihood, targets[2], algorithm=algorithm, like=like))
+        return terms
+
+    def _divergence(
+        self, items: list[Distillation], targets: Tensor, states: dict[Key, Tensor]
+    ) -> TeacherDivergence | TopDivergence:
+        """Return the comparison with the teacher: over the vocabulary, or over the tokens that the engine reported."""
         algorithm = self.run.algorithm
-        if not targets:
-            return None
         if not self._teacher_passes:
-            rollouts, k = [item.rollout for item in targets], algorithm.top_logprobs_num
+            rollouts, k = [item.rollout for item in items], algorithm.top_logprobs_num
             return top_k_targets(rollouts, k=k, kind=algorithm.divergence, device=self._device)
-        own = torch.cat([states[_key(item)] for item in targets])
-        return HiddenStateTargets(own, self.teacher.matrix, algorithm.divergence)
+        own = torch.cat([states[_key(item)] for item in items])
+        return TeacherDivergence(own, self.teacher.matrix, targets, algorithm.divergence)
 
     def _synchronise(self, last: bool) -> None:
         """Reduce the gradients of a small model once per step, and of a large model, to save memory, each time."""

@@ -4,7 +4,7 @@
     ema        a copy, updated after every step:       copy <- d copy + (1 - d) policy
     snapshot   a copy, updated after every n-th step:  copy <- policy
     frozen     a copy, never updated: the initial weights of the run
-    behaviour  no copy: the probabilities that the engine reported while sampling (`teacher_targets.TopKTargets`)
+    behaviour  no copy: the probabilities that the engine reported while sampling (`learner.teacher_targets`)
 
 A copy is sharded like the policy. On each rank it takes 1/ranks of its size, plus what FSDP keeps gathered: all of a
 small model, or the embedding and the output matrix of a large model. Every teacher except `behaviour` costs one forward

@@ -1,14 +1,33 @@
-"""The three terms of the loss for the sequences of one micro-batch, computed from the policy's flat outputs."""
+"""The three terms of the loss for the sequences of one micro-batch.
+
+Each term is a `Part` of the fused loss, and records its results. Its loss is a function of the flat values of all of
+its tokens. The fused loss calls and differentiates it while later values are still missing (NaN), so it has no side
+effects.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sgpo_async.algorithm import correction_weights, distillation_loss, grpo_loss, nll_loss, shaped_loss
+from sgpo_async.algorithm import (
+    WHOLE_SEQUENCE_LIMITERS,
+    WHOLE_SEQUENCE_MODES,
+    Found,
+    LogProbability,
+    Part,
+    TeacherDivergence,
+    TopDivergence,
+    correction_weights,
+    distillation_loss,
+    grpo_loss,
+    nll_loss,
+    shaped_loss,
+)
 from sgpo_async.config.schema import Algorithm
 from sgpo_async.learner.batch import lags
 from sgpo_async.learner.objectives.base import Distillation, Likelihood, PolicyGradient
@@ -17,75 +36,130 @@ from sgpo_async.learner.step_metrics import StepMetrics
 from sgpo_async.wire.records import Rollout
 
 
-def policy_gradient_term(
-    items: Sequence[PolicyGradient], version: int, log_pi: Tensor, *, algorithm: Algorithm, statistics: StepMetrics
-) -> Tensor:
-    """Sum weight times the clipped loss (Eq. 1) over these rollouts, from log_pi [A] of all their tokens."""
-    rule = algorithm.grpo_correction
-    rollouts = [item.rollout for item in items]
-    log_mu, age = _behaviour(rollouts, version, log_pi)
-    mask = age >= 0
-    log_pi = _unflatten(log_pi, mask)
-    correction = correction_weights(log_pi, log_mu, mask, mode=rule.mode, bound=rule.bound)
-    log_rho = (log_pi - log_mu).detach()
-    statistics.add_correction("correction", correction, log_rho, age, rule)
-    statistics.mismatch.add(log_rho, age, _later(rollouts, mask))
-    losses = grpo_loss(
-        log_pi,
-        mask,
-        _like(log_pi, [item.advantage for item in items]),
-        correction=correction,
-        clip=(algorithm.eps_low, algorithm.eps_high),
-    )
-    term = (losses * _like(losses, [item.weight for item in items])).sum()
-    statistics.add(grpo_loss=term)
-    return term
+class Term(Protocol):
+    """One term of the loss."""
+
+    part: Part
+
+    def record(self, found: Found, statistics: StepMetrics) -> None:
+        """Add the results of the part to the statistics."""
 
 
-def distillation_term(
-    items: Sequence[Distillation],
-    version: int,
-    distance: tuple[Tensor, Tensor],
-    *,
-    algorithm: Algorithm,
-    statistics: StepMetrics,
-) -> Tensor:
-    """Sum weight times L_KD (Eq. 5) over these targets.
+class PolicyGradientTerm:
+    """The sum of weight times the clipped loss (Eq. 1) over these rollouts, from log pi [A] of all their tokens.
 
-    The prefix is corrected towards the teacher's distribution, because Eq. 3 is an expectation over it.
-
-    Args:
-        distance: d [K] and the teacher's log-probability [K] of all the targets' tokens.
+    `like` has the type and device of log pi.
     """
-    rule = algorithm.kl_correction
-    rollouts = [item.rollout for item in items]
-    log_mu, age = _behaviour(rollouts, version, distance[0])
-    mask = age >= 0
-    d, log_teacher = (_unflatten(flat, mask) for flat in distance)
-    correction = correction_weights(log_teacher, log_mu, mask, mode=rule.mode, bound=rule.bound)
-    statistics.add_correction("kl_correction", correction, log_teacher - log_mu, age, rule)
-    statistics.add_kl(d, mask, algorithm)
-    statistics.keep_kl(rollouts, d)
-    losses = distillation_loss(
-        d, mask, correction, delta=algorithm.delta, limiter=algorithm.limiter, quantile=algorithm.quantile
-    )
-    term = (losses * _like(losses, [item.weight for item in items])).sum()
-    statistics.add(kd_loss=term)
-    return term
+
+    def __init__(
+        self, items: Sequence[PolicyGradient], version: int, targets: Tensor, *, algorithm: Algorithm, like: Tensor
+    ) -> None:
+        self._algorithm, self._rollouts = algorithm, [item.rollout for item in items]
+        self._log_mu, self._age = _behaviour(self._rollouts, version, like)
+        self._mask = self._age >= 0
+        self._advantages, self._weights = (
+            _like(like, [getattr(item, name) for item in items]) for name in ("advantage", "weight")
+        )
+        whole = algorithm.grpo_correction.mode in WHOLE_SEQUENCE_MODES
+        self.part = Part(LogProbability(targets), self._loss, whole)
+
+    def record(self, found: Found, statistics: StepMetrics) -> None:
+        """See `Term`."""
+        log_pi = _unflatten(found.value, self._mask)
+        log_rho = log_pi - self._log_mu
+        rule = self._algorithm.grpo_correction
+        statistics.add(grpo_loss=found.loss, entropy=found.aside, tokens_auto=self._mask)
+        statistics.add_correction("correction", self._correction(log_pi), log_rho, self._age, rule)
+        statistics.mismatch.add(log_rho, self._age, _later(self._rollouts, self._mask))
+
+    def _loss(self, log_pi: Tensor, _entropy: Tensor) -> Tensor:
+        log_pi = _unflatten(log_pi, self._mask)
+        losses = grpo_loss(
+            log_pi,
+            self._mask,
+            self._advantages,
+            correction=self._correction(log_pi),
+            clip=(self._algorithm.eps_low, self._algorithm.eps_high),
+        )
+        return (losses * self._weights).sum()
+
+    def _correction(self, log_pi: Tensor) -> Tensor:
+        rule = self._algorithm.grpo_correction
+        return correction_weights(log_pi, self._log_mu, self._mask, mode=rule.mode, bound=rule.bound)
 
 
-def likelihood_term(
-    items: Sequence[Likelihood], log_pi: Tensor, *, algorithm: Algorithm, statistics: StepMetrics
-) -> Tensor:
-    """Sum weight times the plain or shaped (LUFFY) loss over these texts, from log_pi [L] of all their tokens."""
-    _, known = pad([item.student.targets for item in items])
-    mask = torch.from_numpy(known).to(log_pi.device)
-    log_pi = _unflatten(log_pi, mask)
-    shaped = torch.tensor([item.shaped for item in items], device=mask.device)
-    losses = torch.where(shaped, shaped_loss(log_pi, mask, gamma=algorithm.luffy_gamma), nll_loss(log_pi, mask))
-    term = (losses * _like(losses, [item.weight for item in items])).sum()
-    statistics.add(likelihood_loss=term, tokens_likelihood=mask)
-    return term
+class DistillationTerm:
+    """The sum of weight times L_KD (Eq. 5) over these targets, from d [K] of all their tokens.
+
+    The prefix is corrected towards the teacher's distribution, because Eq. 3 is an expectation over it. `like` has the
+    type and device of d.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Distillation],
+        version: int,
+        measure: TeacherDivergence | TopDivergence,
+        *,
+        algorithm: Algorithm,
+        like: Tensor,
+    ) -> None:
+        self._algorithm, self._rollouts = algorithm, [item.rollout for item in items]
+        self._log_mu, self._age = _behaviour(self._rollouts, version, like)
+        self._mask = self._age >= 0
+        self._weights = _like(like, [item.weight for item in items])
+        modes, limiters = WHOLE_SEQUENCE_MODES, WHOLE_SEQUENCE_LIMITERS
+        whole = algorithm.kl_correction.mode in modes or algorithm.limiter in limiters
+        self.part = Part(measure, self._loss, whole)
+
+    def record(self, found: Found, statistics: StepMetrics) -> None:
+        """See `Term`."""
+        d, log_teacher = (_unflatten(flat, self._mask) for flat in (found.value, found.aside))
+        correction, rule = self._correction(log_teacher), self._algorithm.kl_correction
+        statistics.add(kd_loss=found.loss)
+        statistics.add_correction("kl_correction", correction, log_teacher - self._log_mu, self._age, rule)
+        statistics.add_kl(d, self._mask, self._algorithm)
+        statistics.keep_kl(self._rollouts, d)
+
+    def _loss(self, d: Tensor, log_teacher: Tensor) -> Tensor:
+        d, log_teacher = (_unflatten(flat, self._mask) for flat in (d, log_teacher))
+        algorithm = self._algorithm
+        losses = distillation_loss(
+            d,
+            self._mask,
+            self._correction(log_teacher),
+            delta=algorithm.delta,
+            limiter=algorithm.limiter,
+            quantile=algorithm.quantile,
+        )
+        return (losses * self._weights).sum()
+
+    def _correction(self, log_teacher: Tensor) -> Tensor:
+        rule = self._algorithm.kl_correction
+        return correction_weights(log_teacher, self._log_mu, self._mask, mode=rule.mode, bound=rule.bound)
+
+
+class LikelihoodTerm:
+    """The sum of weight times the plain or shaped (LUFFY) loss over these texts, from log pi [L] of all their tokens.
+
+    `like` has the type and device of log pi.
+    """
+
+    def __init__(self, items: Sequence[Likelihood], targets: Tensor, *, algorithm: Algorithm, like: Tensor) -> None:
+        self._gamma = algorithm.luffy_gamma
+        self._mask = torch.from_numpy(pad([item.student.targets for item in items])[1]).to(like.device)
+        self._shaped = torch.tensor([item.shaped for item in items], device=like.device)
+        self._weights = _like(like, [item.weight for item in items])
+        self.part = Part(LogProbability(targets), self._loss)
+
+    def record(self, found: Found, statistics: StepMetrics) -> None:
+        """See `Term`."""
+        statistics.add(likelihood_loss=found.loss, tokens_likelihood=self._mask)
+
+    def _loss(self, log_pi: Tensor, _entropy: Tensor) -> Tensor:
+        log_pi = _unflatten(log_pi, self._mask)
+        shaped, plain = shaped_loss(log_pi, self._mask, gamma=self._gamma), nll_loss(log_pi, self._mask)
+        return (torch.where(self._shaped, shaped, plain) * self._weights).sum()
 
 
 def _behaviour(rollouts: Sequence[Rollout], version: int, like: Tensor) -> tuple[Tensor, Tensor]:

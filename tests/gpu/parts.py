@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.profiler import ProfilerActivity, profile
 
-from sgpo_async.algorithm import DIVERGENCES, linear_divergence, linear_logprobs
+from sgpo_async.algorithm import DIVERGENCES, LogProbability, Part, TeacherDivergence, linear_loss
 from sgpo_async.config.schema import Algorithm, Learner, Local, Optim, Run
 from sgpo_async.config.schema import Rollout as Sizes
 from sgpo_async.engines import EmbeddedEngine, Generate, Generated, Weights
@@ -177,16 +177,18 @@ def losses(device: Device, tiny: bool, measurements: Measurements) -> None:
     weight = (torch.randn(vocabulary, width, device=device.name) * width**-0.5).bfloat16()
     targets = torch.randint(vocabulary, (rows,), device=device.name)
     measurements.record("size", {"T": rows, "V": vocabulary, "H": width})
+    log_probability = Part(LogProbability(targets), lambda log_pi, _: -log_pi.mean())
+    divergence = Part(TeacherDivergence(teacher, None, targets), lambda d, _: d.mean())
     implementations: dict[str, dict[str, Callable[[Tensor, Tensor], Tensor]]] = {
         "logprobs": {
             "naive": lambda h, w: -(h @ w.T).float().log_softmax(-1).gather(1, targets[:, None]).mean(),
-            "fused": lambda h, w: -linear_logprobs(h, w, targets)[0].mean(),
+            "fused": lambda h, w: linear_loss(h, w, [log_probability])[0],
         },
         "forward_kl": {
             "naive": lambda h, w: DIVERGENCES["forward"].value(
                 (teacher @ w.detach().T).float().log_softmax(-1), (h @ w.T).float().log_softmax(-1)
             ).mean(),
-            "fused": lambda h, w: linear_divergence((teacher, w.detach()), (h, w), targets)[0].mean(),
+            "fused": lambda h, w: linear_loss(h, w, [divergence])[0],
         },
     }  # fmt: skip
     try:
@@ -443,7 +445,7 @@ def _token_logprobs(policy: Policy, results: list[tuple[np.ndarray, Generated]])
     found: dict[int, np.ndarray] = {}
     for micro_batch in _micro_batches(sequences, 2048):
         packed = pack([sequences[i] for i in micro_batch])
-        log_pi = policy(packed, (len(packed.targets), 0, 0), None, 1.0).log_pi.float().cpu()
+        log_pi = policy.log_probabilities(packed, 1.0).float().cpu()
         parts = log_pi.split([len(sequences[i].completion) for i in micro_batch])
         found |= {i: part.numpy() for i, part in zip(micro_batch, parts, strict=True)}
     return [found[i] for i in range(len(sequences))]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from sgpo_async.algorithm import MODES, correction_weights
+from sgpo_async.algorithm import MODES, WHOLE_SEQUENCE_MODES, correction_weights
 from tests.reference import sgpo as reference
 
 T = 6
@@ -48,6 +48,15 @@ def test_equals_the_reference(mode, pi, mu, mask, bound):
     rows = zip(pi, mu, mask, strict=True)
     expected = np.stack([reference.correction_weights(p, m, keep, mode, bound) for p, m, keep in rows])
     np.testing.assert_allclose(weights(pi, mu, mask, mode, bound).numpy(), expected, rtol=1e-10)
+
+
+@every_mode
+def test_the_declared_modes_and_no_others_depend_on_later_tokens(mode):
+    pi, mask = np.full((1, T), 0.5), np.ones((1, T), bool)
+    mu = pi * np.array([0.9, 1.2, 0.8, 1.1, 0.7, 1.0])
+    found = weights(pi, mu, mask, mode, 7.0)[0, :-1]
+    mu[0, -1] *= 0.5
+    assert torch.equal(found, weights(pi, mu, mask, mode, 7.0)[0, :-1]) == (mode not in WHOLE_SEQUENCE_MODES)
 
 
 @every_mode

@@ -11,10 +11,9 @@ from sgpo_async.algorithm import (
     adaptive_weight,
     correction_weights,
     distillation_loss,
+    forward_kl,
     group_advantages,
     grpo_loss,
-    linear_divergence,
-    linear_logprobs,
     loss_weights,
     select_reachable,
     sgpo_loss,
@@ -50,18 +49,21 @@ def batch():
     }
 
 
+def log_prob(features, weight, tokens):
+    return (features @ weight.T).log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+
+
 def grpo(b, keep=slice(None)):
     features, tokens, mask = b["auto"][keep], b["auto_tokens"][keep], b["auto_mask"][keep]
-    log_pi, _ = linear_logprobs(features.reshape(-1, H), b["W"], tokens.reshape(-1), chunk=4)
-    log_pi = log_pi.view(tokens.shape)
+    log_pi = log_prob(features, b["W"], tokens)
     c = correction_weights(log_pi, log_pi + b["lag"][keep], mask, mode="token", bound=2.0)
     return grpo_loss(log_pi, mask, group_advantages(b["rewards"]).flatten()[keep], correction=c)
 
 
 def distillation(b, keep=slice(None)):
     tokens, mask = b["guided_tokens"][keep], b["guided_mask"][keep]
-    teacher, student = ((b[name][keep].reshape(-1, H), b["W"]) for name in ("guided", "unguided"))
-    d, log_teacher = (x.view(tokens.shape) for x in linear_divergence(teacher, student, tokens.reshape(-1), chunk=4))
+    teacher, student = (b[name][keep] @ b["W"].T for name in ("guided", "unguided"))
+    d, log_teacher = forward_kl(teacher, student), log_prob(b["guided"][keep], b["W"], tokens)
     c = correction_weights(log_teacher, log_teacher + b["guided_lag"][keep], mask, mode="prefix", bound=2.0)
     return distillation_loss(d, mask, c, limiter="none")
 
@@ -116,15 +118,13 @@ def test_the_gradient_equals_central_differences_with_teacher_and_correction_fix
     """Only the distillation term is compared: the value of the GRPO term is constant by construction (r_t = 1)."""
     W, step = batch["W"], 1e-6
     gradient = torch.autograd.grad(distillation(batch).sum(), W)[0]
-    tokens, mask = batch["guided_tokens"].reshape(-1), batch["guided_mask"]
-    teacher = batch["guided"].reshape(-1, H), W.detach().clone()
-    _, log_teacher = linear_divergence(teacher, teacher, tokens)
-    log_teacher = log_teacher.view(P, T)
+    mask, fixed = batch["guided_mask"], W.detach().clone()
+    log_teacher = log_prob(batch["guided"], fixed, batch["guided_tokens"])
     c = correction_weights(log_teacher, log_teacher + batch["guided_lag"], mask, mode="prefix", bound=2.0)
 
     def loss(weight):
-        d, _ = linear_divergence(teacher, (batch["unguided"].reshape(-1, H), weight), tokens)
-        return distillation_loss(d.view(P, T), mask, c, limiter="none").sum()
+        d = forward_kl(batch["guided"] @ fixed.T, batch["unguided"] @ weight.T)
+        return distillation_loss(d, mask, c, limiter="none").sum()
 
     for v in range(V):
         for h in range(H):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sgpo_async.algorithm import (
     LIMITERS,
     MODES,
+    WHOLE_SEQUENCE_LIMITERS,
     correction_weights,
     distillation_loss,
     grpo_loss,
@@ -158,6 +159,12 @@ class TestDistillation:
                 d[n : n + 1, : own.shape[1]], own, c[n : n + 1, : own.shape[1]], limiter=limiter, quantile=0.5
             )
             torch.testing.assert_close(alone[0], together[n], rtol=0, atol=1e-14)
+
+    @pytest.mark.parametrize("limiter", LIMITERS)
+    def test_the_declared_limiters_and_no_others_depend_on_later_tokens(self, limiter):
+        d, mask = torch.tensor([[0.5, 0.4, 0.3, 0.2], [0.5, 0.4, 0.3, 2.0]]), torch.ones(2, 4).bool()
+        found, changed = limit(d, mask, limiter=limiter, delta=0.35, quantile=0.5)
+        assert torch.equal(found[:3], changed[:3]) == (limiter not in WHOLE_SEQUENCE_LIMITERS)
 
     def test_clamp_has_a_gradient_where_a_minimum_would_have_none(self):
         d = torch.tensor([[0.5, 1.0, 4.0, 0.0, -1e-9]], requires_grad=True)

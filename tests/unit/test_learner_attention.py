@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from sgpo_async.algorithm import LogProbability, Part
 from sgpo_async.errors import DataError
 from sgpo_async.learner import attention
 from sgpo_async.learner.attention import Segments, packed_attention
-from sgpo_async.learner.packing import Tokens, pack
+from sgpo_async.learner.packing import Packed, Tokens, pack
 from sgpo_async.learner.policy import Policy, check_model, recompute
 
 SIZES = {
@@ -87,6 +88,15 @@ def one_at_a_time(model: PreTrainedModel, items: list[Tokens]) -> tuple[Tensor, 
     return value.detach(), gradients(model)
 
 
+def values_of(policy: Policy, packed: Packed) -> Tensor:
+    """Log-probabilities of a row; the gradient of their sum is added to that of the parameters."""
+    part = Part(LogProbability(torch.from_numpy(packed.targets)), lambda log_pi, _: (log_pi * weights).sum())
+    weights = coefficients(len(packed.targets))
+    loss, (found,) = policy(packed, [part], 1.0)
+    loss.backward()
+    return found.value
+
+
 @pytest.mark.parametrize("recomputes", [False, True])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_packed_row_equals_one_sequence_at_a_time(name: str, recomputes: bool) -> None:
@@ -97,9 +107,8 @@ def test_a_packed_row_equals_one_sequence_at_a_time(name: str, recomputes: bool)
     if recomputes:
         recompute(policy)
     packed = pack(items)
-    found = policy(packed, (len(packed.targets), 0, 0), None, 1.0).log_pi
-    (found * coefficients(len(found))).sum().backward()
-    torch.testing.assert_close(found.detach(), expected, rtol=0, atol=1e-10)
+    found = values_of(policy, packed)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
     exact = 1e-5 if name.startswith("gemma") else 1e-9  # Gemma's norms compute in float32
     for own, other in zip(gradients(policy.model), expected_gradients, strict=True):
         torch.testing.assert_close(own, other, rtol=0, atol=exact)
@@ -118,9 +127,8 @@ def test_prompts_that_are_computed_once_change_nothing(name: str, recomputes: bo
         recompute(policy)
     packed = pack(items)
     assert packed.shared is not None and packed.input_ids.shape == (1, sum(packed.lengths) - 2 * 9 - 1 - 4)
-    found = policy(packed, (len(packed.targets), 0, 0), None, 1.0).log_pi
-    (found * coefficients(len(found))).sum().backward()
-    torch.testing.assert_close(found.detach(), expected, rtol=0, atol=1e-10)
+    found = values_of(policy, packed)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
     exact = 1e-9 if name == "gpt_neox" else 1e-5  # the norms of the others compute in float32
     for own, other in zip(gradients(policy.model), expected_gradients, strict=True):
         torch.testing.assert_close(own, other, rtol=0, atol=exact)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sgpo_async.algorithm import linear
 from sgpo_async.config.schema import Correction, Run
 from sgpo_async.errors import SgpoError
 from sgpo_async.learner import policy, step
@@ -15,9 +16,15 @@ from sgpo_async.wire.records import Rollout
 from tests.reference import learner_cases as cases
 from tests.reference.objectives import reference_loss
 
-pytestmark = pytest.mark.usefixtures("one_rank")
+pytestmark = pytest.mark.usefixtures("one_rank", "small_chunks")
 
 MODES = ("none", "token", "token-mask", "prefix", "sequence", "sequence-geometric")
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Divide the rows of every sequence into several chunks of the fused loss, as in a model of real size."""
+    monkeypatch.setattr(linear, "CPU_SIZES", linear.Sizes(chunk=3 * cases.VOCABULARY, block=2 * cases.VOCABULARY))
 
 
 def gradients(

@@ -1,8 +1,8 @@
 """The input of an objective, the group of one task, and its output, weighted sequences of three kinds.
 
-    policy gradient   an autonomous rollout, with an advantage        terms.policy_gradient_term    Eq. 1
-    distillation      a guided rollout after the plain prompt         terms.distillation_term       Eq. 3, 5
-    likelihood        a given text after the plain prompt             terms.likelihood_term         NLL or LUFFY
+    policy gradient   an autonomous rollout, with an advantage        terms.PolicyGradientTerm      Eq. 1
+    distillation      a guided rollout after the plain prompt         terms.DistillationTerm        Eq. 3, 5
+    likelihood        a given text after the plain prompt             terms.LikelihoodTerm          NLL or LUFFY
 
 The loss of a step is the sum over all sequences of weight times the mean loss over the sequence's tokens. An objective
 computes constant weights from its task and from the number of problems in the whole batch. Therefore the division of
