@@ -59,6 +59,11 @@ class Policy(nn.Module):
         ).last_hidden_state
         return states.flatten(0, 1).index_select(0, self._tensor(packed.picks))
 
+    def own_logits(self, ids: np.ndarray) -> Tensor:
+        """Compute the logits [T, V] of one sequence as the model itself does."""
+        logits: Tensor = self.model(input_ids=self._tensor(ids).long()[None]).logits[0]
+        return logits
+
     def forward(
         self, packed: Packed, sizes: tuple[int, int, int], teacher_targets: TeacherTargets | None, temperature: float
     ) -> Outputs:
@@ -86,7 +91,9 @@ class Policy(nn.Module):
 
 
 def shard(policy: Policy, mesh: DeviceMesh, *, precision: str) -> Policy:
-    """Move the policy to the mesh's devices and shard it in place. Every rank must hold the same weights before.
+    """Move the policy to the mesh's devices and shard it in place.
+
+    Every rank must hold the same weights before, or parameters on the meta device, which remain there.
 
     Args:
         precision: the precision of matrix products, see `in_bfloat16`.
@@ -100,8 +107,15 @@ def shard(policy: Policy, mesh: DeviceMesh, *, precision: str) -> Policy:
         for layer in decoder_layers(policy.model):
             fully_shard(layer, mesh=mesh, mp_policy=mixed)
     fully_shard(policy, mesh=mesh, mp_policy=mixed, reshard_after_forward=False)
-    register_fsdp_forward_method(policy, "hidden")
+    for method in ("hidden", "own_logits"):
+        register_fsdp_forward_method(policy, method)
     return policy
+
+
+def rows_on(rows: int, rank: int, ranks: int) -> range:
+    """Return which of the `rows` of a parameter FSDP2 keeps on `rank`: a chunk of `torch.chunk`."""
+    chunk = -(-rows // ranks)
+    return range(min(rank * chunk, rows), min((rank + 1) * chunk, rows))
 
 
 def recompute(policy: Policy) -> None:
@@ -128,6 +142,8 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 def check_model(policy: Policy) -> None:
     """Raise DataError unless packing and the fused output layer reproduce the model's own log-probabilities.
 
+    A collective of all ranks if the policy is sharded.
+
     This rejects models whose state leaks from one packed sequence into the next, that accept no position ids, or whose
     logits are not simply hidden @ matrix (because of a bias, a cap or a scale).
     """
@@ -140,7 +156,7 @@ def check_model(policy: Policy) -> None:
         except (TypeError, AttributeError) as error:
             name = type(policy.model).__name__
             raise DataError(f"model.path: {name} cannot be trained on packed sequences: {error}") from error
-        expected = torch.cat([_own_logprobs(policy.model, own.prompt, own.completion) for own in tokens])
+        expected = torch.cat([_own_logprobs(policy, own.prompt, own.completion) for own in tokens])
     if not torch.allclose(found, expected.to(found.dtype), rtol=1e-3, atol=1e-3):
         raise DataError(
             f"model.path: {type(policy.model).__name__} is not supported: its log-probabilities change when sequences "
@@ -148,8 +164,8 @@ def check_model(policy: Policy) -> None:
         )
 
 
-def _own_logprobs(model: PreTrainedModel, prompt: np.ndarray, completion: np.ndarray) -> Tensor:
-    ids = torch.from_numpy(np.concatenate((prompt, completion))).long().to(model.device)
-    log_probs = model(input_ids=ids[None]).logits[0].log_softmax(-1)
-    at = torch.arange(len(prompt), len(ids), device=ids.device)
-    return log_probs[at - 1, ids[at]]
+def _own_logprobs(policy: Policy, prompt: np.ndarray, completion: np.ndarray) -> Tensor:
+    ids = np.concatenate((prompt, completion))
+    log_probs = policy.own_logits(ids).log_softmax(-1)
+    at = torch.arange(len(prompt), len(ids), device=log_probs.device)
+    return log_probs[at - 1, torch.from_numpy(ids[len(prompt) :]).long().to(log_probs.device)]
