@@ -98,8 +98,11 @@ def _own_rows(part: Slice, parameter: DTensor) -> Tensor:
     """Read this rank's rows of a parameter, rounded as `load_model` in float32 and then a cast would."""
     mesh = parameter.device_mesh
     rows = rows_on(len(parameter), mesh.get_local_rank(), mesh.size())
-    local = torch.empty(parameter.to_local().shape, dtype=parameter.dtype, device=mesh.device_type)
-    return local.copy_(part[rows.start : rows.stop].float())
+    stored = part[rows.start : rows.stop]
+    if stored.dtype == torch.float64:
+        stored = stored.float()  # from narrower dtypes, both ways round at most once
+    local = torch.empty(stored.shape, dtype=parameter.dtype, device=mesh.device_type)
+    return local.copy_(stored)
 
 
 def _fill(policy: Policy, local_of: Callable[[str, DTensor], Tensor]) -> None:

@@ -165,7 +165,7 @@ BREAKS: dict[str, Callable[[Path], None]] = {
     "broken config": broken_config,
     "unknown model": unknown_model,
     "no config": lambda folder: (folder / "config.json").unlink(),
-    "no folder": lambda folder: shutil.rmtree(folder),
+    "no folder": shutil.rmtree,
 }
 
 
