@@ -61,7 +61,7 @@ def _buckets(parameters: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, DTe
     size = 0
     for name, parameter in parameters:
         assert isinstance(parameter, DTensor), f"parameter {name} is not sharded now"
-        assert parameter.placements == (Shard(0),)
+        assert parameter.placements[-1] == Shard(0)
         if bucket and size + parameter.nbytes > BUCKET_BYTES:
             yield bucket
             bucket, size = {}, 0
@@ -72,12 +72,13 @@ def _buckets(parameters: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, DTe
 
 def _gather(parameters: list[DTensor]) -> list[Tensor]:
     """Gather the full tensor of each parameter on every rank, like `full_tensor`, in one collective."""
-    ranks = dist.get_world_size()
+    mesh = parameters[0].device_mesh  # every node gathers its own copy
+    ranks, group = mesh.size(mesh.ndim - 1), mesh.get_group(mesh.ndim - 1)
     sizes = [[len(rows_on(len(p), rank, ranks)) * (p.numel() // len(p)) for p in parameters] for rank in range(ranks)]
     local = torch.cat([p.to_local().detach().flatten() for p in parameters])
     padded = nn.functional.pad(local, (0, max(map(sum, sizes)) - len(local)))
     gathered = local.new_empty(ranks * len(padded))
-    all_gather_single(gathered, padded)
+    all_gather_single(gathered, padded, group=group)
     shares = gathered.view(ranks, -1)
     parts = [shares[rank, : sum(sizes[rank])].split(sizes[rank]) for rank in range(ranks)]
     return [torch.cat(pieces).view(p.shape) for p, pieces in zip(parameters, zip(*parts, strict=True), strict=True)]

@@ -69,7 +69,7 @@ def train(run: Run, hub_address: str) -> int:
         SgpoError: training failed; the message is one line.
     """
     signals = UrgentSignals(in_order=all_ranks_run)
-    mesh = join_world(timeout_s=run.learner.batch_timeout_s + COLLECTIVE_SLACK_S)
+    mesh = join_world(run.learner, timeout_s=run.learner.batch_timeout_s + COLLECTIVE_SLACK_S)
     dealer = Dealer(hub_address, keys=run.hub.keys, max_bytes=run.hub.max_message_mb * 2**20)
     try:
         dealer.wait_connected(CONNECT_S)
