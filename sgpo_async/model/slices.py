@@ -82,9 +82,8 @@ def _open(path: str, *, local: bool) -> Slices:
     tensors = {name: part for file in _weight_files(path, local=local) for name, part in _slices_of(file)}
     with _parameters_on_meta():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    for transform in get_model_conversion_mapping(model):
-        if changed := [name for name in tensors if transform.rename_source_key(name) != (name, None)]:
-            raise CannotSliceError(f"transformers renames or converts {_some(changed)}")
+    if get_model_conversion_mapping(model, add_legacy=False):
+        raise CannotSliceError(f"transformers renames or converts tensors of a {type(model).__name__}")
     parameters = _find(path, model, tensors)
     for name, buffer in model.named_buffers():
         if name in parameters:
