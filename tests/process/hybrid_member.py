@@ -6,6 +6,7 @@ Rank 0 writes to FOLDER/found.pt, for both meshes, what it found. Every rank tra
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,13 @@ from sgpo_async.learner.teacher import Teacher
 from tests.reference import learner_cases as cases
 
 TIMEOUT_S = 240.0
-RUN = cases.settings(row_tokens=20)  # several micro-batches on each rank
+RUN = cases.settings(row_tokens=20, teacher="ema", teacher_decay=0.7)  # several micro-batches on each rank
 
 
 def learner(folder: Path, mesh: DeviceMesh) -> Stepper:
-    loaded = loading.load_policy(str(folder / "model"), Learner(precision="float32"), mesh)
-    return Stepper(RUN, loaded, optimiser.build(loaded, RUN.optim), Teacher(RUN.algorithm, None))
+    run, model = replace(RUN, learner=replace(RUN.learner, precision="float32")), str(folder / "model")
+    loaded, teacher = loading.load_policy(model, run.learner, mesh), loading.load_teacher(model, run, mesh)
+    return Stepper(run, loaded, optimiser.build(loaded, run.optim), Teacher(run.algorithm, teacher))
 
 
 def train(stepper: Stepper, steps: range) -> list[dict[str, Any]]:
@@ -64,6 +66,13 @@ def gradients(stepper: Stepper) -> dict[str, Any]:
     }
 
 
+def resumed(checkpoints: Path, fresh: Stepper) -> Stepper:
+    written = checkpoint.newest_whole(checkpoints)
+    assert written is not None
+    checkpoint.restore(written, module=fresh.policy, optimiser=fresh.optimiser, teacher=fresh.teacher.moving)
+    return fresh
+
+
 def everything(folder: Path, mesh: DeviceMesh) -> dict[str, Any]:
     found: dict[str, Any] = {"shape": tuple(mesh.shape), "small": gradients(learner(folder, mesh))}
     policy.GROUP_BYTES = step.LOCAL_GRADIENT_BYTES = 0
@@ -74,10 +83,9 @@ def everything(folder: Path, mesh: DeviceMesh) -> dict[str, Any]:
     first, checkpoints = learner(folder, mesh), folder / f"checkpoints-{mesh.ndim}"
     found["resumed"] = train(first, range(2))
     with CheckpointWriter(checkpoints, keep=1) as writer:
-        writer.save(step=2, module=first.policy, optimiser=first.optimiser, saved=Saved({"step": 2}, b""))
-    second, written = learner(folder, mesh), checkpoint.newest_whole(checkpoints)
-    assert written is not None
-    checkpoint.restore(written, module=second.policy, optimiser=second.optimiser)
+        state = {"module": first.policy, "optimiser": first.optimiser, "teacher": first.teacher.moving}
+        writer.save(step=2, saved=Saved({"step": 2}, b""), **state)
+    second = resumed(checkpoints, learner(folder, mesh))
     found["resumed"] += train(second, range(2, 3))
     found["weights"] = {name: p.detach().full_tensor() for name, p in uninterrupted.policy.model.named_parameters()}
     found["resumed weights"] = {name: p.detach().full_tensor() for name, p in second.policy.model.named_parameters()}
@@ -91,7 +99,9 @@ def main() -> None:
     torch.set_num_threads(1)
     mesh = join_world(Learner(), timeout_s=TIMEOUT_S)
     found = {"node": everything(folder, mesh)}
-    found["world"] = everything(folder, mesh_of(Learner(shard_over="world"), "cpu", timeout_s=TIMEOUT_S))
+    world = mesh_of(Learner(shard_over="world"), "cpu", timeout_s=TIMEOUT_S)
+    found["world"] = everything(folder, world)
+    found["crossed"] = train(resumed(folder / "checkpoints-2", learner(folder, world)), range(2, 3))
     if dist.get_rank() == 0:
         torch.save(found, folder / "found.pt")
     dist.barrier()

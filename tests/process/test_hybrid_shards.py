@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.process, pytest.mark.timeout(900)]
 
 PATIENCE_S = 400.0
 SCRIPT = str(Path(__file__).with_name("hybrid_member.py"))
-RUN = cases.settings(row_tokens=20)
+RUN = cases.settings(row_tokens=20, teacher="ema", teacher_decay=0.7)
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +55,8 @@ def test_parameters_are_sharded_within_a_node(found: dict[str, Any]) -> None:
 @pytest.mark.parametrize("size", ["small", "large"])
 @pytest.mark.parametrize("over", ["node", "world"])
 def test_gradients_equal_the_reference_over_all_ranks(found: dict[str, Any], over: str, size: str) -> None:
-    model = cases.tiny_model(dtype=torch.float32).double()
-    reference_loss(model, cases.groups(), RUN).backward()
+    model, teacher = (cases.tiny_model(dtype=torch.float32).double() for _ in range(2))
+    reference_loss(model, cases.groups(), RUN, teacher=teacher).backward()
     for name, parameter in model.named_parameters():
         gradient = found[over][size]["gradient"][name].double()
         torch.testing.assert_close(gradient, parameter.grad, atol=1e-6, rtol=1e-4)
@@ -92,3 +92,9 @@ def test_a_resumed_run_continues_bit_for_bit(found: dict[str, Any], over: str) -
     assert found[over]["resumed"] == found[over]["metrics"]
     for name, tensor in found[over]["weights"].items():
         assert torch.equal(found[over]["resumed weights"][name], tensor)
+
+
+def test_shards_within_a_node_can_be_resumed_as_shards_over_the_world(found: dict[str, Any]) -> None:
+    (line,) = found["crossed"]
+    for key in ("loss", "grad_norm"):
+        assert line[key] == pytest.approx(found["node"]["metrics"][2][key], rel=1e-4)

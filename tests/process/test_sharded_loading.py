@@ -19,7 +19,9 @@ from sgpo_async.learner.batch import from_shard
 from sgpo_async.learner.policy import Policy
 from sgpo_async.learner.step import Stepper
 from sgpo_async.learner.teacher import Teacher
+from sgpo_async.model import slices
 from sgpo_async.model.load import load_model
+from sgpo_async.model.slices import Slices
 from tests.reference import learner_cases as cases
 
 pytestmark = pytest.mark.process
@@ -54,7 +56,11 @@ def worker(rank: int, root: Path, ranks: int) -> None:
         found[folder] = {"whole": gradient(whole(folder, mesh), rank)}
         with pytest.MonkeyPatch.context() as patch:
             patch.delattr(loading, "load_model")  # nothing is loaded whole
-            found[folder]["sliced"] = gradient(loading.load_policy(folder, RUN.learner, mesh), rank)
+            patch.setattr(loading, "open_slices", counted)
+            Counted.read = 0
+            loaded = loading.load_policy(folder, RUN.learner, mesh)
+            assert Counted.read == sum(p.to_local().numel() for p in loaded.parameters())
+            found[folder]["sliced"] = gradient(loaded, rank)
             patch.setattr(policy, "GROUP_BYTES", 0)
             grouped = loading.load_policy(folder, Learner(precision="bfloat16", recompute=True), mesh)
             found[folder]["policy"] = values(grouped)
@@ -65,6 +71,26 @@ def worker(rank: int, root: Path, ranks: int) -> None:
         torch.save(found, root / f"found-{ranks}.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+class Counted:
+    """A slice of a file that counts the elements that are read, if they are a rank's rows."""
+
+    read = 0
+
+    def __init__(self, part: Any) -> None:
+        self._part = part
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        found = self._part[rows]
+        Counted.read += found.numel()
+        return found
+
+
+def counted(folder: str) -> Slices:
+    found = slices.open_slices(folder)
+    assert all(parameter.is_meta for parameter in found.model.parameters())
+    return Slices(found.model, {name: Counted(part) for name, part in found.parameters.items()})
 
 
 def whole(folder: str, mesh: DeviceMesh) -> Policy:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
-from sgpo_async.config.schema import Learner
+from sgpo_async.config.schema import Algorithm, Learner, Run
 from sgpo_async.errors import DataError
 from sgpo_async.learner import loading, policy
 from sgpo_async.learner.process_group import join_alone
@@ -123,6 +123,18 @@ def test_buffers_of_learned_positions_are_right(tmp_path: Path, caplog: pytest.L
     config = GPT2Config(vocab_size=11, n_embd=16, n_layer=2, n_head=2, n_positions=32, initializer_range=0.3)
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
     assert whole(load(tmp_path), tmp_path, caplog) == ""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_float64_is_rounded_as_in_a_teacher_that_is_loaded_whole(folder: Path, dtype: str) -> None:
+    """Twice, if the teacher is kept in bfloat16: 1 + 2^-8 + 2^-30 becomes 1 + 2^-8 and then 1."""
+    edit(folder, **{NORM: torch.full((16,), 1 + 2**-8 + 2**-30, dtype=torch.float64)})
+    run = Run(algorithm=Algorithm(teacher="frozen", teacher_dtype=dtype))
+    teacher = loading.load_teacher(str(folder), run, join_alone())
+    expected = load_model(str(folder), device="cpu", dtype="float32").get_parameter(NORM).to(getattr(torch, dtype))
+    found = teacher.model.get_parameter(NORM).full_tensor()
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
 
 
 def broken_file(folder: Path) -> None:
