@@ -64,7 +64,8 @@ class Colocated:
 
 def main(config: str, setting: str, seconds: str, *words: str) -> None:
     """Run one step to warm up, then `setting` for about `seconds`; rank 0 prints its counts."""
-    colocated = Colocated(load(config, words), join_world(timeout_s=COLLECTIVE_S))
+    run = load(config, words)
+    colocated = Colocated(run, join_world(run.learner, timeout_s=COLLECTIVE_S))
     lap = _learner(colocated) if setting == "learner" else _synchronous(colocated)
     problems, tokens = 0, 0
     next(lap)

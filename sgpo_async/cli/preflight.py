@@ -128,12 +128,11 @@ def training_memory(run: Run, parameters: int, *, gpu_bytes: int | None) -> str:
     here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     width = {"float32": 4, "bfloat16": 2}
     teacher = width[run.algorithm.teacher_dtype] if run.algorithm.copies_teacher else 0
-    each = parameters * (TRAINED + teacher) // ranks
+    each = parameters * (TRAINED + teacher) // run.learner.shards(ranks=ranks, here=here)
     what = f"{size(each)} in each of {ranks} ranks: weights, gradients, AdamW{', teacher' * bool(teacher)}"
     remedy = "use more ranks or a smaller model" + (", or algorithm.teacher_dtype=bfloat16" if teacher == 4 else "")
-    loading = 4 * parameters * here  # each rank loads the whole model before it keeps its part
     on_cpu = gpu_bytes is None and not GPU.exists()
-    needed, available = max(loading, each * here if on_cpu else 0), available_memory()
+    needed, available = each * here if on_cpu else 0, available_memory()
     if gpu_bytes is not None and each > gpu_bytes:
         raise CheckFailed(f"{what}, and a GPU has {size(gpu_bytes)}", remedy)
     if needed > available:

@@ -159,6 +159,9 @@ class Learner:
     precision: Literal["auto", "float32", "bfloat16"] = (
         "auto"  # of matrix products; auto: bfloat16 on GPUs that support it
     )
+    # The ranks that divide weights, gradients and AdamW among them. node: those of one node; then every node has all of
+    # them, and a step moves only its gradient between nodes. auto: node, if nodes have more than one rank.
+    shard_over: Literal["auto", "node", "world"] = "auto"
     recompute: bool = False  # activations, layer by layer: a third more work, memory for much longer sequences
     # Skip the forward pass of rollouts with advantage 0 (those of a group in which all or none solved the problem): the
     # same gradient for less work. Entropy, lag and mismatch are then measured on the remaining rollouts only.
@@ -186,6 +189,10 @@ class Learner:
         require(self.mismatch_bound >= 0, "learner.mismatch_bound", "must be >= 0", self.mismatch_bound)
         require(self.samples >= 0, "learner.samples", "must be >= 0", self.samples)
         require(self.samples_mb >= 1, "learner.samples_mb", "must be >= 1", self.samples_mb)
+
+    def shards(self, *, ranks: int, here: int) -> int:
+        """Return how many ranks divide the parameters among them, of `ranks` in all and `here` on each node."""
+        return here if self.shard_over == "node" or (self.shard_over == "auto" and here > 1) else ranks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,7 @@ held at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -57,6 +56,15 @@ class Policy(nn.Module):
         ).last_hidden_state
         return states[0].index_select(0, self._tensor(packed.picks))
 
+    def own_logits(self, ids: np.ndarray) -> Tensor:
+        """Compute the logits [T, V] of one sequence as the model itself does, with its own attention."""
+        self.model.set_attn_implementation(self._own_attention)
+        try:
+            logits: Tensor = self.model(input_ids=self._tensor(ids).long()[None]).logits[0]
+        finally:
+            use_packed_attention(self.model)
+        return logits
+
     def forward(self, packed: Packed, parts: Sequence[Part], temperature: float) -> tuple[Tensor, list[Found]]:
         """Compute the loss of a micro-batch, the sum over its parts, and the values of each part.
 
@@ -74,21 +82,14 @@ class Policy(nn.Module):
         _, (found,) = self(packed, [Part(measure, lambda log_pi, _: log_pi.sum())], temperature)
         return found.value
 
-    @contextmanager
-    def own_attention(self) -> Iterator[None]:
-        """Within this context the model computes its attention as it did before, for sequences that are not packed."""
-        self.model.set_attn_implementation(self._own_attention)
-        try:
-            yield
-        finally:
-            use_packed_attention(self.model)
-
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.head.device)
 
 
 def shard(policy: Policy, mesh: DeviceMesh, *, precision: str) -> Policy:
-    """Move the policy to the mesh's devices and shard it in place. Every rank must hold the same weights before.
+    """Move the policy to the mesh's devices and shard it in place.
+
+    Every rank must hold the same weights before, or parameters on the meta device, which remain there.
 
     Args:
         precision: the precision of matrix products, see `in_bfloat16`.
@@ -102,8 +103,15 @@ def shard(policy: Policy, mesh: DeviceMesh, *, precision: str) -> Policy:
         for layer in decoder_layers(policy.model):
             fully_shard(layer, mesh=mesh, mp_policy=mixed)
     fully_shard(policy, mesh=mesh, mp_policy=mixed, reshard_after_forward=False)
-    register_fsdp_forward_method(policy, "hidden")
+    for method in ("hidden", "own_logits"):
+        register_fsdp_forward_method(policy, method)
     return policy
+
+
+def rows_on(rows: int, rank: int, ranks: int) -> range:
+    """Return which of the `rows` of a parameter FSDP2 keeps on `rank`: a chunk of `torch.chunk`."""
+    chunk = -(-rows // ranks)
+    return range(min(rank * chunk, rows), min((rank + 1) * chunk, rows))
 
 
 def recompute(policy: Policy) -> None:
@@ -130,6 +138,8 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 def check_model(policy: Policy) -> None:
     """Raise DataError unless packing and the fused output layer reproduce the model's own log-probabilities.
 
+    A collective of all ranks if the policy is sharded.
+
     This rejects models whose state leaks from one packed sequence into the next, that accept no position ids, that
     compute their attention in a way of their own, or whose logits are not simply hidden @ matrix (because of a bias, a
     cap or a scale).
@@ -143,8 +153,7 @@ def check_model(policy: Policy) -> None:
             found = policy.log_probabilities(packed, 1.0)
         except (TypeError, AttributeError) as error:
             raise DataError(f"model.path: {name} cannot be trained on packed sequences: {error}") from error
-        with policy.own_attention():
-            expected = torch.cat([_own_logprobs(policy.model, own.prompt, own.completion) for own in tokens])
+        expected = torch.cat([_own_logprobs(policy, own.prompt, own.completion) for own in tokens])
     if not torch.allclose(found, expected.to(found.dtype), rtol=1e-3, atol=1e-3):
         raise DataError(
             f"model.path: {name} is not supported: its log-probabilities change when sequences are packed, or its "
@@ -164,8 +173,8 @@ def _is_windowed(model: PreTrainedModel) -> bool:
     return "sliding_attention" in kinds if kinds else bool(getattr(config, "sliding_window", None))
 
 
-def _own_logprobs(model: PreTrainedModel, prompt: np.ndarray, completion: np.ndarray) -> Tensor:
-    ids = torch.from_numpy(np.concatenate((prompt, completion))).long().to(model.device)
-    log_probs = model(input_ids=ids[None]).logits[0].log_softmax(-1)
-    at = torch.arange(len(prompt), len(ids), device=ids.device)
-    return log_probs[at - 1, ids[at]]
+def _own_logprobs(policy: Policy, prompt: np.ndarray, completion: np.ndarray) -> Tensor:
+    ids = np.concatenate((prompt, completion))
+    log_probs = policy.own_logits(ids).log_softmax(-1)
+    at = torch.arange(len(prompt), len(ids), device=log_probs.device)
+    return log_probs[at - 1, torch.from_numpy(ids[len(prompt) :]).long().to(log_probs.device)]

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from sgpo_async.config.schema import Learner, require
 from sgpo_async.errors import DeadlineExceeded
 
 log = logging.getLogger(__name__)
@@ -36,14 +37,15 @@ all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_
 """`all_gather_single(output, input)`: gather tensors of equal size into one tensor. A collective of all ranks."""
 
 
-def join_world(*, timeout_s: float) -> DeviceMesh:
-    """Join the process group of all ranks; return its one-dimensional mesh on this rank's device.
+def join_world(learner: Learner, *, timeout_s: float) -> DeviceMesh:
+    """Join the process group of all ranks; return the mesh over which parameters are sharded, see `mesh_of`.
 
     Args:
         timeout_s: the timeout of every collective. It must be longer than a rank may wait for its batch, because the
             other ranks may already have theirs.
 
     Raises:
+        ConfigError: the mesh that `learner.shard_over` describes does not exist.
         DeadlineExceeded: not all ranks have started within `timeout_s`.
     """
     device = device_for(gpus=torch.cuda.device_count(), ranks=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -56,7 +58,33 @@ def join_world(*, timeout_s: float) -> DeviceMesh:
     store, rank, ranks = next(dist.rendezvous("env://", timeout=timeout))
     store = dist.PrefixStore(agree(store, rank, ranks, timeout_s=timeout_s), store)
     dist.init_process_group(BACKENDS[device], store=store, rank=rank, world_size=ranks, timeout=timeout)
-    return init_device_mesh(device, (ranks,))
+    return mesh_of(learner, device, timeout_s=timeout_s)
+
+
+def mesh_of(learner: Learner, device: str, *, timeout_s: float) -> DeviceMesh:
+    """Create the mesh over whose last dimension parameters are sharded: [ranks], or [nodes, ranks of a node].
+
+    With two dimensions the parameters are replicated over the first (hybrid sharding). A collective of all ranks.
+
+    Raises ConfigError if nodes with different numbers of ranks cannot have the same shards.
+    """
+    ranks, here = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    counts = [here] * ranks
+    dist.all_gather_object(counts, here)
+    require(
+        learner.shard_over == "world" or len(set(counts)) == 1,
+        "learner.shard_over",
+        f"must be world if nodes have different numbers of ranks ({min(counts)} to {max(counts)})",
+        learner.shard_over,
+    )
+    shards = learner.shards(ranks=ranks, here=here)
+    if shards == ranks:
+        return init_device_mesh(device, (ranks,))
+    # init_device_mesh would give these groups torch's own timeout, which may be shorter than the wait for a batch.
+    layout, timeout = torch.arange(ranks).view(-1, shards), timedelta(seconds=timeout_s)
+    within, _ = dist.new_subgroups_by_enumeration(layout.tolist(), timeout=timeout)
+    across, _ = dist.new_subgroups_by_enumeration(layout.T.tolist(), timeout=timeout)
+    return DeviceMesh.from_group([across, within], device, mesh=layout, mesh_dim_names=("node", "rank"))
 
 
 def agree(store: dist.Store, rank: int, ranks: int, *, timeout_s: float) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from sgpo_async.errors import DeadlineExceeded
-from sgpo_async.learner.policy import Policy
+from sgpo_async.learner.policy import Policy, rows_on
 from sgpo_async.learner.process_group import all_gather_single
 from sgpo_async.processes.progress import result_while_moving
 
@@ -61,7 +61,7 @@ def _buckets(parameters: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, DTe
     size = 0
     for name, parameter in parameters:
         assert isinstance(parameter, DTensor), f"parameter {name} is not sharded now"
-        assert parameter.placements == (Shard(0),)
+        assert parameter.placements[-1] == Shard(0)
         if bucket and size + parameter.nbytes > BUCKET_BYTES:
             yield bucket
             bucket, size = {}, 0
@@ -72,21 +72,16 @@ def _buckets(parameters: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, DTe
 
 def _gather(parameters: list[DTensor]) -> list[Tensor]:
     """Gather the full tensor of each parameter on every rank, like `full_tensor`, in one collective."""
-    ranks = dist.get_world_size()
-    sizes = [[_rows(len(p), rank, ranks) * (p.numel() // len(p)) for p in parameters] for rank in range(ranks)]
+    mesh = parameters[0].device_mesh  # every node gathers its own copy
+    ranks, group = mesh.size(mesh.ndim - 1), mesh.get_group(mesh.ndim - 1)
+    sizes = [[len(rows_on(len(p), rank, ranks)) * (p.numel() // len(p)) for p in parameters] for rank in range(ranks)]
     local = torch.cat([p.to_local().detach().flatten() for p in parameters])
     padded = nn.functional.pad(local, (0, max(map(sum, sizes)) - len(local)))
     gathered = local.new_empty(ranks * len(padded))
-    all_gather_single(gathered, padded)
+    all_gather_single(gathered, padded, group=group)
     shares = gathered.view(ranks, -1)
     parts = [shares[rank, : sum(sizes[rank])].split(sizes[rank]) for rank in range(ranks)]
     return [torch.cat(pieces).view(p.shape) for p, pieces in zip(parameters, zip(*parts, strict=True), strict=True)]
-
-
-def _rows(rows: int, rank: int, ranks: int) -> int:
-    """Return how many of `rows` FSDP2 keeps on `rank`, which is the size of its chunk by `torch.chunk`."""
-    chunk = -(-rows // ranks)
-    return max(min(chunk, rows - rank * chunk), 0)
 
 
 class Publisher:

@@ -69,7 +69,7 @@ def warm_up(run: Run) -> int:
         Interrupted: a signal has ended the warm-up; there is a checkpoint of its last step.
         SgpoError: the warm-up failed; the message is one line.
     """
-    mesh = join_world(timeout_s=COLLECTIVE_S)
+    mesh = join_world(run.learner, timeout_s=COLLECTIVE_S)
     examples = Examples.read(run)
     folder = Path(run.folder) / WARMUP_CHECKPOINTS
     signals = UrgentSignals(in_order=all_ranks_run)

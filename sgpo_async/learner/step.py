@@ -200,8 +200,12 @@ class Stepper:
         return TeacherDivergence(own, self.teacher.matrix, targets, algorithm.divergence)
 
     def _synchronise(self, last: bool) -> None:
-        """Reduce the gradients of a small model once per step, and of a large model, to save memory, each time."""
+        """Reduce the gradients of a small model once per step, and of a large model, to save memory, each time.
+
+        Between nodes that hold the same shards, both are reduced once per step.
+        """
         assert isinstance(self.policy, FSDPModule)
+        self.policy.set_requires_all_reduce(last)
         if self.policy.nbytes <= LOCAL_GRADIENT_BYTES:
             self.policy.set_requires_gradient_sync(last)
             self.policy.set_reshard_after_backward(last)

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from transformers.utils.logging import disable_progress_bar
 
 from sgpo_async.config.schema import CHECKPOINTS, Run, require
 from sgpo_async.errors import CheckpointError, Interrupted
@@ -30,8 +29,9 @@ from sgpo_async.learner import checkpoint, optimiser
 from sgpo_async.learner.checkpoint import CheckpointWriter, Saved
 from sgpo_async.learner.demonstrations import Demonstrations
 from sgpo_async.learner.hub_client import HubClient
+from sgpo_async.learner.loading import load_policy, load_teacher
 from sgpo_async.learner.mismatch import Alarm, bound_for
-from sgpo_async.learner.policy import Policy, check_model, in_bfloat16, recompute, shard
+from sgpo_async.learner.policy import in_bfloat16
 from sgpo_async.learner.process_group import join_world
 from sgpo_async.learner.progress import Progress, hub_metrics
 from sgpo_async.learner.publish import Publisher, gather
@@ -46,7 +46,7 @@ from sgpo_async.metrics import MetricsWriter, read_metrics
 from sgpo_async.metrics.mismatch import excess, mismatch_summary
 from sgpo_async.model.export import export
 from sgpo_async.model.folder import load_tokenizer, model_folder, tokenizer_fingerprint
-from sgpo_async.model.load import end_token_warning, load_model, positions
+from sgpo_async.model.load import end_token_warning, positions
 from sgpo_async.processes.signals import UrgentSignals
 from sgpo_async.processes.torchrun import all_ranks_run
 from sgpo_async.tasks.base import ProblemSource
@@ -69,7 +69,7 @@ def train(run: Run, hub_address: str) -> int:
         SgpoError: training failed; the message is one line.
     """
     signals = UrgentSignals(in_order=all_ranks_run)
-    mesh = join_world(timeout_s=run.learner.batch_timeout_s + COLLECTIVE_SLACK_S)
+    mesh = join_world(run.learner, timeout_s=run.learner.batch_timeout_s + COLLECTIVE_SLACK_S)
     dealer = Dealer(hub_address, keys=run.hub.keys, max_bytes=run.hub.max_message_mb * 2**20)
     try:
         dealer.wait_connected(CONNECT_S)
@@ -319,30 +319,14 @@ def build(run: Run, mesh: DeviceMesh, source: ProblemSource | None = None) -> tu
     folder = model_folder(run.model.path)
     tokenizer = load_tokenizer(folder)
     fingerprint = tokenizer_fingerprint(tokenizer)
-    policy = _load(folder)
-    check_model(policy)
+    policy = load_policy(folder, run.learner, mesh)
     if dist.get_rank() == 0 and (warning := end_token_warning(policy.model, tokenizer)):
         log.warning("model.path: %s", warning)
     vocabulary, k = policy.head.shape[0], run.algorithm.top_logprobs_num
     require(k < vocabulary, "algorithm.teacher_top_k", f"must be < {vocabulary}, the size of the vocabulary", k)
-    if run.learner.recompute:
-        recompute(policy)
-    shard(policy, mesh, precision=run.learner.precision)
-    teacher = Teacher(run.algorithm, _copy(folder, run, mesh) if run.algorithm.copies_teacher else None)
+    copy = load_teacher(folder, run, mesh) if run.algorithm.copies_teacher else None
+    teacher = Teacher(run.algorithm, copy)
     responses = None
     if run.algorithm.needs_responses:
         responses = Demonstrations(run, source or source_of(run), tokenizer, longest=positions(folder)).tokens
     return Stepper(run, policy, optimiser.build(policy, run.optim), teacher, responses), fingerprint
-
-
-def _copy(folder: str, run: Run, mesh: DeviceMesh) -> Policy:
-    """Load and shard a second copy of the run's initial weights, the initial teacher."""
-    policy = _load(folder).requires_grad_(False)
-    for parameter in policy.parameters():  # not the buffers, because positions are computed in float32
-        parameter.data = parameter.data.to(getattr(torch, run.algorithm.teacher_dtype))
-    return shard(policy, mesh, precision=run.learner.precision)
-
-
-def _load(folder: str) -> Policy:
-    disable_progress_bar()
-    return Policy(load_model(folder, device="cpu", dtype="float32"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ def load_model(path: str, *, device: str, dtype: str) -> PreTrainedModel:
     Raises DataError if the model is missing, broken or incomplete, EngineError if the device does not exist.
     """
     target = _device(device)
-    local = _is_folder(path)
+    local = is_folder(path)
     logging.disable_progress_bar()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -33,12 +34,17 @@ def load_model(path: str, *, device: str, dtype: str) -> PreTrainedModel:
             + ("restore the folder or export it again" if local else "name an existing folder or a model on the hub")
         ) from error
     model, info = loaded
-    if missing := sorted(info["missing_keys"]):
-        raise DataError(
-            f"model.path: {path!r} lacks {len(missing)} parameters that its config.json requires "
-            f"({', '.join(missing[:3])}); restore the folder or export it again"
-        )
+    if info["missing_keys"]:
+        raise lacks(path, info["missing_keys"])
     return model.to(target).eval()
+
+
+def lacks(path: str, missing: Collection[str]) -> DataError:
+    """The error of a model whose files lack these parameters."""
+    return DataError(
+        f"model.path: {path!r} lacks {len(missing)} parameters that its config.json requires "
+        f"({', '.join(sorted(missing)[:3])}); restore the folder or export it again"
+    )
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: Any = None) -> frozenset[int]:
@@ -80,7 +86,7 @@ def tokenizer_of(path: str) -> Any:
 def positions(path: str) -> int:
     """Return the number of positions of the model at `path`. Raises DataError if its config.json cannot be read."""
     try:
-        return _positions(AutoConfig.from_pretrained(path, local_files_only=_is_folder(path)))
+        return _positions(AutoConfig.from_pretrained(path, local_files_only=is_folder(path)))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise DataError(f"model.path: cannot read the config.json of {path!r} ({reason}); restore it") from None
@@ -100,7 +106,8 @@ def longest(model: PreTrainedModel) -> int:
     return _positions(model.config, *BOUNDS[2:])
 
 
-def _is_folder(path: str) -> bool:
+def is_folder(path: str) -> bool:
+    """Whether `path` is a folder, not a name on the hub. Raises DataError if it is the path of no model folder."""
     if Path(path).is_dir():
         if not (Path(path) / "config.json").is_file():
             raise DataError(f"model.path: {path!r} has no config.json; name the folder of a Hugging Face model")

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from sgpo_async.config.schema import Learner
 from sgpo_async.learner import process_group
 
 
@@ -41,7 +42,7 @@ def main() -> None:
         return name
 
     process_group.agree = observed
-    process_group.join_world(timeout_s=120)
+    process_group.join_world(Learner(), timeout_s=120)
     total = torch.tensor([rank + 1])
     dist.all_reduce(total)
     die("trained")

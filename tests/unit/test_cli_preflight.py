@@ -226,15 +226,26 @@ def test_memory_for_weights_gradients_optimiser_and_teacher(memory: list[int], t
 
 
 def test_memory_of_gpus(memory: list[int]) -> None:
-    """The memory of the machine must then hold each rank's copy of the whole model while it loads."""
+    """The memory of the machine is not needed: each rank reads its part of the model to its GPU."""
     run = load(ROOT / "configs/demo.yaml", ["local.ranks=4", "algorithm.teacher=self"])
-    memory[0] = 4 * 4 * 10**6
+    memory[0] = 0
     assert training_memory(run, 10**6, gpu_bytes=4 * 10**6)
     with pytest.raises(CheckFailed, match="a GPU has 4 MB"):
         training_memory(run, 10**6, gpu_bytes=4 * 10**6 - 1)
+
+
+@pytest.mark.parametrize(("words", "each"), [([], 8), (["learner.shard_over=world"], 4)])
+def test_memory_if_every_node_has_its_own_shards(
+    memory: list[int], words: list[str], each: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    run = load(ROOT / "configs/demo.yaml", ["algorithm.teacher=self", *words])
+    memory[0] = 2 * each * 10**6
+    assert training_memory(run, 10**6, gpu_bytes=None).startswith(f"{each} MB in each of 4 ranks")
     memory[0] -= 1
-    with pytest.raises(CheckFailed, match="4 ranks need 16 MB of memory here"):
-        training_memory(run, 10**6, gpu_bytes=4 * 10**6)
+    with pytest.raises(CheckFailed, match=f"2 ranks need {2 * each} MB"):
+        training_memory(run, 10**6, gpu_bytes=None)
 
 
 # ---- the commands

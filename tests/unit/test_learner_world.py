@@ -1,4 +1,4 @@
-"""The device of the ranks of a node, and the name of an attempt."""
+"""The device of the ranks of a node, the name of an attempt, and the ranks that share the parameters."""
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -6,8 +6,9 @@ from concurrent.futures import ThreadPoolExecutor, wait
 import pytest
 import torch.distributed as dist
 
-from sgpo_async.errors import DeadlineExceeded
-from sgpo_async.learner.process_group import agree, device_for
+from sgpo_async.config.schema import Learner
+from sgpo_async.errors import ConfigError, DeadlineExceeded
+from sgpo_async.learner.process_group import agree, device_for, mesh_of
 
 
 @pytest.mark.parametrize(
@@ -54,3 +55,31 @@ def test_an_attempt_has_a_new_name_that_all_its_ranks_know(late: int | None) -> 
 def test_an_attempt_without_all_its_ranks_ends_at_the_deadline() -> None:
     with pytest.raises(DeadlineExceeded, match=r"learner rank 0: .*start of all 2 ranks"):
         agree(dist.HashStore(), 0, 2, timeout_s=0.1)
+
+
+@pytest.mark.parametrize(
+    ("over", "ranks", "here", "shards"),
+    [
+        ("auto", 8, 8, 8),
+        ("auto", 16, 8, 8),
+        ("auto", 2, 1, 2),
+        ("node", 16, 8, 8),
+        ("node", 2, 1, 1),
+        ("world", 16, 8, 16),
+    ],
+)
+def test_ranks_that_divide_the_parameters(over: str, ranks: int, here: int, shards: int) -> None:
+    assert Learner(shard_over=over).shards(ranks=ranks, here=here) == shards
+
+
+@pytest.mark.parametrize("over", ["auto", "node"])
+def test_nodes_of_different_size_cannot_have_the_same_shards(over: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gathered(counts: list[int], _: int) -> None:
+        counts[:] = [2, 2, 1]
+
+    monkeypatch.setattr(dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(dist, "all_gather_object", gathered)
+    with pytest.raises(ConfigError) as caught:
+        mesh_of(Learner(shard_over=over), "cpu", timeout_s=1)
+    message = "learner.shard_over must be world if nodes have different numbers of ranks (1 to 2), got "
+    assert str(caught.value) == message + repr(over)

@@ -1,0 +1,124 @@
+"""Load the model of the run as a sharded policy, and once more as the initial teacher.
+
+    config.json ──▶ modules, parameters without memory ──▶ shard ──▶ each rank reads its rows of every parameter
+
+A rank holds 1/ranks of the model, in the dtype in which it is kept, and one slice more while it reads. Models that
+cannot be read in slices (see `model.slices`) are loaded whole on every rank, and then sharded.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers.utils.logging import disable_progress_bar
+
+from sgpo_async.config.schema import Learner, Run
+from sgpo_async.learner.policy import Policy, check_model, recompute, rows_on, shard
+from sgpo_async.model.load import load_model
+from sgpo_async.model.slices import CannotSliceError, Slice, Slices, open_slices
+
+log = logging.getLogger(__name__)
+
+
+def load_policy(folder: str, learner: Learner, mesh: DeviceMesh) -> Policy:
+    """Load the policy in float32, check that it can be trained, and shard it. A collective of all ranks.
+
+    Raises DataError if the model is missing, broken, incomplete or not supported.
+    """
+    slices = _slices(folder)
+    if slices is None:
+        policy = _whole(folder)
+        check_model(policy)
+        return _prepared(policy, learner, mesh)
+    checked = dict(_checked(slices, mesh).model.named_parameters())
+    policy = _prepared(Policy(slices.model), learner, mesh)
+    _fill(policy, lambda name, _: checked[name].detach().to_local())
+    return policy
+
+
+def _prepared(policy: Policy, learner: Learner, mesh: DeviceMesh) -> Policy:
+    if learner.recompute:
+        recompute(policy)
+    return shard(policy, mesh, precision=learner.precision)
+
+
+def load_teacher(folder: str, run: Run, mesh: DeviceMesh) -> Policy:
+    """Load and shard a second copy of the run's initial weights, in `algorithm.teacher_dtype` and without gradient.
+
+    Raises DataError like `load_policy`.
+    """
+    slices = _slices(folder)
+    policy = (Policy(slices.model) if slices else _whole(folder)).requires_grad_(False)
+    for parameter in policy.parameters():  # not the buffers, because positions are computed in float32
+        parameter.data = parameter.data.to(getattr(torch, run.algorithm.teacher_dtype))
+    shard(policy, mesh, precision=run.learner.precision)
+    if slices:
+        _read(policy, slices)
+    return policy
+
+
+def _slices(folder: str) -> Slices | None:
+    disable_progress_bar()
+    try:
+        return open_slices(folder)
+    except CannotSliceError as reason:
+        if dist.get_rank() == 0:
+            log.info("model.path: each rank loads the whole model of %s before it is sharded: %s", folder, reason)
+        return None
+
+
+def _whole(folder: str) -> Policy:
+    return Policy(load_model(folder, device="cpu", dtype="float32"))
+
+
+def _checked(slices: Slices, mesh: DeviceMesh) -> Policy:
+    """Read the model into a twin of the policy that computes in float32, as `check_model` requires, and check it."""
+    twin = shard(Policy(copy.deepcopy(slices.model)), mesh, precision="float32")
+    _read(twin, slices)
+    check_model(twin)
+    assert isinstance(twin, FSDPModule)
+    twin.reshard()  # frees the embedding and the output matrix, which a root keeps gathered
+    return twin
+
+
+def _read(policy: Policy, slices: Slices) -> None:
+    """Read this rank's rows of every parameter."""
+    _fill(policy, lambda name, parameter: _own_rows(slices.parameters[name], parameter))
+
+
+def _own_rows(part: Slice, parameter: DTensor) -> Tensor:
+    """Read this rank's rows of a parameter, rounded as `load_model` in float32 and then a cast would."""
+    mesh = parameter.device_mesh
+    rows = rows_on(len(parameter), mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1))
+    stored = part[rows.start : rows.stop]
+    if stored.dtype == torch.float64:
+        stored = stored.float()  # from narrower dtypes, both ways round at most once
+    local = torch.empty(stored.shape, dtype=parameter.dtype, device=mesh.device_type)
+    return local.copy_(stored)
+
+
+def _fill(policy: Policy, local_of: Callable[[str, DTensor], Tensor]) -> None:
+    """Replace the parameters of a sharded policy, which are on the meta device, by this rank's part of the values.
+
+    Args:
+        local_of: returns this part, from the name of the parameter in the model and the parameter.
+    """
+    for name, parameter in list(policy.model.named_parameters()):
+        assert isinstance(parameter, DTensor)
+        value = DTensor.from_local(
+            local_of(name, parameter),
+            parameter.device_mesh,
+            parameter.placements,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
+        # FSDP and all modules of a tied parameter keep the object.
+        torch.utils.swap_tensors(parameter, nn.Parameter(value, parameter.requires_grad))
