@@ -95,14 +95,11 @@ def _read(policy: Policy, slices: Slices) -> None:
 
 
 def _own_rows(part: Slice, parameter: DTensor) -> Tensor:
-    """Read this rank's rows of a parameter, rounded as `load_model` in float32 and then a cast would."""
+    """Read this rank's rows of a parameter. torch rounds as `load_model` in float32 and then a cast would."""
     mesh = parameter.device_mesh
     rows = rows_on(len(parameter), mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1))
     stored = part[rows.start : rows.stop]
-    if stored.dtype == torch.float64:
-        stored = stored.float()  # from narrower dtypes, both ways round at most once
-    local = torch.empty(stored.shape, dtype=parameter.dtype, device=mesh.device_type)
-    return local.copy_(stored)
+    return torch.empty(stored.shape, dtype=parameter.dtype, device=mesh.device_type).copy_(stored)
 
 
 def _fill(policy: Policy, local_of: Callable[[str, DTensor], Tensor]) -> None:
