@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from sgpo_async.bench.memory import RESERVED, learner_memory
 from sgpo_async.cli import preflight, resources
 from sgpo_async.cli.resources import existing, free, require_writable, size
 from sgpo_async.config import Hub, Run
@@ -102,7 +103,15 @@ def training(run: Run, facts: ModelFacts) -> str:
     """Check that memory suffices for the ranks of the learner."""
     gpus = device_for(gpus=torch.cuda.device_count(), ranks=run.local.ranks) == "cuda"
     gpu_bytes = torch.cuda.get_device_properties(0).total_memory if gpus else None
-    return preflight.training_memory(run, parameters(facts), gpu_bytes=gpu_bytes)
+    found = preflight.training_memory(run, parameters(facts), gpu_bytes=gpu_bytes)
+    if gpu_bytes is None:
+        return found
+    config, ranks = facts.skeleton.config, run.local.ranks
+    needed = RESERVED + learner_memory(run, config, ranks=ranks, bfloat16=True, prompt_tokens=150).total
+    planned = f"{size(needed)} at the peak of a step with {run.learner.row_tokens} tokens"
+    if needed > gpu_bytes:
+        raise CheckFailed(f"{planned}, and a GPU has {size(gpu_bytes)}", "see sgpo-async plan CONFIG")
+    return f"{found}; {planned}"
 
 
 def hub(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001

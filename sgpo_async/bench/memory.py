@@ -1,0 +1,155 @@
+"""What a configuration needs of memory, without a GPU and without the weights: only the model's config.json.
+
+The learner's part is not a formula: the learner's own policy, sharded as for the run, trains one full row on tensors
+without memory (torch's FakeTensorMode), in a process group without peers, and torch's FSDPMemTracker adds up what is
+alive at the peak. So a change of the learner changes the plan. Fake tensors are CPU tensors here: on CUDA, the caches
+of its libraries come on top, which `RESERVED` stands for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from sgpo_async.algorithm import LogProbability, Part, TeacherDivergence, linear
+from sgpo_async.config import Run
+from sgpo_async.learner import optimiser
+from sgpo_async.learner.packing import Packed, Tokens, pack
+from sgpo_async.learner.policy import Policy, recompute, shard
+
+RESERVED = 2 * 10**9  # of a GPU: CUDA's context, NCCL's buffers, workspaces and fragments of the allocator
+WIDTHS = {"float32": 4, "bfloat16": 2}
+PARTS = {  # of the tracker, in the words of the plan
+    "Sharded Param": "weights",
+    "OptState": "AdamW",
+    "Sharded Grad": "gradients",
+    "Unsharded Grad": "gradients",
+    "Unsharded Param": "gathered layers",
+    "All Gather": "gathered layers",
+    "Reduce Scatter": "gathered layers",
+    "Activation": "activations",
+    "Temp": "activations",
+    "Inputs": "activations",
+    "Buffer": "activations",
+}
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one learner rank at the peak of a step, by part."""
+
+    parts: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        """All parts together."""
+        return sum(self.parts.values())
+
+
+def learner_memory(run: Run, config: PreTrainedConfig, *, ranks: int, bfloat16: bool, prompt_tokens: int) -> RankMemory:
+    """The memory of each of `ranks` ranks that trains rows of `learner.row_tokens` tokens, all of them full.
+
+    A process group must not exist yet. Rows hold completions of full length after prompts of `prompt_tokens`.
+    """
+    sizes = linear.GPU_SIZES if bfloat16 else linear.CPU_SIZES
+    with _fake_world(ranks) as mesh, FakeTensorMode(), patch.object(linear, "CPU_SIZES", sizes):
+        policy = _policy(config, run, mesh, bfloat16=bfloat16)
+        teacher = _policy(config, run, mesh, bfloat16=bfloat16) if run.algorithm.copies_teacher else None
+        packed = full_row(run, prompt_tokens)
+        adamw = optimiser.build(policy, run.optim)
+        train_row(policy, teacher, packed, run)
+        adamw.step()  # creates AdamW's state
+        adamw.zero_grad()
+        tracker = FSDPMemTracker(policy, adamw)
+        tracker.track_inputs(())
+        with tracker:
+            train_row(policy, teacher, packed, run)
+        (peak,) = tracker.get_tracker_snapshot("peak").values()
+        parts: dict[str, int] = {}
+        for name, nbytes in peak.items():
+            if (kind := getattr(name, "value", name)) != "Total":
+                parts[PARTS[kind]] = parts.get(PARTS[kind], 0) + int(nbytes)
+        if teacher is not None:
+            parts["teacher"] = teacher.nbytes // 4 * WIDTHS[run.algorithm.teacher_dtype] // ranks
+    return RankMemory(parts)
+
+
+def _policy(config: PreTrainedConfig, run: Run, mesh: DeviceMesh, *, bfloat16: bool) -> Policy:
+    policy = Policy(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+    if run.learner.recompute:
+        recompute(policy)
+    return shard(policy, mesh, precision="bfloat16" if bfloat16 else "float32")
+
+
+def full_row(run: Run, prompt_tokens: int) -> Packed:
+    """A micro-batch of `learner.row_tokens` tokens whose completions are as long as `rollout.max_new_tokens` allows."""
+    completion = max(1, min(run.rollout.max_new_tokens, run.learner.row_tokens - prompt_tokens + 1))
+    count = max(1, run.learner.row_tokens // (prompt_tokens + completion - 1))
+    rows = np.full((count, prompt_tokens + completion), np.arange(count)[:, None], np.int32)  # prompts differ
+    return pack([Tokens(ids[:prompt_tokens], ids[prompt_tokens:]) for ids in rows])
+
+
+def train_row(policy: Policy, teacher: Policy | None, packed: Packed, run: Run) -> None:
+    """Forward and backward of one micro-batch: of distillation, which needs more memory, if the run has a teacher."""
+    targets = torch.zeros(len(packed.targets), dtype=torch.long)
+    measure: LogProbability | TeacherDivergence = LogProbability(targets)
+    algorithm = run.algorithm
+    if algorithm.objective == "sgpo" and algorithm.teacher != "behaviour" and algorithm.divergence != "sft":
+        with torch.no_grad():
+            states = (teacher or policy).hidden(packed)
+        measure = TeacherDivergence(states, None, targets, algorithm.divergence)
+    loss, _ = policy(packed, [Part(measure, lambda values, _: values.sum())], run.rollout.temperature)
+    loss.backward()
+
+
+@contextmanager
+def _fake_world(ranks: int) -> Iterator[DeviceMesh]:
+    """A process group of `ranks` of which only this one exists; collectives do nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        yield init_device_mesh("cpu", (ranks,))
+    finally:
+        dist.destroy_process_group()
+
+
+def on_meta_device(config: PreTrainedConfig) -> PreTrainedModel:
+    """The modules of a model, with parameters that have a shape and no memory."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+@dataclass(frozen=True)
+class ServerMemory:
+    """Bytes of one GPU of an inference server, and how many sequences it holds at once."""
+
+    weights: int
+    token: int  # keys and values of one token
+    sequence_tokens: int  # prompt and completion at full length
+
+    def full_sequences(self, gpu_bytes: float) -> int:
+        """How many sequences of full length fit beside the weights."""
+        return max(0, int((gpu_bytes - RESERVED - self.weights) / (self.token * self.sequence_tokens)))
+
+
+def server_memory(run: Run, config: PreTrainedConfig, parameters: int, *, prompt_tokens: int) -> ServerMemory:
+    """The memory of each GPU of a server with `engine.sglang.tp` GPUs, for a model of `parameters` parameters."""
+    text: Any = config.get_text_config()
+    tp, width = run.engine.sglang.tp, WIDTHS[run.model.dtype]
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    head = getattr(text, "head_dim", None) or text.hidden_size // heads
+    token = 2 * text.num_hidden_layers * max(kv_heads // tp, 1) * head * width
+    return ServerMemory(parameters * width // tp, token, prompt_tokens + run.rollout.max_new_tokens)
