@@ -155,7 +155,7 @@ class Learner:
     """The learner: the processes that torchrun starts, one per rank."""
 
     problems_per_step: int = 16  # the batch: every optimiser step trains on exactly this many problems
-    row_tokens: int = 2048  # capacity of one packed row, which is the micro-batch of one rank
+    row_tokens: int = 2048  # most tokens of one packed row, which is the micro-batch of one rank
     precision: Literal["auto", "float32", "bfloat16"] = (
         "auto"  # of matrix products; auto: bfloat16 on GPUs that support it
     )
