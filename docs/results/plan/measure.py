@@ -31,7 +31,7 @@ CONFIG = Qwen2Config(
     vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
     num_key_value_heads=2, max_position_embeddings=32768, tie_word_embeddings=True,
 )  # fmt: skip
-SETTINGS = [(1024, False), (2048, False), (2048, True), (4096, True)]  # tokens of a row, recompute
+SETTINGS = [(512, False), (1024, False), (1024, True)]  # tokens of a row, recompute
 PROMPT_TOKENS = 100
 
 
