@@ -1,4 +1,4 @@
-"""Distributes groups over the learner ranks so that all ranks finish a step at about the same time."""
+"""Deals groups to the learner ranks, about as many tokens to each; the ranks then divide the work by themselves."""
 
 from __future__ import annotations
 

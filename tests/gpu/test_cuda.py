@@ -4,12 +4,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from sgpo_async.config.schema import Tasks
 from sgpo_async.engines import EmbeddedEngine, Generate, Generated, Weights
+from sgpo_async.learner import attention
+from sgpo_async.learner.attention import Segments, packed_attention
 from sgpo_async.metrics import read_metrics
 from sgpo_async.model.folder import load_tokenizer, model_folder
 from sgpo_async.model.load import load_model
@@ -30,7 +34,7 @@ def test_the_engines_logprobs_equal_those_of_the_model_on_the_cpu(dtype: str, to
     engine.load(Weights(version=0, digest=digest(tensors.items()), read=tensors.copy))
     tokenizer = load_tokenizer(FOLDER)
     prompts = {
-        i: np.asarray(build_prompt(p.problem, p.strategy, style="plain", tokenizer=tokenizer), np.int32)
+        i: np.asarray(build_prompt(p.problem, p.strategy, tasks=Tasks(), tokenizer=tokenizer), np.int32)
         for i, p in enumerate(CuesSource(seed=0, held_out=32).held_out())
     }
     for i, prompt in prompts.items():
@@ -46,6 +50,40 @@ def test_the_engines_logprobs_equal_those_of_the_model_on_the_cpu(dtype: str, to
         at = torch.arange(len(prompt), len(ids))
         expected = logprobs[at - 1, ids[at]].numpy()
         assert abs(result.logprobs - expected).max() < tolerance
+
+
+@pytest.mark.parametrize("window", [None, 128, 4096])
+@pytest.mark.parametrize("kv_heads", [2, 14])
+@pytest.mark.parametrize("width", [64, 128])
+def test_the_kernel_for_packed_rows_equals_one_sequence_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, window: int | None, kv_heads: int, width: int
+) -> None:
+    """Value and gradient of `varlen_attn` in bfloat16 against SDPA in float32."""
+    torch.manual_seed(0)
+    lengths = [1, 700, 33, 2000, 1362]
+    edges = torch.tensor([0, *lengths], device="cuda").cumsum(0, dtype=torch.int32)
+    shapes = [(1, heads, sum(lengths), width) for heads in (14, kv_heads, kv_heads)]
+    values = [torch.randn(shape, device="cuda") for shape in shapes]
+    upstream = torch.randn(1, sum(lengths), 14, width, device="cuda")
+
+    def mixed(dtype: torch.dtype) -> list[torch.Tensor]:
+        own = [value.to(dtype, copy=True).requires_grad_() for value in values]
+        segments = Segments(lengths, edges, set())
+        found, _ = packed_attention(torch.nn.Module(), *own, None, sliding_window=window, segments=segments)
+        found.backward(upstream.to(dtype))
+        return [found.detach().float(), *(value.grad.float() for value in own if value.grad is not None)]
+
+    kernel, calls = attention.varlen_attn, []
+
+    def counted(*args: Any, **options: Any) -> Any:
+        calls.append(options)
+        return kernel(*args, **options)
+
+    monkeypatch.setattr(attention, "varlen_attn", counted)
+    found, expected = mixed(torch.bfloat16), mixed(torch.float32)
+    assert len(calls) == 1
+    for own, other in zip(found, expected, strict=True):
+        assert (own - other).norm() < 0.02 * other.norm()
 
 
 def test_the_demo_trains_with_nccl(tmp_path: Path) -> None:
