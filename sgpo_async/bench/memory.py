@@ -88,8 +88,7 @@ def learner_memory(run: Run, config: PreTrainedConfig, *, ranks: int, bfloat16: 
 
 def _policy(config: PreTrainedConfig, run: Run, mesh: DeviceMesh, *, bfloat16: bool) -> Policy:
     policy = Policy(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
-    if run.learner.recompute:
-        recompute(policy)
+    recompute(policy, run.learner.recompute)
     return shard(policy, mesh, precision="bfloat16" if bfloat16 else "float32")
 
 

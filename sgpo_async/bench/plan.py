@@ -63,7 +63,7 @@ class Plan:
         if needed > self.hardware.memory:
             found.append(
                 f"a learner rank needs {needed / GB:.1f} GB of {self.hardware.memory / GB:g}: "
-                "use more ranks, learner.recompute=true, or a smaller learner.row_tokens"
+                "use more ranks, learner.recompute=1, or a smaller learner.row_tokens"
             )
         if self.server:
             fitting, slots = self.server.full_sequences(self.hardware.memory), self.slots

@@ -162,7 +162,9 @@ class Learner:
     # The ranks that divide weights, gradients and AdamW among them. node: those of one node; then every node has all of
     # them, and a step moves only its gradient between nodes. auto: node, if nodes have more than one rank.
     shard_over: Literal["auto", "node", "world"] = "auto"
-    recompute: bool = False  # activations, layer by layer: a third more work, memory for much longer sequences
+    # Recompute the activations of every n-th layer: up to a third more work, memory for much longer sequences.
+    # 1: of all layers; 0: of none.
+    recompute: int = 0
     # Skip the forward pass of rollouts with advantage 0 (those of a group in which all or none solved the problem): the
     # same gradient for less work. Entropy, lag and mismatch are then measured on the remaining rollouts only.
     skip_uniform: bool = False
@@ -182,6 +184,7 @@ class Learner:
 
     def __post_init__(self) -> None:
         require(self.problems_per_step >= 1, "learner.problems_per_step", "must be >= 1", self.problems_per_step)
+        require(self.recompute >= 0, "learner.recompute", "must be >= 0", self.recompute)
         require(self.row_tokens >= 1, "learner.row_tokens", "must be >= 1", self.row_tokens)
         require(self.checkpoint_every >= 0, "learner.checkpoint_every", "must be >= 0", self.checkpoint_every)
         require(self.checkpoint_minutes >= 0, "learner.checkpoint_minutes", "must be >= 0", self.checkpoint_minutes)

@@ -45,8 +45,7 @@ def load_policy(folder: str, learner: Learner, mesh: DeviceMesh) -> Policy:
 
 
 def _prepared(policy: Policy, learner: Learner, mesh: DeviceMesh) -> Policy:
-    if learner.recompute:
-        recompute(policy)
+    recompute(policy, learner.recompute)
     return shard(policy, mesh, precision=learner.precision)
 
 

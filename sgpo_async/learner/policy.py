@@ -114,12 +114,12 @@ def rows_on(rows: int, rank: int, ranks: int) -> range:
     return range(min(rank * chunk, rows), min((rank + 1) * chunk, rows))
 
 
-def recompute(policy: Policy) -> None:
-    """Store only the inputs of each decoder layer, and recompute its activations in the backward pass.
+def recompute(policy: Policy, every: int) -> None:
+    """Store only the inputs of every n-th decoder layer, and recompute its activations in the backward pass.
 
-    Call this before `shard`. It costs one additional forward; the gradients are the same.
+    Call this before `shard`; 0 changes nothing. It costs a second forward of these layers; the gradients are the same.
     """
-    for layer in decoder_layers(policy.model):
+    for layer in decoder_layers(policy.model)[::every] if every else []:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 

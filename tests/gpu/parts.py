@@ -268,13 +268,12 @@ def _step(shape: str, width: int, mesh: DeviceMesh, device: Device, recomputes: 
         rollout=Sizes(autonomous=8, guided=4, max_new_tokens=width),
         algorithm=Algorithm(teacher="self"),
         optim=Optim(lr=1e-6),
-        learner=Learner(problems_per_step=1, row_tokens=width, recompute=recomputes),
+        learner=Learner(problems_per_step=1, row_tokens=width, recompute=int(recomputes)),
         local=Local(ranks=1),
     )
     policy = Policy(random_model(shape, device=device.name))
     check_model(policy)
-    if recomputes:
-        recompute(policy)
+    recompute(policy, int(recomputes))
     shard(policy, mesh, precision="bfloat16")
     stepper = Stepper(run, policy, optimiser.build(policy, run.optim), Teacher(run.algorithm, None))
     batch = stepper.batch(_shard(width, vocabulary=SHAPES[shape]["vocab_size"]))

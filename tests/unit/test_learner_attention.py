@@ -97,15 +97,14 @@ def values_of(policy: Policy, packed: Packed) -> Tensor:
     return found.value
 
 
-@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize("recomputes", [0, 1, 2])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_a_packed_row_equals_one_sequence_at_a_time(name: str, recomputes: bool) -> None:
+def test_a_packed_row_equals_one_sequence_at_a_time(name: str, recomputes: int) -> None:
     items = sequences(LENGTHS)
     expected, expected_gradients = one_at_a_time(model_of(name), items)
     policy = Policy(model_of(name))
     check_model(policy)
-    if recomputes:
-        recompute(policy)
+    recompute(policy, recomputes)
     packed = pack(items)
     found = values_of(policy, packed)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
@@ -114,17 +113,16 @@ def test_a_packed_row_equals_one_sequence_at_a_time(name: str, recomputes: bool)
         torch.testing.assert_close(own, other, rtol=0, atol=exact)
 
 
-@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize("recomputes", [0, 1, 2])
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "mistral, window 5", "qwen2, window 5"])
-def test_prompts_that_are_computed_once_change_nothing(name: str, recomputes: bool) -> None:
+def test_prompts_that_are_computed_once_change_nothing(name: str, recomputes: int) -> None:
     rng = np.random.default_rng(3)
     prompts = [rng.integers(3, 13, length).astype(np.int32) for length in (9, 1, 4)]
     pieces = [(0, 3), (1, 5), (0, 1), (2, 8), (0, 12), (2, 2), (1, 4)]
     items = [Tokens(prompts[which], rng.integers(3, 13, length).astype(np.int32)) for which, length in pieces]
     expected, expected_gradients = one_at_a_time(model_of(name), items)
     policy = Policy(model_of(name))
-    if recomputes:
-        recompute(policy)
+    recompute(policy, recomputes)
     packed = pack(items)
     assert packed.shared is not None and packed.input_ids.shape == (1, sum(packed.lengths) - 2 * 9 - 1 - 4)
     found = values_of(policy, packed)

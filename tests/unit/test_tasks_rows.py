@@ -148,7 +148,7 @@ def test_a_file_that_changes_during_a_run_is_an_error(tmp_path: Path, name: str)
         ("a.csv", b'problem,problem\n1,2\n', ":1: the header has a name twice"),
         ("a.csv", b'problem,answer\n1+1,\n', ":2: 'answer' must be a text that is not empty, got None"),
         ("a.jsonl.gz", b'{"problem": "x", "answer": 1}', ": cannot be unpacked: Not a gzipped file"),
-        ("a.jsonl.gz", gzip.compress(b'{"problem": "x", "answer": 1}' * 99)[:-20], ": cannot be unpacked: "),
+        ("a.jsonl.gz", gzip.compress(b'{"problem": "x", "answer": 1}' * 99, mtime=0)[:-20], ": cannot be unpacked: "),
         ("a.parquet", b"text", ": not readable as Parquet"),
         ("a.jsonl", b"", ": 0 distinct problems leave none for training"),
         ("a.csv", b"", ": 0 distinct problems leave none for training"),

@@ -39,7 +39,7 @@ def settings(row_tokens: int, recomputes: bool) -> Run:
     return Run(
         rollout=Rollout(max_new_tokens=row_tokens),
         algorithm=replace(Algorithm(), objective="sgpo", teacher="self"),
-        learner=Learner(row_tokens=row_tokens, recompute=recomputes),
+        learner=Learner(row_tokens=row_tokens, recompute=int(recomputes)),
     )
 
 
@@ -48,8 +48,7 @@ def measured(run: Run) -> int:
     base, mesh = anonymous(), join_alone()
     torch.manual_seed(0)
     policy = Policy(Qwen2ForCausalLM(CONFIG))
-    if run.learner.recompute:
-        recompute(policy)
+    recompute(policy, run.learner.recompute)
     shard(policy, mesh, precision="float32")
     packed, adamw = memory.full_row(run, PROMPT_TOKENS), optimiser.build(policy, run.optim)
     memory.train_row(policy, None, packed, run)
