@@ -42,7 +42,7 @@ class Assumptions:
     generate_tokens_per_s: float
     train_tokens_per_s: float
     completion_tokens: float  # mean over a run; evaluation too
-    prompt_tokens: float = 150
+    prompt_tokens: int = 150
     strategy_tokens: float = 150
     response_tokens: float = 1500  # of the warm-up
     sft_problems: int = 2550  # nine tenths of a third of 8,500

@@ -2,8 +2,9 @@
 
 The learner's part is not a formula: the learner's own policy, sharded as for the run, trains one full row on tensors
 without memory (torch's FakeTensorMode), in a process group without peers, and torch's FSDPMemTracker adds up what is
-alive at the peak. So a change of the learner changes the plan. Fake tensors are CPU tensors here: on CUDA, the caches
-of its libraries come on top, which `RESERVED` stands for.
+alive at the peak. So it follows every change of the policy, its attention and its losses. Not included are the
+teacher's hidden states of a step's other rows. Fake tensors are CPU tensors here: on CUDA, the caches of its libraries
+come on top, which `RESERVED` stands for.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from sgpo_async.algorithm import LogProbability, Part, TeacherDivergence, linear
 from sgpo_async.config import Run
+from sgpo_async.errors import DataError
 from sgpo_async.learner import optimiser
 from sgpo_async.learner.packing import Packed, Tokens, pack
 from sgpo_async.learner.policy import Policy, recompute, shard
@@ -58,12 +61,27 @@ class RankMemory:
         return sum(self.parts.values())
 
 
-def learner_memory(run: Run, config: PreTrainedConfig, *, ranks: int, bfloat16: bool, prompt_tokens: int) -> RankMemory:
-    """The memory of each of `ranks` ranks that trains rows of `learner.row_tokens` tokens, all of them full.
+def learner_memory(run: Run, config: PreTrainedConfig, *, ranks: int, on_gpus: bool, prompt_tokens: int) -> RankMemory:
+    """The memory of each of `ranks` ranks that train full rows, of completions of full length.
 
-    A process group must not exist yet. Rows hold completions of full length after prompts of `prompt_tokens`.
+    A process group must not exist yet. Raises DataError if the model cannot be trained.
+
+    Args:
+        on_gpus: with the sizes and, if `learner.precision` is auto, the precision of a GPU.
+        prompt_tokens: length of the prompts.
     """
-    sizes = linear.GPU_SIZES if bfloat16 else linear.CPU_SIZES
+    try:
+        return RankMemory(_peak(run, config, ranks=ranks, on_gpus=on_gpus, prompt_tokens=prompt_tokens))
+    except (TypeError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"model.path: the learner's memory cannot be computed for this model: {reason}") from error
+
+
+def _peak(run: Run, config: PreTrainedConfig, *, ranks: int, on_gpus: bool, prompt_tokens: int) -> dict[str, int]:
+    """Bytes by part at the peak of forward and backward, and of the teacher's copy."""
+    precision = run.learner.precision
+    bfloat16 = precision == "bfloat16" or (precision == "auto" and on_gpus)
+    sizes = linear.GPU_SIZES if on_gpus else linear.CPU_SIZES
     with _fake_world(ranks) as mesh, FakeTensorMode(), patch.object(linear, "CPU_SIZES", sizes):
         policy = _policy(config, run, mesh, bfloat16=bfloat16)
         teacher = _policy(config, run, mesh, bfloat16=bfloat16) if run.algorithm.copies_teacher else None
@@ -72,6 +90,8 @@ def learner_memory(run: Run, config: PreTrainedConfig, *, ranks: int, bfloat16: 
         train_row(policy, teacher, packed, run)
         adamw.step()  # creates AdamW's state
         adamw.zero_grad()
+        if isinstance(teacher, FSDPModule):
+            teacher.reshard()  # what it gathers, and a root keeps, belongs to the peak
         tracker = FSDPMemTracker(policy, adamw)
         tracker.track_inputs(())
         with tracker:
@@ -83,7 +103,7 @@ def learner_memory(run: Run, config: PreTrainedConfig, *, ranks: int, bfloat16: 
                 parts[PARTS[kind]] = parts.get(PARTS[kind], 0) + int(nbytes)
         if teacher is not None:
             parts["teacher"] = teacher.nbytes // 4 * WIDTHS[run.algorithm.teacher_dtype] // ranks
-    return RankMemory(parts)
+    return parts
 
 
 def _policy(config: PreTrainedConfig, run: Run, mesh: DeviceMesh, *, bfloat16: bool) -> Policy:
@@ -93,8 +113,8 @@ def _policy(config: PreTrainedConfig, run: Run, mesh: DeviceMesh, *, bfloat16: b
 
 
 def full_row(run: Run, prompt_tokens: int) -> Packed:
-    """A micro-batch of `learner.row_tokens` tokens whose completions are as long as `rollout.max_new_tokens` allows."""
-    completion = max(1, min(run.rollout.max_new_tokens, run.learner.row_tokens - prompt_tokens + 1))
+    """A micro-batch of completions of full length: as many as `learner.row_tokens` allows, or one."""
+    completion = run.rollout.max_new_tokens
     count = max(1, run.learner.row_tokens // (prompt_tokens + completion - 1))
     rows = np.full((count, prompt_tokens + completion), np.arange(count)[:, None], np.int32)  # prompts differ
     return pack([Tokens(ids[:prompt_tokens], ids[prompt_tokens:]) for ids in rows])
@@ -105,7 +125,7 @@ def train_row(policy: Policy, teacher: Policy | None, packed: Packed, run: Run) 
     targets = torch.zeros(len(packed.targets), dtype=torch.long)
     measure: LogProbability | TeacherDivergence = LogProbability(targets)
     algorithm = run.algorithm
-    if algorithm.objective == "sgpo" and algorithm.teacher != "behaviour" and algorithm.divergence != "sft":
+    if algorithm.compares_with_teacher and algorithm.teacher != "behaviour":
         with torch.no_grad():
             states = (teacher or policy).hidden(packed)
         measure = TeacherDivergence(states, None, targets, algorithm.divergence)

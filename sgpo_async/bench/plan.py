@@ -24,7 +24,7 @@ from sgpo_async.bench.memory import (
     server_memory,
 )
 from sgpo_async.config import Run
-from sgpo_async.errors import DataError
+from sgpo_async.errors import ConfigError, DataError
 from sgpo_async.learner.division import Cost
 from sgpo_async.model.folder import model_folder
 
@@ -99,13 +99,14 @@ def plan(run: Run, hardware: Hardware, *, completion_tokens: float, prompt_token
     )
     length = prompt_tokens + round(completion_tokens)
     forward = cost.forward(length=length, targets=round(completion_tokens))
-    train = hardware.flops * length / (3 * forward)
+    again = 1 / run.learner.recompute if run.learner.recompute else 0  # forward passes in the backward pass
+    train = hardware.flops * length / ((3 + again) * forward)
     generate = _generation(run, server, hardware, prompt_tokens + completion_tokens / 2) if server else train
     return Plan(
         run,
         run.local.ranks,
         servers,
-        learner_memory(run, config, ranks=run.local.ranks, bfloat16=on_gpus, prompt_tokens=prompt_tokens),
+        learner_memory(run, config, ranks=run.local.ranks, on_gpus=on_gpus, prompt_tokens=prompt_tokens),
         server,
         2 * parameters * WIDTHS[run.model.dtype],
         train,
@@ -139,7 +140,7 @@ def _generation(run: Run, server: ServerMemory, hardware: Hardware, context: flo
 
 def text(found: Plan) -> str:
     """The plan as lines of text."""
-    lines = [f"learner, each of {found.ranks} ranks, rows of {found.run.learner.row_tokens:,} tokens"]
+    lines = [f"learner, each of {found.ranks} ranks, full rows (learner.row_tokens={found.run.learner.row_tokens})"]
     parts = {**found.learner.parts, "CUDA, NCCL (assumed)": RESERVED}
     lines += [f"  {name:22}{nbytes / GB:8.2f} GB" for name, nbytes in parts.items()]
     lines.append(f"  {'all':22}{sum(parts.values()) / GB:8.2f} GB of {found.hardware.memory / GB:g}")
@@ -154,6 +155,9 @@ def text(found: Plan) -> str:
     lines.append(f"hub's machine: two versions of the weights, {found.store_bytes / GB:.2f} GB of host memory")
     if server:
         rates = f"training {found.train_tokens_per_s:,.0f}, generation {found.generate_tokens_per_s:,.0f}"
-        lines += [f"tokens per second of one GPU: {rates} (from the stated rates)", ""]
-        lines.append(table(estimate(found.run, found.given)))
+        lines.append(f"tokens per second of one GPU: {rates} (from the stated rates)")
+        try:
+            lines += ["", table(estimate(found.run, found.given))]
+        except ConfigError as error:
+            lines.append(f"no GPU-hours: {error}")
     return "\n".join(lines)

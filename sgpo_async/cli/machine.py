@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from sgpo_async.bench.cost import Assumptions
 from sgpo_async.bench.memory import RESERVED, learner_memory
 from sgpo_async.cli import preflight, resources
 from sgpo_async.cli.resources import existing, free, require_writable, size
@@ -20,7 +21,7 @@ from sgpo_async.config import Hub, Run
 from sgpo_async.engines.sglang.preflight import Finding, finding_of
 from sgpo_async.engines.sglang.weight_sync.layout import layout_of
 from sgpo_async.engines.sglang.weight_sync.model_facts import ModelFacts, model_facts
-from sgpo_async.errors import CheckFailed, CheckWarning, SgpoError
+from sgpo_async.errors import CheckFailed, CheckWarning, DataError, SgpoError
 from sgpo_async.learner.process_group import device_for
 from sgpo_async.local.watch import Watch
 from sgpo_async.model.folder import load_tokenizer, model_folder, tokenizer_fingerprint
@@ -107,11 +108,15 @@ def training(run: Run, facts: ModelFacts) -> str:
     if gpu_bytes is None:
         return found
     config, ranks = facts.skeleton.config, run.local.ranks
-    needed = RESERVED + learner_memory(run, config, ranks=ranks, bfloat16=True, prompt_tokens=150).total
-    planned = f"{size(needed)} at the peak of a step with {run.learner.row_tokens} tokens"
+    try:
+        planned = learner_memory(run, config, ranks=ranks, on_gpus=True, prompt_tokens=Assumptions.prompt_tokens)
+    except DataError as error:
+        raise CheckWarning(f"{found}; {error}", "compare the memory of the first steps with that of the GPUs") from None
+    needed = RESERVED + planned.total
+    peak = f"{size(needed)} at the peak of a step with learner.row_tokens={run.learner.row_tokens}"
     if needed > gpu_bytes:
-        raise CheckFailed(f"{planned}, and a GPU has {size(gpu_bytes)}", "see sgpo-async plan CONFIG")
-    return f"{found}; {planned}"
+        raise CheckFailed(f"{peak}, and a GPU has {size(gpu_bytes)}", "see sgpo-async plan CONFIG")
+    return f"{found}; {peak}"
 
 
 def hub(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001

@@ -10,23 +10,21 @@ from sgpo_async.cli.options import add_config, load_run, print_dry_run
 DOES_NOT_FIT = 1
 
 
+NUMBERS = {
+    "completion_tokens": "mean length of completions, for the time (default: a tenth of rollout.max_new_tokens)",
+    "prompt_tokens": "length of prompts (default: 150)",
+    "gpu_gb": "memory of a GPU (default: 80)",
+    "train_tflops": "what a GPU reaches in training (default: 395.6, 40 %% of an H100)",
+    "generate_tb_per_s": "memory traffic of a GPU in generation (default: 1.675, half of an H100's)",
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """CONFIG [key=value ...] [--completion-tokens N] [--prompt-tokens N] [rates of a GPU] [--dry-run]."""
     add_config(parser)
-    limit = "mean length of completions, for the time; by default a tenth of the limit"
-    parser.add_argument("--completion-tokens", type=float, metavar="N", help=limit)
-    for name, kind, default, text in (
-        ("--prompt-tokens", int, 150, "length of prompts"),
-        ("--gpu-gb", float, 80.0, "memory of a GPU"),
-        ("--train-tflops", float, 395.6, "what a GPU reaches in training; the default is 40 %% of an H100"),
-        (
-            "--generate-tb-per-s",
-            float,
-            1.675,
-            "memory traffic of a GPU in generation; the default is half of an H100's",
-        ),
-    ):
-        parser.add_argument(name, type=kind, default=default, metavar="N", help=f"{text} (%(default)s)")
+    for name, text in NUMBERS.items():
+        kind = int if name == "prompt_tokens" else float
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -36,12 +34,15 @@ def run(args: argparse.Namespace) -> int:
         print_dry_run(settings, [["sgpo-async", "plan", args.config, *args.overrides]])
         return 0
     from sgpo_async.bench.plan import GB, Hardware, plan, text
+    from sgpo_async.config.schema import require
 
-    hardware = Hardware(
-        memory=args.gpu_gb * GB, flops=args.train_tflops * 1e12, bandwidth=args.generate_tb_per_s * 1e12
-    )
-    mean = args.completion_tokens or settings.rollout.max_new_tokens / 10
-    found = plan(settings, hardware, completion_tokens=mean, prompt_tokens=args.prompt_tokens)
+    given = {name: getattr(args, name) for name in NUMBERS if getattr(args, name) is not None}
+    for name, value in given.items():
+        require(value > 0, f"--{name.replace('_', '-')}", "must be > 0", value)
+    units = {"gpu_gb": ("memory", GB), "train_tflops": ("flops", 1e12), "generate_tb_per_s": ("bandwidth", 1e12)}
+    hardware = Hardware(**{key: given[name] * unit for name, (key, unit) in units.items() if name in given})
+    mean = given.get("completion_tokens", settings.rollout.max_new_tokens / 10)
+    found = plan(settings, hardware, completion_tokens=mean, prompt_tokens=given.get("prompt_tokens", 150))
     print(text(found))
     for problem in found.problems:
         print(f"does not fit: {problem}", file=sys.stderr)

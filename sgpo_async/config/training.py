@@ -112,15 +112,15 @@ class Algorithm:
     @property
     def copies_teacher(self) -> bool:
         """Whether the learner keeps a copy of the weights as the teacher."""
-        return self._uses_teacher and self.teacher not in ("self", "behaviour")
+        return self.compares_with_teacher and self.teacher not in ("self", "behaviour")
 
     @property
     def top_logprobs_num(self) -> int:
         """How many likely tokens the engine reports for each token of a guided rollout."""
-        return self.teacher_top_k if self._uses_teacher and self.teacher == "behaviour" else 0
+        return self.teacher_top_k if self.compares_with_teacher and self.teacher == "behaviour" else 0
 
     @property
-    def _uses_teacher(self) -> bool:
+    def compares_with_teacher(self) -> bool:
         """Whether the loss compares the student's distributions with a teacher's."""
         return self.objective == "sgpo" and self.divergence != "sft"
 

@@ -23,7 +23,7 @@ from transformers import AttentionInterface, PreTrainedModel
 NAME = "sgpo_packed"
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # arguments of transformers' attentions that change the scores
 FLASH_TYPES = (torch.bfloat16, torch.float16)
-FLASH_WIDTH = 256  # largest width of a head
+FLASH_WIDTH = 256  # largest width of a head; it must be a multiple of 8
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,9 @@ def _by_sequence(
 
 def _has_kernel(query: Tensor, value: Tensor) -> bool:
     width = query.shape[-1]
-    return query.is_cuda and query.dtype in FLASH_TYPES and width == value.shape[-1] and width <= FLASH_WIDTH
+    if not (query.is_cuda and query.dtype in FLASH_TYPES and torch.cuda.get_device_capability(query.device) >= (8, 0)):
+        return False
+    return width == value.shape[-1] and width <= FLASH_WIDTH and width % 8 == 0
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None) -> Tensor:

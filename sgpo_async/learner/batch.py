@@ -57,7 +57,7 @@ class Sequences(NamedTuple):
             by_prompt.setdefault(item.student.prompt.tobytes(), []).append(item)
         found: list[list[Item]] = []
         for group in by_prompt.values():
-            if not repeated_tokens([item.student for item in group]):
+            if not repeated_tokens([item.student for item in group], row_tokens):
                 found += [[item] for item in group]
                 continue
             free = -1

@@ -13,7 +13,6 @@ import logging
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
@@ -22,6 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from sgpo_async.config.schema import Learner, Run
 from sgpo_async.learner.policy import Policy, check_model, recompute, rows_on, shard
+from sgpo_async.learner.process_group import any_rank
 from sgpo_async.model.load import load_model
 from sgpo_async.model.slices import CannotSliceError, Slice, Slices, open_slices
 
@@ -65,13 +65,14 @@ def load_teacher(folder: str, run: Run, mesh: DeviceMesh) -> Policy:
 
 
 def _slices(folder: str) -> Slices | None:
+    """Open the model's files, or return None if a rank cannot read slices of them. A collective of all ranks."""
     disable_progress_bar()
+    found = None
     try:
-        return open_slices(folder)
+        found = open_slices(folder)
     except CannotSliceError as reason:
-        if dist.get_rank() == 0:
-            log.info("model.path: each rank loads the whole model of %s before it is sharded: %s", folder, reason)
-        return None
+        log.info("model.path: each rank loads the whole model of %s before it is sharded: %s", folder, reason)
+    return None if any_rank(found is None) else found
 
 
 def _whole(folder: str) -> Policy:

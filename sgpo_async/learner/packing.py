@@ -10,6 +10,7 @@ only to themselves. Attention alone needs the plain layout, so sharing pays only
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -54,8 +55,11 @@ class Packed(NamedTuple):
     shared: Shared | None = None  # None: the row is the plain layout
 
 
-def pack(sequences: Sequence[Tokens]) -> Packed:
-    """Lay out the sequences of one micro-batch; an empty micro-batch is one token without a target."""
+def pack(sequences: Sequence[Tokens], row_tokens: float = math.inf) -> Packed:
+    """Lay out the sequences of one micro-batch; an empty micro-batch is one token without a target.
+
+    `row_tokens` is the capacity of a row, see `repeated_tokens`.
+    """
     if not sequences:
         one, none = np.zeros((1, 1), np.int64), np.empty(0, np.int64)
         return Packed(one, one, [1], none, none)
@@ -70,24 +74,25 @@ def pack(sequences: Sequence[Tokens]) -> Packed:
         ]
     )
     targets = _concatenate([own.targets for own in sequences])
-    if (shared := _share(sequences, ends - lengths)) is None:
+    if (shared := _share(sequences, ends - lengths, row_tokens)) is None:
         return Packed(ids[None], positions[None], lengths, picks, targets)
     return Packed(ids[None, shared.first], positions[None, shared.first], lengths, shared.where[picks], targets, shared)
 
 
-def repeated_tokens(sequences: Sequence[Tokens]) -> int:
-    """The number of positions that need not be computed, if equal prompts are computed once; 0 if that pays too little.
+def repeated_tokens(sequences: Sequence[Tokens], row_tokens: float = math.inf) -> int:
+    """The number of positions that need not be computed if equal prompts are computed once; 0 if they are not.
 
-    It pays if the row becomes shorter by the factor `SHARE`.
+    They are if that shortens the row by the share `SHARE`, or if the row would otherwise exceed `row_tokens`.
     """
     once = {own.prompt.tobytes(): len(own.prompt) for own in sequences}
     repeated = sum(len(own.prompt) for own in sequences) - sum(once.values())
-    return repeated if repeated >= SHARE * sum(own.length for own in sequences) else 0
+    plain = sum(own.length for own in sequences)
+    return repeated if repeated >= SHARE * plain or plain > row_tokens else 0
 
 
-def _share(sequences: Sequence[Tokens], starts: np.ndarray) -> Shared | None:
-    """Let equal prompts be computed once; None if that pays too little. `starts`: of the sequences, in the layout."""
-    if not repeated_tokens(sequences):
+def _share(sequences: Sequence[Tokens], starts: np.ndarray, row_tokens: float) -> Shared | None:
+    """Let equal prompts be computed once; None if they are not. `starts`: of the sequences, in the plain layout."""
+    if not repeated_tokens(sequences, row_tokens):
         return None
     every = np.arange(starts[-1] + sequences[-1].length)
     source = every.copy()

@@ -32,10 +32,6 @@ BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 Item = TypeVar("Item")
 POLL_S = 0.02  # between two reads of the store
 
-# Newer versions of torch have this name, and warn at each call of the older name.
-all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-"""`all_gather_single(output, input)`: gather tensors of equal size into one tensor. A collective of all ranks."""
-
 
 def join_world(learner: Learner, *, timeout_s: float) -> DeviceMesh:
     """Join the process group of all ranks; return the mesh over which parameters are sharded, see `mesh_of`.

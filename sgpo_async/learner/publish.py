@@ -20,7 +20,6 @@ from torch.distributed.tensor import DTensor, Shard
 
 from sgpo_async.errors import DeadlineExceeded
 from sgpo_async.learner.policy import Policy, rows_on
-from sgpo_async.learner.process_group import all_gather_single
 from sgpo_async.processes.progress import result_while_moving
 
 BUCKET_BYTES = 64 * 2**20  # size of one gather, unless a single parameter is larger
@@ -78,7 +77,7 @@ def _gather(parameters: list[DTensor]) -> list[Tensor]:
     local = torch.cat([p.to_local().detach().flatten() for p in parameters])
     padded = nn.functional.pad(local, (0, max(map(sum, sizes)) - len(local)))
     gathered = local.new_empty(ranks * len(padded))
-    all_gather_single(gathered, padded, group=group)
+    dist.all_gather_single(gathered, padded, group=group)
     shares = gathered.view(ranks, -1)
     parts = [shares[rank, : sum(sizes[rank])].split(sizes[rank]) for rank in range(ranks)]
     return [torch.cat(pieces).view(p.shape) for p, pieces in zip(parameters, zip(*parts, strict=True), strict=True)]

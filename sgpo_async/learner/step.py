@@ -114,7 +114,7 @@ class Stepper:
     def _piece(self, bundle: Sequence[Item]) -> Piece:
         """What the division has to know of a bundle; a backward pass costs twice as much as a forward pass."""
         students = [item.student for item in bundle]
-        repeated = repeated_tokens(students)
+        repeated = repeated_tokens(students, self.run.learner.row_tokens)
         forward = sum(map(self._work, students)) - self.cost.body * repeated
         taught = [item.teacher for item in bundle if isinstance(item, Distillation)] if self._teacher_passes else []
         return Piece(sum(own.length for own in students) - repeated, 3 * forward, sum(map(self._work, taught)))
@@ -166,7 +166,7 @@ class Stepper:
 
     def _loss(self, version: int, part: Sequences, states: dict[Key, Tensor], statistics: StepMetrics) -> Tensor:
         """Compute the loss of one micro-batch; without sequences it is 0, for the collectives of its backward pass."""
-        packed = pack(part.students)
+        packed = pack(part.students, self.run.learner.row_tokens)
         terms = self._terms(part, version, packed, states)
         loss, found = self.policy(packed, [term.part for term in terms], self.run.rollout.temperature)
         for term, own in zip(terms, found, strict=True):

@@ -22,7 +22,6 @@ from sgpo_async.learner import mismatch
 from sgpo_async.learner.batch import Batch
 from sgpo_async.learner.mismatch import AGES, Mismatch
 from sgpo_async.learner.objectives.base import PROBLEM_METRICS
-from sgpo_async.learner.process_group import all_gather_single
 from sgpo_async.wire.records import Rollout
 
 TERMS = ("correction", "kl_correction")
@@ -103,7 +102,7 @@ class StepMetrics:
         minima = torch.cat((torch.stack(list(self.minima.values())), -self.mismatch.maxima.flatten()))
         local = torch.cat((sums, minima))
         gathered = local.new_empty(dist.get_world_size() * len(local))
-        all_gather_single(gathered, local)
+        dist.all_gather_single(gathered, local)
         ranks = gathered.view(-1, len(local)).cpu()
         sizes = (len(SUMS), len(self.tokens_by_lag), self.mismatch.sums.numel())
         named, by_lag, mismatch_sums = ranks[:, : len(sums)].sum(0).split(sizes)

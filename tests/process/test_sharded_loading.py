@@ -62,7 +62,7 @@ def worker(rank: int, root: Path, ranks: int) -> None:
             assert Counted.read == sum(p.to_local().numel() for p in loaded.parameters())
             found[folder]["sliced"] = gradient(loaded, rank)
             patch.setattr(policy, "GROUP_BYTES", 0)
-            grouped = loading.load_policy(folder, Learner(precision="bfloat16", recompute=True), mesh)
+            grouped = loading.load_policy(folder, Learner(precision="bfloat16", recompute=1), mesh)
             found[folder]["policy"] = values(grouped)
             for dtype in DTYPES:
                 run = replace(RUN, algorithm=replace(RUN.algorithm, teacher="frozen", teacher_dtype=dtype))

@@ -8,7 +8,8 @@ from sgpo_async.bench.cost import Assumptions, estimate, main
 from sgpo_async.config import Run, load
 
 RECIPE = str(Path(__file__).resolve().parents[2] / "configs" / "paper-qwen2.5-7b.yaml")
-SMALL = ["steps=10", "learner.problems_per_step=6", "tasks.held_out=5", "evaluation={every: 4, samples: 3}"]
+DIVISION = ["local.ranks=6", "engine.sglang.servers=2"]
+SMALL = [*DIVISION, "steps=10", "learner.problems_per_step=6", "tasks.held_out=5", "evaluation={every: 4, samples: 3}"]
 
 
 def assumptions(**changes: object) -> Assumptions:
@@ -68,7 +69,7 @@ def test_without_targets_only_the_tokens_of_the_policy_gradient_are_trained() ->
 
 def test_the_command_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     rates = ["--generate-tokens-per-s", "6000", "--train-tokens-per-s", "8000", "--completion-tokens", "1000"]
-    assert main([RECIPE, *rates, "--benchmark", "AIME24=30x32"]) == 0
+    assert main([RECIPE, *DIVISION, *rates, "--benchmark", "AIME24=30x32"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [line[0] for line in lines] == ["generated", "warm-up", "RL", "evaluation", "all"]
     parts = [float(line[-1]) for line in lines[1:4]]
@@ -90,6 +91,6 @@ def test_the_command_prints_the_table(capsys: pytest.CaptureFixture[str]) -> Non
 )
 def test_an_error_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     rates = ["--generate-tokens-per-s", "1", "--train-tokens-per-s", "1", "--completion-tokens", "1"]
-    assert main([RECIPE, *rates, *arguments]) == 2
+    assert main([RECIPE, *DIVISION, *rates, *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

@@ -10,14 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
-from transformers import LlamaConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, LlamaConfig, Qwen2Config, Qwen2ForCausalLM
 
 from sgpo_async.bench.memory import RESERVED, full_row, learner_memory, server_memory, train_row
 from sgpo_async.bench.plan import GB, Hardware, plan, text
 from sgpo_async.cli import machine
 from sgpo_async.cli.main import main
 from sgpo_async.config import Run, load
-from sgpo_async.errors import CheckFailed
+from sgpo_async.errors import CheckFailed, DataError
 from sgpo_async.learner import optimiser
 from sgpo_async.learner.policy import Policy, shard
 from sgpo_async.learner.process_group import join_alone
@@ -46,7 +46,7 @@ def run_of(*overrides: str) -> Run:
 def test_weights_and_optimiser_are_divided_by_the_ranks() -> None:
     assert sum(p.numel() for p in Qwen2ForCausalLM(CONFIG).parameters()) == PARAMETERS
     found = {
-        ranks: learner_memory(run_of(), CONFIG, ranks=ranks, bfloat16=True, prompt_tokens=10).parts for ranks in (1, 4)
+        ranks: learner_memory(run_of(), CONFIG, ranks=ranks, on_gpus=True, prompt_tokens=10).parts for ranks in (1, 4)
     }
     for ranks, parts in found.items():
         assert parts["weights"] == pytest.approx(4 * PARAMETERS / ranks, rel=0.02)
@@ -57,7 +57,7 @@ def test_weights_and_optimiser_are_divided_by_the_ranks() -> None:
 
 def test_more_tokens_need_more_and_recomputation_needs_less() -> None:
     totals = [
-        learner_memory(run_of(*words), CONFIG, ranks=2, bfloat16=True, prompt_tokens=10).parts["activations"]
+        learner_memory(run_of(*words), CONFIG, ranks=2, on_gpus=True, prompt_tokens=10).parts["activations"]
         for words in ([], *(["learner.row_tokens=512", f"learner.recompute={every}"] for every in (0, 1, 2)))
     ]
     short, kept, recomputed, half = totals
@@ -66,7 +66,7 @@ def test_more_tokens_need_more_and_recomputation_needs_less() -> None:
 
 def test_the_peak_is_that_of_the_same_step_on_real_tensors() -> None:
     run = run_of("algorithm.teacher=self")
-    planned = learner_memory(run, CONFIG, ranks=1, bfloat16=False, prompt_tokens=10)
+    planned = learner_memory(run, CONFIG, ranks=1, on_gpus=False, prompt_tokens=10)
     policy = shard(Policy(Qwen2ForCausalLM(CONFIG)), join_alone(), precision="float32")
     row, adamw = full_row(run, 10), optimiser.build(policy, run.optim)
     train_row(policy, None, row, run)
@@ -99,7 +99,7 @@ def recipe(tmp_path: Path) -> list[str]:
 def test_the_command_says_what_does_not_fit(recipe: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *recipe, "rollout.max_new_tokens=200"]) == 0
     out, err = capsys.readouterr()
-    assert not err and "learner, each of 4 ranks, rows of 256 tokens" in out and "GPU-hours" in out
+    assert not err and "learner, each of 4 ranks, full rows (learner.row_tokens=256)" in out and "GPU-hours" in out
     small = f"--gpu-gb={RESERVED / GB + 0.0001}"
     assert main(["plan", *recipe, "rollout.max_new_tokens=200", small]) == 1
     lines = capsys.readouterr().err.splitlines()
@@ -108,21 +108,25 @@ def test_the_command_says_what_does_not_fit(recipe: list[str], capsys: pytest.Ca
         and lines[0].startswith("does not fit: a learner rank needs ")
         and "a server's GPU has no room" in lines[1]
     )
+    assert main(["plan", *recipe, "--train-tflops=0"]) == 2
+    assert capsys.readouterr().err == "error: --train-tflops must be > 0, got 0.0\n"
+    assert main(["plan", *recipe, "algorithm.objective=sft"]) in (0, 1)
+    assert "no GPU-hours: algorithm.objective must be sgpo or grpo" in capsys.readouterr().out
     assert main(["plan", *recipe, "model.path=/nowhere"]) == 2
     assert capsys.readouterr().err.startswith("error: model.path: ")
 
 
 def test_the_doctor_compares_the_plan_with_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     run, facts = run_of("local.ranks=2"), SimpleNamespace(skeleton=SimpleNamespace(config=CONFIG))
-    needed = RESERVED + learner_memory(run, CONFIG, ranks=2, bfloat16=True, prompt_tokens=150).total
+    needed = RESERVED + learner_memory(run, CONFIG, ranks=2, on_gpus=True, prompt_tokens=150).total
     monkeypatch.setattr(machine, "device_for", lambda **_: "cuda")
     monkeypatch.setattr(machine, "parameters", lambda _: PARAMETERS)
     gpu = SimpleNamespace(total_memory=needed)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
-    assert "at the peak of a step with 256 tokens" in machine.training(run, facts)  # type: ignore[arg-type]
+    assert "at the peak of a step with learner.row_tokens=256" in machine.training(run, facts)  # type: ignore[arg-type]
     gpu.total_memory = needed - 1
     with pytest.raises(
-        CheckFailed, match=r"at the peak of a step with 256 tokens, and a GPU has .*; see sgpo-async plan"
+        CheckFailed, match=r"at the peak of a step with learner.row_tokens=256, and a GPU has .*; see sgpo-async plan"
     ):
         machine.training(run, facts)  # type: ignore[arg-type]
 
@@ -132,7 +136,7 @@ def test_the_rates_are_those_of_the_stated_hardware(recipe: list[str]) -> None:
     found = plan(run, Hardware(flops=1e12, bandwidth=1e9), completion_tokens=100, prompt_tokens=50)
     matrices = 3 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128)
     flops = 2 * matrices * 150 + 2 * 3 * 64 * 150**2 + 2 * 500 * 64 * 100
-    assert found.train_tokens_per_s == pytest.approx(1e12 * 150 / (3 * flops))
+    assert found.train_tokens_per_s == pytest.approx(1e12 * 150 / (4 * flops)), "one forward is done twice"
     per_server, token = 2, 2 * 3 * 2 * 16 * 2
     seconds = (2 * PARAMETERS + per_server * 100 * token) / 1e9
     assert found.generate_tokens_per_s == pytest.approx(per_server / seconds)
@@ -150,3 +154,21 @@ def test_recipes_fit_their_gpus(tmp_path: Path) -> None:
         found = plan(run, Hardware(), completion_tokens=1000, prompt_tokens=150)
     assert not found.problems and (found.ranks, found.servers) == (4, 4)
     assert 35 * GB < found.learner.total < 50 * GB
+
+
+def test_a_completion_longer_than_a_row_and_float32_count() -> None:
+    words = (["rollout.max_new_tokens=400"], ["learner.row_tokens=409", "rollout.max_new_tokens=400"])
+    one, same = (learner_memory(run_of(*own), CONFIG, ranks=2, on_gpus=True, prompt_tokens=10).total for own in words)
+    assert one == same, "a row of 256 tokens has to hold a completion of 400"
+    run = run_of("rollout.max_new_tokens=400", "learner.precision=float32")
+    assert learner_memory(run, CONFIG, ranks=2, on_gpus=True, prompt_tokens=10).total > 1.2 * one
+
+
+def test_a_model_that_cannot_be_trained_is_one_line() -> None:
+    sizes = {name: getattr(CONFIG, name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
+    config = AutoConfig.for_model("gemma2", **sizes, num_hidden_layers=2, num_attention_heads=4, head_dim=16)
+    with pytest.raises(
+        DataError, match="the learner's memory cannot be computed for this model: its attention"
+    ) as caught:
+        learner_memory(run_of(), config, ranks=1, on_gpus=False, prompt_tokens=10)
+    assert "\n" not in str(caught.value)

@@ -31,12 +31,6 @@ def test_every_piece_is_in_one_micro_batch_that_fits(pieces: list[Piece], ranks:
     assert -1e-9 <= imbalance(pieces, rounds) < 1
 
 
-@given(PIECES, st.integers(1, 5))
-def test_the_division_depends_on_the_pieces_alone(pieces: list[Piece], ranks: int) -> None:
-    """Each rank computes it for itself."""
-    assert divide(pieces, ranks=ranks, row_tokens=50) == divide(list(pieces), ranks=ranks, row_tokens=50)
-
-
 def test_imbalance_is_the_share_of_time_spent_waiting() -> None:
     pieces = [Piece(1, 4.0), Piece(1, 2.0, 1.0), Piece(1, 1.0), Piece(1, 1.0)]
     assert imbalance(pieces, [[[0], [1]], [[2], [3]]]) == pytest.approx(

@@ -11,7 +11,10 @@ from sgpo_async.algorithm import linear
 from sgpo_async.config.schema import Correction, Run
 from sgpo_async.errors import SgpoError
 from sgpo_async.learner import policy, step
-from sgpo_async.learner.batch import from_shard
+from sgpo_async.learner.batch import Sequences, from_shard
+from sgpo_async.learner.division import Piece, divide
+from sgpo_async.learner.objectives.base import Likelihood
+from sgpo_async.learner.packing import Tokens, pack, repeated_tokens
 from sgpo_async.wire.records import Rollout
 from tests.reference import learner_cases as cases
 from tests.reference.objectives import reference_loss
@@ -257,17 +260,25 @@ def test_a_gradient_that_is_not_finite_stops_the_run() -> None:
         stepper.update(cases.shard_of(broken, problems=4))
 
 
-def test_sequences_of_one_prompt_are_divided_together_where_it_pays() -> None:
-    """Bundles fit into a row; with long completions every sequence is divided on its own."""
-    for seed in range(20):
+def test_sequences_of_one_prompt_are_divided_together_and_fit_into_a_row() -> None:
+    shared = 0
+    for seed in range(40):
         rng = np.random.default_rng(seed)
-        parts = cases.groups(seed=seed)
-        sequences = from_shard(cases.shard_of(parts, problems=len(parts)), cases.settings().algorithm).sequences
-        row_tokens = int(rng.integers(1, 60))
-        bundles = sequences.bundles(row_tokens)
-        assert sorted(id(item) for bundle in bundles for item in bundle) == sorted(id(item) for item in sequences.items)
+        prompts = [rng.integers(0, 9, int(n)).astype(np.int32) for n in rng.integers(1, 12, 3)]
+        longest = int(rng.choice([3, 30, 90]))
+        items = [
+            Likelihood(Tokens(prompts[rng.integers(3)], rng.integers(0, 9, int(n)).astype(np.int32)), 1.0)
+            for n in rng.integers(1, longest + 1, 14)
+        ]
+        row_tokens = int(rng.integers(1, 120))
+        bundles = Sequences.of(items).bundles(row_tokens)
+        assert sorted(id(item) for bundle in bundles for item in bundle) == sorted(map(id, items))
         for bundle in bundles:
-            prompt = bundle[0].student.prompt
-            assert all(np.array_equal(item.student.prompt, prompt) for item in bundle)
-            own = len(prompt) + sum(item.student.length - len(prompt) for item in bundle)
-            assert own <= row_tokens or len(bundle) == 1
+            assert all(np.array_equal(item.student.prompt, bundle[0].student.prompt) for item in bundle)
+        students = [[item.student for item in bundle] for bundle in bundles]
+        sizes = [sum(t.length for t in own) - repeated_tokens(own, row_tokens) for own in students]
+        for (own,) in divide([Piece(size, float(size)) for size in sizes], ranks=1, row_tokens=row_tokens):
+            row = pack([tokens for i in own for tokens in students[i]], row_tokens)
+            assert row.input_ids.size <= row_tokens or len(own) == len(students[own[0]]) == 1
+            shared += row.shared is not None
+    assert shared > 20
