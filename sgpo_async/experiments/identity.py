@@ -26,8 +26,8 @@ from sgpo_async.files import to_json
 Plain = dict[str, Any]
 """A configuration, or a part of it, as it is stored in a file."""
 
-# Keys that do not affect a trial. A trial is one process without a folder, a hub, actors or other ranks, so nothing
-# except validation reads these keys.
+# Keys that do not affect what a trial learns. A trial is one process without a folder, a hub, actors or other ranks, so
+# nothing except validation reads most of them; recomputing activations changes no gradient.
 NOT_LEARNED = (
     "name",
     "out",
@@ -36,7 +36,9 @@ NOT_LEARNED = (
     "hub.journal",
     "hub.progress_s",
     "hub.stall_s",
+    "learner.recompute",
     "learner.resume",
+    "learner.shard_over",
     "learner.checkpoint_minutes",
 )
 
