@@ -82,7 +82,7 @@ def worker(row_tokens: int, recomputes: bool, way: str) -> None:
     if way == "measured":
         print(measured(run))
     else:
-        print(memory.learner_memory(run, CONFIG, ranks=1, bfloat16=False, prompt_tokens=PROMPT_TOKENS).total)
+        print(memory.learner_memory(run, CONFIG, ranks=1, on_gpus=False, prompt_tokens=PROMPT_TOKENS).total)
 
 
 def main() -> None:
