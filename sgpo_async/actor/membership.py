@@ -5,8 +5,9 @@
        └── connection lost, session down, refused ◀─────┘
 
 The actor may be absent for `timeout_s`, and keeps working meanwhile. So it survives a restart of the hub and a failure
-of the network. A membership that ends within PROVEN_S counts as absence: an actor whose sessions always fail gives up,
-too. Each membership has a weight receiver of its own, because a Torch RPC world cannot be joined twice.
+of the network. A membership that ends within PROVEN_S and before weights have arrived counts as absence: an actor whose
+sessions always fail gives up, too. Each membership has a weight receiver of its own, because a Torch RPC world cannot
+be joined twice.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 
 from sgpo_async.errors import DeadlineExceeded, HubAbsent, Refusal
 from sgpo_async.logs import fields
-from sgpo_async.session import ReceiverEvent, WeightReceiver
+from sgpo_async.session import ReceiverEvent, VersionAnnounced, VersionReceived, WeightReceiver
 from sgpo_async.transport import Mailbox
 from sgpo_async.wire.records import Hello, Refused, Welcome
 
@@ -59,6 +60,7 @@ class Membership:
         self._absent_since = time.monotonic()
         self._hello_at = 0.0  # time of the next Hello
         self._serving_since = 0.0
+        self._proven = False  # weights have arrived in this membership
         self._failures = 0  # refusals and short memberships in a row
         self._last_failure = ""
 
@@ -92,7 +94,7 @@ class Membership:
         if self.serving:
             self._replace_node()  # the hub has started another weight sender: a Hello was repeated
         self.node.connect(welcome.session_host, welcome.session_port)
-        self.serving, self._serving_since = True, time.monotonic()
+        self.serving, self._serving_since, self._proven = True, time.monotonic(), False
         log.info("joined the run at %s", self._dealer.address, extra=fields(event="joined"))
         return True
 
@@ -115,7 +117,7 @@ class Membership:
             return
         log.warning("%s; joining again", reason)
         self.serving = False
-        if now - self._serving_since > PROVEN_S:
+        if self._proven or now - self._serving_since > PROVEN_S:
             self._absent_since, self._failures, self._last_failure = now, 0, ""
         else:
             self._failed(reason)
@@ -145,7 +147,9 @@ class Membership:
 
     def node_events(self) -> list[ReceiverEvent]:
         """Events of the weight receiver since the last call."""
-        return list(self.node.poll())
+        events = list(self.node.poll())
+        self._proven |= any(isinstance(event, VersionReceived | VersionAnnounced) for event in events)
+        return events
 
     def close(self) -> None:
         """End the weight receiver."""
