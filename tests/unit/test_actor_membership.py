@@ -10,6 +10,7 @@ from test_actor_service import Node, ScriptedHub
 from sgpo_async.actor import membership as actor_membership
 from sgpo_async.actor.membership import BACKOFF_S, PROVEN_S, REPEAT_S, Membership
 from sgpo_async.errors import HubError, Refusal
+from sgpo_async.session import VersionAnnounced
 from sgpo_async.wire.records import Hello, Refused, Welcome
 
 TAKEN = Refused(reason="the name 'a' is taken")
@@ -161,6 +162,21 @@ def test_a_session_that_lasts_is_no_failure_when_it_ends(member: Member, clock: 
         assert len(member.hellos()) == 1, "at once"
         member.membership.welcomed(Welcome(run_id="run"))
         clock.now += PROVEN_S + 1
+        member.membership.lost("the session is down")
+
+
+def test_a_short_session_in_which_weights_arrived_is_no_failure(
+    member: Member, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hub that is killed again and again costs no actor."""
+    for _ in range(30):
+        member.membership.advance([])
+        assert len(member.hellos()) == 1, "at once"
+        member.membership.welcomed(Welcome(run_id="run"))
+        announced = VersionAnnounced(version=1, digest="d", nbytes=1, published_at=0.0)
+        monkeypatch.setattr(member.nodes[-1], "poll", lambda own=announced: [own])
+        member.membership.node_events()
+        clock.now += TIMEOUT_S / 10
         member.membership.lost("the session is down")
 
 
