@@ -23,7 +23,7 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from sgpo_async.algorithm import LogProbability, Part, TeacherDivergence, linear
 from sgpo_async.config import Run
@@ -33,7 +33,6 @@ from sgpo_async.learner.packing import Packed, Tokens, pack
 from sgpo_async.learner.policy import Policy, recompute, shard
 
 RESERVED = 2 * 10**9  # of a GPU: CUDA's context, NCCL's buffers, workspaces and fragments of the allocator
-WIDTHS = {"float32": 4, "bfloat16": 2}
 PARTS = {  # of the tracker, in the words of the plan
     "Sharded Param": "weights",
     "OptState": "AdamW",
@@ -102,7 +101,7 @@ def _peak(run: Run, config: PreTrainedConfig, *, ranks: int, on_gpus: bool, prom
             if (kind := getattr(name, "value", name)) != "Total":
                 parts[PARTS[kind]] = parts.get(PARTS[kind], 0) + int(nbytes)
         if teacher is not None:
-            parts["teacher"] = teacher.nbytes // 4 * WIDTHS[run.algorithm.teacher_dtype] // ranks
+            parts["teacher"] = teacher.nbytes // 4 * getattr(torch, run.algorithm.teacher_dtype).itemsize // ranks
     return parts
 
 
@@ -143,13 +142,6 @@ def _fake_world(ranks: int) -> Iterator[DeviceMesh]:
         dist.destroy_process_group()
 
 
-def on_meta_device(config: PreTrainedConfig) -> PreTrainedModel:
-    """The modules of a model, with parameters that have a shape and no memory."""
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    return model
-
-
 @dataclass(frozen=True)
 class ServerMemory:
     """Bytes of one GPU of an inference server, and how many sequences it holds at once."""
@@ -166,7 +158,7 @@ class ServerMemory:
 def server_memory(run: Run, config: PreTrainedConfig, parameters: int, *, prompt_tokens: int) -> ServerMemory:
     """The memory of each GPU of a server with `engine.sglang.tp` GPUs, for a model of `parameters` parameters."""
     text: Any = config.get_text_config()
-    tp, width = run.engine.sglang.tp, WIDTHS[run.model.dtype]
+    tp, width = run.engine.sglang.tp, getattr(torch, run.model.dtype).itemsize
     heads = text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     head = getattr(text, "head_dim", None) or text.hidden_size // heads

@@ -11,22 +11,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from transformers import AutoConfig, PreTrainedConfig
+import torch
 
 from sgpo_async.bench.cost import Assumptions, estimate, table
 from sgpo_async.bench.memory import (
     RESERVED,
-    WIDTHS,
     RankMemory,
     ServerMemory,
     learner_memory,
-    on_meta_device,
     server_memory,
 )
 from sgpo_async.config import Run
-from sgpo_async.errors import ConfigError, DataError
+from sgpo_async.errors import ConfigError
 from sgpo_async.learner.division import Cost
 from sgpo_async.model.folder import model_folder
+from sgpo_async.model.load import on_meta_device, read_config
 
 GB = 10**9
 
@@ -89,7 +88,7 @@ def plan(run: Run, hardware: Hardware, *, completion_tokens: float, prompt_token
         completion_tokens: mean length of the completions, for time; memory is that of full length.
         prompt_tokens: length of the prompts.
     """
-    config = _config(model_folder(run.model.path))
+    config = read_config(model_folder(run.model.path))
     model = on_meta_device(config)
     parameters, cost = sum(p.numel() for p in model.parameters()), Cost.of(model)
     servers = run.local.actors * (run.engine.sglang.servers * run.engine.sglang.tp)
@@ -108,7 +107,7 @@ def plan(run: Run, hardware: Hardware, *, completion_tokens: float, prompt_token
         servers,
         learner_memory(run, config, ranks=run.local.ranks, on_gpus=on_gpus, prompt_tokens=prompt_tokens),
         server,
-        2 * parameters * WIDTHS[run.model.dtype],
+        2 * parameters * getattr(torch, run.model.dtype).itemsize,
         train,
         generate,
         hardware,
@@ -119,15 +118,6 @@ def plan(run: Run, hardware: Hardware, *, completion_tokens: float, prompt_token
             prompt_tokens=prompt_tokens,
         ),
     )
-
-
-def _config(path: str) -> PreTrainedConfig:
-    try:
-        found: PreTrainedConfig = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"model.path: cannot read the config.json of {path!r} ({reason}); restore it") from None
-    return found
 
 
 def _generation(run: Run, server: ServerMemory, hardware: Hardware, context: float) -> float:

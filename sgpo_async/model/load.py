@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from sgpo_async.errors import DataError, EngineError
@@ -83,13 +83,26 @@ def tokenizer_of(path: str) -> Any:
         return None
 
 
-def positions(path: str) -> int:
-    """Return the number of positions of the model at `path`. Raises DataError if its config.json cannot be read."""
+def read_config(path: str) -> PreTrainedConfig:
+    """Read the config.json of the model at `path`. Raises DataError if that is not possible."""
     try:
-        return _positions(AutoConfig.from_pretrained(path, local_files_only=is_folder(path)))
+        config: PreTrainedConfig = AutoConfig.from_pretrained(path, local_files_only=is_folder(path))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise DataError(f"model.path: cannot read the config.json of {path!r} ({reason}); restore it") from None
+    return config
+
+
+def on_meta_device(config: PreTrainedConfig, dtype: str = "float32") -> PreTrainedModel:
+    """The modules of a model, with parameters that have names, shapes and a dtype, but no memory."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    return model
+
+
+def positions(path: str) -> int:
+    """Return the number of positions of the model at `path`. Raises DataError if its config.json cannot be read."""
+    return _positions(read_config(path))
 
 
 def _positions(config: Any, *more: str) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -69,7 +70,7 @@ class PolicyGradient:
     advantage: float
     weight: float
 
-    @property
+    @cached_property
     def student(self) -> Tokens:
         """The sequence that is trained."""
         return rollout_after(self.rollout.prompt, self.rollout)
@@ -83,12 +84,12 @@ class Distillation:
     plain_prompt: np.ndarray
     weight: float
 
-    @property
+    @cached_property
     def student(self) -> Tokens:
         """The sequence that is trained."""
         return rollout_after(self.plain_prompt, self.rollout)
 
-    @property
+    @cached_property
     def teacher(self) -> Tokens:
         """The same tokens after the guided prompt, with which they were sampled."""
         return rollout_after(self.rollout.prompt, self.rollout)

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from sgpo_async.engines.base import Weights
 from sgpo_async.engines.sglang.weight_sync.layout import Checksums, Device, expected_checksums
 from sgpo_async.errors import DataError, WeightsError
 from sgpo_async.model import parameters
-from sgpo_async.model.load import end_tokens, longest, tokenizer_of
+from sgpo_async.model.load import end_tokens, longest, on_meta_device, tokenizer_of
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,7 @@ def model_facts(folder: str, *, dtype: str, tp: int, device: Device, digest: par
     try:
         local = Path(folder).is_dir()
         config = AutoConfig.from_pretrained(folder, local_files_only=local)
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        skeleton = on_meta_device(config, dtype)
         with contextlib.suppress(OSError):  # not every model has one
             skeleton.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=local)
     except Exception as error:  # transformers raises many types; each means that this model cannot be read
