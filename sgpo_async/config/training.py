@@ -165,9 +165,9 @@ class Learner:
     # Recompute the activations of every n-th layer: up to a third more work, memory for much longer sequences.
     # 1: of all layers; 0: of none.
     recompute: int = 0
-    # Skip the forward pass of rollouts with advantage 0 (those of a group in which all or none solved the problem): the
-    # same gradient for less work. Entropy, lag and mismatch are then measured on the remaining rollouts only.
-    skip_uniform: bool = False
+    # Of the autonomous rollouts of a problem, if all have the same reward, train only one: their advantages are 0, so
+    # the gradient is the same for less work. In the entropy this one stands for all of them.
+    skip_uniform: bool = True
     checkpoint_every: int = 0  # steps; 0: only at the end, by checkpoint_minutes, and when the run is interrupted
     checkpoint_minutes: float = 10.0  # since the last checkpoint; 0: only by checkpoint_every
     keep_checkpoints: int = 2  # how many of the newest checkpoints are kept; older ones are deleted

@@ -54,17 +54,14 @@ def learning_rates(experiment: Experiment) -> str:
     )
 
 
-def curves_say(experiment: Experiment, kinds: Collection[str]) -> list[str]:
+def curves_say(kinds: Collection[str]) -> list[str]:
     """The paragraph that explains figures of these kinds; empty without figures."""
-    skips_uniform = any(cell_run(experiment, cell).learner.skip_uniform for cell in cells(experiment))
     sentences = [
         f"In the figures bands are the same intervals; a figure of more than {MOST_BANDS} methods has none.",
         "Alpha is the weight of the distillation, in the mean over the batch; methods in which it is 0 throughout are "
         "not in its figure." * ("alpha" in kinds),
         "Each point of a measure other than the pass rate is the mean over the steps since the point before."
         * bool(set(kinds) - {"curves"}),
-        "Entropy leaves out rollouts whose advantage is 0 (`learner.skip_uniform`)."
-        * (skips_uniform and "entropy" in kinds),
         "A run that diverged goes on with a pass rate of 0, and has no other measures from there.",
     ]
     return [" ".join(sentence for sentence in sentences if sentence)] * bool(kinds)

@@ -52,7 +52,7 @@ def write_tables(experiment: Experiment, results: Mapping[str, Result], *, folde
     drawn: dict[str, dict[str, str]] = {}
     for setting, rows in tables.items():
         drawn[setting] = draw_setting(setting, {row.method: row.results for row in rows}, folder, experiment.figures)
-    parts += curves_say(experiment, {kind for figures in drawn.values() for kind in figures.values()})
+    parts += curves_say({kind for figures in drawn.values() for kind in figures.values()})
     if len(experiment.settings) > 1:
         parts += ["Alone, at the end (test problems):", _overview(tables)]
     for setting, rows in tables.items():

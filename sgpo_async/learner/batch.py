@@ -7,7 +7,7 @@ Therefore the division of sequences over micro-batches and ranks cannot change t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import NamedTuple
 
@@ -108,7 +108,7 @@ def from_shard(
     Args:
         responses: looks up the response of a task, for objectives that train on responses.
         log_rho: log pi/mu of each whole rollout in the shard's order, for corrected pass rates.
-        skip_uniform: leave out rollouts with advantage 0, because their gradient is 0.
+        skip_uniform: of a group in which every advantage is 0, and so is its gradient, keep one rollout.
     """
     objective = OBJECTIVES[algorithm.objective]
     keys = [(rollout.task, rollout.slot) for rollout in shard.rollouts]
@@ -132,10 +132,17 @@ def from_shard(
     return Batch(
         version=shard.version,
         sequences=Sequences(
-            [item for task in trained for item in task.policy_gradient if item.advantage or not skip_uniform],
+            [item for task in trained for item in (_without_uniform if skip_uniform else list)(task.policy_gradient)],
             targets,
             [item for task in trained for item in task.likelihood],
         ),
         metrics=tuple(task.metrics for task in trained),
         forward_only=sum(tokens.length for tokens in teachers + rescored),
     )
+
+
+def _without_uniform(group: list[PolicyGradient]) -> list[PolicyGradient]:
+    """Of a group that teaches nothing, keep one rollout, which stands for all in the statistics; chosen by its task."""
+    if not group or any(item.advantage for item in group):
+        return group
+    return [replace(group[group[0].rollout.task % len(group)], stands_for=len(group))]

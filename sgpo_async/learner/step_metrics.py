@@ -26,8 +26,9 @@ from sgpo_async.wire.records import Rollout
 
 TERMS = ("correction", "kl_correction")
 SUMS = (
-    *("grpo_loss", "kd_loss", "likelihood_loss", "entropy", "tokens_auto", "tokens_kd", "tokens_likelihood"),
-    *("kl", "masked_tokens", "masked_kl", "limited_kl", "targets", "tokens_forward_only"),
+    *("grpo_loss", "kd_loss", "likelihood_loss", "entropy", "entropy_tokens"),
+    *("tokens_auto", "tokens_kd", "tokens_likelihood", "tokens_forward_only", "targets"),
+    *("kl", "masked_tokens", "masked_kl", "limited_kl"),
     *(f"{metric}_{part}" for metric in PROBLEM_METRICS for part in ("sum", "problems")),
     *(f"{term}_{part}_{age}" for term in TERMS for part in ("sum", "clipped", "tokens") for age in AGES),
 )
@@ -125,7 +126,7 @@ def _loss_metrics(total: dict[str, float]) -> dict[str, Any]:
         "grpo_loss": total["grpo_loss"],
         "kd_loss": total["kd_loss"],
         "likelihood_loss": total["likelihood_loss"] if total["tokens_likelihood"] else None,
-        "entropy": _ratio(total["entropy"], total["tokens_auto"]),
+        "entropy": _ratio(total["entropy"], total["entropy_tokens"]),
         "kl_mean": _ratio(total["kl"], total["tokens_kd"]),
         "kl_masked_fraction": _ratio(total["masked_tokens"], total["tokens_kd"]),
         "kl_masked_mass": _ratio(total["masked_kl"], total["kl"]),

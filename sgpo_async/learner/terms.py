@@ -57,8 +57,8 @@ class PolicyGradientTerm:
         self._algorithm, self._rollouts = algorithm, [item.rollout for item in items]
         self._log_mu, self._age = _behaviour(self._rollouts, version, like)
         self._mask = self._age >= 0
-        self._advantages, self._weights = (
-            _like(like, [getattr(item, name) for item in items]) for name in ("advantage", "weight")
+        self._advantages, self._weights, self._stand_for = (
+            _like(like, [getattr(item, name) for item in items]) for name in ("advantage", "weight", "stands_for")
         )
         whole = algorithm.grpo_correction.mode in WHOLE_SEQUENCE_MODES
         self.part = Part(LogProbability(targets), self._loss, whole)
@@ -68,7 +68,9 @@ class PolicyGradientTerm:
         log_pi = _unflatten(found.value, self._mask)
         log_rho = log_pi - self._log_mu
         rule = self._algorithm.grpo_correction
-        statistics.add(grpo_loss=found.loss, entropy=found.aside, tokens_auto=self._mask)
+        statistics.add(grpo_loss=found.loss, tokens_auto=self._mask)
+        share = self._stand_for[:, None] * self._mask
+        statistics.add(entropy=_unflatten(found.aside, self._mask) * share, entropy_tokens=share)
         statistics.add_correction("correction", self._correction(log_pi), log_rho, self._age, rule)
         statistics.mismatch.add(log_rho, self._age, _later(self._rollouts, self._mask))
 

@@ -16,7 +16,8 @@ import pytest
 from sgpo_async.config import load, to_yaml
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "loss-curve.jsonl"
-OVERRIDES = ["steps=6", "learner.problems_per_step=4", "local.ranks=1", "local.actors=1", "engine.deterministic=true"]
+OVERRIDES = ["steps=6", "learner.problems_per_step=4", "learner.skip_uniform=false", "engine.deterministic=true"]
+OVERRIDES += ["local.ranks=1", "local.actors=1"]
 
 
 def curve(folder: Path) -> list[dict[str, Any]]:

@@ -66,7 +66,7 @@ def settings(*, ranks: int = 1, row_tokens: int = 40, temperature: float = 1.0, 
         rollout=Sizes(autonomous=4, guided=3, temperature=temperature),
         algorithm=Algorithm(**(PAPER | {"teacher_top_k": TOP} | algorithm)),
         optim=Optim(lr=1e-2, warmup_steps=2),
-        learner=Learner(problems_per_step=4, row_tokens=row_tokens),
+        learner=Learner(problems_per_step=4, row_tokens=row_tokens, skip_uniform=False),
         hub=Hub(max_lag=2),
         local=Local(ranks=ranks),
     )

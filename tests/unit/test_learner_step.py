@@ -189,8 +189,7 @@ def test_a_group_with_uniform_rewards_is_distilled() -> None:
 
 
 @pytest.mark.parametrize("everything_uniform", [False, True])
-def test_leaving_out_rollouts_with_advantage_0_gives_the_same_gradient(everything_uniform: bool) -> None:
-    """If additionally nothing is distilled, no sequence is left."""
+def test_leaving_out_rollouts_of_uniform_groups_gives_the_same_gradient(everything_uniform: bool) -> None:
     parts = cases.groups()
     if everything_uniform:
         parts = [[replace(r, reward=0.0, unguided_logprob=None) for r in group] for group in parts]
@@ -199,11 +198,28 @@ def test_leaving_out_rollouts_with_advantage_0_gives_the_same_gradient(everythin
     stepper = cases.stepper(run, cases.tiny_model())
     skipping = replace(run, learner=replace(run.learner, skip_uniform=True))
     reduced = replace(stepper, run=skipping).batch(shard)
-    assert len(reduced.sequences.policy_gradient) < len(whole.sequences.policy_gradient)
-    assert bool(reduced.sequences.students) != everything_uniform
+    trained = [[r for r in whole.sequences.policy_gradient if r.rollout.task == task] for task in range(len(parts))]
+    sizes = [len(group) if any(r.advantage for r in group) else 1 for group in trained]
+    assert [sum(r.rollout.task == task for r in reduced.sequences.policy_gradient) for task in range(4)] == sizes
+    assert sizes == ([1] * 4 if everything_uniform else [4, 4, 4, 1])
     loss = stepper.accumulate(reduced).reduce()["loss"]
     found = {name: p.grad.full_tensor() for name, p in stepper.policy.model.named_parameters()}
     assert_equal((loss, found), gradients(run, parts))
+
+
+def test_the_entropy_counts_the_rollout_of_a_uniform_group_for_those_that_are_left_out() -> None:
+    run, parts = cases.settings(), cases.groups()
+    batch = from_shard(cases.shard_of(parts, problems=4), run.algorithm, skip_uniform=True)
+    model, total, tokens = cases.tiny_model(), 0.0, 0
+    for group in parts:
+        own = [r for r in group if not r.guided]
+        uniform = len({r.reward for r in own}) == 1
+        for rollout in [own[group[0].task % 4]] if uniform else own:
+            log_pi = cases.log_probs(model, rollout.prompt, rollout.tokens).detach()
+            total += (4 if uniform else 1) * float(-(log_pi.exp() * log_pi).sum())
+            tokens += (4 if uniform else 1) * len(rollout.tokens)
+    metrics = cases.stepper(run, cases.tiny_model()).accumulate(batch).reduce()
+    assert metrics["entropy"] == pytest.approx(total / tokens)
 
 
 def test_an_empty_strategy_gives_no_distillation_loss() -> None:

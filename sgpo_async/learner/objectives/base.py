@@ -69,6 +69,7 @@ class PolicyGradient:
     rollout: Rollout
     advantage: float
     weight: float
+    stands_for: int = 1  # rollouts of its group, in the entropy; the others are left out, because they teach nothing
 
     @cached_property
     def student(self) -> Tokens:
