@@ -26,9 +26,11 @@ import numpy as np
 
 from sgpo_async.actor.membership import Membership
 from sgpo_async.config import Run
+from sgpo_async.engines.adapted import AdapterWeights, BaseModel
 from sgpo_async.engines.base import Engine, Weights
 from sgpo_async.errors import EngineError, Superseded, WeightsError
 from sgpo_async.logs import fields
+from sgpo_async.model.folder import model_folder
 from sgpo_async.rollout.sampler import RolloutSampler, Unservable
 from sgpo_async.session import ReceiverDown, VersionAnnounced, VersionReceived, VersionRejected
 from sgpo_async.transport import Mailbox, ReliableSender
@@ -74,6 +76,8 @@ class Service:
     def __init__(self, *, mailbox: Mailbox, membership: Membership, engine: Engine, tokenizer: Any, run: Run):
         self._mailbox, self._membership, self._engine = mailbox, membership, engine
         self._run = run
+        self._adapter_scale = run.learner.lora.scale
+        self._base = BaseModel(model_folder(run.model.path), run.model.dtype)  # read only if adapters are trained
         self._sampler = RolloutSampler(engine, tokenizer, run.tasks)
         self._sender = ReliableSender(window=UNACKNOWLEDGED, resend_after_s=RESEND_AFTER_S)
         self._waiting: deque[Lease] = deque()
@@ -178,18 +182,22 @@ class Service:
 
     def _load(self, event: VersionReceived | VersionAnnounced) -> None:
         """Load a version. After a failed load the engine is out of service until a later version is loaded whole."""
-        if isinstance(event, VersionReceived):
-            read = partial(_read, event.path, event.version)
-            weights = Weights(version=event.version, digest=event.digest, read=read)
-        else:
-            read, groups = partial(self._pull, event.version), self._membership.node.groups
-            weights = Weights(version=event.version, digest=event.digest, read=read, groups=groups)
         try:
-            self._engine.load(weights)
+            self._engine.load(self._weights(event))
         except Superseded:
             return  # a newer version is already there: its event follows
         except WeightsError as error:
             log.warning("weights version %d: %s", event.version, error)
+
+    def _weights(self, event: VersionReceived | VersionAnnounced) -> Weights:
+        version, digest = event.version, event.digest
+        if isinstance(event, VersionAnnounced):
+            groups = self._membership.node.groups
+            return Weights(version=version, digest=digest, read=partial(self._pull, version), groups=groups)
+        read = partial(_read, event.path, version)
+        if not self._adapter_scale:
+            return Weights(version=version, digest=digest, read=read)
+        return AdapterWeights(version=version, digest=digest, read=read, base=self._base, scale=self._adapter_scale)
 
     def _pull(self, version: int) -> dict[str, torch.Tensor]:
         """Have the weight receiver pull a version, then read it; called by a thread of an engine that uses servers."""

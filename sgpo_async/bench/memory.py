@@ -83,7 +83,7 @@ def _peak(run: Run, config: PreTrainedConfig, *, ranks: int, on_gpus: bool, prom
     sizes = linear.GPU_SIZES if on_gpus else linear.CPU_SIZES
     with _fake_world(ranks) as mesh, FakeTensorMode(), patch.object(linear, "CPU_SIZES", sizes):
         policy = _policy(config, run, mesh, bfloat16=bfloat16)
-        teacher = _policy(config, run, mesh, bfloat16=bfloat16) if run.algorithm.copies_teacher else None
+        teacher = _policy(config, run, mesh, bfloat16=bfloat16) if run.copies_teacher else None
         packed = full_row(run, prompt_tokens)
         adamw = optimiser.build(policy, run.optim)
         train_row(policy, teacher, packed, run)

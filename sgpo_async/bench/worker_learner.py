@@ -56,7 +56,7 @@ class Colocated:
 
     def _load(self, version: int) -> None:
         """Gather the weights on rank 0 and load them into the engine of every rank."""
-        named = dict(gather(self.stepper.policy, torch.float32))
+        named = dict(gather(self.stepper.policy))
         received = [named]
         dist.broadcast_object_list(received, src=0)
         self.actor.load(version, received[0])

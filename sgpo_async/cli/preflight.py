@@ -127,7 +127,7 @@ def training_memory(run: Run, parameters: int, *, gpu_bytes: int | None) -> str:
     ranks = int(os.environ.get("WORLD_SIZE", run.local.ranks))
     here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     width = {"float32": 4, "bfloat16": 2}
-    teacher = width[run.algorithm.teacher_dtype] if run.algorithm.copies_teacher else 0
+    teacher = width[run.algorithm.teacher_dtype] if run.copies_teacher else 0
     each = parameters * (TRAINED + teacher) // run.learner.shards(ranks=ranks, here=here)
     what = f"{size(each)} in each of {ranks} ranks: weights, gradients, AdamW{', teacher' * bool(teacher)}"
     remedy = "use more ranks or a smaller model" + (", or algorithm.teacher_dtype=bfloat16" if teacher == 4 else "")

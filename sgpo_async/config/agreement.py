@@ -20,7 +20,7 @@ from sgpo_async.errors import ConfigError
 
 # Keys that concern one process only: connections, and how the learner computes and saves.
 PRIVATE = ("out", "hub.address", "hub.keys", "hub.journal", "learner", "sft", "local")
-SHARED = ("learner.problems_per_step", "learner.batch_timeout_s")  # ... of these sections, the hub uses these keys
+SHARED = ("learner.problems_per_step", "learner.batch_timeout_s", "learner.lora")  # of these, hub and actors use these
 PLACES = ("model.path", "tasks.path", "engine.sglang.python", "engine.sglang.folder")  # may differ between machines
 
 
@@ -47,7 +47,11 @@ def agreed(run: Run, given: Collection[str], hub: Mapping[str, Any]) -> Run:
 
 
 def _is_private(key: str) -> bool:
-    return key not in SHARED and any(key == path or key.startswith(f"{path}.") for path in (*PRIVATE, *PLACES))
+    return _within(key, (*PRIVATE, *PLACES)) and not _within(key, SHARED)
+
+
+def _within(key: str, paths: Collection[str]) -> bool:
+    return any(key == path or key.startswith(f"{path}.") for path in paths)
 
 
 def _copy(path: str, source: Mapping[str, Any], target: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from sgpo_async.config.processes import Engine, Hub, Local, Sglang
 from sgpo_async.config.rules import PATH, host_of, require, require_finite
-from sgpo_async.config.training import BANDS, Algorithm, Correction, CorrectionMode, Learner, Optim, Sft
+from sgpo_async.config.training import BANDS, Algorithm, Correction, CorrectionMode, Learner, Lora, Optim, Sft
 
 __all__ = [
     "BANDS",
@@ -38,6 +38,7 @@ __all__ = [
     "Hub",
     "Learner",
     "Local",
+    "Lora",
     "Model",
     "Optim",
     "Rollout",
@@ -302,6 +303,19 @@ class Run:
             "temperature 1",
             self.rollout.temperature,
         )
+        if self.learner.lora.rank:
+            require(
+                self.algorithm.teacher not in ("ema", "snapshot"),
+                "algorithm.teacher",
+                "must be frozen, self or behaviour with learner.lora.rank > 0",
+                self.algorithm.teacher,
+            )
+            require(
+                not self.engine.broadcasts,
+                "engine.sglang.transport",
+                "must be tensor or disk with learner.lora.rank > 0, because each node adds the adapters to its model",
+                self.engine.sglang.transport,
+            )
         require(
             self.state_mb <= self.hub.max_message_mb,
             "hub.max_message_mb",
@@ -309,6 +323,11 @@ class Run:
             self.hub.max_message_mb,
             "raise it, or lower learner.problems_per_step, rollout.max_new_tokens or hub.max_lag",
         )
+
+    @property
+    def copies_teacher(self) -> bool:
+        """Whether the learner keeps a copy of the weights as the teacher; with adapters, the model itself is kept."""
+        return self.algorithm.copies_teacher and not self.learner.lora.rank
 
     @property
     def state_mb(self) -> int:

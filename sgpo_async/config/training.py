@@ -151,6 +151,29 @@ class Optim:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Low-rank adapters (LoRA, arXiv 2106.09685): W + alpha/rank B A instead of W, where only A and B are trained.
+
+    Only the adapters travel to the inference nodes, which add them to their own copy of the model. `teacher=frozen` is
+    then the model without its adapters, and takes no memory.
+    """
+
+    rank: int = 0  # of A [rank, inputs] and B [outputs, rank]; 0: no adapters, all weights are trained
+    alpha: float = 32.0
+    # Last names of the linear layers that get adapters, such as q_proj; []: all of every decoder layer.
+    targets: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 0, "learner.lora.rank", "must be >= 0", self.rank)
+        require(self.alpha > 0, "learner.lora.alpha", "must be > 0", self.alpha)
+
+    @property
+    def scale(self) -> float:
+        """The factor of B A; 0 without adapters."""
+        return self.alpha / self.rank if self.rank else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Learner:
     """The learner: the processes that torchrun starts, one per rank."""
 
@@ -165,6 +188,7 @@ class Learner:
     # Recompute the activations of every n-th layer: up to a third more work, memory for much longer sequences.
     # 1: of all layers; 0: of none.
     recompute: int = 0
+    lora: Lora = field(default_factory=Lora)
     # Of the autonomous rollouts of a problem, if all have the same reward, train only one: their advantages are 0, so
     # the gradient is the same for less work. In the entropy this one stands for all of them.
     skip_uniform: bool = True

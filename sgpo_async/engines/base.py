@@ -123,6 +123,13 @@ class Weights:
     read: Callable[[], Mapping[str, torch.Tensor]]  # returns a complete CPU copy; raises Superseded if overwritten
     groups: BroadcastGroups | None = None  # None: the learner cannot broadcast this version
 
+    def copy(self) -> tuple[Mapping[str, torch.Tensor], str]:
+        """A complete CPU copy of the weights of the engine, and the digest that it must have.
+
+        Raises Superseded if the version has been overwritten, WeightsError if it is damaged.
+        """
+        return self.read(), self.digest
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineLoad:

@@ -127,13 +127,13 @@ class EmbeddedEngine:
 
         Running sequences keep their tokens. They are prefilled again under the new weights, before waiting requests.
         """
-        tensors = weights.read()
+        tensors, announced = weights.copy()
         parameters.check(self._decoder.model, tensors)
         self._withdraw()
         loaded = parameters.replace(self._decoder.model, tensors, self._digest)
-        if loaded != weights.digest:
+        if loaded != announced:
             raise WeightsError(
-                f"version {weights.version}: the loaded weights have digest {loaded}, but {weights.digest} was "
+                f"version {weights.version}: the loaded weights have digest {loaded}, but {announced} was "
                 f"announced; the engine serves nothing until a load succeeds"
             )
         self.version = weights.version

@@ -17,7 +17,9 @@ from sgpo_async.engines.base import Failed, Generate, Generated, Weights
 from sgpo_async.engines.open import open_embedded
 from sgpo_async.errors import DataError, EngineError
 from sgpo_async.learner.checkpoint import newest_complete, read_weights
-from sgpo_async.learner.policy import Policy
+from sgpo_async.learner.lora import adapt
+from sgpo_async.learner.policy import Policy, decoder_layers
+from sgpo_async.model.adapters import merge
 from sgpo_async.model.folder import load_tokenizer, model_folder
 from sgpo_async.model.load import load_model
 from sgpo_async.tasks.prompts import build_prompt
@@ -111,10 +113,13 @@ class Chat:
         self._tokenizer = load_tokenizer(folder)
         tasks = found.tasks or Tasks(prompt="chat" if self._tokenizer.chat_template else "plain")
         self._tasks = replace(tasks, prompt=settings.prompt or tasks.prompt)
-        model = load_model(folder, device="cpu", dtype=self.run.model.dtype)
+        model, lora = load_model(folder, device="cpu", dtype=self.run.model.dtype), self.run.learner.lora
         if found.checkpoint:
+            if lora.rank:
+                adapt(model, decoder_layers(model), lora, dtype=model.dtype)
             read_weights(found.checkpoint, Policy(model))
-        tensors = dict(model.named_parameters())
+        parameters = dict(model.named_parameters())
+        tensors = dict(merge(parameters, parameters, lora.scale))
         self._engine = open_embedded(self.run, folder)
         self._engine.load(Weights(version=0, digest=digest(tensors.items()), read=lambda: tensors))
 

@@ -120,7 +120,7 @@ class Trial:
         return {"auto": group.pass_rate(guided=False), "guided": group.pass_rate(guided=True)}
 
     def _weights(self) -> Weights:
-        return dict(gather(self.stepper.policy, torch.float32))
+        return dict(gather(self.stepper.policy))
 
 
 def split_rollouts(problems: Sequence[Problem], count: int) -> tuple[list[Problem], list[Problem]]:

@@ -44,7 +44,6 @@ def run_trial(job: TrialJob) -> dict[str, Any]:
 def make_base(job: BaseJob) -> dict[str, Any]:
     """Write the folder of the model, completely or not at all; returns the pass rates of the base."""
     _prepare()
-    import torch
 
     from sgpo_async.experiments.trial import Trial
     from sgpo_async.learner.publish import gather
@@ -58,7 +57,7 @@ def make_base(job: BaseJob) -> dict[str, Any]:
         rates = trial.train()["test"]
         export(
             trial.stepper.policy.model,
-            dict(gather(trial.stepper.policy, torch.float32)),
+            dict(gather(trial.stepper.policy)),
             part,
             source=model_folder(job.start),
         )

@@ -2,8 +2,8 @@
 
 checkpoints/.step-00000040/      every rank writes its shards here
 checkpoints/step-00000040/       then rank 0 renames the folder: with this name it is complete and on disk
-    *.distcp, .metadata          parameters, optimiser, a teacher that changes (torch.distributed.checkpoint; can be
-                                 loaded by any number of ranks)
+    *.distcp, .metadata          trained parameters, optimiser, a teacher that changes (torch.distributed.checkpoint;
+                                 can be loaded by any number of ranks)
     progress.json  hub.state     written by rank 0
     random-0.pt ...              written by each rank
     manifest.json                size and xxh3_128 of every other file; written last, checked before a run resumes
@@ -36,6 +36,7 @@ import xxhash
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_state_dict,
     set_model_state_dict,
@@ -52,6 +53,8 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 SAVE_S = 1800.0  # longest time without a new byte of a checkpoint
 OTHERS_S = 86400.0  # for other ranks to write their parts; one that is lost ends the wait at once
+# The model of trained adapters is not saved; strict=False lets a state without it be loaded.
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 CHUNK_BYTES = 2**22  # of a file that is hashed
 
 
@@ -221,7 +224,7 @@ def read_weights(checkpoint: Path, module: nn.Module) -> None:
 
     Raises CheckpointError if they cannot be read, for example because a training run has just deleted the checkpoint.
     """
-    state = {"model": get_model_state_dict(module)}
+    state = {"model": get_model_state_dict(module, options=TRAINED)}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # it says that there is no process group
@@ -229,7 +232,7 @@ def read_weights(checkpoint: Path, module: nn.Module) -> None:
     except (CheckpointException, OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{checkpoint}: cannot be read, or belongs to another model ({reason})") from None
-    set_model_state_dict(module, state["model"])
+    set_model_state_dict(module, state["model"], options=TRAINED)
 
 
 def newest_whole(folder: Path) -> Path | None:
@@ -276,7 +279,8 @@ def restore(
     with _fail_on_all_ranks(f"{checkpoint}: cannot read the checkpoint, or it belongs to another model or teacher"):
         state = _state(module, optimiser, teacher)
         dcp.load(state, checkpoint_id=checkpoint)
-        set_state_dict(module, optimiser, model_state_dict=state["model"], optim_state_dict=state["optimiser"])
+        model, optim = state["model"], state["optimiser"]
+        set_state_dict(module, optimiser, model_state_dict=model, optim_state_dict=optim, options=TRAINED)
         if teacher:
             set_model_state_dict(teacher, state["teacher"])
     return saved
@@ -326,7 +330,7 @@ def _sync(path: Path) -> None:
 
 
 def _state(module: nn.Module, optimiser: torch.optim.Optimizer, teacher: nn.Module | None) -> dict[str, Any]:
-    model, optim = get_state_dict(module, optimiser)
+    model, optim = get_state_dict(module, optimiser, options=TRAINED)
     return {"model": model, "optimiser": optim} | ({"teacher": get_model_state_dict(teacher)} if teacher else {})
 
 

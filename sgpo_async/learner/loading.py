@@ -19,34 +19,50 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.utils.logging import disable_progress_bar
 
-from sgpo_async.config.schema import Learner, Run
-from sgpo_async.learner.policy import Policy, check_model, recompute, rows_on, shard
+from sgpo_async.config.schema import Run
+from sgpo_async.learner.lora import adapt, initial, initialise
+from sgpo_async.learner.policy import Policy, check_model, decoder_layers, recompute, rows_on, shard
 from sgpo_async.learner.process_group import any_rank
+from sgpo_async.model.adapters import is_adapter
 from sgpo_async.model.load import load_model
 from sgpo_async.model.slices import CannotSliceError, Slice, Slices, open_slices
 
 log = logging.getLogger(__name__)
 
 
-def load_policy(folder: str, learner: Learner, mesh: DeviceMesh) -> Policy:
-    """Load the policy in float32, check that it can be trained, and shard it. A collective of all ranks.
+def load_policy(folder: str, run: Run, mesh: DeviceMesh) -> Policy:
+    """Load the policy, check that it can be trained, and shard it. A collective of all ranks.
 
-    Raises DataError if the model is missing, broken, incomplete or not supported.
+    What is trained is kept in float32, and the model of trained adapters in `model.dtype`.
+
+    Raises DataError if the model is missing, broken, incomplete or not supported, ConfigError if it has no layers for
+    the adapters of `learner.lora`.
     """
     slices = _slices(folder)
     if slices is None:
         policy = _whole(folder)
         check_model(policy)
-        return _prepared(policy, learner, mesh)
+        return prepare(policy, run, mesh)
     checked = dict(_checked(slices, mesh).model.named_parameters())
-    policy = _prepared(Policy(slices.model), learner, mesh)
-    _fill(policy, lambda name, _: checked[name].detach().to_local())
+    policy = prepare(Policy(slices.model), run, mesh)
+
+    def local(name: str, parameter: DTensor) -> Tensor:
+        if is_adapter(name):
+            return _own_rows(initial(name, parameter.shape, seed=run.seed), parameter)
+        return checked.pop(name).detach().to_local().to(parameter.dtype)
+
+    _fill(policy, local)
     return policy
 
 
-def _prepared(policy: Policy, learner: Learner, mesh: DeviceMesh) -> Policy:
-    recompute(policy, learner.recompute)
-    return shard(policy, mesh, precision=learner.precision)
+def prepare(policy: Policy, run: Run, mesh: DeviceMesh) -> Policy:
+    """Add adapters and recomputation as configured, and shard. Adapters of a policy with values get theirs."""
+    if run.learner.lora.rank:
+        policy.lora = run.learner.lora
+        adapt(policy.model, decoder_layers(policy.model), policy.lora, dtype=getattr(torch, run.model.dtype))
+        initialise(policy.model, seed=run.seed)
+    recompute(policy, run.learner.recompute)
+    return shard(policy, mesh, precision=run.learner.precision)
 
 
 def load_teacher(folder: str, run: Run, mesh: DeviceMesh) -> Policy:
@@ -94,7 +110,7 @@ def _read(policy: Policy, slices: Slices) -> None:
     _fill(policy, lambda name, parameter: _own_rows(slices.parameters[name], parameter))
 
 
-def _own_rows(part: Slice, parameter: DTensor) -> Tensor:
+def _own_rows(part: Slice | Tensor, parameter: DTensor) -> Tensor:
     """Read this rank's rows of a parameter. torch rounds as `load_model` in float32 and then a cast would."""
     mesh = parameter.device_mesh
     rows = rows_on(len(parameter), mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1))

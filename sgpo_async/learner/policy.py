@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from sgpo_async.algorithm import Found, LogProbability, Part, linear_loss
+from sgpo_async.config.schema import Lora
 from sgpo_async.errors import DataError
 from sgpo_async.learner.attention import Segments, use_packed_attention
 from sgpo_async.learner.packing import Packed, Tokens, pack
@@ -36,6 +37,7 @@ class Policy(nn.Module):
         self.model = model.eval()  # no dropout: pi must be the distribution that the engines sample from
         self._own_attention = model.config._attn_implementation
         use_packed_attention(model)
+        self.lora = Lora()  # of the adapters that the model has; rank 0: none
         self.windows: set[int | None] = set()  # the sliding windows of the layers that have run
         self.nbytes = sum(p.numel() * p.element_size() for p in model.parameters())  # over all ranks
 

@@ -1,4 +1,4 @@
-"""Publish the sharded parameters as a version in the weight store.
+"""Publish the sharded parameters, or only the adapters that are trained, as a version in the weight store.
 
     every rank: gather bucket by bucket ──▶ rank 0: CPU copy ──▶ background thread: store, then `published`
 
@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from sgpo_async.errors import DeadlineExceeded
 from sgpo_async.learner.policy import Policy, rows_on
+from sgpo_async.model.adapters import merge
 from sgpo_async.processes.progress import result_while_moving
 
 BUCKET_BYTES = 64 * 2**20  # size of one gather, unless a single parameter is larger
@@ -41,13 +42,24 @@ class Store(Protocol):
         ...
 
 
-def gather(policy: Policy, dtype: torch.dtype) -> NamedTensors:
-    """Gather all parameters on rank 0, as copies in `dtype` on the CPU; other ranks get an empty list.
+def gather(policy: Policy) -> NamedTensors:
+    """Gather the whole model on rank 0, with adapters merged, as copies in float32 on the CPU.
 
-    The names are the model's. A shared parameter appears once, under its first name. A collective of all ranks.
+    Other ranks get an empty list. The names are the model's. A shared parameter appears once, under its first name. A
+    collective of all ranks.
     """
+    tensors = dict(_gather_all(policy.model.named_parameters(), torch.float32))
+    return list(merge(tensors, tensors, policy.lora.scale))
+
+
+def gather_trained(policy: Policy, dtype: torch.dtype) -> NamedTensors:
+    """Gather only the parameters that are trained, as `gather` does, in `dtype`: all of them, or the adapters."""
+    return _gather_all(((name, p) for name, p in policy.model.named_parameters() if p.requires_grad), dtype)
+
+
+def _gather_all(parameters: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> NamedTensors:
     tensors: NamedTensors = []
-    for bucket in _buckets(policy.model.named_parameters()):
+    for bucket in _buckets(parameters):
         whole = _gather(list(bucket.values()))
         if dist.get_rank() == 0:
             tensors += [(name, part.to("cpu", dtype, copy=True)) for name, part in zip(bucket, whole, strict=True)]
@@ -61,7 +73,7 @@ def _buckets(parameters: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, DTe
     for name, parameter in parameters:
         assert isinstance(parameter, DTensor), f"parameter {name} is not sharded now"
         assert parameter.placements[-1] == Shard(0)
-        if bucket and size + parameter.nbytes > BUCKET_BYTES:
+        if bucket and (size + parameter.nbytes > BUCKET_BYTES or parameter.dtype != next(iter(bucket.values())).dtype):
             yield bucket
             bucket, size = {}, 0
         bucket[name] = parameter
@@ -95,12 +107,12 @@ class Publisher:
         self._written = 0  # tensors, of all versions
 
     def publish(self, version: int) -> None:
-        """Start to publish the current weights as `version`. A collective of all ranks.
+        """Start to publish what is trained as `version`. A collective of all ranks.
 
         Raises:
             WeightsError: the publication before this one failed.
         """
-        tensors = gather(self._policy, self._dtype)
+        tensors = gather_trained(self._policy, self._dtype)
         self.wait()
         if self._store is not None:
             self._pending = self._thread.submit(self._write, self._store, version, tensors)

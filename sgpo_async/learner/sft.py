@@ -196,7 +196,7 @@ class WarmUp:
         best = loss < self.state.best_loss
         if best:
             self.state.best_loss, self.state.best_step = loss, self.state.step
-            tensors = gather(self.stepper.policy, torch.float32)
+            tensors = gather(self.stepper.policy)
             if self.lead:
                 self._export(dict(tensors))
         if self.lead:

@@ -145,16 +145,14 @@ class Stepper:
             sums |= {i: float(part.double().sum()) for i, part in zip(order, own, strict=True)}
         return [sums[i] for i in range(len(sequences))]
 
-    @torch.no_grad()
     def _teacher_states(self, targets: Sequence[Distillation]) -> dict[Key, Tensor]:
         """Compute the hidden states [C, H] of each target after its guided prompt, by its task and slot."""
         if not self._teacher_passes:
             return {}
-        teacher: Policy = self.teacher.copy or self.policy
         states: dict[Key, Tensor] = {}
         for order in self._forwards([item.teacher for item in targets]):
             own = [targets[i] for i in order]
-            found = teacher.hidden(pack([item.teacher for item in own]))
+            found = self.teacher.hidden(self.policy, pack([item.teacher for item in own]))
             parts = found.split([len(item.teacher.targets) for item in own])
             states |= {_key(item): part for item, part in zip(own, parts, strict=True)}
         return states

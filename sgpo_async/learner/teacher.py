@@ -3,7 +3,8 @@
     self       no copy: the current weights (Eq. 3)
     ema        a copy, updated after every step:       copy <- d copy + (1 - d) policy
     snapshot   a copy, updated after every n-th step:  copy <- policy
-    frozen     a copy, never updated: the initial weights of the run
+    frozen     a copy, never updated: the initial weights of the run (no copy if adapters are trained: the policy
+               without them)
     behaviour  no copy: the probabilities that the engine reported while sampling (`learner.teacher_targets`)
 
 A copy is sharded like the policy. On each rank it takes 1/ranks of its size, plus what FSDP keeps gathered: all of a
@@ -17,12 +18,16 @@ the average would never change. A snapshot or a frozen copy in bfloat16 only rou
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from sgpo_async.config.schema import Algorithm
+from sgpo_async.learner.lora import without_adapters
+from sgpo_async.learner.packing import Packed
 from sgpo_async.learner.policy import Policy
 
 
@@ -43,6 +48,15 @@ class Teacher:
     def moving(self) -> Policy | None:
         """The copy if it changes and must be saved in checkpoints; a frozen copy can be reloaded from `model.path`."""
         return None if self._algorithm.teacher == "frozen" else self.copy
+
+    @torch.no_grad()
+    def hidden(self, policy: Policy, packed: Packed) -> Tensor:
+        """Compute the teacher's hidden states, see `Policy.hidden`: [C, H]. A collective of all ranks."""
+        if self.copy:
+            return self.copy.hidden(packed)
+        own = self._algorithm.teacher == "frozen" and policy.lora.rank
+        with without_adapters(policy) if own else nullcontext():
+            return policy.hidden(packed)
 
     @property
     def matrix(self) -> Tensor | None:

@@ -34,7 +34,7 @@ from sgpo_async.learner.mismatch import Alarm, bound_for
 from sgpo_async.learner.policy import in_bfloat16
 from sgpo_async.learner.process_group import join_world
 from sgpo_async.learner.progress import Progress, hub_metrics
-from sgpo_async.learner.publish import Publisher, gather
+from sgpo_async.learner.publish import Publisher, gather, gather_trained
 from sgpo_async.learner.resume import how_to_go_on, resume_point
 from sgpo_async.learner.rounds import remove_rounds, write_round
 from sgpo_async.learner.samples import Samples
@@ -44,6 +44,7 @@ from sgpo_async.learner.teacher import Teacher
 from sgpo_async.logs import fields
 from sgpo_async.metrics import MetricsWriter, read_metrics
 from sgpo_async.metrics.mismatch import excess, mismatch_summary
+from sgpo_async.model.adapters import save
 from sgpo_async.model.export import export
 from sgpo_async.model.folder import load_tokenizer, model_folder, tokenizer_fingerprint
 from sgpo_async.model.load import end_token_warning, positions
@@ -149,7 +150,8 @@ class Trainer:
         store = StoreWriter(welcome.store) if lead else None
         # If an earlier learner has published weights, this one must not continue its tasks and versions.
         version = hub.restore(saved.hub_state) if lead and (resumed or welcome.begun) else welcome.version
-        publisher = Publisher(stepper.policy, getattr(torch, run.model.dtype), store=store, published=hub.published)
+        dtype = torch.float32 if run.learner.lora.rank else getattr(torch, run.model.dtype)
+        publisher = Publisher(stepper.policy, dtype, store=store, published=hub.published)
         metrics = MetricsWriter(run.folder, resume_from=progress.step) if lead else None
         if lead and not progress.step:
             remove_rounds(run)
@@ -215,13 +217,17 @@ class Trainer:
 
     def finish(self) -> None:
         """Export the policy, write the summary and end the run. A collective of all ranks."""
-        tensors = gather(self.stepper.policy, torch.float32)
+        policy, lora = self.stepper.policy, self.run.learner.lora
+        tensors = gather(policy)
+        adapters = gather_trained(policy, torch.float32) if lora.rank else []
         self.publisher.wait()
         self.checkpoints.wait()
         if not self.metrics:
             return
-        source = model_folder(self.run.model.path)
-        export(self.stepper.policy.model, dict(tensors), Path(self.run.folder) / "policy", source=source)
+        source, folder = model_folder(self.run.model.path), Path(self.run.folder)
+        export(policy.model, dict(tensors), folder / "policy", source=source)
+        if adapters:
+            save(dict(adapters), lora, folder / "adapter", base=source)
         own: dict[str, Any] = {"world_size": dist.get_world_size(), "objective": self.run.algorithm.objective}
         own["teacher_mb"] = self.stepper.teacher.nbytes / 2**20
         own["mismatch"] = mismatch_summary(read_metrics(self.run.folder))  # including the steps before an interruption
@@ -319,12 +325,12 @@ def build(run: Run, mesh: DeviceMesh, source: ProblemSource | None = None) -> tu
     folder = model_folder(run.model.path)
     tokenizer = load_tokenizer(folder)
     fingerprint = tokenizer_fingerprint(tokenizer)
-    policy = load_policy(folder, run.learner, mesh)
+    policy = load_policy(folder, run, mesh)
     if dist.get_rank() == 0 and (warning := end_token_warning(policy.model, tokenizer)):
         log.warning("model.path: %s", warning)
     vocabulary, k = policy.head.shape[0], run.algorithm.top_logprobs_num
     require(k < vocabulary, "algorithm.teacher_top_k", f"must be < {vocabulary}, the size of the vocabulary", k)
-    copy = load_teacher(folder, run, mesh) if run.algorithm.copies_teacher else None
+    copy = load_teacher(folder, run, mesh) if run.copies_teacher else None
     teacher = Teacher(run.algorithm, copy)
     responses = None
     if run.algorithm.needs_responses:

@@ -29,7 +29,7 @@ RUN = cases.settings(row_tokens=20, teacher="ema", teacher_decay=0.7)  # several
 
 def learner(folder: Path, mesh: DeviceMesh) -> Stepper:
     run, model = replace(RUN, learner=replace(RUN.learner, precision="float32")), str(folder / "model")
-    loaded, teacher = loading.load_policy(model, run.learner, mesh), loading.load_teacher(model, run, mesh)
+    loaded, teacher = loading.load_policy(model, run, mesh), loading.load_teacher(model, run, mesh)
     return Stepper(run, loaded, optimiser.build(loaded, run.optim), Teacher(run.algorithm, teacher))
 
 
@@ -79,7 +79,7 @@ def everything(folder: Path, mesh: DeviceMesh) -> dict[str, Any]:
     found["large"] = gradients(learner(folder, mesh))
     uninterrupted = learner(folder, mesh)
     found["metrics"] = train(uninterrupted, range(3))
-    found["published"] = dict(gather(uninterrupted.policy, torch.float32))
+    found["published"] = dict(gather(uninterrupted.policy))
     first, checkpoints = learner(folder, mesh), folder / f"checkpoints-{mesh.ndim}"
     found["resumed"] = train(first, range(2))
     with CheckpointWriter(checkpoints, keep=1) as writer:

@@ -13,13 +13,15 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from sgpo_async.config.schema import Learner
+from sgpo_async.config.schema import Learner, Lora
 from sgpo_async.learner import loading, optimiser, policy
 from sgpo_async.learner.batch import from_shard
+from sgpo_async.learner.lora import initial
 from sgpo_async.learner.policy import Policy
 from sgpo_async.learner.step import Stepper
 from sgpo_async.learner.teacher import Teacher
 from sgpo_async.model import slices
+from sgpo_async.model.adapters import is_adapter
 from sgpo_async.model.load import load_model
 from sgpo_async.model.slices import Slices
 from tests.reference import learner_cases as cases
@@ -58,12 +60,14 @@ def worker(rank: int, root: Path, ranks: int) -> None:
             patch.delattr(loading, "load_model")  # nothing is loaded whole
             patch.setattr(loading, "open_slices", counted)
             Counted.read = 0
-            loaded = loading.load_policy(folder, RUN.learner, mesh)
+            loaded = loading.load_policy(folder, RUN, mesh)
             assert Counted.read == sum(p.to_local().numel() for p in loaded.parameters())
             found[folder]["sliced"] = gradient(loaded, rank)
             patch.setattr(policy, "GROUP_BYTES", 0)
-            grouped = loading.load_policy(folder, Learner(precision="bfloat16", recompute=1), mesh)
-            found[folder]["policy"] = values(grouped)
+            grouped = replace(RUN, learner=Learner(precision="bfloat16", recompute=1))
+            found[folder]["policy"] = values(loading.load_policy(folder, grouped, mesh))
+            adapted = replace(RUN, learner=Learner(precision="float32", lora=Lora(rank=5)))
+            found[folder]["adapters"] = values(loading.load_policy(folder, adapted, mesh))
             for dtype in DTYPES:
                 run = replace(RUN, algorithm=replace(RUN.algorithm, teacher="frozen", teacher_dtype=dtype))
                 found[folder][f"teacher {dtype}"] = values(loading.load_teacher(folder, run, mesh))
@@ -167,3 +171,19 @@ def test_loss_and_gradient_equal_those_of_the_whole_model(
     for name, tensor in expected.items():
         assert torch.equal(gradients[name], tensor), name
     assert any(tensor.any() for tensor in expected.values())
+
+
+@pytest.mark.parametrize(("tied", "stored"), FOLDERS)
+def test_adapters_are_the_same_on_any_number_of_ranks(
+    found: tuple[int, dict], root: Path, tied: bool, stored: str
+) -> None:
+    ranks, folder = found[0], folder_of(root, tied, stored)
+    loaded, expected = found[1][folder]["adapters"], load_model(folder, device="cpu", dtype="float32")
+    adapters = {name: tensor for name, tensor in loaded["parameters"].items() if is_adapter(name)}
+    assert len(adapters) == 2 * 2 * 7
+    for name, tensor in adapters.items():
+        assert torch.equal(tensor, initial(name, tensor.shape, seed=RUN.seed))
+        assert loaded["held"][name] == -(-len(tensor) // ranks) * (tensor.numel() // len(tensor))
+    for name, parameter in expected.named_parameters():
+        assert torch.equal(loaded["parameters"][name], parameter)
+    assert loaded["with gradient"] == {True, False}

@@ -64,7 +64,8 @@ def test_every_difference_is_named_in_one_line() -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["seed=1", "name=other", "tasks.held_out=3", "model.dtype=bfloat16", "algorithm.alpha0=2"]
+    "key",
+    ["seed=1", "name=other", "tasks.held_out=3", "model.dtype=bfloat16", "algorithm.alpha0=2", "learner.lora.rank=4"],
 )
 def test_a_key_of_any_section_must_be_the_same(key: str) -> None:
     with pytest.raises(ConfigError, match=f"{key.partition('=')[0]} must be .* as in the hub's configuration, got "):

@@ -39,7 +39,7 @@ def edit(folder: Path, **changed: torch.Tensor | None) -> None:
 
 
 def load(folder: Path | str) -> policy.Policy:
-    return loading.load_policy(str(folder), Learner(precision="float32"), join_alone())
+    return loading.load_policy(str(folder), Run(learner=Learner(precision="float32")), join_alone())
 
 
 def whole(loaded: policy.Policy, folder: Path | str, caplog: pytest.LogCaptureFixture) -> str:
@@ -207,16 +207,16 @@ def test_the_check_computes_in_float32_whatever_the_precision(folder: Path, prec
         return logits
 
     monkeypatch.setattr(policy.Policy, "own_logits", noted)
-    loading.load_policy(str(folder), Learner(precision=precision), join_alone())
+    loading.load_policy(str(folder), Run(learner=Learner(precision=precision)), join_alone())
     assert set(dtypes) == {torch.float32}
 
 
 FROM_HUB = """
-from sgpo_async.config.schema import Learner
+from sgpo_async.config.schema import Learner, Run
 from sgpo_async.learner import loading
 from sgpo_async.learner.process_group import join_alone
 del loading.load_model
-policy = loading.load_policy("owner/model", Learner(precision="float32"), join_alone())
+policy = loading.load_policy("owner/model", Run(learner=Learner(precision="float32")), join_alone())
 print(policy.head.full_tensor().double().sum().item())
 """
 

@@ -73,8 +73,8 @@ def release() -> None:
 
 def worker(folder: str, way: str) -> None:
     """Load policy and teacher as one rank; rank 0 prints the largest peaks over all ranks, in bytes."""
-    learner = Learner(precision="float32")
-    mesh = join_world(learner, timeout_s=TIMEOUT_S)
+    run = Run(learner=Learner(precision="float32"))
+    mesh = join_world(run.learner, timeout_s=TIMEOUT_S)
     if way == "whole":
         loading._slices = lambda _: None
     release()
@@ -89,7 +89,7 @@ def worker(folder: str, way: str) -> None:
         peak.take()
 
     loading.check_model = checked
-    policy = loading.load_policy(folder, learner, mesh)
+    policy = loading.load_policy(folder, run, mesh)
     peaks["policy"] = max(peaks["policy"], peak.take())
     release()
     peak.take()

@@ -42,11 +42,11 @@ class ModelFacts:
 
         Raises WeightsError if it is damaged or of another model, Superseded if the version has been overwritten.
         """
-        tensors = weights.read()
+        tensors, announced = weights.copy()
         self.check(tensors)
-        if (found := self.digest(tensors.items())) != weights.digest:
+        if (found := self.digest(tensors.items())) != announced:
             raise WeightsError(
-                f"version {weights.version}: the weights have digest {found}, but {weights.digest} was announced"
+                f"version {weights.version}: the weights have digest {found}, but {announced} was announced"
             )
         return tensors
 
