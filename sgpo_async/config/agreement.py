@@ -20,7 +20,8 @@ from sgpo_async.errors import ConfigError
 
 # Keys that concern one process only: connections, and how the learner computes and saves.
 PRIVATE = ("out", "hub.address", "hub.keys", "hub.journal", "learner", "sft", "local")
-SHARED = ("learner.problems_per_step", "learner.batch_timeout_s", "learner.lora")  # of these, hub and actors use these
+# Keys of these sections that the hub or the actors use.
+SHARED = ("learner.problems_per_step", "learner.parts", "learner.batch_timeout_s", "learner.lora")
 PLACES = ("model.path", "tasks.path", "engine.sglang.python", "engine.sglang.folder")  # may differ between machines
 
 

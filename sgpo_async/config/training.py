@@ -178,6 +178,9 @@ class Learner:
     """The learner: the processes that torchrun starts, one per rank."""
 
     problems_per_step: int = 16  # the batch: every optimiser step trains on exactly this many problems
+    # The batch is requested and trained in this many parts, each as soon as its rollouts are there; the optimiser steps
+    # after the last one, on the sum of their gradients. 1: at once, when all rollouts are there.
+    parts: int = 1
     row_tokens: int = 2048  # most tokens of one packed row, which is the micro-batch of one rank
     precision: Literal["auto", "float32", "bfloat16"] = (
         "auto"  # of matrix products; auto: bfloat16 on GPUs that support it
@@ -208,6 +211,12 @@ class Learner:
 
     def __post_init__(self) -> None:
         require(self.problems_per_step >= 1, "learner.problems_per_step", "must be >= 1", self.problems_per_step)
+        require(
+            1 <= self.parts <= self.problems_per_step,
+            "learner.parts",
+            f"must be in [1, {self.problems_per_step}], the last being learner.problems_per_step",
+            self.parts,
+        )
         require(self.recompute >= 0, "learner.recompute", "must be >= 0", self.recompute)
         require(self.row_tokens >= 1, "learner.row_tokens", "must be >= 1", self.row_tokens)
         require(self.checkpoint_every >= 0, "learner.checkpoint_every", "must be >= 0", self.checkpoint_every)

@@ -430,19 +430,19 @@ class HubCore:
     # ---- messages of the learner
 
     def _batch_request(self, rank: int, request: wire.BatchRequest) -> None:
-        step = request.step
-        if step <= self.learner_ranks.last_committed:
+        wanted, before = (request.step, request.part), self.learner_ranks.requested.get(rank, (-1, 0))
+        if request.step <= self.learner_ranks.last_committed or wanted < before:
             return  # a repeated request that arrived late
-        member, repeated = self.learner_ranks.ranks[rank].member, self.learner_ranks.requested.get(rank) == step
-        self.learner_ranks.requested[rank] = step
+        member = self.learner_ranks.ranks[rank].member
+        self.learner_ranks.requested[rank] = wanted
         self.learner_ranks.stopping = self.learner_ranks.stopping or request.stopping
-        if self.training.batch and step == self.training.step:
-            self._send(member, self.training.shard(rank))  # a repeated request
-        elif repeated:
+        if request.step == self.training.step and 0 <= request.part < self.training.next_part:
+            self._send(member, self.training.shard(rank, request.part))  # a repeated request
+        elif wanted == before:
             self._send_pending(member)
 
     def _commit(self, member: bytes, step: int) -> None:
-        if self.training.batch and step == self.training.step:
+        if self.training.batch_is_whole and step == self.training.step:
             self.training.commit()
             self.learner_ranks.mark_committed(step)
         if step == self.training.step - 1:  # committed just now, or earlier if the Committed message was lost
@@ -517,22 +517,28 @@ class HubCore:
     def _form_batch(self) -> None:
         if self.learner_ranks.stopping:
             self._form_no_batch(self.learner_ranks.stopping)
-        if self.training.batch or not self.learner_ranks.all_requested:
+        if self.training.batch_is_whole or not self.learner_ranks.all_requested:
             return
-        for rank, step in list(self.learner_ranks.requested.items()):
+        for rank, (step, _) in list(self.learner_ranks.requested.items()):
             if step != self.training.step:
                 self._refuse_step(rank, step)
-        if self.learner_ranks.all_requested and self.training.form(self.learner_ranks.size):
+        part = self.training.next_part
+        if self.learner_ranks.all_wait_for(self.training.step, part) and self.training.form(self.learner_ranks.size):
             for rank, held in sorted(self.learner_ranks.ranks.items()):
-                self._send(held.member, self.training.shard(rank))
+                self._send(held.member, self.training.shard(rank, part))
 
     def _form_no_batch(self, reason: str) -> None:
-        """Tell the ranks that wait for the next batch that they have to stop; those in a step are told after it."""
-        if self.training.batch:
+        """Tell the ranks that wait for the next batch that they have to stop; those in a step are told after it.
+
+        A step of which parts are missing is given up when all ranks wait for the next part.
+        """
+        training, ranks = self.training, self.learner_ranks
+        if training.batch and (training.batch_is_whole or not ranks.all_wait_for(training.step, training.next_part)):
             return
-        for rank, step in self.learner_ranks.requested.items():
-            self._send(self.learner_ranks.ranks[rank].member, wire.NoBatch(step=step, reason=reason))
-        self.learner_ranks.requested.clear()
+        training.batch = None  # its groups are still in the buffer
+        for rank, (step, _) in ranks.requested.items():
+            self._send(ranks.ranks[rank].member, wire.NoBatch(step=step, reason=reason))
+        ranks.requested.clear()
 
     def _refuse_step(self, rank: int, step: int) -> None:
         del self.learner_ranks.requested[rank]

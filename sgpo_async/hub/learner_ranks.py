@@ -28,12 +28,12 @@ class Rank:
 
 
 class LearnerRanks:
-    """The connected ranks of the learner, and the step for which each of them has requested its part of a batch."""
+    """The connected ranks of the learner, and what each of them has requested: a step, and a part of its batch."""
 
     def __init__(self) -> None:
         self.size = 0  # world size
         self.ranks: dict[int, Rank] = {}
-        self.requested: dict[int, int] = {}  # rank -> step, until that step is committed
+        self.requested: dict[int, tuple[int, int]] = {}  # rank -> (step, part), until that step is committed
         self.last_committed = -1  # newest step that this world has committed
         self.broken = False  # a rank has left
         self.stopping = ""  # why this world has to stop; empty if it goes on
@@ -45,8 +45,12 @@ class LearnerRanks:
 
     @property
     def all_requested(self) -> bool:
-        """Whether the world is complete and every rank waits for a batch."""
+        """Whether the world is complete and every rank has requested something."""
         return self.complete and len(self.requested) == self.size
+
+    def all_wait_for(self, step: int, part: int) -> bool:
+        """Whether the world is complete and every rank has requested this part, and no later one."""
+        return self.all_requested and set(self.requested.values()) == {(step, part)}
 
     def rank_of(self, member: bytes) -> int | None:
         """The rank of this member; None if it is not a learner."""
@@ -70,7 +74,7 @@ class LearnerRanks:
     def mark_committed(self, step: int) -> None:
         """Record that `step` is committed: forget the requests for it and for earlier steps."""
         self.last_committed = step
-        self.requested = {rank: requested for rank, requested in self.requested.items() if requested > step}
+        self.requested = {rank: requested for rank, requested in self.requested.items() if requested[0] > step}
 
     def join(self, member: bytes, hello: Hello, *, now: float) -> None:
         """Add a rank to the present world."""

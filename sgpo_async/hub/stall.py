@@ -41,7 +41,7 @@ def progress_of(status: Mapping[str, Any]) -> tuple[object, ...]:
     return (
         *(status[key] for key in ("step", "published", "tokens_generated", "evaluating", "joined", "left")),
         tuple((actor["name"], actor["tokens"], actor["state"]) for actor in actors),
-        tuple(status["learner"][key] for key in ("ranks", "requested", "training")),
+        tuple(status["learner"][key] for key in ("ranks", "requested", "parts", "training")),
     )
 
 

@@ -47,6 +47,7 @@ class CoreState(Protocol):
 def status(core: CoreState) -> dict[str, Any]:
     """The status. Times are in seconds and shares in [0, 1]; None stands for a value that is not known yet."""
     training, evaluation, actors = core.training, core.evaluation, core.actors
+    waits = core.learner_ranks.all_wait_for(training.step, training.next_part)
     tables = (training.leases, evaluation.leases)
     leases_of = Counter(lease.member for table in tables for lease in table.running.values())
     return {
@@ -59,7 +60,9 @@ def status(core: CoreState) -> dict[str, Any]:
             "ranks": len(core.learner_ranks.ranks),
             "world_size": core.learner_ranks.size,
             "requested": sorted(core.learner_ranks.requested),  # ranks that wait for a batch, or have it
-            "training": training.step if training.batch else None,  # the step whose batch the learner has
+            "parts": training.next_part,  # of the next batch, that are formed
+            # The step on whose batch, or on a part of it, the learner is working.
+            "training": training.step if training.batch and not waits else None,
         },
         "ledger": training.leases.plain(),
         "evaluation_ledger": evaluation.leases.plain(),

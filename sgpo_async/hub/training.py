@@ -21,18 +21,21 @@ from sgpo_async.hub.leases import LeaseTable
 from sgpo_async.tasks.task_sampler import TaskSampler
 from sgpo_async.wire.records import Lease, Shard
 
+Part = tuple[tuple[int, ...], ...]
+"""The task numbers of each rank, ascending."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """Groups that the hub has sent to the ranks and that are not committed yet; they stay in the buffer until then."""
 
     step: int
-    shares: tuple[tuple[int, ...], ...]  # task numbers of each rank, ascending
+    parts: tuple[Part, ...]  # so far
 
     @property
     def numbers(self) -> list[int]:
         """All task numbers, ascending."""
-        return sorted(number for share in self.shares for number in share)
+        return sorted(number for part in self.parts for share in part for number in share)
 
 
 class Training:
@@ -86,34 +89,51 @@ class Training:
         oldest = self.version - self.run.hub.max_lag
         return [number for number in numbers if self.leases.complete[number].oldest_version < oldest]
 
-    def form(self, ranks: int) -> Batch | None:
-        """Form the next batch from the oldest complete groups and balance it over `ranks` by tokens.
+    @property
+    def next_part(self) -> int:
+        """Which part of the batch is formed next; `learner.parts` if all are."""
+        return len(self.batch.parts) if self.batch else 0
 
-        Returns None if there are not enough complete groups.
+    @property
+    def batch_is_whole(self) -> bool:
+        """Whether all parts of the batch are formed."""
+        return self.next_part == self.run.learner.parts
+
+    def form(self, ranks: int) -> bool:
+        """Form the next part of the batch from the oldest complete groups, and balance it over `ranks` by tokens.
+
+        Returns whether there are enough complete groups.
         """
-        assert self.batch is None
-        numbers = sorted(self.leases.complete)[: self.run.learner.problems_per_step]
-        if len(numbers) < self.run.learner.problems_per_step:
-            return None
+        assert not self.batch_is_whole
+        problems, parts, part = self.run.learner.problems_per_step, self.run.learner.parts, self.next_part
+        size = problems * (part + 1) // parts - problems * part // parts
+        formed = self.batch.parts if self.batch else ()
+        taken = set(self.batch.numbers) if self.batch else ()
+        numbers = sorted(number for number in self.leases.complete if number not in taken)[:size]
+        if len(numbers) < size:
+            return False
         assert not self.stale(numbers)
         shares = balance([self.leases.complete[number].tokens for number in numbers], ranks)
-        self.batch = Batch(step=self.step, shares=tuple(tuple(numbers[i] for i in share) for share in shares))
-        return self.batch
+        new = tuple(tuple(numbers[i] for i in share) for share in shares)
+        self.batch = Batch(step=self.step, parts=(*formed, new))
+        return True
 
-    def shard(self, rank: int) -> Shard:
-        """The part of the batch that `rank` trains on."""
+    def shard(self, rank: int, part: int) -> Shard:
+        """What `rank` trains on in this part of the batch."""
         assert self.batch is not None
-        groups = [self.leases.complete[number] for number in self.batch.shares[rank]]
+        groups = [self.leases.complete[number] for number in self.batch.parts[part][rank]]
         return Shard(
             step=self.step,
+            part=part,
             version=self.version,
-            problems=len(self.batch.numbers),
+            problems=self.run.learner.problems_per_step,
             rollouts=tuple(rollout for group in groups for rollout in group.rollouts),
         )
 
     def commit(self) -> None:
         """Record that the learner has trained on the batch: count its groups as trained, start the next version."""
         assert self.batch is not None
+        assert self.batch_is_whole
         groups = self.leases.train(self.batch.numbers)
         self.last = batch_metrics(groups, version=self.version)
         self.tokens_trained += sum(len(rollout.tokens) for group in groups for rollout in group.rollouts)

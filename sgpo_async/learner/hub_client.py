@@ -123,17 +123,17 @@ class HubClient:
         self._joined = True
         return welcome
 
-    def batch(self, step: int, *, timeout_s: float) -> Shard | NoBatch:
-        """Wait for this rank's part of the batch of `step`, or for NoBatch if all ranks have to stop before it.
+    def batch(self, step: int, part: int = 0, *, timeout_s: float) -> Shard | NoBatch:
+        """Wait for this rank's share of a part of the batch of `step`, or for NoBatch if all ranks have to stop.
 
         It waits at most `timeout_s` without progress of the run.
         """
         return self._ask(
-            lambda: BatchRequest(step=step, stopping=self._stopping()),
+            lambda: BatchRequest(step=step, part=part, stopping=self._stopping()),
             cast("type[Shard | NoBatch]", (Shard, NoBatch)),  # as `isinstance` takes them
             f"batch of step {step} (check that actors are running and fast enough)",
             timeout_s,
-            lambda answer: answer.step == step,
+            lambda answer: answer.step == step and getattr(answer, "part", part) == part,
         )
 
     def leave(self, reason: str = "") -> None:

@@ -58,16 +58,21 @@ class Samples:
         lines = SampleLines(run, resume_from=resume_from) if dist.get_rank() == 0 else None
         return cls(run, lines)
 
-    def keep(self, shard: Shard, statistics: StepMetrics | None) -> None:
-        """Write samples of the step that has just trained on `shard`, if they are due. A collective of all ranks."""
-        number, step = self._run.learner.samples, shard.step + 1
+    def keep(self, parts: Sequence[Shard], statistics: StepMetrics | None) -> None:
+        """Write samples of the step that has just trained on these shards, if they are due. A collective of all ranks.
+
+        Args:
+            parts: this rank's share of each part of the batch.
+            statistics: of the step.
+        """
+        number, step = self._run.learner.samples, parts[0].step + 1
         if not number or not due(step, self._every):
             return
         self._every = self._agree()
         if not due(step, self._every):
             return
         assert statistics is not None
-        own = chosen(shard, statistics, number, seed=self._run.seed)
+        own = chosen(parts, statistics, number, seed=self._run.seed)
         gathered: list[tuple[list[KeptGroup], Divergences]] | None = None
         if self._lines:
             gathered = [([], {}) for _ in range(dist.get_world_size())]
@@ -75,7 +80,7 @@ class Samples:
         if self._lines and gathered:
             groups = sorted((group for part, _ in gathered for group in part), key=lambda group: group.draw)
             kl = {key: d for _, part in gathered for key, d in part.items()}
-            self._lines.write(step, shard.version, groups[:number], kl)
+            self._lines.write(step, parts[0].version, groups[:number], kl)
 
     def close(self) -> None:
         """Close the file."""
@@ -89,13 +94,16 @@ class Samples:
         return every[0]
 
 
-def chosen(shard: Shard, statistics: StepMetrics, number: int, *, seed: int) -> tuple[list[KeptGroup], Divergences]:
-    """Return the `number` groups of this shard with the smallest draws, and as many tasks' divergences.
+def chosen(
+    parts: Sequence[Shard], statistics: StepMetrics, number: int, *, seed: int
+) -> tuple[list[KeptGroup], Divergences]:
+    """Return the `number` groups of these shards with the smallest draws, and as many tasks' divergences.
 
     The divergences are of targets that this rank has trained, which may belong to groups of other shards. A task that
     is among the `number` smallest draws of all ranks is so on this rank, too.
     """
-    groups = [(task, tuple(own)) for task, own in groupby(shard.rollouts, key=lambda rollout: rollout.task)]
+    rollouts = [rollout for shard in parts for rollout in shard.rollouts]
+    groups = [(task, tuple(own)) for task, own in groupby(rollouts, key=lambda rollout: rollout.task)]
     kept = [
         KeptGroup(_draw(seed, task), rollouts, metrics["alpha"])
         for (task, rollouts), metrics in zip(groups, statistics.problems, strict=True)

@@ -52,13 +52,21 @@ class Stepper:
     teacher: Teacher
     cost: Cost = field(init=False)
     responses: Responses | None = None  # looks up responses, for objectives that train on them
-    statistics: StepMetrics | None = None  # of the last step, on this rank
+    statistics: StepMetrics | None = None  # of the last step, or of the present one so far, on this rank
+    _begun: bool = False  # some parts of the present step's batch are accumulated
 
     def __post_init__(self) -> None:
         self.cost = Cost.of(self.policy.model)
 
+    def add(self, shard: Shard) -> None:
+        """Accumulate the gradient of a part of the step's batch that is not the last. A collective of all ranks."""
+        self.accumulate(self.batch(shard), last=False)
+
     def update(self, shard: Shard) -> dict[str, Any]:
-        """Train on `shard`; return the metrics of the step, equal on every rank. A collective of all ranks."""
+        """Train on the batch, or on its last part; return the metrics of the step, equal on every rank.
+
+        A collective of all ranks.
+        """
         return self.train(self.batch(shard), step=shard.step)
 
     def train(self, batch: Batch, *, step: int) -> dict[str, Any]:
@@ -66,7 +74,7 @@ class Stepper:
 
         Raises SgpoError if the norm of the gradient is not finite.
         """
-        self.statistics = statistics = self.accumulate(batch)
+        statistics = self.accumulate(batch)
         norm = clip_gradients(self.policy, self.run.optim.grad_clip)
         if not math.isfinite(norm):
             remedy = "lower optim.lr or optim.grad_clip"
@@ -91,15 +99,20 @@ class Stepper:
             skip_uniform=self.run.learner.skip_uniform,
         )
 
-    def accumulate(self, batch: Batch) -> StepMetrics:
-        """Compute the gradient of the loss, summed over ranks, into the parameters. A collective of all ranks."""
-        statistics = StepMetrics(max_lag=self.run.hub.max_lag, device=self._device)
-        statistics.add_batch(batch)
-        micro_batches, statistics.imbalance = self._divide(batch.sequences)
+    def accumulate(self, batch: Batch, *, last: bool = True) -> StepMetrics:
+        """Add the gradient of the loss, summed over ranks, to that of the parameters. A collective of all ranks.
+
+        `last`: nothing more is added before the optimiser steps. Returns the statistics of the step so far.
+        """
+        if not self._begun or self.statistics is None:
+            self.statistics = StepMetrics(max_lag=self.run.hub.max_lag, device=self._device)
+        statistics, self._begun = self.statistics, not last
+        micro_batches, imbalance = self._divide(batch.sequences)
+        statistics.add_batch(batch, imbalance)
         states = self._teacher_states([item for part in micro_batches for item in part.distillation])
         ranks = dist.get_world_size()
         for number, part in enumerate(micro_batches, 1):
-            self._synchronise(number == len(micro_batches))
+            self._synchronise(last and number == len(micro_batches))
             loss = self._loss(batch.version, part, states, statistics)
             (loss * ranks).backward()  # FSDP averages over ranks, but the loss is a sum over ranks
         return statistics

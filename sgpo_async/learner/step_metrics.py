@@ -44,7 +44,7 @@ class StepMetrics:
         self.minima = {name: torch.full((), math.inf, dtype=torch.float64, device=device) for name in MINIMA}
         self.tokens_by_lag = torch.zeros(max_lag + 1, dtype=torch.float64, device=device)
         self.mismatch = Mismatch(max_lag=max_lag, device=device)
-        self.imbalance = 0.0  # see `division.imbalance`; the same on every rank
+        self.imbalances: list[float] = []  # of each part of the batch, see `division.imbalance`; equal on every rank
         self.problems: Sequence[Mapping[str, float]] = ()  # the metrics of each problem, in the order of the shard
         self.token_kl: dict[tuple[int, int], Tensor] = {}  # d_t [C] of each distilled rollout, by task and slot
 
@@ -88,9 +88,10 @@ class StepMetrics:
         for rollout, values in zip(rollouts, d.detach(), strict=True):
             self.token_kl[rollout.task, rollout.slot] = values[: int(rollout.sampled.sum())]
 
-    def add_batch(self, batch: Batch) -> None:
-        """Add the metrics that are known before any forward."""
-        self.problems = batch.metrics
+    def add_batch(self, batch: Batch, imbalance: float) -> None:
+        """Add the metrics of a batch, or of a part of it, that are known before any forward."""
+        self.imbalances.append(imbalance)
+        self.problems = (*self.problems, *batch.metrics)
         for name, value in (item for metrics in batch.metrics for item in metrics.items()):
             self.sums[f"{name}_sum"] += value
             self.sums[f"{name}_problems"] += 1
@@ -111,7 +112,7 @@ class StepMetrics:
         total = dict(zip(SUMS, named.tolist(), strict=True))
         least = dict(zip(MINIMA, lowest.tolist(), strict=True))
         return (
-            {"imbalance": self.imbalance}
+            {"imbalance": sum(self.imbalances) / len(self.imbalances)}
             | _loss_metrics(total)
             | {name: _ratio(total[f"{name}_sum"], total[f"{name}_problems"]) for name in PROBLEM_METRICS}
             | _correction_metrics(total, least)

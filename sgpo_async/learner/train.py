@@ -54,7 +54,7 @@ from sgpo_async.tasks.base import ProblemSource
 from sgpo_async.tasks.sources import source_of
 from sgpo_async.transport import Dealer, Mailbox
 from sgpo_async.weights import StoreWriter
-from sgpo_async.wire.records import Evaluated, Hello, NoBatch
+from sgpo_async.wire.records import Evaluated, Hello, NoBatch, Shard
 
 log = logging.getLogger(__name__)
 
@@ -180,13 +180,20 @@ class Trainer:
             self.hub.evaluate(self.version)
         lap = time.monotonic()
         while self.progress.step < self.run.steps:
-            waiting = time.monotonic()
-            shard = self.hub.batch(self.progress.step, timeout_s=self.run.learner.batch_timeout_s)
-            if isinstance(shard, NoBatch):
-                return shard.reason
-            idle = time.monotonic() - waiting
-            line = self.stepper.update(shard)
-            status = self.hub.commit(shard.step) if self.metrics else {}
+            parts: list[Shard] = []
+            idle = 0.0
+            while len(parts) < self.run.learner.parts:
+                if parts:
+                    self.stepper.add(parts[-1])
+                waiting = time.monotonic()
+                timeout_s = self.run.learner.batch_timeout_s
+                shard = self.hub.batch(self.progress.step, len(parts), timeout_s=timeout_s)
+                if isinstance(shard, NoBatch):
+                    return shard.reason  # the gradient of the parts so far is lost; their rollouts are not
+                idle += time.monotonic() - waiting
+                parts.append(shard)
+            line = self.stepper.update(parts[-1])
+            status = self.hub.commit(self.progress.step) if self.metrics else {}
             self.publisher.publish(self.version + 1)
             lap, wall = time.monotonic(), time.monotonic() - lap
             self.progress.trained(line, idle_s=idle, wall_s=wall)
@@ -196,7 +203,7 @@ class Trainer:
             elif self._last:
                 while _rank_0_waits():
                     pass
-            self.samples.keep(shard, self.stepper.statistics)
+            self.samples.keep(parts, self.stepper.statistics)
             if self.checkpoints.due(self._due(self.run.learner.checkpoint_every)):
                 self._checkpoint()
         return ""

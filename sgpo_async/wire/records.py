@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-PROTOCOL = 6  # raise it whenever a record changes
+PROTOCOL = 7  # raise it whenever a record changes
 
 Tokens = Annotated[np.ndarray, "<i4"]  # token ids, 1-d
 Ints = Annotated[np.ndarray, "<i4"]
@@ -248,13 +248,14 @@ class Stop:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchRequest:
-    """A learner rank asks for its shard of the batch of `step`.
+    """A learner rank asks for its shard of a part of the batch of `step` (`learner.parts`).
 
-    If it has to stop, it says why in `stopping`. If the hub has not yet formed this batch, it then answers all ranks
+    If it has to stop, it says why in `stopping`. If the hub has not yet formed this part, it then answers all ranks
     with NoBatch, so that they stop at the same step.
     """
 
     step: int
+    part: int = 0
     stopping: str = ""
 
 
@@ -267,9 +268,10 @@ class Pending:
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One rank's part of a batch: whole groups. Empty only if the batch has fewer groups than ranks."""
+    """One rank's share of a part of a batch: whole groups. Empty only if the part has fewer groups than ranks."""
 
     step: int
+    part: int = 0
     version: int  # the learner's present version; the lag of a token is this minus the token's version
     problems: int  # problems in the whole batch, over all ranks: P in Eq. 7
     rollouts: tuple[Rollout, ...]  # group after group; rollouts of a group are ordered by slot
@@ -277,7 +279,7 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class NoBatch:
-    """Answer to BatchRequest if the learner or the run stops: no rank gets a batch of `step`."""
+    """Answer to BatchRequest if the learner or the run stops: no rank gets a batch of `step`, or the rest of it."""
 
     step: int
     reason: str

@@ -15,8 +15,8 @@ pytestmark = pytest.mark.process
 
 
 def test_ctrl_c_writes_a_checkpoint_and_ends_all_processes(tmp_path: Path) -> None:
-    """The line at the end is a command, with which the run goes on."""
-    with real_run(tmp_path, "steps=1000") as run:
+    """The line at the end is a command, with which the run goes on. The batches are trained in parts."""
+    with real_run(tmp_path, "steps=1000", "learner.parts=2") as run:
         local = run.local()
         until(run.metrics, "the first step")
         assert len(run.processes()) >= 10  # local, watchdog, hub, torchrun, 2 ranks, 2 actors, 2 weight senders, ...

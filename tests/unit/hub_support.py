@@ -36,11 +36,13 @@ class Source:
         return Problem(id=text, problem=text, answer=str(number), strategy=f"how to {text}" if strategy else None)
 
 
-def make_run(*, batch: int = 2, max_lag: int = 1, steps: int = 5, autonomous: int = 2, guided: int = 1) -> Run:
+def make_run(
+    *, batch: int = 2, parts: int = 1, max_lag: int = 1, steps: int = 5, autonomous: int = 2, guided: int = 1
+) -> Run:
     return Run(
         steps=steps,
         rollout=Rollout(autonomous=autonomous, guided=guided),
-        learner=Learner(problems_per_step=batch, batch_timeout_s=60),
+        learner=Learner(problems_per_step=batch, parts=parts, batch_timeout_s=60),
         hub=Hub(max_lag=max_lag, heartbeat_s=1, lease_timeout_s=20),
         evaluation=Evaluation(samples=1),
         local=Local(ranks=1),

@@ -370,9 +370,57 @@ def test_a_batch_waits_for_every_rank_and_is_balanced_over_them():
     driver.send(b"r0", wire.Commit(step=0))
     assert [c.step for c in driver.take(b"r0", wire.Committed)] == [0, 0]
     assert driver.core.status()["ledger"]["trained"] == 3
-    assert driver.core.learner_ranks.requested == {1: 1}
+    assert driver.core.learner_ranks.requested == {1: (1, 0)}
     driver.send(b"r0", wire.BatchRequest(step=0))
-    assert driver.core.learner_ranks.requested == {1: 1}, "a repeated request that arrives after the commit is ignored"
+    assert driver.core.learner_ranks.requested == {1: (1, 0)}, (
+        "a repeated request that arrives after the commit is ignored"
+    )
+
+
+def test_a_part_of_a_batch_is_sent_as_soon_as_its_groups_are_complete():
+    driver = Driver(make_run(batch=5, parts=2, max_lag=1))
+    driver.learner(ranks=2)
+    driver.actor(b"a", credit=1)
+    driver.serve_evaluation(b"a")
+    driver.send(b"a", wire.Ready(tasks=5, version=0))
+    leases = driver.leases(b"a")
+    for rank in (b"r0", b"r1"):
+        driver.send(rank, wire.BatchRequest(step=0))
+    for lease in leases[3:5]:
+        assert not driver.take(b"r0", wire.Shard)
+        driver.serve(b"a", lease)
+    first = [driver.only(rank, wire.Shard) for rank in (b"r0", b"r1")]
+    assert [(shard.part, shard.problems, {r.task for r in shard.rollouts}) for shard in first] == [
+        (0, 5, {leases[3].task}),
+        (0, 5, {leases[4].task}),
+    ]
+    for lease in leases[:3]:
+        driver.serve(b"a", lease)
+    driver.send(b"r0", wire.BatchRequest(step=0, part=1))
+    assert not driver.take(b"r0", wire.Shard), "rank 1 has not requested it"
+    assert driver.core.status()["learner"]["training"] == 0
+    driver.send(b"r0", wire.Commit(step=0))
+    assert "no batch of step 0" in driver.only(b"r0", wire.Refused).reason
+    driver.send(b"r1", wire.BatchRequest(step=0, part=1))
+    second = [driver.only(rank, wire.Shard) for rank in (b"r0", b"r1")]
+    assert {r.task for shard in second for r in shard.rollouts} == {lease.task for lease in leases[:3]}
+    driver.send(b"r0", wire.Commit(step=0))
+    assert driver.only(b"r0", wire.Committed).step == 0
+    assert driver.core.status()["ledger"]["trained"] == 5
+
+
+def test_a_learner_that_waits_for_the_rest_of_a_batch_is_not_said_to_train():
+    driver = Driver(make_run(batch=2, parts=2))
+    driver.learner()
+    driver.actor(b"a", credit=1)
+    driver.serve_evaluation(b"a")
+    driver.send(b"a", wire.Ready(tasks=1, version=0))
+    driver.serve(b"a", driver.leases(b"a")[0])
+    driver.send(b"r0", wire.BatchRequest(step=0))
+    driver.only(b"r0", wire.Shard)
+    assert driver.core.status()["learner"]["training"] == 0
+    driver.send(b"r0", wire.BatchRequest(step=0, part=1))
+    assert driver.core.status()["learner"]["training"] is None
 
 
 def test_stale_groups_are_dropped():

@@ -13,9 +13,9 @@ WHY = "learner rank 1 received SIGTERM"
 END = "the hub received SIGINT"
 
 
-def hub_of(ranks: int, *, groups: int = 0) -> Driver:
+def hub_of(ranks: int, *, groups: int = 0, parts: int = 1) -> Driver:
     """`ranks` ranks have joined, and the actor `b"a"` has sent `groups` groups."""
-    driver = Driver(make_run(batch=2))
+    driver = Driver(make_run(batch=2, parts=parts))
     driver.learner(ranks=ranks)
     driver.actor(b"a", credit=1)
     driver.serve_evaluation(b"a")
@@ -58,6 +58,28 @@ def test_a_batch_that_some_ranks_have_is_trained_before_all_stop() -> None:
     hub.send(b"r0", wire.BatchRequest(step=1))
     assert hub.only(b"r0", wire.NoBatch).step == 1, "a repeated request gets the same answer"
     assert hub.core.closing is None, "the hub goes on without the learner"
+
+
+def test_a_step_of_which_parts_are_missing_is_given_up_when_all_ranks_wait() -> None:
+    """Its groups stay in the buffer, and the next learner gets them."""
+    hub = hub_of(2, groups=1, parts=2)
+    for member in names(2):
+        hub.send(member, wire.BatchRequest(step=0))
+    before = {rollout.task for member in names(2) for rollout in hub.only(member, wire.Shard).rollouts}
+    hub.send(b"r1", wire.BatchRequest(step=0, part=1, stopping=WHY))
+    assert not hub.take(b"r1", wire.NoBatch), "rank 0 still trains on the first part"
+    hub.send(b"r0", wire.BatchRequest(step=0, part=1))
+    for member in names(2):
+        assert hub.only(member, wire.NoBatch) == wire.NoBatch(step=0, reason=WHY)
+    hub.send(b"r0", wire.BatchRequest(step=0, part=1))
+    assert hub.only(b"r0", wire.NoBatch).step == 0, "a repeated request gets the same answer"
+    assert hub.core.status()["ledger"]["buffered"] == 1
+    for member in names(2):
+        hub.send(member, wire.Goodbye())
+    hub.learner(ranks=2)
+    for member in names(2):
+        hub.send(member, wire.BatchRequest(step=0))
+    assert {rollout.task for member in names(2) for rollout in hub.only(member, wire.Shard).rollouts} == before
 
 
 def test_the_next_learner_is_not_stopped() -> None:

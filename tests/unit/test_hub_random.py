@@ -27,9 +27,10 @@ from sgpo_async.wire import records as wire
 class World(Driver):
     """Correct members whose actions `rng` draws at random, and an unreliable network."""
 
-    def __init__(self, rng: Random, *, batch: int, max_lag: int, ranks: int, steps: int = 6) -> None:
+    def __init__(self, rng: Random, *, batch: int, max_lag: int, ranks: int, parts: int = 1, steps: int = 6) -> None:
         self.source = Source(held_out=3, without_strategy_every=4)
-        super().__init__(make_run(batch=batch, max_lag=max_lag, steps=steps), self.source)
+        super().__init__(make_run(batch=batch, parts=parts, max_lag=max_lag, steps=steps), self.source)
+        self.parts = parts
         self.folder = tempfile.TemporaryDirectory(dir="/dev/shm")
         self.journal = Journal(Path(self.folder.name))
         self.core, _ = recover(self.core, self.journal)
@@ -46,7 +47,7 @@ class World(Driver):
         self.reported: dict[tuple[int, int], int] = {}  # most tokens ever reported, by (task, slot)
         self.sent: list[tuple[bytes, wire.Rollout]] = []
         self.learner_step = 0
-        self.shards: dict[int, wire.Shard] = {}
+        self.shards: dict[tuple[int, int], wire.Shard] = {}  # of the present step, by rank and part
         self.trained: set[int] = set()
         self.checkpoint: tuple[int, bytes, set[int]] = (0, b"", set())
         self.newest = -1
@@ -87,7 +88,7 @@ class World(Driver):
         for rank in range(self.ranks):
             for shard in self.take(self.rank(rank), wire.Shard):
                 self.check_shard(shard)
-                self.shards[rank] = shard
+                self.shards[rank, shard.part] = shard
         training = self.core.training
         assert training.leases.live <= (self.run.hub.max_lag + 1) * self.run.learner.problems_per_step
         assert training.version >= self.newest
@@ -125,7 +126,7 @@ class World(Driver):
 
     def check_shard(self, shard: wire.Shard) -> None:
         assert shard.problems == self.run.learner.problems_per_step
-        assert shard.rollouts, "a rank without groups"
+        assert shard.rollouts or self.run.learner.problems_per_step < self.ranks * self.parts, "a rank without groups"
         for rollout in shard.rollouts:
             assert 0 <= shard.version - rollout.oldest_version <= self.run.hub.max_lag
 
@@ -316,18 +317,24 @@ class World(Driver):
         self.send(self.rank(0), wire.Published(version=version))
 
     def request_batch(self) -> None:
-        """One rank requests its shard, perhaps again."""
+        """One rank requests its next shard; sometimes an earlier one, in a repeated request that arrives late."""
         if self.learning and self.core.training.step < self.run.steps:
-            self.send(self.rank(self.rng.randrange(self.ranks)), wire.BatchRequest(step=self.learner_step))
+            rank = self.rng.randrange(self.ranks)
+            part = self.next_part(rank) if self.rng.random() < 0.8 else self.rng.randint(0, self.next_part(rank))
+            self.send(self.rank(rank), wire.BatchRequest(step=self.learner_step, part=part))
+
+    def next_part(self, rank: int) -> int:
+        """The first part that a rank has not received; when it has all, the last, which it may request again."""
+        return min(sum(held == rank for held, _ in self.shards), self.parts - 1)
 
     def early_leaver(self) -> None:
         """Rank 1 says Goodbye before rank 0 commits the step."""
-        if self.learning and self.ranks > 1 and len(self.shards) == self.ranks:
+        if self.learning and self.ranks > 1 and len(self.shards) == self.ranks * self.parts:
             self.send(self.rank(1), wire.Goodbye())
             self.commit()
 
     def commit(self) -> None:
-        if not self.learning or len(self.shards) < self.ranks:
+        if not self.learning or len(self.shards) < self.ranks * self.parts:
             return
         tasks = self.batch_tasks()
         assert not tasks & self.trained, "a task was trained twice"
@@ -383,7 +390,8 @@ class World(Driver):
                 self.finish_rollout(member)
             for rank in range(self.ranks):
                 if self.core.training.step < self.run.steps:
-                    self.send(self.rank(rank), wire.BatchRequest(step=self.learner_step))
+                    request = wire.BatchRequest(step=self.learner_step, part=self.next_part(rank))
+                    self.send(self.rank(rank), request)
             self.check_inboxes()
             self.commit()
         raise AssertionError(f"stuck: {self.core.status()}")
@@ -393,6 +401,7 @@ CASES = {
     "batch": st.integers(2, 4),
     "max_lag": st.integers(0, 3),
     "ranks": st.integers(1, 2),
+    "parts": st.integers(1, 2),
     "seed": st.integers(0, 2**32),
     "length": st.integers(1, 400),
 }

@@ -275,7 +275,7 @@ def test_a_hello_of_a_present_rank_starts_a_new_world_unless_it_is_repeated():
     assert not world.starts_new_world(b"m0", hello(rank=0))
     assert world.starts_new_world(b"other", hello(rank=0))
     assert not world.starts_new_world(b"other", hello(rank=1))
-    world.requested[0] = 7
+    world.requested[0] = (7, 0)
     assert world.starts_new_world(b"m0", hello(rank=0))
     world.leave(0)
     assert world.starts_new_world(b"other", hello(rank=1))

@@ -52,7 +52,7 @@ def test_the_groups_with_the_smallest_draws_are_kept() -> None:
     assert stepper.statistics is not None
     order = sorted(range(4), key=lambda task: derived_seed(7, "samples", task))
     for number in (1, 2, 4, 9):
-        kept, kl = chosen(shard, stepper.statistics, number, seed=7)
+        kept, kl = chosen([shard], stepper.statistics, number, seed=7)
         assert [group.rollouts[0].task for group in kept] == order[:number]
         assert all(len(group.rollouts) == 7 for group in kept)
         taught = sorted({task for task, _ in stepper.statistics.token_kl}, key=order.index)
@@ -70,7 +70,7 @@ def test_the_divergences_are_those_of_the_loss() -> None:
     stepper, shard = trained()
     statistics = stepper.statistics
     assert statistics is not None
-    kept, kl = chosen(shard, statistics, 4, seed=0)
+    kept, kl = chosen([shard], statistics, 4, seed=0)
     values = list(kl.values())
     assert len(values) == int(statistics.sums["targets"]) == 3  # the first group has no correct guided rollout
     assert sum(d.sum() for d in values) == pytest.approx(float(statistics.sums["kl"]))
@@ -114,7 +114,7 @@ def test_a_line_has_the_problem_and_every_rollout_as_text(tmp_path: Path) -> Non
     run = run_of(tmp_path, samples=4)
     stepper, shard = trained(run)
     samples = Samples.start(run, resume_from=0)
-    samples.keep(shard, stepper.statistics)
+    samples.keep([shard], stepper.statistics)
     samples.close()
     lines = read_samples(tmp_path / "run")
     assert sorted(line["task"] for line in lines) == [0, 1, 2, 3]
@@ -152,7 +152,7 @@ def test_tokens_of_an_environment_have_no_divergence(tmp_path: Path) -> None:
     shard = cases.shard_of(groups, problems=4)
     stepper.update(shard)
     samples = Samples.start(run, resume_from=0)
-    samples.keep(shard, stepper.statistics)
+    samples.keep([shard], stepper.statistics)
     samples.close()
     found = 0
     for line in read_samples(tmp_path / "run"):
@@ -169,7 +169,7 @@ def test_without_samples_nothing_is_written(tmp_path: Path) -> None:
     run = run_of(tmp_path, samples=0)
     stepper, shard = trained(run)
     samples = Samples.start(run, resume_from=0)
-    samples.keep(shard, stepper.statistics)
+    samples.keep([shard], stepper.statistics)
     samples.close()
     assert read_samples(tmp_path / "run") == []
 
@@ -181,7 +181,7 @@ def test_problems_that_the_learner_cannot_read_are_replaced_by_prompts(
     stepper, shard = trained(run)
     run = replace(run, tasks=replace(run.tasks, source="file", path=str(tmp_path / "missing.jsonl")))
     samples = Samples.start(run, resume_from=0)
-    samples.keep(shard, stepper.statistics)
+    samples.keep([shard], stepper.statistics)
     samples.close()
     assert "samples.jsonl will have prompts in place of problems" in caplog.text and "missing.jsonl" in caplog.text
     (line,) = read_samples(tmp_path / "run")
@@ -195,7 +195,7 @@ def test_objectives_without_distillation_have_samples_without_divergences(tmp_pa
     run = replace(run_of(tmp_path, samples=4), algorithm=replace(SETTINGS.algorithm, objective=objective))
     stepper, shard = trained(run)
     samples = Samples.start(run, resume_from=0)
-    samples.keep(shard, stepper.statistics)
+    samples.keep([shard], stepper.statistics)
     samples.close()
     lines = read_samples(tmp_path / "run")
     assert len(lines) == 4
@@ -260,7 +260,7 @@ def test_keeping_samples_does_not_change_the_step() -> None:
     first, shard = trained()
     second, _ = trained()
     assert first.statistics is not None
-    chosen(shard, first.statistics, 4, seed=0)
+    chosen([shard], first.statistics, 4, seed=0)
     assert first.update(shard) == second.update(shard)
     own, other = (list(stepper.policy.parameters()) for stepper in (first, second))
     assert all(torch.equal(a.to_local(), b.to_local()) for a, b in zip(own, other, strict=True))  # type: ignore[attr-defined]

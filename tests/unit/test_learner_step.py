@@ -222,6 +222,30 @@ def test_the_entropy_counts_the_rollout_of_a_uniform_group_for_those_that_are_le
     assert metrics["entropy"] == pytest.approx(total / tokens)
 
 
+@pytest.mark.parametrize("local_gradients", [True, False])
+def test_a_batch_in_parts_gives_the_same_gradient_and_metrics(
+    local_gradients: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not local_gradients:
+        monkeypatch.setattr(step, "LOCAL_GRADIENT_BYTES", 0)
+    run, groups = cases.settings(delta=2.0), cases.groups()
+    whole, divided = (cases.stepper(run, cases.tiny_model()) for _ in range(2))
+    expected = whole.accumulate(whole.batch(cases.shard_of(groups, problems=4))).reduce()
+    for part in (groups[:1], [], groups[1:3]):
+        divided.add(cases.shard_of(part, problems=4))
+    last = divided.batch(cases.shard_of(groups[3:], problems=4))
+    found = divided.accumulate(last).reduce()
+    for own, other in zip(divided.policy.parameters(), whole.policy.parameters(), strict=True):
+        torch.testing.assert_close(own.grad.full_tensor(), other.grad.full_tensor(), atol=1e-12, rtol=1e-9)
+    assert found.keys() == expected.keys()
+    assert all(found[name] == pytest.approx(expected[name]) for name in found.keys() - {"imbalance"})
+    assert [metrics["alpha"] for metrics in divided.statistics.problems] == pytest.approx(
+        [metrics["alpha"] for metrics in whole.statistics.problems]
+    )
+    again = divided.accumulate(divided.batch(cases.shard_of(groups, problems=4)))
+    assert again is not whole.statistics and len(again.problems) == 4, "the next step has statistics of its own"
+
+
 def test_an_empty_strategy_gives_no_distillation_loss() -> None:
     """If teacher and student have the same prompt, every d_t is 0."""
     parts = cases.groups()
