@@ -61,6 +61,7 @@ class HubCore:
     ) -> None:
         """`store` is the path of the weight store; `run_id` is told to actors, which may outlive a run."""
         self.run, self.store, self.run_id = run, store, run_id
+        self.machine = ""  # that the store is on
         self.now = self.started = now
         task_sampler = TaskSampler(run, source, benchmarks)
         self.training, self.evaluation = Training(run, task_sampler), Evaluation(task_sampler)
@@ -293,7 +294,8 @@ class HubCore:
                     self._refuse(old.member, f"{hello.name} started a new learner world, which replaces this one")
         self.learner_ranks.join(member, hello, now=self.now)
         begun = self.published >= 0
-        self._send(member, wire.Welcome(store=self.store, version=self.training.version, begun=begun))
+        version = self.training.version
+        self._send(member, wire.Welcome(store=self.store, machine=self.machine, version=version, begun=begun))
 
     def _set_tokenizer(self, fingerprint: str) -> None:
         """Require the first learner's tokenizer; remove the actors that joined earlier with another one."""

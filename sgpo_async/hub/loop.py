@@ -26,6 +26,7 @@ from sgpo_async.hub import events as ev
 from sgpo_async.hub.announce import Announcer
 from sgpo_async.hub.core import HubCore
 from sgpo_async.hub.journal import Journal
+from sgpo_async.hub.learner_weights import LearnerWeights
 from sgpo_async.hub.recovery import save, write_event
 from sgpo_async.session import SenderDown, SenderEvent, SenderUp
 from sgpo_async.transport import RouterMailbox
@@ -64,16 +65,13 @@ class Loop:
         *,
         mailbox: RouterMailbox,
         spawn_sender: Callable[[str], SenderHandle],
-        use_store: Callable[[str], bool] = lambda _: False,
+        weights: LearnerWeights | None = None,
         journal: Journal | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`spawn_sender(name)` starts the weight sender of the actor `name`; `clock` is the core's.
-
-        `use_store(path)` uses the weight store at `path` from now on; it returns whether that is another file.
-        """
+        """`spawn_sender(name)` starts the weight sender of the actor `name`; `clock` is the core's."""
         self._core, self._mailbox, self._spawn_sender = core, mailbox, spawn_sender
-        self._use_store, self._journal, self._clock = use_store, journal, clock
+        self._weights, self._journal, self._clock = weights, journal, clock
         self._senders: dict[bytes, SenderHandle] = {}
         self._stop_threads = ThreadPoolExecutor(max_workers=16, thread_name_prefix="stop-sender")
         self._stopping: list[Future[None]] = []
@@ -91,8 +89,13 @@ class Loop:
         try:
             while not self._shutdown_reason:
                 received = self._mailbox.receive_with_frames(TICK_S)
-                group = [(_to_event(member, message), frames) for member, message, frames in received]
+                group = [
+                    (_to_event(member, told), frames if told is message else [])
+                    for member, message, frames in received
+                    if (told := self._told(member, message)) is not None
+                ]
                 events = self._sender_events()
+                events += self._weights.events() if self._weights else []
                 if reason := interrupted():
                     events.append(ev.Interrupted(reason, hurried()))
                 if time.monotonic() >= next_tick:
@@ -102,6 +105,12 @@ class Loop:
             return self._shutdown_reason
         finally:
             self._close()
+
+    def _told(self, member: bytes, message: wire.Message | WireError) -> wire.Message | WireError | None:
+        """What the core is told of a message: nothing yet of weights on another machine."""
+        if not self._weights or not isinstance(message, wire.Published):
+            return message
+        return self._weights.offered(member, message) if self._core.learner_ranks.rank_of(member) == 0 else message
 
     def restart(self) -> None:
         """Tell a recovered core that this process has taken over."""
@@ -144,7 +153,7 @@ class Loop:
             case ev.CloseSender(member):
                 self._stop_sender(member)
             case ev.UseStore(path):
-                if self._use_store(path):
+                if self._weights and self._weights.use(path):
                     self._handle([(ev.SenderDown(member, "another weight store"), []) for member in self._senders])
             case ev.Warn(text):
                 log.warning("%s", text)

@@ -30,7 +30,7 @@ from sgpo_async.hub.core import HubCore
 from sgpo_async.hub.journal import FORMAT, Journal
 from sgpo_async.hub.rollout_files import ANY_SIZE, Place, RolloutFiles
 from sgpo_async.tasks.task_sampler import Task, TaskSampler
-from sgpo_async.wire import decode
+from sgpo_async.wire import decode, encode
 from sgpo_async.wire.records import PROTOCOL, Rollout
 
 _PLAIN_EVENTS: dict[str, Callable[..., ev.Event]] = {
@@ -132,13 +132,17 @@ class _Unpickler(pickle.Unpickler):
 
 
 def write_event(journal: Journal, event: ev.Event, *, at: float, frames: Sequence[bytes] = ()) -> None:
-    """Append an event that happened at time `at`; `frames` are the frames of a received message, unchanged."""
+    """Append an event that happened at time `at`.
+
+    `frames` are the frames of a received message, unchanged; the hub's own messages, such as those of its relay, have
+    none.
+    """
     match event:
         case ev.Received(member, Rollout() as rollout):
             place = journal.add_rollout(rollout, frames)
             journal.append(at, bytes(msgpack.packb(["Rollout", member, place])), place=place)
         case ev.Received(member):
-            journal.append(at, bytes(msgpack.packb(["Received", member, list(frames)])))
+            journal.append(at, bytes(msgpack.packb(["Received", member, list(frames) or encode(event.message)])))
         case _:
             journal.append(at, bytes(msgpack.packb([type(event).__name__, *astuple(event)])))
 

@@ -20,6 +20,7 @@ from sgpo_async.config import Run
 from sgpo_async.files import reporting_write_errors, write_whole
 from sgpo_async.hub.core import HubCore
 from sgpo_async.hub.journal import Journal
+from sgpo_async.hub.learner_weights import LearnerWeights
 from sgpo_async.hub.loop import Loop
 from sgpo_async.hub.recovery import recover
 from sgpo_async.logs import fields
@@ -30,7 +31,7 @@ from sgpo_async.tasks.benchmarks import open_benchmarks
 from sgpo_async.tasks.sources import source_of
 from sgpo_async.transport import Router, RouterMailbox
 from sgpo_async.transport.keys import public_key
-from sgpo_async.weights.store_file import StoreFile
+from sgpo_async.weights.store_file import StoreFile, machine
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,9 @@ def serve(run: Run) -> int:
         key = public_key(run.hub.keys, "server").decode() if run.hub.keys else ""
         contact = {"address": router.address, "pid": os.getpid(), "store": store.path, "public_key": key}
         stack.enter_context(contact_file(folder / "hub.json", contact))
-        core.store = store.path
+        core.store, core.machine = store.path, machine()
+        weights = LearnerWeights(store)
+        stack.callback(weights.close)
         host = router.address.removeprefix("tcp://").rpartition(":")[0].strip("[]")
         spawn_sender = partial(WeightSender, store.path, host=host, cuda=run.engine.broadcasts_on_gpus)
         began = time.monotonic() - elapsed
@@ -74,7 +77,7 @@ def serve(run: Run) -> int:
             core,
             mailbox=RouterMailbox(router),
             spawn_sender=spawn_sender,
-            use_store=store.follow,
+            weights=weights,
             journal=journal,
             clock=lambda: time.monotonic() - began,
         )

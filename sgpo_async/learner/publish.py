@@ -33,13 +33,16 @@ class Store(Protocol):
     """The part of `weights.StoreWriter` that the publisher uses."""
 
     @property
-    def own_path(self) -> str:
-        """Where other processes find the store as long as this one lives."""
+    def place(self) -> str:
+        """Where the hub finds the store as long as this process lives: a path, or tcp://HOST:PORT."""
         ...
 
     def publish(self, version: int, named_tensors: Iterable[tuple[str, Tensor]]) -> object:
         """Make these tensors visible as `version`. Raises WeightsError."""
         ...
+
+    def close(self) -> None:
+        """Free the store's resources."""
 
 
 def gather(policy: Policy) -> NamedTensors:
@@ -127,9 +130,15 @@ class Publisher:
         except TimeoutError:
             raise DeadlineExceeded("learner", "progress of a weight publication", PUBLISH_S) from None
 
+    def close(self) -> None:
+        """Wait like `wait`, then close the store: nothing is published any more."""
+        self.wait()
+        if self._store is not None:
+            self._store.close()
+
     def _write(self, store: Store, version: int, tensors: NamedTensors) -> None:
         store.publish(version, self._counted(tensors))
-        self._published(version, store.own_path)
+        self._published(version, store.place)
 
     def _counted(self, tensors: NamedTensors) -> Iterator[tuple[str, Tensor]]:
         for tensor in tensors:

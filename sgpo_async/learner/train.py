@@ -35,6 +35,7 @@ from sgpo_async.learner.policy import in_bfloat16
 from sgpo_async.learner.process_group import join_world
 from sgpo_async.learner.progress import Progress, hub_metrics
 from sgpo_async.learner.publish import Publisher, gather, gather_trained
+from sgpo_async.learner.remote_store import open_store
 from sgpo_async.learner.resume import how_to_go_on, resume_point
 from sgpo_async.learner.rounds import remove_rounds, write_round
 from sgpo_async.learner.samples import Samples
@@ -53,7 +54,6 @@ from sgpo_async.processes.torchrun import all_ranks_run
 from sgpo_async.tasks.base import ProblemSource
 from sgpo_async.tasks.sources import source_of
 from sgpo_async.transport import Dealer, Mailbox
-from sgpo_async.weights import StoreWriter
 from sgpo_async.wire.records import Evaluated, Hello, NoBatch, Shard
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ def train(run: Run, hub_address: str) -> int:
     try:
         folder, own = Path(run.folder) / CHECKPOINTS, run.learner
         with CheckpointWriter(folder, keep=own.keep_checkpoints, minutes=own.checkpoint_minutes) as checkpoints:
-            trainer = Trainer.start(run, mesh, hub, checkpoints)
+            trainer = Trainer.start(run, mesh, hub, checkpoints, hub_address=hub_address)
             with signals:
                 if reason := trainer.loop():
                     trainer.interrupt(reason)
@@ -124,7 +124,9 @@ class Trainer:
     saved: int = 0  # step of the newest checkpoint; 0: none
 
     @classmethod
-    def start(cls, run: Run, mesh: DeviceMesh, hub: HubClient, checkpoints: CheckpointWriter) -> Trainer:
+    def start(
+        cls, run: Run, mesh: DeviceMesh, hub: HubClient, checkpoints: CheckpointWriter, *, hub_address: str
+    ) -> Trainer:
         """Load the model or resume from a checkpoint, and register with the hub. A collective of all ranks."""
         stepper, fingerprint = build(run, mesh)
         rank, lead = dist.get_rank(), dist.get_rank() == 0
@@ -147,7 +149,7 @@ class Trainer:
                 vocabulary=stepper.policy.head.shape[0],
             )
         )
-        store = StoreWriter(welcome.store) if lead else None
+        store = open_store(welcome, Path(run.folder), hub_address, hub.published) if lead else None
         # If an earlier learner has published weights, this one must not continue its tasks and versions.
         version = hub.restore(saved.hub_state) if lead and (resumed or welcome.begun) else welcome.version
         dtype = torch.float32 if run.learner.lora.rank else getattr(torch, run.model.dtype)
@@ -215,7 +217,7 @@ class Trainer:
                 log.info("%s: writing a checkpoint of step %d", reason, self.progress.step)
                 self._checkpoint()
             self.checkpoints.wait()
-            self.publisher.wait()
+            self.publisher.close()
         except RuntimeError as error:  # a collective failed
             lost = f"another rank is gone ({str(error).partition(chr(10))[0]})"
             raise CheckpointError(f"{reason}, and no checkpoint could be written: {lost}") from None
@@ -227,7 +229,7 @@ class Trainer:
         policy, lora = self.stepper.policy, self.run.learner.lora
         tensors = gather(policy)
         adapters = gather_trained(policy, torch.float32) if lora.rank else []
-        self.publisher.wait()
+        self.publisher.close()
         self.checkpoints.wait()
         if not self.metrics:
             return

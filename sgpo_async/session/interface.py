@@ -9,17 +9,22 @@ import psutil
 from sgpo_async.errors import SessionError
 
 
-def interface_towards(host: str) -> str:
-    """Return the name of the interface from which this machine reaches `host`. Raises SessionError without one."""
+def address_towards(host: str) -> str:
+    """Return the address from which this machine reaches `host`. Raises SessionError without one."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
             probe.connect(address)  # for a datagram socket this only looks up the route; it sends nothing
-            own = probe.getsockname()[0]
+            return str(probe.getsockname()[0])
     except OSError as error:
         raise SessionError(
             f"session host {host}: {error.strerror or error}; use an address of the hub's machine"
         ) from None
+
+
+def interface_towards(host: str) -> str:
+    """Return the name of the interface from which this machine reaches `host`. Raises SessionError without one."""
+    own = address_towards(host)
     for name, addresses in psutil.net_if_addrs().items():
         if any(a.address.partition("%")[0] == own.partition("%")[0] for a in addresses):
             return name

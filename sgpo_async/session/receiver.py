@@ -53,7 +53,7 @@ def run(settings: Settings, child: ChildSide) -> NoReturn:
         calls.callee.inbox = child.commands
         world = RpcWorld("weight_receiver", deadlines)
         world.join(address["host"], address["port"])
-    serve(world, child, pulls=settings.pulls)
+    serve(world, LocalCopy(world, child, settings.store), child, pulls=settings.pulls)
 
 
 def _sender_address(child: ChildSide) -> dict[str, Any]:
@@ -66,11 +66,10 @@ def _sender_address(child: ChildSide) -> dict[str, Any]:
     return command
 
 
-def serve(world: RpcWorld, child: ChildSide, *, pulls: bool) -> NoReturn:
+def serve(world: RpcWorld, local_copy: LocalCopy, child: ChildSide, *, pulls: bool) -> NoReturn:
     """Pull or report announced versions and forward requests and responses, until the weight sender is gone."""
     from sgpo_async.session import calls
 
-    local_copy = LocalCopy(world, child)
     while True:
         world.check()
         try:
@@ -92,12 +91,12 @@ def serve(world: RpcWorld, child: ChildSide, *, pulls: bool) -> NoReturn:
 
 
 class LocalCopy:
-    """The local copy of the learner's store."""
+    """The local copy of the learner's store, in the store at `path`, or else in one of its own."""
 
-    def __init__(self, world: RpcWorld, child: ChildSide) -> None:
+    def __init__(self, world: RpcWorld, child: ChildSide, path: str = "") -> None:
         self._world, self._child = world, child
         self._file: StoreFile | None = None
-        self._writer: StoreWriter | None = None
+        self._writer = StoreWriter(path) if path else None
         self._reported = -1
         self._pulling = threading.Lock()
 

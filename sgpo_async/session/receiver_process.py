@@ -63,12 +63,13 @@ _EVENTS: dict[str, type[Any]] = {
 class WeightReceiver:
     """The actor's end of one session. Start it early: it imports torch while the actor does other work.
 
-    It pulls every announced version. If `pulls` is false, the actor gets weights through `groups` or by `pull` instead.
+    It pulls every announced version into the store at `store`, by default into a new one. If `pulls` is false, the
+    actor gets weights through `groups` or by `pull` instead.
     """
 
-    def __init__(self, name: str, *, pulls: bool = True, deadlines: Deadlines | None = None) -> None:
+    def __init__(self, name: str, *, store: str = "", pulls: bool = True, deadlines: Deadlines | None = None) -> None:
         deadlines = deadlines or Deadlines()
-        settings = Settings(name=name, parent=os.getpid(), pulls=pulls, deadlines=deadlines)
+        settings = Settings(name=name, parent=os.getpid(), store=store, pulls=pulls, deadlines=deadlines)
         self._child = Child("sgpo_async.session.receiver", settings, role="weight receiver")
         self._rpc = RpcClient(self._child.send)
         self.groups = WeightGroups(self._rpc, deadlines.group_s)

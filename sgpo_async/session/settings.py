@@ -24,7 +24,7 @@ class Settings:
 
     name: str  # of the actor, for messages
     parent: int  # process id of the parent; the child ends when the parent is gone
-    store: str = ""  # weight sender: the learner's weight store
+    store: str = ""  # weight sender: the store that it serves; weight receiver: the one it writes; "": a new one
     host: str = ""  # weight sender: where to listen
     cuda: bool = False  # weight sender: may use this machine's GPUs, for weight-update groups over NCCL
     pulls: bool = True  # weight receiver: pull every announced version; false: only when the actor requests it

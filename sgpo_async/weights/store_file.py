@@ -20,7 +20,16 @@ import psutil
 from sgpo_async.errors import WeightsError
 from sgpo_async.weights import store_layout
 
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 CGROUP = Path("/sys/fs/cgroup")  # the cgroup of this container (version 2)
+
+
+def machine() -> str:
+    """Identifies this machine, or this container of it: within it, a path in /proc means the same everywhere.
+
+    It is the boot id of the kernel and the number of the namespace of process ids.
+    """
+    return f"{BOOT_ID.read_text().strip()} {Path('/proc/self/ns/pid').readlink()}"
 
 
 def available_memory(cgroup: Path = CGROUP) -> int:
@@ -35,6 +44,11 @@ def available_memory(cgroup: Path = CGROUP) -> int:
     if limit == "max":
         return available
     return max(0, min(available, int(limit) - used + int(stat["inactive_file"])))  # the kernel can drop cached files
+
+
+def can_open(path: str) -> bool:
+    """Whether this process may read and write the file at `path`."""
+    return os.access(path, os.R_OK | os.W_OK)
 
 
 class StoreFile:
@@ -55,6 +69,12 @@ class StoreFile:
             where = "memory" if self.in_memory else folder
             raise WeightsError(f"weight store: cannot create a file in {where}: {error.strerror}") from None
         self.path = f"/proc/{os.getpid()}/fd/{self._fd}"
+
+    @property
+    def version(self) -> int | None:
+        """The newest complete version in the file; None if there is none."""
+        _, records = store_layout.read_header(self._fd)
+        return records[-1].version if records else None
 
     def follow(self, path: str) -> bool:
         """Use the store at `path` instead, if it exists and is another file; returns whether it is.

@@ -49,7 +49,7 @@ class StoreWriter:
             self._slot = 1 - newest.slot
 
     @property
-    def own_path(self) -> str:
+    def place(self) -> str:
         """A path at which other processes of this machine find the store as long as this process has it open."""
         return f"/proc/{os.getpid()}/fd/{self._fd}"
 

@@ -67,7 +67,8 @@ class Welcome:
     session_host: str = ""  # actor: address of its weight sender, which waits to form a Torch RPC world of two
     session_port: int = 0
     run_id: str = ""  # actor: identifies the run; leases and weight versions of another run are void
-    store: str = ""  # learner: path of the shared-memory weight store into which it publishes
+    store: str = ""  # learner: path of the shared-memory weight store into which it publishes ...
+    machine: str = ""  # ... on this machine (`weights.store_file.machine`); another one publishes into its own store
     version: int = 0  # learner: version of its first publication
     begun: bool = False  # learner: an earlier learner of this run has published weights
 
@@ -305,7 +306,9 @@ class Published:
     """Rank 0 has written the whole of `version` into the weight store."""
 
     version: int
-    store: str = ""  # path at which rank 0 has the store open, for a hub that starts again
+    # The path at which rank 0 has the store open, for a hub that starts again. tcp://HOST:PORT: rank 0 is on another
+    # machine, where a weight sender serves its own store; the hub has the version when it has pulled it.
+    store: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -351,7 +351,7 @@ def weights(device: Device, tiny: bool, measurements: Measurements) -> None:
         closing(StoreFile(folder, expected_bytes=sent)) as file,
         Session(file) as session,
     ):
-        store, note = StoreWriter(file.path), lambda _: written.append(time.perf_counter())
+        store, note = StoreWriter(file.path), lambda *_: written.append(time.perf_counter())
         publisher = Publisher(policy, torch.bfloat16, store=store, published=note)
         for version in range(3):
             with torch.no_grad():

@@ -20,6 +20,7 @@ from sgpo_async.config import load, to_plain
 from sgpo_async.processes.torchrun import torchrun
 from sgpo_async.transport import Router, RouterMailbox
 from sgpo_async.weights import StoreFile, StoreReader
+from sgpo_async.weights.store_file import machine
 from sgpo_async.wire.records import (
     BatchRequest,
     Commit,
@@ -101,7 +102,7 @@ class ScriptedHub:
                 return [Refused(reason=self.refuses)]
             case Hello(rank=rank):
                 self._ranks[member] = rank
-                return [Welcome(store=self.store.path, version=3)]
+                return [Welcome(store=self.store.path, machine=machine(), version=3)]
             case BatchRequest(step=step):
                 parts = [cases.groups(seed=step, version=step + self._base)[i] for i in SPLIT[self._ranks[member]]]
                 return [cases.shard_of(parts, problems=4, step=step, version=step + self._base)]

@@ -38,6 +38,19 @@ class FakeSender:
         self.stopped = True
 
 
+class FakeWeights:
+    """Instead of `hub.learner_weights`."""
+
+    def use(self, path: str) -> bool:
+        return path == "/another"
+
+    def offered(self, member: bytes, message: wire.Published) -> wire.Published:
+        return message
+
+    def events(self) -> list[object]:
+        return []
+
+
 class Running:
     """A loop in a thread, and its weight senders."""
 
@@ -48,7 +61,7 @@ class Running:
             core,
             mailbox=RouterMailbox(router),
             spawn_sender=self.spawn_sender,
-            use_store=lambda path: path == "/another",
+            weights=FakeWeights(),  # type: ignore[arg-type]
         )
         self.thread = threading.Thread(target=self.run)
         self.thread.start()

@@ -67,8 +67,8 @@ def test_a_store_file_follows_the_store_of_a_writer(tmp_path: Path) -> None:
     writer = StoreWriter(earlier.path)
     writer.publish(0, [("weight", torch.ones(2))])
     path = now.path
-    assert now.follow(writer.own_path)
-    assert not now.follow(writer.own_path), "the same file"
+    assert now.follow(writer.place)
+    assert not now.follow(writer.place), "the same file"
     assert not now.follow("/proc/0/fd/0"), "a process that is gone"
     assert now.path == path
     reader = StoreReader(path)

@@ -1,0 +1,95 @@
+"""What the hub's core is told of weights that the learner publishes on another machine."""
+
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+
+from sgpo_async.hub.events import Received
+from sgpo_async.hub.learner_weights import LearnerWeights
+from sgpo_async.session import ReceiverDown, VersionReceived
+from sgpo_async.weights import StoreFile, StoreWriter
+from sgpo_async.wire.records import Published
+
+RANK_0 = b"rank-0"
+
+
+class Link:
+    """Instead of a weight receiver: the test lets versions arrive."""
+
+    made: list["Link"] = []
+
+    def __init__(self, name: str, *, store: str) -> None:
+        self.name, self.store, self.address, self.stopped = name, store, ("", 0), False
+        self.events: list[object] = []
+        Link.made.append(self)
+
+    def connect(self, host: str, port: int) -> None:
+        self.address = host, port
+
+    def poll(self) -> list[object]:
+        events, self.events = self.events, []
+        return events
+
+    def stop(self, deadline_s: float) -> None:
+        assert deadline_s > 0
+        self.stopped = True
+
+    def arrive(self, version: int) -> None:
+        StoreWriter(self.store).publish(version, [("w", torch.ones(3))])
+        fields = {"digest": "", "nbytes": 12, "seconds": 0.1, "published_at": 0.0}
+        self.events.append(VersionReceived(version=version, path=self.store, **fields))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> StoreFile:
+    Link.made = []
+    with closing(StoreFile(tmp_path)) as file:
+        yield file
+
+
+def offer(weights: LearnerWeights, version: int, port: int = 4000) -> Published | None:
+    return weights.offered(RANK_0, Published(version=version, store=f"tcp://10.0.0.2:{port}"))
+
+
+def test_a_version_on_this_machine_is_told_at_once(store: StoreFile) -> None:
+    message = Published(version=3, store="/proc/1/fd/5")
+    assert LearnerWeights(store, receiver=Link).offered(RANK_0, message) is message
+    assert not Link.made
+
+
+def test_a_version_elsewhere_is_told_when_the_store_holds_it(store: StoreFile) -> None:
+    weights = LearnerWeights(store, receiver=Link)
+    assert offer(weights, 0) is None and weights.events() == []
+    (link,) = Link.made
+    assert (link.store, link.address) == (store.path, ("10.0.0.2", 4000))
+    link.arrive(0)
+    assert weights.events() == [Received(RANK_0, Published(version=0, store=store.path))]
+    assert offer(weights, 0) == Published(version=0, store=store.path), "a repeated message"
+    assert offer(weights, 1) is None and len(Link.made) == 1, "the link carries all versions"
+
+
+def test_a_link_that_is_lost_is_renewed_by_the_next_message(store: StoreFile) -> None:
+    weights = LearnerWeights(store, receiver=Link)
+    offer(weights, 0)
+    Link.made[0].events.append(ReceiverDown("the weight sender is gone"))
+    assert weights.events() == [] and Link.made[0].stopped
+    assert offer(weights, 0, port=4001) is None
+    assert Link.made[1].address == ("10.0.0.2", 4001)
+    Link.made[1].arrive(0)
+    assert len(weights.events()) == 1
+    weights.close()
+    assert Link.made[1].stopped and weights.events() == []
+
+
+def test_a_learner_that_has_moved_gets_a_new_link(store: StoreFile) -> None:
+    weights = LearnerWeights(store, receiver=Link)
+    offer(weights, 0)
+    offer(weights, 1, port=4001)
+    assert Link.made[0].stopped and Link.made[1].address == ("10.0.0.2", 4001)
+
+
+def test_an_ipv6_address_is_read(store: StoreFile) -> None:
+    LearnerWeights(store, receiver=Link).offered(RANK_0, Published(version=0, store="tcp://[fd00::2]:4000"))
+    assert Link.made[0].address == ("fd00::2", 4000)
