@@ -6,8 +6,8 @@
     value kernel   one program per row of logits; writes the value, the aside, and the row's normalisers
     slope kernel   one program per block of a row; writes the slope over the logits
 
-With torch's own operations, each of about a dozen intermediate results [B, V] goes to memory and back. These kernels
-keep them in registers. Logits are bfloat16, float16 or float32, and everything is computed in float32.
+With torch's own operations, 6 to 15 intermediate results [B, V] go to memory and back, in float32. These kernels keep
+them in registers. Logits are bfloat16, float16 or float32, and everything is computed in float32.
 
 The normalisers of a row are its largest logit m and l = log sum_v exp(x_v), with x_v = (z_v - m) / temperature. Then
 log q_v = x_v - l. They are kept apart, because in the sum m / temperature + l a large m would round l away.

@@ -93,6 +93,16 @@ def losses(dtype: torch.dtype) -> list[Tensor]:
     return [*results, *torch.autograd.grad(loss, (hidden, weight))]
 
 
+def mixed_types(dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return the results of each divergence from a teacher in bfloat16, with the student in another type."""
+    results = []
+    for kind in DIVERGENCES:
+        case = Case(kind, torch.bfloat16, 37, 3.0, 0.7)
+        teacher, student = random_logits(case)
+        results.append(block(case, teacher, student.to(dtype)))
+    return results
+
+
 def not_a_number() -> list[tuple[Tensor, Tensor, Tensor]]:
     """Return the results of each measure for rows of which one has a NaN."""
     cases = [Case(measure, torch.float32, 37, 1.0, 1.0) for measure in MEASURES]
@@ -122,6 +132,7 @@ def main(path: str) -> None:
         results = {
             "blocks": [block(case, *random_logits(case)) for case in CASES],
             "losses": [losses(dtype) for dtype in DTYPES],
+            "mixed types": mixed_types(torch.float32),
             "not a number": not_a_number(),
             "same distribution": same_distribution(),
         }

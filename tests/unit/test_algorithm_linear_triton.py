@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from interpreted_kernels import CASES, DTYPES, block, losses, random_logits
+from interpreted_kernels import CASES, DTYPES, block, losses, mixed_types, random_logits
 
 from sgpo_async.algorithm import DIVERGENCES, linear
 
@@ -49,6 +49,13 @@ def test_loss_and_gradients_of_several_parts_equal_those_of_torch(
         torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-5)
     for own, other in zip(found[-2:], expected[-2:], strict=True):
         assert (own.double() - other.double()).norm() < ROUNDING[dtype] * other.double().norm()
+
+
+def test_a_teacher_may_have_logits_of_another_type(interpreted: dict[str, Any]) -> None:
+    for found, expected in zip(interpreted["mixed types"], mixed_types(torch.float64), strict=True):
+        for own, other in zip(found, expected, strict=True):
+            assert own.dtype == torch.float32
+            torch.testing.assert_close(own.double(), other.double(), rtol=1e-5, atol=1e-5)
 
 
 def test_a_nan_among_the_logits_makes_value_and_slope_of_its_row_nan(interpreted: dict[str, Any]) -> None:
