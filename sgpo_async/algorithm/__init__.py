@@ -14,6 +14,7 @@ guided rollouts o~_j ~ pi(.|q,s), each with a reward R in {0, 1}. Read the files
     losses.py       Eq. 1, 5, 7   L = L_GRPO + alpha(q) L_KD, averaged over problems; likelihood losses of a given text
     correction.py   importance weights for rollouts that an older policy mu sampled
     linear.py       losses and their gradients directly from hidden states, for large vocabularies
+    linear_triton.py    the elementwise part of linear.py for CUDA, as Triton kernels
 
 docs/algorithm.md lists every equation with the configuration key that selects it.
 

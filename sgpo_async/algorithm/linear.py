@@ -22,14 +22,17 @@ Logits are computed in the type of the inputs; softmax, values and slopes in flo
 accumulated in float32 or wider, and held from here to the backward pass. Weights are plain tensors; for a sharded
 parameter, pass the gathered tensor.
 
-All operations are torch's own, on any device. Speed and memory are measured on a CPU only (`sgpo_async.bench.loss`);
-nothing is proved on a GPU, and its sizes of chunks and blocks are estimates.
+Matrix products are torch's. So is the elementwise work of a block, except on CUDA, where `linear_triton` has kernels
+for it, which read the logits once for the values and once for the slopes; TopDivergence and float64 have none. Speed
+and memory are measured on a CPU only (`sgpo_async.bench.loss`); nothing has run on a GPU, and its sizes of chunks and
+blocks are estimates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -60,11 +63,11 @@ class Block(NamedTuple):
 
     value: Tensor  # [B]
     aside: Tensor  # [B], another result of the same logits, never with gradient
-    slope: Callable[[], Tensor]  # -> [B, V], the derivative of value with respect to logits / temperature
+    write_slope: Callable[[], object]  # overwrites the logits [B, V] by d value / d (logits / temperature)
 
 
 BlockFunction = Callable[[Tensor, slice], Block]
-"""(log q [B, V], the block's rows within the chunk) -> Block. It may overwrite log q when its slope is called."""
+"""(the student's logits [B, V], the block's rows within the chunk) -> Block."""
 
 
 class Measure(Protocol):
@@ -86,14 +89,18 @@ class LogProbability:
     def __len__(self) -> int:
         return len(self.targets)
 
-    def chunk(self, rows: slice, _weight: Tensor, _temperature: float) -> BlockFunction:
+    def chunk(self, rows: slice, _weight: Tensor, temperature: float) -> BlockFunction:
         """See `Measure`."""
-        targets = self.targets[rows, None]
+        targets = self.targets[rows]
 
-        def block(log_q: Tensor, part: slice) -> Block:
-            q, own = log_q.exp(), targets[part]
+        def block(logits: Tensor, part: slice) -> Block:
+            if kernels := _kernels(logits):
+                return Block(*kernels.log_probability(logits, targets[part], temperature))
+            log_q, own = _log_softmax(logits, temperature), targets[part, None]
+            q = log_q.exp()
             value, entropy = log_q.gather(-1, own).squeeze(-1), -(q * log_q).sum(-1)
-            return Block(value, entropy, lambda: q.neg_().scatter_add_(-1, own, torch.ones_like(value)[:, None]))
+            one = torch.ones_like(value)[:, None]
+            return Block(value, entropy, lambda: logits.copy_(q.neg_().scatter_add_(-1, own, one)))
 
         return block
 
@@ -115,13 +122,15 @@ class TeacherDivergence:
 
     def chunk(self, rows: slice, weight: Tensor, temperature: float) -> BlockFunction:
         """See `Measure`."""
-        logits = self.hidden[rows] @ (weight if self.weight is None else self.weight).T
-        targets, (distance, slope) = self.targets[rows, None], DIVERGENCES[self.kind]
+        teacher_logits = self.hidden[rows] @ (weight if self.weight is None else self.weight).T
+        targets, (distance, slope) = self.targets[rows], DIVERGENCES[self.kind]
 
-        def block(log_q: Tensor, part: slice) -> Block:
-            log_p = _log_softmax(logits[part], temperature)
-            log_teacher = log_p.gather(-1, targets[part]).squeeze(-1)
-            return Block(distance(log_p, log_q), log_teacher, lambda: slope(log_p, log_q))
+        def block(logits: Tensor, part: slice) -> Block:
+            if kernels := _kernels(logits, teacher_logits):
+                return Block(*kernels.divergence(teacher_logits[part], logits, targets[part], self.kind, temperature))
+            log_p, log_q = (_log_softmax(x, temperature) for x in (teacher_logits[part], logits))
+            log_teacher = log_p.gather(-1, targets[part, None]).squeeze(-1)
+            return Block(distance(log_p, log_q), log_teacher, lambda: logits.copy_(slope(log_p, log_q)))
 
         return block
 
@@ -138,24 +147,24 @@ class TopDivergence:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def chunk(self, rows: slice, _weight: Tensor, _temperature: float) -> BlockFunction:
+    def chunk(self, rows: slice, _weight: Tensor, temperature: float) -> BlockFunction:
         """See `Measure`."""
         tokens, log_p, log_targets = self.tokens[rows], self.log_p[rows], self.log_targets[rows]
 
-        def block(log_q: Tensor, part: slice) -> Block:
-            top = tokens[part]
+        def block(logits: Tensor, part: slice) -> Block:
+            top, log_q = tokens[part], _log_softmax(logits, temperature)
             listed, rest = log_q.gather(-1, top), log_q.scatter(-1, top, -torch.inf).logsumexp(-1, keepdim=True)
             log_top = torch.cat((listed, rest), -1).requires_grad_()
             with torch.enable_grad():
                 d = top_divergence(log_p[part].to(log_q.dtype), log_top, kind=self.kind)
 
-            def slope() -> Tensor:
+            def write_slope() -> None:
                 (grad,) = torch.autograd.grad(d, log_top, torch.ones_like(d))
                 within_rest = (log_q - rest).exp_().scatter_(-1, top, 0)
                 slope = within_rest * grad[:, -1:] - log_q.exp_() * grad.sum(-1, keepdim=True)
-                return slope.scatter_add_(-1, top, grad[:, :-1])
+                logits.copy_(slope.scatter_add_(-1, top, grad[:, :-1]))
 
-            return Block(d.detach(), log_targets[part], slope)
+            return Block(d.detach(), log_targets[part], write_slope)
 
         return block
 
@@ -271,9 +280,9 @@ class _Evaluation:
         value, aside = self._value[rows], self._aside[rows]
         function = self._part.measure.chunk(rows, weight, temperature)
         for block in _slices(len(logits), max(_sizes(weight).block // len(weight), 1)):
-            value[block], aside[block], slope = function(_log_softmax(logits[block], temperature), block)
+            value[block], aside[block], write_slope = function(logits[block], block)
             if with_slopes:
-                logits[block] = slope()
+                write_slope()
         return logits
 
     def _loss_and_coefficients(self) -> tuple[Tensor, Tensor]:
@@ -298,6 +307,15 @@ class _Evaluation:
 
     def _chunks(self) -> Iterator[slice]:
         return _slices(len(self._value), max(len(self._head.logits), 1))
+
+
+def _kernels(*logits: Tensor) -> ModuleType | None:
+    """Return the module of Triton's kernels if they can take these logits."""
+    if not all(x.is_cuda and _at_least_float32(x) == torch.float32 for x in logits):
+        return None
+    from sgpo_async.algorithm import linear_triton  # Triton comes with torch's builds for CUDA only
+
+    return linear_triton
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:

@@ -28,6 +28,7 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.profiler import ProfilerActivity, profile
 
-from sgpo_async.algorithm import DIVERGENCES, LogProbability, Part, TeacherDivergence, linear_loss
+from sgpo_async.algorithm import DIVERGENCES, LogProbability, Part, TeacherDivergence, linear, linear_loss
 from sgpo_async.config.schema import Algorithm, Learner, Local, Optim, Run
 from sgpo_async.config.schema import Rollout as Sizes
 from sgpo_async.engines import EmbeddedEngine, Generate, Generated, Weights
@@ -191,6 +192,9 @@ def losses(device: Device, tiny: bool, measurements: Measurements) -> None:
             "fused": lambda h, w: linear_loss(h, w, [divergence])[0],
         },
     }  # fmt: skip
+    if device.cuda:  # elsewhere there are no kernels
+        for by_name in implementations.values():
+            by_name["fused, torch's operations"] = partial(_without_kernels, by_name["fused"])
     try:
         _add_liger(implementations, teacher, targets, device)
     except ImportError as error:
@@ -215,6 +219,12 @@ def _add_liger(implementations: dict[str, Any], teacher: Tensor, targets: Tensor
     cross_entropy, jsd = LigerFusedLinearCrossEntropyLoss(), LigerFusedLinearJSD(jsd_beta=0.0)  # beta 0: forward KL
     implementations["logprobs"]["liger"] = lambda h, w: cross_entropy(w, h, targets)
     implementations["forward_kl"]["liger"] = lambda h, w: jsd(h, w, teacher, w.detach(), None)
+
+
+def _without_kernels(function: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, weight: Tensor) -> Tensor:
+    """Compute a fused loss by torch's operations alone."""
+    with patch.object(linear, "_kernels", lambda *_: None):
+        return function(hidden, weight)
 
 
 def _timed_loss(
