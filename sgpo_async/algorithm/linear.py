@@ -218,11 +218,15 @@ class _LinearLoss(torch.autograd.Function):
         logits = hidden.new_empty(min(chunk, len(hidden)), len(weight))
         grad_hidden, grad_weight = torch.empty_like(hidden), None
         if differentiable:
-            grad_weight = torch.zeros_like(weight, dtype=wide)
+            grad_weight = torch.zeros_like(weight, dtype=wide) if weight.requires_grad else None
             ctx.save_for_backward(grad_hidden, grad_weight)
             ctx.weight_dtype = weight.dtype
         found = [
-            _Evaluation(part, _Head(own, weight, temperature, logits), _Gradients(grad_own, grad_weight)).run()
+            _Evaluation(
+                part,
+                _Head(own, weight, temperature, logits),
+                _Gradients(grad_own, grad_weight) if differentiable else None,
+            ).run()
             for part, own, grad_own in zip(parts, hidden.split(sizes), grad_hidden.split(sizes), strict=True)
         ]
         flat = [tensor for own in found for tensor in own]
@@ -233,8 +237,10 @@ class _LinearLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # In place, because the matrix is large; autograd raises an error in a second backward pass.
-        grad_hidden, grad_weight = (gradient.mul_(grads[0]) for gradient in ctx.saved_tensors)
-        return grad_hidden, grad_weight.to(ctx.weight_dtype), None, None, None, None
+        grad_hidden, grad_weight = ctx.saved_tensors
+        grad_hidden.mul_(grads[0])
+        grad_weight = None if grad_weight is None else grad_weight.mul_(grads[0]).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 class _Head(NamedTuple):
@@ -246,20 +252,21 @@ class _Head(NamedTuple):
 
 class _Gradients(NamedTuple):
     hidden: Tensor  # [T, H], of one part
-    weight: Tensor | None  # [V, H], of all parts so far, in float32 or wider; None if no gradient is wanted
+    weight: Tensor | None  # [V, H], of all parts so far, in float32 or wider; None if the matrix is not trained
 
 
 class _Evaluation:
     """The evaluation of one part."""
 
-    def __init__(self, part: Part, head: _Head, gradients: _Gradients) -> None:
+    def __init__(self, part: Part, head: _Head, gradients: _Gradients | None) -> None:
+        """`gradients` are None if none are wanted."""
         self._part, self._head, self._gradients = part, head, gradients
         size, dtype = (len(part.measure),), _at_least_float32(head.hidden)
         self._value, self._aside = (head.hidden.new_full(size, torch.nan, dtype=dtype) for _ in range(2))
 
     def run(self) -> Found:
         """Compute the values and the loss, and add the gradients."""
-        with_gradients = self._gradients.weight is not None
+        with_gradients = self._gradients is not None
         one_pass = with_gradients and not self._part.whole
         for rows in self._chunks():
             slopes = self._measure(rows, with_slopes=one_pass)
@@ -295,10 +302,12 @@ class _Evaluation:
 
     def _add_gradients(self, rows: slice, slopes: Tensor, coefficients: Tensor) -> None:
         """Add the gradients of these rows, whose slopes are [C, V] and coefficients [C]."""
+        assert self._gradients
         hidden, grad_hidden, grad_weight = self._head.hidden[rows], *self._gradients
-        assert grad_weight is not None
         scale = (coefficients / self._head.temperature)[:, None]
         grad_hidden[rows] = (slopes @ self._head.weight) * scale
+        if grad_weight is None:
+            return
         scaled = (hidden * scale).to(hidden.dtype)
         if grad_weight.dtype == hidden.dtype:
             grad_weight.addmm_(slopes.T, scaled)

@@ -357,6 +357,20 @@ def test_one_pass_needs_no_more_products_than_all_logits_at_once(teacher, whole,
     assert counted.products == products
 
 
+@passes
+def test_a_matrix_that_is_not_trained_gets_no_gradient_and_costs_no_product(whole):
+    _, _, hidden, weight, targets = inputs()
+    part = Part(LogProbability(targets), weighted, whole)
+    with Operations() as trained:
+        loss, _ = linear_loss(hidden, weight, [part], chunk=4)
+        (expected,) = torch.autograd.grad(loss, hidden)
+    with Operations() as frozen:
+        loss, _ = linear_loss(hidden, weight.detach(), [part], chunk=4)
+        (found,) = torch.autograd.grad(loss, hidden)
+    assert torch.equal(found, expected)
+    assert trained.products - frozen.products == 4  # one for each chunk
+
+
 def test_blocks_do_not_change_the_results(monkeypatch):
     teacher_hidden, teacher_weight, hidden, weight, targets = inputs()
     part = Part(TeacherDivergence(teacher_hidden, teacher_weight, targets), weighted)
