@@ -2,6 +2,7 @@
 
 from contextlib import closing
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ RANK_0 = b"rank-0"
 class Link:
     """Instead of a weight receiver: the test lets versions arrive."""
 
-    made: list["Link"] = []
+    made: ClassVar[list["Link"]] = []
 
     def __init__(self, name: str, *, store: str) -> None:
         self.name, self.store, self.address, self.stopped = name, store, ("", 0), False
