@@ -191,6 +191,9 @@ class Rollout:
     max_new_tokens: int = 64
     temperature: float = 1.0
     top_p: float = 1.0
+    # The reward of a completion that max_new_tokens has cut. score: as the verifier judges it; zero: 0; mask: 0, and
+    # the policy gradient leaves it out: neither its tokens nor its reward count. It is never distilled.
+    cut: Literal["score", "zero", "mask"] = "score"
 
     def __post_init__(self) -> None:
         require(self.autonomous >= 1, "rollout.autonomous", "must be >= 1", self.autonomous)

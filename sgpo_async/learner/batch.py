@@ -102,6 +102,7 @@ def from_shard(
     responses: Responses | None = None,
     log_rho: Iterable[float] | None = None,
     skip_uniform: bool = False,
+    mask_cut: bool = False,
 ) -> Batch:
     """Build the sequences of a shard's groups, with the weights that `algorithm.objective` gives them.
 
@@ -109,6 +110,7 @@ def from_shard(
         responses: looks up the response of a task, for objectives that train on responses.
         log_rho: log pi/mu of each whole rollout in the shard's order, for corrected pass rates.
         skip_uniform: of a group in which every advantage is 0, and so is its gradient, keep one rollout.
+        mask_cut: leave rollouts that max_new_tokens has cut out of the policy gradient.
     """
     objective = OBJECTIVES[algorithm.objective]
     keys = [(rollout.task, rollout.slot) for rollout in shard.rollouts]
@@ -124,6 +126,7 @@ def from_shard(
             demonstration=responses(task) if responses else None,
             log_rho={rollout.slot: ratios[task, rollout.slot] for rollout in rollouts} if ratios else None,
             problems=shard.problems,
+            mask_cut=mask_cut,
         )
         trained.append(objective(task_group, algorithm))
     targets = [item for task in trained for item in task.distillation]

@@ -97,6 +97,7 @@ class Stepper:
             responses=self.responses,
             log_rho=log_rho,
             skip_uniform=self.run.learner.skip_uniform,
+            mask_cut=self.run.rollout.cut == "mask",
         )
 
     def accumulate(self, batch: Batch, *, last: bool = True) -> StepMetrics:

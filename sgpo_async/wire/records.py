@@ -131,6 +131,7 @@ class Lease:
     max_new_tokens: int
     top_logprobs_num: int = 0  # likeliest tokens to report for each token of a correct guided rollout
     solved_at: float = 1.0  # a rollout is correct if its reward is at least this
+    cut_scores: bool = True  # whether a completion that max_new_tokens has cut is judged; else its reward is 0
     turns: int = 0  # most completions of an episode with an environment; 0: no environment
     columns: str = ""  # the other columns of the problem's record as a JSON object, if the verifier is the user's own
     finished: Ints = field(default_factory=lambda: np.empty(0, np.int32))  # slots whose rollouts the hub has already
@@ -174,8 +175,8 @@ class Rollout:
     ends: Ints  # [S] end (exclusive) of each span in `tokens`; the last is T
     reward: float  # any finite number
     finish: Literal["stop", "length"]
-    # For correct guided rollouts only: the sum of log pi(token | plain prompt), for Eq. 4; and, if the lease asks for
-    # them, the k likeliest tokens at each position with their log-probabilities, position by position, likeliest first.
+    # Only if it may be distilled: the sum of log pi(token | plain prompt), for Eq. 4; and, if the lease asks for them,
+    # the k likeliest tokens at each position with their log-probabilities, position by position, likeliest first.
     unguided_logprob: float | None = None
     top_tokens: Tokens | None = None  # [T * k]
     top_logprobs: Floats | None = None  # [T * k]
@@ -185,6 +186,14 @@ class Rollout:
     def correct(self) -> bool:
         """Whether the problem is solved. Pass rates, alpha (Eq. 6) and the targets (Eq. 2, 4) use only this."""
         return is_correct(self.reward, self.solved_at)
+
+    @property
+    def may_be_distilled(self) -> bool:
+        """Whether this is a possible target o+: guided, correct and complete.
+
+        A verifier may find an answer in a completion that was cut, but its end must not be learned.
+        """
+        return self.guided and self.correct and self.finish == "stop"
 
     @property
     def oldest_version(self) -> int:

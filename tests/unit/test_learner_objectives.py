@@ -243,3 +243,42 @@ def test_tokens_of_forward_passes_without_gradient_are_counted() -> None:
     )
     assert default == sum(len(r.prompt) + len(r.tokens) - 1 for r in guided)
     assert (corrected, grpo) == (default + all_tokens, 0)
+
+
+def cut(parts: list[list[Rollout]], slot: int) -> list[list[Rollout]]:
+    """The same groups; max_new_tokens has cut the rollout in this slot."""
+    return [
+        [replace(r, finish="length", unguided_logprob=None) if r.slot == slot else r for r in group] for group in parts
+    ]
+
+
+def test_masked_completions_count_neither_by_tokens_nor_by_reward() -> None:
+    """Three of four rollouts are left, each with the weight 1/(P G1) that it had."""
+    run, parts = cases.settings(objective="grpo"), cases.groups()
+    masking = replace(run, rollout=replace(run.rollout, cut="mask"))
+    loss, wanted = expected(run, [[r for r in group if r.slot != 1] for group in parts])
+    assert_equal(
+        gradients(masking, cut(parts, 1)), (0.75 * loss, {name: 0.75 * slope for name, slope in wanted.items()})
+    )
+    assert_equal(gradients(run, cut(parts, 1)), expected(run, parts))
+
+
+def test_a_group_whose_completions_are_all_masked_is_not_trained() -> None:
+    run = cases.settings(objective="grpo")
+    masking = replace(run, rollout=replace(run.rollout, cut="mask"))
+    parts = cases.groups()
+    for slot in range(4):
+        parts = cut(parts, slot)
+    metrics, found = gradients(masking, parts)
+    assert metrics["loss"] == 0 and not any(gradient.any() for gradient in found.values())
+
+
+@pytest.mark.parametrize("target", ["reachable", "all"])
+def test_a_guided_completion_that_was_cut_is_never_distilled(target: str) -> None:
+    """Even if the verifier has found its answer: another one is the target, or none."""
+    run, parts = cases.settings(target=target), cases.groups()
+    found = gradients(run, cut(parts, 4))
+    wrong = [[replace(r, reward=0.0, unguided_logprob=None) if r.slot == 4 else r for r in group] for group in parts]
+    fewer = gradients(replace(run, algorithm=replace(run.algorithm, weight="fixed")), cut(parts, 4))
+    assert_equal(fewer, expected(replace(run, algorithm=replace(run.algorithm, weight="fixed")), wrong))
+    assert found[0]["targets"] == fewer[0]["targets"] > 0
