@@ -336,10 +336,10 @@ class Run:
     def state_mb(self) -> int:
         """Upper bound of the rollouts in the hub's state, in MB, rounded up: every completion has its full length.
 
-        The hub holds a batch for each version that max_lag admits, the batch in training and the batch that it is
-        collecting. Prompts are not counted, because their length is not known here.
+        The hub holds as many batches as may be in flight or buffered, and the batch in training. Prompts are not
+        counted, because their length is not known here.
         """
-        batches = self.hub.max_lag + 2
+        batches = self.hub.batches + 1
         per_token = self.rollout.size + self.rollout.guided * self.algorithm.top_logprobs_num
         tokens = batches * self.learner.problems_per_step * self.rollout.max_new_tokens
         return -(-tokens * per_token * BYTES_PER_TOKEN // 2**20)

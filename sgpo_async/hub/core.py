@@ -509,6 +509,10 @@ class HubCore:
         if result and 0 in self.learner_ranks.ranks:
             self._deliver(self.learner_ranks.ranks[0].member, result)
         self.training.drop_stale()
+        for number in self.training.hopeless():
+            lease = self.training.leases.running[number]
+            self._send(lease.member, wire.Revoked(task=number, attempt=lease.attempt))
+            self.training.leases.discard(number, "stale")
         if self.closing is None:
             self._form_batch()
             self._lease_tasks()

@@ -9,6 +9,7 @@ resumes from an earlier step, `base` grows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -44,13 +45,14 @@ class Training:
     def __init__(self, run: Run, task_sampler: TaskSampler, *, version: int = 0, first_attempt: int = 0) -> None:
         """Start at step 0 with weights of `version`; `first_attempt` numbers the first lease of a task."""
         self.run, self.task_sampler = run, task_sampler
-        self.leases = LeaseTable(first_attempt=first_attempt)
+        self.leases = LeaseTable(first_attempt=first_attempt, drops_stale=run.hub.stale == "drop")
         self.step = 0  # number of committed optimiser steps
         self.position = 0  # number of the next new task
         self.base = self.first_version = version  # weights older than first_version were made before the last restore
         self.batch: Batch | None = None
         self.tokens_trained = 0
         self.last: dict[str, Any] = {}  # metrics of the last committed batch
+        self._late_of: tuple[int, list[int]] = (-1, [])  # a version, and the tasks that had stale tokens when it began
 
     @property
     def version(self) -> int:
@@ -63,14 +65,21 @@ class Training:
 
     def lowest_version(self) -> int | None:
         """The lowest weight version that may serve the next lease; None if there is no task to lease."""
-        leases, batch, max_lag = self.leases, self.run.learner.problems_per_step, self.run.hub.max_lag
-        steps_left = self.run.steps - self.step
-        capacity = free_capacity(live=leases.live, batch=batch, max_lag=max_lag, steps_left=steps_left)
+        leases, hub, batch = self.leases, self.run.hub, self.run.learner.problems_per_step
+        late = sum(number in leases.running or number in leases.complete for number in self._late())
+        capacity = free_capacity(
+            fresh=leases.live - late,
+            live=leases.live,
+            batch=batch,
+            max_lag=hub.max_lag,
+            batches=hub.batches,
+            steps_left=self.run.steps - self.step,
+        )
         if not leases.waiting and capacity <= 0:
             return None
-        ahead = len(leases.running) + len(leases.complete)
-        lowest = lowest_version(version=self.version, ahead=ahead, batch=batch, max_lag=max_lag)
-        return max(lowest, self.first_version)
+        ahead = len(leases.running) + len(leases.complete) - late
+        lowest = lowest_version(version=self.version, ahead=ahead, batch=batch, max_lag=hub.max_lag)
+        return max(min(lowest, self.version), self.first_version)
 
     def lease(self, member: bytes, *, min_version: int, now: float) -> Lease:
         """Lease the oldest waiting task to `member`; if no task is waiting, lease a new one."""
@@ -80,14 +89,48 @@ class Training:
         return self.leases.lease(member, min_version=min_version, now=now)
 
     def drop_stale(self) -> None:
-        """Drop the complete groups whose oldest token is older than `hub.max_lag` allows for the next batch."""
+        """Drop the complete groups of which the next batch could train nothing."""
         for number in self.stale(self.leases.complete):
             self.leases.drop(number, "stale")
 
     def stale(self, numbers: Iterable[int]) -> list[int]:
-        """The complete groups among `numbers` whose oldest token is older than `hub.max_lag` allows."""
-        oldest = self.version - self.run.hub.max_lag
-        return [number for number in numbers if self.leases.complete[number].oldest_version < oldest]
+        """The complete groups among `numbers` of which the next batch could train nothing; see `hub.stale`."""
+        groups = ((number, self.leases.complete[number]) for number in numbers)
+        match self.run.hub.stale:
+            case "drop":
+                return [number for number, group in groups if group.oldest_version < self._oldest]
+            case "mask":
+                return [number for number, group in groups if group.newest_version < self._oldest]
+        return []
+
+    def hopeless(self) -> list[int]:
+        """The running tasks whose groups would be dropped when they are complete, as far as reports told lately."""
+        if self.run.hub.stale != "drop":
+            return []
+        return [number for number in self._late() if number in self.leases.running]
+
+    def _late(self) -> list[int]:
+        """The tasks that had stale tokens when the present version began."""
+        if self._late_of[0] != self.version:
+            ages = {number: lease.arrived.oldest_version for number, lease in self.leases.running.items()}
+            ages |= {number: group.oldest_version for number, group in self.leases.complete.items()}
+            late = [number for number, oldest in ages.items() if oldest is not None and oldest < self._oldest]
+            self._late_of = self.version, late
+        return self._late_of[1]
+
+    @property
+    def _oldest(self) -> int:
+        """The oldest version of a token that is not stale in the next batch."""
+        return self.version - self.run.hub.max_lag
+
+    def _candidates(self) -> list[int]:
+        """The complete groups that the next part of the batch may take, in the order in which it takes them."""
+        taken = set(self.batch.numbers) if self.batch else set()
+        ready = sorted(number for number in self.leases.complete if number not in taken)
+        if self.run.hub.order == "ready":
+            return ready
+        unfinished = [*self.leases.running, *(task.number for *_, task in self.leases.waiting)]
+        return [number for number in ready if number < min(unfinished, default=math.inf)]
 
     @property
     def next_part(self) -> int:
@@ -108,8 +151,7 @@ class Training:
         problems, parts, part = self.run.learner.problems_per_step, self.run.learner.parts, self.next_part
         size = problems * (part + 1) // parts - problems * part // parts
         formed = self.batch.parts if self.batch else ()
-        taken = set(self.batch.numbers) if self.batch else ()
-        numbers = sorted(number for number in self.leases.complete if number not in taken)[:size]
+        numbers = self._candidates()[:size]
         if len(numbers) < size:
             return False
         assert not self.stale(numbers)

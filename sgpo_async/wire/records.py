@@ -12,7 +12,7 @@ little-endian buffers, each in its own frame, and all other fields in the Messag
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -203,6 +203,12 @@ class Rollout:
     def token_versions(self) -> np.ndarray:
         """Weight version of each token, or OBSERVED, [T] int32."""
         return np.repeat(self.versions, np.diff(self.ends, prepend=0))
+
+    def without_older(self, oldest: int) -> Rollout:
+        """The same rollout, in which what versions below `oldest` have sampled counts as written by an environment."""
+        if self.oldest_version >= oldest:
+            return self
+        return replace(self, versions=np.where(self.versions < oldest, np.int32(OBSERVED), self.versions))
 
     @property
     def sampled(self) -> np.ndarray:

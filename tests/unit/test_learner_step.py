@@ -11,7 +11,7 @@ from sgpo_async.algorithm import linear
 from sgpo_async.config.schema import Correction, Run
 from sgpo_async.errors import SgpoError
 from sgpo_async.learner import policy, step
-from sgpo_async.learner.batch import Sequences, from_shard
+from sgpo_async.learner.batch import LeftOut, Sequences, from_shard
 from sgpo_async.learner.division import Piece, divide
 from sgpo_async.learner.objectives.base import Likelihood
 from sgpo_async.learner.packing import Tokens, pack, repeated_tokens
@@ -209,7 +209,7 @@ def test_leaving_out_rollouts_of_uniform_groups_gives_the_same_gradient(everythi
 
 def test_the_entropy_counts_the_rollout_of_a_uniform_group_for_those_that_are_left_out() -> None:
     run, parts = cases.settings(), cases.groups()
-    batch = from_shard(cases.shard_of(parts, problems=4), run.algorithm, skip_uniform=True)
+    batch = from_shard(cases.shard_of(parts, problems=4), run.algorithm, left_out=LeftOut(uniform=True))
     model, total, tokens = cases.tiny_model(), 0.0, 0
     for group in parts:
         own = [r for r in group if not r.guided]
