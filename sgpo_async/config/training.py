@@ -165,6 +165,8 @@ class Learner:
     # Recompute the activations of every n-th layer: up to a third more work, memory for much longer sequences.
     # 1: of all layers; 0: of none.
     recompute: int = 0
+    # Keep the inputs of the recomputed layers in host memory between forward and backward. Needs recompute >= 1.
+    offload_activations: bool = False
     # Skip the forward pass of rollouts with advantage 0 (those of a group in which all or none solved the problem): the
     # same gradient for less work. Entropy, lag and mismatch are then measured on the remaining rollouts only.
     skip_uniform: bool = False
@@ -185,6 +187,12 @@ class Learner:
     def __post_init__(self) -> None:
         require(self.problems_per_step >= 1, "learner.problems_per_step", "must be >= 1", self.problems_per_step)
         require(self.recompute >= 0, "learner.recompute", "must be >= 0", self.recompute)
+        require(
+            self.recompute >= 1 or not self.offload_activations,
+            "learner.offload_activations",
+            "must be false with learner.recompute=0: it keeps the inputs of recomputed layers in host memory",
+            self.offload_activations,
+        )
         require(self.row_tokens >= 1, "learner.row_tokens", "must be >= 1", self.row_tokens)
         require(self.checkpoint_every >= 0, "learner.checkpoint_every", "must be >= 0", self.checkpoint_every)
         require(self.checkpoint_minutes >= 0, "learner.checkpoint_minutes", "must be >= 0", self.checkpoint_minutes)

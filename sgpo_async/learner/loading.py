@@ -45,7 +45,7 @@ def load_policy(folder: str, learner: Learner, mesh: DeviceMesh) -> Policy:
 
 
 def _prepared(policy: Policy, learner: Learner, mesh: DeviceMesh) -> Policy:
-    recompute(policy, learner.recompute)
+    recompute(policy, learner.recompute, offload=learner.offload_activations)
     return shard(policy, mesh, precision=learner.precision)
 
 

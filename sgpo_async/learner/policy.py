@@ -8,12 +8,14 @@ held at once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
@@ -114,13 +116,27 @@ def rows_on(rows: int, rank: int, ranks: int) -> range:
     return range(min(rank * chunk, rows), min((rank + 1) * chunk, rows))
 
 
-def recompute(policy: Policy, every: int) -> None:
+def recompute(policy: Policy, every: int, *, offload: bool = False) -> None:
     """Store only the inputs of every n-th decoder layer, and recompute its activations in the backward pass.
 
     Call this before `shard`; 0 changes nothing. It costs a second forward of these layers; the gradients are the same.
+
+    Args:
+        offload: keep the stored inputs in host memory until the backward pass.
     """
+    way = _from_host if offload else partial(checkpoint, use_reentrant=False)
     for layer in decoder_layers(policy.model)[::every] if every else []:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        layer.forward = partial(way, layer.forward)
+
+
+def _from_host(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call `forward` of a layer; recompute its activations in the backward pass from inputs that are in host memory.
+
+    The hooks of `checkpoint` are inside those of `save_on_cpu` and take every tensor that the layer itself saves, so
+    only the inputs that `checkpoint` stores reach the outer ones: no gathered parameter is copied.
+    """
+    with save_on_cpu(pin_memory=True):
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 def in_bfloat16(precision: str, mesh: DeviceMesh) -> bool:
