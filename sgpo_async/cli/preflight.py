@@ -131,9 +131,9 @@ def training_memory(run: Run, parameters: int, *, gpu_bytes: int | None) -> str:
     each = parameters * (TRAINED + teacher) // run.learner.shards(ranks=ranks, here=here)
     what = f"{size(each)} in each of {ranks} ranks: weights, gradients, AdamW{', teacher' * bool(teacher)}"
     remedy = "use more ranks or a smaller model" + (", or algorithm.teacher_dtype=bfloat16" if teacher == 4 else "")
-    on_cpu = gpu_bytes is None and not GPU.exists()
-    needed, available = each * here if on_cpu else 0, available_memory()
-    if gpu_bytes is not None and each > gpu_bytes:
+    in_ram = run.learner.offload_weights or (gpu_bytes is None and not GPU.exists())
+    needed, available = each * here if in_ram else 0, available_memory()
+    if gpu_bytes is not None and each > gpu_bytes and not in_ram:
         raise CheckFailed(f"{what}, and a GPU has {size(gpu_bytes)}", remedy)
     if needed > available:
         raise CheckFailed(

@@ -38,7 +38,7 @@ def load_policy(folder: str, learner: Learner, mesh: DeviceMesh) -> Policy:
         policy = _whole(folder)
         check_model(policy)
         return _prepared(policy, learner, mesh)
-    checked = dict(_checked(slices, mesh).model.named_parameters())
+    checked = dict(_checked(slices, learner, mesh).model.named_parameters())
     policy = _prepared(Policy(slices.model), learner, mesh)
     _fill(policy, lambda name, _: checked[name].detach().to_local())
     return policy
@@ -46,7 +46,7 @@ def load_policy(folder: str, learner: Learner, mesh: DeviceMesh) -> Policy:
 
 def _prepared(policy: Policy, learner: Learner, mesh: DeviceMesh) -> Policy:
     recompute(policy, learner.recompute, offload=learner.offload_activations)
-    return shard(policy, mesh, precision=learner.precision)
+    return shard(policy, mesh, precision=learner.precision, offload=learner.offload_weights)
 
 
 def load_teacher(folder: str, run: Run, mesh: DeviceMesh) -> Policy:
@@ -58,7 +58,7 @@ def load_teacher(folder: str, run: Run, mesh: DeviceMesh) -> Policy:
     policy = (Policy(slices.model) if slices else _whole(folder)).requires_grad_(False)
     for parameter in policy.parameters():  # not the buffers, because positions are computed in float32
         parameter.data = parameter.data.to(getattr(torch, run.algorithm.teacher_dtype))
-    shard(policy, mesh, precision=run.learner.precision)
+    shard(policy, mesh, precision=run.learner.precision, offload=run.learner.offload_weights)
     if slices:
         _read(policy, slices)
     return policy
@@ -79,9 +79,9 @@ def _whole(folder: str) -> Policy:
     return Policy(load_model(folder, device="cpu", dtype="float32"))
 
 
-def _checked(slices: Slices, mesh: DeviceMesh) -> Policy:
+def _checked(slices: Slices, learner: Learner, mesh: DeviceMesh) -> Policy:
     """Read the model into a twin of the policy that computes in float32, as `check_model` requires, and check it."""
-    twin = shard(Policy(copy.deepcopy(slices.model)), mesh, precision="float32")
+    twin = shard(Policy(copy.deepcopy(slices.model)), mesh, precision="float32", offload=learner.offload_weights)
     _read(twin, slices)
     check_model(twin)
     assert isinstance(twin, FSDPModule)
@@ -116,6 +116,6 @@ def _fill(policy: Policy, local_of: Callable[[str, DTensor], Tensor]) -> None:
             parameter.placements,
             shape=parameter.shape,
             stride=parameter.stride(),
-        )
+        ).to(policy.home)  # from_local has moved it to the device of the mesh
         # FSDP and all modules of a tied parameter keep the object.
         torch.utils.swap_tensors(parameter, nn.Parameter(value, parameter.requires_grad))

@@ -17,7 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -31,11 +37,17 @@ LOCAL_GRADIENT_BYTES = 2**30  # a smaller model keeps unsharded gradients until 
 
 
 class Policy(nn.Module):
-    """The trained policy, or a frozen teacher."""
+    """The trained policy, or a frozen teacher.
+
+    Attributes:
+        device: where it computes.
+        home: where its parameters are, gathered ones aside.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model.eval()  # no dropout: pi must be the distribution that the engines sample from
+        self.device = self.home = self.head.device
         self._own_attention = model.config._attn_implementation
         use_packed_attention(model)
         self.windows: set[int | None] = set()  # the sliding windows of the layers that have run
@@ -85,26 +97,30 @@ class Policy(nn.Module):
         return found.value
 
     def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.head.device)
+        return torch.from_numpy(array).to(self.device)
 
 
-def shard(policy: Policy, mesh: DeviceMesh, *, precision: str) -> Policy:
+def shard(policy: Policy, mesh: DeviceMesh, *, precision: str, offload: bool = False) -> Policy:
     """Move the policy to the mesh's devices and shard it in place.
 
     Every rank must hold the same weights before, or parameters on the meta device, which remain there.
 
     Args:
         precision: the precision of matrix products, see `in_bfloat16`.
+        offload: keep the shards of parameters and gradients in host memory.
     """
+    policy.device = torch.device(mesh.device_type)
+    policy.home = torch.device("cpu") if offload else policy.device
     if in_bfloat16(precision, mesh):
         mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     else:  # parameters stored in bfloat16 are gathered as float32
         narrow = next(policy.parameters()).dtype == torch.bfloat16
         mixed = MixedPrecisionPolicy(torch.float32) if narrow else MixedPrecisionPolicy()
+    home = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if offload else OffloadPolicy()
     if policy.nbytes >= GROUP_BYTES:
         for layer in decoder_layers(policy.model):
-            fully_shard(layer, mesh=mesh, mp_policy=mixed)
-    fully_shard(policy, mesh=mesh, mp_policy=mixed, reshard_after_forward=False)
+            fully_shard(layer, mesh=mesh, mp_policy=mixed, offload_policy=home)
+    fully_shard(policy, mesh=mesh, mp_policy=mixed, offload_policy=home, reshard_after_forward=False)
     for method in ("hidden", "own_logits"):
         register_fsdp_forward_method(policy, method)
     return policy

@@ -3,27 +3,49 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from sgpo_async.config.schema import Tasks
+from sgpo_async.algorithm import LogProbability, Part
+from sgpo_async.config.schema import Run, Tasks
 from sgpo_async.engines import EmbeddedEngine, Generate, Generated, Weights
-from sgpo_async.learner import attention
+from sgpo_async.learner import attention, checkpoint, loading, optimiser, policy
 from sgpo_async.learner.attention import Segments, packed_attention
+from sgpo_async.learner.checkpoint import CheckpointWriter, Saved
+from sgpo_async.learner.packing import Tokens, pack
+from sgpo_async.learner.policy import Policy, recompute, shard
+from sgpo_async.learner.process_group import join_alone
+from sgpo_async.learner.publish import gather
+from sgpo_async.learner.step import Stepper
+from sgpo_async.learner.teacher import Teacher
 from sgpo_async.metrics import read_metrics
 from sgpo_async.model.folder import load_tokenizer, model_folder
 from sgpo_async.model.load import load_model
 from sgpo_async.tasks.cues import CuesSource
 from sgpo_async.tasks.prompts import build_prompt
 from sgpo_async.weights import digest
+from tests.reference import learner_cases as cases
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 FOLDER = model_folder("builtin:cues")
+
+
+@pytest.fixture(scope="module")
+def cuda_rank() -> Iterator[DeviceMesh]:
+    """The mesh of a process group of which this process is the only rank, on the GPU."""
+    yield join_alone("cuda")
+    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.1)])
@@ -84,6 +106,73 @@ def test_the_kernel_for_packed_rows_equals_one_sequence_at_a_time(
     assert len(calls) == 1
     for own, other in zip(found, expected, strict=True):
         assert (own - other).norm() < 0.02 * other.norm()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"recompute": 1, "offload_activations": True}, {"offload_weights": True}],
+    ids=["activations", "weights"],
+)
+def test_what_is_kept_in_host_memory_changes_no_step(
+    options: dict[str, Any], tmp_path: Path, cuda_rank: DeviceMesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps, a checkpoint, and a third step of the learner and of one that has read the checkpoint."""
+    monkeypatch.setattr(policy, "GROUP_BYTES", 0)  # one FSDP group per layer, as for large models
+    cases.tiny_model(dtype=torch.float32, exact=False).save_pretrained(tmp_path / "model")
+    run = cases.settings(row_tokens=20, teacher="ema")
+    run = replace(run, learner=replace(run.learner, precision="float32"))
+
+    def learner(own: Run) -> Stepper:
+        loaded = loading.load_policy(str(tmp_path / "model"), own.learner, cuda_rank)
+        teacher = Teacher(own.algorithm, loading.load_teacher(str(tmp_path / "model"), own, cuda_rank))
+        return Stepper(own, loaded, optimiser.build(loaded, own.optim), teacher)
+
+    def weights(stepper: Stepper, steps: range) -> dict[str, torch.Tensor]:
+        for number in steps:
+            stepper.update(cases.shard_of(cases.groups(seed=number), problems=4, step=number))
+        return dict(gather(stepper.policy, torch.float32))
+
+    plain, own = learner(run), learner(replace(run, learner=replace(run.learner, **options)))
+    for expected, (name, found) in zip(weights(plain, range(2)).values(), weights(own, range(2)).items(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+    if own.run.learner.offload_weights:
+        tensors = [p.to_local() for p in own.policy.parameters() if isinstance(p, DTensor)]
+        moments = [value for state in own.optimiser.state.values() for value in state.values()]
+        assert all(tensor.is_pinned() for tensor in tensors) and {value.device.type for value in moments} == {"cpu"}
+    with CheckpointWriter(tmp_path, keep=1) as writer:
+        parts = {"module": own.policy, "optimiser": own.optimiser, "teacher": own.teacher.moving}
+        writer.save(step=2, saved=Saved({}, b""), **parts)
+    again = learner(own.run)
+    checkpoint.restore(
+        tmp_path / "step-00000002", module=again.policy, optimiser=again.optimiser, teacher=again.teacher.moving
+    )
+    straight, resumed = weights(own, range(2, 3)), weights(again, range(2, 3))
+    assert all(torch.equal(resumed[name], value) for name, value in straight.items())
+
+
+def test_activations_in_host_memory_leave_room_on_the_gpu(cuda_rank: DeviceMesh) -> None:
+    """The peak falls by the inputs of all layers but the one that is recomputed, and the gradient stays the same."""
+    config = Qwen2Config(
+        vocab_size=500, hidden_size=256, intermediate_size=512, num_hidden_layers=24, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    row = pack([Tokens(np.zeros(1, np.int32), np.zeros(16_384, np.int32))])
+    peaks, gradients = [], []
+    for offload in (False, True):
+        torch.manual_seed(0)
+        trained = Policy(Qwen2ForCausalLM(config))
+        recompute(trained, 1, offload=offload)
+        shard(trained, cuda_rank, precision="bfloat16")
+        torch.cuda.reset_peak_memory_stats()
+        measure = LogProbability(torch.from_numpy(row.targets).cuda())
+        loss, _ = trained(row, [Part(measure, lambda values, _: values.sum())], 1.0)
+        loss.backward()
+        peaks.append(torch.cuda.max_memory_allocated())
+        gradients.append([p.grad.full_tensor() for p in trained.parameters() if isinstance(p.grad, DTensor)])
+        del trained, loss
+    assert peaks[0] - peaks[1] > 20 * 16_384 * 256 * 2
+    for own, expected in zip(gradients[1], gradients[0], strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-2, atol=1e-3)  # the kernel sums in any order
 
 
 def test_the_demo_trains_with_nccl(tmp_path: Path) -> None:

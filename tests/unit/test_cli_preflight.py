@@ -234,6 +234,15 @@ def test_memory_of_gpus(memory: list[int]) -> None:
         training_memory(run, 10**6, gpu_bytes=4 * 10**6 - 1)
 
 
+def test_weights_in_host_memory_need_no_memory_of_gpus(memory: list[int]) -> None:
+    run = load(ROOT / "configs/demo.yaml", ["local.ranks=4", "algorithm.teacher=self", "learner.offload_weights=true"])
+    memory[0] = 16 * 10**6
+    assert training_memory(run, 10**6, gpu_bytes=1).startswith("4 MB in each of 4 ranks")
+    memory[0] -= 1
+    with pytest.raises(CheckFailed, match="4 ranks need 16 MB of memory here"):
+        training_memory(run, 10**6, gpu_bytes=10**9)
+
+
 @pytest.mark.parametrize(("words", "each"), [([], 8), (["learner.shard_over=world"], 4)])
 def test_memory_if_every_node_has_its_own_shards(
     memory: list[int], words: list[str], each: int, monkeypatch: pytest.MonkeyPatch
