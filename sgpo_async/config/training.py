@@ -141,6 +141,8 @@ class Optim:
     grad_clip: float = field(default=1.0, metadata=INFINITE)  # of the gradient's norm; .inf: not clipped
     warmup_steps: int = 0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    # What AdamW's two moments are stored in: 8, 4 or 2.03 bytes for each parameter in both together.
+    state: Literal["float32", "bfloat16", "int8"] = "float32"
 
     def __post_init__(self) -> None:
         require(self.lr > 0, "optim.lr", "must be > 0", self.lr)
@@ -148,6 +150,11 @@ class Optim:
         require(self.warmup_steps >= 0, "optim.warmup_steps", "must be >= 0", self.warmup_steps)
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, f"optim.{name}", "must be in [0, 1)", getattr(self, name))
+
+    @property
+    def state_bytes(self) -> float:
+        """Bytes of AdamW's two moments for each parameter."""
+        return {"float32": 8, "bfloat16": 4, "int8": 2 + 2 * 4 / 256}[self.state]
 
 
 @dataclass(frozen=True, kw_only=True)

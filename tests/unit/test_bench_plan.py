@@ -82,6 +82,13 @@ def test_the_peak_is_that_of_the_same_step_on_real_tensors() -> None:
     assert planned.total == pytest.approx(peak["Total"], rel=0.02)
 
 
+@pytest.mark.parametrize(("state", "nbytes"), [("bfloat16", 4), ("int8", 2 + 8 / 64)])
+def test_moments_in_fewer_bytes_count_as_such(state: str, nbytes: float) -> None:
+    """Rows of 64 values are blocks of their own in int8, with two scales of 4 bytes."""
+    parts = learner_memory(run_of(f"optim.state={state}"), CONFIG, ranks=2, on_gpus=True, prompt_tokens=10).parts
+    assert parts["AdamW"] == pytest.approx(nbytes * PARAMETERS / 2, rel=0.02)
+
+
 def test_what_waits_in_host_memory_is_not_counted_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policy_module, "GROUP_BYTES", 0)  # one FSDP group per layer, as for large models
     plain, kept, offloaded = (

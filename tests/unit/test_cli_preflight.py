@@ -234,6 +234,13 @@ def test_memory_of_gpus(memory: list[int]) -> None:
         training_memory(run, 10**6, gpu_bytes=4 * 10**6 - 1)
 
 
+@pytest.mark.parametrize(("state", "each"), [("bfloat16", 12), ("int8", 10)])
+def test_memory_if_moments_take_fewer_bytes(memory: list[int], state: str, each: int) -> None:
+    words = ["local.ranks=1", "algorithm.teacher=self", f"optim.state={state}"]
+    memory[0] = 10**9
+    assert training_memory(load(ROOT / "configs/demo.yaml", words), 10**6, gpu_bytes=None).startswith(f"{each} MB in")
+
+
 def test_weights_in_host_memory_need_no_memory_of_gpus(memory: list[int]) -> None:
     run = load(ROOT / "configs/demo.yaml", ["local.ranks=4", "algorithm.teacher=self", "learner.offload_weights=true"])
     memory[0] = 16 * 10**6
