@@ -3,8 +3,8 @@
 The learner's part is not a formula: the learner's own policy, sharded as for the run, trains one full row on tensors
 without memory (torch's FakeTensorMode), in a process group without peers, and torch's FSDPMemTracker adds up what is
 alive at the peak. So it follows every change of the policy, its attention and its losses. Not included are the
-teacher's hidden states of a step's other rows. Fake tensors are CPU tensors here: on CUDA, the caches of its libraries
-come on top, which `RESERVED` stands for.
+teacher's hidden states of a step's other rows, and what learner.compile saves. Fake tensors are CPU tensors here: on
+CUDA, the caches of its libraries come on top, which `RESERVED` stands for.
 
 What learner.offload_activations and learner.offload_weights keep in host memory is counted as the memory of another
 device, `HOST`, so that the peak is that of the GPU alone.

@@ -177,6 +177,8 @@ class Learner:
     # Keep weights, gradients, AdamW's moments and the teacher's copy in host memory. The weights of a layer are copied
     # to the GPU when it computes, and the optimiser runs on the CPU.
     offload_weights: bool = False
+    # Compile the layers of policy and teacher by torch.compile. Each start then takes minutes longer.
+    compile: bool = False
     # Skip the forward pass of rollouts with advantage 0 (those of a group in which all or none solved the problem): the
     # same gradient for less work. Entropy, lag and mismatch are then measured on the remaining rollouts only.
     skip_uniform: bool = False

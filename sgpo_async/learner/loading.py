@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from transformers.utils.logging import disable_progress_bar
 
 from sgpo_async.config.schema import Learner, Run
+from sgpo_async.learner.compiling import compile_layers, require_compiler
 from sgpo_async.learner.policy import Policy, check_model, recompute, rows_on, shard
 from sgpo_async.learner.process_group import any_rank
 from sgpo_async.model.load import load_model
@@ -31,8 +32,10 @@ log = logging.getLogger(__name__)
 def load_policy(folder: str, learner: Learner, mesh: DeviceMesh) -> Policy:
     """Load the policy in float32, check that it can be trained, and shard it. A collective of all ranks.
 
-    Raises DataError if the model is missing, broken, incomplete or not supported.
+    Raises DataError if the model is missing, broken, incomplete or not supported, ConfigError if it cannot be compiled.
     """
+    if learner.compile:
+        require_compiler(mesh.device_type)
     slices = _slices(folder)
     if slices is None:
         policy = _whole(folder)
@@ -45,6 +48,8 @@ def load_policy(folder: str, learner: Learner, mesh: DeviceMesh) -> Policy:
 
 
 def _prepared(policy: Policy, learner: Learner, mesh: DeviceMesh) -> Policy:
+    if learner.compile:
+        compile_layers(policy)
     recompute(policy, learner.recompute, offload=learner.offload_activations)
     return shard(policy, mesh, precision=learner.precision, offload=learner.offload_weights)
 
@@ -58,7 +63,7 @@ def load_teacher(folder: str, run: Run, mesh: DeviceMesh) -> Policy:
     policy = (Policy(slices.model) if slices else _whole(folder)).requires_grad_(False)
     for parameter in policy.parameters():  # not the buffers, because positions are computed in float32
         parameter.data = parameter.data.to(getattr(torch, run.algorithm.teacher_dtype))
-    shard(policy, mesh, precision=run.learner.precision, offload=run.learner.offload_weights)
+    _prepared(policy, run.learner, mesh)
     if slices:
         _read(policy, slices)
     return policy

@@ -64,7 +64,7 @@ class Policy(nn.Module):
         layouts = [self._tensor(index) for index in packed.shared or ()]
         states = self.model.base_model(
             input_ids=self._tensor(packed.input_ids),
-            position_ids=self._tensor(packed.position_ids),
+            position_ids=self._tensor(packed.position_ids).view(1, -1),  # with strides that compiled layers expect
             use_cache=False,
             segments=Segments(packed.lengths, edges, self.windows, *layouts),
         ).last_hidden_state

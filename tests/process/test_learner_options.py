@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from sgpo_async.config.schema import Run
-from sgpo_async.learner import checkpoint, loading, optimiser, policy, step
+from sgpo_async.learner import checkpoint, compiling, loading, optimiser, policy, step
 from sgpo_async.learner.checkpoint import CheckpointWriter, Saved
 from sgpo_async.learner.publish import gather
 from sgpo_async.learner.step import Stepper
@@ -29,6 +29,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {  # keys of learner, and optim
     "both": ({"recompute": 2, "offload_activations": True, "offload_weights": True}, "float32"),
     "bfloat16": ({}, "bfloat16"),
     "int8": ({"offload_weights": True}, "int8"),
+    "compile": ({"compile": True, "recompute": 1}, "float32"),
 }
 RUN = cases.settings(row_tokens=20, teacher="ema", teacher_decay=0.7)
 
@@ -38,6 +39,7 @@ def worker(rank: int, root: Path, ranks: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{root}/store-{ranks}", rank=rank, world_size=ranks)
     policy.GROUP_BYTES = step.LOCAL_GRADIENT_BYTES = 0  # one FSDP group per layer, as for large models
+    compiling.BACKEND, loading.require_compiler = "aot_eager", lambda _: None  # which needs none
     found = {name: trained(name, root) for name in OPTIONS}
     if rank == 0:
         torch.save(found, root / f"found-{ranks}.pt")
@@ -113,6 +115,14 @@ def test_what_is_kept_in_host_memory_changes_no_bit(found: dict[int, Any], ranks
     assert own["weights"][0].keys() == plain["weights"][0].keys()
     assert all(torch.equal(value, plain["weights"][0][key]) for key, value in own["weights"][0].items())
     assert own["devices"] == {"cpu"}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_compiled_layers_train_alike(found: dict[int, Any], ranks: int) -> None:
+    plain, own = found[ranks]["none"], found[ranks]["compile"]
+    assert [line["loss"] for line in own["lines"]] == pytest.approx([line["loss"] for line in plain["lines"]], rel=1e-4)
+    for key, value in own["weights"][0].items():
+        torch.testing.assert_close(value, plain["weights"][0][key], rtol=1e-4, atol=1e-4)  # a step is 1e-2
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
