@@ -109,18 +109,22 @@ def test_the_kernel_for_packed_rows_equals_one_sequence_at_a_time(
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"recompute": 1, "offload_activations": True}, {"offload_weights": True}],
-    ids=["activations", "weights"],
+    ("options", "state"),
+    [
+        ({"recompute": 1, "offload_activations": True}, "float32"),
+        ({"offload_weights": True}, "float32"),
+        ({"offload_weights": True}, "bfloat16"),
+        ({"compile": True}, "int8"),
+    ],
 )
-def test_what_is_kept_in_host_memory_changes_no_step(
-    options: dict[str, Any], tmp_path: Path, cuda_rank: DeviceMesh, monkeypatch: pytest.MonkeyPatch
+def test_options_of_the_learner_change_no_step(
+    options: dict[str, Any], state: Any, tmp_path: Path, cuda_rank: DeviceMesh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two steps, a checkpoint, and a third step of the learner and of one that has read the checkpoint."""
     monkeypatch.setattr(policy, "GROUP_BYTES", 0)  # one FSDP group per layer, as for large models
     cases.tiny_model(dtype=torch.float32, exact=False).save_pretrained(tmp_path / "model")
     run = cases.settings(row_tokens=20, teacher="ema")
-    run = replace(run, learner=replace(run.learner, precision="float32"))
+    run = replace(run, learner=replace(run.learner, precision="float32"), optim=replace(run.optim, state=state))
 
     def learner(own: Run) -> Stepper:
         loaded = loading.load_policy(str(tmp_path / "model"), own.learner, cuda_rank)
@@ -134,10 +138,12 @@ def test_what_is_kept_in_host_memory_changes_no_step(
 
     plain, own = learner(run), learner(replace(run, learner=replace(run.learner, **options)))
     for expected, (name, found) in zip(weights(plain, range(2)).values(), weights(own, range(2)).items(), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        # A step is 1e-2; random numbers for rounding are others on a CPU than on a GPU.
+        atol = 1e-5 if state == "float32" else 3e-3
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
     if own.run.learner.offload_weights:
         tensors = [p.to_local() for p in own.policy.parameters() if isinstance(p, DTensor)]
-        moments = [value for state in own.optimiser.state.values() for value in state.values()]
+        moments = [value for held in own.optimiser.state.values() for value in held.values()]
         assert all(tensor.is_pinned() for tensor in tensors) and {value.device.type for value in moments} == {"cpu"}
     with CheckpointWriter(tmp_path, keep=1) as writer:
         parts = {"module": own.policy, "optimiser": own.optimiser, "teacher": own.teacher.moving}
