@@ -63,7 +63,9 @@ def load_teacher(folder: str, run: Run, mesh: DeviceMesh) -> Policy:
     policy = (Policy(slices.model) if slices else _whole(folder)).requires_grad_(False)
     for parameter in policy.parameters():  # not the buffers, because positions are computed in float32
         parameter.data = parameter.data.to(getattr(torch, run.algorithm.teacher_dtype))
-    _prepared(policy, run.learner, mesh)
+    if run.learner.compile:
+        compile_layers(policy)
+    shard(policy, mesh, precision=run.learner.precision, offload=run.learner.offload_weights)
     if slices:
         _read(policy, slices)
     return policy
