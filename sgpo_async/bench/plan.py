@@ -9,6 +9,7 @@ read the weights once, and the keys and values of all sequences, for one token o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -62,7 +63,7 @@ class Plan:
         if needed > self.hardware.memory:
             found.append(
                 f"a learner rank needs {needed / GB:.1f} GB of {self.hardware.memory / GB:g}: "
-                "use more ranks, learner.recompute=1, or a smaller learner.row_tokens"
+                "use more ranks, learner.recompute=1, learner.offload_weights=true, or a smaller learner.row_tokens"
             )
         if self.server:
             fitting, slots = self.server.full_sequences(self.hardware.memory), self.slots
@@ -128,12 +129,18 @@ def _generation(run: Run, server: ServerMemory, hardware: Hardware, context: flo
     return sequences / seconds / sglang.tp
 
 
+def _table(parts: Mapping[str, int], limit: str = "") -> list[str]:
+    rows = {**parts, "all": sum(parts.values())}
+    return [f"  {name:22}{nbytes / GB:8.2f} GB{limit if name == 'all' else ''}" for name, nbytes in rows.items()]
+
+
 def text(found: Plan) -> str:
     """The plan as lines of text."""
     lines = [f"learner, each of {found.ranks} ranks, full rows (learner.row_tokens={found.run.learner.row_tokens})"]
     parts = {**found.learner.parts, "CUDA, NCCL (assumed)": RESERVED}
-    lines += [f"  {name:22}{nbytes / GB:8.2f} GB" for name, nbytes in parts.items()]
-    lines.append(f"  {'all':22}{sum(parts.values()) / GB:8.2f} GB of {found.hardware.memory / GB:g}")
+    lines += _table(parts, f" of {found.hardware.memory / GB:g}")
+    if found.learner.host:
+        lines += ["host memory of each rank, at its own peak", *_table(found.learner.host)]
     if server := found.server:
         fitting = server.full_sequences(found.hardware.memory)
         lines += [

@@ -67,8 +67,9 @@ def main() -> None:
         row = simulate(step_s=step_s, steps=args.steps, max_lag=args.max_lag, **hub)
         found.append({"step_s": step_s, "rule": name, **row})
         biases = [f"{row[key]:+.1%} ± {row[key + '_interval']:.1%}" for key in ("length_bias", "pass_bias")]
-        print(f"{step_s:4g}s  {name:24}{row['groups_dropped']:16.1%}{row['tokens_dropped']:8.1%}{biases[0]:>18}"
-              f"{biases[1]:>18}{row['stale']:7.1%}{row['lag']:6.1f}{row['steps_per_hour']:9.0f}", flush=True)  # fmt: skip
+        dropped = f"{row['groups_dropped']:16.1%}{row['tokens_dropped']:8.1%}"
+        rest = f"{row['stale']:7.1%}{row['lag']:6.1f}{row['steps_per_hour']:9.0f}"
+        print(f"{step_s:4g}s  {name:24}{dropped}{biases[0]:>18}{biases[1]:>18}{rest}", flush=True)
     print(json.dumps(found))
 
 
@@ -328,7 +329,7 @@ def rollout_of(lease: wire.Lease, slot: int, versions: np.ndarray) -> wire.Rollo
     )
 
 
-def arrays(versions: np.ndarray) -> dict[str, np.ndarray]:
+def arrays(versions: np.ndarray) -> dict[str, Any]:
     """Tokens, log-probabilities and spans for these versions."""
     count = len(versions)
     last = np.append(versions[1:] != versions[:-1], True)

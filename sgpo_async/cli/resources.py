@@ -51,9 +51,10 @@ def open_files(actors: int) -> str:
 def disk(run: Run, parameters: int) -> str:
     """Check the disk for logs, checkpoints and the policy of a model with so many parameters.
 
-    A checkpoint holds them and two moments in float32; there are those kept and the one being written.
+    A checkpoint holds them in float32, and AdamW's moments; there are those kept and the one being written.
     """
-    one, policy = 3 * 4 * parameters, 4 * parameters
+    policy = 4 * parameters
+    one = policy + int(run.optim.state_bytes * parameters)
     count = run.learner.keep_checkpoints + 1 if run.learner.checkpoint_every or run.learner.checkpoint_minutes else 1
     folder, needed = existing(run.folder), LOGS + count * one + policy
     require_writable(folder, "out", "set out=DIR to a folder that can be written")

@@ -27,7 +27,7 @@ Plain = dict[str, Any]
 """A configuration, or a part of it, as it is stored in a file."""
 
 # Keys that do not affect what a trial learns. A trial is one process without a folder, a hub, actors or other ranks, so
-# nothing except validation reads most of them; recomputing activations changes no gradient.
+# nothing except validation reads most of them; recomputing or offloading activations changes no gradient.
 NOT_LEARNED = (
     "name",
     "out",
@@ -37,6 +37,7 @@ NOT_LEARNED = (
     "hub.progress_s",
     "hub.stall_s",
     "learner.recompute",
+    "learner.offload_activations",
     "learner.resume",
     "learner.shard_over",
     "learner.checkpoint_minutes",

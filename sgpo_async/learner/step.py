@@ -229,7 +229,7 @@ class Stepper:
 
     @property
     def _device(self) -> torch.device:
-        return next(self.policy.parameters()).device
+        return self.policy.device
 
 
 def _key(item: Distillation) -> Key:

@@ -36,6 +36,7 @@ def room(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         ([], 0, LOGS, "logs"),
         ([], MILLION, LOGS + 40 * MILLION, "3 checkpoints, the policy and logs"),
         (["learner.checkpoint_minutes=0"], MILLION, LOGS + 16 * MILLION, "1 checkpoint, the policy and logs"),
+        (["optim.state=bfloat16"], MILLION, LOGS + 28 * MILLION, "3 checkpoints, the policy and logs"),
         (
             ["learner.checkpoint_every=5", "learner.keep_checkpoints=3"],
             MILLION,

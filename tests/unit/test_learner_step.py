@@ -102,6 +102,31 @@ def test_recomputing_activations_gives_the_same_gradient_with_less_memory(
     assert both < 0.7 * none and both < first < none
 
 
+@pytest.mark.parametrize(("every", "layers"), [(1, 2), (2, 1)])
+def test_of_a_recomputed_layer_only_the_input_goes_to_host_memory(
+    every: int, layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One tensor [1, W, 16] per layer and row; no parameter, although FSDP gathers them inside the layer's call."""
+    shapes: list[torch.Size] = []
+
+    def counting(*, pin_memory: bool) -> torch.autograd.graph.saved_tensors_hooks:
+        assert pin_memory
+        return torch.autograd.graph.saved_tensors_hooks(lambda t: (shapes.append(t.shape), t)[1], lambda t: t)
+
+    monkeypatch.setattr(policy, "GROUP_BYTES", 0)
+    monkeypatch.setattr(policy, "save_on_cpu", counting)
+    run, parts, model = cases.settings(row_tokens=20), cases.groups(), cases.tiny_model()
+    policy.recompute(policy.Policy(model), every, offload=True)
+    stepper = cases.stepper(run, model)
+    rows: list[torch.Size] = []
+    model.get_input_embeddings().register_forward_hook(
+        lambda _, args, output: rows.append(output.shape) if torch.is_grad_enabled() else None
+    )
+    stepper.accumulate(from_shard(cases.shard_of(parts, problems=len(parts)), run.algorithm))
+    assert len(rows) > 3
+    assert shapes == [row for row in rows for _ in range(layers)]
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_every_correction_equals_the_reference(mode: str) -> None:
     rule = Correction(mode=mode, bound=2.0)
