@@ -23,6 +23,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import NormalDist
 from typing import Any
 
@@ -183,7 +184,7 @@ class Cluster:
             if isinstance(effect, Send):
                 self.inbox.append((effect.member, effect.message))
             elif isinstance(effect, OpenSender):
-                self._at(0.0, lambda member=effect.member: self._handle(SenderUp(member, "127.0.0.1", 1)))
+                self._at(0.0, partial(self._handle, SenderUp(effect.member, "127.0.0.1", 1)))
 
     def _at(self, seconds: float, action: Callable[[], None]) -> None:
         heapq.heappush(self._heap, (self.now + seconds, next(self._count), action))
@@ -221,7 +222,7 @@ class Cluster:
             key = (lease.task, lease.attempt, slot)
             own = Running(key, server, self.now, before, length_of(lease.task, slot), len(before))
             server.running[key] = own
-            self._at(own.ends - self.now, lambda own=own: self._end(own, lease))
+            self._at(own.ends - self.now, partial(self._end, own, lease))
 
     def _end(self, own: Running, lease: wire.Lease) -> None:
         server = own.server

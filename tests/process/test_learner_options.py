@@ -65,7 +65,7 @@ def trained(name: str, root: Path) -> dict[str, Any]:
     restored = moments(other)
     update(other, range(3, 5))
     devices = {p.device.type for own in (stepper.policy, stepper.teacher.copy) if own for p in own.parameters()}
-    weights = [dict(gather(own.policy, torch.float32)) for own in (stepper, again, other)]
+    weights = [dict(gather(own.policy)) for own in (stepper, again, other)]
     return {"lines": lines, "weights": weights, "devices": devices, "saved": saved, "restored": restored}
 
 
