@@ -100,7 +100,8 @@ def plan(run: Run, hardware: Hardware, *, completion_tokens: float, prompt_token
     length = prompt_tokens + round(completion_tokens)
     forward = cost.forward(length=length, targets=round(completion_tokens))
     again = 1 / run.learner.recompute if run.learner.recompute else 0  # forward passes in the backward pass
-    train = hardware.flops * length / ((3 + again) * forward)
+    backward = 1 if run.learner.lora.rank else 2  # in forward passes; the model's own matrices get no gradient
+    train = hardware.flops * length / ((1 + backward + again) * forward)
     generate = _generation(run, server, hardware, prompt_tokens + completion_tokens / 2) if server else train
     return Plan(
         run,

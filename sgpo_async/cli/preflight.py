@@ -128,8 +128,11 @@ def training_memory(run: Run, parameters: int, *, gpu_bytes: int | None) -> str:
     here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     width = {"float32": 4, "bfloat16": 2}
     teacher = width[run.algorithm.teacher_dtype] if run.copies_teacher else 0
-    each = int(parameters * (TRAINED + run.optim.state_bytes + teacher)) // run.learner.shards(ranks=ranks, here=here)
-    what = f"{size(each)} in each of {ranks} ranks: weights, gradients, AdamW{', teacher' * bool(teacher)}"
+    adapters = run.learner.lora.rank > 0  # then only they have gradients and moments, and they are small
+    nbytes = width[run.model.dtype] if adapters else TRAINED + run.optim.state_bytes + teacher
+    each = int(parameters * nbytes) // run.learner.shards(ranks=ranks, here=here)
+    parts = f"weights{'' if adapters else ', gradients, AdamW'}{', teacher' * bool(teacher)}"
+    what = f"{size(each)} in each of {ranks} ranks: {parts}"
     remedy = "use more ranks or a smaller model" + (", or algorithm.teacher_dtype=bfloat16" if teacher == 4 else "")
     in_ram = run.learner.offload_weights or (gpu_bytes is None and not GPU.exists())
     needed, available = each * here if in_ram else 0, available_memory()

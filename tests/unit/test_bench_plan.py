@@ -89,6 +89,15 @@ def test_moments_in_fewer_bytes_count_as_such(state: str, nbytes: float) -> None
     assert parts["AdamW"] == pytest.approx(nbytes * PARAMETERS / 2, rel=0.02)
 
 
+def test_with_adapters_the_model_is_kept_once_and_only_they_have_gradients_and_moments() -> None:
+    run = run_of("learner.lora.rank=4", "model.dtype=bfloat16")
+    adapters = 4 * 3 * (64 + 64 + 2 * (64 + 32) + 64 + 64 + 3 * (64 + 128))
+    parts = learner_memory(run, CONFIG, ranks=1, on_gpus=True, prompt_tokens=10).parts
+    assert parts["weights"] == pytest.approx(2 * PARAMETERS + 4 * adapters, rel=0.02)
+    assert parts["AdamW"] == pytest.approx(8 * adapters, rel=0.02)
+    assert parts.get("gradients", 0) <= 1.02 * 4 * adapters and "teacher" not in parts
+
+
 def test_what_waits_in_host_memory_is_not_counted_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policy_module, "GROUP_BYTES", 0)  # one FSDP group per layer, as for large models
     plain, kept, offloaded = (
