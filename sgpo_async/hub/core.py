@@ -89,11 +89,16 @@ class HubCore:
         if not self.closed:
             self._process(event)
             self._apply_rules()
-            self.training.leases.check()
-            self.evaluation.leases.check()
+            if isinstance(event, ev.Tick):  # not after every event, because it counts all that is in flight
+                self.check_ledgers()
         elif isinstance(event, ev.HubRestarted) and self.closing:
             self._effects.append(Shutdown(self.closing[0]))  # the process was killed before it had ended
         return self._effects
+
+    def check_ledgers(self) -> None:
+        """Assert that no task and no rollout is lost or counted twice."""
+        for leases in self._lease_tables:
+            leases.check()
 
     def __getstate__(self) -> dict[str, Any]:
         """The state between two events, which `hub.recovery` saves."""

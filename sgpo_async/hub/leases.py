@@ -73,6 +73,7 @@ class LeaseTable:
         self.first_attempt = self.last_attempt = first_attempt  # last_attempt: the highest attempt of any lease so far
         self._invalid_leases: Counter[int] = Counter()  # leases with an invalid rollout or report, by task number
         self.durations: deque[float] = deque(maxlen=DURATIONS)  # seconds of the last completed leases
+        self.completed = 0  # number of groups that were ever complete
         self.reissued = 0  # number of revoked leases
         self.duplicates = 0  # number of rollouts that no lease was waiting for
         self.tokens = 0  # number of sampled tokens in all accepted rollouts
@@ -137,6 +138,7 @@ class LeaseTable:
         lease.arrived.finish(rollout if self._keeps_tokens else _without_tokens(rollout))
         if not lease.arrived.missing:
             del self.running[rollout.task]
+            self.completed += 1
             self.durations.append(now - lease.issued)
             ordered = tuple(lease.arrived.rollouts[slot] for slot in range(lease.task.size))
             self.complete[rollout.task] = CompletedGroup(number=rollout.task, attempt=lease.attempt, rollouts=ordered)

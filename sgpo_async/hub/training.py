@@ -52,6 +52,7 @@ class Training:
         self.batch: Batch | None = None
         self.tokens_trained = 0
         self.last: dict[str, Any] = {}  # metrics of the last committed batch
+        self._dropped_of = (-1, -1)  # the version and the number of completed groups when stale ones were dropped
         self._late_of: tuple[int, list[int]] = (-1, [])  # a version, and the tasks that had stale tokens when it began
 
     @property
@@ -90,8 +91,11 @@ class Training:
 
     def drop_stale(self) -> None:
         """Drop the complete groups of which the next batch could train nothing."""
-        for number in self.stale(self.leases.complete):
-            self.leases.drop(number, "stale")
+        state = self.version, self.leases.completed
+        if state != self._dropped_of:
+            self._dropped_of = state
+            for number in self.stale(self.leases.complete):
+                self.leases.drop(number, "stale")
 
     def stale(self, numbers: Iterable[int]) -> list[int]:
         """The complete groups among `numbers` of which the next batch could train nothing; see `hub.stale`."""

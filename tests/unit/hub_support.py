@@ -109,6 +109,7 @@ class Driver:
     def handle(self, event: Event) -> list[Effect]:
         self.log.append((event, self.now))
         effects = self.core.handle(event, self.now)
+        self.core.check_ledgers()
         self.effects += effects
         for effect in effects:
             match effect:

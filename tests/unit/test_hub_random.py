@@ -1,7 +1,7 @@
 """The hub under random sequences of events: joins, losses, duplicates, late rollouts, crashes, snapshots, restores.
 
 The hub itself is killed at random as well, and goes on from its journal. A model of the members runs beside the core
-and checks that the core never breaks a rule; the core itself asserts after every event that both ledgers balance.
+and checks after every event that both ledgers balance and that the core never breaks a rule.
 """
 
 from __future__ import annotations
