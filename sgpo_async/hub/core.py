@@ -125,6 +125,8 @@ class HubCore:
                 self._move_late_lease()
                 if not self.closing and self.stall.look(self.status, now=self.now):
                     self._effects.append(Warn(self.stall.stalled))
+                if alarm := self.training.settled.alarm():
+                    self._effects.append(Warn(alarm))
             case ev.HubRestarted():
                 self._restarted()
             case ev.Interrupted(reason, at_once):
@@ -517,7 +519,7 @@ class HubCore:
         for number in self.training.hopeless():
             lease = self.training.leases.running[number]
             self._send(lease.member, wire.Revoked(task=number, attempt=lease.attempt))
-            self.training.leases.discard(number, "stale")
+            self.training.drop_unfinished(number)
         if self.closing is None:
             self._form_batch()
             self._lease_tasks()

@@ -19,6 +19,7 @@ from sgpo_async.hub.admission import free_capacity, lowest_version
 from sgpo_async.hub.balance import balance
 from sgpo_async.hub.batch_metrics import batch_metrics
 from sgpo_async.hub.leases import LeaseTable
+from sgpo_async.hub.settled import Settled
 from sgpo_async.tasks.task_sampler import TaskSampler
 from sgpo_async.wire.records import Lease, Shard
 
@@ -52,6 +53,7 @@ class Training:
         self.batch: Batch | None = None
         self.tokens_trained = 0
         self.last: dict[str, Any] = {}  # metrics of the last committed batch
+        self.settled = Settled()
         self._dropped_of = (-1, -1)  # the version and the number of completed groups when stale ones were dropped
         self._late_of: tuple[int, list[int]] = (-1, [])  # a version, and the tasks that had stale tokens when it began
 
@@ -95,7 +97,13 @@ class Training:
         if state != self._dropped_of:
             self._dropped_of = state
             for number in self.stale(self.leases.complete):
+                self.settled.dropped.add(self.leases.complete[number].rollouts)
                 self.leases.drop(number, "stale")
+
+    def drop_unfinished(self, number: int) -> None:
+        """Drop a running task, whose group would be stale when it is complete."""
+        self.settled.drop_unfinished(self.leases.running[number].arrived)
+        self.leases.discard(number, "stale")
 
     def stale(self, numbers: Iterable[int]) -> list[int]:
         """The complete groups among `numbers` of which the next batch could train nothing; see `hub.stale`."""
@@ -182,5 +190,7 @@ class Training:
         assert self.batch_is_whole
         groups = self.leases.train(self.batch.numbers)
         self.last = batch_metrics(groups, version=self.version)
+        for group in groups:
+            self.settled.trained.add(group.rollouts)
         self.tokens_trained += sum(len(rollout.tokens) for group in groups for rollout in group.rollouts)
         self.step, self.batch = self.step + 1, None
