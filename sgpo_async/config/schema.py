@@ -231,6 +231,7 @@ class Evaluation:
 
     every: int = 10  # steps; version 0 and the last version are always evaluated
     samples: int = 1  # rollouts per held-out problem and mode (autonomous, guided)
+    share: float = 0.5  # of the actors' leases that evaluation may hold while there is training to do
     temperature: float = 1.0  # the paper's benchmarks: 0.6
     top_p: float = 1.0  # the paper's benchmarks: 0.95
     benchmarks: dict[str, BenchmarkFile] = field(default_factory=dict)  # by name, e.g. {math500: {path: FILE}}
@@ -238,6 +239,7 @@ class Evaluation:
     def __post_init__(self) -> None:
         require(self.every >= 1, "evaluation.every", "must be >= 1", self.every)
         require(self.samples >= 1, "evaluation.samples", "must be >= 1", self.samples)
+        require(0 < self.share <= 1, "evaluation.share", "must be in (0, 1]", self.share)
         require(self.temperature > 0, "evaluation.temperature", "must be > 0", self.temperature)
         require(0 < self.top_p <= 1, "evaluation.top_p", "must be in (0, 1]", self.top_p)
         for name in self.benchmarks:

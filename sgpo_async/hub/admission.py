@@ -31,3 +31,8 @@ def lowest_version(*, version: int, ahead: int, batch: int, max_lag: int) -> int
     limits `ahead` to less than (max_lag + 1) * batch.
     """
     return version + ahead // batch - max_lag
+
+
+def evaluation_limit(share: float, *, leases: int) -> int:
+    """How many tasks of evaluation may be leased before training is served, of all `leases`; at least one."""
+    return max(1, int(share * leases))

@@ -11,6 +11,7 @@ The same events at the same times produce the same effects.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from sgpo_async.errors import HubError
 from sgpo_async.hub import events as ev
 from sgpo_async.hub import snapshot
 from sgpo_async.hub.actors import Actor, Actors
+from sgpo_async.hub.admission import evaluation_limit
 from sgpo_async.hub.evaluation import Evaluation
 from sgpo_async.hub.events import CloseSender, Effect, Event, OpenSender, Send, Shutdown, UseStore, Warn
 from sgpo_async.hub.learner_ranks import LearnerRanks
@@ -562,8 +564,19 @@ class HubCore:
         self._refuse(self.learner_ranks.ranks[rank].member, reason)
 
     def _lease_tasks(self) -> None:
-        for work in (self.evaluation, self.training):
-            while (lowest := work.lowest_version()) is not None and (actor := self.actors.pick(lowest)):
+        """Lease tasks of evaluation until it has its share, then of training; what training leaves is evaluation's."""
+        credits = sum(actor.credit for actor in self.actors.values())
+        held = [len(leases.running) for leases in self._lease_tables]
+        for work, limit in (
+            (self.evaluation, evaluation_limit(self.run.evaluation.share, leases=credits + sum(held))),
+            (self.training, math.inf),
+            (self.evaluation, math.inf),
+        ):
+            while (
+                len(work.leases.running) < limit
+                and (lowest := work.lowest_version()) is not None
+                and (actor := self.actors.pick(lowest))
+            ):
                 self._lease_to(actor, work, lowest)
 
     def _lease_to(self, actor: Actor, work: Training | Evaluation, lowest: int) -> None:

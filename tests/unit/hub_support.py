@@ -45,6 +45,7 @@ def make_run(
     steps: int = 5,
     autonomous: int = 2,
     guided: int = 1,
+    share: float = 1.0,
     **hub: Any,
 ) -> Run:
     return Run(
@@ -52,7 +53,7 @@ def make_run(
         rollout=Rollout(autonomous=autonomous, guided=guided),
         learner=Learner(problems_per_step=batch, parts=parts, batch_timeout_s=60),
         hub=Hub(max_lag=max_lag, heartbeat_s=1, lease_timeout_s=20, **hub),
-        evaluation=Evaluation(samples=1),
+        evaluation=Evaluation(samples=1, share=share),
         local=Local(ranks=1),
     )
 

@@ -804,3 +804,27 @@ def test_a_late_group_leaves_its_place_to_another(in_flight, tasks):
     driver.send(b"a", wire.Ready(tasks=9, version=3))
     running = len(driver.core.training.leases.running)
     assert running == 1 + tasks, "the late one, and as many as max_lag admits beside it"
+
+
+# ---- evaluation beside training
+
+
+def sharing_hub(share: float, *, leases: int) -> tuple[int, int]:
+    """How many of an actor's leases are evaluation's and training's, if there are ten and eight tasks."""
+    driver = Driver(make_run(batch=4, max_lag=1, share=share), Source(held_out=10))
+    driver.learner()
+    driver.actor(b"a", credit=leases)
+    return len(driver.core.evaluation.leases.running), len(driver.core.training.leases.running)
+
+
+@pytest.mark.parametrize(("share", "evaluated"), [(0.25, 2), (0.5, 4), (1.0, 8)])
+def test_evaluation_gets_its_share_of_the_leases_and_training_the_others(share: float, evaluated: int) -> None:
+    assert sharing_hub(share, leases=8) == (evaluated, 8 - evaluated)
+
+
+def test_evaluation_gets_what_training_cannot_use() -> None:
+    assert sharing_hub(0.25, leases=30) == (10, 8)
+
+
+def test_a_small_share_is_at_least_one_lease() -> None:
+    assert sharing_hub(0.01, leases=2) == (1, 1)

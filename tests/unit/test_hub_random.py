@@ -411,6 +411,7 @@ CASES = {
     "parts": st.integers(1, 2),
     "stale": st.sampled_from(["drop", "mask", "correct"]),
     "order": st.sampled_from(["ready", "order"]),
+    "share": st.sampled_from([0.3, 1.0]),
     "extra_batches": st.integers(0, 2),
     "seed": st.integers(0, 2**32),
     "length": st.integers(1, 400),
