@@ -52,7 +52,7 @@ def make_run(
         steps=steps,
         rollout=Rollout(autonomous=autonomous, guided=guided),
         learner=Learner(problems_per_step=batch, parts=parts, batch_timeout_s=60),
-        hub=Hub(max_lag=max_lag, heartbeat_s=1, lease_timeout_s=20, **hub),
+        hub=Hub(max_lag=max_lag, heartbeat_s=1, lease_timeout_s=20, **{"stale": "drop"} | hub),
         evaluation=Evaluation(samples=1, share=share),
         local=Local(ranks=1),
     )
