@@ -462,6 +462,9 @@ class HubCore:
             self._refuse(member, f"the hub has sent no batch of step {step}: it is at step {self.training.step}")
 
     def _publish(self, member: bytes, version: int, store: str) -> None:
+        if store.startswith("tcp://"):  # `learner_weights` keeps the versions of another machine until they are here
+            self._reject(member, "Published of weights that the hub does not have", detail=store)
+            return
         if not self.published <= version <= self.training.version:
             detail = f"{version} after {self.published}"
             self._reject(member, "Published of a version that is out of order", detail=detail)

@@ -149,10 +149,12 @@ class Trainer:
                 vocabulary=stepper.policy.head.shape[0],
             )
         )
-        store = open_store(welcome, Path(run.folder), hub_address, hub.published) if lead else None
         # If an earlier learner has published weights, this one must not continue its tasks and versions.
         version = hub.restore(saved.hub_state) if lead and (resumed or welcome.begun) else welcome.version
         dtype = torch.float32 if run.learner.lora.rank else getattr(torch, run.model.dtype)
+        nbytes = dtype.itemsize * sum(p.numel() for p in stepper.policy.parameters() if p.requires_grad)
+        place = (welcome, Path(run.folder), hub_address, hub.published)
+        store = open_store(*place, nbytes=nbytes) if lead else None
         publisher = Publisher(stepper.policy, dtype, store=store, published=hub.published)
         metrics = MetricsWriter(run.folder, resume_from=progress.step) if lead else None
         if lead and not progress.step:

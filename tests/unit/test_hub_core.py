@@ -828,3 +828,10 @@ def test_evaluation_gets_what_training_cannot_use() -> None:
 
 def test_a_small_share_is_at_least_one_lease() -> None:
     assert sharing_hub(0.01, leases=2) == (1, 1)
+
+
+def test_weights_that_only_another_machine_has_are_rejected():
+    driver = Driver(make_run())
+    driver.learner(publish=False)
+    driver.send(b"r0", wire.Published(version=0, store="tcp://10.0.0.2:4000"))
+    assert driver.core.published == -1 and driver.core.status()["rejected"] == 1
