@@ -49,8 +49,8 @@ RULES: dict[str, dict[str, Any]] = {
     "drop": {"stale": "drop"},
     "mask": {"stale": "mask"},
     "correct": {"stale": "correct"},
-    "correct, more in flight": {"stale": "correct", "in_flight": 16},
-    "correct, in order": {"stale": "correct", "order": "order", "in_flight": 16},
+    "correct, more in flight": {"stale": "correct", "batches_in_flight": 16},
+    "correct, begun first": {"stale": "correct", "batch_from": "begun", "batches_in_flight": 16},
 }
 
 

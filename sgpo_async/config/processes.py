@@ -21,12 +21,12 @@ class Hub:
     # weights of grpo_correction; mask: they are not trained; drop: their whole groups are dropped, so long rollouts are
     # lost, and what is trained is biased to short ones (docs/results: 35 % of the groups of a cluster, 78 % of tokens).
     stale: Literal["correct", "mask", "drop"] = "correct"
-    # Which groups a batch takes. ready: the first that are complete; order: in the order in which they were begun,
-    # which waits for the longest rollouts.
-    order: Literal["ready", "order"] = "ready"
-    # Batches of tasks that may be in flight or buffered; 0: max_lag + 1. More are useful with stale=mask or correct:
-    # then groups that have already become stale, those of long rollouts, do not keep new ones from being begun.
-    in_flight: int = 0
+    # Which groups a batch takes. complete: the first that are complete; begun: those that were begun first, so it waits
+    # for the longest rollouts.
+    batch_from: Literal["complete", "begun"] = "complete"
+    # Batches of tasks that may be in flight or buffered; 0: max_lag + 1. More are useful with stale=correct or mask:
+    # then running groups that have stale tokens already, those of long rollouts, do not keep new ones from being begun.
+    batches_in_flight: int = 0
     heartbeat_s: float = 1.0
     # How often an actor reports what its running rollouts have sampled. If it is killed, other actors continue them
     # from there, so at most the tokens of this time are lost. SGLang's rollouts are delivered with these reports.
@@ -57,10 +57,10 @@ class Hub:
         )
         require(self.max_lag >= 0, "hub.max_lag", "must be >= 0", self.max_lag)
         require(
-            self.in_flight == 0 or self.in_flight > self.max_lag,
-            "hub.in_flight",
+            self.batches_in_flight == 0 or self.batches_in_flight > self.max_lag,
+            "hub.batches_in_flight",
             f"must be 0 or > hub.max_lag = {self.max_lag}",
-            self.in_flight,
+            self.batches_in_flight,
         )
         require(self.heartbeat_s > 0, "hub.heartbeat_s", "must be > 0", self.heartbeat_s)
         require(self.progress_s > 0, "hub.progress_s", "must be > 0", self.progress_s)
@@ -73,9 +73,9 @@ class Hub:
         )
 
     @property
-    def batches(self) -> int:
+    def most_batches(self) -> int:
         """Batches of tasks that may be in flight or buffered."""
-        return self.in_flight or self.max_lag + 1
+        return self.batches_in_flight or self.max_lag + 1
 
 
 @dataclass(frozen=True, kw_only=True)

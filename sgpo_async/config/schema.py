@@ -310,7 +310,7 @@ class Run:
         )
         if self.learner.lora.rank:
             require(
-                self.algorithm.teacher not in ("ema", "snapshot"),
+                self.algorithm.teacher == "frozen" or not self.algorithm.copies_teacher,
                 "algorithm.teacher",
                 "must be frozen, self or behaviour with learner.lora.rank > 0",
                 self.algorithm.teacher,
@@ -326,7 +326,8 @@ class Run:
             "hub.max_message_mb",
             f"must be >= {self.state_mb}, to hold the hub's state: up to {self.state_mb} MB of completions in this run",
             self.hub.max_message_mb,
-            "raise it, or lower learner.problems_per_step, rollout.max_new_tokens or hub.max_lag",
+            "raise it, or lower learner.problems_per_step, rollout.max_new_tokens, hub.max_lag or "
+            "hub.batches_in_flight",
         )
 
     @property
@@ -341,7 +342,7 @@ class Run:
         The hub holds as many batches as may be in flight or buffered, and the batch in training. Prompts are not
         counted, because their length is not known here.
         """
-        batches = self.hub.batches + 1
+        batches = self.hub.most_batches + 1
         per_token = self.rollout.size + self.rollout.guided * self.algorithm.top_logprobs_num
         tokens = batches * self.learner.problems_per_step * self.rollout.max_new_tokens
         return -(-tokens * per_token * BYTES_PER_TOKEN // 2**20)

@@ -255,6 +255,8 @@ class Learner:
 class Sft:
     """`sgpo-async sft`: supervised warm-up on the problems' own responses before reinforcement learning.
 
+    With learner.lora.rank > 0 it trains adapters, and exports the model with them added.
+
     Defaults are the paper's constants. The warm-up also reads model, tasks.prompt, AdamW's betas, learner.row_tokens
     and learner.precision from the other sections.
     """

@@ -13,8 +13,8 @@ def free_capacity(*, fresh: int, live: int, batch: int, max_lag: int, batches: i
     """How many more tasks the hub may dispatch.
 
     Args:
-        fresh: tasks that are neither trained nor dropped, without those that have stale tokens already. These are late
-            whatever else is dispatched, and keep no other task from being trained in time.
+        fresh: tasks that are neither trained nor dropped, without running ones that have stale tokens already. Those
+            are late whatever else is dispatched, and no batch waits for them.
         live: all tasks that are neither trained nor dropped.
         batches: batches of tasks that may be live.
         steps_left: remaining optimiser steps; the hub never dispatches more tasks than they can train.

@@ -3,7 +3,7 @@
     event ──▶ handle ── 1. process the event (one handler per kind of event or message)
                      ── 2. apply the rules to the new state, in this order:
                               evaluation rounds ▸ stale groups ▸ batch ▸ leases ▸ end of the run
-                     ── 3. check that all ledgers balance ──▶ effects
+                     ── 3. at a Tick, check that all ledgers balance ──▶ effects
 
 The core never waits and never reads a clock: the time is an argument, and timeouts are checked when a Tick arrives.
 The same events at the same times produce the same effects.
@@ -521,7 +521,7 @@ class HubCore:
         if result and 0 in self.learner_ranks.ranks:
             self._deliver(self.learner_ranks.ranks[0].member, result)
         self.training.drop_stale()
-        for number in self.training.hopeless():
+        for number in self.training.certain_to_be_dropped():
             lease = self.training.leases.running[number]
             self._send(lease.member, wire.Revoked(task=number, attempt=lease.attempt))
             self.training.drop_unfinished(number)

@@ -93,7 +93,10 @@ class LeaseTable:
         heapq.heappush(self.waiting, (abs(task.number), attempt, task))
 
     def lease(self, member: bytes, *, min_version: int, now: float) -> Lease:
-        """Lease the first waiting task to `member`, with what earlier attempts sampled by `min_version` or newer."""
+        """Lease the first waiting task to `member`, with what earlier attempts have sampled.
+
+        If the table drops what is stale, that must be `min_version` or newer; otherwise the task starts again.
+        """
         _, attempt, task = heapq.heappop(self.waiting)
         arrived = self.carried.pop(task.number, None)
         oldest = arrived.oldest_version if arrived else None

@@ -61,7 +61,7 @@ def serve(run: Run) -> int:
         address = _address(run, journal)
         router = Router(address, keys=run.hub.keys, max_bytes=run.hub.max_message_mb * 2**20)
         stack.callback(router.close)
-        store = StoreFile(folder, expected_bytes=weight_bytes(run.model.path), earlier=core.learner_store)
+        store = StoreFile(folder, expected_bytes=version_bytes(run), earlier=core.learner_store)
         stack.callback(store.close)
         signals = stack.enter_context(Signals())
         key = public_key(run.hub.keys, "server").decode() if run.hub.keys else ""
@@ -109,9 +109,11 @@ def _stop_reason(signals: Signals) -> str:
     return f"the hub {signals.reason}" if signals.stop else ""
 
 
-def weight_bytes(path: str) -> int:
-    """Total size of a model's weight files in bytes; 0 if they are not in a local folder."""
-    return sum(file.stat().st_size for file in Path(model_folder(path)).glob("*.safetensors"))
+def version_bytes(run: Run) -> int:
+    """Size in bytes of what the learner publishes; 0 if that is small (adapters), or if the model is in no folder."""
+    if run.learner.lora.rank:
+        return 0
+    return sum(file.stat().st_size for file in Path(model_folder(run.model.path)).glob("*.safetensors"))
 
 
 @contextlib.contextmanager

@@ -69,13 +69,13 @@ class Training:
     def lowest_version(self) -> int | None:
         """The lowest weight version that may serve the next lease; None if there is no task to lease."""
         leases, hub, batch = self.leases, self.run.hub, self.run.learner.problems_per_step
-        late = sum(number in leases.running or number in leases.complete for number in self._late())
+        late = sum(number in leases.running for number in self._stale_since_version())
         capacity = free_capacity(
             fresh=leases.live - late,
             live=leases.live,
             batch=batch,
             max_lag=hub.max_lag,
-            batches=hub.batches,
+            batches=hub.most_batches,
             steps_left=self.run.steps - self.step,
         )
         if not leases.waiting and capacity <= 0:
@@ -115,13 +115,13 @@ class Training:
                 return [number for number, group in groups if group.newest_version < self._oldest]
         return []
 
-    def hopeless(self) -> list[int]:
+    def certain_to_be_dropped(self) -> list[int]:
         """The running tasks whose groups would be dropped when they are complete, as far as reports told lately."""
         if self.run.hub.stale != "drop":
             return []
-        return [number for number in self._late() if number in self.leases.running]
+        return [number for number in self._stale_since_version() if number in self.leases.running]
 
-    def _late(self) -> list[int]:
+    def _stale_since_version(self) -> list[int]:
         """The tasks that had stale tokens when the present version began."""
         if self._late_of[0] != self.version:
             ages = {number: lease.arrived.oldest_version for number, lease in self.leases.running.items()}
@@ -139,7 +139,7 @@ class Training:
         """The complete groups that the next part of the batch may take, in the order in which it takes them."""
         taken = set(self.batch.numbers) if self.batch else set()
         ready = sorted(number for number in self.leases.complete if number not in taken)
-        if self.run.hub.order == "ready":
+        if self.run.hub.batch_from == "complete":
             return ready
         unfinished = [*self.leases.running, *(task.number for *_, task in self.leases.waiting)]
         return [number for number in ready if number < min(unfinished, default=math.inf)]

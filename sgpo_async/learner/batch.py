@@ -88,7 +88,7 @@ class Batch:
     sequences: Sequences
     metrics: tuple[Mapping[str, float], ...]  # one mapping for each task, with keys from PROBLEM_METRICS
     forward_only: int  # tokens in forwards without gradient: for the teacher and for corrected pass rates
-    stale: int = 0  # sampled tokens that are not trained because they are too old
+    stale: int = 0  # tokens of the chosen rollouts that are not trained because they are too old
 
 
 class LeftOut(NamedTuple):
@@ -137,12 +137,12 @@ def from_shard(
             mask_cut=left_out.cut,
         )
         trained.append(objective(task_group, algorithm))
-    policy_gradient = [
-        item
-        for task in trained
-        for item in _fresh((_without_uniform if left_out.uniform else list)(task.policy_gradient), left_out.older)
+    chosen = [
+        item for task in trained for item in (_without_uniform if left_out.uniform else list)(task.policy_gradient)
     ]
-    targets = _fresh([item for task in trained for item in task.distillation], left_out.older)
+    distilled = [item for task in trained for item in task.distillation]
+    taken = [item.rollout for item in chosen] + [item.rollout for item in distilled]
+    policy_gradient, targets = _fresh(chosen, left_out.older), _fresh(distilled, left_out.older)
     teachers = [item.teacher for item in targets] if algorithm.teacher != "behaviour" else []
     rescored = [rollout_after(rollout.prompt, rollout) for rollout in shard.rollouts] if ratios else []
     return Batch(
@@ -154,7 +154,7 @@ def from_shard(
         ),
         metrics=tuple(task.metrics for task in trained),
         forward_only=sum(tokens.length for tokens in teachers + rescored),
-        stale=sum(_stale_tokens(rollout, left_out.older) for rollout in shard.rollouts),
+        stale=sum(_stale_tokens(rollout, left_out.older) for rollout in taken),
     )
 
 

@@ -276,7 +276,7 @@ def restore(
         random = checkpoint / f"random-{dist.get_rank()}.pt"
         if random.exists():
             torch.set_rng_state(torch.load(random))
-    other = "it belongs to another model, teacher or optim.state"
+    other = "it belongs to another model, teacher, optim.state or learner.lora"
     with _fail_on_all_ranks(f"{checkpoint}: cannot read the checkpoint, or {other}"):
         state = _state(module, optimiser, teacher)
         dcp.load(state, checkpoint_id=checkpoint)

@@ -9,6 +9,7 @@ cannot be read in slices (see `model.slices`) are loaded whole on every rank, an
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 from collections.abc import Callable
 
@@ -20,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from transformers.utils.logging import disable_progress_bar
 
 from sgpo_async.config.schema import Learner, Run
-from sgpo_async.learner.compiling import compile_layers, require_compiler
+from sgpo_async.learner.compiling import compile_layers, require_c_compiler, require_compiler
 from sgpo_async.learner.lora import adapt, initial, initialise
 from sgpo_async.learner.policy import Policy, check_model, decoder_layers, recompute, rows_on, shard
 from sgpo_async.learner.process_group import any_rank
@@ -39,6 +40,8 @@ def load_policy(folder: str, run: Run, mesh: DeviceMesh) -> Policy:
     Raises DataError if the model is missing, broken, incomplete or not supported, ConfigError if it cannot be compiled
     or has no layers for the adapters of `learner.lora`.
     """
+    if mesh.device_type == "cuda":
+        require_c_compiler()
     if run.learner.compile:
         require_compiler(mesh.device_type)
     slices = _slices(folder)
@@ -55,6 +58,7 @@ def load_policy(folder: str, run: Run, mesh: DeviceMesh) -> Policy:
         return checked.pop(name).detach().to_local().to(parameter.dtype)
 
     _fill(policy, local)
+    gc.collect()  # FSDP's modules refer to each other: the float32 twin of a bfloat16 model would stay in memory
     return policy
 
 

@@ -24,6 +24,7 @@ class Progress:
     pass_auto_last: float | None = None
     pass_guided_first: float | None = None
     pass_guided_last: float | None = None
+    lora: dict[str, Any] | None = None  # `learner.lora` of the run; None in checkpoints of older releases
     version: int | None = None  # of the weights in the checkpoint; None in checkpoints of older releases
 
     def plain(self) -> dict[str, Any]:

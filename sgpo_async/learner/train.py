@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,10 @@ class Trainer:
             else Saved(Progress().plain(), b"")
         )
         progress = Progress(**saved.progress)
+        lora = asdict(run.learner.lora)
+        if progress.lora not in (None, lora):
+            raise CheckpointError(f"learner.lora must be {progress.lora}, as in {resumed}, got {lora}")
+        progress.lora = lora
         welcome = hub.join(
             Hello(
                 role="learner",

@@ -128,3 +128,10 @@ def test_too_few_open_files_end_a_command_with_one_line(command: str, limit: int
         (line,) = answer.stderr.splitlines()
         assert line.startswith(f"error: {expected}") and line.endswith("; raise the limit: ulimit -n 1024")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_checkpoints_of_adapters_are_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources, "free", lambda _: 40 * 10**9)
+    with pytest.raises(CheckFailed, match="the policy and logs need 3"):
+        disk(settings(tmp_path), 7_600_000_000)
+    assert disk(settings(tmp_path, "learner.lora.rank=32"), 7_600_000_000)

@@ -784,9 +784,9 @@ def test_another_actor_continues_a_rollout_whose_first_tokens_are_stale():
     assert old.task in driver.core.training.leases.complete
 
 
-@pytest.mark.parametrize(("order", "trained"), [("ready", 1), ("order", 0)])
-def test_batches_take_what_is_ready_or_what_was_begun_first(order, trained):
-    driver = Driver(make_run(batch=1, max_lag=2, stale="correct", order=order))
+@pytest.mark.parametrize(("batch_from", "trained"), [("complete", 1), ("begun", 0)])
+def test_batches_take_what_is_complete_or_what_was_begun_first(batch_from, trained):
+    driver = Driver(make_run(batch=1, max_lag=2, stale="correct", batch_from=batch_from))
     driver.learner()
     driver.actor(b"a", credit=1)
     driver.serve_evaluation(b"a")
@@ -800,7 +800,7 @@ def test_batches_take_what_is_ready_or_what_was_begun_first(order, trained):
 
 @pytest.mark.parametrize(("in_flight", "tasks"), [(0, 1), (3, 2)])
 def test_a_late_group_leaves_its_place_to_another(in_flight, tasks):
-    driver, _ = aged_hub("correct", in_flight=in_flight)
+    driver, _ = aged_hub("correct", batches_in_flight=in_flight)
     driver.send(b"a", wire.Ready(tasks=9, version=3))
     running = len(driver.core.training.leases.running)
     assert running == 1 + tasks, "the late one, and as many as max_lag admits beside it"

@@ -33,7 +33,7 @@ class World(Driver):
     ) -> None:
         self.source = Source(held_out=3, without_strategy_every=4)
         if extra := hub.pop("extra_batches", 0):
-            hub["in_flight"] = max_lag + 1 + extra
+            hub["batches_in_flight"] = max_lag + 1 + extra
         run = make_run(batch=batch, parts=parts, max_lag=max_lag, steps=steps, **hub)
         super().__init__(run, self.source)
         self.parts = parts
@@ -96,7 +96,7 @@ class World(Driver):
                 self.check_shard(shard)
                 self.shards[rank, shard.part] = shard
         training = self.core.training
-        assert training.leases.live <= self.run.hub.batches * self.run.learner.problems_per_step
+        assert training.leases.live <= self.run.hub.most_batches * self.run.learner.problems_per_step
         assert training.version >= self.newest
         self.newest = training.version
 
@@ -410,7 +410,7 @@ CASES = {
     "ranks": st.integers(1, 2),
     "parts": st.integers(1, 2),
     "stale": st.sampled_from(["drop", "mask", "correct"]),
-    "order": st.sampled_from(["ready", "order"]),
+    "batch_from": st.sampled_from(["complete", "begun"]),
     "share": st.sampled_from([0.3, 1.0]),
     "extra_batches": st.integers(0, 2),
     "seed": st.integers(0, 2**32),

@@ -112,3 +112,15 @@ def test_a_gpu_needs_triton_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     compiling.require_compiler("cpu")
     with pytest.raises(ConfigError, match="and the package triton, got True$"):
         compiling.require_compiler("cuda")
+
+
+def test_a_learner_on_a_gpu_needs_a_c_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiling.require_c_compiler()
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(
+        ConfigError, match="a learner on a GPU needs a C compiler for triton: apt install gcc python3-dev"
+    ):
+        compiling.require_c_compiler()
+    monkeypatch.setenv("CC", "/opt/cc")
+    compiling.require_c_compiler()

@@ -299,7 +299,7 @@ def test_masked_stale_tokens_leave_the_weights_of_the_others_as_they_are() -> No
                 if rollout.token_versions()[t] >= OLDEST:
                     weight = min(float((log_pi[t, token].detach() - rollout.logprobs[t]).exp()), 1.5)
                     losses.append(-weight * advantage * log_pi[t, token] / len(rollout.tokens) / 4 / len(parts))
-        stale += sum(int((r.token_versions() < OLDEST).sum()) for r in group)
+        stale += sum(int((r.token_versions() < OLDEST).sum()) for r in own)
     torch.stack(losses).sum().backward()
     metrics, found = gradients(masking, parts)
     for name, parameter in model.named_parameters():
