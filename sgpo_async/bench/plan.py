@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedModel
 
 from sgpo_async.bench.cost import Assumptions, estimate, table
 from sgpo_async.bench.memory import (
@@ -25,6 +26,8 @@ from sgpo_async.bench.memory import (
 from sgpo_async.config import Run
 from sgpo_async.errors import ConfigError
 from sgpo_async.learner.division import Cost
+from sgpo_async.learner.lora import adapter_parameters
+from sgpo_async.learner.policy import decoder_layers
 from sgpo_async.model.folder import model_folder
 from sgpo_async.model.load import on_meta_device, read_config
 
@@ -109,7 +112,7 @@ def plan(run: Run, hardware: Hardware, *, completion_tokens: float, prompt_token
         servers,
         learner_memory(run, config, ranks=run.local.ranks, on_gpus=on_gpus, prompt_tokens=prompt_tokens),
         server,
-        2 * parameters * getattr(torch, run.model.dtype).itemsize,
+        2 * version_bytes(run, model),
         train,
         generate,
         hardware,
@@ -120,6 +123,13 @@ def plan(run: Run, hardware: Hardware, *, completion_tokens: float, prompt_token
             prompt_tokens=prompt_tokens,
         ),
     )
+
+
+def version_bytes(run: Run, model: PreTrainedModel) -> int:
+    """Size of what the learner publishes: the weights in `model.dtype`, or the adapters in float32."""
+    if run.learner.lora.rank:
+        return 4 * adapter_parameters(decoder_layers(model), run.learner.lora)
+    return sum(p.numel() for p in model.parameters()) * getattr(torch, run.model.dtype).itemsize
 
 
 def _generation(run: Run, server: ServerMemory, hardware: Hardware, context: float) -> float:
@@ -150,7 +160,8 @@ def text(found: Plan) -> str:
             f"  {'keys and values':22}{server.token / 1e3:8.0f} KB a token",
             f"  {'sequences':22}{fitting:8} of {server.sequence_tokens:,} tokens fit; it has {found.slots} slots",
         ]
-    lines.append(f"hub's machine: two versions of the weights, {found.store_bytes / GB:.2f} GB of host memory")
+    what = "adapters" if found.run.learner.lora.rank else "weights"
+    lines.append(f"hub's machine: two versions of the {what}, {found.store_bytes / GB:.2f} GB of host memory")
     if server:
         rates = f"training {found.train_tokens_per_s:,.0f}, generation {found.generate_tokens_per_s:,.0f}"
         lines.append(f"tokens per second of one GPU: {rates} (from the stated rates)")
