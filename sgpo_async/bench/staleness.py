@@ -21,7 +21,7 @@ import itertools
 import json
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import NormalDist
@@ -29,16 +29,16 @@ from typing import Any
 
 import numpy as np
 
+from sgpo_async.bench.division import LONGEST, SIGMA, location
 from sgpo_async.config import Hub, Run
 from sgpo_async.config.schema import Learner, Rollout, Tasks
 from sgpo_async.hub.core import HubCore
 from sgpo_async.hub.events import OpenSender, Received, Send, SenderUp, Tick
-from sgpo_async.tasks.base import Problem
+from sgpo_async.tasks.sources import source_of
 from sgpo_async.tasks.task_sampler import derived_seed
 from sgpo_async.wire import records as wire
 
 UNIT = 64  # tokens that one simulated token stands for
-LONGEST, CUT, SIGMA = 16_384, 0.03, 1.93  # the mean is about 1,500 tokens
 AUTONOMOUS, GUIDED, BATCH = 8, 4, 128
 SERVERS, TASKS_PER_SERVER, TOKENS_PER_S = 128, 4, 80.0  # tokens per second of one sequence
 LOAD_S = 2.0  # from a publication to the servers' new weights
@@ -135,7 +135,7 @@ class Cluster:
             hub=Hub(max_lag=max_lag, lease_timeout_s=FOREVER_S, stall_s=FOREVER_S, max_message_mb=2**14, **hub),
         )
         self.run_settings = run
-        self.core = HubCore(run, Problems(), store="/store")
+        self.core = HubCore(run, source_of(run), store="/store")
         self.servers = {name: Server(name) for name in (f"server-{i}".encode() for i in range(SERVERS))}
         self.inbox: deque[tuple[bytes, wire.Message]] = deque()
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
@@ -279,26 +279,10 @@ class Cluster:
         self._send(LEARNER, wire.BatchRequest(step=version))
 
 
-class Problems:
-    """As many problems as are asked for."""
-
-    verifier = "math"
-    tokenizer = ""
-
-    def held_out(self) -> Sequence[Problem]:
-        """One problem."""
-        return [self.training(0)]
-
-    def training(self, index: int) -> Problem:
-        """Problem `index`."""
-        return Problem(id=str(index), problem=str(index), answer="0", strategy="s")
-
-
 def length_of(task: int, slot: int) -> int:
     """The length of a rollout in units; half of its variance belongs to the task."""
-    mu = math.log(LONGEST) - NormalDist().inv_cdf(1 - CUT) * SIGMA
     own = _normal("length", task, slot) + _normal("length", task)
-    return int(np.clip(math.exp(mu + SIGMA * own / math.sqrt(2)) / UNIT, 1, LONGEST // UNIT))
+    return int(np.clip(math.exp(location(LONGEST) + SIGMA * own / math.sqrt(2)) / UNIT, 1, LONGEST // UNIT))
 
 
 def correct_of(task: int, slot: int) -> bool:

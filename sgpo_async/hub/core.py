@@ -25,7 +25,7 @@ from sgpo_async.hub.admission import evaluation_limit
 from sgpo_async.hub.evaluation import Evaluation
 from sgpo_async.hub.events import CloseSender, Effect, Event, OpenSender, Send, Shutdown, UseStore, Warn
 from sgpo_async.hub.learner_ranks import LearnerRanks
-from sgpo_async.hub.leases import LeaseTable
+from sgpo_async.hub.leases import LeaseTable, RunningLease
 from sgpo_async.hub.rollout_checks import PROMPT_DIFFERS, Limits, report_violation, violation
 from sgpo_async.hub.stall import StallWatch
 from sgpo_async.hub.status import status
@@ -188,8 +188,8 @@ class HubCore:
         match message:
             case wire.Commit(step=step):
                 self._commit(member, step)
-            case wire.Published(version=version, store=store):
-                self._publish(member, version, store)
+            case wire.Published():
+                self._publish(member, message)
             case wire.Evaluate(version=version):
                 self._evaluate(member, version)
             case wire.SnapshotRequest(step=step):
@@ -284,10 +284,13 @@ class HubCore:
         self._effects.append(CloseSender(actor.member))
 
     def _revoke(self, leases: LeaseTable, number: int) -> None:
-        """Take a lease back; its actor, if still alive, stops working on it."""
-        lease = leases.running[number]
-        self._send(lease.member, wire.Revoked(task=number, attempt=lease.attempt))
+        """Take a lease back, to give it again."""
+        self._send_revoked(leases.running[number])
         leases.revoke(number)
+
+    def _send_revoked(self, lease: RunningLease) -> None:
+        """Tell the actor of a lease, if it is still alive, to stop working on it."""
+        self._send(lease.member, wire.Revoked(task=lease.task.number, attempt=lease.attempt))
 
     @property
     def _lease_tables(self) -> tuple[LeaseTable, LeaseTable]:
@@ -461,8 +464,9 @@ class HubCore:
         else:
             self._refuse(member, f"the hub has sent no batch of step {step}: it is at step {self.training.step}")
 
-    def _publish(self, member: bytes, version: int, store: str) -> None:
-        if store.startswith("tcp://"):  # `learner_weights` keeps the versions of another machine until they are here
+    def _publish(self, member: bytes, message: wire.Published) -> None:
+        version, store = message.version, message.store
+        if message.is_elsewhere:  # `learner_weights` keeps the versions of another machine until they are here
             self._reject(member, "Published of weights that the hub does not have", detail=store)
             return
         if not self.published <= version <= self.training.version:
@@ -509,7 +513,7 @@ class HubCore:
             return
         for leases in self._lease_tables:
             for lease in leases.running.values():
-                self._send(lease.member, wire.Revoked(task=lease.task.number, attempt=lease.attempt))
+                self._send_revoked(lease)
         self.training, self.evaluation = restored
         self.last_restore = (id, self.training.version)
         self._send(member, wire.Restored(version=self.training.version))
@@ -522,8 +526,7 @@ class HubCore:
             self._deliver(self.learner_ranks.ranks[0].member, result)
         self.training.drop_stale()
         for number in self.training.certain_to_be_dropped():
-            lease = self.training.leases.running[number]
-            self._send(lease.member, wire.Revoked(task=number, attempt=lease.attempt))
+            self._send_revoked(self.training.leases.running[number])
             self.training.drop_unfinished(number)
         if self.closing is None:
             self._form_batch()

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+from sgpo_async.config.rules import endpoint_of
 from sgpo_async.errors import DeadlineExceeded
 from sgpo_async.hub import events as ev
 from sgpo_async.session import ReceiverDown, VersionReceived, VersionRejected, WeightReceiver
@@ -23,7 +24,6 @@ from sgpo_async.wire.records import Published
 
 log = logging.getLogger(__name__)
 
-SCHEME = "tcp://"
 STOP_S = 1.0  # timeout for the end of a weight receiver after it was killed
 
 
@@ -45,12 +45,13 @@ class LearnerWeights:
 
         A message with a malformed address goes to the core as it is, which rejects it.
         """
-        if not message.store.startswith(SCHEME) or _endpoint(message.store) is None:
+        if not message.is_elsewhere or (endpoint := endpoint_of(message.store)) is None or not endpoint[1]:
             return message
         moved = self._offer is None or self._offer[1].store != message.store or self._link is None
         self._offer = member, message
         if moved:  # also if the version is here already: rank 0 offers this link for the next ones, too
-            self._connect(message.store)
+            self._connect(*endpoint)
+            log.info("pulling the learner's weights from %s", message.store)
         newest = self._store.version
         return replace(message, store=self._store.path) if newest is not None and newest >= message.version else None
 
@@ -76,23 +77,14 @@ class LearnerWeights:
         if link:
             self._stopping.submit(_stop, link)
 
-    def _connect(self, address: str) -> None:
+    def _connect(self, host: str, port: int) -> None:
         self.close()
-        endpoint = _endpoint(address)
-        assert endpoint
         try:
             self._link = self._receiver("the hub", store=self._store.path)
         except OSError as error:  # no more processes: the next publication tries again
             log.warning("cannot start a weight receiver for the learner's weights: %s", error)
             return
-        self._link.connect(*endpoint)
-        log.info("pulling the learner's weights from %s", address)
-
-
-def _endpoint(address: str) -> tuple[str, int] | None:
-    """Host and port of tcp://HOST:PORT; None if it is malformed."""
-    host, _, port = address.removeprefix(SCHEME).rpartition(":")
-    return (host.strip("[]"), int(port)) if host and port.isdecimal() and 0 < int(port) < 2**16 else None
+        self._link.connect(host, port)
 
 
 def _stop(link: WeightReceiver) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sgpo_async.config import Run
+from sgpo_async.config.rules import endpoint_of
 from sgpo_async.files import reporting_write_errors, write_whole
 from sgpo_async.hub.core import HubCore
 from sgpo_async.hub.journal import Journal
@@ -70,8 +71,9 @@ def serve(run: Run) -> int:
         core.store, core.machine = store.path, machine()
         weights = LearnerWeights(store)
         stack.callback(weights.close)
-        host = router.address.removeprefix("tcp://").rpartition(":")[0].strip("[]")
-        spawn_sender = partial(WeightSender, store.path, host=host, cuda=run.engine.broadcasts_on_gpus)
+        endpoint = endpoint_of(router.address)
+        assert endpoint, router.address
+        spawn_sender = partial(WeightSender, store.path, host=endpoint[0], cuda=run.engine.broadcasts_on_gpus)
         began = time.monotonic() - elapsed
         loop = Loop(
             core,

@@ -69,7 +69,7 @@ class Training:
     def lowest_version(self) -> int | None:
         """The lowest weight version that may serve the next lease; None if there is no task to lease."""
         leases, hub, batch = self.leases, self.run.hub, self.run.learner.problems_per_step
-        late = sum(number in leases.running for number in self._stale_since_version())
+        late = len(self._running_with_stale_tokens())
         capacity = free_capacity(
             fresh=leases.live - late,
             live=leases.live,
@@ -117,18 +117,16 @@ class Training:
 
     def certain_to_be_dropped(self) -> list[int]:
         """The running tasks whose groups would be dropped when they are complete, as far as reports told lately."""
-        if self.run.hub.stale != "drop":
-            return []
-        return [number for number in self._stale_since_version() if number in self.leases.running]
+        return self._running_with_stale_tokens() if self.run.hub.stale == "drop" else []
 
-    def _stale_since_version(self) -> list[int]:
-        """The tasks that had stale tokens when the present version began."""
+    def _running_with_stale_tokens(self) -> list[int]:
+        """The running tasks that had stale tokens when the present version began."""
+        running = self.leases.running
         if self._late_of[0] != self.version:
-            ages = {number: lease.arrived.oldest_version for number, lease in self.leases.running.items()}
-            ages |= {number: group.oldest_version for number, group in self.leases.complete.items()}
+            ages = {number: lease.arrived.oldest_version for number, lease in running.items()}
             late = [number for number, oldest in ages.items() if oldest is not None and oldest < self._oldest]
             self._late_of = self.version, late
-        return self._late_of[1]
+        return [number for number in self._late_of[1] if number in running]
 
     @property
     def _oldest(self) -> int:

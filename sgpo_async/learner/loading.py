@@ -27,6 +27,7 @@ from sgpo_async.learner.policy import Policy, check_model, decoder_layers, recom
 from sgpo_async.learner.process_group import any_rank
 from sgpo_async.model.adapters import is_adapter
 from sgpo_async.model.load import load_model
+from sgpo_async.model.parameters import cast
 from sgpo_async.model.slices import CannotSliceError, Slice, Slices, open_slices
 
 log = logging.getLogger(__name__)
@@ -82,8 +83,7 @@ def load_teacher(folder: str, run: Run, mesh: DeviceMesh) -> Policy:
     """
     slices = _slices(folder)
     policy = (Policy(slices.model) if slices else _whole(folder)).requires_grad_(False)
-    for parameter in policy.parameters():  # not the buffers, because positions are computed in float32
-        parameter.data = parameter.data.to(getattr(torch, run.algorithm.teacher_dtype))
+    cast(policy, getattr(torch, run.algorithm.teacher_dtype))
     if run.learner.compile:
         compile_layers(policy)
     shard(policy, mesh, precision=run.learner.precision, offload=run.learner.offload_weights)

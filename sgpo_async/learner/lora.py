@@ -20,6 +20,7 @@ from xxhash import xxh3_64_intdigest
 from sgpo_async.config.schema import Lora
 from sgpo_async.errors import ConfigError
 from sgpo_async.model.adapters import DOWN, is_adapter
+from sgpo_async.model.parameters import cast
 
 
 class Adapted(nn.Module):
@@ -45,8 +46,7 @@ def adapt(model: PreTrainedModel, layers: list[nn.Module], lora: Lora, *, dtype:
     Raises ConfigError if `lora.targets` names a layer that does not exist, or if there is none.
     """
     model.requires_grad_(False)
-    for parameter in model.parameters():  # not the buffers, because positions are computed in float32
-        parameter.data = parameter.data.to(dtype)
+    cast(model, dtype)
     for parent, name, child in _chosen(layers, lora):
         setattr(parent, name, Adapted(child, lora))
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from sgpo_async.config.rules import endpoint_of
 from sgpo_async.errors import DeadlineExceeded
 from sgpo_async.learner.publish import Store
 from sgpo_async.session import SenderUp, WeightSender
@@ -45,8 +46,9 @@ def open_store(welcome: Welcome, folder: Path, hub: str, published: Published, *
     if welcome.machine == machine() and can_open(welcome.store):
         return StoreWriter(welcome.store)
     log.info("the hub is on another machine, or of another user: it pulls the weights from here")
-    host = hub.removeprefix("tcp://").rpartition(":")[0].strip("[]")
-    return RemoteStore(StoreFile(folder, expected_bytes=nbytes), address_towards(host), published)
+    endpoint = endpoint_of(hub)
+    assert endpoint, hub
+    return RemoteStore(StoreFile(folder, expected_bytes=nbytes), address_towards(endpoint[0]), published)
 
 
 class RemoteStore:

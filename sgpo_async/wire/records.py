@@ -325,6 +325,11 @@ class Published:
     # machine, where a weight sender serves its own store; the hub has the version when it has pulled it.
     store: str = ""
 
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether the store is on another machine than the hub."""
+        return self.store.startswith("tcp://")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:

@@ -8,35 +8,29 @@ mean distance of the last 20 steps from those of float32, relative to those.
 import torch
 from torch import Tensor
 
-from sgpo_async.learner.adamw import FORMS, Form, Named
+from sgpo_async.learner.adamw import FORMS, Bfloat16, Form, Named
 
 SIZE = (256, 256)
 SETTINGS = [(0.95, 0.5, False), (0.95, 2.0, False), (0.999, 0.5, True), (0.999, 2.0, True)]  # beta2, spread, falling
 
 
-class Nearest:
+class Nearest(Bfloat16):
     """Both moments in bfloat16, rounded to the nearest."""
 
-    def columns(self, width: int) -> dict[str, tuple[int, torch.dtype]]:
-        return {"m": (width, torch.bfloat16), "v": (width, torch.bfloat16)}
-
-    def read(self, stored: Named) -> tuple[Tensor, Tensor]:
-        return stored["m"].float(), stored["v"].float()
-
     def write(self, stored: Named, m: Tensor, v: Tensor, _: torch.Generator) -> None:
-        stored["m"].copy_(m)
-        stored["v"].copy_(v)
+        stored["exp_avg"].copy_(m)
+        stored["exp_avg_sq"].copy_(v)
 
 
-class Linear(Nearest):
+class Linear(Bfloat16):
     """M and sqrt(v) in equal steps up to the largest of a block of 256: 127 and 255 of them; kept as float32 here."""
 
     def columns(self, width: int) -> dict[str, tuple[int, torch.dtype]]:
-        return {"m": (width, torch.float32), "v": (width, torch.float32)}
+        return {name: (width, torch.float32) for name in super().columns(width)}
 
     def write(self, stored: Named, m: Tensor, v: Tensor, _: torch.Generator) -> None:
-        stored["m"].copy_(self.rounded(m, 127))
-        stored["v"].copy_(self.rounded(v.sqrt(), 255).square())
+        stored["exp_avg"].copy_(self.rounded(m, 127))
+        stored["exp_avg_sq"].copy_(self.rounded(v.sqrt(), 255).square())
 
     def rounded(self, values: Tensor, steps: int) -> Tensor:
         scale = values.abs().amax(-1, keepdim=True).clamp(min=1e-30) / steps
