@@ -26,7 +26,7 @@ from sgpo_async.algorithm.advantages import group_advantages
 from sgpo_async.algorithm.correction import MODES, WHOLE_SEQUENCE_MODES, correction_weights
 from sgpo_async.algorithm.divergences import DIVERGENCES, divergence, forward_kl, top_divergence
 from sgpo_async.algorithm.limiters import LIMITERS, WHOLE_SEQUENCE_LIMITERS, limit
-from sgpo_async.algorithm.linear import Found, LogProbability, Part, TeacherDivergence, TopDivergence, linear_loss
+from sgpo_async.algorithm.linear import Found, Kept, LogProbability, Part, TeacherDivergence, TopDivergence, linear_loss
 from sgpo_async.algorithm.losses import (
     KLMass,
     LossWeights,
@@ -49,6 +49,7 @@ __all__ = [
     "WHOLE_SEQUENCE_MODES",
     "Found",
     "KLMass",
+    "Kept",
     "LogProbability",
     "LossWeights",
     "Part",

@@ -13,6 +13,9 @@ q = softmax(z):
     TeacherDivergence   see `divergences`
     TopDivergence       d log q(rest) / d z_v = [v in rest] q_v / q(rest) - q_v, and the chain rule
 
+If top-p or top-k truncated the sampling, q of LogProbability is renormalised over the tokens that were kept (`Kept`):
+the others have probability 0 and slope 0, for whatever weights.
+
 After a chunk, the values up to its last token are known. If c_t depends on these alone, one pass is enough: 3 large
 products (4 with a teacher), as with all logits at once. Otherwise (`Part.whole`) a first pass computes the values and a
 second one the logits again: 4 (6). The values that are still missing are NaN, so a wrong `whole` gives NaN gradients,
@@ -35,6 +38,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -81,10 +85,28 @@ class Measure(Protocol):
 
 
 @dataclass(frozen=True)
+class Kept:
+    """The tokens beside the target that truncated sampling kept at each of T positions. On the CPU."""
+
+    others: np.ndarray  # [sum of sizes] int32, position by position
+    sizes: np.ndarray  # [T] int32
+
+    def table(self, rows: slice, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return all kept tokens of C rows, the target first: ids [C, 1 + K] int64, and which of them are padding."""
+        sizes, start = self.sizes[rows], int(self.sizes[: rows.start].sum())
+        present = np.arange(sizes.max(initial=0)) < sizes[:, None]
+        others = np.zeros(present.shape, np.int64)
+        others[present] = self.others[start : start + int(sizes.sum())]
+        ids, padding = (torch.from_numpy(array).to(targets.device) for array in (others, ~present))
+        return torch.cat((targets[:, None], ids), 1), torch.nn.functional.pad(padding, (1, 0))
+
+
+@dataclass(frozen=True)
 class LogProbability:
     """log pi(o_t|.) of given tokens; beside it the entropy of pi, in nats."""
 
     targets: Tensor  # [T] int64, o_t
+    kept: Kept | None = None  # pi is renormalised over these tokens; None: over the vocabulary
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -92,6 +114,8 @@ class LogProbability:
     def chunk(self, rows: slice, _weight: Tensor, temperature: float) -> BlockFunction:
         """See `Measure`."""
         targets = self.targets[rows]
+        if self.kept:
+            return _log_probability_of_kept(*self.kept.table(rows, targets), temperature)
 
         def block(logits: Tensor, part: slice) -> Block:
             if kernels := _kernels(logits):
@@ -116,6 +140,7 @@ class TeacherDivergence:
     weight: Tensor | None  # [V, H'], the teacher's output matrix; None for the student's
     targets: Tensor  # [T] int64, o~_t
     kind: str = "forward"  # a key of DIVERGENCES
+    kept: Kept | None = None  # the teacher's log-probability, but not d_t, is renormalised over these tokens
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -124,13 +149,20 @@ class TeacherDivergence:
         """See `Measure`."""
         teacher_logits = self.hidden[rows] @ (weight if self.weight is None else self.weight).T
         targets, (distance, slope) = self.targets[rows], DIVERGENCES[self.kind]
+        if self.kept:
+            ids, padding = self.kept.table(rows, targets)
+            renormalised = _kept_log_softmax(teacher_logits, ids, padding, temperature)[:, 0]
+
+        def log_teacher(whole: Tensor, part: slice) -> Tensor:
+            return renormalised[part] if self.kept else whole
 
         def block(logits: Tensor, part: slice) -> Block:
             if kernels := _kernels(logits, teacher_logits):
-                return Block(*kernels.divergence(teacher_logits[part], logits, targets[part], self.kind, temperature))
+                found = Block(*kernels.divergence(teacher_logits[part], logits, targets[part], self.kind, temperature))
+                return found._replace(aside=log_teacher(found.aside, part))
             log_p, log_q = (_log_softmax(x, temperature) for x in (teacher_logits[part], logits))
-            log_teacher = log_p.gather(-1, targets[part, None]).squeeze(-1)
-            return Block(distance(log_p, log_q), log_teacher, lambda: logits.copy_(slope(log_p, log_q)))
+            aside = log_teacher(log_p.gather(-1, targets[part, None]).squeeze(-1), part)
+            return Block(distance(log_p, log_q), aside, lambda: logits.copy_(slope(log_p, log_q)))
 
         return block
 
@@ -316,6 +348,26 @@ class _Evaluation:
 
     def _chunks(self) -> Iterator[slice]:
         return _slices(len(self._value), max(len(self._head.logits), 1))
+
+
+def _log_probability_of_kept(ids: Tensor, padding: Tensor, temperature: float) -> BlockFunction:
+    """`LogProbability` renormalised over the tokens `ids` [C, 1 + K], of which the target is the first."""
+
+    def block(logits: Tensor, part: slice) -> Block:
+        own, absent = ids[part], padding[part]
+        log_q = _kept_log_softmax(logits, own, absent, temperature)
+        slope = log_q.exp().neg_()
+        entropy = (slope * log_q.masked_fill(absent, 0)).sum(-1)
+        slope[:, 0] += 1
+        return Block(log_q[:, 0], entropy, lambda: logits.zero_().scatter_add_(-1, own, slope.to(logits.dtype)))
+
+    return block
+
+
+def _kept_log_softmax(logits: Tensor, ids: Tensor, padding: Tensor, temperature: float) -> Tensor:
+    """log softmax(z/T) over the tokens `ids` of each row, -inf in the padding: [C, 1 + K]."""
+    own = logits.gather(-1, ids).to(_at_least_float32(logits)) / temperature
+    return torch.log_softmax(own.masked_fill(padding, -torch.inf), dim=-1)
 
 
 def _kernels(*logits: Tensor) -> ModuleType | None:

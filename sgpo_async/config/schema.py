@@ -55,6 +55,8 @@ WARMUP_CHECKPOINTS = "warmup-checkpoints"  # subfolder for checkpoints of `sgpo-
 HELD_OUT = "held-out"  # name of the run's own held-out problems among the benchmarks
 COLUMNS = ("problem", "answer", "strategy", "response")  # of a problem's record
 BYTES_PER_TOKEN = 8  # of a rollout: token id and log-probability; each reported likely token adds as many
+MAX_TOP_K = 2048  # SGLang reports at most 4,096 kept tokens, and those as likely as the last one of top_k are kept too
+KEPT_BESIDES = 4  # mean number of other tokens that top_p and top_k keep; more than a nucleus of 0.95 has on average
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +192,10 @@ class Rollout:
     guided: int = 4  # G2
     max_new_tokens: int = 64
     temperature: float = 1.0
+    # Sample from the fewest likeliest tokens with the probability top_p together, and from at most top_k (0: no limit).
+    # Training then uses the probabilities renormalised over these tokens, which every rollout reports.
     top_p: float = 1.0
+    top_k: int = 0
     # The reward of a completion that max_new_tokens has cut. score: as the verifier judges it; zero: 0; mask: 0, and
     # the policy gradient leaves it out: neither its tokens nor its reward count. It is never distilled.
     cut: Literal["score", "zero", "mask"] = "score"
@@ -200,12 +205,19 @@ class Rollout:
         require(self.guided >= 0, "rollout.guided", "must be >= 0", self.guided)
         require(self.max_new_tokens >= 1, "rollout.max_new_tokens", "must be >= 1", self.max_new_tokens)
         require(self.temperature > 0, "rollout.temperature", "must be > 0", self.temperature)
+        require(0 < self.top_p <= 1, "rollout.top_p", "must be in (0, 1]", self.top_p)
         require(
-            self.top_p == 1.0,
-            "rollout.top_p",
-            "must be 1.0: engines report log-probabilities over the whole vocabulary, so a truncated sampler would "
-            "make every importance ratio wrong",
-            self.top_p,
+            self.top_k == 0 or 2 <= self.top_k <= MAX_TOP_K,
+            "rollout.top_k",
+            f"must be 0 or in [2, {MAX_TOP_K}]",
+            self.top_k,
+        )
+        require(
+            self.top_p == 1 or self.top_k > 0,
+            "rollout.top_k",
+            "must be > 0 with rollout.top_p below 1, because every rollout reports the tokens that were kept, and "
+            "top_k bounds their number; 1024 excludes few tokens",
+            self.top_k,
         )
 
     @property
@@ -344,6 +356,8 @@ class Run:
         """
         batches = self.hub.most_batches + 1
         per_token = self.rollout.size + self.rollout.guided * self.algorithm.top_logprobs_num
+        if self.rollout.top_k:  # token ids and their number, of 4 bytes each
+            per_token += -(-self.rollout.size * (1 + min(KEPT_BESIDES, self.rollout.top_k - 1)) // 2)
         tokens = batches * self.learner.problems_per_step * self.rollout.max_new_tokens
         return -(-tokens * per_token * BYTES_PER_TOKEN // 2**20)
 

@@ -25,16 +25,21 @@ class SampledTokens:
     """A completion or its beginning. The tokens form S spans; one weight version sampled all tokens of a span."""
 
     tokens: np.ndarray  # [T] int32, including the end token if it was sampled
-    logprobs: np.ndarray  # [T] float32, under the distribution that was sampled from; SGLang: the one before top_p
+    logprobs: np.ndarray  # [T] float32, under the distribution that was sampled from; see `Generate.report_kept`
     versions: np.ndarray  # [S] int32, weight version of each span
     ends: np.ndarray  # [S] int32, exclusive end of each span; the last is T
     top_tokens: np.ndarray | None = None  # [T * k] int32, the k likeliest at each position, the likeliest first
-    top_logprobs: np.ndarray | None = None  # [T * k] float32, under the distribution before top_p
+    top_logprobs: np.ndarray | None = None  # [T * k] float32, under the distribution over the whole vocabulary
+    # If the request has `report_kept`: the other tokens that top_p and top_k kept, position by position, in any order.
+    kept: np.ndarray | None = None  # [sum of kept_sizes] int32
+    kept_sizes: np.ndarray | None = None  # [T] int32; 0 where only the sampled token was kept
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generate:
-    """Request for a completion of `prompt`, sampled at `temperature` from the full vocabulary unless `top_p` < 1.
+    """Request for a completion of `prompt`, sampled at `temperature` from the whole vocabulary or a part of it.
+
+    The part consists of the likeliest tokens: as few as have a probability of `top_p` together, and at most `top_k`.
 
     With a `prefix`, which any engine may have sampled, the engine samples only what follows it, and the result is the
     whole completion. A prefix holds from 1 to `max_new_tokens` - 1 tokens, with their k likeliest tokens if the
@@ -46,7 +51,11 @@ class Generate:
     max_new_tokens: int  # of the whole completion, including the prefix
     temperature: float
     seed: int  # the seed and the logits determine the completion
-    top_p: float = 1.0  # below 1: sample from the nucleus only; used by evaluation, never by training
+    top_p: float = 1.0  # in (0, 1]
+    top_k: int = 0  # 0: no limit
+    # Report the tokens that were kept, and the log-probabilities renormalised over them. Training needs both. Without
+    # it, SGLang reports the log-probabilities over the whole vocabulary.
+    report_kept: bool = False
     top_logprobs_num: int = 0  # how many of the likeliest tokens to report at each position
     prefix: SampledTokens | None = None  # the beginning of the completion, which is already sampled
 

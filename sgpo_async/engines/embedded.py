@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from sgpo_async.engines.base import EngineLoad, Generate, Generated, SampledTokens, Score, Scored, Weights
 from sgpo_async.engines.decoder import Decoder
-from sgpo_async.engines.sampling import likeliest, log_softmax, sample
+from sgpo_async.engines.sampling import distribution, kept_besides, likeliest, log_softmax, sample
 from sgpo_async.engines.sequences import Running, Sequence
 from sgpo_async.engines.validation import validate
 from sgpo_async.errors import EngineError, WeightsError
@@ -180,10 +180,12 @@ class EmbeddedEngine:
     def _decode(self) -> list[Generated]:
         running, tensor = self._running, self._decoder.tensor
         logits = self._decoder.decode(running.newest(), running.positions())
-        sampled, chosen = sample(logits, tensor(running.temperatures()), running.top_p(), tensor(running.uniforms()))
+        candidates = distribution(logits, tensor(running.temperatures()), running.top_p(), running.top_k())
+        sampled, chosen = sample(candidates, tensor(running.uniforms()))
         tokens, logprobs = sampled.cpu().numpy(), chosen.cpu().numpy()
         self._reject_nan(logprobs)
         self._record_likeliest(logits)
+        self._record_kept(candidates, sampled)
         stopped = self._ends[tokens]
         done = np.flatnonzero(running.extend(tokens, logprobs) | stopped)
         self._tokens += tokens.size
@@ -202,6 +204,14 @@ class EmbeddedEngine:
             k = int(running.top_logprobs_num().max())
             tokens, logprobs = likeliest(logits[tensor(rows)], tensor(running.temperatures()[rows]), k)
             running.record_likeliest(rows, tokens.cpu().numpy(), logprobs.cpu().numpy())
+
+    def _record_kept(self, candidates: torch.Tensor, sampled: torch.Tensor) -> None:
+        """Record the other tokens that could have been sampled, of the rows whose requests ask for them."""
+        asking = [row for row, sequence in enumerate(self._running.sequences) if sequence.request.report_kept]
+        if asking:
+            rows = self._decoder.tensor(np.array(asking))
+            for row, ids in zip(asking, kept_besides(candidates[rows], sampled[rows]), strict=True):
+                self._running.sequences[row].kept.append(ids)
 
     def _score(self, version: int) -> list[Scored]:
         self._scoring_waited += bool(self._scores)

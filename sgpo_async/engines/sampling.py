@@ -35,23 +35,37 @@ def uniforms(streams: np.ndarray, indices: np.ndarray) -> np.ndarray:
     return (bits >> _DROP).astype(np.float64) * 2.0**-50
 
 
-def sample(
-    logits: torch.Tensor, temperature: torch.Tensor, top_p: np.ndarray, uniform: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sample from softmax(z/T), restricted to its nucleus where top_p < 1, by inverting its CDF at `uniform`.
+def distribution(logits: torch.Tensor, temperature: torch.Tensor, top_p: np.ndarray, top_k: np.ndarray) -> torch.Tensor:
+    """Compute the log-probabilities to sample from: softmax(z/T), truncated where top_p < 1 or top_k > 0.
 
-    logits [n, V], temperature [n] float32, top_p [n] float64 in (0, 1], uniform [n] float64 below 1. Returns tokens
-    [n] int64 and their log-probabilities [n] float32 under the distribution they were sampled from. The cumulative
-    sum is in float64, so rounding cannot select a token of probability 0.
+    logits [n, V], temperature [n] float32, top_p [n] float64 in (0, 1], top_k [n] int64, 0 for no limit. Returns
+    [n, V] float32, -inf for the tokens that are not kept.
     """
     logprobs = log_softmax(logits, temperature[:, None])
-    if (cut := np.flatnonzero(top_p < 1)).size:  # rows with top_p = 1 stay bit-identical
-        rows = torch.from_numpy(cut).to(logits.device)
-        logprobs[rows] = nucleus(logprobs[rows], torch.from_numpy(top_p[cut]).to(logits.device))
+    if (cut := np.flatnonzero((top_p < 1) | (top_k > 0))).size:  # the other rows stay bit-identical
+        rows, mass, most = (torch.from_numpy(array).to(logits.device) for array in (cut, top_p[cut], top_k[cut]))
+        logprobs[rows] = truncate(logprobs[rows], mass, most)
+    return logprobs
+
+
+def sample(logprobs: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sample from normalised log-probabilities [n, V] by inverting the CDF at `uniform` [n] float64 below 1.
+
+    Returns tokens [n] int64 and their log-probabilities [n]. The cumulative sum is in float64, so rounding cannot
+    select a token of probability 0.
+    """
     cumulative = logprobs.double().exp_().cumsum(-1)
     threshold = uniform * cumulative[:, -1]
     tokens = (cumulative <= threshold[:, None]).sum(-1)
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+
+
+def kept_besides(logprobs: torch.Tensor, tokens: torch.Tensor) -> list[np.ndarray]:
+    """Return the tokens that truncated log-probabilities [n, V] have kept, without `tokens` [n]: n arrays of ids."""
+    kept = (logprobs > -torch.inf).scatter_(1, tokens[:, None], False)
+    rows, ids = kept.nonzero(as_tuple=True)
+    edges = np.cumsum(np.bincount(rows.cpu().numpy(), minlength=len(tokens)))[:-1]
+    return np.split(ids.to(torch.int32).cpu().numpy(), edges)
 
 
 def likeliest(logits: torch.Tensor, temperature: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,16 +77,20 @@ def likeliest(logits: torch.Tensor, temperature: torch.Tensor, k: int) -> tuple[
     return top.indices, top.values
 
 
-def nucleus(logprobs: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """Restrict distributions to the smallest set of most probable tokens with total probability >= `top_p`.
+def truncate(logprobs: torch.Tensor, top_p: torch.Tensor, top_k: torch.Tensor) -> torch.Tensor:
+    """Restrict distributions to the fewest likeliest tokens with total probability >= `top_p`, and at most `top_k`.
 
-    logprobs [n, V] normalised, top_p [n] float64 in (0, 1). Returns renormalised log-probabilities [n, V], -inf
-    outside the nucleus (Holtzman et al. 2020, arXiv 1904.09751). Of equally probable tokens the lower id comes first.
+    logprobs [n, V] normalised, top_p [n] float64 in (0, 1], top_k [n] int64, 0 for no limit. Returns renormalised
+    log-probabilities [n, V], -inf for other tokens (nucleus sampling, Holtzman et al. 2020, arXiv 1904.09751). Of
+    equally probable tokens the lower id comes first. Both limits apply to the distribution over the whole vocabulary.
     """
     ordered, ids = logprobs.sort(stable=True, dim=-1, descending=True)
     mass = ordered.double().exp_().cumsum(-1)
+    rank = torch.arange(1, ordered.shape[1], device=ordered.device)
     beyond = torch.zeros_like(ordered, dtype=torch.bool)
-    beyond[:, 1:] = mass[:, :-1] >= top_p[:, None]  # the tokens before it already reach top_p
+    # The tokens before it already reach top_p, or there are top_k of them. Rounding never cuts with top_p = 1.
+    reached = (mass[:, :-1] >= top_p[:, None]) & (top_p[:, None] < 1)
+    beyond[:, 1:] = reached | ((rank >= top_k[:, None]) & (top_k[:, None] > 0))
     outside = torch.empty_like(beyond).scatter_(-1, ids, beyond)
     return torch.log_softmax(logprobs.masked_fill(outside, -torch.inf), -1)
 

@@ -20,6 +20,7 @@ class Sequence:
     logprobs: np.ndarray  # [length] float32; the prompt's are unused
     top_tokens: np.ndarray  # [length, k] int32, k = request.top_logprobs_num; the prompt's are unused
     top_logprobs: np.ndarray  # [length, k] float32
+    kept: list[np.ndarray] = field(default_factory=list)  # of each generated token, if request.report_kept
     versions: list[int] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
 
@@ -39,6 +40,8 @@ class Sequence:
         if prefix is not None:
             sequence.ids[start:], sequence.logprobs[start:] = prefix.tokens, prefix.logprobs
             sequence.versions, sequence.ends = prefix.versions.tolist(), prefix.ends.tolist()
+            if prefix.kept is not None and prefix.kept_sizes is not None:
+                sequence.kept = np.split(prefix.kept, np.cumsum(prefix.kept_sizes)[:-1])
             if prefix.top_tokens is not None and prefix.top_logprobs is not None:
                 sequence.top_tokens[start:] = prefix.top_tokens.reshape(-1, k)
                 sequence.top_logprobs[start:] = prefix.top_logprobs.reshape(-1, k)
@@ -69,6 +72,8 @@ class Sequence:
             ends=np.array(self.ends, np.int32),
             top_tokens=self.top_tokens[start:].flatten() if asked else None,
             top_logprobs=self.top_logprobs[start:].flatten() if asked else None,
+            kept=np.concatenate(self.kept) if self.request.report_kept else None,
+            kept_sizes=np.array([len(ids) for ids in self.kept], np.int32) if self.request.report_kept else None,
         )
 
     def result(self, *, stopped: bool) -> Generated:
@@ -95,6 +100,7 @@ class Running:
         self._stream = np.zeros(slots, np.uint64)
         self._temperature = np.ones(slots, np.float32)
         self._top_p = np.ones(slots, np.float64)
+        self._top_k = np.zeros(slots, np.int64)
         self._top_num = np.zeros(slots, np.int64)
 
     def __len__(self) -> int:
@@ -112,6 +118,7 @@ class Running:
         self._limit[row] = request.prompt.size + request.max_new_tokens
         self._stream[row] = stream(request.seed)
         self._temperature[row], self._top_p[row] = request.temperature, request.top_p
+        self._top_k[row] = request.top_k
         self._top_num[row] = request.top_logprobs_num
         self.sequences.append(sequence)
 
@@ -130,6 +137,10 @@ class Running:
     def top_p(self) -> np.ndarray:
         """[n] float64."""
         return self._top_p[: len(self)]
+
+    def top_k(self) -> np.ndarray:
+        """[n] int64."""
+        return self._top_k[: len(self)]
 
     def top_logprobs_num(self) -> np.ndarray:
         """The number of likeliest tokens that each row asks for, [n] int64."""
@@ -186,7 +197,7 @@ class Running:
     def _arrays(self) -> tuple[np.ndarray, ...]:
         return (
             self._ids, self._logprobs, self._top_tokens, self._top_logprobs, self._length, self._prompt, self._limit,
-            self._stream, self._temperature, self._top_p, self._top_num,
+            self._stream, self._temperature, self._top_p, self._top_k, self._top_num,
         )  # fmt: skip
 
     def _reserve(self, length: int, width: int = 0) -> None:

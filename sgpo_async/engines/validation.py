@@ -43,6 +43,8 @@ def validate(request: Generate | Score, *, longest: int, vocabulary: int, ends: 
         )
     if isinstance(request, Generate) and not 0 < request.top_p <= 1:
         raise EngineError(f"request {request.id}: top_p must be in (0, 1], got {request.top_p}")
+    if isinstance(request, Generate) and request.top_k < 0:
+        raise EngineError(f"request {request.id}: top_k must be >= 0, got {request.top_k}")
     if isinstance(request, Generate) and request.prefix is not None:
         _check_prefix(request, request.prefix, ends)
 
@@ -55,4 +57,7 @@ def _check_prefix(request: Generate, prefix: SampledTokens, ends: Collection[int
     tiled = prefix.versions.size == prefix.ends.size and (np.diff(prefix.ends, prepend=0) > 0).all()
     assert tiled and prefix.ends[-1] == count, f"request {request.id}: spans {prefix.ends} of {count} tokens"
     tops = [0 if top is None else top.size for top in (prefix.top_tokens, prefix.top_logprobs)]
+    kept = None if prefix.kept is None or prefix.kept_sizes is None else (prefix.kept.size, prefix.kept_sizes)
+    assert (kept is not None) == request.report_kept, f"request {request.id}: the prefix must have its kept tokens"
+    assert kept is None or (kept[1].size, kept[1].sum()) == (count, kept[0]), f"request {request.id}: kept {kept}"
     assert tops == [count * k, count * k], f"request {request.id}: {tops} likeliest tokens, {k} at {count} positions"

@@ -50,6 +50,7 @@ def violation(lease: Lease, rollout: Rollout, limits: Limits, *, prompts: Prompt
         or _token_ids(rollout, limits)
         or _numbers(lease, rollout)
         or _likely_tokens(lease, rollout)
+        or _kept(lease, rollout)
         or _prompt(rollout, prompts)
     )
 
@@ -57,7 +58,12 @@ def violation(lease: Lease, rollout: Rollout, limits: Limits, *, prompts: Prompt
 def report_violation(lease: Lease, progress: Progress, limits: Limits) -> str | None:
     """Why `progress` cannot be a report on `lease`; None if it can."""
     for part in progress.partial:
-        reason = _part(lease, part) or _versions(lease, part.versions, limits) or _token_ids(part, limits)
+        reason = (
+            _part(lease, part)
+            or _versions(lease, part.versions, limits)
+            or _token_ids(part, limits)
+            or _kept(lease, part)
+        )
         if reason:
             return f"report: {reason}"
     return None
@@ -128,7 +134,7 @@ def _versions(lease: Lease, versions: np.ndarray, limits: Limits) -> str | None:
 
 def _token_ids(sent: Rollout | PartialRollout, limits: Limits) -> str | None:
     limit = limits.vocabulary or 2**31
-    for name in ("prompt", "tokens", "top_tokens"):
+    for name in ("prompt", "tokens", "top_tokens", "kept"):
         ids = getattr(sent, name, None)
         if ids is not None and len(ids) and not (ids.min() >= 0 and ids.max() < limit):
             return f"{name} has an id that is not in the vocabulary"
@@ -159,6 +165,20 @@ def _likely_tokens(lease: Lease, rollout: Rollout) -> str | None:
         )
     if logprobs is not None and not _are_logprobs(logprobs):
         return f"top_logprobs must be in [{LOWEST:g}, 0]"
+    return None
+
+
+def _kept(lease: Lease, sent: Rollout | PartialRollout) -> str | None:
+    if (sent.kept is not None) != lease.reports_kept:
+        return "kept must come with rollouts of training with top_p below 1 or top_k above 0, and with no others"
+    if sent.kept is None or sent.kept_sizes is None:
+        return None
+    if (sent.kept_sizes[~sampled_by_policy(sent.versions, sent.ends)] != 0).any():
+        return "kept_sizes of tokens that an environment wrote must be 0"
+    at = np.repeat(np.arange(len(sent.tokens)), sent.kept_sizes)
+    pairs = np.concatenate([at, np.arange(len(sent.tokens))]) * 2**32 + np.concatenate([sent.kept, sent.tokens])
+    if len(np.unique(pairs)) != len(pairs):
+        return "kept must hold distinct tokens at each position, without the sampled one"
     return None
 
 

@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sgpo_async.algorithm import Kept
+
 SHARE = 0.1  # least share of the positions that must repeat a prompt for it to be computed once
 
 
@@ -25,6 +27,8 @@ class Tokens(NamedTuple):
     prompt: np.ndarray  # [L] int32, L >= 1
     completion: np.ndarray  # [T] int32, T >= 1
     trained: np.ndarray | None = None  # [T] bool, whether a token has a loss; None: every token has
+    kept: np.ndarray | None = None  # the other tokens that truncated sampling kept, position by position, and ...
+    kept_sizes: np.ndarray | None = None  # ... their number, [T] int32; None: it was not truncated
 
     @property
     def targets(self) -> np.ndarray:
@@ -53,6 +57,19 @@ class Packed(NamedTuple):
     picks: np.ndarray  # [C] int64, the position in the row that predicts each trained token
     targets: np.ndarray  # [C] int64, the trained tokens
     shared: Shared | None = None  # None: the row is the plain layout
+
+
+def kept_of(sequences: Sequence[Tokens]) -> Kept | None:
+    """The tokens that truncated sampling kept beside each trained token; None if it was not truncated."""
+    others, sizes = [], []
+    for own in sequences:
+        if own.kept is None or own.kept_sizes is None:
+            continue
+        trained = np.ones(len(own.completion), bool) if own.trained is None else own.trained
+        others.append(own.kept[np.repeat(trained, own.kept_sizes)])
+        sizes.append(own.kept_sizes[trained])
+    assert len(others) in (0, len(sequences)), "truncated and other sequences must not share a loss"
+    return Kept(np.concatenate(others), np.concatenate(sizes)) if others else None
 
 
 def pack(sequences: Sequence[Tokens], row_tokens: float = math.inf) -> Packed:

@@ -27,7 +27,7 @@ from torch.distributed.fsdp import (
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from sgpo_async.algorithm import Found, LogProbability, Part, linear_loss
+from sgpo_async.algorithm import Found, Kept, LogProbability, Part, linear_loss
 from sgpo_async.config.schema import Lora
 from sgpo_async.errors import DataError
 from sgpo_async.learner.attention import Segments, use_packed_attention
@@ -92,9 +92,9 @@ class Policy(nn.Module):
         return linear_loss(self.hidden(packed), self.head, parts, temperature=temperature)
 
     @torch.no_grad()
-    def log_probabilities(self, packed: Packed, temperature: float) -> Tensor:
-        """Compute log pi of each completion token of a micro-batch: [C]."""
-        measure = LogProbability(self._tensor(packed.targets))
+    def log_probabilities(self, packed: Packed, temperature: float, kept: Kept | None = None) -> Tensor:
+        """Compute log pi of each completion token of a micro-batch: [C]; renormalised over `kept`, if given."""
+        measure = LogProbability(self._tensor(packed.targets), kept)
         _, (found,) = self(packed, [Part(measure, lambda log_pi, _: log_pi.sum())], temperature)
         return found.value
 

@@ -31,7 +31,7 @@ from sgpo_async.learner.batch import Batch, Item, LeftOut, Responses, Sequences,
 from sgpo_async.learner.division import Cost, Piece, deal, divide
 from sgpo_async.learner.objectives.base import Distillation, rollout_after
 from sgpo_async.learner.optimiser import clip_gradients, learning_rate
-from sgpo_async.learner.packing import Packed, Tokens, pack, repeated_tokens
+from sgpo_async.learner.packing import Packed, Tokens, kept_of, pack, repeated_tokens
 from sgpo_async.learner.policy import LOCAL_GRADIENT_BYTES, Policy
 from sgpo_async.learner.step_metrics import StepMetrics
 from sgpo_async.learner.teacher import Teacher
@@ -158,8 +158,8 @@ class Stepper:
         """Compute log pi of each completion's trained tokens at the sampling temperature. A collective of all ranks."""
         sums: dict[int, float] = {}
         for order in self._forwards(sequences):
-            packed = pack([sequences[i] for i in order])
-            log_pi = self.policy.log_probabilities(packed, self.run.rollout.temperature)
+            taken = [sequences[i] for i in order]
+            log_pi = self.policy.log_probabilities(pack(taken), self.run.rollout.temperature, kept_of(taken))
             own = log_pi.split([len(sequences[i].targets) for i in order])
             sums |= {i: float(part.double().sum()) for i, part in zip(order, own, strict=True)}
         return [sums[i] for i in range(len(sequences))]
@@ -214,7 +214,8 @@ class Stepper:
             rollouts, k = [item.rollout for item in items], algorithm.top_logprobs_num
             return top_k_targets(rollouts, k=k, kind=algorithm.divergence, device=self._device)
         own = torch.cat([states[_key(item)] for item in items])
-        return TeacherDivergence(own, self.teacher.matrix, targets, algorithm.divergence)
+        kept = kept_of([item.teacher for item in items])
+        return TeacherDivergence(own, self.teacher.matrix, targets, algorithm.divergence, kept)
 
     def _synchronise(self, last: bool) -> None:
         """Reduce the gradients of a small model once per step, and of a large model, to save memory, each time.

@@ -27,7 +27,7 @@ from sgpo_async.wire.records import Rollout
 TERMS = ("correction", "kl_correction")
 SUMS = (
     *("grpo_loss", "kd_loss", "likelihood_loss", "entropy", "entropy_tokens"),
-    *("tokens_auto", "tokens_kd", "tokens_likelihood", "tokens_forward_only", "tokens_stale", "targets"),
+    *("tokens_auto", "kept", "tokens_kd", "tokens_likelihood", "tokens_forward_only", "tokens_stale", "targets"),
     *("kl", "masked_tokens", "masked_kl", "limited_kl"),
     *(f"{metric}_{part}" for metric in PROBLEM_METRICS for part in ("sum", "problems")),
     *(f"{term}_{part}_{age}" for term in TERMS for part in ("sum", "clipped", "tokens") for age in AGES),
@@ -131,6 +131,7 @@ def _loss_metrics(total: dict[str, float]) -> dict[str, Any]:
         "kd_loss": total["kd_loss"],
         "likelihood_loss": total["likelihood_loss"] if total["tokens_likelihood"] else None,
         "entropy": _ratio(total["entropy"], total["entropy_tokens"]),
+        "kept_mean": _ratio(total["kept"], total["tokens_auto"]) or None,
         "kl_mean": _ratio(total["kl"], total["tokens_kd"]),
         "kl_masked_fraction": _ratio(total["masked_tokens"], total["tokens_kd"]),
         "kl_masked_mass": _ratio(total["masked_kl"], total["kl"]),

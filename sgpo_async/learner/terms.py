@@ -31,7 +31,7 @@ from sgpo_async.algorithm import (
 from sgpo_async.config.schema import Algorithm
 from sgpo_async.learner.batch import lags
 from sgpo_async.learner.objectives.base import Distillation, Likelihood, PolicyGradient
-from sgpo_async.learner.packing import pad
+from sgpo_async.learner.packing import kept_of, pad
 from sgpo_async.learner.step_metrics import StepMetrics
 from sgpo_async.wire.records import OBSERVED, Rollout
 
@@ -61,7 +61,8 @@ class PolicyGradientTerm:
             _like(like, [getattr(item, name) for item in items]) for name in ("advantage", "weight", "stands_for")
         )
         whole = algorithm.grpo_correction.mode in WHOLE_SEQUENCE_MODES
-        self.part = Part(LogProbability(targets), self._loss, whole)
+        self._kept = kept_of([item.student for item in items])
+        self.part = Part(LogProbability(targets, self._kept), self._loss, whole)
 
     def record(self, found: Found, statistics: StepMetrics) -> None:
         """See `Term`."""
@@ -69,6 +70,8 @@ class PolicyGradientTerm:
         log_rho = log_pi - self._log_mu
         rule = self._algorithm.grpo_correction
         statistics.add(grpo_loss=found.loss, tokens_auto=self._mask)
+        if self._kept:
+            statistics.add(kept=self._mask.sum() + int(self._kept.sizes.sum()))
         share = self._stand_for[:, None] * self._mask
         statistics.add(entropy=_unflatten(found.aside, self._mask) * share, entropy_tokens=share)
         statistics.add_correction("correction", self._correction(log_pi), log_rho, self._age, rule)

@@ -38,9 +38,6 @@ class RolloutGroup:
 
     def __init__(self, lease: Lease, *, plain: np.ndarray, guided: np.ndarray | None) -> None:
         assert guided is not None or lease.guided == 0, "a guided rollout needs a prompt with the strategy"
-        assert lease.purpose == "evaluate" or lease.top_p == 1, (
-            "training needs log-probabilities of the whole vocabulary"
-        )
         self.lease = lease
         self._prompts = {False: plain, True: guided}
         self._begun = {part.slot: part for part in lease.partial}
@@ -144,6 +141,8 @@ class RolloutGroup:
             temperature=self.lease.temperature,
             seed=rollout_seed(self.lease.seed, slot),
             top_p=self.lease.top_p,
+            top_k=self.lease.top_k,
+            report_kept=self.lease.reports_kept,
             top_logprobs_num=self.lease.top_logprobs_num if self._is_guided(slot) else 0,
             prefix=SampledTokens(**_sampled(begun)) if begun else None,
         )
@@ -167,6 +166,8 @@ class RolloutGroup:
             unguided_logprob=unguided_logprob,
             top_tokens=result.top_tokens if unguided_logprob is not None else None,
             top_logprobs=result.top_logprobs if unguided_logprob is not None else None,
+            kept=result.kept,
+            kept_sizes=result.kept_sizes,
             solved_at=self.lease.solved_at,
         )
 
@@ -223,6 +224,8 @@ def _with_reply(slot: int, result: Generated, reply: np.ndarray) -> PartialRollo
         ends=np.array([length], np.int32),
         top_tokens=np.zeros(likely, np.int32) if likely else None,
         top_logprobs=np.zeros(likely, np.float32) if likely else None,
+        kept=None if result.kept is None else np.empty(0, np.int32),
+        kept_sizes=None if result.kept is None else np.zeros(length, np.int32),
     )
     return join([_part(slot, result), observed])
 

@@ -99,6 +99,8 @@ def join(parts: Sequence[PartialRollout]) -> PartialRollout:
         ends=ends[last],
         top_tokens=_joined([part.top_tokens for part in parts]),
         top_logprobs=_joined([part.top_logprobs for part in parts]),
+        kept=_joined([part.kept for part in parts]),
+        kept_sizes=_joined([part.kept_sizes for part in parts]),
         finish=parts[-1].finish,
     )
 
@@ -111,6 +113,7 @@ def after(part: PartialRollout, position: int) -> PartialRollout | None:
         return None
     kept = part.ends > position
     k = len(part.top_tokens) // length if part.top_tokens is not None else 0
+    sizes = part.kept_sizes if part.kept_sizes is not None else np.empty(0, np.int32)
     return PartialRollout(
         slot=part.slot,
         start=position,
@@ -120,6 +123,8 @@ def after(part: PartialRollout, position: int) -> PartialRollout | None:
         ends=part.ends[kept] - np.int32(position),
         top_tokens=part.top_tokens[position * k :] if part.top_tokens is not None else None,
         top_logprobs=part.top_logprobs[position * k :] if part.top_logprobs is not None else None,
+        kept=part.kept[int(sizes[:position].sum()) :] if part.kept is not None else None,
+        kept_sizes=sizes[position:] if part.kept is not None else None,
         finish=part.finish,
     )
 

@@ -19,6 +19,7 @@ class Sampling:
     temperature: float
     top_p: float
     max_new_tokens: int
+    top_k: int = 0
     top_logprobs_num: int = 0
 
 
@@ -64,6 +65,7 @@ class Task:
             temperature=self.sampling.temperature,
             top_p=self.sampling.top_p,
             max_new_tokens=self.sampling.max_new_tokens,
+            top_k=self.sampling.top_k,
             top_logprobs_num=self.sampling.top_logprobs_num,
             solved_at=self.solved_at,
             cut_scores=self.cut_scores,
@@ -111,6 +113,7 @@ class TaskSampler:
                 temperature=sizes.temperature,
                 top_p=sizes.top_p,
                 max_new_tokens=sizes.max_new_tokens,
+                top_k=sizes.top_k,
                 top_logprobs_num=self._run.algorithm.top_logprobs_num,
             ),
             solved_at=tasks.solved_at,

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-PROTOCOL = 7  # raise it whenever a record changes
+PROTOCOL = 8  # raise it whenever a record changes
 
 Tokens = Annotated[np.ndarray, "<i4"]  # token ids, 1-d
 Ints = Annotated[np.ndarray, "<i4"]
@@ -101,6 +101,8 @@ class PartialRollout:
     ends: Ints  # [S] end (exclusive) of each span within these tokens; the last is n
     top_tokens: Tokens | None = None  # [n * k], if the lease asks for the likeliest tokens of this rollout
     top_logprobs: Floats | None = None  # [n * k]
+    kept: Tokens | None = None  # as those of `Rollout`
+    kept_sizes: Ints | None = None  # [n]
     finish: Literal["", "stop", "length"] = ""  # how the completion ended, if only its verdict is missing
 
 
@@ -127,8 +129,9 @@ class Lease:
     min_version: int  # no token may come from an older weight version
     seed: int
     temperature: float
-    top_p: float  # must be 1 for training: importance ratios need log-probabilities over the whole vocabulary
+    top_p: float  # sample from the fewest likeliest tokens with this probability together; 1: from all
     max_new_tokens: int
+    top_k: int = 0  # sample from at most this many of the likeliest tokens; 0: no limit
     top_logprobs_num: int = 0  # likeliest tokens to report for each token of a correct guided rollout
     solved_at: float = 1.0  # a rollout is correct if its reward is at least this
     cut_scores: bool = True  # whether a completion that max_new_tokens has cut is judged; else its reward is 0
@@ -136,6 +139,11 @@ class Lease:
     columns: str = ""  # the other columns of the problem's record as a JSON object, if the verifier is the user's own
     finished: Ints = field(default_factory=lambda: np.empty(0, np.int32))  # slots whose rollouts the hub has already
     partial: tuple[PartialRollout, ...] = ()  # what earlier attempts sampled of the other slots; each from position 0
+
+    @property
+    def reports_kept(self) -> bool:
+        """Whether its rollouts must report the tokens that were kept: importance ratios need them."""
+        return self.purpose == "train" and (self.top_p < 1 or self.top_k > 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +178,7 @@ class Rollout:
     guided: bool
     prompt: Tokens  # with the strategy, if guided
     tokens: Tokens  # [T] sampled tokens, with the end token if there is one, and those of an environment between them
-    logprobs: Floats  # [T] behaviour log-probability of each token at the sampling temperature
+    logprobs: Floats  # [T] behaviour log-probability of each token, under the distribution it was sampled from
     versions: Ints  # [S] weight version of each span, or OBSERVED; the first is a version
     ends: Ints  # [S] end (exclusive) of each span in `tokens`; the last is T
     reward: float  # any finite number
@@ -180,6 +188,10 @@ class Rollout:
     unguided_logprob: float | None = None
     top_tokens: Tokens | None = None  # [T * k]
     top_logprobs: Floats | None = None  # [T * k]
+    # Only if top_p or top_k truncated the distribution in training: the other tokens that were kept beside the sampled
+    # one, position by position, and their number. `logprobs` are then renormalised over the kept tokens.
+    kept: Tokens | None = None  # [sum of kept_sizes]
+    kept_sizes: Ints | None = None  # [T]; 0 for a token that an environment wrote
     solved_at: float = 1.0  # of its lease
 
     @property

@@ -26,12 +26,26 @@ def invalid_rollout(rollout: Rollout) -> str | None:
         return f"versions must hold one number for each of one or more spans, got {len(rollout.versions)} for {spans}"
     if (top is None) != (rollout.top_logprobs is None):
         return "top_tokens and top_logprobs must come together"
+    if reason := _invalid_kept(rollout):
+        return reason
     if top is None or rollout.top_logprobs is None:
         return None
     if not len(top) or len(top) != len(rollout.top_logprobs) or len(top) % length:
         return (
             f"top_tokens and top_logprobs must hold k numbers for each of {length} tokens, "
             f"got {len(top)} and {len(rollout.top_logprobs)}"
+        )
+    return None
+
+
+def _invalid_kept(sent: Rollout | PartialRollout) -> str | None:
+    kept, sizes = sent.kept, sent.kept_sizes
+    if kept is None or sizes is None:
+        return None if kept is sizes else "kept and kept_sizes must come together"
+    if len(sizes) != len(sent.tokens) or (sizes < 0).any() or sizes.sum(dtype="int64") != len(kept):
+        return (
+            f"kept_sizes must hold numbers >= 0 for each of {len(sent.tokens)} tokens, with the sum {len(kept)}, "
+            f"got {len(sizes)}"
         )
     return None
 
@@ -48,8 +62,8 @@ def invalid_lease(lease: Lease) -> str | None:
         return f"turns must be >= 0, got {lease.turns}"
     if lease.top_logprobs_num < 0:
         return f"top_logprobs_num must be >= 0, got {lease.top_logprobs_num}"
-    if lease.purpose == "train" and lease.top_p < 1:
-        return f"top_p must be 1 for training, whose log-probabilities cover the whole vocabulary, got {lease.top_p}"
+    if lease.top_k < 0:
+        return f"top_k must be >= 0, got {lease.top_k}"
     if any(part.start for part in lease.partial):
         return "the partial rollouts of a lease must start at position 0"
     return next(filter(None, map(invalid_partial, lease.partial)), None)
@@ -77,6 +91,8 @@ def invalid_partial(part: PartialRollout) -> str | None:
         or (ends[1:] <= ends[:-1]).any()
     ):
         return f"ends must be > 0 and increase up to {length}, with one version for each, got {ends[:8].tolist()}"
+    if reason := _invalid_kept(part):
+        return reason
     top, top_logprobs = part.top_tokens, part.top_logprobs
     if top is None or top_logprobs is None:
         return None if top is top_logprobs else "top_tokens and top_logprobs must come together"
@@ -91,7 +107,7 @@ def invalid_hello(hello: Hello) -> str | None:
 
 
 def invalid_shard(shard: Shard) -> str | None:
-    """Why a shard must not be trained on: evaluation may sample from a truncated distribution, training must not."""
+    """Why a shard must not be trained on: rollouts of an evaluation lack what training needs."""
     others = [rollout for rollout in shard.rollouts if rollout.purpose != "train"]
     return f"rollouts must be for training, got task {others[0].task} for {others[0].purpose}" if others else None
 

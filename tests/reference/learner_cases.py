@@ -152,6 +152,22 @@ def with_observations(parts: list[list[Rollout]], *, seed: int = 0) -> list[list
     return [[_observed(rng, rollout) for rollout in group] for group in parts]
 
 
+def truncated(parts: list[list[Rollout]], *, seed: int = 0) -> list[list[Rollout]]:
+    """The same groups, sampled from one to all tokens of the vocabulary at each position, none where observed."""
+    rng = np.random.default_rng(seed)
+    return [[_truncated(rng, rollout) for rollout in group] for group in parts]
+
+
+def _truncated(rng: np.random.Generator, rollout: Rollout) -> Rollout:
+    kept = []
+    for token, own in zip(rollout.tokens.tolist(), rollout.sampled.tolist(), strict=True):
+        others = rng.permutation([v for v in range(VOCABULARY) if v != token])
+        kept.append(others[: int(rng.choice([0, 0, 1, 2, 5, VOCABULARY - 1])) * own])
+    sizes = np.array([len(own) for own in kept], np.int32)
+    logprobs = np.where(sizes > 0, rollout.logprobs, np.float32(0))  # a token that was kept alone is certain
+    return replace(rollout, logprobs=logprobs, kept=np.concatenate(kept).astype(np.int32), kept_sizes=sizes)
+
+
 def _observed(rng: np.random.Generator, rollout: Rollout) -> Rollout:
     length, version = len(rollout.tokens), int(rollout.versions[-1])
     turns = min(int(rng.integers(1, 3)), (length - 1) // 2)

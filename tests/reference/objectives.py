@@ -67,11 +67,23 @@ class Problem:
     def log_pi(self, model: PreTrainedModel, prompt: np.ndarray, tokens: np.ndarray) -> Tensor:
         return self.all_log_probs(model, prompt, tokens)[range(len(tokens)), tokens.tolist()]
 
+    def sampled_log_pi(self, model: PreTrainedModel, rollout: Rollout) -> Tensor:
+        """[T], log pi of a rollout's tokens under the distribution they were sampled from: over what was kept."""
+        log_pi = self.all_log_probs(model, rollout.prompt, rollout.tokens)
+        own = log_pi[range(len(rollout.tokens)), rollout.tokens.tolist()]
+        if rollout.kept is None or rollout.kept_sizes is None:
+            return own
+        kept, start = [], 0
+        for token, size in zip(rollout.tokens.tolist(), rollout.kept_sizes.tolist(), strict=True):
+            kept.append([token, *rollout.kept[start : start + size].tolist()])
+            start += size
+        return own - torch.stack([row[ids].exp().sum().log() for row, ids in zip(log_pi, kept, strict=True)])
+
     def surrogate(self, rollout: Rollout, advantage: float) -> Tensor:
         """[C], c_t times the clipped surrogate of Eq. 1 for the tokens that the policy sampled."""
         own = sampled(rollout)
-        log_pi = self.log_pi(self.model, rollout.prompt, rollout.tokens)[own]
-        log_prox = self.log_pi(self.at, rollout.prompt, rollout.tokens).detach()[own]
+        log_pi = self.sampled_log_pi(self.model, rollout)[own]
+        log_prox = self.sampled_log_pi(self.at, rollout).detach()[own]
         ratio = (log_pi - log_prox).exp()
         low, high = 1 - self.rule.eps_low, 1 + self.rule.eps_high
         clipped = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
@@ -145,7 +157,7 @@ def distillation(problem: Problem, target: Rollout) -> Tensor:
     rule, own = problem.rule, sampled(target)
     log_p = problem.all_log_probs(problem.teacher, target.prompt, target.tokens).detach()
     log_q, log_q_at = (problem.all_log_probs(m, problem.plain, target.tokens) for m in (problem.model, problem.at))
-    chosen = log_p[range(len(target.tokens)), target.tokens.tolist()]
+    chosen = problem.sampled_log_pi(problem.teacher, target).detach()
     if rule.teacher == "behaviour":
         listed = target.top_tokens.reshape(len(target.tokens), -1).tolist()
         log_p = torch.from_numpy(reported(target))
@@ -201,7 +213,7 @@ def corrected_rates(problem: Problem) -> list[float]:
     """The pass rates p_auto and p_guide under the model `at`."""
     rates = []
     for part in (problem.autonomous, problem.guided):
-        log_pi = [problem.log_pi(problem.at, r.prompt, r.tokens)[sampled(r)].sum().item() for r in part]
+        log_pi = [problem.sampled_log_pi(problem.at, r)[sampled(r)].sum().item() for r in part]
         rho = [math.exp(x - float(r.logprobs.astype(np.float64).sum())) for x, r in zip(log_pi, part, strict=True)]
         rewards = np.array([r.reward for r in part])
         rates.append(sgpo.corrected_mean(rewards, np.array(rho), problem.rule.grpo_correction.bound))

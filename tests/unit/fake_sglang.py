@@ -123,6 +123,7 @@ class StreamingApi(FakeApi):
     def __init__(self, url: str = "server", *, interval: int = 1) -> None:
         super().__init__(url)
         self.interval, self.version, self.paused = interval, 0, False
+        self.reports_kept = True  # SGLang before 0.5.23 does not
         self.bodies: list[Json] = []
         self.holds: Callable[[list[int]], bool] = lambda tokens: False
         self.breaks: Callable[[], None] = lambda: None
@@ -162,11 +163,12 @@ class StreamingApi(FakeApi):
                 elif len(tokens) == sampling["max_new_tokens"]:
                     finish = {"type": "length"}
             if finish is not None or len(tokens) % self.interval == 0:
-                yield {"meta_info": self._meta(first, versions, body["top_logprobs_num"], finish)}
+                yield {"meta_info": self._meta(first, versions, body, finish)}
         await asyncio.sleep(0)
         self.breaks()
 
-    def _meta(self, first: int, versions: list[int], k: int, finish: Json | None) -> Json:
+    def _meta(self, first: int, versions: list[int], body: Json, finish: Json | None) -> Json:
+        k = body["top_logprobs_num"]
         positions = [(first + i, version) for i, version in enumerate(versions)]
         meta: Json = {
             "completion_tokens": len(versions),
@@ -177,12 +179,21 @@ class StreamingApi(FakeApi):
             meta["output_top_logprobs"] = [
                 [[logprob_at(*at) - j, token_at(at[0]) + j, None] for j in range(k)] for at in positions
             ]
+        if body.get("return_sampling_mask") and self.reports_kept:
+            meta["output_token_sampling_mask"] = [kept_at(at) for at, _ in positions]
+            meta["output_token_sampling_logprobs"] = [logprob_at(*at) / 2 for at in positions]
         if finish is not None:
             ends = [i for i in range(1, len(versions) + 1) if versions[i - 1] != (versions[i:] or [None])[0]]
             meta["weight_versions"] = [{"version": str(versions[end - 1]), "end": end} for end in ends] or [
                 {"version": str(self.version), "end": 0}
             ]
         return meta
+
+
+def kept_at(position: int) -> list[int]:
+    """One to three tokens, the sampled one among them."""
+    own = token_at(position)
+    return {0: [own], 1: [own + 1, own], 2: [own + 1, own, own + 2]}[position % 3]
 
 
 def token_at(position: int) -> int:

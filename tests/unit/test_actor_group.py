@@ -1,6 +1,7 @@
 """The group of one lease in an actor: its requests to the engine, and its rollouts in any order of completion."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +18,10 @@ PLAIN, GUIDED = np.array([1, 2], np.int32), np.array([7, 1, 2], np.int32)
 def make_group(
     autonomous: int = 2,
     guided: int = 2,
+    *,
     purpose: Purpose = "train",
     top_p: float = 1.0,
+    top_k: int = 0,
     top_logprobs_num: int = 0,
     cut_scores: bool = True,
 ) -> RolloutGroup:
@@ -36,6 +39,7 @@ def make_group(
         seed=99,
         temperature=0.7,
         top_p=top_p,
+        top_k=top_k,
         max_new_tokens=5,
         top_logprobs_num=top_logprobs_num,
         cut_scores=cut_scores,
@@ -63,10 +67,28 @@ def test_autonomous_slots_come_first_and_get_the_plain_prompt() -> None:
 
 
 def test_every_request_has_the_sampling_parameters_of_the_lease() -> None:
-    for request in make_group(purpose="evaluate", top_p=0.95).requests():
-        assert (request.temperature, request.top_p, request.max_new_tokens) == (0.7, 0.95, 5)
-    with pytest.raises(AssertionError, match="whole vocabulary"):
-        make_group(purpose="train", top_p=0.95)
+    for request in make_group(purpose="evaluate", top_p=0.95, top_k=9).requests():
+        assert (request.temperature, request.top_p, request.top_k, request.max_new_tokens) == (0.7, 0.95, 9, 5)
+
+
+@pytest.mark.parametrize(
+    ("lease", "reported"),
+    [
+        ({}, False),
+        ({"top_p": 0.95}, True),
+        ({"top_k": 9}, True),
+        ({"purpose": "evaluate", "top_p": 0.95, "top_k": 9}, False),
+    ],
+)
+def test_only_truncated_rollouts_of_training_report_what_was_kept(lease: dict[str, Any], reported: bool) -> None:
+    group = make_group(**lease)
+    request = group.requests()[0]
+    assert request.report_kept == reported
+    kept = {"kept": np.array([4], np.int32), "kept_sizes": np.array([0, 1], np.int32)} if reported else {}
+    group.generated(replace(completion(request), **kept))
+    rollout = group.judged(request.id, reward=1.0)
+    assert isinstance(rollout, Rollout)
+    assert (rollout.kept is not None, rollout.kept_sizes is not None) == (reported, reported)
 
 
 def test_a_rollout_has_the_logprobs_that_the_engine_returned() -> None:

@@ -236,7 +236,7 @@ def test_uniforms_are_uniform_along_a_stream_and_across_neighbouring_seeds():
 def test_a_token_of_probability_zero_is_never_sampled():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(4, -1)
     uniform = torch.tensor([0.0, 0.499999, 0.5, 1 - 2.0**-50], dtype=torch.float64)
-    tokens, logprobs = sample(logits, torch.ones(4), np.ones(4), uniform)
+    tokens, logprobs = sample(torch.log_softmax(logits, -1), uniform)
     assert tokens.tolist() == [1, 1, 3, 3]
     assert torch.allclose(logprobs, torch.full((4,), -np.log(2.0), dtype=torch.float32))
 

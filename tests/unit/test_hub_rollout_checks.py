@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sgpo_async.hub.rollout_checks import LOWEST, TOLERANCE, Limits, violation
-from sgpo_async.wire.records import Lease, Rollout
+from sgpo_async.hub.rollout_checks import LOWEST, TOLERANCE, Limits, report_violation, violation
+from sgpo_async.wire.records import OBSERVED, Lease, PartialRollout, Progress, Rollout
 
 VOCABULARY = 50
 NEWEST = 9
@@ -106,6 +106,53 @@ def test_valid_rollouts_have_no_violation() -> None:
 )
 def test_what_a_lease_does_not_allow_is_a_violation(changes: dict[str, Any], reason: str) -> None:
     assert (why(rollout(**changes)) or "").startswith(reason)
+
+
+TRUNCATED = {"top_p": 0.9, "top_k": 8}
+KEPT = {"kept": i4(9, 8, 3), "kept_sizes": i4(2, 0, 1)}  # of the tokens 3, 4 and 49
+
+
+def test_a_truncated_rollout_has_its_kept_tokens() -> None:
+    assert why(rollout(**KEPT), **TRUNCATED) is why(rollout(guided=True, **KEPT), **TRUNCATED) is None
+    alone = {"kept": i4(), "kept_sizes": i4(0, 0, 0)}
+    assert why(rollout(**alone), **TRUNCATED) is why(rollout(**KEPT), top_k=8) is None
+    evaluation = {"purpose": "evaluate", "top_logprobs_num": 0}
+    assert why(rollout(purpose="evaluate"), **evaluation | TRUNCATED) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "lease", "reason"),
+    [
+        ({}, TRUNCATED, "kept must come with rollouts of training with top_p below 1"),
+        (KEPT, {}, "kept must come with rollouts of training with top_p below 1"),
+        (KEPT | {"kept": i4(9, 50, 3)}, TRUNCATED, "kept has an id that is not in the vocabulary"),
+        (KEPT | {"kept": i4(9, -1, 3)}, TRUNCATED, "kept has an id that is not in the vocabulary"),
+        (KEPT | {"kept": i4(9, 9, 3)}, TRUNCATED, "kept must hold distinct tokens at each position"),
+        (KEPT | {"kept": i4(9, 3, 3)}, TRUNCATED, "kept must hold distinct tokens at each position"),
+        (KEPT | {"kept": i4(9, 8, 49)}, TRUNCATED, "kept must hold distinct tokens at each position"),
+    ],
+)
+def test_kept_tokens_that_a_lease_does_not_allow_are_a_violation(
+    changes: dict[str, Any], lease: dict[str, Any], reason: str
+) -> None:
+    assert (why(rollout(**changes), **lease) or "").startswith(reason)
+
+
+def test_kept_tokens_are_checked_in_reports_and_where_an_environment_wrote() -> None:
+    part = PartialRollout(
+        slot=1, start=0, tokens=i4(3, 4, 5), logprobs=f4(-1, 0, 0), versions=i4(3, OBSERVED), ends=i4(1, 3),
+        kept=i4(9), kept_sizes=i4(1, 0, 0),
+    )  # fmt: skip
+
+    def reason(part: PartialRollout, **changes: Any) -> str | None:
+        progress = Progress(task=1, attempt=0, purpose="train", partial=(part,))
+        return report_violation(lease(turns=2, **changes), progress, Limits(VOCABULARY, NEWEST))
+
+    assert reason(part, **TRUNCATED) is None
+    assert (reason(part) or "").startswith("report: kept must come with")
+    assert reason(replace(part, kept=None, kept_sizes=None)) is None
+    written = replace(part, kept_sizes=i4(0, 1, 0))
+    assert reason(written, **TRUNCATED) == "report: kept_sizes of tokens that an environment wrote must be 0"
 
 
 def test_rounding_is_no_violation() -> None:

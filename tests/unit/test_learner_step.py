@@ -1,6 +1,7 @@
 """One step on one rank: packed loss and gradient compared with Eq. 7 computed sequence by sequence, in float64."""
 
-from dataclasses import replace
+import copy
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -9,12 +10,14 @@ from torch import Tensor
 
 from sgpo_async.algorithm import linear
 from sgpo_async.config.schema import Correction, Run
+from sgpo_async.engines import EmbeddedEngine, Generate, Generated, SampledTokens, Weights
 from sgpo_async.errors import SgpoError
 from sgpo_async.learner import policy, step
 from sgpo_async.learner.batch import LeftOut, Sequences, from_shard
 from sgpo_async.learner.division import Piece, divide
 from sgpo_async.learner.objectives.base import Likelihood
 from sgpo_async.learner.packing import Tokens, pack, repeated_tokens
+from sgpo_async.weights import digest
 from sgpo_async.wire.records import Rollout
 from tests.reference import learner_cases as cases
 from tests.reference.objectives import reference_loss
@@ -175,6 +178,85 @@ def test_what_an_environment_wrote_is_read_and_not_trained(algorithm: dict[str, 
     expected = reference_loss(model, parts, run, responses=cases.demonstrations)
     expected.backward()
     assert_equal((loss, found), (expected.item(), {name: p.grad for name, p in model.named_parameters()}))
+
+
+@pytest.mark.parametrize("observations", [False, True])
+@pytest.mark.parametrize("algorithm", OBSERVED_RUNS.values(), ids=OBSERVED_RUNS.keys())
+def test_truncated_rollouts_are_trained_with_probabilities_over_what_was_kept(
+    algorithm: dict[str, object], observations: bool
+) -> None:
+    run, parts = cases.settings(row_tokens=20, temperature=0.8, **algorithm), cases.groups(seed=4)
+    parts = cases.truncated(cases.with_observations(parts) if observations else parts)
+    stepper = cases.stepper(run, cases.tiny_model())
+    metrics = stepper.accumulate(stepper.batch(cases.shard_of(parts, problems=len(parts)))).reduce()
+    found = {name: p.grad.full_tensor() for name, p in stepper.policy.model.named_parameters()}
+    model = cases.tiny_model()
+    expected = reference_loss(model, parts, run, responses=cases.demonstrations)
+    expected.backward()
+    assert_equal((metrics["loss"], found), (expected.item(), {name: p.grad for name, p in model.named_parameters()}))
+    own = [rollout for group in parts for rollout in group if not rollout.guided]
+    tokens = sum(int(rollout.sampled.sum()) for rollout in own)
+    assert metrics["kept_mean"] == pytest.approx(1 + sum(int(r.kept_sizes.sum()) for r in own) / tokens)
+
+    whole = [[replace(rollout, kept=None, kept_sizes=None) for rollout in group] for group in parts]
+    other = cases.stepper(run, cases.tiny_model())
+    metrics = other.accumulate(other.batch(cases.shard_of(whole, problems=len(parts)))).reduce()
+    assert metrics["kept_mean"] is None
+    assert any(
+        not torch.allclose(p.grad.full_tensor(), found[name]) for name, p in other.policy.model.named_parameters()
+    )
+
+
+def test_a_stale_token_is_masked_with_what_was_kept_beside_it() -> None:
+    """With hub.stale=mask the older half of a rollout is not trained: nor do its kept tokens count."""
+    run, parts = cases.settings(), cases.truncated(cases.spread(cases.groups()))
+    stepper = cases.stepper(run, cases.tiny_model())
+    batch = from_shard(cases.shard_of(parts, problems=4), run.algorithm, left_out=LeftOut(older=5))
+    rollouts = [item.rollout for item in batch.sequences.policy_gradient]
+    assert any((rollout.kept_sizes[~rollout.sampled] > 0).any() for rollout in rollouts)
+    metrics = stepper.accumulate(batch).reduce()
+    tokens = sum(int(rollout.sampled.sum()) for rollout in rollouts)
+    kept = sum(int(rollout.kept_sizes[rollout.sampled].sum()) for rollout in rollouts)
+    assert metrics["kept_mean"] == pytest.approx(1 + kept / tokens)
+
+
+def test_at_lag_0_a_truncated_engine_and_the_learner_agree() -> None:
+    """The embedded engine samples with top-p and top-k; log pi/mu is 0 up to rounding, and not without the kept set."""
+    run = cases.settings(temperature=0.8)
+    model = cases.tiny_model(dtype=torch.float32, exact=False)
+    engine = EmbeddedEngine(copy.deepcopy(model), digest=digest, slots=16, end_ids=[0])
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    engine.load(Weights(version=5, digest=digest(tensors.items()), read=tensors.copy))
+    parts = []
+    for group in cases.groups():
+        for rollout in group:
+            engine.submit(
+                Generate(
+                    id=rollout.slot,
+                    prompt=rollout.prompt,
+                    max_new_tokens=12,
+                    temperature=0.8,
+                    seed=rollout.task * 10 + rollout.slot,
+                    top_p=0.9,
+                    top_k=6,
+                    report_kept=True,
+                )
+            )
+        found: dict[int, Generated] = {}
+        while len(found) < len(group):
+            found |= {result.id: result for result in engine.step(0)}
+        names = [field.name for field in fields(SampledTokens) if not field.name.startswith("top_")]
+        parts.append([replace(r, **{name: getattr(found[r.slot], name) for name in names}) for r in group])
+    metrics = {}
+    for name, change in (("kept", {}), ("whole", {"kept": None, "kept_sizes": None})):
+        rollouts = [[replace(rollout, **change) for rollout in group] for group in parts]
+        learner = cases.stepper(run, copy.deepcopy(model))
+        batch = from_shard(cases.shard_of(rollouts, problems=4), run.algorithm)
+        metrics[name] = learner.accumulate(batch).reduce()
+    assert metrics["kept"]["mismatch_max_lag0_first"] < 1e-5
+    assert metrics["kept"]["ratio_mean"] == pytest.approx(1, abs=1e-5)
+    assert metrics["whole"]["mismatch_mean_lag0_first"] > 0.01
+    assert 1 < metrics["kept"]["kept_mean"] <= 6
 
 
 def test_an_observed_token_changes_what_follows_it() -> None:

@@ -25,6 +25,7 @@ def completions(draw: st.DrawFn) -> wire.PartialRollout:
     sizes = draw(st.lists(st.integers(1, 5), min_size=1, max_size=5))
     versions = sorted(draw(st.sets(st.integers(0, 9), min_size=len(sizes), max_size=len(sizes))))
     length, k = sum(sizes), draw(st.integers(0, 2))
+    kept = draw(st.none() | st.lists(st.integers(0, 3), min_size=length, max_size=length))
     return wire.PartialRollout(
         slot=3,
         start=0,
@@ -34,6 +35,8 @@ def completions(draw: st.DrawFn) -> wire.PartialRollout:
         ends=np.cumsum(sizes, dtype=np.int32),
         top_tokens=np.arange(length * k, dtype=np.int32) if k else None,
         top_logprobs=-np.arange(length * k, dtype=np.float32) if k else None,
+        kept=None if kept is None else np.arange(500, 500 + sum(kept), dtype=np.int32),
+        kept_sizes=None if kept is None else np.array(kept, np.int32),
     )
 
 
@@ -73,6 +76,8 @@ def _first(whole: wire.PartialRollout, end: int) -> wire.PartialRollout:
         ends=np.array(changes, np.int32),
         top_tokens=whole.top_tokens[: end * k] if whole.top_tokens is not None else None,
         top_logprobs=whole.top_logprobs[: end * k] if whole.top_logprobs is not None else None,
+        kept=None if whole.kept is None else whole.kept[: sum((whole.kept_sizes.tolist())[:end])],
+        kept_sizes=None if whole.kept_sizes is None else whole.kept_sizes[:end],
     )
 
 

@@ -13,10 +13,10 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from fake_sglang import PHASE_S, SLOTS, FakeTransport, StreamingApi, logprob_at, token_at, verify_nothing
+from fake_sglang import PHASE_S, SLOTS, FakeTransport, StreamingApi, kept_at, logprob_at, token_at, verify_nothing
 
 from sgpo_async.engines.base import Generate, Generated, SampledTokens, Score
-from sgpo_async.engines.sglang.processes.api import ServerGone
+from sgpo_async.engines.sglang.processes.api import ServerGone, ServerRefused
 from sgpo_async.engines.sglang.serving import update as update_module
 from sgpo_async.engines.sglang.serving.partial import Partial
 from sgpo_async.engines.sglang.serving.requests import MAX_REFUSALS, Requests
@@ -34,24 +34,28 @@ def unverified(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(update_module, "verify", verify_nothing)
 
 
-def ask(id: Any, *, k: int = 0, prefix: SampledTokens | None = None) -> Generate:
+def ask(id: Any, *, k: int = 0, kept: bool = False, prefix: SampledTokens | None = None) -> Generate:
     return Generate(
-        id=id, prompt=PROMPT, max_new_tokens=TOKENS, temperature=1.0, seed=5, top_logprobs_num=k, prefix=prefix
-    )
+        id=id, prompt=PROMPT, max_new_tokens=TOKENS, temperature=1.0, seed=5, top_logprobs_num=k, prefix=prefix,
+        top_p=0.9 if kept else 1.0, top_k=8 if kept else 0, report_kept=kept,
+    )  # fmt: skip
 
 
-def sampled(*versions: int, k: int = 0) -> SampledTokens:
+def sampled(*versions: int, k: int = 0, kept: bool = False) -> SampledTokens:
     """The first tokens of a completion, each of the version that is given for it."""
     positions = range(PROMPT.size, PROMPT.size + len(versions))
     ends = [i for i in range(1, len(versions) + 1) if versions[i - 1] != (*versions[i:], None)[0]]
     pairs = list(zip(positions, versions, strict=True))
+    others = [[token for token in kept_at(at) if token != token_at(at)] for at in positions]
     return SampledTokens(
         tokens=np.array([token_at(at) for at in positions], np.int32),
-        logprobs=np.array([logprob_at(*pair) for pair in pairs], np.float32),
+        logprobs=np.array([logprob_at(*pair) / (2 if kept else 1) for pair in pairs], np.float32),
         versions=np.array([versions[end - 1] for end in ends], np.int32),
         ends=np.array(ends, np.int32),
         top_tokens=np.array([token_at(at) + j for at in positions for j in range(k)], np.int32) if k else None,
         top_logprobs=np.array([logprob_at(*pair) - j for pair in pairs for j in range(k)], np.float32) if k else None,
+        kept=np.array([token for own in others for token in own], np.int32) if kept else None,
+        kept_sizes=np.array([len(own) for own in others], np.int32) if kept else None,
     )
 
 
@@ -90,8 +94,11 @@ async def update_weights(server: Server, version: int, *, in_flight: InFlight) -
 
 
 @pytest.mark.parametrize("interval", [1, 4])
+@pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("k", [0, 2])
-def test_a_completion_cut_at_any_position_continues_as_if_it_had_not_been_cut(interval: int, k: int) -> None:
+def test_a_completion_cut_at_any_position_continues_as_if_it_had_not_been_cut(
+    interval: int, k: int, kept: bool
+) -> None:
     """The server gets prompt and prefix, what remains of the length, and the same seed: its positions go on."""
 
     async def scenario() -> None:
@@ -99,16 +106,45 @@ def test_a_completion_cut_at_any_position_continues_as_if_it_had_not_been_cut(in
             api = StreamingApi(interval=interval)
             server = server_of(api)
             requests = Requests(lambda server=server: [server], ends=())  # type: ignore[misc]
-            prefix = sampled(*[0] * count, k=k)
-            requests.submit(ask(count, k=k, prefix=prefix))
+            prefix = sampled(*[0] * count, k=k, kept=kept)
+            requests.submit(ask(count, k=k, kept=kept, prefix=prefix))
             result = await result_of(requests)
-            assert_same(result, sampled(*[0] * TOKENS, k=k))
+            assert_same(result, sampled(*[0] * TOKENS, k=k, kept=kept))
             assert (result.id, result.finish) == (count, "length")
             (body,) = api.bodies
             assert body["input_ids"] == [*PROMPT.tolist(), *prefix.tokens.tolist()]
             assert body["sampling_params"]["max_new_tokens"] == TOKENS - count
             assert body["sampling_params"]["sampling_seed"] == 5
+            assert body["sampling_params"]["top_k"] == (8 if kept else -1)
+            assert body.get("return_sampling_mask", False) == kept
             assert requests.tokens == TOKENS - count
+
+    asyncio.run(scenario())
+
+
+def test_kept_tokens_of_a_completion_across_an_update() -> None:
+    async def scenario() -> None:
+        api = StreamingApi()
+        api.holds = lambda tokens: api.version == 0 and len(tokens) == 3
+        server = server_of(api)
+        requests = Requests(lambda: [server], ends=())
+        requests.submit(ask(0, kept=True))
+        await until(lambda: requests.progress([0]) and requests.progress([0])[0].tokens.size == 3)
+        await update_weights(server, 1, in_flight="abort-resume")
+        requests.dispatch()
+        assert_same(await result_of(requests), sampled(0, 0, 0, 1, 1, 1, 1, 1, 1, kept=True))
+
+    asyncio.run(scenario())
+
+
+def test_a_server_that_does_not_report_kept_tokens_is_refused_with_the_reason() -> None:
+    async def scenario() -> None:
+        api = StreamingApi()
+        api.reports_kept = False
+        server, partial = server_of(api), Partial(ask(0, kept=True))
+        with pytest.raises(ServerRefused, match=r"asked for the kept tokens at 1 positions, got 0; rollout\.top_p and"):
+            await server.extend(partial, "rid", 0)
+        assert not partial.tokens
 
     asyncio.run(scenario())
 

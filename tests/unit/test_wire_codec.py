@@ -28,6 +28,7 @@ from sgpo_async.wire.records import (
     Lease,
     Message,
     PartialRollout,
+    Progress,
     Restore,
     Rollout,
     Settings,
@@ -96,6 +97,7 @@ def rollouts(draw: st.DrawFn) -> Rollout:
     scalars = ("task", "attempt", "slot", "purpose", "finish")
     guided = draw(st.booleans())
     top = draw(st.just(0) | st.integers(1, 3)) * length if guided else 0
+    sizes = draw(st.none() | array_of("<i4", st.integers(0, 3), st.just(length)))
     return Rollout(
         **{name: draw(values(hints[name])) for name in scalars},
         prompt=draw(array_of("<i4", ids, st.integers(1, 9))),
@@ -108,6 +110,8 @@ def rollouts(draw: st.DrawFn) -> Rollout:
         unguided_logprob=draw(finite) if guided else None,
         top_tokens=draw(array_of("<i4", ids, st.just(top))) if top else None,
         top_logprobs=draw(array_of("<f4", finite, st.just(top))) if top else None,
+        kept=None if sizes is None else draw(array_of("<i4", ids, st.just(int(sizes.sum())))),
+        kept_sizes=sizes,
     )
 
 
@@ -141,21 +145,17 @@ def records_of(record: type) -> st.SearchStrategy:
         above_0 = st.floats(0, 1, exclude_min=True)
         fields |= {"temperature": above_0, "max_new_tokens": st.integers(1, 2**40)}
         fields |= {"top_logprobs_num": st.integers(0, 2**20), "turns": st.integers(0, 2**20)}
-        fields["top_p"] = st.just(1.0) | above_0
+        fields |= {"top_p": st.just(1.0) | above_0, "top_k": st.integers(0, 2**20)}
         fields["partial"] = st.lists(partial_rollouts(start=st.just(0)), max_size=3).map(tuple)
     if record is Hello:
         fields["holds"] = fields["holds"].map(lambda holds: holds[: len(holds) // 2 * 2])
     if record is Shard:
         fields["rollouts"] = st.lists(rollouts().map(for_training), max_size=3).map(tuple)
-    return st.fixed_dictionaries(fields).map(lambda fields: record(**fields)).filter(is_valid)
+    return st.fixed_dictionaries(fields).map(lambda fields: record(**fields))
 
 
 def for_training(rollout: Rollout) -> Rollout:
     return dataclasses.replace(rollout, purpose="train", reward=0.0)
-
-
-def is_valid(record: object) -> bool:
-    return not (isinstance(record, Lease) and record.purpose == "train" and record.top_p < 1)
 
 
 messages = st.sampled_from(RECORDS).flatmap(records_of)
@@ -387,13 +387,31 @@ def lease(**changes: Any) -> Lease:
     return Lease(**fields | {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 8} | changes)
 
 
-def test_top_p_below_1_is_valid_only_for_evaluation() -> None:
-    assert encode(lease(purpose="evaluate", top_p=0.95))
-    with pytest.raises(WireError, match=r"top_p must be 1 for training, .*, got 0\.95"):
-        encode(lease(top_p=0.95))
-    hostile = with_header(encode(lease(purpose="evaluate", top_p=0.95)), {"purpose": "train"})
-    with pytest.raises(WireError, match="top_p must be 1 for training"):
-        decode(hostile, max_bytes=LIMIT)
+@pytest.mark.parametrize(
+    ("kept", "sizes", "reason"),
+    [
+        ([1, 2], None, "kept and kept_sizes must come together"),
+        (None, [1, 1, 0], "kept and kept_sizes must come together"),
+        ([1, 2], [1, 1], "kept_sizes must hold"),
+        ([1, 2], [1, 0, 0], "kept_sizes must hold"),
+        ([1, 2], [3, -1, 0], "kept_sizes must hold"),
+        ([], [2**31 - 1, 2**31 - 1, 2], "kept_sizes must hold"),
+    ],
+)
+def test_kept_tokens_without_their_numbers_are_rejected(
+    kept: list[int] | None, sizes: list[int] | None, reason: str
+) -> None:
+    arrays = {
+        name: None if own is None else np.array(own, np.int32) for name, own in (("kept", kept), ("kept_sizes", sizes))
+    }
+    with pytest.raises(WireError, match=reason):
+        encode(one_rollout(**arrays))
+    part = PartialRollout(
+        slot=0, start=0, tokens=np.zeros(3, np.int32), logprobs=np.zeros(3, np.float32), ends=np.array([3], np.int32),
+        versions=np.zeros(1, np.int32), **arrays,
+    )  # fmt: skip
+    with pytest.raises(WireError, match=reason):
+        encode(Progress(task=1, attempt=0, purpose="train", partial=(part,)))
 
 
 @pytest.mark.parametrize(
@@ -402,6 +420,7 @@ def test_top_p_below_1_is_valid_only_for_evaluation() -> None:
         {"temperature": 0.0},
         {"top_p": 0.0},
         {"top_p": 1.5},
+        {"top_k": -1},
         {"max_new_tokens": 0},
         {"top_logprobs_num": -1},
         {"turns": -1},

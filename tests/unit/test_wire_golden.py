@@ -76,6 +76,8 @@ GUIDED = dataclasses.replace(
     unguided_logprob=-12.5,
     top_tokens=np.array([5, 6, 70000, 5, 2, 9], np.int32),
     top_logprobs=np.array([-0.5, -1, -1.25, -1.5, -0.0625, -3], np.float32),
+    kept=np.array([6, 7, 5], np.int32),
+    kept_sizes=np.array([2, 0, 1], np.int32),
 )
 
 PART = PartialRollout(
@@ -87,6 +89,8 @@ PART = PartialRollout(
     ends=np.array([1, 2], np.int32),
     top_tokens=np.array([5, 6, 70000, 5], np.int32),
     top_logprobs=np.array([-0.5, -1, -1.25, -1.5], np.float32),
+    kept=np.array([6], np.int32),
+    kept_sizes=np.array([0, 1], np.int32),
 )
 
 EXAMPLES: list[Message] = [
@@ -122,8 +126,9 @@ EXAMPLES: list[Message] = [
         min_version=1,
         seed=2**62,
         temperature=0.75,
-        top_p=1.0,
+        top_p=0.95,
         max_new_tokens=16384,
+        top_k=1024,
         top_logprobs_num=2,
         finished=np.array([0, 3], np.int32),
         partial=(PART,),

@@ -33,7 +33,7 @@ rates themselves, and `alpha_observed`, the weight that the observed pass rates 
 
 def rollout_after(prompt: np.ndarray, rollout: Rollout) -> Tokens:
     """The tokens of a rollout after `prompt`; those that the policy has sampled are trained."""
-    return Tokens(prompt, rollout.tokens, rollout.sampled)
+    return Tokens(prompt, rollout.tokens, rollout.sampled, rollout.kept, rollout.kept_sizes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 
 from sgpo_async.engines.sglang.preflight.findings import Finding, Subject, finding_of
-from sgpo_async.engines.sglang.preflight.logprobs import consistent, teacher_forced
+from sgpo_async.engines.sglang.preflight.logprobs import consistent, kept_tokens, teacher_forced
 from sgpo_async.engines.sglang.preflight.model import model
 from sgpo_async.engines.sglang.preflight.settings import interface, settings, version
 from sgpo_async.engines.sglang.preflight.updates import clock, pause, round_trip
@@ -16,12 +16,18 @@ from sgpo_async.errors import EngineError, SgpoError
 Check = Callable[[Subject, Json], Awaitable[str]]
 
 READ_ONLY: dict[str, Check] = {"version": version, "settings": settings}
-JOIN: dict[str, Check] = READ_ONLY | {"model": model, "log-probabilities": consistent, "clock": clock}
+JOIN: dict[str, Check] = READ_ONLY | {
+    "model": model,
+    "log-probabilities": consistent,
+    "kept tokens": kept_tokens,
+    "clock": clock,
+}
 FULL: dict[str, Check] = READ_ONLY | {
     "interface": interface,
     "model": model,
     "clock": clock,
     "log-probabilities": consistent,
+    "kept tokens": kept_tokens,
     "weight update": round_trip,
     "learner's model": teacher_forced,
     "pause": pause,

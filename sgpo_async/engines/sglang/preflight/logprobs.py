@@ -1,13 +1,15 @@
 """Checks a server's log-probabilities: log softmax(z / T) of sampled tokens, log softmax(z) of given tokens.
 
 `consistent` needs no model. The logits of two tokens a, b differ by T (log p(a) - log p(b)) at every temperature T, so
-generating a completion at T and then scoring it shows the temperature of its log-probabilities. `teacher_forced`
-compares with the learner's model.
+generating a completion at T and then scoring it shows the temperature of its log-probabilities. `kept_tokens` needs
+none either: it compares truncated sampling with the server's own likeliest tokens. `teacher_forced` compares with the
+learner's model.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +23,11 @@ from sgpo_async.engines.sglang.preflight.findings import Subject
 from sgpo_async.engines.sglang.preflight.settings import TESTED
 from sgpo_async.engines.sglang.processes.api import Json
 from sgpo_async.engines.sglang.serving.partial import Partial
-from sgpo_async.errors import CheckFailed
+from sgpo_async.errors import CheckFailed, CheckWarning
 
 TEMPERATURES = (1.0, 0.7)
 PROMPT_TOKENS = 6
+TOP_P, TOP_K = 0.8, 8  # of the check of truncated sampling
 SAMPLES = 5  # tries for a completion with at least one token
 REMEDY = (
     "check what changes logits or log-probabilities: SGLANG_RETURN_ORIGINAL_LOGPROB in its environment, another "
@@ -56,6 +59,16 @@ async def consistent(subject: Subject, server_info: Json) -> str:  # noqa: ARG00
         errors = np.concatenate([_differences(*pair, temperature) for pair in pairs])
         found.append(_judge(errors, subject.dtype, f"T = {temperature:g}"))
     return "; ".join(found)
+
+
+async def kept_tokens(subject: Subject, server_info: Json) -> str:  # noqa: ARG001
+    """Check that truncated completions report the kept tokens, and log-probabilities renormalised over them.
+
+    Raises CheckWarning if the server reports none, because only `rollout.top_p` and `rollout.top_k` need them.
+    """
+    metas = await asyncio.gather(*(_truncated(subject, prompt) for prompt in _prompts(subject, 4)))
+    errors = np.concatenate([_kept_errors(meta) for meta in metas])
+    return _judge(errors, subject.dtype, f"top-p {TOP_P}, top-k {TOP_K}")
 
 
 async def teacher_forced(subject: Subject, server_info: Json) -> str:  # noqa: ARG001
@@ -122,6 +135,51 @@ async def _generated_and_scored(subject: Subject, prompt: Sequence[int], tempera
     }
     scored = await subject.server.api.post("/generate", body | again, timeout_s=timeout_s)
     return meta, scored["meta_info"]
+
+
+async def _truncated(subject: Subject, prompt: Sequence[int]) -> Json:
+    """The server's meta information of a truncated completion."""
+    sampling = {"temperature": 1.0, "top_p": TOP_P, "top_k": TOP_K, "min_p": 0.0, "ignore_eos": True}
+    body = {
+        "input_ids": list(prompt),
+        "sampling_params": sampling | {"max_new_tokens": _new_tokens(subject)},
+        "return_logprob": True,
+        "top_logprobs_num": TOP_K,
+        "return_sampling_mask": True,
+    }
+    answer = await subject.server.api.post("/generate", body, timeout_s=subject.engine.sglang.phase_timeout_s)
+    meta: Json = answer["meta_info"]
+    if "output_token_sampling_mask" not in meta:
+        raise CheckWarning(
+            "its answers do not say which tokens top-p and top-k kept",
+            f"install sglang=={TESTED} in its environment before you set rollout.top_p or rollout.top_k",
+        )
+    return meta
+
+
+def _kept_errors(meta: Json) -> np.ndarray:
+    """Errors [T] that must be zero: the log of the kept tokens' probability, from the sampled token and from all.
+
+    Raises CheckFailed if the kept tokens cannot be those of TOP_P and TOP_K.
+    """
+    errors = []
+    for (logp, token, _), tops, kept, renormalised in zip(
+        meta["output_token_logprobs"],
+        meta["output_top_logprobs"],
+        meta["output_token_sampling_mask"],
+        meta["output_token_sampling_logprobs"],
+        strict=True,
+    ):
+        probabilities = {id: math.exp(value) for value, id, _ in tops}
+        mass = sum(probabilities.get(id, 0.0) for id in kept)
+        if token not in kept or not set(kept) <= probabilities.keys() or (mass < TOP_P - 1e-3 and len(kept) < TOP_K):
+            raise CheckFailed(
+                f"top-p {TOP_P}, top-k {TOP_K}: kept {len(kept)} tokens with the probability {mass:.3g}; the sampled "
+                f"one is {'' if token in kept else 'not '}among them",
+                REMEDY,
+            )
+        errors.append(logp - renormalised - math.log(mass))
+    return np.array(errors)
 
 
 def _differences(generated: Json, scored: Json, temperature: float) -> np.ndarray:

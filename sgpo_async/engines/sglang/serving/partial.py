@@ -23,6 +23,7 @@ class Partial:
         self.request, prefix = request, request.prefix
         self.tokens, self.logprobs = array("i"), array("f")
         self._top_tokens, self._top_logprobs = array("i"), array("f")  # the k likeliest, position by position
+        self._kept, self._kept_sizes = array("i"), array("i")  # if the request has `report_kept`
         self._versions: list[int] = []
         self._ends: list[int] = []
         if prefix is not None:
@@ -32,6 +33,9 @@ class Partial:
             if prefix.top_tokens is not None and prefix.top_logprobs is not None:
                 self._top_tokens.extend(prefix.top_tokens.tolist())
                 self._top_logprobs.extend(prefix.top_logprobs.tolist())
+            if prefix.kept is not None and prefix.kept_sizes is not None:
+                self._kept.extend(prefix.kept.tolist())
+                self._kept_sizes.extend(prefix.kept_sizes.tolist())
 
     @property
     def remaining(self) -> int:
@@ -54,6 +58,20 @@ class Partial:
         self._top_tokens.extend(pair[1] for position in top for pair in position)
         self._top_logprobs.extend(pair[0] for position in top for pair in position)
 
+    def extend_kept(self, masks: Sequence[Sequence[int]], logprobs: Sequence[float]) -> None:
+        """Add to the newest tokens which tokens were kept, and replace their log-probabilities by renormalised ones.
+
+        Args:
+            masks: the ids of all kept tokens at each of the newest positions.
+            logprobs: of the sampled tokens, renormalised over the kept ones.
+        """
+        start = len(self.tokens) - len(masks)
+        self.logprobs[start:] = array("f", logprobs)
+        for token, ids in zip(self.tokens[start:], masks, strict=True):
+            others = [id for id in ids if id != token]
+            self._kept.extend(others)
+            self._kept_sizes.append(len(others))
+
     def close_span(self, version: int, end: int) -> None:
         """Record that `version` generated the tokens from the last span up to `end`. Spans are never empty."""
         start = self.versioned
@@ -74,6 +92,7 @@ class Partial:
         """Keep only the first `count` tokens, all of which have a version."""
         top, spans = count * self.request.top_logprobs_num, bisect_left(self._ends, count) + 1 if count else 0
         del self.tokens[count:], self.logprobs[count:], self._top_tokens[top:], self._top_logprobs[top:]
+        del self._kept[sum(self._kept_sizes[:count]) :], self._kept_sizes[count:]
         del self._versions[spans:], self._ends[spans:]
         if spans:
             self._ends[-1] = count
@@ -87,6 +106,7 @@ class Partial:
     def sampled(self) -> SampledTokens:
         """A copy of the tokens that have a version."""
         end, top, asked = self.versioned, self.versioned * self.request.top_logprobs_num, self.request.top_logprobs_num
+        sizes, with_kept = np.array(self._kept_sizes[:end], np.int32), self.request.report_kept
         return SampledTokens(
             tokens=np.array(self.tokens[:end], np.int32),
             logprobs=np.array(self.logprobs[:end], np.float32),
@@ -94,6 +114,8 @@ class Partial:
             ends=np.array(self._ends, np.int32),
             top_tokens=np.array(self._top_tokens[:top], np.int32) if asked else None,
             top_logprobs=np.array(self._top_logprobs[:top], np.float32) if asked else None,
+            kept=np.array(self._kept[: sizes.sum()], np.int32) if with_kept else None,
+            kept_sizes=sizes if with_kept else None,
         )
 
     def result(self, ends: Collection[int]) -> Generated:

@@ -77,7 +77,10 @@ class Server:
                 # The last message after an abort may repeat all tokens: only the new ones count.
                 new = meta["completion_tokens"] - (len(partial.tokens) - start)
                 pairs = meta["output_token_logprobs"]
+                kept = _kept(self.api.url, meta, new) if partial.request.report_kept else None
                 partial.extend(pairs[max(len(pairs) - new, 0) :], _likeliest(self.api.url, meta, partial, new))
+                if kept:
+                    partial.extend_kept(*kept)
                 if changes == self.changes:
                     partial.close_span(version, len(partial.tokens))
                 if (finish := meta["finish_reason"]) is not None:
@@ -162,13 +165,15 @@ class Server:
             "temperature": partial.request.temperature,
             "max_new_tokens": partial.remaining,
             "top_p": partial.request.top_p,
-            "top_k": -1,
+            "top_k": partial.request.top_k or -1,
             "min_p": 0.0,
             "stop_token_ids": sorted(self._ends),
             "sampling_seed": partial.request.seed % 2**31,  # a CPU server ignores it
         }
         ids = partial.input_ids()
         asked = {"return_logprob": True, "top_logprobs_num": partial.request.top_logprobs_num}
+        if partial.request.report_kept:
+            asked["return_sampling_mask"] = True
         return {"rid": rid, "input_ids": ids, "sampling_params": sampling, "stream": True} | asked
 
     def next_rid(self) -> str:
@@ -202,6 +207,23 @@ def _likeliest(url: str, meta: Json, partial: Partial, new: int) -> list[list[An
             f"{url}/generate: asked for the {k} likeliest tokens at {new} positions, got {len(positions)} positions"
         )
     return positions
+
+
+def _kept(url: str, meta: Json, new: int) -> tuple[list[list[int]], list[float]]:
+    """The tokens that SGLang kept at the `new` newest positions, and the renormalised log-probabilities.
+
+    Raises ServerRefused if they are missing: SGLang before 0.5.23 ignores the request for them.
+    """
+    masks, logprobs = (
+        (meta.get(name) or [])[-new:] if new else []
+        for name in ("output_token_sampling_mask", "output_token_sampling_logprobs")
+    )
+    if len(masks) != new or len(logprobs) != new:
+        raise ServerRefused(
+            f"{url}/generate: asked for the kept tokens at {new} positions, got {len(masks)}; rollout.top_p and "
+            "rollout.top_k need a server with return_sampling_mask (sglang 0.5.23)"
+        )
+    return masks, logprobs
 
 
 def _check_finish(url: str, finish: Json) -> None:
