@@ -179,6 +179,31 @@ def assert_most_likely(models: dict[int, Any], request: Generate, result: Genera
         np.testing.assert_allclose(found[start:end], chosen, atol=atol)
 
 
+def assert_kept(models: dict[int, Any], request: Generate, result: Generated, atol: float = 1e-4) -> None:
+    """The kept tokens are those of top-p and top-k, and the log-probabilities are renormalised over them.
+
+    A token whose predecessors have top_p together up to rounding may be kept or not.
+    """
+    assert request.report_kept and result.kept is not None and result.kept_sizes is not None
+    assert len(result.kept_sizes) == result.tokens.size
+    sets = np.split(result.kept, np.cumsum(result.kept_sizes)[:-1])
+    versions = np.repeat(result.versions, np.diff(result.ends, prepend=0))
+    of_version = {
+        version: distributions(models[version], request.prompt, result.tokens, request.temperature)
+        for version in set(versions.tolist())
+    }
+    for at, (token, others) in enumerate(zip(result.tokens.tolist(), sets, strict=True)):
+        log_p = of_version[int(versions[at])][at]
+        kept = np.array([token, *others.tolist()])
+        assert len(set(kept.tolist())) == len(kept)
+        order = np.argsort(-log_p, kind="stable")[: request.top_k or None]
+        before = np.cumsum(np.exp(log_p[order])) - np.exp(log_p[order])
+        assert set(order[before < request.top_p - 1e-5].tolist()) <= set(kept.tolist())
+        assert set(kept.tolist()) <= set(order[before < request.top_p + 1e-5].tolist())
+        expected = log_p[token] - np.log(np.exp(log_p[kept]).sum())
+        np.testing.assert_allclose(result.logprobs[at], expected, atol=atol, err_msg=f"{request.id}, token {at}")
+
+
 def post(url: str, path: str, body: dict[str, Any], *, timeout_s: float = 30.0) -> tuple[int, dict[str, Any]]:
     """Send a raw request; returns status and answer."""
     data = json.dumps(body).encode()

@@ -8,9 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sglang_support import VOCABULARY, Servers, assert_teacher_forced, completion, loaded, logprobs, post, score_request
+from sglang_support import (
+    VOCABULARY,
+    Servers,
+    assert_kept,
+    assert_most_likely,
+    assert_teacher_forced,
+    completion,
+    loaded,
+    logprobs,
+    post,
+    score_request,
+)
 
-from sgpo_async.engines import Generate, Score
+from sgpo_async.engines import Generate, SampledTokens, Score
 from sgpo_async.errors import EngineError
 
 pytestmark = [pytest.mark.sglang, pytest.mark.process]
@@ -95,7 +106,7 @@ def test_samples_follow_the_distribution(pair: Servers, models: dict[str, Path])
 def test_evaluation_samples_from_the_nucleus(pair: Servers, models: dict[str, Path]) -> None:
     """At temperature 0.6, first tokens are in the nucleus with top-p 0.8, but not all of them with top-p 1.
 
-    The log-probabilities are those before the restriction to the nucleus, so training cannot use them.
+    The log-probabilities are those over the vocabulary, because an evaluation does not ask for the kept tokens.
     """
     pair.load(models["qwen3"], 0)
     prompt = completion(0).prompt
@@ -111,6 +122,41 @@ def test_evaluation_samples_from_the_nucleus(pair: Servers, models: dict[str, Pa
     drawn = {kind: [int(results[i].tokens[0]) for i in asked] for kind, asked in (("cut", cut), ("whole", whole))}
     assert set(drawn["cut"]) <= nucleus and not set(drawn["whole"]) <= nucleus
     assert_teacher_forced({0: model}, list((cut | whole).values()), results)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_truncated_completions_report_what_was_kept(pair: Servers, models: dict[str, Path], temperature: float) -> None:
+    """Beside completions that do not ask for it, with likely tokens, and continued from a prefix."""
+    pair.load(models["qwen3"], 0)
+    limits = [(0.95, 64), (1.0, 3), (0.05, 64), (0.9, 2)]
+    requests = [
+        replace(
+            completion(i, length=3 + i % 9, seed=i, temperature=temperature),
+            top_p=limits[i % 4][0], top_k=limits[i % 4][1], report_kept=True, top_logprobs_num=i % 3,
+        )
+        for i in range(24)
+    ]  # fmt: skip
+    plain = [completion(i, seed=i, temperature=temperature) for i in range(24, 32)]
+    for request in (*requests, *plain):
+        pair.engine.submit(request)
+    results, reference = pair.results(32), {0: loaded(models["qwen3"])}
+    assert_teacher_forced(reference, plain, results)
+    for request in requests:
+        assert_kept(reference, request, results[request.id])
+        assert_most_likely(reference, request, results[request.id])
+    sizes = np.concatenate([results[request.id].kept_sizes for request in requests])
+    assert sizes.min() == 0 and sizes.max() > 5
+
+    begun, count = results[0], int(results[0].kept_sizes[:10].sum())
+    prefix = SampledTokens(
+        tokens=begun.tokens[:10], logprobs=begun.logprobs[:10], versions=begun.versions, ends=np.array([10], np.int32),
+        kept=begun.kept[:count], kept_sizes=begun.kept_sizes[:10],
+    )  # fmt: skip
+    continued = replace(requests[0], id="continued", prefix=prefix)
+    pair.engine.submit(continued)
+    result = pair.results(1)["continued"]
+    assert result.tokens[:10].tolist() == begun.tokens[:10].tolist()
+    assert_kept(reference, continued, result)
 
 
 def test_scores_are_teacher_forced(pair: Servers, models: dict[str, Path]) -> None:

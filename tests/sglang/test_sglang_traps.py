@@ -190,8 +190,9 @@ def test_prompt_logprobs_ignore_the_temperature(raw: ServerProcess, models: dict
 
 
 def test_top_p_does_not_show_in_logprobs(raw: ServerProcess, models: dict[str, Path]) -> None:
-    """The trap: sampling is restricted to the nucleus, but the log-probabilities are not. Protection: rollout.top_p
-    must be 1.0, and every request sets it, because a server may have another default."""
+    """The trap: sampling is restricted to the nucleus, but the log-probabilities are not. Protection: training asks
+    for the kept tokens and their own log-probabilities, and every request sets top_p and top_k, because a server may
+    have other defaults."""
     body = {"input_ids": completion(0).prompt.tolist(), "return_logprob": True,
             "sampling_params": {"temperature": 1.0, "max_new_tokens": 30, "top_p": 0.3}}  # fmt: skip
     pairs = post(raw.url, "/generate", body)[1]["meta_info"]["output_token_logprobs"]

@@ -10,7 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sglang_support import Servers, assert_teacher_forced, completion, loaded, logprobs, score_request, version_of
+from sglang_support import (
+    Servers,
+    assert_kept,
+    assert_teacher_forced,
+    completion,
+    loaded,
+    logprobs,
+    score_request,
+    version_of,
+)
 
 from sgpo_async.engines import Weights
 from sgpo_async.engines.sglang.weight_sync.transports import TensorTransport
@@ -85,13 +94,18 @@ def test_retract_keeps_sequences_and_recomputes_their_keys(models: dict[str, Pat
         assert not servers.events()
 
 
-def test_two_updates_of_paused_sequences(models: dict[str, Path], tmp_path: Path) -> None:
-    """At an update the server has tokens that it has not sent; its last message names the version of each token."""
+@pytest.mark.parametrize("in_flight", ["retract", "abort-resume"])
+def test_two_updates_of_sequences(models: dict[str, Path], tmp_path: Path, in_flight: str) -> None:
+    """At an update the server has tokens that it has not sent; its last message names the version of each token.
+
+    Half of the completions are truncated and report what was kept.
+    """
     folders = [models["qwen3"], models["qwen3-other"], models["qwen3"]]
-    with Servers(models["qwen3"], tmp_path, slots=32, in_flight="retract", stream_interval=7) as servers:
+    with Servers(models["qwen3"], tmp_path, slots=32, in_flight=in_flight, stream_interval=7) as servers:
         servers.load(folders[0], 0)
         updates = [version_of(folder, version) for version, folder in enumerate(folders)]
         requests = [completion(i, length=4 + i % 5, tokens=TOKENS, seed=i) for i in range(32)]
+        requests[::2] = [replace(request, top_p=0.7, top_k=48, report_kept=True) for request in requests[::2]]
         for request in requests:
             servers.engine.submit(request)
         for version in (1, 2):
@@ -100,7 +114,10 @@ def test_two_updates_of_paused_sequences(models: dict[str, Path], tmp_path: Path
             servers.engine.load(updates[version])
             servers.until(lambda version=version: servers.versions() == {version}, f"version {version}")  # type: ignore[misc]
         results = servers.results(32)
-        assert_teacher_forced({v: loaded(folder) for v, folder in enumerate(folders)}, requests, results)
+        models_of = {v: loaded(folder) for v, folder in enumerate(folders)}
+        assert_teacher_forced(models_of, requests[1::2], results)
+        for request in requests[::2]:
+            assert_kept(models_of, request, results[request.id])
         assert sum(result.versions.tolist() == [0, 1, 2] for result in results.values()) >= 16
         assert not servers.events()
 

@@ -13,7 +13,7 @@ import pytest
 
 from sgpo_async.config.schema import Engine, Sglang
 from sgpo_async.engines.sglang.preflight import Reference, Subject
-from sgpo_async.engines.sglang.preflight.logprobs import _differences, _judge
+from sgpo_async.engines.sglang.preflight.logprobs import TOP_K, TOP_P, _differences, _judge, _kept_errors
 from sgpo_async.engines.sglang.preflight.settings import INTERFACE, RULES, missing, parsed, settings, version
 from sgpo_async.engines.sglang.processes.api import ServerApi
 from sgpo_async.engines.sglang.serving.server import Server
@@ -190,6 +190,41 @@ def test_log_probabilities_at_a_wrong_temperature_are_detected(temperature: floa
             for dtype in ("float32", "bfloat16"):
                 with pytest.raises(CheckFailed, match="off by .* on average.*SGLANG_RETURN_ORIGINAL_LOGPROB"):
                     _judge(wrong, dtype, "")
+
+
+def truncated(**wrong: Any) -> dict[str, Any]:
+    """What a server answers on truncated completions; `wrong` replaces parts of the first position."""
+    rng, meta = np.random.default_rng(4), {}
+    for row in 2 * rng.normal(size=(10, 20)):
+        log_p = log_softmax(row)
+        order = np.argsort(-log_p)[:TOP_K]
+        before = np.cumsum(np.exp(log_p[order])) - np.exp(log_p[order])
+        kept = order[before < TOP_P]
+        token = int(rng.choice(kept))
+        position = {
+            "output_token_logprobs": [log_p[token], token, None],
+            "output_top_logprobs": [[log_p[id], int(id), None] for id in order],
+            "output_token_sampling_mask": kept.tolist(),
+            "output_token_sampling_logprobs": log_p[token] - np.log(np.exp(log_p[kept]).sum()),
+        }
+        for name, value in (position | (wrong if not meta else {})).items():
+            meta.setdefault(name, []).append(value)
+    return meta
+
+
+def test_wrong_kept_tokens_are_detected() -> None:
+    good = truncated()
+    assert np.abs(_kept_errors(good)).max() < 1e-12
+    _, token, _ = good["output_token_logprobs"][0]
+    kept = good["output_token_sampling_mask"][0]
+    assert len(kept) > 1
+    others = [id for id in kept if id != token]
+    for wrong in (others, [token], [*kept, 99]):
+        with pytest.raises(CheckFailed, match=f"top-p {TOP_P}, top-k {TOP_K}: kept {len(wrong)} tokens"):
+            _kept_errors(truncated(output_token_sampling_mask=wrong))
+    whole = truncated(output_token_sampling_logprobs=good["output_token_logprobs"][0][0])
+    with pytest.raises(CheckFailed, match="off by"):
+        _judge(_kept_errors(whole), "float32", "")
 
 
 def test_nan_and_differences_above_the_bound_are_refused() -> None:
