@@ -22,7 +22,7 @@ def test_the_constants_are_those_of_the_paper(run: Run) -> None:
     assert (run.evaluation.temperature, run.evaluation.top_p) == (0.6, 0.95)
     assert (run.rollout.autonomous, run.rollout.guided, run.rollout.temperature) == (8, 4, 1.0)
     assert (run.optim.lr, run.learner.problems_per_step, run.steps) == (1e-6, 128, 430)
-    assert (run.model.dtype, run.rollout.top_p) == ("bfloat16", 1.0)
+    assert (run.model.dtype, run.rollout.top_p) == ("bfloat16", 0.95)
 
 
 def test_a_prompt_and_the_longest_completion_fit_into_one_row(run: Run) -> None:
