@@ -120,7 +120,8 @@ class Actor:
 
     def _start_node(self, run: Run) -> WeightReceiver:
         deadlines = Deadlines(group_s=run.engine.sglang.phase_timeout_s)
-        return WeightReceiver(self._name, pulls=not run.engine.broadcasts, deadlines=deadlines)
+        pulls, deltas = not run.engine.broadcasts, run.hub.weight_deltas
+        return WeightReceiver(self._name, pulls=pulls, deltas=deltas, deadlines=deadlines)
 
     def _with_own_options(self, run: Run) -> Run:
         own = self._options

@@ -172,6 +172,9 @@ class Service:
             match event:
                 case VersionReceived() | VersionAnnounced():
                     newest = event
+                    if isinstance(event, VersionReceived):
+                        sizes = event.received / 1e6, event.nbytes / 1e6
+                        log.debug("weights version %d: %.2f of %.2f MB in %.2f s", event.version, *sizes, event.seconds)
                 case VersionRejected():
                     log.warning("weights version %d: %s", event.version, event.reason)
                 case ReceiverDown():

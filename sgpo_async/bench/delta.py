@@ -81,7 +81,8 @@ def _sampled(model: PreTrainedModel, generator: torch.Generator) -> torch.Tensor
     torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
     first = torch.randint(model.config.vocab_size, (SEQUENCES, 1), generator=generator)
     options: dict[str, Any] = {"do_sample": True, "min_new_tokens": LENGTH - 1, "max_new_tokens": LENGTH - 1}
-    return torch.as_tensor(model.generate(first, attention_mask=torch.ones_like(first), pad_token_id=0, **options))
+    generate: Any = model.generate
+    return torch.as_tensor(generate(first, attention_mask=torch.ones_like(first), pad_token_id=0, **options))
 
 
 def _published(model: PreTrainedModel) -> bytes:

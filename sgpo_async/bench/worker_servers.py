@@ -66,7 +66,13 @@ class Publications:
         manifest = self._writer.publish(self._version, named)
         self._events.append(
             VersionReceived(
-                self._version, self._file.path, manifest.digest, manifest.nbytes, time.time() - began, began
+                version=self._version,
+                path=self._file.path,
+                digest=manifest.digest,
+                nbytes=manifest.nbytes,
+                received=manifest.nbytes,
+                seconds=time.time() - began,
+                published_at=began,
             )
         )
 

@@ -37,6 +37,9 @@ class Hub:
     lease_timeout_s: float = 120.0
     stall_s: float = 300.0  # when nothing has moved for so long, the hub names who holds up the run
     journal: bool = True  # keep the hub's state in runs/NAME/hub.journal, so that a killed hub goes on after a restart
+    # Whether actors pull a version as the difference to the one that they have: a hundredth of the bytes at small
+    # learning rates in bfloat16. auto: those on other machines; on the hub's own machine a copy is faster.
+    weight_deltas: Literal["auto", "always", "never"] = "auto"
     max_message_mb: int = 512  # the largest message is the hub's state in a checkpoint
 
     def __post_init__(self) -> None:

@@ -1,6 +1,6 @@
 """The functions that the two processes of a world call on each other; each runs in an RPC thread of the callee.
 
-    weight receiver ──▶ weight sender     manifest()  bucket(version, index)  submit(request)
+    weight receiver ──▶ weight sender     manifest()  bucket(version, index, base)  submit(request)
     weight sender   ──▶ weight receiver   announce(version)  respond(response)
 
 All of them return at once. The objects that they work on are in `callee`, which is set before the world exists.
@@ -45,13 +45,19 @@ def manifest() -> bytes | None:
         return None
 
 
-def bucket(version: int, index: int) -> torch.Tensor | None:
-    """Return the bytes of one bucket, [nbytes] uint8, or None if the version was superseded."""
-    assert callee.store is not None
+def bucket(version: int, index: int, base: int | None) -> tuple[torch.Tensor, bool] | None:
+    """Return the bytes of one bucket, [n] uint8, and whether they are its difference to version `base`.
+
+    None if the version was superseded.
+    """
+    store = callee.store
+    assert store is not None
     try:
-        return torch.frombuffer(callee.store.bucket(version, index), dtype=torch.uint8)
+        delta = None if base is None else store.delta(version, index, base)
+        data = store.bucket(version, index) if delta is None else bytearray(delta)
     except Superseded:
         return None
+    return torch.frombuffer(data, dtype=torch.uint8), delta is not None
 
 
 def submit(request: Request) -> None:

@@ -22,6 +22,12 @@ def address_towards(host: str) -> str:
         ) from None
 
 
+def is_own_address(host: str) -> bool:
+    """Return whether `host` is this machine. Raises SessionError if it cannot be reached."""
+    own = address_towards(host)
+    return own in {address[0] for *_, address in socket.getaddrinfo(host, None, type=socket.SOCK_DGRAM)}
+
+
 def interface_towards(host: str) -> str:
     """Return the name of the interface from which this machine reaches `host`. Raises SessionError without one."""
     own = address_towards(host)

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from sgpo_async.errors import SgpoError, Superseded, WeightsError
 from sgpo_async.session import messages
 from sgpo_async.session.child_side import ChildSide, one_line, run_child
-from sgpo_async.session.interface import interface_towards
-from sgpo_async.session.pull import PendingBucket, pull
+from sgpo_async.session.interface import interface_towards, is_own_address
+from sgpo_async.session.pull import PendingBucket, Sent, pull
 from sgpo_async.session.settings import Settings
 from sgpo_async.weights.manifest import Manifest
 from sgpo_async.weights.store_file import StoreFile
@@ -53,7 +53,8 @@ def run(settings: Settings, child: ChildSide) -> NoReturn:
         calls.callee.inbox = child.commands
         world = RpcWorld("weight_receiver", deadlines)
         world.join(address["host"], address["port"])
-    serve(world, LocalCopy(world, child, settings.store), child, pulls=settings.pulls)
+        deltas = settings.deltas == "always" or (settings.deltas == "auto" and not is_own_address(address["host"]))
+    serve(world, LocalCopy(world, child, settings.store, deltas=deltas), child, pulls=settings.pulls)
 
 
 def _sender_address(child: ChildSide) -> dict[str, Any]:
@@ -93,8 +94,8 @@ def serve(world: RpcWorld, local_copy: LocalCopy, child: ChildSide, *, pulls: bo
 class LocalCopy:
     """The local copy of the learner's store, in the store at `path`, or else in one of its own."""
 
-    def __init__(self, world: RpcWorld, child: ChildSide, path: str = "") -> None:
-        self._world, self._child = world, child
+    def __init__(self, world: RpcWorld, child: ChildSide, path: str = "", *, deltas: bool = False) -> None:
+        self._world, self._child, self._deltas = world, child, deltas
         self._file: StoreFile | None = None
         self._writer = StoreWriter(path) if path else None
         self._reported = -1
@@ -173,11 +174,11 @@ class LocalCopy:
         if self._writer is None:
             self._file = StoreFile(tempfile.gettempdir(), expected_bytes=manifest.nbytes)
             self._writer = StoreWriter(self._file.path)
-        pull(manifest, self._request, self._writer)
+        received = pull(manifest, self._request, self._writer, deltas=self._deltas)
         if version is None:
-            self._report_received(manifest, time.monotonic() - started)
+            self._report_received(manifest, received, time.monotonic() - started)
 
-    def _report_received(self, manifest: Manifest, seconds: float) -> None:
+    def _report_received(self, manifest: Manifest, received: int, seconds: float) -> None:
         assert self._writer is not None
         self._child.emit(
             "weights",
@@ -185,18 +186,19 @@ class LocalCopy:
             path=self._writer.path,
             digest=manifest.digest,
             nbytes=manifest.nbytes,
+            received=received,
             seconds=seconds,
             published_at=manifest.published_at,
         )
 
-    def _request(self, version: int, index: int) -> PendingBucket:
+    def _request(self, version: int, index: int, base: int | None) -> PendingBucket:
         from sgpo_async.session import calls
 
-        call = self._world.begin(calls.bucket, version, index)
+        call = self._world.begin(calls.bucket, version, index, base)
 
-        def pending() -> memoryview | None:
-            tensor = call.wait()
-            return None if tensor is None else memoryview(tensor.numpy())
+        def pending() -> Sent | None:
+            answer = call.wait()
+            return None if answer is None else Sent(memoryview(answer[0].numpy()), answer[1])
 
         return pending
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from sgpo_async.session.parent_side import Child
 from sgpo_async.session.rpc_client import RpcClient
-from sgpo_async.session.settings import Deadlines, Settings
+from sgpo_async.session.settings import Deadlines, Deltas, Settings
 from sgpo_async.session.weight_groups import WeightGroups
 
 
@@ -22,6 +22,7 @@ class VersionReceived:
     path: str  # the same for all events of one session
     digest: str
     nbytes: int
+    received: int  # bytes that were transferred for it, less than `nbytes` if as differences to an earlier version
     seconds: float  # duration of the transfer
     published_at: float  # by the learner's clock, seconds since 1970
 
@@ -69,9 +70,17 @@ class WeightReceiver:
     actor gets weights through `groups` or by `pull` instead.
     """
 
-    def __init__(self, name: str, *, store: str = "", pulls: bool = True, deadlines: Deadlines | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        store: str = "",
+        deltas: Deltas = "auto",
+        pulls: bool = True,
+        deadlines: Deadlines | None = None,
+    ) -> None:
         deadlines = deadlines or Deadlines()
-        settings = Settings(name=name, parent=os.getpid(), store=store, pulls=pulls, deadlines=deadlines)
+        settings = Settings(name=name, parent=os.getpid(), store=store, deltas=deltas, pulls=pulls, deadlines=deadlines)
         self._child = Child("sgpo_async.session.receiver", settings, role="weight receiver")
         self._rpc = RpcClient(self._child.send)
         self.groups = WeightGroups(self._rpc, deadlines.group_s)

@@ -5,6 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
+from typing import Literal
+
+Deltas = Literal["auto", "always", "never"]
+"""auto: if the weight sender is on another machine. On one machine, copying is faster than encoding."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Settings:
     store: str = ""  # weight sender: the store that it serves; weight receiver: the one it writes; "": a new one
     host: str = ""  # weight sender: where to listen
     cuda: bool = False  # weight sender: may use this machine's GPUs, for weight-update groups over NCCL
+    deltas: Deltas = "auto"  # weight receiver: whether to pull the difference to the version that it has
     pulls: bool = True  # weight receiver: pull every announced version; false: only when the actor requests it
     deadlines: Deadlines = field(default_factory=Deadlines)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from sgpo_async.errors import Superseded
 from sgpo_async.weights import store_layout
+from sgpo_async.weights.delta import encode
 from sgpo_async.weights.manifest import Manifest, TensorEntry
 from sgpo_async.weights.store_layout import Record
 
@@ -59,6 +60,21 @@ class StoreReader:
         data = store_layout.read(self._fd, bucket.nbytes, record.data + bucket.offset)
         self._check_unchanged(record)
         return data
+
+    def delta(self, version: int, index: int, base: int) -> bytes | None:
+        """Return one bucket as a difference to the same bytes of version `base`; see `weights.delta`.
+
+        None if the store does not hold `base`, or if the difference would not be smaller than the bucket. Raises
+        Superseded if the store no longer holds `version`.
+        """
+        record = self._record(version)
+        bucket = self._manifest(record).buckets[index]
+        earlier = next((own for own in self._records() if own.version == base), None)
+        if earlier is None:
+            return None
+        new, old = (store_layout.read(self._fd, bucket.nbytes, own.data + bucket.offset) for own in (record, earlier))
+        self._check_unchanged(record)
+        return encode(old, new) if earlier in self._records() else None
 
     def copy(self, version: int, tensors: Iterable[TensorEntry], into: memoryview) -> None:
         """Copy the bytes of `tensors` of `version` into `into`, one after another without gaps.

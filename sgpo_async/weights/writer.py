@@ -174,6 +174,17 @@ class Incoming:
         store_layout.write(writer._fd, memoryview(data), writer._start() + self._manifest.buckets[index].offset)
         self._missing.discard(index)
 
+    @property
+    def base(self) -> int | None:
+        """The version that the store holds already; its tensors lie at the same offsets. None if there is none."""
+        return self._writer.version
+
+    def base_bytes(self, index: int) -> bytearray:
+        """The bytes of version `base` where bucket `index` lies."""
+        writer, bucket = self._writer, self._manifest.buckets[index]
+        start = PAGE + (1 - writer._slot) * writer._stride
+        return store_layout.read(writer._fd, bucket.nbytes, start + bucket.offset)
+
     def commit(self) -> None:
         """Make the version visible to readers; every bucket must have been written."""
         assert not self._missing, f"buckets {sorted(self._missing)} are missing"

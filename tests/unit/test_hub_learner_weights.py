@@ -49,7 +49,7 @@ class Link:
     def arrive(self, version: int) -> None:
         StoreWriter(self.store).publish(version, [("w", torch.ones(3))])
         fields = {"digest": "", "nbytes": 12, "seconds": 0.1, "published_at": 0.0}
-        self.events.append(VersionReceived(version=version, path=self.store, **fields))
+        self.events.append(VersionReceived(version=version, path=self.store, received=0, **fields))
 
 
 @pytest.fixture

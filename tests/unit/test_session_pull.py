@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sgpo_async.errors import SessionError, Superseded, WeightsError
-from sgpo_async.session.pull import ATTEMPTS, IN_FLIGHT, PendingBucket, pull
-from sgpo_async.weights import StoreFile, StoreReader, StoreWriter
+from sgpo_async.session.pull import ATTEMPTS, IN_FLIGHT, PendingBucket, Sent, pull
+from sgpo_async.weights import Manifest, StoreFile, StoreReader, StoreWriter
 
 
 class Source:
@@ -17,20 +17,23 @@ class Source:
         self.writer, self.reader = StoreWriter(path, bucket_bytes=64), StoreReader(path)
         self.damage = damage
         self.requested: list[int] = []
+        self.bases: list[int | None] = []
         self.in_flight = self.max_in_flight = 0
 
     def publish(self, version: int) -> None:
         self.writer.publish(version, [("a", torch.full((100,), float(version))), ("b", torch.ones(40))])
 
-    def request(self, version: int, index: int) -> PendingBucket:
+    def request(self, version: int, index: int, base: int | None) -> PendingBucket:
         self.requested.append(index)
+        self.bases.append(base)
         self.in_flight += 1
         self.max_in_flight = max(self.max_in_flight, self.in_flight)
 
-        def pending() -> memoryview | None:
+        def pending() -> Sent | None:
             self.in_flight -= 1
-            data = self.damage(index, self.reader.bucket(version, index))
-            return None if data is None else memoryview(data)
+            delta = None if base is None else self.reader.delta(version, index, base)
+            data = self.damage(index, self.reader.bucket(version, index) if delta is None else bytearray(delta))
+            return None if data is None else Sent(memoryview(data), delta is not None)
 
         return pending
 
@@ -119,3 +122,81 @@ def test_an_error_of_the_session_ends_the_pull(paths: tuple[str, str]) -> None:
     with pytest.raises(SessionError):
         pull(manifest, source.request, StoreWriter(paths[1]))
     assert StoreReader(paths[1]).version() is None
+
+
+class SmallSteps(Source):
+    """A source whose versions differ in few words, in buckets of 8 KB."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path, undamaged)
+        self.writer = StoreWriter(path, bucket_bytes=8192)
+        self.values = torch.randn(20_000, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+
+    def publish(self, version: int) -> None:
+        self.values = self.values.clone()
+        self.values[version::500] += 1
+        self.writer.publish(version, [("a", self.values), ("b", torch.full((10,), float(version)))])
+
+    def newest(self) -> Manifest:
+        manifest = self.reader.manifest()
+        assert manifest is not None
+        return manifest
+
+
+def test_a_version_arrives_as_the_difference_to_the_one_before(paths: tuple[str, str]) -> None:
+    source, writer, local = SmallSteps(paths[0]), StoreWriter(paths[1]), StoreReader(paths[1])
+    received = []
+    for version in range(4):
+        source.publish(version)
+        received.append(pull(source.newest(), source.request, writer, deltas=True))
+        assert torch.equal(local.tensors(version)["a"], source.values)
+        assert local.manifest() == source.newest()
+    whole = source.newest().nbytes
+    assert received[0] == whole, "a newcomer gets a whole version"
+    assert all(0 < size < whole / 10 for size in received[1:])
+    assert set(source.bases[:5]) == {None} and set(source.bases[5:10]) == {0}
+
+
+def test_without_deltas_every_version_is_pulled_whole(paths: tuple[str, str]) -> None:
+    source, writer = SmallSteps(paths[0]), StoreWriter(paths[1])
+    for version in range(2):
+        source.publish(version)
+        assert pull(source.newest(), source.request, writer) == source.newest().nbytes
+    assert set(source.bases) == {None}
+
+
+def test_a_node_that_missed_a_version_pulls_the_next_one_whole(paths: tuple[str, str]) -> None:
+    """The source holds two versions, so it no longer has the one that the difference would be to."""
+    source, writer = SmallSteps(paths[0]), StoreWriter(paths[1])
+    source.publish(0)
+    pull(source.newest(), source.request, writer, deltas=True)
+    for version in (1, 2):
+        source.publish(version)
+    assert pull(source.newest(), source.request, writer, deltas=True) == source.newest().nbytes
+    assert torch.equal(StoreReader(paths[1]).tensors(2)["a"], source.values)
+
+
+def test_most_words_changed_means_whole_buckets(paths: tuple[str, str]) -> None:
+    source, writer = Source(paths[0], undamaged), StoreWriter(paths[1])
+    for version, tensor in enumerate((torch.zeros(400), torch.randn(400))):
+        source.writer.publish(version, [("a", tensor)])
+        manifest = source.reader.manifest()
+        assert manifest is not None
+        assert pull(manifest, source.request, writer, deltas=True) == manifest.nbytes
+    assert 0 in source.bases
+
+
+@pytest.mark.parametrize("wrong", ["damaged", "of another base"])
+def test_a_wrong_difference_is_replaced_by_the_whole_bucket(paths: tuple[str, str], wrong: str) -> None:
+    source, writer = SmallSteps(paths[0]), StoreWriter(paths[1])
+    source.publish(0)
+    if wrong == "of another base":  # the same number, other weights: of another run
+        writer.publish(0, [("a", torch.zeros(20_000, dtype=torch.bfloat16)), ("b", torch.zeros(10))])
+    else:
+        pull(source.newest(), source.request, writer)
+        source.damage = lambda index, data: data[:-3] if index == 2 and source.bases[-1] is not None else data
+    source.publish(1)
+    source.bases.clear()
+    pull(source.newest(), source.request, writer, deltas=True)
+    assert torch.equal(StoreReader(paths[1]).tensors(1)["a"], source.values)
+    assert None in source.bases and 0 in source.bases
