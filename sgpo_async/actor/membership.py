@@ -93,7 +93,7 @@ class Membership:
         self._run_id = welcome.run_id
         if self.serving:
             self._replace_node()  # the hub has started another weight sender: a Hello was repeated
-        self.node.connect(welcome.session_host, welcome.session_port)
+        self.node.connect(welcome.session_host, welcome.session_port, welcome.session_secret)
         self.serving, self._serving_since, self._proven = True, time.monotonic(), False
         log.info("joined the run at %s", self._dealer.address, extra=fields(event="joined"))
         return True

@@ -90,7 +90,8 @@ def _as_hub_says(args: argparse.Namespace, settings: Run) -> Run:
     from sgpo_async.config import agreed, given_keys
     from sgpo_async.transport import Dealer, Mailbox, request_settings
 
-    dealer = Dealer(_address(args, settings), keys=settings.hub.keys, max_bytes=settings.hub.max_message_mb * 2**20)
+    max_bytes = settings.hub.max_message_mb * 2**20
+    dealer = Dealer(_address(args, settings), keys=settings.hub.keys, role="learner", max_bytes=max_bytes)
     mailbox = Mailbox(dealer)
     try:
         # Without --hub, rank 0 starts the hub, after it has checked problems, prompts and rewards.

@@ -16,6 +16,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import xxhash
+
 from sgpo_async.config import Run, to_plain
 from sgpo_async.errors import HubError
 from sgpo_async.hub import events as ev
@@ -76,6 +78,7 @@ class HubCore:
         self.rejected: Counter[str] = Counter()  # number of rejected messages by reason
         self.last_rejection = ""
         self.refused = 0  # number of refused members
+        self.forbidden = 0  # messages of the learner from others
         self.quarantined: dict[str, str] = {}  # actors refused for invalid messages: name -> reason
         self.restarts = 0  # of the hub process
         self.moved = 0  # leases taken from slow actors
@@ -118,8 +121,10 @@ class HubCore:
                 self._received(member, message)
             case ev.Rejected(member, reason):
                 self._reject(member, "malformed message", detail=reason)
-            case ev.SenderUp(member, host, port):
-                self._sender_up(member, host, port)
+            case ev.Forbidden(member, reason):
+                self._forbid(member, reason)
+            case ev.SenderUp():
+                self._sender_up(event)
             case ev.SenderDown(member, reason):
                 self._sender_down(member, reason)
             case ev.Tick():
@@ -207,9 +212,9 @@ class HubCore:
     def _hello(self, member: bytes, hello: wire.Hello) -> None:
         new_world = hello.role == "learner" and self.learner_ranks.starts_new_world(member, hello)
         joined_world = self.learner_ranks if hello.role == "learner" and not new_world else None
-        taken = self._names_of_others(member, include_ranks=not new_world)
+        taken = self._names_of_others(member, hello, new_world=new_world)
         final = tokenizer_mismatch(hello.name, hello.tokenizer, learners=self.tokenizer)
-        if hello.name in self.quarantined:
+        if hello.role == "actor" and hello.name in self.quarantined:
             final = f"quarantined after {self.quarantined[hello.name]}; check its engine and its model"
         reason = final or refusal_reason(hello, taken=taken, world=joined_world)
         if self.closing and hello.role == "actor":
@@ -224,10 +229,13 @@ class HubCore:
         else:
             self._actor_joins(member, hello)
 
-    def _names_of_others(self, member: bytes, *, include_ranks: bool) -> set[str]:
+    def _names_of_others(self, member: bytes, hello: wire.Hello, *, new_world: bool) -> set[str]:
+        """The names that are taken. An actor cannot take that of a rank: it may be a stranger, who keeps it out."""
         actors = {actor.name for actor in self.actors.values() if actor.member != member}
-        ranks = self.learner_ranks.ranks.values() if include_ranks else ()
-        return actors | {rank.name for rank in ranks if rank.member != member}
+        ranks = {rank.name for rank in self.learner_ranks.ranks.values() if rank.member != member}
+        if hello.role == "learner":
+            return set() if new_world else ranks
+        return actors | ranks
 
     def _actor_joins(self, member: bytes, hello: wire.Hello) -> None:
         """Add an actor, or let it return with the leases that it still holds."""
@@ -249,13 +257,14 @@ class HubCore:
         self.actors.join(member, hello.name, now=self.now, tokenizer=hello.tokenizer)
         self._effects.append(OpenSender(member, hello.name))
 
-    def _sender_up(self, member: bytes, host: str, port: int) -> None:
-        if member not in self.actors:
-            self._effects.append(CloseSender(member))
+    def _sender_up(self, up: ev.SenderUp) -> None:
+        if up.member not in self.actors:
+            self._effects.append(CloseSender(up.member))
             return
-        actor = self.actors[member]
+        actor = self.actors[up.member]
         actor.welcomed, actor.last_seen = True, self.now
-        self._send(member, wire.Welcome(run_id=self.run_id, session_host=host, session_port=port))
+        welcome = wire.Welcome(run_id=self.run_id, session_host=up.host, session_port=up.port, session_secret=up.secret)
+        self._send(up.member, welcome)
 
     def _sender_down(self, member: bytes, reason: str) -> None:
         """Wait for the actor to return: if only its session has ended, it sends a new Hello."""
@@ -631,10 +640,20 @@ class HubCore:
     def _refuse(self, member: bytes, reason: str, *, final: bool = False) -> None:
         self._send(member, wire.Refused(reason=reason, final=final))
 
+    def _forbid(self, member: bytes, reason: str) -> None:
+        """Refuse a message that only the learner may send. Log the first one: who sends it could fill the disk."""
+        self.refused += 1
+        if not self.forbidden:
+            self._effects.append(Warn(f"a message was refused: {reason}"))
+        self.forbidden += 1
+        self._refuse(member, reason, final=True)
+
     def _reject(self, member: bytes, reason: str, *, detail: str = "") -> None:
         """Count an invalid message. An actor that has sent MAX_INVALID of them is refused for good."""
         self.rejected[reason] += 1
-        self.last_rejection = f"{member.hex()}: {reason}" + (f" ({detail})" if detail else "")
+        # Everybody can read the status, and an identity is as good as a password (`transport.router`).
+        sender = xxhash.xxh3_64_hexdigest(member)[:8]
+        self.last_rejection = f"{sender}: {reason}" + (f" ({detail})" if detail else "")
         actor = self.actors.get(member)
         if actor is None:
             return

@@ -7,7 +7,7 @@ The core does no I/O. The caller of `HubCore.handle` carries out the effects in 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sgpo_async.wire.records import Message
 
@@ -29,12 +29,21 @@ class Rejected:
 
 
 @dataclass(frozen=True)
+class Forbidden:
+    """A message arrived whose sender may not send it (`hub.authority`); `reason` is one line with a remedy."""
+
+    member: bytes
+    reason: str
+
+
+@dataclass(frozen=True)
 class SenderUp:
-    """The weight sender of this actor is running and waits for the actor at `host`:`port`."""
+    """The weight sender of this actor is running and waits at `host`:`port` for who knows its secret."""
 
     member: bytes
     host: str
     port: int
+    secret: bytes = field(default=b"", repr=False)
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,7 @@ class Interrupted:
     at_once: bool = False
 
 
-Event = Received | Rejected | SenderUp | SenderDown | Tick | HubRestarted | Interrupted
+Event = Received | Rejected | Forbidden | SenderUp | SenderDown | Tick | HubRestarted | Interrupted
 
 
 @dataclass(frozen=True)

@@ -50,10 +50,14 @@ class LearnerWeights:
         moved = self._offer is None or self._offer[1].store != message.store or self._link is None
         self._offer = member, message
         if moved:  # also if the version is here already: rank 0 offers this link for the next ones, too
-            self._connect(*endpoint)
+            self._connect(*endpoint, message.secret)
             log.info("pulling the learner's weights from %s", message.store)
         newest = self._store.version
-        return replace(message, store=self._store.path) if newest is not None and newest >= message.version else None
+        return (
+            replace(message, store=self._store.path, secret=b"")
+            if newest is not None and newest >= message.version
+            else None
+        )
 
     def events(self) -> list[ev.Event]:
         """The versions that have arrived since the last call, as if rank 0 had published them on this machine."""
@@ -77,14 +81,14 @@ class LearnerWeights:
         if link:
             self._stopping.submit(_stop, link)
 
-    def _connect(self, host: str, port: int) -> None:
+    def _connect(self, host: str, port: int, secret: bytes) -> None:
         self.close()
         try:
             self._link = self._receiver("the hub", store=self._store.path)
         except OSError as error:  # no more processes: the next publication tries again
             log.warning("cannot start a weight receiver for the learner's weights: %s", error)
             return
-        self._link.connect(host, port)
+        self._link.connect(host, port, secret)
 
 
 def _stop(link: WeightReceiver) -> None:

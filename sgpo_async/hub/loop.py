@@ -24,6 +24,7 @@ from typing import Protocol
 from sgpo_async.errors import DeadlineExceeded, WireError
 from sgpo_async.hub import events as ev
 from sgpo_async.hub.announce import Announcer
+from sgpo_async.hub.authority import Authority
 from sgpo_async.hub.core import HubCore
 from sgpo_async.hub.journal import Journal
 from sgpo_async.hub.learner_weights import LearnerWeights
@@ -31,6 +32,7 @@ from sgpo_async.hub.recovery import save, write_event
 from sgpo_async.session import SenderDown, SenderEvent, SenderUp
 from sgpo_async.transport import RouterMailbox
 from sgpo_async.transport.base import Frames
+from sgpo_async.transport.mailbox import Mail
 from sgpo_async.wire import records as wire
 
 log = logging.getLogger(__name__)
@@ -72,6 +74,7 @@ class Loop:
         """`spawn_sender(name)` starts the weight sender of the actor `name`; `clock` is the core's."""
         self._core, self._mailbox, self._spawn_sender = core, mailbox, spawn_sender
         self._weights, self._journal, self._clock = weights, journal, clock
+        self.authority = Authority()  # who may act as the learner; this one lets everybody
         self._senders: dict[bytes, SenderHandle] = {}
         self._stop_threads = ThreadPoolExecutor(max_workers=16, thread_name_prefix="stop-sender")
         self._stopping: list[Future[None]] = []
@@ -88,12 +91,8 @@ class Loop:
         next_tick = 0.0
         try:
             while not self._shutdown_reason:
-                received = self._mailbox.receive_with_frames(TICK_S)
-                group = [
-                    (_to_event(member, told), frames if told is message else [])
-                    for member, message, frames in received
-                    if (told := self._told(member, message)) is not None
-                ]
+                received = self._mailbox.receive_mail(TICK_S)
+                group = [found for mail in received if (found := self._event_of(mail)) is not None]
                 events = self._sender_events()
                 events += self._weights.events() if self._weights else []
                 if reason := interrupted():
@@ -106,11 +105,21 @@ class Loop:
         finally:
             self._close()
 
-    def _told(self, member: bytes, message: wire.Message | WireError) -> wire.Message | WireError | None:
-        """What the core is told of a message: nothing yet of weights on another machine."""
-        if not self._weights or not isinstance(message, wire.Published):
-            return message
-        return self._weights.offered(member, message) if self._core.learner_ranks.rank_of(member) == 0 else message
+    def _event_of(self, mail: Mail) -> tuple[ev.Event, Frames] | None:
+        """What the core is told of a message: nothing yet of weights on another machine.
+
+        With its frames, if it is the message itself.
+        """
+        member, message, frames, key = mail
+        if isinstance(message, WireError):
+            return ev.Rejected(member, str(message)), frames
+        rank = self._core.learner_ranks.rank_of(member)
+        if objection := self.authority.objection(message, key=key, from_rank=rank is not None):
+            return ev.Forbidden(member, objection), []
+        if not self._weights or rank != 0 or not isinstance(message, wire.Published):
+            return ev.Received(member, message), frames
+        told = self._weights.offered(member, message)
+        return (ev.Received(member, told), frames if told is message else []) if told else None
 
     def restart(self) -> None:
         """Tell a recovered core that this process has taken over."""
@@ -180,8 +189,8 @@ class Loop:
         for member, sender in self._senders.items():
             for event in sender.poll():
                 match event:
-                    case SenderUp(port=port):
-                        events.append(ev.SenderUp(member, sender.host, port))
+                    case SenderUp(port, secret):
+                        events.append(ev.SenderUp(member, sender.host, port, secret))
                     case SenderDown(reason=reason):
                         events.append(ev.SenderDown(member, reason))
         return events
@@ -217,12 +226,6 @@ def _log_timeout(stop: Future[None]) -> None:
         stop.result()
     except DeadlineExceeded as error:
         log.warning("%s", error)
-
-
-def _to_event(member: bytes, message: wire.Message | WireError) -> ev.Event:
-    if isinstance(message, WireError):
-        return ev.Rejected(member, str(message))
-    return ev.Received(member, message)
 
 
 def _changes_state(event: ev.Event) -> bool:

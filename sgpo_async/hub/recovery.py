@@ -34,7 +34,8 @@ from sgpo_async.wire import decode, encode
 from sgpo_async.wire.records import PROTOCOL, Rollout
 
 _PLAIN_EVENTS: dict[str, Callable[..., ev.Event]] = {
-    kind.__name__: kind for kind in (ev.Rejected, ev.SenderUp, ev.SenderDown, ev.Tick, ev.HubRestarted, ev.Interrupted)
+    kind.__name__: kind
+    for kind in (ev.Rejected, ev.Forbidden, ev.SenderUp, ev.SenderDown, ev.Tick, ev.HubRestarted, ev.Interrupted)
 }
 
 

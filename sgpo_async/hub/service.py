@@ -19,6 +19,7 @@ from typing import Any
 from sgpo_async.config import Run
 from sgpo_async.config.rules import endpoint_of
 from sgpo_async.files import reporting_write_errors, write_whole
+from sgpo_async.hub.authority import Authority
 from sgpo_async.hub.core import HubCore
 from sgpo_async.hub.journal import Journal
 from sgpo_async.hub.learner_weights import LearnerWeights
@@ -32,6 +33,7 @@ from sgpo_async.tasks.benchmarks import open_benchmarks
 from sgpo_async.tasks.sources import source_of
 from sgpo_async.transport import Router, RouterMailbox
 from sgpo_async.transport.keys import public_key
+from sgpo_async.transport.token import TOKEN_FILE, make_token
 from sgpo_async.weights.store_file import StoreFile, machine
 
 log = logging.getLogger(__name__)
@@ -41,8 +43,9 @@ def serve(run: Run) -> int:
     """Run the hub until the learner finishes or a signal arrives; return the exit code.
 
     The exit code is 0 after the learner has finished, and 128 plus the signal number after a signal. While the hub can
-    be reached, `<run.folder>/hub.json` contains its address; at the end the hub removes it, the weight store and the
-    journal. If a killed hub has left its journal, this hub continues from it.
+    be reached, `<run.folder>/hub.json` contains its address, and hub.token what the learner of a hub without keys must
+    know; at the end the hub removes both, the weight store and the journal. If a killed hub has left its journal, this
+    hub continues from it.
 
     Raises HubError if the address is in use or the keys or the journal are not usable, DataError if problems cannot be
     read, and SgpoError if the folder is not writable.
@@ -60,7 +63,9 @@ def serve(run: Run) -> int:
             stack.callback(journal.close)
             core, elapsed = recover(core, journal)
         address = _address(run, journal)
+        authority = _authority(run, folder)  # before the hub can be reached: the learner reads the token then
         router = Router(address, keys=run.hub.keys, max_bytes=run.hub.max_message_mb * 2**20)
+        stack.callback((folder / TOKEN_FILE).unlink, missing_ok=True)
         stack.callback(router.close)
         store = StoreFile(folder, expected_bytes=version_bytes(run), earlier=core.learner_store)
         stack.callback(store.close)
@@ -83,6 +88,7 @@ def serve(run: Run) -> int:
             journal=journal,
             clock=lambda: time.monotonic() - began,
         )
+        loop.authority = authority
         about = fields(event="listening", address=router.address, run=run.name, steps=run.steps)
         log.info("listening at %s for run %s of %d steps", router.address, run.name, run.steps, extra=about)
         if journal:
@@ -100,6 +106,12 @@ def _address(run: Run, journal: Journal | None) -> str:
     """The configured address; if its port is 0, the address before the restart, if there was one."""
     known = journal.get("address") if journal else None
     return known.decode() if known and run.hub.address.endswith(":0") else run.hub.address
+
+
+def _authority(run: Run, folder: Path) -> Authority:
+    if run.hub.keys:
+        return Authority(key=public_key(run.hub.keys, "learner"))
+    return Authority(token=make_token(folder), token_file=str((folder / TOKEN_FILE).absolute()))
 
 
 def _position(core: HubCore) -> tuple[int, int]:

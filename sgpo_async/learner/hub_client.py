@@ -151,14 +151,16 @@ class HubClient:
         request = Commit(step=step)
         return self._ask(lambda: request, Committed, what, ANSWER_S, lambda done: done.step == step).status
 
-    def published(self, version: int, store: str = "") -> None:
+    def published(self, version: int, store: str = "", secret: bytes = b"") -> None:
         """Report that the store at `store` holds `version` completely. May be called from any thread.
+
+        `secret` is that of the link, if the hub has to pull the version.
 
         An older version than the newest reported one only brings news of the store.
         """
         with self._publishing:
             version = max(version, self._publication.version if self._publication else version)
-            self._publication = Published(version=version, store=store)
+            self._publication = Published(version=version, store=store, secret=secret)
             self._outgoing.append(self._publication)
 
     def evaluate(self, version: int) -> None:

@@ -33,8 +33,8 @@ class Store(Protocol):
     """The part of `weights.StoreWriter` that the publisher uses."""
 
     @property
-    def place(self) -> str:
-        """Where the hub finds the store as long as this process lives: a path, or tcp://HOST:PORT."""
+    def contact(self) -> tuple[str, bytes]:
+        """Where the hub finds the store as long as this process lives: a path, or tcp://HOST:PORT with a secret."""
         ...
 
     def publish(self, version: int, named_tensors: Iterable[tuple[str, Tensor]]) -> object:
@@ -104,7 +104,7 @@ class Publisher:
     """Publishes versions of one policy. Only rank 0 has a store; it calls `published` after writing a version."""
 
     def __init__(
-        self, policy: Policy, dtype: torch.dtype, *, store: Store | None, published: Callable[[int, str], None]
+        self, policy: Policy, dtype: torch.dtype, *, store: Store | None, published: Callable[[int, str, bytes], None]
     ) -> None:
         self._policy, self._dtype, self._store, self._published = policy, dtype, store, published
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="publish")
@@ -140,7 +140,7 @@ class Publisher:
 
     def _write(self, store: Store, version: int, tensors: NamedTensors) -> None:
         store.publish(version, self._counted(tensors))
-        self._published(version, store.place)
+        self._published(version, *store.contact)
 
     def _counted(self, tensors: NamedTensors) -> Iterator[tuple[str, Tensor]]:
         for tensor in tensors:

@@ -29,8 +29,8 @@ START_S = 150.0  # until a weight sender listens; it imports torch
 CLOSE_S = 10.0  # for the weight sender to end
 AGAIN_S = 1.0  # after a weight sender has ended, before the next one is started
 
-Published = Callable[[int, str], None]
-"""(version, where the hub finds it) -> None; may be called from any thread."""
+Published = Callable[[int, str, bytes], None]
+"""(version, where the hub finds it, the secret of that link) -> None; may be called from any thread."""
 
 
 def open_store(welcome: Welcome, folder: Path, hub: str, published: Published, *, nbytes: int) -> Store:
@@ -60,7 +60,7 @@ class RemoteStore:
         self._file, self._host, self._published, self._sender = file, host, published, sender
         self._writer = StoreWriter(file.path)
         self._up, self._closing = threading.Event(), threading.Event()
-        self._port = 0
+        self._contact = ("", b"")
         self._thread: threading.Thread | None = None
 
     def publish(self, version: int, named_tensors: Iterable[tuple[str, Tensor]]) -> object:
@@ -72,11 +72,11 @@ class RemoteStore:
         return manifest
 
     @property
-    def place(self) -> str:
-        """The address of the weight sender. Raises DeadlineExceeded if none listens in time."""
+    def contact(self) -> tuple[str, bytes]:
+        """Address and secret of the weight sender. Raises DeadlineExceeded if none listens in time."""
         if not self._up.wait(START_S):
             raise DeadlineExceeded("learner-0", "weight sender that listens for the hub", START_S)
-        return f"tcp://{f'[{self._host}]' if ':' in self._host else self._host}:{self._port}"
+        return self._contact
 
     def close(self) -> None:
         """End the weight sender."""
@@ -108,10 +108,11 @@ class RemoteStore:
                     if not isinstance(event, SenderUp):
                         log.warning("the hub's link to the weights is lost: %s; another one is offered", event.reason)
                         return
-                    self._port = event.port
+                    host = f"[{self._host}]" if ":" in self._host else self._host
+                    self._contact = f"tcp://{host}:{event.port}", event.secret
                     self._up.set()
                     if announce and (version := self._writer.version) is not None:
-                        self._published(version, self.place)
+                        self._published(version, *self._contact)
         finally:
             self._up.clear()
             sender.stop()

@@ -54,6 +54,7 @@ from sgpo_async.processes.torchrun import all_ranks_run
 from sgpo_async.tasks.base import ProblemSource
 from sgpo_async.tasks.sources import source_of
 from sgpo_async.transport import Dealer, Mailbox
+from sgpo_async.transport.token import token_of
 from sgpo_async.wire.records import Evaluated, Hello, NoBatch, Shard
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ def train(run: Run, hub_address: str) -> int:
     """
     signals = UrgentSignals(in_order=all_ranks_run)
     mesh = join_world(run.learner, timeout_s=run.learner.batch_timeout_s + COLLECTIVE_SLACK_S)
-    dealer = Dealer(hub_address, keys=run.hub.keys, max_bytes=run.hub.max_message_mb * 2**20)
+    dealer = Dealer(hub_address, keys=run.hub.keys, role="learner", max_bytes=run.hub.max_message_mb * 2**20)
     try:
         dealer.wait_connected(CONNECT_S)
     except BaseException:
@@ -150,6 +151,7 @@ class Trainer:
                 rank=rank,
                 world_size=dist.get_world_size(),
                 vocabulary=stepper.policy.head.shape[0],
+                token="" if run.hub.keys else token_of(Path(run.folder)),
             )
         )
         # If an earlier learner has published weights, this one must not continue its tasks and versions.

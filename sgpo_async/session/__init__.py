@@ -10,6 +10,9 @@ Every session starts two fresh processes, because a Torch RPC world cannot survi
 cannot join a second world. When one of the two dies, this session is over; other sessions continue. The handles
 `WeightSender` (used by the hub) and `WeightReceiver` (used by the actor) do not import torch.
 
+Both processes must know a secret that is new for each session (`session.secret`): the weight sender's handle makes it,
+and the actor gets it over its authenticated connection to the hub.
+
 Weights can also go by broadcast from the weight sender directly to SGLang servers: see `session.weight_groups`.
 """
 

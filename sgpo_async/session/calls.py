@@ -74,3 +74,7 @@ def announce(version: int) -> None:
 def respond(response: Response) -> None:
     """Deliver the response to an earlier request."""
     callee.inbox.put(response)
+
+
+FROM_PEER = (manifest, bucket, submit, announce, respond, Request, Response)
+"""The functions and classes that may arrive in a message of the peer."""

@@ -9,7 +9,8 @@ The receiver always pulls the newest version. If versions come faster than it ca
 If the weights reach the engines in another way (`Settings.pulls` is false), it only reports an announced version to the
 actor, and pulls a version when the actor requests it.
 
-Run as `python -m sgpo_async.session.receiver SETTINGS`; the address to connect to comes on standard input.
+Run as `python -m sgpo_async.session.receiver SETTINGS`; the address to connect to and the
+session's secret come on standard input.
 """
 
 from __future__ import annotations
@@ -48,11 +49,12 @@ def run(settings: Settings, child: ChildSide) -> NoReturn:
     with child.phase(f"rendezvous with the weight sender at {address['host']}:{address['port']}", deadlines.join_s):
         os.environ["TP_SOCKET_IFNAME"] = os.environ["GLOO_SOCKET_IFNAME"] = interface_towards(address["host"])
         from sgpo_async.session import calls
-        from sgpo_async.session.rpc_world import RpcWorld
+        from sgpo_async.session.rpc_world import RpcWorld, reach
 
         calls.callee.inbox = child.commands
-        world = RpcWorld("weight_receiver", deadlines)
-        world.join(address["host"], address["port"])
+        secret = bytes.fromhex(address["secret"])
+        world = RpcWorld("weight_receiver", deadlines, secret=secret, from_peer=calls.FROM_PEER)
+        world.join(reach(address["host"], address["port"], deadlines.join_s))
         deltas = settings.deltas == "always" or (settings.deltas == "auto" and not is_own_address(address["host"]))
     serve(world, LocalCopy(world, child, settings.store, deltas=deltas), child, pulls=settings.pulls)
 

@@ -86,9 +86,9 @@ class WeightReceiver:
         self.groups = WeightGroups(self._rpc, deadlines.group_s)
         self.name, self.pid = name, self._child.pid
 
-    def connect(self, host: str, port: int) -> None:
-        """Connect to the weight sender at this address. Call it once."""
-        self._child.send({"host": host, "port": port})
+    def connect(self, host: str, port: int, secret: bytes) -> None:
+        """Connect to the weight sender that `SenderUp` has reported at this port, with this secret. Call it once."""
+        self._child.send({"host": host, "port": port, "secret": secret.hex()})
 
     def fileno(self) -> int:
         """Return the descriptor to select on: readable when `poll` has events, and always after the last event."""

@@ -8,7 +8,7 @@
     join(group)                                            rank 0 has joined the group
     plan(version) -> BroadcastPlan                         see `weights.broadcast_plan`
     broadcast(group, version, fingerprint)                 rank 0 has sent the version (fingerprint: of the plan)
-    compute(version, job) -> JSON types                    result of a pickled function of the tensors
+    compute(version, job) -> JSON types                    result of a function of the tensors (`Settings.jobs`)
     close(group)
 
 Every request gets exactly one response, by `respond`. When a request of a group fails, rank 0 leaves the group before
@@ -18,17 +18,17 @@ the failure is reported.
 from __future__ import annotations
 
 import base64
-import pickle
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sgpo_async.errors import SessionError, SgpoError, WeightsError
 from sgpo_async.session.broadcast_group import Backend, BroadcastGroup
 from sgpo_async.session.child_side import one_line
 from sgpo_async.session.messages import Request, Response
+from sgpo_async.session.rpc_pickler import load_job
 from sgpo_async.weights.broadcast_plan import plan_of
 from sgpo_async.weights.reader import LazyTensors, StoreReader
 
@@ -36,9 +36,11 @@ from sgpo_async.weights.reader import LazyTensors, StoreReader
 class RpcServer:
     """Processes requests about the weights in `store`; it calls `respond` from any of its threads."""
 
-    def __init__(self, store: StoreReader, host: str, respond: Callable[[Response], None]) -> None:
-        """The rendezvous of every group listens on `host`."""
-        self._store, self._host, self._respond = store, host, respond
+    def __init__(
+        self, store: StoreReader, host: str, respond: Callable[[Response], None], *, jobs: Sequence[str]
+    ) -> None:
+        """The rendezvous of every group listens on `host`; `jobs` are the functions that `compute` may call."""
+        self._store, self._host, self._respond, self._jobs = store, host, respond, jobs
         self._lock = threading.Lock()
         self._pending: dict[int, tuple[Request, float]] = {}  # by id, with the deadline (monotonic)
         self._groups: dict[str, BroadcastGroup] = {}
@@ -131,8 +133,7 @@ class RpcServer:
     def _compute(self, _seconds: float, version: int, job: str) -> Any:
         with self._computing:
             if self._computed[:2] != (version, job):
-                # Torch RPC unpickles everything it receives, so this adds no new risk.
-                function, args, kwargs = pickle.loads(base64.b64decode(job))
+                function, args, kwargs = load_job(base64.b64decode(job), self._jobs)
                 value = function(LazyTensors(self._store, version), *args, **kwargs)
                 self._computed = version, job, value
             return self._computed[2]

@@ -3,26 +3,34 @@
 Each process asks the other for a heartbeat that is answered a second later, so one call is always in flight in each
 direction. When a process is killed, its sockets close and that call fails at once; when it is stopped, the call times
 out.
+
+The two processes join by the session's secret: they find each other through a `ProvenStore`, and a `SessionPickler`
+checks every message. Torch RPC opens its ports only when the peer has proved that it has come, and they are closed as
+soon as the connections stand: no one can connect to a world that has begun.
 """
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch.distributed import rpc
 
 from sgpo_async.errors import SessionError
+from sgpo_async.session.proven_store import ProvenStore
+from sgpo_async.session.rpc_pickler import SessionPickler
 from sgpo_async.session.settings import Deadlines
 
 Role = Literal["weight_sender", "weight_receiver"]
+_SCHEME = "sgpo-session"  # of the rendezvous, for `init_rpc`
 _RANK = {"weight_sender": 0, "weight_receiver": 1}
 _TRANSPORTS = ["uv"]  # TCP. The other transports poll all the time: shared memory took 10 to 20 % of a core while idle
 _THREADS = 8  # of the callee: one sleeps in `heartbeat`, four serve the buckets in flight
@@ -41,15 +49,67 @@ def listen(host: str, join_s: float) -> tuple[dist.TCPStore, int]:
             is_master=True,
             timeout=timedelta(seconds=join_s),
             wait_for_workers=False,
-            multi_tenant=True,  # `init_rpc` finds this server by its port and does not open another one
             master_listen_fd=listener.detach(),
         )
     return store, port
 
 
+def reach(host: str, port: int, join_s: float) -> dist.TCPStore:
+    """Connect to the rendezvous that another process has opened by `listen`."""
+    timeout = timedelta(seconds=join_s)
+    return dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
+
+
 def heartbeat(seconds: float) -> None:
     """Answer after `seconds`: with a call always in flight, the caller notices at once that this process is gone."""
     time.sleep(seconds)
+
+
+def echo(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor: then all connections that the transfer of tensors needs stand in both directions."""
+    return tensor
+
+
+def open_no_files() -> torch.library.Library:
+    """Let torch's operator that reads any file refuse, as long as the result lives.
+
+    The peer can call every builtin operator of torch, past all that is written in Python (docs/security.md).
+    """
+
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise RuntimeError("aten::from_file is not allowed in a session")
+
+    operators = torch.library.Library("aten", "IMPL")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Warning only once for all operators")  # about the override
+        operators.impl("from_file", refuse, "CPU")
+    return operators
+
+
+def open_ports() -> list[int]:
+    """The descriptors at which this process accepts TCP connections."""
+    return [number for name in os.listdir("/proc/self/fd") if _is_listening(number := int(name))]  # noqa: PTH208
+
+
+def close_ports(numbers: Sequence[int]) -> None:
+    """Close these ports, which libraries of this process have opened.
+
+    They themselves would not: they accept whoever comes, for as long as the process lives. In their place their
+    descriptors get /dev/null, of which no events come.
+    """
+    null = os.open(os.devnull, os.O_RDWR)
+    for number in numbers:
+        os.dup2(null, number, inheritable=False)
+    os.close(null)
+
+
+def _is_listening(number: int) -> bool:
+    try:
+        with socket.socket(fileno=os.dup(number)) as found:
+            internet = found.family in (socket.AF_INET, socket.AF_INET6)
+            return internet and bool(found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+    except OSError:  # not a socket, or closed meanwhile
+        return False
 
 
 class Call:
@@ -83,23 +143,40 @@ class Call:
 class RpcWorld:
     """This process's membership in a world of two."""
 
-    def __init__(self, role: Role, deadlines: Deadlines) -> None:
+    def __init__(
+        self, role: Role, deadlines: Deadlines, *, secret: bytes, from_peer: Sequence[Callable[..., Any]]
+    ) -> None:
+        """The peer must know the session's `secret`; `from_peer`: functions and classes that its messages may name."""
         self.peer: Role = "weight_receiver" if role == "weight_sender" else "weight_sender"
-        self._role, self._deadlines = role, deadlines
+        self._role, self._deadlines, self._secret = role, deadlines, secret
         self._heartbeat: Call | None = None
+        self._pickler = SessionPickler(secret, (*from_peer, heartbeat, echo))
 
-    def join(self, host: str, port: int) -> None:
+    def join(self, store: dist.Store) -> None:
         """Wait for the peer to join; the caller enforces the deadline."""
-        address = f"[{host}]" if ":" in host else host
+        self._pickler.install()
+        self._operators = open_no_files()
+        self._store = proven = ProvenStore(store, self._secret)  # torch keeps no reference to its Python half
+        if self._role == "weight_sender":
+            proven.await_proof("here")
+        else:
+            proven.set("here", b"")
+        dist.register_rendezvous_handler(_SCHEME, lambda *_, **__: iter([(proven, _RANK[self._role], 2)]))
         options = rpc.TensorPipeRpcBackendOptions(
             num_worker_threads=_THREADS,
             rpc_timeout=self._deadlines.join_s,  # of the handshake; every call below has its own timeout
-            init_method=f"tcp://{address}:{port}",
+            init_method=f"{_SCHEME}://",
             _transports=_TRANSPORTS,
         )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="You are using a Backend")  # caused inside `init_rpc`
             rpc.init_rpc(self._role, rank=_RANK[self._role], world_size=2, rpc_backend_options=options)
+        self._pickler.check_used()
+        self._begin(self._deadlines.join_s, echo, torch.ones(1)).wait()
+        ports = open_ports()  # before the peer can ask for weight-update groups, whose ports must stay open
+        proven.set(f"{self._role} is connected", b"")
+        proven.await_proof(f"{self.peer} is connected")
+        close_ports(ports)
 
     def begin(self, function: Callable[..., Any], *args: Any) -> Call:
         """Call `function` on the peer without waiting. Raises SessionError if the peer is already gone."""

@@ -5,7 +5,7 @@
     request threads   one per request of the actor, see `session.rpc_server`
     watchdog thread   see `session.child_side`
 
-Run as `python -m sgpo_async.session.sender SETTINGS`.
+Run as `python -m sgpo_async.session.sender SETTINGS`; the session's secret comes on standard input.
 """
 
 from __future__ import annotations
@@ -38,13 +38,14 @@ def run(settings: Settings, child: ChildSide) -> NoReturn:
         from sgpo_async.session.rpc_world import RpcWorld, listen
 
     with child.phase(f"listen on {settings.host}", deadlines.start_s):
-        _rendezvous, port = listen(settings.host, deadlines.join_s)
+        secret = bytes.fromhex(child.commands.get()["secret"])  # the first command
+        rendezvous, port = listen(settings.host, deadlines.join_s)
     calls.callee.store = store = StoreReader(settings.store)
-    calls.callee.server = server = RpcServer(store, settings.host, child.commands.put)
-    world = RpcWorld("weight_sender", deadlines)
+    calls.callee.server = server = RpcServer(store, settings.host, child.commands.put, jobs=settings.jobs)
+    world = RpcWorld("weight_sender", deadlines, secret=secret, from_peer=calls.FROM_PEER)
     child.emit("up", port=port)
     with child.phase("rendezvous with the weight receiver", deadlines.join_s):
-        world.join(settings.host, port)
+        world.join(rendezvous)
     serve(world, store, server, child)
 
 

@@ -22,9 +22,12 @@ class Deadlines:
     group_s: float = 60.0  # for one phase of a weight-update group: to join, to broadcast a version
 
 
+JOBS = ("sgpo_async.engines.sglang.weight_sync.layout:expected_checksums",)  # MODULE:NAME
+
+
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a weight sender or a weight receiver."""
+    """Settings of a weight sender or a weight receiver; all users of the machine can read them."""
 
     name: str  # of the receiving side, for messages
     parent: int  # process id of the parent; the child ends when the parent is gone
@@ -32,6 +35,8 @@ class Settings:
     host: str = ""  # weight sender: where to listen
     cuda: bool = False  # weight sender: may use this machine's GPUs, for weight-update groups over NCCL
     deltas: Deltas = "auto"  # weight receiver: whether to pull the difference to the version that it has
+    # Weight sender: the functions that it computes on its weights (`WeightGroups.compute`).
+    jobs: list[str] = field(default_factory=lambda: list(JOBS))
     pulls: bool = True  # weight receiver: pull every announced version; false: only when the actor requests it
     deadlines: Deadlines = field(default_factory=Deadlines)
 

@@ -85,9 +85,10 @@ class WeightGroups:
     def compute(self, version: int, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Future[Result]:
         """Let the weight sender compute `function(tensors, *args, **kwargs)` on the tensors of a version.
 
-        `tensors` is a Mapping by name, which reads each tensor into CPU memory on access. The weight sender must be
-        able to import the function's module; arguments must be picklable and the result of JSON types. If the function
-        raises an SgpoError, the future fails with it. The last result is cached for the next server that needs it.
+        `tensors` is a Mapping by name, which reads each tensor into CPU memory on access. The function must be
+        one of the weight sender's jobs (`WeightSender`); its arguments are of JSON types or dtypes of torch, and its
+        result of JSON types. If the function raises an SgpoError, the future fails with it. The last result is cached
+        for the next server that needs it.
         """
         job = base64.b64encode(pickle.dumps((function, args, kwargs))).decode()
         return self._rpc.request("compute", seconds=self._seconds, version=version, job=job)

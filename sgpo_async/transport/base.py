@@ -21,8 +21,11 @@ class RouterEnd(Protocol):
     address: str  # address to which members connect
     max_bytes: int  # largest size of one message
 
-    def poll(self, timeout_s: float) -> list[tuple[bytes, Frames]]:
-        """The messages that have arrived, as (member, frames); waits at most `timeout_s` for the first one."""
+    def poll(self, timeout_s: float) -> list[tuple[bytes, Frames, bytes]]:
+        """The messages that have arrived, as (member, frames, public key); waits at most `timeout_s` for the first one.
+
+        The key (Z85) is that with which the connection was authenticated; it is empty without keys.
+        """
         ...
 
     def send(self, member: bytes, frames: Sequence[bytes]) -> bool:

@@ -21,13 +21,13 @@ from zmq.utils.monitor import recv_monitor_message
 
 from sgpo_async.errors import HubError
 from sgpo_async.transport.base import Frames
-from sgpo_async.transport.keys import key_pair, public_key
+from sgpo_async.transport.keys import Role, key_pair, public_key
 from sgpo_async.transport.sockets import close_socket, drain, offer, open_socket
 
 RECONNECT_MS = (100, 2000)  # first and longest pause between two attempts
 REFUSED_S = 5.0  # a hub that ends in mid-handshake looks like a refusal; after this long it is a refusal
 REFUSALS: dict[int, str] = {
-    zmq.EVENT_HANDSHAKE_FAILED_AUTH: "it does not know this side's client.key",
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH: "it does not know this side's key",
     zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "keys on one side only, or it is not a hub",
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "the handshake broke off: wrong server.key, or keys on one side only",
 }
@@ -38,16 +38,25 @@ WATCHED = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | UNHEARD | sum
 class Dealer:
     """DEALER socket connected to `address`. Implements `DealerEnd`.
 
-    The hub's Router knows this member by `identity`, also after a reconnection; by default it is random.
+    The hub's Router knows this member by `identity`, also after a reconnection; by default it is random. `role` says
+    which key of the folder `keys` it takes.
     `socket` is for a `zmq.Poller` that also waits for other events.
 
     Raises:
         HubError: a key file cannot be read.
     """
 
-    def __init__(self, address: str, *, identity: bytes | None = None, keys: str | Path = "", max_bytes: int) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        identity: bytes | None = None,
+        keys: str | Path = "",
+        role: Role = "actor",
+        max_bytes: int,
+    ) -> None:
         self.address = address
-        self.identity = identity or secrets.token_hex(8).encode()
+        self.identity = identity or secrets.token_hex(16).encode()
         self.max_bytes = max_bytes
         self.connections = 0
         self.connected = False
@@ -58,7 +67,7 @@ class Dealer:
             self.socket.routing_id = self.identity
             self.socket.reconnect_ivl, self.socket.reconnect_ivl_max = RECONNECT_MS
             if keys:
-                self.socket.curve_publickey, self.socket.curve_secretkey = key_pair(keys, "client")
+                self.socket.curve_publickey, self.socket.curve_secretkey = key_pair(keys, role)
                 self.socket.curve_serverkey = public_key(keys, "server")
             self.socket.connect(address)
         except BaseException:

@@ -1,28 +1,33 @@
-"""CURVE keys: one pair for the hub, and one pair that all members share.
+"""CURVE keys: one pair each for the hub, for the learner's ranks, and for all actors.
 
     DIR/server.key           public; members authenticate the hub with it
     DIR/server.key_secret    stays on the hub's node
-    DIR/client.key           public; the hub authenticates members with it
-    DIR/client.key_secret    on the node of every member
+    DIR/learner.key          public; the hub knows the learner's ranks by it
+    DIR/learner.key_secret   on the learner's nodes only
+    DIR/actor.key            public; the hub knows actors, and who watches the run, by it
+    DIR/actor.key_secret     on every node
 
 CURVE encrypts the connections to the hub and authenticates both sides (ZeroMQ RFC 26, CurveZMQ). The hub refuses a
-connection without the client's secret key in the handshake, before it reads any message.
+connection without one of the two secret keys in the handshake, before it reads any message, and knows of every message
+with which key it came.
 """
 
 from __future__ import annotations
 
 import stat
 from pathlib import Path
+from typing import Literal
 
 import zmq.auth
 
 from sgpo_async.errors import HubError
 
-NAMES = ("server", "client")
+Role = Literal["learner", "actor"]
+NAMES = ("server", "learner", "actor")
 
 
 def create_keys(folder: str | Path) -> list[Path]:
-    """Write both key pairs into `folder` (mode 0700, secret keys 0600) and return the four files.
+    """Write all key pairs into `folder` (mode 0700, secret keys 0600) and return the six files.
 
     Raises:
         HubError: the folder already holds keys, or cannot be written.
@@ -44,12 +49,12 @@ def create_keys(folder: str | Path) -> list[Path]:
 
 
 def public_key(folder: str | Path, name: str) -> bytes:
-    """The public key of "server" or "client", in Z85."""
+    """The public key of one of NAMES, in Z85."""
     return _load(Path(folder) / f"{name}.key")[0]
 
 
 def key_pair(folder: str | Path, name: str) -> tuple[bytes, bytes]:
-    """Public and secret key of "server" or "client", in Z85.
+    """Public and secret key of one of NAMES, in Z85.
 
     Raises:
         HubError: the file is missing, cannot be read, or other users can access it.
@@ -73,6 +78,7 @@ def _load(path: Path) -> tuple[bytes, bytes | None]:
 def missing_key(path: Path) -> HubError:
     """The error for a key file that is missing or holds no key."""
     return HubError(
-        f"hub.keys: {path} is missing or holds no key; make keys with 'sgpo-async keys DIR' "
-        "on the hub's node and copy server.key, client.key and client.key_secret to the other nodes"
+        f"hub.keys: {path} is missing or holds no key; make keys with 'sgpo-async keys DIR' on the hub's node, and "
+        "copy server.key, actor.key and actor.key_secret to every other node, and to the learner's also learner.key "
+        "and learner.key_secret"
     )

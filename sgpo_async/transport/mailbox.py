@@ -6,6 +6,8 @@ raises at the sender.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from sgpo_async.errors import WireError
 from sgpo_async.transport.base import DealerEnd, Frames, RouterEnd
 from sgpo_async.wire import decode, encode
@@ -47,6 +49,15 @@ class Mailbox:
         self.dealer.close(linger_s)
 
 
+class Mail(NamedTuple):
+    """A message that has arrived at the hub."""
+
+    member: bytes
+    message: Message | WireError
+    frames: Frames
+    key: bytes  # public key with which its connection was authenticated; empty without keys
+
+
 class RouterMailbox:
     """The hub's mailbox."""
 
@@ -64,13 +75,13 @@ class RouterMailbox:
 
     def receive(self, timeout_s: float) -> list[tuple[bytes, Message | WireError]]:
         """What has arrived, as (member, message), or the error instead of a message that cannot be read."""
-        return [(member, message) for member, message, _ in self.receive_with_frames(timeout_s)]
+        return [(mail.member, mail.message) for mail in self.receive_mail(timeout_s)]
 
-    def receive_with_frames(self, timeout_s: float) -> list[tuple[bytes, Message | WireError, Frames]]:
-        """Like `receive`, each with the frames that arrived."""
+    def receive_mail(self, timeout_s: float) -> list[Mail]:
+        """Like `receive`, with all that is known of each message."""
         polled = self.router.poll(timeout_s)
-        read = [(member, unpack(frames, self.router.max_bytes), frames) for member, frames in polled]
-        self.rejected += sum(isinstance(message, WireError) for _, message, _ in read)
+        read = [Mail(member, unpack(frames, self.router.max_bytes), frames, key) for member, frames, key in polled]
+        self.rejected += sum(isinstance(mail.message, WireError) for mail in read)
         return read
 
     def close(self, linger_s: float = 0.0) -> None:

@@ -27,16 +27,19 @@ class MemoryRouter:
         self.address = "memory"
         self.max_bytes = max_bytes
         self.changed = threading.Condition()
-        self.inbox: deque[tuple[bytes, Frames]] = deque()
+        self.inbox: deque[tuple[bytes, Frames, bytes]] = deque()
         self.dealers: dict[bytes, MemoryDealer] = {}
 
-    def dealer(self, identity: bytes) -> MemoryDealer:
-        """Connect a new member; a member with the same identity is disconnected, as with ROUTER_HANDOVER."""
+    def dealer(self, identity: bytes, key: bytes = b"") -> MemoryDealer:
+        """Connect a new member, which has authenticated itself with `key`.
+
+        A member with the same identity is disconnected, as with ROUTER_HANDOVER.
+        """
         with self.changed:
-            self.dealers[identity] = MemoryDealer(self, identity)
+            self.dealers[identity] = MemoryDealer(self, identity, key)
             return self.dealers[identity]
 
-    def poll(self, timeout_s: float) -> list[tuple[bytes, Frames]]:
+    def poll(self, timeout_s: float) -> list[tuple[bytes, Frames, bytes]]:
         return take(self.inbox, self.changed, timeout_s)
 
     def send(self, member: bytes, frames: Sequence[bytes]) -> bool:
@@ -51,8 +54,8 @@ class MemoryRouter:
 class MemoryDealer:
     """Implements `DealerEnd`; `MemoryRouter.dealer` creates it."""
 
-    def __init__(self, router: MemoryRouter, identity: bytes) -> None:
-        self.identity, self.address = identity, router.address
+    def __init__(self, router: MemoryRouter, identity: bytes, key: bytes = b"") -> None:
+        self.identity, self.key, self.address = identity, key, router.address
         self.max_bytes = router.max_bytes
         self.connections = 1
         self.inbox: deque[Frames] = deque()
@@ -64,7 +67,7 @@ class MemoryDealer:
     def send(self, frames: Sequence[bytes]) -> bool:
         if self._router.dealers.get(self.identity) is not self:
             return False
-        return put(self._router.inbox, (self.identity, list(frames)), self._router.changed)
+        return put(self._router.inbox, (self.identity, list(frames), self.key), self._router.changed)
 
     def check_refused(self) -> None:
         """Nothing refuses a connection in memory."""

@@ -1,9 +1,9 @@
 """The hub's ZeroMQ endpoint.
 
-    Dealer ─┐                     ┌─ poll() ─▶ (member, frames)
+    Dealer ─┐                     ┌─ poll() ─▶ (member, frames, key)
     Dealer ─┼─ TCP ─▶ ROUTER ─────┤
     Dealer ─┘         ▲           └─ send(member, frames) ─▶ one member's queue, or False
-                      └─ authenticator thread: answers "is this client key known?" during handshakes
+                      └─ authenticator thread: answers "is this key known?" during handshakes
 
 Only `poll` waits (for a message) and `close` (until queued frames are sent), both at most for a given time. When a
 member reconnects with the same identity, the new connection replaces the old one. Otherwise the hub could keep a dead
@@ -12,7 +12,7 @@ connection for minutes, e.g. after a power loss, and ignore the member during th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import zmq
@@ -27,7 +27,8 @@ from sgpo_async.transport.sockets import close_socket, drain, numeric, offer, op
 class Router:
     """ROUTER socket bound to `address`; port 0 takes a free one. Implements `RouterEnd`.
 
-    `keys` is the folder that `create_keys` filled; without keys the hub accepts every connection.
+    `keys` is the folder that `create_keys` filled; without keys the hub accepts every connection. With keys, `poll`
+    says of every message with which public key its connection was authenticated.
     `socket` is for a `zmq.Poller` that also waits for other events.
 
     Raises:
@@ -48,8 +49,10 @@ class Router:
             self.close()
             raise
 
-    def poll(self, timeout_s: float) -> list[tuple[bytes, Frames]]:
-        return [(member, frames) for member, *frames in drain(self.socket, timeout_s, self.max_bytes)]
+    def poll(self, timeout_s: float) -> list[tuple[bytes, Frames, bytes]]:
+        receive = receive_with_key if self._authenticator else receive_plain
+        messages = drain(self.socket, timeout_s, self.max_bytes, receive)
+        return [(member, frames, key) for key, member, *frames in messages]
 
     def send(self, member: bytes, frames: Sequence[bytes]) -> bool:
         return offer(self.socket, [member, *frames])
@@ -62,21 +65,36 @@ class Router:
         close_socket(self.socket, linger_s)
 
 
-class KnownKey:
-    """Credentials provider of the authenticator: accepts exactly one client key."""
+def receive_plain(socket: zmq.Socket) -> Frames:
+    """One message, after an empty frame. Raises zmq.Again if there is none."""
+    return [b"", *socket.recv_multipart(zmq.DONTWAIT)]
 
-    def __init__(self, public: bytes) -> None:
+
+def receive_with_key(socket: zmq.Socket) -> Frames:
+    """One message, after the public key (Z85) of its sender. Raises zmq.Again if there is none.
+
+    ZeroMQ attaches the key to each message of the connection, as the authenticator has named it (RFC 27, User-Id). So
+    it holds also for a message under the identity of another member.
+    """
+    identity = socket.recv(zmq.DONTWAIT, copy=False)
+    return [str(identity["User-Id"]).encode(), identity.bytes, *socket.recv_multipart(zmq.DONTWAIT)]
+
+
+class KnownKeys:
+    """Credentials provider of the authenticator: accepts exactly these client keys."""
+
+    def __init__(self, public: Collection[bytes]) -> None:
         self.public = public
 
     def callback(self, _domain: str, key: bytes) -> bool:
-        return key == self.public
+        return key in self.public
 
 
 def authenticate(socket: zmq.Socket, keys: str | Path) -> ThreadAuthenticator:
-    """Accept only connections that hold the client's secret key."""
+    """Accept only connections that hold the secret key of the learner or of the actors."""
     socket.curve_publickey, socket.curve_secretkey = key_pair(keys, "server")
     socket.curve_server = True
-    known = KnownKey(public_key(keys, "client"))
+    known = KnownKeys([public_key(keys, "learner"), public_key(keys, "actor")])
     authenticator = ThreadAuthenticator(socket.context)
     authenticator.start()
     authenticator.configure_curve_callback(domain="*", credentials_provider=known)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import socket as network
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import zmq
 
@@ -44,7 +44,14 @@ def numeric(address: str) -> str:
         raise HubError(f"hub.address: host {host} in {address} is unknown ({error.strerror})") from error
 
 
-def drain(socket: zmq.Socket, timeout_s: float, max_bytes: int) -> list[Frames]:
+def receive(socket: zmq.Socket) -> Frames:
+    """One message. Raises zmq.Again if there is none."""
+    return socket.recv_multipart(zmq.DONTWAIT)
+
+
+def drain(
+    socket: zmq.Socket, timeout_s: float, max_bytes: int, receive: Callable[[zmq.Socket], Frames] = receive
+) -> list[Frames]:
     """The messages that have arrived, until `BATCH` or `max_bytes` is reached; waits for the first one."""
     received: list[Frames] = []
     if not socket.poll(math.ceil(timeout_s * 1000)):
@@ -52,7 +59,7 @@ def drain(socket: zmq.Socket, timeout_s: float, max_bytes: int) -> list[Frames]:
     size = 0
     while len(received) < BATCH and size <= max_bytes:
         try:
-            frames = socket.recv_multipart(zmq.DONTWAIT)
+            frames = receive(socket)
         except zmq.Again:
             break
         received.append(frames)

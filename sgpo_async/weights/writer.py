@@ -54,6 +54,11 @@ class StoreWriter:
         return f"/proc/{os.getpid()}/fd/{self._fd}"
 
     @property
+    def contact(self) -> tuple[str, bytes]:
+        """`place`; no secret is needed there, because only processes of this user can open it."""
+        return self.place, b""
+
+    @property
     def version(self) -> int | None:
         """The newest complete version; None if there is none."""
         return self._newest.version if self._newest else None

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-PROTOCOL = 8  # raise it whenever a record changes
+PROTOCOL = 9  # raise it whenever a record changes
 
 Tokens = Annotated[np.ndarray, "<i4"]  # token ids, 1-d
 Ints = Annotated[np.ndarray, "<i4"]
@@ -58,6 +58,7 @@ class Hello:
     # Actor only: the leases on which it still works after a lost connection, as [task, attempt, task, attempt, ...].
     # The hub leases all others of this member to other actors.
     holds: Ints = field(default_factory=lambda: np.empty(0, np.int32))
+    token: str = field(default="", repr=False)  # learner of a hub without keys: the content of its hub.token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,7 @@ class Welcome:
 
     session_host: str = ""  # actor: address of its weight sender, which waits to form a Torch RPC world of two
     session_port: int = 0
+    session_secret: bytes = field(default=b"", repr=False)  # which both processes of the session have to prove
     run_id: str = ""  # actor: identifies the run; leases and weight versions of another run are void
     store: str = ""  # learner: path of the shared-memory weight store into which it publishes ...
     machine: str = ""  # ... on this machine (`weights.store_file.machine`); another one publishes into its own store
@@ -336,6 +338,7 @@ class Published:
     # The path at which rank 0 has the store open, for a hub that starts again. tcp://HOST:PORT: rank 0 is on another
     # machine, where a weight sender serves its own store; the hub has the version when it has pulled it.
     store: str = ""
+    secret: bytes = field(default=b"", repr=False)  # of the session with that weight sender
 
     @property
     def is_elsewhere(self) -> bool:

@@ -98,7 +98,7 @@ class Learner:
         while not self._over.wait(0.01):
             for event in self._sender.poll():
                 if isinstance(event, SenderUp):
-                    self._receiver.connect("127.0.0.1", event.port)
+                    self._receiver.connect("127.0.0.1", event.port, event.secret)
             self._receiver.poll()
 
 

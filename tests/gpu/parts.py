@@ -402,7 +402,7 @@ class Session:
         while time.monotonic() < deadline:
             for event in self._sender.poll():
                 assert isinstance(event, SenderUp), event
-                self._receiver.connect("127.0.0.1", event.port)
+                self._receiver.connect("127.0.0.1", event.port, event.secret)
             for event in self._receiver.poll():
                 if isinstance(event, VersionReceived) and event.version == version:
                     return event

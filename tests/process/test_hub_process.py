@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from sgpo_async.transport import Dealer, Mailbox
+from sgpo_async.transport.token import token_of
 from sgpo_async.wire import records as wire
 
 pytestmark = pytest.mark.process
@@ -89,7 +90,7 @@ def test_the_hub_writes_its_address_answers_survives_garbage_and_removes_its_fil
         assert time.monotonic() < deadline
     assert ask(observer, wire.SettingsRequest(), wire.Settings).settings["tasks"]["held_out"] == 2
     learner = connect(contact["address"])
-    welcome = ask(learner, wire.Hello(role="learner", name="learner-0"), wire.Welcome)
+    welcome = ask(learner, wire.Hello(role="learner", name="learner-0", token=token_of(hub.file.parent)), wire.Welcome)
     assert welcome.store == contact["store"]
     learner.send(wire.Finish())
     learner.send(wire.Goodbye())

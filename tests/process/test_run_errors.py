@@ -10,6 +10,7 @@ from run_support import RealRun, RunProcess, chat_model, real_run, until
 from sgpo_async.model.folder import load_tokenizer, tokenizer_fingerprint
 from sgpo_async.processes.torchrun import torchrun
 from sgpo_async.transport import Dealer, Mailbox, create_keys
+from sgpo_async.transport.token import token_of
 from sgpo_async.wire.records import Hello, Welcome
 
 pytestmark = pytest.mark.process
@@ -65,7 +66,7 @@ def test_an_actor_with_another_tokenizer_is_refused(run: RealRun, tmp_path: Path
     other = chat_model(tmp_path / "other")
     fingerprint = tokenizer_fingerprint(load_tokenizer(str(other)))
     learner = Mailbox(Dealer(run.address(), max_bytes=2**20))
-    learner.send(Hello(role="learner", name="learner-0", tokenizer="0123456789abcdef"))
+    learner.send(Hello(role="learner", name="learner-0", tokenizer="0123456789abcdef", token=token_of(run.folder)))
     until(lambda: any(isinstance(answer, Welcome) for answer in learner.receive(0.1)), "a welcome")
     (line,) = errors(run.actor("actor", "--model", str(other)), code=3)  # it concerns this actor only
     assert "0123456789abcdef" in line and fingerprint in line and "set model.path of actor to the learner's" in line

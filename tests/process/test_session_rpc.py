@@ -69,7 +69,8 @@ class Session:
         self.sender = WeightSender(self.file.path, "a-1", "127.0.0.1", deadlines=deadlines)
 
     def connect(self) -> None:
-        self.receiver.connect("127.0.0.1", wait_for(self.sender, SenderUp).port)
+        up = wait_for(self.sender, SenderUp)
+        self.receiver.connect("127.0.0.1", up.port, up.secret)
 
     def arrives(self, version: int) -> VersionReceived:
         event = wait_for(self.receiver, VersionReceived, lambda e: e.version >= version)
@@ -97,9 +98,11 @@ def make() -> Iterator[Callable[..., Session]]:
         session.close()
 
 
-def test_versions_arrive_complete_and_both_processes_listen_on_loopback_only(make: Callable[..., Session]) -> None:
+def test_versions_arrive_complete_and_no_port_stays_open(make: Callable[..., Session]) -> None:
     session = make()
-    session.connect()  # before the first publication
+    up = wait_for(session.sender, SenderUp)
+    assert listening(session.sender.pid) == {"127.0.0.1"}, "the rendezvous"
+    session.receiver.connect("127.0.0.1", up.port, up.secret)  # before the first publication
     for version in (0, 1, 2, 7):
         published = session.writer.publish(version, model(version))
         event = session.arrives(version)
@@ -109,8 +112,7 @@ def test_versions_arrive_complete_and_both_processes_listen_on_loopback_only(mak
     for version in range(8, 40):  # faster than they can be pulled
         session.writer.publish(version, model(version))
     wait_for(session.receiver, VersionReceived, lambda e: e.version == 39)
-    assert listening(session.sender.pid) == {"127.0.0.1"}
-    assert listening(session.receiver.pid) == {"127.0.0.1"}
+    assert listening(session.sender.pid) == listening(session.receiver.pid) == set()
 
 
 def test_a_damaged_version_is_rejected_and_the_next_one_arrives(make: Callable[..., Session]) -> None:
@@ -172,7 +174,7 @@ def test_a_rendezvous_without_a_peer_ends_at_the_deadline(make: Callable[..., Se
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        session.receiver.connect("127.0.0.1", silent.getsockname()[1])
+        session.receiver.connect("127.0.0.1", silent.getsockname()[1], b"secret")
         wait_for(session.sender, SenderUp)
         assert (
             "weight sender of a-1: rendezvous with the weight receiver" in wait_for(session.sender, SenderDown).reason
@@ -204,7 +206,8 @@ receiver = WeightReceiver("a-1")
 def wait(handle):
     select.select([handle], [], [])
     return handle.poll()[0]
-receiver.connect("127.0.0.1", wait(sender).port)
+up = wait(sender)
+receiver.connect("127.0.0.1", up.port, up.secret)
 wait(waiting)
 assert isinstance(wait(receiver), VersionReceived)
 print(sender.pid, waiting.pid, receiver.pid, flush=True)

@@ -125,7 +125,7 @@ class Session:
         while not self._over.wait(0.02):
             for event in self.sender.poll():
                 if isinstance(event, SenderUp):
-                    self.receiver.connect("127.0.0.1", event.port)
+                    self.receiver.connect("127.0.0.1", event.port, event.secret)
             self.receiver.poll()
 
 

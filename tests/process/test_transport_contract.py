@@ -51,7 +51,7 @@ def test_frames_arrive_complete_and_in_order_with_the_identity(ends: tuple[Route
     assert all(a.send(frames) and b.send(frames) for frames in sent)
     received = exactly(400, router.poll)
     for name in (b"a", b"b"):
-        assert [frames for member, frames in received if member == name] == sent
+        assert [frames for member, frames, _ in received if member == name] == sent
 
 
 def test_a_reply_reaches_only_its_member(ends: tuple[RouterEnd, Connect]) -> None:
@@ -92,7 +92,7 @@ def test_a_member_that_does_not_read_does_not_block_the_others(ends: tuple[Route
     send_until_false(router, b"slow", [b"y" * 10_000])
     other = connect(b"other")
     other.send([b"x"])
-    assert exactly(1, router.poll) == [(b"other", [b"x"])]
+    assert exactly(1, router.poll) == [(b"other", [b"x"], b"")]
     assert router.send(b"other", [b"z"])
     assert exactly(1, other.poll) == [[b"z"]]
 
@@ -102,7 +102,7 @@ def test_a_new_connection_with_a_known_identity_replaces_the_old_one(ends: tuple
     for generation in (b"1", b"2", b"3"):
         member = connect(b"a")
         member.send([generation])
-        assert exactly(1, router.poll) == [(b"a", [generation])]
+        assert exactly(1, router.poll) == [(b"a", [generation], b"")]
         assert router.send(b"a", [b"to", generation])
         assert exactly(1, member.poll) == [[b"to", generation]]
 

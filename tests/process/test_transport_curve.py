@@ -11,6 +11,7 @@ import pytest
 
 from sgpo_async.errors import HubError
 from sgpo_async.transport import Dealer, Router, create_keys
+from sgpo_async.transport.keys import public_key
 
 pytestmark = pytest.mark.process
 
@@ -48,15 +49,15 @@ def refusal(dealer: Dealer) -> str:
     return error_with(dealer, "refuses")
 
 
-def test_a_member_connects_with_three_of_the_four_key_files(router: Router, keys: Path) -> None:
+def test_an_actor_connects_with_three_of_the_six_key_files(router: Router, keys: Path) -> None:
     folder = keys / "copied"
     folder.mkdir()
-    for name in ("server.key", "client.key", "client.key_secret"):
+    for name in ("server.key", "actor.key", "actor.key_secret"):
         shutil.copy(keys / "hub" / name, folder)
     dealer = Dealer(router.address, identity=b"good", keys=folder, max_bytes=LIMIT)
     dealer.wait_connected(PATIENCE)
     dealer.send([b"hello", b"x" * 100_000])
-    assert router.poll(PATIENCE) == [(b"good", [b"hello", b"x" * 100_000])]
+    assert router.poll(PATIENCE) == [(b"good", [b"hello", b"x" * 100_000], public_key(keys / "hub", "actor"))]
     assert router.send(b"good", [b"welcome"])
     assert dealer.poll(PATIENCE) == [[b"welcome"]]
     dealer.close()
@@ -71,7 +72,7 @@ def unknown_client(keys: Path) -> Path:
 @pytest.mark.parametrize(
     ("mistake", "reason"),
     [
-        ("unknown client key", "it does not know this side's client.key"),
+        ("unknown client key", "it does not know this side's key"),
         ("wrong server key", "the handshake broke off: wrong server.key, or keys on one side only"),
         ("no keys", ".*keys on one side only"),
     ],

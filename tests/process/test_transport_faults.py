@@ -194,7 +194,7 @@ def test_a_member_reconnects_to_a_restarted_hub() -> None:
     dealer.wait_connected(PATIENCE)
     assert dealer.connections == 2
     dealer.send([b"again"])
-    assert second.poll(PATIENCE) == [(b"good", [b"again"])]
+    assert second.poll(PATIENCE) == [(b"good", [b"again"], b"")]
     dealer.close()
     second.close()
 

@@ -67,6 +67,9 @@ def total(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, *, note: str 
     return {"note": note, **{name: float(t.to(dtype).sum()) for name, t in tensors.items()}}
 
 
+JOBS = [f"{total.__module__}:total"]
+
+
 class Member:
     """A process that is one rank of a group; it joins after the first line that it gets."""
 
@@ -113,7 +116,7 @@ class Session:
         self.writer = StoreWriter(self.file.path)
         self.manifest = self.writer.publish(0, tensors)
         self.receiver = WeightReceiver("a-1", pulls=False, deadlines=deadlines)
-        self.sender = WeightSender(self.file.path, "a-1", "127.0.0.1")
+        self.sender = WeightSender(self.file.path, "a-1", "127.0.0.1", jobs=JOBS)
         self.members: list[Member] = []
         self.events: list[Any] = []
         self.groups = self.receiver.groups
@@ -124,7 +127,7 @@ class Session:
             select.select([self.sender], [], [], PATIENCE_S)
             for event in self.sender.poll():
                 assert isinstance(event, SenderUp), event
-                self.receiver.connect("127.0.0.1", event.port)
+                self.receiver.connect("127.0.0.1", event.port, event.secret)
                 return
 
     def poll(self, seconds: float = 0.02) -> None:

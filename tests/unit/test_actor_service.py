@@ -58,10 +58,12 @@ class Node:
 
     def __init__(self) -> None:
         self.addresses: list[tuple[str, int]] = []
+        self.secrets: list[bytes] = []
         self.stopped = False
 
-    def connect(self, host: str, port: int) -> None:
+    def connect(self, host: str, port: int, secret: bytes) -> None:
         self.addresses.append((host, port))
+        self.secrets.append(secret)
 
     def poll(self) -> list[Any]:
         return []

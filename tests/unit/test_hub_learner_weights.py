@@ -31,12 +31,12 @@ class Link:
     made: ClassVar[list["Link"]] = []
 
     def __init__(self, name: str, *, store: str) -> None:
-        self.name, self.store, self.address, self.stopped = name, store, ("", 0), False
+        self.name, self.store, self.address, self.secret, self.stopped = name, store, ("", 0), b"", False
         self.events: list[object] = []
         Link.made.append(self)
 
-    def connect(self, host: str, port: int) -> None:
-        self.address = host, port
+    def connect(self, host: str, port: int, secret: bytes) -> None:
+        self.address, self.secret = (host, port), secret
 
     def poll(self) -> list[object]:
         events, self.events = self.events, []
@@ -60,7 +60,7 @@ def store(tmp_path: Path) -> StoreFile:
 
 
 def offer(weights: LearnerWeights, version: int, port: int = 4000) -> Published | None:
-    return weights.offered(RANK_0, Published(version=version, store=f"tcp://10.0.0.2:{port}"))
+    return weights.offered(RANK_0, Published(version=version, store=f"tcp://10.0.0.2:{port}", secret=b"%d" % port))
 
 
 def test_a_version_on_this_machine_is_told_at_once(store: StoreFile) -> None:
@@ -87,7 +87,7 @@ def test_a_link_that_is_lost_is_renewed_by_the_next_message(store: StoreFile) ->
     assert weights.events() == []
     until(lambda: Link.made[0].stopped)
     assert offer(weights, 0, port=4001) is None
-    assert Link.made[1].address == ("10.0.0.2", 4001)
+    assert Link.made[1].address == ("10.0.0.2", 4001) and Link.made[1].secret == b"4001"
     Link.made[1].arrive(0)
     assert len(weights.events()) == 1
     weights.close()

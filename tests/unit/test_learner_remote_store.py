@@ -29,7 +29,7 @@ class Sender:
         if Sender.refused:
             Sender.refused -= 1
             raise OSError("no more processes")
-        self.events: list[object] = [SenderUp(4000 + len(Sender.made))]
+        self.events: list[object] = [SenderUp(4000 + len(Sender.made), b"secret %d" % len(Sender.made))]
         self.late = False
         Sender.made.append(self)
 
@@ -43,12 +43,14 @@ class Sender:
 
 
 @pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[RemoteStore, list[tuple[int, str]]]]:
+def store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[RemoteStore, list[tuple[int, str, bytes]]]]:
     monkeypatch.setattr(remote_store, "AGAIN_S", 0.01)
     Sender.made, Sender.refused = [], 0
-    told: list[tuple[int, str]] = []
+    told: list[tuple[int, str, bytes]] = []
     file = StoreFile(tmp_path)
-    own = RemoteStore(file, "fd00::2", lambda version, place: told.append((version, place)), sender=Sender)
+    own = RemoteStore(file, "fd00::2", lambda *contact: told.append(contact), sender=Sender)
     with closing(own):
         yield own, told
 
@@ -90,16 +92,16 @@ def test_versions_that_do_not_fit_into_memory_are_on_disk(tmp_path: Path) -> Non
 def test_the_address_of_every_weight_sender_after_the_first_is_told(store: tuple) -> None:
     own, told = store
     own.publish(3, tensors())
-    assert own.place == "tcp://[fd00::2]:4000" and told == []
+    assert own.contact == ("tcp://[fd00::2]:4000", b"secret 0") and told == []
     own.publish(4, tensors())
     Sender.made[0].events.append(SenderDown("the hub is gone"))
-    until(lambda: told == [(4, "tcp://[fd00::2]:4001")])
+    until(lambda: told == [(4, "tcp://[fd00::2]:4001", b"secret 1")])
 
 
 def test_a_weight_sender_that_cannot_be_started_or_ends_late_is_tried_again(store: tuple) -> None:
     own, told = store
     own.publish(0, tensors())
-    assert own.place
+    assert own.contact
     Sender.made[0].late, Sender.refused = True, 2
     Sender.made[0].events.append(SenderDown("the hub is gone"))
-    until(lambda: told == [(0, "tcp://[fd00::2]:4001")])
+    until(lambda: told == [(0, "tcp://[fd00::2]:4001", b"secret 1")])

@@ -18,14 +18,16 @@ def test_only_the_owner_can_read_created_secret_keys(tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "keys"
     files = create_keys(folder)
     assert sorted(path.name for path in files) == [
-        "client.key",
-        "client.key_secret",
+        "actor.key",
+        "actor.key_secret",
+        "learner.key",
+        "learner.key_secret",
         "server.key",
         "server.key_secret",
     ]
     assert mode(folder) == 0o700
     assert {mode(path) for path in files if path.suffix == ".key_secret"} == {0o600}
-    for name in ("server", "client"):
+    for name in ("server", "learner", "actor"):
         public, secret = key_pair(folder, name)
         assert public == public_key(folder, name) != secret
 
@@ -49,19 +51,19 @@ def test_an_error_names_the_folder_that_cannot_be_created(tmp_path: Path) -> Non
 def test_the_error_about_missing_keys_names_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(HubError, match=r"server\.key_secret is missing .* 'sgpo-async keys DIR'"):
         Router("tcp://127.0.0.1:0", keys=tmp_path, max_bytes=1000)
-    with pytest.raises(HubError, match=r"client\.key_secret is missing .* 'sgpo-async keys DIR'"):
+    with pytest.raises(HubError, match=r"actor\.key_secret is missing .* 'sgpo-async keys DIR'"):
         Dealer("tcp://127.0.0.1:1", keys=tmp_path, max_bytes=1000)
 
 
 def test_a_secret_key_that_other_users_can_access_is_refused(tmp_path: Path) -> None:
     create_keys(tmp_path)
-    (tmp_path / "client.key_secret").chmod(0o644)
-    with pytest.raises(HubError, match="other users can access .*; run chmod 600 .*client.key_secret"):
-        key_pair(tmp_path, "client")
+    (tmp_path / "actor.key_secret").chmod(0o644)
+    with pytest.raises(HubError, match="other users can access .*; run chmod 600 .*actor.key_secret"):
+        key_pair(tmp_path, "actor")
 
 
 def test_the_error_for_an_invalid_key_file_names_the_file(tmp_path: Path) -> None:
     create_keys(tmp_path)
-    (tmp_path / "client.key").write_text("nonsense")
-    with pytest.raises(HubError, match=r"client\.key is missing or holds no key"):
-        public_key(tmp_path, "client")
+    (tmp_path / "actor.key").write_text("nonsense")
+    with pytest.raises(HubError, match=r"actor\.key is missing or holds no key"):
+        public_key(tmp_path, "actor")

@@ -102,10 +102,12 @@ EXAMPLES: list[Message] = [
         world_size=2,
         vocabulary=151936,
         holds=np.array([17, 1, 18, 0], np.int32),
+        token="0f3a",
     ),
     Welcome(
         session_host="127.0.0.1",
         session_port=40001,
+        session_secret=b"secret",
         run_id="5e0c",
         store="/dev/shm/store",
         version=41,
@@ -160,7 +162,7 @@ EXAMPLES: list[Message] = [
     NoBatch(step=3, reason="learner rank 1 received SIGTERM"),
     Commit(step=3),
     Committed(step=3, status={"step": 3, "ledger": {"trained": 16}}),
-    Published(version=4, store="/proc/7/fd/9"),
+    Published(version=4, store="/proc/7/fd/9", secret=b"secret"),
     Evaluate(version=4),
     Evaluated(
         version=4,
