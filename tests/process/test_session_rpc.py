@@ -25,6 +25,7 @@ from sgpo_async.session import (
     WeightReceiver,
     WeightSender,
 )
+from sgpo_async.session.settings import Deltas
 from sgpo_async.weights import StoreFile, StoreReader, StoreWriter, digest
 
 pytestmark = pytest.mark.process
@@ -62,10 +63,10 @@ def model(version: int) -> list[tuple[str, torch.Tensor]]:
 class Session:
     """A store with a writer, a weight sender and a weight receiver."""
 
-    def __init__(self, deadlines: Deadlines) -> None:
+    def __init__(self, deadlines: Deadlines, deltas: Deltas) -> None:
         self.file = StoreFile("/nowhere")
         self.writer = StoreWriter(self.file.path, bucket_bytes=10_000)
-        self.receiver = WeightReceiver("a-1", deadlines=deadlines)
+        self.receiver = WeightReceiver("a-1", deltas=deltas, deadlines=deadlines)
         self.sender = WeightSender(self.file.path, "a-1", "127.0.0.1", deadlines=deadlines)
 
     def connect(self) -> None:
@@ -89,8 +90,8 @@ class Session:
 def make() -> Iterator[Callable[..., Session]]:
     sessions = []
 
-    def make(**deadlines: float) -> Session:
-        sessions.append(Session(Deadlines(**deadlines)))
+    def make(*, deltas: Deltas = "auto", **deadlines: float) -> Session:
+        sessions.append(Session(Deadlines(**deadlines), deltas))
         return sessions[-1]
 
     yield make
@@ -113,6 +114,23 @@ def test_versions_arrive_complete_and_no_port_stays_open(make: Callable[..., Ses
         session.writer.publish(version, model(version))
     wait_for(session.receiver, VersionReceived, lambda e: e.version == 39)
     assert listening(session.sender.pid) == listening(session.receiver.pid) == set()
+
+
+@pytest.mark.parametrize("deltas", ["always", "auto"])
+def test_small_steps_arrive_as_differences_from_another_machine(make: Callable[..., Session], deltas: Deltas) -> None:
+    """On the sender's own machine, `auto` copies whole versions."""
+    session = make(deltas=deltas)
+    values = torch.randn(40_000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    session.connect()
+    received = []
+    for version in range(3):
+        values[version::500] += 1
+        session.writer.publish(version, [("w", values)])
+        event = wait_for(session.receiver, VersionReceived, lambda event, version=version: event.version == version)
+        assert torch.equal(StoreReader(event.path).tensors(version)["w"], values)
+        received.append(event.received)
+    assert received[0] == event.nbytes
+    assert all((size < event.nbytes / 20) if deltas == "always" else (size == event.nbytes) for size in received[1:])
 
 
 def test_a_damaged_version_is_rejected_and_the_next_one_arrives(make: Callable[..., Session]) -> None:
