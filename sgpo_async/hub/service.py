@@ -63,7 +63,7 @@ def serve(run: Run) -> int:
             stack.callback(journal.close)
             core, elapsed = recover(core, journal)
         address = _address(run, journal)
-        authority = _authority(run, folder)  # before the hub can be reached: the learner reads the token then
+        token = "" if run.hub.keys else make_token(folder)  # before the hub can be reached: the learner reads it then
         router = Router(address, keys=run.hub.keys, max_bytes=run.hub.max_message_mb * 2**20)
         stack.callback((folder / TOKEN_FILE).unlink, missing_ok=True)
         stack.callback(router.close)
@@ -88,7 +88,7 @@ def serve(run: Run) -> int:
             journal=journal,
             clock=lambda: time.monotonic() - began,
         )
-        loop.authority = authority
+        loop.authority = _authority(run, token)
         about = fields(event="listening", address=router.address, run=run.name, steps=run.steps)
         log.info("listening at %s for run %s of %d steps", router.address, run.name, run.steps, extra=about)
         if journal:
@@ -108,10 +108,10 @@ def _address(run: Run, journal: Journal | None) -> str:
     return known.decode() if known and run.hub.address.endswith(":0") else run.hub.address
 
 
-def _authority(run: Run, folder: Path) -> Authority:
+def _authority(run: Run, token: str) -> Authority:
     if run.hub.keys:
         return Authority(key=public_key(run.hub.keys, "learner"))
-    return Authority(token=make_token(folder), token_file=str((folder / TOKEN_FILE).absolute()))
+    return Authority(token=token, token_file=str((Path(run.folder) / TOKEN_FILE).absolute()))
 
 
 def _position(core: HubCore) -> tuple[int, int]:
