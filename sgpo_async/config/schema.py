@@ -221,6 +221,11 @@ class Rollout:
         )
 
     @property
+    def is_truncated(self) -> bool:
+        """Whether rollouts report the tokens that top_p and top_k kept."""
+        return self.top_p < 1 or self.top_k > 0
+
+    @property
     def size(self) -> int:
         """Rollouts per problem, G1 + G2."""
         return self.autonomous + self.guided

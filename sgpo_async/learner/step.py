@@ -26,7 +26,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from sgpo_async.algorithm import TeacherDivergence, TopDivergence
 from sgpo_async.config.schema import Run
-from sgpo_async.errors import SgpoError
+from sgpo_async.errors import DataError, SgpoError
 from sgpo_async.learner.batch import Batch, Item, LeftOut, Responses, Sequences, from_shard
 from sgpo_async.learner.division import Cost, Piece, deal, divide
 from sgpo_async.learner.objectives.base import Distillation, rollout_after
@@ -89,8 +89,18 @@ class Stepper:
         return statistics.reduce() | {"grad_norm": norm, "lr": rate}
 
     def batch(self, shard: Shard) -> Batch:
-        """Build the weighted sequences of `shard`. With corrected pass rates it is a collective of all ranks."""
-        algorithm = self.run.algorithm
+        """Build the weighted sequences of `shard`. With corrected pass rates it is a collective of all ranks.
+
+        Raises DataError if the rollouts were sampled with other limits than the run's.
+        """
+        algorithm, truncated = self.run.algorithm, self.run.rollout.is_truncated
+        for rollout in shard.rollouts:
+            if (rollout.kept is not None) != truncated:
+                found = "without" if truncated else "with"
+                raise DataError(
+                    f"task {rollout.task}: its rollouts were sampled {found} top-p or top-k; "
+                    "resume with the rollout.top_p and rollout.top_k of the run's start"
+                )
         log_rho = self._log_rho(shard) if algorithm.pass_rates == "corrected" else None
         return from_shard(
             shard,

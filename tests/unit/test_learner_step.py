@@ -11,7 +11,7 @@ from torch import Tensor
 from sgpo_async.algorithm import linear
 from sgpo_async.config.schema import Correction, Run
 from sgpo_async.engines import EmbeddedEngine, Generate, Generated, SampledTokens, Weights
-from sgpo_async.errors import SgpoError
+from sgpo_async.errors import DataError, SgpoError
 from sgpo_async.learner import policy, step
 from sgpo_async.learner.batch import LeftOut, Sequences, from_shard
 from sgpo_async.learner.division import Piece, divide
@@ -186,6 +186,7 @@ def test_truncated_rollouts_are_trained_with_probabilities_over_what_was_kept(
     algorithm: dict[str, object], observations: bool
 ) -> None:
     run, parts = cases.settings(row_tokens=20, temperature=0.8, **algorithm), cases.groups(seed=4)
+    plain, run = run, replace(run, rollout=replace(run.rollout, top_k=cases.VOCABULARY))
     parts = cases.truncated(cases.with_observations(parts) if observations else parts)
     stepper = cases.stepper(run, cases.tiny_model())
     metrics = stepper.accumulate(stepper.batch(cases.shard_of(parts, problems=len(parts)))).reduce()
@@ -199,12 +200,25 @@ def test_truncated_rollouts_are_trained_with_probabilities_over_what_was_kept(
     assert metrics["kept_mean"] == pytest.approx(1 + sum(int(r.kept_sizes.sum()) for r in own) / tokens)
 
     whole = [[replace(rollout, kept=None, kept_sizes=None) for rollout in group] for group in parts]
-    other = cases.stepper(run, cases.tiny_model())
+    other = cases.stepper(plain, cases.tiny_model())
     metrics = other.accumulate(other.batch(cases.shard_of(whole, problems=len(parts)))).reduce()
     assert metrics["kept_mean"] is None
     assert any(
         not torch.allclose(p.grad.full_tensor(), found[name]) for name, p in other.policy.model.named_parameters()
     )
+
+
+@pytest.mark.parametrize("truncated", [False, True])
+def test_rollouts_with_other_limits_than_the_runs_are_refused(truncated: bool) -> None:
+    """A resumed run may have other settings than the one that sampled the buffered rollouts."""
+    run = cases.settings()
+    run = run if truncated else replace(run, rollout=replace(run.rollout, top_p=0.9, top_k=4))
+    parts = cases.truncated(cases.groups()) if truncated else cases.groups()
+    stepper = cases.stepper(run, cases.tiny_model())
+    with pytest.raises(
+        DataError, match="task 0: .*; resume with the rollout.top_p and rollout.top_k of the run's start"
+    ):
+        stepper.batch(cases.shard_of(parts, problems=4))
 
 
 def test_a_stale_token_is_masked_with_what_was_kept_beside_it() -> None:
