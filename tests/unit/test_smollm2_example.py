@@ -52,10 +52,11 @@ def test_a_seed_and_a_folder_are_all_that_the_command_needs(tmp_path: Path) -> N
     assert failed.returncode == 2 and failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
 
 
-def test_the_configuration_is_valid() -> None:
+def test_the_configurations_are_valid() -> None:
     run = load(str(ROOT / "configs" / "smollm2.yaml"), [])
     assert run.tasks.prompt == "chat" and run.rollout.temperature == 1
-    load(str(ROOT / "configs" / "smollm2.yaml"), ["engine.kind=sglang"])
+    served = load(str(ROOT / "configs" / "smollm2.yaml"), [str(ROOT / "configs" / "smollm2-sglang.yaml")])
+    assert served.engine.kind == "sglang" and served.tasks == run.tasks and served.optim == run.optim
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,8 +70,8 @@ def keep_evaluations() -> None:
             folder = RUNS / "smollm2-evaluations" / f"{stage}{way}"
             found[way] = json.loads((folder / "summary.json").read_text())["benchmarks"]["held-out"]
             summaries[f"{stage}{way}"] = found[way]
-            for line in lines(folder / "held-out.jsonl")[:SHOWN]:
-                number = int(line["id"].rpartition(":")[2])
+            by_number = {int(line["id"].rpartition(":")[2]): line for line in lines(folder / "held-out.jsonl")}
+            for number, line in sorted(by_number.items())[:SHOWN]:
                 mark = "right" if line["correct"][0] else "wrong"
                 name = f"{stage}, {'with the strategy' if way else 'alone'}"
                 texts.setdefault(number, []).append(f"- {name} ({mark}): `{json.dumps(line['texts'][0])}`")
