@@ -45,14 +45,18 @@ def main() -> None:
 
 def simulate(rng: np.random.Generator, ranks: int) -> dict[str, float]:
     """The share of the ranks' time spent waiting in one step, by rule."""
-    mu = np.log(LONGEST) - NormalDist().inv_cdf(1 - CUT) * SIGMA
-    completions = np.clip(rng.lognormal(mu, SIGMA, PROBLEMS * GROUP), 8, LONGEST).astype(int)
+    completions = np.clip(rng.lognormal(location(LONGEST), SIGMA, PROBLEMS * GROUP), 8, LONGEST).astype(int)
     pieces = [
         Piece(int(length) + PROMPT, 3 * QWEN_7B.forward(length=int(length) + PROMPT, targets=int(length)))
         for length in completions
     ]
     sequences = divide(pieces, ranks=ranks, row_tokens=ROW_TOKENS)
     return {"groups": imbalance(pieces, by_groups(pieces, ranks)), "sequences": imbalance(pieces, sequences)}
+
+
+def location(longest: int) -> float:
+    """The mean of the logarithm of lognormal lengths of which the share CUT is longer than `longest`."""
+    return float(np.log(longest)) - NormalDist().inv_cdf(1 - CUT) * SIGMA
 
 
 def by_groups(pieces: Sequence[Piece], ranks: int) -> list[Round]:

@@ -3,34 +3,42 @@
 The learner's part is not a formula: the learner's own policy, sharded as for the run, trains one full row on tensors
 without memory (torch's FakeTensorMode), in a process group without peers, and torch's FSDPMemTracker adds up what is
 alive at the peak. So it follows every change of the policy, its attention and its losses. Not included are the
-teacher's hidden states of a step's other rows. Fake tensors are CPU tensors here: on CUDA, the caches of its libraries
-come on top, which `RESERVED` stands for.
+teacher's hidden states of a step's other rows, and what learner.compile saves. Fake tensors are CPU tensors here: on
+CUDA, the caches of its libraries come on top, which `RESERVED` stands for.
+
+What learner.offload_activations and learner.offload_weights keep in host memory is counted as the memory of another
+device, `HOST`, so that the peak is that of the GPU alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed._tools.mem_tracker import _UpdateType
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from sgpo_async.algorithm import LogProbability, Part, TeacherDivergence, linear
 from sgpo_async.config import Run
 from sgpo_async.errors import DataError
-from sgpo_async.learner import optimiser
+from sgpo_async.learner import optimiser, policy
+from sgpo_async.learner.loading import prepare
 from sgpo_async.learner.packing import Packed, Tokens, pack
-from sgpo_async.learner.policy import Policy, recompute, shard
+from sgpo_async.learner.policy import Policy
 
 RESERVED = 2 * 10**9  # of a GPU: CUDA's context, NCCL's buffers, workspaces and fragments of the allocator
 PARTS = {  # of the tracker, in the words of the plan
@@ -47,16 +55,20 @@ PARTS = {  # of the tracker, in the words of the plan
     "Buffer": "activations",
 }
 
+HOST = torch.device("meta")  # what the tracker takes for host memory, as it takes the CPU for the GPU
+OFFLOADED = ("Sharded Param", "OptState", "Sharded Grad")  # kinds of the tracker, moved by learner.offload_weights
+
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of one learner rank at the peak of a step, by part."""
+    """Bytes of one learner rank at the peak of a step, by part: on its GPU, and in host memory."""
 
     parts: Mapping[str, int]
+    host: Mapping[str, int]  # of what learner.offload_activations and learner.offload_weights keep there
 
     @property
     def total(self) -> int:
-        """All parts together."""
+        """All parts on the GPU together."""
         return sum(self.parts.values())
 
 
@@ -70,45 +82,99 @@ def learner_memory(run: Run, config: PreTrainedConfig, *, ranks: int, on_gpus: b
         prompt_tokens: length of the prompts.
     """
     try:
-        return RankMemory(_peak(run, config, ranks=ranks, on_gpus=on_gpus, prompt_tokens=prompt_tokens))
+        return _peak(run, config, ranks=ranks, on_gpus=on_gpus, prompt_tokens=prompt_tokens)
     except (TypeError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"model.path: the learner's memory cannot be computed for this model: {reason}") from error
 
 
-def _peak(run: Run, config: PreTrainedConfig, *, ranks: int, on_gpus: bool, prompt_tokens: int) -> dict[str, int]:
-    """Bytes by part at the peak of forward and backward, and of the teacher's copy."""
+def _peak(run: Run, config: PreTrainedConfig, *, ranks: int, on_gpus: bool, prompt_tokens: int) -> RankMemory:
+    """The peak of forward and backward, and the teacher's copy."""
     precision = run.learner.precision
     bfloat16 = precision == "bfloat16" or (precision == "auto" and on_gpus)
     sizes = linear.GPU_SIZES if on_gpus else linear.CPU_SIZES
-    with _fake_world(ranks) as mesh, FakeTensorMode(), patch.object(linear, "CPU_SIZES", sizes):
-        policy = _policy(config, run, mesh, bfloat16=bfloat16)
+    offloaded = run.learner.offload_weights
+    with (
+        _fake_world(ranks) as mesh,
+        FakeTensorMode(),
+        patch.object(linear, "CPU_SIZES", sizes),
+        patch.object(policy, "save_on_cpu", _SavedOnHost),
+    ):
+        trained = _policy(config, run, mesh, bfloat16=bfloat16)
         teacher = _policy(config, run, mesh, bfloat16=bfloat16) if run.copies_teacher else None
         packed = full_row(run, prompt_tokens)
-        adamw = optimiser.build(policy, run.optim)
-        train_row(policy, teacher, packed, run)
+        adamw = optimiser.build(trained, run.optim)
+        train_row(trained, teacher, packed, run)
         adamw.step()  # creates AdamW's state
         adamw.zero_grad()
         if isinstance(teacher, FSDPModule):
             teacher.reshard()  # what it gathers, and a root keeps, belongs to the peak
-        tracker = FSDPMemTracker(policy, adamw)
+        tracker = _Tracker(trained, adamw, OFFLOADED if offloaded else ())
         tracker.track_inputs(())
         with tracker:
-            train_row(policy, teacher, packed, run)
-        (peak,) = tracker.get_tracker_snapshot("peak").values()
-        parts: dict[str, int] = {}
-        for name, nbytes in peak.items():
-            if (kind := getattr(name, "value", name)) != "Total":
-                parts[PARTS[kind]] = parts.get(PARTS[kind], 0) + int(nbytes)
+            train_row(trained, teacher, packed, run)
+        peaks = tracker.get_tracker_snapshot("peak")
+        parts, host = _parts(peaks[torch.device("cpu")]), _parts(peaks.get(HOST, {}))
         if teacher is not None:
-            parts["teacher"] = teacher.nbytes // 4 * getattr(torch, run.algorithm.teacher_dtype).itemsize // ranks
+            size = teacher.nbytes // 4 * getattr(torch, run.algorithm.teacher_dtype).itemsize // ranks
+            (host if offloaded else parts)["teacher"] = size
+        if offloaded:
+            parts["gathered layers"] += _on_the_way(trained)
+    return RankMemory(parts, {name: nbytes for name, nbytes in host.items() if nbytes})
+
+
+def _parts(snapshot: Mapping[Any, int]) -> dict[str, int]:
+    """The bytes of the tracker's kinds on one device, by part of the plan."""
+    parts: dict[str, int] = {}
+    for name, nbytes in snapshot.items():
+        if (kind := getattr(name, "value", name)) != "Total":
+            parts[PARTS[kind]] = parts.get(PARTS[kind], 0) + int(nbytes)
     return parts
 
 
+def _on_the_way(trained: Policy) -> int:
+    """Bytes of a layer's shard that is copied to the GPU before it is gathered. The fake GPU is the CPU: no copy."""
+    layers = [layer for layer in trained.modules() if isinstance(layer, FSDPModule) and layer is not trained]
+    return max((sum(p.to_local().nbytes for p in _sharded(layer)) for layer in layers), default=0)
+
+
+def _sharded(module: nn.Module) -> Iterator[DTensor]:
+    for parameter in module.parameters():
+        assert isinstance(parameter, DTensor)
+        yield parameter
+
+
+class _Tracker(FSDPMemTracker):
+    """Counts tensors of the kinds `moved` as memory of `HOST`, wherever they are."""
+
+    def __init__(self, module: nn.Module, adamw: torch.optim.Optimizer, moved: Collection[str]) -> None:
+        super().__init__(module, adamw)
+        self._moved = moved
+
+    def _update_snap(
+        self, u_type: Any, winfo: Any, old_mem_consumed: int | None = None, old_reftype: Any = None
+    ) -> None:
+        if winfo.reftype.value in self._moved and winfo.device != HOST:
+            if u_type == _UpdateType.REF:  # it has just become one of these kinds
+                kind, winfo.reftype = winfo.reftype, old_reftype
+                super()._update_snap(_UpdateType.DEL, winfo)
+                winfo.reftype, u_type = kind, _UpdateType.ADD
+            winfo.device = HOST
+        super()._update_snap(u_type, winfo, old_mem_consumed, old_reftype)
+
+
+class _SavedOnHost(saved_tensors_hooks):
+    """`save_on_cpu` for fake tensors, which are on the CPU already: keeps what is saved on `HOST`."""
+
+    def __init__(self, *, pin_memory: bool) -> None:
+        assert pin_memory
+        super().__init__(lambda tensor: tensor.to(HOST), lambda saved: torch.empty_like(saved, device="cpu"))
+
+
 def _policy(config: PreTrainedConfig, run: Run, mesh: DeviceMesh, *, bfloat16: bool) -> Policy:
-    policy = Policy(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
-    recompute(policy, run.learner.recompute)
-    return shard(policy, mesh, precision="bfloat16" if bfloat16 else "float32")
+    learner = replace(run.learner, precision="bfloat16" if bfloat16 else "float32", compile=False)
+    made = Policy(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+    return prepare(made, replace(run, learner=learner), mesh)
 
 
 def full_row(run: Run, prompt_tokens: int) -> Packed:

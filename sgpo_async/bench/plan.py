@@ -9,9 +9,11 @@ read the weights once, and the keys and values of all sequences, for one token o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedModel
 
 from sgpo_async.bench.cost import Assumptions, estimate, table
 from sgpo_async.bench.memory import (
@@ -24,6 +26,8 @@ from sgpo_async.bench.memory import (
 from sgpo_async.config import Run
 from sgpo_async.errors import ConfigError
 from sgpo_async.learner.division import Cost
+from sgpo_async.learner.lora import adapter_parameters
+from sgpo_async.learner.policy import decoder_layers
 from sgpo_async.model.folder import model_folder
 from sgpo_async.model.load import on_meta_device, read_config
 
@@ -62,7 +66,7 @@ class Plan:
         if needed > self.hardware.memory:
             found.append(
                 f"a learner rank needs {needed / GB:.1f} GB of {self.hardware.memory / GB:g}: "
-                "use more ranks, learner.recompute=1, or a smaller learner.row_tokens"
+                "use more ranks, learner.recompute=1, learner.offload_weights=true, or a smaller learner.row_tokens"
             )
         if self.server:
             fitting, slots = self.server.full_sequences(self.hardware.memory), self.slots
@@ -99,7 +103,8 @@ def plan(run: Run, hardware: Hardware, *, completion_tokens: float, prompt_token
     length = prompt_tokens + round(completion_tokens)
     forward = cost.forward(length=length, targets=round(completion_tokens))
     again = 1 / run.learner.recompute if run.learner.recompute else 0  # forward passes in the backward pass
-    train = hardware.flops * length / ((3 + again) * forward)
+    backward = 1 if run.learner.lora.rank else 2  # in forward passes; the model's own matrices get no gradient
+    train = hardware.flops * length / ((1 + backward + again) * forward)
     generate = _generation(run, server, hardware, prompt_tokens + completion_tokens / 2) if server else train
     return Plan(
         run,
@@ -107,7 +112,7 @@ def plan(run: Run, hardware: Hardware, *, completion_tokens: float, prompt_token
         servers,
         learner_memory(run, config, ranks=run.local.ranks, on_gpus=on_gpus, prompt_tokens=prompt_tokens),
         server,
-        2 * parameters * getattr(torch, run.model.dtype).itemsize,
+        2 * version_bytes(run, model),
         train,
         generate,
         hardware,
@@ -120,6 +125,13 @@ def plan(run: Run, hardware: Hardware, *, completion_tokens: float, prompt_token
     )
 
 
+def version_bytes(run: Run, model: PreTrainedModel) -> int:
+    """Size of what the learner publishes: the weights in `model.dtype`, or the adapters in float32."""
+    if run.learner.lora.rank:
+        return 4 * adapter_parameters(decoder_layers(model), run.learner.lora)
+    return sum(p.numel() for p in model.parameters()) * getattr(torch, run.model.dtype).itemsize
+
+
 def _generation(run: Run, server: ServerMemory, hardware: Hardware, context: float) -> float:
     """Tokens per second of one GPU of a server whose slots are all taken by sequences of `context` tokens."""
     sglang = run.engine.sglang
@@ -128,12 +140,18 @@ def _generation(run: Run, server: ServerMemory, hardware: Hardware, context: flo
     return sequences / seconds / sglang.tp
 
 
+def _table(parts: Mapping[str, int], limit: str = "") -> list[str]:
+    rows = {**parts, "all": sum(parts.values())}
+    return [f"  {name:22}{nbytes / GB:8.2f} GB{limit if name == 'all' else ''}" for name, nbytes in rows.items()]
+
+
 def text(found: Plan) -> str:
     """The plan as lines of text."""
     lines = [f"learner, each of {found.ranks} ranks, full rows (learner.row_tokens={found.run.learner.row_tokens})"]
     parts = {**found.learner.parts, "CUDA, NCCL (assumed)": RESERVED}
-    lines += [f"  {name:22}{nbytes / GB:8.2f} GB" for name, nbytes in parts.items()]
-    lines.append(f"  {'all':22}{sum(parts.values()) / GB:8.2f} GB of {found.hardware.memory / GB:g}")
+    lines += _table(parts, f" of {found.hardware.memory / GB:g}")
+    if found.learner.host:
+        lines += ["host memory of each rank, at its own peak", *_table(found.learner.host)]
     if server := found.server:
         fitting = server.full_sequences(found.hardware.memory)
         lines += [
@@ -142,7 +160,8 @@ def text(found: Plan) -> str:
             f"  {'keys and values':22}{server.token / 1e3:8.0f} KB a token",
             f"  {'sequences':22}{fitting:8} of {server.sequence_tokens:,} tokens fit; it has {found.slots} slots",
         ]
-    lines.append(f"hub's machine: two versions of the weights, {found.store_bytes / GB:.2f} GB of host memory")
+    what = "adapters" if found.run.learner.lora.rank else "weights"
+    lines.append(f"hub's machine: two versions of the {what}, {found.store_bytes / GB:.2f} GB of host memory")
     if server:
         rates = f"training {found.train_tokens_per_s:,.0f}, generation {found.generate_tokens_per_s:,.0f}"
         lines.append(f"tokens per second of one GPU: {rates} (from the stated rates)")

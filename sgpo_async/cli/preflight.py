@@ -31,7 +31,7 @@ from sgpo_async.weights.store_file import available_memory
 SAMPLE = 256  # problems whose prompts are built, and ...
 LONGEST = 64  # ... so many of the longest ones
 FEW = 0.5  # of all problems: fewer with strategies are said
-TRAINED = 16  # bytes per parameter: weights, gradients and AdamW's two moments, in float32
+TRAINED = 8  # bytes per parameter: weights and gradients, in float32
 GPU = Path("/dev/nvidia0")
 
 
@@ -128,12 +128,15 @@ def training_memory(run: Run, parameters: int, *, gpu_bytes: int | None) -> str:
     here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     width = {"float32": 4, "bfloat16": 2}
     teacher = width[run.algorithm.teacher_dtype] if run.copies_teacher else 0
-    each = parameters * (TRAINED + teacher) // run.learner.shards(ranks=ranks, here=here)
-    what = f"{size(each)} in each of {ranks} ranks: weights, gradients, AdamW{', teacher' * bool(teacher)}"
+    adapters = run.learner.lora.rank > 0  # then only they have gradients and moments, and they are small
+    nbytes = width[run.model.dtype] if adapters else TRAINED + run.optim.state_bytes + teacher
+    each = int(parameters * nbytes) // run.learner.shards(ranks=ranks, here=here)
+    parts = f"weights{'' if adapters else ', gradients, AdamW'}{', teacher' * bool(teacher)}"
+    what = f"{size(each)} in each of {ranks} ranks: {parts}"
     remedy = "use more ranks or a smaller model" + (", or algorithm.teacher_dtype=bfloat16" if teacher == 4 else "")
-    on_cpu = gpu_bytes is None and not GPU.exists()
-    needed, available = each * here if on_cpu else 0, available_memory()
-    if gpu_bytes is not None and each > gpu_bytes:
+    in_ram = run.learner.offload_weights or (gpu_bytes is None and not GPU.exists())
+    needed, available = each * here if in_ram else 0, available_memory()
+    if gpu_bytes is not None and each > gpu_bytes and not in_ram:
         raise CheckFailed(f"{what}, and a GPU has {size(gpu_bytes)}", remedy)
     if needed > available:
         raise CheckFailed(

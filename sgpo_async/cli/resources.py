@@ -51,9 +51,11 @@ def open_files(actors: int) -> str:
 def disk(run: Run, parameters: int) -> str:
     """Check the disk for logs, checkpoints and the policy of a model with so many parameters.
 
-    A checkpoint holds them and two moments in float32; there are those kept and the one being written.
+    A checkpoint holds them in float32, and AdamW's moments; there are those kept and the one being written. Of trained
+    adapters it holds these alone, which count as a hundredth of the model here.
     """
-    one, policy = 3 * 4 * parameters, 4 * parameters
+    policy, trained = 4 * parameters, parameters // 100 if run.learner.lora.rank else parameters
+    one = int((4 + run.optim.state_bytes) * trained)
     count = run.learner.keep_checkpoints + 1 if run.learner.checkpoint_every or run.learner.checkpoint_minutes else 1
     folder, needed = existing(run.folder), LOGS + count * one + policy
     require_writable(folder, "out", "set out=DIR to a folder that can be written")

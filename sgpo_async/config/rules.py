@@ -44,9 +44,14 @@ def expanded(path: str, value: str) -> str:
     return found
 
 
-def host_of(path: str, address: str) -> str:
-    """HOST of tcp://HOST:PORT. Raises ConfigError that names `path` if the address has another form."""
+def endpoint_of(address: str) -> tuple[str, int] | None:
+    """HOST, without the brackets of IPv6, and PORT of tcp://HOST:PORT; None if the address has another form."""
     host, _, port = address.removeprefix("tcp://").rpartition(":")
     well_formed = address.startswith("tcp://") and bool(host) and port.isdigit() and int(port) < 65536
-    require(well_formed, path, "must look like tcp://HOST:PORT", address)
-    return host
+    return (host.strip("[]"), int(port)) if well_formed else None
+
+
+def host_of(path: str, address: str) -> str:
+    """HOST of tcp://HOST:PORT. Raises ConfigError that names `path` if the address has another form."""
+    require(endpoint_of(address) is not None, path, "must look like tcp://HOST:PORT", address)
+    return address.removeprefix("tcp://").rpartition(":")[0]

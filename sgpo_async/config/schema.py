@@ -191,6 +191,9 @@ class Rollout:
     max_new_tokens: int = 64
     temperature: float = 1.0
     top_p: float = 1.0
+    # The reward of a completion that max_new_tokens has cut. score: as the verifier judges it; zero: 0; mask: 0, and
+    # the policy gradient leaves it out: neither its tokens nor its reward count. It is never distilled.
+    cut: Literal["score", "zero", "mask"] = "score"
 
     def __post_init__(self) -> None:
         require(self.autonomous >= 1, "rollout.autonomous", "must be >= 1", self.autonomous)
@@ -228,6 +231,7 @@ class Evaluation:
 
     every: int = 10  # steps; version 0 and the last version are always evaluated
     samples: int = 1  # rollouts per held-out problem and mode (autonomous, guided)
+    share: float = 0.5  # of the actors' leases that evaluation may hold while there is training to do
     temperature: float = 1.0  # the paper's benchmarks: 0.6
     top_p: float = 1.0  # the paper's benchmarks: 0.95
     benchmarks: dict[str, BenchmarkFile] = field(default_factory=dict)  # by name, e.g. {math500: {path: FILE}}
@@ -235,6 +239,7 @@ class Evaluation:
     def __post_init__(self) -> None:
         require(self.every >= 1, "evaluation.every", "must be >= 1", self.every)
         require(self.samples >= 1, "evaluation.samples", "must be >= 1", self.samples)
+        require(0 < self.share <= 1, "evaluation.share", "must be in (0, 1]", self.share)
         require(self.temperature > 0, "evaluation.temperature", "must be > 0", self.temperature)
         require(0 < self.top_p <= 1, "evaluation.top_p", "must be in (0, 1]", self.top_p)
         for name in self.benchmarks:
@@ -305,7 +310,7 @@ class Run:
         )
         if self.learner.lora.rank:
             require(
-                self.algorithm.teacher not in ("ema", "snapshot"),
+                self.algorithm.teacher == "frozen" or not self.algorithm.copies_teacher,
                 "algorithm.teacher",
                 "must be frozen, self or behaviour with learner.lora.rank > 0",
                 self.algorithm.teacher,
@@ -321,7 +326,8 @@ class Run:
             "hub.max_message_mb",
             f"must be >= {self.state_mb}, to hold the hub's state: up to {self.state_mb} MB of completions in this run",
             self.hub.max_message_mb,
-            "raise it, or lower learner.problems_per_step, rollout.max_new_tokens or hub.max_lag",
+            "raise it, or lower learner.problems_per_step, rollout.max_new_tokens, hub.max_lag or "
+            "hub.batches_in_flight",
         )
 
     @property
@@ -333,10 +339,10 @@ class Run:
     def state_mb(self) -> int:
         """Upper bound of the rollouts in the hub's state, in MB, rounded up: every completion has its full length.
 
-        The hub holds a batch for each version that max_lag admits, the batch in training and the batch that it is
-        collecting. Prompts are not counted, because their length is not known here.
+        The hub holds as many batches as may be in flight or buffered, and the batch in training. Prompts are not
+        counted, because their length is not known here.
         """
-        batches = self.hub.max_lag + 2
+        batches = self.hub.most_batches + 1
         per_token = self.rollout.size + self.rollout.guided * self.algorithm.top_logprobs_num
         tokens = batches * self.learner.problems_per_step * self.rollout.max_new_tokens
         return -(-tokens * per_token * BYTES_PER_TOKEN // 2**20)

@@ -141,6 +141,8 @@ class Optim:
     grad_clip: float = field(default=1.0, metadata=INFINITE)  # of the gradient's norm; .inf: not clipped
     warmup_steps: int = 0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    # What AdamW's two moments are stored in: 8, 4 or 2.03 bytes for each parameter in both together.
+    state: Literal["float32", "bfloat16", "int8"] = "float32"
 
     def __post_init__(self) -> None:
         require(self.lr > 0, "optim.lr", "must be > 0", self.lr)
@@ -148,6 +150,11 @@ class Optim:
         require(self.warmup_steps >= 0, "optim.warmup_steps", "must be >= 0", self.warmup_steps)
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, f"optim.{name}", "must be in [0, 1)", getattr(self, name))
+
+    @property
+    def state_bytes(self) -> float:
+        """Bytes of AdamW's two moments for each parameter."""
+        return {"float32": 8, "bfloat16": 4, "int8": 2 + 2 * 4 / 256}[self.state]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +199,13 @@ class Learner:
     # 1: of all layers; 0: of none.
     recompute: int = 0
     lora: Lora = field(default_factory=Lora)
+    # Keep the inputs of the recomputed layers in host memory between forward and backward. Needs recompute >= 1.
+    offload_activations: bool = False
+    # Keep weights, gradients, AdamW's moments and the teacher's copy in host memory. The weights of a layer are copied
+    # to the GPU when it computes, and the optimiser runs on the CPU.
+    offload_weights: bool = False
+    # Compile the layers of policy and teacher by torch.compile. Each start then takes minutes longer.
+    compile: bool = False
     # Of the autonomous rollouts of a problem, if all have the same reward, train only one: their advantages are 0, so
     # the gradient is the same for less work. In the entropy this one stands for all of them.
     skip_uniform: bool = True
@@ -218,6 +232,12 @@ class Learner:
             self.parts,
         )
         require(self.recompute >= 0, "learner.recompute", "must be >= 0", self.recompute)
+        require(
+            self.recompute >= 1 or not self.offload_activations,
+            "learner.offload_activations",
+            "must be false with learner.recompute=0: it keeps the inputs of recomputed layers in host memory",
+            self.offload_activations,
+        )
         require(self.row_tokens >= 1, "learner.row_tokens", "must be >= 1", self.row_tokens)
         require(self.checkpoint_every >= 0, "learner.checkpoint_every", "must be >= 0", self.checkpoint_every)
         require(self.checkpoint_minutes >= 0, "learner.checkpoint_minutes", "must be >= 0", self.checkpoint_minutes)
@@ -234,6 +254,8 @@ class Learner:
 @dataclass(frozen=True, kw_only=True)
 class Sft:
     """`sgpo-async sft`: supervised warm-up on the problems' own responses before reinforcement learning.
+
+    With learner.lora.rank > 0 it trains adapters, and exports the model with them added.
 
     Defaults are the paper's constants. The warm-up also reads model, tasks.prompt, AdamW's betas, learner.row_tokens
     and learner.precision from the other sections.

@@ -14,9 +14,9 @@ from functools import cached_property
 import torch
 
 from sgpo_async.engines.base import Weights
-from sgpo_async.errors import WeightsError
 from sgpo_async.model.adapters import merge
 from sgpo_async.model.load import load_model
+from sgpo_async.model.parameters import Digest
 from sgpo_async.model.slices import CannotSliceError, Slice, open_slices
 from sgpo_async.weights.digest import digest
 
@@ -61,11 +61,10 @@ class AdapterWeights(Weights):
     scale: float  # see `model.adapters`
 
     def copy(self) -> tuple[Mapping[str, torch.Tensor], str]:
-        """See `Weights.copy`."""
-        adapters = self.read()
-        if (found := digest(adapters.items())) != self.digest:
-            raise WeightsError(
-                f"version {self.version}: the adapters have digest {found}, but {self.digest} was announced"
-            )
-        tensors = dict(merge(self.base, adapters, self.scale))
+        """See `Weights.copy`; raises WeightsError if the adapters are damaged or those of another model."""
+        tensors = self.verified(digest)
         return tensors, digest(tensors.items())
+
+    def verified(self, digest: Digest) -> Mapping[str, torch.Tensor]:
+        """See `Weights.verified`; raises WeightsError also if the adapters are those of another model."""
+        return dict(merge(self.base, self._verified(digest, "adapters"), self.scale))

@@ -15,7 +15,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 
-from sgpo_async.errors import EngineError
+from sgpo_async.errors import EngineError, WeightsError
+from sgpo_async.model.parameters import Digest
 from sgpo_async.weights.broadcast_plan import BroadcastPlan
 
 
@@ -126,9 +127,24 @@ class Weights:
     def copy(self) -> tuple[Mapping[str, torch.Tensor], str]:
         """A complete CPU copy of the weights of the engine, and the digest that it must have.
 
-        Raises Superseded if the version has been overwritten, WeightsError if it is damaged.
+        Raises Superseded if the version has been overwritten.
         """
         return self.read(), self.digest
+
+    def verified(self, digest: Digest) -> Mapping[str, torch.Tensor]:
+        """A complete CPU copy of the weights of the engine, made of what has the announced digest.
+
+        Raises Superseded if the version has been overwritten, WeightsError if it is damaged.
+        """
+        return self._verified(digest, "weights")
+
+    def _verified(self, digest: Digest, what: str) -> Mapping[str, torch.Tensor]:
+        tensors = self.read()
+        if (found := digest(tensors.items())) != self.digest:
+            raise WeightsError(
+                f"version {self.version}: the {what} have digest {found}, but {self.digest} was announced"
+            )
+        return tensors
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ Plain = dict[str, Any]
 """A configuration, or a part of it, as it is stored in a file."""
 
 # Keys that do not affect what a trial learns. A trial is one process without a folder, a hub, actors or other ranks, so
-# nothing except validation reads most of them; recomputing activations changes no gradient.
+# nothing except validation reads most of them; recomputing or offloading activations changes no gradient.
 NOT_LEARNED = (
     "name",
     "out",
@@ -36,7 +36,13 @@ NOT_LEARNED = (
     "hub.journal",
     "hub.progress_s",
     "hub.stall_s",
+    "hub.stale",
+    "hub.batch_from",
+    "hub.batches_in_flight",
+    "evaluation.share",
+    "learner.parts",
     "learner.recompute",
+    "learner.offload_activations",
     "learner.resume",
     "learner.shard_over",
     "learner.checkpoint_minutes",

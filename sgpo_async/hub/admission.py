@@ -9,19 +9,30 @@ the synchronous algorithm.
 from __future__ import annotations
 
 
-def free_capacity(*, live: int, batch: int, max_lag: int, steps_left: int) -> int:
-    """How many more tasks the hub may dispatch while `live` tasks are neither trained nor dropped.
+def free_capacity(*, fresh: int, live: int, batch: int, max_lag: int, batches: int, steps_left: int) -> int:
+    """How many more tasks the hub may dispatch.
 
-    It never dispatches more tasks than the remaining `steps_left` optimiser steps can train.
+    Args:
+        fresh: tasks that are neither trained nor dropped, without running ones that have stale tokens already. Those
+            are late whatever else is dispatched, and no batch waits for them.
+        live: all tasks that are neither trained nor dropped.
+        batches: batches of tasks that may be live.
+        steps_left: remaining optimiser steps; the hub never dispatches more tasks than they can train.
     """
-    return min(max_lag + 1, steps_left) * batch - live
+    limits = ((max_lag + 1) * batch - fresh, batches * batch - live, steps_left * batch - live)
+    return min(limits)
 
 
 def lowest_version(*, version: int, ahead: int, batch: int, max_lag: int) -> int:
     """The lowest weight version whose tokens are not yet stale when the next leased task is trained.
 
-    `ahead` tasks are running or buffered before this task, so it is trained `ahead // batch` batches after the next
-    batch, by weights of `version + ahead // batch`. The result is at most `version`, because `free_capacity` limits
-    `ahead` to less than (max_lag + 1) * batch.
+    `ahead` fresh tasks are running or buffered before this task, so it is trained `ahead // batch` batches after the
+    next batch, by weights of `version + ahead // batch`. The result is at most `version`, because `free_capacity`
+    limits `ahead` to less than (max_lag + 1) * batch.
     """
     return version + ahead // batch - max_lag
+
+
+def evaluation_limit(share: float, *, leases: int) -> int:
+    """How many tasks of evaluation may be leased before training is served, of all `leases`; at least one."""
+    return max(1, int(share * leases))

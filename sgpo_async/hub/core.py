@@ -3,7 +3,7 @@
     event ──▶ handle ── 1. process the event (one handler per kind of event or message)
                      ── 2. apply the rules to the new state, in this order:
                               evaluation rounds ▸ stale groups ▸ batch ▸ leases ▸ end of the run
-                     ── 3. check that all ledgers balance ──▶ effects
+                     ── 3. at a Tick, check that all ledgers balance ──▶ effects
 
 The core never waits and never reads a clock: the time is an argument, and timeouts are checked when a Tick arrives.
 The same events at the same times produce the same effects.
@@ -11,6 +11,7 @@ The same events at the same times produce the same effects.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,10 +21,11 @@ from sgpo_async.errors import HubError
 from sgpo_async.hub import events as ev
 from sgpo_async.hub import snapshot
 from sgpo_async.hub.actors import Actor, Actors
+from sgpo_async.hub.admission import evaluation_limit
 from sgpo_async.hub.evaluation import Evaluation
 from sgpo_async.hub.events import CloseSender, Effect, Event, OpenSender, Send, Shutdown, UseStore, Warn
 from sgpo_async.hub.learner_ranks import LearnerRanks
-from sgpo_async.hub.leases import LeaseTable
+from sgpo_async.hub.leases import LeaseTable, RunningLease
 from sgpo_async.hub.rollout_checks import PROMPT_DIFFERS, Limits, report_violation, violation
 from sgpo_async.hub.stall import StallWatch
 from sgpo_async.hub.status import status
@@ -89,11 +91,16 @@ class HubCore:
         if not self.closed:
             self._process(event)
             self._apply_rules()
-            self.training.leases.check()
-            self.evaluation.leases.check()
+            if isinstance(event, ev.Tick):  # not after every event, because it counts all that is in flight
+                self.check_ledgers()
         elif isinstance(event, ev.HubRestarted) and self.closing:
             self._effects.append(Shutdown(self.closing[0]))  # the process was killed before it had ended
         return self._effects
+
+    def check_ledgers(self) -> None:
+        """Assert that no task and no rollout is lost or counted twice."""
+        for leases in self._lease_tables:
+            leases.check()
 
     def __getstate__(self) -> dict[str, Any]:
         """The state between two events, which `hub.recovery` saves."""
@@ -120,6 +127,8 @@ class HubCore:
                 self._move_late_lease()
                 if not self.closing and self.stall.look(self.status, now=self.now):
                     self._effects.append(Warn(self.stall.stalled))
+                if alarm := self.training.settled.alarm():
+                    self._effects.append(Warn(alarm))
             case ev.HubRestarted():
                 self._restarted()
             case ev.Interrupted(reason, at_once):
@@ -179,8 +188,8 @@ class HubCore:
         match message:
             case wire.Commit(step=step):
                 self._commit(member, step)
-            case wire.Published(version=version, store=store):
-                self._publish(member, version, store)
+            case wire.Published():
+                self._publish(member, message)
             case wire.Evaluate(version=version):
                 self._evaluate(member, version)
             case wire.SnapshotRequest(step=step):
@@ -275,10 +284,13 @@ class HubCore:
         self._effects.append(CloseSender(actor.member))
 
     def _revoke(self, leases: LeaseTable, number: int) -> None:
-        """Take a lease back; its actor, if still alive, stops working on it."""
-        lease = leases.running[number]
-        self._send(lease.member, wire.Revoked(task=number, attempt=lease.attempt))
+        """Take a lease back, to give it again."""
+        self._send_revoked(leases.running[number])
         leases.revoke(number)
+
+    def _send_revoked(self, lease: RunningLease) -> None:
+        """Tell the actor of a lease, if it is still alive, to stop working on it."""
+        self._send(lease.member, wire.Revoked(task=lease.task.number, attempt=lease.attempt))
 
     @property
     def _lease_tables(self) -> tuple[LeaseTable, LeaseTable]:
@@ -452,7 +464,11 @@ class HubCore:
         else:
             self._refuse(member, f"the hub has sent no batch of step {step}: it is at step {self.training.step}")
 
-    def _publish(self, member: bytes, version: int, store: str) -> None:
+    def _publish(self, member: bytes, message: wire.Published) -> None:
+        version, store = message.version, message.store
+        if message.is_elsewhere:  # `learner_weights` keeps the versions of another machine until they are here
+            self._reject(member, "Published of weights that the hub does not have", detail=store)
+            return
         if not self.published <= version <= self.training.version:
             detail = f"{version} after {self.published}"
             self._reject(member, "Published of a version that is out of order", detail=detail)
@@ -497,7 +513,7 @@ class HubCore:
             return
         for leases in self._lease_tables:
             for lease in leases.running.values():
-                self._send(lease.member, wire.Revoked(task=lease.task.number, attempt=lease.attempt))
+                self._send_revoked(lease)
         self.training, self.evaluation = restored
         self.last_restore = (id, self.training.version)
         self._send(member, wire.Restored(version=self.training.version))
@@ -509,6 +525,9 @@ class HubCore:
         if result and 0 in self.learner_ranks.ranks:
             self._deliver(self.learner_ranks.ranks[0].member, result)
         self.training.drop_stale()
+        for number in self.training.certain_to_be_dropped():
+            self._send_revoked(self.training.leases.running[number])
+            self.training.drop_unfinished(number)
         if self.closing is None:
             self._form_batch()
             self._lease_tasks()
@@ -551,8 +570,19 @@ class HubCore:
         self._refuse(self.learner_ranks.ranks[rank].member, reason)
 
     def _lease_tasks(self) -> None:
-        for work in (self.evaluation, self.training):
-            while (lowest := work.lowest_version()) is not None and (actor := self.actors.pick(lowest)):
+        """Lease tasks of evaluation until it has its share, then of training; what training leaves is evaluation's."""
+        credits = sum(actor.credit for actor in self.actors.values())
+        held = [len(leases.running) for leases in self._lease_tables]
+        for work, limit in (
+            (self.evaluation, evaluation_limit(self.run.evaluation.share, leases=credits + sum(held))),
+            (self.training, math.inf),
+            (self.evaluation, math.inf),
+        ):
+            while (
+                len(work.leases.running) < limit
+                and (lowest := work.lowest_version()) is not None
+                and (actor := self.actors.pick(lowest))
+            ):
                 self._lease_to(actor, work, lowest)
 
     def _lease_to(self, actor: Actor, work: Training | Evaluation, lowest: int) -> None:

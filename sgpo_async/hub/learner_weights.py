@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+from sgpo_async.config.rules import endpoint_of
 from sgpo_async.errors import DeadlineExceeded
 from sgpo_async.hub import events as ev
 from sgpo_async.session import ReceiverDown, VersionReceived, VersionRejected, WeightReceiver
@@ -22,7 +24,6 @@ from sgpo_async.wire.records import Published
 
 log = logging.getLogger(__name__)
 
-SCHEME = "tcp://"
 STOP_S = 1.0  # timeout for the end of a weight receiver after it was killed
 
 
@@ -31,6 +32,7 @@ class LearnerWeights:
 
     def __init__(self, store: StoreFile, *, receiver: Callable[..., WeightReceiver] = WeightReceiver) -> None:
         self._store, self._receiver = store, receiver
+        self._stopping = ThreadPoolExecutor(max_workers=2, thread_name_prefix="stop-receiver")
         self._link: WeightReceiver | None = None
         self._offer: tuple[bytes, Published] | None = None  # the newest of another machine
 
@@ -39,17 +41,19 @@ class LearnerWeights:
         return self._store.follow(path)
 
     def offered(self, member: bytes, message: Published) -> Published | None:
-        """What the core is told of this message of rank 0; None if the version is still to be pulled."""
-        if not message.store.startswith(SCHEME):
+        """What the core is told of this message of rank 0; None if the version is still to be pulled.
+
+        A message with a malformed address goes to the core as it is, which rejects it.
+        """
+        if not message.is_elsewhere or (endpoint := endpoint_of(message.store)) is None or not endpoint[1]:
             return message
         moved = self._offer is None or self._offer[1].store != message.store or self._link is None
         self._offer = member, message
+        if moved:  # also if the version is here already: rank 0 offers this link for the next ones, too
+            self._connect(*endpoint)
+            log.info("pulling the learner's weights from %s", message.store)
         newest = self._store.version
-        if newest is not None and newest >= message.version:
-            return replace(message, store=self._store.path)
-        if moved:
-            self._connect(message.store)
-        return None
+        return replace(message, store=self._store.path) if newest is not None and newest >= message.version else None
 
     def events(self) -> list[ev.Event]:
         """The versions that have arrived since the last call, as if rank 0 had published them on this machine."""
@@ -64,20 +68,27 @@ class LearnerWeights:
                 case ReceiverDown(reason=reason):
                     log.warning("the link to the learner's weights is lost: %s", reason)
                     self.close()
+                    break
         return found
 
     def close(self) -> None:
-        """End the link."""
+        """End the link, without waiting for the end of its process."""
         link, self._link = self._link, None
         if link:
-            try:
-                link.stop(STOP_S)
-            except DeadlineExceeded as error:  # on a busy machine a killed process ends late
-                log.warning("%s", error)
+            self._stopping.submit(_stop, link)
 
-    def _connect(self, address: str) -> None:
+    def _connect(self, host: str, port: int) -> None:
         self.close()
-        host, _, port = address.removeprefix(SCHEME).rpartition(":")
-        self._link = self._receiver("the hub", store=self._store.path)
-        self._link.connect(host.strip("[]"), int(port))
-        log.info("pulling the learner's weights from %s", address)
+        try:
+            self._link = self._receiver("the hub", store=self._store.path)
+        except OSError as error:  # no more processes: the next publication tries again
+            log.warning("cannot start a weight receiver for the learner's weights: %s", error)
+            return
+        self._link.connect(host, port)
+
+
+def _stop(link: WeightReceiver) -> None:
+    try:
+        link.stop(STOP_S)
+    except DeadlineExceeded as error:  # on a busy machine a killed process ends late
+        log.warning("%s", error)

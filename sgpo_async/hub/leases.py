@@ -38,7 +38,8 @@ class RunningLease:
     task: Task
     attempt: int
     member: bytes
-    min_version: int
+    min_version: int  # the actor must serve at least this version
+    oldest: int  # the oldest version of a token that the group may hold, which an earlier attempt may have sampled
     issued: float  # time of the lease
     last_progress: float  # time of the last message about this lease
     arrived: Arrived  # what this attempt and the earlier ones have sent
@@ -50,20 +51,20 @@ class RunningLease:
 
     @property
     def terms(self) -> Lease:
-        """The lease as the actor has it, without what earlier attempts have sent."""
-        return self.task.lease(attempt=self.attempt, min_version=self.min_version)
+        """What the rollouts of this lease must comply with."""
+        return self.task.lease(attempt=self.attempt, min_version=self.oldest)
 
 
 class LeaseTable:
     """All tasks of one purpose, with one ledger for the tasks and one for their rollouts.
 
     With `keeps_tokens` false, the table keeps only the rewards and versions of rollouts, which suffice for pass rates
-    and lag.
+    and lag. With `drops_stale` false, a task is continued however old its first tokens are.
     """
 
-    def __init__(self, *, first_attempt: int = 0, keeps_tokens: bool = True) -> None:
+    def __init__(self, *, first_attempt: int = 0, keeps_tokens: bool = True, drops_stale: bool = True) -> None:
         """`first_attempt` is the attempt number of a new task's first lease."""
-        self._keeps_tokens = keeps_tokens
+        self._keeps_tokens, self._drops_stale = keeps_tokens, drops_stale
         self.tasks, self.rollouts = Ledger(), Ledger()
         self.waiting: list[tuple[int, int, Task]] = []  # a heap of (order, attempt, task)
         self.carried: dict[int, Arrived] = {}  # what earlier attempts at a waiting task have sent, by task number
@@ -72,6 +73,7 @@ class LeaseTable:
         self.first_attempt = self.last_attempt = first_attempt  # last_attempt: the highest attempt of any lease so far
         self._invalid_leases: Counter[int] = Counter()  # leases with an invalid rollout or report, by task number
         self.durations: deque[float] = deque(maxlen=DURATIONS)  # seconds of the last completed leases
+        self.completed = 0  # number of groups that were ever complete
         self.reissued = 0  # number of revoked leases
         self.duplicates = 0  # number of rollouts that no lease was waiting for
         self.tokens = 0  # number of sampled tokens in all accepted rollouts
@@ -91,12 +93,16 @@ class LeaseTable:
         heapq.heappush(self.waiting, (abs(task.number), attempt, task))
 
     def lease(self, member: bytes, *, min_version: int, now: float) -> Lease:
-        """Lease the first waiting task to `member`, with what earlier attempts sampled by `min_version` or newer."""
+        """Lease the first waiting task to `member`, with what earlier attempts have sampled.
+
+        If the table drops what is stale, that must be `min_version` or newer; otherwise the task starts again.
+        """
         _, attempt, task = heapq.heappop(self.waiting)
         arrived = self.carried.pop(task.number, None)
-        if arrived and arrived.oldest_version is not None and arrived.oldest_version < min_version:
+        oldest = arrived.oldest_version if arrived else None
+        if oldest is not None and oldest < min_version and self._drops_stale:
             self.rollouts.drop("stale", task.size)
-            arrived = None
+            arrived = oldest = None
         if arrived is None:
             arrived = Arrived(size=task.size)
             self.rollouts.dispatched += task.size
@@ -105,6 +111,7 @@ class LeaseTable:
             attempt=attempt,
             member=member,
             min_version=min_version,
+            oldest=min_version if oldest is None else min(oldest, min_version),
             issued=now,
             last_progress=now,
             arrived=arrived,
@@ -134,6 +141,7 @@ class LeaseTable:
         lease.arrived.finish(rollout if self._keeps_tokens else _without_tokens(rollout))
         if not lease.arrived.missing:
             del self.running[rollout.task]
+            self.completed += 1
             self.durations.append(now - lease.issued)
             ordered = tuple(lease.arrived.rollouts[slot] for slot in range(lease.task.size))
             self.complete[rollout.task] = CompletedGroup(number=rollout.task, attempt=lease.attempt, rollouts=ordered)

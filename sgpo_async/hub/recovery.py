@@ -134,8 +134,8 @@ class _Unpickler(pickle.Unpickler):
 def write_event(journal: Journal, event: ev.Event, *, at: float, frames: Sequence[bytes] = ()) -> None:
     """Append an event that happened at time `at`.
 
-    `frames` are the frames of a received message, unchanged; the hub's own messages, such as those of its relay, have
-    none.
+    `frames` are the frames of a received message, unchanged; the hub's own messages, such as those of
+    `learner_weights`, have none.
     """
     match event:
         case ev.Received(member, Rollout() as rollout):

@@ -144,7 +144,7 @@ def _numbers(lease: Lease, rollout: Rollout) -> str | None:
         return "solved_at differs from the lease's"
     value = rollout.unguided_logprob
     if (value is not None) != _is_scored(lease, rollout):
-        return "unguided_logprob must come with a correct guided rollout of training, and with no other"
+        return "unguided_logprob must come with a correct, complete guided rollout of training, and with no other"
     if value is not None and not -np.inf < value <= TOLERANCE * len(rollout.tokens):
         return "unguided_logprob must be finite and <= 0"
     return None
@@ -154,7 +154,9 @@ def _likely_tokens(lease: Lease, rollout: Rollout) -> str | None:
     tokens, logprobs = rollout.top_tokens, rollout.top_logprobs
     wanted = len(rollout.tokens) * lease.top_logprobs_num if _is_scored(lease, rollout) else 0
     if any(wanted != (0 if array is None else len(array)) for array in (tokens, logprobs)):
-        return "top_tokens and top_logprobs must hold top_logprobs_num for each token of a correct guided rollout"
+        return (
+            "top_tokens and top_logprobs must hold top_logprobs_num for each token of a rollout with unguided_logprob"
+        )
     if logprobs is not None and not _are_logprobs(logprobs):
         return f"top_logprobs must be in [{LOWEST:g}, 0]"
     return None
@@ -171,7 +173,7 @@ def _prompt(rollout: Rollout, prompts: Prompts) -> str | None:
 
 def _is_scored(lease: Lease, rollout: Rollout) -> bool:
     """Whether the engine scores this rollout under the plain prompt (Eq. 4)."""
-    return rollout.guided and lease.purpose == "train" and rollout.correct
+    return lease.purpose == "train" and rollout.may_be_distilled
 
 
 def _are_logprobs(values: np.ndarray) -> bool:

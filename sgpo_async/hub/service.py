@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sgpo_async.config import Run
+from sgpo_async.config.rules import endpoint_of
 from sgpo_async.files import reporting_write_errors, write_whole
 from sgpo_async.hub.core import HubCore
 from sgpo_async.hub.journal import Journal
@@ -61,7 +62,7 @@ def serve(run: Run) -> int:
         address = _address(run, journal)
         router = Router(address, keys=run.hub.keys, max_bytes=run.hub.max_message_mb * 2**20)
         stack.callback(router.close)
-        store = StoreFile(folder, expected_bytes=weight_bytes(run.model.path), earlier=core.learner_store)
+        store = StoreFile(folder, expected_bytes=version_bytes(run), earlier=core.learner_store)
         stack.callback(store.close)
         signals = stack.enter_context(Signals())
         key = public_key(run.hub.keys, "server").decode() if run.hub.keys else ""
@@ -70,8 +71,9 @@ def serve(run: Run) -> int:
         core.store, core.machine = store.path, machine()
         weights = LearnerWeights(store)
         stack.callback(weights.close)
-        host = router.address.removeprefix("tcp://").rpartition(":")[0].strip("[]")
-        spawn_sender = partial(WeightSender, store.path, host=host, cuda=run.engine.broadcasts_on_gpus)
+        endpoint = endpoint_of(router.address)
+        assert endpoint, router.address
+        spawn_sender = partial(WeightSender, store.path, host=endpoint[0], cuda=run.engine.broadcasts_on_gpus)
         began = time.monotonic() - elapsed
         loop = Loop(
             core,
@@ -109,9 +111,11 @@ def _stop_reason(signals: Signals) -> str:
     return f"the hub {signals.reason}" if signals.stop else ""
 
 
-def weight_bytes(path: str) -> int:
-    """Total size of a model's weight files in bytes; 0 if they are not in a local folder."""
-    return sum(file.stat().st_size for file in Path(model_folder(path)).glob("*.safetensors"))
+def version_bytes(run: Run) -> int:
+    """Size in bytes of what the learner publishes; 0 if that is small (adapters), or if the model is in no folder."""
+    if run.learner.lora.rank:
+        return 0
+    return sum(file.stat().st_size for file in Path(model_folder(run.model.path)).glob("*.safetensors"))
 
 
 @contextlib.contextmanager

@@ -68,6 +68,7 @@ def status(core: CoreState) -> dict[str, Any]:
         "evaluation_ledger": evaluation.leases.plain(),
         "buffer": len(training.leases.complete),  # groups
         **NO_BATCH_YET,
+        **training.settled.metrics(),  # what is trained against what was sampled
         **training.last,  # lag, pass rates and rewards of the last batch
         "tokens_generated": sum(table.tokens for table in tables),
         "tokens_trained": training.tokens_trained,

@@ -43,6 +43,7 @@ def use_packed_attention(model: PreTrainedModel) -> None:
     model.set_attn_implementation(NAME)
 
 
+@torch.compiler.disable  # see `compiling`
 def packed_attention(  # noqa: PLR0913 (transformers' attention signature)
     _: torch.nn.Module,
     query: Tensor,
@@ -69,7 +70,8 @@ def packed_attention(  # noqa: PLR0913 (transformers' attention signature)
         query, key, value = (tensor.index_select(2, segments.where) for tensor in (query, key, value))
     by = _by_kernel if _has_kernel(query, value) else _by_sequence
     mixed = by(query, key, value, scaling, sliding_window, segments)
-    return mixed if segments.first is None else mixed.index_select(1, segments.first), None
+    # In plain layout, as every layer makes it anyway, so that compiled layers see the same strides in every row.
+    return mixed.contiguous() if segments.first is None else mixed.index_select(1, segments.first), None
 
 
 def _by_kernel(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -88,6 +88,15 @@ class Batch:
     sequences: Sequences
     metrics: tuple[Mapping[str, float], ...]  # one mapping for each task, with keys from PROBLEM_METRICS
     forward_only: int  # tokens in forwards without gradient: for the teacher and for corrected pass rates
+    stale: int = 0  # tokens of the chosen rollouts that are not trained because they are too old
+
+
+class LeftOut(NamedTuple):
+    """What a step does not train."""
+
+    uniform: bool = False  # all but one autonomous rollout of a problem whose autonomous rewards are all equal
+    cut: bool = False  # autonomous rollouts that max_new_tokens has cut
+    older: int = 0  # tokens of versions below this one; the others keep their weights in the mean over all tokens
 
 
 def lags(rollout: Rollout, version: int) -> np.ndarray:
@@ -101,15 +110,16 @@ def from_shard(
     *,
     responses: Responses | None = None,
     log_rho: Iterable[float] | None = None,
-    skip_uniform: bool = False,
+    left_out: LeftOut | None = None,
 ) -> Batch:
     """Build the sequences of a shard's groups, with the weights that `algorithm.objective` gives them.
 
     Args:
         responses: looks up the response of a task, for objectives that train on responses.
         log_rho: log pi/mu of each whole rollout in the shard's order, for corrected pass rates.
-        skip_uniform: of a group in which every advantage is 0, and so is its gradient, keep one rollout.
+        left_out: what is not trained; by default all is.
     """
+    left_out = left_out or LeftOut()
     objective = OBJECTIVES[algorithm.objective]
     keys = [(rollout.task, rollout.slot) for rollout in shard.rollouts]
     ratios = dict(zip(keys, log_rho, strict=True)) if log_rho is not None else None
@@ -124,21 +134,52 @@ def from_shard(
             demonstration=responses(task) if responses else None,
             log_rho={rollout.slot: ratios[task, rollout.slot] for rollout in rollouts} if ratios else None,
             problems=shard.problems,
+            mask_cut=left_out.cut,
         )
         trained.append(objective(task_group, algorithm))
-    targets = [item for task in trained for item in task.distillation]
+    chosen = [
+        item for task in trained for item in (_without_uniform if left_out.uniform else list)(task.policy_gradient)
+    ]
+    distilled = [item for task in trained for item in task.distillation]
+    taken = [item.rollout for item in chosen] + [item.rollout for item in distilled]
+    policy_gradient, targets = _fresh(chosen, left_out.older), _fresh(distilled, left_out.older)
     teachers = [item.teacher for item in targets] if algorithm.teacher != "behaviour" else []
     rescored = [rollout_after(rollout.prompt, rollout) for rollout in shard.rollouts] if ratios else []
     return Batch(
         version=shard.version,
         sequences=Sequences(
-            [item for task in trained for item in (_without_uniform if skip_uniform else list)(task.policy_gradient)],
+            policy_gradient,
             targets,
             [item for task in trained for item in task.likelihood],
         ),
         metrics=tuple(task.metrics for task in trained),
         forward_only=sum(tokens.length for tokens in teachers + rescored),
+        stale=sum(_stale_tokens(rollout, left_out.older) for rollout in taken),
     )
+
+
+Sampled = TypeVar("Sampled", PolicyGradient, Distillation)
+
+
+def _fresh(items: Sequence[Sampled], oldest: int) -> list[Sampled]:
+    """The same sequences without their stale tokens, which leave the weights of the others as they are.
+
+    The loss of a sequence is a mean over its trained tokens, so its weight shrinks by the share of the others.
+    """
+    found = []
+    for item in items:
+        stale, all_tokens = _stale_tokens(item.rollout, oldest), int(item.rollout.sampled.sum())
+        if stale < all_tokens:
+            weight = item.weight * (1 - stale / all_tokens)
+            found.append(replace(item, rollout=item.rollout.without_older(oldest), weight=weight) if stale else item)
+    return found
+
+
+def _stale_tokens(rollout: Rollout, oldest: int) -> int:
+    """How many tokens of a rollout older versions than `oldest` have sampled."""
+    if rollout.oldest_version >= oldest:
+        return 0
+    return int((rollout.token_versions()[rollout.sampled] < oldest).sum())
 
 
 def _without_uniform(group: list[PolicyGradient]) -> list[PolicyGradient]:

@@ -276,7 +276,8 @@ def restore(
         random = checkpoint / f"random-{dist.get_rank()}.pt"
         if random.exists():
             torch.set_rng_state(torch.load(random))
-    with _fail_on_all_ranks(f"{checkpoint}: cannot read the checkpoint, or it belongs to another model or teacher"):
+    other = "it belongs to another model, teacher, optim.state or learner.lora"
+    with _fail_on_all_ranks(f"{checkpoint}: cannot read the checkpoint, or {other}"):
         state = _state(module, optimiser, teacher)
         dcp.load(state, checkpoint_id=checkpoint)
         model, optim = state["model"], state["optimiser"]

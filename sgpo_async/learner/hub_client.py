@@ -108,6 +108,7 @@ class HubClient:
         self._incoming: queue.SimpleQueue[Message | Exception] = queue.SimpleQueue()
         self._request: Message | None = None  # the request that the main thread waits for
         self._publication: Published | None = None  # the newest one
+        self._publishing = threading.Lock()  # `published` is called by several threads
         self._evaluating: dict[int, Evaluate] = {}  # requests without a result, by version
         self._evaluated: set[int] = set()  # versions whose results have arrived; some arrive twice
         self._connections = mail.connections
@@ -151,9 +152,14 @@ class HubClient:
         return self._ask(lambda: request, Committed, what, ANSWER_S, lambda done: done.step == step).status
 
     def published(self, version: int, store: str = "") -> None:
-        """Report that the store at `store` holds `version` completely. May be called from any thread."""
-        self._publication = Published(version=version, store=store)
-        self._outgoing.append(self._publication)
+        """Report that the store at `store` holds `version` completely. May be called from any thread.
+
+        An older version than the newest reported one only brings news of the store.
+        """
+        with self._publishing:
+            version = max(version, self._publication.version if self._publication else version)
+            self._publication = Published(version=version, store=store)
+            self._outgoing.append(self._publication)
 
     def evaluate(self, version: int) -> None:
         """Request an evaluation of `version`; the result arrives later in `evaluations`."""

@@ -9,6 +9,7 @@ cannot be read in slices (see `model.slices`) are loaded whole on every rank, an
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 from collections.abc import Callable
 
@@ -19,12 +20,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.utils.logging import disable_progress_bar
 
-from sgpo_async.config.schema import Run
+from sgpo_async.config.schema import Learner, Run
+from sgpo_async.learner.compiling import compile_layers, require_c_compiler, require_compiler
 from sgpo_async.learner.lora import adapt, initial, initialise
 from sgpo_async.learner.policy import Policy, check_model, decoder_layers, recompute, rows_on, shard
 from sgpo_async.learner.process_group import any_rank
 from sgpo_async.model.adapters import is_adapter
 from sgpo_async.model.load import load_model
+from sgpo_async.model.parameters import cast
 from sgpo_async.model.slices import CannotSliceError, Slice, Slices, open_slices
 
 log = logging.getLogger(__name__)
@@ -35,15 +38,19 @@ def load_policy(folder: str, run: Run, mesh: DeviceMesh) -> Policy:
 
     What is trained is kept in float32, and the model of trained adapters in `model.dtype`.
 
-    Raises DataError if the model is missing, broken, incomplete or not supported, ConfigError if it has no layers for
-    the adapters of `learner.lora`.
+    Raises DataError if the model is missing, broken, incomplete or not supported, ConfigError if it cannot be compiled
+    or has no layers for the adapters of `learner.lora`.
     """
+    if mesh.device_type == "cuda":
+        require_c_compiler()
+    if run.learner.compile:
+        require_compiler(mesh.device_type)
     slices = _slices(folder)
     if slices is None:
         policy = _whole(folder)
         check_model(policy)
         return prepare(policy, run, mesh)
-    checked = dict(_checked(slices, mesh).model.named_parameters())
+    checked = dict(_checked(slices, run.learner, mesh).model.named_parameters())
     policy = prepare(Policy(slices.model), run, mesh)
 
     def local(name: str, parameter: DTensor) -> Tensor:
@@ -52,17 +59,21 @@ def load_policy(folder: str, run: Run, mesh: DeviceMesh) -> Policy:
         return checked.pop(name).detach().to_local().to(parameter.dtype)
 
     _fill(policy, local)
+    gc.collect()  # FSDP's modules refer to each other: the float32 twin of a bfloat16 model would stay in memory
     return policy
 
 
 def prepare(policy: Policy, run: Run, mesh: DeviceMesh) -> Policy:
-    """Add adapters and recomputation as configured, and shard. Adapters of a policy with values get theirs."""
-    if run.learner.lora.rank:
-        policy.lora = run.learner.lora
+    """Add what the run's configuration asks for, and shard. Adapters of a policy with values get theirs."""
+    learner = run.learner
+    if learner.lora.rank:
+        policy.lora = learner.lora
         adapt(policy.model, decoder_layers(policy.model), policy.lora, dtype=getattr(torch, run.model.dtype))
         initialise(policy.model, seed=run.seed)
-    recompute(policy, run.learner.recompute)
-    return shard(policy, mesh, precision=run.learner.precision)
+    if learner.compile:
+        compile_layers(policy)
+    recompute(policy, learner.recompute, offload=learner.offload_activations)
+    return shard(policy, mesh, precision=learner.precision, offload=learner.offload_weights)
 
 
 def load_teacher(folder: str, run: Run, mesh: DeviceMesh) -> Policy:
@@ -72,9 +83,10 @@ def load_teacher(folder: str, run: Run, mesh: DeviceMesh) -> Policy:
     """
     slices = _slices(folder)
     policy = (Policy(slices.model) if slices else _whole(folder)).requires_grad_(False)
-    for parameter in policy.parameters():  # not the buffers, because positions are computed in float32
-        parameter.data = parameter.data.to(getattr(torch, run.algorithm.teacher_dtype))
-    shard(policy, mesh, precision=run.learner.precision)
+    cast(policy, getattr(torch, run.algorithm.teacher_dtype))
+    if run.learner.compile:
+        compile_layers(policy)
+    shard(policy, mesh, precision=run.learner.precision, offload=run.learner.offload_weights)
     if slices:
         _read(policy, slices)
     return policy
@@ -95,9 +107,9 @@ def _whole(folder: str) -> Policy:
     return Policy(load_model(folder, device="cpu", dtype="float32"))
 
 
-def _checked(slices: Slices, mesh: DeviceMesh) -> Policy:
+def _checked(slices: Slices, learner: Learner, mesh: DeviceMesh) -> Policy:
     """Read the model into a twin of the policy that computes in float32, as `check_model` requires, and check it."""
-    twin = shard(Policy(copy.deepcopy(slices.model)), mesh, precision="float32")
+    twin = shard(Policy(copy.deepcopy(slices.model)), mesh, precision="float32", offload=learner.offload_weights)
     _read(twin, slices)
     check_model(twin)
     assert isinstance(twin, FSDPModule)
@@ -132,6 +144,6 @@ def _fill(policy: Policy, local_of: Callable[[str, DTensor], Tensor]) -> None:
             parameter.placements,
             shape=parameter.shape,
             stride=parameter.stride(),
-        )
+        ).to(policy.home)  # from_local has moved it to the device of the mesh
         # FSDP and all modules of a tied parameter keep the object.
         torch.utils.swap_tensors(parameter, nn.Parameter(value, parameter.requires_grad))

@@ -20,6 +20,7 @@ from xxhash import xxh3_64_intdigest
 from sgpo_async.config.schema import Lora
 from sgpo_async.errors import ConfigError
 from sgpo_async.model.adapters import DOWN, is_adapter
+from sgpo_async.model.parameters import cast
 
 
 class Adapted(nn.Module):
@@ -45,8 +46,18 @@ def adapt(model: PreTrainedModel, layers: list[nn.Module], lora: Lora, *, dtype:
     Raises ConfigError if `lora.targets` names a layer that does not exist, or if there is none.
     """
     model.requires_grad_(False)
-    for parameter in model.parameters():  # not the buffers, because positions are computed in float32
-        parameter.data = parameter.data.to(dtype)
+    cast(model, dtype)
+    for parent, name, child in _chosen(layers, lora):
+        setattr(parent, name, Adapted(child, lora))
+
+
+def adapter_parameters(layers: list[nn.Module], lora: Lora) -> int:
+    """How many parameters `adapt` would add. Raises ConfigError like it."""
+    return sum(lora.rank * (child.in_features + child.out_features) for _, _, child in _chosen(layers, lora))
+
+
+def _chosen(layers: list[nn.Module], lora: Lora) -> list[tuple[nn.Module, str, nn.Linear]]:
+    """The linear layers that get adapters: parent, name and layer."""
     linear = [
         (parent, name, child)
         for layer in layers
@@ -60,9 +71,7 @@ def adapt(model: PreTrainedModel, layers: list[nn.Module], lora: Lora, *, dtype:
             f"learner.lora.targets: must be names of the model's linear layers ({', '.join(known) or 'it has none'}), "
             f"got {unknown if known else lora.targets}"
         )
-    for parent, name, child in linear:
-        if name in (lora.targets or known):
-            setattr(parent, name, Adapted(child, lora))
+    return [(parent, name, child) for parent, name, child in linear if name in (lora.targets or known)]
 
 
 def initial(name: str, shape: torch.Size, *, seed: int) -> Tensor:

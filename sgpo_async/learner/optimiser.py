@@ -9,16 +9,20 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from sgpo_async.config.schema import Optim
+from sgpo_async.learner.adamw import AdamW
 
 
-def build(module: nn.Module, optim: Optim) -> torch.optim.AdamW:
+def build(module: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     """Create AdamW for the trained parameters, without weight decay on vectors (norms, biases), as is common."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": optim.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), fused=True)
+    betas = (optim.beta1, optim.beta2)
+    if optim.state == "float32":
+        return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, fused=True)
+    return AdamW(groups, lr=optim.lr, betas=betas, form=optim.state)
 
 
 def learning_rate(optim: Optim, *, step: int, steps: int) -> float:

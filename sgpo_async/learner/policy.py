@@ -8,14 +8,22 @@ held at once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -30,11 +38,17 @@ LOCAL_GRADIENT_BYTES = 2**30  # a smaller model keeps unsharded gradients until 
 
 
 class Policy(nn.Module):
-    """The trained policy, or a frozen teacher."""
+    """The trained policy, or a frozen teacher.
+
+    Attributes:
+        device: where it computes.
+        home: where its parameters are, gathered ones aside.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model.eval()  # no dropout: pi must be the distribution that the engines sample from
+        self.device = self.home = self.head.device
         self._own_attention = model.config._attn_implementation
         use_packed_attention(model)
         self.lora = Lora()  # of the adapters that the model has; rank 0: none
@@ -52,7 +66,7 @@ class Policy(nn.Module):
         layouts = [self._tensor(index) for index in packed.shared or ()]
         states = self.model.base_model(
             input_ids=self._tensor(packed.input_ids),
-            position_ids=self._tensor(packed.position_ids),
+            position_ids=self._tensor(packed.position_ids).view(1, -1),  # with strides that compiled layers expect
             use_cache=False,
             segments=Segments(packed.lengths, edges, self.windows, *layouts),
         ).last_hidden_state
@@ -85,26 +99,30 @@ class Policy(nn.Module):
         return found.value
 
     def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.head.device)
+        return torch.from_numpy(array).to(self.device)
 
 
-def shard(policy: Policy, mesh: DeviceMesh, *, precision: str) -> Policy:
+def shard(policy: Policy, mesh: DeviceMesh, *, precision: str, offload: bool = False) -> Policy:
     """Move the policy to the mesh's devices and shard it in place.
 
     Every rank must hold the same weights before, or parameters on the meta device, which remain there.
 
     Args:
         precision: the precision of matrix products, see `in_bfloat16`.
+        offload: keep the shards of parameters and gradients in host memory.
     """
+    policy.device = torch.device(mesh.device_type)
+    policy.home = torch.device("cpu") if offload else policy.device
     if in_bfloat16(precision, mesh):
         mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     else:  # parameters stored in bfloat16 are gathered as float32
         narrow = next(policy.parameters()).dtype == torch.bfloat16
         mixed = MixedPrecisionPolicy(torch.float32) if narrow else MixedPrecisionPolicy()
+    home = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if offload else OffloadPolicy()
     if policy.nbytes >= GROUP_BYTES:
         for layer in decoder_layers(policy.model):
-            fully_shard(layer, mesh=mesh, mp_policy=mixed)
-    fully_shard(policy, mesh=mesh, mp_policy=mixed, reshard_after_forward=False)
+            fully_shard(layer, mesh=mesh, mp_policy=mixed, offload_policy=home)
+    fully_shard(policy, mesh=mesh, mp_policy=mixed, offload_policy=home, reshard_after_forward=False)
     for method in ("hidden", "own_logits"):
         register_fsdp_forward_method(policy, method)
     return policy
@@ -116,13 +134,27 @@ def rows_on(rows: int, rank: int, ranks: int) -> range:
     return range(min(rank * chunk, rows), min((rank + 1) * chunk, rows))
 
 
-def recompute(policy: Policy, every: int) -> None:
+def recompute(policy: Policy, every: int, *, offload: bool = False) -> None:
     """Store only the inputs of every n-th decoder layer, and recompute its activations in the backward pass.
 
     Call this before `shard`; 0 changes nothing. It costs a second forward of these layers; the gradients are the same.
+
+    Args:
+        offload: keep the stored inputs in host memory until the backward pass.
     """
+    way = _from_host if offload else partial(checkpoint, use_reentrant=False)
     for layer in decoder_layers(policy.model)[::every] if every else []:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        layer.forward = partial(way, layer.forward)
+
+
+def _from_host(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call `forward` of a layer; recompute its activations in the backward pass from inputs that are in host memory.
+
+    The hooks of `checkpoint` are inside those of `save_on_cpu` and take every tensor that the layer itself saves, so
+    only the inputs that `checkpoint` stores reach the outer ones: no gathered parameter is copied.
+    """
+    with save_on_cpu(pin_memory=True):
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 def in_bfloat16(precision: str, mesh: DeviceMesh) -> bool:

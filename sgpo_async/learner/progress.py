@@ -24,6 +24,7 @@ class Progress:
     pass_auto_last: float | None = None
     pass_guided_first: float | None = None
     pass_guided_last: float | None = None
+    lora: dict[str, Any] | None = None  # `learner.lora` of the run; None in checkpoints of older releases
     version: int | None = None  # of the weights in the checkpoint; None in checkpoints of older releases
 
     def plain(self) -> dict[str, Any]:
@@ -86,5 +87,6 @@ class Progress:
 def hub_metrics(status: Mapping[str, Any]) -> dict[str, Any]:
     """Return the hub's part of one line of metrics, from its status after a commit."""
     rates = ("pass_auto", "pass_guided", "reward_auto", "reward_guided")
-    keys = ("version", *rates, "tokens_per_s", "tokens_generated", "engine_idle", "ledger")
+    biases = ("tokens_dropped", "length_bias", "pass_bias")
+    keys = ("version", *rates, *biases, "tokens_per_s", "tokens_generated", "engine_idle", "ledger")
     return {key: status[key] for key in keys} | {"actors": len(status["actors"])}

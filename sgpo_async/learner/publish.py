@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from sgpo_async.errors import DeadlineExceeded
 from sgpo_async.learner.policy import Policy, rows_on
-from sgpo_async.model.adapters import merge
+from sgpo_async.model.adapters import is_adapter, merge
 from sgpo_async.processes.progress import result_while_moving
 
 BUCKET_BYTES = 64 * 2**20  # size of one gather, unless a single parameter is larger
@@ -52,7 +52,9 @@ def gather(policy: Policy) -> NamedTensors:
     collective of all ranks.
     """
     tensors = dict(_gather_all(policy.model.named_parameters(), torch.float32))
-    return list(merge(tensors, tensors, policy.lora.scale))
+    for name, whole in merge(tensors, tensors, policy.lora.scale):
+        tensors[name] = whole  # frees what it replaces
+    return [(name, tensor) for name, tensor in tensors.items() if not is_adapter(name)]
 
 
 def gather_trained(policy: Policy, dtype: torch.dtype) -> NamedTensors:

@@ -10,15 +10,17 @@ The id is recorded because TORCHELASTIC_RESTART_COUNT counts neither a change of
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
 import torch.distributed as dist
 
-from sgpo_async.config.schema import Run
+from sgpo_async.config.schema import Run, require
 from sgpo_async.files import set_aside, write_whole
 from sgpo_async.learner.checkpoint import newest_whole, set_checkpoints_aside
 from sgpo_async.metrics.reader import METRICS
@@ -70,6 +72,17 @@ def resume_point(run: Run, folder: Path) -> Path | None:
                 set_aside(samples)
         write_whole(folder / JOB, _id(os.environ))
     return newest
+
+
+def require_same_adapters(run: Run, checkpoint: Path) -> None:
+    """Raise ConfigError if the checkpoint belongs to another `learner.lora`, which gives its adapters their meaning."""
+    try:
+        saved = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8")).get("lora")
+    except (OSError, ValueError):
+        return  # `restore` says what is wrong with the file
+    own = asdict(run.learner.lora)
+    for key, value in (saved or own).items():
+        require(own[key] == value, f"learner.lora.{key}", f"must be {value!r}, as in {checkpoint}", own[key])
 
 
 def how_to_go_on(reason: str, saved: int, hub: str = "") -> str:

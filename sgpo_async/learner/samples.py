@@ -10,6 +10,7 @@ rank. What is written was computed by the step; nothing is computed again.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -33,7 +34,7 @@ DIGITS = 4  # decimal places of a divergence
 
 
 Divergences = dict[tuple[int, int], np.ndarray]
-"""By task and slot: d_t [C] of the sampled tokens of a distilled rollout."""
+"""By task and slot: d_t [T] of the tokens of a distilled rollout, NaN for those that are not trained."""
 
 
 @dataclass(frozen=True)
@@ -167,8 +168,7 @@ class SampleLines:
         }
         if kl is None:
             return line
-        known = iter(kl.tolist())
-        values = [round(next(known), DIGITS) if sampled else None for sampled in rollout.sampled]
+        values = [None if math.isnan(value) else round(value, DIGITS) for value in kl.tolist()]
         return line | {"kl": values, "pieces": pieces(self._tokenizer, rollout.tokens)}
 
     def _text(self, tokens: np.ndarray) -> str:

@@ -179,7 +179,7 @@ class WarmUp:
         """Compute the token mean over all validation problems. A collective of all ranks."""
         mine = self.examples.validation[dist.get_rank() :: dist.get_world_size()]
         sums = [sum(self.stepper.log_probabilities(mine)), float(sum(len(tokens.completion) for tokens in mine))]
-        total = torch.tensor(sums, dtype=torch.float64, device=next(self.stepper.policy.parameters()).device)
+        total = torch.tensor(sums, dtype=torch.float64, device=self.stepper.policy.device)
         dist.all_reduce(total)
         return float(-total[0] / total[1])
 

@@ -27,7 +27,7 @@ from torch.distributed.fsdp import FSDPModule
 from sgpo_async.algorithm import TeacherDivergence, TopDivergence
 from sgpo_async.config.schema import Run
 from sgpo_async.errors import SgpoError
-from sgpo_async.learner.batch import Batch, Item, Responses, Sequences, from_shard
+from sgpo_async.learner.batch import Batch, Item, LeftOut, Responses, Sequences, from_shard
 from sgpo_async.learner.division import Cost, Piece, deal, divide
 from sgpo_async.learner.objectives.base import Distillation, rollout_after
 from sgpo_async.learner.optimiser import clip_gradients, learning_rate
@@ -39,6 +39,7 @@ from sgpo_async.learner.teacher_targets import top_k_targets
 from sgpo_async.learner.terms import DistillationTerm, LikelihoodTerm, PolicyGradientTerm, Term
 from sgpo_async.wire.records import Shard
 
+COUNTED_LAGS = 63  # with hub.stale=correct, larger lags count as this one in the metrics
 Key = tuple[int, int]  # task and slot of a rollout
 
 
@@ -96,7 +97,11 @@ class Stepper:
             algorithm,
             responses=self.responses,
             log_rho=log_rho,
-            skip_uniform=self.run.learner.skip_uniform,
+            left_out=LeftOut(
+                uniform=self.run.learner.skip_uniform,
+                cut=self.run.rollout.cut == "mask",
+                older=shard.version - self.run.hub.max_lag if self.run.hub.stale == "mask" else 0,
+            ),
         )
 
     def accumulate(self, batch: Batch, *, last: bool = True) -> StepMetrics:
@@ -105,7 +110,8 @@ class Stepper:
         `last`: nothing more is added before the optimiser steps. Returns the statistics of the step so far.
         """
         if not self._begun or self.statistics is None:
-            self.statistics = StepMetrics(max_lag=self.run.hub.max_lag, device=self._device)
+            max_lag = max(self.run.hub.max_lag, COUNTED_LAGS if self.run.hub.stale == "correct" else 0)
+            self.statistics = StepMetrics(max_lag=max_lag, device=self._device)
         statistics, self._begun = self.statistics, not last
         micro_batches, imbalance = self._divide(batch.sequences)
         statistics.add_batch(batch, imbalance)
@@ -223,7 +229,7 @@ class Stepper:
 
     @property
     def _device(self) -> torch.device:
-        return next(self.policy.parameters()).device
+        return self.policy.device
 
 
 def _key(item: Distillation) -> Key:

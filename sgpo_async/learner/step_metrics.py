@@ -27,7 +27,7 @@ from sgpo_async.wire.records import Rollout
 TERMS = ("correction", "kl_correction")
 SUMS = (
     *("grpo_loss", "kd_loss", "likelihood_loss", "entropy", "entropy_tokens"),
-    *("tokens_auto", "tokens_kd", "tokens_likelihood", "tokens_forward_only", "targets"),
+    *("tokens_auto", "tokens_kd", "tokens_likelihood", "tokens_forward_only", "tokens_stale", "targets"),
     *("kl", "masked_tokens", "masked_kl", "limited_kl"),
     *(f"{metric}_{part}" for metric in PROBLEM_METRICS for part in ("sum", "problems")),
     *(f"{term}_{part}_{age}" for term in TERMS for part in ("sum", "clipped", "tokens") for age in AGES),
@@ -46,7 +46,7 @@ class StepMetrics:
         self.mismatch = Mismatch(max_lag=max_lag, device=device)
         self.imbalances: list[float] = []  # of each part of the batch, see `division.imbalance`; equal on every rank
         self.problems: Sequence[Mapping[str, float]] = ()  # the metrics of each problem, in the order of the shard
-        self.token_kl: dict[tuple[int, int], Tensor] = {}  # d_t [C] of each distilled rollout, by task and slot
+        self.token_kl: dict[tuple[int, int], Tensor] = {}  # d_t [T] of each distilled rollout, by task and slot
 
     def add(self, **values: Tensor) -> None:
         """Add the sum of each tensor to the sum of that name."""
@@ -84,9 +84,11 @@ class StepMetrics:
         self.add(limited_kl=mass.kl.sum() - kept.sum())
 
     def keep_kl(self, rollouts: Sequence[Rollout], d: Tensor) -> None:
-        """Keep d_t [K, C] of these distilled rollouts, for samples of the step; it stays on the device."""
+        """Keep d_t [K, C] of these distilled rollouts, for samples of the step, on the device; NaN if not trained."""
         for rollout, values in zip(rollouts, d.detach(), strict=True):
-            self.token_kl[rollout.task, rollout.slot] = values[: int(rollout.sampled.sum())]
+            trained = torch.from_numpy(rollout.sampled).to(d.device)
+            whole = values.new_full(trained.shape, math.nan)
+            self.token_kl[rollout.task, rollout.slot] = whole.masked_scatter(trained, values)
 
     def add_batch(self, batch: Batch, imbalance: float) -> None:
         """Add the metrics of a batch, or of a part of it, that are known before any forward."""
@@ -97,6 +99,7 @@ class StepMetrics:
             self.sums[f"{name}_problems"] += 1
         self.sums["targets"] += len(batch.sequences.distillation)
         self.sums["tokens_forward_only"] += batch.forward_only
+        self.sums["tokens_stale"] += batch.stale
 
     def reduce(self) -> dict[str, Any]:
         """Compute the metrics of the step, equal on every rank. A collective of all ranks."""
@@ -135,6 +138,7 @@ def _loss_metrics(total: dict[str, float]) -> dict[str, Any]:
         "targets": int(total["targets"]),
         "tokens": int(total["tokens_auto"] + total["tokens_kd"] + total["tokens_likelihood"]),
         "tokens_forward_only": int(total["tokens_forward_only"]),
+        "tokens_stale": int(total["tokens_stale"]),
     }
 
 

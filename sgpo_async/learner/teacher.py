@@ -35,7 +35,7 @@ class Teacher:
     """The teacher of one rank.
 
     Attributes:
-        copy: sharded, without gradient; None for `self` and `behaviour`.
+        copy: sharded, without gradient; None for `self`, `behaviour`, and `frozen` if adapters are trained.
         nbytes: size of the copy, over all ranks.
     """
 

@@ -33,7 +33,7 @@ from sgpo_async.learner.batch import lags
 from sgpo_async.learner.objectives.base import Distillation, Likelihood, PolicyGradient
 from sgpo_async.learner.packing import pad
 from sgpo_async.learner.step_metrics import StepMetrics
-from sgpo_async.wire.records import Rollout
+from sgpo_async.wire.records import OBSERVED, Rollout
 
 
 class Term(Protocol):
@@ -173,8 +173,10 @@ def _behaviour(rollouts: Sequence[Rollout], version: int, like: Tensor) -> tuple
 
 
 def _later(rollouts: Sequence[Rollout], mask: Tensor) -> Tensor:
-    """Return whether each token is after the first span of its rollout, which is always sampled: [N, T] bool."""
-    first_ends = torch.tensor([[int(rollout.ends[0])] for rollout in rollouts], device=mask.device)
+    """Return whether each trained token is after the first span of its rollout: [N, T] bool."""
+    first_ends = torch.tensor(
+        [[int(rollout.ends[0]) * (rollout.versions[0] != OBSERVED)] for rollout in rollouts], device=mask.device
+    )
     return torch.arange(mask.shape[1], device=mask.device) >= first_ends
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from sgpo_async.learner.process_group import join_world
 from sgpo_async.learner.progress import Progress, hub_metrics
 from sgpo_async.learner.publish import Publisher, gather, gather_trained
 from sgpo_async.learner.remote_store import open_store
-from sgpo_async.learner.resume import how_to_go_on, resume_point
+from sgpo_async.learner.resume import how_to_go_on, require_same_adapters, resume_point
 from sgpo_async.learner.rounds import remove_rounds, write_round
 from sgpo_async.learner.samples import Samples
 from sgpo_async.learner.step import Stepper
@@ -131,6 +131,8 @@ class Trainer:
         stepper, fingerprint = build(run, mesh)
         rank, lead = dist.get_rank(), dist.get_rank() == 0
         resumed = resume_point(run, Path(run.folder) / CHECKPOINTS)
+        if resumed:
+            require_same_adapters(run, resumed)
         saved = (
             checkpoint.restore(
                 resumed, module=stepper.policy, optimiser=stepper.optimiser, teacher=stepper.teacher.moving
@@ -139,6 +141,7 @@ class Trainer:
             else Saved(Progress().plain(), b"")
         )
         progress = Progress(**saved.progress)
+        progress.lora = asdict(run.learner.lora)
         welcome = hub.join(
             Hello(
                 role="learner",
@@ -149,10 +152,12 @@ class Trainer:
                 vocabulary=stepper.policy.head.shape[0],
             )
         )
-        store = open_store(welcome, Path(run.folder), hub_address, hub.published) if lead else None
         # If an earlier learner has published weights, this one must not continue its tasks and versions.
         version = hub.restore(saved.hub_state) if lead and (resumed or welcome.begun) else welcome.version
         dtype = torch.float32 if run.learner.lora.rank else getattr(torch, run.model.dtype)
+        nbytes = dtype.itemsize * sum(p.numel() for p in stepper.policy.parameters() if p.requires_grad)
+        place = (welcome, Path(run.folder), hub_address, hub.published)
+        store = open_store(*place, nbytes=nbytes) if lead else None
         publisher = Publisher(stepper.policy, dtype, store=store, published=hub.published)
         metrics = MetricsWriter(run.folder, resume_from=progress.step) if lead else None
         if lead and not progress.step:
@@ -217,7 +222,7 @@ class Trainer:
                 log.info("%s: writing a checkpoint of step %d", reason, self.progress.step)
                 self._checkpoint()
             self.checkpoints.wait()
-            self.publisher.close()
+            self.publisher.wait()
         except RuntimeError as error:  # a collective failed
             lost = f"another rank is gone ({str(error).partition(chr(10))[0]})"
             raise CheckpointError(f"{reason}, and no checkpoint could be written: {lost}") from None
@@ -229,7 +234,7 @@ class Trainer:
         policy, lora = self.stepper.policy, self.run.learner.lora
         tensors = gather(policy)
         adapters = gather_trained(policy, torch.float32) if lora.rank else []
-        self.publisher.close()
+        self.publisher.wait()
         self.checkpoints.wait()
         if not self.metrics:
             return
@@ -245,6 +250,7 @@ class Trainer:
         self.samples.close()
         log.info("finished after %d steps: the policy is in %s/policy", self.progress.step, self.run.folder)
         self.hub.finish()
+        self.publisher.close()  # now the hub does not miss the link to these weights
 
     def _record(self, metrics: MetricsWriter, line: dict[str, Any]) -> dict[str, Any]:
         """Write the metrics of this step, and return them; after the last step, wait for the last evaluation first."""

@@ -30,6 +30,7 @@ def hub_rows(status: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("learner", _learner(get("learner") or {})),
         ("weights", f"version {number(get('version'))}, published {number(published)}"),
         ("tokens", f"generated {number(get('tokens_generated'))}, trained {number(get('tokens_trained'))}"),
+        ("dropped", _dropped(status)),
         ("mean reward", f"alone {number(get('reward_auto'))}, guided {number(get('reward_guided'))}"),
         ("evaluation", evaluating),
         *_ledger(get("ledger") or {}),
@@ -51,6 +52,14 @@ def _learner(learner: Mapping[str, Any]) -> str:
     step = learner.get("training")
     waiting = f"{len(learner.get('requested') or [])} wait for a batch"
     return f"{ranks}, {waiting if step is None else f'training step {step + 1}'}"
+
+
+def _dropped(status: Mapping[str, Any]) -> str:
+    """What the trained rollouts do not show; see `hub.settled`."""
+    tokens, length, passed = (status.get(key) for key in ("tokens_dropped", "length_bias", "pass_bias"))
+    if tokens is None or length is None or passed is None:
+        return NONE
+    return f"{tokens:.1%} of the tokens; trained rollouts: length {length:+.1%}, pass rate {passed:+.1%} against all"
 
 
 def _ledger(ledger: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -16,6 +16,12 @@ from sgpo_async.errors import WeightsError
 Digest = Callable[[Iterable[tuple[str, torch.Tensor]]], str]
 
 
+def cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Keep the parameters of `model` in `dtype`; not its buffers, because positions are computed in float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
 def check(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     """Raise WeightsError unless `tensors` can replace the parameters of `model` (a tied parameter counts once)."""
     own = dict(model.named_parameters())

@@ -28,6 +28,11 @@ class CompletedGroup:
         """The weight version of the stalest token in the group."""
         return min(r.oldest_version for r in self.rollouts)
 
+    @cached_property
+    def newest_version(self) -> int:
+        """The weight version of the newest token in the group."""
+        return max(int(r.versions.max()) for r in self.rollouts)
+
     def pass_rate(self, *, guided: bool) -> float | None:
         """Share of correct rollouts among the guided or the autonomous ones; None if the group has none of them."""
         correct = [r.correct for r in self.rollouts if r.guided == guided]

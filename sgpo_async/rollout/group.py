@@ -1,7 +1,7 @@
 """The state of one lease: which of its rollouts are requested, generated, judged and finished. No I/O.
 
     Lease ─▶ requests ─▶ Generated ─▶ verdict ─┬──────────────────────▶ Rollout
-                ▲                              ├▶ Score ─▶ Scored ─────▶ Rollout     correct guided rollouts (Eq. 4)
+                ▲                              ├▶ Score ─▶ Scored ─────▶ Rollout     possible targets (Eq. 4)
                 └─────────── reply ────────────┘ of an environment, if the episode goes on
              progress ─▶ what the unfinished rollouts have sampled since the last report
 
@@ -66,8 +66,10 @@ class RolloutGroup:
         """Take a verdict; returns the finished rollout, or the score that the engine has to compute first (Eq. 4)."""
         slot = _slot(key)
         result = self._generated[slot]
-        correct = is_correct(reward, self.lease.solved_at)
-        if correct and self._is_guided(slot) and self.lease.purpose == "train":
+        if result.finish == "length" and not self.lease.cut_scores:
+            reward = 0.0
+        complete = is_correct(reward, self.lease.solved_at) and result.finish == "stop"
+        if complete and self._is_guided(slot) and self.lease.purpose == "train":
             self._rewards[slot] = reward
             return Score(
                 id=result.id, prompt=self._prompt(False), tokens=result.tokens, temperature=self.lease.temperature

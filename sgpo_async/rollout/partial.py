@@ -30,6 +30,13 @@ class Arrived:
     size: int
     rollouts: dict[int, Rollout] = field(default_factory=dict)  # finished, by slot
     reports: dict[int, list[PartialRollout]] = field(default_factory=dict)  # of the others, by slot, in order
+    oldest_version: int | None = field(init=False, default=None)  # of all tokens; None if there are no tokens
+
+    def __post_init__(self) -> None:
+        for rollout in self.rollouts.values():
+            self._see(rollout.versions)
+        for part in (part for reports in self.reports.values() for part in reports):
+            self._see(part.versions)
 
     def report(self, part: PartialRollout) -> bool:
         """Add the tokens of a report; False if tokens before them are missing, or if the rollout is finished."""
@@ -41,6 +48,7 @@ class Arrived:
             self.reports[part.slot].append(part)
         else:
             return False
+        self._see(part.versions)
         return True
 
     @property
@@ -57,6 +65,7 @@ class Arrived:
         """Keep a finished rollout; it replaces the reports of its slot."""
         self.rollouts[rollout.slot] = rollout
         self.reports.pop(rollout.slot, None)
+        self._see(rollout.versions)
 
     def sampled(self, slot: int) -> int:
         """How many tokens of an unfinished rollout are known."""
@@ -67,12 +76,11 @@ class Arrived:
         """All unfinished rollouts that have tokens, each with all its tokens."""
         return tuple(join(reports) for _, reports in sorted(self.reports.items()))
 
-    @property
-    def oldest_version(self) -> int | None:
-        """The weight version of the oldest token; None if there are no tokens."""
-        finished = [rollout.oldest_version for rollout in self.rollouts.values()]
-        running = [part.versions for reports in self.reports.values() for part in reports]
-        return min([*finished, *(oldest(own) for own in running if (own != OBSERVED).any())], default=None)
+    def _see(self, versions: np.ndarray) -> None:
+        """Keep the oldest version: the hub asks for that of every running group, often."""
+        if (versions != OBSERVED).any():
+            own = oldest(versions)
+            self.oldest_version = own if self.oldest_version is None else min(own, self.oldest_version)
 
 
 def join(parts: Sequence[PartialRollout]) -> PartialRollout:

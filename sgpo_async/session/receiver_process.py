@@ -61,7 +61,9 @@ _EVENTS: dict[str, type[Any]] = {
 
 
 class WeightReceiver:
-    """The actor's end of one session. Start it early: it imports torch while the actor does other work.
+    """The receiving end of one session, of an actor or of the hub.
+
+    Start it early: it imports torch while the actor does other work.
 
     It pulls every announced version into the store at `store`, by default into a new one. If `pulls` is false, the
     actor gets weights through `groups` or by `pull` instead.
@@ -107,5 +109,5 @@ class WeightReceiver:
 
     def stop(self, deadline_s: float = 5.0) -> None:
         """End the session immediately. Raises DeadlineExceeded if the process still runs after `deadline_s`."""
-        self._rpc.end("the actor ended the session")
+        self._rpc.end("the session was ended")
         self._child.stop(deadline_s)

@@ -28,7 +28,7 @@ SenderEvent = SenderUp | SenderDown
 
 
 class WeightSender:
-    """The hub's end of one session: listens on `host`, serves the weights in `store` to actor `name`.
+    """The sending end of one session: listens on `host`, serves the weights in `store` to actor `name`.
 
     With `cuda` it may use this machine's GPUs, for weight-update groups over NCCL.
     """

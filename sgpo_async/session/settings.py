@@ -22,7 +22,7 @@ class Deadlines:
 class Settings:
     """Settings of a weight sender or a weight receiver."""
 
-    name: str  # of the actor, for messages
+    name: str  # of the receiving side, for messages
     parent: int  # process id of the parent; the child ends when the parent is gone
     store: str = ""  # weight sender: the store that it serves; weight receiver: the one it writes; "": a new one
     host: str = ""  # weight sender: where to listen

@@ -39,6 +39,7 @@ class Task:
     seed: int
     sampling: Sampling
     solved_at: float = 1.0  # a rollout is correct if its reward is at least this
+    cut_scores: bool = True  # whether a completion that max_new_tokens has cut is judged
     turns: int = 0  # most completions of an episode with an environment, which `verifier` names; 0: no environment
 
     @property
@@ -65,6 +66,7 @@ class Task:
             max_new_tokens=self.sampling.max_new_tokens,
             top_logprobs_num=self.sampling.top_logprobs_num,
             solved_at=self.solved_at,
+            cut_scores=self.cut_scores,
             turns=self.turns,
             columns=self.problem.columns,
         )
@@ -112,6 +114,7 @@ class TaskSampler:
                 top_logprobs_num=self._run.algorithm.top_logprobs_num,
             ),
             solved_at=tasks.solved_at,
+            cut_scores=sizes.cut == "score",
             turns=tasks.max_turns if tasks.environment else 0,
         )
 

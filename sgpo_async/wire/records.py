@@ -12,7 +12,7 @@ little-endian buffers, each in its own frame, and all other fields in the Messag
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -131,6 +131,7 @@ class Lease:
     max_new_tokens: int
     top_logprobs_num: int = 0  # likeliest tokens to report for each token of a correct guided rollout
     solved_at: float = 1.0  # a rollout is correct if its reward is at least this
+    cut_scores: bool = True  # whether a completion that max_new_tokens has cut is judged; else its reward is 0
     turns: int = 0  # most completions of an episode with an environment; 0: no environment
     columns: str = ""  # the other columns of the problem's record as a JSON object, if the verifier is the user's own
     finished: Ints = field(default_factory=lambda: np.empty(0, np.int32))  # slots whose rollouts the hub has already
@@ -174,8 +175,8 @@ class Rollout:
     ends: Ints  # [S] end (exclusive) of each span in `tokens`; the last is T
     reward: float  # any finite number
     finish: Literal["stop", "length"]
-    # For correct guided rollouts only: the sum of log pi(token | plain prompt), for Eq. 4; and, if the lease asks for
-    # them, the k likeliest tokens at each position with their log-probabilities, position by position, likeliest first.
+    # Only if it may be distilled: the sum of log pi(token | plain prompt), for Eq. 4; and, if the lease asks for them,
+    # the k likeliest tokens at each position with their log-probabilities, position by position, likeliest first.
     unguided_logprob: float | None = None
     top_tokens: Tokens | None = None  # [T * k]
     top_logprobs: Floats | None = None  # [T * k]
@@ -187,6 +188,14 @@ class Rollout:
         return is_correct(self.reward, self.solved_at)
 
     @property
+    def may_be_distilled(self) -> bool:
+        """Whether this is a possible target o+: guided, correct and complete.
+
+        A verifier may find an answer in a completion that was cut, but its end must not be learned.
+        """
+        return self.guided and self.correct and self.finish == "stop"
+
+    @property
     def oldest_version(self) -> int:
         """The weight version of the oldest token that the policy has sampled."""
         return oldest(self.versions)
@@ -194,6 +203,12 @@ class Rollout:
     def token_versions(self) -> np.ndarray:
         """Weight version of each token, or OBSERVED, [T] int32."""
         return np.repeat(self.versions, np.diff(self.ends, prepend=0))
+
+    def without_older(self, oldest: int) -> Rollout:
+        """The same rollout, in which what versions below `oldest` have sampled counts as written by an environment."""
+        if self.oldest_version >= oldest:
+            return self
+        return replace(self, versions=np.where(self.versions < oldest, np.int32(OBSERVED), self.versions))
 
     @property
     def sampled(self) -> np.ndarray:
@@ -309,6 +324,11 @@ class Published:
     # The path at which rank 0 has the store open, for a hub that starts again. tcp://HOST:PORT: rank 0 is on another
     # machine, where a weight sender serves its own store; the hub has the version when it has pulled it.
     store: str = ""
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether the store is on another machine than the hub."""
+        return self.store.startswith("tcp://")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,18 +3,21 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
-from sgpo_async.algorithm import DIVERGENCES, LogProbability, Part, TeacherDivergence, linear, linear_loss
 from sgpo_async.config.schema import Tasks
 from sgpo_async.engines import EmbeddedEngine, Generate, Generated, Weights
 from sgpo_async.learner import attention
 from sgpo_async.learner.attention import Segments, packed_attention
+from sgpo_async.learner.process_group import join_alone
 from sgpo_async.metrics import read_metrics
 from sgpo_async.model.folder import load_tokenizer, model_folder
 from sgpo_async.model.load import load_model
@@ -25,6 +28,13 @@ from sgpo_async.weights import digest
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 FOLDER = model_folder("builtin:cues")
+
+
+@pytest.fixture(scope="module")
+def cuda_rank() -> Iterator[DeviceMesh]:
+    """The mesh of a process group of which this process is the only rank, on the GPU."""
+    yield join_alone("cuda")
+    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.1)])
@@ -85,53 +95,6 @@ def test_the_kernel_for_packed_rows_equals_one_sequence_at_a_time(
     assert len(calls) == 1
     for own, other in zip(found, expected, strict=True):
         assert (own - other).norm() < 0.02 * other.norm()
-
-
-VOCABULARY = 151_936  # Qwen2.5's
-
-
-@pytest.mark.parametrize("kind", [None, *DIVERGENCES], ids=str)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)], ids=str)
-def test_the_kernels_of_the_fused_losses_equal_torchs_operations(
-    monkeypatch: pytest.MonkeyPatch, kind: str | None, dtype: torch.dtype, tolerance: float
-) -> None:
-    """Values and asides to 1e-4, gradients to the tolerance, for temperature 0.7 and logits of standard deviation 3."""
-    torch.manual_seed(0)
-    tokens, width = 300, 256
-    hidden, guided = (3 * torch.randn(tokens, width, device="cuda").to(dtype) for _ in range(2))
-    weight = (torch.randn(VOCABULARY, width, device="cuda") * width**-0.5).to(dtype)
-    targets = torch.randint(VOCABULARY, (tokens,), device="cuda")
-    measure = LogProbability(targets) if kind is None else TeacherDivergence(guided, None, targets, kind)
-    part = Part(measure, lambda value, aside: (value.sin() + aside).sum())
-
-    def computed() -> list[torch.Tensor]:
-        own = [x.clone().requires_grad_() for x in (hidden, weight)]
-        loss, (found,) = linear_loss(*own, [part], temperature=0.7, chunk=128)
-        return [found.value, found.aside, *torch.autograd.grad(loss, own)]
-
-    assert linear._kernels(hidden) is not None
-    by_kernels = computed()
-    monkeypatch.setattr(linear, "_kernels", lambda *_: None)
-    by_torch = computed()
-    for own, other in zip(by_kernels[:2], by_torch[:2], strict=True):
-        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4)
-    for own, other in zip(by_kernels[2:], by_torch[2:], strict=True):
-        assert (own.float() - other.float()).norm() < tolerance * other.float().norm()
-
-
-def test_the_kernels_reach_logits_behind_the_range_of_int32() -> None:
-    rows = 2**31 // VOCABULARY + 2
-    logits = torch.zeros(rows, VOCABULARY, device="cuda", dtype=torch.bfloat16)
-    logits[-1] = torch.randn(VOCABULARY, device="cuda")
-    expected = logits[-1].float().log_softmax(-1)
-    targets = torch.full((rows,), 7, device="cuda")
-    function = LogProbability(targets).chunk(slice(rows), logits, 1.0)
-    value, _, write_slope = function(logits, slice(rows))
-    write_slope()
-    torch.testing.assert_close(value[-1], expected[7], rtol=1e-4, atol=1e-4)
-    slope = -expected.exp()
-    slope[7] += 1
-    torch.testing.assert_close(logits[-1].float(), slope, rtol=1e-2, atol=1e-6)
 
 
 def test_the_demo_trains_with_nccl(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def link_of_hub(run: RealRun, module: str) -> int:
 def test_the_hub_pulls_the_weights_of_a_learner_on_another_machine(tmp_path: Path) -> None:
     """Also after the link is lost, and after the hub itself is killed and started again."""
     needs_namespaces()
-    with real_run(tmp_path, "steps=24", "hub.address=tcp://127.0.0.1:0") as run:
+    with real_run(tmp_path, "steps=24", "hub.stale=drop", "hub.address=tcp://127.0.0.1:0") as run:
         hub, actor = run.hub(), run.actor("actor")
         words = ["launch/learner.py", str(run.config), "--hub", run.address()]
         learner = run.start("learner", "-m", "torch.distributed.run", "--nproc-per-node", "2", *words, prefix=PRIVATE)

@@ -15,6 +15,7 @@ from sgpo_async.model.folder import model_folder
 pytestmark = [pytest.mark.sglang, pytest.mark.process]
 STEPS = 12
 OVERRIDES = (f"steps={STEPS}", f"engine.sglang.python={PYTHON}", "engine.slots=48", "engine.sglang.phase_timeout_s=20")
+OVERRIDES += ("hub.stale=drop",)
 
 
 def servers(run: RealRun) -> list[psutil.Process]:

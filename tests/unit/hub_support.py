@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -37,14 +38,22 @@ class Source:
 
 
 def make_run(
-    *, batch: int = 2, parts: int = 1, max_lag: int = 1, steps: int = 5, autonomous: int = 2, guided: int = 1
+    *,
+    batch: int = 2,
+    parts: int = 1,
+    max_lag: int = 1,
+    steps: int = 5,
+    autonomous: int = 2,
+    guided: int = 1,
+    share: float = 1.0,
+    **hub: Any,
 ) -> Run:
     return Run(
         steps=steps,
         rollout=Rollout(autonomous=autonomous, guided=guided),
         learner=Learner(problems_per_step=batch, parts=parts, batch_timeout_s=60),
-        hub=Hub(max_lag=max_lag, heartbeat_s=1, lease_timeout_s=20),
-        evaluation=Evaluation(samples=1),
+        hub=Hub(max_lag=max_lag, heartbeat_s=1, lease_timeout_s=20, **{"stale": "drop"} | hub),
+        evaluation=Evaluation(samples=1, share=share),
         local=Local(ranks=1),
     )
 
@@ -101,6 +110,7 @@ class Driver:
     def handle(self, event: Event) -> list[Effect]:
         self.log.append((event, self.now))
         effects = self.core.handle(event, self.now)
+        self.core.check_ledgers()
         self.effects += effects
         for effect in effects:
             match effect:

@@ -15,7 +15,12 @@ PLAIN, GUIDED = np.array([1, 2], np.int32), np.array([7, 1, 2], np.int32)
 
 
 def make_group(
-    autonomous: int = 2, guided: int = 2, purpose: Purpose = "train", top_p: float = 1.0, top_logprobs_num: int = 0
+    autonomous: int = 2,
+    guided: int = 2,
+    purpose: Purpose = "train",
+    top_p: float = 1.0,
+    top_logprobs_num: int = 0,
+    cut_scores: bool = True,
 ) -> RolloutGroup:
     lease = Lease(
         task=4,
@@ -33,6 +38,7 @@ def make_group(
         top_p=top_p,
         max_new_tokens=5,
         top_logprobs_num=top_logprobs_num,
+        cut_scores=cut_scores,
     )
     return RolloutGroup(lease, plain=PLAIN, guided=GUIDED if guided else None)
 
@@ -108,6 +114,19 @@ def test_a_wrong_guided_rollout_is_not_scored() -> None:
     rollout = group.judged((4, 1, 3), reward=0.0)
     assert isinstance(rollout, Rollout)
     assert (rollout.reward, rollout.unguided_logprob) == (0.0, None)
+
+
+@pytest.mark.parametrize("slot", [0, 2])
+@pytest.mark.parametrize(("cut_scores", "reward"), [(True, 1.0), (False, 0.0)])
+def test_a_completion_that_was_cut_is_no_target_and_has_the_reward_that_the_lease_says(
+    slot: int, cut_scores: bool, reward: float
+) -> None:
+    group = make_group(cut_scores=cut_scores)
+    cut = replace(completion(group.requests()[slot]), finish="length")
+    group.generated(cut)
+    rollout = group.judged(cut.id, reward=1.0)
+    assert isinstance(rollout, Rollout)
+    assert rollout.reward == reward and rollout.unguided_logprob is None and not rollout.may_be_distilled
 
 
 def test_an_evaluation_rollout_is_not_scored() -> None:

@@ -19,6 +19,7 @@ from sgpo_async.cli.main import main
 from sgpo_async.config import Run, load
 from sgpo_async.errors import CheckFailed, DataError
 from sgpo_async.learner import optimiser
+from sgpo_async.learner import policy as policy_module
 from sgpo_async.learner.policy import Policy, shard
 from sgpo_async.learner.process_group import join_alone
 
@@ -81,6 +82,40 @@ def test_the_peak_is_that_of_the_same_step_on_real_tensors() -> None:
     assert planned.total == pytest.approx(peak["Total"], rel=0.02)
 
 
+@pytest.mark.parametrize(("state", "nbytes"), [("bfloat16", 4), ("int8", 2 + 8 / 64)])
+def test_moments_in_fewer_bytes_count_as_such(state: str, nbytes: float) -> None:
+    """Rows of 64 values are blocks of their own in int8, with two scales of 4 bytes."""
+    parts = learner_memory(run_of(f"optim.state={state}"), CONFIG, ranks=2, on_gpus=True, prompt_tokens=10).parts
+    assert parts["AdamW"] == pytest.approx(nbytes * PARAMETERS / 2, rel=0.02)
+
+
+def test_with_adapters_the_model_is_kept_once_and_only_they_have_gradients_and_moments() -> None:
+    run = run_of("learner.lora.rank=4", "model.dtype=bfloat16")
+    adapters = 4 * 3 * (64 + 64 + 2 * (64 + 32) + 64 + 64 + 3 * (64 + 128))
+    parts = learner_memory(run, CONFIG, ranks=1, on_gpus=True, prompt_tokens=10).parts
+    assert parts["weights"] == pytest.approx(2 * PARAMETERS + 4 * adapters, rel=0.02)
+    assert parts["AdamW"] == pytest.approx(8 * adapters, rel=0.02)
+    assert parts.get("gradients", 0) <= 1.02 * 4 * adapters and "teacher" not in parts
+
+
+def test_what_waits_in_host_memory_is_not_counted_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy_module, "GROUP_BYTES", 0)  # one FSDP group per layer, as for large models
+    plain, kept, offloaded = (
+        learner_memory(run_of("learner.recompute=1", *words), CONFIG, ranks=2, on_gpus=True, prompt_tokens=10)
+        for words in ([], ["learner.offload_activations=true"], ["learner.offload_weights=true"])
+    )
+    row = full_row(run_of(), 10).input_ids.size
+    assert plain.host == {}
+    assert kept.host == {"activations": 3 * row * 64 * 2}, "the inputs of three layers, in bfloat16"
+    assert plain.total - kept.total == pytest.approx(kept.host["activations"], rel=0.01)
+    shards = {"weights": 2, "gradients": 2, "AdamW": 4, "teacher": 2}  # bytes of a parameter, on two ranks
+    assert offloaded.host == pytest.approx({name: size * PARAMETERS for name, size in shards.items()}, rel=0.02)
+    on_gpu = sum(plain.parts[name] for name in ("weights", "AdamW", "teacher"))
+    layer = (PARAMETERS - 500 * 64 - 64) // 3
+    copied = offloaded.total - (plain.total - on_gpu)
+    assert copied == pytest.approx(4 * layer / 2, rel=0.01), "a layer's shard, before it is gathered"
+
+
 def test_a_servers_memory_by_hand() -> None:
     llama = LlamaConfig(num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, hidden_size=4096)
     run = replace(run_of(), model=replace(run_of().model, dtype="bfloat16"))
@@ -100,6 +135,9 @@ def test_the_command_says_what_does_not_fit(recipe: list[str], capsys: pytest.Ca
     assert main(["plan", *recipe, "rollout.max_new_tokens=200"]) == 0
     out, err = capsys.readouterr()
     assert not err and "learner, each of 4 ranks, full rows (learner.row_tokens=256)" in out and "GPU-hours" in out
+    assert "host memory of each rank" not in out
+    assert main(["plan", *recipe, "rollout.max_new_tokens=200", "learner.offload_weights=true"]) == 0
+    assert "host memory of each rank, at its own peak\n  weights  " in capsys.readouterr().out
     small = f"--gpu-gb={RESERVED / GB + 0.0001}"
     assert main(["plan", *recipe, "rollout.max_new_tokens=200", small]) == 1
     lines = capsys.readouterr().err.splitlines()

@@ -234,6 +234,22 @@ def test_memory_of_gpus(memory: list[int]) -> None:
         training_memory(run, 10**6, gpu_bytes=4 * 10**6 - 1)
 
 
+@pytest.mark.parametrize(("state", "each"), [("bfloat16", 12), ("int8", 10)])
+def test_memory_if_moments_take_fewer_bytes(memory: list[int], state: str, each: int) -> None:
+    words = ["local.ranks=1", "algorithm.teacher=self", f"optim.state={state}"]
+    memory[0] = 10**9
+    assert training_memory(load(ROOT / "configs/demo.yaml", words), 10**6, gpu_bytes=None).startswith(f"{each} MB in")
+
+
+def test_weights_in_host_memory_need_no_memory_of_gpus(memory: list[int]) -> None:
+    run = load(ROOT / "configs/demo.yaml", ["local.ranks=4", "algorithm.teacher=self", "learner.offload_weights=true"])
+    memory[0] = 16 * 10**6
+    assert training_memory(run, 10**6, gpu_bytes=1).startswith("4 MB in each of 4 ranks")
+    memory[0] -= 1
+    with pytest.raises(CheckFailed, match="4 ranks need 16 MB of memory here"):
+        training_memory(run, 10**6, gpu_bytes=10**9)
+
+
 @pytest.mark.parametrize(("words", "each"), [([], 8), (["learner.shard_over=world"], 4)])
 def test_memory_if_every_node_has_its_own_shards(
     memory: list[int], words: list[str], each: int, monkeypatch: pytest.MonkeyPatch

@@ -36,6 +36,7 @@ def room(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         ([], 0, LOGS, "logs"),
         ([], MILLION, LOGS + 40 * MILLION, "3 checkpoints, the policy and logs"),
         (["learner.checkpoint_minutes=0"], MILLION, LOGS + 16 * MILLION, "1 checkpoint, the policy and logs"),
+        (["optim.state=bfloat16"], MILLION, LOGS + 28 * MILLION, "3 checkpoints, the policy and logs"),
         (
             ["learner.checkpoint_every=5", "learner.keep_checkpoints=3"],
             MILLION,
@@ -127,3 +128,10 @@ def test_too_few_open_files_end_a_command_with_one_line(command: str, limit: int
         (line,) = answer.stderr.splitlines()
         assert line.startswith(f"error: {expected}") and line.endswith("; raise the limit: ulimit -n 1024")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_checkpoints_of_adapters_are_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources, "free", lambda _: 40 * 10**9)
+    with pytest.raises(CheckFailed, match="the policy and logs need 3"):
+        disk(settings(tmp_path), 7_600_000_000)
+    assert disk(settings(tmp_path, "learner.lora.rank=32"), 7_600_000_000)

@@ -179,6 +179,10 @@ def _write(folder: Path, text: str) -> Path:
             "rollout={max_new_tokens: 100000}",
             ["hub.max_message_mb must be >= 586, ", "up to 586 MB", "got 512; raise it"],
         ),
+        (
+            "learner.offload_activations=true",
+            ["learner.offload_activations must be false with learner.recompute=0: ", "host memory, got True"],
+        ),
         ("learner.keep_checkpoints=0", ["learner.keep_checkpoints must be >= 1, got 0"]),
         ("learner.mismatch_bound=-1", ["learner.mismatch_bound must be >= 0, got -1.0"]),
         ("tasks.reward_workers=0", ["tasks.reward_workers must be >= 1, got 0"]),

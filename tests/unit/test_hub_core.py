@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -720,3 +721,117 @@ def test_the_ledgers_balance_in_the_status_of_a_committed_message(hub):
         assert ledger["dispatched"] == total
     assert (status["step"], status["version"], status["ledger"]["trained"]) == (1, 1, 2)
     assert status["tokens_trained"] == 12
+
+
+# ---- tokens that become stale
+
+
+def aged_hub(stale: str, **hub: Any) -> tuple[Driver, list[wire.Lease]]:
+    """At version 3 with max_lag 1, the actor still works on the first of four tasks, whose tokens have version 0."""
+    driver = Driver(make_run(batch=1, max_lag=1, steps=9, stale=stale, **hub))
+    driver.learner()
+    driver.actor(b"a", credit=1)
+    driver.serve_evaluation(b"a")
+    old, leases = None, []
+    for step in range(3):
+        driver.send(b"a", wire.Ready(tasks=2, version=step))
+        leases += driver.leases(b"a")
+        if old is None:
+            old = leases.pop(0)
+            parts = (make_part(0, 0, tokens=4),)
+            driver.send(b"a", wire.Progress(task=old.task, attempt=0, purpose="train", partial=parts))
+        driver.serve(b"a", leases.pop(0))
+        driver.send(b"r0", wire.BatchRequest(step=step))
+        driver.only(b"r0", wire.Shard)
+        driver.send(b"r0", wire.Commit(step=step))
+        driver.only(b"r0", wire.Committed)
+        driver.send(b"r0", wire.Published(version=step + 1))
+    driver.send(b"a", wire.Ready(tasks=0, version=3))
+    return driver, [old, *leases]
+
+
+def test_a_group_that_would_be_dropped_ends_early():
+    driver, (old, *_) = aged_hub("drop")
+    assert driver.take(b"a", wire.Revoked) == [wire.Revoked(task=old.task, attempt=0)]
+    ledger = driver.core.status()["ledger"]
+    assert ledger["dropped"] == {"stale": 1} and ledger["rollouts"]["dropped"] == {"stale": 3}
+
+
+@pytest.mark.parametrize("stale", ["mask", "correct"])
+def test_a_group_with_stale_tokens_is_trained_unless_all_of_it_is_stale(stale):
+    driver, (old, *_) = aged_hub(stale)
+    assert not driver.take(b"a", wire.Revoked)
+    driver.serve(b"a", old, versions=(0, 2))
+    driver.send(b"r0", wire.BatchRequest(step=3))
+    assert {rollout.task for rollout in driver.only(b"r0", wire.Shard).rollouts} == {old.task}
+
+
+@pytest.mark.parametrize(("stale", "dropped"), [("mask", {"stale": 1}), ("correct", {})])
+def test_a_group_of_stale_tokens_alone_is_dropped_if_they_are_masked(stale, dropped):
+    driver, (old, *_) = aged_hub(stale)
+    driver.serve(b"a", old, versions=(0,))
+    assert driver.core.status()["ledger"]["dropped"] == dropped
+
+
+def test_another_actor_continues_a_rollout_whose_first_tokens_are_stale():
+    driver, (old, *_) = aged_hub("correct")
+    driver.actor(b"b", credit=1, version=3)
+    driver.send(b"a", wire.Goodbye())
+    (again,) = [lease for lease in driver.leases(b"b") if lease.task == old.task]
+    assert [len(part.tokens) for part in again.partial] == [4] and again.min_version > 0
+    driver.serve(b"b", again, versions=(0, 3))
+    assert driver.core.status()["rejected"] == 0
+    assert old.task in driver.core.training.leases.complete
+
+
+@pytest.mark.parametrize(("batch_from", "trained"), [("complete", 1), ("begun", 0)])
+def test_batches_take_what_is_complete_or_what_was_begun_first(batch_from, trained):
+    driver = Driver(make_run(batch=1, max_lag=2, stale="correct", batch_from=batch_from))
+    driver.learner()
+    driver.actor(b"a", credit=1)
+    driver.serve_evaluation(b"a")
+    driver.send(b"a", wire.Ready(tasks=2, version=0))
+    first, second, *_ = driver.leases(b"a")
+    driver.send(b"r0", wire.BatchRequest(step=0))
+    driver.serve(b"a", second)
+    driver.serve(b"a", first)
+    assert {rollout.task for rollout in driver.only(b"r0", wire.Shard).rollouts} == {trained}
+
+
+@pytest.mark.parametrize(("in_flight", "tasks"), [(0, 1), (3, 2)])
+def test_a_late_group_leaves_its_place_to_another(in_flight, tasks):
+    driver, _ = aged_hub("correct", batches_in_flight=in_flight)
+    driver.send(b"a", wire.Ready(tasks=9, version=3))
+    running = len(driver.core.training.leases.running)
+    assert running == 1 + tasks, "the late one, and as many as max_lag admits beside it"
+
+
+# ---- evaluation beside training
+
+
+def sharing_hub(share: float, *, leases: int) -> tuple[int, int]:
+    """How many of an actor's leases are evaluation's and training's, if there are ten and eight tasks."""
+    driver = Driver(make_run(batch=4, max_lag=1, share=share), Source(held_out=10))
+    driver.learner()
+    driver.actor(b"a", credit=leases)
+    return len(driver.core.evaluation.leases.running), len(driver.core.training.leases.running)
+
+
+@pytest.mark.parametrize(("share", "evaluated"), [(0.25, 2), (0.5, 4), (1.0, 8)])
+def test_evaluation_gets_its_share_of_the_leases_and_training_the_others(share: float, evaluated: int) -> None:
+    assert sharing_hub(share, leases=8) == (evaluated, 8 - evaluated)
+
+
+def test_evaluation_gets_what_training_cannot_use() -> None:
+    assert sharing_hub(0.25, leases=30) == (10, 8)
+
+
+def test_a_small_share_is_at_least_one_lease() -> None:
+    assert sharing_hub(0.01, leases=2) == (1, 1)
+
+
+def test_weights_that_only_another_machine_has_are_rejected():
+    driver = Driver(make_run())
+    driver.learner(publish=False)
+    driver.send(b"r0", wire.Published(version=0, store="tcp://10.0.0.2:4000"))
+    assert driver.core.published == -1 and driver.core.status()["rejected"] == 1

@@ -1,5 +1,7 @@
 """What the hub's core is told of weights that the learner publishes on another machine."""
 
+import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import ClassVar
@@ -14,6 +16,13 @@ from sgpo_async.weights import StoreFile, StoreWriter
 from sgpo_async.wire.records import Published
 
 RANK_0 = b"rank-0"
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60.0
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 class Link:
@@ -75,20 +84,56 @@ def test_a_link_that_is_lost_is_renewed_by_the_next_message(store: StoreFile) ->
     weights = LearnerWeights(store, receiver=Link)
     offer(weights, 0)
     Link.made[0].events.append(ReceiverDown("the weight sender is gone"))
-    assert weights.events() == [] and Link.made[0].stopped
+    assert weights.events() == []
+    until(lambda: Link.made[0].stopped)
     assert offer(weights, 0, port=4001) is None
     assert Link.made[1].address == ("10.0.0.2", 4001)
     Link.made[1].arrive(0)
     assert len(weights.events()) == 1
     weights.close()
-    assert Link.made[1].stopped and weights.events() == []
+    until(lambda: Link.made[1].stopped)
+    assert weights.events() == []
 
 
 def test_a_learner_that_has_moved_gets_a_new_link(store: StoreFile) -> None:
     weights = LearnerWeights(store, receiver=Link)
     offer(weights, 0)
     offer(weights, 1, port=4001)
-    assert Link.made[0].stopped and Link.made[1].address == ("10.0.0.2", 4001)
+    until(lambda: Link.made[0].stopped)
+    assert Link.made[1].address == ("10.0.0.2", 4001)
+
+
+def test_a_new_link_is_taken_also_if_the_store_has_the_version_already(store: StoreFile) -> None:
+    """Rank 0 offers another weight sender before the hub notices the end of the first one."""
+    weights = LearnerWeights(store, receiver=Link)
+    offer(weights, 0)
+    Link.made[0].arrive(0)
+    assert len(weights.events()) == 1
+    assert offer(weights, 0, port=4001) == Published(version=0, store=store.path)
+    assert Link.made[1].address == ("10.0.0.2", 4001)
+    Link.made[1].arrive(1)
+    assert len(weights.events()) == 1
+
+
+@pytest.mark.parametrize(
+    "address", ["tcp://", "tcp://host", "tcp://host:x", "tcp://:4000", "tcp://h:0", "tcp://h:99999"]
+)
+def test_a_malformed_address_is_left_to_the_core(store: StoreFile, address: str) -> None:
+    message = Published(version=0, store=address)
+    assert LearnerWeights(store, receiver=Link).offered(RANK_0, message) is message and not Link.made
+
+
+def test_a_receiver_that_cannot_be_started_is_tried_again(store: StoreFile) -> None:
+    failures = [OSError("no more processes")]
+
+    def receiver(name: str, *, store: str) -> Link:
+        if failures:
+            raise failures.pop()
+        return Link(name, store=store)
+
+    weights = LearnerWeights(store, receiver=receiver)
+    assert offer(weights, 0) is None and not Link.made
+    assert offer(weights, 0) is None and len(Link.made) == 1
 
 
 def test_an_ipv6_address_is_read(store: StoreFile) -> None:

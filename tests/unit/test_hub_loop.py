@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator
 import pytest
 from hub_support import Source, make_rollout, make_run
 
+from sgpo_async.config import Run
 from sgpo_async.errors import DeadlineExceeded
 from sgpo_async.hub import HubCore
 from sgpo_async.hub.loop import Loop
-from sgpo_async.hub.service import contact_file, weight_bytes
+from sgpo_async.hub.service import contact_file, version_bytes
 from sgpo_async.session import SenderDown, SenderEvent, SenderUp
 from sgpo_async.transport import Mailbox, MemoryDealer, MemoryRouter, RouterMailbox
 from sgpo_async.wire import records as wire
@@ -226,4 +227,4 @@ def test_the_contact_file_is_written_atomically_and_removed(tmp_path):
 
 
 def test_the_shipped_model_has_weights():
-    assert weight_bytes("builtin:cues") > 100_000
+    assert version_bytes(Run()) > 100_000

@@ -87,9 +87,12 @@ def test_valid_rollouts_have_no_violation() -> None:
         ({"reward": float("inf")}, "reward must be finite"),
         ({"reward": -float("inf")}, "reward must be finite"),
         ({"solved_at": 0.5}, "solved_at differs from the lease's"),
-        ({"unguided_logprob": -1.0}, "unguided_logprob must come with a correct guided rollout"),
-        ({"guided": True, "unguided_logprob": None}, "unguided_logprob must come with a correct guided rollout"),
-        ({"guided": True, "reward": 0.5}, "unguided_logprob must come with a correct guided rollout"),
+        ({"unguided_logprob": -1.0}, "unguided_logprob must come with a correct, complete guided rollout"),
+        (
+            {"guided": True, "unguided_logprob": None},
+            "unguided_logprob must come with a correct, complete guided rollout",
+        ),
+        ({"guided": True, "reward": 0.5}, "unguided_logprob must come with a correct, complete guided rollout"),
         ({"guided": True, "unguided_logprob": 1e30}, "unguided_logprob must be finite and <= 0"),
         ({"guided": True, "unguided_logprob": 0.01}, "unguided_logprob must be finite and <= 0"),
         ({"guided": True, "unguided_logprob": float("nan")}, "unguided_logprob must be finite and <= 0"),
@@ -147,7 +150,7 @@ def leases_with_rollouts(draw: st.DrawFn) -> tuple[Lease, Rollout, int]:
     length, slot = sum(spans), draw(st.integers(0, sum(sizes) - 1))
     guided, reward = slot >= sizes[0], draw(st.sampled_from((0.0, 1.0)))
     finish = draw(st.sampled_from(("stop", "length")))
-    scored = guided and purpose == "train" and reward == 1.0
+    scored = guided and purpose == "train" and reward == 1.0 and finish == "stop"
     top = length * k if scored else 0
 
     def ids(count: int) -> np.ndarray:

@@ -38,19 +38,31 @@ def test_a_ledger_that_does_not_balance_fails_its_check():
 # ---- admission
 
 
+def capacity(*, live: int, batch: int, max_lag: int, steps_left: int, late: int = 0, batches: int = 0) -> int:
+    return free_capacity(
+        fresh=live - late, live=live, batch=batch, max_lag=max_lag, batches=batches or max_lag + 1,
+        steps_left=steps_left,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("late", "batches", "expected"), [(0, 4, 4), (3, 4, 7), (8, 4, 8), (3, 2, 0), (8, 9, 12)])
+def test_late_tasks_leave_room_for_others_up_to_the_batches_that_may_be_in_flight(late, batches, expected):
+    assert capacity(live=8, batch=4, max_lag=2, steps_left=100, late=late, batches=batches) == expected
+
+
 @pytest.mark.parametrize(
     ("live", "max_lag", "steps_left", "expected"),
     [(0, 0, 9, 4), (4, 0, 9, 0), (4, 2, 9, 8), (12, 2, 9, 0), (0, 2, 1, 4), (3, 2, 1, 1), (0, 2, 0, 0)],
 )
 def test_free_capacity_is_limited_by_max_lag_and_the_remaining_steps(live, max_lag, steps_left, expected):
-    assert free_capacity(live=live, batch=4, max_lag=max_lag, steps_left=steps_left) == expected
+    assert capacity(live=live, batch=4, max_lag=max_lag, steps_left=steps_left) == expected
 
 
 @given(steps=st.integers(0, 50), buffered=st.integers(0, 40), running=st.integers(0, 40), eta=st.integers(0, 5))
 def test_free_capacity_follows_the_rule_of_areal(steps, buffered, running, eta):
     batch, accepted = 4, steps * 4 + buffered
     areal = accepted + running < (eta + steps + 1) * batch
-    assert (free_capacity(live=buffered + running, batch=batch, max_lag=eta, steps_left=100) > 0) == areal
+    assert (capacity(live=buffered + running, batch=batch, max_lag=eta, steps_left=100) > 0) == areal
 
 
 @given(version=st.integers(0, 9), batch=st.integers(1, 5), eta=st.integers(0, 4), data=st.data())

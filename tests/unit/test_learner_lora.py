@@ -1,7 +1,8 @@
 """Low-rank adapters: their gradient, the teacher, and every way of the adapters from the learner to an engine."""
 
+import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +23,9 @@ from sgpo_async.learner.batch import from_shard
 from sgpo_async.learner.checkpoint import CheckpointWriter, Saved
 from sgpo_async.learner.lora import adapt
 from sgpo_async.learner.policy import Policy, decoder_layers
+from sgpo_async.learner.progress import Progress
 from sgpo_async.learner.publish import gather, gather_trained
+from sgpo_async.learner.resume import require_same_adapters
 from sgpo_async.learner.step import Stepper
 from sgpo_async.learner.teacher import Teacher
 from sgpo_async.model.adapters import is_adapter, merge, save
@@ -263,3 +266,16 @@ def test_settings_that_adapters_do_not_allow_are_refused(overrides: list[str], m
     with pytest.raises(ConfigError) as caught:
         load("", overrides)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"), [({"rank": 4}, "rank must be 3"), ({"alpha": 9.0}, "alpha must be 6.0")]
+)
+def test_a_checkpoint_of_other_adapters_is_refused(tmp_path: Path, changed: dict[str, float], message: str) -> None:
+    progress = Progress(lora=asdict(LORA))
+    (tmp_path / "progress.json").write_text(json.dumps(progress.plain()), encoding="utf-8")
+    require_same_adapters(settings(), tmp_path)
+    with pytest.raises(ConfigError, match=f"learner.lora.{message}, as in {tmp_path}, got"):
+        require_same_adapters(settings(replace(LORA, **changed)), tmp_path)
+    (tmp_path / "progress.json").write_text("{}", encoding="utf-8")
+    require_same_adapters(settings(), tmp_path)

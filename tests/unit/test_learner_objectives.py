@@ -22,6 +22,7 @@ from tests.reference.variants import VARIANTS
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
+OLDEST = 4  # the version of the weights is 5, and max_lag is 1
 Found = tuple[dict[str, object], dict[str, Tensor]]
 
 
@@ -243,3 +244,84 @@ def test_tokens_of_forward_passes_without_gradient_are_counted() -> None:
     )
     assert default == sum(len(r.prompt) + len(r.tokens) - 1 for r in guided)
     assert (corrected, grpo) == (default + all_tokens, 0)
+
+
+def cut(parts: list[list[Rollout]], slot: int) -> list[list[Rollout]]:
+    """The same groups; max_new_tokens has cut the rollout in this slot."""
+    return [
+        [replace(r, finish="length", unguided_logprob=None) if r.slot == slot else r for r in group] for group in parts
+    ]
+
+
+def test_masked_completions_count_neither_by_tokens_nor_by_reward() -> None:
+    """Three of four rollouts are left, each with the weight 1/(P G1) that it had."""
+    run, parts = cases.settings(objective="grpo"), cases.groups()
+    masking = replace(run, rollout=replace(run.rollout, cut="mask"))
+    loss, wanted = expected(run, [[r for r in group if r.slot != 1] for group in parts])
+    assert_equal(
+        gradients(masking, cut(parts, 1)), (0.75 * loss, {name: 0.75 * slope for name, slope in wanted.items()})
+    )
+    assert_equal(gradients(run, cut(parts, 1)), expected(run, parts))
+
+
+def test_a_group_whose_completions_are_all_masked_is_not_trained() -> None:
+    run = cases.settings(objective="grpo")
+    masking = replace(run, rollout=replace(run.rollout, cut="mask"))
+    parts = cases.groups()
+    for slot in range(4):
+        parts = cut(parts, slot)
+    metrics, found = gradients(masking, parts)
+    assert metrics["loss"] == 0 and not any(gradient.any() for gradient in found.values())
+
+
+@pytest.mark.parametrize("target", ["reachable", "all"])
+def test_a_guided_completion_that_was_cut_is_never_distilled(target: str) -> None:
+    """Even if the verifier has found its answer: another one is the target, or none."""
+    run, parts = cases.settings(target=target), cases.groups()
+    found = gradients(run, cut(parts, 4))
+    wrong = [[replace(r, reward=0.0, unguided_logprob=None) if r.slot == 4 else r for r in group] for group in parts]
+    fewer = gradients(replace(run, algorithm=replace(run.algorithm, weight="fixed")), cut(parts, 4))
+    assert_equal(fewer, expected(replace(run, algorithm=replace(run.algorithm, weight="fixed")), wrong))
+    assert found[0]["targets"] == fewer[0]["targets"] > 0
+
+
+def test_masked_stale_tokens_leave_the_weights_of_the_others_as_they_are() -> None:
+    """Eq. 1: the sum over the fresh tokens of a rollout is divided by the number of all of its tokens."""
+    run = cases.settings(objective="grpo", grpo_correction=Correction(mode="token", bound=1.5))
+    masking = replace(run, hub=replace(run.hub, max_lag=1, stale="mask"))
+    parts, model = cases.spread(cases.groups(seed=2), seed=3), cases.tiny_model()
+    losses, stale = [], 0
+    for group in parts:
+        own = [r for r in group if not r.guided]
+        for rollout, advantage in zip(own, sgpo.advantages(np.array([[r.reward for r in own]]))[0], strict=True):
+            log_pi = cases.log_probs(model, rollout.prompt, rollout.tokens)
+            for t, token in enumerate(rollout.tokens):
+                if rollout.token_versions()[t] >= OLDEST:
+                    weight = min(float((log_pi[t, token].detach() - rollout.logprobs[t]).exp()), 1.5)
+                    losses.append(-weight * advantage * log_pi[t, token] / len(rollout.tokens) / 4 / len(parts))
+        stale += sum(int((r.token_versions() < OLDEST).sum()) for r in own)
+    torch.stack(losses).sum().backward()
+    metrics, found = gradients(masking, parts)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, atol=1e-10, rtol=1e-9)
+    assert metrics["tokens_stale"] == stale > 0 and metrics["lag_max"] == 1
+
+
+def test_stale_tokens_are_not_distilled_if_they_are_masked() -> None:
+    """Eq. 5: as above, with d_t of all tokens known from a step that masks nothing."""
+    run = cases.settings(limiter="none", kl_correction=Correction(mode="none", bound=1.0))
+    masking = replace(run, hub=replace(run.hub, max_lag=1, stale="mask"))
+    parts = cases.spread(cases.groups(seed=2), seed=3)
+    whole = cases.stepper(run, cases.tiny_model())
+    statistics = whole.accumulate(whole.batch(cases.shard_of(parts, problems=4)))
+    alpha = {group[0].task: own["alpha"] for group, own in zip(parts, statistics.problems, strict=True)}
+    expected, targets = 0.0, 0
+    for (task, slot), d in statistics.token_kl.items():
+        rollout = next(r for r in parts[task] if r.slot == slot)
+        fresh = torch.from_numpy(rollout.token_versions() >= OLDEST)
+        expected += alpha[task] * float(d[fresh].sum()) / len(d) / 4
+        targets += bool(fresh.any())
+    found, _ = gradients(masking, parts)
+    assert (found["kd_loss"], found["targets"]) == (pytest.approx(expected), targets)
+    corrected = gradients(replace(masking, hub=replace(run.hub, max_lag=1, stale="correct")), parts)[0]
+    assert corrected["kd_loss"] == pytest.approx(statistics.reduce()["kd_loss"]) and corrected["tokens_stale"] == 0

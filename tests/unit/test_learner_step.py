@@ -11,7 +11,7 @@ from sgpo_async.algorithm import linear
 from sgpo_async.config.schema import Correction, Run
 from sgpo_async.errors import SgpoError
 from sgpo_async.learner import policy, step
-from sgpo_async.learner.batch import Sequences, from_shard
+from sgpo_async.learner.batch import LeftOut, Sequences, from_shard
 from sgpo_async.learner.division import Piece, divide
 from sgpo_async.learner.objectives.base import Likelihood
 from sgpo_async.learner.packing import Tokens, pack, repeated_tokens
@@ -100,6 +100,31 @@ def test_recomputing_activations_gives_the_same_gradient_with_less_memory(
         saved_elements.append(sum(sizes))
     none, both, first = saved_elements
     assert both < 0.7 * none and both < first < none
+
+
+@pytest.mark.parametrize(("every", "layers"), [(1, 2), (2, 1)])
+def test_of_a_recomputed_layer_only_the_input_goes_to_host_memory(
+    every: int, layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One tensor [1, W, 16] per layer and row; no parameter, although FSDP gathers them inside the layer's call."""
+    shapes: list[torch.Size] = []
+
+    def counting(*, pin_memory: bool) -> torch.autograd.graph.saved_tensors_hooks:
+        assert pin_memory
+        return torch.autograd.graph.saved_tensors_hooks(lambda t: (shapes.append(t.shape), t)[1], lambda t: t)
+
+    monkeypatch.setattr(policy, "GROUP_BYTES", 0)
+    monkeypatch.setattr(policy, "save_on_cpu", counting)
+    run, parts, model = cases.settings(row_tokens=20), cases.groups(), cases.tiny_model()
+    policy.recompute(policy.Policy(model), every, offload=True)
+    stepper = cases.stepper(run, model)
+    rows: list[torch.Size] = []
+    model.get_input_embeddings().register_forward_hook(
+        lambda _, args, output: rows.append(output.shape) if torch.is_grad_enabled() else None
+    )
+    stepper.accumulate(from_shard(cases.shard_of(parts, problems=len(parts)), run.algorithm))
+    assert len(rows) > 3
+    assert shapes == [row for row in rows for _ in range(layers)]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -209,7 +234,7 @@ def test_leaving_out_rollouts_of_uniform_groups_gives_the_same_gradient(everythi
 
 def test_the_entropy_counts_the_rollout_of_a_uniform_group_for_those_that_are_left_out() -> None:
     run, parts = cases.settings(), cases.groups()
-    batch = from_shard(cases.shard_of(parts, problems=4), run.algorithm, skip_uniform=True)
+    batch = from_shard(cases.shard_of(parts, problems=4), run.algorithm, left_out=LeftOut(uniform=True))
     model, total, tokens = cases.tiny_model(), 0.0, 0
     for group in parts:
         own = [r for r in group if not r.guided]

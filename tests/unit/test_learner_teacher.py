@@ -109,7 +109,7 @@ def test_a_resumed_run_continues_bit_for_bit(kind: str, tmp_path: Path) -> None:
 def test_a_checkpoint_without_the_teacher_is_rejected(tmp_path: Path) -> None:
     old, new = learner(settings("frozen"), torch.float32), learner(settings("ema"), torch.float32)
     path = save(tmp_path, 1, old)
-    with pytest.raises(CheckpointError, match="cannot read the checkpoint, or it belongs to another model or teacher"):
+    with pytest.raises(CheckpointError, match="cannot read the checkpoint, or it belongs to another model, teacher"):
         checkpoint.restore(path, module=new.policy, optimiser=new.optimiser, teacher=new.teacher.moving)
 
 

@@ -19,7 +19,7 @@ with UrgentSignals(in_order=lambda: {in_order}) as signals:
     {wait}
     print("ended by itself:", signals.reason, flush=True)
 """
-IN_C = "ctypes.CDLL(None).sleep(3600); ctypes.CDLL(None).sleep(3600); ctypes.CDLL(None).sleep(3600)"
+IN_C = "[ctypes.CDLL(None).sleep(3600) for _ in range(1000)]"  # every signal interrupts one of them
 IN_PYTHON = "\n    while not signals.stop: time.sleep(0.01)"
 
 

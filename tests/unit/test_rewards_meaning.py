@@ -85,7 +85,7 @@ def test_the_actor_scores_guided_rollouts_that_are_correct_and_the_hub_expects_i
         assert (sent.reward, sent.solved_at, sent.correct) == (one.reward, SOLVED_AT, one.correct)  # type: ignore[union-attr]
     unscored = replace(ROLLOUTS[4], unguided_logprob=None)
     reason = violation(lease(), unscored, Limits(50, 2), prompts={})
-    assert reason and reason.startswith("unguided_logprob must come with a correct guided rollout")
+    assert reason and reason.startswith("unguided_logprob must come with a correct, complete guided rollout")
 
 
 def test_pass_rates_count_correct_rollouts_and_rewards_are_reported_beside_them() -> None:

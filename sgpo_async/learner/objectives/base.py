@@ -45,16 +45,21 @@ class TaskGroup:
     demonstration: np.ndarray | None = None  # response with end token, [T] int32; None if unavailable or not needed
     log_rho: Mapping[int, float] | None = None  # log pi/mu of the whole rollout, by slot; None if not computed
     problems: int  # P, number of problems in the whole batch over all ranks
+    mask_cut: bool = False  # the policy gradient leaves out rollouts that max_new_tokens has cut
+
+    @property
+    def in_policy_gradient(self) -> tuple[Rollout, ...]:
+        """The autonomous rollouts whose rewards and tokens count in the policy gradient."""
+        return tuple(r for r in self.autonomous if r.finish == "stop" or not self.mask_cut)
 
     @property
     def plain_prompt(self) -> np.ndarray:
         """The prompt of the problem without a strategy, [L] int32."""
         return self.autonomous[0].prompt
 
-    def rewards(self, *, guided: bool) -> Tensor:
-        """Return the rewards of the guided or of the autonomous rollouts: [1, G] float64."""
-        rollouts = self.guided if guided else self.autonomous
-        return torch.tensor([[rollout.reward for rollout in rollouts]], dtype=torch.float64)
+    def rewards(self) -> Tensor:
+        """Return the rewards of the rollouts in the policy gradient: [1, n] float64."""
+        return torch.tensor([[rollout.reward for rollout in self.in_policy_gradient]], dtype=torch.float64)
 
     def correct(self, *, guided: bool) -> Tensor:
         """Return which of the guided or of the autonomous rollouts are correct: [1, G] float64, 1 or 0."""

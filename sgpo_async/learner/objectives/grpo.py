@@ -8,8 +8,12 @@ from sgpo_async.learner.objectives.base import PolicyGradient, TaskGroup, Traine
 
 
 def grpo(group: TaskGroup, _algorithm: Algorithm) -> Trained:
-    """Train every autonomous rollout with weight 1/(P G1). Guided rollouts never enter the group."""
-    advantages = group_advantages(group.rewards(guided=False))[0].tolist()
+    """Train the autonomous rollouts with weight 1/(P G1), also if some of the G1 are masked.
+
+    Guided rollouts never enter the group.
+    """
+    rollouts = group.in_policy_gradient
+    advantages = group_advantages(group.rewards())[0].tolist() if rollouts else []
     weight = 1 / (group.problems * len(group.autonomous))
-    rollouts = zip(group.autonomous, advantages, strict=True)
-    return Trained(policy_gradient=[PolicyGradient(rollout, advantage, weight) for rollout, advantage in rollouts])
+    pairs = zip(rollouts, advantages, strict=True)
+    return Trained(policy_gradient=[PolicyGradient(rollout, advantage, weight) for rollout, advantage in pairs])

@@ -29,10 +29,9 @@ def luffy(group: TaskGroup, algorithm: Algorithm) -> Trained:
     if group.demonstration is None:
         return grpo(group, algorithm)
     solved = torch.full((1, 1), group.autonomous[0].solved_at, dtype=torch.float64)
-    rewards = torch.cat((group.rewards(guided=False), solved), dim=-1)
-    *advantages, own = group_advantages(rewards)[0].tolist()
-    tokens = len(group.demonstration) + sum(int(rollout.sampled.sum()) for rollout in group.autonomous)
-    rollouts = zip(group.autonomous, advantages, strict=True)
+    *advantages, own = group_advantages(torch.cat((group.rewards(), solved), dim=-1))[0].tolist()
+    tokens = len(group.demonstration) + sum(int(rollout.sampled.sum()) for rollout in group.in_policy_gradient)
+    rollouts = zip(group.in_policy_gradient, advantages, strict=True)
     return Trained(
         policy_gradient=[
             PolicyGradient(rollout, advantage, int(rollout.sampled.sum()) / tokens / group.problems)

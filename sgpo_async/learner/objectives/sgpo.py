@@ -51,10 +51,10 @@ def _targets(group: TaskGroup, algorithm: Algorithm) -> list[Rollout]:
     if not group.guided or group.correct(guided=True).mean() < algorithm.guide_gate:
         return []
     if algorithm.target == "all":
-        return [rollout for rollout in group.guided if rollout.correct]
-    correct = torch.tensor([[rollout.correct for rollout in group.guided]])
+        return [rollout for rollout in group.guided if rollout.may_be_distilled]
+    possible = torch.tensor([[rollout.may_be_distilled for rollout in group.guided]])
     sums = torch.tensor([[rollout.unguided_logprob or 0.0 for rollout in group.guided]], dtype=torch.float64)
-    index, found = select_reachable(sums, correct)
+    index, found = select_reachable(sums, possible)
     return [group.guided[int(index)]] if found else []
 
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from sgpo_async.engines.base import Weights
 from sgpo_async.engines.sglang.weight_sync.layout import Checksums, Device, expected_checksums
-from sgpo_async.errors import DataError, WeightsError
+from sgpo_async.errors import DataError
 from sgpo_async.model import parameters
 from sgpo_async.model.load import end_tokens, longest, on_meta_device, tokenizer_of
 
@@ -42,12 +42,8 @@ class ModelFacts:
 
         Raises WeightsError if it is damaged or of another model, Superseded if the version has been overwritten.
         """
-        tensors, announced = weights.copy()
+        tensors = weights.verified(self.digest)
         self.check(tensors)
-        if (found := self.digest(tensors.items())) != announced:
-            raise WeightsError(
-                f"version {weights.version}: the weights have digest {found}, but {announced} was announced"
-            )
         return tensors
 
     def expected(self, tensors: Mapping[str, torch.Tensor]) -> list[Checksums]:
