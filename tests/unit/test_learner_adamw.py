@@ -182,6 +182,8 @@ def test_a_checkpoint_with_other_moments_is_refused_in_one_line(
     before: str, after: str, saved: Callable[[str], Path]
 ) -> None:
     path, stepper = saved(before), learner(after)
-    with pytest.raises(CheckpointError, match="it belongs to another model, teacher, optim.state or learner.lora") as caught:
+    with pytest.raises(
+        CheckpointError, match="it belongs to another model, teacher, optim.state or learner.lora"
+    ) as caught:
         checkpoint.restore(path, module=stepper.policy, optimiser=stepper.optimiser)
     assert "\n" not in str(caught.value)
