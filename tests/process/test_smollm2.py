@@ -138,7 +138,7 @@ def test_the_engine_s_log_probabilities_are_the_model_s_and_its_texts_end(run: R
 def assert_trained(run: RealRun, model: Any, *, tasks: int, size: int) -> None:
     """The learner and the engine agree on the model, and the policy that the run has left is another, tied one."""
     local = run.local()
-    assert local.wait() == 0, local.output
+    assert local.wait(400) == 0, local.output  # three times as much work as the usual wait is for
     run.assert_cleaned_up()
     assert_all_trained(run.summary()["ledger"], tasks=tasks, size=size)
     for line in run.metrics():

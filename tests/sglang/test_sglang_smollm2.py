@@ -107,7 +107,7 @@ def test_a_step_of_a_run(tmp_path: Path, folder: Path) -> None:
     both = [str(ROOT / "configs" / "smollm2-sglang.yaml"), *small]
     with real_run(tmp_path / "run", *both, base="configs/smollm2.yaml") as run:
         local = run.local()
-        assert local.wait(600) == 0, local.output
+        assert local.wait(550) == 0, local.output
         run.assert_cleaned_up()
         assert_all_trained(run.summary()["ledger"], tasks=1, size=4)
         (line,) = run.metrics()
