@@ -16,6 +16,7 @@ COLUMNS = (
     "step", "wall_s", "pass_auto", "pass_guided", "alpha", "loss", "kl_mean", "entropy", "grad_norm", "lag_mean",
     "tokens_trained", "tokens_forward_only", "tokens_generated", "learner_idle", "engine_idle",
     "mismatch_tokens_lag0_first", "mismatch_mean_lag0_first", "mismatch_max_lag0_first",
+    "mismatch_mean_lag0_later", "mismatch_kl_stale_first", "lr",
 )  # fmt: skip
 STAGES = ("base", "warm-up", "trained")
 SHOWN = 6  # problems whose texts are kept
@@ -88,8 +89,29 @@ def keep_evaluations() -> None:
     (HERE / "samples.md").write_text("\n".join(pages), encoding="utf-8")
 
 
+def keep_examined() -> None:
+    """Print the pass rates of the policies that `run.sh examine` has evaluated, and write their summaries."""
+    operations = [one["strategy"].split()[0] for one in lines(RUNS / "word-problems" / "problems.jsonl")]
+    found = {}
+    print("\n| | alone, avg@16 | Add | Subtract | Multiply | cut off |\n" + "|---" * 6 + "|")
+    for file in sorted((RUNS / "smollm2-examined").glob("*/summary.json")):
+        summary = json.loads(file.read_text())
+        one = summary["benchmarks"]["held-out"]
+        correct: dict[str, list[bool]] = {"Add": [], "Subtract": [], "Multiply": []}
+        for line in lines(file.parent / "held-out.jsonl"):
+            correct[operations[int(line["id"].rpartition(":")[2]) - 1]] += line["correct"]
+        shares = {name: mean(values) for name, values in correct.items()}
+        found[file.parent.name] = {"engine": summary["engine"], "model": summary["model"]["digest"], **one}
+        found[file.parent.name]["by_operation"] = shares
+        mean_, low, high = (f"{one['avg'][key]:.1%}" for key in ("mean", "low", "high"))
+        cells = " | ".join(f"{share:.0%}" for share in shares.values())
+        print(f"| {file.parent.name} | {mean_} [{low}, {high}] | {cells} | {one['truncated']:.1%} |")
+    (HERE / "examined.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
 if __name__ == "__main__":
-    for run in ("smollm2", "smollm2-sglang"):
+    for run in ("smollm2", "smollm2-sglang", "smollm2-sglang-1e-5"):
         if (RUNS / run / "summary.json").is_file():
             keep_run(run)
     keep_evaluations()
+    keep_examined()
