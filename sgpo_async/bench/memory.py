@@ -39,6 +39,7 @@ from sgpo_async.learner import optimiser, policy
 from sgpo_async.learner.loading import prepare
 from sgpo_async.learner.packing import Packed, Tokens, pack
 from sgpo_async.learner.policy import Policy
+from sgpo_async.model.load import cache_bytes
 
 RESERVED = 2 * 10**9  # of a GPU: CUDA's context, NCCL's buffers, workspaces and fragments of the allocator
 PARTS = {  # of the tracker, in the words of the plan
@@ -223,10 +224,6 @@ class ServerMemory:
 
 def server_memory(run: Run, config: PreTrainedConfig, parameters: int, *, prompt_tokens: int) -> ServerMemory:
     """The memory of each GPU of a server with `engine.sglang.tp` GPUs, for a model of `parameters` parameters."""
-    text: Any = config.get_text_config()
-    tp, width = run.engine.sglang.tp, getattr(torch, run.model.dtype).itemsize
-    heads = text.num_attention_heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    head = getattr(text, "head_dim", None) or text.hidden_size // heads
-    token = 2 * text.num_hidden_layers * max(kv_heads // tp, 1) * head * width
-    return ServerMemory(parameters * width // tp, token, prompt_tokens + run.rollout.max_new_tokens)
+    tp, dtype = run.engine.sglang.tp, getattr(torch, run.model.dtype)
+    token = cache_bytes(config, dtype=dtype, tp=tp)
+    return ServerMemory(parameters * dtype.itemsize // tp, token, prompt_tokens + run.rollout.max_new_tokens)

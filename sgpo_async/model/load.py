@@ -119,6 +119,15 @@ def longest(model: PreTrainedModel) -> int:
     return _positions(model.config, *BOUNDS[2:])
 
 
+def cache_bytes(config: PreTrainedConfig, *, dtype: torch.dtype, tp: int = 1) -> int:
+    """Return the bytes of the keys and values of one token in a cache that holds one of `tp` parts of the heads."""
+    text: Any = config.get_text_config()
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    head = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return int(2 * text.num_hidden_layers * max(kv_heads // tp, 1) * head * dtype.itemsize)
+
+
 def is_folder(path: str) -> bool:
     """Whether `path` is a folder, not a name on the hub. Raises DataError if it is the path of no model folder."""
     if Path(path).is_dir():

@@ -3,14 +3,14 @@
 import socket
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from sgpo_async.config.schema import Sglang
 from sgpo_async.engines.sglang.processes import process
-from sgpo_async.engines.sglang.processes.launch import Launch
+from sgpo_async.engines.sglang.processes.launch import CPU_CACHE, CPU_TOKENS, Launch
 from sgpo_async.engines.sglang.processes.process import ServerProcess
 
 TAKEN = "[Errno 98] error while attempting to bind on address ('127.0.0.1', 1): address already in use"
@@ -67,3 +67,24 @@ def test_a_server_asks_itself_without_a_proxy(name: str) -> None:
     assert environment["HTTP_PROXY"] == "http://proxy:3128"  # it may download its model
     assert environment["no_proxy"] == environment["NO_PROXY"] == ".host,127.0.0.1,localhost"
     assert launch().environment({})["no_proxy"] == "127.0.0.1,localhost"
+
+
+@pytest.mark.parametrize(
+    ("slots", "longest", "token_bytes", "expected"),
+    [
+        (4, 512, 400, 4 * 512),  # all sequences fit
+        (128, 2_048, 400, CPU_TOKENS),
+        (16, 8_192, 46_080, CPU_CACHE // 46_080),  # SmolLM2-135M in float32: CPU_TOKENS would be 6 GB
+        (16, 32_768, 114_688, 32_768),  # one sequence of full length always fits
+    ],
+)
+def test_the_cache_of_a_cpu_server_is_limited_in_bytes(
+    slots: int, longest: int, token_bytes: int, expected: int
+) -> None:
+    one = Launch(
+        settings=Sglang(), model="m", dtype="float32", device="cpu", slots=slots, longest=longest,
+        token_bytes=token_bytes,
+    )  # fmt: skip
+    command = one.command(1)
+    assert command[command.index("--max-total-tokens") + 1] == str(expected)
+    assert "--max-total-tokens" not in replace(one, device="cuda").command(1)

@@ -38,7 +38,7 @@ from sgpo_async.engines.sglang.weight_sync.transports import (
 from sgpo_async.engines.validation import validate
 from sgpo_async.errors import DeadlineExceeded, EngineError, SgpoError
 from sgpo_async.model import parameters
-from sgpo_async.model.load import device_of
+from sgpo_async.model.load import cache_bytes, device_of
 
 T = TypeVar("T")
 
@@ -286,6 +286,7 @@ def _server_slots(
             device=device,
             slots=slots,
             longest=model.longest,
+            token_bytes=cache_bytes(model.skeleton.config, dtype=model.dtype, tp=own.tp),
             index=index,
         )
         for index in range(own.servers)

@@ -13,7 +13,8 @@ CPU = Path(__file__).parents[1] / "cpu"
 STAND_INS = CPU / "stand_ins"
 CPU_LAUNCHER = CPU / "launch_server.py"
 LOOPBACK = "127.0.0.1,localhost"
-CPU_TOKENS = 2**17  # size limit of the key-value cache of a CPU server
+CPU_TOKENS = 2**17  # limits of the key-value cache of a CPU server, which allocates the whole of it when it starts
+CPU_CACHE = 2**30  # bytes; a sequence of the greatest length fits nevertheless
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,7 @@ class Launch:
     device: str  # cpu or cuda
     slots: int  # sequences that it decodes at the same time
     longest: int  # maximum number of tokens of a sequence
+    token_bytes: int = 1  # keys and values of one token
     index: int = 0  # number of the server within the actor; it uses tp GPUs from index * tp on
     served_name: str = ""  # model name in requests with text; "": the server takes and returns token ids only
 
@@ -40,10 +42,14 @@ class Launch:
         command += ["--served-model-name", self.served_name] if self.served_name else ["--skip-tokenizer-init"]
         if self.device == "cpu":
             # Other processes share memory and cores: limit the cache, and sleep instead of spinning when idle.
-            command += ["--sleep-on-idle", "--max-total-tokens", str(min(self.slots * self.longest, CPU_TOKENS))]
+            command += ["--sleep-on-idle", "--max-total-tokens", str(self._cpu_tokens())]
         if not own.radix_cache:
             command += ["--disable-radix-cache"]
         return command + shlex.split(own.args)
+
+    def _cpu_tokens(self) -> int:
+        """The size of the key-value cache on a CPU, in tokens. SGLang postpones sequences that do not fit."""
+        return min(self.slots * self.longest, CPU_TOKENS, max(self.longest, CPU_CACHE // self.token_bytes))
 
     def environment(self, inherited: dict[str, str] | None = None) -> dict[str, str]:
         """The actor's environment without the variables of its own Python, plus the server's devices and threads."""
