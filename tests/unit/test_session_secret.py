@@ -89,7 +89,7 @@ def test_a_message_of_another_session_or_purpose_is_not_accepted() -> None:
         internal.RemoteException("text", ValueError),
         internal.RemoteException("text", Superseded),
     ],
-    ids=str,
+    ids=("nothing", "bytes", "plain values", "response", "call", "error of Python", "error of ours"),
 )
 def test_the_messages_of_a_session_pass(value: Any) -> None:
     data, tensors = pickler().serialize(value)
