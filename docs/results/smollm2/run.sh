@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the results in this folder anew: docs/results/smollm2/run.sh [model|warm-up|run|evaluate|sglang|seeds|examine|collect|all]
+# Makes the results in this folder anew: docs/results/smollm2/run.sh [model|warm-up|run|evaluate|sglang|replay|seeds|examine|collect|all]
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 export OMP_NUM_THREADS=1
@@ -35,9 +35,10 @@ sglang) # the third is the first again: SGLang's samples on a CPU differ from ru
     for run in "sglang 3e-5 0" "sglang-1e-5 1e-5 0" "sglang-again 3e-5 0" "sglang-seed-1 3e-5 1"; do
         read -r name rate seed <<<"$run"
         "$BIN/python" launch/local.py configs/smollm2.yaml configs/smollm2-sglang.yaml model.path=runs/smollm2-sft/warmup \
-            name="smollm2-$name" optim.lr="$rate" seed="$seed"
+            name="smollm2-$name" optim.lr="$rate" seed="$seed" learner.samples=6
     done
     ;;
+replay) "$BIN/python" docs/results/smollm2/replay.py runs/smollm2-sglang-seed-1 | tee docs/results/smollm2/replay.txt ;;
 seeds) # four steps, as with SGLang, by the embedded engine
     "$BIN/python" launch/local.py configs/smollm2.yaml model.path=runs/smollm2-sft/warmup steps=4 engine.slots=16 \
         evaluation.every=100 name=smollm2-embedded-16-slots
@@ -58,6 +59,6 @@ examine)
     done
     ;;
 collect) "$BIN/python" docs/results/smollm2/collect.py ;;
-all) for which in model warm-up run evaluate sglang seeds examine collect; do "$0" "$which"; done ;;
-*) echo "error: $1 is none of model, warm-up, run, evaluate, sglang, seeds, examine, collect, all" >&2; exit 2 ;;
+all) for which in model warm-up run evaluate sglang replay seeds examine collect; do "$0" "$which"; done ;;
+*) echo "error: $1 is none of model, warm-up, run, evaluate, sglang, replay, seeds, examine, collect, all" >&2; exit 2 ;;
 esac
