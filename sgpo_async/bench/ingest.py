@@ -25,6 +25,7 @@ import numpy as np
 
 from sgpo_async.config import Hub, Run
 from sgpo_async.config.schema import Learner, Rollout
+from sgpo_async.hub.authority import Authority
 from sgpo_async.hub.core import HubCore
 from sgpo_async.hub.journal import Journal
 from sgpo_async.hub.loop import Loop
@@ -188,7 +189,8 @@ def _serve(run: Run, folder: Path, journal: bool, parent: Connection) -> None:
         core, _ = recover(core, written)
     router = Router(run.hub.address, max_bytes=MAX_BYTES)
     parent.send(router.address)
-    Loop(core, mailbox=RouterMailbox(router), spawn_sender=NoSender, journal=written).run(interrupted=str)
+    loop = Loop(core, mailbox=RouterMailbox(router), authority=Authority(), spawn_sender=NoSender, journal=written)
+    loop.run(interrupted=str)
 
 
 if __name__ == "__main__":

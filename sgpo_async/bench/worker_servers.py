@@ -139,7 +139,8 @@ class Bench:
             group = group_of(lease, prompt=self._prompt)
             for request in group.requests():
                 assert isinstance(request, Generate), "a new lease has no completions"
-                sampling = {"temperature": request.temperature, "max_new_tokens": request.max_new_tokens, "top_k": -1}
+                sampling = {"temperature": request.temperature, "max_new_tokens": request.max_new_tokens}
+                sampling |= {"top_p": request.top_p, "top_k": request.top_k or -1}
                 yield {"input_ids": request.prompt.tolist(), "sampling_params": sampling, "return_logprob": True}
 
     def bare(self, seconds: float) -> float:

@@ -87,7 +87,8 @@ def examine_servers(settings: Run, folder: str, *, light: bool, signals: Signals
         return []
 
     try:
-        engine = SglangEngine(folder, engine_settings, dtype=dtype, digest=digest)
+        truncated = settings.rollout.is_truncated
+        engine = SglangEngine(folder, engine_settings, dtype=dtype, digest=digest, truncated=truncated)
     except SgpoError as error:
         return sections | {"servers": [Finding("start", "failed", str(error), "correct the configuration")]}
     engine.examine = examined

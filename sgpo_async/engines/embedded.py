@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from sgpo_async.engines.base import EngineLoad, Generate, Generated, SampledTokens, Score, Scored, Weights
 from sgpo_async.engines.decoder import Decoder
-from sgpo_async.engines.sampling import distribution, kept_besides, likeliest, log_softmax, sample
+from sgpo_async.engines.sampling import distribution, likeliest, log_softmax, others_kept, sample
 from sgpo_async.engines.sequences import Running, Sequence
 from sgpo_async.engines.validation import validate
 from sgpo_async.errors import EngineError, WeightsError
@@ -210,7 +210,7 @@ class EmbeddedEngine:
         asking = [row for row, sequence in enumerate(self._running.sequences) if sequence.request.report_kept]
         if asking:
             rows = self._decoder.tensor(np.array(asking))
-            for row, ids in zip(asking, kept_besides(candidates[rows], sampled[rows]), strict=True):
+            for row, ids in zip(asking, others_kept(candidates[rows], sampled[rows]), strict=True):
                 self._running.sequences[row].kept.append(ids)
 
     def _score(self, version: int) -> list[Scored]:

@@ -20,7 +20,10 @@ def open_engine(
     EngineError, DataError, DeadlineExceeded.
     """
     if run.engine.kind == "sglang":
-        servers = SglangEngine(folder, run.engine, dtype=run.model.dtype, digest=digest, logs=logs, name=name)
+        truncated = run.rollout.is_truncated
+        servers = SglangEngine(
+            folder, run.engine, dtype=run.model.dtype, digest=digest, truncated=truncated, logs=logs, name=name
+        )
         servers.start(stopping)
         return servers
     return open_embedded(run, folder)

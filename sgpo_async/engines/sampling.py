@@ -60,7 +60,7 @@ def sample(logprobs: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor,
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
 
 
-def kept_besides(logprobs: torch.Tensor, tokens: torch.Tensor) -> list[np.ndarray]:
+def others_kept(logprobs: torch.Tensor, tokens: torch.Tensor) -> list[np.ndarray]:
     """Return the tokens that truncated log-probabilities [n, V] have kept, without `tokens` [n]: n arrays of ids."""
     kept = (logprobs > -torch.inf).scatter_(1, tokens[:, None], False)
     rows, ids = kept.nonzero(as_tuple=True)

@@ -39,6 +39,7 @@ NOT_LEARNED = (
     "hub.stale",
     "hub.batch_from",
     "hub.batches_in_flight",
+    "hub.weight_deltas",
     "evaluation.share",
     "learner.parts",
     "learner.recompute",

@@ -78,7 +78,7 @@ class HubCore:
         self.rejected: Counter[str] = Counter()  # number of rejected messages by reason
         self.last_rejection = ""
         self.refused = 0  # number of refused members
-        self.forbidden = 0  # messages of the learner from others
+        self.forbidden = False  # whether somebody else has sent a message of the learner
         self.quarantined: dict[str, str] = {}  # actors refused for invalid messages: name -> reason
         self.restarts = 0  # of the hub process
         self.moved = 0  # leases taken from slow actors
@@ -645,7 +645,7 @@ class HubCore:
         self.refused += 1
         if not self.forbidden:
             self._effects.append(Warn(f"a message was refused: {reason}"))
-        self.forbidden += 1
+        self.forbidden = True
         self._refuse(member, reason, final=True)
 
     def _reject(self, member: bytes, reason: str, *, detail: str = "") -> None:

@@ -19,6 +19,7 @@ from sgpo_async.config.rules import endpoint_of
 from sgpo_async.errors import DeadlineExceeded
 from sgpo_async.hub import events as ev
 from sgpo_async.session import ReceiverDown, VersionReceived, VersionRejected, WeightReceiver
+from sgpo_async.session.settings import Deltas
 from sgpo_async.weights.store_file import StoreFile
 from sgpo_async.wire.records import Published
 
@@ -30,8 +31,14 @@ STOP_S = 1.0  # timeout for the end of a weight receiver after it was killed
 class LearnerWeights:
     """Keeps `store` at what rank 0 has published."""
 
-    def __init__(self, store: StoreFile, *, receiver: Callable[..., WeightReceiver] = WeightReceiver) -> None:
-        self._store, self._receiver = store, receiver
+    def __init__(
+        self,
+        store: StoreFile,
+        *,
+        deltas: Deltas = "auto",
+        receiver: Callable[..., WeightReceiver] = WeightReceiver,
+    ) -> None:
+        self._store, self._deltas, self._receiver = store, deltas, receiver
         self._stopping = ThreadPoolExecutor(max_workers=2, thread_name_prefix="stop-receiver")
         self._link: WeightReceiver | None = None
         self._offer: tuple[bytes, Published] | None = None  # the newest of another machine
@@ -47,7 +54,8 @@ class LearnerWeights:
         """
         if not message.is_elsewhere or (endpoint := endpoint_of(message.store)) is None or not endpoint[1]:
             return message
-        moved = self._offer is None or self._offer[1].store != message.store or self._link is None
+        known = self._offer and (self._offer[1].store, self._offer[1].secret)
+        moved = known != (message.store, message.secret) or self._link is None
         self._offer = member, message
         if moved:  # also if the version is here already: rank 0 offers this link for the next ones, too
             self._connect(*endpoint, message.secret)
@@ -84,7 +92,7 @@ class LearnerWeights:
     def _connect(self, host: str, port: int, secret: bytes) -> None:
         self.close()
         try:
-            self._link = self._receiver("the hub", store=self._store.path)
+            self._link = self._receiver("the hub", store=self._store.path, deltas=self._deltas)
         except OSError as error:  # no more processes: the next publication tries again
             log.warning("cannot start a weight receiver for the learner's weights: %s", error)
             return

@@ -61,20 +61,27 @@ class SenderHandle(Protocol):
 class Loop:
     """Passes events to a core and carries out its effects until the core shuts down."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (all that stands around the core)
         self,
         core: HubCore,
         *,
         mailbox: RouterMailbox,
+        authority: Authority,
         spawn_sender: Callable[[str], SenderHandle],
         weights: LearnerWeights | None = None,
         journal: Journal | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`spawn_sender(name)` starts the weight sender of the actor `name`; `clock` is the core's."""
+        """Prepare to run `core`.
+
+        Args:
+            authority: who may act as the learner.
+            spawn_sender: starts the weight sender of the actor of this name.
+            clock: the core's.
+        """
         self._core, self._mailbox, self._spawn_sender = core, mailbox, spawn_sender
         self._weights, self._journal, self._clock = weights, journal, clock
-        self.authority = Authority()  # who may act as the learner; this one lets everybody
+        self.authority = authority
         self._senders: dict[bytes, SenderHandle] = {}
         self._stop_threads = ThreadPoolExecutor(max_workers=16, thread_name_prefix="stop-sender")
         self._stopping: list[Future[None]] = []

@@ -18,6 +18,7 @@ import numpy as np
 from sgpo_async.wire.records import OBSERVED, Lease, PartialRollout, Progress, Rollout, sampled_by_policy
 
 TOLERANCE = 1e-3  # a log-probability may be so far above 0, by rounding
+MOST_KEPT = 4096  # tokens at a position: more than MAX_TOP_K allows, since equally likely ones may be kept too
 LOWEST = -1e4  # no engine samples a token of a lower log-probability
 
 BEGINS = "tokens must begin with one that the policy sampled"
@@ -175,6 +176,8 @@ def _kept(lease: Lease, sent: Rollout | PartialRollout) -> str | None:
         return None
     if (sent.kept_sizes[~sampled_by_policy(sent.versions, sent.ends)] != 0).any():
         return "kept_sizes of tokens that an environment wrote must be 0"
+    if sent.kept_sizes.max(initial=0) >= MOST_KEPT:
+        return f"kept_sizes must be < {MOST_KEPT}"
     at = np.repeat(np.arange(len(sent.tokens)), sent.kept_sizes)
     pairs = np.concatenate([at, np.arange(len(sent.tokens))]) * 2**32 + np.concatenate([sent.kept, sent.tokens])
     if len(np.unique(pairs)) != len(pairs):

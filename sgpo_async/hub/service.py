@@ -74,7 +74,7 @@ def serve(run: Run) -> int:
         contact = {"address": router.address, "pid": os.getpid(), "store": store.path, "public_key": key}
         stack.enter_context(contact_file(folder / "hub.json", contact))
         core.store, core.machine = store.path, machine()
-        weights = LearnerWeights(store)
+        weights = LearnerWeights(store, deltas=run.hub.weight_deltas)
         stack.callback(weights.close)
         endpoint = endpoint_of(router.address)
         assert endpoint, router.address
@@ -83,12 +83,12 @@ def serve(run: Run) -> int:
         loop = Loop(
             core,
             mailbox=RouterMailbox(router),
+            authority=_authority(run, token),
             spawn_sender=spawn_sender,
             weights=weights,
             journal=journal,
             clock=lambda: time.monotonic() - began,
         )
-        loop.authority = _authority(run, token)
         about = fields(event="listening", address=router.address, run=run.name, steps=run.steps)
         log.info("listening at %s for run %s of %d steps", router.address, run.name, run.steps, extra=about)
         if journal:

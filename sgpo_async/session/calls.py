@@ -53,11 +53,13 @@ def bucket(version: int, index: int, base: int | None) -> tuple[torch.Tensor, bo
     store = callee.store
     assert store is not None
     try:
-        delta = None if base is None else store.delta(version, index, base)
-        data = store.bucket(version, index) if delta is None else bytearray(delta)
+        if base is None:
+            data, is_delta = store.bucket(version, index), False
+        else:
+            data, is_delta = store.bucket_or_delta(version, index, base)
     except Superseded:
         return None
-    return torch.frombuffer(data, dtype=torch.uint8), delta is not None
+    return torch.frombuffer(data, dtype=torch.uint8), is_delta
 
 
 def submit(request: Request) -> None:

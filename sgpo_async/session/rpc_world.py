@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import socket
+import stat
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -105,10 +106,12 @@ def close_ports(numbers: Sequence[int]) -> None:
 
 def _is_listening(number: int) -> bool:
     try:
+        if not stat.S_ISSOCK(os.fstat(number).st_mode):
+            return False
         with socket.socket(fileno=os.dup(number)) as found:
             internet = found.family in (socket.AF_INET, socket.AF_INET6)
             return internet and bool(found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
-    except OSError:  # not a socket, or closed meanwhile
+    except OSError:  # closed meanwhile
         return False
 
 

@@ -50,7 +50,7 @@ def receive(socket: zmq.Socket) -> Frames:
 
 
 def drain(
-    socket: zmq.Socket, timeout_s: float, max_bytes: int, receive: Callable[[zmq.Socket], Frames] = receive
+    socket: zmq.Socket, timeout_s: float, max_bytes: int, take: Callable[[zmq.Socket], Frames] = receive
 ) -> list[Frames]:
     """The messages that have arrived, until `BATCH` or `max_bytes` is reached; waits for the first one."""
     received: list[Frames] = []
@@ -59,7 +59,7 @@ def drain(
     size = 0
     while len(received) < BATCH and size <= max_bytes:
         try:
-            frames = receive(socket)
+            frames = take(socket)
         except zmq.Again:
             break
         received.append(frames)

@@ -61,20 +61,21 @@ class StoreReader:
         self._check_unchanged(record)
         return data
 
-    def delta(self, version: int, index: int, base: int) -> bytes | None:
-        """Return one bucket as a difference to the same bytes of version `base`; see `weights.delta`.
+    def bucket_or_delta(self, version: int, index: int, base: int) -> tuple[bytearray, bool]:
+        """Return one bucket, or its difference to the same bytes of version `base`, and whether it is that.
 
-        None if the store does not hold `base`, or if the difference would not be smaller than the bucket. Raises
-        Superseded if the store no longer holds `version`.
+        It is the whole bucket if the store does not hold `base`, or if the difference would not be smaller; see
+        `weights.delta`. Raises Superseded if the store no longer holds `version`.
         """
-        record = self._record(version)
-        bucket = self._manifest(record).buckets[index]
+        new = self.bucket(version, index)
         earlier = next((own for own in self._records() if own.version == base), None)
         if earlier is None:
-            return None
-        new, old = (store_layout.read(self._fd, bucket.nbytes, own.data + bucket.offset) for own in (record, earlier))
-        self._check_unchanged(record)
-        return encode(old, new) if earlier in self._records() else None
+            return new, False
+        bucket = self._manifest(self._record(version)).buckets[index]
+        delta = encode(store_layout.read(self._fd, bucket.nbytes, earlier.data + bucket.offset), new)
+        if delta is None or earlier not in self._records():
+            return new, False
+        return bytearray(delta), True
 
     def copy(self, version: int, tensors: Iterable[TensorEntry], into: memoryview) -> None:
         """Copy the bytes of `tensors` of `version` into `into`, one after another without gaps.

@@ -132,7 +132,9 @@ def test_an_attached_server_passes_every_check(
     url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], in_flight: str, transport: str
 ) -> None:
     own = [f"urls=[{url}]", f"in_flight={in_flight}", f"transport={transport}", f"folder={tmp_path}/w"]
-    code, out = doctor(capsys, *(f"engine.sglang.{override}" for override in own))
+    truncated = ["rollout.top_p=0.95", "rollout.top_k=16"] if transport == "disk" else []
+    code, out = doctor(capsys, *(f"engine.sglang.{override}" for override in own), *truncated)
+    assert ("top-p 0.8, top-k 8: " in out) == bool(truncated)
     assert code == 0, out
     assert f"3 updates by {transport}: prepare" in out and f"{in_flight}: " in out
 

@@ -11,11 +11,13 @@ import sys
 from typing import NamedTuple
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sgpo_async.algorithm import (
     DIVERGENCES,
+    Kept,
     LogProbability,
     Part,
     TeacherDivergence,
@@ -74,12 +76,16 @@ def losses(dtype: torch.dtype) -> list[Tensor]:
     """Return the loss of one part of each kind, all values and asides, and the gradients of hidden and weight."""
     tokens, width, vocabulary = 13, 6, 37
     generator = torch.Generator().manual_seed(0)
-    shapes = ((tokens * (len(MEASURES) + 1), width), (vocabulary, width), (tokens, width))
+    shapes = ((tokens * (len(MEASURES) + 3), width), (vocabulary, width), (tokens, width))
     hidden, weight, guided = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
     targets = torch.randint(vocabulary, (tokens,), generator=generator)
     log_p = torch.full((tokens, 1), -1.0)
     measures: list[linear.Measure] = [LogProbability(targets), TopDivergence(targets[:, None], log_p, log_p[:, 0])]
     measures += [TeacherDivergence(guided, None, targets, kind) for kind in DIVERGENCES]
+    # Truncated sampling: two other tokens were kept at every other position.
+    others = (targets[::2, None] + torch.tensor([1, 2])) % vocabulary
+    kept = Kept(others.flatten().numpy().astype(np.int32), np.array([2 * (1 - i % 2) for i in range(tokens)], np.int32))
+    measures += [LogProbability(targets, kept), TeacherDivergence(guided, None, targets, "forward", kept)]
     parts = [
         Part(measure, lambda value, aside: (value.sin() + aside).sum(), whole=index % 2 == 0)
         for index, measure in enumerate(measures)

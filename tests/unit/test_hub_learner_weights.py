@@ -12,6 +12,7 @@ import torch
 from sgpo_async.hub.events import Received
 from sgpo_async.hub.learner_weights import LearnerWeights
 from sgpo_async.session import ReceiverDown, VersionReceived
+from sgpo_async.session.settings import Deltas
 from sgpo_async.weights import StoreFile, StoreWriter
 from sgpo_async.wire.records import Published
 
@@ -30,8 +31,9 @@ class Link:
 
     made: ClassVar[list["Link"]] = []
 
-    def __init__(self, name: str, *, store: str) -> None:
+    def __init__(self, name: str, *, store: str, deltas: str) -> None:
         self.name, self.store, self.address, self.secret, self.stopped = name, store, ("", 0), b"", False
+        self.deltas = deltas
         self.events: list[object] = []
         Link.made.append(self)
 
@@ -103,6 +105,21 @@ def test_a_learner_that_has_moved_gets_a_new_link(store: StoreFile) -> None:
     assert Link.made[1].address == ("10.0.0.2", 4001)
 
 
+def test_a_weight_sender_that_starts_again_at_the_same_port_gets_a_new_link(store: StoreFile) -> None:
+    """Its secret is another one."""
+    weights = LearnerWeights(store, receiver=Link)
+    for secret in (b"first", b"second"):
+        weights.offered(RANK_0, Published(version=0, store="tcp://10.0.0.2:4000", secret=secret))
+    assert [link.secret for link in Link.made] == [b"first", b"second"]
+    until(lambda: Link.made[0].stopped)
+
+
+@pytest.mark.parametrize("deltas", ["auto", "always", "never"])
+def test_the_link_has_the_setting_of_differences(store: StoreFile, deltas: Deltas) -> None:
+    offer(LearnerWeights(store, deltas=deltas, receiver=Link), 0)
+    assert Link.made[0].deltas == deltas
+
+
 def test_a_new_link_is_taken_also_if_the_store_has_the_version_already(store: StoreFile) -> None:
     """Rank 0 offers another weight sender before the hub notices the end of the first one."""
     weights = LearnerWeights(store, receiver=Link)
@@ -126,10 +143,10 @@ def test_a_malformed_address_is_left_to_the_core(store: StoreFile, address: str)
 def test_a_receiver_that_cannot_be_started_is_tried_again(store: StoreFile) -> None:
     failures = [OSError("no more processes")]
 
-    def receiver(name: str, *, store: str) -> Link:
+    def receiver(name: str, **settings: str) -> Link:
         if failures:
             raise failures.pop()
-        return Link(name, store=store)
+        return Link(name, **settings)
 
     weights = LearnerWeights(store, receiver=receiver)
     assert offer(weights, 0) is None and not Link.made

@@ -13,6 +13,7 @@ from hub_support import Source, make_rollout, make_run
 from sgpo_async.config import Run
 from sgpo_async.errors import DeadlineExceeded
 from sgpo_async.hub import HubCore
+from sgpo_async.hub.authority import Authority
 from sgpo_async.hub.loop import Loop
 from sgpo_async.hub.service import contact_file, version_bytes
 from sgpo_async.session import SenderDown, SenderEvent, SenderUp
@@ -61,6 +62,7 @@ class Running:
         self.loop = Loop(
             core,
             mailbox=RouterMailbox(router),
+            authority=Authority(),
             spawn_sender=self.spawn_sender,
             weights=FakeWeights(),  # type: ignore[arg-type]
         )

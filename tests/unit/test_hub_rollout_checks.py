@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sgpo_async.hub.rollout_checks import LOWEST, TOLERANCE, Limits, report_violation, violation
+from sgpo_async.hub.rollout_checks import LOWEST, MOST_KEPT, TOLERANCE, Limits, report_violation, violation
 from sgpo_async.wire.records import OBSERVED, Lease, PartialRollout, Progress, Rollout
 
 VOCABULARY = 50
@@ -136,6 +136,13 @@ def test_kept_tokens_that_a_lease_does_not_allow_are_a_violation(
     changes: dict[str, Any], lease: dict[str, Any], reason: str
 ) -> None:
     assert (why(rollout(**changes), **lease) or "").startswith(reason)
+
+
+def test_the_number_of_kept_tokens_at_a_position_is_limited() -> None:
+    """The learner pads the positions of a chunk to the largest."""
+    for size, reason in ((MOST_KEPT - 1, None), (MOST_KEPT, f"kept_sizes must be < {MOST_KEPT}")):
+        many = rollout(kept=np.arange(100, 100 + size, dtype=np.int32), kept_sizes=i4(0, size, 0))
+        assert why(many, vocabulary=10_000, **TRUNCATED) == reason
 
 
 def test_kept_tokens_are_checked_in_reports_and_where_an_environment_wrote() -> None:

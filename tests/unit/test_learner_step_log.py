@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from sgpo_async.config.schema import OTHERS_KEPT
 from sgpo_async.learner import step_log
 from sgpo_async.learner.step_log import StepLog
 
@@ -71,3 +72,11 @@ def test_the_values_are_keys_for_programs(caplog: pytest.LogCaptureFixture) -> N
     values = {"event": "step", "step": 3, "steps": 120, "seconds": 0.31, "loss": 0.2345}
     expected = {"pass_auto": 0.125, "pass_guided": 1.0, "tokens_per_s": 10_512.0, "lag_mean": 1.5, "lag_max": 2}
     assert record.fields == values | expected  # type: ignore[attr-defined]
+
+
+def test_larger_kept_sets_than_the_estimate_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    log = StepLog(10)
+    for number, mean in enumerate((None, 1.0 + OTHERS_KEPT, 24.2, 30.0), 1):
+        log.step(line(number, kept_mean=mean), seconds=0.1)
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.startswith("rollout.top_p and rollout.top_k keep 24 tokens on average, but the estimate")

@@ -65,6 +65,26 @@ def reply(text: str) -> np.ndarray:
     return np.array([ord(c) for c in text], np.int32)
 
 
+def test_in_a_truncated_episode_nothing_is_kept_beside_a_reply() -> None:
+    limits = {"top_p": 0.9, "top_k": 8}
+    one = group(**limits)
+    (request,) = one.requests()
+    assert isinstance(request, Generate) and request.report_kept
+    one.generated(replace(after(request, "3"), kept=ids(9), kept_sizes=ids(1, 0)))
+    second = one.replied(request.id, reply("low"))
+    assert second is not None and second.prefix is not None and second.prefix.kept_sizes is not None
+    assert second.prefix.kept_sizes.tolist() == [1, 0, 0, 0, 0]
+    one.generated(replace(after(second, "5"), kept=ids(9, 7), kept_sizes=ids(1, 0, 0, 0, 0, 0, 1)))
+    one.judged(request.id, reward=1.0)
+    rollout = one.scored(scored(request.id, *[-1.0] * 7))  # type: ignore[arg-type]
+    assert rollout.kept is not None and rollout.kept.tolist() == [9, 7]
+    assert violation(lease(**limits), rollout, LIMITS, prompts={}) is None
+
+
+def ids(*numbers: int) -> np.ndarray:
+    return np.array(numbers, np.int32)
+
+
 def test_an_episode_is_one_sequence_with_observed_spans() -> None:
     one = group()
     (request,) = one.requests()

@@ -31,9 +31,12 @@ class Source:
 
         def pending() -> Sent | None:
             self.in_flight -= 1
-            delta = None if base is None else self.reader.delta(version, index, base)
-            data = self.damage(index, self.reader.bucket(version, index) if delta is None else bytearray(delta))
-            return None if data is None else Sent(memoryview(data), delta is not None)
+            if base is None:
+                found, is_delta = self.reader.bucket(version, index), False
+            else:
+                found, is_delta = self.reader.bucket_or_delta(version, index, base)
+            data = self.damage(index, found)
+            return None if data is None else Sent(memoryview(data), is_delta)
 
         return pending
 

@@ -13,7 +13,7 @@ import pytest
 
 from sgpo_async.config.schema import Engine, Sglang
 from sgpo_async.engines.sglang.preflight import Reference, Subject
-from sgpo_async.engines.sglang.preflight.logprobs import TOP_K, TOP_P, _differences, _judge, _kept_errors
+from sgpo_async.engines.sglang.preflight.logprobs import LISTED, TOP_K, TOP_P, _differences, _judge, _kept_errors
 from sgpo_async.engines.sglang.preflight.settings import INTERFACE, RULES, missing, parsed, settings, version
 from sgpo_async.engines.sglang.processes.api import ServerApi
 from sgpo_async.engines.sglang.serving.server import Server
@@ -197,9 +197,9 @@ def truncated(**wrong: Any) -> dict[str, Any]:
     rng, meta = np.random.default_rng(4), {}
     for row in 2 * rng.normal(size=(10, 20)):
         log_p = log_softmax(row)
-        order = np.argsort(-log_p)[:TOP_K]
+        order = np.argsort(-log_p)[:LISTED]
         before = np.cumsum(np.exp(log_p[order])) - np.exp(log_p[order])
-        kept = order[before < TOP_P]
+        kept = order[(before < TOP_P) & (np.arange(len(order)) < TOP_K)]
         token = int(rng.choice(kept))
         position = {
             "output_token_logprobs": [log_p[token], token, None],
@@ -219,12 +219,42 @@ def test_wrong_kept_tokens_are_detected() -> None:
     kept = good["output_token_sampling_mask"][0]
     assert len(kept) > 1
     others = [id for id in kept if id != token]
-    for wrong in (others, [token], [*kept, 99]):
+    beyond = [id for _, id, _ in good["output_top_logprobs"][0] if id not in kept]
+    for wrong in (others, [token], [*kept, *beyond]):
         with pytest.raises(CheckFailed, match=f"top-p {TOP_P}, top-k {TOP_K}: kept {len(wrong)} tokens"):
             _kept_errors(truncated(output_token_sampling_mask=wrong))
     whole = truncated(output_token_sampling_logprobs=good["output_token_logprobs"][0][0])
     with pytest.raises(CheckFailed, match="off by"):
         _judge(_kept_errors(whole), "float32", "")
+
+
+@pytest.mark.parametrize("sampler", ["keeps all ties", "keeps the first tie", "keeps the last tie"])
+def test_ties_at_the_edge_are_no_error(sampler: str) -> None:
+    """With bfloat16 logits, tokens as likely as the last one kept are frequent; samplers treat them differently."""
+    rng, meta, ties = np.random.default_rng(6), {}, 0
+    for row in np.round(4 * rng.normal(size=(200, 60))) / 4:
+        log_p = log_softmax(row)
+        order = np.argsort(-log_p, kind="stable")
+        before = np.cumsum(np.exp(log_p[order])) - np.exp(log_p[order])
+        kept = order[(before < TOP_P) & (np.arange(60) < TOP_K)]
+        edge = np.flatnonzero(log_p == log_p[kept].min())
+        ties += len(edge) > np.isin(edge, kept).sum()
+        sure = kept[log_p[kept] > log_p[kept].min()]
+        count = len(kept) - len(sure)
+        kept = np.concatenate(
+            [sure, {"keeps all ties": edge, "keeps the first tie": edge[:count]}.get(sampler, edge[-count:])]
+        )
+        token = int(rng.choice(kept))
+        listed = np.argsort(-log_p, kind="stable")[:LISTED]
+        for name, value in {
+            "output_token_logprobs": [log_p[token], token, None],
+            "output_top_logprobs": [[log_p[id], int(id), None] for id in listed],
+            "output_token_sampling_mask": kept.tolist(),
+            "output_token_sampling_logprobs": log_p[token] - np.log(np.exp(log_p[kept]).sum()),
+        }.items():
+            meta.setdefault(name, []).append(value)
+    assert ties > 20
+    assert np.abs(_kept_errors(meta)).max() < 1e-12
 
 
 def test_nan_and_differences_above_the_bound_are_refused() -> None:

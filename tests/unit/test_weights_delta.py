@@ -19,7 +19,7 @@ WORDS = 4096
 
 @st.composite
 def changes(draw: st.DrawFn) -> tuple[bytes, bytes]:
-    """A bucket of random words, and the same with up to a tenth of them changed, at any distance from each other."""
+    """A bucket of random words, and the same with up to a quarter of them changed, at any distance from each other."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     old = rng.integers(0, 2**16, draw(st.integers(1, WORDS)), dtype=np.uint16)
     count = draw(st.integers(0, int(len(old) * MOST_CHANGED)))

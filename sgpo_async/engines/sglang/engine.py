@@ -57,16 +57,18 @@ class SglangEngine:
 
     reproducible = False  # a CPU server ignores seeds, and elsewhere the batch changes the logits a little
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (what the configuration says of the engine)
         self,
         folder: str,
         settings: EngineSettings,
         *,
         dtype: str,
         digest: parameters.Digest,
+        truncated: bool = False,
         logs: str = "",
         name: str = "sglang",
     ) -> None:
+        self._truncated = truncated
         # The checks that a server must pass before it gets requests; they return events. Set this before `start`.
         self.examine: Callable[[Subject], Awaitable[Sequence[str]]] = join
         self._settings = settings
@@ -223,7 +225,13 @@ class SglangEngine:
 
     async def _examine(self, server: Server) -> Sequence[str]:
         return await self.examine(
-            Subject(server=server, model=self._model, engine=self._settings, transports=self._transports)
+            Subject(
+                server=server,
+                model=self._model,
+                engine=self._settings,
+                transports=self._transports,
+                truncated=self._truncated,
+            )
         )
 
     def _call(self, method: Callable[..., None], *args: Any) -> None:

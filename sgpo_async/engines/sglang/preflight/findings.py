@@ -81,6 +81,7 @@ class Subject:
     engine: EngineSettings
     transports: Sequence[Transport]
     tokens: int = 0  # length of the longest completion
+    truncated: bool = False  # whether rollouts are sampled with top-p or top-k
     reference: Reference | None = None  # for the checks that need the learner's model
 
     @property

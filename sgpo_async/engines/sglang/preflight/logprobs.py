@@ -23,11 +23,16 @@ from sgpo_async.engines.sglang.preflight.findings import Subject
 from sgpo_async.engines.sglang.preflight.settings import TESTED
 from sgpo_async.engines.sglang.processes.api import Json
 from sgpo_async.engines.sglang.serving.partial import Partial
-from sgpo_async.errors import CheckFailed, CheckWarning
+from sgpo_async.errors import CheckFailed
 
 TEMPERATURES = (1.0, 0.7)
 PROMPT_TOKENS = 6
 TOP_P, TOP_K = 0.8, 8  # of the check of truncated sampling
+LISTED = (
+    4 * TOP_K
+)  # likeliest tokens that it asks for: with bfloat16 logits, many may be as likely as the last one kept
+TIE = 1e-5  # relative difference of probabilities that are equal
+SLACK = 1e-3  # of a sum of probabilities in the server's precision
 SAMPLES = 5  # tries for a completion with at least one token
 REMEDY = (
     "check what changes logits or log-probabilities: SGLANG_RETURN_ORIGINAL_LOGPROB in its environment, another "
@@ -62,10 +67,9 @@ async def consistent(subject: Subject, server_info: Json) -> str:  # noqa: ARG00
 
 
 async def kept_tokens(subject: Subject, server_info: Json) -> str:  # noqa: ARG001
-    """Check that truncated completions report the kept tokens, and log-probabilities renormalised over them.
-
-    Raises CheckWarning if the server reports none, because only `rollout.top_p` and `rollout.top_k` need them.
-    """
+    """Check that truncated completions report the kept tokens, and log-probabilities renormalised over them."""
+    if not subject.truncated:
+        return "not needed: rollouts are sampled from the whole vocabulary"
     metas = await asyncio.gather(*(_truncated(subject, prompt) for prompt in _prompts(subject, 4)))
     errors = np.concatenate([_kept_errors(meta) for meta in metas])
     return _judge(errors, subject.dtype, f"top-p {TOP_P}, top-k {TOP_K}")
@@ -144,15 +148,15 @@ async def _truncated(subject: Subject, prompt: Sequence[int]) -> Json:
         "input_ids": list(prompt),
         "sampling_params": sampling | {"max_new_tokens": _new_tokens(subject)},
         "return_logprob": True,
-        "top_logprobs_num": TOP_K,
+        "top_logprobs_num": min(LISTED, subject.model.vocabulary - 1),
         "return_sampling_mask": True,
     }
     answer = await subject.server.api.post("/generate", body, timeout_s=subject.engine.sglang.phase_timeout_s)
     meta: Json = answer["meta_info"]
     if "output_token_sampling_mask" not in meta:
-        raise CheckWarning(
+        raise CheckFailed(
             "its answers do not say which tokens top-p and top-k kept",
-            f"install sglang=={TESTED} in its environment before you set rollout.top_p or rollout.top_k",
+            f"install sglang=={TESTED} in its environment, or set rollout.top_p=1 and rollout.top_k=0",
         )
     return meta
 
@@ -160,7 +164,8 @@ async def _truncated(subject: Subject, prompt: Sequence[int]) -> Json:
 def _kept_errors(meta: Json) -> np.ndarray:
     """Errors [T] that must be zero: the log of the kept tokens' probability, from the sampled token and from all.
 
-    Raises CheckFailed if the kept tokens cannot be those of TOP_P and TOP_K.
+    Raises CheckFailed if the kept tokens cannot be those of TOP_P and TOP_K. Of equally likely tokens, samplers keep
+    all or some, so a kept token beyond the listed ones counts as equally likely as the last of them.
     """
     errors = []
     for (logp, token, _), tops, kept, renormalised in zip(
@@ -171,8 +176,11 @@ def _kept_errors(meta: Json) -> np.ndarray:
         strict=True,
     ):
         probabilities = {id: math.exp(value) for value, id, _ in tops}
-        mass = sum(probabilities.get(id, 0.0) for id in kept)
-        if token not in kept or not set(kept) <= probabilities.keys() or (mass < TOP_P - 1e-3 and len(kept) < TOP_K):
+        own = [probabilities.get(id, min(probabilities.values())) for id in kept]
+        mass = sum(own)
+        likelier = [p for p in own if p > min(own) * (1 + TIE)]
+        enough = mass > TOP_P - SLACK or len(kept) >= TOP_K
+        if token not in kept or not enough or sum(likelier) > TOP_P + SLACK or len(likelier) >= TOP_K:
             raise CheckFailed(
                 f"top-p {TOP_P}, top-k {TOP_K}: kept {len(kept)} tokens with the probability {mass:.3g}; the sampled "
                 f"one is {'' if token in kept else 'not '}among them",

@@ -28,6 +28,7 @@ FIRST_CORRECT: Mapping[str, tuple[tuple[int, ...], str]] = {
 INTERFACE: Mapping[str, tuple[str, ...]] = {
     "/generate": (
         *("input_ids", "sampling_params", "return_logprob", "logprob_start_len", "top_logprobs_num", "rid", "stream"),
+        "return_sampling_mask",
     ),
     "/abort_request": ("rid", "abort_all"),
     "/pause_generation": ("mode",),

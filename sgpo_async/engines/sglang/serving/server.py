@@ -221,7 +221,7 @@ def _kept(url: str, meta: Json, new: int) -> tuple[list[list[int]], list[float]]
     if len(masks) != new or len(logprobs) != new:
         raise ServerRefused(
             f"{url}/generate: asked for the kept tokens at {new} positions, got {len(masks)}; rollout.top_p and "
-            "rollout.top_k need a server with return_sampling_mask (sglang 0.5.23)"
+            "rollout.top_k need sglang==0.5.23 in its environment"
         )
     return masks, logprobs
 
