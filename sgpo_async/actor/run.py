@@ -35,7 +35,7 @@ from sgpo_async.wire.records import Hello
 
 log = logging.getLogger(__name__)
 
-MAX_BYTES = 2**30  # the hub's limit, hub.max_message_mb, is smaller
+MAX_BYTES = 2**30  # of one message, until the hub has told its own limit; ZeroMQ's limit of a frame stays 4 times this
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +95,7 @@ class Actor:
         if settings is None:
             return True
         run = self._with_own_options(from_plain(settings))
+        mailbox.dealer.max_bytes = run.hub.max_message_mb * 2**20  # as at the hub, which may be above MAX_BYTES
         about = fields(event="found", hub=self._options.hub, run=run.name, engine=run.engine.kind)
         log.info("hub %s, run %s", self._options.hub, run.name, extra=about)
         node = self._start_node(run)  # starts now, because it imports torch while this process loads the engine

@@ -1,4 +1,4 @@
-"""What Torch RPC may unpickle: messages that prove the session's secret, made of a few known functions and classes.
+"""What Torch RPC may unpickle: messages authenticated with the session's secret, of a few known functions and classes.
 
     rpc_async ─▶ serialize ─▶ tag + pickle ── Torch RPC ──▶ deserialize ─▶ right tag? ─▶ allowed globals? ─▶ the call
                  (tensors travel beside the pickle)                        no: refused, nothing is unpickled
@@ -28,7 +28,7 @@ from torch.distributed.rpc import api, internal
 
 from sgpo_async import errors
 from sgpo_async.errors import SessionError
-from sgpo_async.session.secret import seal, unseal
+from sgpo_async.session.secret import authenticate, verify
 
 log = logging.getLogger(__name__)
 
@@ -51,18 +51,18 @@ class SessionPickler:
         self.refused = 0
 
     def serialize(self, value: Any) -> tuple[bytes, list[torch.Tensor]]:
-        """The sealed pickle of `value`, and the tensors in it."""
+        """The pickle of `value` with its authentication tag, and the tensors in it."""
         if isinstance(value, internal.RemoteException) and not _is_known_error(value.exception_type):
             value = value._replace(exception_type=RuntimeError)  # its message names the type
         file = io.BytesIO()
         pickler = _Pickler(file)
         pickler.dump(value)
-        return seal(self._secret, _PURPOSE, file.getvalue()), pickler.tensors
+        return authenticate(self._secret, _PURPOSE, file.getvalue()), pickler.tensors
 
-    def deserialize(self, sealed: bytes, tensors: list[torch.Tensor]) -> Any:
+    def deserialize(self, message: bytes, tensors: list[torch.Tensor]) -> Any:
         """The value. Raises RuntimeError if the message is not of this session, or has a global that is not allowed."""
         try:
-            data = unseal(self._secret, _PURPOSE, sealed)
+            data = verify(self._secret, _PURPOSE, message)
             value = _Unpickler(data, tensors, self._allowed).load()
         except Exception as error:  # Forged; and a damaged pickle raises almost anything
             self.refused += 1
@@ -81,8 +81,8 @@ class SessionPickler:
         vars(hook).update(serialize=self.serialize, deserialize=self.deserialize)
         # The handshake of `init_rpc` also exchanges names and devices by `all_gather_object`.
         distributed_c10d._unpickler = _PlainUnpickler
-        sealed, _ = internal.serialize(None)
-        internal.deserialize(sealed, [])
+        message, _ = internal.serialize(None)
+        internal.deserialize(message, [])
         self.check_used()
         self.opened = 0
 

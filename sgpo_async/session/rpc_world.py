@@ -4,9 +4,9 @@ Each process asks the other for a heartbeat that is answered a second later, so 
 direction. When a process is killed, its sockets close and that call fails at once; when it is stopped, the call times
 out.
 
-The two processes join by the session's secret: they find each other through a `ProvenStore`, and a `SessionPickler`
-checks every message. Torch RPC opens its ports only when the peer has proved that it has come, and they are closed as
-soon as the connections stand: no one can connect to a world that has begun.
+The two processes join by the session's secret: they find each other through an `AuthenticatedStore`, and a
+`SessionPickler` checks every message. Torch RPC opens its ports only when the peer has authenticated itself, and they
+are closed as soon as the connections stand: no one can connect to a world that has begun.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch.distributed import rpc
 
 from sgpo_async.errors import SessionError
-from sgpo_async.session.proven_store import ProvenStore
+from sgpo_async.session.authenticated_store import AuthenticatedStore
 from sgpo_async.session.rpc_pickler import SessionPickler
 from sgpo_async.session.settings import Deadlines
 
@@ -159,12 +159,12 @@ class RpcWorld:
         """Wait for the peer to join; the caller enforces the deadline."""
         self._pickler.install()
         self._operators = open_no_files()
-        self._store = proven = ProvenStore(store, self._secret)  # torch keeps no reference to its Python half
+        self._store = rendezvous = AuthenticatedStore(store, self._secret)  # torch does not keep its Python half
         if self._role == "weight_sender":
-            proven.await_proof("here")
+            rendezvous.wait_until_set("here")
         else:
-            proven.set("here", b"")
-        dist.register_rendezvous_handler(_SCHEME, lambda *_, **__: iter([(proven, _RANK[self._role], 2)]))
+            rendezvous.set("here", b"")
+        dist.register_rendezvous_handler(_SCHEME, lambda *_, **__: iter([(rendezvous, _RANK[self._role], 2)]))
         options = rpc.TensorPipeRpcBackendOptions(
             num_worker_threads=_THREADS,
             rpc_timeout=self._deadlines.join_s,  # of the handshake; every call below has its own timeout
@@ -177,8 +177,8 @@ class RpcWorld:
         self._pickler.check_used()
         self._begin(self._deadlines.join_s, echo, torch.ones(1)).wait()
         ports = open_ports()  # before the peer can ask for weight-update groups, whose ports must stay open
-        proven.set(f"{self._role} is connected", b"")
-        proven.await_proof(f"{self.peer} is connected")
+        rendezvous.set(f"{self._role} is connected", b"")
+        rendezvous.wait_until_set(f"{self.peer} is connected")
         close_ports(ports)
 
     def begin(self, function: Callable[..., Any], *args: Any) -> Call:

@@ -1,4 +1,4 @@
-"""The secret of a session: who shows that it knows it is the peer for whom this session was opened.
+"""The secret of a session: whoever knows it is the peer for whom this session was opened.
 
     handle of the weight sender, new_secret ─┬─ standard input ─▶ its process
                                              └─ Welcome (or Published) ─▶ handle of the receiver ─▶ its process
@@ -25,20 +25,23 @@ def new_secret() -> bytes:
     return secrets.token_bytes(SECRET_BYTES)
 
 
-def seal(secret: bytes, purpose: bytes, data: bytes) -> bytes:
-    """`data` with a keyed hash (BLAKE2b, RFC 7693) before it, also of `purpose`: no message passes for another."""
+def authenticate(secret: bytes, purpose: bytes, data: bytes) -> bytes:
+    """Put the authentication tag of `data` before it. The data is not encrypted."""
     return tag(secret, purpose, data) + data
 
 
-def unseal(secret: bytes, purpose: bytes, sealed: bytes) -> bytes:
-    """The data of `seal`. Raises Forged if it was not sealed with this secret for this purpose."""
-    found, data = sealed[:TAG_BYTES], sealed[TAG_BYTES:]
+def verify(secret: bytes, purpose: bytes, message: bytes) -> bytes:
+    """The data of a message of `authenticate`. Raises Forged if its tag is of another secret, purpose or data."""
+    found, data = message[:TAG_BYTES], message[TAG_BYTES:]
     if not hmac.compare_digest(found, tag(secret, purpose, data)):
-        raise Forged("it does not prove the session's secret")
+        raise Forged("it is not authenticated with the session's secret")
     return data
 
 
 def tag(secret: bytes, purpose: bytes, data: bytes) -> bytes:
-    """The keyed hash of `data` for this purpose."""
+    """The authentication tag (MAC) of `data`: its keyed hash (BLAKE2b, RFC 7693).
+
+    It includes the purpose, so that a message cannot be used in place of one with another purpose.
+    """
     # The length makes it unambiguous where the purpose ends.
     return blake2b(len(purpose).to_bytes(4, "little") + purpose + data, key=secret, digest_size=TAG_BYTES).digest()

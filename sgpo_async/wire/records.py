@@ -67,7 +67,7 @@ class Welcome:
 
     session_host: str = ""  # actor: address of its weight sender, which waits to form a Torch RPC world of two
     session_port: int = 0
-    session_secret: bytes = field(default=b"", repr=False)  # which both processes of the session have to prove
+    session_secret: bytes = field(default=b"", repr=False)  # that authenticates what both processes of the session send
     run_id: str = ""  # actor: identifies the run; leases and weight versions of another run are void
     store: str = ""  # learner: path of the shared-memory weight store into which it publishes ...
     machine: str = ""  # ... on this machine (`weights.store_file.machine`); another one publishes into its own store

@@ -63,7 +63,7 @@ def model(version: int) -> list[tuple[str, torch.Tensor]]:
 class Session:
     """A store with a writer, a weight sender and a weight receiver."""
 
-    def __init__(self, deadlines: Deadlines, deltas: Deltas) -> None:
+    def __init__(self, deadlines: Deadlines, deltas: Deltas = "auto") -> None:
         self.file = StoreFile("/nowhere")
         self.writer = StoreWriter(self.file.path, bucket_bytes=10_000)
         self.receiver = WeightReceiver("a-1", deltas=deltas, deadlines=deadlines)

@@ -48,7 +48,7 @@ def test_a_stranger_who_comes_to_the_rendezvous_first_runs_no_code(
         try:
             until((tmp_path / "tried").exists, "the stranger's attempt")
             until(lambda: connections(session.sender.pid, up.port) >= 2, "the stranger's connection")
-            assert listening_ports(session.sender.pid) == {up.port}, "Torch RPC waits for the proof"
+            assert listening_ports(session.sender.pid) == {up.port}, "Torch RPC waits for the real receiver"
             session.receiver.connect("127.0.0.1", up.port, up.secret)
             session.arrives(0)
             assert listening(session.sender.pid) == set()

@@ -11,7 +11,8 @@ import pytest
 from sgpo_async.actor import run as actor_run
 from sgpo_async.actor.run import Actor, ActorOptions
 from sgpo_async.cli.main import main
-from sgpo_async.config.schema import Engine, Run, Sglang
+from sgpo_async.config import to_plain
+from sgpo_async.config.schema import Engine, Hub, Run, Sglang
 from sgpo_async.errors import Refusal
 from sgpo_async.transport import Mailbox, MemoryRouter
 
@@ -45,6 +46,21 @@ def test_it_serves_one_run_after_another_until_one_is_over() -> None:
 def test_a_refusal_ends_it() -> None:
     with pytest.raises(Refusal, match="tokenizer"):
         Scripted([False, Refusal("tokenizer", final=True), True]).run()
+
+
+@pytest.mark.parametrize("megabytes", [16, 4096])
+def test_its_messages_may_be_as_large_as_the_hub_accepts(monkeypatch: pytest.MonkeyPatch, megabytes: int) -> None:
+    settings = to_plain(Run(hub=Hub(max_message_mb=megabytes)))
+    monkeypatch.setattr(actor_run, "request_settings", lambda *_, **__: settings)
+
+    def end(*_: object) -> None:
+        raise Refusal("seen enough", final=True)
+
+    monkeypatch.setattr(Actor, "_start_node", end)
+    mailbox = Mailbox(MemoryRouter().dealer(b"a"))
+    with pytest.raises(Refusal, match="seen enough"):
+        Actor(ActorOptions(hub="memory"))._serve(mailbox)
+    assert mailbox.dealer.max_bytes == megabytes * 2**20
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,10 @@ from torch.distributed.rpc import internal
 
 from sgpo_async.errors import SessionError, Superseded
 from sgpo_async.session import calls
+from sgpo_async.session.authenticated_store import AuthenticatedStore
 from sgpo_async.session.messages import Request, Response
-from sgpo_async.session.proven_store import ProvenStore
 from sgpo_async.session.rpc_pickler import SessionPickler, load_job
-from sgpo_async.session.secret import SECRET_BYTES, Forged, new_secret, seal, unseal
+from sgpo_async.session.secret import SECRET_BYTES, Forged, authenticate, new_secret, verify
 
 SECRET, OTHER = b"a" * SECRET_BYTES, b"b" * SECRET_BYTES
 
@@ -37,7 +37,7 @@ class Bomb:
         return os.mkdir, (str(self.path),)
 
 
-# ---- sealed bytes
+# ---- authenticated messages
 
 
 def test_secrets_are_long_and_fresh() -> None:
@@ -45,23 +45,23 @@ def test_secrets_are_long_and_fresh() -> None:
 
 
 @given(st.binary(max_size=100), st.binary(max_size=10))
-def test_unseal_inverts_seal(data: bytes, purpose: bytes) -> None:
-    assert unseal(SECRET, purpose, seal(SECRET, purpose, data)) == data
+def test_verify_returns_what_was_authenticated(data: bytes, purpose: bytes) -> None:
+    assert verify(SECRET, purpose, authenticate(SECRET, purpose, data)) == data
 
 
 @given(st.binary(max_size=50), st.integers(0), st.integers(1, 255))
 def test_no_altered_byte_is_accepted(data: bytes, place: int, change: int) -> None:
-    sealed = bytearray(seal(SECRET, b"p", data))
-    sealed[place % len(sealed)] ^= change
+    message = bytearray(authenticate(SECRET, b"p", data))
+    message[place % len(message)] ^= change
     with pytest.raises(Forged):
-        unseal(SECRET, b"p", bytes(sealed))
+        verify(SECRET, b"p", bytes(message))
 
 
 @given(st.binary(max_size=50), st.integers(0))
 def test_no_part_of_a_message_is_accepted(data: bytes, length: int) -> None:
-    sealed = seal(SECRET, b"p", data)
+    message = authenticate(SECRET, b"p", data)
     with pytest.raises(Forged):
-        unseal(SECRET, b"p", sealed[: length % len(sealed)])
+        verify(SECRET, b"p", message[: length % len(message)])
 
 
 def test_a_message_of_another_session_or_purpose_is_not_accepted() -> None:
@@ -72,7 +72,7 @@ def test_a_message_of_another_session_or_purpose_is_not_accepted() -> None:
         (SECRET, b"", b"px"),
     ):
         with pytest.raises(Forged):
-            unseal(SECRET, b"p", seal(secret, purpose, data))
+            verify(SECRET, b"p", authenticate(secret, purpose, data))
 
 
 # ---- Torch RPC's pickles
@@ -116,17 +116,17 @@ def test_nothing_is_unpickled_that_is_not_of_this_session_or_not_allowed(
     tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     bomb = pickle.dumps(Bomb(tmp_path / "made"))
-    sealed = {
+    message = {
         "plain": bomb,
         "another session": pickler(OTHER).serialize(Bomb(tmp_path / "made"))[0],
         "truncated": pickler().serialize(Bomb(tmp_path / "made"))[0][:-1],
         "known secret": pickler().serialize(Bomb(tmp_path / "made"))[0],
     }[how]
     own = pickler()
-    reason = "mkdir is not allowed" if how == "known secret" else "does not prove the session's secret"
+    reason = "mkdir is not allowed" if how == "known secret" else "not authenticated with the session's secret"
     for _ in range(3):
         with pytest.raises(RuntimeError, match=f"refused: .*{reason}"):
-            own.deserialize(sealed, [])
+            own.deserialize(message, [])
     assert not (tmp_path / "made").exists()
     assert (own.opened, own.refused) == (0, 3)
     assert len(caplog.records) == 1, "logged once"
@@ -146,13 +146,13 @@ def test_other_globals_are_refused(name: str) -> None:
     module, _, attribute = name.rpartition(".")
     data = b"\x80\x04" + b"".join(bytes([0x8C, len(text)]) + text.encode() for text in (module, attribute)) + b"\x93."
     with pytest.raises(RuntimeError, match=f"refused: {name} is not allowed in a message"):
-        pickler().deserialize(seal(SECRET, b"rpc", data), [])
+        pickler().deserialize(authenticate(SECRET, b"rpc", data), [])
 
 
 @pytest.mark.parametrize("data", [b"", b"\x80", b"garbage", b"\x80\x04K\x01Q."])
 def test_a_damaged_pickle_of_a_peer_is_refused(data: bytes) -> None:
     with pytest.raises(RuntimeError, match="refused"):
-        pickler().deserialize(seal(SECRET, b"rpc", data), [])
+        pickler().deserialize(authenticate(SECRET, b"rpc", data), [])
 
 
 # ---- jobs
@@ -173,34 +173,34 @@ def test_a_job_has_functions_by_name_dtypes_and_plain_values(tmp_path: Path) -> 
 # ---- the rendezvous
 
 
-def stores() -> tuple[dist.HashStore, ProvenStore]:
+def stores() -> tuple[dist.HashStore, AuthenticatedStore]:
     raw = dist.HashStore()
-    return raw, ProvenStore(raw, SECRET)
+    return raw, AuthenticatedStore(raw, SECRET)
 
 
-def test_values_that_prove_the_secret_are_read_back_also_by_torch() -> None:
-    raw, proven = stores()
-    prefixed = dist.PrefixStore("prefix", proven)
+def test_authenticated_values_are_read_back_also_by_torch() -> None:
+    raw, authenticated = stores()
+    prefixed = dist.PrefixStore("prefix", authenticated)
     prefixed.set("key", "value")
-    assert prefixed.get("key") == b"value" == ProvenStore(raw, SECRET).get("prefix/key")
+    assert prefixed.get("key") == b"value" == AuthenticatedStore(raw, SECRET).get("prefix/key")
     assert prefixed.compare_set("new", "", "mine") == b"mine" == prefixed.compare_set("new", "", "late")
     assert prefixed.check(["key"]) and not prefixed.check(["missing"])
     prefixed.wait(["key"], timedelta(seconds=1))
-    assert proven.multi_get(["prefix/key", "prefix/new"]) == [b"value", b"mine"]
+    assert authenticated.multi_get(["prefix/key", "prefix/new"]) == [b"value", b"mine"]
 
 
-def test_values_of_strangers_do_not_count() -> None:
-    raw, proven = stores()
-    proven.set("key", "value")
+def test_values_of_strangers_are_refused() -> None:
+    raw, authenticated = stores()
+    authenticated.set("key", "value")
     raw.set("key", "a stranger's")
-    assert proven.get("key") == b"value", "keys are hashed with the secret"
-    names = [proven._name(key) for key in ("key", "other", "here")]
-    raw.set(names[1], raw.get(names[0]))  # a value that was sealed for another key
+    assert authenticated.get("key") == b"value", "keys are hashed with the secret"
+    names = [authenticated._name(key) for key in ("key", "other", "here")]
+    raw.set(names[1], raw.get(names[0]))  # a value that is authenticated for another key
     raw.set(names[0], "a stranger's")
     raw.set(names[2], "a stranger's")
     for key in ("key", "other"):
         with pytest.raises(RuntimeError, match=f"the value of {key} in the rendezvous is a stranger's"):
-            proven.get(key)
-    assert not proven._is_proven("here") and not proven._is_proven("missing")
-    proven.set("here", b"")
-    proven.await_proof("here")
+            authenticated.get(key)
+    assert not authenticated._is_set("here") and not authenticated._is_set("missing")
+    authenticated.set("here", b"")
+    authenticated.wait_until_set("here")

@@ -1,11 +1,11 @@
-"""The rendezvous of a session: a store of torch in which only values count that prove the session's secret.
+"""The rendezvous of a session: a store of torch that accepts only values authenticated with the session's secret.
 
-    weight receiver ── "here", sealed ──▶ TCPStore ──▶ weight sender: only now does it open the ports of Torch RPC
-    each process ◀── the addresses of its peer, sealed ──▶ TCPStore
+    weight receiver ── "here" ──▶ TCPStore ──▶ weight sender: only now does it open the ports of Torch RPC
+    each process ◀── the addresses of its peer ──▶ TCPStore                        (every value has its tag before it)
 
-TCPStore serves everybody who reaches its port. A stranger there can write and delete values, but he cannot make one
-that counts, and the keys are hashed with the secret, so he does not meet them by chance. If he destroys values, the
-session fails, and the actor joins again.
+TCPStore serves everybody who reaches its port. A stranger there can write and delete values, but cannot make one that
+is accepted. The keys are hashed with the secret, so a stranger does not write to one of them by accident. If a stranger
+destroys values, the session fails, and the actor joins again.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from typing import Any
 
 import torch.distributed as dist
 
-from sgpo_async.session.secret import Forged, seal, tag, unseal
+from sgpo_async.session.secret import Forged, authenticate, tag, verify
 
 _LOOK_S = 0.05
 
 
-class ProvenStore(dist.Store):
-    """Seals every value that is written to `store` with its key, and refuses what is not so sealed."""
+class AuthenticatedStore(dist.Store):
+    """Writes every value to `store` with an authentication tag for its key, and accepts no value without it."""
 
     def __init__(self, store: dist.Store, secret: bytes) -> None:
         super().__init__()
         self._store: Any = store  # its methods take bytes, which their types do not say
         self._secret = secret
 
-    def await_proof(self, key: str) -> None:
+    def wait_until_set(self, key: str) -> None:
         """Return when a process that knows the secret has set `key`; the caller enforces the deadline."""
-        while not self._is_proven(key):
+        while not self._is_set(key):
             time.sleep(_LOOK_S)
 
-    def _is_proven(self, key: str) -> bool:
+    def _is_set(self, key: str) -> bool:
         if not self.check([key]):
             return False
         try:
@@ -47,17 +47,19 @@ class ProvenStore(dist.Store):
     # ---- the interface of `torch.distributed.Store`, as `init_rpc` uses it
 
     def set(self, key: str, value: Any) -> None:
-        self._store.set(self._name(key), self._seal(key, value))
+        self._store.set(self._name(key), self._authenticate(key, value))
 
     def get(self, key: str) -> bytes:
-        return self._open(key, self._store.get(self._name(key)))
+        return self._verify(key, self._store.get(self._name(key)))
 
     def multi_get(self, keys: list[str]) -> list[bytes]:
         return [self.get(key) for key in keys]
 
     def compare_set(self, key: str, expected_value: Any, desired_value: Any) -> bytes:
-        expected = self._seal(key, expected_value) if expected_value else b""  # nothing: if the key is new
-        return self._open(key, self._store.compare_set(self._name(key), expected, self._seal(key, desired_value)))
+        # Torch's "" stands for "the key is new".
+        expected = self._authenticate(key, expected_value) if expected_value else b""
+        desired = self._authenticate(key, desired_value)
+        return self._verify(key, self._store.compare_set(self._name(key), expected, desired))
 
     def check(self, keys: list[str]) -> bool:
         return bool(self._store.check([self._name(key) for key in keys]))
@@ -71,11 +73,11 @@ class ProvenStore(dist.Store):
     def _name(self, key: str) -> str:
         return tag(self._secret, b"key", key.encode()).hex()
 
-    def _seal(self, key: str, value: Any) -> bytes:
-        return seal(self._secret, key.encode(), value.encode() if isinstance(value, str) else bytes(value))
+    def _authenticate(self, key: str, value: Any) -> bytes:
+        return authenticate(self._secret, key.encode(), value.encode() if isinstance(value, str) else bytes(value))
 
-    def _open(self, key: str, sealed: Any) -> bytes:
+    def _verify(self, key: str, message: Any) -> bytes:
         try:
-            return unseal(self._secret, key.encode(), bytes(sealed))
+            return verify(self._secret, key.encode(), bytes(message))
         except Forged as error:
             raise RuntimeError(f"the value of {key} in the rendezvous is a stranger's: {error}") from None
