@@ -33,7 +33,7 @@ RUN = cases.settings(ranks=2, row_tokens=20, delta=2.0)
 class Store:
     """A weight store in memory."""
 
-    place = "/memory"
+    contact = "/memory", b""
 
     def __init__(self) -> None:
         self.versions: dict[int, dict[str, Tensor]] = {}

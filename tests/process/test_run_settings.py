@@ -1,5 +1,6 @@
 """A learner and its hub have one configuration, and the run's folder holds what was really run."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,11 @@ def test_a_learner_takes_what_it_leaves_out_from_its_hub(tmp_path: Path) -> None
         out = tmp_path / "elsewhere"
         own.write_text(f"out: {out}\nlearner: {{row_tokens: 512, problems_per_step: 4}}\n")
         hub, actor = run.hub(), run.actor("actor")
-        command = [*torchrun(2)[1:], str(ROOT / "launch/learner.py"), str(own), "--hub", run.address()]
+        # Without keys, a learner with another folder has to be given the hub's token.
+        address = run.address()
+        (out / "run").mkdir(parents=True)
+        shutil.copy(run.folder / "hub.token", out / "run" / "hub.token")
+        command = [*torchrun(2)[1:], str(ROOT / "launch/learner.py"), str(own), "--hub", address]
         learner = run.start("learner", *command)
         assert (learner.wait(), hub.wait(), actor.wait()) == (0, 0, 0), learner.output
         expected = load(run.config, [f"out={out}", "learner.row_tokens=512"])

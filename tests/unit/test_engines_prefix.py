@@ -205,7 +205,8 @@ def test_progress_gives_copies_of_what_waits_for_a_slot_again():
         engine.step(0.0)
     load(engine, 0, model)
     for array in vars(engine.progress([1])[1]).values():
-        array[:] = 0
+        if array is not None:
+            array[:] = 0
     assert_same(drain(engine)[1], whole)
 
 
