@@ -146,7 +146,7 @@ def published(rank: int) -> dict[str, Any]:
         stepper.policy,
         torch.bfloat16,
         store=store if rank == 0 else None,
-        published=lambda version, path: reported.append((version, path)),
+        published=lambda version, path, _secret: reported.append((version, path)),
     )
     publisher.publish(0)
     train(stepper, rank, range(1))
