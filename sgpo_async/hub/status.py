@@ -84,7 +84,7 @@ def status(core: CoreState) -> dict[str, Any]:
         "joined": actors.joined,
         "left": actors.left,
         "refused": core.refused,
-        "quarantined": core.quarantined,
+        "quarantined": dict(core.quarantined),
         "hub_restarts": core.restarts,
         "leases_moved": core.moved,
         "uptime_s": core.now - core.started,
