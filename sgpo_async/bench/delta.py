@@ -15,7 +15,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +97,15 @@ def _row(lr: float, step: int, before: bytes, after: bytes) -> dict[str, Any]:
     seconds: dict[str, float] = {"encode": 0.0, "decode": 0.0, "zstd_encode": 0.0}
     for start in range(0, len(after), BUCKET_BYTES):
         old, new = (memoryview(data)[start : start + BUCKET_BYTES] for data in (before, after))
-        encoded, seconds["encode"] = _timed(lambda old=old, new=new: delta.encode(old, new), seconds["encode"])  # type: ignore[misc]
+        with _timed(seconds, "encode"):
+            encoded = delta.encode(old, new)
         if encoded is not None:
-            decoded, seconds["decode"] = _timed(lambda old=old, it=encoded: delta.decode(old, it), seconds["decode"])  # type: ignore[misc]
+            with _timed(seconds, "decode"):
+                decoded = delta.decode(old, encoded)
             assert decoded == new
         sizes["delta"] += len(new if encoded is None else encoded)
-        packed, seconds["zstd_encode"] = _timed(lambda old=old, new=new: _zstd_of_xor(old, new), seconds["zstd_encode"])  # type: ignore[misc]
+        with _timed(seconds, "zstd_encode"):
+            packed = _zstd_of_xor(old, new)
         sizes["zstd"] += len(packed)
     changed = np.mean(np.frombuffer(before, np.uint16) != np.frombuffer(after, np.uint16))
     shares = {name: size / len(after) for name, size in sizes.items()}
@@ -109,11 +113,12 @@ def _row(lr: float, step: int, before: bytes, after: bytes) -> dict[str, Any]:
     return {"lr": lr, "step": step, "changed": float(changed), "bytes": len(after)} | shares | speeds
 
 
-def _timed(function: Callable[[], Any], before: float) -> tuple[Any, float]:
-    """The result, and the CPU time of this thread added to `before`: other processes then matter less."""
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Add the CPU time of this thread to `seconds`: other processes then matter less."""
     start = time.thread_time()
-    result = function()
-    return result, before + time.thread_time() - start
+    yield
+    seconds[name] += time.thread_time() - start
 
 
 def _zstd_of_xor(old: memoryview, new: memoryview) -> bytes:

@@ -207,10 +207,10 @@ class EmbeddedEngine:
 
     def _record_kept(self, candidates: torch.Tensor, sampled: torch.Tensor) -> None:
         """Record the other tokens that could have been sampled, of the rows whose requests ask for them."""
-        asking = [row for row, sequence in enumerate(self._running.sequences) if sequence.request.report_kept]
-        if asking:
-            rows = self._decoder.tensor(np.array(asking))
-            for row, ids in zip(asking, others_kept(candidates[rows], sampled[rows]), strict=True):
+        asking = np.flatnonzero(self._running.report_kept())
+        if asking.size:
+            rows = self._decoder.tensor(asking)
+            for row, ids in zip(asking.tolist(), others_kept(candidates[rows], sampled[rows]), strict=True):
                 self._running.sequences[row].kept.append(ids)
 
     def _score(self, version: int) -> list[Scored]:

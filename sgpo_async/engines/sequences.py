@@ -101,6 +101,7 @@ class Running:
         self._temperature = np.ones(slots, np.float32)
         self._top_p = np.ones(slots, np.float64)
         self._top_k = np.zeros(slots, np.int64)
+        self._report_kept = np.zeros(slots, bool)
         self._top_num = np.zeros(slots, np.int64)
 
     def __len__(self) -> int:
@@ -118,7 +119,7 @@ class Running:
         self._limit[row] = request.prompt.size + request.max_new_tokens
         self._stream[row] = stream(request.seed)
         self._temperature[row], self._top_p[row] = request.temperature, request.top_p
-        self._top_k[row] = request.top_k
+        self._top_k[row], self._report_kept[row] = request.top_k, request.report_kept
         self._top_num[row] = request.top_logprobs_num
         self.sequences.append(sequence)
 
@@ -141,6 +142,10 @@ class Running:
     def top_k(self) -> np.ndarray:
         """[n] int64."""
         return self._top_k[: len(self)]
+
+    def report_kept(self) -> np.ndarray:
+        """Whether each row asks for the tokens that were kept, [n] bool."""
+        return self._report_kept[: len(self)]
 
     def top_logprobs_num(self) -> np.ndarray:
         """The number of likeliest tokens that each row asks for, [n] int64."""
@@ -197,7 +202,7 @@ class Running:
     def _arrays(self) -> tuple[np.ndarray, ...]:
         return (
             self._ids, self._logprobs, self._top_tokens, self._top_logprobs, self._length, self._prompt, self._limit,
-            self._stream, self._temperature, self._top_p, self._top_k, self._top_num,
+            self._stream, self._temperature, self._top_p, self._top_k, self._report_kept, self._top_num,
         )  # fmt: skip
 
     def _reserve(self, length: int, width: int = 0) -> None:

@@ -81,7 +81,7 @@ class Loop:
         """
         self._core, self._mailbox, self._spawn_sender = core, mailbox, spawn_sender
         self._weights, self._journal, self._clock = weights, journal, clock
-        self.authority = authority
+        self._authority = authority
         self._senders: dict[bytes, SenderHandle] = {}
         self._stop_threads = ThreadPoolExecutor(max_workers=16, thread_name_prefix="stop-sender")
         self._stopping: list[Future[None]] = []
@@ -121,7 +121,7 @@ class Loop:
         if isinstance(message, WireError):
             return ev.Rejected(member, str(message)), frames
         rank = self._core.learner_ranks.rank_of(member)
-        if objection := self.authority.objection(message, key=key, from_rank=rank is not None):
+        if objection := self._authority.objection(message, key=key, from_rank=rank is not None):
             return ev.Forbidden(member, objection), []
         if not self._weights or rank != 0 or not isinstance(message, wire.Published):
             return ev.Received(member, message), frames

@@ -50,13 +50,9 @@ def bucket(version: int, index: int, base: int | None) -> tuple[torch.Tensor, bo
 
     None if the version was superseded.
     """
-    store = callee.store
-    assert store is not None
+    assert callee.store is not None
     try:
-        if base is None:
-            data, is_delta = store.bucket(version, index), False
-        else:
-            data, is_delta = store.bucket_or_delta(version, index, base)
+        data, is_delta = callee.store.bucket_or_delta(version, index, base)
     except Superseded:
         return None
     return torch.frombuffer(data, dtype=torch.uint8), is_delta

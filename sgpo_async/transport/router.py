@@ -21,7 +21,7 @@ from zmq.auth.thread import ThreadAuthenticator
 from sgpo_async.errors import HubError
 from sgpo_async.transport.base import Frames
 from sgpo_async.transport.keys import key_pair, public_key
-from sgpo_async.transport.sockets import close_socket, drain, numeric, offer, open_socket
+from sgpo_async.transport.sockets import close_socket, drain, numeric, offer, open_socket, receive
 
 
 class Router:
@@ -50,8 +50,8 @@ class Router:
             raise
 
     def poll(self, timeout_s: float) -> list[tuple[bytes, Frames, bytes]]:
-        receive = receive_with_key if self._authenticator else receive_plain
-        messages = drain(self.socket, timeout_s, self.max_bytes, receive)
+        take = receive_with_key if self._authenticator else receive_plain
+        messages = drain(self.socket, timeout_s, self.max_bytes, take)
         return [(member, frames, key) for key, member, *frames in messages]
 
     def send(self, member: bytes, frames: Sequence[bytes]) -> bool:
@@ -67,7 +67,7 @@ class Router:
 
 def receive_plain(socket: zmq.Socket) -> Frames:
     """One message, after an empty frame. Raises zmq.Again if there is none."""
-    return [b"", *socket.recv_multipart(zmq.DONTWAIT)]
+    return [b"", *receive(socket)]
 
 
 def receive_with_key(socket: zmq.Socket) -> Frames:
@@ -77,7 +77,7 @@ def receive_with_key(socket: zmq.Socket) -> Frames:
     it holds also for a message under the identity of another member.
     """
     identity = socket.recv(zmq.DONTWAIT, copy=False)
-    return [str(identity["User-Id"]).encode(), identity.bytes, *socket.recv_multipart(zmq.DONTWAIT)]
+    return [str(identity["User-Id"]).encode(), identity.bytes, *receive(socket)]
 
 
 class KnownKeys:

@@ -67,7 +67,7 @@ def decode(old: Buffer, delta: Buffer) -> bytearray:
     short = np.frombuffer(plain, np.uint8, min(count, len(plain) - _COUNT_BYTES), _COUNT_BYTES)
     long_at = np.flatnonzero(short == _LONG)
     if len(plain) != _COUNT_BYTES + 3 * count + 4 * len(long_at):
-        raise WeightsError(f"weights: a delta of {len(delta)} bytes is damaged; send the bucket")
+        raise _damaged(delta)
     gaps = short.astype(np.int64)
     gaps[long_at] = np.frombuffer(plain, "<u4", len(long_at), _COUNT_BYTES + count)
     changed = np.cumsum(gaps + 1) - 1
@@ -84,10 +84,14 @@ def _inflate(delta: Buffer, *, most: int) -> bytes:
     try:
         plain = inflater.decompress(delta, most)
     except zlib.error as error:
-        raise WeightsError(f"weights: a delta of {len(delta)} bytes is damaged ({error}); send the bucket") from None
+        raise _damaged(delta, f" ({error})") from None
     if not inflater.eof or len(plain) < _COUNT_BYTES:
-        raise WeightsError(f"weights: a delta of {len(delta)} bytes is damaged; send the bucket")
+        raise _damaged(delta)
     return plain
+
+
+def _damaged(delta: Buffer, reason: str = "") -> WeightsError:
+    return WeightsError(f"weights: a delta of {len(delta)} bytes is damaged{reason}; send the bucket")
 
 
 def _fold(difference: np.ndarray) -> np.ndarray:

@@ -61,14 +61,14 @@ class StoreReader:
         self._check_unchanged(record)
         return data
 
-    def bucket_or_delta(self, version: int, index: int, base: int) -> tuple[bytearray, bool]:
+    def bucket_or_delta(self, version: int, index: int, base: int | None) -> tuple[bytearray, bool]:
         """Return one bucket, or its difference to the same bytes of version `base`, and whether it is that.
 
-        It is the whole bucket if the store does not hold `base`, or if the difference would not be smaller; see
-        `weights.delta`. Raises Superseded if the store no longer holds `version`.
+        It is the whole bucket without a base, if the store does not hold it, or if the difference would not be smaller;
+        see `weights.delta`. Raises Superseded if the store no longer holds `version`.
         """
         new = self.bucket(version, index)
-        earlier = next((own for own in self._records() if own.version == base), None)
+        earlier = None if base is None else next((own for own in self._records() if own.version == base), None)
         if earlier is None:
             return new, False
         bucket = self._manifest(self._record(version)).buckets[index]

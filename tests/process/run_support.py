@@ -119,6 +119,14 @@ class RealRun:
     def local(self, *overrides: str) -> RunProcess:
         return self.start("local", "launch/local.py", str(self.config), *overrides)
 
+    def resume(self, *overrides: str, steps: int) -> list[dict[str, Any]]:
+        """Continue a finished or interrupted run to `steps` steps; return the metrics, which have each step once."""
+        resumed = self.local(*overrides, "learner.resume=true", f"steps={steps}")
+        assert resumed.wait() == 0, resumed.output
+        lines = self.metrics()
+        assert [line["step"] for line in lines] == list(range(1, steps + 1))
+        return lines
+
     def hub(self, *overrides: str) -> RunProcess:
         return self.start("hub", "-m", "sgpo_async.cli", "hub", str(self.config), *overrides)
 

@@ -39,9 +39,7 @@ def test_a_run_with_corrected_pass_rates_and_an_ema_teacher_trains_and_resumes(t
             assert line["targets"] > 0 and line["kd_loss"] > 0
             assert line["tokens_forward_only"] > line["tokens"]
         assert run.summary()["teacher_mb"] > 0.1
-        resumed = run.local("learner.resume=true", "steps=3")
-        assert resumed.wait() == 0, resumed.output
-        assert [line["step"] for line in run.metrics()] == [1, 2, 3]
+        run.resume(steps=3)
 
 
 @pytest.mark.parametrize("resumes", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -58,9 +56,7 @@ def test_the_behaviour_policy_teaches_without_a_teacher_copy_or_forward_pass(tmp
         assert run.summary()["teacher_mb"] == 0
         if not resumes:
             return
-        resumed = run.local(*overrides, "learner.resume=true", "steps=3")
-        assert resumed.wait() == 0, resumed.output
-        assert [line["step"] for line in run.metrics()] == [1, 2, 3]
+        run.resume(*overrides, steps=3)
 
 
 def test_a_source_without_responses_is_refused_at_once(tmp_path: Path) -> None:

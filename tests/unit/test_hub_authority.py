@@ -157,8 +157,7 @@ def test_the_status_shows_no_identity(driver: Driver) -> None:
 
 @pytest.fixture
 def guarded() -> Iterator[Running]:
-    running = Running(MemoryRouter())
-    running.loop.authority = Authority(key=LEARNERS)
+    running = Running(MemoryRouter(), Authority(key=LEARNERS))
     yield running
     running.reason = "the test is over"
     running.join()

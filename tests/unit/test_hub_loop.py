@@ -56,13 +56,13 @@ class FakeWeights:
 class Running:
     """A loop in a thread, and its weight senders."""
 
-    def __init__(self, router: MemoryRouter) -> None:
+    def __init__(self, router: MemoryRouter, authority: Authority = Authority()) -> None:  # noqa: B008 (immutable)
         self.router, self.senders, self.reason, self.ended = router, [], "", ""
         core = HubCore(make_run(batch=1, steps=1), Source(held_out=1), store="/store")
         self.loop = Loop(
             core,
             mailbox=RouterMailbox(router),
-            authority=Authority(),
+            authority=authority,
             spawn_sender=self.spawn_sender,
             weights=FakeWeights(),  # type: ignore[arg-type]
         )

@@ -31,10 +31,7 @@ class Source:
 
         def pending() -> Sent | None:
             self.in_flight -= 1
-            if base is None:
-                found, is_delta = self.reader.bucket(version, index), False
-            else:
-                found, is_delta = self.reader.bucket_or_delta(version, index, base)
+            found, is_delta = self.reader.bucket_or_delta(version, index, base)
             data = self.damage(index, found)
             return None if data is None else Sent(memoryview(data), is_delta)
 
