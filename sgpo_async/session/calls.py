@@ -3,14 +3,16 @@
     weight receiver ──▶ weight sender     manifest()  bucket(version, index, base)  submit(request)
     weight sender   ──▶ weight receiver   announce(version)  respond(response)
 
-All of them return at once. The objects that they work on are in `callee`, which is set before the world exists.
-`manifest` and `bucket` return None for "superseded": this is a normal answer, and Torch RPC would print a traceback for
-an exception. The heartbeats between the two processes are in `session.rpc_world`.
+The objects that they work on are in `callee`, which is set before the world exists. All of them return at once but
+`bucket`, which waits a moment for a bucket that is still on its way to this node. That a version was superseded is a
+normal answer and no exception, of which Torch RPC would print a traceback. The heartbeats between the two processes are
+in `session.rpc_world`.
 """
 
 from __future__ import annotations
 
 import queue
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +26,17 @@ if TYPE_CHECKING:
     from sgpo_async.session.rpc_server import RpcServer
 
 
+ARRIVAL_S = 1.0  # how long `bucket` waits; well below the deadline of a call
+_POLL_S = 0.002
+SUPERSEDED = "superseded"
+ARRIVING = "arriving"
+
+
 @dataclass
 class Callee:
     """The objects of this process that the calls work on."""
 
-    store: StoreReader | None = None  # weight sender: the learner's store
+    store: StoreReader | None = None  # weight sender: what it serves
     server: RpcServer | None = None  # weight sender
     inbox: queue.SimpleQueue[Any] = field(default_factory=queue.SimpleQueue)  # weight receiver: of its main thread
 
@@ -45,16 +53,21 @@ def manifest() -> bytes | None:
         return None
 
 
-def bucket(version: int, index: int, base: int | None) -> tuple[torch.Tensor, bool] | None:
+def bucket(version: int, index: int, base: int | None) -> tuple[torch.Tensor, bool] | str:
     """Return the bytes of one bucket, [n] uint8, and whether they are its difference to version `base`.
 
-    None if the version was superseded.
+    SUPERSEDED if the store no longer holds the version, ARRIVING if it does not hold this bucket of it yet.
     """
     assert callee.store is not None
+    deadline = time.monotonic() + ARRIVAL_S
     try:
-        data, is_delta = callee.store.bucket_or_delta(version, index, base)
+        while (found := callee.store.bucket_or_delta(version, index, base)) is None:
+            if time.monotonic() > deadline:
+                return ARRIVING
+            time.sleep(_POLL_S)
     except Superseded:
-        return None
+        return SUPERSEDED
+    data, is_delta = found
     return torch.frombuffer(data, dtype=torch.uint8), is_delta
 
 

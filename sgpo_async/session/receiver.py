@@ -200,7 +200,9 @@ class LocalCopy:
 
         def pending() -> Sent | None:
             answer = call.wait()
-            return None if answer is None else Sent(memoryview(answer[0].numpy()), answer[1])
+            if answer == calls.SUPERSEDED:
+                raise Superseded(f"weights version {version}: the source has given it up before it was pulled")
+            return None if answer == calls.ARRIVING else Sent(memoryview(answer[0].numpy()), answer[1])
 
         return pending
 

@@ -1,4 +1,4 @@
-"""The weight sender (rank 0, beside the hub): announces new versions and serves them.
+"""The weight sender (rank 0, beside a store): announces new versions and serves them, from their first bucket on.
 
     main thread       each 20 ms: check the weight receiver, announce a new version in the store, send a response
     RPC threads       answer `calls.manifest`, `calls.bucket`, `rpc_world.heartbeat`; pass `calls.submit` to RpcServer
@@ -50,13 +50,13 @@ def run(settings: Settings, child: ChildSide) -> NoReturn:
 
 
 def serve(world: RpcWorld, store: StoreReader, server: RpcServer, child: ChildSide) -> NoReturn:
-    """Announce new versions in `store` and send the server's responses, until the weight receiver is gone."""
+    """Announce new versions in `store`, complete or still arriving, and send the server's responses, until the weight receiver is gone."""
     from sgpo_async.session import calls
 
     announced: int | None = None
     while True:
         world.check()
-        version = store.version()
+        version = store.offered()
         if version is not None and version != announced:
             world.call(calls.announce, version)
             announced = version

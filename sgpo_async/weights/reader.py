@@ -1,6 +1,9 @@
 """Read a weight store while another process writes it, without a lock.
 
 The reader copies the data first and validates afterwards: the copy is complete if its slot still holds the version.
+
+A version that is still arriving can be passed on bucket by bucket: `offered`, `encoded_manifest` and `bucket_or_delta`
+know it; for all other methods a version exists when it is complete.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from sgpo_async.errors import Superseded
 from sgpo_async.weights import store_layout
 from sgpo_async.weights.delta import encode
 from sgpo_async.weights.manifest import Manifest, TensorEntry
-from sgpo_async.weights.store_layout import Record
+from sgpo_async.weights.store_layout import Header, Record
 
 if TYPE_CHECKING:
     import torch
@@ -30,21 +33,26 @@ class StoreReader:
 
     def version(self) -> int | None:
         """Return the newest complete version, or None if there is none."""
-        records = self._records()
+        records = self._header().complete
         return records[-1].version if records else None
+
+    def offered(self) -> int | None:
+        """Return the newest version of which buckets can be passed on, complete or not, or None if there is none."""
+        newest = self._newest()
+        return newest.version if newest else None
 
     def manifest(self) -> Manifest | None:
         """Return the manifest of the newest complete version, or None if there is none.
 
         Raises Superseded if it is overwritten while it is read, and WeightsError if it is damaged.
         """
-        records = self._records()
+        records = self._header().complete
         return self._manifest(records[-1]) if records else None
 
     def encoded_manifest(self) -> bytes | None:
-        """Return the same manifest undecoded and unchecked, for `Manifest.from_bytes` in the receiver."""
-        records = self._records()
-        return self._encoded(records[-1]) if records else None
+        """Return the manifest of the version that `offered` names, undecoded and unchecked, for the receiver."""
+        newest = self._newest()
+        return self._encoded(newest) if newest else None
 
     def manifest_of(self, version: int) -> Manifest:
         """Return the manifest of one version. Raises Superseded if the store no longer holds it."""
@@ -61,19 +69,30 @@ class StoreReader:
         self._check_unchanged(record)
         return data
 
-    def bucket_or_delta(self, version: int, index: int, base: int | None) -> tuple[bytearray, bool]:
+    def bucket_or_delta(self, version: int, index: int, base: int | None) -> tuple[bytearray, bool] | None:
         """Return one bucket, or its difference to the same bytes of version `base`, and whether it is that.
 
-        It is the whole bucket without a base, if the store does not hold it, or if the difference would not be smaller;
-        see `weights.delta`. Raises Superseded if the store no longer holds `version`.
+        None if the version is still arriving and this bucket is not here yet. It is the whole bucket without a base, if
+        the store does not hold it, or if the difference would not be smaller; see `weights.delta`. Raises Superseded if
+        the store no longer holds `version`.
         """
-        new = self.bucket(version, index)
-        earlier = None if base is None else next((own for own in self._records() if own.version == base), None)
+        header = self._header()
+        record = next((own for own in header.complete if own.version == version), None)
+        if record is None:
+            incoming = header.incoming
+            if incoming is None or incoming.record.version != version:
+                raise _superseded(version)
+            if index >= incoming.verified:
+                return None
+            record = incoming.record
+        bucket = self._manifest(record).buckets[index]
+        new = store_layout.read(self._fd, bucket.nbytes, record.data + bucket.offset)
+        self._check_unchanged(record)
+        earlier = None if base is None else next((own for own in header.complete if own.version == base), None)
         if earlier is None:
             return new, False
-        bucket = self._manifest(self._record(version)).buckets[index]
         delta = encode(store_layout.read(self._fd, bucket.nbytes, earlier.data + bucket.offset), new)
-        if delta is None or earlier not in self._records():
+        if delta is None or earlier not in self._header().complete:
             return new, False
         return bytearray(delta), True
 
@@ -109,22 +128,29 @@ class StoreReader:
             os.close(self._fd)
             self._fd = -1
 
-    def _records(self) -> list[Record]:
+    def _header(self) -> Header:
         if self._fd < 0:
             try:
                 self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:
-                return []
-        return store_layout.read_header(self._fd)[1]
+                return Header()
+        return store_layout.read_header(self._fd)
+
+    def _newest(self) -> Record | None:
+        """Where the newest version lies, complete or not."""
+        header = self._header()
+        records = [*header.complete, *([header.incoming.record] if header.incoming else [])]
+        return max(records, key=lambda record: record.version, default=None)
 
     def _record(self, version: int) -> Record:
-        for record in self._records():
+        for record in self._header().complete:
             if record.version == version:
                 return record
-        raise Superseded(f"weights version {version}: no longer in the store; read the newest version")
+        raise _superseded(version)
 
     def _check_unchanged(self, record: Record) -> None:
-        if record not in self._records():
+        header = self._header()
+        if record not in header.complete and (header.incoming is None or header.incoming.record != record):
             raise Superseded(f"weights version {record.version}: overwritten while it was read; read the newest one")
 
     def _manifest(self, record: Record) -> Manifest:
@@ -162,3 +188,7 @@ class LazyTensors(Mapping[str, "torch.Tensor"]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+def _superseded(version: int) -> Superseded:
+    return Superseded(f"weights version {version}: no longer in the store; read the newest version")

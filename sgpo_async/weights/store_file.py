@@ -73,8 +73,8 @@ class StoreFile:
     @property
     def version(self) -> int | None:
         """The newest complete version in the file; None if there is none."""
-        _, records = store_layout.read_header(self._fd)
-        return records[-1].version if records else None
+        complete = store_layout.read_header(self._fd).complete
+        return complete[-1].version if complete else None
 
     def follow(self, path: str) -> bool:
         """Use the store at `path` instead, if it exists and is another file; returns whether it is.
@@ -109,7 +109,7 @@ def _open_store(path: str) -> int:
     except OSError:
         return -1
     try:
-        stride, _ = store_layout.read_header(fd)
+        stride = store_layout.read_header(fd).stride
     except OSError:  # a pipe, for example
         stride = 0
     if stride == 0:

@@ -1,6 +1,6 @@
 """The file format of a weight store: a header page, then two slots that hold one version each.
 
-    page 0      magic, stride │ record of slot 0 │ record of slot 1
+    page 0      magic, stride │ record of slot 0 │ record of slot 1 │ record of the incoming version
     slot k      at PAGE + k * stride: data, then the encoded manifest
 
 A record states which complete version its slot holds, and at which offsets. The writer erases the record, writes data
@@ -8,6 +8,9 @@ and manifest, and only then writes the new record. This is a sequence lock with 
 versions never repeat. A reader copies what it needs and then checks that the record is unchanged. Readers and writer
 never wait for each other, so a killed process cannot block another one. A slot whose writer was killed counts as empty.
 A record has its own checksum, so that a partly written record is recognised as invalid.
+
+A version that arrives bucket by bucket has a record of its own while it is incomplete. It counts the buckets that are
+already here and verified: they can be passed on, and if the writer is killed, the next one continues after them.
 """
 
 from __future__ import annotations
@@ -25,11 +28,12 @@ from sgpo_async.errors import WeightsError
 from sgpo_async.weights.manifest import aligned
 
 PAGE = 4096
-MAGIC = b"SGPOWTS1"
+MAGIC = b"SGPOWTS2"
 SLOTS = 2
 _HEADER = struct.Struct("<8sQ")  # magic, stride
 _RECORD = struct.Struct("<qQQQ")  # version, data offset, manifest offset, manifest bytes
 _RECORD_BYTES = 64
+_INCOMING = struct.Struct("<QqQQQQ")  # slot, then as _RECORD, then the number of verified buckets
 _SLACK = 256  # spare bytes, because the numbers in later manifests may be longer
 
 
@@ -44,17 +48,39 @@ class Record:
     manifest_nbytes: int
 
 
-def read_header(fd: int) -> tuple[int, list[Record]]:
-    """Return the stride (0: the store is not initialised) and the records of complete versions, oldest first."""
+@dataclass(frozen=True)
+class IncomingRecord:
+    """A version that is not complete yet: its buckets below `verified` are in the slot that `record` describes."""
+
+    record: Record
+    verified: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a store holds; without a version if it is not initialised."""
+
+    stride: int = 0  # 0: the store is not initialised
+    complete: tuple[Record, ...] = ()  # oldest first
+    incoming: IncomingRecord | None = None
+
+
+def read_header(fd: int) -> Header:
+    """Read what the store holds."""
     page = os.pread(fd, PAGE, 0)
     if len(page) < PAGE:
-        return 0, []
+        return Header()
     magic, stride = _HEADER.unpack_from(page)
     if magic != MAGIC:
-        return 0, []
-    offsets = [_record_offset(slot) for slot in range(SLOTS)]
-    records = [_unpack(slot, page[offset : offset + _RECORD_BYTES]) for slot, offset in enumerate(offsets)]
-    return stride, sorted((r for r in records if r is not None), key=lambda r: r.version)
+        return Header()
+    records = [
+        Record(slot, *fields) for slot in range(SLOTS) if (fields := _unpack(_RECORD, page, _record_offset(slot)))
+    ]
+    incoming = None
+    if fields := _unpack(_INCOMING, page, _record_offset(SLOTS)):
+        *record, verified = fields
+        incoming = IncomingRecord(Record(*record), verified)
+    return Header(stride, tuple(sorted(records, key=lambda record: record.version)), incoming)
 
 
 def write_header(fd: int, stride: int) -> None:
@@ -73,6 +99,18 @@ def write_record(fd: int, record: Record) -> None:
 def erase_record(fd: int, slot: int) -> None:
     """Mark a slot as empty."""
     write(fd, bytes(_RECORD_BYTES), _record_offset(slot))
+
+
+def write_incoming(fd: int, incoming: IncomingRecord) -> None:
+    """Let readers see the verified buckets of a version that is not complete yet."""
+    own = incoming.record
+    body = _INCOMING.pack(own.slot, own.version, own.data, own.manifest, own.manifest_nbytes, incoming.verified)
+    write(fd, body + xxhash.xxh3_64_digest(body), _record_offset(SLOTS))
+
+
+def erase_incoming(fd: int) -> None:
+    """State that no version is incomplete."""
+    erase_record(fd, SLOTS)
 
 
 def stride_for(data_nbytes: int, manifest_nbytes: int) -> int:
@@ -121,8 +159,8 @@ def _record_offset(slot: int) -> int:
     return 64 + slot * _RECORD_BYTES
 
 
-def _unpack(slot: int, data: bytes) -> Record | None:
-    body, checksum = data[: _RECORD.size], data[_RECORD.size : _RECORD.size + 8]
-    if xxhash.xxh3_64_digest(body) != checksum:
-        return None
-    return Record(slot, *_RECORD.unpack(body))
+def _unpack(fields: struct.Struct, page: bytes, offset: int) -> tuple[int, ...] | None:
+    """The fields of the record at `offset`; None if it is erased or was written only in part."""
+    body = page[offset : offset + fields.size]
+    checksum = page[offset + fields.size : offset + fields.size + 8]
+    return fields.unpack(body) if xxhash.xxh3_64_digest(body) == checksum else None

@@ -4,7 +4,8 @@
     receive(manifest)             from buckets, in any order (in the weight receiver on an inference node)
 
 A version becomes visible through its record, which is written last. If the writer is killed or fails, the newest
-version is unchanged, and the next writer continues in the other slot.
+version is unchanged, and the next writer continues in the other slot: with `receive` after the buckets that are already
+there, if it is the same version.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from sgpo_async.errors import WeightsError
 from sgpo_async.weights import store_layout
 from sgpo_async.weights.digest import combine, dtype_name, tensor_bytes
 from sgpo_async.weights.manifest import Bucket, Manifest, TensorEntry, aligned
-from sgpo_async.weights.store_layout import PAGE, Record
+from sgpo_async.weights.store_layout import PAGE, IncomingRecord, Record
 
 if TYPE_CHECKING:
     import torch
@@ -39,11 +40,12 @@ class StoreWriter:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         with store_layout.guarded(f"open {path}"):
             self._fd = os.open(self.path, flags, 0o600)
-        self._stride, records = store_layout.read_header(self._fd)
+        header = store_layout.read_header(self._fd)
+        self._stride, self._interrupted = header.stride, header.incoming
         self._newest: Manifest | None = None
         self._slot = 0
-        if records:
-            newest = records[-1]
+        if header.complete:
+            newest = header.complete[-1]
             data = store_layout.read(self._fd, newest.manifest_nbytes, newest.manifest)
             self._newest = Manifest.from_bytes(bytes(data))
             self._slot = 1 - newest.slot
@@ -97,7 +99,7 @@ class StoreWriter:
         return manifest
 
     def receive(self, manifest: Manifest) -> Incoming:
-        """Start to write the version that `manifest` describes, bucket by bucket.
+        """Start to write the version that `manifest` describes, or continue it after an interrupted writer.
 
         Raises WeightsError for the same reasons as `publish`.
         """
@@ -105,8 +107,16 @@ class StoreWriter:
         for index, entry in enumerate(manifest.tensors):
             self._check_entry(manifest.version, index, entry)
         self._check_names(manifest.version, [e.name for e in manifest.tensors])
+        encoded = manifest.to_bytes()
+        interrupted, self._interrupted = self._interrupted, None
+        if interrupted is not None and self._is_of(interrupted.record, encoded):
+            return Incoming(self, manifest, interrupted)
         self._begin()
-        return Incoming(self, manifest)
+        if self._newest is None:
+            self._lay_out(manifest.nbytes, encoded)
+        record = self._record(manifest, encoded)
+        store_layout.write(self._fd, encoded, record.manifest)
+        return Incoming(self, manifest, IncomingRecord(record, 0))
 
     def close(self) -> None:
         """Close the store; it stays readable."""
@@ -118,20 +128,40 @@ class StoreWriter:
         return PAGE + self._slot * self._stride
 
     def _begin(self) -> None:
+        """Give up what the slot holds, also a version that an earlier writer has not completed."""
         if self._newest is None:
             self._stride = 0  # the file holds no complete version: lay out the slots from PAGE on
+        store_layout.erase_incoming(self._fd)
         store_layout.erase_record(self._fd, self._slot)
 
-    def _finish(self, manifest: Manifest) -> None:
-        encoded = manifest.to_bytes()
-        if self._newest is None:
-            self._stride = store_layout.stride_for(manifest.nbytes, len(encoded))
-            store_layout.write_header(self._fd, self._stride)
+    def _lay_out(self, nbytes: int, encoded: bytes) -> None:
+        self._stride = store_layout.stride_for(nbytes, len(encoded))
+        store_layout.write_header(self._fd, self._stride)
+
+    def _record(self, manifest: Manifest, encoded: bytes) -> Record:
+        """Where the version that is being written lies."""
         start = self._start()
         offset = start + aligned(manifest.nbytes)
         assert offset + len(encoded) <= start + self._stride
-        store_layout.write(self._fd, encoded, offset)
-        store_layout.write_record(self._fd, Record(self._slot, manifest.version, start, offset, len(encoded)))
+        return Record(self._slot, manifest.version, start, offset, len(encoded))
+
+    def _is_of(self, record: Record, encoded: bytes) -> bool:
+        """Whether an earlier writer has begun this slot with the version of this manifest."""
+        if record.slot != self._slot or record.manifest_nbytes != len(encoded):
+            return False
+        return store_layout.read(self._fd, record.manifest_nbytes, record.manifest) == encoded
+
+    def _finish(self, manifest: Manifest) -> None:
+        """Write the manifest of a version whose data is in the slot, and make it visible."""
+        encoded = manifest.to_bytes()
+        if self._newest is None:
+            self._lay_out(manifest.nbytes, encoded)
+        record = self._record(manifest, encoded)
+        store_layout.write(self._fd, encoded, record.manifest)
+        self._show(manifest, record)
+
+    def _show(self, manifest: Manifest, record: Record) -> None:
+        store_layout.write_record(self._fd, record)
         self._newest = manifest
         self._slot = 1 - self._slot
 
@@ -165,19 +195,24 @@ class StoreWriter:
 
 
 class Incoming:
-    """A version that is received in buckets; readers cannot see it until `commit`."""
+    """A version that is received bucket by bucket, from the first to the last.
 
-    def __init__(self, writer: StoreWriter, manifest: Manifest) -> None:
-        self._writer = writer
-        self._manifest = manifest
-        self._missing = set(range(len(manifest.buckets)))
+    Readers see its buckets as they come (`StoreReader.bucket_or_delta`), and the version after `commit`.
+    """
+
+    def __init__(self, writer: StoreWriter, manifest: Manifest, record: IncomingRecord) -> None:
+        self._writer, self._manifest, self._record = writer, manifest, record.record
+        self.verified = record.verified  # number of buckets that are in the store
+        store_layout.write_incoming(writer._fd, record)
 
     def put(self, index: int, data: bytes | bytearray | memoryview) -> None:
-        """Write bucket `index`. If the checksum does not match, raises WeightsError and writes nothing."""
+        """Write bucket `index`, the next one. If the checksum does not match, raises WeightsError, writes nothing."""
+        assert index == self.verified, f"bucket {self.verified} comes next, not {index}"
         self._manifest.check(index, data)
-        writer = self._writer
-        store_layout.write(writer._fd, memoryview(data), writer._start() + self._manifest.buckets[index].offset)
-        self._missing.discard(index)
+        fd = self._writer._fd
+        store_layout.write(fd, memoryview(data), self._record.data + self._manifest.buckets[index].offset)
+        self.verified += 1
+        store_layout.write_incoming(fd, IncomingRecord(self._record, self.verified))
 
     @property
     def base(self) -> int | None:
@@ -192,8 +227,10 @@ class Incoming:
 
     def commit(self) -> None:
         """Make the version visible to readers; every bucket must have been written."""
-        assert not self._missing, f"buckets {sorted(self._missing)} are missing"
-        self._writer._finish(self._manifest)
+        missing = len(self._manifest.buckets) - self.verified
+        assert not missing, f"{missing} buckets are missing"
+        self._writer._show(self._manifest, self._record)
+        store_layout.erase_incoming(self._writer._fd)
 
 
 class _Stream:

@@ -23,6 +23,11 @@ class Source:
     def publish(self, version: int) -> None:
         self.writer.publish(version, [("a", torch.full((100,), float(version))), ("b", torch.ones(40))])
 
+    def newest(self) -> Manifest:
+        encoded = self.reader.encoded_manifest()
+        assert encoded is not None
+        return Manifest.from_bytes(encoded)
+
     def request(self, version: int, index: int, base: int | None) -> PendingBucket:
         self.requested.append(index)
         self.bases.append(base)
@@ -31,9 +36,13 @@ class Source:
 
         def pending() -> Sent | None:
             self.in_flight -= 1
-            found, is_delta = self.reader.bucket_or_delta(version, index, base)
-            data = self.damage(index, found)
-            return None if data is None else Sent(memoryview(data), is_delta)
+            found = self.reader.bucket_or_delta(version, index, base)
+            if found is None:
+                return None
+            data = self.damage(index, found[0])
+            if data is None:
+                raise Superseded(f"version {version}")
+            return Sent(memoryview(data), found[1])
 
         return pending
 
@@ -137,11 +146,6 @@ class SmallSteps(Source):
         self.values[version::500] += 1
         self.writer.publish(version, [("a", self.values), ("b", torch.full((10,), float(version)))])
 
-    def newest(self) -> Manifest:
-        manifest = self.reader.manifest()
-        assert manifest is not None
-        return manifest
-
 
 def test_a_version_arrives_as_the_difference_to_the_one_before(paths: tuple[str, str]) -> None:
     source, writer, local = SmallSteps(paths[0]), StoreWriter(paths[1]), StoreReader(paths[1])
@@ -200,3 +204,116 @@ def test_a_wrong_difference_is_replaced_by_the_whole_bucket(paths: tuple[str, st
     pull(source.newest(), source.request, writer, deltas=True)
     assert torch.equal(StoreReader(paths[1]).tensors(1)["a"], source.values)
     assert None in source.bases and 0 in source.bases
+
+
+class Lost(Exception):
+    """The source is gone."""
+
+
+class Relay:
+    """A node between a source and another node: it holds the first `available` buckets, and gets one per question."""
+
+    def __init__(self, source: Source, path: str, available: int) -> None:
+        self.manifest = source.newest()
+        self.source, self.reader, self.requested = source, StoreReader(path), list[int]()
+        self.incoming = StoreWriter(path).receive(self.manifest)
+        for _ in range(available):
+            self.advance()
+
+    def advance(self) -> None:
+        index = self.incoming.verified
+        if index < len(self.manifest.buckets):
+            self.incoming.put(index, self.source.reader.bucket(self.manifest.version, index))
+
+    def request(self, version: int, index: int, base: int | None) -> PendingBucket:
+        self.requested.append(index)
+
+        def pending() -> Sent | None:
+            found = self.reader.bucket_or_delta(version, index, base)
+            self.advance()
+            return None if found is None else Sent(memoryview(found[0]), found[1])
+
+        return pending
+
+
+@pytest.fixture
+def third() -> Iterator[str]:
+    file = StoreFile("/nowhere")
+    yield file.path
+    file.close()
+
+
+@pytest.mark.parametrize("available", [0, 3, 9])
+def test_a_node_passes_on_a_version_that_it_still_receives(paths: tuple[str, str], third: str, available: int) -> None:
+    source = Source(paths[0], undamaged)
+    source.publish(5)
+    relay = Relay(source, paths[1], available)
+    assert relay.reader.version() is None and relay.reader.offered() == 5
+    local = StoreReader(third)
+    assert pull(source.newest(), relay.request, StoreWriter(third)) == source.newest().nbytes
+    assert local.manifest() == source.newest()
+    assert torch.equal(local.tensors(5)["a"], torch.full((100,), 5.0))
+    assert relay.requested.count(8) >= 1
+
+
+def test_a_source_that_gets_no_bucket_ends_the_pull(paths: tuple[str, str], third: str) -> None:
+    source = Source(paths[0], undamaged)
+    source.publish(0)
+    relay = Relay(source, paths[1], 2)
+    relay.advance = lambda: None  # type: ignore[method-assign]
+    with pytest.raises(SessionError, match="version 0: no new bucket within 0.05 s"):
+        pull(source.newest(), relay.request, StoreWriter(third), silence_s=0.05)
+    assert StoreReader(third).version() is None
+
+
+@pytest.mark.parametrize("deltas", [False, True])
+def test_a_lost_source_costs_only_the_buckets_that_were_not_here(paths: tuple[str, str], deltas: bool) -> None:
+    """Another writer, as after the death of a process, continues after the last verified bucket from another source."""
+    source, requested = SmallSteps(paths[0]), list[int]()
+    source.publish(0)
+    pull(source.newest(), source.request, StoreWriter(paths[1]))
+    source.publish(1)
+    source.requested.clear()
+
+    def lost(index: int, data: bytearray) -> bytearray:
+        requested.append(index)
+        if index == 3:
+            raise Lost
+        return data
+
+    source.damage = lost
+    with pytest.raises(Lost):
+        pull(source.newest(), source.request, StoreWriter(paths[1]), deltas=deltas)
+    assert StoreReader(paths[1]).version() == 0
+    source.damage = undamaged
+    source.requested.clear()
+    received = pull(source.newest(), source.request, StoreWriter(paths[1]), deltas=deltas)
+    assert source.requested == [3, 4], "buckets 0 to 2 were here already"
+    assert received < source.newest().nbytes
+    assert torch.equal(StoreReader(paths[1]).tensors(1)["a"], source.values)
+
+
+def test_a_newer_version_replaces_one_that_was_interrupted(paths: tuple[str, str]) -> None:
+    source, local = Source(paths[0], undamaged), StoreReader(paths[1])
+    for version in (0, 1, 2):
+        source.publish(version)
+        incoming = StoreWriter(paths[1]).receive(source.newest())
+        incoming.put(0, source.reader.bucket(version, 0))
+        assert local.offered() == version and local.version() is None
+        source.requested.clear()
+    with pytest.raises(Superseded):
+        local.bucket_or_delta(1, 0, None)
+    pull(source.newest(), source.request, StoreWriter(paths[1]))
+    assert source.requested[0] == 1
+    assert local.manifest() == source.newest()
+    assert torch.equal(local.tensors(2)["a"], torch.full((100,), 2.0))
+
+
+def test_the_same_version_with_other_content_is_not_continued(paths: tuple[str, str], third: str) -> None:
+    source, other = Source(paths[0], undamaged), Source(third, undamaged)
+    source.publish(0)
+    other.writer.publish(0, [("a", torch.zeros(100)), ("b", torch.ones(40))])
+    StoreWriter(paths[1]).receive(source.newest()).put(0, source.reader.bucket(0, 0))
+    pull(other.newest(), other.request, StoreWriter(paths[1]))
+    assert other.requested[0] == 0
+    assert torch.equal(StoreReader(paths[1]).tensors(0)["a"], torch.zeros(100))
