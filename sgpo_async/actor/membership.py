@@ -4,6 +4,9 @@
        ▲                                                │
        └── connection lost, session down, refused ◀─────┘
 
+The weights come from the hub or from another actor, as the hub's Welcome says, over a session; or another actor of this
+machine has them already (`SharedStore`). An actor that another one could not serve asks for a session with the hub.
+
 The actor may be absent for `timeout_s`, and keeps working meanwhile. So it survives a restart of the hub and a failure
 of the network. A membership that ends within PROVEN_S and before weights have arrived counts as absence: an actor whose
 sessions always fail gives up, too. Each membership has a weight receiver of its own, because a Torch RPC world cannot
@@ -19,6 +22,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from sgpo_async.actor.shared_store import SharedStore
 from sgpo_async.errors import DeadlineExceeded, HubAbsent, Refusal
 from sgpo_async.logs import fields
 from sgpo_async.session import ReceiverEvent, VersionAnnounced, VersionReceived, WeightReceiver
@@ -53,7 +57,8 @@ class Membership:
         timeout_s: float,
     ) -> None:
         self._mailbox, self._dealer, self._hello = mailbox, mailbox.dealer, hello
-        self.node, self._start_node, self._timeout_s = node, start_node, timeout_s
+        self._start_node, self._timeout_s = start_node, timeout_s
+        self.node: WeightReceiver | SharedStore = node
         self.serving = False
         self._run_id = ""
         self._connections = mailbox.connections
@@ -61,6 +66,8 @@ class Membership:
         self._hello_at = 0.0  # time of the next Hello
         self._serving_since = 0.0
         self._proven = False  # weights have arrived in this membership
+        self._source = ""  # the actor that serves the weights; "": the hub
+        self._direct = False  # another actor could not serve them
         self._failures = 0  # refusals and short memberships in a row
         self._last_failure = ""
 
@@ -83,7 +90,7 @@ class Membership:
             )
         if now >= self._hello_at:
             pairs = np.array(holds, np.int32).reshape(-1)
-            self._mailbox.send(replace(self._hello, holds=pairs))
+            self._mailbox.send(replace(self._hello, holds=pairs, direct=self._direct))
             self._hello_at = now + REPEAT_S
 
     def welcomed(self, welcome: Welcome) -> bool:
@@ -93,10 +100,22 @@ class Membership:
         self._run_id = welcome.run_id
         if self.serving:
             self._replace_node()  # the hub has started another weight sender: a Hello was repeated
-        self.node.connect(welcome.session_host, welcome.session_port, welcome.session_secret)
+        self._use(welcome)
         self.serving, self._serving_since, self._proven = True, time.monotonic(), False
-        log.info("joined the run at %s", self._dealer.address, extra=fields(event="joined"))
+        self._source = welcome.source
+        about = fields(event="joined", source=self._source)
+        log.info("joined the run at %s; weights from %s", self._dealer.address, self._source or "the hub", extra=about)
         return True
+
+    def _use(self, welcome: Welcome) -> None:
+        """Get the weights from where the hub says."""
+        if welcome.store:
+            self._stop_node()
+            self.node = SharedStore(welcome.store)
+            return
+        if isinstance(self.node, SharedStore):
+            self.node = self._start_node()
+        self.node.connect(welcome.session_host, welcome.session_port, welcome.session_secret)
 
     def refused(self, refusal: Refused) -> None:
         """Schedule another Hello. Raises Refusal if retrying cannot help."""
@@ -117,6 +136,7 @@ class Membership:
             return
         log.warning("%s; joining again", reason)
         self.serving = False
+        self._direct |= bool(self._source) and not self._proven
         if self._proven or now - self._serving_since > PROVEN_S:
             self._absent_since, self._failures, self._last_failure = now, 0, ""
         else:
@@ -139,11 +159,16 @@ class Membership:
             self._replace_node()
 
     def _replace_node(self) -> None:
+        """End the weight receiver and start another one, unless the next Welcome probably names a store, too."""
+        self._stop_node()
+        if not isinstance(self.node, SharedStore):
+            self.node = self._start_node()
+
+    def _stop_node(self) -> None:
         try:
             self.node.stop()
         except DeadlineExceeded as error:  # on a busy machine a killed process ends late
             log.warning("%s", error)
-        self.node = self._start_node()
 
     def node_events(self) -> list[ReceiverEvent]:
         """Events of the weight receiver since the last call."""

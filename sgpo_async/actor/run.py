@@ -11,26 +11,31 @@ again for `hub_timeout_s`. A hub of another run ends the service, but the engine
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
+import tempfile
 import time
 import uuid
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sgpo_async.actor.membership import Membership
+from sgpo_async.actor.senders import Senders
 from sgpo_async.actor.service import Service
 from sgpo_async.config import Engine as EngineSettings
 from sgpo_async.config import Model, Run, from_plain
+from sgpo_async.config.rules import endpoint_of
 from sgpo_async.engines.base import Engine
 from sgpo_async.engines.open import open_engine
 from sgpo_async.logs import fields
-from sgpo_async.model.folder import load_tokenizer, model_folder, tokenizer_fingerprint
-from sgpo_async.session import Deadlines, WeightReceiver
-from sgpo_async.session.interface import interface_towards
+from sgpo_async.model.folder import load_tokenizer, model_folder, tokenizer_fingerprint, version_bytes
+from sgpo_async.session import Deadlines, WeightReceiver, WeightSender
+from sgpo_async.session.interface import address_towards, interface_towards
 from sgpo_async.tasks.prompts import build_prompt
 from sgpo_async.transport import Dealer, Mailbox, request_settings
+from sgpo_async.weights.store_file import StoreFile, machine
 from sgpo_async.wire.records import Hello
 
 log = logging.getLogger(__name__)
@@ -53,6 +58,8 @@ class ActorOptions:
     sglang_python: str = ""  # of SGLang's environment; "": as the run says
     sglang_urls: tuple[str, ...] = ()  # servers to attach to; none: as the run says
     logs: str = ""  # folder of the servers' logs; "": a temporary one
+    own_store: bool = False  # share no weight store with other actors of this machine
+    relay: bool = True  # serve the weights to actors on other machines, if the hub asks for it
     hub_timeout_s: float = 120.0  # how long to wait for the hub before giving up
 
 
@@ -98,31 +105,57 @@ class Actor:
         mailbox.dealer.max_bytes = run.hub.max_message_mb * 2**20  # as at the hub, which may be above MAX_BYTES
         about = fields(event="found", hub=self._options.hub, run=run.name, engine=run.engine.kind)
         log.info("hub %s, run %s", self._options.hub, run.name, extra=about)
-        node = self._start_node(run)  # starts now, because it imports torch while this process loads the engine
-        try:
-            engine = self._warm(run)
-        except BaseException:
-            node.stop()
-            raise
-        membership = Membership(
-            mailbox,
-            Hello(role="actor", name=self._name, tokenizer=tokenizer_fingerprint(self._tokenizer)),
-            node=node,
-            start_node=lambda: self._start_node(run),
-            timeout_s=self._options.hub_timeout_s,
-        )
-        try:
-            service = Service(mailbox=mailbox, membership=membership, engine=engine, tokenizer=self._tokenizer, run=run)
+        with contextlib.ExitStack() as stack:
+            store = StoreFile(tempfile.gettempdir(), expected_bytes=version_bytes(run))
+            stack.callback(store.close)
+            node = self._start_node(run, store)  # now, because it imports torch while this process loads the engine
+            with contextlib.ExitStack() as early:
+                early.callback(node.stop)
+                engine = self._warm(run)
+                early.pop_all()
+            membership = Membership(
+                mailbox,
+                self._hello(store),
+                node=node,
+                start_node=lambda: self._start_node(run, store),
+                timeout_s=self._options.hub_timeout_s,
+            )
+            stack.callback(membership.close)
+            senders = Senders(lambda name: WeightSender(store.path, name, address_towards(self._hub_host)))
+            stack.callback(senders.close_all)
+            service = Service(
+                mailbox=mailbox,
+                membership=membership,
+                senders=senders,
+                engine=engine,
+                tokenizer=self._tokenizer,
+                run=run,
+            )
             reason = service.serve(stopping=lambda: self._stopped)
             log.info("leaves: %s", reason, extra=fields(event="left", reason=reason))
             return service.run_over
-        finally:
-            membership.close()
 
-    def _start_node(self, run: Run) -> WeightReceiver:
+    def _hello(self, store: StoreFile) -> Hello:
+        shares = not self._options.own_store
+        return Hello(
+            role="actor",
+            name=self._name,
+            tokenizer=tokenizer_fingerprint(self._tokenizer),
+            machine=machine() if shares else "",
+            store=store.path if shares else "",
+            serves=self._options.relay,
+        )
+
+    def _start_node(self, run: Run, store: StoreFile) -> WeightReceiver:
         deadlines = Deadlines(group_s=run.engine.sglang.phase_timeout_s)
         pulls, deltas = not run.engine.broadcasts, run.hub.weight_deltas
-        return WeightReceiver(self._name, pulls=pulls, deltas=deltas, deadlines=deadlines)
+        return WeightReceiver(self._name, store=store.path, pulls=pulls, deltas=deltas, deadlines=deadlines)
+
+    @property
+    def _hub_host(self) -> str:
+        endpoint = endpoint_of(self._options.hub)
+        assert endpoint, self._options.hub
+        return endpoint[0]
 
     def _with_own_options(self, run: Run) -> Run:
         own = self._options
@@ -162,9 +195,8 @@ class Actor:
 
     def _open_engine(self, folder: str, run: Run) -> Engine:
         if run.engine.broadcasts:  # servers inherit the name of the interface towards the learner
-            host = self._options.hub.removeprefix("tcp://").rpartition(":")[0]
             for backend in ("GLOO", "NCCL"):
-                os.environ.setdefault(f"{backend}_SOCKET_IFNAME", interface_towards(host))
+                os.environ.setdefault(f"{backend}_SOCKET_IFNAME", interface_towards(self._hub_host))
         return open_engine(run, folder, logs=self._options.logs, name=self._name, stopping=lambda: self._stopped)
 
     def _stop(self, *_: object) -> None:

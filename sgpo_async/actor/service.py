@@ -2,6 +2,7 @@
 
     hub ── Lease, Ack, Revoked, Stop ──▶ receive ─▶ admit ─▶ generate ─▶ publish ── Progress, Rollout, Ready ──▶ hub
     weight sender ── Torch RPC ──▶ weight receiver ── version, path ──▶ refresh ─▶ engine.load
+                                   └─ store ─▶ senders ── Torch RPC ──▶ other actors
     membership: Hello ─▶ Welcome ─▶ serving ── connection or session lost ──▶ Hello ...
 
 The loop waits in `receive` while the engine is idle, and in `generate` while servers generate; both waits are short. A
@@ -25,6 +26,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sgpo_async.actor.membership import Membership
+from sgpo_async.actor.senders import Senders
+from sgpo_async.actor.shared_store import SharedStore
 from sgpo_async.config import Run
 from sgpo_async.engines.adapted import AdapterWeights, BaseModel
 from sgpo_async.engines.base import Engine, Weights
@@ -32,15 +35,23 @@ from sgpo_async.errors import EngineError, Superseded, WeightsError
 from sgpo_async.logs import fields
 from sgpo_async.model.folder import model_folder
 from sgpo_async.rollout.sampler import RolloutSampler, Unservable
-from sgpo_async.session import ReceiverDown, VersionAnnounced, VersionReceived, VersionRejected
+from sgpo_async.session import (
+    ReceiverDown,
+    VersionAnnounced,
+    VersionReceived,
+    VersionRejected,
+    WeightReceiver,
+)
 from sgpo_async.transport import Mailbox, ReliableSender
 from sgpo_async.weights import StoreReader
 from sgpo_async.wire.records import (
     Ack,
+    CloseSender,
     Goodbye,
     Heartbeat,
     Lease,
     Message,
+    OpenSender,
     Ready,
     Refused,
     Release,
@@ -68,13 +79,17 @@ class Service:
     Args:
         mailbox: the connection to the hub.
         membership: says Hello, now and after every loss of the connection.
+        senders: serve the weights to other actors.
         engine: a warm engine.
         tokenizer: of the model.
         run: the configuration of the run.
     """
 
-    def __init__(self, *, mailbox: Mailbox, membership: Membership, engine: Engine, tokenizer: Any, run: Run):
+    def __init__(
+        self, *, mailbox: Mailbox, membership: Membership, senders: Senders, engine: Engine, tokenizer: Any, run: Run
+    ) -> None:
         self._mailbox, self._membership, self._engine = mailbox, membership, engine
+        self._senders = senders
         self._run = run
         self._adapter_scale = run.learner.lora.scale
         self._base = BaseModel(model_folder(run.model.path), run.model.dtype)  # read only if adapters are trained
@@ -129,6 +144,10 @@ class Service:
                 self._sender.acknowledge(message)
             case Revoked():
                 self._drop(message.task, message.attempt)
+            case OpenSender():
+                self._senders.open(message)
+            case CloseSender(sender=sender):
+                self._senders.close(sender)
             case Welcome():
                 return self._welcomed(message)
             case Refused():
@@ -195,7 +214,7 @@ class Service:
     def _weights(self, event: VersionReceived | VersionAnnounced) -> Weights:
         version, digest = event.version, event.digest
         if isinstance(event, VersionAnnounced):
-            groups = self._membership.node.groups
+            groups = self._receiver.groups
             return Weights(version=version, digest=digest, read=partial(self._pull, version), groups=groups)
         read = partial(_read, event.path, version)
         if not self._adapter_scale:
@@ -204,8 +223,14 @@ class Service:
 
     def _pull(self, version: int) -> dict[str, torch.Tensor]:
         """Have the weight receiver pull a version, then read it; called by a thread of an engine that uses servers."""
-        path = self._membership.node.pull(version).result()  # each bucket has a deadline, after which this fails
+        path = self._receiver.pull(version).result()  # each bucket has a deadline, after which this fails
         return _read(path, version)
+
+    @property
+    def _receiver(self) -> WeightReceiver:
+        """The weight receiver of a run whose weight sender broadcasts: actors then share no store."""
+        assert not isinstance(self._membership.node, SharedStore)
+        return self._membership.node
 
     def admit(self) -> None:
         """Start the leases that admit the engine's version; ask for more leases while slots would stay empty."""
@@ -256,6 +281,8 @@ class Service:
             log.info("%s", line)
         if not self._membership.serving:
             return
+        for found in self._senders.poll():
+            self._mailbox.send(found)
         now = time.monotonic()
         report_due = now - self._progress_at >= self._run.hub.progress_s
         if report_due:

@@ -26,6 +26,7 @@ import aiohttp
 import torch
 
 from sgpo_async.actor.membership import Membership
+from sgpo_async.actor.senders import Senders
 from sgpo_async.actor.service import Service
 from sgpo_async.config import Run, load
 from sgpo_async.engines.base import Generate
@@ -34,7 +35,7 @@ from sgpo_async.engines.sglang.processes.api import http_session
 from sgpo_async.model.folder import load_tokenizer, model_folder
 from sgpo_async.model.load import load_model
 from sgpo_async.rollout.group import group_of
-from sgpo_async.session import ReceiverEvent, VersionReceived
+from sgpo_async.session import ReceiverEvent, VersionReceived, WeightSender
 from sgpo_async.tasks.prompts import build_prompt
 from sgpo_async.tasks.sources import source_of
 from sgpo_async.tasks.task_sampler import TaskSampler
@@ -56,6 +57,11 @@ class Publications:
         self._writer = StoreWriter(self._file.path)
         self._events: list[ReceiverEvent] = []
         self._version = -1
+
+    @property
+    def path(self) -> str:
+        """The store."""
+        return self._file.path
 
     def publish(self) -> None:
         """Publish the next version. Odd versions are scaled a little, so that checksums differ."""
@@ -182,6 +188,7 @@ class Bench:
                 start_node=lambda: publications,  # type: ignore[arg-type, return-value]
                 timeout_s=seconds,
             ),
+            senders=Senders(lambda name: WeightSender(publications.path, name, "127.0.0.1")),
             engine=self.engine,
             tokenizer=self.tokenizer,
             run=self.run,

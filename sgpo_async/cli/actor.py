@@ -47,6 +47,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sglang-url", action="append", default=[], metavar="URL", help="attach to this server (may be repeated)"
     )
     parser.add_argument(
+        "--own-store",
+        action="store_true",
+        help="keep a weight store of its own: otherwise actors on one machine, of one user, share one",
+    )
+    parser.add_argument(
+        "--no-relay",
+        action="store_true",
+        help="do not pass the weights on to actors on other machines, which cannot connect to this one (NAT, firewall)",
+    )
+    parser.add_argument(
         "--logs", default="", metavar="DIR", help="folder for the servers' logs (default: a temporary folder)"
     )
 
@@ -79,6 +89,8 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
         sglang_python=args.sglang_python,
         sglang_urls=tuple(args.sglang_url),
+        own_store=args.own_store,
+        relay=not args.no_relay,
         logs=args.logs,
     )
     logs.set_up("actor", name=options.name)

@@ -40,6 +40,9 @@ class Hub:
     # Whether actors pull a version as the difference to the one that they have: a hundredth of the bytes at small
     # learning rates in bfloat16. auto: those on other machines; on the hub's own machine a copy is faster.
     weight_deltas: Literal["auto", "always", "never"] = "auto"
+    # How many actors the hub, and each actor in its turn, sends the weights to. With more actors than that, actors get
+    # them from each other. 0: every actor gets them from the hub.
+    weight_fanout: int = 2
     max_message_mb: int = 512  # the largest message is the hub's state in a checkpoint
 
     def __post_init__(self) -> None:
@@ -58,6 +61,7 @@ class Hub:
             "Torch RPC listens there",
             self.address,
         )
+        require(self.weight_fanout >= 0, "hub.weight_fanout", "must be >= 0 (0: no limit)", self.weight_fanout)
         require(self.max_lag >= 0, "hub.max_lag", "must be >= 0", self.max_lag)
         require(
             self.batches_in_flight == 0 or self.batches_in_flight > self.max_lag,

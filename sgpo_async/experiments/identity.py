@@ -40,6 +40,7 @@ NOT_LEARNED = (
     "hub.batch_from",
     "hub.batches_in_flight",
     "hub.weight_deltas",
+    "hub.weight_fanout",
     "evaluation.share",
     "learner.parts",
     "learner.recompute",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from sgpo_async.wire.records import Heartbeat
+from sgpo_async.wire.records import Heartbeat, Hello
 
 
 @dataclass
@@ -37,6 +37,18 @@ class Meter:
         return busy, wall
 
 
+@dataclass(frozen=True)
+class Route:
+    """Where an actor gets its weights from (`hub.weight_routes`)."""
+
+    source: bytes = b""  # member of the actor that serves it; b"": the hub
+    sender: int = 0  # id of the weight sender that this actor has started for it; 0: none
+    shared: bool = False  # it reads the source's store, on the same machine
+
+
+FROM_HUB = Route()
+
+
 @dataclass(kw_only=True)
 class Actor:
     """One connected actor."""
@@ -45,7 +57,11 @@ class Actor:
     name: str
     last_seen: float  # time of its last message
     tokenizer: str = ""  # fingerprint of its tokenizer
-    welcomed: bool = False  # its weight sender is running and the hub has sent it a Welcome
+    machine: str = ""  # that it is on; "": it shares no store
+    store: str = ""  # path of its own weight store, for other actors of this machine
+    serves: bool = False  # whether other actors may get the weights from it
+    route: Route | None = None  # None: not chosen yet
+    welcomed: bool = False  # its route is open and the hub has sent it a Welcome
     return_by: float | None = None  # after a lost connection: the time by which it must have sent a Hello
     invalid: int = 0  # number of invalid messages and rollouts
     state: str = "joining"
@@ -53,12 +69,16 @@ class Actor:
     credit: int = 0  # number of leases it can still take
     meter: Meter = field(default_factory=Meter)
 
-    def plain(self, *, version: int, leases: int) -> dict[str, Any]:
-        """The actor's state as plain data. `version` is the newest weight version, from which its lag is computed."""
+    def plain(self, *, version: int, leases: int, source: str) -> dict[str, Any]:
+        """The actor's state as plain data. Its lag is computed from `version`, the newest weight version.
+
+        `source` is the name of the actor that it has its weights from.
+        """
         heartbeat = self.meter.last or Heartbeat()
         return {
             "name": self.name,
             "state": self.state,
+            "source": source,
             "version": self.version,
             "running": heartbeat.running,
             "tokens": heartbeat.tokens,
@@ -77,18 +97,33 @@ class Actors(dict[bytes, Actor]):
         self.joined = self.left = 0  # numbers of actors since the hub started
         self.busy_s = self.wall_s = 0.0  # summed over all engines since the hub started
 
-    def join(self, member: bytes, name: str, *, now: float, tokenizer: str = "") -> None:
+    def join(self, member: bytes, hello: Hello, *, now: float) -> Actor:
         """Add a new actor, or an actor that returns after a lost connection."""
-        actor, known = Actor(member=member, name=name, last_seen=now, tokenizer=tokenizer), self.get(member)
+        known = self.get(member)
+        actor = Actor(
+            member=member,
+            name=hello.name,
+            last_seen=now,
+            tokenizer=hello.tokenizer,
+            machine=hello.machine,
+            store=hello.store,
+            serves=hello.serves,
+        )
         if known:
             actor.invalid, actor.meter = known.invalid, known.meter
         self[member] = actor
         self.joined += known is None
+        return actor
 
     def leave(self, member: bytes) -> None:
         """Remove this actor."""
         del self[member]
         self.left += 1
+
+    def source_of(self, actor: Actor) -> str:
+        """The name of the actor from which this one has its weights; "" for the hub, or if its source is lost."""
+        source = self.get(actor.route.source) if actor.route else None
+        return source.name if source else ""
 
     def silent_since(self, moment: float) -> list[Actor]:
         """Actors that have sent nothing since `moment`.

@@ -22,10 +22,10 @@ from sgpo_async.config import Run, to_plain
 from sgpo_async.errors import HubError
 from sgpo_async.hub import events as ev
 from sgpo_async.hub import snapshot
-from sgpo_async.hub.actors import Actor, Actors
+from sgpo_async.hub.actors import FROM_HUB, Actor, Actors
 from sgpo_async.hub.admission import evaluation_limit
 from sgpo_async.hub.evaluation import Evaluation
-from sgpo_async.hub.events import CloseSender, Effect, Event, OpenSender, Send, Shutdown, UseStore, Warn
+from sgpo_async.hub.events import CloseSender, Effect, Event, Send, Shutdown, UseStore, Warn
 from sgpo_async.hub.learner_ranks import LearnerRanks
 from sgpo_async.hub.leases import LeaseTable, RunningLease
 from sgpo_async.hub.rollout_checks import PROMPT_DIFFERS, Limits, report_violation, violation
@@ -34,6 +34,7 @@ from sgpo_async.hub.status import status
 from sgpo_async.hub.stragglers import late_lease
 from sgpo_async.hub.training import Training
 from sgpo_async.hub.validation import refusal_reason, tokenizer_mismatch
+from sgpo_async.hub.weight_routes import WeightRoutes
 from sgpo_async.tasks.task_sampler import TaskSampler
 from sgpo_async.wire import records as wire
 
@@ -70,6 +71,11 @@ class HubCore:
         task_sampler = TaskSampler(run, source, benchmarks)
         self.training, self.evaluation = Training(run, task_sampler), Evaluation(task_sampler)
         self.actors, self.learner_ranks = Actors(), LearnerRanks()
+        # The weight sender beside the learner's store itself broadcasts to engines.
+        broadcasts = run.engine.broadcasts
+        self.weight_routes = WeightRoutes(
+            self.actors, fanout=0 if broadcasts else run.hub.weight_fanout, shared=not broadcasts
+        )
         self.published = -1  # newest version in the weight store
         self.learner_store = ""  # path at which rank 0 has the weight store open
         self.last_restore = ("", -1)  # id of the last Restore, and the version in its answer
@@ -123,10 +129,8 @@ class HubCore:
                 self._reject(member, "malformed message", detail=reason)
             case ev.Forbidden(member, reason):
                 self._forbid(member, reason)
-            case ev.SenderUp():
-                self._sender_up(event)
-            case ev.SenderDown(member, reason):
-                self._sender_down(member, reason)
+            case ev.SenderUp() | ev.SenderDown():
+                self._sender_of_hub(event)
             case ev.Tick():
                 self._check_timeouts()
                 self._move_late_lease()
@@ -170,6 +174,8 @@ class HubCore:
                 self._heartbeat(actor, message)
             case wire.Release():
                 self._release(actor, message)
+            case wire.SenderUp() | wire.SenderDown():
+                self._sender_of_actor(actor, message)
             case wire.Goodbye():
                 self._lose_actor(actor)
             case _:
@@ -253,26 +259,49 @@ class HubCore:
         for task, attempt in sorted(holds):
             self._send(member, wire.Revoked(task=task, attempt=attempt))
         if known:
-            self._effects.append(CloseSender(member))
-        self.actors.join(member, hello.name, now=self.now, tokenizer=hello.tokenizer)
-        self._effects.append(OpenSender(member, hello.name))
+            self._effects += self.weight_routes.close(known)
+        actor = self.actors.join(member, hello, now=self.now)
+        self._open_route(actor, direct=hello.direct)
+        self._reopen_routes(member)  # its answers to OpenSender may have been lost with the connection
 
-    def _sender_up(self, up: ev.SenderUp) -> None:
-        if up.member not in self.actors:
-            self._effects.append(CloseSender(up.member))
-            return
-        actor = self.actors[up.member]
+    def _open_route(self, actor: Actor, *, direct: bool = False) -> None:
+        self._effects += self.weight_routes.open(actor, direct=direct)
+        if actor.route and actor.route.shared:
+            self._welcome(actor, store=self.actors[actor.route.source].store)
+
+    def _reopen_routes(self, source: bytes) -> None:
+        """Find another route for the actors that wait for a weight sender of this one."""
+        for actor in self.weight_routes.waiting_for(source):
+            self._effects += self.weight_routes.close(actor)
+            self._open_route(actor)
+
+    def _welcome(self, actor: Actor, **contact: Any) -> None:
         actor.welcomed, actor.last_seen = True, self.now
-        welcome = wire.Welcome(run_id=self.run_id, session_host=up.host, session_port=up.port, session_secret=up.secret)
-        self._send(up.member, welcome)
+        welcome = wire.Welcome(run_id=self.run_id, source=self.actors.source_of(actor), **contact)
+        self._send(actor.member, welcome)
 
-    def _sender_down(self, member: bytes, reason: str) -> None:
-        """Wait for the actor to return: if only its session has ended, it sends a new Hello."""
-        actor = self.actors.get(member)
-        if actor:
-            self._refuse(member, f"the session ended: {reason}")
-            self._effects.append(CloseSender(member))
-            self._expect_return(actor, RETURN_S)
+    def _sender_of_hub(self, event: ev.SenderUp | ev.SenderDown) -> None:
+        actor = self.actors.get(event.member)
+        if actor is None or actor.route != FROM_HUB:
+            self._effects.append(CloseSender(event.member))
+        else:
+            self._sender(actor, event)
+
+    def _sender_of_actor(self, source: Actor, message: wire.SenderUp | wire.SenderDown) -> None:
+        actor = self.weight_routes.served_by(source.member, message.sender)
+        if actor is None:
+            self._send(source.member, wire.CloseSender(sender=message.sender))
+        else:
+            self._sender(actor, message)
+
+    def _sender(self, actor: Actor, found: ev.SenderUp | ev.SenderDown | wire.SenderUp | wire.SenderDown) -> None:
+        """Welcome an actor whose weight sender is running, or wait for its return: it sends a new Hello."""
+        if isinstance(found, ev.SenderUp | wire.SenderUp):
+            self._welcome(actor, session_host=found.host, session_port=found.port, session_secret=found.secret)
+            return
+        self._refuse(actor.member, f"the session ended: {found.reason}")
+        self._effects += self.weight_routes.close(actor)
+        self._expect_return(actor, RETURN_S)
 
     def _expect_return(self, actor: Actor, seconds: float) -> None:
         actor.welcomed, actor.credit, actor.return_by = False, 0, self.now + seconds
@@ -290,7 +319,8 @@ class HubCore:
             for number in leases.held_by(actor.member):
                 self._revoke(leases, number)
         self.actors.leave(actor.member)
-        self._effects.append(CloseSender(actor.member))
+        self._effects += self.weight_routes.close(actor)
+        self._reopen_routes(actor.member)
 
     def _revoke(self, leases: LeaseTable, number: int) -> None:
         """Take a lease back, to give it again."""

@@ -26,7 +26,7 @@ from sgpo_async.hub.learner_weights import LearnerWeights
 from sgpo_async.hub.loop import Loop
 from sgpo_async.hub.recovery import recover
 from sgpo_async.logs import fields
-from sgpo_async.model.folder import model_folder
+from sgpo_async.model.folder import version_bytes
 from sgpo_async.processes.signals import Signals
 from sgpo_async.session import WeightSender
 from sgpo_async.tasks.benchmarks import open_benchmarks
@@ -121,13 +121,6 @@ def _position(core: HubCore) -> tuple[int, int]:
 def _stop_reason(signals: Signals) -> str:
     """Why the hub has to stop; empty if no signal has arrived."""
     return f"the hub {signals.reason}" if signals.stop else ""
-
-
-def version_bytes(run: Run) -> int:
-    """Size in bytes of what the learner publishes; 0 if that is small (adapters), or if the model is in no folder."""
-    if run.learner.lora.rank:
-        return 0
-    return sum(file.stat().st_size for file in Path(model_folder(run.model.path)).glob("*.safetensors"))
 
 
 @contextlib.contextmanager

@@ -55,7 +55,10 @@ def status(core: CoreState) -> dict[str, Any]:
         "steps": core.run.steps,
         "version": training.version,
         "published": core.published,  # the newest version that actors can have; -1: none
-        "actors": [a.plain(version=training.version, leases=leases_of[a.member]) for a in actors.values()],
+        "actors": [
+            a.plain(version=training.version, leases=leases_of[a.member], source=actors.source_of(a))
+            for a in actors.values()
+        ],
         "learner": {
             "ranks": len(core.learner_ranks.ranks),
             "world_size": core.learner_ranks.size,

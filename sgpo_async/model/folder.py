@@ -8,6 +8,7 @@ from typing import Any
 
 import xxhash
 
+from sgpo_async.config import Run
 from sgpo_async.errors import DataError
 
 BOUNDS = ("max_position_embeddings", "n_positions", "sliding_window", "attention_chunk_size")
@@ -34,6 +35,13 @@ def model_folder(path: str) -> str:
     if looks_local:
         raise DataError(f"model.path: {path}: no such folder; name an existing folder or a model on the hub")
     return path
+
+
+def version_bytes(run: Run) -> int:
+    """Size in bytes of what the learner publishes; 0 if that is small (adapters), or if the model is in no folder."""
+    if run.learner.lora.rank:
+        return 0
+    return sum(file.stat().st_size for file in Path(model_folder(run.model.path)).glob("*.safetensors"))
 
 
 def load_tokenizer(folder: str) -> Any:

@@ -1,14 +1,14 @@
-"""A session connects one actor to the learner: a Torch RPC world of two processes that carries the weights.
+"""A session carries the weights from the learner's store to an actor's: a Torch RPC world of two processes.
 
-      beside the hub                                             on the inference node
+      beside the hub, or another actor                           on the inference node
     hub ── WeightSender ──▶ weight sender  ◀── Torch RPC ──▶ weight receiver ◀── WeightReceiver ── actor
                             (rank 0)                         (rank 1)
                               │ reads                          │ writes
-                        the learner's store              the actor's local store
+                        its store                        the actor's store ──▶ other actors (SharedStore, WeightSender)
 
 Every session starts two fresh processes, because a Torch RPC world cannot survive the loss of a member and a process
 cannot join a second world. When one of the two dies, this session is over; other sessions continue. The handles
-`WeightSender` (used by the hub) and `WeightReceiver` (used by the actor) do not import torch.
+`WeightSender` (used by the hub, and by actors that pass the weights on) and `WeightReceiver` do not import torch.
 
 Both processes must know a secret that is new for each session (`session.secret`): the weight sender's handle makes it,
 and the actor gets it over its authenticated connection to the hub.

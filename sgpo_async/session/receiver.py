@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import os
 import queue
-import tempfile
 import threading
 import time
 import traceback
@@ -30,7 +29,6 @@ from sgpo_async.session.interface import interface_towards, is_own_address
 from sgpo_async.session.pull import PendingBucket, Sent, pull
 from sgpo_async.session.settings import Settings
 from sgpo_async.weights.manifest import Manifest
-from sgpo_async.weights.store_file import StoreFile
 from sgpo_async.weights.writer import StoreWriter
 
 if TYPE_CHECKING:
@@ -56,7 +54,8 @@ def run(settings: Settings, child: ChildSide) -> NoReturn:
         world = RpcWorld("weight_receiver", deadlines, secret=secret, from_peer=calls.FROM_PEER)
         world.join(reach(address["host"], address["port"], deadlines.join_s))
         deltas = settings.deltas == "always" or (settings.deltas == "auto" and not is_own_address(address["host"]))
-    serve(world, LocalCopy(world, child, settings.store, deltas=deltas), child, pulls=settings.pulls)
+    local_copy = LocalCopy(world, child, settings.store, deltas=deltas, silence_s=deadlines.silence_s)
+    serve(world, local_copy, child, pulls=settings.pulls)
 
 
 def _sender_address(child: ChildSide) -> dict[str, Any]:
@@ -94,21 +93,22 @@ def serve(world: RpcWorld, local_copy: LocalCopy, child: ChildSide, *, pulls: bo
 
 
 class LocalCopy:
-    """The local copy of the learner's store, in the store at `path`, or else in one of its own."""
+    """The copy of the learner's store in the store at `path`, which an earlier weight receiver may have begun."""
 
-    def __init__(self, world: RpcWorld, child: ChildSide, path: str = "", *, deltas: bool = False) -> None:
-        self._world, self._child, self._deltas = world, child, deltas
-        self._file: StoreFile | None = None
-        self._writer = StoreWriter(path) if path else None
+    def __init__(self, world: RpcWorld, child: ChildSide, path: str, *, deltas: bool, silence_s: float) -> None:
+        self._world, self._child, self._deltas, self._silence_s = world, child, deltas, silence_s
+        self._writer = StoreWriter(path)
         self._reported = -1
         self._pulling = threading.Lock()
 
     def catch_up(self, version: int) -> None:
-        """Pull the newest version, unless the local store already holds `version` or a newer one."""
-        if self._local_version() >= version:
-            return
+        """Pull the newest version, unless the local store already holds `version` or a newer one; report it."""
         try:
-            self._pull()
+            if self._local_version() < version:
+                self._pull()
+            elif self._reported < version:  # an earlier weight receiver has pulled it
+                assert self._writer.newest
+                self._report_received(self._writer.newest, 0, 0.0)
         except Superseded:
             return  # the announcement of the newer version is in the queue or on its way
         except WeightsError as error:
@@ -144,7 +144,6 @@ class LocalCopy:
             with self._pulling:
                 if self._local_version() != version:
                     self._pull(version)
-                assert self._writer is not None
                 response = messages.Response(request.id, self._writer.path)
         except SgpoError as error:
             response = messages.Response(request.id, error=(type(error).__name__, one_line(f"pull: {error}")))
@@ -156,7 +155,7 @@ class LocalCopy:
 
     def _local_version(self) -> int:
         """Return the version in the local store, -1 if there is none."""
-        version = self._writer.version if self._writer else None
+        version = self._writer.version
         return -1 if version is None else version
 
     def _newest(self) -> Manifest:
@@ -173,15 +172,12 @@ class LocalCopy:
         manifest = self._newest()
         if version not in (None, manifest.version):
             raise Superseded(f"weights version {version}: the newest is {manifest.version}")
-        if self._writer is None:
-            self._file = StoreFile(tempfile.gettempdir(), expected_bytes=manifest.nbytes)
-            self._writer = StoreWriter(self._file.path)
-        received = pull(manifest, self._request, self._writer, deltas=self._deltas)
+        received = pull(manifest, self._request, self._writer, deltas=self._deltas, silence_s=self._silence_s)
         if version is None:
             self._report_received(manifest, received, time.monotonic() - started)
 
     def _report_received(self, manifest: Manifest, received: int, seconds: float) -> None:
-        assert self._writer is not None
+        self._reported = manifest.version
         self._child.emit(
             "weights",
             version=manifest.version,

@@ -66,15 +66,15 @@ class WeightReceiver:
 
     Start it early: it imports torch while the actor does other work.
 
-    It pulls every announced version into the store at `store`, by default into a new one. If `pulls` is false, the
-    actor gets weights through `groups` or by `pull` instead.
+    It pulls every announced version into the store at `store`. If `pulls` is false, the actor gets weights through
+    `groups` or by `pull` instead.
     """
 
     def __init__(
         self,
         name: str,
         *,
-        store: str = "",
+        store: str,
         deltas: Deltas = "auto",
         pulls: bool = True,
         deadlines: Deadlines | None = None,

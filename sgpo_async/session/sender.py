@@ -50,7 +50,7 @@ def run(settings: Settings, child: ChildSide) -> NoReturn:
 
 
 def serve(world: RpcWorld, store: StoreReader, server: RpcServer, child: ChildSide) -> NoReturn:
-    """Announce new versions in `store`, complete or still arriving, and send the server's responses, until the weight receiver is gone."""
+    """Announce versions, complete or still arriving, and send responses, until the weight receiver is gone."""
     from sgpo_async.session import calls
 
     announced: int | None = None

@@ -19,6 +19,7 @@ class Deadlines:
     join_s: float = 60.0  # for both processes to join the world
     call_s: float = 10.0  # for the answer to one call: one bucket, one announcement
     heartbeat_s: float = 1.0  # between two heartbeats; a peer that answers none for heartbeat_s + call_s is gone
+    silence_s: float = 60.0  # without a new bucket from an actor that still receives the version itself
     group_s: float = 60.0  # for one phase of a weight-update group: to join, to broadcast a version
 
 
@@ -31,7 +32,7 @@ class Settings:
 
     name: str  # of the receiving side, for messages
     parent: int  # process id of the parent; the child ends when the parent is gone
-    store: str = ""  # weight sender: the store that it serves; weight receiver: the one it writes; "": a new one
+    store: str  # weight sender: the store that it serves; weight receiver: the one it writes
     host: str = ""  # weight sender: where to listen
     cuda: bool = False  # weight sender: may use this machine's GPUs, for weight-update groups over NCCL
     deltas: Deltas = "auto"  # weight receiver: whether to pull the difference to the version that it has

@@ -61,8 +61,13 @@ class StoreWriter:
         return self.place, b""
 
     @property
-    def version(self) -> int | None:
+    def newest(self) -> Manifest | None:
         """The newest complete version; None if there is none."""
+        return self._newest
+
+    @property
+    def version(self) -> int | None:
+        """The number of the newest complete version; None if there is none."""
         return self._newest.version if self._newest else None
 
     def publish(self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Manifest:

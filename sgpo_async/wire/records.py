@@ -1,7 +1,7 @@
 """Every message between hub, actors and learner. The in-memory transport and ZeroMQ use the same records.
 
-    actor ──▶ hub     Hello  Ready  Progress  Rollout  Release  Heartbeat  Goodbye
-    hub ──▶ actor     Welcome | Refused  Lease  Ack  Revoked  Stop
+    actor ──▶ hub     Hello  Ready  Progress  Rollout  Release  SenderUp  SenderDown  Heartbeat  Goodbye
+    hub ──▶ actor     Welcome | Refused  Lease  Ack  Revoked  OpenSender  CloseSender  Stop
     learner ──▶ hub   Hello  BatchRequest  Commit  Published  Evaluate  SnapshotRequest  Restore  Finish  Heartbeat
     hub ──▶ learner   Welcome | Refused  Pending  Shard | NoBatch  Committed  Evaluated  Snapshot  Restored  Stop
     any process ──▶ hub    StatusRequest  SettingsRequest      hub ──▶ that process    Status  Settings
@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-PROTOCOL = 9  # raise it whenever a record changes
+PROTOCOL = 10  # raise it whenever a record changes
 
 Tokens = Annotated[np.ndarray, "<i4"]  # token ids, 1-d
 Ints = Annotated[np.ndarray, "<i4"]
@@ -58,6 +58,12 @@ class Hello:
     # Actor only: the leases on which it still works after a lost connection, as [task, attempt, task, attempt, ...].
     # The hub leases all others of this member to other actors.
     holds: Ints = field(default_factory=lambda: np.empty(0, np.int32))
+    # Actor only: it may read the weight store of another actor on its machine, or others may read its own (`machine` as
+    # `weights.store_file.machine`, "": neither), and it can serve weights to actors on other machines.
+    machine: str = ""
+    store: str = ""
+    serves: bool = False
+    direct: bool = False  # actor: it could not get weights from another actor, so it must have them from the hub
     token: str = field(default="", repr=False)  # learner of a hub without keys: the content of its hub.token
 
 
@@ -68,8 +74,11 @@ class Welcome:
     session_host: str = ""  # actor: address of its weight sender, which waits to form a Torch RPC world of two
     session_port: int = 0
     session_secret: bytes = field(default=b"", repr=False)  # that authenticates what both processes of the session send
+    source: str = ""  # actor: name of the actor that serves it; "": the hub
     run_id: str = ""  # actor: identifies the run; leases and weight versions of another run are void
-    store: str = ""  # learner: path of the shared-memory weight store into which it publishes ...
+    # Actor: path of the source's weight store on the same machine, in place of a session. Learner: path of the
+    # shared-memory weight store into which it publishes ...
+    store: str = ""
     machine: str = ""  # ... on this machine (`weights.store_file.machine`); another one publishes into its own store
     version: int = 0  # learner: version of its first publication
     begun: bool = False  # learner: an earlier learner of this run has published weights
@@ -167,6 +176,39 @@ class Revoked:
 
     task: int
     attempt: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenSender:
+    """The actor must start a weight sender on its store for another actor; it answers SenderUp or SenderDown."""
+
+    sender: int  # id
+    name: str  # of the other actor
+
+
+@dataclass(frozen=True, kw_only=True)
+class CloseSender:
+    """The actor must end a weight sender; an unknown one is ignored."""
+
+    sender: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SenderUp:
+    """The weight sender of an actor waits at this address for who knows the secret."""
+
+    sender: int
+    host: str
+    port: int
+    secret: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SenderDown:
+    """The weight sender of an actor has ended."""
+
+    sender: int
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -450,7 +492,8 @@ class Settings:
 
 
 Message = (
-    Hello | Welcome | Refused | Ready | Lease | Revoked | Progress | Rollout | Ack | Release | Heartbeat | Goodbye
-    | Stop | BatchRequest | Pending | Shard | NoBatch | Commit | Committed | Published | Evaluate | Evaluated
-    | SnapshotRequest | Snapshot | Restore | Restored | Finish | StatusRequest | Status | SettingsRequest | Settings
+    Hello | Welcome | Refused | OpenSender | CloseSender | SenderUp | SenderDown | Ready | Lease | Revoked | Progress
+    | Rollout | Ack | Release | Heartbeat | Goodbye | Stop | BatchRequest | Pending | Shard | NoBatch | Commit
+    | Committed | Published | Evaluate | Evaluated | SnapshotRequest | Snapshot | Restore | Restored | Finish
+    | StatusRequest | Status | SettingsRequest | Settings
 )  # fmt: skip

@@ -68,7 +68,8 @@ class Learner:
         self._file = StoreFile(folder, expected_bytes=sum(tensor.nbytes for tensor in tensors.values()))
         self._writer = StoreWriter(self._file.path)
         self._reader = StoreReader(self._file.path)
-        self._receiver = WeightReceiver("measured", pulls=False)
+        self._local = StoreFile(folder)
+        self._receiver = WeightReceiver("measured", store=self._local.path, pulls=False)
         self._sender = WeightSender(self._file.path, "measured", "127.0.0.1", cuda=cuda)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._poll, daemon=True)
@@ -93,6 +94,7 @@ class Learner:
         self._receiver.stop()
         self._reader.close()
         self._file.close()
+        self._local.close()
 
     def _poll(self) -> None:
         while not self._over.wait(0.01):

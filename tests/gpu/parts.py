@@ -387,7 +387,8 @@ class Session:
 
     def __init__(self, store: StoreFile) -> None:
         self._sender = WeightSender(store.path, "checked", "127.0.0.1")
-        self._receiver = WeightReceiver("checked")
+        self._local = StoreFile(tempfile.gettempdir())
+        self._receiver = WeightReceiver("checked", store=self._local.path)
 
     def __enter__(self) -> Session:
         return self
@@ -395,6 +396,7 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self._sender.stop()
         self._receiver.stop()
+        self._local.close()
 
     def wait(self, version: int) -> VersionReceived:
         """Wait until the weight receiver has this version."""

@@ -66,7 +66,8 @@ class Session:
     def __init__(self, deadlines: Deadlines, deltas: Deltas = "auto") -> None:
         self.file = StoreFile("/nowhere")
         self.writer = StoreWriter(self.file.path, bucket_bytes=10_000)
-        self.receiver = WeightReceiver("a-1", deltas=deltas, deadlines=deadlines)
+        self.local = StoreFile("/nowhere")
+        self.receiver = WeightReceiver("a-1", store=self.local.path, deltas=deltas, deadlines=deadlines)
         self.sender = WeightSender(self.file.path, "a-1", "127.0.0.1", deadlines=deadlines)
 
     def connect(self) -> None:
@@ -84,6 +85,7 @@ class Session:
         self.sender.stop()
         self.receiver.stop()
         self.file.close()
+        self.local.close()
 
 
 @pytest.fixture
@@ -220,7 +222,7 @@ file = StoreFile("/nowhere")
 StoreWriter(file.path).publish(0, [("a", torch.ones(3))])
 sender = WeightSender(file.path, "a-1", "127.0.0.1")
 waiting = WeightSender(file.path, "a-2", "127.0.0.1")  # stays inside its rendezvous
-receiver = WeightReceiver("a-1")
+receiver = WeightReceiver("a-1", store=StoreFile("/nowhere").path)
 def wait(handle):
     select.select([handle], [], [])
     return handle.poll()[0]

@@ -183,7 +183,7 @@ def test_even_a_peer_that_knows_the_secret_runs_no_code(make: Callable[..., Sess
 
 def test_a_process_that_takes_the_senders_port_gets_no_receiver(tmp_path: Path) -> None:
     """The weight sender has died, and a stranger listens at its port: no secret, no session."""
-    receiver = WeightReceiver("a-1", deadlines=Deadlines(join_s=10.0))
+    receiver = WeightReceiver("a-1", store="/nowhere", deadlines=Deadlines(join_s=10.0))
     try:
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=60), wait_for_workers=False)
         receiver.connect("127.0.0.1", store.port, b"s" * 32)

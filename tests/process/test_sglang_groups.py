@@ -107,7 +107,8 @@ class Session:
     def __init__(self) -> None:
         self.file = StoreFile("/nowhere")
         self.writer = StoreWriter(self.file.path)
-        self.receiver = WeightReceiver("a-1", pulls=False, deadlines=Deadlines(group_s=PHASE_S))
+        self.local = StoreFile("/nowhere")
+        self.receiver = WeightReceiver("a-1", store=self.local.path, pulls=False, deadlines=Deadlines(group_s=PHASE_S))
         self.sender = WeightSender(self.file.path, "a-1", "127.0.0.1")
         self.groups = self.receiver.groups
         self._over = threading.Event()
@@ -120,6 +121,7 @@ class Session:
         self.sender.stop()
         self.receiver.stop()
         self.file.close()
+        self.local.close()
 
     def _poll(self) -> None:
         while not self._over.wait(0.02):

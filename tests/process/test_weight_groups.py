@@ -115,7 +115,8 @@ class Session:
         self.file = StoreFile("/nowhere")
         self.writer = StoreWriter(self.file.path)
         self.manifest = self.writer.publish(0, tensors)
-        self.receiver = WeightReceiver("a-1", pulls=False, deadlines=deadlines)
+        self.local = StoreFile("/nowhere")
+        self.receiver = WeightReceiver("a-1", store=self.local.path, pulls=False, deadlines=deadlines)
         self.sender = WeightSender(self.file.path, "a-1", "127.0.0.1", jobs=JOBS)
         self.members: list[Member] = []
         self.events: list[Any] = []
@@ -185,6 +186,7 @@ class Session:
         self.sender.stop()
         self.receiver.stop()
         self.file.close()
+        self.local.close()
 
 
 def received(member: Member, plan: BroadcastPlan) -> str:

@@ -8,6 +8,7 @@ import pytest
 
 from sgpo_async.actor import run as actor
 from sgpo_async.config import load
+from sgpo_async.weights import StoreFile
 
 
 @pytest.mark.parametrize("deltas", ["auto", "always", "never"])
@@ -15,6 +16,9 @@ def test_the_weight_receiver_has_the_settings_of_the_run(deltas: str, monkeypatc
     started: list[dict[str, Any]] = []
     monkeypatch.setattr(actor, "WeightReceiver", lambda name, **settings: started.append({"name": name} | settings))
     options = actor.ActorOptions(hub="tcp://127.0.0.1:1", name="a-1")
-    actor.Actor(options)._start_node(load("", [f"hub.weight_deltas={deltas}"]))
+    store = StoreFile("/nowhere")
+    actor.Actor(options)._start_node(load("", [f"hub.weight_deltas={deltas}"]), store)
     (found,) = started
-    assert (found["name"], found["deltas"], found["pulls"]) == ("a-1", deltas, True)
+    assert found.pop("deadlines")
+    assert found == {"name": "a-1", "store": store.path, "deltas": deltas, "pulls": True}
+    store.close()

@@ -1,5 +1,6 @@
 """An actor's work: leases in, rollouts out, through lost connections and revoked leases."""
 
+import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from rollout_support import TOKENIZER, ScriptedEngine, generated, lease
 
 from sgpo_async.actor import service as actor_service
 from sgpo_async.actor.membership import Membership
+from sgpo_async.actor.senders import Senders
 from sgpo_async.actor.service import Service
 from sgpo_async.config import Run
 from sgpo_async.engines.base import Failed, SampledTokens
@@ -72,12 +74,30 @@ class Node:
         self.stopped = True
 
 
+class ScriptedSender:
+    """A weight sender for the actor `name`, with these events."""
+
+    host = "10.0.0.7"
+
+    def __init__(self, name: str) -> None:
+        self.name, self.stopped = name, threading.Event()
+        self.events: list[Any] = []
+
+    def poll(self) -> list[Any]:
+        events, self.events = self.events, []
+        return events
+
+    def stop(self, deadline_s: float) -> None:
+        self.stopped.set()
+
+
 class Actor:
     """A service, its hub and its engine."""
 
     def __init__(self, *messages: Message) -> None:
         self.hub, self.engine = ScriptedHub(Welcome(run_id="run"), *messages), ScriptedEngine()
         self.engine.events = list  # type: ignore[attr-defined]
+        self.started: list[ScriptedSender] = []
         self.membership = Membership(
             self.hub,  # type: ignore[arg-type]
             Hello(role="actor", name="a"),
@@ -88,10 +108,16 @@ class Actor:
         self.service = Service(
             mailbox=self.hub,  # type: ignore[arg-type]
             membership=self.membership,
+            senders=Senders(self.spawn),
             engine=self.engine,  # type: ignore[arg-type]
             tokenizer=TOKENIZER,
             run=Run(),
         )
+
+    def spawn(self, name: str) -> ScriptedSender:
+        sender = ScriptedSender(name)
+        self.started.append(sender)
+        return sender
 
     def round(self, *messages: Message, answers: Any = ()) -> str | None:
         """One round of the loop; returns the reason to end, if there is one."""

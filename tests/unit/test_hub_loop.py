@@ -15,7 +15,8 @@ from sgpo_async.errors import DeadlineExceeded
 from sgpo_async.hub import HubCore
 from sgpo_async.hub.authority import Authority
 from sgpo_async.hub.loop import Loop
-from sgpo_async.hub.service import contact_file, version_bytes
+from sgpo_async.hub.service import contact_file
+from sgpo_async.model.folder import version_bytes
 from sgpo_async.session import SenderDown, SenderEvent, SenderUp
 from sgpo_async.transport import Mailbox, MemoryDealer, MemoryRouter, RouterMailbox
 from sgpo_async.wire import records as wire

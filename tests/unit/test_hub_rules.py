@@ -230,7 +230,7 @@ def test_the_meter_uses_differences_and_ignores_a_restart_of_the_counters():
 def test_the_actor_with_the_most_credit_among_those_with_new_enough_weights_is_picked():
     actors = Actors()
     for name, credit, version in (("a", 1, 5), ("b", 3, 4), ("c", 3, 5), ("d", 3, 5), ("e", 0, 9)):
-        actors.join(name.encode(), name, now=0.0)
+        actors.join(name.encode(), wire.Hello(role="actor", name=name), now=0.0)
         actors[name.encode()].credit, actors[name.encode()].version = credit, version
     assert actors.pick(5).name == "c"
     assert actors.pick(4).name == "b"

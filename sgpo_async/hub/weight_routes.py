@@ -1,0 +1,129 @@
+"""Where each actor gets its weights from, so that the hub sends few copies however many actors there are.
+
+    hub ──▶ actor ──▶ actor        over Torch RPC; each source serves at most `fanout` of them
+             │ store
+             └──▶ actor            on the same machine: it reads the other one's store
+
+An actor that serves others starts a weight sender for each of them when the hub says so (OpenSender), and reports where
+it listens (SenderUp). It can pass a version on while it still receives it, so the time until all actors have a version
+hardly grows with their number.
+
+Every route leads to the hub: an actor never gets its weights from those that get theirs from it. When a source is lost,
+the actors behind it say Hello again and get another one; they go on with the buckets that they have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from sgpo_async.hub.actors import FROM_HUB, Actor, Actors, Route
+from sgpo_async.hub.events import CloseSender, Effect, OpenSender, Send
+from sgpo_async.wire import records as wire
+
+
+@dataclass
+class WeightRoutes:
+    """Chooses, opens and closes the routes of these actors.
+
+    Args:
+        actors: all actors of the run.
+        fanout: how many weight senders a source may have; 0: every actor gets the weights from the hub.
+        shared: whether actors may read the store of another one on their machine.
+    """
+
+    actors: Actors
+    fanout: int
+    shared: bool
+    opened: int = 0  # weight senders that actors were asked for; their ids
+
+    def open(self, actor: Actor, *, direct: bool = False) -> list[Effect]:
+        """Choose a route for an actor without one; `direct`: from the hub.
+
+        A shared route can be used at once; for others, SenderUp or SenderDown follows, as an event or as a message.
+        """
+        if not direct and self.shared and (leader := self._leader(actor)):
+            actor.route = Route(leader.member, shared=True)
+            return []
+        source = None if direct else self._source(actor)
+        if source is None:
+            actor.route = FROM_HUB
+            return [OpenSender(actor.member, actor.name)]
+        self.opened += 1
+        actor.route = Route(source.member, sender=self.opened)
+        return [Send(source.member, wire.OpenSender(sender=self.opened, name=actor.name))]
+
+    def close(self, actor: Actor) -> list[Effect]:
+        """End an actor's route."""
+        route, actor.route = actor.route, None
+        if route is None or not route.source:
+            return [CloseSender(actor.member)]
+        if route.shared or route.source not in self.actors:
+            return []
+        return [Send(route.source, wire.CloseSender(sender=route.sender))]
+
+    def served_by(self, source: bytes, sender: int) -> Actor | None:
+        """The actor for which `source` has started this weight sender; None if it has another route by now."""
+        return next((actor for actor in self._behind(source) if actor.route == Route(source, sender)), None)
+
+    def waiting_for(self, source: bytes) -> list[Actor]:
+        """The actors that wait until `source` has started a weight sender for them."""
+        return [actor for actor in self._behind(source) if not actor.welcomed and actor.return_by is None]
+
+    def _behind(self, source: bytes) -> Iterator[Actor]:
+        """The actors whose next hop is `source` (b"": the hub)."""
+        return (actor for actor in self.actors.values() if actor.route is not None and actor.route.source == source)
+
+    def _leader(self, actor: Actor) -> Actor | None:
+        """Another actor of this machine that keeps a store of its own, which others may read.
+
+        An actor on which others depend keeps its own store up to date, also when it joins again.
+        """
+        if not actor.machine or any(self._behind(actor.member)):
+            return None
+        return next(
+            (
+                other
+                for other in self.actors.values()
+                if other is not actor
+                and other.machine == actor.machine
+                and other.store
+                and other.return_by is None
+                and other.route is not None
+                and not other.route.shared
+            ),
+            None,
+        )
+
+    def _source(self, actor: Actor) -> Actor | None:
+        """The actor that shall serve this one, as near to the hub as possible; None: the hub itself."""
+        if not self.fanout or self._served(b"") < self.fanout:
+            return None
+        hops = {
+            other.member: found
+            for other in self.actors.values()
+            if other.serves
+            and self._served(other.member) < self.fanout
+            and (found := self._hops(other, without=actor)) is not None
+        }
+        nearest = min(hops, key=lambda member: (hops[member], self._served(member)), default=None)
+        return None if nearest is None else self.actors[nearest]
+
+    def _served(self, source: bytes) -> int:
+        """How many weight senders this source has."""
+        return sum(not actor.route.shared for actor in self._behind(source) if actor.route)
+
+    def _hops(self, actor: Actor, *, without: Actor) -> int | None:
+        """Number of hops from the hub to an actor with a store of its own; None if its route is broken or by `without`.
+
+        `without` has no route now, so a route by it is broken.
+        """
+        hops, at = 0, actor
+        while at is not without and at.welcomed and at.route is not None and not at.route.shared:
+            hops += 1
+            if not at.route.source:
+                return hops
+            if at.route.source not in self.actors:
+                return None
+            at = self.actors[at.route.source]
+        return None
