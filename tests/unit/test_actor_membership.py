@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 from test_actor_service import Node, ScriptedHub
 
 from sgpo_async.actor import membership as actor_membership
 from sgpo_async.actor.membership import BACKOFF_S, PROVEN_S, REPEAT_S, Membership
 from sgpo_async.errors import HubError, Refusal
-from sgpo_async.session import VersionAnnounced
+from sgpo_async.session import ReceiverDown, VersionAnnounced, VersionReceived
+from sgpo_async.weights import StoreFile, StoreWriter
 from sgpo_async.wire.records import Hello, Refused, Welcome
 
 TAKEN = Refused(reason="the name 'a' is taken")
@@ -184,3 +186,55 @@ def test_only_the_first_run_is_its_run(member: Member) -> None:
     assert member.membership.welcomed(Welcome(run_id="run"))
     assert member.membership.welcomed(Welcome(run_id="run"))
     assert not member.membership.welcomed(Welcome(run_id="another"))
+
+
+def test_the_store_of_another_actor_takes_the_place_of_a_session(member: Member, clock: Clock) -> None:
+    file = StoreFile("/nowhere")
+    manifest = StoreWriter(file.path).publish(3, [("w", torch.ones(4))])
+    member.membership.welcomed(Welcome(run_id="run", store=file.path, source="b"))
+    assert member.nodes[0].stopped, "nothing is pulled"
+    (event,) = member.membership.node_events()
+    assert event == VersionReceived(
+        version=3,
+        path=file.path,
+        digest=manifest.digest,
+        nbytes=manifest.nbytes,
+        received=0,
+        seconds=0.0,
+        published_at=manifest.published_at,
+    )
+    assert member.membership.node_events() == []
+    StoreWriter(file.path).publish(4, [("w", torch.zeros(4))])
+    assert [event.version for event in member.membership.node_events()] == [4]
+    file.close()
+    (down,) = member.membership.node_events()
+    assert isinstance(down, ReceiverDown) and file.path in down.reason
+    member.membership.session_down(down.reason)
+    member.hellos()
+    member.membership.advance([])
+    assert [hello.direct for hello in member.hellos()] == [False], "its weights had arrived"
+    member.membership.welcomed(Welcome(run_id="run", session_host="h", session_port=7))
+    assert len(member.nodes) == 2 and member.nodes[1].addresses == [("h", 7)]
+
+
+@pytest.mark.parametrize("store", ["", "/nowhere"])
+def test_an_actor_that_another_one_could_not_serve_asks_for_a_session_with_the_hub(
+    member: Member, clock: Clock, store: str
+) -> None:
+    """From then on: the same would happen again."""
+    member.membership.welcomed(Welcome(run_id="run", source="b", store=store))
+    clock.now += 10 * PROVEN_S
+    member.membership.session_down("cannot be reached")
+    for _ in range(2):
+        clock.now += REPEAT_S
+        member.membership.advance([])
+        assert member.hellos()[-1].direct
+        member.membership.welcomed(Welcome(run_id="run"))
+        member.membership.lost("the connection to the hub was lost")
+
+
+def test_a_session_of_the_hub_that_ends_early_changes_no_source(member: Member) -> None:
+    member.membership.welcomed(Welcome(run_id="run"))
+    member.membership.session_down("gone")
+    member.membership.advance([])
+    assert not member.hellos()[-1].direct

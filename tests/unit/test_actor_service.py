@@ -16,12 +16,16 @@ from sgpo_async.actor.service import Service
 from sgpo_async.config import Run
 from sgpo_async.engines.base import Failed, SampledTokens
 from sgpo_async.errors import DeadlineExceeded, EngineError
+from sgpo_async.session import SenderDown, SenderUp
+from sgpo_async.wire import records as wire
 from sgpo_async.wire.records import (
     Ack,
+    CloseSender,
     Goodbye,
     Heartbeat,
     Hello,
     Message,
+    OpenSender,
     Progress,
     Ready,
     Release,
@@ -105,10 +109,11 @@ class Actor:
             start_node=Node,  # type: ignore[arg-type]
             timeout_s=600.0,
         )
+        self.senders = Senders(self.spawn)  # type: ignore[arg-type]
         self.service = Service(
             mailbox=self.hub,  # type: ignore[arg-type]
             membership=self.membership,
-            senders=Senders(self.spawn),
+            senders=self.senders,
             engine=self.engine,  # type: ignore[arg-type]
             tokenizer=TOKENIZER,
             run=Run(),
@@ -329,3 +334,31 @@ def test_the_end_of_the_run_ends_the_service() -> None:
     actor.round()
     assert actor.round(Stop(reason="finished")) == "finished"
     assert actor.service.run_over
+
+
+def test_weight_senders_are_opened_and_closed_as_the_hub_says() -> None:
+    actor = Actor()
+    actor.round(OpenSender(sender=4, name="b"), OpenSender(sender=5, name="c"))
+    first, second = actor.started
+    assert [first.name, second.name] == ["b", "c"]
+    first.events.append(SenderUp(4000, b"s"))
+    second.events.append(SenderDown("no such host"))
+    actor.round()
+    (up,), (down,) = actor.sent(wire.SenderUp), actor.sent(wire.SenderDown)
+    assert (up.sender, up.host, up.port, up.secret) == (4, "10.0.0.7", 4000, b"s")
+    assert (down.sender, down.reason) == (5, "no such host")
+    actor.round(CloseSender(sender=4), CloseSender(sender=99))
+    actor.senders.close_all()
+    assert first.stopped.is_set() and second.stopped.is_set()
+
+
+def test_a_weight_sender_that_cannot_be_started_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: str) -> ScriptedSender:
+        raise OSError("too many processes")
+
+    actor = Actor()
+    monkeypatch.setattr(actor.senders, "_spawn", fail)
+    actor.round(OpenSender(sender=4, name="b"))
+    (down,) = actor.sent(wire.SenderDown)
+    assert (down.sender, down.reason) == (4, "cannot start a weight sender: too many processes")
+    actor.senders.close_all()
