@@ -116,10 +116,10 @@ class WeightRoutes:
     def _hops(self, actor: Actor, *, without: Actor) -> int | None:
         """Number of hops from the hub to an actor with a store of its own; None if its route is broken or by `without`.
 
-        `without` has no route now, so a route by it is broken.
+        It need not have joined its session yet: who comes after it waits for it, as when all actors start at once.
         """
         hops, at = 0, actor
-        while at is not without and at.welcomed and at.route is not None and not at.route.shared:
+        while at is not without and at.return_by is None and at.route is not None and not at.route.shared:
             hops += 1
             if not at.route.source:
                 return hops
