@@ -33,6 +33,7 @@ from sgpo_async.logs import fields
 from sgpo_async.model.folder import load_tokenizer, model_folder, tokenizer_fingerprint, version_bytes
 from sgpo_async.session import Deadlines, WeightReceiver, WeightSender
 from sgpo_async.session.interface import address_towards, interface_towards
+from sgpo_async.session.settings import Road
 from sgpo_async.tasks.prompts import build_prompt
 from sgpo_async.transport import Dealer, Mailbox, request_settings
 from sgpo_async.weights.store_file import StoreFile, machine
@@ -59,7 +60,7 @@ class ActorOptions:
     sglang_urls: tuple[str, ...] = ()  # servers to attach to; none: as the run says
     logs: str = ""  # folder of the servers' logs; "": a temporary one
     own_store: bool = False  # share no weight store with other actors of this machine
-    relay: bool = True  # serve the weights to actors on other machines, if the hub asks for it
+    connects: bool = False  # open every connection itself, because nobody can connect to it, and serve no other actor
     hub_timeout_s: float = 120.0  # how long to wait for the hub before giving up
 
 
@@ -121,7 +122,9 @@ class Actor:
                 timeout_s=self._options.hub_timeout_s,
             )
             stack.callback(membership.close)
-            senders = Senders(lambda name: WeightSender(store.path, name, address_towards(self._hub_host)))
+            senders = Senders(
+                lambda name, road: WeightSender(store.path, name, address_towards(self._hub_host), road=road)
+            )
             stack.callback(senders.close_all)
             service = Service(
                 mailbox=mailbox,
@@ -143,13 +146,15 @@ class Actor:
             tokenizer=tokenizer_fingerprint(self._tokenizer),
             machine=machine() if shares else "",
             store=store.path if shares else "",
-            serves=self._options.relay,
+            serves=not self._options.connects,
+            connects=self._options.connects,
         )
 
     def _start_node(self, run: Run, store: StoreFile) -> WeightReceiver:
         deadlines = Deadlines(group_s=run.engine.sglang.phase_timeout_s)
         pulls, deltas = not run.engine.broadcasts, run.hub.weight_deltas
-        return WeightReceiver(self._name, store=store.path, pulls=pulls, deltas=deltas, deadlines=deadlines)
+        road: Road = "sockets" if self._options.connects else "rpc"
+        return WeightReceiver(self._name, store=store.path, road=road, pulls=pulls, deltas=deltas, deadlines=deadlines)
 
     @property
     def _hub_host(self) -> str:

@@ -154,7 +154,7 @@ class NoSender:
 
     host = "127.0.0.1"
 
-    def __init__(self, _name: str) -> None:
+    def __init__(self, _name: str, _road: str) -> None:
         self._events: list[SenderEvent] = [SenderUp(1)]
 
     def poll(self) -> Sequence[SenderEvent]:

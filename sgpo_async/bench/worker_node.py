@@ -71,7 +71,7 @@ def receive(mailbox: Mailbox, name: str, host: str, deltas: Deltas) -> None:
 
     hello = wire.Hello(role="actor", name=name, serves=True)
     membership = Membership(mailbox, hello, node=start(), start_node=start, timeout_s=TIMEOUT_S)
-    senders = Senders(lambda other: WeightSender(store.path, other, address_towards(host)))
+    senders = Senders(lambda other, road: WeightSender(store.path, other, address_towards(host), road=road))
     newest, beat = -1, 0.0
     while True:
         membership.advance([])

@@ -188,7 +188,7 @@ class Bench:
                 start_node=lambda: publications,  # type: ignore[arg-type, return-value]
                 timeout_s=seconds,
             ),
-            senders=Senders(lambda name: WeightSender(publications.path, name, "127.0.0.1")),
+            senders=Senders(lambda name, road: WeightSender(publications.path, name, "127.0.0.1", road=road)),
             engine=self.engine,
             tokenizer=self.tokenizer,
             run=self.run,

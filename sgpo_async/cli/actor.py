@@ -52,9 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep a weight store of its own: otherwise actors on one machine, of one user, share one",
     )
     parser.add_argument(
-        "--no-relay",
+        "--connect-only",
         action="store_true",
-        help="do not pass the weights on to actors on other machines, which cannot connect to this one (NAT, firewall)",
+        help="open every connection from here, because no other machine can connect to this one (NAT, firewall)",
     )
     parser.add_argument(
         "--logs", default="", metavar="DIR", help="folder for the servers' logs (default: a temporary folder)"
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         sglang_python=args.sglang_python,
         sglang_urls=tuple(args.sglang_url),
         own_store=args.own_store,
-        relay=not args.no_relay,
+        connects=args.connect_only,
         logs=args.logs,
     )
     logs.set_up("actor", name=options.name)

@@ -59,6 +59,7 @@ class Actor:
     tokenizer: str = ""  # fingerprint of its tokenizer
     machine: str = ""  # that it is on; "": it shares no store
     store: str = ""  # path of its own weight store, for other actors of this machine
+    connects: bool = False  # it must open every connection
     serves: bool = False  # whether other actors may get the weights from it
     route: Route | None = None  # None: not chosen yet
     welcomed: bool = False  # its route is open and the hub has sent it a Welcome
@@ -107,6 +108,7 @@ class Actors(dict[bytes, Actor]):
             tokenizer=hello.tokenizer,
             machine=hello.machine,
             store=hello.store,
+            connects=hello.connects,
             serves=hello.serves,
         )
         if known:

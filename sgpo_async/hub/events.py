@@ -89,6 +89,7 @@ class OpenSender:
 
     member: bytes
     name: str
+    sockets: bool = False  # the actor must open every connection
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from sgpo_async.hub.journal import Journal
 from sgpo_async.hub.learner_weights import LearnerWeights
 from sgpo_async.hub.recovery import save, write_event
 from sgpo_async.session import SenderDown, SenderEvent, SenderUp
+from sgpo_async.session.settings import Road
 from sgpo_async.transport import RouterMailbox
 from sgpo_async.transport.base import Frames
 from sgpo_async.transport.mailbox import Mail
@@ -67,7 +68,7 @@ class Loop:
         *,
         mailbox: RouterMailbox,
         authority: Authority,
-        spawn_sender: Callable[[str], SenderHandle],
+        spawn_sender: Callable[[str, Road], SenderHandle],
         weights: LearnerWeights | None = None,
         journal: Journal | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -76,7 +77,7 @@ class Loop:
 
         Args:
             authority: who may act as the learner.
-            spawn_sender: starts the weight sender of the actor of this name.
+            spawn_sender: starts the weight sender of the actor of this name, for connections by this road.
             clock: the core's.
         """
         self._core, self._mailbox, self._spawn_sender = core, mailbox, spawn_sender
@@ -164,8 +165,8 @@ class Loop:
         match effect:
             case ev.Send(member, message):
                 self._send(member, message)
-            case ev.OpenSender(member, name):
-                self._open_sender(member, name)
+            case ev.OpenSender(member, name, sockets):
+                self._open_sender(member, name, "sockets" if sockets else "rpc")
             case ev.CloseSender(member):
                 self._stop_sender(member)
             case ev.UseStore(path):
@@ -202,10 +203,10 @@ class Loop:
                         events.append(ev.SenderDown(member, reason))
         return events
 
-    def _open_sender(self, member: bytes, name: str) -> None:
+    def _open_sender(self, member: bytes, name: str, road: Road) -> None:
         """Start a weight sender. If that fails (too many processes, no memory), only this actor's session ends."""
         try:
-            self._senders[member] = self._spawn_sender(name)
+            self._senders[member] = self._spawn_sender(name, road)
         except OSError as error:
             reason = f"the hub cannot start a weight sender: {error}"
             self._handle([(ev.SenderDown(member, reason), [])])

@@ -12,7 +12,6 @@ import os
 import time
 import uuid
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +77,13 @@ def serve(run: Run) -> int:
         stack.callback(weights.close)
         endpoint = endpoint_of(router.address)
         assert endpoint, router.address
-        spawn_sender = partial(WeightSender, store.path, host=endpoint[0], cuda=run.engine.broadcasts_on_gpus)
+        host, cuda = endpoint[0], run.engine.broadcasts_on_gpus
         began = time.monotonic() - elapsed
         loop = Loop(
             core,
             mailbox=RouterMailbox(router),
             authority=_authority(run, token),
-            spawn_sender=spawn_sender,
+            spawn_sender=lambda name, road: WeightSender(store.path, name, host, road=road, cuda=cuda),
             weights=weights,
             journal=journal,
             clock=lambda: time.monotonic() - began,

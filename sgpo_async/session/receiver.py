@@ -33,6 +33,7 @@ from sgpo_async.weights.writer import StoreWriter
 
 if TYPE_CHECKING:
     from sgpo_async.session.rpc_world import RpcWorld
+    from sgpo_async.session.socket_world import SocketClient
 
 _TICK_S = 0.02
 
@@ -47,12 +48,18 @@ def run(settings: Settings, child: ChildSide) -> NoReturn:
     with child.phase(f"rendezvous with the weight sender at {address['host']}:{address['port']}", deadlines.join_s):
         os.environ["TP_SOCKET_IFNAME"] = os.environ["GLOO_SOCKET_IFNAME"] = interface_towards(address["host"])
         from sgpo_async.session import calls
-        from sgpo_async.session.rpc_world import RpcWorld, reach
+        from sgpo_async.session.rpc_world import RpcWorld
+        from sgpo_async.session.socket_world import SocketClient
 
         calls.callee.inbox = child.commands
         secret = bytes.fromhex(address["secret"])
-        world = RpcWorld("weight_receiver", deadlines, secret=secret, from_peer=calls.FROM_PEER)
-        world.join(reach(address["host"], address["port"], deadlines.join_s))
+        world: RpcWorld | SocketClient
+        if settings.road == "sockets":
+            world = SocketClient(deadlines, secret=secret, from_peer=calls.FROM_PEER)
+        else:
+            world = RpcWorld("weight_receiver", deadlines, secret=secret, from_peer=calls.FROM_PEER)
+        world.reach(address["host"], address["port"])
+        world.join()
         deltas = settings.deltas == "always" or (settings.deltas == "auto" and not is_own_address(address["host"]))
     local_copy = LocalCopy(world, child, settings.store, deltas=deltas, silence_s=deadlines.silence_s)
     serve(world, local_copy, child, pulls=settings.pulls)
@@ -68,7 +75,7 @@ def _sender_address(child: ChildSide) -> dict[str, Any]:
     return command
 
 
-def serve(world: RpcWorld, local_copy: LocalCopy, child: ChildSide, *, pulls: bool) -> NoReturn:
+def serve(world: RpcWorld | SocketClient, local_copy: LocalCopy, child: ChildSide, *, pulls: bool) -> NoReturn:
     """Pull or report announced versions and forward requests and responses, until the weight sender is gone."""
     from sgpo_async.session import calls
 
@@ -95,7 +102,9 @@ def serve(world: RpcWorld, local_copy: LocalCopy, child: ChildSide, *, pulls: bo
 class LocalCopy:
     """The copy of the learner's store in the store at `path`, which an earlier weight receiver may have begun."""
 
-    def __init__(self, world: RpcWorld, child: ChildSide, path: str, *, deltas: bool, silence_s: float) -> None:
+    def __init__(
+        self, world: RpcWorld | SocketClient, child: ChildSide, path: str, *, deltas: bool, silence_s: float
+    ) -> None:
         self._world, self._child, self._deltas, self._silence_s = world, child, deltas, silence_s
         self._writer = StoreWriter(path)
         self._reported = -1

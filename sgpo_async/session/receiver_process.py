@@ -10,7 +10,7 @@ from typing import Any
 
 from sgpo_async.session.parent_side import Child
 from sgpo_async.session.rpc_client import RpcClient
-from sgpo_async.session.settings import Deadlines, Deltas, Settings
+from sgpo_async.session.settings import Deadlines, Deltas, Road, Settings
 from sgpo_async.session.weight_groups import WeightGroups
 
 
@@ -62,7 +62,7 @@ _EVENTS: dict[str, type[Any]] = {
 
 
 class WeightReceiver:
-    """The receiving end of one session, of an actor or of the hub.
+    """The receiving end of one session, of an actor or of the hub; `road` must be that of the weight sender.
 
     Start it early: it imports torch while the actor does other work.
 
@@ -75,12 +75,15 @@ class WeightReceiver:
         name: str,
         *,
         store: str,
+        road: Road = "rpc",
         deltas: Deltas = "auto",
         pulls: bool = True,
         deadlines: Deadlines | None = None,
     ) -> None:
         deadlines = deadlines or Deadlines()
-        settings = Settings(name=name, parent=os.getpid(), store=store, deltas=deltas, pulls=pulls, deadlines=deadlines)
+        settings = Settings(
+            name=name, parent=os.getpid(), store=store, road=road, deltas=deltas, pulls=pulls, deadlines=deadlines
+        )
         self._child = Child("sgpo_async.session.receiver", settings, role="weight receiver")
         self._rpc = RpcClient(self._child.send)
         self.groups = WeightGroups(self._rpc, deadlines.group_s)

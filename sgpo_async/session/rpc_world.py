@@ -55,12 +55,6 @@ def listen(host: str, join_s: float) -> tuple[dist.TCPStore, int]:
     return store, port
 
 
-def reach(host: str, port: int, join_s: float) -> dist.TCPStore:
-    """Connect to the rendezvous that another process has opened by `listen`."""
-    timeout = timedelta(seconds=join_s)
-    return dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
-
-
 def heartbeat(seconds: float) -> None:
     """Answer after `seconds`: with a call always in flight, the caller notices at once that this process is gone."""
     time.sleep(seconds)
@@ -144,7 +138,7 @@ class Call:
 
 
 class RpcWorld:
-    """This process's membership in a world of two."""
+    """This process's membership in a world of two: `listen` or `reach`, then `join`."""
 
     def __init__(
         self, role: Role, deadlines: Deadlines, *, secret: bytes, from_peer: Sequence[Callable[..., Any]]
@@ -155,11 +149,22 @@ class RpcWorld:
         self._heartbeat: Call | None = None
         self._pickler = SessionPickler(secret, (*from_peer, heartbeat, echo))
 
-    def join(self, store: dist.Store) -> None:
+    def listen(self, host: str) -> int:
+        """Open the rendezvous at a free port of `host` only; return the port."""
+        self._rendezvous, port = listen(host, self._deadlines.join_s)
+        return port
+
+    def reach(self, host: str, port: int) -> None:
+        """Connect to the rendezvous that the peer has opened there."""
+        timeout = timedelta(seconds=self._deadlines.join_s)
+        self._rendezvous = dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
+
+    def join(self) -> None:
         """Wait for the peer to join; the caller enforces the deadline."""
         self._pickler.install()
         self._operators = open_no_files()
-        self._store = rendezvous = AuthenticatedStore(store, self._secret)  # torch does not keep its Python half
+        # Kept, because torch does not keep the Python half of a store.
+        self._store = rendezvous = AuthenticatedStore(self._rendezvous, self._secret)
         if self._role == "weight_sender":
             rendezvous.wait_until_set("here")
         else:

@@ -22,6 +22,7 @@ from sgpo_async.weights.reader import StoreReader
 if TYPE_CHECKING:
     from sgpo_async.session.rpc_server import RpcServer
     from sgpo_async.session.rpc_world import RpcWorld
+    from sgpo_async.session.socket_world import SocketServer
 
 _TICK_S = 0.02
 # A failed NCCL wait raises an exception; neither it nor NCCL's monitor may end the process.
@@ -35,21 +36,25 @@ def run(settings: Settings, child: ChildSide) -> NoReturn:
         os.environ |= _on_interface(interface_towards(settings.host)) | _NCCL
         from sgpo_async.session import calls
         from sgpo_async.session.rpc_server import RpcServer
-        from sgpo_async.session.rpc_world import RpcWorld, listen
+        from sgpo_async.session.rpc_world import RpcWorld
+        from sgpo_async.session.socket_world import SocketServer
 
-    with child.phase(f"listen on {settings.host}", deadlines.start_s):
-        secret = bytes.fromhex(child.commands.get()["secret"])  # the first command
-        rendezvous, port = listen(settings.host, deadlines.join_s)
     calls.callee.store = store = StoreReader(settings.store)
     calls.callee.server = server = RpcServer(store, settings.host, child.commands.put, jobs=settings.jobs)
-    world = RpcWorld("weight_sender", deadlines, secret=secret, from_peer=calls.FROM_PEER)
-    child.emit("up", port=port)
+    with child.phase(f"listen on {settings.host}", deadlines.start_s):
+        secret = bytes.fromhex(child.commands.get()["secret"])  # the first command
+        world: RpcWorld | SocketServer
+        if settings.road == "sockets":
+            world = SocketServer(deadlines, secret=secret, from_peer=calls.FROM_PEER)
+        else:
+            world = RpcWorld("weight_sender", deadlines, secret=secret, from_peer=calls.FROM_PEER)
+        child.emit("up", port=world.listen(settings.host))
     with child.phase("rendezvous with the weight receiver", deadlines.join_s):
-        world.join(rendezvous)
+        world.join()
     serve(world, store, server, child)
 
 
-def serve(world: RpcWorld, store: StoreReader, server: RpcServer, child: ChildSide) -> NoReturn:
+def serve(world: RpcWorld | SocketServer, store: StoreReader, server: RpcServer, child: ChildSide) -> NoReturn:
     """Announce versions, complete or still arriving, and send responses, until the weight receiver is gone."""
     from sgpo_async.session import calls
 

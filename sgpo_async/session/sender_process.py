@@ -9,7 +9,7 @@ from typing import Any
 
 from sgpo_async.session.parent_side import Child
 from sgpo_async.session.secret import new_secret
-from sgpo_async.session.settings import JOBS, Deadlines, Settings
+from sgpo_async.session.settings import JOBS, Deadlines, Road, Settings
 
 
 @dataclass(frozen=True)
@@ -37,19 +37,27 @@ class WeightSender:
     computes for the receiver (`WeightGroups.compute`), as MODULE:NAME.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (what the process is told)
         self,
         store: str,
         name: str,
         host: str,
         *,
+        road: Road = "rpc",
         cuda: bool = False,
         jobs: Sequence[str] = JOBS,
         deadlines: Deadlines | None = None,
     ) -> None:
         deadlines = deadlines or Deadlines()
         settings = Settings(
-            name=name, parent=os.getpid(), store=store, host=host, cuda=cuda, jobs=list(jobs), deadlines=deadlines
+            name=name,
+            parent=os.getpid(),
+            store=store,
+            host=host,
+            road=road,
+            cuda=cuda,
+            jobs=list(jobs),
+            deadlines=deadlines,
         )
         self._secret = new_secret()
         self._child = Child("sgpo_async.session.sender", settings, role="weight sender")

@@ -7,6 +7,9 @@ import json
 from dataclasses import dataclass, field
 from typing import Literal
 
+Road = Literal["rpc", "sockets"]
+"""rpc: both processes connect to each other by Torch RPC; sockets: only the weight receiver connects, by ZeroMQ."""
+
 Deltas = Literal["auto", "always", "never"]
 """auto: if the weight sender is on another machine. On one machine, copying is faster than encoding."""
 
@@ -35,6 +38,7 @@ class Settings:
     store: str  # weight sender: the store that it serves; weight receiver: the one it writes
     host: str = ""  # weight sender: where to listen
     cuda: bool = False  # weight sender: may use this machine's GPUs, for weight-update groups over NCCL
+    road: Road = "rpc"
     deltas: Deltas = "auto"  # weight receiver: whether to pull the difference to the version that it has
     # Weight sender: the functions that it computes on its weights (`WeightGroups.compute`).
     jobs: list[str] = field(default_factory=lambda: list(JOBS))

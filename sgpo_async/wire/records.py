@@ -63,6 +63,7 @@ class Hello:
     machine: str = ""
     store: str = ""
     serves: bool = False
+    connects: bool = False  # actor: nobody can connect to it, so it must open every connection (`session.socket_world`)
     direct: bool = False  # actor: it could not get weights from another actor, so it must have them from the hub
     token: str = field(default="", repr=False)  # learner of a hub without keys: the content of its hub.token
 
@@ -184,6 +185,7 @@ class OpenSender:
 
     sender: int  # id
     name: str  # of the other actor
+    sockets: bool = False  # `connects` of the other actor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -129,7 +129,7 @@ from pathlib import Path
 os.environ["TP_SOCKET_IFNAME"] = os.environ["GLOO_SOCKET_IFNAME"] = "lo"
 from sgpo_async.errors import SessionError
 from sgpo_async.session import calls
-from sgpo_async.session.rpc_world import RpcWorld, reach
+from sgpo_async.session.rpc_world import RpcWorld
 from sgpo_async.session.settings import Deadlines
 from sgpo_async.session.messages import Request
 import base64, pickle
@@ -140,7 +140,8 @@ class Bomb:
     def __reduce__(self):
         return os.mkdir, (made,)
 world = RpcWorld("weight_receiver", Deadlines(), secret=secret, from_peer=calls.FROM_PEER)
-world.join(reach("127.0.0.1", port, 60.0))
+world.reach("127.0.0.1", port)
+world.join()
 for function, argument in ((os.mkdir, made), (calls.announce, Bomb())):
     try:
         world.call(function, argument)

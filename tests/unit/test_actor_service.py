@@ -83,8 +83,8 @@ class ScriptedSender:
 
     host = "10.0.0.7"
 
-    def __init__(self, name: str) -> None:
-        self.name, self.stopped = name, threading.Event()
+    def __init__(self, name: str, road: str) -> None:
+        self.name, self.road, self.stopped = name, road, threading.Event()
         self.events: list[Any] = []
 
     def poll(self) -> list[Any]:
@@ -119,8 +119,8 @@ class Actor:
             run=Run(),
         )
 
-    def spawn(self, name: str) -> ScriptedSender:
-        sender = ScriptedSender(name)
+    def spawn(self, name: str, road: str) -> ScriptedSender:
+        sender = ScriptedSender(name, road)
         self.started.append(sender)
         return sender
 
@@ -338,9 +338,9 @@ def test_the_end_of_the_run_ends_the_service() -> None:
 
 def test_weight_senders_are_opened_and_closed_as_the_hub_says() -> None:
     actor = Actor()
-    actor.round(OpenSender(sender=4, name="b"), OpenSender(sender=5, name="c"))
+    actor.round(OpenSender(sender=4, name="b"), OpenSender(sender=5, name="c", sockets=True))
     first, second = actor.started
-    assert [first.name, second.name] == ["b", "c"]
+    assert [(sender.name, sender.road) for sender in actor.started] == [("b", "rpc"), ("c", "sockets")]
     first.events.append(SenderUp(4000, b"s"))
     second.events.append(SenderDown("no such host"))
     actor.round()
@@ -353,7 +353,7 @@ def test_weight_senders_are_opened_and_closed_as_the_hub_says() -> None:
 
 
 def test_a_weight_sender_that_cannot_be_started_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: str) -> ScriptedSender:
+    def fail(*_: str) -> ScriptedSender:
         raise OSError("too many processes")
 
     actor = Actor()

@@ -70,7 +70,7 @@ class Running:
         self.thread = threading.Thread(target=self.run)
         self.thread.start()
 
-    def spawn_sender(self, name: str) -> FakeSender:
+    def spawn_sender(self, name: str, road: str) -> FakeSender:
         if name == "cannot start":
             raise OSError("no more processes")
         self.senders.append(FakeSender(name))
