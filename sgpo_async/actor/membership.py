@@ -115,6 +115,9 @@ class Membership:
             return
         if isinstance(self.node, SharedStore):
             self.node = self._start_node()
+        if welcome.folder:
+            self.node.open_folder(welcome.folder)
+            return
         self.node.connect(welcome.session_host, welcome.session_port, welcome.session_secret)
 
     def refused(self, refusal: Refused) -> None:

@@ -33,11 +33,10 @@ from sgpo_async.logs import fields
 from sgpo_async.model.folder import load_tokenizer, model_folder, tokenizer_fingerprint, version_bytes
 from sgpo_async.session import Deadlines, WeightReceiver, WeightSender
 from sgpo_async.session.interface import address_towards, interface_towards
-from sgpo_async.session.settings import Road
 from sgpo_async.tasks.prompts import build_prompt
 from sgpo_async.transport import Dealer, Mailbox, request_settings
 from sgpo_async.weights.store_file import StoreFile, machine
-from sgpo_async.wire.records import Hello
+from sgpo_async.wire.records import Hello, Road
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +59,7 @@ class ActorOptions:
     sglang_urls: tuple[str, ...] = ()  # servers to attach to; none: as the run says
     logs: str = ""  # folder of the servers' logs; "": a temporary one
     own_store: bool = False  # share no weight store with other actors of this machine
-    connects: bool = False  # open every connection itself, because nobody can connect to it, and serve no other actor
+    road: Road = "rpc"  # how it gets weights; by rpc it may serve other actors, too
     hub_timeout_s: float = 120.0  # how long to wait for the hub before giving up
 
 
@@ -146,14 +145,14 @@ class Actor:
             tokenizer=tokenizer_fingerprint(self._tokenizer),
             machine=machine() if shares else "",
             store=store.path if shares else "",
-            serves=not self._options.connects,
-            connects=self._options.connects,
+            serves=self._options.road == "rpc",
+            road=self._options.road,
         )
 
     def _start_node(self, run: Run, store: StoreFile) -> WeightReceiver:
         deadlines = Deadlines(group_s=run.engine.sglang.phase_timeout_s)
         pulls, deltas = not run.engine.broadcasts, run.hub.weight_deltas
-        road: Road = "sockets" if self._options.connects else "rpc"
+        road = self._options.road
         return WeightReceiver(self._name, store=store.path, road=road, pulls=pulls, deltas=deltas, deadlines=deadlines)
 
     @property

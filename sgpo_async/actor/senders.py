@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 from sgpo_async.errors import DeadlineExceeded
 from sgpo_async.session import SenderUp, WeightSender
-from sgpo_async.session.settings import Road
 from sgpo_async.wire import records as wire
 
 log = logging.getLogger(__name__)
@@ -19,7 +18,7 @@ STOP_S = 5.0  # for a killed weight sender to end
 class Senders:
     """Opens and closes weight senders as the hub says; `spawn` starts one for the actor of a name, by a road."""
 
-    def __init__(self, spawn: Callable[[str, Road], WeightSender]) -> None:
+    def __init__(self, spawn: Callable[[str, wire.Road], WeightSender]) -> None:
         self._spawn = spawn
         self._senders: dict[int, WeightSender] = {}
         self._failed: list[wire.SenderDown] = []
@@ -28,7 +27,7 @@ class Senders:
     def open(self, order: wire.OpenSender) -> None:
         """Start a weight sender. If that fails (too many processes, no memory), `poll` reports it as down."""
         try:
-            self._senders[order.sender] = self._spawn(order.name, "sockets" if order.sockets else "rpc")
+            self._senders[order.sender] = self._spawn(order.name, order.road)
         except OSError as error:
             self._failed.append(wire.SenderDown(sender=order.sender, reason=f"cannot start a weight sender: {error}"))
 

@@ -52,9 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep a weight store of its own: otherwise actors on one machine, of one user, share one",
     )
     parser.add_argument(
-        "--connect-only",
-        action="store_true",
-        help="open every connection from here, because no other machine can connect to this one (NAT, firewall)",
+        "--weights-by",
+        choices=("rpc", "sockets", "folder"),
+        default="rpc",
+        help="sockets: over connections that only this node opens (NAT, firewall); folder: from the run's "
+        "hub.weight_folder; default: Torch RPC, for which both nodes connect to each other",
     )
     parser.add_argument(
         "--logs", default="", metavar="DIR", help="folder for the servers' logs (default: a temporary folder)"
@@ -90,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         sglang_python=args.sglang_python,
         sglang_urls=tuple(args.sglang_url),
         own_store=args.own_store,
-        connects=args.connect_only,
+        road=args.weights_by,
         logs=args.logs,
     )
     logs.set_up("actor", name=options.name)

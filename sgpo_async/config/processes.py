@@ -43,6 +43,9 @@ class Hub:
     # How many actors the hub, and each actor in its turn, sends the weights to. With more actors than that, actors get
     # them from each other. 0: every actor gets them from the hub.
     weight_fanout: int = 2
+    # Folder into which the hub copies every version, for actors with `--weights-by folder`: any URL of fsspec, such as
+    # s3://bucket/run or file:///mnt/run. Who can write there decides what these actors serve.
+    weight_folder: str = ""
     max_message_mb: int = 512  # the largest message is the hub's state in a checkpoint
 
     def __post_init__(self) -> None:
@@ -60,6 +63,12 @@ class Hub:
             "must name the one address at which actors reach this machine, because the hub sends it to the actors and "
             "Torch RPC listens there",
             self.address,
+        )
+        require(
+            not self.weight_folder or "://" in self.weight_folder,
+            "hub.weight_folder",
+            "must be a URL, for example s3://bucket/run or file:///mnt/run",
+            self.weight_folder,
         )
         require(self.weight_fanout >= 0, "hub.weight_fanout", "must be >= 0 (0: no limit)", self.weight_fanout)
         require(self.max_lag >= 0, "hub.max_lag", "must be >= 0", self.max_lag)

@@ -41,6 +41,7 @@ NOT_LEARNED = (
     "hub.batches_in_flight",
     "hub.weight_deltas",
     "hub.weight_fanout",
+    "hub.weight_folder",
     "evaluation.share",
     "learner.parts",
     "learner.recompute",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from sgpo_async.wire.records import Heartbeat, Hello
+from sgpo_async.wire.records import Heartbeat, Hello, Road
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Actor:
     tokenizer: str = ""  # fingerprint of its tokenizer
     machine: str = ""  # that it is on; "": it shares no store
     store: str = ""  # path of its own weight store, for other actors of this machine
-    connects: bool = False  # it must open every connection
+    road: Road = "rpc"
     serves: bool = False  # whether other actors may get the weights from it
     route: Route | None = None  # None: not chosen yet
     welcomed: bool = False  # its route is open and the hub has sent it a Welcome
@@ -108,7 +108,7 @@ class Actors(dict[bytes, Actor]):
             tokenizer=hello.tokenizer,
             machine=hello.machine,
             store=hello.store,
-            connects=hello.connects,
+            road=hello.road,
             serves=hello.serves,
         )
         if known:

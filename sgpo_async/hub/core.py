@@ -222,6 +222,8 @@ class HubCore:
         final = tokenizer_mismatch(hello.name, hello.tokenizer, learners=self.tokenizer)
         if hello.role == "actor" and hello.name in self.quarantined:
             final = f"quarantined after {self.quarantined[hello.name]}; check its engine and its model"
+        if hello.road == "folder" and not self.run.hub.weight_folder:
+            final = "the run has no hub.weight_folder, so set it or start the actor without --weights-by folder"
         reason = final or refusal_reason(hello, taken=taken, world=joined_world)
         if self.closing and hello.role == "actor":
             self._send(member, wire.Stop(reason=self.closing[0]))  # a late actor is not an error: it only has to stop
@@ -265,6 +267,9 @@ class HubCore:
         self._reopen_routes(member)  # its answers to OpenSender may have been lost with the connection
 
     def _open_route(self, actor: Actor, *, direct: bool = False) -> None:
+        if actor.road == "folder":
+            self._welcome(actor, folder=self.run.hub.weight_folder)
+            return
         self._effects += self.weight_routes.open(actor, direct=direct)
         if actor.route and actor.route.shared:
             self._welcome(actor, store=self.actors[actor.route.source].store)

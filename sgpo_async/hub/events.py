@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sgpo_async.wire.records import Message
+from sgpo_async.wire.records import Message, Road
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class OpenSender:
 
     member: bytes
     name: str
-    sockets: bool = False  # the actor must open every connection
+    road: Road = "rpc"
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from dataclasses import replace
 from sgpo_async.config.rules import endpoint_of
 from sgpo_async.errors import DeadlineExceeded
 from sgpo_async.hub import events as ev
+from sgpo_async.hub.uploads import Uploads
 from sgpo_async.session import ReceiverDown, VersionReceived, VersionRejected, WeightReceiver
 from sgpo_async.session.settings import Deltas
 from sgpo_async.weights.store_file import StoreFile
@@ -29,23 +30,27 @@ STOP_S = 1.0  # timeout for the end of a weight receiver after it was killed
 
 
 class LearnerWeights:
-    """Keeps `store` at what rank 0 has published."""
+    """Keeps `store`, and the folder of `uploads` if there is one, at what rank 0 has published."""
 
     def __init__(
         self,
         store: StoreFile,
         *,
         deltas: Deltas = "auto",
+        uploads: Uploads | None = None,
         receiver: Callable[..., WeightReceiver] = WeightReceiver,
     ) -> None:
-        self._store, self._deltas, self._receiver = store, deltas, receiver
+        self._store, self._deltas, self._receiver, self._uploads = store, deltas, receiver, uploads
         self._stopping = ThreadPoolExecutor(max_workers=2, thread_name_prefix="stop-receiver")
         self._link: WeightReceiver | None = None
         self._offer: tuple[bytes, Published] | None = None  # the newest of another machine
 
     def use(self, path: str) -> bool:
         """Use the store at `path` of this machine from now on; return whether that is another file."""
-        return self._store.follow(path)
+        other = self._store.follow(path)
+        if other and self._uploads:
+            self._uploads.restart()
+        return other
 
     def offered(self, member: bytes, message: Published) -> Published | None:
         """What the core is told of this message of rank 0; None if the version is still to be pulled.
@@ -69,6 +74,8 @@ class LearnerWeights:
 
     def events(self) -> list[ev.Event]:
         """The versions that have arrived since the last call, as if rank 0 had published them on this machine."""
+        if self._uploads:
+            self._uploads.poll()
         found: list[ev.Event] = []
         for event in self._link.poll() if self._link else ():
             match event:
@@ -79,18 +86,24 @@ class LearnerWeights:
                     log.warning("weights version %d of the learner: %s", version, reason)
                 case ReceiverDown(reason=reason):
                     log.warning("the link to the learner's weights is lost: %s", reason)
-                    self.close()
+                    self._disconnect()
                     break
         return found
 
     def close(self) -> None:
+        """End the link and the uploads."""
+        self._disconnect()
+        if self._uploads:
+            self._uploads.close()
+
+    def _disconnect(self) -> None:
         """End the link, without waiting for the end of its process."""
         link, self._link = self._link, None
         if link:
             self._stopping.submit(_stop, link)
 
     def _connect(self, host: str, port: int, secret: bytes) -> None:
-        self.close()
+        self._disconnect()
         try:
             self._link = self._receiver("the hub", store=self._store.path, deltas=self._deltas)
         except OSError as error:  # no more processes: the next publication tries again

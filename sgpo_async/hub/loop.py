@@ -30,7 +30,6 @@ from sgpo_async.hub.journal import Journal
 from sgpo_async.hub.learner_weights import LearnerWeights
 from sgpo_async.hub.recovery import save, write_event
 from sgpo_async.session import SenderDown, SenderEvent, SenderUp
-from sgpo_async.session.settings import Road
 from sgpo_async.transport import RouterMailbox
 from sgpo_async.transport.base import Frames
 from sgpo_async.transport.mailbox import Mail
@@ -68,7 +67,7 @@ class Loop:
         *,
         mailbox: RouterMailbox,
         authority: Authority,
-        spawn_sender: Callable[[str, Road], SenderHandle],
+        spawn_sender: Callable[[str, wire.Road], SenderHandle],
         weights: LearnerWeights | None = None,
         journal: Journal | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -165,8 +164,8 @@ class Loop:
         match effect:
             case ev.Send(member, message):
                 self._send(member, message)
-            case ev.OpenSender(member, name, sockets):
-                self._open_sender(member, name, "sockets" if sockets else "rpc")
+            case ev.OpenSender(member, name, road):
+                self._open_sender(member, name, road)
             case ev.CloseSender(member):
                 self._stop_sender(member)
             case ev.UseStore(path):
@@ -203,7 +202,7 @@ class Loop:
                         events.append(ev.SenderDown(member, reason))
         return events
 
-    def _open_sender(self, member: bytes, name: str, road: Road) -> None:
+    def _open_sender(self, member: bytes, name: str, road: wire.Road) -> None:
         """Start a weight sender. If that fails (too many processes, no memory), only this actor's session ends."""
         try:
             self._senders[member] = self._spawn_sender(name, road)

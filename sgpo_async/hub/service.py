@@ -24,6 +24,7 @@ from sgpo_async.hub.journal import Journal
 from sgpo_async.hub.learner_weights import LearnerWeights
 from sgpo_async.hub.loop import Loop
 from sgpo_async.hub.recovery import recover
+from sgpo_async.hub.uploads import Uploads
 from sgpo_async.logs import fields
 from sgpo_async.model.folder import version_bytes
 from sgpo_async.processes.signals import Signals
@@ -73,7 +74,8 @@ def serve(run: Run) -> int:
         contact = {"address": router.address, "pid": os.getpid(), "store": store.path, "public_key": key}
         stack.enter_context(contact_file(folder / "hub.json", contact))
         core.store, core.machine = store.path, machine()
-        weights = LearnerWeights(store, deltas=run.hub.weight_deltas)
+        uploads = Uploads(store.path, run.hub.weight_folder) if run.hub.weight_folder else None
+        weights = LearnerWeights(store, deltas=run.hub.weight_deltas, uploads=uploads)
         stack.callback(weights.close)
         endpoint = endpoint_of(router.address)
         assert endpoint, router.address

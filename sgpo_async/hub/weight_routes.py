@@ -48,10 +48,10 @@ class WeightRoutes:
         source = None if direct else self._source(actor)
         if source is None:
             actor.route = FROM_HUB
-            return [OpenSender(actor.member, actor.name, actor.connects)]
+            return [OpenSender(actor.member, actor.name, actor.road)]
         self.opened += 1
         actor.route = Route(source.member, sender=self.opened)
-        return [Send(source.member, wire.OpenSender(sender=self.opened, name=actor.name, sockets=actor.connects))]
+        return [Send(source.member, wire.OpenSender(sender=self.opened, name=actor.name, road=actor.road))]
 
     def close(self, actor: Actor) -> list[Effect]:
         """End an actor's route."""

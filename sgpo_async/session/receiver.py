@@ -32,8 +32,11 @@ from sgpo_async.weights.manifest import Manifest
 from sgpo_async.weights.writer import StoreWriter
 
 if TYPE_CHECKING:
+    from sgpo_async.session.folder_world import FolderWorld
     from sgpo_async.session.rpc_world import RpcWorld
     from sgpo_async.session.socket_world import SocketClient
+
+    World = RpcWorld | SocketClient | FolderWorld
 
 _TICK_S = 0.02
 
@@ -45,6 +48,8 @@ def run(settings: Settings, child: ChildSide) -> NoReturn:
         import torch.distributed.rpc  # noqa: F401  (imported while the actor does other work)
 
     address = _sender_address(child)
+    if settings.road == "folder":
+        _follow_folder(address["folder"], settings, child)
     with child.phase(f"rendezvous with the weight sender at {address['host']}:{address['port']}", deadlines.join_s):
         os.environ["TP_SOCKET_IFNAME"] = os.environ["GLOO_SOCKET_IFNAME"] = interface_towards(address["host"])
         from sgpo_async.session import calls
@@ -65,6 +70,17 @@ def run(settings: Settings, child: ChildSide) -> NoReturn:
     serve(world, local_copy, child, pulls=settings.pulls)
 
 
+def _follow_folder(url: str, settings: Settings, child: ChildSide) -> NoReturn:
+    with child.phase(f"open {url}", settings.deadlines.join_s):
+        from sgpo_async.session import calls
+        from sgpo_async.session.folder_world import FolderWorld
+
+        calls.callee.inbox = child.commands
+        world = FolderWorld(url, settings.deadlines)
+    deltas, silence_s = settings.deltas != "never", settings.deadlines.silence_s
+    serve(world, LocalCopy(world, child, settings.store, deltas=deltas, silence_s=silence_s), child, pulls=True)
+
+
 def _sender_address(child: ChildSide) -> dict[str, Any]:
     """Wait until the actor knows the weight sender's address. Requests that come earlier stay in the queue."""
     early = []
@@ -75,7 +91,7 @@ def _sender_address(child: ChildSide) -> dict[str, Any]:
     return command
 
 
-def serve(world: RpcWorld | SocketClient, local_copy: LocalCopy, child: ChildSide, *, pulls: bool) -> NoReturn:
+def serve(world: World, local_copy: LocalCopy, child: ChildSide, *, pulls: bool) -> NoReturn:
     """Pull or report announced versions and forward requests and responses, until the weight sender is gone."""
     from sgpo_async.session import calls
 
@@ -102,9 +118,7 @@ def serve(world: RpcWorld | SocketClient, local_copy: LocalCopy, child: ChildSid
 class LocalCopy:
     """The copy of the learner's store in the store at `path`, which an earlier weight receiver may have begun."""
 
-    def __init__(
-        self, world: RpcWorld | SocketClient, child: ChildSide, path: str, *, deltas: bool, silence_s: float
-    ) -> None:
+    def __init__(self, world: World, child: ChildSide, path: str, *, deltas: bool, silence_s: float) -> None:
         self._world, self._child, self._deltas, self._silence_s = world, child, deltas, silence_s
         self._writer = StoreWriter(path)
         self._reported = -1

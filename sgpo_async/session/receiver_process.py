@@ -10,8 +10,9 @@ from typing import Any
 
 from sgpo_async.session.parent_side import Child
 from sgpo_async.session.rpc_client import RpcClient
-from sgpo_async.session.settings import Deadlines, Deltas, Road, Settings
+from sgpo_async.session.settings import Deadlines, Deltas, Settings
 from sgpo_async.session.weight_groups import WeightGroups
+from sgpo_async.wire.records import Road
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,10 @@ class WeightReceiver:
     def connect(self, host: str, port: int, secret: bytes) -> None:
         """Connect to the weight sender that `SenderUp` has reported at this port, with this secret. Call it once."""
         self._child.send({"host": host, "port": port, "secret": secret.hex()})
+
+    def open_folder(self, url: str) -> None:
+        """Read from the folder at this URL, instead of `connect`, if `road` is folder. Call it once."""
+        self._child.send({"host": "", "folder": url})
 
     def fileno(self) -> int:
         """Return the descriptor to select on: readable when `poll` has events, and always after the last event."""

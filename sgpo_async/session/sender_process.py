@@ -9,7 +9,8 @@ from typing import Any
 
 from sgpo_async.session.parent_side import Child
 from sgpo_async.session.secret import new_secret
-from sgpo_async.session.settings import JOBS, Deadlines, Road, Settings
+from sgpo_async.session.settings import JOBS, Deadlines, Settings
+from sgpo_async.wire.records import Road
 
 
 @dataclass(frozen=True)

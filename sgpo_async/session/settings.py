@@ -7,8 +7,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Literal
 
-Road = Literal["rpc", "sockets"]
-"""rpc: both processes connect to each other by Torch RPC; sockets: only the weight receiver connects, by ZeroMQ."""
+from sgpo_async.wire.records import Road
 
 Deltas = Literal["auto", "always", "never"]
 """auto: if the weight sender is on another machine. On one machine, copying is faster than encoding."""
@@ -39,6 +38,7 @@ class Settings:
     host: str = ""  # weight sender: where to listen
     cuda: bool = False  # weight sender: may use this machine's GPUs, for weight-update groups over NCCL
     road: Road = "rpc"
+    folder: str = ""  # weight uploader: where it copies to
     deltas: Deltas = "auto"  # weight receiver: whether to pull the difference to the version that it has
     # Weight sender: the functions that it computes on its weights (`WeightGroups.compute`).
     jobs: list[str] = field(default_factory=lambda: list(JOBS))

@@ -25,6 +25,10 @@ Floats = Annotated[np.ndarray, "<f4"]
 
 Purpose = Literal["train", "evaluate"]
 
+Road = Literal["rpc", "sockets", "folder"]
+"""How weights reach an actor. rpc: both processes of a session connect to each other, by Torch RPC; sockets: only the
+weight receiver connects, by ZeroMQ; folder: it reads from hub.weight_folder."""
+
 OBSERVED = -1
 """As the weight version of a span: an environment wrote these tokens, not the policy. They are read and never trained;
 their log-probability is 0."""
@@ -63,7 +67,7 @@ class Hello:
     machine: str = ""
     store: str = ""
     serves: bool = False
-    connects: bool = False  # actor: nobody can connect to it, so it must open every connection (`session.socket_world`)
+    road: Road = "rpc"  # actor: how it can get weights
     direct: bool = False  # actor: it could not get weights from another actor, so it must have them from the hub
     token: str = field(default="", repr=False)  # learner of a hub without keys: the content of its hub.token
 
@@ -77,6 +81,7 @@ class Welcome:
     session_secret: bytes = field(default=b"", repr=False)  # that authenticates what both processes of the session send
     source: str = ""  # actor: name of the actor that serves it; "": the hub
     run_id: str = ""  # actor: identifies the run; leases and weight versions of another run are void
+    folder: str = ""  # actor: URL of the folder with the weights, in place of a session
     # Actor: path of the source's weight store on the same machine, in place of a session. Learner: path of the
     # shared-memory weight store into which it publishes ...
     store: str = ""
@@ -185,7 +190,7 @@ class OpenSender:
 
     sender: int  # id
     name: str  # of the other actor
-    sockets: bool = False  # `connects` of the other actor
+    road: Road = "rpc"  # of the other actor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,8 +25,10 @@ from sgpo_async.session import (
     WeightReceiver,
     WeightSender,
 )
-from sgpo_async.session.settings import Deltas, Road
+from sgpo_async.session.settings import Deltas
+from sgpo_async.session.uploader_process import Uploaded, WeightUploader
 from sgpo_async.weights import StoreFile, StoreReader, StoreWriter, digest
+from sgpo_async.wire.records import Road
 
 pytestmark = pytest.mark.process
 
@@ -296,3 +298,37 @@ def test_no_session_process_outlives_its_parent() -> None:
         _, alive = psutil.wait_procs(children, timeout=PATIENCE_S)
     assert len(children) == 3
     assert alive == []
+
+
+def test_versions_arrive_through_a_folder(tmp_path: Path) -> None:
+    files = StoreFile("/nowhere"), StoreFile("/nowhere")
+    url = f"file://{tmp_path}/weights"
+    writer = StoreWriter(files[0].path, bucket_bytes=10_000)
+    receiver = WeightReceiver("a-1", store=files[1].path, road="folder")
+    receiver.open_folder(url)  # before anything is there
+    uploader = WeightUploader(files[0].path, url)
+    try:
+        for version in (0, 1, 5):
+            manifest = writer.publish(version, model(version))
+            event = wait_for(receiver, VersionReceived, lambda e, version=version: e.version == version)
+            assert event.digest == manifest.digest
+            assert digest(StoreReader(event.path).tensors(version).items()) == digest(model(version))
+        uploads = [event for event in uploader.poll() if isinstance(event, Uploaded)]
+        assert [event.version for event in uploads] == [0, 1, 5]
+        assert listening(receiver.pid) == set()
+    finally:
+        receiver.stop()
+        uploader.stop()
+        for file in files:
+            file.close()
+
+
+def test_a_folder_that_cannot_be_read_ends_the_receiver_with_a_reason() -> None:
+    file = StoreFile("/nowhere")
+    receiver = WeightReceiver("a-1", store=file.path, road="folder")
+    receiver.open_folder("nonsense://bucket/run")
+    try:
+        assert "hub.weight_folder: cannot open nonsense://bucket/run" in wait_for(receiver, ReceiverDown).reason
+    finally:
+        receiver.stop()
+        file.close()

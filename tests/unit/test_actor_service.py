@@ -338,7 +338,7 @@ def test_the_end_of_the_run_ends_the_service() -> None:
 
 def test_weight_senders_are_opened_and_closed_as_the_hub_says() -> None:
     actor = Actor()
-    actor.round(OpenSender(sender=4, name="b"), OpenSender(sender=5, name="c", sockets=True))
+    actor.round(OpenSender(sender=4, name="b"), OpenSender(sender=5, name="c", road="sockets"))
     first, second = actor.started
     assert [(sender.name, sender.road) for sender in actor.started] == [("b", "rpc"), ("c", "sockets")]
     first.events.append(SenderUp(4000, b"s"))

@@ -212,3 +212,29 @@ def test_only_a_member_is_asked_and_heard() -> None:
     driver = Driver(make_run())
     effects = driver.handle(Received(b"x", wire.SenderUp(sender=1, host="h", port=1, secret=b"")))
     assert [type(effect.message) for effect in effects if isinstance(effect, Send)] == [wire.Refused]
+
+
+def test_an_actor_may_get_the_weights_from_a_folder() -> None:
+    driver = Driver(make_run(weight_folder="s3://bucket/run", weight_fanout=1))
+    (sent,) = driver.send(b"a", hello("a", road="folder"))
+    assert isinstance(sent, Send) and isinstance(sent.message, wire.Welcome)
+    assert (sent.message.folder, sent.message.session_port) == ("s3://bucket/run", 0)
+    assert driver.send(b"b", hello("b")) == [OpenSender(b"b", "b")], "it has no store that others could be served from"
+
+
+def test_without_a_folder_such_an_actor_is_refused_for_good() -> None:
+    driver = Driver(make_run())
+    (sent,) = driver.send(b"a", hello("a", road="folder"))
+    assert isinstance(sent, Send) and isinstance(sent.message, wire.Refused)
+    assert sent.message.final and "hub.weight_folder" in sent.message.reason
+
+
+@pytest.mark.parametrize("fanout", [0, 1])
+def test_the_source_is_told_by_which_road_an_actor_gets_its_weights(fanout: int) -> None:
+    driver = Driver(make_run(weight_fanout=fanout))
+    driver.send(b"a", hello("a"))
+    effects = driver.send(b"b", hello("b", road="sockets"))
+    expected = (
+        Send(b"a", wire.OpenSender(sender=1, name="b", road="sockets")) if fanout else OpenSender(b"b", "b", "sockets")
+    )
+    assert effects == [expected]
