@@ -499,7 +499,7 @@ class Settings:
 
 
 Message = (
-    Hello | Welcome | Refused | OpenSender | CloseSender | SenderUp | SenderDown | Ready | Lease | Revoked | Progress
+    Hello | Welcome | Refused | Ready | Lease | Revoked | Progress | OpenSender | CloseSender | SenderUp | SenderDown
     | Rollout | Ack | Release | Heartbeat | Goodbye | Stop | BatchRequest | Pending | Shard | NoBatch | Commit
     | Committed | Published | Evaluate | Evaluated | SnapshotRequest | Snapshot | Restore | Restored | Finish
     | StatusRequest | Status | SettingsRequest | Settings
