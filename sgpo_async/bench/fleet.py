@@ -3,14 +3,11 @@
 Each node is a network namespace that sends at a limited rate (`bench.namespaces`). The learner and the actors are
 `bench.worker_node`: they have no model and no engine, but publish, pull and pass on weights as the real ones do.
 
-    python -m sgpo_async.bench.fleet [--nodes 1 4 16] [--mb 64] [--mbit 200] [--fanout 2 0] [--kill K]
-
-With --kill, so many nodes that the hub serves are killed while the version is on its way.
+In one more version, nodes that the hub serves are killed while it is on its way.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -224,33 +221,3 @@ def line(row: dict[str, Any]) -> str:
     if row["killed"]:
         text += f"   killed: {row['killed']['seconds']:.2f} s, {row['killed']['received_copies']:.2f} copies a node"
     return text
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print a table, and write JSON."""
-    parser = argparse.ArgumentParser(
-        prog="python -m sgpo_async.bench.fleet", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--nodes", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--mb", type=int, default=64, help="size of a version (2^20 bytes)")
-    parser.add_argument(
-        "--mbit", type=float, default=200.0, help="rate at which each node can send (10^6 bits a second)"
-    )
-    parser.add_argument("--fanout", type=int, nargs="+", default=[2, 0], help="hub.weight_fanout")
-    parser.add_argument("--kill", type=int, default=0, help="nodes served by the hub that are killed meanwhile")
-    parser.add_argument("--to", type=Path, help="file for all figures, as JSON")
-    args = parser.parse_args(argv)
-    print("  ".join(COLUMNS), flush=True)
-    rows = []
-    for nodes in args.nodes:
-        for fanout in args.fanout:
-            kill = args.kill if fanout and nodes > 2 * args.kill else 0
-            rows.append(measure(Setting(nodes, fanout, args.mb, args.mbit), kill=kill))
-            print(line(rows[-1]), flush=True)
-    if args.to:
-        args.to.write_text(json.dumps(rows, indent=1) + "\n")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
