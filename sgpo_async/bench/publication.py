@@ -1,13 +1,12 @@
 """How long the learner waits for the publication of a version, and when it is visible, on ranks of this machine.
 
-Ranks over gloo train a language model of random weights in the shape of Qwen2.5-0.5B: forward and backward of one row,
-clipping and SGD in float32, then the publication of the weights in bfloat16. The first two steps publish nothing: one
-warms up, the other is the step alone. The last publication ends before the table does.
+Ranks over gloo hold a language model of random weights in the shape of Qwen2.5-0.5B, in float32, and publish it in
+bfloat16 after every step but the first two: one warms up, the other is the step alone. Three forward passes of a row
+stand in for forward and backward of a step, which cost as much, because gradients and AdamW's state would need 12 GB
+more memory; and every weight is changed. A row of few tokens, no reduction of gradients and no optimiser make a short
+step, and so the share that is waited large: the work of a publication does not depend on them.
 
     python -m sgpo_async.bench.publication [--ranks 2] [--steps 4] [--tokens 256] [--label TEXT] [--to FILE]
-
-It needs about 12 GB of memory with two ranks. A row of few tokens and an optimiser without state make a short step, and
-so the share that is waited large: the work of a publication does not depend on them.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from sgpo_async.bench.memory import full_row, train_row
+from sgpo_async.bench.memory import full_row
 from sgpo_async.config.schema import Algorithm, Run
-from sgpo_async.learner.optimiser import clip_gradients
 from sgpo_async.learner.policy import Policy, shard
 from sgpo_async.learner.publish import Publisher
 from sgpo_async.weights import StoreFile, StoreWriter
@@ -46,13 +45,14 @@ QWEN = Qwen2Config(
 )
 PROMPT = 16  # tokens
 ALONE = 2  # steps without a publication
+PASSES = 3  # of a forward pass, in place of forward and backward
 
 
 @dataclass(frozen=True)
 class Step:
     """Seconds of one step of one rank."""
 
-    train: float  # forward, backward, clipping and optimiser
+    train: float
     waits: float  # for the publication, until the next step can begin
     visible: float = 0.0  # from the end of the training until rank 0 reports the version
 
@@ -84,7 +84,8 @@ def _rank(rank: int, args: argparse.Namespace, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=args.ranks)
     run = Run(algorithm=Algorithm(objective="grpo"))
-    run = replace(run, rollout=replace(run.rollout, max_new_tokens=args.tokens - PROMPT))
+    completions, learner = replace(run.rollout, max_new_tokens=args.tokens - PROMPT), run.learner
+    run = replace(run, rollout=completions, learner=replace(learner, row_tokens=args.tokens))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(QWEN, dtype=torch.float32)
     policy = shard(Policy(model), init_device_mesh("cpu", (args.ranks,)), precision="float32")
@@ -105,18 +106,21 @@ def _rank(rank: int, args: argparse.Namespace, folder: Path) -> None:
     file.close()
 
 
+@torch.no_grad()
 def _train(run: Run, policy: Policy, publisher: Publisher, published: int) -> tuple[list[Step], list[float]]:
     """Train ALONE steps alone and `published` with a publication; return them, and when the latter had trained."""
-    packed, sgd = full_row(run, PROMPT), torch.optim.SGD(policy.parameters(), lr=1e-3)
+    packed = full_row(run, PROMPT)
+    assert isinstance(policy, FSDPModule)
     steps: list[Step] = []
     ends: list[float] = []
     for number in range(ALONE + published):
         dist.barrier()
         began = time.monotonic()
-        train_row(policy, None, packed, run)
-        clip_gradients(policy, run.optim.grad_clip)
-        sgd.step()
-        sgd.zero_grad()
+        for _ in range(PASSES):
+            policy.log_probabilities(packed, 1.0)
+        policy.reshard()
+        for parameter in policy.parameters():
+            parameter.mul_(0.999)
         dist.barrier()
         end = time.monotonic()
         if number >= ALONE:

@@ -75,6 +75,7 @@ def test_the_shares_of_all_ranks_give_the_store_that_one_writer_gives(
     """The same manifest, digest and checksums, and the same bytes, of three versions and so in both slots."""
     files = [StoreFile("/nowhere") for _ in range(2)]
     whole, shared = (StoreWriter(file.path, bucket_bytes=bucket) for file in files)
+    store_layout.write(shared._fd, b"\xff" * 8192, store_layout.PAGE)  # left by another model's first publication
     shares.BLOCK_BYTES, default = block, shares.BLOCK_BYTES
     try:
         for version in range(3):
