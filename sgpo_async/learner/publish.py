@@ -1,17 +1,20 @@
 """Publish the sharded parameters, or only the adapters that are trained, as a version in the weight store.
 
-    every rank: gather bucket by bucket ──▶ rank 0: CPU copy ──▶ background thread: store, then `published`
+    every rank: copy its shards into its buffer ──▶ background thread: its bytes into the store (`ShareGroup`)
+                                                    rank 0: verify, make visible, `published`
 
-The gathers are collectives, which all ranks run in the same order without waiting for anything else in between.
-Hashing, writing and the message to the hub need no other rank and overlap with the next step. At most one publication
-is in progress. The next call raises the error of a publication that failed.
+The training loop waits for the copy, and before it for the end of the previous publication, whose bytes are in the
+buffer. The buffer is allocated once; it is pinned if the parameters are on a GPU. The rest overlaps with the next step.
+If parameters are replicated over nodes, the ranks of rank 0's node publish and the others do nothing. The next call
+raises the error of a publication that failed.
+
+`gather` collects whole tensors on rank 0, for exports and evaluations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,29 +23,15 @@ from torch.distributed.tensor import DTensor, Shard
 
 from sgpo_async.errors import DeadlineExceeded
 from sgpo_async.learner.policy import Policy, rows_on
+from sgpo_async.learner.share_group import ShareGroup, Store
 from sgpo_async.model.adapters import is_adapter, merge
 from sgpo_async.processes.progress import result_while_moving
+from sgpo_async.weights.shares import layout
 
 BUCKET_BYTES = 64 * 2**20  # size of one gather, unless a single parameter is larger
-PUBLISH_S = 300.0  # longest time without progress in writing one version
+PUBLISH_S = 300.0  # longest time without a round of a publication
 
 NamedTensors = list[tuple[str, Tensor]]
-
-
-class Store(Protocol):
-    """The part of `weights.StoreWriter` that the publisher uses."""
-
-    @property
-    def contact(self) -> tuple[str, bytes]:
-        """Where the hub finds the store as long as this process lives: a path, or tcp://HOST:PORT with a secret."""
-        ...
-
-    def publish(self, version: int, named_tensors: Iterable[tuple[str, Tensor]]) -> object:
-        """Make these tensors visible as `version`. Raises WeightsError."""
-        ...
-
-    def close(self) -> None:
-        """Free the store's resources."""
 
 
 def gather(policy: Policy) -> NamedTensors:
@@ -101,26 +90,34 @@ def _gather(parameters: list[DTensor]) -> list[Tensor]:
 
 
 class Publisher:
-    """Publishes versions of one policy. Only rank 0 has a store; it calls `published` after writing a version."""
+    """Publishes versions of one policy. Only rank 0 has a store; it calls `published` after writing a version.
+
+    The constructor is a collective of all ranks.
+    """
 
     def __init__(
         self, policy: Policy, dtype: torch.dtype, *, store: Store | None, published: Callable[[int, str, bytes], None]
     ) -> None:
-        self._policy, self._dtype, self._store, self._published = policy, dtype, store, published
+        self._policy, self._store, self._published = policy, store, published
+        trained = dict(_trained(policy))
+        mesh = next(iter(trained.values())).device_mesh
+        self._group = ShareGroup(mesh, store, layout((name, dtype, p.shape) for name, p in trained.items()))
+        parts = [p.to_local().shape for p in trained.values()] if self._group.member else []
+        sizes = [part.numel() for part in parts]
+        self._buffer = torch.empty(sum(sizes), dtype=dtype, pin_memory=policy.home.type == "cuda")
+        self._places = [flat.view(part) for flat, part in zip(self._buffer.split(sizes), parts, strict=True)]
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="publish")
         self._pending: Future[None] | None = None
-        self._written = 0  # tensors, of all versions
 
     def publish(self, version: int) -> None:
-        """Start to publish what is trained as `version`. A collective of all ranks.
+        """Start to publish what is trained as `version`. All ranks call it.
 
         Raises:
-            WeightsError: the publication before this one failed.
+            WeightsError: the publication before this one failed; on every rank that took part in it.
         """
-        tensors = gather_trained(self._policy, self._dtype)
         self.wait()
-        if self._store is not None:
-            self._pending = self._thread.submit(self._write, self._store, version, tensors)
+        if self._group.member:
+            self._pending = self._thread.submit(self._write, version, self._copy())
 
     def wait(self) -> None:
         """Wait until the last version is in the store. Raises the error of its publication, or DeadlineExceeded."""
@@ -128,7 +125,7 @@ class Publisher:
         if pending is None:
             return
         try:
-            result_while_moving(pending, lambda: self._written, PUBLISH_S)
+            result_while_moving(pending, lambda: self._group.rounds, PUBLISH_S)
         except TimeoutError:
             raise DeadlineExceeded("learner", "progress of a weight publication", PUBLISH_S) from None
 
@@ -138,11 +135,33 @@ class Publisher:
         if self._store is not None:
             self._store.close()
 
-    def _write(self, store: Store, version: int, tensors: NamedTensors) -> None:
-        store.publish(version, self._counted(tensors))
-        self._published(version, *store.contact)
+    @torch.no_grad()
+    def _copy(self) -> torch.cuda.Event | None:
+        """Copy this rank's shards into its buffer; return the event after which they are there, if that takes time.
 
-    def _counted(self, tensors: NamedTensors) -> Iterator[tuple[str, Tensor]]:
-        for tensor in tensors:
-            yield tensor
-            self._written += 1
+        Later kernels of the same stream, like those of the next step, change the shards only after they are copied.
+        """
+        for place, (_, parameter) in zip(self._places, _trained(self._policy), strict=True):
+            local = parameter.to_local()
+            place.copy_(local.to(place.dtype) if local.is_cuda else local, non_blocking=True)
+        if self._policy.home.type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    def _write(self, version: int, copied: torch.cuda.Event | None) -> None:
+        if copied:
+            copied.synchronize()
+        self._group.publish(version, self._buffer.view(torch.uint8))
+        if self._store is not None:
+            self._published(version, *self._store.contact)
+
+
+def _trained(policy: Policy) -> Iterator[tuple[str, DTensor]]:
+    """The parameters that are published: all that are trained, a shared one once, under its first name."""
+    for name, parameter in policy.model.named_parameters():
+        if parameter.requires_grad:
+            assert isinstance(parameter, DTensor), f"parameter {name} is not sharded now"
+            assert parameter.placements[-1] == Shard(0)
+            yield name, parameter

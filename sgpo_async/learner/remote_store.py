@@ -1,24 +1,22 @@
 """Where rank 0 publishes: the hub's weight store if it is on this machine, else a store of its own that the hub pulls.
 
-same machine and user     rank 0 ─▶ the hub's store
-otherwise                 rank 0 ─▶ its own store ─ weight sender ◀── Torch RPC ──▶ hub (`hub.learner_weights`)
+same machine and user     ranks ─▶ the hub's store
+otherwise                 ranks ─▶ its own store ─ weight sender ◀── Torch RPC ──▶ hub (`hub.learner_weights`)
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-
-from torch import Tensor
 
 from sgpo_async.config.rules import endpoint_of
 from sgpo_async.errors import DeadlineExceeded
-from sgpo_async.learner.publish import Store
+from sgpo_async.learner.share_group import Store
 from sgpo_async.session import SenderUp, WeightSender
 from sgpo_async.session.interface import address_towards
-from sgpo_async.weights import StoreFile, StoreWriter
+from sgpo_async.weights import Manifest, StoreFile, StoreWriter, TensorEntry
 from sgpo_async.weights.store_file import can_open, machine
 from sgpo_async.wire.records import Welcome
 
@@ -63,13 +61,21 @@ class RemoteStore:
         self._contact = ("", b"")
         self._thread: threading.Thread | None = None
 
-    def publish(self, version: int, named_tensors: Iterable[tuple[str, Tensor]]) -> object:
-        """Write a version. Raises WeightsError."""
-        manifest = self._writer.publish(version, named_tensors)
+    @property
+    def place(self) -> str:
+        """A path at which the ranks of this machine find the file."""
+        return self._writer.place
+
+    def begin(self, version: int, tensors: Sequence[TensorEntry]) -> int:
+        """Start a version; return where in the file its data begin. Raises WeightsError."""
+        return self._writer.begin(version, tensors)
+
+    def commit(self, manifest: Manifest) -> None:
+        """Make a version visible. Raises WeightsError."""
+        self._writer.commit(manifest)
         if self._thread is None:
             self._thread = threading.Thread(target=self._serve, name="weight sender", daemon=True)
             self._thread.start()
-        return manifest
 
     @property
     def contact(self) -> tuple[str, bytes]:

@@ -35,7 +35,12 @@ def combine(parts: Iterable[tuple[str, str, Sequence[int], bytes]]) -> str:
 
 def dtype_name(tensor: torch.Tensor) -> str:
     """Return the torch name of the dtype, for example "bfloat16"."""
-    return str(tensor.dtype).removeprefix("torch.")
+    return name_of(tensor.dtype)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Return the name of a dtype without its module."""
+    return str(dtype).removeprefix("torch.")
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

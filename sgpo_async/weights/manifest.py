@@ -74,6 +74,43 @@ class Manifest:
             raise WeightsError(f"weights version {self.version}: bucket {index} does not match its checksum")
 
 
+class BucketSums:
+    """Divides a stream of bytes into buckets of one size and computes their checksums.
+
+    Attributes:
+        offset: how many bytes there were so far.
+    """
+
+    def __init__(self, bucket_bytes: int) -> None:
+        self.offset = 0
+        self._bucket_bytes = bucket_bytes
+        self._buckets: list[Bucket] = []
+        self._hash = xxhash.xxh3_64()
+
+    def update(self, data: bytes | memoryview) -> None:
+        """Add the next bytes."""
+        view = memoryview(data)
+        while view:
+            begin = len(self._buckets) * self._bucket_bytes
+            piece = view[: begin + self._bucket_bytes - self.offset]
+            self._hash.update(piece)
+            self.offset += len(piece)
+            view = view[len(piece) :]
+            if self.offset == begin + self._bucket_bytes:
+                self._cut()
+
+    def buckets(self) -> tuple[Bucket, ...]:
+        """End the stream; return its buckets, of which the last may be shorter."""
+        if self.offset > len(self._buckets) * self._bucket_bytes:
+            self._cut()
+        return tuple(self._buckets)
+
+    def _cut(self) -> None:
+        begin = len(self._buckets) * self._bucket_bytes
+        self._buckets.append(Bucket(begin, self.offset - begin, self._hash.intdigest()))
+        self._hash = xxhash.xxh3_64()
+
+
 def aligned(nbytes: int, alignment: int = ALIGNMENT) -> int:
     """Round `nbytes` up to a multiple of `alignment`."""
     return -(-nbytes // alignment) * alignment

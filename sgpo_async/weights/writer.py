@@ -1,6 +1,7 @@
 """Write a weight store: one version at a time, into the slot that does not hold the newest version.
 
-    publish(version, tensors)     from tensors, one after another (in the learner)
+    publish(version, tensors)     from tensors, one after another
+    begin(version), commit        from shares of several processes (in the learner, see `weights.shares`)
     receive(manifest)             from buckets, in any order (in the weight receiver on an inference node)
 
 A version becomes visible through its record, which is written last. If the writer is killed or fails, the newest
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ import xxhash
 from sgpo_async.errors import WeightsError
 from sgpo_async.weights import store_layout
 from sgpo_async.weights.digest import combine, dtype_name, tensor_bytes
-from sgpo_async.weights.manifest import Bucket, Manifest, TensorEntry, aligned
+from sgpo_async.weights.manifest import BucketSums, Manifest, TensorEntry, aligned
 from sgpo_async.weights.store_layout import PAGE, IncomingRecord, Record
 
 if TYPE_CHECKING:
@@ -80,25 +81,26 @@ class StoreWriter:
         self._check_version(version)
         self._begin()
         start = self._start()
-        stream = _Stream(self._fd, start, self.bucket_bytes)
+        sums = BucketSums(self.bucket_bytes)
         entries: list[TensorEntry] = []
         hashes: list[bytes] = []
         for name, tensor in named_tensors:
             data = tensor_bytes(tensor)
-            entry = TensorEntry(name, dtype_name(tensor), tuple(tensor.shape), stream.offset, len(data))
+            entry = TensorEntry(name, dtype_name(tensor), tuple(tensor.shape), sums.offset, len(data))
             self._check_entry(version, len(entries), entry)
             entries.append(entry)
             hashes.append(xxhash.xxh3_128_digest(data))
-            stream.write(data)
-            stream.write(bytes(aligned(len(data)) - len(data)))
+            for part in (data, bytes(aligned(len(data)) - len(data))):
+                store_layout.write(self._fd, part, start + sums.offset)
+                sums.update(part)
         self._check_names(version, [e.name for e in entries])
         manifest = Manifest(
             version=version,
             digest=combine((e.name, e.dtype, e.shape, h) for e, h in zip(entries, hashes, strict=True)),
             published_at=time.time(),
-            nbytes=stream.offset,
+            nbytes=sums.offset,
             tensors=tuple(entries),
-            buckets=stream.buckets(),
+            buckets=sums.buckets(),
         )
         self._finish(manifest)
         return manifest
@@ -108,10 +110,7 @@ class StoreWriter:
 
         Raises WeightsError for the same reasons as `publish`.
         """
-        self._check_version(manifest.version)
-        for index, entry in enumerate(manifest.tensors):
-            self._check_entry(manifest.version, index, entry)
-        self._check_names(manifest.version, [e.name for e in manifest.tensors])
+        self._check(manifest.version, manifest.tensors)
         encoded = manifest.to_bytes()
         interrupted, self._interrupted = self._interrupted, None
         if interrupted is not None and self._is_of(interrupted.record, encoded):
@@ -122,6 +121,19 @@ class StoreWriter:
         record = self._record(manifest, encoded)
         store_layout.write(self._fd, encoded, record.manifest)
         return Incoming(self, manifest, IncomingRecord(record, 0))
+
+    def begin(self, version: int, tensors: Sequence[TensorEntry]) -> int:
+        """Start a version that other processes write, too; return where in the file its data begin.
+
+        It becomes visible by `commit`. Raises WeightsError for the same reasons as `publish`.
+        """
+        self._check(version, tensors)
+        self._begin()
+        return self._start()
+
+    def commit(self, manifest: Manifest) -> None:
+        """Make the version that `begin` has started visible; all its data must have been written."""
+        self._finish(manifest)
 
     def close(self) -> None:
         """Close the store; it stays readable."""
@@ -169,6 +181,12 @@ class StoreWriter:
         store_layout.write_record(self._fd, record)
         self._newest = manifest
         self._slot = 1 - self._slot
+
+    def _check(self, version: int, tensors: Sequence[TensorEntry]) -> None:
+        self._check_version(version)
+        for index, entry in enumerate(tensors):
+            self._check_entry(version, index, entry)
+        self._check_names(version, [entry.name for entry in tensors])
 
     def _check_version(self, version: int) -> None:
         newest = self.version
@@ -236,38 +254,6 @@ class Incoming:
         assert not missing, f"{missing} buckets are missing"
         self._writer._show(self._manifest, self._record)
         store_layout.erase_incoming(self._writer._fd)
-
-
-class _Stream:
-    """Writes bytes one after another, divides them into buckets and computes their checksums."""
-
-    def __init__(self, fd: int, start: int, bucket_bytes: int) -> None:
-        self.offset = 0
-        self._fd, self._start, self._bucket_bytes = fd, start, bucket_bytes
-        self._buckets: list[Bucket] = []
-        self._hash = xxhash.xxh3_64()
-
-    def write(self, data: bytes | memoryview) -> None:
-        view = memoryview(data)
-        while view:
-            begin = len(self._buckets) * self._bucket_bytes
-            piece = view[: begin + self._bucket_bytes - self.offset]
-            store_layout.write(self._fd, piece, self._start + self.offset)
-            self._hash.update(piece)
-            self.offset += len(piece)
-            view = view[len(piece) :]
-            if self.offset == begin + self._bucket_bytes:
-                self._cut()
-
-    def buckets(self) -> tuple[Bucket, ...]:
-        if self.offset > len(self._buckets) * self._bucket_bytes:
-            self._cut()
-        return tuple(self._buckets)
-
-    def _cut(self) -> None:
-        begin = len(self._buckets) * self._bucket_bytes
-        self._buckets.append(Bucket(begin, self.offset - begin, self._hash.intdigest()))
-        self._hash = xxhash.xxh3_64()
 
 
 def _describe(entry: TensorEntry) -> str:

@@ -5,22 +5,26 @@
 Rank 0 writes to FOLDER/found.pt, for both meshes, what it found. Every rank trains on one problem.
 """
 
+import os
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from sgpo_async.config.schema import Learner
-from sgpo_async.learner import checkpoint, loading, optimiser, policy, step
+from sgpo_async.learner import checkpoint, loading, optimiser, policy, share_group, step
 from sgpo_async.learner.checkpoint import CheckpointWriter, Saved
 from sgpo_async.learner.process_group import join_world, mesh_of
-from sgpo_async.learner.publish import gather
+from sgpo_async.learner.publish import Publisher, gather
 from sgpo_async.learner.step import Stepper
 from sgpo_async.learner.teacher import Teacher
+from sgpo_async.weights import StoreFile, StoreReader, StoreWriter
 from tests.reference import learner_cases as cases
 
 TIMEOUT_S = 240.0
@@ -66,6 +70,24 @@ def gradients(stepper: Stepper) -> dict[str, Any]:
     }
 
 
+def published(stepper: Stepper) -> dict[str, Any]:
+    """What a store of rank 0 holds after a publication, and which ranks wrote into it or sent their bytes."""
+    with closing(StoreFile("/nowhere")) as file, patch.object(share_group, "machine", lambda: os.environ["GROUP_RANK"]):
+        store = StoreWriter(file.path) if dist.get_rank() == 0 else None
+        publisher = Publisher(stepper.policy, torch.float32, store=store, published=lambda *_: None)
+        publisher.publish(1)
+        publisher.close()
+        tensors = StoreReader(file.path).tensors(1) if store else {}
+    member = publisher._group.member
+    return {"tensors": tensors, "senders": publisher._group._senders if member else [], "members": _where(member)}
+
+
+def _where(flag: bool) -> list[int]:
+    flags: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(flags, flag)
+    return [rank for rank, own in enumerate(flags) if own]
+
+
 def resumed(checkpoints: Path, fresh: Stepper) -> Stepper:
     written = checkpoint.newest_whole(checkpoints)
     assert written is not None
@@ -80,6 +102,7 @@ def everything(folder: Path, mesh: DeviceMesh) -> dict[str, Any]:
     uninterrupted = learner(folder, mesh)
     found["metrics"] = train(uninterrupted, range(3))
     found["published"] = dict(gather(uninterrupted.policy))
+    found["store"] = published(uninterrupted)
     first, checkpoints = learner(folder, mesh), folder / f"checkpoints-{mesh.ndim}"
     found["resumed"] = train(first, range(2))
     with CheckpointWriter(checkpoints, keep=1) as writer:

@@ -87,6 +87,17 @@ def test_publication_has_the_trained_weights(found: dict[str, Any], over: str) -
     assert not all(torch.equal(tensor, initial[name]) for name, tensor in found[over]["weights"].items())
 
 
+@pytest.mark.parametrize(("over", "members", "senders"), [("node", [0, 1], []), ("world", [0, 1, 2, 3], [2, 3])])
+def test_the_ranks_that_share_the_parameters_with_rank_0_publish_them(
+    found: dict[str, Any], over: str, members: list[int], senders: list[int]
+) -> None:
+    """Those of the other node, which cannot open the store, send their bytes."""
+    store = found[over]["store"]
+    assert (store["members"], store["senders"]) == (members, senders)
+    assert store["tensors"].keys() == found[over]["weights"].keys()
+    assert all(torch.equal(store["tensors"][name], tensor) for name, tensor in found[over]["weights"].items())
+
+
 @pytest.mark.parametrize("over", ["node", "world"])
 def test_a_resumed_run_continues_bit_for_bit(found: dict[str, Any], over: str) -> None:
     assert found[over]["resumed"] == found[over]["metrics"]

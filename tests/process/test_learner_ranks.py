@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from sgpo_async.learner.batch import from_shard
 from sgpo_async.learner.checkpoint import CheckpointWriter, Saved
 from sgpo_async.learner.publish import Publisher, gather
 from sgpo_async.learner.step import Stepper
+from sgpo_async.weights import StoreFile, StoreReader, StoreWriter
 from tests.reference import learner_cases as cases
 from tests.reference.objectives import reference_loss
 from tests.reference.variants import VARIANTS
@@ -28,18 +30,6 @@ pytestmark = pytest.mark.process
 SPLITS = {"even": ((0, 1), (2, 3)), "uneven": ((0, 1, 2), (3,)), "empty": ((0, 1, 2, 3), ())}
 COPIES: dict[str, dict[str, Any]] = {"frozen": {}, "ema": {"teacher_decay": 0.7}, "snapshot": {"teacher_every": 3}}
 RUN = cases.settings(ranks=2, row_tokens=20, delta=2.0)
-
-
-class Store:
-    """A weight store in memory."""
-
-    contact = "/memory", b""
-
-    def __init__(self) -> None:
-        self.versions: dict[int, dict[str, Tensor]] = {}
-
-    def publish(self, version: int, named_tensors: list[tuple[str, Tensor]]) -> None:
-        self.versions[version] = dict(named_tensors)
 
 
 def worker(rank: int, folder: Path) -> None:
@@ -141,19 +131,21 @@ def resume(rank: int, folder: Path) -> dict[str, Any]:
 
 
 def published(rank: int) -> dict[str, Any]:
-    stepper, store, reported = learner(), Store(), []
-    publisher = Publisher(
-        stepper.policy,
-        torch.bfloat16,
-        store=store if rank == 0 else None,
-        published=lambda version, path, _secret: reported.append((version, path)),
-    )
-    publisher.publish(0)
-    train(stepper, rank, range(1))
-    publisher.publish(1)
-    publisher.wait()
+    stepper, reported = learner(), []
+    with closing(StoreFile("/nowhere")) as file:
+        publisher = Publisher(
+            stepper.policy,
+            torch.bfloat16,
+            store=StoreWriter(file.path) if rank == 0 else None,
+            published=lambda version, path, _secret: reported.append((version, StoreReader(path).version())),
+        )
+        publisher.publish(0)
+        train(stepper, rank, range(1))
+        publisher.publish(1)
+        publisher.close()
+        versions = {version: StoreReader(file.path).tensors(version) for version in range(2)} if rank == 0 else {}
     current = {name: p.full_tensor().detach() for name, p in stepper.policy.model.named_parameters()}
-    return {"versions": store.versions, "reported": reported, "current": current}
+    return {"versions": versions, "reported": reported, "current": current}
 
 
 def buckets(size: int) -> bool:
@@ -256,7 +248,7 @@ def test_a_resumed_run_continues_bit_for_bit(results: dict[str, Any]) -> None:
 def test_each_publication_contains_the_weights_at_that_time(results: dict[str, Any]) -> None:
     found = results["published"]
     initial = dict(cases.tiny_model(dtype=torch.float32).named_parameters())
-    assert found["reported"] == [(0, "/memory"), (1, "/memory")]
+    assert found["reported"] == [(0, 0), (1, 1)]
     assert list(found["versions"][0]) == list(initial)
     for name, parameter in initial.items():
         assert torch.equal(found["versions"][0][name], parameter.detach().bfloat16())

@@ -11,8 +11,10 @@ import torch
 from sgpo_async.errors import DeadlineExceeded
 from sgpo_async.learner import remote_store
 from sgpo_async.learner.remote_store import RemoteStore, open_store
+from sgpo_async.learner.share_group import Store
 from sgpo_async.session import SenderDown, SenderUp
-from sgpo_async.weights import StoreFile, StoreReader, StoreWriter
+from sgpo_async.weights import Manifest, StoreFile, StoreReader, StoreWriter
+from sgpo_async.weights.shares import layout
 from sgpo_async.weights.store_file import machine
 from sgpo_async.wire.records import Welcome
 
@@ -62,8 +64,10 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def tensors() -> list[tuple[str, torch.Tensor]]:
-    return [("w", torch.ones(3))]
+def publish(own: Store, version: int) -> None:
+    tensors = layout([("w", torch.float32, (3,))])
+    own.begin(version, tensors)
+    own.commit(Manifest(version, "0" * 32, 0.0, 64, tensors, ()))
 
 
 def test_a_hub_on_this_machine_has_its_own_store_written(tmp_path: Path) -> None:
@@ -71,7 +75,7 @@ def test_a_hub_on_this_machine_has_its_own_store_written(tmp_path: Path) -> None
     welcome = Welcome(store=file.path, machine=machine())
     own = open_store(welcome, tmp_path, "tcp://127.0.0.1:1", lambda *_: None, nbytes=12)
     assert isinstance(own, StoreWriter)
-    own.publish(0, tensors())
+    publish(own, 0)
     assert StoreReader(file.path).version() == 0
 
 
@@ -91,16 +95,16 @@ def test_versions_that_do_not_fit_into_memory_are_on_disk(tmp_path: Path) -> Non
 
 def test_the_address_of_every_weight_sender_after_the_first_is_told(store: tuple) -> None:
     own, told = store
-    own.publish(3, tensors())
+    publish(own, 3)
     assert own.contact == ("tcp://[fd00::2]:4000", b"secret 0") and told == []
-    own.publish(4, tensors())
+    publish(own, 4)
     Sender.made[0].events.append(SenderDown("the hub is gone"))
     until(lambda: told == [(4, "tcp://[fd00::2]:4001", b"secret 1")])
 
 
 def test_a_weight_sender_that_cannot_be_started_or_ends_late_is_tried_again(store: tuple) -> None:
     own, told = store
-    own.publish(0, tensors())
+    publish(own, 0)
     assert own.contact
     Sender.made[0].late, Sender.refused = True, 2
     Sender.made[0].events.append(SenderDown("the hub is gone"))
