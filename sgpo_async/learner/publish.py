@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ from sgpo_async.errors import DeadlineExceeded
 from sgpo_async.learner.policy import Policy, rows_on
 from sgpo_async.model.adapters import is_adapter, merge
 from sgpo_async.processes.progress import result_while_moving
+from sgpo_async.weights import Manifest
+from sgpo_async.weights.short_digest import short_digest
 
 BUCKET_BYTES = 64 * 2**20  # size of one gather, unless a single parameter is larger
 PUBLISH_S = 300.0  # longest time without progress in writing one version
@@ -37,7 +40,7 @@ class Store(Protocol):
         """Where the hub finds the store as long as this process lives: a path, or tcp://HOST:PORT with a secret."""
         ...
 
-    def publish(self, version: int, named_tensors: Iterable[tuple[str, Tensor]]) -> object:
+    def publish(self, version: int, named_tensors: Iterable[tuple[str, Tensor]]) -> Manifest:
         """Make these tensors visible as `version`. Raises WeightsError."""
         ...
 
@@ -100,19 +103,23 @@ def _gather(parameters: list[DTensor]) -> list[Tensor]:
     return [torch.cat(pieces).view(p.shape) for p, pieces in zip(parameters, zip(*parts, strict=True), strict=True)]
 
 
+Published = Callable[[int, int, np.ndarray | None, str, bytes], None]
+"""(version, short digest, score of the canary, and the store's contact) -> None."""
+
+
 class Publisher:
     """Publishes versions of one policy. Only rank 0 has a store; it calls `published` after writing a version."""
 
-    def __init__(
-        self, policy: Policy, dtype: torch.dtype, *, store: Store | None, published: Callable[[int, str, bytes], None]
-    ) -> None:
+    def __init__(self, policy: Policy, dtype: torch.dtype, *, store: Store | None, published: Published) -> None:
         self._policy, self._dtype, self._store, self._published = policy, dtype, store, published
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="publish")
         self._pending: Future[None] | None = None
         self._written = 0  # tensors, of all versions
 
-    def publish(self, version: int) -> None:
+    def publish(self, version: int, canary: np.ndarray | None = None) -> None:
         """Start to publish what is trained as `version`. A collective of all ranks.
+
+        `canary` is the score of the canary under these weights, if it was measured.
 
         Raises:
             WeightsError: the publication before this one failed.
@@ -120,7 +127,7 @@ class Publisher:
         tensors = gather_trained(self._policy, self._dtype)
         self.wait()
         if self._store is not None:
-            self._pending = self._thread.submit(self._write, self._store, version, tensors)
+            self._pending = self._thread.submit(self._write, self._store, version, tensors, canary)
 
     def wait(self) -> None:
         """Wait until the last version is in the store. Raises the error of its publication, or DeadlineExceeded."""
@@ -138,9 +145,9 @@ class Publisher:
         if self._store is not None:
             self._store.close()
 
-    def _write(self, store: Store, version: int, tensors: NamedTensors) -> None:
-        store.publish(version, self._counted(tensors))
-        self._published(version, *store.contact)
+    def _write(self, store: Store, version: int, tensors: NamedTensors, canary: np.ndarray | None) -> None:
+        manifest = store.publish(version, self._counted(tensors))
+        self._published(version, short_digest(manifest.digest), canary, *store.contact)
 
     def _counted(self, tensors: NamedTensors) -> Iterator[tuple[str, Tensor]]:
         for tensor in tensors:

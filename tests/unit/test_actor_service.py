@@ -12,10 +12,13 @@ from sgpo_async.actor import service as actor_service
 from sgpo_async.actor.membership import Membership
 from sgpo_async.actor.service import Service
 from sgpo_async.config import Run
-from sgpo_async.engines.base import Failed, SampledTokens
+from sgpo_async.engines.base import Failed, SampledTokens, ScoredCanary
 from sgpo_async.errors import DeadlineExceeded, EngineError
+from sgpo_async.model.canary import PROMPT, TOKENS
+from sgpo_async.session import VersionReceived
 from sgpo_async.wire.records import (
     Ack,
+    Canary,
     Goodbye,
     Heartbeat,
     Hello,
@@ -124,6 +127,7 @@ def sampled(tokens: int) -> SampledTokens:
         tokens=np.arange(tokens, dtype=np.int32),
         logprobs=np.zeros(tokens, np.float32),
         versions=np.array([0], np.int32),
+        digests=np.zeros(1, np.int64),
         ends=np.array([tokens], np.int32),
     )
 
@@ -303,3 +307,35 @@ def test_the_end_of_the_run_ends_the_service() -> None:
     actor.round()
     assert actor.round(Stop(reason="finished")) == "finished"
     assert actor.service.run_over
+
+
+# ---- what the engine serves
+
+
+def test_scores_of_the_canary_and_the_digest_of_the_weights_are_sent() -> None:
+    actor = Actor()
+    actor.round()
+    ((canary, every_s),) = actor.engine.watched
+    assert (len(canary.prompt), len(canary.tokens), every_s) == (PROMPT, TOKENS, Run().hub.canary_s)
+    actor.sent(Heartbeat)
+    actor.engine.digest = 5
+    logprobs = np.array([-1.0], np.float32)
+    actor.engine.scored = [ScoredCanary(engine="http://one", version=0, digest=5, logprobs=logprobs)]
+    actor.round()
+    (heartbeat,) = actor.sent(Heartbeat)  # at once: other weights of the same version are news
+    assert (heartbeat.version, heartbeat.digest) == (0, 5)
+    (sent,) = actor.sent(Canary)
+    assert (sent.engine, sent.version, sent.digest, sent.logprobs.tolist()) == ("http://one", 0, 5, [-1.0])
+    actor.round()
+    assert actor.sent(Canary) == actor.sent(Heartbeat) == []
+
+
+def test_a_version_that_was_published_again_with_other_content_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    actor, loaded = Actor(), []
+    monkeypatch.setattr(actor.service, "_load", lambda event: loaded.append(event.digest))
+    actor.round()
+    for digest in ("00" * 16, "01" * 16, "00" * 16):  # the engine serves version 0 with the digest 0
+        event = VersionReceived(version=0, digest=digest, path="", published_at=0.0, nbytes=1, received=1, seconds=0.0)
+        monkeypatch.setattr(actor.membership, "node_events", lambda event=event: [event])
+        actor.service.refresh()
+    assert loaded == ["01" * 16]
