@@ -33,6 +33,7 @@ from sgpo_async.engines.adapted import AdapterWeights, BaseModel
 from sgpo_async.engines.base import Engine, Weights
 from sgpo_async.errors import EngineError, Superseded, WeightsError
 from sgpo_async.logs import fields
+from sgpo_async.model.canary import canary_of
 from sgpo_async.model.folder import model_folder
 from sgpo_async.rollout.sampler import RolloutSampler, Unservable
 from sgpo_async.session import (
@@ -44,8 +45,10 @@ from sgpo_async.session import (
 )
 from sgpo_async.transport import Mailbox, ReliableSender
 from sgpo_async.weights import StoreReader
+from sgpo_async.weights.short_digest import digest_text, short_digest
 from sgpo_async.wire.records import (
     Ack,
+    Canary,
     CloseSender,
     Goodbye,
     Heartbeat,
@@ -99,8 +102,9 @@ class Service:
         self._finished: list[Rollout] = []  # since the last `publish`
         self._granted = 0  # leases requested and not finished
         self._busy_s = 0.0
-        self._heartbeat_version: int | None = None  # the version in the last heartbeat
+        self._heartbeat_weights: tuple[int | None, int] = (None, 0)  # version and digest in the last heartbeat
         engine.reset()  # a warm engine may hold weights of another run under the same version numbers
+        engine.watch(canary_of(tokenizer), every_s=run.hub.canary_s)
         self._started = self._heartbeat_at = self._progress_at = time.monotonic()
         self._report_whole = False  # the hub may have lost reports
         self.run_over = False
@@ -162,7 +166,7 @@ class Service:
         if not self._membership.welcomed(welcome):
             return "the hub belongs to another run"
         self._granted = len(self._waiting) + len(self._sampler.leases)
-        self._heartbeat_version = None
+        self._heartbeat_weights = (None, 0)
         self._sender.resend()
         self._report_whole = True
         if self._granted:
@@ -199,7 +203,7 @@ class Service:
                 case ReceiverDown():
                     self._membership.session_down(f"session down: {event.reason}")
                     return
-        if newest is not None and newest.version != self._engine.version:
+        if newest is not None and (newest.version, short_digest(newest.digest)) != self._weights_served:
             self._load(newest)
 
     def _load(self, event: VersionReceived | VersionAnnounced) -> None:
@@ -283,6 +287,10 @@ class Service:
             return
         for found in self._senders.poll():
             self._mailbox.send(found)
+        for scored in self._engine.canaries():
+            self._mailbox.send(
+                Canary(engine=scored.engine, version=scored.version, digest=scored.digest, logprobs=scored.logprobs)
+            )
         now = time.monotonic()
         report_due = now - self._progress_at >= self._run.hub.progress_s
         if report_due:
@@ -292,7 +300,7 @@ class Service:
             self._deliver_finished()
         for rollout in self._sender.due(now):
             self._mailbox.send(rollout)
-        if now - self._heartbeat_at >= self._run.hub.heartbeat_s or self._engine.version != self._heartbeat_version:
+        if now - self._heartbeat_at >= self._run.hub.heartbeat_s or self._weights_served != self._heartbeat_weights:
             self._send_heartbeat(now)
 
     def _send_reports(self) -> None:
@@ -306,15 +314,17 @@ class Service:
         self._finished.clear()
 
     def _send_heartbeat(self, now: float) -> None:
-        version = self._engine.version
-        if version is not None and version != self._heartbeat_version:
-            log.debug("weights version %d", version, extra=fields(event="version", version=version))
-        self._heartbeat_at, self._heartbeat_version = now, version
+        version, digest = self._weights_served
+        if version is not None and (version, digest) != self._heartbeat_weights:
+            text = "weights version %d, digest %s"
+            log.debug(text, version, digest_text(digest), extra=fields(event="version", version=version))
+        self._heartbeat_at, self._heartbeat_weights = now, (version, digest)
         status = self._engine.load_status()
         leases = [task for task, _ in self._held()]
         heartbeat = Heartbeat(
             state="joining" if version is None else "serving",
             version=-1 if version is None else version,
+            digest=digest,
             running=status.running,
             tokens=status.tokens,
             busy_s=self._busy_s,
@@ -322,6 +332,10 @@ class Service:
             tasks=np.asarray(leases, dtype=np.int32),
         )
         self._mailbox.send(heartbeat)
+
+    @property
+    def _weights_served(self) -> tuple[int | None, int]:
+        return self._engine.version, self._engine.digest
 
     def _leave(self, reason: str) -> None:
         """Send all that was sampled, and say goodbye; other actors continue the unfinished rollouts."""

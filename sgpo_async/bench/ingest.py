@@ -143,6 +143,7 @@ class Members:
             tokens=self._tokens,
             logprobs=self._logprobs,
             versions=np.array([self._version], np.int32),
+            digests=np.zeros(1, np.int64),
             ends=np.array([len(self._tokens)], np.int32),
             reward=0.0,
             finish="length",

@@ -322,6 +322,7 @@ def arrays(versions: np.ndarray) -> dict[str, Any]:
         "tokens": np.zeros(count, np.int32),
         "logprobs": np.full(count, -1.0, np.float32),
         "versions": versions[last].astype(np.int32),
+        "digests": np.zeros(int(last.sum()), np.int64),
         "ends": (np.flatnonzero(last) + 1).astype(np.int32),
     }
 

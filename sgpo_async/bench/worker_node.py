@@ -28,6 +28,7 @@ from sgpo_async.session.interface import address_towards
 from sgpo_async.session.settings import Deltas
 from sgpo_async.transport import Dealer, Mailbox
 from sgpo_async.weights import StoreFile, StoreWriter
+from sgpo_async.weights.short_digest import short_digest
 from sgpo_async.wire import records as wire
 
 TIMEOUT_S = 600.0
@@ -56,8 +57,9 @@ def publish(mailbox: Mailbox, mbytes: int) -> None:
             continue
         values[version % CHANGED :: CHANGED] += 1
         began = time.time()
-        writer.publish(version, [("weights", torch.from_numpy(values).view(torch.bfloat16))])
-        mailbox.send(wire.Published(version=version, store=welcome.store))
+        manifest = writer.publish(version, [("weights", torch.from_numpy(values).view(torch.bfloat16))])
+        digest = short_digest(manifest.digest)
+        mailbox.send(wire.Published(version=version, digest=digest, store=welcome.store))
         _report(event="published", version=version, at=began, visible=time.time())
     mailbox.send(wire.Goodbye(reason="done"))
 

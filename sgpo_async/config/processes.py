@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from sgpo_async.config.rules import PATH, host_of, require
+from sgpo_async.config.rules import INFINITE, PATH, host_of, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +46,11 @@ class Hub:
     # Folder into which the hub copies every version, for actors with `--weights-by folder`: any URL of fsspec, such as
     # s3://bucket/run or file:///mnt/run. Who can write there decides what these actors serve.
     weight_folder: str = ""
+    # Every engine scores the canary (docs/durability.md) after each update and every canary_s seconds. The hub raises
+    # an alarm if it differs from the learner's by more nats per token than canary_tolerance. 0: 0.001 if everything is
+    # in float32, else 0.1; .inf: never.
+    canary_s: float = 60.0
+    canary_tolerance: float = field(default=0.0, metadata=INFINITE)
     max_message_mb: int = 512  # the largest message is the hub's state in a checkpoint
 
     def __post_init__(self) -> None:
@@ -80,6 +85,8 @@ class Hub:
         )
         require(self.heartbeat_s > 0, "hub.heartbeat_s", "must be > 0", self.heartbeat_s)
         require(self.progress_s > 0, "hub.progress_s", "must be > 0", self.progress_s)
+        require(self.canary_s > 0, "hub.canary_s", "must be > 0", self.canary_s)
+        require(self.canary_tolerance >= 0, "hub.canary_tolerance", "must be >= 0", self.canary_tolerance)
         require(self.stall_s > 0, "hub.stall_s", "must be > 0", self.stall_s)
         require(
             self.lease_timeout_s >= 3 * self.heartbeat_s,

@@ -220,6 +220,9 @@ class Learner:
     # over many tokens than this, in nats. 0: 1e-4 where both compute in float32, 0.05 where one of them computes in
     # bfloat16; .inf: never.
     mismatch_bound: float = field(default=0.0, metadata=INFINITE)
+    # Score the canary (docs/durability.md) at the first step and at one of every `canary_every` steps: not at each,
+    # because it is 8 % of the learner's work of a step of the demo's tiny model. With a usual size, 1 costs little.
+    canary_every: int = 4
     samples: int = 1  # problems of a step whose completions are kept in runs/NAME/samples.jsonl; 0: none
     samples_mb: int = 16  # when the file is larger, every second of its steps is deleted, and half as many are added
 
@@ -243,6 +246,7 @@ class Learner:
         require(self.checkpoint_minutes >= 0, "learner.checkpoint_minutes", "must be >= 0", self.checkpoint_minutes)
         require(self.keep_checkpoints >= 1, "learner.keep_checkpoints", "must be >= 1", self.keep_checkpoints)
         require(self.mismatch_bound >= 0, "learner.mismatch_bound", "must be >= 0", self.mismatch_bound)
+        require(self.canary_every >= 1, "learner.canary_every", "must be >= 1", self.canary_every)
         require(self.samples >= 0, "learner.samples", "must be >= 0", self.samples)
         require(self.samples_mb >= 1, "learner.samples_mb", "must be >= 1", self.samples_mb)
 

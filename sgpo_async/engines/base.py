@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from sgpo_async.errors import EngineError, WeightsError
+from sgpo_async.model.canary import Canary
 from sgpo_async.model.parameters import Digest
 from sgpo_async.weights.broadcast_plan import BroadcastPlan
 
@@ -27,6 +28,7 @@ class SampledTokens:
     tokens: np.ndarray  # [T] int32, including the end token if it was sampled
     logprobs: np.ndarray  # [T] float32, under the distribution that was sampled from; see `Generate.report_kept`
     versions: np.ndarray  # [S] int32, weight version of each span
+    digests: np.ndarray  # [S] int64, short digest of the weights that sampled each span, verified after their load
     ends: np.ndarray  # [S] int32, exclusive end of each span; the last is T
     top_tokens: np.ndarray | None = None  # [T * k] int32, the k likeliest at each position, the likeliest first
     top_logprobs: np.ndarray | None = None  # [T * k] float32, under the distribution over the whole vocabulary
@@ -70,6 +72,11 @@ class Score:
     temperature: float
 
 
+def score_of(canary: Canary) -> Score:
+    """The request that scores the canary; its id meets no other request's."""
+    return Score(id="canary", prompt=canary.prompt, tokens=canary.tokens, temperature=1.0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Generated(SampledTokens):
     """A finished completion."""
@@ -85,6 +92,16 @@ class Scored:
     id: Hashable
     logprobs: np.ndarray  # [T] float32
     version: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredCanary:
+    """The log-probabilities of the canary under the weights that an engine, or one of its servers, serves."""
+
+    engine: str  # URL of the server; "" if the engine has only one set of weights
+    version: int
+    digest: int  # short digest
+    logprobs: np.ndarray  # [T] float32, at temperature 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +193,19 @@ class Engine(Protocol):
     @property
     def version(self) -> int | None:
         """The complete, verified version that is served; None before the first load and after a failed load."""
+
+    @property
+    def digest(self) -> int:
+        """Short digest of the weights that are served, which were verified after they were loaded; 0 without any."""
+
+    def watch(self, canary: Canary, *, every_s: float) -> None:
+        """Score `canary` from now on: after each load, and every `every_s` seconds; every server of its own.
+
+        Raises EngineError if the model cannot score it.
+        """
+
+    def canaries(self) -> list[ScoredCanary]:
+        """The scores of the canary since the last call."""
 
     def submit(self, request: Generate | Score) -> None:
         """Queue a request. Raises EngineError if the request is invalid (too long, token id out of range)."""

@@ -12,6 +12,7 @@ own, but at most `_MAX_WAIT_STEPS` steps. `step` never blocks: without work it r
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Collection, Hashable, Iterable
 
@@ -19,14 +20,26 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from sgpo_async.engines.base import EngineLoad, Generate, Generated, SampledTokens, Score, Scored, Weights
+from sgpo_async.engines.base import (
+    EngineLoad,
+    Generate,
+    Generated,
+    SampledTokens,
+    Score,
+    Scored,
+    ScoredCanary,
+    Weights,
+    score_of,
+)
 from sgpo_async.engines.decoder import Decoder
 from sgpo_async.engines.sampling import distribution, likeliest, log_softmax, others_kept, sample
 from sgpo_async.engines.sequences import Running, Sequence
 from sgpo_async.engines.validation import validate
 from sgpo_async.errors import EngineError, WeightsError
 from sgpo_async.model import parameters
+from sgpo_async.model.canary import Canary
 from sgpo_async.model.load import end_tokens, load_model, longest, tokenizer_of
+from sgpo_async.weights.short_digest import short_digest
 
 _MAX_WAIT_STEPS = 8  # steps that a request waits for others to fill a batch
 
@@ -52,6 +65,7 @@ class EmbeddedEngine:
         deterministic: bool = False,
     ) -> None:
         self.version: int | None = None
+        self.digest = 0
         self._digest, self._slots = digest, 1 if deterministic else slots
         self._batch = max(1, self._slots // 4)  # this many rows or requests are worth a forward pass of their own
         self._deterministic = deterministic
@@ -65,6 +79,9 @@ class EmbeddedEngine:
         self._scores: list[Score] = []
         self._admission_waited = self._scoring_waited = 0  # steps
         self._tokens = 0
+        self._canary: Score | None = None
+        self._canary_every_s = self._canary_due = 0.0
+        self._canaries: list[ScoredCanary] = []
 
     @classmethod
     def from_pretrained(
@@ -86,11 +103,22 @@ class EmbeddedEngine:
         """Queue a request. Raises EngineError if it is invalid, or while no verified weights are loaded."""
         if self.version is None:
             raise EngineError(f"request {request.id}: the engine has no verified weights; load a version first")
-        validate(request, longest=self._longest, vocabulary=self._decoder.vocabulary, ends=self._end_ids)
+        self._validate(request)
         if isinstance(request, Score):
             self._scores.append(request)
         else:
             self._waiting.append(Sequence.of(request))
+
+    def watch(self, canary: Canary, *, every_s: float) -> None:
+        """Score `canary` after each load and every `every_s` seconds; see `Engine.watch`."""
+        score = score_of(canary)
+        self._validate(score)
+        self._canary, self._canary_every_s, self._canary_due = score, every_s, 0.0
+
+    def canaries(self) -> list[ScoredCanary]:
+        """The scores of the canary since the last call."""
+        canaries, self._canaries = self._canaries, []
+        return canaries
 
     @torch.inference_mode()
     def step(self, timeout_s: float) -> list[Generated | Scored]:  # noqa: ARG002 (nothing to wait for in process)
@@ -100,6 +128,8 @@ class EmbeddedEngine:
         """
         if self.version is None:
             return []
+        if self._canary and time.monotonic() >= self._canary_due:
+            self._score_canary(self.version, self._canary)
         return [*self._score(self.version), *self._admit_and_decode()]
 
     def progress(self, ids: Iterable[Hashable]) -> dict[Hashable, SampledTokens]:
@@ -136,7 +166,9 @@ class EmbeddedEngine:
                 f"version {weights.version}: the loaded weights have digest {loaded}, but {announced} was "
                 f"announced; the engine serves nothing until a load succeeds"
             )
-        self.version = weights.version
+        # `loaded` is made of what has this digest: `copy` has compared it, or it is the same one.
+        self.version, self.digest = weights.version, short_digest(weights.digest)
+        self._canary_due = 0.0
 
     def load_status(self) -> EngineLoad:
         """The current load."""
@@ -157,6 +189,7 @@ class EmbeddedEngine:
         self._withdraw()
         self._waiting.clear()
         self._scores.clear()
+        self._canaries.clear()
 
     def _admit_and_decode(self) -> list[Generated]:
         free = self._slots - len(self._running)
@@ -225,6 +258,11 @@ class EmbeddedEngine:
             parts = [(i, i + 1) for i in range(len(scores))]
         return [result for start, stop in parts for result in self._score_batch(version, scores[start:stop])]
 
+    def _score_canary(self, version: int, canary: Score) -> None:
+        (scored,) = self._score_batch(version, [canary])
+        self._canaries.append(ScoredCanary(engine="", version=version, digest=self.digest, logprobs=scored.logprobs))
+        self._canary_due = time.monotonic() + self._canary_every_s
+
     def _score_batch(self, version: int, scores: list[Score]) -> list[Scored]:
         logits = self._decoder.logits([np.concatenate([s.prompt, s.tokens[:-1]]) for s in scores])
         results = []
@@ -252,8 +290,11 @@ class EmbeddedEngine:
             self._close_span(sequence)
         self._waiting.extendleft(reversed(sequences))
         self._decoder.cache.forget()
-        self.version = None
+        self.version, self.digest = None, 0
 
     def _close_span(self, sequence: Sequence) -> None:
         assert self.version is not None, "a sequence runs only while there is a version"
-        sequence.close_span(self.version)
+        sequence.close_span(self.version, self.digest)
+
+    def _validate(self, request: Generate | Score) -> None:
+        validate(request, longest=self._longest, vocabulary=self._decoder.vocabulary, ends=self._end_ids)

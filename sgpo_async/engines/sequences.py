@@ -22,6 +22,7 @@ class Sequence:
     top_logprobs: np.ndarray  # [length, k] float32
     kept: list[np.ndarray] = field(default_factory=list)  # of each generated token, if request.report_kept
     versions: list[int] = field(default_factory=list)
+    digests: list[int] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
 
     @classmethod
@@ -40,6 +41,7 @@ class Sequence:
         if prefix is not None:
             sequence.ids[start:], sequence.logprobs[start:] = prefix.tokens, prefix.logprobs
             sequence.versions, sequence.ends = prefix.versions.tolist(), prefix.ends.tolist()
+            sequence.digests = prefix.digests.tolist()
             if prefix.kept is not None and prefix.kept_sizes is not None:
                 sequence.kept = np.split(prefix.kept, np.cumsum(prefix.kept_sizes)[:-1])
             if prefix.top_tokens is not None and prefix.top_logprobs is not None:
@@ -52,14 +54,15 @@ class Sequence:
         """Tokens generated so far."""
         return self.ids.size - self.request.prompt.size
 
-    def close_span(self, version: int) -> None:
-        """Record that `version` sampled all tokens since the last span. Spans are never empty."""
+    def close_span(self, version: int, digest: int) -> None:
+        """Record that `version` with `digest` sampled all tokens since the last span. Spans are never empty."""
         if self.generated == (self.ends[-1] if self.ends else 0):
             return
-        if self.versions and self.versions[-1] == version:
+        if self.versions and (self.versions[-1], self.digests[-1]) == (version, digest):
             self.ends[-1] = self.generated
         else:
             self.versions.append(version)
+            self.digests.append(digest)
             self.ends.append(self.generated)
 
     def sampled(self) -> SampledTokens:
@@ -69,6 +72,7 @@ class Sequence:
             tokens=self.ids[start:].copy(),
             logprobs=self.logprobs[start:].copy(),
             versions=np.array(self.versions, np.int32),
+            digests=np.array(self.digests, np.int64),
             ends=np.array(self.ends, np.int32),
             top_tokens=self.top_tokens[start:].flatten() if asked else None,
             top_logprobs=self.top_logprobs[start:].flatten() if asked else None,

@@ -54,7 +54,8 @@ def _check_prefix(request: Generate, prefix: SampledTokens, ends: Collection[int
     assert 0 < count < request.max_new_tokens, f"request {request.id}: prefix of {count} of {request.max_new_tokens}"
     assert int(prefix.tokens[-1]) not in ends, f"request {request.id}: the prefix ends with an end token"
     assert prefix.logprobs.size == count, f"request {request.id}: {prefix.logprobs.size} logprobs of {count} tokens"
-    tiled = prefix.versions.size == prefix.ends.size and (np.diff(prefix.ends, prepend=0) > 0).all()
+    spans = {prefix.versions.size, prefix.digests.size, prefix.ends.size}
+    tiled = len(spans) == 1 and (np.diff(prefix.ends, prepend=0) > 0).all()
     assert tiled and prefix.ends[-1] == count, f"request {request.id}: spans {prefix.ends} of {count} tokens"
     tops = [0 if top is None else top.size for top in (prefix.top_tokens, prefix.top_logprobs)]
     kept = None if prefix.kept is None or prefix.kept_sizes is None else (prefix.kept.size, prefix.kept_sizes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from sgpo_async.weights.short_digest import digest_text
 from sgpo_async.wire.records import Heartbeat, Hello, Road
 
 
@@ -67,6 +68,7 @@ class Actor:
     invalid: int = 0  # number of invalid messages and rollouts
     state: str = "joining"
     version: int = -1  # weight version that its engine serves; -1: none
+    digest: int = 0  # short digest of the weights that its engine serves, as it says; 0: none
     credit: int = 0  # number of leases it can still take
     meter: Meter = field(default_factory=Meter)
 
@@ -81,6 +83,7 @@ class Actor:
             "state": self.state,
             "source": source,
             "version": self.version,
+            "digest": digest_text(self.digest) if self.version >= 0 else "",
             "running": heartbeat.running,
             "tokens": heartbeat.tokens,
             "tokens_per_s": self.meter.tokens_per_s,

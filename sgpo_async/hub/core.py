@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import xxhash
 
 from sgpo_async.config import Run, to_plain
@@ -29,6 +30,7 @@ from sgpo_async.hub.events import CloseSender, Effect, Event, Send, Shutdown, Us
 from sgpo_async.hub.learner_ranks import LearnerRanks
 from sgpo_async.hub.leases import LeaseTable, RunningLease
 from sgpo_async.hub.rollout_checks import PROMPT_DIFFERS, Limits, report_violation, violation
+from sgpo_async.hub.served_weights import ServedWeights, newest, tolerance_of
 from sgpo_async.hub.stall import StallWatch
 from sgpo_async.hub.status import status
 from sgpo_async.hub.stragglers import late_lease
@@ -48,6 +50,7 @@ CHECKPOINT_GRACE_S = 30.0  # ... and for the learner, which finishes its step an
 SILENT_S = 5.0  # a rank that has been silent for so long will write no checkpoint
 RETURN_S = 5.0  # how long an actor may take to send a new Hello after its weight sender has ended
 RESTART_RETURN_S = 30.0  # ... after a restart of the hub
+MAX_EARLY = 4096  # messages that are kept until a Published arrives
 MAX_INVALID = 3  # after so many invalid messages and rollouts, an actor is refused for good
 
 
@@ -77,6 +80,10 @@ class HubCore:
             self.actors, fanout=0 if broadcasts else run.hub.weight_fanout, shared=not broadcasts
         )
         self.published = -1  # newest version in the weight store
+        self.served = ServedWeights()
+        # What actors have sent of weights that exist, but whose Published has not arrived yet.
+        self.early: list[tuple[bytes, wire.Rollout | wire.Progress | wire.Canary]] = []
+        self.learner_bfloat16 = False  # whether the learner computes in bfloat16
         self.learner_store = ""  # path at which rank 0 has the weight store open
         self.last_restore = ("", -1)  # id of the last Restore, and the version in its answer
         self.vocabulary = 0  # number of token ids that the learner's model knows; 0: no learner has joined
@@ -172,6 +179,8 @@ class HubCore:
                 self._ready(actor, message)
             case wire.Heartbeat():
                 self._heartbeat(actor, message)
+            case wire.Canary():
+                self._canary(actor, message)
             case wire.Release():
                 self._release(actor, message)
             case wire.SenderUp() | wire.SenderDown():
@@ -324,6 +333,7 @@ class HubCore:
             for number in leases.held_by(actor.member):
                 self._revoke(leases, number)
         self.actors.leave(actor.member)
+        self.served.leave(actor.name)
         self._effects += self.weight_routes.close(actor)
         self._reopen_routes(actor.member)
 
@@ -343,6 +353,7 @@ class HubCore:
     def _rank_joins(self, member: bytes, hello: wire.Hello, *, new_world: bool) -> None:
         self._set_tokenizer(hello.tokenizer)
         self.vocabulary = hello.vocabulary or self.vocabulary
+        self.learner_bfloat16 = hello.bfloat16
         if new_world:
             self.training.batch = None  # the groups of the batch are still in the buffer
             for old in self.learner_ranks.start_new_world(hello.world_size):
@@ -414,6 +425,7 @@ class HubCore:
     def _heartbeat(self, actor: Actor, heartbeat: wire.Heartbeat) -> None:
         self.actors.record_heartbeat(actor, heartbeat)
         actor.version = self._version_of_this_run(heartbeat.version)
+        actor.digest = heartbeat.digest if actor.version >= 0 else 0
         for leases in self._lease_tables:
             leases.renew(actor.member, heartbeat.tasks, now=self.now)
 
@@ -436,23 +448,24 @@ class HubCore:
     def _progress(self, member: bytes, progress: wire.Progress) -> None:
         work = self._work_of(member, progress)
         lease = work.leases.lease_of(member, progress)
-        if lease is None:
+        if lease is None or self._is_early(member, progress, [part.versions for part in progress.partial]):
             return
-        limits = Limits(vocabulary=self.vocabulary, newest=self.training.version)
-        if reason := report_violation(lease.terms, progress, limits):
+        if reason := report_violation(lease.terms, progress, self._limits):
             self._invalid(work.leases, member, progress, reason)
         else:
             work.leases.report(progress, now=self.now)
 
     def _rollout(self, member: bytes, rollout: wire.Rollout) -> None:
-        self._send(member, wire.Ack(task=rollout.task, attempt=rollout.attempt, slot=rollout.slot))
         work = self._work_of(member, rollout)
         lease = work.leases.lease_of(member, rollout)
-        if lease is None or rollout.slot in lease.arrived.rollouts:
+        expected = lease is not None and rollout.slot not in lease.arrived.rollouts
+        if expected and self._is_early(member, rollout, [rollout.versions]):
+            return
+        self._send(member, wire.Ack(task=rollout.task, attempt=rollout.attempt, slot=rollout.slot))
+        if lease is None or not expected:
             self._unexpected_rollout(member, rollout, work)
             return
-        limits = Limits(vocabulary=self.vocabulary, newest=self.training.version)
-        reason = violation(lease.terms, rollout, limits, prompts=lease.arrived.prompts)
+        reason = violation(lease.terms, rollout, self._limits, prompts=lease.arrived.prompts)
         if reason == PROMPT_DIFFERS and lease.continues_another:
             self.rejected[reason] += 1  # nobody knows which of the two actors is wrong, so both begin anew
             work.leases.forget(rollout.task)
@@ -461,6 +474,41 @@ class HubCore:
             self._invalid(work.leases, member, rollout, reason)
         else:
             work.leases.arrive(rollout, now=self.now)
+
+    def _canary(self, actor: Actor, canary: wire.Canary) -> None:
+        if not self.training.first_version <= canary.version <= self.training.version:
+            return  # of another run, or of before the last Restore, when a learner may have died before its Published
+        if self._is_early(actor.member, canary, [np.array([canary.version])]):
+            return
+        if reason := self.served.canary_objection(actor.name, canary):
+            self._reject(actor.member, reason)
+            return
+        tolerance = tolerance_of(self.run, learner_bfloat16=self.learner_bfloat16)
+        self._effects += map(Warn, self.served.judge(actor.name, canary, tolerance=tolerance))
+
+    @property
+    def _limits(self) -> Limits:
+        return Limits(vocabulary=self.vocabulary, newest=self.training.version, objection=self.served.objection)
+
+    def _is_early(
+        self, member: bytes, message: wire.Rollout | wire.Progress | wire.Canary, versions: Sequence[np.ndarray]
+    ) -> bool:
+        """Whether this is of weights whose Published is still on its way; it is then kept until that arrives.
+
+        Weights reach an engine in other ways than Published reaches the hub, so either may be first. Beyond MAX_EARLY,
+        the message is forgotten without an answer, and its sender repeats it.
+        """
+        if not self.published < newest(versions) <= self.training.version:
+            return False
+        if len(self.early) < MAX_EARLY:
+            self.early.append((member, message))
+        return True
+
+    def _process_early(self) -> None:
+        """Process what was kept; what is still early is kept again."""
+        kept, self.early = self.early, []
+        for member, message in kept:
+            self._received(member, message)
 
     def _work_of(self, member: bytes, sent: wire.Rollout | wire.Progress) -> Training | Evaluation:
         """Where this belongs, which shows that its sender lives."""
@@ -513,15 +561,27 @@ class HubCore:
         if message.is_elsewhere:  # `learner_weights` keeps the versions of another machine until they are here
             self._reject(member, "Published of weights that the hub does not have", detail=store)
             return
-        if not self.published <= version <= self.training.version:
+        if version < 0 or version > self.training.version:
             detail = f"{version} after {self.published}"
             self._reject(member, "Published of a version that is out of order", detail=detail)
             return
+        self.served.publish(version, message.digest, message.canary, oldest=self._oldest_token())
+        if version < self.published:
+            return  # sent again after a lost connection: only its digest may be news
         if store != self.learner_store:
             self._effects.append(UseStore(store))
         self.published, self.learner_store = version, store
+        self._process_early()
         if not self.evaluation.begun:
             self.evaluation.request(version)  # measures the pass rates at the start of the run
+
+    def _oldest_token(self) -> int:
+        """The oldest version of which a token may still arrive, or that an engine still serves."""
+        leased = [lease.oldest for leases in self._lease_tables for lease in leases.running.values()]
+        carried = [one.oldest_version for leases in self._lease_tables for one in leases.carried.values()]
+        serving = [actor.version for actor in self.actors.values() if actor.version >= 0]
+        known = [version for version in (*leased, *carried, *serving) if version is not None]
+        return min([self.training.version - self.run.hub.max_lag - 1, *known])
 
     def _evaluate(self, member: bytes, version: int) -> None:
         if version > self.training.version:

@@ -19,7 +19,7 @@ from sgpo_async.config.rules import endpoint_of
 from sgpo_async.errors import DeadlineExceeded
 from sgpo_async.hub import events as ev
 from sgpo_async.hub.uploads import Uploads
-from sgpo_async.session import ReceiverDown, VersionReceived, VersionRejected, WeightReceiver
+from sgpo_async.session import ReceiverDown, VersionRejected, WeightReceiver
 from sgpo_async.session.settings import Deltas
 from sgpo_async.weights.store_file import StoreFile
 from sgpo_async.wire.records import Published
@@ -43,7 +43,8 @@ class LearnerWeights:
         self._store, self._deltas, self._receiver, self._uploads = store, deltas, receiver, uploads
         self._stopping = ThreadPoolExecutor(max_workers=2, thread_name_prefix="stop-receiver")
         self._link: WeightReceiver | None = None
-        self._offer: tuple[bytes, Published] | None = None  # the newest of another machine
+        self._member, self._contact = b"", ("", b"")  # of the newest message of another machine
+        self._offers: dict[int, Published] = {}  # those that the core was not told of, by version
 
     def use(self, path: str) -> bool:
         """Use the store at `path` of this machine from now on; return whether that is another file."""
@@ -53,42 +54,40 @@ class LearnerWeights:
         return other
 
     def offered(self, member: bytes, message: Published) -> Published | None:
-        """What the core is told of this message of rank 0; None if the version is still to be pulled.
+        """What the core is told of this message of rank 0 now; None if `events` tells it when the version is here.
 
         A message with a malformed address goes to the core as it is, which rejects it.
         """
         if not message.is_elsewhere or (endpoint := endpoint_of(message.store)) is None or not endpoint[1]:
             return message
-        known = self._offer and (self._offer[1].store, self._offer[1].secret)
-        moved = known != (message.store, message.secret) or self._link is None
-        self._offer = member, message
+        moved = self._contact != (message.store, message.secret) or self._link is None
+        self._member, self._contact = member, (message.store, message.secret)
+        self._offers[message.version] = message
         if moved:  # also if the version is here already: rank 0 offers this link for the next ones, too
             self._connect(*endpoint, message.secret)
             log.info("pulling the learner's weights from %s", message.store)
-        newest = self._store.version
-        return (
-            replace(message, store=self._store.path, secret=b"")
-            if newest is not None and newest >= message.version
-            else None
-        )
+        return None
 
     def events(self) -> list[ev.Event]:
-        """The versions that have arrived since the last call, as if rank 0 had published them on this machine."""
+        """The versions that are here since the last call, as if rank 0 had published them on this machine.
+
+        Also those that the link has skipped, in order: an actor may have one that was overwritten since, and the core
+        must know its digest.
+        """
         if self._uploads:
             self._uploads.poll()
-        found: list[ev.Event] = []
         for event in self._link.poll() if self._link else ():
             match event:
-                case VersionReceived(version=version):
-                    assert self._offer
-                    found.append(ev.Received(self._offer[0], Published(version=version, store=self._store.path)))
                 case VersionRejected(version=version, reason=reason):
                     log.warning("weights version %d of the learner: %s", version, reason)
                 case ReceiverDown(reason=reason):
                     log.warning("the link to the learner's weights is lost: %s", reason)
                     self._disconnect()
                     break
-        return found
+        newest = self._store.version
+        here = sorted(version for version in self._offers if newest is not None and version <= newest)
+        told = [replace(self._offers.pop(version), store=self._store.path, secret=b"") for version in here]
+        return [ev.Received(self._member, message) for message in told]
 
     def close(self) -> None:
         """End the link and the uploads."""

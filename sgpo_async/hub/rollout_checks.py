@@ -10,7 +10,7 @@ A reason has no values in it, because the hub counts rejections by reason.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,10 +31,12 @@ Prompts = Mapping[bool, np.ndarray]
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of token ids and versions."""
+    """Limits of token ids, versions and digests."""
 
     vocabulary: int  # number of token ids that the model knows; 0 if it is unknown
     newest: int  # newest weight version
+    # Why spans of these versions and digests cannot be; None if they can. See `ServedWeights.objection`.
+    objection: Callable[[np.ndarray, np.ndarray], str | None]
 
 
 def violation(lease: Lease, rollout: Rollout, limits: Limits, *, prompts: Prompts) -> str | None:
@@ -59,12 +61,7 @@ def violation(lease: Lease, rollout: Rollout, limits: Limits, *, prompts: Prompt
 def report_violation(lease: Lease, progress: Progress, limits: Limits) -> str | None:
     """Why `progress` cannot be a report on `lease`; None if it can."""
     for part in progress.partial:
-        reason = (
-            _part(lease, part)
-            or _versions(lease, part.versions, limits)
-            or _token_ids(part, limits)
-            or _kept(lease, part)
-        )
+        reason = _part(lease, part) or _versions(lease, part, limits) or _token_ids(part, limits) or _kept(lease, part)
         if reason:
             return f"report: {reason}"
     return None
@@ -118,19 +115,20 @@ def _spans(lease: Lease, rollout: Rollout, limits: Limits) -> str | None:
         return CERTAIN
     if lease.turns and np.count_nonzero(np.diff(rollout.sampled)) // 2 >= lease.turns:
         return "number of turns is not in [1, turns]"
-    return _versions(lease, rollout.versions, limits)
+    return _versions(lease, rollout, limits)
 
 
-def _versions(lease: Lease, versions: np.ndarray, limits: Limits) -> str | None:
+def _versions(lease: Lease, sent: Rollout | PartialRollout, limits: Limits) -> str | None:
+    versions = sent.versions
     if lease.turns:
         versions = versions[versions != OBSERVED]
     if not len(versions):
-        return None  # of a report between two turns
+        return limits.objection(sent.versions, sent.digests)  # a report between two turns
     if versions.min() < lease.min_version:
         return "tokens are older than the lease's min_version"
     if versions.max() > limits.newest:
         return "tokens have a version that does not exist yet"
-    return None
+    return limits.objection(sent.versions, sent.digests)
 
 
 def _token_ids(sent: Rollout | PartialRollout, limits: Limits) -> str | None:

@@ -28,8 +28,8 @@ from sgpo_async.rollout.completed import CompletedGroup
 from sgpo_async.tasks.task_sampler import TaskSampler
 from sgpo_async.wire.records import OBSERVED, BenchmarkScore, Evaluated, Rollout
 
-FORMAT = 2
-DTYPES = ("<i4", "<f4")  # the index is the MessagePack extension code
+FORMAT = 3
+DTYPES = ("<i4", "<f4", "<i8")  # the index is the MessagePack extension code
 COUNTERS = ("reissued", "duplicates", "tokens")  # attributes of LeaseTable
 
 

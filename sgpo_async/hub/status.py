@@ -10,6 +10,7 @@ from sgpo_async.config import Run
 from sgpo_async.hub.actors import Actors
 from sgpo_async.hub.evaluation import Evaluation
 from sgpo_async.hub.learner_ranks import LearnerRanks
+from sgpo_async.hub.served_weights import ServedWeights
 from sgpo_async.hub.stall import StallWatch
 from sgpo_async.hub.training import Training
 from sgpo_async.wire.records import Evaluated
@@ -32,6 +33,7 @@ class CoreState(Protocol):
     actors: Actors
     learner_ranks: LearnerRanks
     published: int
+    served: ServedWeights
     rejected: Counter[str]
     last_rejection: str
     refused: int
@@ -57,6 +59,7 @@ def status(core: CoreState) -> dict[str, Any]:
         "published": core.published,  # the newest version that actors can have; -1: none
         "actors": [
             a.plain(version=training.version, leases=leases_of[a.member], source=actors.source_of(a))
+            | {"canary": core.served.difference_of(a.name), "servers": core.served.servers_of(a.name)}
             for a in actors.values()
         ],
         "learner": {
@@ -73,6 +76,7 @@ def status(core: CoreState) -> dict[str, Any]:
         **NO_BATCH_YET,
         **training.settled.metrics(),  # what is trained against what was sampled
         **training.last,  # lag, pass rates and rewards of the last batch
+        **core.served.metrics(),
         "tokens_generated": sum(table.tokens for table in tables),
         "tokens_trained": training.tokens_trained,
         "tokens_per_s": sum(actor.meter.tokens_per_s for actor in actors.values()),

@@ -12,7 +12,7 @@ REPEAT_S, and at once when the connection is back, until it is answered; the hub
 request. While the hub has no batch or evaluation yet, it says how long ago the run made progress (Pending), and the
 timeout counts from then.
 
-What the hub does not answer is sent once more whenever the connection is back: the newest publication, and the
+What the hub does not answer is sent once more whenever the connection is back: the newest publications, and the
 evaluations without a result.
 
 An interrupted hub sends Stop, and still answers until the learner has written a checkpoint, or for LAST_ANSWERS_S.
@@ -28,7 +28,10 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar, cast
+
+import numpy as np
 
 from sgpo_async.errors import DeadlineExceeded, HubError
 from sgpo_async.wire.records import (
@@ -66,6 +69,7 @@ FINISH_S = 30.0
 REPEAT_S = 10.0
 LOOK_S = 0.2  # how often a rank that waits looks whether it has to stop
 CLOSE_S = 5.0
+PUBLICATIONS = 8  # so many are sent again after a lost connection
 
 Answer = TypeVar("Answer")
 
@@ -107,8 +111,9 @@ class HubClient:
         self._outgoing: deque[Message] = deque()
         self._incoming: queue.SimpleQueue[Message | Exception] = queue.SimpleQueue()
         self._request: Message | None = None  # the request that the main thread waits for
-        self._publication: Published | None = None  # the newest one
-        self._publishing = threading.Lock()  # `published` is called by several threads
+        # The newest ones, oldest first. Actors may still serve one that was lost with the connection.
+        self._publications: deque[Published] = deque(maxlen=PUBLICATIONS)
+        self._publishing = threading.Lock()  # several threads publish, and one sends again
         self._evaluating: dict[int, Evaluate] = {}  # requests without a result, by version
         self._evaluated: set[int] = set()  # versions whose results have arrived; some arrive twice
         self._connections = mail.connections
@@ -151,17 +156,28 @@ class HubClient:
         request = Commit(step=step)
         return self._ask(lambda: request, Committed, what, ANSWER_S, lambda done: done.step == step).status
 
-    def published(self, version: int, store: str = "", secret: bytes = b"") -> None:
+    def published(self, version: int, digest: int, canary: np.ndarray | None, store: str, secret: bytes) -> None:
         """Report that the store at `store` holds `version` completely. May be called from any thread.
 
-        `secret` is that of the link, if the hub has to pull the version.
-
-        An older version than the newest reported one only brings news of the store.
+        Args:
+            version: newer than all reported ones.
+            digest: short digest of the version.
+            canary: the learner's score of the canary, if it was measured.
+            store: its path, or where the hub has to pull the version.
+            secret: that of the link, if the hub has to pull the version.
         """
         with self._publishing:
-            version = max(version, self._publication.version if self._publication else version)
-            self._publication = Published(version=version, store=store, secret=secret)
-            self._outgoing.append(self._publication)
+            self._publications.append(
+                Published(version=version, digest=digest, canary=canary, store=store, secret=secret)
+            )
+            self._outgoing.append(self._publications[-1])
+
+    def moved(self, store: str, secret: bytes) -> None:
+        """Report that the versions are at `store` from now on. May be called from any thread."""
+        with self._publishing:
+            if self._publications:  # else the first one brings this news
+                self._publications[-1] = replace(self._publications[-1], store=store, secret=secret)
+                self._outgoing.append(self._publications[-1])
 
     def evaluate(self, version: int) -> None:
         """Request an evaluation of `version`; the result arrives later in `evaluations`."""
@@ -296,7 +312,11 @@ class HubClient:
         if not self._joined:
             return  # the request to join is repeated by itself
         log.warning("%s: connected to the hub again", self.name)
-        lost = [self._publication, *list(self._evaluating.values()), self._request]
+        with self._publishing:
+            newest = self._publications[-1] if self._publications else None
+            # All versions are where the newest one is.
+            published = [replace(one, store=newest.store, secret=newest.secret) for one in self._publications if newest]
+        lost = [*published, *list(self._evaluating.values()), self._request]
         self._outgoing.extend(message for message in lost if message is not None)
 
     def _flush(self) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from sgpo_async.learner.share_group import ShareGroup, Store
 from sgpo_async.model.adapters import is_adapter, merge
 from sgpo_async.processes.progress import result_while_moving
 from sgpo_async.weights.shares import layout
+from sgpo_async.weights.short_digest import short_digest
 
 BUCKET_BYTES = 64 * 2**20  # size of one gather, unless a single parameter is larger
 PUBLISH_S = 300.0  # longest time without a round of a publication
@@ -89,15 +91,17 @@ def _gather(parameters: list[DTensor]) -> list[Tensor]:
     return [torch.cat(pieces).view(p.shape) for p, pieces in zip(parameters, zip(*parts, strict=True), strict=True)]
 
 
+Published = Callable[[int, int, np.ndarray | None, str, bytes], None]
+"""(version, short digest, score of the canary, and the store's contact) -> None."""
+
+
 class Publisher:
     """Publishes versions of one policy. Only rank 0 has a store; it calls `published` after writing a version.
 
     The constructor is a collective of all ranks.
     """
 
-    def __init__(
-        self, policy: Policy, dtype: torch.dtype, *, store: Store | None, published: Callable[[int, str, bytes], None]
-    ) -> None:
+    def __init__(self, policy: Policy, dtype: torch.dtype, *, store: Store | None, published: Published) -> None:
         self._policy, self._store, self._published = policy, store, published
         trained = dict(_trained(policy))
         mesh = next(iter(trained.values())).device_mesh
@@ -109,15 +113,17 @@ class Publisher:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="publish")
         self._pending: Future[None] | None = None
 
-    def publish(self, version: int) -> None:
+    def publish(self, version: int, canary: np.ndarray | None = None) -> None:
         """Start to publish what is trained as `version`. All ranks call it.
+
+        `canary` is the score of the canary under these weights, if it was measured.
 
         Raises:
             WeightsError: the publication before this one failed; on every rank that took part in it.
         """
         self.wait()
         if self._group.member:
-            self._pending = self._thread.submit(self._write, version, self._copy())
+            self._pending = self._thread.submit(self._write, version, self._copy(), canary)
 
     def wait(self) -> None:
         """Wait until the last version is in the store. Raises the error of its publication, or DeadlineExceeded."""
@@ -150,12 +156,12 @@ class Publisher:
         event.record()
         return event
 
-    def _write(self, version: int, copied: torch.cuda.Event | None) -> None:
+    def _write(self, version: int, copied: torch.cuda.Event | None, canary: np.ndarray | None) -> None:
         if copied:
             copied.synchronize()
-        self._group.publish(version, self._buffer.view(torch.uint8))
-        if self._store is not None:
-            self._published(version, *self._store.contact)
+        manifest = self._group.publish(version, self._buffer.view(torch.uint8))
+        if self._store is not None and manifest is not None:
+            self._published(version, short_digest(manifest.digest), canary, *self._store.contact)
 
 
 def _trained(policy: Policy) -> Iterator[tuple[str, DTensor]]:

@@ -27,18 +27,18 @@ START_S = 150.0  # until a weight sender listens; it imports torch
 CLOSE_S = 10.0  # for the weight sender to end
 AGAIN_S = 1.0  # after a weight sender has ended, before the next one is started
 
-Published = Callable[[int, str, bytes], None]
-"""(version, where the hub finds it, the secret of that link) -> None; may be called from any thread."""
+Moved = Callable[[str, bytes], None]
+"""(where the hub finds the versions from now on, the secret of that link) -> None; may be called from any thread."""
 
 
-def open_store(welcome: Welcome, folder: Path, hub: str, published: Published, *, nbytes: int) -> Store:
+def open_store(welcome: Welcome, folder: Path, hub: str, moved: Moved, *, nbytes: int) -> Store:
     """Open the store into which this learner publishes.
 
     Args:
         welcome: names the hub's store and the machine that it is on.
         folder: for a store of its own that does not fit into memory.
         hub: the address of the hub, tcp://HOST:PORT.
-        published: is told where the newest version is, when that changes.
+        moved: is told where the versions are, when that changes.
         nbytes: size of one version.
     """
     if welcome.machine == machine() and can_open(welcome.store):
@@ -46,16 +46,16 @@ def open_store(welcome: Welcome, folder: Path, hub: str, published: Published, *
     log.info("the hub is on another machine, or of another user: it pulls the weights from here")
     endpoint = endpoint_of(hub)
     assert endpoint, hub
-    return RemoteStore(StoreFile(folder, expected_bytes=nbytes), address_towards(endpoint[0]), published)
+    return RemoteStore(StoreFile(folder, expected_bytes=nbytes), address_towards(endpoint[0]), moved)
 
 
 class RemoteStore:
     """A store on this machine with a weight sender, which is started with the first version and whenever it ends."""
 
     def __init__(
-        self, file: StoreFile, host: str, published: Published, *, sender: Callable[..., WeightSender] = WeightSender
+        self, file: StoreFile, host: str, moved: Moved, *, sender: Callable[..., WeightSender] = WeightSender
     ) -> None:
-        self._file, self._host, self._published, self._sender = file, host, published, sender
+        self._file, self._host, self._moved, self._sender = file, host, moved, sender
         self._writer = StoreWriter(file.path)
         self._up, self._closing = threading.Event(), threading.Event()
         self._contact = ("", b"")
@@ -117,8 +117,8 @@ class RemoteStore:
                     host = f"[{self._host}]" if ":" in self._host else self._host
                     self._contact = f"tcp://{host}:{event.port}", event.secret
                     self._up.set()
-                    if announce and (version := self._writer.version) is not None:
-                        self._published(version, *self._contact)
+                    if announce:
+                        self._moved(*self._contact)
         finally:
             self._up.clear()
             sender.stop()

@@ -26,6 +26,7 @@ from sgpo_async.metrics.samples import SamplesWriter, due
 from sgpo_async.model.folder import load_tokenizer, model_folder
 from sgpo_async.tasks.sources import source_of
 from sgpo_async.tasks.task_sampler import TaskSampler, derived_seed
+from sgpo_async.weights.short_digest import digest_text
 from sgpo_async.wire.records import Rollout, Shard
 
 log = logging.getLogger(__name__)
@@ -163,6 +164,7 @@ class SampleLines:
             "finish": rollout.finish,
             "tokens": len(rollout.tokens),
             "versions": rollout.versions.tolist(),
+            "digests": [digest_text(digest) for digest in rollout.digests.tolist()],
             "ends": rollout.ends.tolist(),
             "text": self._text(rollout.tokens),
         }

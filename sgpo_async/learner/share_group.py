@@ -84,6 +84,7 @@ class ShareGroup:
         self._group = dist.new_group(self._members, backend="gloo", timeout=timedelta(seconds=ROUND_S))
         self.member, self.rounds = dist.get_rank() in self._members, 0
         self._store, self._tensors = store, tensors
+        self._manifest: Manifest | None = None  # of the last version, on rank 0
         if self.member:
             own = range(ranks)
             self._shares = [share_of(tensors, partial(rows_on, rank=rank, ranks=ranks)) for rank in own]
@@ -92,10 +93,10 @@ class ShareGroup:
             self._senders = [rank for rank, fd in enumerate(self._gathered(self._fd)) if fd < 0]
             self._arriving = torch.empty(PART_BYTES if store and self._senders else 0, dtype=torch.uint8)
 
-    def publish(self, version: int, share: Tensor) -> None:
+    def publish(self, version: int, share: Tensor) -> Manifest | None:
         """Write `share`, the bytes of this rank, and return when the version is visible. A collective of the members.
 
-        Raises WeightsError on all of them if one fails or is gone.
+        Returns the manifest on rank 0, None on the others. Raises WeightsError on all of them if one fails or is gone.
         """
         try:
             data = self._round(version, partial(self._begin, version))[0]
@@ -103,6 +104,7 @@ class ShareGroup:
             reading = self._read_back(version, data, hashes)
             while not self._round(version, partial(next, reading, True))[0]:
                 pass
+            return self._manifest
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             raise WeightsError(f"weights version {version}: another rank is gone or stuck ({reason})") from None
@@ -204,4 +206,5 @@ class ShareGroup:
         for rank, (found, written) in enumerate(zip(reading.hashes(), hashes, strict=True)):
             if found != written:
                 raise WeightsError(f"the store does not hold what rank {rank} has written; no one else may write to it")
-        self._store.commit(reading.manifest(version))
+        self._manifest = reading.manifest(version)
+        self._store.commit(self._manifest)

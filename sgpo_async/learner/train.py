@@ -26,6 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from sgpo_async.config.schema import CHECKPOINTS, Run, require
 from sgpo_async.errors import CheckpointError, Interrupted
 from sgpo_async.learner import checkpoint, optimiser
+from sgpo_async.learner.canary import CanaryScore, canary_due
 from sgpo_async.learner.checkpoint import CheckpointWriter, Saved
 from sgpo_async.learner.demonstrations import Demonstrations
 from sgpo_async.learner.hub_client import HubClient
@@ -44,8 +45,10 @@ from sgpo_async.learner.step_log import StepLog
 from sgpo_async.learner.teacher import Teacher
 from sgpo_async.logs import fields
 from sgpo_async.metrics import MetricsWriter, read_metrics
+from sgpo_async.metrics.canary import canary_summary
 from sgpo_async.metrics.mismatch import excess, mismatch_summary
 from sgpo_async.model.adapters import save
+from sgpo_async.model.canary import canary_of
 from sgpo_async.model.export import export
 from sgpo_async.model.folder import load_tokenizer, model_folder, tokenizer_fingerprint
 from sgpo_async.model.load import end_token_warning, positions
@@ -117,12 +120,14 @@ class Trainer:
     publisher: Publisher
     checkpoints: CheckpointWriter
     progress: Progress
+    canary: CanaryScore
     base: int  # version of the weights minus the number of optimiser steps
     metrics: MetricsWriter | None  # only on rank 0
     alarm: Alarm
     samples: Samples
     step_log: StepLog
     saved: int = 0  # step of the newest checkpoint; 0: none
+    _scored: bool = False  # the canary, since this learner began
 
     @classmethod
     def start(
@@ -130,6 +135,7 @@ class Trainer:
     ) -> Trainer:
         """Load the model or resume from a checkpoint, and register with the hub. A collective of all ranks."""
         stepper, fingerprint = build(run, mesh)
+        bfloat16 = in_bfloat16(run.learner.precision, mesh)
         rank, lead = dist.get_rank(), dist.get_rank() == 0
         resumed = resume_point(run, Path(run.folder) / CHECKPOINTS)
         if resumed:
@@ -151,6 +157,7 @@ class Trainer:
                 rank=rank,
                 world_size=dist.get_world_size(),
                 vocabulary=stepper.policy.head.shape[0],
+                bfloat16=bfloat16,
                 token="" if run.hub.keys else token_of(Path(run.folder)),
             )
         )
@@ -158,15 +165,17 @@ class Trainer:
         version = hub.restore(saved.hub_state) if lead and (resumed or welcome.begun) else welcome.version
         dtype = torch.float32 if run.learner.lora.rank else getattr(torch, run.model.dtype)
         nbytes = dtype.itemsize * sum(p.numel() for p in stepper.policy.parameters() if p.requires_grad)
-        place = (welcome, Path(run.folder), hub_address, hub.published)
+        place = (welcome, Path(run.folder), hub_address, hub.moved)
         store = open_store(*place, nbytes=nbytes) if lead else None
+        tokens = canary_of(load_tokenizer(model_folder(run.model.path)))
+        canary = CanaryScore(policy=stepper.policy, canary=tokens, dtype=dtype, bfloat16=bfloat16)
         publisher = Publisher(stepper.policy, dtype, store=store, published=hub.published)
         metrics = MetricsWriter(run.folder, resume_from=progress.step) if lead else None
         if lead and not progress.step:
             remove_rounds(run)
         elif lead and progress.version is not None:
             remove_rounds(run, above=progress.version)
-        alarm = Alarm(bound_for(run, learner_bfloat16=in_bfloat16(run.learner.precision, mesh)))
+        alarm = Alarm(bound_for(run, learner_bfloat16=bfloat16))
         base = version - progress.step
         samples = Samples.start(run, resume_from=progress.step)
         if lead:
@@ -174,8 +183,9 @@ class Trainer:
         saved_step = progress.step if resumed else 0
         log_of = StepLog(run.steps)
         return cls(
-            run, hub, stepper, publisher, checkpoints, progress, base, metrics, alarm, samples, log_of, saved_step
-        )
+            run, hub, stepper, publisher, checkpoints, progress, canary, base, metrics, alarm, samples, log_of,
+            saved_step,
+        )  # fmt: skip
 
     @property
     def version(self) -> int:
@@ -184,7 +194,7 @@ class Trainer:
 
     def loop(self) -> str:
         """Train to the last step, or until all ranks have to stop; return why they have to stop, or ""."""
-        self.publisher.publish(self.version)
+        self._publish()
         if self.metrics and not self.progress.step:
             self.hub.evaluate(self.version)
         lap = time.monotonic()
@@ -203,7 +213,7 @@ class Trainer:
                 parts.append(shard)
             line = self.stepper.update(parts[-1])
             status = self.hub.commit(self.progress.step) if self.metrics else {}
-            self.publisher.publish(self.version + 1)
+            self._publish(after=1)
             lap, wall = time.monotonic(), time.monotonic() - lap
             self.progress.trained(line, idle_s=idle, wall_s=wall)
             if self.metrics:
@@ -216,6 +226,12 @@ class Trainer:
             if self.checkpoints.due(self._due(self.run.learner.checkpoint_every)):
                 self._checkpoint()
         return ""
+
+    def _publish(self, after: int = 0) -> None:
+        """Publish the weights `after` steps that are not counted yet. A collective of all ranks."""
+        due = not self._scored or canary_due(self.progress.step + after, self.run.learner.canary_every)
+        self._scored = True
+        self.publisher.publish(self.version + after, self.canary() if due else None)
 
     def interrupt(self, reason: str) -> None:
         """Write a checkpoint, unless there is one of this step. A collective of all ranks. Raises CheckpointError."""
@@ -246,7 +262,8 @@ class Trainer:
             save(dict(adapters), lora, folder / "adapter", base=source)
         own: dict[str, Any] = {"world_size": dist.get_world_size(), "objective": self.run.algorithm.objective}
         own["teacher_mb"] = self.stepper.teacher.nbytes / 2**20
-        own["mismatch"] = mismatch_summary(read_metrics(self.run.folder))  # including the steps before an interruption
+        lines = read_metrics(self.run.folder)  # including the steps before an interruption
+        own |= {"mismatch": mismatch_summary(lines), "canary": canary_summary(lines)}
         self.metrics.summary(self.progress.summary(self.hub.status()) | own)
         self.metrics.close()
         self.samples.close()

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from sgpo_async.metrics.canary import alarm_text
 from sgpo_async.metrics.mismatch import SPANS, alarms
 from sgpo_async.report.numbers import NONE, clock, number, percent, scientific
 from sgpo_async.report.texts import one_line
@@ -88,10 +89,16 @@ class View:
         known = [mean for mean in means if mean is not None]
         return f"{scientific(max(known))} nats" if known else NONE
 
+    def canary(self) -> str:
+        """The largest difference of an engine from the learner on the canary."""
+        largest = self.get("canary_max")
+        return NONE if largest is None else f"{scientific(largest)} nats"
+
     def alarm(self) -> str:
-        """A message if the mismatch was above its bound in any step; empty otherwise."""
+        """A message if the mismatch was above its bound in any step, or engines serve wrong weights; else empty."""
         found = alarms(self.history)
-        return f"mismatch alarm no. {len(found)}: {found[-1].text}" if found else ""
+        mismatch = f"mismatch alarm no. {len(found)}: {found[-1].text}" if found else ""
+        return "\n".join(filter(None, [mismatch, alarm_text(self.get("canary_alarms"))]))
 
     def remaining_s(self) -> float | None:
         """Estimated seconds to the end, from the duration of the steps so far."""

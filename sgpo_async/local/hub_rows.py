@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sgpo_async.report.closing import ledger_rows
-from sgpo_async.report.numbers import NONE, clock, number
+from sgpo_async.report.numbers import NONE, clock, number, scientific
 from sgpo_async.report.texts import one_line
 
 REASON = 400  # characters of a text that a member may have sent
@@ -29,6 +29,8 @@ def hub_rows(status: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         ("learner", _learner(get("learner") or {})),
         ("weights", f"version {number(get('version'))}, published {number(published)}"),
+        *_served(get("actors") or []),
+        ("canary", _canary(status)),
         ("tokens", f"generated {number(get('tokens_generated'))}, trained {number(get('tokens_trained'))}"),
         ("dropped", _dropped(status)),
         ("mean reward", f"alone {number(get('reward_auto'))}, guided {number(get('reward_guided'))}"),
@@ -45,6 +47,28 @@ def hub_rows(status: Mapping[str, Any]) -> list[tuple[str, str]]:
         *(("last invalid", one_line(text, REASON)) for text in [get("last_rejection")] if text),
         *(("stalled", one_line(text, REASON)) for text in [get("stalled")] if text),
     ]
+
+
+def _canary(status: Mapping[str, Any]) -> str:
+    """How far the engines are from the learner on the canary, and the number of each alarm."""
+    mean, most = status.get("canary_mean"), status.get("canary_max")
+    off = NONE if mean is None or most is None else f"mean {scientific(mean)} nats, at most {scientific(most)} nats"
+    alarms = ", ".join(f"{count} {kind}" for kind, count in _items(status.get("canary_alarms")))
+    return f"{off}; alarms: {alarms or NONE}"
+
+
+def _served(actors: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """What each engine serves, or each server of it: version, digest, difference from the learner on the canary."""
+    rows = []
+    for actor in actors:
+        for one in actor.get("servers") or [actor]:
+            url = f" {one_line(one['url'], 64)}" if one.get("url") else ""
+            what = f"version {number(one.get('version'))}, digest {one.get('digest') or NONE}"
+            canary = (
+                f"canary {scientific(one.get('canary'))} nats off" if one.get("canary") is not None else "no canary"
+            )
+            rows.append((f"{one_line(actor.get('name'), 64)}{url}", f"{what}, {canary}"))
+    return rows
 
 
 def _learner(learner: Mapping[str, Any]) -> str:

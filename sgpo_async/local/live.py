@@ -123,7 +123,7 @@ def _facts(view: View) -> RenderableType:
     grid.add_row("mean alpha", number(view.get("alpha")), "lag", view.lag(), "tokens/s", view.tokens_per_s())
     idle = percent(view.get("learner_idle")), percent(view.get("engine_idle"))
     grid.add_row("trainer idle", idle[0], "engine idle", idle[1], "buffered", _buffered(view))
-    grid.add_row("mismatch", view.mismatch(), "", "", "", "")
+    grid.add_row("mismatch", view.mismatch(), "canary", view.canary(), "", "")
     return grid
 
 

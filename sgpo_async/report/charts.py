@@ -121,6 +121,16 @@ CHARTS = (
         ),
     ),
     Chart(
+        title="Canary",
+        caption="Mean difference between the log-probabilities of engines and learner on one fixed sequence.",
+        y_label="nats per token",
+        log=True,
+        curves=(
+            Curve(key="canary_mean", name="mean over engines"),
+            Curve(key="canary_max", name="largest", colour=GUIDED),
+        ),
+    ),
+    Chart(
         title="Masked KL",
         caption="Tokens with a divergence above delta (Eq. 5), and their share of the total divergence.",
         y_label="share",

@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from sgpo_async.metrics import read_metrics, read_summary
+from sgpo_async.metrics.canary import alarm_text, canary_summary
 from sgpo_async.metrics.mismatch import WHERE, mismatch_summary
 from sgpo_async.report.numbers import NONE, clock, number, percent, scientific
 
@@ -40,6 +41,7 @@ def summarise(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "engine_idle": _mean(_present(lines, "engine_idle")),
         "ledger": last.get("ledger"),
         "mismatch": mismatch_summary(lines),
+        "canary": canary_summary(lines),
         "evaluations": [
             {"lag": line.get("eval_lag"), "benchmarks": list(line["eval_benchmarks"].values())}
             for line in lines
@@ -64,7 +66,8 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("lag of trained tokens", f"mean {number(get('lag_mean'))}, at most {number(get('lag_max'))} versions"),
         ("idle", f"trainer {percent(get('learner_idle'))}, engines {percent(get('engine_idle'))}"),
     ]
-    return rows + mismatch_rows(get("mismatch") or {}) + ledger_rows(get("ledger") or {})
+    checks = mismatch_rows(get("mismatch") or {}) + canary_rows(get("canary") or {})
+    return rows + checks + ledger_rows(get("ledger") or {})
 
 
 def benchmark_rows(evaluations: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
@@ -100,6 +103,20 @@ def mismatch_alarm(mismatch: Mapping[str, Any]) -> list[tuple[str, str]]:
     worst = f"{mean}, {WHERE[mismatch['worst_span']]}, in step {mismatch['worst_step']}"
     steps = f"in {mismatch['alarms']} of {mismatch['judged']} judged steps"
     return [("MISMATCH ALARM", f"{steps} engine and learner differ by more than {bound} nats; worst: {worst}")]
+
+
+def canary_rows(canary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return how far engines differ from the learner on the canary (of `canary_summary`); [] if it was not scored."""
+    if not canary or canary["mean"] is None:
+        return canary_alarm(canary)
+    mean, largest = scientific(canary["mean"]), scientific(canary["max"])
+    return [("canary", f"mean {mean} nats, at most {largest} nats"), *canary_alarm(canary)]
+
+
+def canary_alarm(canary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return one row with the hub's alarms about what engines serve; [] if there are none."""
+    text = alarm_text(canary.get("alarms"))
+    return [("WEIGHTS ALARM", text.removeprefix("weights alarm: "))] if text else []
 
 
 def ledger_rows(ledger: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -15,7 +15,7 @@ from sgpo_async.files import write_whole
 from sgpo_async.metrics import read_metrics, read_summary
 from sgpo_async.metrics.samples import read_samples
 from sgpo_async.report.charts import figures
-from sgpo_async.report.closing import mismatch_alarm, summarise, summary_rows
+from sgpo_async.report.closing import canary_alarm, mismatch_alarm, summarise, summary_rows
 from sgpo_async.report.completions import completions
 from sgpo_async.report.numbers import clock, number, percent
 from sgpo_async.report.style import STYLE
@@ -51,6 +51,7 @@ def _page(
     body = [
         f"<header><h1>{escape(name)}</h1><p>{escape(_subtitle(summary, config))}</p></header>",
         *(_alarm(*row) for row in mismatch_alarm(summary["mismatch"])),
+        *(_alarm(*row) for row in canary_alarm(summary["canary"])),
         f'<div class="tiles">{"".join(_tile(*tile) for tile in _tiles(summary))}</div>',
         f'<div class="charts">{"".join(figures(lines))}</div>',
         samples,

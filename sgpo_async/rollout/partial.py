@@ -84,18 +84,21 @@ class Arrived:
 
 
 def join(parts: Sequence[PartialRollout]) -> PartialRollout:
-    """Join consecutive parts of one completion; neighbouring spans of one version become one span."""
+    """Join consecutive parts of one completion; neighbouring spans of the same weights become one span."""
     first = parts[0]
     starts = np.array([part.start - first.start for part in parts])
     versions = np.concatenate([part.versions for part in parts])
+    digests = np.concatenate([part.digests for part in parts])
     ends = np.concatenate([part.ends + start for part, start in zip(parts, starts, strict=True)]).astype(np.int32)
-    last = np.append(versions[1:] != versions[:-1], True)  # the spans after which the version changes
+    changes = (versions[1:] != versions[:-1]) | (digests[1:] != digests[:-1])
+    last = np.append(changes, True)  # the spans after which the weights change
     return PartialRollout(
         slot=first.slot,
         start=first.start,
         tokens=np.concatenate([part.tokens for part in parts]),
         logprobs=np.concatenate([part.logprobs for part in parts]),
         versions=versions[last],
+        digests=digests[last],
         ends=ends[last],
         top_tokens=_joined([part.top_tokens for part in parts]),
         top_logprobs=_joined([part.top_logprobs for part in parts]),
@@ -120,6 +123,7 @@ def after(part: PartialRollout, position: int) -> PartialRollout | None:
         tokens=part.tokens[position:],
         logprobs=part.logprobs[position:],
         versions=part.versions[kept],
+        digests=part.digests[kept],
         ends=part.ends[kept] - np.int32(position),
         top_tokens=part.top_tokens[position * k :] if part.top_tokens is not None else None,
         top_logprobs=part.top_logprobs[position * k :] if part.top_logprobs is not None else None,

@@ -129,13 +129,22 @@ class LocalCopy:
         try:
             if self._local_version() < version:
                 self._pull()
-            elif self._reported < version:  # an earlier weight receiver has pulled it
-                assert self._writer.newest
-                self._report_received(self._writer.newest, 0, 0.0)
+            elif self._reported < version:
+                self._continue(self._newest())
         except Superseded:
             return  # the announcement of the newer version is in the queue or on its way
         except WeightsError as error:
             self._child.emit("rejected", version=version, reason=one_line(str(error)))
+
+    def _continue(self, newest: Manifest) -> None:
+        """Report what an earlier weight receiver has pulled; pull again if the source has other content under it."""
+        own = self._writer.newest
+        assert own
+        if own.version == newest.version and own.digest != newest.digest:
+            self._writer.clear()
+            self._pull()
+        else:
+            self._report_received(own, 0, 0.0)
 
     def report(self, version: int) -> None:
         """Report the newest version to the actor, unless `version` or a newer one was reported already."""

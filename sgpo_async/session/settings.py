@@ -25,7 +25,7 @@ class Deadlines:
     group_s: float = 60.0  # for one phase of a weight-update group: to join, to broadcast a version
 
 
-JOBS = ("sgpo_async.engines.sglang.weight_sync.layout:expected_checksums",)  # MODULE:NAME
+JOBS = ("sgpo_async.engines.sglang.weight_sync.layout:digest_and_checksums",)  # MODULE:NAME
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,13 @@ class StoreWriter:
         """Make the version that `begin` has started visible; all its data must have been written."""
         self._finish(manifest)
 
+    def clear(self) -> None:
+        """Give up all versions: what follows may be of another model, and has versions of its own."""
+        self._newest, self._interrupted, self._slot = None, None, 0
+        for slot in range(store_layout.SLOTS):
+            store_layout.erase_record(self._fd, slot)
+        store_layout.erase_incoming(self._fd)
+
     def close(self) -> None:
         """Close the store; it stays readable."""
         if self._fd >= 0:

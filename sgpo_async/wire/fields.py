@@ -5,7 +5,7 @@
     Literal["a", "b"]        the value
     T | None                 nil or T
     dict[str, Any]           nested maps and lists of plain values
-    Tokens Ints Floats       [frame index, dtype, [length]]          the little-endian buffer
+    Tokens Ints Floats ...   [frame index, dtype, [length]]          the little-endian buffer
     bytes                    [frame index, "|u1", [length]]          the bytes
     tuple[Record, ...]       a list of maps                          their buffers, in order
 

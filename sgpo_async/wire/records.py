@@ -1,12 +1,12 @@
 """Every message between hub, actors and learner. The in-memory transport and ZeroMQ use the same records.
 
-    actor ──▶ hub     Hello  Ready  Progress  Rollout  Release  SenderUp  SenderDown  Heartbeat  Goodbye
+    actor ──▶ hub     Hello  Ready  Progress  Rollout  Release  SenderUp  SenderDown  Heartbeat  Canary  Goodbye
     hub ──▶ actor     Welcome | Refused  Lease  Ack  Revoked  OpenSender  CloseSender  Stop
     learner ──▶ hub   Hello  BatchRequest  Commit  Published  Evaluate  SnapshotRequest  Restore  Finish  Heartbeat
     hub ──▶ learner   Welcome | Refused  Pending  Shard | NoBatch  Committed  Evaluated  Snapshot  Restored  Stop
     any process ──▶ hub    StatusRequest  SettingsRequest      hub ──▶ that process    Status  Settings
 
-A record is a frozen dataclass. The codec sends array fields (`Tokens`, `Floats`, `Ints`) and `bytes` as raw
+A record is a frozen dataclass. The codec sends array fields (`Tokens`, `Floats`, `Ints`, `Digests`) and `bytes` as raw
 little-endian buffers, each in its own frame, and all other fields in the MessagePack header. `None` means absent.
 """
 
@@ -22,6 +22,7 @@ PROTOCOL = 10  # raise it whenever a record changes
 Tokens = Annotated[np.ndarray, "<i4"]  # token ids, 1-d
 Ints = Annotated[np.ndarray, "<i4"]
 Floats = Annotated[np.ndarray, "<f4"]
+Digests = Annotated[np.ndarray, "<i8"]  # short digests, see `weights.short_digest`
 
 Purpose = Literal["train", "evaluate"]
 
@@ -31,7 +32,7 @@ weight receiver connects, by ZeroMQ; folder: it reads from hub.weight_folder."""
 
 OBSERVED = -1
 """As the weight version of a span: an environment wrote these tokens, not the policy. They are read and never trained;
-their log-probability is 0."""
+their log-probability and the digest of their span are 0."""
 
 
 def oldest(versions: np.ndarray) -> int:
@@ -59,6 +60,7 @@ class Hello:
     rank: int = 0  # learner only
     world_size: int = 1  # learner only
     vocabulary: int = 0  # learner only: number of token ids that the model knows
+    bfloat16: bool = False  # learner only: whether its matrix products are in bfloat16
     # Actor only: the leases on which it still works after a lost connection, as [task, attempt, task, attempt, ...].
     # The hub leases all others of this member to other actors.
     holds: Ints = field(default_factory=lambda: np.empty(0, np.int32))
@@ -115,6 +117,7 @@ class PartialRollout:
     tokens: Tokens  # [n]
     logprobs: Floats  # [n] behaviour log-probabilities
     versions: Ints  # [S] weight version of each span
+    digests: Digests  # [S] of the weights that sampled each span, which the engine has verified after loading them
     ends: Ints  # [S] end (exclusive) of each span within these tokens; the last is n
     top_tokens: Tokens | None = None  # [n * k], if the lease asks for the likeliest tokens of this rollout
     top_logprobs: Floats | None = None  # [n * k]
@@ -231,6 +234,7 @@ class Rollout:
     tokens: Tokens  # [T] sampled tokens, with the end token if there is one, and those of an environment between them
     logprobs: Floats  # [T] behaviour log-probability of each token, under the distribution it was sampled from
     versions: Ints  # [S] weight version of each span, or OBSERVED; the first is a version
+    digests: Digests  # [S] of the weights that sampled each span, which the engine has verified; 0 if OBSERVED
     ends: Ints  # [S] end (exclusive) of each span in `tokens`; the last is T
     reward: float  # any finite number
     finish: Literal["stop", "length"]
@@ -271,7 +275,12 @@ class Rollout:
         """The same rollout, in which what versions below `oldest` have sampled counts as written by an environment."""
         if self.oldest_version >= oldest:
             return self
-        return replace(self, versions=np.where(self.versions < oldest, np.int32(OBSERVED), self.versions))
+        older = self.versions < oldest
+        return replace(
+            self,
+            versions=np.where(older, np.int32(OBSERVED), self.versions),
+            digests=np.where(older, np.int64(0), self.digests),
+        )
 
     @property
     def sampled(self) -> np.ndarray:
@@ -304,11 +313,22 @@ class Heartbeat:
 
     state: str = ""  # "joining", "serving", "draining", ...
     version: int = -1
+    digest: int = 0  # short digest of the weights that the engine serves, verified after they were loaded; 0: none
     running: int = 0  # sequences in the engine at the moment
     tokens: int = 0  # generated tokens
     busy_s: float = 0.0  # time in which the engine had work
     wall_s: float = 0.0
     tasks: Ints = field(default_factory=lambda: np.empty(0, np.int32))  # leases in progress, whose timeouts start anew
+
+
+@dataclass(frozen=True, kw_only=True)
+class Canary:
+    """An engine, or one server of an engine, has scored the canary (`model.canary`) with the weights that it serves."""
+
+    engine: str = ""  # which server; "" if the actor has only one engine
+    version: int
+    digest: int  # short digest
+    logprobs: Floats  # of the canary's tokens at temperature 1, in nats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -384,6 +404,8 @@ class Published:
     """Rank 0 has written the whole of `version` into the weight store."""
 
     version: int
+    digest: int = 0  # short digest of what is published
+    canary: Floats | None = None  # log-probabilities of the canary under exactly these weights; None: not measured
     # The path at which rank 0 has the store open, for a hub that starts again. tcp://HOST:PORT: rank 0 is on another
     # machine, where a weight sender serves its own store; the hub has the version when it has pulled it.
     store: str = ""
@@ -500,7 +522,7 @@ class Settings:
 
 Message = (
     Hello | Welcome | Refused | Ready | Lease | Revoked | Progress | OpenSender | CloseSender | SenderUp | SenderDown
-    | Rollout | Ack | Release | Heartbeat | Goodbye | Stop | BatchRequest | Pending | Shard | NoBatch | Commit
+    | Rollout | Ack | Release | Heartbeat | Canary | Goodbye | Stop | BatchRequest | Pending | Shard | NoBatch | Commit
     | Committed | Published | Evaluate | Evaluated | SnapshotRequest | Snapshot | Restore | Restored | Finish
     | StatusRequest | Status | SettingsRequest | Settings
 )  # fmt: skip

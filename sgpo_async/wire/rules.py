@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sgpo_async.wire.records import Hello, Lease, PartialRollout, Progress, Rollout, Shard
+from sgpo_async.wire.records import Canary, Hello, Lease, PartialRollout, Progress, Rollout, Shard
+
+MAX_ENGINE = 200  # characters of a server's URL
 
 
 def invalid_rollout(rollout: Rollout) -> str | None:
@@ -22,8 +24,11 @@ def invalid_rollout(rollout: Rollout) -> str | None:
         return "prompt and tokens must hold at least one token each"
     if len(rollout.logprobs) != length:
         return f"logprobs must hold one number for each of {length} tokens, got {len(rollout.logprobs)}"
-    if not spans or len(rollout.versions) != spans:
-        return f"versions must hold one number for each of one or more spans, got {len(rollout.versions)} for {spans}"
+    if not spans or not len(rollout.versions) == len(rollout.digests) == spans:
+        return (
+            "versions and digests must hold one number for each of one or more spans, "
+            f"got {len(rollout.versions)} and {len(rollout.digests)} for {spans}"
+        )
     if (top is None) != (rollout.top_logprobs is None):
         return "top_tokens and top_logprobs must come together"
     if reason := _invalid_kept(rollout):
@@ -85,12 +90,13 @@ def invalid_partial(part: PartialRollout) -> str | None:
         )
     if (
         not len(ends)
-        or len(part.versions) != len(ends)
+        or not len(part.versions) == len(part.digests) == len(ends)
         or ends[0] <= 0
         or ends[-1] != length
         or (ends[1:] <= ends[:-1]).any()
     ):
-        return f"ends must be > 0 and increase up to {length}, with one version for each, got {ends[:8].tolist()}"
+        spans = "with one version and digest for each"
+        return f"ends must be > 0 and increase up to {length}, {spans}, got {ends[:8].tolist()}"
     if reason := _invalid_kept(part):
         return reason
     top, top_logprobs = part.top_tokens, part.top_logprobs
@@ -99,6 +105,13 @@ def invalid_partial(part: PartialRollout) -> str | None:
     if not len(top) or len(top) % length or len(top) != len(top_logprobs):
         return f"top_tokens and top_logprobs must hold k numbers for each of {length} tokens, got {len(top)}"
     return None
+
+
+def invalid_canary(canary: Canary) -> str | None:
+    """Why a score of the canary is invalid; the hub logs the name of the engine."""
+    if len(canary.engine) > MAX_ENGINE or not canary.engine.isprintable():
+        return f"engine must be at most {MAX_ENGINE} printable characters"
+    return None if len(canary.logprobs) else "logprobs must hold at least one number"
 
 
 def invalid_hello(hello: Hello) -> str | None:
@@ -113,6 +126,7 @@ def invalid_shard(shard: Shard) -> str | None:
 
 
 RULES: dict[type, Callable[[Any], str | None]] = {
+    Canary: invalid_canary,
     Hello: invalid_hello,
     Lease: invalid_lease,
     Progress: invalid_progress,

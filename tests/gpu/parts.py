@@ -329,7 +329,8 @@ def _shard(width: int, *, vocabulary: int) -> Shard:
                 prompt=rng.integers(1, vocabulary, prompt * (2 if guided else 1)).astype(np.int32),
                 tokens=rng.integers(1, vocabulary, length).astype(np.int32),
                 logprobs=np.full(length, -np.log(vocabulary), np.float32),
-                versions=np.array([0], np.int32), ends=np.array([length], np.int32),
+                versions=np.array([0], np.int32),
+                digests=np.zeros(1, np.int64), ends=np.array([length], np.int32),
                 reward=float(slot % 2), finish="stop", unguided_logprob=-float(slot) if guided and slot % 2 else None,
             )
         )  # fmt: skip

@@ -251,3 +251,10 @@ def assert_all_trained(ledger: dict[str, Any], *, tasks: int, size: int) -> None
         assert counts["trained"] == trained
         assert counts["in_flight"] == counts["buffered"] == 0, counts
         assert counts["dispatched"] == trained + sum(counts["dropped"].values()), counts
+
+
+def assert_right_weights(summary: dict[str, Any]) -> None:
+    """No actor sent anything of weights that the learner never published, and every engine computes as the learner."""
+    assert summary["rejected"] == 0, summary
+    assert summary["canary"]["alarms"] == {"differs": 0, "stuck": 0, "moved": 0}, summary["canary"]
+    assert summary["canary"]["max"] < 1e-4, summary["canary"]

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,13 +15,18 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from sgpo_async.config.schema import Run
+from sgpo_async.engines import EmbeddedEngine
+from sgpo_async.engines.base import Weights
 from sgpo_async.errors import CheckpointError
 from sgpo_async.learner import checkpoint, policy, publish, step
 from sgpo_async.learner.batch import from_shard
+from sgpo_async.learner.canary import CanaryScore
 from sgpo_async.learner.checkpoint import CheckpointWriter, Saved
 from sgpo_async.learner.publish import Publisher, gather
 from sgpo_async.learner.step import Stepper
-from sgpo_async.weights import StoreFile, StoreReader, StoreWriter
+from sgpo_async.model.canary import Canary
+from sgpo_async.weights import StoreFile, StoreReader, StoreWriter, digest
+from sgpo_async.weights.short_digest import short_digest
 from tests.reference import learner_cases as cases
 from tests.reference.objectives import reference_loss
 from tests.reference.variants import VARIANTS
@@ -29,6 +35,7 @@ pytestmark = pytest.mark.process
 
 SPLITS = {"even": ((0, 1), (2, 3)), "uneven": ((0, 1, 2), (3,)), "empty": ((0, 1, 2, 3), ())}
 COPIES: dict[str, dict[str, Any]] = {"frozen": {}, "ema": {"teacher_decay": 0.7}, "snapshot": {"teacher_every": 3}}
+CANARY = Canary(np.array([1, 2, 3], np.int32), np.array([4, 5, 6, 7, 0, 1], np.int32))
 RUN = cases.settings(ranks=2, row_tokens=20, delta=2.0)
 
 
@@ -137,11 +144,16 @@ def published(rank: int) -> dict[str, Any]:
             stepper.policy,
             torch.bfloat16,
             store=StoreWriter(file.path) if rank == 0 else None,
-            published=lambda version, path, _secret: reported.append((version, StoreReader(path).version())),
+            published=lambda version, own, _canary, path, _secret: reported.append(
+                (version, own, StoreReader(path).version())
+            ),
         )
-        publisher.publish(0)
+        score = CanaryScore(policy=stepper.policy, canary=CANARY, dtype=torch.bfloat16, bfloat16=False)
+        publisher.publish(0, score())
         train(stepper, rank, range(1))
-        publisher.publish(1)
+        before = [p.to_local().clone() for p in stepper.policy.parameters()]
+        publisher.publish(1, score())
+        assert all(map(torch.equal, before, [p.to_local() for p in stepper.policy.parameters()])), "restored exactly"
         publisher.close()
         versions = {version: StoreReader(file.path).tensors(version) for version in range(2)} if rank == 0 else {}
     current = {name: p.full_tensor().detach() for name, p in stepper.policy.model.named_parameters()}
@@ -248,12 +260,34 @@ def test_a_resumed_run_continues_bit_for_bit(results: dict[str, Any]) -> None:
 def test_each_publication_contains_the_weights_at_that_time(results: dict[str, Any]) -> None:
     found = results["published"]
     initial = dict(cases.tiny_model(dtype=torch.float32).named_parameters())
-    assert found["reported"] == [(0, 0), (1, 1)]
+    assert [(version, newest) for version, _, newest in found["reported"]] == [(0, 0), (1, 1)]
+    assert [own for _, own, _ in found["reported"]] == [
+        short_digest(digest(found["versions"][version].items())) for version in (0, 1)
+    ]
     assert list(found["versions"][0]) == list(initial)
     for name, parameter in initial.items():
         assert torch.equal(found["versions"][0][name], parameter.detach().bfloat16())
         assert torch.equal(found["versions"][1][name], found["current"][name].bfloat16())
     assert not all(torch.equal(found["current"][name], parameter) for name, parameter in initial.items())
+
+
+def test_the_learner_scores_the_canary_under_exactly_the_weights_that_it_publishes(results: dict[str, Any]) -> None:
+    """Rounded to bfloat16, as an engine computes with them in float32."""
+    found = results["published"]
+    engine = EmbeddedEngine(cases.tiny_model(dtype=torch.float32), digest=digest, end_ids=[])
+    engine.watch(CANARY, every_s=1e9)
+    for version, own, score, *_ in found["reported"]:
+        tensors = found["versions"][version]
+        engine.load(Weights(version=version, digest=digest(tensors.items()), read=lambda held=tensors: held))
+        engine.step(0.0)
+        (scored,) = engine.canaries()
+        assert (scored.version, scored.digest) == (version, own)
+        np.testing.assert_allclose(scored.logprobs, score, atol=1e-5)
+    first, second = (score for _, _, score, *_ in found["reported"])
+    assert np.abs(first - second).mean() > 1e-4
+    engine.load(Weights(version=2, digest=digest(found["current"].items()), read=lambda: found["current"]))
+    engine.step(0.0)
+    assert np.abs(engine.canaries()[0].logprobs - second).mean() > 1e-5, "what is not rounded gives another score"
 
 
 def test_gathering_in_buckets_equals_gathering_each_parameter(results: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from run_support import assert_all_trained, free_port, real_run
+from run_support import assert_all_trained, assert_right_weights, free_port, real_run
 
 pytestmark = pytest.mark.process
 
@@ -21,4 +21,5 @@ def test_a_learner_starts_its_own_hub_and_trains_at_lag_zero(tmp_path: Path) -> 
         assert summary["lag_max"] == summary["lag_mean"] == 0
         assert summary["weight_version"] == summary["steps"] == 4
         assert_all_trained(summary["ledger"], tasks=4 * 4, size=run.settings.rollout.size)
+        assert_right_weights(summary)
         assert (run.folder / "policy" / "model.safetensors").exists()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from run_support import real_run
+from run_support import assert_right_weights, real_run
 from transformers import AutoModelForCausalLM
 
 from sgpo_async.evaluation.chat import Chat, ChatSettings, find_policy
@@ -24,6 +24,7 @@ def test_adapters_are_trained_published_and_resumed(tmp_path: Path) -> None:
         first = run.local()
         assert first.wait() == 0, first.output
         lines = run.resume(steps=6)
+        assert_right_weights(run.summary())
         assert all(line["mismatch_max_lag0_first"] < 1e-4 and line["grad_norm"] > 0 for line in lines)
         run.assert_cleaned_up()
         config = json.loads((run.folder / "adapter" / "adapter_config.json").read_text())

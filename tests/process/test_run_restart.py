@@ -3,7 +3,16 @@
 from pathlib import Path
 
 import pytest
-from run_support import RealRun, RunProcess, assert_all_trained, free_port, rank_of, real_run, until
+from run_support import (
+    RealRun,
+    RunProcess,
+    assert_all_trained,
+    assert_right_weights,
+    free_port,
+    rank_of,
+    real_run,
+    until,
+)
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(1500)]
 STEPS = 8
@@ -38,6 +47,7 @@ def assert_trained_to_the_end(run: RealRun, learner: RunProcess) -> None:
     summary = run.summary()
     assert summary["steps"] == STEPS and summary["world_size"] == 2
     assert_all_trained(summary["ledger"], tasks=STEPS * 4, size=run.settings.rollout.size)
+    assert_right_weights(summary)
     assert not list(run.folder.glob("*.earlier-*")), "an attempt has begun anew"
 
 

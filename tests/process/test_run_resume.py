@@ -4,7 +4,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from run_support import RunProcess, assert_all_trained, real_run, until
+from run_support import RunProcess, assert_all_trained, assert_right_weights, real_run, until
 
 from sgpo_async.metrics.samples import read_samples
 
@@ -47,4 +47,5 @@ def test_a_killed_learner_resumes_from_its_checkpoint(tmp_path: Path) -> None:
         versions = [line["version"] for line in lines]
         assert versions == sorted(set(versions)) and versions[-1] == summary["weight_version"] > reached
         assert_all_trained(summary["ledger"], tasks=STEPS * 4, size=run.settings.rollout.size)
+        assert_right_weights(summary)
         assert "joining again" not in actor.output, "the actor does not notice that a learner died"

@@ -228,6 +228,16 @@ def test_another_session_continues_with_the_store_of_a_killed_receiver(make: Cal
     first.arrives(1)
 
 
+def test_other_content_under_the_same_version_replaces_that_of_the_store(make: Callable[..., Session]) -> None:
+    session = make()
+    StoreWriter(session.local.path).publish(3, model(2))
+    session.receiver.stop()
+    session.receiver = WeightReceiver("a-1", store=session.local.path)
+    session.writer.publish(3, model(3))
+    session.connect()
+    session.arrives(3)
+
+
 @pytest.mark.parametrize("road", ["rpc", "sockets"])
 @pytest.mark.parametrize("victim", ["sender", "receiver"])
 def test_a_stopped_peer_ends_the_session_at_the_deadline(make: Callable[..., Session], victim: str, road: Road) -> None:

@@ -42,7 +42,8 @@ for slot in itertools.count():
     rollout = Rollout(
         task=1, attempt=0, slot=slot, purpose="train", guided=False, prompt=np.ones(9, np.int32),
         tokens=np.full(n, slot, np.int32), logprobs=np.zeros(n, np.float32),
-        versions=np.zeros(1, np.int32), ends=np.full(1, n, np.int32), reward=0.0, finish="stop",
+        versions=np.zeros(1, np.int32),
+        digests=np.zeros(1, np.int64), ends=np.full(1, n, np.int32), reward=0.0, finish="stop",
     )
     while not mailbox.send(rollout):
         dealer.socket.poll(10)

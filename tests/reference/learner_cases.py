@@ -118,6 +118,7 @@ def _group(rng: np.random.Generator, task: int, version: int) -> list[Rollout]:
                 tokens=rng.integers(0, VOCABULARY, length, dtype=np.int32),
                 logprobs=rng.uniform(-4, -0.5, length).astype(np.float32),
                 versions=np.array([version - 1, version][-len(split) :], np.int32),
+                digests=np.zeros_like(np.array([version - 1, version][-len(split) :], np.int32), np.int64),
                 ends=np.array(split, np.int32),
                 reward=float(reward),
                 finish="stop",
@@ -176,7 +177,13 @@ def _observed(rng: np.random.Generator, rollout: Rollout) -> Rollout:
     logprobs = rollout.logprobs.copy()
     for start, end in zip(cuts[:-1:2], cuts[1::2], strict=True):
         logprobs[start:end] = 0.0
-    return replace(rollout, versions=np.array(versions, np.int32), ends=np.array(cuts, np.int32), logprobs=logprobs)
+    return replace(
+        rollout,
+        versions=np.array(versions, np.int32),
+        digests=np.zeros(len(versions), np.int64),
+        ends=np.array(cuts, np.int32),
+        logprobs=logprobs,
+    )
 
 
 def _in_spans(rng: np.random.Generator, rollout: Rollout, version: int) -> Rollout:
@@ -184,7 +191,12 @@ def _in_spans(rng: np.random.Generator, rollout: Rollout, version: int) -> Rollo
     spans = int(rng.integers(1, min(3, length) + 1))
     cuts = np.sort(rng.choice(np.arange(1, length), spans - 1, replace=False))
     versions = version - 2 + np.sort(rng.choice(3, spans, replace=False))
-    return replace(rollout, versions=versions.astype(np.int32), ends=np.append(cuts, length).astype(np.int32))
+    return replace(
+        rollout,
+        versions=versions.astype(np.int32),
+        digests=np.zeros_like(versions.astype(np.int32), np.int64),
+        ends=np.append(cuts, length).astype(np.int32),
+    )
 
 
 def reference_mismatch(model: PreTrainedModel, parts: list[list[Rollout]], *, version: int = 5) -> dict[str, object]:

@@ -19,10 +19,14 @@ from sglang_support import (
     logprobs,
     post,
     score_request,
+    version_of,
 )
 
-from sgpo_async.engines import Generate, SampledTokens, Score
+from sgpo_async.engines import Generate, Generated, SampledTokens, Score
+from sgpo_async.engines.base import ScoredCanary
 from sgpo_async.errors import EngineError
+from sgpo_async.model.canary import Canary
+from sgpo_async.weights.short_digest import short_digest
 
 pytestmark = [pytest.mark.sglang, pytest.mark.process]
 
@@ -56,6 +60,37 @@ def test_greedy_equals_transformers_qwen2(models: dict[str, Path], tmp_path: Pat
         for request in requests:
             servers.engine.submit(request)
         assert_teacher_forced({3: loaded(models["qwen2"])}, requests, servers.results(8))
+
+
+def test_each_server_scores_the_canary_and_each_span_has_the_digest_that_it_verified(
+    pair: Servers, models: dict[str, Path]
+) -> None:
+    canary = Canary(np.arange(8, dtype=np.int32), np.arange(20, 44, dtype=np.int32))
+    folders = {7: models["qwen3"], 8: models["qwen3-other"]}
+    pair.load(models["qwen3"], 6)
+    pair.engine.watch(canary, every_s=0.2)
+    found: list[ScoredCanary] = []
+    urls = {slot.url for slot in pair.engine.server_slots}
+
+    def scored(version: int, times: int) -> bool:
+        found.extend(pair.engine.canaries())
+        return all(sum((one.engine, one.version) == (url, version) for one in found) >= times for url in urls)
+
+    for version, folder in folders.items():
+        pair.load(folder, version)
+        pair.until(lambda: scored(version, 3), f"three scores of each server under version {version}")  # noqa: B023
+        pair.engine.submit(completion(version))
+        (result,) = pair.results(1).values()
+        assert isinstance(result, Generated)
+        assert result.versions.tolist() == [version]
+        assert result.digests.tolist() == [pair.engine.digest] == [short_digest(version_of(folder, version).digest)]
+    pair.engine.watch(canary, every_s=1e9)
+    for one in found:
+        if one.version in folders:
+            folder = folders[one.version]
+            assert one.digest == short_digest(version_of(folder, one.version).digest)
+            expected = logprobs(loaded(folder), canary.prompt, canary.tokens)
+            np.testing.assert_allclose(one.logprobs, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -149,7 +184,8 @@ def test_truncated_completions_report_what_was_kept(pair: Servers, models: dict[
 
     begun, count = results[0], int(results[0].kept_sizes[:10].sum())
     prefix = SampledTokens(
-        tokens=begun.tokens[:10], logprobs=begun.logprobs[:10], versions=begun.versions, ends=np.array([10], np.int32),
+        tokens=begun.tokens[:10], logprobs=begun.logprobs[:10], versions=begun.versions,
+        digests=begun.digests, ends=np.array([10], np.int32),
         kept=begun.kept[:count], kept_sizes=begun.kept_sizes[:10],
     )  # fmt: skip
     continued = replace(requests[0], id="continued", prefix=prefix)

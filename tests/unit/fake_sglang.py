@@ -72,7 +72,7 @@ class FakeServer(Server):
             if self.slow(partial):
                 continue
             partial.extend([[-1.0, 7, None]])
-            partial.close_span(version, len(partial.tokens))
+            partial.close_span(version, 0, len(partial.tokens))
 
     async def abort(self, rid: str) -> None:
         self.aborted.add(rid)
@@ -102,7 +102,7 @@ class FakeTransport:
         self.on_send = on_send
 
     def prepare(self, weights: Weights) -> Any:
-        return SimpleNamespace(version=weights.version)
+        return SimpleNamespace(version=weights.version, digest="00" * 16)
 
     async def send(self, api: Any, prepared: Any, *, flush: bool, timeout_s: float) -> None:
         await asyncio.sleep(0)

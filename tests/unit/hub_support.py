@@ -71,6 +71,7 @@ def make_rollout(lease: wire.Lease, slot: int, *, versions: tuple[int, ...] = (0
         "tokens": np.arange(2 * spans, dtype=np.int32),
         "logprobs": np.full(2 * spans, -1.0, np.float32),
         "versions": np.array(versions, np.int32),
+        "digests": np.zeros(spans, np.int64),
         "ends": np.arange(2, 2 * spans + 1, 2, dtype=np.int32),
         "reward": 1.0,
         "finish": "stop",
@@ -89,6 +90,7 @@ def make_part(slot: int, start: int, tokens: int, version: int = 0) -> wire.Part
         tokens=np.arange(start, start + tokens, dtype=np.int32),
         logprobs=np.full(tokens, -0.5, np.float32),
         versions=np.array([version], np.int32),
+        digests=np.zeros(1, np.int64),
         ends=np.array([tokens], np.int32),
     )
 
@@ -108,6 +110,14 @@ class Driver:
         self.shutdown: str | None = None
 
     def handle(self, event: Event) -> list[Effect]:
+        """Give the core an event. After a Commit, rank 0 publishes the new version, as a learner does at once."""
+        effects = self._handle(event)
+        match event:
+            case Received(member, wire.Commit()) if 0 <= self.core.published < self.core.training.version:
+                self._handle(Received(member, wire.Published(version=self.core.training.version)))
+        return effects
+
+    def _handle(self, event: Event) -> list[Effect]:
         self.log.append((event, self.now))
         effects = self.core.handle(event, self.now)
         self.core.check_ledgers()

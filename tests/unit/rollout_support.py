@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from sgpo_async.engines.base import EngineLoad, Generated, Scored
+from sgpo_async.engines.base import EngineLoad, Generated, Scored, ScoredCanary
 from sgpo_async.errors import EngineError
 from sgpo_async.tasks.cues_domain import draw_exercise
 from sgpo_async.wire.records import Lease
@@ -15,6 +15,8 @@ TOKENIZER = SimpleNamespace(
     decode=lambda tokens, **_: "".join(chr(t) for t in tokens),
     encode=lambda text, **_: [ord(c) for c in text],
     all_special_ids=[],
+    added_tokens_decoder={},
+    vocab_size=128,
     unk_token_id=None,
 )
 
@@ -30,10 +32,20 @@ class ScriptedEngine:
 
     def __init__(self) -> None:
         self.version: int | None = 0
+        self.digest = 0
+        self.watched: list[Any] = []
+        self.scored: list[ScoredCanary] = []  # `canaries` returns them once
         self.submitted: list[Any] = []
         self.cancelled: list[Any] = []
         self.answers: list[Any] = []
         self.refuses: Any = None  # id of the request that `submit` refuses
+
+    def watch(self, canary: Any, *, every_s: float) -> None:
+        self.watched.append((canary, every_s))
+
+    def canaries(self) -> list[ScoredCanary]:
+        scored, self.scored = self.scored, []
+        return scored
 
     def submit(self, request: Any) -> None:
         if request.id == self.refuses:
@@ -70,7 +82,13 @@ def generated(key: tuple[int, int, int], text: str = "no") -> Generated:
     tokens = np.array([ord(c) for c in text], np.int32)
     ends = np.array([tokens.size], np.int32)
     return Generated(
-        id=key, tokens=tokens, logprobs=-np.ones(tokens.size, np.float32), versions=0 * ends, ends=ends, finish="stop"
+        id=key,
+        tokens=tokens,
+        logprobs=-np.ones(tokens.size, np.float32),
+        versions=0 * ends,
+        digests=np.zeros(len(ends), np.int64),
+        ends=ends,
+        finish="stop",
     )
 
 

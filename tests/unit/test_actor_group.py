@@ -53,6 +53,7 @@ def completion(request: Generate) -> Generated:
         tokens=np.array([5, 6], np.int32),
         logprobs=np.array([-0.5, -0.25], np.float32),
         versions=np.array([3], np.int32),
+        digests=np.zeros(1, np.int64),
         ends=np.array([2], np.int32),
         finish="stop",
     )

@@ -20,5 +20,5 @@ def test_the_weight_receiver_has_the_settings_of_the_run(deltas: str, monkeypatc
     actor.Actor(options)._start_node(load("", [f"hub.weight_deltas={deltas}"]), store)
     (found,) = started
     assert found.pop("deadlines")
-    assert found == {"name": "a-1", "store": store.path, "deltas": deltas, "pulls": True}
+    assert found == {"name": "a-1", "store": store.path, "road": "rpc", "deltas": deltas, "pulls": True}
     store.close()

@@ -14,12 +14,14 @@ from sgpo_async.actor.membership import Membership
 from sgpo_async.actor.senders import Senders
 from sgpo_async.actor.service import Service
 from sgpo_async.config import Run
-from sgpo_async.engines.base import Failed, SampledTokens
+from sgpo_async.engines.base import Failed, SampledTokens, ScoredCanary
 from sgpo_async.errors import DeadlineExceeded, EngineError
-from sgpo_async.session import SenderDown, SenderUp
+from sgpo_async.model.canary import PROMPT, TOKENS
+from sgpo_async.session import SenderDown, SenderUp, VersionReceived
 from sgpo_async.wire import records as wire
 from sgpo_async.wire.records import (
     Ack,
+    Canary,
     CloseSender,
     Goodbye,
     Heartbeat,
@@ -155,6 +157,7 @@ def sampled(tokens: int) -> SampledTokens:
         tokens=np.arange(tokens, dtype=np.int32),
         logprobs=np.zeros(tokens, np.float32),
         versions=np.array([0], np.int32),
+        digests=np.zeros(1, np.int64),
         ends=np.array([tokens], np.int32),
     )
 
@@ -362,3 +365,35 @@ def test_a_weight_sender_that_cannot_be_started_is_reported(monkeypatch: pytest.
     (down,) = actor.sent(wire.SenderDown)
     assert (down.sender, down.reason) == (4, "cannot start a weight sender: too many processes")
     actor.senders.close_all()
+
+
+# ---- what the engine serves
+
+
+def test_scores_of_the_canary_and_the_digest_of_the_weights_are_sent() -> None:
+    actor = Actor()
+    actor.round()
+    ((canary, every_s),) = actor.engine.watched
+    assert (len(canary.prompt), len(canary.tokens), every_s) == (PROMPT, TOKENS, Run().hub.canary_s)
+    actor.sent(Heartbeat)
+    actor.engine.digest = 5
+    logprobs = np.array([-1.0], np.float32)
+    actor.engine.scored = [ScoredCanary(engine="http://one", version=0, digest=5, logprobs=logprobs)]
+    actor.round()
+    (heartbeat,) = actor.sent(Heartbeat)  # at once: other weights of the same version are news
+    assert (heartbeat.version, heartbeat.digest) == (0, 5)
+    (sent,) = actor.sent(Canary)
+    assert (sent.engine, sent.version, sent.digest, sent.logprobs.tolist()) == ("http://one", 0, 5, [-1.0])
+    actor.round()
+    assert actor.sent(Canary) == actor.sent(Heartbeat) == []
+
+
+def test_a_version_that_was_published_again_with_other_content_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    actor, loaded = Actor(), []
+    monkeypatch.setattr(actor.service, "_load", lambda event: loaded.append(event.digest))
+    actor.round()
+    for digest in ("00" * 16, "01" * 16, "00" * 16):  # the engine serves version 0 with the digest 0
+        event = VersionReceived(version=0, digest=digest, path="", published_at=0.0, nbytes=1, received=1, seconds=0.0)
+        monkeypatch.setattr(actor.membership, "node_events", lambda event=event: [event])
+        actor.service.refresh()
+    assert loaded == ["01" * 16]

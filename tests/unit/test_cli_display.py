@@ -170,6 +170,22 @@ def test_a_line_is_printed_for_each_new_phase_and_note(capsys: pytest.CaptureFix
     assert len(output) == 3
 
 
+def test_an_alarm_about_the_weights_of_engines_is_shown_by_the_picture_and_in_lines(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    view = view_at(67)
+    status = {**view.status, "canary_max": 0.25, "canary_alarms": {"differs": 4, "stuck": 0, "moved": 0}}
+    alarmed = replace(view, status=status)
+    told = "weights alarm: engines serve log-probabilities that are not the learner's (4)"
+    text = " ".join(" ".join(picture(alarmed, 120)).split())
+    assert told in text and "canary 0.25 nats" in text
+    assert "weights alarm" not in "\n".join(picture(view, 120))
+    lines = Lines()
+    lines.show(view)
+    lines.show(alarmed)
+    assert told in capsys.readouterr().out
+
+
 def test_a_mismatch_alarm_is_shown_and_stays(capsys: pytest.CaptureFixture[str]) -> None:
     good, bad = view_at(41), alarmed(view_at(41), 30, 41)
     assert "9.0·10⁻⁸ nats" in "\n".join(picture(good, 140))

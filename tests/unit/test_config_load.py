@@ -304,7 +304,7 @@ def test_a_file_in_another_encoding_is_named_with_its_line(tmp_path: Path, encod
 
 
 MAY_BE_INFINITE = {f"algorithm.{name}_correction.bound" for name in ("grpo", "kl")}
-MAY_BE_INFINITE |= {"optim.grad_clip", "learner.mismatch_bound"}
+MAY_BE_INFINITE |= {"optim.grad_clip", "learner.mismatch_bound", "hub.canary_tolerance"}
 
 
 def test_only_a_number_that_documents_it_may_be_infinite() -> None:

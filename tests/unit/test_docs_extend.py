@@ -1,6 +1,7 @@
 """The examples of docs/extend.md run and do what the page says."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ from sgpo_async.engines import Generate, Generated, SampledTokens, Weights
 from sgpo_async.engines.sglang.weight_sync.transports import Prepared
 from sgpo_async.learner.objectives import OBJECTIVES
 from sgpo_async.learner.objectives.base import TaskGroup
+from sgpo_async.model.canary import canary_of
 from sgpo_async.rollout.sampler import RolloutSampler, Sampled
 from sgpo_async.tasks import verify
+from sgpo_async.weights import digest
+from sgpo_async.weights.short_digest import short_digest
 from tests.reference import learner_cases as cases
 from tests.unit.rollout_support import TOKENIZER, lease
 
@@ -55,15 +59,19 @@ def test_the_example_verifier_judges_completions(monkeypatch: pytest.MonkeyPatch
 def test_the_example_engine_serves_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     """Used directly, and in the rollout loop of actors."""
     engine = run("An engine", monkeypatch)["EchoEngine"]()
-    engine.load(Weights(version=3, digest="", read=dict))
+    weights = Weights(version=3, digest=digest({}.items()), read=dict)
+    engine.watch(canary_of(TOKENIZER), every_s=1.0)
+    engine.load(weights)
+    assert [scored.digest for scored in engine.canaries()] == [engine.digest] == [short_digest(weights.digest)]
     prompt = np.arange(10, dtype=np.int32)
     engine.submit(Generate(id="a", prompt=prompt, max_new_tokens=4, temperature=1.0, seed=0))
     (result,) = engine.step(0.0)
     assert isinstance(result, Generated)
     assert (result.tokens.tolist(), result.versions.tolist(), result.ends.tolist()) == ([6, 7, 8, 9], [3], [4])
-    engine.load(Weights(version=4, digest="", read=dict))
+    engine.load(replace(weights, version=4))
     beginning = SampledTokens(
         tokens=np.array([1, 2], np.int32), logprobs=-np.ones(2, np.float32), versions=result.versions,
+        digests=result.digests,
         ends=np.array([2], np.int32),
     )  # fmt: skip
     engine.submit(Generate(id="b", prompt=prompt, max_new_tokens=4, temperature=1.0, seed=0, prefix=beginning))

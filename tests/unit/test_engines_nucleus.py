@@ -118,6 +118,7 @@ def test_the_kept_tokens_are_reported_with_renormalised_logprobs(deterministic):
     count = int(begun.kept_sizes[:4].sum())
     prefix = SampledTokens(
         tokens=begun.tokens[:4], logprobs=begun.logprobs[:4], versions=np.array([7], np.int32),
+        digests=np.zeros(1, np.int64),
         ends=np.array([4], np.int32), kept=begun.kept[:count], kept_sizes=begun.kept_sizes[:4],
     )  # fmt: skip
     (continued,) = drain(engine_of(model, slots=4), [replace(requests[0], prefix=prefix)]).values()

@@ -34,6 +34,7 @@ def cut(whole, count, k=0):
         tokens=whole.tokens[:count],
         logprobs=whole.logprobs[:count],
         versions=whole.versions[:spans],
+        digests=whole.digests[:spans],
         ends=np.minimum(whole.ends[:spans], count),
         top_tokens=whole.top_tokens[: count * k] if k else None,
         top_logprobs=whole.top_logprobs[: count * k] if k else None,
@@ -81,7 +82,8 @@ def test_a_prefix_is_kept_and_what_follows_is_of_the_engine_that_sampled_it():
     """The prefix names versions that this engine never had, and tokens that it would not have sampled."""
     prefix = SampledTokens(
         tokens=np.array([31, 7, 7, 9], np.int32), logprobs=np.array([-1, -2, -3, -4], np.float32),
-        versions=np.array([8, 5], np.int32), ends=np.array([3, 4], np.int32),
+        versions=np.array([8, 5], np.int32),
+        digests=np.zeros(2, np.int64), ends=np.array([3, 4], np.int32),
     )  # fmt: skip
     request = replace(ask(1), prefix=prefix)
     got = drain(engine_of(tiny("qwen2"), version=2), [request])[1]
@@ -137,6 +139,7 @@ def test_the_progress_of_a_request_in_every_state():
     ids = ["unknown", 1, 2, 3, 4]
     given = SampledTokens(
         tokens=np.array([9, 8], np.int32), logprobs=-np.ones(2, np.float32), versions=np.array([0], np.int32),
+        digests=np.zeros(1, np.int64),
         ends=np.array([2], np.int32),
     )  # fmt: skip
     for id in (1, 2):
@@ -237,7 +240,9 @@ def test_any_moves_between_two_engines_change_no_token_and_name_who_sampled_it(d
             at[id] = 1 - at[id]
             engines[at[id]].submit(replace(asked[id], prefix=progress))
     for id, got in results.items():
-        assert_same(replace(got, versions=whole[id].versions, ends=whole[id].ends), whole[id])
+        assert_same(
+            replace(got, versions=whole[id].versions, digests=whole[id].digests, ends=whole[id].ends), whole[id]
+        )
         assert np.repeat(got.versions, np.diff(got.ends, prepend=0)).tolist() == truth[id]
         assert (np.diff(got.versions) != 0).all()
 
@@ -263,6 +268,7 @@ def beginning(tokens=(5, 6, 7), **changes):
     size = len(tokens)
     fields = dict(
         tokens=np.array(tokens, np.int32), logprobs=-np.ones(size, np.float32), versions=np.array([0], np.int32),
+        digests=np.zeros(1, np.int64),
         ends=np.array([size], np.int32),
     )  # fmt: skip
     return SampledTokens(**fields | changes)
@@ -291,7 +297,8 @@ def test_an_invalid_request_with_a_prefix_is_refused(request_, message):
         (beginning((5, 3)), 0, "ends with an end token"),
         (beginning(logprobs=-np.ones(2, np.float32)), 0, "2 logprobs of 3 tokens"),
         (beginning(ends=np.array([2], np.int32)), 0, "spans"),
-        (beginning(ends=np.array([3, 3], np.int32), versions=np.array([0, 1], np.int32)), 0, "spans"),
+        (beginning(ends=np.array([3, 3], np.int32), versions=np.array([0, 1], np.int32),
+        digests=np.zeros(2, np.int64)), 0, "spans"),
         (beginning(ends=np.array([1, 3], np.int32)), 0, "spans"),
         (beginning(), 2, "0, 0. likeliest tokens, 2 at 3 positions"),
         (beginning(top_tokens=np.ones(6, np.int32), top_logprobs=-np.ones(6, np.float32)), 0, "6, 6. likeliest"),

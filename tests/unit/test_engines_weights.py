@@ -23,6 +23,8 @@ from hypothesis import strategies as st
 from sgpo_async.engines import EmbeddedEngine, Generate, Score, Weights
 from sgpo_async.engines.sequences import Sequence
 from sgpo_async.errors import EngineError, WeightsError
+from sgpo_async.model.canary import Canary
+from sgpo_async.weights.short_digest import short_digest
 
 
 def load(engine, version, model):
@@ -131,13 +133,65 @@ def test_spans_cover_the_tokens_and_name_their_versions(history, last):
 
     for count, advance in history:
         generate(count)
-        sequence.close_span(version)
+        sequence.close_span(version, version)
         version += advance
     generate(last)
-    sequence.close_span(version)
+    sequence.close_span(version, version)
     got = sequence.result(stopped=False)
     assert np.repeat(got.versions, np.diff(got.ends, prepend=0)).tolist() == expected
     assert (np.diff(got.ends, prepend=0) > 0).all() and (np.diff(got.versions) > 0).all()
+
+
+def test_each_span_has_the_digest_of_what_the_engine_verified_also_if_a_version_comes_twice():
+    engine, digests, spans = engine_of(tiny("qwen3"), slots=2), [], []
+    engine.submit(ask(0, tokens=30))
+    for version, seed in ((4, 1), (4, 2), (5, 3)):
+        for _ in range(6):
+            engine.step(0.0)
+        load(engine, version, tiny("qwen3", seed=seed))
+        digests.append(short_digest(digest(weights(tiny("qwen3", seed=seed)).items())))
+        assert engine.digest == digests[-1]
+        spans.append(engine.progress([0])[0])
+    got = drain(engine)[0]
+    assert got.versions.tolist() == [0, 4, 4, 5]
+    assert got.digests.dtype == np.int64 and got.digests.tolist()[1:] == digests
+    assert len(set(got.digests.tolist())) == 4
+    assert spans[1].digests.tolist() == got.digests.tolist()[:2]
+
+
+def test_a_load_that_fails_its_verification_leaves_no_digest():
+    engine = engine_of(tiny("qwen3"))
+    tensors = weights(tiny("qwen3", seed=1))
+    with pytest.raises(WeightsError, match="serves nothing"):
+        engine.load(Weights(version=1, digest="0" * 32, read=tensors.copy))
+    assert (engine.version, engine.digest) == (None, 0)
+
+
+def test_the_canary_is_scored_after_each_load_and_by_the_clock_beside_other_requests():
+    model, canary = tiny("qwen3"), Canary(np.arange(3, dtype=np.int32), np.arange(5, 9, dtype=np.int32))
+    engine = engine_of(model, slots=2)
+    alone = drain(engine, [ask(0)])[0]
+    engine.watch(canary, every_s=1e9)
+    engine.submit(ask(0))
+    for _ in range(4):
+        engine.step(0.0)
+    load(engine, 1, tiny("qwen3", seed=1))
+    for _ in range(4):
+        engine.step(0.0)
+    first, second = engine.canaries()
+    for scored, version, policy in ((first, 0, tiny("qwen3")), (second, 1, tiny("qwen3", seed=1))):
+        assert (scored.engine, scored.version) == ("", version)
+        expected = reference_logprobs(policy, canary.prompt, canary.tokens, 1.0)
+        np.testing.assert_allclose(scored.logprobs, expected, atol=1e-5)
+    assert first.digest != second.digest == engine.digest
+    assert engine.progress([0])[0].tokens[:3].tolist() == alone.tokens[:3].tolist(), "the canary changes no sample"
+    engine.watch(canary, every_s=0.0)
+    for _ in range(3):
+        engine.step(0.0)
+    assert [scored.version for scored in engine.canaries()] == [1, 1, 1]
+    assert engine.canaries() == []
+    with pytest.raises(EngineError, match="token ids must be in"):
+        engine.watch(Canary(canary.prompt, np.array([VOCABULARY], np.int32)), every_s=1.0)
 
 
 @functools.cache

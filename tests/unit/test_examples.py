@@ -72,6 +72,7 @@ def test_the_loss_of_the_example_equals_the_learner_s(example: ModuleType) -> No
                     Rollout(
                         task=task, attempt=0, slot=g + 4 * is_guided, purpose="train", guided=is_guided,
                         prompt=group.prompt, tokens=tokens, logprobs=own, versions=np.zeros(1, np.int32),
+                        digests=np.zeros(1, np.int64),
                         ends=np.array([len(tokens)], np.int32), reward=float(group.rewards[g]), finish="stop",
                         unguided_logprob=float(own.sum()) if correct else None,
                     )

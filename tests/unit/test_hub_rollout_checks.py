@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sgpo_async.hub.rollout_checks import LOWEST, MOST_KEPT, TOLERANCE, Limits, report_violation, violation
+from sgpo_async.hub.served_weights import ServedWeights
 from sgpo_async.wire.records import OBSERVED, Lease, PartialRollout, Progress, Rollout
 
 VOCABULARY = 50
@@ -30,10 +31,17 @@ def lease(**changes: Any) -> Lease:
     return Lease(**fields | {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 4, "top_logprobs_num": 2} | changes)
 
 
+def limits(vocabulary: int) -> Limits:
+    """Every version was published with the digest 0, as that of every rollout here."""
+    served = ServedWeights(published={(version, 0): None for version in range(NEWEST + 1)})
+    return Limits(vocabulary, NEWEST, served.objection)
+
+
 def rollout(**changes: Any) -> Rollout:
     """An autonomous one of three tokens, or with guided=True a correct guided one."""
     fields: dict[str, Any] = {"task": 1, "attempt": 0, "slot": 1, "purpose": "train", "guided": False}
     fields |= {"prompt": i4(1, 2), "tokens": i4(3, 4, 49), "logprobs": f4(-1, 0, -3), "versions": i4(3, 9)}
+    fields["digests"] = np.zeros(len(changes.get("versions", fields["versions"])), np.int64)
     fields |= {"ends": i4(1, 3), "reward": 1.0, "finish": "stop"}
     if changes.get("guided"):
         fields |= {"slot": 2, "unguided_logprob": -7.5, "top_tokens": i4(*range(6)), "top_logprobs": f4(*[-1] * 6)}
@@ -41,7 +49,7 @@ def rollout(**changes: Any) -> Rollout:
 
 
 def why(rollout: Rollout, *, vocabulary: int = VOCABULARY, **changes: Any) -> str | None:
-    return violation(lease(**changes), rollout, Limits(vocabulary, NEWEST), prompts={})
+    return violation(lease(**changes), rollout, limits(vocabulary), prompts={})
 
 
 def test_valid_rollouts_have_no_violation() -> None:
@@ -147,13 +155,14 @@ def test_the_number_of_kept_tokens_at_a_position_is_limited() -> None:
 
 def test_kept_tokens_are_checked_in_reports_and_where_an_environment_wrote() -> None:
     part = PartialRollout(
-        slot=1, start=0, tokens=i4(3, 4, 5), logprobs=f4(-1, 0, 0), versions=i4(3, OBSERVED), ends=i4(1, 3),
+        slot=1, start=0, tokens=i4(3, 4, 5), logprobs=f4(-1, 0, 0), versions=i4(3, OBSERVED),
+        digests=np.zeros(2, np.int64), ends=i4(1, 3),
         kept=i4(9), kept_sizes=i4(1, 0, 0),
     )  # fmt: skip
 
     def reason(part: PartialRollout, **changes: Any) -> str | None:
         progress = Progress(task=1, attempt=0, purpose="train", partial=(part,))
-        return report_violation(lease(turns=2, **changes), progress, Limits(VOCABULARY, NEWEST))
+        return report_violation(lease(turns=2, **changes), progress, limits(VOCABULARY))
 
     assert reason(part, **TRUNCATED) is None
     assert (reason(part) or "").startswith("report: kept must come with")
@@ -184,7 +193,7 @@ def test_a_completion_may_end_by_its_length_only_at_its_limit() -> None:
 
 def test_the_rollouts_of_a_group_have_one_prompt_for_each_kind() -> None:
     def verdict(prompts: dict[bool, np.ndarray], **changes: Any) -> str | None:
-        return violation(lease(), rollout(**changes), Limits(VOCABULARY, NEWEST), prompts=prompts)
+        return violation(lease(), rollout(**changes), limits(VOCABULARY), prompts=prompts)
 
     differs = "prompt differs from that of the group"
     assert verdict({False: i4(1, 2)}) is verdict({True: i4(7)}) is None
@@ -221,7 +230,8 @@ def leases_with_rollouts(draw: st.DrawFn) -> tuple[Lease, Rollout, int]:
     made = Rollout(
         task=asked.task, attempt=asked.attempt, slot=slot, purpose=purpose, guided=guided,
         prompt=ids(draw(st.integers(1, 5))), tokens=ids(length), logprobs=logprobs(length),
-        versions=i4(*draw(versions)), ends=np.cumsum(spans, dtype=np.int32), reward=reward, finish=finish,
+        versions=i4(*draw(versions)),
+        digests=np.zeros(len(spans), np.int64), ends=np.cumsum(spans, dtype=np.int32), reward=reward, finish=finish,
         unguided_logprob=draw(st.floats(-1e6, 0)) if scored else None,
         top_tokens=ids(top) if top else None, top_logprobs=logprobs(top) if top else None,
     )  # fmt: skip
@@ -234,7 +244,7 @@ def test_what_an_actor_makes_is_never_a_violation(made: tuple[Lease, Rollout, in
     lease, rollout, vocabulary = made
     prompts = {rollout.guided: rollout.prompt, not rollout.guided: i4(0)}
     for seen in ({}, prompts):
-        assert violation(lease, rollout, Limits(vocabulary, NEWEST), prompts=seen) is None
+        assert violation(lease, rollout, limits(vocabulary), prompts=seen) is None
 
 
 @settings(max_examples=300, deadline=None)
@@ -254,5 +264,5 @@ def test_any_numbers_in_a_rollout_give_a_verdict(made: tuple[Lease, Rollout, int
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         hostile = replace(rollout, **{name: changed})
-        verdict = violation(lease, hostile, Limits(vocabulary, NEWEST), prompts={})
+        verdict = violation(lease, hostile, limits(vocabulary), prompts={})
     assert verdict is None or isinstance(verdict, str)

@@ -24,6 +24,7 @@ def make_rollout(task: int, tokens: int = 50) -> Rollout:
         tokens=np.full(tokens, task, np.int32),
         logprobs=np.full(tokens, -1.0, np.float32),
         versions=np.zeros(1, np.int32),
+        digests=np.zeros(1, np.int64),
         ends=np.array([tokens], np.int32),
         reward=0.0,
         finish="length",

@@ -255,8 +255,10 @@ def restores(hub: FakeHub) -> list[Restore]:
 def test_after_a_reconnection_everything_that_may_be_lost_is_sent_again(client: HubClient, hub: FakeHub) -> None:
     client.join(Hello(role="learner", name="learner-0"))
     hub._answer = lambda message: []
-    client.published(2, "/old")
-    client.published(3, "/store")
+    canary = np.array([-1.5], np.float32)
+    client.published(2, 22, None, "/old", b"")
+    client.published(3, 33, canary, "/old", b"")
+    client.moved("/store", b"secret")
     client.evaluate(3)
     client.evaluate(4)
     result: list[bytes] = []
@@ -270,7 +272,8 @@ def test_after_a_reconnection_everything_that_may_be_lost_is_sent_again(client: 
     assert result == [b"s"]
     again = [message for message in hub.received[before:] if not isinstance(message, Heartbeat)]
     assert again == [
-        Published(version=3, store="/store"),
+        Published(version=2, digest=22, store="/store", secret=b"secret"),  # actors may still send what it has sampled
+        Published(version=3, digest=33, canary=canary, store="/store", secret=b"secret"),
         Evaluate(version=3),
         Evaluate(version=4),
         SnapshotRequest(step=4),

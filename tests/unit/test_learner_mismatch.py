@@ -42,7 +42,15 @@ def test_every_metric_equals_plain_loops(seed: int, row_tokens: int) -> None:
 
 def test_metrics_without_tokens_are_none() -> None:
     stale = [
-        [replace(r, versions=np.array([4], np.int32), ends=np.array([len(r.tokens)], np.int32)) for r in group]
+        [
+            replace(
+                r,
+                versions=np.array([4], np.int32),
+                digests=np.zeros(1, np.int64),
+                ends=np.array([len(r.tokens)], np.int32),
+            )
+            for r in group
+        ]
         for group in cases.groups()
     ]
     found = measured(stale)
@@ -151,7 +159,7 @@ class KeepsOldKeys(EmbeddedEngine):
     def _withdraw(self) -> None:
         for row, sequence in enumerate(self._running.sequences):
             self._running.update(row)
-            sequence.close_span(self.version)
+            sequence.close_span(self.version, self.digest)
         self.version = None
 
 
@@ -200,6 +208,7 @@ def rollout_of(result: Generated, prompt: np.ndarray) -> Rollout:
         tokens=result.tokens,
         logprobs=result.logprobs,
         versions=result.versions,
+        digests=result.digests,
         ends=result.ends,
         reward=float(slot % 2),
         finish=result.finish,

@@ -155,7 +155,7 @@ def test_a_round_that_arrives_before_the_hub_state_is_written_before_the_checkpo
     unused: Any = None
     run = Run(out=str(tmp_path))
     parts = {"metrics": None, "alarm": unused, "samples": unused, "step_log": unused}
-    trainer = Trainer(run, hub, unused, unused, unused, Progress(step=9), base=0, **parts)
+    trainer = Trainer(run, hub, unused, unused, unused, Progress(step=9), unused, base=0, **parts)
     assert trainer._hub_state() == b"at 9"
     assert (tmp_path / "run" / "benchmarks" / "8" / "summary.json").exists()
     assert len(evaluations) == 1, "the metrics of the next step must still report this round"

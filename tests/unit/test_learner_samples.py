@@ -95,7 +95,13 @@ def observed(rollout: Rollout) -> Rollout:
     versions = np.array([rollout.versions[0], OBSERVED, rollout.versions[-1]], np.int32)
     logprobs = rollout.logprobs.copy()
     logprobs[1] = 0
-    return replace(rollout, versions=versions, ends=np.array([1, 2, len(rollout.tokens)], np.int32), logprobs=logprobs)
+    return replace(
+        rollout,
+        versions=versions,
+        digests=np.zeros_like(versions, np.int64),
+        ends=np.array([1, 2, len(rollout.tokens)], np.int32),
+        logprobs=logprobs,
+    )
 
 
 def printed(sample: dict[str, Any]) -> str:

@@ -46,15 +46,16 @@ def picture(watch: Watch, *, width: int = 100, now: float = 100.0) -> str:
 def test_every_fact_of_the_status_is_shown() -> None:
     """A new key of the status must be shown, or named here with the place where it is shown."""
     elsewhere = {
-        *("step", "steps", "actors", "buffer", "lag", "pass_auto", "pass_guided"),  # figures of every display
+        *("step", "steps", "buffer", "lag", "pass_auto", "pass_guided"),  # figures of every display
         *("tokens_per_s", "engine_idle", "evaluations", "closing"),
     }
     status = trained().core.status()
     status |= {"quarantined": {"bad": "3 invalid messages"}, "rejected_reasons": {"malformed": 2}, "rejected": 2}
+    status |= {"canary_mean": 0.1, "canary_max": 0.2}
     status |= {"last_rejection": "ab12: malformed", "stalled": "nothing has moved", "evaluating": 7}
     changed = []
     for key, value in status.items():
-        others: dict[str, Any] = {"learner": {}, "ledger": {}, "evaluation_ledger": {}}
+        others: dict[str, Any] = {"learner": {}, "ledger": {}, "evaluation_ledger": {}, "actors": []}
         other = others.get(key, "" if isinstance(value, str) else {} if isinstance(value, dict) else 987_654)
         if hub_rows(status) != hub_rows(status | {key: other}):
             changed.append(key)
@@ -131,3 +132,14 @@ def test_figures_that_are_not_known_have_a_dash() -> None:
     assert rows["learner"] == "– of – ranks, 0 wait for a batch"
     assert rows["weights"] == "version –, published –"
     assert re.match(r"– joined, – left", rows["events"])
+
+
+def test_what_each_engine_and_each_server_serves_is_shown() -> None:
+    servers = [{"url": "http://one", "version": 7, "digest": "0123abcd", "canary": 0.25}]
+    actors = [
+        {"name": "embedded", "version": 8, "digest": "89abcdef", "canary": None, "servers": []},
+        {"name": "node", "version": 7, "digest": "0123abcd", "canary": 0.25, "servers": servers},
+    ]
+    rows = dict(hub_rows({"actors": actors}))
+    assert rows["embedded"] == "version 8, digest 89abcdef, no canary"
+    assert rows["node http://one"] == "version 7, digest 0123abcd, canary 0.25 nats off"

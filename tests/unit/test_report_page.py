@@ -104,6 +104,20 @@ def test_benchmarks_have_a_chart_and_final_metrics(tmp_path: Path) -> None:
     assert f"<td>aime24, avg@32</td><td>{score_text}</td>" in text
 
 
+def test_alarms_about_the_weights_that_engines_serve_are_at_the_top_and_in_the_final_metrics(tmp_path: Path) -> None:
+    lines = synthetic_lines()
+    write_lines(tmp_path, lines)
+    text, _ = page_of(tmp_path)
+    assert "WEIGHTS ALARM" not in text and "<td>canary</td>" in text
+    for line in lines[50:]:
+        line["canary_alarms"] = {"differs": 3, "stuck": 2, "moved": 0}
+    write_lines(tmp_path, lines)
+    text, _ = page_of(tmp_path)
+    told = "log-probabilities that are not the learner&#x27;s (3), weights that do not move with the versions (2)"
+    assert text.count(told) == 2, "at the top and among the final metrics"
+    assert "without a version" not in text
+
+
 def test_the_page_of_an_old_run_does_not_mention_mismatch(tmp_path: Path) -> None:
     old = [{key: value for key, value in line.items() if "mismatch" not in key} for line in synthetic_lines()]
     write_lines(tmp_path, old)

@@ -14,6 +14,7 @@ from sgpo_async.config.schema import Algorithm
 from sgpo_async.engines.base import Generated, Score, Scored
 from sgpo_async.hub.batch_metrics import batch_metrics
 from sgpo_async.hub.rollout_checks import Limits, violation
+from sgpo_async.hub.served_weights import ServedWeights
 from sgpo_async.learner.objectives import OBJECTIVES
 from sgpo_async.learner.objectives.base import TaskGroup
 from sgpo_async.rollout.completed import CompletedGroup
@@ -22,6 +23,7 @@ from sgpo_async.wire import decode, encode
 from sgpo_async.wire.records import Lease, Rollout, is_correct
 
 SOLVED_AT = 0.5
+LIMITS = Limits(50, 2, ServedWeights(published={(2, 0): None}).objection)
 OWN = [0.7, -2.0, 0.5, 0.4]  # two of four are correct
 GUIDED = [3.0, 0.5, 0.0]  # two of three
 
@@ -47,7 +49,13 @@ def rollouts(lease: Lease, rewards: list[float], *, binary: bool = False) -> lis
         tokens, one = np.array([5, 6], np.int32), np.array([2], np.int32)
         group.generated(
             Generated(
-                id=request.id, tokens=tokens, logprobs=-np.ones(2, np.float32), versions=one, ends=one, finish="stop"
+                id=request.id,
+                tokens=tokens,
+                logprobs=-np.ones(2, np.float32),
+                versions=one,
+                digests=np.zeros(1, np.int64),
+                ends=one,
+                finish="stop",
             )
         )
         outcome = group.judged(request.id, reward=reward)
@@ -79,12 +87,12 @@ def test_a_rollout_is_correct_from_solved_at_on() -> None:
 def test_the_actor_scores_guided_rollouts_that_are_correct_and_the_hub_expects_it() -> None:
     assert [one.unguided_logprob is not None for one in ROLLOUTS] == [False] * 4 + [True, True, False]
     for one in ROLLOUTS:
-        assert violation(lease(), one, Limits(vocabulary=50, newest=2), prompts={}) is None
-        assert violation(lease(solved_at=0.6), one, Limits(50, 2), prompts={}) == "solved_at differs from the lease's"
+        assert violation(lease(), one, LIMITS, prompts={}) is None
+        assert violation(lease(solved_at=0.6), one, LIMITS, prompts={}) == "solved_at differs from the lease's"
         (sent,) = [decode(encode(one), max_bytes=2**20)]
         assert (sent.reward, sent.solved_at, sent.correct) == (one.reward, SOLVED_AT, one.correct)  # type: ignore[union-attr]
     unscored = replace(ROLLOUTS[4], unguided_logprob=None)
-    reason = violation(lease(), unscored, Limits(50, 2), prompts={})
+    reason = violation(lease(), unscored, LIMITS, prompts={})
     assert reason and reason.startswith("unguided_logprob must come with a correct, complete guided rollout")
 
 

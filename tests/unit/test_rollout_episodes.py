@@ -15,13 +15,15 @@ from rollout_support import lease as single_turn
 from sgpo_async.config.schema import Tasks
 from sgpo_async.engines.base import Generate, Generated, SampledTokens, Score
 from sgpo_async.hub.rollout_checks import Limits, report_violation, violation
+from sgpo_async.hub.served_weights import ServedWeights
 from sgpo_async.rollout.group import RolloutGroup, group_of
 from sgpo_async.rollout.partial import Arrived
 from sgpo_async.rollout.sampler import RolloutSampler, Sampled
 from sgpo_async.wire.records import OBSERVED, Lease
 
 DEADLINE_S = 120.0
-LIMITS = Limits(vocabulary=300, newest=9)
+SERVED = ServedWeights(published={(version, 0): None for version in range(10)})
+LIMITS = Limits(vocabulary=300, newest=9, objection=SERVED.objection)
 
 
 def lease(**changes: object) -> Lease:
@@ -43,7 +45,7 @@ def after(request: Generate, completion: str, *, version: int = 0, end: str = ".
     """What an engine returns for `request`, if the next completion is this, with this end token."""
     new = generated(request.id, completion + end)  # type: ignore[arg-type]
     if request.prefix is None:
-        return replace(new, versions=np.array([version], np.int32))
+        return replace(new, versions=np.array([version], np.int32), digests=np.zeros(1, np.int64))
     one = request.prefix
     length = len(one.tokens)
     return Generated(
@@ -51,6 +53,7 @@ def after(request: Generate, completion: str, *, version: int = 0, end: str = ".
         tokens=np.concatenate((one.tokens, new.tokens)),
         logprobs=np.concatenate((one.logprobs, new.logprobs)),
         versions=np.append(one.versions, np.int32(version)),
+        digests=np.append(one.digests, np.int64(0)),
         ends=np.append(one.ends, new.ends + np.int32(length)),
         finish="stop",
     )
@@ -113,7 +116,12 @@ def test_neighbouring_spans_of_one_completion_are_one_turn() -> None:
     one = group()
     (request,) = one.requests()
     assert isinstance(request, Generate)
-    whole = replace(after(request, "31"), versions=np.array([0, 1], np.int32), ends=np.array([1, 3], np.int32))
+    whole = replace(
+        after(request, "31"),
+        versions=np.array([0, 1], np.int32),
+        digests=np.zeros(2, np.int64),
+        ends=np.array([1, 3], np.int32),
+    )
     one.generated(whole)
     assert [text(turn) for turn in one.turns(request.id)] == ["31."]
 
@@ -170,11 +178,16 @@ def test_an_environment_cannot_write_the_first_token_or_give_it_a_probability() 
     assert violation(lease(), rollout, LIMITS, prompts={}) is None
     nonzero = replace(rollout, logprobs=np.full(len(rollout.tokens), -1.0, np.float32))
     assert violation(lease(), nonzero, LIMITS, prompts={}) == "logprobs of tokens that an environment wrote must be 0"
-    ended = replace(rollout, versions=np.array([0, 0, OBSERVED], np.int32), logprobs=np.zeros(7, np.float32))
+    ended = replace(
+        rollout,
+        versions=np.array([0, 0, OBSERVED], np.int32),
+        digests=np.zeros(3, np.int64),
+        logprobs=np.zeros(7, np.float32),
+    )
     assert violation(lease(), ended, LIMITS, prompts={}) == "tokens must end with one that the policy sampled"
     assert violation(lease(turns=1), rollout, LIMITS, prompts={}) == "number of turns is not in [1, turns]"
     assert violation(lease(turns=2), rollout, LIMITS, prompts={}) is None
-    begun = replace(rollout, versions=np.array([OBSERVED, 0, 0], np.int32))
+    begun = replace(rollout, versions=np.array([OBSERVED, 0, 0], np.int32), digests=np.zeros(3, np.int64))
     assert violation(lease(), begun, LIMITS, prompts={}) == "tokens must begin with one that the policy sampled"
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 from engines_models import engine_of, tiny
@@ -32,6 +35,7 @@ def completions(draw: st.DrawFn) -> wire.PartialRollout:
         tokens=np.arange(100, 100 + length, dtype=np.int32),
         logprobs=-np.arange(length, dtype=np.float32),
         versions=np.array(versions, np.int32),
+        digests=np.zeros(len(versions), np.int64),
         ends=np.cumsum(sizes, dtype=np.int32),
         top_tokens=np.arange(length * k, dtype=np.int32) if k else None,
         top_logprobs=-np.arange(length * k, dtype=np.float32) if k else None,
@@ -73,12 +77,22 @@ def _first(whole: wire.PartialRollout, end: int) -> wire.PartialRollout:
         tokens=whole.tokens[:end],
         logprobs=whole.logprobs[:end],
         versions=versions[[i - 1 for i in changes]],
+        digests=np.zeros(len(changes), np.int64),
         ends=np.array(changes, np.int32),
         top_tokens=whole.top_tokens[: end * k] if whole.top_tokens is not None else None,
         top_logprobs=whole.top_logprobs[: end * k] if whole.top_logprobs is not None else None,
         kept=None if whole.kept is None else whole.kept[: sum((whole.kept_sizes.tolist())[:end])],
         kept_sizes=None if whole.kept_sizes is None else whole.kept_sizes[:end],
     )
+
+
+def test_spans_of_one_version_and_two_digests_stay_apart() -> None:
+    """After the learner has resumed, a version may exist twice."""
+    one, same_weights, other = make_part(0, 0, 2), make_part(0, 2, 2), make_part(0, 4, 2)
+    joined = join([one, same_weights, replace(other, digests=np.array([7], np.int64))])
+    assert (joined.versions.tolist(), joined.digests.tolist(), joined.ends.tolist()) == ([0, 0], [0, 7], [4, 6])
+    assert after(joined, 3).digests.tolist() == [0, 7]  # type: ignore[union-attr]
+    assert after(joined, 4).digests.tolist() == [7]  # type: ignore[union-attr]
 
 
 def test_a_report_after_a_gap_is_ignored_and_one_from_the_beginning_replaces_all() -> None:
@@ -101,16 +115,19 @@ VOCABULARY = 64
 class Member:
     """An actor with a real engine, whose messages the test carries to the core."""
 
-    def __init__(self, driver: Driver, name: bytes) -> None:
+    def __init__(self, driver: Driver, name: bytes, *, version: int = 0) -> None:
         self.driver, self.name = driver, name
         tasks = Tasks(reward_workers=1)
         encode = TOKENIZER.encode
         tokenizer = type(TOKENIZER)(
             decode=TOKENIZER.decode, encode=lambda text, **_: [t % VOCABULARY for t in encode(text)]
         )
-        self.engine = engine_of(tiny("qwen2", vocabulary=VOCABULARY), slots=16, end_ids=range(2))
+        model = tiny("qwen2", vocabulary=VOCABULARY, seed=version)
+        self.engine = engine_of(model, slots=16, end_ids=range(2), version=version)
+        driver.core.served.publish(version, self.engine.digest, None, oldest=0)
+        driver.core.published = version  # without the evaluation that a first Published begins
         self.sampler = RolloutSampler(self.engine, tokenizer, tasks)
-        driver.actor(name, credit=1)
+        driver.actor(name, credit=1, version=version)
 
     def start(self) -> wire.Lease:
         (lease,) = self.driver.leases(self.name)
@@ -134,8 +151,8 @@ class Member:
             self.driver.send(self.name, progress)
 
 
-def hub() -> Driver:
-    run = make_run(batch=1, max_lag=0, steps=5, autonomous=5, guided=3)
+def hub(**changes: Any) -> Driver:
+    run = make_run(batch=1, max_lag=0, steps=5, autonomous=5, guided=3, **changes)
     source = Source(held_out=1)
     source.verifier = "cues"
     driver = Driver(run, source)
@@ -195,6 +212,33 @@ def test_an_actor_that_hands_over_loses_no_token(uninterrupted: list[wire.Rollou
     sampled = complete_by_another(driver, first)
     assert sum(sampled) == sum(len(rollout.tokens) for rollout in uninterrupted)
     assert min(sampled) > 0
+
+
+def test_a_continuation_under_another_version_keeps_the_digest_of_every_span() -> None:
+    driver = hub(stale="correct")
+    first = Member(driver, b"first")
+    first.start()
+    first.step(5)
+    first.report()
+    driver.handle(SenderDown(b"first", "killed"))
+    driver.advance(10.0)
+    driver.core.training.base += 1  # as after a step
+    second = Member(driver, b"second", version=1)
+    digests = [first.engine.digest, second.engine.digest]
+    assert digests[0] != digests[1] and 0 not in digests
+    try:
+        lease = second.start()
+        assert {tuple(part.digests.tolist()) for part in lease.partial} == {(digests[0],)}
+        while 0 not in driver.core.training.leases.complete:
+            second.step(1)
+    finally:
+        first.sampler.close()
+        second.sampler.close()
+    rollouts = driver.core.training.leases.complete[0].rollouts
+    spans = {(tuple(one.versions.tolist()), tuple(one.digests.tolist())) for one in rollouts}
+    assert ((0, 1), tuple(digests)) in spans
+    assert spans <= {((0, 1), tuple(digests)), ((0,), (digests[0],)), ((1,), (digests[1],))}
+    assert driver.core.rejected.total() == 0
 
 
 def complete_by_another(driver: Driver, first: Member) -> list[int]:

@@ -103,6 +103,7 @@ def test_a_suspect_is_not_blamed_for_a_server_that_had_died_before() -> None:
         async with http_session() as http:
             server = Server(ServerApi(http, f"http://127.0.0.1:{free_port()}"), slots=2, ends=(), idle_timeout_s=1.0)
             server.version, server.open = 0, True
+            server.digests[0] = 0
             requests = Requests(lambda: [server], ends=())
             for _ in range(2):
                 requests._quarantine.record_death(["suspect"])

@@ -49,7 +49,9 @@ async def update_weights(
     server: FakeServer, on_send: Callable[[], None] = lambda: None, *, in_flight: InFlight = "abort-resume"
 ) -> None:
     transport = cast(Transport, FakeTransport(on_send))
-    await update(server, cast(Any, SimpleNamespace(version=1)), transport, in_flight=in_flight, phase_s=PHASE_S)
+    await update(
+        server, cast(Any, SimpleNamespace(version=1, digest="00" * 16)), transport, in_flight=in_flight, phase_s=PHASE_S
+    )
 
 
 @pytest.mark.parametrize("answers", [True, False])

@@ -51,6 +51,7 @@ def sampled(*versions: int, k: int = 0, kept: bool = False) -> SampledTokens:
         tokens=np.array([token_at(at) for at in positions], np.int32),
         logprobs=np.array([logprob_at(*pair) / (2 if kept else 1) for pair in pairs], np.float32),
         versions=np.array([versions[end - 1] for end in ends], np.int32),
+        digests=np.zeros(len(ends), np.int64),
         ends=np.array(ends, np.int32),
         top_tokens=np.array([token_at(at) + j for at in positions for j in range(k)], np.int32) if k else None,
         top_logprobs=np.array([logprob_at(*pair) - j for pair in pairs for j in range(k)], np.float32) if k else None,
@@ -69,6 +70,7 @@ def assert_same(got: SampledTokens, expected: SampledTokens) -> None:
 def server_of(api: StreamingApi, *, ends: tuple[int, ...] = ()) -> Server:
     server = Server(cast(Any, api), slots=SLOTS, ends=ends, idle_timeout_s=1.0)
     server.version, server.open = api.version, True
+    server.digests = dict.fromkeys(range(10), 0)
     return server
 
 
@@ -90,7 +92,13 @@ async def result_of(requests: Requests) -> Generated:
 async def update_weights(server: Server, version: int, *, in_flight: InFlight) -> None:
     api = cast(StreamingApi, server.api)
     transport = cast(Transport, FakeTransport(lambda: setattr(api, "version", version)))
-    await update(server, cast(Any, SimpleNamespace(version=version)), transport, in_flight=in_flight, phase_s=PHASE_S)
+    await update(
+        server,
+        cast(Any, SimpleNamespace(version=version, digest="00" * 16)),
+        transport,
+        in_flight=in_flight,
+        phase_s=PHASE_S,
+    )
 
 
 @pytest.mark.parametrize("interval", [1, 4])
@@ -328,7 +336,7 @@ def test_a_truncated_completion_grows_from_what_remains(count: int) -> None:
     at = PROMPT.size + count
     pairs = [[logprob_at(at, 5) - j, token_at(at) + j, None] for j in range(2)]
     partial.extend(pairs[:1], [pairs])
-    partial.close_span(5, count + 1)
+    partial.close_span(5, 0, count + 1)
     assert_same(partial.sampled(), sampled(*versions[:count], 5, k=2))
 
 
@@ -336,5 +344,5 @@ def test_a_server_that_names_another_version_for_tokens_that_had_arrived_before_
     partial = Partial(ask(0, prefix=sampled(7, 0, 0, 0)))  # three tokens of this attempt have arrived
     spans = [{"version": "0", "end": 2}, {"version": "1", "end": 3}]
     with pytest.raises(EngineError, match="do not fit 3 tokens, the first 3 of version 0"):
-        server_of(StreamingApi())._take_spans(partial, 1, 0, spans)
+        server_of(StreamingApi())._take_spans(partial, 1, 0, spans, {0: 0, 1: 0})
     assert_same(partial.sampled(), sampled(7))

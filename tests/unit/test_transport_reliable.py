@@ -22,6 +22,7 @@ ROLLOUT = Rollout(
     tokens=np.array([2], np.int32),
     logprobs=np.array([-1], np.float32),
     versions=np.array([0], np.int32),
+    digests=np.zeros(1, np.int64),
     ends=np.array([1], np.int32),
     reward=0.0,
     finish="stop",

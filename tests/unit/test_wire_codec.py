@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import string
 import sys
 import tracemalloc
 import types
@@ -22,6 +23,7 @@ from sgpo_async.wire.fields import MAX_DEPTH, unexpected
 from sgpo_async.wire.records import (
     Ack,
     BenchmarkScore,
+    Canary,
     Committed,
     Evaluated,
     Hello,
@@ -104,6 +106,7 @@ def rollouts(draw: st.DrawFn) -> Rollout:
         tokens=draw(array_of("<i4", ids, st.just(length))),
         logprobs=draw(array_of("<f4", finite, st.just(length))),
         versions=draw(array_of("<i4", ids, st.just(len(spans)))),
+        digests=draw(array_of("<i8", INT64, st.just(len(spans)))),
         ends=np.cumsum(spans, dtype=np.int32),
         reward=draw(st.floats(0, 1)),
         guided=guided,
@@ -147,6 +150,9 @@ def records_of(record: type) -> st.SearchStrategy:
         fields |= {"top_logprobs_num": st.integers(0, 2**20), "turns": st.integers(0, 2**20)}
         fields |= {"top_p": st.just(1.0) | above_0, "top_k": st.integers(0, 2**20)}
         fields["partial"] = st.lists(partial_rollouts(start=st.just(0)), max_size=3).map(tuple)
+    if record is Canary:
+        fields["engine"] = st.text(alphabet=string.printable[:95], max_size=200)
+        fields["logprobs"] = array_of("<f4", st.integers(-100, 0), st.integers(1, 9))
     if record is Hello:
         fields["holds"] = fields["holds"].map(lambda holds: holds[: len(holds) // 2 * 2])
     if record is Shard:
@@ -172,6 +178,7 @@ def one_rollout(**changes: Any) -> Rollout:
         "tokens": np.array([3, 4, 5], np.int32),
         "logprobs": np.array([-1, -2, -3], np.float32),
         "versions": np.array([7, 8], np.int32),
+        "digests": np.array([-7, 2**40], np.int64),
         "ends": np.array([1, 3], np.int32),
         "reward": 1.0,
         "finish": "stop",
@@ -408,7 +415,8 @@ def test_kept_tokens_without_their_numbers_are_rejected(
         encode(one_rollout(**arrays))
     part = PartialRollout(
         slot=0, start=0, tokens=np.zeros(3, np.int32), logprobs=np.zeros(3, np.float32), ends=np.array([3], np.int32),
-        versions=np.zeros(1, np.int32), **arrays,
+        versions=np.zeros(1, np.int32),
+        digests=np.zeros(1, np.int64), **arrays,
     )  # fmt: skip
     with pytest.raises(WireError, match=reason):
         encode(Progress(task=1, attempt=0, purpose="train", partial=(part,)))

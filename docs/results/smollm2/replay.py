@@ -92,6 +92,7 @@ class Replay:
             tokens=self._tokens(line),
             logprobs=self._log_mu[group["task"], line["slot"]],
             versions=np.array(line["versions"], np.int32),
+            digests=np.zeros(len(line["versions"]), np.int64),
             ends=np.array(line["ends"], np.int32),
             reward=line["reward"],
             finish=line["finish"],

@@ -20,7 +20,16 @@ from typing import Any, TypeVar
 
 from sgpo_async.config.schema import Engine as EngineSettings
 from sgpo_async.config.schema import Sglang
-from sgpo_async.engines.base import EngineLoad, Generate, Result, SampledTokens, Score, Weights
+from sgpo_async.engines.base import (
+    EngineLoad,
+    Generate,
+    Result,
+    SampledTokens,
+    Score,
+    ScoredCanary,
+    Weights,
+    score_of,
+)
 from sgpo_async.engines.sglang.preflight import Subject, join
 from sgpo_async.engines.sglang.processes.launch import Launch
 from sgpo_async.engines.sglang.serving.fleet import Fleet, FleetSettings
@@ -38,6 +47,7 @@ from sgpo_async.engines.sglang.weight_sync.transports import (
 from sgpo_async.engines.validation import validate
 from sgpo_async.errors import DeadlineExceeded, EngineError, SgpoError
 from sgpo_async.model import parameters
+from sgpo_async.model.canary import Canary
 from sgpo_async.model.load import cache_bytes, device_of
 
 T = TypeVar("T")
@@ -115,6 +125,24 @@ class SglangEngine:
         return self._fleet.version() if self._fleet else None
 
     @property
+    def digest(self) -> int:
+        """Short digest of `version`, which a server has verified; 0 without any."""
+        return self._fleet.digest() if self._fleet else 0
+
+    def watch(self, canary: Canary, *, every_s: float) -> None:
+        """Score `canary` on every server after each update and every `every_s` seconds; see `Engine.watch`."""
+        score = score_of(canary)
+        self._validate(score)
+        self._call(Fleet.watch, score, every_s)
+
+    def canaries(self) -> list[ScoredCanary]:
+        """The scores of the canary since the last call."""
+        found: list[ScoredCanary] = []
+        while self._fleet is not None and not self._fleet.canaries.empty():
+            found.append(self._fleet.canaries.get_nowait())
+        return found
+
+    @property
     def updates(self) -> Sequence[UpdateTimings]:
         """The timings of the latest weight updates, oldest first."""
         return list(self._fleet.updates) if self._fleet else []
@@ -124,8 +152,7 @@ class SglangEngine:
 
         Invalid requests must not reach a server: a token id beyond the vocabulary kills it.
         """
-        longest = self._model.longest - RESERVED
-        validate(request, longest=longest, vocabulary=self._model.vocabulary, ends=self._model.ends)
+        self._validate(request)
         if request.temperature < GREEDY:
             raise EngineError(
                 f"request {request.id}: temperature must be >= {GREEDY:g}, below which SGLang decodes greedily, "
@@ -203,6 +230,10 @@ class SglangEngine:
             transport.close()
         if self._own_logs:
             shutil.rmtree(self._own_logs, ignore_errors=True)
+
+    def _validate(self, request: Generate | Score) -> None:
+        longest = self._model.longest - RESERVED
+        validate(request, longest=longest, vocabulary=self._model.vocabulary, ends=self._model.ends)
 
     def _run(self, started: Future[tuple[asyncio.AbstractEventLoop, Fleet]]) -> None:
         try:

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import asyncio
 import math
+import queue
 from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import aiohttp
+import numpy as np
 
-from sgpo_async.engines.base import EngineLoad, Generate, SampledTokens, Score, Weights
+from sgpo_async.engines.base import EngineLoad, Generate, SampledTokens, Score, ScoredCanary, Weights
 from sgpo_async.engines.sglang.processes.api import (
     ServerApi,
     ServerGone,
@@ -82,6 +84,10 @@ class Fleet:
         self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # all servers have started once
         self._server_slots, self._settings = list(server_slots), settings
         self._transports, self._examine = transports, examine
+        self.canaries: queue.SimpleQueue[ScoredCanary] = queue.SimpleQueue()
+        self._canary: Score | None = None
+        self._canary_every_s = math.inf
+        self._scoring: set[asyncio.Task[None]] = set()
         self._wanted: Weights | None = None
         self._changed = asyncio.Event()  # set when another version is wanted, then replaced by a new event
         self._prepared: dict[tuple[int, str], asyncio.Task[Prepared]] = {}  # wanted version, by (version, transport)
@@ -114,12 +120,22 @@ class Fleet:
             self._requests.cancel_all()
             for server in self._servers():
                 server.version, server.open = None, False
+                server.digests = {}
         self._changed.set()
         self._changed = asyncio.Event()
 
     def version(self) -> int | None:
         """The newest version in service."""
         return max((s.version for s in self._servers() if s.version is not None), default=None)
+
+    def digest(self) -> int:
+        """Short digest of the newest version in service; 0 if there is none."""
+        version = self.version()
+        return next((s.digests[version] for s in self._servers() if version is not None and s.version == version), 0)
+
+    def watch(self, canary: Score, every_s: float) -> None:
+        """Score `canary` on every server after each update, and every `every_s` seconds."""
+        self._canary, self._canary_every_s = canary, every_s
 
     def load_status(self) -> EngineLoad:
         """The current load."""
@@ -139,7 +155,7 @@ class Fleet:
                 for future in ended:
                     future.result()
             finally:
-                for task in (closing, *watchdogs):
+                for task in (closing, *watchdogs, *self._scoring):
                     task.cancel()
                 await asyncio.wait(watchdogs)
                 for server_slot in self._server_slots:
@@ -199,7 +215,7 @@ class Fleet:
         assert server is not None
         loaded: Weights | None = None
         while True:
-            changed, pause_s = self._changed, math.inf
+            changed, pause_s = self._changed, self._canary_every_s
             if self._wanted is not None and self._wanted is not loaded:
                 weights = self._wanted
                 prepared = await self._update_to(server, weights)
@@ -207,18 +223,46 @@ class Fleet:
                 self._requests.dispatch()
                 if prepared:
                     loaded = weights
+                    self._begin_canary(server)
                     continue
                 pause_s = RETRY_S
             waiting = asyncio.create_task(changed.wait())
             try:
-                await self._wait_for_new_version(server_slot, server, waiting, at_most_s=pause_s)
+                if not await self._wait_for_new_version(server_slot, server, waiting, at_most_s=pause_s):
+                    self._begin_canary(server)
             finally:
                 waiting.cancel()
 
+    def _begin_canary(self, server: Server) -> None:
+        """Score the canary on this server, which stays open; nothing waits for the result."""
+        if self._canary is not None and server.version is not None:
+            about = ScoredCanary(
+                engine=server.api.url,
+                version=server.version,
+                digest=server.digests[server.version],
+                logprobs=np.empty(0, np.float32),
+            )
+            task = asyncio.create_task(self._score_canary(server, self._canary, about, self._session))
+            self._scoring.add(task)
+            task.add_done_callback(self._scoring.discard)
+
+    async def _score_canary(self, server: Server, canary: Score, about: ScoredCanary, session: int) -> None:
+        """Complete `about` with the score, unless an update begins meanwhile. A dead server is found elsewhere."""
+        try:
+            scored = await server.score(canary, server.next_rid(), about.version)
+        except (ServerRefused, ServerGone) as error:
+            self.events.put(f"the canary was not scored: {error}")
+            return
+        if scored is not None and session == self._session:
+            self.canaries.put(replace(about, logprobs=scored.logprobs))
+
     async def _wait_for_new_version(
         self, server_slot: ServerSlot, server: Server, waiting: asyncio.Task[bool], *, at_most_s: float
-    ) -> None:
-        """Wait until another version is wanted. Raises EngineError if the server dies or no longer answers."""
+    ) -> bool:
+        """Wait until another version is wanted; False after `at_most_s`.
+
+        Raises EngineError if the server dies or no longer answers.
+        """
         loop = asyncio.get_running_loop()
         end, next_check = loop.time() + at_most_s, loop.time() + CHECK_INTERVAL_S
         while not waiting.done() and loop.time() < end:
@@ -234,6 +278,7 @@ class Fleet:
                         f"{server.version}; make sure that no other program updates it"
                     )
                 next_check = loop.time() + CHECK_INTERVAL_S
+        return waiting.done()
 
     async def _update_to(self, server: Server, weights: Weights) -> bool:
         """Load `weights` into the server by the first transport that succeeds; False if none could prepare them.
@@ -272,6 +317,7 @@ class Fleet:
                 continue
             if self._session != session:
                 server.version, server.open = None, False
+                server.digests = {}
             self.updates.append(timings)
             if all(server.version == weights.version for server in self._servers()):
                 self._prepared.clear()

@@ -25,11 +25,13 @@ class Partial:
         self._top_tokens, self._top_logprobs = array("i"), array("f")  # the k likeliest, position by position
         self._kept, self._kept_sizes = array("i"), array("i")  # if the request has `report_kept`
         self._versions: list[int] = []
+        self._digests: list[int] = []
         self._ends: list[int] = []
         if prefix is not None:
             self.tokens.extend(prefix.tokens.tolist())
             self.logprobs.extend(prefix.logprobs.tolist())
             self._versions, self._ends = prefix.versions.tolist(), prefix.ends.tolist()
+            self._digests = prefix.digests.tolist()
             if prefix.top_tokens is not None and prefix.top_logprobs is not None:
                 self._top_tokens.extend(prefix.top_tokens.tolist())
                 self._top_logprobs.extend(prefix.top_logprobs.tolist())
@@ -72,16 +74,17 @@ class Partial:
             self._kept.extend(others)
             self._kept_sizes.append(len(others))
 
-    def close_span(self, version: int, end: int) -> None:
-        """Record that `version` generated the tokens from the last span up to `end`. Spans are never empty."""
+    def close_span(self, version: int, digest: int, end: int) -> None:
+        """Record that `version` with `digest` generated the tokens up to `end`. Spans are never empty."""
         start = self.versioned
         assert start <= end <= len(self.tokens), (start, end, len(self.tokens))
         if start == end:
             return
-        if self._versions and self._versions[-1] == version:
+        if self._versions and (self._versions[-1], self._digests[-1]) == (version, digest):
             self._ends[-1] = end
         else:
             self._versions.append(version)
+            self._digests.append(digest)
             self._ends.append(end)
 
     def drop_unversioned(self) -> None:
@@ -93,7 +96,7 @@ class Partial:
         top, spans = count * self.request.top_logprobs_num, bisect_left(self._ends, count) + 1 if count else 0
         del self.tokens[count:], self.logprobs[count:], self._top_tokens[top:], self._top_logprobs[top:]
         del self._kept[sum(self._kept_sizes[:count]) :], self._kept_sizes[count:]
-        del self._versions[spans:], self._ends[spans:]
+        del self._versions[spans:], self._digests[spans:], self._ends[spans:]
         if spans:
             self._ends[-1] = count
 
@@ -111,6 +114,7 @@ class Partial:
             tokens=np.array(self.tokens[:end], np.int32),
             logprobs=np.array(self.logprobs[:end], np.float32),
             versions=np.array(self._versions, np.int32),
+            digests=np.array(self._digests, np.int64),
             ends=np.array(self._ends, np.int32),
             top_tokens=np.array(self._top_tokens[:top], np.int32) if asked else None,
             top_logprobs=np.array(self._top_logprobs[:top], np.float32) if asked else None,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,7 @@ class Server:
     def __init__(self, api: ServerApi, *, slots: int, ends: Collection[int], idle_timeout_s: float) -> None:
         self.api, self.slots = api, slots
         self.version: int | None = None  # complete and verified; during an update, the previous version
+        self.digests: dict[int, int] = {}  # short digest of every version that was verified here in this session
         self.open = False
         self.fault: SgpoError | None = None  # why the server must be restarted
         self.death_recorded = False  # its death has been recorded for the requests that ran on it
@@ -68,6 +69,7 @@ class Server:
         SGLang's last message names the versions; they are dropped if it does not arrive.
         """
         changes, start = self.changes, len(partial.tokens)
+        digests = self.digests  # of this session: a new one begins a new map
         try:
             on_connected = functools.partial(self._mark_connected, rid)
             async for message in self.api.stream(
@@ -82,10 +84,11 @@ class Server:
                 if kept:
                     partial.extend_kept(*kept)
                 if changes == self.changes:
-                    partial.close_span(version, len(partial.tokens))
+                    # 0: the session has ended before this began, and nobody waits for the result.
+                    partial.close_span(version, digests.get(version, 0), len(partial.tokens))
                 if (finish := meta["finish_reason"]) is not None:
                     _check_finish(self.api.url, finish)
-                    self._take_spans(partial, start, version, meta["weight_versions"])
+                    self._take_spans(partial, start, version, meta["weight_versions"], digests)
         finally:
             partial.drop_unversioned()
 
@@ -181,19 +184,23 @@ class Server:
         self._sent += 1
         return f"sgpo-{self._sent:012d}"
 
-    def _take_spans(self, partial: Partial, start: int, version: int, spans: list[Json]) -> None:
+    def _take_spans(
+        self, partial: Partial, start: int, version: int, spans: list[Json], digests: Mapping[int, int]
+    ) -> None:
         """Set the versions of the tokens since `start`.
 
         Raises ServerRefused, and drops these tokens, if the reported spans do not fit them.
         """
         count, known = len(partial.tokens) - start, partial.versioned - start
-        fits = [span["end"] for span in spans][-1:] == [count] and all(span["version"].isdecimal() for span in spans)
+        loaded = {str(own) for own in digests}
+        fits = [span["end"] for span in spans][-1:] == [count] and all(span["version"] in loaded for span in spans)
         if not fits or (known and (int(spans[0]["version"]) != version or spans[0]["end"] < known)):
             ours = f", the first {known} of version {version}" if known else ""
             partial.truncate(start)
             raise ServerRefused(f"{self.api.url}: weight versions {spans} do not fit {count} tokens{ours}")
         for span in spans:
-            partial.close_span(int(span["version"]), start + span["end"])
+            number = int(span["version"])
+            partial.close_span(number, digests[number], start + span["end"])
 
 
 def _likeliest(url: str, meta: Json, partial: Partial, new: int) -> list[list[Any]]:

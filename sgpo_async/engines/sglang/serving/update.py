@@ -19,6 +19,7 @@ from sgpo_async.engines.sglang.serving.server import Server
 from sgpo_async.engines.sglang.weight_sync.layout import answered_checksums, compare
 from sgpo_async.engines.sglang.weight_sync.transports import Prepared, Transport
 from sgpo_async.errors import WeightsError
+from sgpo_async.weights.short_digest import short_digest
 
 InFlight = Literal["abort-resume", "retract", "in-place"]
 PAUSE_MODES = {"retract": "retract", "in-place": "in_place"}
@@ -66,6 +67,7 @@ async def update(
         sent = time.monotonic()
         await verify(server.api, prepared, timeout_s=phase_s)
         verified = time.monotonic()
+        server.digests[prepared.version] = short_digest(prepared.digest)  # before a paused stream can go on
         if pauses:
             await server.api.post("/continue_generation", {}, timeout_s=phase_s)
     except BaseException as error:

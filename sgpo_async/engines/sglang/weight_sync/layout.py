@@ -19,6 +19,7 @@ import torch
 
 from sgpo_async.engines.sglang.weight_sync.tensor_hash import cpu_hash, cuda_hash
 from sgpo_async.errors import EngineError, WeightsError
+from sgpo_async.weights import digest
 
 Device = Literal["cpu", "cuda"]
 Checksums = dict[str, str]  # SGLang's name of a parameter -> 16 hexadecimal digits
@@ -99,6 +100,13 @@ def expected_checksums(
             held = [cut.of(source, rank=rank, tp=tp).to(dtype) for cut, source in zip(cuts, sources, strict=True)]
             checksums[name] = HASHES[device](torch.cat(held) if len(held) > 1 else held[0])
     return ranks
+
+
+def digest_and_checksums(
+    tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], **options: Any
+) -> tuple[str, list[Checksums]]:
+    """What the weight sender computes: the digest of its tensors, and the `expected_checksums` of a server."""
+    return digest(tensors.items()), expected_checksums(tensors, config, **options)
 
 
 def layout_of(config: Mapping[str, Any], *, tp: int, device: Device) -> dict[str, list[Cut]]:

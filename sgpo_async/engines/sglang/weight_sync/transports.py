@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 
 from sgpo_async.engines.base import BroadcastGroups, Weights
 from sgpo_async.engines.sglang.processes.api import ServerApi, ServerGone, ServerRefused
-from sgpo_async.engines.sglang.weight_sync.layout import Checksums, expected_checksums
+from sgpo_async.engines.sglang.weight_sync.layout import Checksums, digest_and_checksums
 from sgpo_async.engines.sglang.weight_sync.model_facts import ModelFacts
 from sgpo_async.errors import EngineError, SessionError, SgpoError, WeightsError
 from sgpo_async.files import set_usual_modes
@@ -46,6 +46,7 @@ class Prepared:
     """One version, checked against the model and ready to be sent."""
 
     version: int
+    digest: str  # of the tensors that `expected` was computed from
     expected: list[Checksums]  # of a server's parameters after the update, by tensor parallel rank
     payload: Any  # its type depends on the transport
 
@@ -87,7 +88,7 @@ class TensorTransport:
     def prepare(self, weights: Weights) -> Prepared:
         """Read and serialize a complete copy of the weights."""
         tensors = self._model.read(weights)
-        return Prepared(weights.version, self._model.expected(tensors), self.payloads(tensors))
+        return Prepared(weights.version, weights.digest, self._model.expected(tensors), self.payloads(tensors))
 
     def payloads(self, tensors: Mapping[str, torch.Tensor]) -> list[str]:
         """The payload of each request: at most BUCKET_BYTES, or one tensor."""
@@ -144,8 +145,13 @@ class DistributedTransport:
         }
         self._model.check(shapes)
         options = {"tp": self._tp, "dtype": self._model.dtype, "device": self._model.device}
-        computed = weights.groups.compute(weights.version, expected_checksums, self._model.config, **options)
-        return Prepared(weights.version, _answer(computed), (weights.groups, plan))
+        computed = weights.groups.compute(weights.version, digest_and_checksums, self._model.config, **options)
+        found, expected = _answer(computed)
+        if found != weights.digest:
+            raise WeightsError(
+                f"version {weights.version}: the weights have digest {found}, but {weights.digest} was announced"
+            )
+        return Prepared(weights.version, found, expected, (weights.groups, plan))
 
     async def send(self, api: ServerApi, prepared: Prepared, *, flush: bool, timeout_s: float) -> None:
         """Broadcast piece by piece: at the same time the weight sender sends, and the server is told to receive."""
@@ -227,7 +233,8 @@ class DiskTransport:
     def prepare(self, weights: Weights) -> Prepared:
         """Read a complete copy and write it to disk. Raises EngineError if it cannot be written."""
         tensors = self._model.read(weights)
-        return Prepared(weights.version, self._model.expected(tensors), self.write(weights.version, tensors))
+        path = self.write(weights.version, tensors)
+        return Prepared(weights.version, weights.digest, self._model.expected(tensors), path)
 
     def write(self, version: int, tensors: Mapping[str, torch.Tensor]) -> str:
         """Write a version's folder, renamed when complete, and remove old ones; returns its path."""
