@@ -11,6 +11,7 @@ float32), and bfloat16 on a CPU with AMX, where SGLang repacks its matrices.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,6 +26,7 @@ Checksums = dict[str, str]  # SGLang's name of a parameter -> 16 hexadecimal dig
 
 HASHES = {"cpu": cpu_hash, "cuda": cuda_hash}
 VOCABULARY_MULTIPLE = 64
+LAYER = re.compile(r"model\.layers\.\d+(?=\.)")
 CPU_MLP_MULTIPLE = 32  # per rank; GPU servers do not pad the MLP
 
 
@@ -138,6 +140,27 @@ def compare(expected: Sequence[Checksums], answered: Sequence[Checksums]) -> Non
                 f"sent and {_some(wanted.keys() - held.keys())} are missing; "
                 f"{_some(held.keys() - wanted.keys())} are unexpected"
             )
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a server's parameters, whose checksums can be asked for by themselves."""
+
+    expected: list[Checksums]  # by rank
+    others: list[str]  # substrings of the names of all other parameters, and of no name in this part
+
+
+def pieces_of(expected: Sequence[Checksums]) -> list[Piece]:
+    """The parameters in pieces: each layer, and each parameter outside of the layers. Together they are all of them."""
+    names = {name for checksums in expected for name in checksums}
+    stems = sorted({f"{match[0]}." if (match := LAYER.match(name)) else name for name in names})
+    return [
+        Piece(
+            [{name: one for name, one in checksums.items() if name.startswith(stem)} for checksums in expected],
+            [other for other in stems if other != stem],
+        )
+        for stem in stems
+    ]
 
 
 def answered_checksums(answer: Mapping[str, Any]) -> list[Checksums]:
