@@ -104,7 +104,7 @@ class Bench:
         self._engine.start()
         try:
             self._load(0, servers)
-            self._serve(lambda: self._engine.load_status().tokens > 8 * self._slots, "the first tokens")
+            self._serve(lambda: self._streamed() > 8 * self._slots, "the first tokens")
             assert self._engine._loop is not None
             self._stall.watch(self._engine._loop)
             began, tokens = time.monotonic(), self._engine.load_status().tokens
@@ -132,6 +132,12 @@ class Bench:
         first = self._engine.updates[updates - len(self._engine.server_slots)]
         return first.began - began
 
+    def _streamed(self) -> int:
+        """How many tokens running completions have."""
+        servers = [server_slot.server for server_slot in self._engine.server_slots]
+        running = [one for server in servers if server is not None for one in list(server.running.values())]
+        return sum(len(one.item.tokens) for one in running)
+
     def _serve(self, done: Any, event: str, *, busy: bool = True) -> None:
         """Keep every slot busy until `done()`."""
         deadline = time.monotonic() + DEADLINE_S
@@ -139,7 +145,7 @@ class Bench:
         while not done():
             if time.monotonic() > deadline:
                 raise SgpoError(f"{event} did not come within {DEADLINE_S:g} s: {self._engine.events()}")
-            while busy and self._running < self._slots:
+            while busy and self._running < 2 * self._slots:  # half of them wait for a slot
                 prompt = rng.integers(0, self._vocabulary, PROMPT).astype(np.int32)
                 id = next(self._ids)
                 self._engine.submit(Generate(id=id, prompt=prompt, max_new_tokens=TOKENS, temperature=1.0, seed=id))

@@ -26,6 +26,7 @@ Checksums = dict[str, str]  # SGLang's name of a parameter -> 16 hexadecimal dig
 
 HASHES = {"cpu": cpu_hash, "cuda": cuda_hash}
 VOCABULARY_MULTIPLE = 64
+PIECES = 8
 LAYER = re.compile(r"model\.layers\.\d+(?=\.)")
 CPU_MLP_MULTIPLE = 32  # per rank; GPU servers do not pad the MLP
 
@@ -151,15 +152,16 @@ class Piece:
 
 
 def pieces_of(expected: Sequence[Checksums]) -> list[Piece]:
-    """The parameters in pieces: each layer, and each parameter outside of the layers. Together they are all of them."""
+    """All parameters in at most PIECES parts, of whole layers and of parameters outside of the layers."""
     names = {name for checksums in expected for name in checksums}
     stems = sorted({f"{match[0]}." if (match := LAYER.match(name)) else name for name in names})
+    size = -(-len(stems) // PIECES)
     return [
         Piece(
-            [{name: one for name, one in checksums.items() if name.startswith(stem)} for checksums in expected],
-            [other for other in stems if other != stem],
+            [{name: one for name, one in checksums.items() if name.startswith(part)} for checksums in expected],
+            [other for other in stems if other not in part],
         )
-        for stem in stems
+        for part in (tuple(stems[start : start + size]) for start in range(0, len(stems), size))
     ]
 
 
