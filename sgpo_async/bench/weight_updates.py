@@ -91,7 +91,9 @@ class Bench:
     def __init__(self, model: str, settings: Engine) -> None:
         self._engine = SglangEngine(model, settings, dtype="float32", digest=digest)
         self._slots, self._transport = settings.slots, settings.sglang.transport
-        self._tensors = {name: one.detach() for name, one in load_model(model, device="cpu", dtype="float32").named_parameters()}
+        self._tensors = {
+            name: one.detach() for name, one in load_model(model, device="cpu", dtype="float32").named_parameters()
+        }
         self._vocabulary = self._tensors["model.embed_tokens.weight"].shape[0]
         self._file = StoreFile(tempfile.gettempdir())
         self._writer, self._reader = StoreWriter(self._file.path), StoreReader(self._file.path)
@@ -111,8 +113,7 @@ class Bench:
             prepared = {version: self._load(version, servers * (version + 1)) for version in range(1, count + 1)}
             rate = (self._engine.load_status().tokens - tokens) / (time.monotonic() - began)
             updates = [
-                vars(update)
-                | {"prepare_s": prepared[update.version], "outside_s": update.outside_s}
+                vars(update) | {"prepare_s": prepared[update.version], "outside_s": update.outside_s}
                 for update in self._engine.updates[servers:]
             ]
         finally:
@@ -125,7 +126,9 @@ class Bench:
 
     def _load(self, version: int, updates: int) -> float:
         """Publish and load a version, wait until `updates` updates are done; how long the preparation took."""
-        manifest = self._writer.publish(version, ((n, t * (1 + 1e-3 * (version % 2))) for n, t in self._tensors.items()))
+        manifest = self._writer.publish(
+            version, ((n, t * (1 + 1e-3 * (version % 2))) for n, t in self._tensors.items())
+        )
         began = time.monotonic()
         self._engine.load(Weights(version=version, digest=manifest.digest, read=lambda: self._reader.tensors(version)))
         self._serve(lambda: len(self._engine.updates) == updates, f"version {version}", busy=version > 0)

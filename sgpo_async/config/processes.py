@@ -94,7 +94,7 @@ class Sglang:
     radix_cache: bool = True  # compute a prompt once for its whole group
     stream_interval: int = 16  # tokens between two messages of a running generation
     # How a new weight version reaches the servers: through a folder, in HTTP requests, or by a collective with the
-    # learner's weight sender. auto: through a folder for servers that an actor launches or if `folder` is set, else HTTP.
+    # learner's weight sender. auto: a folder for servers that an actor launches or if `folder` is set, else HTTP.
     transport: Literal["auto", "disk", "tensor", "distributed"] = "auto"
     # transport=disk: folder from which servers read versions; default: in shared memory (/dev/shm) if there is room
     # for three versions, else in the temporary folder.

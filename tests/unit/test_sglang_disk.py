@@ -152,7 +152,9 @@ def test_versions_are_in_shared_memory_if_there_is_room(
     monkeypatch.setattr(folder_module, "available_memory", lambda: memory * nbytes)
     monkeypatch.setattr(folder_module.tempfile, "gettempdir", lambda: "/temporary")
     root, found = default_root(nbytes)
-    assert root == (Path("/temporary") if reason else tmp_path) and found.endswith(reason) and bool(found) == bool(reason)
+    assert (
+        root == (Path("/temporary") if reason else tmp_path) and found.endswith(reason) and bool(found) == bool(reason)
+    )
 
 
 def test_the_log_says_once_that_shared_memory_is_too_small(

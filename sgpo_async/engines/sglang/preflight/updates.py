@@ -43,7 +43,9 @@ async def round_trip(subject: Subject, server_info: Json) -> str:  # noqa: ARG00
         await asyncio.to_thread(transport.release, prepared)
     if expected[0] == expected[1]:
         raise CheckFailed(f"the checksums do not change with one element of {CHANGED}", "report this bug")
-    prepared_s = (time.monotonic() - began - sum(one.shut_s + one.load_s + one.verify_s for one in updates)) / len(updates)
+    prepared_s = (time.monotonic() - began - sum(one.shut_s + one.load_s + one.verify_s for one in updates)) / len(
+        updates
+    )
     last = updates[-1]
     found = (
         f"3 updates by {transport.name}: prepare {prepared_s:.2f} s, load {last.load_s:.2f} s, "
@@ -51,7 +53,8 @@ async def round_trip(subject: Subject, server_info: Json) -> str:  # noqa: ARG00
     )
     if transport.name != own.used_transport:
         raise CheckWarning(
-            f"{found}; {own.used_transport} was not tested, because it needs the learner", "see the actor's log in a run"
+            f"{found}; {own.used_transport} was not tested, because it needs the learner",
+            "see the actor's log in a run",
         )
     return found
 

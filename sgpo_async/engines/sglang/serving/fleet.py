@@ -6,7 +6,7 @@
 
 The watchdog is one task per server. It waits until there is another offer, its server ends, or the next health check
 is due. Servers that have a version are updated one after another, so that the others generate; the one that has waited
-longest is next, whichever version it gets, so none is left out while versions keep arriving, and when no more arrive all
+longest is next, and gets the newest offer: none is left out while versions keep arriving, and when no more arrive all
 have the newest. `requests` decides which requests run on which server.
 """
 
