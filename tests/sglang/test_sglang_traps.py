@@ -109,7 +109,10 @@ def test_the_payload_is_a_plain_pickle() -> None:
     names = {str(arg) for op, arg, _ in pickletools.genops(data) if op.name in ("GLOBAL", "SHORT_BINUNICODE")}
     assert not any("rebuild_storage_fd" in name or "reductions" in name for name in names), names
     assert len(data) < 1500
-    assert torch.equal(pickle.loads(data)[0][1], view)
+    bucket = pickle.loads(data)
+    (place,) = bucket["metadata"]
+    assert (place.name, place.shape, place.dtype, place.start_idx, place.end_idx) == ("a", (10,), view.dtype, 0, 40)
+    assert torch.equal(bucket["flattened_tensor"].view(torch.float32), view)
 
 
 def test_unknown_names_are_silently_ignored(raw: ServerProcess) -> None:
@@ -161,7 +164,7 @@ def test_every_update_flushes_the_cache_and_none_calls_health(
     monkeypatch.setattr(ServerApi, "_call", recorded)
     pair.load(models["qwen3"], 0)
     pair.load(models["qwen3-other"], 1)
-    updates = [body for path, body in calls if path == "/update_weights_from_tensor"]
+    updates = [body for path, body in calls if path == "/update_weights_from_disk"]
     assert len(updates) == 4 and all(body["flush_cache"] is True for body in updates)
     assert not any("health" in path for path, _ in calls)
 

@@ -83,11 +83,17 @@ class Versions:
                 continue
 
     async def prepare(self, weights: Weights, transport: Transport) -> Offer:
-        """The offer of one transport, which prepares a version once for all servers. Raises what it raises."""
+        """The offer of one transport, which prepares a version once for all servers. Raises what it raises.
+
+        It is released if nobody needs it when the caller next waits.
+        """
         key = (id(weights), transport.name)
         if key not in self._preparing:
             self._preparing[key] = asyncio.create_task(self._prepare(weights, transport))
-        return await asyncio.shield(self._preparing[key])
+        offer = await asyncio.shield(self._preparing[key])
+        if offer not in self._made:
+            self._made.append(offer)
+        return offer
 
     def release(self) -> None:
         """Free every version that is not offered and that no server needs."""
@@ -124,9 +130,7 @@ class Versions:
         except SgpoError:
             del self._preparing[(id(weights), transport.name)]
             raise
-        offer = Offer(weights, transport, prepared)
-        self._made.append(offer)
-        return offer
+        return Offer(weights, transport, prepared)
 
     def _set_offer(self, offer: Offer | None) -> None:
         self.offer = offer
