@@ -43,6 +43,7 @@ from sgpo_async.files import set_usual_modes
 log = logging.getLogger(__name__)
 
 BUCKET_BYTES = 64 * 2**20  # size limit of the tensors in one request
+ENCODED = 3 * 2**18  # bytes that are encoded at a time; a multiple of 3, so that the parts are one text of base64
 SENDER_TIMEOUT_S = 600.0  # for an answer of the weight sender; longer than its own timeouts
 COPIED = ("config.json", "generation_config.json")
 
@@ -99,9 +100,9 @@ class TensorTransport:
         tensors = self._model.read(weights)
         return Prepared(weights.version, self._model.expected(tensors), self.payloads(tensors))
 
-    def payloads(self, tensors: Mapping[str, torch.Tensor]) -> list[bytes]:
-        """The payload of each request, in base64: at most BUCKET_BYTES of tensors, or one tensor."""
-        payloads: list[bytes] = []
+    def payloads(self, tensors: Mapping[str, torch.Tensor]) -> list[list[bytes]]:
+        """The payload of each request, in consecutive parts of base64: at most BUCKET_BYTES of tensors, or one tensor."""
+        payloads: list[list[bytes]] = []
         bucket: list[tuple[str, torch.Tensor]] = []
         size = 0
         for name, tensor in tensors.items():
@@ -122,7 +123,7 @@ class TensorTransport:
                     "flush_cache": flush and last,
                     "weight_version": str(prepared.version) if last else None,
                 }
-                ranks = [b'{"serialized_named_tensors": ["', payload, *[b'", "', payload] * (self._tp - 1), b'"], ']
+                ranks = [b'{"serialized_named_tensors": ["', *payload, *[b'", "', *payload] * (self._tp - 1), b'"], ']
                 body = [*ranks, json.dumps(rest).encode()[1:]]
                 await api.post_encoded("/update_weights_from_tensor", body, timeout_s=timeout_s)
 
@@ -315,7 +316,7 @@ async def _weight_update(api: ServerApi, timeout_s: float) -> AsyncIterator[None
     await api.post("/end_weight_update", {}, timeout_s=timeout_s)
 
 
-def _payload(bucket: list[tuple[str, torch.Tensor]]) -> bytes:
+def _payload(bucket: list[tuple[str, torch.Tensor]]) -> list[bytes]:
     """SGLang's flattened bucket: one flat uint8 tensor, and where each tensor is in it."""
     parts, metadata, start = [], [], 0
     for name, tensor in bucket:
@@ -326,4 +327,6 @@ def _payload(bucket: list[tuple[str, torch.Tensor]]) -> bytes:
         parts.append(flat)
         start += flat.numel()
     flattened = {"flattened_tensor": torch.cat(parts), "metadata": metadata}
-    return base64.b64encode(pickle.dumps(flattened, protocol=pickle.HIGHEST_PROTOCOL))
+    data = memoryview(pickle.dumps(flattened, protocol=pickle.HIGHEST_PROTOCOL))
+    # In parts, as the encoder holds Python's lock, which the loop that carries the streams needs as well.
+    return [base64.b64encode(data[start : start + ENCODED]) for start in range(0, len(data), ENCODED)]
