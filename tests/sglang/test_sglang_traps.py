@@ -109,10 +109,7 @@ def test_the_payload_is_a_plain_pickle() -> None:
     names = {str(arg) for op, arg, _ in pickletools.genops(data) if op.name in ("GLOBAL", "SHORT_BINUNICODE")}
     assert not any("rebuild_storage_fd" in name or "reductions" in name for name in names), names
     assert len(data) < 1500
-    bucket = pickle.loads(data)
-    (place,) = bucket["metadata"]
-    assert (place.name, place.shape, place.dtype, place.start_idx, place.end_idx) == ("a", (10,), view.dtype, 0, 40)
-    assert torch.equal(bucket["flattened_tensor"].view(torch.float32), view)
+    assert torch.equal(pickle.loads(data)[0][1], view)
 
 
 def test_unknown_names_are_silently_ignored(raw: ServerProcess) -> None:

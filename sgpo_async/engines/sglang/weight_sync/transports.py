@@ -25,7 +25,6 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -83,11 +82,10 @@ class Transport(Protocol):
 
 
 class TensorTransport:
-    """Sends plain pickles of flattened CPU tensors in base64, one copy for each of `tp` ranks.
+    """Sends plain pickles of [(name, CPU tensor), ...] in base64, one copy for each of `tp` ranks.
 
     A pickle of torch.multiprocessing would refer to file descriptors of this process, which kills a server that is
-    not a child of this process. One flat tensor for each request instead of all its tensors saves the server from
-    unpickling each of them by itself (docs/results/weights/engines.txt).
+    not a child of this process. SGLang's flattened buckets would save it no time on a CPU (docs/log.md).
     """
 
     name = "tensor"
@@ -101,7 +99,7 @@ class TensorTransport:
         return Prepared(weights.version, self._model.expected(tensors), self.payloads(tensors))
 
     def payloads(self, tensors: Mapping[str, torch.Tensor]) -> list[list[bytes]]:
-        """The payload of each request, in consecutive parts of base64: at most BUCKET_BYTES of tensors, or one tensor."""
+        """The payload of each request, in parts of base64: at most BUCKET_BYTES of tensors, or one tensor."""
         payloads: list[list[bytes]] = []
         bucket: list[tuple[str, torch.Tensor]] = []
         size = 0
@@ -109,7 +107,7 @@ class TensorTransport:
             if bucket and size + tensor.nbytes > BUCKET_BYTES:
                 payloads.append(_payload(bucket))
                 bucket, size = [], 0
-            bucket.append((name, tensor))
+            bucket.append((name, tensor.contiguous().clone()))  # a copy: pickle writes the whole storage
             size += tensor.nbytes
         return [*payloads, _payload(bucket)]
 
@@ -119,7 +117,6 @@ class TensorTransport:
             for number, payload in enumerate(prepared.payload, 1):
                 last = number == len(prepared.payload)
                 rest = {
-                    "load_format": "flattened_bucket",
                     "flush_cache": flush and last,
                     "weight_version": str(prepared.version) if last else None,
                 }
@@ -317,16 +314,6 @@ async def _weight_update(api: ServerApi, timeout_s: float) -> AsyncIterator[None
 
 
 def _payload(bucket: list[tuple[str, torch.Tensor]]) -> list[bytes]:
-    """SGLang's flattened bucket: one flat uint8 tensor, and where each tensor is in it."""
-    parts, metadata, start = [], [], 0
-    for name, tensor in bucket:
-        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        place = dict(start_idx=start, end_idx=start + flat.numel(), numel=flat.numel())
-        # SGLang reads these attributes of its own class, which its unpickler refuses, but not this one.
-        metadata.append(SimpleNamespace(name=name, shape=tuple(tensor.shape), dtype=tensor.dtype, **place))
-        parts.append(flat)
-        start += flat.numel()
-    flattened = {"flattened_tensor": torch.cat(parts), "metadata": metadata}
-    data = memoryview(pickle.dumps(flattened, protocol=pickle.HIGHEST_PROTOCOL))
+    data = memoryview(pickle.dumps(bucket, protocol=pickle.HIGHEST_PROTOCOL))
     # In parts, as the encoder holds Python's lock, which the loop that carries the streams needs as well.
     return [base64.b64encode(data[start : start + ENCODED]) for start in range(0, len(data), ENCODED)]
