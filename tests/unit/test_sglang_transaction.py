@@ -86,7 +86,7 @@ def server_of(api: PlayedApi) -> Server:
 
 
 async def until(holds: Callable[[], object], event: str = "") -> None:
-    deadline = asyncio.get_running_loop().time() + 15
+    deadline = asyncio.get_running_loop().time() + 120
     while not holds():
         assert asyncio.get_running_loop().time() < deadline, f"did not happen: {event}"
         await asyncio.sleep(0.001)
