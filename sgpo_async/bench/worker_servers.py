@@ -240,7 +240,7 @@ def main(config: str, seconds: str, *words: str) -> None:
         "pause_s_median": statistics.median(pauses),
         "pause_s_max": pauses[-1],
         "shut_s_median": statistics.median(update.shut_s for update in updates),
-        "send_s_median": statistics.median(update.send_s for update in updates),
+        "load_s_median": statistics.median(update.load_s for update in updates),
         "verify_s_median": statistics.median(update.verify_s for update in updates),
     }
     print(json.dumps(figures))

@@ -6,7 +6,6 @@ import errno
 import os
 import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from sgpo_async.cli import preflight, resources
 from sgpo_async.cli.resources import existing, free, require_writable, size
 from sgpo_async.config import Hub, Run
 from sgpo_async.engines.sglang.preflight import Finding, finding_of
+from sgpo_async.engines.sglang.weight_sync.folder import ROOM, default_root
 from sgpo_async.engines.sglang.weight_sync.layout import layout_of
 from sgpo_async.engines.sglang.weight_sync.model_facts import ModelFacts, model_facts
 from sgpo_async.errors import CheckFailed, CheckWarning, DataError, SgpoError
@@ -209,16 +209,18 @@ def sglang_python(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
 
 
 def weights_folder(run: Run, facts: ModelFacts) -> str:
-    """With transport=disk, check that the folder is writable and has room for three versions."""
+    """With transport=disk, check that the folder is writable and has room for the versions that are in it at a time."""
     own = run.engine.sglang
-    if run.engine.kind != "sglang" or own.transport != "disk":
+    if run.engine.kind != "sglang" or own.used_transport != "disk":
         return "not used"
-    folder, needed = existing(own.folder or tempfile.gettempdir()), 3 * _weight_bytes(run, facts)
+    nbytes = _weight_bytes(run, facts)
+    root, reason = (Path(own.folder), "") if own.folder else default_root(nbytes)
+    folder, needed = existing(root), ROOM * nbytes
     require_writable(folder, "engine.sglang.folder", "set it to a folder that actor and servers share")
     if free(folder) < needed:
-        found = f"engine.sglang.folder: {folder} has {size(free(folder))}, three versions need {size(needed)}"
+        found = f"engine.sglang.folder: {folder} has {size(free(folder))}, {ROOM} versions need {size(needed)}"
         raise CheckFailed(found, "free some space, or set another engine.sglang.folder")
-    return f"{folder}: {size(free(folder))} for 3 versions of {size(needed // 3)}"
+    return f"{folder}: {size(free(folder))} for {ROOM} versions of {size(nbytes)}" + (f" ({reason})" if reason else "")
 
 
 MACHINE: Mapping[str, Check] = {

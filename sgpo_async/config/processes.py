@@ -113,10 +113,11 @@ class Sglang:
     args: str = ""  # further arguments for the command line of `sglang.launch_server`
     radix_cache: bool = True  # compute a prompt once for its whole group
     stream_interval: int = 16  # tokens between two messages of a running generation
-    # How a new weight version reaches the servers: in HTTP requests, by a collective with the learner's weight sender,
-    # or through a folder.
-    transport: Literal["tensor", "distributed", "disk"] = "tensor"
-    # transport=disk: folder from which servers read versions; default: a local temporary folder.
+    # How a new weight version reaches the servers: through a folder, in HTTP requests, or by a collective with the
+    # learner's weight sender. auto: a folder for servers that an actor launches or if `folder` is set, else HTTP.
+    transport: Literal["auto", "disk", "tensor", "distributed"] = "auto"
+    # transport=disk: folder from which servers read versions; default: in shared memory (/dev/shm) if there is room
+    # for three versions, else in the temporary folder.
     folder: str = field(default="", metadata=PATH)
     # What happens to running generations when a new version arrives. abort-resume: they stop and continue under the new
     # version from the tokens that they have; retract: SGLang keeps them and recomputes their keys and values;
@@ -145,6 +146,13 @@ class Sglang:
             "values in the prefix cache, where they serve later requests",
             self.in_flight,
         )
+
+    @property
+    def used_transport(self) -> Literal["disk", "tensor", "distributed"]:
+        """The transport that `transport` stands for."""
+        if self.transport != "auto":
+            return self.transport
+        return "tensor" if self.urls and not self.folder else "disk"
 
 
 @dataclass(frozen=True, kw_only=True)

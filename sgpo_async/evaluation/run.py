@@ -80,9 +80,9 @@ def _weights(run: Run, folder: str) -> Weights:
 
 
 def _open(run: Run, folder: str) -> Engine:
-    """Open the engine. There is no learner to broadcast weights, so servers get them by HTTP."""
+    """Open the engine. There is no learner to broadcast weights, so servers get them in the default way."""
     if run.engine.broadcasts:
-        run = replace(run, engine=replace(run.engine, sglang=replace(run.engine.sglang, transport="tensor")))
+        run = replace(run, engine=replace(run.engine, sglang=replace(run.engine.sglang, transport="auto")))
     return open_engine(run, folder)
 
 

@@ -130,7 +130,7 @@ def updates(served: Served, learner: Learner, transport: str, *, tokens: int, vo
     made = served.engine.updates[before:]
     counted = [update for update in made[1:] if update.transport == transport]
     parts = {
-        part: [getattr(update, part) for update in counted] for part in ("pause_s", "shut_s", "send_s", "verify_s")
+        part: [getattr(update, part) for update in counted] for part in ("pause_s", "shut_s", "load_s", "verify_s")
     }
     medians = {f"{part}_median": statistics.median(values) for part, values in parts.items()}
     return {**medians, "pause_s_max": max(parts["pause_s"]), "counted": len(counted), "of": len(made) - 1}

@@ -144,8 +144,8 @@ def published(rank: int) -> dict[str, Any]:
             stepper.policy,
             torch.bfloat16,
             store=StoreWriter(file.path) if rank == 0 else None,
-            published=lambda version, own, _canary, path, _secret: reported.append(
-                (version, own, StoreReader(path).version())
+            published=lambda version, own, canary, path, _secret: reported.append(
+                (version, own, canary, StoreReader(path).version())
             ),
         )
         score = CanaryScore(policy=stepper.policy, canary=CANARY, dtype=torch.bfloat16, bfloat16=False)
@@ -260,8 +260,8 @@ def test_a_resumed_run_continues_bit_for_bit(results: dict[str, Any]) -> None:
 def test_each_publication_contains_the_weights_at_that_time(results: dict[str, Any]) -> None:
     found = results["published"]
     initial = dict(cases.tiny_model(dtype=torch.float32).named_parameters())
-    assert [(version, newest) for version, _, newest in found["reported"]] == [(0, 0), (1, 1)]
-    assert [own for _, own, _ in found["reported"]] == [
+    assert [(version, newest) for version, *_, newest in found["reported"]] == [(0, 0), (1, 1)]
+    assert [own for _, own, *_ in found["reported"]] == [
         short_digest(digest(found["versions"][version].items())) for version in (0, 1)
     ]
     assert list(found["versions"][0]) == list(initial)

@@ -34,7 +34,7 @@ MOMENTS = [(phase, 0.0) for phase in PHASES] + [(phase, 0.004) for phase in LONG
 
 @pytest.fixture(scope="module")
 def _victims(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
-    with Servers(models["qwen3"], tmp_path_factory.mktemp("logs"), servers=2) as servers:
+    with Servers(models["qwen3"], tmp_path_factory.mktemp("logs"), servers=2, transport="tensor") as servers:
         yield servers
 
 

@@ -89,7 +89,7 @@ def test_the_server_samples_and_scores_as_the_embedded_engine_does_before_and_af
         assert_engines_agree(model, version, folder, requests, results)
         ended = [one for one in results.values() if isinstance(one, Generated) and one.finish == "stop"]
         assert ended and all(one.tokens[-1] == END and END not in one.tokens[:-1] for one in ended)
-    assert {update.transport for update in server.engine.updates} == {"tensor"} and not server.events()
+    assert {update.transport for update in server.engine.updates} == {"disk"} and not server.events()
 
 
 def test_the_server_takes_a_limited_part_of_the_machine_s_memory(server: Servers) -> None:

@@ -105,7 +105,7 @@ def test_the_payload_is_a_plain_pickle() -> None:
     """It contains no file descriptor and no shared memory, and only the tensor's part of a larger storage."""
     view = torch.arange(1000.0)[10:20]
     (encoded,) = TensorTransport.payloads(None, {"a": view})  # type: ignore[arg-type]
-    data = base64.b64decode(encoded)
+    data = base64.b64decode(b"".join(encoded))
     names = {str(arg) for op, arg, _ in pickletools.genops(data) if op.name in ("GLOBAL", "SHORT_BINUNICODE")}
     assert not any("rebuild_storage_fd" in name or "reductions" in name for name in names), names
     assert len(data) < 1500
@@ -161,7 +161,7 @@ def test_every_update_flushes_the_cache_and_none_calls_health(
     monkeypatch.setattr(ServerApi, "_call", recorded)
     pair.load(models["qwen3"], 0)
     pair.load(models["qwen3-other"], 1)
-    updates = [body for path, body in calls if path == "/update_weights_from_tensor"]
+    updates = [body for path, body in calls if path == "/update_weights_from_disk"]
     assert len(updates) == 4 and all(body["flush_cache"] is True for body in updates)
     assert not any("health" in path for path, _ in calls)
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,8 +23,9 @@ from sglang_support import (
 )
 
 from sgpo_async.engines import Weights
-from sgpo_async.engines.sglang.weight_sync.transports import TensorTransport
-from sgpo_async.errors import Superseded
+from sgpo_async.engines.sglang.processes.api import ServerApi, ServerRefused
+from sgpo_async.engines.sglang.weight_sync.transports import DiskTransport
+from sgpo_async.errors import EngineError, Superseded
 from sgpo_async.weights import digest
 
 pytestmark = [pytest.mark.sglang, pytest.mark.process]
@@ -64,18 +66,16 @@ def assert_both_versions(results: dict, count: int) -> None:
 
 @pytest.mark.parametrize("transport", ["tensor", "disk"])
 def test_running_completions_continue_under_the_new_weights(
-    models: dict[str, Path], tmp_path: Path, transport: str, pair: Servers
+    models: dict[str, Path], tmp_path: Path, transport: str
 ) -> None:
-    if transport == "disk":
-        with Servers(
-            models["qwen3"], tmp_path, servers=1, slots=32, transport="disk", folder=str(tmp_path / "w")
-        ) as servers:
-            _abort_resume(servers, models)
-            assert len(list((tmp_path / "w").iterdir())) == 2  # the newest two versions, no temporary folder
-            assert {update.transport for update in servers.engine.updates} == {"disk"}
-        assert list((tmp_path / "w").iterdir()) == []
-    else:
-        _abort_resume(pair, models)
+    own = {"folder": str(tmp_path / "w")} if transport == "disk" else {}
+    with Servers(models["qwen3"], tmp_path, servers=1, slots=32, transport=transport, **own) as servers:
+        _abort_resume(servers, models)
+        assert {update.transport for update in servers.engine.updates} == {transport}
+        if own:
+            (folder,) = (tmp_path / "w").iterdir()
+            servers.until(lambda: [one.name[:7] for one in folder.iterdir()] == ["v000001"], "older versions removed")
+    assert not own or list((tmp_path / "w").iterdir()) == []
 
 
 def _abort_resume(servers: Servers, models: dict[str, Path]) -> None:
@@ -220,30 +220,72 @@ def test_an_overwritten_version_is_skipped(pair: Servers, models: dict[str, Path
     pair.load(models["qwen3-other"], 2)
 
 
-def test_a_tensor_damaged_in_transit_is_detected_and_sent_again(pair: Servers, models: dict[str, Path]) -> None:
-    """A tensor changes after it was hashed: the checksum differs, and another transport sends it correctly."""
+def test_a_version_damaged_in_transit_is_taken_back_and_sent_again(pair: Servers, models: dict[str, Path]) -> None:
+    """A tensor changes after it was hashed: no token of it is released, and another transport sends the version."""
     pair.load(models["qwen3"], 0)
     transport = pair.engine._transports[0]
-    assert isinstance(transport, TensorTransport)
-    payloads = transport.payloads
+    assert isinstance(transport, DiskTransport)
+    write = transport.write
 
-    def damaging(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    def damaging(version: int, tensors: Mapping[str, torch.Tensor]) -> str:
         tensors = dict(tensors)
-        tensors["model.norm.weight"] = tensors["model.norm.weight"].clone()
-        tensors["model.norm.weight"][3] += 0.001
-        return payloads(tensors)
+        tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1.5
+        return write(version, tensors)
 
-    transport.payloads = damaging  # type: ignore[method-assign]
+    before = len(pair.events())
+    transport.write = damaging  # type: ignore[method-assign]
     try:
-        before = len(pair.events())
-        pair.load(models["qwen3-other"], 1)
+        requests, results = interrupted(pair, models["qwen3-other"])
     finally:
-        transport.payloads = payloads  # type: ignore[method-assign]
+        transport.write = write  # type: ignore[method-assign]
+    both = {0: loaded(models["qwen3"]), 1: loaded(models["qwen3-other"])}
+    assert_teacher_forced(both, requests, results)
     events = pair.events()[before:]
-    assert len([line for line in events if "model.norm.weight" in line and "out of service" in line]) == 2, events
-    assert [update.transport for update in pair.engine.updates[-2:]] == ["disk", "disk"]
-    pair.engine.submit(completion(0))
-    assert_teacher_forced({1: loaded(models["qwen3-other"])}, [completion(0)], pair.results(1))
+    assert len([line for line in events if "model.norm.weight" in line and "version 0 is in service" in line]) == 2
+    assert [update.transport for update in pair.engine.updates[-2:]] == ["tensor", "tensor"]
+
+
+@pytest.mark.parametrize("path", ["/update_weights_from_disk", "/weights_checker"])
+def test_after_a_failed_update_a_server_generates_with_the_previous_version(
+    pair: Servers, models: dict[str, Path], path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every load of version 1, or every verification of it, fails after SGLang has loaded it: nothing is restarted."""
+    pair.load(models["qwen3"], 0)
+    processes = [server_slot.process for server_slot in pair.engine.server_slots]
+    call, failed = ServerApi._call, set()
+
+    async def failing(api: ServerApi, method: str, where: str, body: Any, timeout_s: float, *rest: Any) -> Any:
+        answer = await call(api, method, where, body, timeout_s, *rest)
+        slot = next(slot for slot in pair.engine.server_slots if slot.url == api.url)
+        if where == path and slot.loading is not None and slot.loading.prepared.version == 1 and api.url not in failed:
+            failed.add(api.url)
+            raise ServerRefused(f"{api.url}{where}: simulated")
+        return answer
+
+    monkeypatch.setattr(ServerApi, "_call", failing)
+    pair.engine._transports[1].prepare, prepare = refusing, pair.engine._transports[1].prepare  # type: ignore[method-assign]
+    try:
+        requests, before = [completion(i, tokens=TOKENS, seed=i) for i in range(32)], len(pair.events())
+        for request in requests:
+            pair.engine.submit(request)
+        pair.until(lambda: _streamed(pair) > 4 * 32, "some tokens")
+        pair.engine.load(version_of(models["qwen3-other"], 1))
+        results = pair.results(32)
+        pair.until(lambda: len(failed) == 2, "a failure of both servers")
+        pair.until(lambda: pair.versions() == {0}, "version 0 in service")
+        assert_teacher_forced({0: loaded(models["qwen3"]), 1: loaded(models["qwen3-other"])}, requests, results)
+        said = [line for line in pair.events()[before:] if "simulated; version 0 is in service" in line]
+        assert len(said) == 2, pair.events()[before:]
+        pair.engine.submit(completion("after"))
+        assert_teacher_forced({0: loaded(models["qwen3"])}, [completion("after")], pair.results(1))
+        pair.load(models["qwen3-other"], 2)
+        assert [server_slot.process for server_slot in pair.engine.server_slots] == processes
+    finally:
+        pair.engine._transports[1].prepare = prepare  # type: ignore[method-assign]
+
+
+def refusing(weights: Weights) -> Any:
+    raise EngineError("this transport takes no part in the test")
 
 
 def test_a_new_session_drops_requests_and_versions(pair: Servers, models: dict[str, Path]) -> None:

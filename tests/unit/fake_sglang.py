@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -13,6 +13,8 @@ from sgpo_async.engines.base import Generate, Weights
 from sgpo_async.engines.sglang.processes.api import Json, ServerGone
 from sgpo_async.engines.sglang.serving.partial import Partial
 from sgpo_async.engines.sglang.serving.server import Server
+from sgpo_async.engines.sglang.serving.versions import Offer
+from sgpo_async.engines.sglang.weight_sync.transports import Transport
 
 TOKENS = 6
 SLOTS = 4
@@ -108,8 +110,16 @@ class FakeTransport:
         await asyncio.sleep(0)
         self.on_send()
 
+    def release(self, prepared: Any) -> None:
+        pass
 
-async def verify_nothing(api: Any, prepared: Any, *, timeout_s: float) -> None:
+
+def offer_of(version: int, transport: FakeTransport) -> Offer:
+    weights: Any = SimpleNamespace(version=version)
+    return Offer(weights, cast(Transport, transport), transport.prepare(weights))
+
+
+async def verify_nothing(api: Any, prepared: Any, *, timeout_s: float, in_pieces: bool = False) -> None:
     """Replaces the verification of an update, which compares checksums."""
 
 

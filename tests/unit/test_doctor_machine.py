@@ -84,7 +84,7 @@ def test_a_model_that_needs_too_much_memory_or_disk_fails(giant: ModelFacts, tmp
     with pytest.raises(CheckFailed, match=f"out: {tmp_path} has .*, and 4 checkpoints, the .* GB; free some space"):
         machine.disk(run, giant)
     disk = settings("engine.sglang.transport=disk", f"engine.sglang.folder={tmp_path / 'weights'}")
-    with pytest.raises(CheckFailed, match=f"engine.sglang.folder: {tmp_path} has .* three versions need .*; free some"):
+    with pytest.raises(CheckFailed, match=f"engine.sglang.folder: {tmp_path} has .* 3 versions need .*; free some"):
         machine.weights_folder(disk, giant)
     with pytest.raises(CheckFailed, match=r"largest id is 55, and the model has 40 tokens; use the tokenizer"):
         machine.tokenizer(run, replace(giant, folder=model_folder("builtin:cues")))

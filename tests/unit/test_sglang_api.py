@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import json
+import pickle
 import socket
+from typing import Any
 
 import pytest
+import torch
+from aiohttp import web
 from fake_sglang import generate
 
 from sgpo_async.engines.sglang.processes.api import ServerApi, ServerGone, ServerUnreached, http_session
 from sgpo_async.engines.sglang.serving.requests import Requests
 from sgpo_async.engines.sglang.serving.server import Server
+from sgpo_async.engines.sglang.weight_sync.transports import Prepared, TensorTransport
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
 
@@ -116,3 +123,59 @@ def test_a_suspect_is_not_blamed_for_a_server_that_had_died_before() -> None:
             assert requests.results.empty()
 
     asyncio.run(scenario())
+
+
+def test_a_ready_body_is_sent_as_it_is() -> None:
+    """Parts of any size are one body of JSON with its length; nothing is encoded again."""
+    got: list[tuple[Any, str | None]] = []
+
+    async def take(request: web.Request) -> web.Response:
+        got.append((await request.json(), request.headers.get("Content-Length")))
+        return web.json_response({"success": True})
+
+    async def scenario() -> None:
+        app = web.Application(client_max_size=2**27)
+        app.router.add_post("/take", take)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        (address,) = runner.addresses
+        async with http_session() as http:
+            api = ServerApi(http, f"http://127.0.0.1:{address[1]}")
+            parts = [b'{"a": "', b"x" * (3 * 2**20 + 1), b"", b'", "b": [1, null]}']
+            assert await api.post_encoded("/take", parts, timeout_s=60.0) == {"success": True}
+        await runner.cleanup()
+        assert got == [({"a": "x" * (3 * 2**20 + 1), "b": [1, None]}, str(sum(map(len, parts))))]
+
+    asyncio.run(scenario())
+
+
+def test_the_requests_of_a_version_are_encoded_once_and_shared_by_servers_and_ranks() -> None:
+    """What `send` hands over are the bytes of `prepare`; joined they are what SGLang reads."""
+    tensors = {f"t{i}": torch.full((1000,), float(i)) for i in range(3)}
+    sent: list[tuple[str, list[bytes]]] = []
+
+    class Api:
+        url = "server"
+
+        async def post(self, path: str, body: Any, *, timeout_s: float) -> None:
+            assert path in ("/begin_weight_update", "/end_weight_update") and body == {}
+
+        async def post_encoded(self, path: str, body: list[bytes], *, timeout_s: float) -> None:
+            sent.append((path, body))
+
+    transport = TensorTransport(None, tp=2)  # type: ignore[arg-type]
+    prepared = Prepared(7, "00" * 16, [], transport.payloads(tensors))
+    for _ in range(2):
+        asyncio.run(transport.send(Api(), prepared, flush=True, timeout_s=1.0))  # type: ignore[arg-type]
+    (parts,) = prepared.payload
+    for path, body in sent:
+        assert path == "/update_weights_from_tensor"
+        assert sum(any(one is part for one in body) for part in parts) == len(parts)
+        read = json.loads(b"".join(body))
+        first, second = read.pop("serialized_named_tensors")
+        assert first == second and read == {"flush_cache": True, "weight_version": "7"}
+        named = pickle.loads(base64.b64decode(first))
+        assert [name for name, _ in named] == list(tensors)
+        assert all(torch.equal(tensor, tensors[name]) for name, tensor in named)

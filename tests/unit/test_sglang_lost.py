@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from fake_sglang import PHASE_S, FakeServer, FakeTransport, at, generate, verify_nothing
+from fake_sglang import PHASE_S, FakeServer, FakeTransport, at, generate, offer_of, verify_nothing
 
 from sgpo_async.engines.base import Failed, Generated
 from sgpo_async.engines.sglang.processes.api import ServerGone, ServerUnreached
 from sgpo_async.engines.sglang.serving import update as update_module
 from sgpo_async.engines.sglang.serving.requests import Requests
 from sgpo_async.engines.sglang.serving.update import InFlight, update
-from sgpo_async.engines.sglang.weight_sync.transports import Transport
 from sgpo_async.errors import DeadlineExceeded, SessionError, SgpoError
 
 
@@ -48,10 +46,7 @@ def hanging(server: FakeServer, *ids: Any) -> Callable[[], bool]:
 async def update_weights(
     server: FakeServer, on_send: Callable[[], None] = lambda: None, *, in_flight: InFlight = "abort-resume"
 ) -> None:
-    transport = cast(Transport, FakeTransport(on_send))
-    await update(
-        server, cast(Any, SimpleNamespace(version=1, digest="00" * 16)), transport, in_flight=in_flight, phase_s=PHASE_S
-    )
+    await update(server, offer_of(1, FakeTransport(on_send)), in_flight=in_flight, phase_s=PHASE_S)
 
 
 @pytest.mark.parametrize("answers", [True, False])

@@ -8,12 +8,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import pytest
-from fake_sglang import PHASE_S, SLOTS, FakeTransport, StreamingApi, kept_at, logprob_at, token_at, verify_nothing
+from fake_sglang import (
+    PHASE_S,
+    SLOTS,
+    FakeTransport,
+    StreamingApi,
+    kept_at,
+    logprob_at,
+    offer_of,
+    token_at,
+    verify_nothing,
+)
 
 from sgpo_async.engines.base import Generate, Generated, SampledTokens, Score
 from sgpo_async.engines.sglang.processes.api import ServerGone, ServerRefused
@@ -22,7 +31,6 @@ from sgpo_async.engines.sglang.serving.partial import Partial
 from sgpo_async.engines.sglang.serving.requests import MAX_REFUSALS, Requests
 from sgpo_async.engines.sglang.serving.server import Server
 from sgpo_async.engines.sglang.serving.update import InFlight, update
-from sgpo_async.engines.sglang.weight_sync.transports import Transport
 from sgpo_async.errors import EngineError
 
 TOKENS = 9
@@ -91,14 +99,8 @@ async def result_of(requests: Requests) -> Generated:
 
 async def update_weights(server: Server, version: int, *, in_flight: InFlight) -> None:
     api = cast(StreamingApi, server.api)
-    transport = cast(Transport, FakeTransport(lambda: setattr(api, "version", version)))
-    await update(
-        server,
-        cast(Any, SimpleNamespace(version=version, digest="00" * 16)),
-        transport,
-        in_flight=in_flight,
-        phase_s=PHASE_S,
-    )
+    transport = FakeTransport(lambda: setattr(api, "version", version))
+    await update(server, offer_of(version, transport), in_flight=in_flight, phase_s=PHASE_S)
 
 
 @pytest.mark.parametrize("interval", [1, 4])

@@ -295,18 +295,19 @@ class SglangEngine:
 
 
 def _transports(model: ModelFacts, settings: Sglang) -> list[Transport]:
-    """The configured transport, then the fallbacks in order.
+    """The transport to use, then the fallbacks in order.
 
     The disk is a fallback only for servers that were launched here: attached servers may not see this disk.
     """
     known: dict[str, Transport] = {
         "distributed": DistributedTransport(model, tp=settings.tp),
         "tensor": TensorTransport(model, tp=settings.tp),
+        "disk": DiskTransport(model, settings.folder),
     }
-    if settings.transport == "disk" or not settings.urls:
-        known["disk"] = DiskTransport(model, settings.folder)
-    first = known.pop(settings.transport)
+    first = known.pop(settings.used_transport)
     known.pop("distributed", None)
+    if settings.urls:
+        known.pop("disk", None)
     return [first, *known.values()]
 
 

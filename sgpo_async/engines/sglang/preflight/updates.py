@@ -9,6 +9,7 @@ from typing import Any
 from sgpo_async.engines.sglang.preflight.findings import Subject
 from sgpo_async.engines.sglang.processes.api import Json, ServerApi
 from sgpo_async.engines.sglang.serving.update import PAUSE_MODES, UpdateTimings, update
+from sgpo_async.engines.sglang.serving.versions import Offer
 from sgpo_async.errors import CheckFailed, CheckWarning
 
 CHANGED = "model.norm.weight"
@@ -36,21 +37,24 @@ async def round_trip(subject: Subject, server_info: Json) -> str:  # noqa: ARG00
         weights = await asyncio.to_thread(subject.reference.weights, version, changed=changed)
         prepared = await asyncio.to_thread(transport.prepare, weights)
         expected.append(prepared.expected)
-        timings = await update(
-            subject.server, prepared, transport, in_flight=own.in_flight, phase_s=own.phase_timeout_s
-        )
+        offer = Offer(weights, transport, prepared)
+        timings = await update(subject.server, offer, in_flight=own.in_flight, phase_s=own.phase_timeout_s)
         updates.append(timings)
+        await asyncio.to_thread(transport.release, prepared)
     if expected[0] == expected[1]:
         raise CheckFailed(f"the checksums do not change with one element of {CHANGED}", "report this bug")
-    prepared_s = (time.monotonic() - began - sum(updated.pause_s for updated in updates)) / len(updates)
+    prepared_s = (time.monotonic() - began - sum(one.shut_s + one.load_s + one.verify_s for one in updates)) / len(
+        updates
+    )
     last = updates[-1]
     found = (
-        f"3 updates by {transport.name}: prepare {prepared_s:.2f} s, send {last.send_s:.2f} s, "
+        f"3 updates by {transport.name}: prepare {prepared_s:.2f} s, load {last.load_s:.2f} s, "
         f"verify {last.verify_s:.2f} s"
     )
-    if transport.name != own.transport:
+    if transport.name != own.used_transport:
         raise CheckWarning(
-            f"{found}; {own.transport} was not tested, because it needs the learner", "see the actor's log in a run"
+            f"{found}; {own.used_transport} was not tested, because it needs the learner",
+            "see the actor's log in a run",
         )
     return found
 

@@ -1,10 +1,13 @@
 """Starts, supervises and updates all servers of one actor, in one asyncio loop without locks.
 
-    load ───▶ wanted ─▶ each server's watchdog: prepare (once for all servers), shut, send, verify, open;
-                        if that fails: try the next transport; if all fail, or the server died: restart it
+    load ───▶ versions: prepare, offer ───▶ each server's watchdog, in its turn: update to the newest offer;
+                                            if that fails: serve the previous version, try the next transport;
+                                            if there is no previous version, or the server died: restart it
 
-The watchdog is one task per server. It waits until another version is wanted, its server ends, or the next health check
-is due. `requests` decides which requests run on which server.
+The watchdog is one task per server. It waits until there is another offer, its server ends, or the next health check
+is due. Servers that have a version are updated one after another, so that the others generate; the one that has waited
+longest is next, and gets the newest offer: none is left out while versions keep arriving, and when no more arrive all
+have the newest. `requests` decides which requests run on which server.
 """
 
 from __future__ import annotations
@@ -13,7 +16,8 @@ import asyncio
 import math
 import queue
 from collections import deque
-from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,12 +43,13 @@ from sgpo_async.engines.sglang.serving.server_slot import (
     with_log_tail,
 )
 from sgpo_async.engines.sglang.serving.update import InFlight, UpdateTimings, update
-from sgpo_async.engines.sglang.weight_sync.transports import Prepared, Transport
-from sgpo_async.errors import DeadlineExceeded, EngineError, SessionError, SgpoError, Superseded, WeightsError
+from sgpo_async.engines.sglang.serving.versions import Offer, Versions
+from sgpo_async.engines.sglang.weight_sync.transports import Transport
+from sgpo_async.errors import DeadlineExceeded, EngineError, SgpoError, WeightsError
 
 BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 MAX_FAILED_STARTS = 6  # the engine fails when every server has failed this often in a row
-RETRY_S = 15.0  # until a version is tried again that no transport could prepare, e.g. because a disk was full
+RETRY_S = 15.0  # until a version is tried again that no transport could prepare or load, e.g. as a disk was full
 CHECK_INTERVAL_S = 5.0  # between two health checks of a server
 CHECK_TIMEOUT_S = 30.0  # for the answer to a health check
 
@@ -83,15 +88,13 @@ class Fleet:
         self.updates: deque[UpdateTimings] = deque(maxlen=1000)
         self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # all servers have started once
         self._server_slots, self._settings = list(server_slots), settings
-        self._transports, self._examine = transports, examine
+        self._examine = examine
         self.canaries: queue.SimpleQueue[ScoredCanary] = queue.SimpleQueue()
         self._canary: Score | None = None
         self._canary_every_s = math.inf
         self._scoring: set[asyncio.Task[None]] = set()
-        self._wanted: Weights | None = None
-        self._changed = asyncio.Event()  # set when another version is wanted, then replaced by a new event
-        self._prepared: dict[tuple[int, str], asyncio.Task[Prepared]] = {}  # wanted version, by (version, transport)
-        self._session = 0  # equal version numbers of different sessions are different weights
+        self._versions = Versions(transports, needed=self._needed_offers, say=self.events.put, retry_s=RETRY_S)
+        self._updating = asyncio.Lock()  # held by the server whose turn it is; servers get it in the order they ask
         self._closing = asyncio.Event()
 
     # -- what the engine calls ------------------------------------------------------------------------------------
@@ -113,16 +116,13 @@ class Fleet:
 
         None starts a new session: it cancels all requests, and no server is in service until the next version.
         """
-        self._wanted = weights
-        self._prepared.clear()
         if weights is None:
-            self._session += 1
             self._requests.cancel_all()
-            for server in self._servers():
-                server.version, server.open = None, False
-                server.digests = {}
-        self._changed.set()
-        self._changed = asyncio.Event()
+            for server_slot in self._server_slots:
+                server_slot.held = None
+                if server_slot.server is not None:
+                    server_slot.server.forget()
+        self._versions.want(weights)
 
     def version(self) -> int | None:
         """The newest version in service."""
@@ -147,6 +147,7 @@ class Fleet:
         """Keep a server running in every server slot until `close`. Stops all servers before it returns or raises."""
         async with http_session() as http:
             watchdogs = [asyncio.create_task(self._supervise(server_slot, http)) for server_slot in self._server_slots]
+            watchdogs.append(asyncio.create_task(self._versions.run()))
             closing = asyncio.create_task(self._closing.wait())
             try:
                 # A watchdog task ends only by a bug in this program.
@@ -210,25 +211,26 @@ class Fleet:
             self.ready.set_result(None)
 
     async def _serve(self, server_slot: ServerSlot) -> None:
-        """Keep the server at the wanted version as long as it runs. Raises the error that ended it."""
+        """Keep the server at the newest version as long as it runs. Raises the error that ended it."""
         server = server_slot.server
         assert server is not None
-        loaded: Weights | None = None
+        loaded: Offer | None = None
         while True:
-            changed, pause_s = self._changed, self._canary_every_s
-            if self._wanted is not None and self._wanted is not loaded:
-                weights = self._wanted
-                prepared = await self._update_to(server, weights)
+            changed, pause_s = self._versions.changed, self._canary_every_s
+            if (offer := self._versions.offer) is not None and offer is not loaded:
+                async with self._turn(server_slot, server):
+                    offer = self._versions.offer  # the newest by now
+                    done = offer is None or offer is loaded or await self._update_to(server_slot, server, offer)
                 server_slot.failures = 0
                 self._requests.dispatch()
-                if prepared:
-                    loaded = weights
+                if done:
+                    loaded = offer
                     self._begin_canary(server)
                     continue
                 pause_s = RETRY_S
             waiting = asyncio.create_task(changed.wait())
             try:
-                if not await self._wait_for_new_version(server_slot, server, waiting, at_most_s=pause_s):
+                if not await self._watch(server_slot, server, waiting, at_most_s=pause_s):
                     self._begin_canary(server)
             finally:
                 waiting.cancel()
@@ -242,24 +244,42 @@ class Fleet:
                 digest=server.digests[server.version],
                 logprobs=np.empty(0, np.float32),
             )
-            task = asyncio.create_task(self._score_canary(server, self._canary, about, self._session))
+            task = asyncio.create_task(self._score_canary(server, self._canary, about))
             self._scoring.add(task)
             task.add_done_callback(self._scoring.discard)
 
-    async def _score_canary(self, server: Server, canary: Score, about: ScoredCanary, session: int) -> None:
+    async def _score_canary(self, server: Server, canary: Score, about: ScoredCanary) -> None:
         """Complete `about` with the score, unless an update begins meanwhile. A dead server is found elsewhere."""
+        session = server.session
         try:
             scored = await server.score(canary, server.next_rid(), about.version)
         except (ServerRefused, ServerGone) as error:
             self.events.put(f"the canary was not scored: {error}")
             return
-        if scored is not None and session == self._session:
+        if scored is not None and session == server.session:
             self.canaries.put(replace(about, logprobs=scored.logprobs))
 
-    async def _wait_for_new_version(
-        self, server_slot: ServerSlot, server: Server, waiting: asyncio.Task[bool], *, at_most_s: float
+    @asynccontextmanager
+    async def _turn(self, server_slot: ServerSlot, server: Server) -> AsyncIterator[None]:
+        """Wait until no other server is being updated; a server without a version serves nothing and need not wait.
+
+        Raises EngineError if the server dies meanwhile.
+        """
+        if server.version is None:
+            yield
+            return
+        acquiring = asyncio.create_task(self._updating.acquire())
+        try:
+            await self._watch(server_slot, server, acquiring, at_most_s=math.inf)
+            yield
+        finally:
+            if not acquiring.cancel():
+                self._updating.release()
+
+    async def _watch(
+        self, server_slot: ServerSlot, server: Server, waiting: asyncio.Task[Any], *, at_most_s: float
     ) -> bool:
-        """Wait until another version is wanted; False after `at_most_s`.
+        """Wait until `waiting` is done; False after `at_most_s`.
 
         Raises EngineError if the server dies or no longer answers.
         """
@@ -280,68 +300,58 @@ class Fleet:
                 next_check = loop.time() + CHECK_INTERVAL_S
         return waiting.done()
 
-    async def _update_to(self, server: Server, weights: Weights) -> bool:
-        """Load `weights` into the server by the first transport that succeeds; False if none could prepare them.
+    async def _update_to(self, server_slot: ServerSlot, server: Server, offer: Offer) -> bool:
+        """Load a version by the transport that offers it, or by a later one; False if the server keeps its version.
 
-        A version that does not fit the model, or that has been overwritten, is skipped: the server keeps the version
-        that it has, as it does after False. Raises EngineError if all transports fail to send.
+        Raises EngineError if the server has no version then.
         """
         errors: list[str] = []
-        touched = False  # whether an update may have changed the server's weights
-        session = self._session
-        for transport in self._transports:
+        name = f"version {offer.weights.version}"
+        transports = self._versions.transports
+        for transport in transports[transports.index(offer.transport) :]:
             try:
-                prepared = await self._prepare(weights, transport)
-            except Superseded:
-                return True  # a newer version has been announced
-            except WeightsError as error:
-                self.events.put(f"version {weights.version} is not loaded: {error}")
-                return True
-            except (EngineError, SessionError) as error:
-                errors.append(f"by {transport.name}: {error}")
-                if transport is not self._transports[-1]:
-                    self.events.put(f"version {weights.version} {errors[-1]}; another transport is tried")
-                continue
-            if self._wanted is not weights:
-                return True
-            touched = True
-            try:
-                timings = await update(
-                    server, prepared, transport, in_flight=self._settings.in_flight, phase_s=self._settings.phase_s
-                )
-            except (ServerRefused, SessionError, WeightsError, DeadlineExceeded) as error:
+                if transport is not offer.transport:
+                    offer = await self._versions.prepare(offer.weights, transport)
+                await self._transact(server_slot, server, offer)
+            except SgpoError as error:
                 if server.fault is not None:  # the server itself is faulty: another transport cannot help
                     raise server.fault from None
                 errors.append(f"by {transport.name}: {error}")
-                self.events.put(f"version {weights.version} by {transport.name}: {error}; the server is out of service")
-                continue
-            if self._session != session:
-                server.version, server.open = None, False
-                server.digests = {}
-            self.updates.append(timings)
-            if all(server.version == weights.version for server in self._servers()):
-                self._prepared.clear()
-            return True
-        if self._wanted is not weights:
-            return True
-        if not touched:  # the server keeps its weights and stays in service
-            found = "; ".join(errors)
-            self.events.put(f"version {weights.version} is not loaded, next try in {RETRY_S:g} s: {found}")
-            return False
-        raise EngineError(f"{server.api.url}: version {weights.version} cannot be loaded: {'; '.join(errors)}")
+                now = f"version {server.version} is" if server.version is not None else "no version is"
+                self.events.put(f"{name} {errors[-1]}; {now} in service on {server.api.url}")
+                self._requests.dispatch()
+            else:
+                return True
+        found = f"{server.api.url}: {name} cannot be loaded: {'; '.join(errors)}"
+        if server.version is None:
+            raise EngineError(found)
+        self.events.put(f"{found}; next try in {RETRY_S:g} s")
+        return False
 
-    async def _prepare(self, weights: Weights, transport: Transport) -> Prepared:
-        """What `transport` sends for this version; prepared once for all servers."""
-        key = (weights.version, transport.name)
-        if key not in self._prepared:
-            self._prepared[key] = asyncio.create_task(asyncio.to_thread(transport.prepare, weights))
-        task = self._prepared[key]
+    async def _transact(self, server_slot: ServerSlot, server: Server, offer: Offer) -> None:
+        """Update the server, or leave it as it was; see `update`."""
+        server_slot.loading = offer
         try:
-            return await asyncio.shield(task)
-        except SgpoError:
-            if self._prepared.get(key) is task:
-                del self._prepared[key]
-            raise
+            timings = await update(
+                server,
+                offer,
+                in_flight=self._settings.in_flight,
+                phase_s=self._settings.phase_s,
+                previous=server_slot.held,
+                on_open=self._requests.dispatch,
+            )
+            self.updates.append(timings)
+            server_slot.held = offer
+        finally:
+            server_slot.loading = None
+            if server.version is None:  # it has none, or its session is over
+                server_slot.held = None
+            self._versions.release()
+
+    def _needed_offers(self) -> list[Offer]:
+        """What servers have or load."""
+        needed = [offer for server_slot in self._server_slots for offer in (server_slot.held, server_slot.loading)]
+        return [offer for offer in needed if offer is not None]
 
     def _report(self, server_slot: ServerSlot, error: SgpoError) -> None:
         server_slot.failures += 1
@@ -357,7 +367,7 @@ class Fleet:
 
     async def _stop_server(self, server_slot: ServerSlot) -> None:
         """Stop the server in this slot; its requests wait for another server."""
-        server, server_slot.server = server_slot.server, None
+        server, server_slot.server, server_slot.held = server_slot.server, None, None
         if server is not None:
             await server.cancel_streams()
             self._requests.dispatch()  # a suspect may be next, and no other event may trigger a dispatch

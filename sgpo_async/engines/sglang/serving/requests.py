@@ -5,7 +5,9 @@
                  └─────────────────────────┼────────────┘
                                            └─ blamed ─▶ Failed: it kills servers (see `quarantine`)
 
-Requests go only to open servers with the newest version among the open servers. All calls come from one asyncio loop.
+Requests go only to open servers with the newest version among the open servers; a server on trial counts only for
+itself. What it samples becomes a result, or is reported as progress, when its version is verified; if that fails, it is
+dropped. All calls come from one asyncio loop.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from sgpo_async.engines.sglang.serving.quarantine import (
     server_for_request,
     server_for_suspect,
 )
-from sgpo_async.engines.sglang.serving.server import Running, Server
+from sgpo_async.engines.sglang.serving.server import Running, Server, Trial
 from sgpo_async.errors import EngineError, SgpoError
 
 MAX_REFUSALS = 5  # of one request in a row
@@ -50,6 +52,7 @@ class Requests:
         self._suspects: deque[Item] = deque()  # suspects that wait for an empty server
         self._quarantine = Quarantine()
         self._refusals: dict[Hashable, int] = {}
+        self._trials: dict[Partial, Trial] = {}  # of running attempts that began on a server on trial
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -70,7 +73,7 @@ class Requests:
         return {
             id: item.sampled()
             for id, item in items.items()
-            if isinstance(item, Partial) and item.versioned and not self._complete(item)
+            if isinstance(item, Partial) and item.versioned and not self._complete(item) and self._is_verified(item)
         }
 
     def cancel(self, ids: Iterable[Hashable]) -> None:
@@ -92,16 +95,15 @@ class Requests:
     def dispatch(self) -> None:
         """Assign waiting requests to the servers with the newest version and the most room, suspects to empty ones."""
         servers = self._servers()
-        newest = max((s.version for s in servers if s.open and s.version is not None), default=None)
-        if newest is None:
+        if all(not server.open or server.generates is None for server in servers):
             return
-        while self._suspects and (index := server_for_suspect(self._loads(servers, newest))) is not None:
-            self._begin(servers[index], self._suspects.popleft(), newest)
+        while self._suspects and (index := server_for_suspect(self._loads(servers))) is not None:
+            self._begin(servers[index], self._suspects.popleft())
         while self._waiting:
-            index = server_for_request(self._loads(servers, newest), suspect_waits=bool(self._suspects))
+            index = server_for_request(self._loads(servers), suspect_waits=bool(self._suspects))
             if index is None:
                 return
-            self._begin(servers[index], self._waiting.popleft(), newest)
+            self._begin(servers[index], self._waiting.popleft())
 
     def server_died(self, server: Server) -> None:
         """Record the death of a server that is dead or does not answer, for every request that may have caused it.
@@ -132,32 +134,47 @@ class Requests:
             self._waiting = deque(item for item in self._waiting if not self._quarantine.is_suspect(_id(item)))
             self._suspects.extendleft(reversed(suspects))
 
-    def _loads(self, servers: list[Server], version: int) -> list[ServerLoad]:
+    def _loads(self, servers: list[Server]) -> list[ServerLoad]:
+        verified = (s.version for s in servers if s.open and s.trial is None and s.version is not None)
+        oldest = max(verified, default=0)  # that may get requests
         return [
             ServerLoad(
                 running=len(server.running),
-                room=server.room if server.version == version else 0,
+                room=server.room if server.generates is not None and server.generates >= oldest else 0,
                 suspect=any(self._quarantine.is_suspect(_id(running.item)) for running in server.running.values()),
             )
             for server in servers
         ]
 
-    def _begin(self, server: Server, item: Item, version: int) -> None:
-        """Start an attempt. `version` is the server's current one: a session may end before the task runs."""
+    def _begin(self, server: Server, item: Item) -> None:
+        """Start an attempt with the server's present version: a session may end before the task runs."""
+        assert server.generates is not None
         rid = server.next_rid()
-        task = asyncio.create_task(self._attempt(server, item, rid, version))
+        if server.trial is not None and isinstance(item, Partial):
+            self._trials[item] = server.trial
+        task = asyncio.create_task(self._attempt(server, item, rid, server.generates, server.trial))
         server.running[rid] = Running(task, item)
         task.add_done_callback(functools.partial(self._ended, server, item, rid))
 
-    async def _attempt(self, server: Server, item: Item, rid: str, version: int) -> Generated | Scored | None:
-        """Run one attempt of one request; returns its result, or None if the request needs another attempt."""
+    async def _attempt(
+        self, server: Server, item: Item, rid: str, version: int, trial: Trial | None
+    ) -> Generated | Scored | None:
+        """Run one attempt of one request; returns its result, or None if the request needs another attempt.
+
+        On a server on trial the attempt lasts until the verdict.
+        """
         if isinstance(item, Score):
-            return await server.score(item, rid, version)
+            scored = await server.score(item, rid, version)
+            return scored if trial is None or await asyncio.shield(trial.verdict) else None
         before = len(item.tokens)
         if not self._complete(item):  # it is complete if its server died after the last token
             try:
                 await server.extend(item, rid, version)
+                if trial is not None:
+                    await asyncio.shield(trial.verdict)
             finally:
+                if trial is not None and not trial.passed:
+                    item.truncate(before)
                 if (more := len(item.tokens) - before) > 0:
                     self.tokens += more
                     self._refusals.pop(_id(item), None)
@@ -168,6 +185,8 @@ class Requests:
 
         Keeps the result; a request without a result returns to the head of the queue.
         """
+        if isinstance(item, Partial):
+            self._trials.pop(item, None)
         result: Result | None = None
         error = None if task.cancelled() else task.exception()
         if isinstance(error, ServerGone):
@@ -221,6 +240,10 @@ class Requests:
         self._items.pop(id, None)
         self._refusals.pop(id, None)
         self._quarantine.forget(id)
+
+    def _is_verified(self, item: Partial) -> bool:
+        """Whether a verified version sampled all its tokens."""
+        return (trial := self._trials.get(item)) is None or trial.passed
 
     def _complete(self, item: Item) -> bool:
         return isinstance(item, Partial) and item.finish(self._ends) is not None

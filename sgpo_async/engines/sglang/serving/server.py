@@ -1,6 +1,7 @@
 """One running server: whether it takes requests, its streams, and its weight version.
 
     open      requests are sent to it
+    on trial  the same, while its new weights are verified: nobody sees the results before that has succeeded
     shut      while its weights change, and while its weights are unknown
 
 A stream ends with a finished completion, or with a partial one that another attempt continues (after an abort, or when
@@ -26,6 +27,24 @@ from sgpo_async.errors import DeadlineExceeded, SgpoError
 ABORT_INTERVAL_S = 0.05  # aborts are repeated: one misses requests that have not reached the scheduler yet
 
 
+@dataclass(frozen=True)
+class Trial:
+    """A version that a server already uses while it is being verified."""
+
+    version: int
+    verdict: asyncio.Future[bool]  # whether the server has exactly the weights of the version
+
+    @property
+    def passed(self) -> bool:
+        """Whether the verification has succeeded."""
+        return self.verdict.done() and self.verdict.result()
+
+    def end(self, passed: bool) -> None:
+        """Give the verdict, unless there is one."""
+        if not self.verdict.done():
+            self.verdict.set_result(passed)
+
+
 @dataclass
 class Running:
     """One request on a server."""
@@ -44,7 +63,11 @@ class Server:
     def __init__(self, api: ServerApi, *, slots: int, ends: Collection[int], idle_timeout_s: float) -> None:
         self.api, self.slots = api, slots
         self.version: int | None = None  # complete and verified; during an update, the previous version
-        self.digests: dict[int, int] = {}  # short digest of every version that was verified here in this session
+        self.digests: dict[
+            int, int
+        ] = {}  # short digest of every version that was verified here, or is on trial, in this session
+        self.trial: Trial | None = None
+        self.session = 0  # number of calls of `forget`
         self.open = False
         self.fault: SgpoError | None = None  # why the server must be restarted
         self.death_recorded = False  # its death has been recorded for the requests that ran on it
@@ -53,6 +76,16 @@ class Server:
         self.changes = 0  # number of weight updates that began
         self._ends, self._idle_timeout_s = ends, idle_timeout_s
         self._sent = 0
+
+    @property
+    def generates(self) -> int | None:
+        """The version that generates the tokens of an open server: the one on trial, if there is one."""
+        return self.version if self.trial is None else self.trial.version
+
+    def forget(self) -> None:
+        """Shut the server until the next version: equal version numbers of different sessions are different weights."""
+        self.version, self.open, self.session = None, False, self.session + 1
+        self.digests = {}
 
     @property
     def room(self) -> int:

@@ -10,6 +10,7 @@ from sgpo_async.engines.sglang.processes.api import Json, ServerApi, ServerGone,
 from sgpo_async.engines.sglang.processes.launch import Launch
 from sgpo_async.engines.sglang.processes.process import ServerProcess
 from sgpo_async.engines.sglang.serving.server import Server
+from sgpo_async.engines.sglang.serving.versions import Offer
 from sgpo_async.errors import EngineError, SgpoError
 
 EXIT_GRACE_S = 1.0  # a server that stops answering gets this long to exit, so that its log explains the error
@@ -24,6 +25,8 @@ class ServerSlot:
     log: Path | None
     process: ServerProcess | None = None
     server: Server | None = None
+    held: Offer | None = None  # the version that the server has
+    loading: Offer | None = None  # the version that it is loading
     failures: int = 0  # in a row
 
 

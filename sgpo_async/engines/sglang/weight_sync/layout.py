@@ -11,6 +11,7 @@ float32), and bfloat16 on a CPU with AMX, where SGLang repacks its matrices.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,6 +27,8 @@ Checksums = dict[str, str]  # SGLang's name of a parameter -> 16 hexadecimal dig
 
 HASHES = {"cpu": cpu_hash, "cuda": cuda_hash}
 VOCABULARY_MULTIPLE = 64
+PIECES = 8
+LAYER = re.compile(r"model\.layers\.\d+(?=\.)")
 CPU_MLP_MULTIPLE = 32  # per rank; GPU servers do not pad the MLP
 
 
@@ -146,6 +149,28 @@ def compare(expected: Sequence[Checksums], answered: Sequence[Checksums]) -> Non
                 f"sent and {_some(wanted.keys() - held.keys())} are missing; "
                 f"{_some(held.keys() - wanted.keys())} are unexpected"
             )
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a server's parameters, whose checksums can be asked for by themselves."""
+
+    expected: list[Checksums]  # by rank
+    others: list[str]  # substrings of the names of all other parameters, and of no name in this part
+
+
+def pieces_of(expected: Sequence[Checksums]) -> list[Piece]:
+    """All parameters in at most PIECES parts, of whole layers and of parameters outside of the layers."""
+    names = {name for checksums in expected for name in checksums}
+    stems = sorted({f"{match[0]}." if (match := LAYER.match(name)) else name for name in names})
+    size = -(-len(stems) // PIECES)
+    return [
+        Piece(
+            [{name: one for name, one in checksums.items() if name.startswith(part)} for checksums in expected],
+            [other for other in stems if other not in part],
+        )
+        for part in (tuple(stems[start : start + size]) for start in range(0, len(stems), size))
+    ]
 
 
 def answered_checksums(answer: Mapping[str, Any]) -> list[Checksums]:

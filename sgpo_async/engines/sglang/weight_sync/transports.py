@@ -1,8 +1,10 @@
 """Transports: how one version reaches one server. A transport prepares once for all servers, then sends to each.
 
+    disk           a folder, in shared memory or on a disk, that is renamed when it is complete; the server loads it
     tensor         HTTP requests that contain the tensors
     distributed    the weight sender broadcasts in a process group (gloo or NCCL) that the server joins
-    disk           a folder that is written under a temporary name and renamed; the server loads it
+
+What was prepared is kept for as long as a server may have to go back to it (see `serving.versions`).
 
 Each update flushes the prefix cache: otherwise keys and values of the old weights would serve later requests with the
 same prefix. In-place updates do not flush; servers with this policy have no prefix cache.
@@ -13,10 +15,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import os
+import itertools
+import json
+import logging
 import pickle
 import shutil
-import tempfile
 import uuid
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -30,14 +33,17 @@ from safetensors.torch import save_file
 
 from sgpo_async.engines.base import BroadcastGroups, Weights
 from sgpo_async.engines.sglang.processes.api import ServerApi, ServerGone, ServerRefused
+from sgpo_async.engines.sglang.weight_sync.folder import SHARED_MEMORY, OwnedFolder, default_root
 from sgpo_async.engines.sglang.weight_sync.layout import Checksums, digest_and_checksums
 from sgpo_async.engines.sglang.weight_sync.model_facts import ModelFacts
 from sgpo_async.errors import EngineError, SessionError, SgpoError, WeightsError
 from sgpo_async.files import set_usual_modes
 
+log = logging.getLogger(__name__)
+
 BUCKET_BYTES = 64 * 2**20  # size limit of the tensors in one request
+ENCODED = 3 * 2**18  # bytes that are encoded at a time; a multiple of 3, so that the parts are one text of base64
 SENDER_TIMEOUT_S = 600.0  # for an answer of the weight sender; longer than its own timeouts
-KEPT_VERSIONS = 2  # version folders on disk: servers may still be reading the previous one
 COPIED = ("config.json", "generation_config.json")
 
 
@@ -69,15 +75,18 @@ class Transport(Protocol):
         Raises ServerRefused, ServerGone or SessionError; the server's weights are then unknown.
         """
 
+    def release(self, prepared: Prepared) -> None:
+        """Free what `prepare` made of one version: no server needs it any more. Called in a thread."""
+
     def close(self) -> None:
         """Free all resources."""
 
 
 class TensorTransport:
-    """Sends a plain pickle of [(name, CPU tensor), ...] in base64, one copy for each of `tp` ranks.
+    """Sends plain pickles of [(name, CPU tensor), ...] in base64, one copy for each of `tp` ranks.
 
     A pickle of torch.multiprocessing would refer to file descriptors of this process, which kills a server that is
-    not a child of this process.
+    not a child of this process. SGLang's flattened buckets would save it no time on a CPU (docs/log.md).
     """
 
     name = "tensor"
@@ -90,9 +99,9 @@ class TensorTransport:
         tensors = self._model.read(weights)
         return Prepared(weights.version, weights.digest, self._model.expected(tensors), self.payloads(tensors))
 
-    def payloads(self, tensors: Mapping[str, torch.Tensor]) -> list[str]:
-        """The payload of each request: at most BUCKET_BYTES, or one tensor."""
-        payloads: list[str] = []
+    def payloads(self, tensors: Mapping[str, torch.Tensor]) -> list[list[bytes]]:
+        """The payload of each request, in parts of base64: at most BUCKET_BYTES of tensors, or one tensor."""
+        payloads: list[list[bytes]] = []
         bucket: list[tuple[str, torch.Tensor]] = []
         size = 0
         for name, tensor in tensors.items():
@@ -104,16 +113,20 @@ class TensorTransport:
         return [*payloads, _payload(bucket)]
 
     async def send(self, api: ServerApi, prepared: Prepared, *, flush: bool, timeout_s: float) -> None:
-        """Send each payload in a request."""
+        """Send each payload in a request. The bodies are put together from ready bytes, without a copy."""
         async with _weight_update(api, timeout_s):
             for number, payload in enumerate(prepared.payload, 1):
                 last = number == len(prepared.payload)
-                body = {
-                    "serialized_named_tensors": [payload] * self._tp,
+                rest = {
                     "flush_cache": flush and last,
                     "weight_version": str(prepared.version) if last else None,
                 }
-                await api.post("/update_weights_from_tensor", body, timeout_s=timeout_s)
+                ranks = [b'{"serialized_named_tensors": ["', *payload, *[b'", "', *payload] * (self._tp - 1), b'"], ']
+                body = [*ranks, json.dumps(rest).encode()[1:]]
+                await api.post_encoded("/update_weights_from_tensor", body, timeout_s=timeout_s)
+
+    def release(self, prepared: Prepared) -> None:
+        """The payload is freed with `prepared`."""
 
     def close(self) -> None:
         """There is nothing to free."""
@@ -211,24 +224,25 @@ class DistributedTransport:
         owner, name = self._groups.pop(url)
         owner.close(name)
 
+    def release(self, prepared: Prepared) -> None:
+        """There is nothing to free: the tensors are the weight sender's."""
+
     def close(self) -> None:
         """There is nothing to free: the session closes its groups."""
 
 
 class DiskTransport:
-    """Writes each version to a folder of safetensors below `folder`, which the servers must be able to read."""
+    """Writes each version to a folder of safetensors, which the servers must be able to read.
+
+    The versions are in a folder of this process below `folder`; if that is "", below the one that `default_root` names.
+    """
 
     name = "disk"
 
     def __init__(self, model: ModelFacts, folder: str) -> None:
-        try:
-            temporary = tempfile.gettempdir()
-        except FileNotFoundError:  # no disk is writable, e.g. because it is full; `write` reports that
-            temporary = "/tmp"
-        self._own = not folder
-        self._folder = Path(folder or f"{temporary}/sgpo-weights-{uuid.uuid4().hex[:12]}")
-        self._model = model
-        self._written: list[Path] = []
+        self._model, self._folder = model, folder
+        self._owned: OwnedFolder | None = None
+        self._numbers = itertools.count()  # version numbers begin again with each session
 
     def prepare(self, weights: Weights) -> Prepared:
         """Read a complete copy and write it to disk. Raises EngineError if it cannot be written."""
@@ -237,29 +251,19 @@ class DiskTransport:
         return Prepared(weights.version, weights.digest, self._model.expected(tensors), path)
 
     def write(self, version: int, tensors: Mapping[str, torch.Tensor]) -> str:
-        """Write a version's folder, renamed when complete, and remove old ones; returns its path."""
-        target = self._folder / f"v{version:06d}-{os.getpid()}"
-        draft = target.with_suffix(".part")
+        """Write a version's folder, renamed when complete; returns its path."""
+        target = Path(self._folder or SHARED_MEMORY)
         try:
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir(parents=True)
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, draft / "model.safetensors")
-            for name in COPIED:
-                if (source := Path(self._model.folder) / name).exists():
-                    shutil.copyfile(source, draft / name)
-            set_usual_modes(draft)  # servers may belong to another user
-            shutil.rmtree(target, ignore_errors=True)
-            draft.rename(target)
+            target = self._home(sum(tensor.nbytes for tensor in tensors.values())) / f"v{version:06d}"
+            target = target.with_name(f"{target.name}-{next(self._numbers)}")
+            self._write(tensors, target.with_suffix(".part"))
+            target.with_suffix(".part").rename(target)
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(draft, ignore_errors=True)  # its space may be what the disk lacks
+            shutil.rmtree(target.with_suffix(".part"), ignore_errors=True)  # its space may be what the disk lacks
             reason = (error.strerror if isinstance(error, OSError) else None) or error
             raise EngineError(
                 f"engine.sglang.folder: cannot write {target} ({reason}); free some space, or set another folder"
             ) from None
-        self._written = [path for path in self._written if path != target] + [target]
-        for path in self._written[:-KEPT_VERSIONS]:
-            shutil.rmtree(path, ignore_errors=True)
-        self._written = self._written[-KEPT_VERSIONS:]
         return str(target)
 
     async def send(self, api: ServerApi, prepared: Prepared, *, flush: bool, timeout_s: float) -> None:
@@ -267,12 +271,32 @@ class DiskTransport:
         body = {"model_path": prepared.payload, "weight_version": str(prepared.version), "flush_cache": flush}
         await api.post("/update_weights_from_disk", body, timeout_s=timeout_s)
 
+    def release(self, prepared: Prepared) -> None:
+        """Remove the version's folder."""
+        shutil.rmtree(prepared.payload, ignore_errors=True)
+
     def close(self) -> None:
         """Remove the folders of all versions."""
-        for path in self._written:
-            shutil.rmtree(path, ignore_errors=True)
-        if self._own:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        if self._owned is not None:
+            self._owned.remove()
+            self._owned = None
+
+    def _home(self, nbytes: int) -> Path:
+        """The folder of this process; made when it is first needed, for versions of `nbytes`. Raises OSError."""
+        if self._owned is None:
+            root, reason = (Path(self._folder), "") if self._folder else default_root(nbytes)
+            if reason:
+                log.info("weights for the SGLang servers are written to %s: %s", root, reason)
+            self._owned = OwnedFolder(root, private=not self._folder)
+        return self._owned.path
+
+    def _write(self, tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
+        folder.mkdir()
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+        for name in COPIED:
+            if (source := Path(self._model.folder) / name).exists():
+                shutil.copyfile(source, folder / name)
+        set_usual_modes(folder)  # servers may belong to another user
 
 
 def _answer(future: Any) -> Any:
@@ -296,5 +320,7 @@ async def _weight_update(api: ServerApi, timeout_s: float) -> AsyncIterator[None
     await api.post("/end_weight_update", {}, timeout_s=timeout_s)
 
 
-def _payload(bucket: list[tuple[str, torch.Tensor]]) -> str:
-    return base64.b64encode(pickle.dumps(bucket, protocol=pickle.HIGHEST_PROTOCOL)).decode()
+def _payload(bucket: list[tuple[str, torch.Tensor]]) -> list[bytes]:
+    data = memoryview(pickle.dumps(bucket, protocol=pickle.HIGHEST_PROTOCOL))
+    # In parts, as the encoder holds Python's lock, which the loop that carries the streams needs as well.
+    return [base64.b64encode(data[start : start + ENCODED]) for start in range(0, len(data), ENCODED)]
