@@ -115,7 +115,7 @@ class FakeTransport:
 
 
 def offer_of(version: int, transport: FakeTransport) -> Offer:
-    weights: Any = SimpleNamespace(version=version)
+    weights: Any = SimpleNamespace(version=version, digest="00" * 16)
     return Offer(weights, cast(Transport, transport), transport.prepare(weights))
 
 

@@ -81,7 +81,7 @@ class PlayedTransport(Fake):
 
 def server_of(api: PlayedApi) -> Server:
     server = Server(cast(Any, api), slots=SLOTS, ends=(), idle_timeout_s=PHASE_S)
-    server.version, server.open = api.version, True
+    server.version, server.digests, server.open = api.version, {api.version: 0}, True
     return server
 
 
@@ -290,7 +290,7 @@ class Played:
         self.task = asyncio.create_task(self.fleet.run())
 
     def want(self, version: int) -> None:
-        self.fleet.want(cast(Weights, SimpleNamespace(version=version)))
+        self.fleet.want(cast(Weights, SimpleNamespace(version=version, digest="00" * 16)))
 
     def versions(self) -> list[int | None]:
         return [slot.server.version if slot.server and slot.server.open else None for slot in self.slots]

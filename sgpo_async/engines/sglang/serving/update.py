@@ -102,14 +102,14 @@ async def update(
         await offer.transport.send(server.api, prepared, flush=flush, timeout_s=phase_s)
         clock.loaded = time.monotonic()
         if on_trial and server.session == session:
-            server.digests[prepared.version] = short_digest(prepared.digest)  # no token of it is released before
+            _name(server, prepared)
             _open(server, Trial(prepared.version, asyncio.get_running_loop().create_future()))
             clock.opened = time.monotonic()
             on_open()
         await verify(server.api, prepared, timeout_s=phase_s, in_pieces=on_trial)
         clock.verified = time.monotonic()
         if server.session == session:
-            server.digests[prepared.version] = short_digest(prepared.digest)  # before a paused stream can go on
+            _name(server, prepared)  # before a paused stream can go on
         if pauses:
             await server.api.post("/continue_generation", {}, timeout_s=phase_s)
     except BaseException as error:
@@ -146,6 +146,11 @@ async def _stop(server: Server, in_flight: InFlight, phase_s: float) -> None:
     else:
         server.open = False
         await server.api.post("/pause_generation", {"mode": PAUSE_MODES[in_flight]}, timeout_s=phase_s)
+
+
+def _name(server: Server, prepared: Prepared) -> None:
+    """Let the spans of this version have its digest; a span of a version on trial is not released before the verdict."""
+    server.digests[prepared.version] = short_digest(prepared.digest)
 
 
 def _open(server: Server, trial: Trial | None) -> None:
@@ -191,6 +196,8 @@ async def _back(server: Server, previous: Offer, session: int, *, phase_s: float
     except (*NOT_LOADED, DeadlineExceeded):
         return
     else:
+        if server.session == session:
+            _name(server, prepared)
         _confirm(server, prepared.version, session)
 
 
