@@ -13,6 +13,7 @@ store of the source until the weight receiver reports it as whole and verified.
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import statistics
 import subprocess
@@ -126,9 +127,10 @@ class BareRpc:
     def __init__(self, mbytes: int) -> None:
         command = [sys.executable, "-m", "sgpo_async.bench.worker_rpc"]
         rest = [str(_free_port()), str(mbytes)]
-        self._serving = subprocess.Popen([*command, "0", *rest])
+        quiet = os.environ | {"PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+        self._serving = subprocess.Popen([*command, "0", *rest], env=quiet)
         self._fetching = subprocess.Popen(
-            [*command, "1", *rest], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [*command, "1", *rest], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=quiet
         )
         self.seconds()  # the first turn opens connections
 
@@ -155,7 +157,7 @@ def _free_port() -> int:
 
 def copy_s(mbytes: int) -> float:
     """Seconds of one copy within memory, to where there was a copy before."""
-    source, target = np.ones(mbytes * 2**20, np.uint8), np.zeros(mbytes * 2**20, np.uint8)
+    source, target = np.ones(mbytes * 2**20, np.uint8), np.ones(mbytes * 2**20, np.uint8)
     began = time.monotonic()
     np.copyto(target, source)
     return time.monotonic() - began

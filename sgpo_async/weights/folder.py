@@ -86,7 +86,7 @@ class WeightFolder:
             except FileNotFoundError:
                 raise Superseded(f"weights version {version}: no longer in {self.url}; read the newest one") from None
 
-    def _write(self, version: int, name: str, data: bytes | bytearray) -> None:
+    def _write(self, version: int, name: str, data: bytes | bytearray | memoryview) -> None:
         self._files.pipe_file(self._path(f"{_folder(version)}/{name}"), bytes(data))
 
     def _path(self, name: str) -> str:

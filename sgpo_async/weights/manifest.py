@@ -69,8 +69,19 @@ class Manifest:
 
     def check(self, index: int, data: bytes | bytearray | memoryview) -> None:
         """Raise WeightsError unless `data` is the content of bucket `index`."""
-        bucket = self.buckets[index]
-        if len(data) != bucket.nbytes or xxhash.xxh3_64_intdigest(data) != bucket.checksum:
+        self.check_size(index, len(data))
+        self.check_sum(index, xxhash.xxh3_64_intdigest(data))
+
+    def check_size(self, index: int, nbytes: int) -> None:
+        """Raise WeightsError unless bucket `index` has this size."""
+        if nbytes != (expected := self.buckets[index].nbytes):
+            raise WeightsError(
+                f"weights version {self.version}: bucket {index} must have {expected} bytes, got {nbytes}"
+            )
+
+    def check_sum(self, index: int, checksum: int) -> None:
+        """Raise WeightsError unless this is the xxh3_64 of bucket `index`."""
+        if checksum != self.buckets[index].checksum:
             raise WeightsError(f"weights version {self.version}: bucket {index} does not match its checksum")
 
 

@@ -8,6 +8,7 @@ know it; for all other methods a version exists when it is complete.
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 from sgpo_async.errors import Superseded
 from sgpo_async.weights import store_layout
 from sgpo_async.weights.delta import encode
-from sgpo_async.weights.manifest import Manifest, TensorEntry
+from sgpo_async.weights.manifest import Bucket, Manifest, TensorEntry
 from sgpo_async.weights.store_layout import Header, Record
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class StoreReader:
         self.path = str(path)
         self._fd = -1
         self._cached: Manifest | None = None
+        self._mapped: memoryview | None = None
 
     def version(self) -> int | None:
         """Return the newest complete version, or None if there is none."""
@@ -69,12 +71,14 @@ class StoreReader:
         self._check_unchanged(record)
         return data
 
-    def bucket_or_delta(self, version: int, index: int, base: int | None) -> tuple[bytearray, bool] | None:
+    def bucket_or_delta(self, version: int, index: int, base: int | None) -> tuple[memoryview, bool] | None:
         """Return one bucket, or its difference to the same bytes of version `base`, and whether it is that.
 
         None if the version is still arriving and this bucket is not here yet. It is the whole bucket without a base, if
         the store does not hold it, or if the difference would not be smaller; see `weights.delta`. Raises Superseded if
         the store no longer holds `version`.
+
+        A whole bucket is not copied: if the version is overwritten while it is sent, it will not match its checksum.
         """
         header = self._header()
         record = next((own for own in header.complete if own.version == version), None)
@@ -86,15 +90,22 @@ class StoreReader:
                 return None
             record = incoming.record
         bucket = self._manifest(record).buckets[index]
-        new = store_layout.read(self._fd, bucket.nbytes, record.data + bucket.offset)
-        self._check_unchanged(record)
+        new = self._view(header, record, bucket)
         earlier = None if base is None else next((own for own in header.complete if own.version == base), None)
         if earlier is None:
             return new, False
-        delta = encode(store_layout.read(self._fd, bucket.nbytes, earlier.data + bucket.offset), new)
+        delta = encode(self._view(header, earlier, bucket), new)
         if delta is None or earlier not in self._header().complete:
             return new, False
-        return bytearray(delta), True
+        return memoryview(bytearray(delta)), True
+
+    def _view(self, header: Header, record: Record, bucket: Bucket) -> memoryview:
+        """The bytes of a bucket in the file; writing to them changes a copy."""
+        end = store_layout.PAGE + store_layout.SLOTS * header.stride
+        if self._mapped is None or len(self._mapped) != end:
+            self._mapped = memoryview(mmap.mmap(self._fd, end, access=mmap.ACCESS_COPY))
+        start = record.data + bucket.offset
+        return self._mapped[start : start + bucket.nbytes]
 
     def copy(self, version: int, tensors: Iterable[TensorEntry], into: memoryview) -> None:
         """Copy the bytes of `tensors` of `version` into `into`, one after another without gaps.
@@ -124,6 +135,7 @@ class StoreReader:
 
     def close(self) -> None:
         """Close the store."""
+        self._mapped = None
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import torch
 
 BUCKET_BYTES = 16 * 2**20
+BLOCK_BYTES = 2**20
 
 
 class StoreWriter:
@@ -236,11 +237,16 @@ class Incoming:
         store_layout.write_incoming(writer._fd, record)
 
     def put(self, index: int, data: bytes | bytearray | memoryview) -> None:
-        """Write bucket `index`, the next one. If the checksum does not match, raises WeightsError, writes nothing."""
+        """Write bucket `index`, the next one. Raises WeightsError if it does not match its checksum; it is then missing."""
         assert index == self.verified, f"bucket {self.verified} comes next, not {index}"
-        self._manifest.check(index, data)
-        fd = self._writer._fd
-        store_layout.write(fd, memoryview(data), self._record.data + self._manifest.buckets[index].offset)
+        view, fd, state = memoryview(data), self._writer._fd, xxhash.xxh3_64()
+        start = self._record.data + self._manifest.buckets[index].offset
+        self._manifest.check_size(index, len(view))
+        for offset in range(0, len(view), BLOCK_BYTES):  # hashed and written while it is in the core's cache
+            block = view[offset : offset + BLOCK_BYTES]
+            state.update(block)
+            store_layout.write(fd, block, start + offset)
+        self._manifest.check_sum(index, state.intdigest())
         self.verified += 1
         store_layout.write_incoming(fd, IncomingRecord(self._record, self.verified))
 

@@ -39,7 +39,7 @@ class Source:
             found = self.reader.bucket_or_delta(version, index, base)
             if found is None:
                 return None
-            data = self.damage(index, found[0])
+            data = self.damage(index, bytearray(found[0]))
             if data is None:
                 raise Superseded(f"version {version}")
             return Sent(memoryview(data), found[1])
