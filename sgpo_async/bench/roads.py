@@ -57,12 +57,17 @@ class Source:
         self._writer.publish(self.version, [("weights", torch.from_numpy(self._words).view(torch.bfloat16))])
         return time.monotonic()
 
+    def close(self) -> None:
+        """Free the store."""
+        self._writer.close()
+        self.file.close()
+
 
 def arrival(kind: Kind, mbytes: int) -> dict[str, float]:
     """Seconds and received bytes of one version, after another one has arrived."""
     source = Source(mbytes)
     with contextlib.ExitStack() as stack:
-        stack.callback(source.file.close)
+        stack.callback(source.close)
         wait = stack.enter_context(_receiving(kind, source))
         source.publish()
         wait()
