@@ -32,6 +32,7 @@ from sgpo_async.session import SenderUp, VersionReceived, WeightReceiver, Weight
 from sgpo_async.session.settings import Deltas
 from sgpo_async.session.uploader_process import WeightUploader
 from sgpo_async.weights import StoreFile, StoreWriter
+from sgpo_async.weights.store_layout import SLOTS
 
 Kind = Literal["rpc", "sockets", "folder", "delta", "shared"]
 KINDS: tuple[Kind, ...] = ("rpc", "sockets", "folder", "delta", "shared")
@@ -64,13 +65,14 @@ class Source:
 
 
 def arrival(kind: Kind, mbytes: int) -> dict[str, float]:
-    """Seconds and received bytes of one version, after another one has arrived."""
+    """Seconds and received bytes of one version, after one for each slot of the stores has arrived."""
     source = Source(mbytes)
     with contextlib.ExitStack() as stack:
         stack.callback(source.close)
         wait = stack.enter_context(_receiving(kind, source))
-        source.publish()
-        wait()
+        for _ in range(SLOTS):
+            source.publish()
+            wait()
         began = source.publish()
         event = wait()
         return {"seconds": time.monotonic() - began, "bytes": event.received}

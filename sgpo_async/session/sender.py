@@ -1,6 +1,6 @@
 """The weight sender (rank 0, beside a store): announces new versions and serves them, from their first bucket on.
 
-    main thread       each 20 ms: check the weight receiver, announce a new version in the store, send a response
+    main thread       each 10 ms: check the weight receiver, announce a new version in the store, send a response
     RPC threads       answer `calls.manifest`, `calls.bucket`, `rpc_world.heartbeat`; pass `calls.submit` to RpcServer
     request threads   one per request of the actor, see `session.rpc_server`
     watchdog thread   see `session.child_side`
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sgpo_async.session.rpc_world import RpcWorld
     from sgpo_async.session.socket_world import SocketServer
 
-_TICK_S = 0.02
+_TICK_S = 0.01
 # A failed NCCL wait raises an exception; neither it nor NCCL's monitor may end the process.
 _NCCL = {"TORCH_NCCL_BLOCKING_WAIT": "1", "TORCH_NCCL_ENABLE_MONITORING": "0"}
 
