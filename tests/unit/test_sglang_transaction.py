@@ -42,6 +42,7 @@ class PlayedApi(StreamingApi):
         self.fails: dict[str, list[Exception]] = {}
         self.paths: list[str] = []
         self.checking: asyncio.Event | None = None  # a request for checksums waits for it
+        self.mute = 0  # so many requests for checksums are answered without any
 
     async def post(self, path: str, body: Any, *, timeout_s: float, **rest: Any) -> Json:
         self.paths.append(path)
@@ -54,6 +55,9 @@ class PlayedApi(StreamingApi):
         if path == "/weights_checker":
             if self.checking is not None:
                 await self.checking.wait()
+            if self.mute:
+                self.mute -= 1
+                return {"success": False, "message": "busy"}
             ranks = [{"checksums": {"a": str(self.version)}, "parallelism_info": [{"tp_rank": 0}]}]
             return {"success": True, "ranks": ranks}
         return await super().post(path, body, timeout_s=timeout_s, **rest)
@@ -128,6 +132,20 @@ def test_after_a_failure_in_any_phase_the_server_serves_the_previous_version(fai
         result = requests.results.get()
         assert isinstance(result, Generated) and result.versions.tolist() == [0]
         assert result.logprobs.tolist() == [logprob_at(3 + i, 0) for i in range(6)]
+
+    asyncio.run(scenario())
+
+
+def test_a_server_that_answers_without_checksums_goes_back_to_the_previous_version() -> None:
+    async def scenario() -> None:
+        api, transport = PlayedApi(), PlayedTransport()
+        server, api.mute = server_of(api), 1
+        with pytest.raises(ServerRefused, match="gave no checksums: busy"):
+            await update(
+                server, offer_of(1, transport), in_flight="abort-resume", phase_s=PHASE_S,
+                previous=offer_of(0, transport),
+            )  # fmt: skip
+        assert (server.version, server.open, api.version) == (0, True, 0)
 
     asyncio.run(scenario())
 
