@@ -59,6 +59,7 @@ class Generate:
     # it, SGLang reports the log-probabilities over the whole vocabulary.
     report_kept: bool = False
     top_logprobs_num: int = 0  # how many of the likeliest tokens to report at each position
+    min_version: int = 0  # the oldest version that may sample; the engine serves it or a newer one at `submit`
     prefix: SampledTokens | None = None  # the beginning of the completion, which is already sampled
 
 

@@ -30,7 +30,7 @@ from sgpo_async.hub.events import CloseSender, Effect, Event, Send, Shutdown, Us
 from sgpo_async.hub.learner_ranks import LearnerRanks
 from sgpo_async.hub.leases import LeaseTable, RunningLease
 from sgpo_async.hub.rollout_checks import PROMPT_DIFFERS, Limits, report_violation, violation
-from sgpo_async.hub.served_weights import ServedWeights, newest, tolerance_of
+from sgpo_async.hub.served_weights import SILENT, ServedWeights, newest, tolerance_of
 from sgpo_async.hub.stall import StallWatch
 from sgpo_async.hub.status import status
 from sgpo_async.hub.stragglers import late_lease
@@ -141,6 +141,7 @@ class HubCore:
             case ev.Tick():
                 self._check_timeouts()
                 self._move_late_lease()
+                self.served.forget_silent(self.now - SILENT * self.run.hub.canary_s)
                 if not self.closing and self.stall.look(self.status, now=self.now):
                     self._effects.append(Warn(self.stall.stalled))
                 if alarm := self.training.settled.alarm():
@@ -484,7 +485,7 @@ class HubCore:
             self._reject(actor.member, reason)
             return
         tolerance = tolerance_of(self.run, learner_bfloat16=self.learner_bfloat16)
-        self._effects += map(Warn, self.served.judge(actor.name, canary, tolerance=tolerance))
+        self._effects += map(Warn, self.served.judge(actor.name, canary, tolerance=tolerance, now=self.now))
 
     @property
     def _limits(self) -> Limits:
@@ -496,11 +497,12 @@ class HubCore:
         """Whether this is of weights whose Published is still on its way; it is then kept until that arrives.
 
         Weights reach an engine in other ways than Published reaches the hub, so either may be first. Beyond MAX_EARLY,
-        the message is forgotten without an answer, and its sender repeats it.
+        the message is forgotten without an answer, and its sender repeats it. A repeated rollout is kept once.
         """
         if not self.published < newest(versions) <= self.training.version:
             return False
-        if len(self.early) < MAX_EARLY:
+        repeated = isinstance(message, wire.Rollout) and _key(member, message) in (_key(*one) for one in self.early)
+        if len(self.early) < MAX_EARLY and not repeated:
             self.early.append((member, message))
         return True
 
@@ -765,3 +767,10 @@ class HubCore:
                 leases.forget(number)
         self._refuse(actor.member, f"quarantined after {reason}; check its engine and its model", final=True)
         self._lose_actor(actor)
+
+
+def _key(member: bytes, message: wire.Message) -> tuple[bytes, str, int, int, int] | None:
+    """What a repeated rollout has in common with the first one; None for other messages."""
+    if not isinstance(message, wire.Rollout):
+        return None
+    return member, message.purpose, message.task, message.attempt, message.slot

@@ -37,6 +37,7 @@ MOVED = 1e-3  # nats per token by which the learner's canary must have moved bef
 STUCK = 0.1  # an engine is stuck if its canary moved by less than this share of the learner's
 
 MAX_ENGINES = 256  # of one actor
+SILENT = 5.0  # times hub.canary_s: an engine without a score for so long is forgotten
 
 UNKNOWN_DIGEST = "digest of a span is not one that the learner has published under its version"
 
@@ -57,6 +58,7 @@ class Scores:
     """What one engine, or one server of an engine, has scored."""
 
     last: Canary
+    at: float = 0.0  # time of the last score
     difference: float | None = None  # to the learner's canary, of the last score that could be compared
     moved: tuple[np.ndarray, np.ndarray] | None = None  # own and learner's canary when the engine last moved
     alarms: set[str] = field(default_factory=set)  # raised by the last score
@@ -69,12 +71,16 @@ class ServedWeights:
     published: dict[Weights, np.ndarray | None] = field(default_factory=dict)  # with the learner's canary
     engines: dict[tuple[str, str], Scores] = field(default_factory=dict)  # by name of the actor and of the server
     alarms: Counter[str] = field(default_factory=Counter)  # number of scores that raised each
+    length: int = 0  # of the learner's canary; 0: not known
 
     def publish(self, version: int, digest: int, canary: np.ndarray | None, *, oldest: int) -> None:
         """Remember these weights, and forget those of versions older than `oldest`, of which no token can come."""
-        known = self.published.get((version, digest))
-        self.published = {weights: own for weights, own in self.published.items() if weights[0] >= oldest}
-        self.published[version, digest] = known if canary is None else canary
+        if canary is None:
+            canary = self.published.get((version, digest))
+        else:
+            self.length = len(canary)
+        known = self.published | {(version, digest): canary}
+        self.published = {weights: own for weights, own in known.items() if weights[0] >= oldest}
 
     def objection(self, versions: np.ndarray, digests: np.ndarray) -> str | None:
         """Why these spans cannot have been sampled by weights that the learner has published; None if they can.
@@ -94,19 +100,19 @@ class ServedWeights:
         oldest = min((version for version, _ in self.published), default=0)
         if canary.version >= oldest and (canary.version, canary.digest) not in self.published:
             return f"canary: {UNKNOWN_DIGEST}"
-        lengths = {len(own) for own in self.published.values() if own is not None}
-        if not np.isfinite(canary.logprobs).all() or (lengths and len(canary.logprobs) not in lengths):
+        if not np.isfinite(canary.logprobs).all() or (self.length and len(canary.logprobs) != self.length):
             return "canary: logprobs must be finite and as many as the learner's"
         return None
 
-    def judge(self, actor: str, canary: Canary, *, tolerance: float) -> list[str]:
+    def judge(self, actor: str, canary: Canary, *, tolerance: float, now: float = 0.0) -> list[str]:
         """Compare a score with the learner's and with the engine's earlier ones; one line for each new alarm."""
         scores = self.engines.get((actor, canary.engine))
         before = scores.last if scores else None
         scores = self.engines.setdefault((actor, canary.engine), Scores(canary))
-        scores.last = canary
+        scores.last, scores.at = canary, now
         found: dict[Alarm, str] = {}
-        if before and (before.version, before.digest) == (canary.version, canary.digest):
+        # Their lengths may differ before the learner's is known.
+        if before and _weights_and_length(before) == _weights_and_length(canary):
             moved = distance(canary.logprobs, before.logprobs)
             if moved > tolerance:
                 found["moved"] = (
@@ -154,6 +160,10 @@ class ServedWeights:
         """Forget the scores of an actor that has left."""
         self.engines = {key: scores for key, scores in self.engines.items() if key[0] != actor}
 
+    def forget_silent(self, moment: float) -> None:
+        """Forget engines that have sent no score since `moment`: a server that is started again has another URL."""
+        self.engines = {key: scores for key, scores in self.engines.items() if scores.at >= moment}
+
     def difference_of(self, actor: str) -> float | None:
         """The largest difference between the learner's canary and one of this actor's; None if none was compared."""
         found = [own.difference for (name, _), own in self.engines.items() if name == actor]
@@ -178,6 +188,10 @@ class ServedWeights:
             "canary_max": max(found, default=None),
             "canary_alarms": {kind: self.alarms[kind] for kind in KINDS},
         }
+
+
+def _weights_and_length(canary: Canary) -> tuple[int, int, int]:
+    return canary.version, canary.digest, len(canary.logprobs)
 
 
 def newest(spans: Sequence[np.ndarray]) -> int:

@@ -48,9 +48,9 @@ class CanaryScore:
         assert isinstance(policy, FSDPModule)
         policy.reshard()  # what a root keeps gathered is of the step before, or not rounded
         with self._rounded():
-            found = policy.log_probabilities(packed, 1.0)
+            # Waits for the end: shards in the host's memory are restored at once, not in the order of a GPU's stream.
+            logprobs: np.ndarray = policy.log_probabilities(packed, 1.0).float().cpu().numpy()
         policy.reshard()
-        logprobs: np.ndarray = found.float().cpu().numpy()
         return logprobs
 
     @contextmanager

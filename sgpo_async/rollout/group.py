@@ -144,6 +144,7 @@ class RolloutGroup:
             top_k=self.lease.top_k,
             report_kept=self.lease.reports_kept,
             top_logprobs_num=self.lease.top_logprobs_num if self._is_guided(slot) else 0,
+            min_version=self.lease.min_version,
             prefix=SampledTokens(**_sampled(begun)) if begun else None,
         )
 

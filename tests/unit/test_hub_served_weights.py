@@ -148,6 +148,9 @@ def test_old_weights_are_forgotten() -> None:
     weights.publish(3, 13, f4(-1, -2), oldest=2)
     weights.publish(3, 13, None, oldest=2)
     assert weights.published[3, 13] is not None, "sent again after a restart without its score"
+    weights.publish(0, 10, None, oldest=2)
+    assert set(weights.published) == {(2, 12), (3, 13)}, "sent again after a lost connection"
+    assert weights.canary_objection("a", score(1, 11, -1, -2)) is None
 
 
 def test_the_number_of_engines_of_an_actor_is_limited() -> None:
@@ -159,6 +162,20 @@ def test_the_number_of_engines_of_an_actor_is_limited() -> None:
     assert weights.canary_objection("a", one) is None
     assert "at most" in str(weights.canary_objection("a", score(0, 10, -1, -2, engine="http://another")))
     assert weights.canary_objection("b", score(0, 10, -1, -2)) is None
+
+
+def test_the_number_of_log_probabilities_is_the_learners_also_when_its_scores_are_forgotten() -> None:
+    weights = served()
+    weights.publish(9, 19, None, oldest=9)
+    assert "as many" in str(weights.canary_objection("a", score(9, 19, -1)))
+
+
+def test_scores_of_different_lengths_are_not_compared_before_the_learners_is_known() -> None:
+    weights = ServedWeights()
+    weights.publish(0, 10, None, oldest=0)
+    for one in (score(0, 10, -1, -2, -3), score(0, 10, -1, -2)):
+        assert weights.canary_objection("a", one) is None
+        assert judge(weights, one) == []
 
 
 def test_the_tolerance_follows_the_precision() -> None:
@@ -218,9 +235,9 @@ def test_what_arrives_before_its_publication_waits_for_it() -> None:
     hub.send(b"a", wire.Progress(task=other.task, attempt=0, purpose="train", partial=(part,)))
     assert hub.take(b"a", wire.Ack) == [] and hub.core.rejected.total() == 0
     effects = hub.send(b"r0", wire.Published(version=1, digest=11, canary=f4(-1, -2)))
-    assert [ack.slot for ack in hub.take(b"a", wire.Ack)] == [0, 0, 1]
+    assert [ack.slot for ack in hub.take(b"a", wire.Ack)] == [0, 1], "a repeated rollout is kept once"
     assert hub.core.rejected == {UNKNOWN_DIGEST: 1, f"report: {UNKNOWN_DIGEST}": 1}
-    assert hub.core.training.leases.duplicates == 1
+    assert hub.core.training.leases.duplicates == 0
     assert [effect for effect in effects if isinstance(effect, Warn) and "differs" in effect.text]
     assert not hub.core.early
 
@@ -282,6 +299,18 @@ def test_the_status_says_what_each_engine_serves() -> None:
     assert (row["digest"], row["canary"], row["servers"]) == ("01234567", 0.25, [])
     assert status["canary_mean"] == status["canary_max"] == 0.25
     assert status["canary_alarms"] == {"differs": 1, "stuck": 0, "moved": 0}
+
+
+def test_a_server_that_was_started_again_at_another_url_is_forgotten_at_its_old_one() -> None:
+    hub, _ = begun(canary_s=2)
+    hub.send(b"a", score(0, 10, -9, -9, engine="http://old"))
+    hub.advance(8)
+    hub.send(b"a", score(0, 10, -1, -2, engine="http://new"))
+    hub.advance(1.9)
+    assert [row["url"] for row in hub.core.served.servers_of("a")] == ["http://new", "http://old"]
+    hub.advance(0.2)
+    assert [row["url"] for row in hub.core.served.servers_of("a")] == ["http://new"]
+    assert hub.core.status()["canary_max"] == 0
 
 
 def test_an_alarm_does_not_end_the_work_of_an_actor() -> None:

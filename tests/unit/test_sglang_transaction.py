@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import queue
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -41,6 +42,7 @@ class PlayedApi(StreamingApi):
         self.fails: dict[str, list[Exception]] = {}
         self.paths: list[str] = []
         self.checking: asyncio.Event | None = None  # a request for checksums waits for it
+        self.mute = 0  # so many requests for checksums are answered without any
 
     async def post(self, path: str, body: Any, *, timeout_s: float, **rest: Any) -> Json:
         self.paths.append(path)
@@ -53,6 +55,9 @@ class PlayedApi(StreamingApi):
         if path == "/weights_checker":
             if self.checking is not None:
                 await self.checking.wait()
+            if self.mute:
+                self.mute -= 1
+                return {"success": False, "message": "busy"}
             ranks = [{"checksums": {"a": str(self.version)}, "parallelism_info": [{"tp_rank": 0}]}]
             return {"success": True, "ranks": ranks}
         return await super().post(path, body, timeout_s=timeout_s, **rest)
@@ -127,6 +132,20 @@ def test_after_a_failure_in_any_phase_the_server_serves_the_previous_version(fai
         result = requests.results.get()
         assert isinstance(result, Generated) and result.versions.tolist() == [0]
         assert result.logprobs.tolist() == [logprob_at(3 + i, 0) for i in range(6)]
+
+    asyncio.run(scenario())
+
+
+def test_a_server_that_answers_without_checksums_goes_back_to_the_previous_version() -> None:
+    async def scenario() -> None:
+        api, transport = PlayedApi(), PlayedTransport()
+        server, api.mute = server_of(api), 1
+        with pytest.raises(ServerRefused, match="gave no checksums: busy"):
+            await update(
+                server, offer_of(1, transport), in_flight="abort-resume", phase_s=PHASE_S,
+                previous=offer_of(0, transport),
+            )  # fmt: skip
+        assert (server.version, server.open, api.version) == (0, True, 0)
 
     asyncio.run(scenario())
 
@@ -259,6 +278,33 @@ def test_the_pieces_of_a_verification_are_all_parameters_each_once(architecture:
                 name: one for name, one in expected[rank].items() if not any(other in name for other in piece.others)
             }
             assert left == piece.expected[rank]
+
+
+def test_a_request_waits_for_a_server_with_the_version_that_it_needs() -> None:
+    """The only server with version 1 has died; the hub would refuse tokens of version 0."""
+
+    async def scenario() -> None:
+        servers = [server_of(PlayedApi(f"server {index}")) for index in range(2)]
+        new, old = servers
+        new.version, new.digests = 1, {1: 0}
+        cast(PlayedApi, new.api).version = 1
+        requests = Requests(lambda: servers, ends=())
+        cast(PlayedApi, new.api).holds = lambda tokens: len(tokens) == 3
+        requests.submit(replace(generate("strict"), min_version=1))
+        await until(lambda: any(len(cast(Any, one.item).tokens) == 3 for one in new.running.values()))
+        new.fault = ServerGone("died")
+        await new.cancel_streams()
+        requests.submit(generate("any"))
+        await until(lambda: not requests.results.empty(), "the result of the request that any version may serve")
+        assert requests.results.get().id == "any" and requests.waiting == 1  # type: ignore[union-attr]
+        old.version, old.digests = 1, {1: 0}
+        cast(PlayedApi, old.api).version = 1
+        requests.dispatch()
+        await until(lambda: not requests.results.empty(), "the other result")
+        result = requests.results.get()
+        assert isinstance(result, Generated) and result.versions.tolist() == [1]
+
+    asyncio.run(scenario())
 
 
 # -- a fleet --------------------------------------------------------------------------------------------------------
@@ -475,6 +521,29 @@ def test_a_server_that_dies_while_it_waits_for_its_turn_is_restarted_at_once(mon
             assert api.checking is not None
             api.checking.set()
         await played.all_have(1)
+        await played.close()
+
+    asyncio.run(scenario())
+
+
+def test_the_health_of_a_server_is_also_checked_if_the_canary_is_scored_more_often(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario() -> None:
+        monkeypatch.setattr(fleet_module, "CHECK_INTERVAL_S", 0.5)
+        played = Played(monkeypatch, PlayedTransport(), servers=1)
+        tokens = np.ones(1, np.int32)
+        played.fleet.watch(Score(id="canary", prompt=np.arange(3, dtype=np.int32), tokens=tokens, temperature=1), 0.1)
+        played.want(0)
+        await played.all_have(0)
+        await until(lambda: played.fleet.canaries.qsize() >= 2, "two scores")
+        played.fleet.want(None)
+        assert played.fleet.canaries.empty(), "a new session may be of another run"
+        played.want(0)
+        await played.all_have(0)
+        played.apis[0].version = 9
+        await until(lambda: len(played.starts) == 2, "a restart, because another program has updated the server")
+        assert "the server reports weight version 9, but this actor loaded 0" in " ".join(played.events())
         await played.close()
 
     asyncio.run(scenario())

@@ -118,6 +118,8 @@ class Fleet:
         """
         if weights is None:
             self._requests.cancel_all()
+            while not self.canaries.empty():  # scores that the engine has not taken
+                self.canaries.get_nowait()
             for server_slot in self._server_slots:
                 server_slot.held = None
                 if server_slot.server is not None:
@@ -131,7 +133,9 @@ class Fleet:
     def digest(self) -> int:
         """Short digest of the newest version in service; 0 if there is none."""
         version = self.version()
-        return next((s.digests[version] for s in self._servers() if version is not None and s.version == version), 0)
+        if version is None:
+            return 0
+        return next((s.digests.get(version, 0) for s in self._servers() if s.version == version), 0)
 
     def watch(self, canary: Score, every_s: float) -> None:
         """Score `canary` on every server after each update, and every `every_s` seconds."""
@@ -206,7 +210,7 @@ class Fleet:
         server = Server(api, slots=self._settings.slots, ends=self._settings.ends, idle_timeout_s=idle_timeout_s)
         for line in await self._examine(server):
             self.events.put(line)
-        server_slot.server = server
+        server_slot.server, server_slot.check_at = server, asyncio.get_running_loop().time() + CHECK_INTERVAL_S
         if all(other.server is not None for other in self._server_slots) and not self.ready.done():
             self.ready.set_result(None)
 
@@ -284,20 +288,20 @@ class Fleet:
         Raises EngineError if the server dies or no longer answers.
         """
         loop = asyncio.get_running_loop()
-        end, next_check = loop.time() + at_most_s, loop.time() + CHECK_INTERVAL_S
+        end = loop.time() + at_most_s
         while not waiting.done() and loop.time() < end:
             await asyncio.wait([waiting], timeout=0.1)
             require_alive(server_slot)
             if server.fault is not None:
                 raise server.fault
-            if loop.time() > next_check:
+            if loop.time() > server_slot.check_at:
                 reported = (await server.api.get("/model_info", timeout_s=CHECK_TIMEOUT_S))["weight_version"]
                 if server.version is not None and reported != str(server.version):
                     raise WeightsError(
                         f"{server.api.url}: the server reports weight version {reported}, but this actor loaded "
                         f"{server.version}; make sure that no other program updates it"
                     )
-                next_check = loop.time() + CHECK_INTERVAL_S
+                server_slot.check_at = loop.time() + CHECK_INTERVAL_S
         return waiting.done()
 
     async def _update_to(self, server_slot: ServerSlot, server: Server, offer: Offer) -> bool:
@@ -354,8 +358,8 @@ class Fleet:
         return [offer for offer in needed if offer is not None]
 
     def _report(self, server_slot: ServerSlot, error: SgpoError) -> None:
-        server_slot.failures += 1
         """Count a failure of the server in this slot, and report it."""
+        server_slot.failures += 1
         if not self.ready.done():  # the first start: fail, so that the user can correct the cause
             self.ready.set_exception(error)
         else:

@@ -5,9 +5,9 @@
                  └─────────────────────────┼────────────┘
                                            └─ blamed ─▶ Failed: it kills servers (see `quarantine`)
 
-Requests go only to open servers with the newest version among the open servers; a server on trial counts only for
-itself. What it samples becomes a result, or is reported as progress, when its version is verified; if that fails, it is
-dropped. All calls come from one asyncio loop.
+Requests go only to open servers with the newest version among the open servers, and with their `min_version` or a newer
+one; a server on trial counts only for itself. What it samples becomes a result, or is reported as progress, when its
+version is verified; if that fails, it is dropped. All calls come from one asyncio loop.
 """
 
 from __future__ import annotations
@@ -97,13 +97,31 @@ class Requests:
         servers = self._servers()
         if all(not server.open or server.generates is None for server in servers):
             return
-        while self._suspects and (index := server_for_suspect(self._loads(servers))) is not None:
-            self._begin(servers[index], self._suspects.popleft())
-        while self._waiting:
-            index = server_for_request(self._loads(servers), suspect_waits=bool(self._suspects))
+        while self._suspects:
+            index = server_for_suspect(self._loads(servers, _min_version(self._suspects[0])))
             if index is None:
-                return
-            self._begin(servers[index], self._waiting.popleft())
+                break
+            self._begin(servers[index], self._suspects.popleft())
+        while (found := self._next(servers)) is not None:
+            position, server = found
+            item = self._waiting[position]
+            del self._waiting[position]
+            self._begin(server, item)
+
+    def _next(self, servers: list[Server]) -> tuple[int, Server] | None:
+        """The position of the first waiting request that some server can take, and that server.
+
+        After the only server with the newest version has died, the others may be too old for some requests.
+        """
+        tried: set[int] = set()
+        for position, item in enumerate(self._waiting):
+            if (lowest := _min_version(item)) in tried:
+                continue
+            index = server_for_request(self._loads(servers, lowest), suspect_waits=bool(self._suspects))
+            if index is not None:
+                return position, servers[index]
+            tried.add(lowest)
+        return None
 
     def server_died(self, server: Server) -> None:
         """Record the death of a server that is dead or does not answer, for every request that may have caused it.
@@ -134,9 +152,10 @@ class Requests:
             self._waiting = deque(item for item in self._waiting if not self._quarantine.is_suspect(_id(item)))
             self._suspects.extendleft(reversed(suspects))
 
-    def _loads(self, servers: list[Server]) -> list[ServerLoad]:
+    def _loads(self, servers: list[Server], lowest: int) -> list[ServerLoad]:
+        """The load of each server; without room for a request that needs the version `lowest` if it is older."""
         verified = (s.version for s in servers if s.open and s.trial is None and s.version is not None)
-        oldest = max(verified, default=0)  # that may get requests
+        oldest = max([lowest, *verified])  # that may get requests
         return [
             ServerLoad(
                 running=len(server.running),
@@ -252,6 +271,10 @@ class Requests:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _min_version(item: Item) -> int:
+    return item.request.min_version if isinstance(item, Partial) else 0
 
 
 def _id(item: Item) -> Hashable:

@@ -63,9 +63,8 @@ class Server:
     def __init__(self, api: ServerApi, *, slots: int, ends: Collection[int], idle_timeout_s: float) -> None:
         self.api, self.slots = api, slots
         self.version: int | None = None  # complete and verified; during an update, the previous version
-        self.digests: dict[
-            int, int
-        ] = {}  # short digest of every version that was verified here, or is on trial, in this session
+        # Short digest of every version that was verified here, or is on trial, in this session.
+        self.digests: dict[int, int] = {}
         self.trial: Trial | None = None
         self.session = 0  # number of calls of `forget`
         self.open = False

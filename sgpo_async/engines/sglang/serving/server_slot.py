@@ -28,6 +28,7 @@ class ServerSlot:
     held: Offer | None = None  # the version that the server has
     loading: Offer | None = None  # the version that it is loading
     failures: int = 0  # in a row
+    check_at: float = 0.0  # when the next health check is due, in time of the loop
 
 
 def alive(server_slot: ServerSlot) -> bool:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 
+from sgpo_async.engines.sglang.processes.api import ServerRefused
 from sgpo_async.engines.sglang.weight_sync.tensor_hash import cpu_hash, cuda_hash
 from sgpo_async.errors import EngineError, WeightsError
 from sgpo_async.weights import digest
@@ -176,10 +177,10 @@ def pieces_of(expected: Sequence[Checksums]) -> list[Piece]:
 def answered_checksums(answer: Mapping[str, Any]) -> list[Checksums]:
     """The checksums in the answer of /weights_checker to {"action": "checksum"}, in the order of the ranks.
 
-    Raises EngineError if the answer contains none.
+    Raises ServerRefused if the answer contains none.
     """
     if not answer.get("success") or not answer.get("ranks"):
-        raise EngineError(f"SGLang's /weights_checker gave no checksums: {answer.get('message', answer)}")
+        raise ServerRefused(f"SGLang's /weights_checker gave no checksums: {answer.get('message', answer)}")
     return [r["checksums"] for r in sorted(answer["ranks"], key=lambda r: r["parallelism_info"][0]["tp_rank"])]
 
 
