@@ -237,7 +237,7 @@ class Incoming:
         store_layout.write_incoming(writer._fd, record)
 
     def put(self, index: int, data: bytes | bytearray | memoryview) -> None:
-        """Write bucket `index`, the next one. Raises WeightsError if its checksum does not match; it is then missing."""
+        """Write bucket `index`, the next one. Raises WeightsError, and misses it, if its checksum does not match."""
         assert index == self.verified, f"bucket {self.verified} comes next, not {index}"
         view, fd, state = memoryview(data), self._writer._fd, xxhash.xxh3_64()
         start = self._record.data + self._manifest.buckets[index].offset

@@ -149,7 +149,7 @@ async def _stop(server: Server, in_flight: InFlight, phase_s: float) -> None:
 
 
 def _name(server: Server, prepared: Prepared) -> None:
-    """Let the spans of this version have its digest. Those of a version on trial are not released before the verdict."""
+    """Let the spans of this version have its digest. Those of a version on trial are released after the verdict."""
     server.digests[prepared.version] = short_digest(prepared.digest)
 
 
