@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 
 from sgpo_async.errors import Superseded, WeightsError
 from sgpo_async.session.receiver_process import ReceiverDown, ReceiverEvent, VersionReceived, VersionRejected
@@ -33,7 +34,7 @@ class SharedStore:
         if not STORE.fullmatch(self._path):  # another actor has named it: it must not make this one open any file
             self._down = True
             return [ReceiverDown(f"the weight store of another actor must be at /proc/PID/fd/N, got {self._path!r}")]
-        if not os.access(self._path, os.R_OK):
+        if not (Path(self._path).is_file() and os.access(self._path, os.R_OK)):  # to open a pipe could block
             self._down = True
             return [ReceiverDown(f"the weight store {self._path} of another actor is gone, or of another user")]
         self.could_read = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 
 import pytest
 import torch
@@ -242,6 +243,15 @@ def test_no_other_file_than_a_store_is_opened(member: Member, path: str) -> None
     member.membership.welcomed(Welcome(run_id="run", source="b", store=path))
     (down,) = member.membership.node_events()
     assert isinstance(down, ReceiverDown) and f"must be at /proc/PID/fd/N, got '{path}'" in down.reason
+
+
+def test_a_pipe_is_no_store(member: Member) -> None:
+    read, write = os.pipe()
+    member.membership.welcomed(Welcome(run_id="run", source="b", store=f"/proc/{os.getpid()}/fd/{read}"))
+    (down,) = member.membership.node_events()
+    assert isinstance(down, ReceiverDown)
+    os.close(read)
+    os.close(write)
 
 
 @pytest.mark.parametrize("store", ["", "/nowhere"])
