@@ -403,7 +403,7 @@ class HubCore:
         """Remove silent members and revoke silent leases.
 
         The timeout of an actor is long, because its only thread may be loading weights and sends nothing meanwhile.
-        The hub notices a dead actor sooner by the end of its weight sender (SenderDown).
+        The hub notices a dead actor sooner by the end of its weight sender (SenderDown), if it has one.
         """
         actor_limit = self.now - self.run.hub.lease_timeout_s
         rank_limit = self.now - self.run.learner.batch_timeout_s
