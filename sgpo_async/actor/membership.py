@@ -78,7 +78,7 @@ class Membership:
         """
         if self._mailbox.connections != self._connections:
             self._connections = self._mailbox.connections
-            self.lost("the connection to the hub was lost")
+            self.lost("the connection to the hub was lost", unserved=False)
         if self.serving:
             return
         self._dealer.check_refused()
@@ -132,14 +132,18 @@ class Membership:
         else:
             self._failed(f"it {reason}")
 
-    def lost(self, reason: str) -> None:
-        """Start to join again, with a new weight receiver, because the connection or the session is lost."""
+    def lost(self, reason: str, *, unserved: bool = True) -> None:
+        """Start to join again, with a new weight receiver, because the connection or the session is lost.
+
+        `unserved`: if no weights have arrived, this is the fault of the actor that was to serve them.
+        """
         self._hello_at = now = time.monotonic()
         if not self.serving:
             return
         log.warning("%s; joining again", reason)
         self.serving = False
-        self._direct |= bool(self._source) and not self._proven
+        could_read = isinstance(self.node, SharedStore) and self.node.could_read
+        self._direct |= unserved and bool(self._source) and not (self._proven or could_read)
         if self._proven or now - self._serving_since > PROVEN_S:
             self._absent_since, self._failures, self._last_failure = now, 0, ""
         else:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from sgpo_async.errors import DeadlineExceeded
+from sgpo_async.errors import DeadlineExceeded, SessionError
 from sgpo_async.session import SenderUp, WeightSender
 from sgpo_async.wire import records as wire
 
@@ -25,10 +25,10 @@ class Senders:
         self._stopping = ThreadPoolExecutor(max_workers=4, thread_name_prefix="stop-sender")
 
     def open(self, order: wire.OpenSender) -> None:
-        """Start a weight sender. If that fails (too many processes, no memory), `poll` reports it as down."""
+        """Start a weight sender. If that fails (too many processes, no route to the hub), `poll` reports it as down."""
         try:
             self._senders[order.sender] = self._spawn(order.name, order.road)
-        except OSError as error:
+        except (OSError, SessionError) as error:
             self._failed.append(wire.SenderDown(sender=order.sender, reason=f"cannot start a weight sender: {error}"))
 
     def close(self, sender: int) -> None:

@@ -30,7 +30,10 @@ def run(args: argparse.Namespace) -> int:
     """Measure and print. Raises SgpoError."""
     if args.config == WEIGHTS:
         from sgpo_async.bench.weights import run_bench_weights
+        from sgpo_async.config.schema import require
 
+        unused = [*args.overrides, *(["--dry-run"] if args.dry_run else [])]
+        require(not unused, "bench weights", "must not be given settings of a run or --dry-run", " ".join(unused))
         return run_bench_weights(quick=args.quick, to=args.to)
     settings = load_run(args)
     if args.dry_run:

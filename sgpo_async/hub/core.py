@@ -23,7 +23,7 @@ from sgpo_async.config import Run, to_plain
 from sgpo_async.errors import HubError
 from sgpo_async.hub import events as ev
 from sgpo_async.hub import snapshot
-from sgpo_async.hub.actors import FROM_HUB, Actor, Actors
+from sgpo_async.hub.actors import FROM_HUB, Actor, Actors, Route
 from sgpo_async.hub.admission import evaluation_limit
 from sgpo_async.hub.evaluation import Evaluation
 from sgpo_async.hub.events import CloseSender, Effect, Event, Send, Shutdown, UseStore, Warn
@@ -50,6 +50,7 @@ CHECKPOINT_GRACE_S = 30.0  # ... and for the learner, which finishes its step an
 SILENT_S = 5.0  # a rank that has been silent for so long will write no checkpoint
 RETURN_S = 5.0  # how long an actor may take to send a new Hello after its weight sender has ended
 RESTART_RETURN_S = 30.0  # ... after a restart of the hub
+OPEN_S = 60.0  # how long an actor may take to start a weight sender for another one, which gives up after two minutes
 MAX_EARLY = 4096  # messages that are kept until a Published arrives
 MAX_INVALID = 3  # after so many invalid messages and rollouts, an actor is refused for good
 
@@ -121,6 +122,12 @@ class HubCore:
     def __getstate__(self) -> dict[str, Any]:
         """The state between two events, which `hub.recovery` saves."""
         return self.__dict__ | {"_effects": []}
+
+    @property
+    def weight_folder(self) -> str:
+        """URL of the folder with the weights of this run, which no other run writes to; "" without one."""
+        folder = self.run.hub.weight_folder
+        return folder and f"{folder.removesuffix('/')}/{self.run_id}"
 
     def status(self) -> dict[str, Any]:
         """The state of the run; see `sgpo_async.hub.status` for the keys."""
@@ -259,7 +266,9 @@ class HubCore:
         """Add an actor, or let it return with the leases that it still holds."""
         known = self.actors.get(member)
         if known and not known.welcomed and known.return_by is None:
-            return  # a repeated Hello, while the actor's weight sender is starting
+            self._replace_silent_source(known)  # a repeated Hello, while the actor's weight sender is starting
+            return
+        lost = known.route if known and known.welcomed else None
         holds = set(zip(hello.holds[::2].tolist(), hello.holds[1::2].tolist(), strict=True))
         for leases in self._lease_tables:
             for number in leases.held_by(member):
@@ -273,16 +282,22 @@ class HubCore:
         if known:
             self._effects += self.weight_routes.close(known)
         actor = self.actors.join(member, hello, now=self.now)
-        self._open_route(actor, direct=hello.direct)
+        self._open_route(actor, direct=hello.direct, lost=lost)
         self._reopen_routes(member)  # its answers to OpenSender may have been lost with the connection
 
-    def _open_route(self, actor: Actor, *, direct: bool = False) -> None:
+    def _open_route(self, actor: Actor, *, direct: bool = False, lost: Route | None = None) -> None:
         if actor.road == "folder":
-            self._welcome(actor, folder=self.run.hub.weight_folder)
+            self._welcome(actor, folder=self.weight_folder)
             return
-        self._effects += self.weight_routes.open(actor, direct=direct)
+        self._effects += self.weight_routes.open(actor, direct=direct, lost=lost)
         if actor.route and actor.route.shared:
             self._welcome(actor, store=self.actors[actor.route.source].store)
+
+    def _replace_silent_source(self, actor: Actor) -> None:
+        """Serve an actor from the hub if the actor that was to serve it has not answered in time."""
+        if actor.route and actor.route.source and self.now - actor.last_seen >= OPEN_S:
+            self._effects += self.weight_routes.close(actor)
+            self._open_route(actor, direct=True)
 
     def _reopen_routes(self, source: bytes) -> None:
         """Find another route for the actors that wait for a weight sender of this one."""
@@ -314,7 +329,11 @@ class HubCore:
         if isinstance(found, ev.SenderUp | wire.SenderUp):
             self._welcome(actor, session_host=found.host, session_port=found.port, session_secret=found.secret)
             return
-        self._refuse(actor.member, f"the session ended: {found.reason}")
+        self._end_route(actor, f"the session ended: {found.reason}")
+
+    def _end_route(self, actor: Actor, reason: str) -> None:
+        """Tell an actor that no more weights come this way, so that it says Hello again."""
+        self._refuse(actor.member, reason)
         self._effects += self.weight_routes.close(actor)
         self._expect_return(actor, RETURN_S)
 
@@ -337,6 +356,8 @@ class HubCore:
         self.served.leave(actor.name)
         self._effects += self.weight_routes.close(actor)
         self._reopen_routes(actor.member)
+        for other in self.weight_routes.depending_on(actor.member):  # it may hang, and its store go on existing
+            self._end_route(other, f"{actor.name}, from which it has its weights, is lost")
 
     def _revoke(self, leases: LeaseTable, number: int) -> None:
         """Take a lease back, to give it again."""
@@ -383,7 +404,7 @@ class HubCore:
         """Remove silent members and revoke silent leases.
 
         The timeout of an actor is long, because its only thread may be loading weights and sends nothing meanwhile.
-        The hub notices a dead actor sooner by the end of its weight sender (SenderDown).
+        The hub notices a dead actor sooner by the end of its weight sender (SenderDown), if it has one.
         """
         actor_limit = self.now - self.run.hub.lease_timeout_s
         rank_limit = self.now - self.run.learner.batch_timeout_s

@@ -9,7 +9,8 @@ it listens (SenderUp). It can pass a version on while it still receives it, so t
 hardly grows with their number.
 
 Every route leads to the hub: an actor never gets its weights from those that get theirs from it. When a source is lost,
-the actors behind it say Hello again and get another one; they go on with the buckets that they have.
+the actors behind it say Hello again and get another one; they go on with the buckets that they have. Those that do not
+notice it, because the store of a process that hangs stays where it is, are told by the hub.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ class WeightRoutes:
     shared: bool
     opened: int = 0  # weight senders that actors were asked for; their ids
 
-    def open(self, actor: Actor, *, direct: bool = False) -> list[Effect]:
-        """Choose a route for an actor without one; `direct`: from the hub.
+    def open(self, actor: Actor, *, direct: bool = False, lost: Route | None = None) -> list[Effect]:
+        """Choose a route for an actor without one; `direct`: from the hub; `lost`: the one that it could not keep.
 
         A shared route can be used at once; for others, SenderUp or SenderDown follows, as an event or as a message.
         """
-        if not direct and self.shared and (leader := self._leader(actor)):
+        if not direct and self.shared and (leader := self._leader(actor, lost)):
             actor.route = Route(leader.member, shared=True)
             return []
         source = None if direct else self._source(actor)
@@ -66,6 +67,10 @@ class WeightRoutes:
         """The actor for which `source` has started this weight sender; None if it has another route by now."""
         return next((actor for actor in self._behind(source) if actor.route == Route(source, sender)), None)
 
+    def depending_on(self, source: bytes) -> list[Actor]:
+        """The actors that have their weights from `source`."""
+        return [actor for actor in self._behind(source) if actor.welcomed]
+
     def waiting_for(self, source: bytes) -> list[Actor]:
         """The actors that wait until `source` has started a weight sender for them."""
         return [actor for actor in self._behind(source) if not actor.welcomed and actor.return_by is None]
@@ -74,10 +79,11 @@ class WeightRoutes:
         """The actors whose next hop is `source` (b"": the hub)."""
         return (actor for actor in self.actors.values() if actor.route is not None and actor.route.source == source)
 
-    def _leader(self, actor: Actor) -> Actor | None:
+    def _leader(self, actor: Actor, lost: Route | None) -> Actor | None:
         """Another actor of this machine that keeps a store of its own, which others may read.
 
-        An actor on which others depend keeps its own store up to date, also when it joins again.
+        An actor on which others depend keeps its own store up to date, also when it joins again. An actor that has read
+        a store until now does not read it again: if its owner was killed, the hub may hear of that later.
         """
         if not actor.machine or any(self._behind(actor.member)):
             return None
@@ -86,6 +92,7 @@ class WeightRoutes:
                 other
                 for other in self.actors.values()
                 if other is not actor
+                and Route(other.member, shared=True) != lost
                 and other.machine == actor.machine
                 and other.store
                 and other.return_by is None

@@ -1,4 +1,4 @@
-"""A session carries the weights from the learner's store to an actor's: a Torch RPC world of two processes.
+"""A session carries the weights from one store to another, an actor's: by Torch RPC in a world of two processes.
 
       beside the hub, or another actor                           on the inference node
     hub ── WeightSender ──▶ weight sender  ◀── Torch RPC ──▶ weight receiver ◀── WeightReceiver ── actor
@@ -12,6 +12,9 @@ cannot join a second world. When one of the two dies, this session is over; othe
 
 Both processes must know a secret that is new for each session (`session.secret`): the weight sender's handle makes it,
 and the actor gets it over its authenticated connection to the hub.
+
+On other roads the two processes are connected by ZeroMQ (`session.socket_world`), or there is no weight sender, but a
+folder (`session.folder_world`), into which a weight uploader of the hub copies every version.
 
 Weights can also go by broadcast from the weight sender directly to SGLang servers: see `session.weight_groups`.
 """

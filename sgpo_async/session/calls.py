@@ -6,7 +6,7 @@
 The objects that they work on are in `callee`, which is set before the world exists. All of them return at once but
 `bucket`, which waits a moment for a bucket that is still on its way to this node. That a version was superseded is a
 normal answer and no exception, of which Torch RPC would print a traceback. The heartbeats between the two processes are
-in `session.rpc_world`.
+in `session.rpc_world` and `session.socket_world`.
 """
 
 from __future__ import annotations

@@ -28,7 +28,10 @@ class FolderWorld:
         self._folder, self._deadlines = WeightFolder(url), deadlines
         self._workers = ThreadPoolExecutor(IN_FLIGHT, "read")
         self._announced: int | None = None
-        self._looked_at = self._read_at = time.monotonic()
+        self._look: Future[int | None] | None = None  # the read of `newest` that is in progress: it may hang
+        self._looked_at = time.monotonic()
+        self._silent_since = 0.0  # when the first look began after the last one that succeeded; 0: there is none
+        self._reason = f"hub.weight_folder: {url} did not answer within {deadlines.silence_s:g} s"
 
     def begin(self, function: Callable[..., Any], *args: Any) -> FolderCall:
         """Start to read what `calls.manifest` or `calls.bucket` would return."""
@@ -36,7 +39,7 @@ class FolderWorld:
             calls.manifest: self._manifest,
             calls.bucket: self._bucket,
         }
-        return FolderCall(self._workers.submit(reads[function], *args))
+        return FolderCall(self._workers.submit(reads[function], *args), self._deadlines.file_s)
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """Read, and wait for the result. Raises SessionError."""
@@ -45,16 +48,22 @@ class FolderWorld:
     def check(self) -> None:
         """Look for a newer version now and then. Raises SessionError if the folder could not be read for too long."""
         now = time.monotonic()
-        if now - self._looked_at < LOOK_S:
-            return
-        self._looked_at = now
-        try:
-            newest = self._folder.newest()
-        except WeightsError as error:
-            if now - self._read_at > self._deadlines.silence_s:
-                raise SessionError(str(error)) from error
-            return
-        self._read_at = now
+        if self._look is None:
+            if now - self._looked_at >= LOOK_S:
+                self._look, self._looked_at = self._workers.submit(self._folder.newest), now
+                self._silent_since = self._silent_since or now
+        elif self._look.done():
+            look, self._look = self._look, None
+            try:
+                self._announce(look.result())
+            except WeightsError as error:
+                self._reason = str(error)
+            else:
+                self._silent_since = 0.0
+        if self._silent_since and now - self._silent_since > self._deadlines.silence_s:
+            raise SessionError(self._reason)
+
+    def _announce(self, newest: int | None) -> None:
         if newest is not None and newest != self._announced:
             self._announced = newest
             calls.announce(newest)
@@ -74,14 +83,16 @@ class FolderWorld:
 class FolderCall:
     """One read that is in progress."""
 
-    def __init__(self, future: Future[Any]) -> None:
-        self._future = future
+    def __init__(self, future: Future[Any], seconds: float) -> None:
+        self._future, self._seconds = future, seconds
 
     def wait(self) -> Any:
-        """Return the result. Raises SessionError if the folder cannot be read."""
+        """Return the result. Raises SessionError if the folder cannot be read, or not in time."""
         try:
-            return self._future.result()
+            return self._future.result(self._seconds)
         except Superseded:
             return None
         except WeightsError as error:
             raise SessionError(str(error)) from error
+        except TimeoutError:
+            raise SessionError(f"hub.weight_folder: a file was not read within {self._seconds:g} s") from None

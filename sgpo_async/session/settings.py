@@ -21,7 +21,9 @@ class Deadlines:
     join_s: float = 60.0  # for both processes to join the world
     call_s: float = 10.0  # for the answer to one call: one bucket, one announcement
     heartbeat_s: float = 1.0  # between two heartbeats; a peer that answers none for heartbeat_s + call_s is gone
-    silence_s: float = 60.0  # without a new bucket from an actor that still receives the version itself
+    # Without a new bucket from an actor that still receives the version itself, or without an answer of a folder.
+    silence_s: float = 60.0
+    file_s: float = 300.0  # to read or write one bucket of a folder, which shows no progress
     group_s: float = 60.0  # for one phase of a weight-update group: to join, to broadcast a version
 
 

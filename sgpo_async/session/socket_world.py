@@ -22,6 +22,7 @@ import queue
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -167,7 +168,10 @@ class SocketClient:
                 self._joined.set()
         except SessionError as error:
             self._reason = str(error)
-            self._joined.set()
+        except Exception as error:
+            traceback.print_exc()
+            self._reason = f"events: internal error: {error!r}"
+        self._joined.set()
 
     def _connected(self) -> zmq.Socket[bytes]:
         socket = self._context.socket(zmq.DEALER)
@@ -185,48 +189,53 @@ class Line:
         """A call fails when nothing has arrived for `seconds`."""
         self._socket, self._seconds = socket, seconds
         self._ids = itertools.count()
-        self._parts: dict[int, bytearray] = {}
-        self._answers: dict[int, Any] = {}
+        # Nobody waits for a call that was given up: what arrives for it is dropped.
+        self._calls: weakref.WeakValueDictionary[int, SocketCall] = weakref.WeakValueDictionary()
 
     def begin(self, name: str, args: list[Any]) -> SocketCall:
         """Send a call."""
         id = next(self._ids)
+        self._calls[id] = call = SocketCall(self, name)
         self._socket.send(msgpack.packb([id, name, args]))
-        return SocketCall(self, id, name)
+        return call
 
-    def answer(self, id: int, name: str) -> Any:
-        """Wait for the answer to a call. Raises SessionError."""
-        while id not in self._answers:
-            if not self._socket.poll(round(self._seconds * 1000)):
-                raise SessionError(f"{name}: the weight sender did not answer within {self._seconds:g} s")
-            self._receive()
-        kind, value = self._answers.pop(id)
-        if kind == "error":
-            raise SessionError(f"weight sender: {value}")
-        return value
-
-    def _receive(self) -> None:
+    def receive(self, name: str) -> None:
+        """Wait for the next part of an answer, to any call. Raises SessionError, which names this call."""
+        if not self._socket.poll(round(self._seconds * 1000)):
+            raise SessionError(f"{name}: the weight sender did not answer within {self._seconds:g} s")
         header, data = self._socket.recv_multipart(copy=False)
-        id, kind, *values = msgpack.unpackb(header.buffer)
-        if kind != "part":
-            self._answers[id] = kind, *values
-            return
-        is_delta, size = values
-        parts = self._parts.setdefault(id, bytearray())
-        parts += data.buffer
-        if len(parts) == size:
-            self._answers[id] = kind, (torch.frombuffer(self._parts.pop(id), dtype=torch.uint8), is_delta)
+        id, *answer = msgpack.unpackb(header.buffer)
+        if call := self._calls.get(id):
+            call.take(*answer, data=data.buffer)
 
 
 class SocketCall:
     """One call that is in flight."""
 
-    def __init__(self, line: Line, id: int, name: str) -> None:
-        self._line, self._id, self._name = line, id, name
+    def __init__(self, line: Line, name: str) -> None:
+        self._line, self._name = line, name
+        self._parts = bytearray()
+        self._answer: tuple[str, Any] | None = None  # "value" or "error", and which
 
     def wait(self) -> Any:
         """Return the answer. Raises SessionError if nothing arrives in time."""
-        return self._line.answer(self._id, self._name)
+        while self._answer is None:
+            self._line.receive(self._name)
+        kind, value = self._answer
+        if kind == "error":
+            raise SessionError(f"weight sender: {value}")
+        return value
+
+    def take(self, kind: str, *values: Any, data: memoryview) -> None:
+        """Take a part of the answer."""
+        if kind != "part":
+            (value,) = values
+            self._answer = kind, value
+            return
+        is_delta, size = values
+        self._parts += data
+        if len(self._parts) == size:
+            self._answer = "value", (torch.frombuffer(self._parts, dtype=torch.uint8), is_delta)
 
 
 def _answer(value: Any) -> Iterator[tuple[list[Any], bytes | memoryview]]:

@@ -5,13 +5,14 @@
     v000000012/00003             the bytes of bucket 3
     v000000012/00003.since-11    its difference to version 11 (`weights.delta`), if that is smaller
 
-A version is complete before `newest` names it. The two newest versions are kept. Who can write to the folder decides
-what weights the actors serve: its permissions are the only protection.
+A version is complete before `newest` names it. The two newest versions are kept. Each run has a folder of its own. Who
+can write to it decides what weights the actors serve: its permissions are the only protection.
 """
 
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,10 +21,11 @@ from sgpo_async.weights.reader import StoreReader
 
 KEPT = 2
 NEWEST = "newest"
+VERSION = re.compile(r"v\d{9,}")
 
 
 class WeightFolder:
-    """The folder at `url`, for example s3://bucket/run or file:///mnt/run."""
+    """The folder at `url`, for example s3://bucket/run/ID or file:///mnt/run/ID."""
 
     def __init__(self, url: str) -> None:
         """Raises WeightsError if no filesystem is installed for this kind of URL."""
@@ -57,8 +59,8 @@ class WeightFolder:
                 return self._read(version, _since(index, base)), True
         return self._read(version, f"{index:05d}"), False
 
-    def upload(self, store: StoreReader, version: int) -> None:
-        """Copy a version from a store, and remove old ones.
+    def upload(self, store: StoreReader, version: int) -> Iterator[int]:
+        """Copy a version from a store, and remove old ones; yield the size of each bucket that was copied.
 
         Raises Superseded if the store gives the version up meanwhile, WeightsError if the folder cannot be written.
         """
@@ -70,13 +72,14 @@ class WeightFolder:
                 self._write(version, f"{index:05d}", store.bucket(version, index))
                 if base is not None and (found := store.bucket_or_delta(version, index, base)) and found[1]:
                     self._write(version, _since(index, base), found[0])
+                yield manifest.buckets[index].nbytes
             self._write(version, "manifest", manifest.to_bytes())
             self._files.pipe_file(self._path(NEWEST), str(version).encode())
             self._remove_old()
 
     def _remove_old(self) -> None:
         names = [str(path).rstrip("/").rpartition("/")[2] for path in self._files.ls(self._root, detail=False)]
-        for name in sorted(name for name in names if name.startswith("v"))[:-KEPT]:
+        for name in sorted(filter(VERSION.fullmatch, names), key=lambda name: int(name[1:]))[:-KEPT]:
             self._files.rm(self._path(name), recursive=True)
 
     def _read(self, version: int, name: str) -> bytes:

@@ -144,7 +144,7 @@ class StoreReader:
         if self._fd < 0:
             try:
                 self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-            except FileNotFoundError:
+            except (FileNotFoundError, PermissionError, ProcessLookupError):  # the last two: its process is ending
                 return Header()
         return store_layout.read_header(self._fd)
 

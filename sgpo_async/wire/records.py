@@ -78,12 +78,12 @@ class Hello:
 class Welcome:
     """The hub accepts a member; the fields hold what the member needs to take part."""
 
-    session_host: str = ""  # actor: address of its weight sender, which waits to form a Torch RPC world of two
+    session_host: str = ""  # actor: address of its weight sender, which waits for the weight receiver
     session_port: int = 0
     session_secret: bytes = field(default=b"", repr=False)  # that authenticates what both processes of the session send
     source: str = ""  # actor: name of the actor that serves it; "": the hub
     run_id: str = ""  # actor: identifies the run; leases and weight versions of another run are void
-    folder: str = ""  # actor: URL of the folder with the weights, in place of a session
+    folder: str = ""  # actor: URL of the folder with the weights of this run, in place of a session
     # Actor: path of the source's weight store on the same machine, in place of a session. Learner: path of the
     # shared-memory weight store into which it publishes ...
     store: str = ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 
 import pytest
 import torch
@@ -215,6 +216,42 @@ def test_the_store_of_another_actor_takes_the_place_of_a_session(member: Member,
     assert [hello.direct for hello in member.hellos()] == [False], "its weights had arrived"
     member.membership.welcomed(Welcome(run_id="run", session_host="h", session_port=7))
     assert len(member.nodes) == 2 and member.nodes[1].addresses == [("h", 7)]
+
+
+def test_the_store_of_an_actor_that_dies_before_there_are_weights_is_no_reason_to_ask_the_hub(member: Member) -> None:
+    """The hub names another one; it would have to serve all actors of the machine otherwise."""
+    file = StoreFile("/nowhere")
+    member.membership.welcomed(Welcome(run_id="run", store=file.path, source="b"))
+    assert member.membership.node_events() == []
+    file.close()
+    (down,) = member.membership.node_events()
+    assert isinstance(down, ReceiverDown)
+    member.membership.session_down(down.reason)
+    member.membership.advance([])
+    assert not member.hellos()[-1].direct
+
+
+def test_a_lost_connection_to_the_hub_is_no_fault_of_the_actor_that_serves(member: Member) -> None:
+    member.membership.welcomed(Welcome(run_id="run", source="b"))
+    member.hub.connections += 1
+    member.membership.advance([])
+    assert not member.hellos()[-1].direct
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "/proc/self/fd/0", "/proc/1/fd/../environ"])
+def test_no_other_file_than_a_store_is_opened(member: Member, path: str) -> None:
+    member.membership.welcomed(Welcome(run_id="run", source="b", store=path))
+    (down,) = member.membership.node_events()
+    assert isinstance(down, ReceiverDown) and f"must be at /proc/PID/fd/N, got '{path}'" in down.reason
+
+
+def test_a_pipe_is_no_store(member: Member) -> None:
+    read, write = os.pipe()
+    member.membership.welcomed(Welcome(run_id="run", source="b", store=f"/proc/{os.getpid()}/fd/{read}"))
+    (down,) = member.membership.node_events()
+    assert isinstance(down, ReceiverDown)
+    os.close(read)
+    os.close(write)
 
 
 @pytest.mark.parametrize("store", ["", "/nowhere"])

@@ -15,7 +15,7 @@ from sgpo_async.actor.senders import Senders
 from sgpo_async.actor.service import Service
 from sgpo_async.config import Run
 from sgpo_async.engines.base import Failed, SampledTokens, ScoredCanary
-from sgpo_async.errors import DeadlineExceeded, EngineError
+from sgpo_async.errors import DeadlineExceeded, EngineError, SessionError
 from sgpo_async.model.canary import PROMPT, TOKENS
 from sgpo_async.session import SenderDown, SenderUp, VersionReceived
 from sgpo_async.wire import records as wire
@@ -355,9 +355,10 @@ def test_weight_senders_are_opened_and_closed_as_the_hub_says() -> None:
     assert first.stopped.is_set() and second.stopped.is_set()
 
 
-def test_a_weight_sender_that_cannot_be_started_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [OSError("too many processes"), SessionError("too many processes")])
+def test_a_weight_sender_that_cannot_be_started_is_reported(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def fail(*_: str) -> ScriptedSender:
-        raise OSError("too many processes")
+        raise error
 
     actor = Actor()
     monkeypatch.setattr(actor.senders, "_spawn", fail)

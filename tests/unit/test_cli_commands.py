@@ -256,3 +256,11 @@ def test_characters_that_the_output_cannot_show_are_escaped(encoding: str, tmp_p
 def test_an_option_must_be_a_finite_number(number: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["evaluate", DEMO, f"--temperature={number}", "--dry-run"]) == 2
     assert capsys.readouterr().err == f"error: --temperature must be a finite number, got {number}\n"
+
+
+@pytest.mark.parametrize("argument", ["steps=3", "--dry-run"])
+def test_the_bench_of_weights_takes_no_settings_of_a_run(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "weights", argument]) == 2
+    assert f"error: bench weights must not be given settings of a run or --dry-run, got '{argument}'" in (
+        capsys.readouterr().err
+    )

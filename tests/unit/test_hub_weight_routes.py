@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sgpo_async.hub.actors import FROM_HUB, Actor, Actors, Route
-from sgpo_async.hub.events import CloseSender, OpenSender, Received, Send, SenderDown, SenderUp
+from sgpo_async.hub.core import OPEN_S, RETURN_S
+from sgpo_async.hub.events import CloseSender, OpenSender, Received, Send, SenderDown, SenderUp, Tick
 from sgpo_async.hub.weight_routes import WeightRoutes
 from sgpo_async.wire import records as wire
 
@@ -214,11 +215,53 @@ def test_only_a_member_is_asked_and_heard() -> None:
     assert [type(effect.message) for effect in effects if isinstance(effect, Send)] == [wire.Refused]
 
 
-def test_an_actor_may_get_the_weights_from_a_folder() -> None:
+def test_actors_that_do_not_notice_the_loss_of_their_source_are_told() -> None:
+    """It may hang: then its store, or the weight senders beside it, go on existing, and get no weights any more."""
+    driver = Driver(make_run(weight_fanout=1))
+    driver.send(b"a", hello("a", machine="m", store="/proc/1/fd/3"))
+    driver.handle(SenderUp(b"a", "10.0.0.1", 4000))
+    driver.send(b"b", hello("b", machine="m", store="/proc/2/fd/3"))
+    driver.send(b"c", hello("c"))
+    driver.send(b"a", wire.SenderUp(sender=1, host="10.0.0.2", port=5000, secret=b""))
+    driver.handle(SenderDown(b"a", "peer lost"))
+    driver.now += RETURN_S + 0.1
+    told = [effect for effect in driver.handle(Tick()) if isinstance(effect, Send)]
+    assert sorted(effect.member for effect in told if isinstance(effect.message, wire.Refused)) == [b"b", b"c"]
+    assert OpenSender(b"b", "b") in driver.send(b"b", hello("b", machine="m", store="/proc/2/fd/3"))
+    assert Send(b"b", wire.OpenSender(sender=2, name="c")) in driver.send(b"c", hello("c"))
+
+
+def test_actors_that_notice_the_death_of_an_actor_before_the_hub_get_another_store() -> None:
+    """Else each of them would find that it is gone, and have a session with the hub from then on."""
+    driver = Driver(make_run())
+    names = "abc"
+    hellos = {name: hello(name, machine="m", store=f"/proc/{ord(name)}/fd/3") for name in names}
+    for name in names:
+        driver.send(name.encode(), hellos[name])
+    assert [driver.core.actors[name].route for name in (b"b", b"c")] == [Route(b"a", shared=True)] * 2
+    assert OpenSender(b"b", "b") in driver.send(b"b", hellos["b"])
+    driver.send(b"c", hellos["c"])
+    assert driver.core.actors[b"c"].route == Route(b"b", shared=True)
+
+
+def test_an_actor_whose_source_does_not_answer_is_served_by_the_hub_before_it_gives_up() -> None:
+    driver = Driver(make_run(weight_fanout=1))
+    driver.send(b"a", hello("a"))
+    driver.handle(SenderUp(b"a", "10.0.0.1", 4000))
+    driver.send(b"b", hello("b"))
+    driver.now += OPEN_S - 1
+    assert driver.send(b"b", hello("b")) == []
+    driver.now += 2
+    assert driver.send(b"b", hello("b")) == [Send(b"a", wire.CloseSender(sender=1)), OpenSender(b"b", "b")]
+    assert driver.send(b"b", hello("b")) == [], "the hub is starting its weight sender"
+
+
+def test_an_actor_may_get_the_weights_from_the_folder_of_its_run() -> None:
     driver = Driver(make_run(weight_folder="s3://bucket/run", weight_fanout=1))
+    driver.core.run_id = "1f"
     (sent,) = driver.send(b"a", hello("a", road="folder"))
     assert isinstance(sent, Send) and isinstance(sent.message, wire.Welcome)
-    assert (sent.message.folder, sent.message.session_port) == ("s3://bucket/run", 0)
+    assert (sent.message.folder, sent.message.session_port) == ("s3://bucket/run/1f", 0)
     assert driver.send(b"b", hello("b")) == [OpenSender(b"b", "b")], "it has no store that others could be served from"
 
 

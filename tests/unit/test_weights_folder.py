@@ -31,6 +31,10 @@ class Store:
         return self.writer.publish(version, [("w", values)])
 
 
+def upload(folder: WeightFolder, store: Store, version: int) -> None:
+    assert sum(folder.upload(store.reader, version)) == 40_000
+
+
 @pytest.fixture
 def store() -> Iterator[Store]:
     made = Store()
@@ -49,7 +53,7 @@ def test_the_newest_version_is_read_whole_or_as_a_difference(store: Store, url: 
     manifests = {}
     for version in (0, 1, 4):
         manifests[version] = store.publish(version)
-        folder.upload(store.reader, version)
+        upload(folder, store, version)
         assert reading.newest() == version
         assert Manifest.from_bytes(reading.manifest(version)) == manifests[version]
     for index in range(5):
@@ -67,7 +71,7 @@ def test_only_the_two_newest_versions_are_kept(store: Store, url: str) -> None:
     folder = WeightFolder(url)
     for version in range(4):
         store.publish(version)
-        folder.upload(store.reader, version)
+        upload(folder, store, version)
     for version in (0, 1):
         with pytest.raises(Superseded, match=f"version {version}"):
             folder.bucket(version, 0, None)
@@ -76,12 +80,24 @@ def test_only_the_two_newest_versions_are_kept(store: Store, url: str) -> None:
     folder.manifest(2)
 
 
+def test_nothing_but_old_versions_is_removed(store: Store, tmp_path: Path) -> None:
+    others = [tmp_path / name for name in ("validation", "v1", "v000000000.txt")]
+    for other in others:
+        other.mkdir()
+    folder = WeightFolder(f"file://{tmp_path}")
+    for version in range(3):
+        store.publish(version)
+        upload(folder, store, version)
+    left = ["newest", "v000000001", "v000000002", *(other.name for other in others)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(left)
+
+
 def test_a_version_that_the_store_gives_up_is_not_shown(store: Store, url: str) -> None:
     folder = WeightFolder(url)
     for version in range(3):
         store.publish(version)
     with pytest.raises(Superseded):
-        folder.upload(store.reader, 0)
+        upload(folder, store, 0)
     assert folder.newest() is None
 
 
@@ -89,4 +105,4 @@ def test_a_version_that_the_store_gives_up_is_not_shown(store: Store, url: str) 
 def test_a_folder_that_cannot_be_used_is_an_error_with_a_remedy(store: Store, wrong: str) -> None:
     store.publish(0)
     with pytest.raises(WeightsError, match="hub.weight_folder: cannot .*check the URL"):
-        WeightFolder(wrong).upload(store.reader, 0)
+        upload(WeightFolder(wrong), store, 0)
