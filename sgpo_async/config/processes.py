@@ -32,8 +32,8 @@ class Hub:
     # from there, so at most the tokens of this time are lost. SGLang's rollouts are delivered with these reports.
     progress_s: float = 1.0
     # The hub gives a lease up after this time without a message about it, and an actor after this time without a
-    # heartbeat. The limit is long because an actor may be loading weights; the hub notices a dead actor at once, by its
-    # weight sender's connection, unless it has none: it reads the store of another actor, or a folder.
+    # heartbeat. The limit is long because an actor may be loading weights; the hub notices a dead actor at once, by the
+    # end of its connection.
     lease_timeout_s: float = 120.0
     stall_s: float = 300.0  # when nothing has moved for so long, the hub names who holds up the run
     journal: bool = True  # keep the hub's state in runs/NAME/hub.journal, so that a killed hub goes on after a restart

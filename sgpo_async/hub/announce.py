@@ -44,6 +44,8 @@ class Announcer:
         match event:
             case ev.Received(member, wire.Goodbye(reason=reason)):
                 self._reasons[member] = reason
+            case ev.Disconnected(member):
+                self._reasons.setdefault(member, "its connection was closed")
             case ev.SenderDown(member, reason):
                 self._reasons[member] = reason
                 if member in self._core.actors:

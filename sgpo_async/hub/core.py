@@ -145,6 +145,9 @@ class HubCore:
                 self._forbid(member, reason)
             case ev.SenderUp() | ev.SenderDown():
                 self._sender_of_hub(event)
+            case ev.Disconnected(member):
+                if (actor := self.actors.get(member)) and actor.return_by is None:
+                    self._expect_return(actor, RETURN_S)
             case ev.Tick():
                 self._check_timeouts()
                 self._move_late_lease()
@@ -404,7 +407,7 @@ class HubCore:
         """Remove silent members and revoke silent leases.
 
         The timeout of an actor is long, because its only thread may be loading weights and sends nothing meanwhile.
-        The hub notices a dead actor sooner by the end of its weight sender (SenderDown), if it has one.
+        The hub notices a dead actor at once by the end of its connection (Disconnected).
         """
         actor_limit = self.now - self.run.hub.lease_timeout_s
         rank_limit = self.now - self.run.learner.batch_timeout_s

@@ -55,6 +55,13 @@ class SenderDown:
 
 
 @dataclass(frozen=True)
+class Disconnected:
+    """The connection of this member has ended: it is dead, or it connects again and says Hello."""
+
+    member: bytes
+
+
+@dataclass(frozen=True)
 class Tick:
     """Time has passed; the loop sends this event at regular intervals."""
 
@@ -72,7 +79,7 @@ class Interrupted:
     at_once: bool = False
 
 
-Event = Received | Rejected | Forbidden | SenderUp | SenderDown | Tick | HubRestarted | Interrupted
+Event = Received | Rejected | Forbidden | SenderUp | SenderDown | Disconnected | Tick | HubRestarted | Interrupted
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The hub's I/O: one loop in one thread that feeds events to the core and carries out its effects.
 
-    members ── ZeroMQ ──▶ mailbox.receive ─────┐  journal                      ┌▶ mailbox.send ── ZeroMQ ──▶ members
+    members ── ZeroMQ ──▶ mailbox.receive, gone┐  journal                      ┌▶ mailbox.send ── ZeroMQ ──▶ members
     weight senders ── stdout ──▶ sender.poll ──┼──▶ and ──▶ effects ─ commit ─▶┼▶ start or stop a weight sender
     clock ── every TICK_S ──▶ Tick ────────────┤  core                         └▶ Shutdown: the loop ends
     signals ── interrupted() ──▶ Interrupted ──┘
@@ -100,7 +100,8 @@ class Loop:
             while not self._shutdown_reason:
                 received = self._mailbox.receive_mail(TICK_S)
                 group = [found for mail in received if (found := self._event_of(mail)) is not None]
-                events = self._sender_events()
+                events: list[ev.Event] = [ev.Disconnected(member) for member in self._mailbox.gone()]
+                events += self._sender_events()
                 events += self._weights.events() if self._weights else []
                 if reason := interrupted():
                     events.append(ev.Interrupted(reason, hurried()))

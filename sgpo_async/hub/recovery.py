@@ -35,7 +35,16 @@ from sgpo_async.wire.records import PROTOCOL, Rollout
 
 _PLAIN_EVENTS: dict[str, Callable[..., ev.Event]] = {
     kind.__name__: kind
-    for kind in (ev.Rejected, ev.Forbidden, ev.SenderUp, ev.SenderDown, ev.Tick, ev.HubRestarted, ev.Interrupted)
+    for kind in (
+        ev.Rejected,
+        ev.Forbidden,
+        ev.SenderUp,
+        ev.SenderDown,
+        ev.Disconnected,
+        ev.Tick,
+        ev.HubRestarted,
+        ev.Interrupted,
+    )
 }
 
 

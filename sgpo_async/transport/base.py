@@ -28,6 +28,10 @@ class RouterEnd(Protocol):
         """
         ...
 
+    def gone(self) -> list[bytes]:
+        """The members whose connection has ended since the last call, and that have sent nothing over another one."""
+        ...
+
     def send(self, member: bytes, frames: Sequence[bytes]) -> bool:
         """Queue frames for a member; False if it is not connected or its queue is full."""
         ...

@@ -84,6 +84,10 @@ class RouterMailbox:
         self.rejected += sum(isinstance(mail.message, WireError) for mail in read)
         return read
 
+    def gone(self) -> list[bytes]:
+        """The members whose connection has ended since the last call; they may come back."""
+        return self.router.gone()
+
     def close(self, linger_s: float = 0.0) -> None:
         """Wait at most `linger_s` until the queued messages are sent, then close."""
         self.router.close(linger_s)

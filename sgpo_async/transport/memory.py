@@ -29,6 +29,7 @@ class MemoryRouter:
         self.changed = threading.Condition()
         self.inbox: deque[tuple[bytes, Frames, bytes]] = deque()
         self.dealers: dict[bytes, MemoryDealer] = {}
+        self.ended: list[bytes] = []
 
     def dealer(self, identity: bytes, key: bytes = b"") -> MemoryDealer:
         """Connect a new member, which has authenticated itself with `key`.
@@ -41,6 +42,11 @@ class MemoryRouter:
 
     def poll(self, timeout_s: float) -> list[tuple[bytes, Frames, bytes]]:
         return take(self.inbox, self.changed, timeout_s)
+
+    def gone(self) -> list[bytes]:
+        with self.changed:
+            ended, self.ended = self.ended, []
+        return ended
 
     def send(self, member: bytes, frames: Sequence[bytes]) -> bool:
         dealer = self.dealers.get(member)
@@ -76,6 +82,7 @@ class MemoryDealer:
         with self._router.changed:
             if self._router.dealers.get(self.identity) is self:
                 del self._router.dealers[self.identity]
+                self._router.ended.append(self.identity)
 
 
 def memory_pair(identity: bytes = b"member") -> tuple[MemoryRouter, MemoryDealer]:

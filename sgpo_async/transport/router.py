@@ -1,13 +1,16 @@
 """The hub's ZeroMQ endpoint.
 
     Dealer ─┐                     ┌─ poll() ─▶ (member, frames, key)
-    Dealer ─┼─ TCP ─▶ ROUTER ─────┤
+    Dealer ─┼─ TCP ─▶ ROUTER ─────┼─ gone() ─▶ members whose connection has ended
     Dealer ─┘         ▲           └─ send(member, frames) ─▶ one member's queue, or False
                       └─ authenticator thread: answers "is this key known?" during handshakes
 
 Only `poll` waits (for a message) and `close` (until queued frames are sent), both at most for a given time. When a
 member reconnects with the same identity, the new connection replaces the old one. Otherwise the hub could keep a dead
 connection for minutes, e.g. after a power loss, and ignore the member during this time.
+
+ZeroMQ names the connection of each message, and the connections that end, by their descriptors; so the end of a killed
+member's connection is known at once.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from pathlib import Path
 
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
+from zmq.utils.monitor import recv_monitor_message
 
 from sgpo_async.errors import HubError
 from sgpo_async.transport.base import Frames
@@ -39,6 +43,9 @@ class Router:
         self.max_bytes = max_bytes
         self.socket = open_socket(zmq.ROUTER, address=address, max_bytes=max_bytes)
         self._authenticator: ThreadAuthenticator | None = None
+        self._monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._connections: dict[int, bytes] = {}  # member by the descriptor of its connection
+        self._gone: list[bytes] = []
         try:
             self.socket.router_mandatory = True
             self.socket.router_handover = True
@@ -50,9 +57,15 @@ class Router:
             raise
 
     def poll(self, timeout_s: float) -> list[tuple[bytes, Frames, bytes]]:
-        take = receive_with_key if self._authenticator else receive_plain
-        messages = drain(self.socket, timeout_s, self.max_bytes, take)
+        self._watch()  # before the messages: a new connection may have the descriptor of one that has ended
+        messages = drain(self.socket, timeout_s, self.max_bytes, self._receive)
         return [(member, frames, key) for key, member, *frames in messages]
+
+    def gone(self) -> list[bytes]:
+        self._watch()
+        connected = set(self._connections.values())
+        gone, self._gone = [member for member in self._gone if member not in connected], []
+        return gone
 
     def send(self, member: bytes, frames: Sequence[bytes]) -> bool:
         return offer(self.socket, [member, *frames])
@@ -62,22 +75,26 @@ class Router:
             return
         if self._authenticator:
             self._authenticator.stop()
+        self.socket.disable_monitor()
+        self._monitor.close()
         close_socket(self.socket, linger_s)
 
+    def _receive(self, socket: zmq.Socket) -> Frames:
+        """One message, after the public key (Z85) of its sender, b"" without keys. Raises zmq.Again if there is none.
 
-def receive_plain(socket: zmq.Socket) -> Frames:
-    """One message, after an empty frame. Raises zmq.Again if there is none."""
-    return [b"", *receive(socket)]
+        ZeroMQ attaches the key to each message of the connection, as the authenticator has named it (RFC 27, User-Id).
+        So it holds also for a message under the identity of another member.
+        """
+        identity = socket.recv(zmq.DONTWAIT, copy=False)
+        self._connections[identity.get(zmq.SRCFD)] = member = identity.bytes
+        key = str(identity["User-Id"]).encode() if self._authenticator else b""
+        return [key, member, *receive(socket)]
 
-
-def receive_with_key(socket: zmq.Socket) -> Frames:
-    """One message, after the public key (Z85) of its sender. Raises zmq.Again if there is none.
-
-    ZeroMQ attaches the key to each message of the connection, as the authenticator has named it (RFC 27, User-Id). So
-    it holds also for a message under the identity of another member.
-    """
-    identity = socket.recv(zmq.DONTWAIT, copy=False)
-    return [str(identity["User-Id"]).encode(), identity.bytes, *receive(socket)]
+    def _watch(self) -> None:
+        while self._monitor.poll(0):
+            member = self._connections.pop(recv_monitor_message(self._monitor)["value"], None)
+            if member is not None:
+                self._gone.append(member)
 
 
 class KnownKeys:

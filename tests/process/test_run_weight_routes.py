@@ -17,7 +17,8 @@ STEPS = 100_000  # more than the test lets it train
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealRun]:
-    overrides = ("hub.address=tcp://127.0.0.1:0", "hub.weight_fanout=1", f"steps={STEPS}")
+    # Only the ends of connections can tell the hub that an actor is dead.
+    overrides = ("hub.address=tcp://127.0.0.1:0", "hub.weight_fanout=1", f"steps={STEPS}", "hub.lease_timeout_s=3600")
     with real_run(tmp_path_factory.mktemp("routes"), *overrides) as started:
         yield started
 
@@ -53,11 +54,14 @@ def test_weights_reach_every_actor_and_a_lost_source_is_replaced(run: RealRun) -
     actors["a"].process.send_signal(signal.SIGKILL)
     until(lambda: source(run, "b") == "", "weights of b from the hub")
     assert_all_follow(run, ("b", *SHARING))
-    actors["d"].process.send_signal(signal.SIGTERM)
-    assert actors["d"].wait() == 0, actors["d"].output
+    actors["d"].process.send_signal(signal.SIGKILL)
     until(lambda: source(run, "e") == "b", "weights of e from b")
     assert_all_follow(run, ("b", "e"))
     assert senders(run, hub) == 1
+    last = join(run, "f")
+    assert source(run, "f") == "e", "it reads the store of e"
+    last.process.send_signal(signal.SIGKILL)
+    until(lambda: not run.actor_row("f"), "the end of f's membership")
 
     status = run.status()
     assert status["ledger"]["rollouts"]["dropped"].get("rejected", 0) == 0

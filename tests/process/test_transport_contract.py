@@ -1,5 +1,6 @@
 """Both transports fulfil the same interface: in memory, and ZeroMQ on loopback."""
 
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -105,6 +106,25 @@ def test_a_new_connection_with_a_known_identity_replaces_the_old_one(ends: tuple
         assert exactly(1, router.poll) == [(b"a", [generation], b"")]
         assert router.send(b"a", [b"to", generation])
         assert exactly(1, member.poll) == [[b"to", generation]]
+
+
+def test_a_member_whose_connection_has_ended_is_gone_until_it_comes_back(ends: tuple[RouterEnd, Connect]) -> None:
+    router, connect = ends
+    members = {name: connect(name) for name in (b"a", b"b")}
+    for member in members.values():
+        member.send([b"hello"])
+    exactly(2, router.poll)
+    assert router.gone() == []
+    members[b"a"].close()
+    deadline = time.monotonic() + PATIENCE
+    while not (gone := router.gone()):
+        assert time.monotonic() < deadline
+    assert gone == [b"a"]
+    connect(b"a").send([b"again"])
+    exactly(1, router.poll)
+    members[b"b"].send([b"still here"])
+    exactly(1, router.poll)
+    assert router.gone() == []
 
 
 def send_until_false(router: RouterEnd, member: bytes, frames: Frames) -> None:

@@ -15,6 +15,7 @@ from sgpo_async.hub.core import FINISH_GRACE_S, RETURN_S
 from sgpo_async.hub.evaluation import without_problem_results
 from sgpo_async.hub.events import (
     CloseSender,
+    Disconnected,
     Interrupted,
     OpenSender,
     Rejected,
@@ -835,3 +836,19 @@ def test_weights_that_only_another_machine_has_are_rejected():
     driver.learner(publish=False)
     driver.send(b"r0", wire.Published(version=0, store="tcp://10.0.0.2:4000"))
     assert driver.core.published == -1 and driver.core.status()["rejected"] == 1
+
+
+def test_an_actor_whose_connection_has_ended_returns_in_time_or_is_lost() -> None:
+    driver = Driver()
+    driver.learner()
+    for member in (b"a", b"b"):
+        driver.actor(member, credit=1)
+    held = {member: driver.only(member, wire.Lease) for member in (b"a", b"b")}
+    for member in (b"a", b"b", b"stranger"):
+        driver.handle(Disconnected(member))
+    holds = np.array([held[b"a"].task, held[b"a"].attempt], np.int32)
+    driver.send(b"a", wire.Hello(role="actor", name="a", holds=holds))
+    driver.advance(RETURN_S + 0.1)
+    assert set(driver.core.actors) == {b"a"}
+    assert [table.held_by(b"a") for table in driver.core._lease_tables] != [[], []], "it keeps its lease"
+    assert [table.held_by(b"b") for table in driver.core._lease_tables] == [[], []]
