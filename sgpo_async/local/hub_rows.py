@@ -58,7 +58,7 @@ def _canary(status: Mapping[str, Any]) -> str:
 
 
 def _served(actors: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """What each engine serves, or each server of it: version, digest, difference from the learner on the canary."""
+    """What each engine serves, or each server of it: version, digest, difference from the learner, and its source."""
     rows = []
     for actor in actors:
         for one in actor.get("servers") or [actor]:
@@ -67,7 +67,8 @@ def _served(actors: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
             canary = (
                 f"canary {scientific(one.get('canary'))} nats off" if one.get("canary") is not None else "no canary"
             )
-            rows.append((f"{one_line(actor.get('name'), 64)}{url}", f"{what}, {canary}"))
+            source = f", weights from {one_line(actor['source'], 64)}" if actor.get("source") else ""
+            rows.append((f"{one_line(actor.get('name'), 64)}{url}", f"{what}, {canary}{source}"))
     return rows
 
 

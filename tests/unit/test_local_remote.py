@@ -137,9 +137,9 @@ def test_figures_that_are_not_known_have_a_dash() -> None:
 def test_what_each_engine_and_each_server_serves_is_shown() -> None:
     servers = [{"url": "http://one", "version": 7, "digest": "0123abcd", "canary": 0.25}]
     actors = [
-        {"name": "embedded", "version": 8, "digest": "89abcdef", "canary": None, "servers": []},
+        {"name": "embedded", "version": 8, "digest": "89abcdef", "canary": None, "servers": [], "source": "node"},
         {"name": "node", "version": 7, "digest": "0123abcd", "canary": 0.25, "servers": servers},
     ]
     rows = dict(hub_rows({"actors": actors}))
-    assert rows["embedded"] == "version 8, digest 89abcdef, no canary"
+    assert rows["embedded"] == "version 8, digest 89abcdef, no canary, weights from node"
     assert rows["node http://one"] == "version 7, digest 0123abcd, canary 0.25 nats off"
