@@ -42,6 +42,10 @@ NOT_LEARNED = (
     "hub.weight_deltas",
     "hub.weight_fanout",
     "hub.weight_folder",
+    "hub.canary_s",
+    "hub.canary_tolerance",
+    "learner.canary_every",
+    "engine.sglang.transport",
     "evaluation.share",
     "learner.parts",
     "learner.recompute",
@@ -86,8 +90,11 @@ def _decisive(config: Plain) -> Plain:
     # Through JSON, which turns infinity into null, so that a new configuration equals one that was read.
     whole: Plain = json.loads(to_json(filled(config, _defaults())))
     for key in NOT_LEARNED:
-        section, _, last = key.rpartition(".")
-        (whole[section] if section else whole).pop(last, None)
+        *sections, last = key.split(".")
+        place = whole
+        for section in sections:
+            place = place[section]
+        place.pop(last, None)
     whole["model"]["path"] = _decisive_model(whole["model"]["path"])
     return whole
 

@@ -36,7 +36,7 @@ class Settings:
 
     name: str  # of the receiving side, for messages
     parent: int  # process id of the parent; the child ends when the parent is gone
-    store: str  # weight sender: the store that it serves; weight receiver: the one it writes
+    store: str = ""  # weight sender: the store that it serves; weight receiver: the one it writes
     host: str = ""  # weight sender: where to listen
     cuda: bool = False  # weight sender: may use this machine's GPUs, for weight-update groups over NCCL
     road: Road = "rpc"
