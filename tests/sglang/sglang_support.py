@@ -198,8 +198,8 @@ def assert_kept(models: dict[int, Any], request: Generate, result: Generated, at
         assert len(set(kept.tolist())) == len(kept)
         order = np.argsort(-log_p, kind="stable")[: request.top_k or None]
         before = np.cumsum(np.exp(log_p[order])) - np.exp(log_p[order])
-        assert set(order[before < request.top_p - 1e-5].tolist()) <= set(kept.tolist())
-        assert set(kept.tolist()) <= set(order[before < request.top_p + 1e-5].tolist())
+        assert set(order[before < request.top_p - atol].tolist()) <= set(kept.tolist())
+        assert set(kept.tolist()) <= set(order[before < request.top_p + atol].tolist())
         expected = log_p[token] - np.log(np.exp(log_p[kept]).sum())
         np.testing.assert_allclose(result.logprobs[at], expected, atol=atol, err_msg=f"{request.id}, token {at}")
 
