@@ -15,7 +15,7 @@ from run_support import (
 )
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(1500)]
-STEPS = 8
+STEPS = 40  # so many that a fast machine does not finish before the second kill
 OVERRIDES = [f"steps={STEPS}", "learner.checkpoint_every=1", "learner.keep_checkpoints=2"]
 PATIENCE_S = 600.0
 
