@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
-from sgpo_async.errors import DeadlineExceeded, SessionError
+from sgpo_async.errors import SessionError
 from sgpo_async.session import SenderUp, WeightSender
+from sgpo_async.session.stopping import Stopping
 from sgpo_async.wire import records as wire
-
-log = logging.getLogger(__name__)
 
 STOP_S = 5.0  # for a killed weight sender to end
 
@@ -22,7 +19,7 @@ class Senders:
         self._spawn = spawn
         self._senders: dict[int, WeightSender] = {}
         self._failed: list[wire.SenderDown] = []
-        self._stopping = ThreadPoolExecutor(max_workers=4, thread_name_prefix="stop-sender")
+        self._stopping = Stopping(seconds=STOP_S, threads=4)
 
     def open(self, order: wire.OpenSender) -> None:
         """Start a weight sender. If that fails (too many processes, no route to the hub), `poll` reports it as down."""
@@ -34,7 +31,7 @@ class Senders:
     def close(self, sender: int) -> None:
         """End a weight sender, without waiting; an unknown one is ignored."""
         if handle := self._senders.pop(sender, None):
-            self._stopping.submit(_stop, handle)
+            self._stopping.stop(handle)
 
     def poll(self) -> list[wire.SenderUp | wire.SenderDown]:
         """What the hub must be told since the last call."""
@@ -53,11 +50,4 @@ class Senders:
         """End all weight senders, and wait for their ends."""
         for sender in list(self._senders):
             self.close(sender)
-        self._stopping.shutdown()
-
-
-def _stop(handle: WeightSender) -> None:
-    try:
-        handle.stop(STOP_S)
-    except DeadlineExceeded as error:  # on a busy machine a killed process ends late
-        log.warning("%s", error)
+        self._stopping.close()

@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from sgpo_async.config.rules import endpoint_of
-from sgpo_async.errors import DeadlineExceeded
 from sgpo_async.hub import events as ev
 from sgpo_async.hub.uploads import Uploads
 from sgpo_async.session import ReceiverDown, VersionRejected, WeightReceiver
 from sgpo_async.session.settings import Deltas
+from sgpo_async.session.stopping import Stopping
 from sgpo_async.weights.store_file import StoreFile
 from sgpo_async.wire.records import Published
 
@@ -41,7 +40,7 @@ class LearnerWeights:
         receiver: Callable[..., WeightReceiver] = WeightReceiver,
     ) -> None:
         self._store, self._deltas, self._receiver, self._uploads = store, deltas, receiver, uploads
-        self._stopping = ThreadPoolExecutor(max_workers=2, thread_name_prefix="stop-receiver")
+        self._stopping = Stopping(seconds=STOP_S, threads=2)
         self._link: WeightReceiver | None = None
         self._member, self._contact = b"", ("", b"")  # of the newest message of another machine
         self._offers: dict[int, Published] = {}  # those that the core was not told of, by version
@@ -92,6 +91,7 @@ class LearnerWeights:
     def close(self) -> None:
         """End the link and the uploads."""
         self._disconnect()
+        self._stopping.close()
         if self._uploads:
             self._uploads.close()
 
@@ -99,7 +99,7 @@ class LearnerWeights:
         """End the link, without waiting for the end of its process."""
         link, self._link = self._link, None
         if link:
-            self._stopping.submit(_stop, link)
+            self._stopping.stop(link)
 
     def _connect(self, host: str, port: int, secret: bytes) -> None:
         self._disconnect()
@@ -109,10 +109,3 @@ class LearnerWeights:
             log.warning("cannot start a weight receiver for the learner's weights: %s", error)
             return
         self._link.connect(host, port, secret)
-
-
-def _stop(link: WeightReceiver) -> None:
-    try:
-        link.stop(STOP_S)
-    except DeadlineExceeded as error:  # on a busy machine a killed process ends late
-        log.warning("%s", error)

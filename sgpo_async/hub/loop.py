@@ -18,10 +18,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
-from sgpo_async.errors import DeadlineExceeded, WireError
+from sgpo_async.errors import WireError
 from sgpo_async.hub import events as ev
 from sgpo_async.hub.announce import Announcer
 from sgpo_async.hub.authority import Authority
@@ -30,6 +29,7 @@ from sgpo_async.hub.journal import Journal
 from sgpo_async.hub.learner_weights import LearnerWeights
 from sgpo_async.hub.recovery import save, write_event
 from sgpo_async.session import SenderDown, SenderEvent, SenderUp
+from sgpo_async.session.stopping import Stopping
 from sgpo_async.transport import RouterMailbox
 from sgpo_async.transport.base import Frames
 from sgpo_async.transport.mailbox import Mail
@@ -83,8 +83,7 @@ class Loop:
         self._weights, self._journal, self._clock = weights, journal, clock
         self._authority = authority
         self._senders: dict[bytes, SenderHandle] = {}
-        self._stop_threads = ThreadPoolExecutor(max_workers=16, thread_name_prefix="stop-sender")
-        self._stopping: list[Future[None]] = []
+        self._stopping = Stopping(seconds=SENDER_STOP_S, threads=16)
         self._committed_at = time.monotonic()
         self._shutdown_reason = ""  # empty while the hub runs
         self._announcer = Announcer(core)
@@ -214,26 +213,13 @@ class Loop:
     def _stop_sender(self, member: bytes) -> None:
         sender = self._senders.pop(member, None)
         if sender:
-            self._stopping.append(self._stop_threads.submit(sender.stop, SENDER_STOP_S))
-        for stop in [stop for stop in self._stopping if stop.done()]:
-            self._stopping.remove(stop)
-            _log_timeout(stop)
+            self._stopping.stop(sender)
 
     def _close(self) -> None:
         for member in list(self._senders):
             self._stop_sender(member)
         self._mailbox.close(LINGER_S)
-        self._stop_threads.shutdown()
-        for stop in self._stopping:
-            _log_timeout(stop)
-
-
-def _log_timeout(stop: Future[None]) -> None:
-    """Log if a weight sender did not end in time. The run continues: on a busy machine a killed process ends late."""
-    try:
-        stop.result()
-    except DeadlineExceeded as error:
-        log.warning("%s", error)
+        self._stopping.close()
 
 
 def _changes_state(event: ev.Event) -> bool:

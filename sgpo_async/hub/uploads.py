@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
-from sgpo_async.errors import DeadlineExceeded
+from sgpo_async.session.stopping import Stopping
 from sgpo_async.session.uploader_process import UploaderDown, WeightUploader
 
 log = logging.getLogger(__name__)
@@ -23,7 +22,7 @@ class Uploads:
         self._path, self._folder, self._start = path, folder, start
         self._uploader: WeightUploader | None = None
         self._due = 0.0  # time of the next start
-        self._stopping = ThreadPoolExecutor(max_workers=1, thread_name_prefix="stop-uploader")
+        self._stopping = Stopping(seconds=STOP_S, threads=1)
 
     def poll(self) -> None:
         """Start the uploader if there is none, and log what it says. Does not wait."""
@@ -47,16 +46,9 @@ class Uploads:
         """End the uploader; the next `poll` that is due starts another one."""
         uploader, self._uploader = self._uploader, None
         if uploader:
-            self._stopping.submit(_stop, uploader)
+            self._stopping.stop(uploader)
 
     def close(self) -> None:
         """End the uploader."""
         self.restart()
-        self._stopping.shutdown()
-
-
-def _stop(uploader: WeightUploader) -> None:
-    try:
-        uploader.stop(STOP_S)
-    except DeadlineExceeded as error:  # on a busy machine a killed process ends late
-        log.warning("%s", error)
+        self._stopping.close()
