@@ -60,8 +60,8 @@ def why_not() -> str:
 
 
 @contextlib.contextmanager
-def network(count: int, *, mbit_per_s: float) -> Iterator[list[Namespace]]:
-    """Make `count` nodes; each sends at most `mbit_per_s` in all. Raises SgpoError if that is not possible here."""
+def network(count: int, *, mbit_per_s: float = 0.0) -> Iterator[list[Namespace]]:
+    """Make `count` nodes; each sends at most `mbit_per_s` in all (0: no limit). Raises SgpoError if that cannot be."""
     if reason := why_not():
         raise SgpoError(reason)
     mark = uuid.uuid4().hex[:6]

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -24,9 +23,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from sgpo_async.actor.shared_store import SharedStore
+from sgpo_async.bench.random_words import RandomWords
 from sgpo_async.errors import DeadlineExceeded
 from sgpo_async.session import SenderUp, VersionReceived, WeightReceiver, WeightSender
 from sgpo_async.session.settings import Deltas
@@ -38,7 +37,6 @@ Kind = Literal["rpc", "sockets", "folder", "delta", "shared"]
 KINDS: tuple[Kind, ...] = ("rpc", "sockets", "folder", "delta", "shared")
 WAIT_S = 600.0
 POLL_S = 0.001
-CHANGED = 100  # of so many words, one changes from version to version
 
 
 class Source:
@@ -47,15 +45,13 @@ class Source:
     def __init__(self, mbytes: int) -> None:
         self.file = StoreFile(tempfile.gettempdir())
         self._writer = StoreWriter(self.file.path)
-        self._random = np.random.default_rng(0)
-        self._words = self._random.integers(0, 2**16, mbytes * 2**19, dtype=np.uint16)
+        self._model = RandomWords(mbytes)
         self.version = -1
 
     def publish(self) -> float:
         """Publish the next version; return when it was visible."""
         self.version += 1
-        self._words[self._random.integers(0, len(self._words), len(self._words) // CHANGED)] += 1
-        self._writer.publish(self.version, [("weights", torch.from_numpy(self._words).view(torch.bfloat16))])
+        self._writer.publish(self.version, self._model.next())
         return time.monotonic()
 
     def close(self) -> None:
@@ -133,7 +129,8 @@ class BareRpc:
 
     def __init__(self, mbytes: int) -> None:
         command = [sys.executable, "-m", "sgpo_async.bench.worker_rpc"]
-        rest = [str(_free_port()), str(mbytes)]
+        self._folder = tempfile.TemporaryDirectory(prefix="sgpo-bench-")  # where the two find each other
+        rest = [f"{self._folder.name}/init", str(mbytes)]
         quiet = os.environ | {"PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR"}
         self._serving = subprocess.Popen([*command, "0", *rest], env=quiet)
         self._fetching = subprocess.Popen(
@@ -153,13 +150,7 @@ class BareRpc:
         for process in (self._serving, self._fetching):
             process.kill()
             process.wait(WAIT_S)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+        self._folder.cleanup()
 
 
 def copy_s(mbytes: int) -> float:

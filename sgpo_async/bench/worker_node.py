@@ -17,8 +17,6 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
-import numpy as np
-
 from sgpo_async.actor.membership import Membership
 from sgpo_async.actor.senders import Senders
 from sgpo_async.config.rules import endpoint_of
@@ -36,17 +34,16 @@ HEARTBEAT_S = 1.0
 WAIT_S = 0.01
 MAX_BYTES = 2**29
 BUCKETS = 64  # per version: as for 1 GB of weights in the usual buckets
-CHANGED = 100  # of so many words, one changes from version to version: about what AdamW does at lr 1e-6
 
 
 def publish(mailbox: Mailbox, mbytes: int) -> None:
     """Join as the only rank of a learner; publish a version for each line of standard input, until it ends."""
-    import torch
+    from sgpo_async.bench.random_words import RandomWords
 
     mailbox.send(wire.Hello(role="learner", name="learner-0"))
     welcome = _wait(mailbox, wire.Welcome)
     writer = StoreWriter(welcome.store, bucket_bytes=mbytes * 2**20 // BUCKETS)
-    values = np.random.default_rng(0).integers(0, 2**16, mbytes * 2**19, dtype=np.uint16)
+    model = RandomWords(mbytes)
     _report(event="ready")
     beat = 0.0
     for version in _lines(mailbox):
@@ -55,9 +52,9 @@ def publish(mailbox: Mailbox, mbytes: int) -> None:
                 beat = time.monotonic()
                 mailbox.send(wire.Heartbeat())
             continue
-        values[version % CHANGED :: CHANGED] += 1
+        tensors = model.next()
         began = time.time()
-        manifest = writer.publish(version, [("weights", torch.from_numpy(values).view(torch.bfloat16))])
+        manifest = writer.publish(version, tensors)
         digest = short_digest(manifest.digest)
         mailbox.send(wire.Published(version=version, digest=digest, store=welcome.store))
         _report(event="published", version=version, at=began, visible=time.time())

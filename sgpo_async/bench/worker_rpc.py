@@ -1,4 +1,4 @@
-"""Torch RPC and nothing else, for comparison with a session: `python -m sgpo_async.bench.worker_rpc RANK PORT MB`.
+"""Torch RPC and nothing else, for comparison with a session: `python -m sgpo_async.bench.worker_rpc RANK FILE MB`.
 
 Rank 1 fetches MB x 2^20 bytes from rank 0, in buckets of the usual size with the usual number in flight, for each line
 on standard input, and prints the seconds that it took.
@@ -42,11 +42,9 @@ def fetch(count: int) -> float:
     return time.monotonic() - began
 
 
-def main(rank: str, port: str, mbytes: str) -> int:
-    """Join the world of two; rank 1 fetches."""
-    options = rpc.TensorPipeRpcBackendOptions(
-        init_method=f"tcp://127.0.0.1:{port}", rpc_timeout=START_S, _transports=["uv"]
-    )
+def main(rank: str, file: str, mbytes: str) -> int:
+    """Join the world of two by a file that does not exist yet; rank 1 fetches."""
+    options = rpc.TensorPipeRpcBackendOptions(init_method=f"file://{file}", rpc_timeout=START_S, _transports=["uv"])
     rpc.init_rpc(rank, rank=int(rank), world_size=2, rpc_backend_options=options)
     count = int(mbytes) * 2**20 // BUCKET_BYTES
     if rank == "1":

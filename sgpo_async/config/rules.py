@@ -51,6 +51,11 @@ def endpoint_of(address: str) -> tuple[str, int] | None:
     return (host.strip("[]"), int(port)) if well_formed else None
 
 
+def url_host(host: str) -> str:
+    """A host as it stands in tcp://HOST:PORT: an IPv6 address has brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
 def host_of(path: str, address: str) -> str:
     """HOST of tcp://HOST:PORT. Raises ConfigError that names `path` if the address has another form."""
     require(endpoint_of(address) is not None, path, "must look like tcp://HOST:PORT", address)

@@ -50,7 +50,7 @@ def gather(policy: Policy) -> NamedTensors:
 
 def gather_trained(policy: Policy, dtype: torch.dtype) -> NamedTensors:
     """Gather only the parameters that are trained, as `gather` does, in `dtype`: all of them, or the adapters."""
-    return _gather_all(((name, p) for name, p in policy.model.named_parameters() if p.requires_grad), dtype)
+    return _gather_all(_trained(policy), dtype)
 
 
 def _gather_all(parameters: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> NamedTensors:

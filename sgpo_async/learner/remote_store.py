@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sgpo_async.config.rules import endpoint_of
+from sgpo_async.config.rules import endpoint_of, url_host
 from sgpo_async.errors import DeadlineExceeded
 from sgpo_async.learner.share_group import Store
 from sgpo_async.session import SenderUp, WeightSender
@@ -114,8 +114,7 @@ class RemoteStore:
                     if not isinstance(event, SenderUp):
                         log.warning("the hub's link to the weights is lost: %s; another one is offered", event.reason)
                         return
-                    host = f"[{self._host}]" if ":" in self._host else self._host
-                    self._contact = f"tcp://{host}:{event.port}", event.secret
+                    self._contact = f"tcp://{url_host(self._host)}:{event.port}", event.secret
                     self._up.set()
                     if announce:
                         self._moved(*self._contact)

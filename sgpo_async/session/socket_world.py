@@ -32,6 +32,7 @@ import torch
 import zmq
 import zmq.utils.z85
 
+from sgpo_async.config.rules import url_host
 from sgpo_async.errors import SessionError
 from sgpo_async.session.messages import Request, Response
 from sgpo_async.session.secret import tag
@@ -62,7 +63,7 @@ class SocketServer:
 
     def listen(self, host: str) -> int:
         """Listen at a free port of `host`; return the port."""
-        port = self._router.bind_to_random_port(f"tcp://{_bracketed(host)}")
+        port = self._router.bind_to_random_port(f"tcp://{url_host(host)}")
         done = self._context.socket(zmq.PULL)
         done.bind(_DONE)
         threading.Thread(target=self._run, args=(done,), name="world", daemon=True).start()
@@ -133,7 +134,7 @@ class SocketClient:
 
     def reach(self, host: str, port: int) -> None:
         """The peer listens there."""
-        self._address = f"tcp://{_bracketed(host)}:{port}"
+        self._address = f"tcp://{url_host(host)}:{port}"
 
     def join(self) -> None:
         """Wait for the first answer; the caller enforces the deadline."""
@@ -263,7 +264,3 @@ def _restored(value: Any) -> Any:
 def _key(secret: bytes, owner: bytes) -> bytes:
     """The secret CURVE key of one of the two processes, in Z85."""
     return zmq.utils.z85.encode(tag(secret, b"CURVE key", owner))
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host

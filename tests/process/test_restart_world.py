@@ -1,16 +1,17 @@
 """Ranks are killed by SIGKILL at every phase of their start; torchrun restarts them, and the last attempt trains."""
 
+import contextlib
 import os
-import shutil
 import subprocess
 import sys
-import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from run_support import ROOT, free_port
+
+from sgpo_async.bench.namespaces import Namespace, network, why_not
+from sgpo_async.errors import SgpoError
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(900)]
 
@@ -41,47 +42,22 @@ def test_ranks_of_one_node_that_are_killed_join_again(tmp_path: Path, rendezvous
     assert [(tmp_path / f"sum.{rank}").read_text() for rank in range(2)] == [f"3 {len(deaths)}"] * 2
 
 
-@dataclass(frozen=True)
-class Node:
-    """A network namespace with its own address."""
-
-    name: str
-    device: str
-    address: str
-
-
-def _ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True, text=True, timeout=60)
-
-
 @pytest.fixture
-def nodes() -> Iterator[list[Node]]:
-    """Two network namespaces that reach each other by a veth pair and nothing else."""
-    if os.geteuid() != 0 or shutil.which("ip") is None:
-        pytest.skip("network namespaces need root and ip (apt-get install iproute2)")
-    mark = uuid.uuid4().hex[:6]
-    made = [Node(f"sgpo-{mark}-{i}", f"sg{mark}{i}", f"10.77.0.{i + 1}") for i in range(2)]
-    try:
+def nodes() -> Iterator[list[Namespace]]:
+    """Two network namespaces that reach each other and nothing else."""
+    if reason := why_not():
+        pytest.skip(reason)
+    with contextlib.ExitStack() as stack:
         try:
-            for node in made:
-                _ip("netns", "add", node.name)
-        except subprocess.CalledProcessError as error:
-            pytest.skip(f"no network namespace can be made here: {error.stderr.strip()}")
-        _ip("link", "add", made[0].device, "type", "veth", "peer", "name", made[1].device)
-        for node in made:
-            _ip("link", "set", node.device, "netns", node.name)
-            _ip("-n", node.name, "addr", "add", f"{node.address}/24", "dev", node.device)
-            _ip("-n", node.name, "link", "set", node.device, "up")
-            _ip("-n", node.name, "link", "set", "lo", "up")
+            made = stack.enter_context(network(2))
+        except SgpoError as error:
+            pytest.skip(f"no network namespace can be made here: {error}")
         yield made
-    finally:
-        for node in made:
-            subprocess.run(["ip", "netns", "del", node.name], check=False, capture_output=True, timeout=60)
 
 
 @pytest.mark.parametrize("deaths", [SOME, pytest.param(ALL, marks=pytest.mark.slow)], ids=["some", "all"])
 def test_ranks_of_two_nodes_that_are_killed_join_again(
-    tmp_path: Path, nodes: list[Node], deaths: tuple[str, ...]
+    tmp_path: Path, nodes: list[Namespace], deaths: tuple[str, ...]
 ) -> None:
     """The count of restarts differs between the agents: each counts only the deaths of its own ranks."""
     agents, logs = [], []
@@ -104,7 +80,7 @@ def test_ranks_of_two_nodes_that_are_killed_join_again(
             with logs[-1].open("wb") as log:
                 agents.append(
                     subprocess.Popen(
-                        ["ip", "netns", "exec", node.name, *command],
+                        [*node.prefix, *command],
                         env=ENVIRONMENT | {"GLOO_SOCKET_IFNAME": node.device},
                         stdout=log,
                         stderr=subprocess.STDOUT,
