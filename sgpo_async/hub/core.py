@@ -23,7 +23,7 @@ from sgpo_async.config import Run, to_plain
 from sgpo_async.errors import HubError
 from sgpo_async.hub import events as ev
 from sgpo_async.hub import snapshot
-from sgpo_async.hub.actors import FROM_HUB, Actor, Actors, Route
+from sgpo_async.hub.actors import FROM_HUB, Actor, Actors
 from sgpo_async.hub.admission import evaluation_limit
 from sgpo_async.hub.evaluation import Evaluation
 from sgpo_async.hub.events import CloseSender, Effect, Event, Send, Shutdown, UseStore, Warn
@@ -50,7 +50,6 @@ CHECKPOINT_GRACE_S = 30.0  # ... and for the learner, which finishes its step an
 SILENT_S = 5.0  # a rank that has been silent for so long will write no checkpoint
 RETURN_S = 5.0  # how long an actor may take to send a new Hello after its weight sender has ended
 RESTART_RETURN_S = 30.0  # ... after a restart of the hub
-OPEN_S = 60.0  # how long an actor may take to start a weight sender for another one, which gives up after two minutes
 MAX_EARLY = 4096  # messages that are kept until a Published arrives
 MAX_INVALID = 3  # after so many invalid messages and rollouts, an actor is refused for good
 
@@ -76,9 +75,13 @@ class HubCore:
         self.training, self.evaluation = Training(run, task_sampler), Evaluation(task_sampler)
         self.actors, self.learner_ranks = Actors(), LearnerRanks()
         # The weight sender beside the learner's store itself broadcasts to engines.
-        broadcasts = run.engine.broadcasts
+        broadcasts, folder = run.engine.broadcasts, run.hub.weight_folder
         self.weight_routes = WeightRoutes(
-            self.actors, fanout=0 if broadcasts else run.hub.weight_fanout, shared=not broadcasts
+            self.actors,
+            run_id=run_id,
+            fanout=0 if broadcasts else run.hub.weight_fanout,
+            shared=not broadcasts,
+            folder=folder and f"{folder.removesuffix('/')}/{run_id}",
         )
         self.published = -1  # newest version in the weight store
         self.served = ServedWeights()
@@ -122,12 +125,6 @@ class HubCore:
     def __getstate__(self) -> dict[str, Any]:
         """The state between two events, which `hub.recovery` saves."""
         return self.__dict__ | {"_effects": []}
-
-    @property
-    def weight_folder(self) -> str:
-        """URL of the folder with the weights of this run, which no other run writes to; "" without one."""
-        folder = self.run.hub.weight_folder
-        return folder and f"{folder.removesuffix('/')}/{self.run_id}"
 
     def status(self) -> dict[str, Any]:
         """The state of the run; see `sgpo_async.hub.status` for the keys."""
@@ -269,7 +266,8 @@ class HubCore:
         """Add an actor, or let it return with the leases that it still holds."""
         known = self.actors.get(member)
         if known and not known.welcomed and known.return_by is None:
-            self._replace_silent_source(known)  # a repeated Hello, while the actor's weight sender is starting
+            # A repeated Hello, while the actor's weight sender is starting.
+            self._effects += self.weight_routes.replace_silent(known, now=self.now)
             return
         lost = known.route if known and known.welcomed else None
         holds = set(zip(hello.holds[::2].tolist(), hello.holds[1::2].tolist(), strict=True))
@@ -285,33 +283,9 @@ class HubCore:
         if known:
             self._effects += self.weight_routes.close(known)
         actor = self.actors.join(member, hello, now=self.now)
-        self._open_route(actor, direct=hello.direct, lost=lost)
-        self._reopen_routes(member)  # its answers to OpenSender may have been lost with the connection
-
-    def _open_route(self, actor: Actor, *, direct: bool = False, lost: Route | None = None) -> None:
-        if actor.road == "folder":
-            self._welcome(actor, folder=self.weight_folder)
-            return
-        self._effects += self.weight_routes.open(actor, direct=direct, lost=lost)
-        if actor.route and actor.route.shared:
-            self._welcome(actor, store=self.actors[actor.route.source].store)
-
-    def _replace_silent_source(self, actor: Actor) -> None:
-        """Serve an actor from the hub if the actor that was to serve it has not answered in time."""
-        if actor.route and actor.route.source and self.now - actor.last_seen >= OPEN_S:
-            self._effects += self.weight_routes.close(actor)
-            self._open_route(actor, direct=True)
-
-    def _reopen_routes(self, source: bytes) -> None:
-        """Find another route for the actors that wait for a weight sender of this one."""
-        for actor in self.weight_routes.waiting_for(source):
-            self._effects += self.weight_routes.close(actor)
-            self._open_route(actor)
-
-    def _welcome(self, actor: Actor, **contact: Any) -> None:
-        actor.welcomed, actor.last_seen = True, self.now
-        welcome = wire.Welcome(run_id=self.run_id, source=self.actors.source_of(actor), **contact)
-        self._send(actor.member, welcome)
+        self._effects += self.weight_routes.open(actor, now=self.now, direct=hello.direct, lost=lost)
+        # Its answers to OpenSender may have been lost with the connection.
+        self._effects += self.weight_routes.reopen(member, now=self.now)
 
     def _sender_of_hub(self, event: ev.SenderUp | ev.SenderDown) -> None:
         actor = self.actors.get(event.member)
@@ -330,7 +304,7 @@ class HubCore:
     def _sender(self, actor: Actor, found: ev.SenderUp | ev.SenderDown | wire.SenderUp | wire.SenderDown) -> None:
         """Welcome an actor whose weight sender is running, or wait for its return: it sends a new Hello."""
         if isinstance(found, ev.SenderUp | wire.SenderUp):
-            self._welcome(actor, session_host=found.host, session_port=found.port, session_secret=found.secret)
+            self._effects.append(self.weight_routes.ready(actor, found, now=self.now))
             return
         self._end_route(actor, f"the session ended: {found.reason}")
 
@@ -358,7 +332,7 @@ class HubCore:
         self.actors.leave(actor.member)
         self.served.leave(actor.name)
         self._effects += self.weight_routes.close(actor)
-        self._reopen_routes(actor.member)
+        self._effects += self.weight_routes.reopen(actor.member, now=self.now)
         for other in self.weight_routes.depending_on(actor.member):  # it may hang, and its store go on existing
             self._end_route(other, f"{actor.name}, from which it has its weights, is lost")
 

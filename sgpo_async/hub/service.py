@@ -74,7 +74,7 @@ def serve(run: Run) -> int:
         contact = {"address": router.address, "pid": os.getpid(), "store": store.path, "public_key": key}
         stack.enter_context(contact_file(folder / "hub.json", contact))
         core.store, core.machine = store.path, machine()
-        uploads = Uploads(store.path, core.weight_folder) if core.weight_folder else None
+        uploads = Uploads(store.path, folder_url) if (folder_url := core.weight_routes.folder) else None
         weights = LearnerWeights(store, deltas=run.hub.weight_deltas, uploads=uploads)
         stack.callback(weights.close)
         endpoint = endpoint_of(router.address)

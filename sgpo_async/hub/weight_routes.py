@@ -17,10 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from sgpo_async.hub.actors import FROM_HUB, Actor, Actors, Route
-from sgpo_async.hub.events import CloseSender, Effect, OpenSender, Send
+from sgpo_async.hub.events import CloseSender, Effect, OpenSender, Send, SenderUp
 from sgpo_async.wire import records as wire
+
+OPEN_S = 60.0  # how long an actor may take to start a weight sender for another one, which gives up after two minutes
 
 
 @dataclass
@@ -29,23 +32,30 @@ class WeightRoutes:
 
     Args:
         actors: all actors of the run.
+        run_id: for their Welcome.
         fanout: how many weight senders a source may have; 0: every actor gets the weights from the hub.
         shared: whether actors may read the store of another one on their machine.
+        folder: URL of the folder with the weights of this run, which no other run writes to; "" without one.
     """
 
     actors: Actors
+    run_id: str
     fanout: int
     shared: bool
+    folder: str = ""
     opened: int = 0  # weight senders that actors were asked for; their ids
 
-    def open(self, actor: Actor, *, direct: bool = False, lost: Route | None = None) -> list[Effect]:
+    def open(self, actor: Actor, *, now: float, direct: bool = False, lost: Route | None = None) -> list[Effect]:
         """Choose a route for an actor without one; `direct`: from the hub; `lost`: the one that it could not keep.
 
-        A shared route can be used at once; for others, SenderUp or SenderDown follows, as an event or as a message.
+        A folder and a shared store can be used at once, so the actor is welcomed. Otherwise SenderUp or SenderDown
+        follows, as an event or as a message; see `ready`.
         """
+        if actor.road == "folder":
+            return [self._welcome(actor, now=now, folder=self.folder)]
         if not direct and self.shared and (leader := self._leader(actor, lost)):
             actor.route = Route(leader.member, shared=True)
-            return []
+            return [self._welcome(actor, now=now, store=leader.store)]
         source = None if direct else self._source(actor)
         if source is None:
             actor.route = FROM_HUB
@@ -53,6 +63,22 @@ class WeightRoutes:
         self.opened += 1
         actor.route = Route(source.member, sender=self.opened)
         return [Send(source.member, wire.OpenSender(sender=self.opened, name=actor.name, road=actor.road))]
+
+    def ready(self, actor: Actor, sender: SenderUp | wire.SenderUp, *, now: float) -> Effect:
+        """Welcome an actor whose weight sender is running."""
+        address = {"session_host": sender.host, "session_port": sender.port, "session_secret": sender.secret}
+        return self._welcome(actor, now=now, **address)
+
+    def reopen(self, source: bytes, *, now: float) -> list[Effect]:
+        """Find another route for the actors that wait until `source` has started a weight sender for them."""
+        waiting = [actor for actor in self._behind(source) if not actor.welcomed and actor.return_by is None]
+        return [effect for actor in waiting for effect in (*self.close(actor), *self.open(actor, now=now))]
+
+    def replace_silent(self, actor: Actor, *, now: float) -> list[Effect]:
+        """Serve an actor from the hub if the actor that was to serve it has not answered in time."""
+        if not actor.route or not actor.route.source or now - actor.last_seen < OPEN_S:
+            return []
+        return [*self.close(actor), *self.open(actor, now=now, direct=True)]
 
     def close(self, actor: Actor) -> list[Effect]:
         """End an actor's route."""
@@ -71,9 +97,9 @@ class WeightRoutes:
         """The actors that have their weights from `source`."""
         return [actor for actor in self._behind(source) if actor.welcomed]
 
-    def waiting_for(self, source: bytes) -> list[Actor]:
-        """The actors that wait until `source` has started a weight sender for them."""
-        return [actor for actor in self._behind(source) if not actor.welcomed and actor.return_by is None]
+    def _welcome(self, actor: Actor, *, now: float, **contact: Any) -> Send:
+        actor.welcomed, actor.last_seen = True, now
+        return Send(actor.member, wire.Welcome(run_id=self.run_id, source=self.actors.source_of(actor), **contact))
 
     def _behind(self, source: bytes) -> Iterator[Actor]:
         """The actors whose next hop is `source` (b"": the hub)."""

@@ -99,10 +99,14 @@ class Driver:
     """A hub core, its clock, and an inbox for each process that it sends messages to."""
 
     def __init__(
-        self, run: Run | None = None, source: Source | None = None, benchmarks: Sequence[Benchmark] = ()
+        self,
+        run: Run | None = None,
+        source: Source | None = None,
+        benchmarks: Sequence[Benchmark] = (),
+        run_id: str = "",
     ) -> None:
         self.run = run or make_run()
-        self.core = HubCore(self.run, source or Source(), benchmarks=benchmarks, store="/store")
+        self.core = HubCore(self.run, source or Source(), benchmarks=benchmarks, store="/store", run_id=run_id)
         self.now = 0.0
         self.inbox: dict[bytes, list[wire.Message]] = defaultdict(list)
         self.log: list[tuple[Event, float]] = []

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sgpo_async.hub.actors import FROM_HUB, Actor, Actors, Route
-from sgpo_async.hub.core import OPEN_S, RETURN_S
+from sgpo_async.hub.core import RETURN_S
 from sgpo_async.hub.events import CloseSender, OpenSender, Received, Send, SenderDown, SenderUp, Tick
-from sgpo_async.hub.weight_routes import WeightRoutes
+from sgpo_async.hub.weight_routes import OPEN_S, WeightRoutes
 from sgpo_async.wire import records as wire
 
 
@@ -21,7 +21,7 @@ class Fleet:
 
     def __init__(self, fanout: int = 2, *, shared: bool = True) -> None:
         self.actors = Actors()
-        self.routes = WeightRoutes(self.actors, fanout=fanout, shared=shared)
+        self.routes = WeightRoutes(self.actors, run_id="", fanout=fanout, shared=shared)
         self.fanout = fanout
 
     def join(self, name: str, *, machine: str = "", serves: bool = True, direct: bool = False) -> Actor:
@@ -29,7 +29,7 @@ class Fleet:
         if known := self.actors.get(name.encode()):
             self.routes.close(known)
         actor = self.actors.join(name.encode(), hello, now=0.0)
-        self.routes.open(actor, direct=direct)
+        self.routes.open(actor, now=0.0, direct=direct)
         actor.welcomed = True
         return actor
 
@@ -257,8 +257,7 @@ def test_an_actor_whose_source_does_not_answer_is_served_by_the_hub_before_it_gi
 
 
 def test_an_actor_may_get_the_weights_from_the_folder_of_its_run() -> None:
-    driver = Driver(make_run(weight_folder="s3://bucket/run", weight_fanout=1))
-    driver.core.run_id = "1f"
+    driver = Driver(make_run(weight_folder="s3://bucket/run", weight_fanout=1), run_id="1f")
     (sent,) = driver.send(b"a", hello("a", road="folder"))
     assert isinstance(sent, Send) and isinstance(sent.message, wire.Welcome)
     assert (sent.message.folder, sent.message.session_port) == ("s3://bucket/run/1f", 0)
