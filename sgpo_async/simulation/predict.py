@@ -11,11 +11,12 @@ the new weights, the time of a step is the longest of three:
                  before the last commit, the share P(D > (j + 1) step - T) is unfinished, so the step solves
                      sum over j >= 0 of P(D > (j + 1) step - T) = eta
 
-At eta = 0 this is the time of the longest rollout of a batch, and T. There n falls while the batch is generated, so the
-decoding steps are added up one by one.
+If two of them are nearly equal, the step is longer than either, since neither side always has a reserve; `_blended`
+adds them with exponents that were fitted to simulated runs. At eta = 0, staleness is the time of the longest rollout of
+a batch, and T. There n falls while the batch is generated, so the decoding steps are added up one by one.
 
 A group begun at a commit is trained in the first batch that is formed after its end, or eta batches later if the
-learner limits the run. The lag of a token is the number of commits between.
+learner limits the run and the engines had time to fill the buffer. The lag of a token is the number of commits between.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from sgpo_async.simulation.world import Settings
 
 Limit = Literal["generation", "learner", "staleness", "turns"]
 TASKS = 2000  # of which the lengths are averaged
+SLACK = 0.3  # engines that are so much faster than the learner fill the buffer within the run
+BLEND_ENGINES, BLEND_SIDES = 4, 6  # fitted to 80 simulated runs: docs/performance.md
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,15 +71,21 @@ def predict(settings: Settings) -> Prediction:
         steps["generation"] = settings.problems / _generation(settings, found, most)
         sequences, steps["staleness"] = _staleness(settings, found, most, train_s, max(steps.values()))
     limit = max(steps, key=lambda one: steps[one])
-    step_s = steps[limit]
+    step_s = steps[limit] if settings.max_lag == 0 else _blended(steps)
     return Prediction(
         limit=limit,
         step_s=step_s,
         tokens_per_s=settings.problems * settings.size * found.mean / step_s,
-        mean_lag=_lag(settings, found, limit, _decode_s(settings, found, sequences), step_s, train_s),
+        mean_lag=_lag(settings, found, steps, _decode_s(settings, found, sequences), step_s, train_s),
         sequences=sequences,
         steps=steps,
     )
+
+
+def _blended(steps: dict[Limit, float]) -> float:
+    """Seconds of a step: the longest of the limits, and more where two are close."""
+    engines = (steps["generation"] ** BLEND_ENGINES + steps["staleness"] ** BLEND_ENGINES) ** (1 / BLEND_ENGINES)
+    return float((engines**BLEND_SIDES + steps["learner"] ** BLEND_SIDES) ** (1 / BLEND_SIDES))
 
 
 def _staleness(
@@ -201,15 +210,23 @@ def _makespan(settings: Settings, found: _Moments) -> float:
     return first + seconds
 
 
-def _lag(settings: Settings, found: _Moments, limit: str, decode_s: float, step_s: float, train_s: float) -> float:
+def _lag(
+    settings: Settings,
+    found: _Moments,
+    steps: dict[Limit, float],
+    decode_s: float,
+    step_s: float,
+    train_s: float,
+) -> float:
     """Mean lag of a trained token."""
     if settings.max_lag == 0:
         return 0.0
     first = max(step_s - train_s, 0.0)  # from a commit to the next batch
     ends = found.longest * decode_s + _delay_s(settings)
     batches = np.maximum(0, np.ceil((ends - first) / step_s))
-    if limit == "learner":
-        batches = np.maximum(batches, settings.max_lag)
+    slack = steps["learner"] / max(steps["generation"], steps["staleness"]) - 1
+    full = min(1.0, max(0.0, slack / SLACK))  # how far the buffer is filled
+    batches = np.maximum(batches, full * settings.max_lag)
     # Versions that arrive while a completion is generated, summed over its tokens.
     per_version = step_s / decode_s
     whole = np.floor(found.lengths / per_version)

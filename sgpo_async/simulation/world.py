@@ -310,4 +310,5 @@ def generation_bound(settings: Settings) -> Outcome:
     instant = replace(settings.learner, token_s=1e-12, step_s=0.0, publish_s=0.0, arrive_s=0.0, switch_s=0.0,
                       checkpoint_every=0, ranks=1)  # fmt: skip
     lag = max(settings.max_lag, 8)
-    return simulate(replace(settings, learner=instant, max_lag=lag, engine=replace(settings.engine, load_s=0.0)))
+    engine = replace(settings.engine, load_s=0.0)
+    return simulate(replace(settings, learner=instant, max_lag=lag, engine=engine, updates="in-flight"))

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from sgpo_async.simulation import EngineRates, LearnerRates, Lengths, Settings, generation_bound, simulate
-from sgpo_async.simulation.hardware import QWEN_1_5B, QWEN_7B, Hardware, engine_rates, learner_rates
+from sgpo_async.simulation.hardware import QWEN_1_5B, QWEN_7B, Hardware, Shape, engine_rates, learner_rates
 from sgpo_async.simulation.predict import predict
 
 SMALL = Settings(
@@ -64,16 +64,18 @@ def test_gpus_that_take_turns_lose_the_time_of_switching() -> None:
     assert simulate(costly).step_s == pytest.approx(simulate(turns).step_s + 2.0, rel=0.02)
 
 
-@pytest.mark.parametrize("lag", [0, 1, 2, 8])
-@pytest.mark.parametrize("ranks", [1, 4, 6])
-@pytest.mark.parametrize("shape", [QWEN_1_5B, QWEN_7B], ids=lambda shape: shape.name)
-def test_the_closed_form_agrees_with_the_simulation(shape, ranks: int, lag: int) -> None:
+@pytest.mark.parametrize(
+    ("shape", "ranks", "lag"),
+    [(QWEN_7B, ranks, lag) for ranks in (1, 4, 6) for lag in (0, 1, 8)] + [(QWEN_1_5B, 4, 2), (QWEN_1_5B, 2, 4)],
+    ids=str,
+)
+def test_the_closed_form_agrees_with_the_simulation(shape: Shape, ranks: int, lag: int) -> None:
     settings = Settings(
         nodes=8 - ranks,
         engine=engine_rates(shape, Hardware(), slots=96),
         learner=learner_rates(shape, Hardware(), ranks=ranks),
         lengths=Lengths(longest=4096, median=500, sigma=0.9),
-        problems=32,
+        problems=24,
         max_lag=lag,
         steps=10,
     )
