@@ -7,6 +7,7 @@ a token    Authorization: Bearer TOKEN, or a cookie, which ?token=TOKEN sets
 from __future__ import annotations
 
 import hmac
+import logging
 import os
 import secrets
 import stat
@@ -19,6 +20,8 @@ from aiohttp.typedefs import Handler, Middleware
 from sgpo_async.config.rules import endpoint_of, is_loopback
 from sgpo_async.errors import SgpoError
 from sgpo_async.files import reporting_write_errors
+
+log = logging.getLogger(__name__)
 
 OPEN = "/healthz"  # it names nobody, and a load balancer has no token
 HEADERS = {
@@ -87,6 +90,9 @@ def guard(access: Access) -> Middleware:
             answer = access.entry(request) or access.objection(request) or await handler(request)
         except web.HTTPException as error:  # such as an unknown path
             answer = _refusal(error.status, error.reason)
+        except Exception:
+            log.exception("internal error at %s", request.path)  # without the query, which may hold the token
+            answer = _refusal(500, "internal error; see the dashboard's log")
         answer.headers.update(HEADERS)
         return answer
 

@@ -31,6 +31,7 @@ COLLAPSED = 0.1  # of the entropy at the beginning, and ...
 LOW_ENTROPY = 0.02  # ... nats per token: nearly all tokens are certain
 EASY, HARD = 0.98, 0.01  # pass rates at which a group of eight is seldom mixed
 UNIFORM = 0.9  # share of groups of equal rewards: nine tenths of the sampled tokens give the policy gradient nothing
+LEARNED = 0.8  # pass rate alone: above, the policy has learned what the strategies say, and they need not help
 HELPS = 0.01  # by which guided rollouts must be better than autonomous ones
 CUT = 0.1  # share of rollouts: more distorts the rewards of long ones
 CHARS = 300  # of a text from outside
@@ -144,7 +145,7 @@ def restarted(facts: Facts) -> Advisory | None:
     """The hub has crashed."""
     count = facts.status.get("hub_restarts") or 0
     remedy = "read the end of the earlier logs, logs/hub*.log in the run's folder: memory, disk?"
-    return Advisory("warning", "The hub was restarted", f"{count} times so far", remedy) if count else None
+    return Advisory("warning", "The hub was restarted", f"restarts so far: {count}", remedy) if count else None
 
 
 def trainer_idle(facts: Facts) -> Advisory | None:
@@ -256,9 +257,9 @@ def no_signal(facts: Facts) -> Advisory | None:
 
 
 def useless_strategies(facts: Facts) -> Advisory | None:
-    """Strategies do not raise the pass rate, which still could rise."""
+    """Strategies do not raise a pass rate that is not high yet."""
     alone, guided = facts.mean("pass_auto"), facts.mean("pass_guided")
-    if alone is None or guided is None or alone >= EASY or guided > alone + HELPS or max(alone, guided) <= HARD:
+    if alone is None or guided is None or guided > alone + HELPS or not HARD < max(alone, guided) < LEARNED:
         return None
     evidence = f"pass rate {percent(guided)} with strategies, {percent(alone)} alone"
     remedy = "check them: `sgpo-async strategies check FILE`; or train without: algorithm.objective=grpo"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from statistics import fmean
@@ -10,6 +11,7 @@ from typing import Any
 from sgpo_async.dashboard.advisories import RECENT, Advisory
 from sgpo_async.dashboard.observer import RunView
 from sgpo_async.local.hub_rows import hub_rows
+from sgpo_async.local.remote import unknown
 from sgpo_async.report.charts import GROUPS, figures, other_figures
 from sgpo_async.report.completions import group
 from sgpo_async.report.numbers import NONE, clock, number, percent, scientific
@@ -18,6 +20,8 @@ from sgpo_async.report.thin import thinned
 
 POINTS = 240  # of a curve
 GROUPS_SHOWN = 8  # groups of completions
+NUMBERS = ("version", "lag", "leases", "running", "tokens/s", "idle", "canary, nats")
+COLUMNS = ("actor", "state", *NUMBERS, "weights from")  # of the fleet
 SERVERS = 32  # of an actor that are listed
 PARTS = ("trained", "buffered", "in flight", "dropped")  # of what the ledger has dispatched
 
@@ -51,7 +55,8 @@ def headline(run: RunView) -> str:
         (view.mismatch(), "mismatch at lag 0"),
         *((percent(score["avg"]), f"{score['name']}, avg@{score['samples']}") for score in view.benchmarks()),
     ]
-    state = f'<b class="state {run.state}">{run.state}</b> {escape(printable(view.phase))}'
+    phase = escape(printable(view.phase)) if view.phase != run.state else ""
+    state = f'<b class="state {run.state}">{run.state}</b> {phase}'
     return (
         f"<h1>{escape(view.name)}</h1><p>{state}</p>"
         f'<p class="soft">{escape(facts)}</p>{_progress(view.step, view.steps)}'
@@ -60,37 +65,40 @@ def headline(run: RunView) -> str:
 
 
 def advisories(advice: Sequence[Advisory], run: RunView) -> str:
-    """What is wrong, its evidence and its remedy; how old the data is."""
+    """What is wrong, its evidence and its remedy."""
     rows = [
         f'<li class="{one.severity}"><b>{escape(one.what)}</b> {escape(one.evidence)}'
-        f'<span class="remedy">{escape(one.remedy)}</span></li>'
+        f'<span class="remedy">{_with_code(one.remedy)}</span></li>'
         for one in advice
     ]
     if run.error:
         rows.insert(
             0, f'<li class="alarm"><b>The dashboard cannot read the run</b> {escape(printable(run.error))}</li>'
         )
-    if run.state == "silent":
-        rows.insert(0, f'<li class="alarm"><b>Old data</b> {escape(run.reason)}; it may start again</li>')
     return f"<ul>{''.join(rows)}</ul>" if rows else '<p class="soft">Nothing to advise.</p>'
+
+
+def _with_code(text: str) -> str:
+    """Escaped, with `...` as code."""
+    return re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(text))
 
 
 def fleet(run: RunView) -> str:
     """One row per actor, and those in quarantine."""
-    status, heads = run.view.status, ("actor", "state", "version", "lag", "leases", "running", "tokens/s", "idle")
+    status = run.view.status
     rows = [_actor(actor) for actor in run.view.rows()]
     quarantined = (status.get("quarantined") or {}).items()
     rows += [
         f'<tr class="bad">{cell(one_line(name, 64), "name")}{cell("quarantined")}'
-        f'<td colspan="{len(heads)}">{escape(one_line(why, 400))}</td></tr>'
+        f'<td colspan="{len(COLUMNS) - 2}">{escape(one_line(why, 400))}</td></tr>'
         for name, why in quarantined
     ]
     if not rows:
         count = run.view.metrics.get("actors")
         known = f"; {count} at the last step" if count is not None and not status else ""
         return f'<p class="soft">No actor is connected{known}.</p>'
-    more = (*heads, "canary, nats", "weights from")
-    return f'<table class="grid-table"><tr>{"".join(f"<th>{head}</th>" for head in more)}</tr>{"".join(rows)}</table>'
+    names = "".join(f'<th class="{"n" if head in NUMBERS else ""}">{head}</th>' for head in COLUMNS)
+    return f'<table class="grid-table"><tr>{names}</tr>{"".join(rows)}</table>'
 
 
 def _actor(actor: Mapping[str, Any]) -> str:
@@ -121,7 +129,7 @@ def ledger(run: RunView) -> str:
     if evaluation := status.get("evaluation_ledger"):
         accounts["evaluation rollouts"] = evaluation.get("rollouts") or {}
     body = "".join(_account(name, account) for name, account in accounts.items() if account)
-    heads = "".join(f"<th>{head}</th>" for head in ("", "dispatched =", *PARTS))
+    heads = "<th></th>" + "".join(f'<th class="n">{head}</th>' for head in ("dispatched =", *PARTS))
     bar = stack([(name, count) for name, count in balance(accounts["rollouts"] or own)[1:]])
     return f'{bar}<table class="grid-table"><tr>{heads}</tr>{body}</table>'
 
@@ -191,9 +199,10 @@ def curves(run: RunView, *, all_metrics: bool) -> str:
     """The charts of report.html, by group; with `all_metrics` also numbers that have no chart of their own."""
     lines = thinned(run.view.history, POINTS)
     if not lines:
-        return '<p class="soft">No step is trained yet.</p>'
+        return '<section><p class="soft">No step is trained yet.</p></section>'
     found = figures(lines) + (other_figures(lines) if all_metrics else [])
-    return "".join(
+    missing = "" if run.view.metrics else f'<p class="soft">{escape(unknown(run.settings))}</p>'
+    return missing + "".join(
         f'<h2>{escape(title)}</h2><div class="charts">{"".join(own)}</div>'
         for name, title in GROUPS.items()
         if (own := [html for group_name, html in found if group_name == name])

@@ -118,7 +118,7 @@ def _fixed(text: str, kind: str) -> Any:
 
 
 def _json(values: dict[str, Any], *, status: int = 200) -> web.Response:
-    answer = web.json_response(values, status=status, dumps=lambda value: json.dumps(value, ensure_ascii=False))
+    answer = web.json_response(values, status=status)
     answer.enable_compression()
     return answer
 

@@ -77,6 +77,7 @@ CHARTS = (
     ),
     Chart(
         title="Without a signal",
+        group="results",
         caption="Groups whose autonomous rollouts all have the same reward: the policy gradient learns nothing from "
         "them. Rollouts that max_new_tokens has cut.",
         y_label="share",
