@@ -105,7 +105,7 @@ def stalled(facts: Facts) -> Advisory | None:
 def wrong_weights(facts: Facts) -> Advisory | None:
     """Engines compute other log-probabilities than the learner."""
     raised = facts.status.get("canary_alarms") or (facts.lines[-1].get("canary_alarms") if facts.lines else None)
-    text = alarm_text(raised)
+    text = one_line(alarm_text(raised), CHARS)
     remedy = f"start these engines again; if precision explains it, raise {facts.key('hub', 'canary_tolerance')}"
     return Advisory("alarm", "Engines may serve wrong weights", text, remedy) if text else None
 
@@ -115,12 +115,9 @@ def mismatched(facts: Facts) -> Advisory | None:
     found = alarms(facts.recent)
     if not found:
         return None
-    remedy = f"give engine and learner the same precision (model.dtype), or raise {_bound(facts)} if that explains it"
+    bound = facts.key("learner", "mismatch_bound")
+    remedy = f"give engine and learner the same precision (model.dtype), or raise {bound} if that explains it"
     return Advisory("alarm", "Engine and learner disagree", found[-1].text, remedy)
-
-
-def _bound(facts: Facts) -> str:
-    return facts.key("learner", "mismatch_bound")
 
 
 def quarantined(facts: Facts) -> Advisory | None:

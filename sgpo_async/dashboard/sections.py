@@ -179,7 +179,7 @@ def stack(parts: Sequence[tuple[str, float]], *, show: Any = number) -> str:
     whole, at, boxes, keys = sum(value for _, value in parts) or 1, 0.0, [], []
     for index, (name, value) in enumerate(parts):
         width = 1000 * value / whole
-        label = escape(f"{name} {show(value)}")
+        label = escape(printable(f"{name} {show(value)}"))
         boxes.append(
             f'<rect class="s{index}" x="{at:.1f}" width="{width:.1f}" height="18"><title>{label}</title></rect>'
         )
