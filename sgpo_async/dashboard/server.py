@@ -137,11 +137,13 @@ async def serve(observer: Observer, listen: tuple[str, int], *, token: str, cont
         bound = socket.create_server(listen, family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         address = f"{url_host(host)}:{listen[1]}"
-        raise SgpoError(f"--listen: {address} cannot be used ({error.strerror}); choose another port, or 0") from None
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise SgpoError(f"--listen: {address} cannot be used ({reason}); choose another port, or 0") from None
     port = bound.getsockname()[1]
     url = f"http://{url_host(host)}:{port}/"
-    # Nothing logs a request: its address may hold the token.
-    runner = web.AppRunner(Dashboard(observer, Access(token, port)).app, access_log=None)
+    quiet = logging.getLogger(f"{__name__}.requests")
+    quiet.disabled = True  # aiohttp logs malformed requests with their first line, which may hold the token
+    runner = web.AppRunner(Dashboard(observer, Access(token, port)).app, access_log=None, logger=quiet)
     await runner.setup()
     await web.SockSite(runner, bound).start()
     log.info("dashboard at %s", url, extra=fields(event="dashboard", url=url))
