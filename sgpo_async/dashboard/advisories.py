@@ -82,7 +82,7 @@ class Facts:
     def key(self, section: str, key: str) -> str:
         """The key with its present value, if that is known: hub.max_lag (now 2)."""
         value = self.setting(section, key)
-        return f"{section}.{key}" + (f" (now {value})" if value is not None else "")
+        return f"{section}.{key}" + (f" (now {one_line(value, 64)})" if value is not None else "")
 
 
 Rule = Callable[[Facts], Advisory | None]

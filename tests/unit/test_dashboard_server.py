@@ -264,7 +264,8 @@ def test_nothing_from_outside_becomes_markup(folder: Path) -> None:
     (folder / "samples.jsonl").write_text(
         json.dumps(sample(1, text=HOSTILE, problem=HOSTILE) | {"task": HOSTILE}) + "\n"
     )
-    (folder / "config.yaml").write_text(f"name: {json.dumps(HOSTILE)}\n")
+    config = {"name": HOSTILE, "hub": {"canary_tolerance": HOSTILE}}
+    (folder / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
     status = trained_status()
     server = {"url": HOSTILE, "version": 1, "digest": HOSTILE, "canary": 0.1}
     status["actors"][0] |= {
