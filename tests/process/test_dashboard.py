@@ -61,7 +61,7 @@ def in_browser(url: str, profile: Path) -> tuple[str, str]:
 def test_a_run_is_watched_through_the_death_of_its_dashboard_and_after_its_end(tmp_path: Path) -> None:
     """The hub starts the dashboard again when it was killed; nothing of it is left after the run."""
     with real_run(tmp_path, "steps=12", "hub.dashboard=127.0.0.1:0") as run:
-        local = run.local()
+        local = run.local("learner.checkpoint_every=5")
         first = dashboard_of(run)
         until(lambda: f"dashboard: {first['url']}" in local.output, "the address in the display")
         until(lambda: get_json(f"{first['url']}healthz")["step"] >= 1, "a step")
@@ -92,6 +92,8 @@ def _look_at_ended(run: RealRun) -> None:
     for line in lines:
         waits = line["learner_waits"]
         assert waits["batch"] == line["learner_idle"] and 0 <= sum(waits.values()) <= 1.001
+        assert waits["publication"] > 0
+        assert (waits["checkpoint"] > 0) == (line["step"] in (6, 11)), "it is a part of the next step"
         assert 0 <= line["uniform"] <= 1 and 0 <= line["cut"] <= 1
     engines = lines[-1]["engine_waits"]
     assert sum(engines.values()) == pytest.approx(lines[-1]["engine_idle"]) and engines["weights"] > 0
