@@ -28,6 +28,7 @@ from sgpo_async.dashboard.sections import curves, newest_step, samples, sections
 from sgpo_async.errors import SgpoError
 from sgpo_async.files import write_whole
 from sgpo_async.logs import fields
+from sgpo_async.processes.signals import HANDLED
 from sgpo_async.report.style import STYLE
 
 log = logging.getLogger(__name__)
@@ -171,8 +172,9 @@ def _end_by(ended: asyncio.Future[int], *, standard_input: bool) -> None:
         if not ended.done():
             ended.set_result(code)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        loop.add_signal_handler(number, end, 128 + number)
+    for number in HANDLED:
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # ignored: started by nohup
+            loop.add_signal_handler(number, end, 128 + number)
 
     def read() -> None:
         if not os.read(0, 4096):
