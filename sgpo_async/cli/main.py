@@ -31,6 +31,7 @@ COMMANDS = {  # each a module of this package with `add_arguments(parser)` and `
     "hub": "the hub as a process of its own, for learners that connect to it with --hub",
     "doctor": "checks whether a configuration can run here: servers, model, problems, ports, memory, disk",
     "plan": "memory, tokens per second and GPU-hours of a configuration, and what does not fit",
+    "advise": "which side limits a run, what one change brings, and the best division of GPUs",
     "bench": "throughput: generation alone, learning alone, synchronous, asynchronous",
     "strategies": "strategies from a stronger model's responses: extract, rank, check, stats",
     "evaluate": "avg@k and pass@k of a model on benchmarks; compares two evaluations",
