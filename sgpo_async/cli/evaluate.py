@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sgpo_async.cli.options import load_run, print_dry_run
+from sgpo_async.cli.options import CONFIG, load_run, print_dry_run
 from sgpo_async.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ PAPER_TEMPERATURE, PAPER_TOP_P = 0.6, 0.95
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """CONFIG [key=value ...] and what to evaluate, or --compare A B."""
-    parser.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file, e.g. configs/demo.yaml")
+    parser.add_argument("config", metavar="CONFIG", nargs="?", help=CONFIG)
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides a key, e.g. engine.slots=256")
     parser.add_argument("--model", default="", metavar="FOLDER", help="e.g. runs/demo/policy (default: model.path)")
     parser.add_argument(
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError("--compare takes two folders and no configuration; remove the configuration")
         return _compare(console, *map(Path, args.compare))
     if not args.config:
-        raise ConfigError("evaluate: name a configuration, e.g. configs/demo.yaml, or two folders with --compare")
+        raise ConfigError("evaluate: name a configuration, e.g. builtin:demo, or two folders with --compare")
     settings = load_run(args)
     if args.model:
         settings = replace(settings, model=replace(settings.model, path=args.model))

@@ -24,6 +24,7 @@ from sgpo_async.processes.stacks import print_stacks_on_signal
 SIGNAL = 128  # an exit code above it says which signal has ended the command
 UNREAD = SIGNAL + signal.SIGPIPE
 COMMANDS = {  # each a module of this package with `add_arguments(parser)` and `run(args) -> int`
+    "configs": "lists the configurations that come with sgpo-async, which every command takes as builtin:NAME",
     "local": "a whole run on this machine: hub, learner under torchrun, actors",
     "learner": "one rank of the learner; start it under torchrun",
     "sft": "one rank of a supervised warm-up; start it under torchrun",
