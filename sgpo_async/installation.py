@@ -23,6 +23,11 @@ def shipped(name: str) -> Path:
     return installed if installed.is_dir() else PACKAGE.parent / name
 
 
+def example_module(name: str) -> str:
+    """The name under which Python imports an example: in a checkout, from its own folder."""
+    return f"sgpo_async.{SHIPPED}.examples.{name}" if (PACKAGE / SHIPPED).is_dir() else f"examples.{name}"
+
+
 def under_torchrun(command: str) -> list[str]:
     """What torchrun must start for a rank of this command, e.g. `learner`."""
     return [f"launch/{command}.py"] if _in_checkout() else ["-m", "sgpo_async.cli", command]

@@ -27,6 +27,7 @@ from sgpo_async.cli.options import add_config, config_arguments, load_run, print
 from sgpo_async.errors import ConfigError, HubError, Interrupted, SgpoError
 from sgpo_async.installation import under_torchrun
 from sgpo_async.logs import fields
+from sgpo_async.processes.torchrun import forget_logs
 
 if TYPE_CHECKING:
     from sgpo_async.config import Run
@@ -56,11 +57,13 @@ def run(args: argparse.Namespace) -> int:
         command = " ".join(["torchrun", *under_torchrun("learner"), args.config])
         raise ConfigError(f"learner: RANK is not set; start it by {command}")
     try:
-        return _run_rank(args, settings)
+        code = _run_rank(args, settings)
     except SgpoError as error:
         if str(error):
             _tell_torchrun(str(error))
         raise
+    forget_logs()
+    return code
 
 
 def _run_rank(args: argparse.Namespace, settings: Run) -> int:

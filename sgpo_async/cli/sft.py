@@ -12,6 +12,7 @@ from pathlib import Path
 from sgpo_async.cli.options import add_config, config_arguments, load_run, print_dry_run, record_config
 from sgpo_async.errors import ConfigError
 from sgpo_async.installation import under_torchrun
+from sgpo_async.processes.torchrun import forget_logs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,4 +40,6 @@ def run(args: argparse.Namespace) -> int:
         )
     from sgpo_async.learner.sft import warm_up
 
-    return warm_up(settings)
+    code = warm_up(settings)
+    forget_logs()
+    return code
