@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 from pathlib import Path
 
 
@@ -24,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     if args.name:
         print(located(PREFIX + args.name.removeprefix(PREFIX)).read_text(encoding="utf-8"), end="")
         return 0
-    names, examples = builtin_names(), sorted(shipped("examples").glob("*.py"))
+    names, examples = builtin_names(), sorted(shipped("examples").glob("*.[pi]*"))
     width = max(map(len, [*names, *(file.name for file in examples)]))
     for name in names:
         print(f"{name:{width}}  {summary(name)}")
@@ -35,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _title(file: Path) -> str:
-    """The first paragraph of a module's docstring."""
-    text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
-    return " ".join(text.partition("\n\n")[0].split())
+    """The first paragraph of a module's docstring, or the first line of a notebook."""
+    text = file.read_text(encoding="utf-8")
+    if file.suffix == ".ipynb":
+        return str(json.loads(text)["cells"][0]["source"][0]).strip("# \n")
+    return " ".join((ast.get_docstring(ast.parse(text)) or "").partition("\n\n")[0].split())

@@ -2,7 +2,7 @@
 
 from sgpo_async.config.agreement import agreed
 from sgpo_async.config.builtin import builtin_names
-from sgpo_async.config.load import by_key_path, from_plain, given_keys, load, to_plain, to_yaml
+from sgpo_async.config.load import by_key_path, from_plain, given_keys, load, overridden, to_plain, to_yaml
 from sgpo_async.config.schema import (
     Algorithm,
     BenchmarkFile,
@@ -39,6 +39,7 @@ __all__ = [
     "from_plain",
     "given_keys",
     "load",
+    "overridden",
     "to_plain",
     "to_yaml",
 ]

@@ -36,6 +36,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     return _build(_layers(path, overrides))
 
 
+def overridden(run: Run, overrides: Sequence[str]) -> Run:
+    """The run with overrides as in `load`. Raises ConfigError."""
+    return _build([Layer("settings", to_plain(run), {}), *_layers("", overrides)]) if overrides else run
+
+
 def given_keys(path: str | Path, overrides: Sequence[str] = ()) -> frozenset[str]:
     """The paths of the keys that the file and the overrides set. Raises ConfigError if they cannot be read."""
     return frozenset(key for layer in _layers(path, overrides) for key, _ in by_key_path(layer.values))
