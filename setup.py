@@ -16,15 +16,21 @@ class BuildPy(build_py):
     """Copies the modules and the data of the package."""
 
     def _get_data_files(self) -> list[tuple[str, str, str, list[str]]]:
-        """(package, source folder, target folder, files): those that pyproject.toml names, and ours."""
+        """(package, source folder, target folder, files) for the wheel: those that pyproject.toml names, and ours."""
+        return [*super()._get_data_files(), self._shipped()]
+
+    def get_data_files_without_manifest(self) -> list[tuple[str, str, str, list[str]]]:
+        """The same for the source distribution."""
+        return [*super().get_data_files_without_manifest(), self._shipped()]
+
+    def _shipped(self) -> tuple[str, str, str, list[str]]:
         files = [
             str(file)
             for folder, suffixes in FOLDERS.items()
             for file in sorted(Path(folder).rglob("*"))
             if file.suffix in suffixes
         ]
-        target = str(Path(self.build_lib, "sgpo_async", "shipped"))
-        return [*super()._get_data_files(), ("sgpo_async", ".", target, files)]
+        return "sgpo_async", "", str(Path(self.build_lib, "sgpo_async", "shipped")), files
 
 
 setup(cmdclass={"build_py": BuildPy})
