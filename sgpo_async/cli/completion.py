@@ -30,6 +30,7 @@ _sgpo_async() {{
         esac
     fi
     COMPREPLY=($(compgen -W "$candidates" -- "$word"))
+    local IFS=$'\\n'  # a file's name may have spaces
     [[ ${{#before[@]}} -ge 2 && $word != -* ]] && COMPREPLY+=($(compgen -f -- "$word"))
     [[ ${{COMPREPLY[0]-}} == *= ]] && compopt -o nospace 2>/dev/null
     if [[ $word == *:* && $COMP_WORDBREAKS == *:* ]]; then

@@ -15,10 +15,11 @@ shift
 for line in "$@"; do
     COMP_LINE=$line COMP_POINT=${#line} COMPREPLY=()
     _sgpo_async
-    echo "${COMPREPLY[*]}"
+    printf '%s\t' "${COMPREPLY[@]}"
+    echo
 done
 """
-FISH = "source $argv[1]; for line in $argv[2..]; echo (complete -C $line | string replace -r '\\t.*' ''); end"
+FISH = "source $argv[1]; for line in $argv[2..]; echo (complete -C $line | string replace -r '\\t.*' '' | string join \\t); end"
 
 
 @pytest.fixture(params=["bash", "fish"])
@@ -30,7 +31,7 @@ def proposals(request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.Cap
     assert cli.main(["completion", shell]) == 0
     script = tmp_path / "script"
     script.write_text(capsys.readouterr().out)
-    (tmp_path / "mine.yaml").touch()
+    (tmp_path / "mine to change.yaml").touch()
     command = ["bash", "--norc", "-c", BASH, "bash"] if shell == "bash" else ["fish", "--no-config", "-c", FISH]
 
     def ask(*lines: str) -> list[list[str]]:
@@ -38,7 +39,7 @@ def proposals(request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.Cap
             [*command, str(script), *lines], capture_output=True, text=True, timeout=120, check=True, cwd=tmp_path
         )
         assert not found.stderr
-        return [line.split() for line in found.stdout.splitlines()]
+        return [[word for word in line.split("\t") if word] for line in found.stdout.splitlines()]
 
     return ask
 
@@ -53,7 +54,7 @@ def test_commands_options_configurations_keys_and_files_are_proposed(proposals) 
         "sgpo-async strategies ex",
     )
     assert (command, none, option) == (["local"], [], ["--dry-run"])
-    assert (key, file, action) == (["hub.max_lag="], ["mine.yaml"], ["extract"])
+    assert (key, file, action) == (["hub.max_lag="], ["mine to change.yaml"], ["extract"])
 
 
 def test_every_command_is_proposed(proposals) -> None:
