@@ -19,7 +19,12 @@ for line in "$@"; do
     echo
 done
 """
-FISH = "source $argv[1]; for line in $argv[2..]; echo (complete -C $line | string replace -r '\\t.*' '' | string join \\t); end"
+FISH = """
+source $argv[1]
+for line in $argv[2..]
+    echo (complete -C $line | string replace -r '\\t.*' '' | string join \\t)
+end
+"""
 
 
 @pytest.fixture(params=["bash", "fish"])
