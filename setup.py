@@ -9,7 +9,7 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-FOLDERS = {"configs": (".yaml",), "examples": (".py", ".ipynb")}
+FOLDERS = {"configs": (".yaml", ".json"), "examples": (".py", ".ipynb")}
 
 
 class BuildPy(build_py):

@@ -1,6 +1,6 @@
-"""Rank 0 of one weight-update group; ranks 1 to `world_size` - 1 are the tensor-parallel ranks of one SGLang server.
+"""Rank 0 of one weight-update group; the other ranks are those of an actor's SGLang servers.
 
-    listen      open a rendezvous (TCPStore) on the session's host; the server joins by its address
+    listen      open a rendezvous (TCPStore) on the session's host; the servers join by its address
     join        gloo: connect every rank to every other; nccl: nothing yet, the first broadcast connects
     broadcast   send one version, piece by piece (`weights.broadcast_plan`): piece i + 1 is read while piece i is sent
     leave       close the rendezvous and all connections; this ends the waits of the other ranks

@@ -1,13 +1,14 @@
-"""Weight-update groups, as the actor uses them: rank 0 is the weight sender, the other ranks are one SGLang server.
+"""Weight-update groups, as the actor uses them: rank 0 is the weight sender, the others are SGLang servers.
 
-Create a group for a server, once per session. NAME must be new each time: SGLang keeps the name of a failed group.
+Create a group for some servers (SIZE = 1 + tp * servers), for as long as they receive versions together. NAME must be
+new each time: SGLang keeps the name of a failed group.
 
-    open(NAME, backend=, world_size=1 + tp)  -> host, port
-  ┌ join(NAME)                               at the same time as the POST: each waits for the other
-  └ POST /init_weights_update_group {"master_address": host, "master_port": port, "rank_offset": 1,
-          "world_size": 1 + tp, "group_name": NAME, "backend": backend}
+    open(NAME, backend=, world_size=SIZE)    -> host, port
+  ┌ join(NAME)                               at the same time as the POSTs: each waits for the others
+  └ POST /init_weights_update_group {"master_address": host, "master_port": port, "rank_offset": 1 + tp * number,
+          "world_size": SIZE, "group_name": NAME, "backend": backend}     to each server, number 0, 1, ...
 
-For each version:
+For each version, the POSTs to each server:
 
     plan(version)                            -> BroadcastPlan, the same for all servers
     POST /pause_generation, POST /begin_weight_update {}

@@ -94,7 +94,7 @@ def test_the_wheel_holds_the_package_its_data_configurations_and_examples_and_no
         for path in (ROOT / "sgpo_async").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    for folder, suffixes in {"configs": {".yaml"}, "examples": {".py", ".ipynb"}}.items():
+    for folder, suffixes in {"configs": {".yaml", ".json"}, "examples": {".py", ".ipynb"}}.items():
         files = [path for path in (ROOT / folder).rglob("*") if path.suffix in suffixes]
         expected |= {f"sgpo_async/shipped/{path.relative_to(ROOT)}" for path in files}
     for needed in ("py.typed", "tasks/cues_base/model.safetensors", "engines/sglang/cpu/requirements.txt"):

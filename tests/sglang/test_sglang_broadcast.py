@@ -26,7 +26,21 @@ class Broadcasting:
         self.servers, self.models = servers, models
         self.session = Session()
         self.of_version: dict[int, Path] = {}
+        self.sizes: list[int] = []  # ranks of each group
+        self.sent: list[str] = []  # the group of each broadcast
         self._versions = itertools.count()
+        groups = self.session.groups
+        open_group, broadcast = groups.open, groups.broadcast
+
+        def counted_open(group: str, *, backend: str, world_size: int) -> Any:
+            self.sizes.append(world_size)
+            return open_group(group, backend=backend, world_size=world_size)
+
+        def counted_broadcast(group: str, plan: Any) -> Any:
+            self.sent.append(group)
+            return broadcast(group, plan)
+
+        groups.open, groups.broadcast = counted_open, counted_broadcast  # type: ignore[method-assign]
 
     def publish(self, kind: str) -> int:
         """Publish a model's weights, and let the servers load them."""
@@ -72,6 +86,8 @@ def test_running_completions_continue_across_a_broadcast(broadcasting: Broadcast
     broadcasting.wait_for_version(version)
     assert {update.transport for update in broadcasting.servers.engine.updates} == {"distributed"}
     assert not broadcasting.servers.events()
+    assert broadcasting.sizes == [3]  # the weight sender and both servers
+    assert len(broadcasting.sent) == 2 and len(set(broadcasting.sent)) == 1  # one copy of each version
 
 
 @pytest.mark.parametrize(
@@ -80,7 +96,7 @@ def test_running_completions_continue_across_a_broadcast(broadcasting: Broadcast
 def test_a_server_that_dies_in_a_broadcast_does_not_affect_the_other(
     broadcasting: Broadcasting, phase: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other server gets the version; the dead one restarts and gets the same version in a new group."""
+    """The other server gets the version in a group of its own; the dead one restarts and gets it in another one."""
     servers, call, killed = broadcasting.servers, ServerApi._call, []
 
     async def deadly(api: ServerApi, method: str, path: str, body: Any, timeout_s: float, *rest: Any) -> Any:
@@ -98,6 +114,8 @@ def test_a_server_that_dies_in_a_broadcast_does_not_affect_the_other(
     broadcasting.assert_results(requests)
     broadcasting.wait_for_version(version)
     assert killed
+    broadcasting.wait_for_version(broadcasting.publish("qwen3"))
+    assert broadcasting.sizes[-1] == 3  # together again
     assert {update.transport for update in servers.engine.updates} == {"distributed"}
 
 

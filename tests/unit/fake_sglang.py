@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -95,7 +95,7 @@ def at(*ids: Any, tokens: int = 2) -> Condition:
     return lambda partial: partial.request.id in ids and len(partial.tokens) >= tokens
 
 
-class FakeTransport:
+class FakeTransport(Transport):
     """A transport that sends nothing. `on_send` is called for each update and may raise."""
 
     name = "fake"
@@ -116,7 +116,7 @@ class FakeTransport:
 
 def offer_of(version: int, transport: FakeTransport) -> Offer:
     weights: Any = SimpleNamespace(version=version, digest="00" * 16)
-    return Offer(weights, cast(Transport, transport), transport.prepare(weights))
+    return Offer(weights, transport, transport.prepare(weights))
 
 
 async def verify_nothing(api: Any, prepared: Any, *, timeout_s: float, in_pieces: bool = False) -> None:

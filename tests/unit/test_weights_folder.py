@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from s3_support import s3_service
 
 from sgpo_async.errors import Superseded, WeightsError
 from sgpo_async.weights import Manifest, StoreFile, StoreReader, StoreWriter
@@ -42,9 +43,13 @@ def store() -> Iterator[Store]:
     made.file.close()
 
 
-@pytest.fixture(params=["file", "memory"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return f"file://{tmp_path}/run" if request.param == "file" else f"memory://{uuid.uuid4().hex}"
+@pytest.fixture(params=["file", "memory", "s3"])
+def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    if request.param == "s3":
+        with s3_service(monkeypatch) as bucket:
+            yield f"{bucket}/run"
+    else:
+        yield {"file": f"file://{tmp_path}/run", "memory": f"memory://{uuid.uuid4().hex}"}[request.param]
 
 
 def test_the_newest_version_is_read_whole_or_as_a_difference(store: Store, url: str) -> None:

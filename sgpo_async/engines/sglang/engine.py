@@ -36,11 +36,11 @@ from sgpo_async.engines.sglang.serving.fleet import Fleet, FleetSettings
 from sgpo_async.engines.sglang.serving.server import Server
 from sgpo_async.engines.sglang.serving.server_slot import ServerSlot
 from sgpo_async.engines.sglang.serving.update import UpdateTimings
+from sgpo_async.engines.sglang.weight_sync.distributed import DistributedTransport
 from sgpo_async.engines.sglang.weight_sync.layout import layout_of
 from sgpo_async.engines.sglang.weight_sync.model_facts import ModelFacts, model_facts
 from sgpo_async.engines.sglang.weight_sync.transports import (
     DiskTransport,
-    DistributedTransport,
     TensorTransport,
     Transport,
 )

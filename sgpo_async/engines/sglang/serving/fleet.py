@@ -222,7 +222,7 @@ class Fleet:
         while True:
             changed, pause_s = self._versions.changed, self._canary_every_s
             if (offer := self._versions.offer) is not None and offer is not loaded:
-                async with self._turn(server_slot, server):
+                async with self._turn(server_slot, server, offer):
                     offer = self._versions.offer  # the newest by now
                     done = offer is None or offer is loaded or await self._update_to(server_slot, server, offer)
                 server_slot.failures = 0
@@ -264,12 +264,12 @@ class Fleet:
             self.canaries.put(replace(about, logprobs=scored.logprobs))
 
     @asynccontextmanager
-    async def _turn(self, server_slot: ServerSlot, server: Server) -> AsyncIterator[None]:
-        """Wait until no other server is being updated; a server without a version serves nothing and need not wait.
+    async def _turn(self, server_slot: ServerSlot, server: Server, offer: Offer) -> AsyncIterator[None]:
+        """Wait until no other server is being updated, unless the transport updates all together.
 
-        Raises EngineError if the server dies meanwhile.
+        A server without a version serves nothing and need not wait. Raises EngineError if the server dies meanwhile.
         """
-        if server.version is None:
+        if server.version is None or offer.transport.together:
             yield
             return
         acquiring = asyncio.create_task(self._updating.acquire())
@@ -336,14 +336,15 @@ class Fleet:
         """Update the server, or leave it as it was; see `update`."""
         server_slot.loading = offer
         try:
-            timings = await update(
-                server,
-                offer,
-                in_flight=self._settings.in_flight,
-                phase_s=self._settings.phase_s,
-                previous=server_slot.held,
-                on_open=self._requests.dispatch,
-            )
+            async with offer.transport.joining(server.api, offer.prepared):
+                timings = await update(
+                    server,
+                    offer,
+                    in_flight=self._settings.in_flight,
+                    phase_s=self._settings.phase_s,
+                    previous=server_slot.held,
+                    on_open=self._requests.dispatch,
+                )
             self.updates.append(timings)
             server_slot.held = offer
         finally:

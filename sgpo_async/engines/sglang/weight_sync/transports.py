@@ -12,7 +12,6 @@ same prefix. In-place updates do not flush; servers with this policy have no pre
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import contextlib
 import itertools
@@ -20,30 +19,29 @@ import json
 import logging
 import pickle
 import shutil
-import uuid
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from sgpo_async.engines.base import BroadcastGroups, Weights
+from sgpo_async.engines.base import Weights
 from sgpo_async.engines.sglang.processes.api import ServerApi, ServerGone, ServerRefused
 from sgpo_async.engines.sglang.weight_sync.folder import SHARED_MEMORY, OwnedFolder, default_root
-from sgpo_async.engines.sglang.weight_sync.layout import Checksums, digest_and_checksums
+from sgpo_async.engines.sglang.weight_sync.layout import Checksums
 from sgpo_async.engines.sglang.weight_sync.model_facts import ModelFacts
-from sgpo_async.errors import EngineError, SessionError, SgpoError, WeightsError
+from sgpo_async.errors import EngineError, SgpoError
 from sgpo_async.files import set_usual_modes
 
 log = logging.getLogger(__name__)
 
 BUCKET_BYTES = 64 * 2**20  # size limit of the tensors in one request
 ENCODED = 3 * 2**18  # bytes that are encoded at a time; a multiple of 3, so that the parts are one text of base64
-SENDER_TIMEOUT_S = 600.0  # for an answer of the weight sender; longer than its own timeouts
 COPIED = ("config.json", "generation_config.json")
 
 
@@ -57,11 +55,13 @@ class Prepared:
     payload: Any  # its type depends on the transport
 
 
-class Transport(Protocol):
+class Transport(ABC):
     """One way to send weights to servers."""
 
     name: str
+    together: bool = False  # whether servers are updated at the same time, and not in turns
 
+    @abstractmethod
     def prepare(self, weights: Weights) -> Prepared:
         """Prepare what `send` needs; called in a thread while the servers continue to serve.
 
@@ -69,20 +69,25 @@ class Transport(Protocol):
         been overwritten, SessionError if the weight sender does not answer, EngineError for other failures.
         """
 
+    def joining(self, api: ServerApi, prepared: Prepared) -> AbstractAsyncContextManager[None]:  # noqa: ARG002
+        """In this context, the server is made ready for `send`."""
+        return nullcontext()
+
+    @abstractmethod
     async def send(self, api: ServerApi, prepared: Prepared, *, flush: bool, timeout_s: float) -> None:
         """Load the version into a server that is idle or paused; `timeout_s` is the timeout of each request.
 
         Raises ServerRefused, ServerGone or SessionError; the server's weights are then unknown.
         """
 
-    def release(self, prepared: Prepared) -> None:
+    def release(self, prepared: Prepared) -> None:  # noqa: B027
         """Free what `prepare` made of one version: no server needs it any more. Called in a thread."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Free all resources."""
 
 
-class TensorTransport:
+class TensorTransport(Transport):
     """Sends plain pickles of [(name, CPU tensor), ...] in base64, one copy for each of `tp` ranks.
 
     A pickle of torch.multiprocessing would refer to file descriptors of this process, which kills a server that is
@@ -114,7 +119,7 @@ class TensorTransport:
 
     async def send(self, api: ServerApi, prepared: Prepared, *, flush: bool, timeout_s: float) -> None:
         """Send each payload in a request. The bodies are put together from ready bytes, without a copy."""
-        async with _weight_update(api, timeout_s):
+        async with weight_update(api, timeout_s):
             for number, payload in enumerate(prepared.payload, 1):
                 last = number == len(prepared.payload)
                 rest = {
@@ -125,113 +130,8 @@ class TensorTransport:
                 body = [*ranks, json.dumps(rest).encode()[1:]]
                 await api.post_encoded("/update_weights_from_tensor", body, timeout_s=timeout_s)
 
-    def release(self, prepared: Prepared) -> None:
-        """The payload is freed with `prepared`."""
 
-    def close(self) -> None:
-        """There is nothing to free."""
-
-
-class DistributedTransport:
-    """Lets the weight sender broadcast to the servers; see `sgpo_async.session.weight_groups`.
-
-    Each server has a process group of its own, in which the weight sender is rank 0. The actor has no tensors: it
-    compares names and shapes with the model before anything is sent, and the weight sender computes the checksums.
-    After a failure the group is closed, and the next update creates a new one.
-    """
-
-    name = "distributed"
-
-    def __init__(self, model: ModelFacts, *, tp: int) -> None:
-        self._model, self._tp = model, tp
-        self._groups: dict[str, tuple[BroadcastGroups, str]] = {}  # by server URL: owner and name of its group
-
-    def prepare(self, weights: Weights) -> Prepared:
-        """Ask the weight sender for the broadcast plan and for the checksums."""
-        if weights.groups is None:
-            raise WeightsError(f"version {weights.version}: there is no weight sender that could broadcast it")
-        plan = _answer(weights.groups.plan(weights.version))
-        shapes = {
-            name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
-            for piece in plan.broadcasts
-            for name, dtype, shape in zip(piece.names, piece.dtypes, piece.shapes, strict=True)
-        }
-        self._model.check(shapes)
-        options = {"tp": self._tp, "dtype": self._model.dtype, "device": self._model.device}
-        computed = weights.groups.compute(weights.version, digest_and_checksums, self._model.config, **options)
-        found, expected = _answer(computed)
-        if found != weights.digest:
-            raise WeightsError(
-                f"version {weights.version}: the weights have digest {found}, but {weights.digest} was announced"
-            )
-        return Prepared(weights.version, found, expected, (weights.groups, plan))
-
-    async def send(self, api: ServerApi, prepared: Prepared, *, flush: bool, timeout_s: float) -> None:
-        """Broadcast piece by piece: at the same time the weight sender sends, and the server is told to receive."""
-        groups, plan = prepared.payload
-        name = await self._group(api, groups, timeout_s)
-        try:
-            async with _weight_update(api, timeout_s):
-                sending = asyncio.wrap_future(groups.broadcast(name, plan))
-                try:
-                    for number, piece in enumerate(plan.broadcasts, 1):
-                        last = number == len(plan.broadcasts)
-                        body = {
-                            "names": piece.names,
-                            "dtypes": piece.dtypes,
-                            "shapes": piece.shapes,
-                            "group_name": name,
-                            "load_format": "flattened_bucket",
-                            "flush_cache": flush and last,
-                            "weight_version": str(prepared.version) if last else None,
-                        }
-                        await api.post("/update_weights_from_distributed", body, timeout_s=timeout_s)
-                    await sending
-                finally:
-                    sending.cancel()
-        except BaseException:
-            self._leave(api.url)
-            raise
-
-    async def _group(self, api: ServerApi, groups: BroadcastGroups, timeout_s: float) -> str:
-        """The name of the server's group with this session's weight sender; creates the group if there is none."""
-        owner, name = self._groups.get(api.url, (None, ""))
-        if owner is groups:
-            return name
-        if owner is not None:  # its session has ended, but SGLang keeps a group until it is destroyed
-            with contextlib.suppress(ServerRefused):
-                await api.post("/destroy_weights_update_group", {"group_name": name}, timeout_s=timeout_s)
-        name = f"sgpo-{uuid.uuid4().hex[:12]}"  # a new name, because SGLang refuses names that were used before
-        backend = "gloo" if self._model.device == "cpu" else "nccl"
-        size = 1 + self._tp
-        try:
-            host, port = await asyncio.wrap_future(groups.open(name, backend=backend, world_size=size))
-            joined = asyncio.wrap_future(groups.join(name))
-            rendezvous = {"master_address": host, "master_port": port, "rank_offset": 1, "world_size": size}
-            body = rendezvous | {"group_name": name, "backend": backend}
-            try:
-                await api.post("/init_weights_update_group", body, timeout_s=timeout_s)
-                await joined
-            finally:
-                joined.cancel()
-        except BaseException:
-            groups.close(name)
-            raise
-        self._groups[api.url] = groups, name
-        return name
-
-    def _leave(self, url: str) -> None:
-        owner, name = self._groups.pop(url)
-        owner.close(name)
-
-    def release(self, prepared: Prepared) -> None:
-        """There is nothing to free: the tensors are the weight sender's."""
-
-    def close(self) -> None:
-        """There is nothing to free: the session closes its groups."""
-
-
-class DiskTransport:
+class DiskTransport(Transport):
     """Writes each version to a folder of safetensors, which the servers must be able to read.
 
     The versions are in a folder of this process below `folder`; if that is "", below the one that `default_root` names.
@@ -299,16 +199,8 @@ class DiskTransport:
         set_usual_modes(folder)  # servers may belong to another user
 
 
-def _answer(future: Any) -> Any:
-    """The answer of the weight sender. Raises SessionError if it does not answer in time."""
-    try:
-        return future.result(SENDER_TIMEOUT_S)
-    except TimeoutError:
-        raise SessionError(f"the weight sender gave no answer within {SENDER_TIMEOUT_S:g} s") from None
-
-
 @asynccontextmanager
-async def _weight_update(api: ServerApi, timeout_s: float) -> AsyncIterator[None]:
+async def weight_update(api: ServerApi, timeout_s: float) -> AsyncIterator[None]:
     """Begin a weight update, and end it, also after a failure: a server in an open update refuses to begin another."""
     await api.post("/begin_weight_update", {}, timeout_s=timeout_s)
     try:
