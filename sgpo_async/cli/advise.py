@@ -1,7 +1,7 @@
 """`sgpo-async advise`: which side limits a run, what one change brings, and the best division of GPUs.
 
 sgpo-async advise runs/demo                                        from what a run has measured
-sgpo-async advise configs/paper-qwen2.5-7b.yaml --gpus 8 16 64     from a configuration and the rates of a GPU
+sgpo-async advise builtin:paper-qwen2.5-7b --gpus 8 16 64           from a configuration and the rates of a GPU
 
 Each prediction comes from a closed form, and beside it stands a simulated run with the hub's real rules.
 """
