@@ -49,8 +49,8 @@ class LearnerWeights:
         """Use the store at `path` of this machine from now on; return whether that is another file."""
         if not can_open(path):
             log.warning(
-                "the learner's weights at %s cannot be opened here, so no actor gets them: the hub was on the learner's "
-                "machine and is no longer; start the learner again with learner.resume=true",
+                "the learner's weights at %s cannot be opened here, so no actor gets them: this hub is not on the "
+                "learner's machine, and the one before it was; start the learner again with learner.resume=true",
                 path,
             )
         other = self._store.follow(path)

@@ -67,7 +67,7 @@ def serve(run: Run) -> int:
         router = Router(address, keys=run.hub.keys, max_bytes=run.hub.max_message_mb * 2**20)
         stack.callback((folder / TOKEN_FILE).unlink, missing_ok=True)
         stack.callback(router.close)
-        here = bool(journal) and journal.get("machine") == machine().encode()  # else paths in /proc mean others there
+        here = journal is not None and journal.get("machine") == machine().encode()  # else /proc/PID is another process
         store = StoreFile(folder, expected_bytes=version_bytes(run), earlier=core.learner_store if here else "")
         stack.callback(store.close)
         signals = stack.enter_context(Signals())

@@ -16,7 +16,9 @@ from sgpo_async.local.run_folder import claim
 from sgpo_async.weights import store_file
 from sgpo_async.weights.store_file import machine
 
-HOLD = "import sys; from pathlib import Path; from sgpo_async.hub.journal import Journal; j = Journal(Path(sys.argv[1]))"
+HOLD = (
+    "import sys; from pathlib import Path; from sgpo_async.hub.journal import Journal; j = Journal(Path(sys.argv[1]))"
+)
 
 
 def write_hub_file(folder: Path, **changes: object) -> Path:
@@ -62,7 +64,9 @@ def test_a_living_hub_of_another_machine_is_known_by_its_lock_on_the_journal(tmp
     file = write_hub_file(tmp_path, machine="another", pid=2**22 + 1)
     with living_hub(tmp_path):
         assert in_use(tmp_path)
-        message = r"its hub is at tcp://10.0.0.1:5757, on another machine or in another container\); choose another name"
+        message = (
+            r"its hub is at tcp://10.0.0.1:5757, on another machine or in another container\); choose another name"
+        )
         with pytest.raises(HubError, match=message):
             claim(tmp_path)
         assert file.exists()
