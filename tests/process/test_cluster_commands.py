@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import shutil
 import signal
+import socket
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from run_support import ROOT, SMALL, RealRun, RunProcess, assert_all_trained, free_port, real_run, until
@@ -18,14 +20,26 @@ from sgpo_async.transport.keys import create_keys
 from tests.cluster_files import KUBERNETES, kubernetes_words
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(1800)]
-STEPS = 40
+STEPS = 150
 
 
 def start(run: RealRun, name: str, words: list[str]) -> RunProcess:
-    """Start a command of the image, whose programs are modules here."""
+    """Start a command of the image, whose programs are modules here; it is started again as by `restartPolicy`."""
     program, *rest = words
     module = {"sgpo-async": "sgpo_async.cli", "torchrun": "torch.distributed.run"}[program]
-    return run.start(name, "-m", module, *rest)
+    return run.start(name, "-m", module, *rest, prefix=["launch/cluster/again.sh"])
+
+
+def evict(process: RunProcess) -> None:
+    """End the command in this container by SIGTERM."""
+    (inner,) = psutil.Process(process.process.pid).children()
+    inner.send_signal(signal.SIGTERM)
+
+
+def listens(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    with socket.socket() as probe:
+        return probe.connect_ex((host, int(port))) == 0
 
 
 class Cluster:
@@ -69,20 +83,19 @@ def test_the_pods_make_a_run_that_survives_an_eviction(tmp_path: Path) -> None:
         cluster = Cluster(tmp_path, run.folder.parent)
         hub = start(run, "hub", cluster.words("hub"))
         actors = [start(run, name, cluster.words("actor", name)) for name in ("sgpo-actor-0", "sgpo-actor-1")]
-        first, second = (start(run, f"learner-{node}", cluster.words("learner")) for node in range(2))
+        first = start(run, "learner-0", cluster.words("learner"))
+        until(lambda: listens(cluster.rendezvous), "the rendezvous at the first node")
+        second = start(run, "learner-1", cluster.words("learner"))
         until(run.metrics, "the first step", seconds=300)
 
-        second.process.send_signal(signal.SIGTERM)
-        assert second.wait() != 0
-        assert "writing a checkpoint of step" in first.output + second.output
-        reached = len(run.metrics())
-        assert reached < STEPS
-        actors[1].process.send_signal(signal.SIGTERM)
-        assert actors[1].wait() == 0 and "leaves: stopped" in actors[1].output
-
-        third = start(run, "learner-1-again", cluster.words("learner"))
-        codes = [process.wait(600) for process in (first, third, hub, actors[0])]
-        assert codes == [0, 0, 0, 0], first.output + third.output
+        evict(second)
+        until(lambda: "starting it again" in second.output, "the end of the second node", seconds=300)
+        assert "writing a checkpoint of step" in second.output and len(run.metrics()) < STEPS
+        evict(actors[1])
+        until(lambda: "leaves: stopped" in actors[1].output, "the second actor, which leaves")
+        codes = [process.wait(300) for process in (first, second, hub, *actors)]
+        assert codes == [0] * 5, first.output + second.output
+        assert "from" in first.output.rpartition("training run")[2].partition("\n")[0], "a checkpoint"
         assert [line["step"] for line in run.metrics()] == list(range(1, STEPS + 1))
         summary = run.summary()
         assert summary["world_size"] == 2
