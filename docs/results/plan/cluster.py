@@ -1,8 +1,8 @@
 """The sizing table of docs/cluster.md: `python docs/results/plan/cluster.py`. Seconds, no GPU.
 
 Each row is `sgpo-async plan configs/paper-qwen2.5-7b.yaml launch/cluster/cluster.yaml` with other numbers, for the
-shape of Qwen2.5 7B: nodes of eight GPUs with 80 GB, weights and AdamW sharded within a node. Rates are those that the plan
-assumes for an H100, so times are estimates. A completion has 1,638 tokens on average, a tenth of the longest.
+shape of Qwen2.5 7B: nodes of eight GPUs with 80 GB, weights and AdamW sharded within a node. Rates are those that the
+plan assumes for an H100, so times are estimates. A completion has 1,638 tokens on average, a tenth of the longest.
 """
 
 import sys
