@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CLUSTER = ROOT / "launch/cluster"
 KUBERNETES = CLUSTER / "kubernetes"
 RECORD = """#!/usr/bin/env bash
-{ printf '%s\\037' "${0##*/}" "$@"; echo; } >> "$RECORD"
+line=$(printf '%s\\037' "${0##*/}" "$@")
+printf '%s\\n' "$line" >> "$RECORD"  # in one write: commands run side by side
 case "${0##*/} $*" in
 "scontrol show hostnames"*) printf 'node0\\nnode1\\n' ;;
 "scontrol show node"*) echo "   NodeAddr=10.0.0.1 NodeHostName=node0 Version=22.05" ;;
