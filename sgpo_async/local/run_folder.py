@@ -34,7 +34,7 @@ def claim(folder: Path, *, continues: bool = False) -> None:
     The dead hub's journal is removed too, unless the run `continues`: then its actors find the same run again.
     """
     hub = read_hub_file(folder)
-    if hub and hub.get("machine") != machine():  # its process id says nothing here; its lock on the journal does
+    if hub and hub.get("machine", machine()) != machine():  # its process id says nothing here, its lock does
         if in_use(folder):
             where = f"at {hub['address']}, on another machine or in another container"
             raise HubError(f"{folder}: another run writes here (its hub is {where}); choose another name=NAME")
