@@ -101,7 +101,7 @@ class Service:
         self._waiting: deque[Lease] = deque()
         self._finished: list[Rollout] = []  # since the last `publish`
         self._granted = 0  # leases requested and not finished
-        self._busy_s = 0.0
+        self._busy_s = self._weights_s = 0.0
         self._heartbeat_weights: tuple[int | None, int] = (None, 0)  # version and digest in the last heartbeat
         engine.reset()  # a warm engine may hold weights of another run under the same version numbers
         engine.watch(canary_of(tokenizer), every_s=run.hub.canary_s)
@@ -135,7 +135,13 @@ class Service:
         """Process the hub's messages; returns a reason to end, if there is one."""
         status = self._engine.load_status()
         idle = self._engine.version is None or status.running + status.waiting == 0
-        for message in self._mailbox.receive(IDLE_WAIT_S if idle else 0.0):
+        # What still waits after `admit` needs a newer version.
+        for_weights = idle and (self._engine.version is None or bool(self._waiting))
+        began = time.monotonic()
+        received = self._mailbox.receive(IDLE_WAIT_S if idle else 0.0)
+        if for_weights:
+            self._weights_s += time.monotonic() - began
+        for message in received:
             if reason := self._take(message):
                 return reason
         return None
@@ -208,12 +214,15 @@ class Service:
 
     def _load(self, event: VersionReceived | VersionAnnounced) -> None:
         """Load a version. After a failed load the engine is out of service until a later version is loaded whole."""
+        began = time.monotonic()
         try:
             self._engine.load(self._weights(event))
         except Superseded:
             return  # a newer version is already there: its event follows
         except WeightsError as error:
             log.warning("weights version %d: %s", event.version, error)
+        finally:
+            self._weights_s += time.monotonic() - began
 
     def _weights(self, event: VersionReceived | VersionAnnounced) -> Weights:
         version, digest = event.version, event.digest
@@ -328,6 +337,7 @@ class Service:
             running=status.running,
             tokens=status.tokens,
             busy_s=self._busy_s,
+            weights_s=self._weights_s,
             wall_s=now - self._started,
             tasks=np.asarray(leases, dtype=np.int32),
         )

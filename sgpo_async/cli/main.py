@@ -37,6 +37,7 @@ COMMANDS = {  # each a module of this package with `add_arguments(parser)` and `
     "experiment": "methods x settings x seeds with an equal sample budget: tables and figures",
     "data": "splits problems into sets for warm-up, its validation and RL: deduplicated, decontaminated, seeded",
     "watch": "the live display of a run, from any machine that reaches its hub",
+    "dashboard": "a run in a browser, for Prometheus and Grafana: fleet, ledger, curves, advice, completions",
     "samples": "completions of a run: problem, strategy, rollouts, and where distillation changes them",
     "chat": "tries a policy on problems, with and without a strategy",
     "report": "writes runs/NAME/report.html from a run's metrics",

@@ -19,7 +19,7 @@ from sgpo_async.config.schema import Run
 from sgpo_async.errors import ConfigError
 
 # Keys that concern one process only: connections, and how the learner computes and saves.
-PRIVATE = ("out", "hub.address", "hub.keys", "hub.journal", "learner", "sft", "local")
+PRIVATE = ("out", "hub.address", "hub.keys", "hub.journal", "hub.dashboard", "learner", "sft", "local")
 # Keys of these sections that the hub or the actors use.
 SHARED = ("learner.problems_per_step", "learner.parts", "learner.batch_timeout_s", "learner.lora")
 PLACES = ("model.path", "tasks.path", "engine.sglang.python", "engine.sglang.folder")  # may differ between machines

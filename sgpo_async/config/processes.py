@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from sgpo_async.config.rules import INFINITE, PATH, host_of, require
+from sgpo_async.config.rules import INFINITE, PATH, host_of, is_loopback, listen_address, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +52,14 @@ class Hub:
     canary_s: float = 60.0
     canary_tolerance: float = field(default=0.0, metadata=INFINITE)
     max_message_mb: int = 512  # the largest message is the hub's state in a checkpoint
+    # HOST:PORT at which a dashboard beside the hub shows the run in a browser (docs/dashboard.md); "": none. Beyond
+    # loopback, who looks at it needs the token in runs/NAME/dashboard.token.
+    dashboard: str = ""
 
     def __post_init__(self) -> None:
         host = host_of("hub.address", self.address)
         require(
-            bool(self.keys) or host in ("127.0.0.1", "localhost", "[::1]"),
+            bool(self.keys) or is_loopback(host.strip("[]")),
             "hub.keys",
             f"must name a folder of keys when the hub listens beyond loopback ({host})",
             self.keys,
@@ -75,6 +78,8 @@ class Hub:
             "must be a URL, for example s3://bucket/run or file:///mnt/run",
             self.weight_folder,
         )
+        if self.dashboard:
+            listen_address("hub.dashboard", self.dashboard)
         require(self.weight_fanout >= 0, "hub.weight_fanout", "must be >= 0 (0: no limit)", self.weight_fanout)
         require(self.max_lag >= 0, "hub.max_lag", "must be >= 0", self.max_lag)
         require(

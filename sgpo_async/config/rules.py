@@ -51,6 +51,19 @@ def endpoint_of(address: str) -> tuple[str, int] | None:
     return (host.strip("[]"), int(port)) if well_formed else None
 
 
+def is_loopback(host: str) -> bool:
+    """Whether this host, without brackets, is a name of this machine's loopback."""
+    return host in ("127.0.0.1", "localhost", "::1")
+
+
+def listen_address(path: str, value: str) -> tuple[str, int]:
+    """HOST and PORT of HOST:PORT. Raises ConfigError that names `path` if the value has another form."""
+    found = endpoint_of(f"tcp://{value}")
+    require(found is not None, path, "must look like HOST:PORT", value, "on this machine alone: 127.0.0.1:8265")
+    assert found
+    return found
+
+
 def url_host(host: str) -> str:
     """A host as it stands in tcp://HOST:PORT: an IPv6 address has brackets."""
     return f"[{host}]" if ":" in host else host

@@ -23,19 +23,20 @@ class Meter:
         running = self.last.running if self.last else 0
         return self.tokens_per_s / running if running and self.idle is not None else None
 
-    def update(self, heartbeat: Heartbeat) -> tuple[float, float]:
-        """Process the next heartbeat; return the busy seconds and wall-clock seconds since the previous one.
+    def update(self, heartbeat: Heartbeat) -> tuple[float, float, float]:
+        """Process the next heartbeat; return the seconds since the previous one: busy, waiting for weights, and all.
 
-        Both are 0 for the first heartbeat and after the actor's counters have started again from zero.
+        They are 0 for the first heartbeat and after the actor's counters have started again from zero.
         """
         previous, self.last = self.last, heartbeat
         if previous is None or heartbeat.wall_s <= previous.wall_s:
-            return 0.0, 0.0
+            return 0.0, 0.0, 0.0
         wall = heartbeat.wall_s - previous.wall_s
         busy = min(max(heartbeat.busy_s - previous.busy_s, 0.0), wall)
+        weights = min(max(heartbeat.weights_s - previous.weights_s, 0.0), wall - busy)
         self.tokens_per_s = max(heartbeat.tokens - previous.tokens, 0) / wall
         self.idle = 1 - busy / wall
-        return busy, wall
+        return busy, weights, wall
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Actors(dict[bytes, Actor]):
     def __init__(self) -> None:
         super().__init__()
         self.joined = self.left = 0  # numbers of actors since the hub started
-        self.busy_s = self.wall_s = 0.0  # summed over all engines since the hub started
+        self.busy_s = self.weights_s = self.wall_s = 0.0  # summed over all engines since the hub started
 
     def join(self, member: bytes, hello: Hello, *, now: float) -> Actor:
         """Add a new actor, or an actor that returns after a lost connection."""
@@ -153,11 +154,20 @@ class Actors(dict[bytes, Actor]):
     def record_heartbeat(self, actor: Actor, heartbeat: Heartbeat) -> None:
         """Update the actor's state and meter, and the totals over all engines, from its heartbeat."""
         actor.state = heartbeat.state
-        busy, wall = actor.meter.update(heartbeat)
+        busy, weights, wall = actor.meter.update(heartbeat)
         self.busy_s += busy
+        self.weights_s += weights
         self.wall_s += wall
 
     @property
     def idle(self) -> float | None:
         """Share of engine time without requests since the hub started; None before it is known."""
         return 1 - self.busy_s / self.wall_s if self.wall_s else None
+
+    @property
+    def waits(self) -> dict[str, float]:
+        """That share by cause: an engine waits for weights, or for leases; empty before it is known."""
+        if not self.wall_s:
+            return {}
+        weights = self.weights_s / self.wall_s
+        return {"weights": weights, "leases": 1 - self.busy_s / self.wall_s - weights}

@@ -13,7 +13,9 @@ from sgpo_async.rollout.completed import CompletedGroup
 def batch_metrics(groups: Sequence[CompletedGroup], *, version: int) -> dict[str, Any]:
     """Metrics of a batch that weights of `version` were trained on.
 
-    `lag` is computed over sampled tokens; pass rates and rewards are means over groups.
+    `lag` is computed over sampled tokens; pass rates and rewards are means over groups. `uniform` is the share of
+    groups whose autonomous rollouts all have the same reward, so that the policy gradient learns nothing from them;
+    `cut` is that of the rollouts that max_new_tokens has cut.
     """
     return {
         "lag": lag(groups, version=version),
@@ -21,6 +23,8 @@ def batch_metrics(groups: Sequence[CompletedGroup], *, version: int) -> dict[str
         "pass_guided": mean_of_known([group.pass_rate(guided=True) for group in groups]),
         "reward_auto": mean_of_known([group.mean_reward(guided=False) for group in groups]),
         "reward_guided": mean_of_known([group.mean_reward(guided=True) for group in groups]),
+        "uniform": float(np.mean([len({r.reward for r in group.rollouts if not r.guided}) <= 1 for group in groups])),
+        "cut": float(np.mean([r.finish != "stop" for group in groups for r in group.rollouts])),
     }
 
 

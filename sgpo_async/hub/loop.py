@@ -25,6 +25,7 @@ from sgpo_async.hub import events as ev
 from sgpo_async.hub.announce import Announcer
 from sgpo_async.hub.authority import Authority
 from sgpo_async.hub.core import HubCore
+from sgpo_async.hub.dashboard import DashboardProcess
 from sgpo_async.hub.journal import Journal
 from sgpo_async.hub.learner_weights import LearnerWeights
 from sgpo_async.hub.recovery import save, write_event
@@ -70,6 +71,7 @@ class Loop:
         spawn_sender: Callable[[str, wire.Road], SenderHandle],
         weights: LearnerWeights | None = None,
         journal: Journal | None = None,
+        dashboard: DashboardProcess | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Prepare to run `core`.
@@ -81,7 +83,7 @@ class Loop:
         """
         self._core, self._mailbox, self._spawn_sender = core, mailbox, spawn_sender
         self._weights, self._journal, self._clock = weights, journal, clock
-        self._authority = authority
+        self._authority, self._dashboard = authority, dashboard
         self._senders: dict[bytes, SenderHandle] = {}
         self._stopping = Stopping(seconds=SENDER_STOP_S, threads=16)
         self._committed_at = time.monotonic()
@@ -107,6 +109,8 @@ class Loop:
                 if time.monotonic() >= next_tick:
                     next_tick = time.monotonic() + TICK_S
                     events.append(ev.Tick())
+                    if self._dashboard:
+                        self._dashboard.poll()
                 self._handle([*group, *((event, []) for event in events)])
             return self._shutdown_reason
         finally:

@@ -20,6 +20,7 @@ from sgpo_async.config.rules import endpoint_of
 from sgpo_async.files import reporting_write_errors, write_whole
 from sgpo_async.hub.authority import Authority
 from sgpo_async.hub.core import HubCore
+from sgpo_async.hub.dashboard import DashboardProcess
 from sgpo_async.hub.journal import Journal
 from sgpo_async.hub.learner_weights import LearnerWeights
 from sgpo_async.hub.loop import Loop
@@ -80,6 +81,10 @@ def serve(run: Run) -> int:
         endpoint = endpoint_of(router.address)
         assert endpoint, router.address
         host, cuda = endpoint[0], run.engine.broadcasts_on_gpus
+        dashboard = None
+        if run.hub.dashboard:
+            dashboard = DashboardProcess(folder, router.address, listen=run.hub.dashboard, keys=run.hub.keys)
+            stack.callback(dashboard.close)
         began = time.monotonic() - elapsed
         loop = Loop(
             core,
@@ -88,6 +93,7 @@ def serve(run: Run) -> int:
             spawn_sender=lambda name, road: WeightSender(store.path, name, host, road=road, cuda=cuda),
             weights=weights,
             journal=journal,
+            dashboard=dashboard,
             clock=lambda: time.monotonic() - began,
         )
         about = fields(event="listening", address=router.address, run=run.name, steps=run.steps)

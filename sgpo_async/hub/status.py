@@ -21,6 +21,8 @@ NO_BATCH_YET = {
     "pass_guided": None,
     "reward_auto": None,
     "reward_guided": None,
+    "uniform": None,
+    "cut": None,
 }
 
 
@@ -81,6 +83,7 @@ def status(core: CoreState) -> dict[str, Any]:
         "tokens_trained": training.tokens_trained,
         "tokens_per_s": sum(actor.meter.tokens_per_s for actor in actors.values()),
         "engine_idle": actors.idle,
+        "engine_waits": actors.waits,
         "rejected": core.rejected.total(),
         "rejected_reasons": dict(core.rejected),
         "last_rejection": core.last_rejection,

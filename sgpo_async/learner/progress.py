@@ -86,8 +86,9 @@ class Progress:
 
 def hub_metrics(status: Mapping[str, Any]) -> dict[str, Any]:
     """Return the hub's part of one line of metrics, from its status after a commit."""
-    rates = ("pass_auto", "pass_guided", "reward_auto", "reward_guided")
+    rates = ("pass_auto", "pass_guided", "reward_auto", "reward_guided", "uniform", "cut")
     biases = ("tokens_dropped", "length_bias", "pass_bias")
     canary = ("canary_mean", "canary_max", "canary_alarms")
-    keys = ("version", *rates, *biases, *canary, "tokens_per_s", "tokens_generated", "engine_idle", "ledger")
+    engines = ("tokens_per_s", "tokens_generated", "engine_idle", "engine_waits")
+    keys = ("version", *rates, *biases, *canary, *engines, "ledger")
     return {key: status[key] for key in keys} | {"actors": len(status["actors"])}

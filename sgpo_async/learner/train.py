@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from sgpo_async.learner.samples import Samples
 from sgpo_async.learner.step import Stepper
 from sgpo_async.learner.step_log import StepLog
 from sgpo_async.learner.teacher import Teacher
+from sgpo_async.learner.waits import Waits
 from sgpo_async.logs import fields
 from sgpo_async.metrics import MetricsWriter, read_metrics
 from sgpo_async.metrics.canary import canary_summary
@@ -127,6 +128,7 @@ class Trainer:
     samples: Samples
     step_log: StepLog
     saved: int = 0  # step of the newest checkpoint; 0: none
+    waits: Waits = field(default_factory=Waits)
     _scored: bool = False  # the canary, since this learner began
 
     @classmethod
@@ -198,40 +200,45 @@ class Trainer:
         if self.metrics and not self.progress.step:
             self.hub.evaluate(self.version)
         lap = time.monotonic()
+        self.waits.begin()
         while self.progress.step < self.run.steps:
             parts: list[Shard] = []
-            idle = 0.0
             while len(parts) < self.run.learner.parts:
                 if parts:
                     self.stepper.add(parts[-1])
-                waiting = time.monotonic()
                 timeout_s = self.run.learner.batch_timeout_s
-                shard = self.hub.batch(self.progress.step, len(parts), timeout_s=timeout_s)
+                with self.waits.on("batch"):
+                    shard = self.hub.batch(self.progress.step, len(parts), timeout_s=timeout_s)
                 if isinstance(shard, NoBatch):
                     return shard.reason  # the gradient of the parts so far is lost; their rollouts are not
-                idle += time.monotonic() - waiting
                 parts.append(shard)
             line = self.stepper.update(parts[-1])
             status = self.hub.commit(self.progress.step) if self.metrics else {}
             self._publish(after=1)
             lap, wall = time.monotonic(), time.monotonic() - lap
-            self.progress.trained(line, idle_s=idle, wall_s=wall)
+            self.progress.trained(line, idle_s=self.waits.seconds["batch"], wall_s=wall)
+            waits = self.waits.shares(wall)
+            self.waits.begin()
             if self.metrics:
-                line = self._record(self.metrics, line | hub_metrics(status) | {"learner_idle": idle / wall})
+                own = {"learner_idle": waits["batch"], "learner_waits": waits}
+                line = self._record(self.metrics, line | hub_metrics(status) | own)
                 self.step_log.step(line, seconds=wall)
             elif self._last:
                 while _rank_0_waits():
                     pass
             self.samples.keep(parts, self.stepper.statistics)
             if self.checkpoints.due(self._due(self.run.learner.checkpoint_every)):
-                self._checkpoint()
+                with self.waits.on("checkpoint"):  # it is a part of the next step
+                    self._checkpoint()
         return ""
 
     def _publish(self, after: int = 0) -> None:
         """Publish the weights `after` steps that are not counted yet. A collective of all ranks."""
         due = not self._scored or canary_due(self.progress.step + after, self.run.learner.canary_every)
         self._scored = True
-        self.publisher.publish(self.version + after, self.canary() if due else None)
+        canary = self.canary() if due else None
+        with self.waits.on("publication"):
+            self.publisher.publish(self.version + after, canary)
 
     def interrupt(self, reason: str) -> None:
         """Write a checkpoint, unless there is one of this step. A collective of all ranks. Raises CheckpointError."""

@@ -31,6 +31,7 @@ class View:
     notes: list[str] = field(default_factory=list)
     sample: Mapping[str, Any] | None = None  # the newest line of samples.jsonl
     details: bool = False  # show everything that the hub says
+    dashboard: str = ""  # URL of the hub's dashboard; "": none
 
     @property
     def step(self) -> int:
@@ -133,12 +134,16 @@ class Lines:
         self._phase = ""
         self._notes = 0
         self._alarm = ""
+        self._dashboard = ""
 
     def show(self, view: View) -> None:
         """Print new notes and, if it is time, a line about the run."""
         for note in view.notes[self._notes :]:
             print(f"[{clock(view.elapsed_s):>5}] {note}", flush=True)
         self._notes = len(view.notes)
+        if view.dashboard not in ("", self._dashboard):
+            self._dashboard = view.dashboard
+            print(f"[{clock(view.elapsed_s):>5}] dashboard: {view.dashboard}", flush=True)
         due = view.phase != self._phase or time.monotonic() >= self._next
         alarm = view.alarm()
         if alarm != self._alarm and (due or not self._alarm):

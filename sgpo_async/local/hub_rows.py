@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sgpo_async.report.closing import ledger_rows
-from sgpo_async.report.numbers import NONE, clock, number, scientific
+from sgpo_async.report.numbers import NONE, clock, number, percent, scientific
 from sgpo_async.report.texts import one_line
 
 REASON = 400  # characters of a text that a member may have sent
@@ -33,6 +33,8 @@ def hub_rows(status: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("canary", _canary(status)),
         ("tokens", f"generated {number(get('tokens_generated'))}, trained {number(get('tokens_trained'))}"),
         ("dropped", _dropped(status)),
+        ("engines wait", _engine_waits(get("engine_waits") or {})),
+        ("no signal", f"{percent(get('uniform'))} of the groups; cut: {percent(get('cut'))} of the rollouts"),
         ("mean reward", f"alone {number(get('reward_auto'))}, guided {number(get('reward_guided'))}"),
         ("evaluation", evaluating),
         *_ledger(get("ledger") or {}),
@@ -77,6 +79,11 @@ def _learner(learner: Mapping[str, Any]) -> str:
     step = learner.get("training")
     waiting = f"{len(learner.get('requested') or [])} wait for a batch"
     return f"{ranks}, {waiting if step is None else f'training step {step + 1}'}"
+
+
+def _engine_waits(waits: Mapping[str, Any]) -> str:
+    """The shares of the engines' time without requests, by cause."""
+    return f"{percent(waits.get('leases'))} of the time for leases, {percent(waits.get('weights'))} for weights"
 
 
 def _dropped(status: Mapping[str, Any]) -> str:

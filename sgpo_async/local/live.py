@@ -44,6 +44,7 @@ def render(view: View, width: int) -> RenderableType:
     parts += [Text(), _benchmarks(scores, width)] if (scores := view.benchmarks()) else []
     parts += [Text(), _facts(view)]
     parts += [sample] if (sample := _completion(view)) else []
+    parts += [Text.assemble(("dashboard    ", "dim"), view.dashboard, no_wrap=True)] if view.dashboard else []
     parts += [Text(), _actors(view, width)]
     parts += [Text(alarm, style="bold red")] if (alarm := view.alarm()) else []
     notes = view.notes[-max(1, NOTES - _lines(scores, width)) :]

@@ -82,7 +82,8 @@ def phase_of(status: Mapping[str, Any]) -> str:
 
 def unknown(settings: Mapping[str, Any]) -> str:
     """What the hub does not know, and where it is."""
-    folder = f"{settings['out']}/{settings['name']}" if settings else "the run's folder"
+    named = settings.get("out") and settings.get("name")
+    folder = f"{settings['out']}/{settings['name']}" if named else "the run's folder"
     return printable(f"the hub does not know loss, alpha, trainer idle and mismatch: see {folder} at the learner")
 
 

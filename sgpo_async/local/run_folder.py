@@ -11,6 +11,7 @@ import psutil
 
 from sgpo_async.errors import HubError
 from sgpo_async.files import step_folders, step_of, written_since
+from sgpo_async.hub.dashboard import CONTACT as DASHBOARD
 from sgpo_async.hub.journal import FILE as JOURNAL
 from sgpo_async.metrics.reader import SUMMARY, read_summary
 
@@ -19,8 +20,17 @@ HUB_FILE = "hub.json"
 
 def read_hub_file(folder: Path) -> dict[str, Any]:
     """{address, pid, store, ...} of the hub that writes to `folder`; empty if there is none (yet)."""
+    return _read_contact(folder / HUB_FILE)
+
+
+def dashboard_url(folder: Path) -> str:
+    """Where the hub's dashboard can be seen; "" if there is none (yet)."""
+    return str(_read_contact(folder / DASHBOARD).get("url", ""))
+
+
+def _read_contact(path: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads((folder / HUB_FILE).read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: the hub is writing it at this moment
         return {}
     return content
@@ -40,9 +50,10 @@ def claim(folder: Path, *, continues: bool = False) -> None:
 
 
 def forget_hub(folder: Path) -> None:
-    """Remove hub.json of a hub that is dead and could not remove it."""
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        (folder / HUB_FILE).unlink()
+    """Remove hub.json, and dashboard.json, of a hub that is dead and could not remove them."""
+    for name in (HUB_FILE, DASHBOARD):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            (folder / name).unlink()
 
 
 def forget_journal(folder: Path) -> None:

@@ -13,7 +13,7 @@ from sgpo_async.config import Run
 from sgpo_async.config.schema import CHECKPOINTS
 from sgpo_async.local.display import Display, Lines, View
 from sgpo_async.local.live import LivePicture
-from sgpo_async.local.run_folder import newest_checkpoint
+from sgpo_async.local.run_folder import dashboard_url, newest_checkpoint
 from sgpo_async.local.supervisor import Supervisor
 from sgpo_async.local.watch import Watch
 from sgpo_async.processes.torchrun import repeated_command
@@ -57,6 +57,7 @@ class Show:
                 actors={slot.name: slot.state for slot in supervisor.slots},
                 notes=[printable(note) for note in supervisor.notes],
                 sample=self._watch.sample,
+                dashboard=dashboard_url(self._folder),
             )
         )
 

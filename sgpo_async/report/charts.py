@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any
+from typing import Any, Literal
 
 from sgpo_async.report.lag import lag_chart, lag_legend, lag_shares
 from sgpo_async.report.numbers import scientific
 from sgpo_async.report.svg import Series, line_chart
 
+Group = Literal["results", "training", "mismatch", "system", "other"]
+GROUPS: Mapping[Group, str] = {
+    "results": "Results",
+    "training": "Training",
+    "mismatch": "Lag and mismatch",
+    "system": "System",
+    "other": "Metrics without a chart of their own",
+}
 AUTO, GUIDED, THIRD, FOURTH, BOUND = 1, 2, 3, 4, 5  # indices into the palette
 SPARSE = 0.25  # a metric that a smaller share of steps has is drawn as dots
 
@@ -35,6 +43,7 @@ class Chart:
     caption: str
     y_label: str
     curves: tuple[Curve, ...]
+    group: Group = "training"
     share: bool = False  # the values are shares: the axis goes from 0 to 100 %
     around_one: bool = False  # the axis includes 1 but not 0, to show small deviations from 1
     log: bool = False  # logarithmic axis
@@ -44,6 +53,7 @@ CHARTS = (
     Chart(
         title="Pass rate",
         caption="Share of correct rollouts, without the strategy (autonomous) and with it (guided). Dots: held-out.",
+        group="results",
         y_label="pass rate",
         share=True,
         curves=(
@@ -66,8 +76,21 @@ CHARTS = (
         curves=(Curve(key="entropy", name="entropy"),),
     ),
     Chart(
+        title="Without a signal",
+        group="results",
+        caption="Groups whose autonomous rollouts all have the same reward: the policy gradient learns nothing from "
+        "them. Rollouts that max_new_tokens has cut.",
+        y_label="share",
+        share=True,
+        curves=(
+            Curve(key="uniform", name="groups of equal rewards"),
+            Curve(key="cut", name="cut rollouts", colour=GUIDED),
+        ),
+    ),
+    Chart(
         title="Correction weights",
         caption="Mean of the weights; 1 if behaviour policy and policy agree. Lag 0 shows only the engines' error.",
+        group="mismatch",
         y_label="mean weight",
         around_one=True,
         curves=(
@@ -79,6 +102,7 @@ CHARTS = (
     Chart(
         title="Truncated corrections",
         caption="Share of tokens whose weight is limited by the bound.",
+        group="mismatch",
         y_label="share of tokens",
         share=True,
         curves=(
@@ -89,6 +113,7 @@ CHARTS = (
     Chart(
         title="Smallest correction",
         caption="Smallest weight of any token in the batch: how little the most outdated token contributes.",
+        group="mismatch",
         y_label="weight",
         curves=(
             Curve(key="correction_min", name="GRPO"),
@@ -98,6 +123,7 @@ CHARTS = (
     Chart(
         title="Importance ratio",
         caption="Mean of policy probability / behaviour probability, by the lag of the tokens.",
+        group="mismatch",
         y_label="mean ratio",
         around_one=True,
         curves=(
@@ -110,6 +136,7 @@ CHARTS = (
         title="Engine against learner",
         caption="Mean |log pi − log mu|. At lag 0 both use equal weights; stale tokens include the policy's change. "
         "Later spans follow an update in flight.",
+        group="mismatch",
         y_label="nats per token",
         log=True,
         curves=(
@@ -123,6 +150,7 @@ CHARTS = (
     Chart(
         title="Canary",
         caption="Mean difference between the log-probabilities of engines and learner on one fixed sequence.",
+        group="mismatch",
         y_label="nats per token",
         log=True,
         curves=(
@@ -159,17 +187,23 @@ CHARTS = (
     Chart(
         title="Throughput",
         caption="Tokens that all engines together generate per second.",
+        group="system",
         y_label="tokens per second",
         curves=(Curve(key="tokens_per_s", name="generated"),),
     ),
     Chart(
         title="Idle",
-        caption="Share of the time in which the trainer waits for a batch, or an engine has no request.",
+        caption="Share of the time in which the trainer waits, or an engine has no request, by cause. "
+        "Engines: the mean since the hub began.",
+        group="system",
         y_label="share of the time",
         share=True,
         curves=(
-            Curve(key="learner_idle", name="trainer"),
-            Curve(key="engine_idle", name="engines", colour=THIRD),
+            Curve(key="learner_idle", name="trainer, for a batch"),
+            Curve(key="learner_waits/publication", name="trainer, for a publication", colour=GUIDED),
+            Curve(key="learner_waits/checkpoint", name="trainer, for a checkpoint", colour=BOUND),
+            Curve(key="engine_idle", name="engines, in all", colour=THIRD),
+            Curve(key="engine_waits/weights", name="engines, for weights", colour=FOURTH),
         ),
     ),
     Chart(
@@ -183,31 +217,44 @@ BENCHMARKS_AFTER = "Pass rate"  # the benchmarks follow this chart
 LAG_AFTER = "Entropy"  # the lag histogram follows this chart
 
 
-def figures(lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the HTML of every chart that has data."""
-    parts = []
+def figures(lines: Sequence[Mapping[str, Any]]) -> list[tuple[Group, str]]:
+    """Return the group and the HTML of every chart that has data."""
+    parts: list[tuple[Group, str]] = []
     for chart in CHARTS:
-        series = [_series(curve, lines) for curve in chart.curves]
-        if any(curve.points for curve in series):
-            parts.append(_figure(chart.title, chart.caption, _draw(chart, series), _legend(series)))
+        parts += _chart(chart, lines)
         if chart.title == BENCHMARKS_AFTER:
             parts += _benchmarks(lines)
         if chart.title == LAG_AFTER and (shares := lag_shares(lines)):
             caption = (
                 "Number of weight versions between the policy that generated a token and the policy trained on it."
             )
-            parts.append(_figure("Lag", caption, lag_chart(shares), lag_legend(shares)))
+            parts.append(("mismatch", _figure("Lag", caption, lag_chart(shares), lag_legend(shares))))
     return parts
 
 
-def _benchmarks(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+def other_figures(lines: Sequence[Mapping[str, Any]]) -> list[tuple[Group, str]]:
+    """Return a chart of every number in these lines that has no place in CHARTS."""
+    drawn = {curve.key for chart in CHARTS for curve in chart.curves} | {"step"}
+    keys = sorted({key for line in lines for key, value in line.items() if isinstance(value, int | float)} - drawn)
+    curves = [Curve(key=key, name=key) for key in keys]
+    charts = [Chart(title=curve.key, caption="", y_label=curve.key, curves=(curve,), group="other") for curve in curves]
+    return [figure for chart in charts for figure in _chart(chart, lines)]
+
+
+def _chart(chart: Chart, lines: Sequence[Mapping[str, Any]]) -> list[tuple[Group, str]]:
+    series = [_series(curve, lines) for curve in chart.curves]
+    if not any(curve.points for curve in series):
+        return []
+    return [(chart.group, _figure(chart.title, chart.caption, _draw(chart, series), _legend(series)))]
+
+
+def _benchmarks(lines: Sequence[Mapping[str, Any]]) -> list[tuple[Group, str]]:
     """Return one chart of all benchmarks that the run evaluates, [] if it evaluates none."""
     names = dict.fromkeys(name for line in lines for name in line.get("eval_benchmarks") or {})
-    if not names:
-        return []
     chart = Chart(
         title="Benchmarks",
         caption="avg@k of the versions that were evaluated during training.",
+        group="results",
         y_label="avg@k",
         share=True,
         curves=tuple(
@@ -215,8 +262,7 @@ def _benchmarks(lines: Sequence[Mapping[str, Any]]) -> list[str]:
             for number, name in enumerate(names)
         ),
     )
-    series = [_series(curve, lines) for curve in chart.curves]
-    return [_figure(chart.title, chart.caption, _draw(chart, series), _legend(series))]
+    return _chart(chart, lines)
 
 
 def _series(curve: Curve, lines: Sequence[Mapping[str, Any]]) -> Series:

@@ -10,7 +10,7 @@ from sgpo_async.report.numbers import number
 from sgpo_async.report.texts import Run, notes_of, printable, runs_of, solved, strength, versions_of
 
 CHARS = 1500  # of each completion
-FAINT = 0.02  # a weaker shading is left out
+SHADES = 20  # CSS classes k1 to k20 of a token's shading
 
 CAPTION = (
     "Groups of the first, a middle and the last kept step. The shading of a distilled completion shows the divergence "
@@ -23,12 +23,12 @@ def completions(samples: Sequence[Mapping[str, Any]]) -> str:
     if not samples:
         return ""
     chosen = [samples[i] for i in sorted({0, len(samples) // 2, len(samples) - 1})]
-    groups = "".join(_group(sample, shown=number == len(chosen) - 1) for number, sample in enumerate(chosen))
+    groups = "".join(group(sample, shown=number == len(chosen) - 1) for number, sample in enumerate(chosen))
     more = "<p>All of them: <code>sgpo-async samples RUN</code></p>"
     return f'<section class="samples"><h2>Completions</h2><p>{CAPTION}</p>{groups}{more}</section>'
 
 
-def _group(sample: Mapping[str, Any], *, shown: bool) -> str:
+def group(sample: Mapping[str, Any], *, shown: bool) -> str:
     """One group; `shown`: unfolded from the start."""
     (alone, autonomous), (helped, guided) = solved(sample), solved(sample, guided=True)
     facts = [f"alone {alone} of {autonomous} correct"]
@@ -38,7 +38,9 @@ def _group(sample: Mapping[str, Any], *, shown: bool) -> str:
     about = [(name, sample[name]) for name in ("problem", "strategy", "answer") if sample.get(name) is not None]
     rows = "".join(f"<tr><td>{name}</td><td><q>{_text(str(value))}</q></td></tr>" for name, value in about)
     body = "".join(_rollouts(sample["rollouts"], guided=guided) for guided in (False, True))
-    return f"<details{' open' * shown}>{head}<table>{rows}</table><table>{body}</table></details>"
+    name = escape(f"{sample['step']}-{sample.get('task')}")
+    tables = f"<table>{rows}</table><table>{body}</table>"
+    return f'<details data-name="{name}"{" open" * shown}>{head}{tables}</details>'
 
 
 def _rollouts(rollouts: Sequence[Mapping[str, Any]], *, guided: bool) -> str:
@@ -60,10 +62,10 @@ def _rollout(rollout: Mapping[str, Any]) -> str:
 
 def _run(run: Run) -> str:
     text, kl = run
-    shade = strength(kl)
-    if kl is None or shade < FAINT:
+    shade = round(SHADES * strength(kl))
+    if kl is None or not shade:
         return _text(text)
-    return f'<mark style="--kl:{shade:.2f}" title="{number(kl)} nats">{_text(text)}</mark>'
+    return f'<mark class="k{shade}" title="{number(kl)} nats">{_text(text)}</mark>'
 
 
 def _text(text: str) -> str:

@@ -35,7 +35,7 @@ def write_report(folder: str | Path) -> Path:
         )
     summary = summarise(lines) | read_summary(folder)
     path = folder / "report.html"
-    config = _read_config(folder / "config.yaml")
+    config = read_config(folder / "config.yaml")
     write_whole(path, _page(folder.resolve().name, lines, summary, config, completions(read_samples(folder))))
     return path
 
@@ -53,7 +53,7 @@ def _page(
         *(_alarm(*row) for row in mismatch_alarm(summary["mismatch"])),
         *(_alarm(*row) for row in canary_alarm(summary["canary"])),
         f'<div class="tiles">{"".join(_tile(*tile) for tile in _tiles(summary))}</div>',
-        f'<div class="charts">{"".join(figures(lines))}</div>',
+        f'<div class="charts">{"".join(html for _, html in figures(lines))}</div>',
         samples,
         f"<section><h2>Final metrics</h2>{_table(summary_rows(summary))}</section>",
     ]
@@ -107,7 +107,7 @@ def _table(rows: Iterable[tuple[str, str]]) -> str:
     return f"<table>{cells}</table>"
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     """Read the configuration without checking it, so that a run of an older schema can still be reported."""
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -1,5 +1,7 @@
 """The page's style sheet, with one palette for the light and one for the dark colour scheme."""
 
+from sgpo_async.report.completions import SHADES
+
 STYLE = """
 :root { color-scheme: light dark;
   --page: #f7f7f5; --card: #ffffff; --ink: #1c1d1f; --soft: #5d6167; --line: #e3e4e2; --axis: #9a9da1;
@@ -59,6 +61,7 @@ section > p { margin: 2px 0 0; color: var(--soft); font-size: 13px; }
 .samples q { quotes: none; white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.6 ui-monospace, monospace;
   display: block; max-height: 16em; overflow-y: auto; }
 .samples .right { color: var(--c3); } .samples .wrong { color: var(--alarm); }
-mark { color: inherit; background: rgb(226 116 20 / var(--kl)); border-radius: 3px; }
+mark { color: inherit; border-radius: 3px; }
 summary { cursor: pointer; color: var(--soft); margin-top: 10px; }
 """
+STYLE += "".join(f"mark.k{n} {{ background: rgb(226 116 20 / {n / SHADES:.2f}); }}\n" for n in range(1, SHADES + 1))

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-PROTOCOL = 10  # raise it whenever a record changes
+PROTOCOL = 11  # raise it whenever a record changes
 
 Tokens = Annotated[np.ndarray, "<i4"]  # token ids, 1-d
 Ints = Annotated[np.ndarray, "<i4"]
@@ -317,6 +317,7 @@ class Heartbeat:
     running: int = 0  # sequences in the engine at the moment
     tokens: int = 0  # generated tokens
     busy_s: float = 0.0  # time in which the engine had work
+    weights_s: float = 0.0  # time in which it had none because it loaded weights, or its leases need newer ones
     wall_s: float = 0.0
     tasks: Ints = field(default_factory=lambda: np.empty(0, np.int32))  # leases in progress, whose timeouts start anew
 

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -398,3 +399,26 @@ def test_a_version_that_was_published_again_with_other_content_is_loaded(monkeyp
         monkeypatch.setattr(actor.membership, "node_events", lambda event=event: [event])
         actor.service.refresh()
     assert loaded == ["01" * 16]
+
+
+def test_time_without_work_because_of_the_weights_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine without weights, and leases that need newer ones; not an engine without leases."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(actor_service.time, "monotonic", lambda: clock.now)
+    actor = Actor()
+    receive = actor.hub.receive
+
+    def later(timeout_s: float) -> list[Message]:
+        clock.now += 1.0
+        return receive(timeout_s)
+
+    monkeypatch.setattr(actor.hub, "receive", later)
+    actor.round()
+    assert actor.service._weights_s == 0.0, "the engine waits for leases"
+    actor.round(replace(lease(1), min_version=actor.engine.version + 1))
+    assert actor.service._weights_s == 0.0
+    actor.round()
+    assert actor.service._weights_s == 1.0, "its lease needs a newer version"
+    monkeypatch.setattr(actor.engine, "version", None)
+    actor.round()
+    assert actor.service._weights_s == 2.0

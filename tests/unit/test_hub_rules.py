@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import hypothesis.strategies as st
 import pytest
-from hub_support import Source, make_rollout, make_run
+from hub_support import Driver, Source, make_rollout, make_run
 from hypothesis import given
 
 from sgpo_async.config.schema import Evaluation
@@ -219,12 +219,44 @@ def test_no_lease_expects_late_rollouts(leases):
 
 def test_the_meter_uses_differences_and_ignores_a_restart_of_the_counters():
     meter = Meter()
-    assert meter.update(wire.Heartbeat(tokens=1000, busy_s=5, wall_s=10)) == (0, 0)
-    assert meter.update(wire.Heartbeat(tokens=1300, busy_s=6, wall_s=14)) == (1, 4)
+    assert meter.update(wire.Heartbeat(tokens=1000, busy_s=5, wall_s=10)) == (0, 0, 0)
+    assert meter.update(wire.Heartbeat(tokens=1300, busy_s=6, weights_s=2, wall_s=14)) == (1, 2, 4)
     assert (meter.tokens_per_s, meter.idle) == (75, 0.75)
-    assert meter.update(wire.Heartbeat(tokens=5, busy_s=0, wall_s=1)) == (0, 0)
-    assert meter.update(wire.Heartbeat(tokens=5, busy_s=1, wall_s=2)) == (1, 1)
+    assert meter.update(wire.Heartbeat(tokens=5, busy_s=0, wall_s=1)) == (0, 0, 0)
+    assert meter.update(wire.Heartbeat(tokens=5, busy_s=1, wall_s=2)) == (1, 0, 1)
     assert (meter.tokens_per_s, meter.idle) == (0, 0)
+
+
+def test_the_idle_time_of_the_engines_is_divided_by_cause() -> None:
+    hub = Driver(make_run())
+    hub.learner()
+    hub.actor(b"a")
+    assert hub.core.status()["engine_waits"] == {}
+    hub.send(b"a", wire.Heartbeat(version=0))
+    hub.send(b"a", wire.Heartbeat(version=0, busy_s=5, weights_s=2, wall_s=10))
+    assert hub.core.status()["engine_waits"] == pytest.approx({"weights": 0.2, "leases": 0.3})
+    assert hub.core.status()["engine_idle"] == 0.5
+
+
+def test_groups_without_a_signal_and_cut_rollouts_are_counted() -> None:
+    hub = Driver(make_run())
+    hub.learner()
+    hub.actor(b"a", credit=5)
+    lease = hub.leases(b"a")[0]
+    rewards = {0: (0.0, 1.0, 1.0), 1: (0.0, 0.0, 1.0)}
+    groups = [
+        CompletedGroup(
+            number=number,
+            attempt=0,
+            rollouts=tuple(
+                make_rollout(lease, slot, reward=reward, finish="length" if slot == number else "stop")
+                for slot, reward in enumerate(own)
+            ),
+        )
+        for number, own in rewards.items()
+    ]
+    found = batch_metrics([*groups, groups[0]], version=0)
+    assert found["uniform"] == pytest.approx(1 / 3) and found["cut"] == pytest.approx(1 / 3)
 
 
 def test_the_actor_with_the_most_credit_among_those_with_new_enough_weights_is_picked():

@@ -51,7 +51,7 @@ def test_every_fact_of_the_status_is_shown() -> None:
     }
     status = trained().core.status()
     status |= {"quarantined": {"bad": "3 invalid messages"}, "rejected_reasons": {"malformed": 2}, "rejected": 2}
-    status |= {"canary_mean": 0.1, "canary_max": 0.2}
+    status |= {"canary_mean": 0.1, "canary_max": 0.2, "engine_waits": {"weights": 0.1, "leases": 0.2}}
     status |= {"last_rejection": "ab12: malformed", "stalled": "nothing has moved", "evaluating": 7}
     changed = []
     for key, value in status.items():

@@ -171,6 +171,7 @@ EXAMPLES: list[Message] = [
         running=12,
         tokens=123456,
         busy_s=9.5,
+        weights_s=0.25,
         wall_s=10.25,
         tasks=np.array([17, 18], np.int32),
     ),
