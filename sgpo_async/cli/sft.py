@@ -27,10 +27,11 @@ def run(args: argparse.Namespace) -> int:
     if "RANK" not in os.environ:
         raise ConfigError(f"sft: RANK is not set; start it by torchrun launch/sft.py {args.config}")
     if os.environ["RANK"] == "0":
-        from sgpo_async.cli.resources import check_resume
+        from sgpo_async.cli.resources import check_resume, trackers
         from sgpo_async.config.schema import WARMUP_CHECKPOINTS
         from sgpo_async.learner.resume import continues
 
+        trackers(settings)
         check_resume(settings, WARMUP_CHECKPOINTS)
         record_config(
             settings, continues=continues(settings.learner.resume, Path(settings.folder) / WARMUP_CHECKPOINTS)
