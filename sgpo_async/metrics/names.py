@@ -1,14 +1,12 @@
 """Every key of metrics.jsonl: its section, unit and meaning.
 
 The table gives TensorBoard, W&B and MLflow their names (`name_of`), the report and the dashboard their sections, and
-docs/metrics.md its text:
-
-    python -m sgpo_async.metrics.names > docs/metrics.md
+docs/metrics.md its text (`page.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -35,8 +33,9 @@ class Metric:
 
     @property
     def name(self) -> str:
-        """The name of its scalars in a tracker: the section, then the key without a repetition of the section."""
-        return f"{self.section}/{self.key.removeprefix(f'{self.section}_')}"
+        """The name of its scalars in a tracker: the section, then the key without eval_ or mismatch_ before it."""
+        own = self.key.removeprefix(f"{self.section}_") if self.section in ("eval", "mismatch") else self.key
+        return f"{self.section}/{own}"
 
 
 def _spans(key: str, unit: str, meaning: str) -> Iterator[Metric]:
@@ -113,7 +112,7 @@ STEPS = (
     *_spans("tokens", TOKENS, "Number"),
     *_spans("mean", NATS, "Mean |log pi − log mu|"),
     *_spans("max", "nats", "Largest |log pi − log mu|"),
-    *_spans("kl", NATS, "k3 estimate of KL(mu || pi)"),
+    *_spans("kl", NATS, "Estimate (k3) of KL(mu || pi)"),
     Metric("mismatch_by_lag", "mismatch", NATS, "Mean |log pi − log mu| by lag."),
     Metric("mismatch_bound", "mismatch", NATS, "Bound of the mean at lag 0; above it, the run raises an alarm."),
     Metric("mismatch_judged_first", "mismatch", NATS, "Mean at lag 0 in first spans that was compared with the bound."),
@@ -198,31 +197,3 @@ def _flatten(name: str, value: Any, found: dict[str, float]) -> None:
             _flatten(f"{name}/{key}", inner, found)
     elif isinstance(value, int | float):
         found[name] = value
-
-
-def page() -> str:
-    """The text of docs/metrics.md."""
-    head = """# Metrics
-
-<!-- Written by: python -m sgpo_async.metrics.names > docs/metrics.md -->
-
-Every key of `runs/NAME/metrics.jsonl`, which has one line per optimiser step. The name is that in TensorBoard, W&B and
-MLflow ([trackers.md](trackers.md)); an object's entries follow it after a slash, such as `system/ledger/dropped/stale`.
-A key is null, and has no point in a tracker, where nothing was measured. Shares are in [0, 1].
-"""
-    parts = [head]
-    for section, about in SECTIONS.items():
-        own = [metric for metric in STEPS if metric.section == section]
-        parts.append(f"## {section}: {about}\n\n{_table(own)}")
-    parts.append(f"## Supervised warm-up (`sgpo-async sft`)\n\n{_table(WARM_UP)}")
-    return "\n".join(parts)
-
-
-def _table(metrics: Iterable[Metric]) -> str:
-    rows = [(f"`{metric.key}`", f"`{metric.name}`", metric.unit, metric.meaning) for metric in metrics]
-    lines = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows]
-    return "\n".join(["| key | name | unit | meaning |", "|---|---|---|---|", *(f"| {line} |" for line in lines), ""])
-
-
-if __name__ == "__main__":
-    print(page(), end="")
