@@ -252,13 +252,21 @@ class Service:
             return
         while self._waiting and self._waiting[0].min_version <= version:
             self._start(self._waiting.popleft())
-        wanted = self._lease_target() - self._granted
+        wanted = self._wanted_leases()
         if wanted > 0 and self._membership.serving and self._mailbox.send(Ready(tasks=wanted, version=version)):
             self._granted += wanted
 
-    def _lease_target(self) -> int:
-        """Enough leases to fill every slot, and one more, so that a free slot never waits for the network."""
-        return -(-self._run.engine.slots // self._run.rollout.size) + 1
+    def _wanted_leases(self) -> int:
+        """How many more leases fill all slots, and one more, so that a free slot never waits for the network.
+
+        Rollouts are counted and not leases: the slots of a group's short rollouts are free long before its longest one
+        ends. Rollouts that wait for a verdict need no slot; if there are more of them than slots, verdicts are late, and
+        more leases would only wait longer.
+        """
+        slots, size = self._run.engine.slots, self._run.rollout.size
+        requested = self._granted - len(self._sampler.leases)  # or not begun
+        generating = max(self._sampler.generating, self._sampler.unfinished - slots)
+        return -(-(slots - generating) // size) - requested + 1
 
     def _start(self, lease: Lease) -> None:
         try:

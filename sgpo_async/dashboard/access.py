@@ -75,7 +75,7 @@ class Access:
         """The answer to ?token=TOKEN: the cookie, and the address without the token, so that no history keeps it."""
         if request.method != "GET" or not self.is_token(request.query.get("token", "")):
             return None
-        answer = web.Response(status=303, headers={"Location": request.path})
+        answer = web.Response(status=303, headers={"Location": "./"})
         answer.set_cookie(self.cookie, self.token, httponly=True, samesite="Strict", path="/")
         return answer
 

@@ -82,7 +82,7 @@ class Facts:
     def key(self, section: str, key: str) -> str:
         """The key with its present value, if that is known: hub.max_lag (now 2)."""
         value = self.setting(section, key)
-        return f"{section}.{key}" + (f" (now {value})" if value is not None else "")
+        return f"{section}.{key}" + (f" (now {one_line(value, 64)})" if value is not None else "")
 
 
 Rule = Callable[[Facts], Advisory | None]
@@ -213,7 +213,8 @@ def clipped(facts: Facts) -> Advisory | None:
 def spiked(facts: Facts) -> Advisory | None:
     """A gradient was far above the usual."""
     norms = facts.values("grad_norm")
-    if len(norms) < ENOUGH or max(norms) <= SPIKE * median(norms):
+    clip = facts.setting("optim", "grad_clip") or 0.0  # below it, the optimiser sees nothing unusual
+    if len(norms) < ENOUGH or max(norms) <= max(SPIKE * median(norms), clip):
         return None
     evidence = f"norm {number(max(norms))} in the last {len(norms)} steps, median {number(median(norms))}"
     remedy = f"lower {facts.key('optim', 'lr')}, or {facts.key('optim', 'grad_clip')}; look at the samples of that step"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sgpo_async.errors import SgpoError
+from sgpo_async.errors import DataError, SgpoError
 from sgpo_async.local.display import View
 from sgpo_async.local.remote import LATE_S, MAX_BYTES, phase_of
 from sgpo_async.local.run_folder import read_hub_file
@@ -61,7 +61,7 @@ class Observer:
         self._watch = self._new_watch()
         self._summary: dict[str, Any] = {}
         self._read_at = 0.0
-        self._error = ""
+        self._error = self._unreadable = ""
 
     def poll(self) -> None:
         """Read what is new; never waits. An error is kept for the view: another hub or file may come."""
@@ -72,7 +72,10 @@ class Observer:
             if self._folder and time.monotonic() - self._read_at > SUMMARY_EVERY_S:
                 self._read_at = time.monotonic()
                 self._summary = read_summary(self._folder)
-                self._config = read_config(self._folder / "config.yaml")
+                if not self._watch.settings:
+                    self._config = read_config(self._folder / "config.yaml")
+        except DataError as error:
+            self._unreadable = str(error)  # what came with a bad line stays missing
         except SgpoError as error:
             self._error = str(error)
 
@@ -106,7 +109,7 @@ class Observer:
             settings=settings,
             summary=self._summary,
             samples=list(watch.samples),
-            error=self._error,
+            error=self._error or self._unreadable,
         )
 
     def _state(self, age: float | None) -> tuple[str, str]:

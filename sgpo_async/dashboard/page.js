@@ -46,14 +46,19 @@ function showAge(error) {
   const seconds = Math.round((age ?? 0) + silent / 1000);
   place("age").className = old || (age ?? 0) * 1000 + silent > LATE_MS ? "old" : "";
   if (old) place("age").textContent = `The dashboard does not answer${error ? ` (${error})` : ""}: this is ${seconds} s old.`;
-  else if (age === null) place("age").textContent = "This run is over.";
+  else if (age === null) place("age").textContent = ""; // there is no hub, as the headline says
   else if (age * 1000 > LATE_MS) place("age").textContent = `The hub does not answer: this is ${seconds} s old.`;
   else place("age").textContent = `The hub answered ${seconds} s ago.`;
 }
 
 let failure = "";
+let timer = 0;
+let busy = false;
 
 async function loop() {
+  if (busy) return;
+  busy = true;
+  clearTimeout(timer);
   try {
     await update();
     failure = "";
@@ -61,10 +66,11 @@ async function loop() {
     failure = error.message;
   }
   showAge(failure);
-  setTimeout(loop, EVERY_MS);
+  busy = false;
+  timer = setTimeout(loop, EVERY_MS);
 }
 
-place("more").addEventListener("toggle", () => { all = place("more").open; step = -2; delete shown.curves; });
-for (const id of ["outcome", "problem"]) place(id).addEventListener("input", () => { delete shown.samples; });
+place("more").addEventListener("toggle", () => { all = place("more").open; step = -2; delete shown.curves; loop(); });
+for (const id of ["outcome", "problem"]) place(id).addEventListener("input", () => { delete shown.samples; loop(); });
 setInterval(() => showAge(failure), 1000);
 loop();

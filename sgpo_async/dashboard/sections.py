@@ -13,6 +13,7 @@ from sgpo_async.dashboard.observer import RunView
 from sgpo_async.local.hub_rows import hub_rows
 from sgpo_async.local.remote import unknown
 from sgpo_async.report.charts import GROUPS, figures, other_figures
+from sgpo_async.report.closing import summarise, summary_rows
 from sgpo_async.report.completions import group
 from sgpo_async.report.numbers import NONE, clock, number, percent, scientific
 from sgpo_async.report.texts import one_line, printable, solved
@@ -190,9 +191,12 @@ def stack(parts: Sequence[tuple[str, float]], *, show: Any = number) -> str:
 
 
 def details(run: RunView) -> str:
-    """Everything else that the hub says."""
-    rows = hub_rows(run.view.status) if run.view.status else []
-    return f"<table>{''.join(f'<tr>{cell(name)}{cell(value)}</tr>' for name, value in rows)}</table>" if rows else ""
+    """Everything else that the hub says, or without a hub the final metrics."""
+    if run.view.status:
+        rows = hub_rows(run.view.status)
+    else:
+        rows = summary_rows(run.summary or summarise(run.view.history))
+    return f"<table>{''.join(f'<tr>{cell(name)}{cell(value)}</tr>' for name, value in rows)}</table>"
 
 
 def curves(run: RunView, *, all_metrics: bool) -> str:

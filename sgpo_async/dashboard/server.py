@@ -28,6 +28,7 @@ from sgpo_async.dashboard.sections import curves, newest_step, samples, sections
 from sgpo_async.errors import SgpoError
 from sgpo_async.files import write_whole
 from sgpo_async.logs import fields
+from sgpo_async.processes.signals import HANDLED
 from sgpo_async.report.style import STYLE
 
 log = logging.getLogger(__name__)
@@ -137,11 +138,13 @@ async def serve(observer: Observer, listen: tuple[str, int], *, token: str, cont
         bound = socket.create_server(listen, family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         address = f"{url_host(host)}:{listen[1]}"
-        raise SgpoError(f"--listen: {address} cannot be used ({error.strerror}); choose another port, or 0") from None
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise SgpoError(f"--listen: {address} cannot be used ({reason}); choose another port, or 0") from None
     port = bound.getsockname()[1]
     url = f"http://{url_host(host)}:{port}/"
-    # Nothing logs a request: its address may hold the token.
-    runner = web.AppRunner(Dashboard(observer, Access(token, port)).app, access_log=None)
+    quiet = logging.getLogger(f"{__name__}.requests")
+    quiet.disabled = True  # aiohttp logs malformed requests with their first line, which may hold the token
+    runner = web.AppRunner(Dashboard(observer, Access(token, port)).app, access_log=None, logger=quiet)
     await runner.setup()
     await web.SockSite(runner, bound).start()
     log.info("dashboard at %s", url, extra=fields(event="dashboard", url=url))
@@ -169,8 +172,9 @@ def _end_by(ended: asyncio.Future[int], *, standard_input: bool) -> None:
         if not ended.done():
             ended.set_result(code)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        loop.add_signal_handler(number, end, 128 + number)
+    for number in HANDLED:
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # ignored: started by nohup
+            loop.add_signal_handler(number, end, 128 + number)
 
     def read() -> None:
         if not os.read(0, 4096):

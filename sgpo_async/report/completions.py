@@ -38,7 +38,7 @@ def group(sample: Mapping[str, Any], *, shown: bool) -> str:
     about = [(name, sample[name]) for name in ("problem", "strategy", "answer") if sample.get(name) is not None]
     rows = "".join(f"<tr><td>{name}</td><td><q>{_text(str(value))}</q></td></tr>" for name, value in about)
     body = "".join(_rollouts(sample["rollouts"], guided=guided) for guided in (False, True))
-    name = escape(f"{sample['step']}-{sample.get('task')}")
+    name = _text(f"{sample['step']}-{sample.get('task')}")
     tables = f"<table>{rows}</table><table>{body}</table>"
     return f'<details data-name="{name}"{" open" * shown}>{head}{tables}</details>'
 

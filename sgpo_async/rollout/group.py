@@ -51,6 +51,16 @@ class RolloutGroup:
         """Whether every rollout of the lease is finished."""
         return not self._open
 
+    @property
+    def unfinished(self) -> int:
+        """Number of unfinished rollouts."""
+        return len(self._open)
+
+    @property
+    def generating(self) -> int:
+        """Number of these without a completion."""
+        return len(self._open) - len(self._generated)
+
     def requests(self) -> list[Generate | Generated]:
         """For each unfinished rollout a request, or its completion if only the verdict is missing; by slot."""
         return [self._completion(slot) or self._request(slot) for slot in self._open]

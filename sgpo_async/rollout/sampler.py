@@ -74,6 +74,16 @@ class RolloutSampler:
         """The leases that have unfinished rollouts."""
         return [group.lease for group in self._groups.values()]
 
+    @property
+    def unfinished(self) -> int:
+        """Number of unfinished rollouts."""
+        return sum(group.unfinished for group in self._groups.values())
+
+    @property
+    def generating(self) -> int:
+        """Number of these whose completion, or the next turn of whose episode, is not there yet."""
+        return sum(group.generating for group in self._groups.values())
+
     def add(self, lease: Lease) -> None:
         """Submit all requests of `lease`. Raises EngineError, and submits none, if the engine can never serve one."""
         group = group_of(lease, prompt=self._prompt)

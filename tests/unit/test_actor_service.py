@@ -163,6 +163,41 @@ def sampled(tokens: int) -> SampledTokens:
     )
 
 
+# ---- how many leases it asks for
+
+
+def test_the_slots_of_short_rollouts_are_filled_while_the_long_ones_of_their_groups_go_on() -> None:
+    actor = Actor()
+    actor.round()
+    (asked,) = actor.sent(Ready)
+    assert asked.tasks == 7, "64 slots, leases of 12 rollouts, and one more"
+    actor.round(*(lease(task, autonomous=12) for task in range(7)))
+    actor.round()
+    assert not actor.sent(Ready), "84 rollouts for 64 slots"
+    short = [(task, 0, slot) for task in range(7) for slot in range(11)]
+    actor.round(answers=[generated(key) for key in short[:9]])
+    actor.round()
+    assert [ready.tasks for ready in actor.sent(Ready)] == [1], "75 rollouts: less than a lease waits"
+    actor.round(answers=[generated(key) for key in short[9:]])
+    actor.round()
+    assert sum(ready.tasks for ready in actor.sent(Ready)) == 5, "7 long rollouts are left, and one lease is on its way"
+
+
+def test_an_actor_whose_verdicts_are_late_asks_for_no_more_leases(monkeypatch: pytest.MonkeyPatch) -> None:
+    actor = Actor()
+    monkeypatch.setattr(actor.service._sampler._rewards, "poll", lambda wait_s: [])
+    actor.round()
+    total = 0
+    while asked := sum(ready.tasks for ready in actor.sent(Ready)):
+        tasks = range(total, total + asked)
+        total += asked
+        actor.round(*(lease(task, autonomous=12) for task in tasks))
+        actor.round(answers=[generated((task, 0, slot)) for task in tasks for slot in range(12)])
+        actor.round()
+        assert total < 100
+    assert 12 * total >= 64 + 64, "as many rollouts may wait for verdicts as there are slots, while these are full"
+
+
 # ---- leases that cannot be served
 
 
@@ -213,7 +248,7 @@ def test_a_lost_connection_costs_no_work() -> None:
     delivered = {(rollout.task, rollout.slot) for rollout in actor.sent(Rollout)}
     assert delivered == {(7, 0), (8, 1)}, "the one that was not acknowledged, and the one that was finished meanwhile"
     (ready,) = actor.sent(Ready)
-    assert ready.tasks == actor.service._lease_target() - 1  # it still works on the lease of task 7
+    assert ready.tasks == 7  # 63 free slots for leases of 12 rollouts, and one more
     assert not actor.engine.cancelled
 
 

@@ -284,3 +284,14 @@ def test_no_console_reads_markup() -> None:
     calls = [call for file in package.rglob("*.py") for call in re.findall(r"\bConsole\((.*?)\)", file.read_text())]
     assert len(calls) >= 5
     assert all("markup=False, emoji=False" in call for call in calls), calls
+
+
+def test_the_address_of_the_dashboard_is_shown_once_it_is_known(capsys: pytest.CaptureFixture[str]) -> None:
+    url = "http://127.0.0.1:8265/"
+    assert not any(url in row for row in picture(view_at(7), 80))
+    assert any(row.rstrip().endswith(url) for row in picture(view_at(7, dashboard=url), 80))
+    lines = Lines(every_s=1000.0)
+    for dashboard in ("", url, url, "", url, "http://127.0.0.1:9/"):
+        lines.show(view_at(7, dashboard=dashboard, notes=[]))
+    printed = [row for row in capsys.readouterr().out.splitlines() if "dashboard" in row]
+    assert [row.partition("] ")[2] for row in printed] == [f"dashboard: {url}", "dashboard: http://127.0.0.1:9/"]

@@ -29,6 +29,7 @@ def test_the_same_values_may_be_written_differently() -> None:
         "hub.address=tcp://127.0.0.1:0",
         "hub.keys=/secret",
         "hub.journal=false",
+        "hub.dashboard=127.0.0.1:1",
         "learner.row_tokens=512",
         "learner.precision=float32",
         "learner.resume=true",

@@ -169,6 +169,11 @@ def _write(folder: Path, text: str) -> Path:
             "hub={address: 'tcp://0.0.0.0:1', keys: k}",
             ["hub.address must name the one address at which actors reach", "0.0.0.0"],
         ),
+        (
+            "hub.dashboard=8265",
+            ["hub.dashboard must look like HOST:PORT, got '8265'; on this machine alone: 127.0.0.1:"],
+        ),
+        ("hub.dashboard=localhost:99999", ["hub.dashboard must look like HOST:PORT", "99999"]),
         ("hub.address=localhost", ["hub.address must look like tcp://HOST:PORT, got 'localhost'"]),
         ("rollout.guided=0", ["rollout.guided must be >= 1 when algorithm.objective=sgpo, got 0"]),
         ("rollout.top_p=0", ["rollout.top_p must be in (0, 1], got 0"]),

@@ -104,6 +104,12 @@ CASES: list[tuple[Callable[..., Any], dict[str, Any], dict[str, Any], str]] = [
     (rules.clipped, {"lines": steps(correction_clipped=0.2)}, {"lines": steps(correction_clipped=0.21)}, "hub.max_lag"),
     (rules.spiked, {"lines": with_last("grad_norm", 10.0)}, {"lines": with_last("grad_norm", 10.1)}, "optim.lr"),
     (
+        rules.spiked,  # a spike below optim.grad_clip is none
+        {"lines": [*steps(grad_norm=0.01), {"step": 99, "grad_norm": 1.0}]},
+        {"lines": [*steps(grad_norm=0.01), {"step": 99, "grad_norm": 1.01}]},
+        r"optim\.grad_clip \(now 1\.0\)",
+    ),
+    (
         rules.collapsed,
         {"lines": [*steps(10), *steps(30, entropy=0.021)[10:]]},
         {"lines": [*steps(10), *steps(30, entropy=0.019)[10:]]},

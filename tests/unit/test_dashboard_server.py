@@ -93,7 +93,7 @@ def test_a_token_in_the_address_becomes_a_cookie_and_leaves_the_address(folder: 
     right, wrong, head = ask(
         observer, get(f"/?token={TOKEN}"), get("/?token=x"), get(f"/?token={TOKEN}", method="HEAD"), token=TOKEN
     )
-    assert right[0] == 303 and right[2]["Location"] == "/"
+    assert right[0] == 303 and right[2]["Location"] == "./"
     cookie = right[2]["Set-Cookie"]
     assert cookie.startswith(f"sgpo_async_8265={TOKEN};") and "HttpOnly" in cookie and "SameSite=Strict" in cookie
     assert wrong[0] == head[0] == 401 and "Set-Cookie" not in wrong[2]
@@ -264,7 +264,8 @@ def test_nothing_from_outside_becomes_markup(folder: Path) -> None:
     (folder / "samples.jsonl").write_text(
         json.dumps(sample(1, text=HOSTILE, problem=HOSTILE) | {"task": HOSTILE}) + "\n"
     )
-    (folder / "config.yaml").write_text(f"name: {json.dumps(HOSTILE)}\n")
+    config = {"name": HOSTILE, "hub": {"canary_tolerance": HOSTILE}}
+    (folder / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
     status = trained_status()
     server = {"url": HOSTILE, "version": 1, "digest": HOSTILE, "canary": 0.1}
     status["actors"][0] |= {
@@ -295,6 +296,16 @@ def test_nothing_from_outside_becomes_markup(folder: Path) -> None:
 
 def score() -> dict[str, Any]:
     return {"name": HOSTILE, "avg": 0.5, "low": 0.4, "high": 0.6, "samples": 4, "problems": 30}
+
+
+def test_a_line_that_cannot_be_read_is_named_until_the_end(folder: Path) -> None:
+    observer = observer_of(folder)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('nonsense\n{"step": 41}\n')
+    observer.poll()
+    observer.poll()
+    advice = ask(observer, get_json("/api/status"))[0]["html"]["advice"]
+    assert "cannot read the run" in advice and "metrics.jsonl:41: is not JSON" in advice
 
 
 # ---- health

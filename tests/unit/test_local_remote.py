@@ -1,7 +1,9 @@
 """`sgpo-async watch`: what it shows of what the hub says, and when it ends."""
 
 import io
+import os
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from rich.console import Console
 
 from sgpo_async.config import Run, to_plain
 from sgpo_async.errors import HubError
+from sgpo_async.files import write_whole
 from sgpo_async.hub import events as ev
 from sgpo_async.local.hub_rows import hub_rows
 from sgpo_async.local.live import render
@@ -107,6 +110,41 @@ def test_the_pass_rates_of_the_steps_are_collected() -> None:
     for step, rate in ((0, None), (1, 0.1), (1, 0.1), (4, 0.3), (5, 0.4)):
         watch._take({"step": step, "pass_auto": rate, "pass_guided": 1.0}, 100.0)
     assert [(line["step"], line["pass_auto"]) for line in watch.history] == [(1, 0.1), (4, 0.3), (5, 0.4)]
+
+
+def test_the_lines_of_the_learner_take_the_place_of_the_hubs(tmp_path: Path) -> None:
+    """metrics.jsonl may come later than the hub's first answers, and a resumed learner writes it anew."""
+    watch = Watch(tmp_path, max_bytes=2**20)
+    status = {"step": 1, "pass_auto": 0.5, "uptime_s": 1000.0, "lag": {"mean": 1.5, "max": 2, "histogram": {"1": 3}}}
+    watch._take(status, 100.0)
+    assert watch.history[0]["pass_auto"] == 0.5 and watch.history[0]["lag_mean"] == 1.5
+    for steps in ((1, 2), (1, 2, 3), (1,)):
+        write_whole(tmp_path / "metrics.jsonl", "".join(f'{{"step": {step}, "loss": 0.1}}\n' for step in steps))
+        watch._take(status | {"step": 9}, 100.0)
+        watch.poll("")
+        assert [line["step"] for line in watch.history] == [*steps]
+        assert watch.metrics == {"step": steps[-1], "loss": 0.1}
+
+
+def test_files_of_an_earlier_run_are_not_shown(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 70}\n')
+    (tmp_path / "samples.jsonl").write_text('{"step": 70, "rollouts": []}\n')
+    watch = Watch(tmp_path, max_bytes=2**20)
+    watch.poll("")
+    assert [line["step"] for line in watch.history] == [70] and watch.sample
+    for path in tmp_path.iterdir():
+        os.utime(path, (1e9, 1e9))
+    watch._take({"step": 0, "uptime_s": 5.0}, 100.0)
+    watch.poll("")
+    assert not watch.history and not watch.metrics and watch.sample is None
+
+
+def test_samples_that_are_written_anew_are_not_kept_twice(tmp_path: Path) -> None:
+    watch = Watch(tmp_path, max_bytes=2**20)
+    for steps in ((1, 2, 3, 4), (1, 3), (1, 3, 5)):
+        write_whole(tmp_path / "samples.jsonl", "".join(f'{{"step": {n}, "rollouts": []}}\n' for n in steps))
+        watch.poll("")
+        assert [sample["step"] for sample in watch.samples] == [*steps]
 
 
 def test_a_hub_that_never_answers_is_an_error() -> None:
