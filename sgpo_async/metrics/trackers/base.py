@@ -15,6 +15,8 @@ from typing import Any, Protocol
 from sgpo_async.files import to_json, write_whole
 
 FOLDER = "trackers"  # below the run's folder: the state of each tracker
+FINISHED, INTERRUPTED = b"finished", b"interrupted"  # what a tracker's process is told at the end of a run ...
+END_S = 20.0  # ... after which it has so long to write the rest
 COLUMNS = ("step", "task", "strategy", "problem", "completion", "reward", "correct", "tokens", "version")
 SECRET = ("key", "token", "password", "secret")  # ends of the names of settings and variables that hold one
 SECRET_CHARS = 8  # a shorter value of such a variable is no secret, but may be a part of many texts

@@ -13,8 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sgpo_async.metrics.trackers.base import state_file
-from sgpo_async.metrics.trackers.process import END_S, FINISHED, INTERRUPTED
+from sgpo_async.metrics.trackers.base import END_S, FINISHED, INTERRUPTED, state_file
 
 log = logging.getLogger(__name__)
 

@@ -19,10 +19,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
+from sgpo_async.metrics.trackers.base import END_S, FINISHED
 from sgpo_async.metrics.trackers.follow import Follower, sole_writer
 
-FINISHED, INTERRUPTED = b"finished", b"interrupted"
-END_S = 20.0  # from the end of the run
 TICK_S = 0.5
 NICE = 10  # training comes first
 
