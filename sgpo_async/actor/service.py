@@ -260,8 +260,8 @@ class Service:
         """How many more leases fill all slots, and one more, so that a free slot never waits for the network.
 
         Rollouts are counted and not leases: the slots of a group's short rollouts are free long before its longest one
-        ends. Rollouts that wait for a verdict need no slot; if there are more of them than slots, verdicts are late, and
-        more leases would only wait longer.
+        ends. Rollouts that wait for a verdict need no slot; if there are more of them than slots, verdicts are late,
+        and more leases would only wait longer.
         """
         slots, size = self._run.engine.slots, self._run.rollout.size
         requested = self._granted - len(self._sampler.leases)  # or not begun

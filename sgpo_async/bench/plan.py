@@ -30,17 +30,7 @@ from sgpo_async.learner.lora import adapter_parameters
 from sgpo_async.learner.policy import decoder_layers
 from sgpo_async.model.folder import model_folder
 from sgpo_async.model.load import on_meta_device, read_config
-
-GB = 10**9
-
-
-@dataclass(frozen=True, kw_only=True)
-class Hardware:
-    """What one GPU does."""
-
-    memory: float = 80 * GB  # bytes
-    flops: float = 0.4 * 989e12  # per second in training: 40 % of an H100's peak in bfloat16
-    bandwidth: float = 0.5 * 3.35e12  # bytes per second in generation: half of an H100's
+from sgpo_async.simulation.hardware import GB, Hardware
 
 
 @dataclass(frozen=True)

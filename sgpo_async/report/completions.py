@@ -40,7 +40,7 @@ def group(sample: Mapping[str, Any], *, shown: bool) -> str:
     body = "".join(_rollouts(sample["rollouts"], guided=guided) for guided in (False, True))
     name = _text(f"{sample['step']}-{sample.get('task')}")
     tables = f"<table>{rows}</table><table>{body}</table>"
-    return f'<details data-name="{name}"{" open" * shown}>{head}{tables}</details>'
+    return f'<details{" open" * shown} data-name="{name}">{head}{tables}</details>'
 
 
 def _rollouts(rollouts: Sequence[Mapping[str, Any]], *, guided: bool) -> str:
