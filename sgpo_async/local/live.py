@@ -187,7 +187,7 @@ def _facts(view: View, width: int) -> RenderableType:
     grid = Table.grid(padding=(0, 1, 0, 0), expand=False)
     for _ in range(beside):
         grid.add_column(style="dim", no_wrap=True)
-        grid.add_column(no_wrap=True, min_width=13)
+        grid.add_column(no_wrap=True, min_width=14)
     for first in range(0, len(facts), beside):
         grid.add_row(*(cell for fact in facts[first : first + beside] for cell in fact))
     return grid

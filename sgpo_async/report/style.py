@@ -43,7 +43,7 @@ figcaption p { margin: 2px 0 6px; color: var(--soft); font-size: 13px; }
 .key i.ring { width: 10px; height: 10px; border-radius: 50%; background: none; border: 2px solid currentColor; }
 .key i.dash { height: 0; border-top: 2px dashed; border-radius: 0; background: none; }
 .key i[class^="lag"] { height: 12px; border-radius: 3px; background: var(--own); }
-svg { width: 100%; height: auto; display: block; }
+svg { width: 100%; height: auto; display: block; overflow: visible; }
 .grid { stroke: var(--line); } .axis { stroke: var(--axis); }
 text { fill: var(--soft); font-variant-numeric: tabular-nums; }
 .grid, .axis, .line, .dot { vector-effect: non-scaling-stroke; }

@@ -271,7 +271,9 @@ def test_numbers_percentages_and_times_are_formatted_shortly() -> None:
     values = (0, 37, 12_345, 1_234_567, 0.4123, 0.01234, 12.345, 3.0, None, float("nan"))
     expected = ["0", "37", "12.3 k", "1.23 M", "0.412", "0.0123", "12.3", "3.00", "–", "–"]
     assert [number(value) for value in values] == expected
-    assert [short(value) for value in (0.0, 0.2, -0.05, 2500.0, 25_000.0)] == ["0", "0.2", "-0.05", "2500", "25.0 k"]
+    assert [short(value) for value in (0.0, 0.2, -0.05, 1.0025, 2500.0, 25_000.0)] == [
+        *("0", "0.2", "-0.05", "1.0025", "2500", "25.0 k")
+    ]
     small = (0.0, 1e-4, 3.21e-6, -2e-9, 0.01, 0.0523, 123.0, None, float("nan"))
     assert [scientific(value) for value in small] == [
         "0", "10⁻⁴", "3.2·10⁻⁶", "-2.0·10⁻⁹", "0.01", "0.052", "120", "–", "–",
