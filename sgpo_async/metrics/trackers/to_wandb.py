@@ -1,7 +1,8 @@
 """Weights & Biases, by its package: online with an API key, else offline in runs/NAME/wandb/.
 
 Where it writes, and as whom, is W&B's own choice: WANDB_API_KEY or `wandb login`, WANDB_MODE, WANDB_ENTITY,
-WANDB_BASE_URL. An offline run that is resumed has a second folder with the same id, which `wandb sync --append` joins.
+WANDB_PROJECT, WANDB_BASE_URL. An offline run that is resumed has a second folder with the same id, which
+`wandb sync --append` joins.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -19,6 +20,7 @@ import wandb
 
 from sgpo_async.metrics.trackers.base import COLUMNS, About
 
+OFFLINE = ("offline", "dryrun")
 HOST = "https://api.wandb.ai"
 OPEN_S = 30.0  # for the first answer of the server; after that, W&B's own process waits for it
 
@@ -27,7 +29,8 @@ class WandB:
     """One run; its service is another process, which keeps on the disk what it cannot send yet."""
 
     def __init__(self, about: About) -> None:
-        offline = (os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")) != "online"
+        mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+        offline = mode in OFFLINE
         self.state = replace(about.state, id=about.state.id or uuid.uuid4().hex[:12])
         settings = wandb.Settings(
             console="off",
@@ -43,12 +46,13 @@ class WandB:
             id=self.state.id,
             resume=None if offline else "allow",
             reinit="finish_previous",
-            mode="offline" if offline else "online",
+            mode=cast(Any, mode),
             dir=about.folder,
             config=dict(about.config),
             settings=settings,
         )
-        self.state.step = max(self.state.step, self._run.step - 1)  # a resumed run's next step
+        if not offline:  # the server knows its next step; a process that was killed may not have sent its last ones
+            self.state.step = max(self._run.step - 1, 0)
         self.note = f"offline; to upload it: wandb sync --append {self._run.settings.sync_dir}" if offline else ""
 
     def step(self, step: int, values: Mapping[str, float], counts: Mapping[str, Mapping[int, float]]) -> None:
