@@ -11,7 +11,7 @@ from synthetic_metrics import synthetic_lines, write_lines
 
 from sgpo_async.cli.resources import installed, trackers
 from sgpo_async.config import load, to_yaml
-from sgpo_async.config.schema import TRACKERS, Learner, Run
+from sgpo_async.config.schema import TRACKERS, Hub, Learner, Run
 from sgpo_async.errors import CheckFailed, ConfigError
 from sgpo_async.files import JsonLinesWriter
 from sgpo_async.metrics.trackers.base import COLUMNS, About, State, redacted, state_file, without_secrets
@@ -144,11 +144,13 @@ def test_a_table_has_two_completions_of_each_kind_and_bounded_texts() -> None:
 def test_trackers_see_the_configuration_without_secrets(tmp_path: Path) -> None:
     notebook = Notebook()
     write_lines(tmp_path, LINES)
-    (tmp_path / "config.yaml").write_text(to_yaml(replace(Run(), name="mine", learner=Learner(project="p"))))
+    hub = Hub(weight_folder="s3://id:word@bucket/run")
+    (tmp_path / "config.yaml").write_text(to_yaml(replace(Run(), name="mine", learner=Learner(project="p"), hub=hub)))
     follower(tmp_path, notebook).advance()
     (about,) = notebook.opened
     assert (about.name, about.project) == ("mine", "p")
     assert about.config["rollout"]["max_new_tokens"] == 64
+    assert about.config["hub"]["weight_folder"] == "s3://***@bucket/run"
     given = {
         "url": "s3://id:word@bucket/x",
         "api_key": "abc",
