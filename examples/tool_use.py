@@ -25,6 +25,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sgpo_async.files import set_usual_modes
+from sgpo_async.installation import example_module
 from sgpo_async.tasks.environments import Turn
 
 STORES = ("north", "east", "south", "west")
@@ -40,7 +42,7 @@ tasks:
   source: file
   path: {out}/problems.jsonl
   held_out: 60
-  environment: examples.tool_use:Shelves      # found from the folder in which the run is started
+  environment: {module}:Shelves      # found from the folder in which the run is started, or where it is installed
   max_turns: 2
 rollout: {{autonomous: 8, guided: 4, max_new_tokens: 12}}
 learner: {{problems_per_step: 16}}
@@ -121,6 +123,7 @@ def write_base_policy(folder: Path, rng: random.Random, steps: int = 250) -> Non
         optimiser.zero_grad()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    set_usual_modes(folder)
 
 
 def main() -> None:
@@ -132,7 +135,7 @@ def main() -> None:
     rng = random.Random(0)
     write_problems(out / "problems.jsonl", rng)
     write_base_policy(out / "base", rng)
-    (out / "config.yaml").write_text(CONFIG.format(out=out), encoding="utf-8")
+    (out / "config.yaml").write_text(CONFIG.format(out=out, module=example_module("tool_use")), encoding="utf-8")
     print(f"now run: sgpo-async local {out}/config.yaml")
 
 

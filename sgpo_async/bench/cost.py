@@ -137,7 +137,7 @@ def table(stages: Sequence[Stage]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table and return 0; after a mistake of the user print one line and return 2."""
     parser = argparse.ArgumentParser(prog="python -m sgpo_async.bench.cost", description="GPU-hours of a run.")
-    parser.add_argument("config", metavar="CONFIG", help="YAML file, e.g. configs/paper-qwen2.5-7b.yaml")
+    parser.add_argument("config", metavar="CONFIG", help="YAML file, e.g. builtin:paper-qwen2.5-7b")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="laid over it")
     parser.add_argument("--generate-tokens-per-s", type=float, required=True, metavar="R", help="of one GPU")
     parser.add_argument("--train-tokens-per-s", type=float, required=True, metavar="R", help="of one GPU")

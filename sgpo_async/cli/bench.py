@@ -1,7 +1,7 @@
 """`sgpo-async bench`: throughput of a configuration, as a table and as JSON; or how fast weights travel.
 
-sgpo-async bench configs/demo.yaml         generation alone, learning alone, synchronous, asynchronous
-sgpo-async bench weights --quick           every road of the weights, and fleets of nodes (as root: needs ip and tc)
+sgpo-async bench builtin:demo         generation alone, learning alone, synchronous, asynchronous
+sgpo-async bench weights --quick      every road of the weights, and fleets of nodes (as root: needs ip and tc)
 """
 
 from __future__ import annotations

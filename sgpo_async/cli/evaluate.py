@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sgpo_async.cli.options import load_run, print_dry_run
+from sgpo_async.cli.options import CONFIG, load_run, print_dry_run
 from sgpo_async.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ PAPER_TEMPERATURE, PAPER_TOP_P = 0.6, 0.95
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """CONFIG [key=value ...] and what to evaluate, or --compare A B."""
-    parser.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file, e.g. configs/demo.yaml")
+    parser.add_argument("config", metavar="CONFIG", nargs="?", help=CONFIG)
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides a key, e.g. engine.slots=256")
     parser.add_argument("--model", default="", metavar="FOLDER", help="e.g. runs/demo/policy (default: model.path)")
     parser.add_argument(
@@ -73,11 +73,12 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError("--compare takes two folders and no configuration; remove the configuration")
         return _compare(console, *map(Path, args.compare))
     if not args.config:
-        raise ConfigError("evaluate: name a configuration, e.g. configs/demo.yaml, or two folders with --compare")
+        raise ConfigError("evaluate: name a configuration, e.g. builtin:demo, or two folders with --compare")
     settings = load_run(args)
     if args.model:
         settings = replace(settings, model=replace(settings.model, path=args.model))
-    plan = _plan(settings, args)
+    asked = {"samples": parse_samples(args.samples), "guided": args.guided}
+    plan = plan_of(settings, args.benchmark, **asked, temperature=args.temperature, top_p=args.top_p)
     out = Path(args.out or f"{settings.folder}/evaluation")
     if args.dry_run:
         print_dry_run(settings, [_command(args)])
@@ -86,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         for benchmark in plan.benchmarks:
             print(f"#   {benchmark.name}: {len(benchmark.problems)} problems x {benchmark.samples}")
         return 0
-    found = _evaluate(plan, out, texts=args.texts)
+    found = evaluate_shown(plan, out, texts=args.texts)
     from sgpo_async.cli.evaluation_tables import summary
 
     _print(console, [*summary(found), f"results: {out}"])
@@ -110,23 +111,30 @@ def _command(args: argparse.Namespace) -> list[str]:
     return [*arguments, "--out", args.out] if args.out else arguments
 
 
-def _plan(settings: Run, args: argparse.Namespace) -> EvaluationPlan:
+def plan_of(
+    settings: Run,
+    benchmarks: Sequence[str],
+    *,
+    samples: Mapping[str, int],
+    temperature: float,
+    top_p: float,
+    guided: bool,
+) -> EvaluationPlan:
+    """Read the benchmarks. Raises ConfigError or DataError.
+
+    Args:
+        benchmarks: NAME=FILE, or a name as --benchmark takes it; none: the held-out problems.
+        samples: completions of each problem by benchmark, with "" for all others.
+    """
     from sgpo_async.evaluation.evaluation_plan import EvaluationPlan
 
-    samples = parse_samples(args.samples)
-    benchmarks = [_open(settings, word, samples) for word in args.benchmark or ["held-out"]]
-    names = [benchmark.name for benchmark in benchmarks]
+    opened = [_open(settings, word, samples) for word in benchmarks or ["held-out"]]
+    names = [benchmark.name for benchmark in opened]
     if len(set(names)) < len(names):
         raise ConfigError(f"--benchmark: {', '.join(names)}: a name occurs twice")
     if unknown := samples.keys() - {"", *names}:
         raise ConfigError(f"--samples: {min(unknown)} must name one of the benchmarks, which are {', '.join(names)}")
-    return EvaluationPlan(
-        run=settings,
-        benchmarks=benchmarks,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        guided=args.guided,
-    )
+    return EvaluationPlan(run=settings, benchmarks=opened, temperature=temperature, top_p=top_p, guided=guided)
 
 
 def parse_samples(arguments: Sequence[str]) -> dict[str, int]:
@@ -170,7 +178,8 @@ def _open(settings: Run, word: str, samples: Mapping[str, int]) -> Benchmark:
     return open_benchmark(name, path if equals else configured[name].path, samples=k)
 
 
-def _evaluate(plan: EvaluationPlan, out: Path, *, texts: bool) -> dict[str, Any]:
+def evaluate_shown(plan: EvaluationPlan, out: Path, *, texts: bool) -> dict[str, Any]:
+    """Evaluate, with progress on standard error; returns the summary. Raises SgpoError."""
     from rich.console import Console
 
     console = Console(stderr=True, markup=False, emoji=False)

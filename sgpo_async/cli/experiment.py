@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """FILE ... [--out DIR] [--workers N] [--minutes M] [--from TABLE] [--collect DIR] [--all-figures] [--dry-run]."""
-    parser.add_argument("files", metavar="FILE", nargs="+", help="YAML, e.g. configs/experiments/methods.yaml")
+    parser.add_argument("files", metavar="FILE", nargs="+", help="YAML, e.g. builtin:experiments/methods")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/experiments"), metavar="DIR", help="default: %(default)s"
     )

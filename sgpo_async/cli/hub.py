@@ -1,6 +1,6 @@
 """`sgpo-async hub`: the hub as a process of its own. Learners connect to it with --hub; it survives their crashes.
 
-Killed and started again with the same command, it goes on from its journal (docs/durability.md).
+Killed and started again with the same command, it goes on from its journal.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`sgpo-async learner`: one rank of the learner, started by torchrun.
 
-    torchrun --nproc-per-node 2 launch/learner.py CONFIG [key=value ...] [--hub tcp://HOST:PORT]
+    torchrun --nproc-per-node 2 -m sgpo_async.cli learner CONFIG [key=value ...] [--hub tcp://HOST:PORT]
 
 The hub decides the configuration of the run (`sgpo_async.config.agreement`): keys that this command leaves out are
 taken from it, and a key with another value than the hub's is refused.
@@ -25,7 +25,9 @@ from typing import TYPE_CHECKING
 
 from sgpo_async.cli.options import add_config, config_arguments, load_run, print_dry_run, record_config
 from sgpo_async.errors import ConfigError, HubError, Interrupted, SgpoError
+from sgpo_async.installation import under_torchrun
 from sgpo_async.logs import fields
+from sgpo_async.processes.torchrun import forget_logs
 
 if TYPE_CHECKING:
     from sgpo_async.config import Run
@@ -48,18 +50,20 @@ def run(args: argparse.Namespace) -> int:
     arguments = config_arguments(args)
     if args.dry_run:
         hub = [] if args.hub else [["sgpo-async", "hub", *arguments]]
-        print_dry_run(
-            settings, [*hub, ["torchrun", "launch/learner.py", *arguments, "--hub", _address(args, settings)]]
-        )
+        learner = ["torchrun", *under_torchrun("learner"), *arguments, "--hub", _address(args, settings)]
+        print_dry_run(settings, [*hub, learner])
         return 0
     if "RANK" not in os.environ:
-        raise ConfigError(f"learner: RANK is not set; start it by torchrun launch/learner.py {args.config}")
+        command = " ".join(["torchrun", *under_torchrun("learner"), args.config])
+        raise ConfigError(f"learner: RANK is not set; start it by {command}")
     try:
-        return _run_rank(args, settings)
+        code = _run_rank(args, settings)
     except SgpoError as error:
         if str(error):
             _tell_torchrun(str(error))
         raise
+    forget_logs()
+    return code
 
 
 def _run_rank(args: argparse.Namespace, settings: Run) -> int:

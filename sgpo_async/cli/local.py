@@ -22,6 +22,7 @@ from sgpo_async.processes.torchrun import torchrun
 
 if TYPE_CHECKING:
     from sgpo_async.config import Run
+    from sgpo_async.local.show import Show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,22 +39,32 @@ def run(args: argparse.Namespace) -> int:
         actors = [plan.actor(f"actor-{number}", address) for number in range(plan.actors)]
         print_dry_run(settings, [plan.hub(), plan.learner(address), *actors])
         return 0
+    from sgpo_async.local.show import Show
+
+    prepare(settings)
+    return run_shown(plan, Show(settings))
+
+
+def prepare(settings: Run) -> None:
+    """Check whether the run can start, and write its configuration into its folder. Raises SgpoError."""
     from sgpo_async.cli.preflight import preflight
     from sgpo_async.cli.resources import check_resume, check_start
     from sgpo_async.local.run_folder import claim
-    from sgpo_async.local.show import Show
-    from sgpo_async.local.supervisor import supervise
 
     check_start(settings, checkpoints=True)
     check_resume(settings)
     say_notes(preflight(settings))
-    folder = Path(settings.folder)
-    claim(folder)
+    claim(Path(settings.folder))
     # This command's torchrun is always a new one, so that auto never continues.
     record_config(settings, continues=settings.learner.resume is True)
-    show = Show(settings)
+
+
+def run_shown(plan: LocalCommandLines, show: Show) -> int:
+    """Run to the end and show it; returns 0, or 128 + the signal that ended it. Raises SgpoError."""
+    from sgpo_async.local.supervisor import supervise
+
     try:
-        code = supervise(plan, folder, show)
+        code = supervise(plan, Path(plan.settings.folder), show)
     except SgpoError:
         show.stopped(failed=True)
         raise

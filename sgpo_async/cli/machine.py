@@ -23,6 +23,7 @@ from sgpo_async.engines.sglang.weight_sync.folder import ROOM, default_root
 from sgpo_async.engines.sglang.weight_sync.layout import layout_of
 from sgpo_async.engines.sglang.weight_sync.model_facts import ModelFacts, model_facts
 from sgpo_async.errors import CheckFailed, CheckWarning, DataError, SgpoError
+from sgpo_async.installation import sglang_for_cpus
 from sgpo_async.learner.process_group import device_for
 from sgpo_async.local.watch import Watch
 from sgpo_async.model.folder import load_tokenizer, model_folder, tokenizer_fingerprint
@@ -252,7 +253,7 @@ REMEDIES = dict.fromkeys(MACHINE, "correct the configuration") | {
     "rewards": "correct tasks.reward",
     "prompts": "correct tasks.prompt, or the file of the problems",
     "hub": "make keys with sgpo-async keys DIR, and set hub.keys=DIR",
-    "sglang": "name the Python of an environment with sglang (on a CPU: make sglang-cpu)",
+    "sglang": f"name the Python of an environment with sglang ({sglang_for_cpus()})",
 }
 
 

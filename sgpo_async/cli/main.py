@@ -24,6 +24,8 @@ from sgpo_async.processes.stacks import print_stacks_on_signal
 SIGNAL = 128  # an exit code above it says which signal has ended the command
 UNREAD = SIGNAL + signal.SIGPIPE
 COMMANDS = {  # each a module of this package with `add_arguments(parser)` and `run(args) -> int`
+    "init": "asks three questions and writes a first configuration",
+    "configs": "lists the configurations that come with sgpo-async, which every command takes as builtin:NAME",
     "local": "a whole run on this machine: hub, learner under torchrun, actors",
     "learner": "one rank of the learner; start it under torchrun",
     "sft": "one rank of a supervised warm-up; start it under torchrun",
@@ -31,6 +33,7 @@ COMMANDS = {  # each a module of this package with `add_arguments(parser)` and `
     "hub": "the hub as a process of its own, for learners that connect to it with --hub",
     "doctor": "checks whether a configuration can run here: servers, model, problems, ports, memory, disk",
     "plan": "memory, tokens per second and GPU-hours of a configuration, and what does not fit",
+    "advise": "which side limits a run, what one change brings, and the best division of GPUs",
     "bench": "throughput: generation alone, learning alone, synchronous, asynchronous",
     "strategies": "strategies from a stronger model's responses: extract, rank, check, stats",
     "evaluate": "avg@k and pass@k of a model on benchmarks; compares two evaluations",
@@ -42,6 +45,7 @@ COMMANDS = {  # each a module of this package with `add_arguments(parser)` and `
     "chat": "tries a policy on problems, with and without a strategy",
     "report": "writes runs/NAME/report.html from a run's metrics",
     "track": "writes a run, or what is missing of it, to TensorBoard, W&B or MLflow",
+    "completion": "prints a script that completes commands, options and configurations in bash, zsh or fish",
     "keys": "makes a folder of keys for a hub that listens beyond loopback",
 }
 
@@ -94,6 +98,17 @@ def _dispatch(arguments: list[str]) -> int:
     name = arguments[0]
     if name not in COMMANDS:
         raise SgpoError(f"command must be one of {', '.join(COMMANDS)}, got {name!r}")
+    args = parser_of(name).parse_intermixed_args(arguments[1:])
+    _check_finite(args)
+    os.environ[logs.FORMAT], os.environ[logs.LEVEL] = args.log_format, args.log_level
+    logs.set_up(name, name=getattr(args, "name", None) or "")
+    print_stacks_on_signal()
+    code: int = importlib.import_module(f"sgpo_async.cli.{name}").run(args)
+    return code
+
+
+def parser_of(name: str) -> argparse.ArgumentParser:
+    """The parser of a command's arguments."""
     command = importlib.import_module(f"sgpo_async.cli.{name}")
     parser = argparse.ArgumentParser(
         prog=f"sgpo-async {name}",
@@ -103,13 +118,7 @@ def _dispatch(arguments: list[str]) -> int:
     )
     command.add_arguments(parser)
     _add_log_options(parser)
-    args = parser.parse_intermixed_args(arguments[1:])
-    _check_finite(args)
-    os.environ[logs.FORMAT], os.environ[logs.LEVEL] = args.log_format, args.log_level
-    logs.set_up(name, name=getattr(args, "name", None) or "")
-    print_stacks_on_signal()
-    code: int = command.run(args)
-    return code
+    return parser
 
 
 def _check_finite(args: argparse.Namespace) -> None:

@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sgpo_async.config import Run
 
+CONFIG = "YAML file, or one that sgpo-async has (sgpo-async configs), e.g. builtin:demo"
+
 
 def add_config(parser: argparse.ArgumentParser) -> None:
     """CONFIG [key=value ...] [--dry-run]."""
-    parser.add_argument("config", metavar="CONFIG", help="YAML file, e.g. configs/demo.yaml")
+    parser.add_argument("config", metavar="CONFIG", help=CONFIG)
     parser.add_argument(
         "overrides",
         metavar="key=value",
         nargs="*",
-        help="overrides a key, e.g. optim.lr=3e-4; a YAML file overrides several",
+        help="overrides a key, e.g. optim.lr=3e-4; a YAML file or builtin:NAME overrides several",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the whole configuration and what would start")
 
@@ -34,10 +36,14 @@ def load_run(args: argparse.Namespace) -> Run:
 
 def config_arguments(args: argparse.Namespace, *more: str) -> list[str]:
     """The arguments that give a child process the same configuration, with the overrides `more` at the end."""
+    from sgpo_async.config.builtin import is_builtin
     from sgpo_async.config.load import names_file
 
-    overrides = [str(Path(word).resolve()) if names_file(word) else word for word in args.overrides]
-    return [str(Path(args.config).resolve()), *overrides, *more]
+    def absolute(word: str) -> str:
+        return word if is_builtin(word) else str(Path(word).resolve())
+
+    overrides = [absolute(word) if names_file(word) else word for word in args.overrides]
+    return [absolute(args.config), *overrides, *more]
 
 
 def print_dry_run(run: Run, commands: Iterable[Sequence[str]]) -> None:

@@ -1,7 +1,8 @@
 """Configuration: frozen dataclasses, which are read and validated once."""
 
 from sgpo_async.config.agreement import agreed
-from sgpo_async.config.load import by_key_path, from_plain, given_keys, load, to_plain, to_yaml
+from sgpo_async.config.builtin import builtin_names
+from sgpo_async.config.load import by_key_path, from_plain, given_keys, load, overridden, to_plain, to_yaml
 from sgpo_async.config.schema import (
     Algorithm,
     BenchmarkFile,
@@ -33,10 +34,12 @@ __all__ = [
     "Run",
     "Tasks",
     "agreed",
+    "builtin_names",
     "by_key_path",
     "from_plain",
     "given_keys",
     "load",
+    "overridden",
     "to_plain",
     "to_yaml",
 ]

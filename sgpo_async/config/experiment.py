@@ -30,6 +30,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sgpo_async.config.builtin import located
 from sgpo_async.config.load import load, read_yaml
 from sgpo_async.config.rules import PATH, require, require_finite
 from sgpo_async.config.schema import Run
@@ -219,7 +220,7 @@ def load_experiment(path: str | Path) -> Experiment:
     assert isinstance(experiment, Experiment)
     experiment = replace(
         experiment,
-        config=experiment.config and str(path.parent / experiment.config),
+        config=experiment.config and str(located(path).parent / experiment.config),
         settings=experiment.settings or {"": {}},
     )
     for setting in experiment.settings:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import yaml
 
+from sgpo_async.config.builtin import located
 from sgpo_async.errors import ConfigError
 
 _DECIMAL = {  # of YAML 1.1's numbers only these; 0x10 is 16
@@ -78,9 +79,10 @@ def parse_text(text: str) -> tuple[str, str]:
 
 
 def read_layer(path: Path) -> Layer:
-    """The keys of a YAML file. Raises ConfigError, one line with file and line number."""
+    """The keys of a YAML file, or of one that comes with the package. Raises ConfigError, one line with file, line."""
+    file = located(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); name an existing YAML file") from None
     except UnicodeDecodeError as error:

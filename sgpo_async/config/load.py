@@ -18,6 +18,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sgpo_async.config.builtin import is_builtin
 from sgpo_async.config.layers import Layer, parse_text, parse_yaml, read_layer
 from sgpo_async.config.rules import expanded
 from sgpo_async.config.schema import Run
@@ -27,12 +28,17 @@ from sgpo_async.errors import ConfigError
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     """Read the YAML file at `path`, apply the overrides in their order, validate, return the run.
 
-    An empty path means the defaults. An override is `key=value`, or another YAML file, e.g. configs/paper.yaml. The
-    name of an existing file means this file, also if it contains "=".
+    An empty path means the defaults. An override is `key=value`, or another YAML file, e.g. builtin:paper. The name
+    of an existing file means this file, also if it contains "=".
 
     Raises ConfigError, one line: file or override, key path, rule and value, or the nearest valid key.
     """
     return _build(_layers(path, overrides))
+
+
+def overridden(run: Run, overrides: Sequence[str]) -> Run:
+    """The run with overrides as in `load`. Raises ConfigError."""
+    return _build([Layer("settings", to_plain(run), {}), *_layers("", overrides)]) if overrides else run
 
 
 def given_keys(path: str | Path, overrides: Sequence[str] = ()) -> frozenset[str]:
@@ -48,7 +54,9 @@ def _layers(path: str | Path, overrides: Sequence[str]) -> list[Layer]:
 
 def names_file(override: str) -> bool:
     """Whether this override is a YAML file, not `key=value`."""
-    return os.path.isfile(override) or ("=" not in override and override.endswith((".yaml", ".yml")))  # noqa: PTH113
+    if os.path.isfile(override):  # noqa: PTH113
+        return True
+    return "=" not in override and (is_builtin(override) or override.endswith((".yaml", ".yml")))
 
 
 def to_plain(run: Run) -> dict[str, Any]:

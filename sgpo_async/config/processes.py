@@ -110,7 +110,7 @@ class Hub:
 class Sglang:
     """The SGLang servers of each actor, for engine.kind=sglang. They run in a Python environment of their own."""
 
-    # Of that environment (on a CPU: `make sglang-cpu`).
+    # Of that environment (docs/sglang.md; on a CPU: `make sglang-cpu`).
     python: str = field(default=".venv-sglang/bin/python", metadata=PATH)
     servers: int = 1  # servers that an actor launches: data parallel
     tp: int = 1  # tensor parallel ranks of each server

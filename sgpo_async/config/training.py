@@ -25,7 +25,7 @@ class Algorithm:
     """The training objective; docs/algorithm.md gives every equation and explains the defaults.
 
     The default is anchored SGPO: the paper's SGPO (arXiv 2606.24064) with a frozen teacher, without masking, and with
-    twice the paper's alpha. Loading configs/paper.yaml after a configuration restores the paper's setting. Keys of
+    twice the paper's alpha. Loading builtin:paper after a configuration restores the paper's setting. Keys of
     features that are switched off are ignored: without distillation the teacher's keys, with `divergence=sft` the
     limiter's.
     """

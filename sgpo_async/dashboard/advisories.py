@@ -6,11 +6,13 @@ configuration key or command.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any, Literal
 
+from sgpo_async.installation import under_torchrun
 from sgpo_async.metrics.canary import alarm_text
 from sgpo_async.metrics.mismatch import alarms
 from sgpo_async.report.numbers import number, percent
@@ -167,7 +169,7 @@ def engines_idle(facts: Facts) -> Advisory | None:
     evidence = f"engines are idle {percent(idle)} of the time ({percent(weights)} for weights), the trainer "
     evidence += percent(trainer)
     if weights > idle / 2:
-        remedy = "shorten the way of the weights: hub.weight_deltas=always, or see docs/weights.md for roads and fanout"
+        remedy = "a shorter way for the weights: hub.weight_deltas=always, hub.weight_fanout, or actors' --weights-by"
         return Advisory("warning", "Engines wait for weights", evidence, remedy)
     remedy = f"stop some actors, or raise {facts.key('learner', 'problems_per_step')} or {facts.key('hub', 'max_lag')}"
     return Advisory("warning", "More engines than the trainer needs", evidence, remedy)
@@ -246,7 +248,8 @@ def no_signal(facts: Facts) -> Advisory | None:
         remedy = "end the run, or give harder problems: tasks.path"
         return Advisory("hint", "Nearly all problems are solved", evidence, remedy)
     if alone <= HARD and (guided or 0.0) <= HARD:
-        remedy = "easier problems (tasks.path), or a warm-up first: torchrun launch/sft.py CONFIG"
+        warm_up = shlex.join(["torchrun", *under_torchrun("sft"), "CONFIG"])
+        remedy = f"easier problems (tasks.path), or a warm-up first: {warm_up}"
         return Advisory("warning", "Nearly no problem is solved", evidence, remedy)
     if uniform is not None and uniform > UNIFORM:
         remedy = f"problems of medium difficulty (tasks.path), or raise {facts.key('rollout', 'autonomous')}"
@@ -289,7 +292,7 @@ def late_weights(facts: Facts) -> Advisory | None:
     evidence = ", ".join(
         f"{one_line(actor.get('name'), 64)} serves version {actor.get('version')} of {published}" for actor in late[:5]
     )
-    remedy = "see its log; a faster way for its weights: hub.weight_deltas=always, --weights-by (docs/weights.md)"
+    remedy = "see its log; a faster way for its weights: hub.weight_deltas=always, or sgpo-async actor --weights-by"
     return Advisory("warning", "Actors serve old weights", evidence, remedy)
 
 

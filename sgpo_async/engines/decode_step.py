@@ -53,6 +53,7 @@ def traced(step: DecodeStep, *inputs: object) -> Step:
 
     `inputs` must have two rows if there are two slots: with a single row, the trace might broadcast that row.
     """
+    _name_losses(step.model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("error", torch.jit.TracerWarning)
@@ -66,3 +67,14 @@ def traced(step: DecodeStep, *inputs: object) -> Step:
             return trace(*args)
 
     return replay
+
+
+def _name_losses(model: PreTrainedModel) -> None:
+    """Give the parts of `model` that have no loss the one that transformers would take for them.
+
+    torch.jit reads every attribute of a module, also the property `loss_function` of the part without the output head.
+    It would log that the part's loss is unknown, though nothing computes it.
+    """
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and module.loss_type is None:
+            module.loss_type = "ForCausalLM"

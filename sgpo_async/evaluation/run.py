@@ -8,8 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import logging
-
 from sgpo_async import __version__
 from sgpo_async.config import Run
 from sgpo_async.engines.base import Engine, Weights
@@ -35,7 +33,6 @@ def evaluate(
 
     Raises ConfigError if `out` holds another evaluation, DataError, EngineError, DeadlineExceeded, SgpoError.
     """
-    logging.set_verbosity_error()
     folder = model_folder(plan.run.model.path)
     tokenizer = load_tokenizer(folder)
     weights = _weights(plan.run, folder)

@@ -1,6 +1,6 @@
 """Experiments: methods x settings x seeds, compared at an equal sample budget.
 
-    configs/experiments/NAME.yaml ─▶ plan ─▶ bases ─▶ trials ─▶ pool (one process per core) ─▶ results/ID.json
+    builtin:experiments/NAME ─▶ plan ─▶ bases ─▶ trials ─▶ pool (one process per core) ─▶ results/ID.json
                                                         ▲                                          │
                                                         └── tune: the best learning rate ◀─────────┤
                                                                              tables, figures ◀─────┘

@@ -33,6 +33,18 @@ def lowest_version(*, version: int, ahead: int, batch: int, max_lag: int) -> int
     return version + ahead // batch - max_lag
 
 
+def kept_back(*, tasks: int, ready: int, coming: int) -> int:
+    """How many of the tasks that could be leased now are kept for actors that are about to serve the newest weights.
+
+    Otherwise the first actors that have them would take more than their slots, while the others stay empty.
+
+    Args:
+        ready: leases that the actors can take which serve these weights.
+        coming: leases that the others can take as soon as they do.
+    """
+    return tasks * coming // (ready + coming) if coming else 0
+
+
 def evaluation_limit(share: float, *, leases: int) -> int:
     """How many tasks of evaluation may be leased before training is served, of all `leases`; at least one."""
     return max(1, int(share * leases))

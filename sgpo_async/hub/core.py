@@ -24,7 +24,7 @@ from sgpo_async.errors import HubError
 from sgpo_async.hub import events as ev
 from sgpo_async.hub import snapshot
 from sgpo_async.hub.actors import FROM_HUB, Actor, Actors
-from sgpo_async.hub.admission import evaluation_limit
+from sgpo_async.hub.admission import evaluation_limit, kept_back
 from sgpo_async.hub.evaluation import Evaluation
 from sgpo_async.hub.events import CloseSender, Effect, Event, Send, Shutdown, UseStore, Warn
 from sgpo_async.hub.learner_ranks import LearnerRanks
@@ -50,6 +50,7 @@ CHECKPOINT_GRACE_S = 30.0  # ... and for the learner, which finishes its step an
 SILENT_S = 5.0  # a rank that has been silent for so long will write no checkpoint
 RETURN_S = 5.0  # how long an actor may take to send a new Hello after its weight sender has ended
 RESTART_RETURN_S = 30.0  # ... after a restart of the hub
+FAIR_S = 3.0  # after a publication, how long tasks are kept for actors that do not serve the new weights yet
 MAX_EARLY = 4096  # messages that are kept until a Published arrives
 MAX_INVALID = 3  # after so many invalid messages and rollouts, an actor is refused for good
 
@@ -84,6 +85,7 @@ class HubCore:
             folder=folder and f"{folder.removesuffix('/')}/{run_id}",
         )
         self.published = -1  # newest version in the weight store
+        self.published_at = now
         self.served = ServedWeights()
         # What actors have sent of weights that exist, but whose Published has not arrived yet.
         self.early: list[tuple[bytes, wire.Rollout | wire.Progress | wire.Canary]] = []
@@ -570,6 +572,8 @@ class HubCore:
             return  # sent again after a lost connection: only its digest may be news
         if store != self.learner_store:
             self._effects.append(UseStore(store))
+        if version > self.published:
+            self.published_at = self.now
         self.published, self.learner_store = version, store
         self._process_early()
         if not self.evaluation.begun:
@@ -677,6 +681,7 @@ class HubCore:
         """Lease tasks of evaluation until it has its share, then of training; what training leaves is evaluation's."""
         credits = sum(actor.credit for actor in self.actors.values())
         held = [len(leases.running) for leases in self._lease_tables]
+        kept = self._kept_back()
         for work, limit in (
             (self.evaluation, evaluation_limit(self.run.evaluation.share, leases=credits + sum(held))),
             (self.training, math.inf),
@@ -684,10 +689,21 @@ class HubCore:
         ):
             while (
                 len(work.leases.running) < limit
+                and (work is not self.training or self.training.leasable > kept)
                 and (lowest := work.lowest_version()) is not None
                 and (actor := self.actors.pick(lowest))
             ):
                 self._lease_to(actor, work, lowest)
+
+    def _kept_back(self) -> int:
+        """How many training tasks are kept for actors that are about to serve the newest weights."""
+        lowest = self.training.lowest_version()
+        if lowest is None or self.now - self.published_at > FAIR_S:
+            return 0
+        present = [actor for actor in self.actors.values() if actor.welcomed and actor.return_by is None]
+        ready = sum(actor.credit for actor in present if actor.version >= lowest)
+        coming = sum(actor.credit for actor in present if 0 <= actor.version < lowest)
+        return kept_back(tasks=self.training.leasable, ready=ready, coming=coming)
 
     def _lease_to(self, actor: Actor, work: Training | Evaluation, lowest: int) -> None:
         actor.credit -= 1

@@ -51,6 +51,18 @@ CREATE TABLE IF NOT EXISTS entries (number INTEGER PRIMARY KEY, at REAL NOT NULL
 """
 
 
+def in_use(folder: Path) -> bool:
+    """Whether a hub, on whatever machine, has the journal in `folder` open: it holds a lock as long as it lives."""
+    try:
+        address = f"{(folder / FILE).absolute().as_uri()}?mode=rw"
+        with contextlib.closing(sqlite3.connect(address, uri=True, timeout=0.0, isolation_level=None)) as db:
+            db.execute("PRAGMA locking_mode=EXCLUSIVE")
+            db.execute("BEGIN IMMEDIATE")
+    except sqlite3.Error as error:  # without a journal: SQLITE_CANTOPEN
+        return error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
+    return False
+
+
 class Journal:
     """The journal at `folder`/hub.journal, which is created if it does not exist.
 

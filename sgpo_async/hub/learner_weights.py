@@ -20,7 +20,7 @@ from sgpo_async.hub.uploads import Uploads
 from sgpo_async.session import ReceiverDown, VersionRejected, WeightReceiver
 from sgpo_async.session.settings import Deltas
 from sgpo_async.session.stopping import Stopping
-from sgpo_async.weights.store_file import StoreFile
+from sgpo_async.weights.store_file import StoreFile, can_open
 from sgpo_async.wire.records import Published
 
 log = logging.getLogger(__name__)
@@ -47,6 +47,12 @@ class LearnerWeights:
 
     def use(self, path: str) -> bool:
         """Use the store at `path` of this machine from now on; return whether that is another file."""
+        if not can_open(path):
+            log.warning(
+                "the learner's weights at %s cannot be opened here, so no actor gets them: this hub is not on the "
+                "learner's machine, and the one before it was; start the learner again with learner.resume=true",
+                path,
+            )
         other = self._store.follow(path)
         if other and self._uploads:
             self._uploads.restart()

@@ -68,11 +68,13 @@ def serve(run: Run) -> int:
         router = Router(address, keys=run.hub.keys, max_bytes=run.hub.max_message_mb * 2**20)
         stack.callback((folder / TOKEN_FILE).unlink, missing_ok=True)
         stack.callback(router.close)
-        store = StoreFile(folder, expected_bytes=version_bytes(run), earlier=core.learner_store)
+        here = journal is not None and journal.get("machine") == machine().encode()  # else /proc/PID is another process
+        store = StoreFile(folder, expected_bytes=version_bytes(run), earlier=core.learner_store if here else "")
         stack.callback(store.close)
         signals = stack.enter_context(Signals())
         key = public_key(run.hub.keys, "server").decode() if run.hub.keys else ""
-        contact = {"address": router.address, "pid": os.getpid(), "store": store.path, "public_key": key}
+        contact = {"address": router.address, "pid": os.getpid(), "machine": machine()}
+        contact |= {"store": store.path, "public_key": key}
         stack.enter_context(contact_file(folder / "hub.json", contact))
         core.store, core.machine = store.path, machine()
         uploads = Uploads(store.path, folder_url) if (folder_url := core.weight_routes.folder) else None
@@ -100,6 +102,7 @@ def serve(run: Run) -> int:
         log.info("listening at %s for run %s of %d steps", router.address, run.name, run.steps, extra=about)
         if journal:
             journal.set("address", router.address.encode())
+            journal.set("machine", machine().encode())
             if elapsed:
                 log.warning("the hub has restarted at step %d, with %d groups in its buffer", *_position(core))
                 loop.restart()

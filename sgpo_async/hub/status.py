@@ -13,7 +13,7 @@ from sgpo_async.hub.learner_ranks import LearnerRanks
 from sgpo_async.hub.served_weights import ServedWeights
 from sgpo_async.hub.stall import StallWatch
 from sgpo_async.hub.training import Training
-from sgpo_async.wire.records import Evaluated
+from sgpo_async.wire.records import Evaluated, Heartbeat
 
 NO_BATCH_YET = {
     "lag": {"mean": 0.0, "max": 0, "histogram": {}},
@@ -82,6 +82,7 @@ def status(core: CoreState) -> dict[str, Any]:
         "tokens_generated": sum(table.tokens for table in tables),
         "tokens_trained": training.tokens_trained,
         "tokens_per_s": sum(actor.meter.tokens_per_s for actor in actors.values()),
+        "running": sum((actor.meter.last or Heartbeat()).running for actor in actors.values()),  # sequences
         "engine_idle": actors.idle,
         "engine_waits": actors.waits,
         "rejected": core.rejected.total(),

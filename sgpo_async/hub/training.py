@@ -66,22 +66,27 @@ class Training:
         """Whether a training task with this number has ever been dispatched."""
         return 0 <= number < self.position
 
-    def lowest_version(self) -> int | None:
-        """The lowest weight version that may serve the next lease; None if there is no task to lease."""
-        leases, hub, batch = self.leases, self.run.hub, self.run.learner.problems_per_step
-        late = len(self._running_with_stale_tokens())
+    @property
+    def leasable(self) -> int:
+        """How many tasks could be leased now: those that wait, and new ones."""
+        leases, hub = self.leases, self.run.hub
         capacity = free_capacity(
-            fresh=leases.live - late,
+            fresh=leases.live - len(self._running_with_stale_tokens()),
             live=leases.live,
-            batch=batch,
+            batch=self.run.learner.problems_per_step,
             max_lag=hub.max_lag,
             batches=hub.most_batches,
             steps_left=self.run.steps - self.step,
         )
-        if not leases.waiting and capacity <= 0:
+        return len(leases.waiting) + max(0, capacity)
+
+    def lowest_version(self) -> int | None:
+        """The lowest weight version that may serve the next lease; None if there is no task to lease."""
+        if not self.leasable:
             return None
-        ahead = len(leases.running) + len(leases.complete) - late
-        lowest = lowest_version(version=self.version, ahead=ahead, batch=batch, max_lag=hub.max_lag)
+        leases, batch = self.leases, self.run.learner.problems_per_step
+        ahead = len(leases.running) + len(leases.complete) - len(self._running_with_stale_tokens())
+        lowest = lowest_version(version=self.version, ahead=ahead, batch=batch, max_lag=self.run.hub.max_lag)
         return max(min(lowest, self.version), self.first_version)
 
     def lease(self, member: bytes, *, min_version: int, now: float) -> Lease:

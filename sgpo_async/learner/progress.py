@@ -89,6 +89,6 @@ def hub_metrics(status: Mapping[str, Any]) -> dict[str, Any]:
     rates = ("pass_auto", "pass_guided", "reward_auto", "reward_guided", "uniform", "cut")
     biases = ("tokens_dropped", "length_bias", "pass_bias")
     canary = ("canary_mean", "canary_max", "canary_alarms")
-    engines = ("tokens_per_s", "tokens_generated", "engine_idle", "engine_waits")
+    engines = ("tokens_per_s", "tokens_generated", "running", "engine_idle", "engine_waits")
     keys = ("version", *rates, *biases, *canary, *engines, "ledger")
     return {key: status[key] for key in keys} | {"actors": len(status["actors"])}

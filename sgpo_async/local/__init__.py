@@ -8,4 +8,5 @@ watchdog      ends the processes of a run whose supervisor has died
 run_folder    hub.json, the journal, checkpoints and summary.json in the run's folder
 watch         reads metrics and asks the hub for its status
 show, live, display    what the user sees during the run
+follow        the same for a program: a function gets the metrics of every step
 """

@@ -13,13 +13,15 @@ from sgpo_async.errors import HubError
 from sgpo_async.files import step_folders, step_of, written_since
 from sgpo_async.hub.dashboard import CONTACT as DASHBOARD
 from sgpo_async.hub.journal import FILE as JOURNAL
+from sgpo_async.hub.journal import in_use
 from sgpo_async.metrics.reader import SUMMARY, read_summary
+from sgpo_async.weights.store_file import machine
 
 HUB_FILE = "hub.json"
 
 
 def read_hub_file(folder: Path) -> dict[str, Any]:
-    """{address, pid, store, ...} of the hub that writes to `folder`; empty if there is none (yet)."""
+    """{address, pid, machine, ...} of the hub that writes to `folder`; empty if there is none (yet)."""
     return _read_contact(folder / HUB_FILE)
 
 
@@ -42,7 +44,11 @@ def claim(folder: Path, *, continues: bool = False) -> None:
     The dead hub's journal is removed too, unless the run `continues`: then its actors find the same run again.
     """
     hub = read_hub_file(folder)
-    if hub and _lives(hub["pid"], (folder / HUB_FILE).stat().st_mtime):
+    if hub and hub.get("machine", machine()) != machine():  # its process id says nothing here, its lock does
+        if in_use(folder):
+            where = f"at {hub['address']}, on another machine or in another container"
+            raise HubError(f"{folder}: another run writes here (its hub is {where}); choose another name=NAME")
+    elif hub and _lives(hub["pid"], (folder / HUB_FILE).stat().st_mtime):
         raise HubError(f"{folder}: another run writes here (its hub is process {hub['pid']}); choose another name=NAME")
     forget_hub(folder)
     if not continues:

@@ -26,8 +26,9 @@ POLICY = "policy"  # the learner's export, a Hugging Face folder
 class Show:
     """Shows one run on standard output: live at a terminal, in lines elsewhere."""
 
-    def __init__(self, settings: Run) -> None:
-        self._settings = settings
+    def __init__(self, settings: Run, *, again: str = "") -> None:
+        """`again`: what the user enters to go on after an interruption; default: the command of this process."""
+        self._settings, self._again = settings, again
         self._console = Console(markup=False, emoji=False)
         self._folder = Path(settings.folder)
         hub = settings.hub
@@ -75,7 +76,7 @@ class Show:
         if step is None and not failed:
             self._console.print("there is no checkpoint to resume from: the run was stopped before its first one")
         if step is not None:
-            command = repeated_command("learner.resume=true")
+            command = self._again or repeated_command("learner.resume=true")
             self._console.print(f"to go on from the checkpoint of step {step}: {command}", soft_wrap=True)
 
     def closing(self) -> None:

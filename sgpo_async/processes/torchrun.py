@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
 
@@ -14,10 +15,29 @@ def torchrun(ranks: int) -> list[str]:
     """The beginning of a command line; `-m MODULE ...` or a script follows it.
 
     torchrun chooses a free port on loopback. Without --local-addr the ranks would connect to this machine's host name,
-    which may resolve to another address or to none.
+    which may resolve to another address or to none. With /dev/null it makes no folder for logs and error files, which
+    it would leave behind in the temporary folder; this package keeps the output of its children itself.
     """
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-    return [*launcher, f"--nproc-per-node={ranks}"]
+    return [*launcher, f"--log-dir={os.devnull}", f"--nproc-per-node={ranks}"]
+
+
+def forget_logs() -> None:
+    """Remove the folder that torchrun has made for this rank, which has ended well, and those around it, if empty.
+
+    Without --log-dir, torchrun makes TMP/torchelastic_X/RUN/attempt_N/RANK for each rank and leaves it behind. The last
+    rank removes the folders of earlier attempts, too. What holds a file, or was named by --log-dir, stays.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not file or len(Path(file).parents) < 4:
+        return
+    rank, attempt, run, root = list(Path(file).parents)[:4]
+    if not root.name.startswith("torchelastic_"):
+        return
+    earlier = [path for path in run.glob("attempt_*") if path != attempt]
+    for folder in (rank, attempt, *(path for one in earlier for path in (*one.iterdir(), one)), run, root):
+        with suppress(OSError):  # it holds a file or the folder of another rank
+            folder.rmdir()
 
 
 def all_ranks_run() -> bool:

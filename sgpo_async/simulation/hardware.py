@@ -39,7 +39,9 @@ class Shape:
 # From the config.json of the models: layers x 2 x key-value heads x head dimension x 2 bytes.
 QWEN_1_5B = Shape(name="Qwen2.5-1.5B", parameters=1.54e9, token_bytes=28 * 2 * 2 * 128 * 2)
 QWEN_7B = Shape(name="Qwen2.5-7B", parameters=7.62e9, token_bytes=28 * 2 * 4 * 128 * 2)
+LLAMA_8B = Shape(name="Llama-3.1-8B", parameters=8.03e9, token_bytes=32 * 2 * 8 * 128 * 2)
 QWEN_32B = Shape(name="Qwen2.5-32B", parameters=32.8e9, token_bytes=64 * 2 * 8 * 128 * 2)
+KNOWN = (QWEN_1_5B, QWEN_7B, QWEN_32B, LLAMA_8B)
 
 
 def engine_rates(shape: Shape, gpu: Hardware, *, slots: int, tp: int = 1) -> EngineRates:

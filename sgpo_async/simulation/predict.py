@@ -48,7 +48,7 @@ class Prediction:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Moments:
+class Moments:
     """Of the completions of many tasks."""
 
     lengths: np.ndarray  # [tasks, size]
@@ -60,7 +60,7 @@ class _Moments:
 
 def predict(settings: Settings) -> Prediction:
     """The prediction for these settings."""
-    found = _moments(settings)
+    found = moments(settings)
     train_s, between_s = _train_s(settings, found)
     most = _most_sequences(settings, found)
     steps: dict[Limit, float] = {"learner": train_s + between_s}
@@ -88,9 +88,7 @@ def _blended(steps: dict[Limit, float]) -> float:
     return float((engines**BLEND_SIDES + steps["learner"] ** BLEND_SIDES) ** (1 / BLEND_SIDES))
 
 
-def _staleness(
-    settings: Settings, found: _Moments, most: float, train_s: float, at_least: float
-) -> tuple[float, float]:
+def _staleness(settings: Settings, found: Moments, most: float, train_s: float, at_least: float) -> tuple[float, float]:
     """Sequences that run on a node, and the time of a step that the largest lag allows."""
     sequences, step_s = most, at_least
     for _ in range(30):
@@ -118,7 +116,8 @@ def _delay_s(settings: Settings) -> float:
     return settings.learner.arrive_s + settings.engine.load_s
 
 
-def _moments(settings: Settings) -> _Moments:
+def moments(settings: Settings) -> Moments:
+    """Of the completions of the first tasks."""
     work = Workload(settings.lengths, size=settings.size, seed=settings.seed)
     lengths = np.array([[work.length(task, slot) for slot in range(settings.size)] for task in range(TASKS)], float)
     own = lengths[:, : settings.autonomous].sum(axis=1) + settings.autonomous * settings.lengths.prompt
@@ -129,7 +128,7 @@ def _moments(settings: Settings) -> _Moments:
                 prompt = settings.lengths.prompt + settings.lengths.strategy
                 target[task] = (4 / 3) * (prompt + lengths[task, slot])
                 break
-    return _Moments(
+    return Moments(
         lengths=lengths,
         longest=lengths.max(axis=1),
         mean=float(lengths.mean()),
@@ -138,7 +137,7 @@ def _moments(settings: Settings) -> _Moments:
     )
 
 
-def _train_s(settings: Settings, found: _Moments) -> tuple[float, float]:
+def _train_s(settings: Settings, found: Moments) -> tuple[float, float]:
     """Seconds from a batch to its commit, and from there to the next request."""
     learner = settings.learner
     tokens = settings.problems * found.trained / learner.ranks * _imbalance(settings, found)
@@ -146,7 +145,7 @@ def _train_s(settings: Settings, found: _Moments) -> tuple[float, float]:
     return tokens * learner.token_s + learner.step_s + 2 * learner.switch_s, learner.publish_s + checkpoints
 
 
-def _imbalance(settings: Settings, found: _Moments) -> float:
+def _imbalance(settings: Settings, found: Moments) -> float:
     """Tokens of the rank with the most over the mean: the hub gives whole groups to ranks, the longest ones first."""
     ranks, batch = settings.learner.ranks, settings.problems
     if ranks == 1:
@@ -160,24 +159,24 @@ def _imbalance(settings: Settings, found: _Moments) -> float:
     return float(np.mean(ratios)) if ratios else 1.0
 
 
-def _context(found: _Moments, settings: Settings) -> float:
+def _context(found: Moments, settings: Settings) -> float:
     """Mean tokens that a running sequence holds: sampling by time favours long ones."""
     lengths = settings.lengths
     prompt = lengths.prompt + lengths.strategy * settings.guided / settings.size
     return prompt + found.square / (2 * found.mean)
 
 
-def _most_sequences(settings: Settings, found: _Moments) -> float:
+def _most_sequences(settings: Settings, found: Moments) -> float:
     """Sequences that run on a node at once: slots, or memory."""
     return min(settings.engine.slots, max(1.0, 0.95 * settings.engine.capacity / _context(found, settings)))
 
 
-def _decode_s(settings: Settings, found: _Moments, sequences: float) -> float:
+def _decode_s(settings: Settings, found: Moments, sequences: float) -> float:
     """Seconds of a decoding step with so many sequences on a node."""
     return settings.engine.step_s(sequences, sequences * _context(found, settings))
 
 
-def _generation(settings: Settings, found: _Moments, sequences: float) -> float:
+def _generation(settings: Settings, found: Moments, sequences: float) -> float:
     """Problems per second that all nodes generate with so many sequences each."""
     engine, lengths = settings.engine, settings.lengths
     step_s = _decode_s(settings, found, sequences)
@@ -186,7 +185,7 @@ def _generation(settings: Settings, found: _Moments, sequences: float) -> float:
     return settings.nodes / seconds
 
 
-def _makespan(settings: Settings, found: _Moments) -> float:
+def _makespan(settings: Settings, found: Moments) -> float:
     """Seconds in which the nodes generate one batch that begins at once."""
     engine = settings.engine
     count = settings.problems * settings.size / settings.nodes
@@ -212,7 +211,7 @@ def _makespan(settings: Settings, found: _Moments) -> float:
 
 def _lag(
     settings: Settings,
-    found: _Moments,
+    found: Moments,
     steps: dict[Limit, float],
     decode_s: float,
     step_s: float,

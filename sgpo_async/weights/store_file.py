@@ -11,8 +11,10 @@ container, it is an unnamed disk file instead, which the page cache keeps in mem
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
+import uuid
 from pathlib import Path
 
 import psutil
@@ -21,15 +23,21 @@ from sgpo_async.errors import WeightsError
 from sgpo_async.weights import store_layout
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+PID_NAMESPACE = Path("/proc/self/ns/pid")
 CGROUP = Path("/sys/fs/cgroup")  # the cgroup of this container (version 2)
 
 
+@functools.cache
 def machine() -> str:
     """Identifies this machine, or this container of it: within it, a path in /proc means the same everywhere.
 
-    It is the boot id of the kernel and the number of the namespace of process ids.
+    It is the boot id of the kernel and the number of the namespace of process ids. A sandbox that does not show them
+    shares paths with nobody: each of its processes is a machine of its own, and gets weights over the network.
     """
-    return f"{BOOT_ID.read_text().strip()} {Path('/proc/self/ns/pid').readlink()}"
+    try:
+        return f"{BOOT_ID.read_text().strip()} {PID_NAMESPACE.readlink()}"
+    except OSError:
+        return uuid.uuid4().hex
 
 
 def available_memory(cgroup: Path = CGROUP) -> int:

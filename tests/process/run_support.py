@@ -52,6 +52,11 @@ def free_port() -> int:
             return port
 
 
+def users_torchrun(ranks: int) -> list[str]:
+    """torchrun's arguments as a user gives them: it makes a folder for the errors of its ranks, and shows them."""
+    return [word for word in torchrun(ranks)[1:] if not word.startswith("--log-dir")]
+
+
 class RunProcess:
     """One process of a run; a file receives its output."""
 
@@ -131,7 +136,7 @@ class RealRun:
         return self.start("hub", "-m", "sgpo_async.cli", "hub", str(self.config), *overrides)
 
     def learner(self, *arguments: str, name: str = "learner", ranks: int = 2) -> RunProcess:
-        return self.start(name, *torchrun(ranks)[1:], "launch/learner.py", str(self.config), *arguments)
+        return self.start(name, *users_torchrun(ranks), "launch/learner.py", str(self.config), *arguments)
 
     def actor(self, name: str, *arguments: str, hub: str = "") -> RunProcess:
         return self.start(name, "launch/actor.py", "--hub", hub or self.address(), "--name", name, *arguments)

@@ -4,10 +4,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from run_support import ROOT, real_run
+from run_support import ROOT, real_run, users_torchrun
 
 from sgpo_async.config import load
-from sgpo_async.processes.torchrun import torchrun
 
 pytestmark = pytest.mark.process
 
@@ -39,7 +38,7 @@ def test_a_learner_takes_what_it_leaves_out_from_its_hub(tmp_path: Path) -> None
         address = run.address()
         (out / "run").mkdir(parents=True)
         shutil.copy(run.folder / "hub.token", out / "run" / "hub.token")
-        command = [*torchrun(2)[1:], str(ROOT / "launch/learner.py"), str(own), "--hub", address]
+        command = [*users_torchrun(2), str(ROOT / "launch/learner.py"), str(own), "--hub", address]
         learner = run.start("learner", *command)
         assert (learner.wait(), hub.wait(), actor.wait()) == (0, 0, 0), learner.output
         expected = load(run.config, [f"out={out}", "learner.row_tokens=512"])

@@ -32,6 +32,7 @@ def run(*command: str) -> None:
 
 def test_the_policy_learns_which_tool_to_call(tmp_path: Path) -> None:
     run("examples/tool_use.py", "--out", str(tmp_path))
+    assert len({file.stat().st_mode for file in tmp_path.rglob("*") if file.is_file()}) == 1, "the umask's"
     config = str(tmp_path / "config.yaml")
     run("launch/local.py", config, f"out={tmp_path}", "local.actors=1", "local.ranks=1")
     summary = json.loads((tmp_path / "tool-use" / "summary.json").read_text())

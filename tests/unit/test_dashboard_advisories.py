@@ -126,7 +126,7 @@ CASES: list[tuple[Callable[..., Any], dict[str, Any], dict[str, Any], str]] = [
         rules.no_signal,
         {"lines": steps(pass_auto=0.0, pass_guided=0.02)},
         {"lines": steps(pass_auto=0.0, pass_guided=0.01)},
-        "launch/sft.py",
+        "a warm-up first: torchrun ",
     ),
     (rules.no_signal, {"lines": steps(uniform=0.9)}, {"lines": steps(uniform=0.91)}, r"rollout\.autonomous \(now 8\)"),
     (

@@ -11,7 +11,7 @@ from hub_support import Driver, Source, make_part, make_rollout, make_run, train
 
 from sgpo_async.config import from_plain
 from sgpo_async.hub import HubCore
-from sgpo_async.hub.core import FINISH_GRACE_S, RETURN_S
+from sgpo_async.hub.core import FAIR_S, FINISH_GRACE_S, RETURN_S
 from sgpo_async.hub.evaluation import without_problem_results
 from sgpo_async.hub.events import (
     CloseSender,
@@ -852,3 +852,47 @@ def test_an_actor_whose_connection_has_ended_returns_in_time_or_is_lost() -> Non
     assert set(driver.core.actors) == {b"a"}
     assert [table.held_by(b"a") for table in driver.core._lease_tables] != [[], []], "it keeps its lease"
     assert [table.held_by(b"b") for table in driver.core._lease_tables] == [[], []]
+
+
+# ---- tasks that begin with new weights
+
+
+def synchronous_hub() -> Driver:
+    """Lag 0, four problems a step: the actors `b"a"` and `b"b"` could take three leases each, and serve version 0."""
+    driver = ready_hub(batch=4, max_lag=0)
+    driver.actor(b"b")
+    driver.send(b"a", wire.Ready(tasks=4, version=0))
+    for lease in driver.leases(b"a"):
+        driver.serve(b"a", lease)
+    driver.send(b"r0", wire.BatchRequest(step=0))
+    driver.only(b"r0", wire.Shard)
+    for member in (b"a", b"b"):
+        driver.send(member, wire.Ready(tasks=3, version=0))
+    driver.send(b"r0", wire.Commit(step=0))  # the driver publishes version 1
+    assert not driver.leases(b"a") and not driver.leases(b"b")
+    return driver
+
+
+def serves(driver: Driver, member: bytes) -> int:
+    """The actor tells that it serves version 1; returns how many leases it gets."""
+    driver.send(member, wire.Heartbeat(state="serving", version=1))
+    return len(driver.leases(member))
+
+
+def test_the_first_actor_with_new_weights_leaves_the_others_their_share() -> None:
+    driver = synchronous_hub()
+    assert (serves(driver, b"a"), serves(driver, b"b")) == (2, 2)
+
+
+def test_what_is_kept_for_an_actor_that_stays_behind_is_leased_after_a_while() -> None:
+    driver = synchronous_hub()
+    assert serves(driver, b"a") == 2
+    driver.advance(FAIR_S + 0.1)
+    assert len(driver.leases(b"a")) == 1, "what it still has credit for"
+    assert serves(driver, b"b") == 1
+
+
+def test_nothing_is_kept_for_an_actor_that_has_left() -> None:
+    driver = synchronous_hub()
+    driver.send(b"b", wire.Goodbye())
+    assert serves(driver, b"a") == 3

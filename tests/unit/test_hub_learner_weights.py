@@ -71,6 +71,12 @@ def test_a_version_on_this_machine_is_told_at_once(store: StoreFile) -> None:
     assert not Link.made
 
 
+def test_a_hub_that_cannot_open_the_learners_store_says_so(store: StoreFile, caplog: pytest.LogCaptureFixture) -> None:
+    """It was restarted in another container, where the path of the learner's machine means nothing."""
+    assert not LearnerWeights(store, receiver=Link).use("/proc/0/fd/3")
+    assert "weights at /proc/0/fd/3 cannot be opened here" in caplog.text and "learner.resume=true" in caplog.text
+
+
 def test_a_version_elsewhere_is_told_when_the_store_holds_it(store: StoreFile) -> None:
     weights = LearnerWeights(store, receiver=Link)
     assert offer(weights, 0) is None and weights.events() == []

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from sgpo_async.engines.sglang.processes.launch import Launch
 from sgpo_async.errors import DeadlineExceeded, EngineError
+from sgpo_async.installation import sglang_for_cpus
 from sgpo_async.processes import watchdog
 
 WATCHDOG = Path(watchdog.__file__)
@@ -33,7 +34,7 @@ class ServerProcess:
         if not Path(command[0]).exists():
             raise EngineError(
                 f"engine.sglang.python: {command[0]!r} does not exist; set it to the Python of an environment with "
-                "sglang (on a CPU: make sglang-cpu)"
+                f"sglang ({sglang_for_cpus()})"
             )
         with log.open("ab") as output:
             self._log_start = output.tell()
