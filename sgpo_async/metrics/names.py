@@ -124,6 +124,7 @@ STEPS = (
     Metric("version", "system", "version", "Weight version after the step."),
     Metric("wall_s", "system", SECONDS, "Time in the training loop, interruptions not counted."),
     Metric("actors", "system", "actors", "Connected actors."),
+    Metric("running", "system", "sequences", "Sequences in all engines at the last heartbeat of each."),
     Metric("tokens_per_s", "system", "tokens/s", "Tokens that all engines generate per second."),
     Metric("tokens_generated", "system", TOKENS, "Tokens that the engines have generated since the run began."),
     Metric("learner_idle", "system", RATIO, "Part of the step in which the trainer waited for a batch."),
