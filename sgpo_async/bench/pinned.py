@@ -29,7 +29,6 @@ import torch
 from sgpo_async.config import Run, load, to_yaml
 from sgpo_async.errors import DeadlineExceeded, SgpoError
 from sgpo_async.files import write_whole
-from sgpo_async.local.run_folder import read_hub_file
 from sgpo_async.metrics import read_metrics
 from sgpo_async.processes.torchrun import torchrun
 
@@ -130,12 +129,14 @@ def _processes(folder: Path) -> Iterator[Any]:
 
 
 def _address(run: Run) -> str:
-    deadline = time.monotonic() + START_S
-    while not (contact := read_hub_file(Path(run.folder))):
+    """The hub's address, from the file that it writes when it listens."""
+    contact, deadline = Path(run.folder) / "hub.json", time.monotonic() + START_S
+    while True:
+        with contextlib.suppress(FileNotFoundError, ValueError):  # ValueError: it is being written
+            return str(json.loads(contact.read_text(encoding="utf-8"))["address"])
         if time.monotonic() > deadline:
             raise DeadlineExceeded("bench pinned", "start of the hub", START_S)
         time.sleep(0.05)
-    return str(contact["address"])
 
 
 def _wait(learner: subprocess.Popen[bytes], folder: Path) -> None:
