@@ -43,12 +43,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for file in files.documentation_pages():
         linked.update(path for path in _targets(file.content_string, origin(file.src_uri)) if _is_source(path))
     for path in sorted(linked):
-        file = ROOT / path
-        if file.suffix in LANGUAGES:
-            text = listing(path, file.read_text(encoding="utf-8"))
+        if PurePosixPath(path).suffix in LANGUAGES:
+            text = listing(path, (ROOT / path).read_text(encoding="utf-8"))
             files.append(File.generated(config, source_uri(path), content=text, inclusion=InclusionLevel.NOT_IN_NAV))
         else:
-            files.append(File.generated(config, source_uri(path), abs_src_path=str(file)))
+            files.append(File.generated(config, source_uri(path), abs_src_path=str(ROOT / path)))
     return files
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from sgpo_async import logs
 from sgpo_async.cli.main import COMMANDS, parser_of
@@ -61,7 +61,7 @@ def _blocks(parser: argparse.ArgumentParser, level: int) -> Iterator[str]:
             yield from _blocks(child, level + 1)
 
 
-def _usage(prog: str, plain: list[argparse.Action], inner: list[argparse.Action]) -> str:
+def _usage(prog: str, plain: list[argparse.Action], inner: Sequence[argparse.Action]) -> str:
     words = [prog, *(_placed(one) for one in plain if not one.option_strings)]
     words += [f"{one.option_strings[-1]} {_value(one)}" for one in plain if one.option_strings and one.required]
     optional = any(one.option_strings and not one.required for one in plain)

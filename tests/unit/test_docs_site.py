@@ -1,10 +1,12 @@
 """The documentation builds strictly and works without a network, generated pages are current, and links are right both
 in the site and on a code host."""
 
+import ast
 import os
 import re
 import subprocess
 import sys
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -173,3 +175,24 @@ def test_every_command_has_a_section():
         f"## sgpo-async {name}" for name in COMMANDS
     ]
     assert "- `--hub tcp://HOST:PORT`: address of the hub" in text
+
+
+def messages() -> list[str]:
+    """The first column of every table of docs/errors.md."""
+    rows = (ROOT / "docs/errors.md").read_text().splitlines()
+    return [text for row in rows if row.startswith("| `") for text in re.findall(r"`([^`]+)`", row.split(" | ")[0])]
+
+
+@cache
+def texts_of_the_code() -> str:
+    """Every constant text of the package, in lines; implicit concatenation is joined, and f-strings are in parts."""
+    trees = (ast.parse(file.read_text()) for file in (ROOT / "sgpo_async").rglob("*.py"))
+    constants = (node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant))
+    return "\n".join(value for value in constants if isinstance(value, str))
+
+
+@pytest.mark.parametrize("message", messages())
+def test_an_error_that_is_explained_is_raised(message):
+    parts = [part.strip() for part in message.split("…") if len(part.strip(" .:;,()")) > 3]
+    assert parts, message
+    assert not [part for part in parts if part not in texts_of_the_code()], message
