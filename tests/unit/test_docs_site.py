@@ -4,6 +4,7 @@ in the site and on a code host."""
 import ast
 import os
 import re
+import shlex
 import subprocess
 import sys
 from functools import cache
@@ -12,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from sgpo_async.cli.main import COMMANDS
+from sgpo_async.cli.main import COMMANDS, parser_of
 from sgpo_async.cli.page import page as commands_page
-from sgpo_async.config import Run, by_key_path, to_plain
+from sgpo_async.config import Run, by_key_path, load, to_plain
 from sgpo_async.config.page import page as configuration_page
 from sgpo_async.config.page import sections
 
@@ -196,3 +197,34 @@ def test_an_error_that_is_explained_is_raised(message):
     parts = [part.strip() for part in message.split("…") if len(part.strip(" .:;,()")) > 3]
     assert parts, message
     assert not [part for part in parts if part not in texts_of_the_code()], message
+
+
+def command_lines() -> list[tuple[str, str]]:
+    """(page, command line) for every command in the code blocks of the pages; continued lines are joined."""
+    names = [*hooks.PAGES, *(f"docs/{file.name}" for file in sorted((ROOT / "docs").glob("*.md")))]
+    found = []
+    for name in names:
+        if name in ("CHANGELOG.md", "docs/log.md", "docs/commands.md"):  # history, and what the parsers say themselves
+            continue
+        blocks = re.findall(r"^```(?:bash)?\n(.*?)^```", (ROOT / name).read_text(), re.DOTALL | re.MULTILINE)
+        for line in "".join(blocks).replace("\\\n", " ").splitlines():
+            words = re.search(r"(?:^|\s)(?:launch/(\w+)\.py|sgpo-async (\w+)|sgpo_async\.cli (\w+))(?=\s)(.*)", line)
+            if words and next(filter(None, words.groups())) in COMMANDS:
+                found.append((name, line.strip()))
+    return found
+
+
+@pytest.mark.parametrize(("name", "line"), command_lines())
+def test_a_command_of_the_documentation_is_one_of_the_parsers(name, line):
+    """Its options exist, and so do the keys that it overrides and the configurations that it names."""
+    _, command, rest = re.split(r"(?:launch/|sgpo-async |sgpo_async\.cli )(\w+)(?:\.py)?(?=\s)", line, maxsplit=1)
+    ends = re.split(r"\s(?:[&|;<]|2?>>?)\s?|\s#\s|\s{3,}(?=[a-zA-Z(])|\)$", rest, maxsplit=1)[0]
+    args = parser_of(command).parse_intermixed_args(
+        shlex.split(ends.replace(" ...", "").replace("[", "").replace("]", ""))
+    )
+    overrides = [
+        word for word in getattr(args, "overrides", []) if word[:1].islower() and "=" in word and word != "key=value"
+    ]
+    load("", [word for word in overrides if not re.search(r"=.*[A-Z]", word)])
+    if str(getattr(args, "config", "")).startswith("builtin:"):
+        load(args.config)
