@@ -9,6 +9,8 @@ pages in docs/, are written for a code host, where every file of the repository 
     another text file                     a page below source/ that shows it, and is not searched
     another file                          a copy below source/
     a folder                              its name, because a site has no listing
+
+A link whose text is the name of a page has its title instead.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ LINK = re.compile(
     r"|(?P<text>!?\[(?:[^\[\]`]|`[^`]*`)*\])\((?P<target>[^()\s]+)\)",
     re.DOTALL | re.MULTILINE,
 )
+
+NAME = re.compile(r"\[[\w./-]+\.md\]")  # the text of a link that is the name of a page
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -75,7 +79,8 @@ def relinked(markdown: str, path: str, uri: str) -> str:
             return match[0]
         if (ROOT / found).is_dir():
             return match["text"][1:-1]
-        return f"{match['text']}({_relative(_page_of(found), uri)}{hash_}{anchor})"
+        text = f"[{_title(found)}]" if NAME.fullmatch(match["text"]) else match["text"]
+        return f"{text}({_relative(_page_of(found), uri)}{hash_}{anchor})"
 
     return LINK.sub(link, markdown)
 
@@ -121,6 +126,12 @@ def _page_of(path: str) -> str:
     if path in PAGES:
         return PAGES[path]
     return path.removeprefix(f"{DOCS}/") if path.startswith(f"{DOCS}/") else source_uri(path)
+
+
+def _title(path: str) -> str:
+    """The first heading of a page; its name if it has none."""
+    found = re.search(r"^# (.+)", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE)
+    return found[1] if found else path
 
 
 def _relative(target: str, uri: str) -> str:

@@ -94,8 +94,8 @@ def sections(values: Any, path: str = "") -> Iterator[Section]:
 
 def _block(key: Key) -> str:
     unit = next((f", {unit}" for end, unit in UNITS.items() if key.path.endswith(end)), "")
-    lines = [f"### `{key.path}`", f"{key.type}{unit}; default: {key.default}", _prose(key.text)]
-    return "\n\n".join([*lines, *([_prose("; ".join(key.rules))] if key.rules else [])]) + "\n"
+    text = _prose(". ".join([key.text.rstrip("."), *(one[0].upper() + one[1:] for one in key.rules)]))
+    return f"### `{key.path}`\n\n{key.type}{unit}; default: {key.default}\n\n{text}\n"
 
 
 def _prose(text: str) -> str:
