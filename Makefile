@@ -61,6 +61,7 @@ docs: $(STAMP)
 docs-pages: $(STAMP)
 	$(BIN)/python -m sgpo_async.config.page > docs/configuration.md
 	$(BIN)/python -m sgpo_async.cli.page > docs/commands.md
+	$(BIN)/python -m sgpo_async.metrics.page > docs/metrics.md
 
 bench: $(STAMP)
 	$(BIN)/python launch/bench.py configs/demo.yaml

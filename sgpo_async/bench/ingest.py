@@ -168,10 +168,10 @@ class NoSender:
 
 
 @contextmanager
-def hub_process(run: Run, folder: Path, *, journal: bool) -> Iterator[str]:
-    """A hub in a process of its own; yields its address."""
+def hub_process(run: Run, folder: Path, *, journal: bool, speed: float = 1.0) -> Iterator[str]:
+    """A hub in a process of its own, whose clock is `speed` times as fast; yields its address."""
     ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=_serve, args=(run, folder, journal, theirs))
+    process = multiprocessing.get_context("spawn").Process(target=_serve, args=(run, folder, journal, speed, theirs))
     process.start()
     theirs.close()  # so that the end of the process ends the wait
     try:
@@ -183,14 +183,21 @@ def hub_process(run: Run, folder: Path, *, journal: bool) -> Iterator[str]:
         process.join()
 
 
-def _serve(run: Run, folder: Path, journal: bool, parent: Connection) -> None:
+def _serve(run: Run, folder: Path, journal: bool, speed: float, parent: Connection) -> None:
     core = HubCore(run, source_of(run))
     written = Journal(folder) if journal else None
     if written:
         core, _ = recover(core, written)
     router = Router(run.hub.address, max_bytes=MAX_BYTES)
     parent.send(router.address)
-    loop = Loop(core, mailbox=RouterMailbox(router), authority=Authority(), spawn_sender=NoSender, journal=written)
+    loop = Loop(
+        core,
+        mailbox=RouterMailbox(router),
+        authority=Authority(),
+        spawn_sender=NoSender,
+        journal=written,
+        clock=lambda: speed * time.monotonic(),
+    )
     loop.run(interrupted=str)
 
 

@@ -1,40 +1,42 @@
-"""`sgpo-async bench`: throughput of a configuration, as a table and as JSON; or how fast weights travel.
+"""`sgpo-async bench`: throughput of a configuration, as a table and as JSON; or one part of the system by itself.
 
 sgpo-async bench builtin:demo         generation alone, learning alone, synchronous, asynchronous
+sgpo-async bench overlap --quick      does asynchrony pay: synchronous, colocated and asynchronous runs, simulated
+sgpo-async bench scale --quick        how many inference nodes one hub serves: a real hub, simulated nodes
 sgpo-async bench weights --quick      every road of the weights, and fleets of nodes (as root: needs ip and tc)
+sgpo-async bench all --quick          overlap, scale and, as root, weights
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import os
 from pathlib import Path
 
 from sgpo_async.cli.options import add_config, load_run, print_dry_run
 
-WEIGHTS = "weights"  # in place of a configuration
+PARTS = ("overlap", "scale", "weights")  # in place of a configuration: modules of `sgpo_async.bench`
+NEED_ROOT = ("weights",)  # network namespaces
+ALL = "all"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """CONFIG [key=value ...] [--seconds S] [--dry-run], or: weights [--quick] [--to DIR]."""
+    """CONFIG [key=value ...] [--seconds S] [--dry-run], or: PART [--quick] [--to DIR]."""
     add_config(parser)
     parser.add_argument(
-        "--seconds", type=float, default=20.0, metavar="S", help="duration of each measurement (default: 20)"
+        "--seconds", type=float, default=20.0, metavar="S", help="CONFIG: duration of each measurement (default: 20)"
     )
-    parser.add_argument("--quick", action="store_true", help="weights: small versions, few turns")
+    parser.add_argument("--quick", action="store_true", help=f"{', '.join(PARTS)}: less of everything, in a minute")
     parser.add_argument(
-        "--to", type=Path, default=Path("runs/bench-weights"), metavar="DIR", help="weights: folder of the results"
+        "--to", type=Path, metavar="DIR", help=f"{', '.join(PARTS)}: folder of the results (default: runs/bench-PART)"
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print. Raises SgpoError."""
-    if args.config == WEIGHTS:
-        from sgpo_async.bench.weights import run_bench_weights
-        from sgpo_async.config.schema import require
-
-        unused = [*args.overrides, *(["--dry-run"] if args.dry_run else [])]
-        require(not unused, "bench weights", "must not be given settings of a run or --dry-run", " ".join(unused))
-        return run_bench_weights(quick=args.quick, to=args.to)
+    if args.config in (*PARTS, ALL):
+        return _parts(args)
     settings = load_run(args)
     if args.dry_run:
         print_dry_run(settings, [["sgpo-async", "bench", args.config, *args.overrides]])
@@ -42,3 +44,26 @@ def run(args: argparse.Namespace) -> int:
     from sgpo_async.bench import run_bench
 
     return run_bench(settings, seconds=args.seconds)
+
+
+def _parts(args: argparse.Namespace) -> int:
+    """One part, or all that can be measured here; the exit code of the first that failed, or 0."""
+    from sgpo_async.config.schema import require
+
+    unused = [*args.overrides, *(["--dry-run"] if args.dry_run else [])]
+    require(not unused, f"bench {args.config}", "must not be given settings of a run or --dry-run", " ".join(unused))
+    if args.config != ALL:
+        return _measure(args.config, quick=args.quick, to=args.to or Path(f"runs/bench-{args.config}"))
+    codes = []
+    for part in PARTS:
+        if part in NEED_ROOT and os.geteuid() != 0:
+            print(f"{part}: left out, because it must be started as root")
+            continue
+        codes.append(_measure(part, quick=args.quick, to=(args.to or Path("runs/bench-all")) / part))
+    return next((code for code in codes if code), 0)
+
+
+def _measure(part: str, *, quick: bool, to: Path) -> int:
+    module = importlib.import_module(f"sgpo_async.bench.{part}")
+    code: int = getattr(module, f"run_bench_{part}")(quick=quick, to=to)
+    return code

@@ -172,6 +172,11 @@ def disk(run: Run, facts: ModelFacts) -> str:
     return resources.disk(run, parameters(facts))
 
 
+def trackers(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
+    """Check that the packages of the trackers are installed."""
+    return resources.trackers(run)
+
+
 def open_files(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
     """Check the limit of open files."""
     return resources.open_files(run.local.actors)
@@ -236,6 +241,7 @@ MACHINE: Mapping[str, Check] = {
     "shared memory": shared_memory,
     "disk": disk,
     "open files": open_files,
+    "trackers": trackers,
     "devices": devices,
     "sglang": sglang_python,
     "weights folder": weights_folder,

@@ -44,6 +44,7 @@ COMMANDS = {  # each a module of this package with `add_arguments(parser)` and `
     "samples": "completions of a run: problem, strategy, rollouts, and where distillation changes them",
     "chat": "tries a policy on problems, with and without a strategy",
     "report": "writes runs/NAME/report.html from a run's metrics",
+    "track": "writes a run, or what is missing of it, to TensorBoard, W&B or MLflow",
     "completion": "prints a script that completes commands, options and configurations in bash, zsh or fish",
     "keys": "makes a folder of keys for a hub that listens beyond loopback",
 }

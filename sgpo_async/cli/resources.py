@@ -6,6 +6,7 @@ They need no torch, and return what they found. They raise CheckFailed, one line
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
 import resource
 import shutil
@@ -25,9 +26,11 @@ LOGS = 16 * 10**6  # bytes for logs, metrics and the hub's state
 
 
 def check_start(run: Run, *, checkpoints: bool) -> None:
-    """Check disk and open files. `checkpoints`: with room for those of the learner, not only for logs."""
+    """Check disk and open files. `checkpoints`: also what only the learner needs: room for those, and its trackers."""
     open_files(run.local.actors)
     disk(run, stored_parameters(run.model.path) if checkpoints else 0)
+    if checkpoints:
+        trackers(run)
 
 
 def check_resume(run: Run, checkpoints: str = CHECKPOINTS) -> None:
@@ -46,6 +49,21 @@ def open_files(actors: int) -> str:
         found = f"open files: this process may have {limit}, and a run with {actors} actors needs {needed}"
         raise CheckFailed(found, f"raise the limit: ulimit -n {max(1024, needed)}")
     return "no limit" if limit == resource.RLIM_INFINITY else f"up to {limit} in each process"
+
+
+def trackers(run: Run) -> str:
+    """Check that the packages of the trackers are installed."""
+    for name in run.learner.trackers:
+        installed(name, "learner.trackers")
+    return ", ".join(run.learner.trackers) or "none"
+
+
+def installed(tracker: str, key: str) -> None:
+    """Check that the package of this tracker, which has the same name, is installed."""
+    spec = importlib.util.find_spec(tracker)
+    if spec is None or spec.origin is None:  # no origin: a folder of this name, as W&B makes where it runs
+        found = f"{key}: {tracker} needs the package {tracker}, which is not installed"
+        raise CheckFailed(found, f"pip install 'sgpo-async[{tracker}]', or leave {tracker} out")
 
 
 def disk(run: Run, parameters: int) -> str:

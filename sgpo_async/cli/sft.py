@@ -30,10 +30,11 @@ def run(args: argparse.Namespace) -> int:
         command = " ".join(["torchrun", *under_torchrun("sft"), args.config])
         raise ConfigError(f"sft: RANK is not set; start it by {command}")
     if os.environ["RANK"] == "0":
-        from sgpo_async.cli.resources import check_resume
+        from sgpo_async.cli.resources import check_resume, trackers
         from sgpo_async.config.schema import WARMUP_CHECKPOINTS
         from sgpo_async.learner.resume import continues
 
+        trackers(settings)
         check_resume(settings, WARMUP_CHECKPOINTS)
         record_config(
             settings, continues=continues(settings.learner.resume, Path(settings.folder) / WARMUP_CHECKPOINTS)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from sgpo_async.errors import ConfigError
@@ -23,6 +25,12 @@ def require(holds: bool, path: str, rule: str, value: object, remedy: str = "") 
     """
     if not holds:
         raise ConfigError(f"{path} {rule}, got {value!r}" + (f"; {remedy}" if remedy else ""))
+
+
+def require_one_of(path: str, value: str, names: Sequence[str]) -> None:
+    """Raise ConfigError unless `value` is one of `names`; it says which of them is the nearest."""
+    near = difflib.get_close_matches(value.lower(), names, n=1, cutoff=0.3)
+    require(value in names, path, f"must be of {', '.join(names)}", value, f"did you mean {near[0]}?" if near else "")
 
 
 def require_finite(section: Any, prefix: str = "") -> None:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from sgpo_async.config.processes import Engine, Hub, Local, Sglang
 from sgpo_async.config.rules import PATH, host_of, require, require_finite
-from sgpo_async.config.training import BANDS, Algorithm, Correction, CorrectionMode, Learner, Lora, Optim, Sft
+from sgpo_async.config.training import BANDS, TRACKERS, Algorithm, Correction, CorrectionMode, Learner, Lora, Optim, Sft
 
 __all__ = [
     "BANDS",
@@ -28,6 +28,7 @@ __all__ = [
     "CHECKPOINTS",
     "COLUMNS",
     "HELD_OUT",
+    "TRACKERS",
     "WARMUP_CHECKPOINTS",
     "Algorithm",
     "BenchmarkFile",

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from sgpo_async.config.rules import INFINITE, PATH, require
+from sgpo_async.config.rules import INFINITE, PATH, require, require_one_of
 
 CorrectionMode = Literal["none", "token", "token-mask", "prefix", "sequence", "sequence-geometric"]
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 BANDS = ("token-mask", "sequence-geometric")  # modes that mask every ratio outside [1/bound, bound]
 
 
@@ -224,6 +225,9 @@ class Learner:
     # because it is 8 % of the learner's work of a step of the demo's tiny model. With a usual size, 1 costs little.
     canary_every: int = 4
     samples: int = 1  # problems of a step whose completions are kept in runs/NAME/samples.jsonl; 0: none
+    # Where the metrics go beside metrics.jsonl: tensorboard, wandb, mlflow (docs/trackers.md); []: nowhere.
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    project: str = "sgpo-async"  # W&B's project, and MLflow's experiment
     samples_mb: int = 16  # when the file is larger, every second of its steps is deleted, and half as many are added
 
     def __post_init__(self) -> None:
@@ -247,6 +251,10 @@ class Learner:
         require(self.keep_checkpoints >= 1, "learner.keep_checkpoints", "must be >= 1", self.keep_checkpoints)
         require(self.mismatch_bound >= 0, "learner.mismatch_bound", "must be >= 0", self.mismatch_bound)
         require(self.canary_every >= 1, "learner.canary_every", "must be >= 1", self.canary_every)
+        require(bool(self.project), "learner.project", "must not be empty", self.project)
+        for name in self.trackers:
+            require_one_of("learner.trackers", name, TRACKERS)
+            require(self.trackers.count(name) == 1, "learner.trackers", "must name each tracker once", name)
         require(self.samples >= 0, "learner.samples", "must be >= 0", self.samples)
         require(self.samples_mb >= 1, "learner.samples_mb", "must be >= 1", self.samples_mb)
 

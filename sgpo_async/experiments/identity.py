@@ -45,6 +45,8 @@ NOT_LEARNED = (
     "hub.canary_s",
     "hub.canary_tolerance",
     "learner.canary_every",
+    "learner.project",
+    "learner.trackers",
     "engine.sglang.transport",
     "evaluation.share",
     "learner.parts",

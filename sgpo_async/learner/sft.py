@@ -136,7 +136,8 @@ class WarmUp:
         if resumed := resume_point(run, self.folder / WARMUP_CHECKPOINTS):
             saved = checkpoint.restore(resumed, module=self.stepper.policy, optimiser=self.stepper.optimiser)
             self.state = WarmUpProgress(**saved.progress)
-        self.metrics = MetricsWriter(run.folder, resume_from=self.state.step) if self.lead else None
+        step, trackers = self.state.step, run.learner.trackers
+        self.metrics = MetricsWriter(run.folder, resume_from=step, trackers=trackers) if self.lead else None
 
     def train(self, stopping: Callable[[], bool] = lambda: False) -> bool:
         """Train to the last step, or until `stopping()` on a rank, and save that step; return whether it is the last.
@@ -161,11 +162,15 @@ class WarmUp:
             if stops:
                 break
         self.checkpoints.wait()
-        if self.metrics and self.state.step == self.run.steps:
-            self.metrics.summary(asdict(self.state) | self.examples.counts | {"world_size": dist.get_world_size()})
+        finished = self.state.step == self.run.steps
+        if self.metrics:
+            if finished:
+                self.metrics.summary(asdict(self.state) | self.examples.counts | {"world_size": dist.get_world_size()})
             self.metrics.close()
+            self.metrics.wait()
+        if self.lead and finished:
             log.info("warm-up: exported the policy of step %d to %s", self.state.best_step, self.folder / "warmup")
-        return self.state.step == self.run.steps
+        return finished
 
     def batch(self, step: int) -> Batch:
         """Return this rank's part of the batch of `step`, with weights by the tokens of the whole batch."""

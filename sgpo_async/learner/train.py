@@ -172,7 +172,6 @@ class Trainer:
         tokens = canary_of(load_tokenizer(model_folder(run.model.path)))
         canary = CanaryScore(policy=stepper.policy, canary=tokens, dtype=dtype, bfloat16=bfloat16)
         publisher = Publisher(stepper.policy, dtype, store=store, published=hub.published)
-        metrics = MetricsWriter(run.folder, resume_from=progress.step) if lead else None
         if lead and not progress.step:
             remove_rounds(run)
         elif lead and progress.version is not None:
@@ -180,6 +179,7 @@ class Trainer:
         alarm = Alarm(bound_for(run, learner_bfloat16=bfloat16))
         base = version - progress.step
         samples = Samples.start(run, resume_from=progress.step)
+        metrics = MetricsWriter(run.folder, resume_from=progress.step, trackers=run.learner.trackers) if lead else None
         if lead:
             _log_start(run, resumed)
         saved_step = progress.step if resumed else 0
@@ -252,7 +252,9 @@ class Trainer:
             lost = f"another rank is gone ({str(error).partition(chr(10))[0]})"
             raise CheckpointError(f"{reason}, and no checkpoint could be written: {lost}") from None
         if self.metrics:
+            self.samples.close()
             self.metrics.close()
+            self.metrics.wait()
 
     def finish(self) -> None:
         """Export the policy, write the summary and end the run. A collective of all ranks."""
@@ -272,11 +274,12 @@ class Trainer:
         lines = read_metrics(self.run.folder)  # including the steps before an interruption
         own |= {"mismatch": mismatch_summary(lines), "canary": canary_summary(lines)}
         self.metrics.summary(self.progress.summary(self.hub.status()) | own)
-        self.metrics.close()
         self.samples.close()
+        self.metrics.close()
         log.info("finished after %d steps: the policy is in %s/policy", self.progress.step, self.run.folder)
         self.hub.finish()
         self.publisher.close()  # now the hub does not miss the link to these weights
+        self.metrics.wait()
 
     def _record(self, metrics: MetricsWriter, line: dict[str, Any]) -> dict[str, Any]:
         """Write the metrics of this step, and return them; after the last step, wait for the last evaluation first."""

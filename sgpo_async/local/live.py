@@ -1,17 +1,21 @@
-"""The live picture of a run at a terminal; fits 80 x 24 characters and uses more space if there is more."""
+"""The live picture of a run at a terminal; fits 60 x 24 characters and uses more space if there is more."""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleDimensions, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from sgpo_async.local.display import View
+from sgpo_async.local.display import Display, Lines, View
 from sgpo_async.local.hub_rows import hub_rows
 from sgpo_async.report.numbers import NONE, clock, number, percent
 
@@ -19,45 +23,97 @@ BARS = "▁▂▃▄▅▆▇█"
 NOTES = 4  # lines of notes; the lines of benchmarks are subtracted
 BENCHMARK = 40  # columns that a benchmark's score may take
 ESTIMATE = 24  # ... of which its widest value, "100.0 % [100.0, 100.0]", takes so many with the gap before it
+ACTORS = 3  # that are shown before a second note
+NARROW = 78  # columns: with fewer, the picture leaves out what is least needed
 STYLES = {"serving": "green", "restarting": "yellow", "failed": "red", "lost": "red"}
+ACTOR = {  # column of the table of actors: key of its row; those of a narrow terminal are in BRIEF
+    "version": "version",
+    "running": "running",
+    "tokens": "tokens",
+    "tokens/s": "tokens_per_s",
+    "idle": "idle",
+    "leases": "leases",
+    "lag": "lag",
+}
+BRIEF = ("version", "tokens/s", "idle", "lag")
 
 
 class LivePicture:
-    """Redraws in place. It has no thread of its own: only `show` draws."""
+    """Draws the whole screen anew each time, so that a terminal whose size changes keeps nothing of the old picture.
+
+    It uses the terminal's alternate screen: what was there before comes back at the end, with the last picture below.
+    What is printed on standard error meanwhile, such as log lines, follows it. It has no thread of its own: only `show`
+    draws.
+    """
 
     def __init__(self, console: Console) -> None:
-        self._live = Live(console=console, auto_refresh=False)
+        self._console = console
+        self._view: View | None = None
+        self._held = io.StringIO()
+        self._stderr = contextlib.redirect_stderr(self._held)
+        self._stderr.__enter__()
+        self._live = Live(
+            console=console, auto_refresh=False, screen=True, redirect_stdout=False, redirect_stderr=False
+        )
         self._live.start()
 
     def show(self, view: View) -> None:
         """Draw the view."""
-        self._live.update(render(view, self._live.console.width), refresh=True)
+        self._view = view
+        with contextlib.suppress(OSError, ValueError):  # no terminal, but told to take it for one
+            # The console asks the variable COLUMNS first, which does not follow the terminal.
+            self._console.size = ConsoleDimensions(*os.get_terminal_size(self._console.file.fileno()))
+        width, height = self._console.size
+        self._live.update(render(view, width, height), refresh=True)
 
     def close(self) -> None:
-        """Keep the last picture on the screen and release the terminal."""
-        self._live.stop()
+        """Release the terminal; leave the last picture and what was printed meanwhile. It may be called again."""
+        if self._live.is_started:
+            self._live.stop()
+            self._stderr.__exit__(None, None, None)
+            if self._view is not None:
+                self._console.print(render(self._view, self._console.width))
+            print(self._held.getvalue(), end="", file=sys.stderr, flush=True)
 
 
-def render(view: View, width: int) -> RenderableType:
-    """The whole picture."""
-    parts: list[RenderableType] = [_head(view, width), _bar(view), Text(), _rates(view, width)]
-    parts += [Text(), _benchmarks(scores, width)] if (scores := view.benchmarks()) else []
-    parts += [Text(), _facts(view)]
-    parts += [sample] if (sample := _completion(view)) else []
-    parts += [Text.assemble(("dashboard    ", "dim"), view.dashboard, no_wrap=True)] if view.dashboard else []
-    parts += [Text(), _actors(view, width)]
-    parts += [Text(alarm, style="bold red")] if (alarm := view.alarm()) else []
-    notes = view.notes[-max(1, NOTES - _lines(scores, width)) :]
-    firsts = (note.partition("\n")[0] for note in notes)
-    parts += [Text(first, style="yellow", no_wrap=True, overflow="ellipsis") for first in firsts]
-    parts += [Text(), _hub(view)] if view.details and view.status else []
-    return Group(*parts)
+def display_on(console: Console) -> Display:
+    """The display for this console: the picture at a terminal that can move its cursor, else lines."""
+    return LivePicture(console) if console.is_terminal and not console.is_dumb_terminal else Lines()
+
+
+def render(view: View, width: int, height: int | None = None) -> RenderableType:
+    """The whole picture; with a height, actors that do not fit are counted instead of shown."""
+    scores = view.benchmarks()
+    above: list[RenderableType] = [_head(view, width), _bar(view), Text(), _rates(view, width)]
+    above += [Text(), _benchmarks(scores, width)] if scores else []
+    above += [Text(), _facts(view, width)]
+    above += [sample] if (sample := _completion(view)) else []
+    above += [Text.assemble(("dashboard    ", "dim"), view.dashboard, no_wrap=True)] if view.dashboard else []
+    alarms: list[RenderableType] = [Text(alarm, style="bold red")] if (alarm := view.alarm()) else []
+    notes: list[RenderableType] = [_note(note) for note in view.notes[-max(1, NOTES - _lines(scores, width)) :]]
+    room = None if height is None else height - _rows([*above, *alarms], width) - 2  # an empty line, the heads
+    if room is not None:
+        notes = notes[-max(1, room - min(ACTORS, len(view.rows()))) :]
+        room = max(1, room - len(notes))
+    hub = [Text(), _hub(view)] if view.details and view.status else []
+    return Group(*above, Text(), _actors(view, width, room), *alarms, *notes, *hub)
+
+
+def _note(note: str) -> Text:
+    """The first line of a note."""
+    return Text(note.partition("\n")[0], style="yellow", no_wrap=True, overflow="ellipsis")
+
+
+def _rows(parts: Sequence[RenderableType], width: int) -> int:
+    """How many lines these take."""
+    console = Console(width=width, markup=False, emoji=False, file=io.StringIO())
+    return len(console.render_lines(Group(*parts)))
 
 
 def _head(view: View, width: int) -> RenderableType:
     grid = Table.grid(expand=True)
-    grid.add_column()
-    grid.add_column(justify="right")
+    grid.add_column(no_wrap=True, overflow="ellipsis")
+    grid.add_column(justify="right", no_wrap=True)
     left = view.remaining_s()
     timing = f"{clock(view.elapsed_s)} elapsed" + (f", about {clock(left)} left" if left and width >= 60 else "")
     grid.add_row(Text.assemble((view.name, "bold"), "  ", (view.phase, "cyan")), timing)
@@ -116,15 +172,24 @@ def _estimate(score: Mapping[str, Any]) -> str:
     return f"{percent(score['avg']):>7} [{100 * score['low']:.1f}, {100 * score['high']:.1f}]"
 
 
-def _facts(view: View) -> RenderableType:
+def _facts(view: View, width: int) -> RenderableType:
+    facts = [
+        ("mean alpha", number(view.get("alpha"))),
+        ("lag", view.lag()),
+        ("tokens/s", view.tokens_per_s()),
+        ("trainer idle", percent(view.get("learner_idle"))),
+        ("engine idle", percent(view.get("engine_idle"))),
+        ("buffered", _buffered(view)),
+        ("mismatch", view.mismatch()),
+        ("canary", view.canary()),
+    ]
+    beside = 2 if width < NARROW else 3
     grid = Table.grid(padding=(0, 1, 0, 0), expand=False)
-    for _ in range(3):
+    for _ in range(beside):
         grid.add_column(style="dim", no_wrap=True)
-        grid.add_column(no_wrap=True, min_width=12)
-    grid.add_row("mean alpha", number(view.get("alpha")), "lag", view.lag(), "tokens/s", view.tokens_per_s())
-    idle = percent(view.get("learner_idle")), percent(view.get("engine_idle"))
-    grid.add_row("trainer idle", idle[0], "engine idle", idle[1], "buffered", _buffered(view))
-    grid.add_row("mismatch", view.mismatch(), "canary", view.canary(), "", "")
+        grid.add_column(no_wrap=True, min_width=14)
+    for first in range(0, len(facts), beside):
+        grid.add_row(*(cell for fact in facts[first : first + beside] for cell in fact))
     return grid
 
 
@@ -152,19 +217,33 @@ def _buffered(view: View) -> str:
     return NONE if groups is None else f"{groups} groups"
 
 
-def _actors(view: View, width: int) -> RenderableType:
-    gap = 1 if width < 100 else 3
-    table = Table(box=None, padding=(0, gap, 0, 0), header_style="dim")
+def _actors(view: View, width: int, room: int | None) -> RenderableType:
+    """One row per actor; with more than `room`, first those that do not serve, and the number of the others."""
+    rows = view.rows()
+    shown = rows
+    if room is not None and len(rows) > room:
+        shown = sorted(rows, key=lambda row: row.get("state") == "serving")[: room - 1]
+    heads = [head for head in ACTOR if width >= NARROW or head in BRIEF]
+    table = Table(box=None, padding=(0, 1 if width < 100 else 3, 0, 0), header_style="dim")
     table.add_column("actor", no_wrap=True, min_width=9)
     table.add_column("state", no_wrap=True, min_width=10)
-    for head in ("version", "running", "tokens", "tokens/s", "idle", "leases", "lag"):
+    for head in heads:
         table.add_column(head, justify="right", no_wrap=True, min_width=6)
-    for row in view.rows():
+    for row in shown:
         state = str(row.get("state") or NONE)
-        figures = [number(row.get(key)) for key in ("version", "running", "tokens", "tokens_per_s")]
-        tail = [percent(row.get("idle")), _count(row.get("leases")), _lag(row.get("lag"))]
-        table.add_row(Text(str(row["name"])), Text(state, style=STYLES.get(state, "")), *figures, *tail)
+        cells = [_cell(head, row.get(ACTOR[head])) for head in heads]
+        table.add_row(Text(str(row["name"])), Text(state, style=STYLES.get(state, "")), *cells)
+    if len(shown) < len(rows):
+        table.add_row(Text(f"{len(rows) - len(shown)} more", style="dim"))
     return table
+
+
+def _cell(head: str, value: Any) -> str:
+    if head == "idle":
+        return percent(value)
+    if head == "leases":
+        return _count(value)
+    return _lag(value) if head == "lag" else number(value)
 
 
 def _count(leases: Any) -> str:

@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 
 from sgpo_async.errors import HubError
-from sgpo_async.local.display import Display, Lines, View
+from sgpo_async.local.display import View
 from sgpo_async.local.hub_rows import hub_rows
-from sgpo_async.local.live import LivePicture
+from sgpo_async.local.live import LivePicture, display_on
 from sgpo_async.local.watch import Watch
 from sgpo_async.processes.signals import Signals
 from sgpo_async.report.texts import printable
@@ -29,7 +29,7 @@ def watch_hub(address: str, *, keys: str) -> int:
     Raises HubError if the hub does not answer (any more), or refuses the connection.
     """
     console = Console(markup=False, emoji=False)
-    display: Display = LivePicture(console) if console.is_terminal else Lines()
+    display = display_on(console)
     watch = Watch(None, keys=keys, max_bytes=MAX_BYTES)
     began = time.monotonic()
     view = None
@@ -47,7 +47,7 @@ def watch_hub(address: str, *, keys: str) -> int:
         display.close()
         watch.close()
     if view is not None and watch.status:
-        _close(console, view, live=console.is_terminal)
+        _close(console, view, live=isinstance(display, LivePicture))
     return signals.exit_code if signals.stop else 0
 
 

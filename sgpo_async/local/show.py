@@ -11,8 +11,8 @@ from rich.table import Table
 
 from sgpo_async.config import Run
 from sgpo_async.config.schema import CHECKPOINTS
-from sgpo_async.local.display import Display, Lines, View
-from sgpo_async.local.live import LivePicture
+from sgpo_async.local.display import View
+from sgpo_async.local.live import display_on
 from sgpo_async.local.run_folder import dashboard_url, newest_checkpoint
 from sgpo_async.local.supervisor import Supervisor
 from sgpo_async.local.watch import Watch
@@ -35,7 +35,7 @@ class Show:
         max_bytes = hub.max_message_mb << 20
         self._since = time.time()
         self._watch = Watch(self._folder, keys=hub.keys, max_bytes=max_bytes, since=self._since)
-        self._display: Display = LivePicture(self._console) if self._console.is_terminal else Lines()
+        self._display = display_on(self._console)
         self._started = time.monotonic()
 
     @property

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any, Literal
+from typing import Any
 
+from sgpo_async.metrics.names import METRICS, REST, section_of
 from sgpo_async.report.lag import lag_chart, lag_legend, lag_shares
 from sgpo_async.report.numbers import scientific
 from sgpo_async.report.svg import Series, line_chart
 
-Group = Literal["results", "training", "mismatch", "system", "other"]
-GROUPS: Mapping[Group, str] = {
-    "results": "Results",
-    "training": "Training",
+GROUPS: Mapping[str, str] = {  # the sections of `metrics.names`, in the order of the page
+    "eval": "Evaluation",
+    "train": "Training",
     "mismatch": "Lag and mismatch",
     "system": "System",
-    "other": "Metrics without a chart of their own",
+    REST: "Metrics without a chart of their own",
 }
 AUTO, GUIDED, THIRD, FOURTH, BOUND = 1, 2, 3, 4, 5  # indices into the palette
 SPARSE = 0.25  # a metric that a smaller share of steps has is drawn as dots
@@ -37,30 +37,34 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """One chart of the page."""
+    """One chart of the page, in the section of its first curve."""
 
     title: str
     caption: str
     y_label: str
     curves: tuple[Curve, ...]
-    group: Group = "training"
     share: bool = False  # the values are shares: the axis goes from 0 to 100 %
     around_one: bool = False  # the axis includes 1 but not 0, to show small deviations from 1
     log: bool = False  # logarithmic axis
+    zero: str = ""  # what it means if every value is 0
+
+    @property
+    def group(self) -> str:
+        """The section."""
+        return section_of(self.curves[0].key)
 
 
 CHARTS = (
     Chart(
         title="Pass rate",
         caption="Share of correct rollouts, without the strategy (autonomous) and with it (guided). Dots: held-out.",
-        group="results",
         y_label="pass rate",
         share=True,
         curves=(
-            Curve(key="pass_auto", name="autonomous, training"),
-            Curve(key="pass_guided", name="guided, training", colour=GUIDED),
             Curve(key="eval_pass_auto", name="autonomous, held-out", dots=True),
             Curve(key="eval_pass_guided", name="guided, held-out", colour=GUIDED, dots=True),
+            Curve(key="pass_auto", name="autonomous, training"),
+            Curve(key="pass_guided", name="guided, training", colour=GUIDED),
         ),
     ),
     Chart(
@@ -77,7 +81,6 @@ CHARTS = (
     ),
     Chart(
         title="Without a signal",
-        group="results",
         caption="Groups whose autonomous rollouts all have the same reward: the policy gradient learns nothing from "
         "them. Rollouts that max_new_tokens has cut.",
         y_label="share",
@@ -90,7 +93,6 @@ CHARTS = (
     Chart(
         title="Correction weights",
         caption="Mean of the weights; 1 if behaviour policy and policy agree. Lag 0 shows only the engines' error.",
-        group="mismatch",
         y_label="mean weight",
         around_one=True,
         curves=(
@@ -102,7 +104,7 @@ CHARTS = (
     Chart(
         title="Truncated corrections",
         caption="Share of tokens whose weight is limited by the bound.",
-        group="mismatch",
+        zero="the bound limits no token's weight",
         y_label="share of tokens",
         share=True,
         curves=(
@@ -113,7 +115,6 @@ CHARTS = (
     Chart(
         title="Smallest correction",
         caption="Smallest weight of any token in the batch: how little the most outdated token contributes.",
-        group="mismatch",
         y_label="weight",
         curves=(
             Curve(key="correction_min", name="GRPO"),
@@ -123,7 +124,6 @@ CHARTS = (
     Chart(
         title="Importance ratio",
         caption="Mean of policy probability / behaviour probability, by the lag of the tokens.",
-        group="mismatch",
         y_label="mean ratio",
         around_one=True,
         curves=(
@@ -136,7 +136,6 @@ CHARTS = (
         title="Engine against learner",
         caption="Mean |log pi − log mu|. At lag 0 both use equal weights; stale tokens include the policy's change. "
         "Later spans follow an update in flight.",
-        group="mismatch",
         y_label="nats per token",
         log=True,
         curves=(
@@ -150,7 +149,7 @@ CHARTS = (
     Chart(
         title="Canary",
         caption="Mean difference between the log-probabilities of engines and learner on one fixed sequence.",
-        group="mismatch",
+        zero="engines and learner agree exactly",
         y_label="nats per token",
         log=True,
         curves=(
@@ -161,6 +160,7 @@ CHARTS = (
     Chart(
         title="Masked KL",
         caption="Tokens with a divergence above delta (Eq. 5), and their share of the total divergence.",
+        zero="no token's divergence exceeds delta",
         y_label="share",
         share=True,
         curves=(
@@ -187,7 +187,6 @@ CHARTS = (
     Chart(
         title="Throughput",
         caption="Tokens that all engines together generate per second.",
-        group="system",
         y_label="tokens per second",
         curves=(Curve(key="tokens_per_s", name="generated"),),
     ),
@@ -195,7 +194,6 @@ CHARTS = (
         title="Idle",
         caption="Share of the time in which the trainer waits, or an engine has no request, by cause. "
         "Engines: the mean since the hub began.",
-        group="system",
         y_label="share of the time",
         share=True,
         curves=(
@@ -215,11 +213,12 @@ CHARTS = (
 )
 BENCHMARKS_AFTER = "Pass rate"  # the benchmarks follow this chart
 LAG_AFTER = "Entropy"  # the lag histogram follows this chart
+SENTENCE = '<p class="without">'  # the beginning of what stands in the place of a chart of zeros
 
 
-def figures(lines: Sequence[Mapping[str, Any]]) -> list[tuple[Group, str]]:
-    """Return the group and the HTML of every chart that has data."""
-    parts: list[tuple[Group, str]] = []
+def figures(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Return the group and the HTML of every chart that has data, then a sentence for each whose values are all 0."""
+    parts: list[tuple[str, str]] = []
     for chart in CHARTS:
         parts += _chart(chart, lines)
         if chart.title == BENCHMARKS_AFTER:
@@ -228,33 +227,45 @@ def figures(lines: Sequence[Mapping[str, Any]]) -> list[tuple[Group, str]]:
             caption = (
                 "Number of weight versions between the policy that generated a token and the policy trained on it."
             )
-            parts.append(("mismatch", _figure("Lag", caption, lag_chart(shares), lag_legend(shares))))
-    return parts
+            figure = _figure("Lag", caption, lag_chart(shares), lag_legend(shares))
+            parts.append((section_of("lag_histogram"), figure))
+    return sorted(parts, key=lambda part: part[1].startswith(SENTENCE))
 
 
-def other_figures(lines: Sequence[Mapping[str, Any]]) -> list[tuple[Group, str]]:
+def other_figures(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """Return a chart of every number in these lines that has no place in CHARTS."""
     drawn = {curve.key for chart in CHARTS for curve in chart.curves} | {"step"}
     keys = sorted({key for line in lines for key, value in line.items() if isinstance(value, int | float)} - drawn)
-    curves = [Curve(key=key, name=key) for key in keys]
-    charts = [Chart(title=curve.key, caption="", y_label=curve.key, curves=(curve,), group="other") for curve in curves]
-    return [figure for chart in charts for figure in _chart(chart, lines)]
+    parts = [part for key in keys for part in _chart(_chart_of(key), lines)]
+    return sorted(parts, key=lambda part: part[1].startswith(SENTENCE))
 
 
-def _chart(chart: Chart, lines: Sequence[Mapping[str, Any]]) -> list[tuple[Group, str]]:
+def _chart_of(key: str) -> Chart:
+    """A chart of one key, with what the table of names says of it."""
+    about = METRICS.get(key)
+    unit = about.unit if about and about.unit != "1" else key
+    return Chart(title=key, caption=about.meaning if about else "", y_label=unit, curves=(Curve(key=key, name=key),))
+
+
+def _chart(chart: Chart, lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     series = [_series(curve, lines) for curve in chart.curves]
-    if not any(curve.points for curve in series):
+    measured = [y for curve in series if not curve.bound for _, y in curve.points]
+    if not measured:
         return []
+    if not any(measured):
+        means = f": {chart.zero}" if chart.zero else ""
+        return [(chart.group, f"{SENTENCE}<b>{escape(chart.title)}</b> 0 in every step{escape(means)}.</p>")]
     return [(chart.group, _figure(chart.title, chart.caption, _draw(chart, series), _legend(series)))]
 
 
-def _benchmarks(lines: Sequence[Mapping[str, Any]]) -> list[tuple[Group, str]]:
+def _benchmarks(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """Return one chart of all benchmarks that the run evaluates, [] if it evaluates none."""
     names = dict.fromkeys(name for line in lines for name in line.get("eval_benchmarks") or {})
+    if not names:
+        return []
     chart = Chart(
         title="Benchmarks",
         caption="avg@k of the versions that were evaluated during training.",
-        group="results",
         y_label="avg@k",
         share=True,
         curves=tuple(
@@ -290,8 +301,9 @@ def _draw(chart: Chart, series: Sequence[Series]) -> str:
 
 
 def _share_range(series: Sequence[Series]) -> tuple[float, float]:
-    """Return 0 to 100 %, or 0 to 10 % if all values are that small."""
-    return (0.0, 1.0) if max(y for curve in series for _, y in curve.points) > 0.1 else (0.0, 0.1)
+    """Return 0 to 100 %, or to the smallest power of ten down to 0.01 % that is above all values."""
+    most = max(y for curve in series for _, y in curve.points)
+    return 0.0, next((end for end in (1e-4, 1e-3, 0.01, 0.1) if most <= end), 1.0)
 
 
 def _percent(share: float) -> str:

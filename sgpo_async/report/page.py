@@ -14,7 +14,7 @@ from sgpo_async.errors import DataError
 from sgpo_async.files import write_whole
 from sgpo_async.metrics import read_metrics, read_summary
 from sgpo_async.metrics.samples import read_samples
-from sgpo_async.report.charts import figures
+from sgpo_async.report.charts import GROUPS, figures
 from sgpo_async.report.closing import canary_alarm, mismatch_alarm, summarise, summary_rows
 from sgpo_async.report.completions import completions
 from sgpo_async.report.numbers import clock, number, percent
@@ -53,7 +53,7 @@ def _page(
         *(_alarm(*row) for row in mismatch_alarm(summary["mismatch"])),
         *(_alarm(*row) for row in canary_alarm(summary["canary"])),
         f'<div class="tiles">{"".join(_tile(*tile) for tile in _tiles(summary))}</div>',
-        f'<div class="charts">{"".join(html for _, html in figures(lines))}</div>',
+        *charts_by_group(figures(lines)),
         samples,
         f"<section><h2>Final metrics</h2>{_table(summary_rows(summary))}</section>",
     ]
@@ -66,6 +66,16 @@ def _page(
     return f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body><main>\n' + (
         "\n".join(body) + "\n</main></body></html>\n"
     )
+
+
+def charts_by_group(parts: Sequence[tuple[str, str]]) -> list[str]:
+    """The HTML of each group that has charts, with its heading; `parts` as `figures` returns them."""
+    by_group = {name: "".join(html for group, html in parts if group == name) for name in GROUPS}
+    return [
+        f'<h2 class="group">{escape(GROUPS[name])}</h2><div class="charts">{html}</div>'
+        for name, html in by_group.items()
+        if html
+    ]
 
 
 def _subtitle(summary: Mapping[str, Any], config: Mapping[str, Any]) -> str:

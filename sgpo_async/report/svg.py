@@ -9,8 +9,8 @@ from html import escape
 
 from sgpo_async.report.numbers import short
 
-WIDTH, HEIGHT = 560, 280
-LEFT, RIGHT, TOP, BOTTOM = 66, 14, 14, 40  # margins around the plotting area
+WIDTH, HEIGHT = 400, 220  # units; the page scales them to the width of the chart, and texts against it (style.FONTS)
+LEFT, RIGHT, TOP, BOTTOM = 60, 14, 32, 28  # margins around the plotting area
 TIPS = 160  # maximal number of columns with a tooltip
 NEARLY_0 = 1e-16  # smaller values lie at the lower end of a logarithmic axis
 FLAT = 1e-10  # a smaller range of values is a rounding error
@@ -70,7 +70,8 @@ def line_chart(
     ticks = powers_of_ten(values) if log else nice_ticks(*(y_range or _range(values)))
     margin = 0.5 if min(steps) == max(steps) else 0.0
     frame = Frame(min(steps) - margin, max(steps) + margin, ticks[0], ticks[-1], log)
-    curves = [part for curve in series for part in _curve(curve, frame)]
+    behind = sorted(series, key=lambda curve: curve.dots)  # lines must not hide single measurements
+    curves = [part for curve in behind for part in _curve(curve, frame)]
     return drawing([*axes(frame, ticks, y_label, show), *curves, *_tips(series, frame, show)], y_label)
 
 
@@ -86,18 +87,16 @@ def axes(frame: Frame, ticks: Sequence[float], y_label: str, show: Callable[[flo
     for tick in ticks:
         y = frame.y(tick)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{show(tick)}</text>')
+        at = f'x="{LEFT - 6}" y="{y:.1f}" dy=".35em" text-anchor="end"'
+        parts.append(f'<text class="tick" {at}>{show(tick)}</text>')
     base = HEIGHT - BOTTOM
-    for tick in nice_ticks(frame.x0, frame.x1, 6):
-        if float(tick).is_integer() and frame.x0 <= tick <= frame.x1:
-            x = frame.x(tick)
-            parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{base}" y2="{base + 4}"/>')
-            parts.append(f'<text class="tick" x="{x:.1f}" y="{base + 17}" text-anchor="middle">{tick:.0f}</text>')
+    shown = [tick for tick in nice_ticks(frame.x0, frame.x1, 6) if frame.x0 <= tick <= frame.x1 and tick.is_integer()]
+    for tick in shown:
+        x, text = frame.x(tick), f"step {tick:.0f}" if tick == shown[0] else f"{tick:.0f}"
+        parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{base}" y2="{base + 4}"/>')
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{base + 6}" dy=".8em" text-anchor="middle">{text}</text>')
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text class="label" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">optimiser step</text>')
-    turned = f'transform="translate(12 {(TOP + base) / 2}) rotate(-90)"'
-    parts.append(f'<text class="label" {turned} text-anchor="middle">{escape(y_label)}</text>')
+    parts.append(f'<text class="label" x="2" y="{TOP - 13}">{escape(y_label)}</text>')
     return parts
 
 
@@ -146,7 +145,7 @@ def _curve(series: Series, frame: Frame) -> list[str]:
     if series.bound:
         return [_path(coordinates, f"line bound {colour}")]
     if series.dots or len(coordinates) == 1:
-        dots = [f'<circle class="dot {colour}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>' for x, y in coordinates]
+        dots = [f'<circle class="dot {colour}" cx="{x:.1f}" cy="{y:.1f}" r="3.2"/>' for x, y in coordinates]
         return [_path(coordinates, f"line dashed {colour}"), *dots]
     if not series.smooth or len(coordinates) < 10:
         return [_path(coordinates, f"line {colour}")]

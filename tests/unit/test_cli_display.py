@@ -67,9 +67,9 @@ def benchmarked(view: View, *rounds: Sequence[dict[str, Any]]) -> View:
     return replace(view, status=dict(view.status) | {"evaluations": done})
 
 
-def picture(view: View, width: int) -> list[str]:
+def picture(view: View, width: int, height: int | None = None) -> list[str]:
     console = Console(width=width, height=50, record=True, color_system=None, force_terminal=True, file=io.StringIO())
-    console.print(render(view, width))
+    console.print(render(view, width, height))
     return console.export_text().splitlines()
 
 
@@ -88,16 +88,40 @@ def test_the_newest_sample_is_one_line(text: str) -> None:
     assert not [row for row in picture(view_at(67), 80) if row.startswith("sample")]
 
 
-@pytest.mark.parametrize(("width", "height"), [(80, 24), (140, 40)])
+@pytest.mark.parametrize(("width", "height"), [(60, 24), (80, 24), (140, 40)])
 @pytest.mark.parametrize("step", [0, 1, 67, 120])
 def test_the_picture_fits_the_terminal(width: int, height: int, step: int) -> None:
     sample = {"step": step, "rollouts": [{"correct": True, "text": "3 yarrow swap\n" * 99}]}
-    rows = picture(alarmed(view_at(step, sample=sample), 1), width)
-    assert len(rows) < height
+    rows = picture(alarmed(view_at(step, sample=sample), 1), width, height)
+    assert len(rows) <= height
     assert max(map(len, rows)) <= width
     table = [row for row in rows if row.startswith(("actor  ", "actor-0", "pass rate", "mean alpha"))]
     assert len(table) == 4
     assert not any("…" in row for row in table)
+
+
+@pytest.mark.parametrize("width", [60, 80, 140])
+def test_of_many_actors_those_that_do_not_serve_are_shown_and_the_others_counted(width: int) -> None:
+    """Alarms and notes stay on the screen."""
+    status = status_at(67)
+    actors = [status["actors"][0] | {"name": f"actor-{number}"} for number in range(40)]
+    actors[33] = actors[33] | {"state": "lost"}
+    view = alarmed(view_at(67, status=status | {"actors": actors}, actors={}), 1)
+    rows = picture(view, width, 24)
+    assert len(rows) == 24 and max(map(len, rows)) <= width
+    shown = [row for row in rows if row.startswith("actor-") and "notes" not in row and "killed" not in row]
+    assert shown[0].startswith("actor-33 ") and "lost" in shown[0]
+    assert any(row.startswith(f"{40 - len(shown)} more") for row in rows)
+    assert "mismatch alarm no. 1" in " ".join(rows) and sum("was killed by signal" in row for row in rows) == 4
+    assert len(picture(view, width, 24)) < len(picture(view, width)), "without a height, all are shown"
+
+
+def test_a_narrow_picture_has_all_facts_and_the_columns_that_matter() -> None:
+    text = "\n".join(picture(view_at(67), 60))
+    for fact in ("mean alpha", "lag", "tokens/s", "trainer idle", "engine idle", "buffered", "mismatch", "canary"):
+        assert fact in text
+    assert "…" not in text.partition("actor-1.1")[0]
+    assert "17 groups" in text and "1.08 (max 3)" in text and "10⁻⁷ nats" in text
 
 
 def test_the_picture_shows_the_values_of_the_hub_and_the_learner() -> None:

@@ -219,7 +219,7 @@ def test_curves_are_sent_only_when_there_is_a_new_step(folder: Path) -> None:
     assert first["step"] == 40 and first["html"].count("<svg") >= 10
     assert again == {"step": 40, "html": None}
     assert earlier["html"] == first["html"]
-    assert "Metrics without a chart of their own" in whole["html"] and whole["html"].startswith("<h2>Results</h2>")
+    assert "<h2>lr</h2>" in whole["html"] and whole["html"].startswith("<h2>Evaluation</h2>")
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 41, "loss": 0.5}\n')
     observer.poll()

@@ -87,19 +87,6 @@ def test_a_new_run_deletes_old_metrics_and_a_resumed_run_keeps_those_up_to_its_c
     assert read_metrics(tmp_path) == []
 
 
-def test_tensorboard_holds_the_scalars_and_the_lag_histogram(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path)
-    writer.step({"step": 7, "loss": 0.25, "lag_histogram": {0: 30, 2: 10}, "ledger": {"dropped": {"stale": 4}}})
-    writer.close()
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(7, 0.25)]
-    assert events.Scalars("ledger/dropped/stale")[0].value == 4
-    histogram = events.Histograms("lag_histogram")[0].histogram_value
-    assert (histogram.num, histogram.sum, histogram.max) == (40, 20, 2)
-
-
 def test_a_full_disk_gives_a_one_line_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -134,7 +121,7 @@ def test_a_new_summary_replaces_the_old_one(tmp_path: Path) -> None:
     writer.summary({"steps": 2, "pass_auto_last": math.nan})
     writer.close()
     assert read_summary(tmp_path) == {"steps": 2, "pass_auto_last": None}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "summary.json", "tensorboard"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "summary.json"]
 
 
 @given(

@@ -22,7 +22,7 @@ from sgpo_async.report.charts import CHARTS
 from sgpo_async.report.closing import ledger_rows, summarise
 from sgpo_async.report.lag import lag_shares
 from sgpo_async.report.numbers import clock, number, percent, scientific, short
-from sgpo_async.report.svg import Frame, Series, line_chart, nice_ticks, powers_of_ten, running_mean
+from sgpo_async.report.svg import HEIGHT, WIDTH, Frame, Series, line_chart, nice_ticks, powers_of_ten, running_mean
 
 
 class Balanced(HTMLParser):
@@ -64,6 +64,7 @@ def test_the_page_has_every_chart_the_final_metrics_and_the_changed_settings(tmp
     (tmp_path / "demo" / "config.yaml").write_text(to_yaml(Run(name="demo", steps=120, tasks=Tasks(held_out=7))))
     text, headings = page_of(tmp_path / "demo")
     assert set(headings) == {chart.title for chart in CHARTS} | {
+        *("Evaluation", "Training", "Lag and mismatch", "System"),
         "Lag",
         "Final metrics",
         "Settings that differ from the defaults",
@@ -98,7 +99,7 @@ def test_benchmarks_have_a_chart_and_final_metrics(tmp_path: Path) -> None:
             line |= {"eval_benchmarks": {"aime24": score | {"problems": 30}}, "eval_lag": 0.75}
     write_lines(tmp_path, lines)
     text, headings = page_of(tmp_path)
-    assert headings[1] == "Benchmarks"
+    assert headings[:3] == ["Evaluation", "Pass rate", "Benchmarks"]
     score_text = "10.2 % → 40.0 % [30.0 %, 50.0 %], 30 problems, lag 0.750"
     assert dict(final_rows(tmp_path))["aime24, avg@32"] == score_text
     assert f"<td>aime24, avg@32</td><td>{score_text}</td>" in text
@@ -124,7 +125,7 @@ def test_the_page_of_an_old_run_does_not_mention_mismatch(tmp_path: Path) -> Non
     (tmp_path / "summary.json").write_text(json.dumps({"steps": 120, "wall_s": 65}))
     text, headings = page_of(tmp_path)
     assert "Engine against learner" not in headings
-    assert "mismatch" not in text.lower()
+    assert "mismatch" not in text.replace("Lag and mismatch", "").lower()
 
 
 def test_the_page_says_if_the_mismatch_could_not_be_judged(tmp_path: Path) -> None:
@@ -143,7 +144,7 @@ def test_the_page_needs_no_network_and_no_script(tmp_path: Path) -> None:
 def test_the_page_of_one_step_with_one_metric_has_one_chart(tmp_path: Path) -> None:
     write_lines(tmp_path, [{"step": 1, "loss": 0.5, "pass_auto": None}])
     text, headings = page_of(tmp_path)
-    assert headings == ["Losses", "Final metrics"]
+    assert headings == ["Training", "Losses", "Final metrics"]
     assert text.count('<circle class="dot') == 1
 
 
@@ -239,8 +240,8 @@ def test_all_points_of_a_curve_are_inside_the_drawing(log: bool, points: list[tu
     for path in re.findall(r' d="M([^"]*)"', svg):
         for pair in path.split("L"):
             x, y = map(float, pair.split())
-            assert 0 <= x <= 560
-            assert 0 <= y <= 280
+            assert 0 <= x <= WIDTH
+            assert 0 <= y <= HEIGHT
 
 
 def test_a_constant_curve_is_drawn_and_y_points_upwards() -> None:
@@ -270,7 +271,9 @@ def test_numbers_percentages_and_times_are_formatted_shortly() -> None:
     values = (0, 37, 12_345, 1_234_567, 0.4123, 0.01234, 12.345, 3.0, None, float("nan"))
     expected = ["0", "37", "12.3 k", "1.23 M", "0.412", "0.0123", "12.3", "3.00", "–", "–"]
     assert [number(value) for value in values] == expected
-    assert [short(value) for value in (0.0, 0.2, -0.05, 2500.0, 25_000.0)] == ["0", "0.2", "-0.05", "2500", "25.0 k"]
+    assert [short(value) for value in (0.0, 0.2, -0.05, 1.0025, 2500.0, 25_000.0)] == [
+        *("0", "0.2", "-0.05", "1.0025", "2500", "25.0 k")
+    ]
     small = (0.0, 1e-4, 3.21e-6, -2e-9, 0.01, 0.0523, 123.0, None, float("nan"))
     assert [scientific(value) for value in small] == [
         "0", "10⁻⁴", "3.2·10⁻⁶", "-2.0·10⁻⁹", "0.01", "0.052", "120", "–", "–",
