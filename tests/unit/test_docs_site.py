@@ -2,6 +2,7 @@
 in the site and on a code host."""
 
 import ast
+import inspect
 import os
 import re
 import shlex
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from sgpo_async import evaluate, load_config, train
 from sgpo_async.cli.main import COMMANDS, parser_of
 from sgpo_async.cli.page import page as commands_page
 from sgpo_async.config import Run, by_key_path, load, to_plain
@@ -228,3 +230,15 @@ def test_a_command_of_the_documentation_is_one_of_the_parsers(name, line):
     load("", [word for word in overrides if not re.search(r"=.*[A-Z]", word)])
     if str(getattr(args, "config", "")).startswith("builtin:"):
         load(args.config)
+
+
+def test_the_page_about_python_has_the_signatures_and_its_error(capsys):
+    text = (ROOT / "docs/python.md").read_text()
+    for function in (load_config, train, evaluate):
+        row = re.search(rf"^\| `{function.__name__}\((.*?)\)` \|", text, re.MULTILINE)
+        parameters = inspect.signature(function).parameters.values()
+        plain = (one.replace(annotation=inspect.Parameter.empty) for one in parameters)
+        keyword_only = ", *, "  # which the row leaves out after *overrides
+        assert row and row[1].replace('"', "'") == ", ".join(map(str, plain)).replace(keyword_only, ", ")
+    exec(re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)[1], {})
+    assert f"# {capsys.readouterr().out}" in text
