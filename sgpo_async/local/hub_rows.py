@@ -33,7 +33,7 @@ def hub_rows(status: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("canary", _canary(status)),
         ("tokens", f"generated {number(get('tokens_generated'))}, trained {number(get('tokens_trained'))}"),
         ("dropped", _dropped(status)),
-        ("engines wait", _engine_waits(get("engine_waits") or {})),
+        ("engines", f"{number(get('running'))} sequences; waited {_engine_waits(get('engine_waits') or {})}"),
         ("no signal", f"{percent(get('uniform'))} of the groups; cut: {percent(get('cut'))} of the rollouts"),
         ("mean reward", f"alone {number(get('reward_auto'))}, guided {number(get('reward_guided'))}"),
         ("evaluation", evaluating),

@@ -22,10 +22,12 @@ learner limits the run and the engines had time to fill the buffer. The lag of a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 
+from sgpo_async.simulation.rates import Lengths
 from sgpo_async.simulation.workload import Workload
 from sgpo_async.simulation.world import Settings
 
@@ -118,15 +120,20 @@ def _delay_s(settings: Settings) -> float:
 
 def moments(settings: Settings) -> Moments:
     """Of the completions of the first tasks."""
-    work = Workload(settings.lengths, size=settings.size, seed=settings.seed)
-    lengths = np.array([[work.length(task, slot) for slot in range(settings.size)] for task in range(TASKS)], float)
-    own = lengths[:, : settings.autonomous].sum(axis=1) + settings.autonomous * settings.lengths.prompt
+    return _moments(settings.lengths, settings.autonomous, settings.guided, settings.seed)
+
+
+@lru_cache(maxsize=16)
+def _moments(of: Lengths, autonomous: int, guided: int, seed: int) -> Moments:
+    size = autonomous + guided
+    work = Workload(of, size=size, seed=seed)
+    lengths = np.array([[work.length(task, slot) for slot in range(size)] for task in range(TASKS)], float)
+    own = lengths[:, :autonomous].sum(axis=1) + autonomous * of.prompt
     target = np.zeros(TASKS)
     for task in range(TASKS):
-        for slot in range(settings.autonomous, settings.size):
+        for slot in range(autonomous, size):
             if work.correct(task, slot, guided=True):
-                prompt = settings.lengths.prompt + settings.lengths.strategy
-                target[task] = (4 / 3) * (prompt + lengths[task, slot])
+                target[task] = (4 / 3) * (of.prompt + of.strategy + lengths[task, slot])
                 break
     return Moments(
         lengths=lengths,

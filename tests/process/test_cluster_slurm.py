@@ -83,6 +83,7 @@ def test_a_run_ends_with_its_job(slurm: Slurm, tmp_path: Path) -> None:
         run.assert_cleaned_up()
 
 
+@pytest.mark.slow  # two minutes, most of which Slurm waits before it starts a requeued job
 def test_actors_come_and_go_a_killed_hub_returns_and_a_requeued_job_goes_on(slurm: Slurm, tmp_path: Path) -> None:
     with real_run(tmp_path / "out") as run:
         job = Job(slurm, run, tmp_path, "steps=100000")
