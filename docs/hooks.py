@@ -10,7 +10,7 @@ pages in docs/, are written for a code host, where every file of the repository 
     another file                          a copy below source/
     a folder                              its name, because a site has no listing
 
-A link whose text is the name of a page has its title instead.
+A link whose text is the name of a page has the page's or the section's title instead.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path, PurePosixPath
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
+from pymdownx.slugs import slugify
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = "docs"
@@ -36,6 +37,7 @@ LINK = re.compile(
     re.DOTALL | re.MULTILINE,
 )
 
+SLUG = slugify(case="lower")  # as in mkdocs.yml
 NAME = re.compile(r"\[[\w./-]+\.md\]")  # the text of a link that is the name of a page
 
 
@@ -79,7 +81,7 @@ def relinked(markdown: str, path: str, uri: str) -> str:
             return match[0]
         if (ROOT / found).is_dir():
             return match["text"][1:-1]
-        text = f"[{_title(found)}]" if NAME.fullmatch(match["text"]) else match["text"]
+        text = f"[{_title(found, anchor)}]" if NAME.fullmatch(match["text"]) else match["text"]
         return f"{text}({_relative(_page_of(found), uri)}{hash_}{anchor})"
 
     return LINK.sub(link, markdown)
@@ -128,10 +130,11 @@ def _page_of(path: str) -> str:
     return path.removeprefix(f"{DOCS}/") if path.startswith(f"{DOCS}/") else source_uri(path)
 
 
-def _title(path: str) -> str:
-    """The first heading of a page; its name if it has none."""
-    found = re.search(r"^# (.+)", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE)
-    return found[1] if found else path
+def _title(path: str, anchor: str) -> str:
+    """The heading of a page at an anchor, or the first one; its name if it has none."""
+    headings = re.findall(r"^#+ (.+)", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE)
+    by_anchor = {SLUG(heading.replace("`", ""), "-"): heading for heading in headings}
+    return by_anchor.get(anchor) or next(iter(headings), path)
 
 
 def _relative(target: str, uri: str) -> str:

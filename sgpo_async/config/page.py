@@ -185,13 +185,13 @@ def _collect(
             call = node.value
             if isinstance(call.func, ast.Name) and call.func.id == "require" and len(call.args) > 2:
                 path, _, part = _text(call.args[1], names, scope).partition(": ")
-                rule = f"{part} {_text(call.args[2], names, scope)}".strip().partition(" = ")[0]
+                rule = f"{part} {_text(call.args[2], names, scope)}".strip().partition(" = ")[0].replace(" (…)", "")
                 if rule not in rules.setdefault(path, []):
                     rules[path].append(rule)
 
 
 def _text(node: ast.expr, names: dict[str, Any], scope: Mapping[str, Any]) -> str:
-    """The text of an expression: what depends on a run is shown as the setting's name, `self.max_lag` as max_lag."""
+    """The text of an expression: what depends on a run is shown as the setting's name, or as …"""
     if isinstance(node, ast.Constant):
         return str(node.value)
     if isinstance(node, ast.JoinedStr):
@@ -201,7 +201,7 @@ def _text(node: ast.expr, names: dict[str, Any], scope: Mapping[str, Any]) -> st
     try:
         return str(eval(compile(ast.Expression(node), "", "eval"), {**scope, **names}))
     except (NameError, AttributeError):
-        return ast.unparse(node).replace("self.", "")
+        return "…" if isinstance(node, ast.Name) else ast.unparse(node).replace("self.", "")
 
 
 def _body(schema: type) -> ast.ClassDef:

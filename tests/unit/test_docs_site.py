@@ -122,6 +122,8 @@ def test_links_outside_of_code_are_those_of_the_site():
         "[n](../source/examples/notebook.ipynb)"
     )
     assert linked("[sgpo_async/config](sgpo_async/config)") == "sgpo_async/config"
+    assert linked("[docs/gpu.md](docs/gpu.md)") == "[On GPUs](gpu.md)"
+    assert linked("[gpu.md](docs/gpu.md#if-it-does-not-fit)") == "[If it does not fit](gpu.md#if-it-does-not-fit)"
     assert (
         linked("![p](pictures/x.svg) [gone](gone.md)", "docs/gpu.md", "gpu.md")
         == "![p](pictures/x.svg) [gone](gone.md)"
