@@ -696,13 +696,16 @@ class HubCore:
                 self._lease_to(actor, work, lowest)
 
     def _kept_back(self) -> int:
-        """How many training tasks are kept for actors that are about to serve the newest weights."""
+        """How many training tasks are kept for actors that are about to serve the newest weights.
+
+        An actor that is more than one version behind is slow or hangs: nothing is kept for it.
+        """
         lowest = self.training.lowest_version()
         if lowest is None or self.now - self.published_at > FAIR_S:
             return 0
         present = [actor for actor in self.actors.values() if actor.welcomed and actor.return_by is None]
         ready = sum(actor.credit for actor in present if actor.version >= lowest)
-        coming = sum(actor.credit for actor in present if 0 <= actor.version < lowest)
+        coming = sum(actor.credit for actor in present if actor.version == lowest - 1 >= 0)
         return kept_back(tasks=self.training.leasable, ready=ready, coming=coming)
 
     def _lease_to(self, actor: Actor, work: Training | Evaluation, lowest: int) -> None:

@@ -305,10 +305,12 @@ def run_of(settings: Settings, *, steps: int) -> Run:
     )
 
 
+ALONE_LAG = 8  # so many batches ahead, slots never lack work
+
+
 def generation_bound(settings: Settings) -> Outcome:
     """The same nodes with a learner that takes no time: how fast generation alone is."""
     instant = replace(settings.learner, token_s=1e-12, step_s=0.0, publish_s=0.0, arrive_s=0.0, switch_s=0.0,
                       checkpoint_every=0, ranks=1)  # fmt: skip
-    lag = max(settings.max_lag, 8)
     engine = replace(settings.engine, load_s=0.0)
-    return simulate(replace(settings, learner=instant, max_lag=lag, engine=engine, updates="in-flight"))
+    return simulate(replace(settings, learner=instant, max_lag=ALONE_LAG, engine=engine, updates="in-flight"))

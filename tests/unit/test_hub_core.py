@@ -896,3 +896,26 @@ def test_nothing_is_kept_for_an_actor_that_has_left() -> None:
     driver = synchronous_hub()
     driver.send(b"b", wire.Goodbye())
     assert serves(driver, b"a") == 3
+
+
+def test_nothing_is_kept_for_an_actor_that_misses_a_version() -> None:
+    driver = synchronous_hub()
+    assert serves(driver, b"a") == 2
+    driver.advance(FAIR_S + 0.1)
+    driver.send(b"a", wire.Ready(tasks=4, version=1))
+    leases = [lease for _ in range(2) for lease in driver.leases(b"a")]
+    assert len(leases) == 2, "the share of b, which still serves version 0"
+    for member, lease in running(driver):
+        driver.serve(member, lease, versions=(1,))
+    driver.send(b"r0", wire.BatchRequest(step=1))
+    driver.only(b"r0", wire.Shard)
+    driver.send(b"r0", wire.Commit(step=1))
+    driver.core.actors[b"a"].credit = 3
+    driver.send(b"a", wire.Heartbeat(state="serving", version=2))
+    assert len(driver.leases(b"a")) == 3, "all that it has credit for"
+
+
+def running(driver: Driver) -> list[tuple[bytes, wire.Lease]]:
+    """The training leases that are running, and whose they are."""
+    leases = driver.core.training.leases.running.values()
+    return [(lease.member, lease.task.lease(attempt=lease.attempt, min_version=lease.min_version)) for lease in leases]
