@@ -2,9 +2,10 @@
 
 sgpo-async bench builtin:demo         generation alone, learning alone, synchronous, asynchronous
 sgpo-async bench overlap --quick      does asynchrony pay: synchronous, colocated and asynchronous runs, simulated
+sgpo-async bench pinned --quick       the same for real on this machine, with a core for each side
 sgpo-async bench scale --quick        how many inference nodes one hub serves: a real hub, simulated nodes
 sgpo-async bench weights --quick      every road of the weights, and fleets of nodes (as root: needs ip and tc)
-sgpo-async bench all --quick          overlap, scale and, as root, weights
+sgpo-async bench all --quick          overlap, pinned, scale and, as root, weights
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from sgpo_async.cli.options import add_config, load_run, print_dry_run
 
-PARTS = ("overlap", "scale", "weights")  # in place of a configuration: modules of `sgpo_async.bench`
+PARTS = ("overlap", "pinned", "scale", "weights")  # in place of a configuration: modules of `sgpo_async.bench`
 NEED_ROOT = ("weights",)  # network namespaces
 ALL = "all"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from sgpo_async.simulation.rates import EngineRates, LearnerRates
@@ -71,9 +70,3 @@ def learner_rates(shape: Shape, gpu: Hardware, *, ranks: int, recompute: bool = 
         publish_s=0.05 + shape.nbytes / ranks / (10 * GB),
         arrive_s=2 * shape.nbytes / NETWORK,
     )
-
-
-def slots_that_fit(shape: Shape, gpu: Hardware, *, mean_context: float, tp: int = 1) -> int:
-    """How many sequences of this mean length the keys and values of a server hold, at most 512."""
-    room = tp * (gpu.memory - RESERVED) - shape.nbytes
-    return max(1, min(512, math.floor(0.9 * room / shape.token_bytes / mean_context)))

@@ -31,14 +31,6 @@ class Workload:
         share = self.lengths.guided_correct if guided else self.lengths.correct
         return bool(luck[slot] < share and lengths[slot] < self.lengths.longest)
 
-    def mean(self, tasks: int = 4096) -> float:
-        """Mean length of the completions of the first tasks."""
-        return float(np.mean([self._draw(task)[0] for task in range(tasks)]))
-
-    def mean_square(self, tasks: int = 4096) -> float:
-        """Mean of the squares of these lengths."""
-        return float(np.mean([self._draw(task)[0].astype(float) ** 2 for task in range(tasks)]))
-
     def _draw(self, task: int) -> tuple[np.ndarray, np.ndarray]:
         random = np.random.default_rng((self._seed, abs(task), int(task < 0)))
         normal = (random.standard_normal(self._size) + random.standard_normal()) / math.sqrt(2)

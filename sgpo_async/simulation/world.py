@@ -94,11 +94,6 @@ class Outcome:
         """Mean age of a trained token in versions."""
         return sum(lag * share for lag, share in self.lag.items())
 
-    @property
-    def learner_idle(self) -> float:
-        """Share of time in which the learner did not train."""
-        return 1 - self.learner.get("trains", 0.0)
-
     def plain(self) -> dict[str, Any]:
         """As plain data."""
         return {
@@ -156,17 +151,6 @@ class World:
             self.now, _, action = heapq.heappop(self._heap)
             action()
         raise SgpoError(f"the simulation has not reached its last step after {EVENTS} events")
-
-    def change(self, nodes: int) -> None:
-        """Let nodes join, with the same engine, until there are so many; the run goes on meanwhile."""
-        workload = Workload(self.settings.lengths, size=self.settings.size, seed=self.settings.seed)
-        for number in range(len(self.nodes), nodes):
-            name = f"node-{number}"
-            node = Node(name, self.settings.engine, workload, size=self.settings.size, updates=self.settings.updates)
-            self.nodes[name.encode()] = node
-            node.advance(self.now)
-            node.offer(self.learner.version, self.now)
-            self._settle(name.encode())
 
     # ---- events
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from sgpo_async.bench import overlap, scale
+from sgpo_async.bench import overlap, pinned, scale
 from sgpo_async.simulation import Lengths
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(900)]
@@ -49,3 +50,14 @@ def test_the_overlap_bench_writes_what_it_prints(
             assert sum(seed["learner"].values()) == pytest.approx(1) and seed["dropped"] == 0
     rates = {row["setting"]: row["seeds"][0]["tokens_per_s"] for row in scenario["rows"]}
     assert rates["colocated"] < rates["synchronous"]
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs a core for each side")
+def test_real_processes_are_measured_on_a_core_for_each_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pinned, "SKIPPED", 2)
+    first, second = sorted(os.sched_getaffinity(0))[:2]
+    found = pinned.measure(0, steps=6, cores=(first, second))
+    assert found.problems_per_s > 0 and found.lag == 0
+    assert 0 <= found.learner_idle < 1 and 0 <= found.engine_idle < 1
+    rows = pinned._table({0: [found], 2: [found]}).splitlines()
+    assert rows[2].split()[3] == "1.00"
