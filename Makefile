@@ -1,6 +1,7 @@
 # make demo   a whole run on this machine, in minutes      make test   lint and tests, without GPU, SGLang or slow ones
 # make setup  .venv with all that is needed (both call it)  make clean  forget .venv and caches
 # make test-all   every test that needs no GPU: test, test-sglang and what is marked slow
+# make docs   the documentation as a site, in build/site     make docs-pages   its pages that are written by the code
 # make lock   requirements.lock from the versions that are in .venv now: after an upgrade, and after its tests
 #
 # With real SGLang servers, on a CPU (Python 3.11):
@@ -25,7 +26,7 @@ JOBS ?= logical
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile --durations 40
 SGLANG_PINS := sgpo_async/engines/sglang/cpu/requirements.txt
 
-.PHONY: setup lock demo test units test-all lint bench clean sglang-cpu demo-sglang test-sglang gpu-wheels gpu-check
+.PHONY: setup lock demo test units test-all lint docs docs-pages bench clean sglang-cpu demo-sglang test-sglang gpu-wheels gpu-check
 
 demo: $(STAMP)
 	$(BIN)/python launch/local.py configs/demo.yaml
@@ -51,6 +52,16 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The documentation as a site in build/site; to look at it: python -m http.server --directory build/site
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+
+# The pages that are written by the code that they describe; a test says when they are old.
+docs-pages: $(STAMP)
+	$(BIN)/python -m sgpo_async.config.page > docs/configuration.md
+	$(BIN)/python -m sgpo_async.cli.page > docs/commands.md
+	$(BIN)/python -m sgpo_async.metrics.page > docs/metrics.md
 
 bench: $(STAMP)
 	$(BIN)/python launch/bench.py configs/demo.yaml

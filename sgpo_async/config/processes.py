@@ -12,7 +12,7 @@ from sgpo_async.config.rules import INFINITE, PATH, host_of, is_loopback, listen
 class Hub:
     """The hub's address, its timeouts, and how stale a rollout may be."""
 
-    address: str = "tcp://127.0.0.1:5757"
+    address: str = "tcp://127.0.0.1:5757"  # at which actors and learner reach the hub
     keys: str = field(
         default="", metadata=PATH
     )  # folder of CURVE keys (`sgpo-async keys DIR`); required beyond loopback
@@ -164,9 +164,9 @@ class Sglang:
 class Engine:
     """The inference engine of each actor."""
 
-    kind: Literal["embedded", "sglang"] = "embedded"
+    kind: Literal["embedded", "sglang"] = "embedded"  # in the actor's process, or servers (docs/sglang.md)
     slots: int = 64  # sequences decoded together
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is a GPU
     deterministic: bool = False  # decode one sequence at a time, so that results do not depend on other requests
     sglang: Sglang = field(default_factory=Sglang)
 
@@ -195,7 +195,7 @@ class Engine:
 class Local:
     """The processes that `sgpo-async local` starts on this machine."""
 
-    actors: int = 2
+    actors: int = 2  # inference nodes
     ranks: int = 2  # torchrun --nproc-per-node
 
     def __post_init__(self) -> None:

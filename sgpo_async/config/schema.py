@@ -80,7 +80,7 @@ def is_own_name(name: str) -> bool:
 class Tasks:
     """The source of the problems, and how a prompt is built from a problem."""
 
-    source: Literal["cues", "file"] = "cues"
+    source: Literal["cues", "file"] = "cues"  # cues: the built-in domain; file: tasks.path
     path: str = field(default="", metadata=PATH)  # source=file: JSONL, CSV, Parquet, or a Hugging Face dataset
     dataset_config: str = ""  # configuration of a Hugging Face dataset, e.g. main
     split: str = ""  # split of a Hugging Face dataset; "": train
@@ -193,8 +193,8 @@ class Rollout:
 
     autonomous: int = 8  # G1
     guided: int = 4  # G2
-    max_new_tokens: int = 64
-    temperature: float = 1.0
+    max_new_tokens: int = 64  # limit of a completion, or of a whole episode
+    temperature: float = 1.0  # T; training uses softmax(z/T), too
     # Sample from the fewest likeliest tokens with the probability top_p together, and from at most top_k (0: no limit).
     # Training then uses the probabilities renormalised over these tokens, which every rollout reports.
     top_p: float = 1.0
@@ -276,10 +276,10 @@ class Evaluation:
 class Run:
     """One training run."""
 
-    name: str = "run"
+    name: str = "run"  # names the run's folder
     out: str = field(default="runs", metadata=PATH)  # everything the run writes is below out/name
-    seed: int = 0
-    steps: int = 100
+    seed: int = 0  # of generated problems, their order, splits, and sampling
+    steps: int = 100  # optimiser steps
     model: Model = field(default_factory=Model)
     tasks: Tasks = field(default_factory=Tasks)
     rollout: Rollout = field(default_factory=Rollout)

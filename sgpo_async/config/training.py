@@ -16,7 +16,7 @@ BANDS = ("token-mask", "sequence-geometric")  # modes that mask every ratio outs
 class Correction:
     """Off-policy correction of one loss term (see `sgpo_async.algorithm.correction`)."""
 
-    mode: CorrectionMode = "token"
+    mode: CorrectionMode = "token"  # how a token is weighted (docs/algorithm.md)
     bound: float = field(default=2.0, metadata=INFINITE)  # >= 1; .inf: weights are not bounded
 
 
@@ -30,7 +30,7 @@ class Algorithm:
     limiter's.
     """
 
-    objective: Literal["sgpo", "grpo", "sft", "luffy", "hpt"] = "sgpo"
+    objective: Literal["sgpo", "grpo", "sft", "luffy", "hpt"] = "sgpo"  # docs/algorithm.md compares them
     policy_gradient: bool = True  # sgpo: false trains on distillation alone, without Eq. 1 on the autonomous rollouts
     # Clip range of Eq. 1. The learner takes one optimiser step per batch, so r_t is always 1: the clip changes neither
     # the loss nor its gradient. Under lag, grpo_correction limits the weight of a stale token instead.
@@ -42,7 +42,7 @@ class Algorithm:
     divergence: Literal["forward", "reverse", "jensen-shannon", "sft"] = "forward"  # Eq. 3: forward
     target: Literal["reachable", "all"] = "reachable"  # Eq. 4; all: the mean over all correct guided rollouts (Eq. 2)
     limiter: Literal["mask", "clamp", "smooth", "quantile", "none"] = "none"  # mask: Eq. 5 masks tokens of d_t > delta
-    delta: float = 1.0
+    delta: float = 1.0  # limiter=mask, clamp, smooth: the bound of d_t in nats
     quantile: float = 0.95  # limiter=quantile: mask tokens whose d_t exceeds this quantile of the d_t in their target
     # Importance weights towards the teacher's distribution of Eq. 3. In mode prefix, the product of T factors of up to
     # c grows with c^T; with c = 1, as in V-trace, no prefix weighs more than 1.
@@ -62,7 +62,7 @@ class Algorithm:
     weight: Literal["adaptive", "fixed", "group-advantage"] = "adaptive"  # Eq. 6, the constant `alpha`, or Eq. 8
     alpha: float = 1.0  # weight=fixed
     alpha0: float = 1.0  # the paper: 0.5
-    gamma: float = 0.1
+    gamma: float = 0.1  # in Eq. 6, which is alpha0 (p_guide - p_auto + gamma) / (p_auto + gamma), up to alpha_max
     alpha_max: float = 1.6  # the paper: 0.8
     # Pass rates in Eq. 6: observed means over the rollouts, or means corrected to the present weights, which needs one
     # more forward pass.
@@ -135,13 +135,13 @@ class Algorithm:
 class Optim:
     """AdamW and its schedule."""
 
-    lr: float = 1e-6
-    beta1: float = 0.9
-    beta2: float = 0.95
-    weight_decay: float = 0.0
+    lr: float = 1e-6  # the learning rate after the warm-up
+    beta1: float = 0.9  # decay of the first moment
+    beta2: float = 0.95  # decay of the second moment
+    weight_decay: float = 0.0  # of AdamW, on matrices only
     grad_clip: float = field(default=1.0, metadata=INFINITE)  # of the gradient's norm; .inf: not clipped
-    warmup_steps: int = 0
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0  # of linear increase from 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up; linear, cosine: down to 0
     # What AdamW's two moments are stored in: 8, 4 or 2.03 bytes for each parameter in both together.
     state: Literal["float32", "bfloat16", "int8"] = "float32"
 
@@ -167,7 +167,7 @@ class Lora:
     """
 
     rank: int = 0  # of A [rank, inputs] and B [outputs, rank]; 0: no adapters, all weights are trained
-    alpha: float = 32.0
+    alpha: float = 32.0  # the adapters count alpha/rank
     # Last names of the linear layers that get adapters, such as q_proj; []: all of every decoder layer.
     targets: list[str] = field(default_factory=list)
 
@@ -276,11 +276,11 @@ class Sft:
     # Problems with responses, in a form of tasks.path; default: tasks.path without held-out problems.
     path: str = field(default="", metadata=PATH)
     validation: str = field(default="", metadata=PATH)  # a separate validation file; default: a random part of `path`
-    validation_share: float = 0.1
+    validation_share: float = 0.1  # without `validation`: the share of the problems that is that part
     problems: int = 1024  # tasks.source=cues: how many are generated
-    epochs: int = 10
+    epochs: int = 10  # how often the problems are trained on
     batch: int = 64  # sequences per optimiser step
-    lr: float = 1e-5
+    lr: float = 1e-5  # the learning rate after the warm-up
     warmup_ratio: float = 0.1  # of all steps
     schedule: Literal["constant", "linear", "cosine"] = "cosine"  # inferred: the paper names no schedule
     # Of prompt and response; longer examples, or examples beyond the model's positions, are dropped and counted.

@@ -94,9 +94,13 @@ def test_commands_for_torchrun_exist_where_they_are_named(tmp_path: Path, monkey
 
 
 def test_no_message_names_what_an_installed_package_lacks() -> None:
-    """Only installation.py may name files of a checkout in a string; comments and docstrings may."""
+    """Only installation.py may name files of a checkout in a string; comments and docstrings may.
+
+    The writers of pages in docs/ are run in a checkout alone.
+    """
+    writers = [ROOT / "sgpo_async" / name / "page.py" for name in ("cli", "config", "metrics")]
     found = []
-    for path in sorted((ROOT / "sgpo_async").rglob("*.py")):
+    for path in sorted({*(ROOT / "sgpo_async").rglob("*.py")} - {*writers}):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         docstrings = {
             id(node.body[0].value)
