@@ -45,7 +45,6 @@ class Scenario:
     slots: int
     lengths: Lengths
     steps: int
-    published: str = ""  # speed-ups of asynchronous over synchronous runs that others measured at comparable settings
 
     @property
     def base(self) -> Settings:
@@ -67,8 +66,6 @@ SCENARIOS = (
              steps=12),
     Scenario(name="1.5B on 8 GPUs, up to 4,096 tokens", shape=QWEN_1_5B, gpus=8, problems=64, slots=128, lengths=SHORT,
              steps=12),
-    Scenario(name="7B on 64 GPUs, up to 16,384 tokens", shape=QWEN_7B, gpus=64, problems=128, slots=64, lengths=LONG,
-             steps=6, published="verl, 7B on 128 GPUs, fully asynchronous: 2.35 to 2.67; AReaL: up to 2.77"),
 )  # fmt: skip
 QUICK = (replace(SCENARIOS[0], problems=32, steps=8),)
 
@@ -181,8 +178,6 @@ def _table(scenario: Scenario, rows: Sequence[Row]) -> str:
             f"{row.median('tokens_per_s') / synchronous:8.2f}{row.of_bound:10.2f}{row.median('step_s'):7.1f}s"
             f"{row.median('mean_lag'):6.2f}  {_causes(last.learner, 'trains')}; {_causes(last.engines, 'busy')}"
         )
-    if scenario.published:
-        lines.append(f"published by others, measured on their clusters: {scenario.published}")
     return "\n".join([*lines, ""])
 
 
