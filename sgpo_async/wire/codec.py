@@ -41,6 +41,9 @@ class RecordPlan:
         self.fields: dict[str, Field] = {
             field.name: plan_field(hints[field.name], f"{self.name}.{field.name}") for field in fields(record)
         }
+        self.names = list(self.fields)
+        self.dumps = [(name, field.dump) for name, field in self.fields.items()]
+        self.loads = [(name, field.load) for name, field in self.fields.items()]
         self.invalid_reason = RULES.get(record)
 
     def check(self, message: Any) -> None:
@@ -50,18 +53,19 @@ class RecordPlan:
     def dump(self, message: Any, buffers: list[bytes]) -> dict[str, Any]:
         if type(message) is not self.record:
             raise unexpected(self.where, self.name, message)
-        plain = {name: field.dump(getattr(message, name), buffers) for name, field in self.fields.items()}
+        values = message.__dict__
+        plain = {name: dump(values[name], buffers) for name, dump in self.dumps}
         self.check(message)
         return plain
 
     def load(self, plain: Any, frames: Frames) -> Any:
         if type(plain) is not dict:
             raise unexpected(self.where, f"map of {self.name}", plain)
-        if plain.keys() != self.fields.keys():
+        if list(plain) != self.names and plain.keys() != self.fields.keys():
             differing = sorted(str(key[:80]) for key in plain.keys() ^ self.fields.keys())
             raise WireError(f"{self.name}: missing or unknown fields {', '.join(differing[:8])[:80]}")
-        values = {name: field.load(plain[name], frames) for name, field in self.fields.items()}
-        message = self.record(**values)
+        message = self.record.__new__(self.record)  # without __init__, which would set every field by itself
+        message.__dict__.update({name: load(plain[name], frames) for name, load in self.loads})
         self.check(message)
         return message
 
@@ -139,13 +143,17 @@ def read_header(header: bytes) -> dict[Any, Any]:
 
 def nested_deeper(value: Any, limit: int) -> bool:
     """Whether lists and maps are nested more than `limit` levels deep; looks level by level, without recursion."""
-    level = [value]
+    level = [value] if type(value) is list or type(value) is dict else []
     for _ in range(limit):
-        containers = [item for item in level if type(item) in (list, dict)]
-        if not containers:
+        level = [
+            inner
+            for container in level
+            for inner in (container.values() if type(container) is dict else container)
+            if type(inner) is list or type(inner) is dict
+        ]
+        if not level:
             return False
-        level = [inner for item in containers for inner in (item.values() if type(item) is dict else item)]
-    return any(type(item) in (list, dict) for item in level)
+    return True
 
 
 def skim(body: bytes) -> None:

@@ -171,6 +171,7 @@ class Array:
 
     def __init__(self, where: str, dtype: str) -> None:
         self.where, self.name, self.dtype = where, dtype, np.dtype(dtype)
+        self.itemsize = self.dtype.itemsize
 
     def dump(self, value: Any, buffers: list[bytes]) -> Any:
         if not isinstance(value, np.ndarray) or value.ndim != 1 or value.dtype != self.dtype:
@@ -182,12 +183,13 @@ class Array:
         if frames.taken == len(frames.buffers):
             raise WireError(f"{self.where}: its frame is missing")
         buffer = frames.take()
-        length, rest = divmod(len(buffer), self.dtype.itemsize)
+        length, rest = divmod(len(buffer), self.itemsize)
         expected = [frames.taken, self.name, [length]]
         if rest or plain != expected:
             raise unexpected(self.where, f"{expected} for a frame of {len(buffer)} bytes", plain)
         array = np.frombuffer(buffer, self.dtype)
-        array.flags.writeable = False
+        if type(buffer) is not bytes:  # those of bytes are read-only already
+            array.setflags(write=False)
         return array
 
 
