@@ -26,7 +26,7 @@ from sgpo_async.config.schema import Rollout as RolloutSettings
 from sgpo_async.hub.authority import Authority
 from sgpo_async.hub.core import HubCore
 from sgpo_async.hub.journal import Journal
-from sgpo_async.hub.loop import Loop
+from sgpo_async.hub.loop import Loop, collect_rarely
 from sgpo_async.hub.recovery import recover
 from sgpo_async.session import SenderEvent, SenderUp
 from sgpo_async.tasks.sources import source_of
@@ -215,4 +215,5 @@ def _serve(run: Run, folder: Path, journal: bool, parent: Connection) -> None:
     router = Router(run.hub.address, max_bytes=MAX_BYTES)
     parent.send(router.address)
     loop = Loop(core, mailbox=RouterMailbox(router), authority=Authority(), spawn_sender=NoSender, journal=written)
+    collect_rarely()
     loop.run(interrupted=str)

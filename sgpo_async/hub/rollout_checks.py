@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,8 +26,7 @@ BEGINS = "tokens must begin with one that the policy sampled"
 CERTAIN = "logprobs of tokens that an environment wrote must be 0"
 PROMPT_DIFFERS = "prompt differs from that of the group"
 
-@dataclass(frozen=True)
-class Limits:
+class Limits(NamedTuple):
     """Limits of token ids, versions and digests."""
 
     vocabulary: int  # number of token ids that the model knows; 0 if it is unknown

@@ -7,12 +7,15 @@ import socket as network
 from collections.abc import Callable, Sequence
 
 import zmq
+import zmq.backend
 
 from sgpo_async.errors import HubError
 from sgpo_async.transport.base import BATCH, HIGH_WATER, Frames
 
-# As plain integers: an operation with pyzmq's flags costs as much as to send a frame.
+# As plain integers, because an operation with pyzmq's flags takes longer than to send a frame; and without the layer of
+# `zmq.Socket` for kinds of sockets that are not used here.
 _DONTWAIT, _MORE = int(zmq.DONTWAIT), int(zmq.DONTWAIT | zmq.SNDMORE)
+_send = zmq.backend.Socket.send
 CUT_FACTOR = 4  # ZeroMQ does not receive a frame larger than this times max_bytes, but drops the connection
 
 
@@ -79,8 +82,8 @@ def offer(socket: zmq.Socket, frames: Sequence[bytes]) -> bool:
     *first, last = frames
     try:
         for frame in first:
-            socket.send(frame, _MORE)
-        socket.send(last, _DONTWAIT)
+            _send(socket, frame, _MORE)
+        _send(socket, last, _DONTWAIT)
     except zmq.Again:
         return False
     except zmq.ZMQError as error:

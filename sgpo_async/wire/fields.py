@@ -36,11 +36,6 @@ class Frames:
         self.buffers = buffers
         self.taken = 0
 
-    def take(self) -> bytes | memoryview:
-        """The next buffer; the caller has checked that there is one."""
-        self.taken += 1
-        return self.buffers[self.taken - 1]
-
 
 class Field(Protocol):
     """Encoder and decoder of one field."""
@@ -176,17 +171,20 @@ class Array:
     def dump(self, value: Any, buffers: list[bytes]) -> Any:
         if not isinstance(value, np.ndarray) or value.ndim != 1 or value.dtype != self.dtype:
             raise unexpected(self.where, f"1-d array of {self.name}", getattr(value, "dtype", value))
-        buffers.append(value.tobytes())
+        frame = value.base  # if it has been decoded: the hub passes most rollouts on to the learner as they are
+        buffers.append(frame if type(frame) is bytes and len(frame) == value.nbytes else value.tobytes())
         return [len(buffers), self.name, [len(value)]]
 
     def load(self, plain: Any, frames: Frames) -> Any:
-        if frames.taken == len(frames.buffers):
+        index = frames.taken
+        if index == len(frames.buffers):
             raise WireError(f"{self.where}: its frame is missing")
-        buffer = frames.take()
+        frames.taken = index + 1
+        buffer = frames.buffers[index]
         length, rest = divmod(len(buffer), self.itemsize)
-        expected = [frames.taken, self.name, [length]]
-        if rest or plain != expected:
-            raise unexpected(self.where, f"{expected} for a frame of {len(buffer)} bytes", plain)
+        if rest or plain != [index + 1, self.name, [length]]:
+            expected = f"[{index + 1}, '{self.name}', [{length}]] for a frame of {len(buffer)} bytes"
+            raise unexpected(self.where, expected, plain)
         array = np.frombuffer(buffer, self.dtype)
         if type(buffer) is not bytes:  # those of bytes are read-only already
             array.setflags(write=False)

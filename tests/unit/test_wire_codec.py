@@ -463,6 +463,8 @@ def test_a_message_larger_than_max_bytes_is_rejected() -> None:
         b"\xdb\xff\xff\xff\xff",
         b"\xc6\xff\xff\xff\xff",
         b"\xc9\xff\xff\xff\xff\x01",
+        b"\xdc\x01\xf0" * 165,  # short enough to be read at once
+        b"\xdc\x7f\xff" * 11_000,
         b"\x91" * 100_000,
         b"\x81\xa4kind" + b"\x91" * 900 + b"\xc0",
         b"\xd6\xff\x00\x00\x00\x00",
