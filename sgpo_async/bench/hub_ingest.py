@@ -55,7 +55,8 @@ class HubIngest:
         self._actors = [ours for ours, _ in pipes]
         actors = [(act, (address, i, tokens, seed, newest, theirs)) for i, (_, theirs) in enumerate(pipes)]
         self._processes = [
-            SPAWN.Process(target=target, args=args, daemon=True) for target, args in [(learn, (address, newest)), *actors]
+            SPAWN.Process(target=target, args=args, daemon=True)
+            for target, args in [(learn, (address, newest)), *actors]
         ]
         for process in self._processes:
             process.start()

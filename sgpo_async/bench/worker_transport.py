@@ -2,7 +2,7 @@
 
     python -m sgpo_async.bench.worker_transport SETTING TOKENS PRODUCERS SEED
 
-For each line on standard input, a number of seconds, it prints a line with the rollouts per second that arrived.
+For each line on standard input, which begins with a number of seconds, it prints a line with the rollouts per second that arrived.
 Between two lines nothing moves: the consumer reads nothing, and so the producers wait.
 """
 
@@ -209,7 +209,7 @@ def main(name: str, tokens: str, producers: str, seed: str) -> int:
             setting = Stream(name, **sizes)
         try:
             for line in sys.stdin:
-                print(setting.measure(float(line)), flush=True)
+                print(setting.measure(float(line.split()[0])), flush=True)
         finally:
             setting.close()
     return 0

@@ -26,6 +26,7 @@ BEGINS = "tokens must begin with one that the policy sampled"
 CERTAIN = "logprobs of tokens that an environment wrote must be 0"
 PROMPT_DIFFERS = "prompt differs from that of the group"
 
+
 class Limits(NamedTuple):
     """Limits of token ids, versions and digests."""
 
