@@ -12,7 +12,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
@@ -48,16 +48,14 @@ class HubIngest:
     """Hub, actors and learner; measures one period after the other, and rests between them."""
 
     def __init__(self, folder: Path, *, tokens: int, seed: int, producers: int, journal: bool) -> None:
-        self._hub = hub_process(run_of(tokens), folder, journal=journal)
-        address = self._hub.__enter__()
+        self._stack = ExitStack()
+        address = self._stack.enter_context(hub_process(run_of(tokens), folder, journal=journal))
         self._newest = newest = SPAWN.Value("q", -1)  # version; the processes open it by name while it exists here
         pipes = [SPAWN.Pipe() for _ in range(producers)]
         self._actors = [ours for ours, _ in pipes]
-        actors = [(act, (address, i, tokens, seed, newest, theirs)) for i, (_, theirs) in enumerate(pipes)]
-        self._processes = [
-            SPAWN.Process(target=target, args=args, daemon=True)
-            for target, args in [(learn, (address, newest)), *actors]
-        ]
+        arguments = [(address, i, tokens, seed, newest, pipe[1]) for i, pipe in enumerate(pipes)]
+        self._processes = [SPAWN.Process(target=act, args=one, daemon=True) for one in arguments]
+        self._processes.append(SPAWN.Process(target=learn, args=(address, newest), daemon=True))
         for process in self._processes:
             process.start()
 
@@ -72,7 +70,7 @@ class HubIngest:
         for process in self._processes:
             process.kill()
             process.join()
-        self._hub.__exit__(None, None, None)
+        self._stack.close()
 
 
 def run_of(tokens: int) -> Run:

@@ -2,8 +2,8 @@
 
     python -m sgpo_async.bench.worker_transport SETTING TOKENS PRODUCERS SEED
 
-For each line on standard input, which begins with a number of seconds, it prints a line with the rollouts per second that arrived.
-Between two lines nothing moves: the consumer reads nothing, and so the producers wait.
+For each line on standard input, which begins with a number of seconds, it prints a line with the rollouts per second
+that arrived. Between two lines nothing moves: the consumer reads nothing, and so the producers wait.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WINDOW = 512  # rollouts of one producer that are sent and not acknowledged
 POLL_S = 0.01
 ACK = encode(wire.Ack(task=1234, attempt=0, slot=7))
 
-Send = Callable[[], None]
+Send = Callable[[], object]
 
 
 class Setting(Protocol):

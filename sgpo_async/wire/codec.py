@@ -28,6 +28,7 @@ MAX_HEADER = (
 )  # bytes: enough for a shard of 20,000 rollouts; a header of empty maps would take 70 times this memory when built
 SHORT = 512  # bytes; a claimed length is at most that of the header, so a short one claims less than 1 MB on all levels
 MAX_LEVELS = MAX_DEPTH + 8  # of nested lists and maps: plain data in a record of a tuple is the deepest
+CONTAINERS = frozenset({list, dict})  # that `msgpack.unpackb` makes
 BROKEN = (ValueError, msgpack.UnpackException)  # what msgpack raises for bytes that are not MessagePack
 
 
@@ -65,7 +66,7 @@ class RecordPlan:
         if list(plain) != self.names:
             plain = self.in_order(plain)
         values = [load(value, frames) for load, value in zip(self.loads, plain.values(), strict=True)]
-        message = self.record.__new__(self.record)  # without __init__, which would set every field by itself
+        message: Any = object.__new__(self.record)  # without __init__, which would set every field by itself
         message.__dict__.update(zip(self.names, values, strict=True))
         self.check(message)
         return message
@@ -152,13 +153,13 @@ def read_header(header: bytes) -> dict[Any, Any]:
 
 def nested_deeper(value: Any, limit: int) -> bool:
     """Whether lists and maps are nested more than `limit` levels deep; looks level by level, without recursion."""
-    level = [value] if type(value) is list or type(value) is dict else []
+    level = [value] if type(value) in CONTAINERS else []
     for _ in range(limit):
         level = [
             inner
             for container in level
             for inner in (container.values() if type(container) is dict else container)
-            if type(inner) is list or type(inner) is dict
+            if type(inner) in CONTAINERS
         ]
         if not level:
             return False

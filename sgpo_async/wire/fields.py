@@ -72,32 +72,30 @@ class Scalar:
     where: str
     kind: type
 
-    def check(self, value: Any) -> Any:
+    def load(self, value: Any, _other: Any) -> Any:
         if type(value) is not self.kind:
             raise unexpected(self.where, self.kind.__name__, value)
         return value
 
-    def dump(self, value: Any, _buffers: list[bytes]) -> Any:
-        return self.check(value)
-
-    def load(self, plain: Any, _frames: Frames) -> Any:
-        return self.check(plain)
+    dump = load
 
 
 class Integer(Scalar):
     """A signed 64-bit integer."""
 
-    def check(self, value: Any) -> Any:
+    def load(self, value: Any, _other: Any) -> Any:
         if type(value) is not int or not -INT64 <= value < INT64:
             raise unexpected(self.where, "a 64-bit int", value)
         return value
+
+    dump = load
 
 
 class Real(Scalar):
     """A float; the sender may also pass an int or a NumPy float64."""
 
-    def dump(self, value: Any, _buffers: list[bytes]) -> Any:
-        return float(value) if isinstance(value, float) or type(value) is int else self.check(value)
+    def dump(self, value: Any, buffers: list[bytes]) -> Any:
+        return float(value) if isinstance(value, float) or type(value) is int else self.load(value, buffers)
 
 
 @dataclass(frozen=True)
