@@ -26,7 +26,7 @@ JOBS ?= logical
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile --durations 40
 SGLANG_PINS := sgpo_async/engines/sglang/cpu/requirements.txt
 
-.PHONY: setup lock demo test units test-all lint docs docs-pages bench clean sglang-cpu demo-sglang test-sglang gpu-wheels gpu-check
+.PHONY: setup lock demo test units test-all lint docs docs-pages bench clean sglang-cpu demo-sglang test-sglang gpu-wheels gpu-check peers
 
 demo: $(STAMP)
 	$(BIN)/python launch/local.py configs/demo.yaml
@@ -118,5 +118,11 @@ $(SGLANG_STAMP): $(SGLANG_PINS)
 	$(SGLANG_BIN)/python -m pip install --no-deps sglang==0.5.23 xgrammar==0.2.7
 	@touch $@
 
+# What sgpo-async bench transport compares with: sgpo-async bench transport --peers .venv-peers/bin/python
+peers:
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet $(TORCH_INSTALL)
+	.venv-peers/bin/python -m pip install --quiet TransferQueue==0.1.11 ray==2.60.0
+
 clean:
-	rm -rf .venv .venv-sglang .pytest_cache .hypothesis .ruff_cache .mypy_cache .import_linter_cache .grimp_cache build dist *.egg-info
+	rm -rf .venv .venv-sglang .venv-peers .pytest_cache .hypothesis .ruff_cache .mypy_cache .import_linter_cache .grimp_cache build dist *.egg-info

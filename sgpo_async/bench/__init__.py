@@ -10,6 +10,7 @@ servers        with engine.kind=sglang, in place of the first three: plain reque
 measure.py              starts the processes of each setting and reads one JSON line from each
 worker_*.py             those processes
 synchronous_actor.py    an engine that generates whole groups without a hub
+transport.py            rollouts into the hub, against ZeroMQ alone and against other projects
 cost.py                 the GPU-hours of a whole run, calculated from such figures
 """
 

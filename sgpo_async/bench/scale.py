@@ -32,7 +32,7 @@ from typing import Any
 import psutil
 import zmq
 
-from sgpo_async.bench.ingest import MAX_BYTES, hub_process
+from sgpo_async.bench.hub_ingest import MAX_BYTES, hub_process
 from sgpo_async.errors import SgpoError
 from sgpo_async.files import write_whole
 from sgpo_async.simulation import Lengths, Settings

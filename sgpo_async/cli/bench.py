@@ -4,8 +4,9 @@ sgpo-async bench builtin:demo         generation alone, learning alone, synchron
 sgpo-async bench overlap --quick      does asynchrony pay: synchronous, colocated and asynchronous runs, simulated
 sgpo-async bench pinned --quick       the same for real on this machine, with a core for each side
 sgpo-async bench scale --quick        how many inference nodes one hub serves: a real hub, simulated nodes
+sgpo-async bench transport --quick    rollouts into the hub, against ZeroMQ alone, TransferQueue, Ray, MessagePack lists
 sgpo-async bench weights --quick      every road of the weights, and fleets of nodes (as root: needs ip and tc)
-sgpo-async bench all --quick          overlap, pinned, scale and, as root, weights
+sgpo-async bench all --quick          all of these; weights only as root
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from sgpo_async.cli.options import add_config, load_run, print_dry_run
 
-PARTS = ("overlap", "pinned", "scale", "weights")  # in place of a configuration: modules of `sgpo_async.bench`
+PARTS = ("overlap", "pinned", "scale", "transport", "weights")  # in place of a configuration: modules of `bench`
 NEED_ROOT = ("weights",)  # network namespaces
 ALL = "all"
 
@@ -28,9 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=float, default=20.0, metavar="S", help="CONFIG: duration of each measurement (default: 20)"
     )
-    parser.add_argument("--quick", action="store_true", help=f"{', '.join(PARTS)}: less of everything, in a minute")
+    parser.add_argument("--quick", action="store_true", help="parts: less of everything, in a minute")
     parser.add_argument(
-        "--to", type=Path, metavar="DIR", help=f"{', '.join(PARTS)}: folder of the results (default: runs/bench-PART)"
+        "--to", type=Path, metavar="DIR", help="parts: folder of the results (default: runs/bench-PART)"
+    )
+    parser.add_argument(
+        "--peers", default="", metavar="PYTHON", help="transport: Python of an environment with TransferQueue and Ray"
     )
 
 
@@ -54,17 +58,21 @@ def _parts(args: argparse.Namespace) -> int:
     unused = [*args.overrides, *(["--dry-run"] if args.dry_run else [])]
     require(not unused, f"bench {args.config}", "must not be given settings of a run or --dry-run", " ".join(unused))
     if args.config != ALL:
-        return _measure(args.config, quick=args.quick, to=args.to or Path(f"runs/bench-{args.config}"))
+        return _measure(args.config, args, args.to or Path(f"runs/bench-{args.config}"))
     codes = []
     for part in PARTS:
         if part in NEED_ROOT and os.geteuid() != 0:
             print(f"{part}: left out, because it must be started as root")
             continue
-        codes.append(_measure(part, quick=args.quick, to=(args.to or Path("runs/bench-all")) / part))
+        codes.append(_measure(part, args, (args.to or Path("runs/bench-all")) / part))
     return next((code for code in codes if code), 0)
 
 
-def _measure(part: str, *, quick: bool, to: Path) -> int:
+def _measure(part: str, args: argparse.Namespace, to: Path) -> int:
+    if part == "transport":
+        from sgpo_async.bench.transport import QUICK, Sizes, run_bench_transport
+
+        return run_bench_transport(sizes=QUICK if args.quick else Sizes(), peers=args.peers, to=to)
     module = importlib.import_module(f"sgpo_async.bench.{part}")
-    code: int = getattr(module, f"run_bench_{part}")(quick=quick, to=to)
+    code: int = getattr(module, f"run_bench_{part}")(quick=args.quick, to=to)
     return code

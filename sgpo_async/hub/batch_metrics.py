@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from sgpo_async.rollout.completed import CompletedGroup
+from sgpo_async.wire.records import OBSERVED
 
 
 def batch_metrics(groups: Sequence[CompletedGroup], *, version: int) -> dict[str, Any]:
@@ -30,12 +32,16 @@ def batch_metrics(groups: Sequence[CompletedGroup], *, version: int) -> dict[str
 
 def lag(groups: Sequence[CompletedGroup], *, version: int) -> dict[str, Any]:
     """Mean, maximum and histogram {lag: number of tokens} of `version` minus the version of each token."""
-    lags = np.concatenate(
-        [version - rollout.token_versions()[rollout.sampled] for group in groups for rollout in group.rollouts]
-    )
-    values, counts = np.unique(lags, return_counts=True)
-    histogram = {str(value): int(count) for value, count in zip(values, counts, strict=True)}
-    return {"mean": float(lags.mean()), "max": int(lags.max()), "histogram": histogram}
+    tokens: Counter[int] = Counter()
+    for rollout in (rollout for group in groups for rollout in group.rollouts):
+        start = 0
+        for own, end in zip(rollout.versions.tolist(), rollout.ends.tolist(), strict=True):
+            if own != OBSERVED:
+                tokens[version - own] += end - start
+            start = end
+    mean = sum(one * count for one, count in tokens.items()) / tokens.total()
+    histogram = {str(one): count for one, count in sorted(tokens.items())}
+    return {"mean": mean, "max": max(tokens), "histogram": histogram}
 
 
 def mean_of_known(rates: Sequence[float | None]) -> float | None:

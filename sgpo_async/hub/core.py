@@ -3,6 +3,7 @@
     event ──▶ handle ── 1. process the event (one handler per kind of event or message)
                      ── 2. apply the rules to the new state, in this order:
                               evaluation rounds ▸ stale groups ▸ batch ▸ leases ▸ end of the run
+                           (not after most rollouts: one that completes no group changes nothing that they depend on)
                      ── 3. at a Tick, check that all ledgers balance ──▶ effects
 
 The core never waits and never reads a clock: the time is an argument, and timeouts are checked when a Tick arrives.
@@ -111,8 +112,8 @@ class HubCore:
         """Process one event that happened at `now` (monotonic seconds); return the effects, in order."""
         self.now, self._effects = now, []
         if not self.closed:
-            self._process(event)
-            self._apply_rules()
+            if self._process(event):
+                self._apply_rules()
             if isinstance(event, ev.Tick):  # not after every event, because it counts all that is in flight
                 self.check_ledgers()
         elif isinstance(event, ev.HubRestarted) and self.closing:
@@ -134,8 +135,11 @@ class HubCore:
 
     # ---- 1. process the event
 
-    def _process(self, event: Event) -> None:
+    def _process(self, event: Event) -> bool:
+        """Process an event; return whether the rules may have something to do."""
         match event:
+            case ev.Received(member, wire.Rollout() as rollout):
+                return self._rollout(member, rollout)
             case ev.Received(member, message):
                 self._received(member, message)
             case ev.Rejected(member, reason):
@@ -159,6 +163,7 @@ class HubCore:
                 self._restarted()
             case ev.Interrupted(reason, at_once):
                 self._interrupted(reason, at_once=at_once)
+        return True
 
     def _received(self, member: bytes, message: wire.Message) -> None:
         rank = self.learner_ranks.rank_of(member)
@@ -456,25 +461,28 @@ class HubCore:
         else:
             work.leases.report(progress, now=self.now)
 
-    def _rollout(self, member: bytes, rollout: wire.Rollout) -> None:
+    def _rollout(self, member: bytes, rollout: wire.Rollout) -> bool:
+        """Accept or reject a rollout; return False if it was accepted and its group is not complete."""
         work = self._work_of(member, rollout)
         lease = work.leases.lease_of(member, rollout)
         expected = lease is not None and rollout.slot not in lease.arrived.rollouts
         if expected and self._is_early(member, rollout, [rollout.versions]):
-            return
+            return True
         self._send(member, wire.Ack(task=rollout.task, attempt=rollout.attempt, slot=rollout.slot))
         if lease is None or not expected:
             self._unexpected_rollout(member, rollout, work)
-            return
-        reason = violation(lease.terms, rollout, self._limits, prompts=lease.arrived.prompts)
+            return True
+        prompt = lease.arrived.prompt(guided=rollout.guided)
+        reason = violation(lease.terms, rollout, self._limits, prompt=prompt)
+        if not reason:
+            return work.leases.arrive(rollout, now=self.now)
         if reason == PROMPT_DIFFERS and lease.continues_another:
             self.rejected[reason] += 1  # nobody knows which of the two actors is wrong, so both begin anew
             work.leases.forget(rollout.task)
             self._send(member, wire.Revoked(task=rollout.task, attempt=rollout.attempt))
-        elif reason:
-            self._invalid(work.leases, member, rollout, reason)
         else:
-            work.leases.arrive(rollout, now=self.now)
+            self._invalid(work.leases, member, rollout, reason)
+        return True
 
     def _canary(self, actor: Actor, canary: wire.Canary) -> None:
         if not self.training.first_version <= canary.version <= self.training.version:

@@ -17,6 +17,7 @@ import heapq
 from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -49,10 +50,14 @@ class RunningLease:
         """Whether some of its finished rollouts come from an earlier attempt, by another actor."""
         return any(rollout.attempt != self.attempt for rollout in self.arrived.rollouts.values())
 
-    @property
+    @cached_property
     def terms(self) -> Lease:
         """What the rollouts of this lease must comply with."""
         return self.task.lease(attempt=self.attempt, min_version=self.oldest)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without `terms`, which hold the whole problem: the hub saves its state often."""
+        return {name: value for name, value in self.__dict__.items() if name != "terms"}
 
 
 class LeaseTable:
@@ -133,18 +138,20 @@ class LeaseTable:
         for part in progress.partial:
             lease.arrived.report(part)
 
-    def arrive(self, rollout: Rollout, *, now: float) -> None:
-        """Store an expected rollout. The last one completes the group."""
+    def arrive(self, rollout: Rollout, *, now: float) -> bool:
+        """Store an expected rollout; return whether it completes the group."""
         lease = self.running[rollout.task]
         lease.last_progress = now
         self.tokens += len(rollout.tokens)
         lease.arrived.finish(rollout if self._keeps_tokens else _without_tokens(rollout))
-        if not lease.arrived.missing:
-            del self.running[rollout.task]
-            self.completed += 1
-            self.durations.append(now - lease.issued)
-            ordered = tuple(lease.arrived.rollouts[slot] for slot in range(lease.task.size))
-            self.complete[rollout.task] = CompletedGroup(number=rollout.task, attempt=lease.attempt, rollouts=ordered)
+        if lease.arrived.missing:
+            return False
+        del self.running[rollout.task]
+        self.completed += 1
+        self.durations.append(now - lease.issued)
+        ordered = tuple(lease.arrived.rollouts[slot] for slot in range(lease.task.size))
+        self.complete[rollout.task] = CompletedGroup(number=rollout.task, attempt=lease.attempt, rollouts=ordered)
+        return True
 
     def renew(self, member: bytes, numbers: Iterable[int], *, now: float) -> None:
         """Record that `member` is still working on the tasks `numbers`, so that their leases do not time out."""

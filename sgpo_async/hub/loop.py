@@ -15,6 +15,7 @@ takes a moment to end, so worker threads stop it.
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -39,6 +40,7 @@ from sgpo_async.wire import records as wire
 log = logging.getLogger(__name__)
 
 TICK_S = 0.1
+YOUNG_OBJECTS = 50_000  # new objects after which Python looks for cycles
 SENDER_STOP_S = 1.0  # timeout for the end of a weight sender after it was killed
 COMMIT_S = 1.0  # longest time without a commit of the journal
 LINGER_S = 0.3  # time for the last messages to be delivered
@@ -224,6 +226,12 @@ class Loop:
             self._stop_sender(member)
         self._mailbox.close(LINGER_S)
         self._stopping.close()
+
+
+def collect_rarely() -> None:
+    """Have Python look for cycles less often: the hub makes hardly any, and holds thousands of rollouts."""
+    gc.freeze()
+    gc.set_threshold(YOUNG_OBJECTS, *gc.get_threshold()[1:])
 
 
 def _changes_state(event: ev.Event) -> bool:

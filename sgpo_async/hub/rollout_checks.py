@@ -10,8 +10,9 @@ A reason has no values in it, because the hub counts rejections by reason.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import operator
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,12 +26,8 @@ BEGINS = "tokens must begin with one that the policy sampled"
 CERTAIN = "logprobs of tokens that an environment wrote must be 0"
 PROMPT_DIFFERS = "prompt differs from that of the group"
 
-Prompts = Mapping[bool, np.ndarray]
-"""The prompts of the rollouts that a lease already has: the plain one (False) and the one with the strategy (True)."""
 
-
-@dataclass(frozen=True)
-class Limits:
+class Limits(NamedTuple):
     """Limits of token ids, versions and digests."""
 
     vocabulary: int  # number of token ids that the model knows; 0 if it is unknown
@@ -39,12 +36,12 @@ class Limits:
     objection: Callable[[np.ndarray, np.ndarray], str | None]
 
 
-def violation(lease: Lease, rollout: Rollout, limits: Limits, *, prompts: Prompts) -> str | None:
+def violation(lease: Lease, rollout: Rollout, limits: Limits, *, prompt: np.ndarray | None) -> str | None:
     """Why `rollout` cannot be one of `lease`; None if it can.
 
     Args:
         lease: the lease of this purpose, task and attempt.
-        prompts: those of the rollouts that have arrived for this lease.
+        prompt: that of the rollouts, guided or not like this one, that have arrived for this lease; None if none has.
     """
     return (
         _slot(lease, rollout)
@@ -54,7 +51,7 @@ def violation(lease: Lease, rollout: Rollout, limits: Limits, *, prompts: Prompt
         or _numbers(lease, rollout)
         or _likely_tokens(lease, rollout)
         or _kept(lease, rollout)
-        or _prompt(rollout, prompts)
+        or _prompt(rollout, prompt)
     )
 
 
@@ -104,14 +101,14 @@ def _length(lease: Lease, rollout: Rollout) -> str | None:
 
 
 def _spans(lease: Lease, rollout: Rollout, limits: Limits) -> str | None:
-    ends = rollout.ends
-    if not len(ends) or ends[0] < 1 or ends[-1] != len(rollout.tokens) or (ends[1:] <= ends[:-1]).any():
+    ends, versions = rollout.ends.tolist(), rollout.versions.tolist()  # few: as lists they are compared faster
+    if not ends or ends[0] < 1 or ends[-1] != len(rollout.tokens) or any(map(operator.ge, ends, ends[1:])):
         return "ends of spans do not increase from 1 to the number of tokens"
-    if rollout.versions[0] == OBSERVED:
+    if versions[0] == OBSERVED:
         return BEGINS
-    if rollout.versions[-1] == OBSERVED:
+    if versions[-1] == OBSERVED:
         return "tokens must end with one that the policy sampled"
-    if (rollout.logprobs[~rollout.sampled] != 0).any():
+    if OBSERVED in versions and (rollout.logprobs[~rollout.sampled] != 0).any():
         return CERTAIN
     if lease.turns and np.count_nonzero(np.diff(rollout.sampled)) // 2 >= lease.turns:
         return "number of turns is not in [1, turns]"
@@ -119,14 +116,14 @@ def _spans(lease: Lease, rollout: Rollout, limits: Limits) -> str | None:
 
 
 def _versions(lease: Lease, sent: Rollout | PartialRollout, limits: Limits) -> str | None:
-    versions = sent.versions
+    versions = sent.versions.tolist()
     if lease.turns:
-        versions = versions[versions != OBSERVED]
-    if not len(versions):
+        versions = [version for version in versions if version != OBSERVED]
+    if not versions:
         return limits.objection(sent.versions, sent.digests)  # a report between two turns
-    if versions.min() < lease.min_version:
+    if min(versions) < lease.min_version:
         return "tokens are older than the lease's min_version"
-    if versions.max() > limits.newest:
+    if max(versions) > limits.newest:
         return "tokens have a version that does not exist yet"
     return limits.objection(sent.versions, sent.digests)
 
@@ -135,7 +132,8 @@ def _token_ids(sent: Rollout | PartialRollout, limits: Limits) -> str | None:
     limit = limits.vocabulary or 2**31
     for name in ("prompt", "tokens", "top_tokens", "kept"):
         ids = getattr(sent, name, None)
-        if ids is not None and len(ids) and not (ids.min() >= 0 and ids.max() < limit):
+        # As unsigned numbers, negative ones are larger than any limit.
+        if ids is not None and np.maximum.reduce(ids.view(np.uint32), initial=0) >= limit:
             return f"{name} has an id that is not in the vocabulary"
     return None
 
@@ -183,11 +181,10 @@ def _kept(lease: Lease, sent: Rollout | PartialRollout) -> str | None:
     return None
 
 
-def _prompt(rollout: Rollout, prompts: Prompts) -> str | None:
+def _prompt(rollout: Rollout, known: np.ndarray | None) -> str | None:
     if not len(rollout.prompt):
         return "prompt is empty"
-    known = prompts.get(rollout.guided)
-    if known is not None and not np.array_equal(known, rollout.prompt):
+    if known is not None and known.tobytes() != rollout.prompt.tobytes():
         return PROMPT_DIFFERS
     return None
 
@@ -199,4 +196,5 @@ def _is_scored(lease: Lease, rollout: Rollout) -> bool:
 
 def _are_logprobs(values: np.ndarray) -> bool:
     """Whether all are log-probabilities of tokens; NaN is none."""
-    return bool(((values >= LOWEST) & (values <= TOLERANCE)).all())
+    lowest, highest = np.minimum.reduce(values, initial=0.0), np.maximum.reduce(values, initial=0.0)
+    return bool(lowest >= LOWEST and highest <= TOLERANCE)  # both are NaN if a value is

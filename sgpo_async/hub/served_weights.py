@@ -196,4 +196,4 @@ def _weights_and_length(canary: Canary) -> tuple[int, int, int]:
 
 def newest(spans: Sequence[np.ndarray]) -> int:
     """The newest version of these spans; OBSERVED if there are none."""
-    return max((int(versions.max(initial=OBSERVED)) for versions in spans), default=OBSERVED)
+    return max((max(versions.tolist(), default=OBSERVED) for versions in spans), default=OBSERVED)

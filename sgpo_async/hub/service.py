@@ -23,7 +23,7 @@ from sgpo_async.hub.core import HubCore
 from sgpo_async.hub.dashboard import DashboardProcess
 from sgpo_async.hub.journal import Journal
 from sgpo_async.hub.learner_weights import LearnerWeights
-from sgpo_async.hub.loop import Loop
+from sgpo_async.hub.loop import Loop, collect_rarely
 from sgpo_async.hub.recovery import recover
 from sgpo_async.hub.uploads import Uploads
 from sgpo_async.logs import fields
@@ -106,6 +106,7 @@ def serve(run: Run) -> int:
             if elapsed:
                 log.warning("the hub has restarted at step %d, with %d groups in its buffer", *_position(core))
                 loop.restart()
+        collect_rarely()
         loop.run(interrupted=lambda: _stop_reason(signals), hurried=lambda: signals.kill)
         if journal:
             journal.remove()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-
-import numpy as np
+from statistics import fmean
 
 from sgpo_async.wire.records import Rollout
 
@@ -36,9 +35,9 @@ class CompletedGroup:
     def pass_rate(self, *, guided: bool) -> float | None:
         """Share of correct rollouts among the guided or the autonomous ones; None if the group has none of them."""
         correct = [r.correct for r in self.rollouts if r.guided == guided]
-        return float(np.mean(correct)) if correct else None
+        return fmean(correct) if correct else None
 
     def mean_reward(self, *, guided: bool) -> float | None:
         """Mean reward of the guided or of the autonomous rollouts; None if the group has none of them."""
         rewards = [r.reward for r in self.rollouts if r.guided == guided]
-        return float(np.mean(rewards)) if rewards else None
+        return fmean(rewards) if rewards else None

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sgpo_async.wire.records import OBSERVED, PartialRollout, Rollout, oldest
+from sgpo_async.wire.records import OBSERVED, PartialRollout, Rollout
 
 
 @dataclass(kw_only=True)
@@ -51,10 +51,10 @@ class Arrived:
         self._see(part.versions)
         return True
 
-    @property
-    def prompts(self) -> dict[bool, np.ndarray]:
-        """The prompts of the finished rollouts: the plain one (False) and the one with the strategy (True)."""
-        return {rollout.guided: rollout.prompt for rollout in self.rollouts.values() if len(rollout.prompt)}
+    def prompt(self, *, guided: bool) -> np.ndarray | None:
+        """The prompt of the finished rollouts, the one with the strategy if `guided`; None if it is not known."""
+        prompts = (one.prompt for one in self.rollouts.values() if one.guided == guided and len(one.prompt))
+        return next(prompts, None)
 
     @property
     def missing(self) -> int:
@@ -78,9 +78,10 @@ class Arrived:
 
     def _see(self, versions: np.ndarray) -> None:
         """Keep the oldest version: the hub asks for that of every running group, often."""
-        if (versions != OBSERVED).any():
-            own = oldest(versions)
-            self.oldest_version = own if self.oldest_version is None else min(own, self.oldest_version)
+        sampled = [version for version in versions.tolist() if version != OBSERVED]
+        if self.oldest_version is not None:
+            sampled.append(self.oldest_version)
+        self.oldest_version = min(sampled, default=None)
 
 
 def join(parts: Sequence[PartialRollout]) -> PartialRollout:

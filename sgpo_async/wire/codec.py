@@ -3,10 +3,10 @@
     frame 0      MessagePack of PROTOCOL, then MessagePack of {"kind": "Rollout", field: value, ...}
     frame 1..n   the raw little-endian buffers of array and bytes fields, in order
 
-`decode` compares the protocol version before it reads anything else. It then walks through the header without building
-objects, so that a length that the header claims but does not hold allocates no memory. It limits the header's size
-(`MAX_HEADER`), so that what the header does hold allocates little, and its depth (`MAX_LEVELS`), so that no later check
-meets a value that Python cannot compare or format.
+`decode` compares the protocol version before it reads anything else. It then walks through a header that is not `SHORT`
+without building objects, so that a length that the header claims but does not hold allocates no memory. It limits the
+header's size (`MAX_HEADER`), so that what the header does hold allocates little, and its depth (`MAX_LEVELS`), so that
+no later check meets a value that Python cannot compare or format.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ PREFIX = msgpack.packb(PROTOCOL)
 MAX_HEADER = (
     4 * 2**20
 )  # bytes: enough for a shard of 20,000 rollouts; a header of empty maps would take 70 times this memory when built
+SHORT = 512  # bytes; a claimed length is at most that of the header, so a short one claims less than 1 MB on all levels
 MAX_LEVELS = MAX_DEPTH + 8  # of nested lists and maps: plain data in a record of a tuple is the deepest
+CONTAINERS = frozenset({list, dict})  # that `msgpack.unpackb` makes
 BROKEN = (ValueError, msgpack.UnpackException)  # what msgpack raises for bytes that are not MessagePack
 
 
@@ -41,6 +43,9 @@ class RecordPlan:
         self.fields: dict[str, Field] = {
             field.name: plan_field(hints[field.name], f"{self.name}.{field.name}") for field in fields(record)
         }
+        self.names = list(self.fields)
+        self.dumps = [(name, field.dump) for name, field in self.fields.items()]
+        self.loads = [field.load for field in self.fields.values()]
         self.invalid_reason = RULES.get(record)
 
     def check(self, message: Any) -> None:
@@ -50,20 +55,28 @@ class RecordPlan:
     def dump(self, message: Any, buffers: list[bytes]) -> dict[str, Any]:
         if type(message) is not self.record:
             raise unexpected(self.where, self.name, message)
-        plain = {name: field.dump(getattr(message, name), buffers) for name, field in self.fields.items()}
+        values = message.__dict__
+        plain = {name: dump(values[name], buffers) for name, dump in self.dumps}
         self.check(message)
         return plain
 
     def load(self, plain: Any, frames: Frames) -> Any:
         if type(plain) is not dict:
             raise unexpected(self.where, f"map of {self.name}", plain)
+        if list(plain) != self.names:
+            plain = self.in_order(plain)
+        values = [load(value, frames) for load, value in zip(self.loads, plain.values(), strict=True)]
+        message: Any = object.__new__(self.record)  # without __init__, which would set every field by itself
+        message.__dict__.update(zip(self.names, values, strict=True))
+        self.check(message)
+        return message
+
+    def in_order(self, plain: dict[Any, Any]) -> dict[str, Any]:
+        """The same fields in the order of their definition. Raises WireError if they are not the record's."""
         if plain.keys() != self.fields.keys():
             differing = sorted(str(key[:80]) for key in plain.keys() ^ self.fields.keys())
             raise WireError(f"{self.name}: missing or unknown fields {', '.join(differing[:8])[:80]}")
-        values = {name: field.load(plain[name], frames) for name, field in self.fields.items()}
-        message = self.record(**values)
-        self.check(message)
-        return message
+        return {name: plain[name] for name in self.names}
 
 
 def plan_field(annotation: Any, where: str) -> Field:
@@ -101,7 +114,7 @@ def decode(frames: Sequence[bytes | memoryview], *, max_bytes: int) -> Message:
         ProtocolMismatch: the sender uses another protocol version.
         WireError: the frames are invalid in any other way.
     """
-    size = sum(len(frame) for frame in frames)
+    size = sum(map(len, frames))
     if size > max_bytes:
         raise WireError(f"message of {size} bytes is larger than {max_bytes}; raise hub.max_message_mb")
     if not frames:
@@ -126,7 +139,8 @@ def read_header(header: bytes) -> dict[Any, Any]:
         raise WireError(f"header of {len(header)} bytes is larger than {MAX_HEADER}")
     body = header[len(PREFIX) :]
     try:
-        skim(body)
+        if len(body) > SHORT:
+            skim(body)
         plain = msgpack.unpackb(body, max_ext_len=0)
     except BROKEN as error:
         raise WireError(f"header is not MessagePack: {str(error) or type(error).__name__}") from error
@@ -139,13 +153,17 @@ def read_header(header: bytes) -> dict[Any, Any]:
 
 def nested_deeper(value: Any, limit: int) -> bool:
     """Whether lists and maps are nested more than `limit` levels deep; looks level by level, without recursion."""
-    level = [value]
+    level = [value] if type(value) in CONTAINERS else []
     for _ in range(limit):
-        containers = [item for item in level if type(item) in (list, dict)]
-        if not containers:
+        level = [
+            inner
+            for container in level
+            for inner in (container.values() if type(container) is dict else container)
+            if type(inner) in CONTAINERS
+        ]
+        if not level:
             return False
-        level = [inner for item in containers for inner in (item.values() if type(item) is dict else item)]
-    return any(type(item) in (list, dict) for item in level)
+    return True
 
 
 def skim(body: bytes) -> None:

@@ -36,11 +36,6 @@ class Frames:
         self.buffers = buffers
         self.taken = 0
 
-    def take(self) -> bytes | memoryview:
-        """The next buffer; the caller has checked that there is one."""
-        self.taken += 1
-        return self.buffers[self.taken - 1]
-
 
 class Field(Protocol):
     """Encoder and decoder of one field."""
@@ -77,32 +72,30 @@ class Scalar:
     where: str
     kind: type
 
-    def check(self, value: Any) -> Any:
+    def load(self, value: Any, _other: Any) -> Any:
         if type(value) is not self.kind:
             raise unexpected(self.where, self.kind.__name__, value)
         return value
 
-    def dump(self, value: Any, _buffers: list[bytes]) -> Any:
-        return self.check(value)
-
-    def load(self, plain: Any, _frames: Frames) -> Any:
-        return self.check(plain)
+    dump = load
 
 
 class Integer(Scalar):
     """A signed 64-bit integer."""
 
-    def check(self, value: Any) -> Any:
+    def load(self, value: Any, _other: Any) -> Any:
         if type(value) is not int or not -INT64 <= value < INT64:
             raise unexpected(self.where, "a 64-bit int", value)
         return value
+
+    dump = load
 
 
 class Real(Scalar):
     """A float; the sender may also pass an int or a NumPy float64."""
 
-    def dump(self, value: Any, _buffers: list[bytes]) -> Any:
-        return float(value) if isinstance(value, float) or type(value) is int else self.check(value)
+    def dump(self, value: Any, buffers: list[bytes]) -> Any:
+        return float(value) if isinstance(value, float) or type(value) is int else self.load(value, buffers)
 
 
 @dataclass(frozen=True)
@@ -171,23 +164,28 @@ class Array:
 
     def __init__(self, where: str, dtype: str) -> None:
         self.where, self.name, self.dtype = where, dtype, np.dtype(dtype)
+        self.itemsize = self.dtype.itemsize
 
     def dump(self, value: Any, buffers: list[bytes]) -> Any:
         if not isinstance(value, np.ndarray) or value.ndim != 1 or value.dtype != self.dtype:
             raise unexpected(self.where, f"1-d array of {self.name}", getattr(value, "dtype", value))
-        buffers.append(value.tobytes())
+        frame = value.base  # if it has been decoded: the hub passes most rollouts on to the learner as they are
+        buffers.append(frame if type(frame) is bytes and len(frame) == value.nbytes else value.tobytes())
         return [len(buffers), self.name, [len(value)]]
 
     def load(self, plain: Any, frames: Frames) -> Any:
-        if frames.taken == len(frames.buffers):
+        index = frames.taken
+        if index == len(frames.buffers):
             raise WireError(f"{self.where}: its frame is missing")
-        buffer = frames.take()
-        length, rest = divmod(len(buffer), self.dtype.itemsize)
-        expected = [frames.taken, self.name, [length]]
-        if rest or plain != expected:
-            raise unexpected(self.where, f"{expected} for a frame of {len(buffer)} bytes", plain)
+        frames.taken = index + 1
+        buffer = frames.buffers[index]
+        length, rest = divmod(len(buffer), self.itemsize)
+        if rest or plain != [index + 1, self.name, [length]]:
+            expected = f"[{index + 1}, '{self.name}', [{length}]] for a frame of {len(buffer)} bytes"
+            raise unexpected(self.where, expected, plain)
         array = np.frombuffer(buffer, self.dtype)
-        array.flags.writeable = False
+        if type(buffer) is not bytes:  # those of bytes are read-only already
+            array.setflags(write=False)
         return array
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import resource
 import stat
 import subprocess
@@ -103,6 +104,14 @@ def test_a_recovered_core_has_the_same_state_and_goes_on_in_the_same_way(tmp_pat
     for event in (lost, ev.Tick(), ev.Received(b"b", wire.Ready(tasks=3, version=1))):
         assert repr(core.handle(event, 100.0)) == repr(before.handle(event, 100.0))
     assert len(log) == len(driver.log)
+
+
+def test_a_saved_lease_does_not_hold_its_problem(tmp_path: Path) -> None:
+    driver = busy_hub(tmp_path, saves=False)
+    for lease in driver.core.training.leases.running.values():
+        assert lease.terms.problem
+        assert "terms" not in lease.__getstate__()
+        assert repr(dataclasses.replace(lease).terms) == repr(lease.terms)
 
 
 def test_an_empty_journal_gives_the_new_core(tmp_path: Path) -> None:
@@ -278,6 +287,7 @@ def test_a_damaged_journal_is_one_line(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     program = f"""
+import dataclasses
 import resource
 from pathlib import Path
 from sgpo_async.errors import HubError

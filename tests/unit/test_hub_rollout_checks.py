@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from sgpo_async.hub.rollout_checks import LOWEST, MOST_KEPT, TOLERANCE, Limits, report_violation, violation
 from sgpo_async.hub.served_weights import ServedWeights
+from sgpo_async.rollout.partial import Arrived
 from sgpo_async.wire.records import OBSERVED, Lease, PartialRollout, Progress, Rollout
 
 VOCABULARY = 50
@@ -49,7 +50,7 @@ def rollout(**changes: Any) -> Rollout:
 
 
 def why(rollout: Rollout, *, vocabulary: int = VOCABULARY, **changes: Any) -> str | None:
-    return violation(lease(**changes), rollout, limits(vocabulary), prompts={})
+    return violation(lease(**changes), rollout, limits(vocabulary), prompt=None)
 
 
 def test_valid_rollouts_have_no_violation() -> None:
@@ -192,15 +193,26 @@ def test_a_completion_may_end_by_its_length_only_at_its_limit() -> None:
 
 
 def test_the_rollouts_of_a_group_have_one_prompt_for_each_kind() -> None:
-    def verdict(prompts: dict[bool, np.ndarray], **changes: Any) -> str | None:
-        return violation(lease(), rollout(**changes), limits(VOCABULARY), prompts=prompts)
+    def verdict(known: np.ndarray | None, **changes: Any) -> str | None:
+        return violation(lease(), rollout(**changes), limits(VOCABULARY), prompt=known)
 
     differs = "prompt differs from that of the group"
-    assert verdict({False: i4(1, 2)}) is verdict({True: i4(7)}) is None
-    assert verdict({False: i4(1, 2), True: i4(7)}, guided=True, prompt=i4(7)) is None
+    assert verdict(None) is verdict(i4(1, 2)) is None
+    assert verdict(i4(7), guided=True, prompt=i4(7)) is None
     for other in (i4(1), i4(1, 3), i4(1, 2, 3)):
-        assert verdict({False: other}) == differs
-        assert verdict({False: i4(1, 2), True: other}, guided=True) == differs
+        assert verdict(other) == differs
+        assert verdict(other, guided=True) == differs
+
+
+def test_a_group_knows_the_prompt_of_each_kind() -> None:
+    group = Arrived(size=16)
+    assert group.prompt(guided=False) is group.prompt(guided=True) is None
+    group.finish(rollout(slot=0, prompt=i4()))  # of an evaluation, whose tokens are not kept
+    group.finish(rollout(slot=1, prompt=i4(1, 2)))
+    assert group.prompt(guided=False).tolist() == [1, 2]
+    assert group.prompt(guided=True) is None
+    group.finish(rollout(slot=9, guided=True, prompt=i4(7)))
+    assert (group.prompt(guided=False).tolist(), group.prompt(guided=True).tolist()) == ([1, 2], [7])
 
 
 @st.composite
@@ -242,9 +254,8 @@ def leases_with_rollouts(draw: st.DrawFn) -> tuple[Lease, Rollout, int]:
 @given(leases_with_rollouts())
 def test_what_an_actor_makes_is_never_a_violation(made: tuple[Lease, Rollout, int]) -> None:
     lease, rollout, vocabulary = made
-    prompts = {rollout.guided: rollout.prompt, not rollout.guided: i4(0)}
-    for seen in ({}, prompts):
-        assert violation(lease, rollout, limits(vocabulary), prompts=seen) is None
+    for seen in (None, rollout.prompt):
+        assert violation(lease, rollout, limits(vocabulary), prompt=seen) is None
 
 
 @settings(max_examples=300, deadline=None)
@@ -264,5 +275,5 @@ def test_any_numbers_in_a_rollout_give_a_verdict(made: tuple[Lease, Rollout, int
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         hostile = replace(rollout, **{name: changed})
-        verdict = violation(lease, hostile, limits(vocabulary), prompts={})
+        verdict = violation(lease, hostile, limits(vocabulary), prompt=None)
     assert verdict is None or isinstance(verdict, str)

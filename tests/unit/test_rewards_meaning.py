@@ -87,12 +87,12 @@ def test_a_rollout_is_correct_from_solved_at_on() -> None:
 def test_the_actor_scores_guided_rollouts_that_are_correct_and_the_hub_expects_it() -> None:
     assert [one.unguided_logprob is not None for one in ROLLOUTS] == [False] * 4 + [True, True, False]
     for one in ROLLOUTS:
-        assert violation(lease(), one, LIMITS, prompts={}) is None
-        assert violation(lease(solved_at=0.6), one, LIMITS, prompts={}) == "solved_at differs from the lease's"
+        assert violation(lease(), one, LIMITS, prompt=None) is None
+        assert violation(lease(solved_at=0.6), one, LIMITS, prompt=None) == "solved_at differs from the lease's"
         (sent,) = [decode(encode(one), max_bytes=2**20)]
         assert (sent.reward, sent.solved_at, sent.correct) == (one.reward, SOLVED_AT, one.correct)  # type: ignore[union-attr]
     unscored = replace(ROLLOUTS[4], unguided_logprob=None)
-    reason = violation(lease(), unscored, LIMITS, prompts={})
+    reason = violation(lease(), unscored, LIMITS, prompt=None)
     assert reason and reason.startswith("unguided_logprob must come with a correct, complete guided rollout")
 
 

@@ -81,7 +81,7 @@ def test_in_a_truncated_episode_nothing_is_kept_beside_a_reply() -> None:
     one.judged(request.id, reward=1.0)
     rollout = one.scored(scored(request.id, *[-1.0] * 7))  # type: ignore[arg-type]
     assert rollout.kept is not None and rollout.kept.tolist() == [9, 7]
-    assert violation(lease(**limits), rollout, LIMITS, prompts={}) is None
+    assert violation(lease(**limits), rollout, LIMITS, prompt=None) is None
 
 
 def ids(*numbers: int) -> np.ndarray:
@@ -107,8 +107,8 @@ def test_an_episode_is_one_sequence_with_observed_spans() -> None:
     assert rollout.unguided_logprob == -15, "replies of the environment do not count"
     assert rollout.sampled.tolist() == [True, True, False, False, False, True, True]
     assert rollout.oldest_version == 0
-    assert violation(lease(), rollout, LIMITS, prompts={}) is None
-    assert violation(replace(lease(), turns=0), rollout, LIMITS, prompts={}) is not None, "there is no environment"
+    assert violation(lease(), rollout, LIMITS, prompt=None) is None
+    assert violation(replace(lease(), turns=0), rollout, LIMITS, prompt=None) is not None, "there is no environment"
 
 
 def test_neighbouring_spans_of_one_completion_are_one_turn() -> None:
@@ -175,20 +175,20 @@ def test_an_environment_cannot_write_the_first_token_or_give_it_a_probability() 
     one.generated(after(second, "9"))
     rollout = one.judged(request.id, reward=0.0)
     assert not isinstance(rollout, Score)
-    assert violation(lease(), rollout, LIMITS, prompts={}) is None
+    assert violation(lease(), rollout, LIMITS, prompt=None) is None
     nonzero = replace(rollout, logprobs=np.full(len(rollout.tokens), -1.0, np.float32))
-    assert violation(lease(), nonzero, LIMITS, prompts={}) == "logprobs of tokens that an environment wrote must be 0"
+    assert violation(lease(), nonzero, LIMITS, prompt=None) == "logprobs of tokens that an environment wrote must be 0"
     ended = replace(
         rollout,
         versions=np.array([0, 0, OBSERVED], np.int32),
         digests=np.zeros(3, np.int64),
         logprobs=np.zeros(7, np.float32),
     )
-    assert violation(lease(), ended, LIMITS, prompts={}) == "tokens must end with one that the policy sampled"
-    assert violation(lease(turns=1), rollout, LIMITS, prompts={}) == "number of turns is not in [1, turns]"
-    assert violation(lease(turns=2), rollout, LIMITS, prompts={}) is None
+    assert violation(lease(), ended, LIMITS, prompt=None) == "tokens must end with one that the policy sampled"
+    assert violation(lease(turns=1), rollout, LIMITS, prompt=None) == "number of turns is not in [1, turns]"
+    assert violation(lease(turns=2), rollout, LIMITS, prompt=None) is None
     begun = replace(rollout, versions=np.array([OBSERVED, 0, 0], np.int32), digests=np.zeros(3, np.int64))
-    assert violation(lease(), begun, LIMITS, prompts={}) == "tokens must begin with one that the policy sampled"
+    assert violation(lease(), begun, LIMITS, prompt=None) == "tokens must begin with one that the policy sampled"
 
 
 def test_a_report_cannot_begin_with_a_reply_or_give_it_a_probability() -> None:

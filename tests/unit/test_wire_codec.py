@@ -225,6 +225,23 @@ def test_arrays_are_read_only_even_if_the_frames_are_writable() -> None:
     assert not rollout.tokens.flags.writeable
 
 
+def test_a_decoded_array_is_sent_on_as_the_frame_that_it_came_in() -> None:
+    frames = encode(one_rollout())
+    rollout = decode(frames, max_bytes=LIMIT)
+    assert isinstance(rollout, Rollout)
+    assert all(one is other for one, other in zip(encode(rollout)[1:], frames[1:], strict=True))
+    turned = dataclasses.replace(rollout, tokens=rollout.tokens[::-1], prompt=rollout.prompt[1:])
+    assert same(decode(encode(turned), max_bytes=LIMIT), turned)
+
+
+def test_the_fields_of_a_header_may_be_in_any_order() -> None:
+    header, *buffers = encode(one_rollout())
+    plain = msgpack.unpackb(header[len(VERSION) :])
+    turned = VERSION + msgpack.packb(dict(reversed(plain.items())))
+    assert turned != header
+    assert same(decode([turned, *buffers], max_bytes=LIMIT), one_rollout())
+
+
 @pytest.mark.parametrize("version", [0, PROTOCOL + 1, 127, 2**40, -5])
 @pytest.mark.parametrize("rest", [b"", b"\xc1 no MessagePack", b"\x80"])
 def test_another_protocol_version_is_reported_before_any_other_error(version: int, rest: bytes) -> None:
@@ -463,6 +480,8 @@ def test_a_message_larger_than_max_bytes_is_rejected() -> None:
         b"\xdb\xff\xff\xff\xff",
         b"\xc6\xff\xff\xff\xff",
         b"\xc9\xff\xff\xff\xff\x01",
+        b"\xdc\x01\xf0" * 165,  # short enough to be read at once
+        b"\xdc\x7f\xff" * 11_000,
         b"\x91" * 100_000,
         b"\x81\xa4kind" + b"\x91" * 900 + b"\xc0",
         b"\xd6\xff\x00\x00\x00\x00",
