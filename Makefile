@@ -4,6 +4,8 @@
 # make docs   the documentation as a site, in build/site     make docs-pages   its pages that are written by the code
 # make lock   requirements.lock from the versions that are in .venv now: after an upgrade, and after its tests
 #
+# make peers  .venv-peers with TransferQueue and Ray, with which sgpo-async bench transport --peers compares
+#
 # With real SGLang servers, on a CPU (Python 3.11):
 # make sglang-cpu   .venv-sglang, SGLang's own environment    make demo-sglang, make test-sglang   demo and tests with it
 #
@@ -118,7 +120,7 @@ $(SGLANG_STAMP): $(SGLANG_PINS)
 	$(SGLANG_BIN)/python -m pip install --no-deps sglang==0.5.23 xgrammar==0.2.7
 	@touch $@
 
-# What sgpo-async bench transport compares with: sgpo-async bench transport --peers .venv-peers/bin/python
+# sgpo-async bench transport --peers .venv-peers/bin/python
 peers:
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet $(TORCH_INSTALL)
