@@ -39,7 +39,8 @@ def kept_back(*, tasks: int, ready: int, coming: int) -> int:
     Otherwise the first actors that have them would take more than their slots, while the others stay empty.
 
     Args:
-        ready: leases that the actors can take which serve these weights.
+        tasks: those that can be leased now, and those that were since the publication.
+        ready: leases that the actors can take which serve these weights, and those that they have got since.
         coming: leases that the others can take as soon as they do.
     """
     return tasks * coming // (ready + coming) if coming else 0

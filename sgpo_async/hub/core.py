@@ -87,6 +87,7 @@ class HubCore:
         )
         self.published = -1  # newest version in the weight store
         self.published_at = now
+        self.leased_since = 0  # training leases since then
         self.served = ServedWeights()
         # What actors have sent of weights that exist, but whose Published has not arrived yet.
         self.early: list[tuple[bytes, wire.Rollout | wire.Progress | wire.Canary]] = []
@@ -581,7 +582,7 @@ class HubCore:
         if store != self.learner_store:
             self._effects.append(UseStore(store))
         if version > self.published:
-            self.published_at = self.now
+            self.published_at, self.leased_since = self.now, 0
         self.published, self.learner_store = version, store
         self._process_early()
         if not self.evaluation.begun:
@@ -714,10 +715,13 @@ class HubCore:
         present = [actor for actor in self.actors.values() if actor.welcomed and actor.return_by is None]
         ready = sum(actor.credit for actor in present if actor.version >= lowest)
         coming = sum(actor.credit for actor in present if actor.version == lowest - 1 >= 0)
-        return kept_back(tasks=self.training.leasable, ready=ready, coming=coming)
+        return kept_back(
+            tasks=self.training.leasable + self.leased_since, ready=ready + self.leased_since, coming=coming
+        )
 
     def _lease_to(self, actor: Actor, work: Training | Evaluation, lowest: int) -> None:
         actor.credit -= 1
+        self.leased_since += work is self.training
         self._send(actor.member, work.lease(actor.member, min_version=lowest, now=self.now))
 
     def _interrupted(self, reason: str, *, at_once: bool) -> None:
