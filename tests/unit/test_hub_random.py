@@ -17,7 +17,7 @@ from hub_support import Driver, Source, make_part, make_rollout, make_run
 from hypothesis import example, given, settings
 
 from sgpo_async.hub import HubCore
-from sgpo_async.hub.core import FAIR_S, RETURN_S
+from sgpo_async.hub.core import RETURN_S
 from sgpo_async.hub.events import Effect, Event, HubRestarted, Received, Rejected, SenderDown, SenderUp
 from sgpo_async.hub.journal import Journal
 from sgpo_async.hub.recovery import recover, save, write_event
@@ -73,14 +73,10 @@ class World(Driver):
         return effects
 
     def check_rules_are_applied(self) -> None:
-        """After most rollouts, the core does not apply its rules: they must have nothing to do.
-
-        Soon after a publication they may have: of the tasks that were kept for other actors, they then keep a part.
-        """
-        if self.core.now - self.core.published_at > FAIR_S:
-            self.core._effects = []
-            self.core._apply_rules()
-            assert not self.core._effects
+        """After most rollouts, the core does not apply its rules: they must have nothing to do."""
+        self.core._effects = []
+        self.core._apply_rules()
+        assert not self.core._effects
 
     def close(self) -> None:
         self.journal.close()
@@ -243,6 +239,10 @@ class World(Driver):
         self.send(member, wire.Hello(role="actor", name=member.decode(), holds=holds))
         self.handle(SenderUp(member, "127.0.0.1", 4000))
         self.read(member)
+        if member.decode() in self.core.quarantined:  # after invalid messages; it ends
+            self.live.remove(member)
+            self.held[member].clear()
+            return
         leased = {
             (number, lease.attempt)
             for table in (self.core.training.leases, self.core.evaluation.leases)
