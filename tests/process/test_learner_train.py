@@ -136,7 +136,7 @@ class ScriptedHub:
         zeros = dict.fromkeys(("tokens_per_s", "tokens_generated", "leases_reissued", "rejected", "duplicates"), 0)
         shares = {"pass_auto": 0.5, "pass_guided": 1.0, "reward_auto": 0.5, "reward_guided": 1.0, "engine_idle": 0.0}
         shares |= {"tokens_dropped": 0.0, "length_bias": 0.0, "pass_bias": 0.0}
-        shares |= {"uniform": 0.25, "cut": 0.0, "engine_waits": {"weights": 0.0, "leases": 0.0}}
+        shares |= {"uniform": 0.25, "cut": 0.0, "engine_waits": {"weights": 0.0, "leases": 0.0}, "running": 0}
         shares |= {"canary_mean": None, "canary_max": None, "canary_alarms": {}}
         version = step + self._base
         return {"version": version, "actors": [], "ledger": ledger, "evaluations": [], **zeros, **shares}

@@ -60,7 +60,7 @@ def test_a_run_continues_when_an_actor_is_killed_and_another_joins(tmp_path: Pat
     with real_run(tmp_path, f"steps={STEPS}", "hub.address=tcp://127.0.0.1:0", "hub.max_message_mb=4") as run:
         hub = run.hub()
         learner = run.learner("--hub", run.address())
-        first, second = run.actor("first"), run.actor("second")
+        first, second = run.actor("first", "--own-store"), run.actor("second", "--own-store")
         until(lambda: run.metrics() and run.actor_row("first"), "the first step")
 
         orphans = psutil.Process(first.process.pid).children(recursive=True)

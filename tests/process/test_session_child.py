@@ -1,13 +1,13 @@
 """A child process and its parent, without Torch: the protocol, and how and why the child ends."""
 
 import os
-import select
 import signal
 import subprocess
 import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def next_events(child: Child) -> list[dict[str, Any]]:
     """Wait until the child has events, and return them."""
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
-        select.select([child], [], [], deadline - time.monotonic())
+        connection.wait([child], deadline - time.monotonic())
         events = child.poll()
         if events:
             return events

@@ -1,13 +1,13 @@
 """Complete sessions over Torch RPC on loopback: weights arrive, and the events name every kind of failure."""
 
 import os
-import select
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ def wait_for(handle: Handle, kind: type[Any], accept: Callable[[Any], bool] = la
     """Return the first event of `kind` that is accepted; skip others, but fail if the session ends."""
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
-        select.select([handle], [], [], max(0.0, deadline - time.monotonic()))
+        connection.wait([handle], max(0.0, deadline - time.monotonic()))
         for event in handle.poll():
             if isinstance(event, kind) and accept(event):
                 return event

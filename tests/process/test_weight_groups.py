@@ -7,7 +7,6 @@ waits: a phase that ends earlier has ended without its timeout.
 import json
 import os
 import queue
-import select
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -125,14 +125,14 @@ class Session:
     def connect(self) -> None:
         deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
-            select.select([self.sender], [], [], PATIENCE_S)
+            connection.wait([self.sender], PATIENCE_S)
             for event in self.sender.poll():
                 assert isinstance(event, SenderUp), event
                 self.receiver.connect("127.0.0.1", event.port, event.secret)
                 return
 
     def poll(self, seconds: float = 0.02) -> None:
-        select.select([self.receiver], [], [], seconds)
+        connection.wait([self.receiver], seconds)
         self.events += self.receiver.poll()
         assert not [e for e in self.sender.poll() if isinstance(e, SenderDown)]
 
