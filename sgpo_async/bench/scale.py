@@ -96,8 +96,8 @@ def run_bench_scale(*, quick: bool, to: Path) -> int:
         found.append(size)
         lines.append(size.text)
         print(size.text, flush=True)
-    write_whole(to / "scale.txt", "\n".join([*lines, ""]))
-    write_whole(to / "scale.json", json.dumps([vars(size) for size in found], indent=1) + "\n")
+        write_whole(to / "scale.txt", "\n".join([*lines, ""]))
+        write_whole(to / "scale.json", json.dumps([vars(size) for size in found], indent=1) + "\n")
     return 0
 
 
