@@ -68,4 +68,4 @@ def test_documents_are_small_and_link_to_every_existing_figure_and_no_other() ->
     }
     assert linked == figures
     assert len(figures) <= 20 and max(path.stat().st_size for path in figures) < 60_000
-    assert sum(path.stat().st_size for path in paths) < 1_500_000
+    assert sum(path.stat().st_size for path in paths) < 2_000_000
