@@ -139,7 +139,7 @@ def measure(nodes: int, *, speed: float, steps: int) -> Size:
             fleet.until_step(WARM + steps)
             seconds, after = time.monotonic() - began, hub.cpu_times()
             busy, rollouts = (time.process_time() - own) / seconds, fleet.rollouts - sent
-            spent, _, trained, _ = fleet.cut()
+            spent, _, trained = fleet.cut()
             status = fleet.status()
             cpu = after.user + after.system - before.user - before.system
             return Size(
@@ -203,7 +203,7 @@ class Fleet:
             if time.monotonic() > deadline:
                 raise SgpoError(f"bench scale: step {self.learner.step} of {step} after {DEADLINE_S:g} s")
 
-    def cut(self) -> tuple[dict[str, float], Any, int, float]:
+    def cut(self) -> tuple[dict[str, float], Any, int]:
         """What the learner did since the last call; see `SimulatedLearner.cut`."""
         self.learner.advance(self.now)
         return self.learner.cut()

@@ -10,18 +10,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from typing import Protocol
 
 import numpy as np
 
 from sgpo_async.simulation.rates import LearnerRates
 from sgpo_async.wire import records as wire
-
-
-class StepCost(Protocol):
-    """What a rank trains of its rollouts, in tokens of a forward and a backward."""
-
-    def __call__(self, rollouts: tuple[wire.Rollout, ...]) -> float: ...
 
 
 def sgpo_tokens(rollouts: tuple[wire.Rollout, ...]) -> float:
@@ -39,8 +32,8 @@ def sgpo_tokens(rollouts: tuple[wire.Rollout, ...]) -> float:
 class SimulatedLearner:
     """The ranks of one learner. Times are in seconds."""
 
-    def __init__(self, rates: LearnerRates, *, cost: StepCost = sgpo_tokens) -> None:
-        self._rates, self._cost = rates, cost
+    def __init__(self, rates: LearnerRates) -> None:
+        self._rates = rates
         self.outbox: list[tuple[int, wire.Message]] = [
             (rank, wire.Hello(role="learner", name=f"rank-{rank}", rank=rank, world_size=rates.ranks))
             for rank in range(rates.ranks)
@@ -48,7 +41,6 @@ class SimulatedLearner:
         self.spent: dict[str, float] = defaultdict(float)  # seconds by what the learner did
         self.lag: Counter[int] = Counter()  # trained tokens by the age of the weights that sampled them
         self.trained = 0  # sampled tokens in the groups that were trained
-        self.cost = 0.0  # trained tokens, by `cost`
         self.step = 0
         self._phase = "starts"
         self._until = math.inf  # end of the phase, if it ends by itself
@@ -88,10 +80,10 @@ class SimulatedLearner:
         """When the present phase ends by itself."""
         return self._until
 
-    def cut(self) -> tuple[dict[str, float], Counter[int], int, float]:
-        """Seconds by phase, trained tokens by lag, sampled tokens, trained tokens by cost, since the last call."""
-        found = self.spent, self.lag, self.trained, self.cost
-        self.spent, self.lag, self.trained, self.cost = defaultdict(float), Counter(), 0, 0.0
+    def cut(self) -> tuple[dict[str, float], Counter[int], int]:
+        """Seconds by phase, trained tokens by lag, and sampled tokens, since the last call."""
+        found = self.spent, self.lag, self.trained
+        self.spent, self.lag, self.trained = defaultdict(float), Counter(), 0
         return found
 
     def _begin(self, phase: str, seconds: float = math.inf) -> None:
@@ -106,8 +98,7 @@ class SimulatedLearner:
 
     def _train(self) -> None:
         shards = [self._shards[rank] for rank in range(self._rates.ranks)]
-        costs = [self._cost(shard.rollouts) for shard in shards]
-        self.cost += sum(costs)
+        costs = [sgpo_tokens(shard.rollouts) for shard in shards]
         for shard in shards:
             for one in shard.rollouts:
                 self.trained += len(one.tokens)

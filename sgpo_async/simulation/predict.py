@@ -27,6 +27,7 @@ from typing import Literal
 
 import numpy as np
 
+from sgpo_async.hub.balance import balance
 from sgpo_async.simulation.rates import Lengths
 from sgpo_async.simulation.workload import Workload
 from sgpo_async.simulation.world import Settings
@@ -153,16 +154,13 @@ def _train_s(settings: Settings, found: Moments) -> tuple[float, float]:
 
 
 def _imbalance(settings: Settings, found: Moments) -> float:
-    """Tokens of the rank with the most over the mean: the hub gives whole groups to ranks, the longest ones first."""
+    """Tokens of the rank with the most over the mean, as the hub divides batches among ranks."""
     ranks, batch = settings.learner.ranks, settings.problems
-    if ranks == 1:
-        return 1.0
     tokens, ratios = found.lengths.sum(axis=1), []
     for first in range(0, min(TASKS, 20 * batch) - batch + 1, batch):
-        loads = np.zeros(ranks)
-        for one in sorted(tokens[first : first + batch], reverse=True):
-            loads[loads.argmin()] += one
-        ratios.append(loads.max() / loads.mean())
+        own = tokens[first : first + batch]
+        loads = [own[list(share)].sum() for share in balance(own.tolist(), ranks)]
+        ratios.append(max(loads) / np.mean(loads))
     return float(np.mean(ratios)) if ratios else 1.0
 
 

@@ -71,7 +71,6 @@ class Outcome:
     seconds: float
     steps: int
     trained_tokens: int  # sampled tokens of the trained groups
-    cost_tokens: float  # tokens of a forward and backward
     generated_tokens: float
     learner: dict[str, float]  # share of its time by what it did
     engines: dict[str, float]  # share of all slots' time by why they were free; "busy" if they were not
@@ -240,7 +239,7 @@ class World:
         return [self.learner.cut(), *(node.cut() for node in self.nodes.values())]
 
     def _outcome(self, seconds: float, dropped: int) -> Outcome:
-        (spent, lag, trained, cost), *nodes = self._cut()
+        (spent, lag, trained), *nodes = self._cut()
         slots = {"busy": sum(busy for _, busy, *_ in nodes)}
         for found, *_ in nodes:
             for cause, one in found.items():
@@ -252,7 +251,6 @@ class World:
             seconds=seconds,
             steps=self.settings.steps,
             trained_tokens=trained,
-            cost_tokens=cost,
             generated_tokens=sum(found[3] for found in nodes),
             learner={phase: one / seconds for phase, one in spent.items() if one > 0},
             engines={cause: one / all_slots for cause, one in slots.items() if one > 0},
