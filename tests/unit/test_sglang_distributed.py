@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 
+from sgpo_async.engines.base import BroadcastGroups
 from sgpo_async.engines.sglang.processes.api import ServerApi, ServerGone, ServerRefused
 from sgpo_async.engines.sglang.weight_sync.distributed import DistributedTransport, _Version
 from sgpo_async.engines.sglang.weight_sync.model_facts import ModelFacts
@@ -46,7 +47,23 @@ class Network:
 
     def version(self, number: int = 1) -> Prepared:
         piece = Broadcast(("w",), ("float32",), ((1,),))
-        return Prepared(number, "00" * 16, [], _Version(self, BroadcastPlan(number, "00" * 16, (piece,) * PIECES)))
+        return Prepared(
+            number,
+            "00" * 16,
+            [],
+            _Version(cast(BroadcastGroups, self), BroadcastPlan(number, "00" * 16, (piece,) * PIECES)),
+        )
+
+    def slow_to_shut(self, server: str) -> asyncio.Event:
+        """This server ends its streams only when the event is set."""
+        event = asyncio.Event()
+
+        async def hook(url: str, path: str) -> None:
+            if (url, path) == (server, "shut"):
+                await event.wait()
+
+        self.hook = hook
+        return event
 
     def api(self, url: str) -> ServerApi:
         return cast(ServerApi, Api(self, url))
@@ -70,12 +87,6 @@ class Network:
     def close(self, group: str) -> None:
         self.closed.add(group)
         self._tasks.add(asyncio.ensure_future(self._tell()))
-
-    def plan(self, version: int) -> Future[BroadcastPlan]:
-        raise NotImplementedError
-
-    def compute(self, version: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
-        raise NotImplementedError
 
     def _later(self, work: Coroutine[Any, Any, None]) -> Future[None]:
         future: Future[None] = Future()
@@ -177,13 +188,8 @@ def test_the_servers_of_a_node_are_one_group_and_get_one_copy_of_each_version(tp
 
 def test_a_round_waits_for_a_server_that_still_ends_its_streams() -> None:
     async def scenario() -> None:
-        network, slow = Network(), asyncio.Event()
-
-        async def hook(url: str, path: str) -> None:
-            if (url, path) == ("b", "shut"):
-                await slow.wait()
-
-        network.hook = hook
+        network = Network()
+        slow = network.slow_to_shut("b")
         updates = asyncio.ensure_future(update_all(network, network.transport(), 1, "a", "b"))
         for _ in range(50):
             await asyncio.sleep(0)
@@ -280,13 +286,8 @@ def test_a_new_session_has_a_group_of_its_own() -> None:
 
 def test_a_cancelled_server_is_no_member_of_the_round() -> None:
     async def scenario() -> None:
-        network, slow = Network(), asyncio.Event()
-
-        async def hook(url: str, path: str) -> None:
-            if (url, path) == ("b", "shut"):
-                await slow.wait()
-
-        network.hook = hook
+        network = Network()
+        slow = network.slow_to_shut("b")
         transport, prepared = network.transport(), network.version()
         updates = {url: asyncio.ensure_future(update(network, transport, prepared, url)) for url in "ab"}
         await asyncio.sleep(0.01)
