@@ -143,8 +143,11 @@ class WeightRoutes:
         return None if nearest is None else self.actors[nearest]
 
     def _served(self, source: bytes) -> int:
-        """How many weight senders this source has."""
-        return sum(not actor.route.shared for actor in self._behind(source) if actor.route)
+        """How many weight senders this source has for actors that are there.
+
+        That of an actor whose connection is lost ends, or is replaced when the actor returns.
+        """
+        return sum(actor.return_by is None and not actor.route.shared for actor in self._behind(source) if actor.route)
 
     def _hops(self, actor: Actor, *, without: Actor) -> int | None:
         """Number of hops from the hub to an actor with a store of its own; None if its route is broken or by `without`.

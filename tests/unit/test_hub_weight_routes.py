@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sgpo_async.hub.actors import FROM_HUB, Actor, Actors, Route
 from sgpo_async.hub.core import RETURN_S
-from sgpo_async.hub.events import CloseSender, OpenSender, Received, Send, SenderDown, SenderUp, Tick
+from sgpo_async.hub.events import CloseSender, Disconnected, OpenSender, Received, Send, SenderDown, SenderUp, Tick
 from sgpo_async.hub.weight_routes import OPEN_S, WeightRoutes
 from sgpo_async.wire import records as wire
 
@@ -242,6 +242,19 @@ def test_actors_that_notice_the_death_of_an_actor_before_the_hub_get_another_sto
     assert OpenSender(b"b", "b") in driver.send(b"b", hellos["b"])
     driver.send(b"c", hellos["c"])
     assert driver.core.actors[b"c"].route == Route(b"b", shared=True)
+
+
+def test_the_place_of_an_actor_whose_connection_is_lost_is_free() -> None:
+    """Its store is gone at once, and those that read it return before the hub gives it up."""
+    driver = Driver(make_run(weight_fanout=1))
+    driver.send(b"a", hello("a"))
+    driver.handle(SenderUp(b"a", "10.0.0.1", 4000))
+    driver.send(b"d", hello("d", machine="m", store="/proc/1/fd/3"))
+    driver.send(b"a", wire.SenderUp(sender=1, host="10.0.0.2", port=5000, secret=b""))
+    reader = hello("e", machine="m", store="/proc/2/fd/3")
+    driver.send(b"e", reader)
+    driver.handle(Disconnected(b"d"))
+    assert Send(b"a", wire.OpenSender(sender=2, name="e")) in driver.send(b"e", reader)
 
 
 def test_an_actor_whose_source_does_not_answer_is_served_by_the_hub_before_it_gives_up() -> None:
