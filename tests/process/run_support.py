@@ -72,9 +72,14 @@ class RunProcess:
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
-            logs = [*self.log.parent.glob("*.txt"), *self.log.parent.parent.glob("run/logs/*.log")]
-            tails = [f"== {log.name}\n{log.read_text(errors='replace')[-2000:]}" for log in sorted(logs)]
+            tails = [f"== {name}\n{tail}" for name, tail in last_outputs(self.log.parent.parent)]
             raise AssertionError("\n".join([f"{self.name} is still running after {seconds:g} s", *tails])) from None
+
+
+def last_outputs(directory: Path, characters: int = 2000) -> list[tuple[str, str]]:
+    """The ends of what the processes of the run in `directory` have printed or logged, with the names of the files."""
+    logs = sorted([*directory.glob("outputs/*.txt"), *directory.glob("run/logs/*.log")])
+    return [(log.name, log.read_text(errors="replace")[-characters:]) for log in logs]
 
 
 def rank_of(learner: RunProcess, number: int, *, attempt: int) -> psutil.Process:
