@@ -35,6 +35,7 @@ COMMANDS = {  # each a module of this package with `add_arguments(parser)` and `
     "plan": "memory, tokens per second and GPU-hours of a configuration, and what does not fit",
     "advise": "which side limits a run, what one change brings, and the best division of GPUs",
     "bench": "throughput: generation alone, learning alone, synchronous, asynchronous",
+    "fuzz": "changed messages, checkpoints and configurations: is each refused as it should be",
     "strategies": "strategies from a stronger model's responses: extract, rank, check, stats",
     "evaluate": "avg@k and pass@k of a model on benchmarks; compares two evaluations",
     "experiment": "methods x settings x seeds with an equal sample budget: tables and figures",

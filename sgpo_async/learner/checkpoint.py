@@ -226,6 +226,7 @@ def read_weights(checkpoint: Path, module: nn.Module) -> None:
     """
     state = {"model": get_model_state_dict(module, options=TRAINED)}
     try:
+        _check(checkpoint, rank=0, ranks=1)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # it says that there is no process group
             dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
@@ -248,7 +249,7 @@ def newest_whole(folder: Path) -> Path | None:
     for name in reversed(names[0]):
         try:
             with _fail_on_all_ranks(f"{folder / name}: the checkpoint is damaged"):
-                _check(folder / name)
+                _check(folder / name, rank=dist.get_rank(), ranks=dist.get_world_size())
             return folder / name
         except CheckpointError as error:
             if dist.get_rank() == 0:
@@ -310,16 +311,19 @@ def _describe(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "xxh3_128": digest.hexdigest()}
 
 
-def _check(checkpoint: Path) -> None:
-    """Compare this rank's part of the files with the manifest. Raises OSError or ValueError."""
+def _check(checkpoint: Path, *, rank: int, ranks: int) -> None:
+    """Compare the part of the files that this one of `ranks` ranks checks with the manifest.
+
+    Raises OSError or ValueError.
+    """
     text = (checkpoint / MANIFEST).read_text(encoding="utf-8")
     try:
         files = sorted(json.loads(text)["files"].items())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{MANIFEST} has no list of files ({error!r})") from None
-    for name, expected in files[dist.get_rank() :: dist.get_world_size()]:
+    for name, expected in files[rank::ranks]:
         if (found := _describe(checkpoint / name)) != expected:
-            raise ValueError(f"{name} must have {expected} according to {MANIFEST}, got {found}")
+            raise ValueError(f"{name!r} must have {expected} according to {MANIFEST}, got {found}")
 
 
 def _sync(path: Path) -> None:

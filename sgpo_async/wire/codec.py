@@ -74,8 +74,10 @@ class RecordPlan:
     def in_order(self, plain: dict[Any, Any]) -> dict[str, Any]:
         """The same fields in the order of their definition. Raises WireError if they are not the record's."""
         if plain.keys() != self.fields.keys():
-            differing = sorted(str(key[:80]) for key in plain.keys() ^ self.fields.keys())
-            raise WireError(f"{self.name}: missing or unknown fields {', '.join(differing[:8])[:80]}")
+            differing = plain.keys() ^ self.fields.keys()
+            # A name from elsewhere may hold characters that would change a terminal.
+            names = sorted(key if str(key).isidentifier() else ascii(key) for key in differing)
+            raise WireError(f"{self.name}: missing or unknown fields {', '.join(names[:8])[:80]}")
         return {name: plain[name] for name in self.names}
 
 
