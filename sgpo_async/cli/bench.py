@@ -58,14 +58,23 @@ def _parts(args: argparse.Namespace) -> int:
     unused = [*args.overrides, *(["--dry-run"] if args.dry_run else [])]
     require(not unused, f"bench {args.config}", "must not be given settings of a run or --dry-run", " ".join(unused))
     if args.config != ALL:
-        return _measure(args.config, args, args.to or Path(f"runs/bench-{args.config}"))
+        return _measured(args.config, args, args.to or Path(f"runs/bench-{args.config}"))
     codes = []
     for part in PARTS:
         if part in NEED_ROOT and os.geteuid() != 0:
             print(f"{part}: left out, because it must be started as root")
             continue
-        codes.append(_measure(part, args, (args.to or Path("runs/bench-all")) / part))
+        codes.append(_measured(part, args, (args.to or Path("runs/bench-all")) / part))
     return next((code for code in codes if code), 0)
+
+
+def _measured(part: str, args: argparse.Namespace, to: Path) -> int:
+    """Measure a part and draw what was found."""
+    from sgpo_async.bench.pictures import draw
+
+    code = _measure(part, args, to)
+    draw(part, to)
+    return code
 
 
 def _measure(part: str, args: argparse.Namespace, to: Path) -> int:
