@@ -105,6 +105,7 @@ class Service:
         self._heartbeat_weights: tuple[int | None, int] = (None, 0)  # version and digest in the last heartbeat
         engine.reset()  # a warm engine may hold weights of another run under the same version numbers
         engine.watch(canary_of(tokenizer), every_s=run.hub.canary_s)
+        self._report_s = run.hub.progress_s
         self._started = self._heartbeat_at = self._progress_at = time.monotonic()
         self._report_whole = False  # the hub may have lost reports
         self.run_over = False
@@ -149,6 +150,7 @@ class Service:
     def _take(self, message: Message) -> str | None:
         match message:
             case Lease():
+                self._report_s = message.report_s
                 self._waiting.append(message)
             case Ack():
                 self._sender.acknowledge(message)
@@ -309,7 +311,7 @@ class Service:
                 Canary(engine=scored.engine, version=scored.version, digest=scored.digest, logprobs=scored.logprobs)
             )
         now = time.monotonic()
-        report_due = now - self._progress_at >= self._run.hub.progress_s
+        report_due = now - self._progress_at >= self._report_s
         if report_due:
             self._progress_at = now
             self._send_reports()

@@ -51,7 +51,6 @@ SLOTS, LAG = 64, 8
 STEPS = 12  # that are measured
 WARM = 8
 RESERVE = 0.6  # what the learner takes of what the nodes could generate
-REPORT_S = 1.0  # between two reports of a node: the default of hub.progress_s
 QUICK_SPEED = 2.0
 DEADLINE_S = 600.0  # of one size
 
@@ -180,7 +179,7 @@ class Fleet:
         self._due: dict[str, float] = {}
         self._order = itertools.count()
         self._arrivals: list[tuple[float, int]] = []  # of versions at the nodes
-        self._report_at = REPORT_S
+        self._reports: list[tuple[float, str]] = []  # when a node reports next
         self._version = -1
         self._status: dict[str, Any] | None = None
         self.rollouts = 0  # that were sent
@@ -247,12 +246,13 @@ class Fleet:
         node.advance(self.now)
         if self._version >= 0:
             node.offer(self._version, self.now)
+        heapq.heappush(self._reports, (self.now + node.report_s, name))
         self._say(name)
 
     def _turn(self) -> None:
         """Wait for a message or for what is due next, and process it."""
-        due = min(self._heap[0][0] if self._heap else math.inf, self.learner.due, self._report_at)
-        due = min(due, self._arrivals[0][0] if self._arrivals else math.inf)
+        heaps = (self._heap, self._reports, self._arrivals)
+        due = min(self.learner.due, *(heap[0][0] if heap else math.inf for heap in heaps))
         wait_s = min(0.05, max(0.0, (due - self.now) / self._speed))
         for socket, _ in self._poller.poll(math.ceil(1000 * wait_s) if wait_s > 0.0005 else 0):
             name = self._owner[socket]
@@ -283,11 +283,12 @@ class Fleet:
                 self._say(name)
         self.learner.advance(now)
         self._say("rank-0")
-        if now >= self._report_at:
-            self._report_at = now + REPORT_S
-            for name, node in self._nodes.items():
-                node.report(now)
+        while self._reports and self._reports[0][0] <= now:
+            _, name = heapq.heappop(self._reports)
+            if name in self._nodes:
+                self._nodes[name].report(now)
                 self._say(name)
+                heapq.heappush(self._reports, (now + self._nodes[name].report_s, name))
 
     def _say(self, name: str) -> None:
         """Send what a member has to say, and note when it is due next."""

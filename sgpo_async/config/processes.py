@@ -29,7 +29,8 @@ class Hub:
     batches_in_flight: int = 0
     heartbeat_s: float = 1.0
     # How often an actor reports what its running rollouts have sampled. If it is killed, other actors continue them
-    # from there, so at most the tokens of this time are lost. SGLang's rollouts are delivered with these reports.
+    # from there, so at most the tokens of this time are lost. SGLang's rollouts are delivered with these reports. With
+    # more than 32 actors the hub asks for fewer reports of each: 32 a second of all together.
     progress_s: float = 1.0
     # The hub gives a lease up after this time without a message about it, and an actor after this time without a
     # heartbeat. The limit is long because an actor may be loading weights; the hub notices a dead actor at once, by the

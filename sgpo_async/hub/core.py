@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,6 +50,7 @@ FINISH_GRACE_S = 8.0  # how long the hub waits for the members' Goodbye after th
 INTERRUPT_GRACE_S = 0.5  # how long it waits for actors after an interrupt
 CHECKPOINT_GRACE_S = 30.0  # ... and for the learner, which finishes its step and writes a checkpoint
 SILENT_S = 5.0  # a rank that has been silent for so long will write no checkpoint
+REPORTS_PER_S = 32  # of all actors: the more there are, the less often each reports (docs/performance.md)
 RETURN_S = 5.0  # how long an actor may take to send a new Hello after its weight sender has ended
 RESTART_RETURN_S = 30.0  # ... after a restart of the hub
 FAIR_S = 3.0  # after a publication, how long tasks are kept for actors that do not serve the new weights yet
@@ -722,7 +724,9 @@ class HubCore:
     def _lease_to(self, actor: Actor, work: Training | Evaluation, lowest: int) -> None:
         actor.credit -= 1
         self.leased_since += work is self.training
-        self._send(actor.member, work.lease(actor.member, min_version=lowest, now=self.now))
+        lease = work.lease(actor.member, min_version=lowest, now=self.now)
+        report_s = max(self.run.hub.progress_s, len(self.actors) / REPORTS_PER_S)
+        self._send(actor.member, replace(lease, report_s=report_s))
 
     def _interrupted(self, reason: str, *, at_once: bool) -> None:
         """End the run; let the learner write a checkpoint, unless the hub has to end `at_once`."""

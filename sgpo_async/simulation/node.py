@@ -57,6 +57,7 @@ class Node:
         self.outbox: list[wire.Message] = [wire.Hello(role="actor", name=name)]
         self.version = -1
         self.tokens = 0.0
+        self.report_s = 1.0  # between two reports, as the hub wants it
         self.idle: dict[str, float] = defaultdict(float)  # slot-seconds by cause
         self.empty_s = 0.0  # time in which nothing ran
         self.busy_slot_s = 0.0
@@ -87,6 +88,7 @@ class Node:
                 self._welcomed = True
                 self._ask()
             case wire.Lease():
+                self.report_s = message.report_s
                 self._waiting.append(message)
                 self._admit()
             case wire.Revoked():

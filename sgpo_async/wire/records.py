@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-PROTOCOL = 11  # raise it whenever a record changes
+PROTOCOL = 12  # raise it whenever a record changes
 
 Tokens = Annotated[np.ndarray, "<i4"]  # token ids, 1-d
 Ints = Annotated[np.ndarray, "<i4"]
@@ -156,6 +156,7 @@ class Lease:
     solved_at: float = 1.0  # a rollout is correct if its reward is at least this
     cut_scores: bool = True  # whether a completion that max_new_tokens has cut is judged; else its reward is 0
     turns: int = 0  # most completions of an episode with an environment; 0: no environment
+    report_s: float = 1.0  # seconds between two reports of an actor, of all its leases; the newest lease decides
     columns: str = ""  # the other columns of the problem's record as a JSON object, if the verifier is the user's own
     finished: Ints = field(default_factory=lambda: np.empty(0, np.int32))  # slots whose rollouts the hub has already
     partial: tuple[PartialRollout, ...] = ()  # what earlier attempts sampled of the other slots; each from position 0

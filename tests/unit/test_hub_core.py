@@ -922,3 +922,14 @@ def running(driver: Driver) -> list[tuple[bytes, wire.Lease]]:
     """The training leases that are running, and whose they are."""
     leases = driver.core.training.leases.running.values()
     return [(lease.member, lease.task.lease(attempt=lease.attempt, min_version=lease.min_version)) for lease in leases]
+
+
+@pytest.mark.parametrize(("actors", "period"), [(1, 1.0), (32, 1.0), (64, 2.0)])
+def test_the_more_actors_there_are_the_less_often_each_is_asked_to_report(actors: int, period: float) -> None:
+    """Reports of running rollouts are most of what many actors send."""
+    driver = Driver(make_run(progress_s=1.0))
+    driver.learner(ranks=1)
+    for number in range(actors - 1):
+        driver.actor(f"idle-{number}".encode())
+    driver.actor(b"busy", credit=1)
+    assert driver.only(b"busy", wire.Lease).report_s == period
