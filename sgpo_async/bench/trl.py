@@ -7,22 +7,24 @@
                  (learner.skip_uniform=false): the method and the work of TRL
     trl          GRPOTrainer, as `bench.trl_worker` runs it
 
-The settings take turns. Rates are between the first step and the last but one. A time to a pass rate is the time in the
-training loop at the end of the step whose version was the first to reach it among those that were evaluated, without
-the start of processes. The evaluations of TRL are not counted; those of the demo are, as actors do them while the
-learner trains.
+The settings take turns; a ratio is computed within each turn. Rates are between the first step and the last but one,
+and by the CPU time of whole commands, which other processes on the machine change less. A time to a pass rate is the
+time in the training loop at the end of the step whose version was the first to reach it among those that were
+evaluated, without the start of processes. The evaluations of TRL are not counted; those of the demo are, as actors do
+them while the learner trains.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +59,12 @@ SETTINGS = ("sgpo", "grpo", "trl")
 PROCESSES = 2  # of TRL: as many as the demo has ranks
 # TRL generates for so many steps at once; the tokens of a step are 1.5 versions old in the mean, in the demo 1.9.
 STEPS_PER_GENERATION = 4
-BARS = (("grpo", "trl", "tokens_per_s", 2.0), ("sgpo", "trl", "problems_per_s", 2.0))
+BARS = (
+    ("grpo", "trl", "tokens_per_s", 2.0),
+    ("grpo", "trl", "tokens_per_cpu_s", 2.0),
+    ("sgpo", "trl", "tokens_per_s", 2.0),
+    ("sgpo", "trl", "problems_per_s", 2.0),
+)
 REMEDY = "make trl makes such an environment, .venv-trl/bin/python"
 
 
@@ -68,6 +75,7 @@ class Measured:
     tokens_per_s: float  # trained tokens of completions
     problems_per_s: float
     pass_rates: list[tuple[float, float]]  # of each evaluation: seconds in the training loop, pass rate alone
+    tokens_per_cpu_s: float = 0.0  # by the CPU time of the whole command, start and evaluations included
     generating: float | None = None  # the share of the time in which TRL generates
 
     @property
@@ -91,23 +99,23 @@ def run_bench_trl(*, quick: bool, trl: str, to: Path) -> int:
     """
     if not trl:
         raise SgpoError(f"bench trl: needs --trl PYTHON, the Python of an environment with TRL; {REMEDY}")
-    known = versions("torch", "transformers")
-    known |= versions_elsewhere(trl, "trl", "torch", "transformers", "accelerate", given=f"--trl {trl}", remedy=REMEDY)
-    loads = [load()]
+    there = versions_elsewhere(trl, "trl", "torch", "transformers", "accelerate", given=f"--trl {trl}", remedy=REMEDY)
     steps = QUICK_STEPS if quick else STEPS
+    known: dict[str, Any] = {
+        "machine": machine(),
+        "versions": versions("torch", "transformers") | there,
+        "load": [load(), load()],
+        "steps": steps,
+        "trl": trainer_settings(run_of("trl", steps=steps, seed=0, out="OUT")),
+    }
     found: dict[str, list[Measured]] = {setting: [] for setting in SETTINGS}
     for seed in range(QUICK_REPETITIONS if quick else REPETITIONS):
         for setting, runs in found.items():
             print(f"repetition {seed + 1}: {setting}, {steps} steps ...", file=sys.stderr, flush=True)
             runs.append(measure(setting, steps=steps, seed=seed, trl=trl))
-    report = report_of(found) | {
-        "steps": steps,
-        "machine": machine(),
-        "versions": known,
-        "load": [*loads, load()],
-        "trl": trainer_settings(run_of("trl", steps=steps, seed=0, out="OUT")),
-    }
-    publish("trl", to, table(report), report)
+        known["load"][1] = load()
+        report = report_of(found) | known
+        publish("trl", to, table(report), report)  # after each repetition, as a whole measurement takes long
     return 0
 
 
@@ -115,11 +123,21 @@ def measure(setting: str, *, steps: int, seed: int, trl: str) -> Measured:
     """One run of one setting, in a folder of its own."""
     with tempfile.TemporaryDirectory() as folder:
         run = run_of(setting, steps=steps, seed=seed, out=folder)
+        before = _cpu_s()
         if setting == "trl":
-            return _measure_trl(run, trl)
-        command = [sys.executable, "-m", "sgpo_async.cli", "local", "builtin:demo", *_overrides(setting, steps, seed)]
-        _execute([*command, f"out={folder}"], setting)
-        return measured_run(read_metrics(run.folder), read_summary(run.folder), run)
+            tokens, found = _measure_trl(run, trl)
+        else:
+            command = [sys.executable, "-m", "sgpo_async.cli", "local", "builtin:demo"]
+            _execute([*command, *_overrides(setting, steps, seed), f"out={folder}"], setting)
+            lines = read_metrics(run.folder)
+            tokens, found = lines[-1]["tokens_trained"], measured_run(lines, read_summary(run.folder), run)
+        return replace(found, tokens_per_cpu_s=tokens / (_cpu_s() - before))
+
+
+def _cpu_s() -> float:
+    """CPU time of all processes that this one has started and that have ended, in seconds."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _overrides(setting: str, steps: int, seed: int) -> list[str]:
@@ -184,7 +202,8 @@ def trainer_settings(run: Run) -> dict[str, Any]:
     }
 
 
-def _measure_trl(run: Run, python: str) -> Measured:
+def _measure_trl(run: Run, python: str) -> tuple[float, Measured]:
+    """The trained tokens of a whole run, and what was measured."""
     source, count = source_of(run), run.steps * run.learner.problems_per_step
     texts = {"problems": [source.training(i) for i in range(count)], "held_out": source.held_out()}
     settings = {
@@ -203,7 +222,7 @@ def _measure_trl(run: Run, python: str) -> Measured:
     torchrun = [python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
     _execute([*torchrun, str(Path(__file__).with_name("trl_worker.py")), str(path)], "trl")
     ranks = [json.loads(Path(f"{run.out}/measured-{i}.json").read_text(encoding="utf-8")) for i in range(PROCESSES)]
-    return measured_trl(ranks, run)
+    return sum(rank["tokens"][-1] for rank in ranks), measured_trl(ranks, run)
 
 
 def measured_trl(ranks: Sequence[dict[str, Any]], run: Run) -> Measured:
@@ -224,7 +243,9 @@ def measured_trl(ranks: Sequence[dict[str, Any]], run: Run) -> Measured:
 
 def _execute(command: Sequence[str], setting: str) -> None:
     """Run to the end. Raises SgpoError with the last lines, DeadlineExceeded."""
+    # PYTHONSAFEPATH: in the folder of trl_worker.py, this file is also named trl.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment |= {"PYTHONSAFEPATH": "1"} if setting == "trl" else {}
     try:
         done = subprocess.run(
             command,
@@ -238,9 +259,9 @@ def _execute(command: Sequence[str], setting: str) -> None:
     except subprocess.TimeoutExpired:
         raise DeadlineExceeded(f"bench trl: {setting}", "end of the run", RUN_S) from None
     if done.returncode:
-        raise SgpoError(
-            f"bench trl: {setting} ended with code {done.returncode}:\n{(done.stderr or done.stdout)[-2000:]}"
-        )
+        # torchrun writes its own report after that of its processes.
+        last = (done.stderr or done.stdout).partition("torch/distributed/elastic")[0][-2000:]
+        raise SgpoError(f"bench trl: {setting} ended with code {done.returncode}:\n{last}")
 
 
 def report_of(found: dict[str, list[Measured]]) -> dict[str, Any]:
@@ -251,6 +272,7 @@ def report_of(found: dict[str, list[Measured]]) -> dict[str, Any]:
         settings[setting] = {
             "tokens_per_s": spread([run.tokens_per_s for run in runs]),
             "problems_per_s": spread([run.problems_per_s for run in runs]),
+            "tokens_per_cpu_s": spread([run.tokens_per_cpu_s for run in runs]),
             "best": spread([run.best for run in runs]),
             "last": spread([run.pass_rates[-1][1] for run in runs]),
             "reached": len(reached),
@@ -271,18 +293,18 @@ def table(report: dict[str, Any]) -> list[str]:
         report,
         f"builtin:demo, {report['steps']} steps; median (least..most) of {runs} repetitions with seeds 0 to {runs - 1}",
     )
-    rows = [["", "trained tokens/s", "problems/s", "pass rate at the end", f"reached {TARGET:.0%}", "after, s"]]
+    names = {"tokens_per_s": "trained tokens/s", "problems_per_s": "problems/s", "tokens_per_cpu_s": "tokens/CPU s"}
+    rows = [["", *names.values(), "pass rate at the end", f"reached {TARGET:.0%}", "after, s"]]
     for setting, found in report["settings"].items():
         rows.append(
             [
                 setting,
-                *(interval(found["tokens_per_s"], ",.0f"), interval(found["problems_per_s"], ".1f")),
+                *(interval(found[figure], ",.0f") for figure in names),
                 interval(found["last"], ".0%"),
                 f"{found['reached']} of {runs}",
                 interval(found["target_s"], ".1f") if found["target_s"] else "never",
             ]
         )
-    names = {"tokens_per_s": "trained tokens/s", "problems_per_s": "problems/s"}
     ratios = [["", "ratio", "bar", ""]]
     for found in report["ratios"]:
         name = f"{found['of']} / {found['to']}, {names[found['figure']]}"
