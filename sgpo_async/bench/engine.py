@@ -7,9 +7,9 @@
 
 Both have one thread, the same prompts in the same order, the same lengths, temperature 1, the whole vocabulary, and as
 many rows. No token ends a completion but the last one of its length, so both sample the same number of tokens; the
-lengths are either all equal, or lognormal with the same mean. Time is CPU time, because other processes on the machine
-then matter less; with one thread it is the time on an idle machine. The embedded engine also reports the log-probability of
-each token, as training needs it; `generate` does not. The two take turns; a ratio is computed within each turn.
+lengths are either all equal, or lognormal with the same mean. Time is CPU time, because other processes then matter
+less; with one thread it is the time on an idle machine. The embedded engine also reports the log-probability of each
+token, as training needs it; `generate` does not. The two take turns; a ratio is computed within each turn.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Sizes:
 
 
 FULL, QUICK = Sizes(), Sizes(batches=2, turns=3)
-OTHER, OTHER_QUICK = Sizes(slots=16, mean=48, turns=5), Sizes(slots=8, batches=2, mean=16, turns=2)  # of --model
+OTHER, OTHER_QUICK = Sizes(slots=16, batches=3, turns=3), Sizes(slots=8, batches=2, mean=8, turns=2)  # of --model
 
 
 class Request(NamedTuple):
