@@ -299,7 +299,7 @@ def table(report: dict[str, Any]) -> list[str]:
         rows.append(
             [
                 setting,
-                *(interval(found[figure], ",.0f") for figure in names),
+                *(interval(found[figure], ".1f" if figure == "problems_per_s" else ",.0f") for figure in names),
                 interval(found["last"], ".0%"),
                 f"{found['reached']} of {runs}",
                 interval(found["target_s"], ".1f") if found["target_s"] else "never",
