@@ -5,6 +5,7 @@
 # make lock   requirements.lock from the versions that are in .venv now: after an upgrade, and after its tests
 #
 # make peers  .venv-peers with TransferQueue and Ray, with which sgpo-async bench transport --peers compares
+# make trl    .venv-trl with TRL, with which sgpo-async bench trl --trl compares
 #
 # With real SGLang servers, on a CPU (Python 3.11):
 # make sglang-cpu   .venv-sglang, SGLang's own environment    make demo-sglang, make test-sglang   demo and tests with it
@@ -28,7 +29,7 @@ JOBS ?= logical
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile --durations 40
 SGLANG_PINS := sgpo_async/engines/sglang/cpu/requirements.txt
 
-.PHONY: setup lock demo test units test-all lint docs docs-pages bench clean sglang-cpu demo-sglang test-sglang gpu-wheels gpu-check peers
+.PHONY: setup lock demo test units test-all lint docs docs-pages bench clean sglang-cpu demo-sglang test-sglang gpu-wheels gpu-check peers trl
 
 demo: $(STAMP)
 	$(BIN)/python launch/local.py configs/demo.yaml
@@ -126,5 +127,11 @@ peers:
 	.venv-peers/bin/python -m pip install --quiet $(TORCH_INSTALL)
 	.venv-peers/bin/python -m pip install --quiet TransferQueue==0.1.11 ray==2.60.0
 
+# sgpo-async bench trl --trl .venv-trl/bin/python
+trl:
+	$(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/python -m pip install --quiet $(TORCH_INSTALL)
+	.venv-trl/bin/python -m pip install --quiet $(shell grep -i '^transformers==' $(LOCK)) trl==1.16.0
+
 clean:
-	rm -rf .venv .venv-sglang .venv-peers .pytest_cache .hypothesis .ruff_cache .mypy_cache .import_linter_cache .grimp_cache build dist *.egg-info
+	rm -rf .venv .venv-sglang .venv-peers .venv-trl .pytest_cache .hypothesis .ruff_cache .mypy_cache .import_linter_cache .grimp_cache build dist *.egg-info

@@ -11,6 +11,11 @@ measure.py              starts the processes of each setting and reads one JSON 
 worker_*.py             those processes
 synchronous_actor.py    an engine that generates whole groups without a hub
 transport.py            rollouts into the hub, against ZeroMQ alone and against other projects
+engine.py               the embedded engine against `generate` of transformers
+pack.py                 rows and their division against padded micro-batches
+loss.py                 fused losses against all logits at once, and Liger's
+trl.py                  the demo against TRL's GRPOTrainer
+figures.py              what the reports of these parts have in common
 cost.py                 the GPU-hours of a whole run, calculated from such figures
 """
 

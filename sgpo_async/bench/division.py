@@ -59,14 +59,14 @@ def location(longest: int) -> float:
     return float(np.log(longest)) - NormalDist().inv_cdf(1 - CUT) * SIGMA
 
 
-def by_groups(pieces: Sequence[Piece], ranks: int) -> list[Round]:
+def by_groups(pieces: Sequence[Piece], ranks: int, *, row_tokens: int = ROW_TOKENS) -> list[Round]:
     """Rounds in which each rank has the micro-batches of its own groups."""
     groups = [range(first, first + GROUP) for first in range(0, len(pieces), GROUP)]
     shares = balance([sum(pieces[i].tokens for i in group) for group in groups], ranks)
     own = []
     for share in shares:
         indices = [i for g in share for i in groups[g]]
-        rounds = divide([pieces[i] for i in indices], ranks=1, row_tokens=ROW_TOKENS)
+        rounds = divide([pieces[i] for i in indices], ranks=1, row_tokens=row_tokens)
         own.append([[indices[i] for i in micro_batch] for (micro_batch,) in rounds])
     return [list(round_) for round_ in zip_longest(*own, fillvalue=[])]
 

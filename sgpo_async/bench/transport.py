@@ -16,12 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import platform
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +29,7 @@ import numpy as np
 import zmq
 
 from sgpo_async import __version__
+from sgpo_async.bench.figures import load, machine, spread
 from sgpo_async.bench.hub_ingest import rollout_of
 from sgpo_async.errors import DeadlineExceeded, SgpoError
 from sgpo_async.files import write_whole
@@ -118,9 +116,9 @@ def run_bench_transport(*, sizes: Sizes, peers: str, to: Path) -> int:
     """
     settings = [*OURS, *(PEERS if peers else ())]
     known = versions(peers)
-    loads = [os.getloadavg()[0]]
+    loads = [load()]
     rates = measure(settings, sizes, peers)
-    loads.append(os.getloadavg()[0])
+    loads.append(load())
     report = report_of(rates, sizes) | {"machine": machine(), "versions": known, "load": loads}
     lines = table(report, missing="" if peers else NO_PEERS)
     print("\n".join(lines))
@@ -154,11 +152,6 @@ def measure(settings: Sequence[str], sizes: Sizes, peers: str) -> dict[str, list
             for setting, worker in workers.items():
                 rates[setting].append(worker.rate(setting, sizes.seconds))
     return rates
-
-
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Median, smallest and largest."""
-    return {"median": statistics.median(values), "low": min(values), "high": max(values), "turns": list(values)}
 
 
 def report_of(rates: Mapping[str, Sequence[float]], sizes: Sizes) -> dict[str, Any]:
@@ -202,12 +195,6 @@ def table(report: Mapping[str, Any], *, missing: str) -> list[str]:
             f"{name:>38} {ratio['median']:>8.2f} {ratio['low']:>8.2f} {ratio['high']:>8.2f} {ratio['bar']:>5g}{met}"
         )
     return [*lines, *(["", missing] if missing else [])]
-
-
-def machine() -> str:
-    """Day, cores and processor."""
-    cores, day = len(os.sched_getaffinity(0)), time.strftime("%Y-%m-%d")
-    return f"{day}, {cores} cores, {platform.machine()}, Linux {platform.release()}"
 
 
 def versions(peers: str) -> dict[str, str]:

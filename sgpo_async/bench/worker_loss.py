@@ -13,6 +13,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -62,10 +63,37 @@ LOSSES: dict[str, dict[str, Callable[[Inputs], Tensor]]] = {
 }
 
 
+def _liger_policy_gradient(x: Inputs) -> Tensor:
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    # One sequence with the advantage 1: the value is -1, as ratios to the present policy are 1; the gradient is ours.
+    loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, compiled=False)
+    mask, advantage = torch.ones(1, len(x.targets)), torch.ones(1)
+    return loss(x.hidden[None], x.weight, x.targets[None], mask, advantage)[0]
+
+
+def _liger_distillation(x: Inputs, *, chunk: int) -> Tensor:
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    settings = {"weight_hard_loss": 0.0, "weight_soft_loss": 1.0, "beta": 0.0}  # the forward divergence alone
+    loss = LigerFusedLinearJSDLoss(**settings, chunk_size=chunk, compiled=False)
+    return loss(x.hidden, x.weight, x.teacher, x.weight.detach(), x.targets)
+
+
+# Liger's chunked losses: operations of torch, which run on CPUs, too; its Triton kernels do not.
+LIGER: dict[str, dict[str, Callable[[Inputs], Tensor]]] = {
+    "policy_gradient": {"liger": _liger_policy_gradient},
+    "distillation": {
+        "liger": partial(_liger_distillation, chunk=1024),  # its default
+        "liger, 64 tokens": partial(_liger_distillation, chunk=64),
+    },
+}
+
+
 def main(argv: Sequence[str]) -> None:
     """Measure and print."""
     loss, way, *sizes = argv
-    function = LOSSES[loss][way]
+    function = (LOSSES[loss] | LIGER[loss])[way]
     torch.set_num_threads(1)
     torch.manual_seed(0)
     function(inputs(64, 64, 64)).backward()  # loads the kernels

@@ -3,10 +3,14 @@
 sgpo-async bench builtin:demo         generation alone, learning alone, synchronous, asynchronous
 sgpo-async bench overlap --quick      does asynchrony pay: synchronous, colocated and asynchronous runs, simulated
 sgpo-async bench pinned --quick       the same for real on this machine, with a core for each side
+sgpo-async bench engine --quick       the embedded engine against generate of transformers
+sgpo-async bench pack --quick         padding, and how long ranks wait for each other, against naive micro-batches
+sgpo-async bench loss --quick         time and memory of the fused losses, against all logits at once and Liger
 sgpo-async bench scale --quick        how many inference nodes one hub serves: a real hub, simulated nodes
 sgpo-async bench transport --quick    rollouts into the hub, against ZeroMQ alone, TransferQueue, Ray, MessagePack lists
 sgpo-async bench weights --quick      every road of the weights, and fleets of nodes (as root: needs ip and tc)
-sgpo-async bench all --quick          all of these; weights only as root
+sgpo-async bench trl --trl PYTHON     the demo against TRL's GRPOTrainer (make trl makes an environment)
+sgpo-async bench all --quick          all of these; weights only as root, trl only with --trl
 """
 
 from __future__ import annotations
@@ -18,7 +22,18 @@ from pathlib import Path
 
 from sgpo_async.cli.options import add_config, load_run, print_dry_run
 
-PARTS = ("overlap", "pinned", "scale", "transport", "weights")  # in place of a configuration: modules of `bench`
+# In place of a configuration: modules of `bench`, and the options that are theirs alone.
+PARTS: dict[str, tuple[str, ...]] = {
+    "overlap": (),
+    "pinned": (),
+    "engine": ("model",),
+    "pack": ("run",),
+    "loss": (),
+    "scale": (),
+    "transport": (),
+    "weights": (),
+    "trl": ("trl",),
+}
 NEED_ROOT = ("weights",)  # network namespaces
 ALL = "all"
 
@@ -35,6 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--peers", default="", metavar="PYTHON", help="transport: Python of an environment with TransferQueue and Ray"
+    )
+    parser.add_argument("--trl", default="", metavar="PYTHON", help="trl: Python of an environment with TRL")
+    parser.add_argument("--model", default="", metavar="FOLDER", help="engine: measure this model, too")
+    parser.add_argument(
+        "--run", default="", metavar="FOLDER", help="pack: measure the lengths, too, that this run has recorded"
     )
 
 
@@ -64,6 +84,9 @@ def _parts(args: argparse.Namespace) -> int:
         if part in NEED_ROOT and os.geteuid() != 0:
             print(f"{part}: left out, because it must be started as root")
             continue
+        if part == "trl" and not args.trl:
+            print("trl: left out, because --trl does not name the Python of an environment with TRL")
+            continue
         codes.append(_measured(part, args, (args.to or Path("runs/bench-all")) / part))
     return next((code for code in codes if code), 0)
 
@@ -83,5 +106,6 @@ def _measure(part: str, args: argparse.Namespace, to: Path) -> int:
 
         return run_bench_transport(sizes=QUICK if args.quick else Sizes(), peers=args.peers, to=to)
     module = importlib.import_module(f"sgpo_async.bench.{part}")
-    code: int = getattr(module, f"run_bench_{part}")(quick=args.quick, to=to)
+    own = {name: getattr(args, name) for name in PARTS[part]}
+    code: int = getattr(module, f"run_bench_{part}")(quick=args.quick, to=to, **own)
     return code
