@@ -171,9 +171,9 @@ class Embedded:
         while left:
             finished = self._engine.step(0.0)
             left -= len(finished)
-            for one in finished:
-                assert isinstance(one, Generated), one
-                tokens += len(one.tokens)
+            for found in finished:
+                assert isinstance(found, Generated), found
+                tokens += len(found.tokens)
         return tokens
 
 
