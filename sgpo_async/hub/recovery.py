@@ -41,6 +41,7 @@ _PLAIN_EVENTS: dict[str, Callable[..., ev.Event]] = {
         ev.SenderUp,
         ev.SenderDown,
         ev.Disconnected,
+        ev.Expelled,
         ev.Tick,
         ev.HubRestarted,
         ev.Interrupted,
