@@ -7,8 +7,8 @@
 Each thread waits for a request, then for its worker's answer. A worker that exceeds the time limit is killed by its
 alarm (see `reward_worker`), or by its thread if the verifier has disabled the alarm, and the thread starts a new one.
 The caller waits only in `poll`. A reward function that raises or returns no number ends the pool with an error, because
-it would be wrong to train on. One that ends its process has reward 0, and a line in the log. A verifier that exceeds the
-limit, or ends its process, again and again, in every worker and for different problems, ends the pool with an error:
+it would be wrong to train on. One that ends its process has reward 0, and a line in the log. A verifier that ends its
+process or exceeds the limit again and again, in every worker and for different problems, ends the pool with an error:
 without it the run would wait for a batch until that times out.
 """
 

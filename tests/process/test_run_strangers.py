@@ -114,6 +114,13 @@ def folder_with(keys: Path, folder: Path, *names: str) -> Path:
     return folder
 
 
+def names_of_actors(mailbox: Mailbox) -> set[str]:
+    """The actors of the run, as the hub tells everybody who has a key."""
+    mailbox.send(wire.StatusRequest())
+    answers = until(lambda: mailbox.receive(0.1), "the status")
+    return {row["name"] for answer in answers if isinstance(answer, wire.Status) for row in answer.status["actors"]}
+
+
 def assert_nowhere(secrets: list[bytes], folder: Path) -> None:
     """No file in the folder holds one of the secrets: logs, what processes printed, metrics, the journal."""
     files = [path for path in folder.rglob("*") if path.is_file()]
@@ -133,11 +140,10 @@ def test_with_keys_nobody_without_the_right_one_takes_part_and_a_node_can_be_shu
         hub = run.hub()
         strangers = [Mailbox(Dealer(run.address(), keys=folder, max_bytes=2**20)) for folder in ("", others, of_bad)]
         *outside, member = strangers
+        actor, bad = run.actor("actor", "--keys", str(of_good)), run.actor("bad", "--keys", str(of_bad))
+        until(lambda: names_of_actors(member) == {"actor", "bad"}, "both actors")
         learner = run.learner("--hub", run.address(), f"hub.keys={of_learners}")
-        actor = run.actor("actor", "--keys", str(of_good))
         until(lambda: len(run.metrics()) > 0, "a step")
-        bad = run.actor("bad", "--keys", str(of_bad))
-        until(lambda: "bad" in hub.output, "the second actor, as the hub announces it")
         with suspended(run.processes_with("launch/learner.py")):  # so that the run does not end meanwhile
             reasons = refusals_of(member, [HELLO, *REQUESTS])
             for stranger in outside:
