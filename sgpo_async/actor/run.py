@@ -84,7 +84,8 @@ class Actor:
             signal.signal(number, self._stop)
         try:
             while not self._stopped and not self._run_over:
-                mailbox = Mailbox(Dealer(self._options.hub, keys=self._options.keys, max_bytes=MAX_BYTES))
+                keys, name = self._options.keys, self._name
+                mailbox = Mailbox(Dealer(self._options.hub, keys=keys, name=name, max_bytes=MAX_BYTES))
                 try:
                     self._run_over = self._serve(mailbox)
                 finally:

@@ -53,6 +53,10 @@ class Hub:
     canary_s: float = 60.0
     canary_tolerance: float = field(default=0.0, metadata=INFINITE)
     max_message_mb: int = 512  # the largest message is the hub's state in a checkpoint
+    # A member that sends more messages a second than this, on average over 10 s, is expelled; one of several MB counts
+    # for as many. 0: no limit.
+    max_messages_per_s: int = 1000
+    max_leases: int = 4096  # that an actor may have and ask for, a lease being the rollouts of one problem
     # HOST:PORT at which a dashboard beside the hub shows the run in a browser (docs/dashboard.md); "": none. Beyond
     # loopback, who looks at it needs the token in runs/NAME/dashboard.token.
     dashboard: str = ""
@@ -81,6 +85,8 @@ class Hub:
         )
         if self.dashboard:
             listen_address("hub.dashboard", self.dashboard)
+        require(self.max_messages_per_s >= 0, "hub.max_messages_per_s", "must be >= 0", self.max_messages_per_s)
+        require(self.max_leases >= 1, "hub.max_leases", "must be >= 1", self.max_leases)
         require(self.weight_fanout >= 0, "hub.weight_fanout", "must be >= 0 (0: no limit)", self.weight_fanout)
         require(self.max_lag >= 0, "hub.max_lag", "must be >= 0", self.max_lag)
         require(

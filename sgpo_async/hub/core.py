@@ -40,6 +40,7 @@ from sgpo_async.hub.training import Training
 from sgpo_async.hub.validation import refusal_reason, tokenizer_mismatch
 from sgpo_async.hub.weight_routes import WeightRoutes
 from sgpo_async.tasks.task_sampler import TaskSampler
+from sgpo_async.transport.base import owner_of
 from sgpo_async.wire import records as wire
 
 if TYPE_CHECKING:
@@ -102,7 +103,8 @@ class HubCore:
         self.last_rejection = ""
         self.refused = 0  # number of refused members
         self.forbidden = False  # whether somebody else has sent a message of the learner
-        self.quarantined: dict[str, str] = {}  # actors refused for invalid messages: name -> reason
+        # Actors refused for invalid messages: (public key, name) -> reason. So nobody has another one's name refused.
+        self.quarantined: dict[tuple[bytes, str], str] = {}
         self.restarts = 0  # of the hub process
         self.moved = 0  # leases taken from slow actors
         self.stall = StallWatch(run.hub.stall_s, moved_at=now)
@@ -154,6 +156,8 @@ class HubCore:
             case ev.Disconnected(member):
                 if (actor := self.actors.get(member)) and actor.return_by is None:
                     self._expect_return(actor, RETURN_S)
+            case ev.Expelled(who, reason):
+                self._expel(who, reason)
             case ev.Tick():
                 self._check_timeouts()
                 self._move_late_lease()
@@ -247,8 +251,8 @@ class HubCore:
         joined_world = self.learner_ranks if hello.role == "learner" and not new_world else None
         taken = self._names_of_others(member, hello, new_world=new_world)
         final = tokenizer_mismatch(hello.name, hello.tokenizer, learners=self.tokenizer)
-        if hello.role == "actor" and hello.name in self.quarantined:
-            final = f"quarantined after {self.quarantined[hello.name]}; check its engine and its model"
+        if hello.role == "actor" and (why := self.quarantined.get((owner_of(member), hello.name))):
+            final = f"quarantined after {why}; check its engine and its model"
         if hello.road == "folder" and not self.run.hub.weight_folder:
             final = "the run has no hub.weight_folder, so set it or start the actor without --weights-by folder"
         reason = final or refusal_reason(hello, taken=taken, world=joined_world)
@@ -346,6 +350,15 @@ class HubCore:
         for other in self.weight_routes.depending_on(actor.member):  # it may hang, and its store go on existing
             self._end_route(other, f"{actor.name}, from which it has its weights, is lost")
 
+    def _expel(self, who: bytes, reason: str) -> None:
+        """End the memberships of this member, or of all with this public key; their leases go to others."""
+        unwanted = [actor for actor in self.actors.values() if who in (actor.member, owner_of(actor.member))]
+        names = ", ".join(actor.name for actor in unwanted)
+        self._effects.append(Warn(f"{reason}; " + (f"expelled: {names}" if names else "it had not joined")))
+        for actor in unwanted:
+            self._refuse(actor.member, reason, final=True)
+            self._lose_actor(actor)
+
     def _revoke(self, leases: LeaseTable, number: int) -> None:
         """Take a lease back, to give it again."""
         self._send_revoked(leases.running[number])
@@ -428,6 +441,12 @@ class HubCore:
             return
         if not actor.welcomed:
             return  # sent before the connection was lost; the actor asks again after its return
+        held = sum(len(leases.held_by(actor.member)) for leases in self._lease_tables)
+        if held + actor.credit + ready.tasks > self.run.hub.max_leases:
+            detail = f"it has {held}, and asks for {actor.credit + ready.tasks}; raise it if the node has so many slots"
+            reason = f"Ready for more leases than hub.max_leases={self.run.hub.max_leases}"
+            self._reject(actor.member, reason, detail=detail)
+            return
         actor.credit += ready.tasks
         actor.version = self._version_of_this_run(ready.version)
 
@@ -793,7 +812,7 @@ class HubCore:
 
     def _quarantine(self, actor: Actor, reason: str) -> None:
         """Refuse this actor for good. Other actors start its tasks from nothing."""
-        self.quarantined[actor.name] = reason
+        self.quarantined[owner_of(actor.member), actor.name] = reason
         self._effects.append(Warn(f"{actor.name} is quarantined after {reason}"))
         for leases in self._lease_tables:
             for number in leases.held_by(actor.member):

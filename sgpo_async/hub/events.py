@@ -62,6 +62,14 @@ class Disconnected:
 
 
 @dataclass(frozen=True)
+class Expelled:
+    """A member, or all with a public key, may not go on: the key was revoked, or it sends too much (`reason`)."""
+
+    member: bytes
+    reason: str
+
+
+@dataclass(frozen=True)
 class Tick:
     """Time has passed; the loop sends this event at regular intervals."""
 
@@ -79,7 +87,18 @@ class Interrupted:
     at_once: bool = False
 
 
-Event = Received | Rejected | Forbidden | SenderUp | SenderDown | Disconnected | Tick | HubRestarted | Interrupted
+Event = (
+    Received
+    | Rejected
+    | Forbidden
+    | SenderUp
+    | SenderDown
+    | Disconnected
+    | Expelled
+    | Tick
+    | HubRestarted
+    | Interrupted
+)
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,7 @@ class Loop:
                 received = self._mailbox.receive_mail(TICK_S)
                 group = [found for mail in received if (found := self._event_of(mail)) is not None]
                 events: list[ev.Event] = [ev.Disconnected(member) for member in self._mailbox.gone()]
+                events += [ev.Expelled(who, reason) for who, reason in self._mailbox.expelled()]
                 events += self._sender_events()
                 events += self._weights.events() if self._weights else []
                 if reason := interrupted():

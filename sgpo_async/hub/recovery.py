@@ -31,7 +31,7 @@ from sgpo_async.hub.journal import FORMAT, Journal
 from sgpo_async.hub.rollout_files import ANY_SIZE, Place, RolloutFiles
 from sgpo_async.tasks.task_sampler import Task, TaskSampler
 from sgpo_async.wire import decode, encode
-from sgpo_async.wire.records import PROTOCOL, Rollout
+from sgpo_async.wire.records import PROTOCOL, Rollout, without_secrets
 
 _PLAIN_EVENTS: dict[str, Callable[..., ev.Event]] = {
     kind.__name__: kind
@@ -41,6 +41,7 @@ _PLAIN_EVENTS: dict[str, Callable[..., ev.Event]] = {
         ev.SenderUp,
         ev.SenderDown,
         ev.Disconnected,
+        ev.Expelled,
         ev.Tick,
         ev.HubRestarted,
         ev.Interrupted,
@@ -145,16 +146,18 @@ def write_event(journal: Journal, event: ev.Event, *, at: float, frames: Sequenc
     """Append an event that happened at time `at`.
 
     `frames` are the frames of a received message, unchanged; the hub's own messages, such as those of
-    `learner_weights`, have none.
+    `learner_weights`, have none. Secrets are left out: a hub that starts again needs none of them.
     """
     match event:
         case ev.Received(member, Rollout() as rollout):
             place = journal.add_rollout(rollout, frames)
             journal.append(at, bytes(msgpack.packb(["Rollout", member, place])), place=place)
-        case ev.Received(member):
-            journal.append(at, bytes(msgpack.packb(["Received", member, list(frames) or encode(event.message)])))
+        case ev.Received(member, message):
+            shown = without_secrets(message)
+            written = list(frames) if frames and shown is message else encode(shown)
+            journal.append(at, bytes(msgpack.packb(["Received", member, written])))
         case _:
-            journal.append(at, bytes(msgpack.packb([type(event).__name__, *astuple(event)])))
+            journal.append(at, bytes(msgpack.packb([type(event).__name__, *astuple(without_secrets(event))])))
 
 
 def read_event(body: bytes, rollouts: RolloutFiles) -> ev.Event:

@@ -65,7 +65,8 @@ def serve(run: Run) -> int:
             core, elapsed = recover(core, journal)
         address = _address(run, journal)
         token = "" if run.hub.keys else make_token(folder)  # before the hub can be reached: the learner reads it then
-        router = Router(address, keys=run.hub.keys, max_bytes=run.hub.max_message_mb * 2**20)
+        most = run.hub.max_messages_per_s
+        router = Router(address, keys=run.hub.keys, max_bytes=run.hub.max_message_mb * 2**20, max_per_s=most)
         stack.callback((folder / TOKEN_FILE).unlink, missing_ok=True)
         stack.callback(router.close)
         here = journal is not None and journal.get("machine") == machine().encode()  # else /proc/PID is another process

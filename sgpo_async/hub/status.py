@@ -39,7 +39,7 @@ class CoreState(Protocol):
     rejected: Counter[str]
     last_rejection: str
     refused: int
-    quarantined: dict[str, str]
+    quarantined: dict[tuple[bytes, str], str]
     restarts: int
     moved: int
     stall: StallWatch
@@ -95,7 +95,7 @@ def status(core: CoreState) -> dict[str, Any]:
         "joined": actors.joined,
         "left": actors.left,
         "refused": core.refused,
-        "quarantined": dict(core.quarantined),
+        "quarantined": {name: reason for (_, name), reason in core.quarantined.items()},
         "hub_restarts": core.restarts,
         "leases_moved": core.moved,
         "uptime_s": core.now - core.started,

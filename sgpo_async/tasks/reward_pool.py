@@ -7,30 +7,38 @@
 Each thread waits for a request, then for its worker's answer. A worker that exceeds the time limit is killed by its
 alarm (see `reward_worker`), or by its thread if the verifier has disabled the alarm, and the thread starts a new one.
 The caller waits only in `poll`. A reward function that raises or returns no number ends the pool with an error, because
-it would be wrong to train on. A verifier that exceeds the limit again and again, in every worker and for different
-problems, ends the pool with an error: without it the run would wait for a batch until that times out.
+it would be wrong to train on. One that ends its process has reward 0, and a line in the log. A verifier that ends its
+process or exceeds the limit again and again, in every worker and for different problems, ends the pool with an error:
+without it the run would wait for a batch until that times out.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import queue
 import select
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
 from sgpo_async.errors import SgpoError
-from sgpo_async.tasks.reward_worker import OUT_OF_MEMORY, STARTUP_LIMIT_S
+from sgpo_async.tasks.reward_worker import OUT_OF_MEMORY, READY, STARTUP_LIMIT_S
 from sgpo_async.tasks.rewards import Sample
 from sgpo_async.tasks.verify import INLINE, VERIFIERS
 
+log = logging.getLogger(__name__)
+
 _PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
+WATCH_S = 0.5  # how often a thread looks whether its worker has ended
 GRACE_S = 10.0  # after its time limit, for a worker's alarm to kill it
 TIMEOUTS = 8  # timeouts in a row, per worker, ...
 ANSWERS = 4  # ... for so many different answers, after which a verifier counts as one that never returns
@@ -42,7 +50,7 @@ class Verdict:
 
     key: Hashable
     reward: float  # of an episode with an environment: of all turns so far
-    timed_out: bool = False  # exceeded the limit of time or memory
+    timed_out: bool = False  # exceeded the limit of time or memory, or ended the worker
     reply: str | None = None  # of an environment: what the policy reads next; None: it is over
 
 
@@ -148,7 +156,7 @@ class RewardPool:
         with self._lock:
             self._closing = True
             for process in self._processes.values():
-                process.kill()
+                _kill(process)
         if self._started:
             for _ in self._threads:
                 self._requests.put(None)
@@ -167,8 +175,7 @@ class RewardPool:
                 return
             if process is None:
                 return
-            patience_s = self._limit_s + GRACE_S + (0.0 if known else STARTUP_LIMIT_S)
-            self._verdicts.put(self._judge(process, request, index=index, patience_s=patience_s))
+            self._verdicts.put(self._judge(process, request, index=index, ready=known is not None))
 
     def _start(self, index: int) -> subprocess.Popen[str] | None:
         with self._lock:
@@ -178,36 +185,67 @@ class RewardPool:
             paths = [_PACKAGE_PARENT, os.environ.get("PYTHONPATH", "")]
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
             pipe = subprocess.PIPE
-            self._processes[index] = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
+            self._processes[index] = subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, text=True, env=environment, start_new_session=True
+            )
             return self._processes[index]
 
     def _judge(
-        self, process: subprocess.Popen[str], request: _Request, *, index: int, patience_s: float
+        self, process: subprocess.Popen[str], request: _Request, *, index: int, ready: bool
     ) -> tuple[_Request, Verdict] | SgpoError:
         assert process.stdin is not None and process.stdout is not None
-        one = request.sample
+        one, answer = request.sample, ""
         line = json.dumps(
             [request.verifier, one.problem, one.answer, one.completion, dict(one.columns), request.earlier]
         )
-        try:
-            process.stdin.write(line + "\n")
-            process.stdin.flush()
-            if not _readable(process.stdout, patience_s):
-                process.kill()
-            line = process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if line:
-            verdict = json.loads(line)
+        if ready := ready or _answer(process, STARTUP_LIMIT_S + GRACE_S) == READY:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(line + "\n")
+                process.stdin.flush()
+                answer = _answer(process, STARTUP_LIMIT_S + self._limit_s + GRACE_S)  # it may import the user's module
+        if answer:
+            verdict = json.loads(answer)
             known = "error" not in verdict
             return (request, Verdict(key=request.key, **verdict)) if known else SgpoError(verdict["error"])
-        status = process.wait()
-        process.stdout.close()
+        status = _end(process)
         with self._lock:
             del self._processes[index]
-        if status < 0 or status == OUT_OF_MEMORY:  # killed by its alarm, by this thread or by another process
-            return request, Verdict(key=request.key, reward=0.0, timed_out=True)
-        return SgpoError(f"reward worker: exit status {status} on {request.key!r}; see its traceback")
+        if status >= 0 and not ready:
+            return SgpoError(f"reward worker: exit status {status} before its first request; see its traceback")
+        if status >= 0 and status != OUT_OF_MEMORY:  # else it was killed by its alarm, by this thread or by others
+            log.warning("reward %s: ended its process with status %d: reward 0", request.verifier, status)
+        return request, Verdict(key=request.key, reward=0.0, timed_out=True)
+
+
+def _answer(process: subprocess.Popen[str], timeout_s: float) -> str:
+    """The next line of a worker; "" if it has ended, or does not answer in time: then it is killed.
+
+    What it has started may have its stdout and never close it, so the end of the worker counts, not that of the file.
+    """
+    assert process.stdout is not None
+    deadline = time.monotonic() + timeout_s
+    while not (readable := _readable(process.stdout, WATCH_S)) and process.poll() is None:
+        if time.monotonic() > deadline:
+            process.kill()
+    return process.stdout.readline() if readable or _readable(process.stdout, 0.0) else ""
+
+
+def _end(process: subprocess.Popen[str]) -> int:
+    """The exit status of a worker that answers no more; what it has started ends with it."""
+    assert process.stdin is not None and process.stdout is not None
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE_S)
+    _kill(process)
+    process.stdout.close()
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.close()
+    return process.wait()
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """Kill a worker and all that it has started, which is in its process group."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _readable(file: IO[str], timeout_s: float) -> bool:

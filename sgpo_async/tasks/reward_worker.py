@@ -1,13 +1,14 @@
 """Worker process of the reward pool: one request per line on stdin, one verdict per line on stdout.
 
-A request is the JSON list [reward, problem, answer, completion, columns, earlier] with the text form of a reward (see
-`sgpo_async.tasks.rewards`), or with the name of an environment and the episode's earlier completions, which are null
-for a reward. A verdict is {"reward": number}, with "reply" for a turn that does not end its episode, or {"error": text}
-if the user's code is at fault.
+The first line on stdout is READY. A request is the JSON list [reward, problem, answer, completion, columns, earlier]
+with the text form of a reward (see `sgpo_async.tasks.rewards`), or with the name of an environment and the episode's
+earlier completions, which are null for a reward. A verdict is {"reward": number}, with "reply" for a turn that does not
+end its episode, or {"error": text} if the user's code is at fault.
 
 When its parent ends, an idle worker ends at once (end of stdin), and a busy one at the latest when its time limit
-expires. The time limit is SIGALRM with its default action, so the kernel kills any loop, in Python or in C. A request
-that needs more memory than the limit ends the worker with OUT_OF_MEMORY.
+expires. It leads a process group, with which the processes end that the user's code has started. The time limit is
+SIGALRM with its default action, so the kernel kills any loop, in Python or in C. A request that needs more memory than
+the limit ends the worker with OUT_OF_MEMORY.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from functools import cache
 
 STARTUP_LIMIT_S = 60.0
 OUT_OF_MEMORY = 77  # exit code
+READY = "ready\n"
 
 
 def serve(limit_s: float) -> None:
@@ -51,6 +53,8 @@ def serve(limit_s: float) -> None:
 
     VERIFIERS["math"]("1", "1")  # imports everything before the first time limit starts
     signal.setitimer(signal.ITIMER_REAL, 0.0)
+    print(READY, end="", file=verdicts, flush=True)
+    worker = os.getpid()
     for line in sys.stdin:
         text, problem, answer, completion, columns, earlier = json.loads(line)
         sample = Sample(problem=problem, answer=answer, completion=completion, columns=columns)
@@ -61,6 +65,8 @@ def serve(limit_s: float) -> None:
             verdict = judge(sample, earlier)
         except DataError as error:
             verdict = {"error": str(error)}
+        if os.getpid() != worker:
+            os._exit(0)  # user's code has forked, and this is the child: it must not answer, too
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         print(json.dumps(verdict), file=verdicts, flush=True)
 
@@ -81,3 +87,5 @@ if __name__ == "__main__":
         serve(float(sys.argv[1]))
     except MemoryError:
         os._exit(OUT_OF_MEMORY)  # without clean-up, which needs memory
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)  # stdin has ended: so shall what user's code has left behind

@@ -13,6 +13,12 @@ Frames = list[bytes]
 
 HIGH_WATER = 10_000  # most messages in the queue of one peer and direction; a member that reads none is removed earlier
 BATCH = 256  # most messages that one poll returns
+RANDOM_BYTES = 32  # of an identity, at its end; with keys the public key of its owner (Z85) comes before them
+
+
+def owner_of(member: bytes) -> bytes:
+    """The public key to which the identity of a member belongs; b"" without keys."""
+    return member[:-RANDOM_BYTES]
 
 
 class RouterEnd(Protocol):
@@ -30,6 +36,10 @@ class RouterEnd(Protocol):
 
     def gone(self) -> list[bytes]:
         """The members whose connection has ended since the last call, and that have sent nothing over another one."""
+        ...
+
+    def expelled(self) -> list[tuple[bytes, str]]:
+        """Who may not go on since the last call, and why: one member, or all with this public key."""
         ...
 
     def send(self, member: bytes, frames: Sequence[bytes]) -> bool:

@@ -20,8 +20,8 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from sgpo_async.errors import HubError
-from sgpo_async.transport.base import Frames
-from sgpo_async.transport.keys import Role, key_pair, public_key
+from sgpo_async.transport.base import RANDOM_BYTES, Frames
+from sgpo_async.transport.keys import Role, actor_pair, key_pair, public_key
 from sgpo_async.transport.sockets import close_socket, drain, offer, open_socket
 
 RECONNECT_MS = (100, 2000)  # first and longest pause between two attempts
@@ -38,8 +38,9 @@ WATCHED = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | UNHEARD | sum
 class Dealer:
     """DEALER socket connected to `address`. Implements `DealerEnd`.
 
-    The hub's Router knows this member by `identity`, also after a reconnection; by default it is random. `role` says
-    which key of the folder `keys` it takes.
+    The hub's Router knows this member by `identity`, also after a reconnection; by default it is random. With keys it
+    begins with the public key: the hub accepts it from no other key. `role` says which key of the folder `keys` it
+    takes, for an actor also `name`, if there are several (`keys.actor_pair`).
     `socket` is for a `zmq.Poller` that also waits for other events.
 
     Raises:
@@ -53,10 +54,11 @@ class Dealer:
         identity: bytes | None = None,
         keys: str | Path = "",
         role: Role = "actor",
+        name: str = "watch",
         max_bytes: int,
     ) -> None:
         self.address = address
-        self.identity = identity or secrets.token_hex(16).encode()
+        self.identity = identity or secrets.token_hex(RANDOM_BYTES // 2).encode()
         self.max_bytes = max_bytes
         self.connections = 0
         self.connected = False
@@ -64,11 +66,13 @@ class Dealer:
         self.socket = open_socket(zmq.DEALER, address=address, max_bytes=max_bytes)
         self._monitor = self.socket.get_monitor_socket(WATCHED)
         try:
-            self.socket.routing_id = self.identity
             self.socket.reconnect_ivl, self.socket.reconnect_ivl_max = RECONNECT_MS
             if keys:
-                self.socket.curve_publickey, self.socket.curve_secretkey = key_pair(keys, role)
+                public, secret = actor_pair(keys, name) if role == "actor" else key_pair(keys, role)
+                self.socket.curve_publickey, self.socket.curve_secretkey = public, secret
                 self.socket.curve_serverkey = public_key(keys, "server")
+                self.identity = public + self.identity
+            self.socket.routing_id = self.identity
             self.socket.connect(address)
         except BaseException:
             self.close()

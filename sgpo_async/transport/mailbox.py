@@ -88,6 +88,10 @@ class RouterMailbox:
         """The members whose connection has ended since the last call; they may come back."""
         return self.router.gone()
 
+    def expelled(self) -> list[tuple[bytes, str]]:
+        """Who may not go on since the last call, and why: one member, or all with this public key."""
+        return self.router.expelled()
+
     def close(self, linger_s: float = 0.0) -> None:
         """Wait at most `linger_s` until the queued messages are sent, then close."""
         self.router.close(linger_s)

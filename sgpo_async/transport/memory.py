@@ -30,6 +30,7 @@ class MemoryRouter:
         self.inbox: deque[tuple[bytes, Frames, bytes]] = deque()
         self.dealers: dict[bytes, MemoryDealer] = {}
         self.ended: list[bytes] = []
+        self.unwanted: list[tuple[bytes, str]] = []  # what `expelled` returns next
 
     def dealer(self, identity: bytes, key: bytes = b"") -> MemoryDealer:
         """Connect a new member, which has authenticated itself with `key`.
@@ -47,6 +48,10 @@ class MemoryRouter:
         with self.changed:
             ended, self.ended = self.ended, []
         return ended
+
+    def expelled(self) -> list[tuple[bytes, str]]:
+        unwanted, self.unwanted = self.unwanted, []
+        return unwanted
 
     def send(self, member: bytes, frames: Sequence[bytes]) -> bool:
         dealer = self.dealers.get(member)

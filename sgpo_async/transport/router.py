@@ -1,8 +1,9 @@
 """The hub's ZeroMQ endpoint.
 
-    Dealer ─┐                     ┌─ poll() ─▶ (member, frames, key)
+    Dealer ─┐                     ┌─ poll() ─▶ (member, frames, key)   what `Admission` lets through
     Dealer ─┼─ TCP ─▶ ROUTER ─────┼─ gone() ─▶ members whose connection has ended
-    Dealer ─┘         ▲           └─ send(member, frames) ─▶ one member's queue, or False
+    Dealer ─┘         ▲           ├─ expelled() ─▶ keys that were revoked, members that send too much
+                      │           └─ send(member, frames) ─▶ one member's queue, or False
                       └─ authenticator thread: answers "is this key known?" during handshakes
 
 Only `poll` waits (for a message) and `close` (until queued frames are sent), both at most for a given time. When a
@@ -10,12 +11,15 @@ member reconnects with the same identity, the new connection replaces the old on
 connection for minutes, e.g. after a power loss, and ignore the member during this time.
 
 ZeroMQ names the connection of each message, and the connections that end, by their descriptors; so the end of a killed
-member's connection is known at once.
+member's connection is known at once, and the connection of a process that may not send can be ended.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import contextlib
+import os
+import socket as network
+from collections.abc import Sequence
 from pathlib import Path
 
 import zmq
@@ -23,8 +27,9 @@ from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils.monitor import recv_monitor_message
 
 from sgpo_async.errors import HubError
+from sgpo_async.transport.admission import Admission, KnownKeys
 from sgpo_async.transport.base import Frames
-from sgpo_async.transport.keys import key_pair, public_key
+from sgpo_async.transport.keys import key_pair
 from sgpo_async.transport.sockets import close_socket, drain, numeric, offer, open_socket, receive
 
 
@@ -32,14 +37,15 @@ class Router:
     """ROUTER socket bound to `address`; port 0 takes a free one. Implements `RouterEnd`.
 
     `keys` is the folder that `create_keys` filled; without keys the hub accepts every connection. With keys, `poll`
-    says of every message with which public key its connection was authenticated.
+    says of every message with which public key its connection was authenticated. A member may send `max_per_s` messages
+    a second (0: any number).
     `socket` is for a `zmq.Poller` that also waits for other events.
 
     Raises:
         HubError: the address is in use or not an address of this machine, or a key file cannot be read.
     """
 
-    def __init__(self, address: str, *, keys: str | Path = "", max_bytes: int) -> None:
+    def __init__(self, address: str, *, keys: str | Path = "", max_bytes: int, max_per_s: int = 0) -> None:
         self.max_bytes = max_bytes
         self.socket = open_socket(zmq.ROUTER, address=address, max_bytes=max_bytes)
         self._authenticator: ThreadAuthenticator | None = None
@@ -47,10 +53,13 @@ class Router:
         self._connections: dict[int, bytes] = {}  # member by the descriptor of its connection
         self._gone: list[bytes] = []
         try:
+            if keys:
+                self.socket.curve_publickey, self.socket.curve_secretkey = key_pair(keys, "server")
+            self._admission = Admission(KnownKeys(keys) if keys else None, max_per_s)
             self.socket.router_mandatory = True
             self.socket.router_handover = True
             if keys:
-                self._authenticator = authenticate(self.socket, keys)
+                self._authenticator = authenticate(self.socket, self._admission)
             self.address = bind(self.socket, address)
         except BaseException:
             self.close()
@@ -58,14 +67,18 @@ class Router:
 
     def poll(self, timeout_s: float) -> list[tuple[bytes, Frames, bytes]]:
         self._watch()  # before the messages: a new connection may have the descriptor of one that has ended
+        self._admission.look()
         messages = drain(self.socket, timeout_s, self.max_bytes, self._receive)
-        return [(member, frames, key) for key, member, *frames in messages]
+        return [(member, frames, key) for key, member, *frames in messages if member]
 
     def gone(self) -> list[bytes]:
         self._watch()
         connected = set(self._connections.values())
         gone, self._gone = [member for member in self._gone if member not in connected], []
         return gone
+
+    def expelled(self) -> list[tuple[bytes, str]]:
+        return self._admission.expelled()
 
     def send(self, member: bytes, frames: Sequence[bytes]) -> bool:
         return offer(self.socket, [member, *frames])
@@ -80,15 +93,24 @@ class Router:
         close_socket(self.socket, linger_s)
 
     def _receive(self, socket: zmq.Socket) -> Frames:
-        """One message, after the public key (Z85) of its sender, b"" without keys. Raises zmq.Again if there is none.
+        """One message, after its sender's public key (Z85; b"" without keys) and identity, which is empty if it may not
+        send this. Raises zmq.Again if there is none.
 
         ZeroMQ attaches the key to each message of the connection, as the authenticator has named it (RFC 27, User-Id).
         So it holds also for a message under the identity of another member.
         """
         identity = socket.recv(zmq.DONTWAIT, copy=False)
-        self._connections[identity.get(zmq.SRCFD)] = member = identity.bytes
+        member, connection = identity.bytes, identity.get(zmq.SRCFD)
         key = str(identity["User-Id"]).encode() if self._authenticator else b""
-        return [key, member, *receive(socket)]
+        frames = receive(socket)
+        if self._admission.admits(member, key, sum(map(len, frames))):
+            self._connections[connection] = member
+            return [key, member, *frames]
+        if self._admission.is_hopeless(member):
+            # Also that of the member whose identity this process has used, and with it its place: it connects again.
+            for ended in {connection, *(other for other, held in self._connections.items() if held == member)}:
+                end_connection(ended)
+        return [b"", b""]
 
     def _watch(self) -> None:
         while self._monitor.poll(0):
@@ -97,25 +119,22 @@ class Router:
                 self._gone.append(member)
 
 
-class KnownKeys:
-    """Credentials provider of the authenticator: accepts exactly these client keys."""
-
-    def __init__(self, public: Collection[bytes]) -> None:
-        self.public = public
-
-    def callback(self, _domain: str, key: bytes) -> bool:
-        return key in self.public
-
-
-def authenticate(socket: zmq.Socket, keys: str | Path) -> ThreadAuthenticator:
-    """Accept only connections that hold the secret key of the learner or of the actors."""
-    socket.curve_publickey, socket.curve_secretkey = key_pair(keys, "server")
+def authenticate(socket: zmq.Socket, admission: Admission) -> ThreadAuthenticator:
+    """Accept only connections that hold the secret key of the learner or of an actor."""
     socket.curve_server = True
-    known = KnownKeys([public_key(keys, "learner"), public_key(keys, "actor")])
     authenticator = ThreadAuthenticator(socket.context)
     authenticator.start()
-    authenticator.configure_curve_callback(domain="*", credentials_provider=known)
+    authenticator.configure_curve_callback(domain="*", credentials_provider=admission)
     return authenticator
+
+
+def end_connection(descriptor: int) -> None:
+    """End the connection with this descriptor, which belongs to ZeroMQ: it sees the end and closes it.
+
+    Should ZeroMQ have closed it just now, and another connection have its number, that member connects again.
+    """
+    with contextlib.suppress(OSError), network.socket(fileno=os.dup(descriptor)) as connection:
+        connection.shutdown(network.SHUT_RDWR)
 
 
 def bind(socket: zmq.Socket, address: str) -> str:

@@ -12,8 +12,8 @@ little-endian buffers, each in its own frame, and all other fields in the Messag
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 
@@ -528,3 +528,13 @@ Message = (
     | Committed | Published | Evaluate | Evaluated | SnapshotRequest | Snapshot | Restore | Restored | Finish
     | StatusRequest | Status | SettingsRequest | Settings
 )  # fmt: skip
+
+
+Record = TypeVar("Record")
+
+
+def without_secrets(record: Record) -> Record:
+    """This message, or another record, with its secrets empty: the fields that its `repr` does not show."""
+    assert is_dataclass(record) and not isinstance(record, type)
+    secrets = {one.name: value for one in fields(record) if not one.repr and (value := getattr(record, one.name))}
+    return replace(record, **{name: type(value)() for name, value in secrets.items()}) if secrets else record

@@ -11,7 +11,7 @@ from test_hub_loop import Member, Running, eventually
 
 from sgpo_async.errors import SgpoError
 from sgpo_async.hub.authority import OF_LEARNERS, Authority
-from sgpo_async.hub.events import Forbidden, Send, Warn
+from sgpo_async.hub.events import CloseSender, Expelled, Forbidden, Send, SenderUp, Warn
 from sgpo_async.transport import MemoryRouter
 from sgpo_async.transport.token import TOKEN_FILE, make_token, token_of
 from sgpo_async.wire import records as wire
@@ -141,7 +141,7 @@ def test_no_quarantined_actor_keeps_a_learner_out(driver: Driver) -> None:
     driver.actor(b"r0")
     for _ in range(3):
         driver.send(b"r0", wire.Ready(tasks=-1, version=0))
-    assert "r0" in driver.core.quarantined
+    assert "r0" in driver.core.status()["quarantined"]
     driver.send(b"new", wire.Hello(role="learner", name="r0"))
     assert driver.only(b"new", wire.Welcome)
 
@@ -153,6 +153,64 @@ def test_the_status_shows_no_identity(driver: Driver) -> None:
     status = driver.core.status()
     assert status["rejected"] == 1 and status["last_rejection"]
     assert b"r0".hex() not in repr(status["last_rejection"])
+
+
+def of_node(key: bytes, name: str) -> bytes:
+    """The identity of an actor of the node with this key."""
+    return key.ljust(40, b".") + name.encode().rjust(32, b"0")
+
+
+def test_who_has_a_revoked_key_loses_membership_leases_and_weights(driver: Driver) -> None:
+    driver.learner()
+    members = [of_node(key, name) for key, name in ((b"n1", "a"), (b"n1", "b"), (b"n2", "c"))]
+    for member in members:
+        driver.send(member, wire.Hello(role="actor", name=chr(member[-1])))
+        driver.handle(SenderUp(member, "127.0.0.1", 4000))
+    for member in members[:2]:
+        driver.send(member, wire.Ready(tasks=1, version=0))
+    leases = [*driver.take(members[0], wire.Lease), *driver.take(members[1], wire.Lease)]
+    effects = driver.handle(Expelled(b"n1".ljust(40, b"."), "the key n1 was revoked"))
+    assert Warn("the key n1 was revoked; expelled: a, b") in effects
+    for member in members[:2]:
+        assert Send(member, wire.Refused(reason="the key n1 was revoked", final=True)) in effects
+        assert CloseSender(member) in effects
+    assert list(driver.core.actors) == members[2:]
+    driver.send(members[2], wire.Hello(role="actor", name="c"))
+    driver.handle(SenderUp(members[2], "127.0.0.1", 4000))
+    driver.send(members[2], wire.Ready(tasks=2, version=0))
+    again = driver.take(members[2], wire.Lease)
+    assert [(lease.task, lease.attempt) for lease in again] == [(lease.task, 1) for lease in leases] and len(again) == 2
+
+
+def test_an_expelled_member_is_one_and_not_those_with_a_similar_identity(driver: Driver) -> None:
+    driver.actor(b"a")
+    driver.actor(b"ab")
+    driver.handle(Expelled(b"a", "too much"))
+    assert list(driver.core.actors) == [b"ab"]
+    assert driver.handle(Expelled(b"x", "too much")) == [Warn("too much; it had not joined")]
+
+
+def test_nobody_with_another_key_has_an_actors_name_quarantined(driver: Driver) -> None:
+    bad, good = of_node(b"n1", "1"), of_node(b"n2", "2")
+    driver.send(bad, wire.Hello(role="actor", name="node"))
+    for _ in range(3):
+        driver.send(bad, wire.Ready(tasks=-1, version=0))
+    assert driver.core.status()["quarantined"].keys() == {"node"}
+    driver.send(of_node(b"n1", "3"), wire.Hello(role="actor", name="node"))
+    assert driver.only(of_node(b"n1", "3"), wire.Refused).final
+    driver.send(good, wire.Hello(role="actor", name="node"))
+    assert good in driver.core.actors
+
+
+def test_an_actor_may_not_ask_for_any_number_of_leases() -> None:
+    driver = Driver(make_run(max_leases=5), Source())
+    driver.learner()
+    driver.actor(b"a", credit=5)
+    assert driver.core.status()["rejected"] == 0
+    for tasks in (1, 10**9, 2**31 - 1):
+        driver.send(b"a", wire.Ready(tasks=tasks, version=0))
+    refused = driver.only(b"a", wire.Refused)
+    assert refused.final and "Ready for more leases than hub.max_leases=5" in refused.reason
 
 
 @pytest.fixture

@@ -243,7 +243,7 @@ class World(Driver):
         self.send(member, wire.Hello(role="actor", name=member.decode(), holds=holds))
         self.handle(SenderUp(member, "127.0.0.1", 4000))
         self.read(member)
-        if member.decode() in self.core.quarantined:  # after invalid messages; it ends
+        if (b"", member.decode()) in self.core.quarantined:  # after invalid messages; it ends
             self.live.remove(member)
             self.held[member].clear()
             return

@@ -306,3 +306,19 @@ except HubError as error:
     assert done.stdout.count("\n") == 1
     assert "hub.journal: " in done.stdout
     assert done.stdout.endswith("; check the disk and its free space\n")
+
+
+def test_no_secret_is_in_the_journal(tmp_path: Path) -> None:
+    """Who reads it, after a crash, could otherwise act as the learner, or come to sessions that still go on."""
+    token, secret = "token-" + "5" * 40, b"secret-" + b"7" * 40
+    driver = JournalledDriver(tmp_path)
+    driver.send(b"r0", wire.Hello(role="learner", name="r0", token=token))
+    driver.send(b"r0", wire.Published(version=0, store="tcp://127.0.0.1:1", secret=secret))
+    driver.send(b"a", wire.Hello(role="actor", name="a", serves=True))
+    driver.handle(ev.SenderUp(b"a", "127.0.0.1", 4000, secret))
+    driver.send(b"a", wire.SenderUp(sender=1, host="127.0.0.1", port=1, secret=secret))
+    save(driver.core, driver.journal)
+    driver.handle(ev.SenderUp(b"a", "127.0.0.1", 4000, secret))
+    assert driver.kill_and_recover().actors.keys() == {b"a"}
+    files = [path.read_bytes() for path in tmp_path.iterdir()]
+    assert files and not any(token.encode() in data or secret in data for data in files)

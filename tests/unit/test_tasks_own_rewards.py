@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from sgpo_async.config import Run, Tasks, load
@@ -70,6 +71,30 @@ def hangs(sample):
 
 def exhausts(sample):
     return len([bytes(2**20) for _ in range(2**14)])
+
+def leaves_at_once(sample):
+    import os
+    os._exit(3)
+
+def forks(sample):
+    import os
+    os.fork()
+    return 0.5
+
+def leaves_children(sample):
+    import os, time
+    if os.fork() == 0:
+        time.sleep(3600)
+    if sample.answer == "ends":
+        os._exit(0)
+    return 0.25
+
+def writes_to_every_file(sample):
+    import os, sys
+    print("{}", flush=True)
+    sys.__stdout__.write("text")
+    os.write(1, b"text")
+    return 1
 
 value = 3
 """
@@ -139,6 +164,30 @@ def test_a_completion_that_exceeds_the_limit_of_time_or_memory_has_reward_0(pool
     for name in ("hangs", "exhausts"):
         assert judged(pool, f"own_rewards:{name}") == Verdict(key="key", reward=0.0, timed_out=True)
         assert judged(pool, "math") == Verdict(key="key", reward=1.0), "the next one is judged"
+
+
+@pytest.mark.process
+def test_a_function_that_ends_its_process_costs_one_completion_and_a_line(
+    pool: RewardPool, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert judged(pool, "own_rewards:leaves_at_once") == Verdict(key="key", reward=0.0, timed_out=True)
+    assert judged(pool, "own_rewards:found") == Verdict(key="key", reward=1.0)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == "reward own_rewards:leaves_at_once: ended its process with status 3: reward 0"
+
+
+@pytest.mark.process
+def test_what_a_function_forks_or_writes_is_no_verdict_and_ends_with_its_worker(pool: RewardPool) -> None:
+    for name, value in (("forks", 0.5), ("found", 1.0), ("writes_to_every_file", 1.0), ("leaves_children", 0.25)) * 2:
+        assert judged(pool, f"own_rewards:{name}") == Verdict(key="key", reward=value)
+    (worker,) = [one for one in psutil.Process().children() if "sgpo_async.tasks.reward_worker" in one.cmdline()]
+    children = worker.children()
+    assert len([child for child in children if child.status() != psutil.STATUS_ZOMBIE]) == 2
+    ends = Sample(problem="p", answer="ends", completion="")
+    assert judged(pool, "own_rewards:leaves_children", ends) == Verdict(key="key", reward=0.0, timed_out=True)
+    _, alive = psutil.wait_procs(children, DEADLINE_S)
+    assert not alive
+    assert judged(pool, "own_rewards:found") == Verdict(key="key", reward=1.0)
 
 
 def test_an_entry_point_names_a_reward(monkeypatch: pytest.MonkeyPatch) -> None:
