@@ -81,25 +81,29 @@ class Meddler:
         return delayed + passed
 
     def _meddle(self, letter: Letter, now: float) -> list[Letter]:
-        found = next((one for one in self.faults if self.hits[one[0].number] < one[0].messages), None)
-        if found is None or found[1] <= now:
-            return [letter]
-        fault, until = found
+        faults = (fault for fault, until in self.faults if until > now and self.hits[fault.number] < fault.messages)
+        fault = next(faults, None)
+        if fault is None:
+            return self._before_overtaken([letter])
         self.hits[fault.number] += 1
         member, frames = letter
         rng = Random(fault.seed + self.hits[fault.number])
         match fault.action:
             case "duplicate":
-                return [letter, letter]
+                return self._before_overtaken([letter, letter])
             case "truncate":
-                return [(member, truncated(frames, rng))]
+                return self._before_overtaken([(member, truncated(frames, rng))])
             case "corrupt":
-                return [(member, corrupted(frames, rng))]
+                return self._before_overtaken([(member, corrupted(frames, rng))])
             case "reorder":
-                self._overtaken.append((letter, until))
+                self._overtaken.append((letter, now + fault.seconds))
                 return []
-        overtaken, self._overtaken = [one for one, _ in self._overtaken], []
-        return [letter, *overtaken]
+        return self._before_overtaken([letter])  # a delay, which counts what it hits
+
+    def _before_overtaken(self, letters: list[Letter]) -> list[Letter]:
+        """These, and after them those that they have overtaken."""
+        overtaken, self._overtaken = [letter for letter, _ in self._overtaken], []
+        return letters + overtaken
 
 
 class Link:
