@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 MAX_BYTES = 2**28
 WAIT_MS = 20
+WITHIN_S = 15.0  # in which a fault of messages must find as many as it hits; a delay lasts as long as the fault says
 
 Letter = tuple[bytes, Frames]
 """A message, with the identity of the member that sends or receives it."""
@@ -62,8 +63,8 @@ class Meddler:
     _overtaken: list[tuple[Letter, float]] = field(default_factory=list)  # with the latest time of delivery
 
     def begin(self, fault: Fault, now: float) -> None:
-        """From now on, hit the next messages, for `fault.seconds` at most."""
-        self.faults.append((fault, now + fault.seconds))
+        """From now on, hit the next messages."""
+        self.faults.append((fault, now + (fault.seconds if fault.action == "delay" else WITHIN_S)))
         self.hits[fault.number] = 0
 
     def let_through(self, letters: list[Letter], now: float) -> list[Letter]:

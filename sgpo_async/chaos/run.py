@@ -35,7 +35,7 @@ TICK_S = 0.05
 START_S = 120.0  # for the hub, on a busy machine
 PAUSE_S = 0.5  # between the end of a process and its next start
 FAILED_S = 5.0  # ... if it ended by itself, with an error
-STUCK_S = 300.0  # without a step, after which the run has failed
+STUCK_S = 600.0  # without a step, after which the run has failed
 FIND_S = 15.0  # for a process of the kind to appear
 LEAVING_S = 60.0  # for hub and actors to end after the learner
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from sgpo_async.cli.options import CONFIG, print_dry_run
 
 # A lost lease is given again soon, and a killed learner loses few steps. What the user sets goes over this.
-SETTINGS = ("learner.checkpoint_every=5", "hub.lease_timeout_s=20", "hub.address=tcp://127.0.0.1:0")
+SETTINGS = ("learner.checkpoint_every=5", "hub.lease_timeout_s=30", "hub.address=tcp://127.0.0.1:0")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import replace
 
 from sgpo_async.chaos.attack import table
-from sgpo_async.chaos.proxy import Letter, Meddler
+from sgpo_async.chaos.proxy import WITHIN_S, Letter, Meddler
 from sgpo_async.chaos.schedule import KINDS, LAST_STEPS, Fault, schedule
 
 
@@ -66,7 +66,7 @@ def test_a_truncated_message_lacks_its_end_and_a_corrupted_one_differs_in_one_by
 
 
 def test_after_its_time_a_fault_hits_nothing() -> None:
-    assert meddler("truncate").let_through(letters(1), 2.0) == letters(1)
+    assert meddler("truncate").let_through(letters(1), WITHIN_S) == letters(1)
 
 
 def test_the_table_has_a_row_for_each_kind_and_says_what_is_wrong() -> None:

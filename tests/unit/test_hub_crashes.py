@@ -20,10 +20,10 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, settings
-from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from test_hub_random import World
 
-from sgpo_async.hub.core import FAIR_S
+from sgpo_async.hub.core import FAIR_S, RESTART_RETURN_S
 from sgpo_async.hub.events import Effect, Event, Received, Send
 from sgpo_async.hub.journal import Journal
 from sgpo_async.hub.recovery import save, write_event
@@ -32,8 +32,8 @@ from sgpo_async.wire import encode
 from sgpo_async.wire import records as wire
 
 EXAMPLES = int(os.environ.get("SGPO_ASYNC_EXAMPLES", "80"))
-RULES = 50  # in one example
-SAVES = 0.1  # share of the events after which the state is saved
+RULES = 80  # in one example
+SAVES = 0.25  # share of the events after which the state is saved
 REPEATED = (  # by their senders, until they are answered
     wire.Rollout, wire.BatchRequest, wire.Commit, wire.Published, wire.Evaluate, wire.SnapshotRequest, wire.Restore,
 )  # fmt: skip
@@ -146,11 +146,10 @@ class CrashingWorld(World):
 
     def __init__(self, rng: Random, **shape: Any) -> None:
         self.write = Writes()
-        self.depth = 0
         super().__init__(rng, **shape)
         self.journal.close()
         self.journal = crashing_journal(Path(self.folder.name), self.write)
-        self.saves_at = Random(0)
+        self.saves_at, self.saves = Random(0), SAVES
 
     def handle(self, event: Event) -> list[Effect]:
         rank = event.member if isinstance(event, Received) and event.member.startswith(b"rank") else None
@@ -170,7 +169,7 @@ class CrashingWorld(World):
         frames = encode(event.message) if isinstance(event, Received) else []
         write_event(self.journal, event, at=self.now, frames=frames)
         effects = super(World, self).handle(event)
-        if self.saves_at.random() < SAVES:
+        if self.saves_at.random() < self.saves:
             self.journal.commit()
             save(self.core, self.journal)
         late = self.core.now - self.core.published_at > FAIR_S
@@ -197,6 +196,16 @@ class CrashingWorld(World):
                 return
             except Crash:
                 continue
+
+    def kill_hub(self) -> None:
+        """Between two writes of its own choice."""
+        self.recover()
+
+    def finish(self) -> None:
+        """First the hub gives up those whose last word was lost in a crash."""
+        self.saves = 0.0
+        self.advance(RESTART_RETURN_S + 1)
+        super().finish()
 
     def check_lost(self, silent: list[bytes]) -> None:
         """After a crash meanwhile, the hub waits longer for them."""
@@ -234,6 +243,7 @@ class Protocol(RuleBasedStateMachine):
         getattr(self.world, action)()
         self.world.check_inboxes()
 
+    @precondition(lambda self: not self.world.write.plan)
     @rule(writes=st.lists(st.integers(0, 15), min_size=1, max_size=3))
     def the_hub_crashes(self, writes: list[int]) -> None:
         assert self.world
