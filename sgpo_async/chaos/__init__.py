@@ -18,8 +18,9 @@ recording   a hub whose journal keeps every event after it was saved, so that a 
 audit       pure: reads the events and effects of the replay like a bookkeeper who knows only the messages. Its books
             must agree with the core's state after every event, and at the end with metrics.jsonl and summary.json
 run         starts hub, learner and actors, starts again what has ended, injects the faults, measures how long each
-            recovery takes, audits, and prints a table
+            recovery takes
+attack      all of this from start to end, and the table
 
-A fault happens when the run has trained so many steps, whatever else goes on: faults overlap. Its recovery ends when the
-run has trained more steps than before it; steps that a killed learner has lost are trained again meanwhile.
+A fault happens when the run has trained so many steps, whatever else goes on: faults overlap. Its recovery ends when
+the run has trained more steps than before it; steps that a killed learner has lost are trained again meanwhile.
 """

@@ -38,7 +38,9 @@ def attack(run: Run, *, seed: int, faults: int, bar: float, to: Path) -> int:
     lines, summary = read_metrics(run.folder), read_summary(run.folder)
     audit = audited(run, lines, summary)
     report |= {"audit": dict(sorted(audit.counts.items())), "violations": audit.violations}
-    report |= {key: summary.get(key) for key in ("pass_auto_first", "pass_auto_last", "ledger", "rejected", "duplicates")}
+    report |= {
+        key: summary.get(key) for key in ("pass_auto_first", "pass_auto_last", "ledger", "rejected", "duplicates")
+    }
     write_whole(to / "chaos.json", json.dumps(report, indent=1) + "\n")
     text = table(report, bar=bar)
     write_whole(to / "chaos.txt", text)
@@ -62,7 +64,7 @@ def table(report: Mapping[str, Any], *, bar: float) -> str:
     for fault in report["faults"]:
         by_kind.setdefault(fault["kind"], []).append(fault)
     lines = [
-        f"seed {report['seed']}: {len(report['faults'])} faults in {report['steps']} steps and {report['wall_s']:.0f} s",
+        f"seed {report['seed']}: {len(report['faults'])} faults in {report['steps']} steps, {report['wall_s']:.0f} s",
         "",
         f"{'fault':<20}{'times':>6}{'missed':>8}{'messages':>10}   s until the run is further: median, max",
     ]

@@ -51,9 +51,7 @@ class Fault:
         return f"{self.action} {self.target}"
 
 
-def schedule(
-    *, seed: int, faults: int, steps: int, kinds: Sequence[tuple[Action, Target]] = KINDS
-) -> list[Fault]:
+def schedule(*, seed: int, faults: int, steps: int, kinds: Sequence[tuple[Action, Target]] = KINDS) -> list[Fault]:
     """The faults in the order in which they happen; each kind occurs equally often, or once more."""
     rng = Random(seed)
     chosen: list[tuple[Action, Target]] = []

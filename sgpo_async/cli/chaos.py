@@ -45,7 +45,9 @@ def run(args: argparse.Namespace) -> int:
     to = args.to.resolve()
     settings = load(args.config, [*SETTINGS, *args.overrides, f"out={to}", "name=run"])
     require(settings.hub.journal, "hub.journal", "must be true: the audit reads the journal", settings.hub.journal)
-    require(not settings.hub.keys, "hub.keys", "must be empty: the relay cannot read encrypted messages", settings.hub.keys)
+    require(
+        not settings.hub.keys, "hub.keys", "must be empty: the relay cannot read encrypted messages", settings.hub.keys
+    )
     if args.dry_run:
         print_dry_run(settings, [])
         for fault in schedule(seed=args.seed, faults=args.faults, steps=settings.steps):

@@ -121,9 +121,7 @@ def test_it_accepts_the_true_run(run_of_two_steps: Driver) -> None:
     ],
     ids=["lease", "ack", "shard", "commit", "twice", "version", "ledger", "lost", "received"],
 )
-def test_it_finds_a_forgery(
-    run_of_two_steps: Driver, forge: Callable[[Observed], Observed], found: str
-) -> None:
+def test_it_finds_a_forgery(run_of_two_steps: Driver, forge: Callable[[Observed], Observed], found: str) -> None:
     lines = end(run_of_two_steps, [forge(one) for one in run_of_two_steps.seen])
     assert any(found in line for line in lines), lines
 

@@ -78,7 +78,7 @@ def test_the_table_has_a_row_for_each_kind_and_says_what_is_wrong() -> None:
         "violations": ["event 3: lost"], "pass_auto_last": 0.95,
     }  # fmt: skip
     text = table(report, bar=0.9)
-    assert "seed 7: 4 faults in 20 steps and 99 s" in text
+    assert "seed 7: 4 faults in 20 steps, 99 s" in text
     rows = [line.split() for line in text.splitlines()]
     assert ["kill", "hub", "3", "3.0", "8.0"] in rows and ["corrupt", "actor", "1", "4", "0.5", "0.5"] in rows
     assert "VIOLATION: event 3: lost" in text

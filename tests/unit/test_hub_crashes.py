@@ -15,7 +15,7 @@ import os
 from collections import Counter
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 
 import hypothesis.strategies as st
 import pytest
@@ -214,7 +214,7 @@ class CrashingWorld(World):
 class Protocol(RuleBasedStateMachine):
     """One history; hypothesis shrinks it to the fewest rules that show a fault."""
 
-    crashes: Counter[str] = Counter()
+    crashes: ClassVar[Counter[str]] = Counter()
     examples = rules = 0
 
     def __init__(self) -> None:
@@ -268,10 +268,10 @@ class Protocol(RuleBasedStateMachine):
 @pytest.mark.timeout(900)
 def test_a_crash_at_any_write_loses_nothing_that_was_told() -> None:
     health = [HealthCheck.too_slow, HealthCheck.data_too_large]
-    limits = settings(
-        max_examples=EXAMPLES, stateful_step_count=RULES, deadline=None, suppress_health_check=health
-    )
+    limits = settings(max_examples=EXAMPLES, stateful_step_count=RULES, deadline=None, suppress_health_check=health)
     run_state_machine_as_test(Protocol, settings=limits)
-    by_write = ", ".join(f"{what}: {count}" for what, count in sorted(Protocol.crashes.items()))
-    print(f"{Protocol.examples} interleavings of {Protocol.rules} actions, {Protocol.crashes.total()} crashes ({by_write})")
+    crashes = ", ".join(f"{what}: {count}" for what, count in sorted(Protocol.crashes.items()))
+    print(
+        f"{Protocol.examples} interleavings of {Protocol.rules} actions, {Protocol.crashes.total()} crashes: {crashes}"
+    )
     assert EXAMPLES < 80 or Protocol.crashes.keys() >= set(WRITES) - {"file deleted"}, Protocol.crashes
