@@ -83,9 +83,9 @@ class OpenLease:
 
 @dataclass
 class Books:
-    """What a Restore takes back: the tasks of training, each in one of these, except for those that wait."""
+    """What a Restore takes back: the tasks of training."""
 
-    tasks: set[int] = field(default_factory=set)  # ever leased
+    live: set[int] = field(default_factory=set)  # leased, and neither trained nor dropped
     complete: dict[int, int] = field(default_factory=dict)  # number of rollouts, by task
     trained: set[int] = field(default_factory=set)
     dropped: set[int] = field(default_factory=set)
@@ -94,12 +94,12 @@ class Books:
 
     def copy(self) -> Books:
         """With sets of its own."""
-        own = replace(self, tasks=set(self.tasks), complete=dict(self.complete))
+        own = replace(self, live=set(self.live), complete=dict(self.complete))
         return replace(own, trained=set(self.trained), dropped=set(self.dropped))
 
     def ledger(self) -> tuple[int, int, int]:
         """Dispatched, trained and dropped tasks."""
-        return len(self.tasks), len(self.trained), len(self.dropped)
+        return len(self.live) + len(self.trained) + len(self.dropped), len(self.trained), len(self.dropped)
 
 
 class Audit:
@@ -182,7 +182,7 @@ class Audit:
             books = self.books
             settled = task in books.trained or task in books.dropped or task in books.complete
             self._require(not settled, f"task {task} is leased although it is settled or complete")
-            books.tasks.add(task)
+            books.live.add(task)
         ended.pop(task, None)
         self._leased.add(key)
         size, finished = lease.autonomous + lease.guided, set(lease.finished.tolist())
@@ -221,6 +221,7 @@ class Audit:
         for task in tasks:
             self.counts["rollouts trained"] += books.complete.pop(task, 0)
         books.trained |= set(tasks)
+        books.live -= set(tasks)
         books.step = message.step + 1
         self.counts["commits"] += 1
         self._shards.clear()
@@ -257,11 +258,12 @@ class Audit:
     def _settle(self, observed: Observed) -> None:
         """What has left the hub's state is trained, or it is dropped with a reason."""
         books = self.books
-        lives = observed.running.keys() | observed.waiting | observed.complete
-        gone = books.tasks - books.trained - books.dropped - lives
+        there = (observed.running, observed.waiting, observed.complete)
+        gone = {task for task in books.live if not any(task in place for place in there)}
         for task in gone:
             books.complete.pop(task, None)
         books.dropped |= gone
+        books.live -= gone
         drops = Counter(observed.ledger["dropped"])
         drops.subtract(books.drops)
         if drops.total() != len(gone):
