@@ -210,7 +210,6 @@ def test_a_lease_that_arrives_twice_is_served_once() -> None:
     assert [rollout.slot for rollout in actor.sent(Rollout)] == [0]
 
 
-
 def test_a_failed_request_gives_its_lease_back_and_no_other(caplog: pytest.LogCaptureFixture) -> None:
     actor = Actor(lease(7), lease(8))
     actor.round()
