@@ -151,7 +151,8 @@ class Service:
         match message:
             case Lease():
                 self._report_s = message.report_s
-                self._waiting.append(message)
+                if (message.task, message.attempt) not in self._held():  # it may arrive twice
+                    self._waiting.append(message)
             case Ack():
                 self._sender.acknowledge(message)
             case Revoked():

@@ -36,6 +36,7 @@ COMMANDS = {  # each a module of this package with `add_arguments(parser)` and `
     "advise": "which side limits a run, what one change brings, and the best division of GPUs",
     "bench": "throughput: generation alone, learning alone, synchronous, asynchronous",
     "fuzz": "changed messages, checkpoints and configurations: is each refused as it should be",
+    "chaos": "a run under seeded faults of every kind, whose journal is audited afterwards",
     "strategies": "strategies from a stronger model's responses: extract, rank, check, stats",
     "evaluate": "avg@k and pass@k of a model on benchmarks; compares two evaluations",
     "experiment": "methods x settings x seeds with an equal sample budget: tables and figures",

@@ -139,10 +139,10 @@ class Journal:
             row = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
         return bytes(row[0]) if row else None
 
-    def entries(self) -> Iterator[tuple[float, bytes]]:
+    def entries(self, table: str = "entries") -> Iterator[tuple[float, bytes]]:
         """The events since the last save, in order, each with its time."""
         with self.reported():
-            for at, event in self._db.execute("SELECT at, event FROM entries ORDER BY number"):
+            for at, event in self._db.execute(f"SELECT at, event FROM {table} ORDER BY number"):
                 self._pending_bytes += len(event)
                 self._pending_entries += 1
                 yield at, event

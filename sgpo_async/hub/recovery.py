@@ -66,11 +66,17 @@ def recover(core: HubCore, journal: Journal) -> tuple[HubCore, float]:
     return core, 0.0
 
 
-def _replay(core: HubCore, journal: Journal) -> tuple[HubCore, float]:
-    state = journal.get("state")
+def load_state(core: HubCore, journal: Journal, name: str = "state") -> HubCore:
+    """The core that was saved under `name`; `core`, a new one, has what is not in the journal. Raises HubError."""
+    state = journal.get(name)
     assert state is not None, "the first save sets it together with the maker"
     with journal.reported():
-        core = _Unpickler(state, core.run, core.training.task_sampler, journal.rollouts).load()
+        saved: HubCore = _Unpickler(state, core.run, core.training.task_sampler, journal.rollouts).load()
+    return saved
+
+
+def _replay(core: HubCore, journal: Journal) -> tuple[HubCore, float]:
+    core = load_state(core, journal)
     now = core.now
     for now, body in journal.entries():
         with journal.reported():

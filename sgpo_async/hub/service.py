@@ -11,7 +11,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,10 @@ from sgpo_async.weights.store_file import StoreFile, machine
 log = logging.getLogger(__name__)
 
 
-def serve(run: Run) -> int:
+def serve(run: Run, *, open_journal: Callable[[Path], Journal] = Journal) -> int:
     """Run the hub until the learner finishes or a signal arrives; return the exit code.
+
+    `open_journal` opens the journal in the run's folder, if the run has one.
 
     The exit code is 0 after the learner has finished, and 128 plus the signal number after a signal. While the hub can
     be reached, `<run.folder>/hub.json` contains its address, and hub.token what the learner of a hub without keys must
@@ -58,7 +60,7 @@ def serve(run: Run) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         core = HubCore(run, source, benchmarks=benchmarks, run_id=uuid.uuid4().hex)
-        journal = Journal(folder) if run.hub.journal else None
+        journal = open_journal(folder) if run.hub.journal else None
         elapsed = 0.0
         if journal:
             stack.callback(journal.close)

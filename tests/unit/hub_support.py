@@ -126,13 +126,17 @@ class Driver:
         effects = self.core.handle(event, self.now)
         self.core.check_ledgers()
         self.effects += effects
+        self.deliver(effects)
+        return effects
+
+    def deliver(self, effects: Sequence[Effect]) -> None:
+        """Carry out what the core has decided."""
         for effect in effects:
             match effect:
                 case Send(member, message):
                     self.inbox[member].append(message)
                 case Shutdown(reason):
                     self.shutdown = reason
-        return effects
 
     def send(self, member: bytes, message: wire.Message) -> list[Effect]:
         return self.handle(Received(member, message))

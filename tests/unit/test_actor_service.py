@@ -198,7 +198,16 @@ def test_an_actor_whose_verdicts_are_late_asks_for_no_more_leases(monkeypatch: p
     assert 12 * total >= 64 + 64, "as many rollouts may wait for verdicts as there are slots, while these are full"
 
 
-# ---- leases that cannot be served
+# ---- leases that arrive twice, or cannot be served
+
+
+def test_a_lease_that_arrives_twice_is_served_once() -> None:
+    """Found by `sgpo-async chaos --seed 1 --faults 200`: the actor ended with a KeyError at its second verdict."""
+    actor = Actor(lease(7), lease(7))
+    actor.round()
+    actor.round(lease(7), answers=[generated((7, 0, 0))])
+    assert [request.id for request in actor.engine.submitted] == [(7, 0, 0), (7, 0, 1)]
+    assert [rollout.slot for rollout in actor.sent(Rollout)] == [0]
 
 
 def test_a_failed_request_gives_its_lease_back_and_no_other(caplog: pytest.LogCaptureFixture) -> None:

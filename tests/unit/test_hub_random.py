@@ -257,8 +257,11 @@ class World(Driver):
 
     def kill_hub(self) -> None:
         """The hub is killed between two events; the next process goes on from its journal, and the actors come back."""
-        core = HubCore(self.run, self.source, store="/store")
         self.journal.commit()
+        self.restart_hub()
+
+    def restart_hub(self) -> None:
+        core = HubCore(self.run, self.source, store="/store")
         self.core, _ = recover(core, self.journal)
         self.handle(HubRestarted())
         self.kills += 1
@@ -292,6 +295,9 @@ class World(Driver):
                 self.heartbeat(member)
         self.live = [member for member in self.live if member not in silent]
         self.advance(0.1)
+        self.check_lost(silent)
+
+    def check_lost(self, silent: list[bytes]) -> None:
         for member in silent:
             assert member in self.senders_closed
 
@@ -334,7 +340,7 @@ class World(Driver):
         if self.learner_step != self.core.training.step:
             self.trained = set(trained)
             before = self.core.training.version
-            self.send(self.rank(0), wire.Restore(state=state))
+            self.send(self.rank(0), wire.Restore(state=state, id=f"restore {self.worlds}"))
             version = self.only(self.rank(0), wire.Restored).version
             assert version > before
             self.first_version = version

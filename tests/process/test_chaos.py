@@ -1,0 +1,134 @@
+"""`sgpo-async chaos` in two minutes: a dozen faults, and an audit that finds nothing; and the relay by itself."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgpack
+import pytest
+from run_support import PATIENCE_S, real_run, until
+
+from sgpo_async.chaos.attack import audited
+from sgpo_async.chaos.proxy import Relay
+from sgpo_async.chaos.schedule import Fault
+from sgpo_async.config import load
+from sgpo_async.metrics import read_metrics, read_summary
+from sgpo_async.transport import Dealer, Mailbox, Router, RouterMailbox
+from sgpo_async.wire.records import Ack, Ready
+
+pytestmark = [pytest.mark.process, pytest.mark.timeout(1200)]
+STEPS, FAULTS = 20, 12
+SMALL = (f"steps={STEPS}", "learner.problems_per_step=4", "local.ranks=1", "tasks.held_out=8", "evaluation.every=100")
+
+
+def test_a_run_under_faults_reaches_its_end_and_its_books_agree(tmp_path: Path) -> None:
+    to = tmp_path / "chaos"
+    with real_run(tmp_path / "other") as run:
+        options = ["--seed", "5", "--faults", str(FAULTS), "--bar", "0", "--to", str(to)]
+        command = ["-m", "sgpo_async.cli", "chaos", "builtin:demo", *SMALL, *options]
+        chaos = run.start("chaos", *command)
+        assert chaos.wait(900) == 0, chaos.output[-5000:]
+        until(lambda: not run.processes(), "the end of all processes")
+    report = json.loads((to / "chaos.json").read_text())
+    assert len(report["faults"]) == FAULTS and report["violations"] == []
+    assert all(one["recovered_s"] is not None for one in report["faults"])
+    assert report["audit"]["commits"] >= STEPS
+    assert "ledger and journal agree, event by event" in chaos.output
+    assert (to / "chaos.txt").read_text() in chaos.output
+    assert_a_doctored_journal_is_found(to)
+
+
+def assert_a_doctored_journal_is_found(to: Path) -> None:
+    """Without one accepted rollout, or with another ledger in the metrics, the audit has something to say."""
+    settings = load(str(to / "chaos.yaml"), [])
+    lines, summary = read_metrics(settings.folder), read_summary(settings.folder)
+    assert audited(settings, lines, summary).violations == []
+    lines[-1]["ledger"]["trained"] -= 1
+    assert "has a ledger that the journal does not have" in audited(settings, lines, summary).violations[0]
+    lines[-1]["ledger"]["trained"] += 1
+    with sqlite3.connect(Path(settings.folder, "history", "hub.journal")) as database:
+        table = "entries"  # the run was too short for a save
+        entries = database.execute(f"SELECT number, event FROM {table} ORDER BY number").fetchall()
+        rollouts = [number for number, event in entries if msgpack.unpackb(event)[0] == "Rollout"]
+        database.execute(f"DELETE FROM {table} WHERE number = ?", (rollouts[len(rollouts) // 2],))
+    database.close()
+    assert audited(settings, lines, summary).violations
+
+
+def fault(action: str, number: int = 0) -> Fault:
+    return Fault(
+        number=number, step=1, after_s=0, action=action, target="actor", pick=0, seconds=1.0, messages=1,
+        to_hub=True, seed=1,
+    )  # fmt: skip
+
+
+@contextmanager
+def relayed() -> Iterator[tuple[RouterMailbox, Relay, Mailbox]]:
+    hub = RouterMailbox(Router("tcp://127.0.0.1:0", max_bytes=2**20))
+    relay = Relay(hub.router.address)
+    member = Mailbox(Dealer(relay.address("a"), identity=b"member", max_bytes=2**20))
+    member.dealer.wait_connected(PATIENCE_S)
+    yield hub, relay, member
+    member.close()
+    relay.close()
+    hub.close()
+
+
+def received(hub: RouterMailbox, count: int) -> list:
+    found: list = []
+    deadline = time.monotonic() + PATIENCE_S
+    while len(found) < count and time.monotonic() < deadline:
+        found += hub.receive(0.1)
+    return found
+
+
+def test_the_relay_carries_messages_both_ways_under_the_identity_of_the_member() -> None:
+    with relayed() as (hub, _, member):
+        for number in range(50):
+            member.send(Ready(tasks=number, version=0))
+        assert received(hub, 50) == [(b"member", Ready(tasks=number, version=0)) for number in range(50)]
+        hub.send(b"member", Ack(task=1, attempt=2, slot=3))
+        assert member.receive(PATIENCE_S) == [Ack(task=1, attempt=2, slot=3)]
+
+
+def test_the_relay_does_to_messages_what_the_fault_says() -> None:
+    with relayed() as (hub, relay, member):
+        relay.inflict(fault("duplicate"), "a")
+        time.sleep(0.2)  # the relay's thread takes the order between two messages
+        member.send(Ready(tasks=1, version=0))
+        assert received(hub, 2) == [(b"member", Ready(tasks=1, version=0))] * 2
+        relay.inflict(fault("truncate", 1), "a")
+        time.sleep(0.2)
+        member.send(Ready(tasks=2, version=0))
+        member.send(Ready(tasks=3, version=0))
+        broken, whole = received(hub, 2)
+        assert hub.rejected == 1 and broken[0] == b"member"
+        assert whole == (b"member", Ready(tasks=3, version=0))
+
+
+def test_a_reset_ends_both_sides_and_the_member_connects_again() -> None:
+    with relayed() as (hub, relay, member):
+        member.send(Ready(tasks=1, version=0))
+        assert len(received(hub, 1)) == 1
+        relay.inflict(fault("reset"), "a")
+        until(lambda: member.receive(0.05) or member.connections == 2, "the second connection")
+        until(lambda: hub.receive(0.05) or hub.router.gone() == [b"member"], "the end of the first at the hub")
+        member.send(Ready(tasks=2, version=0))
+        assert received(hub, 1) == [(b"member", Ready(tasks=2, version=0))]
+
+
+def test_a_hub_that_starts_again_is_noticed_by_the_member() -> None:
+    with relayed() as (hub, _, member):
+        member.send(Ready(tasks=1, version=0))
+        assert len(received(hub, 1)) == 1
+        address = hub.router.address
+        hub.close()
+        again = RouterMailbox(Router(address, max_bytes=2**20))
+        until(lambda: member.receive(0.05) or member.connections == 2, "the second connection")
+        until(lambda: member.send(Ready(tasks=2, version=0)) and again.receive(0.2), "a message to the second hub")
+        again.close()
