@@ -30,7 +30,7 @@ class Result:
     target: str
     seed: int
     inputs: int = 0
-    taken: dict[str, int] = field(default_factory=Counter)  # inputs by how they were taken: accepted, or the error
+    taken: dict[str, int] = field(default_factory=dict)  # inputs by how they were taken: accepted, or the error
     seconds: float = 0.0
     grown_mb: float = 0.0  # of the largest memory that the process has had
     finding: str = ""

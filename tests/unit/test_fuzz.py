@@ -30,6 +30,13 @@ def test_changed_inputs_are_refused_or_right(target: str, inputs: int) -> None:
     assert len(result.taken) >= 2, "some are refused and some are valid after all"
 
 
+def test_the_results_are_written_beside_the_table(tmp_path: Path) -> None:
+    assert run.run_fuzz(["codec"], seed=1, inputs=200, to=tmp_path) == 0
+    (result,) = json.loads((tmp_path / "fuzz.json").read_text())
+    assert sum(result["taken"].values()) == result["inputs"] == 200
+    assert "codec" in (tmp_path / "fuzz.txt").read_text()
+
+
 def test_an_input_depends_on_its_number_and_the_seed_only() -> None:
     corpus = [encode(message) for message in messages()]
 
