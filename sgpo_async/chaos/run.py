@@ -54,8 +54,8 @@ class Inflicted:
     fault: Fault
     at: float  # seconds since the start
     step: int  # the furthest step of the run until then
-    recovered_s: float | None = None  # until the run was further; None: not yet
-    missed: bool = False  # there was no process of this kind
+    recovered_s: float | None = None  # until the run was further, or had ended as it should; None: not yet
+    missed: bool = False  # there was no process of this kind, or the run had ended
     hits: int | None = None  # messages that it has hit
 
     def plain(self) -> dict[str, Any]:
@@ -154,7 +154,7 @@ class ChaosRun:
             while self._learner.child is None or self._learner.child.code != 0:
                 self._tick()
                 time.sleep(TICK_S)
-            self._look()
+            self._close_books()
             for station in (self._hub, *self._actors):
                 if station.child and not wait_for(station.child, LEAVING_S):
                     station.ends.append(f"still ran {LEAVING_S:g} s after the learner had ended")
@@ -207,6 +207,15 @@ class ChaosRun:
             for one in self.inflicted:
                 if one.recovered_s is None and self._furthest > one.step:
                     one.recovered_s = now - self._began - one.at
+
+    def _close_books(self) -> None:
+        """The run has ended as it should: it has overcome what has happened, and was too fast for all other faults."""
+        self._look()
+        for one in self.inflicted:
+            if one.recovered_s is None:
+                one.recovered_s = time.monotonic() - self._began - one.at
+        for fault in [*(due for _, due in self._due), *self._waiting]:
+            self._note(fault, missed=True)
 
     def _how_it_stands(self) -> str:
         last = self.inflicted[-1].fault if self.inflicted else None

@@ -36,7 +36,9 @@ def test_a_run_under_faults_reaches_its_end_and_its_books_agree(tmp_path: Path) 
         until(lambda: not run.processes(), "the end of all processes")
     report = json.loads((to / "chaos.json").read_text())
     assert len(report["faults"]) == FAULTS and report["violations"] == []
-    assert all(one["recovered_s"] is not None for one in report["faults"])
+    happened = [one for one in report["faults"] if not one["missed"]]
+    assert len(happened) >= FAULTS // 2, "a run may be too fast for the last ones"
+    assert all(one["recovered_s"] is not None for one in happened)
     assert report["audit"]["commits"] >= STEPS
     assert "ledger and journal agree, event by event" in chaos.output
     assert (to / "chaos.txt").read_text() in chaos.output
@@ -44,7 +46,7 @@ def test_a_run_under_faults_reaches_its_end_and_its_books_agree(tmp_path: Path) 
 
 
 def assert_a_doctored_journal_is_found(to: Path) -> None:
-    """Without one accepted rollout, or with another ledger in the metrics, the audit has something to say."""
+    """Without some of the rollouts, or with another ledger in the metrics, the audit has something to say."""
     settings = load(str(to / "chaos.yaml"), [])
     lines, summary = read_metrics(settings.folder), read_summary(settings.folder)
     assert audited(settings, lines, summary).violations == []
@@ -52,10 +54,11 @@ def assert_a_doctored_journal_is_found(to: Path) -> None:
     assert "has a ledger that the journal does not have" in audited(settings, lines, summary).violations[0]
     lines[-1]["ledger"]["trained"] += 1
     with sqlite3.connect(Path(settings.folder, "history", "hub.journal")) as database:
-        table = "entries"  # the run was too short for a save
-        entries = database.execute(f"SELECT number, event FROM {table} ORDER BY number").fetchall()
-        rollouts = [number for number, event in entries if msgpack.unpackb(event)[0] == "Rollout"]
-        database.execute(f"DELETE FROM {table} WHERE number = ?", (rollouts[len(rollouts) // 2],))
+        for table in ("history", "entries"):  # before and after the hub's last save
+            entries = database.execute(f"SELECT number, event FROM {table} ORDER BY number").fetchall()
+            rollouts = [(number,) for number, event in entries if msgpack.unpackb(event)[0] == "Rollout"]
+            # Several, because the hub may have refused a single one: it was sent twice, or too late.
+            database.executemany(f"DELETE FROM {table} WHERE number = ?", rollouts[::5])
     database.close()
     assert audited(settings, lines, summary).violations
 
