@@ -32,6 +32,8 @@ class Algorithm:
 
     objective: Literal["sgpo", "grpo", "sft", "luffy", "hpt"] = "sgpo"  # docs/algorithm.md compares them
     policy_gradient: bool = True  # sgpo: false trains on distillation alone, without Eq. 1 on the autonomous rollouts
+    # What the rewards less their mean in the group are divided by: std: Eq. 1; mean: MaxRL; none: Dr. GRPO. luffy: std.
+    advantage: Literal["std", "mean", "none"] = "std"
     # Clip range of Eq. 1. The learner takes one optimiser step per batch, so r_t is always 1: the clip changes neither
     # the loss nor its gradient. Under lag, grpo_correction limits the weight of a stale token instead.
     eps_low: float = 0.2

@@ -96,10 +96,14 @@ def sampled(rollout: Rollout) -> list[int]:
     return [position for version, start, end in spans for position in range(start, end) if version >= 0]
 
 
+ADVANTAGES = {"std": sgpo.advantages, "mean": sgpo.maxrl_advantages, "none": sgpo.centred_rewards}
+
+
 def grpo(problem: Problem) -> Tensor:
     rewards = np.array([[r.reward for r in problem.autonomous]])
+    advantages = ADVANTAGES[problem.rule.advantage](rewards)[0]
     total = torch.zeros((), dtype=torch.float64)
-    for rollout, advantage in zip(problem.autonomous, sgpo.advantages(rewards)[0], strict=True):
+    for rollout, advantage in zip(problem.autonomous, advantages, strict=True):
         total = total - problem.surrogate(rollout, float(advantage)).mean()
     return total / len(problem.autonomous)
 

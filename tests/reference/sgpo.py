@@ -30,6 +30,21 @@ def advantages(rewards: Array) -> Array:
     return result
 
 
+def maxrl_advantages(rewards: Array) -> Array:
+    """MaxRL: A_i = (R_i - mean) / mean; 0 if no rollout is rewarded."""
+    result = np.zeros_like(rewards, dtype=np.float64)
+    for p, group in enumerate(rewards):
+        mean = sum(group) / len(group)
+        for i, r in enumerate(group):
+            result[p, i] = (r - mean) / mean if mean > 0 else 0.0
+    return result
+
+
+def centred_rewards(rewards: Array) -> Array:
+    """Dr. GRPO: A_i = R_i - mean."""
+    return np.array([[r - sum(group) / len(group) for r in group] for group in rewards])
+
+
 def forward_kl(teacher_logits: Array, student_logits: Array, temperature: float = 1.0) -> Array:
     """Eq. 3: d_t = sum_v p_v log(p_v / q_v) for [T, V] logits."""
     d = np.zeros(len(teacher_logits))

@@ -34,6 +34,8 @@ VARIANTS: dict[str, dict[str, object]] = {
         "target": "all",
     },
     "grpo": {"objective": "grpo"},
+    "maxrl": {"objective": "grpo", "advantage": "mean"},
+    "dr. grpo": {"objective": "grpo", "advantage": "none"},
     "sft": {"objective": "sft"},
     "luffy": {"objective": "luffy", "luffy_gamma": 0.2},
     "hpt": {"objective": "hpt"},

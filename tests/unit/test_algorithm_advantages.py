@@ -1,4 +1,4 @@
-"""Group-relative advantages (Eq. 1)."""
+"""Group-relative advantages: Eq. 1, MaxRL and Dr. GRPO."""
 
 import numpy as np
 import pytest
@@ -51,3 +51,25 @@ def test_the_advantages_of_one_success_in_eight():
 def test_scale_and_offset_of_the_rewards_do_not_change_the_advantages(scale, offset):
     rewards = torch.tensor([[1.0, 0, 0, 1, 0], [0, 0, 0, 0, 1]], dtype=torch.float64)
     torch.testing.assert_close(group_advantages(rewards * scale + offset), group_advantages(rewards))
+
+
+@settings(deadline=None)
+@given(BINARY_GROUPS)
+def test_maxrl_and_dr_grpo_equal_their_equations(rewards):
+    found = {scale: group_advantages(torch.tensor(rewards, dtype=torch.float64), scale) for scale in ("mean", "none")}
+    np.testing.assert_allclose(found["mean"].numpy(), reference.maxrl_advantages(np.array(rewards)), atol=1e-12)
+    np.testing.assert_allclose(found["none"].numpy(), reference.centred_rewards(np.array(rewards)), atol=1e-12)
+
+
+def test_a_single_success_counts_for_all_its_group_with_maxrl():
+    rewards = torch.tensor([[1.0, 0, 0, 0, 0, 0, 0, 0], [1.0, 1, 1, 1, 1, 1, 1, 0]], dtype=torch.float64)
+    advantages = group_advantages(rewards, "mean")
+    torch.testing.assert_close(advantages[:, 0], torch.tensor([7.0, 1 / 7], dtype=torch.float64))
+    torch.testing.assert_close(advantages[:, -1], torch.tensor([-1.0, -1.0], dtype=torch.float64))
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(-1e6, 0), min_size=2, max_size=6))
+def test_without_a_positive_mean_maxrl_has_no_advantages(rewards):
+    advantages = group_advantages(torch.tensor([rewards], dtype=torch.float64), "mean")
+    assert torch.equal(advantages, torch.zeros_like(advantages))

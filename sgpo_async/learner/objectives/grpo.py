@@ -7,13 +7,13 @@ from sgpo_async.config.schema import Algorithm
 from sgpo_async.learner.objectives.base import PolicyGradient, TaskGroup, Trained
 
 
-def grpo(group: TaskGroup, _algorithm: Algorithm) -> Trained:
+def grpo(group: TaskGroup, algorithm: Algorithm) -> Trained:
     """Train the autonomous rollouts with weight 1/(P G1), also if some of the G1 are masked.
 
     Guided rollouts never enter the group.
     """
     rollouts = group.in_policy_gradient
-    advantages = group_advantages(group.rewards())[0].tolist() if rollouts else []
+    advantages = group_advantages(group.rewards(), algorithm.advantage)[0].tolist() if rollouts else []
     weight = 1 / (group.problems * len(group.autonomous))
     pairs = zip(rollouts, advantages, strict=True)
     return Trained(policy_gradient=[PolicyGradient(rollout, advantage, weight) for rollout, advantage in pairs])
