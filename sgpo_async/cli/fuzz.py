@@ -1,7 +1,7 @@
 """`sgpo-async fuzz`: messages, checkpoints and configurations, changed at random: is each refused as it should be?
 
 sgpo-async fuzz                                    a million messages and all other targets: some minutes
-sgpo-async fuzz codec door --seed 7 --inputs 1000
+sgpo-async fuzz codec hub --seed 7 --inputs 1000
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-TARGETS = ("codec", "door", "checkpoint", "configuration")
+TARGETS = ("codec", "hub", "checkpoint", "configuration")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

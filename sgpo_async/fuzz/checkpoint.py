@@ -15,7 +15,7 @@ from torch import nn
 
 from sgpo_async.errors import CheckpointError
 from sgpo_async.fuzz.mutate import changed_bytes, changed_plain
-from sgpo_async.fuzz.outcome import Tell, refusal
+from sgpo_async.fuzz.outcome import Record, refusal
 from sgpo_async.learner.checkpoint import MANIFEST, CheckpointWriter, Saved, newest_whole, read_weights, restore
 from sgpo_async.learner.process_group import join_alone
 
@@ -23,19 +23,20 @@ log = logging.getLogger("sgpo_async.learner.checkpoint")
 STEP = "step-00000001"
 
 
-def attacks(seed: int, inputs: int, tell: Tell) -> None:
+def attacks(seed: int, inputs: int, record: Record) -> None:
     """Damage one file of a checkpoint, `inputs` times. What is read after all must be what was saved."""
     join_alone()
     quiet, log.disabled = log.disabled, True  # not a line for each damaged checkpoint
     try:
         with tempfile.TemporaryDirectory() as folder:
-            _damage(Path(folder), seed, inputs, tell)
+            _damage(Path(folder), seed, inputs, record)
     finally:
         log.disabled = quiet
         dist.destroy_process_group()
 
 
-def _damage(folder: Path, seed: int, inputs: int, tell: Tell) -> None:
+def _damage(folder: Path, seed: int, inputs: int, record: Record) -> None:
+    torch.manual_seed(seed)
     module, optimiser = _learner()
     saved = [parameter.detach().clone() for parameter in module.parameters()]
     with CheckpointWriter(folder / "whole", keep=1) as writer:
@@ -55,10 +56,10 @@ def _damage(folder: Path, seed: int, inputs: int, tell: Tell) -> None:
                 assert found is not None
                 assert restore(found, module=module, optimiser=optimiser).hub_state == b"state of the hub"
         except CheckpointError as error:
-            tell(refusal(error))
+            record(refusal(error))
             continue
         assert all(torch.equal(own, right) for own, right in zip(module.parameters(), saved, strict=True)), damaged
-        tell("accepted")
+        record("accepted")
 
 
 def _learner() -> tuple[nn.Module, torch.optim.Optimizer]:

@@ -10,10 +10,10 @@ from sgpo_async.config import load, to_yaml
 from sgpo_async.config.builtin import builtin_names, located
 from sgpo_async.errors import ConfigError
 from sgpo_async.fuzz.mutate import changed_text
-from sgpo_async.fuzz.outcome import Tell, refusal
+from sgpo_async.fuzz.outcome import Record, refusal
 
 
-def attacks(seed: int, inputs: int, tell: Tell) -> None:
+def attacks(seed: int, inputs: int, record: Record) -> None:
     """Load `inputs` changed configurations. One that is accepted is the same run after it was written and read."""
     names = [name for name in builtin_names() if "/" not in name]  # the others are those of experiments
     corpus = [located(name).read_text(encoding="utf-8") for name in names]
@@ -25,8 +25,8 @@ def attacks(seed: int, inputs: int, tell: Tell) -> None:
             try:
                 run = load(changed)
             except ConfigError as error:
-                tell(refusal(error))
+                record(refusal(error))
                 continue
             written.write_text(to_yaml(run), encoding="utf-8")
             assert load(written) == run, "a run must be the same after it was written and read"
-            tell("accepted")
+            record("accepted")

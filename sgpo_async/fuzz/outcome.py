@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-Tell = Callable[[str], None]  # how an input was taken: "accepted", or the name of the error
+Record = Callable[[str], None]  # how an input was taken: "accepted", or the name of the error
 LONGEST = 2000  # characters of an error
 
 

@@ -12,13 +12,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from random import Random
 from typing import Any
 
 from sgpo_async.errors import WireError
 from sgpo_async.fuzz.corpus import SMALL, messages
 from sgpo_async.fuzz.mutate import changed_frames
-from sgpo_async.fuzz.outcome import Tell, refusal
+from sgpo_async.fuzz.outcome import Record, refusal
 from sgpo_async.hub.authority import Authority
 from sgpo_async.hub.events import Event, Forbidden, OpenSender, Received, Rejected, Send, Shutdown
 from sgpo_async.simulation.world import World
@@ -37,7 +38,7 @@ MOST_STATUS = 30_000  # characters
 AUTHORITY = Authority(token="known to the learner only")
 
 
-def attacks(seed: int, inputs: int, tell: Tell) -> None:
+def attacks(seed: int, inputs: int, record: Record) -> None:
     """Attack one simulated run after the other, with `inputs` changed messages in all."""
     corpus, number = [encode(message) for message in messages()], 0
 
@@ -47,7 +48,7 @@ def attacks(seed: int, inputs: int, tell: Tell) -> None:
             random = Random(f"{seed} {number}")
             number += 1
             frames = encode(sent) if random.random() < SENT else random.choice(corpus)
-            tell(world.attack(changed_frames(frames, random), random))
+            record(world.attack(changed_frames(frames, random), random))
 
     while number < inputs:
         world = Attacked(number, one)
@@ -101,7 +102,7 @@ class Attacked(World):
                 case Send(member, wire.Refused()) if member == INSIDER:
                     self._at(self.now + RETURN_S, self._return)
                 case OpenSender(member) if member in self.nodes:
-                    self._at(self.now, lambda member=member: self._open(member))  # type: ignore[misc]
+                    self._at(self.now, partial(self._open, member))
                 case Shutdown(reason):
                     raise AssertionError(f"a stranger has ended the run: {reason}")
         self.core.check_ledgers()
