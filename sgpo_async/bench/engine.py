@@ -183,7 +183,7 @@ class Ends(StoppingCriteria):
     def __init__(self, ends: Sequence[int]) -> None:
         self._ends = torch.tensor(ends)  # [rows], prompt and padding included
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:  # noqa: ARG002
+    def __call__(self, input_ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
         """Which rows have ended: [rows] bool."""
         return self._ends <= input_ids.shape[1]
 

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from sgpo_async import __version__
-from sgpo_async.errors import SgpoError
+from sgpo_async.errors import DeadlineExceeded, SgpoError
 from sgpo_async.files import write_whole
+
+VERSIONS_S = 60.0  # for another Python to say what it has
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
@@ -54,7 +56,10 @@ def versions_elsewhere(python: str, *distributions: str, given: str, remedy: str
         "import importlib.metadata as m, json, sys; print(json.dumps({name: m.version(name) for name in sys.argv[1:]}))"
     )
     try:
-        found = subprocess.run([python, "-c", program, *distributions], capture_output=True, text=True, check=False)
+        command = [python, "-c", program, *distributions]
+        found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=VERSIONS_S)
+    except subprocess.TimeoutExpired:
+        raise DeadlineExceeded(given, "the versions of its packages", VERSIONS_S) from None
     except OSError as error:
         raise SgpoError(f"{given}: cannot be run ({error.strerror}); {remedy}") from error
     if found.returncode:

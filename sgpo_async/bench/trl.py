@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -43,10 +44,12 @@ from sgpo_async.bench.figures import (
 )
 from sgpo_async.config import Run
 from sgpo_async.config import load as load_config
+from sgpo_async.config.schema import require
 from sgpo_async.errors import DeadlineExceeded, SgpoError
 from sgpo_async.files import write_whole
 from sgpo_async.metrics import read_metrics, read_summary
 from sgpo_async.model.folder import model_folder
+from sgpo_async.processes.marked import MARK, kill_run
 from sgpo_async.tasks import cues_domain
 from sgpo_async.tasks.sources import source_of
 
@@ -57,7 +60,7 @@ TARGET = 0.9  # pass rate on the held-out problems
 GRPO = ["algorithm.objective=grpo", "rollout.autonomous=12", "rollout.guided=0", "learner.skip_uniform=false"]
 SETTINGS = ("sgpo", "grpo", "trl")
 PROCESSES = 2  # of TRL: as many as the demo has ranks
-# TRL generates for so many steps at once; the tokens of a step are 1.5 versions old in the mean, in the demo 1.9.
+# TRL generates for so many steps at once, so the tokens of a step are 1.5 versions old in the mean.
 STEPS_PER_GENERATION = 4
 BARS = (
     ("grpo", "trl", "tokens_per_s", 2.0),
@@ -89,11 +92,12 @@ class Measured:
         return next((seconds for seconds, rate in self.pass_rates if rate >= TARGET), None)
 
 
-def run_bench_trl(*, quick: bool, trl: str, to: Path) -> int:
+def run_bench_trl(*, quick: bool, trl: str, trl_set: Sequence[str], to: Path) -> int:
     """Measure in turns; print the table, write trl.txt and trl.json into `to`.
 
     Args:
         trl: the Python of an environment with TRL.
+        trl_set: `key=value` for GRPOConfig, beyond those of `trainer_settings` or in their place; a value is JSON.
 
     Raises SgpoError if there is no such environment, or with the end of the log of a process that failed.
     """
@@ -103,29 +107,29 @@ def run_bench_trl(*, quick: bool, trl: str, to: Path) -> int:
     steps = QUICK_STEPS if quick else STEPS
     known: dict[str, Any] = {
         "machine": machine(),
-        "versions": versions("torch", "transformers") | there,
+        "versions": versions("torch", "transformers") | {f"{name} (TRL's)": found for name, found in there.items()},
         "load": [load(), load()],
         "steps": steps,
-        "trl": trainer_settings(run_of("trl", steps=steps, seed=0, out="OUT")),
+        "trl": trainer_settings(run_of("trl", steps=steps, seed=0, out="OUT"), trl_set),
     }
     found: dict[str, list[Measured]] = {setting: [] for setting in SETTINGS}
     for seed in range(QUICK_REPETITIONS if quick else REPETITIONS):
         for setting, runs in found.items():
             print(f"repetition {seed + 1}: {setting}, {steps} steps ...", file=sys.stderr, flush=True)
-            runs.append(measure(setting, steps=steps, seed=seed, trl=trl))
+            runs.append(measure(setting, steps=steps, seed=seed, trl=trl, trl_set=trl_set))
         known["load"][1] = load()
         report = report_of(found) | known
         publish("trl", to, table(report), report)  # after each repetition, as a whole measurement takes long
     return 0
 
 
-def measure(setting: str, *, steps: int, seed: int, trl: str) -> Measured:
+def measure(setting: str, *, steps: int, seed: int, trl: str, trl_set: Sequence[str] = ()) -> Measured:
     """One run of one setting, in a folder of its own."""
     with tempfile.TemporaryDirectory() as folder:
         run = run_of(setting, steps=steps, seed=seed, out=folder)
         before = _cpu_s()
         if setting == "trl":
-            tokens, found = _measure_trl(run, trl)
+            tokens, found = _measure_trl(run, trl, trainer_settings(run, trl_set))
         else:
             command = [sys.executable, "-m", "sgpo_async.cli", "local", "builtin:demo"]
             _execute([*command, *_overrides(setting, steps, seed), f"out={folder}"], setting)
@@ -162,10 +166,10 @@ def measured_run(lines: Sequence[dict[str, Any]], summary: dict[str, Any], run: 
     )
 
 
-def trainer_settings(run: Run) -> dict[str, Any]:
-    """The arguments of TRL's GRPOConfig that do what `run` does."""
+def trainer_settings(run: Run, changes: Sequence[str] = ()) -> dict[str, Any]:
+    """The arguments of TRL's GRPOConfig that do what `run` does, with `changes`. Raises ConfigError."""
     sizes, optim, algorithm = run.rollout, run.optim, run.algorithm
-    return {
+    found: dict[str, Any] = {
         "output_dir": f"{run.out}/trl",
         "max_steps": run.steps,
         "seed": run.seed,
@@ -184,8 +188,8 @@ def trainer_settings(run: Run) -> dict[str, Any]:
         "adam_beta2": optim.beta2,
         "weight_decay": optim.weight_decay,
         "max_grad_norm": optim.grad_clip,
-        # The loss is the mean over all tokens of a batch, without a KL to the initial policy, as here.
-        "loss_type": "dapo",
+        # The mean over the tokens of each completion, then over completions; no KL to the initial policy, as here.
+        "loss_type": "grpo",
         "beta": 0.0,
         "shuffle_dataset": False,
         # What makes it fast here: larger batches to generate, nothing recomputed, no search for unused parameters.
@@ -200,9 +204,17 @@ def trainer_settings(run: Run) -> dict[str, Any]:
         "logging_steps": run.steps,
         "disable_tqdm": True,
     }
+    for change in changes:
+        key, equals, value = change.partition("=")
+        require(bool(key and equals), "bench trl: --trl-set", "must be key=value", change)
+        try:
+            found[key] = json.loads(value)
+        except ValueError:
+            found[key] = value
+    return found
 
 
-def _measure_trl(run: Run, python: str) -> tuple[float, Measured]:
+def _measure_trl(run: Run, python: str, trainer: dict[str, Any]) -> tuple[float, Measured]:
     """The trained tokens of a whole run, and what was measured."""
     source, count = source_of(run), run.steps * run.learner.problems_per_step
     texts = {"problems": [source.training(i) for i in range(count)], "held_out": source.held_out()}
@@ -215,22 +227,21 @@ def _measure_trl(run: Run, python: str) -> tuple[float, Measured]:
         "threads": 1,
         "evaluate_every": run.evaluation.every,
         "out": f"{run.out}/measured",
-        "trainer": trainer_settings(run),
+        "trainer": trainer,
     }
     path = Path(run.out) / "settings.json"
     write_whole(path, json.dumps(settings))
     torchrun = [python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
     _execute([*torchrun, str(Path(__file__).with_name("trl_worker.py")), str(path)], "trl")
     ranks = [json.loads(Path(f"{run.out}/measured-{i}.json").read_text(encoding="utf-8")) for i in range(PROCESSES)]
-    return sum(rank["tokens"][-1] for rank in ranks), measured_trl(ranks, run)
+    return sum(rank["tokens"][-1] for rank in ranks), measured_trl(ranks, run, parts=trainer["steps_per_generation"])
 
 
-def measured_trl(ranks: Sequence[dict[str, Any]], run: Run) -> Measured:
+def measured_trl(ranks: Sequence[dict[str, Any]], run: Run, *, parts: int) -> Measured:
     """What TRL has measured, from what each of its processes has written."""
     ended = [0.0, *ranks[0]["ended_s"]]
     tokens = [sum(counts) for counts in zip(*(rank["tokens"] for rank in ranks), strict=True)]
     # Between the ends of two steps before which all was generated anew, as far apart as possible: whole generations.
-    parts = min(STEPS_PER_GENERATION, run.steps)
     first, last = parts - 1, len(tokens) - 1 - len(tokens) % parts
     wall = ended[last + 1] - ended[first + 1]
     return Measured(
@@ -246,18 +257,21 @@ def _execute(command: Sequence[str], setting: str) -> None:
     # PYTHONSAFEPATH: in the folder of trl_worker.py, this file is also named trl.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment |= {"PYTHONSAFEPATH": "1"} if setting == "trl" else {}
+    mark = uuid.uuid4().hex
     try:
         done = subprocess.run(
             command,
             capture_output=True,
             text=True,
             check=False,
-            env=environment,
+            env=environment | {MARK: mark},
             timeout=RUN_S,
             stdin=subprocess.DEVNULL,
         )
     except subprocess.TimeoutExpired:
         raise DeadlineExceeded(f"bench trl: {setting}", "end of the run", RUN_S) from None
+    finally:
+        kill_run(mark)  # torchrun leaves its processes behind when it is killed
     if done.returncode:
         # torchrun writes its own report after that of its processes.
         last = (done.stderr or done.stdout).partition("torch/distributed/elastic")[0][-2000:]

@@ -30,9 +30,9 @@ PARTS: dict[str, tuple[str, ...]] = {
     "pack": ("run",),
     "loss": (),
     "scale": (),
-    "transport": (),
+    "transport": ("peers",),
     "weights": (),
-    "trl": ("trl",),
+    "trl": ("trl", "trl_set"),
 }
 NEED_ROOT = ("weights",)  # network namespaces
 ALL = "all"
@@ -52,6 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--peers", default="", metavar="PYTHON", help="transport: Python of an environment with TransferQueue and Ray"
     )
     parser.add_argument("--trl", default="", metavar="PYTHON", help="trl: Python of an environment with TRL")
+    parser.add_argument(
+        "--trl-set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="trl: an argument of TRL's GRPOConfig, e.g. steps_per_generation=1; may be repeated",
+    )
     parser.add_argument("--model", default="", metavar="FOLDER", help="engine: measure this model, too")
     parser.add_argument(
         "--run", default="", metavar="FOLDER", help="pack: measure the lengths, too, that this run has recorded"
@@ -60,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print. Raises SgpoError."""
+    _refuse_options_of_others(args)
     if args.config in (*PARTS, ALL):
         return _parts(args)
     settings = load_run(args)
@@ -69,6 +77,20 @@ def run(args: argparse.Namespace) -> int:
     from sgpo_async.bench import run_bench
 
     return run_bench(settings, seconds=args.seconds)
+
+
+def _refuse_options_of_others(args: argparse.Namespace) -> None:
+    """Raise ConfigError for an option that this part, or a configuration, does not read."""
+    from sgpo_async.config.schema import require
+
+    read = [*PARTS] if args.config == ALL else [args.config]
+    for part, options in PARTS.items():
+        for option in options:
+            unread = part not in read and getattr(args, option)
+            flag = f"--{option.replace('_', '-')}"
+            require(
+                not unread, f"bench {args.config}", f"must not be given {flag}, which is an option of {part}", unread
+            )
 
 
 def _parts(args: argparse.Namespace) -> int:

@@ -11,7 +11,8 @@ from sgpo_async.bench.figures import columns, ratio, verdict, versions_elsewhere
 from sgpo_async.bench.pack import Batch, divided, packed, padded, whole_groups, work
 from sgpo_async.cli import bench as command
 from sgpo_async.cli import main as cli
-from sgpo_async.errors import SgpoError
+from sgpo_async.cli.main import main
+from sgpo_async.errors import ConfigError, SgpoError
 from sgpo_async.simulation import Lengths
 
 KNOWN: dict[str, Any] = {"machine": "", "versions": {}, "load": [0.0, 0.0]}
@@ -109,7 +110,10 @@ def test_fused_is_compared_with_every_other_way() -> None:
 
 def test_trl_is_told_what_the_demo_does() -> None:
     run = trl.run_of("trl", steps=120, seed=3, out="OUT")
-    settings = trl.trainer_settings(run)
+    settings = trl.trainer_settings(run, ["steps_per_generation=2", "loss_type=dapo"])
+    assert settings == trl.trainer_settings(run) | {"steps_per_generation": 2, "loss_type": "dapo"}
+    with pytest.raises(ConfigError, match="--trl-set must be key=value, got 'fast'"):
+        trl.trainer_settings(run, ["fast"])
     batch = run.learner.problems_per_step * run.rollout.size
     assert settings["per_device_train_batch_size"] * trl.PROCESSES == batch
     assert batch % settings["num_generations"] == 0 and settings["num_generations"] == 12
@@ -127,7 +131,7 @@ def test_what_trl_measured_is_taken_between_whole_generations() -> None:
          "evaluations": [[0, 0.1], [9, 0.95]] if rank == 0 else []}
         for rank in range(2)
     ]  # fmt: skip
-    found = trl.measured_trl(ranks, run)
+    found = trl.measured_trl(ranks, run, parts=4)
     assert found.tokens_per_s == pytest.approx(2 * 40 / 7) and found.problems_per_s == pytest.approx(16 * 4 / 7)
     assert found.pass_rates == [(0.0, 0.1), (18.0, 0.95)] and found.target_s == 18.0 and found.best == 0.95
     assert found.generating == 0.5
@@ -160,3 +164,18 @@ def test_every_part_is_a_function_of_its_module() -> None:
 
     for part in command.PARTS:
         assert callable(getattr(importlib.import_module(f"sgpo_async.bench.{part}"), f"run_bench_{part}"))
+
+
+@pytest.mark.parametrize(
+    ("command", "refused"),
+    [
+        (["pack", "--trl", "python"], "bench pack must not be given --trl, which is an option of trl, got 'python'"),
+        (["builtin:demo", "--peers", "p"], "must not be given --peers, which is an option of transport"),
+        (["loss", "--trl-set", "a=1"], "must not be given --trl-set"),
+    ],
+)
+def test_an_option_of_another_part_is_refused(
+    command: list[str], refused: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", *command]) == 2
+    assert refused in capsys.readouterr().err
