@@ -21,6 +21,7 @@ import signal
 import sys
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 STARTUP_LIMIT_S = 60.0
 OUT_OF_MEMORY = 77  # exit code
@@ -32,7 +33,7 @@ def serve(limit_s: float) -> None:
     verdicts = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # keep prints of libraries out of the verdicts
     requests = os.fdopen(os.dup(sys.stdin.fileno()))
-    with open(os.devnull) as nothing:
+    with Path(os.devnull).open() as nothing:
         os.dup2(nothing.fileno(), sys.stdin.fileno())  # user's code, or what it starts, could read the next request
 
     from sgpo_async.errors import DataError

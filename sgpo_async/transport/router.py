@@ -17,7 +17,6 @@ member's connection is known at once, and the connection of a process that may n
 from __future__ import annotations
 
 import contextlib
-import os
 import socket as network
 from collections.abc import Sequence
 from pathlib import Path
