@@ -365,10 +365,10 @@ class HubCore:
         """End the memberships of this member, or of all with this public key; their leases go to others."""
         ranks = {rank: held for rank, held in self.learner_ranks.ranks.items() if _belongs(held.member, who)}
         actors = [actor for actor in self.actors.values() if _belongs(actor.member, who)]
-        unwanted = [*ranks.values(), *actors]
-        names = ", ".join(one.name for one in unwanted)
+        unwanted = [(held.member, held.name) for held in ranks.values()] + [(one.member, one.name) for one in actors]
+        names = ", ".join(name for _, name in unwanted)
         self._effects.append(Warn(f"{reason}; " + (f"expelled: {names}" if names else "it had not joined")))
-        for member in [one.member for one in unwanted] or [who]:  # a key without members reaches nobody
+        for member in [member for member, _ in unwanted] or [who]:  # a key without members reaches nobody
             self._refuse(member, reason, final=True)
         for rank in ranks:
             self._lose_rank(rank)
