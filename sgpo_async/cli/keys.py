@@ -28,13 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Create, revoke or list keys. Raises SgpoError."""
-    from sgpo_async.transport.keys import actor_keys, fingerprint, revoke
+    from sgpo_async.errors import HubError
+    from sgpo_async.transport.keys import actor_keys, fingerprint, key_file, revoke
 
     if args.list:
+        if not args.folder.is_dir():
+            raise HubError(f"keys: {args.folder} is no folder; sgpo-async keys {args.folder} makes it, with keys")
         for key, name in actor_keys(args.folder).items():
-            print(
-                f"{name:20}  {fingerprint(key)}  {args.folder / ('actor' if name == 'actor' else f'actor-{name}')}.key"
-            )
+            print(f"{name:20}  {fingerprint(key)}  {args.folder / key_file(name)}")
     elif args.revoke:
         print("keys: deleted", *revoke(args.folder, args.revoke))
     else:

@@ -36,7 +36,8 @@ An error names file or argument, key, rule, value and, for an unknown key, the n
 finite, unless its text says otherwise. `~` is expanded in paths, and relative paths are relative to the working
 directory.
 """
-UNITS = {"_s": "seconds", "_mb": "MB", "_minutes": "minutes", "_tokens": "tokens"}  # by the end of a key's name
+# By the end of a key's name; the first that fits.
+UNITS = {"_per_s": "per second", "_s": "seconds", "_mb": "MB", "_minutes": "minutes", "_tokens": "tokens"}
 
 
 class Key(NamedTuple):

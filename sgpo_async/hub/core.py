@@ -57,6 +57,7 @@ RESTART_RETURN_S = 30.0  # ... after a restart of the hub
 FAIR_S = 3.0  # after a publication, how long tasks are kept for actors that do not serve the new weights yet
 MAX_EARLY = 4096  # messages that are kept until a Published arrives
 MAX_INVALID = 3  # after so many invalid messages and rollouts, an actor is refused for good
+MAX_QUARANTINED = 100  # names of actors with one key; who has it could take another name again and again
 
 
 class HubCore:
@@ -251,8 +252,8 @@ class HubCore:
         joined_world = self.learner_ranks if hello.role == "learner" and not new_world else None
         taken = self._names_of_others(member, hello, new_world=new_world)
         final = tokenizer_mismatch(hello.name, hello.tokenizer, learners=self.tokenizer)
-        if hello.role == "actor" and (why := self.quarantined.get((owner_of(member), hello.name))):
-            final = f"quarantined after {why}; check its engine and its model"
+        if hello.role == "actor":
+            final = self._bar(member, hello.name) or final
         if hello.road == "folder" and not self.run.hub.weight_folder:
             final = "the run has no hub.weight_folder, so set it or start the actor without --weights-by folder"
         reason = final or refusal_reason(hello, taken=taken, world=joined_world)
@@ -267,6 +268,16 @@ class HubCore:
             self._rank_joins(member, hello, new_world=new_world)
         else:
             self._actor_joins(member, hello)
+
+    def _bar(self, member: bytes, name: str) -> str:
+        """Why this actor, or all new ones with its key, are refused for good; "" if they are not."""
+        owner = owner_of(member)
+        if why := self.quarantined.get((owner, name)):
+            return f"quarantined after {why}; check its engine and its model"
+        if member not in self.actors and sum(key == owner for key, _ in self.quarantined) >= MAX_QUARANTINED:
+            whose = "with the same key" if owner else "of this run without keys"
+            return f"{MAX_QUARANTINED} actors {whose} are quarantined, so no more may join; check their engines"
+        return ""
 
     def _names_of_others(self, member: bytes, hello: wire.Hello, *, new_world: bool) -> set[str]:
         """The names that are taken. An actor cannot take that of a rank: it may be a stranger, who keeps it out."""
@@ -352,11 +363,16 @@ class HubCore:
 
     def _expel(self, who: bytes, reason: str) -> None:
         """End the memberships of this member, or of all with this public key; their leases go to others."""
-        unwanted = [actor for actor in self.actors.values() if who in (actor.member, owner_of(actor.member))]
-        names = ", ".join(actor.name for actor in unwanted)
+        ranks = {rank: held for rank, held in self.learner_ranks.ranks.items() if _belongs(held.member, who)}
+        actors = [actor for actor in self.actors.values() if _belongs(actor.member, who)]
+        unwanted = [(held.member, held.name) for held in ranks.values()] + [(one.member, one.name) for one in actors]
+        names = ", ".join(name for _, name in unwanted)
         self._effects.append(Warn(f"{reason}; " + (f"expelled: {names}" if names else "it had not joined")))
-        for actor in unwanted:
-            self._refuse(actor.member, reason, final=True)
+        for member in [member for member, _ in unwanted] or [who]:  # a key without members reaches nobody
+            self._refuse(member, reason, final=True)
+        for rank in ranks:
+            self._lose_rank(rank)
+        for actor in actors:
             self._lose_actor(actor)
 
     def _revoke(self, leases: LeaseTable, number: int) -> None:
@@ -443,9 +459,13 @@ class HubCore:
             return  # sent before the connection was lost; the actor asks again after its return
         held = sum(len(leases.held_by(actor.member)) for leases in self._lease_tables)
         if held + actor.credit + ready.tasks > self.run.hub.max_leases:
-            detail = f"it has {held}, and asks for {actor.credit + ready.tasks}; raise it if the node has so many slots"
-            reason = f"Ready for more leases than hub.max_leases={self.run.hub.max_leases}"
-            self._reject(actor.member, reason, detail=detail)
+            asked = f"{actor.name} has {held} leases and asks for {actor.credit + ready.tasks}"
+            most = f"hub.max_leases is {self.run.hub.max_leases}"
+            self.refused += 1
+            self._refuse(
+                actor.member, f"{asked}, but {most}: raise hub.max_leases or lower the actor's slots", final=True
+            )
+            self._lose_actor(actor)
             return
         actor.credit += ready.tasks
         actor.version = self._version_of_this_run(ready.version)
@@ -819,6 +839,11 @@ class HubCore:
                 leases.forget(number)
         self._refuse(actor.member, f"quarantined after {reason}; check its engine and its model", final=True)
         self._lose_actor(actor)
+
+
+def _belongs(member: bytes, who: bytes) -> bool:
+    """Whether `who` is this member, or the public key that it has."""
+    return who in (member, owner_of(member))
 
 
 def _key(member: bytes, message: wire.Message) -> tuple[bytes, str, int, int, int] | None:

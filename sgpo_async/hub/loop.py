@@ -155,7 +155,7 @@ class Loop:
         self._announcer.look(event for event, _ in group)
         for event, _ in group:
             if isinstance(event, ev.Received) and isinstance(event.message, wire.StatusRequest):
-                self._watchers[event.member] = time.monotonic()
+                self._watched_by(event.member, time.monotonic())
         for effect in effects:
             self._carry_out(effect)
 
@@ -191,6 +191,13 @@ class Loop:
             self._mailbox.send(member, message)
         except WireError as error:  # the message is too large; tell the member, which may be waiting for it
             self._mailbox.send(member, wire.Refused(reason=str(error)))
+
+    def _watched_by(self, member: bytes, now: float) -> None:
+        """Note who asks for the status; the newest is the last. Forget who has not asked lately."""
+        self._watchers.pop(member, None)
+        self._watchers[member] = now
+        while self._watchers[oldest := next(iter(self._watchers))] < now - WATCHING_S:
+            del self._watchers[oldest]
 
     def _tell_watchers(self) -> None:
         """Send the last status to those who follow the run; they could not ask for it any more."""

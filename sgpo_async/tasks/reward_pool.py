@@ -162,7 +162,7 @@ class RewardPool:
                 self._requests.put(None)
             for thread in self._threads:
                 thread.join(timeout=5.0)
-        for process in self._processes.values():
+        for process in list(self._processes.values()):  # a thread may still remove one
             process.wait(timeout=5.0)
 
     def _serve(self, index: int) -> None:
@@ -194,19 +194,23 @@ class RewardPool:
         self, process: subprocess.Popen[str], request: _Request, *, index: int, ready: bool
     ) -> tuple[_Request, Verdict] | SgpoError:
         assert process.stdin is not None and process.stdout is not None
-        one, answer = request.sample, ""
+        one, answer = request.sample, b""
         line = json.dumps(
             [request.verifier, one.problem, one.answer, one.completion, dict(one.columns), request.earlier]
         )
-        if ready := ready or _answer(process, STARTUP_LIMIT_S + GRACE_S) == READY:
+        if ready := ready or _answer(process, STARTUP_LIMIT_S + GRACE_S) == READY.encode():
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.write(line + "\n")
                 process.stdin.flush()
                 answer = _answer(process, STARTUP_LIMIT_S + self._limit_s + GRACE_S)  # it may import the user's module
         if answer:
-            verdict = json.loads(answer)
-            known = "error" not in verdict
-            return (request, Verdict(key=request.key, **verdict)) if known else SgpoError(verdict["error"])
+            try:
+                verdict = json.loads(answer)
+                known = "error" not in verdict
+                return (request, Verdict(key=request.key, **verdict)) if known else SgpoError(verdict["error"])
+            except (ValueError, TypeError) as error:
+                log.warning("reward %s: its worker's answer is no verdict (%s): reward 0", request.verifier, error)
+                process.kill()
         status = _end(process)
         with self._lock:
             del self._processes[index]
@@ -217,17 +221,26 @@ class RewardPool:
         return request, Verdict(key=request.key, reward=0.0, timed_out=True)
 
 
-def _answer(process: subprocess.Popen[str], timeout_s: float) -> str:
-    """The next line of a worker; "" if it has ended, or does not answer in time: then it is killed.
+def _answer(process: subprocess.Popen[str], timeout_s: float) -> bytes:
+    """The next line of a worker; b"" if it has ended, or sends no whole line in time: then it is killed.
 
     What it has started may have its stdout and never close it, so the end of the worker counts, not that of the file.
     """
     assert process.stdout is not None
-    deadline = time.monotonic() + timeout_s
-    while not (readable := _readable(process.stdout, WATCH_S)) and process.poll() is None:
-        if time.monotonic() > deadline:
+    answer, deadline = b"", time.monotonic() + timeout_s
+    while not answer.endswith(b"\n"):
+        ended = process.poll() is not None  # before the look: what it has sent is there then
+        if _readable(process.stdout, 0.0 if ended else WATCH_S):
+            part = os.read(process.stdout.fileno(), 2**16)
+            if not part:
+                return b""
+            answer += part
+        elif ended:
+            return b""
+        if time.monotonic() > deadline and not answer.endswith(b"\n"):
             process.kill()
-    return process.stdout.readline() if readable or _readable(process.stdout, 0.0) else ""
+            return b""
+    return answer
 
 
 def _end(process: subprocess.Popen[str]) -> int:

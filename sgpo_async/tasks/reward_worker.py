@@ -21,6 +21,7 @@ import signal
 import sys
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 STARTUP_LIMIT_S = 60.0
 OUT_OF_MEMORY = 77  # exit code
@@ -31,6 +32,9 @@ def serve(limit_s: float) -> None:
     """Answer requests until stdin ends. SIGALRM kills the process if a request takes more than `limit_s` seconds."""
     verdicts = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # keep prints of libraries out of the verdicts
+    requests = os.fdopen(os.dup(sys.stdin.fileno()))
+    with Path(os.devnull).open() as nothing:
+        os.dup2(nothing.fileno(), sys.stdin.fileno())  # user's code, or what it starts, could read the next request
 
     from sgpo_async.errors import DataError
     from sgpo_async.tasks.environments import load_environment, play
@@ -55,7 +59,7 @@ def serve(limit_s: float) -> None:
     signal.setitimer(signal.ITIMER_REAL, 0.0)
     print(READY, end="", file=verdicts, flush=True)
     worker = os.getpid()
-    for line in sys.stdin:
+    for line in requests:
         text, problem, answer, completion, columns, earlier = json.loads(line)
         sample = Sample(problem=problem, answer=answer, completion=completion, columns=columns)
         try:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sgpo_async.transport.base import owner_of
-from sgpo_async.transport.keys import SHARED, actor_keys, missing_key, public_key
+from sgpo_async.transport.keys import SHARED, actor_keys, missing_key, public_key, read_actor_keys
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,9 @@ class KnownKeys:
             files = self._listing()
             if files == self._files or "server.key_secret" not in files:  # a disk that is away revokes nothing
                 return {}
-            self._files, before, self._actors = files, self._actors, actor_keys(self._folder)
+            before, (found, unreadable) = self._actors, read_actor_keys(self._folder)
+            kept = {key: name for key, name in before.items() if name in unreadable}  # it revokes nothing either
+            self._files, self._actors = files, kept | found
         except OSError as error:
             log.debug("hub.keys: cannot look at %s: %s", self._folder, error)
             return {}

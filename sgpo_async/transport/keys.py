@@ -88,16 +88,26 @@ def revoke(folder: str | Path, name: str) -> list[Path]:
 
 
 def actor_keys(folder: str | Path) -> dict[bytes, str]:
-    """The names of the actors' public keys (Z85), without files that hold none: one may be half written."""
-    found = {}
+    """The names of the actors' public keys (Z85), without files that hold none."""
+    return read_actor_keys(folder)[0]
+
+
+def read_actor_keys(folder: str | Path) -> tuple[dict[bytes, str], set[str]]:
+    """The names of the actors' public keys (Z85); those whose file holds none or cannot be read: half written, say."""
+    found, unreadable = {}, set()
     for path in sorted(Path(folder).glob("actor*.key")):
         name = path.stem.removeprefix("actor-")
         if path.stem == _stem(name):
             try:
                 found[_load(path)[0]] = name
             except HubError:
-                continue
-    return found
+                unreadable.add(name)
+    return found, unreadable
+
+
+def key_file(name: str) -> str:
+    """The name of the file with the public key of this node."""
+    return f"{_stem(name)}.key"
 
 
 def fingerprint(key: bytes) -> str:

@@ -17,7 +17,6 @@ member's connection is known at once, and the connection of a process that may n
 from __future__ import annotations
 
 import contextlib
-import os
 import socket as network
 from collections.abc import Sequence
 from pathlib import Path
@@ -106,7 +105,8 @@ class Router:
         if self._admission.admits(member, key, sum(map(len, frames))):
             self._connections[connection] = member
             return [key, member, *frames]
-        if self._admission.is_hopeless(member):
+        # A message may be read after the end of its connection, when another member's has the same descriptor.
+        if self._admission.is_hopeless(member) and self._connections.get(connection, member) == member:
             # Also that of the member whose identity this process has used, and with it its place: it connects again.
             for ended in {connection, *(other for other, held in self._connections.items() if held == member)}:
                 end_connection(ended)
@@ -131,10 +131,15 @@ def authenticate(socket: zmq.Socket, admission: Admission) -> ThreadAuthenticato
 def end_connection(descriptor: int) -> None:
     """End the connection with this descriptor, which belongs to ZeroMQ: it sees the end and closes it.
 
-    Should ZeroMQ have closed it just now, and another connection have its number, that member connects again.
+    Should ZeroMQ have closed it just now, and another connection have its number, that member connects again. Nothing
+    happens if the number is that of a file.
     """
-    with contextlib.suppress(OSError), network.socket(fileno=os.dup(descriptor)) as connection:
-        connection.shutdown(network.SHUT_RDWR)
+    with contextlib.suppress(OSError):
+        connection = network.socket(fileno=descriptor)
+        try:
+            connection.shutdown(network.SHUT_RDWR)
+        finally:
+            connection.detach()  # else Python would close it
 
 
 def bind(socket: zmq.Socket, address: str) -> str:

@@ -15,6 +15,7 @@ from sgpo_async.errors import HubError
 from sgpo_async.transport import Dealer, Router, create_keys
 from sgpo_async.transport.base import RANDOM_BYTES
 from sgpo_async.transport.keys import add_actors, key_pair, public_key, revoke
+from sgpo_async.transport.router import end_connection
 from sgpo_async.transport.sockets import close_socket, open_socket
 
 pytestmark = pytest.mark.process
@@ -258,3 +259,37 @@ def test_who_floods_the_hub_is_expelled_and_the_others_messages_arrive() -> None
     assert good.connections == 1
     for end in (flood, good, router):
         end.close()
+
+
+def test_a_message_that_comes_late_ends_no_connection_of_another_member(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own connection has ended, and another member's has the descriptor."""
+    ended: list[int] = []
+    monkeypatch.setattr("sgpo_async.transport.router.end_connection", ended.append)
+    router = Router("tcp://127.0.0.1:0", max_bytes=LIMIT)
+    dealer = Dealer(router.address, identity=OTHER, max_bytes=LIMIT)
+    dealer.send([b"1"])
+    assert received(router)[0][0] == OTHER
+    [descriptor] = router._connections
+    monkeypatch.setattr(router._admission, "admits", lambda *_: False)
+    for owner in (GOOD, OTHER):
+        router._connections[descriptor] = owner
+        assert ended == [], "it is the other member's"
+        dealer.send([b"2"])
+        deadline = time.monotonic() + PATIENCE
+        while not router.socket.poll(100):
+            assert time.monotonic() < deadline
+        assert router.poll(0.0) == []
+    assert ended == [descriptor]
+    dealer.close()
+    router.close()
+
+
+def test_ending_a_connection_leaves_its_descriptor_and_files_alone(tmp_path: Path) -> None:
+    near, far = socket.socketpair()
+    with near, far, (tmp_path / "file").open("w") as file:
+        before = len(list(Path("/proc/self/fd").iterdir()))
+        for descriptor in (near.fileno(), near.fileno(), file.fileno(), 10**6):
+            end_connection(descriptor)
+        assert far.recv(1) == b""
+        assert len(list(Path("/proc/self/fd").iterdir())) == before
+        file.write("still open")

@@ -12,6 +12,7 @@ from test_hub_loop import Member, Running, eventually
 from sgpo_async.errors import SgpoError
 from sgpo_async.hub.authority import OF_LEARNERS, Authority
 from sgpo_async.hub.events import CloseSender, Expelled, Forbidden, Send, SenderUp, Warn
+from sgpo_async.hub.loop import WATCHING_S
 from sgpo_async.transport import MemoryRouter
 from sgpo_async.transport.token import TOKEN_FILE, make_token, token_of
 from sgpo_async.wire import records as wire
@@ -187,7 +188,32 @@ def test_an_expelled_member_is_one_and_not_those_with_a_similar_identity(driver:
     driver.actor(b"ab")
     driver.handle(Expelled(b"a", "too much"))
     assert list(driver.core.actors) == [b"ab"]
-    assert driver.handle(Expelled(b"x", "too much")) == [Warn("too much; it had not joined")]
+    told = Send(b"x", wire.Refused(reason="too much", final=True))
+    assert driver.handle(Expelled(b"x", "too much")) == [Warn("too much; it had not joined"), told]
+
+
+def test_a_rank_that_sends_too_much_is_no_rank_any_more_and_is_told(driver: Driver) -> None:
+    driver.learner()
+    effects = driver.handle(Expelled(b"r0", "too much"))
+    assert effects[:2] == [Warn("too much; expelled: r0"), Send(b"r0", wire.Refused(reason="too much", final=True))]
+    assert not driver.core.learner_ranks.ranks
+
+
+def test_who_is_quarantined_under_too_many_names_is_refused_under_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sgpo_async.hub.core.MAX_QUARANTINED", 2)
+    driver = Driver(make_run(), Source())
+    present, other = of_node(b"n1", "present"), of_node(b"n2", "x")
+    driver.send(present, wire.Hello(role="actor", name="present"))
+    for name in ("1", "2"):
+        driver.send(of_node(b"n1", name), wire.Hello(role="actor", name=name))
+        for _ in range(3):
+            driver.send(of_node(b"n1", name), wire.Ready(tasks=-1, version=0))
+    driver.send(of_node(b"n1", "3"), wire.Hello(role="actor", name="3"))
+    refused = driver.only(of_node(b"n1", "3"), wire.Refused)
+    assert refused.final and "2 actors with the same key are quarantined" in refused.reason
+    driver.send(present, wire.Hello(role="actor", name="present"))  # it returns
+    driver.send(other, wire.Hello(role="actor", name="3"))
+    assert list(driver.core.actors) == [present, other]
 
 
 def test_nobody_with_another_key_has_an_actors_name_quarantined(driver: Driver) -> None:
@@ -207,10 +233,19 @@ def test_an_actor_may_not_ask_for_any_number_of_leases() -> None:
     driver.learner()
     driver.actor(b"a", credit=5)
     assert driver.core.status()["rejected"] == 0
-    for tasks in (1, 10**9, 2**31 - 1):
-        driver.send(b"a", wire.Ready(tasks=tasks, version=0))
+    driver.send(b"a", wire.Ready(tasks=1, version=0))
     refused = driver.only(b"a", wire.Refused)
-    assert refused.final and "Ready for more leases than hub.max_leases=5" in refused.reason
+    remedy = "but hub.max_leases is 5: raise hub.max_leases or lower the actor's slots"
+    assert refused.final and refused.reason.startswith("a has ") and refused.reason.endswith(remedy)
+    status = driver.core.status()
+    assert (len(status["actors"]), status["refused"], status["quarantined"]) == (0, 1, {})
+
+
+def test_who_has_not_asked_for_the_status_lately_is_forgotten(guarded: Running) -> None:
+    loop = guarded.loop
+    for member, now in ((b"a", 1.0), (b"b", 2.0), (b"a", 3.0), (b"c", 2.5 + WATCHING_S)):
+        loop._watched_by(member, now)
+    assert loop._watchers == {b"a": 3.0, b"c": 2.5 + WATCHING_S}
 
 
 @pytest.fixture

@@ -96,6 +96,20 @@ def writes_to_every_file(sample):
     os.write(1, b"text")
     return 1
 
+def reads_its_input(sample):
+    import subprocess, sys
+    return len(subprocess.run(["cat"], capture_output=True).stdout + sys.stdin.buffer.read())
+
+def writes_into_pipes(sample):
+    import os, time
+    for descriptor in range(3, 32):
+        try:
+            os.write(descriptor, sample.answer.encode())
+        except OSError:
+            pass
+    time.sleep(0 if sample.answer.endswith("\\n") else 3600)
+    return 1
+
 value = 3
 """
 SAMPLE = Sample(problem="What is 1 + 1?", answer="2", completion="It is 2.", columns={"level": 3})
@@ -174,6 +188,20 @@ def test_a_function_that_ends_its_process_costs_one_completion_and_a_line(
     assert judged(pool, "own_rewards:found") == Verdict(key="key", reward=1.0)
     (line,) = [record.getMessage() for record in caplog.records]
     assert line == "reward own_rewards:leaves_at_once: ended its process with status 3: reward 0"
+
+
+@pytest.mark.process
+def test_a_function_cannot_read_requests_and_what_is_no_verdict_costs_its_completion(
+    pool: RewardPool, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert judged(pool, "own_rewards:reads_its_input").reward == 0.0
+    for line in ("half a line", "text\n", "[1]\n", "3\n", '{"reward": 1, "more": 2}\n'):
+        verdict = judged(pool, "own_rewards:writes_into_pipes", Sample(answer=line, completion=""))
+        assert (verdict.reward, verdict.timed_out) == (0.0, True)
+    assert [record.getMessage().partition(" (")[0] for record in caplog.records] == [
+        "reward own_rewards:writes_into_pipes: its worker's answer is no verdict"
+    ] * 4
+    assert judged(pool, "own_rewards:found").reward == 1.0
 
 
 @pytest.mark.process

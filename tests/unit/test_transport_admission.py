@@ -83,6 +83,25 @@ def test_a_revoked_key_is_noticed_at_the_next_look_and_a_disk_that_is_away_revok
     assert judge.admits(n1 + RANDOM, n1, 1) and judge.expelled() == []
 
 
+def test_a_key_file_that_cannot_be_read_revokes_nothing_and_one_with_another_key_does(
+    tmp_path: Path, clock: Clock
+) -> None:
+    create_keys(tmp_path)
+    add_actors(tmp_path, ["n1", "n2"])
+    judge = admission(tmp_path, clock)
+    n1, n2 = (public_key(tmp_path, f"actor-{name}") for name in ("n1", "n2"))
+    file = tmp_path / "actor-n1.key"
+    file.write_text("half of a k")
+    clock.now += LOOK_S
+    judge.look()
+    assert judge.admits(n1 + RANDOM, n1, 1) and judge.expelled() == []
+    shutil.copy(tmp_path / "actor-n2.key", file)
+    clock.now += LOOK_S
+    judge.look()
+    assert judge.expelled() == [(n1, "the key n1 was revoked")] and judge.admits(n2 + RANDOM, n2, 1)
+    assert not judge.admits(n1 + RANDOM, n1, 1)
+
+
 def test_a_member_may_send_its_rate_for_ever_and_more_only_for_a_while(clock: Clock) -> None:
     judge = admission(None, clock, most=10)
     for _ in range(1000):

@@ -144,3 +144,5 @@ def test_the_command_makes_lists_and_revokes_keys(tmp_path: Path, capsys: pytest
         assert key_pair(folder, secret.stem)[1].decode() not in made
     assert main(["keys", folder, "--revoke", "n1"]) == 2
     assert "has no key n1" in capsys.readouterr().err
+    assert main(["keys", f"{folder}-missing", "--list"]) == 2
+    assert f"{folder}-missing is no folder" in capsys.readouterr().err
