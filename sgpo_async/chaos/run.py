@@ -10,6 +10,7 @@ one never gives up on a process that crashes often, as long as the run goes on.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -41,10 +42,20 @@ LEAVING_S = 60.0  # for hub and actors to end after the learner
 
 
 class Ending(Protocol):
-    """A fault that lasts."""
+    """A fault that lasts. Equal ones are the same fault of the same process."""
 
     def end(self) -> None:
         """End the fault."""
+
+
+def end_over(lasting: list[tuple[float, Ending]], now: float) -> list[tuple[float, Ending]]:
+    """End the faults whose time is over, and return the others. Where equal ones overlap, only the last one ends it."""
+    left = [(until, fault) for until, fault in lasting if until > now]
+    still = [fault for _, fault in left]
+    for until, fault in lasting:
+        if until <= now and fault not in still:
+            fault.end()
+    return left
 
 
 @dataclass
@@ -140,9 +151,14 @@ class ChaosRun:
                 name = f"{station.name}.{station.starts}" if station.starts else station.name
                 station.child = self._processes.start(name, station.command(station.starts))
                 station.starts += 1
-        elif child.code is not None and not (child.code == 0 and self._furthest >= self.run.steps):
-            station.ends.append(f"{child.ending()}: {child.complaint(1)}" if child.code > 0 else child.ending())
-            station.child, station.start_at = None, now + (FAILED_S if child.code > 0 else PAUSE_S)
+            return
+        code = child.code
+        if code is None:
+            return
+        self._look()  # now all of its metrics are there
+        if code != 0 or self._furthest < self.run.steps:
+            station.ends.append(f"{child.ending()}: {child.complaint(1)}" if code > 0 else child.ending())
+            station.child, station.start_at = None, now + (FAILED_S if code > 0 else PAUSE_S)
 
     # ---- the run
 
@@ -155,12 +171,12 @@ class ChaosRun:
                 self._tick()
                 time.sleep(TICK_S)
             self._close_books()
+            self._end_faults(math.inf)  # a process that is still stopped could not end
             for station in (self._hub, *self._actors):
                 if station.child and not wait_for(station.child, LEAVING_S):
                     station.ends.append(f"still ran {LEAVING_S:g} s after the learner had ended")
         finally:
-            for _, lasting in self._lasting:
-                lasting.end()
+            self._end_faults(math.inf)
             self._processes.stop()
             if self._relay:
                 self._relay.close()
@@ -182,10 +198,7 @@ class ChaosRun:
             self._keep(station)
         self._look()
         now = time.monotonic()
-        for until, lasting in self._lasting:
-            if until <= now:
-                lasting.end()
-        self._lasting = [(until, lasting) for until, lasting in self._lasting if until > now]
+        self._end_faults(now)
         while self._waiting and self._waiting[0].step <= self._furthest:
             fault = self._waiting.pop(0)
             self._due.append((now + fault.after_s, fault))
@@ -240,6 +253,9 @@ class ChaosRun:
             return False
         self._note(fault)
         return True
+
+    def _end_faults(self, now: float) -> None:
+        self._lasting = end_over(self._lasting, now)
 
     def _strike(self, fault: Fault, found: list[psutil.Process]) -> None:
         process = self._pick(fault, found)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import msgpack
+import psutil
 import pytest
 from run_support import PATIENCE_S, real_run, until
 
 from sgpo_async.chaos.attack import audited
+from sgpo_async.chaos.processes import FullDisk
 from sgpo_async.chaos.proxy import Relay
+from sgpo_async.chaos.run import SlowDisk, end_over
 from sgpo_async.chaos.schedule import Fault
 from sgpo_async.config import load
 from sgpo_async.metrics import read_metrics, read_summary
@@ -61,6 +66,21 @@ def assert_a_doctored_journal_is_found(to: Path) -> None:
             database.executemany(f"DELETE FROM {table} WHERE number = ?", rollouts[::5])
     database.close()
     assert audited(settings, lines, summary).violations
+
+
+def test_of_two_overlapping_faults_of_one_process_the_later_end_counts(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as started:
+        process = psutil.Process(started.pid)
+        before = process.rlimit(psutil.RLIMIT_FSIZE)
+        lasting = [(4.0, FullDisk.begin(process)), (5.0, SlowDisk.begin(tmp_path, 0.1))]
+        lasting += [(2.0, FullDisk.begin(process)), (6.0, SlowDisk.begin(tmp_path, 0.2))]
+        lasting = end_over(lasting, 3.0)
+        assert process.rlimit(psutil.RLIMIT_FSIZE)[0] == 0
+        lasting = end_over(lasting, 5.0)
+        assert process.rlimit(psutil.RLIMIT_FSIZE) == (before[1], before[1])
+        assert len(lasting) == 1 and lasting[0][1].file.exists()
+        assert end_over(lasting, 6.0) == [] and not list(tmp_path.iterdir())
+        started.kill()
 
 
 def fault(action: str, number: int = 0) -> Fault:
