@@ -197,6 +197,8 @@ class ChaosRun:
         for station in self._stations:
             self._keep(station)
         self._look()
+        if self._relay:
+            self._relay.check()
         now = time.monotonic()
         self._end_faults(now)
         while self._waiting and self._waiting[0].step <= self._furthest:

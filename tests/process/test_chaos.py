@@ -16,12 +16,14 @@ import psutil
 import pytest
 from run_support import PATIENCE_S, real_run, until
 
+from sgpo_async.chaos import proxy
 from sgpo_async.chaos.attack import audited
 from sgpo_async.chaos.processes import FullDisk
 from sgpo_async.chaos.proxy import Relay
 from sgpo_async.chaos.run import SlowDisk, end_over
 from sgpo_async.chaos.schedule import Fault
 from sgpo_async.config import load
+from sgpo_async.errors import HubError, RunFailed
 from sgpo_async.metrics import read_metrics, read_summary
 from sgpo_async.transport import Dealer, Mailbox, Router, RouterMailbox
 from sgpo_async.wire.records import Ack, Ready
@@ -122,16 +124,35 @@ def test_the_relay_carries_messages_both_ways_under_the_identity_of_the_member()
 def test_the_relay_does_to_messages_what_the_fault_says() -> None:
     with relayed() as (hub, relay, member):
         relay.inflict(fault("duplicate"), "a")
-        time.sleep(0.2)  # the relay's thread takes the order between two messages
         member.send(Ready(tasks=1, version=0))
         assert received(hub, 2) == [(b"member", Ready(tasks=1, version=0))] * 2
         relay.inflict(fault("truncate", 1), "a")
-        time.sleep(0.2)
         member.send(Ready(tasks=2, version=0))
         member.send(Ready(tasks=3, version=0))
         broken, whole = received(hub, 2)
         assert hub.rejected == 1 and broken[0] == b"member"
         assert whole == (b"member", Ready(tasks=3, version=0))
+
+
+def test_a_relay_waits_for_an_address_that_another_process_has_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken(address: str, *, max_bytes: int) -> Router:
+        raise HubError(f"hub.address: {address} is in use")
+
+    with relayed() as (hub, relay, member):
+        with monkeypatch.context() as patch:
+            patch.setattr(proxy, "Router", taken)
+            relay.inflict(fault("reset"), "a")
+            relay.inflict(fault("duplicate", 1), "a")  # begins a turn of the thread later, which has met the error
+        until(lambda: member.receive(0.05) or member.connections == 2, "the second connection")
+        member.send(Ready(tasks=1, version=0))
+        assert received(hub, 2) == [(b"member", Ready(tasks=1, version=0))] * 2
+        with monkeypatch.context() as patch:
+            patch.setattr(proxy, "Router", taken)
+            patch.setattr(proxy, "REOPEN_S", 0.0)
+            relay.inflict(fault("reset", 2), "a")
+            until(lambda: relay.failure, "the failure of the relay")
+        with pytest.raises(RunFailed, match="chaos: the relay has failed: hub.address: .* is in use"):
+            relay.inflict(fault("reset", 3), "a")
 
 
 def test_a_reset_ends_both_sides_and_the_member_connects_again() -> None:
