@@ -1,8 +1,8 @@
 """A relay of messages between the members of a run and its hub, with faults on request.
 
-    actor-0 ── DEALER ─▶ Router of link actor-0 ─▶ Meddler ─▶ Dealer of the same identity ──┐
-    rank 0 ─── DEALER ─▶ Router of link learner ─▶ Meddler ─▶ Dealer of the same identity ──┼─▶ the hub's ROUTER
-    rank 1 ─── DEALER ─▶          "                               "          ────────────────┘
+    actor-0 ── DEALER ─▶ Router of link actor-0 ─▶ MessageFaults ─▶ Dealer of the same identity ──┐
+    rank 0 ─── DEALER ─▶ Router of link learner ─▶ MessageFaults ─▶ Dealer of the same identity ──┼─▶ the hub's ROUTER
+    rank 1 ─── DEALER ─▶                 "                                   "           ───────────┘
 
 The hub knows every member by its own identity, as without the relay. When the hub's side of a connection ends, so does
 the member's, and the other way round: neither side believes that it is connected while the other one is not.
@@ -32,7 +32,7 @@ RETRY_S = 0.2
 ORDER_S = 60.0  # for the thread to begin a fault
 WITHIN_S = 15.0  # in which a fault of messages must find as many as it hits; a delay lasts as long as the fault says
 
-Letter = tuple[bytes, Frames]
+RoutedMessage = tuple[bytes, Frames]
 """A message, with the identity of the member that sends or receives it."""
 
 
@@ -55,26 +55,26 @@ def corrupted(frames: Frames, rng: Random) -> Frames:
 
 
 @dataclass
-class Meddler:
+class MessageFaults:
     """The faults in one direction of one link."""
 
     faults: list[tuple[Fault, float]] = field(default_factory=list)  # that have begun, with their ends
     hits: dict[int, int] = field(default_factory=dict)  # messages that each of them has hit, by number
-    _delayed: list[Letter] = field(default_factory=list)
-    _overtaken: list[tuple[Letter, float]] = field(default_factory=list)  # with the latest time of delivery
+    _delayed: list[RoutedMessage] = field(default_factory=list)
+    _overtaken: list[tuple[RoutedMessage, float]] = field(default_factory=list)  # with the latest time of delivery
 
     def begin(self, fault: Fault, now: float) -> None:
         """From now on, hit the next messages."""
         self.faults.append((fault, now + (fault.seconds if fault.action == "delay" else WITHIN_S)))
         self.hits[fault.number] = 0
 
-    def let_through(self, letters: list[Letter], now: float) -> list[Letter]:
+    def let_through(self, messages: list[RoutedMessage], now: float) -> list[RoutedMessage]:
         """What is delivered now of these messages and of those that were held back."""
-        passed: list[Letter] = []
-        for letter in letters:
-            passed += self._meddle(letter, now)
-        passed += [letter for letter, until in self._overtaken if until <= now]
-        self._overtaken = [(letter, until) for letter, until in self._overtaken if until > now]
+        passed: list[RoutedMessage] = []
+        for message in messages:
+            passed += self._apply(message, now)
+        passed += [message for message, until in self._overtaken if until <= now]
+        self._overtaken = [(message, until) for message, until in self._overtaken if until > now]
         self.faults = [(fault, until) for fault, until in self.faults if until > now]
         if any(fault.action == "delay" for fault, _ in self.faults):
             self._delayed += passed
@@ -82,30 +82,30 @@ class Meddler:
         delayed, self._delayed = self._delayed, []
         return delayed + passed
 
-    def _meddle(self, letter: Letter, now: float) -> list[Letter]:
+    def _apply(self, message: RoutedMessage, now: float) -> list[RoutedMessage]:
         faults = (fault for fault, until in self.faults if until > now and self.hits[fault.number] < fault.messages)
         fault = next(faults, None)
         if fault is None:
-            return self._before_overtaken([letter])
+            return self._before_overtaken([message])
         self.hits[fault.number] += 1
-        member, frames = letter
+        member, frames = message
         rng = Random(fault.seed + self.hits[fault.number])
         match fault.action:
             case "duplicate":
-                return self._before_overtaken([letter, letter])
+                return self._before_overtaken([message, message])
             case "truncate":
                 return self._before_overtaken([(member, truncated(frames, rng))])
             case "corrupt":
                 return self._before_overtaken([(member, corrupted(frames, rng))])
             case "reorder":
-                self._overtaken.append((letter, now + fault.seconds))
+                self._overtaken.append((message, now + fault.seconds))
                 return []
-        return self._before_overtaken([letter])  # a delay, which counts what it hits
+        return self._before_overtaken([message])  # a delay, which counts what it hits
 
-    def _before_overtaken(self, letters: list[Letter]) -> list[Letter]:
+    def _before_overtaken(self, messages: list[RoutedMessage]) -> list[RoutedMessage]:
         """These, and after them those that they have overtaken."""
-        overtaken, self._overtaken = [letter for letter, _ in self._overtaken], []
-        return letters + overtaken
+        overtaken, self._overtaken = [message for message, _ in self._overtaken], []
+        return messages + overtaken
 
 
 class Link:
@@ -117,7 +117,7 @@ class Link:
         self.address = self._router.address
         self._dealers: dict[bytes, Dealer] = {}
         self._opens_at = self._open_by = 0.0  # after a reset
-        self.to_hub, self.from_hub = Meddler(), Meddler()
+        self.to_hub, self.from_hub = MessageFaults(), MessageFaults()
 
     @property
     def sockets(self) -> list[zmq.Socket]:
@@ -189,19 +189,19 @@ class Relay:
                 self._links[name] = Link(name, self._hub)
             return self._links[name].address
 
-    def inflict(self, fault: Fault, name: str) -> None:
+    def inject(self, fault: Fault, name: str) -> None:
         """Have a fault of messages or of connections happen to the link `name`; it has begun at the return.
 
         Raises RunFailed if the relay has failed, DeadlineExceeded if it does not begin the fault within ORDER_S.
         """
         link = self._links[name]
-        meddler = link.to_hub if fault.to_hub else link.from_hub
+        direction = link.to_hub if fault.to_hub else link.from_hub
         seconds = fault.seconds if fault.action == "cut off" else 0.0
         begun = threading.Event()
 
         def order(now: float) -> None:
             if fault.action in ON_MESSAGES:
-                meddler.begin(fault, now)
+                direction.begin(fault, now)
             else:
                 link.reset(now, seconds=seconds)
             begun.set()
@@ -221,8 +221,8 @@ class Relay:
 
     def hits(self, fault: Fault) -> int:
         """How many messages this fault has hit so far."""
-        meddlers = [end for link in self._links.values() for end in (link.to_hub, link.from_hub)]
-        return sum(meddler.hits.get(fault.number, 0) for meddler in meddlers)
+        directions = [end for link in self._links.values() for end in (link.to_hub, link.from_hub)]
+        return sum(direction.hits.get(fault.number, 0) for direction in directions)
 
     def close(self) -> None:
         """End the thread and all connections."""

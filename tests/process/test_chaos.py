@@ -33,7 +33,7 @@ STEPS, FAULTS = 20, 12
 SMALL = (f"steps={STEPS}", "learner.problems_per_step=4", "local.ranks=1", "tasks.held_out=8", "evaluation.every=100")
 
 
-def test_a_run_under_faults_reaches_its_end_and_its_books_agree(tmp_path: Path) -> None:
+def test_a_run_under_faults_reaches_its_end_and_its_ledgers_agree(tmp_path: Path) -> None:
     to = tmp_path / "chaos"
     with real_run(tmp_path / "other") as run:
         options = ["--seed", "5", "--faults", str(FAULTS), "--bar", "0", "--to", str(to)]
@@ -123,10 +123,10 @@ def test_the_relay_carries_messages_both_ways_under_the_identity_of_the_member()
 
 def test_the_relay_does_to_messages_what_the_fault_says() -> None:
     with relayed() as (hub, relay, member):
-        relay.inflict(fault("duplicate"), "a")
+        relay.inject(fault("duplicate"), "a")
         member.send(Ready(tasks=1, version=0))
         assert received(hub, 2) == [(b"member", Ready(tasks=1, version=0))] * 2
-        relay.inflict(fault("truncate", 1), "a")
+        relay.inject(fault("truncate", 1), "a")
         member.send(Ready(tasks=2, version=0))
         member.send(Ready(tasks=3, version=0))
         broken, whole = received(hub, 2)
@@ -141,25 +141,25 @@ def test_a_relay_waits_for_an_address_that_another_process_has_taken(monkeypatch
     with relayed() as (hub, relay, member):
         with monkeypatch.context() as patch:
             patch.setattr(proxy, "Router", taken)
-            relay.inflict(fault("reset"), "a")
-            relay.inflict(fault("duplicate", 1), "a")  # begins a turn of the thread later, which has met the error
+            relay.inject(fault("reset"), "a")
+            relay.inject(fault("duplicate", 1), "a")  # begins a turn of the thread later, which has met the error
         until(lambda: member.receive(0.05) or member.connections == 2, "the second connection")
         member.send(Ready(tasks=1, version=0))
         assert received(hub, 2) == [(b"member", Ready(tasks=1, version=0))] * 2
         with monkeypatch.context() as patch:
             patch.setattr(proxy, "Router", taken)
             patch.setattr(proxy, "REOPEN_S", 0.0)
-            relay.inflict(fault("reset", 2), "a")
+            relay.inject(fault("reset", 2), "a")
             until(lambda: relay.failure, "the failure of the relay")
         with pytest.raises(RunFailed, match="chaos: the relay has failed: hub.address: .* is in use"):
-            relay.inflict(fault("reset", 3), "a")
+            relay.inject(fault("reset", 3), "a")
 
 
 def test_a_reset_ends_both_sides_and_the_member_connects_again() -> None:
     with relayed() as (hub, relay, member):
         member.send(Ready(tasks=1, version=0))
         assert len(received(hub, 1)) == 1
-        relay.inflict(fault("reset"), "a")
+        relay.inject(fault("reset"), "a")
         until(lambda: member.receive(0.05) or member.connections == 2, "the second connection")
         until(lambda: hub.receive(0.05) or hub.router.gone() == [b"member"], "the end of the first at the hub")
         member.send(Ready(tasks=2, version=0))
