@@ -2,7 +2,7 @@
 
     actor-0 ── DEALER ─▶ Router of link actor-0 ─▶ MessageFaults ─▶ Dealer of the same identity ──┐
     rank 0 ─── DEALER ─▶ Router of link learner ─▶ MessageFaults ─▶ Dealer of the same identity ──┼─▶ the hub's ROUTER
-    rank 1 ─── DEALER ─▶                 "                                   "           ───────────┘
+    rank 1 ─── DEALER ─▶                 "                                   "           ─────────┘
 
 The hub knows every member by its own identity, as without the relay. When the hub's side of a connection ends, so does
 the member's, and the other way round: neither side believes that it is connected while the other one is not.
