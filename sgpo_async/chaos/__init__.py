@@ -15,7 +15,7 @@ processes   finds the processes of each kind, kills, stops and continues them, a
             RLIMIT_FSIZE 0 every write fails at once, which needs no root and hits one process. A slow disk is a
             commit of the journal that takes long
 recording   a hub whose journal keeps every event after it was saved, so that a whole run can be replayed
-audit       pure: reads the events and effects of the replay like a bookkeeper who knows only the messages. Its books
+audit       pure: keeps a copy of the ledger from the events and effects of the replay, that is from the messages. It
             must agree with the core's state after every event, and at the end with metrics.jsonl and summary.json
 run         starts hub, learner and actors, starts again what has ended, injects the faults, measures how long each
             recovery takes

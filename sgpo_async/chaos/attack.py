@@ -31,7 +31,7 @@ def attack(run: Run, *, seed: int, faults: int, bar: float, to: Path) -> int:
         raise SgpoError(f"chaos: {to / run.name} exists; choose another folder with --to DIR")
     chaos = ChaosRun(run, schedule(seed=seed, faults=faults, steps=run.steps), to)
     try:
-        chaos.to_the_end()
+        chaos.run_to_end()
     finally:
         report = {"seed": seed, "steps": run.steps, **chaos.plain()}
         write_whole(to / "chaos.json", json.dumps(report, indent=1) + "\n")

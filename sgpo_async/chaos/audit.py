@@ -1,4 +1,4 @@
-"""The books of a run, kept by one who reads only the messages, against the state and the ledger of the hub.
+"""A copy of a run's ledger, kept from the messages alone, against the state and the ledger of the hub.
 
     journal ── replay ──▶ Observed: event, effects, state after it ──▶ Audit.see ─┐
     metrics.jsonl, summary.json ─────────────────────────────────────▶ Audit.end ─┴─▶ violations, one line each
@@ -9,10 +9,10 @@ What must hold, after every event:
 - a lease ends by its last acknowledgement, by Revoked, by Release, by a final refusal of its actor, or by Restore;
 - no attempt is leased twice, no task while another attempt at it runs, or after it is trained or dropped;
 - an acknowledged rollout was received; a trained group is whole, was acknowledged, and was not trained before;
-- a task leaves the books only by a commit, or together with one more drop, with its reason, in the ledger;
+- a task leaves the copy only by a commit, or together with one more drop, with its reason, in the ledger;
 - versions of batches and restores grow.
 
-A Restore takes the books back to where they were when the hub gave out this state. Attempts and versions go on.
+A Restore takes the copy back to where it was when the hub gave out this state. Attempts and versions go on.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class OpenLease:
 
 
 @dataclass
-class Books:
+class LedgerCopy:
     """What a Restore takes back: the tasks of training."""
 
     live: set[int] = field(default_factory=set)  # leased, and neither trained nor dropped
@@ -92,7 +92,7 @@ class Books:
     drops: Mapping[str, int] = field(default_factory=dict)  # the hub's count of them by reason
     step: int = 0  # committed steps
 
-    def copy(self) -> Books:
+    def clone(self) -> LedgerCopy:
         """With sets of its own."""
         own = replace(self, live=set(self.live), complete=dict(self.complete))
         return replace(own, trained=set(self.trained), dropped=set(self.dropped))
@@ -109,11 +109,11 @@ class Audit:
         self.run = run
         self.violations: list[str] = []
         self.counts: Counter[str] = Counter()  # of events, leases, acknowledgements, ...
-        self.books = Books()
+        self.copy = LedgerCopy()
         self._open: dict[int, OpenLease] = {}
         self._leased: set[tuple[int, int]] = set()  # all attempts
         self._received: set[tuple[bytes, int, int, int]] = set()
-        self._states: dict[str, Books] = {"": Books()}  # by the digest of what the hub gave out
+        self._states: dict[str, LedgerCopy] = {"": LedgerCopy()}  # by the digest of what the hub gave out
         self._restored = ""  # id of the last Restore
         self._rank_of: dict[bytes, int] = {}
         self._shards: dict[tuple[int, int], dict[int, int]] = {}  # rollouts by task, by rank and part
@@ -125,7 +125,7 @@ class Audit:
     # ---- event by event
 
     def see(self, observed: Observed) -> None:
-        """Enter one event into the books, and compare them with the state."""
+        """Enter one event into the copy, and compare it with the state."""
         self._now = observed
         self.counts["events"] += 1
         ended: dict[int, str] = {}  # leases that may end now, and why
@@ -159,7 +159,7 @@ class Audit:
             case wire.Revoked(task=task, attempt=attempt):
                 if task in self._open and self._open[task].holder == (attempt, member):
                     ended[task] = "revoked"
-                    self.books.complete.pop(task, None)
+                    self.copy.complete.pop(task, None)
             case wire.Refused(final=True):
                 ended |= {task: "refused" for task, lease in self._open.items() if lease.member == member}
             case wire.Welcome() if member in self._rank_of:
@@ -169,7 +169,7 @@ class Audit:
             case wire.Committed():
                 self._commit(message)
             case wire.Snapshot(state=state):
-                self._states[_digest(state)] = self.books.copy()
+                self._states[_digest(state)] = self.copy.clone()
             case wire.Restored(version=version):
                 self._restore(version, ended)
 
@@ -179,10 +179,10 @@ class Audit:
         self._require(key not in self._leased, f"attempt {lease.attempt} of task {task} is leased again")
         self._require(task not in self._open or task in ended, f"task {task} is leased while another attempt runs")
         if task >= 0:
-            books = self.books
-            settled = task in books.trained or task in books.dropped or task in books.complete
+            copy = self.copy
+            settled = task in copy.trained or task in copy.dropped or task in copy.complete
             self._require(not settled, f"task {task} is leased although it is settled or complete")
-            books.live.add(task)
+            copy.live.add(task)
         ended.pop(task, None)
         self._leased.add(key)
         size, finished = lease.autonomous + lease.guided, set(lease.finished.tolist())
@@ -197,32 +197,32 @@ class Audit:
             lease.arrived.add(slot)
             self.counts["rollouts accepted"] += 1
             if task >= 0 and len(lease.arrived) == lease.size:
-                self.books.complete[task] = lease.size  # unless Revoked follows, because this rollout was invalid
+                self.copy.complete[task] = lease.size  # unless Revoked follows, because this rollout was invalid
 
     def _shard(self, member: bytes, shard: wire.Shard) -> None:
         self._grow(shard.version, "batch", may_repeat=True)
         rollouts = Counter(rollout.task for rollout in shard.rollouts)
         self._shards[self._rank_of.get(member, -1), shard.part] = dict(rollouts)
         for task, size in rollouts.items():
-            self._require(task not in self.books.trained, f"task {task} is in a batch although it is trained")
-            whole = self.books.complete.get(task)
+            self._require(task not in self.copy.trained, f"task {task} is in a batch although it is trained")
+            whole = self.copy.complete.get(task)
             self._require(whole == size, f"task {task} is in a batch with {size} rollouts, of {whole} acknowledged")
 
     def _commit(self, message: wire.Committed) -> None:
         self._ledgers.setdefault(message.step, []).append(message.status["ledger"])
-        if message.step == self.books.step - 1:
+        if message.step == self.copy.step - 1:
             return  # the answer to a repeated request
-        books = self.books
-        self._require(message.step == books.step, f"step {message.step} is committed after step {books.step - 1}")
+        copy = self.copy
+        self._require(message.step == copy.step, f"step {message.step} is committed after step {copy.step - 1}")
         tasks = [task for shard in self._shards.values() for task in shard]
         expected = self.run.learner.problems_per_step
         self._require(len(tasks) == len(set(tasks)) == expected, f"step {message.step} has the tasks {sorted(tasks)}")
-        self._require(not books.trained & set(tasks), f"step {message.step} trains tasks again")
+        self._require(not copy.trained & set(tasks), f"step {message.step} trains tasks again")
         for task in tasks:
-            self.counts["rollouts trained"] += books.complete.pop(task, 0)
-        books.trained |= set(tasks)
-        books.live -= set(tasks)
-        books.step = message.step + 1
+            self.counts["rollouts trained"] += copy.complete.pop(task, 0)
+        copy.trained |= set(tasks)
+        copy.live -= set(tasks)
+        copy.step = message.step + 1
         self.counts["commits"] += 1
         self._shards.clear()
 
@@ -235,8 +235,8 @@ class Audit:
         self._restored = request.id
         self._grow(version, "restore", may_repeat=False)
         self._require(_digest(request.state) in self._states, "a state is restored that the hub never gave out")
-        self.books = self._states.get(_digest(request.state), Books()).copy()
-        self._ledgers = {step: found for step, found in self._ledgers.items() if step < self.books.step}
+        self.copy = self._states.get(_digest(request.state), LedgerCopy()).clone()
+        self._ledgers = {step: found for step, found in self._ledgers.items() if step < self.copy.step}
         self._shards.clear()
         ended |= dict.fromkeys(self._open, "restored")
         self.counts["restores"] += 1
@@ -257,21 +257,21 @@ class Audit:
 
     def _settle(self, observed: Observed) -> None:
         """What has left the hub's state is trained, or it is dropped with a reason."""
-        books = self.books
+        copy = self.copy
         there = (observed.running, observed.waiting, observed.complete)
-        gone = {task for task in books.live if not any(task in place for place in there)}
+        gone = {task for task in copy.live if not any(task in place for place in there)}
         for task in gone:
-            books.complete.pop(task, None)
-        books.dropped |= gone
-        books.live -= gone
+            copy.complete.pop(task, None)
+        copy.dropped |= gone
+        copy.live -= gone
         drops = Counter(observed.ledger["dropped"])
-        drops.subtract(books.drops)
+        drops.subtract(copy.drops)
         if drops.total() != len(gone):
             self._require(False, f"tasks {sorted(gone)} are gone, but the ledger has dropped {dict(+drops)} more")
-        books.drops = observed.ledger["dropped"]
-        counted = (observed.ledger["dispatched"], observed.ledger["trained"], sum(books.drops.values()))
-        self._require(counted == books.ledger(), f"the ledger counts {counted}, the messages {books.ledger()}")
-        self._require(observed.complete == books.complete.keys(), "the complete groups are not the acknowledged ones")
+        copy.drops = observed.ledger["dropped"]
+        counted = (observed.ledger["dispatched"], observed.ledger["trained"], sum(copy.drops.values()))
+        self._require(counted == copy.ledger(), f"the ledger counts {counted}, the messages {copy.ledger()}")
+        self._require(observed.complete == copy.complete.keys(), "the complete groups are not the acknowledged ones")
 
     def _grow(self, version: int, what: str, *, may_repeat: bool) -> None:
         grown = version > self._newest or (may_repeat and version == self._newest)
@@ -281,7 +281,7 @@ class Audit:
     # ---- at the end
 
     def end(self, lines: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> list[str]:
-        """Compare the books with the metrics and the summary of the run; return all violations."""
+        """Compare the copy with the metrics and the summary of the run; return all violations."""
         self._now = None
         self.violations += self._of_metrics(lines)
         ledger = summary.get("ledger")
@@ -292,8 +292,8 @@ class Audit:
             left = {name: ledger[name] for name in ("in_flight", "buffered") if ledger[name]}
             if left:
                 self.violations.append(f"summary.json: {left} at the end")
-        if self.books.step != self.run.steps:
-            self.violations.append(f"the journal ends at step {self.books.step} of {self.run.steps}")
+        if self.copy.step != self.run.steps:
+            self.violations.append(f"the journal ends at step {self.copy.step} of {self.run.steps}")
         return self.violations
 
     def _of_metrics(self, lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:

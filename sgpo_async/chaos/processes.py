@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import psutil
 
@@ -77,7 +77,7 @@ class FullDisk:
     """A process that cannot make any file longer than it is, nor write a new one, until `end`."""
 
     process: psutil.Process
-    before: tuple[int, int]
+    before: tuple[int, int] = field(compare=False)  # soft and hard limit of a file's size, in bytes
 
     @classmethod
     def begin(cls, process: psutil.Process) -> FullDisk:
@@ -88,5 +88,5 @@ class FullDisk:
 
     def end(self) -> None:
         """Give it the disk back, if it lives."""
-        with contextlib.suppress(psutil.Error):
-            self.process.rlimit(psutil.RLIMIT_FSIZE, self.before)
+        with contextlib.suppress(psutil.Error):  # not to the soft limit of before: another full disk may have set it
+            self.process.rlimit(psutil.RLIMIT_FSIZE, (self.before[1], self.before[1]))

@@ -28,6 +28,7 @@ from sgpo_async.hub import HubCore, serve
 from sgpo_async.hub.journal import FILE, Journal
 from sgpo_async.hub.recovery import load_state, read_event
 from sgpo_async.hub.rollout_files import PREFIX, Place, RolloutFiles
+from sgpo_async.local.hub_process import USERS_ERROR
 from sgpo_async.processes.stacks import print_stacks_on_signal
 from sgpo_async.tasks.benchmarks import open_benchmarks
 from sgpo_async.tasks.sources import source_of
@@ -35,7 +36,6 @@ from sgpo_async.tasks.sources import source_of
 HISTORY = "history"  # folder in the run's folder
 SLOW = "slow-disk"  # file in the run's folder: the seconds that a commit of the journal takes
 FIRST = "first state"
-USERS_ERROR = 2
 
 _SCHEMA = "CREATE TABLE IF NOT EXISTS history (number INTEGER PRIMARY KEY, at REAL NOT NULL, event BLOB NOT NULL)"
 _MOVE = "INSERT INTO history (at, event) SELECT at, event FROM entries ORDER BY number"
@@ -50,6 +50,7 @@ class RecordedJournal(Journal):
         super().__init__(folder)
         with self.reported():
             self._db.execute(_SCHEMA)
+            self.rollouts.skip(self._history)
 
     def commit(self) -> None:
         with suppress(OSError, ValueError):
@@ -83,8 +84,12 @@ class RecordedJournal(Journal):
 
     def _keep_rollouts(self) -> None:
         for file in self.path.parent.glob(f"{PREFIX}*"):
-            with suppress(FileExistsError):
-                os.link(file, self._history / file.name)
+            kept = self._history / file.name
+            try:
+                os.link(file, kept)
+            except FileExistsError:
+                if not file.samefile(kept):
+                    raise
 
 
 def replayed(run: Run, folder: Path) -> Iterator[Observed]:

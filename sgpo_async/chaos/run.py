@@ -10,6 +10,7 @@ one never gives up on a process that crashes often, as long as the run goes on.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -41,14 +42,24 @@ LEAVING_S = 60.0  # for hub and actors to end after the learner
 
 
 class Ending(Protocol):
-    """A fault that lasts."""
+    """A fault that lasts. Equal ones are the same fault of the same process."""
 
     def end(self) -> None:
         """End the fault."""
 
 
+def end_over(lasting: list[tuple[float, Ending]], now: float) -> list[tuple[float, Ending]]:
+    """End the faults whose time is over, and return the others. Where equal ones overlap, only the last one ends it."""
+    left = [(until, fault) for until, fault in lasting if until > now]
+    still = [fault for _, fault in left]
+    for until, fault in lasting:
+        if until <= now and fault not in still:
+            fault.end()
+    return left
+
+
 @dataclass
-class Inflicted:
+class FaultRecord:
     """A fault that has happened, and how the run took it."""
 
     fault: Fault
@@ -74,8 +85,8 @@ class Inflicted:
 
 
 @dataclass
-class Station:
-    """A place that one process fills at a time."""
+class ProcessSlot:
+    """One process at a time: the next one is started when it has ended."""
 
     name: str
     command: Callable[[int], list[str]]  # by the number of earlier processes
@@ -92,11 +103,11 @@ class ChaosRun:
         """`folder` holds the configuration; the run writes to its own folder."""
         self.run, self.config = run, folder / "chaos.yaml"
         write_whole(self.config, to_yaml(run))
-        self.inflicted: list[Inflicted] = []
+        self.records: list[FaultRecord] = []
         self._processes = Processes(Path(run.folder))
-        self._hub = Station("hub", self._hub_command)
-        self._learner = Station("learner", self._learner_command)
-        self._actors = [Station(f"actor-{n}", self._actor_command(f"actor-{n}")) for n in range(run.local.actors)]
+        self._hub = ProcessSlot("hub", self._hub_command)
+        self._learner = ProcessSlot("learner", self._learner_command)
+        self._actors = [ProcessSlot(f"actor-{n}", self._actor_command(f"actor-{n}")) for n in range(run.local.actors)]
         self._relay: Relay | None = None
         self._address = ""
         self._tail = MetricsTail(run.folder)
@@ -114,7 +125,7 @@ class ChaosRun:
 
     def _learner_command(self, earlier: int) -> list[str]:
         assert self._relay
-        ranks = [*torchrun(self.run.local.ranks), f"--max-restarts={len(self.inflicted) + len(self._waiting) + 10}"]
+        ranks = [*torchrun(self.run.local.ranks), f"--max-restarts={len(self.records) + len(self._waiting) + 10}"]
         resume = earlier and newest_checkpoint(Path(self.run.folder, "checkpoints")) is not None
         words = ["-m", "sgpo_async.cli", "learner", str(self.config), "--hub", self._relay.address("learner")]
         return [*ranks, "--monitor-interval=0.1", *words, *(["learner.resume=true"] if resume else [])]
@@ -128,25 +139,30 @@ class ChaosRun:
         return command
 
     @property
-    def _stations(self) -> list[Station]:
+    def _slots(self) -> list[ProcessSlot]:
         return [self._hub, self._learner, *self._actors]
 
-    def _keep(self, station: Station) -> None:
+    def _keep(self, slot: ProcessSlot) -> None:
         """Start a process that has ended, after a pause."""
         now = time.monotonic()
-        child = station.child
+        child = slot.child
         if child is None:
-            if now >= station.start_at:
-                name = f"{station.name}.{station.starts}" if station.starts else station.name
-                station.child = self._processes.start(name, station.command(station.starts))
-                station.starts += 1
-        elif child.code is not None and not (child.code == 0 and self._furthest >= self.run.steps):
-            station.ends.append(f"{child.ending()}: {child.complaint(1)}" if child.code > 0 else child.ending())
-            station.child, station.start_at = None, now + (FAILED_S if child.code > 0 else PAUSE_S)
+            if now >= slot.start_at:
+                name = f"{slot.name}.{slot.starts}" if slot.starts else slot.name
+                slot.child = self._processes.start(name, slot.command(slot.starts))
+                slot.starts += 1
+            return
+        code = child.code
+        if code is None:
+            return
+        self._look()  # now all of its metrics are there
+        if code != 0 or self._furthest < self.run.steps:
+            slot.ends.append(f"{child.ending()}: {child.complaint(1)}" if code > 0 else child.ending())
+            slot.child, slot.start_at = None, now + (FAILED_S if code > 0 else PAUSE_S)
 
     # ---- the run
 
-    def to_the_end(self) -> None:
+    def run_to_end(self) -> None:
         """Run until the learner has trained all steps. Raises RunFailed or DeadlineExceeded if it does not."""
         try:
             self._start_hub()
@@ -154,13 +170,13 @@ class ChaosRun:
             while self._learner.child is None or self._learner.child.code != 0:
                 self._tick()
                 time.sleep(TICK_S)
-            self._close_books()
-            for station in (self._hub, *self._actors):
-                if station.child and not wait_for(station.child, LEAVING_S):
-                    station.ends.append(f"still ran {LEAVING_S:g} s after the learner had ended")
+            self._finish()
+            self._end_faults(math.inf)  # a process that is still stopped could not end
+            for slot in (self._hub, *self._actors):
+                if slot.child and not wait_for(slot.child, LEAVING_S):
+                    slot.ends.append(f"still ran {LEAVING_S:g} s after the learner had ended")
         finally:
-            for _, lasting in self._lasting:
-                lasting.end()
+            self._end_faults(math.inf)
             self._processes.stop()
             if self._relay:
                 self._relay.close()
@@ -178,14 +194,13 @@ class ChaosRun:
         self._address = known["address"]
 
     def _tick(self) -> None:
-        for station in self._stations:
-            self._keep(station)
+        for slot in self._slots:
+            self._keep(slot)
         self._look()
+        if self._relay:
+            self._relay.check()
         now = time.monotonic()
-        for until, lasting in self._lasting:
-            if until <= now:
-                lasting.end()
-        self._lasting = [(until, lasting) for until, lasting in self._lasting if until > now]
+        self._end_faults(now)
         while self._waiting and self._waiting[0].step <= self._furthest:
             fault = self._waiting.pop(0)
             self._due.append((now + fault.after_s, fault))
@@ -196,7 +211,7 @@ class ChaosRun:
                 self._due.remove(due)
                 self._note(due[1], missed=True)
         if now - self._stepped_at > STUCK_S:
-            raise RunFailed(f"chaos: no step after step {self._furthest} for {STUCK_S:g} s; {self._how_it_stands()}")
+            raise RunFailed(f"chaos: no step after step {self._furthest} for {STUCK_S:g} s; {self._state()}")
 
     def _look(self) -> None:
         """Read what the run has written, and note which faults it has overcome."""
@@ -204,21 +219,21 @@ class ChaosRun:
         now = time.monotonic()
         if steps and max(steps) > self._furthest:
             self._furthest, self._stepped_at = max(steps), now
-            for one in self.inflicted:
+            for one in self.records:
                 if one.recovered_s is None and self._furthest > one.step:
                     one.recovered_s = now - self._began - one.at
 
-    def _close_books(self) -> None:
+    def _finish(self) -> None:
         """The run has ended as it should: it has overcome what has happened, and was too fast for all other faults."""
         self._look()
-        for one in self.inflicted:
+        for one in self.records:
             if one.recovered_s is None:
                 one.recovered_s = time.monotonic() - self._began - one.at
         for fault in [*(due for _, due in self._due), *self._waiting]:
             self._note(fault, missed=True)
 
-    def _how_it_stands(self) -> str:
-        last = self.inflicted[-1].fault if self.inflicted else None
+    def _state(self) -> str:
+        last = self.records[-1].fault if self.records else None
         return f"the last fault: {last}; logs in {self.run.folder}/logs"
 
     # ---- faults
@@ -229,7 +244,7 @@ class ChaosRun:
             assert self._relay
             name = "learner" if fault.target == "learner" else self._pick(fault, self._actors).name
             self._note(fault)
-            self._relay.inflict(fault, name)
+            self._relay.inject(fault, name)
             return True
         found = self._processes_of(fault)
         if not found:
@@ -240,6 +255,9 @@ class ChaosRun:
             return False
         self._note(fault)
         return True
+
+    def _end_faults(self, now: float) -> None:
+        self._lasting = end_over(self._lasting, now)
 
     def _strike(self, fault: Fault, found: list[psutil.Process]) -> None:
         process = self._pick(fault, found)
@@ -269,8 +287,8 @@ class ChaosRun:
             if fault.target == "rank":
                 return ranks
             return processes.with_children(child.process.pid) if whole else []
-        stations = [self._hub] if fault.target == "hub" else self._actors
-        children = [station.child for station in stations if station.child and station.child.code is None]
+        slots = [self._hub] if fault.target == "hub" else self._actors
+        children = [slot.child for slot in slots if slot.child and slot.child.code is None]
         return [psutil.Process(child.process.pid) for child in children]
 
     @staticmethod
@@ -279,7 +297,7 @@ class ChaosRun:
 
     def _note(self, fault: Fault, *, missed: bool = False) -> None:
         at = time.monotonic() - self._began
-        self.inflicted.append(Inflicted(fault, at, self._furthest, missed=missed))
+        self.records.append(FaultRecord(fault, at, self._furthest, missed=missed))
         text = f"step {self._furthest:4}  {at:7.1f} s  {'(missed) ' if missed else ''}{fault.kind}"
         print(text, file=sys.stderr, flush=True)
 
@@ -287,14 +305,14 @@ class ChaosRun:
 
     def plain(self) -> dict[str, Any]:
         """What has happened, as JSON."""
-        for one in self.inflicted:
+        for one in self.records:
             if one.fault.action in ON_MESSAGES and self._relay:
                 one.hits = self._relay.hits(one.fault)
         return {
             "wall_s": round(time.monotonic() - self._began, 1),
-            "starts": {station.name: station.starts for station in self._stations},
-            "ends": {station.name: station.ends for station in self._stations},
-            "faults": [one.plain() for one in self.inflicted],
+            "starts": {slot.name: slot.starts for slot in self._slots},
+            "ends": {slot.name: slot.ends for slot in self._slots},
+            "faults": [one.plain() for one in self.records],
         }
 
 

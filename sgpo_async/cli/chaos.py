@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Attack and audit; 0 if the run has learned and its books agree, else 1. Raises SgpoError."""
+    """Attack and audit; 0 if the run has learned and the audit finds nothing, else 1. Raises SgpoError."""
     from sgpo_async.chaos.schedule import schedule
     from sgpo_async.config import load
     from sgpo_async.config.schema import require

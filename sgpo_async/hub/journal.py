@@ -140,7 +140,10 @@ class Journal:
         return bytes(row[0]) if row else None
 
     def entries(self, table: str = "entries") -> Iterator[tuple[float, bytes]]:
-        """The events since the last save, in order, each with its time."""
+        """The events since the last save, in order, each with its time on the core's clock in seconds.
+
+        `table`: another one with the same columns, e.g. `history` of `sgpo_async.chaos.recording`, with earlier events.
+        """
         with self.reported():
             for at, event in self._db.execute(f"SELECT at, event FROM {table} ORDER BY number"):
                 self._pending_bytes += len(event)

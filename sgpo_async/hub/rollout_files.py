@@ -35,11 +35,15 @@ class RolloutFiles:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._sizes = {number: self._path(number).stat().st_size for number in self._numbers()}
+        self._sizes = {number: self._path(number).stat().st_size for number in _numbers(self._folder)}
         self._needed = dict(self._sizes)  # bytes of each file that were needed at the last `keep`
         self._newest = max(self._sizes, default=0) + 1
         self._file: io.BufferedWriter | None = None  # the newest file, once something is added
         self._places: dict[int, tuple[Place, Rollout]] = {}  # by id of the rollout, which stays alive here
+
+    def skip(self, folder: Path) -> None:
+        """Begin no file with a number that a file in `folder` has: there are files that were deleted here."""
+        self._newest = max([self._newest, *(number + 1 for number in _numbers(folder))])
 
     def add(self, rollout: Rollout, frames: Sequence[bytes]) -> Place:
         """Append a rollout, whose message has these frames."""
@@ -78,7 +82,7 @@ class RolloutFiles:
     def keep(self, places: Collection[Place]) -> None:
         """Forget all rollouts but these."""
         self.close()
-        needed = dict.fromkeys(self._numbers(), 0)
+        needed = dict.fromkeys(_numbers(self._folder), 0)
         for number, _, sizes in places:
             needed[number] += sum(sizes)
         for number in [number for number, size in needed.items() if not size]:
@@ -112,5 +116,6 @@ class RolloutFiles:
     def _path(self, number: int) -> Path:
         return self._folder / f"{PREFIX}{number}"
 
-    def _numbers(self) -> list[int]:
-        return [int(path.name.removeprefix(PREFIX)) for path in self._folder.glob(f"{PREFIX}*")]
+
+def _numbers(folder: Path) -> list[int]:
+    return [int(path.name.removeprefix(PREFIX)) for path in folder.glob(f"{PREFIX}*")]

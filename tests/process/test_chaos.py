@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import msgpack
+import psutil
 import pytest
 from run_support import PATIENCE_S, real_run, until
 
+from sgpo_async.chaos import proxy
 from sgpo_async.chaos.attack import audited
+from sgpo_async.chaos.processes import FullDisk
 from sgpo_async.chaos.proxy import Relay
+from sgpo_async.chaos.run import SlowDisk, end_over
 from sgpo_async.chaos.schedule import Fault
 from sgpo_async.config import load
+from sgpo_async.errors import HubError, RunFailed
 from sgpo_async.metrics import read_metrics, read_summary
 from sgpo_async.transport import Dealer, Mailbox, Router, RouterMailbox
 from sgpo_async.wire.records import Ack, Ready
@@ -26,7 +33,7 @@ STEPS, FAULTS = 20, 12
 SMALL = (f"steps={STEPS}", "learner.problems_per_step=4", "local.ranks=1", "tasks.held_out=8", "evaluation.every=100")
 
 
-def test_a_run_under_faults_reaches_its_end_and_its_books_agree(tmp_path: Path) -> None:
+def test_a_run_under_faults_reaches_its_end_and_its_ledgers_agree(tmp_path: Path) -> None:
     to = tmp_path / "chaos"
     with real_run(tmp_path / "other") as run:
         options = ["--seed", "5", "--faults", str(FAULTS), "--bar", "0", "--to", str(to)]
@@ -61,6 +68,21 @@ def assert_a_doctored_journal_is_found(to: Path) -> None:
             database.executemany(f"DELETE FROM {table} WHERE number = ?", rollouts[::5])
     database.close()
     assert audited(settings, lines, summary).violations
+
+
+def test_of_two_overlapping_faults_of_one_process_the_later_end_counts(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as started:
+        process = psutil.Process(started.pid)
+        before = process.rlimit(psutil.RLIMIT_FSIZE)
+        lasting = [(4.0, FullDisk.begin(process)), (5.0, SlowDisk.begin(tmp_path, 0.1))]
+        lasting += [(2.0, FullDisk.begin(process)), (6.0, SlowDisk.begin(tmp_path, 0.2))]
+        lasting = end_over(lasting, 3.0)
+        assert process.rlimit(psutil.RLIMIT_FSIZE)[0] == 0
+        lasting = end_over(lasting, 5.0)
+        assert process.rlimit(psutil.RLIMIT_FSIZE) == (before[1], before[1])
+        assert len(lasting) == 1 and lasting[0][1].file.exists()
+        assert end_over(lasting, 6.0) == [] and not list(tmp_path.iterdir())
+        started.kill()
 
 
 def fault(action: str, number: int = 0) -> Fault:
@@ -101,12 +123,10 @@ def test_the_relay_carries_messages_both_ways_under_the_identity_of_the_member()
 
 def test_the_relay_does_to_messages_what_the_fault_says() -> None:
     with relayed() as (hub, relay, member):
-        relay.inflict(fault("duplicate"), "a")
-        time.sleep(0.2)  # the relay's thread takes the order between two messages
+        relay.inject(fault("duplicate"), "a")
         member.send(Ready(tasks=1, version=0))
         assert received(hub, 2) == [(b"member", Ready(tasks=1, version=0))] * 2
-        relay.inflict(fault("truncate", 1), "a")
-        time.sleep(0.2)
+        relay.inject(fault("truncate", 1), "a")
         member.send(Ready(tasks=2, version=0))
         member.send(Ready(tasks=3, version=0))
         broken, whole = received(hub, 2)
@@ -114,11 +134,32 @@ def test_the_relay_does_to_messages_what_the_fault_says() -> None:
         assert whole == (b"member", Ready(tasks=3, version=0))
 
 
+def test_a_relay_waits_for_an_address_that_another_process_has_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken(address: str, *, max_bytes: int) -> Router:
+        raise HubError(f"hub.address: {address} is in use")
+
+    with relayed() as (hub, relay, member):
+        with monkeypatch.context() as patch:
+            patch.setattr(proxy, "Router", taken)
+            relay.inject(fault("reset"), "a")
+            relay.inject(fault("duplicate", 1), "a")  # begins a turn of the thread later, which has met the error
+        until(lambda: member.receive(0.05) or member.connections == 2, "the second connection")
+        member.send(Ready(tasks=1, version=0))
+        assert received(hub, 2) == [(b"member", Ready(tasks=1, version=0))] * 2
+        with monkeypatch.context() as patch:
+            patch.setattr(proxy, "Router", taken)
+            patch.setattr(proxy, "REOPEN_S", 0.0)
+            relay.inject(fault("reset", 2), "a")
+            until(lambda: relay.failure, "the failure of the relay")
+        with pytest.raises(RunFailed, match="chaos: the relay has failed: hub.address: .* is in use"):
+            relay.inject(fault("reset", 3), "a")
+
+
 def test_a_reset_ends_both_sides_and_the_member_connects_again() -> None:
     with relayed() as (hub, relay, member):
         member.send(Ready(tasks=1, version=0))
         assert len(received(hub, 1)) == 1
-        relay.inflict(fault("reset"), "a")
+        relay.inject(fault("reset"), "a")
         until(lambda: member.receive(0.05) or member.connections == 2, "the second connection")
         until(lambda: hub.receive(0.05) or hub.router.gone() == [b"member"], "the end of the first at the hub")
         member.send(Ready(tasks=2, version=0))

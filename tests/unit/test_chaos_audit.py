@@ -50,7 +50,7 @@ def test_it_finds_nothing_in_any_history_of_the_hub(seed: int) -> None:
     world.close()
     audit = audited(world.run, world.seen)
     assert not audit.violations
-    assert audit.books.step == world.run.steps and audit.counts["commits"] >= world.run.steps
+    assert audit.copy.step == world.run.steps and audit.counts["commits"] >= world.run.steps
 
 
 @pytest.fixture

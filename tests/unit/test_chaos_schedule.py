@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
-from sgpo_async.chaos.attack import table
-from sgpo_async.chaos.proxy import WITHIN_S, Letter, Meddler
+from sgpo_async.chaos.attack import LEARNED, table
+from sgpo_async.chaos.proxy import WITHIN_S, MessageFaults, RoutedMessage
 from sgpo_async.chaos.schedule import KINDS, LAST_STEPS, Fault, schedule
 
+COMMITTED = Path(__file__).resolve().parents[2] / "docs/results/chaos"
 
-def letters(*numbers: int) -> list[Letter]:
+
+def messages(*numbers: int) -> list[RoutedMessage]:
     return [(b"a", [b"head %d" % number, b"body"]) for number in numbers]
 
 
@@ -19,8 +23,8 @@ def fault(action: str, **changes) -> Fault:
     return replace(one, action=action, seconds=2.0, messages=2, **changes)
 
 
-def meddler(action: str) -> Meddler:
-    found = Meddler()
+def faults_of(action: str) -> MessageFaults:
+    found = MessageFaults()
     found.begin(fault(action), now=0.0)
     return found
 
@@ -39,34 +43,34 @@ def test_every_kind_occurs_equally_often() -> None:
 
 
 def test_a_duplicated_message_comes_twice() -> None:
-    assert meddler("duplicate").let_through(letters(1, 2, 3), 0.0) == letters(1, 1, 2, 2, 3)
+    assert faults_of("duplicate").let_through(messages(1, 2, 3), 0.0) == messages(1, 1, 2, 2, 3)
 
 
 def test_a_reordered_message_comes_after_the_next_ones_or_at_the_end_of_the_fault() -> None:
-    overtaken = meddler("reorder")
-    assert overtaken.let_through(letters(1, 2, 3, 4), 0.0) == letters(3, 1, 2, 4)
-    late = meddler("reorder")
-    assert late.let_through(letters(1), 0.0) == []
-    assert late.let_through([], 2.0) == letters(1)
+    overtaken = faults_of("reorder")
+    assert overtaken.let_through(messages(1, 2, 3, 4), 0.0) == messages(3, 1, 2, 4)
+    late = faults_of("reorder")
+    assert late.let_through(messages(1), 0.0) == []
+    assert late.let_through([], 2.0) == messages(1)
 
 
 def test_delayed_messages_come_in_their_order() -> None:
-    slow = meddler("delay")
-    assert slow.let_through(letters(1, 2), 0.0) == slow.let_through(letters(3), 1.9) == []
-    assert slow.let_through(letters(4), 2.0) == letters(1, 2, 3, 4)
+    slow = faults_of("delay")
+    assert slow.let_through(messages(1, 2), 0.0) == slow.let_through(messages(3), 1.9) == []
+    assert slow.let_through(messages(4), 2.0) == messages(1, 2, 3, 4)
 
 
 def test_a_truncated_message_lacks_its_end_and_a_corrupted_one_differs_in_one_byte() -> None:
-    (member, frames), second, third = meddler("truncate").let_through(letters(1, 2, 3), 0.0)
-    assert (member, frames) == (b"a", [b"head 1"]) and second[1] == [b"head 2"] and [third] == letters(3)
-    (_, changed), *_ = meddler("corrupt").let_through(letters(1), 0.0)
-    before = b"".join(letters(1)[0][1])
+    (member, frames), second, third = faults_of("truncate").let_through(messages(1, 2, 3), 0.0)
+    assert (member, frames) == (b"a", [b"head 1"]) and second[1] == [b"head 2"] and [third] == messages(3)
+    (_, changed), *_ = faults_of("corrupt").let_through(messages(1), 0.0)
+    before = b"".join(messages(1)[0][1])
     assert sum(a != b for a, b in zip(b"".join(changed), before, strict=True)) == 1
     assert list(map(len, changed)) == [6, 4]
 
 
 def test_after_its_time_a_fault_hits_nothing() -> None:
-    assert meddler("truncate").let_through(letters(1), WITHIN_S) == letters(1)
+    assert faults_of("truncate").let_through(messages(1), WITHIN_S) == messages(1)
 
 
 def test_the_table_has_a_row_for_each_kind_and_says_what_is_wrong() -> None:
@@ -83,3 +87,8 @@ def test_the_table_has_a_row_for_each_kind_and_says_what_is_wrong() -> None:
     assert ["kill", "hub", "3", "3.0", "8.0"] in rows and ["corrupt", "actor", "1", "4", "0.5", "0.5"] in rows
     assert "VIOLATION: event 3: lost" in text
     assert "ledger and journal disagree; pass rate 95.0%, bar 90%" in text
+
+
+def test_the_committed_table_is_that_of_the_committed_report() -> None:
+    report = json.loads((COMMITTED / "chaos.json").read_text())
+    assert (COMMITTED / "chaos.txt").read_text() == table(report, bar=LEARNED)

@@ -209,8 +209,10 @@ def test_what_a_function_forks_or_writes_is_no_verdict_and_ends_with_its_worker(
     for name, value in (("forks", 0.5), ("found", 1.0), ("writes_to_every_file", 1.0), ("leaves_children", 0.25)) * 2:
         assert judged(pool, f"own_rewards:{name}") == Verdict(key="key", reward=value)
     (worker,) = [one for one in psutil.Process().children() if "sgpo_async.tasks.reward_worker" in one.cmdline()]
-    children = worker.children()
-    assert len([child for child in children if child.status() != psutil.STATUS_ZOMBIE]) == 2
+    deadline = time.monotonic() + DEADLINE_S
+    while len(children := [one for one in worker.children() if one.status() != psutil.STATUS_ZOMBIE]) != 2:
+        assert time.monotonic() < deadline, f"two sleeping children expected, got {children}"
+        time.sleep(0.02)  # those of `forks` end by themselves
     ends = Sample(problem="p", answer="ends", completion="")
     assert judged(pool, "own_rewards:leaves_children", ends) == Verdict(key="key", reward=0.0, timed_out=True)
     _, alive = psutil.wait_procs(children, DEADLINE_S)
