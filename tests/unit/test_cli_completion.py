@@ -54,7 +54,7 @@ def test_commands_options_configurations_keys_and_files_are_proposed(proposals) 
         "sgpo-async lo",
         "sgpo-async xyz",
         "sgpo-async local --d",
-        "sgpo-async local builtin:demo hub.max_l",
+        "sgpo-async local builtin:demo hub.max_la",
         "sgpo-async local mi",
         "sgpo-async strategies ex",
     )
