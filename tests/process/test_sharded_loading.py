@@ -26,7 +26,7 @@ from sgpo_async.model.load import load_model
 from sgpo_async.model.slices import Slices
 from tests.reference import learner_cases as cases
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.timeout(1800)]  # on a busy machine the setup alone takes minutes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FOLDERS = [(tied, stored) for tied in (False, True) for stored in DTYPES]

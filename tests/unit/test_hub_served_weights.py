@@ -212,7 +212,7 @@ def test_rollouts_and_reports_of_unpublished_weights_are_refused_and_their_actor
     hub.send(b"a", wire.Progress(task=second.task, attempt=0, purpose="train", partial=(part,)))
     assert hub.core.rejected[f"report: {UNKNOWN_DIGEST}"] == 1 and not hub.core.quarantined
     hub.send(b"a", made_by(third, 0, 0, 12))
-    assert list(hub.core.quarantined) == ["a"] and UNKNOWN_DIGEST in hub.core.quarantined["a"]
+    assert list(hub.core.quarantined) == [(b"", "a")] and UNKNOWN_DIGEST in hub.core.quarantined[b"", "a"]
 
 
 def test_a_score_of_weights_that_were_never_published_is_refused() -> None:
