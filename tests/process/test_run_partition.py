@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from run_support import real_run, until, users_torchrun
+from run_support import assert_all_trained, real_run, until, users_torchrun
 
 from sgpo_async.bench.namespaces import Namespace, network, why_not
 from sgpo_async.transport.keys import create_keys
@@ -21,6 +21,34 @@ STEPS = 100_000  # more than the test lets it train
 
 def set_link(node: Namespace, state: str) -> None:
     subprocess.run(["ip", "-n", node.name, "link", "set", node.device, state], check=True, timeout=60)
+
+
+def impair(node: Namespace) -> None:
+    """Delay, lose, repeat and reorder what this node sends; skips the test if the kernel cannot."""
+    rules = ["delay", "30ms", "20ms", "loss", "2%", "duplicate", "1%", "reorder", "10%"]
+    command = ["tc", "-n", node.name, "qdisc", "add", "dev", node.device, "root", "netem", *rules]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    if "kind is unknown" in done.stderr:
+        pytest.skip("this kernel has no netem")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_network_that_loses_and_reorders_packets_costs_no_rollout(tmp_path: Path) -> None:
+    create_keys(tmp_path / "keys")
+    with network(2) as (centre, node):
+        for one in (centre, node):
+            impair(one)
+        settings = ["steps=8", f"hub.address=tcp://{centre.address}:0", f"hub.keys={tmp_path / 'keys'}"]
+        with real_run(tmp_path / "run", *settings) as run:
+            hub = run.start("hub", "-m", "sgpo_async.cli", "hub", str(run.config), prefix=centre.prefix)
+            address = ["--hub", run.address()]
+            words = [*users_torchrun(1), "launch/learner.py", str(run.config), *address]
+            learner = run.start("learner", *words, prefix=centre.prefix)
+            words = ["launch/actor.py", *address, "--keys", str(tmp_path / "keys"), "--name", "far"]
+            actor = run.start("far", *words, prefix=node.isolated)
+            assert [process.wait(600) for process in (learner, hub, actor)] == [0] * 3, learner.output + actor.output
+            assert_all_trained(run.summary()["ledger"], tasks=8 * 4, size=run.settings.rollout.size)
+            assert run.summary()["rejected"] == 0
 
 
 def test_the_run_goes_on_without_a_node_that_is_cut_off_and_takes_it_back(tmp_path: Path) -> None:
