@@ -55,7 +55,7 @@ class Hub:
     max_message_mb: int = 512  # the largest message is the hub's state in a checkpoint
     # A member that sends more messages a second than this, on average over 10 s, is expelled; one of several MB counts
     # for as many. 0: no limit.
-    max_messages_per_s: int = 1000
+    max_messages_per_s: int = 10_000
     max_leases: int = 4096  # that an actor may have and ask for, a lease being the rollouts of one problem
     # HOST:PORT at which a dashboard beside the hub shows the run in a browser (docs/dashboard.md); "": none. Beyond
     # loopback, who looks at it needs the token in runs/NAME/dashboard.token.
