@@ -244,7 +244,7 @@ class World(Driver):
         self.handle(SenderUp(member, "127.0.0.1", 4000))
         self.read(member)
         if (b"", member.decode()) in self.core.quarantined:  # after invalid messages; it ends
-            self.live.remove(member)
+            self.live = [one for one in self.live if one != member]
             self.held[member].clear()
             return
         leased = {
