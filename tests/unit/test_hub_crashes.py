@@ -1,8 +1,8 @@
 """The protocol as a state machine: leases, acknowledgements, journal, commit, and a crash of the hub at every write.
 
     rule: something happens to the members      the actions of `test_hub_random.World`, each with what it draws
-    rule: the hub crashes k writes from now     a write: one SQL statement, one operation on a rollout file, or one
-                                                effect that is carried out; also while it recovers from a crash
+    rule: the hub crashes k writes from now,    a write: one SQL statement, one operation on a rollout file, or one
+          or at the next one of a kind          effect that is carried out; also while it recovers from a crash
 
 As in `hub.loop`, an event is written and handled, the journal is committed if there are effects, and only then are they
 carried out. After a crash only what is on disk is left: a new process recovers, all actors come back, and who has had
@@ -43,6 +43,10 @@ WRITES = (
 )  # fmt: skip
 
 
+ACTIONS = [name for name, weight in World.ACTIONS for _ in range(max(1, round(weight / 4)))]
+CRASHES = 30  # at each kind of write, whatever hypothesis chooses
+
+
 class Crash(BaseException):
     """kill -9."""
 
@@ -51,15 +55,19 @@ class Writes:
     """Counts the writes of all processes of a hub, and crashes before a planned one."""
 
     def __init__(self) -> None:
-        self.plan: list[int] = []  # how many writes until the next crash, and from each crash to the one after it
+        # How many writes until the next crash, or at which kind of write it is; then to each crash after it.
+        self.plan: list[int | str] = []
         self.crashes: Counter[str] = Counter()
 
     def __call__(self, what: str) -> None:
-        if not self.plan:
-            return
-        if self.plan[0]:
-            self.plan[0] -= 1
-            return
+        match self.plan:
+            case []:
+                return
+            case [str(kind), *_] if kind != what:
+                return
+            case [int(left), *_] if left:
+                self.plan[0] = left - 1
+                return
         del self.plan[0]
         self.crashes[what] += 1
         raise Crash(what)
@@ -232,10 +240,10 @@ class Protocol(RuleBasedStateMachine):
         self.world = CrashingWorld(Random(0), **shape)
         self.world.start_learner()
         self.world.new_actor()
+        self.world.check_inboxes()  # as after every rule: the first rule may forget what was granted
         Protocol.examples += 1
 
-    @rule(action=st.sampled_from([name for name, weight in World.ACTIONS for _ in range(max(1, round(weight / 4)))]),
-          draw=st.integers(0, 2**16))  # fmt: skip
+    @rule(action=st.sampled_from(ACTIONS), draw=st.integers(0, 2**16))
     def something_happens(self, action: str, draw: int) -> None:
         assert self.world
         Protocol.rules += 1
@@ -244,8 +252,8 @@ class Protocol(RuleBasedStateMachine):
         self.world.check_inboxes()
 
     @precondition(lambda self: not self.world.write.plan)
-    @rule(writes=st.lists(st.integers(0, 15), min_size=1, max_size=3))
-    def the_hub_crashes(self, writes: list[int]) -> None:
+    @rule(writes=st.lists(st.integers(0, 15) | st.sampled_from(WRITES), min_size=1, max_size=3))
+    def the_hub_crashes(self, writes: list[int | str]) -> None:
         assert self.world
         self.world.write.plan = list(writes)
 
@@ -265,7 +273,6 @@ class Protocol(RuleBasedStateMachine):
             world.close()
 
 
-@pytest.mark.slow  # fails ("more leases than credit"): the model or the hub, not known yet
 @pytest.mark.timeout(900)
 def test_a_crash_at_any_write_loses_nothing_that_was_told() -> None:
     health = [HealthCheck.too_slow, HealthCheck.data_too_large]
@@ -275,4 +282,22 @@ def test_a_crash_at_any_write_loses_nothing_that_was_told() -> None:
     print(
         f"{Protocol.examples} interleavings of {Protocol.rules} actions, {Protocol.crashes.total()} crashes: {crashes}"
     )
-    assert EXAMPLES < 80 or Protocol.crashes.keys() >= set(WRITES) - {"file deleted"}, Protocol.crashes
+
+
+@pytest.mark.parametrize("what", WRITES)
+def test_a_crash_at_each_kind_of_write_loses_nothing_that_was_told(what: str) -> None:
+    """Histories of fixed draws, so that no kind is left out by chance."""
+    rng, survived = Random(what), 0
+    for number in range(200):
+        protocol = Protocol()
+        protocol.begin(batch=2 + number % 2, max_lag=number % 3, ranks=2, parts=1, stale="drop")
+        world = protocol.world
+        assert world
+        for _ in range(RULES):
+            world.write.plan = world.write.plan or [what]
+            protocol.something_happens(rng.choice(ACTIONS), rng.randrange(2**16))
+        protocol.teardown()
+        survived += world.write.crashes[what]
+        if survived >= CRASHES:
+            return
+    raise AssertionError(f"{survived} crashes at {what}")
