@@ -29,10 +29,9 @@ import numpy as np
 import zmq
 
 from sgpo_async import __version__
-from sgpo_async.bench.figures import load, machine, spread
+from sgpo_async.bench.figures import header, load, machine, publish, ratio, spread
 from sgpo_async.bench.hub_ingest import rollout_of
 from sgpo_async.errors import DeadlineExceeded, SgpoError
-from sgpo_async.files import write_whole
 from sgpo_async.wire import encode
 from sgpo_async.wire.records import PROTOCOL
 
@@ -120,11 +119,7 @@ def run_bench_transport(*, sizes: Sizes, peers: str, to: Path) -> int:
     rates = measure(settings, sizes, peers)
     loads.append(load())
     report = report_of(rates, sizes) | {"machine": machine(), "versions": known, "load": loads}
-    lines = table(report, missing="" if peers else NO_PEERS)
-    print("\n".join(lines))
-    write_whole(to / "transport.txt", "\n".join(lines) + "\n")
-    write_whole(to / "transport.json", json.dumps(report, indent=1) + "\n")
-    print(f"details in {to / 'transport.json'}")
+    publish("transport", to, table(report, missing="" if peers else NO_PEERS), report)
     return 0
 
 
@@ -157,11 +152,11 @@ def measure(settings: Sequence[str], sizes: Sizes, peers: str) -> dict[str, list
 def report_of(rates: Mapping[str, Sequence[float]], sizes: Sizes) -> dict[str, Any]:
     """All figures: rates, bytes of a rollout, and the ratios that have a bar."""
     frames = encode(rollout_of(sizes.tokens, sizes.seed))
-    ratios = []
-    for one, other, bar in RATIOS:
-        if one in rates and other in rates:
-            within = [a / b for a, b in zip(rates[one], rates[other], strict=True)]
-            ratios.append({"of": one, "to": other, "bar": bar, **spread(within)})
+    ratios = [
+        ratio(one, other, bar, (rates[one], rates[other]))
+        for one, other, bar in RATIOS
+        if one in rates and other in rates
+    ]
     return {
         "sizes": vars(sizes),
         "bytes": sum(map(len, frames)),
@@ -173,12 +168,13 @@ def report_of(rates: Mapping[str, Sequence[float]], sizes: Sizes) -> dict[str, A
 
 def table(report: Mapping[str, Any], *, missing: str) -> list[str]:
     """The lines of the table."""
-    sizes, load = report["sizes"], report["load"]
+    sizes = report["sizes"]
+    about = (
+        f"rollouts of {sizes['tokens']} tokens, {report['bytes']} bytes in {report['frames']} frames; producers: "
+        f"{sizes['producers']}; turns: {sizes['turns']} of {sizes['seconds']:g} s; seed {sizes['seed']}"
+    )
     lines = [
-        f"# {report['machine']}; load {load[0]:.1f} before, {load[1]:.1f} after",
-        f"# {', '.join(f'{name} {version}' for name, version in report['versions'].items())}",
-        f"# rollouts of {sizes['tokens']} tokens, {report['bytes']} bytes in {report['frames']} frames; producers: "
-        f"{sizes['producers']}; turns: {sizes['turns']} of {sizes['seconds']:g} s; seed {sizes['seed']}",
+        *header(report, about),
         "",
         f"{'rollouts a second':>20} {'median':>8} {'least':>8} {'most':>8} {'MB/s':>7}",
     ]
@@ -188,11 +184,11 @@ def table(report: Mapping[str, Any], *, missing: str) -> list[str]:
             f"{setting:>20} {found['median']:>8.0f} {found['low']:>8.0f} {found['high']:>8.0f} {megabytes:>7.1f}"
         )
     lines += ["", f"{'ratio':>38} {'median':>8} {'least':>8} {'most':>8} {'bar':>5}"]
-    for ratio in report["ratios"]:
-        name = f"{ratio['of']} / {ratio['to']}"
-        met = "" if ratio["median"] >= ratio["bar"] else "  below"
+    for found in report["ratios"]:
+        name = f"{found['of']} / {found['to']}"
+        met = "" if found["median"] >= found["bar"] else "  below"
         lines.append(
-            f"{name:>38} {ratio['median']:>8.2f} {ratio['low']:>8.2f} {ratio['high']:>8.2f} {ratio['bar']:>5g}{met}"
+            f"{name:>38} {found['median']:>8.2f} {found['low']:>8.2f} {found['high']:>8.2f} {found['bar']:>5g}{met}"
         )
     return [*lines, *(["", missing] if missing else [])]
 
