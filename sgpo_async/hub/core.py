@@ -457,18 +457,26 @@ class HubCore:
             return
         if not actor.welcomed:
             return  # sent before the connection was lost; the actor asks again after its return
-        held = sum(len(leases.held_by(actor.member)) for leases in self._lease_tables)
-        if held + actor.credit + ready.tasks > self.run.hub.max_leases:
-            asked = f"{actor.name} has {held} leases and asks for {actor.credit + ready.tasks}"
-            most = f"hub.max_leases is {self.run.hub.max_leases}"
+        if reason := self._too_many_leases(actor, asked=actor.credit + ready.tasks):
             self.refused += 1
-            self._refuse(
-                actor.member, f"{asked}, but {most}: raise hub.max_leases or lower the actor's slots", final=True
-            )
+            self._refuse(actor.member, reason, final=True)
             self._lose_actor(actor)
             return
         actor.credit += ready.tasks
         actor.version = self._version_of_this_run(ready.version)
+
+    def _too_many_leases(self, actor: Actor, *, asked: int) -> str:
+        """Why an actor may not have so many more leases, with the remedy; "" if it may."""
+        most = self.run.hub.max_leases
+        if asked + sum(len(leases.running) for leases in self._lease_tables) <= most:
+            return ""  # whoever has them; those of one actor are counted only if this says nothing
+        held = sum(len(leases.held_by(actor.member)) for leases in self._lease_tables)
+        if asked + held <= most:
+            return ""
+        return (
+            f"{actor.name} has {held} leases and asks for {asked}, but hub.max_leases is {most}: "
+            "raise hub.max_leases or lower the actor's slots"
+        )
 
     def _heartbeat(self, actor: Actor, heartbeat: wire.Heartbeat) -> None:
         self.actors.record_heartbeat(actor, heartbeat)
