@@ -53,13 +53,11 @@ def serve(run: Run, *, open_journal: Callable[[Path], Journal] = Journal) -> int
     Raises HubError if the address is in use or the keys or the journal are not usable, DataError if problems cannot be
     read, and SgpoError if the folder is not writable.
     """
-    source = source_of(run)
-    benchmarks = open_benchmarks(run.evaluation)
+    core = HubCore(run, source_of(run), benchmarks=open_benchmarks(run.evaluation), run_id=uuid.uuid4().hex)
     folder = Path(run.folder)
     with reporting_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        core = HubCore(run, source, benchmarks=benchmarks, run_id=uuid.uuid4().hex)
         journal = open_journal(folder) if run.hub.journal else None
         elapsed = 0.0
         if journal:
@@ -71,15 +69,9 @@ def serve(run: Run, *, open_journal: Callable[[Path], Journal] = Journal) -> int
         router = Router(address, keys=run.hub.keys, max_bytes=run.hub.max_message_mb * 2**20, max_per_s=most)
         stack.callback((folder / TOKEN_FILE).unlink, missing_ok=True)
         stack.callback(router.close)
-        here = journal is not None and journal.get("machine") == machine().encode()  # else /proc/PID is another process
-        store = StoreFile(folder, expected_bytes=version_bytes(run), earlier=core.learner_store if here else "")
-        stack.callback(store.close)
+        store = _store(run, core, journal, stack)
         signals = stack.enter_context(Signals())
-        key = public_key(run.hub.keys, "server").decode() if run.hub.keys else ""
-        contact = {"address": router.address, "pid": os.getpid(), "machine": machine()}
-        contact |= {"store": store.path, "public_key": key}
-        stack.enter_context(contact_file(folder / "hub.json", contact))
-        core.store, core.machine = store.path, machine()
+        stack.enter_context(contact_file(folder / "hub.json", _contact(run, router.address, store.path)))
         uploads = Uploads(store.path, folder_url) if (folder_url := core.weight_routes.folder) else None
         weights = LearnerWeights(store, deltas=run.hub.weight_deltas, uploads=uploads)
         stack.callback(weights.close)
@@ -106,14 +98,30 @@ def serve(run: Run, *, open_journal: Callable[[Path], Journal] = Journal) -> int
         if journal:
             journal.set("address", router.address.encode())
             journal.set("machine", machine().encode())
-            if elapsed:
-                log.warning("the hub has restarted at step %d, with %d groups in its buffer", *_position(core))
-                loop.restart()
+        if elapsed:
+            log.warning("the hub has restarted at step %d, with %d groups in its buffer", *_position(core))
+            loop.restart()
         collect_rarely()
         loop.run(interrupted=lambda: _stop_reason(signals), hurried=lambda: signals.kill)
         if journal:
             journal.remove()
     return signals.exit_code if signals.stop else 0
+
+
+def _store(run: Run, core: HubCore, journal: Journal | None, stack: contextlib.ExitStack) -> StoreFile:
+    """The weight store, from the memory of the hub before the restart if that was on this machine."""
+    here = journal is not None and journal.get("machine") == machine().encode()  # else /proc/PID is another process
+    earlier = core.learner_store if here else ""
+    store = StoreFile(Path(run.folder), expected_bytes=version_bytes(run), earlier=earlier)
+    stack.callback(store.close)
+    core.store, core.machine = store.path, machine()
+    return store
+
+
+def _contact(run: Run, address: str, store: str) -> dict[str, Any]:
+    """The content of hub.json."""
+    key = public_key(run.hub.keys, "server").decode() if run.hub.keys else ""
+    return {"address": address, "pid": os.getpid(), "machine": machine(), "store": store, "public_key": key}
 
 
 def _address(run: Run, journal: Journal | None) -> str:
