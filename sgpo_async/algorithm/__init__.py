@@ -12,6 +12,7 @@ guided rollouts o~_j ~ pi(.|q,s), each with a reward R in {0, 1}. Read the files
     limiters.py     Eq. 5     limits on the loss and gradient of a single token
     weights.py      Eq. 6, 8  alpha(q): the weight of distillation, from how much the strategy helps
     losses.py       Eq. 1, 5, 7   L = L_GRPO + alpha(q) L_KD, averaged over problems; likelihood losses of a given text
+    credit.py       advantages of single tokens, of methods near SGPO
     correction.py   importance weights for rollouts that an older policy mu sampled
     linear.py       losses and their gradients directly from hidden states, for large vocabularies
     linear_triton.py    the elementwise part of linear.py for CUDA, as Triton kernels
@@ -24,6 +25,7 @@ Every function computes in the floating-point type of its inputs.
 
 from sgpo_async.algorithm.advantages import group_advantages
 from sgpo_async.algorithm.correction import MODES, WHOLE_SEQUENCE_MODES, correction_weights
+from sgpo_async.algorithm.credit import iw_opd_advantages, rlcsd_advantages, rlsd_advantages
 from sgpo_async.algorithm.divergences import DIVERGENCES, divergence, forward_kl, top_divergence
 from sgpo_async.algorithm.limiters import LIMITERS, WHOLE_SEQUENCE_LIMITERS, limit
 from sgpo_async.algorithm.linear import Found, Kept, LogProbability, Part, TeacherDivergence, TopDivergence, linear_loss
@@ -35,6 +37,7 @@ from sgpo_async.algorithm.losses import (
     kl_mass,
     loss_weights,
     nll_loss,
+    reference_loss,
     sgpo_loss,
     shaped_loss,
 )
@@ -64,11 +67,15 @@ __all__ = [
     "group_advantage_weight",
     "group_advantages",
     "grpo_loss",
+    "iw_opd_advantages",
     "kl_mass",
     "limit",
     "linear_loss",
     "loss_weights",
     "nll_loss",
+    "reference_loss",
+    "rlcsd_advantages",
+    "rlsd_advantages",
     "select_reachable",
     "sgpo_loss",
     "shaped_loss",

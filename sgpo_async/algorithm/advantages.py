@@ -2,7 +2,7 @@
 
 scale   A_i                          source
 std     (R_i - mean(R)) / std(R)     GRPO, Eq. 1
-mean    (R_i - mean(R)) / mean(R)    MaxRL, arXiv 2602.02710 (read second-hand): hard problems count more
+mean    (R_i - mean(R)) / mean(R)    MaxRL, arXiv 2602.02710: hard problems count more
 none    R_i - mean(R)                Dr. GRPO, arXiv 2503.20783: hard and easy problems count less
 """
 

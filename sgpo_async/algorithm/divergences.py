@@ -7,6 +7,9 @@ p is the teacher's distribution over the vocabulary and q = softmax(z) the stude
     reverse          KL(q || p)                            q (log q/p - KL(q || p))
     jensen-shannon   KL(p || m)/2 + KL(q || m)/2           q (log q/m - KL(q || m)) / 2        m = (p + q)/2
 
+`clipped_forward` bounds what each v adds to the forward KL: sum_v min(p_v log p_v/q_v, tau), as OPSD does
+(https://arxiv.org/abs/2601.18734); it may be negative.
+
 The forward KL asks the student to cover every token that the teacher considers likely. The reverse KL asks the student
 to avoid every token that the teacher considers unlikely. Jensen-Shannon lies between the two and is at most ln 2. All
 three depend only on the prefix o~_<t, not on the sampled token o~_t.
@@ -87,6 +90,26 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """Compute KL(p || q) = sum_v p_v (log p_v - log q_v), with 0 log 0 = 0: [..., V], [..., V] -> [...]."""
     p = log_p.exp()
     return torch.where(p > 0, p * (log_p - log_q), 0).sum(-1)
+
+
+def divergence_of(kind: str, clip: float = math.inf) -> Divergence:
+    """The divergence `kind`, a key of DIVERGENCES; with a finite `clip`, in nats, the clipped forward KL."""
+    assert clip == math.inf or kind == "forward", f"only the forward KL can be clipped, got {kind!r}"
+    return DIVERGENCES[kind] if clip == math.inf else clipped_forward(clip)
+
+
+def clipped_forward(clip: float) -> Divergence:
+    """Return sum_v min(p_v log p_v/q_v, clip) and its derivative, q_v sum_u p_u - p_v without clipped terms."""
+
+    def terms(log_p: Tensor, log_q: Tensor) -> Tensor:
+        p = log_p.exp()
+        return torch.where(p > 0, p * (log_p - log_q), 0)
+
+    def slope(log_p: Tensor, log_q: Tensor) -> Tensor:
+        p = log_p.exp().masked_fill(terms(log_p, log_q) > clip, 0)
+        return log_q.exp() * p.sum(-1, keepdim=True) - p
+
+    return Divergence(lambda log_p, log_q: terms(log_p, log_q).clamp(max=clip).sum(-1), slope)
 
 
 def _forward_slope(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -26,13 +26,15 @@ accumulated in float32 or wider, and held from here to the backward pass. Weight
 parameter, pass the gathered tensor.
 
 Matrix products are torch's. So is the elementwise work of a block, except on CUDA, where `linear_triton` has kernels
-for it, which read the logits once for the values and once for the slopes; TopDivergence and float64 have none. Speed
+for it, which read the logits once for the values and once for the slopes; TopDivergence, the clipped forward KL and
+float64 have none. Speed
 and memory are measured on a CPU only (`sgpo_async.bench.loss`); nothing has run on a GPU, and its sizes of chunks and
 blocks are estimates.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -43,7 +45,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sgpo_async.algorithm.divergences import DIVERGENCES, top_divergence
+from sgpo_async.algorithm.divergences import divergence_of, top_divergence
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(values [T], asides [T]) -> the loss, a scalar with gradient in the values."""
@@ -141,6 +143,7 @@ class TeacherDivergence:
     targets: Tensor  # [T] int64, o~_t
     kind: str = "forward"  # a key of DIVERGENCES
     kept: Kept | None = None  # the teacher's log-probability, but not d_t, is renormalised over these tokens
+    clip: float = math.inf  # of each term of the forward KL, see `clipped_forward`
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -148,7 +151,7 @@ class TeacherDivergence:
     def chunk(self, rows: slice, weight: Tensor, temperature: float) -> BlockFunction:
         """See `Measure`."""
         teacher_logits = self.hidden[rows] @ (weight if self.weight is None else self.weight).T
-        targets, (distance, slope) = self.targets[rows], DIVERGENCES[self.kind]
+        targets, (distance, slope) = self.targets[rows], divergence_of(self.kind, self.clip)
         if self.kept:
             ids, padding = self.kept.table(rows, targets)
             renormalised = _kept_log_softmax(teacher_logits, ids, padding, temperature)[:, 0]
@@ -157,7 +160,7 @@ class TeacherDivergence:
             return renormalised[part] if self.kept else whole
 
         def block(logits: Tensor, part: slice) -> Block:
-            if kernels := _kernels(logits, teacher_logits):
+            if self.clip == math.inf and (kernels := _kernels(logits, teacher_logits)):
                 found = Block(*kernels.divergence(teacher_logits[part], logits, targets[part], self.kind, temperature))
                 return found._replace(aside=log_teacher(found.aside, part))
             log_p, log_q = (_log_softmax(x, temperature) for x in (teacher_logits[part], logits))

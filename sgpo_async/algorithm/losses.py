@@ -34,7 +34,7 @@ def grpo_loss(
     Args:
         log_pi: [N, T], log-probability of each sampled token, with gradient.
         mask: [N, T] bool, true on the tokens of the rollout.
-        advantages: [N].
+        advantages: [N], or [N, T] if each token has its own (`algorithm.credit`).
         correction: [N, T], c_t = `correction_weights(log_prox, log_mu, ...)`.
         log_prox: [N, T]; by default sg[log_pi], which is correct for one optimiser step per batch: r_t is then 1,
             only its gradient matters, and the clip has no effect. The learner takes one step per batch and never
@@ -48,7 +48,8 @@ def grpo_loss(
     # Mask before exp: otherwise a value in the padding could reach the gradient as 0 * NaN.
     ratio = (log_pi - log_prox.detach()).masked_fill(~mask, 0).exp()
     clipped = ratio.clamp(1 - clip[0], 1 + clip[1])
-    advantage = advantages.detach().unsqueeze(-1)
+    advantage = advantages.detach()
+    advantage = advantage if advantage.dim() == 2 else advantage.unsqueeze(-1)
     surrogate = torch.minimum(ratio * advantage, clipped * advantage)
     return -_sequence_mean(correction.detach() * surrogate, mask)
 
@@ -73,6 +74,15 @@ def distillation_loss(
         [K].
     """
     return _sequence_mean(correction.detach() * limit(d, mask, limiter=limiter, delta=delta, quantile=quantile), mask)
+
+
+def reference_loss(log_pi: Tensor, log_reference: Tensor, mask: Tensor, correction: Tensor) -> Tensor:
+    """Compute 1/|o| sum_t sg[c_t] (log pi - log pi_0)^2 / 2 of each sequence: [N, T] each -> [N].
+
+    Over samples of pi its gradient is that of KL(pi || pi_0), the k2 of http://joschu.net/blog/kl-approx.html.
+    """
+    squares = (log_pi - log_reference.detach()).masked_fill(~mask, 0).square() / 2
+    return _sequence_mean(correction.detach() * squares, mask)
 
 
 def nll_loss(log_pi: Tensor, mask: Tensor) -> Tensor:

@@ -1,32 +1,48 @@
-"""Tokens per second of the embedded engine, against `generate` of transformers with the same model and requests.
+"""Tokens per second of the embedded engine, against others with the same model and requests.
 
-    sgpo-async bench engine [--quick] [--model FOLDER] [--to DIR]
+    sgpo-async bench engine [--quick] [--model FOLDER] [--sglang PYTHON] [--to DIR]
 
     embedded    continuous batching: a finished completion leaves its row to the next request
-    generate    batches of as many rows, padded: each batch lasts until its longest completion has ended
+    generate    of transformers: batches of as many rows, padded, each as long as its longest completion
+    sglang      a server on the CPU, over HTTP; only with --sglang (make sglang-cpu: .venv-sglang/bin/python)
 
-Both have one thread, the same prompts in the same order, the same lengths, temperature 1, the whole vocabulary, and as
-many rows. No token ends a completion but the last one of its length, so both sample the same number of tokens; the
+All have one thread, the same prompts in the same order, the same lengths, temperature 1, the whole vocabulary, and as
+many rows. No token ends a completion but the last one of its length, so all sample the same number of tokens; the
 lengths are either all equal, or lognormal with the same mean. Time is CPU time, because other processes then matter
-less; with one thread it is the time on an idle machine. The embedded engine also reports the log-probability of each
-token, as training needs it; `generate` does not. The two take turns; a ratio is computed within each turn.
+less; with one thread it is the time on an idle machine. That of SGLang is the time of all of its server's processes.
+The embedded engine and SGLang also report the log-probability of each token, as training needs it; `generate` does not.
+All take turns; a ratio is computed within each turn.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from sgpo_async.bench.figures import columns, header, interval, load, machine, publish, ratio, spread, verdict, versions
+from sgpo_async.bench.figures import (
+    columns,
+    header,
+    interval,
+    load,
+    machine,
+    publish,
+    ratio,
+    spread,
+    verdict,
+    versions,
+    versions_elsewhere,
+)
+from sgpo_async.bench.served import Request, Served
 from sgpo_async.config import Run
 from sgpo_async.engines import EmbeddedEngine, Weights
 from sgpo_async.engines.base import Generate, Generated
@@ -39,7 +55,7 @@ from sgpo_async.weights import digest
 BUILTIN = "builtin:cues"
 LENGTHS = ("equal", "lognormal")
 SIGMA = 0.8  # of the logarithm of the lognormal lengths
-BAR = {"equal": 1.0, "lognormal": 2.0}
+BARS = {"generate": {"equal": 1.0, "lognormal": 2.0}, "sglang": {"equal": 1.0, "lognormal": 1.0}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,29 +73,33 @@ FULL, QUICK = Sizes(), Sizes(batches=2, turns=3)
 OTHER, OTHER_QUICK = Sizes(slots=16, batches=3, turns=3), Sizes(slots=8, batches=2, mean=8, turns=2)  # of --model
 
 
-class Request(NamedTuple):
-    """A prompt, and how many tokens are sampled after it."""
+class Way(Protocol):
+    """One way to sample."""
 
-    prompt: list[int]
-    length: int
+    def __call__(self, work: Sequence[Request]) -> int:
+        """Sample all requests; return the number of tokens."""
+
+    def cpu_s(self) -> float:
+        """CPU seconds that it has used so far."""
 
 
-Way = Callable[[Sequence[Request]], int]  # samples requests and returns the number of tokens
-
-
-def run_bench_engine(*, quick: bool, model: str, to: Path) -> int:
+def run_bench_engine(*, quick: bool, model: str, sglang: str, to: Path) -> int:
     """Measure the built-in policy, and `model` if it is not empty; print tables, write engine.txt and engine.json.
 
-    Raises DataError if there is no such model.
+    `sglang` is the Python of an environment with SGLang; "": without it. Raises DataError if there is no such model,
+    EngineError if SGLang does not come up.
     """
     sizes = {BUILTIN: QUICK if quick else FULL}
     if model:
         sizes[model] = OTHER_QUICK if quick else OTHER
     before = load()
-    models = [{"model": Path(path).name} | measure(path, one) for path, one in sizes.items()]
+    known = versions("torch", "transformers")
+    if sglang:
+        known |= versions_elsewhere(sglang, "sglang", given=f"--sglang {sglang}", remedy="make sglang-cpu makes one")
+    models = [{"model": Path(path).name} | measure(path, one, sglang) for path, one in sizes.items()]
     report = {
         "machine": machine(),
-        "versions": versions("torch", "transformers"),
+        "versions": known,
         "load": [before, load()],
         "models": models,
     }
@@ -87,16 +107,19 @@ def run_bench_engine(*, quick: bool, model: str, to: Path) -> int:
     return 0
 
 
-def measure(path: str, sizes: Sizes) -> dict[str, Any]:
+def measure(path: str, sizes: Sizes, sglang: str) -> dict[str, Any]:
     """Tokens per second of each way and kind of lengths, and the ratios."""
     folder = model_folder(path)
     ways: dict[str, Way] = {"embedded": Embedded(folder, sizes.slots), "generate": Padded(folder, sizes.slots)}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.set_num_threads, threads)
+        if sglang:
+            server = Served(folder, sizes.slots, sglang)
+            stack.callback(server.close)
+            ways["sglang"] = server
         return measure_ways(ways, folder, sizes)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def measure_ways(ways: dict[str, Way], folder: str, sizes: Sizes) -> dict[str, Any]:
@@ -108,16 +131,20 @@ def measure_ways(ways: dict[str, Way], folder: str, sizes: Sizes) -> dict[str, A
     rates: dict[str, dict[str, list[float]]] = {kind: {way: [] for way in ways} for kind in LENGTHS}
     for turn, kind, way in itertools.product(range(sizes.turns), LENGTHS, ways):
         print(f"turn {turn + 1} of {sizes.turns}: {Path(folder).name}, {kind} lengths, {way} ...", file=sys.stderr)
-        began = time.process_time()
+        began = ways[way].cpu_s()
         tokens = ways[way](work[kind])
-        rates[kind][way].append(tokens / (time.process_time() - began))
+        rates[kind][way].append(tokens / (ways[way].cpu_s() - began))
         assert tokens == sum(one.length for one in work[kind])
     return {
         "sizes": vars(sizes),
         "lengths": {kind: sorted(one.length for one in own) for kind, own in work.items()},
         "tokens_per_s": {kind: {way: spread(turns) for way, turns in own.items()} for kind, own in rates.items()},
         "ratios": {
-            kind: ratio("embedded", "generate", BAR[kind], (own["embedded"], own["generate"]))
+            kind: [
+                ratio("embedded", other, BARS[other][kind], (own["embedded"], own[other]))
+                for other in BARS
+                if other in own
+            ]
             for kind, own in rates.items()
         },
     }
@@ -153,7 +180,15 @@ def requests(prompts: Sequence[list[int]], lengths: Sequence[int]) -> list[Reque
     return [Request(prompt, length) for prompt, length in zip(prompts, lengths, strict=True)]
 
 
-class Embedded:
+class InProcess:
+    """A way that samples in this process."""
+
+    def cpu_s(self) -> float:
+        """CPU seconds of this process."""
+        return time.process_time()
+
+
+class Embedded(InProcess):
     """The engine of an actor."""
 
     def __init__(self, folder: str, slots: int) -> None:
@@ -188,7 +223,7 @@ class Ends(StoppingCriteria):
         return self._ends <= input_ids.shape[1]
 
 
-class Padded:
+class Padded(InProcess):
     """`generate` of transformers, a batch at a time, with prompts padded on the left."""
 
     def __init__(self, folder: str, rows: int) -> None:
@@ -227,20 +262,23 @@ def table(report: dict[str, Any]) -> list[str]:
     )
     for one in report["models"]:
         sizes = one["sizes"]
-        rows = [["lengths", "mean", "longest", "embedded", "generate", "ratio", "bar", ""]]
+        rows = [["lengths", "mean", "longest", "embedded", "peer", "tokens/s", "ratio", "bar", ""]]
         for kind, rates in one["tokens_per_s"].items():
-            lengths, compared = one["lengths"][kind], one["ratios"][kind]
-            rows.append(
+            lengths = one["lengths"][kind]
+            rows += [
                 [
                     kind,
                     f"{np.mean(lengths):.1f}",
                     str(lengths[-1]),
-                    *(interval(rates[way], ".0f") for way in ("embedded", "generate")),
+                    interval(rates["embedded"], ".0f"),
+                    compared["to"],
+                    interval(rates[compared["to"]], ".0f"),
                     interval(compared),
                     f"{compared['bar']:g}",
                     verdict(compared),
                 ]
-            )
+                for compared in one["ratios"][kind]
+            ]
         about = f"{len(one['lengths']['equal'])} requests, {sizes['slots']} rows; turns: {sizes['turns']}"
         lines += ["", f"{one['model']}: {about}", *columns(rows)]
     return lines

@@ -3,7 +3,7 @@
 sgpo-async bench builtin:demo         generation alone, learning alone, synchronous, asynchronous
 sgpo-async bench overlap --quick      does asynchrony pay: synchronous, colocated and asynchronous runs, simulated
 sgpo-async bench pinned --quick       the same for real on this machine, with a core for each side
-sgpo-async bench engine --quick       the embedded engine against generate of transformers
+sgpo-async bench engine --quick       the embedded engine against generate of transformers, and SGLang with --sglang
 sgpo-async bench pack --quick         padding, and how long ranks wait for each other, against naive micro-batches
 sgpo-async bench loss --quick         time and memory of the fused losses, against all logits at once and Liger
 sgpo-async bench scale --quick        how many inference nodes one hub serves: a real hub, simulated nodes
@@ -26,7 +26,7 @@ from sgpo_async.cli.options import add_config, load_run, print_dry_run
 PARTS: dict[str, tuple[str, ...]] = {
     "overlap": (),
     "pinned": (),
-    "engine": ("model",),
+    "engine": ("model", "sglang"),
     "pack": ("run",),
     "loss": (),
     "scale": (),
@@ -60,6 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="trl: an argument of TRL's GRPOConfig, e.g. steps_per_generation=1; may be repeated",
     )
     parser.add_argument("--model", default="", metavar="FOLDER", help="engine: measure this model, too")
+    parser.add_argument(
+        "--sglang", default="", metavar="PYTHON", help="engine: Python of an environment with SGLang, on the CPU"
+    )
     parser.add_argument(
         "--run", default="", metavar="FOLDER", help="pack: measure the lengths, too, that this run has recorded"
     )

@@ -127,13 +127,17 @@ def training_memory(run: Run, parameters: int, *, gpu_bytes: int | None) -> str:
     ranks = int(os.environ.get("WORLD_SIZE", run.local.ranks))
     here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     width = {"float32": 4, "bfloat16": 2}
-    teacher = width[run.algorithm.teacher_dtype] if run.copies_teacher else 0
+    copies = run.copies_teacher + run.copies_reference
+    teacher = width[run.algorithm.teacher_dtype] * copies
     adapters = run.learner.lora.rank > 0  # then only they have gradients and moments, and they are small
     nbytes = width[run.model.dtype] if adapters else TRAINED + run.optim.state_bytes + teacher
     each = int(parameters * nbytes) // run.learner.shards(ranks=ranks, here=here)
-    parts = f"weights{'' if adapters else ', gradients, AdamW'}{', teacher' * bool(teacher)}"
+    parts = f"weights{'' if adapters else ', gradients, AdamW'}{', teacher' * run.copies_teacher}"
+    parts += ", reference" * run.copies_reference
     what = f"{size(each)} in each of {ranks} ranks: {parts}"
-    remedy = "use more ranks or a smaller model" + (", or algorithm.teacher_dtype=bfloat16" if teacher == 4 else "")
+    remedy = "use more ranks or a smaller model" + (
+        ", or algorithm.teacher_dtype=bfloat16" if teacher == 4 * copies > 0 else ""
+    )
     in_ram = run.learner.offload_weights or (gpu_bytes is None and not GPU.exists())
     needed, available = each * here if in_ram else 0, available_memory()
     if gpu_bytes is not None and each > gpu_bytes and not in_ram:

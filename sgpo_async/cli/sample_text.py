@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,8 +19,13 @@ LARGEST = 3  # tokens of the largest divergences that are listed
 PIECE = 24  # characters of each
 
 
-def render(sample: Mapping[str, Any], *, chars: int) -> RenderableType:
-    """The problem, the rollouts of the policy alone and those with the strategy; at most `chars` of each completion."""
+def render(sample: Mapping[str, Any], *, chars: int, bound: float = math.inf) -> RenderableType:
+    """The problem, the rollouts of the policy alone and those with the strategy.
+
+    Args:
+        chars: most characters of each completion; 0: all.
+        bound: the divergence in nats above which a token is struck through.
+    """
     about = Table.grid(padding=(0, 2, 0, 0))
     about.add_column(style="dim", no_wrap=True)
     about.add_column(overflow="fold")
@@ -33,7 +39,7 @@ def render(sample: Mapping[str, Any], *, chars: int) -> RenderableType:
         if own:
             right, count = solved(sample, guided=guided)
             heading = f"{'with the strategy' if guided else 'alone'}: {right} of {count} correct"
-            parts += [Text(), _rollouts(own, heading, chars)]
+            parts += [Text(), _rollouts(own, heading, chars, bound)]
     return Group(*parts, Text())
 
 
@@ -42,7 +48,7 @@ def _title(sample: Mapping[str, Any]) -> Text:
     return Text.assemble((f"step {sample['step']}", "bold"), (facts, "dim"))
 
 
-def _rollouts(rollouts: Sequence[Mapping[str, Any]], heading: str, chars: int) -> RenderableType:
+def _rollouts(rollouts: Sequence[Mapping[str, Any]], heading: str, chars: int, bound: float) -> RenderableType:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("", no_wrap=True)
     table.add_column("version", justify="right", no_wrap=True)
@@ -50,23 +56,24 @@ def _rollouts(rollouts: Sequence[Mapping[str, Any]], heading: str, chars: int) -
     table.add_column(heading, overflow="fold")
     for rollout in rollouts:
         mark = Text("✓", style="green") if rollout["correct"] else Text("✗", style="red")
-        table.add_row(mark, versions_of(rollout), str(rollout["tokens"]), _completion(rollout, chars))
+        table.add_row(mark, versions_of(rollout), str(rollout["tokens"]), _completion(rollout, chars, bound))
         if "kl" in rollout:
             table.add_row("", "", "", _divergences(rollout))
     return table
 
 
-def _completion(rollout: Mapping[str, Any], chars: int) -> Text:
-    text, notes = text_of(runs_of(rollout, chars=chars)), notes_of(rollout)
+def _completion(rollout: Mapping[str, Any], chars: int, bound: float) -> Text:
+    text, notes = text_of(runs_of(rollout, chars=chars), bound=bound), notes_of(rollout)
     return text.append(f" [{notes}]", style="dim") if notes else text
 
 
-def text_of(runs: Sequence[Run]) -> Text:
-    """Runs as text, with tokens of a large divergence highlighted."""
+def text_of(runs: Sequence[Run], *, bound: float = math.inf) -> Text:
+    """Runs as text, with tokens of a large divergence highlighted, and those above `bound` struck through."""
     text = Text()
     for part, kl in runs:
-        style = next((style for least, style in STYLES.items() if kl is not None and kl >= least), "")
-        text.append(printable(part), style=style)
+        styles = [style for least, style in STYLES.items() if kl is not None and kl >= least][:1]
+        styles += ["strike"] * (kl is not None and kl > bound)
+        text.append(printable(part), style=" ".join(styles))
     return text
 
 

@@ -3,9 +3,10 @@
     sgpo-async samples runs/demo                       the newest group
     sgpo-async samples runs/demo --last 5 --unsolved   the newest five groups that the policy alone did not solve
     sgpo-async samples runs/demo --step 40 --problem "add"
+    sgpo-async samples runs/demo --last 50 --html samples.html     a page with alone and guided side by side
 
 Tokens of distilled completions are highlighted by the divergence between the guided and the unguided distribution:
-yellow from 0.1 nats, red from 1.
+yellow from 0.1 nats, red from 1. Tokens that the mask of Eq. 5 removes from the loss are struck through.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ CHARS = 2000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """RUN [--step N | --last K] [--problem TEXT] [--solved | --unsolved] [--chars N] [--width N]."""
+    """RUN [--step N | --last K] [--problem TEXT] [--solved | --unsolved] [--chars N] [--width N | --html FILE]."""
     parser.add_argument("folder", metavar="RUN", type=Path, help="folder of the run, e.g. runs/demo")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--step", type=int, metavar="N", help="the groups of this step")
@@ -33,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chars", type=int, default=CHARS, metavar="N", help=f"of each completion; 0: all (default: {CHARS})"
     )
-    parser.add_argument("--width", type=int, metavar="N", help="columns (default: the terminal's; 80 in a pipe)")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--width", type=int, metavar="N", help="columns (default: the terminal's; 80 in a pipe)")
+    where.add_argument("--html", type=Path, metavar="FILE", help="write a page in place of text")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -41,7 +44,10 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from sgpo_async.cli.sample_text import render
+    from sgpo_async.files import write_whole
     from sgpo_async.metrics.samples import SAMPLES, read_samples
+    from sgpo_async.report.completions import mask_bound, samples_page
+    from sgpo_async.report.page import read_config
 
     for name, least in (("last", 1), ("chars", 0), ("width", 40)):
         value = getattr(args, name)
@@ -54,9 +60,15 @@ def run(args: argparse.Namespace) -> int:
     found = [sample for sample in samples if _fits(sample, args)]
     if not found:
         raise SgpoError(f"{path}: none of {len(samples)} groups fits; {_steps(samples)}")
+    chosen = found if args.step is not None else found[-args.last :]
+    bound = mask_bound(read_config(args.folder / "config.yaml"))
+    if args.html:
+        write_whole(args.html, samples_page(args.folder.resolve().name, chosen, bound=bound, chars=args.chars))
+        print(f"{len(chosen)} {'group' if len(chosen) == 1 else 'groups'}: {args.html}")
+        return 0
     console = Console(markup=False, emoji=False, highlight=False, width=args.width)
-    for sample in found if args.step is not None else found[-args.last :]:
-        console.print(render(sample, chars=args.chars))
+    for sample in chosen:
+        console.print(render(sample, chars=args.chars, bound=bound))
     return 0
 
 

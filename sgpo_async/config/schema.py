@@ -20,18 +20,34 @@ from typing import Any, Literal
 
 from sgpo_async.config.processes import Engine, Hub, Local, Sglang
 from sgpo_async.config.rules import PATH, host_of, require, require_finite
-from sgpo_async.config.training import BANDS, TRACKERS, Algorithm, Correction, CorrectionMode, Learner, Lora, Optim, Sft
+from sgpo_async.config.training import (
+    BANDS,
+    CREDITED,
+    GUIDED,
+    TRACKERS,
+    Algorithm,
+    Correction,
+    CorrectionMode,
+    Learner,
+    Lora,
+    Optim,
+    Rlcsd,
+    Rlsd,
+    Sft,
+)
 
 __all__ = [
     "BANDS",
     "BYTES_PER_TOKEN",
     "CHECKPOINTS",
     "COLUMNS",
+    "CREDITED",
     "HELD_OUT",
     "TRACKERS",
     "WARMUP_CHECKPOINTS",
     "Algorithm",
     "BenchmarkFile",
+    "Context",
     "Correction",
     "CorrectionMode",
     "Engine",
@@ -42,6 +58,8 @@ __all__ = [
     "Lora",
     "Model",
     "Optim",
+    "Rlcsd",
+    "Rlsd",
     "Rollout",
     "Run",
     "Sft",
@@ -50,6 +68,9 @@ __all__ = [
     "host_of",
     "require",
 ]
+
+Context = Literal["strategy", "response", "partial-response", "answer", "other-strategy", "none", "sibling"]
+UNGUIDED = ("none", "sibling")  # contexts that no rollout is guided by
 
 CHECKPOINTS = "checkpoints"  # subfolder of the run's folder
 WARMUP_CHECKPOINTS = "warmup-checkpoints"  # subfolder for checkpoints of `sgpo-async sft`
@@ -90,7 +111,11 @@ class Tasks:
     prompt: str = "plain"  # plain, chat (the tokenizer's template), or module:function
     system: str = ""  # prompt=chat: the system message
     template_args: dict[str, Any] = field(default_factory=dict)  # prompt=chat: e.g. {enable_thinking: false}
-    strategy_place: Literal["user", "system"] = "user"  # prompt=chat: the message that holds the strategy
+    # What stands in guided prompts, and what a teacher reads with the problem: its strategy; its response, or the first
+    # quarter of it; its answer; the strategy of another problem, for contrast; nothing; a correct rollout of the same
+    # group, which only a teacher can read.
+    context: Context = "strategy"
+    strategy_place: Literal["user", "system"] = "user"  # prompt=chat: the message that holds the strategy or context
     suffix: str = ""  # text directly after the problem, e.g. "\nPut the answer into \\boxed{}."
     reward: Any = (
         ""  # math, ..., module:function, or {name: weight, ...}; "": the source's verifier (docs/own-tasks.md)
@@ -296,12 +321,7 @@ class Run:
         require_finite(self)
         require(bool(self.name) and "/" not in self.name, "name", "must be a folder name without /", self.name)
         require(self.steps >= 1, "steps", "must be >= 1", self.steps)
-        require(
-            self.algorithm.objective != "sgpo" or self.rollout.guided >= 1,
-            "rollout.guided",
-            "must be >= 1 when algorithm.objective=sgpo",
-            self.rollout.guided,
-        )
+        self._check_context()
         require(
             self.algorithm.objective != "hpt" or self.algorithm.hpt_gate < self.rollout.autonomous,
             "algorithm.hpt_gate",
@@ -350,10 +370,49 @@ class Run:
             "hub.batches_in_flight",
         )
 
+    def _check_context(self) -> None:
+        """Check that the objective has the rollouts and the context that it trains on."""
+        objective, context = self.algorithm.objective, self.tasks.context
+        require(
+            objective not in GUIDED or self.rollout.guided >= 1,
+            "rollout.guided",
+            f"must be >= 1 when algorithm.objective={objective}",
+            self.rollout.guided,
+        )
+        require(
+            context not in UNGUIDED or self.rollout.guided == 0,
+            "rollout.guided",
+            f"must be 0 with tasks.context={context}, which no rollout can be guided by",
+            self.rollout.guided,
+        )
+        require(
+            context not in UNGUIDED or self.algorithm.reads_in_context or context == "none",
+            "tasks.context",
+            f"must not be {context} with algorithm.objective={objective}, whose teacher reads no autonomous rollouts",
+            context,
+        )
+        require(
+            context in ("strategy", "sibling") or objective != "rlcsd",
+            "tasks.context",
+            "must be strategy or sibling with algorithm.objective=rlcsd, which needs a right and a wrong one",
+            context,
+        )
+
+    @property
+    def needs_strategies(self) -> bool:
+        """Whether the objective needs problems with a strategy, or with the text of another context."""
+        guided = self.algorithm.objective in GUIDED
+        return guided or (self.algorithm.reads_in_context and self.tasks.context not in UNGUIDED)
+
     @property
     def copies_teacher(self) -> bool:
         """Whether the learner keeps a copy of the weights as the teacher; with adapters, the model itself is kept."""
         return self.algorithm.copies_teacher and not self.learner.lora.rank
+
+    @property
+    def copies_reference(self) -> bool:
+        """Whether the learner keeps a second copy, of the weights at the start; with adapters, the model is kept."""
+        return self.algorithm.copies_reference and not self.learner.lora.rank
 
     @property
     def state_mb(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,6 +11,12 @@ from sgpo_async.config.rules import INFINITE, PATH, require, require_one_of
 CorrectionMode = Literal["none", "token", "token-mask", "prefix", "sequence", "sequence-geometric"]
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 BANDS = ("token-mask", "sequence-geometric")  # modes that mask every ratio outside [1/bound, bound]
+Objective = Literal[
+    "sgpo", "grpo", "sft", "luffy", "hpt", "opsd", "sdpo", "kdrl", "rlsd", "rlcsd", "iw-opd", "pi-distill", "pope"
+]  # fmt: skip
+GUIDED = ("sgpo", "pi-distill", "pope")  # objectives that train guided rollouts
+DISTILLED = ("opsd", "sdpo", "kdrl")  # a teacher with a context is distilled on autonomous rollouts
+CREDITED = ("rlsd", "rlcsd", "iw-opd")  # a teacher with a context gives each token of them an advantage of its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +25,37 @@ class Correction:
 
     mode: CorrectionMode = "token"  # how a token is weighted (docs/algorithm.md)
     bound: float = field(default=2.0, metadata=INFINITE)  # >= 1; .inf: weights are not bounded
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rlsd:
+    """RLSD: the teacher scales the advantage of each token (docs/algorithm.md)."""
+
+    clip: float = 0.2  # the factor is kept in [1 - clip, 1 + clip]
+    weight: float = 0.5  # lambda, of the scaled advantage at the first step; 1 - lambda: that of GRPO's
+    steps: int = 50  # in which lambda falls to 0; 0: it stays as it is
+
+    def __post_init__(self) -> None:
+        require(0 < self.clip < 1, "algorithm.rlsd.clip", "must be in (0, 1)", self.clip)
+        require(0 <= self.weight <= 1, "algorithm.rlsd.weight", "must be in [0, 1]", self.weight)
+        require(self.steps >= 0, "algorithm.rlsd.steps", "must be >= 0", self.steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rlcsd:
+    """RLCSD: a right and a wrong context shift the advantage of each token (docs/algorithm.md)."""
+
+    tau: float = 0.02  # nats in which the evidence of a token saturates
+    scale: float = 0.5  # of the shift
+    threshold: float = 0.02  # a token is shifted if its shift is larger
+    weight: float = 1.0  # of the shifted tokens
+    wrong: int = 4  # most wrong contexts of a rollout
+
+    def __post_init__(self) -> None:
+        for name in ("tau", "scale", "weight"):
+            require(getattr(self, name) > 0, f"algorithm.rlcsd.{name}", "must be > 0", getattr(self, name))
+        require(self.threshold >= 0, "algorithm.rlcsd.threshold", "must be >= 0", self.threshold)
+        require(self.wrong >= 1, "algorithm.rlcsd.wrong", "must be >= 1", self.wrong)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +68,9 @@ class Algorithm:
     limiter's.
     """
 
-    objective: Literal["sgpo", "grpo", "sft", "luffy", "hpt"] = "sgpo"  # docs/algorithm.md compares them
-    policy_gradient: bool = True  # sgpo: false trains on distillation alone, without Eq. 1 on the autonomous rollouts
+    objective: Objective = "sgpo"  # docs/algorithm.md compares them
+    # sgpo, pi-distill: false trains without Eq. 1 on the autonomous rollouts
+    policy_gradient: bool = True
     # What the rewards less their mean in the group are divided by: std: Eq. 1; mean: MaxRL; none: Dr. GRPO. luffy: std.
     advantage: Literal["std", "mean", "none"] = "std"
     # Clip range of Eq. 1. The learner takes one optimiser step per batch, so r_t is always 1: the clip changes neither
@@ -39,9 +78,15 @@ class Algorithm:
     eps_low: float = 0.2
     eps_high: float = 0.28
     grpo_correction: Correction = field(default_factory=Correction)
+    # Weight of (log pi - log pi_0)^2 / 2 on each token of the policy gradient, where pi_0 are the weights at the start:
+    # in the mean its gradient is that of KL(pi || pi_0). It needs a copy of these weights and a forward pass.
+    reference_kl: float = 0.0
 
-    # sgpo: how the student is trained towards the target, and which target; sft: the plain likelihood of its tokens
+    # All objectives that distil a teacher: how the student is drawn towards it. sgpo only: sft, the plain likelihood of
+    # the target's tokens; which target
     divergence: Literal["forward", "reverse", "jensen-shannon", "sft"] = "forward"  # Eq. 3: forward
+    # divergence=forward: the most that one token of the vocabulary may add to d_t, in nats; OPSD: 0.05
+    kl_clip: float = field(default=math.inf, metadata=INFINITE)
     target: Literal["reachable", "all"] = "reachable"  # Eq. 4; all: the mean over all correct guided rollouts (Eq. 2)
     limiter: Literal["mask", "clamp", "smooth", "quantile", "none"] = "none"  # mask: Eq. 5 masks tokens of d_t > delta
     delta: float = 1.0  # limiter=mask, clamp, smooth: the bound of d_t in nats
@@ -50,10 +95,10 @@ class Algorithm:
     # c grows with c^T; with c = 1, as in V-trace, no prefix weighs more than 1.
     kl_correction: Correction = field(default_factory=lambda: Correction(mode="none", bound=1.0))
 
-    # sgpo: the weights whose guided distribution is distilled. self: the present weights (Eq. 3); ema: their running
-    # average; snapshot: a copy of them, renewed every teacher_every steps; frozen: the weights at the start of the run;
-    # behaviour: the weights that sampled the rollout, known by the likeliest tokens that the engine reported, which
-    # needs neither a copy of the weights nor another forward pass
+    # The weights that teach. self: the present ones (Eq. 3); ema: their running average; snapshot: a copy of them,
+    # renewed every teacher_every steps; frozen: those at the start of the run; behaviour, sgpo only: those that sampled
+    # the rollout, known by the likeliest tokens that the engine reported, which needs neither a copy of the weights nor
+    # another forward pass
     teacher: Literal["self", "ema", "snapshot", "frozen", "behaviour"] = "frozen"
     teacher_decay: float = 0.99  # ema: the fraction of the average that each step keeps
     teacher_every: int = 20  # snapshot: steps between two copies
@@ -62,7 +107,7 @@ class Algorithm:
 
     # sgpo: alpha(q), the weight of distillation
     weight: Literal["adaptive", "fixed", "group-advantage"] = "adaptive"  # Eq. 6, the constant `alpha`, or Eq. 8
-    alpha: float = 1.0  # weight=fixed
+    alpha: float = 1.0  # weight=fixed; the weight of distillation in opsd, sdpo, kdrl and pi-distill
     alpha0: float = 1.0  # the paper: 0.5
     gamma: float = 0.1  # in Eq. 6, which is alpha0 (p_guide - p_auto + gamma) / (p_auto + gamma), up to alpha_max
     alpha_max: float = 1.6  # the paper: 0.8
@@ -71,13 +116,19 @@ class Algorithm:
     pass_rates: Literal["observed", "corrected"] = "observed"
     guide_gate: float = 0.0  # a problem is distilled only if its observed guided pass rate is at least this
 
+    # opsd, kdrl: the autonomous rollouts that are distilled: all, the wrong ones, or those with a positive advantage
+    distilled: Literal["all", "wrong", "advantage"] = "all"
+    distil_skip: int = 0  # opsd, sdpo, kdrl: tokens at the start of a completion that are not distilled; SDFT: 3
+    rlsd: Rlsd = field(default_factory=Rlsd)
+    rlcsd: Rlcsd = field(default_factory=Rlcsd)
+    iw_gamma: float = 0.5  # iw-opd: the first token weighs 1 + iw_gamma, the last one nearly 1
     luffy_gamma: float = 0.1  # luffy: a token of the demonstration has the weight f(p) = p / (p + luffy_gamma)
     hpt_gate: int = 0  # hpt: with at most this many correct autonomous rollouts, train on the demonstration instead
 
     def __post_init__(self) -> None:
-        for name in ("delta", "gamma", "eps_low", "eps_high", "luffy_gamma"):
+        for name in ("delta", "gamma", "eps_low", "eps_high", "luffy_gamma", "kl_clip"):
             require(getattr(self, name) > 0, f"algorithm.{name}", "must be > 0", getattr(self, name))
-        for name in ("alpha", "alpha0", "alpha_max", "hpt_gate"):
+        for name in ("alpha", "alpha0", "alpha_max", "hpt_gate", "reference_kl", "distil_skip", "iw_gamma"):
             require(getattr(self, name) >= 0, f"algorithm.{name}", "must be >= 0", getattr(self, name))
         for name in ("guide_gate", "quantile", "teacher_decay"):
             require(0 <= getattr(self, name) <= 1, f"algorithm.{name}", "must be in [0, 1]", getattr(self, name))
@@ -94,11 +145,18 @@ class Algorithm:
                 correction.bound,
             )
         require(
-            self.policy_gradient or self.objective == "sgpo",
+            self.policy_gradient or self.objective in ("sgpo", "pi-distill"),
             "algorithm.policy_gradient",
-            f"must be true with algorithm.objective={self.objective}: only sgpo can train without it",
+            f"must be true with algorithm.objective={self.objective}: only sgpo and pi-distill leave the choice",
             self.policy_gradient,
         )
+        require(
+            self.kl_clip == math.inf or self.divergence == "forward",
+            "algorithm.kl_clip",
+            f"must be .inf with algorithm.divergence={self.divergence}: it bounds the terms of the forward KL",
+            self.kl_clip,
+        )
+        self._check_context()
         require(
             self.pass_rates == "observed" or (self.objective == "sgpo" and self.weight == "adaptive"),
             "algorithm.pass_rates",
@@ -112,10 +170,51 @@ class Algorithm:
             self.teacher_dtype,
         )
 
+    def _check_context(self) -> None:
+        """Check the keys of objectives whose teacher reads autonomous rollouts with a context."""
+        name = self.objective
+        if not self.reads_in_context and name != "pi-distill":
+            return
+        require(
+            self.teacher != "behaviour",
+            "algorithm.teacher",
+            f"must not be behaviour with algorithm.objective={name}: engines report likely tokens for sgpo alone",
+            self.teacher,
+        )
+        require(
+            self.teacher == "self" or name != "pi-distill",
+            "algorithm.teacher",
+            "must be self with algorithm.objective=pi-distill, which trains teacher and student in the same weights",
+            self.teacher,
+        )
+        require(
+            self.divergence != "sft" or name in CREDITED,
+            "algorithm.divergence",
+            f"must not be sft with algorithm.objective={name}: it does not compare with the teacher",
+            self.divergence,
+        )
+        require(
+            self.kl_correction.mode == "none",
+            "algorithm.kl_correction.mode",
+            f"must be none with algorithm.objective={name}: it corrects towards the teacher, for guided rollouts",
+            self.kl_correction.mode,
+        )
+        require(
+            self.alpha <= 1 or name != "sdpo",
+            "algorithm.alpha",
+            "must be <= 1 with algorithm.objective=sdpo, where 1 - alpha is the weight of GRPO",
+            self.alpha,
+        )
+
     @property
     def copies_teacher(self) -> bool:
         """Whether the learner keeps a copy of the weights as the teacher."""
-        return self.compares_with_teacher and self.teacher not in ("self", "behaviour")
+        return self.asks_teacher and self.teacher not in ("self", "behaviour")
+
+    @property
+    def copies_reference(self) -> bool:
+        """Whether the learner keeps a second copy of the weights, those at the start of the run."""
+        return self.reference_kl > 0 and not (self.copies_teacher and self.teacher == "frozen")
 
     @property
     def top_logprobs_num(self) -> int:
@@ -125,7 +224,17 @@ class Algorithm:
     @property
     def compares_with_teacher(self) -> bool:
         """Whether the loss compares the student's distributions with a teacher's."""
-        return self.objective == "sgpo" and self.divergence != "sft"
+        return self.objective in DISTILLED or (self.objective in ("sgpo", "pi-distill") and self.divergence != "sft")
+
+    @property
+    def reads_in_context(self) -> bool:
+        """Whether a teacher reads autonomous rollouts after a prompt with a context."""
+        return self.objective in DISTILLED + CREDITED
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether the teacher runs at all: for its distributions, or for its probabilities of the sampled tokens."""
+        return self.compares_with_teacher or self.objective in CREDITED
 
     @property
     def needs_responses(self) -> bool:

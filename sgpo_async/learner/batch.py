@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from sgpo_async.config.schema import Algorithm
+from sgpo_async.learner.contexts import Contexts
 from sgpo_async.learner.objectives import OBJECTIVES
 from sgpo_async.learner.objectives.base import Distillation, Likelihood, PolicyGradient, TaskGroup, rollout_after
 from sgpo_async.learner.packing import Tokens, repeated_tokens
@@ -72,10 +73,10 @@ class Sequences(NamedTuple):
 
     @classmethod
     def of(cls, items: Sequence[Item]) -> Sequences:
-        """Group sequences by kind."""
+        """Group sequences by kind, and distillation by its divergence."""
         return cls(
             [item for item in items if isinstance(item, PolicyGradient)],
-            [item for item in items if isinstance(item, Distillation)],
+            sorted((item for item in items if isinstance(item, Distillation)), key=lambda item: item.divergence),
             [item for item in items if isinstance(item, Likelihood)],
         )
 
@@ -109,6 +110,7 @@ def from_shard(
     algorithm: Algorithm,
     *,
     responses: Responses | None = None,
+    contexts: Contexts | None = None,
     log_rho: Iterable[float] | None = None,
     left_out: LeftOut | None = None,
 ) -> Batch:
@@ -116,6 +118,7 @@ def from_shard(
 
     Args:
         responses: looks up the response of a task, for objectives that train on responses.
+        contexts: finds the teacher's prompts for autonomous rollouts, for objectives that need them.
         log_rho: log pi/mu of each whole rollout in the shard's order, for corrected pass rates.
         left_out: what is not trained; by default all is.
     """
@@ -132,6 +135,7 @@ def from_shard(
             autonomous=autonomous,
             guided=tuple(rollout for rollout in rollouts if rollout.guided),
             demonstration=responses(task) if responses else None,
+            contexts=contexts(autonomous) if contexts else {},
             log_rho={rollout.slot: ratios[task, rollout.slot] for rollout in rollouts} if ratios else None,
             problems=shard.problems,
             mask_cut=left_out.cut,

@@ -1,7 +1,8 @@
 """One optimiser step on one rank's shard: the sequences of the objective, in packed micro-batches.
 
     shard ─▶ (corrected pass rates: log pi of every rollout, no gradient)
-          ─▶ Batch ─▶ division: the sequences of all ranks are divided anew over ranks and micro-batches
+          ─▶ Batch ─▶ (log p of its tokens by teacher and reference, no gradient)
+                  ─▶ division: the sequences of all ranks are divided anew over ranks and micro-batches
                   ├─▶ teacher pass (no gradient): hidden states of each target after its guided prompt
                   └─▶ per micro-batch: policy ─▶ weighted loss terms of its sequences ─▶ backward
                                                         after the last one: FSDP sums the gradients over ranks
@@ -14,8 +15,10 @@ micro-batches runs empty ones.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -24,15 +27,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from sgpo_async.algorithm import TeacherDivergence, TopDivergence
-from sgpo_async.config.schema import Run
+from sgpo_async.algorithm import Kept, TeacherDivergence, TopDivergence
+from sgpo_async.config.schema import CREDITED, Run
 from sgpo_async.errors import DataError, SgpoError
 from sgpo_async.learner.batch import Batch, Item, LeftOut, Responses, Sequences, from_shard
+from sgpo_async.learner.contexts import Contexts
 from sgpo_async.learner.division import Cost, Piece, deal, divide
 from sgpo_async.learner.objectives.base import Distillation, rollout_after
 from sgpo_async.learner.optimiser import clip_gradients, learning_rate
 from sgpo_async.learner.packing import Packed, Tokens, kept_of, pack, repeated_tokens
 from sgpo_async.learner.policy import LOCAL_GRADIENT_BYTES, Policy
+from sgpo_async.learner.scores import with_evidence, with_reference
 from sgpo_async.learner.step_metrics import StepMetrics
 from sgpo_async.learner.teacher import Teacher
 from sgpo_async.learner.teacher_targets import top_k_targets
@@ -40,7 +45,7 @@ from sgpo_async.learner.terms import DistillationTerm, LikelihoodTerm, PolicyGra
 from sgpo_async.wire.records import Shard
 
 COUNTED_LAGS = 63  # with hub.stale=correct, larger lags count as this one in the metrics
-Key = tuple[int, int]  # task and slot of a rollout
+Key = tuple[int, int, str]  # task and slot of a distilled rollout, and its divergence
 
 
 @dataclass
@@ -53,6 +58,8 @@ class Stepper:
     teacher: Teacher
     cost: Cost = field(init=False)
     responses: Responses | None = None  # looks up responses, for objectives that train on them
+    contexts: Contexts | None = None  # finds the prompts with which the teacher reads autonomous rollouts
+    reference: Teacher | None = None  # the weights at the start of the run, with algorithm.reference_kl
     statistics: StepMetrics | None = None  # of the last step, or of the present one so far, on this rank
     _begun: bool = False  # some parts of the present step's batch are accumulated
 
@@ -102,17 +109,19 @@ class Stepper:
                     "resume with the rollout.top_p and rollout.top_k of the run's start"
                 )
         log_rho = self._log_rho(shard) if algorithm.pass_rates == "corrected" else None
-        return from_shard(
+        batch = from_shard(
             shard,
             algorithm,
             responses=self.responses,
+            contexts=self.contexts,
             log_rho=log_rho,
             left_out=LeftOut(
-                uniform=self.run.learner.skip_uniform,
+                uniform=self.run.learner.skip_uniform and not self.reference,
                 cut=self.run.rollout.cut == "mask",
                 older=shard.version - self.run.hub.max_lag if self.run.hub.stale == "mask" else 0,
             ),
         )
+        return self._scored(batch)
 
     def accumulate(self, batch: Batch, *, last: bool = True) -> StepMetrics:
         """Add the gradient of the loss, summed over ranks, to that of the parameters. A collective of all ranks.
@@ -159,6 +168,24 @@ class Stepper:
         dist.all_reduce(count, dist.ReduceOp.MAX)
         return [own for (own,) in rounds] + [[]] * (int(count) - len(rounds))
 
+    def _scored(self, batch: Batch) -> Batch:
+        """Add what teacher and reference say of the tokens of the policy gradient. A collective of all ranks."""
+        items = batch.sequences.policy_gradient
+        scored = 0
+
+        def score(teacher: Teacher, sequences: Sequence[Tokens]) -> list[np.ndarray]:
+            nonlocal scored
+            scored += sum(own.length for own in sequences)
+            forward = partial(teacher.log_probabilities, self.policy)
+            return [own.double().cpu().numpy() for own in self._token_log_probabilities(sequences, forward)]
+
+        if self.run.algorithm.objective in CREDITED:
+            items = with_evidence(items, partial(score, self.teacher))
+        if self.reference:
+            items = with_reference(items, partial(score, self.reference))
+        sequences = batch.sequences._replace(policy_gradient=items)
+        return replace(batch, sequences=sequences, forward_only=batch.forward_only + scored)
+
     def _log_rho(self, shard: Shard) -> list[float]:
         """Compute log pi/mu of each whole rollout, after the prompt with which it was sampled."""
         sums = self.log_probabilities([rollout_after(rollout.prompt, rollout) for rollout in shard.rollouts])
@@ -166,16 +193,22 @@ class Stepper:
 
     def log_probabilities(self, sequences: Sequence[Tokens]) -> list[float]:
         """Compute log pi of each completion's trained tokens at the sampling temperature. A collective of all ranks."""
-        sums: dict[int, float] = {}
+        found = self._token_log_probabilities(sequences, self.policy.log_probabilities)
+        return [float(own.double().sum()) for own in found]
+
+    def _token_log_probabilities(
+        self, sequences: Sequence[Tokens], forward: Callable[[Packed, float, Kept | None], Tensor]
+    ) -> list[Tensor]:
+        """Compute the log-probabilities of each sequence's trained tokens by `forward`: [C] each. A collective."""
+        found: dict[int, Tensor] = {}
         for order in self._forwards(sequences):
             taken = [sequences[i] for i in order]
-            log_pi = self.policy.log_probabilities(pack(taken), self.run.rollout.temperature, kept_of(taken))
-            own = log_pi.split([len(sequences[i].targets) for i in order])
-            sums |= {i: float(part.double().sum()) for i, part in zip(order, own, strict=True)}
-        return [sums[i] for i in range(len(sequences))]
+            log_p = forward(pack(taken), self.run.rollout.temperature, kept_of(taken))
+            found |= dict(zip(order, log_p.split([len(own.targets) for own in taken]), strict=True))
+        return [found[i] for i in range(len(sequences))]
 
     def _teacher_states(self, targets: Sequence[Distillation]) -> dict[Key, Tensor]:
-        """Compute the hidden states [C, H] of each target after its guided prompt, by its task and slot."""
+        """Compute the hidden states [C, H] of each target after the teacher's prompt, by its key."""
         if not self._teacher_passes:
             return {}
         states: dict[Key, Tensor] = {}
@@ -201,31 +234,38 @@ class Stepper:
         return loss
 
     def _terms(self, part: Sequences, version: int, packed: Packed, states: dict[Key, Tensor]) -> list[Term]:
-        """Return the terms that have sequences, in the order of the kinds."""
-        targets = torch.from_numpy(packed.targets).to(self._device).split(part.sizes)
+        """Return the terms that have sequences, in the order of the kinds and of their divergences."""
+        distilled = [list(own) for _, own in groupby(part.distillation, key=lambda item: item.divergence)]
+        a, _, n = part.sizes
+        sizes = [a, *(sum(len(item.student.targets) for item in own) for own in distilled), n]
+        targets = torch.from_numpy(packed.targets).to(self._device).split(sizes)
         dtype = torch.promote_types(next(self.policy.parameters()).dtype, torch.float32)
         like, algorithm = torch.empty(0, dtype=dtype, device=self._device), self.run.algorithm
         terms: list[Term] = []
         if part.policy_gradient:
             terms.append(PolicyGradientTerm(part.policy_gradient, version, targets[0], algorithm=algorithm, like=like))
-        if part.distillation:
-            measure = self._divergence(part.distillation, targets[1], states)
-            terms.append(DistillationTerm(part.distillation, version, measure, algorithm=algorithm, like=like))
+        for own, found in zip(distilled, targets[1:-1], strict=True):
+            measure = self._divergence(own, found, states)
+            terms.append(DistillationTerm(own, version, measure, algorithm=algorithm, like=like))
         if part.likelihood:
-            terms.append(LikelihoodTerm(part.likelihood, targets[2], algorithm=algorithm, like=like))
+            terms.append(LikelihoodTerm(part.likelihood, targets[-1], algorithm=algorithm, like=like))
         return terms
 
     def _divergence(
         self, items: list[Distillation], targets: Tensor, states: dict[Key, Tensor]
     ) -> TeacherDivergence | TopDivergence:
-        """Return the comparison with the teacher: over the vocabulary, or over the tokens that the engine reported."""
+        """Return the comparison with the teacher: over the vocabulary, or over the tokens that the engine reported.
+
+        The items have one divergence.
+        """
         algorithm = self.run.algorithm
         if not self._teacher_passes:
             rollouts, k = [item.rollout for item in items], algorithm.top_logprobs_num
             return top_k_targets(rollouts, k=k, kind=algorithm.divergence, device=self._device)
         own = torch.cat([states[_key(item)] for item in items])
         kept = kept_of([item.teacher for item in items])
-        return TeacherDivergence(own, self.teacher.matrix, targets, algorithm.divergence, kept)
+        kind = items[0].divergence or algorithm.divergence
+        return TeacherDivergence(own, self.teacher.matrix, targets, kind, kept, algorithm.kl_clip)
 
     def _synchronise(self, last: bool) -> None:
         """Reduce the gradients of a small model once per step, and of a large model, to save memory, each time.
@@ -244,4 +284,4 @@ class Stepper:
 
 
 def _key(item: Distillation) -> Key:
-    return item.rollout.task, item.rollout.slot
+    return item.rollout.task, item.rollout.slot, item.divergence

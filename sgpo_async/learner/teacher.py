@@ -1,4 +1,4 @@
-"""The teacher, whose guided distribution is distilled: the policy itself, a copy of it, or the behaviour policy.
+"""The teacher, which reads a rollout with its context: the policy itself, a copy of it, or the behaviour policy.
 
     self       no copy: the current weights (Eq. 3)
     ema        a copy, updated after every step:       copy <- d copy + (1 - d) policy
@@ -18,13 +18,15 @@ the average would never change. A snapshot or a frozen copy in bfloat16 only rou
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from sgpo_async.algorithm import Kept
 from sgpo_async.config.schema import Algorithm
 from sgpo_async.learner.lora import without_adapters
 from sgpo_async.learner.packing import Packed
@@ -39,24 +41,35 @@ class Teacher:
         nbytes: size of the copy, over all ranks.
     """
 
-    def __init__(self, algorithm: Algorithm, copy: Policy | None) -> None:
-        self._algorithm, self.copy = algorithm, copy
+    def __init__(self, algorithm: Algorithm, copy: Policy | None, *, kind: str = "") -> None:
+        """`kind`: of the teacher, if it is not that of `algorithm`."""
+        self._algorithm, self.copy, self._kind = algorithm, copy, kind or algorithm.teacher
         # Compute it now: after a forward the gathered parameters have the dtype of the computation.
         self.nbytes = sum(p.numel() * p.element_size() for p in copy.parameters()) if copy else 0
 
     @property
     def moving(self) -> Policy | None:
         """The copy if it changes and must be saved in checkpoints; a frozen copy can be reloaded from `model.path`."""
-        return None if self._algorithm.teacher == "frozen" else self.copy
+        return None if self._kind == "frozen" else self.copy
 
     @torch.no_grad()
     def hidden(self, policy: Policy, packed: Packed) -> Tensor:
         """Compute the teacher's hidden states, see `Policy.hidden`: [C, H]. A collective of all ranks."""
-        if self.copy:
-            return self.copy.hidden(packed)
-        own = self._algorithm.teacher == "frozen" and policy.lora.rank
+        with self._weights(policy) as weights:
+            return weights.hidden(packed)
+
+    @torch.no_grad()
+    def log_probabilities(self, policy: Policy, packed: Packed, temperature: float, kept: Kept | None = None) -> Tensor:
+        """Compute the teacher's log-probability of each completion token: [C]. A collective of all ranks."""
+        with self._weights(policy) as weights:
+            return weights.log_probabilities(packed, temperature, kept)
+
+    @contextmanager
+    def _weights(self, policy: Policy) -> Iterator[Policy]:
+        """The weights that teach."""
+        own = self._kind == "frozen" and policy.lora.rank and not self.copy
         with without_adapters(policy) if own else nullcontext():
-            return policy.hidden(packed)
+            yield self.copy or policy
 
     @property
     def matrix(self) -> Tensor | None:
@@ -81,7 +94,6 @@ class Teacher:
 
     def _share(self, steps: int) -> float:
         """Return the weight of the policy in the copy's update after this step: 0 for no update, 1 for a full copy."""
-        algorithm = self._algorithm
-        if algorithm.teacher == "ema":
-            return 1 - algorithm.teacher_decay
-        return float(algorithm.teacher == "snapshot" and steps % algorithm.teacher_every == 0)
+        if self._kind == "ema":
+            return 1 - self._algorithm.teacher_decay
+        return float(self._kind == "snapshot" and steps % self._algorithm.teacher_every == 0)

@@ -25,7 +25,11 @@ from sgpo_async.algorithm import (
     correction_weights,
     distillation_loss,
     grpo_loss,
+    iw_opd_advantages,
     nll_loss,
+    reference_loss,
+    rlcsd_advantages,
+    rlsd_advantages,
     shaped_loss,
 )
 from sgpo_async.config.schema import Algorithm
@@ -60,7 +64,13 @@ class PolicyGradientTerm:
         self._advantages, self._weights, self._stand_for = (
             _like(like, [getattr(item, name) for item in items]) for name in ("advantage", "weight", "stands_for")
         )
-        whole = algorithm.grpo_correction.mode in WHOLE_SEQUENCE_MODES
+        self._evidence, self._log_reference = (
+            _per_token([(item.rollout, getattr(item, name)) for item in items], like)
+            for name in ("evidence", "log_reference")
+        )
+        self._own_prompt = torch.tensor([[item.prompt is None] for item in items], device=like.device)
+        self._version = version
+        whole = algorithm.grpo_correction.mode in WHOLE_SEQUENCE_MODES or algorithm.objective == "iw-opd"
         self._kept = kept_of([item.student for item in items])
         self.part = Part(LogProbability(targets, self._kept), self._loss, whole)
 
@@ -75,18 +85,45 @@ class PolicyGradientTerm:
         share = self._stand_for[:, None] * self._mask
         statistics.add(entropy=_unflatten(found.aside, self._mask) * share, entropy_tokens=share)
         statistics.add_correction("correction", self._correction(log_pi), log_rho, self._age, rule)
-        statistics.mismatch.add(log_rho, self._age, _later(self._rollouts, self._mask))
+        engine = torch.where(
+            self._own_prompt, self._age, -1
+        )  # after another prompt the two differ by more than the engine
+        statistics.mismatch.add(log_rho, engine, _later(self._rollouts, self._mask))
 
     def _loss(self, log_pi: Tensor, _entropy: Tensor) -> Tensor:
         log_pi = _unflatten(log_pi, self._mask)
         losses = grpo_loss(
             log_pi,
             self._mask,
-            self._advantages,
+            self._token_advantages(log_pi),
             correction=self._correction(log_pi),
             clip=(self._algorithm.eps_low, self._algorithm.eps_high),
         )
+        if self._log_reference is not None:
+            drift = reference_loss(log_pi, self._log_reference, self._mask, self._correction(log_pi))
+            losses = losses + self._algorithm.reference_kl * drift
         return (losses * self._weights).sum()
+
+    def _token_advantages(self, log_pi: Tensor) -> Tensor:
+        """The advantages, [N], or [N, T] where a teacher has given evidence."""
+        if self._evidence is None:
+            return self._advantages
+        algorithm, found = self._algorithm, self._advantages[:, None].expand_as(log_pi)
+        known = ~self._evidence[:, :1].isnan()
+        evidence = self._evidence.nan_to_num()
+        if algorithm.objective == "rlsd":
+            rule = algorithm.rlsd
+            weight = rule.weight * max(1 - self._version / rule.steps, 0) if rule.steps else rule.weight
+            credited = rlsd_advantages(self._advantages, evidence, log_pi, clip=rule.clip, weight=weight)
+        elif algorithm.objective == "rlcsd":
+            own = algorithm.rlcsd
+            shift = own.scale * (evidence / own.tau).tanh()
+            credited = rlcsd_advantages(
+                self._advantages, shift, self._mask, threshold=own.threshold, selected_weight=own.weight
+            )
+        else:
+            credited = iw_opd_advantages(evidence, log_pi, self._mask, gamma=algorithm.iw_gamma)
+        return torch.where(known, credited, found)
 
     def _correction(self, log_pi: Tensor) -> Tensor:
         rule = self._algorithm.grpo_correction
@@ -173,6 +210,20 @@ def _behaviour(rollouts: Sequence[Rollout], version: int, like: Tensor) -> tuple
     age, _ = pad([lags(rollout, version) for rollout in rollouts])
     assert (age >= 0).all(), "the lag of every token must be >= 0: a rollout is newer than the weights that it trains"
     return _like(like, log_mu), torch.from_numpy(np.where(mask, age, -1).astype(np.int64)).to(like.device)
+
+
+def _per_token(items: Sequence[tuple[Rollout, np.ndarray | None]], like: Tensor) -> Tensor | None:
+    """Pad what is known of each trained token: [N, T], NaN for a rollout of which nothing is known; None for all."""
+    if all(values is None for _, values in items):
+        return None
+    missing = np.float64(np.nan)
+    padded, _ = pad(
+        [
+            np.full(int(rollout.sampled.sum()), missing) if values is None else values[rollout.sampled]
+            for rollout, values in items
+        ]
+    )
+    return _like(like, padded)
 
 
 def _later(rollouts: Sequence[Rollout], mask: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from sgpo_async.errors import CheckpointError, Interrupted
 from sgpo_async.learner import checkpoint, optimiser
 from sgpo_async.learner.canary import CanaryScore, canary_due
 from sgpo_async.learner.checkpoint import CheckpointWriter, Saved
+from sgpo_async.learner.contexts import Contexts
 from sgpo_async.learner.demonstrations import Demonstrations
 from sgpo_async.learner.hub_client import HubClient
 from sgpo_async.learner.loading import load_policy, load_teacher
@@ -364,7 +365,8 @@ def build(run: Run, mesh: DeviceMesh, source: ProblemSource | None = None) -> tu
     Raises ConfigError or DataError if the model cannot be trained as `run` specifies.
 
     Args:
-        source: the source of the training problems, for objectives that train on responses; by default the run's.
+        source: the source of the training problems, for objectives that train on responses or read with contexts; by
+            default the run's.
     """
     folder = model_folder(run.model.path)
     tokenizer = load_tokenizer(folder)
@@ -376,7 +378,12 @@ def build(run: Run, mesh: DeviceMesh, source: ProblemSource | None = None) -> tu
     require(k < vocabulary, "algorithm.teacher_top_k", f"must be < {vocabulary}, the size of the vocabulary", k)
     copy = load_teacher(folder, run, mesh) if run.copies_teacher else None
     teacher = Teacher(run.algorithm, copy)
-    responses = None
+    stepper = Stepper(run, policy, optimiser.build(policy, run.optim), teacher)
+    if run.algorithm.reference_kl:
+        own = load_teacher(folder, run, mesh) if run.copies_reference else None
+        stepper.reference = Teacher(run.algorithm, own, kind="frozen") if run.algorithm.copies_reference else teacher
     if run.algorithm.needs_responses:
-        responses = Demonstrations(run, source or source_of(run), tokenizer, longest=positions(folder)).tokens
-    return Stepper(run, policy, optimiser.build(policy, run.optim), teacher, responses), fingerprint
+        stepper.responses = Demonstrations(run, source or source_of(run), tokenizer, longest=positions(folder)).tokens
+    if run.algorithm.reads_in_context:
+        stepper.contexts = Contexts(run, source or source_of(run), tokenizer, longest=positions(folder))
+    return stepper, fingerprint

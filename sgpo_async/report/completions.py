@@ -1,34 +1,62 @@
-"""The section of the page with completions: the first, the middle and the last group of samples.jsonl."""
+"""Completions of samples.jsonl in HTML: some groups for the page of a run, or a page of chosen groups.
+
+The autonomous completions of a group stand beside the guided ones, so that one sees what a strategy changes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from html import escape
 from typing import Any
 
+from sgpo_async.report.document import document
 from sgpo_async.report.numbers import number
+from sgpo_async.report.style import SHADES
 from sgpo_async.report.texts import Run, notes_of, printable, runs_of, solved, strength, versions_of
 
 CHARS = 1500  # of each completion
-SHADES = 20  # CSS classes k1 to k20 of a token's shading
 
-CAPTION = (
-    "Groups of the first, a middle and the last kept step. The shading of a distilled completion shows the divergence "
-    "of each token between the guided and the unguided distribution (Eq. 3); hover over a token for its value."
+SHADING = (
+    "The shading of a distilled completion shows the divergence of each token between the distributions with and "
+    "without the context (Eq. 3); hover over a token for its value."
 )
+MASKED = " Tokens that are struck through have more than {} nats: the mask of Eq. 5 removes them from the loss."
 
 
-def completions(samples: Sequence[Mapping[str, Any]]) -> str:
-    """Return the HTML of the section, empty without samples."""
+def completions(samples: Sequence[Mapping[str, Any]], *, bound: float = math.inf) -> str:
+    """Return the HTML of the section, empty without samples; `bound`: see `mask_bound`."""
     if not samples:
         return ""
     chosen = [samples[i] for i in sorted({0, len(samples) // 2, len(samples) - 1})]
-    groups = "".join(group(sample, shown=number == len(chosen) - 1) for number, sample in enumerate(chosen))
-    more = "<p>All of them: <code>sgpo-async samples RUN</code></p>"
-    return f'<section class="samples"><h2>Completions</h2><p>{CAPTION}</p>{groups}{more}</section>'
+    groups = "".join(
+        group(sample, shown=number == len(chosen) - 1, bound=bound) for number, sample in enumerate(chosen)
+    )
+    caption = f"Groups of the first, a middle and the last kept step. {legend(bound)}"
+    more = "<p>All of them: <code>sgpo-async samples RUN --last 100 --html FILE</code></p>"
+    return f'<section class="samples"><h2>Completions</h2><p>{caption}</p>{groups}{more}</section>'
 
 
-def group(sample: Mapping[str, Any], *, shown: bool) -> str:
+def samples_page(name: str, samples: Sequence[Mapping[str, Any]], *, bound: float, chars: int) -> str:
+    """A page of these groups, all unfolded, with at most `chars` characters of each completion (0: all)."""
+    groups = "".join(group(sample, shown=True, bound=bound, chars=chars) for sample in samples)
+    section = f'<section class="samples"><p>{legend(bound)}</p>{groups}</section>'
+    return document(f"Completions of {name}", [f"<header><h1>{escape(name)}</h1></header>", section])
+
+
+def mask_bound(config: Mapping[str, Any]) -> float:
+    """The divergence in nats above which the mask of Eq. 5 removes a token in a run of this configuration."""
+    algorithm = config.get("algorithm") or {}
+    return float(algorithm.get("delta", 1.0)) if algorithm.get("limiter") == "mask" else math.inf
+
+
+def legend(bound: float) -> str:
+    """What shading and strokes mean."""
+    return SHADING + (MASKED.format(f"{bound:g}") if bound < math.inf else "")
+
+
+def group(sample: Mapping[str, Any], *, shown: bool, bound: float = math.inf, chars: int = CHARS) -> str:
     """One group; `shown`: unfolded from the start."""
     (alone, autonomous), (helped, guided) = solved(sample), solved(sample, guided=True)
     facts = [f"alone {alone} of {autonomous} correct"]
@@ -37,35 +65,37 @@ def group(sample: Mapping[str, Any], *, shown: bool) -> str:
     head = f"<summary><b>step {sample['step']}</b> {escape(', '.join(facts))}</summary>"
     about = [(name, sample[name]) for name in ("problem", "strategy", "answer") if sample.get(name) is not None]
     rows = "".join(f"<tr><td>{name}</td><td><q>{_text(str(value))}</q></td></tr>" for name, value in about)
-    body = "".join(_rollouts(sample["rollouts"], guided=guided) for guided in (False, True))
+    show = partial(_run, bound=bound)
+    sides = "".join(_rollouts(sample["rollouts"], show, guided=guided, chars=chars) for guided in (False, True))
     name = _text(f"{sample['step']}-{sample.get('task')}")
-    tables = f"<table>{rows}</table><table>{body}</table>"
+    tables = f'<table>{rows}</table><div class="sides">{sides}</div>'
     return f'<details{" open" * shown} data-name="{name}">{head}{tables}</details>'
 
 
-def _rollouts(rollouts: Sequence[Mapping[str, Any]], *, guided: bool) -> str:
-    own = [_rollout(rollout) for rollout in rollouts if rollout["guided"] == guided]
+def _rollouts(rollouts: Sequence[Mapping[str, Any]], show: Callable[[Run], str], *, guided: bool, chars: int) -> str:
+    own = [_rollout(rollout, show, chars) for rollout in rollouts if rollout["guided"] == guided]
     name = "with the strategy" if guided else "alone"
     head = f'<tr class="head"><td></td><td class="n">version</td><td class="n">tokens</td><td>{name}</td></tr>'
-    return head + "".join(own) if own else ""
+    return f"<table>{head}{''.join(own)}</table>" if own else ""
 
 
-def _rollout(rollout: Mapping[str, Any]) -> str:
+def _rollout(rollout: Mapping[str, Any], show: Callable[[Run], str], chars: int) -> str:
     right = rollout["correct"]
     mark = f'<td class="{"right" if right else "wrong"}">{"✓" if right else "✗"}</td>'
     notes = ["distilled"] * ("kl" in rollout) + [notes_of(rollout)]
     note = f"<i>{escape(', '.join(filter(None, notes)))}</i>" if any(notes) else ""
-    text = "".join(_run(run) for run in runs_of(rollout, chars=CHARS))
+    text = "".join(show(run) for run in runs_of(rollout, chars=chars))
     figures = f'<td class="n">{versions_of(rollout)}</td><td class="n">{rollout["tokens"]}</td>'
     return f"<tr>{mark}{figures}<td><q>{text}</q>{note}</td></tr>"
 
 
-def _run(run: Run) -> str:
+def _run(run: Run, *, bound: float) -> str:
     text, kl = run
     shade = round(SHADES * strength(kl))
     if kl is None or not shade:
         return _text(text)
-    return f'<mark class="k{shade}" title="{number(kl)} nats">{_text(text)}</mark>'
+    masked = " masked" * (kl > bound)
+    return f'<mark class="k{shade}{masked}" title="{number(kl)} nats">{_text(text)}</mark>'
 
 
 def _text(text: str) -> str:

@@ -16,9 +16,9 @@ from sgpo_async.metrics import read_metrics, read_summary
 from sgpo_async.metrics.samples import read_samples
 from sgpo_async.report.charts import GROUPS, figures
 from sgpo_async.report.closing import canary_alarm, mismatch_alarm, summarise, summary_rows
-from sgpo_async.report.completions import completions
+from sgpo_async.report.completions import completions, mask_bound
+from sgpo_async.report.document import document
 from sgpo_async.report.numbers import clock, number, percent
-from sgpo_async.report.style import STYLE
 
 
 def write_report(folder: str | Path) -> Path:
@@ -36,7 +36,8 @@ def write_report(folder: str | Path) -> Path:
     summary = summarise(lines) | read_summary(folder)
     path = folder / "report.html"
     config = read_config(folder / "config.yaml")
-    write_whole(path, _page(folder.resolve().name, lines, summary, config, completions(read_samples(folder))))
+    samples = completions(read_samples(folder), bound=mask_bound(config))
+    write_whole(path, _page(folder.resolve().name, lines, summary, config, samples))
     return path
 
 
@@ -62,10 +63,7 @@ def _page(
         whole = escape(yaml.safe_dump(dict(config), sort_keys=False))
         details = f"<details><summary>The whole configuration</summary><pre>{whole}</pre></details>"
         body.append(f"<section><h2>Settings that differ from the defaults</h2>{table}{details}</section>")
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(name)}</title>'
-    return f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body><main>\n' + (
-        "\n".join(body) + "\n</main></body></html>\n"
-    )
+    return document(name, body)
 
 
 def charts_by_group(parts: Sequence[tuple[str, str]]) -> list[str]:

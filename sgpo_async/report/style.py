@@ -3,7 +3,7 @@
 Every colour of a curve has a contrast of at least 3 to the card, and texts in charts have at least 11 pixels.
 """
 
-from sgpo_async.report.completions import SHADES
+SHADES = 20  # CSS classes k1 to k20 of a token's shading
 
 # Widths of a chart in pixels, each the lowest one, and the size of its texts in units of the drawing (`svg.WIDTH`): a
 # wider chart is drawn larger, and its texts would be, too.
@@ -71,12 +71,15 @@ section > p { margin: 2px 0 0; color: var(--soft); font-size: 13px; }
 .samples .n { text-align: right; white-space: nowrap; } .samples i { color: var(--soft); display: block; }
 .samples q { quotes: none; white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.6 ui-monospace, monospace;
   display: block; max-height: 16em; overflow-y: auto; }
+.samples .sides { display: grid; grid-template-columns: 1fr 1fr; gap: 0 24px; align-items: start; }
+.samples .sides table:only-child { grid-column: 1 / -1; }
 .samples .right { color: var(--c3); } .samples .wrong { color: var(--alarm); }
-mark { color: inherit; border-radius: 3px; }
+mark { color: inherit; border-radius: 3px; } mark.masked { text-decoration: line-through; }
 summary { cursor: pointer; color: var(--soft); margin-top: 10px; }
 """
 STYLE += "".join(f"mark.k{n} {{ background: rgb(226 116 20 / {n / SHADES:.2f}); }}\n" for n in range(1, SHADES + 1))
 STYLE += "".join(f"@container (min-width: {width}px) {{ text {{ font-size: {size}px; }} }}\n" for width, size in FONTS)
 STYLE += """@media (max-width: 600px) { main { padding: 16px 12px 40px; } figure, section { padding: 12px; }
+  .samples .sides { grid-template-columns: 1fr; }
   .tile { flex-basis: 120px; padding: 10px 12px; } .tile b { font-size: 18px; } }
 """

@@ -1,5 +1,7 @@
 """Builds prompts: the autonomous one shows the problem, pi(.|q); the guided one adds the strategy, pi(.|q,s).
 
+With another `tasks.context` its text is the strategy here (`tasks.contexts`), and a chat message introduces it as such.
+
     tasks.prompt=plain              for base policies: strategy, newline, problem, and no special token
     tasks.prompt=chat               for instruction-tuned models: the tokenizer's chat template
     tasks.prompt=module:function    a user's own function of problem, strategy (or None) and tokenizer
@@ -14,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sgpo_async.config.schema import Run, Tasks
+from sgpo_async.config.schema import Context, Run, Tasks
 from sgpo_async.errors import CheckFailed, CheckWarning, DataError
 from sgpo_async.tasks.base import Problem
 from sgpo_async.tasks.functions import describe, import_function
@@ -22,10 +24,37 @@ from sgpo_async.tasks.functions import describe, import_function
 STRATEGY = """Follow this strategy:
 
 <strategy>
-{strategy}
+{context}
 </strategy>"""
 
-GUIDED_MESSAGE = """Solve the problem below. {strategy}
+SOLUTION = """Here is a solution of it:
+
+<solution>
+{context}
+</solution>
+
+Understand why its steps are right, then solve the problem by your own reasoning."""
+
+PARTIAL_SOLUTION = """Here is how a solution of it begins:
+
+<beginning>
+{context}
+</beginning>
+
+Understand which steps it has taken, and continue from there to a complete solution."""
+
+ANSWER = """Its answer is {context}. Find the reasoning that leads there, and show every step."""
+
+ASKED: dict[Context, str] = {
+    "strategy": STRATEGY,
+    "other-strategy": STRATEGY,
+    "response": SOLUTION,
+    "sibling": SOLUTION,
+    "partial-response": PARTIAL_SOLUTION,
+    "answer": ANSWER,
+}
+
+GUIDED_MESSAGE = """Solve the problem below. {asked}
 
 Problem:
 {problem}"""
@@ -81,18 +110,18 @@ def build_reply(reply: str, *, tasks: Tasks, tokenizer: Any, end: int = -1) -> l
 
 def prompt_settings(tasks: Tasks) -> dict[str, Any]:
     """The settings that prompts depend on; those that have their default are left out, except the style."""
-    return {"prompt": tasks.prompt, **tasks.changed("system", "template_args", "strategy_place", "suffix")}
+    return {"prompt": tasks.prompt, **tasks.changed("system", "template_args", "context", "strategy_place", "suffix")}
 
 
 def chat(problem: str, strategy: str | None, tasks: Tasks) -> list[dict[str, str]]:
     """The messages of `tasks.prompt=chat`."""
     content, system = problem + tasks.suffix, [tasks.system] if tasks.system else []
     if strategy is not None:
-        asked = STRATEGY.format(strategy=strategy)
+        asked = ASKED.get(tasks.context, STRATEGY).format(context=strategy)
         if tasks.strategy_place == "system":
             system.append(asked)
         else:
-            content = GUIDED_MESSAGE.format(strategy=asked, problem=content)
+            content = GUIDED_MESSAGE.format(asked=asked, problem=content)
     messages = [{"role": "system", "content": "\n\n".join(system)}] if system else []
     return [*messages, {"role": "user", "content": content}]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from sgpo_async.config.schema import Run, Tasks
 from sgpo_async.errors import DataError
 from sgpo_async.tasks.base import ListedSource
+from sgpo_async.tasks.contexts import ContextSource
 from sgpo_async.tasks.cues import CuesSource
 from sgpo_async.tasks.files import FileSource
 from sgpo_async.tasks.records import Form
@@ -34,19 +35,23 @@ def source_of(run: Run) -> ListedSource:
     """The source that `run` trains on.
 
     Raises:
-        DataError: the source is unreadable, or no training problem has what the objective needs: a response, or a
-            strategy.
+        DataError: the source is unreadable, or no training problem has what the objective needs: a response, or the
+            text of the context.
     """
     tasks, objective = run.tasks, run.algorithm.objective
     source = open_source(tasks.source, path=tasks.path, held_out=tasks.held_out, seed=run.seed, tasks=tasks)
+    if tasks.context != "strategy":
+        source = ContextSource(source, tasks.context)
     if run.algorithm.needs_responses and not source.responses:
         raise DataError(
             f"{tasks.path}: algorithm.objective={objective} needs responses, but no training problem has one; "
             "add the column 'response', or choose sgpo or grpo"
         )
-    if objective == "sgpo" and not source.strategies:
+    if run.needs_strategies and not source.strategies:
+        what = {"strategy": "strategies", "other-strategy": "strategies"}.get(tasks.context, "responses")
+        remedy = "make them with sgpo-async strategies extract" if what == "strategies" else "add the column 'response'"
         raise DataError(
-            f"{tasks.path}: algorithm.objective=sgpo needs strategies, but no training problem has one; make them with "
-            "sgpo-async strategies extract, or set algorithm.objective=grpo"
+            f"{tasks.path}: algorithm.objective={objective} needs {what}, but no training problem has one; {remedy}, "
+            "or set algorithm.objective=grpo"
         )
     return source

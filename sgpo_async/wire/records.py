@@ -283,6 +283,19 @@ class Rollout:
             digests=np.where(older, np.int64(0), self.digests),
         )
 
+    def without_first(self, tokens: int) -> Rollout:
+        """The same rollout, in which the first `tokens` >= 0 tokens count as written by an environment."""
+        if not tokens:
+            return self
+        left = self.ends > tokens
+        first = min(tokens, len(self.tokens))
+        return replace(
+            self,
+            versions=np.concatenate(([OBSERVED], self.versions[left]), dtype=np.int32),
+            digests=np.concatenate(([0], self.digests[left]), dtype=np.int64),
+            ends=np.concatenate(([first], self.ends[left]), dtype=np.int32),
+        )
+
     @property
     def sampled(self) -> np.ndarray:
         """Whether the policy has sampled each token, [T] bool."""

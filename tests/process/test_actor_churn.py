@@ -66,6 +66,7 @@ def churn(run: RealRun, times: int) -> dict[str, Any]:
     return status
 
 
+@pytest.mark.slow
 def test_actors_that_come_and_go_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "temporary").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))

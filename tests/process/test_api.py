@@ -104,6 +104,7 @@ def test_a_thread_that_gets_no_signals_is_refused(tmp_path: Path) -> None:
     assert "must be called in the main thread" in str(found[0]) and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_an_interrupt_writes_a_checkpoint_and_the_call_goes_on(tmp_path: Path) -> None:
     """The signal arrives after the first step, as Ctrl-C and a notebook's stop button send it."""
     run = load_config("builtin:demo", *SMALL, f"out={tmp_path}", "steps=1000")
@@ -134,6 +135,7 @@ def test_the_package_is_imported_without_torch_or_the_configuration() -> None:
         exec("from sgpo_async import nothing")
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
     """Its code cells in their order in one process, with two steps; it is stored without outputs."""
     cells = json.loads((ROOT / "examples" / "notebook.ipynb").read_text())["cells"]

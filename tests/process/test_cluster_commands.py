@@ -78,6 +78,7 @@ class Cluster:
         return [*words, *SMALL, f"steps={STEPS}", "name=run"] if role != "actor" else words
 
 
+@pytest.mark.slow
 def test_the_pods_make_a_run_that_survives_an_eviction(tmp_path: Path) -> None:
     with real_run(tmp_path / "out") as run:
         cluster = Cluster(tmp_path, run.folder.parent)

@@ -58,6 +58,7 @@ def in_browser(url: str, profile: Path) -> tuple[str, str]:
     return done.stdout, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
 
 
+@pytest.mark.slow
 def test_a_run_is_watched_through_the_death_of_its_dashboard_and_after_its_end(tmp_path: Path) -> None:
     """The hub starts the dashboard again when it was killed; nothing of it is left after the run."""
     with real_run(tmp_path, "steps=12", "hub.dashboard=127.0.0.1:0") as run:
@@ -125,6 +126,7 @@ def test_the_dashboard_ends_with_a_hub_that_is_killed_and_follows_the_next_one(t
         assert until(lambda: (now := get_json(url))["state"] == "ended" and now, "the end of the run")["age_s"]
 
 
+@pytest.mark.slow
 def test_an_address_in_use_costs_the_run_nothing(tmp_path: Path) -> None:
     with (
         real_run(tmp_path, "steps=2", "local.actors=1", "local.ranks=1") as run,

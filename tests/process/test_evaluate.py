@@ -92,6 +92,7 @@ def test_the_scores_equal_those_computed_from_the_texts(run: RealRun) -> None:
     assert list(found["pass"]) == ["1", "2", "4"]
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_resumes_and_gives_the_same_result(run: RealRun) -> None:
     """The second call keeps the complete problems and evaluates only the others."""
     uninterrupted = evaluate(run, "uninterrupted", "--samples", "8")

@@ -83,6 +83,7 @@ def experiment(folder: Path) -> tuple[Path, list[str]]:
     return folder / "tiny", command
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_killed_experiment_resumes_and_repeats_no_trial(tmp_path: Path) -> None:
     folder, command = experiment(tmp_path)

@@ -100,6 +100,7 @@ def test_a_killed_hub_goes_on_where_it_was(tmp_path: Path) -> None:
         run.assert_cleaned_up()
 
 
+@pytest.mark.slow
 def test_a_hub_and_an_actor_that_are_killed_together_lose_no_group(tmp_path: Path) -> None:
     """The leases of the actor are found in the journal, and reissued when it does not come back."""
     with real_run(tmp_path, f"steps={STEPS}", "hub.address=tcp://127.0.0.1:0", "hub.max_lag=8") as run:

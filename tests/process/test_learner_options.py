@@ -1,5 +1,7 @@
 """Options that save memory or time: steps, weights and checkpoints equal those without them, on 1 and 2 gloo ranks."""
 
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,18 +33,21 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {  # keys of learner, and optim
     "int8": ({"offload_weights": True}, "int8"),
     "compile": ({"compile": True, "recompute": 1}, "float32"),
 }
+FAST = [name for name in OPTIONS if name != "compile"]  # compiling takes minutes
+NAMES = [*FAST, pytest.param("compile", marks=pytest.mark.slow)]
+Found = Callable[[str], dict[int, Any]]  # name of an option -> what was found, by number of ranks
 RUN = cases.settings(row_tokens=20, teacher="ema", teacher_decay=0.7)
 
 
-def worker(rank: int, root: Path, ranks: int) -> None:
-    """Train with every option; rank 0 writes the results to a file."""
+def worker(rank: int, root: Path, ranks: int, names: Sequence[str]) -> None:
+    """Train with each of these options; rank 0 writes the results to a file."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{root}/store-{ranks}", rank=rank, world_size=ranks)
+    dist.init_process_group("gloo", init_method=f"file://{root}/store-{names[-1]}-{ranks}", rank=rank, world_size=ranks)
     policy.GROUP_BYTES = step.LOCAL_GRADIENT_BYTES = 0  # one FSDP group per layer, as for large models
     compiling.BACKEND, loading.require_compiler = "aot_eager", lambda _: None  # which needs none
-    found = {name: trained(name, root) for name in OPTIONS}
+    found = {name: trained(name, root) for name in names}
     if rank == 0:
-        torch.save(found, root / f"found-{ranks}.pt")
+        torch.save(found, root / f"found-{names[-1]}-{ranks}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -99,46 +104,57 @@ def update(stepper: Stepper, steps: range) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     root = tmp_path_factory.mktemp("options")
     cases.tiny_model(dtype=torch.float32, exact=False).save_pretrained(root / "model")
-    for ranks in (1, 2):
-        mp.spawn(worker, args=(root, ranks), nprocs=ranks)
-    return {ranks: torch.load(root / f"found-{ranks}.pt", weights_only=False) for ranks in (1, 2)}
+
+    @functools.cache
+    def train(*names: str) -> dict[int, dict[str, Any]]:
+        for ranks in (1, 2):
+            mp.spawn(worker, args=(root, ranks, names), nprocs=ranks)
+        files = {ranks: root / f"found-{names[-1]}-{ranks}.pt" for ranks in (1, 2)}
+        return {ranks: torch.load(file, weights_only=False) for ranks, file in files.items()}
+
+    def of(name: str) -> dict[int, Any]:
+        every = train(*FAST) if name in FAST else train(name)
+        return {ranks: results[name] for ranks, results in every.items()}
+
+    return of
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("name", ["offload_activations", "offload_weights", "both"])
-def test_what_is_kept_in_host_memory_changes_no_bit(found: dict[int, Any], ranks: int, name: str) -> None:
-    plain, own = found[ranks]["none"], found[ranks][name]
+def test_what_is_kept_in_host_memory_changes_no_bit(found: Found, ranks: int, name: str) -> None:
+    plain, own = found("none")[ranks], found(name)[ranks]
     assert own["lines"] == plain["lines"] and own["lines"][0]["loss"] != own["lines"][-1]["loss"]
     assert own["weights"][0].keys() == plain["weights"][0].keys()
     assert all(torch.equal(value, plain["weights"][0][key]) for key, value in own["weights"][0].items())
     assert own["devices"] == {"cpu"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_compiled_layers_train_alike(found: dict[int, Any], ranks: int) -> None:
-    plain, own = found[ranks]["none"], found[ranks]["compile"]
+def test_compiled_layers_train_alike(found: Found, ranks: int) -> None:
+    plain, own = found("none")[ranks], found("compile")[ranks]
     assert [line["loss"] for line in own["lines"]] == pytest.approx([line["loss"] for line in plain["lines"]], rel=1e-4)
     for key, value in own["weights"][0].items():
         torch.testing.assert_close(value, plain["weights"][0][key], rtol=1e-4, atol=1e-4)  # a step is 1e-2
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("name", OPTIONS)
-def test_a_checkpoint_continues_bit_for_bit(found: dict[int, Any], ranks: int, name: str) -> None:
-    straight, again, _ = found[ranks][name]["weights"]
+@pytest.mark.parametrize("name", NAMES)
+def test_a_checkpoint_continues_bit_for_bit(found: Found, ranks: int, name: str) -> None:
+    straight, again, _ = found(name)[ranks]["weights"]
     assert all(torch.equal(value, again[key]) for key, value in straight.items())
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-def test_a_checkpoint_of_one_rank_continues_on_two(found: dict[int, Any], name: str) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_a_checkpoint_of_one_rank_continues_on_two(found: Found, name: str) -> None:
     """Its moments are the same bit for bit. Then sums have another order, and numbers for rounding other places."""
-    for own, expected in zip(found[2][name]["restored"], found[1][name]["saved"], strict=True):
+    for own, expected in zip(found(name)[2]["restored"], found(name)[1]["saved"], strict=True):
         assert own.keys() == expected.keys()
         assert all(torch.equal(own[key], value) and own[key].dtype == value.dtype for key, value in expected.items())
-    straight, other = found[1][name]["weights"][0], found[2][name]["weights"][2]
+    straight, other = found(name)[1]["weights"][0], found(name)[2]["weights"][2]
     exact = OPTIONS[name][1] == "float32"
     for key, value in straight.items():
         torch.testing.assert_close(other[key], value, rtol=1e-4, atol=1e-5 if exact else 3e-3)  # a step is 1e-2

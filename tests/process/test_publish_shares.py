@@ -62,7 +62,7 @@ def started(folder: Path, ranks: int, *scenarios: str) -> Iterator[Ranks]:
             file.close()
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def group(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     """A group that has gone through all scenarios; with three ranks the rows of every tensor are uneven."""
     with started(tmp_path_factory.mktemp("group"), request.param, *SOUND, *FAULTY) as made:
@@ -133,6 +133,7 @@ def test_a_rank_killed_in_the_middle_of_its_share_leaves_the_version_before(tmp_
         assert_serves_version_0(group, "killed")
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_ends_the_wait_of_the_others(tmp_path: Path) -> None:
     with started(tmp_path, 2, "stopped") as group:
         until((tmp_path / "stopped-0.pt").exists, "the error on rank 0")

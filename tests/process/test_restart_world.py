@@ -27,7 +27,7 @@ def torchrun(*words: str, restarts: int) -> list[str]:
 
 
 @pytest.mark.parametrize("deaths", [SOME, pytest.param(ALL, marks=pytest.mark.slow)], ids=["some", "all"])
-@pytest.mark.parametrize("rendezvous", ["static", "standalone"])
+@pytest.mark.parametrize("rendezvous", ["static", pytest.param("standalone", marks=pytest.mark.slow)])
 def test_ranks_of_one_node_that_are_killed_join_again(tmp_path: Path, rendezvous: str, deaths: tuple[str, ...]) -> None:
     place = {
         "static": ["--master-addr=127.0.0.1", f"--master-port={free_port()}"],
@@ -55,7 +55,8 @@ def nodes() -> Iterator[list[Namespace]]:
         yield made
 
 
-@pytest.mark.parametrize("deaths", [SOME, pytest.param(ALL, marks=pytest.mark.slow)], ids=["some", "all"])
+@pytest.mark.slow
+@pytest.mark.parametrize("deaths", [SOME, ALL], ids=["some", "all"])
 def test_ranks_of_two_nodes_that_are_killed_join_again(
     tmp_path: Path, nodes: list[Namespace], deaths: tuple[str, ...]
 ) -> None:

@@ -8,6 +8,7 @@ from run_support import assert_all_trained, assert_right_weights, free_port, rea
 pytestmark = pytest.mark.process
 
 
+@pytest.mark.slow
 def test_a_learner_starts_its_own_hub_and_trains_at_lag_zero(tmp_path: Path) -> None:
     address = f"tcp://127.0.0.1:{free_port()}"
     with real_run(tmp_path, "steps=4", f"hub.address={address}", "hub.max_lag=0") as run:

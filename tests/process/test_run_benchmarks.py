@@ -14,6 +14,7 @@ from sgpo_async.tasks.sources import open_source
 pytestmark = pytest.mark.process
 
 
+@pytest.mark.slow
 def test_every_round_reports_every_benchmark(tmp_path: Path) -> None:
     """math-verify checks sums, which the policy cannot read, and cues reduced to the last digit, often right by chance.
 

@@ -77,6 +77,7 @@ def proxy_to(address: str) -> Iterator[ResettingProxy]:
     proxy.close()
 
 
+@pytest.mark.slow
 def test_connections_that_are_reset_cost_no_step(tmp_path: Path) -> None:
     settings = (f"steps={STEPS}", "hub.address=tcp://127.0.0.1:0", "evaluation.every=5", "hub.max_lag=8")
     with real_run(tmp_path, *settings) as run:

@@ -73,6 +73,7 @@ def test_an_actor_with_another_tokenizer_is_refused(run: RealRun, tmp_path: Path
     learner.close()
 
 
+@pytest.mark.slow
 def test_an_actor_with_wrong_keys_is_refused(run: RealRun, tmp_path: Path) -> None:
     for folder in ("ours", "theirs"):
         create_keys(tmp_path / folder)
@@ -123,7 +124,7 @@ def test_a_disk_that_fills_up(run: RealRun, tmp_path: Path) -> None:
     run.assert_cleaned_up()
 
 
-@pytest.mark.parametrize("megabytes", [1, 4, 16])
+@pytest.mark.parametrize("megabytes", [1, *(pytest.param(one, marks=pytest.mark.slow) for one in (4, 16))])
 @pytest.mark.parametrize("role", ["local", "hub", "learner"])
 def test_a_disk_that_is_too_small_ends_a_command_before_it_starts_anything(
     run: RealRun, tmp_path: Path, role: str, megabytes: int

@@ -40,7 +40,10 @@ def assert_goes_on(run: RealRun, line: str, name: str = "again") -> RunProcess:
     return again
 
 
-@pytest.mark.parametrize("who", ["torchrun, Ctrl-C", "one rank, SIGTERM", "all, SIGTERM"])
+@pytest.mark.parametrize(
+    "who",
+    ["one rank, SIGTERM", *(pytest.param(who, marks=pytest.mark.slow) for who in ("torchrun, Ctrl-C", "all, SIGTERM"))],
+)
 def test_a_signal_to_a_learner_with_its_own_hub(tmp_path: Path, who: str) -> None:
     """A job manager signals torchrun and all its ranks; the actors are told that the run is over."""
     address = f"tcp://127.0.0.1:{free_port()}"
@@ -65,6 +68,7 @@ def test_a_signal_to_a_learner_with_its_own_hub(tmp_path: Path, who: str) -> Non
             run.assert_cleaned_up()
 
 
+@pytest.mark.slow
 def test_a_signal_to_a_learner_beside_a_hub(tmp_path: Path) -> None:
     """Hub and actor live on; the learner goes on with them."""
     with real_run(tmp_path, "steps=1000", "hub.address=tcp://127.0.0.1:0") as run:
@@ -82,7 +86,7 @@ def test_a_signal_to_a_learner_beside_a_hub(tmp_path: Path) -> None:
         assert f"interrupted after step {step}: learner rank " in line
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_an_interrupted_hub_ends_the_learner(tmp_path: Path, number: signal.Signals) -> None:
     """The learner writes a checkpoint first, and names the hub and the reason in one line, the last one of torchrun."""
     address = f"tcp://127.0.0.1:{free_port()}"
@@ -107,6 +111,7 @@ def test_an_interrupted_hub_ends_the_learner(tmp_path: Path, number: signal.Sign
             run.assert_cleaned_up()
 
 
+@pytest.mark.slow
 def test_a_hub_that_is_killed_while_it_ends_costs_the_checkpoint_but_no_time(tmp_path: Path) -> None:
     """A second Ctrl-C ends the hub at once; the learner, stopped here meanwhile, does not wait for its answers."""
     address = f"tcp://127.0.0.1:{free_port()}"

@@ -49,6 +49,7 @@ def test_a_run_that_must_resume_without_a_checkpoint_changes_nothing(tmp_path: P
         assert [path.name for path in run.folder.iterdir()] == ["metrics.jsonl"]
 
 
+@pytest.mark.slow
 def test_a_run_trains_on_problems_from_a_file(tmp_path: Path) -> None:
     """The policy knows only the digits of the chat prompts and solves nothing; the run works nevertheless."""
     problems = tmp_path / "sums.jsonl"
@@ -75,6 +76,7 @@ def test_a_run_trains_on_problems_from_a_file(tmp_path: Path) -> None:
         assert load_tokenizer(str(run.folder / "policy")).chat_template
 
 
+@pytest.mark.slow
 def test_actors_that_are_told_to_leave_are_missed_at_once_and_may_be_replaced(tmp_path: Path) -> None:
     """SIGTERM to all; the learner waits for a batch, and an actor from elsewhere goes on."""
     with real_run(tmp_path, "steps=6", "hub.address=tcp://127.0.0.1:0") as run:

@@ -62,6 +62,7 @@ def test_the_hub_pulls_the_weights_of_a_learner_on_another_machine(tmp_path: Pat
         run.assert_cleaned_up()
 
 
+@pytest.mark.slow
 def test_every_process_in_a_container_of_its_own(tmp_path: Path) -> None:
     """No path of one means anything to another: all weights travel, also after the hub begins again in another one."""
     needs_namespaces()

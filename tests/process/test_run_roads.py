@@ -14,6 +14,7 @@ ROADS = ("rpc", "sockets", "folder")
 STEPS = 40
 
 
+@pytest.mark.slow
 def test_actors_that_have_their_weights_by_each_road_train_one_policy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

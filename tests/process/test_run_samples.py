@@ -98,6 +98,7 @@ def test_a_run_of_several_processes_speaks_and_can_be_read(tmp_path: Path) -> No
         assert f"checkpoints/step-0000000{STEPS}, written" in tried and "with the strategy" in tried
 
 
+@pytest.mark.slow
 def test_an_interrupted_learner_leaves_a_report_and_a_summary(tmp_path: Path) -> None:
     with real_run(tmp_path, "steps=1000", ADDRESS) as run:
         run.hub("--log-format", "json")

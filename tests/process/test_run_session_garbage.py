@@ -43,6 +43,7 @@ def sessions_without_ports(run: RealRun) -> int:
     return 0 if listening(senders + run.processes_with(RECEIVER)) else len(senders)
 
 
+@pytest.mark.slow
 def test_garbage_at_the_ports_of_weight_sessions_costs_no_group(tmp_path: Path) -> None:
     with real_run(tmp_path, f"steps={STEPS}", "hub.address=tcp://127.0.0.1:0") as run:
         hub = run.hub()

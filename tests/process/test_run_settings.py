@@ -27,6 +27,7 @@ def test_a_learner_with_other_settings_than_its_hub_is_refused(tmp_path: Path) -
         assert sorted(run.folder.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_a_learner_takes_what_it_leaves_out_from_its_hub(tmp_path: Path) -> None:
     """Its own file sets only what differs between machines: where it writes, and how it computes."""
     with real_run(tmp_path, "steps=2", "seed=3", "hub.address=tcp://127.0.0.1:0") as run:

@@ -75,6 +75,7 @@ def rpc_strangers(run: RealRun, folder: Path) -> Iterator[Callable[[], int]]:
             process.wait()
 
 
+@pytest.mark.slow
 def test_a_stranger_without_keys_is_neither_learner_nor_inference_node(tmp_path: Path) -> None:
     with real_run(tmp_path / "a", f"steps={STEPS}", "hub.address=tcp://127.0.0.1:0") as run:
         hub = run.hub()

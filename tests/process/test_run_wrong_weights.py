@@ -38,7 +38,9 @@ def run_with(directory: Path, fault: str) -> Iterator[tuple[RealRun, RunProcess,
         assert_all_trained(summary["ledger"], tasks=4 * STEPS, size=run.settings.rollout.size)
 
 
-@pytest.mark.parametrize(("fault", "alarms"), [("ignores", {"differs", "stuck"}), ("half", {"differs"})])
+@pytest.mark.parametrize(
+    ("fault", "alarms"), [("ignores", {"differs", "stuck"}), pytest.param("half", {"differs"}, marks=pytest.mark.slow)]
+)
 def test_an_engine_whose_weights_are_not_those_of_its_version_is_named(
     tmp_path: Path, fault: str, alarms: set[str]
 ) -> None:

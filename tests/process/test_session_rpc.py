@@ -238,8 +238,15 @@ def test_other_content_under_the_same_version_replaces_that_of_the_store(make: C
     session.arrives(3)
 
 
-@pytest.mark.parametrize("road", ["rpc", "sockets"])
-@pytest.mark.parametrize("victim", ["sender", "receiver"])
+@pytest.mark.parametrize(
+    ("victim", "road"),
+    [
+        ("receiver", "rpc"),
+        ("sender", "sockets"),
+        pytest.param("sender", "rpc", marks=pytest.mark.slow),
+        pytest.param("receiver", "sockets", marks=pytest.mark.slow),
+    ],
+)
 def test_a_stopped_peer_ends_the_session_at_the_deadline(make: Callable[..., Session], victim: str, road: Road) -> None:
     session = make(call_s=5.0, road=road)
     session.writer.publish(0, model(0))

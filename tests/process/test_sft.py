@@ -87,6 +87,7 @@ def long(folder: Path) -> list[dict[str, Any]]:
     return warm_up(folder, "uninterrupted", "sft.epochs=10")
 
 
+@pytest.mark.slow
 def test_a_killed_and_resumed_warm_up_equals_an_uninterrupted_one(folder: Path, long: list[dict[str, Any]]) -> None:
     overrides = ["learner.checkpoint_every=2", "sft.epochs=10"]
     process = subprocess.Popen(

@@ -152,6 +152,7 @@ def assert_trained(run: RealRun, model: Any, *, tasks: int, size: int) -> None:
         shutil.rmtree(run.folder / large)
 
 
+@pytest.mark.slow
 def test_a_step_of_sgpo_distils_strategies(tmp_path: Path, settings: list[str], model: Any) -> None:
     """A run by the command that a user types, on sums that the model gets right in every second completion."""
     with (tmp_path / "sums.jsonl").open("w") as file:

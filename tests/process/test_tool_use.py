@@ -30,6 +30,7 @@ def run(*command: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_policy_learns_which_tool_to_call(tmp_path: Path) -> None:
     run("examples/tool_use.py", "--out", str(tmp_path))
     assert len({file.stat().st_mode for file in tmp_path.rglob("*") if file.is_file()}) == 1, "the umask's"

@@ -82,6 +82,7 @@ def _local_store(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NETRC", "/dev/null")
 
 
+@pytest.mark.slow
 def test_a_run_and_its_continuation_are_one_run_in_every_tracker(tmp_path: Path) -> None:
     """And the table of names has exactly the keys that they write."""
     trackers = f"learner.trackers=[{','.join(ALL)}]"

@@ -245,6 +245,7 @@ def test_a_join_fails_when_the_member_is_dead(start: Callable[..., Session]) -> 
     session.assert_works("h")
 
 
+@pytest.mark.slow
 def test_a_rank_that_joins_stops_waiting_when_the_join_fails(start: Callable[..., Session]) -> None:
     session = start(model(0), SHORT_S)
     first, second = session.opened("g", ranks=2)
@@ -256,6 +257,7 @@ def test_a_rank_that_joins_stops_waiting_when_the_join_fails(start: Callable[...
     session.assert_works("h")
 
 
+@pytest.mark.slow
 def test_closing_ends_a_join_at_both_ends(start: Callable[..., Session]) -> None:
     session = start(model(0))
     first, _ = session.opened("g", ranks=2)
@@ -268,6 +270,7 @@ def test_closing_ends_a_join_at_both_ends(start: Callable[..., Session]) -> None
     assert first.line().startswith("failed ")
 
 
+@pytest.mark.slow
 def test_a_rank_stops_waiting_when_another_rank_stops_during_the_broadcast(start: Callable[..., Session]) -> None:
     session = start(large(0), SHORT_S)
     first, second = session.joined("g", ranks=2)
@@ -284,7 +287,7 @@ def test_a_rank_stops_waiting_when_another_rank_stops_during_the_broadcast(start
     assert line.startswith("failed ")
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_a_broadcast_fails_when_a_member_is_lost(start: Callable[..., Session], number: signal.Signals) -> None:
     """A broken connection fails the broadcast at once, a stopped member at the deadline."""
     session = start(large(0), LONG_S if number == signal.SIGKILL else SHORT_S)
@@ -332,6 +335,7 @@ def test_an_overwritten_version_is_not_sent(start: Callable[..., Session]) -> No
     session.assert_works("h")
 
 
+@pytest.mark.slow
 def test_closing_ends_a_broadcast(start: Callable[..., Session]) -> None:
     session = start(large(0))
     session.joined("g")  # a member that reads nothing

@@ -1,5 +1,6 @@
 """Training shards, tiny models and learners for the tests of the learner."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,12 +15,15 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from sgpo_async.config.schema import Algorithm, Correction, Hub, Learner, Local, Optim, Run
 from sgpo_async.config.schema import Rollout as Sizes
 from sgpo_async.learner import optimiser
+from sgpo_async.learner.contexts import InContext
 from sgpo_async.learner.policy import Policy, shard
 from sgpo_async.learner.step import Stepper
 from sgpo_async.learner.teacher import Teacher
 from sgpo_async.wire.records import OBSERVED, Rollout, Shard
 
 VOCABULARY = 13
+VERSION = 5  # of the weights that are trained
+START = 7  # the seed of the model at the start of the run, for `reference_kl`
 TOP = 3  # number of most likely tokens reported with each token of a correct guided rollout
 PAPER: dict[str, Any] = {  # the setting of the paper, with the prefix correction towards the self-teacher
     "teacher": "self",
@@ -72,13 +76,13 @@ def settings(*, ranks: int = 1, row_tokens: int = 40, temperature: float = 1.0, 
     )
 
 
-def groups(*, seed: int = 0, problems: int = 4, version: int = 5) -> list[list[Rollout]]:
+def groups(*, seed: int = 0, problems: int = 4, version: int = VERSION) -> list[list[Rollout]]:
     """Groups of 4 autonomous and 3 guided rollouts; the first group has no correct guided rollout."""
     rng = np.random.default_rng(seed)
     return [_group(rng, task, version) for task in range(problems)]
 
 
-def shard_of(parts: list[list[Rollout]], *, problems: int, step: int = 0, version: int = 5) -> Shard:
+def shard_of(parts: list[list[Rollout]], *, problems: int, step: int = 0, version: int = VERSION) -> Shard:
     rollouts = tuple(rollout for group in parts for rollout in group)
     return Shard(step=step, version=version, problems=problems, rollouts=rollouts)
 
@@ -88,8 +92,33 @@ def stepper(run: Run, model: PreTrainedModel, teacher: PreTrainedModel | None = 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     policy = shard(Policy(model), mesh, precision="float32")
     frozen = shard(Policy(teacher).requires_grad_(False), mesh, precision="float32") if teacher else None
-    responses = demonstrations if run.algorithm.needs_responses else None
-    return Stepper(run, policy, optimiser.build(policy, run.optim), Teacher(run.algorithm, frozen), responses)
+    found = Stepper(run, policy, optimiser.build(policy, run.optim), Teacher(run.algorithm, frozen))
+    found.responses = demonstrations if run.algorithm.needs_responses else None
+    if run.algorithm.reads_in_context:
+        found.contexts = contexts if run.algorithm.objective == "rlcsd" else right_contexts
+    if run.algorithm.reference_kl:
+        copy = shard(Policy(tiny_model(seed=START)).requires_grad_(False), mesh, precision="float32")
+        found.reference = Teacher(run.algorithm, copy, kind="frozen")
+    return found
+
+
+def right_contexts(autonomous: Sequence[Rollout]) -> dict[int, InContext]:
+    """The same without the wrong prompts, as objectives get them that do not compare with wrong contexts."""
+    return {slot: InContext(found.right) for slot, found in contexts(autonomous).items()}
+
+
+def contexts(autonomous: Sequence[Rollout]) -> dict[int, InContext]:
+    """The teacher's prompts of a group's rollouts, a right one and two wrong ones; the third rollout has none."""
+    found = {}
+    for rollout in autonomous:
+        rng = np.random.default_rng([2000, rollout.task, rollout.slot])
+        first, *others = (
+            np.concatenate((rng.integers(0, VOCABULARY, rng.integers(1, 5), dtype=np.int32), rollout.prompt))
+            for _ in range(3)
+        )
+        if rollout.slot != 2:
+            found[rollout.slot] = InContext(first, tuple(others))
+    return found
 
 
 def demonstrations(task: int) -> np.ndarray | None:

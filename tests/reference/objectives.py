@@ -7,17 +7,16 @@ the loss can be differentiated both by autograd and by finite differences.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sgpo_async.config.schema import Algorithm, Correction, Run
+from sgpo_async.config.schema import Run
 from sgpo_async.wire.records import Rollout
-from tests.reference import sgpo
-from tests.reference.learner_cases import log_probs
+from tests.reference import self_distillation, sgpo
+from tests.reference.problem import Problem, correction, divergence, sampled
 
 Responses = Callable[[int], np.ndarray | None]
 
@@ -30,81 +29,22 @@ def reference_loss(
     teacher: PreTrainedModel | None = None,
     responses: Responses = lambda _: None,
     at: PreTrainedModel | None = None,
+    start: PreTrainedModel | None = None,
 ) -> Tensor:
-    """The mean over problems of the objective's loss."""
+    """The mean over problems of the objective's loss; `start` are the weights of `reference_kl`."""
     at = at or model
     losses = []
     for group in groups:
         autonomous, guided = ([r for r in group if r.guided == flag] for flag in (False, True))
-        problem = Problem(model, at, teacher or at, run, autonomous, guided, responses(group[0].task))
+        problem = Problem(model, at, teacher or at, start, run, autonomous, guided, responses(group[0].task))
         losses.append(OBJECTIVES[run.algorithm.objective](problem))
     return torch.stack(losses).sum() / len(groups)
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One problem with its rollouts, and the three models from which its loss is computed."""
-
-    model: PreTrainedModel
-    at: PreTrainedModel
-    teacher: PreTrainedModel
-    run: Run
-    autonomous: list[Rollout]
-    guided: list[Rollout]
-    response: np.ndarray | None
-
-    @property
-    def rule(self) -> Algorithm:
-        return self.run.algorithm
-
-    @property
-    def plain(self) -> np.ndarray:
-        return self.autonomous[0].prompt
-
-    def all_log_probs(self, model: PreTrainedModel, prompt: np.ndarray, tokens: np.ndarray) -> Tensor:
-        return log_probs(model, prompt, tokens, self.run.rollout.temperature)
-
-    def log_pi(self, model: PreTrainedModel, prompt: np.ndarray, tokens: np.ndarray) -> Tensor:
-        return self.all_log_probs(model, prompt, tokens)[range(len(tokens)), tokens.tolist()]
-
-    def sampled_log_pi(self, model: PreTrainedModel, rollout: Rollout) -> Tensor:
-        """[T], log pi of a rollout's tokens under the distribution they were sampled from: over what was kept."""
-        log_pi = self.all_log_probs(model, rollout.prompt, rollout.tokens)
-        own = log_pi[range(len(rollout.tokens)), rollout.tokens.tolist()]
-        if rollout.kept is None or rollout.kept_sizes is None:
-            return own
-        kept, start = [], 0
-        for token, size in zip(rollout.tokens.tolist(), rollout.kept_sizes.tolist(), strict=True):
-            kept.append([token, *rollout.kept[start : start + size].tolist()])
-            start += size
-        return own - torch.stack([row[ids].exp().sum().log() for row, ids in zip(log_pi, kept, strict=True)])
-
-    def surrogate(self, rollout: Rollout, advantage: float) -> Tensor:
-        """[C], c_t times the clipped surrogate of Eq. 1 for the tokens that the policy sampled."""
-        own = sampled(rollout)
-        log_pi = self.sampled_log_pi(self.model, rollout)[own]
-        log_prox = self.sampled_log_pi(self.at, rollout).detach()[own]
-        ratio = (log_pi - log_prox).exp()
-        low, high = 1 - self.rule.eps_low, 1 + self.rule.eps_high
-        clipped = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
-        return correction(log_prox, rollout, self.rule.grpo_correction) * clipped
-
-
-def sampled(rollout: Rollout) -> list[int]:
-    """The positions of the tokens that the policy sampled; an environment wrote the others."""
-    spans = zip(rollout.versions.tolist(), [0, *rollout.ends.tolist()], rollout.ends.tolist(), strict=False)
-    return [position for version, start, end in spans for position in range(start, end) if version >= 0]
-
-
-ADVANTAGES = {"std": sgpo.advantages, "mean": sgpo.maxrl_advantages, "none": sgpo.centred_rewards}
-
-
 def grpo(problem: Problem) -> Tensor:
-    rewards = np.array([[r.reward for r in problem.autonomous]])
-    advantages = ADVANTAGES[problem.rule.advantage](rewards)[0]
     total = torch.zeros((), dtype=torch.float64)
-    for rollout, advantage in zip(problem.autonomous, advantages, strict=True):
-        total = total - problem.surrogate(rollout, float(advantage)).mean()
+    for rollout, advantage in zip(problem.autonomous, problem.advantages(problem.autonomous), strict=True):
+        total = total - problem.surrogate(rollout, float(advantage)).mean() + problem.drift(rollout)
     return total / len(problem.autonomous)
 
 
@@ -149,6 +89,14 @@ OBJECTIVES: dict[str, Callable[[Problem], Tensor]] = {
     "sft": sft,
     "luffy": luffy,
     "hpt": hpt,
+    "opsd": self_distillation.opsd,
+    "sdpo": lambda problem: self_distillation.sdpo(problem, grpo(problem)),
+    "kdrl": lambda problem: grpo(problem) + self_distillation.opsd(problem),
+    "rlsd": self_distillation.rlsd,
+    "rlcsd": self_distillation.rlcsd,
+    "iw-opd": self_distillation.iw_opd,
+    "pope": self_distillation.pope,
+    "pi-distill": lambda problem: grpo(problem) + self_distillation.pi_distill(problem),
 }
 
 
@@ -189,17 +137,6 @@ def merged(log_q: Tensor, listed: list[list[int]]) -> Tensor:
     return torch.stack(rows)
 
 
-def divergence(log_p: Tensor, log_q: Tensor, kind: str) -> Tensor:
-    """The divergence between two distributions over the vocabulary."""
-    p, q = log_p.exp(), log_q.exp()
-    log_m = ((p + q) / 2).log()
-    if kind == "forward":
-        return (p * (log_p - log_q)).sum()
-    if kind == "reverse":
-        return (q * (log_q - log_p)).sum()
-    return (p * (log_p - log_m)).sum() / 2 + (q * (log_q - log_m)).sum() / 2
-
-
 def alpha(problem: Problem) -> float:
     """alpha(q): Eq. 6, Eq. 8 or a constant."""
     rule, rewards = problem.rule, [[r.reward for r in part] for part in (problem.autonomous, problem.guided)]
@@ -222,10 +159,3 @@ def corrected_rates(problem: Problem) -> list[float]:
         rewards = np.array([r.reward for r in part])
         rates.append(sgpo.corrected_mean(rewards, np.array(rho), problem.rule.grpo_correction.bound))
     return rates
-
-
-def correction(log_pi: Tensor, rollout: Rollout, rule: Correction) -> Tensor:
-    mu = [math.exp(x) for x in rollout.logprobs[sampled(rollout)].astype(np.float64)]
-    mask = np.ones(len(mu), bool)
-    pi = log_pi.detach().exp().numpy()
-    return torch.from_numpy(sgpo.correction_weights(pi, np.array(mu), mask, rule.mode, rule.bound))

@@ -1,6 +1,8 @@
 """Settings that cover every objective and every configurable part of SGPO."""
 
-from sgpo_async.config.schema import Correction
+from sgpo_async.config.schema import Correction, Rlcsd
+
+ON_OWN_ROLLOUTS: dict[str, object] = {"limiter": "none", "kl_correction": Correction(mode="none", bound=1.0)}
 
 VARIANTS: dict[str, dict[str, object]] = {
     "sgpo": {"delta": 0.5},
@@ -40,4 +42,23 @@ VARIANTS: dict[str, dict[str, object]] = {
     "luffy": {"objective": "luffy", "luffy_gamma": 0.2},
     "hpt": {"objective": "hpt"},
     "hpt, gate 1": {"objective": "hpt", "hpt_gate": 1},
+    "reference": {"objective": "grpo", "reference_kl": 0.3},
+    "opsd": {"objective": "opsd", "teacher": "frozen", "kl_clip": 0.05, **ON_OWN_ROLLOUTS},
+    "sdft": {"objective": "opsd", "teacher": "ema", "distil_skip": 3, **ON_OWN_ROLLOUTS},
+    "sdpo": {"objective": "sdpo", "divergence": "reverse", **ON_OWN_ROLLOUTS},
+    "sdpo and grpo": {"objective": "sdpo", "divergence": "jensen-shannon", "alpha": 0.4, **ON_OWN_ROLLOUTS},
+    "kdrl": {"objective": "kdrl", "divergence": "reverse", "alpha": 0.5, "distilled": "wrong", **ON_OWN_ROLLOUTS},
+    "sdpg": {
+        "objective": "kdrl",
+        "divergence": "reverse",
+        "alpha": 0.5,
+        "distilled": "advantage",
+        "reference_kl": 0.2,
+        **ON_OWN_ROLLOUTS,
+    },
+    "rlsd": {"objective": "rlsd", "teacher": "frozen", **ON_OWN_ROLLOUTS},
+    "rlcsd": {"objective": "rlcsd", "teacher": "self", "rlcsd": Rlcsd(tau=1.3, threshold=0.2), **ON_OWN_ROLLOUTS},
+    "iw-opd": {"objective": "iw-opd", "teacher": "frozen", **ON_OWN_ROLLOUTS},
+    "pope": {"objective": "pope"},
+    "pi-distill": {"objective": "pi-distill", "alpha": 0.25, **ON_OWN_ROLLOUTS},
 }

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from sgpo_async.algorithm import DIVERGENCES, divergence, forward_kl
+from sgpo_async.algorithm.divergences import divergence_of
 from tests.reference import sgpo as reference
 
 LOGITS = arrays(np.float64, (3, 5), elements=st.floats(-8, 8))
@@ -27,6 +28,30 @@ def logits(seed, *shape):
 def test_equals_the_reference(kind, teacher, student, temperature):
     got = divergence(torch.from_numpy(teacher), torch.from_numpy(student), kind=kind, temperature=temperature)
     np.testing.assert_allclose(got.numpy(), reference.DIVERGENCES[kind](teacher, student, temperature), atol=1e-12)
+
+
+@settings(deadline=None)
+@given(LOGITS, LOGITS, st.floats(1e-3, 1.0))
+def test_the_clipped_forward_kl_bounds_each_term_of_the_sum(teacher, student, clip):
+    log_p, log_q = (torch.from_numpy(x).log_softmax(-1) for x in (teacher, student))
+    p = log_p.exp()
+    expected = [
+        sum(min(float(p[t, v] * (log_p[t, v] - log_q[t, v])), clip) for v in range(p.shape[1])) for t in range(len(p))
+    ]
+    np.testing.assert_allclose(divergence_of("forward", clip).value(log_p, log_q).numpy(), expected, atol=1e-12)
+
+
+def test_the_slope_of_the_clipped_forward_kl_is_its_derivative_and_clipped_terms_have_none():
+    teacher, student = 3 * logits(1, 4, 6), 3 * logits(2, 4, 6)
+    log_p, clip = teacher.log_softmax(-1), 0.05
+    z = student.clone().requires_grad_()
+    value, slope = divergence_of("forward", clip)
+    d = value(log_p, z.log_softmax(-1))
+    (expected,) = torch.autograd.grad(d.sum(), z)
+    torch.testing.assert_close(slope(log_p, student.log_softmax(-1)), expected, atol=1e-12, rtol=0)
+    terms = log_p.exp() * (log_p - student.log_softmax(-1))
+    assert (terms > clip).any() and (terms < clip).any()
+    assert torch.equal(divergence_of("forward").value(log_p, log_p), torch.zeros(4, dtype=torch.float64))
 
 
 def test_every_kind_has_a_reference_and_forward_is_eq_3():

@@ -181,6 +181,7 @@ def test_the_rates_are_those_of_the_stated_hardware(recipe: list[str]) -> None:
     assert f"{found.generate_tokens_per_s:,.0f}" in text(found)
 
 
+@pytest.mark.slow
 def test_recipes_fit_their_gpus(tmp_path: Path) -> None:
     """Qwen2.5-7B on four GPUs of 80 GB for the learner and four for servers."""
     big = dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28)

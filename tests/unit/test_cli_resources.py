@@ -104,7 +104,7 @@ def test_the_hub_needs_open_files_for_every_actor(monkeypatch: pytest.MonkeyPatc
     assert open_files(10_000) == "no limit"
 
 
-@pytest.mark.parametrize("limit", [40, OPEN_FILES])
+@pytest.mark.parametrize("limit", [40, pytest.param(OPEN_FILES, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("command", ["local", "hub", "learner", "actor", "doctor"])
 def test_too_few_open_files_end_a_command_with_one_line(command: str, limit: int, tmp_path: Path) -> None:
     configuration = [str(DEMO), f"out={tmp_path}"]

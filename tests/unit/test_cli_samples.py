@@ -13,7 +13,7 @@ from sgpo_async.cli.main import main
 from sgpo_async.cli.sample_text import render
 from sgpo_async.files import to_json
 from sgpo_async.metrics.samples import SAMPLES
-from sgpo_async.report.completions import completions
+from sgpo_async.report.completions import completions, mask_bound, samples_page
 from sgpo_async.report.texts import runs_of, strength
 
 HOSTILE = [
@@ -176,7 +176,7 @@ def test_the_page_escapes_what_a_model_wrote(text: str) -> None:
     assert "<script" not in page and "\x1b" not in page and "\x00" not in page and "\u202e" not in page
     page.encode()
     tags = {tag.partition(" ")[0] for tag in re.findall(r"<(/?[^>]*)>", page)}
-    known = "section h2 p details summary b table tr td q i mark code"
+    known = "section h2 p details summary b div table tr td q i mark code"
     assert tags <= {end + name for name in known.split() for end in ("", "/")}
 
 
@@ -194,3 +194,26 @@ def test_an_error_names_the_steps_that_there_are() -> None:
 
     assert _steps([sample(1)]) == "there are groups of step 1"
     assert _steps([sample(1), sample(2)]) == "there are groups of the steps 1 to 2"
+
+
+def test_a_page_has_the_chosen_groups_with_alone_and_guided_side_by_side(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, *(sample(step) for step in range(4)))
+    (tmp_path / "config.yaml").write_text("algorithm: {limiter: mask, delta: 0.5}", encoding="utf-8")
+    page = tmp_path / "samples.html"
+    assert main(["samples", str(tmp_path), "--last", "2", "--html", str(page)]) == 0
+    assert capsys.readouterr().out == f"2 groups: {page}\n"
+    html = page.read_text(encoding="utf-8")
+    assert "step 2" in html and "step 3" in html and "step 1" not in html
+    assert html.count('<div class="sides">') == 2 and "more than 0.5 nats" in html
+
+
+@pytest.mark.parametrize(("limiter", "struck"), [("mask", 1), ("none", 0)])
+def test_tokens_that_the_mask_removes_are_struck_through(limiter: str, struck: int) -> None:
+    group = sample(0, rollouts=[rollout(0, "ab", guided=True, kl=[0.4, 0.6], pieces=["a", "b"])])
+    bound = mask_bound({"algorithm": {"limiter": limiter, "delta": 0.5}})
+    assert samples_page("run", [group], bound=bound, chars=0).count(' masked"') == struck
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    console.print(render(group, chars=0, bound=bound))
+    assert console.file.getvalue().count("\x1b[9;") + console.file.getvalue().count(";9m") == struck

@@ -35,13 +35,19 @@ def gradients(run: Run, parts: list[list[Rollout]]) -> Found:
 
 def expected(run: Run, parts: list[list[Rollout]]) -> tuple[float, dict[str, Tensor]]:
     model = cases.tiny_model()
-    loss = reference.reference_loss(model, parts, run, teacher=_teacher(run), responses=_responses(run))
+    loss = reference.reference_loss(
+        model, parts, run, teacher=_teacher(run), responses=_responses(run), start=_start(run)
+    )
     loss.backward()
     return loss.item(), {name: p.grad for name, p in model.named_parameters()}
 
 
 def _teacher(run: Run) -> object:
     return cases.tiny_model(seed=1) if run.algorithm.copies_teacher else None
+
+
+def _start(run: Run) -> object:
+    return cases.tiny_model(seed=cases.START) if run.algorithm.reference_kl else None
 
 
 def _responses(run: Run) -> reference.Responses:
@@ -84,7 +90,7 @@ def test_the_gradient_equals_finite_differences_of_the_loss(name: str) -> None:
             for key, parameter in model.named_parameters():
                 parameter += step * width * direction[key]
             loss = reference.reference_loss(
-                model, parts, run, teacher=_teacher(run), responses=_responses(run), at=base
+                model, parts, run, teacher=_teacher(run), responses=_responses(run), at=base, start=_start(run)
             )
         slope += weight * loss.item() / (12 * width)
     # The norm layers of the model compute in float32, so the loss is accurate to about 1e-8.

@@ -1,8 +1,8 @@
 """The input of an objective, the group of one task, and its output, weighted sequences of three kinds.
 
-    policy gradient   an autonomous rollout, with an advantage        terms.PolicyGradientTerm      Eq. 1
-    distillation      a guided rollout after the plain prompt         terms.DistillationTerm        Eq. 3, 5
-    likelihood        a given text after the plain prompt             terms.LikelihoodTerm          NLL or LUFFY
+    policy gradient   a rollout, with an advantage                              terms.PolicyGradientTerm   Eq. 1
+    distillation      a rollout, which the teacher reads after another prompt   terms.DistillationTerm     Eq. 3, 5
+    likelihood        a given text after the plain prompt                       terms.LikelihoodTerm       NLL, LUFFY
 
 The loss of a step is the sum over all sequences of weight times the mean loss over the sequence's tokens. An objective
 computes constant weights from its task and from the number of problems in the whole batch. Therefore the division of
@@ -11,7 +11,7 @@ sequences over rows, micro-batches and ranks cannot change the loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -19,7 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sgpo_async.algorithm import group_advantages
 from sgpo_async.config.schema import Algorithm
+from sgpo_async.learner.contexts import InContext
 from sgpo_async.learner.packing import Tokens
 from sgpo_async.wire.records import Rollout
 
@@ -44,6 +46,9 @@ class TaskGroup:
     guided: tuple[Rollout, ...]
     demonstration: np.ndarray | None = None  # response with end token, [T] int32; None if unavailable or not needed
     log_rho: Mapping[int, float] | None = None  # log pi/mu of the whole rollout, by slot; None if not computed
+    contexts: Mapping[int, InContext] = field(
+        default_factory=dict
+    )  # the teacher's prompts for autonomous rollouts, by slot
     problems: int  # P, number of problems in the whole batch over all ranks
     mask_cut: bool = False  # the policy gradient leaves out rollouts that max_new_tokens has cut
 
@@ -61,6 +66,23 @@ class TaskGroup:
         """Return the rewards of the rollouts in the policy gradient: [1, n] float64."""
         return torch.tensor([[rollout.reward for rollout in self.in_policy_gradient]], dtype=torch.float64)
 
+    def advantages(self, algorithm: Algorithm) -> list[float]:
+        """Return the advantages of the rollouts in the policy gradient (Eq. 1); none if there is no such rollout."""
+        rewards = self.rewards()
+        return group_advantages(rewards, algorithm.advantage)[0].tolist() if rewards.numel() else []
+
+    def distilled(self, rollouts: Iterable[Rollout], weight: float, *, skip: int) -> list[Distillation]:
+        """Distil the teacher, which has read the context, on these autonomous rollouts, with `weight` for each.
+
+        Those without a context, or without tokens after the first `skip`, are left out; the others keep their weights.
+        """
+        pairs = ((rollout.without_first(skip), self.contexts.get(rollout.slot)) for rollout in rollouts)
+        return [
+            Distillation(own, own.prompt, context.right, weight)
+            for own, context in pairs
+            if context and weight and own.sampled.any()
+        ]
+
     def correct(self, *, guided: bool) -> Tensor:
         """Return which of the guided or of the autonomous rollouts are correct: [1, G] float64, 1 or 0."""
         rollouts = self.guided if guided else self.autonomous
@@ -69,36 +91,44 @@ class TaskGroup:
 
 @dataclass(frozen=True)
 class PolicyGradient:
-    """One autonomous rollout that is trained with the clipped policy gradient."""
+    """One rollout that is trained with the clipped policy gradient."""
 
     rollout: Rollout
     advantage: float
     weight: float
     stands_for: int = 1  # rollouts of its group, in the entropy; the others are left out, because they teach nothing
+    prompt: np.ndarray | None = None  # it is trained after this prompt; None: after that with which it was sampled
+    context: InContext | None = None  # with which a teacher gives each token an advantage of its own
+    # What the learner adds before the forward pass (`learner.scores`), [T] each: what the teacher says of the tokens,
+    # for `algorithm.credit`; their log pi_0, with `reference_kl`.
+    evidence: np.ndarray | None = None
+    log_reference: np.ndarray | None = None
 
     @cached_property
     def student(self) -> Tokens:
         """The sequence that is trained."""
-        return rollout_after(self.rollout.prompt, self.rollout)
+        return rollout_after(self.rollout.prompt if self.prompt is None else self.prompt, self.rollout)
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """One guided rollout, o+, that the student learns after the plain prompt."""
+    """One rollout, whose distributions after one prompt are drawn to those after the other."""
 
     rollout: Rollout
-    plain_prompt: np.ndarray
+    student_prompt: np.ndarray
+    teacher_prompt: np.ndarray
     weight: float
+    divergence: str = ""  # a key of DIVERGENCES; "": that of the configuration
 
     @cached_property
     def student(self) -> Tokens:
         """The sequence that is trained."""
-        return rollout_after(self.plain_prompt, self.rollout)
+        return rollout_after(self.student_prompt, self.rollout)
 
     @cached_property
     def teacher(self) -> Tokens:
-        """The same tokens after the guided prompt, with which they were sampled."""
-        return rollout_after(self.rollout.prompt, self.rollout)
+        """The same tokens, as the teacher reads them."""
+        return rollout_after(self.teacher_prompt, self.rollout)
 
 
 @dataclass(frozen=True)

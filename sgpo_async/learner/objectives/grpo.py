@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from sgpo_async.algorithm import group_advantages
 from sgpo_async.config.schema import Algorithm
 from sgpo_async.learner.objectives.base import PolicyGradient, TaskGroup, Trained
 
@@ -12,8 +11,6 @@ def grpo(group: TaskGroup, algorithm: Algorithm) -> Trained:
 
     Guided rollouts never enter the group.
     """
-    rollouts = group.in_policy_gradient
-    advantages = group_advantages(group.rewards(), algorithm.advantage)[0].tolist() if rollouts else []
     weight = 1 / (group.problems * len(group.autonomous))
-    pairs = zip(rollouts, advantages, strict=True)
+    pairs = zip(group.in_policy_gradient, group.advantages(algorithm), strict=True)
     return Trained(policy_gradient=[PolicyGradient(rollout, advantage, weight) for rollout, advantage in pairs])

@@ -40,7 +40,7 @@ def sgpo(group: TaskGroup, algorithm: Algorithm) -> Trained:
     as_text = algorithm.divergence == "sft"
     return Trained(
         policy_gradient=grpo(group, algorithm).policy_gradient if algorithm.policy_gradient else [],
-        distillation=[] if as_text else [Distillation(target, plain, weight) for target in targets],
+        distillation=[] if as_text else [Distillation(target, plain, target.prompt, weight) for target in targets],
         likelihood=[Likelihood(rollout_after(plain, target), weight) for target in targets] if as_text else [],
         metrics=metrics,
     )

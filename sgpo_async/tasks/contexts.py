@@ -1,0 +1,84 @@
+"""Contexts: what guided prompts hold, and a teacher reads, beside the problem (`tasks.context`).
+
+    strategy          the problem's strategy
+    response          its worked solution
+    partial-response  the first quarter of that, in words
+    answer            its answer alone
+    other-strategy    the strategy of the following problem, for contrast
+    none              nothing: the teacher's prompt is the plain one
+    sibling           a correct rollout of the same group
+
+The text of a context takes the place of the strategy in every problem of the source, so hub, actors and learner need
+not know which context it is. A sibling is known only when the group is complete: `learner.contexts` looks for it, and
+no rollout is guided by it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from sgpo_async.config.schema import Context
+from sgpo_async.tasks.base import ListedSource, Problem
+
+PART = 4  # a partial response is a quarter of the response; POPE, arXiv 2601.18779: at most that
+
+
+class ContextSource:
+    """The problems of `source`, each with the text of its context in place of its strategy."""
+
+    def __init__(self, source: ListedSource, kind: Context) -> None:
+        self._source, self._kind = source, kind
+        self.verifier, self.responses = source.verifier, source.responses
+        counts = {
+            "strategy": source.strategies,
+            "other-strategy": source.strategies,
+            "response": source.responses,
+            "partial-response": source.responses,
+            "answer": len(source.training_problems()),
+        }
+        self.strategies = counts.get(kind, 0)
+
+    def training(self, position: int) -> Problem:
+        """The training problem at `position`."""
+        return self._in_context(self._source.training(position), lambda: self._source.training(position + 1))
+
+    def training_problems(self) -> Sequence[Problem]:
+        """All training problems."""
+        return _InContext(self._source.training_problems(), self._in_context)
+
+    def longest_problems(self, count: int) -> Sequence[Problem]:
+        """The training problems with the most characters, the context included."""
+        return heapq.nlargest(count, self.training_problems(), key=lambda p: len(p.problem) + len(p.strategy or ""))
+
+    def held_out(self) -> Sequence[Problem]:
+        """The held-out problems."""
+        return list(_InContext(self._source.held_out(), self._in_context))
+
+    def _in_context(self, problem: Problem, following: Callable[[], Problem]) -> Problem:
+        return replace(problem, strategy=_text(self._kind, problem, following))
+
+
+class _InContext(Sequence[Problem]):
+    """The same problems in context, each made when it is asked for."""
+
+    def __init__(self, problems: Sequence[Problem], in_context: Callable[..., Problem]) -> None:
+        self._problems, self._in_context = problems, in_context
+
+    def __len__(self) -> int:
+        return len(self._problems)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        if isinstance(index, slice):
+            return [self[one] for one in range(*index.indices(len(self)))]
+        return self._in_context(self._problems[index], lambda: self._problems[(index + 1) % len(self)])
+
+
+def _text(kind: Context, problem: Problem, following: Callable[[], Problem]) -> str | None:
+    if kind == "other-strategy":
+        return following().strategy
+    if kind == "partial-response" and problem.response is not None:
+        words = problem.response.split(" ")
+        return " ".join(words[: -(-len(words) // PART)])
+    return {"strategy": problem.strategy, "response": problem.response, "answer": problem.answer}.get(kind)
