@@ -15,7 +15,6 @@ smallest and the largest; a ratio is computed within each turn.
 from __future__ import annotations
 
 import contextlib
-import json
 import platform
 import subprocess
 import sys
@@ -29,7 +28,7 @@ import numpy as np
 import zmq
 
 from sgpo_async import __version__
-from sgpo_async.bench.figures import header, load, machine, publish, ratio, spread
+from sgpo_async.bench.figures import header, load, machine, publish, ratio, spread, versions_elsewhere
 from sgpo_async.bench.hub_ingest import rollout_of
 from sgpo_async.errors import DeadlineExceeded, SgpoError
 from sgpo_async.wire import encode
@@ -205,11 +204,5 @@ def versions(peers: str) -> dict[str, str]:
     }
     if not peers:
         return known
-    program = (
-        "import importlib.metadata as m, json; "
-        "print(json.dumps({name: m.version(name) for name in ('TransferQueue', 'ray', 'torch', 'tensordict')}))"
-    )
-    found = subprocess.run([peers, "-c", program], capture_output=True, text=True, check=False)
-    if found.returncode:
-        raise SgpoError(f"--peers {peers}: it must have TransferQueue and ray; make peers builds it")
-    return known | json.loads(found.stdout)
+    names = ("TransferQueue", "ray", "torch", "tensordict")
+    return known | versions_elsewhere(peers, *names, given=f"--peers {peers}", remedy="make peers makes one")

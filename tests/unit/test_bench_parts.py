@@ -1,6 +1,7 @@
 """The pure parts of `sgpo-async bench engine`, `pack`, `loss` and `trl`."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import pytest
 from sgpo_async.bench import engine, loss, pack, trl
 from sgpo_async.bench.figures import columns, ratio, verdict, versions_elsewhere
 from sgpo_async.bench.pack import Batch, divided, packed, padded, whole_groups, work
+from sgpo_async.bench.served import Request
 from sgpo_async.cli import bench as command
 from sgpo_async.cli import main as cli
 from sgpo_async.cli.main import main
 from sgpo_async.errors import ConfigError, SgpoError
+from sgpo_async.model.folder import model_folder
 from sgpo_async.simulation import Lengths
 
 KNOWN: dict[str, Any] = {"machine": "", "versions": {}, "load": [0.0, 0.0]}
@@ -54,6 +57,36 @@ def test_a_row_ends_at_its_own_length() -> None:
     ends = engine.Ends([5, 7])
     assert ends(torch.zeros(2, 5), None).tolist() == [True, False]
     assert ends(torch.zeros(2, 7), None).tolist() == [True, True]
+
+
+class Timed:
+    """A way that takes so many CPU seconds for a token."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._used = seconds, 7.0
+
+    def __call__(self, work: Sequence[Request]) -> int:
+        tokens = sum(one.length for one in work)
+        self._used += tokens * self._seconds
+        return tokens
+
+    def cpu_s(self) -> float:
+        return self._used
+
+
+@pytest.mark.parametrize("peers", [["generate"], ["generate", "sglang"]])
+def test_each_way_is_timed_by_its_own_clock_and_compared_with_every_peer(peers: list[str]) -> None:
+    seconds = {"embedded": 0.01, "generate": 0.02, "sglang": 0.005}
+    ways = {name: Timed(seconds[name]) for name in ["embedded", *peers]}
+    sizes = engine.Sizes(slots=4, batches=2, mean=6, turns=2)
+    found = {"model": "cues"} | engine.measure_ways(ways, model_folder("builtin:cues"), sizes)
+    assert found["tokens_per_s"]["equal"]["embedded"]["median"] == pytest.approx(100)
+    for kind in engine.LENGTHS:
+        assert {one["to"]: one["median"] for one in found["ratios"][kind]} == pytest.approx(
+            {name: seconds[name] / seconds["embedded"] for name in peers}
+        )
+    lines = engine.table(KNOWN | {"models": [found]})
+    assert sum("sglang" in line and "missed" in line for line in lines) == 2 * ("sglang" in peers)
 
 
 # pack
