@@ -9,7 +9,8 @@
 All have one thread, the same prompts in the same order, the same lengths, temperature 1, the whole vocabulary, and as
 many rows. No token ends a completion but the last one of its length, so all sample the same number of tokens; the
 lengths are either all equal, or lognormal with the same mean. Time is CPU time, because other processes then matter
-less; with one thread it is the time on an idle machine. That of SGLang is the time of all of its server's processes.
+less; with one thread it is the time on an idle machine. That of SGLang is the time of its server's processes and of
+the requests.
 The embedded engine and SGLang also report the log-probability of each token, as training needs it; `generate` does not.
 All take turns; a ratio is computed within each turn.
 """
@@ -46,6 +47,7 @@ from sgpo_async.bench.served import Request, Served
 from sgpo_async.config import Run
 from sgpo_async.engines import EmbeddedEngine, Weights
 from sgpo_async.engines.base import Generate, Generated
+from sgpo_async.installation import sglang_for_cpus
 from sgpo_async.model.folder import load_tokenizer, model_folder
 from sgpo_async.model.load import load_model, longest
 from sgpo_async.tasks.prompts import build_prompt
@@ -95,7 +97,7 @@ def run_bench_engine(*, quick: bool, model: str, sglang: str, to: Path) -> int:
     before = load()
     known = versions("torch", "transformers")
     if sglang:
-        known |= versions_elsewhere(sglang, "sglang", given=f"--sglang {sglang}", remedy="make sglang-cpu makes one")
+        known |= versions_elsewhere(sglang, "sglang", given=f"--sglang {sglang}", remedy=sglang_for_cpus())
     models = [{"model": Path(path).name} | measure(path, one, sglang) for path, one in sizes.items()]
     report = {
         "machine": machine(),

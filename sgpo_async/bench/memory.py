@@ -117,11 +117,17 @@ def _peak(run: Run, config: PreTrainedConfig, *, ranks: int, on_gpus: bool, prom
         peaks = tracker.get_tracker_snapshot("peak")
         parts, host = _parts(peaks[torch.device("cpu")]), _parts(peaks.get(HOST, {}))
         if teacher is not None:
-            size = teacher.nbytes // 4 * getattr(torch, run.algorithm.teacher_dtype).itemsize // ranks
-            (host if offloaded else parts)["teacher"] = size
+            (host if offloaded else parts)["teacher"] = _copy_bytes(teacher, run, ranks)
+        if run.copies_reference:
+            (host if offloaded else parts)["reference"] = _copy_bytes(trained, run, ranks)
         if offloaded:
             parts["gathered layers"] += _on_the_way(trained)
     return RankMemory(parts, {name: nbytes for name, nbytes in host.items() if nbytes})
+
+
+def _copy_bytes(policy: Policy, run: Run, ranks: int) -> int:
+    """The size of a rank's part of a copy of these weights."""
+    return policy.nbytes // 4 * getattr(torch, run.algorithm.teacher_dtype).itemsize // ranks
 
 
 def _parts(snapshot: Mapping[Any, int]) -> dict[str, int]:
@@ -194,7 +200,7 @@ def train_row(policy: Policy, teacher: Policy | None, packed: Packed, run: Run) 
     if algorithm.compares_with_teacher and algorithm.teacher != "behaviour":
         with torch.no_grad():
             states = (teacher or policy).hidden(packed)
-        measure = TeacherDivergence(states, None, targets, algorithm.divergence)
+        measure = TeacherDivergence(states, None, targets, algorithm.divergence, clip=algorithm.kl_clip)
     loss, _ = policy(packed, [Part(measure, lambda values, _: values.sum())], run.rollout.temperature)
     loss.backward()
 

@@ -64,10 +64,12 @@ def preflight(run: Run, *, light: bool = False) -> list[str]:
 def problems(run: Run, source: ListedSource) -> str:
     """Count the problems. Raises CheckWarning if few of them have the strategies that the objective distils."""
     count, place = len(source.training_problems()), run.tasks.path or run.tasks.source
-    found = f"{place}: {count:,} problems, {source.strategies:,} with strategies, {source.responses:,} with responses, "
+    texts = "strategies" if run.tasks.context == "strategy" else f"the context {run.tasks.context}"
+    found = f"{place}: {count:,} problems, {source.strategies:,} with {texts}, {source.responses:,} with responses, "
     found += f"{len(source.held_out()):,} held out"
-    if run.algorithm.objective == "sgpo" and source.strategies < FEW * count:
-        remedy = "the others train without distillation; sgpo-async strategies extract makes strategies from responses"
+    if run.needs_strategies and source.strategies < FEW * count:
+        without = "distillation" if run.algorithm.objective == "sgpo" else "a context"
+        remedy = f"the others train without {without}; sgpo-async strategies extract makes strategies from responses"
         raise CheckWarning(found, remedy)
     return found
 
@@ -150,6 +152,7 @@ def training_memory(run: Run, parameters: int, *, gpu_bytes: int | None) -> str:
 
 
 def _built(run: Run, problem: Problem, tokenizer: Any) -> list[list[int]]:
-    """The prompts of a problem: the plain one, and the one with the strategy if it has one."""
-    strategies = dict.fromkeys([None, problem.strategy if run.rollout.guided else None])
+    """The prompts of a problem: the plain one, and the one with the strategy if it has one and the run reads it."""
+    read = run.rollout.guided or run.algorithm.reads_in_context
+    strategies = dict.fromkeys([None, problem.strategy if read else None])
     return [build_prompt(problem.problem, one, tasks=run.tasks, tokenizer=tokenizer) for one in strategies]

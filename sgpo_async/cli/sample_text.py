@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sgpo_async.report.numbers import number
-from sgpo_async.report.texts import Run, notes_of, printable, runs_of, solved, versions_of
+from sgpo_async.report.texts import Run, context_of, notes_of, printable, runs_of, solved, versions_of
 
 LARGE, SMALL = 1.0, 0.1  # nats; a token of at least this divergence is highlighted
 STYLES = {LARGE: "black on red", SMALL: "black on yellow"}
@@ -20,7 +20,7 @@ PIECE = 24  # characters of each
 
 
 def render(sample: Mapping[str, Any], *, chars: int, bound: float = math.inf) -> RenderableType:
-    """The problem, the rollouts of the policy alone and those with the strategy.
+    """The problem, the rollouts of the policy alone and those with the strategy or another context.
 
     Args:
         chars: most characters of each completion; 0: all.
@@ -29,16 +29,17 @@ def render(sample: Mapping[str, Any], *, chars: int, bound: float = math.inf) ->
     about = Table.grid(padding=(0, 2, 0, 0))
     about.add_column(style="dim", no_wrap=True)
     about.add_column(overflow="fold")
-    for name in ("problem", "strategy", "answer"):
-        if sample.get(name) is not None:
-            about.add_row(name, Text(printable(str(sample[name]))))
+    context = printable(context_of(sample))
+    for key, name in (("problem", "problem"), ("strategy", context), ("answer", "answer")):
+        if sample.get(key) is not None:
+            about.add_row(Text(name), Text(printable(str(sample[key]))))
     rollouts = sample["rollouts"]
     parts: list[RenderableType] = [_title(sample), about]
     for guided in (False, True):
         own = [rollout for rollout in rollouts if rollout["guided"] == guided]
         if own:
             right, count = solved(sample, guided=guided)
-            heading = f"{'with the strategy' if guided else 'alone'}: {right} of {count} correct"
+            heading = f"{f'with the {context}' if guided else 'alone'}: {right} of {count} correct"
             parts += [Text(), _rollouts(own, heading, chars, bound)]
     return Group(*parts, Text())
 

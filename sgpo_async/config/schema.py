@@ -111,9 +111,9 @@ class Tasks:
     prompt: str = "plain"  # plain, chat (the tokenizer's template), or module:function
     system: str = ""  # prompt=chat: the system message
     template_args: dict[str, Any] = field(default_factory=dict)  # prompt=chat: e.g. {enable_thinking: false}
-    # What stands in guided prompts, and what a teacher reads with the problem: its strategy; its response, or the first
-    # quarter of it; its answer; the strategy of another problem, for contrast; nothing; a correct rollout of the same
-    # group, which only a teacher can read.
+    # What stands in guided prompts, and what a teacher reads with the problem. strategy, response, answer: those of the
+    # problem; partial-response: the first quarter of its response; other-strategy: that of another problem, for
+    # contrast; none: nothing; sibling: a correct rollout of the same group. The last two are for teachers alone.
     context: Context = "strategy"
     strategy_place: Literal["user", "system"] = "user"  # prompt=chat: the message that holds the strategy or context
     suffix: str = ""  # text directly after the problem, e.g. "\nPut the answer into \\boxed{}."
@@ -225,7 +225,7 @@ class Rollout:
     top_p: float = 1.0
     top_k: int = 0
     # The reward of a completion that max_new_tokens has cut. score: as the verifier judges it; zero: 0; mask: 0, and
-    # the policy gradient leaves it out: neither its tokens nor its reward count. It is never distilled.
+    # it is left out: neither its tokens nor its reward count. It is never a target of sgpo.
     cut: Literal["score", "zero", "mask"] = "score"
 
     def __post_init__(self) -> None:
@@ -374,6 +374,12 @@ class Run:
         """Check that the objective has the rollouts and the context that it trains on."""
         objective, context = self.algorithm.objective, self.tasks.context
         require(
+            context not in UNGUIDED or objective not in GUIDED,
+            "tasks.context",
+            f"must not be {context} with algorithm.objective={objective}, which trains guided rollouts",
+            context,
+        )
+        require(
             objective not in GUIDED or self.rollout.guided >= 1,
             "rollout.guided",
             f"must be >= 1 when algorithm.objective={objective}",
@@ -386,7 +392,7 @@ class Run:
             self.rollout.guided,
         )
         require(
-            context not in UNGUIDED or self.algorithm.reads_in_context or context == "none",
+            context != "sibling" or self.algorithm.reads_in_context,
             "tasks.context",
             f"must not be {context} with algorithm.objective={objective}, whose teacher reads no autonomous rollouts",
             context,
@@ -396,6 +402,18 @@ class Run:
             "tasks.context",
             "must be strategy or sibling with algorithm.objective=rlcsd, which needs a right and a wrong one",
             context,
+        )
+        require(
+            context != "none" or not self.algorithm.reads_in_context or self.algorithm.teacher != "self",
+            "algorithm.teacher",
+            "must not be self with tasks.context=none: teacher and policy would be equal, and nothing learned",
+            self.algorithm.teacher,
+        )
+        require(
+            context != "sibling" or self.rollout.autonomous >= 2,
+            "rollout.autonomous",
+            "must be >= 2 with tasks.context=sibling",
+            self.rollout.autonomous,
         )
 
     @property

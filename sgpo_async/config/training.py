@@ -32,7 +32,7 @@ class Rlsd:
     """RLSD: the teacher scales the advantage of each token (docs/algorithm.md)."""
 
     clip: float = 0.2  # the factor is kept in [1 - clip, 1 + clip]
-    weight: float = 0.5  # lambda, of the scaled advantage at the first step; 1 - lambda: that of GRPO's
+    weight: float = 0.5  # lambda at the first step: the share of the scaled advantage; the rest is GRPO's
     steps: int = 50  # in which lambda falls to 0; 0: it stays as it is
 
     def __post_init__(self) -> None:
@@ -47,7 +47,7 @@ class Rlcsd:
 
     tau: float = 0.02  # nats in which the evidence of a token saturates
     scale: float = 0.5  # of the shift
-    threshold: float = 0.02  # a token is shifted if its shift is larger
+    threshold: float = 0.02  # a token is shifted if |shift| is larger
     weight: float = 1.0  # of the shifted tokens
     wrong: int = 4  # most wrong contexts of a rollout
 
@@ -82,12 +82,14 @@ class Algorithm:
     # in the mean its gradient is that of KL(pi || pi_0). It needs a copy of these weights and a forward pass.
     reference_kl: float = 0.0
 
-    # All objectives that distil a teacher: how the student is drawn towards it. sgpo only: sft, the plain likelihood of
-    # the target's tokens; which target
+    # How the student is drawn to the teacher, in all objectives that distil one except pi-distill, which has both KLs.
+    # sft, in sgpo only: the plain likelihood of the target's tokens.
     divergence: Literal["forward", "reverse", "jensen-shannon", "sft"] = "forward"  # Eq. 3: forward
     # divergence=forward: the most that one token of the vocabulary may add to d_t, in nats; OPSD: 0.05
     kl_clip: float = field(default=math.inf, metadata=INFINITE)
-    target: Literal["reachable", "all"] = "reachable"  # Eq. 4; all: the mean over all correct guided rollouts (Eq. 2)
+    target: Literal["reachable", "all"] = (
+        "reachable"  # sgpo: Eq. 4; all: the mean over all correct guided rollouts (Eq. 2)
+    )
     limiter: Literal["mask", "clamp", "smooth", "quantile", "none"] = "none"  # mask: Eq. 5 masks tokens of d_t > delta
     delta: float = 1.0  # limiter=mask, clamp, smooth: the bound of d_t in nats
     quantile: float = 0.95  # limiter=quantile: mask tokens whose d_t exceeds this quantile of the d_t in their target
@@ -147,7 +149,7 @@ class Algorithm:
         require(
             self.policy_gradient or self.objective in ("sgpo", "pi-distill"),
             "algorithm.policy_gradient",
-            f"must be true with algorithm.objective={self.objective}: only sgpo and pi-distill leave the choice",
+            f"must be true with algorithm.objective={self.objective}: only sgpo and pi-distill can train without it",
             self.policy_gradient,
         )
         require(
@@ -155,6 +157,19 @@ class Algorithm:
             "algorithm.kl_clip",
             f"must be .inf with algorithm.divergence={self.divergence}: it bounds the terms of the forward KL",
             self.kl_clip,
+        )
+        require(
+            self.kl_clip == math.inf or (self.teacher != "behaviour" and self.objective != "pi-distill"),
+            "algorithm.kl_clip",
+            "must be .inf with algorithm.teacher=behaviour, of which only the likeliest tokens are known, and with "
+            "algorithm.objective=pi-distill, which has the reverse KL, too",
+            self.kl_clip,
+        )
+        require(
+            self.reference_kl == 0 or self.has_policy_gradient,
+            "algorithm.reference_kl",
+            f"must be 0 with algorithm.objective={self.objective} without a policy gradient, to which it is added",
+            self.reference_kl,
         )
         self._check_context()
         require(
@@ -200,6 +215,13 @@ class Algorithm:
             self.kl_correction.mode,
         )
         require(
+            self.grpo_correction.mode != "none" or name != "pi-distill",
+            "algorithm.grpo_correction.mode",
+            "must not be none with algorithm.objective=pi-distill, whose student learns from the teacher's rollouts by "
+            "the ratio of the two",
+            self.grpo_correction.mode,
+        )
+        require(
             self.alpha <= 1 or name != "sdpo",
             "algorithm.alpha",
             "must be <= 1 with algorithm.objective=sdpo, where 1 - alpha is the weight of GRPO",
@@ -225,6 +247,13 @@ class Algorithm:
     def compares_with_teacher(self) -> bool:
         """Whether the loss compares the student's distributions with a teacher's."""
         return self.objective in DISTILLED or (self.objective in ("sgpo", "pi-distill") and self.divergence != "sft")
+
+    @property
+    def has_policy_gradient(self) -> bool:
+        """Whether some rollouts are trained by a policy gradient."""
+        if self.objective == "sgpo":
+            return self.policy_gradient
+        return self.objective not in ("sft", "opsd") and (self.objective != "sdpo" or self.alpha < 1)
 
     @property
     def reads_in_context(self) -> bool:

@@ -86,6 +86,7 @@ class Batch:
     """What one rank trains on in one step."""
 
     version: int  # of the weights that are trained; the lag of a token is this minus the version that sampled it
+    step: int  # of the run, which a resumed run repeats; a version is never repeated
     sequences: Sequences
     metrics: tuple[Mapping[str, float], ...]  # one mapping for each task, with keys from PROBLEM_METRICS
     forward_only: int  # tokens in forwards without gradient: for the teacher and for corrected pass rates
@@ -95,8 +96,8 @@ class Batch:
 class LeftOut(NamedTuple):
     """What a step does not train."""
 
-    uniform: bool = False  # all but one autonomous rollout of a problem whose autonomous rewards are all equal
-    cut: bool = False  # autonomous rollouts that max_new_tokens has cut
+    uniform: bool = False  # all but one of the rollouts of one prompt whose rewards are all equal
+    cut: bool = False  # rollouts that max_new_tokens has cut
     older: int = 0  # tokens of versions below this one; the others keep their weights in the mean over all tokens
 
 
@@ -145,12 +146,14 @@ def from_shard(
         item for task in trained for item in (_without_uniform if left_out.uniform else list)(task.policy_gradient)
     ]
     distilled = [item for task in trained for item in task.distillation]
-    taken = [item.rollout for item in chosen] + [item.rollout for item in distilled]
+    items: list[PolicyGradient | Distillation] = [*chosen, *distilled]
+    taken = {(item.rollout.task, item.rollout.slot): item.rollout for item in items}  # each once
     policy_gradient, targets = _fresh(chosen, left_out.older), _fresh(distilled, left_out.older)
     teachers = [item.teacher for item in targets] if algorithm.teacher != "behaviour" else []
     rescored = [rollout_after(rollout.prompt, rollout) for rollout in shard.rollouts] if ratios else []
     return Batch(
         version=shard.version,
+        step=shard.step,
         sequences=Sequences(
             policy_gradient,
             targets,
@@ -158,7 +161,7 @@ def from_shard(
         ),
         metrics=tuple(task.metrics for task in trained),
         forward_only=sum(tokens.length for tokens in teachers + rescored),
-        stale=sum(_stale_tokens(rollout, left_out.older) for rollout in taken),
+        stale=sum(_stale_tokens(rollout, left_out.older) for rollout in taken.values()),
     )
 
 
@@ -186,8 +189,16 @@ def _stale_tokens(rollout: Rollout, oldest: int) -> int:
     return int((rollout.token_versions()[rollout.sampled] < oldest).sum())
 
 
-def _without_uniform(group: list[PolicyGradient]) -> list[PolicyGradient]:
-    """Of a group that teaches nothing, keep one rollout, which stands for all in the statistics; chosen by its task."""
-    if not group or any(item.advantage for item in group):
-        return group
-    return [replace(group[group[0].rollout.task % len(group)], stands_for=len(group))]
+def _without_uniform(items: list[PolicyGradient]) -> list[PolicyGradient]:
+    """Of rollouts of one prompt that teach nothing, keep one, which stands for all in the statistics.
+
+    Which one it is depends on the task.
+    """
+    by_prompt: dict[bytes, list[PolicyGradient]] = {}
+    for item in items:
+        by_prompt.setdefault(item.student.prompt.tobytes(), []).append(item)
+    found = []
+    for group in by_prompt.values():
+        uniform = not any(item.advantage for item in group)
+        found += [replace(group[group[0].rollout.task % len(group)], stands_for=len(group))] if uniform else group
+    return found

@@ -1,15 +1,17 @@
 """The prompts with which a teacher reads autonomous rollouts: the problem with its context (`tasks.context`).
 
 For `sibling` the context is the completion of another rollout of the group, a correct one, or a wrong one for contrast.
-For the others it is a text of the problem (`tasks.contexts`), and the contrast is the strategy of the next problem. The
+For the others it is a text of the problem (`tasks.contexts`), and the contrast is the text of the next problem. The
 source is the hub's, and a task is a function of its number, so no message contains these prompts.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,9 @@ from sgpo_async.tasks.task_sampler import TaskSampler
 from sgpo_async.wire.records import Rollout
 
 log = logging.getLogger(__name__)
+
+Texts = Callable[[int, bool], Iterable[str | None]]
+"""(index of a rollout in its group, right or for contrast) -> texts of possible contexts, the preferred one first."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class Contexts:
 
     def __init__(self, run: Run, source: ProblemSource, tokenizer: Any, *, longest: int = 2**31) -> None:
         """`longest`: the model's number of positions; prompts that leave no room for a completion are left out."""
-        self._task_sampler, self._tokenizer, self._run = TaskSampler(run, source), tokenizer, run
+        self._task_sampler, self._tokenizer, self._tasks = TaskSampler(run, source), tokenizer, run.tasks
         self._contrasts = run.algorithm.rlcsd.wrong if run.algorithm.objective == "rlcsd" else 0
         self._longest = longest
         self._too_long = 0
@@ -46,31 +51,43 @@ class Contexts:
 
         A rollout is left out if it has no context, no contrast where one is needed, or one that is too long.
         """
+        if self._tasks.context == "none":
+            return {rollout.slot: InContext(rollout.prompt) for rollout in autonomous}
+        texts = self._siblings(autonomous) if self._tasks.context == "sibling" else self._own_text(autonomous[0].task)
+        prompt = self._prompt_of(autonomous[0].task)
+
+        def fitting(index: int, right: bool, count: int) -> list[np.ndarray]:
+            prompts = (prompt(text) for text in texts(index, right) if text)
+            return list(islice((one for one in prompts if self._has_room(one, autonomous[index])), count))
+
         found = {}
         for index, rollout in enumerate(autonomous):
-            others = [*autonomous[index + 1 :], *autonomous[:index]]  # so that a group uses many of its siblings
-            right = self._prompts(rollout, others, right=True)[:1]
-            wrong = self._prompts(rollout, others, right=False)[: self._contrasts] if self._contrasts else []
+            right = fitting(index, True, 1)
+            wrong = fitting(index, False, self._contrasts) if right else []
             if right and (wrong or not self._contrasts):
                 found[rollout.slot] = InContext(right[0], tuple(wrong))
         return found
 
-    def _prompts(self, rollout: Rollout, others: Sequence[Rollout], *, right: bool) -> list[np.ndarray]:
-        """The possible prompts with a right or with a wrong context, the preferred one first."""
-        problem = self._task_sampler.task(rollout.task).problem
-        if self._run.tasks.context == "none":
-            return [rollout.prompt]
-        if self._run.tasks.context == "sibling":
-            siblings = [one for one in others if one.correct == right and one.finish == "stop"]
-            texts: list[str | None] = [self._tokenizer.decode(one.tokens, skip_special_tokens=True) for one in siblings]
-        else:
-            texts = [problem.strategy if right else self._task_sampler.task(rollout.task + 1).problem.strategy]
-        prompts = [
-            np.array(build_prompt(problem.problem, text, tasks=self._run.tasks, tokenizer=self._tokenizer), np.int32)
-            for text in texts
-            if text
-        ]
-        return [prompt for prompt in prompts if self._has_room(prompt, rollout)]
+    def _own_text(self, task: int) -> Texts:
+        """The text of the task's context is that of all rollouts."""
+        return lambda _, right: [self._task_sampler.task(task if right else task + 1).problem.strategy]
+
+    def _siblings(self, autonomous: Sequence[Rollout]) -> Texts:
+        """Completions of other rollouts; the search begins with the next one, so that a group uses many of them."""
+        text = cache(lambda index: self._tokenizer.decode(autonomous[index].tokens, skip_special_tokens=True))
+
+        def texts(index: int, right: bool) -> Iterable[str]:
+            others = ((index + distance) % len(autonomous) for distance in range(1, len(autonomous)))
+            return (text(i) for i in others if autonomous[i].correct == right and autonomous[i].finish == "stop")
+
+        return texts
+
+    def _prompt_of(self, task: int) -> Callable[[str], np.ndarray]:
+        """A function that builds the prompt of a task with a text; that of a text is built once."""
+        problem = self._task_sampler.task(task).problem.problem
+        return cache(
+            lambda text: np.array(build_prompt(problem, text, tasks=self._tasks, tokenizer=self._tokenizer), np.int32)
+        )
 
     def _has_room(self, prompt: np.ndarray, rollout: Rollout) -> bool:
         if len(prompt) + len(rollout.tokens) <= self._longest:

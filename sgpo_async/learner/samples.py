@@ -127,6 +127,7 @@ class SampleLines:
         self._writer = SamplesWriter(run.folder, max_bytes=limit, resume_from=resume_from)
         self._tokenizer = load_tokenizer(model_folder(run.model.path))
         self._tasks = _tasks(run) if run.learner.samples else None
+        self._context = run.tasks.context
 
     @property
     def every(self) -> int:
@@ -151,6 +152,7 @@ class SampleLines:
             "problem": problem.problem if problem else self._text(group.rollouts[0].prompt),
             "answer": problem.answer if problem else None,
             "strategy": problem.strategy if problem else None,
+            "context": self._context,
             "alpha": group.alpha,
             "rollouts": [self._rollout(rollout, kl.get((task, rollout.slot))) for rollout in group.rollouts],
         }

@@ -1,4 +1,4 @@
-"""What frozen or guided copies of the policy say of the sampled tokens, added to sequences before the forward pass.
+"""What teacher and reference say of the sampled tokens, added to the sequences before the forward pass.
 
     with_evidence    log p(o_t|context), or its difference from wrong contexts, for `algorithm.credit`
     with_reference   log pi_0(o_t), for `algorithm.reference_kl`
@@ -21,7 +21,7 @@ Score = Callable[[Sequence[Tokens]], Sequence[np.ndarray]]
 
 
 def with_evidence(items: Sequence[PolicyGradient], score: Score) -> list[PolicyGradient]:
-    """Ask the teacher about the items that have a context, which they lose by it."""
+    """Ask the teacher about the items that have a context; the results have `evidence` in its place."""
     sequences = [
         rollout_after(prompt, item.rollout)
         for item in items

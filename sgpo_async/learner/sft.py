@@ -178,7 +178,7 @@ class WarmUp:
         total = sum(len(tokens.completion) for tokens in whole)
         mine = whole[dist.get_rank() :: dist.get_world_size()]
         likelihood = [Likelihood(tokens, len(tokens.completion) / total) for tokens in mine]
-        return Batch(version=0, sequences=Sequences([], [], likelihood), metrics=(), forward_only=0)
+        return Batch(version=0, step=step, sequences=Sequences([], [], likelihood), metrics=(), forward_only=0)
 
     def validation_loss(self) -> float:
         """Compute the token mean over all validation problems. A collective of all ranks."""
@@ -235,4 +235,5 @@ def supervised(run: Run, *, steps: int) -> Run:
         optim=replace(run.optim, lr=sft.lr, schedule=sft.schedule, warmup_steps=math.ceil(sft.warmup_ratio * steps)),
         algorithm=Algorithm(objective="grpo"),  # no teacher, no demonstrations; the run's own keys are not used
         rollout=replace(run.rollout, temperature=1.0),
+        tasks=replace(run.tasks, context="strategy"),
     )

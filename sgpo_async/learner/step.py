@@ -96,7 +96,9 @@ class Stepper:
         return statistics.reduce() | {"grad_norm": norm, "lr": rate}
 
     def batch(self, shard: Shard) -> Batch:
-        """Build the weighted sequences of `shard`. With corrected pass rates it is a collective of all ranks.
+        """Build the weighted sequences of `shard`.
+
+        With corrected pass rates, `reference_kl`, or a teacher of single tokens it is a collective of all ranks.
 
         Raises DataError if the rollouts were sampled with other limits than the run's.
         """
@@ -138,7 +140,7 @@ class Stepper:
         ranks = dist.get_world_size()
         for number, part in enumerate(micro_batches, 1):
             self._synchronise(last and number == len(micro_batches))
-            loss = self._loss(batch.version, part, states, statistics)
+            loss = self._loss(batch, part, states, statistics)
             (loss * ranks).backward()  # FSDP averages over ranks, but the loss is a sum over ranks
         return statistics
 
@@ -224,16 +226,16 @@ class Stepper:
         """Whether the teacher's values come from a forward pass, not from the engine that sampled the rollouts."""
         return self.run.algorithm.teacher != "behaviour"
 
-    def _loss(self, version: int, part: Sequences, states: dict[Key, Tensor], statistics: StepMetrics) -> Tensor:
+    def _loss(self, batch: Batch, part: Sequences, states: dict[Key, Tensor], statistics: StepMetrics) -> Tensor:
         """Compute the loss of one micro-batch; without sequences it is 0, for the collectives of its backward pass."""
         packed = pack(part.students, self.run.learner.row_tokens)
-        terms = self._terms(part, version, packed, states)
+        terms = self._terms(part, batch, packed, states)
         loss, found = self.policy(packed, [term.part for term in terms], self.run.rollout.temperature)
         for term, own in zip(terms, found, strict=True):
             term.record(own, statistics)
         return loss
 
-    def _terms(self, part: Sequences, version: int, packed: Packed, states: dict[Key, Tensor]) -> list[Term]:
+    def _terms(self, part: Sequences, batch: Batch, packed: Packed, states: dict[Key, Tensor]) -> list[Term]:
         """Return the terms that have sequences, in the order of the kinds and of their divergences."""
         distilled = [list(own) for _, own in groupby(part.distillation, key=lambda item: item.divergence)]
         a, _, n = part.sizes
@@ -243,10 +245,10 @@ class Stepper:
         like, algorithm = torch.empty(0, dtype=dtype, device=self._device), self.run.algorithm
         terms: list[Term] = []
         if part.policy_gradient:
-            terms.append(PolicyGradientTerm(part.policy_gradient, version, targets[0], algorithm=algorithm, like=like))
+            terms.append(PolicyGradientTerm(part.policy_gradient, batch, targets[0], algorithm=algorithm, like=like))
         for own, found in zip(distilled, targets[1:-1], strict=True):
             measure = self._divergence(own, found, states)
-            terms.append(DistillationTerm(own, version, measure, algorithm=algorithm, like=like))
+            terms.append(DistillationTerm(own, batch.version, measure, algorithm=algorithm, like=like))
         if part.likelihood:
             terms.append(LikelihoodTerm(part.likelihood, targets[-1], algorithm=algorithm, like=like))
         return terms

@@ -33,7 +33,7 @@ from sgpo_async.algorithm import (
     shaped_loss,
 )
 from sgpo_async.config.schema import Algorithm
-from sgpo_async.learner.batch import lags
+from sgpo_async.learner.batch import Batch, lags
 from sgpo_async.learner.objectives.base import Distillation, Likelihood, PolicyGradient
 from sgpo_async.learner.packing import kept_of, pad
 from sgpo_async.learner.step_metrics import StepMetrics
@@ -56,10 +56,10 @@ class PolicyGradientTerm:
     """
 
     def __init__(
-        self, items: Sequence[PolicyGradient], version: int, targets: Tensor, *, algorithm: Algorithm, like: Tensor
+        self, items: Sequence[PolicyGradient], batch: Batch, targets: Tensor, *, algorithm: Algorithm, like: Tensor
     ) -> None:
-        self._algorithm, self._rollouts = algorithm, [item.rollout for item in items]
-        self._log_mu, self._age = _behaviour(self._rollouts, version, like)
+        self._algorithm, self._step, self._rollouts = algorithm, batch.step, [item.rollout for item in items]
+        self._log_mu, self._age = _behaviour(self._rollouts, batch.version, like)
         self._mask = self._age >= 0
         self._advantages, self._weights, self._stand_for = (
             _like(like, [getattr(item, name) for item in items]) for name in ("advantage", "weight", "stands_for")
@@ -69,7 +69,6 @@ class PolicyGradientTerm:
             for name in ("evidence", "log_reference")
         )
         self._own_prompt = torch.tensor([[item.prompt is None] for item in items], device=like.device)
-        self._version = version
         whole = algorithm.grpo_correction.mode in WHOLE_SEQUENCE_MODES or algorithm.objective == "iw-opd"
         self._kept = kept_of([item.student for item in items])
         self.part = Part(LogProbability(targets, self._kept), self._loss, whole)
@@ -85,10 +84,9 @@ class PolicyGradientTerm:
         share = self._stand_for[:, None] * self._mask
         statistics.add(entropy=_unflatten(found.aside, self._mask) * share, entropy_tokens=share)
         statistics.add_correction("correction", self._correction(log_pi), log_rho, self._age, rule)
-        engine = torch.where(
-            self._own_prompt, self._age, -1
-        )  # after another prompt the two differ by more than the engine
-        statistics.mismatch.add(log_rho, engine, _later(self._rollouts, self._mask))
+        # After another prompt than the engine's, the two differ by more than the engine.
+        comparable_lags = torch.where(self._own_prompt, self._age, -1)
+        statistics.mismatch.add(log_rho, comparable_lags, _later(self._rollouts, self._mask))
 
     def _loss(self, log_pi: Tensor, _entropy: Tensor) -> Tensor:
         log_pi = _unflatten(log_pi, self._mask)
@@ -113,7 +111,7 @@ class PolicyGradientTerm:
         evidence = self._evidence.nan_to_num()
         if algorithm.objective == "rlsd":
             rule = algorithm.rlsd
-            weight = rule.weight * max(1 - self._version / rule.steps, 0) if rule.steps else rule.weight
+            weight = rule.weight * max(1 - self._step / rule.steps, 0) if rule.steps else rule.weight
             credited = rlsd_advantages(self._advantages, evidence, log_pi, clip=rule.clip, weight=weight)
         elif algorithm.objective == "rlcsd":
             own = algorithm.rlcsd

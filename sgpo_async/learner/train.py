@@ -271,7 +271,10 @@ class Trainer:
         if adapters:
             save(dict(adapters), lora, folder / "adapter", base=source)
         own: dict[str, Any] = {"world_size": dist.get_world_size(), "objective": self.run.algorithm.objective}
+        reference = self.stepper.reference
         own["teacher_mb"] = self.stepper.teacher.nbytes / 2**20
+        if reference is not None and reference is not self.stepper.teacher:
+            own["reference_mb"] = reference.nbytes / 2**20
         lines = read_metrics(self.run.folder)  # including the steps before an interruption
         own |= {"mismatch": mismatch_summary(lines), "canary": canary_summary(lines)}
         self.metrics.summary(self.progress.summary(self.hub.status()) | own)

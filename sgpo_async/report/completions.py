@@ -14,7 +14,7 @@ from typing import Any
 from sgpo_async.report.document import document
 from sgpo_async.report.numbers import number
 from sgpo_async.report.style import SHADES
-from sgpo_async.report.texts import Run, notes_of, printable, runs_of, solved, strength, versions_of
+from sgpo_async.report.texts import Run, context_of, notes_of, printable, runs_of, solved, strength, versions_of
 
 CHARS = 1500  # of each completion
 
@@ -60,23 +60,26 @@ def group(sample: Mapping[str, Any], *, shown: bool, bound: float = math.inf, ch
     """One group; `shown`: unfolded from the start."""
     (alone, autonomous), (helped, guided) = solved(sample), solved(sample, guided=True)
     facts = [f"alone {alone} of {autonomous} correct"]
-    facts += [f"with the strategy {helped} of {guided}"] if guided else []
+    context = context_of(sample)
+    facts += [f"with the {context} {helped} of {guided}"] if guided else []
     facts += [f"alpha {number(sample.get('alpha'))}"]
     head = f"<summary><b>step {sample['step']}</b> {escape(', '.join(facts))}</summary>"
-    about = [(name, sample[name]) for name in ("problem", "strategy", "answer") if sample.get(name) is not None]
-    rows = "".join(f"<tr><td>{name}</td><td><q>{_text(str(value))}</q></td></tr>" for name, value in about)
+    names = {"problem": "problem", "strategy": context, "answer": "answer"}
+    about = [(name, sample[key]) for key, name in names.items() if sample.get(key) is not None]
+    rows = "".join(f"<tr><td>{_text(name)}</td><td><q>{_text(str(value))}</q></td></tr>" for name, value in about)
     show = partial(_run, bound=bound)
-    sides = "".join(_rollouts(sample["rollouts"], show, guided=guided, chars=chars) for guided in (False, True))
+    rollouts = sample["rollouts"]
+    sides = _rollouts([one for one in rollouts if not one["guided"]], show, heading="alone", chars=chars)
+    sides += _rollouts([one for one in rollouts if one["guided"]], show, heading=f"with the {context}", chars=chars)
     name = _text(f"{sample['step']}-{sample.get('task')}")
     tables = f'<table>{rows}</table><div class="sides">{sides}</div>'
     return f'<details{" open" * shown} data-name="{name}">{head}{tables}</details>'
 
 
-def _rollouts(rollouts: Sequence[Mapping[str, Any]], show: Callable[[Run], str], *, guided: bool, chars: int) -> str:
-    own = [_rollout(rollout, show, chars) for rollout in rollouts if rollout["guided"] == guided]
-    name = "with the strategy" if guided else "alone"
-    head = f'<tr class="head"><td></td><td class="n">version</td><td class="n">tokens</td><td>{name}</td></tr>'
-    return f"<table>{head}{''.join(own)}</table>" if own else ""
+def _rollouts(rollouts: Sequence[Mapping[str, Any]], show: Callable[[Run], str], *, heading: str, chars: int) -> str:
+    own = "".join(_rollout(rollout, show, chars) for rollout in rollouts)
+    columns = f'<td class="n">version</td><td class="n">tokens</td><td>{_text(heading)}</td>'
+    return f'<table><tr class="head"><td></td>{columns}</tr>{own}</table>' if own else ""
 
 
 def _rollout(rollout: Mapping[str, Any], show: Callable[[Run], str], chars: int) -> str:

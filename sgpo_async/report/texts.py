@@ -61,6 +61,11 @@ def solved(sample: Mapping[str, Any], *, guided: bool = False) -> tuple[int, int
     return sum(verdicts), len(verdicts)
 
 
+def context_of(sample: Mapping[str, Any]) -> str:
+    """What the guided prompts of a sample hold beside the problem: the strategy, or another `tasks.context`."""
+    return str(sample.get("context") or "strategy").replace("-", " ")
+
+
 def notes_of(rollout: Mapping[str, Any]) -> str:
     """Return what else is to be said of a rollout: a reward other than 0 and 1, an end by max_new_tokens."""
     notes = [] if rollout["reward"] in (0, 1) else [f"reward {number(rollout['reward'])}"]

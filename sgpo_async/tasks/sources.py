@@ -18,7 +18,7 @@ def open_source(kind: str, *, path: str, held_out: int, seed: int, tasks: Tasks 
     """The source "cues" or "file" (at `path`), with `held_out` problems set aside for evaluation.
 
     Args:
-        tasks: how the file's records are read, and the reward.
+        tasks: how the file's records are read, the reward, and the context that takes the strategy's place.
     """
     assert kind in ("cues", "file"), kind
     source: CuesSource | FileSource
@@ -28,7 +28,7 @@ def open_source(kind: str, *, path: str, held_out: int, seed: int, tasks: Tasks 
         part = (tasks.dataset_config, tasks.split)
         source = FileSource(path, held_out=held_out, seed=seed, form=Form.of(tasks), part=part)
     source.verifier = to_text(tasks.reward) or source.verifier
-    return source
+    return source if tasks.context == "strategy" else ContextSource(source, tasks.context)
 
 
 def source_of(run: Run) -> ListedSource:
@@ -40,8 +40,6 @@ def source_of(run: Run) -> ListedSource:
     """
     tasks, objective = run.tasks, run.algorithm.objective
     source = open_source(tasks.source, path=tasks.path, held_out=tasks.held_out, seed=run.seed, tasks=tasks)
-    if tasks.context != "strategy":
-        source = ContextSource(source, tasks.context)
     if run.algorithm.needs_responses and not source.responses:
         raise DataError(
             f"{tasks.path}: algorithm.objective={objective} needs responses, but no training problem has one; "

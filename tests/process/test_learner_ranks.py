@@ -207,7 +207,8 @@ def test_no_objective_depends_on_the_division_over_ranks(results: dict[str, Any]
     run, model = cases.settings(**VARIANTS[name]), cases.tiny_model()
     teacher = cases.tiny_model(seed=1) if run.algorithm.copies_teacher else None
     responses = cases.demonstrations if run.algorithm.needs_responses else lambda _: None
-    loss = reference_loss(model, cases.groups(seed=4), run, teacher=teacher, responses=responses)
+    start = cases.tiny_model(seed=cases.START) if run.algorithm.reference_kl else None
+    loss = reference_loss(model, cases.groups(seed=4), run, teacher=teacher, responses=responses, start=start)
     loss.backward()
     found, gradient = results["objectives"][name]
     assert found == pytest.approx(loss.item(), abs=1e-10)

@@ -5,13 +5,14 @@ OPSD arXiv 2601.18734, SDFT 2601.19897, SDPO 2601.20802, KDRL 2506.02208, RLSD 2
 """
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sgpo_async.wire.records import Rollout
-from tests.reference.learner_cases import VERSION, contexts
+from tests.reference.learner_cases import contexts
 from tests.reference.problem import Problem, divergence, sampled
 
 ZERO = torch.zeros((), dtype=torch.float64)
@@ -61,12 +62,12 @@ def sdpo(problem: Problem, grpo: Tensor) -> Tensor:
 
 
 def teacher_log_p(problem: Problem, rollout: Rollout, prompt: np.ndarray) -> list[float]:
-    own = problem.log_pi(problem.teacher, prompt, rollout.tokens)
+    own = problem.sampled_log_pi(problem.teacher, replace(rollout, prompt=prompt))
     return [own[t].item() for t in sampled(rollout)]
 
 
 def policy_log_p(problem: Problem, rollout: Rollout) -> list[float]:
-    own = problem.log_pi(problem.at, rollout.prompt, rollout.tokens)
+    own = problem.sampled_log_pi(problem.at, rollout)
     return [own[t].item() for t in sampled(rollout)]
 
 
@@ -83,9 +84,9 @@ def by_tokens(problem: Problem, advantages: dict[int, list[float]], *, plain: bo
 
 
 def rlsd(problem: Problem) -> Tensor:
-    """Eq. 15 with the mixture: A ((1 - lambda) + lambda clip(w_t)), w_t = (p/pi)^sign(A)."""
+    """Eq. 15 with the mixture: A ((1 - lambda) + lambda clip(w_t)), w_t = (p/pi)^sign(A); lambda of the first step."""
     rule, found = problem.rule.rlsd, {}
-    share = rule.weight * max(1 - VERSION / rule.steps, 0)
+    share = rule.weight
     pairs = zip(problem.autonomous, problem.advantages(problem.autonomous), strict=True)
     for rollout, a in pairs:
         context = contexts(problem.autonomous).get(rollout.slot)
@@ -132,7 +133,7 @@ def iw_opd(problem: Problem) -> Tensor:
             continue
         p, q = teacher_log_p(problem, rollout, context.right), policy_log_p(problem, rollout)
         a = [x - y for x, y in zip(p, q, strict=True)]
-        whole = sum(abs(x) for x in a)
+        whole = sum(abs(x) for x in a) + 1e-8  # as in the authors' code
         found[rollout.slot] = [
             (1 + problem.rule.iw_gamma * (1 - sum(abs(x) for x in a[:t]) / whole)) * a[t] for t in range(len(a))
         ]

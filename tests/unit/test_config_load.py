@@ -57,6 +57,11 @@ def test_paper_yaml_sets_every_key_that_it_reads(empty: Path) -> None:
         "alpha",
         "luffy_gamma",
         "hpt_gate",
+        "distilled",
+        "distil_skip",
+        "rlsd",
+        "rlcsd",
+        "iw_gamma",
     }
     assert named["algorithm"].keys() == asdict(load(empty).algorithm).keys() - unread
     for path in OF_THE_PAPER:
@@ -309,7 +314,7 @@ def test_a_file_in_another_encoding_is_named_with_its_line(tmp_path: Path, encod
 
 
 MAY_BE_INFINITE = {f"algorithm.{name}_correction.bound" for name in ("grpo", "kl")}
-MAY_BE_INFINITE |= {"optim.grad_clip", "learner.mismatch_bound", "hub.canary_tolerance"}
+MAY_BE_INFINITE |= {"algorithm.kl_clip", "optim.grad_clip", "learner.mismatch_bound", "hub.canary_tolerance"}
 
 
 def test_only_a_number_that_documents_it_may_be_infinite() -> None:

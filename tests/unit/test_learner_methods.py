@@ -82,6 +82,7 @@ def test_a_step_of_every_method_has_a_loss_and_a_gradient_of_its_own(name: str, 
     assert math.isfinite(metrics["loss"]) and torch.isfinite(found).all() and found.abs().max() > 0
     algorithm = run.algorithm
     assert (metrics["targets"] > 0) == (algorithm.objective in ("opsd", "sdpo", "kdrl", "pi-distill"))
+    assert (metrics["alpha"] > 0) == (metrics["targets"] > 0)
     asked = algorithm.asks_teacher or algorithm.reference_kl > 0
     assert (metrics["tokens_forward_only"] > 0) == asked
     if algorithm.objective == "grpo":
@@ -142,3 +143,70 @@ def test_rlsd_moves_the_weight_of_tokens_but_not_the_direction_of_a_rollout(toke
         assert item.context is None and item.evidence is not None
         assert len(item.evidence) == len(own[item.rollout.task, item.rollout.slot].tokens)
         assert (item.evidence <= 0).all() and item.evidence.any()
+
+
+def test_the_weight_of_rlsd_follows_the_steps_of_the_run_and_not_the_versions(tokenizer: Any) -> None:
+    """A resumed run repeats steps, but never a version."""
+    run = run_of("builtin:methods/rlsd")
+    shard = shard_of(run, tokenizer)
+    late = replace(shard, step=run.algorithm.rlsd.steps)
+    grpo = replace(
+        run, algorithm=replace(run.algorithm, objective="grpo"), tasks=replace(run.tasks, context="strategy")
+    )
+    plain = gradient(stepper_of(grpo), shard)[1]
+    torch.testing.assert_close(gradient(stepper_of(run), late)[1], plain, rtol=1e-4, atol=1e-8)
+    assert not torch.allclose(gradient(stepper_of(run), shard)[1], plain, rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["opsd", "sdpo", "kdrl", "iw-opd", "pi-distill", "rlsd", "pope"])
+def test_with_cut_mask_a_completion_that_was_cut_counts_nowhere(name: str, tokenizer: Any) -> None:
+    words = [f"builtin:methods/{name}", "learner.problems_per_step=2", "rollout.cut=mask", "learner.skip_uniform=false"]
+    run = load("builtin:demo", words)
+    shard = shard_of(run, tokenizer)
+    cut = {r.slot for r in shard.rollouts} - {0, 1, 2, 3}
+    shard = replace(
+        shard, rollouts=tuple(replace(r, finish="length" if r.slot in cut else "stop") for r in shard.rollouts)
+    )
+    items = stepper_of(run).batch(shard).sequences.items
+    assert items and not {item.rollout.slot for item in items} & cut
+
+
+@pytest.mark.parametrize("name", ["opsd", "kdrl", "iw-opd", "pi-distill", "rlsd", "rlcsd", "sdpg"])
+def test_with_stale_mask_only_fresh_tokens_are_trained(name: str, tokenizer: Any) -> None:
+    """Every rollout begins with three stale tokens."""
+    words = [f"builtin:methods/{name}", "learner.problems_per_step=2", "hub.stale=mask", "hub.max_lag=1"]
+    run = load("builtin:demo", words)
+    shard = shard_of(run, tokenizer)
+    spans = {
+        "versions": np.array([2, 5], np.int32),
+        "digests": np.zeros(2, np.int64),
+    }
+    rollouts = tuple(replace(r, **spans, ends=np.array([3, len(r.tokens)], np.int32)) for r in shard.rollouts)
+    metrics, found = gradient(stepper_of(run), replace(shard, rollouts=rollouts))
+    trained = {(r.task, r.slot) for r in rollouts if r.guided or name != "pi-distill"}
+    assert torch.isfinite(found).all() and found.abs().max() > 0
+    assert 0 < metrics["tokens_stale"] <= 3 * len(trained)
+
+
+def test_of_each_prompt_whose_rollouts_have_equal_rewards_one_is_trained(tokenizer: Any) -> None:
+    """Those of the guided prompt differ, so all of them are."""
+    run = run_of("builtin:methods/pope")
+    shard = shard_of(run, tokenizer)
+    rollouts = tuple(r if r.guided else replace(r, reward=0.0) for r in shard.rollouts)
+    items = stepper_of(run).batch(replace(shard, rollouts=rollouts)).sequences.policy_gradient
+    plain = [item for item in items if not item.rollout.guided]
+    assert [item.stands_for for item in plain] == [run.rollout.autonomous] * PROBLEMS
+    assert len(items) - len(plain) == PROBLEMS * run.rollout.guided
+
+
+@pytest.mark.parametrize("name", ["rlsd", "iw-opd", "pi-distill", "sdpg"])
+def test_a_batch_in_two_parts_has_the_gradient_of_the_whole(name: str, tokenizer: Any) -> None:
+    run = run_of(f"builtin:methods/{name}")
+    shard = shard_of(run, tokenizer)
+    whole = gradient(stepper_of(run), shard)[1]
+    stepper = stepper_of(run)
+    for task in range(PROBLEMS):
+        part = replace(shard, rollouts=tuple(r for r in shard.rollouts if r.task == task))
+        stepper.accumulate(stepper.batch(part), last=task == PROBLEMS - 1)
+    parts = torch.cat([p.grad.full_tensor().flatten() for p in stepper.policy.parameters()])
+    torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-7)

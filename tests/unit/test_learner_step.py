@@ -166,6 +166,28 @@ OBSERVED_RUNS = {
 }
 
 
+IN_CONTEXT: dict[str, object] = {"limiter": "none", "kl_correction": Correction(mode="none", bound=1.0)}
+METHODS = ["opsd", "sdpo", "kdrl", "rlsd", "rlcsd", "iw-opd", "pi-distill", "pope"]
+
+
+@pytest.mark.parametrize("observations", [False, True])
+@pytest.mark.parametrize("objective", METHODS)
+def test_methods_in_context_train_truncated_rollouts_and_those_of_environments(
+    objective: str, observations: bool
+) -> None:
+    """What an environment wrote is read and not trained; ratios are over what was kept, also of the teacher."""
+    run, parts = cases.settings(row_tokens=20, objective=objective, alpha=0.5, **IN_CONTEXT), cases.groups(seed=4)
+    run = replace(run, rollout=replace(run.rollout, top_k=cases.VOCABULARY))
+    parts = cases.truncated(cases.with_observations(parts) if observations else parts)
+    stepper = cases.stepper(run, cases.tiny_model())
+    metrics = stepper.accumulate(stepper.batch(cases.shard_of(parts, problems=len(parts)))).reduce()
+    found = {name: p.grad.full_tensor() for name, p in stepper.policy.model.named_parameters()}
+    model = cases.tiny_model()
+    expected = reference_loss(model, parts, run)
+    expected.backward()
+    assert_equal((metrics["loss"], found), (expected.item(), {name: p.grad for name, p in model.named_parameters()}))
+
+
 @pytest.mark.parametrize("algorithm", OBSERVED_RUNS.values(), ids=OBSERVED_RUNS.keys())
 def test_what_an_environment_wrote_is_read_and_not_trained(algorithm: dict[str, object]) -> None:
     """The reference computes the loss over the sampled tokens only."""

@@ -13,9 +13,10 @@ from sgpo_async.config.schema import Algorithm, Rlcsd, Run, Tasks
 from sgpo_async.config.schema import Rollout as Sizes
 from sgpo_async.errors import ConfigError
 from sgpo_async.learner.contexts import Contexts
+from sgpo_async.learner.sft import supervised
 from sgpo_async.model.folder import load_tokenizer, model_folder
 from sgpo_async.tasks.prompts import ASKED, build_prompt, chat
-from sgpo_async.tasks.sources import source_of
+from sgpo_async.tasks.sources import open_source, source_of
 from sgpo_async.tasks.task_sampler import TaskSampler
 from sgpo_async.wire.records import Rollout
 from tests.reference import learner_cases as cases
@@ -192,17 +193,67 @@ def test_every_method_follows_the_demo_with_an_equal_budget(name: str) -> None:
     source_of(run)
 
 
+def test_every_method_can_follow_every_other_and_is_then_what_it_is_alone() -> None:
+    paper = ["builtin:paper", "rollout.autonomous=8", "rollout.guided=4", "tasks.context=strategy"]
+    for last, *words in [*([name] for name in METHODS), paper]:
+        alone = load("builtin:demo", [last, *words])
+        for first in METHODS:
+            after = load("builtin:demo", [first, last, *words])
+            distils = alone.algorithm.objective in ("opsd", "sdpo", "kdrl", "sgpo")
+            keys = ["objective", "policy_gradient", "kl_clip", "reference_kl"]
+            keys += ["divergence", "limiter"] * distils + ["teacher"] * alone.algorithm.asks_teacher
+            keys += ["alpha"] * (alone.algorithm.objective in ("opsd", "sdpo", "kdrl", "pi-distill"))
+            for key in keys:
+                assert getattr(after.algorithm, key) == getattr(alone.algorithm, key), (first, last, key)
+            assert (after.tasks, after.rollout) == (alone.tasks, alone.rollout), (first, last)
+
+
+def test_held_out_problems_are_evaluated_in_the_same_context() -> None:
+    for name in ("builtin:methods/opsd", "builtin:methods/pope"):
+        tasks = load("builtin:demo", [name]).tasks
+        source = open_source(tasks.source, path=tasks.path, held_out=4, seed=0, tasks=tasks)
+        assert all(p.strategy and p.response and p.response.startswith(p.strategy) for p in source.held_out())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_supervised_warm_up_of_a_method_is_that_of_any_run(name: str) -> None:
+    warm_up = supervised(load("builtin:demo", [name]), steps=3)
+    assert warm_up.tasks.context == "strategy" and warm_up.algorithm == Algorithm(objective="grpo")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["builtin:methods/sdpo", "rollout.guided=4"], r"rollout\.guided must be 0 with tasks\.context=sibling"),
-        (["tasks.context=sibling"], r"rollout\.guided must be 0 with tasks\.context=sibling"),
+        (["tasks.context=sibling"], r"tasks\.context must not be sibling with algorithm\.objective=sgpo"),
         (["builtin:methods/pope", "rollout.guided=0"], r"rollout\.guided must be >= 1 when algorithm\.objective=pope"),
         (["builtin:methods/maxrl", "tasks.context=sibling"], r"tasks\.context must not be sibling with .*=grpo"),
         (["builtin:methods/rlcsd", "tasks.context=answer"], r"tasks\.context must be strategy or sibling"),
         (["builtin:methods/opsd", "algorithm.teacher=behaviour"], r"algorithm\.(teacher|kl_clip) must"),
         (["builtin:methods/opsd", "algorithm.divergence=reverse"], r"algorithm\.kl_clip must be \.inf"),
         (["builtin:methods/sdft", "algorithm.divergence=sft"], r"algorithm\.divergence must not be sft"),
+        (
+            ["builtin:methods/opsd", "algorithm.teacher=behaviour", "algorithm.kl_clip=.inf"],
+            r"algorithm\.teacher must not",
+        ),
+        (
+            ["algorithm.kl_clip=0.1", "algorithm.teacher=behaviour"],
+            r"algorithm\.kl_clip must be \.inf with .*behaviour",
+        ),
+        (["builtin:methods/pi-distill", "algorithm.kl_clip=0.1"], r"algorithm\.kl_clip must be \.inf"),
+        (
+            ["builtin:methods/pi-distill", "algorithm.grpo_correction.mode=none"],
+            r"algorithm\.grpo_correction\.mode must",
+        ),
+        (["builtin:methods/opsd", "algorithm.reference_kl=0.1"], r"algorithm\.reference_kl must be 0"),
+        (["builtin:methods/sdpo", "algorithm.reference_kl=0.1"], r"algorithm\.reference_kl must be 0"),
+        (["algorithm.policy_gradient=false", "algorithm.reference_kl=0.1"], r"algorithm\.reference_kl must be 0"),
+        (
+            ["builtin:methods/opsd", "tasks.context=none", "algorithm.teacher=self"],
+            r"algorithm\.teacher must not be self",
+        ),
+        (["builtin:methods/sdpo", "rollout.autonomous=1"], r"rollout\.autonomous must be >= 2"),
+        (["tasks.context=none"], r"tasks\.context must not be none with algorithm\.objective=sgpo"),
         (["builtin:methods/sdpo", "algorithm.alpha=1.5"], r"algorithm\.alpha must be <= 1"),
         (["builtin:methods/pi-distill", "algorithm.teacher=frozen"], r"algorithm\.teacher must be self"),
         (

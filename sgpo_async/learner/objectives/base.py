@@ -38,6 +38,11 @@ def rollout_after(prompt: np.ndarray, rollout: Rollout) -> Tokens:
     return Tokens(prompt, rollout.tokens, rollout.sampled, rollout.kept, rollout.kept_sizes)
 
 
+def rewards_of(rollouts: Iterable[Rollout]) -> Tensor:
+    """The rewards of these rollouts: [1, n] float64."""
+    return torch.tensor([[rollout.reward for rollout in rollouts]], dtype=torch.float64)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TaskGroup:
     """The rollouts and the other data of one task, for training."""
@@ -50,33 +55,36 @@ class TaskGroup:
         default_factory=dict
     )  # the teacher's prompts for autonomous rollouts, by slot
     problems: int  # P, number of problems in the whole batch over all ranks
-    mask_cut: bool = False  # the policy gradient leaves out rollouts that max_new_tokens has cut
+    mask_cut: bool = False  # rollouts that max_new_tokens has cut do not count
 
     @property
-    def in_policy_gradient(self) -> tuple[Rollout, ...]:
-        """The autonomous rollouts whose rewards and tokens count in the policy gradient."""
-        return tuple(r for r in self.autonomous if r.finish == "stop" or not self.mask_cut)
+    def counted(self) -> tuple[Rollout, ...]:
+        """The autonomous rollouts whose rewards and tokens count."""
+        return self.counted_of(self.autonomous)
+
+    def counted_of(self, rollouts: Iterable[Rollout]) -> tuple[Rollout, ...]:
+        """Those of these rollouts whose rewards and tokens count."""
+        return tuple(rollout for rollout in rollouts if rollout.finish == "stop" or not self.mask_cut)
 
     @property
     def plain_prompt(self) -> np.ndarray:
         """The prompt of the problem without a strategy, [L] int32."""
         return self.autonomous[0].prompt
 
-    def rewards(self) -> Tensor:
-        """Return the rewards of the rollouts in the policy gradient: [1, n] float64."""
-        return torch.tensor([[rollout.reward for rollout in self.in_policy_gradient]], dtype=torch.float64)
-
-    def advantages(self, algorithm: Algorithm) -> list[float]:
-        """Return the advantages of the rollouts in the policy gradient (Eq. 1); none if there is no such rollout."""
-        rewards = self.rewards()
-        return group_advantages(rewards, algorithm.advantage)[0].tolist() if rewards.numel() else []
+    def with_advantages(self, algorithm: Algorithm, *, guided: bool = False) -> list[tuple[Rollout, float]]:
+        """Return the counted rollouts of the autonomous or of the guided group, each with its advantage (Eq. 1)."""
+        counted = self.counted_of(self.guided if guided else self.autonomous)
+        advantages = group_advantages(rewards_of(counted), algorithm.advantage)[0].tolist() if counted else []
+        return list(zip(counted, advantages, strict=True))
 
     def distilled(self, rollouts: Iterable[Rollout], weight: float, *, skip: int) -> list[Distillation]:
         """Distil the teacher, which has read the context, on these autonomous rollouts, with `weight` for each.
 
-        Those without a context, or without tokens after the first `skip`, are left out; the others keep their weights.
+        Those without a context, without tokens after the first `skip`, or that do not count, are left out; the others
+        keep their weights.
         """
-        pairs = ((rollout.without_first(skip), self.contexts.get(rollout.slot)) for rollout in rollouts)
+        counted = self.counted_of(rollouts)
+        pairs = ((rollout.without_first(skip), self.contexts.get(rollout.slot)) for rollout in counted)
         return [
             Distillation(own, own.prompt, context.right, weight)
             for own, context in pairs

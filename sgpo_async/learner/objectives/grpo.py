@@ -12,5 +12,5 @@ def grpo(group: TaskGroup, algorithm: Algorithm) -> Trained:
     Guided rollouts never enter the group.
     """
     weight = 1 / (group.problems * len(group.autonomous))
-    pairs = zip(group.in_policy_gradient, group.advantages(algorithm), strict=True)
+    pairs = group.with_advantages(algorithm)
     return Trained(policy_gradient=[PolicyGradient(rollout, advantage, weight) for rollout, advantage in pairs])

@@ -13,7 +13,7 @@ from sgpo_async.learner.objectives.base import PolicyGradient, TaskGroup, Traine
 def iw_opd(group: TaskGroup, _algorithm: Algorithm) -> Trained:
     """Train every autonomous rollout that has a context with weight 1/(P G1)."""
     weight = 1 / (group.problems * len(group.autonomous))
-    pairs = ((rollout, group.contexts.get(rollout.slot)) for rollout in group.autonomous)
+    pairs = ((rollout, group.contexts.get(rollout.slot)) for rollout in group.counted)
     return Trained(
         policy_gradient=[PolicyGradient(rollout, 1.0, weight, context=context) for rollout, context in pairs if context]
     )

@@ -19,7 +19,7 @@ import torch
 
 from sgpo_async.algorithm import group_advantages
 from sgpo_async.config.schema import Algorithm
-from sgpo_async.learner.objectives.base import Likelihood, PolicyGradient, TaskGroup, Trained
+from sgpo_async.learner.objectives.base import Likelihood, PolicyGradient, TaskGroup, Trained, rewards_of
 from sgpo_async.learner.objectives.grpo import grpo
 from sgpo_async.learner.packing import Tokens
 
@@ -29,9 +29,9 @@ def luffy(group: TaskGroup, algorithm: Algorithm) -> Trained:
     if group.demonstration is None:
         return grpo(group, algorithm)
     solved = torch.full((1, 1), group.autonomous[0].solved_at, dtype=torch.float64)
-    *advantages, own = group_advantages(torch.cat((group.rewards(), solved), dim=-1))[0].tolist()
-    tokens = len(group.demonstration) + sum(int(rollout.sampled.sum()) for rollout in group.in_policy_gradient)
-    rollouts = zip(group.in_policy_gradient, advantages, strict=True)
+    *advantages, own = group_advantages(torch.cat((rewards_of(group.counted), solved), dim=-1))[0].tolist()
+    tokens = len(group.demonstration) + sum(int(rollout.sampled.sum()) for rollout in group.counted)
+    rollouts = zip(group.counted, advantages, strict=True)
     return Trained(
         policy_gradient=[
             PolicyGradient(rollout, advantage, int(rollout.sampled.sum()) / tokens / group.problems)

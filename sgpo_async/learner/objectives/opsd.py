@@ -22,10 +22,8 @@ from sgpo_async.wire.records import Rollout
 def opsd(group: TaskGroup, algorithm: Algorithm) -> Trained:
     """Distil on the autonomous rollouts that `distilled` names, with weight alpha/(P G1) each."""
     weight = algorithm.alpha / (group.problems * len(group.autonomous))
-    return Trained(
-        distillation=group.distilled(chosen(group, algorithm), weight, skip=algorithm.distil_skip),
-        metrics={"alpha": algorithm.alpha},
-    )
+    found = group.distilled(chosen(group, algorithm), weight, skip=algorithm.distil_skip)
+    return Trained(distillation=found, metrics={"alpha": algorithm.alpha if found else 0.0})
 
 
 def chosen(group: TaskGroup, algorithm: Algorithm) -> list[Rollout]:
@@ -33,6 +31,5 @@ def chosen(group: TaskGroup, algorithm: Algorithm) -> list[Rollout]:
     if algorithm.distilled == "wrong":
         return [rollout for rollout in group.autonomous if not rollout.correct]
     if algorithm.distilled == "advantage":
-        pairs = zip(group.in_policy_gradient, group.advantages(algorithm), strict=True)
-        return [rollout for rollout, advantage in pairs if advantage > 0]
+        return [rollout for rollout, advantage in group.with_advantages(algorithm) if advantage > 0]
     return list(group.autonomous)

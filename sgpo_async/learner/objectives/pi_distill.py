@@ -15,12 +15,11 @@ from __future__ import annotations
 from sgpo_async.config.schema import Algorithm
 from sgpo_async.learner.objectives.base import Distillation, PolicyGradient, TaskGroup, Trained
 from sgpo_async.learner.objectives.grpo import grpo
-from sgpo_async.learner.objectives.pope import guided_advantages
 
 
 def pi_distill(group: TaskGroup, algorithm: Algorithm) -> Trained:
     """Train each guided rollout after both prompts, with weight 1/(2 P G2), and the autonomous ones like GRPO."""
-    pairs, plain = guided_advantages(group, algorithm), group.plain_prompt
+    pairs, plain = group.with_advantages(algorithm, guided=True), group.plain_prompt
     weight = 1 / (2 * group.problems * max(len(group.guided), 1))
     teacher = [PolicyGradient(rollout, advantage, weight) for rollout, advantage in pairs]
     student = [PolicyGradient(rollout, advantage, weight, prompt=plain) for rollout, advantage in pairs]
@@ -31,12 +30,13 @@ def pi_distill(group: TaskGroup, algorithm: Algorithm) -> Trained:
             *student,
         ],
         distillation=_both_ways(group, algorithm.alpha * weight) if algorithm.alpha else [],
-        metrics={"alpha": algorithm.alpha},
+        metrics={"alpha": algorithm.alpha if pairs else 0.0},
     )
 
 
 def _both_ways(group: TaskGroup, weight: float) -> list[Distillation]:
     plain = group.plain_prompt
-    to_student = [Distillation(own, own.prompt, plain, weight, "reverse") for own in group.guided]
-    to_teacher = [Distillation(own, plain, own.prompt, weight, "forward") for own in group.guided]
+    counted = group.counted_of(group.guided)
+    to_student = [Distillation(own, own.prompt, plain, weight, "reverse") for own in counted]
+    to_teacher = [Distillation(own, plain, own.prompt, weight, "forward") for own in counted]
     return to_student + to_teacher

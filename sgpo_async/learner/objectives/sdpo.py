@@ -21,8 +21,9 @@ def sdpo(group: TaskGroup, algorithm: Algorithm) -> Trained:
     """Train the autonomous rollouts with weights (1 - alpha)/(P G1) and alpha/(P G1)."""
     alpha, weight = algorithm.alpha, 1 / (group.problems * len(group.autonomous))
     by_reward = grpo(group, algorithm).policy_gradient if alpha < 1 else []
+    distilled = group.distilled(group.autonomous, alpha * weight, skip=algorithm.distil_skip)
     return Trained(
         policy_gradient=[replace(item, weight=(1 - alpha) * item.weight) for item in by_reward],
-        distillation=group.distilled(group.autonomous, alpha * weight, skip=algorithm.distil_skip),
-        metrics={"alpha": alpha},
+        distillation=distilled,
+        metrics={"alpha": alpha if distilled else 0.0},
     )
