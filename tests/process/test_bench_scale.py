@@ -52,6 +52,7 @@ def test_the_overlap_bench_writes_what_it_prints(
     assert rates["colocated"] < rates["synchronous"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs a core for each side")
 def test_real_processes_are_measured_on_a_core_for_each_side(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pinned, "SKIPPED", 2)

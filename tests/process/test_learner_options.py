@@ -22,7 +22,11 @@ from sgpo_async.learner.step import Stepper
 from sgpo_async.learner.teacher import Teacher
 from tests.reference import learner_cases as cases
 
-pytestmark = [pytest.mark.process, pytest.mark.timeout(1800)]  # on a busy machine the setup alone takes minutes
+pytestmark = [
+    pytest.mark.process,
+    pytest.mark.slow,
+    pytest.mark.timeout(1800),
+]  # on a busy machine the setup alone takes minutes
 
 OPTIONS: dict[str, tuple[dict[str, Any], str]] = {  # keys of learner, and optim.state
     "none": ({}, "float32"),

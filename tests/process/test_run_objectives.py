@@ -42,7 +42,8 @@ def test_a_run_with_corrected_pass_rates_and_an_ema_teacher_trains_and_resumes(t
         run.resume(steps=3)
 
 
-@pytest.mark.parametrize("resumes", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("resumes", [False, True])
 def test_the_behaviour_policy_teaches_without_a_teacher_copy_or_forward_pass(tmp_path: Path, resumes: bool) -> None:
     """The engine's likely tokens reach the learner by message; a checkpoint keeps them in the hub's state."""
     overrides = ("algorithm.teacher=behaviour", "algorithm.teacher_top_k=5", "algorithm.limiter=none")

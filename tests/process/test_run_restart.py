@@ -14,7 +14,7 @@ from run_support import (
     until,
 )
 
-pytestmark = [pytest.mark.process, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.timeout(1500)]
 STEPS = 40  # so many that a fast machine does not finish before the second kill
 OVERRIDES = [f"steps={STEPS}", "learner.checkpoint_every=1", "learner.keep_checkpoints=2"]
 PATIENCE_S = 600.0
@@ -51,7 +51,7 @@ def assert_trained_to_the_end(run: RealRun, learner: RunProcess) -> None:
     assert not list(run.folder.glob("*.earlier-*")), "an attempt has begun anew"
 
 
-@pytest.mark.parametrize("rendezvous", ["static", pytest.param("standalone", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rendezvous", ["static", "standalone"])
 def test_ranks_beside_a_hub_are_killed(tmp_path: Path, rendezvous: str) -> None:
     """First rank 1, then rank 0; the hub and the actor live on."""
     with real_run(tmp_path, *OVERRIDES, "hub.address=tcp://127.0.0.1:0") as run:
@@ -65,7 +65,6 @@ def test_ranks_beside_a_hub_are_killed(tmp_path: Path, rendezvous: str) -> None:
         run.assert_cleaned_up()
 
 
-@pytest.mark.slow
 def test_ranks_with_their_own_hub_are_killed(tmp_path: Path) -> None:
     """The hub beside rank 0 ends with it; that of the next attempt goes on from its journal, and so does the actor."""
     address = f"tcp://127.0.0.1:{free_port()}"

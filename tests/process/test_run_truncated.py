@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from run_support import real_run
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.slow]
 
 
-@pytest.mark.parametrize("teacher", ["frozen", pytest.param("behaviour", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("teacher", ["frozen", "behaviour"])
 def test_a_truncated_run_is_trained_and_resumed(tmp_path: Path, teacher: str) -> None:
     """At lag 0 learner and engine agree to rounding errors, so every ratio is 1. Evaluation is not truncated."""
     truncated = ["rollout.top_p=0.9", "rollout.top_k=4", f"algorithm.teacher={teacher}"]

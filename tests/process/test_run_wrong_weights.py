@@ -57,6 +57,7 @@ def test_an_engine_whose_weights_are_not_those_of_its_version_is_named(
     assert "WEIGHTS ALARM" in (run.folder / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_an_actor_that_reports_a_digest_that_was_never_published_is_quarantined(tmp_path: Path) -> None:
     with run_with(tmp_path, "digest") as (run, hub, faulty, _):
         assert faulty.wait() == 3, faulty.output

@@ -111,6 +111,7 @@ def test_a_killed_and_resumed_warm_up_equals_an_uninterrupted_one(folder: Path, 
     assert summaries[0]["best_loss"] == summaries[1]["best_loss"]
 
 
+@pytest.mark.slow
 def test_a_stopped_and_resumed_warm_up_equals_an_uninterrupted_one(folder: Path, long: list[dict[str, Any]]) -> None:
     """SIGTERM to torchrun: the ranks save their last step, and one line says how to go on."""
     process = subprocess.Popen(

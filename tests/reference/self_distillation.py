@@ -19,14 +19,18 @@ ZERO = torch.zeros((), dtype=torch.float64)
 
 
 def distances(problem: Problem, rollout: Rollout, student: np.ndarray, teacher: np.ndarray, kind: str) -> list[Tensor]:
-    """The divergence at each token that the policy sampled, between the two prompts."""
-    log_q = problem.all_log_probs(problem.model, student, rollout.tokens)
+    """The divergence at each token that the policy sampled, between the two prompts.
+
+    Which terms of the forward KL are above `kl_clip` is decided by the model `at`, as what a limiter removes is.
+    """
+    log_q, log_q_at = (problem.all_log_probs(model, student, rollout.tokens) for model in (problem.model, problem.at))
     log_p = problem.all_log_probs(problem.teacher, teacher, rollout.tokens).detach()
-    found = []
+    clip, found = problem.rule.kl_clip, []
     for t in sampled(rollout):
         terms = log_p[t].exp() * (log_p[t] - log_q[t])
-        clipped = torch.stack([term if term <= problem.rule.kl_clip else ZERO + problem.rule.kl_clip for term in terms])
-        found.append(clipped.sum() if kind == "forward" else divergence(log_p[t], log_q[t], kind))
+        within = (log_p[t].exp() * (log_p[t] - log_q_at[t])).detach() <= clip
+        clipped = [term if keep else ZERO + clip for term, keep in zip(terms, within.tolist(), strict=True)]
+        found.append(torch.stack(clipped).sum() if kind == "forward" else divergence(log_p[t], log_q[t], kind))
     return found
 
 

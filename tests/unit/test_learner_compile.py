@@ -81,7 +81,11 @@ def gradient(own: Policy, row: Packed) -> tuple[float, Tensor]:
 
 @pytest.mark.parametrize(
     ("backend", "every"),
-    [("aot_eager", 0), ("aot_eager", 1), pytest.param("inductor", 1, marks=[NO_COMPILER, pytest.mark.slow])],
+    [
+        ("aot_eager", 0),
+        pytest.param("aot_eager", 1, marks=pytest.mark.slow),
+        pytest.param("inductor", 1, marks=[NO_COMPILER, pytest.mark.slow]),
+    ],
 )
 def test_loss_and_gradient_are_equal_to_rounding_and_rows_of_any_length_share_graphs(
     backend: str, every: int, monkeypatch: pytest.MonkeyPatch

@@ -207,7 +207,7 @@ def test_the_metrics_of_corrected_pass_rates_equal_plain_loops() -> None:
     rates, alphas, observed = [], [], []
     for group in parts:
         own, guided = ([r for r in group if r.guided == flag] for flag in (False, True))
-        problem = reference.Problem(model, model, model, run, own, guided, None)
+        problem = reference.Problem(model, model, model, None, run, own, guided, None)
         rates.append(reference.corrected_rates(problem))
         found = any(r.reward for r in guided)
         alphas.append(reference.alpha(problem) * found)

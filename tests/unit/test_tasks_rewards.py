@@ -95,6 +95,7 @@ def test_a_worker_killed_from_outside_is_replaced(pool: RewardPool) -> None:
     assert verdicts["next"].reward == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_a_worker_that_its_alarm_cannot_kill_is_replaced(pool: RewardPool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stopped process, as one whose verifier has taken the alarm away."""
