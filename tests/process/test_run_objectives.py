@@ -1,4 +1,4 @@
-"""Objectives and teachers in complete runs: LUFFY, an EMA teacher, and the behaviour policy as teacher."""
+"""Objectives and teachers in complete runs: LUFFY, an EMA teacher, the behaviour policy as teacher, other methods."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 from run_support import real_run
+
+from sgpo_async.config import builtin_names
 
 pytestmark = pytest.mark.process
 
@@ -58,6 +60,18 @@ def test_the_behaviour_policy_teaches_without_a_teacher_copy_or_forward_pass(tmp
         if not resumes:
             return
         run.resume(*overrides, steps=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in builtin_names() if name.startswith("builtin:methods/")])
+def test_every_method_near_sgpo_trains_and_resumes(tmp_path: Path, name: str) -> None:
+    """Hub, actors and learner agree on the context: rollouts, teacher's prompts, held-out problems."""
+    with real_run(tmp_path, *SMALL) as run:
+        local = run.local(name, "learner.checkpoint_every=1")
+        assert local.wait() == 0, local.output
+        lines = run.metrics()
+        assert len(lines) == 2 and all(line["tokens"] > 0 or line["pass_auto"] == 0 for line in lines)
+        run.resume(name, steps=3)
 
 
 def test_a_source_without_responses_is_refused_at_once(tmp_path: Path) -> None:
