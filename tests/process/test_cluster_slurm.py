@@ -71,6 +71,7 @@ def test_slurm_accepts_the_scripts_as_they_are(slurm: Slurm) -> None:
         assert "to start at" in answer, answer
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_its_job(slurm: Slurm, tmp_path: Path) -> None:
     with real_run(tmp_path / "out") as run:
         job = Job(slurm, run, tmp_path, "steps=12")

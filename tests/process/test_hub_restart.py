@@ -84,6 +84,7 @@ def store_of(run: RealRun) -> tuple[int, int]:
     return stat.st_dev, stat.st_ino
 
 
+@pytest.mark.slow
 def test_a_killed_hub_goes_on_where_it_was(tmp_path: Path) -> None:
     settings = (f"steps={STEPS}", "hub.address=tcp://127.0.0.1:0", "hub.max_lag=8", "evaluation.every=3")
     with real_run(tmp_path, *settings) as run:

@@ -16,7 +16,7 @@ from run_support import ROOT, free_port
 from tests.reference import learner_cases as cases
 from tests.reference.objectives import reference_loss
 
-pytestmark = [pytest.mark.process, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.timeout(900)]
 
 PATIENCE_S = 400.0
 SCRIPT = str(Path(__file__).with_name("hybrid_member.py"))

@@ -87,6 +87,7 @@ def fits(terminal: Terminal, width: int) -> bool:
     return any(len(row) == width and row.startswith("demo  training") for row in rows) and one_picture(rows)
 
 
+@pytest.mark.slow
 def test_a_terminal_that_changes_its_size_has_one_picture_and_no_rest_of_another(tmp_path: Path) -> None:
     with terminal(tmp_path, 100, 30, PROGRAM) as tmux:
         until(lambda: fits(tmux, 100), "the picture")

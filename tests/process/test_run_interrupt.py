@@ -86,7 +86,8 @@ def test_a_signal_to_a_learner_beside_a_hub(tmp_path: Path) -> None:
         assert f"interrupted after step {step}: learner rank " in line
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_hub_ends_the_learner(tmp_path: Path, number: signal.Signals) -> None:
     """The learner writes a checkpoint first, and names the hub and the reason in one line, the last one of torchrun."""
     address = f"tcp://127.0.0.1:{free_port()}"

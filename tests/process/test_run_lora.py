@@ -18,6 +18,7 @@ BASE = model_folder("builtin:cues")
 LORA = ["learner.lora.rank=4", "learner.lora.targets=[q_proj, v_proj, down_proj]", "optim.lr=0.01"]
 
 
+@pytest.mark.slow
 def test_adapters_are_trained_published_and_resumed(tmp_path: Path) -> None:
     """At lag 0 learner and engine agree to rounding errors: the engine serves exactly the policy that is trained."""
     with real_run(tmp_path, "steps=3", "hub.max_lag=0", *LORA) as run:

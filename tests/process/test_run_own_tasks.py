@@ -50,6 +50,7 @@ def problems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return f"tasks.path={tmp_path / 'own.jsonl'}"
 
 
+@pytest.mark.slow
 def test_a_run_trains_with_a_reward_and_a_prompt_of_the_user(tmp_path: Path, problems: str) -> None:
     with real_run(tmp_path, *OWN, problems) as run:
         local = run.local()

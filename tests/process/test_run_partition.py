@@ -33,6 +33,7 @@ def impair(node: Namespace) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_network_that_loses_and_reorders_packets_costs_no_rollout(tmp_path: Path) -> None:
     create_keys(tmp_path / "keys")
     with network(2) as (centre, node):
@@ -51,6 +52,7 @@ def test_a_network_that_loses_and_reorders_packets_costs_no_rollout(tmp_path: Pa
             assert run.summary()["rejected"] == 0
 
 
+@pytest.mark.slow
 def test_the_run_goes_on_without_a_node_that_is_cut_off_and_takes_it_back(tmp_path: Path) -> None:
     """The hub learns of it by silence alone. Its leases go to the other node; what it sends late is counted once."""
     create_keys(tmp_path / "keys")

@@ -38,6 +38,7 @@ def link_of_hub(run: RealRun, module: str) -> int:
     return until(found, f"{module} of the link")
 
 
+@pytest.mark.slow
 def test_the_hub_pulls_the_weights_of_a_learner_on_another_machine(tmp_path: Path) -> None:
     """Also after the link is lost, and after the hub itself is killed and started again."""
     needs_namespaces()

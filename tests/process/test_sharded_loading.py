@@ -134,7 +134,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module", params=[1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[2, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (1, 4))])
 def found(request: pytest.FixtureRequest, root: Path) -> tuple[int, dict[str, Any]]:
     mp.spawn(worker, args=(root, request.param), nprocs=request.param)
     return request.param, torch.load(root / f"found-{request.param}.pt")

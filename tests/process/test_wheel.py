@@ -135,6 +135,7 @@ def test_a_new_configuration_is_accepted(sgpo: Installed) -> None:
     assert "limiter: mask" in output and " learner " in output
 
 
+@pytest.mark.slow
 def test_messages_name_what_is_there(sgpo: Installed) -> None:
     """Ranks are started by the command that the error names, and clean up behind torchrun if they end well."""
     refused = sgpo("learner", "builtin:demo", code=2)
