@@ -41,6 +41,7 @@ def senders(run: RealRun, of: RunProcess) -> int:
     )
 
 
+@pytest.mark.slow
 def test_weights_reach_every_actor_and_a_lost_source_is_replaced(run: RealRun) -> None:
     hub = run.hub()
     run.learner("--hub", run.address(), ranks=1)
