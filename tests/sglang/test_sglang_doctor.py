@@ -118,10 +118,10 @@ def test_launched_servers_pass_every_check(tmp_path: Path, capsys: pytest.Captur
     code = main(["doctor", DEMO, "hub.address=tcp://127.0.0.1:0", f"engine.sglang.python={PYTHON}", f"out={tmp_path}"])
     out = capsys.readouterr().out
     assert code == 0, out
-    assert max(map(len, out.splitlines())) <= 80
-    assert out.rstrip().endswith("nothing failed") and "warning" not in out and "not run" not in out
+    assert max(map(len, out.splitlines())) <= 80, out
+    assert out.rstrip().endswith("nothing failed") and "warning" not in out and "not run" not in out, out
     for check in FULL:
-        assert out.count(f"  {check} ") >= 2, check
+        assert out.count(f"  {check} ") >= 2, (check, out)
     assert not [p for p in psutil.Process().children(recursive=True) if "watchdog" in " ".join(p.cmdline())]
     assert list(tmp_path.iterdir()) == []
 
