@@ -88,8 +88,13 @@ def _with_rest(log_p: Tensor) -> Tensor:
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """Compute KL(p || q) = sum_v p_v (log p_v - log q_v), with 0 log 0 = 0: [..., V], [..., V] -> [...]."""
+    return _kl_terms(log_p, log_q).sum(-1)
+
+
+def _kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Compute p_v (log p_v - log q_v), with 0 log 0 = 0: [..., V], [..., V] -> [..., V]."""
     p = log_p.exp()
-    return torch.where(p > 0, p * (log_p - log_q), 0).sum(-1)
+    return torch.where(p > 0, p * (log_p - log_q), 0)
 
 
 def divergence_of(kind: str, clip: float = math.inf) -> Divergence:
@@ -101,15 +106,11 @@ def divergence_of(kind: str, clip: float = math.inf) -> Divergence:
 def clipped_forward(clip: float) -> Divergence:
     """Return sum_v min(p_v log p_v/q_v, clip) and its derivative, q_v sum_u p_u - p_v without clipped terms."""
 
-    def terms(log_p: Tensor, log_q: Tensor) -> Tensor:
-        p = log_p.exp()
-        return torch.where(p > 0, p * (log_p - log_q), 0)
-
     def slope(log_p: Tensor, log_q: Tensor) -> Tensor:
-        p = log_p.exp().masked_fill(terms(log_p, log_q) > clip, 0)
+        p = log_p.exp().masked_fill(_kl_terms(log_p, log_q) > clip, 0)
         return log_q.exp() * p.sum(-1, keepdim=True) - p
 
-    return Divergence(lambda log_p, log_q: terms(log_p, log_q).clamp(max=clip).sum(-1), slope)
+    return Divergence(lambda log_p, log_q: _kl_terms(log_p, log_q).clamp(max=clip).sum(-1), slope)
 
 
 def _forward_slope(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -27,9 +27,8 @@ parameter, pass the gathered tensor.
 
 Matrix products are torch's. So is the elementwise work of a block, except on CUDA, where `linear_triton` has kernels
 for it, which read the logits once for the values and once for the slopes; TopDivergence, the clipped forward KL and
-float64 have none. Speed
-and memory are measured on a CPU only (`sgpo_async.bench.loss`); nothing has run on a GPU, and its sizes of chunks and
-blocks are estimates.
+float64 have none. Speed and memory are measured on a CPU only (`sgpo_async.bench.loss`); nothing has run on a GPU, and
+its sizes of chunks and blocks are estimates.
 """
 
 from __future__ import annotations

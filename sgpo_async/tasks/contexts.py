@@ -26,13 +26,12 @@ PART = 4  # a partial response is a quarter of the response; POPE, arXiv 2601.18
 
 
 class ContextSource:
-    """The problems of `source`, each with the text of its context in place of its strategy."""
+    """The problems of `source`, each with the text of another context in place of its strategy."""
 
     def __init__(self, source: ListedSource, kind: Context) -> None:
         self._source, self._kind = source, kind
         self.verifier, self.responses = source.verifier, source.responses
         counts = {
-            "strategy": source.strategies,
             "other-strategy": source.strategies,
             "response": source.responses,
             "partial-response": source.responses,
@@ -81,4 +80,4 @@ def _text(kind: Context, problem: Problem, following: Callable[[], Problem]) -> 
     if kind == "partial-response" and problem.response is not None:
         words = problem.response.split(" ")
         return " ".join(words[: -(-len(words) // PART)])
-    return {"strategy": problem.strategy, "response": problem.response, "answer": problem.answer}.get(kind)
+    return {"response": problem.response, "answer": problem.answer}.get(kind)

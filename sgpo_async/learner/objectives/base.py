@@ -51,9 +51,7 @@ class TaskGroup:
     guided: tuple[Rollout, ...]
     demonstration: np.ndarray | None = None  # response with end token, [T] int32; None if unavailable or not needed
     log_rho: Mapping[int, float] | None = None  # log pi/mu of the whole rollout, by slot; None if not computed
-    contexts: Mapping[int, InContext] = field(
-        default_factory=dict
-    )  # the teacher's prompts for autonomous rollouts, by slot
+    contexts: Mapping[int, InContext] = field(default_factory=dict)  # the teacher's prompts, by autonomous slot
     problems: int  # P, number of problems in the whole batch over all ranks
     mask_cut: bool = False  # rollouts that max_new_tokens has cut do not count
 
