@@ -1,7 +1,7 @@
 """Causal attention within each sequence of a packed row, for every model whose attention transformers lets us choose.
 
     row of N sequences ─▶ query, key, value ─┬▶ varlen_attn, one kernel for the row     CUDA, bfloat16 or float16
-                                             └▶ split ─▶ SDPA, one call per sequence    elsewhere
+                                             └▶ split ─▶ SDPA, one call per length      elsewhere
 
 Neither way builds a mask of the row, and transformers builds none either, because it knows no mask function of this
 attention's name. The causal mask of one sequence is left to the kernel. A layer with a sliding window attends to the
@@ -12,6 +12,7 @@ with a mask of one block.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -98,9 +99,16 @@ def _by_kernel(
 def _by_sequence(
     query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None, segments: Segments
 ) -> Tensor:
-    """Attention of one sequence after another: [1, H, S, d] to [1, S, H, e]."""
-    parts = zip(*(tensor.split(segments.lengths, 2) for tensor in (query, key, value)), strict=True)
-    return torch.cat([_causal(q, k, v, scale, window) for q, k, v in parts], 2).transpose(1, 2)
+    """Attention of one sequence after another, neighbours of equal length together: [1, H, S, d] to [1, S, H, e]."""
+    runs = [(length, len(list(own))) for length, own in groupby(segments.lengths)]
+    parts = zip(
+        *(tensor[0].split([length * n for length, n in runs], 1) for tensor in (query, key, value)), strict=True
+    )
+    mixed = []
+    for (_, n), part in zip(runs, parts, strict=True):
+        q, k, v = (tensor.unflatten(1, (n, -1)).transpose(0, 1) for tensor in part)  # [H, n L, d] to [n, H, L, d]
+        mixed.append(_causal(q, k, v, scale, window).transpose(1, 2).flatten(0, 1))
+    return torch.cat(mixed)[None]
 
 
 def _has_kernel(query: Tensor, value: Tensor) -> bool:
@@ -111,7 +119,7 @@ def _has_kernel(query: Tensor, value: Tensor) -> bool:
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None) -> Tensor:
-    """Causal attention of one sequence of length L: query [1, H, L, d] to [1, H, L, e]."""
+    """Causal attention of n sequences of length L: query [n, H, L, d] to [n, H, L, e]."""
     grouped, length = query.shape[1] != key.shape[1], query.shape[2]
     if window is None or length <= window:
         return functional.scaled_dot_product_attention(
