@@ -47,6 +47,7 @@ from sgpo_async.bench.served import Request, Served
 from sgpo_async.config import Run
 from sgpo_async.engines import EmbeddedEngine, Weights
 from sgpo_async.engines.base import Generate, Generated
+from sgpo_async.engines.sglang.engine import RESERVED
 from sgpo_async.installation import sglang_for_cpus
 from sgpo_async.model.folder import load_tokenizer, model_folder
 from sgpo_async.model.load import load_model, longest
@@ -136,7 +137,8 @@ def measure_ways(ways: dict[str, Way], folder: str, sizes: Sizes) -> dict[str, A
         began = ways[way].cpu_s()
         tokens = ways[way](work[kind])
         rates[kind][way].append(tokens / (ways[way].cpu_s() - began))
-        assert tokens == sum(one.length for one in work[kind])
+        asked = sum(one.length for one in work[kind])
+        assert tokens == asked, f"{way}: {tokens} of {asked} tokens"
     return {
         "sizes": vars(sizes),
         "lengths": {kind: sorted(one.length for one in own) for kind, own in work.items()},
@@ -170,7 +172,7 @@ def longest_of(folder: str) -> int:
 
 def lengths_of(kind: str, sizes: Sizes, prompts: Sequence[Sequence[int]], positions: int) -> list[int]:
     """Lengths of completions with the mean `sizes.mean`, as far as the model's positions allow."""
-    count, most = len(prompts), positions - max(map(len, prompts))
+    count, most = len(prompts), positions - max(map(len, prompts)) - RESERVED
     if kind == "equal":
         return [min(sizes.mean, most)] * count
     drawn = np.random.default_rng(sizes.seed).lognormal(np.log(sizes.mean) - SIGMA**2 / 2, SIGMA, count)

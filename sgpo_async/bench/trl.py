@@ -2,8 +2,8 @@
 
     sgpo-async bench trl --trl PYTHON [--quick] [--to DIR]      PYTHON: of an environment with TRL (make trl)
 
-    sgpo         the demo as it is
-    grpo         the demo with algorithm.objective=grpo, twelve rollouts of each problem, and all of them trained
+    sgpo         the demo with one learner rank and one actor, so that each has a core
+    grpo         the same with algorithm.objective=grpo, twelve rollouts of each problem, and all of them trained
                  (learner.skip_uniform=false): the method and the work of TRL
     trl          GRPOTrainer, as `bench.trl_worker` runs it
 
@@ -59,7 +59,8 @@ RUN_S = 1800.0
 TARGET = 0.9  # pass rate on the held-out problems
 GRPO = ["algorithm.objective=grpo", "rollout.autonomous=12", "rollout.guided=0", "learner.skip_uniform=false"]
 SETTINGS = ("sgpo", "grpo", "trl")
-PROCESSES = 2  # of TRL: as many as the demo has ranks
+PROCESSES = 2  # of TRL, of one thread each
+LAYOUT = ["local.ranks=1", "local.actors=1", "engine.slots=384"]  # ours on two cores; slots for all rollouts in flight
 # TRL generates for so many steps at once, so the tokens of a step are 1.5 versions old in the mean.
 STEPS_PER_GENERATION = 4
 BARS = (
@@ -146,7 +147,7 @@ def _cpu_s() -> float:
 
 def _overrides(setting: str, steps: int, seed: int) -> list[str]:
     own = [f"steps={steps}", f"seed={seed}", f"evaluation.every={min(20, steps)}", "learner.trackers=[]"]
-    return [*own, *([] if setting == "sgpo" else GRPO)]
+    return [*LAYOUT, *own, *([] if setting == "sgpo" else GRPO)]
 
 
 def run_of(setting: str, *, steps: int, seed: int, out: str) -> Run:
