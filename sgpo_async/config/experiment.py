@@ -12,8 +12,8 @@
     figures: [{kind: curves, setting: 2 %}]   # figures of the page; default: every kind, in every setting
 
 Keys of `common`, `settings` and `methods` are the keys of a run's configuration, written with dots. If a method needs
-another value in each setting, the value is a mapping from the settings' names. A method or a setting that sets
-`optim.lr` itself is not tuned.
+another value in each setting, the value is a mapping from the settings' names. `from` begins a method with the keys of
+a configuration, e.g. {from: builtin:methods/opsd}. A method or a setting that sets `optim.lr` itself is not tuned.
 """
 
 from __future__ import annotations
@@ -24,21 +24,26 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sgpo_async.config.builtin import located
-from sgpo_async.config.load import load, read_yaml
+from sgpo_async.config.load import by_key_path, load, read_yaml
 from sgpo_async.config.rules import PATH, require, require_finite
 from sgpo_async.config.schema import Run
 from sgpo_async.errors import ConfigError
 
 BASE = "base:"  # prefix in `model.path` for the name of a base
 FIGURE_KINDS = ("curves", "alpha", "masked", "entropy")
+RECIPE = "from"  # in a method: a configuration whose keys it begins with
+METRIC = "metric"  # the kind of a figure that shows Figure.metric
 MOST_CURVES = 12  # in one figure: as many as can be told apart by colour and dashes
+
+Domain = Literal["cues", "chains"]
+"""The built-in domains."""
 
 Overrides = dict[str, Any]
 """Keys of a run's configuration, with dots, and their values."""
@@ -53,16 +58,18 @@ def slug(name: str) -> str:
 class Base:
     """A base policy that the experiment creates before its trials: pretrained, or trained from another policy.
 
-    With `train`, a trial with these overrides trains it from `start`: a warm-up. Without, it is pretrained on the
+    With `train`, a trial with these overrides trains it from `start`: a warm-up. Without, it is pretrained on a
     built-in domain (see `sgpo_async.tasks.pretrain`), from random weights or from `start`.
     """
 
     start: str = field(default="", metadata=PATH)  # path of a model, or base:NAME
     train: Overrides = field(default_factory=dict)
+    domain: Domain = "cues"
+    contexts: bool = False  # whether it reads solutions and answers as well as strategies
     seed: int = 7
     steps: int = 1200
-    p_true: float = 0.44  # probability of the true technique, unguided
-    p_favourite: float = 0.50  # probability of a wrong technique
+    p_true: float = 0.44  # probability of the true technique or meaning, unguided
+    p_favourite: float = 0.50  # probability of a wrong one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +85,8 @@ class Tune:
 class Figure:
     """One figure of the experiment's page."""
 
-    kind: str  # one of FIGURE_KINDS
+    kind: str  # one of FIGURE_KINDS, or metric
+    metric: str = ""  # kind=metric: a key of the curves, e.g. length_auto or patterns/leak
     setting: str = ""
     methods: list[str] = field(default_factory=list)  # whose curves it has; default: all
     name: str = ""  # what its file's name has behind kind and setting
@@ -86,7 +94,7 @@ class Figure:
     @property
     def stem(self) -> str:
         """Its file's name without the ending."""
-        return "-".join(word for word in (self.kind, slug(self.setting), slug(self.name)) if word)
+        return "-".join(word for word in (self.kind, slug(self.metric), slug(self.setting), slug(self.name)) if word)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,10 +176,13 @@ class Experiment:
 
     def _check_figures(self) -> None:
         figures = self.figures or []
-        kinds, settings, methods = ", ".join(FIGURE_KINDS), [*self.settings] or [""], ", ".join(self.methods)
+        known = (*FIGURE_KINDS, METRIC)
+        kinds, settings, methods = ", ".join(known), [*self.settings] or [""], ", ".join(self.methods)
         for place, figure in enumerate(figures):
             where = f"figures[{place}]"
-            require(figure.kind in FIGURE_KINDS, f"{where}.kind", f"must be one of {kinds}", figure.kind)
+            require(figure.kind in known, f"{where}.kind", f"must be one of {kinds}", figure.kind)
+            rule = "must name a key of the curves with kind=metric, and be empty otherwise"
+            require(bool(figure.metric) == (figure.kind == METRIC), f"{where}.metric", rule, figure.metric)
             rule = f"must be one of the settings ({', '.join(settings)})"
             require(figure.setting in settings, f"{where}.setting", rule, figure.setting)
             for name in figure.methods:
@@ -212,6 +223,8 @@ def load_experiment(path: str | Path) -> Experiment:
     path = Path(path)
     content = read_yaml(path, Experiment)
     try:
+        if isinstance(methods := content.get("methods"), dict):
+            content["methods"] = {name: _with_recipe(own) for name, own in methods.items()}
         experiment = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Experiment), content))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {error.full_key}: {str(error.msg).splitlines()[0]}") from None
@@ -229,6 +242,14 @@ def load_experiment(path: str | Path) -> Experiment:
     for base in experiment.bases.values():
         _check(path, experiment, experiment.overrides(base.train))
     return experiment
+
+
+def _with_recipe(method: Any) -> Any:
+    """The keys of a method, after those of the configuration that it begins with. Raises ConfigError."""
+    if not isinstance(method, dict) or RECIPE not in method:
+        return method
+    begun = read_yaml(located(method[RECIPE]), Run)
+    return dict(by_key_path(begun)) | {key: value for key, value in method.items() if key != RECIPE}
 
 
 def _check(path: Path, experiment: Experiment, overrides: tuple[str, ...]) -> None:

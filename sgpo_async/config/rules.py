@@ -6,7 +6,8 @@ import dataclasses
 import difflib
 import math
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sgpo_async.errors import ConfigError
@@ -31,6 +32,19 @@ def require_one_of(path: str, value: str, names: Sequence[str]) -> None:
     """Raise ConfigError unless `value` is one of `names`; it says which of them is the nearest."""
     near = difflib.get_close_matches(value.lower(), names, n=1, cutoff=0.3)
     require(value in names, path, f"must be of {', '.join(names)}", value, f"did you mean {near[0]}?" if near else "")
+
+
+def require_patterns(path: str, patterns: Mapping[str, str]) -> None:
+    """Raise ConfigError unless all are regular expressions, with names that can be part of a metric's."""
+    for name, pattern in patterns.items():
+        require(bool(re.fullmatch(r"[\w-]+", name)), path, "must have names of letters, digits, _ and -", name)
+        # In YAML "\b" is a backspace between double quotes, and the expression would match nothing.
+        rule = "must have no control characters; between double quotes write each backslash twice"
+        require(pattern.isprintable(), f"{path}.{name}", rule, pattern)
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            require(False, f"{path}.{name}", f"must be a regular expression ({error})", pattern)
 
 
 def require_finite(section: Any, prefix: str = "") -> None:

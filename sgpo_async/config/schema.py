@@ -101,7 +101,7 @@ def is_own_name(name: str) -> bool:
 class Tasks:
     """The source of the problems, and how a prompt is built from a problem."""
 
-    source: Literal["cues", "file"] = "cues"  # cues: the built-in domain; file: tasks.path
+    source: Literal["cues", "chains", "file"] = "cues"  # cues, chains: the built-in domains; file: tasks.path
     path: str = field(default="", metadata=PATH)  # source=file: JSONL, CSV, Parquet, or a Hugging Face dataset
     dataset_config: str = ""  # configuration of a Hugging Face dataset, e.g. main
     split: str = ""  # split of a Hugging Face dataset; "": train

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from sgpo_async.config.rules import INFINITE, PATH, require, require_one_of
+from sgpo_async.config.rules import INFINITE, PATH, require, require_one_of, require_patterns
 
 CorrectionMode = Literal["none", "token", "token-mask", "prefix", "sequence", "sequence-geometric"]
 TRACKERS = ("tensorboard", "wandb", "mlflow")
@@ -364,6 +364,12 @@ class Learner:
     # Score the canary (docs/durability.md) at the first step and at one of every `canary_every` steps: not at each,
     # because it is 8 % of the learner's work of a step of the demo's tiny model. With a usual size, 1 costs little.
     canary_every: int = 4
+    # Regular expressions by name. The metric `patterns` has the share of the autonomous completions in which each is
+    # found, e.g. {leak: "(?i)\\b(hint|strategy)\\b"}: whether the policy speaks of a context that it does not have.
+    patterns: dict[str, str] = field(default_factory=dict)
+    # Regular expressions by name, for whole tokens, e.g. {numbers: "\\s*\\d+"}. The metric `kl_classes` has the mean KL
+    # on the distilled tokens of each class; a token belongs to the first class that it matches.
+    token_classes: dict[str, str] = field(default_factory=dict)
     samples: int = 1  # problems of a step whose completions are kept in runs/NAME/samples.jsonl; 0: none
     # Where the metrics go beside metrics.jsonl: tensorboard, wandb, mlflow (docs/trackers.md); []: nowhere.
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
@@ -395,6 +401,8 @@ class Learner:
         for name in self.trackers:
             require_one_of("learner.trackers", name, TRACKERS)
             require(self.trackers.count(name) == 1, "learner.trackers", "must name each tracker once", name)
+        require_patterns("learner.patterns", self.patterns)
+        require_patterns("learner.token_classes", self.token_classes)
         require(self.samples >= 0, "learner.samples", "must be >= 0", self.samples)
         require(self.samples_mb >= 1, "learner.samples_mb", "must be >= 1", self.samples_mb)
 
@@ -417,7 +425,7 @@ class Sft:
     path: str = field(default="", metadata=PATH)
     validation: str = field(default="", metadata=PATH)  # a separate validation file; default: a random part of `path`
     validation_share: float = 0.1  # without `validation`: the share of the problems that is that part
-    problems: int = 1024  # tasks.source=cues: how many are generated
+    problems: int = 1024  # of a built-in domain: how many are generated
     epochs: int = 10  # how often the problems are trained on
     batch: int = 64  # sequences per optimiser step
     lr: float = 1e-5  # the learning rate after the warm-up

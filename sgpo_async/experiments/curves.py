@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 
 from sgpo_async.config.schema import Run
 from sgpo_async.experiments.plan import Result
@@ -39,6 +40,13 @@ def third(result: Result) -> float:
     span = after["step"] - before["step"]
     share = (at - before["step"]) / span if span else 0.0
     return float(before["auto"] + share * (after["auto"] - before["auto"]))
+
+
+def late(result: Result, key: str) -> float | None:
+    """The mean of `key` over the points of the last quarter of the curve that have it; None if none has."""
+    curve = result["curve"]
+    known = [point[key] for point in curve[-max(1, len(curve) // 4) :] if key in point]
+    return fmean(known) if known else None
 
 
 def best(result: Result) -> float:

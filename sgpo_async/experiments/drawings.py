@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from sgpo_async.config.experiment import FIGURE_KINDS, Figure
+from sgpo_async.config.experiment import FIGURE_KINDS, METRIC, Figure
 from sgpo_async.experiments.curves import over_seeds
 from sgpo_async.experiments.figures import Curve, Panel, draw, parts
 from sgpo_async.experiments.plan import Result
@@ -43,25 +43,32 @@ KINDS = {  # the keys are FIGURE_KINDS
 }
 
 
+def kind_of(figure: Figure) -> Kind:
+    """What this figure shows."""
+    if figure.kind != METRIC:
+        return KINDS[figure.kind]
+    return Kind(f"pass rate and {figure.metric} over rollouts", (PASS_RATE, Measure(figure.metric, figure.metric)))
+
+
 def draw_setting(
     setting: str,
     methods: Mapping[str, Sequence[Result]],
     folder: Path,
     chosen: Sequence[Figure] | None = None,
-) -> dict[str, str]:
-    """Write the figures of a setting that have at least one curve; returns file -> kind.
+) -> dict[str, Figure]:
+    """Write the figures of a setting that have at least one curve; returns file -> figure.
 
     Args:
         chosen: the figures that the experiment file names, for all settings; None: every kind.
     """
-    written: dict[str, str] = {}
+    written: dict[str, Figure] = {}
     for figure in _figures(setting, [*methods], chosen):
-        kind = KINDS[figure.kind]
+        kind = kind_of(figure)
         shown = {place: name for place, name in enumerate(figure.methods) if _shows(kind, methods[name])}
         if shown:
             file = f"{figure.stem}.svg"
             draw([_panel(measure, shown, methods) for measure in kind.measures], folder / file)
-            written[file] = figure.kind
+            written[file] = figure
     return written
 
 
@@ -84,7 +91,7 @@ def _figures(setting: str, methods: list[str], chosen: Sequence[Figure] | None) 
 
 def remove_others(written: Collection[str], folder: Path) -> None:
     """Delete figures of earlier calls that were not `written` by this call."""
-    for kind in FIGURE_KINDS:
+    for kind in (*FIGURE_KINDS, METRIC):
         for path in folder.glob(f"{kind}*.svg"):
             if path.name not in written:
                 path.unlink()
@@ -95,7 +102,7 @@ def _shows(kind: Kind, results: Sequence[Result]) -> bool:
     points = [point for result in results for point in result["curve"]]
     if kind.above_0:
         return any(point.get(kind.above_0, 0.0) > 0 for point in points)
-    return any(measure.key in point for point in points for measure in kind.measures)
+    return any(all(measure.key in point for measure in kind.measures) for point in points)
 
 
 def _panel(measure: Measure, shown: Mapping[int, str], methods: Mapping[str, Sequence[Result]]) -> Panel:

@@ -7,18 +7,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from sgpo_async.config.experiment import Experiment
+from sgpo_async.config.experiment import Experiment, Figure
 from sgpo_async.errors import SgpoError
 from sgpo_async.experiments.captions import EDGE, FIGURES, conditions, curves_say, learning_rates
 from sgpo_async.experiments.code_version import codes
-from sgpo_async.experiments.curves import best, completed, third
-from sgpo_async.experiments.drawings import KINDS, draw_setting, remove_others
+from sgpo_async.experiments.curves import best, completed, late, third
+from sgpo_async.experiments.drawings import draw_setting, kind_of, remove_others
 from sgpo_async.experiments.plan import Result, at_the_edge, best_rates, cells, final
 from sgpo_async.experiments.statistics import Interval, interval
 from sgpo_async.experiments.tuning_table import tuning_tables
 from sgpo_async.files import write_whole
 
 Measure = Callable[[Result], float | None]
+PATTERN = "patterns/"  # begins the keys of the curves that hold the shares of learner.patterns
 
 
 class Row(NamedTuple):
@@ -49,16 +50,17 @@ def write_tables(experiment: Experiment, results: Mapping[str, Result], *, folde
     common = len(set(captions.values())) == 1
     parts = [f"# {experiment.title or experiment.name}", *[*captions.values()][:common]]
     parts.append(f"{FIGURES} {learning_rates(experiment)}")
-    drawn: dict[str, dict[str, str]] = {}
+    drawn: dict[str, dict[str, Figure]] = {}
     for setting, rows in tables.items():
         drawn[setting] = draw_setting(setting, {row.method: row.results for row in rows}, folder, experiment.figures)
-    parts += curves_say({kind for figures in drawn.values() for kind in figures.values()})
+    parts += curves_say({figure.kind for figures in drawn.values() for figure in figures.values()})
     if len(experiment.settings) > 1:
         parts += ["Alone, at the end (test problems):", _overview(tables)]
     for setting, rows in tables.items():
         parts += [f"## {setting}"] * bool(setting) + [captions[setting]] * (not common) + [_table(rows)]
         parts += _compared(rows, experiment.reference) if experiment.reference else []
-        parts += [f"![{KINDS[kind].title}]({file})" for file, kind in drawn[setting].items()]
+        parts += _completions(rows)
+        parts += [f"![{kind_of(figure).title}]({file})" for file, figure in drawn[setting].items()]
     parts += tuning_tables(experiment, results, rates)
     parts += [f"Code: {codes(shown)}."] * bool(shown)
     write_whole(folder / "README.md", "\n\n".join(parts) + "\n")
@@ -128,12 +130,46 @@ def _compared(rows: Sequence[Row], reference: str) -> list[str]:
     return [f"Against {reference}, seed by seed, in points:", "\n".join(head + lines)]
 
 
+def _completions(rows: Sequence[Row]) -> list[str]:
+    """What the autonomous completions of the last quarter of training look like, where the trials have measured it."""
+    points = [point for row in rows for result in row.results for point in result["curve"]]
+    if not any("length_auto" in point for point in points):
+        return []
+    patterns = dict.fromkeys(key for point in points for key in point if key.startswith(PATTERN))
+    names = {key: f"with {key.removeprefix(PATTERN)}, %" for key in patterns}
+    head = ["method", "tokens", *names.values(), "entropy, nats per token"]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for row in rows:
+        values = {
+            key: _known([late(result, key) for result in row.results]) for key in ("length_auto", *names, "entropy")
+        }
+        cells = [
+            _plain(values["length_auto"], ".1f"),
+            *(show(interval(values[key])) if values[key] else "–" for key in names),
+            _plain(values["entropy"], ".3f"),
+        ]
+        lines.append(f"| {row.method} | {' | '.join(cells)} |")
+    return ["Autonomous completions in the last quarter of training:", "\n".join(lines)]
+
+
+def _plain(values: Sequence[float], form: str) -> str:
+    """The mean and half of its interval."""
+    if not values:
+        return "–"
+    found = interval(values)
+    return f"{found.mean:{form}}" + (f" ± {found.half:{form}}" if found.half is not None else "")
+
+
+def _known(values: Sequence[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
 def _at_the_end(result: Result) -> float:
     return float(result["test"]["auto"])
 
 
 def _cell(values: Sequence[float | None]) -> str:
-    known = [value for value in values if value is not None]
+    known = _known(values)
     return show(interval(known)) if known else "–"
 
 

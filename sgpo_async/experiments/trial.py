@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from sgpo_async.bench.synchronous_actor import SynchronousActor
 from sgpo_async.config import Run
 from sgpo_async.errors import SgpoError
+from sgpo_async.hub.batch_metrics import batch_metrics
 from sgpo_async.learner.publish import gather
 from sgpo_async.learner.step import Stepper
 from sgpo_async.learner.train import build
@@ -31,7 +33,21 @@ from sgpo_async.wire.records import Shard
 
 STREAM_SEED = 0  # all trials share one stream of training problems
 STREAM = 2**20  # distance between the first problems of consecutive seeds in that stream
-KEPT = ("loss", "grpo_loss", "kd_loss", "entropy", "alpha", "kl_masked_mass", "correction_clipped", "grad_norm")
+KEPT = (
+    *(
+        "loss",
+        "grpo_loss",
+        "kd_loss",
+        "entropy",
+        "alpha",
+        "kl_mean",
+        "kl_masked_mass",
+        "correction_clipped",
+        "grad_norm",
+    ),
+    *("pass_auto", "pass_guided", "reward_auto", "length_auto"),
+)
+KEPT_OBJECTS = ("patterns", "kl_classes")  # each of their entries is kept as KEY/NAME
 
 Weights = dict[str, torch.Tensor]
 
@@ -92,7 +108,8 @@ class Trial:
         return result | {"curve": self.curve, "wall_s": round(time.monotonic() - began, 1)}
 
     def _step(self, step: int) -> None:
-        self.metrics.append(self.stepper.update(self._shard(step)))
+        shard = self._shard(step)
+        self.metrics.append(self.stepper.update(shard) | batch_metrics(_groups(shard), version=step))
         self.history.append(self._weights())
         if (step + 1) % self.run.evaluation.every == 0 or step + 1 == self.run.steps:
             self._measure(step + 1, self.metrics)
@@ -108,7 +125,10 @@ class Trial:
     def _measure(self, step: int, metrics: Sequence[dict[str, Any]]) -> None:
         """Add a point to the curve: pass rates, and the means of `metrics` (of the steps since the last point)."""
         size = self.run.rollout.size * self.run.learner.problems_per_step
-        means = {key: _mean([line.get(key) for line in metrics]) for key in KEPT}
+        lines = [_kept(line) for line in metrics]
+        means = {
+            key: _mean([line.get(key) for line in lines]) for key in dict.fromkeys(key for one in lines for key in one)
+        }
         point = {"step": step, "rollouts": step * size} | self._pass_rates(self.training, version=step)
         self.curve.append(point | {key: value for key, value in means.items() if value is not None})
 
@@ -129,6 +149,17 @@ def split_rollouts(problems: Sequence[Problem], count: int) -> tuple[list[Proble
     texts = set(list(distinct)[:count])
     first = [problem for problem in problems if problem.problem in texts]
     return first, [problem for problem in problems if problem.problem not in texts]
+
+
+def _groups(shard: Shard) -> list[CompletedGroup]:
+    by_task = groupby(shard.rollouts, key=lambda rollout: rollout.task)
+    return [CompletedGroup(number=task, attempt=0, rollouts=tuple(own)) for task, own in by_task]
+
+
+def _kept(line: dict[str, Any]) -> dict[str, float | None]:
+    """What the curve keeps of the metrics of a step."""
+    parts = ((f"{key}/{name}", value) for key in KEPT_OBJECTS for name, value in line.get(key, {}).items())
+    return {key: line.get(key) for key in KEPT} | dict(parts)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

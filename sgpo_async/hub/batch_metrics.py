@@ -17,7 +17,7 @@ def batch_metrics(groups: Sequence[CompletedGroup], *, version: int) -> dict[str
 
     `lag` is computed over sampled tokens; pass rates and rewards are means over groups. `uniform` is the share of
     groups whose autonomous rollouts all have the same reward, so that the policy gradient learns nothing from them;
-    `cut` is that of the rollouts that max_new_tokens has cut.
+    `cut` is that of the rollouts that max_new_tokens has cut. Lengths are means over rollouts.
     """
     return {
         "lag": lag(groups, version=version),
@@ -27,6 +27,8 @@ def batch_metrics(groups: Sequence[CompletedGroup], *, version: int) -> dict[str
         "reward_guided": mean_of_known([group.mean_reward(guided=True) for group in groups]),
         "uniform": float(np.mean([len({r.reward for r in group.rollouts if not r.guided}) <= 1 for group in groups])),
         "cut": float(np.mean([r.finish != "stop" for group in groups for r in group.rollouts])),
+        "length_auto": mean_length(groups, guided=False),
+        "length_guided": mean_length(groups, guided=True),
     }
 
 
@@ -42,6 +44,12 @@ def lag(groups: Sequence[CompletedGroup], *, version: int) -> dict[str, Any]:
     mean = sum(one * count for one, count in tokens.items()) / tokens.total()
     histogram = {str(one): count for one, count in sorted(tokens.items())}
     return {"mean": mean, "max": max(tokens), "histogram": histogram}
+
+
+def mean_length(groups: Sequence[CompletedGroup], *, guided: bool) -> float | None:
+    """Mean number of tokens of the completions, with those of an environment; None if there are none."""
+    lengths = [len(r.tokens) for group in groups for r in group.rollouts if r.guided == guided]
+    return float(np.mean(lengths)) if lengths else None
 
 
 def mean_of_known(rates: Sequence[float | None]) -> float | None:

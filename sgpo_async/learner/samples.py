@@ -110,8 +110,8 @@ def chosen(
         KeptGroup(_draw(seed, task), rollouts, metrics["alpha"])
         for (task, rollouts), metrics in zip(groups, statistics.problems, strict=True)
     ]
-    tasks = sorted({task for task, _ in statistics.token_kl}, key=lambda task: _draw(seed, task))[:number]
-    kl = {key: d.float().cpu().numpy() for key, d in statistics.token_kl.items() if key[0] in tasks}
+    tasks = sorted({task for task, _ in statistics.distilled}, key=lambda task: _draw(seed, task))[:number]
+    kl = {key: own.d.float().cpu().numpy() for key, own in statistics.distilled.items() if key[0] in tasks}
     return sorted(kept, key=lambda group: group.draw)[:number], kl
 
 

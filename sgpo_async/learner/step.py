@@ -36,6 +36,7 @@ from sgpo_async.learner.division import Cost, Piece, deal, divide
 from sgpo_async.learner.objectives.base import Distillation, rollout_after
 from sgpo_async.learner.optimiser import clip_gradients, learning_rate
 from sgpo_async.learner.packing import Packed, Tokens, kept_of, pack, repeated_tokens
+from sgpo_async.learner.patterns import Patterns
 from sgpo_async.learner.policy import LOCAL_GRADIENT_BYTES, Policy
 from sgpo_async.learner.scores import with_evidence, with_reference
 from sgpo_async.learner.step_metrics import StepMetrics
@@ -60,6 +61,7 @@ class Stepper:
     responses: Responses | None = None  # looks up responses, for objectives that train on them
     contexts: Contexts | None = None  # finds the prompts with which the teacher reads autonomous rollouts
     reference: Teacher | None = None  # the weights at the start of the run, with algorithm.reference_kl
+    patterns: Patterns | None = None  # looks at texts, with learner.patterns or learner.token_classes
     statistics: StepMetrics | None = None  # of the last step, or of the present one so far, on this rank
     _begun: bool = False  # some parts of the present step's batch are accumulated
 
@@ -93,7 +95,8 @@ class Stepper:
         self.optimiser.step()
         self.optimiser.zero_grad()
         self.teacher.follow(self.policy, steps=step + 1)
-        return statistics.reduce() | {"grad_norm": norm, "lr": rate}
+        texts = self.patterns.reduce(statistics.distilled) if self.patterns else {}
+        return statistics.reduce() | texts | {"grad_norm": norm, "lr": rate}
 
     def batch(self, shard: Shard) -> Batch:
         """Build the weighted sequences of `shard`.
@@ -110,6 +113,8 @@ class Stepper:
                     f"task {rollout.task}: its rollouts were sampled {found} top-p or top-k; "
                     "resume with the rollout.top_p and rollout.top_k of the run's start"
                 )
+        if self.patterns:
+            self.patterns.see(shard.rollouts)
         log_rho = self._log_rho(shard) if algorithm.pass_rates == "corrected" else None
         batch = from_shard(
             shard,

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -35,6 +36,13 @@ SUMS = (
 MINIMA = tuple(f"{term}_min_{age}" for term in TERMS for age in AGES)
 
 
+class Distilled(NamedTuple):
+    """The tokens [T] of a distilled rollout and their d_t [T], NaN for those that are not trained."""
+
+    tokens: np.ndarray
+    d: Tensor
+
+
 class StepMetrics:
     """Sums over one step on one rank."""
 
@@ -46,7 +54,7 @@ class StepMetrics:
         self.mismatch = Mismatch(max_lag=max_lag, device=device)
         self.imbalances: list[float] = []  # of each part of the batch, see `division.imbalance`; equal on every rank
         self.problems: Sequence[Mapping[str, float]] = ()  # the metrics of each problem, in the order of the shard
-        self.token_kl: dict[tuple[int, int], Tensor] = {}  # d_t [T] of each distilled rollout, by task and slot
+        self.distilled: dict[tuple[int, int], Distilled] = {}  # by task and slot
 
     def add(self, **values: Tensor) -> None:
         """Add the sum of each tensor to the sum of that name."""
@@ -84,11 +92,13 @@ class StepMetrics:
         self.add(limited_kl=mass.kl.sum() - kept.sum())
 
     def keep_kl(self, rollouts: Sequence[Rollout], d: Tensor) -> None:
-        """Keep d_t [K, C] of these distilled rollouts, for samples of the step, on the device; NaN if not trained."""
+        """Keep d_t [K, C] of these distilled rollouts, on the device, for what looks at single tokens."""
         for rollout, values in zip(rollouts, d.detach(), strict=True):
             trained = torch.from_numpy(rollout.sampled).to(d.device)
             whole = values.new_full(trained.shape, math.nan)
-            self.token_kl[rollout.task, rollout.slot] = whole.masked_scatter(trained, values)
+            self.distilled[rollout.task, rollout.slot] = Distilled(
+                rollout.tokens, whole.masked_scatter(trained, values)
+            )
 
     def add_batch(self, batch: Batch, imbalance: float) -> None:
         """Add the metrics of a batch, or of a part of it, that are known before any forward."""

@@ -33,6 +33,7 @@ from sgpo_async.learner.demonstrations import Demonstrations
 from sgpo_async.learner.hub_client import HubClient
 from sgpo_async.learner.loading import load_policy, load_teacher
 from sgpo_async.learner.mismatch import Alarm, bound_for
+from sgpo_async.learner.patterns import Patterns
 from sgpo_async.learner.policy import in_bfloat16
 from sgpo_async.learner.process_group import join_world
 from sgpo_async.learner.progress import Progress, hub_metrics
@@ -389,4 +390,6 @@ def build(run: Run, mesh: DeviceMesh, source: ProblemSource | None = None) -> tu
         stepper.responses = Demonstrations(run, source or source_of(run), tokenizer, longest=positions(folder)).tokens
     if run.algorithm.reads_in_context:
         stepper.contexts = Contexts(run, source or source_of(run), tokenizer, longest=positions(folder))
+    if run.learner.patterns or run.learner.token_classes:
+        stepper.patterns = Patterns(run.learner, tokenizer)
     return stepper, fingerprint

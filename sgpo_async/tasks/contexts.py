@@ -74,10 +74,15 @@ class _InContext(Sequence[Problem]):
         return self._in_context(self._problems[index], lambda: self._problems[(index + 1) % len(self)])
 
 
+def beginning(response: str) -> str:
+    """The first quarter of the words, rounded up."""
+    words = response.split(" ")
+    return " ".join(words[: -(-len(words) // PART)])
+
+
 def _text(kind: Context, problem: Problem, following: Callable[[], Problem]) -> str | None:
     if kind == "other-strategy":
         return following().strategy
     if kind == "partial-response" and problem.response is not None:
-        words = problem.response.split(" ")
-        return " ".join(words[: -(-len(words) // PART)])
+        return beginning(problem.response)
     return {"response": problem.response, "answer": problem.answer}.get(kind)

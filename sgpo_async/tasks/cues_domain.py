@@ -94,9 +94,11 @@ class Exercise:
         steps = zip(self.amounts, self.cues, techniques, self.states(techniques), strict=True)
         return " ".join(f"{k} {cue} {technique} {x} {y}" for k, cue, technique, (x, y) in steps)
 
-    def answer_text(self) -> str:
-        """The correct states, `x y` after each step; the verifier compares with them."""
-        return " ".join(f"{x} {y}" for x, y in self.states(self.true_techniques))
+    response_text = solution_text  # a worked solution has no style of its own
+
+    def answer_text(self, techniques: tuple[str, ...]) -> str:
+        """The states, `x y` after each step; the verifier compares with those of the true techniques."""
+        return " ".join(f"{x} {y}" for x, y in self.states(techniques))
 
 
 def draw_exercise(rng: random.Random, *, steps: int = STEPS, novel: bool = False) -> Exercise:

@@ -1,4 +1,4 @@
-"""Specifies the base policy of the built-in domain: tokenizer, model shape, and guesses without a strategy.
+"""Specifies the base policy of the cues domain: its words, and what it is trained on.
 
 The policy applies any techniques that a strategy names. Without a strategy it guesses: for every cue the most probable
 technique is wrong and the true one is second. So sampling rarely gets five techniques right, and greedy decoding never
@@ -8,12 +8,21 @@ learned: the KL divergence from a certain teacher, -ln p(true), is below 1.
 
 from __future__ import annotations
 
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config
+import random
 
-from sgpo_async.tasks.cues_domain import CUES, DIGITS, KEYWORDS, TECHNIQUES, TRUE_TECHNIQUE
+from sgpo_async.tasks.cues_domain import (
+    CUES,
+    DIGITS,
+    KEYWORDS,
+    STEPS,
+    TECHNIQUES,
+    TRUE_TECHNIQUE,
+    Exercise,
+    draw_exercise,
+)
+from sgpo_async.tasks.word_policy import draw_context
 
-PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
+VOCABULARY = (*KEYWORDS, *DIGITS, *TECHNIQUES, *CUES)
 P_TRUE, P_FAVOURITE = 0.44, 0.50
 
 
@@ -30,38 +39,44 @@ def guess_probabilities(cue: str, *, p_true: float = P_TRUE, p_favourite: float 
     return {name: {true: p_true, favourite: p_favourite}.get(name, rest) for name in names}
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer with one token per word; encoding and decoding leave every text of the domain unchanged."""
-    words = (PAD, EOS, UNKNOWN, *KEYWORDS, *DIGITS, *TECHNIQUES, *CUES)
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD,
-        eos_token=EOS,
-        unk_token=UNKNOWN,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-        model_max_length=128,
-    )
+def draw_example(
+    rng: random.Random, progress: float, *, contexts: bool = False, p_true: float, p_favourite: float
+) -> tuple[str, str]:
+    """(prompt, solution) of a training problem, with a strategy with probability 1/2, or in `contexts` of all kinds.
 
-
-def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
-    """The model shape: 0.17 million parameters.
-
-    The model type is qwen3, because AutoTokenizer loads Qwen's own tokenizer for every folder of type qwen2.
+    The techniques of a solution are drawn at random for each problem. With a strategy they are drawn uniformly and the
+    strategy names them, so the policy learns to follow strategies but not which technique a cue requires. Without one
+    they are drawn from `guess_probabilities`. Problems grow from two steps to five with `progress`, from 0 to 1.
     """
-    return Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=16,
-        max_position_embeddings=128,
-        tie_word_embeddings=False,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
+    steps = rng.randint(2, min(STEPS, 2 + int(8 * progress)))
+    exercise = draw_exercise(rng, steps=steps)
+    if contexts:
+        return _draw_in_context(rng, exercise, p_true=p_true, p_favourite=p_favourite)
+    if rng.random() < 0.5:
+        techniques = tuple(rng.choices(list(TECHNIQUES), k=steps))
+        prompt = f"{exercise.strategy_text(techniques)} {exercise.problem_text()}"
+    else:
+        techniques = _guess(rng, exercise, p_true, p_favourite)
+        prompt = exercise.problem_text()
+    return prompt, exercise.solution_text(techniques)
+
+
+def _guess(rng: random.Random, exercise: Exercise, p_true: float, p_favourite: float) -> tuple[str, ...]:
+    guesses = [guess_probabilities(cue, p_true=p_true, p_favourite=p_favourite) for cue in exercise.cues]
+    return tuple(rng.choices(list(guess), list(guess.values()))[0] for guess in guesses)
+
+
+def _draw_in_context(rng: random.Random, exercise: Exercise, *, p_true: float, p_favourite: float) -> tuple[str, str]:
+    def uniform(one: Exercise) -> tuple[str, ...]:
+        return tuple(rng.choices(list(TECHNIQUES), k=len(one.cues)))
+
+    other = draw_exercise(rng)
+    drawn = draw_context(
+        rng,
+        exercise,
+        contexts=True,
+        shown=uniform(exercise),
+        guessed=_guess(rng, exercise, p_true, p_favourite),
+        other=(other, uniform(other)),
     )
+    return f"{drawn.text} {exercise.problem_text()}".strip(), exercise.solution_text(tuple(drawn.plan))

@@ -13,7 +13,7 @@ from sgpo_async.tasks.base import Problem
 from sgpo_async.tasks.files import read_problems, read_split
 from sgpo_async.tasks.records import Form
 from sgpo_async.tasks.rows import open_rows
-from sgpo_async.tasks.sources import open_source
+from sgpo_async.tasks.sources import GENERATED, open_source
 
 FAR = 2**40  # first position of the built-in domain's supervised problems; RL never reaches it
 
@@ -34,8 +34,8 @@ def sft_data(run: Run) -> SftData:
         DataError: a line is bad, or a part is empty.
     """
     sft, tasks = run.sft, run.tasks
-    if tasks.source == "cues" and not sft.path:
-        source = open_source("cues", path="", held_out=tasks.held_out, seed=run.seed)
+    if tasks.source in GENERATED and not sft.path:
+        source = open_source(tasks.source, path="", held_out=tasks.held_out, seed=run.seed)
         return _split([source.training(FAR + i) for i in range(sft.problems)], run)
     problems, held_out = _read(run)
     if not sft.validation:

@@ -5,26 +5,29 @@ from __future__ import annotations
 from sgpo_async.config.schema import Run, Tasks
 from sgpo_async.errors import DataError
 from sgpo_async.tasks.base import ListedSource
+from sgpo_async.tasks.chains import ChainsSource
 from sgpo_async.tasks.contexts import ContextSource
 from sgpo_async.tasks.cues import CuesSource
 from sgpo_async.tasks.files import FileSource
+from sgpo_async.tasks.generated import GeneratedSource
 from sgpo_async.tasks.records import Form
 from sgpo_async.tasks.rewards import to_text
 
 DEFAULTS = Tasks()
+GENERATED: dict[str, type[GeneratedSource]] = {"cues": CuesSource, "chains": ChainsSource}
 
 
 def open_source(kind: str, *, path: str, held_out: int, seed: int, tasks: Tasks = DEFAULTS) -> ListedSource:
-    """The source "cues" or "file" (at `path`), with `held_out` problems set aside for evaluation.
+    """The source "cues", "chains" or "file" (at `path`), with `held_out` problems set aside for evaluation.
 
     Args:
         tasks: how the file's records are read, the reward, and the context that takes the strategy's place.
     """
-    assert kind in ("cues", "file"), kind
-    source: CuesSource | FileSource
-    if kind == "cues":
-        source = CuesSource(seed=seed, held_out=held_out)
+    source: GeneratedSource | FileSource
+    if kind in GENERATED:
+        source = GENERATED[kind](seed=seed, held_out=held_out)
     else:
+        assert kind == "file", kind
         part = (tasks.dataset_config, tasks.split)
         source = FileSource(path, held_out=held_out, seed=seed, form=Form.of(tasks), part=part)
     source.verifier = to_text(tasks.reward) or source.verifier

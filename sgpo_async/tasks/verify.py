@@ -1,7 +1,7 @@
 """Verifiers: (answer, completion text) -> whether the completion is correct, by name.
 
-"cues" is cheap and always returns. "math" and "math-tolerance" pass model output to a computer algebra system and may
-never return: call them through `sgpo_async.tasks.reward_pool.RewardPool`, which sets a limit.
+"cues" and "chains" are cheap and always return. "math" and "math-tolerance" pass model output to a computer algebra
+system and may never return: call them through `sgpo_async.tasks.reward_pool.RewardPool`, which sets a limit.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sgpo_async.tasks import answers, cues_domain
+from sgpo_async.tasks import answers, chains_domain, cues_domain
 from sgpo_async.tasks.tolerance import Tolerant, all_within, are_small_and_different, elements
 
 Verifier = Callable[[str, str], bool]
@@ -89,9 +89,10 @@ def _listed(text: str) -> list[Any]:
 
 
 VERIFIERS: Mapping[str, Verifier] = {
+    "chains": chains_domain.is_correct,
     "cues": cues_domain.is_correct,
     "math": is_math_correct,
     "math-tolerance": is_math_correct_within,
 }
-INLINE = frozenset({"cues"})
+INLINE = frozenset({"chains", "cues"})
 """Verifiers that need neither a worker process nor a time limit."""

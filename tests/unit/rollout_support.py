@@ -22,7 +22,7 @@ TOKENIZER = SimpleNamespace(
 
 
 _EXERCISE = draw_exercise(random.Random(0))
-ANSWER, RIGHT = _EXERCISE.answer_text(), _EXERCISE.solution_text(_EXERCISE.true_techniques)
+ANSWER, RIGHT = _EXERCISE.answer_text(_EXERCISE.true_techniques), _EXERCISE.solution_text(_EXERCISE.true_techniques)
 
 
 class ScriptedEngine:

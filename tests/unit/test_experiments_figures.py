@@ -101,7 +101,8 @@ def test_only_the_figures_that_a_file_names_are_drawn(drawn: dict[str, list[Pane
         Figure(kind="curves", setting="At 2 %", methods=["HPT", "SGPO"], name="two of them"),
         Figure(kind="curves", setting="At 0.5 %"),
     ]
-    assert draw_setting("At 2 %", methods, tmp_path, chosen) == {
+    written = draw_setting("At 2 %", methods, tmp_path, chosen)
+    assert {file: figure.kind for file, figure in written.items()} == {
         "entropy-at-2.svg": "entropy",
         "curves-at-2-two-of-them.svg": "curves",
     }
@@ -112,12 +113,17 @@ def test_only_the_figures_that_a_file_names_are_drawn(drawn: dict[str, list[Pane
 @pytest.mark.parametrize(
     ("figures", "message"),
     [
-        ([{"kind": "bars"}], "figures[0].kind must be one of curves, alpha, masked, entropy, got 'bars'"),
+        ([{"kind": "bars"}], "figures[0].kind must be one of curves, alpha, masked, entropy, metric, got 'bars'"),
         ([{"kind": "curves", "setting": "wild"}], "figures[0].setting must be one of the settings (calm, stale)"),
         (
             [{"kind": "curves", "setting": "calm", "methods": ["nobody"]}],
             "figures[0].methods must name methods of this file (SGPO, GRPO, fixed), got 'nobody'",
         ),
+        (
+            [{"kind": "metric"}],
+            "figures[0].metric must name a key of the curves with kind=metric, and be empty otherwise",
+        ),
+        ([{"kind": "curves", "metric": "loss"}], "figures[0].metric must name a key of the curves with kind=metric"),
         ([{"kind": "curves", "setting": "calm"}] * 2, "figures must have names that differ as names of files"),
     ],
 )
@@ -125,6 +131,18 @@ def test_an_invalid_figure_is_refused(tmp_path: Path, figures: list[dict[str, st
     with pytest.raises(ConfigError) as caught:
         load_experiment(write(tmp_path, SMALL | {"figures": figures}))
     assert message in str(caught.value)
+
+
+def test_any_key_of_the_curves_can_be_drawn_beside_the_pass_rate(drawn: dict[str, list[Panel]], tmp_path: Path) -> None:
+    leaking = [result(0.1, 0.4, **{"patterns/leak": 0.3}), result(0.1, 0.6, **{"patterns/leak": 0.1})]
+    chosen = [Figure(kind="metric", metric="patterns/leak")]
+    written = draw_setting("", {"SGPO": leaking, "GRPO": TWO_SEEDS}, tmp_path, chosen)
+    assert {file: drawings.kind_of(figure).title for file, figure in written.items()} == {
+        "metric-patterns-leak.svg": "pass rate and patterns/leak over rollouts"
+    }
+    rate, leak = drawn["metric-patterns-leak.svg"]
+    assert [(at, found.mean) for at, found in leak.curves[0].points] == [(384, pytest.approx(0.2))]
+    assert [curve.name for curve in rate.curves] == ["SGPO"]
 
 
 def test_every_kind_of_figure_can_be_drawn() -> None:

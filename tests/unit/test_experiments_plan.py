@@ -51,6 +51,14 @@ def test_common_settings_and_methods_combine_and_a_given_rate_is_not_tuned(tmp_p
     assert {(trial.rate, trial.seed) for trial in stale} == {(1e-4, 7), (1e-4, 8), (1e-3, 7), (1e-3, 8)}
 
 
+def test_a_method_may_begin_with_the_keys_of_a_configuration(tmp_path: Path) -> None:
+    own = {"from": "builtin:methods/opsd", "algorithm.kl_clip": 0.1, "rollout.autonomous": 12}
+    experiment = load_experiment(write(tmp_path, SMALL | {"methods": {"GRPO": SMALL["methods"]["GRPO"], "OPSD": own}}))
+    run = experiment.run(experiment.overrides(experiment.keys("stale", "OPSD")))
+    assert (run.algorithm.objective, run.algorithm.kl_clip, run.tasks.context) == ("opsd", 0.1, "response")
+    assert (run.hub.max_lag, run.rollout.guided, run.steps) == (4, 0, 6)
+
+
 def test_the_best_rate_has_the_best_mean_over_seeds_and_needs_all_of_its_trials(tmp_path: Path) -> None:
     experiment = load_experiment(write(tmp_path, SMALL))
     tried = [t for t in tuning(experiment) if (t.setting, t.method) == ("calm", "SGPO")]
@@ -139,6 +147,7 @@ def test_settings_may_have_different_budgets(tmp_path: Path) -> None:
             {"bases": {"warm": {"start": "base:none"}}},
             r"bases\.warm\.start must name one of the bases warm, got 'base:none'",
         ),
+        ({"methods": {"X": {"from": "builtin:methods/opds"}}}, "did you mean builtin:methods/opsd"),
         ({"seeds": []}, r"seeds must name at least one seed, got \[\]"),
         (
             {"tune": {"rates": [1e-3], "seeds": [1, 7]}},

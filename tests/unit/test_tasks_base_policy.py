@@ -13,9 +13,10 @@ from sgpo_async.config import Tasks
 from sgpo_async.errors import DataError
 from sgpo_async.tasks.cues import CuesSource
 from sgpo_async.tasks.cues_domain import TRUE_TECHNIQUE
-from sgpo_async.tasks.cues_policy import build_tokenizer, guess_probabilities
+from sgpo_async.tasks.cues_policy import VOCABULARY, guess_probabilities
 from sgpo_async.tasks.pretrain import pass_rate
 from sgpo_async.tasks.prompts import build_prompt
+from sgpo_async.tasks.word_policy import word_tokenizer
 
 FOLDER = Path(sgpo_async.tasks.__file__).parent / "cues_base"
 PROBLEMS = list(CuesSource(seed=11, held_out=200).held_out())
@@ -61,7 +62,7 @@ def test_texts_are_unchanged_by_encoding_and_decoding(tokenizer: Any) -> None:
 
 
 def test_the_shipped_tokenizer_equals_the_tokenizer_that_the_code_builds(tokenizer: Any) -> None:
-    assert tokenizer.get_vocab() == build_tokenizer().get_vocab()
+    assert tokenizer.get_vocab() == word_tokenizer(VOCABULARY).get_vocab()
     assert tokenizer.eos_token_id is not None and tokenizer.pad_token_id is not None
 
 
@@ -82,7 +83,7 @@ def test_a_plain_prompt_puts_the_strategy_before_the_problem(tokenizer: Any) -> 
 
 
 def test_a_chat_prompt_uses_the_chat_template() -> None:
-    tokenizer = build_tokenizer()
+    tokenizer = word_tokenizer(VOCABULARY)
     with pytest.raises(DataError, match="no chat template"):
         build_prompt("problem", None, tasks=Tasks(prompt="chat"), tokenizer=tokenizer)
     tokenizer.chat_template = (

@@ -232,7 +232,7 @@ def test_an_entry_point_names_a_reward(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_reward('{"length": 0.5, "math": 1}')(SAMPLE) == 5.0
     with pytest.raises(DataError, match=r"tasks.reward: broken: cannot load package:g \(ZeroDivisionError"):
         load_reward("broken")
-    known = "cues, math, math-tolerance, broken, length"
+    known = "chains, cues, math, math-tolerance, broken, length"
     with pytest.raises(DataError, match=f"tasks.reward: must be one of {known}, or MODULE:FUNCTION, got 'lenght'"):
         load_reward("lenght")
 
@@ -297,7 +297,7 @@ def test_a_reward_is_checked_before_a_run_starts(own: Path) -> None:
     for name, message in (("nan", "got nan"), ("hangs", "exceeded tasks.reward_limit_s=2"), ("nosuch", "no function")):
         with pytest.raises(SgpoError, match=message):
             check_reward(*problems(own, *records, reward=f"own_rewards:{name}"))
-    with pytest.raises(SgpoError, match="tasks.reward: must be one of cues, math"):
+    with pytest.raises(SgpoError, match="tasks.reward: must be one of chains, cues, math"):
         check_reward(*problems(own, *records, reward="nosuch"))
 
 
