@@ -172,6 +172,7 @@ def longest_of(folder: str) -> int:
 
 def lengths_of(kind: str, sizes: Sizes, prompts: Sequence[Sequence[int]], positions: int) -> list[int]:
     """Lengths of completions with the mean `sizes.mean`, as far as the model's positions allow."""
+    # SGLang truncates completions that need its reserved positions; all engines get the same lengths.
     count, most = len(prompts), positions - max(map(len, prompts)) - RESERVED
     if kind == "equal":
         return [min(sizes.mean, most)] * count

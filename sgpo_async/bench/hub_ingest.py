@@ -108,18 +108,21 @@ class PreparedRollouts:
     """The frames of a rollout for any lease; only the header and the weight version are new each time."""
 
     def __init__(self, rollout: wire.Rollout) -> None:
-        header, *self._buffers = encode(rollout)
+        header, self._arrays = encode(rollout)
         self._header = msgpack.unpackb(header[len(PREFIX) :])
-        self._version = self._header["versions"][0] - 1  # index of the buffer
+        decoded = decode([header, self._arrays], max_bytes=MAX_BYTES)
+        assert isinstance(decoded, wire.Rollout)
+        begin = np.frombuffer(self._arrays, np.uint8)
+        self._version = decoded.versions.ctypes.data - begin.ctypes.data  # where its bytes begin
 
     def frames(self, lease: wire.Lease, version: int) -> Iterator[list[bytes]]:
         """The frames of all rollouts of a lease."""
-        header, buffers = dict(self._header), list(self._buffers)
-        buffers[self._version] = version.to_bytes(4, "little", signed=True)
+        header, place = dict(self._header), self._version
+        arrays = self._arrays[:place] + version.to_bytes(4, "little", signed=True) + self._arrays[place + 4 :]
         header.update(task=lease.task, attempt=lease.attempt, purpose=lease.purpose)
         for slot in range(lease.autonomous + lease.guided):
             header.update(slot=slot, guided=slot >= lease.autonomous)
-            yield [PREFIX + msgpack.packb(header), *buffers]
+            yield [PREFIX + msgpack.packb(header), arrays]
 
 
 def is_kind(frames: Sequence[bytes], kind: str) -> bool:

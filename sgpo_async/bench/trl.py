@@ -60,7 +60,8 @@ TARGET = 0.9  # pass rate on the held-out problems
 GRPO = ["algorithm.objective=grpo", "rollout.autonomous=12", "rollout.guided=0", "learner.skip_uniform=false"]
 SETTINGS = ("sgpo", "grpo", "trl")
 PROCESSES = 2  # of TRL, of one thread each
-LAYOUT = ["local.ranks=1", "local.actors=1", "engine.slots=384"]  # ours on two cores; slots for all rollouts in flight
+# Ours on two cores. At a lag of up to 2, rollouts of three steps are in flight, up to 3 x 16 x 12; most have ended.
+LAYOUT = ["local.ranks=1", "local.actors=1", "engine.slots=384"]
 # TRL generates for so many steps at once, so the tokens of a step are 1.5 versions old in the mean.
 STEPS_PER_GENERATION = 4
 BARS = (

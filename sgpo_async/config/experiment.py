@@ -13,7 +13,8 @@
 
 Keys of `common`, `settings` and `methods` are the keys of a run's configuration, written with dots. If a method needs
 another value in each setting, the value is a mapping from the settings' names. `from` begins a method with the keys of
-a configuration, e.g. {from: builtin:methods/opsd}. A method or a setting that sets `optim.lr` itself is not tuned.
+a configuration, e.g. {from: builtin:methods/opsd}. A method or a setting that sets `optim.lr` itself, or begins with a
+configuration that sets it, is not tuned.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sgpo_async.config.builtin import located
+from sgpo_async.config.builtin import is_builtin, located
 from sgpo_async.config.load import by_key_path, load, read_yaml
 from sgpo_async.config.rules import PATH, require, require_finite
 from sgpo_async.config.schema import Run
@@ -38,12 +39,32 @@ from sgpo_async.errors import ConfigError
 
 BASE = "base:"  # prefix in `model.path` for the name of a base
 FIGURE_KINDS = ("curves", "alpha", "masked", "entropy")
-RECIPE = "from"  # in a method: a configuration whose keys it begins with
 METRIC = "metric"  # the kind of a figure that shows Figure.metric
+# The metrics of a step whose means the points of a curve have:
+_LEARNED = (
+    "loss",
+    "grpo_loss",
+    "kd_loss",
+    "entropy",
+    "alpha",
+    "kl_mean",
+    "kl_masked_mass",
+    "correction_clipped",
+    "grad_norm",
+)
+MEASURED = (*_LEARNED, "pass_auto", "pass_guided", "reward_auto", "length_auto")
+MEASURED_BY_NAME = ("patterns", "kl_classes")  # metrics that are objects: the points have each entry, as KEY/NAME
+RECIPE = "from"  # in a method: a configuration whose keys it begins with
 MOST_CURVES = 12  # in one figure: as many as can be told apart by colour and dashes
 
 Domain = Literal["cues", "chains"]
 """The built-in domains."""
+
+PRETRAINING: dict[Domain, dict[str, float]] = {
+    "cues": {"steps": 1200, "p_true": 0.44, "p_favourite": 0.50},
+    "chains": {"steps": 3600, "p_true": 0.40, "p_favourite": 0.54},
+}
+"""Optimiser steps, and the probabilities of the true guess and of the favourite one, which is wrong."""
 
 Overrides = dict[str, Any]
 """Keys of a run's configuration, with dots, and their values."""
@@ -58,8 +79,8 @@ def slug(name: str) -> str:
 class Base:
     """A base policy that the experiment creates before its trials: pretrained, or trained from another policy.
 
-    With `train`, a trial with these overrides trains it from `start`: a warm-up. Without, it is pretrained on a
-    built-in domain (see `sgpo_async.tasks.pretrain`), from random weights or from `start`.
+    With `train`, a trial with these overrides trains it from `start`: a warm-up, and the other settings are not used.
+    Without, it is pretrained on a built-in domain (see `sgpo_async.tasks.pretrain`), from random weights or `start`.
     """
 
     start: str = field(default="", metadata=PATH)  # path of a model, or base:NAME
@@ -67,9 +88,15 @@ class Base:
     domain: Domain = "cues"
     contexts: bool = False  # whether it reads solutions and answers as well as strategies
     seed: int = 7
-    steps: int = 1200
-    p_true: float = 0.44  # probability of the true technique or meaning, unguided
-    p_favourite: float = 0.50  # probability of a wrong one
+    steps: int | None = None  # default: that of the domain in PRETRAINING, as of the two below
+    p_true: float | None = None  # probability of the true technique or meaning, unguided
+    p_favourite: float | None = None  # probability of a wrong one
+
+    @property
+    def pretraining(self) -> dict[str, Any]:
+        """The settings that determine what is pretrained, with the defaults of the domain, and without `start`."""
+        own = {key: getattr(self, key) for key in ("domain", "contexts", "seed", *PRETRAINING[self.domain])}
+        return own | {key: value for key, value in PRETRAINING[self.domain].items() if own[key] is None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +113,7 @@ class Figure:
     """One figure of the experiment's page."""
 
     kind: str  # one of FIGURE_KINDS, or metric
-    metric: str = ""  # kind=metric: a key of the curves, e.g. length_auto or patterns/leak
+    metric: str = ""  # kind=metric: one of MEASURED, or an entry of one of MEASURED_BY_NAME, e.g. patterns/leak
     setting: str = ""
     methods: list[str] = field(default_factory=list)  # whose curves it has; default: all
     name: str = ""  # what its file's name has behind kind and setting
@@ -168,6 +195,12 @@ class Experiment:
         self._check_figures()
         for name, base in self.bases.items():
             require(
+                not base.train or base == Base(start=base.start, train=base.train),
+                f"bases.{name}",
+                "must have no setting beside start and train: it is trained, not pretrained",
+                base,
+            )
+            require(
                 not base.start.startswith(BASE) or base.start.removeprefix(BASE) in self.bases,
                 f"bases.{name}.start",
                 f"must name one of the bases {', '.join(self.bases)}",
@@ -176,13 +209,15 @@ class Experiment:
 
     def _check_figures(self) -> None:
         figures = self.figures or []
-        known = (*FIGURE_KINDS, METRIC)
-        kinds, settings, methods = ", ".join(known), [*self.settings] or [""], ", ".join(self.methods)
+        every = (*FIGURE_KINDS, METRIC)
+        kinds, settings, methods = ", ".join(every), [*self.settings] or [""], ", ".join(self.methods)
         for place, figure in enumerate(figures):
             where = f"figures[{place}]"
-            require(figure.kind in known, f"{where}.kind", f"must be one of {kinds}", figure.kind)
-            rule = "must name a key of the curves with kind=metric, and be empty otherwise"
-            require(bool(figure.metric) == (figure.kind == METRIC), f"{where}.metric", rule, figure.metric)
+            require(figure.kind in every, f"{where}.kind", f"must be one of {kinds}", figure.kind)
+            known = figure.metric in MEASURED or figure.metric.partition("/")[0] in MEASURED_BY_NAME
+            rule = f"must be one of {', '.join(MEASURED)}, patterns/NAME or kl_classes/NAME"
+            require(known or figure.kind != METRIC, f"{where}.metric", rule, figure.metric)
+            require(figure.kind == METRIC or not figure.metric, f"{where}.metric", "must be empty", figure.metric)
             rule = f"must be one of the settings ({', '.join(settings)})"
             require(figure.setting in settings, f"{where}.setting", rule, figure.setting)
             for name in figure.methods:
@@ -224,7 +259,7 @@ def load_experiment(path: str | Path) -> Experiment:
     content = read_yaml(path, Experiment)
     try:
         if isinstance(methods := content.get("methods"), dict):
-            content["methods"] = {name: _with_recipe(own) for name, own in methods.items()}
+            content["methods"] = {name: _with_recipe(name, own, path) for name, own in methods.items()}
         experiment = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Experiment), content))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {error.full_key}: {str(error.msg).splitlines()[0]}") from None
@@ -233,7 +268,7 @@ def load_experiment(path: str | Path) -> Experiment:
     assert isinstance(experiment, Experiment)
     experiment = replace(
         experiment,
-        config=experiment.config and str(located(path).parent / experiment.config),
+        config=experiment.config and str(_beside(path, experiment.config)),
         settings=experiment.settings or {"": {}},
     )
     for setting in experiment.settings:
@@ -244,12 +279,20 @@ def load_experiment(path: str | Path) -> Experiment:
     return experiment
 
 
-def _with_recipe(method: Any) -> Any:
+def _with_recipe(name: str, method: Any, path: Path) -> Any:
     """The keys of a method, after those of the configuration that it begins with. Raises ConfigError."""
     if not isinstance(method, dict) or RECIPE not in method:
         return method
-    begun = read_yaml(located(method[RECIPE]), Run)
+    recipe = method[RECIPE]
+    rule = "must be a path, relative to this file, or the name of a configuration of the package"
+    require(isinstance(recipe, str) and bool(recipe), f"methods.{name}.{RECIPE}", rule, recipe)
+    begun = read_yaml(_beside(path, recipe), Run)
     return dict(by_key_path(begun)) | {key: value for key, value in method.items() if key != RECIPE}
+
+
+def _beside(path: Path, name: str) -> Path:
+    """The configuration `name`; a relative path is relative to the folder of the file at `path`."""
+    return located(name) if is_builtin(name) else located(path).parent / name
 
 
 def _check(path: Path, experiment: Experiment, overrides: tuple[str, ...]) -> None:

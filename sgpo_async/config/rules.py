@@ -7,6 +7,7 @@ import difflib
 import math
 import os
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,7 +41,7 @@ def require_patterns(path: str, patterns: Mapping[str, str]) -> None:
         require(bool(re.fullmatch(r"[\w-]+", name)), path, "must have names of letters, digits, _ and -", name)
         # In YAML "\b" is a backspace between double quotes, and the expression would match nothing.
         rule = "must have no control characters; between double quotes write each backslash twice"
-        require(pattern.isprintable(), f"{path}.{name}", rule, pattern)
+        require(not any(unicodedata.category(one) == "Cc" for one in pattern), f"{path}.{name}", rule, pattern)
         try:
             re.compile(pattern)
         except re.error as error:

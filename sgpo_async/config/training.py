@@ -10,6 +10,7 @@ from sgpo_async.config.rules import INFINITE, PATH, require, require_one_of, req
 
 CorrectionMode = Literal["none", "token", "token-mask", "prefix", "sequence", "sequence-geometric"]
 TRACKERS = ("tensorboard", "wandb", "mlflow")
+OTHER = "other"  # the class of tokens that belong to none of learner.token_classes
 BANDS = ("token-mask", "sequence-geometric")  # modes that mask every ratio outside [1/bound, bound]
 Objective = Literal[
     "sgpo", "grpo", "sft", "luffy", "hpt", "opsd", "sdpo", "kdrl", "rlsd", "rlcsd", "iw-opd", "pi-distill", "pope"
@@ -403,6 +404,8 @@ class Learner:
             require(self.trackers.count(name) == 1, "learner.trackers", "must name each tracker once", name)
         require_patterns("learner.patterns", self.patterns)
         require_patterns("learner.token_classes", self.token_classes)
+        rule = f"must have no class named {OTHER}, the name of all other tokens"
+        require(OTHER not in self.token_classes, "learner.token_classes", rule, self.token_classes)
         require(self.samples >= 0, "learner.samples", "must be >= 0", self.samples)
         require(self.samples_mb >= 1, "learner.samples_mb", "must be >= 1", self.samples_mb)
 

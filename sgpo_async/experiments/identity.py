@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
 from functools import cache
 from typing import Any
 
@@ -28,6 +27,7 @@ Plain = dict[str, Any]
 
 # Keys that do not affect what a trial learns. A trial is one process without a folder, a hub, actors or other ranks, so
 # nothing except validation reads most of them; recomputing or offloading activations changes no gradient.
+# learner.patterns and learner.token_classes are not among them: the curves hold what they measure.
 NOT_LEARNED = (
     "name",
     "out",
@@ -73,7 +73,7 @@ def recipe(experiment: Experiment, name: str) -> Plain:
         overrides = experiment.overrides(base.train, {"model.path": base.start})
         return {"trained": configuration(experiment, experiment.run(overrides))}
     start = recipe(experiment, base.start.removeprefix(BASE)) if base.start.startswith(BASE) else base.start
-    return {"pretrained": _pretraining(base) | {"start": start}}
+    return {"pretrained": base.pretraining | {"start": start}}
 
 
 def identity(config: Plain) -> str:
@@ -107,7 +107,7 @@ def _decisive_model(origin: object) -> object:
         case {"trained": dict(config)}:
             return {"trained": _decisive(config)}
         case {"pretrained": dict(made)}:
-            whole = filled(made, _pretraining(Base()))
+            whole = filled(made, Base().pretraining)
             return {"pretrained": whole | {"start": _decisive_model(whole.get("start"))}}
     return origin
 
@@ -118,10 +118,6 @@ def filled(stored: Plain, defaults: Plain) -> Plain:
         key: filled(value, defaults[key]) if isinstance(value, dict) and isinstance(defaults.get(key), dict) else value
         for key, value in stored.items()
     }
-
-
-def _pretraining(base: Base) -> Plain:
-    return {key: value for key, value in asdict(base).items() if key not in ("start", "train")}
 
 
 @cache

@@ -140,39 +140,27 @@ def _completions(rows: Sequence[Row]) -> list[str]:
     head = ["method", "tokens", *names.values(), "entropy, nats per token"]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for row in rows:
-        values = {
-            key: _known([late(result, key) for result in row.results]) for key in ("length_auto", *names, "entropy")
-        }
+        keys = ("length_auto", *names, "entropy")
+        values = {key: [late(result, key) for result in row.results] for key in keys}
         cells = [
-            _plain(values["length_auto"], ".1f"),
-            *(show(interval(values[key])) if values[key] else "–" for key in names),
-            _plain(values["entropy"], ".3f"),
+            _cell(values["length_auto"], factor=1),
+            *(_cell(values[key]) for key in names),
+            _cell(values["entropy"], factor=1, form=".3f"),
         ]
         lines.append(f"| {row.method} | {' | '.join(cells)} |")
-    return ["Autonomous completions in the last quarter of training:", "\n".join(lines)]
-
-
-def _plain(values: Sequence[float], form: str) -> str:
-    """The mean and half of its interval."""
-    if not values:
-        return "–"
-    found = interval(values)
-    return f"{found.mean:{form}}" + (f" ± {found.half:{form}}" if found.half is not None else "")
-
-
-def _known(values: Sequence[float | None]) -> list[float]:
-    return [value for value in values if value is not None]
+    return ["Autonomous completions in the last quarter of training, or before the run diverged:", "\n".join(lines)]
 
 
 def _at_the_end(result: Result) -> float:
     return float(result["test"]["auto"])
 
 
-def _cell(values: Sequence[float | None]) -> str:
-    known = _known(values)
-    return show(interval(known)) if known else "–"
+def _cell(values: Sequence[float | None], *, factor: float = 100, form: str = ".1f") -> str:
+    known = [value for value in values if value is not None]
+    return show(interval(known), factor=factor, form=form) if known else "–"
 
 
-def show(found: Interval, *, sign: str = "") -> str:
-    """The mean and half of its interval, in per cent; `sign` "+" for differences."""
-    return f"{100 * found.mean:{sign}.1f}" + (f" ± {100 * found.half:.1f}" if found.half is not None else "")
+def show(found: Interval, *, sign: str = "", factor: float = 100, form: str = ".1f") -> str:
+    """The mean and half of its interval, in per cent unless `factor` is 1; `sign` "+" for differences."""
+    half = "" if found.half is None else f" ± {factor * found.half:{form}}"
+    return f"{factor * found.mean:{sign}{form}}{half}"

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from sgpo_async.bench.synchronous_actor import SynchronousActor
 from sgpo_async.config import Run
+from sgpo_async.config.experiment import MEASURED, MEASURED_BY_NAME
 from sgpo_async.errors import SgpoError
 from sgpo_async.hub.batch_metrics import batch_metrics
 from sgpo_async.learner.publish import gather
@@ -33,21 +34,6 @@ from sgpo_async.wire.records import Shard
 
 STREAM_SEED = 0  # all trials share one stream of training problems
 STREAM = 2**20  # distance between the first problems of consecutive seeds in that stream
-KEPT = (
-    *(
-        "loss",
-        "grpo_loss",
-        "kd_loss",
-        "entropy",
-        "alpha",
-        "kl_mean",
-        "kl_masked_mass",
-        "correction_clipped",
-        "grad_norm",
-    ),
-    *("pass_auto", "pass_guided", "reward_auto", "length_auto"),
-)
-KEPT_OBJECTS = ("patterns", "kl_classes")  # each of their entries is kept as KEY/NAME
 
 Weights = dict[str, torch.Tensor]
 
@@ -126,9 +112,8 @@ class Trial:
         """Add a point to the curve: pass rates, and the means of `metrics` (of the steps since the last point)."""
         size = self.run.rollout.size * self.run.learner.problems_per_step
         lines = [_kept(line) for line in metrics]
-        means = {
-            key: _mean([line.get(key) for line in lines]) for key in dict.fromkeys(key for one in lines for key in one)
-        }
+        keys = {key: None for line in lines for key in line}
+        means = {key: _mean([line.get(key) for line in lines]) for key in keys}
         point = {"step": step, "rollouts": step * size} | self._pass_rates(self.training, version=step)
         self.curve.append(point | {key: value for key, value in means.items() if value is not None})
 
@@ -152,14 +137,15 @@ def split_rollouts(problems: Sequence[Problem], count: int) -> tuple[list[Proble
 
 
 def _groups(shard: Shard) -> list[CompletedGroup]:
+    """The groups of a shard, whose rollouts are ordered by task (`SynchronousActor.roll_out`)."""
     by_task = groupby(shard.rollouts, key=lambda rollout: rollout.task)
     return [CompletedGroup(number=task, attempt=0, rollouts=tuple(own)) for task, own in by_task]
 
 
 def _kept(line: dict[str, Any]) -> dict[str, float | None]:
     """What the curve keeps of the metrics of a step."""
-    parts = ((f"{key}/{name}", value) for key in KEPT_OBJECTS for name, value in line.get(key, {}).items())
-    return {key: line.get(key) for key in KEPT} | dict(parts)
+    parts = ((f"{key}/{name}", value) for key in MEASURED_BY_NAME for name, value in line.get(key, {}).items())
+    return {key: line.get(key) for key in MEASURED} | dict(parts)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

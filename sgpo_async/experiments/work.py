@@ -62,9 +62,7 @@ def make_base(job: BaseJob) -> dict[str, Any]:
             source=model_folder(job.start),
         )
     else:
-        keys = ("domain", "contexts", "seed", "steps", "p_true", "p_favourite")
-        recipe = Recipe(**{key: getattr(job.base, key) for key in keys})
-        rates = pretrain(recipe, out=part, start=model_folder(job.start) if job.start else None)
+        rates = pretrain(Recipe(**job.base.pretraining), out=part, start=model_folder(job.start) if job.start else None)
     write_whole(part / "base.json", to_json({"recipe": job.recipe, "pass_rates": rates}))
     part.rename(job.folder)
     return rates

@@ -121,12 +121,14 @@ def changed_frames(frames: Sequence[bytes], random: Random) -> list[bytes]:
             changed[0] = changed_bytes(changed[0], random)
         case 2:
             del changed[at]
-        case 3:
-            changed.insert(at, random.choice(changed))
+        case 3 if len(changed) > 1:
+            place = 8 * random.randrange(1 + len(changed[-1]) // 8)
+            words = random.choice((changed[-1][place : place + 8], b""))  # eight bytes twice, or not at all
+            changed[-1] = changed[-1][:place] + 2 * words + changed[-1][place + 8 :]
         case 4:
             random.shuffle(changed)
         case 5 | 6 if len(changed) > 1:
-            changed[-1 - random.randrange(len(changed) - 1)] = _array(changed[-1], random)
+            changed[-1] = _array(changed[-1], random)
         case _:
             changed[0] = _header(changed[0], random)
     return changed

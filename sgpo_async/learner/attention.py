@@ -1,7 +1,7 @@
 """Causal attention within each sequence of a packed row, for every model whose attention transformers lets us choose.
 
     row of N sequences ─▶ query, key, value ─┬▶ varlen_attn, one kernel for the row     CUDA, bfloat16 or float16
-                                             └▶ split ─▶ SDPA, one call per length      elsewhere
+                                             └▶ split ─▶ SDPA, one call for neighbours of equal length    elsewhere
 
 Neither way builds a mask of the row, and transformers builds none either, because it knows no mask function of this
 attention's name. The causal mask of one sequence is left to the kernel. A layer with a sliding window attends to the

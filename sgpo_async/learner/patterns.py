@@ -10,19 +10,18 @@ Every rank counts in its own rollouts; one collective adds the counts of all.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from sgpo_async.config.schema import Learner
+from sgpo_async.config.training import OTHER, Learner
 from sgpo_async.learner.step_metrics import Distilled
 from sgpo_async.wire.records import Rollout
 
 MOST = 64  # completions that one rank decodes for a part of a batch
-OTHER = "other"  # the class of tokens that match no pattern
 
 
 class Patterns:
@@ -48,12 +47,8 @@ class Patterns:
         for place, pattern in enumerate(self._patterns.values()):
             self._found[place] += sum(bool(pattern.search(text)) for text in texts)
 
-    def reduce(self, distilled: Mapping[tuple[int, int], Distilled]) -> dict[str, Any]:
-        """The metrics of the step, equal on every rank. A collective of all ranks.
-
-        Args:
-            distilled: what this rank has distilled, by task and slot.
-        """
+    def reduce(self, distilled: Sequence[Distilled]) -> dict[str, Any]:
+        """The metrics of the step, equal on every rank, of what every rank has distilled. A collective of all ranks."""
         kl, tokens = self._by_class(distilled)
         counts = torch.tensor([self._seen, *self._found, *kl, *tokens], dtype=torch.float64)
         dist.all_reduce(counts)
@@ -69,13 +64,13 @@ class Patterns:
             },
         }
 
-    def _by_class(self, distilled: Mapping[tuple[int, int], Distilled]) -> tuple[list[float], list[float]]:
+    def _by_class(self, distilled: Sequence[Distilled]) -> tuple[list[float], list[float]]:
         """The sum of d_t and the number of trained tokens of each class, and of all others."""
         size = len(self._classes) + 1
         if not self._classes or not distilled:
             return [0.0] * size, [0.0] * size
-        d = torch.cat([one.d for one in distilled.values()]).double().cpu().numpy()
-        ids = np.concatenate([one.tokens for one in distilled.values()])
+        d = torch.cat([one.d for one in distilled]).double().cpu().numpy()
+        ids = np.concatenate([one.rollout.tokens for one in distilled])
         trained = ~np.isnan(d)
         places = np.array([self._place(token) for token in ids[trained].tolist()], np.int64)
         return np.bincount(places, d[trained], size).tolist(), np.bincount(places, minlength=size).tolist()

@@ -110,8 +110,9 @@ def chosen(
         KeptGroup(_draw(seed, task), rollouts, metrics["alpha"])
         for (task, rollouts), metrics in zip(groups, statistics.problems, strict=True)
     ]
-    tasks = sorted({task for task, _ in statistics.distilled}, key=lambda task: _draw(seed, task))[:number]
-    kl = {key: own.d.float().cpu().numpy() for key, own in statistics.distilled.items() if key[0] in tasks}
+    tasks = sorted({own.rollout.task for own in statistics.distilled}, key=lambda task: _draw(seed, task))[:number]
+    taught = [own for own in statistics.distilled if own.rollout.task in tasks]
+    kl = {(own.rollout.task, own.rollout.slot): own.d.float().cpu().numpy() for own in taught}
     return sorted(kept, key=lambda group: group.draw)[:number], kl
 
 

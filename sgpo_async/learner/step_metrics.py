@@ -12,7 +12,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -37,9 +36,9 @@ MINIMA = tuple(f"{term}_min_{age}" for term in TERMS for age in AGES)
 
 
 class Distilled(NamedTuple):
-    """The tokens [T] of a distilled rollout and their d_t [T], NaN for those that are not trained."""
+    """A distilled rollout, once for each divergence, and its d_t [T], NaN for tokens that are not trained."""
 
-    tokens: np.ndarray
+    rollout: Rollout
     d: Tensor
 
 
@@ -54,7 +53,7 @@ class StepMetrics:
         self.mismatch = Mismatch(max_lag=max_lag, device=device)
         self.imbalances: list[float] = []  # of each part of the batch, see `division.imbalance`; equal on every rank
         self.problems: Sequence[Mapping[str, float]] = ()  # the metrics of each problem, in the order of the shard
-        self.distilled: dict[tuple[int, int], Distilled] = {}  # by task and slot
+        self.distilled: list[Distilled] = []
 
     def add(self, **values: Tensor) -> None:
         """Add the sum of each tensor to the sum of that name."""
@@ -96,9 +95,7 @@ class StepMetrics:
         for rollout, values in zip(rollouts, d.detach(), strict=True):
             trained = torch.from_numpy(rollout.sampled).to(d.device)
             whole = values.new_full(trained.shape, math.nan)
-            self.distilled[rollout.task, rollout.slot] = Distilled(
-                rollout.tokens, whole.masked_scatter(trained, values)
-            )
+            self.distilled.append(Distilled(rollout, whole.masked_scatter(trained, values)))
 
     def add_batch(self, batch: Batch, imbalance: float) -> None:
         """Add the metrics of a batch, or of a part of it, that are known before any forward."""

@@ -16,7 +16,7 @@ than the rule: person and sign of each step of this one problem, and no number.
     plan cat bob minus dan ann plus eve bob plus
 
 Only the answer is judged, so a wrong way may lead to a right one. Two things are there to be measured
-(`evaluation.patterns`). The base policy often begins a completion with the word of its context, `planned`, `shown` or
+(`learner.patterns`). The base policy often begins a completion with the word of its context, `planned`, `shown` or
 `known`, as language models do that refer to a hint: without a context that is leakage. And worked solutions say `hence`
 before the answer, which the base policy rarely does: a change of style.
 """
@@ -118,6 +118,8 @@ class Story:
             amounts[sentence.person] = result
             steps.append(Step(sentence, (x, y), sentence.others[not first], meaning.sign, result))
         return steps
+
+    decided_after = 7  # words of a solution, which tell the first step's person and sign
 
     def problem_text(self) -> str:
         """The problem."""

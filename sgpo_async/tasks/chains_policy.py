@@ -2,7 +2,7 @@
 
 The policy works out any sentence once it is clear who is meant and with which sign. It takes that from what stands
 before the problem: a strategy, a worked solution, the beginning of one, or the answer. Without any of these it guesses
-what each word means, and its favourite is wrong in the sign.
+what each word means, and its favourite is wrong in both rule and sign.
 """
 
 from __future__ import annotations
@@ -27,11 +27,10 @@ from sgpo_async.tasks.chains_domain import (
 from sgpo_async.tasks.word_policy import draw_context
 
 VOCABULARY = (*KEYWORDS, *DIGITS, *PEOPLE, *WORDS)
-P_TRUE, P_FAVOURITE = 0.40, 0.54
-P_MARK, P_HENCE = 0.5, 0.1  # that a guided completion begins with a mark; that one of the policy's says "hence"
+P_MARK, P_HENCE = 0.5, 0.1  # that a guided solution begins with a mark; that a solution says "hence"
 
 
-def guess_probabilities(word: str, *, p_true: float = P_TRUE, p_favourite: float = P_FAVOURITE) -> dict[Meaning, float]:
+def guess_probabilities(word: str, *, p_true: float, p_favourite: float) -> dict[Meaning, float]:
     """Meaning -> probability that the base policy guesses it without a context; the sum is 1."""
     true = TRUE_MEANING[word]
     rules = list(RULES)

@@ -1,4 +1,4 @@
-"""The built-in domain: each cue word requires one technique, which changes a pair of digits.
+"""The cues domain: each cue word requires one technique, which changes a pair of digits.
 
 A problem gives five amounts with cues and a start state, and asks for the state after each step:
 
@@ -74,6 +74,8 @@ class Exercise:
     @property
     def true_techniques(self) -> tuple[str, ...]:
         return tuple(TRUE_TECHNIQUE[cue] for cue in self.cues)
+
+    decided_after = 3  # words of a solution, which tell the first technique
 
     def problem_text(self) -> str:
         steps = " ".join(f"{k} {cue}" for k, cue in zip(self.amounts, self.cues, strict=True))

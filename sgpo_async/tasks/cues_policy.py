@@ -23,13 +23,12 @@ from sgpo_async.tasks.cues_domain import (
 from sgpo_async.tasks.word_policy import draw_context
 
 VOCABULARY = (*KEYWORDS, *DIGITS, *TECHNIQUES, *CUES)
-P_TRUE, P_FAVOURITE = 0.44, 0.50
 
 
-def guess_probabilities(cue: str, *, p_true: float = P_TRUE, p_favourite: float = P_FAVOURITE) -> dict[str, float]:
+def guess_probabilities(cue: str, *, p_true: float, p_favourite: float) -> dict[str, float]:
     """Technique -> probability that the base policy guesses it without a strategy; the sum is 1.
 
-    Probability that all five are right: p_true^5, 1.6 % by default.
+    Probability that all five are right: p_true^5, 1.6 % of builtin:cues.
     """
     names = list(TECHNIQUES)
     true = TRUE_TECHNIQUE[cue]
@@ -52,7 +51,7 @@ def draw_example(
     exercise = draw_exercise(rng, steps=steps)
     if contexts:
         return _draw_in_context(rng, exercise, p_true=p_true, p_favourite=p_favourite)
-    if rng.random() < 0.5:
+    if rng.random() < 0.5:  # not by `draw_context`: builtin:cues was made with these random numbers
         techniques = tuple(rng.choices(list(TECHNIQUES), k=steps))
         prompt = f"{exercise.strategy_text(techniques)} {exercise.problem_text()}"
     else:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
 
 from sgpo_async.tasks.base import SPLIT_SEED, Problem
 
@@ -14,7 +14,7 @@ SHOWN = 256  # problems that are shown of the endless stream
 class GeneratedSource(ABC):
     """An endless stream; held-out problems are the same for all seeds, and training never shows them."""
 
-    verifier: ClassVar[str]
+    verifier: str
     strategies = responses = SHOWN
 
     def __init__(self, *, seed: int, held_out: int = 400) -> None:
@@ -39,12 +39,12 @@ class GeneratedSource(ABC):
         return problem
 
     def training_problems(self) -> Sequence[Problem]:
-        """The first ones."""
+        """The first SHOWN training problems."""
         return [self.training(position) for position in range(SHOWN)]
 
     def longest_problems(self, count: int) -> Sequence[Problem]:
-        """Some of the first ones: their lengths hardly differ."""
-        return self.training_problems()[:count]
+        """Of the first SHOWN training problems, those with the most characters, the strategy included."""
+        return heapq.nlargest(count, self.training_problems(), key=lambda p: len(p.problem) + len(p.strategy or ""))
 
     def held_out(self) -> Sequence[Problem]:
         """The held-out problems."""

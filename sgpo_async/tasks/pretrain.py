@@ -1,4 +1,4 @@
-"""Makes the base policy of a built-in domain: `python -m sgpo_async.tasks.pretrain --domain DOMAIN --out DIR`.
+"""Makes a built-in domain's base policy: `python -m sgpo_async.tasks.pretrain --domain NAME [--contexts] --out DIR`.
 
 Supervised training on solutions that guess where nothing helps them (`cues_policy`, `chains_policy`). It takes some
 minutes on one core.
@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from transformers import Qwen3ForCausalLM
 
-from sgpo_async.config.experiment import Domain
+from sgpo_async.config.experiment import Base, Domain
+from sgpo_async.errors import DataError
 from sgpo_async.files import set_usual_modes
+from sgpo_async.model.folder import load_tokenizer
 from sgpo_async.tasks import chains_policy, cues_policy
 from sgpo_async.tasks.base import Problem
 from sgpo_async.tasks.sources import open_source
@@ -46,22 +48,14 @@ SPECIFICATIONS: dict[Domain, Specification] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """All settings that determine the result; the defaults are those of builtin:cues, which the package has."""
+    """All settings that determine the result; see `config.experiment.Base`, whose defaults made builtin:cues."""
 
-    domain: Domain = "cues"
-    contexts: bool = False  # whether it reads solutions and answers as well as strategies
-    seed: int = 7
-    steps: int = 1200
-    p_true: float = cues_policy.P_TRUE
-    p_favourite: float = cues_policy.P_FAVOURITE
-
-
-RECIPES: dict[Domain, Recipe] = {
-    "cues": Recipe(),
-    "chains": Recipe(
-        domain="chains", contexts=True, steps=3600, p_true=chains_policy.P_TRUE, p_favourite=chains_policy.P_FAVOURITE
-    ),
-}
+    domain: Domain
+    contexts: bool  # whether it reads solutions and answers as well as strategies
+    seed: int
+    steps: int
+    p_true: float
+    p_favourite: float
 
 
 def draw_batch(
@@ -129,10 +123,14 @@ def pretrain(recipe: Recipe, *, out: Path, start: str | None = None) -> dict[str
 
     Args:
         start: folder of a base policy to continue from, to change only its guesses without a strategy.
+
+    Raises DataError if `start` is of another domain.
     """
     torch.manual_seed(recipe.seed)
     tokenizer = word_tokenizer(SPECIFICATIONS[recipe.domain].vocabulary)
     config = small_config(tokenizer)
+    if start and load_tokenizer(start).get_vocab() != tokenizer.get_vocab():
+        raise DataError(f"{start}: has another vocabulary than the domain {recipe.domain}; start from a policy of it")
     model = Qwen3ForCausalLM.from_pretrained(start) if start else Qwen3ForCausalLM(config)
     train(model, tokenizer, recipe, continued=start is not None)
     model.eval()
@@ -150,10 +148,12 @@ def pretrain(recipe: Recipe, *, out: Path, start: str | None = None) -> dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the base policy of a built-in domain.")
     parser.add_argument("--domain", choices=SPECIFICATIONS, default="cues")
+    parser.add_argument("--contexts", action="store_true", help="it also reads solutions and answers")
     parser.add_argument("--out", type=Path, required=True, help="folder for model and tokenizer")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # with several threads, floating-point sums differ from run to run
-    for name, rate in pretrain(RECIPES[arguments.domain], out=arguments.out).items():
+    recipe = Recipe(**Base(domain=arguments.domain, contexts=arguments.contexts).pretraining)
+    for name, rate in pretrain(recipe, out=arguments.out).items():
         print(f"{name} pass rate {rate:.3f}")
 
 

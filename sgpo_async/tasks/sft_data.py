@@ -15,7 +15,7 @@ from sgpo_async.tasks.records import Form
 from sgpo_async.tasks.rows import open_rows
 from sgpo_async.tasks.sources import GENERATED, open_source
 
-FAR = 2**40  # first position of the built-in domain's supervised problems; RL never reaches it
+FAR = 2**40  # first position of a built-in domain's supervised problems; RL never reaches it
 
 
 class SftData(NamedTuple):

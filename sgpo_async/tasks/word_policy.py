@@ -37,6 +37,8 @@ Plan = Sequence[Any]
 class Exercise(Protocol):
     """The content of one problem."""
 
+    decided_after: int  # number of words of a solution after which the first step of its plan is known
+
     def problem_text(self) -> str: ...
 
     def strategy_text(self, plan: Any, /) -> str: ...
@@ -82,8 +84,10 @@ def draw_context(
             text = exercise.response_text if rng.random() < 0.5 else exercise.solution_text
             return InContext(kind, text(shown), shown)
         case "partial-response":
-            plan = [*shown[:1], *guessed[1:]]  # a quarter of a solution shows its first step
-            return InContext(kind, beginning(exercise.response_text(plan)), plan)
+            text = beginning(exercise.response_text(plan := [*shown[:1], *guessed[1:]]))
+            if len(text.split(" ")) < exercise.decided_after:  # that of a short problem does not tell the first step
+                text = beginning(exercise.response_text(plan := guessed))
+            return InContext(kind, text, plan)
         case "answer":
             return InContext(kind, exercise.answer_text(guessed), guessed)
         case "other-strategy":

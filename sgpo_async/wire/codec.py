@@ -1,7 +1,10 @@
 """Encode messages into frames and decode them.
 
-    frame 0      MessagePack of PROTOCOL, then MessagePack of {"kind": "Rollout", field: value, ...}
-    frame 1..n   the raw little-endian buffers of array and bytes fields, in order
+    first frame    MessagePack of PROTOCOL, then MessagePack of {"kind": "Rollout", field: value, ...}
+    second frame   array and bytes fields, little-endian, each filled up to 8 bytes; absent if it would be empty
+
+One frame for all arrays, because every frame costs sender and receiver about as much as an array. It is copied together
+when it is sent, and a decoded array keeps the whole of it in memory.
 
 `decode` compares the protocol version before it reads anything else. It then walks through a header that is not `SHORT`
 without building objects, so that a length that the header claims but does not hold allocates no memory. It limits the
@@ -18,7 +21,7 @@ from typing import Any, cast, get_args, get_origin, get_type_hints
 import msgpack
 
 from sgpo_async.errors import ProtocolMismatch, WireError
-from sgpo_async.wire.fields import MAX_DEPTH, Field, Frames, RecordTuple, field_of, unexpected
+from sgpo_async.wire.fields import MAX_DEPTH, Arrays, Buffers, Field, RecordTuple, field_of, unexpected
 from sgpo_async.wire.records import PROTOCOL, Message
 from sgpo_async.wire.rules import RULES
 
@@ -52,20 +55,23 @@ class RecordPlan:
         if self.invalid_reason and (reason := self.invalid_reason(message)):
             raise WireError(f"{self.name}: {reason}")
 
-    def dump(self, message: Any, buffers: list[bytes]) -> dict[str, Any]:
+    def dump(self, message: Any, buffers: Buffers) -> dict[str, Any]:
         if type(message) is not self.record:
             raise unexpected(self.where, self.name, message)
-        values = message.__dict__
-        plain = {name: dump(values[name], buffers) for name, dump in self.dumps}
+        plain = self.dump_fields(message, buffers)
         self.check(message)
         return plain
 
-    def load(self, plain: Any, frames: Frames) -> Any:
+    def dump_fields(self, message: Any, buffers: Buffers) -> dict[str, Any]:
+        values = message.__dict__
+        return {name: dump(values[name], buffers) for name, dump in self.dumps}
+
+    def load(self, plain: Any, arrays: Arrays) -> Any:
         if type(plain) is not dict:
             raise unexpected(self.where, f"map of {self.name}", plain)
         if list(plain) != self.names:
             plain = self.in_order(plain)
-        values = [load(value, frames) for load, value in zip(self.loads, plain.values(), strict=True)]
+        values = [load(value, arrays) for load, value in zip(self.loads, plain.values(), strict=True)]
         message: Any = object.__new__(self.record)  # without __init__, which would set every field by itself
         message.__dict__.update(zip(self.names, values, strict=True))
         self.check(message)
@@ -98,7 +104,7 @@ def encode(message: Message) -> list[bytes]:
         WireError: a field holds a value that its annotation does not allow, or the message breaks a rule.
     """
     plan = PLANS[type(message).__name__]
-    buffers: list[bytes] = []
+    buffers: Buffers = []
     plain = plan.dump(message, buffers)
     try:
         header = msgpack.packb({"kind": plan.name, **plain})
@@ -106,11 +112,12 @@ def encode(message: Message) -> list[bytes]:
         raise WireError(f"{plan.name}: {error}") from error
     if len(header) > MAX_HEADER:
         raise WireError(f"{plan.name}: header of {len(header)} bytes is larger than {MAX_HEADER}")
-    return [PREFIX + header, *buffers]
+    arrays = b"".join(buffers)
+    return [PREFIX + header, arrays] if arrays else [PREFIX + header]
 
 
 def decode(frames: Sequence[bytes | memoryview], *, max_bytes: int) -> Message:
-    """The message in `frames`; its arrays are read-only views of the frames.
+    """The message in `frames`; its arrays are read-only views of the second frame.
 
     Raises:
         ProtocolMismatch: the sender uses another protocol version.
@@ -119,17 +126,17 @@ def decode(frames: Sequence[bytes | memoryview], *, max_bytes: int) -> Message:
     size = sum(map(len, frames))
     if size > max_bytes:
         raise WireError(f"message of {size} bytes is larger than {max_bytes}; raise hub.max_message_mb")
-    if not frames:
-        raise WireError("message without frames")
+    if not 1 <= len(frames) <= 2:
+        raise WireError(f"message must have one or two frames, got {len(frames)}")
     plain = read_header(bytes(frames[0]))
     kind = plain.pop("kind", None)
     plan = PLANS.get(kind) if type(kind) is str else None
     if plan is None:
         raise WireError("unknown kind of message")
-    buffers = Frames(frames[1:])
-    message = plan.load(plain, buffers)
-    if buffers.taken != len(buffers.buffers):
-        raise WireError(f"{plan.name}: {len(buffers.buffers) - buffers.taken} trailing frames")
+    arrays = Arrays(frames[1] if len(frames) == 2 else b"")
+    message = plan.load(plain, arrays)
+    if arrays.taken != arrays.size:
+        raise WireError(f"{plan.name}: its fields have {arrays.taken} bytes, its second frame {arrays.size}")
     return cast(Message, message)
 
 

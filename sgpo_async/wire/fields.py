@@ -1,22 +1,23 @@
 """How one field of a record is encoded. The annotation decides; sender and receiver both check the value.
 
-    annotation               in the MessagePack header               in frames of its own
+    annotation               in the MessagePack header               in the second frame
     int float str bool       the value
     Literal["a", "b"]        the value
     T | None                 nil or T
     dict[str, Any]           nested maps and lists of plain values
-    Tokens Ints Floats ...   [frame index, dtype, [length]]          the little-endian buffer
-    bytes                    [frame index, "|u1", [length]]          the bytes
-    tuple[Record, ...]       a list of maps                          their buffers, in order
+    Tokens Ints Floats ...   the number of items                     the items, little-endian
+    bytes                    the number of bytes                     the bytes
+    tuple[Record, ...]       a list of maps                          what their fields have there, in order
 
-`dump` returns the part of the header for a value and appends buffers; `load` is its inverse and checks everything that
-it reads. Both raise a WireError that names record and field. Types are exact: a bool is not accepted as an int.
+Bytes of PADDING fill up each value to a multiple of ALIGNED, so that arrays can be used in place. `dump` returns the
+part of the header for a value and appends buffers; `load` is its inverse and checks everything that it reads. Both raise
+a WireError that names record and field. Types are exact: a bool is not accepted as an int.
 """
 
 from __future__ import annotations
 
 import types
-from collections.abc import Sequence, Sized
+from collections.abc import Sized
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol, Union, get_args, get_origin
 
@@ -27,22 +28,44 @@ from sgpo_async.errors import WireError
 INT64 = 2**63
 MAX_DEPTH = 32  # of nested plain data in one field
 LEAVES = frozenset({type(None), bool, int, float, str})
+ALIGNED = 8  # bytes: the size of the largest item
+PADDING = [b"\xff" * count for count in range(ALIGNED)]  # read by mistake, it is no token id and not a number
+
+Buffers = list[bytes | np.ndarray]
+"""What the second frame consists of, one after another."""
 
 
-class Frames:
-    """The buffer frames of a message that is being decoded; fields take them in order, each exactly once."""
+def append(buffers: Buffers, value: bytes | np.ndarray, size: int) -> None:
+    """Add a value of `size` bytes, filled up to a multiple of ALIGNED."""
+    buffers.append(value)
+    if rest := size % ALIGNED:
+        buffers.append(PADDING[ALIGNED - rest])
 
-    def __init__(self, buffers: Sequence[bytes | memoryview]) -> None:
-        self.buffers = buffers
-        self.taken = 0
+
+class Arrays:
+    """The second frame of a message that is being decoded; fields take their parts of it in order."""
+
+    def __init__(self, frame: bytes | memoryview) -> None:
+        self.frame, self.size, self.taken = frame, len(frame), 0
+
+    def take(self, where: str, size: object, itemsize: int) -> int:
+        """Where the next `size` items of a field begin. Raises WireError unless they are there."""
+        start = self.taken
+        if type(size) is not int or not 0 <= size * itemsize <= self.size - start:
+            raise unexpected(where, f"a number of items of {itemsize} bytes within {self.size - start} bytes", size)
+        end = start + size * itemsize
+        self.taken = end + -end % ALIGNED
+        if self.frame[end : self.taken] != PADDING[self.taken - end]:
+            raise WireError(f"{where}: {size} items are not followed by the bytes that fill up")
+        return start
 
 
 class Field(Protocol):
     """Encoder and decoder of one field."""
 
-    def dump(self, value: Any, buffers: list[bytes]) -> Any: ...
+    def dump(self, value: Any, buffers: Buffers) -> Any: ...
 
-    def load(self, plain: Any, frames: Frames) -> Any: ...
+    def load(self, plain: Any, arrays: Arrays) -> Any: ...
 
 
 def unexpected(where: str, expected: str, value: object) -> WireError:
@@ -94,7 +117,7 @@ class Integer(Scalar):
 class Real(Scalar):
     """A float; the sender may also pass an int or a NumPy float64."""
 
-    def dump(self, value: Any, buffers: list[bytes]) -> Any:
+    def dump(self, value: Any, buffers: Buffers) -> Any:
         return float(value) if isinstance(value, float) or type(value) is int else self.load(value, buffers)
 
 
@@ -105,12 +128,12 @@ class Choice:
     where: str
     choices: tuple[str, ...]
 
-    def dump(self, value: Any, _buffers: list[bytes]) -> Any:
+    def dump(self, value: Any, _buffers: Buffers) -> Any:
         if type(value) is not str or value not in self.choices:
             raise unexpected(self.where, f"one of {', '.join(self.choices)}", value)
         return value
 
-    def load(self, plain: Any, _frames: Frames) -> Any:
+    def load(self, plain: Any, _arrays: Arrays) -> Any:
         return self.dump(plain, [])
 
 
@@ -120,11 +143,11 @@ class Optional:
 
     inner: Field
 
-    def dump(self, value: Any, buffers: list[bytes]) -> Any:
+    def dump(self, value: Any, buffers: Buffers) -> Any:
         return None if value is None else self.inner.dump(value, buffers)
 
-    def load(self, plain: Any, frames: Frames) -> Any:
-        return None if plain is None else self.inner.load(plain, frames)
+    def load(self, plain: Any, arrays: Arrays) -> Any:
+        return None if plain is None else self.inner.load(plain, arrays)
 
 
 @dataclass(frozen=True)
@@ -149,59 +172,52 @@ class Plain:
         else:
             raise unexpected(self.where, "plain data", value)
 
-    def dump(self, value: Any, _buffers: list[bytes]) -> Any:
+    def dump(self, value: Any, _buffers: Buffers) -> Any:
         if type(value) is not dict:
             raise unexpected(self.where, "dict", value)
         self.check(value)
         return value
 
-    def load(self, plain: Any, _frames: Frames) -> Any:
+    def load(self, plain: Any, _arrays: Arrays) -> Any:
         return self.dump(plain, [])
 
 
 class Array:
-    """A one-dimensional array; decoded as a read-only view of its frame."""
+    """A one-dimensional array; decoded as a read-only view of the second frame."""
 
     def __init__(self, where: str, dtype: str) -> None:
         self.where, self.name, self.dtype = where, dtype, np.dtype(dtype)
         self.itemsize = self.dtype.itemsize
 
-    def dump(self, value: Any, buffers: list[bytes]) -> Any:
+    def dump(self, value: Any, buffers: Buffers) -> Any:
         if not isinstance(value, np.ndarray) or value.ndim != 1 or value.dtype != self.dtype:
             raise unexpected(self.where, f"1-d array of {self.name}", getattr(value, "dtype", value))
-        frame = value.base  # if it has been decoded: the hub passes most rollouts on to the learner as they are
-        buffers.append(frame if type(frame) is bytes and len(frame) == value.nbytes else value.tobytes())
-        return [len(buffers), self.name, [len(value)]]
+        append(buffers, value if value.flags.c_contiguous else value.copy(), value.nbytes)
+        return len(value)
 
-    def load(self, plain: Any, frames: Frames) -> Any:
-        index = frames.taken
-        if index == len(frames.buffers):
-            raise WireError(f"{self.where}: its frame is missing")
-        frames.taken = index + 1
-        buffer = frames.buffers[index]
-        length, rest = divmod(len(buffer), self.itemsize)
-        if rest or plain != [index + 1, self.name, [length]]:
-            expected = f"[{index + 1}, '{self.name}', [{length}]] for a frame of {len(buffer)} bytes"
-            raise unexpected(self.where, expected, plain)
-        array = np.frombuffer(buffer, self.dtype)
-        if type(buffer) is not bytes:  # those of bytes are read-only already
+    def load(self, plain: Any, arrays: Arrays) -> Any:
+        start = arrays.take(self.where, plain, self.itemsize)
+        array = np.frombuffer(arrays.frame, self.dtype, plain, start)
+        if type(arrays.frame) is not bytes:  # those of bytes are read-only already
             array.setflags(write=False)
         return array
 
 
-class Blob(Array):
+@dataclass(frozen=True)
+class Blob:
     """Bytes."""
 
-    def __init__(self, where: str) -> None:
-        super().__init__(where, "|u1")
+    where: str
 
-    def dump(self, value: Any, buffers: list[bytes]) -> Any:
+    def dump(self, value: Any, buffers: Buffers) -> Any:
         if type(value) is not bytes:
             raise unexpected(self.where, "bytes", value)
-        return super().dump(np.frombuffer(value, self.dtype), buffers)
+        append(buffers, value, len(value))
+        return len(value)
 
-    def load(self, plain: Any, frames: Frames) -> Any:
-        return super().load(plain, frames).tobytes()
+    def load(self, plain: Any, arrays: Arrays) -> Any:
+        start = arrays.take(self.where, plain, 1)
+        return bytes(arrays.frame[start : start + plain])
 
 
 @dataclass(frozen=True)
@@ -211,15 +227,15 @@ class RecordTuple:
     where: str
     inner: Field
 
-    def dump(self, value: Any, buffers: list[bytes]) -> Any:
+    def dump(self, value: Any, buffers: Buffers) -> Any:
         if type(value) is not tuple:
             raise unexpected(self.where, "tuple", value)
         return [self.inner.dump(item, buffers) for item in value]
 
-    def load(self, plain: Any, frames: Frames) -> Any:
+    def load(self, plain: Any, arrays: Arrays) -> Any:
         if type(plain) is not list:
             raise unexpected(self.where, "list", plain)
-        return tuple(self.inner.load(item, frames) for item in plain)
+        return tuple(self.inner.load(item, arrays) for item in plain)
 
 
 def optional_of(annotation: Any) -> Any:

@@ -7,7 +7,7 @@
     any process ──▶ hub    StatusRequest  SettingsRequest      hub ──▶ that process    Status  Settings
 
 A record is a frozen dataclass. The codec sends array fields (`Tokens`, `Floats`, `Ints`, `Digests`) and `bytes` as raw
-little-endian buffers, each in its own frame, and all other fields in the MessagePack header. `None` means absent.
+little-endian bytes in a second frame, and all other fields in the MessagePack header. `None` means absent.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 
-PROTOCOL = 12  # raise it whenever a record changes
+PROTOCOL = 13  # raise it whenever a record changes
 
 Tokens = Annotated[np.ndarray, "<i4"]  # token ids, 1-d
 Ints = Annotated[np.ndarray, "<i4"]

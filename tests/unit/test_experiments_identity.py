@@ -194,7 +194,6 @@ def test_a_base_is_identified_by_its_recipe_and_not_by_its_name(tmp_path: Path) 
         ("further", "steps", 301, {"further", "warm"}),
         ("further", "start", "builtin:cues", {"further", "warm"}),
         ("warm", "train", {"algorithm.objective": "sft", "steps": 13}, {"warm"}),
-        ("warm", "p_true", 0.2, set()),  # a key of pretraining, which a warm-up does not do
     ],
 )
 def test_a_changed_recipe_makes_its_base_and_those_that_start_from_it_stale(

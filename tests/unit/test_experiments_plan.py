@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from experiment_support import SMALL, result, write
 
-from sgpo_async.config.experiment import load_experiment
+from sgpo_async.config.experiment import Base, load_experiment
 from sgpo_async.errors import ConfigError
 from sgpo_async.experiments.identity import recipe, same_recipe
 from sgpo_async.experiments.plan import base_levels, best_rates, cells, check_budget, final, tuning, validation
@@ -57,6 +57,23 @@ def test_a_method_may_begin_with_the_keys_of_a_configuration(tmp_path: Path) -> 
     run = experiment.run(experiment.overrides(experiment.keys("stale", "OPSD")))
     assert (run.algorithm.objective, run.algorithm.kl_clip, run.tasks.context) == ("opsd", 0.1, "response")
     assert (run.hub.max_lag, run.rollout.guided, run.steps) == (4, 0, 6)
+
+
+def test_the_configuration_may_lie_beside_the_file_and_one_key_may_differ_by_setting(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("algorithm: {objective: grpo}\nrollout: {autonomous: 12, guided: 0}\n")
+    own = {"from": "own.yaml", "hub.max_lag": {"calm": 1, "stale": 3}}
+    experiment = load_experiment(write(tmp_path, SMALL | {"methods": {"SGPO": {}, "own": own}}))
+    runs = [experiment.run(experiment.overrides(experiment.keys(setting, "own"))) for setting in ("calm", "stale")]
+    assert [(run.algorithm.objective, run.hub.max_lag) for run in runs] == [("grpo", 1), ("grpo", 3)]
+
+
+def test_a_base_has_the_numbers_of_its_domain_unless_the_file_gives_others() -> None:
+    assert Base().pretraining == {
+        "domain": "cues", "contexts": False, "seed": 7, "steps": 1200, "p_true": 0.44, "p_favourite": 0.50
+    }  # fmt: skip
+    assert Base(domain="chains", steps=9).pretraining == {
+        "domain": "chains", "contexts": False, "seed": 7, "steps": 9, "p_true": 0.40, "p_favourite": 0.54
+    }  # fmt: skip
 
 
 def test_the_best_rate_has_the_best_mean_over_seeds_and_needs_all_of_its_trials(tmp_path: Path) -> None:
@@ -148,6 +165,11 @@ def test_settings_may_have_different_budgets(tmp_path: Path) -> None:
             r"bases\.warm\.start must name one of the bases warm, got 'base:none'",
         ),
         ({"methods": {"X": {"from": "builtin:methods/opds"}}}, "did you mean builtin:methods/opsd"),
+        ({"methods": {"X": {"from": 5}}}, "methods.X.from must be a path, relative to this file, or the name"),
+        (
+            {"bases": {"warm": {"train": {"steps": 2}, "seed": 3}}},
+            "bases.warm must have no setting beside start and train",
+        ),
         ({"seeds": []}, r"seeds must name at least one seed, got \[\]"),
         (
             {"tune": {"rates": [1e-3], "seeds": [1, 7]}},

@@ -49,7 +49,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gemma3_text, window 5": {"sliding_window": 5, "layer_types": ALTERNATING, "query_pre_attn_scalar": 4},
     "olmo3, window 5": {"sliding_window": 5, "layer_types": ALTERNATING},
 }
-LENGTHS = (1, 7, 2, 23, 4, 5, 11)
+LENGTHS = (1, 7, 2, 2, 23, 4, 5, 11, 7)
 
 
 def model_of(name: str, **more: Any) -> PreTrainedModel:
@@ -199,13 +199,13 @@ def test_both_ways_equal_the_definition(
     monkeypatch: pytest.MonkeyPatch, kernel: list[dict[str, Any]], window: int | None, kv_heads: int
 ) -> None:
     torch.manual_seed(1)
-    lengths = [1, 6, 13, 2]
-    edges = [0, 1, 7, 20, 22]
+    lengths = [1, 6, 6, 6, 13, 2, 2]
+    edges = [0, 1, 7, 13, 19, 32, 34, 36]
     segments = Segments(lengths, torch.tensor(edges, dtype=torch.int32), set())
-    query = torch.randn(1, 4, 22, 8, dtype=torch.float64)
-    key, value = (torch.randn(1, kv_heads, 22, 8, dtype=torch.float64) for _ in range(2))
+    query = torch.randn(1, 4, 36, 8, dtype=torch.float64)
+    key, value = (torch.randn(1, kv_heads, 36, 8, dtype=torch.float64) for _ in range(2))
     of_token: Callable[[Tensor], Tensor] = lambda tensor: tensor[0].transpose(0, 1)  # noqa: E731
-    expected = by_definition(of_token(query), of_token(key), of_token(value), edges, 0.3, window or 22)
+    expected = by_definition(of_token(query), of_token(key), of_token(value), edges, 0.3, window or 36)
     layer = torch.nn.Module()
 
     def computed() -> Tensor:

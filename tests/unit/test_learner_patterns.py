@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from sgpo_async.config import load
-from sgpo_async.config.schema import Learner
+from sgpo_async.config.schema import Correction, Learner
 from sgpo_async.errors import ConfigError
 from sgpo_async.learner.patterns import MOST, Patterns
 from sgpo_async.learner.process_group import join_alone
@@ -61,8 +61,8 @@ def test_the_share_of_autonomous_completions_in_which_a_pattern_is_found() -> No
     found.see([rollout(1, 2, 0), rollout(2, 5, 0, guided=True), rollout(1, 5, 0)])
     found.see([rollout(3, 0), rollout(1, 2, 5, 0, observed=(1, 2))])
     # The last one's hint is an environment's. Its end, like that of the third, is followed by the end token alone.
-    assert found.reduce({}) == {"patterns": {"leak": 1 / 4, "ends": 2 / 4}, "kl_classes": {}}
-    assert found.reduce({})["patterns"] == {}, "nothing was seen since"
+    assert found.reduce([]) == {"patterns": {"leak": 1 / 4, "ends": 2 / 4}, "kl_classes": {}}
+    assert found.reduce([])["patterns"] == {}, "nothing was seen since"
 
 
 def test_of_many_completions_evenly_chosen_ones_are_decoded() -> None:
@@ -82,16 +82,18 @@ def test_of_many_completions_evenly_chosen_ones_are_decoded() -> None:
 def test_the_divergence_of_each_class_is_the_mean_over_its_trained_tokens() -> None:
     classes = {"numbers": r"\d+", "seven": "7", "hints": "hint"}
     found = Patterns(Learner(token_classes=classes), TOKENIZER)
-    distilled = {
-        (0, 1): Distilled(np.array([3, 2, 1], np.int32), torch.tensor([0.5, 2.0, 0.25])),
-        (4, 0): Distilled(np.array([4, 2, 0], np.int32), torch.tensor([1.5, math.nan, 0.75])),
-    }
+    distilled = [
+        Distilled(rollout(3, 2, 1), torch.tensor([0.5, 2.0, 0.25])),
+        Distilled(rollout(4, 2, 0), torch.tensor([1.5, math.nan, 0.75])),
+    ]
     # "7" belongs to the first class that it matches, and so "seven" has no token; the second hint is not trained.
     assert found.reduce(distilled) == {"patterns": {}, "kl_classes": {"numbers": 1.0, "hints": 2.0, "other": 0.5}}
 
 
-def test_a_step_measures_what_it_has_trained_on() -> None:
-    run = cases.settings()
+@pytest.mark.parametrize("objective", ["sgpo", "pi-distill"])
+def test_a_step_measures_what_it_has_trained_on(objective: Any) -> None:
+    """pi-Distill distils each rollout twice, by two divergences: all of its tokens count twice."""
+    run = cases.settings(objective=objective, kl_correction=Correction(mode="none", bound=1.0))
     learner = replace(run.learner, patterns={"all": "", "none": "!"}, token_classes={"even": "[02468]"})
     stepper = cases.stepper(replace(run, learner=learner), cases.tiny_model())
     stepper.patterns = Patterns(learner, SimpleNamespace(decode=lambda tokens, **_: str(tokens[0] % 10)))
@@ -100,8 +102,8 @@ def test_a_step_measures_what_it_has_trained_on() -> None:
     assert stepper.statistics is not None
     pairs = [
         (token, d)
-        for one in stepper.statistics.distilled.values()
-        for token, d in zip(one.tokens.tolist(), one.d.tolist(), strict=True)
+        for one in stepper.statistics.distilled
+        for token, d in zip(one.rollout.tokens.tolist(), one.d.tolist(), strict=True)
     ]
     assert pairs
     even = [d for token, d in pairs if token % 2 == 0]
@@ -117,6 +119,7 @@ def test_a_step_measures_what_it_has_trained_on() -> None:
         ("learner.patterns={leak: '('}", "learner.patterns.leak must be a regular expression"),
         ('learner.patterns={leak: "\\bhint"}', "write each backslash twice, got '\\x08hint'"),
         ("learner.token_classes={a b: x}", "learner.token_classes must have names of letters"),
+        ("learner.token_classes={other: x}", "learner.token_classes must have no class named other"),
     ],
 )
 def test_what_is_no_regular_expression_or_no_name_is_refused(override: str, text: str) -> None:

@@ -55,7 +55,7 @@ def test_the_groups_with_the_smallest_draws_are_kept() -> None:
         kept, kl = chosen([shard], stepper.statistics, number, seed=7)
         assert [group.rollouts[0].task for group in kept] == order[:number]
         assert all(len(group.rollouts) == 7 for group in kept)
-        taught = sorted({task for task, _ in stepper.statistics.distilled}, key=order.index)
+        taught = sorted({own.rollout.task for own in stepper.statistics.distilled}, key=order.index)
         assert {task for task, _ in kl} == set(taught[:number]), "of the tasks that this rank has distilled"
 
 

@@ -3,14 +3,19 @@
 import random
 import re
 from collections import Counter
+from typing import get_args, get_type_hints
 
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sgpo_async.tasks.base import Problem
+from sgpo_async.config.experiment import PRETRAINING, Domain
+from sgpo_async.config.schema import Context, Tasks
+from sgpo_async.tasks import cues_policy
 from sgpo_async.tasks.chains import ChainsSource
 from sgpo_async.tasks.chains_domain import (
+    DIGITS,
     MARKS,
     MEANINGS,
     PEOPLE,
@@ -19,11 +24,12 @@ from sgpo_async.tasks.chains_domain import (
     Meaning,
     Sentence,
     Story,
-    draw_story,
 )
 from sgpo_async.tasks.chains_policy import VOCABULARY, draw_example, guess_probabilities
 from sgpo_async.tasks.contexts import ContextSource
-from sgpo_async.tasks.verify import VERIFIERS
+from sgpo_async.tasks.pretrain import SPECIFICATIONS
+from sgpo_async.tasks.sources import GENERATED
+from sgpo_async.tasks.verify import INLINE, VERIFIERS
 from sgpo_async.tasks.word_policy import KINDS, LONGEST, word_tokenizer
 
 positions = st.integers(min_value=0, max_value=10**9)
@@ -99,7 +105,7 @@ def test_sources_of_all_seeds_hold_out_the_same_problems() -> None:
 
 @pytest.mark.parametrize("word", WORDS)
 def test_the_favourite_guess_differs_in_the_sign_and_the_true_one_is_second(word: str) -> None:
-    guess = guess_probabilities(word)
+    guess = guess_probabilities(word, p_true=0.4, p_favourite=0.54)
     favourite, second = sorted(guess, key=lambda meaning: guess[meaning], reverse=True)[:2]
     assert sum(guess.values()) == pytest.approx(1.0)
     assert second == TRUE_MEANING[word]
@@ -141,8 +147,51 @@ def test_guesses_have_their_probabilities_in_unguided_examples() -> None:
     assert right / of == pytest.approx(0.40 + 0.06 / 2, abs=0.02)
 
 
-def test_contexts_are_what_the_base_policy_reads_before_a_problem() -> None:
-    shown: list[Problem] = [ContextSource(SOURCE, "partial-response").training(i) for i in range(20)]
-    assert all(problem.strategy and problem.strategy.split()[0] in PEOPLE for problem in shown)
-    story = draw_story(random.Random(0), length=4)
-    assert len(story.solution_text(story.true_meanings).split()) == 4 * 9 + 3
+@pytest.mark.parametrize("context", ["strategy", "response", "partial-response", "answer", "other-strategy"])
+def test_every_context_of_a_problem_leaves_room_for_a_completion(context: Context) -> None:
+    source = SOURCE if context == "strategy" else ContextSource(SOURCE, context)
+    for problem in (source.training(position) for position in range(100)):
+        prompt = f"{problem.strategy} {problem.problem}".split()
+        assert set(prompt) <= set(VOCABULARY)
+        assert len(prompt) + 48 < LONGEST
+
+
+@pytest.mark.parametrize("domain", ["cues", "chains"])
+def test_the_plan_of_an_example_agrees_with_its_context(domain: Domain) -> None:
+    """What the beginning of a solution, or the answer, tells is so in the solution that is trained."""
+    rng, draw, kinds = random.Random(2), SPECIFICATIONS[domain].draw_example, Counter[str]()
+    begins = {"cues": "problem", "chains": "story"}[domain]
+    for _ in range(3000):
+        prompt, solution = draw(rng, rng.random(), contexts=True, p_true=0.4, p_favourite=0.5)
+        words = [word for word in solution.split() if word not in MARKS.values()]
+        before = prompt.split()[: prompt.split().index(begins)]
+        if not before or before[0] in ("strategy", "plan"):
+            continue
+        if set(before) <= set(DIGITS):
+            kinds["answer"] += 1
+            told = (
+                re.findall(r"[a-z]+ (\d) (\d)(?= |$)", solution)
+                if domain == "cues"
+                else [words[words.index("answer") + 1 :]]
+            )
+            assert [digit for pair in told for digit in pair] == before
+        elif "answer" not in before[:-2] and len(before) < len(words) / 2:
+            kinds["beginning"] += 1
+            decided = 7 if domain == "chains" else 3
+            same = len(before) if len(before) < decided else decided
+            assert before[:same] == words[:same]
+    assert min(kinds["answer"], kinds["beginning"]) > 100
+
+
+def test_the_random_numbers_of_the_shipped_policy_have_not_changed() -> None:
+    """Digest of the first examples that builtin:cues was trained on, by the code that made it."""
+    rng, text = random.Random(7), ""
+    for number in range(300):
+        text += "|".join(cues_policy.draw_example(rng, number / 300, p_true=0.44, p_favourite=0.50)) + "\n"
+    assert xxhash.xxh64(text.encode()).hexdigest() == "67aa6dcd71c93876"
+
+
+def test_the_places_that_list_the_domains_agree() -> None:
+    domains = set(get_args(Domain))
+    assert domains == set(GENERATED) == set(SPECIFICATIONS) == set(PRETRAINING) == set(INLINE)
+    assert {*domains, "file"} == set(get_args(get_type_hints(Tasks)["source"]))
