@@ -81,13 +81,14 @@ def draw_context(
         case "strategy":
             return InContext(kind, exercise.strategy_text(shown), shown)
         case "response":  # or a sibling, which the policy itself has written
-            text = exercise.response_text if rng.random() < 0.5 else exercise.solution_text
-            return InContext(kind, text(shown), shown)
+            write = exercise.response_text if rng.random() < 0.5 else exercise.solution_text
+            return InContext(kind, write(shown), shown)
         case "partial-response":
-            text = beginning(exercise.response_text(plan := [*shown[:1], *guessed[1:]]))
-            if len(text.split(" ")) < exercise.decided_after:  # that of a short problem does not tell the first step
-                text = beginning(exercise.response_text(plan := guessed))
-            return InContext(kind, text, plan)
+            plan: Plan = [*shown[:1], *guessed[1:]]
+            text = beginning(exercise.response_text(plan))
+            if len(text.split(" ")) >= exercise.decided_after:
+                return InContext(kind, text, plan)
+            return InContext(kind, beginning(exercise.response_text(guessed)), guessed)  # it does not tell a step
         case "answer":
             return InContext(kind, exercise.answer_text(guessed), guessed)
         case "other-strategy":

@@ -10,8 +10,8 @@
     tuple[Record, ...]       a list of maps                          what their fields have there, in order
 
 Bytes of PADDING fill up each value to a multiple of ALIGNED, so that arrays can be used in place. `dump` returns the
-part of the header for a value and appends buffers; `load` is its inverse and checks everything that it reads. Both raise
-a WireError that names record and field. Types are exact: a bool is not accepted as an int.
+part of the header for a value and appends buffers; `load` is its inverse and checks everything that it reads. Both
+raise a WireError that names record and field. Types are exact: a bool is not accepted as an int.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LEAVES = frozenset({type(None), bool, int, float, str})
 ALIGNED = 8  # bytes: the size of the largest item
 PADDING = [b"\xff" * count for count in range(ALIGNED)]  # read by mistake, it is no token id and not a number
 
-Buffers = list[bytes | np.ndarray]
+Buffers = list[Any]  # of bytes and arrays; mypy does not know that arrays are buffers
 """What the second frame consists of, one after another."""
 
 
