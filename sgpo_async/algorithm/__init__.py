@@ -30,8 +30,10 @@ from sgpo_async.algorithm.divergences import DIVERGENCES, divergence, forward_kl
 from sgpo_async.algorithm.limiters import LIMITERS, WHOLE_SEQUENCE_LIMITERS, limit
 from sgpo_async.algorithm.linear import Found, Kept, LogProbability, Part, TeacherDivergence, TopDivergence, linear_loss
 from sgpo_async.algorithm.losses import (
+    Clip,
     KLMass,
     LossWeights,
+    clipped_ratios,
     distillation_loss,
     grpo_loss,
     kl_mass,
@@ -50,6 +52,7 @@ __all__ = [
     "MODES",
     "WHOLE_SEQUENCE_LIMITERS",
     "WHOLE_SEQUENCE_MODES",
+    "Clip",
     "Found",
     "KLMass",
     "Kept",
@@ -59,6 +62,7 @@ __all__ = [
     "TeacherDivergence",
     "TopDivergence",
     "adaptive_weight",
+    "clipped_ratios",
     "corrected_pass_rate",
     "correction_weights",
     "distillation_loss",

@@ -7,12 +7,28 @@ fixed beforehand (`loss_weights` for SGPO). Therefore it can be computed at once
 micro-batches and ranks, however the sequences are divided among them.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sgpo_async.algorithm.limiters import limit
+
+LARGEST = 80.0  # log of a ratio: exp of more is infinite in float32, and infinity times 0 is not a number
+
+
+class Clip(NamedTuple):
+    """The clip of the ratio r in Eq. 1."""
+
+    low: float = 0.2  # eps_low
+    high: float = 0.28  # eps_high
+    # Where A < 0, a token's term is at least `dual` A (https://arxiv.org/abs/1912.09729). Without it a token that has
+    # become much more likely than the behaviour policy thought would weigh without bound.
+    dual: float = math.inf
+
+
+EQUATION_1 = Clip()
 
 
 def grpo_loss(
@@ -22,14 +38,15 @@ def grpo_loss(
     *,
     correction: Tensor,
     log_prox: Tensor | None = None,
-    clip: tuple[float, float] = (0.2, 0.28),
+    clip: Clip = EQUATION_1,
 ) -> Tensor:
     """Compute the clipped policy-gradient loss of each sequence: the negative of Eq. 1, in decoupled form.
 
         -1/|o| sum_t sg[c_t] min( r_t A, clip(r_t, 1 - eps_low, 1 + eps_high) A ),    r_t = pi / pi_prox
 
     The proximal policy bounds the step, and c_t corrects from the behaviour policy mu to the proximal policy
-    (decoupled PPO, https://arxiv.org/abs/2110.00641). If mu = pi_prox, then c_t = 1 and this is exactly Eq. 1.
+    (decoupled PPO, https://arxiv.org/abs/2110.00641). If mu = pi_prox, then c_t = 1 and this is exactly Eq. 1: PPO
+    whose old policy is the behaviour policy.
 
     Args:
         log_pi: [N, T], log-probability of each sampled token, with gradient.
@@ -37,21 +54,39 @@ def grpo_loss(
         advantages: [N], or [N, T] if each token has its own (`algorithm.credit`).
         correction: [N, T], c_t = `correction_weights(log_prox, log_mu, ...)`.
         log_prox: [N, T]; by default sg[log_pi], which is correct for one optimiser step per batch: r_t is then 1,
-            only its gradient matters, and the clip has no effect. The learner takes one step per batch and never
-            passes log_prox; tests pass it to check Eq. 1 itself.
-        clip: (eps_low, eps_high).
+            only its gradient matters, and the clip has no effect. With `grpo_correction.mode=clip` the learner passes
+            log mu, and ones as the correction.
 
     Returns:
         [N]; 0 for a sequence without tokens.
     """
     log_prox = log_pi if log_prox is None else log_prox
     # Mask before exp: otherwise a value in the padding could reach the gradient as 0 * NaN.
-    ratio = (log_pi - log_prox.detach()).masked_fill(~mask, 0).exp()
-    clipped = ratio.clamp(1 - clip[0], 1 + clip[1])
+    ratio = (log_pi - log_prox.detach()).masked_fill(~mask, 0).clamp(max=LARGEST).exp()
+    clipped = ratio.clamp(1 - clip.low, 1 + clip.high)
     advantage = advantages.detach()
     advantage = advantage if advantage.dim() == 2 else advantage.unsqueeze(-1)
     surrogate = torch.minimum(ratio * advantage, clipped * advantage)
+    if clip.dual < math.inf:
+        surrogate = torch.where(advantage < 0, torch.maximum(surrogate, clip.dual * advantage), surrogate)
     return -_sequence_mean(correction.detach() * surrogate, mask)
+
+
+def clipped_ratios(log_ratio: Tensor, advantages: Tensor, clip: Clip) -> Tensor:
+    """Compute the factor of A grad log pi in the gradient of `grpo_loss`: the ratio, or 0 where it is clipped.
+
+    Args:
+        log_ratio: [N, T], log pi - log pi_prox.
+        advantages: [N] or [N, T].
+
+    Returns:
+        [N, T].
+    """
+    ratio = log_ratio.detach().clamp(max=LARGEST).exp()
+    advantage = advantages if advantages.dim() == 2 else advantages.unsqueeze(-1)
+    gains = (advantage > 0) & (ratio > 1 + clip.high)
+    loses = (advantage < 0) & ((ratio < 1 - clip.low) | (ratio > clip.dual))
+    return ratio.masked_fill(gains | loses, 0)
 
 
 def distillation_loss(

@@ -8,7 +8,8 @@ from typing import Literal
 
 from sgpo_async.config.rules import INFINITE, PATH, require, require_one_of, require_patterns
 
-CorrectionMode = Literal["none", "token", "token-mask", "prefix", "sequence", "sequence-geometric"]
+CorrectionMode = Literal["none", "token", "token-mask", "prefix", "sequence", "sequence-geometric", "clip"]
+CLIP = "clip"  # of the policy gradient: PPO with the behaviour policy as its old policy
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 OTHER = "other"  # the class of tokens that belong to none of learner.token_classes
 BANDS = ("token-mask", "sequence-geometric")  # modes that mask every ratio outside [1/bound, bound]
@@ -25,7 +26,8 @@ class Correction:
     """Off-policy correction of one loss term (see `sgpo_async.algorithm.correction`)."""
 
     mode: CorrectionMode = "token"  # how a token is weighted (docs/algorithm.md)
-    bound: float = field(default=2.0, metadata=INFINITE)  # >= 1; .inf: weights are not bounded
+    # >= 1; .inf: weights are not bounded. mode=clip: the ratio from which negative advantages are clipped (dual clip).
+    bound: float = field(default=2.0, metadata=INFINITE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +76,8 @@ class Algorithm:
     policy_gradient: bool = True
     # What the rewards less their mean in the group are divided by: std: Eq. 1; mean: MaxRL; none: Dr. GRPO. luffy: std.
     advantage: Literal["std", "mean", "none"] = "std"
-    # Clip range of Eq. 1. The learner takes one optimiser step per batch, so r_t is always 1: the clip changes neither
-    # the loss nor its gradient. Under lag, grpo_correction limits the weight of a stale token instead.
+    # Clip range of Eq. 1, for grpo_correction.mode=clip, whose ratio is that to the behaviour policy. With other modes
+    # it is that to the present policy, so it is always 1, as the learner takes one step per batch: nothing is clipped.
     eps_low: float = 0.2
     eps_high: float = 0.28
     grpo_correction: Correction = field(default_factory=Correction)
@@ -147,6 +149,12 @@ class Algorithm:
                 "would mask nearly all at 1",
                 correction.bound,
             )
+        require(
+            self.kl_correction.mode != CLIP,
+            "algorithm.kl_correction.mode",
+            "must not be clip, which needs advantages: it is a mode of algorithm.grpo_correction",
+            self.kl_correction.mode,
+        )
         require(
             self.policy_gradient or self.objective in ("sgpo", "pi-distill"),
             "algorithm.policy_gradient",

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sgpo_async.algorithm import correction_weights, kl_mass, limit
 from sgpo_async.config.schema import Algorithm, Correction
+from sgpo_async.config.training import CLIP
 from sgpo_async.learner import mismatch
 from sgpo_async.learner.batch import Batch
 from sgpo_async.learner.mismatch import AGES, Mismatch
@@ -72,7 +73,8 @@ class StepMetrics:
         """
         mask = lags >= 0
         zero = torch.zeros_like(log_rho)
-        clipped = weights != correction_weights(log_rho, zero, mask, mode=rule.mode, bound=math.inf)
+        mode = "token" if rule.mode == CLIP else rule.mode
+        clipped = weights != correction_weights(log_rho, zero, mask, mode=mode, bound=math.inf)
         for age, tokens in zip(AGES, (lags == 0, lags > 0), strict=True):
             self.sums[f"{term}_sum_{age}"] += weights.masked_fill(~tokens, 0).sum()
             self.sums[f"{term}_clipped_{age}"] += (clipped & tokens).sum()

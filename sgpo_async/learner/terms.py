@@ -7,6 +7,7 @@ effects.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -17,11 +18,13 @@ from torch import Tensor
 from sgpo_async.algorithm import (
     WHOLE_SEQUENCE_LIMITERS,
     WHOLE_SEQUENCE_MODES,
+    Clip,
     Found,
     LogProbability,
     Part,
     TeacherDivergence,
     TopDivergence,
+    clipped_ratios,
     correction_weights,
     distillation_loss,
     grpo_loss,
@@ -33,6 +36,7 @@ from sgpo_async.algorithm import (
     shaped_loss,
 )
 from sgpo_async.config.schema import Algorithm
+from sgpo_async.config.training import CLIP
 from sgpo_async.learner.batch import Batch, lags
 from sgpo_async.learner.objectives.base import Distillation, Likelihood, PolicyGradient
 from sgpo_async.learner.packing import kept_of, pad
@@ -59,6 +63,9 @@ class PolicyGradientTerm:
         self, items: Sequence[PolicyGradient], batch: Batch, targets: Tensor, *, algorithm: Algorithm, like: Tensor
     ) -> None:
         self._algorithm, self._step, self._rollouts = algorithm, batch.step, [item.rollout for item in items]
+        rule = algorithm.grpo_correction
+        self._clips = rule.mode == CLIP
+        self._clip = Clip(algorithm.eps_low, algorithm.eps_high, rule.bound if self._clips else math.inf)
         self._log_mu, self._age = _behaviour(self._rollouts, batch.version, like)
         self._mask = self._age >= 0
         self._advantages, self._weights, self._stand_for = (
@@ -69,7 +76,7 @@ class PolicyGradientTerm:
             for name in ("evidence", "log_reference")
         )
         self._own_prompt = torch.tensor([[item.prompt is None] for item in items], device=like.device)
-        whole = algorithm.grpo_correction.mode in WHOLE_SEQUENCE_MODES or algorithm.objective == "iw-opd"
+        whole = rule.mode in WHOLE_SEQUENCE_MODES or algorithm.objective == "iw-opd"
         self._kept = kept_of([item.student for item in items])
         self.part = Part(LogProbability(targets, self._kept), self._loss, whole)
 
@@ -83,7 +90,11 @@ class PolicyGradientTerm:
             statistics.add(kept=self._mask.sum() + int(self._kept.sizes.sum()))
         share = self._stand_for[:, None] * self._mask
         statistics.add(entropy=_unflatten(found.aside, self._mask) * share, entropy_tokens=share)
-        statistics.add_correction("correction", self._correction(log_pi), log_rho, self._age, rule)
+        weights = self._correction(log_pi)
+        if self._clips:
+            advantages = self._token_advantages(log_pi)
+            weights = clipped_ratios(log_rho, advantages, self._clip).masked_fill(~self._mask, 0)
+        statistics.add_correction("correction", weights, log_rho, self._age, rule)
         # After another prompt than the engine's, the two differ by more than the engine.
         comparable_lags = torch.where(self._own_prompt, self._age, -1)
         statistics.mismatch.add(log_rho, comparable_lags, _later(self._rollouts, self._mask))
@@ -95,7 +106,8 @@ class PolicyGradientTerm:
             self._mask,
             self._token_advantages(log_pi),
             correction=self._correction(log_pi),
-            clip=(self._algorithm.eps_low, self._algorithm.eps_high),
+            log_prox=self._log_mu if self._clips else None,
+            clip=self._clip,
         )
         if self._log_reference is not None:
             drift = reference_loss(log_pi, self._log_reference, self._mask, self._correction(log_pi))
@@ -125,7 +137,8 @@ class PolicyGradientTerm:
 
     def _correction(self, log_pi: Tensor) -> Tensor:
         rule = self._algorithm.grpo_correction
-        return correction_weights(log_pi, self._log_mu, self._mask, mode=rule.mode, bound=rule.bound)
+        mode = "none" if self._clips else rule.mode  # the clipped ratio is in the loss itself
+        return correction_weights(log_pi, self._log_mu, self._mask, mode=mode, bound=rule.bound)
 
 
 class DistillationTerm:

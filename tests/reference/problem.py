@@ -78,8 +78,14 @@ class Problem:
         own = sampled(rollout)
         log_pi = self.sampled_log_pi(self.model, rollout)[own]
         log_prox = self.sampled_log_pi(self.at, rollout).detach()[own]
-        ratio = (log_pi - log_prox).exp()
         low, high = 1 - self.rule.eps_low, 1 + self.rule.eps_high
+        if self.rule.grpo_correction.mode == "clip":  # PPO: the old policy is the one that sampled
+            ratio = (log_pi - torch.from_numpy(rollout.logprobs[own].astype(np.float64))).exp()
+            least = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+            advantage = torch.as_tensor(advantage, dtype=torch.float64)
+            most = torch.maximum(least, self.rule.grpo_correction.bound * advantage)
+            return torch.where(advantage < 0, most, least)
+        ratio = (log_pi - log_prox).exp()
         clipped = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
         return correction(log_prox, rollout, self.rule.grpo_correction) * clipped
 

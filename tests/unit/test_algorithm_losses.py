@@ -12,6 +12,8 @@ from sgpo_async.algorithm import (
     LIMITERS,
     MODES,
     WHOLE_SEQUENCE_LIMITERS,
+    Clip,
+    clipped_ratios,
     correction_weights,
     distillation_loss,
     grpo_loss,
@@ -52,7 +54,7 @@ class TestGRPO:
     def test_equals_the_reference(self, seed, clip):
         log_pi, log_prox, log_mu, advantages, mask = batch(seed)
         c = correction_weights(log_prox, log_mu, mask, mode="token", bound=2.0)
-        got = grpo_loss(log_pi, mask, advantages, correction=c, log_prox=log_prox, clip=clip)
+        got = grpo_loss(log_pi, mask, advantages, correction=c, log_prox=log_prox, clip=Clip(*clip))
         for n in range(N):
             pi, prox, weights = (x[n, mask[n]].numpy() for x in (log_pi.exp(), log_prox.exp(), c))
             expected = reference.grpo_loss(pi, prox, weights, advantages[n].item(), clip)
@@ -82,6 +84,37 @@ class TestGRPO:
         loss = grpo_loss(log_pi, one.bool(), torch.tensor([advantage]), correction=one, log_prox=torch.zeros(1, 2))
         loss.sum().backward()
         assert log_pi.grad.tolist() == [[0.0, -advantage / 2]]
+
+    @settings(deadline=None)
+    @given(SEEDS, st.sampled_from([(0.2, 0.28, 1.5), (0.1, 0.1, 3.0), (0.2, 0.28, math.inf)]))
+    def test_with_the_behaviour_policy_as_the_old_one_it_is_ppo_with_a_dual_clip(self, seed, clip):
+        low, high, dual = clip
+        log_pi, _, log_mu, advantages, mask = batch(seed)
+        log_pi.requires_grad_()
+        ones = torch.ones(N, T, dtype=torch.float64)
+        losses = grpo_loss(log_pi, mask, advantages, correction=ones, log_prox=log_mu, clip=Clip(*clip))
+        losses.sum().backward()
+        factors = clipped_ratios(log_pi - log_mu, advantages, Clip(*clip))
+        for n in range(N):
+            a, total, length = advantages[n].item(), 0.0, int(mask[n].sum())
+            for t in range(length):
+                r = math.exp(log_pi[n, t].item() - log_mu[n, t].item())
+                term = min(r * a, min(max(r, 1 - low), 1 + high) * a)
+                term = max(term, dual * a) if a < 0 < math.inf and dual < math.inf else term
+                total += term
+                passes = r <= 1 + high if a > 0 else 1 - low <= r <= dual
+                assert factors[n, t].item() == pytest.approx(r if passes or a == 0 else 0.0)
+                assert log_pi.grad[n, t].item() == pytest.approx(-(r if passes else 0.0) * a / length, abs=1e-12)
+            assert losses[n].item() == pytest.approx(-total / length, abs=1e-12)
+
+    def test_a_huge_ratio_gives_a_finite_loss_and_gradient(self):
+        log_pi = torch.tensor([[0.0, 0.0]], requires_grad=True)
+        old, ones = torch.tensor([[-300.0, 0.0]]), torch.ones(1, 2)
+        clip = Clip(dual=3.0)
+        loss = grpo_loss(log_pi, ones.bool(), torch.tensor([-1.0]), correction=ones, log_prox=old, clip=clip)
+        loss.sum().backward()
+        assert loss.item() == pytest.approx((3 + 1) / 2)
+        assert log_pi.grad.tolist() == [[0.0, 0.5]]
 
     def test_no_gradient_reaches_the_correction_or_the_proximal_policy(self):
         log_pi, log_prox, log_mu, advantages, mask = (x.requires_grad_(x.is_floating_point()) for x in batch(1))
@@ -188,6 +221,37 @@ class TestDistillation:
         loss = distillation_loss(d, torch.zeros(N, T, dtype=torch.bool), c)
         assert torch.equal(loss, torch.zeros(N, dtype=torch.float64))
         assert torch.equal(torch.autograd.grad(loss.sum(), d)[0], torch.zeros_like(d))
+
+    @settings(deadline=None)
+    @given(SEEDS, st.sampled_from([(0.2, 0.28, 1.5), (0.1, 0.1, 3.0), (0.2, 0.28, math.inf)]))
+    def test_with_the_behaviour_policy_as_the_old_one_it_is_ppo_with_a_dual_clip(self, seed, clip):
+        low, high, dual = clip
+        log_pi, _, log_mu, advantages, mask = batch(seed)
+        log_pi.requires_grad_()
+        ones = torch.ones(N, T, dtype=torch.float64)
+        losses = grpo_loss(log_pi, mask, advantages, correction=ones, log_prox=log_mu, clip=Clip(*clip))
+        losses.sum().backward()
+        factors = clipped_ratios(log_pi - log_mu, advantages, Clip(*clip))
+        for n in range(N):
+            a, total, length = advantages[n].item(), 0.0, int(mask[n].sum())
+            for t in range(length):
+                r = math.exp(log_pi[n, t].item() - log_mu[n, t].item())
+                term = min(r * a, min(max(r, 1 - low), 1 + high) * a)
+                term = max(term, dual * a) if a < 0 < math.inf and dual < math.inf else term
+                total += term
+                passes = r <= 1 + high if a > 0 else 1 - low <= r <= dual
+                assert factors[n, t].item() == pytest.approx(r if passes or a == 0 else 0.0)
+                assert log_pi.grad[n, t].item() == pytest.approx(-(r if passes else 0.0) * a / length, abs=1e-12)
+            assert losses[n].item() == pytest.approx(-total / length, abs=1e-12)
+
+    def test_a_huge_ratio_gives_a_finite_loss_and_gradient(self):
+        log_pi = torch.tensor([[0.0, 0.0]], requires_grad=True)
+        old, ones = torch.tensor([[-300.0, 0.0]]), torch.ones(1, 2)
+        clip = Clip(dual=3.0)
+        loss = grpo_loss(log_pi, ones.bool(), torch.tensor([-1.0]), correction=ones, log_prox=old, clip=clip)
+        loss.sum().backward()
+        assert loss.item() == pytest.approx((3 + 1) / 2)
+        assert log_pi.grad.tolist() == [[0.0, 0.5]]
 
     def test_no_gradient_reaches_the_correction_of_distillation(self):
         d, c, mask = targets(2)

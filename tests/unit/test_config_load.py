@@ -137,6 +137,10 @@ def _write(folder: Path, text: str) -> Path:
             ["algorithm.kl_correction.bound must be > 1 with mode token-mask", "got 1.0"],
         ),
         (
+            "algorithm.kl_correction.mode=clip",
+            ["algorithm.kl_correction.mode must not be clip, which needs advantages"],
+        ),
+        (
             "algorithm.kl_correction.mode=sequence-geometric",
             ["kl_correction.bound must be > 1 with mode sequence-geometric"],
         ),

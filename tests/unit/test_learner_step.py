@@ -137,6 +137,24 @@ def test_every_correction_equals_the_reference(mode: str) -> None:
     assert_equal(gradients(run, parts), expected(run, parts))
 
 
+@pytest.mark.parametrize("objective", ["sgpo", "rlsd", "pi-distill"])
+@pytest.mark.parametrize("bound", [1.1, 3.0])
+def test_ppo_s_clip_against_the_behaviour_policy_equals_the_reference(objective: str, bound: float) -> None:
+    rule = Correction(mode="clip", bound=bound)
+    run = cases.settings(grpo_correction=rule, objective=objective, **IN_CONTEXT)
+    parts = cases.groups(seed=3)
+    stepper = cases.stepper(run, cases.tiny_model())
+    statistics = stepper.accumulate(stepper.batch(cases.shard_of(parts, problems=len(parts))))
+    metrics = statistics.reduce()
+    found = {name: p.grad.full_tensor() for name, p in stepper.policy.model.named_parameters()}
+    model = cases.tiny_model()
+    loss = reference_loss(model, parts, run)
+    loss.backward()
+    assert_equal((metrics["loss"], found), (loss.item(), {name: p.grad for name, p in model.named_parameters()}))
+    assert 0 < metrics["correction_clipped"] < 1
+    assert metrics["correction_min"] == 0
+
+
 @pytest.mark.parametrize("limiter", ["mask", "none"])
 def test_a_frozen_teacher_equals_the_reference(limiter: str) -> None:
     run, parts = cases.settings(teacher="frozen", limiter=limiter), cases.groups(seed=1)
