@@ -23,6 +23,8 @@ NO_BATCH_YET = {
     "reward_guided": None,
     "uniform": None,
     "cut": None,
+    "length_auto": None,
+    "length_guided": None,
 }
 
 

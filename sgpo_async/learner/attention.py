@@ -107,8 +107,8 @@ def _by_sequence(
     mixed = []
     for (_, n), part in zip(runs, parts, strict=True):
         q, k, v = (tensor.unflatten(1, (n, -1)).transpose(0, 1) for tensor in part)  # [H, n L, d] to [n, H, L, d]
-        mixed.append(_causal(q, k, v, scale, window).transpose(1, 2).flatten(0, 1))
-    return torch.cat(mixed)[None]
+        mixed.append(_causal(q, k, v, scale, window).transpose(1, 2).flatten(0, 1)[None])
+    return torch.cat(mixed, 1)  # not a view of another tensor, which would be another graph to compiled layers
 
 
 def _has_kernel(query: Tensor, value: Tensor) -> bool:

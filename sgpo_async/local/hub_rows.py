@@ -36,6 +36,7 @@ def hub_rows(status: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("engines", f"{number(get('running'))} sequences; waited {_engine_waits(get('engine_waits') or {})}"),
         ("no signal", f"{percent(get('uniform'))} of the groups; cut: {percent(get('cut'))} of the rollouts"),
         ("mean reward", f"alone {number(get('reward_auto'))}, guided {number(get('reward_guided'))}"),
+        ("mean length", f"alone {number(get('length_auto'))}, guided {number(get('length_guided'))} tokens"),
         ("evaluation", evaluating),
         *_ledger(get("ledger") or {}),
         *(

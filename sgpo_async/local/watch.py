@@ -18,6 +18,7 @@ ASK_EVERY_S = 0.5
 SAMPLES_KEPT = 64  # newest groups
 FROM_STATUS = (  # keys of metrics.jsonl that the status has, too
     *("step", "version", "pass_auto", "pass_guided", "reward_auto", "reward_guided", "uniform", "cut"),
+    *("length_auto", "length_guided"),
     *("tokens_dropped", "canary_mean", "canary_max", "tokens_per_s", "engine_idle", "engine_waits"),
 )
 
