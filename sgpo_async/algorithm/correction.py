@@ -14,7 +14,7 @@ modes below trade variance for bias with a bound c >= 1:
     sequence-geometric   g if 1/c <= g <= c, else 0,                     pi = mu
                          g = (prod_i rho_i)^(1/|o|)
 
-`grpo_correction.mode=clip` is none of them: there Eq. 1 itself has the ratio to mu (`losses.grpo_loss`).
+`grpo_correction.mode=clip` is not in this table: Eq. 1 then contains the ratio pi/mu itself (`losses.grpo_loss`).
 `token` is truncated importance sampling, `token-mask` is IcePop (https://arxiv.org/abs/2510.18855), and
 `prefix` truncates each factor like the c_i of V-trace (https://arxiv.org/abs/1802.01561).
 

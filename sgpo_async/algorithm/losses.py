@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sgpo_async.algorithm.limiters import limit
 
-LARGEST = 80.0  # log of a ratio: exp of more is infinite in float32, and infinity times 0 is not a number
+LARGEST = 80.0  # log of a ratio: exp of more than 88 is infinite in float32, and infinity times 0 is not a number
 
 
 class Clip(NamedTuple):
@@ -23,8 +23,8 @@ class Clip(NamedTuple):
 
     low: float = 0.2  # eps_low
     high: float = 0.28  # eps_high
-    # Where A < 0, a token's term is at least `dual` A (https://arxiv.org/abs/1912.09729). Without it a token that has
-    # become much more likely than the behaviour policy thought would weigh without bound.
+    # Where A < 0, a token's term is at least `dual` A (https://arxiv.org/abs/1912.09729). Without it a token whose
+    # probability has become much larger than under the behaviour policy would weigh without bound.
     dual: float = math.inf
 
 
@@ -46,7 +46,7 @@ def grpo_loss(
 
     The proximal policy bounds the step, and c_t corrects from the behaviour policy mu to the proximal policy
     (decoupled PPO, https://arxiv.org/abs/2110.00641). If mu = pi_prox, then c_t = 1 and this is exactly Eq. 1: PPO
-    whose old policy is the behaviour policy.
+    whose old policy is the behaviour policy. Where A < 0, the term min(...) is at least `clip.dual` A.
 
     Args:
         log_pi: [N, T], log-probability of each sampled token, with gradient.
@@ -56,6 +56,7 @@ def grpo_loss(
         log_prox: [N, T]; by default sg[log_pi], which is correct for one optimiser step per batch: r_t is then 1,
             only its gradient matters, and the clip has no effect. With `grpo_correction.mode=clip` the learner passes
             log mu, and ones as the correction.
+        clip: the limits of the ratio; by default those of the paper, without a dual clip.
 
     Returns:
         [N]; 0 for a sequence without tokens.
@@ -72,21 +73,22 @@ def grpo_loss(
     return -_sequence_mean(correction.detach() * surrogate, mask)
 
 
-def clipped_ratios(log_ratio: Tensor, advantages: Tensor, clip: Clip) -> Tensor:
-    """Compute the factor of A grad log pi in the gradient of `grpo_loss`: the ratio, or 0 where it is clipped.
+def is_clipped(log_ratio: Tensor, advantages: Tensor, clip: Clip) -> Tensor:
+    """Whether `grpo_loss` has no gradient at a token, because its ratio is beyond the clip.
 
     Args:
         log_ratio: [N, T], log pi - log pi_prox.
         advantages: [N] or [N, T].
+        clip: the limits of the ratio.
 
     Returns:
-        [N, T].
+        [N, T] bool.
     """
-    ratio = log_ratio.detach().clamp(max=LARGEST).exp()
+    ratio = log_ratio.detach().exp()
     advantage = advantages if advantages.dim() == 2 else advantages.unsqueeze(-1)
-    gains = (advantage > 0) & (ratio > 1 + clip.high)
-    loses = (advantage < 0) & ((ratio < 1 - clip.low) | (ratio > clip.dual))
-    return ratio.masked_fill(gains | loses, 0)
+    too_likely = (advantage > 0) & (ratio > 1 + clip.high)
+    too_unlikely = (advantage < 0) & ((ratio < 1 - clip.low) | (ratio > clip.dual))
+    return too_likely | too_unlikely
 
 
 def distillation_loss(

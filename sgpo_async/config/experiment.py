@@ -13,8 +13,8 @@
 
 Keys of `common`, `settings` and `methods` are the keys of a run's configuration, written with dots. If a method needs
 another value in each setting, the value is a mapping from the settings' names. `from` begins a method with the keys of
-a configuration, e.g. {from: builtin:methods/opsd}. A method or a setting that sets `optim.lr` itself, or begins with a
-configuration that sets it, is not tuned.
+a configuration, e.g. {from: builtin:methods/opsd}; a relative path is relative to this file. A method or a setting that
+sets `optim.lr` itself, or begins with a configuration that sets it, is not tuned.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from dataclasses import fields as fields_of
 from functools import cache
 from itertools import combinations
 from pathlib import Path
@@ -91,6 +92,15 @@ class Base:
     steps: int | None = None  # default: that of the domain in PRETRAINING, as of the two below
     p_true: float | None = None  # probability of the true technique or meaning, unguided
     p_favourite: float | None = None  # probability of a wrong one
+
+    def check(self, where: str) -> None:
+        """Raise ConfigError unless a policy can be pretrained with these settings."""
+        found = self.pretraining
+        require(found["steps"] >= 1, f"{where}.steps", "must be >= 1", found["steps"])
+        for key in ("p_true", "p_favourite"):
+            require(found[key] >= 0, f"{where}.{key}", "must be >= 0", found[key])
+        total = found["p_true"] + found["p_favourite"]
+        require(total <= 1, where, "must have p_true and p_favourite whose sum is <= 1", total)
 
     @property
     def pretraining(self) -> dict[str, Any]:
@@ -198,8 +208,10 @@ class Experiment:
                 not base.train or base == Base(start=base.start, train=base.train),
                 f"bases.{name}",
                 "must have no setting beside start and train: it is trained, not pretrained",
-                base,
+                ", ".join(one.name for one in fields_of(Base) if getattr(base, one.name) != getattr(Base(), one.name)),
             )
+            if not base.train:
+                base.check(f"bases.{name}")
             require(
                 not base.start.startswith(BASE) or base.start.removeprefix(BASE) in self.bases,
                 f"bases.{name}.start",

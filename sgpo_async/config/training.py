@@ -26,7 +26,8 @@ class Correction:
     """Off-policy correction of one loss term (see `sgpo_async.algorithm.correction`)."""
 
     mode: CorrectionMode = "token"  # how a token is weighted (docs/algorithm.md)
-    # >= 1; .inf: weights are not bounded. mode=clip: the ratio from which negative advantages are clipped (dual clip).
+    # >= 1; .inf: weights are not bounded. mode=clip: the ratio above which tokens of negative advantage are clipped
+    # (dual clip; 3 is usual). That of grpo_correction also bounds the ratios of pass_rates=corrected.
     bound: float = field(default=2.0, metadata=INFINITE)
 
 
@@ -76,8 +77,8 @@ class Algorithm:
     policy_gradient: bool = True
     # What the rewards less their mean in the group are divided by: std: Eq. 1; mean: MaxRL; none: Dr. GRPO. luffy: std.
     advantage: Literal["std", "mean", "none"] = "std"
-    # Clip range of Eq. 1, for grpo_correction.mode=clip, whose ratio is that to the behaviour policy. With other modes
-    # it is that to the present policy, so it is always 1, as the learner takes one step per batch: nothing is clipped.
+    # Clip range of Eq. 1. It is used by grpo_correction.mode=clip, where r_t = pi/mu. With other modes r_t is always 1,
+    # as the learner takes one step per batch, and nothing is clipped.
     eps_low: float = 0.2
     eps_high: float = 0.28
     grpo_correction: Correction = field(default_factory=Correction)
@@ -149,6 +150,12 @@ class Algorithm:
                 "would mask nearly all at 1",
                 correction.bound,
             )
+        require(
+            self.grpo_correction.mode != CLIP or self.grpo_correction.bound > 1,
+            "algorithm.grpo_correction.bound",
+            "must be > 1 with mode clip, which would clip every negative advantage at the ratio 1",
+            self.grpo_correction.bound,
+        )
         require(
             self.kl_correction.mode != CLIP,
             "algorithm.kl_correction.mode",

@@ -207,7 +207,9 @@ def clipped(facts: Facts) -> Advisory | None:
     if share is None or share <= CLIPPED:
         return None
     ratio = facts.mean("correction_mean_stale")
-    evidence = f"{percent(share)} of the tokens have a limited weight; mean weight of stale tokens {number(ratio)}"
+    evidence = (
+        f"{percent(share)} of the tokens have a limited weight, or none; mean weight of stale tokens {number(ratio)}"
+    )
     remedy = f"lower {facts.key('hub', 'max_lag')} or {facts.key('optim', 'lr')}"
     return Advisory("warning", "The policy leaves its rollouts behind", evidence, remedy)
 

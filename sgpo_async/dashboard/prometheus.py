@@ -48,7 +48,7 @@ GAUGES = (
     ("gradient_norm", "Norm of the gradient before clipping.", "grad_norm"),
     ("learning_rate", "Learning rate of the last step.", "lr"),
     ("correction_mean", "Mean weight of the off-policy correction.", "correction_mean"),
-    ("correction_clipped_ratio", "Share of tokens whose correction is limited.", "correction_clipped"),
+    ("correction_clipped_ratio", "Share of tokens whose correction is limited or clipped.", "correction_clipped"),
 )
 COUNTERS = (
     ("tokens_generated", "Tokens that the engines have generated.", "tokens_generated"),

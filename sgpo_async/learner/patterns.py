@@ -2,7 +2,8 @@
 
     learner.patterns        share of the autonomous completions in which the regular expression is found: whether the
                             policy mentions a context that it does not have, or takes over the style of one
-    learner.token_classes   mean d_t (Eq. 3) of the distilled tokens whose whole text the regular expression matches
+    learner.token_classes   mean d_t (Eq. 3) of the distilled tokens whose whole text the regular expression matches;
+                            with two divergences (pi-distill) the mean over both
 
 Every rank counts in its own rollouts; one collective adds the counts of all.
 """

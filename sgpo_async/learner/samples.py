@@ -101,8 +101,9 @@ def chosen(
 ) -> tuple[list[KeptGroup], Divergences]:
     """Return the `number` groups of these shards with the smallest draws, and as many tasks' divergences.
 
-    The divergences are of targets that this rank has trained, which may belong to groups of other shards. A task that
-    is among the `number` smallest draws of all ranks is so on this rank, too.
+    The divergences are of targets that this rank has trained, which may belong to groups of other shards; of two
+    divergences of a rollout (pi-distill) it is the last. A task that is among the `number` smallest draws of all ranks
+    is so on this rank, too.
     """
     rollouts = [rollout for shard in parts for rollout in shard.rollouts]
     groups = [(task, tuple(own)) for task, own in groupby(rollouts, key=lambda rollout: rollout.task)]

@@ -16,9 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sgpo_async.algorithm import correction_weights, kl_mass, limit
-from sgpo_async.config.schema import Algorithm, Correction
-from sgpo_async.config.training import CLIP
+from sgpo_async.algorithm import kl_mass, limit
+from sgpo_async.config.schema import Algorithm
 from sgpo_async.learner import mismatch
 from sgpo_async.learner.batch import Batch
 from sgpo_async.learner.mismatch import AGES, Mismatch
@@ -61,20 +60,16 @@ class StepMetrics:
         for name, value in values.items():
             self.sums[name] += value.detach().sum()
 
-    def add_correction(self, term: str, weights: Tensor, log_rho: Tensor, lags: Tensor, rule: Correction) -> None:
+    def add_correction(self, term: str, weights: Tensor, clipped: Tensor, lags: Tensor) -> None:
         """Add the correction weights of one loss term.
 
         Args:
             term: one of TERMS.
-            weights: [N, T], as used in the loss.
-            log_rho: [N, T], log pi - log mu, from which the weights were computed.
+            weights: [N, T], the factor of each token in the gradient that the correction determines.
+            clipped: [N, T] bool, whether the rule's bound has changed it.
             lags: [N, T], lag of each token in versions; -1 in the padding.
-            rule: mode and bound. A token counts as clipped if its weight would differ without the bound.
         """
         mask = lags >= 0
-        zero = torch.zeros_like(log_rho)
-        mode = "token" if rule.mode == CLIP else rule.mode
-        clipped = weights != correction_weights(log_rho, zero, mask, mode=mode, bound=math.inf)
         for age, tokens in zip(AGES, (lags == 0, lags > 0), strict=True):
             self.sums[f"{term}_sum_{age}"] += weights.masked_fill(~tokens, 0).sum()
             self.sums[f"{term}_clipped_{age}"] += (clipped & tokens).sum()

@@ -24,10 +24,10 @@ from sgpo_async.algorithm import (
     Part,
     TeacherDivergence,
     TopDivergence,
-    clipped_ratios,
     correction_weights,
     distillation_loss,
     grpo_loss,
+    is_clipped,
     iw_opd_advantages,
     nll_loss,
     reference_loss,
@@ -35,7 +35,7 @@ from sgpo_async.algorithm import (
     rlsd_advantages,
     shaped_loss,
 )
-from sgpo_async.config.schema import Algorithm
+from sgpo_async.config.schema import Algorithm, Correction
 from sgpo_async.config.training import CLIP
 from sgpo_async.learner.batch import Batch, lags
 from sgpo_async.learner.objectives.base import Distillation, Likelihood, PolicyGradient
@@ -91,10 +91,11 @@ class PolicyGradientTerm:
         share = self._stand_for[:, None] * self._mask
         statistics.add(entropy=_unflatten(found.aside, self._mask) * share, entropy_tokens=share)
         weights = self._correction(log_pi)
+        clipped = _is_bounded(weights, log_rho, self._mask, rule)
         if self._clips:
-            advantages = self._token_advantages(log_pi)
-            weights = clipped_ratios(log_rho, advantages, self._clip).masked_fill(~self._mask, 0)
-        statistics.add_correction("correction", weights, log_rho, self._age, rule)
+            clipped = is_clipped(log_rho, self._token_advantages(log_pi), self._clip)
+            weights = log_rho.exp().masked_fill(clipped, 0)
+        statistics.add_correction("correction", weights, clipped, self._age)
         # After another prompt than the engine's, the two differ by more than the engine.
         comparable_lags = torch.where(self._own_prompt, self._age, -1)
         statistics.mismatch.add(log_rho, comparable_lags, _later(self._rollouts, self._mask))
@@ -110,8 +111,7 @@ class PolicyGradientTerm:
             clip=self._clip,
         )
         if self._log_reference is not None:
-            drift = reference_loss(log_pi, self._log_reference, self._mask, self._correction(log_pi))
-            losses = losses + self._algorithm.reference_kl * drift
+            losses = losses + self._algorithm.reference_kl * self._drift(log_pi)
         return (losses * self._weights).sum()
 
     def _token_advantages(self, log_pi: Tensor) -> Tensor:
@@ -139,6 +139,14 @@ class PolicyGradientTerm:
         rule = self._algorithm.grpo_correction
         mode = "none" if self._clips else rule.mode  # the clipped ratio is in the loss itself
         return correction_weights(log_pi, self._log_mu, self._mask, mode=mode, bound=rule.bound)
+
+    def _drift(self, log_pi: Tensor) -> Tensor:
+        """The loss towards the initial weights of each rollout, [N]; it has no advantage that could be clipped."""
+        assert self._log_reference is not None
+        rule = self._algorithm.grpo_correction
+        mode = "token" if self._clips else rule.mode
+        weights = correction_weights(log_pi, self._log_mu, self._mask, mode=mode, bound=rule.bound)
+        return reference_loss(log_pi, self._log_reference, self._mask, weights)
 
 
 class DistillationTerm:
@@ -170,7 +178,8 @@ class DistillationTerm:
         d, log_teacher = (_unflatten(flat, self._mask) for flat in (found.value, found.aside))
         correction, rule = self._correction(log_teacher), self._algorithm.kl_correction
         statistics.add(kd_loss=found.loss)
-        statistics.add_correction("kl_correction", correction, log_teacher - self._log_mu, self._age, rule)
+        bounded = _is_bounded(correction, log_teacher - self._log_mu, self._mask, rule)
+        statistics.add_correction("kl_correction", correction, bounded, self._age)
         statistics.add_kl(d, self._mask, self._algorithm)
         statistics.keep_kl(self._rollouts, d)
 
@@ -252,3 +261,11 @@ def _unflatten(flat: Tensor, mask: Tensor) -> Tensor:
 
 def _like(tensor: Tensor, values: np.ndarray | list[float]) -> Tensor:
     return torch.as_tensor(np.asarray(values)).to(tensor.device, tensor.dtype)
+
+
+def _is_bounded(weights: Tensor, log_rho: Tensor, mask: Tensor, rule: Correction) -> Tensor:
+    """Whether the correction weight of each token [N, T] would differ without the bound."""
+    if rule.mode == CLIP:  # its weights are ones
+        return torch.zeros_like(mask)
+    free = correction_weights(log_rho, torch.zeros_like(log_rho), mask, mode=rule.mode, bound=math.inf)
+    return weights != free

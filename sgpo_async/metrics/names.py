@@ -50,7 +50,11 @@ def _corrections(term: str, loss: str) -> Iterator[Metric]:
     for suffix, tokens in (("", ""), ("_lag0", " at lag 0"), ("_stale", " of stale tokens")):
         for part, unit, text in (
             ("mean", "1", f"Mean correction weight{tokens or ' of all tokens'} in the {loss} loss."),
-            ("clipped", RATIO, f"Tokens{tokens} whose weight in the {loss} loss is limited by the bound."),
+            (
+                "clipped",
+                RATIO,
+                f"Tokens{tokens} whose weight in the {loss} loss is limited by the bound, or 0 by the clip.",
+            ),
             ("min", "1", f"Smallest correction weight{tokens or ' of any token'} in the {loss} loss."),
         ):
             yield Metric(f"{term}_{part}{suffix}", "mismatch", unit, text)

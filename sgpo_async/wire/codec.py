@@ -3,8 +3,8 @@
     first frame    MessagePack of PROTOCOL, then MessagePack of {"kind": "Rollout", field: value, ...}
     second frame   array and bytes fields, little-endian, each filled up to 8 bytes; absent if it would be empty
 
-One frame for all arrays, because every frame costs sender and receiver about as much as an array. It is copied together
-when it is sent, and a decoded array keeps the whole of it in memory.
+One frame for all arrays, because every frame costs sender and receiver about as much as an array. Encoding copies all
+arrays into it; as long as one decoded array is referenced, the whole frame stays in memory. An empty one is accepted.
 
 `decode` compares the protocol version before it reads anything else. It then walks through a header that is not `SHORT`
 without building objects, so that a length that the header claims but does not hold allocates no memory. It limits the

@@ -29,7 +29,7 @@ INT64 = 2**63
 MAX_DEPTH = 32  # of nested plain data in one field
 LEAVES = frozenset({type(None), bool, int, float, str})
 ALIGNED = 8  # bytes: the size of the largest item
-PADDING = [b"\xff" * count for count in range(ALIGNED)]  # read by mistake, it is no token id and not a number
+PADDING = [b"\xff" * count for count in range(ALIGNED)]  # as an int32 it is -1, which is no token id; as a float, NaN
 
 Buffers = list[Any]  # of bytes and arrays; mypy does not know that arrays are buffers
 """What the second frame consists of, one after another."""
@@ -56,7 +56,7 @@ class Arrays:
         end = start + size * itemsize
         self.taken = end + -end % ALIGNED
         if self.frame[end : self.taken] != PADDING[self.taken - end]:
-            raise WireError(f"{where}: {size} items are not followed by the bytes that fill up")
+            raise WireError(f"{where}: its {size} items must be followed by bytes 0xff up to a multiple of {ALIGNED}")
         return start
 
 

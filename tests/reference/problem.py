@@ -66,7 +66,9 @@ class Problem:
         own = sampled(rollout)
         log_pi = self.sampled_log_pi(self.model, rollout)[own]
         log_0 = self.sampled_log_pi(self.start, rollout).detach()[own]
-        c = correction(self.sampled_log_pi(self.at, rollout)[own], rollout, self.rule.grpo_correction)
+        rule = self.rule.grpo_correction
+        rule = replace(rule, mode="token") if rule.mode == "clip" else rule
+        c = correction(self.sampled_log_pi(self.at, rollout)[own], rollout, rule)
         return self.rule.reference_kl * (c * (log_pi - log_0) ** 2 / 2).mean()
 
     def surrogate(self, rollout: Rollout, advantage: float | Tensor, prompt: np.ndarray | None = None) -> Tensor:

@@ -137,6 +137,10 @@ def _write(folder: Path, text: str) -> Path:
             ["algorithm.kl_correction.bound must be > 1 with mode token-mask", "got 1.0"],
         ),
         (
+            "algorithm.grpo_correction={mode: clip, bound: 1}",
+            ["algorithm.grpo_correction.bound must be > 1 with mode clip", "got 1"],
+        ),
+        (
             "algorithm.kl_correction.mode=clip",
             ["algorithm.kl_correction.mode must not be clip, which needs advantages"],
         ),

@@ -137,8 +137,10 @@ def test_every_correction_equals_the_reference(mode: str) -> None:
     assert_equal(gradients(run, parts), expected(run, parts))
 
 
-@pytest.mark.parametrize("objective", ["sgpo", "rlsd", "pi-distill"])
-@pytest.mark.parametrize("bound", [1.1, 3.0])
+@pytest.mark.parametrize(
+    ("objective", "bound"),
+    [("sgpo", 1.1), ("sgpo", 3.0), ("rlsd", 3.0), ("rlcsd", 3.0), ("iw-opd", 1.1), ("pi-distill", 3.0)],
+)
 def test_ppo_s_clip_against_the_behaviour_policy_equals_the_reference(objective: str, bound: float) -> None:
     rule = Correction(mode="clip", bound=bound)
     run = cases.settings(grpo_correction=rule, objective=objective, **IN_CONTEXT)
@@ -175,6 +177,7 @@ def test_a_frozen_teacher_gets_no_gradient_and_does_not_change() -> None:
 
 OBSERVED_RUNS = {
     **{f"correction {mode}": {"grpo_correction": Correction(mode=mode, bound=2.0)} for mode in MODES},
+    "clip": {"grpo_correction": Correction(mode="clip", bound=2.0)},
     "prefix of the teacher": {"kl_correction": Correction(mode="prefix", bound=1.0)},
     "behaviour as the teacher": {"teacher": "behaviour", "limiter": "none"},
     "all targets": {"target": "all", "limiter": "quantile", "quantile": 0.7},

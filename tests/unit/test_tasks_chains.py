@@ -3,6 +3,7 @@
 import random
 import re
 from collections import Counter
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
@@ -10,8 +11,10 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sgpo_async.config.experiment import PRETRAINING, Domain
+from sgpo_async.config.experiment import PRETRAINING, Base, Domain
 from sgpo_async.config.schema import Context, Tasks
+from sgpo_async.errors import DataError
+from sgpo_async.model.folder import model_folder
 from sgpo_async.tasks import cues_policy
 from sgpo_async.tasks.chains import ChainsSource
 from sgpo_async.tasks.chains_domain import (
@@ -27,7 +30,8 @@ from sgpo_async.tasks.chains_domain import (
 )
 from sgpo_async.tasks.chains_policy import VOCABULARY, draw_example, guess_probabilities
 from sgpo_async.tasks.contexts import ContextSource
-from sgpo_async.tasks.pretrain import SPECIFICATIONS
+from sgpo_async.tasks.cues_domain import Exercise
+from sgpo_async.tasks.pretrain import SPECIFICATIONS, Recipe, pretrain
 from sgpo_async.tasks.sources import GENERATED
 from sgpo_async.tasks.verify import INLINE, VERIFIERS
 from sgpo_async.tasks.word_policy import KINDS, LONGEST, word_tokenizer
@@ -177,10 +181,15 @@ def test_the_plan_of_an_example_agrees_with_its_context(domain: Domain) -> None:
             assert [digit for pair in told for digit in pair] == before
         elif "answer" not in before[:-2] and len(before) < len(words) / 2:
             kinds["beginning"] += 1
-            decided = 7 if domain == "chains" else 3
-            same = len(before) if len(before) < decided else decided
-            assert before[:same] == words[:same]
+            decided = (Story if domain == "chains" else Exercise).decided_after
+            assert before[:decided] == words[: min(len(before), decided)]
     assert min(kinds["answer"], kinds["beginning"]) > 100
+
+
+def test_a_policy_of_another_domain_is_no_start(tmp_path: Path) -> None:
+    recipe = Recipe(**Base(domain="chains", contexts=True).pretraining)
+    with pytest.raises(DataError, match="has another vocabulary than the domain chains; start from a policy of it"):
+        pretrain(recipe, out=tmp_path / "never", start=model_folder("builtin:cues"))
 
 
 def test_the_random_numbers_of_the_shipped_policy_have_not_changed() -> None:
