@@ -316,10 +316,10 @@ class Fleet:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """For one number of nodes: python -m sgpo_async.bench.scale NODES [SPEED]."""
-    words = sys.argv[1:] if argv is None else list(argv)
+    """For one number of nodes: python -m sgpo_async.bench.scale NODES [SPEED [STEPS]]."""
+    nodes, speed, steps = [*(sys.argv[1:] if argv is None else argv), "1.0", str(STEPS)][:3]
     print(HEAD)
-    print(measure(int(words[0]), speed=float(words[1]) if len(words) > 1 else 1.0, steps=STEPS).text)
+    print(measure(int(nodes), speed=float(speed), steps=int(steps)).text)
     return 0
 
 

@@ -55,6 +55,7 @@ REPORTS_PER_S = 32  # of all actors: the more there are, the less often each rep
 RETURN_S = 5.0  # how long an actor may take to send a new Hello after its weight sender has ended
 RESTART_RETURN_S = 30.0  # ... after a restart of the hub
 FAIR_S = 3.0  # after a publication, how long tasks are kept for actors that do not serve the new weights yet
+CHECK_S = 1.0  # how often the ledgers are checked
 MAX_EARLY = 4096  # messages that are kept until a Published arrives
 MAX_INVALID = 3  # after so many invalid messages and rollouts, an actor is refused for good
 MAX_QUARANTINED = 100  # names of actors with one key; who has it could take another name again and again
@@ -112,6 +113,7 @@ class HubCore:
         self.closing: tuple[str, float] | None = None  # reason and deadline, once the run is ending
         self.interrupted = self.closed = False
         self.ranks_until = now  # how long the hub waits for the learner after an interrupt
+        self._check_at = now
         self._effects: list[Effect] = []
 
     def handle(self, event: Event, now: float) -> list[Effect]:
@@ -120,7 +122,8 @@ class HubCore:
         if not self.closed:
             if self._process(event):
                 self._apply_rules()
-            if isinstance(event, ev.Tick):  # not after every event, because it counts all that is in flight
+            if isinstance(event, ev.Tick) and now >= self._check_at:  # rarely, because it counts all that is in flight
+                self._check_at = now + CHECK_S
                 self.check_ledgers()
         elif isinstance(event, ev.HubRestarted) and self.closing:
             self._effects.append(Shutdown(self.closing[0]))  # the process was killed before it had ended

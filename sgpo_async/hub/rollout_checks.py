@@ -77,7 +77,7 @@ def _part(lease: Lease, part: PartialRollout) -> str | None:
         return "top_tokens must hold top_logprobs_num for each token of a guided rollout"
     if part.start == 0 and part.versions[0] == OBSERVED:
         return BEGINS
-    if (part.logprobs[~sampled_by_policy(part.versions, part.ends)] != 0).any():
+    if OBSERVED in part.versions and (part.logprobs[~sampled_by_policy(part.versions, part.ends)] != 0).any():
         return CERTAIN
     if not _are_logprobs(part.logprobs) or (part.top_logprobs is not None and not _are_logprobs(part.top_logprobs)):
         return f"logprobs must be in [{LOWEST:g}, 0]"

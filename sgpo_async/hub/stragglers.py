@@ -40,6 +40,8 @@ def late_lease(
         return None
     latest = now - LATE * median(durations)
     slow = _slow_actors(actors, now=now, heartbeat_s=heartbeat_s)
+    if not slow:
+        return None  # without looking at the leases: on large clusters there are thousands
     late = [lease for lease in leases if lease.issued < latest and lease.member in slow]
     return min(late, key=lambda lease: lease.issued, default=None)
 
