@@ -47,7 +47,7 @@ from sgpo_async.simulation.world import run_of
 from sgpo_async.transport import Dealer, Mailbox
 from sgpo_async.wire import records as wire
 
-NODES = (1, 4, 16, 64, 128, 256)
+NODES = (1, 4, 16, 64, 256)
 FULL_SPEED = 64  # nodes that this process can be at the speed of real ones
 LENGTHS = Lengths(longest=2048, median=300, sigma=0.7)
 SLOTS, LAG = 64, 8
@@ -317,7 +317,8 @@ class Fleet:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """For one number of nodes: python -m sgpo_async.bench.scale NODES [SPEED [STEPS]]."""
-    nodes, speed, steps = [*(sys.argv[1:] if argv is None else argv), "1.0", str(STEPS)][:3]
+    words = sys.argv[1:] if argv is None else list(argv)
+    nodes, speed, steps = [*words, *("", "1.0", str(STEPS))[len(words) :]]
     print(HEAD)
     print(measure(int(nodes), speed=float(speed), steps=int(steps)).text)
     return 0
