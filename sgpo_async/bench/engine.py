@@ -72,7 +72,7 @@ class Sizes:
     seed: int = 0
 
 
-FULL, QUICK = Sizes(), Sizes(batches=2, turns=3)
+FULL, QUICK = Sizes(), Sizes(batches=2, turns=2)
 OTHER, OTHER_QUICK = Sizes(slots=16, batches=3, turns=3), Sizes(slots=8, batches=2, mean=8, turns=2)  # of --model
 
 
