@@ -43,10 +43,11 @@ def test_a_page_equals_the_one_written_from_the_table(
 
 
 def test_the_table_contains_the_results_of_the_files_that_it_replaced() -> None:
-    """The digest is that of the earlier files, one for each trial."""
-    lines = "\n".join(sorted(json.dumps(found, sort_keys=True) for found in trials().values()))
+    """The digest is that of the earlier files, one for each trial; there was no mode `clip` yet."""
+    earlier = [one for one in trials().values() if one["config"]["algorithm"]["grpo_correction"]["mode"] != "clip"]
+    lines = "\n".join(sorted(json.dumps(found, sort_keys=True) for found in earlier))
     digest = hashlib.blake2b(lines.encode(), digest_size=16).hexdigest()
-    assert (len(trials()), digest) == (1170, "f6f2ce2e77576c2bf268b78a3be2c6b5")
+    assert (len(earlier), digest) == (1170, "f6f2ce2e77576c2bf268b78a3be2c6b5")
 
 
 def test_the_committed_bases_are_those_of_the_experiments() -> None:
