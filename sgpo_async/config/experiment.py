@@ -21,8 +21,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from dataclasses import fields as fields_of
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from itertools import combinations
 from pathlib import Path
@@ -41,8 +40,7 @@ from sgpo_async.errors import ConfigError
 BASE = "base:"  # prefix in `model.path` for the name of a base
 FIGURE_KINDS = ("curves", "alpha", "masked", "entropy")
 METRIC = "metric"  # the kind of a figure that shows Figure.metric
-# The metrics of a step whose means the points of a curve have:
-_LEARNED = (
+MEASURED = (  # the metrics of a step whose means the points of a curve have
     "loss",
     "grpo_loss",
     "kd_loss",
@@ -52,8 +50,11 @@ _LEARNED = (
     "kl_masked_mass",
     "correction_clipped",
     "grad_norm",
+    "pass_auto",
+    "pass_guided",
+    "reward_auto",
+    "length_auto",
 )
-MEASURED = (*_LEARNED, "pass_auto", "pass_guided", "reward_auto", "length_auto")
 MEASURED_BY_NAME = ("patterns", "kl_classes")  # metrics that are objects: the points have each entry, as KEY/NAME
 RECIPE = "from"  # in a method: a configuration whose keys it begins with
 MOST_CURVES = 12  # in one figure: as many as can be told apart by colour and dashes
@@ -208,7 +209,7 @@ class Experiment:
                 not base.train or base == Base(start=base.start, train=base.train),
                 f"bases.{name}",
                 "must have no setting beside start and train: it is trained, not pretrained",
-                ", ".join(one.name for one in fields_of(Base) if getattr(base, one.name) != getattr(Base(), one.name)),
+                ", ".join(one.name for one in fields(Base) if getattr(base, one.name) != getattr(Base(), one.name)),
             )
             if not base.train:
                 base.check(f"bases.{name}")

@@ -65,6 +65,8 @@ class PolicyGradientTerm:
         self._algorithm, self._step, self._rollouts = algorithm, batch.step, [item.rollout for item in items]
         rule = algorithm.grpo_correction
         self._clips = rule.mode == CLIP
+        # The clipped ratio is in the loss itself. The KL to the initial weights has no advantage, so it is not clipped.
+        self._mode, self._drift_mode = ("none", "token") if self._clips else (rule.mode, rule.mode)
         self._clip = Clip(algorithm.eps_low, algorithm.eps_high, rule.bound if self._clips else math.inf)
         self._log_mu, self._age = _behaviour(self._rollouts, batch.version, like)
         self._mask = self._age >= 0
@@ -90,11 +92,12 @@ class PolicyGradientTerm:
             statistics.add(kept=self._mask.sum() + int(self._kept.sizes.sum()))
         share = self._stand_for[:, None] * self._mask
         statistics.add(entropy=_unflatten(found.aside, self._mask) * share, entropy_tokens=share)
-        weights = self._correction(log_pi)
-        clipped = _is_bounded(weights, log_rho, self._mask, rule)
         if self._clips:
             clipped = is_clipped(log_rho, self._token_advantages(log_pi), self._clip)
             weights = log_rho.exp().masked_fill(clipped, 0)
+        else:
+            weights = self._correction(log_pi, self._mode)
+            clipped = _is_bounded(weights, log_rho, self._mask, rule)
         statistics.add_correction("correction", weights, clipped, self._age)
         # After another prompt than the engine's, the two differ by more than the engine.
         comparable_lags = torch.where(self._own_prompt, self._age, -1)
@@ -106,12 +109,14 @@ class PolicyGradientTerm:
             log_pi,
             self._mask,
             self._token_advantages(log_pi),
-            correction=self._correction(log_pi),
+            correction=self._correction(log_pi, self._mode),
             log_prox=self._log_mu if self._clips else None,
             clip=self._clip,
         )
         if self._log_reference is not None:
-            losses = losses + self._algorithm.reference_kl * self._drift(log_pi)
+            weights = self._correction(log_pi, self._drift_mode)
+            drift = reference_loss(log_pi, self._log_reference, self._mask, weights)
+            losses = losses + self._algorithm.reference_kl * drift
         return (losses * self._weights).sum()
 
     def _token_advantages(self, log_pi: Tensor) -> Tensor:
@@ -135,18 +140,9 @@ class PolicyGradientTerm:
             credited = iw_opd_advantages(evidence, log_pi, self._mask, gamma=algorithm.iw_gamma)
         return torch.where(known, credited, found)
 
-    def _correction(self, log_pi: Tensor) -> Tensor:
-        rule = self._algorithm.grpo_correction
-        mode = "none" if self._clips else rule.mode  # the clipped ratio is in the loss itself
-        return correction_weights(log_pi, self._log_mu, self._mask, mode=mode, bound=rule.bound)
-
-    def _drift(self, log_pi: Tensor) -> Tensor:
-        """The loss towards the initial weights of each rollout, [N]; it has no advantage that could be clipped."""
-        assert self._log_reference is not None
-        rule = self._algorithm.grpo_correction
-        mode = "token" if self._clips else rule.mode
-        weights = correction_weights(log_pi, self._log_mu, self._mask, mode=mode, bound=rule.bound)
-        return reference_loss(log_pi, self._log_reference, self._mask, weights)
+    def _correction(self, log_pi: Tensor, mode: str) -> Tensor:
+        bound = self._algorithm.grpo_correction.bound
+        return correction_weights(log_pi, self._log_mu, self._mask, mode=mode, bound=bound)
 
 
 class DistillationTerm:
@@ -265,7 +261,5 @@ def _like(tensor: Tensor, values: np.ndarray | list[float]) -> Tensor:
 
 def _is_bounded(weights: Tensor, log_rho: Tensor, mask: Tensor, rule: Correction) -> Tensor:
     """Whether the correction weight of each token [N, T] would differ without the bound."""
-    if rule.mode == CLIP:  # its weights are ones
-        return torch.zeros_like(mask)
     free = correction_weights(log_rho, torch.zeros_like(log_rho), mask, mode=rule.mode, bound=math.inf)
     return weights != free

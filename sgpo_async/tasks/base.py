@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -33,6 +34,11 @@ class Problem:
     def digest(self) -> str:
         """Identifies the problem by its content, so that two evaluations can be matched problem by problem."""
         return xxhash.xxh3_64_hexdigest(f"{self.problem}\0{self.answer}".encode())
+
+
+def longest(problems: Sequence[Problem], count: int) -> list[Problem]:
+    """The problems with the most characters, the strategy or context included."""
+    return heapq.nlargest(count, problems, key=lambda p: len(p.problem) + len(p.strategy or ""))
 
 
 class ProblemSource(Protocol):

@@ -24,7 +24,7 @@ from sgpo_async.tasks.chains_domain import (
     Story,
     draw_story,
 )
-from sgpo_async.tasks.word_policy import draw_context
+from sgpo_async.tasks.word_policy import draw_context, draw_guesses
 
 VOCABULARY = (*KEYWORDS, *DIGITS, *PEOPLE, *WORDS)
 P_MARK, P_HENCE = 0.5, 0.1  # that a guided solution begins with a mark; that a solution says "hence"
@@ -55,10 +55,10 @@ def draw_example(
 
     story = draw_story(rng, length=rng.randint(1, min(max(LENGTHS), 1 + int(9 * progress))))
     other = draw_story(rng, length=rng.choice(LENGTHS))
-    guesses = [guess_probabilities(one.word, p_true=p_true, p_favourite=p_favourite) for one in story.sentences]
-    guessed = tuple(rng.choices(list(guess), list(guess.values()))[0] for guess in guesses)
+    guesses = (guess_probabilities(one.word, p_true=p_true, p_favourite=p_favourite) for one in story.sentences)
+    guessed = draw_guesses(rng, guesses)
     others = (other, uniform(other))
     drawn = draw_context(rng, story, contexts=contexts, shown=uniform(story), guessed=guessed, other=others)
     mark = MARKS.get(drawn.kind, "") if rng.random() < P_MARK else ""
     solution = story.solution_text(drawn.plan, mark=mark, hence=rng.random() < P_HENCE)
-    return f"{drawn.text} {story.problem_text()}".strip(), solution
+    return drawn.prompt, solution

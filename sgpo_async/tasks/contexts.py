@@ -15,12 +15,11 @@ no rollout is guided by it.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from sgpo_async.config.schema import Context
-from sgpo_async.tasks.base import ListedSource, Problem
+from sgpo_async.tasks.base import ListedSource, Problem, longest
 
 PART = 4  # a partial response is a quarter of the response; POPE, arXiv 2601.18779: at most that
 
@@ -49,7 +48,7 @@ class ContextSource:
 
     def longest_problems(self, count: int) -> Sequence[Problem]:
         """The training problems with the most characters, the context included."""
-        return heapq.nlargest(count, self.training_problems(), key=lambda p: len(p.problem) + len(p.strategy or ""))
+        return longest(self.training_problems(), count)
 
     def held_out(self) -> Sequence[Problem]:
         """The held-out problems."""

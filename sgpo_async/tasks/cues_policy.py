@@ -20,7 +20,7 @@ from sgpo_async.tasks.cues_domain import (
     Exercise,
     draw_exercise,
 )
-from sgpo_async.tasks.word_policy import draw_context
+from sgpo_async.tasks.word_policy import draw_context, draw_guesses
 
 VOCABULARY = (*KEYWORDS, *DIGITS, *TECHNIQUES, *CUES)
 
@@ -61,8 +61,8 @@ def draw_example(
 
 
 def _guess(rng: random.Random, exercise: Exercise, p_true: float, p_favourite: float) -> tuple[str, ...]:
-    guesses = [guess_probabilities(cue, p_true=p_true, p_favourite=p_favourite) for cue in exercise.cues]
-    return tuple(rng.choices(list(guess), list(guess.values()))[0] for guess in guesses)
+    guesses = (guess_probabilities(cue, p_true=p_true, p_favourite=p_favourite) for cue in exercise.cues)
+    return draw_guesses(rng, guesses)
 
 
 def _draw_in_context(rng: random.Random, exercise: Exercise, *, p_true: float, p_favourite: float) -> tuple[str, str]:
@@ -78,4 +78,4 @@ def _draw_in_context(rng: random.Random, exercise: Exercise, *, p_true: float, p
         guessed=_guess(rng, exercise, p_true, p_favourite),
         other=(other, uniform(other)),
     )
-    return f"{drawn.text} {exercise.problem_text()}".strip(), exercise.solution_text(tuple(drawn.plan))
+    return drawn.prompt, exercise.solution_text(tuple(drawn.plan))

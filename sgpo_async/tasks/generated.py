@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import heapq
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from sgpo_async.tasks.base import SPLIT_SEED, Problem
+from sgpo_async.tasks.base import SPLIT_SEED, Problem, longest
 
 SHOWN = 256  # problems that are shown of the endless stream
 
@@ -44,7 +43,7 @@ class GeneratedSource(ABC):
 
     def longest_problems(self, count: int) -> Sequence[Problem]:
         """Of the first SHOWN training problems, those with the most characters, the strategy included."""
-        return heapq.nlargest(count, self.training_problems(), key=lambda p: len(p.problem) + len(p.strategy or ""))
+        return longest(self.training_problems(), count)
 
     def held_out(self) -> Sequence[Problem]:
         """The held-out problems."""

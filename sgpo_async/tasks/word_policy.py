@@ -7,8 +7,8 @@ policy follows a plan that its prompt shows, and guesses one otherwise.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config
@@ -31,6 +31,7 @@ KINDS: dict[Kind, float] = {
 PLAIN: dict[Kind, float] = {"none": 0.5, "strategy": 0.5}
 """The same of a policy that knows only strategies."""
 
+T = TypeVar("T")
 Plan = Sequence[Any]
 
 
@@ -51,11 +52,16 @@ class Exercise(Protocol):
 
 
 class InContext(NamedTuple):
-    """What stands before a problem, and the plan of its solution."""
+    """A prompt, what stands in it before the problem, and the plan of its solution."""
 
     kind: Kind
-    text: str
+    prompt: str
     plan: Plan
+
+
+def draw_guesses(rng: random.Random, guesses: Iterable[Mapping[T, float]]) -> tuple[T, ...]:
+    """One of the keys of each mapping, with the probability that is its value."""
+    return tuple(rng.choices(list(guess), list(guess.values()))[0] for guess in guesses)
 
 
 def draw_context(
@@ -77,23 +83,25 @@ def draw_context(
     """
     kinds = KINDS if contexts else PLAIN
     kind = rng.choices(list(kinds), list(kinds.values()))[0]
+    text, plan = "", guessed
     match kind:
         case "strategy":
-            return InContext(kind, exercise.strategy_text(shown), shown)
+            text, plan = exercise.strategy_text(shown), shown
         case "response":  # or a sibling, which the policy itself has written
             write = exercise.response_text if rng.random() < 0.5 else exercise.solution_text
-            return InContext(kind, write(shown), shown)
+            text, plan = write(shown), shown
         case "partial-response":
-            plan: Plan = [*shown[:1], *guessed[1:]]
-            text = beginning(exercise.response_text(plan))
+            begun = [*shown[:1], *guessed[1:]]
+            text = beginning(exercise.response_text(begun))
             if len(text.split(" ")) >= exercise.decided_after:
-                return InContext(kind, text, plan)
-            return InContext(kind, beginning(exercise.response_text(guessed)), guessed)  # it does not tell a step
+                plan = begun
+            else:  # it does not tell a step
+                text = beginning(exercise.response_text(guessed))
         case "answer":
-            return InContext(kind, exercise.answer_text(guessed), guessed)
+            text = exercise.answer_text(guessed)
         case "other-strategy":
-            return InContext(kind, other[0].strategy_text(other[1]), guessed)
-    return InContext(kind, "", guessed)
+            text = other[0].strategy_text(other[1])
+    return InContext(kind, f"{text} {exercise.problem_text()}".strip(), plan)
 
 
 def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:

@@ -58,13 +58,10 @@ class RecordPlan:
     def dump(self, message: Any, buffers: Buffers) -> dict[str, Any]:
         if type(message) is not self.record:
             raise unexpected(self.where, self.name, message)
-        plain = self.dump_fields(message, buffers)
+        values = message.__dict__
+        plain = {name: dump(values[name], buffers) for name, dump in self.dumps}
         self.check(message)
         return plain
-
-    def dump_fields(self, message: Any, buffers: Buffers) -> dict[str, Any]:
-        values = message.__dict__
-        return {name: dump(values[name], buffers) for name, dump in self.dumps}
 
     def load(self, plain: Any, arrays: Arrays) -> Any:
         if type(plain) is not dict:
