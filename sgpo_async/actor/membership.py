@@ -74,9 +74,12 @@ class Membership:
     def advance(self, holds: Sequence[tuple[int, int]]) -> None:
         """Notice a lost connection; say Hello when it is due. `holds`: (task, attempt) of the leases in progress.
 
-        Raises HubAbsent after `timeout_s` without a hub.
+        A connection that is away ends the membership, too: weights may still come from another actor, or be in its
+        store, so nothing else tells a member that its hub has gone or refuses its key.
+
+        Raises HubAbsent after `timeout_s` without a hub, HubError if the hub refuses the connection.
         """
-        if self._mailbox.connections != self._connections:
+        if self._mailbox.connections != self._connections or (self.serving and not self._dealer.connected):
             self._connections = self._mailbox.connections
             self.lost("the connection to the hub was lost", unserved=False)
         if self.serving:
@@ -88,7 +91,7 @@ class Membership:
                 f"hub {self._dealer.address}: not a member for {self._timeout_s:g} s"
                 + (f", because {self._last_failure}" if self._last_failure else "; check that the hub runs")
             )
-        if now >= self._hello_at:
+        if now >= self._hello_at and self._dealer.connected:
             pairs = np.array(holds, np.int32).reshape(-1)
             self._mailbox.send(replace(self._hello, holds=pairs, direct=self._direct))
             self._hello_at = now + REPEAT_S

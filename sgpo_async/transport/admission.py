@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 LOOK_S = 1.0  # between two looks at the folder of keys
 RATE_S = 10.0  # time over which the rate of a member is averaged
 COUNTED_BYTES = 2**20  # a message counts once, and once more for each of these
-PARTING_S = 1.0  # for the last message to a member that sends too much, before its connection ends
+PARTING_S = 1.0  # for the last message to a member that may not go on, before its connection ends
 
 
 class KnownKeys:
@@ -90,6 +90,7 @@ class Admission:
         self._keys, self._max_per_s, self._clock = keys, max_per_s, clock
         self._looked_at = clock()
         self._members: dict[bytes, _Sending] = {}
+        self._revoked: dict[bytes, float] = {}  # when which key was
         self._expelled: list[tuple[bytes, str]] = []
 
     def callback(self, _domain: str, key: bytes) -> bool:
@@ -124,8 +125,10 @@ class Admission:
 
     def is_hopeless(self, member: bytes) -> bool:
         """Whether the connection of a message that was not admitted shall end."""
-        sending = self._members.get(member)
-        return sending is None or sending.expelled_at is None or self._clock() - sending.expelled_at > PARTING_S
+        expelled_at = self._revoked.get(owner_of(member))
+        if (sending := self._members.get(member)) and sending.expelled_at is not None:
+            expelled_at = sending.expelled_at
+        return expelled_at is None or self._clock() - expelled_at > PARTING_S
 
     def look(self) -> None:
         """If it is time: notice which keys were revoked, and forget members that have sent nothing for RATE_S."""
@@ -136,6 +139,7 @@ class Admission:
         for member in [member for member, sending in self._members.items() if now - sending.at > RATE_S]:
             del self._members[member]
         for key, name in (self._keys.look() if self._keys else {}).items():
+            self._revoked[key] = now
             self._expelled.append((key, f"the key {name} was revoked"))
 
     def expelled(self) -> list[tuple[bytes, str]]:

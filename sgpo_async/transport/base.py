@@ -57,6 +57,7 @@ class DealerEnd(Protocol):
     address: str  # of the hub
     max_bytes: int
     connections: int  # how often it has connected to the hub; grows with every reconnection
+    connected: bool  # as of the last `poll`
 
     def poll(self, timeout_s: float) -> list[Frames]:
         """The messages that have arrived; waits at most `timeout_s` for the first one."""

@@ -68,7 +68,7 @@ class MemoryDealer:
     def __init__(self, router: MemoryRouter, identity: bytes, key: bytes = b"") -> None:
         self.identity, self.key, self.address = identity, key, router.address
         self.max_bytes = router.max_bytes
-        self.connections = 1
+        self.connections, self.connected = 1, True
         self.inbox: deque[Frames] = deque()
         self._router = router
 

@@ -222,8 +222,8 @@ def test_who_has_a_revoked_key_is_expelled_and_does_not_come_in_again(
         assert router.poll(0.1) == [] and time.monotonic() < deadline
         expelled = router.expelled()
     assert expelled == [(key, "the key bad was revoked")] and router.expelled() == []
-    bad.send([b"2"])
-    while bad.identity not in router.gone():
+    while bad.identity not in router.gone():  # which leaves time to tell it why
+        bad.send([b"2"])
         assert router.poll(0.1) == [] and time.monotonic() < deadline
     assert "it does not know this side's key" in refusal(bad)
     good.send([b"3"])

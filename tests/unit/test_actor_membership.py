@@ -89,6 +89,40 @@ def test_a_new_connection_means_a_new_hello_and_a_new_weight_receiver(member: Me
     assert member.membership.node is member.nodes[1]
 
 
+def test_a_connection_that_is_away_ends_the_membership(member: Member, clock: Clock) -> None:
+    """Weights may come from another actor all the while, so no lost session tells of it."""
+    member.membership.advance([])
+    member.membership.welcomed(Welcome(run_id="run", source="b"))
+    member.hellos()
+    member.hub.dealer.connected = False
+    for _ in range(3):
+        member.membership.advance([])
+        clock.now += REPEAT_S
+    assert not member.membership.serving and not member.hellos(), "a Hello would wait, and come twice"
+    assert [node.stopped for node in member.nodes] == [True, False]
+    member.hub.dealer.connected = True
+    member.hub.connections += 1
+    member.membership.advance([])
+    assert [hello.direct for hello in member.hellos()] == [False]
+
+
+def test_a_hub_that_is_away_and_one_that_refuses_the_connection_are_errors_of_a_member(
+    member: Member, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused() -> None:
+        raise HubError("refuses the connection")
+
+    member.membership.welcomed(Welcome(run_id="run", store="/proc/1/fd/1"))
+    member.hub.dealer.connected = False
+    member.membership.advance([])
+    clock.now += TIMEOUT_S + 1.0
+    with pytest.raises(HubError, match="not a member for 60 s, because the connection to the hub was lost"):
+        member.membership.advance([])
+    monkeypatch.setattr(member.hub.dealer, "check_refused", refused)
+    with pytest.raises(HubError, match="refuses the connection"):
+        member.membership.advance([])
+
+
 def test_a_second_welcome_replaces_the_weight_receiver(member: Member) -> None:
     """The hub has answered two Hellos, and started two weight senders; the second one is the one that lives."""
     member.membership.welcomed(Welcome(run_id="run", session_port=1))

@@ -45,7 +45,7 @@ class ScriptedHub:
     """A mailbox that delivers these messages once and keeps what is sent."""
 
     def __init__(self, *messages: Message) -> None:
-        self.dealer = SimpleNamespace(address="memory", check_refused=lambda: None)
+        self.dealer = SimpleNamespace(address="memory", connected=True, check_refused=lambda: None)
         self.connections = 1
         self.sent: list[Any] = []
         self.messages = list(messages)

@@ -75,8 +75,11 @@ def test_a_revoked_key_is_noticed_at_the_next_look_and_a_disk_that_is_away_revok
     assert judge.admits(n1 + RANDOM, n1, 1), "not looked since"
     clock.now += LOOK_S
     judge.look()
-    assert not judge.admits(n1 + RANDOM, n1, 1) and not judge.callback("*", n1) and judge.is_hopeless(n1 + RANDOM)
+    assert not judge.admits(n1 + RANDOM, n1, 1) and not judge.callback("*", n1)
     assert judge.expelled() == [(n1, "the key n1 was revoked")] and judge.expelled() == []
+    assert not judge.is_hopeless(n1 + RANDOM), "until it has been told why"
+    clock.now += PARTING_S + 0.1
+    assert judge.is_hopeless(n1 + RANDOM)
     shutil.copy(tmp_path / "copy", folder / "actor-n1.key")
     clock.now += LOOK_S
     judge.look()
