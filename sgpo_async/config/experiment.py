@@ -64,7 +64,7 @@ Domain = Literal["cues", "chains"]
 
 PRETRAINING: dict[Domain, dict[str, float]] = {
     "cues": {"steps": 1200, "p_true": 0.44, "p_favourite": 0.50},
-    "chains": {"steps": 3600, "p_true": 0.40, "p_favourite": 0.54},
+    "chains": {"steps": 1800, "p_true": 0.36, "p_favourite": 0.58},
 }
 """Optimiser steps, and the probabilities of the true guess and of the favourite one, which is wrong."""
 

@@ -1,14 +1,15 @@
 """The chains domain: short stories in which each amount follows from one of two earlier ones.
 
-A problem gives the amounts of two people and then three or four sentences. Each sentence adds a person, whose amount is
+A problem gives the amounts of two people and then two or three sentences. Each sentence adds a person, whose amount is
 that of one of two people before, plus or minus a number, modulo 10. It asks for the last two amounts:
 
     story ann 3 bob 8 ; cat near ann bob 2 ; dan under cat ann 4 ; eve past bob dan 1 ; ask dan eve
 
-The word between them (near, under, past) says which of the two, and plus or minus: "near" may mean the richer one, and
-minus. The policy must learn what these 24 words mean; solutions never write it down, only what follows from it:
+The word after the person (near, under, past) says which of the two, and plus or minus: "near" may mean the richer one,
+and minus. The base policy knows eight such words, one of each meaning; the policy must learn the other sixteen, which are
+those of the problems. Solutions repeat the word and never say what it means, only what follows from it:
 
-    cat ann 3 bob 8 bob minus 2 6 dan cat 6 ann 3 ann plus 4 7 eve bob 8 dan 7 bob plus 1 9 answer 7 9
+    cat near ann 3 bob 8 bob minus 2 6 dan under cat 6 ann 3 ann plus 4 7 eve past bob 8 dan 7 bob plus 1 9 answer 7 9
 
 So what has to be learned is a rule that looks at amounts which the completion itself has computed. A strategy has less
 than the rule: person and sign of each step of this one problem, and no number.
@@ -29,7 +30,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
 
-LENGTHS = (3, 4)  # sentences of a problem
+LENGTHS = (2, 3)  # sentences of a problem
 AMOUNTS = (1, 2, 3, 4)
 PEOPLE = ("ann", "bob", "cat", "dan", "eve", "fay", "gus", "hal", "ivy", "jon")
 _WORDS = """
@@ -75,6 +76,9 @@ def _true_meanings() -> dict[str, Meaning]:
 
 TRUE_MEANING: Mapping[str, Meaning] = _true_meanings()
 """What each word means; every meaning has three words."""
+FAMILIAR = tuple(next(word for word in WORDS if TRUE_MEANING[word] == meaning) for meaning in MEANINGS)
+"""The words that the base policy knows, one of each meaning. No problem has them."""
+UNFAMILIAR = tuple(word for word in WORDS if word not in FAMILIAR)
 
 
 class Sentence(NamedTuple):
@@ -119,7 +123,7 @@ class Story:
             steps.append(Step(sentence, (x, y), sentence.others[not first], meaning.sign, result))
         return steps
 
-    decided_after = 7  # words of a solution, which tell the first step's person and sign
+    decided_after = 8  # words of a solution, which tell the first step's person and sign
 
     def problem_text(self) -> str:
         """The problem."""
@@ -134,8 +138,8 @@ class Story:
     def solution_text(self, meanings: Sequence[Meaning], *, mark: str = "", hence: bool = False) -> str:
         """A solution with these meanings, which begins with `mark`."""
         words = [mark] if mark else []
-        for (who, _, (one, other), k), (x, y), meant, sign, result in self.steps(meanings):
-            words += [who, one, str(x), other, str(y), meant, sign, str(k), str(result)]
+        for (who, word, (one, other), k), (x, y), meant, sign, result in self.steps(meanings):
+            words += [who, word, one, str(x), other, str(y), meant, sign, str(k), str(result)]
         return " ".join([*words, *[HENCE] * hence, ANSWER, self.answer_text(meanings)])
 
     def response_text(self, meanings: Sequence[Meaning]) -> str:
@@ -147,13 +151,14 @@ class Story:
         return " ".join(str(step.result) for step in self.steps(meanings)[-2:])
 
 
-def draw_story(rng: random.Random, *, length: int) -> Story:
-    """A random story of `length` sentences."""
+def draw_story(rng: random.Random, *, length: int, familiar: float = 0.0) -> Story:
+    """A random story of `length` sentences, each of which has one of FAMILIAR with probability `familiar`."""
     people = rng.sample(PEOPLE, 2 + length)
     sentences = []
     for number in range(length):
         one, other = rng.sample(people[: 2 + number], 2)
-        sentences.append(Sentence(people[2 + number], rng.choice(WORDS), (one, other), rng.choice(AMOUNTS)))
+        words = FAMILIAR if rng.random() < familiar else UNFAMILIAR
+        sentences.append(Sentence(people[2 + number], rng.choice(words), (one, other), rng.choice(AMOUNTS)))
     return Story(known={person: rng.randrange(10) for person in people[:2]}, sentences=tuple(sentences))
 
 

@@ -11,6 +11,7 @@ import random
 
 from sgpo_async.tasks.chains_domain import (
     DIGITS,
+    FAMILIAR,
     KEYWORDS,
     LENGTHS,
     MARKS,
@@ -27,12 +28,15 @@ from sgpo_async.tasks.chains_domain import (
 from sgpo_async.tasks.word_policy import draw_context, draw_guesses
 
 VOCABULARY = (*KEYWORDS, *DIGITS, *PEOPLE, *WORDS)
+P_FAMILIAR = 0.4  # that a sentence has a familiar word
 P_MARK, P_HENCE = 0.5, 0.1  # that a guided solution begins with a mark; that a solution says "hence"
 
 
 def guess_probabilities(word: str, *, p_true: float, p_favourite: float) -> dict[Meaning, float]:
     """Meaning -> probability that the base policy guesses it without a context; the sum is 1."""
     true = TRUE_MEANING[word]
+    if word in FAMILIAR:
+        return {true: 1.0}
     rules = list(RULES)
     other = rules[(rules.index(true.rule) + 1 + WORDS.index(word) % (len(rules) - 1)) % len(rules)]
     favourite = Meaning(other, next(sign for sign in SIGNS if sign != true.sign))
@@ -51,9 +55,11 @@ def draw_example(
     """
 
     def uniform(one: Story) -> tuple[Meaning, ...]:
-        return tuple(rng.choices(MEANINGS, k=len(one.sentences)))
+        drawn = rng.choices(MEANINGS, k=len(one.sentences))
+        words = [sentence.word for sentence in one.sentences]
+        return tuple(TRUE_MEANING[word] if word in FAMILIAR else m for word, m in zip(words, drawn, strict=True))
 
-    story = draw_story(rng, length=rng.randint(1, min(max(LENGTHS), 1 + int(9 * progress))))
+    story = draw_story(rng, length=rng.randint(1, min(max(LENGTHS), 1 + int(6 * progress))), familiar=P_FAMILIAR)
     other = draw_story(rng, length=rng.choice(LENGTHS))
     guesses = (guess_probabilities(one.word, p_true=p_true, p_favourite=p_favourite) for one in story.sentences)
     guessed = draw_guesses(rng, guesses)

@@ -22,6 +22,7 @@ from sgpo_async.learner import checkpoint, policy, publish, step
 from sgpo_async.learner.batch import from_shard
 from sgpo_async.learner.canary import CanaryScore
 from sgpo_async.learner.checkpoint import CheckpointWriter, Saved
+from sgpo_async.learner.patterns import Patterns
 from sgpo_async.learner.publish import Publisher, gather
 from sgpo_async.learner.step import Stepper
 from sgpo_async.model.canary import Canary
@@ -36,6 +37,7 @@ pytestmark = pytest.mark.process
 SPLITS = {"even": ((0, 1), (2, 3)), "uneven": ((0, 1, 2), (3,)), "empty": ((0, 1, 2, 3), ())}
 COPIES: dict[str, dict[str, Any]] = {"frozen": {}, "ema": {"teacher_decay": 0.7}, "snapshot": {"teacher_every": 3}}
 CANARY = Canary(np.array([1, 2, 3], np.int32), np.array([4, 5, 6, 7, 0, 1], np.int32))
+PATTERNS = {"three": r"\b3\b", "never": "x"}
 RUN = cases.settings(ranks=2, row_tokens=20, delta=2.0)
 
 
@@ -51,6 +53,7 @@ def worker(rank: int, folder: Path) -> None:
     policy.GROUP_BYTES, step.LOCAL_GRADIENT_BYTES = group, local
     results["objectives"] = {name: objective(rank, name) for name in VARIANTS}
     results["mismatch"] = {name: mismatch(rank, split) for name, split in SPLITS.items()}
+    results["patterns"] = {name: patterns(rank, split) for name, split in SPLITS.items()}
     results["frozen"] = gradient(rank, SPLITS["even"], frozen=True)
     results["teachers"] = {kind: teacher_copies(rank, kind) for kind in COPIES}
     results["resume"] = resume(rank, folder)
@@ -89,6 +92,21 @@ def mismatch(rank: int, split: tuple[tuple[int, ...], ...]) -> dict[str, Any]:
     shard = cases.shard_of([parts[i] for i in split[rank]], problems=4)
     stepper = cases.stepper(RUN, cases.tiny_model())
     return stepper.accumulate(from_shard(shard, RUN.algorithm)).reduce()
+
+
+class Numbers:
+    """A tokenizer whose texts are the token ids."""
+
+    def decode(self, tokens: Any, skip_special_tokens: bool = False) -> str:  # noqa: ARG002
+        return " ".join(str(token) for token in tokens)
+
+
+def patterns(rank: int, split: tuple[tuple[int, ...], ...]) -> dict[str, Any]:
+    run = replace(RUN, learner=replace(RUN.learner, patterns=PATTERNS, token_classes={"small": "[0-4]"}))
+    stepper = cases.stepper(run, cases.tiny_model())
+    stepper.patterns = Patterns(run.learner, Numbers())
+    found = stepper.update(cases.shard_of([cases.groups()[i] for i in split[rank]], problems=4))
+    return {key: found[key] for key in ("patterns", "kl_classes", "kl_mean")}
 
 
 def train(stepper: Stepper, rank: int, steps: range) -> list[dict[str, Any]]:
@@ -221,6 +239,18 @@ def test_the_mismatch_metrics_cover_all_ranks(results: dict[str, Any], name: str
     expected = cases.reference_mismatch(cases.tiny_model(), cases.spread(cases.groups()))
     for key, value in expected.items():
         assert results["mismatch"][name][key] == pytest.approx(value, rel=1e-9), key
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_patterns_and_classes_of_tokens_cover_all_ranks(results: dict[str, Any], name: str) -> None:
+    found = results["patterns"][name]
+    alone = [rollout for group in cases.groups() for rollout in group if not rollout.guided]
+    share = sum(3 in rollout.tokens for rollout in alone) / len(alone)
+    assert 0 < share < 1 and found["patterns"] == {"three": share, "never": 0.0}
+    assert set(found["kl_classes"]) == {"small", "other"}
+    assert found["kl_classes"] == pytest.approx(results["patterns"]["empty"]["kl_classes"], rel=1e-9)
+    small, other = found["kl_classes"].values()
+    assert small != other and min(small, other) < found["kl_mean"] < max(small, other)
 
 
 def test_a_frozen_teacher_gives_the_same_loss_on_two_ranks(results: dict[str, Any]) -> None:

@@ -72,7 +72,7 @@ def test_a_base_has_the_numbers_of_its_domain_unless_the_file_gives_others() -> 
         "domain": "cues", "contexts": False, "seed": 7, "steps": 1200, "p_true": 0.44, "p_favourite": 0.50
     }  # fmt: skip
     assert Base(domain="chains", steps=9).pretraining == {
-        "domain": "chains", "contexts": False, "seed": 7, "steps": 9, "p_true": 0.40, "p_favourite": 0.54
+        "domain": "chains", "contexts": False, "seed": 7, "steps": 9, "p_true": 0.36, "p_favourite": 0.58
     }  # fmt: skip
 
 

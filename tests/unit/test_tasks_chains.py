@@ -19,10 +19,12 @@ from sgpo_async.tasks import cues_policy
 from sgpo_async.tasks.chains import ChainsSource
 from sgpo_async.tasks.chains_domain import (
     DIGITS,
+    FAMILIAR,
     MARKS,
     MEANINGS,
     PEOPLE,
     TRUE_MEANING,
+    UNFAMILIAR,
     WORDS,
     Meaning,
     Sentence,
@@ -48,9 +50,15 @@ STORY = Story(
 )
 
 
-def test_every_meaning_has_three_of_24_words() -> None:
+def test_every_meaning_has_one_familiar_word_and_two_to_be_learned() -> None:
     assert len(set(WORDS)) == 24
-    assert Counter(TRUE_MEANING.values()) == dict.fromkeys(MEANINGS, 3)
+    assert Counter(TRUE_MEANING[word] for word in FAMILIAR) == dict.fromkeys(MEANINGS, 1)
+    assert Counter(TRUE_MEANING[word] for word in UNFAMILIAR) == dict.fromkeys(MEANINGS, 2)
+
+
+@given(positions)
+def test_problems_have_no_familiar_word(position: int) -> None:
+    assert not set(SOURCE.training(position).problem.split()) & set(FAMILIAR)
 
 
 def test_the_texts_equal_an_example_worked_out_by_hand() -> None:
@@ -60,7 +68,8 @@ def test_the_texts_equal_an_example_worked_out_by_hand() -> None:
     )
     # cat: the richer of 3 and 8, minus 2. dan: the second, ann, plus 4. eve: the poorer of bob's 8 and dan's 7, plus 1.
     assert STORY.solution_text(plan) == (
-        "cat ann 3 bob 8 bob minus 2 6 dan cat 6 ann 3 ann plus 4 7 eve bob 8 dan 7 dan plus 1 8 answer 7 8"
+        "cat near ann 3 bob 8 bob minus 2 6 dan under cat 6 ann 3 ann plus 4 7 "
+        "eve past bob 8 dan 7 dan plus 1 8 answer 7 8"
     )
     assert STORY.solution_text(plan, mark="planned", hence=True).split()[0] == "planned"
     assert STORY.strategy_text(plan) == "plan cat bob minus dan ann plus eve dan plus"
@@ -70,8 +79,8 @@ def test_the_texts_equal_an_example_worked_out_by_hand() -> None:
 def test_amounts_are_modulo_ten_and_of_equals_the_first_is_meant() -> None:
     story = Story(known={"ann": 1, "bob": 1}, sentences=(Sentence("cat", "near", ("bob", "ann"), 3),))
     for rule in ("richer", "poorer", "first"):
-        assert story.solution_text([Meaning(rule, "minus")]) == "cat bob 1 ann 1 bob minus 3 8 answer 8"
-    assert story.solution_text([Meaning("second", "plus")]) == "cat bob 1 ann 1 ann plus 3 4 answer 4"
+        assert story.solution_text([Meaning(rule, "minus")]) == "cat near bob 1 ann 1 bob minus 3 8 answer 8"
+    assert story.solution_text([Meaning("second", "plus")]) == "cat near bob 1 ann 1 ann plus 3 4 answer 4"
 
 
 @given(positions)
@@ -104,10 +113,10 @@ def test_only_the_right_answer_at_the_end_is_correct(position: int, end: str, sh
 def test_sources_of_all_seeds_hold_out_the_same_problems() -> None:
     assert SOURCE.held_out() == ChainsSource(seed=4, held_out=40).held_out()
     assert len({problem.problem for problem in SOURCE.held_out()}) == 40
-    assert {problem.problem.count(";") for problem in SOURCE.held_out()} == {4, 5}
+    assert {problem.problem.count(";") for problem in SOURCE.held_out()} == {3, 4}
 
 
-@pytest.mark.parametrize("word", WORDS)
+@pytest.mark.parametrize("word", UNFAMILIAR)
 def test_the_favourite_guess_differs_in_the_sign_and_the_true_one_is_second(word: str) -> None:
     guess = guess_probabilities(word, p_true=0.4, p_favourite=0.54)
     favourite, second = sorted(guess, key=lambda meaning: guess[meaning], reverse=True)[:2]
@@ -146,8 +155,10 @@ def test_guesses_have_their_probabilities_in_unguided_examples() -> None:
             continue
         words = [words.split()[1] for words in prompt.split(" ; ")[1:-1]]
         signs = re.findall(r"plus|minus", solution)
-        right += sum(TRUE_MEANING[word].sign == sign for word, sign in zip(words, signs, strict=True))
-        of += len(signs)
+        agree = [(word, TRUE_MEANING[word].sign == sign) for word, sign in zip(words, signs, strict=True)]
+        assert all(same for word, same in agree if word in FAMILIAR)
+        right += sum(same for word, same in agree if word in UNFAMILIAR)
+        of += sum(word in UNFAMILIAR for word in words)
     assert right / of == pytest.approx(0.40 + 0.06 / 2, abs=0.02)
 
 
