@@ -6,8 +6,8 @@ that of one of two people before, plus or minus a number, modulo 10. It asks for
     story ann 3 bob 8 ; cat near ann bob 2 ; dan under cat ann 4 ; eve past bob dan 1 ; ask dan eve
 
 The word after the person (near, under, past) says which of the two, and plus or minus: "near" may mean the richer one,
-and minus. The base policy knows eight such words, one of each meaning; the policy must learn the other sixteen, which are
-those of the problems. Solutions repeat the word and never say what it means, only what follows from it:
+and minus. The base policy knows eight such words, one of each meaning; training must teach it the other sixteen, which
+are those of the problems. Solutions repeat the word and never say what it means, only what follows from it:
 
     cat near ann 3 bob 8 bob minus 2 6 dan under cat 6 ann 3 ann plus 4 7 eve past bob 8 dan 7 bob plus 1 9 answer 7 9
 

@@ -97,7 +97,7 @@ def mismatch(rank: int, split: tuple[tuple[int, ...], ...]) -> dict[str, Any]:
 class Numbers:
     """A tokenizer whose texts are the token ids."""
 
-    def decode(self, tokens: Any, skip_special_tokens: bool = False) -> str:  # noqa: ARG002
+    def decode(self, tokens: Any, skip_special_tokens: bool = False) -> str:
         return " ".join(str(token) for token in tokens)
 
 
