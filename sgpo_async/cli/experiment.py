@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the experiments one after another, or write the tables of the results that are there. Raises SgpoError."""
     from sgpo_async.config.experiment import load_experiment
-    from sgpo_async.experiments.plan import cells, check_budget, tuning
+    from sgpo_async.experiments.plan import cells, check_budget, count_tuning
     from sgpo_async.experiments.tables import check_packages
 
     experiments = []
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         experiment = load_experiment(file)
         budgets = check_budget(experiment)
         count = len(cells(experiment)) * len(experiment.seeds)
-        to_tune, bases = len(tuning(experiment)), len(experiment.bases)
+        to_tune, bases = count_tuning(experiment), len(experiment.bases)
         print(f"{file}: {count} trials of {_rollouts(budgets)}, {to_tune} more to tune, {bases} bases to make")
         experiments.append(replace(experiment, figures=None) if args.all_figures else experiment)
     if args.dry_run:

@@ -116,6 +116,7 @@ class Tune:
 
     rates: list[float] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [100])
+    finalists: int = 0  # so many rates, the best with the first seed, are tried with the other seeds; 0: all
     setting: str = ""  # the one setting in which rates are tried, for all settings; default: in each setting
 
 
@@ -188,6 +189,7 @@ class Experiment:
                     overrides.get("optim.lr"),
                 )
             require(bool(self.tune.seeds), "tune.seeds", "must name at least one seed", self.tune.seeds)
+            require(self.tune.finalists >= 0, "tune.finalists", "must be >= 0", self.tune.finalists)
             require(
                 not set(self.tune.seeds) & set(self.seeds),
                 "tune.seeds",

@@ -43,7 +43,8 @@ def run_experiment(experiment: Experiment, *, out: Path, workers: int, limit_s: 
     pool = Pool(workers)
     try:
         runner.make_bases(pool)
-        runner.do(pool, tuning(experiment), "tuning")
+        for what in ["tuning"] + ["tuning of the best rates"] * bool(experiment.tune.finalists):
+            runner.do(pool, tuning(experiment, runner.results), what)
         runner.do(pool, final(experiment, best_rates(experiment, runner.results)), "trials")
     finally:
         pool.close()

@@ -70,7 +70,7 @@ def _cells(experiments: Sequence[Experiment], results: Mapping[str, Result]) -> 
     """Identity -> the table cells in which that trial counts; there may be several."""
     cells: dict[str, list[dict[str, str]]] = {}
     for experiment in experiments:
-        uses = {"tuning": tuning(experiment), "final": final(experiment, best_rates(experiment, results))}
+        uses = {"tuning": tuning(experiment, results), "final": final(experiment, best_rates(experiment, results))}
         for use, trials in uses.items():
             for trial in trials:
                 cell = {"experiment": experiment.name, "setting": trial.setting, "method": trial.method, "use": use}

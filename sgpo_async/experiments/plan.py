@@ -60,15 +60,28 @@ def tuned(experiment: Experiment, cell: tuple[str, str]) -> bool:
     return bool(experiment.tune.rates) and "optim.lr" not in experiment.keys(*cell)
 
 
-def tuning(experiment: Experiment) -> list[Trial]:
-    """The tuning trials: one per tuned cell, rate and tuning seed."""
-    return [
-        trial
-        for cell in dict.fromkeys(tuning_cell(experiment, cell) for cell in cells(experiment))
-        if tuned(experiment, cell)
-        for trials in _tried(experiment, cell).values()
-        for trial in trials
-    ]
+def tuned_cells(experiment: Experiment) -> list[tuple[str, str]]:
+    """The cells in which learning rates are tried."""
+    tried = dict.fromkeys(tuning_cell(experiment, cell) for cell in cells(experiment))
+    return [cell for cell in tried if tuned(experiment, cell)]
+
+
+def tuning(experiment: Experiment, results: Mapping[str, Result]) -> list[Trial]:
+    """The tuning trials: one per tuned cell, rate and tuning seed.
+
+    With `tune.finalists`, those of the other seeds than the first are known of a cell when the first seed's are in
+    `results`.
+    """
+    tried = (_tried(experiment, cell, results) for cell in tuned_cells(experiment))
+    return [trial for rates in tried for trials in rates.values() for trial in trials]
+
+
+def count_tuning(experiment: Experiment) -> int:
+    """The number of tuning trials in the end."""
+    tune = experiment.tune
+    rates = len(set(tune.rates))
+    finalists = min(tune.finalists or rates, rates)
+    return len(tuned_cells(experiment)) * (rates + finalists * (len(tune.seeds) - 1))
 
 
 def best_rates(experiment: Experiment, results: Mapping[str, Result]) -> dict[tuple[str, str], float | None]:
@@ -81,9 +94,11 @@ def best_rates(experiment: Experiment, results: Mapping[str, Result]) -> dict[tu
         if not tuned(experiment, cell):
             chosen[cell] = None
             continue
-        scores = tuning_scores(experiment, cell, results)
-        if all(len(found) == len(experiment.tune.seeds) for found in scores.values()):
-            chosen[cell] = max(sorted(scores), key=lambda rate: fmean(scores[rate]))
+        tried = _tried(experiment, tuning_cell(experiment, cell), results)
+        if all(trial.id in results for trials in tried.values() for trial in trials):
+            scores = tuning_scores(experiment, cell, results)
+            finalists = [rate for rate in sorted(tried) if len(tried[rate]) == len(experiment.tune.seeds)]
+            chosen[cell] = max(finalists, key=lambda rate: fmean(scores[rate]))
     return chosen
 
 
@@ -91,7 +106,7 @@ def tuning_scores(
     experiment: Experiment, cell: tuple[str, str], results: Mapping[str, Result]
 ) -> dict[float, list[float]]:
     """Rate -> validation pass rates of the finished tuning trials that decide the rate of `cell`."""
-    tried = _tried(experiment, tuning_cell(experiment, cell))
+    tried = _tried(experiment, tuning_cell(experiment, cell), results)
     return {rate: [validation(results[t.id]) for t in trials if t.id in results] for rate, trials in tried.items()}
 
 
@@ -106,9 +121,20 @@ def tuning_cell(experiment: Experiment, cell: tuple[str, str]) -> tuple[str, str
     return experiment.tune.setting or cell[0], cell[1]
 
 
-def _tried(experiment: Experiment, cell: tuple[str, str]) -> dict[float, list[Trial]]:
+def _tried(experiment: Experiment, cell: tuple[str, str], results: Mapping[str, Result]) -> dict[float, list[Trial]]:
+    """Rate -> its tuning trials, as far as they are known; the first seed's come first."""
     tune = experiment.tune
-    return {rate: [trial(experiment, cell, rate=rate, seed=seed) for seed in tune.seeds] for rate in tune.rates}
+    first, *others = tune.seeds
+    begun = {rate: trial(experiment, cell, rate=rate, seed=first) for rate in tune.rates}
+    finalists = list(begun)
+    if others and 0 < tune.finalists < len(begun):
+        known = all(one.id in results for one in begun.values())
+        ranked = sorted(begun, key=lambda rate: (-validation(results[begun[rate].id]), rate)) if known else []
+        finalists = ranked[: tune.finalists]
+    return {
+        rate: [one, *(trial(experiment, cell, rate=rate, seed=seed) for seed in others if rate in finalists)]
+        for rate, one in begun.items()
+    }
 
 
 def final(experiment: Experiment, rates: Mapping[tuple[str, str], float | None]) -> list[Trial]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from sgpo_async.config.experiment import Experiment
-from sgpo_async.experiments.plan import Result, cells, tuned, tuning_cell, tuning_scores
+from sgpo_async.experiments.plan import Result, tuned_cells, tuning_scores
 
 Cell = tuple[str, str]
 
@@ -19,7 +19,7 @@ def tuning_tables(
     Args:
         rates: the chosen rates, from `best_rates`.
     """
-    tried = dict.fromkeys(tuning_cell(experiment, cell) for cell in cells(experiment) if tuned(experiment, cell))
+    tried = tuned_cells(experiment)
     settings = dict.fromkeys(setting for setting, _ in tried)
     parts = ["## Tuning", _caption(experiment)] * bool(tried)
     for setting in settings:
@@ -35,8 +35,15 @@ def _caption(experiment: Experiment) -> str:
     return (
         f"Validation pass rate alone over the last quarter of the curve, mean of {number} "
         f"({', '.join(map(str, seeds))}), in per cent; a run that diverged counts 0. In bold: "
-        "the rate that was chosen, the lower of equals."
+        f"the rate that was chosen, the lower of equals.{_finalists(experiment)}"
     )
+
+
+def _finalists(experiment: Experiment) -> str:
+    tune = experiment.tune
+    if not tune.finalists or len(tune.seeds) == 1:
+        return ""
+    return f" The {tune.finalists} best rates with seed {tune.seeds[0]} were tried with all seeds."
 
 
 def _table(experiment: Experiment, results: Mapping[str, Result], chosen: Mapping[Cell, float | None]) -> str:

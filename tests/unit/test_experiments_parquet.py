@@ -36,7 +36,7 @@ def results_of(folder: Path) -> tuple[Any, dict[str, Result]]:
     """A small experiment and its results; every second trial diverged, every third has no guided pass rate."""
     settings = {"calm": {}, "stale": {"hub.max_lag": 4, "model.path": "base:warm"}}
     experiment = load_experiment(write(folder, SMALL | {"settings": settings, "bases": BASES}))
-    trials = tuning(experiment) + final(experiment, dict.fromkeys(cells(experiment), 2e-4))
+    trials = tuning(experiment, {}) + final(experiment, dict.fromkeys(cells(experiment), 2e-4))
     results: dict[str, Result] = {}
     for number, trial in enumerate(trials):
         metrics = {"entropy": 0.1 + number} if number % 2 else {"alpha": 1 / 3}
@@ -65,12 +65,12 @@ def test_a_row_describes_its_trial(tmp_path: Path) -> None:
     write_trials(tmp_path / "trials.parquet", results, [experiment])
     table = pq.read_table(tmp_path / "trials.parquet")
     rows = {row["id"]: row for row in table.to_pylist()}
-    trial = tuning(experiment)[-1]
+    trial = tuning(experiment, {})[-1]
     row = rows[trial.id]
     assert row["cells"] == [{"experiment": "small", "setting": "stale", "method": "GRPO", "use": "tuning"}]
     assert (row["base"], row["lag"], row["seed"], row["learning_rate"]) == ("warm", 4, 8, 1e-3)
     assert {row["base"] for row in rows.values()} == {"warm", "builtin:cues"}
-    calm = rows[tuning(experiment)[0].id]
+    calm = rows[tuning(experiment, {})[0].id]
     assert "row_tokens" not in calm["config"] and b"row_tokens" in table.schema.metadata[b"common_configuration"]
 
 

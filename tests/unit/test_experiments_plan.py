@@ -9,7 +9,16 @@ from experiment_support import SMALL, result, write
 from sgpo_async.config.experiment import Base, load_experiment
 from sgpo_async.errors import ConfigError
 from sgpo_async.experiments.identity import recipe, same_recipe
-from sgpo_async.experiments.plan import base_levels, best_rates, cells, check_budget, final, tuning, validation
+from sgpo_async.experiments.plan import (
+    base_levels,
+    best_rates,
+    cells,
+    check_budget,
+    count_tuning,
+    final,
+    tuning,
+    validation,
+)
 
 SHIPPED = sorted(Path("configs/experiments").glob("*.yaml"))
 
@@ -18,13 +27,13 @@ SHIPPED = sorted(Path("configs/experiments").glob("*.yaml"))
 def test_every_shipped_experiment_is_valid_and_has_equal_budgets(path: Path) -> None:
     experiment = load_experiment(path)
     assert min(check_budget(experiment).values()) > 0
-    assert len({trial.id for trial in tuning(experiment)}) == len(tuning(experiment))
+    assert len({trial.id for trial in tuning(experiment, {})}) == len(tuning(experiment, {}))
     assert {name for level in base_levels(experiment) for name in level} == set(experiment.bases)
 
 
 def test_the_overrides_of_a_trial_give_its_configuration(tmp_path: Path) -> None:
     experiment = load_experiment(write(tmp_path, SMALL))
-    trials = tuning(experiment) + final(experiment, dict.fromkeys(cells(experiment), 2e-4))
+    trials = tuning(experiment, {}) + final(experiment, dict.fromkeys(cells(experiment), 2e-4))
     for trial in trials + final(experiment, dict.fromkeys(cells(experiment))):
         assert trial.run == experiment.run(trial.overrides)
         assert (trial.run.seed, trial.run.optim.lr) == (trial.seed, trial.rate)
@@ -42,7 +51,7 @@ def test_bases_of_the_same_name_have_the_same_recipe() -> None:
 def test_common_settings_and_methods_combine_and_a_given_rate_is_not_tuned(tmp_path: Path) -> None:
     experiment = load_experiment(write(tmp_path, SMALL))
     assert len(cells(experiment)) == 6
-    tried = tuning(experiment)
+    tried = tuning(experiment, {})
     assert len(tried) == 2 * 2 * 2 * 2  # methods to tune x settings x rates x seeds
     assert {trial.method for trial in tried} == {"SGPO", "GRPO"}
     stale = [trial for trial in tried if (trial.setting, trial.method) == ("stale", "GRPO")]
@@ -78,7 +87,7 @@ def test_a_base_has_the_numbers_of_its_domain_unless_the_file_gives_others() -> 
 
 def test_the_best_rate_has_the_best_mean_over_seeds_and_needs_all_of_its_trials(tmp_path: Path) -> None:
     experiment = load_experiment(write(tmp_path, SMALL))
-    tried = [t for t in tuning(experiment) if (t.setting, t.method) == ("calm", "SGPO")]
+    tried = [t for t in tuning(experiment, {}) if (t.setting, t.method) == ("calm", "SGPO")]
     pass_rate = {(1e-4, 7): 0.5, (1e-4, 8): 0.5, (1e-3, 7): 0.9, (1e-3, 8): 0.3}
     results = {trial.id: result(0.0, pass_rate[trial.rate, trial.seed]) for trial in tried}
     assert best_rates(experiment, results)["calm", "SGPO"] == 1e-3
@@ -89,9 +98,25 @@ def test_the_best_rate_has_the_best_mean_over_seeds_and_needs_all_of_its_trials(
     assert {best_rates(experiment, results)[setting, "fixed"] for setting in ("calm", "stale")} == {None}
 
 
+def test_only_the_best_rates_with_the_first_seed_are_tried_with_the_others(tmp_path: Path) -> None:
+    tune = {"rates": [1e-4, 1e-3, 4e-3, 1e-2], "seeds": [7, 8, 9], "finalists": 2, "setting": "calm"}
+    experiment = load_experiment(write(tmp_path, SMALL | {"tune": tune}))
+    tried = [t for t in tuning(experiment, {}) if t.method == "SGPO"]
+    assert [(t.rate, t.seed) for t in tried] == [(rate, 7) for rate in tune["rates"]]
+    first = {1e-4: 0.4, 1e-3: 0.6, 4e-3: 0.4, 1e-2: 0.1}
+    results = {t.id: result(0.0, first[t.rate]) for t in tried}
+    assert best_rates(experiment, results).get(("calm", "SGPO")) is None, "only the first seed"
+    added = [t for t in tuning(experiment, results) if t.method == "SGPO" and t.seed > 7]
+    assert [(t.rate, t.seed) for t in added] == [(1e-4, 8), (1e-4, 9), (1e-3, 8), (1e-3, 9)], "the lower of equals"
+    results |= {t.id: result(0.0, {1e-4: 0.9, 1e-3: 0.7}[t.rate]) for t in added}
+    assert best_rates(experiment, results)["stale", "SGPO"] == 1e-4
+    methods = len({t.method for t in tuning(experiment, {})})
+    assert count_tuning(experiment) == methods * (4 + 2 * 2)
+
+
 def test_rates_may_be_tuned_in_one_setting_for_all(tmp_path: Path) -> None:
     experiment = load_experiment(write(tmp_path, SMALL | {"tune": SMALL["tune"] | {"setting": "calm"}}))
-    tried = tuning(experiment)
+    tried = tuning(experiment, {})
     assert {trial.setting for trial in tried} == {"calm"}
     assert len(tried) == 2 * 2 * 2  # methods to tune x rates x seeds
     found = best_rates(experiment, {trial.id: result(0.0, trial.rate) for trial in tried})
@@ -106,7 +131,7 @@ def test_two_experiments_share_equal_trials(tmp_path: Path) -> None:
         "methods": {"ours": {}},
     }
     other = load_experiment(write(tmp_path, renamed))
-    assert {t.id for t in tuning(other)} < {t.id for t in tuning(one)}
+    assert {t.id for t in tuning(other, {})} < {t.id for t in tuning(one, {})}
 
 
 def test_final_trials_use_the_best_rates_and_are_not_shared_with_tuning(tmp_path: Path) -> None:
@@ -118,7 +143,7 @@ def test_final_trials_use_the_best_rates_and_are_not_shared_with_tuning(tmp_path
         ("SGPO", 1e-4, 1),
         ("fixed", 2e-3, 1),
     ]
-    assert not {t.id for t in trials} & {t.id for t in tuning(experiment)}
+    assert not {t.id for t in trials} & {t.id for t in tuning(experiment, {})}
 
 
 def test_a_method_with_more_samples_is_refused(tmp_path: Path) -> None:
