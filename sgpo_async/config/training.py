@@ -109,6 +109,9 @@ class Algorithm:
     teacher_decay: float = 0.99  # ema: the fraction of the average that each step keeps
     teacher_every: int = 20  # snapshot: steps between two copies
     teacher_dtype: Literal["float32", "bfloat16"] = "float32"  # of the copy; ema needs float32
+    # Below 1, the student is drawn to a sharper distribution than the teacher's: softmax(logits / teacher_temperature),
+    # both at the sampling temperature. A teacher that errs as it samples, but seldom in what it prefers, errs less so.
+    teacher_temperature: float = 1.0
     teacher_top_k: int = 16  # behaviour: tokens with known probabilities; all other tokens are merged into one outcome
 
     # sgpo: alpha(q), the weight of distillation
@@ -132,7 +135,7 @@ class Algorithm:
     hpt_gate: int = 0  # hpt: with at most this many correct autonomous rollouts, train on the demonstration instead
 
     def __post_init__(self) -> None:
-        for name in ("delta", "gamma", "eps_low", "eps_high", "luffy_gamma", "kl_clip"):
+        for name in ("delta", "gamma", "eps_low", "eps_high", "luffy_gamma", "kl_clip", "teacher_temperature"):
             require(getattr(self, name) > 0, f"algorithm.{name}", "must be > 0", getattr(self, name))
         for name in ("alpha", "alpha0", "alpha_max", "hpt_gate", "reference_kl", "distil_skip", "iw_gamma"):
             require(getattr(self, name) >= 0, f"algorithm.{name}", "must be >= 0", getattr(self, name))
@@ -193,6 +196,13 @@ class Algorithm:
             "algorithm.pass_rates",
             "must be observed unless algorithm.objective=sgpo and algorithm.weight=adaptive, where Eq. 6 uses them",
             self.pass_rates,
+        )
+        require(
+            self.teacher_temperature == 1 or (self.teacher != "behaviour" and self.kl_correction.mode == "none"),
+            "algorithm.teacher_temperature",
+            "must be 1 with algorithm.teacher=behaviour, of which only the likeliest tokens are known, and unless "
+            "algorithm.kl_correction.mode=none, whose importance ratios are those of the teacher as it samples",
+            self.teacher_temperature,
         )
         require(
             self.teacher != "ema" or self.teacher_dtype == "float32",

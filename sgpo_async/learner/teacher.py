@@ -54,9 +54,14 @@ class Teacher:
 
     @torch.no_grad()
     def hidden(self, policy: Policy, packed: Packed) -> Tensor:
-        """Compute the teacher's hidden states, see `Policy.hidden`: [C, H]. A collective of all ranks."""
+        """Compute the teacher's hidden states, see `Policy.hidden`: [C, H]. A collective of all ranks.
+
+        They are divided by `teacher_temperature`, and so are the logits, which are linear in them.
+        """
+        temperature = self._algorithm.teacher_temperature
         with self._weights(policy) as weights:
-            return weights.hidden(packed)
+            found = weights.hidden(packed)
+        return found if temperature == 1 else found / temperature
 
     @torch.no_grad()
     def log_probabilities(self, policy: Policy, packed: Packed, temperature: float, kept: Kept | None = None) -> Tensor:

@@ -107,7 +107,7 @@ def likelihood(problem: Problem, target: Rollout) -> Tensor:
 def distillation(problem: Problem, target: Rollout) -> Tensor:
     """Eq. 5 with the divergence and the clipping (`limiter`) of the run."""
     rule, own = problem.rule, sampled(target)
-    log_p = problem.all_log_probs(problem.teacher, target.prompt, target.tokens).detach()
+    log_p = problem.teaches(target.prompt, target.tokens)
     log_q, log_q_at = (problem.all_log_probs(m, problem.plain, target.tokens) for m in (problem.model, problem.at))
     chosen = problem.sampled_log_pi(problem.teacher, target).detach()
     if rule.teacher == "behaviour":

@@ -40,6 +40,11 @@ class Problem:
     def all_log_probs(self, model: PreTrainedModel, prompt: np.ndarray, tokens: np.ndarray) -> Tensor:
         return log_probs(model, prompt, tokens, self.run.rollout.temperature)
 
+    def teaches(self, prompt: np.ndarray, tokens: np.ndarray) -> Tensor:
+        """[T, V], log of the distribution that the student is drawn to: p^(1/tau) of the teacher, normalised."""
+        p = self.all_log_probs(self.teacher, prompt, tokens).detach().exp() ** (1 / self.rule.teacher_temperature)
+        return (p / p.sum(-1, keepdim=True)).log()
+
     def log_pi(self, model: PreTrainedModel, prompt: np.ndarray, tokens: np.ndarray) -> Tensor:
         return self.all_log_probs(model, prompt, tokens)[range(len(tokens)), tokens.tolist()]
 

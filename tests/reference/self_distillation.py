@@ -24,7 +24,7 @@ def distances(problem: Problem, rollout: Rollout, student: np.ndarray, teacher: 
     Which terms of the forward KL are above `kl_clip` is decided by the model `at`, as what a limiter removes is.
     """
     log_q, log_q_at = (problem.all_log_probs(model, student, rollout.tokens) for model in (problem.model, problem.at))
-    log_p = problem.all_log_probs(problem.teacher, teacher, rollout.tokens).detach()
+    log_p = problem.teaches(teacher, rollout.tokens)
     clip, found = problem.rule.kl_clip, []
     for t in sampled(rollout):
         terms = log_p[t].exp() * (log_p[t] - log_q[t])

@@ -27,6 +27,12 @@ VARIANTS: dict[str, dict[str, object]] = {
     },
     "frozen teacher": {"teacher": "frozen", "limiter": "none"},
     "frozen teacher, reverse": {"teacher": "frozen", "divergence": "reverse", "limiter": "smooth"},
+    "sharp teacher": {
+        "teacher": "frozen",
+        "limiter": "none",
+        "teacher_temperature": 0.5,
+        "kl_correction": Correction(mode="none", bound=1.0),
+    },
     "behaviour teaches": {"teacher": "behaviour", "limiter": "none"},
     "behaviour teaches, reverse, all targets": {
         "teacher": "behaviour",
@@ -45,6 +51,13 @@ VARIANTS: dict[str, dict[str, object]] = {
     "reference": {"objective": "grpo", "reference_kl": 0.3},
     "opsd": {"objective": "opsd", "teacher": "frozen", "kl_clip": 0.05, **ON_OWN_ROLLOUTS},
     "sdft": {"objective": "opsd", "teacher": "ema", "distil_skip": 3, **ON_OWN_ROLLOUTS},
+    "sharp opsd": {
+        "objective": "opsd",
+        "teacher": "frozen",
+        "teacher_temperature": 0.5,
+        "kl_correction": Correction(mode="none", bound=1.0),
+        **ON_OWN_ROLLOUTS,
+    },
     "sdpo": {"objective": "sdpo", "divergence": "reverse", **ON_OWN_ROLLOUTS},
     "sdpo and grpo": {"objective": "sdpo", "divergence": "jensen-shannon", "alpha": 0.4, **ON_OWN_ROLLOUTS},
     "kdrl": {"objective": "kdrl", "divergence": "reverse", "alpha": 0.5, "distilled": "wrong", **ON_OWN_ROLLOUTS},

@@ -124,6 +124,11 @@ def _write(folder: Path, text: str) -> Path:
             "algorithm={teacher: ema, teacher_dtype: bfloat16}",
             ["algorithm.teacher_dtype must be float32 with algorithm.teacher=ema: ", "got 'bfloat16'"],
         ),
+        ("algorithm.teacher_temperature=0", ["algorithm.teacher_temperature must be > 0, got 0"]),
+        (
+            "algorithm={teacher_temperature: 0.5, kl_correction: {mode: token}}",
+            ["algorithm.teacher_temperature must be 1 with algorithm.teacher=behaviour", "mode=none", "got 0.5"],
+        ),
         (
             "algorithm={objective: grpo, policy_gradient: false}",
             ["algorithm.policy_gradient must be true with algorithm.objective=grpo: ", "got False"],
