@@ -127,7 +127,9 @@ class Algorithm:
 
     # opsd, kdrl: the autonomous rollouts that are distilled: all, the wrong ones, or those with a positive advantage
     distilled: Literal["all", "wrong", "advantage"] = "all"
-    distil_skip: int = 0  # opsd, sdpo, kdrl: tokens at the start of a completion that are not distilled; SDFT: 3
+    # sgpo, opsd, sdpo, kdrl: tokens at the start of a completion that are not distilled, where a teacher may speak of
+    # its context; SDFT: 3
+    distil_skip: int = 0
     rlsd: Rlsd = field(default_factory=Rlsd)
     rlcsd: Rlcsd = field(default_factory=Rlcsd)
     iw_gamma: float = 0.5  # iw-opd: the first token weighs 1 + iw_gamma, the last one nearly 1

@@ -106,7 +106,8 @@ def likelihood(problem: Problem, target: Rollout) -> Tensor:
 
 def distillation(problem: Problem, target: Rollout) -> Tensor:
     """Eq. 5 with the divergence and the clipping (`limiter`) of the run."""
-    rule, own = problem.rule, sampled(target)
+    rule = problem.rule
+    own = [place for place in sampled(target) if place >= rule.distil_skip]
     log_p = problem.teaches(target.prompt, target.tokens)
     log_q, log_q_at = (problem.all_log_probs(m, problem.plain, target.tokens) for m in (problem.model, problem.at))
     chosen = problem.sampled_log_pi(problem.teacher, target).detach()
@@ -119,7 +120,7 @@ def distillation(problem: Problem, target: Rollout) -> Tensor:
     d = torch.stack([divergence(p, q, rule.divergence) for p, q in zip(log_p, log_q, strict=True)])
     values = np.array([divergence(p, q, rule.divergence).item() for p, q in zip(log_p, log_q_at.detach(), strict=True)])
     factors = sgpo.limited_gradient_factors(values, rule.limiter, rule.delta, rule.quantile)
-    return (correction(chosen, target, rule.kl_correction) * torch.tensor(factors, dtype=torch.float64) * d).mean()
+    return (correction(chosen, target, rule.kl_correction, own) * torch.tensor(factors, dtype=torch.float64) * d).mean()
 
 
 def reported(target: Rollout) -> np.ndarray:

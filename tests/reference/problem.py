@@ -114,8 +114,10 @@ def divergence(log_p: Tensor, log_q: Tensor, kind: str) -> Tensor:
     return (p * (log_p - log_m)).sum() / 2 + (q * (log_q - log_m)).sum() / 2
 
 
-def correction(log_pi: Tensor, rollout: Rollout, rule: Correction) -> Tensor:
-    mu = [math.exp(x) for x in rollout.logprobs[sampled(rollout)].astype(np.float64)]
+def correction(log_pi: Tensor, rollout: Rollout, rule: Correction, places: list[int] | None = None) -> Tensor:
+    """The weights of the tokens at `places`, by default of all that the policy sampled; `log_pi` is of these."""
+    places = sampled(rollout) if places is None else places
+    mu = [math.exp(x) for x in rollout.logprobs[places].astype(np.float64)]
     mask = np.ones(len(mu), bool)
     pi = log_pi.detach().exp().numpy()
     return torch.from_numpy(sgpo.correction_weights(pi, np.array(mu), mask, rule.mode, rule.bound))

@@ -33,6 +33,7 @@ VARIANTS: dict[str, dict[str, object]] = {
         "teacher_temperature": 0.5,
         "kl_correction": Correction(mode="none", bound=1.0),
     },
+    "without the first token": {"limiter": "none", "distil_skip": 1},
     "behaviour teaches": {"teacher": "behaviour", "limiter": "none"},
     "behaviour teaches, reverse, all targets": {
         "teacher": "behaviour",

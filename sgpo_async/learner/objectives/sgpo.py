@@ -35,7 +35,8 @@ def sgpo(group: TaskGroup, algorithm: Algorithm) -> Trained:
         group_size=len(group.autonomous),
     )
     weight = float(weights.guided) / max(len(targets), 1)
-    targets = targets if weight else []
+    cut = (target.without_first(algorithm.distil_skip) for target in targets if weight)
+    targets = [target for target in cut if target.sampled.any()]
     plain = group.plain_prompt
     as_text = algorithm.divergence == "sft"
     return Trained(
