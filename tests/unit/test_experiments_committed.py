@@ -43,8 +43,13 @@ def test_a_page_equals_the_one_written_from_the_table(
 
 
 def test_the_table_contains_the_results_of_the_files_that_it_replaced() -> None:
-    """The digest is that of the earlier files, one for each trial; there was no mode `clip` yet."""
-    earlier = [one for one in trials().values() if one["config"]["algorithm"]["grpo_correction"]["mode"] != "clip"]
+    """The digest is that of the earlier files, one for each trial: before mode `clip`, and bases that read solutions."""
+    earlier = [
+        one
+        for one in trials().values()
+        if one["config"]["algorithm"]["grpo_correction"]["mode"] != "clip"
+        and '"contexts": true' not in json.dumps(one["config"]["model"])
+    ]
     lines = "\n".join(sorted(json.dumps(found, sort_keys=True) for found in earlier))
     digest = hashlib.blake2b(lines.encode(), digest_size=16).hexdigest()
     assert (len(earlier), digest) == (1170, "f6f2ce2e77576c2bf268b78a3be2c6b5")
@@ -70,4 +75,4 @@ def test_documents_are_small_and_link_to_every_existing_figure_and_no_other() ->
     }
     assert linked == figures
     assert len(figures) <= 20 and max(path.stat().st_size for path in figures) < 60_000
-    assert sum(path.stat().st_size for path in paths) < 2_000_000
+    assert sum(path.stat().st_size for path in paths) < 2_500_000
