@@ -58,7 +58,6 @@ def test_paper_yaml_sets_every_key_that_it_reads(empty: Path) -> None:
         "luffy_gamma",
         "hpt_gate",
         "distilled",
-        "distil_skip",
         "rlsd",
         "rlcsd",
         "iw_gamma",
