@@ -47,7 +47,8 @@ def write_trials(path: Path, results: Mapping[str, Result], experiments: Sequenc
     columns = {key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)}
     table = pa.table(columns).replace_schema_metadata({COMMON: _sorted(common)})
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", compression_level=LEVEL)
+    # Nearly all numbers differ, so dictionaries of them would only add a sixth to the file.
+    pq.write_table(table, sink, compression="zstd", compression_level=LEVEL, use_dictionary=False)
     write_whole(path, sink.getvalue().to_pybytes())
 
 
