@@ -43,8 +43,9 @@ def run_experiment(experiment: Experiment, *, out: Path, workers: int, limit_s: 
     pool = Pool(workers)
     try:
         runner.make_bases(pool)
-        for what in ["tuning"] + ["tuning of the best rates"] * bool(experiment.tune.finalists):
-            runner.do(pool, tuning(experiment, runner.results), what)
+        runner.do(pool, tuning(experiment, runner.results), "tuning")
+        if experiment.tune.finalists:  # which are known now
+            runner.do(pool, tuning(experiment, runner.results), "tuning of the best rates")
         runner.do(pool, final(experiment, best_rates(experiment, runner.results)), "trials")
     finally:
         pool.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import fmean
@@ -96,9 +96,9 @@ def best_rates(experiment: Experiment, results: Mapping[str, Result]) -> dict[tu
             continue
         tried = _tried(experiment, tuning_cell(experiment, cell), results)
         if all(trial.id in results for trials in tried.values() for trial in trials):
-            scores = tuning_scores(experiment, cell, results)
-            finalists = [rate for rate in sorted(tried) if len(tried[rate]) == len(experiment.tune.seeds)]
-            chosen[cell] = max(finalists, key=lambda rate: fmean(scores[rate]))
+            scores = _scores(tried, results)
+            with_all_seeds = (rate for rate in sorted(scores) if len(scores[rate]) == len(experiment.tune.seeds))
+            chosen[cell] = max(with_all_seeds, key=lambda rate: fmean(scores[rate]))
     return chosen
 
 
@@ -106,7 +106,10 @@ def tuning_scores(
     experiment: Experiment, cell: tuple[str, str], results: Mapping[str, Result]
 ) -> dict[float, list[float]]:
     """Rate -> validation pass rates of the finished tuning trials that decide the rate of `cell`."""
-    tried = _tried(experiment, tuning_cell(experiment, cell), results)
+    return _scores(_tried(experiment, tuning_cell(experiment, cell), results), results)
+
+
+def _scores(tried: Mapping[float, Sequence[Trial]], results: Mapping[str, Result]) -> dict[float, list[float]]:
     return {rate: [validation(results[t.id]) for t in trials if t.id in results] for rate, trials in tried.items()}
 
 
@@ -123,18 +126,27 @@ def tuning_cell(experiment: Experiment, cell: tuple[str, str]) -> tuple[str, str
 
 def _tried(experiment: Experiment, cell: tuple[str, str], results: Mapping[str, Result]) -> dict[float, list[Trial]]:
     """Rate -> its tuning trials, as far as they are known; the first seed's come first."""
-    tune = experiment.tune
-    first, *others = tune.seeds
-    begun = {rate: trial(experiment, cell, rate=rate, seed=first) for rate in tune.rates}
-    finalists = list(begun)
-    if others and 0 < tune.finalists < len(begun):
-        known = all(one.id in results for one in begun.values())
-        ranked = sorted(begun, key=lambda rate: (-validation(results[begun[rate].id]), rate)) if known else []
-        finalists = ranked[: tune.finalists]
+    first, *others = experiment.tune.seeds
+    begun = {rate: trial(experiment, cell, rate=rate, seed=first) for rate in experiment.tune.rates}
+    finalists = _finalists(experiment, begun, results)
     return {
         rate: [one, *(trial(experiment, cell, rate=rate, seed=seed) for seed in others if rate in finalists)]
         for rate, one in begun.items()
     }
+
+
+def _finalists(experiment: Experiment, begun: Mapping[float, Trial], results: Mapping[str, Result]) -> list[float]:
+    """The rates that are tried with more than the first seed; none before all of the first seed's are finished.
+
+    Args:
+        begun: rate -> its trial with the first seed.
+    """
+    if not experiment.tune.finalists:
+        return list(begun)
+    if not all(one.id in results for one in begun.values()):
+        return []
+    ranked = sorted(begun, key=lambda rate: (-validation(results[begun[rate].id]), rate))
+    return ranked[: experiment.tune.finalists]
 
 
 def final(experiment: Experiment, rates: Mapping[tuple[str, str], float | None]) -> list[Trial]:
