@@ -145,6 +145,31 @@ class Algorithm:
             require(0 <= getattr(self, name) <= 1, f"algorithm.{name}", "must be in [0, 1]", getattr(self, name))
         for name in ("teacher_every", "teacher_top_k"):
             require(getattr(self, name) >= 1, f"algorithm.{name}", "must be >= 1", getattr(self, name))
+        self._check_corrections()
+        require(
+            self.policy_gradient or self.objective in ("sgpo", "pi-distill"),
+            "algorithm.policy_gradient",
+            f"must be true with algorithm.objective={self.objective}: only sgpo and pi-distill can train without it",
+            self.policy_gradient,
+        )
+        self._check_divergence()
+        require(
+            self.reference_kl == 0 or self.has_policy_gradient,
+            "algorithm.reference_kl",
+            f"must be 0 with algorithm.objective={self.objective} without a policy gradient, to which it is added",
+            self.reference_kl,
+        )
+        self._check_context()
+        require(
+            self.pass_rates == "observed" or (self.objective == "sgpo" and self.weight == "adaptive"),
+            "algorithm.pass_rates",
+            "must be observed unless algorithm.objective=sgpo and algorithm.weight=adaptive, where Eq. 6 uses them",
+            self.pass_rates,
+        )
+        self._check_teacher()
+
+    def _check_corrections(self) -> None:
+        """Check mode and bound of the importance weights of both terms."""
         for name in ("grpo_correction", "kl_correction"):
             correction: Correction = getattr(self, name)
             require(correction.bound >= 1, f"algorithm.{name}.bound", "must be >= 1", correction.bound)
@@ -167,12 +192,9 @@ class Algorithm:
             "must not be clip, which needs advantages: it is a mode of algorithm.grpo_correction",
             self.kl_correction.mode,
         )
-        require(
-            self.policy_gradient or self.objective in ("sgpo", "pi-distill"),
-            "algorithm.policy_gradient",
-            f"must be true with algorithm.objective={self.objective}: only sgpo and pi-distill can train without it",
-            self.policy_gradient,
-        )
+
+    def _check_divergence(self) -> None:
+        """Check that `kl_clip` fits divergence, teacher and objective."""
         require(
             self.kl_clip == math.inf or self.divergence == "forward",
             "algorithm.kl_clip",
@@ -186,19 +208,9 @@ class Algorithm:
             "algorithm.objective=pi-distill, which has the reverse KL, too",
             self.kl_clip,
         )
-        require(
-            self.reference_kl == 0 or self.has_policy_gradient,
-            "algorithm.reference_kl",
-            f"must be 0 with algorithm.objective={self.objective} without a policy gradient, to which it is added",
-            self.reference_kl,
-        )
-        self._check_context()
-        require(
-            self.pass_rates == "observed" or (self.objective == "sgpo" and self.weight == "adaptive"),
-            "algorithm.pass_rates",
-            "must be observed unless algorithm.objective=sgpo and algorithm.weight=adaptive, where Eq. 6 uses them",
-            self.pass_rates,
-        )
+
+    def _check_teacher(self) -> None:
+        """Check the keys of the weights that teach and of their distribution."""
         require(
             self.teacher_temperature == 1 or (self.teacher != "behaviour" and self.kl_correction.mode == "none"),
             "algorithm.teacher_temperature",

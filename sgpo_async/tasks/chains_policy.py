@@ -55,9 +55,8 @@ def draw_example(
     """
 
     def uniform(one: Story) -> tuple[Meaning, ...]:
-        drawn = rng.choices(MEANINGS, k=len(one.sentences))
-        words = [sentence.word for sentence in one.sentences]
-        return tuple(TRUE_MEANING[word] if word in FAMILIAR else m for word, m in zip(words, drawn, strict=True))
+        drawn = zip(one.sentences, rng.choices(MEANINGS, k=len(one.sentences)), strict=True)
+        return tuple(TRUE_MEANING[own.word] if own.word in FAMILIAR else meaning for own, meaning in drawn)
 
     story = draw_story(rng, length=rng.randint(1, min(max(LENGTHS), 1 + int(6 * progress))), familiar=P_FAMILIAR)
     other = draw_story(rng, length=rng.choice(LENGTHS))
