@@ -468,6 +468,9 @@ class Sft:
     validation: str = field(default="", metadata=PATH)  # a separate validation file; default: a random part of `path`
     validation_share: float = 0.1  # without `validation`: the share of the problems that is that part
     problems: int = 1024  # of a built-in domain: how many are generated
+    # The share of the problems whose prompt has their strategy, as that of a guided rollout does. Teaches a model to
+    # follow strategies, without which SGPO has nothing to distil.
+    guided_share: float = 0.0
     epochs: int = 10  # how often the problems are trained on
     batch: int = 64  # sequences per optimiser step
     lr: float = 1e-5  # the learning rate after the warm-up
@@ -485,3 +488,4 @@ class Sft:
         require(self.validate_every >= 0, "sft.validate_every", "must be >= 0", self.validate_every)
         require(0 <= self.warmup_ratio <= 1, "sft.warmup_ratio", "must be in [0, 1]", self.warmup_ratio)
         require(0 < self.validation_share < 1, "sft.validation_share", "must be in (0, 1)", self.validation_share)
+        require(0 <= self.guided_share <= 1, "sft.guided_share", "must be in [0, 1]", self.guided_share)

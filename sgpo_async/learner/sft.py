@@ -118,7 +118,9 @@ class Examples:
 
 def _tokens(run: Run, problem: Problem, tokenizer: Any) -> Tokens:
     assert problem.response
-    prompt = build_prompt(problem.problem, None, tasks=run.tasks, tokenizer=tokenizer)
+    guided = random.Random(f"guided {run.seed} {problem.problem}").random() < run.sft.guided_share
+    strategy = problem.strategy if guided else None
+    prompt = build_prompt(problem.problem, strategy, tasks=run.tasks, tokenizer=tokenizer)
     response = [*tokenizer.encode(problem.response, add_special_tokens=False), tokenizer.eos_token_id]
     return Tokens(np.array(prompt, np.int32), np.array(response, np.int32))
 

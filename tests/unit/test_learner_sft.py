@@ -138,6 +138,25 @@ def test_problems_without_a_response_or_with_too_many_tokens_are_counted_and_lef
     assert {len(tokens.completion) for tokens in found.training} == {6}  # five words and the end token
 
 
+def test_the_guided_share_of_the_prompts_holds_the_strategy(tmp_path: Path) -> None:
+    """Which problems these are depends on the seed; a problem without a strategy keeps its plain prompt."""
+    given = {"strategy": "amber raise", "response": "1"}
+    rows = [{"problem": f"problem 1 amber from {i % 10} {i // 10}"} | given for i in range(100)]
+    rows += [{"problem": f"problem 2 amber from {i} 0", "response": "1"} for i in range(10)]
+
+    def guided(share: float, seed: int = 0) -> set[tuple[int, ...]]:
+        run = replace(file_run(tmp_path / "p.jsonl", rows, guided_share=share), seed=seed)
+        found = Examples.read(run)
+        prompts = [tuple(tokens.prompt.tolist()) for tokens in (*found.training, *found.validation)]
+        shortest = min(map(len, prompts))
+        return {prompt for prompt in prompts if len(prompt) > shortest}
+
+    assert (len(guided(0)), len(guided(1))) == (0, 100)
+    assert 35 <= len(guided(0.5)) <= 65
+    assert guided(0.5) == guided(0.5) != guided(0.5, seed=1)
+    assert guided(0.5) < guided(1)
+
+
 @pytest.mark.parametrize("positions", [{"max_position_embeddings": 24}, {"sliding_window": 8}])
 def test_problems_beyond_the_positions_of_the_model_are_counted_and_left_out(
     tmp_path: Path, positions: dict[str, int]
