@@ -1,7 +1,8 @@
 """The whole configuration as frozen dataclasses. Every setting has exactly one key.
 
     rules.py        the checks and the text of their errors
-    training.py     algorithm, optim, learner, sft
+    algorithm.py    algorithm
+    training.py     optim, learner, sft
     processes.py    hub, engine, local
     schema.py       the run, model, tasks, rollout, evaluation; exports every section
 
@@ -18,23 +19,10 @@ import re
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
+from sgpo_async.config.algorithm import BANDS, CREDITED, GUIDED, Algorithm, Correction, CorrectionMode, Rlcsd, Rlsd
 from sgpo_async.config.processes import Engine, Hub, Local, Sglang
 from sgpo_async.config.rules import PATH, host_of, require, require_finite
-from sgpo_async.config.training import (
-    BANDS,
-    CREDITED,
-    GUIDED,
-    TRACKERS,
-    Algorithm,
-    Correction,
-    CorrectionMode,
-    Learner,
-    Lora,
-    Optim,
-    Rlcsd,
-    Rlsd,
-    Sft,
-)
+from sgpo_async.config.training import TRACKERS, Learner, Lora, Optim, Sft
 
 __all__ = [
     "BANDS",

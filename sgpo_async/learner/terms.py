@@ -35,8 +35,8 @@ from sgpo_async.algorithm import (
     rlsd_advantages,
     shaped_loss,
 )
+from sgpo_async.config.algorithm import CLIP
 from sgpo_async.config.schema import Algorithm, Correction
-from sgpo_async.config.training import CLIP
 from sgpo_async.learner.batch import Batch, lags
 from sgpo_async.learner.objectives.base import Distillation, Likelihood, PolicyGradient
 from sgpo_async.learner.packing import kept_of, pad
