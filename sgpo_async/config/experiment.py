@@ -55,6 +55,7 @@ MEASURED = (  # the metrics of a step whose means the points of a curve have
     "reward_auto",
     "length_auto",
 )
+DRAWN = ("guided", *MEASURED)  # what figures of the kind metric can show, beside the entries of:
 MEASURED_BY_NAME = ("patterns", "kl_classes")  # metrics that are objects: the points have each entry, as KEY/NAME
 RECIPE = "from"  # in a method: a configuration whose keys it begins with
 MOST_CURVES = 12  # in one figure: as many as can be told apart by colour and dashes
@@ -125,7 +126,7 @@ class Figure:
     """One figure of the experiment's page."""
 
     kind: str  # one of FIGURE_KINDS, or metric
-    metric: str = ""  # kind=metric: one of MEASURED, or an entry of one of MEASURED_BY_NAME, e.g. patterns/leak
+    metric: str = ""  # kind=metric: one of DRAWN, or an entry of one of MEASURED_BY_NAME, e.g. patterns/leak
     setting: str = ""
     methods: list[str] = field(default_factory=list)  # whose curves it has; default: all
     name: str = ""  # what its file's name has behind kind and setting
@@ -229,8 +230,8 @@ class Experiment:
         for place, figure in enumerate(figures):
             where = f"figures[{place}]"
             require(figure.kind in every, f"{where}.kind", f"must be one of {kinds}", figure.kind)
-            known = figure.metric in MEASURED or figure.metric.partition("/")[0] in MEASURED_BY_NAME
-            rule = f"must be one of {', '.join(MEASURED)}, patterns/NAME or kl_classes/NAME"
+            known = figure.metric in DRAWN or figure.metric.partition("/")[0] in MEASURED_BY_NAME
+            rule = f"must be one of {', '.join(DRAWN)}, patterns/NAME or kl_classes/NAME"
             require(known or figure.kind != METRIC, f"{where}.metric", rule, figure.metric)
             require(figure.kind == METRIC or not figure.metric, f"{where}.metric", "must be empty", figure.metric)
             rule = f"must be one of the settings ({', '.join(settings)})"

@@ -31,6 +31,7 @@ class Kind(NamedTuple):
 
 
 PASS_RATE = Measure("auto", "validation pass rate alone, %", 100, 100)
+GUIDED = Measure("guided", "validation pass rate guided, %", 100, 100)
 KINDS = {  # the keys are FIGURE_KINDS
     "curves": Kind("pass rate over rollouts", (PASS_RATE,)),
     "alpha": Kind("pass rate and mean alpha over rollouts", (PASS_RATE, Measure("alpha", "mean alpha")), "alpha"),
@@ -47,7 +48,8 @@ def kind_of(figure: Figure) -> Kind:
     """What this figure shows."""
     if figure.kind != METRIC:
         return KINDS[figure.kind]
-    return Kind(f"pass rate and {figure.metric} over rollouts", (PASS_RATE, Measure(figure.metric, figure.metric)))
+    measure = GUIDED if figure.metric == GUIDED.key else Measure(figure.metric, figure.metric)
+    return Kind(f"pass rate and {figure.metric} over rollouts", (PASS_RATE, measure))
 
 
 def draw_setting(

@@ -119,7 +119,7 @@ def test_only_the_figures_that_a_file_names_are_drawn(drawn: dict[str, list[Pane
             [{"kind": "curves", "setting": "calm", "methods": ["nobody"]}],
             "figures[0].methods must name methods of this file (SGPO, GRPO, fixed), got 'nobody'",
         ),
-        ([{"kind": "metric"}], "figures[0].metric must be one of loss, "),
+        ([{"kind": "metric"}], "figures[0].metric must be one of guided, loss, "),
         ([{"kind": "metric", "metric": "lenght_auto"}], "patterns/NAME or kl_classes/NAME, got 'lenght_auto'"),
         ([{"kind": "curves", "metric": "loss"}], "figures[0].metric must be empty, got 'loss'"),
         ([{"kind": "curves", "setting": "calm"}] * 2, "figures must have names that differ as names of files"),
@@ -141,6 +141,13 @@ def test_any_key_of_the_curves_can_be_drawn_beside_the_pass_rate(drawn: dict[str
     rate, leak = drawn["metric-patterns-leak.svg"]
     assert [(at, found.mean) for at, found in leak.curves[0].points] == [(384, pytest.approx(0.2))]
     assert [curve.name for curve in rate.curves] == ["SGPO"]
+
+
+def test_the_guided_pass_rate_is_drawn_in_per_cent(drawn: dict[str, list[Panel]], tmp_path: Path) -> None:
+    draw_setting("", {"GRPO": TWO_SEEDS}, tmp_path, [Figure(kind="metric", metric="guided")])
+    panel = drawn["metric-guided.svg"][1]
+    assert (panel.label, panel.factor, panel.top) == ("validation pass rate guided, %", 100, 100)
+    assert panel.curves[0].points
 
 
 def test_every_kind_of_figure_can_be_drawn() -> None:
