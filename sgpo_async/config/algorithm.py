@@ -304,6 +304,11 @@ class Algorithm:
         return self.compares_with_teacher or self.objective in CREDITED
 
     @property
+    def scores_unguided(self) -> bool:
+        """Whether actors score correct guided rollouts without their strategy: Eq. 4 takes the likeliest of them."""
+        return self.objective == "sgpo" and self.target == "reachable"
+
+    @property
     def needs_responses(self) -> bool:
         """Whether the objective trains on the problems' own responses."""
         return self.objective in ("sft", "luffy", "hpt")

@@ -146,8 +146,11 @@ def _numbers(lease: Lease, rollout: Rollout) -> str | None:
     if rollout.solved_at != lease.solved_at:
         return "solved_at differs from the lease's"
     value = rollout.unguided_logprob
-    if (value is not None) != _is_scored(lease, rollout):
-        return "unguided_logprob must come with a correct, complete guided rollout of training, and with no other"
+    if (value is not None) != (lease.unguided_scores and _may_be_distilled(lease, rollout)):
+        return (
+            "unguided_logprob must come with a correct, complete guided rollout of training if the lease asks for it, "
+            "and with no other"
+        )
     if value is not None and not -np.inf < value <= TOLERANCE * len(rollout.tokens):
         return "unguided_logprob must be finite and <= 0"
     return None
@@ -155,10 +158,10 @@ def _numbers(lease: Lease, rollout: Rollout) -> str | None:
 
 def _likely_tokens(lease: Lease, rollout: Rollout) -> str | None:
     tokens, logprobs = rollout.top_tokens, rollout.top_logprobs
-    wanted = len(rollout.tokens) * lease.top_logprobs_num if _is_scored(lease, rollout) else 0
+    wanted = len(rollout.tokens) * lease.top_logprobs_num if _may_be_distilled(lease, rollout) else 0
     if any(wanted != (0 if array is None else len(array)) for array in (tokens, logprobs)):
         return (
-            "top_tokens and top_logprobs must hold top_logprobs_num for each token of a rollout with unguided_logprob"
+            "top_tokens and top_logprobs must hold top_logprobs_num for each token of a rollout that may be distilled"
         )
     if logprobs is not None and not _are_logprobs(logprobs):
         return f"top_logprobs must be in [{LOWEST:g}, 0]"
@@ -189,8 +192,7 @@ def _prompt(rollout: Rollout, known: np.ndarray | None) -> str | None:
     return None
 
 
-def _is_scored(lease: Lease, rollout: Rollout) -> bool:
-    """Whether the engine scores this rollout under the plain prompt (Eq. 4)."""
+def _may_be_distilled(lease: Lease, rollout: Rollout) -> bool:
     return lease.purpose == "train" and rollout.may_be_distilled
 
 

@@ -75,8 +75,7 @@ class RolloutGroup:
         result = self._generated[slot]
         if result.finish == "length" and not self.lease.cut_scores:
             reward = 0.0
-        complete = is_correct(reward, self.lease.solved_at) and result.finish == "stop"
-        if complete and self._is_guided(slot) and self.lease.purpose == "train":
+        if self.lease.unguided_scores and self._may_be_distilled(slot, reward):
             self._rewards[slot] = reward
             return Score(
                 id=result.id, prompt=self._prompt(False), tokens=result.tokens, temperature=self.lease.temperature
@@ -158,7 +157,13 @@ class RolloutGroup:
             prefix=SampledTokens(**_sampled(begun)) if begun else None,
         )
 
+    def _may_be_distilled(self, slot: int, reward: float) -> bool:
+        """Whether this completion is a correct, complete guided one of training."""
+        complete = is_correct(reward, self.lease.solved_at) and self._generated[slot].finish == "stop"
+        return complete and self._is_guided(slot) and self.lease.purpose == "train"
+
     def _rollout(self, slot: int, *, reward: float, unguided_logprob: float | None) -> Rollout:
+        distilled = self._may_be_distilled(slot, reward)
         result = self._generated.pop(slot)
         self._open.remove(slot)
         return Rollout(
@@ -176,8 +181,8 @@ class RolloutGroup:
             reward=reward,
             finish=result.finish,
             unguided_logprob=unguided_logprob,
-            top_tokens=result.top_tokens if unguided_logprob is not None else None,
-            top_logprobs=result.top_logprobs if unguided_logprob is not None else None,
+            top_tokens=result.top_tokens if distilled else None,
+            top_logprobs=result.top_logprobs if distilled else None,
             kept=result.kept,
             kept_sizes=result.kept_sizes,
             solved_at=self.lease.solved_at,

@@ -356,7 +356,7 @@ class Node:
             prompt=TOKENS[: self._prompt(sequence)],
             reward=float(correct),
             finish="length" if cut else "stop",
-            unguided_logprob=-1.0 if guided and correct and not cut else None,
+            unguided_logprob=-1.0 if lease.unguided_scores and guided and correct and not cut else None,
             **_arrays(self._spans(sequence, sequence.length)),
         )
 

@@ -40,6 +40,7 @@ class Task:
     seed: int
     sampling: Sampling
     solved_at: float = 1.0  # a rollout is correct if its reward is at least this
+    unguided_scores: bool = False  # whether correct guided rollouts are scored without their strategy, for Eq. 4
     cut_scores: bool = True  # whether a completion that max_new_tokens has cut is judged
     turns: int = 0  # most completions of an episode with an environment, which `verifier` names; 0: no environment
 
@@ -67,6 +68,7 @@ class Task:
             max_new_tokens=self.sampling.max_new_tokens,
             top_k=self.sampling.top_k,
             top_logprobs_num=self.sampling.top_logprobs_num,
+            unguided_scores=self.unguided_scores,
             solved_at=self.solved_at,
             cut_scores=self.cut_scores,
             turns=self.turns,
@@ -116,6 +118,7 @@ class TaskSampler:
                 top_k=sizes.top_k,
                 top_logprobs_num=self._run.algorithm.top_logprobs_num,
             ),
+            unguided_scores=self._run.algorithm.scores_unguided,
             solved_at=tasks.solved_at,
             cut_scores=sizes.cut == "score",
             turns=tasks.max_turns if tasks.environment else 0,

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 
-PROTOCOL = 13  # raise it whenever a record changes
+PROTOCOL = 14  # raise it whenever a record changes
 
 Tokens = Annotated[np.ndarray, "<i4"]  # token ids, 1-d
 Ints = Annotated[np.ndarray, "<i4"]
@@ -153,6 +153,7 @@ class Lease:
     max_new_tokens: int
     top_k: int = 0  # sample from at most this many of the likeliest tokens; 0: no limit
     top_logprobs_num: int = 0  # likeliest tokens to report for each token of a correct guided rollout
+    unguided_scores: bool = False  # whether correct guided rollouts carry `unguided_logprob`, for Eq. 4
     solved_at: float = 1.0  # a rollout is correct if its reward is at least this
     cut_scores: bool = True  # whether a completion that max_new_tokens has cut is judged; else its reward is 0
     turns: int = 0  # most completions of an episode with an environment; 0: no environment
@@ -239,7 +240,7 @@ class Rollout:
     ends: Ints  # [S] end (exclusive) of each span in `tokens`; the last is T
     reward: float  # any finite number
     finish: Literal["stop", "length"]
-    # Only if it may be distilled: the sum of log pi(token | plain prompt), for Eq. 4; and, if the lease asks for them,
+    # Only if it may be distilled, and only what the lease asks for: the sum of log pi(token | plain prompt), for Eq. 4;
     # the k likeliest tokens at each position with their log-probabilities, position by position, likeliest first.
     unguided_logprob: float | None = None
     top_tokens: Tokens | None = None  # [T * k]

@@ -77,7 +77,7 @@ def make_rollout(lease: wire.Lease, slot: int, *, versions: tuple[int, ...] = (0
         "finish": "stop",
     }
     made = wire.Rollout(**{**fields, **changes})
-    scored = made.guided and made.reward == 1.0 and made.purpose == "train"
+    scored = lease.unguided_scores and made.guided and made.reward == 1.0 and made.purpose == "train"
     needs_unguided_logprob = scored and made.unguided_logprob is None
     return replace(made, unguided_logprob=-1.0) if needs_unguided_logprob else made
 

@@ -74,6 +74,7 @@ def lease(task: int, *, autonomous: int = 2, guided: int = 0, purpose: Any = "tr
     return Lease(
         task=task, attempt=0, purpose=purpose, problem="a problem", answer=ANSWER, verifier="cues", strategy="add",
         autonomous=autonomous, guided=guided, min_version=0, seed=0, temperature=1.0, top_p=1.0, max_new_tokens=4,
+        unguided_scores=True,
     )  # fmt: skip
 
 

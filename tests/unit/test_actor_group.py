@@ -8,8 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sgpo_async.config import load
 from sgpo_async.engines.base import Generate, Generated, Score, Scored
 from sgpo_async.rollout.group import RolloutGroup, rollout_seed
+from sgpo_async.tasks.sources import source_of
+from sgpo_async.tasks.task_sampler import TaskSampler
 from sgpo_async.wire.records import Lease, Purpose, Rollout
 
 PLAIN, GUIDED = np.array([1, 2], np.int32), np.array([7, 1, 2], np.int32)
@@ -23,6 +26,7 @@ def make_group(
     top_p: float = 1.0,
     top_k: int = 0,
     top_logprobs_num: int = 0,
+    unguided_scores: bool = True,
     cut_scores: bool = True,
 ) -> RolloutGroup:
     lease = Lease(
@@ -42,6 +46,7 @@ def make_group(
         top_k=top_k,
         max_new_tokens=5,
         top_logprobs_num=top_logprobs_num,
+        unguided_scores=unguided_scores,
         cut_scores=cut_scores,
     )
     return RolloutGroup(lease, plain=PLAIN, guided=GUIDED if guided else None)
@@ -101,6 +106,18 @@ def test_a_rollout_has_the_logprobs_that_the_engine_returned() -> None:
     assert rollout.reward == 1.0
     assert rollout.unguided_logprob is None
     np.testing.assert_array_equal(rollout.logprobs, np.array([-0.5, -0.25], np.float32))
+
+
+def test_a_correct_guided_rollout_is_finished_at_once_if_the_lease_asks_for_no_score() -> None:
+    """Its likeliest tokens are kept: the behaviour policy can teach without Eq. 4."""
+    group = make_group(top_logprobs_num=1, unguided_scores=False)
+    request = group.requests()[2]
+    likeliest = {"top_tokens": np.array([5, 6], np.int32), "top_logprobs": np.array([-0.1, -0.2], np.float32)}
+    group.generated(replace(completion(request), **likeliest))
+    rollout = group.judged(request.id, reward=1.0)
+    assert isinstance(rollout, Rollout) and rollout.may_be_distilled
+    assert rollout.unguided_logprob is None
+    assert rollout.top_tokens is likeliest["top_tokens"] and rollout.top_logprobs is likeliest["top_logprobs"]
 
 
 def test_a_correct_guided_rollout_is_scored_on_the_plain_prompt_and_the_score_is_a_sum() -> None:
@@ -182,3 +199,18 @@ def test_seeds_are_reproducible_and_differ_between_slots_and_leases() -> None:
     seeds = {rollout_seed(lease_seed, slot) for lease_seed in range(50) for slot in range(12)}
     assert len(seeds) == 600
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize(
+    ("override", "scored"),
+    [
+        ("algorithm.target=reachable", True),
+        ("algorithm.target=all", False),
+        ("builtin:methods/pi-distill", False),
+        ("builtin:methods/pope", False),
+    ],
+)
+def test_actors_score_guided_rollouts_only_for_equation_4(override: str, scored: bool) -> None:
+    run = load("", [override])
+    lease = TaskSampler(run, source_of(run)).task(0).lease(attempt=0, min_version=0)
+    assert lease.unguided_scores == scored

@@ -29,7 +29,8 @@ def f4(*numbers: float) -> np.ndarray:
 def lease(**changes: Any) -> Lease:
     fields: dict[str, Any] = {"task": 1, "attempt": 0, "purpose": "train", "problem": "p", "answer": "a"}
     fields |= {"verifier": "math", "strategy": "s", "autonomous": 2, "guided": 2, "min_version": 3, "seed": 0}
-    return Lease(**fields | {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 4, "top_logprobs_num": 2} | changes)
+    fields |= {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 4, "top_logprobs_num": 2, "unguided_scores": True}
+    return Lease(**fields | changes)
 
 
 def limits(vocabulary: int) -> Limits:
@@ -59,6 +60,12 @@ def test_valid_rollouts_have_no_violation() -> None:
     unscored = {"unguided_logprob": None, "top_tokens": None, "top_logprobs": None}
     assert why(rollout(guided=True, purpose="evaluate", **unscored), **evaluation) is None
     assert why(rollout(guided=True, reward=0.0, **unscored)) is None
+    assert why(rollout(guided=True, unguided_logprob=None), unguided_scores=False) is None
+
+
+def test_a_score_that_the_lease_does_not_ask_for_is_a_violation() -> None:
+    reason = why(rollout(guided=True), unguided_scores=False)
+    assert reason and reason.startswith("unguided_logprob must come with a correct, complete guided rollout")
 
 
 @pytest.mark.parametrize(
@@ -225,8 +232,9 @@ def leases_with_rollouts(draw: st.DrawFn) -> tuple[Lease, Rollout, int]:
     length, slot = sum(spans), draw(st.integers(0, sum(sizes) - 1))
     guided, reward = slot >= sizes[0], draw(st.sampled_from((0.0, 1.0)))
     finish = draw(st.sampled_from(("stop", "length")))
-    scored = guided and purpose == "train" and reward == 1.0 and finish == "stop"
-    top = length * k if scored else 0
+    distilled = guided and purpose == "train" and reward == 1.0 and finish == "stop"
+    scored = draw(st.booleans())
+    top = length * k if distilled else 0
 
     def ids(count: int) -> np.ndarray:
         return i4(*draw(st.lists(st.integers(0, vocabulary - 1), min_size=count, max_size=count)))
@@ -236,6 +244,7 @@ def leases_with_rollouts(draw: st.DrawFn) -> tuple[Lease, Rollout, int]:
 
     asked = lease(
         purpose=purpose, autonomous=sizes[0], guided=sizes[1], min_version=oldest, top_logprobs_num=k,
+        unguided_scores=scored,
         max_new_tokens=length + (0 if finish == "length" else draw(st.integers(0, 5))),
     )  # fmt: skip
     versions = st.lists(st.integers(oldest, NEWEST), min_size=len(spans), max_size=len(spans))
@@ -244,7 +253,7 @@ def leases_with_rollouts(draw: st.DrawFn) -> tuple[Lease, Rollout, int]:
         prompt=ids(draw(st.integers(1, 5))), tokens=ids(length), logprobs=logprobs(length),
         versions=i4(*draw(versions)),
         digests=np.zeros(len(spans), np.int64), ends=np.cumsum(spans, dtype=np.int32), reward=reward, finish=finish,
-        unguided_logprob=draw(st.floats(-1e6, 0)) if scored else None,
+        unguided_logprob=draw(st.floats(-1e6, 0)) if scored and distilled else None,
         top_tokens=ids(top) if top else None, top_logprobs=logprobs(top) if top else None,
     )  # fmt: skip
     return asked, made, draw(st.sampled_from((0, vocabulary)))

@@ -32,6 +32,7 @@ def lease(**changes: Any) -> Lease:
     made = Lease(
         task=0, attempt=0, purpose="train", problem="p", answer="a", verifier="my:f", strategy="s", autonomous=4,
         guided=3, min_version=0, seed=0, temperature=1.0, top_p=1.0, max_new_tokens=4, solved_at=SOLVED_AT,
+        unguided_scores=True,
     )  # fmt: skip
     return replace(made, **changes)
 

@@ -147,6 +147,7 @@ EXAMPLES: list[Message] = [
         max_new_tokens=16384,
         top_k=1024,
         top_logprobs_num=2,
+        unguided_scores=True,
         finished=np.array([0, 3], np.int32),
         partial=(PART,),
     ),
