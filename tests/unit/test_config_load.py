@@ -396,9 +396,7 @@ def test_plain_data_is_validated_like_a_file() -> None:
 def test_sglang_samples_guided_rollouts_at_another_temperature_only_if_it_scores_none() -> None:
     """It scores given tokens only at temperature 1; Eq. 4 needs such scores, other objectives and targets do not."""
     keys = ["engine.kind=sglang", "rollout.temperature=0.7"]
-    with pytest.raises(
-        ConfigError, match=r"rollout\.temperature must be 1\.0 with .*target=reachable"
-    ):
+    with pytest.raises(ConfigError, match=r"rollout\.temperature must be 1\.0 with .*target=reachable"):
         load("", [*keys, "algorithm.target=reachable"])
     for without in ("algorithm.target=all", "algorithm.objective=grpo", "rollout.guided=0"):
         assert load("", [*keys, "algorithm.target=reachable", without]).rollout.temperature == 0.7
