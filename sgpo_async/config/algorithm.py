@@ -64,8 +64,8 @@ class Rlcsd:
 class Algorithm:
     """The training objective; docs/algorithm.md gives every equation and explains the defaults.
 
-    The default is anchored SGPO: the paper's SGPO (arXiv 2606.24064) with a frozen teacher, without masking, and with
-    twice the paper's alpha. Loading builtin:paper after a configuration restores the paper's setting. Keys of
+    The default is sharp SGPO: the paper's SGPO (arXiv 2606.24064) with a frozen teacher whose distribution is sharpened,
+    all correct guided rollouts as targets without their first token, no masking, and twice the paper's alpha. Loading builtin:paper after a configuration restores the paper's setting. Keys of
     features that are switched off are ignored: without distillation the teacher's keys, with `divergence=sft` the
     limiter's.
     """
@@ -89,9 +89,8 @@ class Algorithm:
     divergence: Literal["forward", "reverse", "jensen-shannon", "sft"] = "forward"  # Eq. 3: forward
     # divergence=forward: the most that one token of the vocabulary may add to d_t, in nats; OPSD: 0.05
     kl_clip: float = field(default=math.inf, metadata=INFINITE)
-    target: Literal["reachable", "all"] = (
-        "reachable"  # sgpo: Eq. 4; all: the mean over all correct guided rollouts (Eq. 2)
-    )
+    # sgpo: the mean over all correct guided rollouts (Eq. 2), or the one that is likeliest without the strategy (Eq. 4)
+    target: Literal["all", "reachable"] = "all"
     limiter: Literal["mask", "clamp", "smooth", "quantile", "none"] = "none"  # mask: Eq. 5 masks tokens of d_t > delta
     delta: float = 1.0  # limiter=mask, clamp, smooth: the bound of d_t in nats
     quantile: float = 0.95  # limiter=quantile: mask tokens whose d_t exceeds this quantile of the d_t in their target
@@ -109,7 +108,7 @@ class Algorithm:
     teacher_dtype: Literal["float32", "bfloat16"] = "float32"  # of the copy; ema needs float32
     # Below 1, the student is drawn to a sharper distribution than the teacher's: softmax(logits / teacher_temperature),
     # both at the sampling temperature. A teacher that errs as it samples, but seldom in what it prefers, errs less so.
-    teacher_temperature: float = 1.0
+    teacher_temperature: float = 0.5
     teacher_top_k: int = 16  # behaviour: tokens with known probabilities; all other tokens are merged into one outcome
 
     # sgpo: alpha(q), the weight of distillation
@@ -127,7 +126,7 @@ class Algorithm:
     distilled: Literal["all", "wrong", "advantage"] = "all"
     # sgpo, opsd, sdpo, kdrl: tokens at the start of a completion that are not distilled, where a teacher may speak of
     # its context; SDFT: 3
-    distil_skip: int = 0
+    distil_skip: int = 1
     rlsd: Rlsd = field(default_factory=Rlsd)
     rlcsd: Rlcsd = field(default_factory=Rlcsd)
     iw_gamma: float = 0.5  # iw-opd: the first token weighs 1 + iw_gamma, the last one nearly 1
@@ -210,7 +209,9 @@ class Algorithm:
     def _check_teacher(self) -> None:
         """Check the keys of the weights that teach and of their distribution."""
         require(
-            self.teacher_temperature == 1 or (self.teacher != "behaviour" and self.kl_correction.mode == "none"),
+            self.teacher_temperature == 1
+            or not self.compares_with_teacher
+            or (self.teacher != "behaviour" and self.kl_correction.mode == "none"),
             "algorithm.teacher_temperature",
             "must be 1 with algorithm.teacher=behaviour, of which only the likeliest tokens are known, and unless "
             "algorithm.kl_correction.mode=none, whose importance ratios are those of the teacher as it samples",

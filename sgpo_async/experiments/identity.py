@@ -6,8 +6,8 @@
 
 The overrides of a trial are not enough to identify it: the other values are defaults, which may change, and the name of
 a base does not say how the base was made. So a result stores all values. Keys that a result lacks are filled in from
-the current defaults: old results stay valid when a new feature adds a key, if the feature is off by default. If a
-default changes, the results made with the old value no longer count.
+the defaults that they had when they were added: old results stay valid when a new feature adds a key, if the feature
+was off by default. If a default changes, the results made with the old value no longer count.
 """
 
 from __future__ import annotations
@@ -56,6 +56,9 @@ NOT_LEARNED = (
     "learner.shard_over",
     "learner.checkpoint_minutes",
 )
+
+# Keys whose default has changed since they were added, with the first one: results that lack them were made with it.
+FIRST_DEFAULTS = {"algorithm": {"teacher_temperature": 1.0, "distil_skip": 0}}
 
 
 def configuration(experiment: Experiment, run: Run) -> Plain:
@@ -122,4 +125,5 @@ def filled(stored: Plain, defaults: Plain) -> Plain:
 
 @cache
 def _defaults() -> Plain:
-    return to_plain(load(""))
+    """The default of each key when it was added."""
+    return filled(FIRST_DEFAULTS, to_plain(load("")))

@@ -29,15 +29,16 @@ def test_every_shipped_configuration_loads(path: Path) -> None:
     assert from_plain(to_plain(run)) == run
 
 
-def test_the_default_is_anchored_sgpo_and_paper_yaml_restores_the_paper_s_setting(empty: Path) -> None:
+def test_the_default_is_sharp_sgpo_and_paper_yaml_restores_the_paper_s_setting(empty: Path) -> None:
     default, paper = load(empty).algorithm, load(empty, ["configs/paper.yaml"]).algorithm
     assert (default.teacher, default.limiter, default.alpha0, default.alpha_max) == ("frozen", "none", 1.0, 1.6)
+    assert (default.target, default.teacher_temperature, default.distil_skip) == ("all", 0.5, 1)
     assert (paper.delta, paper.alpha0, paper.gamma, paper.alpha_max) == (1.0, 0.5, 0.1, 0.8)
     assert (paper.eps_low, paper.eps_high) == (0.2, 0.28)
     assert (paper.objective, paper.divergence, paper.target) == ("sgpo", "forward", "reachable")
     assert (paper.teacher, paper.limiter, paper.weight) == ("self", "mask", "adaptive")
     assert (paper.policy_gradient, paper.pass_rates, paper.guide_gate) == (True, "observed", 0.0)
-    changed = {"teacher", "limiter", "alpha0", "alpha_max"}
+    changed = {"teacher", "limiter", "alpha0", "alpha_max", "target", "teacher_temperature", "distil_skip"}
     assert {key for key in asdict(default) if asdict(default)[key] != asdict(paper)[key]} == changed
 
 
