@@ -217,7 +217,8 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 @pytest.mark.parametrize(("teacher", "each"), [("self", 16), ("frozen", 20), ("behaviour", 16)])
 def test_memory_for_weights_gradients_optimiser_and_teacher(memory: list[int], teacher: str, each: int) -> None:
-    run = load(ROOT / "configs/demo.yaml", ["local.ranks=2", f"algorithm.teacher={teacher}"])
+    keys = [f"algorithm.teacher={teacher}", "algorithm.teacher_temperature=1"]
+    run = load(ROOT / "configs/demo.yaml", ["local.ranks=2", *keys])
     memory[0] = each * 10**6
     assert f"{each / 2:g} MB in each of 2 ranks" in training_memory(run, 10**6, gpu_bytes=None)
     memory[0] -= 1

@@ -97,7 +97,7 @@ def test_a_second_file_overrides_the_first_and_key_value_overrides_both(tmp_path
 
 
 def test_the_resolved_yaml_loads_to_the_same_run(tmp_path: Path) -> None:
-    run = load(_write(tmp_path, "steps: 7\nalgorithm: {kl_correction: {mode: sequence, bound: .inf}}\n"))
+    run = load(_write(tmp_path, "steps: 7\nalgorithm: {teacher_temperature: 1, kl_correction: {mode: sequence, bound: .inf}}\n"))
     assert load(_write(tmp_path, to_yaml(run))) == run
 
 
@@ -352,7 +352,8 @@ def test_the_hub_s_state_of_a_large_run_fits_the_default_message_limit(empty: Pa
 
 
 def test_the_hub_s_state_includes_the_top_tokens_of_guided_rollouts(empty: Path) -> None:
-    overrides = ["learner.problems_per_step=128", "rollout.max_new_tokens=4096", "algorithm.teacher=behaviour"]
+    overrides = ["learner.problems_per_step=128", "rollout.max_new_tokens=4096"]
+    overrides += ["algorithm.teacher=behaviour", "algorithm.teacher_temperature=1"]
     with pytest.raises(ConfigError, match="up to 1216 MB of completions"):  # 16 more tokens each in 4 of 12 rollouts
         load(empty, overrides)
     assert load(empty, [*overrides, "hub.max_message_mb=1216"]).algorithm.top_logprobs_num == 16
@@ -399,5 +400,5 @@ def test_sglang_samples_guided_rollouts_at_another_temperature_only_if_it_scores
     keys = ["engine.kind=sglang", "rollout.temperature=0.7"]
     with pytest.raises(ConfigError, match=r"rollout\.temperature must be 1\.0 with .*target=reachable"):
         load("", [*keys, "algorithm.target=reachable"])
-    for without in ("algorithm.target=all", "algorithm.objective=grpo", "rollout.guided=0"):
+    for without in ("algorithm.target=all", "algorithm.objective=grpo"):
         assert load("", [*keys, "algorithm.target=reachable", without]).rollout.temperature == 0.7
