@@ -3,8 +3,9 @@
     python examples/sgpo_in_one_file.py [STEPS]
 
 One process, one policy, one engine; no hub, no packing, no staleness. The package's learner computes the same loss from
-hidden states, packed, sharded and corrected for lag. The default is anchored SGPO: the teacher is the initial
-policy, no token is masked, and alpha0 and alpha_max are twice the paper's (docs/algorithm.md says why).
+hidden states, packed, sharded and corrected for lag. This is anchored SGPO: the teacher is the initial policy, no token
+is masked, and alpha0 and alpha_max are twice the paper's. What the package's default has beyond that, and why, is in
+docs/algorithm.md.
 """
 
 from __future__ import annotations

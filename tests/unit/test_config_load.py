@@ -97,7 +97,8 @@ def test_a_second_file_overrides_the_first_and_key_value_overrides_both(tmp_path
 
 
 def test_the_resolved_yaml_loads_to_the_same_run(tmp_path: Path) -> None:
-    run = load(_write(tmp_path, "steps: 7\nalgorithm: {teacher_temperature: 1, kl_correction: {mode: sequence, bound: .inf}}\n"))
+    algorithm = "{teacher_temperature: 1, kl_correction: {mode: sequence, bound: .inf}}"
+    run = load(_write(tmp_path, f"steps: 7\nalgorithm: {algorithm}\n"))
     assert load(_write(tmp_path, to_yaml(run))) == run
 
 
