@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from sgpo_async.config.schema import Learner, Local, Run
+from sgpo_async.config.schema import Algorithm, Learner, Local, Run
 from sgpo_async.learner.batch import from_shard
 from sgpo_async.model.load import load_model
 from sgpo_async.tasks.cues import CuesSource
@@ -77,7 +77,8 @@ def test_the_loss_of_the_example_equals_the_learner_s(example: ModuleType) -> No
                         unguided_logprob=float(own.sum()) if correct else None,
                     )
                 )  # fmt: skip
-    run = Run(learner=Learner(problems_per_step=3, row_tokens=64), local=Local(ranks=1))
+    anchored = Algorithm(target="reachable", teacher_temperature=1.0, distil_skip=0)
+    run = Run(algorithm=anchored, learner=Learner(problems_per_step=3, row_tokens=64), local=Local(ranks=1))
     stepper = cases.stepper(run, copy.deepcopy(policy), teacher)
     shard = Shard(step=0, version=0, problems=3, rollouts=tuple(rollouts))
     found_loss = stepper.accumulate(from_shard(shard, run.algorithm)).reduce()["loss"]
