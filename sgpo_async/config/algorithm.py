@@ -65,8 +65,7 @@ class Algorithm:
     """The training objective; docs/algorithm.md gives every equation and explains the defaults.
 
     The default is sharp SGPO: the paper's SGPO (arXiv 2606.24064) with a frozen teacher whose distribution is
-    sharpened, all correct guided rollouts as targets without their first token, no masking, and twice the paper's
-    alpha. Loading builtin:paper after a configuration restores the paper's setting. Keys of features that
+    sharpened, without masking, without distillation of the first token, and with twice the paper's alpha. Loading builtin:paper after a configuration restores the paper's setting. Keys of features that
     are switched off are ignored: without distillation the teacher's keys, with `divergence=sft` the limiter's.
     """
 
@@ -89,8 +88,8 @@ class Algorithm:
     divergence: Literal["forward", "reverse", "jensen-shannon", "sft"] = "forward"  # Eq. 3: forward
     # divergence=forward: the most that one token of the vocabulary may add to d_t, in nats; OPSD: 0.05
     kl_clip: float = field(default=math.inf, metadata=INFINITE)
-    # sgpo: the mean over all correct guided rollouts (Eq. 2), or the one that is likeliest without the strategy (Eq. 4)
-    target: Literal["all", "reachable"] = "all"
+    # sgpo: the correct guided rollout that is likeliest without the strategy (Eq. 4), or the mean over all (Eq. 2)
+    target: Literal["reachable", "all"] = "reachable"
     limiter: Literal["mask", "clamp", "smooth", "quantile", "none"] = "none"  # mask: Eq. 5 masks tokens of d_t > delta
     delta: float = 1.0  # limiter=mask, clamp, smooth: the bound of d_t in nats
     quantile: float = 0.95  # limiter=quantile: mask tokens whose d_t exceeds this quantile of the d_t in their target

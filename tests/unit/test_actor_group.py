@@ -204,7 +204,7 @@ def test_seeds_are_reproducible_and_differ_between_slots_and_leases() -> None:
 @pytest.mark.parametrize(
     ("override", "scored"),
     [
-        ("algorithm.target=reachable", True),
+        ("algorithm.objective=sgpo", True),
         ("algorithm.target=all", False),
         ("builtin:methods/pi-distill", False),
         ("builtin:methods/pope", False),

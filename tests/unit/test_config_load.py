@@ -32,13 +32,13 @@ def test_every_shipped_configuration_loads(path: Path) -> None:
 def test_the_default_is_sharp_sgpo_and_paper_yaml_restores_the_paper_s_setting(empty: Path) -> None:
     default, paper = load(empty).algorithm, load(empty, ["configs/paper.yaml"]).algorithm
     assert (default.teacher, default.limiter, default.alpha0, default.alpha_max) == ("frozen", "none", 1.0, 1.6)
-    assert (default.target, default.teacher_temperature, default.distil_skip) == ("all", 0.5, 1)
+    assert (default.teacher_temperature, default.distil_skip) == (0.5, 1)
     assert (paper.delta, paper.alpha0, paper.gamma, paper.alpha_max) == (1.0, 0.5, 0.1, 0.8)
     assert (paper.eps_low, paper.eps_high) == (0.2, 0.28)
     assert (paper.objective, paper.divergence, paper.target) == ("sgpo", "forward", "reachable")
     assert (paper.teacher, paper.limiter, paper.weight) == ("self", "mask", "adaptive")
     assert (paper.policy_gradient, paper.pass_rates, paper.guide_gate) == (True, "observed", 0.0)
-    changed = {"teacher", "limiter", "alpha0", "alpha_max", "target", "teacher_temperature", "distil_skip"}
+    changed = {"teacher", "limiter", "alpha0", "alpha_max", "teacher_temperature", "distil_skip"}
     assert {key for key in asdict(default) if asdict(default)[key] != asdict(paper)[key]} == changed
 
 
@@ -400,6 +400,6 @@ def test_sglang_samples_guided_rollouts_at_another_temperature_only_if_it_scores
     """It scores given tokens only at temperature 1; Eq. 4 needs such scores, other objectives and targets do not."""
     keys = ["engine.kind=sglang", "rollout.temperature=0.7"]
     with pytest.raises(ConfigError, match=r"rollout\.temperature must be 1\.0 with .*target=reachable"):
-        load("", [*keys, "algorithm.target=reachable"])
+        load("", keys)
     for without in ("algorithm.target=all", "algorithm.objective=grpo"):
-        assert load("", [*keys, "algorithm.target=reachable", without]).rollout.temperature == 0.7
+        assert load("", [*keys, without]).rollout.temperature == 0.7

@@ -77,7 +77,7 @@ def test_the_loss_of_the_example_equals_the_learner_s(example: ModuleType) -> No
                         unguided_logprob=float(own.sum()) if correct else None,
                     )
                 )  # fmt: skip
-    anchored = Algorithm(target="reachable", teacher_temperature=1.0, distil_skip=0)
+    anchored = Algorithm(teacher_temperature=1.0, distil_skip=0)
     run = Run(algorithm=anchored, learner=Learner(problems_per_step=3, row_tokens=64), local=Local(ranks=1))
     stepper = cases.stepper(run, copy.deepcopy(policy), teacher)
     shard = Shard(step=0, version=0, problems=3, rollouts=tuple(rollouts))
