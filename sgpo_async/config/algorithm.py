@@ -65,8 +65,9 @@ class Algorithm:
     """The training objective; docs/algorithm.md gives every equation and explains the defaults.
 
     The default is sharp SGPO: the paper's SGPO (arXiv 2606.24064) with a frozen teacher whose distribution is
-    sharpened, without masking, without distillation of the first token, and with twice the paper's alpha. Loading builtin:paper after a configuration restores the paper's setting. Keys of features that
-    are switched off are ignored: without distillation the teacher's keys, with `divergence=sft` the limiter's.
+    sharpened, without masking, without distillation of the first token, and with twice the paper's alpha. Loading
+    builtin:paper after a configuration restores the paper's setting. Keys of features that are switched off are
+    ignored: without distillation the teacher's keys, with `divergence=sft` the limiter's.
     """
 
     objective: Objective = "sgpo"  # docs/algorithm.md compares them
