@@ -74,6 +74,5 @@ def test_documents_are_small_and_link_to_every_existing_figure_and_no_other() ->
         for link in FIGURE.findall(page.read_text())
     }
     assert linked == figures
-    assert len(figures) <= 32 and max(path.stat().st_size for path in figures) < 60_000
-    table = (COMMITTED / "trials.parquet").stat().st_size  # data of about two thousand trials
-    assert table < 1_000_000 and sum(path.stat().st_size for path in paths) - table < 2_000_000
+    assert len(figures) <= 20 and max(path.stat().st_size for path in figures) < 60_000
+    assert sum(path.stat().st_size for path in paths) < 2_000_000
