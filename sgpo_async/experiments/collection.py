@@ -46,8 +46,8 @@ def collect(experiments: Sequence[Experiment], *, out: Path, folder: Path) -> No
     if folder.resolve() == out.resolve():
         raise SgpoError(f"--collect must be another folder than --out, got {folder} for both")
     results = _results(out)
-    _write_pages(experiments, results, folder)
     write_trials(folder / TRIALS, results, experiments)
+    _write_pages(experiments, read_trials(folder / TRIALS), folder)  # so that the table gives the same pages
     for base in sorted(out.glob("bases/*/base.json")):
         write_whole(folder / "bases" / f"{base.parent.name}.json", base.read_text(encoding="utf-8"))
     print(f"trials: {folder / TRIALS}, {len(results):,} of them")

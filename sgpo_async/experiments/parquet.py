@@ -2,6 +2,8 @@
 
     results/ID.json, ... ─▶ write_trials ─▶ trials.parquet ─▶ read_trials ─▶ the same results
 
+The metrics of a curve keep seven digits (float32), which halves the file; pass rates and all other numbers are exact.
+
 Columns: `id`; `cells`, the table cells in which the trial counts; `base`, the model that it starts from; `seed`; `lag`;
 `learning_rate`; `config`, as JSON: the keys whose values differ between trials; and all other keys of a result, such as
 `commit`, `test` and `curve`. The file's metadata holds the common keys with their values, as JSON.
@@ -27,7 +29,8 @@ from sgpo_async.files import write_whole
 COMMON = b"common_configuration"  # key of the file's metadata
 LEVEL = 19  # of zstd: slow to write, but as fast to read as lower levels
 FOR_READERS = ("id", "cells", "base", "seed", "lag", "learning_rate")  # columns that can be derived
-ALWAYS = ("step", "rollouts", "auto", "guided")  # keys that every point of a curve has, even if the value is None
+# Keys that every point of a curve has, even if the value is None; their values are exact.
+EXACT = {"step": pa.int64(), "rollouts": pa.int64(), "auto": pa.float64(), "guided": pa.float64()}
 
 
 def write_trials(path: Path, results: Mapping[str, Result], experiments: Sequence[Experiment]) -> None:
@@ -45,9 +48,10 @@ def write_trials(path: Path, results: Mapping[str, Result], experiments: Sequenc
         for id in in_order
     ]
     columns = {key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)}
+    columns["curve"] = _curves(columns["curve"])
     table = pa.table(columns).replace_schema_metadata({COMMON: _sorted(common)})
     sink = pa.BufferOutputStream()
-    # Nearly all numbers differ, so dictionaries of them would only add a sixth to the file.
+    # Nearly all numbers differ, so dictionaries of them would only make the file larger.
     pq.write_table(table, sink, compression="zstd", compression_level=LEVEL, use_dictionary=False)
     write_whole(path, sink.getvalue().to_pybytes())
 
@@ -65,6 +69,13 @@ def read_trials(path: Path) -> dict[str, Result]:
             "`sgpo-async experiment --collect` wrote"
         ) from None
     return {identity(result["config"]): result for result in results}
+
+
+def _curves(curves: Sequence[Sequence[Plain]]) -> pa.Array:
+    """The curves as a column; a key that a point does not have is null."""
+    keys = dict.fromkeys([*EXACT, *(key for curve in curves for point in curve for key in point)])
+    point = pa.struct([(key, EXACT.get(key, pa.float32())) for key in keys])
+    return pa.array(curves, type=pa.list_(point))
 
 
 def _cells(experiments: Sequence[Experiment], results: Mapping[str, Result]) -> dict[str, list[dict[str, str]]]:
@@ -102,7 +113,7 @@ def _result(row: dict[str, Any], common: Plain) -> Result:
         "config": filled(json.loads(row["config"]), common),
         "rate": row["learning_rate"],
         "curve": [
-            {key: value for key, value in point.items() if value is not None or key in ALWAYS} for point in row["curve"]
+            {key: value for key, value in point.items() if value is not None or key in EXACT} for point in row["curve"]
         ],
     }
     return {key: value for key, value in row.items() if key not in FOR_READERS} | restored

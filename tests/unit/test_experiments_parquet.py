@@ -1,8 +1,9 @@
-"""Results in one Parquet file: reading returns what was written."""
+"""Results in one Parquet file: reading returns what was written, the metrics of curves with seven digits."""
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 from experiment_support import SMALL, result, write
 from hypothesis import given, settings
@@ -49,13 +50,23 @@ def results_of(folder: Path) -> tuple[Any, dict[str, Result]]:
     return experiment, results
 
 
+def rounded(result: Result) -> Result:
+    """With the metrics of the curve as float32."""
+    exact = ("step", "rollouts", "auto", "guided")
+    curve = [
+        {key: value if key in exact else float(np.float32(value)) for key, value in point.items()}
+        for point in result["curve"]
+    ]
+    return result | {"curve": curve}
+
+
 def test_reading_returns_every_written_result(tmp_path: Path) -> None:
     experiment, results = results_of(tmp_path)
     write_trials(tmp_path / "trials.parquet", results, [experiment])
     again = read_trials(tmp_path / "trials.parquet")
     assert again.keys() == results.keys()
     for name, found in results.items():
-        assert _same(again[name], found)
+        assert _same(again[name], rounded(found))
     write_trials(tmp_path / "again.parquet", again, [experiment])
     assert (tmp_path / "again.parquet").read_bytes() == (tmp_path / "trials.parquet").read_bytes()
 
