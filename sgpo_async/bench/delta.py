@@ -12,7 +12,6 @@ The first steps of AdamW move every weight by about the learning rate, later one
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ import pyarrow
 import torch
 from transformers import PreTrainedModel
 
+from sgpo_async.bench.figures import as_json
 from sgpo_async.files import write_whole
 from sgpo_async.model.load import load_model
 from sgpo_async.weights import delta
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for row in rows[-args.steps :]:
             print(_line(row), flush=True)
     if args.to:
-        write_whole(args.to, json.dumps(rows, indent=1) + "\n")
+        write_whole(args.to, as_json(rows))
     return 0
 
 

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -100,9 +101,23 @@ def columns(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
+def as_json(report: Any) -> str:
+    """Indented JSON of what was measured: floats with six significant digits, and each list of numbers in one line."""
+    text = json.dumps(_six_digits(report), indent=1)
+    return re.sub(r"\[[\s\d.,e+-]+\]", lambda numbers: f"[{' '.join(numbers[0][1:-1].split())}]", text) + "\n"
+
+
+def _six_digits(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _six_digits(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_six_digits(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
 def publish(part: str, to: Path, lines: Sequence[str], report: Mapping[str, Any]) -> None:
     """Print the table, and write it and the report as PART.txt and PART.json into the folder `to`."""
     print("\n".join(lines))
     write_whole(to / f"{part}.txt", "\n".join(lines) + "\n")
-    write_whole(to / f"{part}.json", json.dumps(report, indent=1) + "\n")
+    write_whole(to / f"{part}.json", as_json(report))
     print(f"details in {to / f'{part}.json'}")

@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from sgpo_async.bench.figures import as_json
 from sgpo_async.config import Run, to_plain, to_yaml
 from sgpo_async.errors import DeadlineExceeded, SgpoError
 from sgpo_async.files import write_whole
@@ -38,7 +39,7 @@ def run_bench(run: Run, *, seconds: float = 20.0) -> int:
         results[setting] = measure(run, config, seconds)
     conclusions = _conclusions(results)
     report = {"config": to_plain(run), "seconds": seconds, "settings": results, **conclusions}
-    write_whole(folder / "bench.json", json.dumps(report, indent=2) + "\n")
+    write_whole(folder / "bench.json", as_json(report))
     _print(results)
     for name, figure in conclusions.items():
         print(f"{name.replace('_', ' ')}: {figure:.2f}")

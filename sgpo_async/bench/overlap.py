@@ -16,7 +16,6 @@ reach there is stated, not measured here.
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sgpo_async.bench.figures import as_json
 from sgpo_async.files import write_whole
 from sgpo_async.simulation import Lengths, Outcome, Settings, generation_bound, simulate
 from sgpo_async.simulation.advice import best, divided, divisions
@@ -118,7 +118,7 @@ def run_bench_overlap(*, quick: bool, to: Path) -> int:
         print(texts[-1], flush=True)
         found.append({"scenario": scenario.name, "rows": [row.plain() for row in rows]})
         write_whole(to / "overlap.txt", "\n".join(texts))
-        write_whole(to / "overlap.json", json.dumps(found, indent=1) + "\n")
+        write_whole(to / "overlap.json", as_json(found))
     return 0
 
 

@@ -26,6 +26,7 @@ from typing import Any
 import psutil
 import torch
 
+from sgpo_async.bench.figures import as_json
 from sgpo_async.config import Run, load, to_yaml
 from sgpo_async.errors import DeadlineExceeded, SgpoError
 from sgpo_async.files import write_whole
@@ -66,7 +67,7 @@ def run_bench_pinned(*, quick: bool, to: Path) -> int:
     print(text, end="")
     write_whole(to / "pinned.txt", text)
     plain = {str(lag): [vars(one) for one in runs] for lag, runs in found.items()}
-    write_whole(to / "pinned.json", json.dumps(plain, indent=1) + "\n")
+    write_whole(to / "pinned.json", as_json(plain))
     return 0
 
 

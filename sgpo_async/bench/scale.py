@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import json
 import math
 import multiprocessing
 import platform
@@ -34,6 +33,7 @@ from typing import Any
 import psutil
 import zmq
 
+from sgpo_async.bench.figures import as_json
 from sgpo_async.bench.hub_ingest import MAX_BYTES, hub_process
 from sgpo_async.errors import SgpoError
 from sgpo_async.files import write_whole
@@ -100,7 +100,7 @@ def run_bench_scale(*, quick: bool, to: Path) -> int:
         lines.append(size.text)
         print(size.text, flush=True)
         write_whole(to / "scale.txt", "\n".join([*lines, ""]))
-        write_whole(to / "scale.json", json.dumps([vars(size) for size in found], indent=1) + "\n")
+        write_whole(to / "scale.json", as_json([vars(size) for size in found]))
     return 0
 
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
-import json
 import statistics
 import sys
 import tempfile
@@ -36,6 +35,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sgpo_async.bench.figures import as_json
 from sgpo_async.config.schema import Engine, Sglang
 from sgpo_async.engines.base import Generate, Weights
 from sgpo_async.engines.sglang import SglangEngine
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             values = " ".join(f"{value:8.3f}" for value in numbers)
             print(f"{transport:>9} {len(rows[-1]['updates']):8} {values}", flush=True)
     if args.to:
-        write_whole(args.to, json.dumps(rows, indent=1) + "\n")
+        write_whole(args.to, as_json(rows))
     return 0
 
 

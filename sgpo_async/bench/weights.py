@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import sys
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from sgpo_async.bench import fleet, roads
+from sgpo_async.bench.figures import as_json
 from sgpo_async.bench.namespaces import why_not
 from sgpo_async.files import write_whole
 
@@ -41,9 +41,7 @@ def run_bench_weights(*, quick: bool, to: Path) -> int:
         heading = f"fleets of nodes that send {FLEET_MBIT:g} Mbit/s each, seconds until all have a version"
         lines += _show(heading, ["  ".join(fleet.COLUMNS), *map(fleet.line, fleets)])
     write_whole(to / "weights.txt", "\n".join(lines) + "\n")
-    write_whole(
-        to / "weights.json", json.dumps({"machine": _machine(), "roads": rows, "fleets": fleets}, indent=1) + "\n"
-    )
+    write_whole(to / "weights.json", as_json({"machine": _machine(), "roads": rows, "fleets": fleets}))
     print(f"details in {to / 'weights.json'}")
     return 0
 

@@ -47,8 +47,10 @@ def write_trials(path: Path, results: Mapping[str, Result], experiments: Sequenc
         {"id": id, "cells": cells.get(id, []), "base": _base(results[id]["config"], names)} | _row(results[id], common)
         for id in in_order
     ]
-    columns = {key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)}
-    columns["curve"] = _curves(columns["curve"])
+    columns: dict[str, Any] = {
+        key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)
+    }
+    columns["curve"] = _curves([row["curve"] for row in rows])
     table = pa.table(columns).replace_schema_metadata({COMMON: _sorted(common)})
     sink = pa.BufferOutputStream()
     # Nearly all numbers differ, so dictionaries of them would only make the file larger.

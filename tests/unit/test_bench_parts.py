@@ -1,5 +1,6 @@
 """The pure parts of `sgpo-async bench engine`, `pack`, `loss` and `trl`."""
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 
 from sgpo_async.bench import engine, loss, pack, trl
-from sgpo_async.bench.figures import columns, ratio, verdict, versions_elsewhere
+from sgpo_async.bench.figures import as_json, columns, ratio, verdict, versions_elsewhere
 from sgpo_async.bench.pack import Batch, divided, packed, padded, whole_groups, work
 from sgpo_async.bench.served import Request
 from sgpo_async.cli import bench as command
@@ -19,6 +20,21 @@ from sgpo_async.model.folder import model_folder
 from sgpo_async.simulation import Lengths
 
 KNOWN: dict[str, Any] = {"machine": "", "versions": {}, "load": [0.0, 0.0]}
+
+
+def test_a_report_has_six_significant_digits_and_lists_of_numbers_in_one_line() -> None:
+    report = {
+        "rows": [{"name": "a [1,\n 2] b", "turns": (1 / 3, -2.5e-9 / 3, 12345678), "none": [], "mixed": [1, None, "x"]}]
+    }
+    text = as_json(report)
+    expected = {
+        "name": "a [1,\n 2] b",
+        "turns": [0.333333, -8.33333e-10, 12345678],
+        "none": [],
+        "mixed": [1, None, "x"],
+    }
+    assert json.loads(text) == {"rows": [expected]}
+    assert '"turns": [0.333333, -8.33333e-10, 12345678],\n' in text and len(text.splitlines()) == 14
 
 
 def test_a_ratio_is_computed_within_each_turn_and_compared_with_its_bar() -> None:
