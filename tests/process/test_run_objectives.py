@@ -48,8 +48,8 @@ def test_a_run_with_corrected_pass_rates_and_an_ema_teacher_trains_and_resumes(t
 @pytest.mark.parametrize("resumes", [False, True])
 def test_the_behaviour_policy_teaches_without_a_teacher_copy_or_forward_pass(tmp_path: Path, resumes: bool) -> None:
     """The engine's likely tokens reach the learner by message; a checkpoint keeps them in the hub's state."""
-    overrides = ("algorithm.teacher=behaviour", "algorithm.teacher_temperature=1", "algorithm.teacher_top_k=5")
-    with real_run(tmp_path, *SMALL, "algorithm.kl_correction.mode=prefix") as run:
+    overrides = ("algorithm.teacher=behaviour", "algorithm.teacher_top_k=5")
+    with real_run(tmp_path, *SMALL, "algorithm.kl_correction.mode=prefix", "algorithm.teacher_temperature=1") as run:
         local = run.local(*overrides, "learner.checkpoint_every=1")
         assert local.wait() == 0, local.output
         for line in run.metrics():
