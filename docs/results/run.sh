@@ -10,7 +10,7 @@ run() { # NAME CONFIG [key=value ...]
     cp "runs/$name/summary.json" "runs/$name/config.yaml" "docs/results/$name/"
 }
 
-corrections() { # MODE, for both terms of the loss; ratios to a sharpened teacher would not be 1 at lag 0
+corrections() { # MODE, for both terms of the loss; the KL has a correction only without a sharper teacher, so none has it
     run "demo-$1" configs/demo.yaml algorithm.teacher_temperature=1 \
         "algorithm.grpo_correction.mode=$1" "algorithm.kl_correction.mode=$1"
 }

@@ -25,13 +25,14 @@ TEACHERS = {
     "behaviour": ["algorithm.teacher=behaviour"],
     "none": ["algorithm.objective=grpo", "rollout.autonomous=12", "rollout.guided=0"],
 }
+ALL = ("algorithm.teacher_temperature=1", "algorithm.distil_skip=0")  # which every teacher takes
 COLUMNS = ("teacher", "its copy, MB", "tokens trained in a step", "tokens in a forward alone", "share")
 
 
 def measure(teacher: str) -> tuple[float, float, float]:
     """The copy in MB over all ranks; tokens of a step, in the mean: with gradient, and in a forward alone."""
     name = f"teacher-{teacher}"
-    words = [f"name={name}", f"steps={STEPS}", f"evaluation.every={STEPS}", *TEACHERS[teacher]]
+    words = [f"name={name}", f"steps={STEPS}", f"evaluation.every={STEPS}", *ALL, *TEACHERS[teacher]]
     subprocess.run(
         [sys.executable, "launch/local.py", "configs/demo-sync.yaml", *words], cwd=ROOT, check=True, timeout=900
     )

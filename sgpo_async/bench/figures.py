@@ -102,7 +102,7 @@ def columns(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def as_json(report: Any) -> str:
-    """Indented JSON of what was measured: floats with six significant digits, and each list of numbers in one line."""
+    """Indented JSON of a report: all floats with six significant digits, each list of numbers in one line."""
     text = json.dumps(_six_digits(report), indent=1)
     return re.sub(r"\[[\s\d.,e+-]+\]", lambda numbers: f"[{' '.join(numbers[0][1:-1].split())}]", text) + "\n"
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sgpo_async.bench.figures import (
+    as_json,
     columns,
     header,
     interval,
@@ -148,10 +149,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             require(getattr(args, name) > 0, f"--{name}", "must be > 0", getattr(args, name))
         sizes = {"T": args.tokens, "V": args.vocabulary, "H": args.width}
         measured = measure(list(sizes.values()), repetitions=args.repetitions)
-        report = json.dumps({"sizes": sizes, "repetitions": args.repetitions} | measured, indent=2)
-        print(report)
+        report = as_json({"sizes": sizes, "repetitions": args.repetitions} | measured)
+        print(report, end="")
         if args.to:
-            write_whole(args.to, report + "\n")
+            write_whole(args.to, report)
     except SgpoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

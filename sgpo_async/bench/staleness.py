@@ -309,7 +309,7 @@ def rollout_of(lease: wire.Lease, slot: int, versions: np.ndarray) -> wire.Rollo
         prompt=np.zeros(1, np.int32),
         reward=float(correct),
         finish="length" if cut else "stop",
-        unguided_logprob=-1.0 if guided and correct and not cut else None,
+        unguided_logprob=-1.0 if lease.unguided_scores and guided and correct and not cut else None,
         **arrays(versions),
     )
 

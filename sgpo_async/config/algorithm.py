@@ -125,7 +125,7 @@ class Algorithm:
     # opsd, kdrl: the autonomous rollouts that are distilled: all, the wrong ones, or those with a positive advantage
     distilled: Literal["all", "wrong", "advantage"] = "all"
     # sgpo, opsd, sdpo, kdrl: tokens at the start of a completion that are not distilled, where a teacher may speak of
-    # its context; SDFT: 3
+    # its context; SDFT: 3; 0 if completions may begin with their answer
     distil_skip: int = 1
     rlsd: Rlsd = field(default_factory=Rlsd)
     rlcsd: Rlcsd = field(default_factory=Rlcsd)
@@ -213,9 +213,10 @@ class Algorithm:
             or not self.compares_with_teacher
             or (self.teacher != "behaviour" and self.kl_correction.mode == "none"),
             "algorithm.teacher_temperature",
-            "must be 1 with algorithm.teacher=behaviour, of which only the likeliest tokens are known, and unless "
-            "algorithm.kl_correction.mode=none, whose importance ratios are those of the teacher as it samples",
+            "must be 1 with algorithm.teacher=behaviour, of which only the likeliest tokens are known, and with "
+            "algorithm.kl_correction.mode other than none, whose ratios are those of the teacher as it samples",
             self.teacher_temperature,
+            "add algorithm.teacher_temperature=1",
         )
         require(
             self.teacher != "ema" or self.teacher_dtype == "float32",
@@ -305,7 +306,7 @@ class Algorithm:
         return self.compares_with_teacher or self.objective in CREDITED
 
     @property
-    def scores_unguided(self) -> bool:
+    def unguided_scores(self) -> bool:
         """Whether actors score correct guided rollouts without their strategy: Eq. 4 takes the likeliest of them."""
         return self.objective == "sgpo" and self.target == "reachable"
 

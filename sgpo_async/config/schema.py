@@ -330,10 +330,10 @@ class Run:
             self.local.actors,
         )
         require(
-            self.engine.kind != "sglang" or self.rollout.temperature == 1.0 or not self.algorithm.scores_unguided,
+            self.engine.kind != "sglang" or self.rollout.temperature == 1.0 or not self.algorithm.unguided_scores,
             "rollout.temperature",
-            "must be 1.0 with engine.kind=sglang and algorithm.target=reachable: SGLang scores given tokens (Eq. 4) "
-            "only at temperature 1",
+            "must be 1.0 with engine.kind=sglang, algorithm.objective=sgpo and algorithm.target=reachable: SGLang "
+            "scores given tokens (Eq. 4) only at temperature 1",
             self.rollout.temperature,
         )
         if self.learner.lora.rank:

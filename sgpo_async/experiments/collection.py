@@ -41,13 +41,13 @@ def collect(experiments: Sequence[Experiment], *, out: Path, folder: Path) -> No
     Other files in `folder`, such as pages of other experiments, stay unchanged.
 
     Raises:
-        SgpoError: one line; nothing has been written then.
+        SgpoError: one line, before anything is written: there are no results, or `folder` is `out`.
     """
     if folder.resolve() == out.resolve():
         raise SgpoError(f"--collect must be another folder than --out, got {folder} for both")
     results = _results(out)
     write_trials(folder / TRIALS, results, experiments)
-    _write_pages(experiments, read_trials(folder / TRIALS), folder)  # so that the table gives the same pages
+    _write_pages(experiments, read_trials(folder / TRIALS), folder)  # as --from gives them
     for base in sorted(out.glob("bases/*/base.json")):
         write_whole(folder / "bases" / f"{base.parent.name}.json", base.read_text(encoding="utf-8"))
     print(f"trials: {folder / TRIALS}, {len(results):,} of them")

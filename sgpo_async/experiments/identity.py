@@ -57,7 +57,7 @@ NOT_LEARNED = (
     "learner.checkpoint_minutes",
 )
 
-# Keys whose default has changed since they were added, with the first one: results that lack them were made with it.
+# The former defaults of keys that a result may lack: it was made with these.
 FIRST_DEFAULTS = {"algorithm": {"teacher_temperature": 1.0, "distil_skip": 0}}
 
 

@@ -1,7 +1,7 @@
 """The state of one lease: which of its rollouts are requested, generated, judged and finished. No I/O.
 
     Lease ─▶ requests ─▶ Generated ─▶ verdict ─┬──────────────────────▶ Rollout
-                ▲                              ├▶ Score ─▶ Scored ─────▶ Rollout     possible targets (Eq. 4)
+                ▲                              ├▶ Score ─▶ Scored ─────▶ Rollout     possible targets (Eq. 4), if asked
                 └─────────── reply ────────────┘ of an environment, if the episode goes on
              progress ─▶ what the unfinished rollouts have sampled since the last report
 

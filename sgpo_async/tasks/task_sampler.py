@@ -118,7 +118,7 @@ class TaskSampler:
                 top_k=sizes.top_k,
                 top_logprobs_num=self._run.algorithm.top_logprobs_num,
             ),
-            unguided_scores=self._run.algorithm.scores_unguided,
+            unguided_scores=self._run.algorithm.unguided_scores,
             solved_at=tasks.solved_at,
             cut_scores=sizes.cut == "score",
             turns=tasks.max_turns if tasks.environment else 0,

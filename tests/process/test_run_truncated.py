@@ -11,7 +11,12 @@ pytestmark = [pytest.mark.process, pytest.mark.slow]
 @pytest.mark.parametrize("teacher", ["frozen", "behaviour"])
 def test_a_truncated_run_is_trained_and_resumed(tmp_path: Path, teacher: str) -> None:
     """At lag 0 learner and engine agree to rounding errors, so every ratio is 1. Evaluation is not truncated."""
-    truncated = ["rollout.top_p=0.9", "rollout.top_k=4", f"algorithm.teacher={teacher}"]
+    truncated = [
+        "rollout.top_p=0.9",
+        "rollout.top_k=4",
+        f"algorithm.teacher={teacher}",
+        "algorithm.teacher_temperature=1",
+    ]
     with real_run(tmp_path, "steps=2", "hub.max_lag=0", *truncated) as run:
         first = run.local()
         assert first.wait() == 0, first.output

@@ -30,7 +30,6 @@ PAPER: dict[str, Any] = {  # the setting of the paper, with the prefix correctio
     "limiter": "mask",
     "alpha0": 0.5,
     "alpha_max": 0.8,
-    "target": "reachable",
     "teacher_temperature": 1.0,
     "distil_skip": 0,
     "kl_correction": Correction(mode="prefix", bound=1.0),

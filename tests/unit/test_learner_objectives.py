@@ -151,6 +151,18 @@ def test_the_guide_gate_removes_targets_of_problems_below_it() -> None:
     assert targets == [3, 3, 0]
 
 
+def test_equation_4_requires_the_scores_of_its_possible_targets() -> None:
+    """A checkpoint of a run with another objective or target may contain rollouts without scores."""
+    bare = [[replace(r, unguided_logprob=None) for r in group] for group in cases.groups()]
+    message = (
+        r"^task \d: its correct guided rollouts must have the score that algorithm.target=reachable needs, got none; "
+        r"resume with the algorithm.objective and algorithm.target of the run's start$"
+    )
+    with pytest.raises(DataError, match=message):
+        gradients(cases.settings(), bare)
+    assert gradients(cases.settings(target="all"), bare)[0]["targets"] > 3  # type: ignore[operator]
+
+
 def test_the_behaviour_teacher_requires_top_k_tokens_in_its_rollouts() -> None:
     """A checkpoint of a run with another teacher may contain rollouts without these tokens."""
     bare = [[replace(r, top_tokens=None, top_logprobs=None) for r in group] for group in cases.groups()]

@@ -17,6 +17,7 @@ examine() { # NAME MODEL [key=value ...]: held-out problems without strategies, 
         --temperature 1 --top-p 1 --samples 16
 }
 
+ANCHORED=(algorithm.teacher_temperature=1 algorithm.distil_skip=0) # the default when these results were made
 WITH_SGLANG=(engine.kind=sglang engine.device=cpu engine.slots=32 engine.sglang.servers=1)
 
 case "${1:-all}" in
@@ -25,7 +26,7 @@ model)
     "$BIN/python" examples/word_problems.py runs/word-problems
     ;;
 warm-up) "$BIN/torchrun" --standalone --nproc-per-node 1 launch/sft.py configs/smollm2.yaml name=smollm2-sft ;;
-run) "$BIN/python" launch/local.py configs/smollm2.yaml model.path=runs/smollm2-sft/warmup ;;
+run) "$BIN/python" launch/local.py configs/smollm2.yaml "${ANCHORED[@]}" model.path=runs/smollm2-sft/warmup ;;
 evaluate)
     evaluate base runs/smollm2-base
     evaluate warm-up runs/smollm2-sft/warmup
@@ -34,18 +35,18 @@ evaluate)
 sglang) # the third is the first again: SGLang's samples on a CPU differ from run to run
     for run in "sglang 3e-5 0" "sglang-1e-5 1e-5 0" "sglang-again 3e-5 0" "sglang-seed-1 3e-5 1"; do
         read -r name rate seed <<<"$run"
-        "$BIN/python" launch/local.py configs/smollm2.yaml configs/smollm2-sglang.yaml model.path=runs/smollm2-sft/warmup \
+        "$BIN/python" launch/local.py configs/smollm2.yaml configs/smollm2-sglang.yaml "${ANCHORED[@]}" model.path=runs/smollm2-sft/warmup \
             name="smollm2-$name" optim.lr="$rate" seed="$seed" learner.samples=6
     done
     ;;
 replay) "$BIN/python" docs/results/smollm2/replay.py runs/smollm2-sglang-seed-1 | tee docs/results/smollm2/replay.txt ;;
 seeds) # four steps, as with SGLang, by the embedded engine
-    "$BIN/python" launch/local.py configs/smollm2.yaml model.path=runs/smollm2-sft/warmup steps=4 engine.slots=16 \
+    "$BIN/python" launch/local.py configs/smollm2.yaml "${ANCHORED[@]}" model.path=runs/smollm2-sft/warmup steps=4 engine.slots=16 \
         evaluation.every=100 name=smollm2-embedded-16-slots
     for seed in 0 1 2; do
         for rate in 3e-5 1e-5; do
             [ $rate-$seed = 1e-5-0 ] && continue
-            "$BIN/python" launch/local.py configs/smollm2.yaml model.path=runs/smollm2-sft/warmup steps=4 seed=$seed \
+            "$BIN/python" launch/local.py configs/smollm2.yaml "${ANCHORED[@]}" model.path=runs/smollm2-sft/warmup steps=4 seed=$seed \
                 optim.lr=$rate evaluation.every=100 name=smollm2-embedded-$rate-seed-$seed
         done
     done

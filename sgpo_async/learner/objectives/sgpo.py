@@ -19,6 +19,7 @@ from sgpo_async.algorithm import (
     select_reachable,
 )
 from sgpo_async.config.schema import Algorithm
+from sgpo_async.errors import DataError
 from sgpo_async.learner.objectives.base import Distillation, Likelihood, TaskGroup, Trained, rollout_after
 from sgpo_async.learner.objectives.grpo import grpo
 from sgpo_async.wire.records import Rollout
@@ -54,9 +55,19 @@ def _targets(group: TaskGroup, algorithm: Algorithm) -> list[Rollout]:
     if algorithm.target == "all":
         return [rollout for rollout in group.guided if rollout.may_be_distilled]
     possible = torch.tensor([[rollout.may_be_distilled for rollout in group.guided]])
-    sums = torch.tensor([[rollout.unguided_logprob or 0.0 for rollout in group.guided]], dtype=torch.float64)
+    sums = torch.tensor([[_score(rollout) for rollout in group.guided]], dtype=torch.float64)
     index, found = select_reachable(sums, possible)
     return [group.guided[int(index)]] if found else []
+
+
+def _score(rollout: Rollout) -> float:
+    """The summed log-probability after the plain prompt. Raises DataError if a possible target has none."""
+    if rollout.unguided_logprob is None and rollout.may_be_distilled:
+        raise DataError(
+            f"task {rollout.task}: its correct guided rollouts must have the score that algorithm.target=reachable "
+            "needs, got none; resume with the algorithm.objective and algorithm.target of the run's start"
+        )
+    return rollout.unguided_logprob or 0.0
 
 
 def _metrics(group: TaskGroup, algorithm: Algorithm, *, found: bool) -> dict[str, float]:
