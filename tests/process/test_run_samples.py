@@ -40,9 +40,9 @@ def check_samples(run: RealRun) -> None:
         rollouts = [rollout for sample in own for rollout in sample["rollouts"]]
         for guided, rate in ((False, line["pass_auto"]), (True, line["pass_guided"])):
             assert fmean(one["correct"] for one in rollouts if one["guided"] == guided) == pytest.approx(rate)
-        kl = [value for rollout in rollouts for value in rollout.get("kl", [])]
-        assert fmean(kl) == pytest.approx(line["kl_mean"], abs=1e-4)
-        assert sum("kl" in rollout for rollout in rollouts) == line["targets"]
+        distilled = [rollout["kl"] for rollout in rollouts if "kl" in rollout]
+        assert len(distilled) == line["targets"] and all(first is None for first, *_ in distilled)  # distil_skip=1
+        assert fmean(d for _, *rest in distilled for d in rest) == pytest.approx(line["kl_mean"], abs=1e-4)
         assert {sample["version"] for sample in own} == {line["version"] - 1}
         newest = max(version for rollout in rollouts for version in rollout["versions"])
         assert newest <= line["version"] - 1

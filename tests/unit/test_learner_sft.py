@@ -41,7 +41,7 @@ def warm_up(monkeypatch: pytest.MonkeyPatch, folder: Path, *, row_tokens: int = 
     monkeypatch.setattr(sft_module, "build", lambda run, _mesh: (cases.stepper(run, cases.tiny_model()), ""))
     run = Run(
         out=str(folder),
-        learner=Learner(row_tokens=row_tokens),
+        learner=Learner(row_tokens=row_tokens, trackers=[]),  # a tracker is a process
         sft=Sft(**({"batch": 5, "epochs": 3, "lr": 1e-2} | sft)),
     )
     mesh = join_alone()
