@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from sgpo_async.bench.figures import (
-    as_json,
     columns,
     header,
     interval,
@@ -149,10 +148,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             require(getattr(args, name) > 0, f"--{name}", "must be > 0", getattr(args, name))
         sizes = {"T": args.tokens, "V": args.vocabulary, "H": args.width}
         measured = measure(list(sizes.values()), repetitions=args.repetitions)
-        report = as_json({"sizes": sizes, "repetitions": args.repetitions} | measured)
-        print(report, end="")
+        report = json.dumps({"sizes": sizes, "repetitions": args.repetitions} | measured, indent=2)
+        print(report)
         if args.to:
-            write_whole(args.to, report)
+            write_whole(args.to, report + "\n")
     except SgpoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

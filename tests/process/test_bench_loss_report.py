@@ -17,7 +17,7 @@ def test_the_report_has_every_way_and_the_ratios(tmp_path: Path, capsys: pytest.
     report = json.loads(path.read_text())
     assert json.loads(capsys.readouterr().out) == report
     assert report["sizes"] == {"T": 32, "V": 100, "H": 8}
-    for loss in LOSSES:  # six digits each
-        assert report[loss]["fused"]["loss"] == pytest.approx(report[loss]["naive"]["loss"], rel=2e-5)
+    for loss in LOSSES:
+        assert report[loss]["fused"]["loss"] == pytest.approx(report[loss]["naive"]["loss"], rel=1e-5)
         cpu = [report[loss][way]["cpu_s"] for way in ("fused", "naive")]
-        assert report[loss]["fused_over_naive"]["cpu_s"] == pytest.approx(cpu[0] / cpu[1], rel=2e-5)
+        assert report[loss]["fused_over_naive"]["cpu_s"] == pytest.approx(cpu[0] / cpu[1])

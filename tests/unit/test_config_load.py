@@ -130,6 +130,7 @@ def _write(folder: Path, text: str) -> Path:
             "algorithm={teacher_temperature: 0.5, kl_correction: {mode: token}}",
             [
                 "algorithm.teacher_temperature must be 1 with algorithm.teacher=behaviour",
+                "with algorithm.kl_correction.mode other than none",
                 "got 0.5; add algorithm.teacher_temperature=1",
             ],
         ),
