@@ -189,8 +189,8 @@ def test_launch_files_call_the_same_commands(name: str, tmp_path: Path) -> None:
     assert result.stdout.startswith(f"usage: sgpo-async {name}")
 
 
-# paper.yaml is not complete: it only overrides other files.
-COMPLETE = sorted({*(ROOT / "configs").glob("*.yaml")} - {ROOT / "configs" / "paper.yaml"})
+# Two are not complete: paper.yaml overrides other files, and experiment files complete trial.yaml.
+COMPLETE = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.stem not in {"paper", "trial"})
 
 
 @pytest.mark.parametrize("path", COMPLETE, ids=lambda path: path.stem)
