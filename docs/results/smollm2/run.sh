@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the results in this folder anew: docs/results/smollm2/run.sh [model|warm-up|run|evaluate|sglang|replay|seeds|examine|collect|all]
+# Makes the results in this folder anew: docs/results/smollm2/run.sh [model|warm-up|run|evaluate|sglang|replay|seeds|examine|family|collect|all]
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 export OMP_NUM_THREADS=1
@@ -59,7 +59,13 @@ examine)
         examine $run runs/smollm2-$run/policy
     done
     ;;
+family) # experiment (n): a warm-up that follows strategies, then the trials
+    "$BIN/python" examples/word_problems.py runs/word-problems-follower --warm-up 176
+    "$BIN/torchrun" --standalone --nproc-per-node 1 launch/sft.py configs/smollm2.yaml name=smollm2-follower \
+        sft.path=runs/word-problems-follower/warm-up.jsonl sft.guided_share=0.9 sft.batch=16 sft.lr=5e-5
+    "$BIN/sgpo-async" experiment configs/experiments/smollm2.yaml --out runs/experiments
+    ;;
 collect) "$BIN/python" docs/results/smollm2/collect.py ;;
-all) for which in model warm-up run evaluate sglang replay seeds examine collect; do "$0" "$which"; done ;;
-*) echo "error: $1 is none of model, warm-up, run, evaluate, sglang, replay, seeds, examine, collect, all" >&2; exit 2 ;;
+all) for which in model warm-up run evaluate sglang replay seeds examine family collect; do "$0" "$which"; done ;;
+*) echo "error: $1 is none of model, warm-up, run, evaluate, sglang, replay, seeds, examine, family, collect, all" >&2; exit 2 ;;
 esac
