@@ -146,7 +146,7 @@ def _numbers(lease: Lease, rollout: Rollout) -> str | None:
     if rollout.solved_at != lease.solved_at:
         return "solved_at differs from the lease's"
     value = rollout.unguided_logprob
-    if (value is not None) != (lease.unguided_scores and _may_be_distilled(lease, rollout)):
+    if (value is not None) != (lease.unguided_scores and rollout.may_be_distilled):
         return (
             "unguided_logprob must come with a correct, complete guided rollout of training if the lease asks for it, "
             "and with no other"
@@ -158,7 +158,7 @@ def _numbers(lease: Lease, rollout: Rollout) -> str | None:
 
 def _likely_tokens(lease: Lease, rollout: Rollout) -> str | None:
     tokens, logprobs = rollout.top_tokens, rollout.top_logprobs
-    wanted = len(rollout.tokens) * lease.top_logprobs_num if _may_be_distilled(lease, rollout) else 0
+    wanted = len(rollout.tokens) * lease.top_logprobs_num if rollout.may_be_distilled else 0
     if any(wanted != (0 if array is None else len(array)) for array in (tokens, logprobs)):
         return (
             "top_tokens and top_logprobs must hold top_logprobs_num for each token of a rollout that may be distilled"
@@ -190,10 +190,6 @@ def _prompt(rollout: Rollout, known: np.ndarray | None) -> str | None:
     if known is not None and known.tobytes() != rollout.prompt.tobytes():
         return PROMPT_DIFFERS
     return None
-
-
-def _may_be_distilled(lease: Lease, rollout: Rollout) -> bool:
-    return lease.purpose == "train" and rollout.may_be_distilled
 
 
 def _are_logprobs(values: np.ndarray) -> bool:

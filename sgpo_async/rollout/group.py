@@ -13,7 +13,7 @@ Nothing here waits or sends: the rollout loop (`sampler`) feeds results in and t
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,6 @@ from sgpo_async.wire.records import (
     PartialRollout,
     Progress,
     Rollout,
-    is_correct,
     sampled_by_policy,
 )
 
@@ -43,7 +42,7 @@ class RolloutGroup:
         self._begun = {part.slot: part for part in lease.partial}
         self._open = sorted(set(range(lease.autonomous + lease.guided)) - set(lease.finished.tolist()))
         self._generated: dict[int, Generated] = {}  # completions without a verdict or score
-        self._rewards: dict[int, float] = {}  # of completions without a score
+        self._unscored: dict[int, Rollout] = {}  # those of them that wait for a score
         self._reported = {slot: len(part.tokens) for slot, part in self._begun.items()}  # tokens that the hub knows
 
     @property
@@ -75,12 +74,11 @@ class RolloutGroup:
         result = self._generated[slot]
         if result.finish == "length" and not self.lease.cut_scores:
             reward = 0.0
-        if self.lease.unguided_scores and self._may_be_distilled(slot, reward):
-            self._rewards[slot] = reward
-            return Score(
-                id=result.id, prompt=self._prompt(False), tokens=result.tokens, temperature=self.lease.temperature
-            )
-        return self._rollout(slot, reward=reward, unguided_logprob=None)
+        rollout = self._rollout(slot, result, reward)
+        if not (self.lease.unguided_scores and rollout.may_be_distilled):
+            return self._finished(rollout)
+        self._unscored[slot] = rollout
+        return Score(id=result.id, prompt=self._prompt(False), tokens=result.tokens, temperature=self.lease.temperature)
 
     def turns(self, key: object) -> list[np.ndarray]:
         """The tokens of each completion of an episode, without the environment's replies."""
@@ -102,11 +100,9 @@ class RolloutGroup:
 
     def scored(self, result: Scored) -> Rollout:
         """Take a score; the rollout carries the sum of its unguided log-probabilities, not their mean (Eq. 4)."""
-        slot = _slot(result.id)
-        generated = self._generated[slot]
-        own = result.logprobs[sampled_by_policy(generated.versions, generated.ends)]
-        total = float(own.sum(dtype=np.float64))
-        return self._rollout(slot, reward=self._rewards.pop(slot), unguided_logprob=total)
+        rollout = self._unscored.pop(_slot(result.id))
+        own = result.logprobs[rollout.sampled]
+        return self._finished(replace(rollout, unguided_logprob=float(own.sum(dtype=np.float64))))
 
     def rollout_ids(self) -> list[Key]:
         """The identities (task, attempt, slot) of all unfinished rollouts."""
@@ -157,16 +153,14 @@ class RolloutGroup:
             prefix=SampledTokens(**_sampled(begun)) if begun else None,
         )
 
-    def _may_be_distilled(self, slot: int, reward: float) -> bool:
-        """Whether this completion is a correct, complete guided one of training."""
-        complete = is_correct(reward, self.lease.solved_at) and self._generated[slot].finish == "stop"
-        return complete and self._is_guided(slot) and self.lease.purpose == "train"
+    def _finished(self, rollout: Rollout) -> Rollout:
+        del self._generated[rollout.slot]
+        self._open.remove(rollout.slot)
+        return rollout
 
-    def _rollout(self, slot: int, *, reward: float, unguided_logprob: float | None) -> Rollout:
-        distilled = self._may_be_distilled(slot, reward)
-        result = self._generated.pop(slot)
-        self._open.remove(slot)
-        return Rollout(
+    def _rollout(self, slot: int, result: Generated, reward: float) -> Rollout:
+        """A judged completion; the engine's likeliest tokens are sent only of a possible target."""
+        rollout = Rollout(
             task=self.lease.task,
             attempt=self.lease.attempt,
             slot=slot,
@@ -180,13 +174,13 @@ class RolloutGroup:
             ends=result.ends,
             reward=reward,
             finish=result.finish,
-            unguided_logprob=unguided_logprob,
-            top_tokens=result.top_tokens if distilled else None,
-            top_logprobs=result.top_logprobs if distilled else None,
+            top_tokens=result.top_tokens,
+            top_logprobs=result.top_logprobs,
             kept=result.kept,
             kept_sizes=result.kept_sizes,
             solved_at=self.lease.solved_at,
         )
+        return rollout if rollout.may_be_distilled else replace(rollout, top_tokens=None, top_logprobs=None)
 
     def _is_guided(self, slot: int) -> bool:
         return slot >= self.lease.autonomous

@@ -258,11 +258,11 @@ class Rollout:
 
     @property
     def may_be_distilled(self) -> bool:
-        """Whether this is a possible target o+: guided, correct and complete.
+        """Whether this is a possible target o+: of training, guided, correct and complete.
 
         A verifier may find an answer in a completion that was cut, but its end must not be learned.
         """
-        return self.guided and self.correct and self.finish == "stop"
+        return self.purpose == "train" and self.guided and self.correct and self.finish == "stop"
 
     @property
     def oldest_version(self) -> int:
