@@ -146,14 +146,14 @@ class Algorithm:
         require(
             self.policy_gradient or self.objective in ("sgpo", "pi-distill"),
             "algorithm.policy_gradient",
-            f"must be true with algorithm.objective={self.objective}: only sgpo and pi-distill can train without it",
+            "must be true unless algorithm.objective=sgpo or pi-distill, which can train without it",
             self.policy_gradient,
         )
         self._check_divergence()
         require(
             self.reference_kl == 0 or self.has_policy_gradient,
             "algorithm.reference_kl",
-            f"must be 0 with algorithm.objective={self.objective} without a policy gradient, to which it is added",
+            "must be 0 unless the objective has a policy gradient, to which it is added",
             self.reference_kl,
         )
         self._check_context()
@@ -195,7 +195,7 @@ class Algorithm:
         require(
             self.kl_clip == math.inf or self.divergence == "forward",
             "algorithm.kl_clip",
-            f"must be .inf with algorithm.divergence={self.divergence}: it bounds the terms of the forward KL",
+            "must be .inf unless algorithm.divergence=forward, whose terms it bounds",
             self.kl_clip,
         )
         require(

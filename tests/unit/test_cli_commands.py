@@ -189,8 +189,8 @@ def test_launch_files_call_the_same_commands(name: str, tmp_path: Path) -> None:
     assert result.stdout.startswith(f"usage: sgpo-async {name}")
 
 
-# Two are not complete: paper.yaml overrides other files, and experiment files complete trial.yaml.
-COMPLETE = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.stem not in {"paper", "trial"})
+# Some are not complete: paper.yaml and sharp.yaml override other files, and experiment files complete trial.yaml.
+COMPLETE = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.stem not in {"paper", "sharp", "trial"})
 
 
 @pytest.mark.parametrize("path", COMPLETE, ids=lambda path: path.stem)

@@ -42,6 +42,12 @@ def test_the_default_is_sharp_sgpo_and_paper_yaml_restores_the_paper_s_setting(e
     assert {key for key in asdict(default) if asdict(default)[key] != asdict(paper)[key]} == changed
 
 
+def test_sharp_yaml_restores_the_default_in_a_recipe_of_the_paper(empty: Path) -> None:
+    recipe = "configs/paper-qwen2.5-7b.yaml"
+    assert load(recipe).algorithm != load(empty).algorithm
+    assert load(recipe, ["configs/sharp.yaml"]).algorithm == load(empty).algorithm
+
+
 OF_THE_PAPER = ["configs/demo-paper.yaml", *map(str, CONFIGS[0].parent.glob("paper-*.yaml"))]
 
 
@@ -136,7 +142,7 @@ def _write(folder: Path, text: str) -> Path:
         ),
         (
             "algorithm={objective: grpo, policy_gradient: false}",
-            ["algorithm.policy_gradient must be true with algorithm.objective=grpo: ", "got False"],
+            ["algorithm.policy_gradient must be true unless algorithm.objective=sgpo or pi-distill", "got False"],
         ),
         (
             "algorithm={weight: fixed, pass_rates: corrected}",
