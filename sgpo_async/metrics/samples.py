@@ -5,8 +5,8 @@
     alpha                        the weight of distillation of this problem
     rollouts                     of each: slot, guided, reward, correct, finish, tokens (how many), text, and the weight
                                  versions that sampled its spans: versions, ends (as in `wire.records.Rollout`);
-                                 of a distilled one also kl, the divergence d_t of each token in nats (Eq. 3; null if the
-                                 token is not distilled), and pieces, the text that each token adds
+                                 of a distilled one also kl, the divergence d_t of each token in nats (Eq. 3; null if
+                                 the token is not distilled), and pieces, the text that each token adds
 
 The learner's rank 0 writes the file; the command `samples` and the report read it.
 """
