@@ -216,7 +216,7 @@ class Cluster:
                 self._send(server.member, wire.Ready(tasks=1, version=server.version))
 
     def _begin(self, server: Server, lease: wire.Lease) -> None:
-        known = {part.slot: np.repeat(part.versions, np.diff(part.ends, prepend=0)) for part in lease.partial}
+        known = {part.slot: np.repeat(part.versions, wire.span_lengths(part.ends)) for part in lease.partial}
         for slot in sorted(set(range(lease.autonomous + lease.guided)) - set(lease.finished.tolist())):
             before = known.get(slot, np.empty(0, np.int32))
             key = (lease.task, lease.attempt, slot)

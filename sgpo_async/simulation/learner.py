@@ -11,8 +11,6 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 
-import numpy as np
-
 from sgpo_async.simulation.rates import LearnerRates
 from sgpo_async.wire import records as wire
 
@@ -102,7 +100,7 @@ class SimulatedLearner:
         for shard in shards:
             for one in shard.rollouts:
                 self.trained += len(one.tokens)
-                for version, count in zip(one.versions, np.diff(one.ends, prepend=0), strict=True):
+                for version, count in zip(one.versions, wire.span_lengths(one.ends), strict=True):
                     self.lag[shard.version - int(version)] += int(count)
         seconds = max(costs) * self._rates.token_s + self._rates.step_s
         if self._rates.switch_s:

@@ -40,9 +40,16 @@ def oldest(versions: np.ndarray) -> int:
     return int(versions[versions != OBSERVED].min())
 
 
+def span_lengths(ends: np.ndarray) -> np.ndarray:
+    """The number of tokens of each span. (np.diff takes ten times as long with the few spans of a rollout.)"""
+    lengths = ends.copy()
+    lengths[1:] -= ends[:-1]
+    return lengths
+
+
 def sampled_by_policy(versions: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """Whether the policy has sampled each token of these spans, [T] bool; an environment wrote the others."""
-    return np.repeat(versions != OBSERVED, np.diff(ends, prepend=0))
+    return np.repeat(versions != OBSERVED, span_lengths(ends))
 
 
 def is_correct(reward: float, solved_at: float) -> bool:
@@ -271,7 +278,7 @@ class Rollout:
 
     def token_versions(self) -> np.ndarray:
         """Weight version of each token, or OBSERVED, [T] int32."""
-        return np.repeat(self.versions, np.diff(self.ends, prepend=0))
+        return np.repeat(self.versions, span_lengths(self.ends))
 
     def without_older(self, oldest: int) -> Rollout:
         """The same rollout, in which what versions below `oldest` have sampled counts as written by an environment."""
