@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
+from typing import Any
 
 from sgpo_async.config.schema import Run
 from sgpo_async.experiments.plan import Result
@@ -23,10 +24,13 @@ def completed(result: Result, run: Run) -> Result:
         return result
     first = result["diverged"]["step"] + 1  # the failed step left no usable weights
     measured = [point for point in result["curve"] if point["step"] < first]
+    guided = 0.0 if all(has(point, "guided") for point in measured) else None
     size = run.rollout.size * run.learner.problems_per_step
     steps = {first, *range(0, run.steps, run.evaluation.every), run.steps}
     zeros = [
-        {"step": step, "rollouts": step * size, "auto": 0.0, "guided": 0.0} for step in sorted(steps) if step >= first
+        {"step": step, "rollouts": step * size, "auto": 0.0, "guided": guided}
+        for step in sorted(steps)
+        if step >= first
     ]
     return {**result, "curve": measured + zeros}
 
@@ -42,10 +46,15 @@ def third(result: Result) -> float:
     return float(before["auto"] + share * (after["auto"] - before["auto"]))
 
 
+def has(point: Mapping[str, Any], key: str) -> bool:
+    """Whether `key` was measured at this point. The guided pass rate is None if no context guides rollouts."""
+    return point.get(key) is not None
+
+
 def late(result: Result, key: str) -> float | None:
     """The mean of `key` over the points of the last quarter of the curve that have it; None if none has."""
     curve = result["curve"]
-    known = [point[key] for point in curve[-max(1, len(curve) // 4) :] if key in point]
+    known = [point[key] for point in curve[-max(1, len(curve) // 4) :] if has(point, key)]
     return fmean(known) if known else None
 
 
@@ -59,7 +68,7 @@ def over_seeds(results: Sequence[Result], key: str) -> Points:
     by_step = [{point["step"]: point for point in result["curve"]} for result in results]
     points: list[tuple[int, Interval]] = []
     for step in sorted(set.intersection(*map(set, by_step))):
-        known = [points_of[step][key] for points_of in by_step if key in points_of[step]]
+        known = [points_of[step][key] for points_of in by_step if has(points_of[step], key)]
         if known:
             points.append((by_step[0][step]["rollouts"], interval(known)))
     return points

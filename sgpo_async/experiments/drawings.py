@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sgpo_async.config.experiment import FIGURE_KINDS, METRIC, Figure
-from sgpo_async.experiments.curves import over_seeds
+from sgpo_async.experiments.curves import has, over_seeds
 from sgpo_async.experiments.figures import Curve, Panel, draw, parts
 from sgpo_async.experiments.plan import Result
 
@@ -104,7 +104,7 @@ def _shows(kind: Kind, results: Sequence[Result]) -> bool:
     points = [point for result in results for point in result["curve"]]
     if kind.above_0:
         return any(point.get(kind.above_0, 0.0) > 0 for point in points)
-    return any(all(measure.key in point for measure in kind.measures) for point in points)
+    return any(all(has(point, measure.key) for measure in kind.measures) for point in points)
 
 
 def _panel(measure: Measure, shown: Mapping[int, str], methods: Mapping[str, Sequence[Result]]) -> Panel:

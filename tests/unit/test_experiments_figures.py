@@ -150,5 +150,16 @@ def test_the_guided_pass_rate_is_drawn_in_per_cent(drawn: dict[str, list[Panel]]
     assert panel.curves[0].points
 
 
+def test_a_method_without_guided_rollouts_is_not_in_the_figure_of_their_pass_rate(
+    drawn: dict[str, list[Panel]], tmp_path: Path
+) -> None:
+    unguided = [one | {"curve": [point | {"guided": None} for point in one["curve"]]} for one in TWO_SEEDS]
+    draw_setting("", {"SDPO": unguided, "SGPO": TWO_SEEDS}, tmp_path, [Figure(kind="metric", metric="guided")])
+    assert [[(curve.name, curve.place) for curve in panel.curves] for panel in drawn["metric-guided.svg"]] == [
+        [("SGPO", 1)],
+        [("SGPO", 1)],
+    ]
+
+
 def test_every_kind_of_figure_can_be_drawn() -> None:
     assert [*drawings.KINDS] == [*FIGURE_KINDS]

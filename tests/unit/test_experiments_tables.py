@@ -11,7 +11,7 @@ from sgpo_async.config import load
 from sgpo_async.config.experiment import load_experiment
 from sgpo_async.config.schema import Run
 from sgpo_async.errors import ConfigError
-from sgpo_async.experiments.curves import completed, over_seeds, third
+from sgpo_async.experiments.curves import completed, late, over_seeds, third
 from sgpo_async.experiments.plan import final, trial
 from sgpo_async.experiments.statistics import interval
 from sgpo_async.experiments.tables import write_tables
@@ -53,6 +53,20 @@ def test_a_run_that_diverged_before_a_third_of_its_steps_has_pass_rate_0_there(d
 def test_a_metric_of_only_some_seeds_is_averaged_over_those() -> None:
     runs = [completed(one, RUN) for one in (result(0.1, 0.2, 0.3, 0.4, entropy=0.5), result(0.3, diverged=1))]
     assert over_seeds(runs, "entropy") == [(at, (0.5, None, 1)) for at in (384, 768, 1152)]
+
+
+def without_guided(one: dict[str, Any]) -> dict[str, Any]:
+    """The result of a method whose context guides no rollouts, e.g. a sibling."""
+    return one | {"curve": [point | {"guided": None} for point in one["curve"]], "test": one["test"] | {"guided": None}}
+
+
+def test_a_guided_pass_rate_that_no_run_has_is_neither_averaged_nor_0() -> None:
+    runs = [without_guided(result(0.1, 0.2, 0.3, 0.4)), without_guided(result(0.3, diverged=1))]
+    ended = [completed(one, RUN) for one in runs]
+    assert over_seeds(ended, "guided") == []
+    assert [late(one, "guided") for one in ended] == [None, None]
+    assert [point["auto"] for point in ended[1]["curve"]] == [0.3, 0.0, 0.0, 0.0]
+    assert [found.n for _, found in over_seeds([*ended, result(0.1, 0.2, 0.3, 0.4)], "guided")] == [1] * 4
 
 
 def test_tables_show_the_results_and_a_dash_for_missing_ones(tmp_path: Path) -> None:
