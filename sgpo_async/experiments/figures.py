@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sgpo_async.config.experiment import MOST_CURVES
 from sgpo_async.experiments.curves import Points
+from sgpo_async.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,7 +69,21 @@ def draw(panels: Sequence[Panel], path: Path) -> None:
             _draw_panel(panel, on)
         handles, names = axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
-        figure.savefig(path, metadata={"Date": None})
+        file = io.StringIO()
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    write_whole(path, lighter(file.getvalue()))
+
+
+def lighter(svg: str) -> str:
+    """The same picture in a fifth less: no indentation, and coordinates of a tenth of a point in place of a millionth.
+
+    Coordinates are numbers in attributes with at least four decimals; texts stay as they are.
+    """
+
+    def rounded(attribute: re.Match[str]) -> str:
+        return re.sub(r"\d+\.\d{4,}", lambda number: f"{float(number[0]):.1f}", attribute[0])
+
+    return re.sub(r"\n\s+", "\n", re.sub(r'"[^"]*"', rounded, svg))
 
 
 def _draw_panel(panel: Panel, axes: Axes) -> None:
