@@ -103,7 +103,7 @@ def _shows(kind: Kind, results: Sequence[Result]) -> bool:
     """Whether the method with these results has a curve in figures of this kind."""
     points = [point for result in results for point in result["curve"]]
     if kind.above_0:
-        return any(point.get(kind.above_0, 0.0) > 0 for point in points)
+        return any(has(point, kind.above_0) and point[kind.above_0] > 0 for point in points)
     return any(all(has(point, measure.key) for measure in kind.measures) for point in points)
 
 
