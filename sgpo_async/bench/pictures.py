@@ -7,22 +7,24 @@ They need matplotlib (`pip install sgpo-async[experiments]`). Without it a line 
 from __future__ import annotations
 
 import importlib.util
-import io
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sgpo_async.files import write_whole
+from sgpo_async.report.figure import figure_svg
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Distinguishable side by side, also for red-green colour blindness.
 WORK, OTHERS = "#1f77b4", ("#ff7f0e", "#2ca02c", "#9467bd", "#8c564b", "#e377c2")
 WAITS, WAITING = "waits for data", "#b8c0c8"
 SHARE = 2.0  # an axis that is shorter shows shares
-STYLE: Any = {"svg.hashsalt": "sgpo", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
 
 Parts = Mapping[str, float]  # share by what it is
 Bar = tuple[str, Parts, str]  # its name, its parts one after the other, and what stands behind it
@@ -102,34 +104,31 @@ def draw(part: str, folder: Path) -> None:
 
 def drawn(picture: Picture) -> str:
     """The picture as SVG, the same for the same figures."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
+    size = (7.5, 1.3 + 0.3 * len(picture.bars))
+    return figure_svg(size, lambda figure: _draw(picture, figure), **{"font.size": 9})
 
+
+def _draw(picture: Picture, figure: Figure) -> None:
     places = range(len(picture.bars))
     names = list(dict.fromkeys(name for _, parts, _ in picture.bars for name in parts))
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7.5, 1.3 + 0.3 * len(places)), layout="constrained")
-        axes = figure.subplots()
-        ends = [0.0] * len(places)
-        colours = iter((WORK, *OTHERS))
-        for name in names:
-            colour = WAITING if name == WAITS else next(colours)
-            widths = [parts.get(name, 0.0) for _, parts, _ in picture.bars]
-            axes.barh(places, widths, left=ends, color=colour, height=0.7, label=name)
-            ends = [end + width for end, width in zip(ends, widths, strict=True)]
-        for place, end, (_, _, text) in zip(places, ends, picture.bars, strict=True):
-            axes.text(end + 0.01 * max(ends), place, text, va="center", fontsize=8)
-        axes.set_yticks(places, [name for name, _, _ in picture.bars])
-        axes.invert_yaxis()
-        axes.set(title=picture.title, xlabel=picture.axis, xlim=(0, 1.45 * max(ends)))
-        axes.xaxis.set_major_formatter("{x:.0%}" if max(ends) < SHARE else "{x:,.0f}")
-        axes.set_xticks([tick for tick in axes.get_xticks() if tick <= 1.01 * max(ends)])
-        axes.spines[["top", "right"]].set_visible(False)
-        if len(names) > 1:
-            figure.legend(loc="outside lower center", ncols=len(names), frameon=False, fontsize=8)
-        file = io.StringIO()
-        figure.savefig(file, format="svg", metadata={"Date": None})
-    return file.getvalue()
+    axes = figure.subplots()
+    ends = [0.0] * len(places)
+    colours = iter((WORK, *OTHERS))
+    for name in names:
+        colour = WAITING if name == WAITS else next(colours)
+        widths = [parts.get(name, 0.0) for _, parts, _ in picture.bars]
+        axes.barh(places, widths, left=ends, color=colour, height=0.7, label=name)
+        ends = [end + width for end, width in zip(ends, widths, strict=True)]
+    for place, end, (_, _, text) in zip(places, ends, picture.bars, strict=True):
+        axes.text(end + 0.01 * max(ends), place, text, va="center", fontsize=8)
+    axes.set_yticks(places, [name for name, _, _ in picture.bars])
+    axes.invert_yaxis()
+    axes.set(title=picture.title, xlabel=picture.axis, xlim=(0, 1.45 * max(ends)))
+    axes.xaxis.set_major_formatter("{x:.0%}" if max(ends) < SHARE else "{x:,.0f}")
+    axes.set_xticks([tick for tick in axes.get_xticks() if tick <= 1.01 * max(ends)])
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(names) > 1:
+        figure.legend(loc="outside lower center", ncols=len(names), frameon=False, fontsize=8)
 
 
 def main(folders: Sequence[str]) -> int:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from sgpo_async.config.experiment import MOST_CURVES
 from sgpo_async.experiments.curves import Points
 from sgpo_async.files import write_whole
+from sgpo_async.report.figure import figure_svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 MOST_BANDS = 6  # a panel with more curves shows no intervals: their bands would hide each other
 # Distinguishable side by side, also for red-green colour blindness; the curves of the second six are dashed.
@@ -22,12 +22,6 @@ COLOURS = (
     *("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#111111"),
     *("#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#b5a100", "#0b3d91"),
 )
-STYLE: Any = {  # matplotlib settings
-    "svg.hashsalt": "sgpo",  # makes the file reproducible
-    "svg.fonttype": "none",  # keeps text as text: outlines of letters would be most of the file
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],  # every label repeats the whole list
-}
 
 
 class Curve(NamedTuple):
@@ -55,35 +49,19 @@ def parts(methods: Sequence[str]) -> list[Sequence[str]]:
 
 def draw(panels: Sequence[Panel], path: Path) -> None:
     """Write one figure with its panels side by side: a line per method, with its interval as a band if they are few."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
     names = [curve.name for curve in panels[0].curves]
     width = 7.5 if len(panels) == 1 else 11.0
     columns = min(len(names), int(width / (0.6 + 0.062 * max(map(len, names)))))  # in inches, at 8 points
     height = 4.2 + 0.2 * math.ceil(len(names) / columns)
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
+
+    def drawing(figure: Figure) -> None:
         axes = figure.subplots(ncols=len(panels), squeeze=False)[0]
         for panel, on in zip(panels, axes, strict=True):
             _draw_panel(panel, on)
-        handles, names = axes[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
-        file = io.StringIO()
-        figure.savefig(file, format="svg", metadata={"Date": None})
-    write_whole(path, lighter(file.getvalue()))
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
 
-
-def lighter(svg: str) -> str:
-    """The same picture in a fifth less: no indentation, and coordinates of a tenth of a point in place of a millionth.
-
-    Coordinates are numbers in attributes with at least four decimals; texts stay as they are.
-    """
-
-    def rounded(attribute: re.Match[str]) -> str:
-        return re.sub(r"\d+\.\d{4,}", lambda number: f"{float(number[0]):.1f}", attribute[0])
-
-    return re.sub(r"\n\s+", "\n", re.sub(r'"[^"]*"', rounded, svg))
+    write_whole(path, figure_svg((width, height), drawing))
 
 
 def _draw_panel(panel: Panel, axes: Axes) -> None:

@@ -11,7 +11,7 @@ from sgpo_async.config.experiment import FIGURE_KINDS, MOST_CURVES, Figure, load
 from sgpo_async.errors import ConfigError
 from sgpo_async.experiments import drawings
 from sgpo_async.experiments.drawings import draw_setting
-from sgpo_async.experiments.figures import COLOURS, MOST_BANDS, Panel, lighter, parts
+from sgpo_async.experiments.figures import COLOURS, MOST_BANDS, Panel, parts
 
 TWO_SEEDS = [result(0.1, 0.4, 0.9, alpha=0.5, entropy=0.2), result(0.2, 0.5, 0.7, alpha=0.3, entropy=0.1)]
 WITHOUT_ALPHA = [result(0.1, 0.2, alpha=0.0, entropy=0.2)]
@@ -148,28 +148,6 @@ def test_the_guided_pass_rate_is_drawn_in_per_cent(drawn: dict[str, list[Panel]]
     panel = drawn["metric-guided.svg"][1]
     assert (panel.label, panel.factor, panel.top) == ("validation pass rate guided, %", 100, 100)
     assert panel.curves[0].points
-
-
-def test_a_lighter_picture_has_the_same_texts_and_styles_and_coordinates_of_a_tenth_of_a_point() -> None:
-    svg = """<svg>
-  <g style="opacity: 0.125">
-    <path d="M 43.088521 267.996624
-L -5.25 6 
-"/>
-    <text x="7.654321">0.02575</text>
-  </g>
-</svg>
-"""
-    assert lighter(svg).splitlines() == [
-        "<svg>",
-        '<g style="opacity: 0.125">',
-        '<path d="M 43.1 268.0',
-        "L -5.25 6 ",
-        '"/>',
-        '<text x="7.7">0.02575</text>',
-        "</g>",
-        "</svg>",
-    ]
 
 
 def test_a_method_without_guided_rollouts_is_not_in_the_figure_of_their_pass_rate(
