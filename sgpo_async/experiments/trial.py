@@ -81,8 +81,9 @@ class Trial:
         pass rates are 0.
         """
         began = time.monotonic()
-        result: dict[str, Any] = {"test": {"auto": 0.0, "guided": 0.0}, "diverged": None, "steps": self.run.steps}
         self._measure(0, [])
+        guided = None if self.curve[0]["guided"] is None else 0.0  # None: the method has no guided rollouts
+        result: dict[str, Any] = {"test": {"auto": 0.0, "guided": guided}, "diverged": None, "steps": self.run.steps}
         for step in range(self.run.steps):
             try:
                 self._step(step)

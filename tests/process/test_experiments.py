@@ -55,12 +55,13 @@ def test_a_trial_is_reproducible_and_its_problem_sets_are_disjoint() -> None:
     assert not set(validation) & set(test)
 
 
-def test_a_diverging_run_gives_a_result_with_pass_rate_zero() -> None:
+@pytest.mark.parametrize(("method", "guided"), [([], 0.0), (["builtin:methods/rlcsd"], None)])
+def test_a_diverging_run_gives_a_result_with_pass_rate_zero(method: list[str], guided: float | None) -> None:
     optimiser = ["optim.lr=1e30", "optim.warmup_steps=0", "optim.schedule=constant"]
-    result = Trial(load(DEMO, [*OVERRIDES, "steps=6", "hub.max_lag=0", *optimiser])).train()
+    result = Trial(load(DEMO, [*method, *OVERRIDES, "steps=6", "hub.max_lag=0", *optimiser])).train()
     assert result["diverged"]["step"] < 6
     assert "give NaN logits" in result["diverged"]["why"] or "norm" in result["diverged"]["why"]
-    assert result["test"] == {"auto": 0.0, "guided": 0.0}
+    assert result["test"] == {"auto": 0.0, "guided": guided}
 
 
 def experiment(folder: Path) -> tuple[Path, list[str]]:
