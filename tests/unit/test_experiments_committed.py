@@ -17,7 +17,7 @@ from sgpo_async.experiments.tables import write_tables
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "docs" / "results" / "experiments"
-PENDING = {"family-chains", "smollm2"}  # shipped, and not run yet
+PENDING = {"family-chains", "family-lag-8", "smollm2"}  # shipped, and not run yet
 FILES = sorted(file for file in (ROOT / "configs" / "experiments").glob("*.yaml") if file.stem not in PENDING)
 FIGURE = re.compile(r"\]\(([^)]*\.svg)\)")
 
@@ -43,7 +43,8 @@ def test_a_page_equals_the_one_written_from_the_table(
 
 
 def test_the_table_contains_the_results_of_the_files_that_it_replaced() -> None:
-    """The digest is that of the earlier files, one for each trial: no mode `clip`, no base that reads solutions.
+    """The digest is that of the earlier files, one for each trial: no mode `clip`, no base that reads solutions,
+    no problems from a file.
 
     It was computed from their numbers, those of curves rounded to float32.
     """
@@ -52,6 +53,7 @@ def test_the_table_contains_the_results_of_the_files_that_it_replaced() -> None:
         for one in trials().values()
         if one["config"]["algorithm"]["grpo_correction"]["mode"] != "clip"
         and '"contexts": true' not in json.dumps(one["config"]["model"])
+        and one["config"]["tasks"]["source"] != "file"
     ]
     lines = "\n".join(sorted(json.dumps(found, sort_keys=True) for found in earlier))
     digest = hashlib.blake2b(lines.encode(), digest_size=16).hexdigest()
