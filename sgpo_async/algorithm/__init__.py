@@ -25,7 +25,7 @@ Every function computes in the floating-point type of its inputs.
 
 from sgpo_async.algorithm.advantages import group_advantages
 from sgpo_async.algorithm.correction import MODES, WHOLE_SEQUENCE_MODES, correction_weights
-from sgpo_async.algorithm.credit import iw_opd_advantages, rlcsd_advantages, rlsd_advantages
+from sgpo_async.algorithm.credit import iw_opd_advantages, rlcsd_advantages, rlcsd_shift, rlsd_advantages
 from sgpo_async.algorithm.divergences import DIVERGENCES, divergence, forward_kl, top_divergence
 from sgpo_async.algorithm.limiters import LIMITERS, WHOLE_SEQUENCE_LIMITERS, limit
 from sgpo_async.algorithm.linear import Found, Kept, LogProbability, Part, TeacherDivergence, TopDivergence, linear_loss
@@ -79,6 +79,7 @@ __all__ = [
     "nll_loss",
     "reference_loss",
     "rlcsd_advantages",
+    "rlcsd_shift",
     "rlsd_advantages",
     "select_reachable",
     "sgpo_loss",

@@ -34,7 +34,7 @@ from torch import Tensor
 def correction_weights(log_pi: Tensor, log_mu: Tensor, mask: Tensor, *, mode: str, bound: float) -> Tensor:
     """Compute the weights of the module's table, which turn an expectation over mu into one over pi.
 
-    A weight is exactly 1 wherever pi = mu. No gradient flows through the weights.
+    If pi = mu on all tokens of a rollout, all of its weights are exactly 1. No gradient flows through the weights.
 
     Args:
         log_pi: [..., T], log-probability of each sampled token under the target policy pi.

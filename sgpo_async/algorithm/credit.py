@@ -9,8 +9,9 @@ the rollout (Eq. 1). No gradient flows through any of them.
     iw-opd   (1 + gamma (1 - sum_{k<t} |a_k| / sum_k |a_k|)) a_t, a_t = log p/pi      arXiv 2606.22600
 
 RLSD leaves the direction to the reward and takes the size from the teacher. RLCSD compares two contexts of one form, so
-what the form alone changes cancels. IW-OPD has no reward: it is reverse-KL distillation, in which tokens after a prefix
-that has already left the teacher's weigh less. docs/algorithm.md says which texts and code were read.
+what the form alone changes cancels. IW-OPD has no reward: it is reverse-KL distillation, in which a token weighs less,
+the more policy and teacher have differed on the tokens before it. docs/algorithm.md says which texts and
+code were read.
 """
 
 from __future__ import annotations
@@ -36,16 +37,22 @@ def rlsd_advantages(advantages: Tensor, log_teacher: Tensor, log_pi: Tensor, *, 
     return advantage * ((1 - weight) + weight * factor)
 
 
+def rlcsd_shift(evidence: Tensor, *, scale: float, tau: float) -> Tensor:
+    """Compute r_t from e_t: [N, T]."""
+    return scale * (evidence / tau).tanh()
+
+
 def rlcsd_advantages(
     advantages: Tensor, shift: Tensor, mask: Tensor, *, threshold: float, selected_weight: float
 ) -> Tensor:
     """Shift the advantage of the tokens that tell a right from a wrong context, the selected ones: [N, T].
 
     The loss is the mean over the other tokens of a rollout, plus `selected_weight` times the mean over the selected
-    ones. The learner takes the mean over all tokens of a rollout, so each part is scaled by all tokens over its own.
+    ones. The learner takes the mean over all tokens of a rollout, so the advantages of each part are multiplied by the
+    number of all tokens of the rollout and divided by that of the part.
 
     Args:
-        advantages: [N]; a rollout with advantage 0 stays without.
+        advantages: [N]; in a rollout with advantage 0 every token gets 0.
         shift: [N, T], r_t.
         mask: [N, T] bool, true on the tokens of the rollout.
         threshold: delta; a token is selected if its |r_t| is larger.

@@ -55,8 +55,8 @@ def divergence(
 def forward_kl(teacher_logits: Tensor, student_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """Compute d_t = KL( sg[pi(.|q,s,o~_<t)] || pi(.|q,o~_<t) ) (Eq. 3), that is `divergence` of kind "forward".
 
-    This function needs all logits at once and serves as a reference in tests. The learner uses `TeacherDivergence`,
-    which never holds all logits.
+    This function needs all logits at once; examples/sgpo_in_one_file.py trains with it. The learner uses
+    `TeacherDivergence`, which never holds all logits.
     """
     return divergence(teacher_logits, student_logits, kind="forward", temperature=temperature)
 

@@ -185,7 +185,7 @@ def loss_weights(alpha: Tensor, found: Tensor, *, problems: int, group_size: int
 def sgpo_loss(grpo: Tensor, distillation: Tensor, alpha: Tensor, found: Tensor) -> Tensor:
     """Compute L = mean over q of ( L_GRPO + alpha(q) L_KD ) for a whole batch (Eq. 7).
 
-    With alpha = 0 the result is exactly the GRPO loss. Tests use this function as the reference. The learner instead
+    With alpha = 0 the result is exactly the GRPO loss. examples/sgpo_in_one_file.py trains with it. The learner instead
     sums weighted sequences over micro-batches and ranks.
 
     Args:

@@ -102,7 +102,7 @@ def estimate(run: Run, given: Assumptions) -> list[Stage]:
 
 def rl_generated(run: Run, given: Assumptions) -> float:
     """Tokens that the engines generate: rollouts, and held-out problems without and with their strategies."""
-    rollouts = run.steps * run.learner.problems_per_step * run.rollout.size
+    rollouts = run.steps * run.rollouts_per_step
     rounds = math.ceil(run.steps / run.evaluation.every) + 1
     return given.completion_tokens * (rollouts + rounds * run.tasks.held_out * run.evaluation.samples * 2)
 

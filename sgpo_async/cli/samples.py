@@ -12,7 +12,7 @@ yellow from 0.1 nats, red from 1. Tokens that the mask of Eq. 5 removes from the
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +76,12 @@ def _fits(sample: Mapping[str, Any], args: argparse.Namespace) -> bool:
     """Whether a group is asked for."""
     from sgpo_async.report.texts import solved
 
+    if args.step is not None and sample["step"] != args.step:
+        return False
+    if args.problem.lower() not in str(sample.get("problem")).lower():
+        return False
     alone = solved(sample)[0] > 0
-    conditions: Sequence[Callable[[], bool]] = (
-        lambda: args.step is None or sample["step"] == args.step,
-        lambda: args.problem.lower() in str(sample.get("problem")).lower(),
-        lambda: alone if args.solved else not alone if args.unsolved else True,
-    )
-    return all(condition() for condition in conditions)
+    return alone if args.solved else not alone if args.unsolved else True
 
 
 def _steps(samples: Sequence[Mapping[str, Any]]) -> str:

@@ -214,7 +214,9 @@ class Experiment:
                 "must have no setting beside start and train: it is trained, not pretrained",
                 ", ".join(one.name for one in fields(Base) if getattr(base, one.name) != getattr(Base(), one.name)),
             )
-            if not base.train:
+            if base.train:
+                require(bool(base.start), f"bases.{name}.start", "must name the model that train continues", base.start)
+            else:
                 base.check(f"bases.{name}")
             require(
                 not base.start.startswith(BASE) or base.start.removeprefix(BASE) in self.bases,

@@ -405,6 +405,11 @@ class Run:
         )
 
     @property
+    def rollouts_per_step(self) -> int:
+        """Rollouts of one optimiser step, P (G1 + G2)."""
+        return self.learner.problems_per_step * self.rollout.size
+
+    @property
     def needs_strategies(self) -> bool:
         """Whether the objective needs problems with a strategy, or with the text of another context."""
         guided = self.algorithm.objective in GUIDED

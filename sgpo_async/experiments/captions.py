@@ -9,7 +9,7 @@ from sgpo_async.config.schema import Run
 from sgpo_async.experiments.figures import MOST_BANDS
 from sgpo_async.experiments.plan import budget, cell_run, cells, tuned
 
-FIGURES = (
+TABLE_NOTE = (
     "Alone: without a strategy; guided: with one. "
     "Mean ± half of the 95 % interval (Student's t) over n seeds, in per cent."
 )
@@ -24,7 +24,8 @@ def conditions(experiment: Experiment, setting: str) -> str:
     parts = [_budget(run) for method, run in runs.items() if method not in supervised]
     if supervised:
         parts.append(f"none for {', '.join(supervised)}: demonstrations alone")
-    return f"Rollouts for each trial: {_each(parts)}. Pass rates: {_each(_measured(run) for run in runs.values())}."
+    measured = _distinct(_measured(run) for run in runs.values())
+    return f"Rollouts for each trial: {_distinct(parts)}. Pass rates: {measured}."
 
 
 def _budget(run: Run) -> str:
@@ -50,11 +51,11 @@ def learning_rates(experiment: Experiment) -> str:
     given = [_name(experiment, cell) for cell in cells(experiment) if cell not in tuned_cells]
     return (
         f"Learning rates were chosen by the validation problems{where}, in trials with other seeds "
-        f"({', '.join(map(str, experiment.tune.seeds))}){'; given: ' * bool(given)}{_each(given)}."
+        f"({', '.join(map(str, experiment.tune.seeds))}){'; given: ' * bool(given)}{_distinct(given)}."
     )
 
 
-def curves_say(kinds: Collection[str]) -> list[str]:
+def figure_notes(kinds: Collection[str]) -> list[str]:
     """The paragraph that explains figures of these kinds; empty without figures."""
     sentences = [
         f"In the figures bands are the same intervals; a figure of more than {MOST_BANDS} methods has none.",
@@ -74,6 +75,6 @@ def _name(experiment: Experiment, cell: tuple[str, str]) -> str:
     return method if everywhere else f"{method} in {setting}"
 
 
-def _each(phrases: Iterable[str]) -> str:
+def _distinct(phrases: Iterable[str]) -> str:
     """The distinct phrases, in order."""
     return "; ".join(dict.fromkeys(phrases))

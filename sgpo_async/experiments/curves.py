@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from sgpo_async.config.schema import Run
-from sgpo_async.experiments.plan import Result
+from sgpo_async.experiments.plan import Result, last_quarter
 from sgpo_async.experiments.statistics import Interval, interval
 
 Points = Sequence[tuple[int, Interval]]
@@ -25,10 +25,9 @@ def completed(result: Result, run: Run) -> Result:
     first = result["diverged"]["step"] + 1  # the failed step left no usable weights
     measured = [point for point in result["curve"] if point["step"] < first]
     guided = 0.0 if all(has(point, "guided") for point in measured) else None
-    size = run.rollout.size * run.learner.problems_per_step
     steps = {first, *range(0, run.steps, run.evaluation.every), run.steps}
     zeros = [
-        {"step": step, "rollouts": step * size, "auto": 0.0, "guided": guided}
+        {"step": step, "rollouts": step * run.rollouts_per_step, "auto": 0.0, "guided": guided}
         for step in sorted(steps)
         if step >= first
     ]
@@ -53,8 +52,7 @@ def has(point: Mapping[str, Any], key: str) -> bool:
 
 def late(result: Result, key: str) -> float | None:
     """The mean of `key` over the points of the last quarter of the curve that have it; None if none has."""
-    curve = result["curve"]
-    known = [point[key] for point in curve[-max(1, len(curve) // 4) :] if has(point, key)]
+    known = [point[key] for point in last_quarter(result["curve"]) if has(point, key)]
     return fmean(known) if known else None
 
 

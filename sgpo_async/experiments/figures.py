@@ -51,7 +51,8 @@ def draw(panels: Sequence[Panel], path: Path) -> None:
     """Write one figure with its panels side by side: a line per method, with its interval as a band if they are few."""
     names = [curve.name for curve in panels[0].curves]
     width = 7.5 if len(panels) == 1 else 11.0
-    columns = min(len(names), int(width / (0.6 + 0.062 * max(map(len, names)))))  # in inches, at 8 points
+    columns = int(width / (0.6 + 0.062 * max(map(len, names))))  # in inches, at 8 points
+    columns = min(max(columns, 1), len(names))
     height = 4.2 + 0.2 * math.ceil(len(names) / columns)
 
     def drawing(figure: Figure) -> None:

@@ -25,25 +25,14 @@ from sgpo_async.files import to_json
 Plain = dict[str, Any]
 """A configuration, or a part of it, as it is stored in a file."""
 
-# Keys that do not affect what a trial learns. A trial is one process without a folder, a hub, actors or other ranks, so
-# nothing except validation reads most of them; recomputing or offloading activations changes no gradient.
+# Keys that do not affect what a trial learns, beside those of `hub`. A trial is one process without a folder, a hub,
+# actors or other ranks, so nothing except validation reads most of them; recomputing or offloading activations changes
+# no gradient.
 # learner.patterns and learner.token_classes are not among them: the curves hold what they measure.
 NOT_LEARNED = (
     "name",
     "out",
     "local",
-    "hub.max_message_mb",
-    "hub.journal",
-    "hub.progress_s",
-    "hub.stall_s",
-    "hub.stale",
-    "hub.batch_from",
-    "hub.batches_in_flight",
-    "hub.weight_deltas",
-    "hub.weight_fanout",
-    "hub.weight_folder",
-    "hub.canary_s",
-    "hub.canary_tolerance",
     "learner.canary_every",
     "learner.project",
     "learner.trackers",
@@ -87,7 +76,18 @@ def identity(config: Plain) -> str:
 
 def same_recipe(one: object, other: object) -> bool:
     """Whether two recipes make the same base; each may be new or read from a file."""
-    return _decisive_model(one) == _decisive_model(other)
+    return decisive_origin(one) == decisive_origin(other)
+
+
+def decisive_origin(origin: object) -> object:
+    """The path of a model unchanged; a recipe with its missing keys, and without keys that do not affect a trial."""
+    match origin:
+        case {"trained": dict(config)}:
+            return {"trained": _decisive(config)}
+        case {"pretrained": dict(made)}:
+            whole = filled(made, Base().pretraining)
+            return {"pretrained": whole | {"start": decisive_origin(whole.get("start"))}}
+    return origin
 
 
 def _decisive(config: Plain) -> Plain:
@@ -100,19 +100,9 @@ def _decisive(config: Plain) -> Plain:
         for section in sections:
             place = place[section]
         place.pop(last, None)
-    whole["model"]["path"] = _decisive_model(whole["model"]["path"])
+    whole["hub"] = {"max_lag": whole["hub"]["max_lag"]}  # a trial has no hub, and every token is max_lag versions old
+    whole["model"]["path"] = decisive_origin(whole["model"]["path"])
     return whole
-
-
-def _decisive_model(origin: object) -> object:
-    """The path of a model unchanged; a recipe with its missing keys, and without keys that do not affect a trial."""
-    match origin:
-        case {"trained": dict(config)}:
-            return {"trained": _decisive(config)}
-        case {"pretrained": dict(made)}:
-            whole = filled(made, Base().pretraining)
-            return {"pretrained": whole | {"start": _decisive_model(whole.get("start"))}}
-    return origin
 
 
 def filled(stored: Plain, defaults: Plain) -> Plain:

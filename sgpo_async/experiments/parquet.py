@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from sgpo_async.config.experiment import Experiment
 from sgpo_async.errors import SgpoError
-from sgpo_async.experiments.identity import Plain, filled, identity, recipe
+from sgpo_async.experiments.identity import Plain, decisive_origin, filled, identity, recipe
 from sgpo_async.experiments.plan import Result, best_rates, final, tuning
 from sgpo_async.files import write_whole
 
@@ -41,7 +41,7 @@ def write_trials(path: Path, results: Mapping[str, Result], experiments: Sequenc
         experiments: source of the names in the columns `cells` and `base`, which `read_trials` does not need.
     """
     cells = _cells(experiments, results)
-    names = {_sorted(recipe(experiment, name)): name for experiment in experiments for name in experiment.bases}
+    names = {_origin(recipe(experiment, name)): name for experiment in experiments for name in experiment.bases}
     common = reduce(_common, (result["config"] for result in results.values()))
     in_order = [id for id in cells if id in results] + sorted(results.keys() - cells.keys())
     rows = [
@@ -96,7 +96,12 @@ def _cells(experiments: Sequence[Experiment], results: Mapping[str, Result]) -> 
 def _base(config: Plain, names: Mapping[str, str]) -> str:
     """The path of the model that the trial starts from, or the name of the base with this recipe."""
     path = config["model"]["path"]
-    return path if isinstance(path, str) else names.get(_sorted(path), "")
+    return path if isinstance(path, str) else names.get(_origin(path), "")
+
+
+def _origin(recipe: Plain) -> str:
+    """What is equal of two recipes that make the same base; each may be new or from a result."""
+    return _sorted(decisive_origin(recipe))
 
 
 def _row(result: Result, common: Plain) -> dict[str, Any]:

@@ -161,8 +161,12 @@ def validation(result: Result) -> float:
     """
     if result["diverged"] is not None:
         return 0.0
-    curve = result["curve"]
-    return fmean(point["auto"] for point in curve[-max(1, len(curve) // 4) :])
+    return fmean(point["auto"] for point in last_quarter(result["curve"]))
+
+
+def last_quarter(curve: Sequence[Plain]) -> Sequence[Plain]:
+    """The points of the last quarter of a curve, at least one."""
+    return curve[-max(1, len(curve) // 4) :]
 
 
 def check_budget(experiment: Experiment) -> dict[str, int]:
@@ -192,7 +196,7 @@ def cell_run(experiment: Experiment, cell: tuple[str, str]) -> Run:
 
 def budget(run: Run) -> int:
     """Rollouts of one run."""
-    return run.steps * run.learner.problems_per_step * run.rollout.size
+    return run.steps * run.rollouts_per_step
 
 
 def base_levels(experiment: Experiment) -> list[list[str]]:

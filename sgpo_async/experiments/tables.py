@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from sgpo_async.config.experiment import Experiment, Figure
 from sgpo_async.errors import SgpoError
-from sgpo_async.experiments.captions import EDGE, FIGURES, conditions, curves_say, learning_rates
+from sgpo_async.experiments.captions import EDGE, TABLE_NOTE, conditions, figure_notes, learning_rates
 from sgpo_async.experiments.code_version import codes
 from sgpo_async.experiments.curves import best, completed, late, third
 from sgpo_async.experiments.drawings import draw_setting, kind_of, remove_others
@@ -47,13 +47,14 @@ def write_tables(experiment: Experiment, results: Mapping[str, Result], *, folde
     tables = _rows(experiment, results, rates)
     shown = [result for rows in tables.values() for row in rows for result in row.results]
     captions = {setting: conditions(experiment, setting) for setting in experiment.settings}
-    common = len(set(captions.values())) == 1
-    parts = [f"# {experiment.title or experiment.name}", *[*captions.values()][:common]]
-    parts.append(f"{FIGURES} {learning_rates(experiment)}")
+    distinct = {*captions.values()}
+    common = len(distinct) == 1
+    parts = [f"# {experiment.title or experiment.name}", *(distinct if common else ())]
+    parts.append(f"{TABLE_NOTE} {learning_rates(experiment)}")
     drawn: dict[str, dict[str, Figure]] = {}
     for setting, rows in tables.items():
         drawn[setting] = draw_setting(setting, {row.method: row.results for row in rows}, folder, experiment.figures)
-    parts += curves_say({figure.kind for figures in drawn.values() for figure in figures.values()})
+    parts += figure_notes({figure.kind for figures in drawn.values() for figure in figures.values()})
     if len(experiment.settings) > 1:
         parts += ["Alone, at the end (test problems):", _overview(tables)]
     for setting, rows in tables.items():
@@ -148,7 +149,10 @@ def _completions(rows: Sequence[Row]) -> list[str]:
             _cell(values["entropy"], factor=1, form=".3f"),
         ]
         lines.append(f"| {row.method} | {' | '.join(cells)} |")
-    return ["Autonomous completions in the last quarter of training, or before the run diverged:", "\n".join(lines)]
+    return [
+        "Autonomous completions in the last quarter of training, without steps after a divergence:",
+        "\n".join(lines),
+    ]
 
 
 def _at_the_end(result: Result) -> float:

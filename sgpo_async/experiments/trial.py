@@ -22,7 +22,7 @@ from sgpo_async.bench.synchronous_actor import SynchronousActor
 from sgpo_async.config import Run
 from sgpo_async.config.experiment import MEASURED, MEASURED_BY_NAME
 from sgpo_async.errors import SgpoError
-from sgpo_async.hub.batch_metrics import batch_metrics
+from sgpo_async.hub.batch_metrics import batch_metrics, mean_of_known
 from sgpo_async.learner.publish import gather
 from sgpo_async.learner.step import Stepper
 from sgpo_async.learner.train import build
@@ -38,7 +38,7 @@ STREAM = 2**20  # distance between the first problems of consecutive seeds in th
 Weights = dict[str, torch.Tensor]
 
 
-class Part:
+class SourcePart:
     """A part of a source: its training problems from position `first` on, and some of its held-out problems."""
 
     def __init__(self, source: ProblemSource, first: int, problems: Sequence[Problem]) -> None:
@@ -63,13 +63,13 @@ class Trial:
         count = run.tasks.held_out
         tasks = run.tasks
         source = open_source(tasks.source, path=tasks.path, held_out=2 * count, seed=STREAM_SEED, tasks=tasks)
-        validation, test = split_rollouts(source.held_out(), count)
+        validation, test = split_held_out(source.held_out(), count)
         first = (run.seed + 1) * STREAM
-        training = Part(source, first, validation)
+        training = SourcePart(source, first, validation)
         self.stepper: Stepper = build(run, mesh, training)[0]
         self.actor = SynchronousActor(run)
         self.training = TaskSampler(run, training)
-        self.test = TaskSampler(run, Part(source, first, test))
+        self.test = TaskSampler(run, SourcePart(source, first, test))
         self.history: deque[Weights] = deque([self._weights()], maxlen=run.hub.max_lag + 1)
         self.curve: list[dict[str, Any]] = []
         self.metrics: list[dict[str, Any]] = []  # of the steps since the last point of the curve
@@ -111,11 +111,12 @@ class Trial:
 
     def _measure(self, step: int, metrics: Sequence[dict[str, Any]]) -> None:
         """Add a point to the curve: pass rates, and the means of `metrics` (of the steps since the last point)."""
-        size = self.run.rollout.size * self.run.learner.problems_per_step
         lines = [_kept(line) for line in metrics]
         keys = {key: None for line in lines for key in line}
-        means = {key: _mean([line.get(key) for line in lines]) for key in keys}
-        point = {"step": step, "rollouts": step * size} | self._pass_rates(self.training, version=step)
+        means = {key: mean_of_known([line.get(key) for line in lines]) for key in keys}
+        point = {"step": step, "rollouts": step * self.run.rollouts_per_step} | self._pass_rates(
+            self.training, version=step
+        )
         self.curve.append(point | {key: value for key, value in means.items() if value is not None})
 
     def _pass_rates(self, task_sampler: TaskSampler, *, version: int) -> dict[str, float | None]:
@@ -129,7 +130,7 @@ class Trial:
         return dict(gather(self.stepper.policy))
 
 
-def split_rollouts(problems: Sequence[Problem], count: int) -> tuple[list[Problem], list[Problem]]:
+def split_held_out(problems: Sequence[Problem], count: int) -> tuple[list[Problem], list[Problem]]:
     """The problems with the first `count` distinct texts, and all others. So no text is in both parts."""
     distinct = dict.fromkeys(problem.problem for problem in problems)
     texts = set(list(distinct)[:count])
@@ -147,8 +148,3 @@ def _kept(line: dict[str, Any]) -> dict[str, float | None]:
     """What the curve keeps of the metrics of a step."""
     parts = ((f"{key}/{name}", value) for key in MEASURED_BY_NAME for name, value in line.get(key, {}).items())
     return {key: line.get(key) for key in MEASURED} | dict(parts)
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from sgpo_async.config import load
 from sgpo_async.config.experiment import Base
+from sgpo_async.errors import SgpoError
 from sgpo_async.experiments.identity import Plain
 from sgpo_async.files import to_json, write_whole
 from sgpo_async.model.folder import model_folder
@@ -42,7 +43,10 @@ def run_trial(job: TrialJob) -> dict[str, Any]:
 
 
 def make_base(job: BaseJob) -> dict[str, Any]:
-    """Write the folder of the model, completely or not at all; returns the pass rates of the base."""
+    """Write the folder of the model, completely or not at all; returns the pass rates of the base.
+
+    Raises SgpoError if its training diverges.
+    """
     _prepare()
 
     from sgpo_async.experiments.trial import Trial
@@ -54,7 +58,13 @@ def make_base(job: BaseJob) -> dict[str, Any]:
     shutil.rmtree(part, ignore_errors=True)
     if job.base.train:
         trial = Trial(load(job.config, job.overrides))
-        rates = trial.train()["test"]
+        result = trial.train()
+        if (diverged := result["diverged"]) is not None:
+            raise SgpoError(
+                f"bases.{job.name}.train: must finish its {result['steps']} steps, diverged at step {diverged['step']} "
+                f"({diverged['why']}); lower its optim.lr"
+            )
+        rates = result["test"]
         export(
             trial.stepper.policy.model,
             dict(gather(trial.stepper.policy)),

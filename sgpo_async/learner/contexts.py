@@ -95,8 +95,8 @@ class Contexts:
         self._too_long += 1
         if self._too_long & (self._too_long - 1) == 0:  # at 1, 2, 4, 8, ...
             log.warning(
-                "task %d: prompt with context and completion have %d tokens, more than the model's %d positions: the "
-                "rollout is not compared with the teacher (%d so far)",
+                "task %d: a context was left out: its prompt and the completion have %d tokens, more than the model's "
+                "%d positions; shorten the contexts or lower rollout.max_new_tokens (%d so far)",
                 rollout.task, len(prompt) + len(rollout.tokens), self._longest, self._too_long,
             )  # fmt: skip
         return False

@@ -1,5 +1,6 @@
-"""The difference between the learner's log pi and the engine's log mu on the tokens of the autonomous rollouts.
+"""The difference between the learner's log pi and the engine's log mu on the tokens of the policy gradient.
 
+They are compared after the prompt with which the rollout was sampled, unless an objective trains it after another.
 The table shows the causes of the difference:
 
                   lag 0: both hold the same weights        stale: the engine's weights were older

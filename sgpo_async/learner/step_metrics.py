@@ -2,8 +2,8 @@
 
 A rank accumulates sums and minima over its micro-batches; `reduce` gathers the values of all ranks once and divides.
 Correction weights are reported separately for lag 0 and for stale tokens, because for stale tokens they also show how
-far the policy has changed. The mismatch between engine and learner is measured only on GRPO tokens, because a frozen
-teacher differs from the behaviour policy at every lag.
+far the policy has changed. The mismatch between engine and learner is measured only on the tokens of the policy
+gradient, because a frozen teacher differs from the behaviour policy at every lag.
 """
 
 from __future__ import annotations
@@ -27,7 +27,15 @@ from sgpo_async.wire.records import Rollout
 TERMS = ("correction", "kl_correction")
 SUMS = (
     *("grpo_loss", "kd_loss", "likelihood_loss", "entropy", "entropy_tokens"),
-    *("tokens_auto", "kept", "tokens_kd", "tokens_likelihood", "tokens_forward_only", "tokens_stale", "targets"),
+    *(
+        "tokens_policy_gradient",
+        "kept",
+        "tokens_kd",
+        "tokens_likelihood",
+        "tokens_forward_only",
+        "tokens_stale",
+        "targets",
+    ),
     *("kl", "masked_tokens", "masked_kl", "limited_kl"),
     *(f"{metric}_{part}" for metric in PROBLEM_METRICS for part in ("sum", "problems")),
     *(f"{term}_{part}_{age}" for term in TERMS for part in ("sum", "clipped", "tokens") for age in AGES),
@@ -135,13 +143,13 @@ def _loss_metrics(total: dict[str, float]) -> dict[str, Any]:
         "kd_loss": total["kd_loss"],
         "likelihood_loss": total["likelihood_loss"] if total["tokens_likelihood"] else None,
         "entropy": _ratio(total["entropy"], total["entropy_tokens"]),
-        "kept_mean": _ratio(total["kept"], total["tokens_auto"]) or None,
+        "kept_mean": _ratio(total["kept"], total["tokens_policy_gradient"]) or None,
         "kl_mean": _ratio(total["kl"], total["tokens_kd"]),
         "kl_masked_fraction": _ratio(total["masked_tokens"], total["tokens_kd"]),
         "kl_masked_mass": _ratio(total["masked_kl"], total["kl"]),
         "kl_limited_mass": _ratio(total["limited_kl"], total["kl"]),
         "targets": int(total["targets"]),
-        "tokens": int(total["tokens_auto"] + total["tokens_kd"] + total["tokens_likelihood"]),
+        "tokens": int(total["tokens_policy_gradient"] + total["tokens_kd"] + total["tokens_likelihood"]),
         "tokens_forward_only": int(total["tokens_forward_only"]),
         "tokens_stale": int(total["tokens_stale"]),
     }

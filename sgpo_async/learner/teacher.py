@@ -8,11 +8,11 @@
     behaviour  no copy: the probabilities that the engine reported while sampling (`learner.teacher_targets`)
 
 A copy is sharded like the policy. On each rank it takes 1/ranks of its size, plus what FSDP keeps gathered: all of a
-small model, or the embedding and the output matrix of a large model. Every teacher except `behaviour` costs one forward
-without gradient over the guided prompts and targets.
+small model, or the embedding and the output matrix of a large model. Every teacher except `behaviour` costs a forward
+pass without gradient over each rollout that it reads, after its prompt with the context (rlcsd: for each context).
 
 The moving average (ema) is kept in float32. A step changes it by 1 - d of its distance from the policy. With d = 0.99
-and a distance below a fifth of the value, this change is less than 2^-9 of the value. bfloat16 would round it away, and
+and a distance below a sixth of the value, this change is less than 2^-9 of the value. bfloat16 would round it away, and
 the average would never change. A snapshot or a frozen copy in bfloat16 only rounds the weights themselves.
 """
 
@@ -65,7 +65,10 @@ class Teacher:
 
     @torch.no_grad()
     def log_probabilities(self, policy: Policy, packed: Packed, temperature: float, kept: Kept | None = None) -> Tensor:
-        """Compute the teacher's log-probability of each completion token: [C]. A collective of all ranks."""
+        """Compute the teacher's log-probability of each completion token: [C]. A collective of all ranks.
+
+        It is that at the sampling temperature: `teacher_temperature` is of distillation alone.
+        """
         with self._weights(policy) as weights:
             return weights.log_probabilities(packed, temperature, kept)
 

@@ -1,7 +1,7 @@
 """The teacher's values for the target tokens, if the behaviour policy is the teacher.
 
 Its engine reported its k most likely tokens with the rollouts, so the comparison needs no forward and no copy. Other
-teachers give hidden states, from a forward over the guided prompts, and the whole vocabulary is compared.
+teachers give hidden states, from a forward pass, and the whole vocabulary is compared.
 """
 
 from __future__ import annotations

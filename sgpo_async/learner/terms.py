@@ -32,6 +32,7 @@ from sgpo_async.algorithm import (
     nll_loss,
     reference_loss,
     rlcsd_advantages,
+    rlcsd_shift,
     rlsd_advantages,
     shaped_loss,
 )
@@ -87,7 +88,7 @@ class PolicyGradientTerm:
         log_pi = _unflatten(found.value, self._mask)
         log_rho = log_pi - self._log_mu
         rule = self._algorithm.grpo_correction
-        statistics.add(grpo_loss=found.loss, tokens_auto=self._mask)
+        statistics.add(grpo_loss=found.loss, tokens_policy_gradient=self._mask)
         if self._kept:
             statistics.add(kept=self._mask.sum() + int(self._kept.sizes.sum()))
         share = self._stand_for[:, None] * self._mask
@@ -132,7 +133,7 @@ class PolicyGradientTerm:
             credited = rlsd_advantages(self._advantages, evidence, log_pi, clip=rule.clip, weight=weight)
         elif algorithm.objective == "rlcsd":
             own = algorithm.rlcsd
-            shift = own.scale * (evidence / own.tau).tanh()
+            shift = rlcsd_shift(evidence, scale=own.scale, tau=own.tau)
             credited = rlcsd_advantages(
                 self._advantages, shift, self._mask, threshold=own.threshold, selected_weight=own.weight
             )

@@ -98,7 +98,12 @@ STEPS = (
     Metric("kl_masked_fraction", "train", RATIO, "Distilled tokens with a divergence above delta (Eq. 5)."),
     Metric("kl_masked_mass", "train", RATIO, "Their part of the total divergence."),
     Metric("kl_limited_mass", "train", RATIO, "The part of the total divergence that the limiter removes."),
-    Metric("targets", "train", "rollouts", "Guided rollouts that are distilled."),
+    Metric(
+        "targets",
+        "train",
+        "rollouts",
+        "Distilled sequences: one for each rollout and divergence; 0 with divergence=sft.",
+    ),
     Metric("tokens", "train", TOKENS, "Trained tokens of the step."),
     Metric(
         "tokens_forward_only",

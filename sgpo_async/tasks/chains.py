@@ -10,7 +10,7 @@ from sgpo_async.tasks.generated import GeneratedSource
 
 
 class ChainsSource(GeneratedSource):
-    """Half of the problems have four sentences, the others three."""
+    """Half of the problems have two sentences, the others three."""
 
     verifier = "chains"
 

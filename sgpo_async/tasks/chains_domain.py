@@ -28,7 +28,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 LENGTHS = (2, 3)  # sentences of a problem
 AMOUNTS = (1, 2, 3, 4)
@@ -104,6 +104,7 @@ class Step(NamedTuple):
 class Story:
     """The content of one problem."""
 
+    decided_after: ClassVar[int] = 8  # words of a solution, which tell the first step's person and sign
     known: dict[str, int]  # amounts of the first two people
     sentences: tuple[Sentence, ...]
 
@@ -122,8 +123,6 @@ class Story:
             amounts[sentence.person] = result
             steps.append(Step(sentence, (x, y), sentence.others[not first], meaning.sign, result))
         return steps
-
-    decided_after = 8  # words of a solution, which tell the first step's person and sign
 
     def problem_text(self) -> str:
         """The problem."""

@@ -25,7 +25,7 @@ from sgpo_async.tasks.chains_domain import (
     Story,
     draw_story,
 )
-from sgpo_async.tasks.word_policy import draw_context, draw_guesses
+from sgpo_async.tasks.word_policy import draw_context, draw_guesses, guess_distribution
 
 VOCABULARY = (*KEYWORDS, *DIGITS, *PEOPLE, *WORDS)
 P_FAMILIAR = 0.4  # that a sentence has a familiar word
@@ -40,8 +40,7 @@ def guess_probabilities(word: str, *, p_true: float, p_favourite: float) -> dict
     rules = list(RULES)
     other = rules[(rules.index(true.rule) + 1 + WORDS.index(word) % (len(rules) - 1)) % len(rules)]
     favourite = Meaning(other, next(sign for sign in SIGNS if sign != true.sign))
-    rest = (1.0 - p_true - p_favourite) / (len(MEANINGS) - 2)
-    return {meaning: {true: p_true, favourite: p_favourite}.get(meaning, rest) for meaning in MEANINGS}
+    return guess_distribution(MEANINGS, {true: p_true, favourite: p_favourite})
 
 
 def draw_example(
@@ -50,8 +49,8 @@ def draw_example(
     """(prompt, solution) of a training problem, with a strategy with probability 1/2, or in `contexts` of all kinds.
 
     Meanings are drawn for each problem: uniformly where the context shows them, so that the policy learns to follow it
-    and not what the words mean, and from `guess_probabilities` where nothing does. Problems grow from one sentence to
-    four in the first third of the training; `progress` goes from 0 to 1.
+    and not what the words mean, and from `guess_probabilities` where nothing does. The longest problems grow from one
+    sentence to three in the first third of the training; `progress` goes from 0 to 1.
     """
 
     def uniform(one: Story) -> tuple[Meaning, ...]:

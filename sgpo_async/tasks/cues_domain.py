@@ -20,6 +20,7 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 State = tuple[int, int]
 
@@ -62,6 +63,7 @@ NOVEL_PAIRS = _novel_pairs()
 class Exercise:
     """The content of one problem: amounts, the same number of distinct cues, and the start state."""
 
+    decided_after: ClassVar[int] = 3  # words of a solution, which tell the first technique
     amounts: tuple[int, ...]
     cues: tuple[str, ...]
     start: State
@@ -73,15 +75,16 @@ class Exercise:
 
     @property
     def true_techniques(self) -> tuple[str, ...]:
+        """What the cues require."""
         return tuple(TRUE_TECHNIQUE[cue] for cue in self.cues)
 
-    decided_after = 3  # words of a solution, which tell the first technique
-
     def problem_text(self) -> str:
+        """Each amount with its cue, and the start state."""
         steps = " ".join(f"{k} {cue}" for k, cue in zip(self.amounts, self.cues, strict=True))
         return f"problem {steps} from {self.start[0]} {self.start[1]}"
 
     def strategy_text(self, techniques: tuple[str, ...]) -> str:
+        """Each cue with its technique."""
         return "strategy " + " ".join(f"{c} {t}" for c, t in zip(self.cues, techniques, strict=True))
 
     def states(self, techniques: tuple[str, ...]) -> list[State]:
@@ -93,6 +96,7 @@ class Exercise:
         return states
 
     def solution_text(self, techniques: tuple[str, ...]) -> str:
+        """Each step with its technique and the state after it."""
         steps = zip(self.amounts, self.cues, techniques, self.states(techniques), strict=True)
         return " ".join(f"{k} {cue} {technique} {x} {y}" for k, cue, technique, (x, y) in steps)
 

@@ -20,7 +20,7 @@ from sgpo_async.tasks.cues_domain import (
     Exercise,
     draw_exercise,
 )
-from sgpo_async.tasks.word_policy import draw_context, draw_guesses
+from sgpo_async.tasks.word_policy import draw_context, draw_guesses, guess_distribution
 
 VOCABULARY = (*KEYWORDS, *DIGITS, *TECHNIQUES, *CUES)
 
@@ -34,8 +34,7 @@ def guess_probabilities(cue: str, *, p_true: float, p_favourite: float) -> dict[
     true = TRUE_TECHNIQUE[cue]
     wrong = [name for name in names if name != true]
     favourite = wrong[CUES.index(cue) % len(wrong)]
-    rest = (1.0 - p_true - p_favourite) / (len(names) - 2)
-    return {name: {true: p_true, favourite: p_favourite}.get(name, rest) for name in names}
+    return guess_distribution(names, {true: p_true, favourite: p_favourite})
 
 
 def draw_example(

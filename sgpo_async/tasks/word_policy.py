@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config
@@ -38,7 +38,7 @@ Plan = Sequence[Any]
 class Exercise(Protocol):
     """The content of one problem."""
 
-    decided_after: int  # number of words of a solution after which the first step of its plan is known
+    decided_after: ClassVar[int]  # number of words of a solution after which the first step of its plan is known
 
     def problem_text(self) -> str: ...
 
@@ -57,6 +57,12 @@ class InContext(NamedTuple):
     kind: Kind
     prompt: str
     plan: Plan
+
+
+def guess_distribution(options: Sequence[T], known: Mapping[T, float]) -> dict[T, float]:
+    """The probability of each option: that in `known`, or an equal share of the rest; the sum is 1."""
+    rest = (1.0 - sum(known.values())) / (len(options) - len(known))
+    return {option: known.get(option, rest) for option in options}
 
 
 def draw_guesses(rng: random.Random, guesses: Iterable[Mapping[T, float]]) -> tuple[T, ...]:

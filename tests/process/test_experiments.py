@@ -16,8 +16,11 @@ import pytest
 import yaml
 
 from sgpo_async.config import load
+from sgpo_async.config.experiment import Base
+from sgpo_async.errors import SgpoError
 from sgpo_async.experiments.identity import identity
 from sgpo_async.experiments.trial import Trial
+from sgpo_async.experiments.work import BaseJob, make_base
 
 pytestmark = [pytest.mark.process, pytest.mark.usefixtures("one_rank")]
 
@@ -62,6 +65,18 @@ def test_a_diverging_run_gives_a_result_with_pass_rate_zero(method: list[str], g
     assert result["diverged"]["step"] < 6
     assert "give NaN logits" in result["diverged"]["why"] or "norm" in result["diverged"]["why"]
     assert result["test"] == {"auto": 0.0, "guided": guided}
+
+
+def test_a_base_whose_training_diverges_is_not_made(tmp_path: Path) -> None:
+    train = {"optim.lr": 1e30, "optim.warmup_steps": 0}
+    overrides = (*OVERRIDES, "steps=6", "hub.max_lag=0", *(f"{key}={value}" for key, value in train.items()))
+    base = Base(start="builtin:cues", train=train)
+    job = BaseJob("warm", base, "builtin:cues", str(tmp_path / "warm"), str(DEMO), overrides, {})
+    with pytest.raises(
+        SgpoError, match=r"bases\.warm\.train: must finish its 6 steps, diverged at step \d .*optim\.lr"
+    ):
+        make_base(job)
+    assert not [*tmp_path.iterdir()]
 
 
 def experiment(folder: Path) -> tuple[Path, list[str]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sgpo_async.algorithm import iw_opd_advantages, rlcsd_advantages, rlsd_advantages
+from sgpo_async.algorithm import iw_opd_advantages, rlcsd_advantages, rlcsd_shift, rlsd_advantages
 
 LOG_PI = torch.tensor([[-1.0, -2.0, -0.5], [-1.0, -2.0, -0.5]], dtype=torch.float64)
 LOG_P = torch.tensor([[-0.9, -4.0, -0.5], [-0.9, -4.0, -0.5]], dtype=torch.float64)
@@ -19,7 +19,9 @@ ALL = torch.ones(2, 3, dtype=torch.bool)
 def rlcsd(
     advantages: torch.Tensor, evidence: torch.Tensor, mask: torch.Tensor = ALL, weight: float = 1.0
 ) -> torch.Tensor:
-    return rlcsd_advantages(advantages, 0.5 * evidence.tanh(), mask, threshold=0.1, selected_weight=weight)
+    return rlcsd_advantages(
+        advantages, rlcsd_shift(evidence, scale=0.5, tau=1.0), mask, threshold=0.1, selected_weight=weight
+    )
 
 
 def test_rlsd_rewards_what_the_context_makes_likely_and_blames_what_it_makes_unlikely() -> None:

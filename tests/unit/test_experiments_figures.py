@@ -94,6 +94,11 @@ def test_a_figure_of_many_methods_is_small_and_has_no_overlapping_bands(tmp_path
             assert ("fill-opacity" in text) == (count <= MOST_BANDS)
 
 
+def test_a_name_longer_than_the_figure_is_wide_is_drawn(tmp_path: Path) -> None:
+    draw_setting("", {"so long " * 40: TWO_SEEDS}, tmp_path, [Figure(kind="curves")])
+    assert "so long so long" in (tmp_path / "curves.svg").read_text()
+
+
 def test_only_the_figures_that_a_file_names_are_drawn(drawn: dict[str, list[Panel]], tmp_path: Path) -> None:
     methods = {"SGPO": TWO_SEEDS, "GRPO": WITHOUT_ALPHA, "HPT": TWO_SEEDS}
     chosen = [

@@ -1,5 +1,6 @@
 """Results in one Parquet file: reading returns what was written, the metrics of curves with seven digits."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from sgpo_async.config.experiment import load_experiment
 from sgpo_async.experiments.identity import filled
 from sgpo_async.experiments.parquet import _common, _same, _without, read_trials, write_trials
 from sgpo_async.experiments.plan import Result, cells, final, tuning
+from sgpo_async.files import to_json
 
 BASES: dict[str, Any] = {"warm": {"start": "builtin:cues", "train": {"algorithm.objective": "sft", "steps": 3}}}
 VALUES = st.one_of(st.none(), st.booleans(), st.integers(0, 2), st.sampled_from([0.0, 1.0, 0.5]), st.text(max_size=2))
@@ -83,6 +85,16 @@ def test_a_row_describes_its_trial(tmp_path: Path) -> None:
     assert {row["base"] for row in rows.values()} == {"warm", "builtin:cues"}
     calm = rows[tuning(experiment, {})[0].id]
     assert "row_tokens" not in calm["config"] and b"row_tokens" in table.schema.metadata[b"common_configuration"]
+
+
+def test_a_base_is_named_where_a_result_was_stored_before_its_recipe_had_all_keys(tmp_path: Path) -> None:
+    experiment, results = results_of(tmp_path)
+    stored = {id: json.loads(to_json(found)) for id, found in results.items()}  # infinity is null there
+    for found in stored.values():
+        if isinstance(origin := found["config"]["model"]["path"], dict):
+            assert origin["trained"]["algorithm"].pop("kl_clip") is None
+    write_trials(tmp_path / "trials.parquet", stored, [experiment])
+    assert {*pq.read_table(tmp_path / "trials.parquet")["base"].to_pylist()} == {"warm", "builtin:cues"}
 
 
 def test_a_trial_that_belongs_to_no_experiment_is_kept(tmp_path: Path) -> None:

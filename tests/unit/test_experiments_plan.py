@@ -191,6 +191,7 @@ def test_settings_may_have_different_budgets(tmp_path: Path) -> None:
         ),
         ({"methods": {"X": {"from": "builtin:methods/opds"}}}, "did you mean builtin:methods/opsd"),
         ({"methods": {"X": {"from": 5}}}, "methods.X.from must be a path, relative to this file, or the name"),
+        ({"bases": {"warm": {"train": {"steps": 2}}}}, r"bases\.warm\.start must name the model that train continues"),
         (
             {"bases": {"warm": {"train": {"steps": 2}, "seed": 3}}},
             "bases.warm must have no setting beside start and train",

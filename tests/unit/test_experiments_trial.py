@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from sgpo_async.experiments.trial import STREAM_SEED, split_rollouts
+from sgpo_async.experiments.trial import STREAM_SEED, split_held_out
 from sgpo_async.tasks.sources import open_source
 
 
@@ -16,7 +16,7 @@ def test_validation_and_test_share_no_text_even_if_the_file_repeats_texts(tmp_pa
     rows = [{"problem": f"{number} + 1", "answer": str(number + 1)} for number in range(20)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows * 2))
     source = open_source("file", path=str(path), held_out=6, seed=STREAM_SEED)
-    validation, test = split_rollouts(source.held_out(), 3)
+    validation, test = split_held_out(source.held_out(), 3)
     assert (len(validation), len(test)) == (6, 6)
     texts, others = ({problem.problem for problem in part} for part in (validation, test))
     assert (len(texts), len(others)) == (3, 3) and not texts & others
@@ -32,7 +32,7 @@ def test_validation_and_test_share_no_text_even_if_the_file_repeats_texts(tmp_pa
 def test_the_built_in_problems_do_not_change(count: int, digests: list[str]) -> None:
     """The committed results were measured on these problems."""
     source = open_source("cues", path="", held_out=2 * count, seed=STREAM_SEED)
-    parts = split_rollouts(source.held_out(), count)
+    parts = split_held_out(source.held_out(), count)
     assert [len(part) for part in parts] == [count, count]
     texts = ["\n".join(problem.id + problem.problem for problem in part) for part in parts]
     assert [xxhash.xxh64(text.encode()).hexdigest() for text in texts] == digests

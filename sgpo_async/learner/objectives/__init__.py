@@ -1,12 +1,18 @@
 """The objectives: each is a pure function from the group of one task to weighted sequences.
 
-sgpo.py    SGPO, with every variant that the paper measures       grpo.py        GRPO, without guidance
-sft.py     the response of the problem                            luffy.py       the response as a member of the group
-hpt.py     the response if the policy fails, else GRPO            base.py        the input and output types
-opsd.py    a teacher with the context, on the policy's rollouts   kdrl.py        GRPO and OPSD together
-sdpo.py    the same with a share of GRPO
-rlsd.py    a teacher that weighs the tokens of GRPO; RLCSD        iw_opd.py      a teacher in place of the reward
-pope.py    GRPO on guided and on plain prompts                    pi_distill.py  both from guided rollouts
+sgpo.py        SGPO, with every variant that the paper measures
+grpo.py        GRPO, without guidance
+sft.py         the likelihood of the problem's response
+luffy.py       GRPO, with the response as a member of the group
+hpt.py         the response where the policy solves too little, GRPO elsewhere
+opsd.py        OPSD and SDFT: distil a teacher that has a context, on the policy's own rollouts
+sdpo.py        (1 - alpha) GRPO + alpha OPSD
+kdrl.py        KDRL and SDPG: GRPO + alpha OPSD
+rlsd.py        RLSD and RLCSD: GRPO, with advantages of single tokens from a teacher that has a context
+iw_opd.py      the teacher's log-ratios as advantages, in place of a reward
+pope.py        GRPO, on guided and on plain prompts
+pi_distill.py  a teacher and a student in the same weights, from guided rollouts, each drawn to the other
+base.py        the types that they take and return
 """
 
 from sgpo_async.learner.objectives.base import Objective

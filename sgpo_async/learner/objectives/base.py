@@ -102,7 +102,9 @@ class PolicyGradient:
     rollout: Rollout
     advantage: float
     weight: float
-    stands_for: int = 1  # rollouts of its group, in the entropy; the others are left out, because they teach nothing
+    # As how many rollouts it counts in the mean entropy: with learner.skip_uniform, one rollout is trained of a group
+    # whose advantages are all 0.
+    stands_for: int = 1
     prompt: np.ndarray | None = None  # it is trained after this prompt; None: after that with which it was sampled
     context: InContext | None = None  # with which a teacher gives each token an advantage of its own
     # What the learner adds before the forward pass (`learner.scores`), [T] each: what the teacher says of the tokens,

@@ -1,4 +1,4 @@
-"""IW-OPD, importance-weighted on-policy distillation: tokens after a prefix that has left the teacher's weigh less.
+"""IW-OPD, importance-weighted on-policy distillation: a token weighs less if policy and teacher differed before it.
 
 Source: https://arxiv.org/abs/2606.22600 and its authors' code. The advantage of each token is its weighted log-ratio to
 the teacher (`algorithm.credit`); rewards are not used. The authors' teacher is a larger model without a context.

@@ -15,7 +15,6 @@ from sgpo_async.algorithm import (
     adaptive_weight,
     corrected_pass_rate,
     group_advantage_weight,
-    loss_weights,
     select_reachable,
 )
 from sgpo_async.config.schema import Algorithm
@@ -29,13 +28,7 @@ def sgpo(group: TaskGroup, algorithm: Algorithm) -> Trained:
     """Train the autonomous rollouts like GRPO, unless this is disabled, and the targets with weights from alpha(q)."""
     targets = _targets(group, algorithm)
     metrics = _metrics(group, algorithm, found=bool(targets)) if group.guided else {"alpha": 0.0}
-    weights = loss_weights(
-        torch.tensor([metrics["alpha"]], dtype=torch.float64),
-        torch.tensor([bool(targets)]),
-        problems=group.problems,
-        group_size=len(group.autonomous),
-    )
-    weight = float(weights.guided) / max(len(targets), 1)
+    weight = metrics["alpha"] / group.problems / max(len(targets), 1)
     cut = (target.without_first(algorithm.distil_skip) for target in targets if weight)
     targets = [target for target in cut if target.sampled.any()]
     plain = group.plain_prompt
