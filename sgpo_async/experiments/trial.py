@@ -54,7 +54,7 @@ class SourcePart:
         return self.problems
 
 
-class Trial:
+class TrialRun:
     """Policy, optimiser and engine of one run; `tasks.held_out` distinct texts validate and as many others test."""
 
     def __init__(self, run: Run) -> None:

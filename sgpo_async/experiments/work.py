@@ -37,9 +37,9 @@ class BaseJob(NamedTuple):
 def run_trial(job: TrialJob) -> dict[str, Any]:
     """Train and evaluate; returns the result."""
     _prepare()
-    from sgpo_async.experiments.trial import Trial
+    from sgpo_async.experiments.trial import TrialRun
 
-    return Trial(load(job.config, job.overrides)).train()
+    return TrialRun(load(job.config, job.overrides)).train()
 
 
 def make_base(job: BaseJob) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def make_base(job: BaseJob) -> dict[str, Any]:
     """
     _prepare()
 
-    from sgpo_async.experiments.trial import Trial
+    from sgpo_async.experiments.trial import TrialRun
     from sgpo_async.learner.publish import gather
     from sgpo_async.model.export import export
     from sgpo_async.tasks.pretrain import Recipe, pretrain
@@ -57,7 +57,7 @@ def make_base(job: BaseJob) -> dict[str, Any]:
     part = Path(f"{job.folder}.part")
     shutil.rmtree(part, ignore_errors=True)
     if job.base.train:
-        trial = Trial(load(job.config, job.overrides))
+        trial = TrialRun(load(job.config, job.overrides))
         result = trial.train()
         if (diverged := result["diverged"]) is not None:
             raise SgpoError(

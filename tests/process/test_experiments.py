@@ -19,7 +19,7 @@ from sgpo_async.config import load
 from sgpo_async.config.experiment import Base
 from sgpo_async.errors import SgpoError
 from sgpo_async.experiments.identity import identity
-from sgpo_async.experiments.trial import Trial
+from sgpo_async.experiments.trial import TrialRun
 from sgpo_async.experiments.work import BaseJob, make_base
 
 pytestmark = [pytest.mark.process, pytest.mark.usefixtures("one_rank")]
@@ -29,7 +29,7 @@ DEMO = Path("configs/demo.yaml").resolve()
 
 
 def test_every_token_has_exactly_the_configured_lag() -> None:
-    trial = Trial(load(DEMO, [*OVERRIDES, "steps=4", "hub.max_lag=2", "optim.lr=1e-2", "optim.warmup_steps=0"]))
+    trial = TrialRun(load(DEMO, [*OVERRIDES, "steps=4", "hub.max_lag=2", "optim.lr=1e-2", "optim.warmup_steps=0"]))
     lags, mismatches = [], []
     for step in range(4):
         shard = trial._shard(step)
@@ -44,24 +44,24 @@ def test_every_token_has_exactly_the_configured_lag() -> None:
 
 def test_a_trial_is_reproducible_and_its_problem_sets_are_disjoint() -> None:
     overrides = [*OVERRIDES, "steps=3", "hub.max_lag=1", "engine.deterministic=true"]
-    first, second = (Trial(load(DEMO, overrides)).train() for _ in range(2))
+    first, second = (TrialRun(load(DEMO, overrides)).train() for _ in range(2))
     assert first["curve"] == second["curve"]
     assert [point["step"] for point in first["curve"]] == [0, 2, 3]
     assert [point["rollouts"] for point in first["curve"]] == [0, 48, 72]
     assert first["curve"][0].keys() == {"step", "rollouts", "auto", "guided"}
     assert first["curve"][1]["grpo_loss"] == pytest.approx(0, abs=1)
     assert first["diverged"] is None
-    other = Trial(load(DEMO, [*overrides, "seed=1"]))
-    assert other.training.task(0).problem != Trial(load(DEMO, overrides)).training.task(0).problem
+    other = TrialRun(load(DEMO, [*overrides, "seed=1"]))
+    assert other.training.task(0).problem != TrialRun(load(DEMO, overrides)).training.task(0).problem
     validation, test = ([c.task(-1 - i).problem for i in range(c.round_size)] for c in (other.training, other.test))
-    assert validation == [Trial(load(DEMO, overrides)).training.task(-1 - i).problem for i in range(len(validation))]
+    assert validation == [TrialRun(load(DEMO, overrides)).training.task(-1 - i).problem for i in range(len(validation))]
     assert not set(validation) & set(test)
 
 
 @pytest.mark.parametrize(("method", "guided"), [([], 0.0), (["builtin:methods/rlcsd"], None)])
 def test_a_diverging_run_gives_a_result_with_pass_rate_zero(method: list[str], guided: float | None) -> None:
     optimiser = ["optim.lr=1e30", "optim.warmup_steps=0", "optim.schedule=constant"]
-    result = Trial(load(DEMO, [*method, *OVERRIDES, "steps=6", "hub.max_lag=0", *optimiser])).train()
+    result = TrialRun(load(DEMO, [*method, *OVERRIDES, "steps=6", "hub.max_lag=0", *optimiser])).train()
     assert result["diverged"]["step"] < 6
     assert "give NaN logits" in result["diverged"]["why"] or "norm" in result["diverged"]["why"]
     assert result["test"] == {"auto": 0.0, "guided": guided}
