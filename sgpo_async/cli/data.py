@@ -174,7 +174,7 @@ def form_of(args: argparse.Namespace) -> Form:
         if ours not in COLUMNS or not (equals and theirs):
             raise DataError(f"--column {word!r}: must be OURS=THEIRS, with one of {', '.join(COLUMNS)} as OURS")
         columns[ours] = theirs
-    return Form(columns=columns, answer_after=args.answer_after)
+    return Form(columns=columns, answer_after=args.answer_after, is_set=True)
 
 
 def unverified(prepared: Prepared) -> str:

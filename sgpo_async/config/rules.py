@@ -32,7 +32,9 @@ def require(holds: bool, path: str, rule: str, value: object, remedy: str = "") 
 def require_one_of(path: str, value: str, names: Sequence[str]) -> None:
     """Raise ConfigError unless `value` is one of `names`; it says which of them is the nearest."""
     near = difflib.get_close_matches(value.lower(), names, n=1, cutoff=0.3)
-    require(value in names, path, f"must be of {', '.join(names)}", value, f"did you mean {near[0]}?" if near else "")
+    require(
+        value in names, path, f"must be one of {', '.join(names)}", value, f"did you mean {near[0]}?" if near else ""
+    )
 
 
 def require_patterns(path: str, patterns: Mapping[str, str]) -> None:
@@ -70,7 +72,7 @@ def expanded(path: str, value: str) -> str:
 def endpoint_of(address: str) -> tuple[str, int] | None:
     """HOST, without the brackets of IPv6, and PORT of tcp://HOST:PORT; None if the address has another form."""
     host, _, port = address.removeprefix("tcp://").rpartition(":")
-    well_formed = address.startswith("tcp://") and bool(host) and port.isdigit() and int(port) < 65536
+    well_formed = address.startswith("tcp://") and bool(host) and port.isdecimal() and int(port) < 65536
     return (host.strip("[]"), int(port)) if well_formed else None
 
 

@@ -330,6 +330,12 @@ class Run:
             self.local.actors,
         )
         require(
+            self.learner.batch_timeout_s >= 3 * self.hub.heartbeat_s,
+            "learner.batch_timeout_s",
+            f"must be >= 3 * hub.heartbeat_s = {3 * self.hub.heartbeat_s:g}",
+            self.learner.batch_timeout_s,
+        )
+        require(
             self.engine.kind != "sglang" or self.rollout.temperature == 1.0 or not self.algorithm.unguided_scores,
             "rollout.temperature",
             "must be 1.0 with engine.kind=sglang, algorithm.objective=sgpo and algorithm.target=reachable: SGLang "

@@ -27,6 +27,7 @@ class Optim:
 
     def __post_init__(self) -> None:
         require(self.lr > 0, "optim.lr", "must be > 0", self.lr)
+        require(self.weight_decay >= 0, "optim.weight_decay", "must be >= 0", self.weight_decay)
         require(self.grad_clip > 0, "optim.grad_clip", "must be > 0", self.grad_clip)
         require(self.warmup_steps >= 0, "optim.warmup_steps", "must be >= 0", self.warmup_steps)
         for name in ("beta1", "beta2"):
@@ -163,7 +164,8 @@ class Sft:
     and learner.precision from the other sections.
     """
 
-    # Problems with responses, in a form of tasks.path; default: tasks.path without held-out problems.
+    # Problems with responses, in a form of tasks.path but with our names of columns; default: tasks.path without its
+    # held-out problems.
     path: str = field(default="", metadata=PATH)
     validation: str = field(default="", metadata=PATH)  # a separate validation file; default: a random part of `path`
     validation_share: float = 0.1  # without `validation`: the share of the problems that is that part

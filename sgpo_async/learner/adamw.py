@@ -23,7 +23,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
-CHUNK = 2**20  # values of a parameter that a step computes at a time: its 4 MB stay in a CPU's cache
+# Values of a parameter that a step computes at a time. On a CPU its 4 MB stay in the cache; on a GPU kernels have to be
+# large, and the step takes some hundred MB.
+CHUNK, GPU_CHUNK = 2**20, 2**25
 BLOCK = 256  # values of a row that share the scales of int8
 OCTAVES = 32.0  # int8 distinguishes v down to 2^-32 of the largest v of the block; smaller ones are raised to that
 SMALLEST = 1e-18  # of sqrt(v), whose square float32 still holds
@@ -158,8 +160,9 @@ class AdamW(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     device = parameter.device
-                    noise = generators.setdefault(device, torch.Generator(device).manual_seed(group["step"]))
-                    self._update(parameter, group, noise)
+                    if device not in generators:
+                        generators[device] = torch.Generator(device).manual_seed(group["step"])
+                    self._update(parameter, group, generators[device])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state of this form as it is, where torch's own method would make float32 of every tensor."""
@@ -218,6 +221,6 @@ def _rows(tensor: DTensor) -> Tensor:
 def _parts(matrices: Named) -> Iterator[Named]:
     """Cut matrices with the same rows into parts of few rows, which share their memory."""
     rows, width = matrices["parameter"].shape
-    count = max(1, CHUNK // width)
+    count = max(1, (CHUNK if matrices["parameter"].device.type == "cpu" else GPU_CHUNK) // width)
     for start in range(0, rows, count):
         yield {name: matrix[start : start + count] for name, matrix in matrices.items()}

@@ -21,9 +21,9 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -51,7 +51,7 @@ from sgpo_async.processes.progress import result_while_moving
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-SAVE_S = 1800.0  # longest time without a new byte of a checkpoint
+SAVE_S = 1800.0  # longest time in which no byte of a checkpoint is written, or read again for the manifest
 OTHERS_S = 86400.0  # for other ranks to write their parts; one that is lost ends the wait at once
 # The model of trained adapters is not saved; strict=False lets a state without it be loaded.
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
@@ -82,6 +82,7 @@ class CheckpointWriter:
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=OTHERS_S))
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self._read = 0  # bytes of checkpoints that were read again for their manifests
 
     def due(self, by_steps: bool) -> bool:
         """Return whether a checkpoint is due, by steps or by rank 0's clock; the same value on all ranks."""
@@ -108,6 +109,7 @@ class CheckpointWriter:
         Raises:
             CheckpointError: on every rank, if this checkpoint cannot be begun or the previous one cannot be written.
                 Older checkpoints are unchanged.
+            RuntimeError: on one rank, if the copy does not fit into its host's memory.
         """
         self.wait()
         self._began = time.monotonic()
@@ -146,7 +148,7 @@ class CheckpointWriter:
         if pending is None:
             return
         try:
-            result_while_moving(pending, self._bytes_of_drafts, SAVE_S)
+            result_while_moving(pending, self._moved, SAVE_S)
         except TimeoutError:
             raise DeadlineExceeded("learner", "progress in writing a checkpoint", SAVE_S) from None
         except RuntimeError as error:  # a collective failed
@@ -155,8 +157,17 @@ class CheckpointWriter:
                 f"{self._folder}: cannot write a checkpoint; another rank is gone ({reason})"
             ) from None
 
-    def _bytes_of_drafts(self) -> int:
-        return sum(path.stat().st_size for path in self._folder.glob(".step-*/*"))
+    def _moved(self) -> int:
+        """The bytes of the drafts and those read again. Threads of all ranks rename and delete files meanwhile."""
+        total = self._read
+        with suppress(FileNotFoundError):
+            for path in self._folder.glob(".step-*/*"):
+                with suppress(FileNotFoundError):
+                    total += path.stat().st_size
+        return total
+
+    def _count(self, read: int) -> None:
+        self._read += read
 
     def _write(self, draft: Path, state: Future[Any], random: Tensor, saved: Saved) -> None:
         what, rank = _cannot_write(draft), dist.get_rank()
@@ -174,7 +185,7 @@ class CheckpointWriter:
                 for path in draft.iterdir():
                     if _writer(path.name) == rank:  # on a network disk each host syncs only its own writes
                         _sync(path)
-                        own[path.name] = _describe(path)
+                        own[path.name] = _describe(path, self._count)
             everyone: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(everyone, own, group=self._group)
             with _fail_on_all_ranks(what, self._group):
@@ -302,12 +313,13 @@ def _writer(name: str) -> int:
     return int(found[1] or found[2]) if found else 0
 
 
-def _describe(path: Path) -> dict[str, Any]:
-    """Return the entry of a file in the manifest."""
+def _describe(path: Path, count: Callable[[int], None] = lambda _: None) -> dict[str, Any]:
+    """Return the entry of a file in the manifest; `count` is told the bytes of each part that was read."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
+            count(len(chunk))
     return {"bytes": path.stat().st_size, "xxh3_128": digest.hexdigest()}
 
 

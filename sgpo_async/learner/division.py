@@ -68,7 +68,10 @@ def divide(pieces: Sequence[Piece], *, ranks: int, row_tokens: int) -> list[Roun
     by the choice of the rank for each micro-batch of a round.
     """
     order = sorted(range(len(pieces)), key=lambda i: (pieces[i].work, i))
-    number = max(1, math.ceil(sum(min(piece.tokens, row_tokens) for piece in pieces) / (ranks * row_tokens)))
+    # At least as many as the tokens need, and as the pieces need of which no two fit into one micro-batch.
+    large = sum(2 * piece.tokens > row_tokens for piece in pieces)
+    tokens = sum(min(piece.tokens, row_tokens) for piece in pieces)
+    number = max(1, math.ceil(large / ranks), math.ceil(tokens / (ranks * row_tokens)))
     while (filled := _fill(pieces, order.copy(), (number, ranks), row_tokens)) is None:
         number += 1
     teacher_work, rounds = [0.0] * ranks, []

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.utils.logging import disable_progress_bar
 
-from sgpo_async.config.schema import Learner, Run
+from sgpo_async.config.schema import Run
 from sgpo_async.learner.compiling import compile_layers, require_c_compiler, require_compiler
 from sgpo_async.learner.lora import adapt, initial, initialise
 from sgpo_async.learner.policy import Policy, check_model, decoder_layers, recompute, rows_on, shard
@@ -50,7 +50,7 @@ def load_policy(folder: str, run: Run, mesh: DeviceMesh) -> Policy:
         policy = _whole(folder)
         check_model(policy)
         return prepare(policy, run, mesh)
-    checked = dict(_checked(slices, run.learner, mesh).model.named_parameters())
+    checked = dict(_checked(slices, run, mesh).model.named_parameters())
     policy = prepare(Policy(slices.model), run, mesh)
 
     def local(name: str, parameter: DTensor) -> Tensor:
@@ -59,7 +59,7 @@ def load_policy(folder: str, run: Run, mesh: DeviceMesh) -> Policy:
         return checked.pop(name).detach().to_local().to(parameter.dtype)
 
     _fill(policy, local)
-    gc.collect()  # FSDP's modules refer to each other: the float32 twin of a bfloat16 model would stay in memory
+    gc.collect()  # FSDP's modules refer to each other: the twin would stay in memory
     return policy
 
 
@@ -107,9 +107,15 @@ def _whole(folder: str) -> Policy:
     return Policy(load_model(folder, device="cpu", dtype="float32"))
 
 
-def _checked(slices: Slices, learner: Learner, mesh: DeviceMesh) -> Policy:
-    """Read the model into a twin of the policy that computes in float32, as `check_model` requires, and check it."""
-    twin = shard(Policy(copy.deepcopy(slices.model)), mesh, precision="float32", offload=learner.offload_weights)
+def _checked(slices: Slices, run: Run, mesh: DeviceMesh) -> Policy:
+    """Read the model into a twin of the policy that computes in float32, as `check_model` requires, and check it.
+
+    The twin has the dtype in which the policy keeps the model, so that no more memory is needed than for the policy.
+    """
+    twin = Policy(copy.deepcopy(slices.model))
+    if run.learner.lora.rank:
+        cast(twin, getattr(torch, run.model.dtype))
+    shard(twin, mesh, precision="float32", offload=run.learner.offload_weights)
     _read(twin, slices)
     check_model(twin)
     assert isinstance(twin, FSDPModule)

@@ -159,7 +159,7 @@ def _from_host(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 def in_bfloat16(precision: str, mesh: DeviceMesh) -> bool:
     """Return whether matrix products use bfloat16; "auto" means bfloat16 on GPUs that support it, else float32."""
-    supported = mesh.device_type == "cuda" and torch.cuda.is_bf16_supported()
+    supported = mesh.device_type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return precision == "bfloat16" or (precision == "auto" and supported)
 
 

@@ -13,6 +13,7 @@ raises the error of a publication that failed.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -29,6 +30,8 @@ from sgpo_async.model.adapters import is_adapter, merge
 from sgpo_async.processes.progress import result_while_moving
 from sgpo_async.weights.shares import layout
 from sgpo_async.weights.short_digest import short_digest
+
+log = logging.getLogger(__name__)
 
 BUCKET_BYTES = 64 * 2**20  # size of one gather, unless a single parameter is larger
 PUBLISH_S = 300.0  # longest time without a round of a publication
@@ -108,7 +111,9 @@ class Publisher:
         self._group = ShareGroup(mesh, store, layout((name, dtype, p.shape) for name, p in trained.items()))
         parts = [p.to_local().shape for p in trained.values()] if self._group.member else []
         sizes = [part.numel() for part in parts]
-        self._buffer = torch.empty(sum(sizes), dtype=dtype, pin_memory=policy.home.type == "cuda")
+        self._buffer = torch.empty(sum(sizes), dtype=dtype)
+        if policy.home.type == "cuda" and sizes:
+            _pin(self._buffer)
         self._places = [flat.view(part) for flat, part in zip(self._buffer.split(sizes), parts, strict=True)]
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="publish")
         self._pending: Future[None] | None = None
@@ -162,6 +167,14 @@ class Publisher:
         manifest = self._group.publish(version, self._buffer.view(torch.uint8))
         if self._store is not None and manifest is not None:
             self._published(version, short_digest(manifest.digest), canary, *self._store.contact)
+
+
+def _pin(buffer: Tensor) -> None:
+    """Lock the pages of `buffer`, as it is: torch's own allocator would round its size up to a power of two."""
+    portable = 1  # cudaHostRegisterPortable: for every device
+    if error := int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, portable)):
+        text = "%.1f GB of host memory cannot be locked (CUDA error %d), so each publication copies more slowly"
+        log.warning(text, buffer.nbytes / 1e9, error)
 
 
 def _trained(policy: Policy) -> Iterator[tuple[str, DTensor]]:

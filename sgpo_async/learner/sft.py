@@ -18,6 +18,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from sgpo_async.learner.objectives.base import Likelihood
 from sgpo_async.learner.packing import Tokens
 from sgpo_async.learner.process_group import any_rank, join_world
 from sgpo_async.learner.publish import gather
-from sgpo_async.learner.resume import how_to_go_on, resume_point
+from sgpo_async.learner.resume import how_to_go_on, require_same_adapters, resume_point
 from sgpo_async.learner.step import Stepper
 from sgpo_async.learner.train import build
 from sgpo_async.metrics import MetricsWriter
@@ -60,6 +61,7 @@ class WarmUpProgress:
     step: int = 0  # optimiser steps done
     best_loss: float = math.inf  # on the validation problems
     best_step: int = 0
+    lora: dict[str, Any] | None = None  # learner.lora, which gives the adapters of the checkpoint their meaning
 
 
 def warm_up(run: Run) -> int:
@@ -136,8 +138,11 @@ class WarmUp:
         self.lead = dist.get_rank() == 0
         self.state = WarmUpProgress()
         if resumed := resume_point(run, self.folder / WARMUP_CHECKPOINTS):
+            require_same_adapters(run, resumed)
             saved = checkpoint.restore(resumed, module=self.stepper.policy, optimiser=self.stepper.optimiser)
             self.state = WarmUpProgress(**saved.progress)
+        self.state.lora = asdict(run.learner.lora)
+        self._order_of = lru_cache(maxsize=1)(self._shuffled)
         step, trackers = self.state.step, run.learner.trackers
         self.metrics = MetricsWriter(run.folder, resume_from=step, trackers=trackers) if self.lead else None
 
@@ -193,9 +198,12 @@ class WarmUp:
     def _order(self, step: int) -> Sequence[int]:
         """Return the indices of the training problems of `step`; each epoch uses each problem once, newly shuffled."""
         epoch, batch = divmod(step, self.per_epoch)
+        return self._order_of(epoch)[batch * self.run.sft.batch : (batch + 1) * self.run.sft.batch]
+
+    def _shuffled(self, epoch: int) -> Sequence[int]:
         order = list(range(len(self.examples.training)))
         random.Random(f"sft {self.run.seed} {epoch}").shuffle(order)
-        return order[batch * self.run.sft.batch : (batch + 1) * self.run.sft.batch]
+        return order
 
     def _validate(self) -> float:
         """Compute the validation loss, and export the policy if it is the lowest so far."""

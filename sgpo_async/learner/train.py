@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ log = logging.getLogger(__name__)
 
 CONNECT_S = 120.0  # timeout of the connection to the hub
 COLLECTIVE_SLACK_S = 300.0
+EXPORT_S = 86400.0  # longest time in which rank 0 exports the policy at the end
 
 
 def train(run: Run, hub_address: str) -> int:
@@ -102,7 +104,8 @@ def train(run: Run, hub_address: str) -> int:
     except BaseException as error:
         hub.leave(f"{type(error).__name__}: {error}".partition("\n")[0])  # the hub takes back the batch
         raise
-    dist.barrier()  # the other ranks leave after rank 0 has sent Finish
+    # The other ranks leave after rank 0 has exported the policy and sent Finish; one that dies ends the wait at once.
+    dist.barrier(timeout=timedelta(seconds=EXPORT_S))
     hub.leave(reason or "finished")
     dist.destroy_process_group()
     if reason:
@@ -250,8 +253,8 @@ class Trainer:
                 self._checkpoint()
             self.checkpoints.wait()
             self.publisher.wait()
-        except RuntimeError as error:  # a collective failed
-            lost = f"another rank is gone ({str(error).partition(chr(10))[0]})"
+        except RuntimeError as error:
+            lost = f"another rank is gone, or the copy of the state failed ({str(error).partition(chr(10))[0]})"
             raise CheckpointError(f"{reason}, and no checkpoint could be written: {lost}") from None
         if self.metrics:
             self.samples.close()

@@ -2,9 +2,11 @@
 
     step, task, version          the step that trained on the group, and the weights that it trained
     problem, answer, strategy
+    context                      what kind of text the guided prompts hold (`tasks.context`)
     alpha                        the weight of distillation of this problem
     rollouts                     of each: slot, guided, reward, correct, finish, tokens (how many), text, and the weight
-                                 versions that sampled its spans: versions, ends (as in `wire.records.Rollout`);
+                                 versions that sampled its spans: versions, ends (as in `wire.records.Rollout`),
+                                 and digests, the short digest of each of these versions' weights;
                                  of a distilled one also kl, the divergence d_t of each token in nats (Eq. 3; null if
                                  the token is not distilled), and pieces, the text that each token adds
 

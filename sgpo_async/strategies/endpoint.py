@@ -105,7 +105,8 @@ class Endpoint:
                 return await self._ask(request)
             except _RetryLater as retry:
                 reason = retry.reason
-                await asyncio.sleep(self._pause(attempt, retry.after_s))
+                if attempt + 1 < self.server.tries:
+                    await asyncio.sleep(self._pause(attempt, retry.after_s))
         raise Declined(f"failed after {self.server.tries} tries: {reason}")
 
     def _request(self, prompt: Prompt, temperature: float, seed: int) -> dict[str, Any]:
@@ -158,7 +159,7 @@ class Endpoint:
             remedy = {401: "check the API key", 403: "check the API key", 404: "check --url and --model"}[status]
             raise EndpointError(f"{self.server.url}: {self.server.model}: {message}; {remedy}")
         if status == 429 or status >= 500:
-            raise _RetryLater(message, float(after) if after and after.replace(".", "", 1).isdigit() else None)
+            raise _RetryLater(message, float(after) if after and after.replace(".", "", 1).isdecimal() else None)
         if status >= 400:
             raise Declined(message)
 

@@ -27,11 +27,13 @@ class Form:
     columns: Mapping[str, str] = field(default_factory=dict)  # our name -> theirs, where they differ
     answer_after: str = ""  # the answer is the text after the last occurrence of this in its column; "": all of it
     others: bool = False  # keep the other columns, for a reward function or an environment
+    is_set: bool = False  # whether the user can name the columns of this file, by tasks.columns
 
     @classmethod
     def of(cls, tasks: Tasks) -> Form:
         """The form of the file `tasks.path`."""
-        return cls(columns=tasks.columns, answer_after=tasks.answer_after, others=has_own_code(tasks))
+        others = has_own_code(tasks)
+        return cls(columns=tasks.columns, answer_after=tasks.answer_after, others=others, is_set=True)
 
     def column(self, name: str) -> str:
         """The name that the file gives to our column `name`."""
@@ -76,6 +78,8 @@ class Form:
 
     def _proposal(self, name: str, record: dict[str, Any]) -> str:
         """How to name the column in tasks.columns: with the file's usual name for it, if it has one."""
+        if not self.is_set:
+            return f"rename the column to {name!r}"
         names = {column.casefold(): column for column in record}
         near = [names[usual] for usual in (name, *USUAL[name]) if usual in names]
         mapping = dict(self.columns) | {name: near[0] if near else "THEIR-NAME"}

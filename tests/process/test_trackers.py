@@ -237,4 +237,4 @@ def test_a_tracker_is_refused_before_anything_starts(tmp_path: Path) -> None:
     refused = run_command(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert refused.returncode == 2 and not (tmp_path / "out").exists()
     (line,) = refused.stderr.splitlines()
-    assert line.endswith("learner.trackers must be of tensorboard, wandb, mlflow, got 'wandB'; did you mean wandb?")
+    assert line.endswith("learner.trackers must be one of tensorboard, wandb, mlflow, got 'wandB'; did you mean wandb?")

@@ -175,6 +175,17 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypa
     assert checkpoint.newest_whole(tmp_path) == tmp_path / "step-00000003"
 
 
+def test_the_wait_for_a_checkpoint_looks_at_files_that_are_renamed_meanwhile(tmp_path: Path) -> None:
+    draft = tmp_path / ".step-00000001"
+    draft.mkdir()
+    (draft / "__0_0.distcp").write_bytes(bytes(7))
+    (draft / ".metadata.tmp").symlink_to("gone")  # is listed, and has no size, as if it was renamed in between
+    with CheckpointWriter(tmp_path, keep=1) as writer:
+        assert writer._moved() == 7
+        checkpoint._describe(draft / "__0_0.distcp", writer._count)
+        assert writer._moved() == 14  # that a file is read again for the manifest is progress
+
+
 def _failing(_: Path) -> None:
     raise OSError(5, "Input/output error")
 

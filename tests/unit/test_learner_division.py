@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
+from sgpo_async.learner import division
 from sgpo_async.learner.division import Cost, Piece, divide, imbalance
 from tests.reference import learner_cases as cases
 
@@ -29,6 +30,15 @@ def test_every_piece_is_in_one_micro_batch_that_fits(pieces: list[Piece], ranks:
         assert sum(pieces[i].tokens for i in own) <= row_tokens or len(own) == 1
     assert len(rounds) <= max(1, len(pieces))
     assert -1e-9 <= imbalance(pieces, rounds) < 1
+
+
+def test_the_search_for_the_rounds_begins_with_those_that_large_pieces_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = []
+    fill = division._fill
+    monkeypatch.setattr(division, "_fill", lambda *args: tries.append(args[2]) or fill(*args))
+    pieces = [Piece(4000 + i, 1.0 * i) for i in range(200, 500)]  # of rows of 8192: no two fit into one
+    assert len(divide(pieces, ranks=8, row_tokens=8192)) == math.ceil(300 / 8) == tries[0][0]
+    assert len(tries) == 1
 
 
 def test_imbalance_is_the_share_of_time_spent_waiting() -> None:

@@ -9,12 +9,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
-from sgpo_async.config.schema import Algorithm, Learner, Run
+from sgpo_async.config.schema import Algorithm, Learner, Lora, Model, Run
 from sgpo_async.errors import DataError
 from sgpo_async.learner import loading, policy
 from sgpo_async.learner.process_group import join_alone
@@ -209,6 +210,29 @@ def test_the_check_computes_in_float32_whatever_the_precision(folder: Path, prec
     monkeypatch.setattr(policy.Policy, "own_logits", noted)
     loading.load_policy(str(folder), Run(learner=Learner(precision=precision)), join_alone())
     assert set(dtypes) == {torch.float32}
+
+
+@pytest.mark.parametrize(("rank", "dtype"), [(0, torch.float32), (4, torch.bfloat16)])
+def test_the_check_needs_no_more_memory_than_the_model_is_kept_in(
+    folder: Path, rank: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base model of adapters is kept in `model.dtype`; it computes in float32 in the check."""
+    stored, computed = [], []
+    check = loading.check_model
+
+    def noted(twin: policy.Policy) -> None:
+        stored.append({parameter.dtype for parameter in twin.model.parameters()})
+        computed.append(twin.own_logits(np.arange(3)).dtype)
+        check(twin)
+
+    monkeypatch.setattr(loading, "check_model", noted)
+    run = Run(model=Model(dtype="bfloat16"), learner=Learner(precision="float32", lora=Lora(rank=rank)))
+    loaded = loading.load_policy(str(folder), run, join_alone())
+    assert (stored, computed) == ([{dtype}], [torch.float32])
+    expected = dict(load_model(str(folder), device="cpu", dtype="float32").named_parameters())
+    for name, parameter in loaded.model.named_parameters():
+        if name in expected:
+            assert torch.equal(parameter.full_tensor(), expected[name].to(dtype)), name
 
 
 FROM_HUB = """

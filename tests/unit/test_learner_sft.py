@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sgpo_async.config.schema import WARMUP_CHECKPOINTS, Algorithm, Learner, Model, Run, Sft, Tasks
-from sgpo_async.errors import DataError
+from sgpo_async.errors import ConfigError, DataError
 from sgpo_async.learner import sft as sft_module
 from sgpo_async.learner.checkpoint import CheckpointWriter
 from sgpo_async.learner.packing import Tokens
@@ -86,6 +86,16 @@ def test_each_epoch_uses_each_problem_once_in_a_new_order(monkeypatch: pytest.Mo
     assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
     assert [len(warm._order(step)) for step in range(3)] == [5, 5, 2]  # the last batch of an epoch is smaller
+
+
+def test_a_warm_up_does_not_resume_with_other_adapters(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    warm = warm_up(monkeypatch, tmp_path, epochs=1)
+    warm.state.lora = {"rank": 4, "alpha": 32.0, "targets": []}
+    warm._checkpoint()
+    warm.checkpoints.wait()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(ConfigError, match=r"learner\.lora\.rank must be 4, as in .*step-00000000, got 0"):
+        warm_up(monkeypatch, tmp_path, epochs=1)
 
 
 def test_the_best_policy_is_exported_not_the_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """How a run's files reach a tracker: each step once, also after failures, restarts and a resumed run; no secrets."""
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ from sgpo_async.config import load, to_yaml
 from sgpo_async.config.schema import TRACKERS, Hub, Learner, Run
 from sgpo_async.errors import CheckFailed, ConfigError
 from sgpo_async.files import JsonLinesWriter
+from sgpo_async.metrics.trackers import process
 from sgpo_async.metrics.trackers.base import COLUMNS, About, State, redacted, state_file, without_secrets
 from sgpo_async.metrics.trackers.follow import Follower, rows_of, sole_writer
 
@@ -179,12 +181,29 @@ def test_only_one_process_writes_to_a_tracker(tmp_path: Path) -> None:
         assert third
 
 
+def test_the_process_of_a_tracker_that_another_one_writes_ends_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = io.StringIO()
+    monkeypatch.setattr(process, "END_S", 0.0)
+    monkeypatch.setattr(process, "_own_output", lambda: told)
+    monkeypatch.setattr("os.nice", lambda _: 0)
+    monkeypatch.setattr("sys.argv", ["process", "tensorboard", str(tmp_path)])
+    with sole_writer(tmp_path, "tensorboard", patience_s=0), pytest.raises(SystemExit) as ended:
+        process.main()
+    assert ended.value.code == 1
+    assert json.loads(told.getvalue()) == {"event": "failed", "text": f"another process writes {tmp_path} to it"}
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("[wandb,tensorbord]", "must be of tensorboard, wandb, mlflow, got 'tensorbord'; did you mean tensorboard?"),
-        ("[WandB]", "must be of tensorboard, wandb, mlflow, got 'WandB'; did you mean wandb?"),
-        ("[zzz]", "must be of tensorboard, wandb, mlflow, got 'zzz'"),
+        (
+            "[wandb,tensorbord]",
+            "must be one of tensorboard, wandb, mlflow, got 'tensorbord'; did you mean tensorboard?",
+        ),
+        ("[WandB]", "must be one of tensorboard, wandb, mlflow, got 'WandB'; did you mean wandb?"),
+        ("[zzz]", "must be one of tensorboard, wandb, mlflow, got 'zzz'"),
         ("[mlflow,mlflow]", "must name each tracker once, got 'mlflow'"),
     ],
 )

@@ -108,7 +108,10 @@ def test_a_tunnel_that_the_proxy_does_not_open(
     status: str, error: type[Exception], requests: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answer = f"HTTP/1.1 {status}\r\nContent-Length: 0\r\n\r\n".encode()
+    pauses: list[int] = []
+    monkeypatch.setattr(Endpoint, "_pause", lambda self, attempt, after_s: pauses.append(attempt) or 0.0)
     heads, raised = asyncio.run(through(answer, monkeypatch, ask("https://host.invalid/v1")))
+    assert len(pauses) == requests - 1  # between two tries, and none after the last
     assert [head[0] for head in heads] == ["CONNECT host.invalid:443 HTTP/1.1"] * requests
     assert type(raised) is error and f"answers with status {status[:3]}" in str(raised)
     assert "secret" not in str(raised)

@@ -248,7 +248,13 @@ def test_the_error_for_a_missing_column_proposes_a_mapping(
 ) -> None:
     path = write(tmp_path / "a.jsonl", [record])
     with pytest.raises(DataError, match=f"a.jsonl:1: no column .*; {proposal}$".replace("{", r"\{")):
-        read_problems(path, form=Form(columns=columns))
+        read_problems(path, form=Form(columns=columns, is_set=True))
+
+
+def test_a_file_whose_columns_no_key_names_has_another_remedy(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"question": "?", "answer": "1"}])
+    with pytest.raises(DataError, match=r"a\.jsonl:1: no column 'problem'; .*; rename the column to 'problem'$"):
+        read_problems(path)
 
 
 def test_other_columns_are_kept_only_for_a_reward_function_of_the_user(tmp_path: Path) -> None:

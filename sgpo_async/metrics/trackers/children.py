@@ -73,7 +73,11 @@ class _Child:
             self._process.wait()
         self._thread.join(SLACK_S)
         if not self._ended:
-            log.warning("tracker %s: had not ended %g s after the run; to go on: %s", self._kind, END_S, self._later)
+            status = self._process.returncode
+            how = (
+                f"had not ended {END_S:g} s after the run" if status < 0 else f"its process ended with status {status}"
+            )
+            log.warning("tracker %s: %s; to go on: %s", self._kind, how, self._later)
 
     def _listen(self) -> None:
         assert self._process.stdout

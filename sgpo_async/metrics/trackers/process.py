@@ -31,7 +31,11 @@ def main() -> None:
     kind, folder = sys.argv[1], Path(sys.argv[2])
     os.nice(NICE)
     events = _own_output()
-    with sole_writer(folder, kind, patience_s=2 * END_S):  # the process of a killed learner may write its last steps
+    # The process of a killed learner may still write its last steps.
+    with sole_writer(folder, kind, patience_s=2 * END_S) as alone:
+        if not alone:
+            _tell(events, event="failed", text=f"another process writes {folder} to it")
+            sys.exit(1)
         follower = Follower(kind, folder)
         ending = _follow(follower, events)
         signal.alarm(int(END_S))  # ends the process, wherever it hangs
