@@ -149,6 +149,12 @@ class HubCore:
         match event:
             case ev.Received(member, wire.Rollout() as rollout):
                 return self._rollout(member, rollout)
+            case ev.Received(member, wire.StatusRequest()):
+                self._send(member, wire.Status(status=self.status()))
+                return False  # not in the journal, so it must not change the state
+            case ev.Received(member, wire.SettingsRequest()):
+                self._send(member, wire.Settings(settings=to_plain(self.run)))
+                return False  # neither
             case ev.Received(member, message):
                 self._received(member, message)
             case ev.Rejected(member, reason):
@@ -179,10 +185,6 @@ class HubCore:
     def _received(self, member: bytes, message: wire.Message) -> None:
         rank = self.learner_ranks.rank_of(member)
         match message:
-            case wire.StatusRequest():
-                self._send(member, wire.Status(status=self.status()))
-            case wire.SettingsRequest():
-                self._send(member, wire.Settings(settings=to_plain(self.run)))
             case wire.Hello():
                 self._hello(member, message)
             case wire.Rollout():

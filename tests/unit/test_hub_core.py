@@ -22,6 +22,7 @@ from sgpo_async.hub.events import (
     SenderDown,
     SenderUp,
     Shutdown,
+    Tick,
     Warn,
 )
 from sgpo_async.hub.snapshot import dump, load
@@ -893,6 +894,18 @@ def test_what_is_kept_for_an_actor_that_stays_behind_is_leased_after_a_while() -
     driver.advance(FAIR_S + 0.1)
     assert len(driver.leases(b"a")) == 1, "what it still has credit for"
     assert serves(driver, b"b") == 1
+
+
+@pytest.mark.parametrize("question", [wire.StatusRequest(), wire.SettingsRequest()])
+def test_a_question_changes_nothing_although_time_has_passed(question: wire.Message) -> None:
+    """It is not in the journal, so a restarted hub would not know of a lease that it led to."""
+    driver = synchronous_hub()
+    serves(driver, b"a")
+    driver.now += FAIR_S + 0.1
+    (answer,) = driver.send(b"a", question)
+    assert isinstance(answer.message, wire.Status | wire.Settings)
+    driver.handle(Tick())
+    assert len(driver.leases(b"a")) == 1, "which are due since that time"
 
 
 def test_nothing_is_kept_for_an_actor_that_has_left() -> None:
