@@ -61,6 +61,10 @@ MAX_INVALID = 3  # after so many invalid messages and rollouts, an actor is refu
 MAX_QUARANTINED = 100  # names of actors with one key; who has it could take another name again and again
 
 
+Sample = wire.Rollout | wire.Progress | wire.Canary
+"""What an actor has computed with certain weights."""
+
+
 class HubCore:
     """The members, tasks and rules of one run."""
 
@@ -94,8 +98,8 @@ class HubCore:
         self.published_at = now
         self.leased_since = 0  # training leases since then
         self.served = ServedWeights()
-        # What actors have sent of weights that exist, but whose Published has not arrived yet.
-        self.early: list[tuple[bytes, wire.Rollout | wire.Progress | wire.Canary]] = []
+        # What actors have sent of weights that exist, but whose Published has not arrived yet; see `_is_early`.
+        self.early: dict[tuple[Any, ...], tuple[bytes, Sample]] = {}
         self.learner_bfloat16 = False  # whether the learner computes in bfloat16
         self.learner_store = ""  # path at which rank 0 has the weight store open
         self.last_restore = ("", -1)  # id of the last Restore, and the version in its answer
@@ -554,25 +558,26 @@ class HubCore:
     def _limits(self) -> Limits:
         return Limits(vocabulary=self.vocabulary, newest=self.training.version, objection=self.served.objection)
 
-    def _is_early(
-        self, member: bytes, message: wire.Rollout | wire.Progress | wire.Canary, versions: Sequence[np.ndarray]
-    ) -> bool:
+    def _is_early(self, member: bytes, message: Sample, versions: Sequence[np.ndarray]) -> bool:
         """Whether this is of weights whose Published is still on its way; it is then kept until that arrives.
 
-        Weights reach an engine in other ways than Published reaches the hub, so either may be first. Beyond MAX_EARLY,
-        the message is forgotten without an answer, and its sender repeats it. A repeated rollout is kept once.
+        Weights reach an engine in other ways than Published reaches the hub, so either may be first. After a lost
+        connection, the Published of a version may also come after that of the next one. Of what an actor repeats, and
+        of the scores of one engine, the last is kept. Beyond MAX_EARLY, the message is forgotten without an answer: a
+        rollout is sent again, a report or a score is lost.
         """
-        if not self.published < newest(versions) <= self.training.version:
+        if newest(versions) > self.training.version or not self.served.awaits(versions):
             return False
-        repeated = isinstance(message, wire.Rollout) and _key(member, message) in (_key(*one) for one in self.early)
-        if len(self.early) < MAX_EARLY and not repeated:
-            self.early.append((member, message))
+        key = _key(member, message)
+        self.early.pop(key, None)  # the last one comes after what it continues
+        if len(self.early) < MAX_EARLY:
+            self.early[key] = member, message
         return True
 
     def _process_early(self) -> None:
         """Process what was kept; what is still early is kept again."""
-        kept, self.early = self.early, []
-        for member, message in kept:
+        kept, self.early = self.early, {}
+        for member, message in kept.values():
             self._received(member, message)
 
     def _work_of(self, member: bytes, sent: wire.Rollout | wire.Progress) -> Training | Evaluation:
@@ -631,6 +636,7 @@ class HubCore:
             self._reject(member, "Published of a version that is out of order", detail=detail)
             return
         self.served.publish(version, message.digest, message.canary, oldest=self._oldest_token())
+        self._process_early()
         if version < self.published:
             return  # sent again after a lost connection: only its digest may be news
         if store != self.learner_store:
@@ -638,7 +644,6 @@ class HubCore:
         if version > self.published:
             self.published_at, self.leased_since = self.now, 0
         self.published, self.learner_store = version, store
-        self._process_early()
         if not self.evaluation.begun:
             self.evaluation.request(version)  # measures the pass rates at the start of the run
 
@@ -686,6 +691,7 @@ class HubCore:
             for lease in leases.running.values():
                 self._send_revoked(lease)
         self.training, self.evaluation = restored
+        self.early.clear()  # it belongs to leases, or to versions, from before the restore
         self.last_restore = (id, self.training.version)
         self._send(member, wire.Restored(version=self.training.version))
 
@@ -859,8 +865,11 @@ def _belongs(member: bytes, who: bytes) -> bool:
     return who in (member, owner_of(member))
 
 
-def _key(member: bytes, message: wire.Message) -> tuple[bytes, str, int, int, int] | None:
-    """What a repeated rollout has in common with the first one; None for other messages."""
-    if not isinstance(message, wire.Rollout):
-        return None
-    return member, message.purpose, message.task, message.attempt, message.slot
+def _key(member: bytes, message: Sample) -> tuple[Any, ...]:
+    """What a repeated message has in common with the first one, and a score with the earlier ones of its engine."""
+    if isinstance(message, wire.Canary):
+        return member, message.engine
+    lease = member, message.purpose, message.task, message.attempt
+    if isinstance(message, wire.Rollout):
+        return *lease, message.slot
+    return *lease, tuple((part.slot, part.start) for part in message.partial)

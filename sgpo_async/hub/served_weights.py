@@ -82,10 +82,16 @@ class ServedWeights:
         known = self.published | {(version, digest): canary}
         self.published = {weights: own for weights, own in known.items() if weights[0] >= oldest}
 
+    def awaits(self, spans: Sequence[np.ndarray]) -> bool:
+        """Whether one of these versions has no digest, though it is no older than all that are remembered."""
+        known = {version for version, _ in self.published}
+        oldest = min(known, default=0)
+        return any(version >= oldest and version not in known for versions in spans for version in versions.tolist())
+
     def objection(self, versions: np.ndarray, digests: np.ndarray) -> str | None:
         """Why these spans cannot have been sampled by weights that the learner has published; None if they can.
 
-        All versions are at most the newest published one.
+        `awaits` is false of them.
         """
         for version, digest in zip(versions.tolist(), digests.tolist(), strict=True):
             if (digest != 0) if version == OBSERVED else (version, digest) not in self.published:

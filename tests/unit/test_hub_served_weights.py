@@ -242,6 +242,42 @@ def test_what_arrives_before_its_publication_waits_for_it() -> None:
     assert not hub.core.early
 
 
+def test_what_arrives_before_a_publication_that_a_later_one_has_overtaken_waits_for_it() -> None:
+    """After a lost connection, the learner sends the publications again that may be lost with it."""
+    hub, leases = begun()
+    hub.core.training.base += 2
+    one, other = leases[:2]
+    hub.send(b"r0", wire.Published(version=2, digest=12))
+    for message in (made_by(one, 0, 1, 11), made_by(one, 1, 1, 12), made_by(one, 2, 2, 12), score(1, 11, -3, -2)):
+        hub.send(b"a", message)
+    part = make_part(0, 0, 2, version=1)
+    hub.send(b"a", wire.Progress(task=other.task, attempt=0, purpose="train", partial=(part,)))
+    assert [ack.slot for ack in hub.take(b"a", wire.Ack)] == [2] and hub.core.rejected.total() == 0
+    effects = hub.send(b"r0", wire.Published(version=1, digest=11, canary=f4(-1, -2)))
+    assert [ack.slot for ack in hub.take(b"a", wire.Ack)] == [0, 1]
+    assert hub.core.rejected == {UNKNOWN_DIGEST: 1, f"report: {UNKNOWN_DIGEST}": 1}
+    assert [effect for effect in effects if isinstance(effect, Warn) and "differs" in effect.text]
+    assert hub.core.published == 2 and not hub.core.early
+
+
+def test_of_the_early_scores_of_one_engine_the_last_is_kept() -> None:
+    hub, _ = begun()
+    hub.core.training.base += 1
+    for engine, last in (("http://x", -9), ("http://y", -2), ("http://x", -2)):
+        hub.send(b"a", score(1, 11, -1, last, engine=engine))
+    assert len(hub.core.early) == 2
+    hub.send(b"r0", wire.Published(version=1, digest=11, canary=f4(-1, -2)))
+    assert [row["canary"] for row in hub.core.served.servers_of("a")] == [0, 0]
+
+
+def test_a_restore_forgets_what_was_early() -> None:
+    hub, leases = begun()
+    hub.core.training.base += 1
+    hub.send(b"a", made_by(leases[0], 0, 1, 11))
+    hub.send(b"r0", wire.Restore(state=b"", id="once"))
+    assert not hub.core.early
+
+
 def test_scores_of_a_version_that_a_learner_never_announced_before_it_died_are_no_fault_of_the_actor() -> None:
     """It was in the store, so engines have it; the next learner resumes, and publishes the version after it."""
     hub, _ = begun()
