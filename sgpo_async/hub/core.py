@@ -515,7 +515,7 @@ class HubCore:
         lease = work.leases.lease_of(member, progress)
         if lease is None or self._is_early(member, progress, [part.versions for part in progress.partial]):
             return
-        if reason := report_violation(lease.terms, progress, self._limits):
+        if reason := report_violation(lease.terms, progress, self._limits, arrived=lease.arrived):
             self._invalid(work.leases, member, progress, reason)
         else:
             work.leases.report(progress, now=self.now)
