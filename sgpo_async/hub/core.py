@@ -338,6 +338,9 @@ class HubCore:
     def _sender(self, actor: Actor, found: ev.SenderUp | ev.SenderDown | wire.SenderUp | wire.SenderDown) -> None:
         """Welcome an actor whose weight sender is running, or wait for its return: it sends a new Hello."""
         if isinstance(found, ev.SenderUp | wire.SenderUp):
+            if actor.return_by is not None:  # it has lost its connection meanwhile; its Hello opens another route
+                self._effects += self.weight_routes.close(actor)
+                return
             self._effects.append(self.weight_routes.ready(actor, found, now=self.now))
             return
         self._end_route(actor, f"the session ended: {found.reason}")
@@ -433,7 +436,8 @@ class HubCore:
         """
         actor_limit = self.now - self.run.hub.lease_timeout_s
         rank_limit = self.now - self.run.learner.batch_timeout_s
-        for actor in [*self.actors.silent_since(actor_limit), *self.actors.overdue(self.now)]:
+        lost = [*self.actors.silent_since(actor_limit), *self.actors.overdue(self.now)]
+        for actor in {one.member: one for one in lost}.values():  # one may be in both lists
             self._lose_actor(actor)
         for rank in [rank for rank, held in self.learner_ranks.ranks.items() if held.last_seen < rank_limit]:
             self._lose_rank(rank)

@@ -855,6 +855,27 @@ def test_an_actor_whose_connection_has_ended_returns_in_time_or_is_lost() -> Non
     assert [table.held_by(b"b") for table in driver.core._lease_tables] == [[], []]
 
 
+def test_an_actor_whose_connection_ends_before_its_weight_sender_is_up_is_not_welcomed_before_its_return() -> None:
+    driver = Driver()
+    driver.send(b"a", wire.Hello(role="actor", name="a"))
+    driver.handle(Disconnected(b"a"))
+    assert driver.handle(SenderUp(b"a", "127.0.0.1", 4000)) == [CloseSender(b"a")]
+    assert OpenSender(b"a", "a") in driver.send(b"a", wire.Hello(role="actor", name="a"))
+    driver.handle(SenderUp(b"a", "127.0.0.1", 4001))
+    assert driver.only(b"a", wire.Welcome).session_port == 4001
+    driver.advance(RETURN_S + 0.1)
+    assert set(driver.core.actors) == {b"a"}
+
+
+def test_an_actor_that_is_silent_and_overdue_is_removed_once() -> None:
+    driver = Driver()
+    driver.actor(b"a")
+    actor = driver.core.actors[b"a"]
+    actor.return_by = driver.now  # as no known sequence of events leaves a welcomed actor
+    driver.advance(driver.run.hub.lease_timeout_s + 1)
+    assert not driver.core.actors and driver.core.actors.left == 1
+
+
 # ---- tasks that begin with new weights
 
 
