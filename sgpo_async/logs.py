@@ -43,6 +43,11 @@ def fields(**values: Any) -> dict[str, Any]:
     return {"fields": values}
 
 
+def one_line(text: str, most: int = 300) -> str:
+    """Text of another process for a log or an error: its first `most` characters, escaped if they cannot be printed."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most])
+
+
 def _rank() -> int | None:
     """The rank of this process if torchrun started it, else None."""
     rank = os.environ.get("RANK")

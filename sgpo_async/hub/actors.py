@@ -68,6 +68,7 @@ class Actor:
     route: Route | None = None  # None: not chosen yet
     welcomed: bool = False  # its route is open and the hub has sent it a Welcome
     return_by: float | None = None  # after a lost connection: the time by which it must have sent a Hello
+    away: str = ""  # ... and why it is away
     invalid: int = 0  # number of invalid messages and rollouts
     state: State = "joining"
     version: int = -1  # weight version that its engine serves; -1: none

@@ -28,7 +28,7 @@ from sgpo_async.hub import snapshot
 from sgpo_async.hub.actors import FROM_HUB, Actor, Actors
 from sgpo_async.hub.admission import evaluation_limit, kept_back
 from sgpo_async.hub.evaluation import Evaluation
-from sgpo_async.hub.events import CloseSender, Effect, Event, Send, Shutdown, UseStore, Warn
+from sgpo_async.hub.events import CloseSender, Effect, Event, Left, Send, Shutdown, UseStore, Warn
 from sgpo_async.hub.learner_ranks import LearnerRanks
 from sgpo_async.hub.leases import LeaseTable, RunningLease
 from sgpo_async.hub.rollout_checks import PROMPT_DIFFERS, Limits, report_violation, violation
@@ -39,6 +39,7 @@ from sgpo_async.hub.stragglers import late_lease
 from sgpo_async.hub.training import Training
 from sgpo_async.hub.validation import refusal_reason, tokenizer_mismatch
 from sgpo_async.hub.weight_routes import WeightRoutes
+from sgpo_async.logs import one_line
 from sgpo_async.tasks.task_sampler import TaskSampler
 from sgpo_async.transport.base import owner_of
 from sgpo_async.wire import records as wire
@@ -169,7 +170,7 @@ class HubCore:
                 self._sender_of_hub(event)
             case ev.Disconnected(member):
                 if (actor := self.actors.get(member)) and actor.return_by is None:
-                    self._expect_return(actor, RETURN_S)
+                    self._expect_return(actor, RETURN_S, "its connection was closed")
             case ev.Expelled(who, reason):
                 self._expel(who, reason)
             case ev.Tick():
@@ -217,8 +218,8 @@ class HubCore:
                 self._release(actor, message)
             case wire.SenderUp() | wire.SenderDown():
                 self._sender_of_actor(actor, message)
-            case wire.Goodbye():
-                self._lose_actor(actor)
+            case wire.Goodbye(reason=reason):
+                self._lose_actor(actor, one_line(reason) or "it said goodbye")
             case _:
                 self._reject(actor.member, f"an actor may not send {type(message).__name__}")
 
@@ -343,26 +344,27 @@ class HubCore:
                 return
             self._effects.append(self.weight_routes.ready(actor, found, now=self.now))
             return
-        self._end_route(actor, f"the session ended: {found.reason}")
+        self._end_route(actor, f"the session ended: {one_line(found.reason)}")
 
     def _end_route(self, actor: Actor, reason: str) -> None:
         """Tell an actor that no more weights come this way, so that it says Hello again."""
         self._refuse(actor.member, reason)
         self._effects += self.weight_routes.close(actor)
-        self._expect_return(actor, RETURN_S)
+        self._expect_return(actor, RETURN_S, reason)
 
-    def _expect_return(self, actor: Actor, seconds: float) -> None:
-        actor.welcomed, actor.credit, actor.return_by = False, 0, self.now + seconds
+    def _expect_return(self, actor: Actor, seconds: float, reason: str) -> None:
+        actor.welcomed, actor.credit, actor.return_by, actor.away = False, 0, self.now + seconds, reason
 
     def _restarted(self) -> None:
         """Wait for all actors to return. The learner's ranks repeat the requests that were not answered."""
         self.restarts += 1
         for actor in self.actors.values():
-            self._expect_return(actor, RESTART_RETURN_S)
+            self._expect_return(actor, RESTART_RETURN_S, "it has not come back since the hub started again")
         for rank in self.learner_ranks.ranks.values():
             rank.last_seen = self.now
 
-    def _lose_actor(self, actor: Actor) -> None:
+    def _lose_actor(self, actor: Actor, reason: str) -> None:
+        self._effects.append(Left(actor.member, reason))
         for leases in self._lease_tables:
             for number in leases.held_by(actor.member):
                 self._revoke(leases, number)
@@ -385,7 +387,7 @@ class HubCore:
         for rank in ranks:
             self._lose_rank(rank)
         for actor in actors:
-            self._lose_actor(actor)
+            self._lose_actor(actor, reason)
 
     def _revoke(self, leases: LeaseTable, number: int) -> None:
         """Take a lease back, to give it again."""
@@ -421,7 +423,7 @@ class HubCore:
             if mismatch := tokenizer_mismatch(actor.name, actor.tokenizer, learners=self.tokenizer):
                 self.refused += 1
                 self._refuse(actor.member, mismatch, final=True)
-                self._lose_actor(actor)
+                self._lose_actor(actor, mismatch)
 
     def _lose_rank(self, rank: int) -> None:
         self.learner_ranks.leave(rank)
@@ -438,7 +440,7 @@ class HubCore:
         rank_limit = self.now - self.run.learner.batch_timeout_s
         lost = [*self.actors.silent_since(actor_limit), *self.actors.overdue(self.now)]
         for actor in {one.member: one for one in lost}.values():  # one may be in both lists
-            self._lose_actor(actor)
+            self._lose_actor(actor, actor.away or "the hub has not heard from it in time")
         for rank in [rank for rank, held in self.learner_ranks.ranks.items() if held.last_seen < rank_limit]:
             self._lose_rank(rank)
         for leases in self._lease_tables:
@@ -473,7 +475,7 @@ class HubCore:
         if reason := self._too_many_leases(actor, asked=actor.credit + ready.tasks):
             self.refused += 1
             self._refuse(actor.member, reason, final=True)
-            self._lose_actor(actor)
+            self._lose_actor(actor, reason)
             return
         actor.credit += ready.tasks
         actor.version = self._version_of_this_run(ready.version)
@@ -861,7 +863,7 @@ class HubCore:
             for number in leases.held_by(actor.member):
                 leases.forget(number)
         self._refuse(actor.member, f"quarantined after {reason}; check its engine and its model", final=True)
-        self._lose_actor(actor)
+        self._lose_actor(actor, f"quarantined after {reason}")
 
 
 def _belongs(member: bytes, who: bytes) -> bool:

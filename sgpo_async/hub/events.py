@@ -136,6 +136,14 @@ class UseStore:
 
 
 @dataclass(frozen=True)
+class Left:
+    """This actor is no member any more; `reason` is for the log."""
+
+    member: bytes
+    reason: str
+
+
+@dataclass(frozen=True)
 class Warn:
     """Log a line that the user should see."""
 
@@ -149,4 +157,4 @@ class Shutdown:
     reason: str
 
 
-Effect = Send | OpenSender | CloseSender | UseStore | Warn | Shutdown
+Effect = Send | OpenSender | CloseSender | UseStore | Left | Warn | Shutdown

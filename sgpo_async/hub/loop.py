@@ -152,7 +152,7 @@ class Loop:
             effects += self._core.handle(event, now)
         if self._journal:
             self._write(self._journal, now_needed=bool(effects))
-        self._announcer.look(event for event, _ in group)
+        self._announcer.look((event for event, _ in group), effects)
         for event, _ in group:
             if isinstance(event, ev.Received) and isinstance(event.message, wire.StatusRequest):
                 self._watched_by(event.member, time.monotonic())
