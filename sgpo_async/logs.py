@@ -43,9 +43,14 @@ def fields(**values: Any) -> dict[str, Any]:
     return {"fields": values}
 
 
-def one_line(text: str, most: int = 300) -> str:
-    """Text of another process for a log or an error: its first `most` characters, escaped if they cannot be printed."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most])
+def printable(text: str) -> str:
+    """Text from outside with control characters as escapes, except for newlines."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(value: object, chars: int = 300) -> str:
+    """The first `chars` characters of a text from outside, in one printable line."""
+    return printable(str(value)[:chars]).replace("\n", "\\n")
 
 
 def _rank() -> int | None:
