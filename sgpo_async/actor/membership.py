@@ -87,9 +87,10 @@ class Membership:
         self._dealer.check_refused()
         now = time.monotonic()
         if now - self._absent_since > self._timeout_s:
+            because = self._mailbox.mismatch or self._last_failure
             raise HubAbsent(
                 f"hub {self._dealer.address}: not a member for {self._timeout_s:g} s"
-                + (f", because {self._last_failure}" if self._last_failure else "; check that the hub runs")
+                + (f", because {because}" if because else "; check that the hub runs")
             )
         if now >= self._hello_at and self._dealer.connected:
             pairs = np.array(holds, np.int32).reshape(-1)

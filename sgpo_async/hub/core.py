@@ -162,8 +162,10 @@ class HubCore:
                 return False  # neither
             case ev.Received(member, message):
                 self._received(member, message)
-            case ev.Rejected(member, reason):
+            case ev.Rejected(member, reason, other_release):
                 self._reject(member, "malformed message", detail=reason)
+                if other_release and member not in self.actors and self.learner_ranks.rank_of(member) is None:
+                    self._refuse(member, reason)  # it cannot read this either, and so knows why
             case ev.Forbidden(member, reason):
                 self._forbid(member, reason)
             case ev.SenderUp() | ev.SenderDown():

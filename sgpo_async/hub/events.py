@@ -26,6 +26,7 @@ class Rejected:
 
     member: bytes
     reason: str
+    other_release: bool = False  # because their sender uses another protocol version
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from sgpo_async.errors import WireError
+from sgpo_async.errors import ProtocolMismatch, WireError
 from sgpo_async.hub import events as ev
 from sgpo_async.hub.announce import Announcer
 from sgpo_async.hub.authority import Authority
@@ -126,7 +126,7 @@ class Loop:
         """
         member, message, frames, key = mail
         if isinstance(message, WireError):
-            return ev.Rejected(member, str(message)), frames
+            return ev.Rejected(member, str(message), isinstance(message, ProtocolMismatch)), frames
         rank = self._core.learner_ranks.rank_of(member)
         if objection := self._authority.objection(message, key=key, from_rank=rank is not None):
             return ev.Forbidden(member, objection), []

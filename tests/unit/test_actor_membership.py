@@ -320,3 +320,10 @@ def test_a_weight_receiver_that_ends_late_does_not_spoil_a_good_end(
     monkeypatch.setattr(member.nodes[0], "stop", stop)
     member.membership.close()
     assert "weight receiver of a" in caplog.text
+
+
+def test_an_actor_that_gives_up_says_that_the_hub_is_of_another_release(member: Member, clock: Clock) -> None:
+    member.hub.mismatch = "protocol: the other side uses version 99"
+    clock.now += TIMEOUT_S + 1
+    with pytest.raises(HubError, match="not a member for 60 s, because protocol: the other side uses version 99"):
+        member.membership.advance([])

@@ -318,6 +318,15 @@ def test_invalid_messages_are_counted_and_non_members_are_refused(hub):
     assert from_plain(hub.only(b"x", wire.Settings).settings) == hub.run
 
 
+def test_a_stranger_of_another_release_is_answered_and_a_member_is_not(hub):
+    """A message of a member may only have been damaged. The other release cannot read the answer, and so knows."""
+    for member in (b"x", b"a", b"r0"):
+        hub.handle(Rejected(member, "protocol: the other side uses version 9", other_release=True))
+    assert hub.only(b"x", wire.Refused) == wire.Refused(reason="protocol: the other side uses version 9")
+    assert not hub.take(b"a", wire.Refused) and not hub.take(b"r0", wire.Refused)
+    assert hub.core.status()["rejected"] == 3
+
+
 def test_an_engine_with_weights_of_another_run_gets_no_lease_until_it_has_loaded_those_of_this_run(hub):
     hub.send(b"a", wire.Ready(tasks=1, version=57))
     hub.send(b"a", wire.Heartbeat(version=57))
