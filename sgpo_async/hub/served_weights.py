@@ -14,7 +14,7 @@ covers, and a bound that is too low would quarantine every actor and end the run
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -62,6 +62,14 @@ class Scores:
     difference: float | None = None  # to the learner's canary, of the last score that could be compared
     moved: tuple[np.ndarray, np.ndarray] | None = None  # own and learner's canary when the engine last moved
     alarms: set[str] = field(default_factory=set)  # raised by the last score
+
+
+@dataclass
+class ActorScores:
+    """What the last scores of an actor's engines say."""
+
+    difference: float | None = None  # the largest to the learner's canary; None if none could be compared
+    servers: list[dict[str, Any]] = field(default_factory=list)  # what each serves; empty with only one engine
 
 
 @dataclass
@@ -170,18 +178,19 @@ class ServedWeights:
         """Forget engines that have sent no score since `moment`: a server that is started again has another URL."""
         self.engines = {key: scores for key, scores in self.engines.items() if scores.at >= moment}
 
-    def difference_of(self, actor: str) -> float | None:
-        """The largest difference between the learner's canary and one of this actor's; None if none was compared."""
-        found = [own.difference for (name, _), own in self.engines.items() if name == actor]
-        return max((value for value in found if value is not None), default=None)
-
-    def servers_of(self, actor: str) -> list[dict[str, Any]]:
-        """What each server of an actor serves, as its last score said; empty if the actor has only one engine."""
-        return [
-            {"url": url, "version": own.last.version, "digest": digest_text(own.last.digest), "canary": own.difference}
-            for (name, url), own in sorted(self.engines.items())
-            if name == actor and url
-        ]
+    def by_actor(self) -> dict[str, ActorScores]:
+        """The last scores of every actor that has any, by its name, in one pass: the status asks for all of them."""
+        found: dict[str, ActorScores] = defaultdict(ActorScores)
+        for (name, url), own in sorted(self.engines.items()):
+            actor = found[name]
+            if own.difference is not None:
+                actor.difference = max(own.difference, actor.difference or 0.0)
+            if url:
+                digest = digest_text(own.last.digest)
+                actor.servers.append(
+                    {"url": url, "version": own.last.version, "digest": digest, "canary": own.difference}
+                )
+        return dict(found)
 
     def metrics(self) -> dict[str, Any]:
         """Mean and maximum over the engines of their difference to the learner's canary, and the alarms so far.
