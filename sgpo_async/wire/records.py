@@ -529,14 +529,17 @@ class StatusRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """The state of the run; `hub.core.HubCore.status` defines the keys."""
+    """The state of the run; `sgpo_async.hub.status.status` defines the keys."""
 
     status: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SettingsRequest:
-    """An actor asks for the configuration before it sends Hello, because it may need long to load the model."""
+    """Asks for the configuration of the run. The sender need not be a member: an actor asks before its Hello.
+
+    It may need long to load the model, and a member that is silent for so long would count as dead.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
