@@ -43,6 +43,16 @@ def fields(**values: Any) -> dict[str, Any]:
     return {"fields": values}
 
 
+def printable(text: str) -> str:
+    """Text from outside with control characters as escapes, except for newlines."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(value: object, chars: int = 300) -> str:
+    """The first `chars` characters of a text from outside, in one printable line."""
+    return printable(str(value)[:chars]).replace("\n", "\\n")
+
+
 def _rank() -> int | None:
     """The rank of this process if torchrun started it, else None."""
     rank = os.environ.get("RANK")

@@ -87,9 +87,10 @@ class Membership:
         self._dealer.check_refused()
         now = time.monotonic()
         if now - self._absent_since > self._timeout_s:
+            because = self._mailbox.mismatch or self._last_failure
             raise HubAbsent(
                 f"hub {self._dealer.address}: not a member for {self._timeout_s:g} s"
-                + (f", because {self._last_failure}" if self._last_failure else "; check that the hub runs")
+                + (f", because {because}" if because else "; check that the hub runs")
             )
         if now >= self._hello_at and self._dealer.connected:
             pairs = np.array(holds, np.int32).reshape(-1)
@@ -113,7 +114,7 @@ class Membership:
     def _use(self, welcome: Welcome) -> None:
         """Get the weights from where the hub says."""
         if welcome.store:
-            self._stop_node()
+            stop_node(self.node)
             self.node = SharedStore(welcome.store)
             return
         if isinstance(self.node, SharedStore):
@@ -170,15 +171,9 @@ class Membership:
 
     def _replace_node(self) -> None:
         """End the weight receiver and start another one, unless the next Welcome probably names a store, too."""
-        self._stop_node()
+        stop_node(self.node)
         if not isinstance(self.node, SharedStore):
             self.node = self._start_node()
-
-    def _stop_node(self) -> None:
-        try:
-            self.node.stop()
-        except DeadlineExceeded as error:  # on a busy machine a killed process ends late
-            log.warning("%s", error)
 
     def node_events(self) -> list[ReceiverEvent]:
         """Events of the weight receiver since the last call."""
@@ -188,4 +183,12 @@ class Membership:
 
     def close(self) -> None:
         """End the weight receiver."""
-        self.node.stop()
+        stop_node(self.node)
+
+
+def stop_node(node: WeightReceiver | SharedStore) -> None:
+    """End what gets the weights; that a process ends late is only logged."""
+    try:
+        node.stop()
+    except DeadlineExceeded as error:  # on a busy machine, or while the disk does not answer
+        log.warning("%s", error)

@@ -21,7 +21,7 @@ import uuid
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sgpo_async.actor.membership import Membership
+from sgpo_async.actor.membership import Membership, stop_node
 from sgpo_async.actor.senders import Senders
 from sgpo_async.actor.service import Service
 from sgpo_async.config import Engine as EngineSettings
@@ -29,6 +29,7 @@ from sgpo_async.config import Model, Run, from_plain
 from sgpo_async.config.rules import endpoint_of
 from sgpo_async.engines.base import Engine
 from sgpo_async.engines.open import open_engine
+from sgpo_async.errors import SessionError
 from sgpo_async.logs import fields
 from sgpo_async.model.folder import load_tokenizer, model_folder, tokenizer_fingerprint, version_bytes
 from sgpo_async.session import Deadlines, WeightReceiver, WeightSender
@@ -111,7 +112,7 @@ class Actor:
             stack.callback(store.close)
             node = self._start_node(run, store)  # now, because it imports torch while this process loads the engine
             with contextlib.ExitStack() as early:
-                early.callback(node.stop)
+                early.callback(stop_node, node)
                 engine = self._warm(run)
                 early.pop_all()
             membership = Membership(
@@ -154,7 +155,15 @@ class Actor:
         deadlines = Deadlines(group_s=run.engine.sglang.phase_timeout_s)
         pulls, deltas = not run.engine.broadcasts, run.hub.weight_deltas
         road = self._options.road
-        return WeightReceiver(self._name, store=store.path, road=road, pulls=pulls, deltas=deltas, deadlines=deadlines)
+        try:
+            return WeightReceiver(
+                self._name, store=store.path, road=road, pulls=pulls, deltas=deltas, deadlines=deadlines
+            )
+        except OSError as error:
+            raise SessionError(
+                f"{self._name}: cannot start a weight receiver: {error}; free memory, or raise the limit of processes "
+                "(ulimit -u)"
+            ) from error
 
     @property
     def _hub_host(self) -> str:

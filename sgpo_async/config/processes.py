@@ -86,7 +86,7 @@ class Hub:
         if self.dashboard:
             listen_address("hub.dashboard", self.dashboard)
         require(self.max_messages_per_s >= 0, "hub.max_messages_per_s", "must be >= 0", self.max_messages_per_s)
-        require(self.max_leases >= 1, "hub.max_leases", "must be >= 1", self.max_leases)
+        require(1 <= self.max_leases <= 2**15, "hub.max_leases", "must be in [1, 32768]", self.max_leases)
         require(self.weight_fanout >= 0, "hub.weight_fanout", "must be >= 0 (0: no limit)", self.weight_fanout)
         require(self.max_lag >= 0, "hub.max_lag", "must be >= 0", self.max_lag)
         require(

@@ -51,7 +51,7 @@ GAUGES = (
     ("correction_clipped_ratio", "Share of tokens whose correction is limited or clipped.", "correction_clipped"),
 )
 COUNTERS = (
-    ("tokens_generated", "Tokens that the engines have generated.", "tokens_generated"),
+    ("tokens_generated", "Tokens of all accepted rollouts, with those that environments wrote.", "tokens_generated"),
     ("tokens_trained", "Tokens that were trained.", "tokens_trained"),
     ("actors_joined", "Actors that have joined.", "joined"),
     ("actors_left", "Actors that have left or were lost.", "left"),

@@ -13,7 +13,8 @@ from sgpo_async.errors import EngineError
 def validate(request: Generate | Score, *, longest: int, vocabulary: int, ends: Collection[int]) -> None:
     """Raise EngineError unless a model of `longest` positions and `vocabulary` token ids can serve `request`.
 
-    `ends` are the token ids that end a completion. A prefix that cannot be continued is a bug of the caller.
+    `ends` are the token ids that end a completion. The tokens of a prefix come from another actor, and only a model
+    knows its end tokens; that the arrays of a prefix fit together, the hub has checked.
     """
     more = request.tokens.size if isinstance(request, Score) else request.max_new_tokens
     total = request.prompt.size + more
@@ -52,7 +53,10 @@ def validate(request: Generate | Score, *, longest: int, vocabulary: int, ends: 
 def _check_prefix(request: Generate, prefix: SampledTokens, ends: Collection[int]) -> None:
     count, k = prefix.tokens.size, request.top_logprobs_num
     assert 0 < count < request.max_new_tokens, f"request {request.id}: prefix of {count} of {request.max_new_tokens}"
-    assert int(prefix.tokens[-1]) not in ends, f"request {request.id}: the prefix ends with an end token"
+    if (last := int(prefix.tokens[-1])) in ends:
+        raise EngineError(
+            f"request {request.id}: the prefix ends with end token {last}; give all actors the same model folder"
+        )
     assert prefix.logprobs.size == count, f"request {request.id}: {prefix.logprobs.size} logprobs of {count} tokens"
     spans = {prefix.versions.size, prefix.digests.size, prefix.ends.size}
     tiled = len(spans) == 1 and (np.diff(prefix.ends, prepend=0) > 0).all()

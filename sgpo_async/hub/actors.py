@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sgpo_async.weights.short_digest import digest_text
-from sgpo_async.wire.records import Heartbeat, Hello, Road
+from sgpo_async.wire.records import Heartbeat, Hello, Road, State
+
+SHORTEST_S = 1e-3  # between two heartbeats, over which a speed is computed; over less it might be infinite
 
 
 @dataclass
@@ -26,10 +28,10 @@ class Meter:
     def update(self, heartbeat: Heartbeat) -> tuple[float, float, float]:
         """Process the next heartbeat; return the seconds since the previous one: busy, waiting for weights, and all.
 
-        They are 0 for the first heartbeat and after the actor's counters have started again from zero.
+        They are 0 for the first heartbeat, within SHORTEST_S, and after the actor's counters have started again.
         """
         previous, self.last = self.last, heartbeat
-        if previous is None or heartbeat.wall_s <= previous.wall_s:
+        if previous is None or heartbeat.wall_s - previous.wall_s < SHORTEST_S:
             return 0.0, 0.0, 0.0
         wall = heartbeat.wall_s - previous.wall_s
         busy = min(max(heartbeat.busy_s - previous.busy_s, 0.0), wall)
@@ -66,8 +68,9 @@ class Actor:
     route: Route | None = None  # None: not chosen yet
     welcomed: bool = False  # its route is open and the hub has sent it a Welcome
     return_by: float | None = None  # after a lost connection: the time by which it must have sent a Hello
+    away: str = ""  # ... and why it is away
     invalid: int = 0  # number of invalid messages and rollouts
-    state: str = "joining"
+    state: State = "joining"
     version: int = -1  # weight version that its engine serves; -1: none
     digest: int = 0  # short digest of the weights that its engine serves, as it says; 0: none
     credit: int = 0  # number of leases it can still take

@@ -7,8 +7,7 @@ from collections.abc import Iterable
 
 from sgpo_async.hub import events as ev
 from sgpo_async.hub.core import HubCore
-from sgpo_async.logs import fields
-from sgpo_async.wire import records as wire
+from sgpo_async.logs import fields, one_line
 
 log = logging.getLogger(__name__)
 
@@ -22,15 +21,14 @@ class Announcer:
         self._ranks = set(core.learner_ranks.ranks)
         self._counts = self._counted()
         self._away: set[bytes] = set()  # actors that have lost their session and may return
-        self._reasons: dict[bytes, str] = {}  # why a member leaves, as far as it or its weight sender has said so
 
-    def look(self, events: Iterable[ev.Event]) -> None:
-        """Log what these events, which the core has just handled, have changed."""
+    def look(self, events: Iterable[ev.Event], effects: Iterable[ev.Effect]) -> None:
+        """Log what these events, which the core has just handled with these effects, have changed."""
         for event in events:
             self._hear(event)
         if self._counted() != self._counts:
             self._counts = self._counted()
-            self._announce_actors()
+            self._announce_actors({effect.member: effect.reason for effect in effects if isinstance(effect, ev.Left)})
         if self._core.learner_ranks.ranks.keys() != self._ranks:
             self._announce_ranks()
 
@@ -42,25 +40,18 @@ class Announcer:
 
     def _hear(self, event: ev.Event) -> None:
         match event:
-            case ev.Received(member, wire.Goodbye(reason=reason)):
-                self._reasons[member] = reason
-            case ev.Disconnected(member):
-                self._reasons.setdefault(member, "its connection was closed")
-            case ev.SenderDown(member, reason):
-                self._reasons[member] = reason
-                if member in self._core.actors:
-                    self._away.add(member)
-                    log.info("%s has lost its session: %s", self._core.actors[member].name, reason)
+            case ev.SenderDown(member, reason) if member in self._core.actors:
+                self._away.add(member)
+                log.info("%s has lost its session: %s", self._core.actors[member].name, one_line(reason))
             case ev.SenderUp(member) if member in self._away and member in self._core.actors:
                 self._away.discard(member)
                 log.info("%s is back", self._core.actors[member].name)
 
-    def _announce_actors(self) -> None:
+    def _announce_actors(self, reasons: dict[bytes, str]) -> None:
         before, self._actors = self._actors, self._names()
         for member in before.keys() - self._actors.keys():
-            reason = self._reasons.pop(member, "") or "the hub has not heard from it in time"
             self._away.discard(member)
-            self._announce("left", before[member], f"has left: {reason}")
+            self._announce("left", before[member], f"has left: {reasons[member]}")
         for member in self._actors.keys() - before.keys():
             self._announce("joined", self._actors[member], "has joined")
 

@@ -28,7 +28,7 @@ from sgpo_async.hub import snapshot
 from sgpo_async.hub.actors import FROM_HUB, Actor, Actors
 from sgpo_async.hub.admission import evaluation_limit, kept_back
 from sgpo_async.hub.evaluation import Evaluation
-from sgpo_async.hub.events import CloseSender, Effect, Event, Send, Shutdown, UseStore, Warn
+from sgpo_async.hub.events import CloseSender, Effect, Event, Left, Send, Shutdown, UseStore, Warn
 from sgpo_async.hub.learner_ranks import LearnerRanks
 from sgpo_async.hub.leases import LeaseTable, RunningLease
 from sgpo_async.hub.rollout_checks import PROMPT_DIFFERS, Limits, report_violation, violation
@@ -39,6 +39,7 @@ from sgpo_async.hub.stragglers import late_lease
 from sgpo_async.hub.training import Training
 from sgpo_async.hub.validation import refusal_reason, tokenizer_mismatch
 from sgpo_async.hub.weight_routes import WeightRoutes
+from sgpo_async.logs import one_line
 from sgpo_async.tasks.task_sampler import TaskSampler
 from sgpo_async.transport.base import owner_of
 from sgpo_async.wire import records as wire
@@ -59,6 +60,10 @@ CHECK_S = 1.0  # how often the ledgers are checked
 MAX_EARLY = 4096  # messages that are kept until a Published arrives
 MAX_INVALID = 3  # after so many invalid messages and rollouts, an actor is refused for good
 MAX_QUARANTINED = 100  # names of actors with one key; who has it could take another name again and again
+
+
+Sample = wire.Rollout | wire.Progress | wire.Canary
+"""What an actor has computed with certain weights."""
 
 
 class HubCore:
@@ -94,8 +99,8 @@ class HubCore:
         self.published_at = now
         self.leased_since = 0  # training leases since then
         self.served = ServedWeights()
-        # What actors have sent of weights that exist, but whose Published has not arrived yet.
-        self.early: list[tuple[bytes, wire.Rollout | wire.Progress | wire.Canary]] = []
+        # What actors have sent of weights that exist, but whose Published has not arrived yet; see `_is_early`.
+        self.early: dict[tuple[Any, ...], tuple[bytes, Sample]] = {}
         self.learner_bfloat16 = False  # whether the learner computes in bfloat16
         self.learner_store = ""  # path at which rank 0 has the weight store open
         self.last_restore = ("", -1)  # id of the last Restore, and the version in its answer
@@ -149,17 +154,25 @@ class HubCore:
         match event:
             case ev.Received(member, wire.Rollout() as rollout):
                 return self._rollout(member, rollout)
+            case ev.Received(member, wire.StatusRequest()):
+                self._send(member, wire.Status(status=self.status()))
+                return False  # not in the journal, so it must not change the state
+            case ev.Received(member, wire.SettingsRequest()):
+                self._send(member, wire.Settings(settings=to_plain(self.run)))
+                return False  # neither
             case ev.Received(member, message):
                 self._received(member, message)
-            case ev.Rejected(member, reason):
+            case ev.Rejected(member, reason, other_release):
                 self._reject(member, "malformed message", detail=reason)
+                if other_release and member not in self.actors and self.learner_ranks.rank_of(member) is None:
+                    self._refuse(member, reason)  # it cannot read this either, and so knows why
             case ev.Forbidden(member, reason):
                 self._forbid(member, reason)
             case ev.SenderUp() | ev.SenderDown():
                 self._sender_of_hub(event)
             case ev.Disconnected(member):
                 if (actor := self.actors.get(member)) and actor.return_by is None:
-                    self._expect_return(actor, RETURN_S)
+                    self._expect_return(actor, RETURN_S, "its connection was closed")
             case ev.Expelled(who, reason):
                 self._expel(who, reason)
             case ev.Tick():
@@ -179,10 +192,6 @@ class HubCore:
     def _received(self, member: bytes, message: wire.Message) -> None:
         rank = self.learner_ranks.rank_of(member)
         match message:
-            case wire.StatusRequest():
-                self._send(member, wire.Status(status=self.status()))
-            case wire.SettingsRequest():
-                self._send(member, wire.Settings(settings=to_plain(self.run)))
             case wire.Hello():
                 self._hello(member, message)
             case wire.Rollout():
@@ -211,8 +220,8 @@ class HubCore:
                 self._release(actor, message)
             case wire.SenderUp() | wire.SenderDown():
                 self._sender_of_actor(actor, message)
-            case wire.Goodbye():
-                self._lose_actor(actor)
+            case wire.Goodbye(reason=reason):
+                self._lose_actor(actor, one_line(reason) or "it said goodbye")
             case _:
                 self._reject(actor.member, f"an actor may not send {type(message).__name__}")
 
@@ -332,28 +341,32 @@ class HubCore:
     def _sender(self, actor: Actor, found: ev.SenderUp | ev.SenderDown | wire.SenderUp | wire.SenderDown) -> None:
         """Welcome an actor whose weight sender is running, or wait for its return: it sends a new Hello."""
         if isinstance(found, ev.SenderUp | wire.SenderUp):
+            if actor.return_by is not None:  # it has lost its connection meanwhile; its Hello opens another route
+                self._effects += self.weight_routes.close(actor)
+                return
             self._effects.append(self.weight_routes.ready(actor, found, now=self.now))
             return
-        self._end_route(actor, f"the session ended: {found.reason}")
+        self._end_route(actor, f"the session ended: {one_line(found.reason)}")
 
     def _end_route(self, actor: Actor, reason: str) -> None:
         """Tell an actor that no more weights come this way, so that it says Hello again."""
         self._refuse(actor.member, reason)
         self._effects += self.weight_routes.close(actor)
-        self._expect_return(actor, RETURN_S)
+        self._expect_return(actor, RETURN_S, reason)
 
-    def _expect_return(self, actor: Actor, seconds: float) -> None:
-        actor.welcomed, actor.credit, actor.return_by = False, 0, self.now + seconds
+    def _expect_return(self, actor: Actor, seconds: float, reason: str) -> None:
+        actor.welcomed, actor.credit, actor.return_by, actor.away = False, 0, self.now + seconds, reason
 
     def _restarted(self) -> None:
         """Wait for all actors to return. The learner's ranks repeat the requests that were not answered."""
         self.restarts += 1
         for actor in self.actors.values():
-            self._expect_return(actor, RESTART_RETURN_S)
+            self._expect_return(actor, RESTART_RETURN_S, "it has not come back since the hub started again")
         for rank in self.learner_ranks.ranks.values():
             rank.last_seen = self.now
 
-    def _lose_actor(self, actor: Actor) -> None:
+    def _lose_actor(self, actor: Actor, reason: str) -> None:
+        self._effects.append(Left(actor.member, reason))
         for leases in self._lease_tables:
             for number in leases.held_by(actor.member):
                 self._revoke(leases, number)
@@ -376,7 +389,7 @@ class HubCore:
         for rank in ranks:
             self._lose_rank(rank)
         for actor in actors:
-            self._lose_actor(actor)
+            self._lose_actor(actor, reason)
 
     def _revoke(self, leases: LeaseTable, number: int) -> None:
         """Take a lease back, to give it again."""
@@ -412,7 +425,7 @@ class HubCore:
             if mismatch := tokenizer_mismatch(actor.name, actor.tokenizer, learners=self.tokenizer):
                 self.refused += 1
                 self._refuse(actor.member, mismatch, final=True)
-                self._lose_actor(actor)
+                self._lose_actor(actor, mismatch)
 
     def _lose_rank(self, rank: int) -> None:
         self.learner_ranks.leave(rank)
@@ -427,8 +440,9 @@ class HubCore:
         """
         actor_limit = self.now - self.run.hub.lease_timeout_s
         rank_limit = self.now - self.run.learner.batch_timeout_s
-        for actor in [*self.actors.silent_since(actor_limit), *self.actors.overdue(self.now)]:
-            self._lose_actor(actor)
+        lost = [*self.actors.silent_since(actor_limit), *self.actors.overdue(self.now)]
+        for actor in {one.member: one for one in lost}.values():  # one may be in both lists
+            self._lose_actor(actor, actor.away or "the hub has not heard from it in time")
         for rank in [rank for rank, held in self.learner_ranks.ranks.items() if held.last_seen < rank_limit]:
             self._lose_rank(rank)
         for leases in self._lease_tables:
@@ -463,7 +477,7 @@ class HubCore:
         if reason := self._too_many_leases(actor, asked=actor.credit + ready.tasks):
             self.refused += 1
             self._refuse(actor.member, reason, final=True)
-            self._lose_actor(actor)
+            self._lose_actor(actor, reason)
             return
         actor.credit += ready.tasks
         actor.version = self._version_of_this_run(ready.version)
@@ -509,7 +523,7 @@ class HubCore:
         lease = work.leases.lease_of(member, progress)
         if lease is None or self._is_early(member, progress, [part.versions for part in progress.partial]):
             return
-        if reason := report_violation(lease.terms, progress, self._limits):
+        if reason := report_violation(lease.terms, progress, self._limits, arrived=lease.arrived):
             self._invalid(work.leases, member, progress, reason)
         else:
             work.leases.report(progress, now=self.now)
@@ -552,25 +566,26 @@ class HubCore:
     def _limits(self) -> Limits:
         return Limits(vocabulary=self.vocabulary, newest=self.training.version, objection=self.served.objection)
 
-    def _is_early(
-        self, member: bytes, message: wire.Rollout | wire.Progress | wire.Canary, versions: Sequence[np.ndarray]
-    ) -> bool:
+    def _is_early(self, member: bytes, message: Sample, versions: Sequence[np.ndarray]) -> bool:
         """Whether this is of weights whose Published is still on its way; it is then kept until that arrives.
 
-        Weights reach an engine in other ways than Published reaches the hub, so either may be first. Beyond MAX_EARLY,
-        the message is forgotten without an answer, and its sender repeats it. A repeated rollout is kept once.
+        Weights reach an engine in other ways than Published reaches the hub, so either may be first. After a lost
+        connection, the Published of a version may also come after that of the next one. Of what an actor repeats, and
+        of the scores of one engine, the last is kept. Beyond MAX_EARLY, the message is forgotten without an answer: a
+        rollout is sent again, a report or a score is lost.
         """
-        if not self.published < newest(versions) <= self.training.version:
+        if newest(versions) > self.training.version or not self.served.awaits(versions):
             return False
-        repeated = isinstance(message, wire.Rollout) and _key(member, message) in (_key(*one) for one in self.early)
-        if len(self.early) < MAX_EARLY and not repeated:
-            self.early.append((member, message))
+        key = _key(member, message)
+        self.early.pop(key, None)  # the last one comes after what it continues
+        if len(self.early) < MAX_EARLY:
+            self.early[key] = member, message
         return True
 
     def _process_early(self) -> None:
         """Process what was kept; what is still early is kept again."""
-        kept, self.early = self.early, []
-        for member, message in kept:
+        kept, self.early = self.early, {}
+        for member, message in kept.values():
             self._received(member, message)
 
     def _work_of(self, member: bytes, sent: wire.Rollout | wire.Progress) -> Training | Evaluation:
@@ -629,6 +644,7 @@ class HubCore:
             self._reject(member, "Published of a version that is out of order", detail=detail)
             return
         self.served.publish(version, message.digest, message.canary, oldest=self._oldest_token())
+        self._process_early()
         if version < self.published:
             return  # sent again after a lost connection: only its digest may be news
         if store != self.learner_store:
@@ -636,7 +652,6 @@ class HubCore:
         if version > self.published:
             self.published_at, self.leased_since = self.now, 0
         self.published, self.learner_store = version, store
-        self._process_early()
         if not self.evaluation.begun:
             self.evaluation.request(version)  # measures the pass rates at the start of the run
 
@@ -684,6 +699,7 @@ class HubCore:
             for lease in leases.running.values():
                 self._send_revoked(lease)
         self.training, self.evaluation = restored
+        self.early.clear()  # it belongs to leases, or to versions, from before the restore
         self.last_restore = (id, self.training.version)
         self._send(member, wire.Restored(version=self.training.version))
 
@@ -849,7 +865,7 @@ class HubCore:
             for number in leases.held_by(actor.member):
                 leases.forget(number)
         self._refuse(actor.member, f"quarantined after {reason}; check its engine and its model", final=True)
-        self._lose_actor(actor)
+        self._lose_actor(actor, f"quarantined after {reason}")
 
 
 def _belongs(member: bytes, who: bytes) -> bool:
@@ -857,8 +873,11 @@ def _belongs(member: bytes, who: bytes) -> bool:
     return who in (member, owner_of(member))
 
 
-def _key(member: bytes, message: wire.Message) -> tuple[bytes, str, int, int, int] | None:
-    """What a repeated rollout has in common with the first one; None for other messages."""
-    if not isinstance(message, wire.Rollout):
-        return None
-    return member, message.purpose, message.task, message.attempt, message.slot
+def _key(member: bytes, message: Sample) -> tuple[Any, ...]:
+    """What a repeated message has in common with the first one, and a score with the earlier ones of its engine."""
+    if isinstance(message, wire.Canary):
+        return member, message.engine
+    lease = member, message.purpose, message.task, message.attempt
+    if isinstance(message, wire.Rollout):
+        return *lease, message.slot
+    return *lease, tuple((part.slot, part.start) for part in message.partial)

@@ -26,6 +26,7 @@ class Rejected:
 
     member: bytes
     reason: str
+    other_release: bool = False  # because their sender uses another protocol version
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,14 @@ class UseStore:
 
 
 @dataclass(frozen=True)
+class Left:
+    """This actor is no member any more; `reason` is for the log."""
+
+    member: bytes
+    reason: str
+
+
+@dataclass(frozen=True)
 class Warn:
     """Log a line that the user should see."""
 
@@ -149,4 +158,4 @@ class Shutdown:
     reason: str
 
 
-Effect = Send | OpenSender | CloseSender | UseStore | Warn | Shutdown
+Effect = Send | OpenSender | CloseSender | UseStore | Left | Warn | Shutdown

@@ -81,7 +81,7 @@ class LeaseTable:
         self.completed = 0  # number of groups that were ever complete
         self.reissued = 0  # number of revoked leases
         self.duplicates = 0  # number of rollouts that no lease was waiting for
-        self.tokens = 0  # number of sampled tokens in all accepted rollouts
+        self.tokens = 0  # number of tokens in all accepted rollouts, with those that environments wrote
 
     @property
     def live(self) -> int:

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from sgpo_async.errors import WireError
+from sgpo_async.errors import ProtocolMismatch, WireError
 from sgpo_async.hub import events as ev
 from sgpo_async.hub.announce import Announcer
 from sgpo_async.hub.authority import Authority
@@ -126,7 +126,7 @@ class Loop:
         """
         member, message, frames, key = mail
         if isinstance(message, WireError):
-            return ev.Rejected(member, str(message)), frames
+            return ev.Rejected(member, str(message), isinstance(message, ProtocolMismatch)), frames
         rank = self._core.learner_ranks.rank_of(member)
         if objection := self._authority.objection(message, key=key, from_rank=rank is not None):
             return ev.Forbidden(member, objection), []
@@ -152,7 +152,7 @@ class Loop:
             effects += self._core.handle(event, now)
         if self._journal:
             self._write(self._journal, now_needed=bool(effects))
-        self._announcer.look(event for event, _ in group)
+        self._announcer.look((event for event, _ in group), effects)
         for event, _ in group:
             if isinstance(event, ev.Received) and isinstance(event.message, wire.StatusRequest):
                 self._watched_by(event.member, time.monotonic())
@@ -243,5 +243,5 @@ def collect_rarely() -> None:
 
 
 def _changes_state(event: ev.Event) -> bool:
-    """Whether an event must be in the journal: questions are only answered."""
+    """Whether an event must be in the journal: questions are only answered, see `HubCore`."""
     return not (isinstance(event, ev.Received) and isinstance(event.message, wire.StatusRequest | wire.SettingsRequest))

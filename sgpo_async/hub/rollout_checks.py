@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sgpo_async.rollout.partial import Arrived
 from sgpo_async.wire.records import OBSERVED, Lease, PartialRollout, Progress, Rollout, sampled_by_policy
 
 TOLERANCE = 1e-3  # a log-probability may be so far above 0, by rounding
@@ -23,6 +24,7 @@ MOST_KEPT = 4096  # tokens at a position: more than MAX_TOP_K allows, since equa
 LOWEST = -1e4  # no engine samples a token of a lower log-probability
 
 BEGINS = "tokens must begin with one that the policy sampled"
+ENDS = "tokens must end with one that the policy sampled"
 CERTAIN = "logprobs of tokens that an environment wrote must be 0"
 PROMPT_DIFFERS = "prompt differs from that of the group"
 
@@ -55,10 +57,21 @@ def violation(lease: Lease, rollout: Rollout, limits: Limits, *, prompt: np.ndar
     )
 
 
-def report_violation(lease: Lease, progress: Progress, limits: Limits) -> str | None:
-    """Why `progress` cannot be a report on `lease`; None if it can."""
+def report_violation(lease: Lease, progress: Progress, limits: Limits, *, arrived: Arrived) -> str | None:
+    """Why `progress` cannot be a report on `lease`, of which this has `arrived`; None if it can.
+
+    What a rollout may not have, its beginning may not have either: another actor continues it, and would be blamed.
+    """
+    if len({part.slot for part in progress.partial}) < len(progress.partial):
+        return "report: a slot must come only once"
     for part in progress.partial:
-        reason = _part(lease, part) or _versions(lease, part, limits) or _token_ids(part, limits) or _kept(lease, part)
+        reason = (
+            _part(lease, part)
+            or _turns(lease, np.concatenate([*arrived.versions_before(part), part.versions]))
+            or _versions(lease, part, limits)
+            or _token_ids(part, limits)
+            or _kept(lease, part)
+        )
         if reason:
             return f"report: {reason}"
     return None
@@ -77,6 +90,8 @@ def _part(lease: Lease, part: PartialRollout) -> str | None:
         return "top_tokens must hold top_logprobs_num for each token of a guided rollout"
     if part.start == 0 and part.versions[0] == OBSERVED:
         return BEGINS
+    if part.finish and part.versions[-1] == OBSERVED:
+        return ENDS
     if OBSERVED in part.versions and (part.logprobs[~sampled_by_policy(part.versions, part.ends)] != 0).any():
         return CERTAIN
     if not _are_logprobs(part.logprobs) or (part.top_logprobs is not None and not _are_logprobs(part.top_logprobs)):
@@ -107,12 +122,19 @@ def _spans(lease: Lease, rollout: Rollout, limits: Limits) -> str | None:
     if versions[0] == OBSERVED:
         return BEGINS
     if versions[-1] == OBSERVED:
-        return "tokens must end with one that the policy sampled"
+        return ENDS
     if OBSERVED in versions and (rollout.logprobs[~rollout.sampled] != 0).any():
         return CERTAIN
-    if lease.turns and np.count_nonzero(np.diff(rollout.sampled)) // 2 >= lease.turns:
-        return "number of turns is not in [1, turns]"
-    return _versions(lease, rollout, limits)
+    return _turns(lease, rollout.versions) or _versions(lease, rollout, limits)
+
+
+def _turns(lease: Lease, versions: np.ndarray) -> str | None:
+    """Before each turn but the first, an environment has replied; the versions are of all spans up to some token."""
+    if not lease.turns:
+        return None  # without an environment, `_versions` refuses what it wrote
+    observed = versions == OBSERVED
+    replies = np.count_nonzero(observed[1:] & ~observed[:-1])
+    return "number of turns is not in [1, turns]" if replies >= lease.turns else None
 
 
 def _versions(lease: Lease, sent: Rollout | PartialRollout, limits: Limits) -> str | None:

@@ -14,7 +14,7 @@ covers, and a bound that is too low would quarantine every actor and end the run
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -65,6 +65,14 @@ class Scores:
 
 
 @dataclass
+class ActorScores:
+    """What the last scores of an actor's engines say."""
+
+    difference: float | None = None  # the largest to the learner's canary; None if none could be compared
+    servers: list[dict[str, Any]] = field(default_factory=list)  # what each serves; empty with only one engine
+
+
+@dataclass
 class ServedWeights:
     """The weights that may still occur, and the scores of every engine."""
 
@@ -82,10 +90,16 @@ class ServedWeights:
         known = self.published | {(version, digest): canary}
         self.published = {weights: own for weights, own in known.items() if weights[0] >= oldest}
 
+    def awaits(self, spans: Sequence[np.ndarray]) -> bool:
+        """Whether one of these versions has no digest, though it is no older than all that are remembered."""
+        known = {version for version, _ in self.published}
+        oldest = min(known, default=0)
+        return any(version >= oldest and version not in known for versions in spans for version in versions.tolist())
+
     def objection(self, versions: np.ndarray, digests: np.ndarray) -> str | None:
         """Why these spans cannot have been sampled by weights that the learner has published; None if they can.
 
-        All versions are at most the newest published one.
+        `awaits` is false of them.
         """
         for version, digest in zip(versions.tolist(), digests.tolist(), strict=True):
             if (digest != 0) if version == OBSERVED else (version, digest) not in self.published:
@@ -164,18 +178,19 @@ class ServedWeights:
         """Forget engines that have sent no score since `moment`: a server that is started again has another URL."""
         self.engines = {key: scores for key, scores in self.engines.items() if scores.at >= moment}
 
-    def difference_of(self, actor: str) -> float | None:
-        """The largest difference between the learner's canary and one of this actor's; None if none was compared."""
-        found = [own.difference for (name, _), own in self.engines.items() if name == actor]
-        return max((value for value in found if value is not None), default=None)
-
-    def servers_of(self, actor: str) -> list[dict[str, Any]]:
-        """What each server of an actor serves, as its last score said; empty if the actor has only one engine."""
-        return [
-            {"url": url, "version": own.last.version, "digest": digest_text(own.last.digest), "canary": own.difference}
-            for (name, url), own in sorted(self.engines.items())
-            if name == actor and url
-        ]
+    def by_actor(self) -> dict[str, ActorScores]:
+        """The last scores of every actor that has any, by its name, in one pass: the status asks for all of them."""
+        found: dict[str, ActorScores] = defaultdict(ActorScores)
+        for (name, url), own in sorted(self.engines.items()):
+            actor = found[name]
+            if own.difference is not None:
+                actor.difference = max(own.difference, actor.difference or 0.0)
+            if url:
+                digest = digest_text(own.last.digest)
+                actor.servers.append(
+                    {"url": url, "version": own.last.version, "digest": digest, "canary": own.difference}
+                )
+        return dict(found)
 
     def metrics(self) -> dict[str, Any]:
         """Mean and maximum over the engines of their difference to the learner's canary, and the alarms so far.

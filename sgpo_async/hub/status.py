@@ -10,7 +10,7 @@ from sgpo_async.config import Run
 from sgpo_async.hub.actors import Actors
 from sgpo_async.hub.evaluation import Evaluation
 from sgpo_async.hub.learner_ranks import LearnerRanks
-from sgpo_async.hub.served_weights import ServedWeights
+from sgpo_async.hub.served_weights import ActorScores, ServedWeights
 from sgpo_async.hub.stall import StallWatch
 from sgpo_async.hub.training import Training
 from sgpo_async.wire.records import Evaluated, Heartbeat
@@ -56,6 +56,7 @@ def status(core: CoreState) -> dict[str, Any]:
     waits = core.learner_ranks.all_wait_for(training.step, training.next_part)
     tables = (training.leases, evaluation.leases)
     leases_of = Counter(lease.member for table in tables for lease in table.running.values())
+    scores_of = core.served.by_actor()
     return {
         "step": training.step,
         "steps": core.run.steps,
@@ -63,8 +64,9 @@ def status(core: CoreState) -> dict[str, Any]:
         "published": core.published,  # the newest version that actors can have; -1: none
         "actors": [
             a.plain(version=training.version, leases=leases_of[a.member], source=actors.source_of(a))
-            | {"canary": core.served.difference_of(a.name), "servers": core.served.servers_of(a.name)}
+            | {"canary": scores.difference, "servers": scores.servers}
             for a in actors.values()
+            for scores in [scores_of.get(a.name) or ActorScores()]
         ],
         "learner": {
             "ranks": len(core.learner_ranks.ranks),

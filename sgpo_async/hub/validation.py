@@ -18,6 +18,8 @@ def refusal_reason(hello: Hello, *, taken: Collection[str], world: LearnerRanks 
     """
     if not 0 < len(hello.name) <= MAX_NAME_LENGTH:
         return f"the name must have 1 to {MAX_NAME_LENGTH} characters, got {len(hello.name)}: choose another name"
+    if not hello.name.isprintable():  # the hub logs it, and all displays show it
+        return f"the name must have printable characters only, got {hello.name!r}: choose another name"
     if hello.name in taken:
         return (
             f"the name {hello.name!r} is taken by a connected member: "

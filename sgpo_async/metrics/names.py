@@ -139,7 +139,12 @@ STEPS = (
     Metric("actors", "system", "actors", "Connected actors."),
     Metric("running", "system", "sequences", "Sequences in all engines at the last heartbeat of each."),
     Metric("tokens_per_s", "system", "tokens/s", "Tokens that all engines generate per second."),
-    Metric("tokens_generated", "system", TOKENS, "Tokens that the engines have generated since the run began."),
+    Metric(
+        "tokens_generated",
+        "system",
+        TOKENS,
+        "Tokens of all accepted rollouts since the run began, with those that environments wrote.",
+    ),
     Metric("learner_idle", "system", RATIO, "Part of the step in which the trainer waited for a batch."),
     Metric(
         "learner_waits",

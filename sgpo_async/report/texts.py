@@ -6,20 +6,12 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from sgpo_async.logs import one_line as one_line  # noqa: PLC0414 (also for who imports it from here)
+from sgpo_async.logs import printable as printable  # noqa: PLC0414
 from sgpo_async.report.numbers import number
 
 Run = tuple[str, float | None]
 """A part of a completion, and its divergence d_t in nats; None if it was not distilled."""
-
-
-def printable(text: str) -> str:
-    """Text from outside with control characters as escapes, except for newlines."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
-
-
-def one_line(value: object, chars: int) -> str:
-    """The first `chars` characters of a text from outside, in one printable line."""
-    return printable(str(value)[:chars]).replace("\n", "\\n")
 
 
 def runs_of(rollout: Mapping[str, Any], *, chars: int) -> list[Run]:

@@ -72,6 +72,11 @@ class Arrived:
         reports = self.reports.get(slot)
         return reports[-1].start + len(reports[-1].tokens) if reports else 0
 
+    def versions_before(self, part: PartialRollout) -> list[np.ndarray]:
+        """The versions of the reports that this one continues; none if it begins anew, or if tokens are missing."""
+        continues = 0 < part.start == self.sampled(part.slot)
+        return [one.versions for one in self.reports[part.slot]] if continues else []
+
     def partial(self) -> tuple[PartialRollout, ...]:
         """All unfinished rollouts that have tokens, each with all its tokens."""
         return tuple(join(reports) for _, reports in sorted(self.reports.items()))

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from sgpo_async.config.schema import Tasks
-from sgpo_async.engines.base import Engine, Failed, Generate, Generated
+from sgpo_async.engines.base import Engine, Failed, Generate, Generated, Score
 from sgpo_async.errors import EngineError
 from sgpo_async.rollout.group import RolloutGroup, group_of, task_of
 from sgpo_async.tasks.prompts import build_prompt, build_reply
@@ -160,17 +160,19 @@ class RolloutSampler:
             if group is None:
                 continue
             self._texts[verdict.key] = self._texts[verdict.key][0], verdict.timed_out
-            if verdict.reply is not None and (request := self._next_turn(group, verdict.key, verdict.reply)):
-                try:
-                    self._engine.submit(request)
-                except EngineError as error:
-                    finished.append(self._fail(group, error))
-                continue
-            outcome = group.judged(verdict.key, reward=verdict.reward)
-            if isinstance(outcome, Rollout):
-                finished.append(self._finish(group, outcome))
-            else:
-                self._engine.submit(outcome)
+            request: Generate | Score | None = None
+            if verdict.reply is not None:
+                request = self._next_turn(group, verdict.key, verdict.reply)
+            if request is None:
+                outcome = group.judged(verdict.key, reward=verdict.reward)
+                if isinstance(outcome, Rollout):
+                    finished.append(self._finish(group, outcome))
+                    continue
+                request = outcome
+            try:
+                self._engine.submit(request)
+            except EngineError as error:  # also of a completion that another actor has sampled
+                finished.append(self._fail(group, error))
         return finished
 
     def _next_turn(self, group: RolloutGroup, key: Hashable, reply: str) -> Generate | None:

@@ -1,17 +1,18 @@
-"""A session carries the weights from one store to another, an actor's: by Torch RPC in a world of two processes.
+"""A session carries the weights from one store to another: by Torch RPC in a world of two processes.
 
-      beside the hub, or another actor                           on the inference node
-    hub ── WeightSender ──▶ weight sender  ◀── Torch RPC ──▶ weight receiver ◀── WeightReceiver ── actor
-                            (rank 0)                         (rank 1)
-                              │ reads                          │ writes
-                        its store                        the actor's store ──▶ other actors (SharedStore, WeightSender)
+    hub, actor or learner                                      actor, or the hub of a learner on another machine
+      └─ WeightSender ──▶ weight sender ◀── Torch RPC ──▶ weight receiver ◀── WeightReceiver ─┘
+                          (rank 0)                        (rank 1)
+                            │ reads                         │ writes
+                          its store                       its store ──▶ other actors (SharedStore, WeightSender)
 
 Every session starts two fresh processes, because a Torch RPC world cannot survive the loss of a member and a process
 cannot join a second world. When one of the two dies, this session is over; other sessions continue. The handles
-`WeightSender` (used by the hub, and by actors that pass the weights on) and `WeightReceiver` do not import torch.
+`WeightSender` (used by the hub, by actors that pass the weights on, and by a learner on another machine than the hub's)
+and `WeightReceiver` (used by actors, and by the hub of such a learner) do not import torch.
 
 Both processes must know a secret that is new for each session (`session.secret`): the weight sender's handle makes it,
-and the actor gets it over its authenticated connection to the hub.
+and the other side gets it over the authenticated connection between the hub and the member.
 
 On other roads the two processes are connected by ZeroMQ (`session.socket_world`), or there is no weight sender, but a
 folder (`session.folder_world`), into which a weight uploader of the hub copies every version.

@@ -1,13 +1,13 @@
-"""The weight receiver (rank 1, child of an actor): pulls every announced version into a local store.
+"""The weight receiver (rank 1, child of an actor or of the hub): pulls every announced version into a local store.
 
-    main thread       handles one announcement, response or request of the actor, or waits 20 ms; checks the sender
+    main thread       handles one announcement, response or request of the parent, or waits 20 ms; checks the sender
     RPC threads       answer `calls.announce`, `calls.respond`, `rpc_world.heartbeat`
-    pull threads      one at a time, for versions that the actor requests
+    pull threads      one at a time, for versions that the parent requests
     watchdog thread   see `session.child_side`
 
 The receiver always pulls the newest version. If versions come faster than it can pull them, it skips those in between.
-If the weights reach the engines in another way (`Settings.pulls` is false), it only reports an announced version to the
-actor, and pulls a version when the actor requests it.
+If the weights reach the engines in another way (`Settings.pulls` is false), it only reports an announced version to its
+parent, and pulls a version when the parent requests it.
 
 Run as `python -m sgpo_async.session.receiver SETTINGS`; the address to connect to and the
 session's secret come on standard input.
@@ -45,7 +45,7 @@ def run(settings: Settings, child: ChildSide) -> NoReturn:
     """Join the weight sender's world and pull from it. Ends only by an error."""
     deadlines = settings.deadlines
     with child.phase("start", deadlines.start_s):
-        import torch.distributed.rpc  # noqa: F401  (imported while the actor does other work)
+        import torch.distributed.rpc  # noqa: F401  (imported while the parent does other work)
 
     address = _sender_address(child)
     if settings.road == "folder":
@@ -82,7 +82,7 @@ def _follow_folder(url: str, settings: Settings, child: ChildSide) -> NoReturn:
 
 
 def _sender_address(child: ChildSide) -> dict[str, Any]:
-    """Wait until the actor knows the weight sender's address. Requests that come earlier stay in the queue."""
+    """Wait until the parent knows the weight sender's address. Requests that come earlier stay in the queue."""
     early = []
     while "host" not in (command := child.commands.get()):
         early.append(command)
@@ -147,7 +147,7 @@ class LocalCopy:
             self._report_received(own, 0, 0.0)
 
     def report(self, version: int) -> None:
-        """Report the newest version to the actor, unless `version` or a newer one was reported already."""
+        """Report the newest version to the parent, unless `version` or a newer one was reported already."""
         if self._reported >= version:
             return
         try:
@@ -167,7 +167,7 @@ class LocalCopy:
         )
 
     def pull_for(self, request: messages.Request) -> None:
-        """Pull the version that the actor requests, in a separate thread; the response is the path of the store."""
+        """Pull the version that the parent requests, in a separate thread; the response is the path of the store."""
         threading.Thread(target=self._process, args=(request,), name="pull", daemon=True).start()
 
     def _process(self, request: messages.Request) -> None:
@@ -199,7 +199,7 @@ class LocalCopy:
         return Manifest.from_bytes(encoded)
 
     def _pull(self, version: int | None = None) -> None:
-        """Pull `version`, which must be the newest. By default pull the newest and report it to the actor."""
+        """Pull `version`, which must be the newest. By default pull the newest and report it to the parent."""
         started = time.monotonic()
         manifest = self._newest()
         if version not in (None, manifest.version):

@@ -1,4 +1,7 @@
-"""The actor's handle of a weight receiver process. It does not import torch; only `stop` blocks."""
+"""The handle of a weight receiver process, which an actor or the hub has started.
+
+It does not import torch; only `stop` blocks.
+"""
 
 from __future__ import annotations
 
@@ -65,9 +68,9 @@ _EVENTS: dict[str, type[Any]] = {
 class WeightReceiver:
     """The receiving end of one session, of an actor or of the hub; `road` must be that of the weight sender.
 
-    Start it early: it imports torch while the actor does other work.
+    Start it early: it imports torch while its parent does other work.
 
-    It pulls every announced version into the store at `store`. If `pulls` is false, the actor gets weights through
+    It pulls every announced version into the store at `store`. If `pulls` is false, the parent gets weights through
     `groups` or by `pull` instead.
     """
 

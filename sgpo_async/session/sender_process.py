@@ -1,4 +1,7 @@
-"""The hub's handle of a weight sender process. It does not import torch; only `stop` blocks."""
+"""The handle of a weight sender process, which the hub, an actor or the learner has started.
+
+It does not import torch; only `stop` blocks.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ SenderEvent = SenderUp | SenderDown
 
 
 class WeightSender:
-    """The sending end of one session: listens on `host`, serves the weights in `store` to actor `name`.
+    """The sending end of one session: listens on `host`, serves the weights in `store` to `name`: an actor, or the hub.
 
     With `cuda` it may use this machine's GPUs, for weight-update groups over NCCL. `jobs` are the functions that it
     computes for the receiver (`WeightGroups.compute`), as MODULE:NAME.

@@ -105,19 +105,24 @@ class SocketServer:
             if done in ready:
                 self._router.send_multipart(done.recv_multipart(copy=False), copy=False)
 
-    def _execute(self, identity: bytes, message: bytes) -> None:
-        id, name, args = msgpack.unpackb(message)
+    def _execute(self, identity: bytes, *frames: bytes) -> None:
+        """Answer a call. Nobody reads the future of this, so every error is told here, and to the peer."""
+        id, name = None, "a message that is no call"
         try:
-            answer = _answer(self._functions[name](*(_restored(arg) for arg in args)))
+            (message,) = frames
+            id, name, args = msgpack.unpackb(message)
+            for header, data in _answer(self._functions[name](*(_restored(arg) for arg in args))):
+                self._send(identity, id, header, data)
         except Exception as error:
             traceback.print_exc()
-            answer = iter([(["error", f"{name}: internal error: {error!r}"], b"")])
+            self._send(identity, id, ["error", f"{name}: internal error: {error!r}"], b"")
+
+    def _send(self, identity: bytes, id: Any, header: list[Any], data: bytes | memoryview) -> None:
         if not hasattr(self._local, "done"):
             self._local.done = self._context.socket(zmq.PUSH)
             self._local.done.sndhwm = 0
             self._local.done.connect(_DONE)
-        for header, data in answer:
-            self._local.done.send_multipart([identity, msgpack.packb([id, *header]), data], copy=False)
+        self._local.done.send_multipart([identity, msgpack.packb([id, *header]), data], copy=False)
 
 
 class SocketClient:

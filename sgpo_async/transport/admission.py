@@ -82,7 +82,7 @@ class Admission:
     """Judges messages by the keys of their connections and their number; the credentials provider of CURVE handshakes.
 
     Args:
-        keys: None: everybody may connect.
+        keys: None: everybody may connect, under an identity that names no key.
         max_per_s: of a member, on average over RATE_S; 0: any number.
     """
 
@@ -99,7 +99,10 @@ class Admission:
 
     def admits(self, member: bytes, key: bytes, size: int) -> bool:
         """Whether the hub reads this message of `size` bytes, which came under this identity and with this key."""
-        if self._keys is not None and not self._owns(self._keys, member, key):
+        if self._keys is not None:
+            if not self._owns(self._keys, member, key):
+                return False
+        elif owner_of(member):  # what no key has authenticated would count as another owner each time
             return False
         # Identities that begin with 0 are ZeroMQ's. It gives them to the rest of the messages of a connection that
         # another one with the same identity has replaced, so the limit would begin anew.

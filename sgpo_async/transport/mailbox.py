@@ -1,14 +1,14 @@
 """Endpoints that send and receive messages instead of frames.
 
-The receiver counts a message that it cannot read, and does not raise. A message that is too large for the receiver
-raises at the sender.
+A message that cannot be read does not raise: the hub is told of it, and a member passes over it. A message that is too
+large for the receiver raises at the sender.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from sgpo_async.errors import WireError
+from sgpo_async.errors import ProtocolMismatch, WireError
 from sgpo_async.transport.base import DealerEnd, Frames, RouterEnd
 from sgpo_async.wire import decode, encode
 from sgpo_async.wire.records import Message
@@ -19,8 +19,7 @@ class Mailbox:
 
     def __init__(self, dealer: DealerEnd) -> None:
         self.dealer = dealer
-        self.rejected = 0
-        self.last_rejection: WireError | None = None
+        self.mismatch = ""  # why the hub's last message cannot be read, if it is of another release
 
     @property
     def connections(self) -> int:
@@ -39,9 +38,7 @@ class Mailbox:
         """The messages that have arrived and can be read; waits at most `timeout_s` for the first one."""
         read = [unpack(frames, self.dealer.max_bytes) for frames in self.dealer.poll(timeout_s)]
         for message in read:
-            if isinstance(message, WireError):
-                self.rejected += 1
-                self.last_rejection = message
+            self.mismatch = str(message) if isinstance(message, ProtocolMismatch) else ""
         return [message for message in read if not isinstance(message, WireError)]
 
     def close(self, linger_s: float = 0.0) -> None:
@@ -63,7 +60,6 @@ class RouterMailbox:
 
     def __init__(self, router: RouterEnd) -> None:
         self.router = router
-        self.rejected = 0
 
     def send(self, member: bytes, message: Message) -> bool:
         """Queue a message for a member; False if it is not connected or its queue is full.
@@ -80,9 +76,7 @@ class RouterMailbox:
     def receive_mail(self, timeout_s: float) -> list[Mail]:
         """Like `receive`, with all that is known of each message."""
         polled = self.router.poll(timeout_s)
-        read = [Mail(member, unpack(frames, self.router.max_bytes), frames, key) for member, frames, key in polled]
-        self.rejected += sum(isinstance(mail.message, WireError) for mail in read)
-        return read
+        return [Mail(member, unpack(frames, self.router.max_bytes), frames, key) for member, frames, key in polled]
 
     def gone(self) -> list[bytes]:
         """The members whose connection has ended since the last call; they may come back."""

@@ -10,8 +10,9 @@ Only `poll` waits (for a message) and `close` (until queued frames are sent), bo
 member reconnects with the same identity, the new connection replaces the old one. Otherwise the hub could keep a dead
 connection for minutes, e.g. after a power loss, and ignore the member during this time.
 
-ZeroMQ names the connection of each message, and the connections that end, by their descriptors; so the end of a killed
-member's connection is known at once, and the connection of a process that may not send can be ended.
+ZeroMQ names the connection of each message, and the connections that begin and end, by their descriptors; so the end of
+a killed member's connection is known at once, and the connection of a process that may not send can be ended. Messages
+may be read after the end of their connection, when another one may have its descriptor (`Connections`).
 """
 
 from __future__ import annotations
@@ -32,6 +33,61 @@ from sgpo_async.transport.keys import key_pair
 from sgpo_async.transport.sockets import close_socket, drain, numeric, offer, open_socket, receive
 
 
+class Connections:
+    """Whose the open connections are, by their descriptors, and whose connections have ended.
+
+    ZeroMQ tells of a connection's beginning before its first message can be read, and of its end as soon as that
+    happens, when messages of it may still wait to be read. So beginnings and ends are told here before the messages
+    that were read by then.
+    """
+
+    def __init__(self) -> None:
+        self.members: dict[int, bytes] = {}
+        self._open: set[int] = set()
+        self._earlier: dict[int, set[bytes]] = {}  # whose descriptor this was, as long as messages of them may follow
+        self._gone: list[bytes] = []
+
+    def begin(self, descriptor: int) -> None:
+        """A connection has begun; one that another has replaced has ended without a word."""
+        self.end(descriptor)
+        self._open.add(descriptor)
+
+    def end(self, descriptor: int) -> None:
+        """A connection has ended, if there was one."""
+        self._open.discard(descriptor)
+        member = self.members.pop(descriptor, None)
+        if member is not None:
+            self._lost(member, descriptor)
+
+    def message(self, descriptor: int, member: bytes) -> None:
+        """A message of `member` was read, over the connection that has this descriptor, or that had it."""
+        present = self.members.get(descriptor)
+        if present == member or member.startswith(b"\0"):  # the rest of a connection that another has replaced
+            return
+        if descriptor not in self._open:
+            self._gone.append(member)
+        elif present is None:
+            self.members[descriptor] = member
+        elif member not in self._earlier.get(descriptor, ()):
+            # The present member's messages came late: its connection had ended before this one began.
+            self._lost(present, descriptor)
+            self.members[descriptor] = member
+
+    def all_read(self) -> None:
+        """No message waits to be read."""
+        self._earlier.clear()
+
+    def gone(self) -> list[bytes]:
+        """The members whose connection has ended since the last call, and that have sent nothing over another one."""
+        connected = set(self.members.values())
+        gone, self._gone = dict.fromkeys(member for member in self._gone if member not in connected), []
+        return list(gone)
+
+    def _lost(self, member: bytes, descriptor: int) -> None:
+        self._gone.append(member)
+        self._earlier.setdefault(descriptor, set()).add(member)
+
+
 class Router:
     """ROUTER socket bound to `address`; port 0 takes a free one. Implements `RouterEnd`.
 
@@ -48,9 +104,9 @@ class Router:
         self.max_bytes = max_bytes
         self.socket = open_socket(zmq.ROUTER, address=address, max_bytes=max_bytes)
         self._authenticator: ThreadAuthenticator | None = None
-        self._monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        self._connections: dict[int, bytes] = {}  # member by the descriptor of its connection
-        self._gone: list[bytes] = []
+        self._monitor = self.socket.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
+        self._connections = Connections()
+        self._read: list[tuple[int, bytes]] = []  # descriptor and member of each message that was read just now
         try:
             if keys:
                 self.socket.curve_publickey, self.socket.curve_secretkey = key_pair(keys, "server")
@@ -65,16 +121,16 @@ class Router:
             raise
 
     def poll(self, timeout_s: float) -> list[tuple[bytes, Frames, bytes]]:
-        self._watch()  # before the messages: a new connection may have the descriptor of one that has ended
         self._admission.look()
         messages = drain(self.socket, timeout_s, self.max_bytes, self._receive)
+        self._watch()
+        if not self.socket.poll(0):
+            self._connections.all_read()
         return [(member, frames, key) for key, member, *frames in messages if member]
 
     def gone(self) -> list[bytes]:
         self._watch()
-        connected = set(self._connections.values())
-        gone, self._gone = [member for member in self._gone if member not in connected], []
-        return gone
+        return self._connections.gone()
 
     def expelled(self) -> list[tuple[bytes, str]]:
         return self._admission.expelled()
@@ -103,20 +159,27 @@ class Router:
         key = str(identity["User-Id"]).encode() if self._authenticator else b""
         frames = receive(socket)
         if self._admission.admits(member, key, sum(map(len, frames))):
-            self._connections[connection] = member
+            self._read.append((connection, member))
             return [key, member, *frames]
         # A message may be read after the end of its connection, when another member's has the same descriptor.
-        if self._admission.is_hopeless(member) and self._connections.get(connection, member) == member:
+        if not self._admission.is_hopeless(member):
+            return [b"", b""]
+        self._watch()
+        members = self._connections.members
+        if members.get(connection, member) == member:
             # Also that of the member whose identity this process has used, and with it its place: it connects again.
-            for ended in {connection, *(other for other, held in self._connections.items() if held == member)}:
+            for ended in {connection, *(other for other, held in members.items() if held == member)}:
                 end_connection(ended)
         return [b"", b""]
 
     def _watch(self) -> None:
         while self._monitor.poll(0):
-            member = self._connections.pop(recv_monitor_message(self._monitor)["value"], None)
-            if member is not None:
-                self._gone.append(member)
+            found = recv_monitor_message(self._monitor)
+            accepted = found["event"] == zmq.EVENT_ACCEPTED
+            (self._connections.begin if accepted else self._connections.end)(found["value"])
+        read, self._read = self._read, []
+        for descriptor, member in read:
+            self._connections.message(descriptor, member)
 
 
 def authenticate(socket: zmq.Socket, admission: Admission) -> ThreadAuthenticator:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from sgpo_async.errors import HubAbsent
+from sgpo_async.errors import HubAbsent, HubError
 from sgpo_async.transport.mailbox import Mailbox
 from sgpo_async.wire.records import Settings, SettingsRequest, Stop
 
@@ -27,7 +27,8 @@ def request_settings(
     Args:
         name: of this process, for its log.
 
-    Raises HubAbsent if no hub answers within `timeout_s`, HubError if it refuses the connection.
+    Raises HubAbsent if no hub answers within `timeout_s`, HubError if it refuses the connection, or is of another
+    release.
     """
     address = mailbox.dealer.address
     began, asked = time.monotonic(), -math.inf
@@ -47,5 +48,7 @@ def request_settings(
                 return message.settings
             if isinstance(message, Stop):
                 return None
+        if mailbox.mismatch:
+            raise HubError(f"hub {address}: {mailbox.mismatch}")
         mailbox.dealer.check_refused()
     return None

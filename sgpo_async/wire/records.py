@@ -30,6 +30,9 @@ Road = Literal["rpc", "sockets", "folder"]
 """How weights reach an actor. rpc: both processes of a session connect to each other, by Torch RPC; sockets: only the
 weight receiver connects, by ZeroMQ; folder: it reads from hub.weight_folder."""
 
+State = Literal["", "joining", "serving", "training"]
+"""What a member does. joining: an actor without weights; serving: one with weights; training: a rank of the learner."""
+
 OBSERVED = -1
 """As the weight version of a span: an environment wrote these tokens, not the policy. They are read and never trained;
 their log-probability and the digest of their span are 0."""
@@ -333,7 +336,7 @@ class Release:
 class Heartbeat:
     """Shows that a member is alive. The counters of an actor are cumulative since its start."""
 
-    state: str = ""  # "joining", "serving", "draining", ...
+    state: State = ""
     version: int = -1
     digest: int = 0  # short digest of the weights that the engine serves, verified after they were loaded; 0: none
     running: int = 0  # sequences in the engine at the moment
@@ -526,14 +529,17 @@ class StatusRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """The state of the run; `hub.core.HubCore.status` defines the keys."""
+    """The state of the run; `sgpo_async.hub.status.status` defines the keys."""
 
     status: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SettingsRequest:
-    """An actor asks for the configuration before it sends Hello, because it may need long to load the model."""
+    """Asks for the configuration of the run. The sender need not be a member: an actor asks before its Hello.
+
+    It may need long to load the model, and a member that is silent for so long would count as dead.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)

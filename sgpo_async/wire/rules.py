@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sgpo_async.wire.records import Canary, Hello, Lease, PartialRollout, Progress, Rollout, Shard
+from sgpo_async.wire.records import Canary, Heartbeat, Hello, Lease, PartialRollout, Progress, Rollout, Shard
 
 MAX_ENGINE = 200  # characters of a server's URL
+MAX_HELD = 2**16  # leases of one actor; hub.max_leases allows half as many, the rest may wait to be acknowledged
+MAX_COUNT = 2**53  # of a counter, so that a sum over many members fits into the 64 bits of a number in a message
 
 
 def invalid_rollout(rollout: Rollout) -> str | None:
@@ -114,9 +116,22 @@ def invalid_canary(canary: Canary) -> str | None:
     return None if len(canary.logprobs) else "logprobs must hold at least one number"
 
 
+def invalid_heartbeat(heartbeat: Heartbeat) -> str | None:
+    """Why the hub cannot add up the counters of a heartbeat, or renew its leases."""
+    for name in ("running", "tokens", "busy_s", "weights_s", "wall_s"):
+        value = getattr(heartbeat, name)
+        if not 0 <= value <= MAX_COUNT:  # NaN is not, either
+            return f"{name} must be in [0, 2^53], got {value}"
+    held = len(heartbeat.tasks)
+    return f"tasks must hold at most {MAX_HELD} numbers, got {held}" if held > MAX_HELD else None
+
+
 def invalid_hello(hello: Hello) -> str | None:
     """Why the list of leases that a member holds is invalid."""
-    return f"holds must be pairs, got {len(hello.holds)} numbers" if len(hello.holds) % 2 else None
+    count = len(hello.holds)
+    if count > 2 * MAX_HELD:
+        return f"holds must be at most {MAX_HELD} pairs, got {count} numbers"
+    return f"holds must be pairs, got {count} numbers" if count % 2 else None
 
 
 def invalid_shard(shard: Shard) -> str | None:
@@ -127,6 +142,7 @@ def invalid_shard(shard: Shard) -> str | None:
 
 RULES: dict[type, Callable[[Any], str | None]] = {
     Canary: invalid_canary,
+    Heartbeat: invalid_heartbeat,
     Hello: invalid_hello,
     Lease: invalid_lease,
     Progress: invalid_progress,

@@ -271,10 +271,10 @@ def test_a_message_that_comes_late_ends_no_connection_of_another_member(monkeypa
     dealer = Dealer(router.address, identity=OTHER, max_bytes=LIMIT)
     dealer.send([b"1"])
     assert received(router)[0][0] == OTHER
-    [descriptor] = router._connections
+    [descriptor] = router._connections.members
     monkeypatch.setattr(router._admission, "admits", lambda *_: False)
     for owner in (GOOD, OTHER):
-        router._connections[descriptor] = owner
+        router._connections.members[descriptor] = owner
         assert ended == [], "it is the other member's"
         dealer.send([b"2"])
         deadline = time.monotonic() + PATIENCE

@@ -11,7 +11,7 @@ from test_actor_service import Node, ScriptedHub
 
 from sgpo_async.actor import membership as actor_membership
 from sgpo_async.actor.membership import BACKOFF_S, PROVEN_S, REPEAT_S, Membership
-from sgpo_async.errors import HubError, Refusal
+from sgpo_async.errors import DeadlineExceeded, HubError, Refusal
 from sgpo_async.session import ReceiverDown, VersionAnnounced, VersionReceived
 from sgpo_async.weights import StoreFile, StoreWriter
 from sgpo_async.wire.records import Hello, Refused, Welcome
@@ -309,3 +309,21 @@ def test_a_session_of_the_hub_that_ends_early_changes_no_source(member: Member) 
     member.membership.session_down("gone")
     member.membership.advance([])
     assert not member.hellos()[-1].direct
+
+
+def test_a_weight_receiver_that_ends_late_does_not_spoil_a_good_end(
+    member: Member, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def stop() -> None:
+        raise DeadlineExceeded("weight receiver of a", "end after SIGKILL", 5.0)
+
+    monkeypatch.setattr(member.nodes[0], "stop", stop)
+    member.membership.close()
+    assert "weight receiver of a" in caplog.text
+
+
+def test_an_actor_that_gives_up_says_that_the_hub_is_of_another_release(member: Member, clock: Clock) -> None:
+    member.hub.mismatch = "protocol: the other side uses version 99"
+    clock.now += TIMEOUT_S + 1
+    with pytest.raises(HubError, match="not a member for 60 s, because protocol: the other side uses version 99"):
+        member.membership.advance([])

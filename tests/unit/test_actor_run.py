@@ -13,7 +13,7 @@ from sgpo_async.actor.run import Actor, ActorOptions
 from sgpo_async.cli.main import main
 from sgpo_async.config import to_plain
 from sgpo_async.config.schema import Engine, Hub, Run, Sglang
-from sgpo_async.errors import Refusal
+from sgpo_async.errors import DeadlineExceeded, EngineError, Refusal, SessionError
 from sgpo_async.transport import Mailbox, MemoryRouter
 
 
@@ -61,6 +61,31 @@ def test_its_messages_may_be_as_large_as_the_hub_accepts(monkeypatch: pytest.Mon
     with pytest.raises(Refusal, match="seen enough"):
         Actor(ActorOptions(hub="memory"))._serve(mailbox)
     assert mailbox.dealer.max_bytes == megabytes * 2**20
+
+
+def test_a_node_without_processes_left_ends_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(actor_run, "WeightReceiver", fail)
+    monkeypatch.setattr(actor_run, "request_settings", lambda *_, **__: to_plain(Run()))
+    with pytest.raises(SessionError, match="^a: cannot start a weight receiver: .*unavailable; free memory, or raise"):
+        Actor(ActorOptions(hub="memory", name="a"))._serve(Mailbox(MemoryRouter().dealer(b"a")))
+
+
+def test_the_error_of_an_engine_is_told_although_the_weight_receiver_ends_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Late:
+        def stop(self) -> None:
+            raise DeadlineExceeded("weight receiver of a", "end after SIGKILL", 5.0)
+
+    def fail(*_: object) -> None:
+        raise EngineError("the model cannot be served")
+
+    monkeypatch.setattr(actor_run, "request_settings", lambda *_, **__: to_plain(Run()))
+    monkeypatch.setattr(Actor, "_start_node", lambda *_: Late())
+    monkeypatch.setattr(Actor, "_warm", fail)
+    with pytest.raises(EngineError, match="the model cannot be served"):
+        Actor(ActorOptions(hub="memory"))._serve(Mailbox(MemoryRouter().dealer(b"a")))
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,8 @@ SLOTS = 24  # three leases of Run(), and one more
 class ScriptedHub:
     """A mailbox that delivers these messages once and keeps what is sent."""
 
+    mismatch = ""
+
     def __init__(self, *messages: Message) -> None:
         self.dealer = SimpleNamespace(address="memory", connected=True, check_refused=lambda: None)
         self.connections = 1

@@ -122,6 +122,7 @@ def _write(folder: Path, text: str) -> Path:
         ("qqqqq=3", ["argument 'qqqqq=3': unknown key qqqqq; known keys: ", "steps"]),
         ("steps=abc", ["steps", "'abc'", "Integer"]),
         ("steps=null", ["steps", "int"]),
+        ("hub.max_leases=32769", ["hub.max_leases must be in [1, 32768], got 32769"]),
         ("hub.max_lag=1.5", ["hub.max_lag", "1.5"]),
         ("algorithm.teacher=fozen", ["algorithm.teacher", "fozen", "self", "frozen"]),
         ("algorithm.objective=ppo", ["algorithm.objective", "ppo", "luffy"]),

@@ -280,10 +280,14 @@ def beginning(tokens=(5, 6, 7), **changes):
         (replace(ask(1, prompt=250, tokens=7), prefix=beginning()), "250 prompt tokens and up to 7 more exceed"),
         (replace(ask(1), prefix=beginning((5, 32))), r"token ids must be in \[0, 31\], got \d+ to 32"),
         (replace(ask(1), prefix=beginning((5, -1))), r"token ids must be in \[0, 31\], got -1 to"),
+        (
+            replace(ask(1), prefix=beginning((5, 3))),
+            "^request 1: the prefix ends with end token 3; give all actors the same model folder$",
+        ),
     ],
 )
 def test_an_invalid_request_with_a_prefix_is_refused(request_, message):
-    engine = engine_of(tiny("qwen2"))
+    engine = engine_of(tiny("qwen2"), end_ids=ENDS)
     with pytest.raises(EngineError, match=message):
         engine.submit(request_)
     assert engine.load_status().waiting == 0
@@ -294,7 +298,6 @@ def test_an_invalid_request_with_a_prefix_is_refused(request_, message):
     [
         (beginning(()), 0, "prefix of 0 of 12"),
         (beginning(range(5, 17)), 0, "prefix of 12 of 12"),
-        (beginning((5, 3)), 0, "ends with an end token"),
         (beginning(logprobs=-np.ones(2, np.float32)), 0, "2 logprobs of 3 tokens"),
         (beginning(ends=np.array([2], np.int32)), 0, "spans"),
         (beginning(ends=np.array([3, 3], np.int32), versions=np.array([0, 1], np.int32),

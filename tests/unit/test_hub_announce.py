@@ -23,7 +23,7 @@ class Announced(Driver):
 
     def handle(self, event: Event) -> list[Effect]:
         effects = super().handle(event)
-        self.announcer.look([event])
+        self.announcer.look([event], effects)
         for effect in effects:
             if isinstance(effect, Shutdown):
                 self.announcer.ended(effect.reason)
@@ -52,7 +52,7 @@ def test_joins_and_leaves_are_logged_with_names_and_the_number_of_actors(caplog:
     assert told(caplog) == ["a has left: stopped; actors: 1"]
     hub.actor(b"c")
     hub.send(b"b", wire.Goodbye())
-    assert told(caplog) == ["c has joined; actors: 2", "b has left: the hub has not heard from it in time; actors: 1"]
+    assert told(caplog) == ["c has joined; actors: 2", "b has left: it said goodbye; actors: 1"]
 
 
 def test_rollouts_and_heartbeats_are_not_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -85,7 +85,7 @@ def test_a_lost_session_and_a_return_are_logged(caplog: pytest.LogCaptureFixture
     assert told(caplog) == ["a is back"]
     hub.handle(ev.SenderDown(b"a", "killed"))
     hub.advance(60.0)
-    assert told(caplog) == ["a has lost its session: killed", "a has left: killed; actors: 0"]
+    assert told(caplog) == ["a has lost its session: killed", "a has left: the session ended: killed; actors: 0"]
 
 
 def test_a_quarantined_actor_leaves(caplog: pytest.LogCaptureFixture) -> None:
@@ -95,7 +95,56 @@ def test_a_quarantined_actor_leaves(caplog: pytest.LogCaptureFixture) -> None:
     told(caplog)
     for lease in hub.leases(b"a")[:3]:
         hub.send(b"a", make_rollout(lease, 0, versions=(7,)))
-    assert [line for line in told(caplog) if line.startswith("a has left")]
+    (line,) = [line for line in told(caplog) if line.startswith("a has left")]
+    assert line == (
+        "a has left: quarantined after 3 invalid messages, the last one: tokens have a version that does not exist "
+        "yet; actors: 0"
+    )
+
+
+def test_an_actor_that_was_refused_or_expelled_leaves_for_that_reason(caplog: pytest.LogCaptureFixture) -> None:
+    hub = Announced(max_leases=2)
+    hub.actor(b"a")
+    hub.actor(b"b")
+    told(caplog)
+    hub.send(b"a", wire.Ready(tasks=3, version=0))
+    (line,) = told(caplog)
+    assert line.startswith("a has left: a has 0 leases and asks for 3, but hub.max_leases is 2")
+    hub.handle(ev.Expelled(b"b", "the key node-1 was revoked"))
+    assert "b has left: the key node-1 was revoked; actors: 0" in told(caplog)
+
+
+def test_the_reason_of_an_absence_is_forgotten_at_the_return(caplog: pytest.LogCaptureFixture) -> None:
+    hub = Announced()
+    hub.actor(b"a")
+    hub.handle(ev.Disconnected(b"a"))
+    hub.actor(b"a")
+    told(caplog)
+    hub.advance(hub.run.hub.lease_timeout_s + 1)
+    assert told(caplog) == ["a has left: the hub has not heard from it in time; actors: 0"]
+    hub.actor(b"a")
+    hub.handle(ev.Disconnected(b"a"))
+    hub.advance(60.0)
+    assert told(caplog)[-1] == "a has left: its connection was closed; actors: 0"
+
+
+def test_a_reason_of_an_actor_is_one_short_line(caplog: pytest.LogCaptureFixture) -> None:
+    hub = Announced()
+    hub.actor(b"a")
+    told(caplog)
+    hub.send(b"a", wire.Goodbye(reason="\x1b[2J\n" + "x" * 2**20))
+    (line,) = told(caplog)
+    assert line.startswith("a has left: \\x1b[2J\\nxxx") and line.isprintable() and len(line) < 400
+
+
+def test_strangers_leave_nothing_behind() -> None:
+    hub = Announced()
+    kept = [own for own in vars(hub.announcer).values() if isinstance(own, set | dict)]
+    for number in range(100):
+        hub.send(b"stranger %d" % number, wire.Goodbye(reason="x"))
+        hub.handle(ev.Disconnected(b"stranger %d" % number))
+        hub.handle(ev.SenderDown(b"stranger %d" % number, "x"))
+    assert not any(kept)
 
 
 @pytest.mark.parametrize(("ranks", "text"), [(1, "1 rank"), (2, "2 ranks")])

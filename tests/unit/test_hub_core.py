@@ -22,6 +22,7 @@ from sgpo_async.hub.events import (
     SenderDown,
     SenderUp,
     Shutdown,
+    Tick,
     Warn,
 )
 from sgpo_async.hub.snapshot import dump, load
@@ -315,6 +316,15 @@ def test_invalid_messages_are_counted_and_non_members_are_refused(hub):
     assert hub.only(b"x", wire.Status).status["rejected"] == 4
     hub.send(b"x", wire.SettingsRequest())
     assert from_plain(hub.only(b"x", wire.Settings).settings) == hub.run
+
+
+def test_a_stranger_of_another_release_is_answered_and_a_member_is_not(hub):
+    """A message of a member may only have been damaged. The other release cannot read the answer, and so knows."""
+    for member in (b"x", b"a", b"r0"):
+        hub.handle(Rejected(member, "protocol: the other side uses version 9", other_release=True))
+    assert hub.only(b"x", wire.Refused) == wire.Refused(reason="protocol: the other side uses version 9")
+    assert not hub.take(b"a", wire.Refused) and not hub.take(b"r0", wire.Refused)
+    assert hub.core.status()["rejected"] == 3
 
 
 def test_an_engine_with_weights_of_another_run_gets_no_lease_until_it_has_loaded_those_of_this_run(hub):
@@ -854,6 +864,27 @@ def test_an_actor_whose_connection_has_ended_returns_in_time_or_is_lost() -> Non
     assert [table.held_by(b"b") for table in driver.core._lease_tables] == [[], []]
 
 
+def test_an_actor_whose_connection_ends_before_its_weight_sender_is_up_is_not_welcomed_before_its_return() -> None:
+    driver = Driver()
+    driver.send(b"a", wire.Hello(role="actor", name="a"))
+    driver.handle(Disconnected(b"a"))
+    assert driver.handle(SenderUp(b"a", "127.0.0.1", 4000)) == [CloseSender(b"a")]
+    assert OpenSender(b"a", "a") in driver.send(b"a", wire.Hello(role="actor", name="a"))
+    driver.handle(SenderUp(b"a", "127.0.0.1", 4001))
+    assert driver.only(b"a", wire.Welcome).session_port == 4001
+    driver.advance(RETURN_S + 0.1)
+    assert set(driver.core.actors) == {b"a"}
+
+
+def test_an_actor_that_is_silent_and_overdue_is_removed_once() -> None:
+    driver = Driver()
+    driver.actor(b"a")
+    actor = driver.core.actors[b"a"]
+    actor.return_by = driver.now  # as no known sequence of events leaves a welcomed actor
+    driver.advance(driver.run.hub.lease_timeout_s + 1)
+    assert not driver.core.actors and driver.core.actors.left == 1
+
+
 # ---- tasks that begin with new weights
 
 
@@ -893,6 +924,18 @@ def test_what_is_kept_for_an_actor_that_stays_behind_is_leased_after_a_while() -
     driver.advance(FAIR_S + 0.1)
     assert len(driver.leases(b"a")) == 1, "what it still has credit for"
     assert serves(driver, b"b") == 1
+
+
+@pytest.mark.parametrize("question", [wire.StatusRequest(), wire.SettingsRequest()])
+def test_a_question_changes_nothing_although_time_has_passed(question: wire.Message) -> None:
+    """It is not in the journal, so a restarted hub would not know of a lease that it led to."""
+    driver = synchronous_hub()
+    serves(driver, b"a")
+    driver.now += FAIR_S + 0.1
+    (answer,) = driver.send(b"a", question)
+    assert isinstance(answer.message, wire.Status | wire.Settings)
+    driver.handle(Tick())
+    assert len(driver.leases(b"a")) == 1, "which are due since that time"
 
 
 def test_nothing_is_kept_for_an_actor_that_has_left() -> None:

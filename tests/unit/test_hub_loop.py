@@ -145,6 +145,7 @@ def test_undecodable_messages_are_counted_as_rejected(running):
     for frames in ([b"garbage"], [], [b"\x01\x81"], [b"\x09" + b"\x80"]):
         dealer.send(frames)
     observer = Member(dealer)
+    assert observer.wait(wire.Refused).reason.startswith("protocol: the other side uses version 103, ")
     observer.send(wire.StatusRequest())
     assert observer.wait(wire.Status).status["rejected"] == 4
 

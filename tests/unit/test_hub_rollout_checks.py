@@ -170,7 +170,7 @@ def test_kept_tokens_are_checked_in_reports_and_where_an_environment_wrote() -> 
 
     def reason(part: PartialRollout, **changes: Any) -> str | None:
         progress = Progress(task=1, attempt=0, purpose="train", partial=(part,))
-        return report_violation(lease(turns=2, **changes), progress, limits(VOCABULARY))
+        return report_violation(lease(turns=2, **changes), progress, limits(VOCABULARY), arrived=Arrived(size=4))
 
     assert reason(part, **TRUNCATED) is None
     assert (reason(part) or "").startswith("report: kept must come with")

@@ -227,6 +227,13 @@ def test_the_meter_uses_differences_and_ignores_a_restart_of_the_counters():
     assert (meter.tokens_per_s, meter.idle) == (0, 0)
 
 
+def test_the_meter_computes_no_infinite_speed() -> None:
+    meter = Meter()
+    meter.update(wire.Heartbeat())
+    assert meter.update(wire.Heartbeat(tokens=2**53, wall_s=1e-300)) == (0, 0, 0)
+    assert (meter.tokens_per_s, meter.idle) == (0, None)
+
+
 def test_the_idle_time_of_the_engines_is_divided_by_cause() -> None:
     hub = Driver(make_run())
     hub.learner()
@@ -290,6 +297,10 @@ def world_of(size: int) -> LearnerRanks:
         ),
         ({"name": "n" * 65}, "the name must have 1 to 64 characters, got 65: choose another name"),
         ({"name": ""}, "the name must have 1 to 64 characters, got 0: choose another name"),
+        (
+            {"name": "a\x1b[2J"},
+            "the name must have printable characters only, got 'a\\x1b[2J': choose another name",
+        ),
         ({"rank": 2}, "rank must be in [0, 1], got 2: start the learner with torchrun"),
         (
             {"world_size": 4},

@@ -66,7 +66,7 @@ def test_an_engine_that_ignores_updates_is_stuck_and_differs() -> None:
     assert weights.metrics()["canary_alarms"] == {"differs": 2, "stuck": 2, "moved": 0}
     assert judge(weights, score(2, 12, -2, -2)) != [], "now it moves without a version"
     assert judge(weights, score(2, 12, -2, -2)) == []
-    assert weights.difference_of("a") == 0 and weights.metrics()["canary_alarms"]["differs"] == 2
+    assert weights.by_actor()["a"].difference == 0 and weights.metrics()["canary_alarms"]["differs"] == 2
 
 
 def test_small_movements_add_up_until_an_engine_that_ignores_updates_is_stuck() -> None:
@@ -99,7 +99,7 @@ def test_weights_that_move_without_a_version_are_an_alarm_also_where_the_learner
     (line,) = judge(weights, score(3, 13, -1.1, -2))
     assert "its canary moved by 0.045 nats per token while its version and digest did not" in line
     assert judge(weights, score(3, 13, -1.1, -2)) == []
-    assert weights.difference_of("a") is None
+    assert weights.by_actor()["a"].difference is None
 
 
 def test_each_server_of_an_actor_is_judged_by_itself() -> None:
@@ -107,13 +107,13 @@ def test_each_server_of_an_actor_is_judged_by_itself() -> None:
     assert judge(weights, score(0, 10, -1, -2, engine="http://one"), score(0, 10, -1, -2, engine="http://two")) == []
     assert judge(weights, score(1, 11, -1.5, -2, engine="http://one")) == []
     assert "a (http://two) at version 1" in judge(weights, score(1, 11, -1, -2, engine="http://two"))[0]
-    assert [(row["url"], row["version"], row["canary"]) for row in weights.servers_of("a")] == [
+    assert [(row["url"], row["version"], row["canary"]) for row in weights.by_actor()["a"].servers] == [
         ("http://one", 1, 0.0),
         ("http://two", 1, 0.25),
     ]
-    assert weights.difference_of("a") == weights.metrics()["canary_max"] == 0.25
+    assert weights.by_actor()["a"].difference == weights.metrics()["canary_max"] == 0.25
     weights.leave("a")
-    assert weights.servers_of("a") == [] and weights.metrics()["canary_max"] is None
+    assert weights.by_actor() == {} and weights.metrics()["canary_max"] is None
 
 
 def test_a_version_that_was_published_twice_with_other_content_has_both_digests() -> None:
@@ -242,6 +242,42 @@ def test_what_arrives_before_its_publication_waits_for_it() -> None:
     assert not hub.core.early
 
 
+def test_what_arrives_before_a_publication_that_a_later_one_has_overtaken_waits_for_it() -> None:
+    """After a lost connection, the learner sends the publications again that may be lost with it."""
+    hub, leases = begun()
+    hub.core.training.base += 2
+    one, other = leases[:2]
+    hub.send(b"r0", wire.Published(version=2, digest=12))
+    for message in (made_by(one, 0, 1, 11), made_by(one, 1, 1, 12), made_by(one, 2, 2, 12), score(1, 11, -3, -2)):
+        hub.send(b"a", message)
+    part = make_part(0, 0, 2, version=1)
+    hub.send(b"a", wire.Progress(task=other.task, attempt=0, purpose="train", partial=(part,)))
+    assert [ack.slot for ack in hub.take(b"a", wire.Ack)] == [2] and hub.core.rejected.total() == 0
+    effects = hub.send(b"r0", wire.Published(version=1, digest=11, canary=f4(-1, -2)))
+    assert [ack.slot for ack in hub.take(b"a", wire.Ack)] == [0, 1]
+    assert hub.core.rejected == {UNKNOWN_DIGEST: 1, f"report: {UNKNOWN_DIGEST}": 1}
+    assert [effect for effect in effects if isinstance(effect, Warn) and "differs" in effect.text]
+    assert hub.core.published == 2 and not hub.core.early
+
+
+def test_of_the_early_scores_of_one_engine_the_last_is_kept() -> None:
+    hub, _ = begun()
+    hub.core.training.base += 1
+    for engine, last in (("http://x", -9), ("http://y", -2), ("http://x", -2)):
+        hub.send(b"a", score(1, 11, -1, last, engine=engine))
+    assert len(hub.core.early) == 2
+    hub.send(b"r0", wire.Published(version=1, digest=11, canary=f4(-1, -2)))
+    assert [row["canary"] for row in hub.core.served.by_actor()["a"].servers] == [0, 0]
+
+
+def test_a_restore_forgets_what_was_early() -> None:
+    hub, leases = begun()
+    hub.core.training.base += 1
+    hub.send(b"a", made_by(leases[0], 0, 1, 11))
+    hub.send(b"r0", wire.Restore(state=b"", id="once"))
+    assert not hub.core.early
+
+
 def test_scores_of_a_version_that_a_learner_never_announced_before_it_died_are_no_fault_of_the_actor() -> None:
     """It was in the store, so engines have it; the next learner resumes, and publishes the version after it."""
     hub, _ = begun()
@@ -301,15 +337,35 @@ def test_the_status_says_what_each_engine_serves() -> None:
     assert status["canary_alarms"] == {"differs": 1, "stuck": 0, "moved": 0}
 
 
+class Counted(dict):
+    """Counts how often all of its items are looked at."""
+
+    passes = 0
+
+    def items(self) -> Any:
+        self.passes += 1
+        return super().items()
+
+
+def test_a_status_looks_at_the_engines_once_however_many_actors_there_are() -> None:
+    hub, _ = begun()
+    for name in (b"b", b"c", b"d"):
+        hub.actor(name)
+    hub.send(b"c", score(0, 10, -1, -2.5))
+    hub.core.served.engines = engines = Counted(hub.core.served.engines)
+    assert [row["canary"] for row in hub.core.status()["actors"]] == [None, None, 0.25, None]
+    assert engines.passes == 1
+
+
 def test_a_server_that_was_started_again_at_another_url_is_forgotten_at_its_old_one() -> None:
     hub, _ = begun(canary_s=2)
     hub.send(b"a", score(0, 10, -9, -9, engine="http://old"))
     hub.advance(8)
     hub.send(b"a", score(0, 10, -1, -2, engine="http://new"))
     hub.advance(1.9)
-    assert [row["url"] for row in hub.core.served.servers_of("a")] == ["http://new", "http://old"]
+    assert [row["url"] for row in hub.core.served.by_actor()["a"].servers] == ["http://new", "http://old"]
     hub.advance(0.2)
-    assert [row["url"] for row in hub.core.served.servers_of("a")] == ["http://new"]
+    assert [row["url"] for row in hub.core.served.by_actor()["a"].servers] == ["http://new"]
     assert hub.core.status()["canary_max"] == 0
 
 

@@ -307,6 +307,6 @@ def test_heartbeats_are_sent_while_the_main_thread_is_busy_and_goodbye_when_it_l
 
 
 def test_the_error_of_a_message_that_cannot_be_sent_is_raised_by_the_next_request(client: HubClient) -> None:
-    client._outgoing.append(Heartbeat(tasks=np.zeros(2**25, np.int32)))
+    client._outgoing.append(Restore(state=bytes(2**27)))
     with pytest.raises(Exception, match="larger than"):
         client.batch(0, timeout_s=TIMEOUT_S)

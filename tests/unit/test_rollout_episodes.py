@@ -16,10 +16,11 @@ from sgpo_async.config.schema import Tasks
 from sgpo_async.engines.base import Generate, Generated, SampledTokens, Score
 from sgpo_async.hub.rollout_checks import Limits, report_violation, violation
 from sgpo_async.hub.served_weights import ServedWeights
+from sgpo_async.rollout import partial
 from sgpo_async.rollout.group import RolloutGroup, group_of
 from sgpo_async.rollout.partial import Arrived
 from sgpo_async.rollout.sampler import RolloutSampler, Sampled
-from sgpo_async.wire.records import OBSERVED, Lease
+from sgpo_async.wire.records import OBSERVED, Lease, PartialRollout, Progress
 
 DEADLINE_S = 120.0
 SERVED = ServedWeights(published={(version, 0): None for version in range(10)})
@@ -144,7 +145,7 @@ def test_another_actor_continues_an_episode(at: str) -> None:
 
     def report(running: dict[object, object]) -> None:
         progress = first.progress(running)  # type: ignore[arg-type]
-        assert progress is not None and report_violation(lease(), progress, LIMITS) is None
+        assert progress is not None and report_violation(lease(), progress, LIMITS, arrived=arrived) is None
         assert all(arrived.report(part) for part in progress.partial)
 
     first.generated(after(request, "3"))
@@ -200,11 +201,11 @@ def test_a_report_cannot_begin_with_a_reply_or_give_it_a_probability() -> None:
     second = one.replied(request.id, reply("low"))
     assert second is not None
     progress = one.progress({request.id: unfinished(after(second, "4", end=""))})
-    assert progress is not None and report_violation(lease(), progress, LIMITS) is None
+    assert progress is not None and report_violation(lease(), progress, LIMITS, arrived=Arrived(size=1)) is None
     (part,) = progress.partial
     for changes in ({"versions": np.array([OBSERVED, 0, 0], np.int32)}, {"logprobs": part.logprobs - 1}):
         wrong = replace(progress, partial=(replace(part, **changes),))
-        assert report_violation(lease(), wrong, LIMITS) is not None
+        assert report_violation(lease(), wrong, LIMITS, arrived=Arrived(size=1)) is not None
 
 
 # ---- the loop, with a real environment in a worker process
@@ -245,3 +246,47 @@ def test_the_loop_plays_an_episode_to_its_end(engine: ScriptedEngine, sampler: R
     assert done.rollout.reward == pytest.approx(0.8)
     assert done.rollout.versions.tolist() == [0, OBSERVED, 0, OBSERVED, 0]
     assert done.last and sampler.leases == []
+
+
+def test_a_report_that_is_complete_cannot_end_with_a_reply() -> None:
+    """The next actor would have it judged, and be blamed for the rollout."""
+    part = episode_of(TURNS[:2])
+    assert report_reason(part) is None
+    assert report_reason(replace(part, finish="stop")) == "report: tokens must end with one that the policy sampled"
+
+
+@pytest.mark.parametrize("reports", [1, 2], ids=["in one report", "in two reports"])
+def test_a_report_cannot_have_more_turns_than_the_lease_allows(reports: int) -> None:
+    whole = episode_of(TURNS)
+    arrived, part = Arrived(size=1), whole
+    if reports == 2:
+        assert arrived.report(episode_of(TURNS[:2]))
+        rest = partial.after(whole, len(episode_of(TURNS[:2]).tokens))
+        assert rest is not None
+        part = rest
+    assert report_reason(part, turns=3, arrived=arrived) is None
+    assert report_reason(part, turns=2, arrived=arrived) == "report: number of turns is not in [1, turns]"
+
+
+def test_a_slot_comes_only_once_in_a_report() -> None:
+    part = episode_of(TURNS[:1])
+    assert report_reason(part, replace(part, start=1)) == "report: a slot must come only once"
+
+
+TURNS = (0, OBSERVED, 0, OBSERVED)  # a turn and its reply, twice
+
+
+def episode_of(versions: tuple[int, ...]) -> PartialRollout:
+    """An episode with these spans, of two tokens each."""
+    count = 2 * len(versions)
+    return PartialRollout(
+        slot=0, start=0, tokens=np.full(count, 65, np.int32),
+        logprobs=np.repeat([0.0 if version == OBSERVED else -1.0 for version in versions], 2).astype(np.float32),
+        versions=np.array(versions, np.int32), digests=np.zeros(len(versions), np.int64),
+        ends=np.arange(2, count + 1, 2, dtype=np.int32),
+    )  # fmt: skip
+
+
+def report_reason(*parts: PartialRollout, turns: int = 4, arrived: Arrived | None = None) -> str | None:
+    progress = Progress(task=7, attempt=0, purpose="train", partial=parts)
+    return report_violation(lease(turns=turns), progress, LIMITS, arrived=arrived or Arrived(size=1))

@@ -105,3 +105,17 @@ def test_verdicts_wait_while_the_engine_is_out_of_service(engine: ScriptedEngine
     assert sampler.step(0.0) == [] and not isinstance(engine.submitted[-1], Score)
     engine.version = 1
     assert sampler.step(0.0) == [] and isinstance(engine.submitted[-1], Score)
+
+
+def test_a_completion_that_the_engine_cannot_score_gives_its_lease_back(
+    engine: ScriptedEngine, sampler: RolloutSampler
+) -> None:
+    """Another actor may have sampled it, with ids that this model does not know."""
+    sampler.add(lease(7, autonomous=1, guided=1))
+    sampler.add(lease(8))
+    engine.answers = [generated((7, 0, 1), RIGHT)]
+    engine.refuses = (7, 0, 1)
+    (failed,) = sampler.step(0.0)
+    assert isinstance(failed, Unservable) and failed.lease.task == 7
+    assert engine.cancelled == [(7, 0, 0), (7, 0, 1)]
+    assert [lease.task for lease in sampler.leases] == [8]

@@ -24,6 +24,10 @@ def number() -> int:
     return 7
 
 
+def unsendable() -> object:
+    return {1, 2}
+
+
 def unknown() -> None:
     """The receiver does not know this function."""
 
@@ -33,7 +37,7 @@ Pair = tuple[SocketServer, SocketClient]
 
 @pytest.fixture
 def pair() -> Iterator[Pair]:
-    server = SocketServer(Deadlines(), secret=SECRET, from_peer=(bucket, number))
+    server = SocketServer(Deadlines(), secret=SECRET, from_peer=(bucket, number, unsendable))
     client = SocketClient(Deadlines(), secret=SECRET, from_peer=())
     client.reach("127.0.0.1", server.listen("127.0.0.1"))
     client.join()
@@ -68,3 +72,23 @@ def test_an_error_of_the_thread_for_events_ends_the_session(pair: Pair) -> None:
     server, client = pair
     server.call(unknown)
     assert end_of(client) == "events: internal error: KeyError('unknown')"
+
+
+def test_an_answer_that_cannot_be_sent_is_an_error_of_its_call(pair: Pair) -> None:
+    _, client = pair
+    with pytest.raises(SessionError, match="^weight sender: unsendable: internal error: TypeError"):
+        client.call(unsendable)
+    assert client.call(number) == 7
+
+
+@pytest.mark.parametrize("frames", [[b"\x07"], [b"\xc1"], [b"\x93\x00\xa6number\x90", b"more"]])
+def test_a_message_that_is_no_call_is_told(pair: Pair, frames: list[bytes], capfd: pytest.CaptureFixture[str]) -> None:
+    _, client = pair
+    assert client.call(number) == 7
+    client._local.line._socket.send_multipart(frames)
+    assert client.call(number) == 7
+    told, deadline = "", time.monotonic() + PATIENCE_S
+    while "Traceback" not in told and time.monotonic() < deadline:
+        time.sleep(0.01)
+        told += capfd.readouterr().err
+    assert "Traceback" in told

@@ -54,7 +54,14 @@ def test_an_identity_belongs_to_one_key(tmp_path: Path, clock: Clock) -> None:
 
 def test_without_keys_everybody_may_send(clock: Clock) -> None:
     judge = admission(None, clock)
-    assert judge.admits(b"x", b"", 10**9) and judge.expelled() == []
+    assert judge.admits(b"x", b"", 10**9) and judge.admits(RANDOM, b"", 1) and judge.expelled() == []
+
+
+def test_without_keys_an_identity_names_no_owner(clock: Clock) -> None:
+    """Each owner may have so many quarantined names; who could choose the owner would evade this limit."""
+    judge = admission(None, clock)
+    assert not judge.admits(b"x" + RANDOM, b"", 1) and judge.is_hopeless(b"x" + RANDOM)
+    assert judge.expelled() == []
 
 
 def test_a_revoked_key_is_noticed_at_the_next_look_and_a_disk_that_is_away_revokes_none(

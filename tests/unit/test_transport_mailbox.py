@@ -4,8 +4,8 @@ import threading
 
 import pytest
 
-from sgpo_async.errors import ProtocolMismatch, WireError
-from sgpo_async.transport import Mailbox, MemoryRouter, RouterMailbox, memory_pair
+from sgpo_async.errors import HubError, ProtocolMismatch, WireError
+from sgpo_async.transport import Mailbox, MemoryRouter, RouterMailbox, memory_pair, request_settings
 from sgpo_async.transport.base import BATCH, HIGH_WATER
 from sgpo_async.wire.records import Ack, Goodbye, Ready, Stop
 
@@ -17,22 +17,29 @@ def test_messages_arrive_in_both_directions() -> None:
     assert hub.receive(0) == [(b"actor", Ready(tasks=2, version=1))]
     assert hub.send(b"actor", Stop())
     assert actor.receive(0) == [Stop()]
-    assert hub.rejected == actor.rejected == 0
 
 
-def test_a_mailbox_counts_unreadable_messages_and_returns_the_others() -> None:
+def test_a_mailbox_passes_over_unreadable_messages_and_knows_of_another_release() -> None:
     router, dealer = memory_pair(b"actor")
     hub, actor = RouterMailbox(router), Mailbox(dealer)
     for frames in ([], [b"\xc1"], [b"\x63\x80"]):
         dealer.send(frames)
         router.send(b"actor", frames)
+    assert actor.receive(0) == []
+    assert actor.mismatch.startswith("protocol: the other side uses version 99, this side ")
     actor.send(Goodbye())
     hub.send(b"actor", Stop())
     read = [message for _, message in hub.receive(0)]
     assert [type(message) for message in read] == [WireError, WireError, ProtocolMismatch, Goodbye]
     assert actor.receive(0) == [Stop()]
-    assert hub.rejected == actor.rejected == 3
-    assert isinstance(actor.last_rejection, ProtocolMismatch)
+    assert actor.mismatch == "", "the hub has sent what can be read"
+
+
+def test_who_asks_a_hub_of_another_release_for_the_settings_is_told_at_once() -> None:
+    router, dealer = memory_pair(b"actor")
+    router.send(b"actor", [b"\x63\x80"])
+    with pytest.raises(HubError, match="^hub memory: protocol: .* version 99, .* install the same sgpo-async on both"):
+        request_settings(Mailbox(dealer), name="a", timeout_s=60.0)
 
 
 def test_sending_a_message_that_is_too_large_raises_at_the_sender() -> None:

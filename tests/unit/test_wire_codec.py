@@ -1,6 +1,7 @@
 """Every record survives a round trip; invalid frames raise only WireError and allocate no memory for false lengths."""
 
 import dataclasses
+import math
 import random
 import string
 import sys
@@ -26,6 +27,7 @@ from sgpo_async.wire.records import (
     Canary,
     Committed,
     Evaluated,
+    Heartbeat,
     Hello,
     Lease,
     Message,
@@ -37,6 +39,7 @@ from sgpo_async.wire.records import (
     Shard,
     StatusRequest,
 )
+from sgpo_async.wire.rules import MAX_COUNT, MAX_HELD
 
 LIMIT = 2**20
 VERSION = msgpack.packb(PROTOCOL)
@@ -153,6 +156,9 @@ def records_of(record: type) -> st.SearchStrategy:
     if record is Canary:
         fields["engine"] = st.text(alphabet=string.printable[:95], max_size=200)
         fields["logprobs"] = array_of("<f4", st.integers(-100, 0), st.integers(1, 9))
+    if record is Heartbeat:
+        fields |= dict.fromkeys(("running", "tokens"), st.integers(0, MAX_COUNT))
+        fields |= dict.fromkeys(("busy_s", "weights_s", "wall_s"), st.floats(0, MAX_COUNT))
     if record is Hello:
         fields["holds"] = fields["holds"].map(lambda holds: holds[: len(holds) // 2 * 2])
     if record is Shard:
@@ -459,6 +465,31 @@ def test_kept_tokens_without_their_numbers_are_rejected(
     )  # fmt: skip
     with pytest.raises(WireError, match=reason):
         encode(Progress(task=1, attempt=0, purpose="train", partial=(part,)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"state": "x" * 2**20}, "state: expected one of .*, got str 'x{60}'$"),
+        ({"state": "draining"}, "state: expected one of "),
+        ({"wall_s": math.nan}, r"wall_s must be in \[0, 2\^53\], got nan"),
+        ({"busy_s": math.inf}, r"busy_s must be in \[0, 2\^53\], got inf"),
+        ({"weights_s": -0.5}, r"weights_s must be in \[0, 2\^53\], got -0.5"),
+        ({"running": -1}, r"running must be in \[0, 2\^53\], got -1"),
+        ({"tokens": 2**53 + 1}, r"tokens must be in \[0, 2\^53\], got 9007199254740993"),
+        ({"tasks": np.zeros(MAX_HELD + 1, np.int32)}, "tasks must hold at most 65536 numbers, got 65537"),
+    ],
+)
+def test_a_heartbeat_that_the_hub_cannot_use_is_rejected(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(WireError, match=reason):
+        encode(Heartbeat(**changes))
+
+
+def test_a_list_of_held_leases_has_a_limit() -> None:
+    most = Hello(role="actor", name="a", holds=np.zeros(2 * MAX_HELD, np.int32))
+    assert encode(most)
+    with pytest.raises(WireError, match="holds must be at most 65536 pairs, got 131074 numbers"):
+        encode(dataclasses.replace(most, holds=np.zeros(2 * MAX_HELD + 2, np.int32)))
 
 
 @pytest.mark.parametrize(
