@@ -10,7 +10,8 @@ import pytest
 from sgpo_async.cli.local import LocalCommandLines
 from sgpo_async.config import load
 from sgpo_async.errors import DeadlineExceeded, RunFailed
-from sgpo_async.local import hub_process, supervisor
+from sgpo_async.local import children, hub_process, supervisor
+from sgpo_async.local.children import Processes
 from sgpo_async.local.hub_process import HUB_START_S, kept_hub
 from sgpo_async.local.restarts import LIMIT, WINDOW_S, Restarts
 from sgpo_async.local.supervisor import LAST_S, LEAVING_S, MAY_PASS, Supervisor
@@ -98,6 +99,18 @@ def test_a_lower_limit_counts_the_same_crashes() -> None:
     restarts = Restarts()
     assert restarts.pause_after_crash(0) == 1
     assert restarts.pause_after_crash(1, limit=1) is None
+
+
+def test_a_process_that_survives_its_kill_is_logged_and_hides_no_other_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(children, "REAP_S", 0.1)
+    (tmp_path / "hub.json").write_text("{}")
+    processes = Processes(tmp_path)
+    processes._children += [FakeChild("learner"), FakeChild("actor-0")]  # type: ignore[list-item]
+    processes.stop(grace_s=0.0)
+    assert caplog.messages == ["learner, actor-0: still exist 0.1 s after SIGKILL"]
+    assert processes._watchdog.returncode is not None and not (tmp_path / "hub.json").exists()
 
 
 def start(run: FakeRun) -> Supervisor:
