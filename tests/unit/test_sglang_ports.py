@@ -1,18 +1,29 @@
 """Launched servers: their ports lie below the system's ephemeral range, a port that was taken is detected, no proxy."""
 
+import os
 import socket
 import sys
+import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from sgpo_async.config.schema import Sglang
 from sgpo_async.engines.sglang.processes import process
 from sgpo_async.engines.sglang.processes.launch import CPU_CACHE, CPU_TOKENS, Launch
 from sgpo_async.engines.sglang.processes.process import ServerProcess
+from sgpo_async.errors import DeadlineExceeded
 
+WRITES_PID = """
+import os, pathlib, time
+part = pathlib.Path(FILE + ".part")
+part.write_text(str(os.getpid()))
+part.rename(FILE)
+time.sleep(600)
+"""
 TAKEN = "[Errno 98] error while attempting to bind on address ('127.0.0.1', 1): address already in use"
 
 
@@ -59,6 +70,28 @@ def test_a_port_that_was_taken_is_detected_in_the_log_of_this_start_only(tmp_pat
     finally:
         server.stop()
     assert not server.alive
+
+
+def test_a_server_has_stopped_when_all_its_processes_have_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scheduler that takes a while to die holds the memory of its GPU, which the next server needs."""
+    pid_file = tmp_path / "pid"
+    server = ServerProcess(launch(f"FILE = {str(pid_file)!r}{WRITES_PID}"), tmp_path / "log")
+    deadline = time.monotonic() + 120
+    while not pid_file.exists():
+        assert server.alive and time.monotonic() < deadline, "the server did not start"
+        time.sleep(0.01)
+    scheduler, kill = psutil.Process(int(pid_file.read_text())), os.kill
+    monkeypatch.setattr(os, "killpg", kill)  # only the watchdog dies at once
+    monkeypatch.setattr(process, "STOP_S", 0.3)
+    with pytest.raises(DeadlineExceeded, match=r"server http://127.0.0.1:\d+: no end after SIGKILL within 0.3 s"):
+        server.stop()
+    monkeypatch.setattr(process, "STOP_S", 60.0)
+    later = threading.Timer(0.5, scheduler.kill)
+    later.start()
+    server.stop()
+    assert later.finished.is_set() and (not scheduler.is_running() or scheduler.status() == psutil.STATUS_ZOMBIE)
 
 
 @pytest.mark.parametrize("name", ["no_proxy", "NO_PROXY"])
