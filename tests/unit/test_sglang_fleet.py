@@ -21,7 +21,7 @@ from sgpo_async.engines.sglang.serving.quarantine import Quarantine
 from sgpo_async.engines.sglang.serving.server_slot import ServerSlot
 from sgpo_async.engines.sglang.serving.update import InFlight
 from sgpo_async.engines.sglang.weight_sync.transports import Transport
-from sgpo_async.errors import EngineError, SessionError
+from sgpo_async.errors import DeadlineExceeded, EngineError, SessionError
 
 
 @pytest.fixture(autouse=True)
@@ -151,6 +151,33 @@ def test_a_death_during_an_update_counts_for_paused_requests_only(
         results = await run_with_updates(fleet, started, 3)
         assert all(isinstance(result, Generated) for result in results.values())
         assert in_flight_at_death == [3 if paused else 0] and len(started.servers) == 2, events(fleet)
+
+    asyncio.run(scenario())
+
+
+def test_a_server_that_does_not_stop_is_said_and_ends_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped: list[str] = []
+
+    def stop() -> None:
+        stopped.append("server")
+        raise DeadlineExceeded("server fake", "end after SIGKILL", 10.0)
+
+    async def scenario() -> None:
+        def make() -> FakeServer:
+            process = SimpleNamespace(alive=True, log_tail=lambda: "the end of its log", stop=stop)
+            started.slot.process = cast(Any, process)
+            return FakeServer("server")
+
+        started = Started(monkeypatch, make)
+        fleet = started.fleet("abort-resume", FakeTransport())
+        running = asyncio.create_task(fleet.run())
+        await until(lambda: started.slot.server is not None, "the first server")
+        cast(Any, started.slot.server).fault = ServerGone("no answer")
+        await until(lambda: len(started.servers) == 2, "the second server")
+        assert not running.done() and "server fake: no end after SIGKILL within 10 s" in events(fleet)
+        fleet.close()
+        await running
+        assert len(stopped) == 2
 
     asyncio.run(scenario())
 
