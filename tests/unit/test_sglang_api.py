@@ -14,7 +14,7 @@ import torch
 from aiohttp import web
 from fake_sglang import generate
 
-from sgpo_async.engines.sglang.processes.api import ServerApi, ServerGone, ServerUnreached, http_session
+from sgpo_async.engines.sglang.processes.api import ServerApi, ServerGone, ServerSilent, ServerUnreached, http_session
 from sgpo_async.engines.sglang.serving.requests import Requests
 from sgpo_async.engines.sglang.serving.server import Server
 from sgpo_async.engines.sglang.weight_sync.transports import Prepared, TensorTransport
@@ -99,6 +99,7 @@ def test_a_server_that_closes_the_connection_or_stays_silent_was_reached(kind: s
             await api.post("/generate", {}, timeout_s=1.0, on_connected=lambda: connected.append("new"))
             error = await error_of(api, kind, connected)
         assert not isinstance(error, ServerUnreached) and connected == ["new", kind]
+        assert isinstance(error, ServerSilent) == silent
 
     asyncio.run(scenario())
 

@@ -2,7 +2,7 @@
 
 Bodies and answers are those of SGLang 0.5.23. A call has one of three outcomes: an answer; ServerRefused, if the
 server answered with an error; ServerGone, if it did not answer, so that the effect of the call is unknown
-(ServerUnreached: there was no connection, so the call had no effect).
+(ServerUnreached: there was no connection, so the call had no effect; ServerSilent: it did not answer in time).
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ class ServerGone(EngineError):
 
 class ServerUnreached(ServerGone):
     """No connection to the server was established, so the call had no effect on it."""
+
+
+class ServerSilent(ServerGone):
+    """The server got the call and did not answer in time."""
 
 
 class Connection:
@@ -218,11 +222,12 @@ async def _connected(_session: object, context: SimpleNamespace, _params: object
 
 
 def _no_answer(connection: Connection, url: str, error: BaseException, seconds: float) -> ServerGone:
-    """The error of a call without an answer: ServerUnreached if there was no connection, else ServerGone.
+    """The error of a call without an answer: ServerUnreached if there was no connection, else one of the others.
 
     The type of `error` does not tell them apart: a call can also time out while it waits for a connection.
     """
     timed_out = isinstance(error, TimeoutError)
     fault = f"no answer within {seconds:g} s" if timed_out else " ".join(str(error).split()) or type(error).__name__
     unreached = isinstance(error, aiohttp.ClientConnectorError) or not connection.established
-    return (ServerUnreached if unreached else ServerGone)(f"{url}: {fault}")
+    kind = ServerUnreached if unreached else ServerSilent if timed_out else ServerGone
+    return kind(f"{url}: {fault}")
