@@ -229,6 +229,58 @@ def test_a_version_that_cannot_be_prepared_is_skipped_said_and_tried_again(monke
     asyncio.run(scenario())
 
 
+class FullMemory(FakeTransport):
+    """Cannot prepare version 2 for the first time."""
+
+    name = "disk"
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.errors = [error]
+
+    def prepare(self, weights: Weights) -> Any:
+        if weights.version == 2 and self.errors:
+            raise self.errors.pop()
+        return super().prepare(weights)
+
+
+TORCHS_ERROR = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes. Error code 12")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), TORCHS_ERROR])
+def test_a_version_for_which_the_memory_does_not_suffice_is_said_and_tried_again(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        started = Started(monkeypatch, lambda: FakeServer("server"))
+        fleet = started.fleet("abort-resume", FullMemory(error))
+        running = asyncio.create_task(fleet.run())
+        for version in (1, 2):
+            fleet.want(cast(Weights, SimpleNamespace(version=version)))
+            await until(lambda version=version: fleet.version() == version, "the version is loaded")
+        assert events(fleet) == [
+            "version 2 is not loaded, next try in 0.01 s: by disk: not enough memory to prepare the weights; "
+            "free some, or use another engine.sglang.transport"
+        ]
+        fleet.close()
+        await running
+
+    asyncio.run(scenario())
+
+
+def test_a_bug_in_a_transport_is_not_taken_for_a_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        started = Started(monkeypatch, lambda: FakeServer("server"))
+        fleet = started.fleet("abort-resume", FullMemory(RuntimeError("shapes do not match")))
+        running = asyncio.create_task(fleet.run())
+        fleet.want(cast(Weights, SimpleNamespace(version=2)))
+        with pytest.raises(RuntimeError, match="shapes do not match"):
+            await running
+        assert not fleet._versions._preparing
+
+    asyncio.run(scenario())
+
+
 def test_a_version_that_one_transport_cannot_prepare_is_loaded_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         started = Started(monkeypatch, lambda: FakeServer("server"))
