@@ -1,5 +1,6 @@
 """Launched servers: their ports lie below the system's ephemeral range, a port that was taken is detected, no proxy."""
 
+import asyncio
 import os
 import socket
 import sys
@@ -10,12 +11,16 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
-from sgpo_async.config.schema import Sglang
+from sgpo_async.config.schema import Engine, Sglang
 from sgpo_async.engines.sglang.processes import process
 from sgpo_async.engines.sglang.processes.launch import CPU_CACHE, CPU_TOKENS, Launch
 from sgpo_async.engines.sglang.processes.process import ServerProcess
-from sgpo_async.errors import DeadlineExceeded
+from sgpo_async.engines.sglang.serving import texts
+from sgpo_async.errors import DeadlineExceeded, EngineError
+from sgpo_async.model.folder import model_folder
+from sgpo_async.model.load import cache_bytes, read_config
 
 WRITES_PID = """
 import os, pathlib, time
@@ -121,3 +126,27 @@ def test_the_cache_of_a_cpu_server_is_limited_in_bytes(
     command = one.command(1)
     assert command[command.index("--max-total-tokens") + 1] == str(expected)
     assert "--max-total-tokens" not in replace(one, device="cuda").command(1)
+
+
+def test_a_text_server_is_launched_with_the_lengths_and_sizes_of_its_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[Launch] = []
+
+    def launch(launch: Launch, _log: Path) -> ServerProcess:
+        launched.append(launch)
+        raise EngineError("no server is needed here")
+
+    async def run() -> None:
+        engine = Engine(kind="sglang", device="cpu", slots=4)
+        async with texts.text_server(model, engine, dtype="bfloat16", served_name="m", log=tmp_path / "log"):
+            pass
+
+    monkeypatch.setattr(texts, "ServerProcess", launch)
+    model = model_folder("builtin:cues")
+    config = read_config(model)
+    with pytest.raises(EngineError, match="no server is needed here"):
+        asyncio.run(run())
+    (one,) = launched
+    assert one.longest == config.max_position_embeddings
+    assert one.token_bytes == cache_bytes(config, dtype=torch.bfloat16)
