@@ -17,7 +17,7 @@ import torch
 
 from sgpo_async.config.schema import Engine, Sglang
 from sgpo_async.engines.base import Generate, Score
-from sgpo_async.engines.sglang.preflight import Reference, Subject
+from sgpo_async.engines.sglang.preflight import Reference, Subject, findings
 from sgpo_async.engines.sglang.preflight.logprobs import LISTED, TOP_K, TOP_P, _differences, _judge, _kept_errors
 from sgpo_async.engines.sglang.preflight.settings import (
     INTERFACE,
@@ -380,6 +380,18 @@ def test_nan_and_differences_above_the_bound_are_refused() -> None:
     assert _judge(np.array([5e-5, -5e-5]), "float32", "T = 1") == "T = 1: 5e-05, at most 5e-05"
     with pytest.raises(CheckFailed):
         _judge(np.array([2e-4, 0, 0, 0]), "float32", "T = 1")
+
+
+@pytest.mark.parametrize(("dtype", "nbytes"), [("float32", 4), ("bfloat16", 6)])
+def test_a_reference_that_does_not_fit_into_memory_is_not_loaded(
+    dtype: str, nbytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = 167_456 * nbytes
+    monkeypatch.setattr(findings, "available_memory", lambda: needed - 1)
+    with pytest.raises(CheckFailed, match=rf"take {needed / 1e9:.3g} GB of memory, and .* GB are free; free some"):
+        Reference(FOLDER, dtype=dtype, digest=digest).weights(0)
+    monkeypatch.setattr(findings, "available_memory", lambda: needed)
+    assert Reference(FOLDER, dtype=dtype, digest=digest).weights(0).version == 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
