@@ -34,15 +34,20 @@ def model_folder(path: str) -> str:
         if path not in BUILTIN:
             raise DataError(f"model.path: {path}: no such built-in model; the built-in models are {', '.join(BUILTIN)}")
         return str(BUILTIN[path])
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
+    if path.startswith("~"):
+        path = str(Path(path).expanduser())
+    return str(Path(path)) if is_folder(path) else path
+
+
+def is_folder(path: str) -> bool:
+    """Whether `path` is a folder, not a name on the hub. Raises DataError if it is the path of no model folder."""
+    if path and Path(path).is_dir():
+        if not Path(path, "config.json").is_file():
             raise DataError(f"model.path: {path}: the folder has no config.json; name a Hugging Face model folder")
-        return str(folder)
-    if looks_local:
+        return True
+    if not path or path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise DataError(f"model.path: {path}: no such folder; name an existing folder or a model on the hub")
-    return path
+    return False
 
 
 def version_bytes(run: Run) -> int:

@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 from sgpo_async.config import Run
 from sgpo_async.config.schema import Model
+from sgpo_async.engines.sglang.weight_sync.model_facts import model_facts
 from sgpo_async.errors import DataError
 from sgpo_async.model.folder import (
     load_tokenizer,
@@ -19,6 +20,9 @@ from sgpo_async.model.folder import (
     tokenizer_fingerprint,
     version_bytes,
 )
+from sgpo_async.model.load import load_model, read_config
+from sgpo_async.model.slices import open_slices
+from sgpo_async.weights import digest
 
 
 def test_the_shipped_policy_is_found_and_has_a_tokenizer() -> None:
@@ -40,6 +44,25 @@ def test_the_error_for_a_missing_model_names_its_path(path: str, part: str) -> N
 def test_the_error_for_a_folder_without_a_model_names_config_json(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="config.json"):
         model_folder(str(tmp_path))
+
+
+def test_every_reader_of_a_model_names_a_wrong_path_in_the_same_words(tmp_path: Path) -> None:
+    def facts(path: str) -> object:
+        return model_facts(path, dtype="float32", tp=1, device="cpu", digest=digest)
+
+    for path in (str(tmp_path), str(tmp_path / "absent")):
+        with pytest.raises(DataError) as expected:
+            model_folder(path)
+        for read in (read_config, facts, open_slices, lambda path: load_model(path, device="cpu", dtype="float32")):
+            with pytest.raises(DataError) as caught:
+                read(path)
+            assert str(caught.value) == str(expected.value)
+
+
+def test_a_folder_in_the_home_folder_may_begin_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_weights(tmp_path / "model", sharded=False)
+    assert model_folder("~/model") == str(tmp_path / "model")
 
 
 def test_a_hugging_face_hub_name_is_returned_unchanged() -> None:
