@@ -102,7 +102,7 @@ def plan(run: Run, hardware: Hardware, *, completion_tokens: float, prompt_token
         servers,
         learner_memory(run, config, ranks=run.local.ranks, on_gpus=on_gpus, prompt_tokens=prompt_tokens),
         server,
-        2 * version_bytes(run, model),
+        2 * published_bytes(run, model),
         train,
         generate,
         hardware,
@@ -115,7 +115,7 @@ def plan(run: Run, hardware: Hardware, *, completion_tokens: float, prompt_token
     )
 
 
-def version_bytes(run: Run, model: PreTrainedModel) -> int:
+def published_bytes(run: Run, model: PreTrainedModel) -> int:
     """Size of what the learner publishes: the weights in `model.dtype`, or the adapters in float32."""
     if run.learner.lora.rank:
         return 4 * adapter_parameters(decoder_layers(model), run.learner.lora)

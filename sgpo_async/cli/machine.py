@@ -14,7 +14,7 @@ import torch
 
 from sgpo_async.bench.cost import Assumptions
 from sgpo_async.bench.memory import RESERVED, learner_memory
-from sgpo_async.bench.plan import version_bytes
+from sgpo_async.bench.plan import published_bytes
 from sgpo_async.cli import preflight, resources
 from sgpo_async.cli.resources import existing, free, require_writable, size
 from sgpo_async.config import Hub, Run
@@ -146,7 +146,7 @@ def hub(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
 
 def memory(run: Run, facts: ModelFacts) -> str:
     """Two copies of the weights are kept in memory, or on the disk of the run's folder (see `weights.store_file`)."""
-    copies, available = 2 * version_bytes(run, facts.skeleton), available_memory()
+    copies, available = 2 * published_bytes(run, facts.skeleton), available_memory()
     if 2 * copies <= available:
         what = "adapters" if run.learner.lora.rank else "weights"
         return f"2 versions of the {what}, {size(copies)}, of {size(available)}"

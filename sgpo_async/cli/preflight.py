@@ -16,10 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sgpo_async.cli.resources import size, stored_parameters
+from sgpo_async.cli.resources import size
 from sgpo_async.config.schema import Run
 from sgpo_async.errors import CheckFailed, CheckWarning
-from sgpo_async.model.folder import load_tokenizer, longest_sequence, model_folder, plain_tokenizer
+from sgpo_async.model.folder import load_tokenizer, longest_sequence, model_folder, plain_tokenizer, stored_parameters
 from sgpo_async.processes.marked import MARK
 from sgpo_async.tasks.base import ListedSource, Problem
 from sgpo_async.tasks.prompts import build_prompt, check_prompt

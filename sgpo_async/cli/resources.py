@@ -5,20 +5,16 @@ They need no torch, and return what they found. They raise CheckFailed, one line
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import math
 import resource
 import shutil
 import tempfile
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from sgpo_async.config.schema import CHECKPOINTS, Run
 from sgpo_async.errors import CheckFailed
 from sgpo_async.local.run_folder import newest_checkpoint
-from sgpo_async.model.folder import model_folder
+from sgpo_async.model.folder import stored_parameters
 
 OPEN_FILES = 256  # of one process; a Torch RPC session with one peer was measured to have up to 150
 OPEN_FILES_PER_ACTOR = 8  # of the hub; measured: 3
@@ -84,15 +80,6 @@ def disk(run: Run, parameters: int) -> str:
         remedy = "free some space, set out=DIR" + (", or lower learner.keep_checkpoints" if count > 1 else "")
         raise CheckFailed(found, remedy)
     return f"{size(room)}; checkpoints: {count} of {size(one)}"
-
-
-def stored_parameters(path: str) -> int:
-    """How many parameters the model at `path` has in its files; 0 if they are not in a local folder."""
-    total = 0
-    for file in Path(model_folder(path)).glob("*.safetensors"):
-        with contextlib.suppress(SafetensorError), safe_open(file, framework="numpy") as tensors:  # loading names it
-            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
-    return total
 
 
 def existing(folder: str | Path) -> Path:

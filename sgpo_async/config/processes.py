@@ -136,7 +136,8 @@ class Sglang:
     # in-place: they continue with the old keys and values.
     in_flight: Literal["abort-resume", "retract", "in-place"] = "abort-resume"
     start_timeout_s: float = 600.0  # for a server to load the model
-    phase_timeout_s: float = 60.0  # for each phase of a weight update
+    # For each phase of a weight update. Loading a version is one of them: raise it for a model that takes longer.
+    phase_timeout_s: float = 300.0
 
     def __post_init__(self) -> None:
         for name in ("servers", "tp", "stream_interval"):

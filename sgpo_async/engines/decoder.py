@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from sgpo_async.engines.attention import use_decode_attention
 from sgpo_async.engines.decode_step import DecodeStep, Step, traced
+from sgpo_async.engines.sampling import log_softmax
 from sgpo_async.engines.slots import SlotCache
 from sgpo_async.errors import EngineError
 
@@ -28,6 +30,8 @@ class Decoder:
         use_decode_attention(model)
         self.model, self.slots = model.eval(), slots
         self.vocabulary = _rows(model.get_input_embeddings())
+        self._batch_rows = max(1, _BATCH_LOGITS // self.vocabulary)
+        self._takes_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.cache = SlotCache(slots, model.device)
         self._step = self._choose_step()
 
@@ -50,13 +54,30 @@ class Decoder:
         """Feed `tokens` [n] at `positions` [n] of rows 0..n-1; returns the logits of the next token, [n, V]."""
         return self._step(*self._inputs(tokens, positions))
 
-    def logits(self, ids: list[np.ndarray]) -> torch.Tensor:
-        """Logits of all positions of given sequences, [n, longest, V], computed without the cache."""
-        return self.model(input_ids=self._padded(ids), use_cache=False).logits
+    def logits(self, ids: list[np.ndarray], *, first: int = 0) -> torch.Tensor:
+        """Logits of the positions of given sequences, [n, longest, V], computed without the cache.
+
+        The positions before `first` are not needed: they may be missing, so that the last position is always the last.
+        """
+        padded = self._padded(ids)
+        keep = padded.shape[1] - first
+        # Only for a sequence that is too long for a batch: a smaller matrix product may round differently.
+        if self._takes_keep and padded.numel() > self._batch_rows:
+            return self.model(input_ids=padded, use_cache=False, logits_to_keep=keep).logits
+        return self.model(input_ids=padded, use_cache=False).logits
 
     def scoring_batches(self, lengths: list[int]) -> list[tuple[int, int]]:
-        """Split sequences of these lengths into ranges whose logits fit in memory."""
-        return batches(lengths, min(_BATCH_TOKENS, _BATCH_LOGITS // self.vocabulary))
+        """Split sequences of these lengths into ranges with logits of limited size; a longer sequence is one by itself.
+
+        Of such a sequence the logits exist once, as the model returns them.
+        """
+        return batches(lengths, min(_BATCH_TOKENS, self._batch_rows))
+
+    def logprobs(self, logits: torch.Tensor, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
+        """Log-probabilities [T] of `tokens` [T] by `logits` [T, V], some rows at a time: each step makes a copy."""
+        parts = zip(logits.split(self._batch_rows), tokens.split(self._batch_rows), strict=True)
+        divisor = torch.tensor(temperature, device=logits.device)
+        return torch.cat([log_softmax(some, divisor).gather(1, own[:, None])[:, 0] for some, own in parts])
 
     def move(self, sources: np.ndarray, targets: np.ndarray, length: int) -> None:
         """Copy cache rows."""

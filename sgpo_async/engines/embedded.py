@@ -32,7 +32,7 @@ from sgpo_async.engines.base import (
     score_of,
 )
 from sgpo_async.engines.decoder import Decoder
-from sgpo_async.engines.sampling import distribution, likeliest, log_softmax, others_kept, sample
+from sgpo_async.engines.sampling import distribution, likeliest, others_kept, sample
 from sgpo_async.engines.sequences import Running, Sequence
 from sgpo_async.engines.validation import validate
 from sgpo_async.errors import EngineError, WeightsError
@@ -264,14 +264,15 @@ class EmbeddedEngine:
         self._canary_due = time.monotonic() + self._canary_every_s
 
     def _score_batch(self, version: int, scores: list[Score]) -> list[Scored]:
-        logits = self._decoder.logits([np.concatenate([s.prompt, s.tokens[:-1]]) for s in scores])
+        ids = [np.concatenate([s.prompt, s.tokens[:-1]]) for s in scores]
+        logits = self._decoder.logits(ids, first=min(s.prompt.size for s in scores) - 1)
+        missing = max(row.size for row in ids) - logits.shape[1]
         results = []
         for row, score in enumerate(scores):
-            start = score.prompt.size - 1
+            start = score.prompt.size - 1 - missing
             steps = logits[row, start : start + score.tokens.size]
-            logprobs = log_softmax(steps, torch.tensor(score.temperature, device=steps.device))
             tokens = self._decoder.tensor(score.tokens.astype(np.int64))
-            chosen = logprobs.gather(1, tokens[:, None])[:, 0].cpu().numpy()
+            chosen = self._decoder.logprobs(steps, tokens, score.temperature).cpu().numpy()
             self._reject_nan(chosen)
             results.append(Scored(id=score.id, logprobs=chosen, version=version))
         return results

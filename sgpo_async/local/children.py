@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -16,6 +17,9 @@ from sgpo_async.local.run_folder import forget_hub
 from sgpo_async.processes.marked import GRACE_S, MARK, end_run, kill_run
 from sgpo_async.processes.stacks import request_stacks
 
+log = logging.getLogger(__name__)
+
+REAP_S = 10.0  # for killed processes to end; one that still exists then is stuck in the kernel
 TORCHRUN_FAILURE = (
     "torch/distributed/elastic/multiprocessing/api.py"  # lines after this one repeat what the log already says
 )
@@ -105,17 +109,21 @@ class Processes:
         """End all processes: SIGTERM, then SIGKILL after `grace_s`, or at once when `hurry()` is true.
 
         If this process has `failed` and another one continues the run, kill them at once, so that they do not tell the
-        actors that the run is over.
+        actors that the run is over. A process that still exists afterwards is logged and raises nothing, because an
+        error that ends the run may be on its way.
         """
-        if failed and self._comes_back:
-            kill_run(self.mark)
-        else:
-            end_run(self.mark, grace_s=grace_s, hurry=hurry)
-        for child in self._children:
-            child.process.wait(timeout=10)
-        forget_hub(self.folder)
-        self._watchdog.kill()
-        self._watchdog.communicate()
+        try:
+            if failed and self._comes_back:
+                kill_run(self.mark)
+            else:
+                end_run(self.mark, grace_s=grace_s, hurry=hurry)
+            deadline = time.monotonic() + REAP_S
+            if left := [child.name for child in self._children if not wait_for(child, deadline - time.monotonic())]:
+                log.error("%s: still exist %g s after SIGKILL", ", ".join(left), REAP_S)
+        finally:
+            forget_hub(self.folder)
+            self._watchdog.kill()
+            self._watchdog.communicate()
 
 
 def wait_for(child: Child, seconds: float) -> bool:

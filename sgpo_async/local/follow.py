@@ -23,7 +23,7 @@ class Follow:
         hub = settings.hub
         folder = Path(settings.folder)
         self._watch = Watch(folder, keys=hub.keys, max_bytes=hub.max_message_mb << 20, since=time.time())
-        self._told = 0
+        self._told = 0  # the last step whose line was passed on
 
     @property
     def stalled(self) -> str:
@@ -41,6 +41,8 @@ class Follow:
 
     def _pass_on(self, address: str) -> None:
         self._watch.poll(address)
-        new, self._told = self._watch.history[self._told :], len(self._watch.history)
-        for line in new:
+        if self._watch.from_hub:  # until metrics.jsonl exists
+            return
+        for line in [line for line in self._watch.history if line["step"] > self._told]:
+            self._told = line["step"]
             self._progress(line)

@@ -26,11 +26,12 @@ from sgpo_async.local.hub_process import TICK_S, USERS_ERROR, HubProcess
 from sgpo_async.local.restarts import LIMIT, WINDOW_S, Restarts
 from sgpo_async.local.run_folder import forget_journal, summary_written
 from sgpo_async.processes.signals import Signals
+from sgpo_async.processes.torchrun import shutdown_timeout_s
 
 MAY_PASS = 3  # exit code of an actor whose error may pass
 LEAVING_S = 20.0  # for actors and hub to end by themselves after the learner has ended
 LAST_S = 120.0  # for the learner to end after the hub
-CHECKPOINT_S = 40.0  # for it to write a checkpoint when the run is stopped; torchrun kills its ranks after 30 s
+REPORT_S = 10.0  # for torchrun to end after its ranks, or after it has killed them
 
 
 class CommandLines(Protocol):
@@ -233,13 +234,16 @@ class Observer(Protocol):
         """Called before the processes are ended."""
 
 
-def supervise(plan: CommandLines, folder: Path, observer: Observer, *, checkpoint_s: float = CHECKPOINT_S) -> int:
+def supervise(plan: CommandLines, folder: Path, observer: Observer, *, checkpoint_s: float | None = None) -> int:
     """Start everything, show it, end everything; returns 0, or 128 + the signal that ended it.
 
-    If the run is stopped or fails, the learner has `checkpoint_s` to write a checkpoint before everything ends.
+    If the run is stopped or fails, the learner has `checkpoint_s` to write a checkpoint before everything ends; by
+    default a little longer than torchrun gives its ranks.
 
-    Raises RunFailed or DeadlineExceeded if the run cannot go on.
+    Raises RunFailed or DeadlineExceeded if the run cannot go on, ConfigError if torchrun's timeout is no number.
     """
+    if checkpoint_s is None:
+        checkpoint_s = shutdown_timeout_s() + REPORT_S
     with Signals() as signals, ExitStack() as stack:
         processes = Processes(folder)
         stack.callback(processes.stop, hurry=lambda: signals.kill)

@@ -41,7 +41,7 @@ class Watch:
         self.settings: dict[str, Any] = {}  # the run's configuration as plain data, once the hub has sent it
         self.answered = 0.0  # when the last status arrived, by the monotonic clock; 0: never
         self._folder, self._since = folder, since
-        self._from_hub = False  # the lines of `history`
+        self.from_hub = False  # whether `history` is what the hub has reported, and no lines of metrics.jsonl
         if folder is not None:
             self._tail, self._samples = MetricsTail(folder), SamplesTail(folder)
         self._keys, self._max_bytes = keys, max_bytes
@@ -55,7 +55,7 @@ class Watch:
         """
         if self._written(METRICS):
             lines = self._tail.poll()
-            if lines and (self._from_hub or lines[0]["step"] <= self.metrics.get("step", 0)):
+            if lines and (self.from_hub or lines[0]["step"] <= self.metrics.get("step", 0)):
                 self._forget()  # the hub's lines, or those of an attempt before this one
             for line in lines:
                 self.history.append(line)
@@ -100,7 +100,7 @@ class Watch:
         if not self._written(METRICS) and step and (not self.history or step > self.history[-1]["step"]):
             own = {"lag_mean": lag.get("mean"), "lag_max": lag.get("max"), "lag_histogram": lag.get("histogram")}
             self.history.append({key: status.get(key) for key in FROM_STATUS} | own)
-            self._from_hub = True
+            self.from_hub = True
 
     @property
     def sample(self) -> dict[str, Any] | None:
@@ -111,7 +111,7 @@ class Watch:
         """Forget all steps."""
         self.history.clear()
         self.metrics.clear()
-        self._from_hub = False
+        self.from_hub = False
 
     def close(self) -> None:
         """Close the connection to the hub."""

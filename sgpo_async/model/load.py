@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -11,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils import logging
 
 from sgpo_async.errors import DataError, EngineError
-from sgpo_async.model.folder import BOUNDS, load_tokenizer
+from sgpo_async.model.folder import BOUNDS, is_folder, load_tokenizer
 
 
 def load_model(path: str, *, device: str, dtype: str) -> PreTrainedModel:
@@ -126,17 +125,6 @@ def cache_bytes(config: PreTrainedConfig, *, dtype: torch.dtype, tp: int = 1) ->
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     head = getattr(text, "head_dim", None) or text.hidden_size // heads
     return int(2 * text.num_hidden_layers * max(kv_heads // tp, 1) * head * dtype.itemsize)
-
-
-def is_folder(path: str) -> bool:
-    """Whether `path` is a folder, not a name on the hub. Raises DataError if it is the path of no model folder."""
-    if Path(path).is_dir():
-        if not (Path(path) / "config.json").is_file():
-            raise DataError(f"model.path: {path!r} has no config.json; name the folder of a Hugging Face model")
-        return True
-    if not path or path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise DataError(f"model.path: no such folder {path!r}; name the folder of a Hugging Face model")
-    return False
 
 
 def device_of(name: str) -> Literal["cpu", "cuda"]:

@@ -27,7 +27,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from sgpo_async.errors import DataError
-from sgpo_async.model.load import is_folder, lacks
+from sgpo_async.model.folder import is_folder
+from sgpo_async.model.load import lacks
 
 ADAPTER = "adapter_config.json"
 

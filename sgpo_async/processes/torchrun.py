@@ -10,6 +10,10 @@ from pathlib import Path
 
 import psutil
 
+from sgpo_async.errors import ConfigError
+
+SHUTDOWN_TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # an environment variable of torchrun
+
 
 def torchrun(ranks: int) -> list[str]:
     """The beginning of a command line; `-m MODULE ...` or a script follows it.
@@ -20,6 +24,14 @@ def torchrun(ranks: int) -> list[str]:
     """
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
     return [*launcher, f"--log-dir={os.devnull}", f"--nproc-per-node={ranks}"]
+
+
+def shutdown_timeout_s() -> int:
+    """How long a torchrun that gets a signal waits for its ranks before it kills them. Raises ConfigError."""
+    value = os.environ.get(SHUTDOWN_TIMEOUT, "30")  # torchrun's default
+    if not value.isdecimal():
+        raise ConfigError(f"{SHUTDOWN_TIMEOUT} must be a whole number of seconds, got {value!r}; correct or unset it")
+    return int(value)
 
 
 def forget_logs() -> None:

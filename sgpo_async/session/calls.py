@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import queue
 import time
+import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,9 @@ class Callee:
 
 
 callee = Callee()
+# `bucket` makes tensors of read-only memory, which this process only sends. The filter is set once and not around each
+# call, because filters belong to the whole process and `bucket` runs in several threads.
+warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
 
 def manifest() -> bytes | None:

@@ -163,7 +163,9 @@ class RewardPool:
             for thread in self._threads:
                 thread.join(timeout=5.0)
         for process in list(self._processes.values()):  # a thread may still remove one
-            process.wait(timeout=5.0)
+            # A killed process that still exists is stuck in the kernel; an error that ends this one may be on its way.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=5.0)
 
     def _serve(self, index: int) -> None:
         while (request := self._requests.get()) is not None:

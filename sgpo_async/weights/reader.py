@@ -100,10 +100,14 @@ class StoreReader:
         return memoryview(bytearray(delta)), True
 
     def _view(self, header: Header, record: Record, bucket: Bucket) -> memoryview:
-        """The bytes of a bucket in the file; writing to them changes a copy."""
+        """The bytes of a bucket in the file, read-only: a mapping that could be written would count as memory in use.
+
+        Raises WeightsError if the file cannot be mapped.
+        """
         end = store_layout.PAGE + store_layout.SLOTS * header.stride
         if self._mapped is None or len(self._mapped) != end:
-            self._mapped = memoryview(mmap.mmap(self._fd, end, access=mmap.ACCESS_COPY))
+            with store_layout.guarded("map the file"):
+                self._mapped = memoryview(mmap.mmap(self._fd, end, access=mmap.ACCESS_READ))
         start = record.data + bucket.offset
         return self._mapped[start : start + bucket.nbytes]
 

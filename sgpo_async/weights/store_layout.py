@@ -84,7 +84,10 @@ def read_header(fd: int) -> Header:
 
 
 def write_header(fd: int, stride: int) -> None:
-    """Initialise the store and reserve the space of both slots, so that a full disk fails early."""
+    """Initialise the store and reserve the space of both slots, so that no later version meets a full disk.
+
+    A receiver does so before its first version arrives; a publisher after its first one, which tells it the size.
+    """
     with guarded("reserve space"):
         os.posix_fallocate(fd, 0, PAGE + SLOTS * stride)
     write(fd, _HEADER.pack(MAGIC, stride), 0)

@@ -15,7 +15,9 @@ import pytest
 from sgpo_async.config.schema import Engine, Sglang
 from sgpo_async.engines.sglang.serving.texts import TextServer, text_server
 from sgpo_async.errors import DataError, EngineError, SgpoError
+from sgpo_async.model.folder import model_folder
 
+MODEL = model_folder("builtin:cues")
 pytestmark = pytest.mark.process
 
 STUB = """
@@ -56,7 +58,7 @@ class Stub:
         engine = Engine(kind="sglang", device="cpu", slots=4, sglang=own)
 
         async def run() -> None:
-            server = text_server("model", engine, dtype="float32", served_name="model", log=self.log)
+            server = text_server(MODEL, engine, dtype="float32", served_name="model", log=self.log)
             async with server as server:
                 assert isinstance(server, TextServer) and server.url.endswith("/v1")
                 await server.during(work)

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from sgpo_async.cli import resources
-from sgpo_async.cli.resources import LOGS, OPEN_FILES, check_resume, check_start, disk, open_files, stored_parameters
+from sgpo_async.cli.resources import LOGS, OPEN_FILES, check_resume, check_start, disk, open_files
 from sgpo_async.config import Run, load
 from sgpo_async.errors import CheckFailed
+from sgpo_async.model.folder import stored_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "configs" / "demo.yaml"

@@ -14,14 +14,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from sgpo_async.cli import machine, resources
+from sgpo_async.cli import machine
 from sgpo_async.cli.doctor import closing, render
 from sgpo_async.cli.main import main
 from sgpo_async.config import Run, load
 from sgpo_async.engines.sglang.preflight import Finding
 from sgpo_async.engines.sglang.weight_sync.model_facts import ModelFacts, model_facts
 from sgpo_async.errors import CheckFailed, CheckWarning, DataError, EngineError
-from sgpo_async.model.folder import model_folder
+from sgpo_async.model.folder import model_folder, stored_parameters
 from sgpo_async.weights import digest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,7 +98,7 @@ def test_a_model_without_a_known_layout_fails(giant: ModelFacts) -> None:
 
 def test_the_files_of_a_model_hold_as_many_parameters_as_the_model(cues: ModelFacts) -> None:
     """Commands that start without torch count them there."""
-    assert resources.stored_parameters("builtin:cues") == machine.parameters(cues)
+    assert stored_parameters("builtin:cues") == machine.parameters(cues)
 
 
 def test_a_folder_that_cannot_be_written_fails(cues: ModelFacts) -> None:

@@ -5,16 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from engines_models import MODELS, digest, drain, engine_of, prompts_of, reference_logprobs, tiny
+from engines_models import MODELS, VOCABULARY, digest, drain, engine_of, prompts_of, reference_logprobs, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import MambaConfig, MambaForCausalLM
 
-from sgpo_async.engines import EmbeddedEngine, Generate, Generated, Score, Weights
+from sgpo_async.engines import EmbeddedEngine, Generate, Generated, Score, Weights, decoder
 from sgpo_async.engines.decode_step import DecodeStep
 from sgpo_async.engines.decoder import Decoder, batches
-from sgpo_async.engines.sampling import sample, stream, uniforms
+from sgpo_async.engines.sampling import log_softmax, sample, stream, uniforms
 from sgpo_async.errors import DataError, EngineError
 
 
@@ -38,6 +38,32 @@ def test_scores_equal_a_teacher_forced_forward(kind):
         np.testing.assert_allclose(results[request.id].logprobs, expected, atol=1e-5)
         assert results[request.id].logprobs.sum() == pytest.approx(expected.sum(), abs=1e-4)
         assert results[request.id].version == 3
+
+
+@pytest.mark.parametrize("leaves_out", [True, False])
+def test_of_a_long_sequence_only_the_logits_of_its_tokens_are_made(leaves_out, monkeypatch):
+    """With a large vocabulary the logits of all positions, and their copies, would take tens of GB."""
+    request, sizes, rows = score(0, prompt=40, tokens=21, temperature=0.7), [], []
+    monkeypatch.setattr(decoder, "_BATCH_LOGITS", 8 * VOCABULARY)
+    monkeypatch.setattr(decoder, "log_softmax", lambda z, t: rows.append(len(z)) or log_softmax(z, t))
+    engine = engine_of(tiny("qwen2"))
+    logits = engine._decoder.logits
+    engine._decoder.logits = lambda *given, **more: sizes.append((found := logits(*given, **more)).shape[1]) or found
+    engine._decoder._takes_keep &= leaves_out  # not every model can
+    found = drain(engine, [request])[0].logprobs
+    assert sizes == [21 if leaves_out else 60] and rows == [8, 8, 5]
+    expected = reference_logprobs(tiny("qwen2"), request.prompt, request.tokens, request.temperature)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_log_probabilities_are_bit_identical_however_their_rows_are_split(monkeypatch):
+    logits = torch.randn(50, VOCABULARY, generator=torch.Generator().manual_seed(0))
+    tokens = torch.arange(50) % VOCABULARY
+    expected = log_softmax(logits, torch.tensor(0.7)).gather(1, tokens[:, None])[:, 0]
+    for count in (1, 7, 50, 64):
+        monkeypatch.setattr(decoder, "_BATCH_LOGITS", count * VOCABULARY)
+        found = Decoder(tiny("qwen2"), slots=1).logprobs(logits, tokens, 0.7)
+        assert found.numpy().tobytes() == expected.numpy().tobytes()
 
 
 def test_scoring_generated_tokens_gives_their_behaviour_logprobs():

@@ -10,13 +10,11 @@ from collections.abc import Callable, Iterator
 import pytest
 from hub_support import Source, make_rollout, make_run
 
-from sgpo_async.config import Run
 from sgpo_async.errors import DeadlineExceeded
 from sgpo_async.hub import HubCore
 from sgpo_async.hub.authority import Authority
 from sgpo_async.hub.loop import Loop
 from sgpo_async.hub.service import contact_file
-from sgpo_async.model.folder import version_bytes
 from sgpo_async.session import SenderDown, SenderEvent, SenderUp
 from sgpo_async.transport import Mailbox, MemoryDealer, MemoryRouter, RouterMailbox
 from sgpo_async.wire import records as wire
@@ -228,7 +226,3 @@ def test_the_contact_file_is_written_atomically_and_removed(tmp_path):
         assert path.read_text() == '{"address": "tcp://127.0.0.1:1"}'
         assert [p.name for p in tmp_path.iterdir()] == ["hub.json"]
     assert not list(tmp_path.iterdir())
-
-
-def test_the_shipped_model_has_weights():
-    assert version_bytes(Run()) > 100_000

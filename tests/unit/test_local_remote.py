@@ -3,6 +3,7 @@
 import io
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from sgpo_async.config import Run, to_plain
 from sgpo_async.errors import HubError
 from sgpo_async.files import write_whole
 from sgpo_async.hub import events as ev
+from sgpo_async.local.follow import Follow
 from sgpo_async.local.hub_rows import hub_rows
 from sgpo_async.local.live import render
 from sgpo_async.local.remote import FIRST_S, GONE_S, check_answers, phase_of, unknown, view_of
@@ -124,6 +126,21 @@ def test_the_lines_of_the_learner_take_the_place_of_the_hubs(tmp_path: Path) -> 
         watch.poll("")
         assert [line["step"] for line in watch.history] == [*steps]
         assert watch.metrics == {"step": steps[-1], "loss": 0.1}
+
+
+def test_a_program_is_told_every_line_of_the_learner_once(tmp_path: Path) -> None:
+    """Neither what the hub reports until metrics.jsonl exists, nor steps that a resumed learner trains again."""
+    told: list[dict[str, Any]] = []
+    run = make_run(steps=5)
+    follow = Follow(replace(run, out=str(tmp_path)), lambda line: told.append(dict(line)))
+    follow._watch._take({"step": 1, "pass_auto": 0.5}, 100.0)
+    follow.close(stopping=False)
+    assert not told
+    for steps in ((1,), (1, 2, 3), (1, 2), (1, 2, 3, 4)):
+        lines = "".join(f'{{"step": {step}, "loss": 0.1}}\n' for step in steps)
+        write_whole(Path(replace(run, out=str(tmp_path)).folder) / "metrics.jsonl", lines)
+        follow.close(stopping=False)
+    assert told == [{"step": step, "loss": 0.1} for step in (1, 2, 3, 4)]
 
 
 def test_files_of_an_earlier_run_are_not_shown(tmp_path: Path) -> None:

@@ -3,14 +3,16 @@
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from sgpo_async.cli.local import LocalCommandLines
 from sgpo_async.config import load
-from sgpo_async.errors import DeadlineExceeded, RunFailed
-from sgpo_async.local import hub_process, supervisor
+from sgpo_async.errors import ConfigError, DeadlineExceeded, RunFailed
+from sgpo_async.local import children, hub_process, supervisor
+from sgpo_async.local.children import Processes
 from sgpo_async.local.hub_process import HUB_START_S, kept_hub
 from sgpo_async.local.restarts import LIMIT, WINDOW_S, Restarts
 from sgpo_async.local.supervisor import LAST_S, LEAVING_S, MAY_PASS, Supervisor
@@ -98,6 +100,52 @@ def test_a_lower_limit_counts_the_same_crashes() -> None:
     restarts = Restarts()
     assert restarts.pause_after_crash(0) == 1
     assert restarts.pause_after_crash(1, limit=1) is None
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(None, 40), ("270", 280)])
+def test_a_learner_that_is_stopped_has_longer_than_torchrun_gives_its_ranks(
+    seconds: str | None, expected: int, run: FakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a large model, a checkpoint takes longer than torchrun's default of 30 s."""
+    asked: list[float] = []
+    if seconds is None:
+        monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
+    else:
+        monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", seconds)
+    monkeypatch.setattr(supervisor, "_await_checkpoint", lambda *given: asked.append(given[-1]))
+    monkeypatch.setattr(
+        supervisor, "Processes", lambda _folder: SimpleNamespace(start=run.start, stop=lambda **_: None)
+    )
+
+    def fail(_self: Supervisor) -> None:
+        raise RunFailed("the test is over")
+
+    monkeypatch.setattr(Supervisor, "tick", fail)
+    observer: Any = SimpleNamespace(close=lambda **_: None)
+    with pytest.raises(RunFailed):
+        supervisor.supervise(run, tmp_path, observer)  # type: ignore[arg-type]
+    assert asked == [expected]
+
+
+def test_a_shutdown_timeout_that_is_no_number_is_an_error_before_anything_starts(
+    run: FakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "5m")
+    with pytest.raises(ConfigError, match="TORCH_ELASTIC_SHUTDOWN_TIMEOUT must be a whole number of seconds, got '5m'"):
+        supervisor.supervise(run, tmp_path, cast(Any, None))  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_process_that_survives_its_kill_is_logged_and_hides_no_other_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(children, "REAP_S", 0.1)
+    (tmp_path / "hub.json").write_text("{}")
+    processes = Processes(tmp_path)
+    processes._children += [FakeChild("learner"), FakeChild("actor-0")]  # type: ignore[list-item]
+    processes.stop(grace_s=0.0)
+    assert caplog.messages == ["learner, actor-0: still exist 0.1 s after SIGKILL"]
+    assert processes._watchdog.returncode is not None and not (tmp_path / "hub.json").exists()
 
 
 def start(run: FakeRun) -> Supervisor:

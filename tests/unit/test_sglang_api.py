@@ -14,7 +14,7 @@ import torch
 from aiohttp import web
 from fake_sglang import generate
 
-from sgpo_async.engines.sglang.processes.api import ServerApi, ServerGone, ServerUnreached, http_session
+from sgpo_async.engines.sglang.processes.api import ServerApi, ServerGone, ServerSilent, ServerUnreached, http_session
 from sgpo_async.engines.sglang.serving.requests import Requests
 from sgpo_async.engines.sglang.serving.server import Server
 from sgpo_async.engines.sglang.weight_sync.transports import Prepared, TensorTransport
@@ -99,8 +99,49 @@ def test_a_server_that_closes_the_connection_or_stays_silent_was_reached(kind: s
             await api.post("/generate", {}, timeout_s=1.0, on_connected=lambda: connected.append("new"))
             error = await error_of(api, kind, connected)
         assert not isinstance(error, ServerUnreached) and connected == ["new", kind]
+        assert isinstance(error, ServerSilent) == silent
 
     asyncio.run(scenario())
+
+
+async def messages_of(*parts: bytes) -> list[Any]:
+    """The messages of a stream that a server sends in these parts."""
+
+    async def generate(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        for part in parts:
+            await response.write(part)
+            await asyncio.sleep(0.01)
+        return response
+
+    app = web.Application()
+    app.router.add_post("/generate", generate)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        async with http_session() as http:
+            api = ServerApi(http, f"http://127.0.0.1:{runner.addresses[0][1]}")
+            return [message async for message in api.stream({"rid": "a"}, idle_timeout_s=10.0)]
+    finally:
+        await runner.cleanup()
+
+
+def test_the_messages_of_a_stream_may_be_long_and_arrive_in_any_parts() -> None:
+    """The message after an abort may repeat a whole completion with its likeliest tokens."""
+    long = {"meta_info": [[-0.5, token, None] for token in range(60_000)]}
+    sent = b"".join(b"data: %s\n\n" % json.dumps(one).encode() for one in ({"n": 1}, long, {"n": 2}))
+    sent += b"data: [DONE]\n\n"
+    assert len(sent) > 2**20
+    for cuts in ([len(sent)], [3, 9, 10, 11, 2**19, len(sent) - 16, len(sent)]):
+        parts = [sent[start:end] for start, end in zip([0, *cuts], cuts, strict=False)]
+        assert asyncio.run(messages_of(*parts)) == [{"n": 1}, long, {"n": 2}]
+
+
+def test_a_message_that_is_not_json_is_an_error_of_its_server_alone() -> None:
+    with pytest.raises(ServerGone, match=r"^http://127.0.0.1:\d+/generate: .*Expecting value"):
+        asyncio.run(messages_of(b"data: <html>\n\n"))
 
 
 def test_a_suspect_is_not_blamed_for_a_server_that_had_died_before() -> None:

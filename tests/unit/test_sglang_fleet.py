@@ -21,7 +21,7 @@ from sgpo_async.engines.sglang.serving.quarantine import Quarantine
 from sgpo_async.engines.sglang.serving.server_slot import ServerSlot
 from sgpo_async.engines.sglang.serving.update import InFlight
 from sgpo_async.engines.sglang.weight_sync.transports import Transport
-from sgpo_async.errors import EngineError, SessionError
+from sgpo_async.errors import DeadlineExceeded, EngineError, SessionError
 
 
 @pytest.fixture(autouse=True)
@@ -155,6 +155,33 @@ def test_a_death_during_an_update_counts_for_paused_requests_only(
     asyncio.run(scenario())
 
 
+def test_a_server_that_does_not_stop_is_said_and_ends_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped: list[str] = []
+
+    def stop() -> None:
+        stopped.append("server")
+        raise DeadlineExceeded("server fake", "end after SIGKILL", 10.0)
+
+    async def scenario() -> None:
+        def make() -> FakeServer:
+            process = SimpleNamespace(alive=True, log_tail=lambda: "the end of its log", stop=stop)
+            started.slot.process = cast(Any, process)
+            return FakeServer("server")
+
+        started = Started(monkeypatch, make)
+        fleet = started.fleet("abort-resume", FakeTransport())
+        running = asyncio.create_task(fleet.run())
+        await until(lambda: started.slot.server is not None, "the first server")
+        cast(Any, started.slot.server).fault = ServerGone("no answer")
+        await until(lambda: len(started.servers) == 2, "the second server")
+        assert not running.done() and "server fake: no end after SIGKILL within 10 s" in events(fleet)
+        fleet.close()
+        await running
+        assert len(stopped) == 2
+
+    asyncio.run(scenario())
+
+
 class FullDisk(FakeTransport):
     """Cannot prepare version 2 while there is no room."""
 
@@ -198,6 +225,58 @@ def test_a_version_that_cannot_be_prepared_is_skipped_said_and_tried_again(monke
         fleet.close()
         await running
         assert len(started.servers) == 1  # it was never restarted
+
+    asyncio.run(scenario())
+
+
+class FullMemory(FakeTransport):
+    """Cannot prepare version 2 for the first time."""
+
+    name = "disk"
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.errors = [error]
+
+    def prepare(self, weights: Weights) -> Any:
+        if weights.version == 2 and self.errors:
+            raise self.errors.pop()
+        return super().prepare(weights)
+
+
+TORCHS_ERROR = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes. Error code 12")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), TORCHS_ERROR])
+def test_a_version_for_which_the_memory_does_not_suffice_is_said_and_tried_again(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        started = Started(monkeypatch, lambda: FakeServer("server"))
+        fleet = started.fleet("abort-resume", FullMemory(error))
+        running = asyncio.create_task(fleet.run())
+        for version in (1, 2):
+            fleet.want(cast(Weights, SimpleNamespace(version=version)))
+            await until(lambda version=version: fleet.version() == version, "the version is loaded")
+        assert events(fleet) == [
+            "version 2 is not loaded, next try in 0.01 s: by disk: not enough memory to prepare the weights; "
+            "free some, or use another engine.sglang.transport"
+        ]
+        fleet.close()
+        await running
+
+    asyncio.run(scenario())
+
+
+def test_a_bug_in_a_transport_is_not_taken_for_a_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        started = Started(monkeypatch, lambda: FakeServer("server"))
+        fleet = started.fleet("abort-resume", FullMemory(RuntimeError("shapes do not match")))
+        running = asyncio.create_task(fleet.run())
+        fleet.want(cast(Weights, SimpleNamespace(version=2)))
+        with pytest.raises(RuntimeError, match="shapes do not match"):
+            await running
+        assert not fleet._versions._preparing
 
     asyncio.run(scenario())
 

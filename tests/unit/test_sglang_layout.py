@@ -1,5 +1,7 @@
 """SGLang's layout of a model, compared with a transcription of SGLang's weight loaders."""
 
+import threading
+
 import pytest
 import torch
 from engines_models import weights
@@ -151,6 +153,22 @@ def test_each_tensor_is_looked_up_once():
     tensors = RecordingDict(weights(model))
     expected_checksums(tensors, config, tp=2, dtype=torch.float32, device="cpu")
     assert sorted(lookups) == sorted(tensors)
+
+
+def test_parameters_are_hashed_by_several_threads():
+    model, config = tiny("qwen3-bias")
+    two = threading.Barrier(2, timeout=60)
+
+    class Waiting(dict):
+        def __getitem__(self, name):
+            if name in ("lm_head.weight", "model.norm.weight"):
+                two.wait()
+            return super().__getitem__(name)
+
+    options = dict(tp=2, dtype=torch.float32, device="cpu")
+    assert expected_checksums(Waiting(weights(model)), config, **options) == expected_checksums(
+        weights(model), config, **options
+    )
 
 
 def test_the_output_matrix_is_not_read_if_the_embeddings_are_tied():

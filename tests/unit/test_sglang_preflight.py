@@ -3,25 +3,45 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import json
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import aiohttp
 import numpy as np
 import pytest
+import torch
 
 from sgpo_async.config.schema import Engine, Sglang
-from sgpo_async.engines.sglang.preflight import Reference, Subject
+from sgpo_async.engines.base import Generate, Score
+from sgpo_async.engines.sglang.preflight import Reference, Subject, findings
 from sgpo_async.engines.sglang.preflight.logprobs import LISTED, TOP_K, TOP_P, _differences, _judge, _kept_errors
-from sgpo_async.engines.sglang.preflight.settings import INTERFACE, RULES, missing, parsed, settings, version
-from sgpo_async.engines.sglang.processes.api import ServerApi
+from sgpo_async.engines.sglang.preflight.settings import (
+    INTERFACE,
+    RULES,
+    interface,
+    interface_used,
+    missing,
+    parsed,
+    settings,
+    version,
+)
+from sgpo_async.engines.sglang.preflight.updates import _require_idle
+from sgpo_async.engines.sglang.processes.api import ServerApi, clean_up_attached
+from sgpo_async.engines.sglang.serving.partial import Partial
 from sgpo_async.engines.sglang.serving.server import Server
+from sgpo_async.engines.sglang.serving.update import update
+from sgpo_async.engines.sglang.serving.versions import Offer
+from sgpo_async.engines.sglang.weight_sync.distributed import DistributedTransport, _Version
 from sgpo_async.engines.sglang.weight_sync.model_facts import model_facts
-from sgpo_async.engines.sglang.weight_sync.transports import TensorTransport
+from sgpo_async.engines.sglang.weight_sync.transports import DiskTransport, Prepared, TensorTransport, Transport
 from sgpo_async.errors import CheckFailed, CheckWarning
 from sgpo_async.model.folder import model_folder
 from sgpo_async.weights import digest
+from sgpo_async.weights.broadcast_plan import Broadcast, BroadcastPlan
 
 FOLDER = model_folder("builtin:cues")
 GOOD: dict[str, Any] = {
@@ -155,10 +175,107 @@ def openapi_of(interface: dict[str, tuple[str, ...]]) -> dict[str, Any]:
 
 def test_missing_paths_and_fields_are_named() -> None:
     interface = dict(INTERFACE)
-    assert list(missing(openapi_of(interface))) == []
+    assert list(missing(openapi_of(interface), INTERFACE)) == []
     del interface["/end_weight_update"]
     interface["/pause_generation"] = ()
-    assert list(missing(openapi_of(interface))) == ["/pause_generation mode", "/end_weight_update"]
+    assert list(missing(openapi_of(interface), INTERFACE)) == ["/pause_generation mode", "/end_weight_update"]
+
+
+class Recorder:
+    """A server that agrees to everything, and records the fields of the bodies that it gets, by path."""
+
+    url = "server"
+
+    def __init__(self) -> None:
+        self.fields: dict[str, set[str]] = {}
+
+    async def get(self, path: str, *, timeout_s: float) -> Any:
+        self.fields.setdefault(path, set())
+        return {"weight_version": "1", "loads": []}
+
+    async def post(self, path: str, body: dict[str, Any], *, timeout_s: float, on_connected: Any = None) -> Any:
+        self.fields.setdefault(path, set()).update(body)
+        ranks = [{"checksums": {"a": "0"}, "parallelism_info": [{"tp_rank": 0}]}]
+        return {"success": True, "ranks": ranks, "meta_info": {"finish_reason": {"type": "abort"}}}
+
+    async def post_encoded(self, path: str, body: list[bytes], *, timeout_s: float) -> None:
+        await self.post(path, json.loads(b"".join(body)), timeout_s=timeout_s)
+
+    async def stream(self, body: dict[str, Any], **_: Any) -> AsyncIterator[Any]:
+        await self.post("/generate", body, timeout_s=1.0)
+        for message in ():
+            yield message
+
+
+class WeightSender:
+    """Does its part of every broadcast at once."""
+
+    def open(self, *_: Any, **__: Any) -> Future[Any]:
+        return self._done(("host", 1))
+
+    def join(self, *_: Any) -> Future[Any]:
+        return self._done(None)
+
+    broadcast = join
+
+    def close(self, group: str) -> None:
+        pass
+
+    def _done(self, result: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(result)
+        return future
+
+
+async def use_all_of(api: Any, engine: Engine) -> None:
+    """Every kind of request that this package sends with these settings."""
+    facts: Any = SimpleNamespace(device="cpu")
+    tensors = TensorTransport(facts, tp=1)
+    payloads: list[tuple[Transport, Any]] = [
+        (tensors, tensors.payloads({"a": torch.zeros(1)})),
+        (DiskTransport(facts, ""), "folder"),
+    ]
+    if engine.sglang.used_transport == "distributed":
+        sender: Any = WeightSender()
+        plan = BroadcastPlan(1, "00" * 16, (Broadcast(("a",), ("float32",), ((1,),)),))
+        broadcasts = DistributedTransport(facts, tp=1)
+        payloads += [(broadcasts, _Version(sender, plan)), (broadcasts, _Version(cast(Any, WeightSender()), plan))]
+    server = Server(api, slots=1, ends=(), idle_timeout_s=1.0)
+    prompt = np.arange(3, dtype=np.int32)
+    generate = Generate(
+        id=0, prompt=prompt, max_new_tokens=2, temperature=1.0, seed=0, top_k=5, top_logprobs_num=2, report_kept=True
+    )
+    await server.extend(Partial(generate), "rid", 0)
+    await server.score(Score(id=0, prompt=prompt, tokens=prompt, temperature=1.0), "rid", 0)
+    await server.abort("rid")
+    await clean_up_attached(api, timeout_s=1.0)
+    await _require_idle(api, timeout_s=1.0)
+    for transport, payload in payloads:
+        for in_flight in ("abort-resume", "retract"):
+            offer = Offer(cast(Any, None), transport, Prepared(1, "00" * 16, [{"a": "0"}], payload))
+            await update(server, offer, in_flight=in_flight, phase_s=1.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("transport", ["auto", "distributed"])
+def test_the_interface_that_is_required_is_the_one_that_is_used(transport: Any) -> None:
+    engine = Engine(kind="sglang", sglang=Sglang(transport=transport))
+    recorder = Recorder()
+    asyncio.run(use_all_of(recorder, engine))
+    assert recorder.fields == {path: set(fields) for path, fields in interface_used(engine).items()}
+
+
+@pytest.mark.parametrize("transport", ["auto", "distributed"])
+def test_broadcasts_are_required_of_a_server_only_where_they_are_used(subject: Subject, transport: Any) -> None:
+    async def check(described: dict[str, Any]) -> str:
+        recorder: Any = Recorder()
+        recorder.get = lambda path, timeout_s: asyncio.sleep(0, described)
+        return await interface(replace(using, server=Server(recorder, slots=1, ends=(), idle_timeout_s=1.0)), GOOD)
+
+    using = with_sglang(subject, transport=transport)
+    assert "paths" in asyncio.run(check(openapi_of(dict(interface_used(using.engine)))))
+    if transport == "distributed":
+        with pytest.raises(CheckFailed, match=r"lacks /init_weights_update_group, /update_weights_from_distributed, "):
+            asyncio.run(check(openapi_of(dict(INTERFACE))))
 
 
 def replies(temperature: float, *, reported: float) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -263,6 +380,18 @@ def test_nan_and_differences_above_the_bound_are_refused() -> None:
     assert _judge(np.array([5e-5, -5e-5]), "float32", "T = 1") == "T = 1: 5e-05, at most 5e-05"
     with pytest.raises(CheckFailed):
         _judge(np.array([2e-4, 0, 0, 0]), "float32", "T = 1")
+
+
+@pytest.mark.parametrize(("dtype", "nbytes"), [("float32", 4), ("bfloat16", 6)])
+def test_a_reference_that_does_not_fit_into_memory_is_not_loaded(
+    dtype: str, nbytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = 167_456 * nbytes
+    monkeypatch.setattr(findings, "available_memory", lambda: needed - 1)
+    with pytest.raises(CheckFailed, match=rf"take {needed / 1e9:.3g} GB of memory, and .* GB are free; free some"):
+        Reference(FOLDER, dtype=dtype, digest=digest).weights(0)
+    monkeypatch.setattr(findings, "available_memory", lambda: needed)
+    assert Reference(FOLDER, dtype=dtype, digest=digest).weights(0).version == 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -15,7 +15,7 @@ from fake_sglang import SLOTS, StreamingApi, logprob_at, offer_of
 from fake_sglang import FakeTransport as Fake
 
 from sgpo_async.engines.base import Generate, Generated, Score, Weights
-from sgpo_async.engines.sglang.processes.api import Json, ServerGone, ServerRefused
+from sgpo_async.engines.sglang.processes.api import Json, ServerGone, ServerRefused, ServerSilent
 from sgpo_async.engines.sglang.serving import fleet as fleet_module
 from sgpo_async.engines.sglang.serving.fleet import Fleet, FleetSettings
 from sgpo_async.engines.sglang.serving.requests import Requests
@@ -163,6 +163,28 @@ def test_a_server_that_cannot_go_back_is_shut(back: Exception) -> None:
             )  # fmt: skip
         assert (server.version, server.open) == (None, False)
         assert (server.fault is back) == isinstance(back, ServerGone)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("path", ["/load", "/weights_checker"])
+def test_a_server_that_is_too_slow_is_restarted_and_the_error_names_the_setting(path: str) -> None:
+    async def scenario() -> None:
+        api, transport = PlayedApi(), PlayedTransport()
+        server = server_of(api)
+        api.fails[path] = [ServerSilent(f"server{path}: no answer within 20 s")]
+        with pytest.raises(ServerGone) as failure:
+            await update(
+                server,
+                offer_of(1, transport),
+                in_flight="abort-resume",
+                phase_s=PHASE_S,
+                previous=offer_of(0, transport),
+            )
+        assert str(failure.value) == (
+            f"server{path}: no answer within 20 s; raise engine.sglang.phase_timeout_s if the model is large"
+        )
+        assert str(server.fault) == str(failure.value)
 
     asyncio.run(scenario())
 

@@ -172,6 +172,21 @@ def test_close_ends_busy_workers() -> None:
 
 
 @pytest.mark.process
+def test_a_worker_that_survives_its_kill_hides_no_other_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wait(timeout: float) -> None:
+        raise subprocess.TimeoutExpired("worker", timeout)
+
+    pool = RewardPool(workers=1, limit_s=300.0)
+    pool.submit("key", "math", Sample(answer="7", completion="7"))
+    collect(pool, 1)
+    (worker,) = pool._processes.values()
+    with monkeypatch.context() as patched:
+        patched.setattr(worker, "wait", wait)
+        pool.close()
+    worker.wait()
+
+
+@pytest.mark.process
 def test_workers_end_when_their_parent_is_killed() -> None:
     script = (
         "from sgpo_async.tasks.reward_pool import RewardPool\n"

@@ -1,7 +1,10 @@
 """The double-buffered store: at every point of a publication, readers see only complete versions."""
 
 import errno
+import mmap
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -194,6 +197,34 @@ def test_the_error_for_a_full_disk_names_a_remedy(path: str, monkeypatch: pytest
     with pytest.raises(WeightsError, match=r"No space left.*free some"):
         StoreWriter(path).publish(0, weights(0))
     assert StoreReader(path).version() is None
+
+
+def test_buckets_are_read_in_place_and_cannot_be_written(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A private mapping would count as memory in use: twice the size of a model in every process that sends it."""
+    StoreWriter(path).publish(0, weights(0))
+    found = StoreReader(path).bucket_or_delta(0, 0, None)
+    assert found is not None and found[0].readonly and found[0] == StoreReader(path).bucket(0, 0)
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(mmap, "mmap", fail)
+    with pytest.raises(
+        WeightsError, match="weight store: cannot map the file: Cannot allocate memory; free some memory"
+    ):
+        StoreReader(path).bucket_or_delta(0, 0, None)
+
+
+def test_a_bucket_is_sent_without_a_warning_of_torch(path: str) -> None:
+    StoreWriter(path).publish(0, weights(0))
+    script = (
+        "import sys; from sgpo_async.session import calls; from sgpo_async.weights import StoreReader; "
+        "calls.callee.store = StoreReader(sys.argv[1]); print(calls.bucket(0, 0, None)[0].numel())"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script, path], capture_output=True, text=True, timeout=240, check=True
+    )
+    assert int(ended.stdout) > 0 and not ended.stderr
 
 
 def test_the_error_for_a_store_that_cannot_be_opened_names_its_path(tmp_path: Path) -> None:

@@ -17,7 +17,10 @@ from sgpo_async.engines.sglang.weight_sync.model_facts import ModelFacts
 from sgpo_async.engines.sglang.weight_sync.transports import Transport
 from sgpo_async.errors import CheckFailed, CheckWarning, SgpoError
 from sgpo_async.model import parameters
+from sgpo_async.model.folder import stored_parameters
 from sgpo_async.model.load import load_model
+from sgpo_async.weights.digest import name_of
+from sgpo_async.weights.store_file import available_memory
 
 Outcome = Literal["ok", "warning", "failed", "not run"]
 
@@ -52,15 +55,24 @@ class Reference:
         self._model: PreTrainedModel | None = None
 
     def model(self) -> PreTrainedModel:
-        """The model. Raises DataError if it cannot be loaded."""
+        """The model. Raises DataError if it cannot be loaded, CheckFailed if the memory does not suffice."""
         with self._lock:
             if self._model is None:
+                self._require_memory()
                 model = load_model(self._folder, device="cpu", dtype="float32")
                 with torch.no_grad():
                     for parameter in model.parameters():
                         parameter.copy_(parameter.to(self._dtype))
                 self._model = model
             return self._model
+
+    def _require_memory(self) -> None:
+        copy = 0 if self._dtype == torch.float32 else self._dtype.itemsize  # of `weights`
+        needed = stored_parameters(self._folder) * (torch.float32.itemsize + copy)
+        if needed > (available := available_memory()):
+            sizes = f"take {needed / 1e9:.3g} GB of memory, and {available / 1e9:.3g} GB are free"
+            remedy = "free some memory, or check the servers from a machine with more"
+            raise CheckFailed(f"the learner's model and its weights {sizes}", remedy)
 
     def weights(self, version: int, *, changed: str = "") -> Weights:
         """Its parameters as a weight version. The first element of the parameter `changed` is increased minimally."""
@@ -87,7 +99,7 @@ class Subject:
     @property
     def dtype(self) -> str:
         """The dtype of the weights."""
-        return str(self.model.dtype).removeprefix("torch.")
+        return name_of(self.model.dtype)
 
     @property
     def device(self) -> str:

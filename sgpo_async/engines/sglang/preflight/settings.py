@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sgpo_async.config.schema import Engine as EngineSettings
 from sgpo_async.engines.sglang.preflight.findings import Subject
 from sgpo_async.engines.sglang.processes.api import Json
 from sgpo_async.errors import CheckFailed, CheckWarning
@@ -37,9 +38,19 @@ INTERFACE: Mapping[str, tuple[str, ...]] = {
     "/update_weights_from_tensor": ("serialized_named_tensors", "flush_cache", "weight_version"),
     "/end_weight_update": (),
     "/update_weights_from_disk": ("model_path", "flush_cache", "weight_version"),
-    "/weights_checker": ("action",),
+    "/weights_checker": ("action", "skip_tensor_list"),
     "/model_info": (),
     "/v1/loads": (),
+}
+# The same, if the weights arrive by broadcast.
+BROADCAST: Mapping[str, tuple[str, ...]] = {
+    "/init_weights_update_group": (
+        *("master_address", "master_port", "rank_offset", "world_size", "group_name", "backend"),
+    ),
+    "/update_weights_from_distributed": (
+        *("names", "dtypes", "shapes", "group_name", "load_format", "flush_cache", "weight_version"),
+    ),
+    "/destroy_weights_update_group": ("group_name",),
 }
 
 
@@ -167,12 +178,13 @@ async def version(subject: Subject, server_info: Json) -> str:
 async def interface(subject: Subject, server_info: Json) -> str:
     """Check that the server's OpenAPI description contains every path and field that this package uses."""
     described = await subject.server.api.get("/openapi.json", timeout_s=subject.engine.sglang.phase_timeout_s)
-    if lacking := list(missing(described)):
+    used = interface_used(subject.engine)
+    if lacking := list(missing(described, used)):
         raise CheckFailed(
             f"SGLang {server_info.get('version')} lacks {', '.join(lacking)}",
             f"install sglang=={TESTED} in the server's environment",
         )
-    return f"{len(INTERFACE)} paths with {sum(map(len, INTERFACE.values()))} fields"
+    return f"{len(used)} paths with {sum(map(len, used.values()))} fields"
 
 
 async def settings(subject: Subject, server_info: Json) -> str:
@@ -191,9 +203,14 @@ def parsed(number: str) -> tuple[int, ...]:
     return tuple(map(int, match[0].split("."))) if match else ()
 
 
-def missing(described: Mapping[str, Any]) -> Iterator[str]:
-    """Entries of INTERFACE that an OpenAPI description lacks: `path`, or `path field`."""
-    for path, fields in INTERFACE.items():
+def interface_used(engine: EngineSettings) -> Mapping[str, tuple[str, ...]]:
+    """The paths, and the fields of their bodies, that this package sends with these settings."""
+    return {**INTERFACE, **BROADCAST} if engine.sglang.used_transport == "distributed" else INTERFACE
+
+
+def missing(described: Mapping[str, Any], used: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
+    """Entries of `used` that an OpenAPI description lacks: `path`, or `path field`."""
+    for path, fields in used.items():
         if path not in described.get("paths", {}):
             yield path
             continue

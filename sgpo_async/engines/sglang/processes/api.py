@@ -2,7 +2,7 @@
 
 Bodies and answers are those of SGLang 0.5.23. A call has one of three outcomes: an answer; ServerRefused, if the
 server answered with an error; ServerGone, if it did not answer, so that the effect of the call is unknown
-(ServerUnreached: there was no connection, so the call had no effect).
+(ServerUnreached: there was no connection, so the call had no effect; ServerSilent: it did not answer in time).
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from sgpo_async.errors import EngineError
 Json = dict[str, Any]
 PIECE = 2**20  # bytes of a ready body that are handed to the connection at a time
 KEEPALIVE_S = 2.0  # an idle connection is closed after this time
+# How a call fails without a usable answer. ValueError: the answer is not UTF-8, or a message of a stream is not JSON.
+FAILURES = (aiohttp.ClientError, TimeoutError, OSError, ValueError)
 
 
 class ServerRefused(EngineError):
@@ -33,6 +35,10 @@ class ServerGone(EngineError):
 
 class ServerUnreached(ServerGone):
     """No connection to the server was established, so the call had no effect on it."""
+
+
+class ServerSilent(ServerGone):
+    """The server got the call and did not answer in time."""
 
 
 class Connection:
@@ -105,7 +111,7 @@ class ServerApi:
             ) as response:
                 if response.status != 200:
                     raise ServerRefused(f"{self.url}/generate: {_reason(await response.text())}")
-                async for line in response.content:
+                async for line in _lines(response.content):
                     if not line.startswith(b"data: "):
                         continue
                     if line.startswith(b"data: [DONE]"):
@@ -114,7 +120,7 @@ class ServerApi:
                     if "error" in message:
                         raise ServerRefused(f"{self.url}/generate: {message['error'].get('message', message['error'])}")
                     yield message
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        except FAILURES as error:
             raise _no_answer(connection, f"{self.url}/generate", error, idle_timeout_s) from error
         raise ServerGone(f"{self.url}/generate: the answer broke off")
 
@@ -134,7 +140,7 @@ class ServerApi:
                 method, self.url + path, timeout=timeout, trace_request_ctx=connection, **content
             ) as response:
                 text = await response.text()
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        except FAILURES as error:
             raise _no_answer(connection, self.url + path, error, timeout_s) from error
         answer = _parse(text)
         if response.status != 200 or answer.get("success") is False:
@@ -178,6 +184,21 @@ def _ready(body: Sequence[bytes]) -> Json:
     return {"data": pieces(), "headers": {"Content-Type": "application/json", "Content-Length": length}}
 
 
+async def _lines(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
+    """The lines of an answer, of any length, each as soon as it is complete.
+
+    aiohttp's own iterator refuses lines above twice its read buffer (512 KiB), and the message after an abort may
+    repeat a whole completion. It also takes quadratic time, so a larger buffer would not be a remedy.
+    """
+    begun: list[bytes] = []  # the parts of a line that has no end yet
+    async for received in content.iter_any():
+        *ended, rest = received.split(b"\n")
+        for part in ended:
+            yield b"".join([*begun, part])
+            begun.clear()
+        begun.append(rest)
+
+
 def _parse(text: str) -> Json:
     """The answer as JSON; {} for endpoints that answer with an empty body or a line of text."""
     try:
@@ -201,11 +222,12 @@ async def _connected(_session: object, context: SimpleNamespace, _params: object
 
 
 def _no_answer(connection: Connection, url: str, error: BaseException, seconds: float) -> ServerGone:
-    """The error of a call without an answer: ServerUnreached if there was no connection, else ServerGone.
+    """The error of a call without an answer: ServerUnreached if there was no connection, else one of the others.
 
     The type of `error` does not tell them apart: a call can also time out while it waits for a connection.
     """
     timed_out = isinstance(error, TimeoutError)
-    fault = f"no answer within {seconds:g} s" if timed_out else f"{error or type(error).__name__}"
+    fault = f"no answer within {seconds:g} s" if timed_out else " ".join(str(error).split()) or type(error).__name__
     unreached = isinstance(error, aiohttp.ClientConnectorError) or not connection.established
-    return (ServerUnreached if unreached else ServerGone)(f"{url}: {fault}")
+    kind = ServerUnreached if unreached else ServerSilent if timed_out else ServerGone
+    return kind(f"{url}: {fault}")

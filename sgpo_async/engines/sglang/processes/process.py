@@ -9,7 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import psutil
 
 from sgpo_async.engines.sglang.processes.launch import Launch
 from sgpo_async.errors import DeadlineExceeded, EngineError
@@ -18,6 +21,7 @@ from sgpo_async.processes import watchdog
 
 WATCHDOG = Path(watchdog.__file__)
 STOP_S = 10.0
+POLL_S = 0.05
 PORTS = 12_000  # number of ports that servers choose from
 EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
@@ -70,15 +74,28 @@ class ServerProcess:
         return "\n".join([f"the end of {self.log}:", *(f"    {line[:300]}" for line in text[-lines:])])
 
     def stop(self) -> None:
-        """Kill the process group; a server needs no clean-up. Raises DeadlineExceeded if that takes too long."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.group, signal.SIGKILL)
-        try:
-            self._watchdog.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            raise DeadlineExceeded(f"server {self.url}", "end after SIGKILL", STOP_S) from None
+        """Kill the process group, and wait until all of it has ended: until then it may hold the memory of a GPU.
+
+        A server needs no clean-up. Raises DeadlineExceeded if its end takes too long.
+        """
         assert self._watchdog.stdin is not None
         self._watchdog.stdin.close()
+        deadline = time.monotonic() + STOP_S
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.group, signal.SIGKILL)
+        while self.alive or _has_members(self.group):
+            if time.monotonic() > deadline:
+                raise DeadlineExceeded(f"server {self.url}", "end after SIGKILL", STOP_S)
+            time.sleep(POLL_S)
+
+
+def _has_members(group: int) -> bool:
+    """Whether a process of the group lives. Zombies do not count: where no init process reaps them, they stay."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False
 
 
 def _free_port() -> int:

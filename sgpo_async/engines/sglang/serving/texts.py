@@ -11,13 +11,15 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sgpo_async.config.schema import Engine
 from sgpo_async.engines.sglang.processes.api import ServerApi, ServerGone, ServerRefused, http_session
-from sgpo_async.engines.sglang.processes.launch import CPU_TOKENS, Launch
+from sgpo_async.engines.sglang.processes.launch import Launch
 from sgpo_async.engines.sglang.processes.process import ServerProcess
 from sgpo_async.engines.sglang.serving.server_slot import EXIT_GRACE_S, ServerSlot, wait_until_ready
 from sgpo_async.errors import EngineError, SgpoError
-from sgpo_async.model.load import device_of
+from sgpo_async.model.load import cache_bytes, device_of, positions, read_config
 
 CHECK_INTERVAL_S = 0.2  # between two checks that the server is alive
 
@@ -57,8 +59,8 @@ async def text_server(
     """Launch a server and wait until it is ready; it is stopped at the end of the context.
 
     `model` is a folder or a name on the Hugging Face hub; requests use the model name `served_name`. Of `engine`, the
-    device, the slots and the launch settings in `sglang` are used. Raises EngineError if the server ends (with the
-    end of its log) or takes too long to start.
+    device, the slots and the launch settings in `sglang` are used. Raises DataError if the model's config.json is
+    missing or unusable, EngineError if the server ends (with the end of its log) or takes too long to start.
     """
     launch = Launch(
         settings=engine.sglang,
@@ -66,7 +68,8 @@ async def text_server(
         dtype=dtype,
         device=device_of(engine.device),
         slots=engine.slots,
-        longest=CPU_TOKENS // engine.slots,
+        longest=positions(model),
+        token_bytes=cache_bytes(read_config(model), dtype=getattr(torch, dtype), tp=engine.sglang.tp),
         served_name=served_name,
     )
     process = await asyncio.to_thread(ServerProcess, launch, log)

@@ -27,11 +27,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from sgpo_async.engines.sglang.processes.api import ServerApi, ServerGone, ServerRefused
+from sgpo_async.engines.sglang.processes.api import ServerApi, ServerGone, ServerRefused, ServerSilent
 from sgpo_async.engines.sglang.serving.server import Server, Trial
 from sgpo_async.engines.sglang.serving.versions import Offer
 from sgpo_async.engines.sglang.weight_sync.layout import answered_checksums, compare, pieces_of
@@ -99,14 +99,16 @@ async def update(
         clock.shut = time.monotonic()
         server.changes += 1
         flush = not (pauses and in_flight == "in-place")
-        await offer.transport.send(server.api, prepared, flush=flush, timeout_s=phase_s)
+        with _naming_the_timeout():
+            await offer.transport.send(server.api, prepared, flush=flush, timeout_s=phase_s)
         clock.loaded = time.monotonic()
         if on_trial and server.session == session:
             _name(server, prepared)
             _open(server, Trial(prepared.version, asyncio.get_running_loop().create_future()))
             clock.opened = time.monotonic()
             on_open()
-        await verify(server.api, prepared, timeout_s=phase_s, in_pieces=on_trial)
+        with _naming_the_timeout():
+            await verify(server.api, prepared, timeout_s=phase_s, in_pieces=on_trial)
         clock.verified = time.monotonic()
         if server.session == session:
             _name(server, prepared)  # before a paused stream can go on
@@ -146,6 +148,15 @@ async def _stop(server: Server, in_flight: InFlight, phase_s: float) -> None:
     else:
         server.open = False
         await server.api.post("/pause_generation", {"mode": PAUSE_MODES[in_flight]}, timeout_s=phase_s)
+
+
+@contextlib.contextmanager
+def _naming_the_timeout() -> Iterator[None]:
+    """Name the setting if a call has no answer in time: a server that is too slow is restarted again and again."""
+    try:
+        yield
+    except ServerSilent as error:
+        raise ServerSilent(f"{error}; raise engine.sglang.phase_timeout_s if the model is large") from error
 
 
 def _name(server: Server, prepared: Prepared) -> None:
@@ -189,8 +200,9 @@ async def _back(server: Server, previous: Offer, session: int, *, phase_s: float
     """Load the previous version again, verify it and serve it; if that fails, the server stays without a version."""
     prepared = previous.prepared
     try:
-        await previous.transport.send(server.api, prepared, flush=True, timeout_s=phase_s)
-        await verify(server.api, prepared, timeout_s=phase_s)
+        with _naming_the_timeout():
+            await previous.transport.send(server.api, prepared, flush=True, timeout_s=phase_s)
+            await verify(server.api, prepared, timeout_s=phase_s)
     except ServerGone as error:
         server.fault = server.fault or error
     except (*NOT_LOADED, DeadlineExceeded):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from sgpo_async.engines.base import Weights
 from sgpo_async.engines.sglang.weight_sync.transports import Prepared, Transport
-from sgpo_async.errors import EngineError, SessionError, SgpoError, Superseded, WeightsError
+from sgpo_async.errors import EngineError, SessionError, Superseded, WeightsError
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,11 +125,19 @@ class Versions:
         return None, True
 
     async def _prepare(self, weights: Weights, transport: Transport) -> Offer:
+        """Raises what `Transport.prepare` raises; EngineError if the memory does not suffice."""
+        prepared: Prepared | None = None
         try:
             prepared = await asyncio.to_thread(transport.prepare, weights)
-        except SgpoError:
-            del self._preparing[(id(weights), transport.name)]
-            raise
+        except (MemoryError, RuntimeError) as error:
+            if not _lacks_memory(error):
+                raise
+            raise EngineError(
+                "not enough memory to prepare the weights; free some, or use another engine.sglang.transport"
+            ) from None
+        finally:
+            if prepared is None:
+                self._preparing.pop((id(weights), transport.name), None)
         return Offer(weights, transport, prepared)
 
     def _set_offer(self, offer: Offer | None) -> None:
@@ -137,3 +145,9 @@ class Versions:
         self.changed.set()
         self.changed = asyncio.Event()
         self.release()
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Whether an allocation failed; torch reports that by a RuntimeError with a text."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ Device = Literal["cpu", "cuda"]
 Checksums = dict[str, str]  # SGLang's name of a parameter -> 16 hexadecimal digits
 
 HASHES = {"cpu": cpu_hash, "cuda": cuda_hash}
+THREADS = 4  # that hash; each holds one parameter, a second time if it is fused from several tensors
 VOCABULARY_MULTIPLE = 64
 PIECES = 8
 LAYER = re.compile(r"model\.layers\.\d+(?=\.)")
@@ -84,9 +86,9 @@ def expected_checksums(
 ) -> list[Checksums]:
     """The checksum of every parameter of a server with `tensors`: one dict per tensor parallel rank.
 
-    Each tensor is looked up once, so a lazy mapping reads each tensor once. `config` is the model's config.json,
-    `dtype` the server's --dtype, `device` where it runs. Raises EngineError for a model that is not supported or that
-    cannot be split over `tp` ranks, WeightsError if the tensors are not those of the model.
+    Each tensor is looked up once, so a lazy mapping reads each tensor once; several threads look them up. `config` is
+    the model's config.json, `dtype` the server's --dtype, `device` where it runs. Raises EngineError for a model that
+    is not supported or that cannot be split over `tp` ranks, WeightsError if the tensors are not those of the model.
     """
     layout = layout_of(config, tp=tp, device=device)
     known = {cut.source for cuts in layout.values() for cut in cuts}
@@ -97,13 +99,18 @@ def expected_checksums(
             f"the tensors are of another model: {_some(missing)} missing, {_some(unknown)} unknown to "
             f"{_architecture(config)}; use the same model.path for learner and engine"
         )
-    ranks: list[Checksums] = [{} for _ in range(tp)]
-    for name, cuts in layout.items():
-        sources = [tensors[cut.source] for cut in cuts]
-        for rank, checksums in enumerate(ranks):
+
+    def by_rank(cuts: Sequence[Cut]) -> list[str]:
+        sources, hashes = [tensors[cut.source] for cut in cuts], []
+        for rank in range(tp):
             held = [cut.of(source, rank=rank, tp=tp).to(dtype) for cut, source in zip(cuts, sources, strict=True)]
-            checksums[name] = HASHES[device](torch.cat(held) if len(held) > 1 else held[0])
-    return ranks
+            hashes.append(HASHES[device](torch.cat(held) if len(held) > 1 else held[0]))
+        return hashes
+
+    # Both hashes leave Python's lock to other threads while they compute.
+    with ThreadPoolExecutor(THREADS) as threads:
+        hashes = list(threads.map(by_rank, layout.values()))
+    return [{name: one[rank] for name, one in zip(layout, hashes, strict=True)} for rank in range(tp)]
 
 
 def digest_and_checksums(

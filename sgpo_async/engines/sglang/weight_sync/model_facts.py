@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from sgpo_async.engines.base import Weights
 from sgpo_async.engines.sglang.weight_sync.layout import Checksums, Device, expected_checksums
 from sgpo_async.errors import DataError
 from sgpo_async.model import parameters
+from sgpo_async.model.folder import is_folder
 from sgpo_async.model.load import end_tokens, longest, on_meta_device, tokenizer_of
 
 
@@ -53,8 +53,8 @@ class ModelFacts:
 
 def model_facts(folder: str, *, dtype: str, tp: int, device: Device, digest: parameters.Digest) -> ModelFacts:
     """Read a model's configuration. Raises DataError (one line) if it is not that of a causal language model."""
+    local = is_folder(folder)
     try:
-        local = Path(folder).is_dir()
         config = AutoConfig.from_pretrained(folder, local_files_only=local)
         skeleton = on_meta_device(config, dtype)
         with contextlib.suppress(OSError):  # not every model has one
