@@ -307,6 +307,7 @@ class World(Driver):
         if member := self.some_actor():
             self.send(member, wire.Commit(step=self.core.training.step))
             self.send(member, wire.Release(task=10**6, attempt=0, reason=""))
+            self.read(member)  # leases that the hub gave before the Release took their credit
             self.granted[member] = 0
 
     def tick(self) -> None:
@@ -463,6 +464,11 @@ def test_after_any_history_the_ledgers_balance_and_the_run_can_be_finished(seed,
 
 @settings(max_examples=30, deadline=None)
 @given(**CASES)
+# Here leases are on their way while an actor sends invalid messages.
+@example(
+    seed=26012, length=282, batch=4, max_lag=1, ranks=1, parts=1, stale="drop", batch_from="complete", share=0.3,
+    extra_batches=0,
+)  # fmt: skip
 # A status must not change after it was sent: here an actor is quarantined later.
 @example(
     seed=253, length=235, batch=2, max_lag=1, ranks=1, parts=1, stale="drop", batch_from="complete", share=0.3,
