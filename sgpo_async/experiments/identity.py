@@ -26,8 +26,8 @@ Plain = dict[str, Any]
 """A configuration, or a part of it, as it is stored in a file."""
 
 # Keys that do not affect what a trial learns, beside those of `hub`. A trial is one process without a folder, a hub,
-# actors or other ranks, so nothing except validation reads most of them; recomputing or offloading activations changes
-# no gradient.
+# actors or other ranks, and with the embedded engine, so nothing except validation reads most of them; recomputing or
+# offloading activations changes no gradient.
 # learner.patterns and learner.token_classes are not among them: the curves hold what they measure.
 NOT_LEARNED = (
     "name",
@@ -36,7 +36,7 @@ NOT_LEARNED = (
     "learner.canary_every",
     "learner.project",
     "learner.trackers",
-    "engine.sglang.transport",
+    "engine.sglang",
     "evaluation.share",
     "learner.parts",
     "learner.recompute",

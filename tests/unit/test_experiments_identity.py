@@ -159,6 +159,7 @@ def test_a_new_key_in_a_recipe_does_not_change_its_base(tmp_path: Path, monkeypa
         {"common": {}, "config_text": "steps: 6\noptim: {lr: 5.0e-4}\n"},
         {"common": {"steps": 6, "name": "x", "out": "y", "local.ranks": 1, "hub.max_message_mb": 4096}},
         {"common": {"steps": 6, "hub.heartbeat_s": 3, "hub.max_messages_per_s": 77, "hub.stale": "mask"}},
+        {"common": {"steps": 6, "engine.sglang.phase_timeout_s": 7.0}},
     ],
 )
 def test_equivalent_files_give_the_same_trial(tmp_path: Path, change: dict[str, Any]) -> None:
