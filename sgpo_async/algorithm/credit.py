@@ -10,8 +10,8 @@ the rollout (Eq. 1). No gradient flows through any of them.
 
 RLSD leaves the direction to the reward and takes the size from the teacher. RLCSD compares two contexts of one form, so
 what the form alone changes cancels. IW-OPD has no reward: it is reverse-KL distillation, in which a token weighs less,
-the more policy and teacher have differed on the tokens before it. docs/algorithm.md says which texts and
-code were read.
+the more policy and teacher have differed on the tokens before it. docs/algorithm.md says
+which texts and code were read.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def _show(console: Console, completions: list[Completion]) -> None:
 def _text(completion: Completion) -> RenderableType:
     from rich.text import Text
 
-    from sgpo_async.report.texts import printable
+    from sgpo_async.logs import printable
 
     ending = "" if completion.finish == "stop" else ", cut off: --max-new-tokens"
     return Text(printable(completion.text)).append(f"\n[{completion.tokens} tokens{ending}]", style="dim")

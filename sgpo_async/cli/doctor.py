@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from sgpo_async.cli.machine import examine_machine
-    from sgpo_async.report.texts import printable
+    from sgpo_async.logs import printable
 
     console = Console(markup=False, emoji=False)
     with Signals() as signals:
@@ -109,7 +109,7 @@ def render(sections: Sections) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    from sgpo_async.report.texts import printable
+    from sgpo_async.logs import printable
 
     table = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False)
     table.add_column("check", no_wrap=True)

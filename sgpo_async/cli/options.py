@@ -58,7 +58,7 @@ def print_dry_run(run: Run, commands: Iterable[Sequence[str]]) -> None:
 
 def say_notes(notes: Iterable[str]) -> None:
     """Print what the user should know before a run starts; control characters as escapes."""
-    from sgpo_async.report.texts import printable
+    from sgpo_async.logs import printable
 
     for note in notes:
         print(f"note: {printable(note)}", file=sys.stderr)

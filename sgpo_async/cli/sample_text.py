@@ -10,8 +10,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from sgpo_async.logs import printable
 from sgpo_async.report.numbers import number
-from sgpo_async.report.texts import Run, context_of, notes_of, printable, runs_of, solved, versions_of
+from sgpo_async.report.texts import Run, context_of, notes_of, runs_of, solved, versions_of
 
 LARGE, SMALL = 1.0, 0.1  # nats; a token of at least this divergence is highlighted
 STYLES = {LARGE: "black on red", SMALL: "black on yellow"}

@@ -180,24 +180,7 @@ class Experiment:
                 "must have names that still differ as file names (lower case; - for all but a-z, 0-9 and .)",
                 f"{one}, {other}",
             )
-        if self.tune.rates:
-            layers = {"common": self.common, f"settings.{self.tune.setting}": self.settings.get(self.tune.setting, {})}
-            for layer, overrides in layers.items():
-                require(
-                    "optim.lr" not in overrides,
-                    f"{layer}.optim.lr",
-                    "must be absent, because tune.rates sets the learning rate",
-                    overrides.get("optim.lr"),
-                )
-            require(bool(self.tune.seeds), "tune.seeds", "must name at least one seed", self.tune.seeds)
-            require(self.tune.finalists >= 0, "tune.finalists", "must be >= 0", self.tune.finalists)
-            require(
-                not set(self.tune.seeds) & set(self.seeds),
-                "tune.seeds",
-                f"must differ from seeds {', '.join(map(str, self.seeds))}, because the trials that choose a rate must "
-                "not also judge it",
-                self.tune.seeds,
-            )
+        self._check_tuning()
         for name, overrides in self.methods.items():
             for key, value in overrides.items():
                 require(
@@ -207,6 +190,30 @@ class Experiment:
                     value,
                 )
         self._check_figures()
+        self._check_bases()
+
+    def _check_tuning(self) -> None:
+        if not self.tune.rates:
+            return
+        layers = {"common": self.common, f"settings.{self.tune.setting}": self.settings.get(self.tune.setting, {})}
+        for layer, overrides in layers.items():
+            require(
+                "optim.lr" not in overrides,
+                f"{layer}.optim.lr",
+                "must be absent, because tune.rates sets the learning rate",
+                overrides.get("optim.lr"),
+            )
+        require(bool(self.tune.seeds), "tune.seeds", "must name at least one seed", self.tune.seeds)
+        require(self.tune.finalists >= 0, "tune.finalists", "must be >= 0", self.tune.finalists)
+        require(
+            not set(self.tune.seeds) & set(self.seeds),
+            "tune.seeds",
+            f"must differ from seeds {', '.join(map(str, self.seeds))}, because the trials that choose a rate must "
+            "not also judge it",
+            self.tune.seeds,
+        )
+
+    def _check_bases(self) -> None:
         for name, base in self.bases.items():
             require(
                 not base.train or base == Base(start=base.start, train=base.train),

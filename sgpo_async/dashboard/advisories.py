@@ -13,10 +13,10 @@ from statistics import fmean, median
 from typing import Any, Literal
 
 from sgpo_async.installation import under_torchrun
+from sgpo_async.logs import one_line
 from sgpo_async.metrics.canary import alarm_text
 from sgpo_async.metrics.mismatch import alarms
 from sgpo_async.report.numbers import number, percent
-from sgpo_async.report.texts import one_line
 
 RECENT = 20  # steps that count as recent: enough to average out the noise of a batch, few enough to follow a change
 ENOUGH = 10  # ... of which a rule about means needs so many

@@ -13,9 +13,9 @@ from sgpo_async.local.display import View
 from sgpo_async.local.remote import LATE_S, MAX_BYTES, phase_of
 from sgpo_async.local.run_folder import read_hub_file
 from sgpo_async.local.watch import Watch
+from sgpo_async.logs import one_line
 from sgpo_async.metrics import read_summary
 from sgpo_async.report.page import read_config
-from sgpo_async.report.texts import one_line
 
 SUMMARY_EVERY_S = 2.0  # how often summary.json is read
 

@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 
 from sgpo_async.dashboard.observer import STATES, RunView
 from sgpo_async.local.display import View
-from sgpo_async.report.texts import one_line
+from sgpo_async.logs import one_line
 
 PREFIX = "sgpo_async_"
 ACTORS = 256  # that have samples of their own: names come from outside

@@ -12,11 +12,12 @@ from sgpo_async.dashboard.advisories import RECENT, Advisory
 from sgpo_async.dashboard.observer import RunView
 from sgpo_async.local.hub_rows import hub_rows
 from sgpo_async.local.remote import unknown
+from sgpo_async.logs import one_line, printable
 from sgpo_async.report.charts import GROUPS, figures, other_figures
 from sgpo_async.report.closing import summarise, summary_rows
 from sgpo_async.report.completions import group
 from sgpo_async.report.numbers import NONE, clock, number, percent, scientific
-from sgpo_async.report.texts import one_line, printable, solved
+from sgpo_async.report.texts import solved
 from sgpo_async.report.thin import thinned
 
 POINTS = 240  # of a curve

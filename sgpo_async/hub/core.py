@@ -154,12 +154,9 @@ class HubCore:
         match event:
             case ev.Received(member, wire.Rollout() as rollout):
                 return self._rollout(member, rollout)
-            case ev.Received(member, wire.StatusRequest()):
-                self._send(member, wire.Status(status=self.status()))
-                return False  # not in the journal, so it must not change the state
-            case ev.Received(member, wire.SettingsRequest()):
-                self._send(member, wire.Settings(settings=to_plain(self.run)))
-                return False  # neither
+            case ev.Received(member, message) if event.is_question:
+                self._answer(member, message)
+                return False
             case ev.Received(member, message):
                 self._received(member, message)
             case ev.Rejected(member, reason, other_release):
@@ -188,6 +185,13 @@ class HubCore:
             case ev.Interrupted(reason, at_once):
                 self._interrupted(reason, at_once=at_once)
         return True
+
+    def _answer(self, member: bytes, question: wire.Message) -> None:
+        match question:
+            case wire.StatusRequest():
+                self._send(member, wire.Status(status=self.status()))
+            case wire.SettingsRequest():
+                self._send(member, wire.Settings(settings=to_plain(self.run)))
 
     def _received(self, member: bytes, message: wire.Message) -> None:
         rank = self.learner_ranks.rank_of(member)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sgpo_async.wire.records import Message, Road
+from sgpo_async.wire.records import Message, Road, SettingsRequest, StatusRequest
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,11 @@ class Received:
 
     member: bytes
     message: Message
+
+    @property
+    def is_question(self) -> bool:
+        """Whether it is only answered: it is not in the journal, so it must not change the state."""
+        return isinstance(self.message, StatusRequest | SettingsRequest)
 
 
 @dataclass(frozen=True)

@@ -243,5 +243,5 @@ def collect_rarely() -> None:
 
 
 def _changes_state(event: ev.Event) -> bool:
-    """Whether an event must be in the journal: questions are only answered, see `HubCore`."""
-    return not (isinstance(event, ev.Received) and isinstance(event.message, wire.StatusRequest | wire.SettingsRequest))
+    """Whether an event must be in the journal."""
+    return not (isinstance(event, ev.Received) and event.is_question)

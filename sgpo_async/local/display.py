@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from sgpo_async.logs import one_line
 from sgpo_async.metrics.canary import alarm_text
 from sgpo_async.metrics.mismatch import SPANS, alarms
 from sgpo_async.report.numbers import NONE, clock, number, percent, scientific
-from sgpo_async.report.texts import one_line
 
 MAX_WORD = 64  # characters
 LINE = 400  # ... of a completion

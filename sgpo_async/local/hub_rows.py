@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sgpo_async.logs import one_line
 from sgpo_async.report.closing import ledger_rows
 from sgpo_async.report.numbers import NONE, clock, number, percent, scientific
-from sgpo_async.report.texts import one_line
 
 REASON = 400  # characters of a text that a member may have sent
 COUNTS = {  # name by key of the status

@@ -13,8 +13,8 @@ from sgpo_async.local.display import View
 from sgpo_async.local.hub_rows import hub_rows
 from sgpo_async.local.live import LivePicture, display_on
 from sgpo_async.local.watch import Watch
+from sgpo_async.logs import printable
 from sgpo_async.processes.signals import Signals
-from sgpo_async.report.texts import printable
 
 MAX_BYTES = 2**30  # the hub's own limit is not known
 FIRST_S = 30.0  # for the hub's first answer

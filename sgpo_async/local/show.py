@@ -16,9 +16,9 @@ from sgpo_async.local.live import display_on
 from sgpo_async.local.run_folder import dashboard_url, newest_checkpoint
 from sgpo_async.local.supervisor import Supervisor
 from sgpo_async.local.watch import Watch
+from sgpo_async.logs import printable
 from sgpo_async.processes.torchrun import repeated_command
 from sgpo_async.report import final_rows, write_report
-from sgpo_async.report.texts import printable
 
 POLICY = "policy"  # the learner's export, a Hugging Face folder
 

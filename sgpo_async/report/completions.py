@@ -11,10 +11,11 @@ from functools import partial
 from html import escape
 from typing import Any
 
+from sgpo_async.logs import printable
 from sgpo_async.report.document import document
 from sgpo_async.report.numbers import number
 from sgpo_async.report.style import SHADES
-from sgpo_async.report.texts import Run, context_of, notes_of, printable, runs_of, solved, strength, versions_of
+from sgpo_async.report.texts import Run, context_of, notes_of, runs_of, solved, strength, versions_of
 
 CHARS = 1500  # of each completion
 

@@ -6,8 +6,6 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sgpo_async.logs import one_line as one_line  # noqa: PLC0414 (also for who imports it from here)
-from sgpo_async.logs import printable as printable  # noqa: PLC0414
 from sgpo_async.report.numbers import number
 
 Run = tuple[str, float | None]

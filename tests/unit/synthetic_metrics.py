@@ -46,43 +46,54 @@ def synthetic_lines(steps: int = 120) -> list[dict[str, Any]]:
             "correction_clipped": 0.02 + abs(noise) / 9,
             "kl_correction_clipped": 0.05 + abs(noise) / 9,
             "ratio_by_lag": {"0": 1.0, "1": 1 + noise / 9, "2": 1 + noise / 4},
-            "mismatch_mean_lag0_first": 7e-8 * (1 + abs(noise)) if step % 20 == 1 else None,
-            "mismatch_mean_lag0_later": 9e-8 if step == 41 else None,
-            "mismatch_mean_stale_first": 0.01 + abs(noise) / 5,
-            "mismatch_mean_stale_later": 0.008 + abs(noise) / 5,
-            "mismatch_max_lag0_first": 1.5e-5 if step % 20 == 1 else None,
-            "mismatch_bound": 1e-4,
-            "canary_mean": 2e-7 * (1 + abs(noise)),
-            "canary_max": 4e-7 * (1 + abs(noise)),
-            "canary_alarms": {"differs": 0, "stuck": 0, "moved": 0},
-            "mismatch_judged_first": 7e-8 * (1 + abs(noise)) if step % 20 == 1 else None,
-            "mismatch_judged_later": 9e-8 if step == 41 else None,
+            **_engine_and_learner(step, noise),
             "grad_norm": 0.7 + abs(noise) * (30 if step == 50 else 3),
             "lr": 3e-4,
             "tokens_generated": 7400 * step,
             "tokens_trained": 7000 * step,
             "actors": 2,
-            "ledger": {
-                "tasks": {
-                    "dispatched": 16 * step + 40,
-                    "trained": 16 * step,
-                    "dropped": {"stale": 3, "lease_lost": 0},
-                    "in_flight": 21,
-                    "buffered": 16,
-                },
-                "rollouts": {
-                    "dispatched": 192 * step + 480,
-                    "trained": 192 * step,
-                    "dropped": {"stale": 36, "lease_lost": 24},
-                    "in_flight": 228,
-                    "buffered": 192,
-                },
-            },
+            "ledger": _ledger(step),
         }
         if step % 20 == 0 or step == 1:
             line |= {"eval_pass_auto": 0.05 + 0.86 * learned, "eval_pass_guided": 0.94}
         lines.append(line)
     return lines
+
+
+def _engine_and_learner(step: int, noise: float) -> dict[str, Any]:
+    """How far the probabilities of engine and learner are apart; lag 0 is rare."""
+    return {
+        "mismatch_mean_lag0_first": 7e-8 * (1 + abs(noise)) if step % 20 == 1 else None,
+        "mismatch_mean_lag0_later": 9e-8 if step == 41 else None,
+        "mismatch_mean_stale_first": 0.01 + abs(noise) / 5,
+        "mismatch_mean_stale_later": 0.008 + abs(noise) / 5,
+        "mismatch_max_lag0_first": 1.5e-5 if step % 20 == 1 else None,
+        "mismatch_bound": 1e-4,
+        "canary_mean": 2e-7 * (1 + abs(noise)),
+        "canary_max": 4e-7 * (1 + abs(noise)),
+        "canary_alarms": {"differs": 0, "stuck": 0, "moved": 0},
+        "mismatch_judged_first": 7e-8 * (1 + abs(noise)) if step % 20 == 1 else None,
+        "mismatch_judged_later": 9e-8 if step == 41 else None,
+    }
+
+
+def _ledger(step: int) -> dict[str, Any]:
+    return {
+        "tasks": {
+            "dispatched": 16 * step + 40,
+            "trained": 16 * step,
+            "dropped": {"stale": 3, "lease_lost": 0},
+            "in_flight": 21,
+            "buffered": 16,
+        },
+        "rollouts": {
+            "dispatched": 192 * step + 480,
+            "trained": 192 * step,
+            "dropped": {"stale": 36, "lease_lost": 24},
+            "in_flight": 228,
+            "buffered": 192,
+        },
+    }
 
 
 def write_lines(folder: Path, lines: list[dict[str, Any]]) -> None:

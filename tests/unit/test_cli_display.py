@@ -17,7 +17,7 @@ from sgpo_async.config import Run
 from sgpo_async.local.display import Lines, View, line
 from sgpo_async.local.live import render, sparkline
 from sgpo_async.local.show import Show
-from sgpo_async.report.texts import printable
+from sgpo_async.logs import printable
 
 
 def status_at(step: int) -> dict[str, Any]:
