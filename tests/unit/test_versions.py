@@ -1,13 +1,15 @@
-"""The ranges in pyproject.toml, the versions in requirements.lock and the torch version in the Makefile agree."""
+"""The versions in pyproject.toml, requirements.lock and the Makefile agree, and suit every supported Python."""
 
 from __future__ import annotations
 
 import re
 import tomllib
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
@@ -51,3 +53,19 @@ def test_a_range_has_a_lower_and_an_upper_bound(name: str) -> None:
 
 def test_the_lock_file_lists_neither_torch_nor_the_packages_of_its_cuda_build() -> None:
     assert not [name for name in _locked() if re.match("torch$|triton$|nvidia-|cuda-|sgpo-", name)]
+
+
+def test_the_first_release_of_each_supported_python_can_install_the_lock_file() -> None:
+    # Debian 12 has Python 3.11.2, and pymdown-extensions 13 needs 3.11.5.
+    supported = SpecifierSet(PROJECT["requires-python"])
+    pythons = [python for minor in range(30) if (python := Version(f"3.{minor}.0")) in supported]
+    assert pythons
+    refused = []
+    for name, version in _locked().items():
+        try:
+            installed = metadata(name)
+        except PackageNotFoundError:
+            continue  # this environment has fewer extras
+        if Version(installed["Version"]) == version and (needed := installed["Requires-Python"]):
+            refused += [f"{name}=={version} needs Python {needed}" for p in pythons if p not in SpecifierSet(needed)]
+    assert not refused
