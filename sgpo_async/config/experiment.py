@@ -55,7 +55,11 @@ MEASURED = (  # the metrics of a step whose means the points of a curve have
     "reward_auto",
     "length_auto",
 )
-MEASURED_BY_NAME = ("patterns", "kl_classes")  # metrics that are objects: the points have each entry, as KEY/NAME
+MEASURED_BY_NAME = (
+    "patterns",
+    "quotes",
+    "kl_classes",
+)  # metrics that are objects: the points have each entry, as KEY/NAME
 DRAWN = ("guided", *MEASURED)  # what a figure of the kind metric can show, beside entries of MEASURED_BY_NAME
 RECIPE = "from"  # in a method: a configuration whose keys it begins with
 MOST_CURVES = 12  # in one figure: as many as can be told apart by colour and dashes
@@ -240,7 +244,7 @@ class Experiment:
             where = f"figures[{place}]"
             require(figure.kind in every, f"{where}.kind", f"must be one of {kinds}", figure.kind)
             known = figure.metric in DRAWN or figure.metric.partition("/")[0] in MEASURED_BY_NAME
-            rule = f"must be one of {', '.join(DRAWN)}, patterns/NAME or kl_classes/NAME"
+            rule = f"must be one of {', '.join(DRAWN)}, patterns/NAME, quotes/NAME or kl_classes/NAME"
             require(known or figure.kind != METRIC, f"{where}.metric", rule, figure.metric)
             require(figure.kind == METRIC or not figure.metric, f"{where}.metric", "must be empty", figure.metric)
             rule = f"must be one of the settings ({', '.join(settings)})"

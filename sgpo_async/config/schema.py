@@ -404,6 +404,12 @@ class Run:
             self.algorithm.teacher,
         )
         require(
+            context not in UNGUIDED or not self.learner.quoted_words,
+            "learner.quoted_words",
+            f"must be 0 with tasks.context={context}: such a prompt has nothing of its own that could be quoted",
+            self.learner.quoted_words,
+        )
+        require(
             context != "sibling" or self.rollout.autonomous >= 2,
             "rollout.autonomous",
             "must be >= 2 with tasks.context=sibling",

@@ -108,6 +108,10 @@ class Learner:
     # Regular expressions by name. The metric `patterns` has the share of the autonomous completions in which each is
     # found, e.g. {leak: "(?i)\\b(hint|strategy)\\b"}: whether the policy speaks of a context that it does not have.
     patterns: dict[str, str] = field(default_factory=dict)
+    # A completion without the strategy quotes a context if it has so many words in a row of it that its own prompt has
+    # not. The metric `quotes` has the share that quotes the context of its problem, and that of another problem, e.g.
+    # with 3; 0: not measured.
+    quoted_words: int = 0
     # Regular expressions by name, for whole tokens, e.g. {numbers: "\\s*\\d+"}. The metric `kl_classes` has the mean KL
     # on the distilled tokens of each class; a token belongs to the first class that it matches.
     token_classes: dict[str, str] = field(default_factory=dict)
@@ -143,6 +147,7 @@ class Learner:
             require_one_of("learner.trackers", name, TRACKERS)
             require(self.trackers.count(name) == 1, "learner.trackers", "must name each tracker once", name)
         require_patterns("learner.patterns", self.patterns)
+        require(self.quoted_words >= 0, "learner.quoted_words", "must be >= 0", self.quoted_words)
         require_patterns("learner.token_classes", self.token_classes)
         rule = f"must have no class named {OTHER}, the name of all other tokens"
         require(OTHER not in self.token_classes, "learner.token_classes", rule, self.token_classes)

@@ -20,6 +20,7 @@ from sgpo_async.files import write_whole
 
 Measure = Callable[[Result], float | None]
 PATTERN = "patterns/"  # begins the keys of the curves that hold the shares of learner.patterns
+QUOTES = {"quotes/own": "quoting the context, %", "quotes/other": "quoting another's, %"}  # learner.quoted_words
 
 
 class Row(NamedTuple):
@@ -136,8 +137,9 @@ def _completions(rows: Sequence[Row]) -> list[str]:
     points = [point for row in rows for result in row.results for point in result["curve"]]
     if not any("length_auto" in point for point in points):
         return []
-    patterns = dict.fromkeys(key for point in points for key in point if key.startswith(PATTERN))
-    names = {key: f"with {key.removeprefix(PATTERN)}, %" for key in patterns}
+    measured = dict.fromkeys(key for point in points for key in point)
+    names = {key: f"with {key.removeprefix(PATTERN)}, %" for key in measured if key.startswith(PATTERN)}
+    names |= {key: name for key, name in QUOTES.items() if key in measured}
     head = ["method", "tokens", *names.values(), "entropy, nats per token"]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for row in rows:

@@ -61,7 +61,7 @@ class Stepper:
     responses: Responses | None = None  # looks up responses, for objectives that train on them
     contexts: Contexts | None = None  # finds the prompts with which the teacher reads autonomous rollouts
     reference: Teacher | None = None  # the weights at the start of the run, with algorithm.reference_kl
-    patterns: Patterns | None = None  # looks at texts, with learner.patterns or learner.token_classes
+    patterns: Patterns | None = None  # looks at texts, with learner.patterns, .quoted_words or .token_classes
     statistics: StepMetrics | None = None  # of the last step, or of the present one so far, on this rank
     _begun: bool = False  # some parts of the present step's batch are accumulated
 
@@ -114,7 +114,7 @@ class Stepper:
                     "resume with the rollout.top_p and rollout.top_k of the run's start"
                 )
         if self.patterns:
-            self.patterns.see(shard.rollouts)
+            self.patterns.see(shard.rollouts, self.contexts)
         log_rho = self._log_rho(shard) if algorithm.pass_rates == "corrected" else None
         batch = from_shard(
             shard,

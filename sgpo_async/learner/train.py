@@ -393,6 +393,6 @@ def build(run: Run, mesh: DeviceMesh, source: ProblemSource | None = None) -> tu
         stepper.responses = Demonstrations(run, source or source_of(run), tokenizer, longest=positions(folder)).tokens
     if run.algorithm.reads_in_context:
         stepper.contexts = Contexts(run, source or source_of(run), tokenizer, longest=positions(folder))
-    if run.learner.patterns or run.learner.token_classes:
+    if run.learner.patterns or run.learner.quoted_words or run.learner.token_classes:
         stepper.patterns = Patterns(run.learner, tokenizer)
     return stepper, fingerprint

@@ -125,7 +125,10 @@ def test_only_the_figures_that_a_file_names_are_drawn(drawn: dict[str, list[Pane
             "figures[0].methods must name methods of this file (SGPO, GRPO, fixed), got 'nobody'",
         ),
         ([{"kind": "metric"}], "figures[0].metric must be one of guided, loss, "),
-        ([{"kind": "metric", "metric": "lenght_auto"}], "patterns/NAME or kl_classes/NAME, got 'lenght_auto'"),
+        (
+            [{"kind": "metric", "metric": "lenght_auto"}],
+            "patterns/NAME, quotes/NAME or kl_classes/NAME, got 'lenght_auto'",
+        ),
         ([{"kind": "curves", "metric": "loss"}], "figures[0].metric must be empty, got 'loss'"),
         ([{"kind": "curves", "setting": "calm"}] * 2, "figures must have names that differ as names of files"),
     ],

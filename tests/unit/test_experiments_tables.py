@@ -133,14 +133,14 @@ def test_lengths_and_patterns_of_the_last_quarter_have_a_table(tmp_path: Path) -
         write(tmp_path, SMALL | {"settings": {}, "methods": {"SGPO": {}, "later": {}}, "tune": {}})
     )
     runs = [
-        result(0.1, 0.2, 0.3, 0.4, length_auto=30.0, entropy=0.25, **{"patterns/leak": 0.5}),
-        result(0.1, 0.2, 0.3, 0.4, length_auto=32.0, entropy=0.35, **{"patterns/leak": 0.5}),
+        result(0.1, 0.2, 0.3, 0.4, length_auto=30.0, entropy=0.25, **{"patterns/leak": 0.5, "quotes/own": 0.25}),
+        result(0.1, 0.2, 0.3, 0.4, length_auto=32.0, entropy=0.35, **{"patterns/leak": 0.5, "quotes/own": 0.25}),
     ]
     trials = [one for one in final(experiment, {("", "SGPO"): None}) if one.method == "SGPO"]
     write_tables(experiment, {t.id: runs[t.seed] for t in trials}, folder=tmp_path / "out")
     lines = (tmp_path / "out" / "README.md").read_text().splitlines()
-    place = lines.index("| method | tokens | with leak, % | entropy, nats per token |")
-    assert lines[place + 2] == "| SGPO | 31.0 ± 12.7 | 50.0 ± 0.0 | 0.300 ± 0.635 |"
+    place = lines.index("| method | tokens | with leak, % | quoting the context, % | entropy, nats per token |")
+    assert lines[place + 2] == "| SGPO | 31.0 ± 12.7 | 50.0 ± 0.0 | 25.0 ± 0.0 | 0.300 ± 0.635 |"
 
 
 def test_results_without_lengths_have_no_such_table(tmp_path: Path) -> None:
