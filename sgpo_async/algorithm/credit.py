@@ -4,7 +4,8 @@ p is the teacher's probability of a sampled token o_t given the context, pi the 
 the rollout (Eq. 1). No gradient flows through any of them.
 
     rlsd     A ((1 - lambda) + lambda clip((p/pi)^sign(A), 1 - eps, 1 + eps))         arXiv 2604.03128, Eq. 15
-    rlcsd    A + r_t where |r_t| > delta, r_t = scale tanh(e_t/tau), never past 0     arXiv 2606.11709
+    rlcsd    A + r_t where |r_t| > delta, r_t = scale tanh(e_t/tau), never past 0;    arXiv 2606.11709
+             A elsewhere; the loss is the sum of the means over the two kinds of tokens
              e_t = log p(o_t|right context) - log mean over wrong contexts of p(o_t|wrong context)
     iw-opd   (1 + gamma (1 - sum_{k<t} |a_k| / sum_k |a_k|)) a_t, a_t = log p/pi      arXiv 2606.22600
 

@@ -1,7 +1,7 @@
 """The prompts with which a teacher reads autonomous rollouts: the problem with its context (`tasks.context`).
 
 For `sibling` the context is the completion of another rollout of the group, a correct one, or a wrong one for contrast.
-For the others it is a text of the problem (`tasks.contexts`), and the contrast is the text of the next problem. The
+For the others it is a text of the problem (`tasks.contexts`), and the contrast is the text of a following problem. The
 source is the hub's, and a task is a function of its number, so no message contains these prompts.
 """
 
@@ -18,6 +18,7 @@ import numpy as np
 
 from sgpo_async.config.schema import Run
 from sgpo_async.tasks.base import ProblemSource
+from sgpo_async.tasks.contexts import other_strategy
 from sgpo_async.tasks.prompts import build_prompt
 from sgpo_async.tasks.task_sampler import TaskSampler
 from sgpo_async.wire.records import Rollout
@@ -70,7 +71,11 @@ class Contexts:
 
     def _own_text(self, task: int) -> Texts:
         """The text of the task's context is that of all rollouts."""
-        return lambda _, right: [self._task_sampler.task(task if right else task + 1).problem.strategy]
+        problem = self._task_sampler.task(task).problem
+        if not self._contrasts:
+            return lambda _, right: [problem.strategy if right else None]
+        wrong = other_strategy(problem, lambda distance: self._task_sampler.task(task + distance).problem)
+        return lambda _, right: [problem.strategy if right else wrong]
 
     def _siblings(self, autonomous: Sequence[Rollout]) -> Texts:
         """Completions of other rollouts; the search begins with the next one, so that a group uses many of them."""

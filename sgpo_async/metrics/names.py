@@ -85,7 +85,9 @@ STEPS = (
     Metric("length_auto", "train", TOKENS, "Mean length of completions without the strategy."),
     Metric("length_guided", "train", TOKENS, "Mean length of completions with the strategy."),
     Metric("patterns", "train", RATIO, "Completions without the strategy in which each of learner.patterns is found."),
-    Metric("quotes", "train", RATIO, "Those that quote their context, or another's: learner.quoted_words."),
+    Metric(
+        "quotes", "train", RATIO, "Completions without the strategy that quote that of their problem, and of another."
+    ),
     Metric("kl_classes", "train", NATS, "Mean KL on distilled tokens of each of learner.token_classes, and of others."),
     Metric("entropy", "train", NATS, "Entropy of the policy on its own rollouts."),
     Metric("kept_mean", "train", TOKENS, "Mean number of tokens that top_p and top_k keep."),

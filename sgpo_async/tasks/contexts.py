@@ -2,9 +2,9 @@
 
     strategy          the problem's strategy
     response          its worked solution
-    partial-response  the first quarter of that, in words
+    partial-response  the first quarter of that, in words; nothing where the solution is one word
     answer            its answer alone
-    other-strategy    the strategy of the following problem, for contrast
+    other-strategy    the strategy of a following problem, the first that is another text, for contrast
     none              nothing: the teacher's prompt is the plain one
     sibling           a correct rollout of the same group
 
@@ -22,6 +22,10 @@ from sgpo_async.config.schema import Context
 from sgpo_async.tasks.base import ListedSource, Problem, longest
 
 PART = 4  # a partial response is a quarter of the response; POPE, arXiv 2601.18779: at most that
+FARTHEST = 32  # problems in which another text is looked for
+
+Following = Callable[[int], Problem]
+"""Distance >= 1 -> the problem that so many places later follows."""
 
 
 class ContextSource:
@@ -40,7 +44,9 @@ class ContextSource:
 
     def training(self, position: int) -> Problem:
         """The training problem at `position`."""
-        return self._in_context(self._source.training(position), lambda: self._source.training(position + 1))
+        return self._in_context(
+            self._source.training(position), lambda distance: self._source.training(position + distance)
+        )
 
     def training_problems(self) -> Sequence[Problem]:
         """All training problems."""
@@ -54,7 +60,7 @@ class ContextSource:
         """The held-out problems."""
         return list(_InContext(self._source.held_out(), self._in_context))
 
-    def _in_context(self, problem: Problem, following: Callable[[], Problem]) -> Problem:
+    def _in_context(self, problem: Problem, following: Following) -> Problem:
         return replace(problem, strategy=_text(self._kind, problem, following))
 
 
@@ -70,7 +76,7 @@ class _InContext(Sequence[Problem]):
     def __getitem__(self, index):  # type: ignore[no-untyped-def]
         if isinstance(index, slice):
             return [self[one] for one in range(*index.indices(len(self)))]
-        return self._in_context(self._problems[index], lambda: self._problems[(index + 1) % len(self)])
+        return self._in_context(self._problems[index], lambda distance: self._problems[(index + distance) % len(self)])
 
 
 def beginning(response: str) -> str:
@@ -79,9 +85,15 @@ def beginning(response: str) -> str:
     return " ".join(words[: -(-len(words) // PART)])
 
 
-def _text(kind: Context, problem: Problem, following: Callable[[], Problem]) -> str | None:
+def other_strategy(problem: Problem, following: Following) -> str | None:
+    """The strategy of the first following problem that has another text; None if the nearest all have the same."""
+    texts = (following(distance).strategy for distance in range(1, FARTHEST + 1))
+    return next((text for text in texts if text and text != problem.strategy), None)
+
+
+def _text(kind: Context, problem: Problem, following: Following) -> str | None:
     if kind == "other-strategy":
-        return following().strategy
+        return other_strategy(problem, following)
     if kind == "partial-response" and problem.response is not None:
-        return beginning(problem.response)
+        return beginning(problem.response) if " " in problem.response else None
     return {"response": problem.response, "answer": problem.answer}.get(kind)

@@ -48,6 +48,11 @@ def grpo(problem: Problem) -> Tensor:
     return total / len(problem.autonomous)
 
 
+def autonomous(problem: Problem) -> Tensor:
+    """GRPO on the autonomous rollouts, unless only the guided ones are trained."""
+    return grpo(problem) if problem.rule.policy_gradient else torch.zeros((), dtype=torch.float64)
+
+
 def sft(problem: Problem) -> Tensor:
     if problem.response is None:
         return torch.zeros((), dtype=torch.float64)
@@ -72,8 +77,7 @@ def hpt(problem: Problem) -> Tensor:
 
 
 def sgpo_(problem: Problem) -> Tensor:
-    rule = problem.rule
-    loss = grpo(problem) if rule.policy_gradient else torch.zeros((), dtype=torch.float64)
+    rule, loss = problem.rule, autonomous(problem)
     successes = [r for r in problem.guided if r.reward == 1]
     if not successes or len(successes) / len(problem.guided) < rule.guide_gate:
         return loss
@@ -96,7 +100,7 @@ OBJECTIVES: dict[str, Callable[[Problem], Tensor]] = {
     "rlcsd": self_distillation.rlcsd,
     "iw-opd": self_distillation.iw_opd,
     "pope": self_distillation.pope,
-    "pi-distill": lambda problem: grpo(problem) + self_distillation.pi_distill(problem),
+    "pi-distill": lambda problem: autonomous(problem) + self_distillation.pi_distill(problem),
 }
 
 

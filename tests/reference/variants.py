@@ -75,4 +75,5 @@ VARIANTS: dict[str, dict[str, object]] = {
     "iw-opd": {"objective": "iw-opd", "teacher": "frozen", **ON_OWN_ROLLOUTS},
     "pope": {"objective": "pope"},
     "pi-distill": {"objective": "pi-distill", "alpha": 0.25, **ON_OWN_ROLLOUTS},
+    "pi-distill, guided alone": {"objective": "pi-distill", "policy_gradient": False, "alpha": 0.25, **ON_OWN_ROLLOUTS},
 }

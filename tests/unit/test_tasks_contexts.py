@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -99,6 +101,48 @@ def test_a_chat_message_introduces_each_context_as_what_it_is() -> None:
         assert "CONTEXT" in message["content"] and message["content"].endswith("Problem:\nWhat is 2+3?")
         texts.add(message["content"])
     assert len(texts) == 4  # strategies of both kinds, and solutions of both, are introduced alike
+
+
+def written(tmp_path: Path, *, strategies: list[str], response: str = "4 + 5 = 9") -> str:
+    """A file of problems with these strategies."""
+    lines = [
+        {"problem": f"problem {i}", "answer": "9", "strategy": text, "response": response}
+        for i, text in enumerate(strategies)
+    ]
+    path = tmp_path / "problems.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def from_file(path: str, kind: str) -> Run:
+    return Run(tasks=Tasks(context=kind, source="file", path=path, held_out=1))
+
+
+def test_a_strategy_for_contrast_is_never_that_of_the_problem(tmp_path: Path) -> None:
+    path = written(tmp_path, strategies=["add", "add", "add", "take", "take", "add", "take", "add", "add"])
+    for split in ("training_problems", "held_out"):
+        plain = list(getattr(source_of(from_file(path, "strategy")), split)())
+        other = list(getattr(source_of(from_file(path, "other-strategy")), split)())
+        if len(plain) > 1:
+            assert [{"add": "take", "take": "add"}[one.strategy] for one in plain] == [one.strategy for one in other]
+        else:
+            assert [one.strategy for one in other] == [None], "there is no other problem"
+
+
+def test_strategies_that_are_all_equal_give_no_contrast(tmp_path: Path, tokenizer: Any) -> None:
+    path = written(tmp_path, strategies=["add"] * 4)
+    assert {one.strategy for one in source_of(from_file(path, "other-strategy")).training_problems()} == {None}
+    run = run_of("strategy", "rlcsd", rlcsd=Rlcsd())
+    run = replace(run, tasks=from_file(path, "strategy").tasks)
+    group = group_of(run, tokenizer, [1, 0])
+    assert Contexts(run, source_of(run), tokenizer)(group) == {}, "a right context without a wrong one"
+
+
+def test_a_solution_of_one_word_has_no_beginning(tmp_path: Path) -> None:
+    kind = "partial-response"
+    for response, expected in (("9", None), ("4 + 5 = 9", "4 +")):
+        source = source_of(from_file(written(tmp_path, strategies=["add"] * 3, response=response), kind))
+        assert {one.strategy for one in source.training_problems()} == {expected}
 
 
 @pytest.mark.parametrize("kind", ["strategy", "response", "answer"])

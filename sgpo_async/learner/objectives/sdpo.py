@@ -2,9 +2,11 @@
 
 Source: "Reinforcement Learning via Self-Distillation", https://arxiv.org/abs/2601.20802, and its authors' code:
 
-    L = (1 - alpha) L_GRPO + alpha L_KD,   L_KD = 1/|o| sum_t KL( pi(.|q,o_<t) || sg[p(.|q,c,o_<t)] )
+    L = (1 - alpha) L_GRPO + alpha L_KD,   L_KD = 1/|o| sum_t D( sg[p(.|q,c,o_<t)], pi(.|q,o_<t) )
 
-on every rollout that has a context c; the paper's default is alpha = 1, its teacher p a moving average with decay 0.95.
+on every rollout that has a context c. D is the divergence that `divergence` names: the Jensen-Shannon divergence in the
+authors' setting for rewards alone, KL(pi || p) in the paper's equation. Their default is alpha = 1, their teacher p a
+moving average with decay 0.95.
 The authors divide by all tokens of the batch; here, as in every objective, each rollout has its own mean.
 """
 
