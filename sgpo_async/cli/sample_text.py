@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,20 +11,20 @@ from rich.text import Text
 
 from sgpo_async.logs import printable
 from sgpo_async.report.numbers import number
-from sgpo_async.report.texts import Run, context_of, notes_of, runs_of, solved, versions_of
+from sgpo_async.report.texts import LEFT_OUT, Run, context_of, distilled_note, notes_of, runs_of, solved, versions_of
 
 LARGE, SMALL = 1.0, 0.1  # nats; a token of at least this divergence is highlighted
 STYLES = {LARGE: "black on red", SMALL: "black on yellow"}
+LEGEND = f"Tokens of distilled completions are yellow from {SMALL:g} nats and red from {LARGE:g}. {LEFT_OUT}"
 LARGEST = 3  # tokens of the largest divergences that are listed
 PIECE = 24  # characters of each
 
 
-def render(sample: Mapping[str, Any], *, chars: int, bound: float = math.inf) -> RenderableType:
+def render(sample: Mapping[str, Any], *, chars: int) -> RenderableType:
     """The problem, the rollouts of the policy alone and those with the strategy or another context.
 
     Args:
         chars: most characters of each completion; 0: all.
-        bound: the divergence in nats above which a token is struck through.
     """
     about = Table.grid(padding=(0, 2, 0, 0))
     about.add_column(style="dim", no_wrap=True)
@@ -41,7 +40,7 @@ def render(sample: Mapping[str, Any], *, chars: int, bound: float = math.inf) ->
         if own:
             right, count = solved(sample, guided=guided)
             heading = f"{f'with the {context}' if guided else 'alone'}: {right} of {count} correct"
-            parts += [Text(), _rollouts(own, heading, chars, bound)]
+            parts += [Text(), _rollouts(own, heading, chars)]
     return Group(*parts, Text())
 
 
@@ -50,7 +49,7 @@ def _title(sample: Mapping[str, Any]) -> Text:
     return Text.assemble((f"step {sample['step']}", "bold"), (facts, "dim"))
 
 
-def _rollouts(rollouts: Sequence[Mapping[str, Any]], heading: str, chars: int, bound: float) -> RenderableType:
+def _rollouts(rollouts: Sequence[Mapping[str, Any]], heading: str, chars: int) -> RenderableType:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("", no_wrap=True)
     table.add_column("version", justify="right", no_wrap=True)
@@ -58,23 +57,23 @@ def _rollouts(rollouts: Sequence[Mapping[str, Any]], heading: str, chars: int, b
     table.add_column(heading, overflow="fold")
     for rollout in rollouts:
         mark = Text("✓", style="green") if rollout["correct"] else Text("✗", style="red")
-        table.add_row(mark, versions_of(rollout), str(rollout["tokens"]), _completion(rollout, chars, bound))
+        table.add_row(mark, versions_of(rollout), str(rollout["tokens"]), _completion(rollout, chars))
         if "kl" in rollout:
             table.add_row("", "", "", _divergences(rollout))
     return table
 
 
-def _completion(rollout: Mapping[str, Any], chars: int, bound: float) -> Text:
-    text, notes = text_of(runs_of(rollout, chars=chars), bound=bound), notes_of(rollout)
+def _completion(rollout: Mapping[str, Any], chars: int) -> Text:
+    text, notes = text_of(runs_of(rollout, chars=chars)), notes_of(rollout)
     return text.append(f" [{notes}]", style="dim") if notes else text
 
 
-def text_of(runs: Sequence[Run], *, bound: float = math.inf) -> Text:
-    """Runs as text, with tokens of a large divergence highlighted, and those above `bound` struck through."""
+def text_of(runs: Sequence[Run]) -> Text:
+    """Runs as text, with tokens of a large divergence highlighted, and those that are not distilled struck through."""
     text = Text()
-    for part, kl in runs:
+    for part, kl, left_out in runs:
         styles = [style for least, style in STYLES.items() if kl is not None and kl >= least][:1]
-        styles += ["strike"] * (kl is not None and kl > bound)
+        styles += ["strike"] * left_out
         text.append(printable(part), style=" ".join(styles))
     return text
 
@@ -85,4 +84,4 @@ def _divergences(rollout: Mapping[str, Any]) -> Text:
     largest = sorted(known, key=lambda one: -one[0])[:LARGEST]
     tokens = ", ".join(f"{printable(repr(piece[:PIECE]))} {number(kl)}" for kl, piece in largest)
     mean = number(sum(kl for kl, _ in known) / max(len(known), 1))
-    return Text(f"distilled; divergence in nats: mean {mean}, largest {tokens}", style="dim")
+    return Text(f"{distilled_note(rollout)}; divergence in nats: mean {mean}, largest {tokens}", style="dim")

@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch.distributed as dist
@@ -34,8 +34,15 @@ log = logging.getLogger(__name__)
 DIGITS = 4  # decimal places of a divergence
 
 
-Divergences = dict[tuple[int, int], np.ndarray]
-"""By task and slot: d_t [T] of the tokens of a distilled rollout, NaN for those that are not trained."""
+class TokenKl(NamedTuple):
+    """Of the tokens of a distilled rollout, as in `step_metrics.Distilled`."""
+
+    d: np.ndarray  # d_t [T], NaN for tokens that are not trained
+    left_out: np.ndarray  # [T] bool: tokens without a part in the loss
+
+
+Divergences = dict[tuple[int, int], TokenKl]
+"""By task and slot."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +120,10 @@ def chosen(
     ]
     tasks = sorted({own.rollout.task for own in statistics.distilled}, key=lambda task: _draw(seed, task))[:number]
     taught = [own for own in statistics.distilled if own.rollout.task in tasks]
-    kl = {(own.rollout.task, own.rollout.slot): own.d.float().cpu().numpy() for own in taught}
+    kl = {
+        (own.rollout.task, own.rollout.slot): TokenKl(own.d.float().cpu().numpy(), own.left_out.cpu().numpy())
+        for own in taught
+    }
     return sorted(kept, key=lambda group: group.draw)[:number], kl
 
 
@@ -159,7 +169,7 @@ class SampleLines:
             "rollouts": [self._rollout(rollout, kl.get((task, rollout.slot))) for rollout in group.rollouts],
         }
 
-    def _rollout(self, rollout: Rollout, kl: np.ndarray | None) -> dict[str, Any]:
+    def _rollout(self, rollout: Rollout, kl: TokenKl | None) -> dict[str, Any]:
         line = {
             "slot": rollout.slot,
             "guided": rollout.guided,
@@ -174,8 +184,9 @@ class SampleLines:
         }
         if kl is None:
             return line
-        values = [None if math.isnan(value) else round(value, DIGITS) for value in kl.tolist()]
-        return line | {"kl": values, "pieces": pieces(self._tokenizer, rollout.tokens)}
+        values = [None if math.isnan(value) else round(value, DIGITS) for value in kl.d.tolist()]
+        left_out = np.flatnonzero(kl.left_out).tolist()
+        return line | {"kl": values, "left_out": left_out, "pieces": pieces(self._tokenizer, rollout.tokens)}
 
     def _text(self, tokens: np.ndarray) -> str:
         return decode(self._tokenizer, tokens)

@@ -8,7 +8,8 @@
                                  versions that sampled its spans: versions, ends (as in `wire.records.Rollout`),
                                  and digests, the short digest of each of these versions' weights;
                                  of a distilled one also kl, the divergence d_t of each token in nats (Eq. 3; null if
-                                 the token is not distilled), and pieces, the text that each token adds
+                                 the token is not trained), left_out, the numbers from 0 of the tokens without a part in
+                                 the loss, for whatever reason, and pieces, the text that each token adds
 
 The learner's rank 0 writes the file; the command `samples` and the report read it.
 """

@@ -82,9 +82,10 @@ def test_of_many_completions_evenly_chosen_ones_are_decoded() -> None:
 def test_the_divergence_of_each_class_is_the_mean_over_its_trained_tokens() -> None:
     classes = {"numbers": r"\d+", "seven": "7", "hints": "hint"}
     found = Patterns(Learner(token_classes=classes), TOKENIZER)
+    kept = torch.zeros(3, dtype=torch.bool)
     distilled = [
-        Distilled(rollout(3, 2, 1), torch.tensor([0.5, 2.0, 0.25])),
-        Distilled(rollout(4, 2, 0), torch.tensor([1.5, math.nan, 0.75])),
+        Distilled(rollout(3, 2, 1), torch.tensor([0.5, 2.0, 0.25]), kept),
+        Distilled(rollout(4, 2, 0), torch.tensor([1.5, math.nan, 0.75]), kept),
     ]
     # "7" belongs to the first class that it matches, and so "seven" has no token; the second hint is not trained.
     assert found.reduce(distilled) == {"patterns": {}, "kl_classes": {"numbers": 1.0, "hints": 2.0, "other": 0.5}}
