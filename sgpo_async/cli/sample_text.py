@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -16,6 +16,7 @@ from sgpo_async.report.texts import LEFT_OUT, Run, context_of, distilled_note, n
 LARGE, SMALL = 1.0, 0.1  # nats; a token of at least this divergence is highlighted
 STYLES = {LARGE: "black on red", SMALL: "black on yellow"}
 LEGEND = f"Tokens of distilled completions are yellow from {SMALL:g} nats and red from {LARGE:g}. {LEFT_OUT}"
+SIDE_BY_SIDE = 120  # columns from which on alone and guided are side by side
 LARGEST = 3  # tokens of the largest divergences that are listed
 PIECE = 24  # characters of each
 
@@ -33,15 +34,32 @@ def render(sample: Mapping[str, Any], *, chars: int) -> RenderableType:
     for key, name in (("problem", "problem"), ("strategy", context), ("answer", "answer")):
         if sample.get(key) is not None:
             about.add_row(Text(name), Text(printable(str(sample[key]))))
-    rollouts = sample["rollouts"]
-    parts: list[RenderableType] = [_title(sample), about]
+    tables = []
     for guided in (False, True):
-        own = [rollout for rollout in rollouts if rollout["guided"] == guided]
+        own = [rollout for rollout in sample["rollouts"] if rollout["guided"] == guided]
         if own:
             right, count = solved(sample, guided=guided)
             heading = f"{f'with the {context}' if guided else 'alone'}: {right} of {count} correct"
-            parts += [Text(), _rollouts(own, heading, chars)]
-    return Group(*parts, Text())
+            tables.append(_rollouts(own, heading, chars))
+    return Group(_title(sample), about, Text(), _Sides(tables), Text())
+
+
+class _Sides:
+    """Tables side by side where there is room, else one below the other."""
+
+    def __init__(self, tables: Sequence[RenderableType]) -> None:
+        self._tables = tables
+
+    def __rich_console__(self, _console: Console, options: ConsoleOptions) -> RenderResult:
+        if len(self._tables) < 2 or options.max_width < SIDE_BY_SIDE:
+            for number, table in enumerate(self._tables):
+                yield from [Text(), table] if number else [table]
+            return
+        sides = Table.grid(padding=(0, 2, 0, 0), expand=True)
+        for _ in self._tables:
+            sides.add_column(ratio=1)
+        sides.add_row(*self._tables)
+        yield sides
 
 
 def _title(sample: Mapping[str, Any]) -> Text:

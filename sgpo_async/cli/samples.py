@@ -5,6 +5,7 @@
     sgpo-async samples runs/demo --step 40 --problem "add"
     sgpo-async samples runs/demo --last 50 --html samples.html     a page with alone and guided side by side
 
+At 120 columns and more, the completions with the strategy are beside those without it, else below them.
 Tokens of distilled completions are highlighted by the divergence between the guided and the unguided distribution:
 yellow from 0.1 nats, red from 1. Tokens that are not distilled, although their completion is, are struck through.
 """

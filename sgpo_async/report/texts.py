@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from sgpo_async.report.numbers import number
 
 LEFT_OUT = (
-    "Tokens that are struck through are not distilled: the first algorithm.distil_skip of a completion, those that the "
-    "limiter or the correction removes from the loss (such as the mask of Eq. 5), those that an environment wrote, and "
-    "stale ones with hub.stale=mask."
+    "Tokens that are struck through are not distilled: the first algorithm.distil_skip of a completion, those that "
+    "algorithm.limiter (such as the mask of Eq. 5) or algorithm.kl_correction removes from the loss, those that an "
+    "environment wrote, and stale ones with hub.stale=mask."
 )
 
 

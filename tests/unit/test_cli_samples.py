@@ -235,6 +235,18 @@ def test_the_marks_of_tokens_remain_where_the_middle_is_left_out() -> None:
     assert [(run.text, run.left_out) for run in cut if run.kl] == [("ab", False), ("ab", True)] * 2
 
 
+@pytest.mark.parametrize(("width", "beside"), [(140, True), (120, True), (119, False), (80, False)])
+def test_alone_and_guided_are_side_by_side_where_the_terminal_is_wide(width: int, beside: bool) -> None:
+    text = "a long completion " * 20
+    lines = printed(sample(text=text), width=width).splitlines()
+    assert all(cell_len(line) <= width for line in lines)
+    (alone,) = (line for line in lines if "alone: 0 of 2 correct" in line)
+    assert ("with the strategy: 1 of 2 correct" in alone) == beside
+    assert " ".join(lines).count("completion") >= 4 * 20, "nothing is cut off"
+    only = printed(sample(rollouts=[rollout(0, text)]), width=width).splitlines()
+    assert max(map(cell_len, only[4:])) > width - 20, "a single side has the whole width"
+
+
 def test_what_the_marks_mean_is_printed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path, sample(1), sample(2))
     main(["samples", str(tmp_path), "--last", "2", "--width", "100"])
