@@ -11,7 +11,17 @@ from rich.text import Text
 
 from sgpo_async.logs import printable
 from sgpo_async.report.numbers import number
-from sgpo_async.report.texts import LEFT_OUT, Run, context_of, distilled_note, notes_of, runs_of, solved, versions_of
+from sgpo_async.report.texts import (
+    LEFT_OUT,
+    Run,
+    context_of,
+    distilled_note,
+    notes_of,
+    runs_of,
+    sibling_note,
+    solved,
+    versions_of,
+)
 
 LARGE, SMALL = 1.0, 0.1  # nats; a token of at least this divergence is highlighted
 STYLES = {LARGE: "black on red", SMALL: "black on yellow"}
@@ -36,11 +46,10 @@ def render(sample: Mapping[str, Any], *, chars: int) -> RenderableType:
             about.add_row(Text(name), Text(printable(str(sample[key]))))
     tables = []
     for guided in (False, True):
-        own = [rollout for rollout in sample["rollouts"] if rollout["guided"] == guided]
-        if own:
+        if any(rollout["guided"] == guided for rollout in sample["rollouts"]):
             right, count = solved(sample, guided=guided)
             heading = f"{f'with the {context}' if guided else 'alone'}: {right} of {count} correct"
-            tables.append(_rollouts(own, heading, chars))
+            tables.append(_rollouts(sample, guided, heading, chars))
     return Group(_title(sample), about, Text(), _Sides(tables), Text())
 
 
@@ -67,17 +76,19 @@ def _title(sample: Mapping[str, Any]) -> Text:
     return Text.assemble((f"step {sample['step']}", "bold"), (facts, "dim"))
 
 
-def _rollouts(rollouts: Sequence[Mapping[str, Any]], heading: str, chars: int) -> RenderableType:
+def _rollouts(sample: Mapping[str, Any], guided: bool, heading: str, chars: int) -> RenderableType:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("", no_wrap=True)
     table.add_column("version", justify="right", no_wrap=True)
     table.add_column("tokens", justify="right", no_wrap=True)
     table.add_column(heading, overflow="fold")
-    for rollout in rollouts:
+    for rollout in (one for one in sample["rollouts"] if one["guided"] == guided):
         mark = Text("✓", style="green") if rollout["correct"] else Text("✗", style="red")
         table.add_row(mark, versions_of(rollout), str(rollout["tokens"]), _completion(rollout, chars))
         if "kl" in rollout:
             table.add_row("", "", "", _divergences(rollout))
+        if note := sibling_note(rollout, sample):
+            table.add_row("", "", "", Text(printable(note), style="dim"))
     return table
 
 

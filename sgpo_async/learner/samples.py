@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -52,6 +52,7 @@ class KeptGroup:
     draw: int  # the groups with the smallest draws are kept
     rollouts: tuple[Rollout, ...]
     alpha: float
+    siblings: Mapping[int, int]  # by slot: the slot of the sibling whose completion the teacher read as the context
 
 
 class Samples:
@@ -115,7 +116,7 @@ def chosen(
     rollouts = [rollout for shard in parts for rollout in shard.rollouts]
     groups = [(task, tuple(own)) for task, own in groupby(rollouts, key=lambda rollout: rollout.task)]
     kept = [
-        KeptGroup(_draw(seed, task), rollouts, metrics["alpha"])
+        KeptGroup(_draw(seed, task), rollouts, metrics["alpha"], _siblings(task, statistics))
         for (task, rollouts), metrics in zip(groups, statistics.problems, strict=True)
     ]
     tasks = sorted({own.rollout.task for own in statistics.distilled}, key=lambda task: _draw(seed, task))[:number]
@@ -125,6 +126,10 @@ def chosen(
         for own in taught
     }
     return sorted(kept, key=lambda group: group.draw)[:number], kl
+
+
+def _siblings(task: int, statistics: StepMetrics) -> dict[int, int]:
+    return {slot: sibling for (other, slot), sibling in statistics.siblings.items() if other == task}
 
 
 def _draw(seed: int, task: int) -> int:
@@ -166,10 +171,13 @@ class SampleLines:
             "strategy": problem.strategy if problem else None,
             "context": self._context,
             "alpha": group.alpha,
-            "rollouts": [self._rollout(rollout, kl.get((task, rollout.slot))) for rollout in group.rollouts],
+            "rollouts": [
+                self._rollout(rollout, kl.get((task, rollout.slot)), group.siblings.get(rollout.slot))
+                for rollout in group.rollouts
+            ],
         }
 
-    def _rollout(self, rollout: Rollout, kl: TokenKl | None) -> dict[str, Any]:
+    def _rollout(self, rollout: Rollout, kl: TokenKl | None, sibling: int | None) -> dict[str, Any]:
         line = {
             "slot": rollout.slot,
             "guided": rollout.guided,
@@ -182,6 +190,7 @@ class SampleLines:
             "ends": rollout.ends.tolist(),
             "text": self._text(rollout.tokens),
         }
+        line |= {} if sibling is None else {"sibling": sibling}
         if kl is None:
             return line
         values = [None if math.isnan(value) else round(value, DIGITS) for value in kl.d.tolist()]

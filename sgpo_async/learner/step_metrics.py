@@ -63,6 +63,7 @@ class StepMetrics:
         self.imbalances: list[float] = []  # of each part of the batch, see `division.imbalance`; equal on every rank
         self.problems: Sequence[Mapping[str, float]] = ()  # the metrics of each problem, in the order of the shard
         self.distilled: list[Distilled] = []
+        self.siblings: dict[tuple[int, int], int] = {}  # see `Batch.siblings`
 
     def add(self, **values: Tensor) -> None:
         """Add the sum of each tensor to the sum of that name."""
@@ -110,6 +111,7 @@ class StepMetrics:
         """Add the metrics of a batch, or of a part of it, that are known before any forward."""
         self.imbalances.append(imbalance)
         self.problems = (*self.problems, *batch.metrics)
+        self.siblings |= batch.siblings
         for name, value in (item for metrics in batch.metrics for item in metrics.items()):
             self.sums[f"{name}_sum"] += value
             self.sums[f"{name}_problems"] += 1

@@ -20,6 +20,7 @@ from sgpo_async.report.texts import (
     distilled_note,
     notes_of,
     runs_of,
+    sibling_note,
     solved,
     strength,
     versions_of,
@@ -63,25 +64,25 @@ def group(sample: Mapping[str, Any], *, shown: bool, chars: int = CHARS) -> str:
     names = {"problem": "problem", "strategy": context, "answer": "answer"}
     about = [(name, sample[key]) for key, name in names.items() if sample.get(key) is not None]
     rows = "".join(f"<tr><td>{_text(name)}</td><td><q>{_text(str(value))}</q></td></tr>" for name, value in about)
-    rollouts = sample["rollouts"]
-    sides = _rollouts([one for one in rollouts if not one["guided"]], heading="alone", chars=chars)
-    sides += _rollouts([one for one in rollouts if one["guided"]], heading=f"with the {context}", chars=chars)
+    sides = _rollouts(sample, guided=False, heading="alone", chars=chars)
+    sides += _rollouts(sample, guided=True, heading=f"with the {context}", chars=chars)
     name = _text(f"{sample['step']}-{sample.get('task')}")
     tables = f'<table>{rows}</table><div class="sides">{sides}</div>'
     return f'<details{" open" * shown} data-name="{name}">{head}{tables}</details>'
 
 
-def _rollouts(rollouts: Sequence[Mapping[str, Any]], *, heading: str, chars: int) -> str:
-    own = "".join(_rollout(rollout, chars) for rollout in rollouts)
+def _rollouts(sample: Mapping[str, Any], *, guided: bool, heading: str, chars: int) -> str:
+    own = "".join(_rollout(one, sample, chars) for one in sample["rollouts"] if one["guided"] == guided)
     columns = f'<td class="n">version</td><td class="n">tokens</td><td>{_text(heading)}</td>'
     return f'<table><tr class="head"><td></td>{columns}</tr>{own}</table>' if own else ""
 
 
-def _rollout(rollout: Mapping[str, Any], chars: int) -> str:
+def _rollout(rollout: Mapping[str, Any], sample: Mapping[str, Any], chars: int) -> str:
     right = rollout["correct"]
     mark = f'<td class="{"right" if right else "wrong"}">{"✓" if right else "✗"}</td>'
     notes = ", ".join(filter(None, (distilled_note(rollout), notes_of(rollout))))
-    note = f"<i>{escape(notes)}</i>" if notes else ""
+    lines = filter(None, (notes, sibling_note(rollout, sample)))
+    note = "".join(f"<i>{_text(line)}</i>" for line in lines)
     text = "".join(_run(run) for run in runs_of(rollout, chars=chars))
     figures = f'<td class="n">{versions_of(rollout)}</td><td class="n">{rollout["tokens"]}</td>'
     return f"<tr>{mark}{figures}<td><q>{text}</q>{note}</td></tr>"

@@ -15,6 +15,9 @@ LEFT_OUT = (
 )
 
 
+BEGINNING = 80  # characters of a completion that is shown in full elsewhere
+
+
 class Run(NamedTuple):
     """A part of a completion."""
 
@@ -84,6 +87,12 @@ def notes_of(rollout: Mapping[str, Any]) -> str:
     notes = [] if rollout["reward"] in (0, 1) else [f"reward {number(rollout['reward'])}"]
     notes += [] if rollout["finish"] == "stop" else ["cut off: max_new_tokens"]
     return ", ".join(notes)
+
+
+def sibling_note(rollout: Mapping[str, Any], sample: Mapping[str, Any]) -> str:
+    """Return how the completion of its group begins that the teacher read as the context; "" if it read none."""
+    found = (other["text"] for other in sample["rollouts"] if other["slot"] == rollout.get("sibling"))
+    return "".join(f"context of the teacher: the completion that begins {text[:BEGINNING]!r}" for text in found)
 
 
 def distilled_note(rollout: Mapping[str, Any]) -> str:

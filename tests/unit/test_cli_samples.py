@@ -247,6 +247,17 @@ def test_alone_and_guided_are_side_by_side_where_the_terminal_is_wide(width: int
     assert max(map(cell_len, only[4:])) > width - 20, "a single side has the whole width"
 
 
+def test_the_completion_that_the_teacher_read_as_the_context_is_shown() -> None:
+    taught = distilled("wrong answer") | {"slot": 1, "guided": False, "sibling": 0}
+    group = sample(rollouts=[rollout(0, "<b>12</b>\nis the answer", reward=1.0), taught, rollout(2, "other")])
+    note = "context of the teacher: the completion that begins"
+    text = re.sub(r"\s+", " ", printed(group, width=200))
+    assert text.count(note) == 1 and f"{note} '<b>12</b>\\nis the answer'" in text
+    page = completions([group])
+    assert page.count(note) == 1 and "&lt;b&gt;12" in page.split(note)[1] and "<b>12" not in page
+    assert note not in printed(sample()) + completions([sample()])
+
+
 def test_what_the_marks_mean_is_printed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path, sample(1), sample(2))
     main(["samples", str(tmp_path), "--last", "2", "--width", "100"])

@@ -3,7 +3,7 @@
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ from transformers import AutoTokenizer
 
 from sgpo_async.cli.sample_text import render
 from sgpo_async.config.schema import Correction, Learner, Run
+from sgpo_async.learner.contexts import InContext
 from sgpo_async.learner.process_group import join_alone
 from sgpo_async.learner.samples import Samples, chosen, decode, pieces
 from sgpo_async.learner.step import Stepper
 from sgpo_async.metrics.samples import read_samples
 from sgpo_async.model.folder import load_tokenizer, model_folder
-from sgpo_async.report.texts import versions_of
+from sgpo_async.report.texts import sibling_note, versions_of
 from sgpo_async.tasks.sources import source_of
 from sgpo_async.tasks.task_sampler import derived_seed
 from sgpo_async.wire.records import OBSERVED, Rollout, Shard
@@ -205,6 +206,38 @@ def test_the_tokens_without_a_part_in_the_loss_are_written(
     assert found == [expected(rollout, kl[rollout.task, rollout.slot].d) for rollout in rollouts]
     assert len(found) == 3 and any(found) == (algorithm.get("limiter") != "clamp")
     assert sum(map(len, found)) < sum(len(rollout.tokens) for rollout in rollouts)
+
+
+def after_sibling(autonomous: Sequence[Rollout]) -> dict[int, InContext]:
+    """The teacher reads every rollout but the third after the completion of the first one or, there, of the last."""
+    found = cases.right_contexts(autonomous)
+    return {slot: replace(one, sibling=0 if slot else autonomous[-1].slot) for slot, one in found.items()}
+
+
+@pytest.mark.parametrize("objective", ["sdpo", "iw-opd", "rlsd", "opsd"])
+def test_the_sibling_with_which_the_teacher_reads_a_rollout_is_written(tmp_path: Path, objective: str) -> None:
+    wrong = {"distilled": "wrong"} if objective == "opsd" else {}
+    rule = Correction(mode="none", bound=1.0)
+    run = run_of(tmp_path, samples=4)
+    run = replace(run, algorithm=cases.settings(objective=objective, kl_correction=rule, **wrong).algorithm)
+    stepper = cases.stepper(run, cases.tiny_model())
+    stepper.contexts = after_sibling  # type: ignore[assignment]
+    shard = cases.shard_of(cases.groups(), problems=4)
+    stepper.update(shard)
+    samples = Samples.start(run, resume_from=0)
+    samples.keep([shard], stepper.statistics)
+    samples.close()
+    lines = read_samples(tmp_path / "run")
+    for line in lines:
+        last = max(one["slot"] for one in line["rollouts"] if not one["guided"])
+        for one in line["rollouts"]:
+            if "sibling" in one:
+                assert not one["guided"] and one["slot"] != 2
+                assert one["sibling"] == (0 if one["slot"] else last)
+                assert sibling_note(one, line) and "context of the teacher" in printed(line)
+            if objective in ("sdpo", "opsd"):
+                assert ("sibling" in one) == ("kl" in one), "of a rollout that is not distilled, none was read"
+    assert any("sibling" in one for line in lines for one in line["rollouts"])
 
 
 def test_without_samples_nothing_is_written(tmp_path: Path) -> None:
